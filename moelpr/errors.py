@@ -1,0 +1,48 @@
+"""How every command of the project ends: exit code 0 done, 1 failed, 2 wrong arguments or input.
+
+An error a user can cause is one sentence that says what was found, what was wanted and the remedy.
+"""
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """Wrong arguments or input. The message is the whole answer; no traceback is shown."""
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command's `main` and leave the process with the right exit code.
+
+    `UserError` ends with code 2 and its sentence, a full disk or Ctrl-C with code 1. Anything else is our own slip
+    and keeps its traceback (code 1). With `--debug` on the command line, every error keeps its traceback.
+    """
+    debug = "--debug" in sys.argv
+    try:
+        main()
+    except UserError as error:
+        if debug:
+            raise
+        _fail(str(error), code=2)
+    except BrokenPipeError:
+        # The reader (head, less) has closed: nothing is left to say and nowhere to say it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _fail(
+            f"the disk is full while writing {error.filename or 'the output'}; free some space and run the command again",
+            code=1,
+        )
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        _fail("interrupted", code=1)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)

@@ -1,0 +1,140 @@
+// Bits of the .lang payload: token i is bit (i % 8), counted from the least significant, of byte (i / 8).
+//
+// Only loops that numpy does measurably slower are here (benchmarks/language_bits.py prints by how much); files,
+// checks and messages are in language_bits.py. Every loop has the same three parts: single bits up to a byte border,
+// whole bytes, single bits again.
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+
+namespace py = pybind11;
+
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "eight flags are read as one little-endian word: port pack8 and unpack8 first"
+#endif
+
+// Contiguous bytes, taken as they are: a wrong dtype is an error, never a silent copy.
+using Bytes = py::array_t<std::uint8_t, py::array::c_style>;
+
+namespace {
+
+// Eight flags (bytes 0 or 1) -> one byte. The product moves flag k from bit 8k to bit 56 + k without a carry.
+inline std::uint8_t pack8(const std::uint8_t* flags) {
+    std::uint64_t word;
+    std::memcpy(&word, flags, 8);
+    return static_cast<std::uint8_t>((word * 0x0102040810204080ULL) >> 56);
+}
+
+// One byte -> eight flags: copy it to eight bytes, keep bit k in byte k, then turn "not zero" into 1.
+inline void unpack8(std::uint8_t byte, std::uint8_t* flags) {
+    std::uint64_t word = (byte * 0x0101010101010101ULL) & 0x8040201008040201ULL;
+    word = ((word + 0x7F7F7F7F7F7F7F7FULL) >> 7) & 0x0101010101010101ULL;
+    std::memcpy(flags, &word, 8);
+}
+
+void check_range(const Bytes& packed, std::int64_t start, std::int64_t stop) {
+    if (start < 0 || start > stop || stop > 8 * packed.size()) {
+        throw std::out_of_range("bits [" + std::to_string(start) + ", " + std::to_string(stop) + ") are outside " +
+                                std::to_string(packed.size()) + " bytes");
+    }
+}
+
+// A byte mask with bits [low, high) set, 0 <= low <= high <= 8.
+inline std::uint8_t mask(int low, int high) { return static_cast<std::uint8_t>((0xFF >> (8 - high)) & (0xFF << low)); }
+
+// Writes the flags at `start` into bytes whose bits from `start` on are 0; returns how many flags are 1.
+std::int64_t pack_into(Bytes packed, std::int64_t start, const Bytes& flags) {
+    const std::int64_t count = flags.size();
+    check_range(packed, start, start + count);
+    const std::uint8_t* in = flags.data();
+    std::uint8_t* out = packed.mutable_data();
+
+    std::uint64_t seen = 0;
+    std::int64_t i = 0;
+    for (; i + 8 <= count; i += 8) {
+        std::uint64_t word;
+        std::memcpy(&word, in + i, 8);
+        seen |= word;
+    }
+    for (; i < count; ++i) seen |= in[i];
+    if (seen & ~0x0101010101010101ULL) throw py::value_error("language bits must be 0 or 1");
+
+    std::int64_t ones = 0;
+    i = 0;
+    for (; i < count && (start + i) % 8 != 0; ++i) {
+        out[(start + i) / 8] |= static_cast<std::uint8_t>(in[i] << ((start + i) % 8));
+        ones += in[i];
+    }
+    for (; i + 8 <= count; i += 8) {
+        const std::uint8_t byte = pack8(in + i);
+        out[(start + i) / 8] = byte;
+        ones += __builtin_popcount(byte);
+    }
+    for (; i < count; ++i) {
+        out[(start + i) / 8] |= static_cast<std::uint8_t>(in[i] << ((start + i) % 8));
+        ones += in[i];
+    }
+    return ones;
+}
+
+// Sets bits [start, stop) to 1.
+void fill_ones(Bytes packed, std::int64_t start, std::int64_t stop) {
+    check_range(packed, start, stop);
+    if (start == stop) return;
+    std::uint8_t* out = packed.mutable_data();
+    const std::int64_t first = start / 8, last = (stop - 1) / 8;
+    const int low = static_cast<int>(start % 8), high = static_cast<int>((stop - 1) % 8) + 1;
+    if (first == last) {
+        out[first] |= mask(low, high);
+        return;
+    }
+    out[first] |= mask(low, 8);
+    std::memset(out + first + 1, 0xFF, static_cast<std::size_t>(last - first - 1));
+    out[last] |= mask(0, high);
+}
+
+// Bits [start, stop) as bytes 0 or 1.
+Bytes unpack(const Bytes& packed, std::int64_t start, std::int64_t stop) {
+    check_range(packed, start, stop);
+    Bytes flags(stop - start);
+    const std::uint8_t* in = packed.data();
+    std::uint8_t* out = flags.mutable_data();
+    std::int64_t i = start;
+    for (; i < stop && i % 8 != 0; ++i) *out++ = (in[i / 8] >> (i % 8)) & 1;
+    for (; i + 8 <= stop; i += 8, out += 8) unpack8(in[i / 8], out);
+    for (; i < stop; ++i) *out++ = (in[i / 8] >> (i % 8)) & 1;
+    return flags;
+}
+
+// The number of ones among bits [start, stop).
+std::int64_t count_ones(const Bytes& packed, std::int64_t start, std::int64_t stop) {
+    check_range(packed, start, stop);
+    if (start == stop) return 0;
+    const std::uint8_t* in = packed.data();
+    const std::int64_t first = start / 8, last = (stop - 1) / 8;
+    const int low = static_cast<int>(start % 8), high = static_cast<int>((stop - 1) % 8) + 1;
+    if (first == last) return __builtin_popcount(in[first] & mask(low, high));
+    std::int64_t ones = __builtin_popcount(in[first] & mask(low, 8));
+    std::int64_t i = first + 1;
+    for (; i + 8 <= last; i += 8) {
+        std::uint64_t word;
+        std::memcpy(&word, in + i, 8);
+        ones += __builtin_popcountll(word);
+    }
+    for (; i < last; ++i) ones += __builtin_popcount(in[i]);
+    return ones + __builtin_popcount(in[last] & mask(0, high));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_language_bits, module) {
+    module.doc() = "Packed language bits: pack, fill, unpack and count at any bit offset.";
+    module.def("pack_into", &pack_into, py::arg("packed").noconvert(), py::arg("start"), py::arg("flags").noconvert());
+    module.def("fill_ones", &fill_ones, py::arg("packed").noconvert(), py::arg("start"), py::arg("stop"));
+    module.def("unpack", &unpack, py::arg("packed").noconvert(), py::arg("start"), py::arg("stop"));
+    module.def("count_ones", &count_ones, py::arg("packed").noconvert(), py::arg("start"), py::arg("stop"));
+}

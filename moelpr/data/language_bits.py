@@ -1,0 +1,246 @@
+"""The .lang format: one language bit per token beside Megatron's .bin/.idx; 1 = original-language token.
+
+This module is the format's only definition (docs/data-format.md tells it byte by byte). A 64-byte little-endian header
+is followed by the bits, eight to a byte: token i is bit i % 8, counted from the least significant, of byte i // 8.
+"""
+
+import mmap
+import os
+import struct
+import zlib
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moelpr.data import _language_bits
+from moelpr.errors import UserError
+
+MAGIC = b"MOELPRLB"
+VERSION = 1
+# Magic, version, CRC-32 of the payload, tokens, original-language tokens, 28 zero bytes, CRC-32 of all these.
+_FIELDS = struct.Struct("<8sIIQQ28x")
+_HEADER_CHECKSUM = struct.Struct("<I")
+HEADER_BYTES = _FIELDS.size + _HEADER_CHECKSUM.size
+
+_BUFFER_TOKENS = 8 * (1 << 20)
+_REMEDY = "rebuild it with data_tools/preprocess_data.py"
+
+
+class _Header(NamedTuple):
+    payload_checksum: int
+    num_tokens: int
+    num_original: int
+
+    def pack(self) -> bytes:
+        fields = _FIELDS.pack(MAGIC, VERSION, *self)
+        return fields + _HEADER_CHECKSUM.pack(zlib.crc32(fields))
+
+
+def payload_bytes(num_tokens: int) -> int:
+    """Bytes that hold `num_tokens` bits."""
+    return (num_tokens + 7) // 8
+
+
+class LanguageBitsWriter:
+    """Writes a .lang file piece by piece, with 1 MiB of memory whatever its length.
+
+    The header is written by `finalize`; until then it is zero and no reader opens the file. As a context manager the
+    file is closed (not finalized) on the way out.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.num_tokens = 0
+        self.num_original = 0
+        self._checksum = 0
+        self._buffer = np.zeros(payload_bytes(_BUFFER_TOKENS), np.uint8)
+        self._buffered = 0  # tokens in the buffer
+        self._file = open(self.path, "wb")
+        self._file.write(bytes(HEADER_BYTES))
+
+    def append(self, bits: NDArray[np.uint8] | NDArray[np.bool_]) -> None:
+        """Append one bit per token.
+
+        Args:
+            bits: [tokens], uint8 (0 or 1) or bool; 1 = original-language token.
+
+        Raises:
+            ValueError: another dtype, more than one dimension, or a value that is neither 0 nor 1.
+        """
+        if bits.ndim != 1 or bits.dtype not in (np.uint8, np.bool_):
+            raise ValueError(f"language bits must be one row of uint8 or bool, not {bits.dtype} of shape {bits.shape}")
+        flags = np.ascontiguousarray(bits).view(np.uint8)
+        done = 0
+        while done < len(flags):
+            piece = flags[done : done + _BUFFER_TOKENS - self._buffered]
+            self.num_original += _language_bits.pack_into(self._buffer, self._buffered, piece)
+            self._advance(len(piece))
+            done += len(piece)
+
+    def append_run(self, is_original: bool, count: int) -> None:
+        """Append `count` tokens that share one bit, as the tokens of a document do."""
+        if count < 0:
+            raise ValueError(f"a run of {count} tokens")
+        while count > 0:
+            piece = min(count, _BUFFER_TOKENS - self._buffered)
+            if is_original:
+                _language_bits.fill_ones(self._buffer, self._buffered, self._buffered + piece)
+                self.num_original += piece
+            self._advance(piece)
+            count -= piece
+
+    def finalize(self) -> None:
+        """Write what is left and the header, and close the file: it is a .lang file from here on."""
+        self._flush()
+        self._file.seek(0)
+        self._file.write(_Header(self._checksum, self.num_tokens, self.num_original).pack())
+        self._file.close()
+
+    def close(self) -> None:
+        """Close without a header: what was written stays unreadable."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _advance(self, tokens: int) -> None:
+        self._buffered += tokens
+        self.num_tokens += tokens
+        if self._buffered == _BUFFER_TOKENS:
+            self._flush()
+
+    def _flush(self) -> None:
+        # Called with a full buffer or by finalize, so only the file's last byte can be a partial one.
+        full = self._buffer[: payload_bytes(self._buffered)]
+        self._checksum = zlib.crc32(full, self._checksum)
+        self._file.write(full)
+        full[:] = 0
+        self._buffered = 0
+
+
+class LanguageBits:
+    """A .lang file, memory-mapped. Opening checks the header and the file's size; `verify` reads everything.
+
+    Pickles as its path, so that a data loader's workers open the file themselves.
+
+    Raises:
+        UserError: the file is missing, not a .lang file, of another version, truncated or too long.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        try:
+            with open(self.path, "rb") as file:
+                header = file.read(HEADER_BYTES)
+                size = os.fstat(file.fileno()).st_size
+                self._header = self._read_header(header, size)
+                # A plain array over the map: np.memmap runs Python code at every slice.
+                payload = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+        except OSError as error:
+            raise UserError(f"{self.path} can't be opened ({error.strerror}); {_REMEDY}") from error
+        self._payload = payload[HEADER_BYTES:]
+        self.num_tokens = self._header.num_tokens
+        self.num_original = self._header.num_original
+
+    def __len__(self) -> int:
+        return self.num_tokens
+
+    def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
+        return type(self), (self.path,)
+
+    def slice(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """The bits of tokens [start, stop): uint8 [stop - start], 1 = original-language token.
+
+        Raises:
+            IndexError: unless 0 <= start <= stop <= num_tokens.
+        """
+        self._check_range(start, stop)
+        return _language_bits.unpack(self._payload, start, stop)
+
+    def count(self, start: int, stop: int) -> int:
+        """The number of original-language tokens among tokens [start, stop).
+
+        Raises:
+            IndexError: unless 0 <= start <= stop <= num_tokens.
+        """
+        self._check_range(start, stop)
+        return _language_bits.count_ones(self._payload, start, stop)
+
+    def verify(self) -> None:
+        """Read the whole file and compare it with its header.
+
+        Raises:
+            UserError: the checksum or the count differs, or bits after the last token are not zero.
+        """
+        checksum = zlib.crc32(self._payload)
+        if checksum != self._header.payload_checksum:
+            wanted = self._header.payload_checksum
+            raise UserError(f"{self.path} is damaged: checksum {checksum:08x}, its header says {wanted:08x}; {_REMEDY}")
+        original = self.count(0, self.num_tokens)
+        if original != self.num_original:
+            raise UserError(
+                f"{self.path} is damaged: {original:,} original-language tokens, its header says "
+                f"{self.num_original:,}; {_REMEDY}"
+            )
+        if _language_bits.count_ones(self._payload, self.num_tokens, 8 * len(self._payload)):
+            raise UserError(f"{self.path} is damaged: bits are set after its last token; {_REMEDY}")
+
+    def _check_range(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise IndexError(f"tokens [{start}, {stop}) of {self.path}, which holds {self.num_tokens}")
+
+    def _read_header(self, header: bytes, file_bytes: int) -> _Header:
+        if len(header) < HEADER_BYTES or not any(header):
+            raise UserError(f"{self.path} is no .lang file or was not finished; {_REMEDY}")
+        magic, version, *fields = _FIELDS.unpack_from(header)
+        if magic != MAGIC:
+            raise UserError(f"{self.path} is no .lang file: it starts with {magic!r}, not {MAGIC!r}; {_REMEDY}")
+        if version != VERSION:
+            raise UserError(
+                f"{self.path} has version {version} of the .lang format, this program reads {VERSION}; {_REMEDY}"
+            )
+        found = _Header(*fields)
+        if found.pack() != header:
+            raise UserError(f"{self.path} is damaged: its header does not match its own checksum; {_REMEDY}")
+        expected_bytes = HEADER_BYTES + payload_bytes(found.num_tokens)
+        if file_bytes != expected_bytes:
+            raise UserError(
+                f"{self.path} holds {file_bytes:,} bytes, its header promises {expected_bytes:,} "
+                f"for {found.num_tokens:,} tokens; {_REMEDY}"
+            )
+        return found
+
+
+def language_bits_path(prefix: str | os.PathLike[str]) -> Path:
+    """The .lang file of a corpus prefix (Megatron's word for the path without .bin/.idx)."""
+    return Path(f"{os.fspath(prefix)}.lang")
+
+
+def open_language_bits(prefix: str | os.PathLike[str], num_tokens: int) -> LanguageBits:
+    """Open the .lang file of a corpus and make sure that it covers the corpus: a guess would train the wrong loss.
+
+    Args:
+        prefix: the corpus's path without .bin/.idx/.lang.
+        num_tokens: tokens in `<prefix>.bin`.
+
+    Raises:
+        UserError: the file is missing or unreadable, or covers another number of tokens.
+    """
+    path = language_bits_path(prefix)
+    if not path.exists():
+        raise UserError(
+            f"{path} is missing, so the languages of {os.fspath(prefix)}.bin are unknown; "
+            f"rebuild the corpus with data_tools/preprocess_data.py"
+        )
+    bits = LanguageBits(path)
+    if bits.num_tokens != num_tokens:
+        raise UserError(
+            f"{path} covers {bits.num_tokens:,} tokens but {os.fspath(prefix)}.bin holds {num_tokens:,}; "
+            f"rebuild both with data_tools/preprocess_data.py"
+        )
+    return bits

@@ -1,0 +1,185 @@
+"""The .lang format: what is written is what is read, at any bit offset, and damage is seen."""
+
+import pickle
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moelpr.data import _language_bits, language_bits
+from moelpr.data.language_bits import LanguageBits, LanguageBitsWriter, open_language_bits
+from moelpr.errors import UserError
+
+bit_arrays = st.lists(st.integers(0, 1), max_size=70).map(lambda bits: np.array(bits, np.uint8))
+
+
+def write(path: Path, *pieces: np.ndarray) -> Path:
+    with LanguageBitsWriter(path) as writer:
+        for piece in pieces:
+            writer.append(piece)
+        writer.finalize()
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all of a property test's examples."""
+    return tmp_path_factory.mktemp("lang")
+
+
+@given(pieces=st.lists(bit_arrays, max_size=8))
+def test_what_is_written_in_pieces_is_read_back(folder: Path, pieces: list[np.ndarray]) -> None:
+    expected = np.concatenate([np.zeros(0, np.uint8), *pieces])
+    bits = LanguageBits(write(folder / "pieces.lang", *pieces))
+    bits.verify()
+    assert bits.num_tokens == len(bits) == len(expected)
+    assert bits.num_original == expected.sum()
+    np.testing.assert_array_equal(bits.slice(0, len(expected)), expected)
+
+
+@given(pieces=st.lists(bit_arrays, max_size=8))
+def test_appending_in_pieces_writes_the_bytes_of_appending_at_once(folder: Path, pieces: list[np.ndarray]) -> None:
+    whole = np.concatenate([np.zeros(0, np.uint8), *pieces])
+    once = write(folder / "once.lang", whole).read_bytes()
+    assert write(folder / "pieces.lang", *pieces).read_bytes() == once
+    # The payload is numpy's own packing.
+    assert once[language_bits.HEADER_BYTES :] == np.packbits(whole, bitorder="little").tobytes()
+
+
+@given(runs=st.lists(st.tuples(st.booleans(), st.integers(0, 40)), max_size=8))
+def test_runs_write_the_bytes_of_their_bits(folder: Path, runs: list[tuple[bool, int]]) -> None:
+    with LanguageBitsWriter(folder / "runs.lang") as writer:
+        for is_original, count in runs:
+            writer.append_run(is_original, count)
+        writer.finalize()
+    written = (folder / "runs.lang").read_bytes()
+    expected = write(folder / "bits.lang", *[np.full(count, bit, np.uint8) for bit, count in runs])
+    assert written == expected.read_bytes()
+
+
+@given(bits=bit_arrays, data=st.data())
+def test_slices_and_counts_equal_numpy(folder: Path, bits: np.ndarray, data: st.DataObject) -> None:
+    start = data.draw(st.integers(0, len(bits)))
+    stop = data.draw(st.integers(start, len(bits)))
+    read = LanguageBits(write(folder / "slices.lang", bits))
+    piece = read.slice(start, stop)
+    assert piece.dtype == np.uint8
+    np.testing.assert_array_equal(piece, bits[start:stop])
+    assert read.count(start, stop) == bits[start:stop].sum()
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 2**32 - 1), buffer_bytes=st.integers(1, 9))
+def test_the_writer_crosses_its_buffer_at_any_offset(folder: Path, seed: int, buffer_bytes: int) -> None:
+    rng = np.random.default_rng(seed)
+    pieces = [rng.integers(0, 2, rng.integers(0, 200), dtype=np.uint8) for _ in range(5)]
+    expected = write(folder / "expected.lang", *pieces).read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(language_bits, "_BUFFER_TOKENS", 8 * buffer_bytes)
+        with LanguageBitsWriter(folder / "small.lang") as writer:
+            for piece in pieces:
+                if len(piece) % 2:
+                    writer.append(piece)
+                else:
+                    for bit in piece:
+                        writer.append_run(bool(bit), 1)
+            writer.finalize()
+    assert (folder / "small.lang").read_bytes() == expected
+
+
+def test_bool_and_strided_bits_are_taken_and_other_values_refused(tmp_path: Path) -> None:
+    bits = np.array([1, 0, 0, 1, 1, 0, 1, 0, 1, 1], np.uint8)
+    expected = write(tmp_path / "a.lang", bits[::2]).read_bytes()
+    assert write(tmp_path / "b.lang", bits.astype(bool)[::2]).read_bytes() == expected
+    with LanguageBitsWriter(tmp_path / "c.lang") as writer:
+        with pytest.raises(ValueError, match="0 or 1"):
+            writer.append(np.array([0] * 11 + [2], np.uint8))
+        with pytest.raises(ValueError, match="0 or 1"):
+            writer.append(np.array([0, 255] + [0] * 12, np.uint8))
+        with pytest.raises(ValueError, match="int64"):
+            writer.append(np.array([0, 1]))
+        with pytest.raises(ValueError, match="-1 tokens"):
+            writer.append_run(True, -1)
+
+
+@pytest.mark.parametrize("start, stop", [(-1, 2), (3, 2), (0, 11), (11, 11)])
+def test_a_range_outside_the_file_is_refused(tmp_path: Path, start: int, stop: int) -> None:
+    bits = LanguageBits(write(tmp_path / "a.lang", np.ones(10, np.uint8)))
+    with pytest.raises(IndexError):
+        bits.slice(start, stop)
+    with pytest.raises(IndexError):
+        bits.count(start, stop)
+    # The C++ part guards the memory itself.
+    with pytest.raises(IndexError):
+        _language_bits.unpack(np.zeros(1, np.uint8), start, stop)
+
+
+def test_the_reader_pickles_as_its_path(tmp_path: Path) -> None:
+    bits = LanguageBits(write(tmp_path / "a.lang", np.arange(5000, dtype=np.uint8) % 2))
+    pickled = pickle.dumps(bits)
+    assert len(pickled) < 1000
+    again = pickle.loads(pickled)
+    np.testing.assert_array_equal(again.slice(3, 4999), bits.slice(3, 4999))
+
+
+@settings(max_examples=40)
+@given(bits=bit_arrays.filter(len), data=st.data())
+def test_any_flipped_bit_is_found(folder: Path, bits: np.ndarray, data: st.DataObject) -> None:
+    path = write(folder / "damaged.lang", bits)
+    content = bytearray(path.read_bytes())
+    position = data.draw(st.integers(0, 8 * len(content) - 1))
+    content[position // 8] ^= 1 << (position % 8)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"damaged\.lang"):
+        LanguageBits(path).verify()
+
+
+def test_truncated_long_foreign_and_unfinished_files_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.lang", np.ones(100, np.uint8))
+    content = path.read_bytes()
+
+    def expect(changed: bytes, message: str) -> None:
+        path.write_bytes(changed)
+        with pytest.raises(UserError, match=message):
+            LanguageBits(path)
+
+    expect(content[:-1], "holds 76 bytes, its header promises 77 for 100 tokens")
+    expect(content + b"\0", "holds 78 bytes")
+    expect(content[:20], "no .lang file or was not finished")
+    expect(b"", "no .lang file or was not finished")
+    expect(b"MMIDIDX\0" + content[8:], "it starts with b'MMIDIDX")
+    expect(content[:8] + struct.pack("<I", 2) + content[12:], "version 2 of the .lang format, this program reads 1")
+    with LanguageBitsWriter(path) as writer:
+        writer.append_run(True, 100)
+    expect(path.read_bytes(), "not finished")
+    with pytest.raises(UserError, match="can't be opened"):
+        LanguageBits(tmp_path)
+
+
+def test_padding_and_count_are_verified_beside_the_checksum(tmp_path: Path) -> None:
+    """A wrong writer could store a matching checksum; the other two promises are checked on their own."""
+
+    def with_header(payload: bytes, num_tokens: int, num_original: int) -> Path:
+        header = language_bits._Header(zlib.crc32(payload), num_tokens, num_original).pack()
+        path = tmp_path / "wrong.lang"
+        path.write_bytes(header + payload)
+        return path
+
+    LanguageBits(with_header(b"\x0f", 4, 4)).verify()
+    with pytest.raises(UserError, match="bits are set after its last token"):
+        LanguageBits(with_header(b"\x1f", 4, 4)).verify()
+    with pytest.raises(UserError, match="4 original-language tokens, its header says 3"):
+        LanguageBits(with_header(b"\x0f", 4, 3)).verify()
+
+
+def test_a_lang_file_that_does_not_cover_its_bin_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "zh.lang", np.ones(4095, np.uint8))
+    assert open_language_bits(tmp_path / "zh", 4095).num_original == 4095
+    with pytest.raises(UserError, match=r"zh\.lang covers 4,095 tokens but \S*zh\.bin holds 4,096; rebuild both with "):
+        open_language_bits(str(tmp_path / "zh"), 4096)
+    with pytest.raises(UserError, match=r"es\.lang is missing"):
+        open_language_bits(tmp_path / "es", 4096)

@@ -14,7 +14,7 @@
 namespace py = pybind11;
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "eight flags are read as one little-endian word: port pack8 and unpack8 first"
+#error "eight flags are read and written as one little-endian word"
 #endif
 
 // Contiguous bytes, taken as they are: a wrong dtype is an error, never a silent copy.
@@ -23,18 +23,21 @@ using Bytes = py::array_t<std::uint8_t, py::array::c_style>;
 namespace {
 
 // Eight flags (bytes 0 or 1) -> one byte. The product moves flag k from bit 8k to bit 56 + k without a carry.
-inline std::uint8_t pack8(const std::uint8_t* flags) {
-    std::uint64_t word;
-    std::memcpy(&word, flags, 8);
-    return static_cast<std::uint8_t>((word * 0x0102040810204080ULL) >> 56);
+inline std::uint8_t pack8(std::uint64_t flags) {
+    return static_cast<std::uint8_t>((flags * 0x0102040810204080ULL) >> 56);
 }
 
-// One byte -> eight flags: copy it to eight bytes, keep bit k in byte k, then turn "not zero" into 1.
-inline void unpack8(std::uint8_t byte, std::uint8_t* flags) {
-    std::uint64_t word = (byte * 0x0101010101010101ULL) & 0x8040201008040201ULL;
-    word = ((word + 0x7F7F7F7F7F7F7F7FULL) >> 7) & 0x0101010101010101ULL;
-    std::memcpy(flags, &word, 8);
-}
+// One byte -> eight flags, looked up: copy the byte to eight bytes, keep bit k in byte k, turn "not zero" into 1.
+struct UnpackTable {
+    std::uint64_t flags[256]{};
+    constexpr UnpackTable() {
+        for (std::uint64_t byte = 0; byte < 256; ++byte) {
+            const std::uint64_t picked = (byte * 0x0101010101010101ULL) & 0x8040201008040201ULL;
+            flags[byte] = ((picked + 0x7F7F7F7F7F7F7F7FULL) >> 7) & 0x0101010101010101ULL;
+        }
+    }
+};
+constexpr UnpackTable kUnpack;
 
 void check_range(const Bytes& packed, std::int64_t start, std::int64_t stop) {
     if (start < 0 || start > stop || stop > 8 * packed.size()) {
@@ -54,29 +57,29 @@ std::int64_t pack_into(Bytes packed, std::int64_t start, const Bytes& flags) {
     std::uint8_t* out = packed.mutable_data();
 
     std::uint64_t seen = 0;
-    std::int64_t i = 0;
+    std::int64_t ones = 0, i = 0;
+    const auto pack_one = [&] {
+        seen |= in[i];
+        ones += in[i];
+        out[(start + i) / 8] |= static_cast<std::uint8_t>(in[i] << ((start + i) % 8));
+        ++i;
+    };
+    while (i < count && (start + i) % 8 != 0) pack_one();
     for (; i + 8 <= count; i += 8) {
         std::uint64_t word;
         std::memcpy(&word, in + i, 8);
         seen |= word;
+        out[(start + i) / 8] = pack8(word);
+        ones += static_cast<std::int64_t>((word * 0x0101010101010101ULL) >> 56);  // the sum of its bytes
     }
-    for (; i < count; ++i) seen |= in[i];
-    if (seen & ~0x0101010101010101ULL) throw py::value_error("language bits must be 0 or 1");
+    while (i < count) pack_one();
 
-    std::int64_t ones = 0;
-    i = 0;
-    for (; i < count && (start + i) % 8 != 0; ++i) {
-        out[(start + i) / 8] |= static_cast<std::uint8_t>(in[i] << ((start + i) % 8));
-        ones += in[i];
-    }
-    for (; i + 8 <= count; i += 8) {
-        const std::uint8_t byte = pack8(in + i);
-        out[(start + i) / 8] = byte;
-        ones += __builtin_popcount(byte);
-    }
-    for (; i < count; ++i) {
-        out[(start + i) / 8] |= static_cast<std::uint8_t>(in[i] << ((start + i) % 8));
-        ones += in[i];
+    if (seen & ~0x0101010101010101ULL) {
+        // Undo: whoever catches the error may go on writing at `start`.
+        out[start / 8] &= mask(0, static_cast<int>(start % 8));
+        const std::int64_t end = (start + count + 7) / 8;
+        std::memset(out + start / 8 + 1, 0, static_cast<std::size_t>(end - start / 8 - 1));
+        throw py::value_error("language bits must be 0 or 1");
     }
     return ones;
 }
@@ -105,7 +108,7 @@ Bytes unpack(const Bytes& packed, std::int64_t start, std::int64_t stop) {
     std::uint8_t* out = flags.mutable_data();
     std::int64_t i = start;
     for (; i < stop && i % 8 != 0; ++i) *out++ = (in[i / 8] >> (i % 8)) & 1;
-    for (; i + 8 <= stop; i += 8, out += 8) unpack8(in[i / 8], out);
+    for (; i + 8 <= stop; i += 8, out += 8) std::memcpy(out, &kUnpack.flags[in[i / 8]], 8);
     for (; i < stop; ++i) *out++ = (in[i / 8] >> (i % 8)) & 1;
     return flags;
 }

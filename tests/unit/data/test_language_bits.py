@@ -106,6 +106,20 @@ def test_bool_and_strided_bits_are_taken_and_other_values_refused(tmp_path: Path
             writer.append_run(True, -1)
 
 
+def test_a_refused_append_leaves_the_writer_as_it_was(tmp_path: Path) -> None:
+    first, second = np.array([1, 0, 1], np.uint8), np.array([0, 1, 0, 0, 0], np.uint8)
+    with LanguageBitsWriter(tmp_path / "a.lang") as writer:
+        writer.append(first)
+        for position in range(20):
+            wrong = np.ones(20, np.uint8)
+            wrong[position] = 3
+            with pytest.raises(ValueError):
+                writer.append(wrong)
+        writer.append(second)
+        writer.finalize()
+    assert (tmp_path / "a.lang").read_bytes() == write(tmp_path / "b.lang", first, second).read_bytes()
+
+
 @pytest.mark.parametrize("start, stop", [(-1, 2), (3, 2), (0, 11), (11, 11)])
 def test_a_range_outside_the_file_is_refused(tmp_path: Path, start: int, stop: int) -> None:
     bits = LanguageBits(write(tmp_path / "a.lang", np.ones(10, np.uint8)))

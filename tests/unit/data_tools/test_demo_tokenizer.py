@@ -1,0 +1,80 @@
+"""The demo's tokenizer, trained on a few made-up sentences."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from data_tools.demo_tokenizer import train_demo_tokenizer
+from moelpr.errors import UserError
+
+TEXTS = [
+    "The device can't be reached. Check 2 addresses and try again.",
+    "Δεν είναι δυνατή η σύνδεση με τη συσκευή.",
+    "Az eszköz nem érhető el, próbálja újra később.",
+    "无法连接到设备，请检查网络。",
+]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
+    return path
+
+
+def test_the_tokenizer_loads_with_transformers_and_loses_nothing(corpus: Path, tmp_path: Path) -> None:
+    train_demo_tokenizer([corpus], tmp_path / "tokenizer", 300)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    assert len(tokenizer) == 300
+    assert tokenizer.eos_token == "<|endoftext|>"
+    assert tokenizer.encode("a<|endoftext|>")[-1] == tokenizer.eos_token_id
+    for text in [*TEXTS, "never seen: žluťoučký 🦊\n\ttab"]:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_numbers_are_split_into_digits_as_qwen2_does(corpus: Path, tmp_path: Path) -> None:
+    train_demo_tokenizer([corpus], tmp_path / "tokenizer", 300)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    assert tokenizer.tokenize("2026") == ["2", "0", "2", "6"]
+
+
+def test_the_same_texts_give_the_same_files(corpus: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        train_demo_tokenizer([corpus], tmp_path / name, 320)
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+
+
+def test_too_little_text_for_the_vocabulary_is_refused(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="9,000 are wanted"):
+        train_demo_tokenizer([corpus], tmp_path / "tokenizer", 9000)
+    with pytest.raises(UserError, match="at least 257"):
+        train_demo_tokenizer([corpus], tmp_path / "tokenizer", 200)
+    assert not (tmp_path / "tokenizer").exists()
+
+
+def test_an_output_that_exists_is_replaced_only_when_asked(corpus: Path, tmp_path: Path) -> None:
+    train_demo_tokenizer([corpus], tmp_path / "tokenizer", 300)
+    with pytest.raises(UserError, match="--overwrite"):
+        train_demo_tokenizer([corpus], tmp_path / "tokenizer", 310)
+    train_demo_tokenizer([corpus], tmp_path / "tokenizer", 310, overwrite=True)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "tokenizer")) == 310
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"body": "x"}', '{"text": 3}'])
+def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "fine"}\n' + line + "\n")
+    with pytest.raises(UserError, match=r"bad.jsonl, line 2"):
+        train_demo_tokenizer([path], tmp_path / "tokenizer", 300)
+
+
+def test_a_missing_or_undecodable_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"absent.jsonl"):
+        train_demo_tokenizer([tmp_path / "absent.jsonl"], tmp_path / "tokenizer", 300)
+    path = tmp_path / "latin1.jsonl"
+    path.write_bytes(b'{"text": "\xe9"}\n')
+    with pytest.raises(UserError, match="not UTF-8"):
+        train_demo_tokenizer([path], tmp_path / "tokenizer", 300)

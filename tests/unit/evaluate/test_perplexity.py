@@ -1,0 +1,132 @@
+"""Bits per byte against a plain loop, one token at a time."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from moelpr.errors import UserError
+from moelpr.evaluate.models import load_model
+from moelpr.evaluate.perplexity import IGNORED, Settings, cut_into_windows, score
+
+
+@pytest.fixture(scope="module")
+def dense(dense_dir):
+    return load_model(dense_dir, device="cpu")
+
+
+def plain_bits(loaded, text: str, window: int, context: int) -> float:
+    """−log2 p of one document: every token on its own, from the definition in the module's docstring."""
+    tokens = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
+    sequence = [loaded.tokenizer.eos_token_id, *tokens]
+    bits = 0.0
+    for position in range(1, len(sequence)):
+        # The k-th later window predicts the next `window - context` tokens.
+        later = max(0, math.ceil((position - window) / (window - context)))
+        first = later * (window - context)
+        logits = loaded.model(torch.tensor([sequence[first:position]])).logits[0, -1].double()
+        bits -= logits.log_softmax(-1)[sequence[position]].item() / math.log(2)
+    return bits
+
+
+@pytest.mark.parametrize(("window", "context"), [(64, 0), (8, 0), (8, 3), (5, 4)])
+def test_bits_per_byte_equals_a_plain_loop_over_tokens(dense, texts, window, context):
+    result = score(dense, texts, Settings(window, context))
+    with torch.no_grad():
+        for language, documents in texts.items():
+            bits = [plain_bits(dense, text, window, context) for text in documents]
+            assert result[language].document_bits == pytest.approx(bits, rel=1e-5)
+            size = sum(len(text.encode()) for text in documents)
+            assert result[language].bits_per_byte == pytest.approx(sum(bits) / size, rel=1e-5)
+
+
+def test_the_plain_loop_sees_different_numbers_for_different_contexts(dense, texts):
+    """Otherwise the test above would pass whatever the windows are."""
+    whole, cut = (score(dense, texts, Settings(window, 0))["en"].bits_per_byte for window in (64, 8))
+    assert abs(whole - cut) > 1e-3
+
+
+@pytest.mark.parametrize("directory", ["dense_dir", "moe_dir"])
+def test_batch_size_and_order_change_nothing(request, texts, directory):
+    loaded = load_model(request.getfixturevalue(directory), device="cpu")
+    one = score(loaded, texts, Settings(16, 4, batch_size=1))
+    many = score(loaded, {name: documents[::-1] for name, documents in texts.items()}, Settings(16, 4, batch_size=50))
+    for language in texts:
+        assert many[language].bits_per_byte == pytest.approx(one[language].bits_per_byte, abs=1e-5)
+        if one[language].routing:
+            assert many[language].routing.tokens == one[language].routing.tokens
+            for shares, again in zip(one[language].routing.mean_score, many[language].routing.mean_score, strict=True):
+                assert again == pytest.approx(shares, abs=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 4, 5, 6, 7, 23])
+@pytest.mark.parametrize("context", [0, 1, 4])
+def test_windows_predict_each_token_exactly_once(length, context):
+    tokens = list(range(1, length + 1))
+    windows = list(cut_into_windows(0, tokens, start_id=0, length=5, context=context))
+    assert [target for window in windows for target in window.targets if target != IGNORED] == tokens
+    for window in windows:
+        assert len(window.inputs) == len(window.targets) <= 5
+        # Tokens are their own positions here, so what follows an input is its number plus one.
+        assert all(target in (IGNORED, value + 1) for value, target in zip(window.inputs, window.targets, strict=True))
+
+
+def test_window_longer_than_the_model_is_refused(dense, texts):
+    with pytest.raises(UserError, match="65 is too long for dense: it takes at most 64"):
+        score(dense, texts, Settings(65))
+
+
+def test_window_defaults_to_what_the_shortest_model_takes():
+    assert Settings().resolve({"a": 64, "b": 4096, "c": None}) == Settings(64, 16)
+    assert Settings().resolve({"b": 4096}) == Settings(512, 128)
+
+
+def test_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path, dense_dir, texts, tokenizer):
+    from transformers import Qwen2ForCausalLM
+
+    model = Qwen2ForCausalLM.from_pretrained(dense_dir)
+    model.resize_token_embeddings(len(tokenizer) - 40)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"model has only {len(tokenizer) - 40} embeddings"):
+        score(load_model(tmp_path, device="cpu"), texts)
+
+
+def test_weights_that_lack_a_tensor_are_refused_instead_of_made_up(tmp_path, dense_dir):
+    from safetensors.torch import load_file, save_file
+
+    for file in dense_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(dense_dir / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lack 1 tensors, model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_model(tmp_path, device="cpu")
+
+
+def test_directories_that_are_no_model_are_refused(tmp_path, dense_dir):
+    with pytest.raises(UserError, match="does not exist"):
+        load_model(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"no config\.json"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_bytes((dense_dir / "config.json").read_bytes())
+    with pytest.raises(UserError, match="safetensors"):
+        load_model(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not a tensor in sight")
+    with pytest.raises(UserError, match="cannot be opened"):
+        load_model(tmp_path)
+
+
+def test_code_that_comes_with_a_model_is_never_run(tmp_path, dense_dir):
+    for file in dense_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {
+        "model_type": "homemade",
+        "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(UserError, match="cannot be opened"):
+        load_model(tmp_path)

@@ -1,0 +1,73 @@
+"""Routing shares against routers worked out by hand from the hidden states in front of them."""
+
+import pytest
+import torch
+
+from moelpr.evaluate.models import load_model
+from moelpr.evaluate.perplexity import Settings, score
+from moelpr.evaluate.routing import find_routers
+
+
+def test_shares_equal_a_plain_computation_from_hidden_states(moe_dir, texts):
+    loaded = load_model(moe_dir, device="cpu")
+    result = score(loaded, texts, Settings(64, 0))
+    for language, documents in texts.items():
+        firsts = {0: [], 2: []}
+        scores = {0: [], 2: []}
+        for text in documents:
+            ids = [loaded.start_id, *loaded.tokenizer(text, add_special_tokens=False)["input_ids"]]
+            seen = {}
+            hooks = [
+                loaded.model.model.layers[number].mlp.register_forward_pre_hook(
+                    lambda _module, inputs, number=number: seen.update({number: inputs[0][0]})
+                )
+                for number in firsts
+            ]
+            with torch.no_grad():
+                loaded.model(torch.tensor([ids]))
+            for hook in hooks:
+                hook.remove()
+            for number, hidden in seen.items():
+                weight = loaded.model.model.layers[number].mlp.gate.weight
+                probabilities = torch.softmax(hidden @ weight.T, dim=-1)[1:-1]  # neither the start nor the last token
+                firsts[number] += probabilities.argmax(-1).tolist()
+                scores[number].append(probabilities)
+        routing = result[language].routing
+        assert routing.layers == [0, 2]
+        assert routing.tokens == len(firsts[0]) == len(firsts[2])
+        for index, number in enumerate(routing.layers):
+            shares = [firsts[number].count(expert) / len(firsts[number]) for expert in range(4)]
+            assert routing.first_choice_share[index] == pytest.approx(shares)
+            assert routing.mean_score[index] == pytest.approx(torch.cat(scores[number]).mean(0).tolist(), abs=1e-5)
+        share = routing.original_expert_share
+        assert share["per_layer"] == [shares[0] for shares in routing.first_choice_share]
+        assert share["overall"] == pytest.approx(sum(share["per_layer"]) / 2)
+    assert len({score.routing.original_expert_share["overall"] for score in result.values()}) > 1
+
+
+def test_tokens_seen_again_as_context_count_once(moe_dir, texts):
+    result = score(load_model(moe_dir, device="cpu"), texts, Settings(8, 5))
+    for language, documents in texts.items():
+        tokens = result[language].document_tokens
+        assert result[language].routing.tokens == sum(tokens) - len(documents)
+
+
+def test_dense_model_has_no_routing(dense_dir, texts):
+    loaded = load_model(dense_dir, device="cpu")
+    assert find_routers(loaded.model) == {}
+    assert score(loaded, texts)["en"].routing is None
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_routers_of_the_other_exported_families_are_found(family):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        family, vocab_size=50, hidden_size=16, intermediate_size=8, moe_intermediate_size=8, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_local_experts=3, num_experts=3, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    assert {number: tuple(router.weight.shape) for number, router in find_routers(model).items()} == {
+        0: (3, 16),
+        1: (3, 16),
+    }

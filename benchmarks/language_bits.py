@@ -7,6 +7,7 @@ fastest of the rounds counts. Sizes are those of use: a document, a training sam
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,23 +96,23 @@ def main() -> None:
         rows: list[tuple[str, Callable[[], object], Callable[[], object]]] = [
             (
                 "append at a bit offset",
-                lambda: numpy_pack_into(by_numpy, start, flags),
-                lambda: _language_bits.pack_into(by_cpp, start, flags),
+                partial(numpy_pack_into, by_numpy, start, flags),
+                partial(_language_bits.pack_into, by_cpp, start, flags),
             ),
             (
                 "append a run at a bit offset",
-                lambda: numpy_fill_ones(zeros, start, stop),
-                lambda: _language_bits.fill_ones(zeros, start, stop),
+                partial(numpy_fill_ones, zeros, start, stop),
+                partial(_language_bits.fill_ones, zeros, start, stop),
             ),
             (
                 "unpack a range",
-                lambda: numpy_unpack(packed, start, stop),
-                lambda: _language_bits.unpack(packed, start, stop),
+                partial(numpy_unpack, packed, start, stop),
+                partial(_language_bits.unpack, packed, start, stop),
             ),
             (
                 "count in a range",
-                lambda: numpy_count_ones(packed, start, stop),
-                lambda: _language_bits.count_ones(packed, start, stop),
+                partial(numpy_count_ones, packed, start, stop),
+                partial(_language_bits.count_ones, packed, start, stop),
             ),
         ]
         for name, numpy_way, cpp_way in rows:

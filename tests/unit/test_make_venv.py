@@ -1,0 +1,224 @@
+"""launch/make_venv.sh: which Python it takes, and that a half-made .venv is never taken for whole."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "launch" / "make_venv.sh"
+TOOLS = "bash cat cp cut dirname flock grep mkdir rm sed sha256sum sleep timeout touch wc".split()
+
+
+def altered_python(change: str) -> str:
+    """A Python like the one running here, except for what `change` does before the script reads its probe."""
+    return f"""exec '{sys.executable}' -c "import sys, sysconfig; {change}; exec(sys.stdin.read())" "$@" """
+
+
+FITTING = f"""exec '{sys.executable}' "$@" """
+TOO_OLD = altered_python("sys.version_info = (3, 11, 7)")
+TOO_NEW = altered_python("sys.version_info = (3, 14, 0)")
+UNFIT = {
+    "shim": ("exit 127", "doesn't run"),
+    "silent": ("exit 0", "doesn't run"),
+    "hanging": ("sleep 600", "doesn't run"),
+    "old": (TOO_OLD, "is Python 3.11"),
+    "new": (TOO_NEW, "is Python 3.14"),
+    "no headers": (altered_python("sysconfig.get_path = lambda name: '/nowhere'"), "lacks its C headers"),
+    "no ensurepip": (altered_python("sys.modules['ensurepip'] = None"), "lacks venv or ensurepip"),
+    "free-threaded": (altered_python("sysconfig.get_config_var = lambda name: 1"), "is not the standard CPython"),
+}
+
+
+@pytest.fixture
+def put(tmp_path: Path) -> Callable[[str, str], Path]:
+    """Writes a shell script as `folder/name` below tmp_path, executable."""
+
+    def write(name: str, body: str) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{body}\n")
+        path.chmod(0o755)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """PATH with the folders a and b for fake Pythons, and the few tools the script needs; no real Python."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for tool in TOOLS:
+        found = shutil.which(tool)
+        assert found, f"{tool} is missing on this machine"
+        (tools / tool).symlink_to(found)
+    return {"PATH": f"{tmp_path}/a:{tmp_path}/b:{tools}", "HOME": str(tmp_path)}
+
+
+def find_python(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([SCRIPT, "--find-python"], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in UNFIT if kind != "hanging"])  # its ten seconds are spent once, below
+def test_an_unfit_python_is_passed_over_for_a_later_one_of_the_same_name(kind, put, environment):
+    put("a/python3.13", UNFIT[kind][0])
+    good = put("b/python3.13", FITTING)
+    assert find_python(environment).stdout == f"{good}\n"
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+def test_the_error_says_what_each_python_lacks(kind, put, environment):
+    unfit = put("a/python3.12", UNFIT[kind][0])
+    result = find_python(environment)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert f"{unfit} {UNFIT[kind][1]}" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_without_any_python_the_error_says_so(environment):
+    result = find_python(environment)
+    assert result.returncode == 2
+    assert "found none on PATH" in result.stderr
+
+
+def test_a_versioned_name_comes_before_python3(put, environment):
+    put("a/python3", FITTING)
+    good = put("b/python3.12", FITTING)
+    assert find_python(environment).stdout == f"{good}\n"
+
+
+def test_python3_is_taken_when_it_is_new_enough(put, environment):
+    good = put("a/python3", FITTING)
+    assert find_python(environment).stdout == f"{good}\n"
+
+
+def test_PYTHON_is_taken_before_the_path_and_never_replaced(put, environment):
+    put("a/python3.13", FITTING)
+    elsewhere = put("elsewhere/python", FITTING)
+    assert find_python(environment | {"PYTHON": str(elsewhere)}).stdout == f"{elsewhere}\n"
+    old = put("elsewhere/old", TOO_OLD)
+    result = find_python(environment | {"PYTHON": str(old)})
+    assert (result.returncode, result.stdout) == (2, "")
+
+
+# What follows runs the whole script in a small repository of its own; `python -m venv` and `pip` are stand-ins.
+
+STANDIN = f"""
+case "$1 $2" in
+"-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+"-m pip")
+    [ ! -e pip-hangs ] || {{ touch pip-started; sleep 600; }}
+    [ ! -e pip-fails ] || exit 1
+    echo "$@" >>pip-calls
+    ;;
+*) exec '{sys.executable}' "$@" ;;
+esac
+"""
+
+
+@pytest.fixture
+def repository(tmp_path: Path, put) -> Path:
+    root = tmp_path / "repository"
+    (root / "launch").mkdir(parents=True)
+    shutil.copy(SCRIPT, root / "launch")
+    for name in ("setup.py", "constraints.txt", "moelpr/data/csrc/bits.cpp"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("as first installed\n")
+    put("a/python3.13", STANDIN)
+    return root
+
+
+def make_venv(repository: Path, environment: dict[str, str]) -> int:
+    return subprocess.run([repository / "launch/make_venv.sh"], env=environment).returncode
+
+
+def pip_calls(repository: Path) -> int:
+    return len((repository / "pip-calls").read_text().splitlines())
+
+
+def test_a_second_run_installs_nothing(repository, environment):
+    assert make_venv(repository, environment) == 0
+    calls = pip_calls(repository)
+    assert calls > 0
+    assert make_venv(repository, environment) == 0
+    assert pip_calls(repository) == calls
+
+
+@pytest.mark.parametrize("name", ["setup.py", "constraints.txt", "moelpr/data/csrc/bits.cpp"])
+def test_a_changed_file_is_installed_into_the_venv_that_is_there(name, repository, environment):
+    make_venv(repository, environment)
+    calls = pip_calls(repository)
+    (repository / ".venv/kept").touch()
+    (repository / name).write_text("changed\n")
+    assert make_venv(repository, environment) == 0
+    assert pip_calls(repository) > calls
+    assert (repository / ".venv/kept").exists()
+
+
+def test_every_install_is_bound_by_the_constraints(repository, environment):
+    make_venv(repository, environment)
+    for call in (repository / "pip-calls").read_text().splitlines():
+        assert "--constraint constraints.txt" in call
+
+
+def test_a_failed_install_is_an_error_and_is_started_afresh(repository, environment):
+    (repository / "pip-fails").touch()
+    assert make_venv(repository, environment) == 1
+    (repository / ".venv/half").touch()
+    (repository / "pip-fails").unlink()
+    assert make_venv(repository, environment) == 0
+    assert not (repository / ".venv/half").exists()
+    assert pip_calls(repository) > 0
+
+
+def test_a_killed_install_is_started_afresh(repository, environment):
+    (repository / "pip-hangs").touch()
+    killed = subprocess.Popen([repository / "launch/make_venv.sh"], env=environment, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not (repository / "pip-started").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    (repository / ".venv/half").touch()
+    (repository / "pip-hangs").unlink()
+    assert make_venv(repository, environment) == 0
+    assert not (repository / ".venv/half").exists()
+    assert pip_calls(repository) > 0
+
+
+def test_a_venv_whose_python_is_gone_is_made_afresh(repository, environment):
+    make_venv(repository, environment)
+    (repository / ".venv/bin/python").write_text("#!/bin/sh\nexit 127\n")
+    (repository / ".venv/stale").touch()
+    assert make_venv(repository, environment) == 0
+    assert not (repository / ".venv/stale").exists()
+
+
+def test_a_moved_repository_is_installed_again(repository, environment):
+    make_venv(repository, environment)
+    calls = pip_calls(repository)
+    moved = repository.rename(repository.with_name("moved"))
+    assert make_venv(moved, environment) == 0
+    assert pip_calls(moved) > calls
+
+
+def test_an_unfit_PYTHON_leaves_the_venv_alone(repository, environment, put):
+    make_venv(repository, environment)
+    old = put("elsewhere/old", f"""[ "$1" != -c ] || {{ echo 3.11; exit; }}\n{TOO_OLD}""")
+    assert make_venv(repository, environment | {"PYTHON": str(old)}) == 2
+    assert make_venv(repository, environment) == 0
+    assert (repository / ".venv/bin/python").exists()
+
+
+def test_another_PYTHON_makes_the_venv_afresh(repository, environment, put):
+    make_venv(repository, environment)
+    (repository / ".venv/stale").touch()
+    other = put("elsewhere/other", f"""[ "$1" != -c ] || {{ echo another Python; exit; }}\n{STANDIN}""")
+    assert make_venv(repository, environment | {"PYTHON": str(other)}) == 0
+    assert not (repository / ".venv/stale").exists()

@@ -1,0 +1,92 @@
+"""The files that make an installation agree with each other and with what is installed."""
+
+import re
+import subprocess
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+import moelpr
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def pins() -> dict[str, str]:
+    """constraints.txt as name -> version."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), "constraints.txt holds name==version only"
+    return {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+
+
+def installed_closure(name: str, extras: frozenset[str]) -> Iterator[str]:
+    """Names of all that `name[extras]` needs, directly or not, on this machine."""
+    seen: set[tuple[str, frozenset[str]]] = set()
+    waiting = [(name, extras)]
+    while waiting:
+        current = waiting.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        for text in metadata.requires(current[0]) or []:
+            requirement = Requirement(text)
+            marker = requirement.marker
+            if marker is None or any(marker.evaluate({"extra": extra}) for extra in current[1] | {""}):
+                needed = canonicalize_name(requirement.name)
+                yield needed
+                waiting.append((needed, frozenset(requirement.extras)))
+
+
+def test_constraints_pin_every_installed_package_to_its_version(pins):
+    needed = {"setuptools", "pybind11", *installed_closure("moelpr", frozenset({"dev"}))}
+    assert {name: pins.get(name) for name in needed} == {name: metadata.version(name) for name in needed}
+
+
+def test_constraints_hold_nothing_that_is_not_needed(pins):
+    needed = {"setuptools", "pybind11", *installed_closure("moelpr", frozenset({"dev"}))}
+    assert set(pins) - needed == set()
+
+
+def test_the_installed_version_is_the_packages_own():
+    assert metadata.version("moelpr") == moelpr.__version__
+
+
+def test_make_venv_supports_the_pythons_that_setup_promises():
+    promised = SpecifierSet(metadata.metadata("moelpr")["Requires-Python"])
+    script = (ROOT / "launch/make_venv.sh").read_text()
+    supported = re.search(r"^supported=\((.*?)\)", script, re.MULTILINE)
+    assert supported
+    assert set(supported[1].split()) == {f"3.{minor}" for minor in range(30) if f"3.{minor}" in promised}
+
+
+def test_make_help_lists_every_target():
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"make ([a-z]+) ", listed) == targets
+
+
+def test_documents_name_only_make_targets_that_exist():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    documents = "\n".join(path.read_text() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+    named = set(re.findall(r"(?:^|`)make ([a-z]+)", documents, re.MULTILINE))
+    assert "test" in named
+    assert named <= targets
+
+
+def test_commit_hooks_need_no_network():
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    assert [repository["repo"] for repository in config["repos"]] == ["local"]
+    assert {hook["language"] for hook in config["repos"][0]["hooks"]} == {"system"}
+
+
+def test_license_is_the_whole_apache_2():
+    text = (ROOT / "LICENSE").read_text()
+    assert "Version 2.0, January 2004" in text
+    assert "END OF TERMS AND CONDITIONS" in text
+    assert "APPENDIX: How to apply the Apache License to your work." in text

@@ -6,6 +6,7 @@ An error a user can cause is one sentence that says what was found, what was wan
 import errno
 import os
 import sys
+import time
 from collections.abc import Callable
 
 
@@ -44,5 +45,8 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 def _fail(message: str, code: int) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        # Rank 0 most likely says the same sentence; the launcher then ends this rank before it repeats it.
+        time.sleep(3)
     print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
     sys.exit(code)

@@ -1,0 +1,267 @@
+"""The trainer's command line: Megatron's flags, ours, recipes, and every check across fields.
+
+Settings come from four places, each overriding the one before: the model's shape from the checkpoint's
+`model_spec.json`, the recipe (`--recipe FILE`, a YAML file whose keys are flags), the command line, and last what the
+machine forces (CPU or GPU, Transformer Engine or not). All four speak in Megatron's and our flags.
+"""
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from megatron.training.arguments import add_megatron_arguments, parse_args, validate_args
+from megatron.training.global_vars import set_global_variables
+from megatron.training.vocab_utils import calculate_padded_vocab_size
+
+from moelpr.compat import cpu
+from moelpr.errors import UserError
+from moelpr.model.losses import megatron_balance_coeff
+from moelpr.model.stages import STAGE_HELP
+from moelpr.model_spec import ModelSpec
+
+# Where our default differs from Megatron's: the models this trainer starts from were trained without dropout, and a
+# validation pass happens only when it is asked for.
+_DEFAULTS = (
+    "--attention-dropout 0 --hidden-dropout 0 --eval-iters 0 --eval-interval 1000 --save-interval 500 --log-interval 10"
+).split()
+
+# Flags of Megatron that would change the method or be ignored by our layer, with the one value that is right.
+_FIXED_FOR_MOE = {
+    "moe_token_dispatcher_type": "alltoall",
+    "moe_router_score_function": "softmax",
+    "moe_router_pre_softmax": False,
+    "moe_router_topk_scaling_factor": None,
+    "moe_expert_capacity_factor": None,
+    "moe_shared_expert_intermediate_size": None,
+    "moe_router_enable_expert_bias": False,
+    "moe_router_num_groups": None,
+    "cuda_graph_impl": "none",
+    "overlap_moe_expert_parallel_comm": False,
+}
+
+
+def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ModelSpec]:
+    """Parse and check the command line, register it with Megatron, and return it with the model it trains.
+
+    Raises:
+        UserError: a setting is wrong, contradicts another or would be ignored.
+    """
+    early = _early_arguments(argv)
+    source = checkpoint_source(early)
+    spec = ModelSpec.read(source)
+    parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    settings = recipe_to_flags(Path(early.recipe)) if early.recipe else []
+    sys.argv[1:] = [*_DEFAULTS, *_spec_to_flags(spec, parser), *settings, *argv]
+    args = parse_args(add_arguments)
+    args.model_source = str(source)
+    _apply_machine(args)
+    _apply_stage(args, spec)
+    try:
+        validate_args(args)
+    except AssertionError as error:
+        raise UserError(f"Megatron refuses these arguments: {error or 'see --debug'}") from error
+    args.padded_vocab_size = calculate_padded_vocab_size(
+        args.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size, logging_enabled=False
+    )
+    set_global_variables(args, build_tokenizer=False)
+    return args, spec
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    group = parser.add_argument_group(title="MoE-LPR")
+    stages = "; ".join(f"{stage}: {text}" for stage, text in STAGE_HELP.items())
+    group.add_argument("--stage", choices=tuple(STAGE_HELP), required=True, help=f"What to train. {stages}.")
+    group.add_argument("--recipe", metavar="FILE", help="YAML file whose keys are flags; flags on the command line win.")
+    group.add_argument(
+        "--balance-loss-coeff", type=float, metavar="ALPHA",
+        help="Weight of the load-balancing loss, the paper's alpha (default: 0.01 in stage1, 0 in stage2).",
+    )  # fmt: skip
+    group.add_argument(
+        "--lpr-loss-coeff", type=float, metavar="GAMMA",
+        help="Weight of the language-priors-routing loss, the paper's gamma (default: 0 in stage1, 0.1 in stage2). "
+        "Both losses may be used together: stage1 with a GAMMA is the paper's one-stage ablation.",
+    )  # fmt: skip
+    group.add_argument(
+        "--lpr-loss", choices=("paper", "reference"), default="paper",
+        help="paper: the paper's formula; reference: the published code's double softmax, for comparison "
+        "(default: %(default)s).",
+    )  # fmt: skip
+    group.add_argument(
+        "--train-everything", action="store_true",
+        help="Freeze nothing: the paper's plain-MoE ablation. Original languages are lost.",
+    )  # fmt: skip
+    group.add_argument("--debug", action="store_true", help="Show the traceback of errors in arguments or input.")
+    return parser
+
+
+def _early_arguments(argv: list[str]) -> argparse.Namespace:
+    """The few flags that say where the others come from."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--recipe", "--load", "--save", "--pretrained-checkpoint"):
+        parser.add_argument(flag)
+    early, _ = parser.parse_known_args(argv)
+    if early.recipe:
+        settings, _ = parser.parse_known_args(recipe_to_flags(Path(early.recipe)))
+        for name, value in vars(settings).items():
+            if getattr(early, name) is None:
+                setattr(early, name, value)
+    return early
+
+
+def checkpoint_source(args: argparse.Namespace) -> Path:
+    """The folder this run starts or resumes from."""
+    for folder in (args.load or args.save, args.pretrained_checkpoint):
+        if folder and (Path(folder) / "latest_checkpointed_iteration.txt").exists():
+            return Path(folder)
+    if args.pretrained_checkpoint is None:
+        raise UserError(
+            "no checkpoint to start from; name one with --pretrained-checkpoint "
+            "(checkpoint_convert/hf_to_mcore.py makes it from a Hugging Face model)"
+        )
+    raise UserError(
+        f"{args.pretrained_checkpoint} holds no Megatron checkpoint (latest_checkpointed_iteration.txt is missing); "
+        "make one with checkpoint_convert/hf_to_mcore.py or name a folder written by an earlier stage"
+    )
+
+
+def recipe_to_flags(path: Path) -> list[str]:
+    """A YAML mapping of flag names to values as command-line words; true is the bare flag, false and null leave it off."""
+    try:
+        recipe = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"the recipe {path} can't be read: {error.strerror}; check --recipe") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"the recipe {path} is not valid YAML: {error}".replace("\n", " ")) from error
+    if not isinstance(recipe, dict):
+        raise UserError(f"the recipe {path} must be a YAML mapping of flag names to values")
+    words: list[str] = []
+    for key, value in recipe.items():
+        if value is None or value is False:
+            continue
+        words.append(f"--{str(key).replace('_', '-')}")
+        if value is not True:
+            words += [str(item) for item in (value if isinstance(value, list) else [value])]
+    return words
+
+
+def _spec_to_flags(spec: ModelSpec, parser: argparse.ArgumentParser) -> list[str]:
+    """The model's shape as Megatron flags."""
+    shape = dict(spec.megatron_args)
+    if spec.moe is not None:
+        is_moe = [int(spec.is_moe_layer(layer)) for layer in range(shape["num_layers"])]
+        shape |= {
+            "num_experts": spec.moe.num_new_experts,
+            "moe_router_topk": spec.moe.topk,
+            "moe_ffn_hidden_size": shape["ffn_hidden_size"],
+            "moe_layer_freq": str(is_moe).replace(" ", ""),
+        }
+    words: list[str] = []
+    for name, value in shape.items():
+        flag = f"--{name.replace('_', '-')}"
+        actions = [action for action in parser._actions if action.dest == name or flag in action.option_strings]
+        if not actions:
+            raise UserError(f"model_spec.json names {name}, which this Megatron has no argument for")
+        if value is None or value == actions[0].default:
+            continue
+        switch = next((action for action in actions if action.nargs == 0 and action.const == value), None)
+        if switch is not None:
+            words.append(switch.option_strings[0])
+        else:
+            words += [actions[0].option_strings[0], str(value)]
+    return words
+
+
+def _apply_machine(args: argparse.Namespace) -> None:
+    """NCCL, bf16 and Transformer Engine where the machine has them; gloo, fp32 and torch's kernels where not."""
+    if cpu.is_needed():
+        for name, value in cpu.CPU_ARGUMENTS.items():
+            setattr(args, name, value)
+    elif not args.fp16 and "--fp32" not in sys.argv:
+        args.bf16 = True
+    if args.transformer_impl == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
+        args.transformer_impl = "local"
+    if args.transformer_impl == "local":
+        args.no_persist_layer_norm = True
+        args.gradient_accumulation_fusion = args.gradient_accumulation_fusion and _has_apex()
+        args.masked_softmax_fusion = False
+
+
+def _has_apex() -> bool:
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+def _apply_stage(args: argparse.Namespace, spec: ModelSpec) -> None:
+    args.load = args.load or args.save
+    args.hetereogenous_dist_checkpoint = True  # one checkpoint key per layer, whatever the pipeline layout
+    if args.data_path and args.split is None:
+        args.split = "100,0,0"
+    if args.vocab_size is None:
+        raise UserError("model_spec.json does not say vocab_size; convert the model again")
+    if args.stage == "dense":
+        _apply_dense(args, spec)
+    else:
+        _apply_moe(args, spec)
+
+
+def _apply_dense(args: argparse.Namespace, spec: ModelSpec) -> None:
+    if spec.moe is not None:
+        raise UserError(
+            f"--stage dense was given the MoE checkpoint {args.model_source}; use --stage stage1 or stage2, "
+            "or convert the model with checkpoint_convert/hf_to_mcore.py --dense"
+        )
+    ignored = [name for name in ("balance_loss_coeff", "lpr_loss_coeff") if getattr(args, name) is not None]
+    if ignored or args.train_everything:
+        flag = f"--{(ignored or ['train_everything'])[0].replace('_', '-')}"
+        raise UserError(f"{flag} has no meaning for a dense model; drop it or use --stage stage1")
+    args.lpr_loss_coeff = 0.0
+
+
+def _apply_moe(args: argparse.Namespace, spec: ModelSpec) -> None:
+    if spec.moe is None:
+        raise UserError(
+            f"--stage {args.stage} needs an upcycled checkpoint, but {args.model_source} is dense; "
+            "upcycle it with checkpoint_convert/hf_to_mcore.py --num-new-experts N"
+        )
+    spec.moe.check(args.num_layers)
+    parallel, new_experts = args.expert_model_parallel_size, args.num_experts
+    if new_experts % parallel:
+        works = [size for size in range(1, new_experts + 1) if new_experts % size == 0]
+        raise UserError(
+            f"{new_experts} new experts do not divide over --expert-model-parallel-size {parallel}; "
+            f"use one of {', '.join(map(str, works))}"
+        )
+    if args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
+        print("moelpr: tensor parallelism with experts needs --sequence-parallel: switched on", file=sys.stderr)
+        args.sequence_parallel = True
+    for name, value in _FIXED_FOR_MOE.items():
+        # Megatron's default for the dispatcher and a few others differs from ours: only what the user typed can clash.
+        flag = f"--{name.replace('_', '-')}"
+        if flag in sys.argv and getattr(args, name) != value:
+            raise UserError(f"{flag} {getattr(args, name)} does not work with the MoE-LPR layer; leave it at {value}")
+        setattr(args, name, value)
+    first = args.stage == "stage1"
+    if args.balance_loss_coeff is None:
+        args.balance_loss_coeff = 0.01 if first else 0.0
+    if args.lpr_loss_coeff is None:
+        args.lpr_loss_coeff = 0.0 if first else 0.1
+    args.moe_router_load_balancing_type = "aux_loss"
+    args.moe_aux_loss_coeff = megatron_balance_coeff(args.balance_loss_coeff, spec.moe.topk, len(spec.moe.layers))
+    args.moe_router_dtype = args.moe_router_dtype or "fp32"
+
+
+def resolved_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Every flag of the run with its final value, as plain YAML types; written beside the checkpoints."""
+    plain = (str, int, float, bool, type(None))  # by exact type: enums that are also ints are no YAML
+    settings: dict[str, Any] = {}
+    for name, value in sorted(vars(args).items()):
+        if type(value) in plain:
+            settings[name] = value
+        elif isinstance(value, list) and all(type(item) in plain for item in value):
+            settings[name] = list(value)
+        elif isinstance(value, torch.dtype):
+            settings[name] = str(value)
+    return settings

@@ -1,0 +1,168 @@
+"""Megatron Core 0.19.2 trains on CPU with gloo: every patch it needs, and the only file that knows.
+
+Megatron assumes CUDA in a few dozen places. `install()` answers those places with their CPU counterpart when no GPU
+is present and does nothing otherwise. Each patch names its reason; `tests/unit/compat/test_cpu.py` fails when a
+patched name is gone or a patch is no longer needed.
+"""
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+CPU = torch.device("cpu")
+
+# Megatron flags that choose CUDA-only kernels or CUDA behaviour, with the value that works on CPU.
+CPU_ARGUMENTS: dict[str, Any] = {
+    "distributed_backend": "gloo",
+    "transformer_impl": "local",
+    "use_cpu_initialization": True,
+    "bias_swiglu_fusion": False,
+    "bias_gelu_fusion": False,
+    "bias_dropout_fusion": False,
+    "masked_softmax_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "apply_rope_fusion": False,
+    "cross_entropy_loss_fusion": False,
+    "num_workers": 0,
+}
+
+# torch functions that create a tensor and are called with device="cuda" or a CUDA device index.
+_FACTORIES = ("tensor", "as_tensor", "zeros", "ones", "empty", "full", "rand", "randn", "arange", "zeros_like", "ones_like", "empty_like")
+
+_installed = False
+
+
+def is_needed() -> bool:
+    """True on a machine without a usable GPU."""
+    return _installed or not torch.cuda.is_available()
+
+
+def install() -> None:
+    """Patch torch.cuda and Megatron for CPU; nothing happens where a GPU is present or the patches are in already."""
+    global _installed
+    if _installed or not is_needed():
+        return
+    _installed = True
+    torch._dynamo.config.disable = True  # jit_fuser compiles with inductor: minutes of C++ for a 2-core demo
+    _patch_torch_cuda()
+    _patch_torch_tensors()
+    _patch_megatron()
+
+
+def _patch_torch_cuda() -> None:
+    cuda = torch.cuda
+    # One "device" per process, so that mpu and the random number trackers are set up.
+    cuda.device_count = lambda: 1
+    cuda.current_device = lambda: CPU
+    for name in ("set_device", "synchronize", "empty_cache", "set_stream", "ipc_collect"):
+        setattr(cuda, name, _do_nothing)
+    cuda.Stream = cuda.Event = _InertStream
+    cuda.current_stream = cuda.default_stream = lambda device=None: _InertStream()
+    cuda.stream = lambda stream=None: contextlib.nullcontext()
+    cuda.is_current_stream_capturing = lambda: False
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = _do_nothing
+    # Random numbers come from the CPU generator. Without this, dropout and initialisation run with a wrong state and
+    # say nothing.
+    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
+    cuda.manual_seed_all = _do_nothing  # torch.manual_seed calls it after seeding the CPU generator
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
+    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+    # Memory reports of the training log.
+    cuda.memory_stats = lambda device=None: _Zeros()
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
+        setattr(cuda, name, lambda device=None: 0)
+    cuda.get_device_capability = lambda device=None: (0, 0)
+
+
+def _patch_torch_tensors() -> None:
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign, assignment]
+    # The distributed optimizer sorts parameters by .type() and knows only torch.cuda.*Tensor.
+    tensor_type = torch.Tensor.type
+
+    def cuda_type(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is None:
+            return tensor_type(self).replace("torch.", "torch.cuda.")
+        if isinstance(dtype, str):
+            dtype = dtype.replace("torch.cuda.", "torch.")
+        return tensor_type(self, dtype, *args, **kwargs)
+
+    torch.Tensor.type = cuda_type  # type: ignore[method-assign, assignment]
+
+
+def _patch_megatron() -> None:
+    import megatron.core.tensor_parallel.random as random
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+    import megatron.training.initialize as initialize
+    import megatron.training.training as training
+    import megatron.training.utils.common_utils as common_utils
+
+    # asserts torch.cuda.is_available() unless told otherwise
+    training.initialize_megatron = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
+    # warms fused kernels up on a CUDA device
+    training.set_jit_fusion_options = _do_nothing
+    # writes the CUDA generator's state directly
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    # returns CPU tensors unchanged even when asked for numpy, and the caller then calls numpy methods
+    to_cpu = moe_utils.maybe_move_tensor_to_cpu
+
+    def to_cpu_or_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        if torch.is_tensor(tensor) and as_numpy:
+            return tensor.numpy()
+        return to_cpu(tensor, as_numpy=False, record_stream=False)
+
+    moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = to_cpu_or_numpy
+    # reads CUDA memory counters of a device that is not there
+    common_utils.report_memory = training.report_memory = _do_nothing
+
+
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(factory)
+    def create(*args: Any, **kwargs: Any) -> Any:
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs["device"] = CPU
+        return factory(*args, **kwargs)
+
+    return create
+
+
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+class _Zeros(dict[str, int]):
+    def __missing__(self, key: str) -> int:
+        return 0
+
+
+class _InertStream:
+    """Stands in for torch.cuda.Stream and torch.cuda.Event: CPU work is always in order."""
+
+    priority_range = staticmethod(lambda: (0, 0))
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: True if name == "query" else None
+
+    def __enter__(self) -> "_InertStream":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        return None
+
+
+def unpatched_signature(function: Callable[..., Any]) -> inspect.Signature:
+    """Signature of a Megatron function behind a patch (for the tests)."""
+    return inspect.signature(inspect.unwrap(function))

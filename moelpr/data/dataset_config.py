@@ -1,0 +1,48 @@
+"""Megatron's dataset configuration from the trainer's arguments."""
+
+import argparse
+import json
+from pathlib import Path
+
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+from megatron.training.utils import get_blend_and_blend_per_split
+
+from moelpr.data.dataset import TokenIds
+from moelpr.errors import UserError
+
+
+def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    if blend is None and blend_per_split is None:
+        raise UserError("no training data; name corpora with --data-path PREFIX (built by data_tools/preprocess_data.py)")
+    return GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=_token_ids(args),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=False,  # attention is causal by itself
+    )
+
+
+def _token_ids(args: argparse.Namespace) -> TokenIds:
+    """The model's vocabulary; the end-of-document id matters only to Megatron's options that look for it."""
+    eod = _eos_token_id(Path(args.model_source) / "hf" / "config.json")
+    needs_eod = args.reset_position_ids or args.reset_attention_mask or args.eod_mask_loss
+    if needs_eod and eod is None:
+        raise UserError("--reset-position-ids, --reset-attention-mask and --eod-mask-loss need a model whose config.json says eos_token_id")
+    return TokenIds(vocab_size=args.vocab_size, eod=-1 if eod is None else eod)
+
+
+def _eos_token_id(config_file: Path) -> int | None:
+    if not config_file.is_file():
+        return None
+    eos = json.loads(config_file.read_text()).get("eos_token_id")
+    return eos[0] if isinstance(eos, list) else eos

@@ -1,0 +1,53 @@
+"""Core attention on torch's scaled_dot_product_attention, for machines without Transformer Engine.
+
+Megatron's local attention materialises the score matrix of every head; this one does not, needs no mask tensor and
+does not repeat keys for grouped queries.
+"""
+
+import math
+
+import torch
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class SDPACoreAttention(MegatronModule):
+    """Causal attention; dropout, sliding windows, packed sequences and context parallelism are not covered."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **_: object,
+    ) -> None:
+        super().__init__(config=config)
+        if config.context_parallel_size > 1 or config.window_size is not None or config.attention_dropout:
+            raise ValueError(
+                "attention without Transformer Engine has no context parallelism, sliding window or dropout; "
+                "install transformer-engine, or set --context-parallel-size 1 --attention-dropout 0 and no --window-size"
+            )
+        assert attention_type == "self" and attn_mask_type == AttnMaskType.causal
+        self.softmax_scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: object = None,
+    ) -> Tensor:
+        """[sequence, batch, heads, head_dim] in, [sequence, batch, heads * head_dim] out. The mask is always causal."""
+        assert packed_seq_params is None and attention_bias is None
+        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        context = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        return context.permute(2, 0, 1, 3).flatten(start_dim=2)

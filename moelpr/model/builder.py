@@ -1,0 +1,98 @@
+"""The one place that names GPTModel and its layer specs."""
+
+from functools import partial
+
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.training.models.gpt import GPTModelConfig
+
+from moelpr.model.attention import SDPACoreAttention
+from moelpr.model.config import MoELPRConfig
+from moelpr.model.experts import GroupedExperts
+from moelpr.model.layer import LPRMoELayer, LPRMoESubmodules
+from moelpr.model.norm import RMSNorm
+from moelpr.model.router import LPRRouter
+
+
+def block_spec(model_config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The layers this pipeline stage builds: dense ones as Megatron's, the others with an LPRMoELayer."""
+    config: MoELPRConfig = model_config.transformer
+    use_te = config.transformer_impl == "transformer_engine"
+    dense, moe = _dense_layer(config, use_te), None
+    if config.num_moe_experts is not None:
+        moe = _moe_layer(config, use_te)
+    is_moe = _moe_layer_pattern(config)
+    layers = [moe if is_moe[layer] else dense for layer in _local_layers(config, vp_stage)]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_norm(use_te))
+
+
+def _dense_layer(config: MoELPRConfig, use_te: bool) -> ModuleSpec:
+    if use_te:
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    layer = spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    attention = layer.self_attention.submodules
+    attention.core_attention = SDPACoreAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return spec
+
+
+def _moe_layer(config: MoELPRConfig, use_te: bool) -> ModuleSpec:
+    spec = _dense_layer(config, use_te)
+    layer = spec.submodules
+    layer.pre_mlp_layernorm = _norm(use_te)
+    layer.mlp = partial(
+        LPRMoELayer,
+        submodules=LPRMoESubmodules(
+            experts=_experts(config),
+            router=LPRRouter,
+            original_expert=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        ),
+    )
+    # One checkpoint key for the norm before an MoE layer, whichever implementation wrote it.
+    layer.sharded_state_dict_keys_map = {
+        name: key for name, key in layer.sharded_state_dict_keys_map.items() if name == "input_layernorm."
+    }
+    return spec
+
+
+def _experts(config: MoELPRConfig) -> partial:
+    if config.transformer_impl == "transformer_engine" and config.moe_grouped_gemm:
+        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+        return TESpecProvider().grouped_mlp_modules(moe_use_grouped_gemm=True)
+    return partial(GroupedExperts)
+
+
+def _norm(use_te: bool) -> type:
+    if not use_te:
+        return RMSNorm
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm
+
+
+def _moe_layer_pattern(config: MoELPRConfig) -> list[bool]:
+    if config.num_moe_experts is None:
+        return [False] * config.num_layers
+    if isinstance(config.moe_layer_freq, int):
+        return [layer % config.moe_layer_freq == 0 for layer in range(config.num_layers)]
+    return [bool(flag) for flag in config.moe_layer_freq]
+
+
+def _local_layers(config: MoELPRConfig, vp_stage: int | None) -> list[int]:
+    """0-based numbers of the layers this pipeline stage holds."""
+    if config.pipeline_model_parallel_layout is not None:
+        return config.pipeline_model_parallel_layout.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage)
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    return list(range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage)))

@@ -1,0 +1,36 @@
+"""Megatron's TransformerConfig plus what the MoE-LPR layer needs. Fields are filled from the arguments of the same name."""
+
+from dataclasses import dataclass
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from moelpr.model.losses import LPRVariant, per_layer_lpr_coeff
+
+
+@dataclass
+class MoELPRConfig(TransformerConfig):
+    """`num_moe_experts` is N, the number of *new* experts: they are what Megatron dispatches and divides over EP.
+
+    The router scores E = N + 1 experts; the original expert is a module of its own (docs/design/original-expert.md).
+    """
+
+    lpr_loss_coeff: float = 0.0
+    """The paper's gamma; 0 switches the loss off."""
+
+    lpr_loss: LPRVariant = "paper"
+
+    train_everything: bool = False
+    """The paper's plain-MoE ablation: nothing is frozen, not even the original expert."""
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Layers with experts; the others were left dense."""
+        if self.num_moe_experts is None:
+            return 0
+        if isinstance(self.moe_layer_freq, int):
+            return len(range(0, self.num_layers, self.moe_layer_freq))
+        return sum(self.moe_layer_freq)
+
+    @property
+    def lpr_coeff_per_layer(self) -> float:
+        return per_layer_lpr_coeff(self.lpr_loss_coeff, self.num_moe_layers)

@@ -1,0 +1,105 @@
+"""The new experts as two grouped matrix products, on CPU and GPU, without Transformer Engine.
+
+Checkpoint keys and shapes are those of Megatron's TEGroupedMLP, so either can read what the other wrote.
+"""
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedStateDict, ShardedTensor, ShardedTensorFactory
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class GroupedExperts(MegatronModule):
+    """SwiGLU experts on `torch.nn.functional.grouped_mm`.
+
+    Weights of the n experts on this rank, each split over the expert-tensor-parallel ranks along its FFN dimension f:
+    linear_fc1 [n, 2f, hidden] (gate rows, then up rows), linear_fc2 [n, hidden, f].
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        assert config.gated_linear_unit and not config.add_bias_linear, "the experts are SwiGLU without bias"
+        self.ep_group, self.etp_group, self.edp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
+        ffn = config.moe_ffn_hidden_size // self.etp_group.size()
+        self.linear_fc1 = self._weight(num_local_experts, 2 * ffn, config.hidden_size, partition_dim=1)
+        self.linear_fc2 = self._weight(num_local_experts, config.hidden_size, ffn, partition_dim=2)
+        if config.perform_initialization:
+            # Real runs load a checkpoint; this start only has to be sane and the same for every layout's own shard.
+            with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
+                config.init_method(self.linear_fc1.weight)
+                config.output_layer_init_method(self.linear_fc2.weight)
+
+    def _weight(self, *shape: int, partition_dim: int) -> torch.nn.Module:
+        module = torch.nn.Module()  # its name becomes part of the checkpoint key
+        device = torch.device("cpu") if self.config.use_cpu_initialization else torch.cuda.current_device()
+        weight = torch.nn.Parameter(torch.empty(*shape, dtype=self.config.params_dtype, device=device))
+        set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=partition_dim, stride=1)
+        # Megatron reduces gradients of such parameters over the expert-data-parallel group only.
+        weight.allreduce = self.config.expert_model_parallel_size == 1 and self.etp_group.size() == self._tp_size()
+        module.weight = weight
+        return module
+
+    def _tp_size(self) -> int:
+        return self.config.tensor_model_parallel_size
+
+    def forward(self, hidden_TH: Tensor, tokens_per_expert: Tensor, gate_weight_T: Tensor) -> tuple[Tensor, None]:
+        """Rows sorted by expert in, rows of the same order out, each already multiplied by its gate weight.
+
+        Args:
+            hidden_TH: the T rows routed to this rank's experts.
+            tokens_per_expert: how many rows each local expert has, in order; sums to T.
+            gate_weight_T: the routing weight of each row.
+        """
+        ends = tokens_per_expert.to(hidden_TH.device).cumsum(0).to(torch.int32)
+        grouped_mm = torch.nn.functional.grouped_mm
+        gate_up = grouped_mm(hidden_TH, self.linear_fc1.weight.transpose(1, 2), offs=ends)
+        gate, up = gate_up.chunk(2, dim=-1)
+        activated = torch.nn.functional.silu(gate) * up * gate_weight_T.unsqueeze(-1).to(gate.dtype)
+        return grouped_mm(activated, self.linear_fc2.weight.transpose(1, 2), offs=ends), None
+
+    def backward_dw(self) -> None:
+        """Megatron asks every experts module; weight gradients are never delayed here."""
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """Global tensors `experts.linear_fc1.weight` [N, 2f, hidden] and `experts.linear_fc2.weight` [N, hidden, f]."""
+        assert not sharded_offsets, "checkpoints of MoE-LPR models have one key per layer"
+        expert_axis = (0, self.ep_group.rank(), self.ep_group.size())
+        etp_rank, etp_size = self.etp_group.rank(), self.etp_group.size()
+        replica_id = (0, 0, self.edp_group.rank())
+
+        def gate_and_up(key: str, tensor: Tensor, replica_id: ReplicaId, flattened_range: slice | None) -> list[ShardedTensor]:
+            return [
+                ShardedTensor.from_rank_offsets(
+                    key,
+                    half.contiguous(),
+                    expert_axis,
+                    (1, etp_rank + index * etp_size, 2 * etp_size),
+                    replica_id=replica_id,
+                )
+                for index, half in enumerate(tensor.chunk(2, dim=1))
+            ]
+
+        def join(halves: list[Tensor]) -> Tensor:
+            return torch.cat(halves, dim=1)
+
+        fc1_key, fc2_key = (f"{prefix}experts.linear_{name}.weight" for name in ("fc1", "fc2"))
+        return {
+            f"{prefix}linear_fc1.weight": ShardedTensorFactory(
+                fc1_key, self.linear_fc1.weight, gate_and_up, join, replica_id
+            ),
+            f"{prefix}linear_fc2.weight": ShardedTensor.from_rank_offsets(
+                fc2_key, self.linear_fc2.weight, expert_axis, (2, etp_rank, etp_size), replica_id=replica_id
+            ),
+        }

@@ -1,0 +1,68 @@
+"""LPRRouter: Megatron's top-k router over the original and the new experts, plus the language-priors loss."""
+
+import copy
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+from moelpr.model.config import MoELPRConfig
+from moelpr.model.losses import lpr_loss
+from moelpr.model.routing_statistics import routing_vector
+from moelpr.model.token_flags import unpack_token_flags
+
+
+class LPRLossNormalizer:
+    """What one original-language token weighs in the global batch, the same for all its micro-batches.
+
+    The loss is a mean over the original-language tokens of the global batch (tensor-, context- and data-parallel ranks
+    and micro-batches), whereas every rank backpropagates its own sum. forward_step sets the weight at the start of
+    each step so that Megatron's later scaling of gradients ends in that mean.
+    """
+
+    weight: Tensor | None = None
+
+    @classmethod
+    def set_weight(cls, weight: Tensor) -> None:
+        cls.weight = weight
+
+
+class LPRRouter(TopKRouter):
+    """Routes over E = N + 1 experts; column 0 is the original one."""
+
+    config: MoELPRConfig
+
+    def __init__(
+        self, config: MoELPRConfig, pg_collection: ProcessGroupCollection | None = None, is_mtp_layer: bool = False
+    ) -> None:
+        router_config = copy.copy(config)
+        router_config.num_moe_experts = config.num_moe_experts + 1
+        super().__init__(config=router_config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        self.lpr_coeff = config.lpr_coeff_per_layer
+        self.routing_sums: Tensor | None = None  # routing_vector summed over the micro-batches of a step
+
+    def forward(self, hidden_SBH: Tensor, flags_SB: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Gate weights [T, E] (0 where not chosen) and choices [T, E] (bool), T = sequence x batch on this rank.
+
+        Args:
+            hidden_SBH: input of the MoE layer.
+            flags_SB: per-token flags (token_flags.py), or Megatron's bool padding mask, or None.
+        """
+        logits_SBE = self.gating(self.apply_input_jitter(hidden_SBH))
+        is_original, is_padding = (None, None) if flags_SB is None else unpack_token_flags(flags_SB)
+        gate_weights_TE, is_chosen_TE = self.routing(logits_SBE, padding_mask=is_padding)
+        # Recomputed layers run forward twice, first without gradients: count and attach once.
+        if self.training and torch.is_grad_enabled() and is_original is not None:
+            logits_TE, is_original_T = logits_SBE.flatten(0, 1), is_original.flatten()
+            is_text_T = None if is_padding is None else ~is_padding.flatten()
+            lpr_sum = lpr_loss(logits_TE, is_original_T, num_original=1, variant=self.config.lpr_loss)
+            vector = routing_vector(logits_TE, lpr_sum, is_original_T, is_text_T)
+            self.routing_sums = vector if self.routing_sums is None else self.routing_sums + vector
+            if self.lpr_coeff > 0:
+                assert LPRLossNormalizer.weight is not None, "forward_step sets the weight before the model runs"
+                gate_weights_TE = MoEAuxLossAutoScaler.apply(
+                    gate_weights_TE, lpr_sum * self.lpr_coeff * LPRLossNormalizer.weight
+                )
+        return gate_weights_TE, is_chosen_TE

@@ -1,0 +1,27 @@
+"""Both stages' entry, one process per GPU (or CPU rank).
+
+    torchrun --nproc-per-node 8 -m moelpr.pretrain --stage stage1 --recipe launch/recipes/paper-stage1.yaml \\
+        --pretrained-checkpoint upcycled --data-path corpus_text_document --save runs/stage1
+
+A run that was killed goes on where its last checkpoint stands when the same command is given again.
+What happens is told in moelpr/training/train.py; this file stays light because Megatron's checkpoint writer starts
+helper processes that import it again.
+"""
+
+import sys
+
+from moelpr.errors import run_command
+
+
+def main() -> None:
+    from moelpr.compat import cpu, megatron_fixes
+
+    cpu.install()  # before Megatron is imported; does nothing where a GPU is present
+    megatron_fixes.install()
+    from moelpr.training.train import train
+
+    train(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,64 @@
+"""A stage from arguments to checkpoint: data, model, freezing -> Megatron's own pretrain()."""
+
+import argparse
+
+import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.enums import ModelType
+from megatron.core.parallel_state import get_tensor_model_parallel_rank
+from megatron.training import get_args, pretrain, print_rank_0
+from megatron.training.argument_utils import (
+    core_transformer_config_from_args,
+    gpt_config_from_args,
+    pretrain_cfg_container_from_args,
+)
+from megatron.training.models.gpt import GPTModelConfig
+
+from moelpr.arguments import parse_arguments
+from moelpr.data.dataset import TaggedGPTDataset
+from moelpr.data.dataset_config import dataset_config
+from moelpr.model.builder import block_spec
+from moelpr.model.config import MoELPRConfig
+from moelpr.model.stages import freeze, parameter_report
+from moelpr.training import metrics, run_folder
+from moelpr.training.forward_step import forward_step
+
+
+def train(argv: list[str]) -> None:
+    """Train one stage as the command line `argv` says, on this rank."""
+    args, spec = parse_arguments(argv)
+    run_folder.prepare(args, spec)
+    step_log = metrics.install(args.stage, num_moe_layers=len(spec.moe.layers) if spec.moe else 0)
+    try:
+        pretrain(
+            pretrain_cfg_container_from_args(args, _model_config(args, step_log)),
+            datasets_provider,
+            ModelType.encoder_or_decoder,
+            forward_step,
+        )
+    finally:
+        step_log.close()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _model_config(args: argparse.Namespace, step_log: metrics.StepLog) -> GPTModelConfig:
+    config = gpt_config_from_args(args, core_transformer_config_from_args(args, config_class=MoELPRConfig))
+    config.transformer_layer_spec = block_spec
+
+    def freeze_and_report(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        freeze(model_chunks, args.stage, args.train_everything)
+        print_rank_0(parameter_report(model_chunks))
+        return step_log.tracker.watch(model_chunks)
+
+    config.pre_wrap_hooks.append(freeze_and_report)
+    return config
+
+
+def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple:
+    """Training, validation and test datasets on tensor rank 0 of *every* pipeline stage: every stage has routers."""
+    args = get_args()
+    builder = BlendedMegatronDatasetBuilder(
+        TaggedGPTDataset, num_samples, lambda: get_tensor_model_parallel_rank() == 0, dataset_config(args)
+    )
+    return builder.build()

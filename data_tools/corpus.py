@@ -1,4 +1,4 @@
-"""A tokenized corpus: `<prefix>.bin` and `.idx`, Megatron's formats, and `.lang`, ours; written and checked together."""
+"""A tokenized corpus: `<prefix>.bin` and `.idx` in Megatron's format, `.lang` in ours, written and checked together."""
 
 import contextlib
 import logging

@@ -249,7 +249,7 @@ class Encoder:
     @staticmethod
     def parse(line: bytes) -> dict[str, object]:
         try:
-            document = json.loads(line.decode("utf-8"))
+            document = json.loads(line.rstrip(b"\r\n").decode("utf-8"))
         except UnicodeDecodeError as error:
             raise BadLine(f"invalid UTF-8 at byte {error.start + 1} of the line") from None
         except json.JSONDecodeError as error:

@@ -1,0 +1,260 @@
+"""Hugging Face model folders: config.json, tokenizer and safetensors weights, read and written a tensor at a time."""
+
+import json
+import math
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moelpr.errors import UserError
+
+CONFIG_FILE = "config.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+# What travels with a model besides its weights. No code (*.py): nothing here needs trust_remote_code.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+COMPANION_FILES = (
+    CONFIG_FILE,
+    "generation_config.json",
+    *TOKENIZER_FILES,
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE",
+    "NOTICE",
+)
+COMPANION_FOLDERS = ("additional_chat_templates",)
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json; UserError when the folder or the file isn't there or isn't JSON."""
+    if not folder.is_dir():
+        raise UserError(
+            f"there is no folder {folder}; a model from the Hugging Face hub must be downloaded first "
+            "(hf download NAME --local-dir DIR)"
+        )
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} has no {CONFIG_FILE}, so it is no Hugging Face model folder")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return config
+
+
+def copy_companions(source: Path, target: Path, skip: tuple[str, ...] = ()) -> None:
+    """Copy config, tokenizer, chat template and the like, never weights."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in COMPANION_FILES:
+        if name not in skip and (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    for name in COMPANION_FOLDERS:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name, dirs_exist_ok=True)
+
+
+def check_tokenizer(folder: Path, vocab_size: int) -> None:
+    """UserError when the folder's tokenizer can't be read or knows ids the embedding has no row for."""
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever a damaged tokenizer makes transformers raise
+        raise UserError(f"the tokenizer in {folder} can't be read: {_first_line(error)}") from error
+    num_ids = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if num_ids > vocab_size:
+        raise UserError(
+            f"the tokenizer in {folder} has {num_ids:,} ids but the model's vocabulary has {vocab_size:,} rows; "
+            "use the tokenizer the model was trained with or resize the model's embedding first"
+        )
+
+
+class HfReader:
+    """The weights of a folder: names, shapes and dtypes from the files' headers, tensors on demand.
+
+    Raises UserError for missing, truncated or unreadable files, for pickled and for quantised weights.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._files: dict[str, str] = {}
+        self._headers: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self._open_name: str | None = None
+        self._open_file: Any = None
+        names, index = self._shard_names()
+        for name in names:
+            file = self._open(name)
+            for key in file.keys():
+                view = file.get_slice(key)
+                if key in self._files:
+                    raise UserError(f"{folder}: {self._files[key]} and {name} both hold {key}")
+                self._files[key] = name
+                self._headers[key] = (view.get_dtype(), tuple(view.get_shape()))
+        for key, name in index.items():
+            if self._files.get(key) != name:
+                raise UserError(f"{folder / INDEX_FILE} says {name} holds {key}, but it doesn't; download it again")
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._files)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._header(name)[1]
+
+    def dtype(self, name: str) -> torch.dtype:
+        kind = self._header(name)[0]
+        if kind not in _DTYPES:
+            raise UserError(
+                f"{self.folder}: {name} has dtype {kind}; only {', '.join(_DTYPES)} can be converted, not quantised weights"
+            )
+        return _DTYPES[kind]
+
+    def nbytes(self, name: str) -> int:
+        return math.prod(self.shape(name)) * self.dtype(name).itemsize
+
+    def read(self, name: str) -> Tensor:
+        self._header(name)
+        return self._open(self._files[name]).get_tensor(name)
+
+    def _header(self, name: str) -> tuple[str, tuple[int, ...]]:
+        if name not in self._headers:
+            raise UserError(f"{self.folder} lacks the tensor {name}")
+        return self._headers[name]
+
+    def _shard_names(self) -> tuple[list[str], dict[str, str]]:
+        """Safetensors files of the folder, and the index (tensor → file) where there is one."""
+        folder = self.folder
+        if (folder / INDEX_FILE).is_file():
+            try:
+                index = dict(json.loads((folder / INDEX_FILE).read_text())["weight_map"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{folder / INDEX_FILE} is damaged; download it again") from error
+            names = sorted(set(index.values()))
+            for name in names:
+                if Path(name).name != name or not (folder / name).is_file():
+                    raise UserError(f"{folder / INDEX_FILE} names {name}, which is not there; download it again")
+            return names, index
+        if (folder / SINGLE_FILE).is_file():
+            return [SINGLE_FILE], {}
+        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+            raise UserError(
+                f"{folder} holds pickled weights only, which could run code when opened; "
+                "convert them to safetensors first (load with transformers, then save_pretrained)"
+            )
+        raise UserError(f"{folder} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there")
+
+    def _open(self, name: str) -> Any:
+        if self._open_name != name:
+            try:
+                self._open_file = safe_open(self.folder / name, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(
+                    f"{self.folder / name} is truncated or damaged ({_first_line(error)}); download it again"
+                ) from error
+            self._open_name = name
+        return self._open_file
+
+
+class HfWriter:
+    """Writes safetensors shards and their index; the tensors' names, dtype and shapes are declared up front.
+
+    The safetensors library wants all tensors of a file at once. The format is a JSON header and then the bytes, so with
+    the header known beforehand the tensors can follow one by one.
+    """
+
+    def __init__(
+        self, folder: Path, tensors: Iterable[tuple[str, tuple[int, ...]]], dtype: torch.dtype, max_shard_bytes: int
+    ):
+        self._folder = folder
+        self._dtype = dtype
+        self._shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
+        self.total_bytes = filled = 0
+        for name, shape in tensors:
+            nbytes = math.prod(shape) * dtype.itemsize
+            if self._shards[-1] and filled + nbytes > max_shard_bytes:
+                self._shards.append([])
+                filled = 0
+            self._shards[-1].append((name, shape))
+            filled += nbytes
+            self.total_bytes += nbytes
+        self._file: BinaryIO | None = None
+        self._shard = -1
+        self._position = 0
+
+    def __enter__(self) -> "HfWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write the next tensor; they come in the declared order."""
+        if self._shard < 0 or self._position == len(self._shards[self._shard]):
+            self._start_shard()
+        expected = self._shards[self._shard][self._position]
+        assert expected == (name, tuple(tensor.shape)) and tensor.dtype == self._dtype, (expected, name, tensor.shape)
+        assert self._file is not None
+        self._file.write(memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B"))
+        self._position += 1
+
+    def finish(self) -> None:
+        """Close the last file and write the index where there are several."""
+        if self._shard < 0:
+            self._start_shard()
+        assert self._file is not None and self._shard == len(self._shards) - 1
+        assert self._position == len(self._shards[-1])
+        self._file.close()
+        if len(self._shards) == 1:
+            return
+        weight_map = {name: self._name(k) for k, shard in enumerate(self._shards) for name, _ in shard}
+        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+        (self._folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+    def _start_shard(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._shard += 1
+        self._position = 0
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, shape in self._shards[self._shard]:
+            start, end = end, end + math.prod(shape) * self._dtype.itemsize
+            header[name] = {"dtype": _DTYPE_NAMES[self._dtype], "shape": list(shape), "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the data begins 8-byte aligned
+        self._file = open(self._folder / self._name(self._shard), "wb")
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def _name(self, shard: int) -> str:
+        return SINGLE_FILE if len(self._shards) == 1 else f"model-{shard + 1:05}-of-{len(self._shards):05}.safetensors"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -5,6 +5,7 @@ A row says which Megatron tensor is made of which Hugging Face tensors, by which
 rows (or reuse `llama_like_table`), its `megatron_args` and its entry in FAMILIES.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -173,7 +174,9 @@ def llama_like_table(
     layer.append(Row(megatron + "linear_proj.weight", ((hf + "o_proj.weight", "hidden q"),)))
     gate_up = tuple((HF_LAYER + f"mlp.{name}_proj.weight", "ffn hidden") for name in ("gate", "up"))
     return Table(
-        before=(Row("embedding.word_embeddings.weight", (("model.embed_tokens.weight", "vocab hidden"),), Vocabulary()),),
+        before=(
+            Row("embedding.word_embeddings.weight", (("model.embed_tokens.weight", "vocab hidden"),), Vocabulary()),
+        ),
         layer=tuple(layer),
         dense_ffn=(
             Row(mlp + "linear_fc1.layer_norm_weight", ((HF_LAYER + "post_attention_layernorm.weight", "hidden"),)),
@@ -238,6 +241,18 @@ def megatron_shape(piece: Piece, spec: ModelSpec) -> tuple[int, ...]:
         return shape
     assert spec.moe is not None
     return (spec.moe.num_new_experts, *shape)
+
+
+def frozen_name(table: Table, name: str) -> str | None:
+    """The dense tensor that `name` of the upcycled model must still equal after training; None for what is trained."""
+    for row in table.moe_ffn:
+        for part, (pattern, _) in enumerate(row.parts):
+            match = re.fullmatch(re.escape(pattern).replace(r"\{i\}", r"(\d+)").replace(r"\{j\}", r"[1-9]\d*"), name)
+            if match is not None:
+                if row.origin is None:
+                    return name
+                return row.origin[part].format(i=match[1]) if row.origin and "{j}" not in pattern else None
+    return name
 
 
 def _fill(row: Row, sizes: dict[str, int], i: int | None = None, j: int | None = None) -> Piece:
@@ -374,6 +389,16 @@ def family_of(config: dict[str, Any]) -> Family:
     found = ", ".join(architectures) or config.get("model_type") or "none"
     known = ", ".join(family.architecture for family in FAMILIES.values())
     raise UserError(f"found the architecture {found}; supported are {known}")
+
+
+def moe_family_of(config: dict[str, Any]) -> Family:
+    """The family whose stock MoE class a config.json names."""
+    architectures = config.get("architectures") or []
+    for family in FAMILIES.values():
+        if family.moe_architecture in architectures:
+            return family
+    known = ", ".join(family.moe_architecture for family in FAMILIES.values())
+    raise UserError(f"found the architecture {', '.join(architectures) or 'none'}; the upcycled ones are {known}")
 
 
 def family_named(name: str) -> Family:

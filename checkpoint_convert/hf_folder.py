@@ -131,7 +131,8 @@ class HfReader:
         kind = self._header(name)[0]
         if kind not in _DTYPES:
             raise UserError(
-                f"{self.folder}: {name} has dtype {kind}; only {', '.join(_DTYPES)} can be converted, not quantised weights"
+                f"{self.folder}: {name} has dtype {kind}; only {', '.join(_DTYPES)} can be converted, "
+                "not quantised weights"
             )
         return _DTYPES[kind]
 

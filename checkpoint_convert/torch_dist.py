@@ -1,9 +1,9 @@
-"""Megatron's `torch_dist` checkpoints (PyTorch distributed checkpoints), one chunk at a time and without a process group.
+"""Megatron's `torch_dist` checkpoints (PyTorch's DCP format), one chunk at a time and without a process group.
 
 PyTorch's own writer keeps every tensor of a file in memory until the file is closed, and its reader unpickles
 `.metadata` with no restriction. The file format itself is small: a `.distcp` file is a row of `torch.save` archives,
 `.metadata` says which chunk of which tensor lies where. So chunks are written and read here, with PyTorch's metadata
-classes and `torch.save`/`torch.load(weights_only=True)`; what is written loads with PyTorch's and Megatron's own loaders.
+classes and `torch.save`/`torch.load(weights_only=True)`; what is written loads with PyTorch's and Megatron's loaders.
 """
 
 import json
@@ -11,7 +11,7 @@ import math
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -154,9 +154,7 @@ class TorchDistReader:
         for chunk in entry.chunks:
             # The overlap of the chunk and the wanted box, in the tensor's coordinates.
             lower = [max(a, b) for a, b in zip(start, chunk.offsets, strict=True)]
-            upper = [
-                min(a + n, b + m) for a, n, b, m in zip(start, size, chunk.offsets, chunk.sizes, strict=True)
-            ]
+            upper = [min(a + n, b + m) for a, n, b, m in zip(start, size, chunk.offsets, chunk.sizes, strict=True)]
             if any(a >= b for a, b in zip(lower, upper, strict=True)):
                 continue
             part = self._load_chunk(key, chunk)
@@ -193,7 +191,7 @@ class TorchDistReader:
                 raise UserError(f"{self._folder / METADATA_FILE} points outside its folder, at {info.relative_path}")
             try:
                 with open(path, "rb") as file:
-                    view = _create_file_view(file, info.offset, info.length)
+                    view = cast(BinaryIO, _create_file_view(file, info.offset, info.length))
                     # map_location: chunks saved on a GPU must load on a machine without one.
                     tensor = torch.load(view, map_location="cpu", weights_only=True)
             except FileNotFoundError as error:
@@ -243,4 +241,6 @@ class _MetadataUnpickler(pickle.Unpickler):
             return getattr(torch, name)
         if module in ("pathlib", "pathlib._local") and name in self._PATHS:
             return lambda *parts: "/".join(parts)
-        raise UserError(f"the checkpoint's {METADATA_FILE} asks for {module}.{name}, which no checkpoint needs; refused")
+        raise UserError(
+            f"the checkpoint's {METADATA_FILE} asks for {module}.{name}, which no checkpoint needs; refused"
+        )

@@ -15,7 +15,7 @@ FORMAT_VERSION = 1
 DTYPES = ("float32", "bfloat16", "float16")
 
 # The Megatron arguments a model can't be built without, and the type of each.
-_REQUIRED_ARGS: dict[str, type | tuple[type, ...]] = {
+_REQUIRED_ARGS: dict[str, Any] = {
     "num_layers": int,
     "hidden_size": int,
     "ffn_hidden_size": int,

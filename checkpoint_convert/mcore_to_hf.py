@@ -1,0 +1,125 @@
+"""Turn a Megatron checkpoint into a Hugging Face folder that stock transformers loads, with no custom code.
+
+    python -m checkpoint_convert.mcore_to_hf --load DIR --save DIR
+
+A dense model leaves as its own class, an upcycled one as the stock MoE class of its family: HF expert 0 is the original
+expert, HF expert j the j-th new one. Weights stream: one tensor at a time goes from the checkpoint to safetensors.
+"""
+
+import argparse
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoint_convert.families import Family, zeros
+from checkpoint_convert.hf_folder import CONFIG_FILE, HfWriter, copy_companions, read_config
+from checkpoint_convert.megatron_folder import HF_FOLDER, MegatronReader
+from checkpoint_convert.outputs import check_free_space, check_output, progress_bar
+from moelpr import model_spec
+from moelpr.errors import UserError, run_command
+from moelpr.files import atomic_directory
+from moelpr.model_spec import ModelSpec
+
+DEFAULT_SHARD_BYTES = 5 * 10**9
+
+
+def mcore_to_hf(
+    load: Path,
+    save: Path,
+    iteration: int | None = None,
+    dtype: str | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    overwrite: bool = False,
+) -> ModelSpec:
+    """Export the checkpoint folder `load` to the Hugging Face folder `save`; returns what was exported.
+
+    iteration: saved step to export; None for the latest. dtype: None for that of the model it came from.
+    Raises UserError for bad input; then `save` is what it was before.
+    """
+    check_output(save, load, overwrite, (CONFIG_FILE,))
+    source = MegatronReader(load, iteration)
+    spec, family = source.spec, source.family
+    target_dtype = getattr(torch, dtype or spec.dtype)
+    config = export_config(read_config(load / HF_FOLDER), family, spec, dtype or spec.dtype)
+
+    blank = dict(zeros(family.table, spec))
+    tensors = [(name, source.shape(name)) for name in source.names] + list(blank.items())
+    num_bytes = target_dtype.itemsize * sum(math.prod(shape) for _, shape in tensors)
+    check_free_space(save, num_bytes)
+    with atomic_directory(save) as folder, progress_bar(num_bytes, save.name) as bar:
+        with HfWriter(folder, tensors, target_dtype, max_shard_bytes) as writer:
+            for name, shape in tensors:
+                tensor = torch.zeros(shape) if name in blank else source.read(name)
+                writer.write(name, tensor.to(target_dtype))
+                bar.update(math.prod(shape) * target_dtype.itemsize)
+            writer.finish()
+        copy_companions(load / HF_FOLDER, folder, skip=(CONFIG_FILE,))
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    return spec
+
+
+def export_config(base: dict[str, Any], family: Family, spec: ModelSpec, dtype: str) -> dict[str, Any]:
+    """config.json of the export: the base model's, with the MoE class's keys, in the old and the new spelling."""
+    theta = spec.megatron_args["rotary_base"]
+    config = {
+        **base,
+        "architectures": [family.architecture],
+        # transformers 5 writes rope_parameters and dtype; other readers know rope_theta and torch_dtype only and would
+        # silently fall back to another base.
+        "rope_theta": theta,
+        "rope_parameters": {"rope_theta": theta, "rope_type": "default"},
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "vocab_size": spec.megatron_args["vocab_size"],
+        "tie_word_embeddings": not spec.megatron_args["untie_embeddings_and_output_weights"],
+    }
+    if spec.moe is not None:
+        config |= {"architectures": [family.moe_architecture], "model_type": family.moe_model_type}
+        config |= family.moe_config(spec)
+    return config
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="mcore_to_hf",
+        description="Turn a Megatron checkpoint into a folder stock Hugging Face transformers loads.",
+    )
+    parser.add_argument("--load", type=Path, required=True, help="checkpoint folder of hf_to_mcore or of the trainer")
+    parser.add_argument("--save", type=Path, required=True, help="Hugging Face folder to write")
+    parser.add_argument("--iteration", type=int, help="saved step to export (default: the latest)")
+    parser.add_argument("--dtype", choices=model_spec.DTYPES, help="element type (default: the model's own)")
+    parser.add_argument(
+        "--max-shard-size",
+        type=_size,
+        default=DEFAULT_SHARD_BYTES,
+        metavar="SIZE",
+        help="largest safetensors file, e.g. 500MB or 5GB, 1 GB = 10⁹ bytes (default: 5GB)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing model at --save")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser.parse_args()
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?B)", text.strip().upper())
+    if match is None or float(match[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 500MB or 5GB")
+    return max(1, int(float(match[1]) * {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}[match[2]]))
+
+
+def main() -> None:
+    args = _parse_arguments()
+    if args.iteration is not None and args.iteration < 0:
+        raise UserError(f"--iteration {args.iteration} must not be negative")
+    spec = mcore_to_hf(args.load, args.save, args.iteration, args.dtype, args.max_shard_size, args.overwrite)
+    config = json.loads((args.save / CONFIG_FILE).read_text())
+    what = "dense" if spec.moe is None else f"{spec.moe.num_experts} experts, top-{spec.moe.topk}"
+    print(f"{args.save}: {config['architectures'][0]}, {config['dtype']}, {what}")
+
+
+if __name__ == "__main__":
+    run_command(main)

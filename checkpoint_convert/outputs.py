@@ -1,0 +1,40 @@
+"""What both converters do about their output folder and their progress bar."""
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+from tqdm import tqdm
+
+from moelpr.errors import UserError
+from moelpr.files import refuse_existing
+
+
+def check_output(save: Path, source: Path, overwrite: bool, signs: tuple[str, ...]) -> None:
+    """Refuse an output that exists (without --overwrite), holds the input, or is a folder of some other kind.
+
+    signs: file names one of which shows that the folder was made by the same command and may be replaced.
+    """
+    refuse_existing([save], overwrite)
+    inside, around = save.resolve(), source.resolve()
+    if inside == around or inside in around.parents or around in inside.parents:
+        raise UserError(f"the output {save} and the input {source} must be separate folders; choose another --save")
+    if save.exists() and not (save.is_dir() and any((save / sign).is_file() for sign in signs)):
+        raise UserError(
+            f"{save} exists and is not what this command writes, so it isn't overwritten; choose another --save"
+        )
+
+
+def check_free_space(save: Path, num_bytes: int) -> None:
+    """Raise the error of a full disk before an hour of writing instead of after it."""
+    parent = save.resolve().parent
+    while not parent.exists():
+        parent = parent.parent
+    if shutil.disk_usage(parent).free < num_bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(save))
+
+
+def progress_bar(num_bytes: int, what: str) -> "tqdm[None]":
+    """A bar by bytes on stderr, on a terminal only."""
+    return tqdm(total=num_bytes, desc=what, unit="B", unit_scale=True, disable=None)

@@ -1,0 +1,60 @@
+"""Tiny random Qwen2 models, made by stock transformers."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+SHAPE = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rope_parameters": {"rope_theta": 50000.0, "rope_type": "default"},
+}
+
+
+@pytest.fixture(scope="session")
+def make_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Save a random Qwen2 with every tensor (biases and norms too) away from its initial constant."""
+
+    def make(dtype: torch.dtype = torch.float32, tokenizer: bool = False, save: dict | None = None, **changes) -> Path:
+        from transformers import Qwen2Config, Qwen2ForCausalLM
+
+        torch.manual_seed(0)
+        model = Qwen2ForCausalLM(Qwen2Config(**(SHAPE | changes)))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        folder = tmp_path_factory.mktemp("qwen2")
+        model.to(dtype).save_pretrained(folder, **(save or {}))
+        if tokenizer:
+            write_tokenizer(folder, num_ids=60)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def qwen2(make_qwen2: Callable[..., Path]) -> Path:
+    """Untied, fp32, in several shards, with a tokenizer of 60 ids and a chat template. Tests must not change it."""
+    return make_qwen2(tokenizer=True, save={"max_shard_size": "40KB"})
+
+
+def write_tokenizer(folder: Path, num_ids: int) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"<eos>": 0} | {f"w{k}": k for k in range(1, num_ids)}
+    raw = Tokenizer(models.WordLevel(vocab, unk_token="<eos>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", unk_token="<eos>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(folder)

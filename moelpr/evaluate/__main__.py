@@ -24,8 +24,8 @@ def main() -> None:
 def _evaluate(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m moelpr.evaluate",
-        description="Bits per byte of Hugging Face models per language, fewer is better; for MoE models also the share of "
-        "first choices that go to the original expert. "
+        description="Bits per byte of Hugging Face models per language, fewer is better; for MoE models also the share "
+        "of first choices that go to the original expert. "
         "`python -m moelpr.evaluate report RUN_DIR` builds a run's report.html again.",
     )
     parser.add_argument(

@@ -1,6 +1,7 @@
-"""Opening a Hugging Face model directory: stock classes, safetensors only, nothing fetched, no code from the directory."""
+"""Opening a Hugging Face model directory: stock classes, safetensors only, nothing fetched, no code of its own run."""
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,11 @@ def load_model(directory: Path, device: str = "auto", dtype: str = "auto") -> Lo
     logging.set_verbosity_error()  # its table of missing weights is replaced by our sentence
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, **local)
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch_dtype, use_safetensors=True, output_loading_info=True, **local
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # the empty shared expert, see below
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=torch_dtype, use_safetensors=True, output_loading_info=True, **local
+            )
     except MemoryError:
         raise
     except Exception as error:  # transformers, tokenizers and safetensors each raise errors of their own

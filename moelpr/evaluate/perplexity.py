@@ -8,7 +8,7 @@ each exactly once; neither start nor an end of document is. Neighbouring documen
 depends neither on the order of the file nor on the batch size.
 
 Long documents. Windows of `sequence_length` input tokens. Each window after the first begins with `context` tokens that
-were predicted already and only serve as context, so a token sees the whole document so far or at least `context` + 1 tokens.
+were predicted already and only serve as context: a token sees the whole document so far or `context` + 1 tokens or more.
 """
 
 import math
@@ -26,7 +26,9 @@ from moelpr.evaluate.models import LoadedModel
 from moelpr.evaluate.routing import Routing, RoutingObserver, find_routers
 
 DEFAULT_SEQUENCE_LENGTH = 512
-LOGITS_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}  # what one batch's logits may take when no batch size is given
+# What one batch's logits may take when no batch size is given. A CPU is fastest while they stay in its caches: a model
+# of 7M parameters scored 5,900 tokens/s with 16 MiB and 2,600 with 256.
+LOGITS_BYTES = {"cpu": 16 << 20, "cuda": 2 << 30}
 IGNORED = -100  # target of padding and of tokens that are only context
 
 
@@ -219,8 +221,8 @@ def _batches(windows: list[Window], max_tokens: int) -> Iterator[list[Window]]:
 def _tensors(batch: list[Window], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Inputs, targets and "its routing counts", each [rows, longest].
 
-    Routing counts where a prediction counts, so that context and padding count nothing twice, except for the start token,
-    which is no text of any language.
+    Routing counts where a prediction counts, so that padding and what is seen again as context do not, except for the
+    start token, which is no text of any language.
     """
     longest = len(batch[0].inputs)
     inputs = torch.tensor([window.inputs + [0] * (longest - len(window.inputs)) for window in batch])

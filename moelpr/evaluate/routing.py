@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Routing:
-    """Routing of one language's text, averaged over its tokens. Lists run over the MoE layers, then over the experts."""
+    """Routing of one language's text, averaged over its tokens. Lists run over MoE layers, then over experts."""
 
     layers: list[int]  # numbers of the decoder layers that are MoE layers, counted from 0
     tokens: int

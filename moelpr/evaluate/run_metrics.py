@@ -10,8 +10,8 @@ from moelpr.errors import UserError
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """One record per training step, in order of `iteration`.
 
-    A last line that is only half there is left out. A resumed run repeats the steps after its last checkpoint: the later
-    record of a step counts. Raises UserError for a missing file and for any other line that is not a record.
+    A last line that is only half there is left out. A resumed run repeats the steps after its last checkpoint: the
+    later record of a step counts. Raises UserError for a missing file and for any other line that is not a record.
     """
     try:
         lines = path.read_bytes().split(b"\n")

@@ -19,7 +19,7 @@ def test_shares_equal_a_plain_computation_from_hidden_states(moe_dir, texts):
             seen = {}
             hooks = [
                 loaded.model.model.layers[number].mlp.register_forward_pre_hook(
-                    lambda _module, inputs, number=number: seen.update({number: inputs[0][0]})
+                    lambda _module, inputs, number=number, seen=seen: seen.update({number: inputs[0][0]})
                 )
                 for number in firsts
             ]
@@ -64,7 +64,8 @@ def test_routers_of_the_other_exported_families_are_found(family):
 
     config = AutoConfig.for_model(
         family, vocab_size=50, hidden_size=16, intermediate_size=8, moe_intermediate_size=8, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_local_experts=3, num_experts=3, num_experts_per_tok=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_local_experts=3, num_experts=3,
+        num_experts_per_tok=2,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
     assert {number: tuple(router.weight.shape) for number, router in find_routers(model).items()} == {

@@ -222,3 +222,21 @@ def test_another_PYTHON_makes_the_venv_afresh(repository, environment, put):
     other = put("elsewhere/other", f"""[ "$1" != -c ] || {{ echo another Python; exit; }}\n{STANDIN}""")
     assert make_venv(repository, environment | {"PYTHON": str(other)}) == 0
     assert not (repository / ".venv/stale").exists()
+
+
+def test_an_activated_venv_that_is_about_to_go_is_not_the_python_for_the_next(repository, environment):
+    make_venv(repository, environment)
+    shutil.copy(repository / ".venv/bin/python", repository / ".venv/bin/python3.13")
+    (repository / ".venv/.installed").write_text("unfinished\n")
+    activated = environment | {"PATH": f"{repository}/.venv/bin:{environment['PATH']}"}
+    assert make_venv(repository, activated) == 0
+
+
+def test_two_runs_at_once_install_once(repository, environment):
+    make_venv(repository, environment)
+    calls_of_one_run = pip_calls(repository)
+    (repository / "pip-calls").unlink()
+    (repository / "constraints.txt").write_text("changed\n")
+    both = [subprocess.Popen([repository / "launch/make_venv.sh"], env=environment) for _ in range(2)]
+    assert [run.wait() for run in both] == [0, 0]
+    assert pip_calls(repository) == calls_of_one_run

@@ -8,6 +8,7 @@ patched name is gone or a patch is no longer needed.
 import contextlib
 import functools
 import inspect
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -47,7 +48,7 @@ def install() -> None:
     if _installed or not is_needed():
         return
     _installed = True
-    torch._dynamo.config.disable = True  # jit_fuser compiles with inductor: minutes of C++ for a 2-core demo
+    torch.compiler.set_stance("force_eager")  # jit_fuser compiles with inductor: minutes of C++ on a 2-core machine
     _patch_torch_cuda()
     _patch_torch_tensors()
     _patch_megatron()
@@ -75,7 +76,9 @@ def _patch_torch_cuda() -> None:
     cuda.memory_stats = lambda device=None: _Zeros()
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
         setattr(cuda, name, lambda device=None: 0)
-    cuda.get_device_capability = lambda device=None: (0, 0)
+    # Newer than any: no architecture-specific restriction or environment setting applies.
+    cuda.get_device_capability = lambda device=None: (99, 0)
+    cuda.get_device_properties = lambda device=None: types.SimpleNamespace(major=99, minor=0, name="cpu", total_memory=0)
 
 
 def _patch_torch_tensors() -> None:
@@ -154,7 +157,7 @@ class _InertStream:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("__"):
             raise AttributeError(name)
-        return lambda *args, **kwargs: True if name == "query" else None
+        return lambda *args, **kwargs: True if name == "query" else self  # record_event() returns an event
 
     def __enter__(self) -> "_InertStream":
         return self

@@ -30,7 +30,7 @@ def freeze(model_chunks: list[torch.nn.Module], stage: Stage, train_everything: 
         for name, parameter in chunk.named_parameters():
             parameter.requires_grad_(any(part in name for part in _TRAINABLE[stage]))
         embedding = getattr(chunk, "embedding", None)
-        if embedding is not None and chunk.config.recompute_granularity == "full":
+        if embedding is not None and chunk.config.recompute_granularity is not None:
             # Reentrant recompute gives no gradient at all when no input of the checkpointed layers requires one.
             embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(torch.is_grad_enabled()))
     return model_chunks

@@ -62,3 +62,6 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
         TaggedGPTDataset, num_samples, lambda: get_tensor_model_parallel_rank() == 0, dataset_config(args)
     )
     return builder.build()
+
+
+datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # every rank calls it; the builder has barriers

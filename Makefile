@@ -31,4 +31,4 @@ venv: ## make .venv, or bring it up to date
 
 clean: ## remove caches and build leftovers; .venv and runs/ stay
 	rm -rf build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
-	find . -path ./.venv -prune -o -name __pycache__ -exec rm -rf {} +
+	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +

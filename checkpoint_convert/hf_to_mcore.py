@@ -130,7 +130,9 @@ def _read_shape(hf_path: Path, family: Family) -> dict[str, Any]:
     try:
         config = AutoConfig.from_pretrained(hf_path, local_files_only=True)
     except Exception as error:  # whatever a damaged config makes transformers raise
-        raise UserError(f"{hf_path}/config.json can't be read by transformers: {error}") from error
+        raise UserError(
+            f"{hf_path}/config.json can't be read by transformers: {' '.join(str(error).split())}"
+        ) from error
     try:
         return family.megatron_args(config)
     except UserError as error:

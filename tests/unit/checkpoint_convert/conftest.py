@@ -36,7 +36,7 @@ def make_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         folder = tmp_path_factory.mktemp("qwen2")
         model.to(dtype).save_pretrained(folder, **(save or {}))
         if tokenizer:
-            write_tokenizer(folder, num_ids=60)
+            save_tokenizer(folder, num_ids=60)
         return folder
 
     return make
@@ -48,13 +48,18 @@ def qwen2(make_qwen2: Callable[..., Path]) -> Path:
     return make_qwen2(tokenizer=True, save={"max_shard_size": "40KB"})
 
 
-def write_tokenizer(folder: Path, num_ids: int) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+@pytest.fixture
+def write_tokenizer() -> Callable[..., None]:
+    return save_tokenizer
 
-    vocab = {"<eos>": 0} | {f"w{k}": k for k in range(1, num_ids)}
-    raw = Tokenizer(models.WordLevel(vocab, unk_token="<eos>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", unk_token="<eos>")
+
+def save_tokenizer(folder: Path, num_ids: int) -> None:
+    """A byte-level BPE that knows the letters a, b and some runs of them."""
+    from transformers import Qwen2Tokenizer
+
+    words = ["a", "b"] + ["a" * n for n in range(2, num_ids - 1)]
+    vocab = {"<|endoftext|>": 0} | {word: k for k, word in enumerate(words, start=1)}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[("a", "a" * n) for n in range(1, num_ids - 2)])
+    assert len(tokenizer) == num_ids
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     tokenizer.save_pretrained(folder)

@@ -209,8 +209,9 @@ def test_tokenizer_and_chat_template_travel_along(qwen2: Path, tmp_path: Path) -
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
     for folder in (tmp_path / "megatron" / "hf", tmp_path / "hf"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        assert tokenizer("w3 w5")["input_ids"] == [3, 5]
-        assert tokenizer.apply_chat_template([{"role": "user", "content": "w7"}], tokenize=False) == "w7"
+        assert type(tokenizer).__name__ == "Qwen2Tokenizer"
+        assert tokenizer("baab")["input_ids"] == [2, 3, 2]
+        assert tokenizer.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False) == "ab"
         assert (folder / "generation_config.json").is_file()
     assert not list((tmp_path / "megatron" / "hf").glob("*.safetensors"))
 

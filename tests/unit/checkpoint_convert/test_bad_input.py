@@ -1,0 +1,372 @@
+"""Bad input ends with one sentence, and the output is absent or what it was."""
+
+import errno
+import json
+import pickle
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from checkpoint_convert import hf_to_mcore as importer
+from checkpoint_convert import mcore_to_hf as exporter
+from checkpoint_convert import verify
+from checkpoint_convert.hf_to_mcore import hf_to_mcore
+from checkpoint_convert.mcore_to_hf import mcore_to_hf
+from checkpoint_convert.torch_dist import TorchDistReader, TorchDistWriter
+from moelpr.errors import UserError, run_command
+from moelpr.model_spec import ModelSpec
+
+
+@pytest.fixture
+def source(make_qwen2: Callable[..., Path], tmp_path: Path) -> Path:
+    """A model folder (one file) of its own for every test to spoil."""
+    return Path(shutil.copytree(make_qwen2(tokenizer=True), tmp_path / "source"))
+
+
+@pytest.fixture
+def checkpoint(qwen2: Path, tmp_path: Path) -> Path:
+    hf_to_mcore(qwen2, tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def refuses_import(source: Path, tmp_path: Path, message: str, **options) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        hf_to_mcore(source, tmp_path / "out", **options)
+    assert "\n" not in str(caught.value)
+    assert_nothing_left(tmp_path)
+
+
+def refuses_export(checkpoint: Path, tmp_path: Path, message: str, **options) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        mcore_to_hf(checkpoint, tmp_path / "out", **options)
+    assert "\n" not in str(caught.value)
+    assert_nothing_left(tmp_path)
+
+
+def assert_nothing_left(tmp_path: Path) -> None:
+    assert not (tmp_path / "out").exists()
+    assert not [path for path in tmp_path.iterdir() if ".tmp-" in path.name]
+
+
+# ---------------------------------------------------------------------------------------------------- import
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    refuses_import(tmp_path / "Qwen" / "Qwen1.5-1.8B", tmp_path, "there is no folder .*hf download")
+
+
+def test_folder_without_config(source: Path, tmp_path: Path) -> None:
+    (source / "config.json").unlink()
+    refuses_import(source, tmp_path, "has no config.json")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '"qwen2"'])
+def test_config_that_is_no_json_object(source: Path, tmp_path: Path, text: str) -> None:
+    (source / "config.json").write_text(text)
+    refuses_import(source, tmp_path, "config.json (is not valid JSON|does not hold a JSON object)")
+
+
+def test_unknown_architecture_names_the_known_ones(source: Path, tmp_path: Path) -> None:
+    edit_json(source / "config.json", architectures=["BloomForCausalLM"], model_type="bloom")
+    refuses_import(source, tmp_path, "found the architecture BloomForCausalLM; supported are Qwen2ForCausalLM")
+
+
+def test_classifier_of_a_known_family(source: Path, tmp_path: Path) -> None:
+    edit_json(source / "config.json", architectures=["Qwen2ForSequenceClassification"])
+    refuses_import(source, tmp_path, "found the architecture Qwen2ForSequenceClassification")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_sliding_window": True}, "sliding-window layers can't be converted"),
+        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0}}, "RoPE scaling 'yarn'"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "RoPE scaling 'dynamic'"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "is quantised"),
+        ({"num_hidden_layers": "four"}, "can't be read by transformers"),
+        ({"rope_parameters": {"rope_theta": 1000.5, "rope_type": "default"}}, "rope_theta 1000.5"),
+    ],
+)
+def test_what_megatron_would_compute_differently(source: Path, tmp_path: Path, changes: dict, message: str) -> None:
+    edit_json(source / "config.json", **changes)
+    refuses_import(source, tmp_path, message)
+
+
+def test_missing_tensor(source: Path, tmp_path: Path) -> None:
+    edit_tensors(source, lambda tensors: tensors.pop("model.layers.2.self_attn.k_proj.bias"))
+    refuses_import(source, tmp_path, "lacks the tensor model.layers.2.self_attn.k_proj.bias")
+
+
+def test_misshapen_tensor(source: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit_tensors(source, lambda tensors: tensors.update({name: tensors[name][:-1].contiguous()}))
+    refuses_import(source, tmp_path, rf"{name} has shape \[47, 32\], but config.json says \[48, 32\]")
+
+
+def test_leftover_tensor(source: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.o_proj.bias"
+    edit_tensors(source, lambda tensors: tensors.update({name: torch.zeros(32)}))
+    refuses_import(source, tmp_path, f"holds the tensor {name}, which")
+
+
+def test_mixed_and_foreign_dtypes(source: Path, tmp_path: Path) -> None:
+    edit_tensors(source, lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"].half()}))
+    refuses_import(source, tmp_path, "mixes float16 and float32; choose one with --dtype")
+    edit_tensors(source, lambda tensors: tensors.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}))
+    refuses_import(source, tmp_path, "model.norm.weight has dtype I8")
+
+
+def test_pickled_weights(source: Path, tmp_path: Path) -> None:
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    refuses_import(source, tmp_path, "pickled weights only.*convert them to safetensors")
+    (source / "pytorch_model.bin").unlink()
+    refuses_import(source, tmp_path, "holds no weights")
+
+
+def test_truncated_weights(source: Path, tmp_path: Path) -> None:
+    content = (source / "model.safetensors").read_bytes()
+    (source / "model.safetensors").write_bytes(content[:-100])
+    refuses_import(source, tmp_path, "model.safetensors is truncated or damaged")
+
+
+def test_index_that_names_a_missing_shard(make_qwen2: Callable[..., Path], tmp_path: Path) -> None:
+    source = make_qwen2(save={"max_shard_size": "40KB"})
+    sorted(source.glob("model-*.safetensors"))[1].unlink()
+    refuses_import(source, tmp_path, "names model-00002-of-.*, which is not there")
+
+
+def test_tokenizer_with_more_ids_than_rows(source: Path, tmp_path: Path, write_tokenizer: Callable[..., None]) -> None:
+    write_tokenizer(source, num_ids=99)
+    hf_to_mcore(source, tmp_path / "fits")
+    write_tokenizer(source, num_ids=100)
+    refuses_import(source, tmp_path, "has 100 ids but the model's vocabulary has 99 rows")
+
+
+def test_damaged_tokenizer(source: Path, tmp_path: Path) -> None:
+    (source / "tokenizer.json").write_text("{}")
+    refuses_import(source, tmp_path, "the tokenizer in .* can't be read")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"topk": 1}, "K = 1 .*renormalising makes every gate weight 1.*router's gradient.*--topk 2"),
+        ({"topk": 0}, "top-0 needs"),
+        ({"topk": 6}, "top-6 needs at least 6 experts and the layer has 5"),
+        ({"num_new_experts": 0}, "found 0 new experts"),
+        ({"moe_layers": [1, 4]}, "no layer 4; its 4 layers are numbered 0 to 3"),
+        ({"moe_layers": [-1]}, "no layer -1"),
+        ({"moe_layers": []}, "no layer would become an MoE layer"),
+        ({"moe_every_k_layers": 5}, "--moe-every-k-layers 5 must lie between 1 and the model's 4 layers"),
+        ({"moe_every_k_layers": 0}, "--moe-every-k-layers 0 must lie"),
+        ({"moe_layers": [1], "moe_every_k_layers": 2}, "exclude each other"),
+    ],
+)
+def test_impossible_experts(qwen2: Path, tmp_path: Path, options: dict, message: str) -> None:
+    refuses_import(qwen2, tmp_path, message, **options)
+
+
+# ---------------------------------------------------------------------------------------------------- output
+
+
+def test_existing_output_is_replaced_only_with_overwrite(qwen2: Path, tmp_path: Path) -> None:
+    hf_to_mcore(qwen2, tmp_path / "megatron")
+    before = (tmp_path / "megatron" / "model_spec.json").read_text()
+    with pytest.raises(UserError, match="exists already.*--overwrite"):
+        hf_to_mcore(qwen2, tmp_path / "megatron", num_new_experts=2)
+    assert (tmp_path / "megatron" / "model_spec.json").read_text() == before
+    hf_to_mcore(qwen2, tmp_path / "megatron", num_new_experts=2, overwrite=True)
+    assert ModelSpec.read(tmp_path / "megatron").moe.num_new_experts == 2
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    with pytest.raises(UserError, match="exists already.*--overwrite"):
+        mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", overwrite=True)
+
+
+def test_overwrite_never_deletes_a_folder_of_another_kind_or_the_input(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letter.txt").write_text("dear")
+    with pytest.raises(UserError, match="is not what this command writes"):
+        hf_to_mcore(source, tmp_path / "home", overwrite=True)
+    for save in (source, source.parent, source / "inside"):
+        with pytest.raises(UserError, match="must be separate folders"):
+            hf_to_mcore(source, save, overwrite=True)
+    assert (tmp_path / "home" / "letter.txt").is_file()
+    assert (source / "model.safetensors").is_file()
+
+
+def test_failed_overwrite_leaves_the_old_output(source: Path, tmp_path: Path, monkeypatch) -> None:
+    hf_to_mcore(source, tmp_path / "out")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    monkeypatch.setattr(TorchDistWriter, "finish", _raise_disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        hf_to_mcore(source, tmp_path / "out", seed=7, overwrite=True)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+
+
+def _raise_disk_full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def exit_code(monkeypatch, main: Callable[[], None], *words: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, words)])
+    with pytest.raises(SystemExit) as caught:
+        run_command(main)
+    return caught.value.code
+
+
+def test_disk_that_fills_up_gives_one_sentence_and_code_1(qwen2: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """/dev/full refuses every write, as a full disk does; torch.save hides that behind an error of its own."""
+    real_open = open
+
+    def open_full(path, mode="r", *args, **kwargs):
+        full = "w" in mode and str(path).endswith((".distcp", ".safetensors"))
+        return real_open("/dev/full" if full else path, mode, *args, **kwargs)
+
+    hf_to_mcore(qwen2, tmp_path / "megatron")
+    monkeypatch.setattr("builtins.open", open_full)
+    for main, words in (
+        (importer.main, ("--hf-path", qwen2, "--num-new-experts", 4)),
+        (exporter.main, ("--load", tmp_path / "megatron")),
+    ):
+        assert exit_code(monkeypatch, main, *words, "--save", tmp_path / "out") == 1
+        assert "the disk is full" in capsys.readouterr().err
+        assert_nothing_left(tmp_path)
+
+
+def test_too_small_a_disk_is_noticed_before_writing(qwen2: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 900, 100))
+    words = ("--hf-path", qwen2, "--dense", "--save", tmp_path / "out")
+    assert exit_code(monkeypatch, importer.main, *words) == 1
+    assert f"the disk is full while writing {tmp_path / 'out'}" in capsys.readouterr().err
+
+
+def test_commands_end_with_one_sentence_and_code_2(qwen2: Path, checkpoint: Path, tmp_path: Path, monkeypatch, capsys):
+    for main, words, message in (
+        (importer.main, ("--hf-path", qwen2, "--save", tmp_path / "out", "--num-new-experts", 4, "--topk", 1), "K = 1"),
+        (importer.main, ("--hf-path", qwen2, "--save", tmp_path / "out"), "--num-new-experts"),
+        (
+            importer.main,
+            ("--hf-path", qwen2, "--save", tmp_path / "out", "--dense", "--moe-layers", "1"),
+            "--dense makes",
+        ),
+        (
+            importer.main,
+            ("--hf-path", qwen2, "--save", "x", "--num-new-experts", 1, "--moe-layers", "a"),
+            "layer numbers",
+        ),
+        (exporter.main, ("--load", tmp_path / "none", "--save", tmp_path / "out"), "there is no folder"),
+        (exporter.main, ("--load", checkpoint, "--save", tmp_path / "out", "--max-shard-size", "big"), "not a size"),
+        (verify.main, (tmp_path / "none", qwen2), "there is no folder"),
+    ):
+        assert exit_code(monkeypatch, main, *words) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+        assert_nothing_left(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------- export
+
+
+def test_folder_without_spec(checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / "model_spec.json").unlink()
+    refuses_export(checkpoint, tmp_path, "has no model_spec.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 2}, "format_version is 2, this program reads 1"),
+        ({"family": "bloom"}, "found the model family 'bloom'; supported are qwen2"),
+        ({"dtype": "int8"}, "dtype 'int8' is none of"),
+        ({"moe": {"num_new_experts": 4, "topk": 1, "layers": [0]}}, "K = 1"),
+        ({"moe": {"num_new_experts": 4}}, "is damaged or from another program"),
+        ({"surprise": 1}, "is damaged or from another program"),
+        ({"megatron_args": {"num_layers": 4}}, "lacks hidden_size"),
+    ],
+)
+def test_spec_that_makes_no_sense(checkpoint: Path, tmp_path: Path, changes: dict, message: str) -> None:
+    edit_json(checkpoint / "model_spec.json", **changes)
+    refuses_export(checkpoint, tmp_path, message)
+
+
+def test_spec_that_does_not_fit_the_weights(checkpoint: Path, tmp_path: Path) -> None:
+    edit_json(checkpoint / "model_spec.json", moe={"num_new_experts": 3, "topk": 2, "layers": [0, 1, 2, 3]})
+    refuses_export(checkpoint, tmp_path, r"router.weight has shape \[5, 32\], but model_spec.json says \[4, 32\]")
+    edit_json(checkpoint / "model_spec.json", moe=None)
+    refuses_export(checkpoint, tmp_path, "lacks the tensor decoder.layers.0.mlp.linear_fc1.layer_norm_weight")
+
+
+def test_tracker_that_is_missing_or_wrong(checkpoint: Path, tmp_path: Path) -> None:
+    refuses_export(checkpoint, tmp_path, "no checkpoint of iteration 7; it holds no numbered ones", iteration=7)
+    tracker = checkpoint / "latest_checkpointed_iteration.txt"
+    tracker.write_text("100")
+    refuses_export(checkpoint, tmp_path, "names iter_0000100, which is not there")
+    tracker.write_text("soon")
+    refuses_export(checkpoint, tmp_path, "says 'soon'")
+    tracker.unlink()
+    refuses_export(checkpoint, tmp_path, "latest_checkpointed_iteration.txt is missing")
+
+
+def test_incomplete_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    data = checkpoint / "release" / "__0_0.distcp"
+    content = data.read_bytes()
+    data.write_bytes(content[: len(content) // 2])
+    refuses_export(checkpoint, tmp_path, "truncated or damaged at")
+    data.unlink()
+    refuses_export(checkpoint, tmp_path, "__0_0.distcp is missing")
+    (checkpoint / "release" / ".metadata").write_bytes(b"\x80\x04nonsense")
+    refuses_export(checkpoint, tmp_path, ".metadata is damaged")
+    (checkpoint / "release" / ".metadata").unlink()
+    refuses_export(checkpoint, tmp_path, ".metadata is missing")
+
+
+def test_missing_part_of_a_stack(tmp_path: Path) -> None:
+    with TorchDistWriter(tmp_path) as writer:
+        writer.write_chunk("stack", torch.ones(1, 4), (3, 4), (0, 0))
+        writer.write_chunk("stack", torch.ones(1, 4), (3, 4), (2, 0))
+        writer.finish({})
+    reader = TorchDistReader(tmp_path)
+    assert torch.equal(reader.read("stack", 2), torch.ones(4))
+    for index in (None, 1):
+        with pytest.raises(UserError, match="parts of stack are missing"):
+            reader.read("stack", index)
+
+
+class _RunsCode:
+    def __init__(self, path: Path):
+        self._path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self._path,))
+
+
+def test_a_strangers_checkpoint_runs_no_code(checkpoint: Path, tmp_path: Path) -> None:
+    trap = tmp_path / "ran"
+    metadata = pickle.loads((checkpoint / "release" / ".metadata").read_bytes())
+    metadata.planner_data = _RunsCode(trap)
+    (checkpoint / "release" / ".metadata").write_bytes(pickle.dumps(metadata))
+    mcore_to_hf(checkpoint, tmp_path / "hf")
+    assert not trap.exists()
+    metadata.storage_data = _RunsCode(trap)
+    (checkpoint / "release" / ".metadata").write_bytes(pickle.dumps(metadata))
+    refuses_export(checkpoint, tmp_path, ".metadata is damaged")
+    assert not trap.exists()
+    pickle.loads((checkpoint / "release" / ".metadata").read_bytes())
+    assert trap.exists()  # the trap works: an unrestricted reader falls into it

@@ -40,6 +40,9 @@ COMPANION_FILES = (
 )
 COMPANION_FOLDERS = ("additional_chat_templates",)
 
+# A file is opened anew after so many bytes: the pages of a mapped file count as this process's memory while it's open.
+MAX_MAPPED_BYTES = 256 << 20
+
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -104,6 +107,7 @@ class HfReader:
         self._headers: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._open_name: str | None = None
         self._open_file: Any = None
+        self._mapped_bytes = 0
         names, index = self._shard_names()
         for name in names:
             file = self._open(name)
@@ -141,6 +145,9 @@ class HfReader:
 
     def read(self, name: str) -> Tensor:
         self._header(name)
+        if self._mapped_bytes > MAX_MAPPED_BYTES:
+            self._open_name = None
+        self._mapped_bytes += self.nbytes(name)
         return self._open(self._files[name]).get_tensor(name)
 
     def _header(self, name: str) -> tuple[str, tuple[int, ...]]:
@@ -179,6 +186,7 @@ class HfReader:
                     f"{self.folder / name} is truncated or damaged ({_first_line(error)}); download it again"
                 ) from error
             self._open_name = name
+            self._mapped_bytes = 0
         return self._open_file
 
 

@@ -107,7 +107,10 @@ class TorchDistWriter:
 
 
 class TorchDistReader:
-    """Reads a checkpoint folder tensor by tensor; keeps the chunk it read last and nothing else."""
+    """Reads a checkpoint folder tensor by tensor; keeps the chunks its last read needed and nothing else.
+
+    Neighbouring slices of a stack mostly lie in the same chunks, so reading them in order reads each chunk once.
+    """
 
     def __init__(self, folder: Path):
         """UserError when `folder` is no torch_dist checkpoint."""
@@ -126,8 +129,7 @@ class TorchDistReader:
             self._places: dict[MetadataIndex, _StorageInfo] = dict(metadata.storage_data)
         except Exception as error:  # a damaged pickle can raise anything
             raise UserError(f"{path} is damaged ({error}); save the checkpoint again") from error
-        self._cached_place: tuple[str, int] | None = None
-        self._cached_chunk: Tensor | None = None
+        self._loaded: dict[tuple[str, torch.Size], Tensor] = {}
 
     @property
     def keys(self) -> set[str]:
@@ -147,15 +149,21 @@ class TorchDistReader:
         size = list(entry.size)
         if index is not None:
             start[0], size[0] = index, 1
-        result: Tensor | None = None
-        filled = 0
+        wanted = {}
         for chunk in entry.chunks:
             # The overlap of the chunk and the wanted box, in the tensor's coordinates.
             lower = [max(a, b) for a, b in zip(start, chunk.offsets, strict=True)]
             upper = [min(a + n, b + m) for a, n, b, m in zip(start, size, chunk.offsets, chunk.sizes, strict=True)]
-            if any(a >= b for a, b in zip(lower, upper, strict=True)):
-                continue
-            part = self._load_chunk(key, chunk)
+            if all(a < b for a, b in zip(lower, upper, strict=True)):
+                wanted[key, chunk.offsets] = (chunk, lower, upper)
+        self._loaded = {place: tensor for place, tensor in self._loaded.items() if place in wanted}
+
+        result: Tensor | None = None
+        filled = 0
+        for place, (chunk, lower, upper) in wanted.items():
+            if place not in self._loaded:
+                self._loaded[place] = self._load_chunk(key, chunk)
+            part = self._loaded[place]
             for axis, (a, b, offset) in enumerate(zip(lower, upper, chunk.offsets, strict=True)):
                 part = part.narrow(axis, a - offset, b - a)
             filled += part.numel()
@@ -181,29 +189,23 @@ class TorchDistReader:
         info = self._places.get(MetadataIndex(key, chunk.offsets))
         if info is None:
             raise UserError(f"{self._folder} is incomplete: parts of {key} are missing; save the checkpoint again")
-        place = (info.relative_path, info.offset)
-        if self._cached_place != place:
-            self._cached_place = self._cached_chunk = None
-            path = self._folder / info.relative_path
-            if path.parent != self._folder:
-                raise UserError(f"{self._folder / METADATA_FILE} points outside its folder, at {info.relative_path}")
-            try:
-                with open(path, "rb") as file:
-                    view = cast(BinaryIO, _create_file_view(file, info.offset, info.length))
-                    # map_location: chunks saved on a GPU must load on a machine without one.
-                    tensor = torch.load(view, map_location="cpu", weights_only=True)
-            except FileNotFoundError as error:
-                raise UserError(f"{self._folder} is incomplete: {info.relative_path} is missing") from error
-            except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-                raise UserError(
-                    f"{path} is truncated or damaged at {key}; save the checkpoint again or copy it anew"
-                ) from error
-            if not isinstance(tensor, Tensor) or tensor.shape != chunk.sizes:
-                raise UserError(f"{path} is damaged: the chunk of {key} does not have shape {tuple(chunk.sizes)}")
-            self._cached_chunk = tensor.detach()
-            self._cached_place = place
-        assert self._cached_chunk is not None
-        return self._cached_chunk
+        path = self._folder / info.relative_path
+        if path.parent != self._folder:
+            raise UserError(f"{self._folder / METADATA_FILE} points outside its folder, at {info.relative_path}")
+        try:
+            with open(path, "rb") as file:
+                view = cast(BinaryIO, _create_file_view(file, info.offset, info.length))
+                # map_location: chunks saved on a GPU must load on a machine without one.
+                tensor = torch.load(view, map_location="cpu", weights_only=True)
+        except FileNotFoundError as error:
+            raise UserError(f"{self._folder} is incomplete: {info.relative_path} is missing") from error
+        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+            raise UserError(
+                f"{path} is truncated or damaged at {key}; save the checkpoint again or copy it anew"
+            ) from error
+        if not isinstance(tensor, Tensor) or tensor.shape != chunk.sizes:
+            raise UserError(f"{path} is damaged: the chunk of {key} does not have shape {tuple(chunk.sizes)}")
+        return tensor.detach()
 
 
 class _Ignored:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -210,7 +211,9 @@ def test_megatrons_dense_model_computes_hfs_logits(
     assert (ours - theirs).abs().max() <= 1e-5
 
 
-def test_experts_saved_in_expert_parallel_shards_are_exported(qwen2: Path, tmp_path: Path) -> None:
+def test_experts_saved_in_expert_parallel_shards_are_exported(
+    qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A trainer's checkpoint: experts in shards, optimizer state and Megatron's arguments beside the weights."""
     spec = hf_to_mcore(qwen2, tmp_path / "megatron", new_experts="random")
     mcore_to_hf(tmp_path / "megatron", tmp_path / "expected")
@@ -227,8 +230,17 @@ def test_experts_saved_in_expert_parallel_shards_are_exported(qwen2: Path, tmp_p
                     offset = 0 if half.data_ptr() == tensor[expert].data_ptr() else half.shape[1]
                     writer.write_chunk(key, half, tensor.shape, (expert, offset, 0))
         writer.finish({"args": None, "iteration": 12})
+    loads: Counter[tuple] = Counter()
+    load_chunk = TorchDistReader._load_chunk
+
+    def count(self: TorchDistReader, key: str, chunk) -> torch.Tensor:
+        loads[key, tuple(chunk.offsets)] += 1
+        return load_chunk(self, key, chunk)
+
+    monkeypatch.setattr(TorchDistReader, "_load_chunk", count)
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", iteration=12)
     assert max_abs_difference(tmp_path / "expected", tmp_path / "hf") == 0.0
+    assert set(loads.values()) == {1}  # no chunk is read twice, however many experts it holds
     assert spec.moe is not None
 
 

@@ -7,8 +7,9 @@ tokenizer's BOS, or its EOS where it has none (training separates documents by E
 each exactly once; neither start nor an end of document is. Neighbouring documents are not context, so the result
 depends neither on the order of the file nor on the batch size.
 
-Long documents. Windows of `sequence_length` input tokens. Each window after the first begins with `context` tokens that
-were predicted already and only serve as context: a token sees the whole document so far or `context` + 1 tokens or more.
+Long documents. Windows of `sequence_length` input tokens. Each window after the first begins with `context` tokens
+that were predicted already and only serve as context: every token sees its whole document so far, or at least
+`context` + 1 tokens of it.
 """
 
 import math

@@ -23,9 +23,9 @@ class Routing:
 
     @property
     def original_expert_share(self) -> dict[str, Any]:
-        """Share of first choices that are the original expert: {"overall": share, "per_layer": [share]}."""
+        """Share of first choices that are the original expert: {"overall", "per_layer": [shares], "layers": [numbers]}."""
         per_layer = [shares[0] for shares in self.first_choice_share]
-        return {"overall": sum(per_layer) / len(per_layer), "per_layer": per_layer}
+        return {"overall": sum(per_layer) / len(per_layer), "per_layer": per_layer, "layers": self.layers}
 
 
 def find_routers(model: Any) -> dict[int, nn.Module]:

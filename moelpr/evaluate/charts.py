@@ -1,0 +1,295 @@
+"""The report's pictures, as SVG."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moelpr.evaluate.report import MODELS, STAGES, Report, percent
+from moelpr.evaluate.svg import INK, MUTED, RULE, Drawing, sequential_colour, text_width, tick_label, ticks
+
+LANGUAGE_NAMES = {
+    "ar": "Arabic", "bn": "Bengali", "de": "German", "el": "Greek", "en": "English", "es": "Spanish", "fr": "French",
+    "hi": "Hindi", "hu": "Hungarian", "id": "Indonesian", "it": "Italian", "ja": "Japanese", "ko": "Korean",
+    "ne": "Nepali", "pl": "Polish", "pt": "Portuguese", "ru": "Russian", "sv": "Swedish", "th": "Thai",
+    "tr": "Turkish", "uk": "Ukrainian", "vi": "Vietnamese", "zh": "Chinese",
+}  # fmt: skip
+MODEL_NAMES = {
+    "base": "base",
+    "full_finetune": "full fine-tuning",
+    "stage1": "after stage 1",
+    "stage2": "after stage 2",
+}
+# Told apart by lightness too: the report must work on a black-and-white printer.
+MODEL_COLOURS = {"base": "#5f6c7b", "full_finetune": "#e39a3b", "stage1": "#9cc3e6", "stage2": "#1d4f91"}
+
+MAX_POINTS = 400  # of a curve: a long run's report stays small
+
+
+def language_name(language: str) -> str:
+    return LANGUAGE_NAMES.get(language, language)
+
+
+def headline_picture(report: Report) -> str:
+    """Change in bits per byte against base, per language, for the three trained models: the effect in one picture."""
+    models = [model for model in MODELS[1:] if model in report.bits_per_byte]
+    rows = [(group, language) for group in ("expanded", "original") for language in report.group(group)]
+    changes = {
+        (model, language): report.bits(model, language) / report.bits("base", language) - 1
+        for model in models
+        for _, language in rows
+    }
+    known = [change for change in changes.values() if math.isfinite(change)]
+    low, high = min([*known, -0.05]), max([*known, 0.05])
+    bar, bar_gap, row_gap, group_gap, top = 12, 2, 14, 34, 64
+    left, right, width = 104, 56, 760
+    row_height = len(models) * (bar + bar_gap) + row_gap
+    groups = [group for group in ("expanded", "original") if report.group(group)]
+    height = top + len(rows) * row_height + len(groups) * group_gap + 8
+    zero_pad = 50  # room for the labels of bars to the left
+    scale = (width - left - right - zero_pad) / (high - low)
+
+    def x(change: float) -> float:
+        return left + zero_pad + (change - low) * scale
+
+    sentence = "; ".join(
+        f"{language_name(language)}: "
+        + ", ".join(f"{MODEL_NAMES[model]} {percent(changes[model, language])}" for model in models)
+        for _, language in rows
+    )
+    drawing = Drawing(width, height, "Change in bits per byte against the base model", sentence)
+    legend_x = float(left)
+    for model in models:
+        drawing.rect(legend_x, 12, 14, 12, MODEL_COLOURS[model])
+        drawing.text(legend_x + 20, 22, MODEL_NAMES[model], size=12.5)
+        legend_x += 20 + text_width(MODEL_NAMES[model], 12.5) + 24
+    drawing.text(x(0) - 8, 50, "\u2190 predicts better", size=11.5, fill=MUTED, anchor="end")
+    drawing.text(x(0), 50, "base", size=11.5, fill=INK, anchor="middle", bold=True) if x(0) - left > 130 else None
+    drawing.text(x(0) + 20, 50, "predicts worse \u2192", size=11.5, fill=MUTED)
+    for tick in ticks(low, high, 6):
+        drawing.line(x(tick), top - 6, x(tick), height - 8, RULE)
+    y = float(top)
+    for group in groups:
+        y += group_gap - 12
+        drawing.text(0, y, f"{group.capitalize()} languages", size=12.5, bold=True)
+        y += 12
+        for language in report.group(group):
+            drawing.text(left - 12, y + (row_height - row_gap) / 2 + 4, language_name(language), size=13, anchor="end")
+            for model in models:
+                change = changes[model, language]
+                label = percent(change)
+                if math.isfinite(change):
+                    start, end = sorted((x(0), x(change)))
+                    tip = f"{language_name(language)}, {MODEL_NAMES[model]}: {label}"
+                    drawing.rect(start, y, max(end - start, 0.8), bar, MODEL_COLOURS[model], tip=tip)
+                bold = model == "stage2"
+                if math.isfinite(change) and change < 0:
+                    drawing.text(x(change) - 5, y + bar - 2, label, size=11, anchor="end", bold=bold)
+                else:
+                    place = x(change) if math.isfinite(change) else x(0)
+                    drawing.text(place + 5, y + bar - 2, label, size=11, bold=bold)
+                y += bar + bar_gap
+            y += row_gap
+    drawing.line(x(0), top - 6, x(0), height - 8, INK, 1.2)
+    return drawing.render()
+
+
+def heat_maps(report: Report) -> str:
+    """Share of first choices that are the original expert, by layer and language, after each stage side by side."""
+    stages = [stage for stage in STAGES if report.original_expert_share.get(stage)]
+    languages = [*report.group("original"), *report.group("expanded")]
+    shares = report.original_expert_share
+    layers = max((len(share["per_layer"]) for stage in stages for share in shares[stage].values()), default=0)
+    if not layers:
+        return ""
+    cell_width, cell_height = 58, 30 if layers <= 12 else 20
+    left, top, gap, group_gap = 62, 62, 34, 8
+    first_expanded = len(report.group("original"))
+    panel = len(languages) * cell_width + group_gap
+    width = left + len(stages) * panel + (len(stages) - 1) * gap + 4
+    height = top + (layers + 1) * cell_height + 10 + 44
+    drawing = Drawing(
+        width,
+        height,
+        "Share of tokens whose first choice is the original expert, by layer and language",
+        "; ".join(
+            f"{MODEL_NAMES[stage]}: "
+            + ", ".join(f"{language_name(name)} {share['overall']:.0%}" for name, share in shares[stage].items())
+            for stage in stages
+        ),
+    )
+    numbers = next(iter(shares[stages[0]].values())).get("layers", range(layers))
+    for row in range(layers + 1):
+        label = f"layer {numbers[row]}" if row < layers else "all"
+        y = top + row * cell_height + (10 if row == layers else 0)
+        drawing.text(left - 8, y + cell_height / 2 + 4, label, size=11.5, anchor="end", bold=row == layers)
+    for position, stage in enumerate(stages):
+        panel_x = left + position * (panel + gap)
+        drawing.text(panel_x, 16, MODEL_NAMES[stage].capitalize(), size=14, bold=True)
+        for column, language in enumerate(languages):
+            x = panel_x + column * cell_width + (group_gap if column >= first_expanded else 0)
+            if column in (0, first_expanded):
+                drawing.text(x, 36, report.languages[language], size=11.5, fill=MUTED)
+            drawing.text(x + cell_width / 2, top - 8, language_name(language)[:9], size=11.5, anchor="middle")
+            share = shares[stage].get(language)
+            values = [*share["per_layer"], share["overall"]] if share else []
+            for row, value in enumerate(values):
+                y = top + row * cell_height + (10 if row == layers else 0)
+                fill, ink = sequential_colour(value)
+                where = f"layer {numbers[row]}" if row < layers else "all layers"
+                tip = f"{language_name(language)}, {where}, {MODEL_NAMES[stage]}: {value:.1%}"
+                drawing.rect(x, y, cell_width, cell_height, fill, tip=tip, stroke="#ffffff")
+                drawing.text(
+                    x + cell_width / 2, y + cell_height / 2 + 4, f"{100 * value:.0f}%", size=11.5, fill=ink,
+                    anchor="middle", bold=row == layers,
+                )  # fmt: skip
+    steps, bar_width = 40, 240.0
+    y = height - 26
+    for step in range(steps):
+        drawing.rect(
+            left + step * bar_width / steps, y, bar_width / steps + 0.3, 10, sequential_colour(step / (steps - 1))[0]
+        )
+    for value, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
+        drawing.text(left + value * bar_width, y + 23, f"{value:.0%}", size=10.5, fill=MUTED, anchor=anchor)
+    drawing.text(left + bar_width + 12, y + 9, "of tokens go to the original expert first", size=11.5, fill=MUTED)
+    return drawing.render()
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a chart. Points that are None or not finite are left out."""
+
+    name: str
+    colour: str
+    x: Sequence[float]
+    y: Sequence[float | None]
+    dash: str = ""
+
+
+def line_chart(title: str, curves: Sequence[Curve], *, as_percent: bool = False, width: float = 452) -> str:
+    """Curves over training steps: each point faintly, and a running mean; '' where there is nothing to draw."""
+    drawn = [(curve, *_thin(*_finite(curve))) for curve in curves]
+    drawn = [(curve, x, y) for curve, x, y in drawn if len(y) >= 2]
+    if not drawn:
+        return ""
+    smooth = [_running_mean(y) for _, _, y in drawn]
+    height, left, right, top, bottom = 216.0, 46.0, 10.0, 46.0, 34.0
+    x_low, x_high = min(x[0] for _, x, _ in drawn), max(x[-1] for _, x, _ in drawn)
+    y_low, y_high = min(min(values) for values in smooth), max(max(values) for values in smooth)
+    y_low, y_high = (y_low, y_high) if y_high > y_low else (y_low - 0.5, y_high + 0.5)
+    margin = 0.06 * (y_high - y_low)
+    y_low, y_high = y_low - margin, y_high + margin
+    if as_percent:
+        y_low, y_high = 0.0, 1.0
+    inner_width, inner_height = width - left - right, height - top - bottom
+
+    def place(x: Sequence[float], y: Sequence[float]) -> list[tuple[float, float]]:
+        span = (x_high - x_low) or 1
+        return [
+            ((a - x_low) / span * inner_width, (y_high - b) / (y_high - y_low) * inner_height)
+            for a, b in zip(x, y, strict=True)
+        ]
+
+    ends = ", ".join(f"{curve.name}: from {values[0]:.3g} to {values[-1]:.3g}" for (curve, _, _), values in zip(drawn, smooth, strict=True))  # fmt: skip
+    drawing = Drawing(width, height, title, ends)
+    drawing.text(0, 15, title, size=13, bold=True)
+    legend_x = left
+    for curve, _, _ in drawn:
+        if not curve.name:
+            continue
+        drawing.path([(legend_x, 31), (legend_x + 20, 31)], curve.colour, width=2.4, dash=curve.dash)
+        drawing.text(legend_x + 26, 35, curve.name, size=11.5, fill=MUTED)
+        legend_x += 26 + text_width(curve.name, 11.5) + 16
+    for tick in ticks(y_low, y_high, 4):
+        y = top + (y_high - tick) / (y_high - y_low) * inner_height
+        drawing.line(left, y, width - right, y)
+        drawing.text(left - 7, y + 4, f"{tick:.0%}" if as_percent else tick_label(tick), size=10.5, fill=MUTED, anchor="end")  # fmt: skip
+    for tick in ticks(x_low, x_high, 5):
+        x = left + (tick - x_low) / ((x_high - x_low) or 1) * inner_width
+        drawing.line(x, top + inner_height, x, top + inner_height + 4, MUTED)
+        drawing.text(x, top + inner_height + 17, tick_label(tick), size=10.5, fill=MUTED, anchor="middle")
+    drawing.text(width - right, height - 3, "training step", size=10.5, fill=MUTED, anchor="end")
+    inside = Drawing(inner_width, inner_height, "", "")
+    for curve, x, y in drawn:
+        inside.path(place(x, y), curve.colour, width=1, opacity=0.28)
+    for (curve, x, _), values in zip(drawn, smooth, strict=True):
+        inside.path(place(x, values), curve.colour, width=2.2, dash=curve.dash)
+    drawing.place(inside, left, top)
+    drawing.line(left, top + inner_height, width - right, top + inner_height, MUTED)
+    return drawing.render()
+
+
+def training_charts(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """Loss curves of each run (model -> records of metrics.jsonl) and what its routers did; only what was logged."""
+    charts = []
+    for model in MODELS:
+        records = metrics.get(model, [])
+        if not records:
+            continue
+        name = {"base": "Base", "full_finetune": "Full fine-tuning", "stage1": "Stage 1", "stage2": "Stage 2"}[model]
+        steps = [record["iteration"] for record in records]
+
+        def curve(label: str, key: str, colour: str, dash: str = "", *, records=records, steps=steps) -> Curve:
+            return Curve(label, colour, steps, [_number(record.get(key)) for record in records], dash)
+
+        original = curve("original languages", "lm_loss_original", MODEL_COLOURS["stage2"])
+        expanded = curve("expanded languages", "lm_loss_expanded", MODEL_COLOURS["full_finetune"], "5 3")
+        both = all(any(value is not None for value in line.y) for line in (original, expanded))
+        losses = [original, expanded] if both else [curve("", "lm_loss", MODEL_COLOURS["stage2"])]
+        charts.append(line_chart(f"{name}: next-token loss (nats per token)", losses))
+        if model == "stage1":
+            charts.append(line_chart("Stage 1: balance loss", [curve("", "balance_loss", MODEL_COLOURS["base"])]))
+        if model == "stage2":
+            charts.append(line_chart("Stage 2: LPR loss", [curve("", "lpr_loss", MODEL_COLOURS["base"])]))
+            charts.append(
+                line_chart(
+                    "Stage 2: first choices that are the original expert",
+                    [
+                        curve("original languages", "original_first_share_original", MODEL_COLOURS["stage2"]),
+                        curve(
+                            "expanded languages", "original_first_share_expanded", MODEL_COLOURS["full_finetune"], "5 3"
+                        ),
+                    ],
+                    as_percent=True,
+                )
+            )
+    return [chart for chart in charts if chart]
+
+
+def _number(value: Any) -> float | None:
+    """A number as it is; of a number per layer the mean."""
+    if isinstance(value, list):
+        numbers = [item for item in value if isinstance(item, int | float)]
+        return sum(numbers) / len(numbers) if numbers else None
+    return value if isinstance(value, int | float) else None
+
+
+def _finite(curve: Curve) -> tuple[list[float], list[float]]:
+    pairs = [(x, y) for x, y in zip(curve.x, curve.y, strict=True) if y is not None and math.isfinite(y)]
+    return [x for x, _ in pairs], [y for _, y in pairs]
+
+
+def _thin(x: list[float], y: list[float]) -> tuple[list[float], list[float]]:
+    """Means of neighbours, so that at most MAX_POINTS are left."""
+    size = math.ceil(len(x) / MAX_POINTS) if x else 1
+
+    def means(values: list[float]) -> list[float]:
+        return [sum(part) / len(part) for part in (values[i : i + size] for i in range(0, len(values), size))]
+
+    return means(x), means(y)
+
+
+def _running_mean(values: list[float]) -> list[float]:
+    """Mean over about a twentieth of the curve around each point, less at the ends."""
+    reach = len(values) // 40
+    return [
+        sum(part) / len(part)
+        for index in range(len(values))
+        for part in [
+            values[
+                index - min(reach, index, len(values) - 1 - index) : index
+                + min(reach, index, len(values) - 1 - index)
+                + 1
+            ]
+        ]
+    ]

@@ -2,32 +2,24 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from moelpr.evaluate.languages import language_name
 from moelpr.evaluate.report import MODELS, STAGES, Report, percent
 from moelpr.evaluate.svg import INK, MUTED, RULE, Drawing, sequential_colour, text_width, tick_label, ticks
 
-LANGUAGE_NAMES = {
-    "ar": "Arabic", "bn": "Bengali", "de": "German", "el": "Greek", "en": "English", "es": "Spanish", "fr": "French",
-    "hi": "Hindi", "hu": "Hungarian", "id": "Indonesian", "it": "Italian", "ja": "Japanese", "ko": "Korean",
-    "ne": "Nepali", "pl": "Polish", "pt": "Portuguese", "ru": "Russian", "sv": "Swedish", "th": "Thai",
-    "tr": "Turkish", "uk": "Ukrainian", "vi": "Vietnamese", "zh": "Chinese",
-}  # fmt: skip
 MODEL_NAMES = {
     "base": "base",
     "full_finetune": "full fine-tuning",
     "stage1": "after stage 1",
     "stage2": "after stage 2",
 }
+RUN_NAMES = {"base": "Base", "full_finetune": "Full fine-tuning", "stage1": "Stage 1", "stage2": "Stage 2"}
 # Told apart by lightness too: the report must work on a black-and-white printer.
 MODEL_COLOURS = {"base": "#5f6c7b", "full_finetune": "#e39a3b", "stage1": "#9cc3e6", "stage2": "#1d4f91"}
 
 MAX_POINTS = 400  # of a curve: a long run's report stays small
-
-
-def language_name(language: str) -> str:
-    return LANGUAGE_NAMES.get(language, language)
 
 
 def headline_picture(report: Report) -> str:
@@ -41,16 +33,16 @@ def headline_picture(report: Report) -> str:
     }
     known = [change for change in changes.values() if math.isfinite(change)]
     low, high = min([*known, -0.05]), max([*known, 0.05])
-    bar, bar_gap, row_gap, group_gap, top = 12, 2, 14, 34, 64
-    left, right, width = 104, 56, 760
+    bar, bar_gap, row_gap, group_gap, top, bottom = 12, 2, 14, 34, 60, 24
+    left, right, width = 104, 4, 900
+    label_room = 52  # a bar's number stands at its end
     row_height = len(models) * (bar + bar_gap) + row_gap
     groups = [group for group in ("expanded", "original") if report.group(group)]
-    height = top + len(rows) * row_height + len(groups) * group_gap + 8
-    zero_pad = 50  # room for the labels of bars to the left
-    scale = (width - left - right - zero_pad) / (high - low)
+    height = top + len(rows) * row_height + len(groups) * group_gap + bottom
+    scale = (width - left - right - 2 * label_room) / (high - low)
 
     def x(change: float) -> float:
-        return left + zero_pad + (change - low) * scale
+        return left + label_room + (change - low) * scale
 
     sentence = "; ".join(
         f"{language_name(language)}: "
@@ -63,11 +55,12 @@ def headline_picture(report: Report) -> str:
         drawing.rect(legend_x, 12, 14, 12, MODEL_COLOURS[model])
         drawing.text(legend_x + 20, 22, MODEL_NAMES[model], size=12.5)
         legend_x += 20 + text_width(MODEL_NAMES[model], 12.5) + 24
-    drawing.text(x(0) - 8, 50, "\u2190 predicts better", size=11.5, fill=MUTED, anchor="end")
-    drawing.text(x(0), 50, "base", size=11.5, fill=INK, anchor="middle", bold=True) if x(0) - left > 130 else None
-    drawing.text(x(0) + 20, 50, "predicts worse \u2192", size=11.5, fill=MUTED)
+    drawing.text(x(0) - 8, 48, "\u2190 predicts better than base", size=11.5, fill=MUTED, anchor="end")
+    drawing.text(x(0) + 8, 48, "predicts worse \u2192", size=11.5, fill=MUTED)
     for tick in ticks(low, high, 6):
-        drawing.line(x(tick), top - 6, x(tick), height - 8, RULE)
+        drawing.line(x(tick), top - 6, x(tick), height - bottom, RULE)
+        label = percent(tick).replace(".0%", "%") if round(tick, 9) else "base"
+        drawing.text(x(tick), height - bottom + 16, label, size=10.5, fill=MUTED, anchor="middle")
     y = float(top)
     for group in groups:
         y += group_gap - 12
@@ -90,7 +83,7 @@ def headline_picture(report: Report) -> str:
                     drawing.text(place + 5, y + bar - 2, label, size=11, bold=bold)
                 y += bar + bar_gap
             y += row_gap
-    drawing.line(x(0), top - 6, x(0), height - 8, INK, 1.2)
+    drawing.line(x(0), top - 6, x(0), height - bottom, INK, 1.2)
     return drawing.render()
 
 
@@ -157,18 +150,18 @@ def heat_maps(report: Report) -> str:
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a chart. Points that are None or not finite are left out."""
+    """One line of a chart; all its numbers are finite."""
 
     name: str
     colour: str
     x: Sequence[float]
-    y: Sequence[float | None]
-    dash: str = ""
+    y: Sequence[float]
+    dash: str | None = None
 
 
 def line_chart(title: str, curves: Sequence[Curve], *, as_percent: bool = False, width: float = 452) -> str:
     """Curves over training steps: each point faintly, and a running mean; '' where there is nothing to draw."""
-    drawn = [(curve, *_thin(*_finite(curve))) for curve in curves]
+    drawn = [(curve, *_thin(curve.x, curve.y)) for curve in curves]
     drawn = [(curve, x, y) for curve, x, y in drawn if len(y) >= 2]
     if not drawn:
         return ""
@@ -190,7 +183,10 @@ def line_chart(title: str, curves: Sequence[Curve], *, as_percent: bool = False,
             for a, b in zip(x, y, strict=True)
         ]
 
-    ends = ", ".join(f"{curve.name}: from {values[0]:.3g} to {values[-1]:.3g}" for (curve, _, _), values in zip(drawn, smooth, strict=True))  # fmt: skip
+    ends = ", ".join(
+        f"{curve.name or 'value'} from {values[0]:.3g} to {values[-1]:.3g}"
+        for (curve, _, _), values in zip(drawn, smooth, strict=True)
+    )
     drawing = Drawing(width, height, title, ends)
     drawing.text(0, 15, title, size=13, bold=True)
     legend_x = left
@@ -200,16 +196,17 @@ def line_chart(title: str, curves: Sequence[Curve], *, as_percent: bool = False,
         drawing.path([(legend_x, 31), (legend_x + 20, 31)], curve.colour, width=2.4, dash=curve.dash)
         drawing.text(legend_x + 26, 35, curve.name, size=11.5, fill=MUTED)
         legend_x += 26 + text_width(curve.name, 11.5) + 16
-    for tick in ticks(y_low, y_high, 4):
-        y = top + (y_high - tick) / (y_high - y_low) * inner_height
-        drawing.line(left, y, width - right, y)
-        drawing.text(left - 7, y + 4, f"{tick:.0%}" if as_percent else tick_label(tick), size=10.5, fill=MUTED, anchor="end")  # fmt: skip
+    for tick in ticks(y_low, y_high, 5):
+        tick_y = top + (y_high - tick) / (y_high - y_low) * inner_height
+        drawing.line(left, tick_y, width - right, tick_y)
+        label = f"{tick:.0%}" if as_percent else tick_label(tick)
+        drawing.text(left - 7, tick_y + 4, label, size=10.5, fill=MUTED, anchor="end")
     for tick in ticks(x_low, x_high, 5):
-        x = left + (tick - x_low) / ((x_high - x_low) or 1) * inner_width
-        drawing.line(x, top + inner_height, x, top + inner_height + 4, MUTED)
-        drawing.text(x, top + inner_height + 17, tick_label(tick), size=10.5, fill=MUTED, anchor="middle")
+        tick_x = left + (tick - x_low) / ((x_high - x_low) or 1) * inner_width
+        drawing.line(tick_x, top + inner_height, tick_x, top + inner_height + 4, MUTED)
+        drawing.text(tick_x, top + inner_height + 17, tick_label(tick), size=10.5, fill=MUTED, anchor="middle")
     drawing.text(width - right, height - 3, "training step", size=10.5, fill=MUTED, anchor="end")
-    inside = Drawing(inner_width, inner_height, "", "")
+    inside = Drawing(inner_width, inner_height)
     for curve, x, y in drawn:
         inside.path(place(x, y), curve.colour, width=1, opacity=0.28)
     for (curve, x, _), values in zip(drawn, smooth, strict=True):
@@ -222,38 +219,47 @@ def line_chart(title: str, curves: Sequence[Curve], *, as_percent: bool = False,
 def training_charts(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     """Loss curves of each run (model -> records of metrics.jsonl) and what its routers did; only what was logged."""
     charts = []
-    for model in MODELS:
+    for model, name in RUN_NAMES.items():
         records = metrics.get(model, [])
-        if not records:
-            continue
-        name = {"base": "Base", "full_finetune": "Full fine-tuning", "stage1": "Stage 1", "stage2": "Stage 2"}[model]
-        steps = [record["iteration"] for record in records]
-
-        def curve(label: str, key: str, colour: str, dash: str = "", *, records=records, steps=steps) -> Curve:
-            return Curve(label, colour, steps, [_number(record.get(key)) for record in records], dash)
-
-        original = curve("original languages", "lm_loss_original", MODEL_COLOURS["stage2"])
-        expanded = curve("expanded languages", "lm_loss_expanded", MODEL_COLOURS["full_finetune"], "5 3")
-        both = all(any(value is not None for value in line.y) for line in (original, expanded))
-        losses = [original, expanded] if both else [curve("", "lm_loss", MODEL_COLOURS["stage2"])]
-        charts.append(line_chart(f"{name}: next-token loss (nats per token)", losses))
+        loss, original_loss, expanded_loss, balance, lpr, original_share, expanded_share = (
+            _column(records, key)
+            for key in (
+                "lm_loss", "lm_loss_original", "lm_loss_expanded", "balance_loss", "lpr_loss",
+                "original_first_share_original", "original_first_share_expanded",
+            )
+        )  # fmt: skip
+        both = original_loss.y and expanded_loss.y
+        charts.append(
+            line_chart(
+                f"{name}: next-token loss (nats per token)", _by_group(original_loss, expanded_loss) if both else [loss]
+            )
+        )
         if model == "stage1":
-            charts.append(line_chart("Stage 1: balance loss", [curve("", "balance_loss", MODEL_COLOURS["base"])]))
+            charts.append(line_chart("Stage 1: balance loss", [balance]))
         if model == "stage2":
-            charts.append(line_chart("Stage 2: LPR loss", [curve("", "lpr_loss", MODEL_COLOURS["base"])]))
+            charts.append(line_chart("Stage 2: LPR loss", [lpr]))
             charts.append(
                 line_chart(
                     "Stage 2: first choices that are the original expert",
-                    [
-                        curve("original languages", "original_first_share_original", MODEL_COLOURS["stage2"]),
-                        curve(
-                            "expanded languages", "original_first_share_expanded", MODEL_COLOURS["full_finetune"], "5 3"
-                        ),
-                    ],
+                    _by_group(original_share, expanded_share),
                     as_percent=True,
                 )
             )
     return [chart for chart in charts if chart]
+
+
+def _by_group(original: Curve, expanded: Curve) -> list[Curve]:
+    return [
+        replace(original, name="original languages", colour=MODEL_COLOURS["stage2"]),
+        replace(expanded, name="expanded languages", colour=MODEL_COLOURS["full_finetune"], dash="5 3"),
+    ]
+
+
+def _column(records: Sequence[Mapping[str, Any]], key: str) -> Curve:
+    """The steps at which `key` was logged as a finite number, or as one number per layer, whose mean is drawn."""
+    points = [(record["iteration"], _number(record.get(key))) for record in records]
+    known = [(x, y) for x, y in points if y is not None and math.isfinite(y)]
+    return Curve("", MODEL_COLOURS["stage2"], [x for x, _ in known], [y for _, y in known])
 
 
 def _number(value: Any) -> float | None:
@@ -264,32 +270,18 @@ def _number(value: Any) -> float | None:
     return value if isinstance(value, int | float) else None
 
 
-def _finite(curve: Curve) -> tuple[list[float], list[float]]:
-    pairs = [(x, y) for x, y in zip(curve.x, curve.y, strict=True) if y is not None and math.isfinite(y)]
-    return [x for x, _ in pairs], [y for _, y in pairs]
-
-
-def _thin(x: list[float], y: list[float]) -> tuple[list[float], list[float]]:
+def _thin(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
     """Means of neighbours, so that at most MAX_POINTS are left."""
     size = math.ceil(len(x) / MAX_POINTS) if x else 1
 
-    def means(values: list[float]) -> list[float]:
+    def means(values: Sequence[float]) -> list[float]:
         return [sum(part) / len(part) for part in (values[i : i + size] for i in range(0, len(values), size))]
 
     return means(x), means(y)
 
 
 def _running_mean(values: list[float]) -> list[float]:
-    """Mean over about a twentieth of the curve around each point, less at the ends."""
+    """Mean over about a twentieth of the curve around each point, over what there is of it at the ends."""
     reach = len(values) // 40
-    return [
-        sum(part) / len(part)
-        for index in range(len(values))
-        for part in [
-            values[
-                index - min(reach, index, len(values) - 1 - index) : index
-                + min(reach, index, len(values) - 1 - index)
-                + 1
-            ]
-        ]
-    ]
+    neighbours = (values[max(0, index - reach) : index + reach + 1] for index in range(len(values)))
+    return [sum(part) / len(part) for part in neighbours]

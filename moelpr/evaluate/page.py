@@ -6,7 +6,8 @@ from datetime import timedelta
 from html import escape
 from typing import Any
 
-from moelpr.evaluate.charts import MODEL_NAMES, headline_picture, heat_maps, language_name, training_charts
+from moelpr.evaluate.charts import MODEL_NAMES, headline_picture, heat_maps, training_charts
+from moelpr.evaluate.languages import language_name
 from moelpr.evaluate.report import (
     CHECK_LIMITS,
     MODELS,
@@ -17,69 +18,24 @@ from moelpr.evaluate.report import (
     failures,
     percent,
 )
+from moelpr.evaluate.style import CSS
 
 CHECK_MEANINGS = {
-    "upcycle_max_abs_logit_diff": "Upcycled model against the dense base, before training: largest difference of a logit",
+    "upcycle_max_abs_logit_diff": "Upcycled model against its dense base, untrained: largest difference of a logit",
     "frozen_max_abs_diff": "Every frozen tensor after stage 2 against the base: largest difference of a weight",
     "export_max_abs_logit_diff": "Our model against stock transformers on the export: largest difference of a logit",
 }
 GROUP_TITLES = {"expanded": "Expanded languages", "original": "Original languages"}
 
-CSS = """
-:root { --ink: #1f2933; --muted: #5f6c7b; --rule: #d9dee4; --soft: #f5f7f9; --good: #1a6b4a; --bad: #9a3412; }
-* { box-sizing: border-box; }
-html { -webkit-text-size-adjust: 100%; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-body { margin: 0 auto; padding: 40px 28px 56px; max-width: 1000px; color: var(--ink); background: #fff;
-  font: 15px/1.55 system-ui, -apple-system, "Segoe UI", "Helvetica Neue", Arial, "Noto Sans", "Noto Sans CJK SC", sans-serif; }
-h1 { font-size: 28px; line-height: 1.2; margin: 0 0 14px; letter-spacing: -0.01em; }
-h2 { font-size: 19px; margin: 44px 0 10px; padding-top: 14px; border-top: 1px solid var(--rule); break-after: avoid; }
-p { margin: 0 0 12px; max-width: 76ch; }
-.summary { font-size: 18px; line-height: 1.5; }
-.note { color: var(--muted); font-size: 13.5px; }
-.verdict { border-left: 4px solid var(--good); background: var(--soft); padding: 10px 16px; margin: 18px 0 22px; break-inside: avoid; }
-.verdict.missed { border-color: var(--bad); }
-.verdict b { color: var(--good); } .verdict.missed b { color: var(--bad); }
-.verdict ul { margin: 6px 0 0; padding-left: 20px; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: 7px 10px; text-align: right; border-bottom: 1px solid var(--rule); vertical-align: top; }
-th:first-child, td:first-child, td.text, th.text { text-align: left; }
-thead th { font-size: 13px; color: var(--muted); font-weight: 600; vertical-align: bottom; border-bottom: 1.5px solid var(--muted); }
-tbody th { font-weight: 400; }
-tr.group th { text-align: left; font-weight: 600; padding-top: 16px; border-bottom: 1px solid var(--muted); }
-tr.mean td, tr.mean th { font-weight: 600; }
-tr { break-inside: avoid; }
-td small { display: block; font-size: 12.5px; line-height: 1.3; }
-.ok { color: var(--good); font-weight: 600; white-space: nowrap; } .no { color: var(--bad); font-weight: 600; white-space: nowrap; }
-figure { margin: 18px 0; break-inside: avoid; }
-figure svg, .charts svg { max-width: 100%; height: auto; display: block; }
-figcaption { color: var(--muted); font-size: 13.5px; margin-top: 6px; max-width: 76ch; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 430px), 1fr)); gap: 24px 28px; }
-.charts svg { break-inside: avoid; }
-.sample { margin: 0 0 22px; break-inside: avoid; }
-.sample h3 { font-size: 15px; margin: 0 0 4px; }
-.sample .prompt { font-weight: 600; margin: 0 0 4px; }
-.sample dl, dl.facts { display: grid; grid-template-columns: 150px 1fr; gap: 3px 14px; margin: 0; }
-dl.facts { grid-template-columns: minmax(150px, max-content) 1fr; }
-dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
-.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 280px), 1fr)); gap: 6px 36px; }
-.columns h3 { font-size: 14.5px; margin: 12px 0 6px; }
-.columns section { break-inside: avoid; }
-@page { size: A4; margin: 14mm; }
-@media print { body { padding: 0; max-width: none; font-size: 10pt; } h1 { font-size: 20pt; } h2 { font-size: 13.5pt; margin-top: 22pt; }
-  .summary { font-size: 12pt; } .charts { grid-template-columns: 1fr 1fr; gap: 14px; } .scroll { overflow: visible; } }
-@media (max-width: 560px) { body { padding: 24px 14px; } th, td { padding: 6px; } .sample dl { grid-template-columns: 1fr; } .sample dd { margin-bottom: 6px; } }
-"""
-
 
 def build_page(report: Report, metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """The whole page. metrics: model -> records of its run's metrics.jsonl, for the curves."""
     sections = [
-        f"<h1>{escape(report.title)}</h1>",
+        f'<p class="kicker">{escape(report.title)}</p><h1>{escape(headline(report))}</h1>',
         f'<p class="summary">{escape(summary(report))}</p>',
         _verdict(report),
-        f"<figure>{headline_picture(report)}<figcaption>Change in bits per byte on held-out text against the base model. "
-        "Full fine-tuning trained all weights of the base on the same text as stage 1, for as many tokens."
+        f"<figure>{headline_picture(report)}<figcaption>Change in bits per byte on held-out text against the base "
+        "model. Full fine-tuning trained all weights of the base on the same text as stage 1, for as many tokens."
         "</figcaption></figure>",
         "<h2>Bits per byte on held-out text</h2>",
         _bits_table(report),
@@ -102,23 +58,41 @@ def build_page(report: Report, metrics: Mapping[str, Sequence[Mapping[str, Any]]
     )
 
 
+def headline(report: Report) -> str:
+    """The page's first line; it claims the effect only where every line of it is shown."""
+    missed, promised = len(failures(report)), len(effect_lines(report)) + len(CHECK_LIMITS)
+    if missed:
+        return (
+            f"{promised - missed} of {promised} promised lines are shown, {missed} {'is' if missed == 1 else 'are'} not"
+        )
+    learned, kept = (_counted(len(report.group(group))) for group in ("expanded", "original"))
+    return f"{learned.capitalize()} learned, {kept} kept"
+
+
+def _counted(number: int) -> str:
+    words = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+    return f"{words[number] if number < len(words) else number} language{'' if number == 1 else 's'}"
+
+
 def summary(report: Report) -> str:
     """Two sentences that say what the numbers say, whichever way they went."""
     groups = [group for group in ("expanded", "original") if report.group(group)]
-    ours = {group: _mean_change(report, "stage2", group) for group in groups}
-    full = {group: _mean_change(report, "full_finetune", group) for group in groups}
+    ours, full = (
+        {group: _amount(_mean_change(report, model, group)) for group in groups}
+        for model in ("stage2", "full_finetune")
+    )
     names = {group: _listed([language_name(language) for language in report.group(group)]) for group in groups}
-    first = " and ".join(f"{_amount(ours[group])} in the {group} languages ({names[group]})" for group in groups)
-    second = " and ".join(f"{_amount(full[group])} in the {group} ones" for group in groups)
+    first = " and ".join(f"{ours[group]} in the {group} languages ({names[group]})" for group in groups)
+    second = " and ".join(f"{full[group]} in the {group} ones" for group in groups)
     return (
-        f"After both stages the model needs, on average, {first} than the base model it was made from, to predict text "
-        f"it has never seen. Fine-tuning the whole base model on the same text instead needs {second}."
+        "To predict text it has never seen, the model after both stages needs, against the base model it was made "
+        f"from, {first}. Fine-tuning the whole base model on the same text instead gives {second}."
     )
 
 
 def _amount(change: float) -> str:
     if not math.isfinite(change):
-        return "(not measured) bits per byte"
+        return "a number of bits per byte that was not measured"
     return f"{abs(100 * change):.1f}% {'fewer' if change < 0 else 'more'} bits per byte"
 
 
@@ -158,11 +132,11 @@ def _bits_table(report: Report) -> str:
             rows.append(f"<tr><th>{escape(language_name(language))}</th>{_bits_cells(values)}</tr>")
         means = {model: report.mean_bits(model, group) for model in MODELS}
         rows.append(f'<tr class="mean"><th>mean</th>{_bits_cells(means)}</tr>')
+    table = f"<table><thead><tr><th>language</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     return (
-        f'<div class="scroll"><table><thead><tr><th>language</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
-        '</div><p class="note">How many bits the model needs for each byte of text (UTF-8): fewer means that it predicts '
-        "the text better. Below each number, its change against base. Each document stands alone; every token of it is "
-        "predicted once.</p>"
+        f'<div class="scroll">{table}</div><p class="note">How many bits the model needs for each byte of UTF-8 text: '
+        "fewer means that it predicts the text better. Below each number, its change against base. Each document "
+        "stands alone; every token of it is predicted once.</p>"
     )
 
 
@@ -194,19 +168,14 @@ def _effect_table(report: Report) -> str:
         lines = [line for line in effect_lines(report) if line.name == name]
         if not lines:
             continue
+        found = "".join(f"<div>{escape(language_name(line.language))}: {escape(line.found)}</div>" for line in lines)
+        marks = "".join(f"<div>{_mark(line.ok)}</div>" for line in lines)
         rows.append(
-            f'<tr class="group"><th colspan="3">{title} '
-            f'<span class="note">wanted: {escape(lines[0].wanted)}</span></th></tr>'
+            f'<tr><td class="text"><b>{title}</b><div class="note" style="white-space:normal;margin:0">'
+            f'{escape(lines[0].wanted)}</div></td><td class="text">{found}</td><td>{marks}</td></tr>'
         )
-        rows += [
-            f'<tr><th>{escape(language_name(line.language))}</th><td class="text">{escape(line.found)}</td>'
-            f"<td>{_mark(line.ok)}</td></tr>"
-            for line in lines
-        ]
-    return (
-        '<div class="scroll"><table><thead><tr><th>promise</th><th class="text">found (bits per byte)</th><th>shown?</th></tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
+    head = '<th class="text">promise</th><th class="text">found (bits per byte)</th><th>shown?</th>'
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
 def _mark(ok: bool) -> str:
@@ -219,13 +188,12 @@ def _checks_table(report: Report) -> str:
         value = report.checks.get(name, math.nan)
         found = f"{value:.2g}" if math.isfinite(value) else "not measured"
         rows.append(
-            f'<tr><td class="text">{escape(CHECK_MEANINGS[name])}</td><td>{found}</td>'
-            f"<td>{'exactly 0' if limit == 0 else f'at most {limit:g}'}</td><td>{_mark(check_ok(name, value))}</td></tr>"
+            f'<tr><td class="text">{escape(CHECK_MEANINGS[name])}</td><td class="number">{found}</td>'
+            f'<td class="number">{"exactly 0" if limit == 0 else f"at most {limit:g}"}</td>'
+            f"<td>{_mark(check_ok(name, value))}</td></tr>"
         )
-    return (
-        '<div class="scroll"><table><thead><tr><th class="text">check</th><th>found</th><th>wanted</th><th>kept?</th></tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
+    head = '<th class="text">check</th><th>found</th><th>wanted</th><th>kept?</th>'
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
 def _routing(report: Report) -> str:
@@ -234,9 +202,9 @@ def _routing(report: Report) -> str:
         return ""
     return (
         "<h2>Who answers: the original expert or a new one</h2>"
-        f"<figure>{picture}<figcaption>Share of held-out tokens whose highest router score is the original expert's, the "
-        "frozen copy of the base model's own network. Review (stage 2) teaches the routers to send original-language "
-        "text there.</figcaption></figure>"
+        f"<figure>{picture}<figcaption>Share of held-out tokens whose highest router score is the original "
+        "expert's, the frozen copy of the base model's own network. Review (stage 2) teaches the routers to send "
+        "original-language text there.</figcaption></figure>"
     )
 
 
@@ -261,19 +229,20 @@ def _continuations(report: Report) -> str:
             sample = report.continuations[language]
             texts = {MODEL_NAMES[model]: sample.by_model[model] for model in MODELS if model in sample.by_model}
             texts["the text itself"] = sample.reference
+            attributes = f'lang="{escape(language)}" dir="auto"'
             items = "".join(
-                f'<dt>{escape(name)}</dt><dd lang="{escape(language)}" dir="auto">{escape(text) or "<i>(nothing)</i>"}</dd>'
+                f"<dt>{escape(name)}</dt><dd {attributes}>{escape(text) or '<i>(nothing)</i>'}</dd>"
                 for name, text in texts.items()
             )
             samples.append(
                 f'<div class="sample"><h3>{escape(language_name(language))}</h3>'
-                f'<p class="prompt" lang="{escape(language)}" dir="auto">{escape(sample.prompt)} …</p><dl>{items}</dl></div>'
+                f'<p class="prompt" {attributes}>{escape(sample.prompt)} …</p><dl>{items}</dl></div>'
             )
     if not samples:
         return ""
     return (
-        '<h2>How each model goes on</h2><p class="note">The first words of a held-out document, continued by each model. '
-        f"One sample a language shows the manner, not the quality; the numbers above do.</p>{''.join(samples)}"
+        '<h2>How each model goes on</h2><p class="note">The first words of a held-out document, continued by each '
+        f"model. One sample a language shows the manner, not the quality; the numbers above do.</p>{''.join(samples)}"
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moelpr.errors import UserError
+from moelpr.evaluate.languages import language_name
 from moelpr.files import atomic_file
 
 MODELS = ("base", "full_finetune", "stage1", "stage2")
@@ -54,7 +55,7 @@ class Report:
     settings: dict[str, Any] = field(default_factory=dict)  # what else says how it was made: name -> value
     continuations: dict[str, Continuation] = field(default_factory=dict)  # language -> texts
     metrics: dict[str, str] = field(default_factory=dict)  # model -> its metrics.jsonl, relative to the run's folder
-    title: str = "MoE-LPR: adding languages without losing the old ones"
+    title: str = "MoE-LPR: four models on the same held-out text"
 
     def group(self, name: str) -> list[str]:
         """Languages that are "original" or "expanded"."""
@@ -173,7 +174,11 @@ def check_ok(name: str, value: float) -> bool:
 
 def failures(report: Report) -> list[str]:
     """What the run does not show of what was promised: a sentence each, none if it shows everything."""
-    missed = [f"{line.language}: {line.found}; wanted: {line.wanted}" for line in effect_lines(report) if not line.ok]
+    missed = [
+        f"{language_name(line.language)}: {line.found}; wanted: {line.wanted}"
+        for line in effect_lines(report)
+        if not line.ok
+    ]
     for name, limit in CHECK_LIMITS.items():
         if name not in report.checks:
             missed.append(f"{name} was not measured")

@@ -23,7 +23,10 @@ class Routing:
 
     @property
     def original_expert_share(self) -> dict[str, Any]:
-        """Share of first choices that are the original expert: {"overall", "per_layer": [shares], "layers": [numbers]}."""
+        """Share of first choices that are the original expert: {"overall": share, "per_layer": [..], "layers": [..]}.
+
+        `layers` says which decoder layer each entry of `per_layer` is.
+        """
         per_layer = [shares[0] for shares in self.first_choice_share]
         return {"overall": sum(per_layer) / len(per_layer), "per_layer": per_layer, "layers": self.layers}
 

@@ -11,41 +11,42 @@ INK, MUTED, RULE = "#1f2933", "#5f6c7b", "#d9dee4"
 class Drawing:
     """Shapes in the order they are drawn. y runs downwards."""
 
-    def __init__(self, width: float, height: float, title: str, description: str):
+    def __init__(self, width: float, height: float, title: str = "", description: str = ""):
         self.width, self.height = width, height
         self._title, self._description = title, description
         self._shapes: list[str] = []
 
     def rect(
-        self, x: float, y: float, width: float, height: float, fill: str, *, tip: str = "", stroke: str = ""
+        self, x: float, y: float, width: float, height: float, fill: str, *, tip: str = "", stroke: str | None = None
     ) -> None:
         """tip: what a pointer resting on it shows."""
-        inside = f"<title>{escape(tip)}</title>" if tip else ""
-        outline = f' stroke="{stroke}"' if stroke else ""
-        self._shapes.append(
-            f'<rect x="{_n(x)}" y="{_n(y)}" width="{_n(width)}" height="{_n(height)}" fill="{fill}"{outline}>{inside}</rect>'
-        )
+        inside = _element("title", escape(tip)) if tip else ""
+        self._shapes.append(_element("rect", inside, x=x, y=y, width=width, height=height, fill=fill, stroke=stroke))
 
     def line(self, x1: float, y1: float, x2: float, y2: float, stroke: str = RULE, width: float = 1) -> None:
-        self._shapes.append(
-            f'<line x1="{_n(x1)}" y1="{_n(y1)}" x2="{_n(x2)}" y2="{_n(y2)}" stroke="{stroke}" stroke-width="{width}"/>'
-        )
+        self._shapes.append(_element("line", x1=x1, y1=y1, x2=x2, y2=y2, stroke=stroke, stroke_width=width))
 
     def path(
         self,
         points: Sequence[tuple[float, float]],
         stroke: str,
         *,
-        width: float = 1.8,
-        dash: str = "",
-        opacity: float = 1,
+        width: float = 2,
+        dash: str | None = None,
+        opacity: float | None = None,
     ) -> None:
         """An open line through `points`."""
-        route = "M" + "L".join(f"{_n(x)} {_n(y)}" for x, y in points)
-        dashes = f' stroke-dasharray="{dash}"' if dash else ""
-        faint = f' stroke-opacity="{opacity}"' if opacity < 1 else ""
         self._shapes.append(
-            f'<path d="{route}" fill="none" stroke="{stroke}" stroke-width="{width}" stroke-linejoin="round"{dashes}{faint}/>'
+            _element(
+                "path",
+                d="M" + "L".join(f"{_n(x)} {_n(y)}" for x, y in points),
+                fill="none",
+                stroke=stroke,
+                stroke_width=width,
+                stroke_linejoin="round",
+                stroke_dasharray=dash,
+                stroke_opacity=opacity,
+            )
         )
 
     def text(
@@ -60,25 +61,42 @@ class Drawing:
         bold: bool = False,
     ) -> None:
         """y is the text's baseline. anchor: start, middle or end."""
-        weight = ' font-weight="600"' if bold else ""
+        weight = "600" if bold else None
         self._shapes.append(
-            f'<text x="{_n(x)}" y="{_n(y)}" font-size="{size}" fill="{fill}" text-anchor="{anchor}"{weight}>{escape(text)}</text>'
+            _element("text", escape(text), x=x, y=y, font_size=size, fill=fill, text_anchor=anchor, font_weight=weight)
         )
 
     def place(self, other: "Drawing", x: float, y: float) -> None:
         """Put another drawing into this one; what lies outside its frame is cut off."""
+        inside = "".join(other._shapes)
         self._shapes.append(
-            f'<svg x="{_n(x)}" y="{_n(y)}" width="{_n(other.width)}" height="{_n(other.height)}" overflow="hidden">'
-            f"{''.join(other._shapes)}</svg>"
+            _element("svg", inside, x=x, y=y, width=other.width, height=other.height, overflow="hidden")
         )
 
     def render(self) -> str:
         """A complete SVG document, also fit to stand inside HTML; it shrinks to the width it is given."""
-        return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_n(self.width)} {_n(self.height)}" '
-            f'width="{_n(self.width)}" height="{_n(self.height)}" role="img" font-family="{FONT}">'
-            f"<title>{escape(self._title)}</title><desc>{escape(self._description)}</desc>{''.join(self._shapes)}</svg>"
+        return _element(
+            "svg",
+            _element("title", escape(self._title))
+            + _element("desc", escape(self._description))
+            + "".join(self._shapes),
+            xmlns="http://www.w3.org/2000/svg",
+            viewBox=f"0 0 {_n(self.width)} {_n(self.height)}",
+            width=self.width,
+            height=self.height,
+            role="img",
+            font_family=FONT,
         )
+
+
+def _element(name: str, inside: str = "", **attributes: str | float | None) -> str:
+    """An XML element; `inside` is XML already. `stroke_width` is written stroke-width, None not at all."""
+    written = "".join(
+        f' {key.replace("_", "-")}="{escape(value) if isinstance(value, str) else _n(value)}"'
+        for key, value in attributes.items()
+        if value is not None
+    )
+    return f"<{name}{written}>{inside}</{name}>" if inside else f"<{name}{written}/>"
 
 
 def text_width(text: str, size: float) -> float:
@@ -111,10 +129,11 @@ def sequential_colour(share: float) -> tuple[str, str]:
     works in black and white and for colour-blind readers.
     """
     share = min(max(share, 0.0), 1.0)
-    lightness = 0.97 - 0.60 * share
-    chroma = 0.015 + 0.125 * math.sin(math.pi * (0.08 + 0.62 * share))
-    hue = math.radians(190 + 70 * share)
-    return _oklab_hex(lightness, chroma * math.cos(hue), chroma * math.sin(hue)), INK if lightness > 0.68 else "#ffffff"
+    lightness = 0.975 - 0.625 * share
+    chroma = 0.012 + 0.105 * math.sin(math.pi * 0.72 * share)
+    hue = math.radians(225 + 35 * share)
+    fill = _oklab_hex(lightness, chroma * math.cos(hue), chroma * math.sin(hue))
+    return fill, INK if lightness > 0.62 else "#ffffff"
 
 
 def _oklab_hex(lightness: float, a: float, b: float) -> str:

@@ -8,6 +8,7 @@ patched name is gone or a patch is no longer needed.
 import contextlib
 import functools
 import inspect
+import logging
 import types
 from collections.abc import Callable
 from typing import Any
@@ -48,6 +49,8 @@ def install() -> None:
     if _installed or not is_needed():
         return
     _installed = True
+    # Says at every import that there is no CUDA device, which is why we are here.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     torch.compiler.set_stance("force_eager")  # jit_fuser compiles with inductor: minutes of C++ on a 2-core machine
     _patch_torch_cuda()
     _patch_torch_tensors()
@@ -82,6 +85,8 @@ def _patch_torch_cuda() -> None:
 
 
 def _patch_torch_tensors() -> None:
+    # `with torch.device("meta")` knows the factories by identity and looks them up once, at first use: before we wrap.
+    torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]

@@ -33,14 +33,10 @@ class TaggedIndexedDataset(IndexedDataset):
     """`<prefix>.bin/.idx/.lang`: int64 token ids whose bit 32 is set where the token is original-language text.
 
     Raises:
-        UserError: a file is missing, or `.lang` doesn't cover `.bin`.
+        UserError: `.lang` is missing or doesn't cover `.bin`.
     """
 
     def __init__(self, path_prefix: str, **options: Any) -> None:
-        if not IndexedDataset.exists(path_prefix):
-            raise UserError(
-                f"{path_prefix}.bin and .idx are not both there; build them with data_tools/preprocess_data.py"
-            )
         super().__init__(path_prefix, **options)
         self._open_bits()
 
@@ -68,6 +64,8 @@ class TaggedGPTDataset(GPTDataset):
 
     @staticmethod
     def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> TaggedIndexedDataset:
+        if not IndexedDataset.exists(dataset_path):
+            raise UserError(f"{dataset_path}.bin and .idx are not both there; build them with data_tools/preprocess_data.py")
         return TaggedIndexedDataset(dataset_path, multimodal=False, mmap=config.mmap_bin_files)
 
     def __getitem__(self, idx: int | None) -> dict[str, Any]:

@@ -1,0 +1,71 @@
+"""Make a stock Hugging Face Qwen2 directory with random weights: the demo's stand-in for the day before pre-training.
+
+    python examples/untrained_qwen2.py --tokenizer DIR --save DIR --hidden-size 256 --num-layers 6
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+
+from moelpr.errors import run_command
+from moelpr.files import atomic_directory, refuse_existing
+
+
+def save_untrained_qwen2(
+    tokenizer_path: Path,
+    save: Path,
+    *,
+    hidden_size: int,
+    num_layers: int,
+    ffn_hidden_size: int,
+    num_attention_heads: int,
+    num_query_groups: int,
+    max_position_embeddings: int = 512,
+    seed: int = 1234,
+) -> None:
+    """Write a Qwen2 (qkv bias, grouped queries, RMSNorm, SwiGLU, RoPE, tied embeddings) and its tokenizer to `save`."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, local_files_only=True)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=ffn_hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=num_query_groups,
+        max_position_embeddings=max_position_embeddings,
+        tie_word_embeddings=True,
+        use_sliding_window=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        dtype="float32",
+    )
+    torch.manual_seed(seed)
+    model = Qwen2ForCausalLM(config)
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+    with atomic_directory(save) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokenizer", type=Path, required=True, help="Hugging Face tokenizer directory")
+    parser.add_argument("--save", type=Path, required=True, help="directory to write")
+    parser.add_argument("--hidden-size", type=int, default=256)
+    parser.add_argument("--num-layers", type=int, default=6)
+    parser.add_argument("--ffn-hidden-size", type=int, default=768)
+    parser.add_argument("--num-attention-heads", type=int, default=4)
+    parser.add_argument("--num-query-groups", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=1234, help="of the random weights (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing --save")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    args = vars(parser.parse_args())
+    args.pop("debug")
+    refuse_existing([args["save"]], args.pop("overwrite"))
+    save_untrained_qwen2(args.pop("tokenizer"), args.pop("save"), **args)
+
+
+if __name__ == "__main__":
+    run_command(main)

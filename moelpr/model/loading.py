@@ -1,0 +1,123 @@
+"""A Megatron checkpoint as a model in this one process: for tests, comparisons and evaluation, not for training."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+
+from moelpr.errors import UserError
+from moelpr.model.builder import block_spec
+from moelpr.model.config import MoELPRConfig
+from moelpr.model_spec import ModelSpec
+
+_TRANSFORMER_FIELDS = (
+    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels normalization "
+    "add_bias_linear add_qkv_bias qk_layernorm"
+).split()
+
+
+@contextmanager
+def single_process(seed: int = 1234) -> Iterator[None]:
+    """torch.distributed and Megatron's groups for a world of one rank; does nothing inside an initialised process."""
+    if parallel_state.model_parallel_is_initialized():
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
+        try:
+            parallel_state.initialize_model_parallel()
+            model_parallel_cuda_manual_seed(seed)
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
+            torch.distributed.destroy_process_group()
+
+
+def transformer_config(spec: ModelSpec, **settings: object) -> MoELPRConfig:
+    """The model's shape as Megatron's config, for one process and without any fused kernel; `settings` override."""
+    shape = spec.megatron_args
+    fields: dict[str, object] = {name: shape[name] for name in _TRANSFORMER_FIELDS}
+    fields |= {
+        "layernorm_epsilon": shape["norm_epsilon"],
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "hetereogenous_dist_checkpoint": True,
+        "use_cpu_initialization": not torch.cuda.is_available(),
+        "bias_dropout_fusion": False,
+        "apply_rope_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "transformer_impl": "local",
+        "expert_tensor_parallel_size": 1,
+    }
+    if spec.moe is not None:
+        fields |= {
+            "num_moe_experts": spec.moe.num_new_experts,
+            "moe_router_topk": spec.moe.topk,
+            "moe_ffn_hidden_size": shape["ffn_hidden_size"],
+            "moe_layer_freq": [int(spec.is_moe_layer(layer)) for layer in range(shape["num_layers"])],
+            "moe_token_dispatcher_type": "alltoall",
+            "moe_router_load_balancing_type": "aux_loss",
+            "moe_aux_loss_coeff": 0.0,
+            "moe_router_dtype": "fp32",
+        }
+    return MoELPRConfig(**(fields | settings))  # type: ignore[arg-type]
+
+
+def build_model(spec: ModelSpec, **settings: object) -> GPTModel:
+    """An initialised model; call inside `single_process`. `settings` are fields of MoELPRConfig."""
+    shape = spec.megatron_args
+    config = GPTModelConfig(
+        transformer=transformer_config(spec, **settings),
+        transformer_layer_spec=block_spec,
+        vocab_size=shape["vocab_size"],
+        seq_length=shape["max_position_embeddings"],
+        share_embeddings_and_output_weights=not shape["untie_embeddings_and_output_weights"],
+        position_embedding_type=shape["position_embedding_type"],
+        rotary_base=shape["rotary_base"],
+    )
+    model = GPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups(), True, True)
+    return model.to(torch.cuda.current_device()) if torch.cuda.is_available() else model
+
+
+def load_model(folder: Path, **settings: object) -> GPTModel:
+    """The checkpoint in `folder` (of the converter or the trainer) in fp32; call inside `single_process`.
+
+    Raises:
+        UserError: no checkpoint, or one that does not fit its model_spec.json.
+    """
+    spec = ModelSpec.read(folder)
+    model = build_model(spec, **settings)
+    state = model.sharded_state_dict()
+    try:
+        loaded = dist_checkpointing.load(state, str(checkpoint_folder(folder)))
+        model.load_state_dict(loaded, strict=False)
+    except (RuntimeError, KeyError, dist_checkpointing.core.CheckpointingException) as error:
+        raise UserError(f"the checkpoint {folder} does not fit its model_spec.json: {error}") from error
+    return model
+
+
+def checkpoint_folder(folder: Path) -> Path:
+    """`release/` or `iter_0000100/`, whichever the tracker file names."""
+    tracker = folder / "latest_checkpointed_iteration.txt"
+    if not tracker.is_file():
+        raise UserError(f"{folder} holds no Megatron checkpoint ({tracker.name} is missing)")
+    step = tracker.read_text().strip()
+    return folder / ("release" if step == "release" else f"iter_{int(step):07d}")
+
+
+@torch.no_grad()
+def logits(model: GPTModel, tokens_BS: torch.Tensor) -> torch.Tensor:
+    """fp32 logits [batch, sequence, vocabulary]."""
+    model.eval()
+    positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
+    return model(tokens_BS, positions, attention_mask=None).float()

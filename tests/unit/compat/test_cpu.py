@@ -1,0 +1,88 @@
+"""Each patch still has something to patch, and Megatron still needs it."""
+
+import inspect
+from pathlib import Path
+
+import megatron.core
+import pytest
+import torch
+
+from moelpr.compat import cpu
+
+MEGATRON = Path(next(iter(megatron.core.__path__))).parent
+
+# What Megatron's own files must still contain for a patch to be needed: file, text.
+NEEDED_BECAUSE = [
+    ("training/initialize.py", "assert torch.cuda.is_available()"),
+    ("training/initialize.py", "if device_count > 0"),
+    ("training/initialize.py", 'device="cuda"'),
+    ("core/tensor_parallel/random.py", "_cuda_setRNGState"),
+    ("core/optimizer/distrib_optimizer.py", "'torch.cuda.FloatTensor'"),
+    ("core/transformer/moe/moe_utils.py", "tensor.is_cuda"),
+    ("core/transformer/moe/token_dispatcher.py", "torch.cuda.Stream()"),
+    ("training/utils/common_utils.py", "torch.cuda.memory_allocated()"),
+]
+
+
+@pytest.mark.parametrize(("file", "text"), NEEDED_BECAUSE)
+def test_megatron_still_assumes_cuda(file: str, text: str) -> None:
+    assert text in (MEGATRON / file).read_text(), f"{file} changed: the patch for it may no longer be needed"
+
+
+@pytest.fixture
+def installed() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("nothing is patched where a GPU is present")
+    cpu.install()
+
+
+@pytest.mark.usefixtures("installed")
+def test_patched_names_exist_in_megatron() -> None:
+    import megatron.training.initialize as initialize
+    import megatron.training.training as training
+
+    assert "allow_no_cuda" in inspect.signature(initialize.initialize_megatron).parameters
+    for name in ("initialize_megatron", "set_jit_fusion_options", "report_memory", "training_log"):
+        assert hasattr(training, name)
+
+
+@pytest.mark.usefixtures("installed")
+def test_cpu_arguments_are_arguments_of_megatron() -> None:
+    import argparse
+
+    from megatron.training.arguments import add_megatron_arguments
+
+    names = {action.dest for action in add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))._actions}
+    assert set(cpu.CPU_ARGUMENTS) <= names
+
+
+@pytest.mark.usefixtures("installed")
+def test_tensors_asked_for_on_cuda_are_made_on_the_cpu() -> None:
+    for made in (torch.zeros(2, device="cuda"), torch.tensor([1.0], device=torch.device("cuda", 0)), torch.ones(1).cuda()):
+        assert made.device.type == "cpu"
+    assert torch.zeros(2, device="meta").device.type == "meta"
+    assert torch.zeros(2).type() == "torch.cuda.FloatTensor"
+
+
+@pytest.mark.usefixtures("installed")
+def test_meta_device_contexts_still_work() -> None:
+    with torch.device("meta"):
+        assert torch.arange(3).device.type == "meta"
+
+
+@pytest.mark.usefixtures("installed")
+def test_megatrons_random_number_tracker_forks_the_cpu_generator() -> None:
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+    tracker = CudaRNGStatesTracker()
+    tracker.add("dropout", 7)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    with tracker.fork("dropout"):
+        first = torch.rand(3)
+    assert torch.equal(torch.get_rng_state(), before)
+    with tracker.fork("dropout"):
+        second = torch.rand(3)
+    assert not torch.equal(first, second)
+    torch.manual_seed(7)
+    assert torch.equal(torch.rand(3), first)

@@ -1,0 +1,104 @@
+"""The language bit stays with its token through Megatron's packing, shuffling, blending and pickling."""
+
+import pickle
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from moelpr.compat import cpu, megatron_fixes
+from moelpr.errors import UserError
+
+cpu.install()
+megatron_fixes.install()
+
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder  # noqa: E402
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig  # noqa: E402
+from megatron.core.datasets.indexed_dataset import IndexedDataset  # noqa: E402
+
+from moelpr.data.dataset import TaggedGPTDataset, TaggedIndexedDataset, TokenIds  # noqa: E402
+
+
+def build(kind: type, prefixes: list[str], vocab: int = 500, samples: int = 30):  # noqa: ANN201
+    config = GPTDatasetConfig(
+        random_seed=3,
+        sequence_length=16,
+        blend=(prefixes, [1.0] * len(prefixes)),
+        split="100,0,0",
+        tokenizer=TokenIds(vocab_size=vocab),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    train, _, _ = BlendedMegatronDatasetBuilder(kind, [samples, 0, 0], lambda: True, config).build()
+    return train
+
+
+def test_bits_ride_above_the_token_ids(write_corpus: Callable) -> None:
+    prefix, tokens, is_original = write_corpus("corpus")
+    dataset, plain = TaggedIndexedDataset(str(prefix)), IndexedDataset(str(prefix))
+    tagged = np.concatenate([dataset.get(document) for document in range(len(dataset))])
+    assert np.array_equal(tagged & 0xFFFFFFFF, tokens)
+    assert np.array_equal(tagged >> 32, is_original)
+    part = dataset.get(5, offset=1, length=2)
+    assert np.array_equal(part & 0xFFFFFFFF, plain.get(5, offset=1, length=2))
+
+
+def test_samples_are_megatrons_with_the_right_bit_beside_every_token(write_corpus: Callable) -> None:
+    """Every token of a corpus has its own id, so that a sample says where it came from."""
+    prefix, _, is_original = write_corpus("corpus")
+    # renumber the tokens 0, 1, 2, … in place
+    total = len(is_original)
+    np.arange(total, dtype=np.uint16).tofile(f"{prefix}.bin")
+    ours, megatrons = (build(kind, [str(prefix)], vocab=total) for kind in (TaggedGPTDataset, GPTDataset))
+    for index in range(len(ours)):
+        sample, wanted = ours[index], megatrons[index]
+        for key in ("tokens", "labels", "loss_mask", "position_ids"):
+            assert torch.equal(sample[key], wanted[key])
+        assert np.array_equal(sample["is_original"].numpy().astype(bool), is_original[sample["tokens"].numpy()])
+        assert np.array_equal(sample["is_original_label"].numpy().astype(bool), is_original[sample["labels"].numpy()])
+
+
+def test_a_blend_keeps_each_corpus_bits(write_corpus: Callable) -> None:
+    original, *_ = write_corpus("original", bits="original", seed=1)
+    expanded, *_ = write_corpus("expanded", bits="expanded", seed=2)
+    blend = build(TaggedGPTDataset, [str(original), str(expanded)], samples=20)
+    shares = [blend[index]["is_original"].float().mean().item() for index in range(20)]
+    assert sorted(set(shares)) == [0.0, 1.0]
+
+
+def test_the_dataset_can_be_pickled_for_loader_workers(write_corpus: Callable) -> None:
+    prefix, *_ = write_corpus("corpus")
+    dataset = TaggedIndexedDataset(str(prefix))
+    again = pickle.loads(pickle.dumps(dataset))
+    assert np.array_equal(again.get(3), dataset.get(3))
+
+
+def test_untagged_corpus_is_refused(write_corpus: Callable) -> None:
+    prefix, *_ = write_corpus("corpus")
+    prefix.with_suffix(".lang").unlink()
+    with pytest.raises(UserError, match=r"corpus.lang is missing.*preprocess_data.py"):
+        TaggedIndexedDataset(str(prefix))
+
+
+def test_lang_file_of_another_corpus_is_refused(write_corpus: Callable) -> None:
+    prefix, *_ = write_corpus("corpus")
+    other, *_ = write_corpus("other", documents=41)
+    other.with_suffix(".lang").replace(prefix.with_suffix(".lang"))
+    with pytest.raises(UserError, match=r"covers .* tokens but .* holds"):
+        TaggedIndexedDataset(str(prefix))
+
+
+def test_token_outside_the_models_vocabulary_is_refused(write_corpus: Callable) -> None:
+    prefix, *_ = write_corpus("corpus", vocab=500)
+    dataset = build(TaggedGPTDataset, [str(prefix)], vocab=400)
+    with pytest.raises(UserError, match=r"holds token id \d+, but the model's vocabulary has 400"):
+        for index in range(len(dataset)):
+            dataset[index]
+
+
+def test_missing_corpus_is_one_sentence(tmp_path) -> None:  # noqa: ANN001
+    with pytest.raises(UserError, match="nowhere.bin and .idx are not both there"):
+        build(TaggedGPTDataset, [str(tmp_path / "nowhere")])

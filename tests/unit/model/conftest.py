@@ -1,0 +1,49 @@
+"""Megatron in this process, a world of one rank, and a tiny model spec."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from moelpr.compat import cpu, megatron_fixes
+from moelpr.model_spec import ModelSpec, MoeSpec
+
+SHAPE = {
+    "num_layers": 3,
+    "hidden_size": 32,
+    "ffn_hidden_size": 48,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "group_query_attention": True,
+    "kv_channels": 8,
+    "max_position_embeddings": 64,
+    "position_embedding_type": "rope",
+    "rotary_base": 10000,
+    "normalization": "RMSNorm",
+    "norm_epsilon": 1e-6,
+    "swiglu": True,
+    "add_bias_linear": False,
+    "add_qkv_bias": True,
+    "qk_layernorm": False,
+    "untie_embeddings_and_output_weights": False,
+    "vocab_size": 128,
+}
+
+
+@pytest.fixture(scope="session")
+def megatron() -> Iterator[None]:
+    cpu.install()
+    megatron_fixes.install()
+    from moelpr.model.loading import single_process
+
+    with single_process():
+        yield
+
+
+@pytest.fixture(scope="session")
+def dense_spec() -> ModelSpec:
+    return ModelSpec("qwen2", "float32", SHAPE)
+
+
+@pytest.fixture(scope="session")
+def moe_spec() -> ModelSpec:
+    return ModelSpec("qwen2", "float32", SHAPE, MoeSpec(num_new_experts=4, topk=2, layers=(0, 1, 2)))

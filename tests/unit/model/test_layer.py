@@ -1,0 +1,173 @@
+"""LPRMoELayer against a plain loop over experts, and the MoE model against the dense model it came from."""
+
+import pytest
+import torch
+
+from moelpr.model_spec import ModelSpec, MoeSpec
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+
+@pytest.fixture
+def layer(moe_spec: ModelSpec):
+    """The first MoE layer of a random model whose experts all differ."""
+    from moelpr.model.loading import build_model
+
+    torch.manual_seed(0)
+    model = build_model(moe_spec)
+    layer = model.decoder.layers[0].mlp
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(std=0.2)
+    return layer.train()
+
+
+def plain_loop(layer, hidden_TH: torch.Tensor) -> torch.Tensor:
+    """sum over the two best experts of softmax over their two logits times the expert's output, token by token."""
+    fc1 = torch.cat([layer.original_expert.linear_fc1.weight[None], layer.experts.linear_fc1.weight])
+    fc2 = torch.cat([layer.original_expert.linear_fc2.weight[None], layer.experts.linear_fc2.weight])
+    outputs = []
+    for hidden in hidden_TH:
+        best = torch.topk(layer.router.weight @ hidden, 2)
+        output = torch.zeros_like(hidden)
+        for weight, expert in zip(torch.softmax(best.values, dim=0), best.indices, strict=True):
+            gate, up = (fc1[expert] @ hidden).chunk(2)
+            output = output + weight * (fc2[expert] @ (torch.nn.functional.silu(gate) * up))
+        outputs.append(output)
+    return torch.stack(outputs)
+
+
+def test_output_and_gradients_equal_a_plain_loop_over_experts(layer) -> None:
+    hidden = torch.randn(7, 3, 32)
+    target = torch.randn(21, 32)
+    ours_in = hidden.clone().requires_grad_()
+    ours = layer(ours_in)[0].flatten(0, 1)
+    (ours * target).sum().backward()
+    ours_grads = [ours_in.grad, *(parameter.grad.clone() for parameter in layer.parameters())]
+    layer.zero_grad()
+    loop_in = hidden.clone().requires_grad_()
+    loop = plain_loop(layer, loop_in.flatten(0, 1))
+    (loop * target).sum().backward()
+    loop_grads = [loop_in.grad, *(parameter.grad for parameter in layer.parameters())]
+    torch.testing.assert_close(ours, loop, rtol=1e-5, atol=1e-6)
+    for ours_grad, loop_grad in zip(ours_grads, loop_grads, strict=True):
+        torch.testing.assert_close(ours_grad, loop_grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("favourite", [0, 3])
+def test_all_tokens_may_choose_the_same_two_experts(layer, favourite: int) -> None:
+    """New experts without a single token still get a gradient: zero."""
+    with torch.no_grad():
+        layer.router.weight.zero_()
+        layer.router.weight[favourite, 0] = layer.router.weight[(favourite + 1) % 5, 0] = 10.0
+    hidden = torch.randn(6, 2, 32)
+    hidden[..., 0] = 1.0
+    output = layer(hidden)[0]
+    output.sum().backward()
+    torch.testing.assert_close(output.flatten(0, 1), plain_loop(layer, hidden.flatten(0, 1)), rtol=1e-5, atol=1e-6)
+    unused = [expert for expert in range(1, 5) if expert not in (favourite, (favourite + 1) % 5)]
+    for expert in unused:
+        assert torch.equal(layer.experts.linear_fc1.weight.grad[expert - 1], torch.zeros(96, 32))
+
+
+@pytest.mark.parametrize("moe", [MoeSpec(4, 2, (0, 1, 2)), MoeSpec(2, 3, (1,)), MoeSpec(1, 2, (0, 2))])
+def test_upcycled_model_equals_the_dense_model_whatever_the_routers_say(dense_spec: ModelSpec, moe: MoeSpec) -> None:
+    from moelpr.model.loading import build_model, logits
+
+    torch.manual_seed(1)
+    dense = build_model(dense_spec)
+    upcycled = build_model(ModelSpec(dense_spec.family, dense_spec.dtype, dense_spec.megatron_args, moe))
+    state = dict(dense.state_dict())
+    for layer in moe.layers:
+        prefix = f"decoder.layers.{layer}.mlp."
+        for name in ("linear_fc1.weight", "linear_fc2.weight"):
+            ffn = state.pop(prefix + name)
+            state[f"{prefix}original_expert.{name}"] = ffn
+            state[f"{prefix}experts.{name}"] = ffn.expand(moe.num_new_experts, *ffn.shape).clone()
+        state[f"{prefix}router.weight"] = torch.randn(moe.num_experts, 32)
+    unknown = upcycled.load_state_dict(state, strict=False)
+    assert not [key for key in (*unknown.missing_keys, *unknown.unexpected_keys) if "_extra_state" not in key]
+    tokens = torch.randint(0, 128, (2, 48))
+    difference = (logits(upcycled, tokens) - logits(dense, tokens)).abs().max().item()
+    assert difference <= 1e-5
+
+
+def test_balance_loss_that_trains_is_the_papers(layer) -> None:
+    """Megatron's auxiliary loss, attached with our coefficient, has the gradient of losses.balance_loss."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    from moelpr.model.losses import balance_loss
+
+    layer.router.config.moe_aux_loss_coeff = 0.5
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
+    hidden = torch.randn(9, 2, 32)
+    weights, chosen = layer.router(hidden)
+    (weights * 0).sum().backward()
+    found = layer.router.weight.grad.clone()
+    layer.zero_grad()
+    scores = torch.softmax(hidden.flatten(0, 1) @ layer.router.weight.T, dim=-1)
+    (0.5 * balance_loss(scores, chosen, topk=2)).backward()
+    torch.testing.assert_close(found, layer.router.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_lpr_gradient_of_the_router_is_that_of_the_mean_over_original_tokens(moe_spec: ModelSpec) -> None:
+    """Two micro-batches, one of them almost without original-language tokens, against the whole batch by hand."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    from moelpr.model.loading import build_model
+    from moelpr.model.losses import lpr_loss
+    from moelpr.model.router import LPRLossNormalizer
+    from moelpr.model.token_flags import pack_token_flags
+
+    router = build_model(moe_spec, lpr_loss_coeff=0.3).decoder.layers[0].mlp.router.train()
+    hidden = torch.randn(8, 4, 32)
+    is_original = torch.zeros(8, 4, dtype=torch.bool)
+    is_original[:, 0] = True
+    is_original[0, 3] = True
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1) / 2)  # what Megatron sets for two micro-batches
+    LPRLossNormalizer.set_weight(torch.tensor(2.0) / is_original.sum())
+    for columns in (slice(0, 2), slice(2, 4)):
+        weights, _ = router(hidden[:, columns].contiguous(), pack_token_flags(is_original[:, columns].contiguous()))
+        (weights * 0).sum().backward()
+    found = router.weight.grad.clone()
+    router.zero_grad()
+    per_layer = 0.3 / 3
+    (per_layer * lpr_loss(hidden.flatten(0, 1) @ router.weight.T, is_original.flatten())).backward()
+    torch.testing.assert_close(found, router.weight.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_routing_sums_count_first_choices_by_language(layer) -> None:
+    from moelpr.model.routing_statistics import RoutingSums
+    from moelpr.model.token_flags import pack_token_flags
+
+    hidden = torch.randn(5, 2, 32)
+    is_original = torch.rand(5, 2) < 0.5
+    layer.router(hidden, pack_token_flags(is_original))
+    sums = RoutingSums.from_vectors(layer.router.routing_sums[None])
+    first = (hidden @ layer.router.weight.T).argmax(dim=-1)
+    assert sums.original_tokens.item() == is_original.sum().item()
+    assert sums.expanded_tokens.item() == 10 - is_original.sum().item()
+    assert sums.original_first_choices_of_original.item() == ((first == 0) & is_original).sum().item()
+    assert sums.original_first_choices_of_expanded.item() == ((first == 0) & ~is_original).sum().item()
+    torch.testing.assert_close(sums.scores.sum(), torch.tensor(10.0))
+
+
+def test_checkpoint_keys_are_those_of_the_format(moe_spec: ModelSpec) -> None:
+    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, apply_factories
+
+    from moelpr.model.loading import build_model
+
+    state = build_model(moe_spec).sharded_state_dict()
+    factories = [value for value in state.values() if isinstance(value, ShardedTensorFactory)]
+    assert factories
+    apply_factories(state)
+    keys = {}
+    for value in state.values():
+        for tensor in value if isinstance(value, list) else [value]:
+            keys[tensor.key] = getattr(tensor, "global_shape", None)
+    layer = "decoder.layers.1."
+    assert keys[f"{layer}mlp.original_expert.linear_fc1.weight"] == (96, 32)
+    assert keys[f"{layer}mlp.experts.experts.linear_fc1.weight"] == (4, 96, 32)
+    assert keys[f"{layer}mlp.experts.experts.linear_fc2.weight"] == (4, 32, 48)
+    assert keys[f"{layer}mlp.router.weight"] == (5, 32)
+    assert keys[f"{layer}pre_mlp_layernorm.weight"] == (32,)

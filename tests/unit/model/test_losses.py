@@ -1,0 +1,92 @@
+"""The losses against numbers worked by hand, and against every way of cutting a batch."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moelpr.model.losses import (
+    balance_loss,
+    lpr_loss,
+    megatron_balance_coeff,
+    per_layer_lpr_coeff,
+    reference_lpr_floor,
+)
+
+
+def test_lpr_loss_is_the_mean_over_original_tokens_of_minus_log_score_of_expert_0() -> None:
+    # Scores of expert 0: 1/2, 1/4 and 3/5; the middle token is expanded-language text.
+    logits = torch.tensor([[math.log(2), 0.0, 0.0], [0.0, math.log(2), 0.0], [math.log(3), 0.0, 0.0]])
+    is_original = torch.tensor([True, False, True])
+    wanted = (math.log(2) + math.log(5 / 3)) / 2
+    assert lpr_loss(logits, is_original).item() == pytest.approx(wanted, rel=1e-6)
+
+
+def test_lpr_loss_and_its_gradient_are_exactly_zero_without_original_tokens() -> None:
+    logits = torch.randn(5, 3, requires_grad=True)
+    loss = lpr_loss(logits, torch.zeros(5, dtype=torch.bool))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert torch.equal(logits.grad, torch.zeros(5, 3))
+
+
+def test_expanded_tokens_get_no_gradient_from_the_lpr_loss() -> None:
+    logits = torch.randn(6, 4, requires_grad=True)
+    is_original = torch.tensor([True, False] * 3)
+    lpr_loss(logits, is_original).backward()
+    assert torch.equal(logits.grad[~is_original], torch.zeros(3, 4))
+    assert logits.grad[is_original].abs().sum() > 0
+
+
+@settings(deadline=None, max_examples=30)
+@given(cut=st.integers(1, 11), seed=st.integers(0, 1000))
+def test_lpr_gradient_is_the_same_however_the_batch_is_cut(cut: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    logits = torch.randn(12, 5, dtype=torch.float64)
+    is_original = torch.rand(12) < 0.4
+    whole = logits.clone().requires_grad_()
+    lpr_loss(whole, is_original).backward()
+    parts = logits.clone().requires_grad_()
+    for piece, bits in zip(parts.split(cut), is_original.split(cut), strict=True):
+        lpr_loss(piece, bits, num_original=int(is_original.sum())).backward()
+    torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-12, atol=1e-15)
+
+
+def test_reference_variant_takes_the_softmax_twice() -> None:
+    logits = torch.tensor([[1.0, -1.0, 0.5], [0.2, 0.1, 0.0]])
+    scores = torch.softmax(logits, dim=-1)
+    wanted = torch.nn.functional.cross_entropy(scores, torch.tensor([0, 0]))
+    assert lpr_loss(logits, torch.tensor([True, True]), variant="reference").item() == pytest.approx(wanted.item())
+
+
+def test_reference_variant_has_a_floor_where_the_papers_formula_reaches_zero() -> None:
+    certain = torch.tensor([[100.0, 0.0, 0.0, 0.0]])
+    is_original = torch.tensor([True])
+    assert lpr_loss(certain, is_original, variant="reference").item() == pytest.approx(reference_lpr_floor(4), rel=1e-6)
+    assert lpr_loss(certain, is_original).item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_lpr_loss_of_bf16_logits_is_computed_in_fp32() -> None:
+    logits = torch.randn(64, 8).bfloat16()
+    is_original = torch.ones(64, dtype=torch.bool)
+    assert torch.equal(lpr_loss(logits, is_original), lpr_loss(logits.float(), is_original))
+
+
+def test_balance_loss_is_one_when_scores_and_choices_are_uniform() -> None:
+    scores = torch.full((4, 4), 0.25)
+    chosen = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1], [1, 0, 0, 1]], dtype=torch.bool)
+    assert balance_loss(scores, chosen, topk=2).item() == pytest.approx(1.0)
+
+
+def test_balance_loss_by_hand() -> None:
+    # Both tokens choose experts 0 and 1 of 3: f = 3/(2*2) * [2, 2, 0] = [1.5, 1.5, 0]; P = [0.5, 0.3, 0.2].
+    scores = torch.tensor([[0.6, 0.3, 0.1], [0.4, 0.3, 0.3]])
+    chosen = torch.tensor([[True, True, False], [True, True, False]])
+    assert balance_loss(scores, chosen, topk=2).item() == pytest.approx(1.5 * 0.5 + 1.5 * 0.3)
+
+
+def test_coefficients_are_the_papers_for_24_layers() -> None:
+    assert megatron_balance_coeff(0.01, topk=2, num_moe_layers=24) == pytest.approx(8.333e-4, rel=1e-3)
+    assert per_layer_lpr_coeff(0.1, num_moe_layers=24) == pytest.approx(0.1 / 24)

@@ -1,0 +1,87 @@
+"""What trains in each stage, and that recompute does not lose the gradient of a frozen start."""
+
+import pytest
+import torch
+
+from moelpr.model_spec import ModelSpec
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+
+def trainable(model: torch.nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.fixture
+def model(moe_spec: ModelSpec):
+    from moelpr.model.loading import build_model
+
+    return build_model(moe_spec)
+
+
+def test_stage1_trains_new_experts_and_routers_only(model) -> None:
+    from moelpr.model.stages import freeze
+
+    freeze([model], "stage1")
+    names = {".".join(name.split(".")[3:]) for name in trainable(model)}
+    assert names == {"mlp.router.weight", "mlp.experts.linear_fc1.weight", "mlp.experts.linear_fc2.weight"}
+    assert len(trainable(model)) == 3 * 3
+
+
+def test_stage2_trains_routers_only(model) -> None:
+    from moelpr.model.stages import freeze
+
+    freeze([model], "stage2")
+    assert trainable(model) == {f"decoder.layers.{layer}.mlp.router.weight" for layer in range(3)}
+
+
+def test_train_everything_freezes_nothing(model) -> None:
+    from moelpr.model.stages import freeze
+
+    freeze([model], "stage1", train_everything=True)
+    assert trainable(model) == {name for name, _ in model.named_parameters()}
+
+
+def test_the_report_counts_every_parameter_once(model) -> None:
+    from moelpr.model.stages import freeze, parameter_report
+
+    freeze([model], "stage2")
+    report = parameter_report([model]).splitlines()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    routers = 3 * 5 * 32
+    assert report[-1].split() == ["all", f"{routers:,}", f"{total - routers:,}"]
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+@pytest.mark.parametrize(
+    "recompute",
+    [
+        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+        {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+    ],
+    ids=["full", "selective"],
+)
+def test_a_frozen_embedding_with_recompute_still_trains(moe_spec: ModelSpec, stage: str, recompute: dict) -> None:
+    """Same gradients as without recompute: nothing is lost and nothing is counted twice."""
+    from moelpr.model.loading import build_model
+    from moelpr.model.router import LPRLossNormalizer
+    from moelpr.model.stages import freeze
+    from moelpr.model.token_flags import pack_token_flags
+
+    tokens = torch.randint(0, 128, (2, 16))
+    positions = torch.arange(16).expand(2, 16)
+    flags = pack_token_flags(torch.rand(2, 16) < 0.5)
+    LPRLossNormalizer.set_weight(torch.tensor(0.1))
+    models = [build_model(moe_spec, lpr_loss_coeff=0.1, moe_aux_loss_coeff=0.01, **extra) for extra in ({}, recompute)]
+    models[1].load_state_dict(models[0].state_dict())
+    gradients = []
+    for model in models:
+        freeze([model], stage)
+        model.train()
+        model(tokens, positions, attention_mask=None, labels=tokens, padding_mask=flags).mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        assert gradient.abs().sum() > 0
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-8)
+    sums = [model.decoder.layers[0].mlp.router.routing_sums for model in models]
+    torch.testing.assert_close(sums[1], sums[0])

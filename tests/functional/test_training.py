@@ -1,0 +1,194 @@
+"""Real runs of the launch scripts: N ranks = 1 rank, resumed = unbroken, frozen = bit-equal, wrong input = exit code 2.
+
+Each launch costs 10 to 20 s, so few of them serve many tests.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = "--micro-batch-size 2 --global-batch-size 4 --seq-length 32 --lr 1e-2 --min-lr 1e-3 --lr-decay-style cosine"
+STEPS += " --lr-warmup-iters 2 --train-iters 6 --log-interval 1"
+
+
+def launch(script: str, *words: str | Path, ranks: int = 1) -> subprocess.CompletedProcess:
+    command = [ROOT / "launch" / f"{script}.sh", *STEPS.split(), *map(str, words)]
+    environment = {**os.environ, "NPROC_PER_NODE": str(ranks), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def tensors(run: Path, iteration: int) -> dict[str, torch.Tensor]:
+    from checkpoint_convert.torch_dist import TorchDistReader
+
+    reader = TorchDistReader(run / f"iter_{iteration:07d}")
+    return {key: reader.read(key) for key in reader.keys}
+
+
+def model_tensors(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in found.items() if not key.startswith("optimizer.")}
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random dense Qwen2 as `hf`, its conversions `dense` and `upcycled`, and corpora `original` and `expanded`."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from checkpoint_convert.hf_to_mcore import hf_to_mcore
+    from data_tools.corpus import CorpusWriter
+
+    folder = tmp_path_factory.mktemp("material")
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, eos_token_id=0,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(folder / "hf")
+    hf_to_mcore(folder / "hf", folder / "dense", num_new_experts=None)
+    hf_to_mcore(folder / "hf", folder / "upcycled", num_new_experts=4, topk=2)
+    random = np.random.default_rng(0)
+    for name in ("original", "expanded"):
+        with CorpusWriter(folder / name, vocab_size=256) as writer:
+            for _ in range(60):
+                start = int(random.integers(0, 128)) + (128 if name == "expanded" else 0)
+                writer.add_document((start + np.arange(random.integers(10, 40))) % 256, name == "original")
+            writer.finalize()
+            writer.commit()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stage1(material: Path) -> Path:
+    """Six steps of stage 1 on two expert-parallel ranks, saved after steps 3 and 6."""
+    save = material / "stage1"
+    done = launch(*stage1_command(material, save), ranks=2)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return save
+
+
+def stage1_command(material: Path, save: Path) -> list[str | Path]:
+    words = ["stage1", "--pretrained-checkpoint", material / "upcycled", "--data-path", material / "expanded"]
+    return [*words, "--save", save, "--save-interval", "3", "--expert-model-parallel-size", "2"]
+
+
+@pytest.fixture(scope="module")
+def stage2(material: Path, stage1: Path) -> Path:
+    """Six steps of stage 2 in one process, from the end of stage 1."""
+    save = material / "stage2"
+    data = ["1", material / "original", "1", material / "expanded"]
+    done = launch("stage2", "--pretrained-checkpoint", stage1, "--data-path", *data, "--save", save)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return save
+
+
+def test_stage1_learns(stage1: Path) -> None:
+    losses = [record["lm_loss"] for record in metrics(stage1)]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+
+
+def test_stage1_moves_new_experts_and_routers_and_nothing_else(material: Path, stage1: Path) -> None:
+    from checkpoint_convert.torch_dist import TorchDistReader
+
+    start = TorchDistReader(material / "upcycled" / "release")
+    for key, value in model_tensors(tensors(stage1, 6)).items():
+        moves = ".mlp.router." in key or ".mlp.experts." in key
+        assert torch.equal(value, start.read(key)) != moves, key
+
+
+def test_expert_parallel_ranks_equal_one_process(material: Path, stage1: Path) -> None:
+    save = material / "one-process"
+    command = stage1_command(material, save)[:-2]
+    assert launch(*command, "--exit-interval", "3").returncode == 0
+    for ours, theirs in zip(metrics(save), metrics(stage1)[:3], strict=True):
+        for name in ("lm_loss", "balance_loss", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+    one, two = (model_tensors(tensors(run, 3)) for run in (save, stage1))
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(value, two[key], rtol=1e-5, atol=1e-6)
+
+
+def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(material: Path, stage1: Path) -> None:
+    """The same command, given again to a run that was killed after step 4 (its last checkpoint: step 3)."""
+    resumed = material / "resumed"
+    shutil.copytree(stage1, resumed)
+    shutil.rmtree(resumed / "iter_0000006")
+    (resumed / "latest_checkpointed_iteration.txt").write_text("3")
+    lines = (resumed / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (resumed / "metrics.jsonl").write_text("".join(lines[:4]) + lines[4][:20])
+    assert launch(*stage1_command(material, resumed), ranks=2).returncode == 0
+    unbroken, again = tensors(stage1, 6), tensors(resumed, 6)
+    assert unbroken.keys() == again.keys()
+    assert any(key.startswith("optimizer.") for key in unbroken)
+    for key, value in unbroken.items():
+        assert torch.equal(value, again[key]), key
+    measured = ("step_time_s", "tokens_per_s")
+    without_times = [
+        [{name: value for name, value in record.items() if name not in measured} for record in metrics(run)]
+        for run in (stage1, resumed)
+    ]
+    assert without_times[0] == without_times[1]
+
+
+def test_stage2_moves_routers_only(stage1: Path, stage2: Path) -> None:
+    before, after = model_tensors(tensors(stage1, 6)), model_tensors(tensors(stage2, 6))
+    assert before.keys() == after.keys()
+    for key, value in after.items():
+        assert torch.equal(value, before[key]) != (".mlp.router." in key), key
+
+
+def test_stage2_starts_afresh_and_sends_original_tokens_to_the_original_expert(stage2: Path) -> None:
+    records = metrics(stage2)
+    assert [record["iteration"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert records[-1]["lpr_loss"] < records[0]["lpr_loss"]
+    assert records[0]["lm_loss_original"] is not None
+    assert records[0]["lm_loss_expanded"] is not None
+
+
+def test_a_run_folder_says_what_it_is(stage2: Path) -> None:
+    import yaml
+
+    from moelpr.model_spec import ModelSpec
+
+    recipe = yaml.safe_load((stage2 / "recipe.yaml").read_text())
+    assert recipe["stage"] == "stage2"
+    assert recipe["lpr_loss_coeff"] == 0.1
+    assert recipe["lr"] == 0.01
+    assert ModelSpec.read(stage2).moe.num_new_experts == 4
+    assert (stage2 / "hf" / "config.json").is_file()
+
+
+def test_export_of_stage2_has_the_bases_frozen_tensors_bit_for_bit(material: Path, stage2: Path) -> None:
+    from checkpoint_convert.mcore_to_hf import mcore_to_hf
+    from checkpoint_convert.verify import frozen_max_abs_difference
+
+    mcore_to_hf(stage2, material / "stage2-hf")
+    assert frozen_max_abs_difference(material / "hf", material / "stage2-hf") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("script", "start", "words", "said"),
+    [
+        ("stage2", "dense", [], "--stage stage2 needs an upcycled checkpoint, but"),
+        ("stage1", "upcycled", ["--data-path", "nowhere"], "nowhere.bin and .idx are not both there"),
+    ],
+)
+def test_wrong_input_is_one_sentence_and_exit_code_2(
+    material: Path, script: str, start: str, words: list[str], said: str
+) -> None:
+    words = words or ["--data-path", str(material / "expanded")]
+    done = launch(script, "--pretrained-checkpoint", material / start, "--save", material / "refused", *words)
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr

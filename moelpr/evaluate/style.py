@@ -41,7 +41,10 @@ tr { break-inside: avoid; }
 tr.group th { font-weight: 600; padding-top: 16px; border-bottom: 1px solid var(--muted); break-after: avoid; }
 tr.mean td, tr.mean th { font-weight: 600; }
 td small { display: block; font-size: 12.5px; line-height: 1.3; }
-td div, td.number { white-space: nowrap; }
+td.number { white-space: nowrap; }
+td.found { width: 64%; }
+td.found div { display: grid; grid-template-columns: 100px 1fr; }
+td .note { margin: 0; }
 .ok { color: var(--good); font-weight: 600; white-space: nowrap; }
 .no { color: var(--bad); font-weight: 600; white-space: nowrap; }
 
@@ -63,19 +66,24 @@ dd { margin: 0; overflow-wrap: anywhere; }
 @page { size: A4; margin: 14mm; }
 @media print {
   body { padding: 0; max-width: none; font-size: 10pt; }
-  h1 { font-size: 20pt; }
-  h2 { font-size: 13.5pt; margin-top: 20pt; }
+  h1 { font-size: 19pt; }
+  h2 { font-size: 13pt; margin-top: 14pt; padding-top: 8pt; }
   .summary { font-size: 11.5pt; }
   .note, figcaption { font-size: 9pt; }
-  th, td { padding: 4px 8px; }
+  th, td { padding: 3px 8px; }
+  td small { display: inline-block; min-width: 52px; font-size: 8.5pt; }
+  tr.group th { padding-top: 8px; }
+  figure { margin: 10px 0; }
+  .verdict { margin: 10px 0; }
   .charts { grid-template-columns: 1fr 1fr; gap: 14px; }
   .columns { grid-template-columns: 1fr 1fr; }
-  .scroll { overflow: visible; break-inside: avoid; }
+  .scroll { overflow: visible; }
+  .whole { break-inside: avoid; }
 }
 @media (max-width: 560px) {
   body { padding: 24px 14px; }
   th, td { padding: 6px; }
-  td div { white-space: normal; }
+  td.found div { grid-template-columns: 1fr; }
   .sample dl { grid-template-columns: 1fr; }
   .sample dd { margin-bottom: 6px; }
 }

@@ -146,11 +146,19 @@ def test_the_page_claims_the_effect_only_where_every_line_is_shown(report):
 
 
 def test_the_summary_follows_the_numbers_whichever_way_they_went(report):
-    assert "9.0% fewer bits per byte in the expanded languages (Greek)" in summary(report)
-    assert "0.0% more bits per byte in the original languages (English and Chinese)" in summary(report)
-    assert "20.0% fewer bits per byte in the expanded ones and 45.0% more" in summary(report)
+    assert "needs 9.0% less in the expanded languages (Greek)" in summary(report)
+    assert "0.0% more in the original languages (English and Chinese)" in summary(report)
+    assert "20.0% less in the expanded ones and 45.0% more" in summary(report)
     worse = changed(report, "stage2", "el", 2.5)
-    assert "25.0% more bits per byte in the expanded languages" in summary(worse)
+    assert "25.0% more in the expanded languages" in summary(worse)
+
+
+def test_the_page_says_what_full_fine_tuning_was_given(report):
+    for full, sentence in [
+        (500_000, "500,000 tokens, as many as stage 1."),
+        (7, "7 tokens against 500,000 in stage 1."),
+    ]:
+        assert sentence in build_page(replace(report, token_counts={"full_finetune": full, "stage1": 500_000}), {})
 
 
 def test_the_page_loads_nothing_and_runs_nothing(tmp_path, report):

@@ -14,7 +14,9 @@ from pathlib import Path
 from moelpr.errors import run_command
 
 
-def max_abs_logit_difference(load: Path, hf_path: Path, data: list[Path], num_tokens: int, sequence_length: int) -> float:
+def max_abs_logit_difference(
+    load: Path, hf_path: Path, data: list[Path], num_tokens: int, sequence_length: int
+) -> float:
     """Over the first `num_tokens` tokens of each file, cut into sequences of `sequence_length`."""
     from moelpr.compat import cpu, megatron_fixes
 
@@ -50,7 +52,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, nargs="+", required=True, metavar="FILE", help='JSON lines with "text"')
     parser.add_argument("--num-tokens", type=int, default=1024, help="tokens of each file (default: %(default)s)")
     parser.add_argument("--sequence-length", type=int, default=128, help="tokens (default: %(default)s)")
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference allowed (default: %(default)s)")
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-4, help="largest difference allowed (default: %(default)s)"
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args()
     found = max_abs_logit_difference(args.load, args.hf_path, args.data, args.num_tokens, args.sequence_length)

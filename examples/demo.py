@@ -31,8 +31,8 @@ BASE_SHAPE = {
 }
 NUM_NEW_EXPERTS, TOPK = 4, 2
 # What the base saw of the expanded languages: a little, as real bases have.
-BASE_BLEND = {"original": 8, "expanded": 1}
-REVIEW_BLEND = {"original": 1, "expanded": 1}
+BASE_BLEND = {"original": 10, "expanded": 1}
+REVIEW_BLEND = {"original": 1, "expanded": 2}
 
 
 def main() -> None:
@@ -79,7 +79,10 @@ class Demo:
             code = subprocess.run(words, stdout=file, env={**os.environ, **variables}).returncode
         if code != 0:
             tail = log.read_text().splitlines()[-5:]
-            raise UserError(f"step {name} ended with code {code}; its output is in {log}" + "".join(f"\n    {line}" for line in tail))
+            raise UserError(
+                f"step {name} ended with code {code}; its output is in {log}"
+                + "".join(f"\n    {line}" for line in tail)
+            )
         mark.write_text(json.dumps({"command": shown, "wall_s": round(time.monotonic() - start, 1)}) + "\n")
 
     def output_of(self, name: str) -> str:
@@ -157,11 +160,16 @@ def two_stages(demo: Demo) -> None:
 
 
 def convert(demo: Demo, name: str, hf_path: Path, save: Path, *options: str) -> None:
-    demo.step(name, *python("checkpoint_convert/hf_to_mcore.py", "--hf-path", hf_path, "--save", save, *options, "--overwrite"))
+    demo.step(
+        name,
+        *python("checkpoint_convert/hf_to_mcore.py", "--hf-path", hf_path, "--save", save, *options, "--overwrite"),
+    )
 
 
 def train(demo: Demo, name: str, stage: str, start: Path, blend: dict[str, float]) -> None:
-    data = [word for group, weight in blend.items() for word in (str(weight), demo.run / "data" / f"{group}_text_document")]
+    data = [
+        word for group, weight in blend.items() for word in (str(weight), demo.run / "data" / f"{group}_text_document")
+    ]
     demo.step(
         name,
         *(f"launch/{stage}.sh", "--recipe", RECIPES / f"demo-{name}.yaml", "--pretrained-checkpoint", start),
@@ -180,7 +188,9 @@ def export(demo: Demo, name: str) -> None:
 
 def compare_logits(demo: Demo, name: str, load: Path, hf_path: Path) -> None:
     files = [demo.run / "corpus" / f"validation.{language}.jsonl" for language in (*ORIGINAL, *EXPANDED)]
-    demo.step(name, *python("checkpoint_convert/compare_logits.py", "--load", load, "--hf-path", hf_path, "--data", *files))
+    demo.step(
+        name, *python("checkpoint_convert/compare_logits.py", "--load", load, "--hf-path", hf_path, "--data", *files)
+    )
 
 
 def write_report(demo: Demo) -> None:
@@ -228,7 +238,9 @@ def write_report(demo: Demo) -> None:
         },
         continuations={
             language: Continuation(
-                prompt.text, prompt.reference, {model: result.continuations[language] for model, result in results.items()}
+                prompt.text,
+                prompt.reference,
+                {model: result.continuations[language] for model, result in results.items()},
             )
             for language, prompt in prompts.items()
         },

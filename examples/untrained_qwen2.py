@@ -1,6 +1,6 @@
 """Make a stock Hugging Face Qwen2 directory with random weights: the demo's stand-in for the day before pre-training.
 
-    python examples/untrained_qwen2.py --tokenizer DIR --save DIR --hidden-size 256 --num-layers 6
+python examples/untrained_qwen2.py --tokenizer DIR --save DIR --hidden-size 256 --num-layers 6
 """
 
 import argparse

@@ -5,7 +5,7 @@
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT  several nodes (default: this one alone)
 # With --dry-run as the first argument the command is printed, not run.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+root=$(cd "$(dirname "$0")/.." && pwd)
 
 dry_run=no
 if [[ ${2:-} == --dry-run ]]; then
@@ -15,8 +15,11 @@ fi
 stage=$1
 shift
 
-python=.venv/bin/python
-[[ -x $python ]] || python=python3
+python=$root/.venv/bin/python
+if [[ ! -x $python ]]; then
+    python=python3 # a container or an environment of one's own, with the packages of setup.py installed
+    export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+fi
 
 gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU' || true)
 nproc_per_node=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}

@@ -29,9 +29,13 @@ _DEFAULTS = (
     "--attention-dropout 0 --hidden-dropout 0 --eval-iters 0 --eval-interval 1000 --save-interval 500 --log-interval 10"
 ).split()
 
+# Parts of the model's description that training may change.
+_FREE_SHAPE = ("attention_dropout", "hidden_dropout", "init_method_std")
+
 # Flags of Megatron that would change the method or be ignored by our layer, with the one value that is right.
 _FIXED_FOR_MOE = {
     "moe_token_dispatcher_type": "alltoall",
+    "moe_router_load_balancing_type": "aux_loss",
     "moe_router_score_function": "softmax",
     "moe_router_pre_softmax": False,
     "moe_router_topk_scaling_factor": None,
@@ -50,16 +54,22 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ModelSpec]:
     Raises:
         UserError: a setting is wrong, contradicts another or would be ignored.
     """
+    parser = _all_arguments()
+    if "-h" in argv or "--help" in argv:
+        parser.print_help()
+        sys.exit(0)
     early = _early_arguments(argv)
     source = checkpoint_source(early)
     spec = ModelSpec.read(source)
-    parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
     settings = recipe_to_flags(Path(early.recipe)) if early.recipe else []
     sys.argv[1:] = [*_DEFAULTS, *_spec_to_flags(spec, parser), *settings, *argv]
     args = parse_args(add_arguments)
     args.model_source = str(source)
+    typed = {word for word in (*settings, *argv) if word.startswith("--")}
+    _refuse_other_shape(args, spec, typed, parser)
+    _refuse_other_optimizer_layout(args, source)
     _apply_machine(args)
-    _apply_stage(args, spec)
+    _apply_stage(args, spec, typed)
     try:
         validate_args(args)
     except AssertionError as error:
@@ -75,10 +85,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group = parser.add_argument_group(title="MoE-LPR")
     stages = "; ".join(f"{stage}: {text}" for stage, text in STAGE_HELP.items())
     group.add_argument("--stage", choices=tuple(STAGE_HELP), required=True, help=f"What to train. {stages}.")
-    group.add_argument("--recipe", metavar="FILE", help="YAML file whose keys are flags; flags on the command line win.")
+    group.add_argument(
+        "--recipe", metavar="FILE", help="YAML file whose keys are flags; flags on the command line win."
+    )
     group.add_argument(
         "--balance-loss-coeff", type=float, metavar="ALPHA",
-        help="Weight of the load-balancing loss, the paper's alpha (default: 0.01 in stage1, 0 in stage2).",
+        help="Weight of the load-balancing loss on the scale of the paper's experiments (default: 0.01 in stage1, 0 in "
+        "stage2).",
     )  # fmt: skip
     group.add_argument(
         "--lpr-loss-coeff", type=float, metavar="GAMMA",
@@ -94,7 +107,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--train-everything", action="store_true",
         help="Freeze nothing: the paper's plain-MoE ablation. Original languages are lost.",
     )  # fmt: skip
+    group.add_argument("--fp32", action="store_true", help="Train in fp32 on a GPU too (default there: bf16).")
     group.add_argument("--debug", action="store_true", help="Show the traceback of errors in arguments or input.")
+    return parser
+
+
+def _all_arguments() -> argparse.ArgumentParser:
+    """Our flags first, then Megatron's."""
+    parser = argparse.ArgumentParser(
+        prog="python -m moelpr.pretrain",
+        usage="python -m moelpr.pretrain --stage STAGE --pretrained-checkpoint DIR --data-path PREFIX --save DIR …",
+        description="Train one stage of MoE-LPR. The model's shape comes from the checkpoint's model_spec.json.",
+        allow_abbrev=False,
+    )
+    add_megatron_arguments(add_arguments(parser))
+    for action in parser._actions:
+        try:
+            _ = (action.help or "") % vars(action)
+        except (ValueError, TypeError, KeyError):
+            action.help = (action.help or "").replace("%", "%%")  # some of Megatron's texts hold a bare %
     return parser
 
 
@@ -129,7 +160,7 @@ def checkpoint_source(args: argparse.Namespace) -> Path:
 
 
 def recipe_to_flags(path: Path) -> list[str]:
-    """A YAML mapping of flag names to values as command-line words; true is the bare flag, false and null leave it off."""
+    """A YAML mapping of flag names to values as command-line words: true is the bare flag, false and null no word."""
     try:
         recipe = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -148,8 +179,8 @@ def recipe_to_flags(path: Path) -> list[str]:
     return words
 
 
-def _spec_to_flags(spec: ModelSpec, parser: argparse.ArgumentParser) -> list[str]:
-    """The model's shape as Megatron flags."""
+def _shape(spec: ModelSpec) -> dict[str, Any]:
+    """The model's shape: Megatron argument -> value."""
     shape = dict(spec.megatron_args)
     if spec.moe is not None:
         is_moe = [int(spec.is_moe_layer(layer)) for layer in range(shape["num_layers"])]
@@ -159,12 +190,25 @@ def _spec_to_flags(spec: ModelSpec, parser: argparse.ArgumentParser) -> list[str
             "moe_ffn_hidden_size": shape["ffn_hidden_size"],
             "moe_layer_freq": str(is_moe).replace(" ", ""),
         }
+    return shape
+
+
+def _actions_of(name: str, parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """The actions behind an argument, named by its destination or by its flag."""
+    flag = f"--{name.replace('_', '-')}"
+    actions = [action for action in parser._actions if action.dest == name or flag in action.option_strings]
+    if not actions:
+        raise UserError(
+            f"model_spec.json names {name}, which this Megatron has no argument for; convert the model again"
+        )
+    return actions
+
+
+def _spec_to_flags(spec: ModelSpec, parser: argparse.ArgumentParser) -> list[str]:
+    """The model's shape as Megatron flags."""
     words: list[str] = []
-    for name, value in shape.items():
-        flag = f"--{name.replace('_', '-')}"
-        actions = [action for action in parser._actions if action.dest == name or flag in action.option_strings]
-        if not actions:
-            raise UserError(f"model_spec.json names {name}, which this Megatron has no argument for")
+    for name, value in _shape(spec).items():
+        actions = _actions_of(name, parser)
         if value is None or value == actions[0].default:
             continue
         switch = next((action for action in actions if action.nargs == 0 and action.const == value), None)
@@ -175,12 +219,44 @@ def _spec_to_flags(spec: ModelSpec, parser: argparse.ArgumentParser) -> list[str
     return words
 
 
+def _refuse_other_shape(
+    args: argparse.Namespace, spec: ModelSpec, typed: set[str], parser: argparse.ArgumentParser
+) -> None:
+    """A recipe or command line may not contradict the checkpoint: one of the two would be ignored."""
+    for name, value in _shape(spec).items():
+        if name in _FREE_SHAPE:
+            continue
+        action = _actions_of(name, parser)[0]
+        found = getattr(args, action.dest)
+        wanted = action.type(value) if callable(action.type) and isinstance(value, str) else value
+        if value is not None and found != wanted and typed & set(action.option_strings):
+            raise UserError(
+                f"{action.option_strings[0]} {found} contradicts the checkpoint {args.model_source}, whose "
+                f"model_spec.json says {value}; drop the flag, or convert the model again"
+            )
+
+
+def _refuse_other_optimizer_layout(args: argparse.Namespace, source: Path) -> None:
+    """Megatron keeps one optimizer with EP = 1 and two with EP > 1: a run's optimizer state cannot cross that line."""
+    recipe = source / "recipe.yaml"
+    resumes = str(source) in (args.load, args.save) and not args.finetune and not args.no_load_optim
+    if not resumes or not recipe.is_file():
+        return
+    before = yaml.safe_load(recipe.read_text()).get("expert_model_parallel_size", 1)
+    now = args.expert_model_parallel_size
+    if (before == 1) != (now == 1):
+        raise UserError(
+            f"{source} was trained with --expert-model-parallel-size {before}; its optimizer state does not fit {now}. "
+            f"Keep {before}, or start the optimizer afresh with --no-load-optim"
+        )
+
+
 def _apply_machine(args: argparse.Namespace) -> None:
     """NCCL, bf16 and Transformer Engine where the machine has them; gloo, fp32 and torch's kernels where not."""
     if cpu.is_needed():
         for name, value in cpu.CPU_ARGUMENTS.items():
             setattr(args, name, value)
-    elif not args.fp16 and "--fp32" not in sys.argv:
+    elif not args.fp16 and not args.fp32:
         args.bf16 = True
     if args.transformer_impl == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
         args.transformer_impl = "local"
@@ -188,23 +264,46 @@ def _apply_machine(args: argparse.Namespace) -> None:
         args.no_persist_layer_norm = True
         args.gradient_accumulation_fusion = args.gradient_accumulation_fusion and _has_apex()
         args.masked_softmax_fusion = False
+        _refuse_without_transformer_engine(args)
+
+
+def _refuse_without_transformer_engine(args: argparse.Namespace) -> None:
+    needs = {
+        "--context-parallel-size": args.context_parallel_size > 1,
+        "--attention-dropout": args.attention_dropout > 0,
+        "--window-size": args.window_size is not None,
+    }
+    for flag, is_set in needs.items():
+        if is_set:
+            raise UserError(
+                f"{flag} needs Transformer Engine's attention; install transformer-engine, or drop the flag"
+            )
+    if (
+        cpu.is_needed()
+        and (args.expert_tensor_parallel_size or args.tensor_model_parallel_size) > 1
+        and args.num_experts
+    ):
+        raise UserError(
+            "expert tensor parallelism gathers uneven rows, which gloo cannot; "
+            "on a CPU add --expert-tensor-parallel-size 1"
+        )
 
 
 def _has_apex() -> bool:
     return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
-def _apply_stage(args: argparse.Namespace, spec: ModelSpec) -> None:
+def _apply_stage(args: argparse.Namespace, spec: ModelSpec, typed: set[str]) -> None:
     args.load = args.load or args.save
     args.hetereogenous_dist_checkpoint = True  # one checkpoint key per layer, whatever the pipeline layout
     if args.data_path and args.split is None:
         args.split = "100,0,0"
-    if args.vocab_size is None:
-        raise UserError("model_spec.json does not say vocab_size; convert the model again")
+    if args.train_iters is None and args.train_samples is None:
+        raise UserError("nothing says how long to train; give --train-iters STEPS (or --train-samples SEQUENCES)")
     if args.stage == "dense":
         _apply_dense(args, spec)
     else:
-        _apply_moe(args, spec)
+        _apply_moe(args, spec, typed)
 
 
 def _apply_dense(args: argparse.Namespace, spec: ModelSpec) -> None:
@@ -220,7 +319,7 @@ def _apply_dense(args: argparse.Namespace, spec: ModelSpec) -> None:
     args.lpr_loss_coeff = 0.0
 
 
-def _apply_moe(args: argparse.Namespace, spec: ModelSpec) -> None:
+def _apply_moe(args: argparse.Namespace, spec: ModelSpec, typed: set[str]) -> None:
     if spec.moe is None:
         raise UserError(
             f"--stage {args.stage} needs an upcycled checkpoint, but {args.model_source} is dense; "
@@ -238,17 +337,18 @@ def _apply_moe(args: argparse.Namespace, spec: ModelSpec) -> None:
         print("moelpr: tensor parallelism with experts needs --sequence-parallel: switched on", file=sys.stderr)
         args.sequence_parallel = True
     for name, value in _FIXED_FOR_MOE.items():
-        # Megatron's default for the dispatcher and a few others differs from ours: only what the user typed can clash.
+        # Megatron's own defaults differ in places: only what the user typed can clash.
         flag = f"--{name.replace('_', '-')}"
-        if flag in sys.argv and getattr(args, name) != value:
+        if flag in typed and getattr(args, name) != value:
             raise UserError(f"{flag} {getattr(args, name)} does not work with the MoE-LPR layer; leave it at {value}")
         setattr(args, name, value)
+    if "--moe-aux-loss-coeff" in typed:
+        raise UserError("--moe-aux-loss-coeff would be overwritten; use --balance-loss-coeff, which is converted to it")
     first = args.stage == "stage1"
     if args.balance_loss_coeff is None:
         args.balance_loss_coeff = 0.01 if first else 0.0
     if args.lpr_loss_coeff is None:
         args.lpr_loss_coeff = 0.0 if first else 0.1
-    args.moe_router_load_balancing_type = "aux_loss"
     args.moe_aux_loss_coeff = megatron_balance_coeff(args.balance_loss_coeff, spec.moe.topk, len(spec.moe.layers))
     args.moe_router_dtype = args.moe_router_dtype or "fp32"
 

@@ -5,9 +5,11 @@ An error a user can cause is one sentence that says what was found, what was wan
 
 import errno
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -21,6 +23,9 @@ def run_command(main: Callable[[], None]) -> None:
     and keeps its traceback (code 1). With `--debug` on the command line, every error keeps its traceback.
     """
     debug = "--debug" in sys.argv
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        # Leave by the front door, so that temporary files are removed on the way.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         main()
     except UserError as error:
@@ -35,7 +40,7 @@ def run_command(main: Callable[[], None]) -> None:
         if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         _fail(
-            f"the disk is full while writing {error.filename or 'the output'}; free some space and run the command again",
+            f"the disk is full while writing {error.filename or 'the output'}; free some space and run it again",
             code=1,
         )
     except KeyboardInterrupt:
@@ -48,5 +53,7 @@ def _fail(message: str, code: int) -> None:
     if os.environ.get("RANK", "0") != "0":
         # Rank 0 most likely says the same sentence; the launcher then ends this rank before it repeats it.
         time.sleep(3)
-    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
+    program = Path(sys.argv[0])
+    name = program.parent.name if program.name == "__main__.py" else program.name
+    print(f"{name}: error: {message}", file=sys.stderr, flush=True)
     sys.exit(code)

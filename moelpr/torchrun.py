@@ -1,9 +1,9 @@
-"""torchrun that ends as the trainer ended: its exit code, and no traceback of the launcher behind the trainer's own words.
+"""torchrun that ends as the trainer ended: with its exit code, and no launcher traceback behind the trainer's words.
 
     python -m moelpr.torchrun --nproc-per-node 8 -m moelpr.pretrain --stage stage1 …
 
-takes every option of torchrun. With the plain `torchrun` everything works too, but a wrong argument ends in twenty lines
-of launcher traceback and exit code 1 instead of one sentence and exit code 2.
+takes every option of torchrun. With the plain `torchrun` everything works too, but a wrong argument ends in twenty
+lines of launcher traceback and exit code 1 instead of one sentence and exit code 2.
 """
 
 import logging

@@ -33,7 +33,20 @@ CPU_ARGUMENTS: dict[str, Any] = {
 }
 
 # torch functions that create a tensor and are called with device="cuda" or a CUDA device index.
-_FACTORIES = ("tensor", "as_tensor", "zeros", "ones", "empty", "full", "rand", "randn", "arange", "zeros_like", "ones_like", "empty_like")
+_FACTORIES = (
+    "tensor",
+    "as_tensor",
+    "zeros",
+    "ones",
+    "empty",
+    "full",
+    "rand",
+    "randn",
+    "arange",
+    "zeros_like",
+    "ones_like",
+    "empty_like",
+)
 
 _installed = False
 
@@ -81,7 +94,9 @@ def _patch_torch_cuda() -> None:
         setattr(cuda, name, lambda device=None: 0)
     # Newer than any: no architecture-specific restriction or environment setting applies.
     cuda.get_device_capability = lambda device=None: (99, 0)
-    cuda.get_device_properties = lambda device=None: types.SimpleNamespace(major=99, minor=0, name="cpu", total_memory=0)
+    cuda.get_device_properties = lambda device=None: types.SimpleNamespace(
+        major=99, minor=0, name="cpu", total_memory=0
+    )
 
 
 def _patch_torch_tensors() -> None:

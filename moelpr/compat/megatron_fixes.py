@@ -11,7 +11,7 @@ def install() -> None:
 
 
 def _use_the_built_dataset_helper() -> None:
-    """Megatron runs `make` for its dataset helper at every start; the wheel has no Makefile but ships the built helper."""
+    """Megatron runs `make` for its dataset helper at every start; the wheel has the built helper and no Makefile."""
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
         return  # a source checkout: let Megatron build it
     import megatron.core.datasets.utils as dataset_utils

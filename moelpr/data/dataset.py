@@ -65,7 +65,9 @@ class TaggedGPTDataset(GPTDataset):
     @staticmethod
     def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> TaggedIndexedDataset:
         if not IndexedDataset.exists(dataset_path):
-            raise UserError(f"{dataset_path}.bin and .idx are not both there; build them with data_tools/preprocess_data.py")
+            raise UserError(
+                f"{dataset_path}.bin and .idx are not both there; build them with data_tools/preprocess_data.py"
+            )
         return TaggedIndexedDataset(dataset_path, multimodal=False, mmap=config.mmap_bin_files)
 
     def __getitem__(self, idx: int | None) -> dict[str, Any]:

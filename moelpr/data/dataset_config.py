@@ -14,7 +14,9 @@ from moelpr.errors import UserError
 def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     if blend is None and blend_per_split is None:
-        raise UserError("no training data; name corpora with --data-path PREFIX (built by data_tools/preprocess_data.py)")
+        raise UserError(
+            "no training data; name corpora with --data-path PREFIX (built by data_tools/preprocess_data.py)"
+        )
     return GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
@@ -37,7 +39,10 @@ def _token_ids(args: argparse.Namespace) -> TokenIds:
     eod = _eos_token_id(Path(args.model_source) / "hf" / "config.json")
     needs_eod = args.reset_position_ids or args.reset_attention_mask or args.eod_mask_loss
     if needs_eod and eod is None:
-        raise UserError("--reset-position-ids, --reset-attention-mask and --eod-mask-loss need a model whose config.json says eos_token_id")
+        raise UserError(
+            "--reset-position-ids, --reset-attention-mask and --eod-mask-loss need to know where documents end, but "
+            "the model's config.json says no eos_token_id; drop them"
+        )
     return TokenIds(vocab_size=args.vocab_size, eod=-1 if eod is None else eod)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class SDPACoreAttention(MegatronModule):
-    """Causal attention; dropout, sliding windows, packed sequences and context parallelism are not covered."""
+    """Causal attention. What it lacks (dropout, sliding windows, context parallelism) is refused in arguments.py."""
 
     def __init__(
         self,
@@ -26,11 +26,7 @@ class SDPACoreAttention(MegatronModule):
         **_: object,
     ) -> None:
         super().__init__(config=config)
-        if config.context_parallel_size > 1 or config.window_size is not None or config.attention_dropout:
-            raise ValueError(
-                "attention without Transformer Engine has no context parallelism, sliding window or dropout; "
-                "install transformer-engine, or set --context-parallel-size 1 --attention-dropout 0 and no --window-size"
-            )
+        assert config.context_parallel_size == 1 and config.window_size is None and not config.attention_dropout
         assert attention_type == "self" and attn_mask_type == AttnMaskType.causal
         self.softmax_scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
 

@@ -1,4 +1,4 @@
-"""Megatron's TransformerConfig plus what the MoE-LPR layer needs. Fields are filled from the arguments of the same name."""
+"""Megatron's TransformerConfig plus what the MoE-LPR layer needs; filled from the arguments of the same names."""
 
 from dataclasses import dataclass
 

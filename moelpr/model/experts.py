@@ -13,6 +13,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
+class _Weight(torch.nn.Module):
+    """Holds one stacked weight; the module's own name becomes part of the checkpoint key."""
+
+    def __init__(self, weight: torch.nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+
 class GroupedExperts(MegatronModule):
     """SwiGLU experts on `torch.nn.functional.grouped_mm`.
 
@@ -39,18 +47,15 @@ class GroupedExperts(MegatronModule):
                 config.init_method(self.linear_fc1.weight)
                 config.output_layer_init_method(self.linear_fc2.weight)
 
-    def _weight(self, *shape: int, partition_dim: int) -> torch.nn.Module:
-        module = torch.nn.Module()  # its name becomes part of the checkpoint key
+    def _weight(self, *shape: int, partition_dim: int) -> _Weight:
         device = torch.device("cpu") if self.config.use_cpu_initialization else torch.cuda.current_device()
         weight = torch.nn.Parameter(torch.empty(*shape, dtype=self.config.params_dtype, device=device))
         set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=partition_dim, stride=1)
-        # Megatron reduces gradients of such parameters over the expert-data-parallel group only.
-        weight.allreduce = self.config.expert_model_parallel_size == 1 and self.etp_group.size() == self._tp_size()
-        module.weight = weight
-        return module
-
-    def _tp_size(self) -> int:
-        return self.config.tensor_model_parallel_size
+        # Where this is False, Megatron reduces the gradient over the expert-data-parallel group only.
+        config, etp_size = self.config, self.etp_group.size()
+        replicated = config.expert_model_parallel_size == 1 and etp_size == config.tensor_model_parallel_size
+        setattr(weight, "allreduce", replicated)  # noqa: B010 (an attribute Megatron reads, unknown to torch's types)
+        return _Weight(weight)
 
     def forward(self, hidden_TH: Tensor, tokens_per_expert: Tensor, gate_weight_T: Tensor) -> tuple[Tensor, None]:
         """Rows sorted by expert in, rows of the same order out, each already multiplied by its gate weight.
@@ -79,7 +84,9 @@ class GroupedExperts(MegatronModule):
         etp_rank, etp_size = self.etp_group.rank(), self.etp_group.size()
         replica_id = (0, 0, self.edp_group.rank())
 
-        def gate_and_up(key: str, tensor: Tensor, replica_id: ReplicaId, flattened_range: slice | None) -> list[ShardedTensor]:
+        def gate_and_up(
+            key: str, tensor: Tensor, replica_id: ReplicaId, flattened_range: slice | None
+        ) -> list[ShardedTensor]:
             return [
                 ShardedTensor.from_rank_offsets(
                     key,

@@ -73,8 +73,8 @@ class LPRMoELayer(MoELayer):
         )
         for parameter in self.original_expert.parameters():
             # A replicated parameter, unlike the dispatched experts' (matters only where it trains: --train-everything).
-            parameter.allreduce = True  # type: ignore[attr-defined]
-            parameter.sequence_parallel = config.sequence_parallel and self.etp_group.size() == 1  # type: ignore[attr-defined]
+            parameter.allreduce = True
+            parameter.sequence_parallel = config.sequence_parallel and self.etp_group.size() == 1
 
     def forward(
         self, hidden_states: Tensor, intermediate_tensors: None = None, padding_mask: Tensor | None = None

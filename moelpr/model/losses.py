@@ -63,9 +63,10 @@ def balance_loss(scores_TE: Tensor, is_chosen_TE: Tensor, topk: int) -> Tensor:
 
 
 def megatron_balance_coeff(alpha: float, topk: int, num_moe_layers: int) -> float:
-    """The paper's alpha as Megatron's `--moe-aux-loss-coeff`.
+    """The alpha of the paper's experiments as Megatron's `--moe-aux-loss-coeff`.
 
-    The published code sums f over the K slots and averages over layers; Megatron divides by K and adds layers up.
+    The code they were run with sums f over the K slots and averages over layers; Megatron divides by K and adds the
+    layers up.
     """
     return alpha * topk / num_moe_layers
 

@@ -12,7 +12,6 @@ class RMSNorm(torch.nn.RMSNorm):
     """torch's RMSNorm, built the way Megatron builds its norms."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
-        if config.normalization != "RMSNorm" or config.layernorm_zero_centered_gamma:
-            raise ValueError(f"the local norm is plain RMSNorm, not {config.normalization}; use --transformer-impl transformer_engine")
+        assert config.normalization == "RMSNorm" and not config.layernorm_zero_centered_gamma
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

@@ -18,7 +18,8 @@ class RoutingSums(NamedTuple):
 
     @classmethod
     def from_vectors(cls, vectors_LV: Tensor) -> "RoutingSums":
-        return cls(*vectors_LV[:, :5].unbind(dim=1), vectors_LV[:, 5:])
+        lpr, original, expanded, of_original, of_expanded = vectors_LV[:, :5].unbind(dim=1)
+        return cls(lpr, original, expanded, of_original, of_expanded, scores=vectors_LV[:, 5:])
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from collections import defaultdict
 from typing import Literal
 
 import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
 
 Stage = Literal["dense", "stage1", "stage2"]
 
@@ -18,7 +19,7 @@ _NEW_EXPERTS = ".mlp.experts."
 _TRAINABLE = {"stage1": (_ROUTER, _NEW_EXPERTS), "stage2": (_ROUTER,)}
 
 
-def freeze(model_chunks: list[torch.nn.Module], stage: Stage, train_everything: bool = False) -> list[torch.nn.Module]:
+def freeze(model_chunks: list[GPTModel], stage: Stage, train_everything: bool = False) -> list[GPTModel]:
     """Leave gradients on for what the stage trains and off for everything else; returns the same chunks.
 
     Runs before the model is wrapped for data parallelism, so that frozen parameters get no gradient buffer and no
@@ -32,11 +33,13 @@ def freeze(model_chunks: list[torch.nn.Module], stage: Stage, train_everything: 
         embedding = getattr(chunk, "embedding", None)
         if embedding is not None and chunk.config.recompute_granularity is not None:
             # Reentrant recompute gives no gradient at all when no input of the checkpointed layers requires one.
-            embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(torch.is_grad_enabled()))
+            embedding.register_forward_hook(
+                lambda module, inputs, output: output.requires_grad_(torch.is_grad_enabled())
+            )
     return model_chunks
 
 
-def parameter_report(model_chunks: list[torch.nn.Module]) -> str:
+def parameter_report(model_chunks: list[GPTModel]) -> str:
     """A table of this rank's parameters, trainable and frozen, by part of the model."""
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for chunk in model_chunks:

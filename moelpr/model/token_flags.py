@@ -20,7 +20,7 @@ def pack_token_flags(is_original: Tensor, is_padding: Tensor | None = None) -> T
 
 
 def unpack_token_flags(flags: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(is_original, is_padding) as bool tensors; a bool `flags` is Megatron's own padding mask, with no language bit."""
+    """(is_original, is_padding), both bool; a bool `flags` is Megatron's own padding mask, without language bits."""
     if flags.dtype == torch.bool:
         return torch.zeros_like(flags), flags
     is_padding = (flags & _PADDING).bool()

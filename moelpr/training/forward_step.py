@@ -80,5 +80,3 @@ def _flags_for_this_stage(batch: Batch, model: torch.nn.Module) -> Tensor | None
         tp_size = parallel_state.get_tensor_model_parallel_world_size()
         flags = flags.chunk(tp_size, dim=1)[parallel_state.get_tensor_model_parallel_rank()].contiguous()
     return flags
-
-

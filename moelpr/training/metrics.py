@@ -139,7 +139,7 @@ class StepLog:
         tokens = routing.original_tokens + routing.expanded_tokens
         lpr_loss = (routing.lpr_loss / routing.original_tokens).mean()
         return {
-            "balance_loss": self.tracker.balance_loss,
+            "balance_loss": self.tracker.balance_loss if get_args().balance_loss_coeff else None,
             "lpr_loss": _number(lpr_loss),
             "router_score": _rounded(routing.scores / tokens.unsqueeze(1)),
             "original_first_share_original": _rounded(
@@ -171,7 +171,9 @@ class StepLog:
             "loss": record["lm_loss"], "balance": record.get("balance_loss"), "LPR": record.get("lpr_loss"),
             "tokens/s": record["tokens_per_s"],
         }  # fmt: skip
-        self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items() if value is not None}, refresh=False)
+        self._bar.set_postfix(
+            {name: f"{value:.4g}" for name, value in shown.items() if value is not None}, refresh=False
+        )
         self._bar.update(1)
 
 

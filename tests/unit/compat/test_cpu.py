@@ -58,7 +58,11 @@ def test_cpu_arguments_are_arguments_of_megatron() -> None:
 
 @pytest.mark.usefixtures("installed")
 def test_tensors_asked_for_on_cuda_are_made_on_the_cpu() -> None:
-    for made in (torch.zeros(2, device="cuda"), torch.tensor([1.0], device=torch.device("cuda", 0)), torch.ones(1).cuda()):
+    for made in (
+        torch.zeros(2, device="cuda"),
+        torch.tensor([1.0], device=torch.device("cuda", 0)),
+        torch.ones(1).cuda(),
+    ):
         assert made.device.type == "cpu"
     assert torch.zeros(2, device="meta").device.type == "meta"
     assert torch.zeros(2).type() == "torch.cuda.FloatTensor"

@@ -32,7 +32,7 @@ BASE_SHAPE = {
 NUM_NEW_EXPERTS, TOPK = 4, 2
 # What the base saw of the expanded languages: a little, as real bases have.
 BASE_BLEND = {"original": 10, "expanded": 1}
-REVIEW_BLEND = {"original": 1, "expanded": 2}
+REVIEW_BLEND = {"original": 2, "expanded": 7}
 
 
 def main() -> None:
@@ -75,8 +75,9 @@ class Demo:
         shown = [word.removeprefix(f"{ROOT}/") for word in words]
         print(f"[{self._clock()}] {name}\n    {' '.join(shown)}", flush=True)
         start = time.monotonic()
+        quiet = {"PYTHONWARNINGS": "ignore", "OMP_WAIT_POLICY": "passive"}  # ranks that wait must not take a core
         with open(log, "w") as file:
-            code = subprocess.run(words, stdout=file, env={**os.environ, **variables}).returncode
+            code = subprocess.run(words, stdout=file, env={**os.environ, **quiet, **variables}).returncode
         if code != 0:
             tail = log.read_text().splitlines()[-5:]
             raise UserError(
@@ -195,6 +196,7 @@ def compare_logits(demo: Demo, name: str, load: Path, hf_path: Path) -> None:
 
 def write_report(demo: Demo) -> None:
     """Bits per byte, routing and continuations of the four models on held-out text; report.json, report.html."""
+    from moelpr.evaluate.charts import headline_picture
     from moelpr.evaluate.compare import compare_models
     from moelpr.evaluate.documents import read_documents
     from moelpr.evaluate.generate import choose_prompt
@@ -247,6 +249,7 @@ def write_report(demo: Demo) -> None:
         metrics={model: f"{folder}/metrics.jsonl" for model, folder in folders.items()},
     )
     page = write_report(run, report)
+    (run / "headline.svg").write_text(headline_picture(report), encoding="utf-8")
     _print_summary(report)
     print(f"[{demo._clock()}] report: {page}")
 

@@ -78,7 +78,8 @@ class StepLog:
         self.stage, self.tracker, self._training_log = stage, tracker, training_log
         self._file: TextIO | None = None
         self._bar: tqdm | None = None
-        self._last_time = time.monotonic()
+        self._last_time = self._first_time = time.monotonic()
+        self._steps_before = 0
 
     def __call__(
         self,
@@ -159,22 +160,27 @@ class StepLog:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
         _write_to_tensorboard(record)
-        self._show_progress(record, args.train_iters)
+        self._show_progress(record, args.train_iters, args.log_interval)
 
-    def _show_progress(self, record: dict[str, Any], total: int) -> None:
+    def _show_progress(self, record: dict[str, Any], total: int, log_interval: int) -> None:
+        """On stderr, beside Megatron's log: a bar with the time left on a terminal, a line per log interval elsewhere."""
         if self._bar is None:
+            done_before = record["iteration"] - 1
             self._bar = tqdm(
-                total=total, initial=record["iteration"] - 1, desc=self.stage, unit="step", file=sys.stderr,
-                dynamic_ncols=True, disable=None, smoothing=0.05,
-            )  # fmt: skip
-        shown = {
-            "loss": record["lm_loss"], "balance": record.get("balance_loss"), "LPR": record.get("lpr_loss"),
-            "tokens/s": record["tokens_per_s"],
-        }  # fmt: skip
-        self._bar.set_postfix(
-            {name: f"{value:.4g}" for name, value in shown.items() if value is not None}, refresh=False
-        )
-        self._bar.update(1)
+                total=total, initial=done_before, desc=self.stage, unit="step", dynamic_ncols=True, disable=None
+            )
+            self._steps_before, self._first_time = done_before, time.monotonic() - record["step_time_s"]
+        values = {"loss": "lm_loss", "balance": "balance_loss", "LPR": "lpr_loss", "tokens/s": "tokens_per_s"}
+        shown = {name: f"{record[key]:.4g}" for name, key in values.items() if record.get(key) is not None}
+        if not self._bar.disable:
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(1)
+        elif record["iteration"] % log_interval == 0 or record["iteration"] == total:
+            steps = record["iteration"] - self._steps_before
+            left_s = (time.monotonic() - self._first_time) / steps * (total - record["iteration"])
+            words = "  ".join(f"{name} {value}" for name, value in shown.items())
+            left = tqdm.format_interval(left_s)
+            print(f"{self.stage} {record['iteration']}/{total}  {words}  {left} left", file=sys.stderr, flush=True)
 
 
 def open_metrics(path: Path, before_iteration: int) -> TextIO:

@@ -78,7 +78,8 @@ def stage1(material: Path) -> Path:
 
 def stage1_command(material: Path, save: Path) -> list[str | Path]:
     words = ["stage1", "--pretrained-checkpoint", material / "upcycled", "--data-path", material / "expanded"]
-    return [*words, "--save", save, "--save-interval", "3", "--expert-model-parallel-size", "2"]
+    words += ["--save", save, "--save-interval", "3", "--use-distributed-optimizer"]
+    return [*words, "--expert-model-parallel-size", "2"]
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import shutil
 import struct
 import warnings
 from pathlib import Path
@@ -97,6 +98,8 @@ class CorpusWriter:
         # The .idx goes last, and an old one goes first: every reader opens it before the others, so whatever interrupts
         # these lines leaves a corpus that is whole or one that nothing opens.
         self.paths.idx.unlink(missing_ok=True)
+        # Megatron keeps its sample indices beside the corpus and knows them by name and length, not by content.
+        shutil.rmtree(self.paths.bin.with_suffix("") / "cache", ignore_errors=True)
         os.replace(self._temporary.bin, self.paths.bin)
         os.replace(self._temporary.lang, self.paths.lang)
         os.replace(self._temporary.idx, self.paths.idx)

@@ -32,7 +32,7 @@ BASE_SHAPE = {
 NUM_NEW_EXPERTS, TOPK = 4, 2
 # What the base saw of the expanded languages: a little, as real bases have.
 BASE_BLEND = {"original": 10, "expanded": 1}
-REVIEW_BLEND = {"original": 2, "expanded": 7}
+REVIEW_BLEND = {"original": 2, "expanded": 5}
 
 
 def main() -> None:
@@ -63,14 +63,12 @@ class Demo:
     def __post_init__(self) -> None:
         (self.run / "logs").mkdir(parents=True, exist_ok=True)
 
-    def step(self, name: str, *command: str | Path, output: Path | None = None, **variables: str) -> None:
+    def step(self, name: str, *command: str | Path, **variables: str) -> None:
         """Run one command unless its done-mark is there; stop the demo with its last words where it fails."""
         mark, log = self.run / "logs" / f"{name}.json", self.run / "logs" / f"{name}.log"
         if mark.exists():
             print(f"[{self._clock()}] {name}: done before")
             return
-        if output is not None and output.exists() and not (output / "latest_checkpointed_iteration.txt").exists():
-            shutil.rmtree(output)  # of a demo that was killed at this step
         words = [str(word) for word in command]
         shown = [word.removeprefix(f"{ROOT}/") for word in words]
         print(f"[{self._clock()}] {name}\n    {' '.join(shown)}", flush=True)
@@ -175,8 +173,15 @@ def train(demo: Demo, name: str, stage: str, start: Path, blend: dict[str, float
         name,
         *(f"launch/{stage}.sh", "--recipe", RECIPES / f"demo-{name}.yaml", "--pretrained-checkpoint", start),
         *("--data-path", *data, "--save", demo.run / name),
-        NPROC_PER_NODE="2",
+        NPROC_PER_NODE=str(_num_ranks()),
     )
+
+
+def _num_ranks() -> int:
+    """Two ranks: on two GPUs if there are as many, on one GPU or two CPU cores otherwise as many as there are."""
+    import torch
+
+    return min(torch.cuda.device_count(), 2) or 2
 
 
 def export(demo: Demo, name: str) -> None:

@@ -9,7 +9,7 @@ import argparse
 import importlib.util
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
@@ -43,6 +43,9 @@ _FIXED_FOR_MOE = {
     "moe_shared_expert_intermediate_size": None,
     "moe_router_enable_expert_bias": False,
     "moe_router_num_groups": None,
+    "moe_router_force_load_balancing": False,
+    "moe_router_force_biased": None,
+    "moe_grouped_gemm": False,  # the experts have grouped matrix products of their own
     "cuda_graph_impl": "none",
     "overlap_moe_expert_parallel_comm": False,
 }
@@ -63,22 +66,28 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ModelSpec]:
     spec = ModelSpec.read(source)
     settings = recipe_to_flags(Path(early.recipe)) if early.recipe else []
     sys.argv[1:] = [*_DEFAULTS, *_spec_to_flags(spec, parser), *settings, *argv]
+    parser.parse_args(sys.argv[1:])  # Megatron's own parser answers a misspelt flag with hundreds of lines
     args = parse_args(add_arguments)
     args.model_source = str(source)
-    typed = {word for word in (*settings, *argv) if word.startswith("--")}
+    typed = {word.split("=", 1)[0] for word in (*settings, *argv) if word.startswith("--")}
     _refuse_other_shape(args, spec, typed, parser)
-    _refuse_other_optimizer_layout(args, source)
+    _refuse_other_run(args, source)
     _apply_machine(args)
     _apply_stage(args, spec, typed)
     try:
         validate_args(args)
-    except AssertionError as error:
-        raise UserError(f"Megatron refuses these arguments: {error or 'see --debug'}") from error
+    except (AssertionError, ValueError) as error:
+        raise refused_by_megatron(error) from error
     args.padded_vocab_size = calculate_padded_vocab_size(
         args.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size, logging_enabled=False
     )
     set_global_variables(args, build_tokenizer=False)
     return args, spec
+
+
+def refused_by_megatron(error: Exception) -> UserError:
+    """Megatron's own complaint about a combination of settings, as one sentence."""
+    return UserError(f"Megatron refuses these arguments: {' '.join(str(error).split()) or 'see --debug'}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -112,9 +121,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see python -m moelpr.pretrain --help")
+
+
 def _all_arguments() -> argparse.ArgumentParser:
     """Our flags first, then Megatron's."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m moelpr.pretrain",
         usage="python -m moelpr.pretrain --stage STAGE --pretrained-checkpoint DIR --data-path PREFIX --save DIR …",
         description="Train one stage of MoE-LPR. The model's shape comes from the checkpoint's model_spec.json.",
@@ -236,13 +250,28 @@ def _refuse_other_shape(
             )
 
 
-def _refuse_other_optimizer_layout(args: argparse.Namespace, source: Path) -> None:
-    """Megatron keeps one optimizer with EP = 1 and two with EP > 1: a run's optimizer state cannot cross that line."""
+def _refuse_other_run(args: argparse.Namespace, source: Path) -> None:
+    """Resuming needs a run of the same stage whose optimizer state fits.
+
+    Megatron keeps one optimizer with EP = 1 and two with EP > 1: optimizer state cannot cross that line.
+    """
     recipe = source / "recipe.yaml"
-    resumes = str(source) in (args.load, args.save) and not args.finetune and not args.no_load_optim
-    if not resumes or not recipe.is_file():
+    if source not in {Path(folder) for folder in (args.load, args.save) if folder} or args.finetune:
         return
-    before = yaml.safe_load(recipe.read_text()).get("expert_model_parallel_size", 1)
+    if not recipe.is_file():
+        raise UserError(
+            f"{source} holds a checkpoint but no run to resume; give another folder to --save and name this one with "
+            "--pretrained-checkpoint"
+        )
+    settings = yaml.safe_load(recipe.read_text())
+    if settings.get("stage") != args.stage:
+        raise UserError(
+            f"{source} holds a run of --stage {settings.get('stage')}, which --stage {args.stage} cannot resume; give "
+            "another folder to --save and name this one with --pretrained-checkpoint"
+        )
+    if args.no_load_optim:
+        return
+    before = settings.get("expert_model_parallel_size", 1)
     now = args.expert_model_parallel_size
     if (before == 1) != (now == 1):
         raise UserError(
@@ -260,9 +289,11 @@ def _apply_machine(args: argparse.Namespace) -> None:
         args.bf16 = True
     if args.transformer_impl == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
         args.transformer_impl = "local"
+    # Megatron's own linear layers (original expert, output layer) need Apex for it, with Transformer Engine or without.
+    args.gradient_accumulation_fusion = args.gradient_accumulation_fusion and _has_apex()
     if args.transformer_impl == "local":
         args.no_persist_layer_norm = True
-        args.gradient_accumulation_fusion = args.gradient_accumulation_fusion and _has_apex()
+        args.apply_rope_fusion = False
         args.masked_softmax_fusion = False
         _refuse_without_transformer_engine(args)
 
@@ -295,9 +326,13 @@ def _has_apex() -> bool:
 
 def _apply_stage(args: argparse.Namespace, spec: ModelSpec, typed: set[str]) -> None:
     args.load = args.load or args.save
+    if args.save and not args.tensorboard_dir:
+        args.tensorboard_dir = str(Path(args.save) / "tensorboard")
     args.hetereogenous_dist_checkpoint = True  # one checkpoint key per layer, whatever the pipeline layout
     if args.data_path and args.split is None:
         args.split = "100,0,0"
+    if args.reset_attention_mask:
+        raise UserError("--reset-attention-mask has no effect: attention is causal over the packed sequence; drop it")
     if args.train_iters is None and args.train_samples is None:
         raise UserError("nothing says how long to train; give --train-iters STEPS (or --train-samples SEQUENCES)")
     if args.stage == "dense":
@@ -342,6 +377,14 @@ def _apply_moe(args: argparse.Namespace, spec: ModelSpec, typed: set[str]) -> No
         if flag in typed and getattr(args, name) != value:
             raise UserError(f"{flag} {getattr(args, name)} does not work with the MoE-LPR layer; leave it at {value}")
         setattr(args, name, value)
+    etp = args.expert_tensor_parallel_size
+    if etp not in (None, 1, args.tensor_model_parallel_size):
+        raise UserError(
+            f"--expert-tensor-parallel-size {etp} must be 1 or the tensor-parallel size "
+            f"{args.tensor_model_parallel_size}, over which the original expert is split"
+        )
+    if args.fp8:
+        raise UserError("--fp8-format does not reach the new experts, which have no FP8 yet; drop it")
     if "--moe-aux-loss-coeff" in typed:
         raise UserError("--moe-aux-loss-coeff would be overwritten; use --balance-loss-coeff, which is converted to it")
     first = args.stage == "stage1"

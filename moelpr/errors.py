@@ -31,7 +31,8 @@ def run_command(main: Callable[[], None]) -> None:
     except UserError as error:
         if debug:
             raise
-        _fail(str(error), code=2)
+        # From a data loader's worker it comes wrapped in that worker's traceback.
+        _fail(str(error).strip().rsplit("UserError: ", 1)[-1], code=2)
     except BrokenPipeError:
         # The reader (head, less) has closed: nothing is left to say and nowhere to say it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -43,6 +44,11 @@ def run_command(main: Callable[[], None]) -> None:
             f"the disk is full while writing {error.filename or 'the output'}; free some space and run it again",
             code=1,
         )
+    except RuntimeError as error:
+        # Megatron's checkpoint writer runs in processes of its own and reports their failures as text.
+        if debug or "No space left on device" not in str(error):
+            raise
+        _fail("the disk is full while writing a checkpoint; free some space and run it again", code=1)
     except KeyboardInterrupt:
         if debug:
             raise

@@ -7,7 +7,6 @@ patched name is gone or a patch is no longer needed.
 
 import contextlib
 import functools
-import inspect
 import logging
 import types
 from collections.abc import Callable
@@ -184,8 +183,3 @@ class _InertStream:
 
     def __exit__(self, *exc: object) -> None:
         return None
-
-
-def unpatched_signature(function: Callable[..., Any]) -> inspect.Signature:
-    """Signature of a Megatron function behind a patch (for the tests)."""
-    return inspect.signature(inspect.unwrap(function))

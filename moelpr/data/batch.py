@@ -85,4 +85,5 @@ def slice_for_context_parallel(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """This context-parallel rank's share of the sequence (Megatron's balanced two-chunk split), or all of it."""
     if parallel_state.get_context_parallel_world_size() == 1:
         return tensors
-    return get_batch_on_this_cp_rank(tensors)
+    group = parallel_state.get_context_parallel_group()
+    return get_batch_on_this_cp_rank(tensors, is_hybrid_cp=False, cp_group=group)

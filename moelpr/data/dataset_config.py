@@ -8,6 +8,7 @@ from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from moelpr.data.dataset import TokenIds
+from moelpr.data.language_bits import LanguageBits, language_bits_path
 from moelpr.errors import UserError
 
 
@@ -17,6 +18,8 @@ def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
         raise UserError(
             "no training data; name corpora with --data-path PREFIX (built by data_tools/preprocess_data.py)"
         )
+    if getattr(args, "lpr_loss_coeff", 0) > 0:
+        _refuse_without_original_tokens(blend, blend_per_split)
     return GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
@@ -32,6 +35,19 @@ def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=False,  # attention is causal by itself
     )
+
+
+def _refuse_without_original_tokens(blend: tuple | None, blend_per_split: list[tuple | None] | None) -> None:
+    train = blend if blend is not None else (blend_per_split or [None])[0]
+    prefixes = train[0] if train is not None else []
+    missing = [prefix for prefix in prefixes if not language_bits_path(prefix).exists()]
+    if missing:
+        return  # the dataset says so itself
+    if not any(LanguageBits(language_bits_path(prefix)).num_original for prefix in prefixes):
+        raise UserError(
+            f"the language-priors loss is on, but {', '.join(prefixes)} hold no original-language token; add text of "
+            "the original languages (preprocess_data.py --language original), or pass --lpr-loss-coeff 0"
+        )
 
 
 def _token_ids(args: argparse.Namespace) -> TokenIds:

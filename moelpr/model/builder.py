@@ -54,7 +54,7 @@ def _moe_layer(config: MoELPRConfig, use_te: bool) -> ModuleSpec:
     layer.mlp = partial(
         LPRMoELayer,
         submodules=LPRMoESubmodules(
-            experts=_experts(config),
+            experts=partial(GroupedExperts),
             router=LPRRouter,
             original_expert=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
         ),
@@ -64,14 +64,6 @@ def _moe_layer(config: MoELPRConfig, use_te: bool) -> ModuleSpec:
         name: key for name, key in layer.sharded_state_dict_keys_map.items() if name == "input_layernorm."
     }
     return spec
-
-
-def _experts(config: MoELPRConfig) -> partial:
-    if config.transformer_impl == "transformer_engine" and config.moe_grouped_gemm:
-        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
-
-        return TESpecProvider().grouped_mlp_modules(moe_use_grouped_gemm=True)
-    return partial(GroupedExperts)
 
 
 def _norm(use_te: bool) -> type:

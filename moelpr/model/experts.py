@@ -1,10 +1,11 @@
 """The new experts as two grouped matrix products, on CPU and GPU, without Transformer Engine.
 
-Checkpoint keys and shapes are those of Megatron's TEGroupedMLP, so either can read what the other wrote.
+Checkpoint keys and shapes are those of Megatron's TEGroupedMLP.
 """
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedStateDict, ShardedTensor, ShardedTensorFactory
+from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
@@ -68,8 +69,8 @@ class GroupedExperts(MegatronModule):
         ends = tokens_per_expert.to(hidden_TH.device).cumsum(0).to(torch.int32)
         grouped_mm = torch.nn.functional.grouped_mm
         gate_up = grouped_mm(hidden_TH, self.linear_fc1.weight.transpose(1, 2), offs=ends)
-        gate, up = gate_up.chunk(2, dim=-1)
-        activated = torch.nn.functional.silu(gate) * up * gate_weight_T.unsqueeze(-1).to(gate.dtype)
+        # In fp32 inside, so that bf16 runs keep the routers' gradient; saves only gate_up for the backward pass.
+        activated = weighted_bias_swiglu_impl(gate_up, None, gate_weight_T.unsqueeze(-1))
         return grouped_mm(activated, self.linear_fc2.weight.transpose(1, 2), offs=ends), None
 
     def backward_dw(self) -> None:

@@ -75,6 +75,7 @@ class LPRMoELayer(MoELayer):
             # A replicated parameter, unlike the dispatched experts' (matters only where it trains: --train-everything).
             parameter.allreduce = True
             parameter.sequence_parallel = config.sequence_parallel and self.etp_group.size() == 1
+            parameter.tensor_model_parallel = self.etp_group.size() > 1
 
     def forward(
         self, hidden_states: Tensor, intermediate_tensors: None = None, padding_mask: Tensor | None = None
@@ -82,20 +83,20 @@ class LPRMoELayer(MoELayer):
         """[sequence, batch, hidden] in and out; the residual is added by the caller.
 
         Args:
-            padding_mask: [batch, sequence] per-token flags with the language bit (token_flags.py).
+            padding_mask: [batch, sequence] language bits. Megatron hands this one per-token argument from the model
+                through block, layer and recompute to every MoE layer, so the bit travels in it.
         """
         assert intermediate_tensors is None, "CUDA graphs inside the MoE layer are refused by arguments.py"
-        flags_SB = None if padding_mask is None else padding_mask.transpose(0, 1)
+        bits_SB = None if padding_mask is None else padding_mask.transpose(0, 1)
         if self.moe_layer_recompute and self.training:
-            return tensor_parallel.checkpoint(self._mixture, False, hidden_states, flags_SB), None
-        return self._mixture(hidden_states, flags_SB), None
+            return tensor_parallel.checkpoint(self._mixture, False, hidden_states, bits_SB), None
+        return self._mixture(hidden_states, bits_SB), None
 
-    def _mixture(self, hidden_SBH: Tensor, flags_SB: Tensor | None) -> Tensor:
-        gate_weights_TE, is_chosen_TE = self.route(hidden_SBH, flags_SB)
+    def _mixture(self, hidden_SBH: Tensor, bits_SB: Tensor | None) -> Tensor:
+        gate_weights_TE, is_chosen_TE = self.route(hidden_SBH, bits_SB)
         new_weights, new_choices = gate_weights_TE[:, 1:].contiguous(), is_chosen_TE[:, 1:].contiguous()
         rows, row_weights = self.preprocess(hidden_SBH, new_weights, new_choices)
         rows, row_weights = self.dispatch(rows, row_weights)
-        # Between dispatch and experts: its work hides part of the all-to-all where that runs on a stream of its own.
         original_output = self._original_expert_output(hidden_SBH, gate_weights_TE[:, 0])
         output, _ = self.routed_experts_compute(rows, row_weights)
         output = self.token_dispatcher.combine_postprocess(self.combine(output))

@@ -11,7 +11,6 @@ from torch import Tensor
 from moelpr.model.config import MoELPRConfig
 from moelpr.model.losses import lpr_loss
 from moelpr.model.routing_statistics import routing_vector
-from moelpr.model.token_flags import unpack_token_flags
 
 
 class LPRLossNormalizer:
@@ -43,22 +42,20 @@ class LPRRouter(TopKRouter):
         self.lpr_coeff = config.lpr_coeff_per_layer
         self.routing_sums: Tensor | None = None  # routing_vector summed over the micro-batches of a step
 
-    def forward(self, hidden_SBH: Tensor, flags_SB: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden_SBH: Tensor, language_bits_SB: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Gate weights [T, E] (0 where not chosen) and choices [T, E] (bool), T = sequence x batch on this rank.
 
         Args:
             hidden_SBH: input of the MoE layer.
-            flags_SB: per-token flags (token_flags.py), or Megatron's bool padding mask, or None.
+            language_bits_SB: 1 where the token is original-language text; None: unknown, and nothing is counted.
         """
         logits_SBE = self.gating(self.apply_input_jitter(hidden_SBH))
-        is_original, is_padding = (None, None) if flags_SB is None else unpack_token_flags(flags_SB)
-        gate_weights_TE, is_chosen_TE = self.routing(logits_SBE, padding_mask=is_padding)
+        gate_weights_TE, is_chosen_TE = self.routing(logits_SBE)
         # Recomputed layers run forward twice, first without gradients: count and attach once.
-        if self.training and torch.is_grad_enabled() and is_original is not None:
-            logits_TE, is_original_T = logits_SBE.flatten(0, 1), is_original.flatten()
-            is_text_T = None if is_padding is None else ~is_padding.flatten()
+        if self.training and torch.is_grad_enabled() and language_bits_SB is not None:
+            logits_TE, is_original_T = logits_SBE.flatten(0, 1), language_bits_SB.flatten().bool()
             lpr_sum = lpr_loss(logits_TE, is_original_T, num_original=1, variant=self.config.lpr_loss)
-            vector = routing_vector(logits_TE, lpr_sum, is_original_T, is_text_T)
+            vector = routing_vector(logits_TE, lpr_sum, is_original_T)
             self.routing_sums = vector if self.routing_sums is None else self.routing_sums + vector
             if self.lpr_coeff > 0:
                 assert LPRLossNormalizer.weight is not None, "forward_step sets the weight before the model runs"

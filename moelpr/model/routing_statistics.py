@@ -21,21 +21,47 @@ class RoutingSums(NamedTuple):
         lpr, original, expanded, of_original, of_expanded = vectors_LV[:, :5].unbind(dim=1)
         return cls(lpr, original, expanded, of_original, of_expanded, scores=vectors_LV[:, 5:])
 
+    # Means over tokens, NaN where there are none.
+
+    def mean_lpr_loss(self) -> Tensor:
+        """Mean over layers and original-language tokens (scalar)."""
+        return (self.lpr_loss / self.original_tokens).mean()
+
+    def mean_scores(self) -> Tensor:
+        """Mean router score of each expert [L, E]."""
+        return self.scores / (self.original_tokens + self.expanded_tokens).unsqueeze(1)
+
+    def original_first_share_of_original(self) -> Tensor:
+        """Share of original-language tokens whose first choice is the original expert [L]."""
+        return self.original_first_choices_of_original / self.original_tokens
+
+    def original_first_share_of_expanded(self) -> Tensor:
+        """Share of expanded-language tokens whose first choice is the original expert [L]."""
+        return self.original_first_choices_of_expanded / self.expanded_tokens
+
+    def log_line(self) -> str:
+        """Means over layers, in the form of Megatron's log; what has no tokens is left out."""
+        values = {
+            "lpr loss": self.mean_lpr_loss(),
+            "original expert first, original tokens": self.original_first_share_of_original().mean(),
+            "original expert first, expanded tokens": self.original_first_share_of_expanded().mean(),
+        }
+        words = [f" {name}: {value:.4f} |" for name, value in values.items() if not value.isnan()]
+        scores = " ".join(f"{score:.3f}" for score in self.mean_scores().mean(dim=0).tolist())
+        return "".join(words) + f" mean router scores: {scores} |"
+
 
 @torch.no_grad()
-def routing_vector(logits_TE: Tensor, lpr_sum: Tensor, is_original_T: Tensor, is_text_T: Tensor | None) -> Tensor:
+def routing_vector(logits_TE: Tensor, lpr_sum: Tensor, is_original_T: Tensor) -> Tensor:
     """The five sums of `RoutingSums` and the summed scores of the E experts as one fp32 vector [5 + E]."""
-    is_text_T = torch.ones_like(is_original_T) if is_text_T is None else is_text_T
     original_first_T = logits_TE.argmax(dim=-1) == 0
-    is_original_T = is_original_T & is_text_T
-    is_expanded_T = ~is_original_T & is_text_T
     counts = torch.stack(
         [
             is_original_T.sum(),
-            is_expanded_T.sum(),
+            (~is_original_T).sum(),
             (original_first_T & is_original_T).sum(),
-            (original_first_T & is_expanded_T).sum(),
+            (original_first_T & ~is_original_T).sum(),
         ]
     )
-    scores_E = (torch.softmax(logits_TE.float(), dim=-1) * is_text_T.unsqueeze(-1)).sum(dim=0)
+    scores_E = torch.softmax(logits_TE.float(), dim=-1).sum(dim=0)
     return torch.cat([lpr_sum.detach().float().reshape(1), counts.float(), scores_E])

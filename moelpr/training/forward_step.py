@@ -11,7 +11,6 @@ from torch import Tensor
 
 from moelpr.data.batch import Batch, BatchReader, GlobalCounts
 from moelpr.model.router import LPRLossNormalizer
-from moelpr.model.token_flags import pack_token_flags
 
 _reader = BatchReader()
 
@@ -27,7 +26,7 @@ def forward_step(data_iterator: Iterator[dict[str, Tensor]] | None, model: torch
         batch.position_ids,
         attention_mask=None,
         labels=batch.labels,
-        padding_mask=_flags_for_this_stage(batch, model),
+        padding_mask=_bits_for_this_stage(batch, model),
     )
     return output, partial(next_token_loss, batch)
 
@@ -66,8 +65,8 @@ def lpr_token_weight(counts: GlobalCounts, num_microbatches: int, per_token_loss
     return torch.where(counts.original_tokens > 0, divisor / counts.original_tokens.clamp(min=1), 0.0)
 
 
-def _flags_for_this_stage(batch: Batch, model: torch.nn.Module) -> Tensor | None:
-    """Per-token flags [batch, sequence]; None for a dense model, whose layers have no router to read them.
+def _bits_for_this_stage(batch: Batch, model: torch.nn.Module) -> Tensor | None:
+    """Language bits [batch, sequence] (uint8); None for a dense model, whose layers have no router to read them.
 
     GPTModel splits them along the sequence (sequence parallelism) only on the stage with the embedding; later stages
     must hand over their own share.
@@ -75,8 +74,8 @@ def _flags_for_this_stage(batch: Batch, model: torch.nn.Module) -> Tensor | None
     config = get_model_config(model)
     if config.num_moe_experts is None:
         return None
-    flags = pack_token_flags(batch.is_original)
+    bits = batch.is_original.to(torch.uint8)
     if config.sequence_parallel and not get_attr_wrapped_model(model, "pre_process"):
         tp_size = parallel_state.get_tensor_model_parallel_world_size()
-        flags = flags.chunk(tp_size, dim=1)[parallel_state.get_tensor_model_parallel_rank()].contiguous()
-    return flags
+        bits = bits.chunk(tp_size, dim=1)[parallel_state.get_tensor_model_parallel_rank()].contiguous()
+    return bits

@@ -25,9 +25,9 @@ from moelpr.model.router import LPRRouter
 from moelpr.model.routing_statistics import RoutingSums
 
 
-def install(stage: str, num_moe_layers: int) -> "StepLog":
+def install(stage: str) -> "StepLog":
     """Put tracker and step log in Megatron's doors; call before pretrain()."""
-    tracker = MetricsTracker(num_moe_layers)
+    tracker = MetricsTracker()
     set_moe_metrics_tracker(tracker)
     step_log = StepLog(stage, tracker, megatron_training.training_log)
     megatron_training.training_log = step_log
@@ -37,9 +37,8 @@ def install(stage: str, num_moe_layers: int) -> "StepLog":
 class MetricsTracker(MoEMetricsTracker):
     """Megatron's tracker plus what the routers counted. Every rank calls `report` once per step."""
 
-    def __init__(self, num_moe_layers: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.num_moe_layers = num_moe_layers
         self.routers: list[LPRRouter] = []  # this rank's, filled by watch()
         self.routing: RoutingSums | None = None  # of the last step, over all ranks and micro-batches
         self.balance_loss: float | None = None
@@ -51,7 +50,7 @@ class MetricsTracker(MoEMetricsTracker):
     def report(self, *args: Any, **kwargs: Any) -> str:
         log_line = super().report(*args, **kwargs)
         self.routing = self._reduce_routing(kwargs["num_layers"])
-        return log_line
+        return log_line + self.routing.log_line()
 
     def _aggregate(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         scalars = super()._aggregate(*args, **kwargs)
@@ -137,18 +136,12 @@ class StepLog:
         return record
 
     def _routing_record(self, routing: RoutingSums) -> dict[str, Any]:
-        tokens = routing.original_tokens + routing.expanded_tokens
-        lpr_loss = (routing.lpr_loss / routing.original_tokens).mean()
         return {
             "balance_loss": self.tracker.balance_loss if get_args().balance_loss_coeff else None,
-            "lpr_loss": _number(lpr_loss),
-            "router_score": _rounded(routing.scores / tokens.unsqueeze(1)),
-            "original_first_share_original": _rounded(
-                routing.original_first_choices_of_original / routing.original_tokens
-            ),
-            "original_first_share_expanded": _rounded(
-                routing.original_first_choices_of_expanded / routing.expanded_tokens
-            ),
+            "lpr_loss": _number(routing.mean_lpr_loss()),
+            "router_score": _rounded(routing.mean_scores()),
+            "original_first_share_original": _rounded(routing.original_first_share_of_original()),
+            "original_first_share_expanded": _rounded(routing.original_first_share_of_expanded()),
         }
 
     def _write(self, record: dict[str, Any]) -> None:
@@ -163,7 +156,7 @@ class StepLog:
         self._show_progress(record, args.train_iters, args.log_interval)
 
     def _show_progress(self, record: dict[str, Any], total: int, log_interval: int) -> None:
-        """On stderr, beside Megatron's log: a bar with the time left on a terminal, a line per log interval elsewhere."""
+        """On stderr, beside Megatron's log: a bar with the time left on a terminal, else a line per log interval."""
         if self._bar is None:
             done_before = record["iteration"] - 1
             self._bar = tqdm(

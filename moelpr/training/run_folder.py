@@ -18,9 +18,10 @@ def prepare(args: argparse.Namespace, spec: ModelSpec) -> None:
         return
     save = Path(args.save)
     save.mkdir(parents=True, exist_ok=True)
-    spec.write(save)
-    hf = Path(args.model_source) / "hf"
-    if hf.is_dir() and hf.resolve() != (save / "hf").resolve():
-        shutil.copytree(hf, save / "hf", dirs_exist_ok=True)
+    source = Path(args.model_source)
+    if source.resolve() != save.resolve():  # a resumed run has them, and other ranks may be reading them now
+        spec.write(save)
+        if (source / "hf").is_dir():
+            shutil.copytree(source / "hf", save / "hf", dirs_exist_ok=True)
     with atomic_file(save / "recipe.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(resolved_settings(args), sort_keys=True))

@@ -14,7 +14,7 @@ from megatron.training.argument_utils import (
 )
 from megatron.training.models.gpt import GPTModelConfig
 
-from moelpr.arguments import parse_arguments
+from moelpr.arguments import parse_arguments, refused_by_megatron
 from moelpr.data.dataset import TaggedGPTDataset
 from moelpr.data.dataset_config import dataset_config
 from moelpr.model.builder import block_spec
@@ -28,7 +28,7 @@ def train(argv: list[str]) -> None:
     """Train one stage as the command line `argv` says, on this rank."""
     args, spec = parse_arguments(argv)
     run_folder.prepare(args, spec)
-    step_log = metrics.install(args.stage, num_moe_layers=len(spec.moe.layers) if spec.moe else 0)
+    step_log = metrics.install(args.stage)
     try:
         pretrain(
             pretrain_cfg_container_from_args(args, _model_config(args, step_log)),
@@ -43,7 +43,10 @@ def train(argv: list[str]) -> None:
 
 
 def _model_config(args: argparse.Namespace, step_log: metrics.StepLog) -> GPTModelConfig:
-    config = gpt_config_from_args(args, core_transformer_config_from_args(args, config_class=MoELPRConfig))
+    try:
+        config = gpt_config_from_args(args, core_transformer_config_from_args(args, config_class=MoELPRConfig))
+    except (AssertionError, ValueError) as error:
+        raise refused_by_megatron(error) from error
     config.transformer_layer_spec = block_spec
 
     def freeze_and_report(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:

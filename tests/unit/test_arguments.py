@@ -7,33 +7,13 @@ import pytest
 
 from moelpr.compat import cpu, megatron_fixes
 from moelpr.errors import UserError
-from moelpr.model_spec import ModelSpec, MoeSpec
+from moelpr.model_spec import ModelSpec
 
 cpu.install()
 megatron_fixes.install()
 
 from moelpr.arguments import parse_arguments, recipe_to_flags  # noqa: E402
 
-SHAPE = {
-    "num_layers": 4,
-    "hidden_size": 32,
-    "ffn_hidden_size": 48,
-    "num_attention_heads": 4,
-    "num_query_groups": 2,
-    "group_query_attention": True,
-    "kv_channels": 8,
-    "max_position_embeddings": 64,
-    "position_embedding_type": "rope",
-    "rotary_base": 10000,
-    "normalization": "RMSNorm",
-    "norm_epsilon": 1e-6,
-    "swiglu": True,
-    "add_bias_linear": False,
-    "add_qkv_bias": True,
-    "qk_layernorm": False,
-    "untie_embeddings_and_output_weights": False,
-    "vocab_size": 128,
-}
 STEPS = ["--micro-batch-size", "2", "--seq-length", "32", "--lr", "1e-3", "--train-iters", "2"]
 
 
@@ -44,27 +24,33 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
-def checkpoint(folder: Path, moe: MoeSpec | None) -> str:
+def checkpoint(folder: Path, spec: ModelSpec) -> str:
     folder.mkdir()
-    ModelSpec("qwen2", "float32", SHAPE, moe).write(folder)
+    spec.write(folder)
     (folder / "latest_checkpointed_iteration.txt").write_text("release")
     return str(folder)
 
 
 @pytest.fixture
-def upcycled(tmp_path: Path) -> str:
-    return checkpoint(tmp_path / "upcycled", MoeSpec(4, 2, (0, 1, 2, 3)))
+def upcycled(tmp_path: Path, moe_spec: ModelSpec) -> str:
+    return checkpoint(tmp_path / "upcycled", moe_spec)
 
 
 @pytest.fixture
-def dense(tmp_path: Path) -> str:
-    return checkpoint(tmp_path / "dense", None)
+def dense(tmp_path: Path, dense_spec: ModelSpec) -> str:
+    return checkpoint(tmp_path / "dense", dense_spec)
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--moe-router-topk", "1"], r"--moe-router-topk 1 contradicts the checkpoint .* says 2"),
+        (["--moe-router-topk=1"], r"--moe-router-topk 1 contradicts the checkpoint .* says 2"),
+        (["--moe-aux-loss-coeff=0.5"], r"use --balance-loss-coeff"),
+        (["--no-such-flag"], r"unrecognized arguments: --no-such-flag; see"),
+        (["--reset-attention-mask"], r"--reset-attention-mask has no effect"),
+        (["--tensor-model-parallel-size", "2"], r"on a CPU add --expert-tensor-parallel-size 1"),
+        (["--global-batch-size", "3"], r"Megatron refuses these arguments"),
         (["--num-layers", "8"], r"--num-layers 8 contradicts the checkpoint"),
         (["--moe-aux-loss-coeff", "0.5"], r"use --balance-loss-coeff"),
         (["--moe-router-load-balancing-type", "sinkhorn"], r"leave it at aux_loss"),
@@ -100,11 +86,25 @@ def test_how_long_to_train_must_be_said(upcycled: str) -> None:
         parse_arguments(["--stage", "stage1", "--pretrained-checkpoint", upcycled, *STEPS[:-2]])
 
 
-def test_optimizer_state_cannot_cross_from_one_to_several_expert_ranks(upcycled: str, tmp_path: Path) -> None:
-    run = Path(checkpoint(tmp_path / "run", MoeSpec(4, 2, (0, 1, 2, 3))))
-    (run / "recipe.yaml").write_text("expert_model_parallel_size: 2\n")
+def test_optimizer_state_cannot_cross_from_one_to_several_expert_ranks(
+    upcycled: str, moe_spec: ModelSpec, tmp_path: Path
+) -> None:
+    run = Path(checkpoint(tmp_path / "run", moe_spec))
+    (run / "recipe.yaml").write_text("stage: stage1\nexpert_model_parallel_size: 2\n")
     with pytest.raises(UserError, match=r"optimizer state does not fit 1\. .*--no-load-optim"):
         parse_arguments(["--stage", "stage1", "--pretrained-checkpoint", upcycled, "--save", str(run), *STEPS])
+
+
+def test_a_run_of_another_stage_is_not_resumed(upcycled: str, moe_spec: ModelSpec, tmp_path: Path) -> None:
+    run = Path(checkpoint(tmp_path / "run", moe_spec))
+    (run / "recipe.yaml").write_text("stage: stage1\n")
+    with pytest.raises(UserError, match="holds a run of --stage stage1, which --stage stage2 cannot resume"):
+        parse_arguments(["--stage", "stage2", "--pretrained-checkpoint", upcycled, "--save", str(run), *STEPS])
+
+
+def test_the_converters_folder_is_not_taken_for_a_run(upcycled: str) -> None:
+    with pytest.raises(UserError, match="holds a checkpoint but no run to resume"):
+        parse_arguments(["--stage", "stage1", "--save", f"{upcycled}/", *STEPS])
 
 
 def test_a_recipe_is_flags_in_yaml(tmp_path: Path) -> None:

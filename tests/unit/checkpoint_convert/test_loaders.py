@@ -1,9 +1,8 @@
 """What we write, PyTorch's and Megatron's own loaders read, resharded; what Megatron writes, we read."""
 
-import contextlib
 import io
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,28 +16,6 @@ from checkpoint_convert.mcore_to_hf import mcore_to_hf
 from checkpoint_convert.torch_dist import TorchDistReader, TorchDistWriter
 from checkpoint_convert.verify import max_abs_difference
 from moelpr.model_spec import ModelSpec
-
-
-@pytest.fixture(scope="module")
-def megatron(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Megatron with one gloo rank; its uses of a CUDA device are all that is replaced."""
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
-
-    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "file"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    patch = pytest.MonkeyPatch()
-    patch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
-    patch.setattr(torch.cuda, "synchronize", lambda *_: None)
-    # Attention draws its dropout from a CUDA generator, also where the dropout is 0.
-    patch.setattr(CudaRNGStatesTracker, "fork", lambda *_: contextlib.nullcontext())
-    try:
-        parallel_state.initialize_model_parallel()
-        yield
-    finally:
-        patch.undo()
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
 
 
 def test_torchs_own_loader_reads_every_tensor(qwen2: Path, tmp_path: Path) -> None:

@@ -117,7 +117,6 @@ def test_lpr_gradient_of_the_router_is_that_of_the_mean_over_original_tokens(moe
     from moelpr.model.loading import build_model
     from moelpr.model.losses import lpr_loss
     from moelpr.model.router import LPRLossNormalizer
-    from moelpr.model.token_flags import pack_token_flags
 
     router = build_model(moe_spec, lpr_loss_coeff=0.3).decoder.layers[0].mlp.router.train()
     hidden = torch.randn(8, 4, 32)
@@ -127,7 +126,7 @@ def test_lpr_gradient_of_the_router_is_that_of_the_mean_over_original_tokens(moe
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1) / 2)  # what Megatron sets for two micro-batches
     LPRLossNormalizer.set_weight(torch.tensor(2.0) / is_original.sum())
     for columns in (slice(0, 2), slice(2, 4)):
-        weights, _ = router(hidden[:, columns].contiguous(), pack_token_flags(is_original[:, columns].contiguous()))
+        weights, _ = router(hidden[:, columns].contiguous(), is_original[:, columns].contiguous())
         (weights * 0).sum().backward()
     found = router.weight.grad.clone()
     router.zero_grad()
@@ -138,11 +137,10 @@ def test_lpr_gradient_of_the_router_is_that_of_the_mean_over_original_tokens(moe
 
 def test_routing_sums_count_first_choices_by_language(layer) -> None:
     from moelpr.model.routing_statistics import RoutingSums
-    from moelpr.model.token_flags import pack_token_flags
 
     hidden = torch.randn(5, 2, 32)
     is_original = torch.rand(5, 2) < 0.5
-    layer.router(hidden, pack_token_flags(is_original))
+    layer.router(hidden, is_original)
     sums = RoutingSums.from_vectors(layer.router.routing_sums[None])
     first = (hidden @ layer.router.weight.T).argmax(dim=-1)
     assert sums.original_tokens.item() == is_original.sum().item()

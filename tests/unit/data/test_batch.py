@@ -1,0 +1,68 @@
+"""Micro-batches come in order, each with the token counts of its whole step."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+
+def samples(*originals: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Micro-batches [1, 4] with so many original-language tokens; the tokens are the micro-batch's number."""
+    for number, original in enumerate(originals):
+        row = torch.full((1, 4), number)
+        is_original = (torch.arange(4) < original).long()[None]
+        yield {
+            "tokens": row,
+            "labels": row + 1,
+            "loss_mask": torch.tensor([[1.0, 1.0, 1.0, 0.0]]),
+            "position_ids": torch.arange(4)[None],
+            "is_original": is_original,
+            "is_original_label": is_original,
+        }
+
+
+def test_every_micro_batch_of_a_step_knows_the_counts_of_the_step() -> None:
+    from moelpr.data.batch import BatchReader
+
+    reader, model, data = BatchReader(), torch.nn.Module(), samples(1, 3, 0, 0)
+    batches = [reader.next(data, num_microbatches=2, owner=model) for _ in range(4)]
+    assert [batch.tokens[0, 0].item() for batch in batches] == [0, 1, 2, 3]
+    assert [batch.counts.original_tokens.item() for batch in batches] == [4, 4, 0, 0]
+    assert [batch.counts.loss_tokens.item() for batch in batches] == [6, 6, 6, 6]
+    assert batches[1].is_original.tolist() == [[True, True, True, False]]
+    assert batches[0].loss_mask.dtype == torch.float32
+
+
+def test_model_chunks_read_for_themselves() -> None:
+    from moelpr.data.batch import BatchReader
+
+    reader, first, second = BatchReader(), torch.nn.Module(), torch.nn.Module()
+    data = [samples(1, 2), samples(1, 2)]
+    read = [reader.next(data[0], 2, first), reader.next(data[1], 2, second), reader.next(data[0], 2, first)]
+    assert [batch.tokens[0, 0].item() for batch in read] == [0, 0, 1]
+
+
+def test_the_weight_of_an_original_token_makes_the_sum_a_mean_over_the_step() -> None:
+    from moelpr.data.batch import GlobalCounts
+    from moelpr.training.forward_step import lpr_token_weight
+
+    counts = GlobalCounts(original_tokens=torch.tensor(8.0), loss_tokens=torch.tensor(64.0))
+    # Megatron divides by micro-batches x data-parallel ranks (here 4 x 1) or by the step's loss tokens.
+    assert lpr_token_weight(counts, num_microbatches=4, per_token_loss=False).item() == 4 / 8
+    assert lpr_token_weight(counts, num_microbatches=4, per_token_loss=True).item() == 64 / 8
+    none = GlobalCounts(original_tokens=torch.tensor(0.0), loss_tokens=torch.tensor(64.0))
+    assert lpr_token_weight(none, num_microbatches=4, per_token_loss=False).item() == 0
+
+
+def test_next_token_loss_is_reported_by_language_of_the_predicted_token() -> None:
+    from moelpr.data.batch import BatchReader
+    from moelpr.training.forward_step import next_token_loss
+
+    batch = BatchReader().next(samples(2), 1, torch.nn.Module())
+    loss, num_tokens, reports = next_token_loss(batch, torch.tensor([[1.0, 2.0, 4.0, 100.0]]))
+    assert loss.item() == 7.0
+    assert num_tokens.item() == 3
+    assert reports["lm loss original"].tolist() == [3.0, 2.0]
+    assert reports["lm loss expanded"].tolist() == [4.0, 1.0]

@@ -43,7 +43,7 @@ tr.mean td, tr.mean th { font-weight: 600; }
 td small { display: block; font-size: 12.5px; line-height: 1.3; }
 td.number { white-space: nowrap; }
 td.found { width: 64%; }
-td.found div { display: grid; grid-template-columns: 100px 1fr; }
+td.found div { display: grid; grid-template-columns: 124px 1fr; }
 td .note { margin: 0; }
 .ok { color: var(--good); font-weight: 600; white-space: nowrap; }
 .no { color: var(--bad); font-weight: 600; white-space: nowrap; }

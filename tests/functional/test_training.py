@@ -77,8 +77,10 @@ def stage1(material: Path) -> Path:
 
 
 def stage1_command(material: Path, save: Path) -> list[str | Path]:
-    words = ["stage1", "--pretrained-checkpoint", material / "upcycled", "--data-path", material / "expanded"]
-    words += ["--save", save, "--save-interval", "3", "--use-distributed-optimizer"]
+    """Both losses together, on both language groups: the paper's one-stage ablation."""
+    data = ["3", material / "expanded", "1", material / "original"]
+    words = ["stage1", "--pretrained-checkpoint", material / "upcycled", "--data-path", *data]
+    words += ["--lpr-loss-coeff", "0.1", "--save", save, "--save-interval", "3", "--use-distributed-optimizer"]
     return [*words, "--expert-model-parallel-size", "2"]
 
 
@@ -112,7 +114,7 @@ def test_expert_parallel_ranks_equal_one_process(material: Path, stage1: Path) -
     command = stage1_command(material, save)[:-2]
     assert launch(*command, "--exit-interval", "3").returncode == 0
     for ours, theirs in zip(metrics(save), metrics(stage1)[:3], strict=True):
-        for name in ("lm_loss", "balance_loss", "grad_norm"):
+        for name in ("lm_loss", "balance_loss", "lpr_loss", "grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
     one, two = (model_tensors(tensors(run, 3)) for run in (save, stage1))
     assert one.keys() == two.keys()
@@ -193,3 +195,17 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(
     assert done.returncode == 2, done.stderr
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_tensor_and_pipeline_parallel_ranks_equal_one_process(material: Path, stage1: Path, stage2: Path) -> None:
+    """Four ranks, TP 2 with sequence parallelism x PP 2: the later stage takes its own share of the language bits."""
+    save = material / "tp2-pp2"
+    data = ["1", material / "original", "1", material / "expanded"]
+    layout = "--tensor-model-parallel-size 2 --expert-tensor-parallel-size 1 --pipeline-model-parallel-size 2"
+    words = ["--pretrained-checkpoint", stage1, "--data-path", *data, "--save", save, *layout.split()]
+    done = launch("stage2", *words, "--exit-interval", "3", ranks=4)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for ours, theirs in zip(metrics(save), metrics(stage2)[:3], strict=True):
+        for name in ("lm_loss", "lm_loss_original", "lpr_loss", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+        assert ours["original_first_share_original"] == theirs["original_first_share_original"]

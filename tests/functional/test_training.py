@@ -80,7 +80,7 @@ def stage1_command(material: Path, save: Path) -> list[str | Path]:
     """Both losses together, on both language groups: the paper's one-stage ablation."""
     data = ["3", material / "expanded", "1", material / "original"]
     words = ["stage1", "--pretrained-checkpoint", material / "upcycled", "--data-path", *data]
-    words += ["--lpr-loss-coeff", "0.1", "--save", save, "--save-interval", "3", "--use-distributed-optimizer"]
+    words += ["--lpr-loss-coeff", "0.1", "--save", save, "--save-interval", "3"]
     return [*words, "--expert-model-parallel-size", "2"]
 
 
@@ -89,7 +89,7 @@ def stage2(material: Path, stage1: Path) -> Path:
     """Six steps of stage 2 in one process, from the end of stage 1."""
     save = material / "stage2"
     data = ["1", material / "original", "1", material / "expanded"]
-    done = launch("stage2", "--pretrained-checkpoint", stage1, "--data-path", *data, "--save", save)
+    done = launch("stage2", "--pretrained-checkpoint", stage1, "--data-path", *data, "--save", save, "--lr", "0.1")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return save
 
@@ -167,7 +167,7 @@ def test_a_run_folder_says_what_it_is(stage2: Path) -> None:
     recipe = yaml.safe_load((stage2 / "recipe.yaml").read_text())
     assert recipe["stage"] == "stage2"
     assert recipe["lpr_loss_coeff"] == 0.1
-    assert recipe["lr"] == 0.01
+    assert recipe["lr"] == 0.1
     assert ModelSpec.read(stage2).moe.num_new_experts == 4
     assert (stage2 / "hf" / "config.json").is_file()
 
@@ -202,7 +202,7 @@ def test_tensor_and_pipeline_parallel_ranks_equal_one_process(material: Path, st
     save = material / "tp2-pp2"
     data = ["1", material / "original", "1", material / "expanded"]
     layout = "--tensor-model-parallel-size 2 --expert-tensor-parallel-size 1 --pipeline-model-parallel-size 2"
-    words = ["--pretrained-checkpoint", stage1, "--data-path", *data, "--save", save, *layout.split()]
+    words = ["--pretrained-checkpoint", stage1, "--data-path", *data, "--save", save, "--lr", "0.1", *layout.split()]
     done = launch("stage2", *words, "--exit-interval", "3", ranks=4)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for ours, theirs in zip(metrics(save), metrics(stage2)[:3], strict=True):

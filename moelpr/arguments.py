@@ -309,19 +309,6 @@ def _refuse_without_transformer_engine(args: argparse.Namespace) -> None:
             raise UserError(
                 f"{flag} needs Transformer Engine's attention; install transformer-engine, or drop the flag"
             )
-    if (
-        cpu.is_needed()
-        and (args.expert_tensor_parallel_size or args.tensor_model_parallel_size) > 1
-        and args.num_experts
-    ):
-        raise UserError(
-            "expert tensor parallelism gathers uneven rows, which gloo cannot; "
-            "on a CPU add --expert-tensor-parallel-size 1"
-        )
-
-
-def _has_fused_adam() -> bool:
-    return any(importlib.util.find_spec(package) for package in ("transformer_engine", "amp_C"))
 
 
 def _has_apex() -> bool:
@@ -335,11 +322,6 @@ def _apply_stage(args: argparse.Namespace, spec: ModelSpec, typed: set[str]) -> 
     args.hetereogenous_dist_checkpoint = True  # one checkpoint key per layer, whatever the pipeline layout
     if args.data_path and args.split is None:
         args.split = "100,0,0"
-    if args.use_distributed_optimizer and not args.no_save_optim and not _has_fused_adam():
-        raise UserError(
-            "--use-distributed-optimizer saves checkpoints that Megatron cannot load again with torch's own Adam; "
-            "install transformer-engine, or drop the flag (or give up resuming with --no-save-optim)"
-        )
     if args.reset_attention_mask:
         raise UserError("--reset-attention-mask has no effect: attention is causal over the packed sequence; drop it")
     if args.train_iters is None and args.train_samples is None:

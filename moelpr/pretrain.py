@@ -22,6 +22,10 @@ def main() -> None:
 
     train(sys.argv[1:])
 
+    import torch
+
+    torch.distributed.destroy_process_group()
+
 
 if __name__ == "__main__":
     run_command(main)

@@ -66,6 +66,7 @@ def install() -> None:
     torch.compiler.set_stance("force_eager")  # jit_fuser compiles with inductor: minutes of C++ on a 2-core machine
     _patch_torch_cuda()
     _patch_torch_tensors()
+    _patch_gloo()
     _patch_megatron()
 
 
@@ -104,6 +105,7 @@ def _patch_torch_tensors() -> None:
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+    torch.Tensor.record_stream = _do_nothing  # type: ignore[method-assign, assignment]
     torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign, assignment]
     # The distributed optimizer sorts parameters by .type() and knows only torch.cuda.*Tensor.
     tensor_type = torch.Tensor.type
@@ -116,6 +118,37 @@ def _patch_torch_tensors() -> None:
         return tensor_type(self, dtype, *args, **kwargs)
 
     torch.Tensor.type = cuda_type  # type: ignore[method-assign, assignment]
+
+
+def _patch_gloo() -> None:
+    """gloo gathers and scatters equal shares only; its all-to-all takes any, which expert tensor parallelism needs."""
+    import torch.distributed as dist
+
+    all_gather, reduce_scatter = dist.all_gather, dist.reduce_scatter
+
+    def uneven_all_gather(outputs: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, **kwargs: Any) -> Any:
+        if len({output.shape for output in outputs}) == 1:
+            return all_gather(outputs, tensor, group=group, **kwargs)
+        received = _exchange([tensor] * len(outputs), [len(output) for output in outputs], group)
+        for output, part in zip(outputs, received, strict=True):
+            output.copy_(part)
+
+    def uneven_reduce_scatter(output: torch.Tensor, parts: list[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        if len({part.shape for part in parts}) == 1:
+            return reduce_scatter(output, parts, *args, **kwargs)
+        received = _exchange(parts, [len(output)] * len(parts), kwargs.get("group"))
+        output.copy_(torch.stack(received).sum(dim=0))
+
+    dist.all_gather, dist.reduce_scatter = uneven_all_gather, uneven_reduce_scatter
+
+
+def _exchange(parts: list[torch.Tensor], rows_received: list[int], group: Any) -> list[torch.Tensor]:
+    """Send parts[rank] to each rank of the group; rows_received[rank] rows come back from each."""
+    sent = torch.cat(parts)
+    received = sent.new_empty(sum(rows_received), *sent.shape[1:])
+    rows_sent = [len(part) for part in parts]
+    torch.distributed.all_to_all_single(received, sent, rows_received, rows_sent, group=group)
+    return list(received.split(rows_received))
 
 
 def _patch_megatron() -> None:

@@ -54,7 +54,7 @@ def _moe_layer(config: MoELPRConfig, use_te: bool) -> ModuleSpec:
     layer.mlp = partial(
         LPRMoELayer,
         submodules=LPRMoESubmodules(
-            experts=partial(GroupedExperts),
+            experts=_new_experts(config),
             router=LPRRouter,
             original_expert=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
         ),
@@ -64,6 +64,14 @@ def _moe_layer(config: MoELPRConfig, use_te: bool) -> ModuleSpec:
         name: key for name, key in layer.sharded_state_dict_keys_map.items() if name == "input_layernorm."
     }
     return spec
+
+
+def _new_experts(config: MoELPRConfig) -> type:
+    if not config.moe_grouped_gemm:
+        return GroupedExperts
+    from moelpr.model.te_experts import TEGroupedExperts  # arguments.py saw that Transformer Engine is installed
+
+    return TEGroupedExperts
 
 
 def _norm(use_te: bool) -> type:

@@ -15,11 +15,18 @@ from torch import Tensor
 
 
 class _Weight(torch.nn.Module):
-    """Holds one stacked weight; the module's own name becomes part of the checkpoint key."""
+    """Holds one stacked weight; the module's own name becomes part of the checkpoint key.
+
+    The weight is read by calling the module, because Megatron waits for an overlapped parameter gather in a hook of
+    the call.
+    """
 
     def __init__(self, weight: torch.nn.Parameter) -> None:
         super().__init__()
         self.weight = weight
+
+    def forward(self) -> Tensor:
+        return self.weight
 
 
 class GroupedExperts(MegatronModule):
@@ -52,10 +59,9 @@ class GroupedExperts(MegatronModule):
         device = torch.device("cpu") if self.config.use_cpu_initialization else torch.cuda.current_device()
         weight = torch.nn.Parameter(torch.empty(*shape, dtype=self.config.params_dtype, device=device))
         set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=partition_dim, stride=1)
-        # Where this is False, Megatron reduces the gradient over the expert-data-parallel group only.
-        config, etp_size = self.config, self.etp_group.size()
-        replicated = config.expert_model_parallel_size == 1 and etp_size == config.tensor_model_parallel_size
-        setattr(weight, "allreduce", replicated)  # noqa: B010 (an attribute Megatron reads, unknown to torch's types)
+        # False: an expert's parameter, reduced over the expert-data-parallel ranks, in its own optimizer. Megatron
+        # says so only where those differ from the data-parallel ranks; said always, optimizer state fits any layout.
+        setattr(weight, "allreduce", False)  # noqa: B010 (an attribute Megatron reads, unknown to torch's types)
         return _Weight(weight)
 
     def forward(self, hidden_TH: Tensor, tokens_per_expert: Tensor, gate_weight_T: Tensor) -> tuple[Tensor, None]:
@@ -68,10 +74,10 @@ class GroupedExperts(MegatronModule):
         """
         ends = tokens_per_expert.to(hidden_TH.device).cumsum(0).to(torch.int32)
         grouped_mm = torch.nn.functional.grouped_mm
-        gate_up = grouped_mm(hidden_TH, self.linear_fc1.weight.transpose(1, 2), offs=ends)
+        gate_up = grouped_mm(hidden_TH, self.linear_fc1().transpose(1, 2), offs=ends)
         # In fp32 inside, so that bf16 runs keep the routers' gradient; saves only gate_up for the backward pass.
         activated = weighted_bias_swiglu_impl(gate_up, None, gate_weight_T.unsqueeze(-1))
-        return grouped_mm(activated, self.linear_fc2.weight.transpose(1, 2), offs=ends), None
+        return grouped_mm(activated, self.linear_fc2().transpose(1, 2), offs=ends), None
 
     def backward_dw(self) -> None:
         """Megatron asks every experts module; weight gradients are never delayed here."""

@@ -45,9 +45,12 @@ class LPRMoELayer(MoELayer):
     The original expert never travels: being frozen, every expert-parallel rank holds its own copy, which cannot
     diverge and needs no gradient, no optimizer state and no communication. With expert tensor parallelism it is split
     over those ranks and gathers its tokens the way shared experts do.
+
+    On a GPU it works on a stream of its own while the new experts' rows are under way, as Megatron's shared experts do.
     """
 
     config: MoELPRConfig
+    side_stream: torch.cuda.Stream | None = None  # one for all layers
 
     def __init__(
         self,
@@ -95,12 +98,27 @@ class LPRMoELayer(MoELayer):
     def _mixture(self, hidden_SBH: Tensor, bits_SB: Tensor | None) -> Tensor:
         gate_weights_TE, is_chosen_TE = self.route(hidden_SBH, bits_SB)
         new_weights, new_choices = gate_weights_TE[:, 1:].contiguous(), is_chosen_TE[:, 1:].contiguous()
+        original_weight = gate_weights_TE[:, 0]
+        main_stream, side_stream = torch.cuda.current_stream(), self._side_stream()
+        side_stream.wait_stream(main_stream)  # for the routing; what follows on the main stream may overlap
         rows, row_weights = self.preprocess(hidden_SBH, new_weights, new_choices)
         rows, row_weights = self.dispatch(rows, row_weights)
-        original_output = self._original_expert_output(hidden_SBH, gate_weights_TE[:, 0])
+        with torch.cuda.stream(side_stream):
+            # Backward runs on the stream of the forward pass and waits where streams meet: autograd sees to it.
+            original_output = self._original_expert_output(hidden_SBH, original_weight)
+        for tensor in (hidden_SBH, original_weight):
+            tensor.record_stream(side_stream)
         output, _ = self.routed_experts_compute(rows, row_weights)
         output = self.token_dispatcher.combine_postprocess(self.combine(output))
+        main_stream.wait_stream(side_stream)
+        original_output.record_stream(main_stream)
         return output + original_output
+
+    @staticmethod
+    def _side_stream() -> torch.cuda.Stream:
+        if LPRMoELayer.side_stream is None:
+            LPRMoELayer.side_stream = torch.cuda.Stream()
+        return LPRMoELayer.side_stream
 
     def _original_expert_output(self, hidden_SBH: Tensor, gate_weight_T: Tensor) -> Tensor:
         """The original expert on the tokens that chose it, weighted, zero elsewhere."""

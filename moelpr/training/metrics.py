@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker, set_moe_metrics_tracker
 from megatron.training import get_args, get_tensorboard_writer
@@ -51,6 +52,15 @@ class MetricsTracker(MoEMetricsTracker):
         log_line = super().report(*args, **kwargs)
         self.routing = self._reduce_routing(kwargs["num_layers"])
         return log_line + self.routing.log_line()
+
+    def ensure_initialized(self, *args: Any, **kwargs: Any) -> None:
+        """Also tell a pipeline stage without routers over which ranks the others' losses are summed.
+
+        Megatron's leaves that out, and such a last stage then logs the share of one tensor-parallel rank.
+        """
+        super().ensure_initialized(*args, **kwargs)
+        for entry in self._metrics.values():
+            entry.reduce_group = entry.reduce_group or parallel_state.get_tensor_and_context_parallel_group()
 
     def _aggregate(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         scalars = super()._aggregate(*args, **kwargs)
@@ -105,6 +115,8 @@ class StepLog:
         return report_memory_flag
 
     def close(self) -> None:
+        """Close what is open and take the log out of Megatron's door again."""
+        megatron_training.training_log = self._training_log
         for thing in (self._file, self._bar):
             if thing is not None:
                 thing.close()

@@ -20,6 +20,7 @@ from moelpr.data.dataset_config import dataset_config
 from moelpr.model.builder import block_spec
 from moelpr.model.config import MoELPRConfig
 from moelpr.model.stages import freeze, parameter_report
+from moelpr.model.vocabulary import mask_padding
 from moelpr.training import metrics, run_folder
 from moelpr.training.forward_step import forward_step
 
@@ -39,7 +40,6 @@ def train(argv: list[str]) -> None:
     finally:
         step_log.close()
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 def _model_config(args: argparse.Namespace, step_log: metrics.StepLog) -> GPTModelConfig:
@@ -49,12 +49,13 @@ def _model_config(args: argparse.Namespace, step_log: metrics.StepLog) -> GPTMod
         raise refused_by_megatron(error) from error
     config.transformer_layer_spec = block_spec
 
-    def freeze_and_report(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    def prepare(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
         freeze(model_chunks, args.stage, args.train_everything)
+        mask_padding(model_chunks, args.vocab_size)
         print_rank_0(parameter_report(model_chunks))
         return step_log.tracker.watch(model_chunks)
 
-    config.pre_wrap_hooks.append(freeze_and_report)
+    config.pre_wrap_hooks.append(prepare)
     return config
 
 

@@ -169,3 +169,13 @@ def test_checkpoint_keys_are_those_of_the_format(moe_spec: ModelSpec) -> None:
     assert keys[f"{layer}mlp.experts.experts.linear_fc2.weight"] == (4, 32, 48)
     assert keys[f"{layer}mlp.router.weight"] == (5, 32)
     assert keys[f"{layer}pre_mlp_layernorm.weight"] == (32,)
+
+
+def test_every_module_that_owns_a_trained_weight_is_called(layer) -> None:
+    """Megatron waits for an overlapped parameter gather in a hook of that call; one read around it may be stale."""
+    owners = {name for name, module in layer.named_modules() if list(module.parameters(recurse=False))}
+    called = set()
+    for name in owners:
+        layer.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(name))
+    layer(torch.randn(6, 2, 32))
+    assert called == owners

@@ -1,0 +1,89 @@
+"""N ranks = 1 rank: a few layouts of benchmarks/layouts.py which together hold every pair of features."""
+
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import layouts
+from benchmarks.layouts import LAYOUTS, STAGES
+from checkpoint_convert.torch_dist import TorchDistReader
+
+PAIRS = (
+    "TP2+SP ETP2 EP2 distributed optimizer, selective recompute",
+    "TP2+SP ETP2 PP2 VPP2 overlapped, full recompute",
+    "TP2+SP EP2 PP2 VPP2 overlapped, selective recompute, per-token loss",
+    "TP2+SP ETP2 EP2 overlapped, full recompute, per-token loss",
+)
+EDGES = ("edges TP2+SP PP2", "edges PP2 EP2 distributed optimizer")
+ONE_PROCESS = ("1 accumulation",)
+SUITE = (*ONE_PROCESS, *PAIRS, *EDGES)
+
+FEATURES = {
+    "tensor and sequence parallel": lambda flags: "--tensor-model-parallel-size 2" in flags,
+    "expert tensor parallel": lambda flags: (
+        "--tensor-model-parallel-size 2" in flags and "--expert-tensor-parallel-size 1" not in flags
+    ),
+    "expert parallel": lambda flags: "--expert-model-parallel-size" in flags,
+    "pipeline": lambda flags: "--pipeline-model-parallel-size" in flags,
+    "virtual stages": lambda flags: "--num-virtual-stages" in flags,
+    "distributed optimizer": lambda flags: "--use-distributed-optimizer" in flags,
+    "overlap": lambda flags: "--overlap-grad-reduce" in flags,
+    "full recompute": lambda flags: "--recompute-granularity full" in flags,
+    "selective recompute": lambda flags: "--recompute-granularity selective" in flags,
+    "per-token loss": lambda flags: "--calculate-per-token-loss" in flags,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("layouts")
+    layouts.make_material(folder)
+    references = [LAYOUTS[name].reference for name in SUITE]
+    layouts.run_layouts(folder, list(dict.fromkeys([*references, *SUITE])))
+    return folder
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", SUITE)
+def test_layout_equals_one_process(folder: Path, name: str, stage: str) -> None:
+    assert layouts.compare(folder, name, stage).worst <= layouts.TOLERANCE
+
+
+def test_the_layouts_hold_every_pair_of_features() -> None:
+    held = {pair for name in PAIRS for pair in combinations(_features(name), 2)}
+    exclude_each_other = {("full recompute", "selective recompute")}
+    assert set(combinations(FEATURES, 2)) - held == exclude_each_other
+
+
+def _features(name: str) -> list[str]:
+    return [feature for feature, is_in in FEATURES.items() if is_in(LAYOUTS[name].flags)]
+
+
+def test_a_layout_that_trains_otherwise_is_noticed(folder: Path) -> None:
+    """The comparison can fail: without the balance loss a run is another run."""
+    other = layouts.run_folder(folder, "1 no balance loss", "stage1")
+    assert layouts.difference(other, layouts.run_folder(folder, "1", "stage1")).worst > layouts.TOLERANCE
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_edge_model_meets_whole_batches_without_original_tokens(folder: Path, stage: str) -> None:
+    losses = [record["lpr_loss"] for record in layouts.metrics(layouts.run_folder(folder, "edges 1", stage))]
+    assert None in losses
+    assert losses != [None] * layouts.STEPS
+
+
+def test_no_token_reaches_the_second_expert_parallel_rank_of_the_edge_model(folder: Path) -> None:
+    start = TorchDistReader(folder / "edges" / "release")
+    key = "decoder.layers.0.mlp.experts.experts.linear_fc1.weight"
+    before, after = start.read(key), layouts.weights(layouts.run_folder(folder, "edges 1", "stage1"))[key]
+    moved = [not torch.equal(before[expert], after[expert]) for expert in range(8)]
+    assert moved == [True, True, True, False, False, False, False, False]
+
+
+def test_the_last_pipeline_stage_of_the_edge_model_has_nothing_to_train(folder: Path) -> None:
+    trained = layouts.weights(layouts.run_folder(folder, "edges 1", "stage1")).items()
+    start = TorchDistReader(folder / "edges" / "release")
+    layers = {key.split(".")[2] for key, weight in trained if not torch.equal(weight, start.read(key)[: len(weight)])}
+    assert layers == {"0", "1"}

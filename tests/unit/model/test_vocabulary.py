@@ -1,0 +1,43 @@
+"""Padding rows of the vocabulary take no part in the softmax."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from moelpr.model_spec import ModelSpec
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+
+def test_the_loss_of_a_padded_vocabulary_is_that_of_the_unpadded_one(dense_spec: ModelSpec) -> None:
+    from moelpr.model.loading import build_model
+    from moelpr.model.vocabulary import mask_padding
+
+    torch.manual_seed(0)
+    plain = build_model(dense_spec)
+    padded = build_model(dataclasses.replace(dense_spec, megatron_args={**dense_spec.megatron_args, "vocab_size": 160}))
+    state = plain.state_dict()
+    weight = state["embedding.word_embeddings.weight"]
+    padding = torch.zeros(32, weight.shape[1])
+    state = {**state, "embedding.word_embeddings.weight": torch.cat([weight, padding])}
+    padded.load_state_dict(state, strict=False)
+    tokens = torch.randint(0, 128, (2, 16))
+    positions = torch.arange(16).expand(2, 16)
+    wanted = plain(tokens, positions, None, labels=tokens)
+    unmasked = padded(tokens, positions, None, labels=tokens)
+    assert (unmasked - wanted).abs().max() > 0.1  # log(160 / 128) where all logits are near zero
+    mask_padding([padded], vocab_size=128)
+    masked = padded(tokens, positions, None, labels=tokens)
+    torch.testing.assert_close(masked, wanted)
+    masked.sum().backward()
+    assert torch.equal(padded.embedding.word_embeddings.weight.grad[128:], padding)
+
+
+def test_an_unpadded_vocabulary_gets_no_hook(dense_spec: ModelSpec) -> None:
+    from moelpr.model.loading import build_model
+    from moelpr.model.vocabulary import mask_padding
+
+    model = build_model(dense_spec)
+    mask_padding([model], vocab_size=128)
+    assert not model.output_layer._forward_hooks

@@ -18,7 +18,8 @@ from moelpr.model_spec import ModelSpec
 #   by buffer         --use-distributed-optimizer alone: state is saved as the flat buffers of one layout
 # Read in Megatron 0.19.2: training/checkpointing.py (load_checkpoint), core/optimizer (ChainedOptimizer,
 # DistributedOptimizer.sharded_param_state_*). Tried with state by parameter: stage 1 from one process to PP 2 goes on,
-# to EP 2 or to TP 2 with ETP 1 it stops ("Expected 2 entries in state dict"); stage 2 from one process to EP 2 goes on.
+# to EP 2 or to TP 2 with ETP 1 it stops ("Expected 2 entries in state dict"); stage 2 from one process to each of these
+# goes on with the losses of the unbroken run.
 _ALWAYS = ("optimizer", "use_distributed_optimizer", "bf16", "fp16", "train_everything", "separate_experts")
 _MUST_MATCH = {
     "by parameter": _ALWAYS,

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moelpr.arguments.method import MOE_STAGES
 from moelpr.arguments.sources import Sources
 from moelpr.model_spec import ModelSpec
 
@@ -86,8 +85,8 @@ class Run:
 
     @property
     def is_moe(self) -> bool:
-        """True where the model has experts and the stage trains them."""
-        return self.spec is not None and self.spec.moe is not None and self.args.stage in MOE_STAGES
+        """True where the model has experts, unless the stage is the dense one (which has its own complaint)."""
+        return self.spec is not None and self.spec.moe is not None and self.args.stage != "dense"
 
     @property
     def is_resumed(self) -> bool:

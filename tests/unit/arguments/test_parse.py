@@ -31,6 +31,14 @@ def test_everything_that_is_wrong_is_said_at_once(upcycled: str, refused) -> Non
         assert sum(line.startswith(sentence) for line in said) == 1, sentence
 
 
+def test_a_wrong_stage_hides_nothing_about_the_experts(upcycled: str, refused) -> None:
+    said = refused(None, upcycled, "--stage", "stage3", "--expert-model-parallel-size", "3", ranks=3)
+    assert [line.split(";")[0] for line in said] == [
+        "--stage: invalid choice: 'stage3' (choose from dense, stage1, stage2)",
+        "4 new experts do not divide over --expert-model-parallel-size 3",
+    ]
+
+
 def test_one_thing_wrong_is_one_sentence(upcycled: str, refused) -> None:
     assert len(refused("stage1", upcycled, "--moe-aux-loss-coeff", "0.5")) == 1
 

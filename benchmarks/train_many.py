@@ -24,7 +24,11 @@ def main() -> None:
     torch.distributed.init_process_group("gloo" if cpu.is_needed() else "nccl")
     for command in json.loads(Path(sys.argv[1]).read_text()):
         print(f"rank {os.environ['RANK']}: {' '.join(command)}", flush=True)
-        train(command)
+        try:
+            train(command)
+        except SystemExit as end:  # Megatron's way out after --exit-interval
+            if end.code:
+                raise
         destroy_global_state()
     torch.distributed.destroy_process_group()
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class SDPACoreAttention(MegatronModule):
-    """Causal attention. What it lacks (dropout, sliding windows, context parallelism) is refused in arguments.py."""
+    """Causal attention. What it lacks (dropout, sliding windows, context parallelism) is refused in arguments/checks/machine.py."""
 
     def __init__(
         self,

@@ -69,7 +69,9 @@ def _moe_layer(config: MoELPRConfig, use_te: bool) -> ModuleSpec:
 def _new_experts(config: MoELPRConfig) -> type:
     if not config.moe_grouped_gemm:
         return GroupedExperts
-    from moelpr.model.te_experts import TEGroupedExperts  # arguments.py saw that Transformer Engine is installed
+    from moelpr.model.te_experts import (
+        TEGroupedExperts,
+    )  # arguments/checks/machine.py saw that Transformer Engine is installed
 
     return TEGroupedExperts
 

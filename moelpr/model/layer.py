@@ -89,7 +89,7 @@ class LPRMoELayer(MoELayer):
             padding_mask: [batch, sequence] language bits. Megatron hands this one per-token argument from the model
                 through block, layer and recompute to every MoE layer, so the bit travels in it.
         """
-        assert intermediate_tensors is None, "CUDA graphs inside the MoE layer are refused by arguments.py"
+        assert intermediate_tensors is None, "CUDA graphs inside the MoE layer are refused by arguments/method.py"
         bits_SB = None if padding_mask is None else padding_mask.transpose(0, 1)
         if self.moe_layer_recompute and self.training:
             return tensor_parallel.checkpoint(self._mixture, False, hidden_states, bits_SB), None

@@ -1,0 +1,188 @@
+"""Where a run starts, and its settings from model_spec.json, recipe and command line.
+
+Whatever is wrong with a source is kept as a sentence, and the others are read all the same.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from moelpr.arguments.flags import Parser, did_you_mean, split_words
+from moelpr.arguments.recipe import as_words, read_recipe
+from moelpr.errors import UserError
+from moelpr.model_spec import ModelSpec
+
+# Where our default differs from Megatron's: the models this trainer starts from were trained without dropout, and a
+# validation pass happens only when it is asked for.
+_DEFAULTS = (
+    "--attention-dropout 0 --hidden-dropout 0 --eval-iters 0 --eval-interval 1000 --save-interval 500 --log-interval 10"
+).split()
+
+# The checkpoints a run may start from, and the file that marks one.
+_STARTS = ("--load", "--save", "--pretrained-checkpoint")
+TRACKER = "latest_checkpointed_iteration.txt"
+
+T = TypeVar("T")
+
+
+@dataclass
+class Sources:
+    """Everything a run's settings were read from.
+
+    checkpoint: the folder this run starts or resumes from; None: there is none.
+    spec: its model_spec.json; None: there is none that can be read.
+    record: its recipe.yaml, the settings of the run that wrote it; None: no run has (the converter did).
+    recipe_is_read: False where the recipe is missing or damaged, so that nothing can be said about what it lacks.
+    words: all settings as command-line words.
+    shape: the model's shape, Megatron's name → value.
+    typed: what recipe and command line set, as Megatron's name → the flag they used.
+    draft: the settings, without the wrong words.
+    complaints: one sentence for everything that is wrong so far.
+    """
+
+    checkpoint: Path | None = None
+    spec: ModelSpec | None = None
+    record: dict[str, Any] | None = None
+    recipe_is_read: bool = True
+    words: list[str] = field(default_factory=list)
+    shape: dict[str, Any] = field(default_factory=dict)
+    typed: dict[str, str] = field(default_factory=dict)
+    draft: argparse.Namespace = field(default_factory=argparse.Namespace)
+    complaints: list[str] = field(default_factory=list)
+
+    @classmethod
+    def gather(cls, argv: list[str], parser: Parser) -> "Sources":
+        sources = cls()
+        early = _early_arguments(argv)
+        recipe = sources._recipe(early.recipe, parser)
+        from_recipe = _early_arguments(recipe)
+        for name, value in vars(from_recipe).items():
+            if getattr(early, name) is None:
+                setattr(early, name, value)
+        sources.checkpoint = sources._try(lambda: checkpoint_source(early))
+        sources._add("", [*_DEFAULTS], parser)
+        if (folder := sources.checkpoint) is not None:
+            sources.record = sources._try(lambda: _read_record(folder))
+            sources.spec = spec = sources._try(lambda: ModelSpec.read(folder))
+            if spec is not None and not sources._add_shape(spec, parser):
+                sources.spec = None
+        sources._add(f"in the recipe {early.recipe}, ", recipe, parser)
+        sources._add("", argv, parser)
+        flags = parser.flags()
+        for word in [*recipe, *argv]:
+            flag = word.split("=", 1)[0]
+            if flag in flags:
+                sources.typed[flags[flag].dest] = flag
+        return sources
+
+    def _add_shape(self, spec: ModelSpec, parser: Parser) -> bool:
+        """False where Megatron has no such flag or value: the checks then know no model."""
+        words = self._try(lambda: spec_to_flags(spec, parser))
+        before = len(self.complaints)
+        self._add("in the checkpoint's model_spec.json, ", words or [], parser)
+        if words is None or len(self.complaints) > before:
+            return False
+        dests = [parser.actions_of(name)[0].dest for name in shape_of(spec)]
+        self.shape = {dest: getattr(self.draft, dest) for dest in dests}
+        return True
+
+    def _add(self, where: str, words: list[str], parser: Parser) -> None:
+        self.draft, wrong = parser.parse_tolerantly(words, self.draft, where)
+        self.complaints += wrong
+        self.words += words
+
+    def _recipe(self, path: str | None, parser: Parser) -> list[str]:
+        if path is None:
+            return []
+        recipe = self._try(lambda: read_recipe(Path(path)))
+        if recipe is None:
+            self.recipe_is_read = False
+            return []
+        known = {flag for flag in parser.flags() if flag not in ("--recipe", "--help")}
+        for flag in [flag for flag in recipe if flag not in known]:
+            del recipe[flag]
+            hint = did_you_mean(flag, known) or "see python -m moelpr.pretrain --help"
+            self.complaints.append(f"the recipe {path} has the key {flag[2:]}, which is no flag; {hint}")
+        return as_words(recipe)
+
+    def _try(self, read: Callable[[], T]) -> T | None:
+        try:
+            return read()
+        except UserError as error:
+            self.complaints.append(str(error))
+            return None
+
+
+def _early_arguments(words: list[str]) -> argparse.Namespace:
+    """The few flags that say where the others come from; wrong words are reported when all flags are parsed."""
+    parser = Parser(add_help=False)
+    for flag in ("--recipe", *_STARTS):
+        parser.add_argument(flag)
+    theirs, _ = split_words(words, parser.flags())
+    return parser.parse_tolerantly(theirs)[0]
+
+
+def checkpoint_source(args: argparse.Namespace) -> Path:
+    """The folder this run starts or resumes from."""
+    for folder in (args.load or args.save, args.pretrained_checkpoint):
+        if folder and (Path(folder) / TRACKER).exists():
+            return Path(folder)
+    if args.pretrained_checkpoint is None:
+        raise UserError(
+            "no checkpoint to start from; name one with --pretrained-checkpoint "
+            "(checkpoint_convert/hf_to_mcore.py makes it from a Hugging Face model)"
+        )
+    raise UserError(
+        f"{args.pretrained_checkpoint} holds no Megatron checkpoint ({TRACKER} is missing); "
+        "make one with checkpoint_convert/hf_to_mcore.py or name a folder written by an earlier stage"
+    )
+
+
+def _read_record(folder: Path) -> dict[str, Any] | None:
+    path = folder / "recipe.yaml"
+    if not path.is_file():
+        return None
+    try:
+        record = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}, the record of the run, is damaged: {error}".replace("\n", " ")) from error
+    if not isinstance(record, dict):
+        raise UserError(f"{path}, the record of the run, is damaged: it is no YAML mapping")
+    return record
+
+
+def shape_of(spec: ModelSpec) -> dict[str, Any]:
+    """The model's shape: Megatron argument -> value."""
+    shape = dict(spec.megatron_args)
+    if spec.moe is not None:
+        is_moe = [int(spec.is_moe_layer(layer)) for layer in range(shape["num_layers"])]
+        shape |= {
+            "num_experts": spec.moe.num_new_experts,
+            "moe_router_topk": spec.moe.topk,
+            "moe_ffn_hidden_size": shape["ffn_hidden_size"],
+            "moe_layer_freq": str(is_moe).replace(" ", ""),
+        }
+    return shape
+
+
+def spec_to_flags(spec: ModelSpec, parser: Parser) -> list[str]:
+    """The model's shape as Megatron flags."""
+    words: list[str] = []
+    for name, value in shape_of(spec).items():
+        actions = parser.actions_of(name)
+        if not actions:
+            raise UserError(
+                f"model_spec.json names {name}, which this Megatron has no argument for; convert the model again"
+            )
+        if value is None or value == actions[0].default:
+            continue
+        switch = next((action for action in actions if action.nargs == 0 and action.const == value), None)
+        if switch is not None:
+            words.append(switch.option_strings[0])
+        else:
+            words += [actions[0].option_strings[0], str(value)]
+    return words

@@ -1,0 +1,29 @@
+"""What needs Transformer Engine is refused where it is missing."""
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def no_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moelpr.arguments import machine
+
+    monkeypatch.setattr(machine, "is_installed", lambda module: False)
+
+
+def test_attention_has_no_dropout_window_or_context_parallelism_without_transformer_engine(
+    upcycled: str, refused
+) -> None:
+    words = ["--attention-dropout", "0.1", "--window-size", "4,0", "--context-parallel-size", "2"]
+    assert refused("stage1", upcycled, *words, ranks=2) == [
+        f"{flag} needs Transformer Engine's attention; install transformer-engine, or drop the flag"
+        for flag in ("--context-parallel-size", "--attention-dropout", "--window-size")
+    ]
+
+
+def test_grouped_gemm_is_transformer_engines(upcycled: str, refused) -> None:
+    (said,) = refused("stage1", upcycled, "--moe-grouped-gemm")
+    assert said.startswith("--moe-grouped-gemm asks for Transformer Engine's grouped experts; install")
+
+
+def test_expert_tensor_parallelism_needs_no_gpu(upcycled: str, accepted) -> None:
+    assert accepted("stage1", upcycled, "--tensor-model-parallel-size", "2", ranks=2)["sequence_parallel"]

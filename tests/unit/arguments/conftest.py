@@ -1,0 +1,106 @@
+"""A checkpoint of each kind, a corpus, a command that is right, and what is said about one that is not."""
+
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moelpr.compat import cpu, megatron_fixes
+from moelpr.errors import UserError
+from moelpr.model_spec import ModelSpec
+
+cpu.install()
+megatron_fixes.install()
+
+STEPS = ["--micro-batch-size", "2", "--seq-length", "32", "--lr", "1e-3", "--train-iters", "2"]
+
+Say = Callable[..., list[str]]
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["pretrain.py"])
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # the launchers set it
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path: Path, moe_spec: ModelSpec) -> Callable[..., str]:
+    """A folder as the converter leaves it, without weights; with `record`, as a run of those settings leaves it."""
+
+    def make(name: str, spec: ModelSpec = moe_spec, shape: dict | None = None, **record: object) -> str:
+        folder = tmp_path / name
+        (folder / "release").mkdir(parents=True)
+        replace(spec, megatron_args={**spec.megatron_args, **(shape or {})}).write(folder)
+        (folder / "latest_checkpointed_iteration.txt").write_text("release")
+        if record:
+            (folder / "recipe.yaml").write_text(yaml.safe_dump(record))
+        return str(folder)
+
+    return make
+
+
+@pytest.fixture
+def upcycled(make_checkpoint: Callable[..., str]) -> str:
+    return make_checkpoint("upcycled")
+
+
+@pytest.fixture
+def dense(make_checkpoint: Callable[..., str], dense_spec: ModelSpec) -> str:
+    return make_checkpoint("dense", dense_spec)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> list[str]:
+    for suffix in ("bin", "idx", "lang"):
+        (tmp_path / f"corpus.{suffix}").touch()
+    return ["--data-path", str(tmp_path / "corpus")]
+
+
+@pytest.fixture
+def refused(data: list[str], monkeypatch: pytest.MonkeyPatch) -> Say:
+    """The sentences about a command; the command is right but for `words` (`steps` and `data` can be left out)."""
+
+    def say(
+        stage: str | None, start: str | Path | None, *words: str, ranks: int = 1, steps: list[str] = STEPS,
+        with_data: bool = True,
+    ) -> list[str]:  # fmt: skip
+        from moelpr.arguments import parse_arguments
+
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+        command = [*(["--stage", stage] if stage else []), *steps, *(data if with_data else [])]
+        command += ["--pretrained-checkpoint", str(start)] if start else []
+        with pytest.raises(UserError) as error:
+            parse_arguments([*command, *words])
+        first, *others = str(error.value).split("\n- ")
+        if not others:
+            return [first]
+        assert re.fullmatch(rf"{len(others)} settings are wrong:", first)
+        return others
+
+    return say
+
+
+@pytest.fixture
+def accepted(data: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict]:
+    """The final settings of a command that is right, by Megatron's names; registered nowhere afterwards."""
+    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+    from megatron.training import global_vars
+
+    def parse(stage: str, start: str | Path, *words: str, ranks: int = 1) -> dict:
+        from moelpr.arguments import parse_arguments
+
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+        try:
+            args, _ = parse_arguments(["--stage", stage, *STEPS, *data, "--pretrained-checkpoint", str(start), *words])
+        finally:
+            destroy_num_microbatches_calculator()
+            global_vars.unset_global_variables()
+        return vars(args)
+
+    return parse

@@ -164,13 +164,11 @@ def _half_of_the_experts_win(router: torch.Tensor, **_: object) -> torch.Tensor:
     return router
 
 
-def command(folder: Path, name: str, stage: str) -> list[str]:
-    """The trainer's arguments."""
-    layout = LAYOUTS[name]
+def trainer_arguments(folder: Path, layout: Layout, stage: str, save: Path) -> list[str]:
     weights = ("1", "1") if layout.model == "all-moe" else ("1", "40")
     data = [weights[0], str(folder / "original"), weights[1], str(folder / "expanded")]
     words = ["--stage", stage, "--pretrained-checkpoint", str(folder / layout.model), "--data-path", *data]
-    return [*words, "--save", str(run_folder(folder, name, stage)), *SETTINGS.split(), *layout.flags.split()]
+    return [*words, "--save", str(save), *SETTINGS.split(), *layout.flags.split()]
 
 
 def run_folder(folder: Path, name: str, stage: str) -> Path:
@@ -181,21 +179,30 @@ def run_layouts(folder: Path, names: list[str], stages: tuple[str, ...] = STAGES
     """Train every named layout; all that need the same number of ranks share one launch."""
     shutil.rmtree(folder / "runs", ignore_errors=True)
     for ranks in sorted({LAYOUTS[name].ranks for name in names}):
-        commands = [command(folder, name, stage) for name in names if LAYOUTS[name].ranks == ranks for stage in stages]
-        plan = folder / f"commands-{ranks}.json"
-        plan.write_text(json.dumps(commands))
-        launch = [sys.executable, "-m", "moelpr.torchrun", "--standalone", "--nproc-per-node", str(ranks)]
-        log = folder / f"log-{ranks}.txt"
-        with open(log, "w") as output:
-            done = subprocess.run(
-                [*launch, "-m", "benchmarks.train_many", str(plan)],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-                timeout=60 + 60 * len(commands),
-            )
-        if done.returncode:
-            sys.exit(f"a layout of {ranks} ranks failed:\n{log.read_text()[-6000:]}")
+        commands = [
+            trainer_arguments(folder, LAYOUTS[name], stage, run_folder(folder, name, stage))
+            for name in names
+            if LAYOUTS[name].ranks == ranks
+            for stage in stages
+        ]
+        launch(folder, ranks, commands, f"layouts-{ranks}")
+
+
+def launch(folder: Path, ranks: int, commands: list[list[str]], name: str) -> None:
+    """Run the trainings one after the other in the same ranks; stop with the end of the log where one fails."""
+    plan, log = folder / f"{name}.json", folder / f"{name}.log"
+    plan.write_text(json.dumps(commands))
+    torchrun = [sys.executable, "-m", "moelpr.torchrun", "--standalone", "--nproc-per-node", str(ranks)]
+    with open(log, "w") as output:
+        done = subprocess.run(
+            [*torchrun, "-m", "benchmarks.train_many", str(plan)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+            timeout=60 + 60 * len(commands),
+        )
+    if done.returncode:
+        sys.exit(f"{name} failed:\n{log.read_text()[-6000:]}")
 
 
 def compare(folder: Path, name: str, stage: str) -> Difference:
@@ -217,9 +224,7 @@ def difference(ours: Path, theirs: Path) -> Difference:
 
 
 def metrics(run: Path) -> list[dict]:
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert len(records) == STEPS
-    return records
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def _relative(a: float | None, b: float | None) -> float:
@@ -231,7 +236,7 @@ def _relative(a: float | None, b: float | None) -> float:
 def weights(run: Path) -> dict[str, torch.Tensor]:
     from checkpoint_convert.torch_dist import TorchDistReader
 
-    reader = TorchDistReader(run / f"iter_{STEPS:07d}")
+    reader = TorchDistReader(max(run.glob("iter_*")))
     return {key: reader.read(key) for key in reader.keys if key.startswith(("decoder.", "embedding.", "output_layer."))}
 
 

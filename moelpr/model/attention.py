@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class SDPACoreAttention(MegatronModule):
-    """Causal attention. What it lacks (dropout, sliding windows, context parallelism) is refused in arguments/checks/machine.py."""
+    """Causal attention; what it lacks (dropout, sliding windows, context parallelism) is refused before it is built."""
 
     def __init__(
         self,

@@ -66,3 +66,41 @@ def test_next_token_loss_is_reported_by_language_of_the_predicted_token() -> Non
     assert num_tokens.item() == 3
     assert reports["lm loss original"].tolist() == [3.0, 2.0]
     assert reports["lm loss expanded"].tolist() == [4.0, 1.0]
+
+
+@pytest.mark.parametrize("cp_size", [2, 4])
+def test_context_parallel_ranks_share_a_sequence_out_and_keep_its_tensors_together(
+    monkeypatch: pytest.MonkeyPatch, cp_size: int
+) -> None:
+    """Rank r takes chunks r and 2 x size - 1 - r, so that causal attention is the same work for all."""
+    from megatron.core import parallel_state
+
+    from moelpr.data.batch import slice_for_context_parallel
+
+    length = 8 * cp_size
+    tokens = torch.arange(2 * length).view(2, length)
+    tensors = {"tokens": tokens, "labels": tokens + 1, "is_original": tokens % 3, "is_original_label": (tokens + 1) % 3}
+    monkeypatch.setattr(parallel_state, "get_context_parallel_world_size", lambda: cp_size)
+    shares = []
+    for rank in range(cp_size):
+        group = _Group(rank, cp_size)
+        monkeypatch.setattr(parallel_state, "get_context_parallel_group", lambda group=group: group)
+        share = slice_for_context_parallel(dict(tensors))
+        assert torch.equal(share["labels"], share["tokens"] + 1)
+        assert torch.equal(share["is_original"], share["tokens"] % 3)
+        assert torch.equal(share["is_original_label"], (share["tokens"] + 1) % 3)
+        chunks = tokens.chunk(2 * cp_size, dim=1)
+        assert torch.equal(share["tokens"], torch.cat([chunks[rank], chunks[2 * cp_size - 1 - rank]], dim=1))
+        shares.append(share["tokens"])
+    assert torch.equal(torch.cat(shares, dim=1).sort(dim=1).values, tokens)
+
+
+class _Group:
+    def __init__(self, rank: int, size: int) -> None:
+        self._rank, self._size = rank, size
+
+    def rank(self) -> int:
+        return self._rank
+
+    def size(self) -> int:
+        return self._size

@@ -1,0 +1,62 @@
+"""SDPACoreAttention against Megatron's own local attention, and what it does not do: materialise the score matrix."""
+
+import pytest
+import torch
+
+from moelpr.model_spec import ModelSpec
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+SEQUENCE, BATCH, HEADS, GROUPS, HEAD_DIM = 40, 3, 4, 2, 8
+
+
+@pytest.fixture
+def attentions(dense_spec: ModelSpec):
+    """Ours and Megatron's; 4 query heads, 2 key-value groups."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from moelpr.model.attention import SDPACoreAttention
+    from moelpr.model.loading import transformer_config
+
+    config = transformer_config(dense_spec, masked_softmax_fusion=False)
+    arguments = {"layer_number": 1, "attn_mask_type": AttnMaskType.causal, "attention_type": "self"}
+    theirs = DotProductAttention(config, **arguments, pg_collection=ProcessGroupCollection.use_mpu_process_groups())
+    return SDPACoreAttention(config, **arguments), theirs
+
+
+def query_key_value() -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    shapes = [(SEQUENCE, BATCH, heads, HEAD_DIM) for heads in (HEADS, GROUPS, GROUPS)]
+    return [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+
+def test_output_and_gradients_equal_megatrons_local_attention(attentions) -> None:
+    ours, theirs = attentions
+    inputs, same = query_key_value(), query_key_value()
+    causal = torch.ones(1, 1, SEQUENCE, SEQUENCE).triu(diagonal=1).bool()  # True: not seen
+    found, wanted = ours(*inputs, None), theirs(*same, causal)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    weight = torch.randn(found.shape)
+    (found * weight).sum().backward()
+    (wanted * weight).sum().backward()
+    for a, b in zip(inputs, same, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_of_the_size_of_the_score_matrix_is_kept_for_the_backward_pass(attentions) -> None:
+    ours, theirs = attentions
+
+    def largest_saved(run) -> int:
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: (sizes.append(tensor.numel()), tensor)[1], lambda x: x
+        ):
+            run()
+        return max(sizes)
+
+    scores = BATCH * HEADS * SEQUENCE * SEQUENCE
+    causal = torch.ones(1, 1, SEQUENCE, SEQUENCE).triu(diagonal=1).bool()
+    assert largest_saved(lambda: theirs(*query_key_value(), causal)) >= scores
+    assert largest_saved(lambda: ours(*query_key_value(), None)) <= SEQUENCE * BATCH * HEADS * HEAD_DIM

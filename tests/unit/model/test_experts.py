@@ -1,0 +1,91 @@
+"""The grouped experts against a plain loop, in fp32 and bf16; frozen ones do no gradient work."""
+
+import pytest
+import torch
+
+from moelpr.model_spec import ModelSpec
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+# Rows of four experts, one of which gets none.
+TOKENS_PER_EXPERT = torch.tensor([5, 0, 9, 2])
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def experts(request, moe_spec: ModelSpec):
+    from moelpr.model.loading import build_model
+
+    torch.manual_seed(0)
+    bf16 = request.param == torch.bfloat16
+    model = build_model(moe_spec, bf16=bf16, params_dtype=request.param)
+    experts = model.decoder.layers[0].mlp.experts
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.normal_(std=0.2)
+    return experts
+
+
+def rows_and_weights(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = torch.randn(16, 32).to(dtype).requires_grad_()
+    return rows, torch.rand(16).requires_grad_()
+
+
+def loop(experts, rows: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Expert after expert, in `dtype` throughout."""
+    outputs = []
+    parts = zip(rows.split(TOKENS_PER_EXPERT.tolist()), weights.split(TOKENS_PER_EXPERT.tolist()), strict=True)
+    for expert, (part, weight) in enumerate(parts):
+        fc1, fc2 = (linear.weight[expert].to(dtype) for linear in (experts.linear_fc1, experts.linear_fc2))
+        gate, up = (part.to(dtype) @ fc1.T).chunk(2, dim=-1)
+        outputs.append((torch.nn.functional.silu(gate) * up * weight.to(dtype)[:, None]) @ fc2.T)
+    return torch.cat(outputs)
+
+
+def output_and_gradients(run, experts, rows, weights) -> list[torch.Tensor]:
+    experts.zero_grad()
+    rows.grad = weights.grad = None
+    output = run()
+    (output.float() * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+    leaves = (rows, weights, experts.linear_fc1.weight, experts.linear_fc2.weight)
+    return [output.detach().float(), *(leaf.grad.float().clone() for leaf in leaves)]
+
+
+def test_grouped_experts_equal_a_plain_loop(experts) -> None:
+    """fp32 to rounding; bf16 no further from the exact result than a loop in bf16 is (with some room)."""
+    dtype = experts.linear_fc1.weight.dtype
+    rows, weights = rows_and_weights(dtype)
+    ours = output_and_gradients(lambda: experts(rows, TOKENS_PER_EXPERT, weights)[0], experts, rows, weights)
+    exact = output_and_gradients(lambda: loop(experts, rows, weights, torch.float32), experts, rows, weights)
+    if dtype == torch.float32:
+        for a, b in zip(ours, exact, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        return
+    same_precision = output_and_gradients(lambda: loop(experts, rows, weights, dtype), experts, rows, weights)
+    for a, b, reference in zip(ours, exact, same_precision, strict=True):
+        assert (a - b).norm() <= 1.5 * (reference - b).norm()
+        assert (a - b).norm() <= 0.02 * b.norm()
+
+
+def test_frozen_experts_pass_gradients_on_and_get_none(experts) -> None:
+    rows, weights = rows_and_weights(experts.linear_fc1.weight.dtype)
+    experts.requires_grad_(False)
+    experts(rows, TOKENS_PER_EXPERT, weights)[0].sum().backward()
+    assert rows.grad.abs().sum() > 0
+    assert weights.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in experts.parameters())
+
+
+def test_the_original_expert_keeps_no_input_for_a_weight_gradient(moe_spec: ModelSpec) -> None:
+    """Frozen: its linear layers save nothing but their weights, and no gradient buffer is made for them."""
+    from moelpr.model.loading import build_model
+    from moelpr.model.stages import freeze
+
+    model = build_model(moe_spec)
+    freeze([model], "stage1")
+    original = model.decoder.layers[0].mlp.original_expert
+    saved = []
+    hidden = torch.randn(6, 32, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (saved.append(tensor), tensor)[1], lambda x: x):
+        original(hidden, per_token_scale=torch.rand(6))[0].sum().backward()
+    assert hidden.data_ptr() not in {tensor.data_ptr() for tensor in saved}
+    assert all(parameter.grad is None for parameter in original.parameters())

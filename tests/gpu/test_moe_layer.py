@@ -1,0 +1,101 @@
+"""The MoE layer on a GPU: its side stream changes nothing, and Transformer Engine's experts compute what ours do."""
+
+import importlib.util
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from moelpr.model_spec import ModelSpec, MoeSpec
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+needs_transformer_engine = pytest.mark.skipif(
+    importlib.util.find_spec("transformer_engine") is None, reason="needs Transformer Engine"
+)
+
+SHAPE = {
+    "num_layers": 2, "hidden_size": 256, "ffn_hidden_size": 512, "num_attention_heads": 4, "num_query_groups": 2,
+    "group_query_attention": True, "kv_channels": 64, "max_position_embeddings": 128, "position_embedding_type": "rope",
+    "rotary_base": 10000, "normalization": "RMSNorm", "norm_epsilon": 1e-6, "swiglu": True, "add_bias_linear": False,
+    "add_qkv_bias": True, "qk_layernorm": False, "untie_embeddings_and_output_weights": False, "vocab_size": 512,
+}  # fmt: skip
+SPEC = ModelSpec("qwen2", "bfloat16", SHAPE, MoeSpec(num_new_experts=4, topk=2, layers=(0, 1)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def megatron() -> Iterator[None]:
+    from moelpr.compat import megatron_fixes
+    from moelpr.model.loading import single_process
+
+    megatron_fixes.install()
+    with single_process():
+        yield
+
+
+def moe_layer(dtype: torch.dtype, **settings: object) -> torch.nn.Module:
+    from moelpr.model.loading import build_model
+
+    torch.manual_seed(0)
+    model = build_model(SPEC, bf16=dtype == torch.bfloat16, params_dtype=dtype, **settings)
+    layer = model.decoder.layers[0].mlp.train()
+    generator = torch.Generator("cuda").manual_seed(1)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(std=0.05, generator=generator)
+    return layer
+
+
+def output_and_gradients(layer: torch.nn.Module, hidden: torch.Tensor) -> list[torch.Tensor]:
+    layer.zero_grad()
+    hidden = hidden.clone().requires_grad_()
+    output, _ = layer(hidden)
+    output.backward(torch.linspace(-1, 1, output.numel(), device="cuda").view_as(output).to(output.dtype))
+    return [output.detach(), hidden.grad, layer.router.weight.grad.clone()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_side_stream_changes_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = moe_layer(dtype)
+    hidden = torch.randn(64, 4, 256, device="cuda", dtype=dtype)
+    beside = output_and_gradients(layer, hidden)
+    monkeypatch.setattr(layer, "_side_stream", torch.cuda.current_stream)
+    for a, b in zip(beside, output_and_gradients(layer, hidden), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@needs_transformer_engine
+def test_transformer_engines_experts_compute_what_ours_do() -> None:
+    ours, theirs = moe_layer(torch.bfloat16), moe_layer(torch.bfloat16, moe_grouped_gemm=True)
+    with torch.no_grad():
+        theirs.router.weight.copy_(ours.router.weight)
+        for name in ("linear_fc1", "linear_fc2"):
+            getattr(theirs.original_expert, name).weight.copy_(getattr(ours.original_expert, name).weight)
+            for expert in range(4):
+                target = getattr(getattr(theirs.experts, name), f"weight{expert}")
+                target.copy_(getattr(ours.experts, name).weight[expert])
+    hidden = torch.randn(64, 4, 256, device="cuda", dtype=torch.bfloat16)
+    for a, b in zip(output_and_gradients(ours, hidden), output_and_gradients(theirs, hidden), strict=True):
+        assert (a - b).float().norm() <= 0.02 * b.float().norm()
+
+
+@needs_transformer_engine
+def test_both_kinds_of_experts_have_the_same_checkpoint_keys() -> None:
+    from megatron.core import parallel_state
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+
+    def keys(layer: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+        state = layer.experts.sharded_state_dict("mlp.experts.", (), metadata)
+        apply_factories(state)
+        found = {}
+        for value in state.values():
+            for tensor in value if isinstance(value, list) else [value]:
+                assert isinstance(tensor, ShardedTensor)
+                found[tensor.key] = tensor.global_shape
+        return found
+
+    assert keys(moe_layer(torch.bfloat16)) == keys(moe_layer(torch.bfloat16, moe_grouped_gemm=True))

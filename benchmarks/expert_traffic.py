@@ -32,12 +32,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks in benchmarks/ only
 
+if TYPE_CHECKING:
+    from moelpr.model.stages import Stage
+    from moelpr.model_spec import ModelSpec
+
+STAGES: tuple["Stage", ...] = ("stage1", "stage2")
 PATTERNS = ("uniform", "reviewed")
 WANTED = {"uniform": ("mean_sent", 0.9), "reviewed": ("busiest", 0.5)}
 
@@ -93,14 +99,21 @@ def counted_traffic() -> Iterator[Traffic]:
     """Count what all_to_all_single sends while the context lasts."""
     traffic, all_to_all = Traffic(), torch.distributed.all_to_all_single
 
-    def counting(output: Tensor, input: Tensor, output_split_sizes=None, input_split_sizes=None, group=None, **kwargs):
+    def counting(
+        output: Tensor,
+        input: Tensor,
+        output_split_sizes: list[int] | None = None,
+        input_split_sizes: list[int] | None = None,
+        group: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         own, ranks = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
         sent = bytes_to_others(input, input_split_sizes, own, ranks)
         received = bytes_to_others(output, output_split_sizes, own, ranks)
         traffic.calls.append((traffic.phase, sent, received))
         return all_to_all(output, input, output_split_sizes, input_split_sizes, group=group, **kwargs)
 
-    torch.distributed.all_to_all_single = counting
+    torch.distributed.all_to_all_single = counting  # type: ignore[assignment]
     try:
         yield traffic
     finally:
@@ -137,7 +150,7 @@ def impose(hidden_TH: Tensor, choices_TK: Tensor, num_experts: int) -> Tensor:
     return hidden_TH
 
 
-def set_router(router: torch.nn.Module) -> None:
+def set_router(router: Any) -> None:
     """Expert e's logit becomes column e of the hidden state."""
     with torch.no_grad():
         router.weight.copy_(torch.eye(*router.weight.shape))
@@ -175,12 +188,13 @@ def _worker(arguments: argparse.Namespace) -> None:
 class _Contender:
     """One MoE layer and this rank's input for it."""
 
-    def __init__(self, layer: torch.nn.Module, num_experts: int, pattern: str, arguments: argparse.Namespace) -> None:
+    def __init__(self, layer: Any, num_experts: int, pattern: str, arguments: argparse.Namespace) -> None:
         rank = torch.distributed.get_rank()
         generator = torch.Generator().manual_seed(100 + rank)
         choices = chosen_experts(pattern, arguments.tokens, num_experts, arguments.topk, generator)
         hidden = impose(torch.randn(arguments.tokens, arguments.hidden, generator=generator), choices, num_experts)
-        self.layer, self.hidden = layer.train(), hidden.unsqueeze(1).requires_grad_()
+        self.layer: Any = layer.train()
+        self.hidden = hidden.unsqueeze(1).requires_grad_()
         set_router(layer.router)
         _, is_chosen = layer.router(self.hidden)
         assert torch.equal(is_chosen.float().sum(dim=1), torch.full((arguments.tokens,), float(arguments.topk)))
@@ -198,8 +212,7 @@ class _Contender:
 def _compare(arguments: argparse.Namespace, pattern: str, ep: int) -> dict:
     new, peers = arguments.new_experts, peer_experts(arguments.new_experts, ep)
     contenders = {
-        f"ours, {stage}": _Contender(_our_layer(arguments, stage, ep), new + 1, pattern, arguments)
-        for stage in ("stage1", "stage2")
+        f"ours, {stage}": _Contender(_our_layer(arguments, stage, ep), new + 1, pattern, arguments) for stage in STAGES
     }
     contenders["peer"] = _Contender(_plain_layer(arguments, peers, ep), peers, pattern, arguments)
     traffic = {name: _traffic_of(contender) for name, contender in contenders.items()}
@@ -239,7 +252,7 @@ def _compare(arguments: argparse.Namespace, pattern: str, ep: int) -> dict:
     }
 
 
-def _our_layer(arguments: argparse.Namespace, stage: str, ep: int) -> torch.nn.Module:
+def _our_layer(arguments: argparse.Namespace, stage: "Stage", ep: int) -> torch.nn.Module:
     from moelpr.model.loading import build_model
     from moelpr.model.stages import freeze
 
@@ -255,7 +268,7 @@ def _plain_layer(arguments: argparse.Namespace, num_experts: int, ep: int) -> to
     return model.decoder.layers[0].mlp
 
 
-def _spec(arguments: argparse.Namespace, new_experts: int):
+def _spec(arguments: argparse.Namespace, new_experts: int) -> "ModelSpec":
     """A model of one layer, of which only the MoE layer is used."""
     from moelpr.model_spec import ModelSpec, MoeSpec
 

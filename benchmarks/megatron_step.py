@@ -15,6 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
+from moelpr.data.batch import Batch, GlobalCounts
 from moelpr.training.forward_step import forward_step, next_token_loss
 
 
@@ -80,12 +81,14 @@ class MegatronStep:
 
 def _plain_forward_step(batch: dict[str, Tensor], data_iterator: object, model: torch.nn.Module) -> tuple:
     output = model(batch["tokens"], batch["position_ids"], attention_mask=None, labels=batch["labels"])
-    return output, partial(next_token_loss, _LossFields(batch))
-
-
-class _LossFields:
-    """The fields of a Batch that next_token_loss reads."""
-
-    def __init__(self, batch: dict[str, Tensor]) -> None:
-        self.loss_mask = batch["loss_mask"].float()
-        self.is_original_label = batch["is_original_label"].bool()
+    unused = torch.zeros(())
+    fields = Batch(
+        tokens=batch["tokens"],
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"].float(),
+        position_ids=batch["position_ids"],
+        is_original=batch["is_original"].bool(),
+        is_original_label=batch["is_original_label"].bool(),
+        counts=GlobalCounts(original_tokens=unused, loss_tokens=unused),  # for the LPR loss, which the peer has not
+    )
+    return output, partial(next_token_loss, fields)

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,8 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 from moelpr.compat import cpu, megatron_fixes  # noqa: E402
 from moelpr.model_spec import ModelSpec, MoeSpec  # noqa: E402
 
+if TYPE_CHECKING:
+    from benchmarks.megatron_step import MegatronStep
+    from moelpr.model.stages import Stage
+
 BALANCE_COEFF, LPR_COEFF = 0.01, 0.1
-STAGES = ("stage1", "stage2")
+STAGES: tuple["Stage", ...] = ("stage1", "stage2")
 MATMUL_SIZE = {"cpu": 1536, "cuda": 8192}
 RATIOS = {
     "stage1 to plain Megatron": ("ours, stage1", "plain Megatron"),
@@ -103,7 +108,7 @@ def random_batch(spec: ModelSpec, sequences: int) -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def our_step(spec: ModelSpec, stage: str, batch: dict[str, Tensor]):
+def our_step(spec: ModelSpec, stage: "Stage", batch: dict[str, Tensor]) -> "MegatronStep":
     """A MegatronStep of the trainer's model in `stage` with the stage's default losses."""
     from benchmarks.megatron_step import MegatronStep
     from moelpr.model.loading import build_model
@@ -118,7 +123,7 @@ def our_step(spec: ModelSpec, stage: str, batch: dict[str, Tensor]):
     return MegatronStep(model, batch)
 
 
-def plain_step(spec: ModelSpec, batch: dict[str, Tensor]):
+def plain_step(spec: ModelSpec, batch: dict[str, Tensor]) -> "MegatronStep":
     """A MegatronStep of plain Megatron MoE, everything trained, with the balance loss."""
     from benchmarks.megatron_step import MegatronStep
     from benchmarks.peers import plain_megatron
@@ -180,7 +185,7 @@ def needed_flops(spec: ModelSpec, stage: str, sequences: int, original_rows: lis
     return total
 
 
-def original_rows(step) -> list[int]:
+def original_rows(step: "MegatronStep") -> list[int]:
     """Rows each layer's router sends to the original expert."""
     counts: list[int] = []
     hooks = [
@@ -245,8 +250,7 @@ def measure(spec: ModelSpec, sequences: int, rounds: int) -> dict:
             continue
         seconds = statistics.median(times[name])
         rows[name] = {"step_time_s": seconds, "tokens_per_s": tokens / seconds}
-        if name.startswith("ours"):
-            stage = name.split(", ")[1]
+        for stage in (stage for stage in STAGES if name == f"ours, {stage}"):
             rows[name]["needed_gflop"] = flops[stage] / 1e9
             rows[name]["share_of_matmul_rate"] = statistics.median(
                 flops[stage] / step / (2 * size**3 / product)
@@ -271,8 +275,8 @@ def measure(spec: ModelSpec, sequences: int, rounds: int) -> dict:
 
 def _print(result: dict) -> None:
     print(
-        f"{result['device']}, {result['threads']} threads, {result['dtype']}, {result['tokens_per_step']} tokens a step; one "
-        f"large matmul: {result['matmul_gflop_per_s']:,.0f} GFLOP/s; medians of {result['rounds']} rounds"
+        f"{result['device']}, {result['threads']} threads, {result['dtype']}, "
+        f"{result['tokens_per_step']} tokens a step; one large matmul: {result['matmul_gflop_per_s']:,.0f} GFLOP/s; medians of {result['rounds']} rounds"
     )
     print(f"{'step':<24}{'seconds':>10}{'tokens/s':>12}{'GFLOP needed':>15}{'of matmul rate':>17}")
     for name, row in result["contenders"].items():

@@ -248,7 +248,9 @@ class _Activations:
             entrance = 0.0
             inside = self._dense_ffn() if needs_gradient else 0.0
         if self.layout.recompute == "full":
-            return hidden, outside + entrance + inside
+            # A norm that keeps its input, and no fp32 copy, shares the layer's input with the checkpoint.
+            shared = hidden if self.norm_element == self.element else 0.0
+            return hidden, outside + entrance + inside - shared
         if self.layout.recompute == "selective" and self.spec.is_moe_layer(layer):
             return outside + entrance, inside
         return outside + entrance + inside, 0.0

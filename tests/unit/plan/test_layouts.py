@@ -71,7 +71,7 @@ def test_the_trainer_accepts_the_flags_of_every_kind_of_layout(
     monkeypatch.setattr(moelpr.arguments, "set_global_variables", lambda *args, **kwargs: None)
     words = ["--stage", "stage1", "--pretrained-checkpoint", str(tmp_path), "--lr", "1e-3", "--train-iters", "2"]
     words += ["--micro-batch-size", "1", "--global-batch-size", "8", "--seq-length", "32"]
-    for layout in layouts_of(gpus)[:: 1 if gpus < 8 else 5]:
+    for layout in layouts_of(gpus)[:: 1 if gpus < 8 else 7]:
         args, _ = moelpr.arguments.parse_arguments([*words, *layout.flags()])
         found = (
             args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.expert_model_parallel_size,

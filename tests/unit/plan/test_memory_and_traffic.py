@@ -87,7 +87,11 @@ def test_recompute_keeps_inputs_and_the_inside_of_one_layer() -> None:
     selective = memory(replace(ALONE, recompute="selective")).activation_bytes
     assert selective == 2 * outside + max(HEAD, MOE_INSIDE)
     full = memory(replace(ALONE, recompute="full")).activation_bytes
-    assert full == 2 * 4 * 8 * 2 + max(HEAD, outside + MOE_INSIDE)
+    shared = MOE_INPUT  # of the same size as the layer's input, which the first norm keeps as well
+    assert full == 2 * 4 * 8 * 2 + max(HEAD, outside + MOE_INSIDE - shared)
+    # The first of two stages has no head, and inputs of two micro-batches.
+    assert memory(Layout(pp=2, recompute="selective")).activation_bytes == 2 * outside + MOE_INSIDE
+    assert memory(Layout(pp=2, recompute="full")).activation_bytes == 2 * 4 * 8 * 2 + outside + MOE_INSIDE - shared
 
 
 def test_a_pipeline_stage_keeps_the_micro_batches_in_flight() -> None:

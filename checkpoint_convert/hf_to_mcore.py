@@ -54,10 +54,10 @@ def hf_to_mcore(
     """
     check_output(save, hf_path, overwrite, (model_spec.FILE_NAME, TRACKER_FILE))
     family = family_of(read_config(hf_path))
-    megatron_args = _read_shape(hf_path, family)
+    megatron_args = read_shape(hf_path, family)
     moe = None
     if num_new_experts is not None:
-        layers = _choose_layers(megatron_args["num_layers"], moe_layers, moe_every_k_layers)
+        layers = choose_layers(megatron_args["num_layers"], moe_layers, moe_every_k_layers)
         moe = MoeSpec(num_new_experts, topk, layers)
     spec = ModelSpec(family.name, "float32", megatron_args, moe)
     spec.check()
@@ -120,7 +120,7 @@ def _generator(seed: int, piece: Piece) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-def _read_shape(hf_path: Path, family: Family) -> dict[str, Any]:
+def read_shape(hf_path: Path, family: Family) -> dict[str, Any]:
     """Megatron's arguments for the model. transformers reads the config, so that its defaults are filled in."""
     from transformers import AutoConfig
 
@@ -139,7 +139,7 @@ def _read_shape(hf_path: Path, family: Family) -> dict[str, Any]:
         raise UserError(f"{hf_path}/config.json: {error}") from error
 
 
-def _choose_layers(num_layers: int, chosen: list[int] | None, every_k: int | None) -> tuple[int, ...]:
+def choose_layers(num_layers: int, chosen: list[int] | None, every_k: int | None) -> tuple[int, ...]:
     if chosen is not None and every_k is not None:
         raise UserError("--moe-layers and --moe-every-k-layers exclude each other; give one of them")
     if chosen is not None:
@@ -224,7 +224,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--topk", type=int, default=2, metavar="K", help="experts per token (default: %(default)s)")
     layers = parser.add_mutually_exclusive_group()
     layers.add_argument(
-        "--moe-layers", type=_layer_list, metavar="0,2,5", help="layers to upcycle, 0-based (default: all)"
+        "--moe-layers", type=layer_list, metavar="0,2,5", help="layers to upcycle, 0-based (default: all)"
     )
     layers.add_argument(
         "--moe-every-k-layers", type=int, metavar="k", help="upcycle layers k, 2k, 3k, … counted from 1"
@@ -242,7 +242,7 @@ def _parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _layer_list(text: str) -> list[int]:
+def layer_list(text: str) -> list[int]:
     try:
         return [int(word) for word in text.split(",")]
     except ValueError:

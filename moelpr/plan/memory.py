@@ -1,0 +1,295 @@
+"""The memory rule: bytes on a rank, from shapes alone. `benchmarks/memory_plan.py` holds it against real runs.
+
+**Parameters.** A frozen parameter is its weight and nothing else: 2 bytes in bf16, 4 in fp32. A trainable one has
+
+| | bf16 | fp32 | divided by the distributed optimizer over |
+|---|---|---|---|
+| weight | 2 | 4 | – |
+| gradient, in fp32 (Megatron's default under bf16 too) | 4 | 4 | – |
+| fp32 master | 4 | 0 (the weight) | the ranks that hold the same parameter |
+| Adam's two moments | 8 | 8 | the same |
+
+Ranks that hold the same router: the data-parallel group. Ranks that hold the same new expert: the expert-data-parallel
+group, world / (ETP · EP · PP). Attention and dense FFNs are divided by TP, new experts by EP · ETP, the original expert
+by ETP alone, since every expert-parallel rank has its own; norms and routers are on every rank of a stage. Embedding
+and output layer are on the first and last stage; a tied one is on both when PP > 1.
+
+**Activations** are what autograd keeps from a forward pass for the backward pass. A frozen linear layer keeps nothing
+(its input is needed for the weight's gradient only), so a layer keeps, for the T = sequence · micro-batch / TP tokens
+of the rank (sequence parallel) and S = sequence · micro-batch of attention, in elements of the weights' size:
+
+- each of its two norms: its input, T · h, and an fp32 number per token (see `Kernels` for what else);
+- attention: the projected query, key and value, S · (q + 2kv) / TP, query and key after rotation, the output,
+  S · q / TP, one fp32 number per head and token, and four rotation tables of S/micro-batch · head;
+- the MoE layer: the router's input T · h; for a row of the original expert gate and up, 2f, and its output, h; for a
+  row of a new expert gate and up, 2f, and in stage 1 (its weights need a gradient) also its input h and the activated
+  row f; a few numbers per token for the choices;
+- a dense FFN: gate and up, S · 2f / TP;
+- the last stage: the final norm's input and the softmax over the vocabulary in fp32, S · V / TP · 4 bytes.
+
+f is f / ETP inside experts. K rows per token are shared among the experts as `Routing` says. Below the first trained
+tensor of the model nothing is kept (no gradient goes there), unless something is recomputed. Recompute keeps the input
+of each MoE layer (selective) or of each layer (full) instead of its inside, and the inside of one layer while that
+layer is taken back. A pipeline stage keeps min(stages from here to the last, micro-batches) micro-batches at once.
+
+**Working memory** is estimated, not measured: the gradients under way in the MoE layer that is being taken back, or the
+logits beside their softmax, whichever is more.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from moelpr.model_spec import ModelSpec
+from moelpr.plan.layouts import Layout
+from moelpr.plan.parts import Kind, Part, padded_vocabulary
+
+TRAINED = {"stage1": (Kind.ROUTER, Kind.NEW_EXPERTS), "stage2": (Kind.ROUTER,)}
+
+Stage = Literal["stage1", "stage2"]
+WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
+GRADIENT_BYTES = 4
+MOMENT_BYTES = 8
+MASTER_BYTES = {"bf16": 4, "fp32": 0}
+
+_FP32, _INT64, _BOOL = 4, 8, 1
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Where implementations differ in what they keep. The default is a GPU; `CPU` is what the tests run on.
+
+    fp32_norm_input: the norm keeps an fp32 copy of its input.
+    norm_output: the norm before attention or a dense FFN keeps its output too, as Transformer Engine's layer of norm
+        and linear has done even where the linear is frozen; counted to be on the safe side.
+    fused_swiglu: dense FFNs and the original expert keep gate and up only, and not what lies between them.
+    """
+
+    fp32_norm_input: bool = False
+    norm_output: bool = True
+    fused_swiglu: bool = True
+
+
+CPU = Kernels(fp32_norm_input=True, norm_output=False, fused_swiglu=False)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Rows per token of a rank that reach the original expert and the new experts; together K when all is even."""
+
+    original_rows: float
+    new_rows: float
+
+    @classmethod
+    def uniform(cls, topk: int, num_experts: int) -> "Routing":
+        """Every expert is chosen equally often, on every rank."""
+        return cls(topk / num_experts, topk * (num_experts - 1) / num_experts)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained, on how much text at once, and in which numbers."""
+
+    stage: Stage
+    seq_length: int
+    micro_batch_size: int
+    global_batch_size: int
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    kernels: Kernels = Kernels()
+
+    def num_microbatches(self, layout: Layout) -> int:
+        return self.global_batch_size // (self.micro_batch_size * layout.dp)
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """One rank. `frozen` and `trainable` are parameters, the rest bytes."""
+
+    frozen: int
+    trainable: int
+    parameter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+    working_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        state = self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes
+        return state + self.activation_bytes + self.working_bytes
+
+
+def stage_memories(
+    spec: ModelSpec, parts: Sequence[Part], layout: Layout, run: Run, routing: Routing | None = None
+) -> list[RankMemory]:
+    """A rank of each pipeline stage; all ranks of a stage are alike. `routing`: uniform unless given."""
+    return [_rank_memory(spec, parts, layout, run, stage, routing) for stage in range(layout.pp)]
+
+
+def _rank_memory(
+    spec: ModelSpec, parts: Sequence[Part], layout: Layout, run: Run, pp_rank: int, routing: Routing | None
+) -> RankMemory:
+    held = held_on_stage(spec, parts, layout, pp_rank)
+    trained = {kind: numel for kind, numel in held.items() if kind in TRAINED[run.stage]}
+    trainable = sum(trained.values())
+    optimizer_bytes = 0
+    for kind, numel in trained.items():
+        replicas = layout.expert_dp if kind is Kind.NEW_EXPERTS else layout.dp
+        share = math.ceil(numel / replicas) if layout.distributed_optimizer else numel
+        optimizer_bytes += share * (MASTER_BYTES[run.dtype] + MOMENT_BYTES)
+    activations = _Activations(spec, layout, run, routing)
+    return RankMemory(
+        frozen=sum(held.values()) - trainable,
+        trainable=trainable,
+        parameter_bytes=sum(held.values()) * WEIGHT_BYTES[run.dtype],
+        gradient_bytes=trainable * GRADIENT_BYTES,
+        optimizer_bytes=optimizer_bytes,
+        activation_bytes=round(activations.peak(pp_rank)),
+        working_bytes=round(activations.working(pp_rank)),
+    )
+
+
+def held_on_stage(spec: ModelSpec, parts: Sequence[Part], layout: Layout, pp_rank: int) -> dict[Kind, int]:
+    """Parameters on one rank of a pipeline stage, by kind; the vocabulary padded as the trainer pads it."""
+    is_tied = not spec.megatron_args["untie_embeddings_and_output_weights"]
+    is_first, is_last = pp_rank == 0, pp_rank == layout.pp - 1
+    layers = _layers_of_stage(spec, layout, pp_rank)
+    vocab_size = spec.megatron_args["vocab_size"]
+    held: dict[Kind, int] = {}
+    for part in parts:
+        kind, numel = part.kind, part.numel
+        if part.layer is not None:
+            is_here = part.layer in layers
+        elif kind is Kind.EMBEDDING:
+            is_here = is_first or (is_last and is_tied)
+        else:
+            is_here = is_last
+        if not is_here:
+            continue
+        if kind in (Kind.EMBEDDING, Kind.OUTPUT):
+            numel = numel // vocab_size * padded_vocabulary(vocab_size, layout.tp)
+        assert numel % divisor(kind, layout) == 0, (kind, numel, layout)
+        held[kind] = held.get(kind, 0) + numel // divisor(kind, layout)
+    return held
+
+
+def divisor(kind: Kind, layout: Layout) -> int:
+    """Over how many ranks of a stage a layout divides the tensors of a kind."""
+    return {
+        Kind.EMBEDDING: layout.tp,
+        Kind.OUTPUT: layout.tp,
+        Kind.TENSOR_PARALLEL: layout.tp,
+        Kind.ORIGINAL_EXPERT: layout.etp,
+        Kind.NEW_EXPERTS: layout.ep * layout.etp,
+        Kind.ROUTER: 1,
+        Kind.REPLICATED: 1,
+    }[kind]
+
+
+def _layers_of_stage(spec: ModelSpec, layout: Layout, pp_rank: int) -> range:
+    per_stage = spec.megatron_args["num_layers"] // layout.pp
+    return range(pp_rank * per_stage, (pp_rank + 1) * per_stage)
+
+
+class _Activations:
+    """Bytes that autograd keeps on a rank (the module's docstring says what and why)."""
+
+    def __init__(self, spec: ModelSpec, layout: Layout, run: Run, routing: Routing | None) -> None:
+        assert spec.moe is not None
+        shape = spec.megatron_args
+        self.spec, self.moe, self.layout, self.run = spec, spec.moe, layout, run
+        self.routing = routing or Routing.uniform(self.moe.topk, self.moe.num_experts)
+        self.element = WEIGHT_BYTES[run.dtype]
+        self.norm_element = _FP32 if run.kernels.fp32_norm_input else self.element
+        self.all_tokens = run.seq_length * run.micro_batch_size
+        self.tokens = self.all_tokens / layout.tp
+        self.hidden, self.head = shape["hidden_size"], shape["kv_channels"]
+        self.heads = shape["num_attention_heads"] / layout.tp
+        self.groups = max(shape["num_query_groups"] / layout.tp, 1)
+        self.has_qk_norm = shape["qk_layernorm"]
+        self.ffn = shape["ffn_hidden_size"] / layout.tp
+        self.expert_ffn = shape["ffn_hidden_size"] / layout.etp
+        self.vocabulary = padded_vocabulary(shape["vocab_size"], layout.tp) / layout.tp
+        # The ranks of an expert-tensor-parallel group work on the rows of all of them.
+        self.original_rows = self.tokens * layout.etp * self.routing.original_rows
+        self.new_rows = self.tokens * layout.etp * self.routing.new_rows
+
+    def peak(self, pp_rank: int) -> float:
+        kept, inside = 0.0, 0.0
+        for layer in _layers_of_stage(self.spec, self.layout, pp_rank):
+            layer_kept, layer_inside = self._layer(layer, needs_gradient=self._needs_gradient(layer, pp_rank))
+            kept, inside = kept + layer_kept, max(inside, layer_inside)
+        in_flight = min(self.layout.pp - pp_rank, self.run.num_microbatches(self.layout))
+        is_last = pp_rank == self.layout.pp - 1
+        return in_flight * kept + max(self._head() if is_last else 0, inside)
+
+    def working(self, pp_rank: int) -> float:
+        new = self.new_rows * (3 * self.expert_ffn + self.hidden)
+        original = self.original_rows * (2 * self.expert_ffn + self.hidden)
+        is_last = pp_rank == self.layout.pp - 1
+        logits = self.all_tokens * self.vocabulary if is_last and self.run.dtype != "fp32" else 0
+        return max(new + original, logits) * self.element
+
+    def _needs_gradient(self, layer: int, pp_rank: int) -> bool:
+        """Whether the layer's input takes part in the backward pass: what comes from another stage always does."""
+        return pp_rank > 0 or self.layout.recompute != "none" or layer > self.moe.layers[0]
+
+    def _layer(self, layer: int, needs_gradient: bool) -> tuple[float, float]:
+        """Bytes kept from the forward pass, and bytes that come and go when this layer is recomputed."""
+        hidden = self.tokens * self.hidden * self.element
+        outside = self._norm() + self._attention() + self._norm() if needs_gradient else 0.0
+        if needs_gradient and self.run.kernels.norm_output:
+            outside += hidden if self.spec.is_moe_layer(layer) else 2 * hidden
+        if self.spec.is_moe_layer(layer):
+            entrance = hidden
+            inside = self._choices() + self._original_expert(needs_gradient) + self._new_experts()
+        else:
+            entrance = 0.0
+            inside = self._dense_ffn() if needs_gradient else 0.0
+        if self.layout.recompute == "full":
+            # A norm that keeps its input, and no fp32 copy, shares the layer's input with the checkpoint.
+            shared = hidden if self.norm_element == self.element else 0.0
+            return hidden, outside + entrance + inside - shared
+        if self.layout.recompute == "selective" and self.spec.is_moe_layer(layer):
+            return outside + entrance, inside
+        return outside + entrance + inside, 0.0
+
+    def _norm(self) -> float:
+        return self.tokens * (self.hidden * self.norm_element + _FP32)
+
+    def _attention(self) -> float:
+        query, key = self.heads * self.head, self.groups * self.head
+        projected, rotated, output = query + 2 * key, query + key, query
+        elements = self.all_tokens * (projected + rotated + output) + 4 * self.run.seq_length * self.head
+        log_sums = self.all_tokens * self.heads * _FP32
+        qk_norm = self.all_tokens * (query + key) * self.norm_element if self.has_qk_norm else 0
+        return elements * self.element + log_sums + qk_norm
+
+    def _choices(self) -> float:
+        """Per token: K choices with weight, the router's E scores, the order of the N columns of new experts."""
+        per_token = self.moe.topk * (_INT64 + _FP32) + self.moe.num_experts * _FP32 + self.moe.num_new_experts * _INT64
+        # The balance loss keeps the choices, the LPR loss a logarithm and the language bit.
+        per_token += self.moe.topk * _INT64 if self.run.stage == "stage1" else _FP32 + _BOOL
+        return self.tokens * per_token
+
+    def _original_expert(self, needs_gradient: bool) -> float:
+        between = 2.0
+        if not self.run.kernels.fused_swiglu:
+            between = 5.0 if needs_gradient else 1.0  # gate and up, silu(gate), a copy of up, their product
+        elements = between * self.expert_ffn + self.hidden
+        return self.original_rows * (elements * self.element + _INT64 + _FP32)
+
+    def _new_experts(self) -> float:
+        elements = 2 * self.expert_ffn
+        if self.run.stage == "stage1":
+            elements += self.hidden + self.expert_ffn
+        return self.new_rows * (elements * self.element + _INT64 + _FP32)
+
+    def _dense_ffn(self) -> float:
+        between = 2 if self.run.kernels.fused_swiglu else 4
+        return self.all_tokens * between * self.ffn * self.element
+
+    def _head(self) -> float:
+        # Softmax, target mask, target, and the loss masks of the report.
+        return self._norm() + self.all_tokens * (self.vocabulary * _FP32 + _BOOL + _INT64 + 4 * _FP32)

@@ -21,7 +21,6 @@ CPU_ARGUMENTS: dict[str, Any] = {
     "distributed_backend": "gloo",
     "transformer_impl": "local",
     "use_cpu_initialization": True,
-    "bias_swiglu_fusion": False,
     "bias_gelu_fusion": False,
     "bias_dropout_fusion": False,
     "masked_softmax_fusion": False,
@@ -152,12 +151,16 @@ def _exchange(parts: list[torch.Tensor], rows_received: list[int], group: Any) -
 
 
 def _patch_megatron() -> None:
+    import megatron.core.fusions.fused_bias_swiglu as fused_bias_swiglu
     import megatron.core.tensor_parallel.random as random
+    import megatron.core.transformer.mlp as mlp
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
     import megatron.training.initialize as initialize
     import megatron.training.training as training
     import megatron.training.utils.common_utils as common_utils
+
+    from moelpr.compat.swiglu import swiglu, weighted_swiglu
 
     # asserts torch.cuda.is_available() unless told otherwise
     training.initialize_megatron = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
@@ -174,6 +177,9 @@ def _patch_megatron() -> None:
         return to_cpu(tensor, as_numpy=False, record_stream=False)
 
     moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = to_cpu_or_numpy
+    # many passes over memory where nothing is compiled
+    fused_bias_swiglu.weighted_bias_swiglu_impl = mlp.weighted_bias_swiglu_impl = weighted_swiglu
+    fused_bias_swiglu.bias_swiglu_impl = mlp.bias_swiglu_impl = swiglu
     # reads CUDA memory counters of a device that is not there
     common_utils.report_memory = training.report_memory = _do_nothing
 

@@ -42,7 +42,7 @@ def single_process(seed: int = 1234) -> Iterator[None]:
 
 
 def transformer_config(spec: ModelSpec, **settings: object) -> MoELPRConfig:
-    """The model's shape as Megatron's config, for one process and without any fused kernel; `settings` override."""
+    """The model's shape as Megatron's config, for one process and with no kernel that needs a GPU; `settings` override."""
     shape = spec.megatron_args
     fields: dict[str, object] = {name: shape[name] for name in _TRANSFORMER_FIELDS}
     fields |= {
@@ -53,6 +53,7 @@ def transformer_config(spec: ModelSpec, **settings: object) -> MoELPRConfig:
         "hidden_dropout": 0.0,
         "hetereogenous_dist_checkpoint": True,
         "use_cpu_initialization": not torch.cuda.is_available(),
+        "bias_activation_fusion": True,
         "bias_dropout_fusion": False,
         "apply_rope_fusion": False,
         "gradient_accumulation_fusion": False,

@@ -20,7 +20,7 @@ class BlockedSwiGLU(torch.autograd.Function):
         output = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
         for rows, weight, out in _blocks(gate_up, weights, output):
             gate, up = rows.float().chunk(2, dim=-1)
-            out.copy_(torch.nn.functional.silu(gate).mul_(up).mul_(weight))
+            torch.mul(torch.nn.functional.silu(gate).mul_(up), weight, out=out)
         return output
 
     @staticmethod
@@ -31,20 +31,19 @@ class BlockedSwiGLU(torch.autograd.Function):
             gate_up, weights, grad_output, grad_gate_up, grad_weights
         ):
             gate, up = rows.float().chunk(2, dim=-1)
-            grad = grad.float()
-            grad_up = torch.nn.functional.silu(gate).mul_(grad)  # but for the weight, which comes last
-            grad_weight.copy_(torch.linalg.vecdot(grad_up, up).unsqueeze(-1))
-            grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
-            halves = grad_rows.chunk(2, dim=-1)
-            halves[0].copy_(grad_gate.mul_(weight))
-            halves[1].copy_(grad_up.mul_(weight))
+            grad_gate, grad_up = grad_rows.chunk(2, dim=-1)
+            grad_up_of_one = torch.nn.functional.silu(gate).mul_(grad)  # at weight 1
+            grad_weight.copy_(torch.linalg.vecdot(grad_up_of_one, up).unsqueeze(-1))
+            torch.mul(grad_up_of_one, weight, out=grad_up)
+            torch.ops.aten.silu_backward.grad_input((grad * up).mul_(weight), gate, grad_input=grad_gate)
         return grad_gate_up, grad_weights
 
 
 def weighted_swiglu(gate_up: Tensor, bias: None, weights: Tensor, fp8_input_store: bool = False) -> Tensor:
     """Takes the place of megatron.core.fusions.fused_bias_swiglu.weighted_bias_swiglu_impl."""
     assert bias is None and not fp8_input_store
-    return BlockedSwiGLU.apply(gate_up.flatten(0, -2), weights.flatten(0, -2)).view(*gate_up.shape[:-1], -1)
+    output = BlockedSwiGLU.apply(gate_up.flatten(0, -2), weights.flatten(0, -2))
+    return output.view(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
 
 def swiglu(gate_up: Tensor, bias: None, fp8_input_store: bool = False, cpu_offload_input: bool = False) -> Tensor:

@@ -38,6 +38,19 @@ class NewExpertsDispatcher(MoEAlltoAllTokenDispatcher):
         self._maybe_update_cuda_sync_point("before_permutation_1")
         return tokens_per_expert
 
+    def dispatch_postprocess(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if not self._rows_come_sorted:
+            return super().dispatch_postprocess(rows, weights)
+        return rows, self._maybe_dtoh_and_synchronize("before_finish", self.tokens_per_expert), weights
+
+    def combine_preprocess(self, rows: Tensor) -> Tensor:
+        return rows if self._rows_come_sorted else super().combine_preprocess(rows)
+
+    @property
+    def _rows_come_sorted(self) -> bool:
+        """Rows of a single rank leave it in the order of its experts; Megatron copies them into that order again."""
+        return self.ep_size * self.tp_size == 1
+
 
 class LPRMoELayer(MoELayer):
     """Mixture of the frozen original expert (column 0 of the router) and N new experts (columns 1..N).

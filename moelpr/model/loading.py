@@ -42,7 +42,7 @@ def single_process(seed: int = 1234) -> Iterator[None]:
 
 
 def transformer_config(spec: ModelSpec, **settings: object) -> MoELPRConfig:
-    """The model's shape as Megatron's config, for one process and with no kernel that needs a GPU; `settings` override."""
+    """The model's shape as Megatron's config, for one process and no kernel that needs a GPU; `settings` override."""
     shape = spec.megatron_args
     fields: dict[str, object] = {name: shape[name] for name in _TRANSFORMER_FIELDS}
     fields |= {

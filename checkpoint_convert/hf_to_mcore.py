@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from checkpoint_convert.families import Family, Piece, family_of, megatron_shape, pieces, sizes_of
 from checkpoint_convert.hf_folder import HfReader, check_tokenizer, copy_companions, read_config
-from checkpoint_convert.megatron_folder import HF_FOLDER, RELEASE, TRACKER_FILE
+from checkpoint_convert.megatron_folder import HF_FOLDER
 from checkpoint_convert.outputs import check_free_space, check_output, progress_bar
 from checkpoint_convert.torch_dist import TorchDistWriter
 from moelpr import model_spec
+from moelpr.checkpoint_chain import RELEASE, TRACKER_FILE
 from moelpr.errors import UserError, run_command
 from moelpr.files import atomic_directory
 from moelpr.model_spec import ModelSpec, MoeSpec

@@ -72,15 +72,22 @@ def hf_to_mcore(
     num_bytes = element_size * sum(math.prod(shape) for piece in plan for shape in piece.hf_shapes)
     check_free_space(save, num_bytes)
     with atomic_directory(save) as folder, progress_bar(num_bytes, save.name) as bar:
-        with TorchDistWriter(folder / RELEASE) as writer:
-            _write_weights(writer, plan, spec, _tensors(source, plan, spec, new_experts, seed), bar)
-            for key in _extra_state_keys(plan):
-                writer.write_object(key, None)
-            writer.finish(_common_state())
-        spec.write(folder)
+        write_checkpoint(folder, plan, spec, _tensors(source, plan, spec, new_experts, seed), bar)
         copy_companions(hf_path, folder / HF_FOLDER)
-        (folder / TRACKER_FILE).write_text(RELEASE)
     return spec
+
+
+def write_checkpoint(
+    folder: Path, plan: list[Piece], spec: ModelSpec, tensors: Iterator[Tensor], bar: "tqdm[None]"
+) -> None:
+    """Write a release checkpoint: `tensors`, one for each piece of `plan` and in its order, and model_spec.json."""
+    with TorchDistWriter(folder / RELEASE) as writer:
+        _write_weights(writer, plan, spec, tensors, bar)
+        for key in _extra_state_keys(plan):
+            writer.write_object(key, None)
+        writer.finish(_common_state())
+    spec.write(folder)
+    (folder / TRACKER_FILE).write_text(RELEASE)
 
 
 def _write_weights(

@@ -1,5 +1,6 @@
 """A Megatron checkpoint folder seen through its family's table: the tensors under their Hugging Face names."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,13 +38,14 @@ class MegatronReader:
         links = checkpoint_chain(folder, iteration)
         self.step_folder = links[0]
         verify_chain(links)
+        self.pieces = list(pieces(self.family.table, self.spec))
         self._sizes = sizes_of(self.spec)
         readers = [TorchDistReader(link) for link in links]
         self._whole = readers[-1]
         self._reader_of = {key: reader for reader in reversed(readers) for key in reader.keys}
         self._places: dict[str, _Place] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
-        for piece in pieces(self.family.table, self.spec):
+        for piece in self.pieces:
             self._check_shape(piece)
             for part, (name, shape) in enumerate(zip(piece.hf_names, piece.hf_shapes, strict=True)):
                 self._places[name] = _Place(piece, part)
@@ -65,6 +67,15 @@ class MegatronReader:
         place = self._places[name]
         tensor = self._reader(place.piece.key).read(place.piece.key, place.piece.stack_index)
         return place.piece.transform.to_hf(tensor, self._sizes)[place.part]
+
+    def read_piece(self, piece: Piece) -> Tensor:
+        """One piece as Megatron has it, without padding of the vocabulary."""
+        tensor = self._reader(piece.key).read(piece.key, piece.stack_index)
+        return tensor if piece.stack_index is not None else tensor[: megatron_shape(piece, self.spec)[0]]
+
+    def num_bytes(self, piece: Piece) -> int:
+        """Size of one piece in the checkpoint's own dtype."""
+        return self._reader(piece.key).dtype(piece.key).itemsize * sum(map(math.prod, piece.hf_shapes))
 
     def _reader(self, key: str) -> TorchDistReader:
         return self._reader_of.get(key, self._whole)  # what is nowhere is missed in the one that should be whole

@@ -76,8 +76,8 @@ def the_checkpoints_hold_the_same(run: Run) -> Iterable[str]:
     before, now = bool(run.record.get("save_trained_only")), bool(run.args.save_trained_only)
     if before != now:
         yield (
-            f"{run.checkpoint} was saved {'with' if before else 'without'} --save-trained-only; resume it the same way, "
-            "or give another folder to --save and name this one with --pretrained-checkpoint"
+            f"{run.checkpoint} was saved {'with' if before else 'without'} --save-trained-only; resume it the same "
+            "way, or give another folder to --save and name this one with --pretrained-checkpoint"
         )
 
 

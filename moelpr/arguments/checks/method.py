@@ -15,6 +15,8 @@ _NOT_HERE = {
     "mtp_num_layers": "no checkpoint of this trainer has such layers; drop it",
     "hybrid_layer_pattern": "no checkpoint of this trainer has such layers; drop it",
     "heterogeneous_layers_config_path": "no checkpoint of this trainer has such layers; drop it",
+    "init_model_with_meta_device": "weights are loaded before such a model would get its memory; drop it",
+    "load_main_params_from_ckpt": "main parameters start as copies of the model's; drop it",
     "moe_use_upcycling": "checkpoint_convert/hf_to_mcore.py --num-new-experts upcycles; drop it",
     "checkpoint_activations": "Megatron has replaced it; use --recompute-activations",
     "model_parallel_size": "Megatron has replaced it; use --tensor-model-parallel-size",

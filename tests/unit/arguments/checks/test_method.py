@@ -33,6 +33,10 @@ import pytest
          "--padded-vocab-size does not work here: it follows from vocabulary and tensor-parallel size; drop it"),
         (["--moe-use-upcycling"], "--moe-use-upcycling does not work here: checkpoint_convert/hf_to_mcore.py "
          "--num-new-experts upcycles; drop it"),
+        (["--init-model-with-meta-device"], "--init-model-with-meta-device does not work here: weights are loaded "
+         "before such a model would get its memory; drop it"),
+        (["--load-main-params-from-ckpt"], "--load-main-params-from-ckpt does not work here: main parameters start as "
+         "copies of the model's; drop it"),
         (["--checkpoint-activations"], "--checkpoint-activations does not work here: Megatron has replaced it; use "
          "--recompute-activations"),
         (["--tokenizer-model", "m"], "--tokenizer-model has no effect: the corpus holds token ids already; drop it"),

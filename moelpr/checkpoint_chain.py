@@ -29,7 +29,7 @@ RELEASE = "release"
 
 # Files are hashed in pieces of this size, so that ranks and threads share a large one. Part of the format.
 PIECE_BYTES = 256 << 20
-_READ_BYTES = 1 << 20
+_READ_BYTES = 256 << 10
 
 
 @dataclass(frozen=True)
@@ -205,13 +205,14 @@ def checksum(step_folder: Path) -> str:
 def _digest(path: Path, start: int, bar: "tqdm[None]") -> str | None:
     """The SHA-256 of one piece; None where it can't be read, as one rank alone must not leave the others waiting."""
     digest, left = hashlib.sha256(), PIECE_BYTES
+    buffer = memoryview(bytearray(_READ_BYTES))
     try:
         with open(path, "rb", buffering=0) as file:
             file.seek(start)
-            while left and (data := file.read(min(_READ_BYTES, left))):
-                digest.update(data)
-                bar.update(len(data))
-                left -= len(data)
+            while left and (num_read := file.readinto(buffer[:left])):
+                digest.update(buffer[:num_read])
+                bar.update(num_read)
+                left -= num_read
     except OSError:
         return None
     return digest.hexdigest()

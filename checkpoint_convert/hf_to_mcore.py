@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from checkpoint_convert.families import Family, Piece, family_of, megatron_shape, pieces, sizes_of
 from checkpoint_convert.hf_folder import HfReader, check_tokenizer, copy_companions, read_config
-from checkpoint_convert.megatron_folder import HF_FOLDER, RELEASE, TRACKER_FILE
+from checkpoint_convert.megatron_folder import HF_FOLDER
 from checkpoint_convert.outputs import check_free_space, check_output, progress_bar
 from checkpoint_convert.torch_dist import TorchDistWriter
 from moelpr import model_spec
+from moelpr.checkpoint_chain import RELEASE, TRACKER_FILE
 from moelpr.errors import UserError, run_command
 from moelpr.files import atomic_directory
 from moelpr.model_spec import ModelSpec, MoeSpec
@@ -71,15 +72,22 @@ def hf_to_mcore(
     num_bytes = element_size * sum(math.prod(shape) for piece in plan for shape in piece.hf_shapes)
     check_free_space(save, num_bytes)
     with atomic_directory(save) as folder, progress_bar(num_bytes, save.name) as bar:
-        with TorchDistWriter(folder / RELEASE) as writer:
-            _write_weights(writer, plan, spec, _tensors(source, plan, spec, new_experts, seed), bar)
-            for key in _extra_state_keys(plan):
-                writer.write_object(key, None)
-            writer.finish(_common_state())
-        spec.write(folder)
+        write_checkpoint(folder, plan, spec, _tensors(source, plan, spec, new_experts, seed), bar)
         copy_companions(hf_path, folder / HF_FOLDER)
-        (folder / TRACKER_FILE).write_text(RELEASE)
     return spec
+
+
+def write_checkpoint(
+    folder: Path, plan: list[Piece], spec: ModelSpec, tensors: Iterator[Tensor], bar: "tqdm[None]"
+) -> None:
+    """Write a release checkpoint: `tensors`, one for each piece of `plan` and in its order, and model_spec.json."""
+    with TorchDistWriter(folder / RELEASE) as writer:
+        _write_weights(writer, plan, spec, tensors, bar)
+        for key in _extra_state_keys(plan):
+            writer.write_object(key, None)
+        writer.finish(_common_state())
+    spec.write(folder)
+    (folder / TRACKER_FILE).write_text(RELEASE)
 
 
 def _write_weights(

@@ -1,6 +1,6 @@
 """A Megatron checkpoint folder seen through its family's table: the tensors under their Hugging Face names."""
 
-import re
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,11 +8,10 @@ from torch import Tensor
 
 from checkpoint_convert.families import Piece, family_named, megatron_shape, pieces, sizes_of
 from checkpoint_convert.torch_dist import TorchDistReader
+from moelpr.checkpoint_chain import checkpoint_chain, verify_chain
 from moelpr.errors import UserError
 from moelpr.model_spec import ModelSpec
 
-TRACKER_FILE = "latest_checkpointed_iteration.txt"
-RELEASE = "release"
 HF_FOLDER = "hf"
 
 
@@ -25,8 +24,9 @@ class _Place:
 class MegatronReader:
     """The model's tensors in a checkpoint folder, by the names they have in the stock HF class of `spec`.
 
-    Whatever else is in the checkpoint (optimizer, random state) is left alone. UserError when the folder is no
-    checkpoint, or a tensor is missing or has another shape than `spec` says.
+    A tensor that the checkpoint leaves out is read from its base (see moelpr.checkpoint_chain), whose checksum is
+    verified first. Whatever else is in the checkpoint (optimizer, random state) is left alone. UserError when the
+    folder is no checkpoint, a base is gone or has changed, or a tensor is missing or not of the shape `spec` says.
     """
 
     def __init__(self, folder: Path, iteration: int | None = None):
@@ -35,12 +35,17 @@ class MegatronReader:
         self.folder = folder
         self.spec = ModelSpec.read(folder)
         self.family = family_named(self.spec.family)
-        self.step_folder = step_folder(folder, iteration)
+        links = checkpoint_chain(folder, iteration)
+        self.step_folder = links[0]
+        verify_chain(links)
+        self.pieces = list(pieces(self.family.table, self.spec))
         self._sizes = sizes_of(self.spec)
-        self._reader = TorchDistReader(self.step_folder)
+        readers = [TorchDistReader(link) for link in links]
+        self._whole = readers[-1]
+        self._reader_of = {key: reader for reader in reversed(readers) for key in reader.keys}
         self._places: dict[str, _Place] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
-        for piece in pieces(self.family.table, self.spec):
+        for piece in self.pieces:
             self._check_shape(piece)
             for part, (name, shape) in enumerate(zip(piece.hf_names, piece.hf_shapes, strict=True)):
                 self._places[name] = _Place(piece, part)
@@ -60,11 +65,23 @@ class MegatronReader:
     def read(self, name: str) -> Tensor:
         """One tensor as the HF class has it, in the checkpoint's own dtype."""
         place = self._places[name]
-        tensor = self._reader.read(place.piece.key, place.piece.stack_index)
+        tensor = self._reader(place.piece.key).read(place.piece.key, place.piece.stack_index)
         return place.piece.transform.to_hf(tensor, self._sizes)[place.part]
 
+    def read_piece(self, piece: Piece) -> Tensor:
+        """One piece as Megatron has it, without padding of the vocabulary."""
+        tensor = self._reader(piece.key).read(piece.key, piece.stack_index)
+        return tensor if piece.stack_index is not None else tensor[: megatron_shape(piece, self.spec)[0]]
+
+    def num_bytes(self, piece: Piece) -> int:
+        """Size of one piece in the checkpoint's own dtype."""
+        return self._reader(piece.key).dtype(piece.key).itemsize * sum(map(math.prod, piece.hf_shapes))
+
+    def _reader(self, key: str) -> TorchDistReader:
+        return self._reader_of.get(key, self._whole)  # what is nowhere is missed in the one that should be whole
+
     def _check_shape(self, piece: Piece) -> None:
-        found = self._reader.shape(piece.key)
+        found = self._reader(piece.key).shape(piece.key)
         wanted = megatron_shape(piece, self.spec)
         # Megatron pads the vocabulary; the surplus rows are dropped.
         padded = piece.hf_shapes[0][0] == self._sizes["vocab"] and found[0] >= wanted[0] and found[1:] == wanted[1:]
@@ -72,26 +89,3 @@ class MegatronReader:
             raise UserError(
                 f"{self.step_folder}: {piece.key} has shape {list(found)}, but model_spec.json says {list(wanted)}"
             )
-
-
-def step_folder(folder: Path, iteration: int | None = None) -> Path:
-    """The folder of one saved step: the one the tracker file names, or that of `iteration`."""
-    if iteration is not None:
-        chosen = folder / f"iter_{iteration:07d}"
-        if not chosen.is_dir():
-            saved = sorted(int(path.name[5:]) for path in folder.glob("iter_*") if re.fullmatch(r"iter_\d+", path.name))
-            raise UserError(
-                f"{folder} has no checkpoint of iteration {iteration}; "
-                f"it holds {', '.join(map(str, saved)) if saved else 'no numbered ones'}"
-            )
-        return chosen
-    tracker = folder / TRACKER_FILE
-    if not tracker.is_file():
-        raise UserError(f"{folder} is no Megatron checkpoint folder or an incomplete one: {TRACKER_FILE} is missing")
-    text = tracker.read_text().strip()
-    if text != RELEASE and not text.isdecimal():
-        raise UserError(f"{tracker} says {text!r}; expected an iteration or '{RELEASE}'")
-    chosen = folder / (RELEASE if text == RELEASE else f"iter_{int(text):07d}")
-    if not chosen.is_dir():
-        raise UserError(f"{tracker} names {chosen.name}, which is not there; name a saved one with --iteration")
-    return chosen

@@ -43,6 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--train-everything", action="store_true",
         help="Freeze nothing: the paper's plain-MoE ablation. Original languages are lost.",
     )  # fmt: skip
+    group.add_argument(
+        "--save-trained-only", action="store_true",
+        help="Leave frozen tensors out of the checkpoints and note beside them where those lie (docs/checkpoints.md).",
+    )  # fmt: skip
     group.add_argument("--fp32", action="store_true", help="Train in fp32 on a GPU too (default there: bf16).")
     group.add_argument("--debug", action="store_true", help="Show the traceback of errors in arguments or input.")
     return parser

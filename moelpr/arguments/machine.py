@@ -12,6 +12,10 @@ def apply_machine(args: argparse.Namespace) -> None:
             setattr(args, name, value)
     elif not args.fp16 and not args.fp32:
         args.bf16 = True
+    if args.async_save:
+        args.use_persistent_ckpt_worker = True  # without it Megatron would drop --async-save
+        if cpu.is_needed() or not is_installed("nvidia_resiliency_ext"):
+            args.async_strategy = "mcore"
     if args.transformer_impl == "transformer_engine" and not is_installed("transformer_engine"):
         args.transformer_impl = "local"
     # Megatron's own linear layers (original expert, output layer) need Apex for it, with Transformer Engine or without.

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from moelpr.compat import async_save
+
 CPU = torch.device("cpu")
 
 # Megatron flags that choose CUDA-only kernels or CUDA behaviour, with the value that works on CPU.
@@ -180,6 +182,8 @@ def _patch_megatron() -> None:
     # many passes over memory where nothing is compiled
     fused_bias_swiglu.weighted_bias_swiglu_impl = mlp.weighted_bias_swiglu_impl = weighted_swiglu
     fused_bias_swiglu.bias_swiglu_impl = mlp.bias_swiglu_impl = swiglu
+    # starts a helper process, which is not patched
+    async_save.install()
     # reads CUDA memory counters of a device that is not there
     common_utils.report_memory = training.report_memory = _do_nothing
 

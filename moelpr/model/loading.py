@@ -6,15 +6,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
-from moelpr.errors import UserError
+from moelpr.checkpoint_chain import checkpoint_chain, verify_chain
 from moelpr.model.builder import block_spec
 from moelpr.model.config import MoELPRConfig
+from moelpr.model.weights import load_weights
 from moelpr.model_spec import ModelSpec
 
 _TRANSFORMER_FIELDS = (
@@ -94,26 +95,14 @@ def load_model(folder: Path, **settings: object) -> GPTModel:
     """The checkpoint in `folder` (of the converter or the trainer) in fp32; call inside `single_process`.
 
     Raises:
-        UserError: no checkpoint, or one that does not fit its model_spec.json.
+        UserError: no checkpoint, one that does not fit its model_spec.json, or one whose base is gone or has changed.
     """
     spec = ModelSpec.read(folder)
+    links = checkpoint_chain(folder)
+    verify_chain(links)
     model = build_model(spec, **settings)
-    state = model.sharded_state_dict()
-    try:
-        loaded = dist_checkpointing.load(state, str(checkpoint_folder(folder)))
-        model.load_state_dict(loaded, strict=False)
-    except (RuntimeError, KeyError, dist_checkpointing.core.CheckpointingException) as error:
-        raise UserError(f"the checkpoint {folder} does not fit its model_spec.json: {error}") from error
+    load_weights([model], links)
     return model
-
-
-def checkpoint_folder(folder: Path) -> Path:
-    """`release/` or `iter_0000100/`, whichever the tracker file names."""
-    tracker = folder / "latest_checkpointed_iteration.txt"
-    if not tracker.is_file():
-        raise UserError(f"{folder} holds no Megatron checkpoint ({tracker.name} is missing)")
-    step = tracker.read_text().strip()
-    return folder / ("release" if step == "release" else f"iter_{int(step):07d}")
 
 
 @torch.no_grad()

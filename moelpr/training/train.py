@@ -23,16 +23,18 @@ from moelpr.model.stages import freeze, parameter_report
 from moelpr.model.vocabulary import mask_padding
 from moelpr.training import metrics, run_folder
 from moelpr.training.forward_step import forward_step
+from moelpr.training.starting_weights import LoadHook, starting_weights
 
 
 def train(argv: list[str]) -> None:
     """Train one stage as the command line `argv` says, on this rank."""
     args, spec = parse_arguments(argv)
+    load_weights = starting_weights(args)
     run_folder.prepare(args, spec)
     step_log = metrics.install(args.stage)
     try:
         pretrain(
-            pretrain_cfg_container_from_args(args, _model_config(args, step_log)),
+            pretrain_cfg_container_from_args(args, _model_config(args, load_weights, step_log)),
             datasets_provider,
             ModelType.encoder_or_decoder,
             forward_step,
@@ -42,7 +44,7 @@ def train(argv: list[str]) -> None:
     torch.distributed.barrier()
 
 
-def _model_config(args: argparse.Namespace, step_log: metrics.StepLog) -> GPTModelConfig:
+def _model_config(args: argparse.Namespace, load_weights: LoadHook, step_log: metrics.StepLog) -> GPTModelConfig:
     try:
         config = gpt_config_from_args(args, core_transformer_config_from_args(args, config_class=MoELPRConfig))
     except (AssertionError, ValueError) as error:
@@ -51,6 +53,7 @@ def _model_config(args: argparse.Namespace, step_log: metrics.StepLog) -> GPTMod
 
     def prepare(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
         freeze(model_chunks, args.stage, args.train_everything)
+        load_weights(model_chunks)
         mask_padding(model_chunks, args.vocab_size)
         print_rank_0(parameter_report(model_chunks))
         return step_log.tracker.watch(model_chunks)

@@ -39,6 +39,40 @@ def model_tensors(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: value for key, value in found.items() if not key.startswith("optimizer.")}
 
 
+def whole_model(run: Path, iteration: int) -> dict[str, torch.Tensor]:
+    """The model's tensors, from the run's base where the run saved only what it trained."""
+    from checkpoint_convert.torch_dist import TorchDistReader
+    from moelpr.checkpoint_chain import checkpoint_chain
+
+    readers = [TorchDistReader(link) for link in reversed(checkpoint_chain(run, iteration))]
+    return model_tensors({key: reader.read(key) for reader in readers for key in reader.keys})
+
+
+def cut_back(run: Path, copy: Path) -> Path:
+    """A copy of a run of six steps as if it had been killed in step 5 (its last checkpoint: step 3)."""
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "iter_0000006")
+    (copy / "latest_checkpointed_iteration.txt").write_text("3")
+    lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (copy / "metrics.jsonl").write_text("".join(lines[:4]) + lines[4][:20])
+    return copy
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Equal metrics but for times, and equal tensors of model and optimizer in the last checkpoint."""
+    measured = ("step_time_s", "tokens_per_s")
+    one_metrics, other_metrics = (
+        [{name: value for name, value in record.items() if name not in measured} for record in metrics(run)]
+        for run in (one, other)
+    )
+    assert one_metrics == other_metrics
+    one_tensors, other_tensors = tensors(one, 6), tensors(other, 6)
+    assert one_tensors.keys() == other_tensors.keys()
+    assert any(key.startswith("optimizer.") for key in one_tensors)
+    for key, value in one_tensors.items():
+        assert torch.equal(value, other_tensors[key]), key
+
+
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random dense Qwen2 as `hf`, its conversions `dense` and `upcycled`, and corpora `original` and `expanded`."""
@@ -86,12 +120,20 @@ def stage1_command(material: Path, save: Path) -> list[str | Path]:
 
 @pytest.fixture(scope="module")
 def stage2(material: Path, stage1: Path) -> Path:
-    """Six steps of stage 2 in one process, from the end of stage 1."""
+    """Six steps of stage 2 in one process, from the end of stage 1.
+
+    Its checkpoints hold only what it trained, and are written while training goes on.
+    """
     save = material / "stage2"
-    data = ["1", material / "original", "1", material / "expanded"]
-    done = launch("stage2", "--pretrained-checkpoint", stage1, "--data-path", *data, "--save", save, "--lr", "0.1")
+    done = launch(*stage2_command(material, stage1, save), "--save-trained-only", "--async-save")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return save
+
+
+def stage2_command(material: Path, stage1: Path, save: Path) -> list[str | Path]:
+    data = ["1", material / "original", "1", material / "expanded"]
+    words = ["stage2", "--pretrained-checkpoint", stage1, "--data-path", *data, "--save", save, "--save-interval", "3"]
+    return [*words, "--lr", "0.1"]
 
 
 def test_stage1_learns(stage1: Path) -> None:
@@ -112,43 +154,77 @@ def test_stage1_moves_new_experts_and_routers_and_nothing_else(material: Path, s
 def test_expert_parallel_ranks_equal_one_process(material: Path, stage1: Path) -> None:
     save = material / "one-process"
     command = stage1_command(material, save)[:-2]
-    assert launch(*command, "--exit-interval", "3").returncode == 0
+    assert launch(*command, "--exit-interval", "3", "--save-trained-only").returncode == 0
     for ours, theirs in zip(metrics(save), metrics(stage1)[:3], strict=True):
         for name in ("lm_loss", "balance_loss", "lpr_loss", "grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
-    one, two = (model_tensors(tensors(run, 3)) for run in (save, stage1))
+    assert all(".mlp.router." in key or ".mlp.experts." in key for key in model_tensors(tensors(save, 3)))
+    one, two = (whole_model(run, 3) for run in (save, stage1))
     assert one.keys() == two.keys()
     for key, value in one.items():
         torch.testing.assert_close(value, two[key], rtol=1e-5, atol=1e-6)
 
 
 def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(material: Path, stage1: Path) -> None:
-    """The same command, given again to a run that was killed after step 4 (its last checkpoint: step 3)."""
-    resumed = material / "resumed"
-    shutil.copytree(stage1, resumed)
-    shutil.rmtree(resumed / "iter_0000006")
-    (resumed / "latest_checkpointed_iteration.txt").write_text("3")
-    lines = (resumed / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (resumed / "metrics.jsonl").write_text("".join(lines[:4]) + lines[4][:20])
+    """The same command, given again to a run that was killed."""
+    resumed = cut_back(stage1, material / "resumed")
     assert launch(*stage1_command(material, resumed), ranks=2).returncode == 0
-    unbroken, again = tensors(stage1, 6), tensors(resumed, 6)
-    assert unbroken.keys() == again.keys()
-    assert any(key.startswith("optimizer.") for key in unbroken)
-    for key, value in unbroken.items():
-        assert torch.equal(value, again[key]), key
-    measured = ("step_time_s", "tokens_per_s")
-    without_times = [
-        [{name: value for name, value in record.items() if name not in measured} for record in metrics(run)]
-        for run in (stage1, resumed)
-    ]
-    assert without_times[0] == without_times[1]
+    assert_same_run(stage1, resumed)
 
 
 def test_stage2_moves_routers_only(stage1: Path, stage2: Path) -> None:
-    before, after = model_tensors(tensors(stage1, 6)), model_tensors(tensors(stage2, 6))
+    before, after = whole_model(stage1, 6), whole_model(stage2, 6)
     assert before.keys() == after.keys()
     for key, value in after.items():
         assert torch.equal(value, before[key]) != (".mlp.router." in key), key
+
+
+def test_saving_only_what_is_trained_changes_nothing_but_the_checkpoints(
+    material: Path, stage1: Path, stage2: Path
+) -> None:
+    from checkpoint_convert.mcore_to_hf import mcore_to_hf
+
+    whole = material / "stage2-whole"
+    assert launch(*stage2_command(material, stage1, whole)).returncode == 0
+    small, large = tensors(stage2, 6), tensors(whole, 6)
+    assert {key for key in model_tensors(small)} == {key for key in model_tensors(large) if ".mlp.router." in key}
+    assert {key for key in large if key.startswith("optimizer.")} == small.keys() - model_tensors(small).keys()
+    for key, value in small.items():
+        assert torch.equal(value, large[key]), key
+    for name in ("lm_loss", "lpr_loss", "grad_norm"):
+        assert [record[name] for record in metrics(stage2)] == [record[name] for record in metrics(whole)]
+    for run in (stage2, whole):
+        mcore_to_hf(run, run.with_name(f"{run.name}-hf"), overwrite=True)
+    weights = [(material / f"{name}-hf" / "model.safetensors").read_bytes() for name in ("stage2", "stage2-whole")]
+    assert weights[0] == weights[1]
+
+
+def test_a_resumed_stage2_equals_the_unbroken_one_bit_for_bit(material: Path, stage1: Path, stage2: Path) -> None:
+    """The base was moved meanwhile: --pretrained-checkpoint says where to, and base_checkpoint.json learns it."""
+    moved = shutil.copytree(stage1, material / "stage1-moved")
+    resumed = cut_back(stage2, material / "stage2-resumed")
+    done = launch(*stage2_command(material, moved, resumed), "--save-trained-only")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert_same_run(stage2, resumed)
+    assert json.loads((resumed / "base_checkpoint.json").read_text())["folder"] == "../stage1-moved"
+
+
+def test_a_changed_base_stops_a_resumed_run_and_the_exporter(material: Path, stage1: Path, stage2: Path) -> None:
+    from checkpoint_convert.mcore_to_hf import mcore_to_hf
+    from moelpr.errors import UserError
+
+    changed = shutil.copytree(stage1, material / "changed" / "stage1")
+    file = max((changed / "iter_0000006").glob("*.distcp"))
+    content = file.read_bytes()
+    file.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
+    resumed = cut_back(stage2, material / "changed" / "stage2")
+    done = launch(*stage2_command(material, changed, resumed), "--save-trained-only")
+    assert done.returncode == 2, done.stderr
+    said = "stage1/iter_0000006 is not what the checkpoints in"
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    with pytest.raises(UserError, match=said):
+        mcore_to_hf(resumed, material / "changed" / "hf")
 
 
 def test_stage2_starts_afresh_and_sends_original_tokens_to_the_original_expert(stage2: Path) -> None:
@@ -176,7 +252,7 @@ def test_export_of_stage2_has_the_bases_frozen_tensors_bit_for_bit(material: Pat
     from checkpoint_convert.mcore_to_hf import mcore_to_hf
     from checkpoint_convert.verify import frozen_max_abs_difference
 
-    mcore_to_hf(stage2, material / "stage2-hf")
+    mcore_to_hf(stage2, material / "stage2-hf", overwrite=True)
     assert frozen_max_abs_difference(material / "hf", material / "stage2-hf") == 0.0
 
 

@@ -15,6 +15,8 @@ _NOT_HERE = {
     "mtp_num_layers": "no checkpoint of this trainer has such layers; drop it",
     "hybrid_layer_pattern": "no checkpoint of this trainer has such layers; drop it",
     "heterogeneous_layers_config_path": "no checkpoint of this trainer has such layers; drop it",
+    "init_model_with_meta_device": "weights are loaded before such a model would get its memory; drop it",
+    "load_main_params_from_ckpt": "main parameters start as copies of the model's; drop it",
     "moe_use_upcycling": "checkpoint_convert/hf_to_mcore.py --num-new-experts upcycles; drop it",
     "checkpoint_activations": "Megatron has replaced it; use --recompute-activations",
     "model_parallel_size": "Megatron has replaced it; use --tensor-model-parallel-size",
@@ -36,7 +38,7 @@ def flags_have_an_effect(run: Run) -> Iterable[str]:
 def losses_belong_to_experts(run: Run) -> Iterable[str]:
     if run.args.stage != "dense":
         return
-    for name in ("balance_loss_coeff", "lpr_loss_coeff", "train_everything"):
+    for name in ("balance_loss_coeff", "lpr_loss_coeff", "train_everything", "save_trained_only"):
         if name in run.typed:
             yield f"{run.typed[name]} has no meaning for a dense model; drop it or use --stage stage1"
 
@@ -70,6 +72,11 @@ def new_experts_have_no_low_precision(run: Run) -> Iterable[str]:
             yield f"{run.typed[name]} does not reach the new experts, which have no {name.upper()} yet; drop it"
 
 
+def something_is_frozen(run: Run) -> Iterable[str]:
+    if run.is_moe and run.args.save_trained_only and run.args.train_everything:
+        yield "--save-trained-only would leave nothing out, as --train-everything freezes nothing; drop one of them"
+
+
 def precision_is_said_once(run: Run) -> Iterable[str]:
     given = [run.typed[name] for name in ("fp16", "bf16", "fp32") if name in run.typed]
     if len(given) > 1:
@@ -91,6 +98,7 @@ CHECKS = (
     the_method_is_moe_lpr,
     the_balance_weight_is_the_papers,
     new_experts_have_no_low_precision,
+    something_is_frozen,
     precision_is_said_once,
     checkpoints_can_be_exported,
 )

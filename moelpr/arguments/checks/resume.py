@@ -69,6 +69,18 @@ def the_model_is_the_same(run: Run) -> Iterable[str]:
         )
 
 
+def the_checkpoints_hold_the_same(run: Run) -> Iterable[str]:
+    """base_checkpoint.json speaks for all checkpoints of a folder."""
+    if not run.is_resumed or run.record is None or run.record.get("stage") != run.args.stage:
+        return
+    before, now = bool(run.record.get("save_trained_only")), bool(run.args.save_trained_only)
+    if before != now:
+        yield (
+            f"{run.checkpoint} was saved {'with' if before else 'without'} --save-trained-only; resume it the same "
+            "way, or give another folder to --save and name this one with --pretrained-checkpoint"
+        )
+
+
 def _differences(there: ModelSpec, here: ModelSpec) -> list[str]:
     def flat(spec: ModelSpec) -> dict[str, Any]:
         moe = spec.moe
@@ -138,4 +150,10 @@ def _words(names: list[str], facts: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
-CHECKS = (there_is_a_run_to_resume, the_stage_is_the_same, the_model_is_the_same, optimizer_state_fits)
+CHECKS = (
+    there_is_a_run_to_resume,
+    the_stage_is_the_same,
+    the_model_is_the_same,
+    the_checkpoints_hold_the_same,
+    optimizer_state_fits,
+)

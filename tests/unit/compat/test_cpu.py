@@ -16,6 +16,7 @@ NEEDED_BECAUSE = [
     ("training/initialize.py", "assert torch.cuda.is_available()"),
     ("training/initialize.py", "if device_count > 0"),
     ("training/initialize.py", 'device="cuda"'),
+    ("core/dist_checkpointing/strategies/async_utils.py", "torch.cuda.set_device(rank % torch.cuda.device_count())"),
     ("core/tensor_parallel/random.py", "_cuda_setRNGState"),
     ("core/optimizer/distrib_optimizer.py", "'torch.cuda.FloatTensor'"),
     ("core/transformer/moe/moe_utils.py", "tensor.is_cuda"),

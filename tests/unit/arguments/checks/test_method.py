@@ -23,6 +23,8 @@ import pytest
         (["--fp32", "--bf16"], "--bf16 and --fp32 exclude each other; keep one of them"),
         (["--ckpt-format", "torch"],
          "--ckpt-format torch can't be converted or moved to another layout; leave it at torch_dist"),
+        (["--save-trained-only", "--train-everything"],
+         "--save-trained-only would leave nothing out, as --train-everything freezes nothing; drop one of them"),
         (["--yaml-cfg", "a.yaml"],
          "--yaml-cfg does not work here: its file would replace every other setting; use --recipe"),
         (["--mtp-num-layers", "1"],
@@ -31,6 +33,10 @@ import pytest
          "--padded-vocab-size does not work here: it follows from vocabulary and tensor-parallel size; drop it"),
         (["--moe-use-upcycling"], "--moe-use-upcycling does not work here: checkpoint_convert/hf_to_mcore.py "
          "--num-new-experts upcycles; drop it"),
+        (["--init-model-with-meta-device"], "--init-model-with-meta-device does not work here: weights are loaded "
+         "before such a model would get its memory; drop it"),
+        (["--load-main-params-from-ckpt"], "--load-main-params-from-ckpt does not work here: main parameters start as "
+         "copies of the model's; drop it"),
         (["--checkpoint-activations"], "--checkpoint-activations does not work here: Megatron has replaced it; use "
          "--recompute-activations"),
         (["--tokenizer-model", "m"], "--tokenizer-model has no effect: the corpus holds token ids already; drop it"),
@@ -48,10 +54,10 @@ def test_the_one_right_value_may_be_typed(upcycled: str, accepted) -> None:
 
 
 def test_a_dense_model_has_no_losses_of_the_method(dense: str, refused) -> None:
-    words = ["--lpr-loss-coeff", "0.1", "--balance-loss-coeff", "0", "--train-everything"]
+    words = ["--lpr-loss-coeff", "0.1", "--balance-loss-coeff", "0", "--train-everything", "--save-trained-only"]
     assert refused("dense", dense, *words) == [
         f"{flag} has no meaning for a dense model; drop it or use --stage stage1"
-        for flag in ("--balance-loss-coeff", "--lpr-loss-coeff", "--train-everything")
+        for flag in ("--balance-loss-coeff", "--lpr-loss-coeff", "--train-everything", "--save-trained-only")
     ]
 
 

@@ -35,6 +35,13 @@ def test_a_run_of_another_model_is_not_resumed(make_checkpoint, dense_spec: Mode
     )
 
 
+@pytest.mark.parametrize(("before", "now"), [(True, []), (False, ["--save-trained-only"])])
+def test_a_run_keeps_saving_what_it_saved_before(make_checkpoint, refused, before: bool, now: list[str]) -> None:
+    run = make_checkpoint("run", stage="stage1", save_trained_only=before)
+    (said,) = refused("stage1", None, "--save", run, *now)
+    assert said.startswith(f"{run} was saved {'with' if before else 'without'} --save-trained-only; resume it the same")
+
+
 def test_the_first_start_may_be_gone_by_now(make_checkpoint, accepted, tmp_path: Path) -> None:
     run = make_checkpoint("run", stage="stage1")
     assert accepted("stage1", tmp_path / "deleted", "--save", run)["model_source"] == run

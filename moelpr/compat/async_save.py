@@ -1,0 +1,37 @@
+"""`--async-save` on CPU: the helper process that writes a checkpoint while training goes on.
+
+Megatron 0.19.2 copies GPU tensors to the helper's memory before training may change them. Without a GPU two things go
+wrong, silently or with the trainer waiting for ever: the helper starts unpatched and divides by its number of CUDA
+devices, and CPU tensors reach it as shared memory, in which training writes while the helper saves.
+"""
+
+from typing import Any
+
+import torch
+
+
+def install() -> None:
+    """Have the helper run `worker`; called by moelpr.compat.cpu in the training process."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    # Found by its name in the helper, which imports this module and so is patched before it starts.
+    PersistentAsyncCaller.async_loop = staticmethod(worker)
+
+
+def worker(*args: Any, **kwargs: Any) -> None:
+    """Megatron's worker loop, in the helper process."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    torch.cuda.device_count = lambda: 1
+    torch.cuda.set_device = torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
+    share = FileSystemWriterAsync.preload_tensors
+
+    def copy(buckets: list[Any], non_blocking: bool = True) -> list[Any]:
+        return [
+            (file, key, (objects, [(item, tensor.clone()) for item, tensor in tensors]))
+            for file, key, (objects, tensors) in share(buckets, non_blocking)
+        ]
+
+    FileSystemWriterAsync.preload_tensors = staticmethod(copy)
+    PersistentAsyncCaller.async_loop(*args, **kwargs)

@@ -1,0 +1,86 @@
+"""Where a run's weights come from at its start, and, with `--save-trained-only`, where its frozen ones stay.
+
+A fresh start reads all weights here. A resumed run leaves its own checkpoint to Megatron (weights, optimizer, random
+state) and reads only frozen tensors here, where that checkpoint leaves them out.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.training import print_rank_0
+from megatron.training.checkpointing import _load_global_dist_base_checkpoint
+from megatron.training.models.gpt import GPTModel
+
+from moelpr.checkpoint_chain import FILE_NAME, RELEASE, BaseCheckpoint, checkpoint_chain, checksum, verify_chain
+from moelpr.errors import UserError
+from moelpr.model.weights import load_weights, save_trained_only
+
+LoadHook = Callable[[list[GPTModel]], None]
+
+
+def starting_weights(args: argparse.Namespace) -> LoadHook:
+    """Find the checkpoints this run starts from; returns what loads them into the frozen, still unwrapped model.
+
+    Raises:
+        UserError: a checkpoint that is needed isn't there.
+    """
+    source = Path(args.model_source)
+    resumes = source in {Path(folder) for folder in (args.load, args.save) if folder} and not args.finetune
+    given = Path(args.pretrained_checkpoint) if resumes and args.pretrained_checkpoint else None
+    links = checkpoint_chain(source, args.ckpt_step, given)
+    if args.save_trained_only:
+        if resumes and len(links) == 1:
+            raise UserError(
+                f"{source} was saved with --save-trained-only, but its {FILE_NAME} is gone; bring it back from a copy"
+            )
+        if not resumes and args.save and links[0].parent.resolve() == Path(args.save).resolve():
+            raise UserError("a run cannot save only what it trains over its own start; give another folder to --save")
+
+    def load(chunks: list[GPTModel]) -> None:
+        verify_chain(links)
+        if not args.use_cpu_initialization:
+            for chunk in chunks:
+                chunk.cuda(torch.cuda.current_device())  # Megatron's next step anyway
+        if not resumes:
+            args.load = args.pretrained_checkpoint = None  # or Megatron would load them once more
+            print_rank_0(f"moelpr: weights from {' and '.join(map(str, links))}")
+            load_weights(chunks, links, load=_as_megatron(args))
+        elif args.save_trained_only:
+            print_rank_0(f"moelpr: frozen weights from {' and '.join(map(str, links[1:]))}")
+            load_weights(chunks, links[1:], only_frozen=True, load=_as_megatron(args))
+        if args.save_trained_only:
+            save_trained_only(chunks)
+        if args.save:
+            _note_base(Path(args.save), source, links, resumes, args.save_trained_only)
+
+    return load
+
+
+def _as_megatron(args: argparse.Namespace) -> Callable[[ShardedStateDict, str], dict[str, Any]]:
+    """Megatron's loading of one step folder, with all of its flags."""
+
+    def load(state: ShardedStateDict, step_folder: str) -> dict[str, Any]:
+        folder, step = Path(step_folder).parent, Path(step_folder).name
+        iteration = 0 if step == RELEASE else int(step.removeprefix("iter_"))
+        return _load_global_dist_base_checkpoint(str(folder), args, False, state, iteration, step == RELEASE)[0]
+
+    return load
+
+
+def _note_base(save: Path, source: Path, links: list[Path], resumes: bool, saves_trained_only: bool) -> None:
+    """Rank 0 writes base_checkpoint.json with the base's present place, or removes that of an earlier start."""
+    base = None
+    if saves_trained_only:
+        record = BaseCheckpoint.read(source) if resumes else None
+        link = links[1] if resumes else links[0]
+        base = BaseCheckpoint.of(link, record.sha256 if record else checksum(link), save)
+    if torch.distributed.get_rank() > 0 or base == BaseCheckpoint.read(save):
+        return
+    if base is None:
+        (save / FILE_NAME).unlink()
+    else:
+        base.write(save)

@@ -1,0 +1,157 @@
+"""Weights come from the newest checkpoint of a chain that has them, and a trained-only checkpoint has nothing else."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint_convert.megatron_folder import MegatronReader
+from checkpoint_convert.torch_dist import TorchDistReader
+from moelpr.checkpoint_chain import BaseCheckpoint, checkpoint_chain, checksum
+from moelpr.errors import UserError
+from moelpr.model_spec import ModelSpec
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+ROUTERS, NEW_EXPERTS = ".mlp.router.", ".mlp.experts."
+
+
+def save(model: torch.nn.Module, folder: Path, spec: ModelSpec, base: Path | None = None) -> Path:
+    """Write what `model` gives Megatron to save as `folder`/iter_0000001; returns that step folder."""
+    from megatron.core import dist_checkpointing
+
+    step = folder / "iter_0000001"
+    step.mkdir(parents=True)
+    dist_checkpointing.save(model.sharded_state_dict(), str(step))
+    spec.write(folder)
+    (folder / "latest_checkpointed_iteration.txt").write_text("1")
+    if base:
+        BaseCheckpoint.of(base, checksum(base), folder).write(folder)
+    return step
+
+
+def stage(model: torch.nn.Module, name: str) -> None:
+    """What a stage does to a model: trained parameters get other values, and only they are saved."""
+    from moelpr.model.stages import freeze
+    from moelpr.model.weights import save_trained_only
+
+    freeze([model], name)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_()
+    save_trained_only([model])
+
+
+@pytest.fixture(scope="module")
+def chain_of_three(tmp_path_factory: pytest.TempPathFactory, megatron: None, moe_spec: ModelSpec) -> Path:
+    """upcycled <- stage1 <- stage2, and `whole`: the model of stage 2 saved whole."""
+    from moelpr.model.loading import build_model, load_model
+
+    folder = tmp_path_factory.mktemp("chain")
+    upcycled = save(build_model(moe_spec), folder / "upcycled", moe_spec)
+    model = load_model(folder / "upcycled")
+    stage(model, "stage1")
+    stage1 = save(model, folder / "stage1", moe_spec, upcycled)
+    model = load_model(folder / "stage1")
+    whole_state = model.sharded_state_dict
+    stage(model, "stage2")
+    save(model, folder / "stage2", moe_spec, stage1)
+    model.sharded_state_dict = whole_state
+    save(model, folder / "whole", moe_spec)
+    return folder
+
+
+def test_a_trained_only_checkpoint_has_what_the_stage_trains_and_nothing_else(chain_of_three: Path) -> None:
+    whole = TorchDistReader(chain_of_three / "whole/iter_0000001").keys
+    for name, trained in (("stage1", (ROUTERS, NEW_EXPERTS)), ("stage2", (ROUTERS,))):
+        saved = TorchDistReader(chain_of_three / name / "iter_0000001").keys
+        assert saved == {key for key in whole if any(part in key for part in trained)}
+
+
+def test_a_model_read_through_the_chain_equals_the_whole_one(chain_of_three: Path) -> None:
+    from moelpr.model.loading import load_model
+
+    whole, chained = load_model(chain_of_three / "whole"), load_model(chain_of_three / "stage2")
+    for (name, wanted), found in zip(whole.named_parameters(), chained.parameters(), strict=True):
+        assert torch.equal(wanted, found), name
+    upcycled = dict(load_model(chain_of_three / "upcycled").named_parameters())
+    for name, parameter in chained.named_parameters():
+        moved = ROUTERS in name or NEW_EXPERTS in name
+        assert torch.equal(parameter, upcycled[name]) != moved, name
+
+
+def test_the_exporters_reader_sees_the_whole_model(chain_of_three: Path) -> None:
+    whole, chained = MegatronReader(chain_of_three / "whole"), MegatronReader(chain_of_three / "stage2")
+    assert whole.names == chained.names
+    for name in whole.names:
+        assert torch.equal(whole.read(name), chained.read(name)), name
+
+
+def test_a_whole_checkpoint_can_be_made_of_a_chain(chain_of_three: Path, tmp_path: Path) -> None:
+    from checkpoint_convert.verify import max_abs_difference
+    from checkpoint_convert.whole_checkpoint import whole_checkpoint
+    from moelpr.model.loading import load_model
+
+    whole_checkpoint(chain_of_three / "stage2", tmp_path / "made")
+    assert checkpoint_chain(tmp_path / "made") == [tmp_path / "made/release"]
+    assert max_abs_difference(chain_of_three / "whole", tmp_path / "made") == 0
+    wanted, found = load_model(chain_of_three / "whole"), load_model(tmp_path / "made")
+    for (name, one), other in zip(wanted.named_parameters(), found.parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_frozen_weights_alone_can_be_loaded(chain_of_three: Path, moe_spec: ModelSpec) -> None:
+    from moelpr.model.loading import build_model
+    from moelpr.model.stages import freeze
+    from moelpr.model.weights import load_weights
+
+    model = build_model(moe_spec)
+    freeze([model], "stage2")
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    load_weights([model], checkpoint_chain(chain_of_three / "stage2")[1:], only_frozen=True)
+    for name, parameter in model.named_parameters():
+        if before[name].unique().numel() > 1:  # norms start as ones in both
+            assert torch.equal(parameter, before[name]) == (ROUTERS in name), name
+
+
+def test_weights_take_the_models_element_type_and_a_padded_vocabulary(
+    chain_of_three: Path, moe_spec: ModelSpec
+) -> None:
+    from moelpr.model.loading import build_model
+    from moelpr.model.weights import load_weights
+
+    padded = replace(moe_spec, megatron_args=moe_spec.megatron_args | {"vocab_size": 160})
+    model = build_model(padded, params_dtype=torch.bfloat16, bf16=True).bfloat16()
+    load_weights([model], checkpoint_chain(chain_of_three / "stage2"))
+    reader = TorchDistReader(chain_of_three / "whole/iter_0000001")
+    embedding = model.embedding.word_embeddings.weight
+    assert embedding.dtype == torch.bfloat16
+    assert torch.equal(embedding[:128], reader.read("embedding.word_embeddings.weight").bfloat16())
+    assert embedding[128:].abs().max() == 0
+    router = model.decoder.layers[1].mlp.router.weight
+    assert torch.equal(router, reader.read("decoder.layers.1.mlp.router.weight").to(router.dtype))
+
+
+def test_a_tensor_that_is_nowhere_in_the_chain_is_named(chain_of_three: Path, moe_spec: ModelSpec) -> None:
+    from moelpr.model.loading import build_model
+    from moelpr.model.weights import load_weights
+
+    with pytest.raises(UserError, match=r"stage2/iter_0000001 lacks embedding.word_embeddings.weight and \d+ more"):
+        load_weights([build_model(moe_spec)], [chain_of_three / "stage2/iter_0000001"])
+
+
+def test_state_of_a_module_that_trains_is_saved_with_it(moe_spec: ModelSpec) -> None:
+    """Transformer Engine keeps FP8 scales as extra state."""
+    from moelpr.model.loading import build_model
+    from moelpr.model.stages import freeze
+    from moelpr.model.weights import trained_entries
+
+    model = build_model(moe_spec)
+    freeze([model], "stage1")
+    trains = trained_entries(model)
+    assert trains("decoder.layers.0.mlp.experts.linear_fc1._extra_state")
+    assert trains("decoder.layers.0.mlp.experts.linear_fc1.weight")
+    assert not trains("decoder.layers.0.mlp.original_expert.linear_fc1._extra_state")
+    assert not trains("decoder.layers.0.mlp.original_expert.linear_fc1.weight")
+    assert not trains("output_layer.weight")  # a tied copy is no parameter of its own

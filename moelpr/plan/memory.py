@@ -63,7 +63,7 @@ class Kernels:
     fp32_norm_input: the norm keeps an fp32 copy of its input.
     norm_output: the norm before attention or a dense FFN keeps its output too, as Transformer Engine's layer of norm
         and linear has done even where the linear is frozen; counted to be on the safe side.
-    fused_swiglu: dense FFNs and the original expert keep gate and up only, and not what lies between them.
+    fused_swiglu: dense FFNs keep gate and up only, as the experts do everywhere, and not what lies between them.
     """
 
     fp32_norm_input: bool = False
@@ -243,7 +243,7 @@ class _Activations:
             outside += hidden if self.spec.is_moe_layer(layer) else 2 * hidden
         if self.spec.is_moe_layer(layer):
             entrance = hidden
-            inside = self._choices() + self._original_expert(needs_gradient) + self._new_experts()
+            inside = self._choices() + self._original_expert() + self._new_experts()
         else:
             entrance = 0.0
             inside = self._dense_ffn() if needs_gradient else 0.0
@@ -273,11 +273,8 @@ class _Activations:
         per_token += self.moe.topk * _INT64 if self.run.stage == "stage1" else _FP32 + _BOOL
         return self.tokens * per_token
 
-    def _original_expert(self, needs_gradient: bool) -> float:
-        between = 2.0
-        if not self.run.kernels.fused_swiglu:
-            between = 5.0 if needs_gradient else 1.0  # gate and up, silu(gate), a copy of up, their product
-        elements = between * self.expert_ffn + self.hidden
+    def _original_expert(self) -> float:
+        elements = 2 * self.expert_ffn + self.hidden
         return self.original_rows * (elements * self.element + _INT64 + _FP32)
 
     def _new_experts(self) -> float:
@@ -287,7 +284,7 @@ class _Activations:
         return self.new_rows * (elements * self.element + _INT64 + _FP32)
 
     def _dense_ffn(self) -> float:
-        between = 2 if self.run.kernels.fused_swiglu else 4
+        between = 2 if self.run.kernels.fused_swiglu else 3  # silu(gate) beside gate and up
         return self.all_tokens * between * self.ffn * self.element
 
     def _head(self) -> float:

@@ -55,24 +55,25 @@ def test_the_trainer_accepts_the_flags_of_every_kind_of_layout(
     gpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All checks a GPU machine makes before a model is built: ours, Megatron's, and those of its model config."""
-    from megatron.training.argument_utils import core_transformer_config_from_args
-
-    import moelpr.arguments
-    from moelpr.model.config import MoELPRConfig
+    import moelpr.arguments.machine
+    import moelpr.arguments.parse
 
     SPEC.write(tmp_path)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
+    (tmp_path / "release").mkdir()
+    for suffix in (".bin", ".idx"):
+        (tmp_path / f"corpus{suffix}").touch()
     monkeypatch.setattr(sys, "argv", ["pretrain.py"])
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(gpus)}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    monkeypatch.setattr(moelpr.arguments.cpu, "is_needed", lambda: False)
-    monkeypatch.setattr(moelpr.arguments, "_has_fused_adam", lambda: True)
-    monkeypatch.setattr(moelpr.arguments, "set_global_variables", lambda *args, **kwargs: None)
+    monkeypatch.setattr(moelpr.arguments.machine.cpu, "is_needed", lambda: False)
+    monkeypatch.setattr(moelpr.arguments.parse, "set_global_variables", lambda *args, **kwargs: None)
     words = ["--stage", "stage1", "--pretrained-checkpoint", str(tmp_path), "--lr", "1e-3", "--train-iters", "2"]
     words += ["--micro-batch-size", "1", "--global-batch-size", "8", "--seq-length", "32"]
+    words += ["--data-path", str(tmp_path / "corpus")]
     for layout in layouts_of(gpus)[:: 1 if gpus < 8 else 7]:
-        args, _ = moelpr.arguments.parse_arguments([*words, *layout.flags()])
+        args, _ = moelpr.arguments.parse.parse_arguments([*words, *layout.flags()])
         found = (
             args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.expert_model_parallel_size,
             args.expert_tensor_parallel_size, args.data_parallel_size, args.recompute_granularity,
@@ -80,7 +81,6 @@ def test_the_trainer_accepts_the_flags_of_every_kind_of_layout(
         granularity = None if layout.recompute == "none" else layout.recompute
         assert found == (layout.tp, layout.pp, layout.ep, layout.etp, layout.dp, granularity)
         assert args.sequence_parallel == (layout.tp > 1)
-        core_transformer_config_from_args(args, config_class=MoELPRConfig)
 
 
 def test_the_defaults_are_those_of_the_papers_recipes() -> None:

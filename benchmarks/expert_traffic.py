@@ -22,6 +22,7 @@ nearest number of experts that EP divides. Under uniform routing its bytes depen
 
 import argparse
 import json
+import logging
 import os
 import statistics
 import subprocess
@@ -171,6 +172,7 @@ def _worker(arguments: argparse.Namespace) -> None:
 
     cpu.install()  # before Megatron is imported
     megatron_fixes.install()
+    logging.getLogger("megatron").setLevel(logging.ERROR)
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 

@@ -1,0 +1,161 @@
+"""launch/stage1.sh and its siblings: what they start, with which variables, and what they refuse."""
+
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SET_HERE = ("NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES")
+DEFAULTS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "PYTHONWARNINGS", "CUDA_DEVICE_MAX_CONNECTIONS", "PYTHONPATH")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A copy of launch/ beside a .venv whose python prints its variables and words instead of running them."""
+    shutil.copytree(ROOT / "launch", tmp_path / "a root" / "launch")
+    python = tmp_path / "a root" / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/bash\nenv | grep -E "^(CUDA|OMP|NCCL|TORCH|MALLOC|PYTHON)" | sort\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    return python.parents[2]
+
+
+def launch(root: Path, *words: str, script: str = "stage1", **variables: str) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name not in (*SET_HERE, *DEFAULTS)}
+    return subprocess.run(
+        [root / "launch" / f"{script}.sh", *words], env={**environment, **variables}, capture_output=True, text=True,
+        timeout=20,
+    )  # fmt: skip
+
+
+def started(root: Path, *words: str, **variables: str) -> tuple[dict[str, str], list[str], list[str]]:
+    """The variables set, torchrun's words and the trainer's words."""
+    said = launch(root, *words, **variables)
+    assert said.returncode == 0, said.stderr
+    lines = said.stdout.splitlines()
+    start = lines.index("-m")
+    assert lines[start + 1] == "moelpr.torchrun"
+    trainer = lines.index("moelpr.pretrain")
+    return dict(line.split("=", 1) for line in lines[:start]), lines[start + 2 : trainer - 1], lines[trainer + 1 :]
+
+
+def refused(root: Path, *words: str, **variables: str) -> str:
+    said = launch(root, *words, **variables)
+    assert (said.returncode, said.stdout) == (2, "")
+    return said.stderr.strip()
+
+
+def test_one_node_uses_every_gpu_and_a_free_port(root: Path) -> None:
+    _, torchrun, trainer = started(root, "--lr", "1", CUDA_VISIBLE_DEVICES="4,5,7")
+    assert torchrun == ["--standalone", "--nproc-per-node", "3"]
+    assert trainer == ["--stage", "stage1", "--lr", "1"]
+
+
+@pytest.mark.parametrize("visible", ["", "-1", "NoDevFiles"])
+def test_without_a_gpu_there_is_one_process(root: Path, visible: str) -> None:
+    assert started(root, CUDA_VISIBLE_DEVICES=visible)[1] == ["--standalone", "--nproc-per-node", "1"]
+
+
+def test_arguments_and_variables_say_the_same(root: Path) -> None:
+    by_words = started(
+        root, "--nnodes", "2", "--node_rank=1", "--master-addr", "node-a", "--master_port", "4321",
+        "--nproc-per-node=3", "--lr", "1",
+    )  # fmt: skip
+    by_variables = started(
+        root, "--lr", "1",
+        NNODES="2", NODE_RANK="1", MASTER_ADDR="node-a", MASTER_PORT="4321", NPROC_PER_NODE="3",
+    )  # fmt: skip
+    assert by_words == by_variables
+    assert by_words[1] == shlex.split(
+        "--nnodes 2 --node-rank 1 --master-addr node-a --master-port 4321 --nproc-per-node 3"
+    )
+
+
+def test_arguments_win_over_variables(root: Path) -> None:
+    assert started(root, "--nproc-per-node", "2", NPROC_PER_NODE="5")[1] == ["--standalone", "--nproc-per-node", "2"]
+
+
+def test_a_port_is_kept_on_one_node_too(root: Path) -> None:
+    assert "4321" in started(root, "--master-port", "4321")[1]
+
+
+def test_a_dry_run_prints_what_would_run_wherever_it_stands(root: Path) -> None:
+    words = ("--recipe", "my recipe.yaml", "--data-path", "0.3", "a$b", "1", "c'd")
+    ran = launch(root, *words, "--nproc-per-node", "2")
+    printed = [
+        launch(root, "--dry-run", *words, "--nproc-per-node", "2"),
+        launch(root, *words, "--nproc-per-node", "2", "--dry-run"),
+    ]
+    assert printed[0].stdout == printed[1].stdout
+    copied = subprocess.run(
+        ["bash", "-c", printed[0].stdout], env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=20
+    )
+    assert copied.stdout.splitlines() == [line for line in ran.stdout.splitlines() if line not in inherited()]
+
+
+def inherited() -> set[str]:
+    """Lines that the fake python prints about the variables pytest was started with."""
+    kept = {name: value for name, value in os.environ.items() if name not in (*SET_HERE, *DEFAULTS)}
+    return {f"{name}={value}" for name, value in kept.items()}
+
+
+def test_without_a_venv_the_repository_is_on_the_path_of_the_python_at_hand(root: Path) -> None:
+    shutil.rmtree(root / ".venv")
+    words = shlex.split(launch(root, "--dry-run", PYTHONPATH="/mine").stdout)
+    assert words[words.index("python3") - 1] == f"PYTHONPATH={root}:/mine"
+
+
+def test_ranks_share_the_cores(root: Path) -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert started(root, "--nproc-per-node", "1")[0]["OMP_NUM_THREADS"] == str(cores)
+    assert started(root, "--nproc-per-node", str(cores + 1))[0]["OMP_NUM_THREADS"] == "1"
+
+
+def test_variables_of_ones_own_are_left_alone(root: Path) -> None:
+    found, _, _ = started(root, OMP_NUM_THREADS="7", CUDA_DEVICE_MAX_CONNECTIONS="32", NCCL_DEBUG="INFO")
+    assert (found["OMP_NUM_THREADS"], found["CUDA_DEVICE_MAX_CONNECTIONS"]) == ("7", "32")
+    assert found["NCCL_DEBUG"] == "INFO"
+
+
+def test_a_gpu_machine_gets_nccls_variables_and_a_cpu_machine_its_allocators(root: Path) -> None:
+    on_gpu, _, _ = started(root, CUDA_VISIBLE_DEVICES="0")
+    on_cpu, _, _ = started(root, CUDA_VISIBLE_DEVICES="")
+    assert on_gpu["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "3"
+    assert on_cpu["MALLOC_TRIM_THRESHOLD_"] == str(16 * 2**30)
+    assert not any(name.startswith("MALLOC") for name in on_gpu)
+    assert "TORCH_NCCL_ASYNC_ERROR_HANDLING" not in on_cpu
+    assert on_gpu["CUDA_DEVICE_MAX_CONNECTIONS"] == on_cpu["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--nnodes two", "--nnodes two must be a whole number of at least 1"),
+        ("--nproc-per-node 0", "--nproc-per-node 0 must be a whole number of at least 1"),
+        ("--nnodes 2", "2 nodes need a number each; give --node-rank 0 to 1"),
+        ("--nnodes 2 --node-rank 2", "--node-rank 2 is none of 2 nodes; give 0 to 1"),
+        ("--nnodes 2 --node-rank 0", "2 nodes meet at node 0; give its name or address with --master-addr"),
+        ("--master-addr --lr 1", "--master-addr has no value; give --master-addr VALUE"),
+        ("--nnodes", "--nnodes has no value; give --nnodes VALUE"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_with_what_can(root: Path, words: str, sentence: str) -> None:
+    assert refused(root, *words.split()) == f"stage1.sh: error: {sentence}"
+
+
+def test_help_is_the_launchers_own_and_names_the_trainers(root: Path) -> None:
+    said = launch(root, "--help")
+    assert said.returncode == 0
+    assert "--nproc-per-node  NPROC_PER_NODE" in said.stdout
+    assert "moelpr.pretrain --help" in said.stdout
+
+
+def test_no_flag_of_the_trainer_is_taken_by_the_launcher() -> None:
+    from moelpr.arguments.flags import all_arguments
+
+    taken = {"--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port", "--dry-run"}
+    assert not taken & {flag.replace("_", "-") for flag in all_arguments().flags()}

@@ -7,6 +7,7 @@
 #   --node-rank       NODE_RANK       this node, 0 to nnodes-1
 #   --master-addr     MASTER_ADDR     name or address of node 0
 #   --master-port     MASTER_PORT     a free port of node 0 (default: 29500; one node alone: any free one)
+#   --join-timeout    JOIN_TIMEOUT    seconds in which all nodes must have come (default: 45)
 #   --dry-run                         print the command with every variable set here, and don't run it
 #
 # Every other word goes to the trainer: .venv/bin/python -m moelpr.pretrain --help lists its flags. docs/running.md
@@ -28,7 +29,7 @@ while (($#)); do
     case ${word//_/-} in
     --dry-run) dry_run=yes ;;
     -h | --help) exec sed -n '4,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" ;;
-    --nproc-per-node | --nnodes | --node-rank | --master-addr | --master-port)
+    --nproc-per-node | --nnodes | --node-rank | --master-addr | --master-port | --join-timeout)
         name=${word#--} name=${name//-/_}
         if [[ $1 != *=* ]]; then
             [[ -n ${2:-} && ${2:-} != --* ]] || fail "$word has no value; give $word VALUE"
@@ -50,7 +51,7 @@ gpus=${#devices[@]}
 
 nnodes=${NNODES:-1}
 nproc_per_node=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
-for setting in "--nnodes $nnodes" "--nproc-per-node $nproc_per_node"; do
+for setting in "--nnodes $nnodes" "--nproc-per-node $nproc_per_node" "--join-timeout ${JOIN_TIMEOUT:-45}"; do
     [[ ${setting#* } =~ ^[1-9][0-9]*$ ]] || fail "$setting must be a whole number of at least 1"
 done
 if [[ $nnodes == 1 && -z ${MASTER_PORT:-} ]]; then
@@ -64,7 +65,8 @@ else
     fi
     [[ -n $master_addr ]] || fail "$nnodes nodes meet at node 0; give its name or address with --master-addr"
     where=(--nnodes "$nnodes" --node-rank "$node_rank"
-        --master-addr "$master_addr" --master-port "${MASTER_PORT:-29500}")
+        --master-addr "$master_addr" --master-port "${MASTER_PORT:-29500}"
+        ${JOIN_TIMEOUT:+--rdzv-conf "timeout=$JOIN_TIMEOUT"})
 fi
 
 variables=()

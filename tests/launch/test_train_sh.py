@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SET_HERE = ("NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES")
+SET_HERE = (
+    "NPROC_PER_NODE",
+    "NNODES",
+    "NODE_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "JOIN_TIMEOUT",
+    "CUDA_VISIBLE_DEVICES",
+)
 DEFAULTS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "PYTHONWARNINGS", "CUDA_DEVICE_MAX_CONNECTIONS", "PYTHONPATH")
 
 
@@ -81,6 +89,11 @@ def test_arguments_win_over_variables(root: Path) -> None:
 
 def test_a_port_is_kept_on_one_node_too(root: Path) -> None:
     assert "4321" in started(root, "--master-port", "4321")[1]
+
+
+def test_the_time_to_join_reaches_torchrun_and_its_meeting(root: Path) -> None:
+    words = ("--nnodes", "2", "--node-rank", "0", "--master-addr", "a", "--join-timeout", "300")
+    assert shlex.join(started(root, *words)[1]).endswith("--rdzv-conf timeout=300 --nproc-per-node 1")
 
 
 def test_a_dry_run_prints_what_would_run_wherever_it_stands(root: Path) -> None:
@@ -157,5 +170,13 @@ def test_help_is_the_launchers_own_and_names_the_trainers(root: Path) -> None:
 def test_no_flag_of_the_trainer_is_taken_by_the_launcher() -> None:
     from moelpr.arguments.flags import all_arguments
 
-    taken = {"--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port", "--dry-run"}
+    taken = {
+        "--nproc-per-node",
+        "--nnodes",
+        "--node-rank",
+        "--master-addr",
+        "--master-port",
+        "--join-timeout",
+        "--dry-run",
+    }
     assert not taken & {flag.replace("_", "-") for flag in all_arguments().flags()}

@@ -40,3 +40,15 @@ def test_debug_shows_the_traceback_of_a_user_error(monkeypatch) -> None:  # noqa
     monkeypatch.setattr("sys.argv", ["tool", "--debug"])
     with pytest.raises(UserError):
         run_command(fail_with(UserError("x")))
+
+
+def test_rank_0_speaks_first_then_one_rank_of_each_other_node(monkeypatch, capsys) -> None:  # noqa: ANN001
+    waited: dict[str, float] = {}
+    for rank, local_rank in (("0", "0"), ("1", "1"), ("2", "0"), ("3", "1")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        waited[rank] = 0
+        monkeypatch.setattr("time.sleep", lambda seconds, rank=rank: waited.update({rank: seconds}))
+        with pytest.raises(SystemExit):
+            run_command(fail_with(UserError("found a")))
+    assert waited["0"] == 0 < waited["2"] < waited["1"] == waited["3"]

@@ -6,7 +6,7 @@ are missing or nonsense themselves: another one says so. All of them run, and al
 
 from collections.abc import Callable, Iterable
 
-from moelpr.arguments.checks import checkpoint, layout, machine, method, resume, schedule
+from moelpr.arguments.checks import checkpoint, disk, layout, machine, method, resume, schedule
 from moelpr.arguments.checks.run import Run
 
 Check = Callable[[Run], Iterable[str]]
@@ -14,6 +14,7 @@ Check = Callable[[Run], Iterable[str]]
 CHECKS: tuple[Check, ...] = (
     *checkpoint.CHECKS,
     *resume.CHECKS,
+    *disk.CHECKS,
     *layout.CHECKS,
     *schedule.CHECKS,
     *method.CHECKS,

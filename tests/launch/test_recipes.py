@@ -1,0 +1,115 @@
+"""The recipes for large models: their layout fits the hardware they name, and the trainer takes them."""
+
+import json
+import re
+import shlex
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moelpr.arguments.checks import complaints
+from moelpr.arguments.checks.disk import _size, checkpoint_bytes
+from moelpr.arguments.checks.run import Run
+from moelpr.arguments.flags import all_arguments
+from moelpr.arguments.sources import Sources
+from moelpr.plan.__main__ import main as plan
+from moelpr.plan.model import upcycled_spec
+
+RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
+LARGE = sorted(path.name for path in RECIPES.glob("qwen2.5-*.yaml"))
+# What the models' config.json says of their shape.
+SHAPES = {
+    "Qwen2.5-7B": (3584, 18944, 28, 28, 4),
+    "Qwen2.5-72B": (8192, 29568, 80, 64, 8),
+}
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders of the models' names, here, with a config.json each."""
+    for name, (hidden, ffn, layers, heads, groups) in SHAPES.items():
+        config = {
+            "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "vocab_size": 152064,
+            "hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers, "rms_norm_eps": 1e-6,
+            "num_attention_heads": heads, "num_key_value_heads": groups, "max_position_embeddings": 131072,
+            "rope_theta": 1e6, "tie_word_embeddings": False, "use_sliding_window": False, "torch_dtype": "bfloat16",
+        }  # fmt: skip
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    monkeypatch.chdir(tmp_path)
+
+
+def comment_of(recipe: str) -> str:
+    lines = (RECIPES / recipe).read_text().splitlines()
+    return "\n".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
+
+
+def command_in(comment: str) -> list[str]:
+    """The words behind "python -m moelpr.plan", which may go on in the next line."""
+    words = re.search(r"python -m moelpr\.plan (.*?)(?=\n[A-Z])", comment, re.DOTALL)
+    assert words
+    return shlex.split(words[1])
+
+
+@pytest.mark.parametrize("recipe", LARGE)
+def test_the_layout_is_one_that_the_planner_lists_with_the_memory_the_comment_names(
+    recipe: str, models: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, comment = yaml.safe_load((RECIPES / recipe).read_text()), comment_of(recipe)
+    monkeypatch.setattr("sys.argv", ["plan", *command_in(comment), "--json"])
+    plan()
+    planned = json.loads(capsys.readouterr().out)
+    wanted = {
+        "tp": settings.get("tensor-model-parallel-size", 1),
+        "pp": settings.get("pipeline-model-parallel-size", 1),
+        "ep": settings.get("expert-model-parallel-size", 1),
+        "etp": settings.get("expert-tensor-parallel-size", settings.get("tensor-model-parallel-size", 1)),
+        "recompute": settings.get("recompute-granularity", "none"),
+        "distributed_optimizer": settings.get("use-distributed-optimizer", False),
+    }
+    assert (
+        planned["run"].items()
+        >= {
+            name.replace("-", "_"): settings[name] for name in ("seq-length", "micro-batch-size", "global-batch-size")
+        }.items()
+    )
+    (layout,) = [one for one in planned["layouts"] if one.items() >= wanted.items()]
+    assert f"{layout['fullest_rank']['total_bytes'] / 2**30:.2f} GiB" in comment
+    if "the recommended one" in comment:
+        assert layout == planned["recommended"]
+
+
+@pytest.mark.parametrize("recipe", LARGE)
+def test_a_checkpoint_takes_what_the_comment_says(recipe: str, models: None) -> None:
+    comment, stage = comment_of(recipe), recipe.removesuffix(".yaml").rsplit("-", 1)[1]
+    words = command_in(comment)
+    spec = upcycled_spec(Path(words[1]), int(words[3]))
+    args = Namespace(stage=stage, bf16=True, fp16=False, train_everything=False, no_save_optim=None)
+    args.save_trained_only = yaml.safe_load((RECIPES / recipe).read_text()).get("save-trained-only", False)
+    assert f"A checkpoint takes {_size(checkpoint_bytes(args, spec))}" in comment
+
+
+@pytest.mark.parametrize("recipe", LARGE)
+def test_the_trainer_takes_it_on_the_hardware_it_names(
+    recipe: str, models: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = command_in(comment_of(recipe))
+    folder = Path("upcycled")
+    (folder / "release").mkdir(parents=True)
+    upcycled_spec(Path(words[1]), int(words[3])).write(folder)
+    (folder / "latest_checkpointed_iteration.txt").write_text("release")
+    for suffix in ("bin", "idx", "lang"):
+        Path(f"corpus.{suffix}").touch()
+    command = shlex.split("--pretrained-checkpoint upcycled --data-path corpus --recipe") + [str(RECIPES / recipe)]
+    command += ["--stage", "stage1"] if "stage1" in recipe else ["--stage", "stage2", "--train-iters", "500"]
+    monkeypatch.setenv("WORLD_SIZE", words[5])
+    sources = Sources.gather(command, all_arguments())
+    assert [*sources.complaints, *complaints(Run.of(sources.draft, sources))] == []
+
+
+@pytest.mark.parametrize("recipe", sorted(path.name for path in RECIPES.glob("*.yaml")))
+def test_every_key_of_every_recipe_is_a_flag(recipe: str) -> None:
+    flags = all_arguments().flags()
+    assert [key for key in yaml.safe_load((RECIPES / recipe).read_text()) if f"--{key}" not in flags] == []

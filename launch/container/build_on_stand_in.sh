@@ -74,8 +74,12 @@ for package in torch torchgen functorch nvidia triton; do
     [[ ! -d $host_site/$package ]] ||
         lent+=(--volume "$(realpath "$host_site/$package"):/usr/local/lib/python3.13/dist-packages/$package:ro")
 done
-# Runs words through the image's entry point, as docker run does.
-run() { b run --isolation chroot --network host "${lent[@]}" "$container" /opt/moelpr/launch/container/entrypoint.sh "$@"; }
+# Runs words through the image's entry point, as docker run does; options of that stand in `options`.
+options=()
+run() {
+    b run --isolation chroot --network host "${lent[@]}" "${options[@]}" "$container" \
+        /opt/moelpr/launch/container/entrypoint.sh "$@"
+}
 # expect WORD COMMAND…: its output must hold the word.
 expect() {
     local wanted=$1 output
@@ -92,6 +96,11 @@ expect 2.13.0a0+stand.in run /opt/moelpr/.venv/bin/python -c 'import importlib.m
 expect '(no torch)' run bash -c 'cd /opt/moelpr/.venv/lib/python3*/site-packages; ls -d torch* nvidia* 2>/dev/null || echo "(no torch)"'
 expect "$(sed -n 's/^transformers==//p' constraints.txt)" run /opt/moelpr/.venv/bin/python -c \
     'import importlib.metadata as m; print(m.version("transformers"))'
+
+options=(--user 1234:1234)
+# shellcheck disable=SC2016  # the container's variables
+expect '1234 moelpr /work' run bash -c 'touch ~/file /work/file && echo "$(id -u) $USER $PWD"'
+options=()
 
 said "the tools"
 expect 'preprocess_data ' run --help

@@ -1,4 +1,4 @@
-"""The recipes for large models: their layout fits the hardware they name, and the trainer takes them."""
+"""The recipes for models of real size: their layout fits the hardware they name, and the trainer takes them."""
 
 import json
 import re
@@ -18,21 +18,22 @@ from moelpr.plan.__main__ import main as plan
 from moelpr.plan.model import upcycled_spec
 
 RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
-LARGE = sorted(path.name for path in RECIPES.glob("qwen2.5-*.yaml"))
-# What the models' config.json says of their shape.
+REAL = sorted(path.name for pattern in ("paper-*.yaml", "qwen2.5-*.yaml") for path in RECIPES.glob(pattern))
+# What the models' config.json says of their shape: hidden size, FFN, layers, heads, query groups, vocabulary.
 SHAPES = {
-    "Qwen2.5-7B": (3584, 18944, 28, 28, 4),
-    "Qwen2.5-72B": (8192, 29568, 80, 64, 8),
+    "Qwen1.5-1.8B": (2048, 5504, 24, 16, 16, 151936),
+    "Qwen2.5-7B": (3584, 18944, 28, 28, 4, 152064),
+    "Qwen2.5-72B": (8192, 29568, 80, 64, 8, 152064),
 }
 
 
 @pytest.fixture
 def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Folders of the models' names, here, with a config.json each."""
-    for name, (hidden, ffn, layers, heads, groups) in SHAPES.items():
+    for name, (hidden, ffn, layers, heads, groups, vocabulary) in SHAPES.items():
         config = {
-            "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "vocab_size": 152064,
-            "hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers, "rms_norm_eps": 1e-6,
+            "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
+            "vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers, "rms_norm_eps": 1e-6,
             "num_attention_heads": heads, "num_key_value_heads": groups, "max_position_embeddings": 131072,
             "rope_theta": 1e6, "tie_word_embeddings": False, "use_sliding_window": False, "torch_dtype": "bfloat16",
         }  # fmt: skip
@@ -53,7 +54,7 @@ def command_in(comment: str) -> list[str]:
     return shlex.split(words[1])
 
 
-@pytest.mark.parametrize("recipe", LARGE)
+@pytest.mark.parametrize("recipe", REAL)
 def test_the_layout_is_one_that_the_planner_lists_with_the_memory_the_comment_names(
     recipe: str, models: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,7 +82,7 @@ def test_the_layout_is_one_that_the_planner_lists_with_the_memory_the_comment_na
         assert layout == planned["recommended"]
 
 
-@pytest.mark.parametrize("recipe", LARGE)
+@pytest.mark.parametrize("recipe", REAL)
 def test_a_checkpoint_takes_what_the_comment_says(recipe: str, models: None) -> None:
     comment, stage = comment_of(recipe), recipe.removesuffix(".yaml").rsplit("-", 1)[1]
     words = command_in(comment)
@@ -91,7 +92,7 @@ def test_a_checkpoint_takes_what_the_comment_says(recipe: str, models: None) -> 
     assert f"A checkpoint takes {_size(checkpoint_bytes(args, spec))}" in comment
 
 
-@pytest.mark.parametrize("recipe", LARGE)
+@pytest.mark.parametrize("recipe", REAL)
 def test_the_trainer_takes_it_on_the_hardware_it_names(
     recipe: str, models: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

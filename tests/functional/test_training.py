@@ -3,6 +3,7 @@
 Each launch costs 10 to 20 s, so few of them serve many tests.
 """
 
+import argparse
 import json
 import os
 import shutil
@@ -12,6 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
+
+from moelpr.arguments.checks.disk import checkpoint_bytes
+from moelpr.model_spec import ModelSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = "--micro-batch-size 2 --global-batch-size 4 --seq-length 32 --lr 1e-2 --min-lr 1e-3 --lr-decay-style cosine"
@@ -135,6 +140,14 @@ def stage2_command(material: Path, stage1: Path, save: Path) -> list[str | Path]
     data = ["1", material / "original", "1", material / "expanded"]
     words = ["stage2", "--pretrained-checkpoint", stage1, "--data-path", *data, "--save", save, "--save-interval", "3"]
     return [*words, "--lr", "0.1"]
+
+
+def test_a_checkpoint_has_the_bytes_that_are_looked_for_on_the_disk(stage1: Path, stage2: Path) -> None:
+    """Whole with the distributed optimizer's state, and only what was trained with the plain one's."""
+    for run in (stage1, stage2):
+        settings = argparse.Namespace(**yaml.safe_load((run / "recipe.yaml").read_text()))
+        written = sum(tensor.nbytes for tensor in tensors(run, 6).values())
+        assert written == checkpoint_bytes(settings, ModelSpec.read(run))
 
 
 def test_stage1_learns(stage1: Path) -> None:

@@ -32,8 +32,8 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Folders of the models' names, here, with a config.json each."""
     for name, (hidden, ffn, layers, heads, groups, vocabulary) in SHAPES.items():
         config = {
-            "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
-            "vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers, "rms_norm_eps": 1e-6,
+            "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "rms_norm_eps": 1e-6,
+            "hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers, "vocab_size": vocabulary,
             "num_attention_heads": heads, "num_key_value_heads": groups, "max_position_embeddings": 131072,
             "rope_theta": 1e6, "tie_word_embeddings": False, "use_sliding_window": False, "torch_dtype": "bfloat16",
         }  # fmt: skip
@@ -89,6 +89,7 @@ def test_a_checkpoint_takes_what_the_comment_says(recipe: str, models: None) -> 
     spec = upcycled_spec(Path(words[1]), int(words[3]))
     args = Namespace(stage=stage, bf16=True, fp16=False, train_everything=False, no_save_optim=None)
     args.save_trained_only = yaml.safe_load((RECIPES / recipe).read_text()).get("save-trained-only", False)
+    args.use_distributed_optimizer = True
     assert f"A checkpoint takes {_size(checkpoint_bytes(args, spec))}" in comment
 
 

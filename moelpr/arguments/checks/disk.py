@@ -50,7 +50,9 @@ def checkpoint_bytes(args: argparse.Namespace, spec: ModelSpec) -> int:
                for shape in piece.hf_shapes)  # fmt: skip
     dtype = "bf16" if args.bf16 or args.fp16 else "fp32"
     trains_all = args.stage not in TRAINED or args.train_everything
-    state = 0 if args.no_save_optim else MASTER_BYTES[dtype] + MOMENT_BYTES
+    # The distributed optimizer writes a copy of fp32 weights too.
+    master = MASTER_BYTES["bf16" if args.use_distributed_optimizer else dtype]
+    state = 0 if args.no_save_optim else master + MOMENT_BYTES
     total = 0
     for part in parts_of(tensors):
         is_trained = trains_all or part.kind in TRAINED[args.stage]

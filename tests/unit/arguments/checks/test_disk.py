@@ -76,11 +76,13 @@ def test_a_checkpoint_is_the_weights_and_what_the_optimizer_keeps_of_what_is_tra
     whole = 128 * 32 + experts + routers + attention + norms
 
     def size(stage: str, bf16: bool = True, **others: bool) -> int:
-        flags = {"fp16": False, "train_everything": False, "save_trained_only": False, "no_save_optim": None, **others}
+        names = ("fp16", "train_everything", "save_trained_only", "no_save_optim", "use_distributed_optimizer")
+        flags = dict.fromkeys(names, False) | others
         return checkpoint_bytes(Namespace(stage=stage, bf16=bf16, **flags), moe_spec)
 
     assert size("stage1") == whole * 2 + (new + routers) * 12
     assert size("stage1", bf16=False) == whole * 4 + (new + routers) * 8
+    assert size("stage1", bf16=False, use_distributed_optimizer=True) == whole * 4 + (new + routers) * 12
     assert size("stage2") == whole * 2 + routers * 12
     assert size("stage2", save_trained_only=True) == routers * 14
     assert size("stage2", no_save_optim=True) == whole * 2

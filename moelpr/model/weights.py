@@ -48,7 +48,7 @@ def load_weights(
             }
             loaded = load(here, str(link))
             for index, chunk in enumerate(chunks):
-                chunk.load_state_dict(loaded[f"model{index}"], strict=False)
+                chunk.load_state_dict(loaded.get(f"model{index}", {}), strict=False)  # a link may have nothing for it
         except _LOAD_ERRORS as error:
             raise UserError(f"the checkpoint {link} does not fit its model_spec.json: {_one_line(error)}") from error
         wanted = {

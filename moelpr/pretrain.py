@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 8 -m moelpr.pretrain --stage stage1 --recipe launch/recipes/paper-stage1.yaml \\
         --pretrained-checkpoint upcycled --data-path corpus_text_document --save runs/stage1
 
-A run that was killed goes on where its last checkpoint stands when the same command is given again.
+A run that was killed goes on where its last checkpoint stands when the same command is given again. (With --load or
+--finetune a command says where to start, so to resume such a run, drop them.)
 What happens is told in moelpr/training/train.py; this file stays light because Megatron's checkpoint writer starts
 helper processes that import it again.
 """

@@ -1,6 +1,7 @@
 """A stage from arguments to checkpoint: data, model, freezing -> Megatron's own pretrain()."""
 
 import argparse
+from contextlib import closing
 
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -21,8 +22,9 @@ from moelpr.model.builder import block_spec
 from moelpr.model.config import MoELPRConfig
 from moelpr.model.stages import freeze, parameter_report
 from moelpr.model.vocabulary import mask_padding
-from moelpr.training import metrics, run_folder
+from moelpr.training import metrics
 from moelpr.training.forward_step import forward_step
+from moelpr.training.run_folder import run_folder
 from moelpr.training.starting_weights import LoadHook, starting_weights
 
 
@@ -30,17 +32,13 @@ def train(argv: list[str]) -> None:
     """Train one stage as the command line `argv` says, on this rank."""
     args, spec = parse_arguments(argv)
     load_weights = starting_weights(args)
-    run_folder.prepare(args, spec)
-    step_log = metrics.install(args.stage)
-    try:
+    with run_folder(args, spec), closing(metrics.install(args.stage)) as step_log:
         pretrain(
             pretrain_cfg_container_from_args(args, _model_config(args, load_weights, step_log)),
             datasets_provider,
             ModelType.encoder_or_decoder,
             forward_step,
         )
-    finally:
-        step_log.close()
     torch.distributed.barrier()
 
 

@@ -47,6 +47,38 @@ def test_the_first_start_may_be_gone_by_now(make_checkpoint, accepted, tmp_path:
     assert accepted("stage1", tmp_path / "deleted", "--save", run)["model_source"] == run
 
 
+@pytest.mark.parametrize("flag", ["--load", "--finetune"])
+def test_a_run_is_not_started_over_the_checkpoints_of_another(make_checkpoint, refused, accepted, flag: str) -> None:
+    run, other = make_checkpoint("run", stage="stage1"), make_checkpoint("other", stage="stage1")
+    start = [flag, other] if flag == "--load" else [flag]
+    (said,) = refused("stage1", None, "--save", run, *start)
+    assert said.startswith(f"--save {run} holds checkpoints of a run, and {flag} would start another one over them")
+    new = f"{run}-new"
+    assert accepted("stage1", other, "--save", new, "--load", run)["is_resumed"]
+    assert not accepted("stage1", other, "--save", new, "--load", run, "--finetune")["is_resumed"]
+
+
+SCHEDULE = {"stage": "stage1", "min_lr": 0.0}
+
+
+def test_another_schedule_is_noticed_before_megatrons_assertion(make_checkpoint, refused, accepted) -> None:
+    run = make_checkpoint("run", **SCHEDULE)
+    (said,) = refused("stage1", None, "--save", run, "--train-iters", "4", "--min-lr", "1e-4")
+    assert said.startswith(
+        f"{run} was trained with --min-lr 0.0, --train-iters 2, which its learning-rate schedule rests on, not "
+        "--min-lr 0.0001, --train-iters 4; keep it, or add --override-opt-param-scheduler"
+    )
+    start = f"{run}-start"
+    for flag in ("--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler", "--no-load-optim"):
+        assert accepted("stage1", start, "--save", run, "--train-iters", "4", flag)["train_iters"] == 4
+    assert accepted("stage1", start, "--save", run)["is_resumed"]
+
+
+def test_a_longer_training_keeps_a_decay_that_is_said_apart(make_checkpoint, accepted) -> None:
+    run = make_checkpoint("run", **SCHEDULE, lr_decay_iters=2)
+    assert accepted("stage1", f"{run}-start", "--save", run, "--lr-decay-iters", "2", "--train-iters", "4")
+
+
 # before: recipe.yaml of the run; now: flags and processes. `fits` None: it loads; else what the sentence names.
 TABLE = {
     "more processes": ({}, [], 2, None),

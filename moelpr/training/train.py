@@ -21,14 +21,21 @@ from moelpr.model.builder import block_spec
 from moelpr.model.config import MoELPRConfig
 from moelpr.model.stages import freeze, parameter_report
 from moelpr.model.vocabulary import mask_padding
-from moelpr.training import metrics, run_folder
+from moelpr.training import clean_stop, metrics, run_folder
+from moelpr.training.clean_stop import StopRequest
 from moelpr.training.forward_step import forward_step
 from moelpr.training.starting_weights import LoadHook, starting_weights
 
 
-def train(argv: list[str]) -> None:
-    """Train one stage as the command line `argv` says, on this rank."""
+def train(argv: list[str], stop: StopRequest | None = None) -> None:
+    """Train one stage as the command line `argv` says, on this rank, to its end or until someone asks it to stop."""
     args, spec = parse_arguments(argv)
+    if clean_stop.is_finished(args):
+        clean_stop.tell_how_it_ended(args)
+        return
+    if stop is not None:
+        stop.enter_megatron(args)
+    clean_stop.begin(args)
     load_weights = starting_weights(args)
     run_folder.prepare(args, spec)
     step_log = metrics.install(args.stage)
@@ -39,9 +46,13 @@ def train(argv: list[str]) -> None:
             ModelType.encoder_or_decoder,
             forward_step,
         )
+    except SystemExit as end:
+        if end.code != 0:  # Megatron's answer to signals_received() is 0
+            raise
     finally:
         step_log.close()
     torch.distributed.barrier()
+    clean_stop.tell_how_it_ended(args)
 
 
 def _model_config(args: argparse.Namespace, load_weights: LoadHook, step_log: metrics.StepLog) -> GPTModelConfig:

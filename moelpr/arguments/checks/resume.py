@@ -115,6 +115,24 @@ def optimizer_state_fits(run: Run) -> Iterable[str]:
     )
 
 
+def the_learning_rate_schedule_is_the_same(run: Run) -> Iterable[str]:
+    """Megatron keeps its length in the checkpoint; --train-iters is that length unless another flag says it."""
+    record, args = run.record, run.args
+    if not run.is_resumed or record is None or record.get("stage") != args.stage:
+        return
+    if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
+        return
+    for decay, whole in (("lr_decay_iters", "train_iters"), ("lr_decay_samples", "train_samples")):
+        before = record.get(decay) or record.get(whole)
+        now = getattr(args, decay) or getattr(args, whole)
+        if before and now and before != now:
+            unit = "steps" if whole == "train_iters" else "sequences"
+            yield (
+                f"{run.checkpoint} was trained with a learning rate that falls over {before} {unit}, not {now}; keep "
+                f"that with --{decay.replace('_', '-')} {before}, or take the new with --override-opt-param-scheduler"
+            )
+
+
 def _format(record: Mapping[str, Any]) -> str:
     if not record.get("use_distributed_optimizer"):
         return "by parameter"
@@ -156,4 +174,5 @@ CHECKS = (
     the_model_is_the_same,
     the_checkpoints_hold_the_same,
     optimizer_state_fits,
+    the_learning_rate_schedule_is_the_same,
 )

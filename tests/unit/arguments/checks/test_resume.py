@@ -42,6 +42,21 @@ def test_a_run_keeps_saving_what_it_saved_before(make_checkpoint, refused, befor
     assert said.startswith(f"{run} was saved {'with' if before else 'without'} --save-trained-only; resume it the same")
 
 
+@pytest.mark.parametrize("record", [{"train_iters": 9}, {"train_iters": 2, "lr_decay_iters": 9}])
+def test_a_longer_run_says_what_becomes_of_its_learning_rate(make_checkpoint, refused, record: dict) -> None:
+    run = make_checkpoint("run", stage="stage1", **record)
+    (said,) = refused("stage1", None, "--save", run)
+    assert said.startswith(
+        f"{run} was trained with a learning rate that falls over 9 steps, not 2; keep that with --lr"
+    )
+
+
+@pytest.mark.parametrize("words", [["--lr-decay-iters", "9"], ["--override-opt-param-scheduler"]])
+def test_a_longer_run_is_taken_once_it_has_said_so(make_checkpoint, accepted, words: list[str]) -> None:
+    run = make_checkpoint("run", stage="stage1", train_iters=9)
+    assert accepted("stage1", None, "--save", run, *words)["train_iters"] == 2
+
+
 def test_the_first_start_may_be_gone_by_now(make_checkpoint, accepted, tmp_path: Path) -> None:
     run = make_checkpoint("run", stage="stage1")
     assert accepted("stage1", tmp_path / "deleted", "--save", run)["model_source"] == run

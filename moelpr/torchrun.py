@@ -11,13 +11,13 @@ import logging
 import os
 import signal
 import sys
+import threading
 from types import FrameType
 
 import psutil
 
-# A node that is dead at start is waited for this long; torchrun's own default is ten minutes. Set PET_RDZV_CONF or give
-# --rdzv-conf for another time.
-JOIN_TIMEOUT_S = 50
+# A node that is dead at start is waited for this long; torchrun's own time is ten minutes.
+JOIN_TIMEOUT_S = int(os.environ.get("MOELPR_JOIN_TIMEOUT_S", "50"))
 
 
 def main() -> None:
@@ -25,6 +25,10 @@ def main() -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _pass_on)
     os.environ.setdefault("PET_RDZV_CONF", f"timeout={JOIN_TIMEOUT_S}")
+    # Node 0 keeps to that; the others would go on trying to reach it.
+    watch = threading.Timer(JOIN_TIMEOUT_S + 5, _give_up_without_ranks)
+    watch.daemon = True
+    watch.start()
 
     from torch.distributed import DistNetworkError, DistStoreError
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -41,7 +45,7 @@ def main() -> None:
             print(f"torchrun: rank {failure.get_first_failure()[0]} ended with code {first.exitcode}", file=sys.stderr)
         sys.exit(first.exitcode if first.exitcode > 0 else 1)
     except (DistNetworkError, DistStoreError) as error:
-        print(f"torchrun: error: {_why_the_nodes_did_not_meet(str(error))}", file=sys.stderr)
+        _tell_why_the_nodes_did_not_meet(str(error))
         sys.exit(1)
 
 
@@ -54,16 +58,24 @@ def _pass_on(number: int, frame: FrameType | None) -> None:
             continue
 
 
-def _why_the_nodes_did_not_meet(error: str) -> str:
+def _give_up_without_ranks() -> None:
+    if not psutil.Process().children():
+        _tell_why_the_nodes_did_not_meet(f"no answer from {os.environ.get('MASTER_ADDR', 'node 0')}")
+        os._exit(1)  # the main thread is inside a call that nothing ends
+
+
+def _tell_why_the_nodes_did_not_meet(error: str) -> None:
     if "EADDRINUSE" in error or "address already in use" in error:
-        return (
+        why = (
             "the port that the nodes meet at is taken by another program on this node; set MASTER_PORT to a free one, "
             "the same on all nodes"
         )
-    return (
-        f"not all nodes came together ({error.splitlines()[0].strip()}); start the same command on every node, with "
-        "the same NNODES, MASTER_ADDR and MASTER_PORT and each with its NODE_RANK"
-    )
+    else:
+        why = (
+            f"not all nodes came together within {JOIN_TIMEOUT_S} s ({error.splitlines()[0].strip(' .')}); start the "
+            "same command on every node, with the same NNODES, MASTER_ADDR and MASTER_PORT and each with its NODE_RANK"
+        )
+    print(f"torchrun: error: {why}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

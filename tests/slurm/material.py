@@ -25,8 +25,8 @@ def make_model(folder: Path) -> Path:
     tokenizer = Tokenizer(models.BPE({byte: number for number, byte in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
-    fast.add_special_tokens({"pad_token": "<pad>"})
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast.add_special_tokens({"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"})
     fast.save_pretrained(folder / "tokenizer")
     save_untrained_qwen2(
         folder / "tokenizer", folder / "hf", hidden_size=32, num_layers=2, ffn_hidden_size=48, num_attention_heads=4,

@@ -1,4 +1,4 @@
-"""The project's own chain on a real Slurm: it stops where a step fails, goes on from there, and equals plain launches."""
+"""The chain on a real Slurm: it stops where a step fails, goes on from there, and equals plain launches."""
 
 import json
 import os

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,6 +47,20 @@ def make_text(folder: Path, documents: int = 120) -> dict[str, Path]:
                 text = " ".join(words[(number + index) % len(words)] for index in range(3 + number % 9))
                 file.write(json.dumps({"text": text, "lang": language}, ensure_ascii=False) + "\n")
     return files
+
+
+def make_corpus(folder: Path) -> Path:
+    """The prefix of a corpus of expanded-language text, without a tokenizer's help."""
+    from data_tools.corpus import CorpusWriter
+
+    random = np.random.default_rng(0)
+    with CorpusWriter(folder / "corpus", vocab_size=257) as writer:
+        for _ in range(60):
+            start, length = random.integers(0, 256), random.integers(10, 40)
+            writer.add_document((start + np.arange(length, dtype=np.int32)) % 256, is_original=False)
+        writer.finalize()
+        writer.commit()
+    return folder / "corpus"
 
 
 def metrics(run: Path) -> list[dict]:

@@ -3,9 +3,10 @@
     python -m benchmarks.preemption --trials 10 --output preemption.json
 
 Starts a throw-away Slurm of two nodes (tests/slurm/cluster.py), trains a tiny model there once unbroken, and then in
-each trial until a job of a higher-priority partition takes the nodes away at a random step. Half of the trials are asked
-to stop as Slurm asks by default (SIGTERM to the processes), half as `PreemptParameters=send_user_signal` does (SIGUSR1 to
-the job script). Needs root, and Debian's slurmctld, slurmd and slurm-client (`make test-slurm` installs them).
+each trial until a job of a higher-priority partition takes the nodes away at a random step. Half of the trials are
+asked to stop as Slurm asks by default (SIGTERM to the processes), half as with `PreemptParameters=send_user_signal`
+(SIGUSR1 to the job script). Losses, all other metrics, and the last checkpoint's model and optimizer are compared.
+Needs root, and Debian's slurmctld, slurmd and slurm-client, which `make test-slurm` installs.
 """
 
 import argparse

@@ -194,6 +194,14 @@ def test_a_stage_that_cannot_run_is_one_sentence(
     assert calls.made == []
 
 
+@pytest.mark.parametrize("words", [["--save", "SAVE"], ["--save=SAVE"]])
+def test_the_folder_is_found_as_argparse_finds_it(calls: Calls, tmp_path: Path, words: list[str]) -> None:
+    """The trainer has made no step (no FINISHED there) and nobody asked it to stop, so the job must fail."""
+    empty = str(tmp_path / "empty")
+    done = calls("launch/slurm/stage.sbatch", "stage1", *[word.replace("SAVE", empty) for word in words])
+    assert (done.returncode, done.stderr) == (1, "job: stopped by hand before its end; submit it again to go on\n")
+
+
 def test_a_stage_ends_as_its_trainer_ended(calls: Calls, tmp_path: Path) -> None:
     assert stage(calls, tmp_path, *STAGE, SRUN_CODE="2").returncode == 2
 

@@ -32,7 +32,6 @@ def settings(save: Path, **changes: object) -> argparse.Namespace:
         ("10", {"model_source": "elsewhere"}, False),
         ("10", {"finetune": True}, False),
         ("10", {"ckpt_step": 5}, False),
-        ("10", {"save": None}, False),
         (None, {}, False),
     ],
 )

@@ -30,7 +30,7 @@ VOCAB_SIZE = 300  # padded to 384 in one process, to 512 over two tensor-paralle
 # Adam moves an element whose gradient is all rounding by a full step, unless its epsilon is larger than the rounding.
 SETTINGS = (
     f"--micro-batch-size 2 --global-batch-size 8 --seq-length 32 --lr 3e-3 --train-iters {STEPS} --log-interval 1 "
-    "--lpr-loss-coeff 0.1 --balance-loss-coeff 0.01 --adam-eps 1e-5 --weight-decay 0 --save-interval 100"
+    "--lpr-loss-coeff 0.1 --balance-loss-coeff 0.01 --adam-eps 1e-4 --weight-decay 0 --save-interval 100"
 )
 
 TP2 = "--tensor-model-parallel-size 2"  # with sequence parallelism; the experts are split as well (ETP 2)

@@ -50,7 +50,7 @@ class BaseCheckpoint:
     @classmethod
     def of(cls, step_folder: Path, sha256: str, save: Path) -> "BaseCheckpoint":
         """The record of `step_folder` as seen from the run's folder `save`."""
-        base = step_folder.resolve().parent
+        base = step_folder.parent.resolve()  # a step folder may be a symbolic link
         return cls(os.path.relpath(base, save.resolve()), str(base), step_folder.name, sha256)
 
     def write(self, folder: Path) -> None:
@@ -98,10 +98,15 @@ class BaseCheckpoint:
         )
 
 
+def step_name(iteration: int) -> str:
+    """The name of the folder that holds the step `iteration`."""
+    return f"iter_{iteration:07d}"
+
+
 def step_folder(folder: Path, iteration: int | None = None) -> Path:
     """The folder of one saved step: the one the tracker file names, or that of `iteration`."""
     if iteration is not None:
-        chosen = folder / f"iter_{iteration:07d}"
+        chosen = folder / step_name(iteration)
         if not chosen.is_dir():
             saved = sorted(int(path.name[5:]) for path in folder.glob("iter_*") if re.fullmatch(r"iter_\d+", path.name))
             raise UserError(
@@ -115,7 +120,7 @@ def step_folder(folder: Path, iteration: int | None = None) -> Path:
     text = tracker.read_text().strip()
     if text != RELEASE and not text.isdecimal():
         raise UserError(f"{tracker} says {text!r}; expected an iteration or '{RELEASE}'")
-    chosen = folder / (RELEASE if text == RELEASE else f"iter_{int(text):07d}")
+    chosen = folder / (RELEASE if text == RELEASE else step_name(int(text)))
     if not chosen.is_dir():
         raise UserError(
             f"{tracker} names {chosen.name}, which is not there; choose one with --iteration (trainer: --ckpt-step)"

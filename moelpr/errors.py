@@ -58,7 +58,7 @@ def run_command(main: Callable[[], None]) -> None:
 def _fail(message: str, code: int) -> None:
     if os.environ.get("RANK", "0") != "0":
         # Rank 0 most likely says the same sentence; the launcher then ends this rank before it repeats it.
-        time.sleep(3)
+        time.sleep(10)
     program = Path(sys.argv[0])
     name = program.parent.name if program.name == "__main__.py" else program.name
     print(f"{name}: error: {message}", file=sys.stderr, flush=True)

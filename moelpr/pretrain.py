@@ -4,7 +4,8 @@
         --pretrained-checkpoint upcycled --data-path corpus_text_document --save runs/stage1
 
 A run that was killed goes on where its last checkpoint stands when the same command is given again; one that is asked
-to stop (SIGUSR1, SIGTERM or a file STOP in --save) saves before it ends.
+to stop (SIGUSR1, SIGTERM or a file STOP in --save) saves before it ends. (With --load or --finetune a command says
+where to start, so to resume such a run, drop them.)
 What happens is told in moelpr/training/train.py; this file stays light because Megatron's checkpoint writer starts
 helper processes that import it again.
 """

@@ -33,8 +33,11 @@ def main() -> None:
 
 
 def pass_on(number: int, frame: FrameType | None) -> None:
-    """Give a signal to the ranks, each a session of its own; the launcher ends as they do."""
-    for rank in psutil.Process().children():
+    """Give a signal to the ranks, each a session of its own; the launcher ends as they do, or at once without any."""
+    ranks = psutil.Process().children()
+    if not ranks:
+        sys.exit(128 + number)
+    for rank in ranks:
         try:
             rank.send_signal(number)
         except psutil.NoSuchProcess:

@@ -23,6 +23,7 @@ FIXED_FOR_MOE: dict[str, Any] = {
     "moe_router_num_groups": None,
     "moe_router_force_load_balancing": False,
     "moe_router_force_biased": None,
+    "moe_latent_size": None,
     "cuda_graph_impl": "none",
     "overlap_moe_expert_parallel_comm": False,
 }

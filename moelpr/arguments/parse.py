@@ -43,7 +43,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ModelSpec]:
         for note in notes(run):
             print(f"moelpr: {note}", file=sys.stderr)
     assert sources.spec is not None, "a checkpoint without a spec is a complaint"
-    return _taken_by_megatron(sources, sources.spec), sources.spec
+    return _taken_by_megatron(sources, sources.spec, run.is_resumed), sources.spec
 
 
 def refused_by_megatron(error: Exception) -> UserError:
@@ -58,12 +58,12 @@ def _as_message(problems: list[str]) -> str:
     return "\n- ".join([f"{len(problems)} settings are wrong:", *problems])
 
 
-def _taken_by_megatron(sources: Sources, spec: ModelSpec) -> argparse.Namespace:
+def _taken_by_megatron(sources: Sources, spec: ModelSpec, is_resumed: bool) -> argparse.Namespace:
     """Megatron's own parsing, checks and registration, the settings of machine and method applied."""
     sys.argv[1:] = sources.words
     try:
         args = parse_args(add_arguments)
-        args.model_source = str(sources.checkpoint)
+        args.model_source, args.ckpt_step, args.is_resumed = str(sources.checkpoint), sources.step, is_resumed
         apply_machine(args)
         apply_method(args, spec)
         validate_args(args)

@@ -1,13 +1,15 @@
-"""The run's final settings, written beside the checkpoints as recipe.yaml."""
+"""The run's final settings, written into and beside its checkpoints as recipe.yaml."""
 
 import argparse
 from typing import Any
 
 import torch
 
+RECORD_FILE = "recipe.yaml"
+
 
 def resolved_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Every flag of the run with its final value, as plain YAML types; written beside the checkpoints."""
+    """Every flag of the run with its final value, as plain YAML types."""
     plain = (str, int, float, bool, type(None))  # by exact type: enums that are also ints are no YAML
     settings: dict[str, Any] = {}
     for name, value in sorted(vars(args).items()):

@@ -13,6 +13,8 @@ import yaml
 
 from moelpr.arguments.flags import Parser, did_you_mean, split_words
 from moelpr.arguments.recipe import as_words, read_recipe
+from moelpr.arguments.record import RECORD_FILE
+from moelpr.checkpoint_chain import TRACKER_FILE, step_folder
 from moelpr.errors import UserError
 from moelpr.model_spec import ModelSpec
 
@@ -22,9 +24,8 @@ _DEFAULTS = (
     "--attention-dropout 0 --hidden-dropout 0 --eval-iters 0 --eval-interval 1000 --save-interval 500 --log-interval 10"
 ).split()
 
-# The checkpoints a run may start from, and the file that marks one.
+# The checkpoints a run may start from.
 _STARTS = ("--load", "--save", "--pretrained-checkpoint")
-TRACKER = "latest_checkpointed_iteration.txt"
 
 T = TypeVar("T")
 
@@ -34,8 +35,9 @@ class Sources:
     """Everything a run's settings were read from.
 
     checkpoint: the folder this run starts or resumes from; None: there is none.
+    step: the saved step of it that --ckpt-step names; None: the latest.
     spec: its model_spec.json; None: there is none that can be read.
-    record: its recipe.yaml, the settings of the run that wrote it; None: no run has (the converter did).
+    record: the recipe.yaml of that step, the settings it was trained with; None: no run has (the converter did).
     recipe_is_read: False where the recipe is missing or damaged, so that nothing can be said about what it lacks.
     words: all settings as command-line words.
     shape: the model's shape, Megatron's name → value.
@@ -45,6 +47,7 @@ class Sources:
     """
 
     checkpoint: Path | None = None
+    step: int | None = None
     spec: ModelSpec | None = None
     record: dict[str, Any] | None = None
     recipe_is_read: bool = True
@@ -66,7 +69,10 @@ class Sources:
         sources.checkpoint = sources._try(lambda: checkpoint_source(early))
         sources._add("", [*_DEFAULTS], parser)
         if (folder := sources.checkpoint) is not None:
-            sources.record = sources._try(lambda: _read_record(folder))
+            starts_afresh = folder == (early.pretrained_checkpoint and Path(early.pretrained_checkpoint))
+            if starts_afresh or early.pretrained_checkpoint is None:
+                sources.step = early.ckpt_step  # with --pretrained-checkpoint it speaks of the first start
+            sources.record = sources._try(lambda: _read_record(folder, sources.step))
             sources.spec = spec = sources._try(lambda: ModelSpec.read(folder))
             if spec is not None and not sources._add_shape(spec, parser):
                 sources.spec = None
@@ -122,6 +128,7 @@ def _early_arguments(words: list[str]) -> argparse.Namespace:
     parser = Parser(add_help=False)
     for flag in ("--recipe", *_STARTS):
         parser.add_argument(flag)
+    parser.add_argument("--ckpt-step", type=int)
     theirs, _ = split_words(words, parser.flags())
     return parser.parse_tolerantly(theirs)[0]
 
@@ -129,7 +136,7 @@ def _early_arguments(words: list[str]) -> argparse.Namespace:
 def checkpoint_source(args: argparse.Namespace) -> Path:
     """The folder this run starts or resumes from."""
     for folder in (args.load or args.save, args.pretrained_checkpoint):
-        if folder and (Path(folder) / TRACKER).exists():
+        if folder and (Path(folder) / TRACKER_FILE).exists():
             return Path(folder)
     if args.pretrained_checkpoint is None:
         raise UserError(
@@ -137,14 +144,19 @@ def checkpoint_source(args: argparse.Namespace) -> Path:
             "(checkpoint_convert/hf_to_mcore.py makes it from a Hugging Face model)"
         )
     raise UserError(
-        f"{args.pretrained_checkpoint} holds no Megatron checkpoint ({TRACKER} is missing); "
+        f"{args.pretrained_checkpoint} holds no Megatron checkpoint ({TRACKER_FILE} is missing); "
         "make one with checkpoint_convert/hf_to_mcore.py or name a folder written by an earlier stage"
     )
 
 
-def _read_record(folder: Path) -> dict[str, Any] | None:
-    path = folder / "recipe.yaml"
-    if not path.is_file():
+def _read_record(folder: Path, step: int | None) -> dict[str, Any] | None:
+    """What that step was trained with. Beside the steps lies what the last start was given: it may have saved none."""
+    try:
+        places = [step_folder(folder, step), folder]
+    except UserError:
+        places = [folder]  # a step that is gone is another check's complaint
+    path = next((place / RECORD_FILE for place in places if (place / RECORD_FILE).is_file()), None)
+    if path is None:
         return None
     try:
         record = yaml.safe_load(path.read_text())

@@ -4,12 +4,15 @@
 """
 
 import importlib.util
+from functools import wraps
+from typing import Any
 
 
 def install() -> None:
     _use_the_built_dataset_helper()
     _count_adam_steps_per_group()
     _load_fp32_optimizer_shards()
+    _load_optimizers_without_parameters()
 
 
 def _use_the_built_dataset_helper() -> None:
@@ -49,3 +52,28 @@ def _load_fp32_optimizer_shards() -> None:
 
     load = DistributedOptimizer._set_main_param_and_optimizer_states
     DistributedOptimizer._set_main_param_and_optimizer_states = torch.no_grad()(load)
+
+
+def _load_optimizers_without_parameters() -> None:
+    """Where a pipeline stage trains nothing, its optimizer's state is empty, and empty parts get lost in a checkpoint.
+
+    Loading then stops with a KeyError. What is left is loaded all the same: it has the step count, which the first
+    stage saves for all.
+    """
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+
+    load_fp32, load_float16 = FP32Optimizer.load_state_dict, Float16OptimizerWithFloat16Params.load_state_dict
+
+    @wraps(load_fp32)
+    def load_fp32_state(self: FP32Optimizer, state: dict[str, Any]) -> None:
+        state.setdefault("state", {})
+        load_fp32(self, state)
+
+    @wraps(load_float16)
+    def load_float16_state(self: Float16OptimizerWithFloat16Params, state: dict[str, Any]) -> None:
+        state.setdefault("fp32_from_fp16_params", [])
+        state["optimizer"].setdefault("state", {})
+        load_float16(self, state)
+
+    FP32Optimizer.load_state_dict = load_fp32_state
+    Float16OptimizerWithFloat16Params.load_state_dict = load_float16_state

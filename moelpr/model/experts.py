@@ -72,7 +72,7 @@ class GroupedExperts(MegatronModule):
             tokens_per_expert: how many rows each local expert has, in order; sums to T.
             gate_weight_T: the routing weight of each row.
         """
-        ends = tokens_per_expert.to(hidden_TH.device).cumsum(0).to(torch.int32)
+        ends = tokens_per_expert.to(hidden_TH.device, non_blocking=True).cumsum(0).to(torch.int32)
         grouped_mm = torch.nn.functional.grouped_mm
         gate_up = grouped_mm(hidden_TH, self.linear_fc1().transpose(1, 2), offs=ends)
         # In fp32 inside, so that bf16 runs keep the routers' gradient; saves only gate_up for the backward pass.

@@ -1,5 +1,6 @@
 """LPRMoELayer: the original expert stays at home, the new experts are dispatched by Megatron."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +53,48 @@ class NewExpertsDispatcher(MoEAlltoAllTokenDispatcher):
         return self.ep_size * self.tp_size == 1
 
 
+class OriginalExpertAtHome:
+    """The original expert's pass over one micro-batch, on a stream of its own, in the dispatcher's seat for shared
+    experts.
+
+    Megatron calls these methods between the steps of the new experts' dispatch. The pass is launched behind the rows'
+    exchange and ahead of the weights': where a GPU starts kernels in the order of their launches
+    (CUDA_DEVICE_MAX_CONNECTIONS=1), the second exchange waits for the first, and what is launched behind it as well.
+    """
+
+    side_stream: torch.cuda.Stream | None = None  # one for all layers
+
+    def __init__(self, expert: Callable[[Tensor, Tensor, Tensor], Tensor], gate_weight_T: Tensor) -> None:
+        if OriginalExpertAtHome.side_stream is None:
+            OriginalExpertAtHome.side_stream = torch.cuda.Stream()
+        self._stream, self._expert, self._gate_weight_T = OriginalExpertAtHome.side_stream, expert, gate_weight_T
+
+    def pre_forward_comm(self, hidden_SBH: Tensor) -> None:
+        """Find the tokens, which waits for the routing, while the stream is still empty."""
+        self._hidden_SBH = hidden_SBH
+        self._chosen = self._gate_weight_T.nonzero().squeeze(1)
+
+    def wait_current_stream(self) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream())
+
+    def linear_fc1_forward_and_act(self, rows_under_way: Tensor) -> None:
+        """The whole pass. Backward runs on the same stream and waits where streams meet: autograd sees to it."""
+        with torch.cuda.stream(self._stream):
+            self._output = self._expert(self._hidden_SBH, self._gate_weight_T, self._chosen)
+        for tensor in (self._hidden_SBH, self._gate_weight_T, self._chosen):
+            tensor.record_stream(self._stream)
+
+    def linear_fc2_forward(self, rows_under_way: Tensor) -> None:
+        pass
+
+    def post_forward_comm(self) -> None:
+        torch.cuda.current_stream().wait_stream(self._stream)
+        self._output.record_stream(torch.cuda.current_stream())
+
+    def get_output(self) -> Tensor:
+        return self._output
+
+
 class LPRMoELayer(MoELayer):
     """Mixture of the frozen original expert (column 0 of the router) and N new experts (columns 1..N).
 
@@ -59,11 +102,10 @@ class LPRMoELayer(MoELayer):
     diverge and needs no gradient, no optimizer state and no communication. With expert tensor parallelism it is split
     over those ranks and gathers its tokens the way shared experts do.
 
-    On a GPU it works on a stream of its own while the new experts' rows are under way, as Megatron's shared experts do.
+    On a GPU it works while the new experts' rows are under way, as Megatron's shared experts do.
     """
 
     config: MoELPRConfig
-    side_stream: torch.cuda.Stream | None = None  # one for all layers
 
     def __init__(
         self,
@@ -112,38 +154,28 @@ class LPRMoELayer(MoELayer):
         gate_weights_TE, is_chosen_TE = self.route(hidden_SBH, bits_SB)
         new_weights, new_choices = gate_weights_TE[:, 1:].contiguous(), is_chosen_TE[:, 1:].contiguous()
         original_weight = gate_weights_TE[:, 0]
-        main_stream, side_stream = torch.cuda.current_stream(), self._side_stream()
-        side_stream.wait_stream(main_stream)  # for the routing; what follows on the main stream may overlap
+        if self._original_expert_is_split:
+            original_weight = gather_from_sequence_parallel_region(original_weight, group=self.etp_group)
+        self.token_dispatcher.shared_experts = OriginalExpertAtHome(self._original_expert_output, original_weight)
         rows, row_weights = self.preprocess(hidden_SBH, new_weights, new_choices)
         rows, row_weights = self.dispatch(rows, row_weights)
-        with torch.cuda.stream(side_stream):
-            # Backward runs on the stream of the forward pass and waits where streams meet: autograd sees to it.
-            original_output = self._original_expert_output(hidden_SBH, original_weight)
-        for tensor in (hidden_SBH, original_weight):
-            tensor.record_stream(side_stream)
         output, _ = self.routed_experts_compute(rows, row_weights)
         output = self.token_dispatcher.combine_postprocess(self.combine(output))
-        main_stream.wait_stream(side_stream)
-        original_output.record_stream(main_stream)
-        return output + original_output
+        self.token_dispatcher.shared_experts = None  # or it would hold this micro-batch
+        return output
 
-    @staticmethod
-    def _side_stream() -> torch.cuda.Stream:
-        if LPRMoELayer.side_stream is None:
-            LPRMoELayer.side_stream = torch.cuda.Stream()
-        return LPRMoELayer.side_stream
+    @property
+    def _original_expert_is_split(self) -> bool:
+        return self.etp_group.size() > 1
 
-    def _original_expert_output(self, hidden_SBH: Tensor, gate_weight_T: Tensor) -> Tensor:
-        """The original expert on the tokens that chose it, weighted, zero elsewhere."""
+    def _original_expert_output(self, hidden_SBH: Tensor, gate_weight_T: Tensor, chosen: Tensor) -> Tensor:
+        """The original expert on the tokens `chosen` of all that its ranks share, weighted, zero elsewhere."""
         hidden_TH = hidden_SBH.flatten(0, 1)
-        is_split = self.etp_group.size() > 1
-        if is_split:
+        if self._original_expert_is_split:
             hidden_TH = gather_from_sequence_parallel_region(hidden_TH, group=self.etp_group)
-            gate_weight_T = gather_from_sequence_parallel_region(gate_weight_T, group=self.etp_group)
-        chosen = gate_weight_T.nonzero().squeeze(1)
         rows, _ = self.original_expert(hidden_TH[chosen], per_token_scale=gate_weight_T[chosen])
         output_TH = torch.zeros_like(hidden_TH).index_add(0, chosen, rows.to(hidden_TH.dtype))
-        if is_split:
+        if self._original_expert_is_split:
             output_TH = reduce_scatter_to_sequence_parallel_region(output_TH, group=self.etp_group)
         return output_TH.view_as(hidden_SBH)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject, ShardedStateDict
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
@@ -48,7 +48,7 @@ def load_weights(
             }
             loaded = load(here, str(link))
             for index, chunk in enumerate(chunks):
-                chunk.load_state_dict(loaded[f"model{index}"], strict=False)
+                chunk.load_state_dict(loaded.get(f"model{index}", {}), strict=False)  # a link may have nothing for it
         except _LOAD_ERRORS as error:
             raise UserError(f"the checkpoint {link} does not fit its model_spec.json: {_one_line(error)}") from error
         wanted = {
@@ -81,7 +81,9 @@ def _leave_out_frozen(chunk: GPTModel) -> None:
     trains, whole_state, load_state = trained_entries(chunk), chunk.sharded_state_dict, chunk.load_state_dict
 
     def trained_state(*args: Any, **kwargs: Any) -> ShardedStateDict:
-        return {name: entry for name, entry in whole_state(*args, **kwargs).items() if trains(name)}
+        state = {name: entry for name, entry in whole_state(*args, **kwargs).items() if trains(name)}
+        # Megatron expects to get a state back for every chunk, and empty ones get lost on the way.
+        return state or {"nothing_trains": LocalNonpersistentObject(None)}
 
     def load_trained(state: dict[str, torch.Tensor], strict: bool = True, assign: bool = False) -> Any:
         return load_state(state, strict=False, assign=assign)

@@ -62,7 +62,7 @@ def fitting(spec: ModelSpec, parts: Sequence[Part], run: Run, cluster: Cluster) 
 
 def _candidates(spec: ModelSpec, parts: Sequence[Part], run: Run, gpus: int, gpus_per_node: int) -> Iterator[Candidate]:
     batch_unit = run.global_batch_size // run.micro_batch_size
-    for layout in legal_layouts(spec, gpus, gpus_per_node, batch_unit):
+    for layout in legal_layouts(spec, gpus, gpus_per_node, batch_unit, run.seq_length):
         memories, traffic = stage_memories(spec, parts, layout, run), expert_traffic(spec, layout, run)
         yield Candidate(layout, memories, traffic, relative_time(spec, parts, layout, run))
 
@@ -85,7 +85,7 @@ def _no_layout(spec: ModelSpec, run: Run, cluster: Cluster) -> str:
     unit = run.global_batch_size // run.micro_batch_size
 
     def works(gpus: int) -> bool:
-        return any(legal_layouts(spec, gpus, cluster.gpus_per_node, unit))
+        return any(legal_layouts(spec, gpus, cluster.gpus_per_node, unit, run.seq_length))
 
     sizes = _cluster_sizes(cluster.gpus_per_node)
     near = [next(size for size in reversed(sizes) if size < cluster.gpus and works(size))]  # one GPU always works

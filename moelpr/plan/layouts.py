@@ -56,19 +56,22 @@ class Layout:
         return words
 
 
-def legal_layouts(spec: ModelSpec, gpus: int, gpus_per_node: int, batch_unit: int) -> Iterator[Layout]:
+def legal_layouts(spec: ModelSpec, gpus: int, gpus_per_node: int, batch_unit: int, seq_length: int) -> Iterator[Layout]:
     """Every layout of `gpus` ranks that the trainer accepts for this model.
 
     Tensor parallelism stays inside a node, pipeline stages have equally many layers, the expert-parallel size divides
     N, expert tensor parallelism is 1 or TP.
 
     batch_unit: sequences of a step divided by those of a micro-batch; data-parallel ranks share them evenly.
+    seq_length: tokens of a sequence; tensor-parallel ranks share them evenly.
     """
     assert spec.moe is not None
     shape = spec.megatron_args
     heads, groups, ffn = shape["num_attention_heads"], shape["num_query_groups"], shape["ffn_hidden_size"]
     for tp in _divisors(gpus):
         if leaves_node(tp, gpus, gpus_per_node) or heads % tp or ffn % tp or (groups % tp and tp % groups):
+            continue
+        if seq_length % tp:  # sequence parallelism
             continue
         for pp in _divisors(gpus // tp):
             dp = gpus // (tp * pp)

@@ -10,6 +10,8 @@ import argparse
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -55,6 +57,16 @@ class StopRequest:
         self.is_received = True
 
 
+@contextmanager
+def ends_the_run() -> Iterator[None]:
+    """Megatron leaves its training loop by sys.exit(0) once signals_received() says so."""
+    try:
+        yield
+    except SystemExit as end:
+        if end.code != 0:
+            raise
+
+
 def ignore_in_helpers() -> None:
     """Slurm signals every process of a job; the helpers that write checkpoints end when the trainer does."""
     for number in SIGNALS:
@@ -63,7 +75,9 @@ def ignore_in_helpers() -> None:
 
 def is_finished(args: argparse.Namespace) -> bool:
     """True where --save holds this run's last step: nothing is left to do."""
-    if args.save is None or args.finetune or args.ckpt_step is not None or Path(args.model_source) != Path(args.save):
+    if args.save is None or not args.is_resumed or args.ckpt_step is not None:
+        return False
+    if Path(args.model_source) != Path(args.save):  # it is --load's
         return False
     last, saved = _last_step(args), _saved_step(Path(args.save))
     return last is not None and saved is not None and saved >= last

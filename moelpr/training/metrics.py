@@ -54,13 +54,17 @@ class MetricsTracker(MoEMetricsTracker):
         return log_line + self.routing.log_line()
 
     def ensure_initialized(self, *args: Any, **kwargs: Any) -> None:
-        """Also tell a pipeline stage without routers over which ranks the others' losses are summed.
+        """Also tell a pipeline stage without routers over which ranks the others' losses are summed or averaged.
 
         Megatron's leaves that out, and such a last stage then logs the share of one tensor-parallel rank.
         """
         super().ensure_initialized(*args, **kwargs)
-        for entry in self._metrics.values():
-            entry.reduce_group = entry.reduce_group or parallel_state.get_tensor_and_context_parallel_group()
+        group = parallel_state.get_tensor_and_context_parallel_group()
+        for name, entry in self._metrics.items():
+            if name == "z_loss":  # each rank's is a mean already
+                entry.avg_group = entry.avg_group or group
+            else:
+                entry.reduce_group = entry.reduce_group or group
 
     def _aggregate(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         scalars = super()._aggregate(*args, **kwargs)

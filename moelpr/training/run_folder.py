@@ -1,20 +1,31 @@
-"""What lies beside a run's checkpoints, so that they can be read without the command that made them."""
+"""What lies in and beside a run's checkpoints, so that they can be read without the command that made them."""
 
 import argparse
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import yaml
+from megatron.training import training as megatron_training
 
-from moelpr.arguments import resolved_settings
+from moelpr.arguments import RECORD_FILE, resolved_settings
+from moelpr.checkpoint_chain import step_name
 from moelpr.files import atomic_file
 from moelpr.model_spec import ModelSpec
 
 
-def prepare(args: argparse.Namespace, spec: ModelSpec) -> None:
-    """Rank 0 writes model_spec.json, hf/ (config and tokenizer) and recipe.yaml (resolved flags) into --save."""
+@contextmanager
+def run_folder(args: argparse.Namespace, spec: ModelSpec) -> Iterator[None]:
+    """Rank 0 writes model_spec.json, hf/ (config and tokenizer) and recipe.yaml (resolved flags) into --save.
+
+    In the context every step that is saved gets a recipe.yaml too: a run may be resumed with other settings, and
+    killed before it has saved anything that they speak for.
+    """
     if args.save is None or int(os.environ.get("RANK", "0")) != 0:
+        yield
         return
     save = Path(args.save)
     save.mkdir(parents=True, exist_ok=True)
@@ -23,5 +34,23 @@ def prepare(args: argparse.Namespace, spec: ModelSpec) -> None:
         spec.write(save)
         if (source / "hf").is_dir():
             shutil.copytree(source / "hf", save / "hf", dirs_exist_ok=True)
-    with atomic_file(save / "recipe.yaml") as temporary:
-        temporary.write_text(yaml.safe_dump(resolved_settings(args), sort_keys=True))
+    record = yaml.safe_dump(resolved_settings(args), sort_keys=True)
+    _write(save, record)
+    megatrons = megatron_training.save_checkpoint
+
+    def save_checkpoint(iteration: int, *arguments: Any, **settings: Any) -> None:
+        megatrons(iteration, *arguments, **settings)
+        step = save / step_name(iteration)
+        if step.is_dir():  # not so for --non-persistent-save-interval, which saves elsewhere
+            _write(step, record)
+
+    megatron_training.save_checkpoint = save_checkpoint
+    try:
+        yield
+    finally:
+        megatron_training.save_checkpoint = megatrons
+
+
+def _write(folder: Path, record: str) -> None:
+    with atomic_file(folder / RECORD_FILE) as temporary:
+        temporary.write_text(record)

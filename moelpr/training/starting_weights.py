@@ -29,23 +29,20 @@ def starting_weights(args: argparse.Namespace) -> LoadHook:
         UserError: a checkpoint that is needed isn't there.
     """
     source = Path(args.model_source)
-    resumes = source in {Path(folder) for folder in (args.load, args.save) if folder} and not args.finetune
-    given = Path(args.pretrained_checkpoint) if resumes and args.pretrained_checkpoint else None
+    given = Path(args.pretrained_checkpoint) if args.is_resumed and args.pretrained_checkpoint else None
     links = checkpoint_chain(source, args.ckpt_step, given)
     if args.save_trained_only:
-        if resumes and len(links) == 1:
+        if args.is_resumed and len(links) == 1:
             raise UserError(
                 f"{source} was saved with --save-trained-only, but its {FILE_NAME} is gone; bring it back from a copy"
             )
-        if not resumes and args.save and links[0].parent.resolve() == Path(args.save).resolve():
-            raise UserError("a run cannot save only what it trains over its own start; give another folder to --save")
 
     def load(chunks: list[GPTModel]) -> None:
         verify_chain(links)
         if not args.use_cpu_initialization:
             for chunk in chunks:
                 chunk.cuda(torch.cuda.current_device())  # Megatron's next step anyway
-        if not resumes:
+        if not args.is_resumed:
             args.load = args.pretrained_checkpoint = None  # or Megatron would load them once more
             print_rank_0(f"moelpr: weights from {' and '.join(map(str, links))}")
             load_weights(chunks, links, load=_as_megatron(args))
@@ -55,7 +52,7 @@ def starting_weights(args: argparse.Namespace) -> LoadHook:
         if args.save_trained_only:
             save_trained_only(chunks)
         if args.save:
-            _note_base(Path(args.save), source, links, resumes, args.save_trained_only)
+            _note_base(Path(args.save), source, links, args)
 
     return load
 
@@ -71,12 +68,12 @@ def _as_megatron(args: argparse.Namespace) -> Callable[[ShardedStateDict, str], 
     return load
 
 
-def _note_base(save: Path, source: Path, links: list[Path], resumes: bool, saves_trained_only: bool) -> None:
+def _note_base(save: Path, source: Path, links: list[Path], args: argparse.Namespace) -> None:
     """Rank 0 writes base_checkpoint.json with the base's present place, or removes that of an earlier start."""
     base = None
-    if saves_trained_only:
-        record = BaseCheckpoint.read(source) if resumes else None
-        link = links[1] if resumes else links[0]
+    if args.save_trained_only:
+        record = BaseCheckpoint.read(source) if args.is_resumed else None
+        link = links[1] if args.is_resumed else links[0]
         base = BaseCheckpoint.of(link, record.sha256 if record else checksum(link), save)
     if torch.distributed.get_rank() > 0 or base == BaseCheckpoint.read(save):
         return

@@ -1,6 +1,7 @@
 """A stage from arguments to checkpoint: data, model, freezing -> Megatron's own pretrain()."""
 
 import argparse
+from contextlib import closing
 
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -21,9 +22,10 @@ from moelpr.model.builder import block_spec
 from moelpr.model.config import MoELPRConfig
 from moelpr.model.stages import freeze, parameter_report
 from moelpr.model.vocabulary import mask_padding
-from moelpr.training import clean_stop, metrics, run_folder
+from moelpr.training import clean_stop, metrics
 from moelpr.training.clean_stop import StopRequest
 from moelpr.training.forward_step import forward_step
+from moelpr.training.run_folder import run_folder
 from moelpr.training.starting_weights import LoadHook, starting_weights
 
 
@@ -37,20 +39,13 @@ def train(argv: list[str], stop: StopRequest | None = None) -> None:
         stop.enter_megatron(args)
     clean_stop.begin(args)
     load_weights = starting_weights(args)
-    run_folder.prepare(args, spec)
-    step_log = metrics.install(args.stage)
-    try:
+    with run_folder(args, spec), closing(metrics.install(args.stage)) as step_log, clean_stop.ends_the_run():
         pretrain(
             pretrain_cfg_container_from_args(args, _model_config(args, load_weights, step_log)),
             datasets_provider,
             ModelType.encoder_or_decoder,
             forward_step,
         )
-    except SystemExit as end:
-        if end.code != 0:  # Megatron's answer to signals_received() is 0
-            raise
-    finally:
-        step_log.close()
     torch.distributed.barrier()
     clean_stop.tell_how_it_ended(args)
 

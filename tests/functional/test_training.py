@@ -282,6 +282,8 @@ def test_a_run_folder_says_what_it_is(stage2: Path) -> None:
 
     recipe = yaml.safe_load((stage2 / "recipe.yaml").read_text())
     assert recipe["stage"] == "stage2"
+    for step in ("iter_0000003", "iter_0000006"):
+        assert yaml.safe_load((stage2 / step / "recipe.yaml").read_text()) == recipe
     assert recipe["lpr_loss_coeff"] == 0.1
     assert recipe["lr"] == 0.1
     assert ModelSpec.read(stage2).moe.num_new_experts == 4

@@ -58,12 +58,29 @@ def output_and_gradients(layer: torch.nn.Module, hidden: torch.Tensor) -> list[t
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_side_stream_changes_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moelpr.model.layer import OriginalExpertAtHome
+
     layer = moe_layer(dtype)
     hidden = torch.randn(64, 4, 256, device="cuda", dtype=dtype)
     beside = output_and_gradients(layer, hidden)
-    monkeypatch.setattr(layer, "_side_stream", torch.cuda.current_stream)
+    monkeypatch.setattr(OriginalExpertAtHome, "side_stream", torch.cuda.current_stream())
     for a, b in zip(beside, output_and_gradients(layer, hidden), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_expert_without_rows_has_no_gradient(dtype: torch.dtype) -> None:
+    """PyTorch issues 172439 and 193633: on some GPUs grouped_mm left such an expert's gradient unwritten."""
+    layer = moe_layer(dtype)
+    rows = torch.randn(32, 256, device="cuda", dtype=dtype)
+    counts = torch.tensor([16, 0, 16, 0])
+    output, _ = layer.experts(rows, counts, torch.ones(32, device="cuda"))
+    output.float().sum().backward()
+    for weight in layer.experts.parameters():
+        assert weight.grad is not None
+        moved = weight.grad.float().flatten(1).abs().amax(dim=1)
+        assert (moved > 0).tolist() == [True, False, True, False]
+        assert moved.isfinite().all()
 
 
 @needs_transformer_engine

@@ -1,5 +1,6 @@
 """Megatron in this process, a world of one rank, and a tiny model spec."""
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -27,6 +28,14 @@ SHAPE = {
     "untie_embeddings_and_output_weights": False,
     "vocab_size": 128,
 }
+
+
+@pytest.fixture(autouse=True)
+def no_metrics_of_another_model() -> Iterator[None]:
+    """Megatron keeps them for the process, with as many layers as the first model had."""
+    yield
+    if moe_logging := sys.modules.get("megatron.core.transformer.moe.moe_logging"):
+        moe_logging.destroy_moe_metrics_tracker()
 
 
 @pytest.fixture(scope="session")

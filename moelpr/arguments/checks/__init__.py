@@ -21,7 +21,11 @@ CHECKS: tuple[Check, ...] = (
 )
 
 # Settings that are changed or unusual but not wrong: said, and the run goes on.
-NOTES: tuple[Check, ...] = (layout.sequence_parallelism_is_switched_on, checkpoint.stage2_without_stage1)
+NOTES: tuple[Check, ...] = (
+    layout.sequence_parallelism_is_switched_on,
+    checkpoint.stage2_without_stage1,
+    resume.step_of_the_first_start,
+)
 
 
 def complaints(run: Run) -> list[str]:

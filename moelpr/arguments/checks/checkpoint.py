@@ -5,7 +5,8 @@ from pathlib import Path
 
 from moelpr.arguments.checks.run import Run
 from moelpr.arguments.method import MOE_STAGES
-from moelpr.arguments.sources import TRACKER
+from moelpr.checkpoint_chain import TRACKER_FILE, step_folder
+from moelpr.errors import UserError
 
 # Parts of the model's description that training may change.
 _FREE_SHAPE = ("attention_dropout", "hidden_dropout", "init_method_std")
@@ -63,14 +64,10 @@ def the_layers_can_be_built(run: Run) -> Iterable[str]:
 def the_weights_are_there(run: Run) -> Iterable[str]:
     if run.checkpoint is None:
         return
-    tracker = run.checkpoint / TRACKER
-    step = tracker.read_text().strip()
-    if step != "release" and not step.isdecimal():
-        yield f"{tracker} says {step[:20]!r}, which is no step; name a folder written by the converter or the trainer"
-        return
-    folder = run.checkpoint / (step if step == "release" else f"iter_{int(step):07d}")
-    if not folder.is_dir():
-        yield f"{tracker} names the checkpoint {folder.name}, which is not there; copy it back or convert again"
+    try:
+        step_folder(run.checkpoint, run.step)
+    except UserError as error:
+        yield str(error)
 
 
 def the_folder_to_load_holds_something(run: Run) -> Iterable[str]:
@@ -78,8 +75,8 @@ def the_folder_to_load_holds_something(run: Run) -> Iterable[str]:
     load, save = run.args.load, run.args.save
     if load and load != save and run.checkpoint not in (None, Path(load)):
         yield (
-            f"--load {load} holds no checkpoint ({TRACKER} is missing), so the run would start from {run.checkpoint}; "
-            "name a folder that holds one, or drop --load"
+            f"--load {load} holds no checkpoint ({TRACKER_FILE} is missing), so the run would start from "
+            f"{run.checkpoint}; name a folder that holds one, or drop --load"
         )
 
 

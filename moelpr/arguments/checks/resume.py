@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moelpr.arguments.checks.run import Layout, Run
+from moelpr.checkpoint_chain import TRACKER_FILE
 from moelpr.errors import UserError
 from moelpr.model_spec import ModelSpec
 
@@ -32,6 +33,34 @@ _FLAGS = {
     "ep": "--expert-model-parallel-size",
     "etp": "--expert-tensor-parallel-size",
 }
+
+
+# What Megatron's learning-rate schedule is made of; it refuses to load another one.
+_SCHEDULE = (
+    "lr",
+    "min_lr",
+    "lr_decay_style",
+    "lr_decay_iters",
+    "lr_decay_samples",
+    "lr_warmup_fraction",
+    "lr_warmup_iters",
+    "lr_warmup_samples",
+    "weight_decay",
+    "global_batch_size",
+)
+
+
+def the_folder_to_save_in_is_free(run: Run) -> Iterable[str]:
+    """Else one folder would hold steps of two runs, and one base_checkpoint.json would speak for both."""
+    save = run.args.save
+    if not save or not (Path(save) / TRACKER_FILE).exists() or run.checkpoint is None:
+        return
+    if not run.is_resumed or run.checkpoint != Path(save):
+        flag = "--finetune" if run.args.finetune else "--load"
+        yield (
+            f"--save {save} holds checkpoints of a run, and {flag} would start another one over them from "
+            f"{run.checkpoint}; give another folder to --save, or drop {flag} to resume the run"
+        )
 
 
 def there_is_a_run_to_resume(run: Run) -> Iterable[str]:
@@ -115,22 +144,33 @@ def optimizer_state_fits(run: Run) -> Iterable[str]:
     )
 
 
-def the_learning_rate_schedule_is_the_same(run: Run) -> Iterable[str]:
-    """Megatron keeps its length in the checkpoint; --train-iters is that length unless another flag says it."""
+def the_schedule_is_the_same(run: Run) -> Iterable[str]:
     record, args = run.record, run.args
     if not run.is_resumed or record is None or record.get("stage") != args.stage:
         return
-    if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
+    if args.no_load_optim or args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
         return
-    for decay, whole in (("lr_decay_iters", "train_iters"), ("lr_decay_samples", "train_samples")):
-        before = record.get(decay) or record.get(whole)
-        now = getattr(args, decay) or getattr(args, whole)
-        if before and now and before != now:
-            unit = "steps" if whole == "train_iters" else "sequences"
-            yield (
-                f"{run.checkpoint} was trained with a learning rate that falls over {before} {unit}, not {now}; keep "
-                f"that with --{decay.replace('_', '-')} {before}, or take the new with --override-opt-param-scheduler"
-            )
+    names = list(_SCHEDULE)
+    if args.lr_decay_iters is None and args.lr_decay_samples is None:
+        names += ["train_iters", "train_samples"]  # the decay then ends with the training
+    before = {name: record.get(name) for name in names}
+    now = {name: getattr(args, name) for name in names}
+    changed = [name for name in names if name in run.typed and before[name] != now[name]]
+    if changed:
+        yield (
+            f"{run.checkpoint} was trained with {_words(changed, before)}, which its learning-rate schedule rests on, "
+            f"not {_words(changed, now)}; keep it, or add --override-opt-param-scheduler to follow the new schedule "
+            "from here or --use-checkpoint-opt-param-scheduler to keep the old one"
+        )
+
+
+def step_of_the_first_start(run: Run) -> Iterable[str]:
+    step = run.args.ckpt_step
+    if run.is_resumed and step is not None and run.step is None:
+        yield (
+            f"--ckpt-step {step} chose the step of --pretrained-checkpoint to start from; this run goes on from the "
+            f"latest step in {run.checkpoint} (to go back to its step {step}, drop --pretrained-checkpoint)"
+        )
 
 
 def _format(record: Mapping[str, Any]) -> str:
@@ -169,10 +209,11 @@ def _words(names: list[str], facts: Mapping[str, Any]) -> str:
 
 
 CHECKS = (
+    the_folder_to_save_in_is_free,
     there_is_a_run_to_resume,
     the_stage_is_the_same,
     the_model_is_the_same,
     the_checkpoints_hold_the_same,
     optimizer_state_fits,
-    the_learning_rate_schedule_is_the_same,
+    the_schedule_is_the_same,
 )

@@ -56,7 +56,8 @@ class Run:
     args: the settings, machine's included, stage's not.
     spec, shape: the model, and its shape under Megatron's names; None and empty where no checkpoint can be read.
     checkpoint: the folder this run starts or resumes from.
-    record: recipe.yaml of that folder; None: no run wrote it.
+    step: the saved step of it that --ckpt-step names; None: the latest.
+    record: recipe.yaml of that step; None: no run wrote it.
     recipe_is_read: False: nothing can be said about what is missing, it may be in the recipe.
     typed: what recipe and command line set, Megatron's name → their flag.
     """
@@ -65,6 +66,7 @@ class Run:
     spec: ModelSpec | None
     shape: dict[str, Any]
     checkpoint: Path | None
+    step: int | None
     record: dict[str, Any] | None
     recipe_is_read: bool
     typed: dict[str, str]
@@ -77,6 +79,7 @@ class Run:
             spec=sources.spec,
             shape=sources.shape,
             checkpoint=sources.checkpoint,
+            step=sources.step,
             record=sources.record,
             recipe_is_read=sources.recipe_is_read,
             typed=sources.typed,

@@ -39,7 +39,9 @@ def make_checkpoint(tmp_path: Path, moe_spec: ModelSpec) -> Callable[..., str]:
         replace(spec, megatron_args={**spec.megatron_args, **(shape or {})}).write(folder)
         (folder / "latest_checkpointed_iteration.txt").write_text("release")
         if record:
-            (folder / "recipe.yaml").write_text(yaml.safe_dump(record))
+            record = {"lr": 1e-3, "train_iters": 2} | record  # as STEPS say
+            for place in (folder, folder / "release"):
+                (place / "recipe.yaml").write_text(yaml.safe_dump(record))
         return str(folder)
 
     return make

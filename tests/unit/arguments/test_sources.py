@@ -33,6 +33,37 @@ def test_a_damaged_record_of_a_run_is_said(upcycled: str, refused, content: str)
     assert said.startswith(f"{upcycled}/recipe.yaml, the record of the run, is damaged")
 
 
+def test_a_step_is_judged_by_what_it_was_trained_with(make_checkpoint, refused) -> None:
+    """A later start with other settings was killed before it saved anything."""
+    run = make_checkpoint("run", stage="stage1")
+    (Path(run) / "recipe.yaml").write_text("stage: stage2")
+    (said,) = refused("stage2", None, "--save", run)
+    assert said.startswith(f"{run} holds a run of --stage stage1")
+
+
+def test_what_the_run_was_given_speaks_for_a_step_killed_before_its_own_record(make_checkpoint, refused) -> None:
+    run = make_checkpoint("run", stage="stage1")
+    (Path(run) / "release" / "recipe.yaml").unlink()
+    (said,) = refused("stage2", None, "--save", run)
+    assert said.startswith(f"{run} holds a run of --stage stage1")
+
+
+def test_the_step_named_for_the_first_start_does_not_turn_a_resumed_run_back(
+    upcycled: str, make_checkpoint, accepted, refused, capsys
+) -> None:
+    run = Path(make_checkpoint("run", stage="stage1"))
+    (run / "release").rename(run / "iter_0000003")
+    (run / "latest_checkpointed_iteration.txt").write_text("3")
+    start = Path(make_checkpoint("start", stage="stage1"))
+    (start / "iter_0000500").mkdir()
+    command = ["--ckpt-step", "500", "--save"]
+    assert accepted("stage1", start, *command, str(run.with_name("new")))["ckpt_step"] == 500
+    assert accepted("stage1", start, *command, str(run))["ckpt_step"] is None
+    assert "--ckpt-step 500 chose the step of --pretrained-checkpoint" in capsys.readouterr().err
+    (said,) = refused("stage1", None, *command, str(run))
+    assert said == f"{run} has no checkpoint of iteration 500; it holds 3"
+
+
 @pytest.mark.parametrize(
     ("shape", "said"),
     [

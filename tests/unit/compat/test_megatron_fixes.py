@@ -39,6 +39,16 @@ def test_megatron_still_copies_into_optimizer_shards_with_gradients_on() -> None
     assert "no_grad" not in inspect.getsource(copy)
 
 
+def test_megatron_still_wants_optimizer_state_of_a_rank_that_has_none() -> None:
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+
+    for optimizer in (FP32Optimizer, Float16OptimizerWithFloat16Params):
+        load = inspect.unwrap(optimizer.load_state_dict)
+        assert "['state']:" in inspect.getsource(load)
+        with pytest.raises(KeyError):
+            load(None, {"optimizer": {"param_groups": []}, "param_groups": []})
+
+
 @pytest.mark.parametrize("decoupled", [True, False])
 def test_adam_with_one_step_count_per_group_moves_parameters_as_torchs_own(decoupled: bool) -> None:
     from moelpr.compat.adam import GroupStepAdam

@@ -1,5 +1,6 @@
 """Weights come from the newest checkpoint of a chain that has them, and a trained-only checkpoint has nothing else."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -113,6 +114,24 @@ def test_frozen_weights_alone_can_be_loaded(chain_of_three: Path, moe_spec: Mode
     for name, parameter in model.named_parameters():
         if before[name].unique().numel() > 1:  # norms start as ones in both
             assert torch.equal(parameter, before[name]) == (ROUTERS in name), name
+
+
+def test_a_model_chunk_may_have_nothing_in_a_link(chain_of_three: Path, moe_spec: ModelSpec) -> None:
+    """As a pipeline stage of dense layers, when a stage saved routers alone."""
+    from moelpr.model.loading import build_model, load_model
+    from moelpr.model.weights import load_weights
+
+    def part(is_in: Callable[[str], bool]) -> torch.nn.Module:
+        model = build_model(moe_spec)
+        whole_state = model.sharded_state_dict
+        model.sharded_state_dict = lambda: {name: entry for name, entry in whole_state().items() if is_in(name)}
+        return model
+
+    chunks = [part(lambda name: not name.startswith("embedding.")), part(lambda name: name.startswith("embedding."))]
+    load_weights(chunks, checkpoint_chain(chain_of_three / "stage2"))
+    whole = load_model(chain_of_three / "stage2")
+    assert torch.equal(chunks[1].embedding.word_embeddings.weight, whole.embedding.word_embeddings.weight)
+    assert torch.equal(chunks[0].decoder.layers[0].mlp.router.weight, whole.decoder.layers[0].mlp.router.weight)
 
 
 def test_weights_take_the_models_element_type_and_a_padded_vocabulary(

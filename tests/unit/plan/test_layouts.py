@@ -22,8 +22,8 @@ SHAPE = {
 SPEC = ModelSpec("qwen2", "float32", SHAPE, MoeSpec(4, 2, (0, 1, 2, 3, 4, 5)))
 
 
-def layouts_of(gpus: int, gpus_per_node: int = 8, batch_unit: int = 8) -> list[Layout]:
-    return list(legal_layouts(SPEC, gpus, gpus_per_node, batch_unit))
+def layouts_of(gpus: int, gpus_per_node: int = 8, batch_unit: int = 8, seq_length: int = 64) -> list[Layout]:
+    return list(legal_layouts(SPEC, gpus, gpus_per_node, batch_unit, seq_length))
 
 
 def test_layouts_of_eight_ranks_are_what_the_rules_leave() -> None:

@@ -12,7 +12,7 @@ from moelpr.training import clean_stop
 
 def settings(save: Path, **changes: object) -> argparse.Namespace:
     values = {
-        "stage": "stage1", "save": str(save), "model_source": f"{save}/", "finetune": False, "ckpt_step": None,
+        "stage": "stage1", "save": str(save), "model_source": f"{save}/", "is_resumed": True, "ckpt_step": None,
         "train_iters": 10, "train_samples": None, "global_batch_size": 4, "rampup_batch_size": None,
     }  # fmt: skip
     return argparse.Namespace(**(values | changes))
@@ -30,7 +30,7 @@ def settings(save: Path, **changes: object) -> argparse.Namespace:
         ("10", {"train_iters": None, "train_samples": 40, "rampup_batch_size": [1, 1, 9]}, False),
         ("release", {}, False),
         ("10", {"model_source": "elsewhere"}, False),
-        ("10", {"finetune": True}, False),
+        ("10", {"is_resumed": False}, False),
         ("10", {"ckpt_step": 5}, False),
         (None, {}, False),
     ],

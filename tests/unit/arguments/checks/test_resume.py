@@ -42,24 +42,41 @@ def test_a_run_keeps_saving_what_it_saved_before(make_checkpoint, refused, befor
     assert said.startswith(f"{run} was saved {'with' if before else 'without'} --save-trained-only; resume it the same")
 
 
-@pytest.mark.parametrize("record", [{"train_iters": 9}, {"train_iters": 2, "lr_decay_iters": 9}])
-def test_a_longer_run_says_what_becomes_of_its_learning_rate(make_checkpoint, refused, record: dict) -> None:
-    run = make_checkpoint("run", stage="stage1", **record)
-    (said,) = refused("stage1", None, "--save", run)
-    assert said.startswith(
-        f"{run} was trained with a learning rate that falls over 9 steps, not 2; keep that with --lr"
-    )
-
-
-@pytest.mark.parametrize("words", [["--lr-decay-iters", "9"], ["--override-opt-param-scheduler"]])
-def test_a_longer_run_is_taken_once_it_has_said_so(make_checkpoint, accepted, words: list[str]) -> None:
-    run = make_checkpoint("run", stage="stage1", train_iters=9)
-    assert accepted("stage1", None, "--save", run, *words)["train_iters"] == 2
-
-
 def test_the_first_start_may_be_gone_by_now(make_checkpoint, accepted, tmp_path: Path) -> None:
     run = make_checkpoint("run", stage="stage1")
     assert accepted("stage1", tmp_path / "deleted", "--save", run)["model_source"] == run
+
+
+@pytest.mark.parametrize("flag", ["--load", "--finetune"])
+def test_a_run_is_not_started_over_the_checkpoints_of_another(make_checkpoint, refused, accepted, flag: str) -> None:
+    run, other = make_checkpoint("run", stage="stage1"), make_checkpoint("other", stage="stage1")
+    start = [flag, other] if flag == "--load" else [flag]
+    (said,) = refused("stage1", None, "--save", run, *start)
+    assert said.startswith(f"--save {run} holds checkpoints of a run, and {flag} would start another one over them")
+    new = f"{run}-new"
+    assert accepted("stage1", other, "--save", new, "--load", run)["is_resumed"]
+    assert not accepted("stage1", other, "--save", new, "--load", run, "--finetune")["is_resumed"]
+
+
+SCHEDULE = {"stage": "stage1", "min_lr": 0.0}
+
+
+def test_another_schedule_is_noticed_before_megatrons_assertion(make_checkpoint, refused, accepted) -> None:
+    run = make_checkpoint("run", **SCHEDULE)
+    (said,) = refused("stage1", None, "--save", run, "--train-iters", "4", "--min-lr", "1e-4")
+    assert said.startswith(
+        f"{run} was trained with --min-lr 0.0, --train-iters 2, which its learning-rate schedule rests on, not "
+        "--min-lr 0.0001, --train-iters 4; keep it, or add --override-opt-param-scheduler"
+    )
+    start = f"{run}-start"
+    for flag in ("--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler", "--no-load-optim"):
+        assert accepted("stage1", start, "--save", run, "--train-iters", "4", flag)["train_iters"] == 4
+    assert accepted("stage1", start, "--save", run)["is_resumed"]
+
+
+def test_a_longer_training_keeps_a_decay_that_is_said_apart(make_checkpoint, accepted) -> None:
+    run = make_checkpoint("run", **SCHEDULE, lr_decay_iters=2)
+    assert accepted("stage1", f"{run}-start", "--save", run, "--lr-decay-iters", "2", "--train-iters", "4")
 
 
 # before: recipe.yaml of the run; now: flags and processes. `fits` None: it loads; else what the sentence names.

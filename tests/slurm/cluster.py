@@ -69,7 +69,7 @@ class Cluster:
             deadline = time.monotonic() + 15
             while self("squeue", "-h", check=False) and time.monotonic() < deadline:
                 time.sleep(0.3)
-        for process in [*self.processes(), *self._daemons.values()]:
+        for process in [*self._daemons.values(), *_with_their_slurmstepd(self.processes())]:
             process.kill()
         for daemon in self._daemons.values():
             daemon.wait()
@@ -110,10 +110,9 @@ class Cluster:
         self._start(node, "-D", "-N", node, program="slurmd")
 
     def kill_node(self, node: str) -> None:
-        """As a power failure: the node's daemon and all processes of its jobs, without a word."""
+        """End the node's daemon without a word, as a power failure does; no job may be running there."""
         daemon = self._daemons.pop(node)
-        for process in [*psutil.Process(daemon.pid).children(recursive=True), daemon]:
-            process.kill()
+        daemon.kill()
         daemon.wait()
 
     def processes(self) -> list[psutil.Process]:
@@ -185,6 +184,12 @@ SlurmdTimeout=20
 PartitionName=low Nodes={every} Default=YES PriorityTier=1 GraceTime={GRACE_S}
 PartitionName=high Nodes={every} PriorityTier=10 PreemptMode=OFF
 """
+
+
+def _with_their_slurmstepd(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Each step's process of Slurm first, which has overwritten its environment and so isn't found by it."""
+    parents = {parent for process in processes if (parent := process.parent()) is not None}
+    return [parent for parent in parents if parent.name() == "slurmstepd"] + processes
 
 
 def _path() -> str:

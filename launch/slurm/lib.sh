@@ -13,25 +13,28 @@ fail() {
 #   root       the repository as the command sees it
 read_container_flags() {
     local image="" runtime="" mounts=$PWD:$PWD
-    while [[ ${1:-} == --* ]]; do
+    while [[ ${1:-} =~ ^--(container-image|apptainer|container-mounts)$ ]]; do
+        [[ -n ${2:-} ]] || fail "$1 has no value"
         case $1 in
-        --container-image | --apptainer) runtime=$1 image=${2:?"$1 needs an image"} ;;
-        --container-mounts) mounts+=,${2:?"$1 needs FROM:TO[,FROM:TO…]"} ;;
-        *) break ;;
+        --container-mounts) mounts+=,$2 ;;
+        *) runtime=$1 image=$2 ;;
         esac
         shift 2
     done
     words=("$@")
+    [[ -n $runtime || $mounts != *,* ]] || fail "--container-mounts needs --container-image or --apptainer"
     # No binding to cores: a node's one task starts a process per GPU.
     on_nodes=(srun --kill-on-bad-exit=1 --cpu-bind=none)
     inside=() root=.
+    if [[ -n $runtime ]]; then
+        root=/opt/moelpr
+        export PYTHONSAFEPATH=1 # the image's packages, not those of the folder it is started in
+    fi
     case $runtime in
     --container-image)
-        root=/opt/moelpr
         on_nodes+=(--container-image="$image" --container-mounts="$mounts" --container-workdir="$PWD")
         ;;
     --apptainer)
-        root=/opt/moelpr
         inside=(apptainer exec --nv --bind "$mounts" --pwd "$PWD" "$image")
         ;;
     esac

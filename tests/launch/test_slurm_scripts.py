@@ -183,6 +183,8 @@ def test_in_a_container_the_images_own_code_is_run(calls: Calls, tmp_path: Path,
     [
         (["stage3"], {}, "found 'stage3', wanted stage1, stage2 or dense, then the trainer's flags"),
         (["stage1", "--lr", "1"], {}, "--save DIR is missing; a job that can be interrupted needs a place to save"),
+        (["--apptainer"], {}, "--apptainer has no value"),
+        (["--container-mounts", "a:b", *STAGE], {}, "--container-mounts needs --container-image or --apptainer"),
         (STAGE, {"SLURM_NTASKS": "16"}, "16 tasks on 2 nodes; one per node starts its GPUs' ranks"),
     ],
 )
@@ -209,7 +211,7 @@ def test_a_stage_ends_as_its_trainer_ended(calls: Calls, tmp_path: Path) -> None
 def test_tools_of_an_array_are_told_their_shard(calls: Calls) -> None:
     words = ["launch/slurm/tool.sbatch", "data_tools/preprocess_data.py", "--num-shards", "8"]
     assert calls(*words, SLURM_ARRAY_TASK_ID="3").returncode == 0
-    assert "[.] [./data_tools/preprocess_data.py] [--num-shards] [8] [--shard] [3]" in "\n".join(calls.made)
+    assert "[.] [-m] [data_tools.preprocess_data] [--num-shards] [8] [--shard] [3]" in "\n".join(calls.made)
 
 
 @pytest.mark.parametrize("script", ["stage.sbatch", "tool.sbatch"])

@@ -1,18 +1,22 @@
 # Needs git, make, a C++ compiler and Python 3.12 or 3.13 somewhere on PATH; .venv is made on the way.
 
-SHELL_SCRIPTS := .ci/run $(shell find launch -name '*.sh' -o -name '*.sbatch')
+SHELL_SCRIPTS := .ci/run $(shell find launch tests -name '*.sh' -o -name '*.sbatch')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format venv clean
+.PHONY: help demo test test-slurm check format venv clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 16
 
 demo: venv ## real text, base, two stages, export and report in runs/demo
 	.venv/bin/python examples/demo.py
 
 test: venv ## the default test suite: no network, no GPU
 	.venv/bin/python -m pytest
+
+test-slurm: venv ## two pretend nodes of a real Slurm on this machine; as root, installs Debian's packages
+	@tests/slurm/install.sh
+	.venv/bin/python -m pytest -m slurm tests/slurm
 
 check: venv ## format, lint and types
 	.venv/bin/python -m ruff format --check .

@@ -16,6 +16,7 @@ from moelpr.data.language_bits import LanguageBits, LanguageBitsWriter, language
 from moelpr.errors import UserError
 from moelpr.files import fsync_file, refuse_existing, temporary_name
 
+_BITS_AT_ONCE = 1 << 20
 _REMEDY = "rebuild the corpus with data_tools/preprocess_data.py"
 
 
@@ -30,6 +31,11 @@ class CorpusPaths(NamedTuple):
     def of(cls, prefix: str | os.PathLike[str]) -> Self:
         prefix = os.fspath(prefix)
         return cls(Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), language_bits_path(prefix))
+
+
+def shard_prefix(prefix: str | os.PathLike[str], shard: int, num_shards: int) -> str:
+    """Where one of the jobs that share a corpus puts its part."""
+    return f"{os.fspath(prefix)}.shard-{shard:05d}-of-{num_shards:05d}"
 
 
 class CorpusWriter:
@@ -85,6 +91,22 @@ class CorpusWriter:
         self._builder.add_document(ids, [len(ids)] if len(ids) else [])
         self._bits.append_run(is_original, len(ids))
         self.num_documents += 1
+
+    def add_corpus(self, corpus: "Corpus") -> None:
+        """Add another corpus as it is, with memory for its index and 1 MiB of bits.
+
+        Raises:
+            UserError: its token ids are of another type, so it is from another tokenizer.
+        """
+        if corpus.tokens.dtype != np.dtype(self.dtype):
+            raise UserError(
+                f"{corpus.paths.bin} holds {corpus.tokens.dtype.name}, the corpora before it "
+                f"{np.dtype(self.dtype).name}; merge corpora of one tokenizer"
+            )
+        self._builder.add_index(corpus.prefix)
+        for start in range(0, len(corpus.bits), _BITS_AT_ONCE):
+            self._bits.append(corpus.bits.slice(start, min(start + _BITS_AT_ONCE, len(corpus.bits))))
+        self.num_documents += corpus.num_documents
 
     def finalize(self) -> None:
         """Complete the three files under their temporary names and bring them to the disk."""

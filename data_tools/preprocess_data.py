@@ -2,9 +2,13 @@
 
 The flags are those of Megatron-LM's tool of the same name, plus the language bit. It is always stated: for all of the
 input (--language original), or per document (--language-key lang --original-languages en,es,zh).
+
+Several jobs share the work with --num-shards N, each with its own --shard; data_tools/merge_data.py joins what they
+write into the bytes that one job would have written.
 """
 
 import argparse
+import functools
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -22,13 +26,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data_tools.corpus import CorpusPaths, CorpusWriter
+from data_tools.corpus import CorpusPaths, CorpusWriter, shard_prefix
 from moelpr.data.tokenizer import Tokenizer, add_tokenizer_arguments, load_tokenizer
 from moelpr.errors import UserError, run_command
 from moelpr.files import refuse_existing
@@ -41,7 +45,11 @@ def main(argv: list[str] | None = None) -> None:
     started = time.monotonic()
     arguments = parse_arguments(argv)
     prefixes = {key: f"{arguments.output_prefix}_{key}_document" for key in arguments.json_keys}
-    sizes = {path: input_bytes(path) for path in arguments.input}
+    if arguments.num_shards > 1:
+        prefixes = {
+            key: shard_prefix(prefix, arguments.shard, arguments.num_shards) for key, prefix in prefixes.items()
+        }
+    shares = list(shard_of(arguments.input, arguments.shard or 0, arguments.num_shards))
     refuse_existing([path for prefix in prefixes.values() for path in CorpusPaths.of(prefix)], arguments.overwrite)
     tokenizer = load_tokenizer(
         arguments.tokenizer_type, arguments.tokenizer_model, not arguments.tokenizer_hf_no_include_special_tokens
@@ -58,18 +66,20 @@ def main(argv: list[str] | None = None) -> None:
 
     with ExitStack() as stack:
         # The workers start before the writers: they encode while this process is still importing Megatron.
-        batches = stack.enter_context(EncodingPool(encoder, arguments.workers)).encode(read_batches(arguments.input))
+        batches = stack.enter_context(EncodingPool(encoder, arguments.workers)).encode(read_batches(shares))
         writers = {
             key: stack.enter_context(CorpusWriter(prefix, tokenizer.vocab_size, arguments.overwrite))
             for key, prefix in prefixes.items()
         }
-        progress = stack.enter_context(Progress(sum(sizes.values()), arguments.log_interval))
+        progress = stack.enter_context(
+            Progress(sum(share.stop - share.start for share in shares), arguments.log_interval)
+        )
         totals = Totals()
         for batch in batches:
             tokens = write_batch(batch, writers, totals)
             progress.advance(len(batch.languages), tokens, batch.num_bytes)
         for writer in writers.values():
-            if writer.num_tokens == 0:
+            if writer.num_tokens == 0 and arguments.num_shards == 1:
                 raise UserError(f"{no_text(arguments.input, totals)}; nothing was written")
             writer.finalize()
         for writer in writers.values():
@@ -107,6 +117,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("running")
     cores = len(os.sched_getaffinity(0))
     group.add_argument("--workers", type=int, default=cores, help=f"processes (default: one per core, {cores} here)")
+    group.add_argument("--num-shards", type=int, default=1, metavar="N", help="jobs that share the input (default: 1)")
+    group.add_argument("--shard", type=int, metavar="I", help="which of the N this one is, from 0; its files end in it")
     group.add_argument(
         "--log-interval", type=int, default=10_000, help="documents between two lines of a log (default: 10000)"
     )
@@ -121,9 +133,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
     if len(set(arguments.json_keys)) < len(arguments.json_keys):
         raise UserError(f"--json-keys {' '.join(arguments.json_keys)} names a key twice")
-    for flag in ("workers", "log_interval"):
+    for flag in ("workers", "log_interval", "num_shards"):
         if getattr(arguments, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(arguments, flag)} must be at least 1")
+    if arguments.shard is None and arguments.num_shards > 1:
+        raise UserError(f"--num-shards {arguments.num_shards} needs --shard, 0 to {arguments.num_shards - 1}")
+    if arguments.shard is not None and not 0 <= arguments.shard < arguments.num_shards:
+        raise UserError(f"--shard {arguments.shard} is none of the --num-shards {arguments.num_shards}, counted from 0")
     if arguments.language_key and not arguments.original_languages:
         raise UserError("--language-key needs --original-languages, such as --original-languages en,es,zh")
     if arguments.language and (arguments.original_languages or arguments.expanded_languages):
@@ -171,12 +187,27 @@ class LanguageRule:
         return name
 
 
-class LineBatch(NamedTuple):
-    """Lines of one input file, as bytes without interpretation."""
+class Share(NamedTuple):
+    """The lines of one input file that begin in bytes [start, stop)."""
 
     path: str
+    start: int
+    stop: int
+
+
+class LineBatch(NamedTuple):
+    """Lines of one input file, as bytes without interpretation.
+
+    first_line: counted from 1 where the share begins.
+    """
+
+    share: Share
     first_line: int
     lines: list[bytes]
+
+    def line_number(self, number: int) -> int:
+        """In the whole file, for a person; costs reading what lies before the share."""
+        return number + lines_before(self.share.path, self.share.start)
 
 
 @dataclass
@@ -228,7 +259,7 @@ class Encoder:
                 language = self.languages.language(document)
                 found = [self.text(document, key) for key in self.json_keys]
             except BadLine as error:
-                problem = f"{batch.path}:{number}: {error}"
+                problem = f"{batch.share.path}:{batch.line_number(number)}: {error}"
                 if not self.skip_bad_lines:
                     raise UserError(f"{problem}; mend the line or pass --on-error skip") from None
                 encoded.problems.append(problem)
@@ -292,19 +323,55 @@ def input_bytes(path: str) -> int:
         raise UserError(f"the input {path} can't be read ({error.strerror}); --input wants JSON lines files") from error
 
 
-def read_batches(paths: list[str]) -> Iterator[LineBatch]:
-    """The files' lines in batches of about BATCH_BYTES, so that memory stays small and a batch is worth its way."""
-    for path in paths:
-        with open(path, "rb") as file:
-            batch, size, number = LineBatch(path, 1, []), 0, 0
-            for number, line in enumerate(file, 1):
+def shard_of(paths: list[str], shard: int, num_shards: int) -> Iterator[Share]:
+    """A shard's shares, in order: an equal slice of the files' bytes one after another."""
+    sizes = [input_bytes(path) for path in paths]
+    first, last = (sum(sizes) * index // num_shards for index in (shard, shard + 1))
+    begin = 0
+    for path, size in zip(paths, sizes, strict=True):
+        start, stop = max(first - begin, 0), min(last - begin, size)
+        if start < stop:
+            yield Share(path, start, stop)
+        begin += size
+
+
+def read_batches(shares: list[Share]) -> Iterator[LineBatch]:
+    """Lines in batches of about BATCH_BYTES, so that memory stays small and a batch is worth its way."""
+    for share in shares:
+        with open(share.path, "rb") as file:
+            position = _first_line_at(file, share.start)
+            batch, size, number = LineBatch(share, 1, []), 0, 0
+            while position < share.stop and (line := file.readline()):
+                number += 1
+                position += len(line)
                 batch.lines.append(line)
                 size += len(line)
                 if size >= BATCH_BYTES:
                     yield batch
-                    batch, size = LineBatch(path, number + 1, []), 0
+                    batch, size = LineBatch(share, number + 1, []), 0
             if batch.lines:
                 yield batch
+
+
+def _first_line_at(file: BinaryIO, start: int) -> int:
+    """Go to the first line that begins at `start` or later; its position."""
+    if start == 0:
+        return 0
+    file.seek(start - 1)
+    return start - 1 + len(file.readline())
+
+
+@functools.cache
+def lines_before(path: str, start: int) -> int:
+    """Lines of a file that begin before byte `start`."""
+    with open(path, "rb") as file:
+        left = _first_line_at(file, start)
+        file.seek(0)
+        lines = 0
+        while left and (piece := file.read(min(left, 1 << 20))):
+            lines += piece.count(b"\n")
+            left -= len(piece)
+        return lines
 
 
 # Set just before the workers are forked, so that they inherit a loaded tokenizer: no second import of transformers
@@ -463,7 +530,7 @@ def no_text(inputs: list[str], totals: Totals) -> str:
 def report(writers: dict[str, CorpusWriter], totals: Totals, languages: LanguageRule, elapsed_s: float) -> None:
     """Say what was written, and what a reader would want to know about it."""
     for writer in writers.values():
-        share = writer.num_original / writer.num_tokens
+        share = writer.num_original / max(writer.num_tokens, 1)  # a shard may be empty
         print(
             f"{Path(writer.prefix)}.bin, .idx, .lang: {writer.num_documents:,} documents, {writer.num_tokens:,} tokens "
             f"({share:.1%} original-language), {np.dtype(writer.dtype).name}"

@@ -3,13 +3,17 @@
     python -m moelpr.torchrun --nproc-per-node 8 -m moelpr.pretrain --stage stage1 …
 
 takes every option of torchrun. With the plain `torchrun` everything works too, but a wrong argument ends in twenty
-lines of launcher traceback and exit code 1 instead of one sentence and exit code 2, and a missing node or an occupied
-port in a wait of ten minutes or for ever (moelpr/meeting.py).
+lines of launcher traceback and exit code 1 instead of one sentence and exit code 2, a run that SIGTERM stops cleanly
+ends with code 1, SIGUSR1 kills the launcher, and a missing node or an occupied port is waited for ten minutes or for
+ever (moelpr/meeting.py).
 """
 
 import logging
+import signal
 import sys
+from types import FrameType
 
+import psutil
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.run import main as torchrun
@@ -20,10 +24,14 @@ from moelpr.meeting import PATIENCE_S, meet
 
 
 def main() -> None:
+    # The ranks inherit this, so that a SIGUSR1 to every process of a job spares those that can't listen yet.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     run_command(meet_the_other_nodes)
+    signal.signal(signal.SIGTERM, pass_on)
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
-        torchrun(sys.argv[1:])
+        # Not SIGTERM, which torchrun answers by ending with an error, whatever the ranks make of it.
+        torchrun(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *sys.argv[1:]])
     except ChildFailedError as failure:
         first = min(failure.failures.values(), key=lambda one: one.timestamp)
         if first.exitcode not in (1, 2):
@@ -40,6 +48,18 @@ def meet_the_other_nodes() -> None:
     settings = dict(pair.split("=", 1) for pair in args.rdzv_conf.split(",") if "=" in pair)
     address, port = parse_rendezvous_endpoint(endpoint, 29500)
     meet(int(args.nnodes), args.node_rank, address, port, float(settings.get("timeout", PATIENCE_S)))
+
+
+def pass_on(number: int, frame: FrameType | None) -> None:
+    """Give a signal to the ranks, each a session of its own; the launcher ends as they do, or at once without any."""
+    ranks = psutil.Process().children()
+    if not ranks:
+        sys.exit(128 + number)
+    for rank in ranks:
+        try:
+            rank.send_signal(number)
+        except psutil.NoSuchProcess:
+            continue
 
 
 if __name__ == "__main__":

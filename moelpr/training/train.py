@@ -22,17 +22,24 @@ from moelpr.model.builder import block_spec
 from moelpr.model.config import MoELPRConfig
 from moelpr.model.stages import freeze, parameter_report
 from moelpr.model.vocabulary import mask_padding
-from moelpr.training import metrics
+from moelpr.training import clean_stop, metrics
+from moelpr.training.clean_stop import StopRequest
 from moelpr.training.forward_step import forward_step
 from moelpr.training.run_folder import run_folder
 from moelpr.training.starting_weights import LoadHook, starting_weights
 
 
-def train(argv: list[str]) -> None:
-    """Train one stage as the command line `argv` says, on this rank."""
+def train(argv: list[str], stop: StopRequest | None = None) -> None:
+    """Train one stage as the command line `argv` says, on this rank, to its end or until someone asks it to stop."""
     args, spec = parse_arguments(argv)
+    if clean_stop.is_finished(args):
+        clean_stop.tell_how_it_ended(args)
+        return
+    if stop is not None:
+        stop.enter_megatron(args)
+    clean_stop.begin(args)
     load_weights = starting_weights(args)
-    with run_folder(args, spec), closing(metrics.install(args.stage)) as step_log:
+    with run_folder(args, spec), closing(metrics.install(args.stage)) as step_log, clean_stop.ends_the_run():
         pretrain(
             pretrain_cfg_container_from_args(args, _model_config(args, load_weights, step_log)),
             datasets_provider,
@@ -40,6 +47,7 @@ def train(argv: list[str]) -> None:
             forward_step,
         )
     torch.distributed.barrier()
+    clean_stop.tell_how_it_ended(args)
 
 
 def _model_config(args: argparse.Namespace, load_weights: LoadHook, step_log: metrics.StepLog) -> GPTModelConfig:

@@ -7,10 +7,13 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -170,6 +173,56 @@ def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(material: Path, stage
     resumed = cut_back(stage1, material / "resumed")
     assert launch(*stage1_command(material, resumed), ranks=2).returncode == 0
     assert_same_run(stage1, resumed)
+
+
+def test_a_run_stopped_by_its_stop_file_goes_on_to_the_same_end_and_no_further(material: Path, stage1: Path) -> None:
+    """STOP is there before the trainer is: as after a signal that came too early."""
+    stopped = material / "stopped"
+    stopped.mkdir()
+    (stopped / "STOP").touch()
+    first = launch(*stage1_command(material, stopped), ranks=2)
+    assert first.returncode == 0, first.stderr[-3000:]
+    assert "moelpr: stopped after step 1 of 6" in first.stdout
+    assert not (stopped / "STOP").exists()
+    assert not (stopped / "FINISHED").exists()
+    second = launch(*stage1_command(material, stopped), ranks=2)
+    assert "moelpr: stage1 is finished, step 6 of 6" in second.stdout, second.stderr[-3000:]
+    assert (stopped / "FINISHED").read_text() == "6\n"
+    assert_same_run(stage1, stopped)
+    third = launch(*stage1_command(material, stopped), ranks=2)
+    assert third.returncode == 0
+    assert "moelpr: stage1 is finished, step 6 of 6" in third.stdout
+    assert "building" not in third.stdout
+    assert_same_run(stage1, stopped)
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
+def test_a_signal_to_every_process_lets_the_trainer_save_its_step_and_end_with_code_0(
+    material: Path, name: str
+) -> None:
+    """As a cluster sends it: to launcher, ranks and the helpers that write checkpoints (the run saved before)."""
+    save = material / f"asked-by-{name}"
+    command = [ROOT / "launch/stage1.sh", *STEPS.split(), *map(str, stage1_command(material, save)[1:])]
+    environment = {**os.environ, "NPROC_PER_NODE": "2"}
+    command += ["--train-iters", "5000", "--save-interval", "10"]
+    log = material / f"asked-by-{name}.log"
+    with log.open("w") as file, subprocess.Popen(command, env=environment, stdout=file) as run:
+        deadline = time.monotonic() + 100
+        while (
+            not (save / "latest_checkpointed_iteration.txt").exists()
+            and time.monotonic() < deadline
+            and run.poll() is None
+        ):
+            time.sleep(0.1)
+        launcher = psutil.Process(run.pid)
+        for process in [launcher, *launcher.children(recursive=True)]:
+            process.send_signal(getattr(signal, name))
+        run.wait(timeout=60)
+    said = log.read_text()
+    last = metrics(save)[-1]["iteration"]
+    assert run.returncode == 0, said[-3000:]
+    assert f"moelpr: stopped after step {last} of 5000" in said
+    assert (save / "latest_checkpointed_iteration.txt").read_text().strip() == str(last)
 
 
 def test_stage2_moves_routers_only(stage1: Path, stage2: Path) -> None:

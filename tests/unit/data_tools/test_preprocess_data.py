@@ -15,7 +15,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 from megatron.core.tokenizers import MegatronTokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from data_tools import preprocess_data
+from data_tools import merge_data, preprocess_data
 from data_tools.corpus import Corpus, CorpusPaths
 from moelpr.data.tokenizer import load_tokenizer
 from moelpr.errors import UserError, run_command
@@ -119,6 +119,49 @@ def test_bin_and_idx_are_the_bytes_megatron_writes(
     np.testing.assert_array_equal(corpus.sequence_lengths, dataset.sequence_lengths)
     np.testing.assert_array_equal(corpus.document_starts, dataset.document_indices)
     np.testing.assert_array_equal(corpus.document(3)[0], dataset[corpus.document_starts[3]])
+
+
+@pytest.mark.parametrize("num_shards", [2, 9])
+def test_shards_merge_to_the_bytes_of_one_job(num_shards: int, hf_tokenizer: Path, tmp_path: Path) -> None:
+    """Shards end inside lines and files; of 9 shards of 7 lines some are empty."""
+    inputs = [corpus_lines(tmp_path / "a.jsonl", 4), corpus_lines(tmp_path / "b.jsonl", 3)]
+    inputs[1].write_bytes(inputs[1].read_bytes().rstrip(b"\n"))
+    flags = "--language-key lang --original-languages en,es,zh --append-eod --json-keys text title"
+    preprocess(hf_tokenizer, *inputs, out=tmp_path / "one", flags=flags)
+    for shard in range(num_shards):
+        words = f"{flags} --num-shards {num_shards} --shard {shard} --workers 1"
+        preprocess(hf_tokenizer, *inputs, out=tmp_path / "many", flags=words)
+    for key in ("text", "title"):
+        prefix = f"{tmp_path}/many_{key}_document"
+        merge_data.main(["--output-prefix", prefix, "--num-shards", str(num_shards), "--remove-input"])
+        assert files(prefix) == files(f"{tmp_path}/one_{key}_document")
+    assert not list(tmp_path.glob("*.shard-*"))
+
+
+def test_a_shard_names_a_bad_line_by_its_number_in_the_file(hf_tokenizer: Path, tmp_path: Path) -> None:
+    lines = corpus_lines(tmp_path / "a.jsonl", 40)
+    content = lines.read_bytes().splitlines(keepends=True)
+    lines.write_bytes(b"".join([*content[:35], b"oops\n", *content[36:]]))
+    flags = "--language original --num-shards 4 --workers 1 --shard"
+    for shard in range(3):
+        preprocess(hf_tokenizer, lines, out=tmp_path / "out", flags=f"{flags} {shard}")
+    with pytest.raises(UserError, match=r"a\.jsonl:36: not JSON"):
+        preprocess(hf_tokenizer, lines, out=tmp_path / "out", flags=f"{flags} 3")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--num-shards 3", "--num-shards 3 needs --shard, 0 to 2"),
+        ("--num-shards 3 --shard 3", "--shard 3 is none of the --num-shards 3, counted from 0"),
+        ("--shard 1", "--shard 1 is none of the --num-shards 1, counted from 0"),
+    ],
+)
+def test_a_shard_is_one_of_a_number(flags: str, said: str, hf_tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        preprocess(
+            hf_tokenizer, corpus_lines(tmp_path / "a.jsonl"), out=tmp_path / "o", flags=f"--language original {flags}"
+        )
 
 
 def test_special_tokens_around_a_text_follow_megatron_both_ways(hf_tokenizer: Path) -> None:

@@ -1,0 +1,154 @@
+#!/usr/bin/env bash
+# The whole way as a chain of Slurm jobs, each started when the ones before it have ended well. From the repository's
+# folder:
+#   launch/slurm/submit.sh --run DIR [CONTAINER] [SBATCH…] @STEP [SBATCH…] [-- FLAGS…] @STEP …
+# SBATCH are options of sbatch (--partition, --account, --time, --nodes, …), for all steps or for one; CONTAINER is
+# --container-image IMAGE, --apptainer IMAGE or --container-mounts FROM:TO; FLAGS go to the step's tool, to which this
+# script adds where things lie in DIR. The steps, in this order:
+#   @expanded, @review   the corpora of stage 1 and stage 2 (data_tools/preprocess_data.py);
+#                        with --shards N before the -- as an array of N jobs and one that merges
+#   @convert             upcycling (checkpoint_convert/hf_to_mcore.py)
+#   @stage1, @stage2     training
+#   @export, @evaluate   a Hugging Face model (DIR/hf), and its bits per byte (DIR/evaluation.json)
+# It prints the job ids. Given again it submits what is neither done nor on its way, so a broken chain goes on where it
+# broke.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+fail() {
+    echo "submit.sh: error: $1" >&2
+    exit 2
+}
+
+declare -A job=() # step → the job that ends it, for steps that are not done
+
+is_done() {
+    case $1 in
+    expanded | review) [[ -e $run/data/$1_text_document.idx ]] ;;
+    convert) [[ -e $run/upcycled/latest_checkpointed_iteration.txt ]] ;;
+    stage1 | stage2) [[ -e $run/$1/FINISHED ]] ;;
+    export) [[ -e $run/hf/config.json ]] ;;
+    evaluate) [[ -e $run/evaluation.json ]] ;;
+    *) fail "there is no step @$1; the steps are @expanded, @review, @convert, @stage1, @stage2, @export, @evaluate" ;;
+    esac
+}
+
+# The job of step $1 that an earlier call has submitted, if it still waits or runs.
+on_its_way() {
+    local id
+    id=$(cat "$run/slurm/$1.job" 2>/dev/null) || return 1
+    [[ -n $(squeue --noheader --jobs "$id" --name "$name-$1" --format %i 2>/dev/null) ]] && echo "$id"
+}
+
+# submit STEP NEEDS -- sbatch's words: submits, notes the job and sets job[STEP].
+submit() {
+    local step=$1 ids="" need
+    for need in $2; do ids+=${job[$need]:+:${job[$need]}}; done
+    job[$step]=$(sbatch --parsable --job-name "$name-$step" --output "$run/slurm/%x-%j.log" --kill-on-invalid-dep=yes \
+        ${ids:+--dependency "afterok$ids"} "${common[@]}" "${@:3}")
+    job[$step]=${job[$step]%%;*} # "id;cluster" on a federation
+    echo "${job[$step]}" >"$run/slurm/$step.job"
+    echo "$step: job ${job[$step]}${ids:+, after ${ids:1}}"
+}
+
+preprocess() {
+    local step=$1 shards=$2 tool=(launch/slurm/tool.sbatch "${container[@]}") missing="" shard id
+    local out=$run/data/$step flags=("${@:3}")
+    if [[ -z $shards ]]; then
+        submit "$step" "" "${options[@]}" "${tool[@]}" data_tools/preprocess_data.py "${flags[@]}" --output-prefix "$out"
+        return
+    fi
+    if id=$(on_its_way "$step-shards"); then
+        fail "shards of an earlier call (job $id) still run; wait for them, or end them with scancel $id"
+    fi
+    for ((shard = 0; shard < shards; shard++)); do
+        printf -v id "%s_text_document.shard-%05d-of-%05d.idx" "$out" "$shard" "$shards"
+        [[ -e $id ]] || missing+=,$shard
+    done
+    if [[ -n $missing ]]; then
+        submit "$step-shards" "" "${options[@]}" --array "${missing:1}" "${tool[@]}" data_tools/preprocess_data.py \
+            "${flags[@]}" --output-prefix "$out" --num-shards "$shards"
+    fi
+    submit "$step" "$step-shards" "${options[@]}" "${tool[@]}" data_tools/merge_data.py \
+        --output-prefix "${out}_text_document" --num-shards "$shards" --remove-input
+}
+
+# Takes one step's words: SBATCH… [-- FLAGS…].
+step() {
+    local step=$1 needs="" need id shards="" options=() flags=()
+    shift
+    if is_done "$step"; then
+        echo "$step: done"
+        return
+    fi
+    while [[ $# -gt 0 && $1 != -- ]]; do
+        if [[ $1 == --shards ]]; then
+            [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || fail "--shards ${2:-} is no number of jobs"
+            shards=$2
+            shift
+        else
+            options+=("$1")
+        fi
+        shift
+    done
+    flags=("${@:2}")
+    if id=$(on_its_way "$step"); then
+        job[$step]=$id
+        echo "$step: job $id is on its way"
+        return
+    fi
+    case $step in
+    stage1) needs="convert expanded" ;;
+    stage2) needs="stage1 review" ;;
+    export) needs=stage2 ;;
+    evaluate) needs="export" ;;
+    esac
+    for need in $needs; do
+        if [[ -z ${job[$need]:-} ]] && ! is_done "$need"; then
+            [[ $need =~ expanded|review && " ${flags[*]} " == *" --data-path "* ]] ||
+                fail "@$step needs @$need, which is neither done in $run nor named before it"
+        fi
+    done
+    local tool=("${options[@]}" launch/slurm/tool.sbatch "${container[@]}")
+    local stage=("${options[@]}" launch/slurm/stage.sbatch "${container[@]}" "$step" --save "$run/$step")
+    case $step in
+    expanded | review) preprocess "$step" "$shards" "${flags[@]}" ;;
+    convert) submit "$step" "" "${tool[@]}" checkpoint_convert/hf_to_mcore.py --save "$run/upcycled" "${flags[@]}" ;;
+    stage1)
+        submit "$step" "$needs" "${stage[@]}" --pretrained-checkpoint "$run/upcycled" \
+            --data-path "$run/data/expanded_text_document" "${flags[@]}"
+        ;;
+    stage2)
+        submit "$step" "$needs" "${stage[@]}" --pretrained-checkpoint "$run/stage1" \
+            --data-path "$run/data/review_text_document" "${flags[@]}"
+        ;;
+    export)
+        submit "$step" "$needs" "${tool[@]}" checkpoint_convert/mcore_to_hf.py --load "$run/stage2" \
+            --save "$run/hf" "${flags[@]}"
+        ;;
+    evaluate)
+        submit "$step" "$needs" "${tool[@]}" -m moelpr.evaluate --model "stage2=$run/hf" \
+            --output "$run/evaluation.json" "${flags[@]}"
+        ;;
+    esac
+}
+
+run="" common=() container=()
+while [[ $# -gt 0 && $1 != @* ]]; do
+    case $1 in
+    --run) run=${2:-} && shift 2 ;;
+    --container-image | --apptainer | --container-mounts) container+=("$1" "${2:-}") && shift 2 ;;
+    *) common+=("$1") && shift ;;
+    esac
+done
+[[ -n $run ]] || fail "--run DIR is missing; it is the folder that data, checkpoints and logs go to"
+[[ $# -gt 0 ]] || fail "no step; name some, such as @convert -- --hf-path DIR --num-new-experts 5"
+command -v sbatch >/dev/null || fail "there is no sbatch here; run this on a login node of the cluster"
+mkdir -p "$run/slurm"
+name=$(basename "$run")
+while [[ $# -gt 0 ]]; do
+    words=("${1#@}")
+    shift
+    while [[ $# -gt 0 && $1 != @* ]]; do words+=("$1") && shift; done
+    step "${words[@]}"
+done

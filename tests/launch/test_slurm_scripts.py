@@ -1,0 +1,220 @@
+"""What the Slurm scripts ask of Slurm and of containers, seen by stand-ins; tests/slurm has the real one."""
+
+import os
+import re
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORD = 'printf "%s" "${0##*/}" >>"$CALLS"; printf " [%s]" "$@" >>"$CALLS"; echo >>"$CALLS"\n'
+PROGRAMS = {
+    "sbatch": RECORD + 'wc -l <"$CALLS"',
+    "squeue": 'for word in "$@"; do [[ " ${IN_QUEUE:-} " == *" $word "* ]] && echo "$word"; done; true',
+    "srun": RECORD
+    + 'echo "$NNODES nodes at $MASTER_ADDR:$MASTER_PORT for $PET_RDZV_ID" >>"$CALLS"; exit "${SRUN_CODE:-0}"',
+    "scontrol": 'case "$*" in *hostnames*) echo n1 ;; *node*) echo "NodeName=n1 NodeAddr=127.0.0.1 Port=1" ;; '
+    '*job*) echo "JobId=7 PreemptTime=${PREEMPTED:-None}" ;; esac',
+}
+
+
+class Calls:
+    """Runs a script with the stand-ins first on PATH, and keeps what they were called with."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._file = folder, folder / "calls"
+        self._file.touch()
+        (folder / "bin").mkdir()
+        for name, body in PROGRAMS.items():
+            program = folder / "bin" / name
+            program.write_text(f"#!/usr/bin/env bash\n{body}\n")
+            program.chmod(0o755)
+
+    def __call__(self, *words: object, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess:
+        slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "job", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
+        environment = {**os.environ, **slurm, "CALLS": str(self._file), **variables}
+        environment["PATH"] = f"{self.folder / 'bin'}:{os.environ['PATH']}"
+        command = ["bash", *map(str, words)]
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=20)
+
+    @property
+    def made(self) -> list[str]:
+        return self._file.read_text().splitlines()
+
+
+@pytest.fixture
+def calls(tmp_path: Path) -> Calls:
+    return Calls(tmp_path)
+
+
+def chain(run: Path) -> list[object]:
+    return [
+        *("launch/slurm/submit.sh", "--run", run, "--account", "lab", "--apptainer", "image.sif"),
+        *("@expanded", "--shards", "2", "--partition", "cpu", "--", "--input", "a b.jsonl"),
+        *("@review", "--", "--input", "r.jsonl"),
+        *("@convert", "--", "--hf-path", "hf", "--num-new-experts", "5"),
+        *("@stage1", "--nodes", "4", "--", "--recipe", "r1.yaml"),
+        *("@stage2", "--", "--recipe", "r2.yaml", "--train-iters", "500"),
+        *("@export", "@evaluate", "--", "--data", "en=e.jsonl"),
+    ]
+
+
+def test_a_chain_is_submitted_with_everybodys_and_each_steps_own_options(calls: Calls, tmp_path: Path) -> None:
+    run = tmp_path / "greek"
+    done = calls(*chain(run))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "expanded-shards: job 1",
+        "expanded: job 2, after 1",
+        "review: job 3",
+        "convert: job 4",
+        "stage1: job 5, after 4:2",
+        "stage2: job 6, after 5:3",
+        "export: job 7, after 6",
+        "evaluate: job 8, after 7",
+    ]
+    assert all(f"[--output] [{run}/slurm/%x-%j.log] [--kill-on-invalid-dep=yes]" in call for call in calls.made)
+    assert all("[--account] [lab]" in call and "[--apptainer] [image.sif]" in call for call in calls.made)
+    array, merge = calls.made[:2]
+    assert "[--partition] [cpu] [--array] [0,1] [launch/slurm/tool.sbatch]" in array
+    assert f"[--input] [a b.jsonl] [--output-prefix] [{run}/data/expanded] [--num-shards] [2]" in array
+    assert f"[--output-prefix] [{run}/data/expanded_text_document] [--num-shards] [2] [--remove-input]" in merge
+    stage2 = calls.made[5]
+    assert "[--job-name] [greek-stage2]" in stage2
+    assert "[--dependency] [afterok:5:3]" in stage2
+    assert stage2.endswith(
+        f"[stage2] [--save] [{run}/stage2] [--pretrained-checkpoint] [{run}/stage1] "
+        f"[--data-path] [{run}/data/review_text_document] [--recipe] [r2.yaml] [--train-iters] [500]"
+    )
+    assert "[--nodes] [4]" in calls.made[4]
+    assert "[--nodes]" not in stage2
+
+
+def test_a_second_call_submits_what_is_neither_done_nor_on_its_way(calls: Calls, tmp_path: Path) -> None:
+    run = tmp_path / "greek"
+    assert calls(*chain(run)).returncode == 0
+    for name in ("data/review_text_document.idx", "data/expanded_text_document.shard-00001-of-00002.idx"):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).touch()
+    again = calls(*chain(run), IN_QUEUE="4 8")
+    assert again.stdout.splitlines() == [
+        "expanded-shards: job 9",
+        "expanded: job 10, after 9",
+        "review: done",
+        "convert: job 4 is on its way",
+        "stage1: job 11, after 4:10",
+        "stage2: job 12, after 11",
+        "export: job 13, after 12",
+        "evaluate: job 8 is on its way",
+    ]
+    assert "[--array] [0] [" in calls.made[8]
+    busy = calls(*chain(run), IN_QUEUE="9")
+    assert busy.returncode == 2
+    assert "shards of an earlier call (job 9) still run; wait for them, or end them with scancel 9" in busy.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "--run DIR is missing"),
+        (["--run", "RUN"], "no step; name some, such as @convert"),
+        (["--run", "RUN", "@stage3"], "there is no step @stage3; the steps are @expanded, @review,"),
+        (["--run", "RUN", "@stage1"], "@stage1 needs @convert, which is neither done in RUN nor named before it"),
+        (["--run", "RUN", "@expanded", "--shards", "many", "--"], "--shards many is no number of jobs"),
+    ],
+)
+def test_a_chain_that_makes_no_sense_is_one_sentence(calls: Calls, tmp_path: Path, words: list, said: str) -> None:
+    run = str(tmp_path / "run")
+    done = calls("launch/slurm/submit.sh", *[word.replace("RUN", run) for word in words])
+    assert (done.returncode, done.stderr) == (2, done.stderr)
+    assert done.stderr.startswith(f"submit.sh: error: {said.replace('RUN', run)}"), done.stderr
+    assert calls.made == []
+
+
+STAGE = ["stage1", "--save", "SAVE", "--lr", "1"]
+
+
+def stage(calls: Calls, tmp_path: Path, *words: str, **variables: str) -> subprocess.CompletedProcess:
+    save = tmp_path / "save"
+    save.mkdir(exist_ok=True)
+    (save / "FINISHED").touch()
+    return calls("launch/slurm/stage.sbatch", *[word.replace("SAVE", str(save)) for word in words], **variables)
+
+
+def test_a_stage_runs_the_launcher_once_per_node_and_passes_over_a_port_that_is_taken(
+    calls: Calls, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = stage(calls, tmp_path, *STAGE, MASTER_PORT=str(port), SLURM_RESTART_COUNT="2")
+    assert done.returncode == 0, done.stderr
+    made = "\n".join(calls.made)
+    assert made.startswith("srun [--kill-on-bad-exit=1] [--cpu-bind=none] [bash] [-c] [trap")
+    assert f"[stage] [./launch/stage1.sh] [--save] [{tmp_path}/save] [--lr] [1]" in made
+    found = re.search(r"2 nodes at 127\.0\.0\.1:(\d+) for 7-2", made)
+    assert found
+    assert int(found[1]) > port
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        (
+            ["--container-image", "nv/pt:1", "--container-mounts", "/data:/data"],
+            "[--container-image=nv/pt:1] [--container-mounts=HERE:HERE,/data:/data] [--container-workdir=HERE] [bash]",
+        ),
+        (
+            ["--apptainer", "pt.sif"],
+            "[--cpu-bind=none] [apptainer] [exec] [--nv] [--bind] [HERE:HERE] [--pwd] [HERE] [pt.sif] [bash] [-c]",
+        ),
+    ],
+)
+def test_in_a_container_the_images_own_code_is_run(calls: Calls, tmp_path: Path, flags: list, wanted: str) -> None:
+    assert stage(calls, tmp_path, *flags, *STAGE).returncode == 0
+    made = "\n".join(calls.made)
+    assert wanted.replace("HERE", str(ROOT)) in made
+    assert "[stage] [/opt/moelpr/launch/stage1.sh] [--save]" in made
+
+
+@pytest.mark.parametrize(
+    ("words", "variables", "said"),
+    [
+        (["stage3"], {}, "found 'stage3', wanted stage1, stage2 or dense, then the trainer's flags"),
+        (["stage1", "--lr", "1"], {}, "--save DIR is missing; a job that can be interrupted needs a place to save"),
+        (["--apptainer"], {}, "--apptainer has no value"),
+        (["--container-mounts", "a:b", *STAGE], {}, "--container-mounts needs --container-image or --apptainer"),
+        (STAGE, {"SLURM_NTASKS": "16"}, "16 tasks on 2 nodes; one per node starts its GPUs' ranks"),
+    ],
+)
+def test_a_stage_that_cannot_run_is_one_sentence(
+    calls: Calls, tmp_path: Path, words: list, variables: dict, said: str
+) -> None:
+    done = stage(calls, tmp_path, *words, **variables)
+    assert (done.returncode, done.stderr) == (2, f"job: error: {said}\n")
+    assert calls.made == []
+
+
+@pytest.mark.parametrize("words", [["--save", "SAVE"], ["--save=SAVE"]])
+def test_the_folder_is_found_as_argparse_finds_it(calls: Calls, tmp_path: Path, words: list[str]) -> None:
+    """The trainer has made no step (no FINISHED there) and nobody asked it to stop, so the job must fail."""
+    empty = str(tmp_path / "empty")
+    done = calls("launch/slurm/stage.sbatch", "stage1", *[word.replace("SAVE", empty) for word in words])
+    assert (done.returncode, done.stderr) == (1, "job: stopped by hand before its end; submit it again to go on\n")
+
+
+def test_a_stage_ends_as_its_trainer_ended(calls: Calls, tmp_path: Path) -> None:
+    assert stage(calls, tmp_path, *STAGE, SRUN_CODE="2").returncode == 2
+
+
+def test_tools_of_an_array_are_told_their_shard(calls: Calls) -> None:
+    words = ["launch/slurm/tool.sbatch", "data_tools/preprocess_data.py", "--num-shards", "8"]
+    assert calls(*words, SLURM_ARRAY_TASK_ID="3").returncode == 0
+    assert "[.] [-m] [data_tools.preprocess_data] [--num-shards] [8] [--shard] [3]" in "\n".join(calls.made)
+
+
+@pytest.mark.parametrize("script", ["stage.sbatch", "tool.sbatch"])
+def test_a_job_from_another_folder_says_where_to_submit_it(calls: Calls, tmp_path: Path, script: str) -> None:
+    done = calls(ROOT / "launch/slurm" / script, *STAGE, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, f"{script}: error: submit it from the repository's folder\n")

@@ -1,0 +1,205 @@
+"""A real Slurm on this machine, for the length of a `with`: one controller, pretend nodes, two partitions, no accounts.
+
+`low` yields to `high`: a job there is asked to end and, after a time of grace, put back into the queue.
+"""
+
+import getpass
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self
+
+import psutil
+
+PROGRAMS = ("slurmctld", "slurmd", "sbatch")
+GRACE_S = 60
+_ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"}
+
+
+def missing_programs() -> list[str]:
+    return [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
+
+
+class Cluster:
+    """Everything is below `folder`, which must not be long: socket names are made from it.
+
+    Attributes:
+        environment: what sbatch, scontrol and the like need.
+    """
+
+    def __init__(self, folder: Path, nodes: int = 2, preempt_by_user_signal: bool = False) -> None:
+        self.folder = folder
+        self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
+        self._configuration = folder / "slurm.conf"
+        self._by_user_signal = preempt_by_user_signal
+        self._daemons: dict[str, subprocess.Popen] = {}
+        outer = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
+        self.environment = {**outer, "SLURM_CONF": str(self._configuration), "PATH": _path()}
+
+    def __enter__(self) -> Self:
+        self.folder.mkdir(parents=True)
+        key = self.folder / "slurm.key"
+        key.write_bytes(secrets.token_bytes(1024))
+        key.chmod(0o600)
+        (self.folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
+        self._configuration.write_text(self._settings(key))
+        try:
+            self._start("slurmctld", "-D", "-i")
+            for node in self.nodes:
+                (self.folder / node).mkdir()
+                self.start_node(node)
+            self.until(lambda: self("sinfo", "-h", "-t", "idle", "-p", "low", "-N", "-o", "%N").split() == self.nodes)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the jobs while their nodes live, then the daemons; and what a job may have left."""
+        if self._daemons:
+            subprocess.run(
+                ["scancel", "--user", getpass.getuser()], env=self.environment, timeout=20, capture_output=True
+            )
+            deadline = time.monotonic() + 15
+            while self("squeue", "-h", check=False) and time.monotonic() < deadline:
+                time.sleep(0.3)
+        for process in [*self._daemons.values(), *_with_their_slurmstepd(self.processes())]:
+            process.kill()
+        for daemon in self._daemons.values():
+            daemon.wait()
+        self._daemons = {}
+
+    def __call__(self, *command: str, check: bool = True) -> str:
+        """What a command of Slurm says."""
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        if check and done.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)}: {done.stderr}")
+        return done.stdout.strip()
+
+    def submit(self, *words: object) -> str:
+        """sbatch; the job's id."""
+        return self("sbatch", "--parsable", *map(str, words))
+
+    def job(self, job_id: str) -> dict[str, str]:
+        """The job's fields by scontrol's names."""
+        return dict(re.findall(r"(\w[\w:/]*)=(\S*)", self("scontrol", "--oneliner", "show", "job", job_id)))
+
+    def state(self, job_id: str) -> str:
+        return self.job(job_id)["JobState"]
+
+    def wait(self, job_id: str, timeout_s: float = 120) -> str:
+        """The job's state once it has ended for good."""
+        self.until(lambda: self.state(job_id) in _ENDED, timeout_s)
+        return self.state(job_id)
+
+    def until(self, condition: Callable[[], object], timeout_s: float = 60) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            if time.monotonic() > deadline:
+                queue = self("squeue", "-o", "%i %j %T %r", check=False)
+                raise TimeoutError(f"not so after {timeout_s:g} s; the queue:\n{queue}\n{self._log()}")
+            time.sleep(0.3)
+
+    def start_node(self, node: str) -> None:
+        self._start(node, "-D", "-N", node, program="slurmd")
+
+    def kill_node(self, node: str) -> None:
+        """End the node's daemon without a word, as a power failure does; no job may be running there."""
+        daemon = self._daemons.pop(node)
+        daemon.kill()
+        daemon.wait()
+
+    def processes(self) -> list[psutil.Process]:
+        """Every process of a job here, found by its environment: some start sessions of their own."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                environment = process.environ()
+            except psutil.Error:
+                continue
+            if "SLURM_JOB_ID" in environment and environment.get("SLURM_CONF") == str(self._configuration):
+                found.append(process)
+        return found
+
+    def _start(self, name: str, *words: str, program: str = "slurmctld") -> None:
+        environment = {**self.environment, "SLURM_SACK_KEY": str(self.folder / "slurm.key")}
+        with (self.folder / f"{name}.out").open("a") as out:
+            self._daemons[name] = subprocess.Popen(
+                [program, *words], env=environment, stdout=out, stderr=out, start_new_session=True
+            )
+
+    def _log(self) -> str:
+        return "\n".join(
+            f"{path.name}: {line}"
+            for path in sorted(self.folder.glob("*.out"))
+            for line in path.read_text(errors="replace").splitlines()[-8:]
+        )
+
+    def _settings(self, key: Path) -> str:
+        ports = _free_ports(1 + len(self.nodes))
+        user, folder = getpass.getuser(), self.folder
+        nodes = "\n".join(
+            f"NodeName={node} NodeAddr=127.0.0.1 Port={port} CPUs=32 RealMemory=100000"
+            for node, port in zip(self.nodes, ports[1:], strict=True)
+        )
+        every = ",".join(self.nodes)
+        return f"""
+ClusterName=throwaway
+SlurmctldHost=localhost(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser={user}
+SlurmdUser={user}
+# A key of our own instead of munge; a short life of credentials, because a requeued job waits that long.
+AuthType=auth/slurm
+CredType=auth/slurm
+AuthInfo=cred_expire=5
+CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/%n.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+MpiDefault=none
+MailProg=/bin/true
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SlurmdParameters=config_overrides
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=1,bf_interval=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+{"PreemptParameters=send_user_signal" if self._by_user_signal else ""}
+KillWait=15
+MinJobAge=3600
+ReturnToService=2
+SlurmdTimeout=20
+{nodes}
+PartitionName=low Nodes={every} Default=YES PriorityTier=1 GraceTime={GRACE_S}
+PartitionName=high Nodes={every} PriorityTier=10 PreemptMode=OFF
+"""
+
+
+def _with_their_slurmstepd(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Each step's process of Slurm first, which has overwritten its environment and so isn't found by it."""
+    parents = {parent for process in processes if (parent := process.parent()) is not None}
+    return [parent for parent in parents if parent.name() == "slurmstepd"] + processes
+
+
+def _path() -> str:
+    """The daemons are in sbin, which isn't on everybody's PATH."""
+    return f"{os.environ['PATH']}:/usr/local/sbin:/usr/sbin"
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports

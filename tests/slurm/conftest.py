@@ -1,0 +1,30 @@
+"""One throw-away Slurm and one tiny model for all tests here."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster, missing_programs
+from tests.slurm.material import ROOT
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    missing = missing_programs()
+    if missing:
+        pytest.skip(f"no {', '.join(missing)} here; `make test-slurm` installs Debian's packages")
+    if os.getuid() != 0:
+        pytest.skip("slurmd needs root")
+    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
+    os.chdir(ROOT)
+    try:
+        with Cluster(folder / "cluster") as running:
+            # What the project's scripts start runs on the project's Python, one thread and one rank per node.
+            running.environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+            yield running
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

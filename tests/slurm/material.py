@@ -1,0 +1,96 @@
+"""A tiny untrained model, a little text, a stage that takes seconds, and whether two runs are the same."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = {"en": "turn on the light in the kitchen", "el": "άναψε το φως στην κουζίνα", "hu": "kapcsold fel a lámpát"}
+MODEL_FLAGS = "--num-new-experts 4 --topk 2".split()
+TRAINING_FLAGS = (
+    "--micro-batch-size 1 --seq-length 32 --lr 1e-2 --min-lr 1e-3 --lr-decay-style cosine --lr-warmup-iters 2 "
+    "--log-interval 10 --expert-model-parallel-size 2"
+).split()
+
+
+def make_model(folder: Path) -> Path:
+    """A Qwen2 with random weights and a tokenizer of 256 bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from examples.untrained_qwen2 import save_untrained_qwen2
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({byte: number for number, byte in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast.add_special_tokens({"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"})
+    fast.save_pretrained(folder / "tokenizer")
+    save_untrained_qwen2(
+        folder / "tokenizer", folder / "hf", hidden_size=32, num_layers=2, ffn_hidden_size=48, num_attention_heads=4,
+        num_query_groups=2, max_position_embeddings=64,
+    )  # fmt: skip
+    return folder / "hf"
+
+
+def make_text(folder: Path, documents: int = 120) -> dict[str, Path]:
+    """Language → a file of documents, each of another length and start."""
+    files = {}
+    for language, sentence in WORDS.items():
+        words = sentence.split()
+        files[language] = folder / f"{language}.jsonl"
+        with files[language].open("w") as file:
+            for number in range(documents):
+                text = " ".join(words[(number + index) % len(words)] for index in range(3 + number % 9))
+                file.write(json.dumps({"text": text, "lang": language}, ensure_ascii=False) + "\n")
+    return files
+
+
+def make_corpus(folder: Path) -> Path:
+    """The prefix of a corpus of expanded-language text, without a tokenizer's help."""
+    from data_tools.corpus import CorpusWriter
+
+    random = np.random.default_rng(0)
+    with CorpusWriter(folder / "corpus", vocab_size=257) as writer:
+        for _ in range(60):
+            start, length = random.integers(0, 256), random.integers(10, 40)
+            writer.add_document((start + np.arange(length, dtype=np.int32)) % 256, is_original=False)
+        writer.finalize()
+        writer.commit()
+    return folder / "corpus"
+
+
+def metrics(run: Path) -> list[dict]:
+    """The run's records so far, without what the clock decides."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [
+        {name: value for name, value in record.items() if name not in ("step_time_s", "tokens_per_s")}
+        for record in records
+    ]
+
+
+def last_checkpoint(run: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of model and optimizer."""
+    from checkpoint_convert.torch_dist import TorchDistReader
+    from moelpr.checkpoint_chain import step_folder
+
+    reader = TorchDistReader(step_folder(run))
+    return {key: reader.read(key) for key in reader.keys}
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """What differs between the metrics and the last checkpoints of two runs; empty: they are the same, bit for bit."""
+    found = []
+    one_metrics, other_metrics = metrics(one), metrics(other)
+    if one_metrics != other_metrics:
+        steps = [a["iteration"] for a, b in zip(one_metrics, other_metrics, strict=False) if a != b]
+        found.append(f"metrics of {len(one_metrics)} and {len(other_metrics)} steps, first different: {steps[:1]}")
+    here, there = last_checkpoint(one), last_checkpoint(other)
+    if here.keys() != there.keys():
+        found.append("the checkpoints' tensors are others")
+    return found + [key for key in here.keys() & there.keys() if not torch.equal(here[key], there[key])]

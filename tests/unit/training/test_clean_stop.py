@@ -1,0 +1,81 @@
+"""When a run counts as finished, and what is asked of it by whom."""
+
+import argparse
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from moelpr.training import clean_stop
+
+
+def settings(save: Path, **changes: object) -> argparse.Namespace:
+    values = {
+        "stage": "stage1", "save": str(save), "model_source": f"{save}/", "is_resumed": True, "ckpt_step": None,
+        "train_iters": 10, "train_samples": None, "global_batch_size": 4, "rampup_batch_size": None,
+    }  # fmt: skip
+    return argparse.Namespace(**(values | changes))
+
+
+@pytest.mark.parametrize(
+    ("saved", "changes", "finished"),
+    [
+        ("10", {}, True),
+        ("12", {}, True),
+        ("9", {}, False),
+        ("10", {"train_iters": 11}, False),
+        ("10", {"train_iters": None, "train_samples": 43}, True),
+        ("10", {"train_iters": None, "train_samples": 44}, False),
+        ("10", {"train_iters": None, "train_samples": 40, "rampup_batch_size": [1, 1, 9]}, False),
+        ("release", {}, False),
+        ("10", {"model_source": "elsewhere"}, False),
+        ("10", {"is_resumed": False}, False),
+        ("10", {"ckpt_step": 5}, False),
+        (None, {}, False),
+    ],
+)
+def test_a_run_is_finished_where_its_last_step_is_saved(
+    tmp_path: Path, saved: str | None, changes: dict, finished: bool
+) -> None:
+    if saved is not None:
+        (tmp_path / "latest_checkpointed_iteration.txt").write_text(saved)
+    assert clean_stop.is_finished(settings(tmp_path, **changes)) is finished
+
+
+def test_how_a_run_ended_is_said_and_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    (tmp_path / "STOP").touch()
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    tracker.write_text("7")
+    clean_stop.tell_how_it_ended(settings(tmp_path))
+    assert not list(tmp_path.glob("[SF]*"))
+    tracker.write_text("10")
+    clean_stop.tell_how_it_ended(settings(tmp_path))
+    assert (tmp_path / "FINISHED").read_text() == "10\n"
+    assert capsys.readouterr().out.splitlines() == [
+        f"moelpr: stopped after step 7 of 10, saved in {tmp_path}; give the same command again to go on",
+        f"moelpr: stage1 is finished, step 10 of 10 is in {tmp_path}",
+    ]
+    clean_stop.begin(settings(tmp_path, train_iters=20))
+    assert not (tmp_path / "FINISHED").exists()
+
+
+@pytest.mark.parametrize("number", clean_stop.SIGNALS)
+def test_a_run_that_saves_nothing_ends_at_a_signal_as_it_did_before(number: signal.Signals) -> None:
+    came = []
+    before = signal.signal(number, lambda *_: came.append(number))
+    try:
+        stop = clean_stop.StopRequest()
+        stop.listen()
+        os.kill(os.getpid(), number)
+        assert (stop.is_received, came) == (True, [])
+        stop.enter_megatron(argparse.Namespace(save=None))
+        os.kill(os.getpid(), number)
+        assert came == [number]
+    finally:
+        signal.signal(number, before)
+        for other in clean_stop.SIGNALS:
+            signal.signal(other, signal.SIG_DFL)

@@ -42,7 +42,7 @@ while (($#)); do
     shift
 done
 
-# Without a driver query, which takes seconds on some machines: the GPUs this process may see.
+# The GPUs this process may see, without asking the driver, which would add to every start.
 shopt -s nullglob
 devices=(/dev/nvidia[0-9]*)
 [[ -z ${CUDA_VISIBLE_DEVICES+set} ]] || IFS=, read -ra devices <<<"$CUDA_VISIBLE_DEVICES"

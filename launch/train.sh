@@ -51,7 +51,8 @@ gpus=${#devices[@]}
 
 nnodes=${NNODES:-1}
 nproc_per_node=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
-for setting in "--nnodes $nnodes" "--nproc-per-node $nproc_per_node" "--join-timeout ${JOIN_TIMEOUT:-45}"; do
+for setting in "--nnodes $nnodes" "--nproc-per-node $nproc_per_node" "--master-port ${MASTER_PORT:-29500}" \
+    "--join-timeout ${JOIN_TIMEOUT:-45}"; do
     [[ ${setting#* } =~ ^[1-9][0-9]*$ ]] || fail "$setting must be a whole number of at least 1"
 done
 if [[ $nnodes == 1 && -z ${MASTER_PORT:-} ]]; then

@@ -42,7 +42,7 @@ while (($#)); do
     shift
 done
 
-# Without a driver query, which takes seconds on some machines: the GPUs this process may see.
+# The GPUs this process may see, without asking the driver, which would add to every start.
 shopt -s nullglob
 devices=(/dev/nvidia[0-9]*)
 [[ -z ${CUDA_VISIBLE_DEVICES+set} ]] || IFS=, read -ra devices <<<"$CUDA_VISIBLE_DEVICES"
@@ -51,7 +51,8 @@ gpus=${#devices[@]}
 
 nnodes=${NNODES:-1}
 nproc_per_node=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
-for setting in "--nnodes $nnodes" "--nproc-per-node $nproc_per_node" "--join-timeout ${JOIN_TIMEOUT:-45}"; do
+for setting in "--nnodes $nnodes" "--nproc-per-node $nproc_per_node" "--master-port ${MASTER_PORT:-29500}" \
+    "--join-timeout ${JOIN_TIMEOUT:-45}"; do
     [[ ${setting#* } =~ ^[1-9][0-9]*$ ]] || fail "$setting must be a whole number of at least 1"
 done
 if [[ $nnodes == 1 && -z ${MASTER_PORT:-} ]]; then

@@ -1,6 +1,7 @@
 """launch/stage1.sh and its siblings: what they start, with which variables, and what they refuse."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -148,6 +149,7 @@ def test_a_gpu_machine_gets_nccls_variables_and_a_cpu_machine_its_allocators(roo
     ("words", "sentence"),
     [
         ("--nnodes two", "--nnodes two must be a whole number of at least 1"),
+        ("--master-port http", "--master-port http must be a whole number of at least 1"),
         ("--nproc-per-node 0", "--nproc-per-node 0 must be a whole number of at least 1"),
         ("--nnodes 2", "2 nodes need a number each; give --node-rank 0 to 1"),
         ("--nnodes 2 --node-rank 2", "--node-rank 2 is none of 2 nodes; give 0 to 1"),
@@ -180,3 +182,12 @@ def test_no_flag_of_the_trainer_is_taken_by_the_launcher() -> None:
         "--dry-run",
     }
     assert not taken & {flag.replace("_", "-") for flag in all_arguments().flags()}
+
+
+def test_the_page_about_running_names_every_word_and_variable_of_the_launcher() -> None:
+    script, page = (ROOT / "launch" / "train.sh").read_text(), (ROOT / "docs" / "running.md").read_text()
+    variables = set(re.findall(r"^ *default (\w+) ", script, re.MULTILINE))
+    words = dict(re.findall(r"^#   (--[\w-]+) +([A-Z_]+) ", script, re.MULTILINE))
+    assert len(variables) >= 9 and len(words) == 6
+    assert [name for name in variables if f"`{name}`" not in page] == []
+    assert [pair for pair in words.items() if f"| `{pair[0]}` | `{pair[1]}` |" not in page] == []

@@ -59,6 +59,7 @@ def _fail(message: str, code: int) -> None:
     if os.environ.get("RANK", "0") != "0":
         # Rank 0 most likely says the same sentence; the launcher then ends this rank before it repeats it. On another
         # node nobody ends it: there the first rank speaks, for those who look at that node alone.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the trainer's handler would only take a note
         time.sleep(10 if os.environ.get("LOCAL_RANK", "0") == "0" else 20)
     program = Path(sys.argv[0])
     name = program.parent.name if program.name == "__main__.py" else program.name

@@ -1,6 +1,11 @@
 """Exit codes: 0 done, 1 failed, 2 wrong arguments or input; one sentence, no traceback."""
 
 import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -52,3 +57,26 @@ def test_rank_0_speaks_first_then_one_rank_of_each_other_node(monkeypatch, capsy
         with pytest.raises(SystemExit):
             run_command(fail_with(UserError("found a")))
     assert waited["0"] == 0 < waited["2"] < waited["1"] == waited["3"]
+
+
+def test_a_rank_that_waits_ends_in_silence_with_the_first() -> None:
+    """The launcher's SIGTERM gets through although the trainer has a handler that only takes a note of it."""
+    code = """if True:
+        import signal, time
+        from moelpr.errors import UserError, run_command
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        sleep = time.sleep
+        time.sleep = lambda seconds: (print("waits", flush=True), sleep(seconds))
+        def main():
+            raise UserError("found a")
+        run_command(main)
+    """
+    environment = {**os.environ, "RANK": "1", "LOCAL_RANK": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    rank = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert rank.stdout is not None
+    assert rank.stdout.readline() == "waits\n"
+    rank.terminate()
+    _, errors = rank.communicate(timeout=5)
+    assert (rank.returncode, errors) == (-signal.SIGTERM, "")

@@ -19,6 +19,7 @@ from moelpr.training import clean_stop
 def main() -> None:
     stop = clean_stop.StopRequest()
     stop.listen()
+    clean_stop.watch_over_helpers()
     from moelpr.compat import cpu, megatron_fixes
 
     cpu.install()  # before Megatron is imported; does nothing where a GPU is present
@@ -36,4 +37,4 @@ def main() -> None:
 if __name__ == "__main__":
     run_command(main)
 elif __name__ == "__mp_main__":
-    clean_stop.ignore_in_helpers()
+    clean_stop.become_helper()

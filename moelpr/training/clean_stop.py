@@ -7,11 +7,16 @@ Imported before Megatron and torch, which take seconds: a signal is not lost mea
 """
 
 import argparse
+import atexit
+import multiprocessing
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import util
 from pathlib import Path
 from types import FrameType
 
@@ -67,10 +72,32 @@ def ends_the_run() -> Iterator[None]:
             raise
 
 
-def ignore_in_helpers() -> None:
-    """Slurm signals every process of a job; the helpers that write checkpoints end when the trainer does."""
+def watch_over_helpers() -> None:
+    """The processes in which Megatron writes checkpoints outlive a signal to the whole job, but not their trainer.
+
+    Called in the trainer. What it forks becomes a helper here, what it spawns when it imports the main module.
+    """
+    util.register_after_fork(become_helper, lambda become: become())
+    atexit.register(_end_helpers)  # multiprocessing would send them the SIGTERM they ignore, and wait
+
+
+def become_helper() -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A trainer that is killed, for lack of memory say, can't tell its helpers."""
+    while (parent := multiprocessing.parent_process()) is None:
+        time.sleep(0.1)  # spawned, and still importing
+    parent.join()
+    os._exit(1)
+
+
+def _end_helpers() -> None:
+    for helper in multiprocessing.active_children():
+        helper.kill()
 
 
 def is_finished(args: argparse.Namespace) -> bool:

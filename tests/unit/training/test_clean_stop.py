@@ -1,8 +1,12 @@
 """When a run counts as finished, and what is asked of it by whom."""
 
 import argparse
+import contextlib
 import os
+import select
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,3 +83,51 @@ def test_a_run_that_saves_nothing_ends_at_a_signal_as_it_did_before(number: sign
         signal.signal(number, before)
         for other in clean_stop.SIGNALS:
             signal.signal(other, signal.SIG_DFL)
+
+
+TRAINER_WITH_A_HELPER = """
+import multiprocessing, os, signal, sys, time
+from moelpr.training import clean_stop
+
+def help(ready):
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    ready.put(os.getpid())
+    time.sleep(60)
+
+if __name__ == "__main__":
+    clean_stop.watch_over_helpers()
+    context = multiprocessing.get_context(sys.argv[1])
+    ready = context.SimpleQueue()
+    context.Process(target=help, args=(ready,), daemon=True).start()
+    print(ready.get(), flush=True)
+    sys.exit(input())
+else:
+    clean_stop.become_helper()
+"""
+
+
+@pytest.mark.parametrize("how", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("end", ["killed", "an error"])
+def test_a_helper_outlives_signals_but_not_its_trainer(tmp_path: Path, how: str, end: str) -> None:
+    """However multiprocessing starts it, and however the trainer ends."""
+    (tmp_path / "trainer.py").write_text(TRAINER_WITH_A_HELPER)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    trainer = subprocess.Popen(
+        [sys.executable, tmp_path / "trainer.py", how], env=environment, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert trainer.stdout is not None
+    helper = int(trainer.stdout.readline())
+    helper_ended = os.pidfd_open(helper)
+    try:
+        assert select.select([helper_ended], [], [], 0.2)[0] == []
+        if end == "killed":
+            trainer.kill()
+        trainer.communicate("an error\n", timeout=10)
+        assert select.select([helper_ended], [], [], 5)[0] == [helper_ended]
+    finally:
+        trainer.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(helper, signal.SIGKILL)
+        os.close(helper_ended)

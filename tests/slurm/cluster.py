@@ -54,6 +54,8 @@ class Cluster:
             for node in self.nodes:
                 (self.folder / node).mkdir()
                 self.start_node(node)
+                # One after the other: all slurmd of a machine bind the same /run/slurm/sack.socket as they start.
+                self.until(lambda out=self.folder / f"{node}.out": "slurmd started" in out.read_text())
             self.until(lambda: self("sinfo", "-h", "-t", "idle", "-p", "low", "-N", "-o", "%N").split() == self.nodes)
         except BaseException:
             self.__exit__()

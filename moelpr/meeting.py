@@ -9,7 +9,7 @@ import os
 import re
 import socket
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from moelpr.errors import UserError
 
@@ -43,12 +43,13 @@ def _wait_for_the_others(nnodes: int, address: str, port: int, patience_s: float
             try:
                 peer = stack.enter_context(server.accept()[0])
             except TimeoutError:
-                missing = [rank for rank in range(nnodes) if rank not in arrived]
+                missing = [rank for rank in range(nnodes) if rank not in arrived or _has_left(arrived[rank])]
                 complaint = _who_is_missing(missing, nnodes, address, port, patience_s)
                 break
             if (greeting := _hear(peer)) is None:
                 continue
             rank, theirs = greeting
+            arrived = {other: waiting for other, waiting in arrived.items() if not _has_left(waiting)}
             if theirs != nnodes:
                 complaint = (
                     f"node {rank} was started with --nnodes {theirs} and node 0 with {nnodes}; give all the same"
@@ -58,7 +59,8 @@ def _wait_for_the_others(nnodes: int, address: str, port: int, patience_s: float
             arrived.setdefault(rank, peer)
         server.close()  # before the answer, so that a node's torchrun finds torchrun here
         for peer in arrived.values():
-            peer.sendall(_STOP if complaint else _GO)
+            with suppress(OSError):  # who leaves only now is missed by torchrun
+                peer.sendall(_STOP if complaint else _GO)
     if complaint:
         raise UserError(complaint)
 
@@ -101,6 +103,17 @@ def _hear(peer: socket.socket) -> tuple[int, int] | None:
     except OSError:
         return None
     return (int(words[1]), int(words[2])) if words else None
+
+
+def _has_left(waiting: socket.socket) -> bool:
+    """True where a node has been ended since it called; it sends nothing more while it waits."""
+    waiting.setblocking(False)
+    try:
+        return waiting.recv(1, socket.MSG_PEEK) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 def _go_to_node_0(nnodes: int, node_rank: int, address: str, port: int, patience_s: float) -> None:

@@ -1,27 +1,11 @@
 """A run that can't start says one sentence and ends with code 2 on every node. These are real launches."""
 
 import os
-import socket
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[2]
 HOST = "127.0.0.1"
-
-
-@pytest.fixture
-def port() -> int:
-    with socket.create_server((HOST, 0)) as server:
-        return server.getsockname()[1]
-
-
-@pytest.fixture
-def taken_port() -> Iterator[int]:
-    with socket.create_server((HOST, 0)) as server:
-        yield server.getsockname()[1]
 
 
 def start(node_rank: int, port: int, *words: str, nnodes: int = 2) -> subprocess.Popen:

@@ -3,7 +3,6 @@
 import socket
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -11,19 +10,6 @@ from moelpr.errors import UserError
 from moelpr.meeting import meet
 
 HOST = "127.0.0.1"
-
-
-@pytest.fixture
-def port() -> int:
-    with socket.create_server((HOST, 0)) as server:
-        return server.getsockname()[1]
-
-
-@pytest.fixture
-def silent_service() -> Iterator[int]:
-    """The port of a program that takes connections and says nothing."""
-    with socket.create_server((HOST, 0)) as server:
-        yield server.getsockname()[1]
 
 
 def told(*nodes: tuple, port: int, patience_s: float = 2, apart_s: float = 0) -> list[str]:
@@ -68,18 +54,18 @@ def test_without_node_0_the_others_name_it(port: int) -> None:
     assert said.startswith(f"node 0 does not answer at {HOST} port {port} within 1 s (Connection refused); start it")
 
 
-def test_a_port_that_another_program_has_is_named_at_once(silent_service: int) -> None:
+def test_a_port_that_another_program_has_is_named_at_once(taken_port: int) -> None:
     start = time.monotonic()
-    (said,) = told((2, 0), port=silent_service, patience_s=30)
+    (said,) = told((2, 0), port=taken_port, patience_s=30)
     assert time.monotonic() - start < 1
     assert said == (
-        f"port {silent_service} of node 0 can't be had (Address already in use), most likely another run has it; give "
+        f"port {taken_port} of node 0 can't be had (Address already in use), most likely another run has it; give "
         "all nodes another --master-port, or end that run"
     )
 
 
-def test_a_program_that_is_no_node_does_not_hold_a_node_for_ever(silent_service: int) -> None:
-    (said,) = told((2, 1), port=silent_service, patience_s=1)
+def test_a_program_that_is_no_node_does_not_hold_a_node_for_ever(taken_port: int) -> None:
+    (said,) = told((2, 1), port=taken_port, patience_s=1)
     assert said.startswith("node 0 does not answer") and "(timed out)" in said
 
 
@@ -103,6 +89,26 @@ def test_two_nodes_with_one_number_are_named(port: int) -> None:
     assert told((3, 0), (3, 1), (3, 1), port=port)[0] == (
         "two nodes were started with --node-rank 1; give each its own, 0 to 2"
     )
+
+
+def test_a_node_that_was_ended_and_started_again_is_no_second_one(port: int) -> None:
+    leave_after_coming(3, 1, port)
+    assert told((3, 0), (3, 1), (3, 2), port=port, apart_s=1, patience_s=5) == ["", "", ""]
+
+
+def test_a_node_that_left_again_is_missing(port: int) -> None:
+    leave_after_coming(3, 1, port)
+    assert told((3, 0), port=port)[0].startswith("nodes 1, 2 of 3 did not come")
+
+
+def leave_after_coming(nnodes: int, rank: int, port: int) -> None:
+    def come() -> None:
+        time.sleep(0.3)
+        with socket.create_connection((HOST, port)) as node:
+            node.sendall(f"node {rank} of {nnodes}\n".encode())
+            assert node.recv(5) == b"here\n"
+
+    threading.Thread(target=come, daemon=True).start()
 
 
 def test_node_0_must_be_reachable_under_the_name_that_all_were_given(port: int) -> None:

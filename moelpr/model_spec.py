@@ -41,23 +41,34 @@ _REQUIRED_ARGS: dict[str, Any] = {
 class MoeSpec:
     """Which layers are MoE layers, and how many experts they have.
 
-    num_new_experts: N; every MoE layer has E = N + 1 experts, expert 0 being the original.
+    num_new_experts: N, the experts of this round; every MoE layer has E = m + N experts.
     topk: K, experts per token.
     layers: 0-based numbers of the MoE layers, ascending; the others stay dense.
+    num_original_experts: m; experts 0 to m - 1 are there before this round and stay as they are: the dense FFN, then
+        the groups of earlier rounds in order.
     """
 
     num_new_experts: int
     topk: int
     layers: tuple[int, ...]
+    num_original_experts: int = 1
 
     @property
     def num_experts(self) -> int:
-        return self.num_new_experts + 1
+        return self.num_original_experts + self.num_new_experts
 
     def check(self, num_layers: int) -> None:
         """Raise UserError unless a model of `num_layers` layers can be trained with these settings."""
+        for name in ("num_new_experts", "num_original_experts", "topk"):
+            if type(value := getattr(self, name)) is not int:
+                raise UserError(f"moe.{name} is {value!r}, which is no whole number")
         if self.num_new_experts < 1:
             raise UserError(f"found {self.num_new_experts} new experts; at least 1 is needed, use --num-new-experts 1")
+        if self.num_original_experts < 1:
+            raise UserError(
+                f"found {self.num_original_experts} original experts; the dense model's FFN is always one of them, "
+                "so at least 1 is needed"
+            )
         if self.topk == 1:
             raise UserError(
                 "K = 1 can't be trained: renormalising makes every gate weight 1 and kills the router's gradient, "
@@ -66,7 +77,8 @@ class MoeSpec:
         if not 2 <= self.topk <= self.num_experts:
             raise UserError(
                 f"top-{self.topk} needs at least {max(self.topk, 2)} experts and the layer has {self.num_experts} "
-                f"({self.num_new_experts} new + the original); use --topk between 2 and {self.num_experts}"
+                f"({self.num_new_experts} new + {self.num_original_experts} original); "
+                f"use --topk between 2 and {self.num_experts}"
             )
         if not self.layers:
             raise UserError("no layer would become an MoE layer; name at least one (--moe-layers 0,1,…) or use --dense")

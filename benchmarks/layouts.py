@@ -142,6 +142,7 @@ def _make_model(folder: Path, num_new_experts: int, moe_layers: list[int] | None
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from checkpoint_convert.hf_to_mcore import hf_to_mcore
+    from checkpoint_convert.upcycling import Start
 
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -151,7 +152,7 @@ def _make_model(folder: Path, num_new_experts: int, moe_layers: list[int] | None
     with tempfile.TemporaryDirectory() as hf:
         Qwen2ForCausalLM(config).save_pretrained(hf)
         # Experts that differ, so that every choice of a router counts.
-        hf_to_mcore(Path(hf), folder, num_new_experts, moe_layers=moe_layers, new_experts="random")
+        hf_to_mcore(Path(hf), folder, num_new_experts, moe_layers=moe_layers, start=Start("random"))
 
 
 def _half_of_the_experts_win(router: torch.Tensor, **_: object) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -194,7 +195,8 @@ class HfWriter:
     """Writes safetensors shards and their index; the tensors' names, dtype and shapes are declared up front.
 
     The safetensors library wants all tensors of a file at once. The format is a JSON header and then the bytes, so with
-    the header known beforehand the tensors can follow one by one.
+    the header known beforehand the tensors can follow one by one. Shards get their names when they are whole; those
+    that an interrupted writer left stay (`is_written`).
     """
 
     def __init__(
@@ -212,6 +214,8 @@ class HfWriter:
             self._shards[-1].append((name, shape))
             filled += nbytes
             self.total_bytes += nbytes
+        self._shard_of = {name: k for k, shard in enumerate(self._shards) for name, _ in shard}
+        self._whole = {k for k in range(len(self._shards)) if (folder / self._name(k)).is_file()}
         self._file: BinaryIO | None = None
         self._shard = -1
         self._position = 0
@@ -223,43 +227,52 @@ class HfWriter:
         if self._file is not None:
             self._file.close()
 
+    def is_written(self, name: str) -> bool:
+        """Whether the tensor's shard is there already; it isn't to be written then."""
+        return self._shard_of[name] in self._whole
+
     def write(self, name: str, tensor: Tensor) -> None:
         """Write the next tensor; they come in the declared order."""
-        if self._shard < 0 or self._position == len(self._shards[self._shard]):
-            self._start_shard()
+        if self._file is None:
+            self._start_shard(self._shard_of[name])
         expected = self._shards[self._shard][self._position]
         assert expected == (name, tuple(tensor.shape)) and tensor.dtype == self._dtype, (expected, name, tensor.shape)
         assert self._file is not None
         self._file.write(memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B"))
         self._position += 1
+        if self._position == len(self._shards[self._shard]):
+            self._finish_shard()
 
     def finish(self) -> None:
-        """Close the last file and write the index where there are several."""
-        if self._shard < 0:
-            self._start_shard()
-        assert self._file is not None and self._shard == len(self._shards) - 1
-        assert self._position == len(self._shards[-1])
-        self._file.close()
+        """Write the index where there are several shards."""
+        assert self._file is None and len(self._whole) == len(self._shards)
         if len(self._shards) == 1:
             return
-        weight_map = {name: self._name(k) for k, shard in enumerate(self._shards) for name, _ in shard}
+        weight_map = {name: self._name(k) for name, k in self._shard_of.items()}
         index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
         (self._folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
-    def _start_shard(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        self._shard += 1
+    def _start_shard(self, shard: int) -> None:
+        self._shard = shard
         self._position = 0
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
-        for name, shape in self._shards[self._shard]:
+        for name, shape in self._shards[shard]:
             start, end = end, end + math.prod(shape) * self._dtype.itemsize
             header[name] = {"dtype": _DTYPE_NAMES[self._dtype], "shape": list(shape), "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the data begins 8-byte aligned
-        self._file = open(self._folder / self._name(self._shard), "wb")
+        self._file = open(self._folder / (self._name(shard) + ".unfinished"), "wb")
         self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def _finish_shard(self) -> None:
+        assert self._file is not None
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._file.name, self._folder / self._name(self._shard))
+        self._file = None
+        self._whole.add(self._shard)
 
     def _name(self, shard: int) -> str:
         return SINGLE_FILE if len(self._shards) == 1 else f"model-{shard + 1:05}-of-{len(self._shards):05}.safetensors"

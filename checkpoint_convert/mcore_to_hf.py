@@ -10,18 +10,17 @@ import argparse
 import json
 import math
 import re
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from checkpoint_convert.families import Family, zeros
 from checkpoint_convert.hf_folder import CONFIG_FILE, HfWriter, copy_companions, read_config
 from checkpoint_convert.megatron_folder import HF_FOLDER, MegatronReader
-from checkpoint_convert.outputs import check_free_space, check_output, progress_bar
+from checkpoint_convert.outputs import check_free_space, check_output, job_description, progress_bar
 from moelpr import model_spec
 from moelpr.errors import UserError, run_command
-from moelpr.files import atomic_directory
+from moelpr.files import resumable_directory
 from moelpr.model_spec import ModelSpec
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -37,6 +36,8 @@ def mcore_to_hf(
 ) -> ModelSpec:
     """Export the checkpoint folder `load` to the Hugging Face folder `save`; returns what was exported.
 
+    An interrupted export goes on where it stopped when it is called again with the same arguments.
+
     iteration: saved step to export; None for the latest. dtype: None for that of the model it came from.
     Raises UserError for bad input; then `save` is what it was before.
     """
@@ -44,43 +45,22 @@ def mcore_to_hf(
     source = MegatronReader(load, iteration)
     spec, family = source.spec, source.family
     target_dtype = getattr(torch, dtype or spec.dtype)
-    config = export_config(read_config(load / HF_FOLDER), family, spec, dtype or spec.dtype)
+    config = family.export_config(read_config(load / HF_FOLDER), spec, dtype or spec.dtype)
 
-    blank = dict(zeros(family.table, spec))
-    tensors = [(name, source.shape(name)) for name in source.names] + list(blank.items())
+    tensors = [(name, source.shape(name)) for name in source.names]
     num_bytes = target_dtype.itemsize * sum(math.prod(shape) for _, shape in tensors)
     check_free_space(save, num_bytes)
-    with atomic_directory(save) as folder, progress_bar(num_bytes, save.name) as bar:
+    job = job_description(source.step_folder, spec=asdict(spec), dtype=dtype, max_shard_bytes=max_shard_bytes)
+    with resumable_directory(save, job) as folder, progress_bar(num_bytes, save.name) as bar:
         with HfWriter(folder, tensors, target_dtype, max_shard_bytes) as writer:
             for name, shape in tensors:
-                tensor = torch.zeros(shape) if name in blank else source.read(name)
-                writer.write(name, tensor.to(target_dtype))
+                if not writer.is_written(name):
+                    writer.write(name, source.read(name).to(target_dtype))
                 bar.update(math.prod(shape) * target_dtype.itemsize)
             writer.finish()
         copy_companions(load / HF_FOLDER, folder, skip=(CONFIG_FILE,))
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
     return spec
-
-
-def export_config(base: dict[str, Any], family: Family, spec: ModelSpec, dtype: str) -> dict[str, Any]:
-    """config.json of the export: the base model's, with the MoE class's keys, in the old and the new spelling."""
-    theta = spec.megatron_args["rotary_base"]
-    config = {
-        **base,
-        "architectures": [family.architecture],
-        # transformers 5 writes rope_parameters and dtype; other readers know rope_theta and torch_dtype only and would
-        # silently fall back to another base.
-        "rope_theta": theta,
-        "rope_parameters": {"rope_theta": theta, "rope_type": "default"},
-        "dtype": dtype,
-        "torch_dtype": dtype,
-        "vocab_size": spec.megatron_args["vocab_size"],
-        "tie_word_embeddings": not spec.megatron_args["untie_embeddings_and_output_weights"],
-    }
-    if spec.moe is not None:
-        config |= {"architectures": [family.moe_architecture], "model_type": family.moe_model_type}
-        config |= family.moe_config(spec)
-    return config
 
 
 def _parse_arguments() -> argparse.Namespace:

@@ -4,9 +4,11 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from checkpoint_convert.families import Piece, family_named, megatron_shape, pieces, sizes_of
+from checkpoint_convert.families import family_named
+from checkpoint_convert.tables import Piece, megatron_shape, pieces, sizes_of, zeros
 from checkpoint_convert.torch_dist import TorchDistReader
 from moelpr.checkpoint_chain import checkpoint_chain, verify_chain
 from moelpr.errors import UserError
@@ -50,20 +52,24 @@ class MegatronReader:
             for part, (name, shape) in enumerate(zip(piece.hf_names, piece.hf_shapes, strict=True)):
                 self._places[name] = _Place(piece, part)
                 self._shapes[name] = shape
+        # What the HF class has beyond our model.
+        self._shapes |= dict(zeros(self.family.table, self.spec))
 
     @property
     def names(self) -> list[str]:
         """HF names in the order that reads every chunk of the checkpoint once."""
-        return list(self._places)
+        return list(self._shapes)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._places
+        return name in self._shapes
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]
 
     def read(self, name: str) -> Tensor:
         """One tensor as the HF class has it, in the checkpoint's own dtype."""
+        if name not in self._places:
+            return torch.zeros(self._shapes[name])
         place = self._places[name]
         tensor = self._reader(place.piece.key).read(place.piece.key, place.piece.stack_index)
         return place.piece.transform.to_hf(tensor, self._sizes)[place.part]

@@ -1,6 +1,7 @@
-"""What both converters do about their output folder and their progress bar."""
+"""What all converters do about their output folder and their progress bar."""
 
 import errno
+import json
 import os
 import shutil
 from pathlib import Path
@@ -33,6 +34,13 @@ def check_free_space(save: Path, num_bytes: int) -> None:
         parent = parent.parent
     if shutil.disk_usage(parent).free < num_bytes:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(save))
+
+
+def job_description(source: Path, **settings: object) -> str:
+    """A conversion and the state of the files it reads: what an interrupted one must have in common to be continued."""
+    files = sorted(path for path in source.rglob("*") if path.is_file())
+    states = [(str(path.relative_to(source)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return json.dumps({"source": str(source.resolve()), "files": states, **settings}, default=str)
 
 
 def progress_bar(num_bytes: int, what: str) -> "tqdm[None]":

@@ -8,6 +8,7 @@ classes and `torch.save`/`torch.load(weights_only=True)`; what is written loads 
 
 import json
 import math
+import os
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,13 +31,16 @@ from moelpr.errors import UserError
 
 METADATA_FILE = ".metadata"
 MEGATRON_CONFIG_FILE = "metadata.json"
-MAX_FILE_BYTES = 4 << 30
+MAX_FILE_BYTES = 1 << 30
+# What lies in the files that are whole, a line each; gone when the checkpoint is.
+JOURNAL_FILE = "written.jsonl"
 
 
 class TorchDistWriter:
     """Writes a checkpoint folder chunk by chunk; nothing is kept but the table of contents.
 
-    The folder is only loadable after `finish`.
+    The folder is only loadable after `finish`. A folder that an interrupted writer left is continued: chunks in its
+    whole files count as written (`is_written`), the others are to be written again in the same order.
     """
 
     def __init__(self, folder: Path, max_file_bytes: int = MAX_FILE_BYTES):
@@ -47,6 +51,8 @@ class TorchDistWriter:
         self._places: dict[MetadataIndex, _StorageInfo] = {}
         self._file: BinaryIO | None = None
         self._num_files = 0
+        self._open_chunks: list[dict[str, Any]] = []  # of the open file, for the journal
+        self._read_journal()
 
     def __enter__(self) -> "TorchDistWriter":
         return self
@@ -55,43 +61,76 @@ class TorchDistWriter:
         if self._file is not None:
             self._file.close()
 
+    def is_written(self, key: str, offsets: Sequence[int]) -> bool:
+        """Whether an interrupted writer has written the chunk of `key` at `offsets`."""
+        return (key, tuple(offsets)) in self._written
+
     def write(self, key: str, tensor: Tensor) -> None:
         """Write a whole tensor."""
         self.write_chunk(key, tensor, tuple(tensor.shape), (0,) * tensor.dim())
 
     def write_chunk(self, key: str, tensor: Tensor, global_shape: Sequence[int], offsets: Sequence[int]) -> None:
         """Write `tensor` as the part of `key` (shape `global_shape`) that starts at `offsets`."""
-        entry = self._contents.setdefault(
-            key, TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), torch.Size(global_shape), [])
-        )
-        assert isinstance(entry, TensorStorageMetadata) and tuple(entry.size) == tuple(global_shape), key
-        assert entry.properties.dtype == tensor.dtype, key
-        index = MetadataIndex(key, offsets, len(entry.chunks))
-        entry.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(tensor.shape)))
         # A view would drag its whole storage into the file.
         whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-        self._append(index, tensor.detach() if whole else tensor.detach().contiguous().clone())
+        place = self._append(tensor.detach() if whole else tensor.detach().contiguous().clone())
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        chunk = {"key": key, "shape": list(tensor.shape), "offsets": list(offsets), "dtype": dtype}
+        self._open_chunks.append(
+            chunk | {"global_shape": list(global_shape), "start": place.offset, "length": place.length}
+        )
+        self._register(self._open_chunks[-1], place)
 
     def write_object(self, key: str, value: Any) -> None:
         """Write something that is no tensor, the way Megatron's ShardedObject does (an unsharded one)."""
         key = f"{key}/shard_0_1"
         self._contents[key] = BytesStorageMetadata()
-        self._append(MetadataIndex(key), [value])
+        self._places[MetadataIndex(key)] = self._append([value])
 
     def finish(self, common_state: dict[str, Any]) -> None:
         """Add Megatron's non-tensor state and the table of contents."""
         self.write_object("common_state", common_state)
-        if self._file is not None:
-            self._file.close()
+        self._close_file()
+        (self._folder / JOURNAL_FILE).unlink(missing_ok=True)
         metadata = Metadata(self._contents, storage_data=self._places, version=CURRENT_DCP_VERSION)
         (self._folder / METADATA_FILE).write_bytes(pickle.dumps(metadata))
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         (self._folder / MEGATRON_CONFIG_FILE).write_text(json.dumps(config))
 
-    def _append(self, index: MetadataIndex, value: Any) -> None:
+    def _register(self, chunk: dict[str, Any], place: _StorageInfo) -> None:
+        key, dtype, offsets = chunk["key"], getattr(torch, chunk["dtype"]), torch.Size(chunk["offsets"])
+        size = torch.Size(chunk["global_shape"])
+        entry = self._contents.setdefault(key, TensorStorageMetadata(TensorProperties(dtype=dtype), size, []))
+        assert isinstance(entry, TensorStorageMetadata) and entry.size == size and entry.properties.dtype == dtype, key
+        self._places[MetadataIndex(key, offsets, len(entry.chunks))] = place
+        entry.chunks.append(ChunkStorageMetadata(offsets, torch.Size(chunk["shape"])))
+
+    def _read_journal(self) -> None:
+        journal = self._folder / JOURNAL_FILE
+        self._written: set[tuple[str, tuple[int, ...]]] = set()
+        text = journal.read_text() if journal.is_file() else ""
+        lines = text[: text.rfind("\n") + 1]  # a writer may have been killed within a line
+        journal.write_text(lines)
+        for line in lines.splitlines():
+            file = json.loads(line)
+            for chunk in file["chunks"]:
+                self._register(chunk, _StorageInfo(file["name"], chunk["start"], chunk["length"]))
+                self._written.add((chunk["key"], tuple(chunk["offsets"])))
+            self._num_files += 1
+
+    def _close_file(self) -> None:
+        if self._file is None:
+            return
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        with open(self._folder / JOURNAL_FILE, "a") as journal:
+            journal.write(json.dumps({"name": Path(self._file.name).name, "chunks": self._open_chunks}) + "\n")
+        self._open_chunks = []
+
+    def _append(self, value: Any) -> _StorageInfo:
         if self._file is None or self._file.tell() >= self._max_file_bytes:
-            if self._file is not None:
-                self._file.close()
+            self._close_file()
             self._file = open(self._folder / f"__0_{self._num_files}.distcp", "wb")
             self._num_files += 1
         start = self._file.tell()
@@ -102,8 +141,7 @@ class TorchDistWriter:
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
-        name = Path(self._file.name).name
-        self._places[index] = _StorageInfo(name, start, self._file.tell() - start)
+        return _StorageInfo(Path(self._file.name).name, start, self._file.tell() - start)
 
 
 class TorchDistReader:

@@ -16,9 +16,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from checkpoint_convert.families import Family, family_named, frozen_name, moe_family_of
+from checkpoint_convert.families import Family, family_named, moe_family_of
 from checkpoint_convert.hf_folder import HfReader, read_config
 from checkpoint_convert.megatron_folder import MegatronReader
+from checkpoint_convert.tables import frozen_name
 from moelpr.errors import UserError, run_command
 from moelpr.model_spec import FILE_NAME, ModelSpec
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from checkpoint_convert.hf_folder import copy_companions
 from checkpoint_convert.hf_to_mcore import write_checkpoint
 from checkpoint_convert.megatron_folder import HF_FOLDER, MegatronReader
-from checkpoint_convert.outputs import check_free_space, check_output, progress_bar
+from checkpoint_convert.outputs import check_free_space, check_output, job_description, progress_bar
 from moelpr import model_spec
 from moelpr.checkpoint_chain import TRACKER_FILE
 from moelpr.errors import run_command
-from moelpr.files import atomic_directory
+from moelpr.files import resumable_directory
 
 
 def whole_checkpoint(load: Path, save: Path, iteration: int | None = None, overwrite: bool = False) -> None:
@@ -28,8 +28,9 @@ def whole_checkpoint(load: Path, save: Path, iteration: int | None = None, overw
     source = MegatronReader(load, iteration)
     num_bytes = sum(source.num_bytes(piece) for piece in source.pieces)
     check_free_space(save, num_bytes)
-    with atomic_directory(save) as folder, progress_bar(num_bytes, save.name) as bar:
-        write_checkpoint(folder, source.pieces, source.spec, map(source.read_piece, source.pieces), bar)
+    job = job_description(source.step_folder)
+    with resumable_directory(save, job) as folder, progress_bar(num_bytes, save.name) as bar:
+        write_checkpoint(folder, source.pieces, source.spec, lambda todo: map(source.read_piece, todo), bar)
         if (load / HF_FOLDER).is_dir():
             copy_companions(load / HF_FOLDER, folder / HF_FOLDER)
 

@@ -1,5 +1,6 @@
 """Outputs appear whole or not at all: write to a temporary name, fsync, rename."""
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -7,6 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moelpr.errors import UserError
+
+# In a partial folder: what it is to become.
+JOB_FILE = ".job"
 
 
 def refuse_existing(paths: list[Path], overwrite: bool) -> None:
@@ -51,6 +55,47 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def resumable_directory(path: Path, job: str) -> Iterator[Path]:
+    """Like `atomic_directory`, but what an interrupted run of the same job has written is still there.
+
+    The folder `.<name>.partial` beside `path` stays behind unless the job ends or fails with a UserError; only a job of
+    the same description goes on with it. UserError where another process is writing to it.
+
+    Args:
+        job: everything that the output depends on, as text.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.mkdir(exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is writing {path}; wait for it, or choose another name") from None
+        description = partial / JOB_FILE
+        if not description.is_file() or description.read_text() != job:
+            for leftover in partial.iterdir():
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            with atomic_file(description) as temporary:
+                temporary.write_text(job)
+        try:
+            yield partial
+        except UserError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        description.unlink()
+        for file in partial.rglob("*"):
+            if file.is_file():
+                fsync_file(file)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(partial, path)
+    finally:
+        os.close(lock)
 
 
 def fsync_file(path: Path) -> None:

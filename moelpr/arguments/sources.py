@@ -170,6 +170,8 @@ def _read_record(folder: Path, step: int | None) -> dict[str, Any] | None:
 def shape_of(spec: ModelSpec) -> dict[str, Any]:
     """The model's shape: Megatron argument -> value."""
     shape = dict(spec.megatron_args)
+    if window := shape.get("window_size"):
+        shape["window_size"] = ",".join(map(str, window))
     if spec.moe is not None:
         is_moe = [int(spec.is_moe_layer(layer)) for layer in range(shape["num_layers"])]
         shape |= {

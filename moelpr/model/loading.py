@@ -48,6 +48,7 @@ def transformer_config(spec: ModelSpec, **settings: object) -> MoELPRConfig:
     fields: dict[str, object] = {name: shape[name] for name in _TRANSFORMER_FIELDS}
     fields |= {
         "layernorm_epsilon": shape["norm_epsilon"],
+        "window_size": shape.get("window_size"),
         "gated_linear_unit": True,
         "activation_func": torch.nn.functional.silu,
         "attention_dropout": 0.0,
@@ -86,6 +87,8 @@ def build_model(spec: ModelSpec, **settings: object) -> GPTModel:
         share_embeddings_and_output_weights=not shape["untie_embeddings_and_output_weights"],
         position_embedding_type=shape["position_embedding_type"],
         rotary_base=shape["rotary_base"],
+        rope_scaling=shape.get("use_rope_scaling", False),
+        rope_scaling_factor=shape.get("rope_scaling_factor", 8.0),
     )
     model = GPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups(), True, True)
     return model.to(torch.cuda.current_device()) if torch.cuda.is_available() else model

@@ -136,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
         help="kept free on each GPU for what the rule does not count: the CUDA context, NCCL's buffers, "
         "fragmentation (default: a tenth of --gpu-memory-gib, an assumption)",
     )  # fmt: skip
-    parser.add_argument("--topk", type=int, default=2, metavar="K", help="experts per token (default: %(default)s)")
+    parser.add_argument("--topk", type=int, metavar="K", help="experts per token (default: 2, or what an MoE has)")
     layers = parser.add_mutually_exclusive_group()
     layers.add_argument("--moe-layers", type=layer_list, metavar="0,2,5", help="as in hf_to_mcore.py (default: all)")
     layers.add_argument("--moe-every-k-layers", type=int, metavar="k", help="as in hf_to_mcore.py")

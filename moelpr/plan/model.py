@@ -1,29 +1,27 @@
 """The model to be planned for, from a Hugging Face config.json alone."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
-from checkpoint_convert.families import family_named, family_of, pieces
-from checkpoint_convert.hf_folder import read_config
-from checkpoint_convert.hf_to_mcore import choose_layers, read_shape
-from moelpr.model_spec import ModelSpec, MoeSpec
+from checkpoint_convert.base_model import read_base, with_new_experts
+from checkpoint_convert.families import family_named
+from checkpoint_convert.tables import pieces
+from moelpr.model_spec import ModelSpec
 from moelpr.plan.parts import Part, parts_of
 
 
 def upcycled_spec(
     hf_path: Path,
     num_new_experts: int,
-    topk: int = 2,
+    topk: int | None = None,
     moe_layers: list[int] | None = None,
     moe_every_k_layers: int | None = None,
 ) -> ModelSpec:
     """What hf_to_mcore.py would make of the folder. UserError for an unsupported model or impossible experts."""
-    family = family_of(read_config(hf_path))
-    megatron_args = read_shape(hf_path, family)
-    layers = choose_layers(megatron_args["num_layers"], moe_layers, moe_every_k_layers)
-    spec = ModelSpec(family.name, "bfloat16", megatron_args, MoeSpec(num_new_experts, topk, layers))
-    spec.check()
-    return spec
+    family, base = read_base(hf_path)
+    spec = with_new_experts(family, base, num_new_experts, topk, moe_layers, moe_every_k_layers)
+    return replace(spec, dtype="bfloat16")
 
 
 def model_parts(spec: ModelSpec) -> tuple[Part, ...]:

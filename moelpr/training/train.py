@@ -41,7 +41,7 @@ def train(argv: list[str], stop: StopRequest | None = None) -> None:
     load_weights = starting_weights(args)
     with run_folder(args, spec), closing(metrics.install(args.stage)) as step_log, clean_stop.ends_the_run():
         pretrain(
-            pretrain_cfg_container_from_args(args, _model_config(args, load_weights, step_log)),
+            pretrain_cfg_container_from_args(args, _prepared(model_config(args), args, load_weights, step_log)),
             datasets_provider,
             ModelType.encoder_or_decoder,
             forward_step,
@@ -50,12 +50,21 @@ def train(argv: list[str], stop: StopRequest | None = None) -> None:
     clean_stop.tell_how_it_ended(args)
 
 
-def _model_config(args: argparse.Namespace, load_weights: LoadHook, step_log: metrics.StepLog) -> GPTModelConfig:
+def model_config(args: argparse.Namespace) -> GPTModelConfig:
+    """The model that `args` describe. UserError for what Megatron refuses."""
     try:
         config = gpt_config_from_args(args, core_transformer_config_from_args(args, config_class=MoELPRConfig))
     except (AssertionError, ValueError) as error:
         raise refused_by_megatron(error) from error
     config.transformer_layer_spec = block_spec
+    config.rope_scaling_factor = args.rope_scaling_factor  # Megatron 0.19.2 leaves the flag out and takes 8
+    return config
+
+
+def _prepared(
+    config: GPTModelConfig, args: argparse.Namespace, load_weights: LoadHook, step_log: metrics.StepLog
+) -> GPTModelConfig:
+    """The config with what happens to the model before Megatron wraps it."""
 
     def prepare(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
         freeze(model_chunks, args.stage, args.train_everything)

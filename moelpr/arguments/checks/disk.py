@@ -7,7 +7,8 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from checkpoint_convert.families import family_named, pieces
+from checkpoint_convert.families import family_named
+from checkpoint_convert.tables import pieces
 from moelpr.arguments.checks.run import Run
 from moelpr.model_spec import ModelSpec
 from moelpr.plan.memory import MASTER_BYTES, MOMENT_BYTES, TRAINED, WEIGHT_BYTES

@@ -16,7 +16,6 @@ def attention_is_torchs_without_transformer_engine(run: Run) -> Iterable[str]:
     needs = {
         "--context-parallel-size": run.args.context_parallel_size > 1,
         "--attention-dropout": run.args.attention_dropout > 0,
-        "--window-size": run.args.window_size is not None,
     }
     for flag, is_set in needs.items():
         if is_set:

@@ -78,3 +78,17 @@ def test_a_shape_this_megatron_does_not_know_is_said(make_checkpoint, refused, s
     lines = refused("stage1", make_checkpoint("future", shape=shape), "--reset-attention-mask")
     assert len(lines) == 2
     assert lines[0].startswith(said)
+
+
+def test_a_checkpoints_window_and_rope_scaling_reach_the_model(make_checkpoint, accepted, refused) -> None:
+    from argparse import Namespace
+
+    from moelpr.training.train import model_config
+
+    shape = {"window_size": [5, 0], "use_rope_scaling": True, "rope_scaling_factor": 32.0, "qk_layernorm": True}
+    start = make_checkpoint("llama", shape=shape)
+    config = model_config(Namespace(**accepted("stage1", start, "--window-size", "5,0")))
+    assert (config.rope_scaling, config.rope_scaling_factor) == (True, 32.0)
+    assert config.transformer.window_size == (5, 0) and config.transformer.qk_layernorm
+    (said,) = refused("stage1", start, "--window-size", "9,0")
+    assert said.startswith("--window-size (9, 0) contradicts the checkpoint")

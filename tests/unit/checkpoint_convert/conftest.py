@@ -1,4 +1,4 @@
-"""Tiny random Qwen2 models, made by stock transformers."""
+"""Tiny random models of every family, made by stock transformers."""
 
 import os
 from collections.abc import Callable
@@ -22,22 +22,37 @@ SHAPE = {
 
 
 @pytest.fixture(scope="session")
-def make_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Save a random Qwen2 with every tensor (biases and norms too) away from its initial constant."""
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Save a random model of a transformers class, every tensor (biases and norms too) off its initial constant."""
 
-    def make(dtype: torch.dtype = torch.float32, tokenizer: bool = False, save: dict | None = None, **changes) -> Path:
-        from transformers import Qwen2Config, Qwen2ForCausalLM
+    def make(
+        architecture: str,
+        dtype: torch.dtype = torch.float32,
+        tokenizer: bool = False,
+        save: dict | None = None,
+        **changes,
+    ) -> Path:
+        import transformers
 
         torch.manual_seed(0)
-        model = Qwen2ForCausalLM(Qwen2Config(**(SHAPE | changes)))
+        model_class = getattr(transformers, architecture)
+        model = model_class(model_class.config_class(**(SHAPE | changes)))
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-        folder = tmp_path_factory.mktemp("qwen2")
+        folder = tmp_path_factory.mktemp(architecture)
         model.to(dtype).save_pretrained(folder, **(save or {}))
         if tokenizer:
             save_tokenizer(folder, num_ids=60)
         return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_qwen2(make_model: Callable[..., Path]) -> Callable[..., Path]:
+    def make(dtype: torch.dtype = torch.float32, **options) -> Path:
+        return make_model("Qwen2ForCausalLM", dtype, **options)
 
     return make
 

@@ -18,6 +18,7 @@ from checkpoint_convert import verify
 from checkpoint_convert.hf_to_mcore import hf_to_mcore
 from checkpoint_convert.mcore_to_hf import mcore_to_hf
 from checkpoint_convert.torch_dist import TorchDistReader, TorchDistWriter
+from checkpoint_convert.upcycling import Start
 from moelpr.errors import UserError, run_command
 from moelpr.model_spec import ModelSpec
 
@@ -49,6 +50,7 @@ def refuses_import(source: Path, tmp_path: Path, message: str, **options) -> Non
     with pytest.raises(UserError, match=message) as caught:
         hf_to_mcore(source, tmp_path / "out", **options)
     assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
     assert_nothing_left(tmp_path)
 
 
@@ -56,12 +58,12 @@ def refuses_export(checkpoint: Path, tmp_path: Path, message: str, **options) ->
     with pytest.raises(UserError, match=message) as caught:
         mcore_to_hf(checkpoint, tmp_path / "out", **options)
     assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
     assert_nothing_left(tmp_path)
 
 
 def assert_nothing_left(tmp_path: Path) -> None:
-    assert not (tmp_path / "out").exists()
-    assert not [path for path in tmp_path.iterdir() if ".tmp-" in path.name]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 # ---------------------------------------------------------------------------------------------------- import
@@ -84,7 +86,9 @@ def test_config_that_is_no_json_object(source: Path, tmp_path: Path, text: str) 
 
 def test_unknown_architecture_names_the_known_ones(source: Path, tmp_path: Path) -> None:
     edit_json(source / "config.json", architectures=["BloomForCausalLM"], model_type="bloom")
-    refuses_import(source, tmp_path, "found the architecture BloomForCausalLM; supported are Qwen2ForCausalLM")
+    refuses_import(
+        source, tmp_path, "found the architecture BloomForCausalLM; supported are LlamaForCausalLM, .*Qwen3ForCausalLM"
+    )
 
 
 def test_classifier_of_a_known_family(source: Path, tmp_path: Path) -> None:
@@ -95,7 +99,7 @@ def test_classifier_of_a_known_family(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_sliding_window": True}, "sliding-window layers can't be converted"),
+        ({"use_sliding_window": True}, "windows in some layers only can't be converted"),
         ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0}}, "RoPE scaling 'yarn'"),
         ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "RoPE scaling 'dynamic'"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
@@ -217,7 +221,7 @@ def test_failed_overwrite_leaves_the_old_output(source: Path, tmp_path: Path, mo
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     monkeypatch.setattr(TorchDistWriter, "finish", _raise_disk_full)
     with pytest.raises(OSError, match="No space left"):
-        hf_to_mcore(source, tmp_path / "out", seed=7, overwrite=True)
+        hf_to_mcore(source, tmp_path / "out", start=Start(seed=7), overwrite=True)
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
 
 
@@ -237,7 +241,7 @@ def test_disk_that_fills_up_gives_one_sentence_and_code_1(qwen2: Path, tmp_path:
     real_open = open
 
     def open_full(path, mode="r", *args, **kwargs):
-        full = "w" in mode and str(path).endswith((".distcp", ".safetensors"))
+        full = "w" in mode and any(kind in str(path) for kind in (".distcp", ".safetensors"))
         return real_open("/dev/full" if full else path, mode, *args, **kwargs)
 
     hf_to_mcore(qwen2, tmp_path / "megatron")
@@ -248,7 +252,12 @@ def test_disk_that_fills_up_gives_one_sentence_and_code_1(qwen2: Path, tmp_path:
     ):
         assert exit_code(monkeypatch, main, *words, "--save", tmp_path / "out") == 1
         assert "the disk is full" in capsys.readouterr().err
-        assert_nothing_left(tmp_path)
+        assert not (tmp_path / "out").exists()
+    # With space again, the same command goes on.
+    monkeypatch.undo()
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "out")
+    assert verify.max_abs_difference(tmp_path / "megatron", tmp_path / "out") == 0
+    assert_nothing_left(tmp_path)
 
 
 def test_too_small_a_disk_is_noticed_before_writing(qwen2: Path, tmp_path: Path, monkeypatch, capsys) -> None:
@@ -293,7 +302,7 @@ def test_folder_without_spec(checkpoint: Path, tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"format_version": 2}, "format_version is 2, this program reads 1"),
-        ({"family": "bloom"}, "found the model family 'bloom'; supported are qwen2"),
+        ({"family": "bloom"}, "found the model family 'bloom'; supported are llama, mistral, qwen2"),
         ({"dtype": "int8"}, "dtype 'int8' is none of"),
         ({"moe": {"num_new_experts": 4, "topk": 1, "layers": [0]}}, "K = 1"),
         ({"moe": {"num_new_experts": 4}}, "is damaged or from another program"),

@@ -10,10 +10,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from checkpoint_convert.families import family_named, megatron_shape, pieces
+from checkpoint_convert.families import family_named
 from checkpoint_convert.hf_to_mcore import hf_to_mcore
 from checkpoint_convert.mcore_to_hf import mcore_to_hf
+from checkpoint_convert.tables import megatron_shape, pieces
 from checkpoint_convert.torch_dist import TorchDistReader, TorchDistWriter
+from checkpoint_convert.upcycling import Start
 from checkpoint_convert.verify import max_abs_difference
 from moelpr.model_spec import ModelSpec
 
@@ -192,7 +194,7 @@ def test_experts_saved_in_expert_parallel_shards_are_exported(
     qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A trainer's checkpoint: experts in shards, optimizer state and Megatron's arguments beside the weights."""
-    spec = hf_to_mcore(qwen2, tmp_path / "megatron", new_experts="random")
+    spec = hf_to_mcore(qwen2, tmp_path / "megatron", start=Start("random"))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "expected")
     reader = TorchDistReader(tmp_path / "megatron" / "release")
     with TorchDistWriter(tmp_path / "megatron" / "iter_0000012") as writer:

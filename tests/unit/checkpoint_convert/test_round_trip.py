@@ -14,6 +14,7 @@ from checkpoint_convert.hf_folder import HfReader
 from checkpoint_convert.hf_to_mcore import hf_to_mcore
 from checkpoint_convert.mcore_to_hf import mcore_to_hf
 from checkpoint_convert.torch_dist import TorchDistReader
+from checkpoint_convert.upcycling import Start
 from moelpr.model_spec import ModelSpec, MoeSpec
 
 TOKENS = torch.arange(40).reshape(2, 20) * 7 % 99
@@ -119,7 +120,7 @@ def test_attention_rows_are_grouped_by_query_group(qwen2: Path, tmp_path: Path) 
 
 def test_random_experts_differ_from_the_ffn_and_from_each_other(qwen2: Path, tmp_path: Path) -> None:
     hf_to_mcore(qwen2, tmp_path / "copied")
-    hf_to_mcore(qwen2, tmp_path / "random", new_experts="random")
+    hf_to_mcore(qwen2, tmp_path / "random", start=Start("random"))
     copied, random = megatron_tensors_of(tmp_path / "copied"), megatron_tensors_of(tmp_path / "random")
     for key in copied:
         assert torch.equal(copied[key], random[key]) == ("experts.experts." not in key), key
@@ -131,7 +132,7 @@ def test_random_experts_differ_from_the_ffn_and_from_each_other(qwen2: Path, tmp
 def test_routers_are_xavier_normal_and_depend_on_the_seed_only(qwen2: Path, tmp_path: Path) -> None:
     hf_to_mcore(qwen2, tmp_path / "all", num_new_experts=63)
     hf_to_mcore(qwen2, tmp_path / "some", num_new_experts=63, moe_layers=[1, 3])
-    hf_to_mcore(qwen2, tmp_path / "other", num_new_experts=63, seed=1)
+    hf_to_mcore(qwen2, tmp_path / "other", num_new_experts=63, start=Start(seed=1))
     key = "decoder.layers.3.mlp.router.weight"
     router, some, other = (megatron_tensors_of(tmp_path / name)[key] for name in ("all", "some", "other"))
     assert router.std().item() == pytest.approx((2 / (64 + 32)) ** 0.5, rel=0.1)
@@ -141,7 +142,7 @@ def test_routers_are_xavier_normal_and_depend_on_the_seed_only(qwen2: Path, tmp_
 
 def test_two_conversions_write_the_same_bytes(qwen2: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
-        hf_to_mcore(qwen2, tmp_path / f"megatron-{name}", new_experts="random")
+        hf_to_mcore(qwen2, tmp_path / f"megatron-{name}", start=Start("random"))
         mcore_to_hf(tmp_path / f"megatron-{name}", tmp_path / f"hf-{name}")
     for kind in ("megatron", "hf"):
         a, b = tmp_path / f"{kind}-a", tmp_path / f"{kind}-b"

@@ -10,13 +10,11 @@ def no_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "is_installed", lambda module: False)
 
 
-def test_attention_has_no_dropout_window_or_context_parallelism_without_transformer_engine(
-    upcycled: str, refused
-) -> None:
-    words = ["--attention-dropout", "0.1", "--window-size", "4,0", "--context-parallel-size", "2"]
+def test_attention_has_no_dropout_or_context_parallelism_without_transformer_engine(upcycled: str, refused) -> None:
+    words = ["--attention-dropout", "0.1", "--context-parallel-size", "2"]
     assert refused("stage1", upcycled, *words, ranks=2) == [
         f"{flag} needs Transformer Engine's attention; install transformer-engine, or drop the flag"
-        for flag in ("--context-parallel-size", "--attention-dropout", "--window-size")
+        for flag in ("--context-parallel-size", "--attention-dropout")
     ]
 
 

@@ -1,0 +1,101 @@
+"""An interrupted conversion goes on and ends in the bytes of an unbroken one."""
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from checkpoint_convert.hf_folder import HfReader
+from checkpoint_convert.hf_to_mcore import hf_to_mcore
+from checkpoint_convert.mcore_to_hf import mcore_to_hf
+from checkpoint_convert.megatron_folder import MegatronReader
+from checkpoint_convert.torch_dist import JOURNAL_FILE, TorchDistWriter
+from checkpoint_convert.upcycling import Start
+from moelpr.errors import UserError
+
+Convert = Callable[[Path], object]
+
+
+@pytest.fixture
+def conversions(qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Convert]:
+    """Both directions, in files of a few tensors."""
+    monkeypatch.setattr(TorchDistWriter.__init__, "__defaults__", (30_000,))
+    hf_to_mcore(qwen2, tmp_path / "source")
+    return {
+        "import": lambda save: hf_to_mcore(qwen2, save, start=Start(noise=0.1)),
+        "export": lambda save: mcore_to_hf(tmp_path / "source", save, max_shard_bytes=30_000),
+    }
+
+
+@contextmanager
+def interrupted_after(num_reads: int) -> Iterator[list[str]]:
+    """Ctrl-C at a read; yields the names read until then."""
+    reads: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for reader in (HfReader, MegatronReader):
+
+            def read(self, name: str, real: Callable = reader.read) -> Tensor:
+                if len(reads) == num_reads:
+                    raise KeyboardInterrupt
+                reads.append(name)
+                return real(self, name)
+
+            patch.setattr(reader, "read", read)
+        yield reads
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("direction", ["import", "export"])
+def test_it_goes_on_and_ends_in_the_same_bytes(conversions: dict[str, Convert], tmp_path: Path, direction: str) -> None:
+    convert = conversions[direction]
+    convert(tmp_path / "unbroken")
+    partial = tmp_path / ".broken.partial"
+    for num_reads in (20, 12, 9):  # several interruptions, the second soon after the first
+        with interrupted_after(num_reads), pytest.raises(KeyboardInterrupt):
+            convert(tmp_path / "broken")
+        assert not (tmp_path / "broken").exists() and partial.is_dir()
+        if (journal := partial / "release" / JOURNAL_FILE).is_file():
+            journal.write_text(journal.read_text() + '{"name": "__0_')  # killed within a line
+    with interrupted_after(10**9) as reads:
+        convert(tmp_path / "broken")
+    with interrupted_after(10**9) as all_reads:
+        convert(tmp_path / "again")
+    assert 0 < len(reads) <= len(all_reads) - 20
+    assert files_of(tmp_path / "broken") == files_of(tmp_path / "unbroken")
+    assert not partial.exists()
+
+
+def test_only_the_same_job_goes_on(conversions: dict[str, Convert], qwen2: Path, tmp_path: Path) -> None:
+    with interrupted_after(30), pytest.raises(KeyboardInterrupt):
+        conversions["import"](tmp_path / "out")
+    hf_to_mcore(qwen2, tmp_path / "out", num_new_experts=2)
+    hf_to_mcore(qwen2, tmp_path / "expected", num_new_experts=2)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "expected")
+
+
+def test_a_source_that_changed_is_read_anew(conversions: dict[str, Convert], qwen2: Path, tmp_path: Path) -> None:
+    with interrupted_after(30), pytest.raises(KeyboardInterrupt):
+        conversions["import"](tmp_path / "out")
+    shard = sorted(qwen2.glob("*.safetensors"))[0]
+    os.utime(shard)
+    with interrupted_after(10**9) as reads:
+        conversions["import"](tmp_path / "out")
+    assert len(reads) > 50
+
+
+def test_two_conversions_into_one_folder_do_not_mix(conversions: dict[str, Convert], tmp_path: Path) -> None:
+    partial = tmp_path / ".out.partial"
+    partial.mkdir()
+    other = os.open(partial, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="another process is writing .*out; wait for it"):
+        conversions["import"](tmp_path / "out")
+    os.close(other)
+    conversions["import"](tmp_path / "out")

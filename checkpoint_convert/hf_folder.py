@@ -6,13 +6,14 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moelpr.errors import UserError
+from moelpr.files import DurableFile
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -42,7 +43,10 @@ COMPANION_FILES = (
 COMPANION_FOLDERS = ("additional_chat_templates",)
 
 # A file is opened anew after so many bytes: the pages of a mapped file count as this process's memory while it's open.
-MAX_MAPPED_BYTES = 256 << 20
+MAX_MAPPED_BYTES = 32 << 20
+
+# Ends the name of a shard that is being written.
+_UNFINISHED = ".unfinished"
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -216,7 +220,7 @@ class HfWriter:
             self.total_bytes += nbytes
         self._shard_of = {name: k for k, shard in enumerate(self._shards) for name, _ in shard}
         self._whole = {k for k in range(len(self._shards)) if (folder / self._name(k)).is_file()}
-        self._file: BinaryIO | None = None
+        self._file: DurableFile | None = None
         self._shard = -1
         self._position = 0
 
@@ -262,15 +266,13 @@ class HfWriter:
             header[name] = {"dtype": _DTYPE_NAMES[self._dtype], "shape": list(shape), "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the data begins 8-byte aligned
-        self._file = open(self._folder / (self._name(shard) + ".unfinished"), "wb")
+        self._file = DurableFile(self._folder / (self._name(shard) + _UNFINISHED))
         self._file.write(len(text).to_bytes(8, "little") + text)
 
     def _finish_shard(self) -> None:
         assert self._file is not None
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._file.name, self._folder / self._name(self._shard))
+        self._file.finish()
+        os.replace(self._folder / self._file.name, self._folder / self._name(self._shard))
         self._file = None
         self._whole.add(self._shard)
 

@@ -97,9 +97,9 @@ def write_checkpoint(
     with TorchDistWriter(folder / RELEASE) as writer:
         todo = [piece for piece in plan if not writer.is_written(piece.key, _offsets(piece, spec))]
         bar.update(round(bar.total * (1 - _numel(todo) / _numel(plan))))
-        for piece, tensor in zip(todo, read(todo), strict=True):
-            _write_piece(writer, piece, spec, tensor)
-            bar.update(tensor.nbytes)
+        tensors = iter(read(todo))
+        for piece in todo:
+            bar.update(_write_piece(writer, piece, spec, next(tensors)))  # one tensor in memory
         for key in _extra_state_keys(plan):
             writer.write_object(key, None)
         writer.finish(_common_state())
@@ -111,12 +111,14 @@ def _numel(plan: list[Piece]) -> int:
     return sum(math.prod(shape) for piece in plan for shape in piece.hf_shapes)
 
 
-def _write_piece(writer: TorchDistWriter, piece: Piece, spec: ModelSpec, tensor: Tensor) -> None:
+def _write_piece(writer: TorchDistWriter, piece: Piece, spec: ModelSpec, tensor: Tensor) -> int:
+    """Returns its bytes."""
     shape = megatron_shape(piece, spec)
     if piece.stack_index is None:
         writer.write(piece.key, tensor)
     else:
         writer.write_chunk(piece.key, tensor.unsqueeze(0), shape, _offsets(piece, spec))
+    return tensor.nbytes
 
 
 def _offsets(piece: Piece, spec: ModelSpec) -> tuple[int, ...]:

@@ -8,7 +8,6 @@ classes and `torch.save`/`torch.load(weights_only=True)`; what is written loads 
 
 import json
 import math
-import os
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from moelpr.errors import UserError
+from moelpr.files import DurableFile
 
 METADATA_FILE = ".metadata"
 MEGATRON_CONFIG_FILE = "metadata.json"
@@ -49,7 +49,7 @@ class TorchDistWriter:
         self._max_file_bytes = max_file_bytes
         self._contents: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
-        self._file: BinaryIO | None = None
+        self._file: DurableFile | None = None
         self._num_files = 0
         self._open_chunks: list[dict[str, Any]] = []  # of the open file, for the journal
         self._read_journal()
@@ -121,27 +121,25 @@ class TorchDistWriter:
     def _close_file(self) -> None:
         if self._file is None:
             return
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        self._file.finish()
         with open(self._folder / JOURNAL_FILE, "a") as journal:
-            journal.write(json.dumps({"name": Path(self._file.name).name, "chunks": self._open_chunks}) + "\n")
+            journal.write(json.dumps({"name": self._file.name, "chunks": self._open_chunks}) + "\n")
         self._open_chunks = []
 
     def _append(self, value: Any) -> _StorageInfo:
         if self._file is None or self._file.tell() >= self._max_file_bytes:
             self._close_file()
-            self._file = open(self._folder / f"__0_{self._num_files}.distcp", "wb")
+            self._file = DurableFile(self._folder / f"__0_{self._num_files}.distcp")
             self._num_files += 1
         start = self._file.tell()
         try:
-            torch.save(value, self._file)
+            torch.save(value, cast(BinaryIO, self._file))
         except RuntimeError as error:
             # torch.save hides the write error (a full disk) behind one of its own.
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
-        return _StorageInfo(Path(self._file.name).name, start, self._file.tell() - start)
+        return _StorageInfo(self._file.name, start, self._file.tell() - start)
 
 
 class TorchDistReader:

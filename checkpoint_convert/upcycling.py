@@ -58,8 +58,10 @@ def starting_tensors(source: HfReader, plan: list[Piece], spec: ModelSpec, start
             )
         else:
             if piece.origin != read_origin:
+                del tensor  # one in memory
                 parts = [source.read(name) for name in piece.origin]
                 tensor = piece.transform.to_megatron(parts, sizes_of(spec)).to(dtype)
+                del parts
                 read_origin = piece.origin
             yield _changed(tensor, piece, spec, start) if piece.role == "new expert" else tensor
 

@@ -4,6 +4,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -96,6 +97,51 @@ def resumable_directory(path: Path, job: str) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         os.close(lock)
+
+
+class DurableFile:
+    """A new file that goes to disk while it is being written, so that making it durable costs little at its end."""
+
+    _STRIDE = 128 << 20  # bytes between two requests
+
+    def __init__(self, path: Path):
+        self.name = path.name
+        self._file = open(path, "wb")
+        self._disk = ThreadPoolExecutor(max_workers=1)
+        self._under_way: Future[None] | None = None
+        self._synced = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Write all of `data`; also what torch.save writes to."""
+        self._file.write(data)
+        if self.tell() - self._synced >= self._STRIDE and (self._under_way is None or self._under_way.done()):
+            self._raise_what_failed()
+            self._file.flush()
+            self._synced = self.tell()
+            self._under_way = self._disk.submit(os.fsync, self._file.fileno())
+        return len(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def finish(self) -> None:
+        """Close the file when it is on disk."""
+        self._raise_what_failed()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.close()
+
+    def _raise_what_failed(self) -> None:
+        """A failed write to disk is told once, to the thread that asked."""
+        if self._under_way is not None:
+            self._under_way.result()
+
+    def close(self) -> None:
+        self._disk.shutdown()
+        self._file.close()
 
 
 def fsync_file(path: Path) -> None:

@@ -74,8 +74,10 @@ class Routed:
 
     def watch(self, model: list[torch.nn.Module]) -> None:
         for layer in (module for chunk in model for module in chunk.modules() if isinstance(module, LPRMoELayer)):
-            for name, expert in (("new_rows", layer.experts), ("original_rows", layer.original_expert)):
-                expert.register_forward_pre_hook(lambda _, inputs, name=name: self._count(name, inputs[0]))
+            layer.experts.register_forward_pre_hook(lambda _, inputs: self._count("new_rows", len(inputs[0])))
+            layer.original_experts.register_forward_pre_hook(
+                lambda _, inputs: self._count("original_rows", sum(map(len, inputs[2])))
+            )
         all_to_all = torch.distributed.all_to_all_single
 
         def counted(output: Any, rows: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -86,8 +88,8 @@ class Routed:
 
         torch.distributed.all_to_all_single = counted
 
-    def _count(self, name: str, rows: torch.Tensor) -> None:
-        self.sums[name] += rows.shape[0]
+    def _count(self, name: str, rows: int) -> None:
+        self.sums[name] += rows
         self.calls[name] += 1
 
     def report(self) -> dict[str, float]:

@@ -124,7 +124,7 @@ class Table:
 
 HF_LAYER = "model.layers.{i}."
 MEGATRON_LAYER = "decoder.layers.{i}."
-ORIGINAL_EXPERT = "original_expert."
+ORIGINAL_EXPERT = "original_experts.{j}."
 NEW_EXPERTS = "experts.experts."
 
 

@@ -25,6 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--recipe", metavar="FILE", help="YAML file whose keys are flags; flags on the command line win."
     )
     group.add_argument(
+        "--num-original-experts", type=int, default=1, metavar="M",
+        help="Experts that are there before this round of languages, the dense FFN being the first. Like Megatron's "
+        "--num-experts, here the number of new ones, it must agree with the checkpoint (default: the checkpoint's).",
+    )  # fmt: skip
+    group.add_argument(
         "--balance-loss-coeff", type=float, metavar="ALPHA",
         help="Weight of the load-balancing loss on the scale of the paper's experiments (default: 0.01 in stage1, 0 in "
         "stage2).",

@@ -176,6 +176,7 @@ def shape_of(spec: ModelSpec) -> dict[str, Any]:
         is_moe = [int(spec.is_moe_layer(layer)) for layer in range(shape["num_layers"])]
         shape |= {
             "num_experts": spec.moe.num_new_experts,
+            "num_original_experts": spec.moe.num_original_experts,
             "moe_router_topk": spec.moe.topk,
             "moe_ffn_hidden_size": shape["ffn_hidden_size"],
             "moe_layer_freq": str(is_moe).replace(" ", ""),

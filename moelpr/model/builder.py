@@ -56,7 +56,7 @@ def _moe_layer(config: MoELPRConfig, use_te: bool) -> ModuleSpec:
         submodules=LPRMoESubmodules(
             experts=_new_experts(config),
             router=LPRRouter,
-            original_expert=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            original_experts=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
         ),
     )
     # One checkpoint key for the norm before an MoE layer, whichever implementation wrote it.

@@ -11,8 +11,11 @@ from moelpr.model.losses import LPRVariant, per_layer_lpr_coeff
 class MoELPRConfig(TransformerConfig):
     """`num_moe_experts` is N, the number of *new* experts: they are what Megatron dispatches and divides over EP.
 
-    The router scores E = N + 1 experts; the original expert is a module of its own (docs/design/original-expert.md).
+    The router scores E = m + N experts; the original experts are modules of their own (docs/design/original-expert.md).
     """
+
+    num_original_experts: int = 1
+    """m; more than 1 in a further round of languages, for which the experts of earlier rounds are original ones."""
 
     lpr_loss_coeff: float = 0.0
     """The paper's gamma; 0 switches the loss off."""
@@ -20,7 +23,7 @@ class MoELPRConfig(TransformerConfig):
     lpr_loss: LPRVariant = "paper"
 
     train_everything: bool = False
-    """The paper's plain-MoE ablation: nothing is frozen, not even the original expert."""
+    """The paper's plain-MoE ablation: nothing is frozen, not even the original experts."""
 
     @property
     def num_moe_layers(self) -> int:

@@ -1,8 +1,8 @@
 """The method's losses as pure functions: tensors in, tensor out.
 
-T = tokens, E = experts; expert 0 is the original one. Every loss is a *sum* over this rank's tokens divided by a count
-that the caller takes over whatever it averages on (a rank, a micro-batch, the global batch), so that cutting a batch
-differently never changes the result.
+T = tokens, E = experts, of which the first m are the original ones. Every loss is a *sum* over this rank's tokens
+divided by a count that the caller takes over whatever it averages on (a rank, a micro-batch, the global batch), so that
+cutting a batch differently never changes the result.
 """
 
 import math
@@ -15,18 +15,25 @@ LPRVariant = Literal["paper", "reference"]
 
 
 def lpr_loss(
-    logits_TE: Tensor, is_original_T: Tensor, num_original: Tensor | int | None = None, variant: LPRVariant = "paper"
+    logits_TE: Tensor,
+    is_original_T: Tensor,
+    num_original_experts: int = 1,
+    num_original_tokens: Tensor | int | None = None,
+    variant: LPRVariant = "paper",
 ) -> Tensor:
-    """Language-priors-routing loss: mean negative log-probability of the original expert over original-language tokens.
+    """Language-priors-routing loss: mean negative log-score of the original experts over original-language tokens.
 
-    Paper section 3.3: -sum_t F(t) log G_0(t), with F(t) the language bit and G the softmax over all E experts.
+    -sum_t F(t) log sum_{i<m} G_i(t), with F(t) the language bit, G the softmax over all E experts and m the number of
+    original experts. With m = 1 it is that of the paper, section 3.3; which of several original experts a token
+    chooses is left to the next-token loss.
 
     Args:
         logits_TE: router logits, any float type; computed in at least fp32.
         is_original_T: bool, True where the token is original-language text.
-        num_original: how many original-language tokens the mean is over; default: those in `is_original_T`.
-        variant: `paper` as above; `reference` is the published code, which takes the softmax twice
-            (cross-entropy of already-softmaxed scores), so that the two can be compared.
+        num_original_experts: m, at least 1 and below E.
+        num_original_tokens: how many original-language tokens the mean is over; default: those in `is_original_T`.
+        variant: `paper` as above; `reference` takes the softmax twice (cross-entropy of already-softmaxed scores), as
+            the published code does, which knows m = 1 only. For comparison.
 
     Returns:
         A scalar; exactly 0 (with zero gradient) where no token is original-language text.
@@ -34,16 +41,17 @@ def lpr_loss(
     logits_TE = _at_least_fp32(logits_TE)
     if variant == "reference":
         logits_TE = torch.softmax(logits_TE, dim=-1)
-    negative_log_prob_T = torch.logsumexp(logits_TE, dim=-1) - logits_TE[:, 0]
-    total = torch.where(is_original_T, negative_log_prob_T, 0.0).sum()
-    if num_original is None:
-        num_original = is_original_T.sum()
-    return total / torch.as_tensor(num_original, device=total.device).clamp(min=1)
+    originals_T = torch.logsumexp(logits_TE[:, :num_original_experts], dim=-1)
+    negative_log_score_T = torch.logsumexp(logits_TE, dim=-1) - originals_T
+    total = torch.where(is_original_T, negative_log_score_T, 0.0).sum()
+    if num_original_tokens is None:
+        num_original_tokens = is_original_T.sum()
+    return total / torch.as_tensor(num_original_tokens, device=total.device).clamp(min=1)
 
 
-def reference_lpr_floor(num_experts: int) -> float:
-    """The smallest value `lpr_loss(..., variant="reference")` can reach: log(1 + (E-1)/e). The paper's reaches 0."""
-    return math.log1p((num_experts - 1) / math.e)
+def reference_lpr_floor(num_experts: int, num_original_experts: int = 1) -> float:
+    """The smallest value `lpr_loss(..., variant="reference")` can reach, log(1 + (E-m)/(e+m-1)). The paper's: 0."""
+    return math.log1p((num_experts - num_original_experts) / (math.e + num_original_experts - 1))
 
 
 def balance_loss(scores_TE: Tensor, is_chosen_TE: Tensor, topk: int) -> Tensor:

@@ -29,7 +29,7 @@ class LPRLossNormalizer:
 
 
 class LPRRouter(TopKRouter):
-    """Routes over E = N + 1 experts; column 0 is the original one."""
+    """Routes over E = m + N experts; columns 0 to m - 1 are the original ones."""
 
     config: MoELPRConfig
 
@@ -37,7 +37,7 @@ class LPRRouter(TopKRouter):
         self, config: MoELPRConfig, pg_collection: ProcessGroupCollection | None = None, is_mtp_layer: bool = False
     ) -> None:
         router_config = copy.copy(config)
-        router_config.num_moe_experts = config.num_moe_experts + 1
+        router_config.num_moe_experts = config.num_original_experts + config.num_moe_experts
         super().__init__(config=router_config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.lpr_coeff = config.lpr_coeff_per_layer
         self.routing_sums: Tensor | None = None  # routing_vector summed over the micro-batches of a step
@@ -54,8 +54,14 @@ class LPRRouter(TopKRouter):
         # Recomputed layers run forward twice, first without gradients: count and attach once.
         if self.training and torch.is_grad_enabled() and language_bits_SB is not None:
             logits_TE, is_original_T = logits_SBE.flatten(0, 1), language_bits_SB.flatten().bool()
-            lpr_sum = lpr_loss(logits_TE, is_original_T, num_original=1, variant=self.config.lpr_loss)
-            vector = routing_vector(logits_TE, lpr_sum, is_original_T)
+            lpr_sum = lpr_loss(
+                logits_TE,
+                is_original_T,
+                self.config.num_original_experts,
+                num_original_tokens=1,
+                variant=self.config.lpr_loss,
+            )
+            vector = routing_vector(logits_TE, lpr_sum, is_original_T, self.config.num_original_experts)
             self.routing_sums = vector if self.routing_sums is None else self.routing_sums + vector
             if self.lpr_coeff > 0:
                 assert LPRLossNormalizer.weight is not None, "forward_step sets the weight before the model runs"

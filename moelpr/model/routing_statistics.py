@@ -12,7 +12,7 @@ class RoutingSums(NamedTuple):
     lpr_loss: Tensor
     original_tokens: Tensor
     expanded_tokens: Tensor
-    original_first_choices_of_original: Tensor  # original-language tokens whose first choice is the original expert
+    original_first_choices_of_original: Tensor  # original-language tokens whose first choice is an original expert
     original_first_choices_of_expanded: Tensor
     scores: Tensor
 
@@ -32,11 +32,11 @@ class RoutingSums(NamedTuple):
         return self.scores / (self.original_tokens + self.expanded_tokens).unsqueeze(1)
 
     def original_first_share_of_original(self) -> Tensor:
-        """Share of original-language tokens whose first choice is the original expert [L]."""
+        """Share of original-language tokens whose first choice is an original expert [L]."""
         return self.original_first_choices_of_original / self.original_tokens
 
     def original_first_share_of_expanded(self) -> Tensor:
-        """Share of expanded-language tokens whose first choice is the original expert [L]."""
+        """Share of expanded-language tokens whose first choice is an original expert [L]."""
         return self.original_first_choices_of_expanded / self.expanded_tokens
 
     def log_line(self) -> str:
@@ -52,9 +52,9 @@ class RoutingSums(NamedTuple):
 
 
 @torch.no_grad()
-def routing_vector(logits_TE: Tensor, lpr_sum: Tensor, is_original_T: Tensor) -> Tensor:
+def routing_vector(logits_TE: Tensor, lpr_sum: Tensor, is_original_T: Tensor, num_original_experts: int) -> Tensor:
     """The five sums of `RoutingSums` and the summed scores of the E experts as one fp32 vector [5 + E]."""
-    original_first_T = logits_TE.argmax(dim=-1) == 0
+    original_first_T = logits_TE.argmax(dim=-1) < num_original_experts
     counts = torch.stack(
         [
             is_original_T.sum(),

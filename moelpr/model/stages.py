@@ -56,7 +56,7 @@ def _part_of_model(parameter_name: str) -> str:
     parts = {
         _ROUTER: "routers",
         _NEW_EXPERTS: "new experts",
-        ".mlp.original_expert.": "original expert",
+        ".mlp.original_experts.": "original experts",
         "self_attention": "attention",
         "layernorm": "norms",
         "embedding": "embedding",

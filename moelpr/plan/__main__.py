@@ -71,7 +71,7 @@ def _table(plans: list[Candidate], run: Run, cluster: Cluster, shown: list[Candi
         f"{run.micro_batch_size} per micro-batch, on {cluster.gpus} GPUs of {cluster.gpu_memory_gib:g} GiB, "
         f"{cluster.reserve_gib:g} of them reserved.",
         "GiB on the fullest rank; all-to-all, gathers: what experts exchange per rank and step over EP and over ETP,",
-        "GiB, with every expert chosen equally often. The original expert's rows take no part in the all-to-all.",
+        "GiB, with every expert chosen equally often. Rows of original experts take no part in the all-to-all.",
         "time: arithmetic of a step, waiting in the pipeline included, over that without recompute; no communication.",
         "",
         f"{'TP':>3}{'PP':>4}{'EP':>4}{'ETP':>4}{'DP':>5}  {'recompute':<10}{'parameters':>11}{'gradients':>10}"
@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
         "recommend one. Only config.json of the model is needed.",
     )
     parser.add_argument("--hf-path", type=Path, required=True, help="folder with the dense model's config.json")
-    parser.add_argument("--num-new-experts", type=int, required=True, metavar="N", help="beside the original expert")
+    parser.add_argument("--num-new-experts", type=int, required=True, metavar="N", help="beside the original experts")
     parser.add_argument("--gpus", type=_positive, required=True, metavar="G", help="GPUs in all")
     parser.add_argument("--gpu-memory-gib", type=_positive_float, required=True, metavar="M", help="of one GPU")
     parser.add_argument("--gpus-per-node", type=_positive, default=8, help="default: %(default)s")

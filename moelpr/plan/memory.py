@@ -10,9 +10,9 @@
 | Adam's two moments | 8 | 8 | the same |
 
 Ranks that hold the same router: the data-parallel group. Ranks that hold the same new expert: the expert-data-parallel
-group, world / (ETP · EP · PP). Attention and dense FFNs are divided by TP, new experts by EP · ETP, the original expert
-by ETP alone, since every expert-parallel rank has its own; norms and routers are on every rank of a stage. Embedding
-and output layer are on the first and last stage; a tied one is on both when PP > 1.
+group, world / (ETP · EP · PP). Attention and dense FFNs are divided by TP, new experts by EP · ETP, the m original
+experts by ETP alone, since every expert-parallel rank has its own; norms and routers are on every rank of a stage.
+Embedding and output layer are on the first and last stage; a tied one is on both when PP > 1.
 
 **Activations** are what autograd keeps from a forward pass for the backward pass. A frozen linear layer keeps nothing
 (its input is needed for the weight's gradient only), so a layer keeps, for the T = sequence · micro-batch / TP tokens
@@ -21,7 +21,7 @@ of the rank (sequence parallel) and S = sequence · micro-batch of attention, in
 - each of its two norms: its input, T · h, and an fp32 number per token (see `Kernels` for what else);
 - attention: the projected query, key and value, S · (q + 2kv) / TP, query and key after rotation, the output,
   S · q / TP, one fp32 number per head and token, and four rotation tables of S/micro-batch · head;
-- the MoE layer: the router's input T · h; for a row of the original expert gate and up, 2f, and its output, h; for a
+- the MoE layer: the router's input T · h; for a row of an original expert gate and up, 2f, and its output, h; for a
   row of a new expert gate and up, 2f, and in stage 1 (its weights need a gradient) also its input h and the activated
   row f; a few numbers per token for the choices;
 - a dense FFN: gate and up, S · 2f / TP;
@@ -41,7 +41,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from moelpr.model_spec import ModelSpec
+from moelpr.model_spec import ModelSpec, MoeSpec
 from moelpr.plan.layouts import Layout
 from moelpr.plan.parts import Kind, Part, padded_vocabulary
 
@@ -76,15 +76,18 @@ CPU = Kernels(fp32_norm_input=True, norm_output=False, fused_swiglu=False)
 
 @dataclass(frozen=True)
 class Routing:
-    """Rows per token of a rank that reach the original expert and the new experts; together K when all is even."""
+    """Rows per token of a rank that reach the original experts and the new ones; together K when all is even."""
 
     original_rows: float
     new_rows: float
 
     @classmethod
-    def uniform(cls, topk: int, num_experts: int) -> "Routing":
+    def uniform(cls, moe: MoeSpec) -> "Routing":
         """Every expert is chosen equally often, on every rank."""
-        return cls(topk / num_experts, topk * (num_experts - 1) / num_experts)
+        return cls(
+            original_rows=moe.topk * moe.num_original_experts / moe.num_experts,
+            new_rows=moe.topk * moe.num_new_experts / moe.num_experts,
+        )
 
 
 @dataclass(frozen=True)
@@ -180,7 +183,7 @@ def divisor(kind: Kind, layout: Layout) -> int:
         Kind.EMBEDDING: layout.tp,
         Kind.OUTPUT: layout.tp,
         Kind.TENSOR_PARALLEL: layout.tp,
-        Kind.ORIGINAL_EXPERT: layout.etp,
+        Kind.ORIGINAL_EXPERTS: layout.etp,
         Kind.NEW_EXPERTS: layout.ep * layout.etp,
         Kind.ROUTER: 1,
         Kind.REPLICATED: 1,
@@ -199,7 +202,7 @@ class _Activations:
         assert spec.moe is not None
         shape = spec.megatron_args
         self.spec, self.moe, self.layout, self.run = spec, spec.moe, layout, run
-        self.routing = routing or Routing.uniform(self.moe.topk, self.moe.num_experts)
+        self.routing = routing or Routing.uniform(self.moe)
         self.element = WEIGHT_BYTES[run.dtype]
         self.norm_element = _FP32 if run.kernels.fp32_norm_input else self.element
         self.all_tokens = run.seq_length * run.micro_batch_size
@@ -243,7 +246,7 @@ class _Activations:
             outside += hidden if self.spec.is_moe_layer(layer) else 2 * hidden
         if self.spec.is_moe_layer(layer):
             entrance = hidden
-            inside = self._choices() + self._original_expert() + self._new_experts()
+            inside = self._choices() + self._original_experts() + self._new_experts()
         else:
             entrance = 0.0
             inside = self._dense_ffn() if needs_gradient else 0.0
@@ -269,11 +272,11 @@ class _Activations:
     def _choices(self) -> float:
         """Per token: K choices with weight, the router's E scores, the order of the N columns of new experts."""
         per_token = self.moe.topk * (_INT64 + _FP32) + self.moe.num_experts * _FP32 + self.moe.num_new_experts * _INT64
-        # The balance loss keeps the choices, the LPR loss a logarithm and the language bit.
-        per_token += self.moe.topk * _INT64 if self.run.stage == "stage1" else _FP32 + _BOOL
+        # The balance loss keeps the choices, the LPR loss two logarithms and the language bit.
+        per_token += self.moe.topk * _INT64 if self.run.stage == "stage1" else 2 * _FP32 + _BOOL
         return self.tokens * per_token
 
-    def _original_expert(self) -> float:
+    def _original_experts(self) -> float:
         elements = 2 * self.expert_ffn + self.hidden
         return self.original_rows * (elements * self.element + _INT64 + _FP32)
 

@@ -15,7 +15,7 @@ class Kind(Enum):
     OUTPUT = "output layer"
     TENSOR_PARALLEL = "attention and dense FFNs"
     REPLICATED = "norms"
-    ORIGINAL_EXPERT = "original experts"
+    ORIGINAL_EXPERTS = "original experts"
     ROUTER = "routers"
     NEW_EXPERTS = "new experts"
 
@@ -57,7 +57,7 @@ def _kind_of(key: str) -> Kind:
         return Kind.REPLICATED
     by_name = {
         ".mlp.router.": Kind.ROUTER,
-        ".mlp.original_expert.": Kind.ORIGINAL_EXPERT,
+        ".mlp.original_experts.": Kind.ORIGINAL_EXPERTS,
         ".mlp.experts.": Kind.NEW_EXPERTS,
         "embedding.": Kind.EMBEDDING,
         "output_layer.": Kind.OUTPUT,

@@ -23,7 +23,8 @@ def relative_time(spec: ModelSpec, parts: Sequence[Part], layout: Layout, run: R
     numel = dict.fromkeys(Kind, 0)
     for part in parts:
         numel[part.kind] += part.numel
-    experts = spec.moe.topk * numel[Kind.ORIGINAL_EXPERT]  # K experts of the original's size, for every token
+    one_expert = numel[Kind.ORIGINAL_EXPERTS] / spec.moe.num_original_experts  # in every MoE layer
+    experts = spec.moe.topk * one_expert  # all have the same size, and every token passes K of them
     new_experts = experts * spec.moe.num_new_experts / spec.moe.num_experts
     others = numel[Kind.TENSOR_PARALLEL]
     output = numel[Kind.OUTPUT] or numel[Kind.EMBEDDING]

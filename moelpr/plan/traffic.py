@@ -1,4 +1,4 @@
-"""Bytes that experts make a rank send in a step. The original expert's rows never travel."""
+"""Bytes that experts make a rank send in a step. Rows of original experts never travel."""
 
 from dataclasses import dataclass
 
@@ -30,20 +30,20 @@ def expert_traffic(spec: ModelSpec, layout: Layout, run: Run, routing: Routing |
 
     Of the rows of new experts, (EP - 1)/EP leave the rank (new experts are chosen equally often). Each goes out with
     its gate weight in fp32 and comes back as a row; the backward pass does the same, and a recomputed MoE layer
-    repeats the forward pass. With ETP > 1 each rank gathers the rows of ETP ranks, for the original expert every
-    token, and scatters the sums.
+    repeats the forward pass. With ETP > 1 each rank gathers the rows of ETP ranks, for the original experts every
+    token once with its m gate weights, and scatters the sums.
     """
     assert spec.moe is not None
-    routing = routing or Routing.uniform(spec.moe.topk, spec.moe.num_experts)
+    routing = routing or Routing.uniform(spec.moe)
     row = spec.megatron_args["hidden_size"] * WEIGHT_BYTES[run.dtype]
-    round_trip = row + _GATE_WEIGHT_BYTES + row
     passes = 2 if layout.recompute == "none" else 3
     tokens = run.seq_length * run.micro_batch_size / layout.tp
-    times = run.num_microbatches(layout) * _most_moe_layers(spec, layout.pp) * passes * round_trip
-    new_rows = tokens * routing.new_rows
+    times = run.num_microbatches(layout) * _most_moe_layers(spec, layout.pp) * passes
+    new = tokens * routing.new_rows * (row + _GATE_WEIGHT_BYTES + row)
+    original = tokens * (row + spec.moe.num_original_experts * _GATE_WEIGHT_BYTES + row)
     return Traffic(
-        all_to_all=round(times * new_rows * (layout.ep - 1) / layout.ep),
-        expert_tensor=round(times * (new_rows + tokens) * (layout.etp - 1)),
+        all_to_all=round(times * new * (layout.ep - 1) / layout.ep),
+        expert_tensor=round(times * (new + original) * (layout.etp - 1)),
     )
 
 

@@ -73,7 +73,7 @@ class MetricsTracker(MoEMetricsTracker):
 
     def _reduce_routing(self, num_layers: int) -> RoutingSums:
         """Sum over ranks: each holds its own layers (pipeline) and its own tokens (tensor, context, data)."""
-        num_experts = get_args().num_experts + 1
+        num_experts = get_args().num_original_experts + get_args().num_experts
         sums = torch.zeros(num_layers, 5 + num_experts, device=torch.cuda.current_device())
         for router in self.routers:
             if router.routing_sums is not None:

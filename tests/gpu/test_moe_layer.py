@@ -56,14 +56,15 @@ def output_and_gradients(layer: torch.nn.Module, hidden: torch.Tensor) -> list[t
     return [output.detach(), hidden.grad, layer.router.weight.grad.clone()]
 
 
+@pytest.mark.parametrize("m", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_side_stream_changes_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moelpr.model.layer import OriginalExpertAtHome
+def test_the_side_stream_changes_nothing(dtype: torch.dtype, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moelpr.model.layer import OriginalExpertsAtHome
 
-    layer = moe_layer(dtype)
+    layer = moe_layer(dtype, num_original_experts=m)
     hidden = torch.randn(64, 4, 256, device="cuda", dtype=dtype)
     beside = output_and_gradients(layer, hidden)
-    monkeypatch.setattr(OriginalExpertAtHome, "side_stream", torch.cuda.current_stream())
+    monkeypatch.setattr(OriginalExpertsAtHome, "side_stream", torch.cuda.current_stream())
     for a, b in zip(beside, output_and_gradients(layer, hidden), strict=True):
         torch.testing.assert_close(a, b)
 
@@ -89,7 +90,7 @@ def test_transformer_engines_experts_compute_what_ours_do() -> None:
     with torch.no_grad():
         theirs.router.weight.copy_(ours.router.weight)
         for name in ("linear_fc1", "linear_fc2"):
-            getattr(theirs.original_expert, name).weight.copy_(getattr(ours.original_expert, name).weight)
+            getattr(theirs.original_experts[0], name).weight.copy_(getattr(ours.original_experts[0], name).weight)
             for expert in range(4):
                 target = getattr(getattr(theirs.experts, name), f"weight{expert}")
                 target.copy_(getattr(ours.experts, name).weight[expert])

@@ -44,7 +44,7 @@ def flags_agree_with_the_model(run: Run) -> Iterable[str]:
 def experts_need_an_upcycled_model(run: Run) -> Iterable[str]:
     if run.spec is None or run.spec.moe is not None:
         return
-    for name in ("num_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_layer_freq"):
+    for name in ("num_experts", "num_original_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_layer_freq"):
         if name in run.typed:
             yield (
                 f"{run.typed[name]} has no meaning for the dense checkpoint {run.checkpoint}; drop it, or upcycle the "

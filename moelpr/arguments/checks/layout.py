@@ -71,8 +71,8 @@ def expert_tensor_parallelism_is_1_or_all(run: Run) -> Iterable[str]:
     layout = run.layout
     if run.is_moe and layout.etp not in (1, layout.tp):
         yield (
-            f"--expert-tensor-parallel-size {layout.etp} must be {one_of(sorted({1, layout.tp}))}: the original expert "
-            f"is split over the tensor-parallel ranks (--tensor-model-parallel-size {layout.tp}) or not at all"
+            f"--expert-tensor-parallel-size {layout.etp} must be {one_of(sorted({1, layout.tp}))}: original experts "
+            f"are split over the tensor-parallel ranks (--tensor-model-parallel-size {layout.tp}) or not at all"
         )
 
 

@@ -113,7 +113,12 @@ def the_checkpoints_hold_the_same(run: Run) -> Iterable[str]:
 def _differences(there: ModelSpec, here: ModelSpec) -> list[str]:
     def flat(spec: ModelSpec) -> dict[str, Any]:
         moe = spec.moe
-        experts = {"new experts": moe and moe.num_new_experts, "K": moe and moe.topk, "MoE layers": moe and moe.layers}
+        experts = {
+            "original experts": moe and moe.num_original_experts,
+            "new experts": moe and moe.num_new_experts,
+            "K": moe and moe.topk,
+            "MoE layers": moe and moe.layers,
+        }
         return {"family": spec.family, **experts, **spec.megatron_args}
 
     before, now = flat(there), flat(here)

@@ -100,8 +100,8 @@ def test_experts_are_bit_equal_copies_of_the_dense_ffn(qwen2: Path, tmp_path: Pa
         ffn = {name: dense[f"model.layers.{i}.mlp.{name}_proj.weight"] for name in ("gate", "up", "down")}
         mlp = f"decoder.layers.{i}.mlp."
         fc1 = torch.cat([ffn["gate"], ffn["up"]])
-        assert torch.equal(moe[mlp + "original_expert.linear_fc1.weight"], fc1)
-        assert torch.equal(moe[mlp + "original_expert.linear_fc2.weight"], ffn["down"])
+        assert torch.equal(moe[mlp + "original_experts.0.linear_fc1.weight"], fc1)
+        assert torch.equal(moe[mlp + "original_experts.0.linear_fc2.weight"], ffn["down"])
         assert moe[mlp + "experts.experts.linear_fc1.weight"].shape == (3, 96, 32)
         assert torch.equal(moe[mlp + "experts.experts.linear_fc1.weight"], fc1.expand(3, -1, -1))
         assert torch.equal(moe[mlp + "experts.experts.linear_fc2.weight"], ffn["down"].expand(3, -1, -1))

@@ -83,7 +83,7 @@ def test_the_original_expert_keeps_no_input_for_a_weight_gradient(moe_spec: Mode
 
     model = build_model(moe_spec)
     freeze([model], "stage1")
-    original = model.decoder.layers[0].mlp.original_expert
+    original = model.decoder.layers[0].mlp.original_experts[0]
     saved = []
     hidden = torch.randn(6, 32, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (saved.append(tensor), tensor)[1], lambda x: x):

@@ -1,5 +1,7 @@
 """LPRMoELayer against a plain loop over experts, and the MoE model against the dense model it came from."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,13 +10,23 @@ from moelpr.model_spec import ModelSpec, MoeSpec
 pytestmark = pytest.mark.usefixtures("megatron")
 
 
+@pytest.fixture(params=[1, 3], ids="m={}".format)
+def spec(request, moe_spec: ModelSpec) -> ModelSpec:
+    """A first round of languages, and a further one for which the experts of the first are original ones."""
+    return replace(moe_spec, moe=replace(moe_spec.moe, num_original_experts=request.param))
+
+
 @pytest.fixture
-def layer(moe_spec: ModelSpec):
+def layer(spec: ModelSpec):
+    return first_layer(spec)
+
+
+def first_layer(spec: ModelSpec):
     """The first MoE layer of a random model whose experts all differ."""
     from moelpr.model.loading import build_model
 
     torch.manual_seed(0)
-    model = build_model(moe_spec)
+    model = build_model(spec)
     layer = model.decoder.layers[0].mlp
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -24,8 +36,10 @@ def layer(moe_spec: ModelSpec):
 
 def plain_loop(layer, hidden_TH: torch.Tensor) -> torch.Tensor:
     """sum over the two best experts of softmax over their two logits times the expert's output, token by token."""
-    fc1 = torch.cat([layer.original_expert.linear_fc1.weight[None], layer.experts.linear_fc1.weight])
-    fc2 = torch.cat([layer.original_expert.linear_fc2.weight[None], layer.experts.linear_fc2.weight])
+    fc1, fc2 = (
+        torch.stack([*(getattr(expert, name).weight for expert in layer.original_experts), *stack.weight])
+        for name, stack in (("linear_fc1", layer.experts.linear_fc1), ("linear_fc2", layer.experts.linear_fc2))
+    )
     outputs = []
     for hidden in hidden_TH:
         best = torch.topk(layer.router.weight @ hidden, 2)
@@ -57,20 +71,53 @@ def test_output_and_gradients_equal_a_plain_loop_over_experts(layer) -> None:
 @pytest.mark.parametrize("favourite", [0, 3])
 def test_all_tokens_may_choose_the_same_two_experts(layer, favourite: int) -> None:
     """New experts without a single token still get a gradient: zero."""
+    m, num_experts = len(layer.original_experts), len(layer.router.weight)
+    chosen = (favourite, (favourite + 1) % num_experts)
     with torch.no_grad():
         layer.router.weight.zero_()
-        layer.router.weight[favourite, 0] = layer.router.weight[(favourite + 1) % 5, 0] = 10.0
+        layer.router.weight[chosen, 0] = 10.0
     hidden = torch.randn(6, 2, 32)
     hidden[..., 0] = 1.0
     output = layer(hidden)[0]
     output.sum().backward()
     torch.testing.assert_close(output.flatten(0, 1), plain_loop(layer, hidden.flatten(0, 1)), rtol=1e-5, atol=1e-6)
-    unused = [expert for expert in range(1, 5) if expert not in (favourite, (favourite + 1) % 5)]
-    for expert in unused:
-        assert torch.equal(layer.experts.linear_fc1.weight.grad[expert - 1], torch.zeros(96, 32))
+    for expert in (expert for expert in range(m, num_experts) if expert not in chosen):
+        assert torch.equal(layer.experts.linear_fc1.weight.grad[expert - m], torch.zeros(96, 32))
 
 
-@pytest.mark.parametrize("moe", [MoeSpec(4, 2, (0, 1, 2)), MoeSpec(2, 3, (1,)), MoeSpec(1, 2, (0, 2))])
+def test_experts_of_an_earlier_round_compute_as_original_experts_what_they_did_as_new_ones(moe_spec: ModelSpec) -> None:
+    """Two new experts, then both of them original and two further ones that no token chooses."""
+    before, after = (
+        first_layer(replace(moe_spec, moe=MoeSpec(2, 2, (0, 1, 2), num_original_experts=m))) for m in (1, 3)
+    )
+    with torch.no_grad():
+        for name in ("linear_fc1", "linear_fc2"):
+            weights = [getattr(before.original_experts[0], name).weight, *getattr(before.experts, name).weight]
+            for expert, weight in zip(after.original_experts, weights, strict=True):
+                getattr(expert, name).weight.copy_(weight)
+        after.router.weight[:3] = before.router.weight
+        after.router.weight[3:] = 0
+        after.router.weight[3:, 0] = -100
+    hidden = torch.randn(7, 3, 32)
+    hidden[..., 0] = 1.0
+    inputs = [hidden.clone().requires_grad_() for _ in range(2)]
+    outputs = [layer(hidden)[0] for layer, hidden in zip((before, after), inputs, strict=True)]
+    for output in outputs:
+        (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(inputs[1].grad, inputs[0].grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(after.router.weight.grad[:3], before.router.weight.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "moe",
+    [
+        MoeSpec(4, 2, (0, 1, 2)),
+        MoeSpec(2, 3, (1,)),
+        MoeSpec(1, 2, (0, 2)),
+        MoeSpec(2, 3, (0, 2), num_original_experts=3),
+    ],
+)
 def test_upcycled_model_equals_the_dense_model_whatever_the_routers_say(dense_spec: ModelSpec, moe: MoeSpec) -> None:
     from moelpr.model.loading import build_model, logits
 
@@ -82,7 +129,7 @@ def test_upcycled_model_equals_the_dense_model_whatever_the_routers_say(dense_sp
         prefix = f"decoder.layers.{layer}.mlp."
         for name in ("linear_fc1.weight", "linear_fc2.weight"):
             ffn = state.pop(prefix + name)
-            state[f"{prefix}original_expert.{name}"] = ffn
+            state |= {f"{prefix}original_experts.{j}.{name}": ffn for j in range(moe.num_original_experts)}
             state[f"{prefix}experts.{name}"] = ffn.expand(moe.num_new_experts, *ffn.shape).clone()
         state[f"{prefix}router.weight"] = torch.randn(moe.num_experts, 32)
     unknown = upcycled.load_state_dict(state, strict=False)
@@ -110,7 +157,7 @@ def test_balance_loss_that_trains_is_the_papers(layer) -> None:
     torch.testing.assert_close(found, layer.router.weight.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_lpr_gradient_of_the_router_is_that_of_the_mean_over_original_tokens(moe_spec: ModelSpec) -> None:
+def test_lpr_gradient_of_the_router_is_that_of_the_mean_over_original_tokens(spec: ModelSpec) -> None:
     """Two micro-batches, one of them almost without original-language tokens, against the whole batch by hand."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
@@ -118,7 +165,7 @@ def test_lpr_gradient_of_the_router_is_that_of_the_mean_over_original_tokens(moe
     from moelpr.model.losses import lpr_loss
     from moelpr.model.router import LPRLossNormalizer
 
-    router = build_model(moe_spec, lpr_loss_coeff=0.3).decoder.layers[0].mlp.router.train()
+    router = build_model(spec, lpr_loss_coeff=0.3).decoder.layers[0].mlp.router.train()
     hidden = torch.randn(8, 4, 32)
     is_original = torch.zeros(8, 4, dtype=torch.bool)
     is_original[:, 0] = True
@@ -131,31 +178,33 @@ def test_lpr_gradient_of_the_router_is_that_of_the_mean_over_original_tokens(moe
     found = router.weight.grad.clone()
     router.zero_grad()
     per_layer = 0.3 / 3
-    (per_layer * lpr_loss(hidden.flatten(0, 1) @ router.weight.T, is_original.flatten())).backward()
+    logits = hidden.flatten(0, 1) @ router.weight.T
+    (per_layer * lpr_loss(logits, is_original.flatten(), spec.moe.num_original_experts)).backward()
     torch.testing.assert_close(found, router.weight.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_routing_sums_count_first_choices_by_language(layer) -> None:
+    """Whichever of the original experts it is."""
     from moelpr.model.routing_statistics import RoutingSums
 
     hidden = torch.randn(5, 2, 32)
     is_original = torch.rand(5, 2) < 0.5
     layer.router(hidden, is_original)
     sums = RoutingSums.from_vectors(layer.router.routing_sums[None])
-    first = (hidden @ layer.router.weight.T).argmax(dim=-1)
+    first_is_original = (hidden @ layer.router.weight.T).argmax(dim=-1) < len(layer.original_experts)
     assert sums.original_tokens.item() == is_original.sum().item()
     assert sums.expanded_tokens.item() == 10 - is_original.sum().item()
-    assert sums.original_first_choices_of_original.item() == ((first == 0) & is_original).sum().item()
-    assert sums.original_first_choices_of_expanded.item() == ((first == 0) & ~is_original).sum().item()
+    assert sums.original_first_choices_of_original.item() == (first_is_original & is_original).sum().item()
+    assert sums.original_first_choices_of_expanded.item() == (first_is_original & ~is_original).sum().item()
     torch.testing.assert_close(sums.scores.sum(), torch.tensor(10.0))
 
 
-def test_checkpoint_keys_are_those_of_the_format(moe_spec: ModelSpec) -> None:
+def test_checkpoint_keys_are_those_of_the_format(spec: ModelSpec) -> None:
     from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, apply_factories
 
     from moelpr.model.loading import build_model
 
-    state = build_model(moe_spec).sharded_state_dict()
+    state = build_model(spec).sharded_state_dict()
     factories = [value for value in state.values() if isinstance(value, ShardedTensorFactory)]
     assert factories
     apply_factories(state)
@@ -164,10 +213,14 @@ def test_checkpoint_keys_are_those_of_the_format(moe_spec: ModelSpec) -> None:
         for tensor in value if isinstance(value, list) else [value]:
             keys[tensor.key] = getattr(tensor, "global_shape", None)
     layer = "decoder.layers.1."
-    assert keys[f"{layer}mlp.original_expert.linear_fc1.weight"] == (96, 32)
+    m = spec.moe.num_original_experts
+    for j in range(m):
+        assert keys[f"{layer}mlp.original_experts.{j}.linear_fc1.weight"] == (96, 32)
+        assert keys[f"{layer}mlp.original_experts.{j}.linear_fc2.weight"] == (32, 48)
+    assert f"{layer}mlp.original_experts.{m}.linear_fc1.weight" not in keys
     assert keys[f"{layer}mlp.experts.experts.linear_fc1.weight"] == (4, 96, 32)
     assert keys[f"{layer}mlp.experts.experts.linear_fc2.weight"] == (4, 32, 48)
-    assert keys[f"{layer}mlp.router.weight"] == (5, 32)
+    assert keys[f"{layer}mlp.router.weight"] == (m + 4, 32)
     assert keys[f"{layer}pre_mlp_layernorm.weight"] == (32,)
 
 

@@ -1,6 +1,7 @@
 """The losses against numbers worked by hand, and against every way of cutting a batch."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moelpr.model.losses import (
+    LPRVariant,
     balance_loss,
     lpr_loss,
     megatron_balance_coeff,
@@ -24,9 +26,44 @@ def test_lpr_loss_is_the_mean_over_original_tokens_of_minus_log_score_of_expert_
     assert lpr_loss(logits, is_original).item() == pytest.approx(wanted, rel=1e-6)
 
 
-def test_lpr_loss_and_its_gradient_are_exactly_zero_without_original_tokens() -> None:
+def test_lpr_loss_of_two_original_experts_is_that_of_their_scores_together_and_leaves_their_ratio_alone() -> None:
+    # Weights 2, 1 of the original experts and 3, 4 of the new ones: scores 0.2, 0.1, 0.3, 0.4; together 0.3.
+    logits = torch.tensor([[2.0, 1.0, 3.0, 4.0], [1.0, 1.0, 1.0, 1.0]]).log().requires_grad_()
+    is_original = torch.tensor([True, False])
+    loss = lpr_loss(logits, is_original, num_original_experts=2)
+    assert loss.item() == pytest.approx(-math.log(0.3), rel=1e-6)
+    loss.backward()
+    # G_i - G_i / (G_0 + G_1) for the original experts, G_i for the new ones.
+    wanted = torch.tensor([0.2 - 2 / 3, 0.1 - 1 / 3, 0.3, 0.4])
+    torch.testing.assert_close(logits.grad, torch.stack([wanted, torch.zeros(4)]))
+
+
+@pytest.mark.parametrize("variant", ["paper", "reference"])
+def test_lpr_loss_of_many_original_experts_is_finite_where_routing_is_most_wrong(variant: LPRVariant) -> None:
+    logits = torch.tensor([[-200.0, -200.0, 300.0], [300.0, -200.0, -200.0]], requires_grad=True)
+    is_original = torch.tensor([True, True])
+    loss = lpr_loss(logits, is_original, num_original_experts=2, variant=variant)
+    loss.backward()
+    if variant == "paper":
+        assert loss.item() == pytest.approx((500 - math.log(2)) / 2)
+    assert loss.isfinite() and logits.grad.isfinite().all()
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 1000), variant=st.sampled_from(get_args(LPRVariant)))
+def test_lpr_loss_of_one_original_expert_is_the_cross_entropy_of_column_0(seed: int, variant: LPRVariant) -> None:
+    torch.manual_seed(seed)
+    logits = torch.randn(7, 4, dtype=torch.float64)
+    scores = logits if variant == "paper" else torch.softmax(logits, dim=-1)
+    wanted = torch.nn.functional.cross_entropy(scores, torch.zeros(7, dtype=torch.long))
+    found = lpr_loss(logits, torch.ones(7, dtype=torch.bool), num_original_experts=1, variant=variant)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("m", [1, 2])
+def test_lpr_loss_and_its_gradient_are_exactly_zero_without_original_tokens(m: int) -> None:
     logits = torch.randn(5, 3, requires_grad=True)
-    loss = lpr_loss(logits, torch.zeros(5, dtype=torch.bool))
+    loss = lpr_loss(logits, torch.zeros(5, dtype=torch.bool), num_original_experts=m)
     loss.backward()
     assert loss.item() == 0.0
     assert torch.equal(logits.grad, torch.zeros(5, 3))
@@ -50,7 +87,7 @@ def test_lpr_gradient_is_the_same_however_the_batch_is_cut(cut: int, seed: int) 
     lpr_loss(whole, is_original).backward()
     parts = logits.clone().requires_grad_()
     for piece, bits in zip(parts.split(cut), is_original.split(cut), strict=True):
-        lpr_loss(piece, bits, num_original=int(is_original.sum())).backward()
+        lpr_loss(piece, bits, num_original_tokens=int(is_original.sum())).backward()
     torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-12, atol=1e-15)
 
 
@@ -66,6 +103,8 @@ def test_reference_variant_has_a_floor_where_the_papers_formula_reaches_zero() -
     is_original = torch.tensor([True])
     assert lpr_loss(certain, is_original, variant="reference").item() == pytest.approx(reference_lpr_floor(4), rel=1e-6)
     assert lpr_loss(certain, is_original).item() == pytest.approx(0.0, abs=1e-6)
+    floor = lpr_loss(certain, is_original, num_original_experts=2, variant="reference").item()
+    assert floor == pytest.approx(reference_lpr_floor(4, num_original_experts=2), rel=1e-6)
 
 
 def test_lpr_loss_of_bf16_logits_is_computed_in_fp32() -> None:

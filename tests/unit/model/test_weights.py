@@ -171,6 +171,6 @@ def test_state_of_a_module_that_trains_is_saved_with_it(moe_spec: ModelSpec) -> 
     trains = trained_entries(model)
     assert trains("decoder.layers.0.mlp.experts.linear_fc1._extra_state")
     assert trains("decoder.layers.0.mlp.experts.linear_fc1.weight")
-    assert not trains("decoder.layers.0.mlp.original_expert.linear_fc1._extra_state")
-    assert not trains("decoder.layers.0.mlp.original_expert.linear_fc1.weight")
+    assert not trains("decoder.layers.0.mlp.original_experts.0.linear_fc1._extra_state")
+    assert not trains("decoder.layers.0.mlp.original_experts.0.linear_fc1.weight")
     assert not trains("output_layer.weight")  # a tied copy is no parameter of its own

@@ -8,6 +8,7 @@ from moelpr.model_spec import ModelSpec, MoeSpec
 from moelpr.plan.layouts import Layout
 from moelpr.plan.memory import CPU, Kernels, Routing, Run, stage_memories
 from moelpr.plan.model import model_parts
+from moelpr.plan.parts import Kind
 from moelpr.plan.traffic import expert_traffic
 
 SHAPE = {
@@ -60,6 +61,30 @@ def test_stage2_has_state_of_routers_only() -> None:
     assert rank.optimizer_bytes == 12 * ROUTERS
 
 
+def test_a_second_original_expert_costs_its_weights_and_a_router_row_and_nothing_trains_in_it() -> None:
+    """On every expert-parallel rank 2 bytes per parameter; over expert-tensor-parallel ranks it is divided."""
+    spec = replace(SPEC, moe=replace(SPEC.moe, num_original_experts=2))
+    more = {Kind.ORIGINAL_EXPERTS: 3 * 8 * 16, Kind.ROUTER: 8}  # in each of two layers
+    parts = [replace(part, numel=part.numel + more.get(part.kind, 0)) for part in PARTS]
+    expert = 2 * more[Kind.ORIGINAL_EXPERTS]
+    spread = Layout(ep=2, dp=2, distributed_optimizer=False)
+    for layout in (ALONE, spread):
+        one, two = memory(layout), stage_memories(spec, parts, layout, RUN, ROUTING)[0]
+        assert two.frozen == one.frozen + expert
+        assert two.trainable == one.trainable + 2 * 8
+        assert two.parameter_bytes == one.parameter_bytes + 2 * (expert + 2 * 8)
+        assert two.gradient_bytes == one.gradient_bytes + 4 * 2 * 8
+        assert two.optimizer_bytes == one.optimizer_bytes + 12 * 2 * 8
+    split = Layout(tp=2, etp=2)
+    one, two = memory(split), stage_memories(spec, parts, split, RUN, ROUTING)[0]
+    assert two.frozen == one.frozen + expert // 2
+
+
+def test_all_experts_get_equally_many_rows_unless_told_otherwise() -> None:
+    moe = MoeSpec(num_new_experts=3, topk=2, layers=(0,), num_original_experts=2)
+    assert Routing.uniform(moe) == Routing(original_rows=0.8, new_rows=1.2)
+
+
 def test_the_distributed_optimizer_divides_over_the_ranks_that_hold_the_same() -> None:
     """Four ranks, EP 2: a new expert is on two of them, a router on all four."""
     rank = memory(Layout(ep=2, dp=4))
@@ -77,7 +102,7 @@ def test_activations_by_hand() -> None:
 
 def test_stage2_keeps_neither_input_nor_activated_rows_of_new_experts() -> None:
     saved_rows = 6 * (8 + 16) * 2
-    choices = 4 * (2 * 8 - 5)  # no balance loss, but the LPR loss
+    choices = 4 * (2 * 8 - 9)  # no balance loss, but the LPR loss
     found = memory(run=replace(RUN, stage="stage2")).activation_bytes
     assert found == memory().activation_bytes - 2 * (saved_rows + choices)
 
@@ -123,6 +148,10 @@ def test_expert_tensor_parallel_ranks_gather_new_rows_and_every_token() -> None:
     traffic = expert_traffic(SPEC, Layout(tp=2, etp=2), RUN, ROUTING)
     assert traffic.expert_tensor == (3 + 2) * (16 + 4 + 16) * 2 * 2 * 4
     assert traffic.all_to_all == 0
+    spec = replace(SPEC, moe=replace(SPEC.moe, num_original_experts=3))
+    more_weights = 2 * 2 * 4  # of two tokens, for two more original experts
+    gathered = (expert_traffic(spec, Layout(tp=2, etp=2), RUN, ROUTING), traffic)
+    assert gathered[0].expert_tensor - gathered[1].expert_tensor == more_weights * 2 * 2 * 4
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])

@@ -48,7 +48,7 @@ def test_counts_of_a_dense_model_equal_those_of_a_built_one(is_untied: bool) -> 
     spec = spec_of(untie_embeddings_and_output_weights=is_untied).as_dense()
     held = held_on_stage(spec, model_parts(spec), Layout(), 0)
     assert sum(held.values()) == sum(parameter.numel() for parameter in build_model(spec).parameters())
-    assert not {Kind.ROUTER, Kind.NEW_EXPERTS, Kind.ORIGINAL_EXPERT} & set(held)
+    assert not {Kind.ROUTER, Kind.NEW_EXPERTS, Kind.ORIGINAL_EXPERTS} & set(held)
 
 
 def test_the_spec_is_the_one_the_converter_would_write(config_folder: Callable[..., Path]) -> None:
@@ -115,7 +115,7 @@ def test_the_original_expert_is_on_every_expert_parallel_rank() -> None:
     parts = model_parts(spec)
     alone = held_on_stage(spec, parts, Layout(), 0)
     spread = held_on_stage(spec, parts, Layout(ep=4, dp=4), 0)
-    assert spread[Kind.ORIGINAL_EXPERT] == alone[Kind.ORIGINAL_EXPERT] == 4 * 3 * 32 * 48
+    assert spread[Kind.ORIGINAL_EXPERTS] == alone[Kind.ORIGINAL_EXPERTS] == 4 * 3 * 32 * 48
     assert spread[Kind.NEW_EXPERTS] * 4 == alone[Kind.NEW_EXPERTS]
     split = held_on_stage(spec, parts, Layout(tp=2, etp=2), 0)
-    assert split[Kind.ORIGINAL_EXPERT] * 2 == alone[Kind.ORIGINAL_EXPERT]
+    assert split[Kind.ORIGINAL_EXPERTS] * 2 == alone[Kind.ORIGINAL_EXPERTS]

@@ -1,8 +1,11 @@
 """The checkpoint a run starts from is of the right kind, and the flags agree with it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from moelpr.model_spec import ModelSpec
 
 
 def test_a_stage_needs_the_right_kind_of_checkpoint(upcycled: str, dense: str, refused) -> None:
@@ -21,6 +24,7 @@ def test_a_stage_needs_the_right_kind_of_checkpoint(upcycled: str, dense: str, r
         (["--moe-router-topk", "1"], "--moe-router-topk 1"),
         (["--moe-router-topk=1"], "--moe-router-topk 1"),
         (["--num-experts", "8"], "--num-experts 8"),
+        (["--num-original-experts", "2"], "--num-original-experts 2"),
         (["--hidden-size", "64"], "--hidden-size 64"),
         (["--norm-epsilon", "1e-5"], "--norm-epsilon 1e-05"),
         (["--untie-embeddings-and-output-weights"], "--untie-embeddings-and-output-weights True"),
@@ -37,9 +41,23 @@ def test_a_flag_that_repeats_the_model_is_taken(upcycled: str, accepted) -> None
     assert accepted("stage1", upcycled, "--num-experts", "4", "--moe-layer-freq", "[1,1,1]")["num_experts"] == 4
 
 
-def test_a_dense_model_takes_no_number_of_experts(dense: str, refused) -> None:
-    (said,) = refused("dense", dense, "--num-experts", "4")
-    assert said.startswith(f"--num-experts has no meaning for the dense checkpoint {dense}")
+def test_the_number_of_original_experts_comes_from_the_checkpoint(
+    make_checkpoint, moe_spec: ModelSpec, accepted, refused
+) -> None:
+    spec = replace(moe_spec, moe=replace(moe_spec.moe, num_original_experts=3))
+    further = make_checkpoint("further", spec)
+    assert accepted("stage1", further)["num_original_experts"] == 3
+    assert accepted("stage1", further, "--num-original-experts", "3")["num_original_experts"] == 3
+    (said,) = refused("stage1", further, "--num-original-experts", "1")
+    assert said.startswith(
+        f"--num-original-experts 1 contradicts the checkpoint {further}, whose model_spec.json says 3"
+    )
+
+
+@pytest.mark.parametrize("flag", ["--num-experts", "--num-original-experts"])
+def test_a_dense_model_takes_no_number_of_experts(dense: str, refused, flag: str) -> None:
+    (said,) = refused("dense", dense, flag, "4")
+    assert said.startswith(f"{flag} has no meaning for the dense checkpoint {dense}")
 
 
 def test_a_family_with_other_layers_is_refused(make_checkpoint, refused) -> None:

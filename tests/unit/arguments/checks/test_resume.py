@@ -26,12 +26,13 @@ def test_the_converters_folder_is_not_taken_for_a_run(upcycled: str, refused) ->
 
 def test_a_run_of_another_model_is_not_resumed(make_checkpoint, dense_spec: ModelSpec, refused) -> None:
     run = make_checkpoint("run", stage="stage1")
-    other = ModelSpec("llama", "float32", {**dense_spec.megatron_args, "num_layers": 2}, MoeSpec(8, 2, (0, 1)))
+    other = ModelSpec("llama", "float32", {**dense_spec.megatron_args, "num_layers": 2}, MoeSpec(8, 2, (0, 1), 5))
     start = make_checkpoint("other", other)
     (said,) = refused("stage1", start, "--save", run)
     assert said.startswith(
-        f"{run} holds a run of another model than --pretrained-checkpoint {start} (family llama there, qwen2 here; new "
-        "experts 8 there, 4 here; MoE layers (0, 1) there, (0, 1, 2) here; num_layers 2 there, 3 here); give another"
+        f"{run} holds a run of another model than --pretrained-checkpoint {start} (family llama there, qwen2 here; "
+        "original experts 5 there, 1 here; new experts 8 there, 4 here; MoE layers (0, 1) there, (0, 1, 2) here; "
+        "num_layers 2 there, 3 here); give another"
     )
 
 

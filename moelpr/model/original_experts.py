@@ -1,0 +1,82 @@
+"""The m original experts of an MoE layer: the dense FFN, and the groups that earlier rounds of languages added."""
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from torch import Tensor
+
+from moelpr.model.config import MoELPRConfig
+
+
+class OriginalExperts(torch.nn.ModuleList):
+    """Megatron MLPs, one after the other, each on the tokens that chose it.
+
+    Every expert-parallel rank holds all of them. With expert tensor parallelism each is split over those ranks, which
+    gather their tokens as Megatron's shared experts do, once for all m. T is the number of tokens that an expert sees:
+    those of this rank, or of all ranks that share it; M is m.
+    """
+
+    def __init__(self, config: MoELPRConfig, submodules: MLPSubmodules, pg_collection: ProcessGroupCollection) -> None:
+        experts = [
+            MLP(
+                config,
+                submodules,
+                is_expert=True,
+                ffn_hidden_size=config.moe_ffn_hidden_size,
+                tp_group=pg_collection.expt_tp,
+            )
+            for _ in range(config.num_original_experts)
+        ]
+        super().__init__(experts)
+        self.etp_group, self.attn_tp_group = pg_collection.expt_tp, pg_collection.tp
+        for parameter in (parameter for expert in experts for parameter in expert.parameters()):
+            # A replicated parameter, unlike the dispatched experts' (matters only where it trains: --train-everything).
+            parameter.allreduce = True
+            parameter.sequence_parallel = config.sequence_parallel and not self._are_split
+            parameter.tensor_model_parallel = self._are_split
+
+    @property
+    def _are_split(self) -> bool:
+        return self.etp_group.size() > 1
+
+    def gathered(self, per_token: Tensor) -> Tensor:
+        """A tensor of this rank's tokens as one of the T tokens; its first dimension runs over them."""
+        return gather_from_sequence_parallel_region(per_token, group=self.etp_group) if self._are_split else per_token
+
+    def forward(self, hidden_SBH: Tensor, gate_weights_TM: Tensor, chosen: Sequence[Tensor]) -> Tensor:
+        """The experts' outputs times their gate weights, added up; zero for a token that chose none of them.
+
+        Args:
+            gate_weights_TM: of all T tokens.
+            chosen: for each expert, the numbers of the tokens among T that chose it.
+        """
+        hidden_TH = self.gathered(hidden_SBH.flatten(0, 1))
+        output_TH = torch.zeros_like(hidden_TH)
+        for expert, gate_weight_T, tokens in zip(self, gate_weights_TM.unbind(1), chosen, strict=True):
+            rows, _ = expert(hidden_TH[tokens], per_token_scale=gate_weight_T[tokens])
+            output_TH.index_add_(0, tokens, rows.to(hidden_TH.dtype))
+        if self._are_split:
+            output_TH = reduce_scatter_to_sequence_parallel_region(output_TH, group=self.etp_group)
+        return output_TH.view_as(hidden_SBH)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """Keys `{j}.linear_fc1.weight` and `{j}.linear_fc2.weight`, j = 0 … m - 1."""
+        state: ShardedStateDict = {}
+        for number, expert in enumerate(self):
+            assert isinstance(expert, MLP)
+            state |= expert.sharded_state_dict(f"{prefix}{number}.", sharded_offsets, metadata)
+        if not self._are_split:
+            # Every tensor-parallel rank holds the whole expert: one of them writes it.
+            for tensor in state.values():
+                pp, _, dp = tensor.replica_id
+                tensor.replica_id = (pp, self.attn_tp_group.rank(), dp)
+        return state

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -121,10 +121,14 @@ class Difference:
 
 
 def make_material(folder: Path) -> None:
-    """Random models `all-moe` and `edges` as Megatron checkpoints, and corpora `original` and `expanded`."""
+    """Random models `all-moe` and `edges` as Megatron checkpoints, and corpora `original` and `expanded`.
+
+    `all-moe` is at the start of a second round of languages: it has two original experts.
+    """
     from data_tools.corpus import CorpusWriter
 
     _make_model(folder / "all-moe", num_new_experts=4, moe_layers=None, tied=False)
+    _add_an_original_expert(folder / "all-moe")
     with patch("torch.nn.init.xavier_normal_", _half_of_the_experts_win):  # which draws the routers
         _make_model(folder / "edges", num_new_experts=8, moe_layers=[0, 1], tied=True)
     random = np.random.default_rng(0)
@@ -153,6 +157,29 @@ def _make_model(folder: Path, num_new_experts: int, moe_layers: list[int] | None
         Qwen2ForCausalLM(config).save_pretrained(hf)
         # Experts that differ, so that every choice of a router counts.
         hf_to_mcore(Path(hf), folder, num_new_experts, moe_layers=moe_layers, start=Start("random"))
+
+
+def _add_an_original_expert(folder: Path) -> None:
+    """Make one more original expert part of the model, and draw all weights anew."""
+    from moelpr.compat import cpu
+
+    cpu.install()  # before Megatron is imported
+    from megatron.core import dist_checkpointing
+
+    from moelpr.model.loading import build_model, single_process
+    from moelpr.model_spec import ModelSpec
+
+    spec = ModelSpec.read(folder)
+    assert spec.moe is not None
+    spec = replace(spec, moe=replace(spec.moe, num_original_experts=spec.moe.num_original_experts + 1))
+    shutil.rmtree(folder / "release")
+    (folder / "release").mkdir()
+    with single_process():
+        model = build_model(spec)
+        for layer in model.decoder.layers:
+            torch.nn.init.xavier_normal_(layer.mlp.router.weight)  # as the converter does
+        dist_checkpointing.save(model.sharded_state_dict(), str(folder / "release"))
+    spec.write(folder)
 
 
 def _half_of_the_experts_win(router: torch.Tensor, **_: object) -> torch.Tensor:

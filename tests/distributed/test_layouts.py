@@ -61,6 +61,19 @@ def _features(name: str) -> list[str]:
     return [feature for feature, is_in in FEATURES.items() if is_in(LAYOUTS[name].flags)]
 
 
+@pytest.mark.parametrize("name", ["1", PAIRS[0]])
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_earlier_rounds_made_is_bit_equal_after_training(folder: Path, name: str, stage: str) -> None:
+    """Two original experts: the dense model's FFN and one of an earlier round."""
+    start = TorchDistReader(folder / "all-moe" / "release")
+    trained = layouts.weights(layouts.run_folder(folder, name, stage))
+    assert sum(".mlp.original_experts.1." in key for key in trained) == 2 * 4
+    for key, weight in trained.items():
+        before = start.read(key)
+        moves = ".mlp.router." in key or (stage == "stage1" and ".mlp.experts." in key)
+        assert torch.equal(weight[: len(before)], before) != moves, key  # the run has padded the vocabulary
+
+
 def test_a_layout_that_trains_otherwise_is_noticed(folder: Path) -> None:
     """The comparison can fail: without the balance loss a run is another run."""
     other = layouts.run_folder(folder, "1 no balance loss", "stage1")

@@ -25,7 +25,7 @@ def _evaluate(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m moelpr.evaluate",
         description="Bits per byte of Hugging Face models per language, fewer is better; for MoE models also the share "
-        "of first choices that go to the original expert. "
+        "of first choices that go to the original experts. "
         "`python -m moelpr.evaluate report RUN_DIR` builds a run's report.html again.",
     )
     parser.add_argument(
@@ -89,7 +89,7 @@ def _evaluate(argv: list[str]) -> None:
         if result.original_expert_share is not None
     }
     if shares:
-        print("\nShare of first choices that are the original expert\n")
+        print("\nShare of first choices that are an original expert\n")
         print(markdown_table(shares))
     if args.output:
         content = {

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from moelpr.errors import UserError
 from moelpr.evaluate.models import LoadedModel
-from moelpr.evaluate.routing import Routing, RoutingObserver, find_routers
+from moelpr.evaluate.routing import Routing, RoutingObserver
 
 DEFAULT_SEQUENCE_LENGTH = 512
 # What one batch's logits may take when no batch size is given. A CPU is fastest while they stay in its caches: a model
@@ -88,6 +88,7 @@ class LanguageScore:
             "unknown_tokens": self.unknown_tokens,
             "routing": routing
             and {
+                "num_original_experts": routing.num_original_experts,
                 "original_expert_share": routing.original_expert_share,
                 "layers": routing.layers,
                 "tokens": routing.tokens,
@@ -135,7 +136,7 @@ def score(
     settings = (settings or Settings()).resolve({name: loaded.max_positions})
     tokens = {language: _tokenize(loaded, language, texts) for language, texts in documents.items()}
     scores = {}
-    observer = RoutingObserver(find_routers(loaded.model))
+    observer = RoutingObserver(loaded.model)
     with tqdm(
         total=sum(len(ids) for documents in tokens.values() for ids in documents),
         desc=name,

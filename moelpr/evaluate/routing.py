@@ -1,6 +1,6 @@
 """Where tokens go: statistics of every router of a stock Hugging Face MoE model, taken during its own forward pass.
 
-T = tokens of a batch, E = experts; expert 0 is the original expert.
+T = tokens of a batch, E = experts, of which the first m are the original ones.
 """
 
 from collections.abc import Iterator
@@ -20,14 +20,15 @@ class Routing:
     tokens: int
     first_choice_share: list[list[float]]  # share of tokens whose highest router score is this expert's
     mean_score: list[list[float]]  # mean softmax score
+    num_original_experts: int = 1  # m
 
     @property
     def original_expert_share(self) -> dict[str, Any]:
-        """Share of first choices that are the original expert: {"overall": share, "per_layer": [..], "layers": [..]}.
+        """Share of first choices that are an original expert: {"overall": share, "per_layer": [..], "layers": [..]}.
 
         `layers` says which decoder layer each entry of `per_layer` is.
         """
-        per_layer = [shares[0] for shares in self.first_choice_share]
+        per_layer = [sum(shares[: self.num_original_experts]) for shares in self.first_choice_share]
         return {"overall": sum(per_layer) / len(per_layer), "per_layer": per_layer, "layers": self.layers}
 
 
@@ -52,8 +53,10 @@ def find_routers(model: Any) -> dict[int, nn.Module]:
 class RoutingObserver:
     """Adds up what the routers of one model decide for the tokens that are counted."""
 
-    def __init__(self, routers: dict[int, nn.Module]):
-        self._routers = routers
+    def __init__(self, model: Any):
+        self._routers = find_routers(model)
+        # Our exports say it in their config.json; the stock classes keep what they don't know.
+        self._num_original_experts = getattr(model.config, "num_original_experts", 1)
         self.reset()
 
     def reset(self) -> None:
@@ -95,6 +98,7 @@ class RoutingObserver:
             tokens=self._tokens,
             first_choice_share=[(counts / self._tokens).tolist() for counts in self._first_choices.values()],
             mean_score=[(scores / self._tokens).tolist() for scores in self._scores.values()],
+            num_original_experts=self._num_original_experts,
         )
 
 

@@ -45,6 +45,17 @@ def test_shares_equal_a_plain_computation_from_hidden_states(moe_dir, texts):
     assert len({score.routing.original_expert_share["overall"] for score in result.values()}) > 1
 
 
+def test_first_choices_of_all_original_experts_count_together(moe_dir, texts):
+    loaded = load_model(moe_dir, device="cpu")
+    before = score(loaded, {"en": texts["en"]}, Settings(64, 0))["en"].routing
+    loaded.model.config.num_original_experts = 3  # as config.json of an export after a further round says
+    routing = score(loaded, {"en": texts["en"]}, Settings(64, 0))["en"].routing
+    assert routing.first_choice_share == before.first_choice_share
+    share = routing.original_expert_share["per_layer"]
+    assert share == pytest.approx([sum(shares[:3]) for shares in routing.first_choice_share])
+    assert share != before.original_expert_share["per_layer"]
+
+
 def test_tokens_seen_again_as_context_count_once(moe_dir, texts):
     result = score(load_model(moe_dir, device="cpu"), texts, Settings(8, 5))
     for language, documents in texts.items():

@@ -1,5 +1,7 @@
 """What trains in each stage, and that recompute does not lose the gradient of a frozen start."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,11 +14,11 @@ def trainable(model: torch.nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-@pytest.fixture
-def model(moe_spec: ModelSpec):
+@pytest.fixture(params=[1, 2], ids="m={}".format)
+def model(request, moe_spec: ModelSpec):
     from moelpr.model.loading import build_model
 
-    return build_model(moe_spec)
+    return build_model(replace(moe_spec, moe=replace(moe_spec.moe, num_original_experts=request.param)))
 
 
 def test_stage1_trains_new_experts_and_routers_only(model) -> None:
@@ -42,7 +44,7 @@ def test_train_everything_freezes_nothing(model) -> None:
     assert trainable(model) == {name for name, _ in model.named_parameters()}
 
 
-def test_train_everything_reaches_the_original_expert(model) -> None:
+def test_train_everything_reaches_the_original_experts(model) -> None:
     from moelpr.model.stages import freeze
 
     freeze([model], "stage1", train_everything=True)
@@ -59,7 +61,7 @@ def test_the_report_counts_every_parameter_once(model) -> None:
     freeze([model], "stage2")
     report = parameter_report([model]).splitlines()
     total = sum(parameter.numel() for parameter in model.parameters())
-    routers = 3 * 5 * 32
+    routers = 3 * (model.config.num_original_experts + 4) * 32
     assert report[-1].split() == ["all", f"{routers:,}", f"{total - routers:,}"]
 
 

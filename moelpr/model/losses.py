@@ -24,8 +24,8 @@ def lpr_loss(
     """Language-priors-routing loss: mean negative log-score of the original experts over original-language tokens.
 
     -sum_t F(t) log sum_{i<m} G_i(t), with F(t) the language bit, G the softmax over all E experts and m the number of
-    original experts. With m = 1 it is that of the paper, section 3.3; which of several original experts a token
-    chooses is left to the next-token loss.
+    original experts. With m = 1 it is that of the paper, section 3.3. It says nothing about which of several original
+    experts a token should choose.
 
     Args:
         logits_TE: router logits, any float type; computed in at least fp32.

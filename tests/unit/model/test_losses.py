@@ -26,14 +26,14 @@ def test_lpr_loss_is_the_mean_over_original_tokens_of_minus_log_score_of_expert_
     assert lpr_loss(logits, is_original).item() == pytest.approx(wanted, rel=1e-6)
 
 
-def test_lpr_loss_of_two_original_experts_is_that_of_their_scores_together_and_leaves_their_ratio_alone() -> None:
+def test_lpr_loss_of_two_original_experts_is_that_of_their_scores_together() -> None:
     # Weights 2, 1 of the original experts and 3, 4 of the new ones: scores 0.2, 0.1, 0.3, 0.4; together 0.3.
     logits = torch.tensor([[2.0, 1.0, 3.0, 4.0], [1.0, 1.0, 1.0, 1.0]]).log().requires_grad_()
     is_original = torch.tensor([True, False])
     loss = lpr_loss(logits, is_original, num_original_experts=2)
     assert loss.item() == pytest.approx(-math.log(0.3), rel=1e-6)
     loss.backward()
-    # G_i - G_i / (G_0 + G_1) for the original experts, G_i for the new ones.
+    # G_i - G_i / (G_0 + G_1) for the original experts, lifted in proportion to their scores; G_i for the new ones.
     wanted = torch.tensor([0.2 - 2 / 3, 0.1 - 1 / 3, 0.3, 0.4])
     torch.testing.assert_close(logits.grad, torch.stack([wanted, torch.zeros(4)]))
 

@@ -8,7 +8,6 @@ from moelpr.model_spec import ModelSpec, MoeSpec
 from moelpr.plan.layouts import Layout
 from moelpr.plan.memory import CPU, Kernels, Routing, Run, stage_memories
 from moelpr.plan.model import model_parts
-from moelpr.plan.parts import Kind
 from moelpr.plan.traffic import expert_traffic
 
 SHAPE = {
@@ -64,9 +63,7 @@ def test_stage2_has_state_of_routers_only() -> None:
 def test_a_second_original_expert_costs_its_weights_and_a_router_row_and_nothing_trains_in_it() -> None:
     """On every expert-parallel rank 2 bytes per parameter; over expert-tensor-parallel ranks it is divided."""
     spec = replace(SPEC, moe=replace(SPEC.moe, num_original_experts=2))
-    more = {Kind.ORIGINAL_EXPERTS: 3 * 8 * 16, Kind.ROUTER: 8}  # in each of two layers
-    parts = [replace(part, numel=part.numel + more.get(part.kind, 0)) for part in PARTS]
-    expert = 2 * more[Kind.ORIGINAL_EXPERTS]
+    parts, expert = model_parts(spec), 2 * 3 * 8 * 16  # layers · (gate, up, down)
     spread = Layout(ep=2, dp=2, distributed_optimizer=False)
     for layout in (ALONE, spread):
         one, two = memory(layout), stage_memories(spec, parts, layout, RUN, ROUTING)[0]

@@ -21,19 +21,20 @@ SHAPE = {
 }  # fmt: skip
 
 
-def spec_of(layers: tuple[int, ...] = (0, 1, 2, 3), num_new_experts: int = 4, **changes: object) -> ModelSpec:
-    return ModelSpec("qwen2", "float32", SHAPE | changes, MoeSpec(num_new_experts, 2, layers))
+def spec_of(layers: tuple[int, ...] = (0, 1, 2, 3), num_original_experts: int = 1, **changes: object) -> ModelSpec:
+    return ModelSpec("qwen2", "float32", SHAPE | changes, MoeSpec(4, 2, layers, num_original_experts))
 
 
 @pytest.mark.usefixtures("megatron")
 @pytest.mark.parametrize("is_untied", [False, True])
 @pytest.mark.parametrize("layers", [(0, 1, 2, 3), (1, 3)])
+@pytest.mark.parametrize("m", [1, 2])
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_counts_equal_those_of_a_built_model(is_untied: bool, layers: tuple[int, ...], stage: str) -> None:
+def test_counts_equal_those_of_a_built_model(is_untied: bool, layers: tuple[int, ...], m: int, stage: str) -> None:
     from moelpr.model.loading import build_model
     from moelpr.model.stages import freeze
 
-    spec = spec_of(layers, untie_embeddings_and_output_weights=is_untied)
+    spec = spec_of(layers, m, untie_embeddings_and_output_weights=is_untied)
     (model,) = freeze([build_model(spec)], stage)
     rank = stage_memories(spec, model_parts(spec), Layout(), Run(stage, 64, 1, 1))[0]
     assert rank.trainable == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -68,6 +69,7 @@ layouts = st.builds(
 specs = st.builds(
     spec_of,
     st.sets(st.integers(0, 3), min_size=1).map(lambda chosen: tuple(sorted(chosen))),
+    st.integers(1, 3),
     untie_embeddings_and_output_weights=st.booleans(),
     vocab_size=st.sampled_from([99, 128, 1000]),
 )
@@ -110,12 +112,13 @@ def test_optimizer_state_of_all_ranks_is_one_copy_per_trained_parameter(
     assert exact <= total <= exact + 12 * 2 * layout.world
 
 
-def test_the_original_expert_is_on_every_expert_parallel_rank() -> None:
-    spec = spec_of()
+@pytest.mark.parametrize("m", [1, 3])
+def test_the_original_experts_are_on_every_expert_parallel_rank(m: int) -> None:
+    spec = spec_of(num_original_experts=m)
     parts = model_parts(spec)
     alone = held_on_stage(spec, parts, Layout(), 0)
     spread = held_on_stage(spec, parts, Layout(ep=4, dp=4), 0)
-    assert spread[Kind.ORIGINAL_EXPERTS] == alone[Kind.ORIGINAL_EXPERTS] == 4 * 3 * 32 * 48
+    assert spread[Kind.ORIGINAL_EXPERTS] == alone[Kind.ORIGINAL_EXPERTS] == m * 4 * 3 * 32 * 48
     assert spread[Kind.NEW_EXPERTS] * 4 == alone[Kind.NEW_EXPERTS]
     split = held_on_stage(spec, parts, Layout(tp=2, etp=2), 0)
     assert split[Kind.ORIGINAL_EXPERTS] * 2 == alone[Kind.ORIGINAL_EXPERTS]

@@ -8,7 +8,6 @@ from moelpr.model_spec import ModelSpec, MoeSpec
 from moelpr.plan.layouts import Layout
 from moelpr.plan.memory import Run
 from moelpr.plan.model import model_parts
-from moelpr.plan.parts import Kind
 from moelpr.plan.ranking import bubble, preference, relative_time
 
 SHAPE = {
@@ -36,10 +35,9 @@ def test_recompute_costs_the_part_of_the_forward_pass_that_it_repeats() -> None:
 def test_a_token_passes_k_experts_however_many_there_are() -> None:
     """A second original expert takes rows from the new ones, whose weights' gradients are then less work."""
     spec = replace(SPEC, moe=replace(SPEC.moe, num_original_experts=2))
-    parts = [replace(p, numel=2 * p.numel) if p.kind is Kind.ORIGINAL_EXPERTS else p for p in PARTS]
     experts, others, output = 2 * 2 * EXPERT, 2 * ATTENTION, 100 * 8
     once = 2 * (experts + others + output) + experts * 3 / 5
-    selective = relative_time(spec, parts, Layout(recompute="selective"), RUN)
+    selective = relative_time(spec, model_parts(spec), Layout(recompute="selective"), RUN)
     assert selective == pytest.approx(1 + experts / once)
 
 

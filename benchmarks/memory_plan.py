@@ -65,6 +65,7 @@ def cases() -> list[Case]:
         found.append(Case(f"1 rank, {recompute} recompute", layout, "stage1", "bf16"))
     # One new expert, top-2: nothing depends on the routing, so what is left of an error is the rule's own.
     found += [Case("1 rank, K = E", plain["1 rank"], stage, "bf16", model="upcycled-k-is-e") for stage in STAGES]
+    found += [Case("EP2, two original experts", plain["EP2"], stage, "bf16", model="second-round") for stage in STAGES]
     found.append(Case("everything trained", Layout(distributed_optimizer=False), "stage1", "bf16", is_peer=True))
     return found
 
@@ -92,12 +93,16 @@ def main() -> None:
 
 
 def make_material(folder: Path) -> None:
-    """A random Qwen2 with tied embeddings and grouped queries, upcycled but for one layer, and random text."""
+    """A random Qwen2 with tied embeddings and grouped queries, upcycled but for one layer, and random text.
+
+    `second-round` extends the export of `upcycled-k-is-e`, whose two experts are then original ones.
+    """
     import numpy as np
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from checkpoint_convert.hf_to_mcore import hf_to_mcore
+    from checkpoint_convert.mcore_to_hf import mcore_to_hf
     from data_tools.corpus import CorpusWriter
 
     torch.manual_seed(0)
@@ -108,6 +113,8 @@ def make_material(folder: Path) -> None:
     Qwen2ForCausalLM(config).save_pretrained(folder / "hf")
     hf_to_mcore(folder / "hf", folder / "upcycled", num_new_experts=4, topk=2, moe_layers=[0, 1, 3])
     hf_to_mcore(folder / "hf", folder / "upcycled-k-is-e", num_new_experts=1, topk=2, moe_layers=[0, 1, 3])
+    mcore_to_hf(folder / "upcycled-k-is-e", folder / "exported")
+    hf_to_mcore(folder / "exported", folder / "second-round", num_new_experts=4)
     random = np.random.default_rng(0)
     with CorpusWriter(folder / "text", vocab_size=1000) as writer:
         for document in range(60):

@@ -149,13 +149,13 @@ def two_stages(demo: Demo) -> None:
     base = run / "base-hf"
     experts = ("--num-new-experts", str(NUM_NEW_EXPERTS), "--topk", str(TOPK))
     convert(demo, "upcycle", base, run / "upcycled", *experts)
-    compare_logits(demo, "check-upcycled", run / "upcycled", base)
+    verify(demo, "check-upcycled", "--frozen", base, run / "upcycled", "--text", *held_out_files(run))
     train(demo, "stage1", "stage1", run / "upcycled", {"expanded": 1})
     export(demo, "stage1")
     train(demo, "stage2", "stage2", run / "stage1", REVIEW_BLEND)
     export(demo, "stage2")
-    demo.step("check-frozen", *python("checkpoint_convert/verify.py", "--frozen", base, run / "stage2-hf"))
-    compare_logits(demo, "check-export", run / "stage2", run / "stage2-hf")
+    verify(demo, "check-frozen", "--frozen", base, run / "stage2-hf")
+    verify(demo, "check-export", run / "stage2", run / "stage2-hf", "--text", *held_out_files(run))
 
 
 def convert(demo: Demo, name: str, hf_path: Path, save: Path, *options: str) -> None:
@@ -192,11 +192,12 @@ def export(demo: Demo, name: str) -> None:
     )
 
 
-def compare_logits(demo: Demo, name: str, load: Path, hf_path: Path) -> None:
-    files = [demo.run / "corpus" / f"validation.{language}.jsonl" for language in (*ORIGINAL, *EXPANDED)]
-    demo.step(
-        name, *python("checkpoint_convert/compare_logits.py", "--load", load, "--hf-path", hf_path, "--data", *files)
-    )
+def verify(demo: Demo, name: str, *words: str | Path) -> None:
+    demo.step(name, *python("checkpoint_convert/verify.py", *words, "--json"))
+
+
+def held_out_files(run: Path) -> list[Path]:
+    return [run / "corpus" / f"validation.{language}.jsonl" for language in (*ORIGINAL, *EXPANDED)]
 
 
 def write_report(demo: Demo) -> None:
@@ -230,7 +231,7 @@ def write_report(demo: Demo) -> None:
         },
         checks={
             "upcycle_max_abs_logit_diff": _last_json(demo, "check-upcycled")["max_abs_logit_diff"],
-            "frozen_max_abs_diff": _frozen_difference(demo),
+            "frozen_max_abs_diff": _last_json(demo, "check-frozen")["max_abs_diff"],
             "export_max_abs_logit_diff": _last_json(demo, "check-export")["max_abs_logit_diff"],
         },
         token_counts={model: _trained_tokens(run / folder) for model, folder in folders.items()},
@@ -261,12 +262,6 @@ def write_report(demo: Demo) -> None:
 
 def _last_json(demo: Demo, step: str) -> dict[str, float]:
     return json.loads(demo.output_of(step).strip().splitlines()[-1])
-
-
-def _frozen_difference(demo: Demo) -> float:
-    from checkpoint_convert.verify import frozen_max_abs_difference
-
-    return frozen_max_abs_difference(demo.run / "base-hf", demo.run / "stage2-hf")
 
 
 def _trained_tokens(run: Path) -> int:

@@ -1,6 +1,10 @@
-"""The comparison finds each kind of difference and calls equal only what is equal."""
+"""The comparison finds each kind of difference, calls equal only what is equal, and holds one model at a time."""
 
+import json
+import re
+import shutil
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from checkpoint_convert import logits_on_text
+from checkpoint_convert import verify as verify_module
 from checkpoint_convert.hf_to_mcore import hf_to_mcore
+from checkpoint_convert.logits_on_text import compare_on_text
 from checkpoint_convert.mcore_to_hf import mcore_to_hf
 from checkpoint_convert.verify import frozen_max_abs_difference, main, max_abs_difference
 from moelpr.errors import run_command
@@ -30,50 +37,98 @@ def export(qwen2: Path, tmp_path: Path) -> Path:
     return tmp_path / "hf"
 
 
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """JSON lines in the letters that the tests' tokenizer knows."""
+    lines = ["ab" * 40 + "aaab" * 20, "b" + "a" * 30 + "bbab"]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return tmp_path / "text.jsonl"
+
+
 def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
     change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def copy_of(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    copy = Path(shutil.copytree(folder, folder.parent / "changed", dirs_exist_ok=True))
+    edit(copy, change)
+    return copy
+
+
+# ------------------------------------------------------------------------------------------------------- tensors
+
+
 def test_a_dense_checkpoint_and_its_source_are_equal(qwen2: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     hf_to_mcore(qwen2, tmp_path / "megatron", num_new_experts=None)
     assert max_abs_difference(qwen2, tmp_path / "megatron") == 0.0
-    assert verify(monkeypatch, tmp_path / "megatron", qwen2) == 0
-    assert "51 tensors, 0 differ" in capsys.readouterr().out
+    for pair in ((qwen2, tmp_path / "megatron"), (tmp_path / "megatron", qwen2)):
+        assert verify(monkeypatch, *pair) == 0
+        assert "51 tensors, 0 differ" in capsys.readouterr().out
 
 
-def test_every_kind_of_difference_is_named(export: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_an_upcycled_checkpoint_and_its_export_are_equal(export: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """The stock class has a tensor more in each MoE layer, all zeros, than the checkpoint."""
+    num_tensors = len(load_file(export / "model.safetensors"))
+    for pair in ((export, tmp_path / "megatron"), (tmp_path / "megatron", export)):
+        assert verify(monkeypatch, *pair) == 0
+        assert f"{num_tensors} tensors, 0 differ" in capsys.readouterr().out
+    edit(export, lambda tensors: tensors["model.layers.0.mlp.shared_expert_gate.weight"].add_(1))
+    assert verify(monkeypatch, export, tmp_path / "megatron") == 1
+
+
+def test_every_kind_of_difference_is_named_and_the_largest_come_first(export: Path, monkeypatch, capsys) -> None:
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.norm.weight"][3] += 0.25
+        tensors["model.layers.0.input_layernorm.weight"] += 1
         tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(2, 2)
         tensors["surplus"] = tensors.pop("model.layers.0.mlp.gate.weight")
 
-    # shared_expert_gate is in the stock class only; for us it is zero
-    assert verify(monkeypatch, export, tmp_path / "megatron") == 0
-    import shutil
-
-    other = Path(shutil.copytree(export, tmp_path / "other"))
-    edit(other, spoil)
+    other = copy_of(export, spoil)
     assert verify(monkeypatch, export, other) == 1
-    lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
-    assert lines["model.norm.weight"] == ["value", "2.500e-01"]
-    assert lines["model.layers.1.mlp.up_proj.weight"][0] == "shape"
-    assert lines["model.layers.0.mlp.gate.weight"] == ["missing"]
-    assert lines["surplus"] == ["extra"]
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines[4:6]] == ["model.layers.0.input_layernorm.weight", "model.norm.weight"]
+    found = {line[0]: line[1:] for line in lines if line}
+    assert found["model.norm.weight"] == ["value", "2.500e-01", "1", "of", "32"]
+    assert found["model.layers.1.mlp.up_proj.weight"][0] == "shape"
+    assert found["model.layers.0.mlp.gate.weight"] == ["missing"]
+    assert found["surplus"] == ["extra"]
     assert max_abs_difference(export, other) == float("inf")
 
 
-def test_tolerance(export: Path, tmp_path: Path, monkeypatch) -> None:
-    import shutil
+def test_a_long_table_is_cut_unless_all_is_asked_for(export: Path, monkeypatch, capsys) -> None:
+    other = copy_of(export, lambda tensors: [tensor.add_(1) for tensor in tensors.values()])
+    assert verify(monkeypatch, export, other) == 1
+    short = capsys.readouterr().out
+    assert verify(monkeypatch, export, other, "--all") == 1
+    long = capsys.readouterr().out
+    num_tensors = len(load_file(export / "model.safetensors"))
+    assert f"… and {num_tensors - 20} more" in short
+    assert short.count("value") == 20 and long.count("value") == num_tensors
 
-    other = Path(shutil.copytree(export, tmp_path / "other"))
-    edit(other, lambda tensors: tensors["model.norm.weight"].add_(0.25))
+
+def test_tolerance(export: Path, monkeypatch) -> None:
+    other = copy_of(export, lambda tensors: tensors["model.norm.weight"].add_(0.25))
     assert max_abs_difference(export, other) == pytest.approx(0.25)
     assert verify(monkeypatch, export, other, "--tolerance", 0.3) == 0
     assert verify(monkeypatch, export, other, "--tolerance", 0.2) == 1
     edit(other, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
     assert verify(monkeypatch, export, other, "--tolerance", 1e9) == 1
+
+
+def test_without_tolerance_every_bit_counts(export: Path, monkeypatch) -> None:
+    gate = "model.layers.3.mlp.shared_expert_gate.weight"
+    other = copy_of(export, lambda tensors: tensors[gate].copy_(-torch.zeros(1, 32)))
+    assert verify(monkeypatch, export, other) == 1
+    assert verify(monkeypatch, export, other, "--tolerance", 1e-30) == 0
+
+
+def test_a_difference_in_any_chunk_of_a_tensor_is_found(export: Path, monkeypatch) -> None:
+    monkeypatch.setattr(verify_module, "CHUNK_ELEMENTS", 100)
+    for row in (0, 60, 98):
+        other = copy_of(export, lambda tensors, row=row: tensors["lm_head.weight"][row, 31].add_(2))
+        assert max_abs_difference(export, other) == pytest.approx(2)
 
 
 def test_frozen_tensors_are_compared_with_the_base(qwen2: Path, export: Path, tmp_path: Path, monkeypatch) -> None:
@@ -102,5 +157,139 @@ def test_frozen_tensors_are_compared_with_the_base(qwen2: Path, export: Path, tm
         assert frozen_max_abs_difference(qwen2, export) == 0.0
 
 
+def test_all_experts_of_an_moe_base_are_frozen_and_its_routers_are_not(
+    qwen2: Path, export: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """The base of a further round of languages: an export with new experts beside all it has."""
+    hf_to_mcore(export, tmp_path / "round2", num_new_experts=2)
+    mcore_to_hf(tmp_path / "round2", tmp_path / "round2-hf")
+    for upcycled in (tmp_path / "round2", tmp_path / "round2-hf"):
+        assert verify(monkeypatch, "--frozen", export, upcycled) == 0
+        assert verify(monkeypatch, "--frozen", qwen2, upcycled) == 0
+    edit(tmp_path / "round2-hf", lambda tensors: tensors["model.layers.3.mlp.experts.6.up_proj.weight"].add_(1))
+    assert verify(monkeypatch, "--frozen", export, tmp_path / "round2-hf") == 0
+    edit(tmp_path / "round2-hf", lambda tensors: tensors["model.layers.3.mlp.experts.2.up_proj.weight"].add_(1))
+    assert verify(monkeypatch, "--frozen", qwen2, tmp_path / "round2-hf") == 0
+    assert verify(monkeypatch, "--frozen", export, tmp_path / "round2-hf") == 1
+    assert verify(monkeypatch, "--frozen", tmp_path / "round2-hf", export) == 2
+    assert "no fewer experts (7 and 5)" in capsys.readouterr().err
+
+
 def load_frozen(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+# ---------------------------------------------------------------------------------------------------------- text
+
+
+def test_every_pair_of_readers_agrees_on_the_upcycled_model(
+    qwen2: Path, export: Path, text: Path, tmp_path: Path, megatron: None
+) -> None:
+    hf_to_mcore(qwen2, tmp_path / "dense", num_new_experts=None)
+    for other in (qwen2, export, tmp_path / "dense"):
+        (verdict,) = compare_on_text(tmp_path / "megatron", other, [text], sequence_length=32)
+        assert verdict.num_tokens == verdict.num_same_choice > 64
+        assert verdict.max_abs_logit_diff < 1e-4
+
+
+def test_text_makes_the_verdict_with_the_tensors(
+    qwen2: Path, export: Path, text: Path, monkeypatch, capsys, megatron: None
+) -> None:
+    """The dense base against the freshly upcycled model: equal; after a change of an expert that is not frozen: not."""
+    assert verify(monkeypatch, "--frozen", qwen2, export, "--text", text, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["equal"] and found["max_abs_diff"] == 0.0 and found["max_abs_logit_diff"] < 1e-4
+    assert found["same_next_token"] == 1.0
+    edit(export, lambda tensors: tensors["model.layers.0.mlp.experts.1.down_proj.weight"].add_(1))
+    assert verify(monkeypatch, "--frozen", qwen2, export, "--text", text) == 1
+    table = capsys.readouterr().out
+    assert "0 differ" in table and "text.jsonl" in table
+    assert verify(monkeypatch, "--frozen", qwen2, export, "--text", text, "--logit-tolerance", 1e9) == 0
+    edit(export, lambda tensors: tensors["model.layers.0.mlp.experts.1.down_proj.weight"].fill_(torch.nan))
+    assert verify(monkeypatch, "--frozen", qwen2, export, "--text", text, "--logit-tolerance", 1e9) == 1
+
+
+def test_the_figures_are_those_of_both_models_side_by_side(qwen2: Path, export: Path, text: Path) -> None:
+    """Independently: both models at once, the whole file in sequences of 16 tokens."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    other = copy_of(export, lambda tensors: tensors["model.norm.weight"][:16].mul_(3))
+    models = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (qwen2, other)]
+    lines = [json.loads(line)["text"] for line in text.read_text().splitlines()]
+    ids = torch.tensor(AutoTokenizer.from_pretrained(qwen2)("\n".join(lines))["input_ids"][:72])
+    with torch.inference_mode():
+        a, b = (torch.cat([model(part[None]).logits[0] for part in ids.split(16)]) for model in models)
+    (verdict,) = compare_on_text(qwen2, other, [text], num_tokens=72, sequence_length=16)
+    assert verdict.num_tokens == 72
+    assert verdict.max_abs_logit_diff == pytest.approx((a - b).abs().max().item(), rel=1e-5)
+    assert verdict.num_same_choice == int((a.argmax(-1) == b.argmax(-1)).sum()) < 72
+
+
+def test_one_model_is_in_memory_at_a_time(
+    qwen2: Path, export: Path, text: Path, tmp_path: Path, monkeypatch, megatron: None
+) -> None:
+    from moelpr.evaluate import models
+    from moelpr.model import loading
+
+    alive: list[weakref.ref] = []
+    loads = []
+
+    def watch(owner: object) -> None:
+        load_model = owner.load_model
+
+        def watched(*args, **kwargs):
+            assert not any(ref() is not None for ref in alive)
+            loaded = load_model(*args, **kwargs)
+            alive.append(weakref.ref(getattr(loaded, "model", None) or loaded))
+            loads.append(args[0])
+            return loaded
+
+        monkeypatch.setattr(owner, "load_model", watched)
+
+    watch(models)
+    watch(loading)
+    compare_on_text(qwen2, export, [text])
+    compare_on_text(export, tmp_path / "megatron", [text])
+    compare_on_text(tmp_path / "megatron", tmp_path / "megatron", [text])
+    assert len(loads) == 6
+
+
+def test_plain_text_is_read_too(qwen2: Path, tmp_path: Path) -> None:
+    (tmp_path / "plain.txt").write_text("ab" * 30)
+    (tmp_path / "lines.jsonl").write_text(json.dumps({"text": "ab" * 30}) + "\n")
+    plain, lines = compare_on_text(qwen2, qwen2, [tmp_path / "plain.txt", tmp_path / "lines.jsonl"])
+    assert plain.num_tokens == lines.num_tokens == 60
+    assert plain.max_abs_logit_diff == lines.max_abs_logit_diff == 0.0
+
+
+# ------------------------------------------------------------------------------------------------------ bad input
+
+
+def test_bad_input_ends_with_one_sentence_and_code_2(
+    qwen2: Path, make_qwen2, write_tokenizer, text: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    bare = Path(shutil.copytree(qwen2, tmp_path / "bare"))
+    for name in logits_on_text.TOKENIZER_FILES:
+        (bare / name).unlink(missing_ok=True)
+    other_tokenizer = Path(shutil.copytree(bare, tmp_path / "other"))
+    write_tokenizer(other_tokenizer, num_ids=3)
+    other_vocabulary = make_qwen2(vocab_size=98)
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    capsys.readouterr()
+    for words, message in (
+        ((qwen2, qwen2, "--tolerance", -1), "must not be negative"),
+        ((qwen2, qwen2, "--logit-tolerance", "nan"), "must not be negative"),
+        ((qwen2, qwen2, "--num-tokens", 0), "must be at least 1"),
+        ((qwen2, tmp_path / "nowhere"), "there is no folder"),
+        ((qwen2, qwen2, "--text", tmp_path / "nowhere.txt"), "can't be read: No such file"),
+        ((qwen2, qwen2, "--text", tmp_path / "empty.txt"), "holds no text"),
+        ((qwen2, qwen2, "--text", tmp_path / "latin.txt"), "it is not UTF-8"),
+        ((bare, bare, "--text", text), "holds a tokenizer"),
+        ((qwen2, other_tokenizer, "--text", text), "read the text differently"),
+        ((qwen2, other_vocabulary, "--text", text), "a vocabulary of 99 and .* one of 98"),
+    ):
+        assert verify(monkeypatch, *words) == 2, message
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert re.search(message, error), error

@@ -16,8 +16,8 @@ from moelpr.errors import UserError
 from moelpr.files import DurableFile
 
 CONFIG_FILE = "config.json"
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+# Weight files are STEM.safetensors, or STEM-00001-of-00002.safetensors, … with STEM.safetensors.index.json.
+MODEL_STEM = "model"
 
 # What travels with a model besides its weights. No code (*.py): nothing here needs trust_remote_code.
 TOKENIZER_FILES = (
@@ -103,11 +103,13 @@ def check_tokenizer(folder: Path, vocab_size: int) -> None:
 class HfReader:
     """The weights of a folder: names, shapes and dtypes from the files' headers, tensors on demand.
 
+    stem: of the weight files' names.
     Raises UserError for missing, truncated or unreadable files, for pickled and for quantised weights.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, stem: str = MODEL_STEM):
         self.folder = folder
+        self._single_file, self._index_file = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
         self._files: dict[str, str] = {}
         self._headers: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._open_name: str | None = None
@@ -124,7 +126,9 @@ class HfReader:
                 self._headers[key] = (view.get_dtype(), tuple(view.get_shape()))
         for key, name in index.items():
             if self._files.get(key) != name:
-                raise UserError(f"{folder / INDEX_FILE} says {name} holds {key}, but it doesn't; download it again")
+                raise UserError(
+                    f"{folder / self._index_file} says {name} holds {key}, but it doesn't; download it again"
+                )
 
     @property
     def names(self) -> list[str]:
@@ -162,25 +166,25 @@ class HfReader:
 
     def _shard_names(self) -> tuple[list[str], dict[str, str]]:
         """Safetensors files of the folder, and the index (tensor → file) where there is one."""
-        folder = self.folder
-        if (folder / INDEX_FILE).is_file():
+        folder, index_file = self.folder, self.folder / self._index_file
+        if index_file.is_file():
             try:
-                index = dict(json.loads((folder / INDEX_FILE).read_text())["weight_map"])
+                index = dict(json.loads(index_file.read_text())["weight_map"])
             except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{folder / INDEX_FILE} is damaged; download it again") from error
+                raise UserError(f"{index_file} is damaged; download it again") from error
             names = sorted(set(index.values()))
             for name in names:
                 if Path(name).name != name or not (folder / name).is_file():
-                    raise UserError(f"{folder / INDEX_FILE} names {name}, which is not there; download it again")
+                    raise UserError(f"{index_file} names {name}, which is not there; download it again")
             return names, index
-        if (folder / SINGLE_FILE).is_file():
-            return [SINGLE_FILE], {}
+        if (folder / self._single_file).is_file():
+            return [self._single_file], {}
         if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
             raise UserError(
                 f"{folder} holds pickled weights only, which could run code when opened; "
                 "convert them to safetensors first (load with transformers, then save_pretrained)"
             )
-        raise UserError(f"{folder} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there")
+        raise UserError(f"{folder} holds no weights: neither {self._single_file} nor {index_file.name} is there")
 
     def _open(self, name: str) -> Any:
         if self._open_name != name:
@@ -204,9 +208,15 @@ class HfWriter:
     """
 
     def __init__(
-        self, folder: Path, tensors: Iterable[tuple[str, tuple[int, ...]]], dtype: torch.dtype, max_shard_bytes: int
+        self,
+        folder: Path,
+        tensors: Iterable[tuple[str, tuple[int, ...]]],
+        dtype: torch.dtype,
+        max_shard_bytes: float,
+        stem: str = MODEL_STEM,
     ):
         self._folder = folder
+        self._stem = stem
         self._dtype = dtype
         self._shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
         self.total_bytes = filled = 0
@@ -254,7 +264,7 @@ class HfWriter:
             return
         weight_map = {name: self._name(k) for name, k in self._shard_of.items()}
         index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-        (self._folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+        (self._folder / f"{self._stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
     def _start_shard(self, shard: int) -> None:
         self._shard = shard
@@ -277,7 +287,8 @@ class HfWriter:
         self._whole.add(self._shard)
 
     def _name(self, shard: int) -> str:
-        return SINGLE_FILE if len(self._shards) == 1 else f"model-{shard + 1:05}-of-{len(self._shards):05}.safetensors"
+        place = "" if len(self._shards) == 1 else f"-{shard + 1:05}-of-{len(self._shards):05}"
+        return f"{self._stem}{place}.safetensors"
 
 
 def _first_line(error: Exception) -> str:

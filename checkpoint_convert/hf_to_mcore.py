@@ -69,7 +69,7 @@ def hf_to_mcore(
         raise UserError(f"{hf_path} is an MoE, which can't become a dense checkpoint; give --num-new-experts")
     spec.check()
     source = HfReader(hf_path)
-    names = _check_weights(source, family, base)
+    names = check_weights(source, family, base)
     spec = replace(spec, dtype=dtype or _dtype_of(source, names))
     check_tokenizer(hf_path, spec.megatron_args["vocab_size"])
 
@@ -127,7 +127,7 @@ def _offsets(piece: Piece, spec: ModelSpec) -> tuple[int, ...]:
     return (piece.stack_index or 0, *(0 for _ in range(dimensions - 1)))
 
 
-def _check_weights(source: HfReader, family: Family, base: ModelSpec) -> set[str]:
+def check_weights(source: HfReader, family: Family, base: ModelSpec) -> set[str]:
     """Names of the model's tensors. UserError unless the folder holds just these, shaped as config.json says."""
     known: set[str] = set()
     empty = {name for name, _ in zeros(family.table, base)}

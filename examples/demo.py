@@ -207,7 +207,8 @@ def write_report(demo: Demo) -> None:
     from moelpr.evaluate.documents import read_documents
     from moelpr.evaluate.generate import choose_prompt
     from moelpr.evaluate.perplexity import Settings
-    from moelpr.evaluate.report import Continuation, Report, installed_versions, write_report
+    from moelpr.evaluate.report import Continuation, Report, write_report
+    from moelpr.versions import installed_versions
 
     run = demo.run
     start = time.monotonic()

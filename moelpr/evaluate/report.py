@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -222,19 +221,6 @@ def read_report(run_dir: Path) -> Report:
         raise UserError(
             f"{path} is no report of this version ({error}); run the demo again to write a new one"
         ) from error
-
-
-def installed_versions() -> dict[str, str]:
-    """Versions of what the numbers depend on, without importing it."""
-    import platform
-
-    versions = {"python": platform.python_version()}
-    for package in ("moelpr", "torch", "megatron-core", "transformers", "tokenizers", "numpy", "transformer-engine"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def _change(value: float, reference: float) -> float:

@@ -1,6 +1,7 @@
 """What lies in and beside a run's checkpoints, so that they can be read without the command that made them."""
 
 import argparse
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,11 +16,14 @@ from moelpr.arguments import RECORD_FILE, resolved_settings
 from moelpr.checkpoint_chain import step_name
 from moelpr.files import atomic_file
 from moelpr.model_spec import ModelSpec
+from moelpr.versions import installed_versions
+
+VERSIONS_FILE = "versions.json"
 
 
 @contextmanager
 def run_folder(args: argparse.Namespace, spec: ModelSpec) -> Iterator[None]:
-    """Rank 0 writes model_spec.json, hf/ (config and tokenizer) and recipe.yaml (resolved flags) into --save.
+    """Rank 0 writes model_spec.json, hf/ (config and tokenizer), recipe.yaml (resolved flags), versions.json to --save.
 
     In the context every step that is saved gets a recipe.yaml too: a run may be resumed with other settings, and
     killed before it has saved anything that they speak for.
@@ -36,6 +40,8 @@ def run_folder(args: argparse.Namespace, spec: ModelSpec) -> Iterator[None]:
             shutil.copytree(source / "hf", save / "hf", dirs_exist_ok=True)
     record = yaml.safe_dump(resolved_settings(args), sort_keys=True)
     _write(save, record)
+    with atomic_file(save / VERSIONS_FILE) as temporary:
+        temporary.write_text(json.dumps(installed_versions(), indent=2) + "\n")
     megatrons = megatron_training.save_checkpoint
 
     def save_checkpoint(iteration: int, *arguments: Any, **settings: Any) -> None:

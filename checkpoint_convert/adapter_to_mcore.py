@@ -21,6 +21,7 @@ from checkpoint_convert.hf_folder import HfReader, check_tokenizer, copy_compani
 from checkpoint_convert.hf_to_mcore import check_weights, write_checkpoint
 from checkpoint_convert.megatron_folder import HF_FOLDER
 from checkpoint_convert.outputs import check_free_space, check_output, job_description, progress_bar
+from checkpoint_convert.run_records import Origin
 from checkpoint_convert.tables import Piece, pieces, sizes_of
 from moelpr import model_spec
 from moelpr.checkpoint_chain import TRACKER_FILE
@@ -62,6 +63,7 @@ def adapter_to_mcore(
     with resumable_directory(save, job) as folder, progress_bar(num_bytes, save.name) as bar:
         write_checkpoint(folder, plan, spec, lambda todo: _tensors(todo, places, spec), bar)
         copy_companions(hf_path, folder / HF_FOLDER)
+        Origin(config.base_model or hf_path.resolve().name, adapter=adapter.resolve().name).write(folder)
     return spec
 
 

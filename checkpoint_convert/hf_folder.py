@@ -37,6 +37,7 @@ COMPANION_FILES = (
     *TOKENIZER_FILES,
     "chat_template.jinja",
     "chat_template.json",
+    "README.md",
     "LICENSE",
     "NOTICE",
 )

@@ -22,6 +22,7 @@ from checkpoint_convert.families import Family
 from checkpoint_convert.hf_folder import HfReader, check_tokenizer, copy_companions
 from checkpoint_convert.megatron_folder import HF_FOLDER
 from checkpoint_convert.outputs import check_free_space, check_output, job_description, progress_bar
+from checkpoint_convert.run_records import Origin
 from checkpoint_convert.tables import Piece, megatron_shape, pieces, zeros
 from checkpoint_convert.torch_dist import TorchDistWriter
 from checkpoint_convert.upcycling import Start, starting_tensors
@@ -80,6 +81,7 @@ def hf_to_mcore(
     with resumable_directory(save, job) as folder, progress_bar(num_bytes, save.name) as bar:
         write_checkpoint(folder, plan, spec, lambda todo: starting_tensors(source, todo, spec, start), bar)
         copy_companions(hf_path, folder / HF_FOLDER)
+        Origin(hf_path.resolve().name, asdict(start) if spec.moe else {}).write(folder)
     return spec
 
 

@@ -16,6 +16,7 @@ from checkpoint_convert.adapter import CONFIG_FILE, STEM, AdapterConfig, trained
 from checkpoint_convert.hf_folder import HfWriter
 from checkpoint_convert.megatron_folder import MegatronReader
 from checkpoint_convert.outputs import check_free_space, check_output, progress_bar
+from checkpoint_convert.run_records import read_history
 from moelpr import model_spec
 from moelpr.errors import UserError, run_command
 from moelpr.files import atomic_directory
@@ -44,6 +45,11 @@ def mcore_to_adapter(
         raise UserError(
             f"{load} has {moe.num_original_experts} original experts and the published code knows one, the base's own "
             "FFN; export it with mcore_to_hf.py"
+        )
+    if any(stage.trained_everything for stage in read_history(load, iteration).stages):
+        raise UserError(
+            f"{load} was trained with --train-everything, and an adapter leaves all but routers and new experts to the "
+            "base; export it with mcore_to_hf.py"
         )
     source = MegatronReader(load, iteration)
     config = AdapterConfig(moe.num_experts, moe.topk, moe.layers, base_model)

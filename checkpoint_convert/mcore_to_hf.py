@@ -10,13 +10,18 @@ import argparse
 import json
 import math
 import re
+import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from checkpoint_convert.families import family_named
 from checkpoint_convert.hf_folder import CONFIG_FILE, HfWriter, copy_companions, read_config
 from checkpoint_convert.megatron_folder import HF_FOLDER, MegatronReader
+from checkpoint_convert.model_card import BASE_CARD_FILE, model_card, read_facts
+from checkpoint_convert.model_card import FILE_NAME as CARD_FILE
 from checkpoint_convert.outputs import check_free_space, check_output, job_description, progress_bar
 from moelpr import model_spec
 from moelpr.errors import UserError, run_command
@@ -33,12 +38,14 @@ def mcore_to_hf(
     dtype: str | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
+    base_model: str | None = None,
 ) -> ModelSpec:
     """Export the checkpoint folder `load` to the Hugging Face folder `save`; returns what was exported.
 
     An interrupted export goes on where it stopped when it is called again with the same arguments.
 
     iteration: saved step to export; None for the latest. dtype: None for that of the model it came from.
+    base_model: the base's name, for the model card; None for the one on record.
     Raises UserError for bad input; then `save` is what it was before.
     """
     check_output(save, load, overwrite, (CONFIG_FILE,))
@@ -47,10 +54,12 @@ def mcore_to_hf(
     target_dtype = getattr(torch, dtype or spec.dtype)
     config = family.export_config(read_config(load / HF_FOLDER), spec, dtype or spec.dtype)
 
+    facts = read_facts(source, iteration, config["architectures"][0], dtype or spec.dtype, base_model)
+
     tensors = [(name, source.shape(name)) for name in source.names]
     num_bytes = target_dtype.itemsize * sum(math.prod(shape) for _, shape in tensors)
     check_free_space(save, num_bytes)
-    job = job_description(source.step_folder, spec=asdict(spec), dtype=dtype, max_shard_bytes=max_shard_bytes)
+    job = job_description(source.step_folder, spec=asdict(spec), dtype=dtype, shards=max_shard_bytes)
     with resumable_directory(save, job) as folder, progress_bar(num_bytes, save.name) as bar:
         with HfWriter(folder, tensors, target_dtype, max_shard_bytes) as writer:
             for name, shape in tensors:
@@ -58,9 +67,17 @@ def mcore_to_hf(
                     writer.write(name, source.read(name).to(target_dtype))
                 bar.update(math.prod(shape) * target_dtype.itemsize)
             writer.finish()
-        copy_companions(load / HF_FOLDER, folder, skip=(CONFIG_FILE,))
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        write_companions(folder, load / HF_FOLDER, config, model_card(facts))
     return spec
+
+
+def write_companions(folder: Path, base: Path, config: dict[str, Any], card: str) -> None:
+    """Everything of an export in `folder` but its weights; `base` has the tokenizer and what else is the base's."""
+    copy_companions(base, folder, skip=(CONFIG_FILE, CARD_FILE))
+    if (base / CARD_FILE).is_file():
+        shutil.copyfile(base / CARD_FILE, folder / BASE_CARD_FILE)
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -79,6 +96,9 @@ def _parse_arguments() -> argparse.Namespace:
         metavar="SIZE",
         help="largest safetensors file, e.g. 500MB or 5GB, 1 GB = 10⁹ bytes (default: 5GB)",
     )
+    parser.add_argument(
+        "--base-model", metavar="NAME", help="the base's name on the hub, for the model card (default: its folder's)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing model at --save")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser.parse_args()
@@ -95,10 +115,20 @@ def main() -> None:
     args = _parse_arguments()
     if args.iteration is not None and args.iteration < 0:
         raise UserError(f"--iteration {args.iteration} must not be negative")
-    spec = mcore_to_hf(args.load, args.save, args.iteration, args.dtype, args.max_shard_size, args.overwrite)
-    config = json.loads((args.save / CONFIG_FILE).read_text())
-    what = "dense" if spec.moe is None else f"{spec.moe.num_experts} experts, top-{spec.moe.topk}"
-    print(f"{args.save}: {config['architectures'][0]}, {config['dtype']}, {what}")
+    spec = mcore_to_hf(
+        args.load,
+        args.save,
+        args.iteration,
+        args.dtype,
+        args.max_shard_size,
+        args.overwrite,
+        args.base_model,
+    )
+    family = family_named(spec.family)
+    what = f"{family.architecture}, dense"
+    if spec.moe is not None:
+        what = f"{family.moe_architecture}, {spec.moe.num_experts} experts, top-{spec.moe.topk}"
+    print(f"{args.save}: {what}, {args.dtype or spec.dtype}")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ The result has weights only and needs no other folder. Tensors keep their elemen
 """
 
 import argparse
+import shutil
 from pathlib import Path
 
-from checkpoint_convert.hf_folder import copy_companions
 from checkpoint_convert.hf_to_mcore import write_checkpoint
 from checkpoint_convert.megatron_folder import HF_FOLDER, MegatronReader
 from checkpoint_convert.outputs import check_free_space, check_output, job_description, progress_bar
@@ -32,7 +32,7 @@ def whole_checkpoint(load: Path, save: Path, iteration: int | None = None, overw
     with resumable_directory(save, job) as folder, progress_bar(num_bytes, save.name) as bar:
         write_checkpoint(folder, source.pieces, source.spec, lambda todo: map(source.read_piece, todo), bar)
         if (load / HF_FOLDER).is_dir():
-            copy_companions(load / HF_FOLDER, folder / HF_FOLDER)
+            shutil.copytree(load / HF_FOLDER, folder / HF_FOLDER)
 
 
 def main() -> None:

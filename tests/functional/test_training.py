@@ -311,6 +311,22 @@ def test_export_of_stage2_has_the_bases_frozen_tensors_bit_for_bit(material: Pat
     assert frozen_max_abs_difference(material / "hf", material / "stage2-hf") == 0.0
 
 
+def test_the_exports_model_card_tells_what_both_runs_recorded(material: Path, stage1: Path, stage2: Path) -> None:
+    from checkpoint_convert.mcore_to_hf import mcore_to_hf
+
+    mcore_to_hf(stage2, material / "card-hf")
+    card = (material / "card-hf" / "README.md").read_text()
+    assert "New experts started as copies (seed 1234)." in card
+    first, second = card.split("\n### ")[1:]
+    for section, run, title in ((first, stage1, "Stage 1"), (second, stage2, "Stage 2")):
+        records, recipe = metrics(run), yaml.safe_load((run / "recipe.yaml").read_text())
+        assert section.startswith(title)
+        assert "| steps | 6 |" in section and f"| tokens | {records[-1]['consumed_tokens']:,} |" in section
+        assert f"| {records[0]['lm_loss']:.4g} to {records[-1]['lm_loss']:.4g} |" in section
+        assert all(str(path) in section for path in recipe["data_path"])
+        assert f"torch {torch.__version__}"[:10] in section
+
+
 @pytest.mark.parametrize(
     ("script", "start", "words", "said"),
     [

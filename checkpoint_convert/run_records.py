@@ -1,0 +1,151 @@
+"""What the folders of a model's runs say about how it came to be: conversion, then one stage after the other."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from checkpoint_convert.megatron_folder import HF_FOLDER
+from moelpr.checkpoint_chain import RELEASE, BaseCheckpoint, step_folder
+from moelpr.errors import UserError
+from moelpr.evaluate.run_metrics import read_metrics
+from moelpr.model_spec import ModelSpec
+
+# Beside a checkpoint's config and tokenizer, so that the trainer carries it along.
+ORIGIN_FILE = "origin.json"
+RECIPE_FILE = "recipe.yaml"
+METRICS_FILE = "metrics.jsonl"
+VERSIONS_FILE = "versions.json"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a converter made a checkpoint from.
+
+    base_model: name of the model's folder, or what an adapter calls its base. settings: how new experts started.
+    adapter: name of the published code's adapter that brought them, if one did.
+    """
+
+    base_model: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    adapter: str | None = None
+
+    def write(self, checkpoint: Path) -> None:
+        content = {"base_model": self.base_model, "settings": self.settings, "adapter": self.adapter}
+        (checkpoint / HF_FOLDER / ORIGIN_FILE).write_text(json.dumps(content, indent=2) + "\n")
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> "Origin | None":
+        """None where no converter has left word."""
+        content = _read_json(checkpoint / HF_FOLDER / ORIGIN_FILE)
+        if content is None or not isinstance(content.get("base_model"), str):
+            return None
+        return cls(content["base_model"], dict(content.get("settings") or {}), content.get("adapter"))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run that trained the model, up to the step that the next one, or the reader, took.
+
+    settings: every flag with its final value. first, last: the records of the first step and of `step`; None where the
+    run left none. versions: of the programs at its last start; empty where it left none.
+    """
+
+    folder: Path
+    step: int
+    settings: dict[str, Any]
+    first: dict[str, Any] | None = None
+    last: dict[str, Any] | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def trained_everything(self) -> bool:
+        return bool(self.settings.get("train_everything")) or self.settings.get("stage") == "dense"
+
+
+@dataclass(frozen=True)
+class History:
+    """Stages, oldest first. missing: the folder that the oldest one started from, where its records can't be found."""
+
+    stages: list[Stage]
+    missing: str | None = None
+
+
+def read_history(checkpoint: Path, iteration: int | None = None) -> History:
+    """The stages that made the model in the folder `checkpoint`, as far as their folders are still where they were.
+
+    iteration: saved step; None for the latest. A folder with another model counts as missing.
+    """
+    spec = ModelSpec.read(checkpoint)
+    stages: list[Stage] = []
+    seen: set[Path] = set()
+    folder, step = checkpoint, step_folder(checkpoint, iteration)
+    while step.name != RELEASE and folder.resolve() not in seen:
+        seen.add(folder.resolve())
+        settings = _read_settings(step / RECIPE_FILE) or _read_settings(folder / RECIPE_FILE)
+        if settings is None:
+            return History(stages[::-1], str(folder) if stages else None)
+        stages.append(_read_stage(folder, int(step.name.removeprefix("iter_")), settings))
+        first = _first_start(folder, settings)
+        start = _start_of(folder, first or settings)
+        if start is None:
+            return History(stages[::-1])
+        found = _find(folder, Path(start), first, spec)
+        if found is None:
+            return History(stages[::-1], start)
+        folder, step = found.parent, found
+    return History(stages[::-1])
+
+
+def _first_start(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The settings that the run in `folder` first started with; None where only resumed starts are on record."""
+    saved = [_read_settings(path) for path in sorted(folder.glob(f"iter_*/{RECIPE_FILE}"))]
+    return next((start for start in [settings, *saved] if start and not start.get("is_resumed")), None)
+
+
+def _start_of(folder: Path, settings: dict[str, Any]) -> str | None:
+    """The folder that the run in `folder` took its weights from when it first started, as it was called then."""
+    own = [folder.resolve(), *(Path(settings[name]).resolve() for name in ("save",) if settings.get(name))]
+    starts = [settings.get(name) for name in ("model_source", "pretrained_checkpoint")]
+    return next((start for start in starts if start and Path(start).resolve() not in own), None)
+
+
+def _find(folder: Path, start: Path, first: dict[str, Any] | None, spec: ModelSpec) -> Path | None:
+    """The step folder that was started from; None where it isn't to be found, or one can't tell which it was."""
+    try:
+        base = BaseCheckpoint.read(folder)
+        if base is not None:
+            return base.find(folder)
+        if ModelSpec.read(start) != spec or (first is None and len(list(start.glob("iter_*"))) > 1):
+            return None
+        return step_folder(start, first.get("ckpt_step") if first else None)
+    except UserError:
+        return None
+
+
+def _read_stage(folder: Path, step: int, settings: dict[str, Any]) -> Stage:
+    try:
+        records = [record for record in read_metrics(folder / METRICS_FILE) if record["iteration"] <= step]
+    except UserError:
+        records = []
+    is_whole = bool(records) and records[-1]["iteration"] == step
+    first, last = (records[0], records[-1]) if is_whole else (None, None)
+    return Stage(folder, step, settings, first, last, _read_json(folder / VERSIONS_FILE) or {})
+
+
+def _read_settings(path: Path) -> dict[str, Any] | None:
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    return settings if isinstance(settings, dict) else None
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from checkpoint_convert import delta
 from checkpoint_convert.families import family_named
 from checkpoint_convert.hf_folder import CONFIG_FILE, HfWriter, copy_companions, read_config
 from checkpoint_convert.megatron_folder import HF_FOLDER, MegatronReader
@@ -39,6 +40,7 @@ def mcore_to_hf(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
     base_model: str | None = None,
+    as_delta: bool = False,
 ) -> ModelSpec:
     """Export the checkpoint folder `load` to the Hugging Face folder `save`; returns what was exported.
 
@@ -46,21 +48,27 @@ def mcore_to_hf(
 
     iteration: saved step to export; None for the latest. dtype: None for that of the model it came from.
     base_model: the base's name, for the model card; None for the one on record.
+    as_delta: leave out what apply_delta.py can take from the base.
     Raises UserError for bad input; then `save` is what it was before.
     """
-    check_output(save, load, overwrite, (CONFIG_FILE,))
+    check_output(save, load, overwrite, (CONFIG_FILE, delta.FILE_NAME))
     source = MegatronReader(load, iteration)
     spec, family = source.spec, source.family
     target_dtype = getattr(torch, dtype or spec.dtype)
     config = family.export_config(read_config(load / HF_FOLDER), spec, dtype or spec.dtype)
 
     facts = read_facts(source, iteration, config["architectures"][0], dtype or spec.dtype, base_model)
+    if as_delta:
+        delta.check_expressible(facts)
 
     tensors = [(name, source.shape(name)) for name in source.names]
     num_bytes = target_dtype.itemsize * sum(math.prod(shape) for _, shape in tensors)
-    check_free_space(save, num_bytes)
-    job = job_description(source.step_folder, spec=asdict(spec), dtype=dtype, shards=max_shard_bytes)
+    check_free_space(save, delta.num_bytes(source, target_dtype) if as_delta else num_bytes)
+    job = job_description(source.step_folder, spec=asdict(spec), dtype=dtype, shards=max_shard_bytes, delta=as_delta)
     with resumable_directory(save, job) as folder, progress_bar(num_bytes, save.name) as bar:
+        if as_delta:
+            delta.write_delta(folder, source, facts, config, max_shard_bytes, bar)
+            return spec
         with HfWriter(folder, tensors, target_dtype, max_shard_bytes) as writer:
             for name, shape in tensors:
                 if not writer.is_written(name):
@@ -99,6 +107,9 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--base-model", metavar="NAME", help="the base's name on the hub, for the model card (default: its folder's)"
     )
+    parser.add_argument(
+        "--delta", action="store_true", help="write routers and new experts alone; apply_delta.py adds the base's rest"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing model at --save")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser.parse_args()
@@ -123,12 +134,13 @@ def main() -> None:
         args.max_shard_size,
         args.overwrite,
         args.base_model,
+        args.delta,
     )
     family = family_named(spec.family)
     what = f"{family.architecture}, dense"
     if spec.moe is not None:
         what = f"{family.moe_architecture}, {spec.moe.num_experts} experts, top-{spec.moe.topk}"
-    print(f"{args.save}: {what}, {args.dtype or spec.dtype}")
+    print(f"{args.save}: {'delta of ' if args.delta else ''}{what}, {args.dtype or spec.dtype}")
 
 
 if __name__ == "__main__":

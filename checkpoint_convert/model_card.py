@@ -74,11 +74,11 @@ def read_facts(
     )
 
 
-def model_card(facts: Facts) -> str:
-    """README.md of an export: front matter as the Hugging Face hub reads it, then Markdown."""
+def model_card(facts: Facts, is_delta: bool = False) -> str:
+    """README.md of an export, or of a delta: front matter as the Hugging Face hub reads it, then Markdown."""
     parts = [_front_matter(facts), f"# {_title(facts)}", _summary(facts), _model_table(facts)]
     parts += ["## Training", *_training(facts)]
-    parts += ["## Use", _use(facts)]
+    parts += ["## Use", _whole_from_delta(facts) if is_delta else "", _use(facts)]
     if facts.versions:
         parts.append(f"Exported with {_versions(facts.versions)}.")
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -282,6 +282,16 @@ def _versions(versions: dict[str, str]) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------- use
+
+
+def _whole_from_delta(facts: Facts) -> str:
+    return f"""This folder is a delta: routers and new experts, without the rest, which is the base. moelpr makes the
+model of both:
+
+```bash
+python -m checkpoint_convert.apply_delta --base {(facts.base_model or "BASE").rpartition("/")[2]} \\
+    --delta path/to/the/delta --save path/to/this/folder
+```"""
 
 
 def _use(facts: Facts) -> str:

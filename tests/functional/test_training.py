@@ -327,6 +327,17 @@ def test_the_exports_model_card_tells_what_both_runs_recorded(material: Path, st
         assert f"torch {torch.__version__}"[:10] in section
 
 
+def test_a_delta_of_trained_weights_and_the_base_are_the_export(material: Path, stage2: Path) -> None:
+    from checkpoint_convert.apply_delta import apply_delta
+    from checkpoint_convert.mcore_to_hf import mcore_to_hf
+
+    mcore_to_hf(stage2, material / "full-hf")
+    mcore_to_hf(stage2, material / "delta", as_delta=True)
+    apply_delta(material / "hf", material / "delta", material / "whole-hf")
+    for path in (material / "full-hf").iterdir():
+        assert path.read_bytes() == (material / "whole-hf" / path.name).read_bytes(), path
+
+
 @pytest.mark.parametrize(
     ("script", "start", "words", "said"),
     [

@@ -20,7 +20,7 @@ from checkpoint_convert.base_model import read_base, with_new_experts
 from checkpoint_convert.hf_folder import HfReader, check_tokenizer, copy_companions
 from checkpoint_convert.hf_to_mcore import check_weights, write_checkpoint
 from checkpoint_convert.megatron_folder import HF_FOLDER
-from checkpoint_convert.outputs import check_free_space, check_output, job_description, progress_bar
+from checkpoint_convert.outputs import check_free_space, check_output, job_description, progress_bar, refuse_not_finite
 from checkpoint_convert.run_records import Origin
 from checkpoint_convert.tables import Piece, pieces, sizes_of
 from moelpr import model_spec
@@ -116,7 +116,10 @@ def _common_dtype(places: list[_Place]) -> str:
 def _tensors(plan: list[Piece], places: dict[Piece, list[_Place]], spec: ModelSpec) -> Iterator[Tensor]:
     sizes, dtype = sizes_of(spec), getattr(torch, spec.dtype)
     for piece in plan:
-        parts = [place.reader.read(place.name) for place in places[piece]]
+        parts = [
+            refuse_not_finite(place.reader.read(place.name), f"{place.reader.folder}: {place.name}", "copy it anew")
+            for place in places[piece]
+        ]
         yield piece.transform.to_megatron(parts, sizes).to(dtype)
 
 

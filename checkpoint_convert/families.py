@@ -44,7 +44,9 @@ class Family:
         if spec.moe is None:
             return exported_config(base, spec, self.architecture, dtype)
         config = exported_config(base, spec, self.moe_architecture, dtype)
-        return config | {"model_type": self.moe_model_type} | explicit_shape(spec) | self.moe_config(spec)
+        # The last key is ours: stock readers keep what they don't know, and evaluation asks for it.
+        ours = {"model_type": self.moe_model_type, "num_original_experts": spec.moe.num_original_experts}
+        return config | explicit_shape(spec) | self.moe_config(spec) | ours
 
 
 # ------------------------------------------------------------------------------------------------ Llama, Mistral

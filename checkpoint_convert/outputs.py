@@ -1,4 +1,4 @@
-"""What all converters do about their output folder and their progress bar."""
+"""What all converters share: their output folder, their progress bar, and weights that are no numbers."""
 
 import errno
 import json
@@ -6,6 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from moelpr.errors import UserError
@@ -41,6 +43,13 @@ def job_description(source: Path, **settings: object) -> str:
     files = sorted(path for path in source.rglob("*") if path.is_file())
     states = [(str(path.relative_to(source)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return json.dumps({"source": str(source.resolve()), "files": states, **settings}, default=str)
+
+
+def refuse_not_finite(tensor: Tensor, where: str, remedy: str) -> Tensor:
+    """The tensor; UserError where a weight is NaN or infinite, as nothing computed with it means anything."""
+    if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
+        raise UserError(f"{where} holds NaN or infinite weights; {remedy}")
+    return tensor
 
 
 def progress_bar(num_bytes: int, what: str) -> "tqdm[None]":

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from checkpoint_convert.hf_folder import HfReader
+from checkpoint_convert.outputs import refuse_not_finite
 from checkpoint_convert.tables import Piece, megatron_shape, sizes_of
 from moelpr.errors import UserError
 from moelpr.model_spec import ModelSpec
@@ -59,7 +60,7 @@ def starting_tensors(source: HfReader, plan: list[Piece], spec: ModelSpec, start
         else:
             if piece.origin != read_origin:
                 del tensor  # one in memory
-                parts = [source.read(name) for name in piece.origin]
+                parts = [_read(source, name) for name in piece.origin]
                 tensor = piece.transform.to_megatron(parts, sizes_of(spec)).to(dtype)
                 del parts
                 read_origin = piece.origin
@@ -81,9 +82,13 @@ def _router(source: HfReader, piece: Piece, spec: ModelSpec, seed: int) -> Tenso
     if not piece.origin:
         return fresh
     assert spec.moe is not None
-    rows = source.read(piece.origin[0]).float()
+    rows = _read(source, piece.origin[0]).float()
     new_rows = rows[:1] + _ROW_NOISE * fresh[spec.moe.num_original_experts :]
     return torch.cat([rows, new_rows])
+
+
+def _read(source: HfReader, name: str) -> Tensor:
+    return refuse_not_finite(source.read(name), f"{source.folder}: {name}", "download the model again or take another")
 
 
 def _changed(tensor: Tensor, piece: Piece, spec: ModelSpec, start: Start) -> Tensor:

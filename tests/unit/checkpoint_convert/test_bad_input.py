@@ -130,6 +130,24 @@ def test_leftover_tensor(source: Path, tmp_path: Path) -> None:
     refuses_import(source, tmp_path, f"holds the tensor {name}, which")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_no_numbers(source: Path, tmp_path: Path, value: float) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    edit_tensors(source, lambda tensors: tensors[name][3, 5].fill_(value))
+    refuses_import(source, tmp_path, f"source: {name} holds NaN or infinite weights; download the model again")
+
+
+def test_a_run_that_has_diverged(checkpoint: Path, tmp_path: Path) -> None:
+    reader = TorchDistReader(checkpoint / "release")
+    with TorchDistWriter(checkpoint / "iter_0000012") as writer:
+        for key in sorted(reader.keys):
+            tensor = reader.read(key).clone()
+            writer.write(key, tensor.fill_(float("nan")) if key.endswith("1.mlp.router.weight") else tensor)
+        writer.finish({})
+    message = "iter_0000012: model.layers.1.mlp.gate.weight holds NaN or infinite weights; the run has diverged"
+    refuses_export(checkpoint, tmp_path, message, iteration=12)
+
+
 def test_mixed_and_foreign_dtypes(source: Path, tmp_path: Path) -> None:
     edit_tensors(source, lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"].half()}))
     refuses_import(source, tmp_path, "mixes float16 and float32; choose one with --dtype")

@@ -25,6 +25,7 @@ CHECKS: tuple[Check, ...] = (
 NOTES: tuple[Check, ...] = (
     layout.sequence_parallelism_is_switched_on,
     checkpoint.stage2_without_stage1,
+    checkpoint.a_further_round_has_more_original_languages,
     resume.step_of_the_first_start,
 )
 

@@ -89,6 +89,15 @@ def stage2_without_stage1(run: Run) -> Iterable[str]:
         )
 
 
+def a_further_round_has_more_original_languages(run: Run) -> Iterable[str]:
+    """Nothing shows whether a corpus was tagged for this round or for the one before."""
+    if run.is_moe and (m := run.shape["num_original_experts"]) > 1:
+        yield (
+            f"{run.checkpoint} has {m} original experts, so it has learnt languages before: their text is "
+            "original-language text now, language bit 1; corpora of an earlier round must be preprocessed again"
+        )
+
+
 CHECKS = (
     the_kind_fits_the_stage,
     flags_agree_with_the_model,

@@ -42,11 +42,14 @@ def test_a_flag_that_repeats_the_model_is_taken(upcycled: str, accepted) -> None
 
 
 def test_the_number_of_original_experts_comes_from_the_checkpoint(
-    make_checkpoint, moe_spec: ModelSpec, accepted, refused
+    make_checkpoint, moe_spec: ModelSpec, accepted, refused, capsys
 ) -> None:
     spec = replace(moe_spec, moe=replace(moe_spec.moe, num_original_experts=3))
     further = make_checkpoint("further", spec)
     assert accepted("stage1", further)["num_original_experts"] == 3
+    assert f"{further} has 3 original experts, so it has learnt languages before" in capsys.readouterr().err
+    accepted("stage1", make_checkpoint("first"))
+    assert "original experts" not in capsys.readouterr().err
     assert accepted("stage1", further, "--num-original-experts", "3")["num_original_experts"] == 3
     (said,) = refused("stage1", further, "--num-original-experts", "1")
     assert said.startswith(

@@ -2,8 +2,8 @@
 
     python -m checkpoint_convert.mcore_to_hf --load DIR --save DIR
 
-A dense model leaves as its own class, an upcycled one as the stock MoE class of its family: HF expert 0 is the original
-expert, HF expert j the j-th new one. Weights stream: one tensor at a time goes from the checkpoint to safetensors.
+A dense model leaves as its own class, an upcycled one as the stock MoE class of its family, the original experts first.
+Weights stream: one tensor at a time goes from the checkpoint to safetensors.
 """
 
 import argparse

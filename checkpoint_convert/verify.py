@@ -4,8 +4,8 @@
     python -m checkpoint_convert.verify --frozen BASE UPCYCLED [--text FILE …]
 
 Exit code 0 if they are equal within the tolerances, 1 if they differ, 2 for bad input. With --frozen, every tensor of
-the dense base is compared with what must not have changed in the upcycled model (attention, norms, embeddings, original
-expert); routers and new experts are left out. Tensors stream: two of them are in memory at a time.
+the base is compared with what must not have changed in the upcycled model (attention, norms, embeddings, original
+experts); routers and new experts are left out. Tensors stream: two of them are in memory at a time.
 """
 
 import argparse
@@ -239,7 +239,7 @@ def _parse_arguments() -> argparse.Namespace:
         help="largest absolute difference of tensors that counts as equal (default: 0, every bit)",
     )
     parser.add_argument(
-        "--frozen", action="store_true", help="A is the dense base: compare it with what is frozen in the upcycled B"
+        "--frozen", action="store_true", help="A is the base: compare it with what is frozen in the upcycled B"
     )
     parser.add_argument(
         "--text",

@@ -1,0 +1,144 @@
+"""Readers other than transformers: what vLLM's loader asks of the files, and vLLM itself where it is installed.
+
+vLLM pins a PyTorch of its own and so needs an environment of its own; nothing is computed, so a CPU is enough:
+
+    python3.13 -m venv /tmp/vllm && /tmp/vllm/bin/pip install vllm pytest pytest-timeout hypothesis
+    /tmp/vllm/bin/python -m pytest tests/unit/checkpoint_convert/test_readers.py
+"""
+
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from checkpoint_convert.hf_to_mcore import hf_to_mcore
+from checkpoint_convert.mcore_to_hf import mcore_to_hf
+from checkpoint_convert.upcycling import Start
+
+MIXTRAL = ("block_sparse_moe.", {"gate": "w1", "up": "w3", "down": "w2"})
+QWEN = ("mlp.", {name: f"{name}_proj" for name in ("gate", "up", "down")})
+# Architecture → settings, and the names of an MoE layer's tensors in the files.
+FAMILIES = {
+    "LlamaForCausalLM": ({}, MIXTRAL),
+    "MistralForCausalLM": ({"tie_word_embeddings": True}, MIXTRAL),
+    "Qwen2ForCausalLM": ({}, QWEN),
+    "Qwen3ForCausalLM": ({"tie_word_embeddings": True}, QWEN),
+}
+LAYERS, EXPERTS = 4, 4
+
+
+@pytest.fixture(params=FAMILIES)
+def architecture(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def export(architecture: str, make_model: Callable[..., Path], tmp_path: Path) -> Path:
+    """Experts that differ, in two shards."""
+    changes = FAMILIES[architecture][0] | {"hidden_size": 64, "intermediate_size": 128}  # vLLM's kernels want 16s
+    hf_to_mcore(make_model(architecture, **changes), tmp_path / "megatron", num_new_experts=3, start=Start(noise=0.5))
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", max_shard_bytes=800_000)
+    return tmp_path / "hf"
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+            tensors |= {name: opened.get_tensor(name) for name in opened.keys()}
+    return tensors
+
+
+def expert(tensors: dict[str, Tensor], architecture: str, layer: int, number: int, part: str) -> Tensor:
+    mlp, names = FAMILIES[architecture][1]
+    return tensors[f"model.layers.{layer}.{mlp}experts.{number}.{names[part]}.weight"]
+
+
+def test_the_files_are_what_loaders_ask_for(export: Path, architecture: str) -> None:
+    settings, (mlp, names) = FAMILIES[architecture]
+    config, tensors = json.loads((export / "config.json").read_text()), tensors_of(export)
+    assert not [path.name for path in export.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".py", ".pkl")]
+    index = json.loads((export / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(tensors) and len(set(index["weight_map"].values())) > 1
+    # One tensor per expert and matrix, none fused, in every layer.
+    experts = {name for name in tensors if ".experts." in name}
+    assert experts == {
+        f"model.layers.{i}.{mlp}experts.{j}.{name}.weight"
+        for i in range(LAYERS)
+        for j in range(EXPERTS)
+        for name in names.values()
+    }
+    for i in range(LAYERS):
+        assert tensors[f"model.layers.{i}.{mlp}gate.weight"].shape == (EXPERTS, 64)
+    # Qwen2Moe's shared expert: its gate is read, its empty matrices must not be there.
+    gates = [name for name in tensors if name.endswith("shared_expert_gate.weight")]
+    assert len(gates) == (LAYERS if architecture == "Qwen2ForCausalLM" else 0)
+    assert not any(tensors[name].any() for name in gates)
+    assert not any("shared_expert." in name for name in tensors)
+    assert ("lm_head.weight" in tensors) == (not settings.get("tie_word_embeddings", False))
+    assert tensors["model.embed_tokens.weight"].shape[0] == config["vocab_size"] == 99
+    assert "auto_map" not in config and "quantization_config" not in config
+
+
+@contextmanager
+def vllm_model(folder: Path, rendezvous: Path) -> Iterator[torch.nn.Module]:
+    """The model as vLLM's own class and loader make it, on a CPU and before any kernel."""
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import (
+        cleanup_dist_env_and_memory,
+        ensure_model_parallel_initialized,
+        init_distributed_environment,
+    )
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader import get_model_loader
+    from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    settings = EngineArgs(
+        model=str(folder), skip_tokenizer_init=True, enforce_eager=True, dtype="float32", max_model_len=64
+    )
+    config = settings.create_engine_config()
+    with set_current_vllm_config(config):
+        init_distributed_environment(1, 0, f"file://{rendezvous}", 0, "gloo")
+        ensure_model_parallel_initialized(1, 1)
+        try:
+            with set_default_torch_dtype(torch.float32):
+                model = initialize_model(config)
+            weights = get_model_loader(config.load_config).get_all_weights(config.model_config, model)
+            loaded = model.load_weights(weights)
+            assert set(dict(model.named_parameters())) == set(loaded)
+            yield model
+        finally:
+            cleanup_dist_env_and_memory()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_vllm_loads_every_weight_where_it_belongs(
+    export: Path, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_TARGET_DEVICE", "cpu")
+    tensors = tensors_of(export)
+    with vllm_model(export, tmp_path / "rendezvous") as model:
+        parameters = dict(model.named_parameters())
+        for i in range(LAYERS):
+            of_layer = {name: value for name, value in parameters.items() if name.startswith(f"model.layers.{i}.")}
+            (gate_up,) = [value for name, value in of_layer.items() if name.endswith("w13_weight")]
+            (down,) = [value for name, value in of_layer.items() if name.endswith("w2_weight")]
+            for j in range(EXPERTS):
+                parts = [expert(tensors, architecture, i, j, part) for part in ("gate", "up", "down")]
+                assert torch.equal(gate_up[j], torch.cat(parts[:2]))
+                assert torch.equal(down[j], parts[2])
+        (top_k, renormalises) = {
+            (module.top_k, module.renormalize) for module in model.modules() if hasattr(module, "renormalize")
+        }.pop()
+        assert (top_k, renormalises) == (2, True)
+        window = getattr(model.config, "sliding_window", None)
+        assert window == (4096 if architecture == "MistralForCausalLM" else None)
+        assert model.config.rope_parameters["rope_theta"] == 50000

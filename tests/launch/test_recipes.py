@@ -18,12 +18,22 @@ from moelpr.plan.__main__ import main as plan
 from moelpr.plan.model import upcycled_spec
 
 RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
-REAL = sorted(path.name for pattern in ("paper-*.yaml", "qwen2.5-*.yaml") for path in RECIPES.glob(pattern))
+REAL = sorted(path.name for pattern in ("paper-*.yaml", "qwen*.yaml", "llama*.yaml") for path in RECIPES.glob(pattern))
 # What the models' config.json says of their shape: hidden size, FFN, layers, heads, query groups, vocabulary.
 SHAPES = {
     "Qwen1.5-1.8B": (2048, 5504, 24, 16, 16, 151936),
     "Qwen2.5-7B": (3584, 18944, 28, 28, 4, 152064),
     "Qwen2.5-72B": (8192, 29568, 80, 64, 8, 152064),
+    "Llama-3.1-8B": (4096, 14336, 32, 32, 8, 128256),
+}
+LLAMA_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+FAMILIES = {
+    "Qwen": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False},
+    "Llam": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "rope_scaling": LLAMA_ROPE | {"original_max_position_embeddings": 8192},
+    },
 }
 
 
@@ -32,10 +42,10 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Folders of the models' names, here, with a config.json each."""
     for name, (hidden, ffn, layers, heads, groups, vocabulary) in SHAPES.items():
         config = {
-            "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "rms_norm_eps": 1e-6,
+            **FAMILIES[name[:4]], "hidden_act": "silu", "rms_norm_eps": 1e-6,
             "hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers, "vocab_size": vocabulary,
             "num_attention_heads": heads, "num_key_value_heads": groups, "max_position_embeddings": 131072,
-            "rope_theta": 1e6, "tie_word_embeddings": False, "use_sliding_window": False, "torch_dtype": "bfloat16",
+            "rope_theta": 1e6, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
         }  # fmt: skip
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))

@@ -1,12 +1,17 @@
 """Tokenizers as Megatron's own flags name them, with Megatron's ids, encoding batches of texts."""
 
 import argparse
+import hashlib
+import json
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from moelpr.errors import UserError
 
 TOKENIZER_TYPES = ("HuggingFaceTokenizer", "SentencePieceTokenizer")
+
+# Of an added token, what decides where it is found in a text.
+_ADDED_TOKEN_KEYS = ("id", "content", "single_word", "lstrip", "rstrip", "normalized")
 
 
 class Tokenizer(Protocol):
@@ -23,6 +28,18 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
 
     def decode(self, ids: list[int]) -> str: ...
+
+    def fingerprint(self) -> str:
+        """A word that two tokenizers of one type share when they give every text the same ids.
+
+        It leaves out what decides no id (decoder, truncation, padding, training settings) and the tokens put around a
+        text, which a corpus may have or not. Saving and loading again keeps it.
+        """
+        ...
+
+    def vocabulary(self) -> dict[str, int]:
+        """Each token's id, added tokens included."""
+        ...
 
 
 def add_tokenizer_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
@@ -41,6 +58,24 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser, required: bool) -> 
         help="leave out the special tokens a Hugging Face tokenizer puts around every text (default: keep them, as "
         "Megatron does; Qwen's tokenizers add none)",
     )
+
+
+def tokenizer_fingerprint(tokenizer_type: str, tokenizer_model: str) -> str:
+    """`Tokenizer.fingerprint` of a tokenizer on this machine.
+
+    Raises:
+        UserError: it can't be loaded.
+    """
+    return load_tokenizer(tokenizer_type, tokenizer_model).fingerprint()
+
+
+def vocabulary_checksum(vocabulary: dict[str, int], vocab_size: int) -> str:
+    """SHA-256 of the tokens with ids below `vocab_size`.
+
+    It is the same for tokenizers of any type in which those ids mean the same tokens, such as a SentencePiece .model
+    and its Hugging Face form with tokens added behind.
+    """
+    return _sha256(sorted((id, token) for token, id in vocabulary.items() if id < vocab_size))
 
 
 def load_tokenizer(tokenizer_type: str, tokenizer_model: str, include_special_tokens: bool = True) -> Tokenizer:
@@ -100,6 +135,18 @@ class _HuggingFaceTokenizer:
         text: str = self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         return text
 
+    def fingerprint(self) -> str:
+        if self._backend is None:
+            return f"huggingface:{_sha256([type(self._tokenizer).__name__, self._tokenizer.get_vocab()])}"
+        # What encodes is what transformers has made of the files: of some models' tokenizer.json it replaces parts.
+        parts: dict[str, Any] = json.loads(self._backend.to_str())
+        added = [{key: token[key] for key in _ADDED_TOKEN_KEYS} for token in parts["added_tokens"]]
+        return f"huggingface:{_sha256([parts['normalizer'], parts['pre_tokenizer'], parts['model'], added])}"
+
+    def vocabulary(self) -> dict[str, int]:
+        vocabulary: dict[str, int] = self._tokenizer.get_vocab()
+        return vocabulary
+
 
 class _SentencePieceTokenizer:
     def __init__(self, model: str) -> None:
@@ -123,3 +170,24 @@ class _SentencePieceTokenizer:
     def decode(self, ids: list[int]) -> str:
         text: str = self._processor.decode(ids)
         return text
+
+    def fingerprint(self) -> str:
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]  # made at import
+
+        model = ModelProto.FromString(self._processor.serialized_model_proto())
+        parts = [
+            [(piece.piece, piece.score, piece.type) for piece in model.pieces],
+            [model.trainer_spec.model_type, model.trainer_spec.byte_fallback],
+            [model.trainer_spec.treat_whitespace_as_suffix],
+            model.normalizer_spec.precompiled_charsmap.hex(),
+            [model.normalizer_spec.add_dummy_prefix, model.normalizer_spec.remove_extra_whitespaces],
+            [model.normalizer_spec.escape_whitespaces],
+        ]
+        return f"sentencepiece:{_sha256(parts)}"
+
+    def vocabulary(self) -> dict[str, int]:
+        return {self._processor.id_to_piece(id): id for id in range(self.vocab_size)}
+
+
+def _sha256(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -125,7 +125,7 @@ def make_material(folder: Path) -> None:
 
     `all-moe` is at the start of a second round of languages: it has two original experts.
     """
-    from data_tools.corpus import CorpusWriter
+    from data_tools.corpus_writer import CorpusWriter
 
     _make_model(folder / "all-moe", num_new_experts=4, moe_layers=None, tied=False)
     _add_an_original_expert(folder / "all-moe")

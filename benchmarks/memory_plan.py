@@ -103,7 +103,7 @@ def make_material(folder: Path) -> None:
 
     from checkpoint_convert.hf_to_mcore import hf_to_mcore
     from checkpoint_convert.mcore_to_hf import mcore_to_hf
-    from data_tools.corpus import CorpusWriter
+    from data_tools.corpus_writer import CorpusWriter
 
     torch.manual_seed(0)
     config = Qwen2Config(

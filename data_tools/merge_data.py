@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data_tools.corpus import Corpus, CorpusPaths, CorpusWriter, shard_prefix
+from data_tools.corpus import Corpus, CorpusPaths, shard_prefix
+from data_tools.corpus_writer import CorpusWriter
 from moelpr.errors import UserError, run_command
 from moelpr.files import refuse_existing
 

@@ -32,7 +32,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data_tools.corpus import CorpusPaths, CorpusWriter, shard_prefix
+from data_tools.corpus import CorpusPaths, shard_prefix
+from data_tools.corpus_writer import CorpusWriter
 from moelpr.data.tokenizer import Tokenizer, add_tokenizer_arguments, load_tokenizer
 from moelpr.errors import UserError, run_command
 from moelpr.files import refuse_existing

@@ -87,7 +87,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from checkpoint_convert.hf_to_mcore import hf_to_mcore
-    from data_tools.corpus import CorpusWriter
+    from data_tools.corpus_writer import CorpusWriter
 
     folder = tmp_path_factory.mktemp("material")
     torch.manual_seed(0)

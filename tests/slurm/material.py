@@ -51,7 +51,7 @@ def make_text(folder: Path, documents: int = 120) -> dict[str, Path]:
 
 def make_corpus(folder: Path) -> Path:
     """The prefix of a corpus of expanded-language text, without a tokenizer's help."""
-    from data_tools.corpus import CorpusWriter
+    from data_tools.corpus_writer import CorpusWriter
 
     random = np.random.default_rng(0)
     with CorpusWriter(folder / "corpus", vocab_size=257) as writer:

@@ -9,7 +9,8 @@ import pytest
 import sentencepiece
 
 from data_tools import inspect_data
-from data_tools.corpus import Corpus, CorpusWriter
+from data_tools.corpus import Corpus
+from data_tools.corpus_writer import CorpusWriter
 from moelpr.errors import UserError
 
 TEXTS = ["Turn on the light in the kitchen.", "Ανάψτε το φως στην κουζίνα."]

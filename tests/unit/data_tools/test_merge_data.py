@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from data_tools import merge_data
-from data_tools.corpus import CorpusPaths, CorpusWriter
+from data_tools.corpus import CorpusPaths
+from data_tools.corpus_writer import CorpusWriter
 from moelpr.errors import UserError
 
 Documents = list[tuple[list[int], bool]]

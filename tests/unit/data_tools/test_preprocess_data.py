@@ -351,8 +351,9 @@ def test_a_full_disk_ends_with_code_1_and_leaves_nothing(
     out = tmp_path / "out"
     out.mkdir()
     lines = corpus_lines(tmp_path / "a.jsonl", 20_000)
-    # The real thing: the temporary name leads to the device that is always full.
-    temporary_name(out / "a_text_document.bin").symlink_to("/dev/full")
+    # The real thing: the unfinished .bin leads to the device that is always full.
+    temporary_name(out / "a_text_document").mkdir()
+    (temporary_name(out / "a_text_document") / "a_text_document.bin").symlink_to("/dev/full")
     with pytest.raises(SystemExit) as exit:
         run_command(lambda: preprocess(sp_tokenizer, lines, out=out / "a"))
     assert exit.value.code == 1

@@ -1,0 +1,94 @@
+"""The writer against Megatron's own builder and against its own interruption, for any documents."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+from data_tools.corpus import Corpus, CorpusPaths
+from data_tools.corpus_writer import CorpusWriter, Documents, token_dtype
+from moelpr.errors import UserError
+
+# A document is a list of runs (language bit, tokens); some are empty, some runs are.
+DOCUMENTS = st.lists(st.lists(st.tuples(st.booleans(), st.integers(0, 40)), max_size=4), max_size=30)
+
+
+def as_documents(batch: list[list[tuple[bool, int]]], dtype: np.dtype) -> Documents:
+    runs = [run for document in batch for run in document]
+    lengths = np.array([sum(count for _, count in document) for document in batch], np.int64)
+    tokens = (np.arange(lengths.sum()) % 251).astype(dtype)
+    counts = np.array([count for _, count in runs], np.int64)
+    return Documents(tokens, lengths, np.array([bit for bit, _ in runs], np.uint8), counts)
+
+
+@settings(deadline=None, max_examples=40)
+@given(batches=st.lists(DOCUMENTS, min_size=1, max_size=4), vocab_size=st.sampled_from([300, 100_000]))
+def test_any_documents_become_megatrons_bytes_and_their_bits(
+    batches: list[list[list[tuple[bool, int]]]], vocab_size: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("writer")
+    dtype = token_dtype(vocab_size)
+    builder = IndexedDatasetBuilder(str(folder / "theirs.bin"), dtype=DType.optimal_dtype(vocab_size))
+    expected_bits = [np.repeat(*list(as_documents(batch, dtype))[2:]) for batch in batches]
+    with CorpusWriter(folder / "ours", vocab_size) as writer:
+        for batch in batches:
+            documents = as_documents(batch, dtype)
+            writer.add(documents)
+            stops = np.cumsum(documents.lengths)
+            for length, stop in zip(documents.lengths.tolist(), stops.tolist(), strict=True):
+                builder.add_document(documents.tokens[stop - length : stop], [length] if length else [])
+        writer.finalize()
+        writer.commit()
+    builder.finalize(str(folder / "theirs.idx"))
+    for name in ("bin", "idx"):
+        assert (folder / f"ours.{name}").read_bytes() == (folder / f"theirs.{name}").read_bytes()
+    bits = Corpus(folder / "ours").bits
+    bits.verify()
+    np.testing.assert_array_equal(bits.slice(0, len(bits)), np.concatenate(expected_bits))
+    assert sorted(path.name for path in folder.iterdir() if path.name.startswith(("ours", "."))) == [
+        "ours.bin",
+        "ours.idx",
+        "ours.lang",
+    ]
+
+
+def test_a_writer_goes_back_to_where_it_was_flushed(tmp_path: Path) -> None:
+    batch = [[(True, 5), (False, 4)], [], [(False, 3)]]
+
+    def write(folder: str, interrupted: bool) -> list[bytes]:
+        prefix, work = tmp_path / folder / "a", tmp_path / folder / "work"
+        with CorpusWriter(prefix, 300, folder=work) as writer:
+            writer.add(as_documents(batch, writer.dtype))
+            position = writer.flush()
+            if interrupted:
+                writer.add(as_documents(batch * 3, writer.dtype))  # lost with the process
+        if not interrupted:
+            work = tmp_path / folder / "other work"
+        with CorpusWriter(prefix, 300, folder=work, position=position if interrupted else None) as writer:
+            if not interrupted:
+                writer.add(as_documents(batch, writer.dtype))
+            writer.add(as_documents(batch, writer.dtype))
+            writer.finalize()
+            writer.commit()
+        return [path.read_bytes() for path in CorpusPaths.of(prefix)]
+
+    assert write("broken", interrupted=True) == write("whole", interrupted=False)
+
+
+def test_files_that_lost_their_end_are_not_gone_on_with(tmp_path: Path) -> None:
+    with CorpusWriter(tmp_path / "a", 300, folder=tmp_path / "work") as writer:
+        writer.add(as_documents([[(True, 5)]], writer.dtype))
+        position = writer.flush()
+    (tmp_path / "work" / "a.bin").write_bytes(b"1")
+    with pytest.raises(UserError, match=r"a\.bin has lost its end"):
+        CorpusWriter(tmp_path / "a", 300, folder=tmp_path / "work", position=position)
+
+
+def test_a_document_beyond_the_index_files_type_is_refused(tmp_path: Path) -> None:
+    huge = np.array([1 << 31], np.int64)
+    documents = Documents(np.zeros(0, np.uint16), huge, np.ones(1, np.uint8), huge)
+    with CorpusWriter(tmp_path / "a", 300) as writer, pytest.raises(UserError, match="2,147,483,648 tokens is longer"):
+        writer.add(documents)

@@ -3,7 +3,8 @@
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import find_packages, setup
 
-TEST = ["hypothesis", "pytest", "pytest-timeout"]
+# What the extras add is tested too.
+TEST = ["gigatoken", "hypothesis", "py3langid", "pytest", "pytest-timeout"]
 
 setup(
     name="moelpr",
@@ -28,6 +29,7 @@ setup(
         "safetensors",
         "tokenizers",
         "sentencepiece",
+        "pyarrow",  # Parquet and .zst
         "pyyaml",
         "tqdm",
         "matplotlib",

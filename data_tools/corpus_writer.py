@@ -102,12 +102,12 @@ class CorpusWriter:
         refuse_existing(list(self.paths), overwrite)
         self.vocab_size = vocab_size
         self.dtype = token_dtype(vocab_size)
-        self._own_folder = None if folder else temporary_name(Path(self.prefix))
-        folder = folder or temporary_name(Path(self.prefix))
-        make_folder(folder)
+        self._removes_folder = folder is None
+        self._folder = folder or temporary_name(Path(self.prefix))
+        make_folder(self._folder)
         name = Path(self.prefix).name
-        self._unfinished = CorpusPaths.of(folder / name)
-        self._parts = [folder / f"{name}.{part}" for part in ("bin", "lengths", "ends", "runs")]
+        self._unfinished = CorpusPaths.of(self._folder / name)
+        self._parts = [self._folder / f"{name}.{part}" for part in ("bin", "lengths", "ends", "runs")]
         self._files: list[BinaryIO] = [open(path, "ab") for path in self._parts]
         self._at = position or Position()
         self._cut_unfinished()
@@ -127,8 +127,9 @@ class CorpusWriter:
     def flush(self) -> Position:
         """Bring everything to the disk; the position that it is complete up to."""
         for file in self._files:
-            file.flush()
-            os.fsync(file.fileno())
+            if not file.closed:  # by finalize, which has brought them to the disk
+                file.flush()
+                os.fsync(file.fileno())
         return self._at
 
     def add(self, documents: Documents) -> None:
@@ -211,21 +212,8 @@ class CorpusWriter:
         return records
 
     def commit(self, manifest: Manifest | None = None) -> None:
-        """Give the finished files their names, with the manifest that describes them. Interrupted, it can be called
-        again."""
-        # The .idx goes last, and an old one goes first: every reader opens it before the others, so whatever interrupts
-        # these lines leaves a corpus that is whole or one that nothing opens.
-        if self._unfinished.idx.exists():
-            self.paths.idx.unlink(missing_ok=True)
-        manifest_path(self.prefix).unlink(missing_ok=True)
-        # Megatron keeps its sample indices beside the corpus and knows them by name and length, not by content.
-        shutil.rmtree(self.paths.bin.with_suffix("") / "cache", ignore_errors=True)
-        if manifest is not None:
-            manifest.write(self.prefix)
-        for name in ("bin", "lang", "idx"):
-            unfinished: Path = getattr(self._unfinished, name)
-            if unfinished.exists():
-                os.replace(unfinished, getattr(self.paths, name))
+        """Give the finished files their names, with the manifest that describes them."""
+        commit_corpus(self.prefix, self._folder, manifest)
 
     def __enter__(self) -> Self:
         return self
@@ -236,8 +224,8 @@ class CorpusWriter:
                 file.close()
             except OSError:
                 pass  # closing flushes; on a full disk that fails once more, and the first error is the one to tell
-        if self._own_folder is not None:
-            shutil.rmtree(self._own_folder, ignore_errors=True)
+        if self._removes_folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _cut_unfinished(self) -> None:
         at = self._at
@@ -274,6 +262,23 @@ class CorpusWriter:
                     for bit, count in zip(bits.tolist(), counts.tolist(), strict=True):
                         writer.append_run(bool(bit), count)
             writer.finalize()
+
+
+def commit_corpus(prefix: str | os.PathLike[str], folder: Path, manifest: Manifest | None = None) -> None:
+    """Give the finished files in a writer's folder their names. Killed in the middle of it, it can be done again."""
+    paths, unfinished = CorpusPaths.of(prefix), CorpusPaths.of(folder / Path(prefix).name)
+    # The .idx goes last, and an old one goes first: every reader opens it before the others, so whatever interrupts
+    # these lines leaves a corpus that is whole or one that nothing opens.
+    if unfinished.idx.exists():
+        paths.idx.unlink(missing_ok=True)
+        manifest_path(prefix).unlink(missing_ok=True)
+        # Megatron keeps its sample indices beside the corpus and knows them by name and length, not by content.
+        shutil.rmtree(paths.bin.with_suffix("") / "cache", ignore_errors=True)
+    if manifest is not None:
+        manifest.write(prefix)
+    for source, target in ((unfinished.bin, paths.bin), (unfinished.lang, paths.lang), (unfinished.idx, paths.idx)):
+        if source.exists():
+            os.replace(source, target)
 
 
 def make_folder(folder: Path) -> None:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from data_tools.corpus import Corpus, CorpusPaths, shard_prefix
 from data_tools.corpus_writer import CorpusWriter
+from moelpr.data.manifest import manifest_path
 from moelpr.errors import UserError, run_command
 from moelpr.files import refuse_existing
 
@@ -26,8 +27,8 @@ def main(argv: list[str] | None = None) -> None:
     merge(prefixes, arguments.output_prefix, arguments.overwrite)
     if arguments.remove_input:
         for prefix in prefixes:
-            for path in CorpusPaths.of(prefix):
-                path.unlink()
+            for path in (*CorpusPaths.of(prefix), manifest_path(prefix)):
+                path.unlink(missing_ok=True)
 
 
 def merge(prefixes: list[str], output_prefix: str, overwrite: bool = False) -> None:

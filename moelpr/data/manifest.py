@@ -125,19 +125,31 @@ class Manifest:
             return None
         except (ValueError, RecursionError, OSError) as error:
             raise UserError(f"{path} can't be read ({_first_line(error)}); {_REMEDY}, or remove it") from error
+        return cls.from_json(content, str(path))
+
+    @classmethod
+    def from_json(cls, content: Any, name: str = "the manifest") -> Self:
+        """A manifest of JSON's values.
+
+        Raises:
+            UserError: they are none.
+        """
         version = content.get("format_version") if isinstance(content, dict) else None
         if version != FORMAT_VERSION:
-            raise UserError(f"{path} has format version {version!r}, this program reads {FORMAT_VERSION}; {_REMEDY}")
+            raise UserError(f"{name} has format version {version!r}, this program reads {FORMAT_VERSION}; {_REMEDY}")
         try:
             manifest: Self = _parse(content, cls, "")
         except ValueError as error:
-            raise UserError(f"{path} is damaged: {error}; {_REMEDY}, or remove it") from error
+            raise UserError(f"{name} is damaged: {error}; {_REMEDY}, or remove it") from error
         return manifest
+
+    def as_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
 
     def write(self, prefix: str | os.PathLike[str]) -> None:
         """Write it beside the corpus, whole or not at all."""
         with atomic_file(manifest_path(prefix)) as temporary:
-            temporary.write_text(json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n", "utf-8")
+            temporary.write_text(json.dumps(self.as_json(), indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def manifest_path(prefix: str | os.PathLike[str]) -> Path:

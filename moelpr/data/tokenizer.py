@@ -20,14 +20,22 @@ class Tokenizer(Protocol):
     Attributes:
         vocab_size: number of ids as Megatron counts them, added tokens included.
         eod_id: the id that ends a document, None where the tokenizer has none.
+        splits_special_tokens: whether special tokens that stand in a text are taken for text.
     """
 
     vocab_size: int
     eod_id: int | None
+    splits_special_tokens: bool
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
+    def encode_batch(self, texts: list[str], special_tokens: bool = True) -> list[list[int]]:
+        """Each text's ids, with what the tokenizer puts around a text if that is wanted here and at its loading."""
+        ...
 
     def decode(self, ids: list[int]) -> str: ...
+
+    def serialized(self) -> str | bytes | None:
+        """A tokenizer.json's content, a .model file's, or None where it is neither."""
+        ...
 
     def fingerprint(self) -> str:
         """A word that two tokenizers of one type share when they give every text the same ids.
@@ -115,21 +123,26 @@ class _HuggingFaceTokenizer:
         self.vocab_size: int = len(tokenizer)
         # Megatron takes the separator for the end where a tokenizer (BERT's) has only that.
         self.eod_id: int | None = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        self.splits_special_tokens: bool = tokenizer.split_special_tokens
         self._backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
         if self._backend is not None:
             # What transformers does before each call. Calling the library underneath directly is 2.6 times as fast.
             self._backend.no_truncation()
             self._backend.no_padding()
-            self._backend.encode_special_tokens = tokenizer.split_special_tokens
+            self._backend.encode_special_tokens = self.splits_special_tokens
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+    def encode_batch(self, texts: list[str], special_tokens: bool = True) -> list[list[int]]:
+        special_tokens = special_tokens and self._include_special_tokens
         if self._backend is not None:
-            encoded = self._backend.encode_batch_fast(texts, add_special_tokens=self._include_special_tokens)
+            encoded = self._backend.encode_batch_fast(texts, add_special_tokens=special_tokens)
             return [encoding.ids for encoding in encoded]
         ids: list[list[int]] = self._tokenizer(
-            texts, add_special_tokens=self._include_special_tokens, return_attention_mask=False, verbose=False
+            texts, add_special_tokens=special_tokens, return_attention_mask=False, verbose=False
         )["input_ids"]
         return ids
+
+    def serialized(self) -> str | bytes | None:
+        return None if self._backend is None else self._backend.to_str()
 
     def decode(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
@@ -162,8 +175,13 @@ class _SentencePieceTokenizer:
         self._processor = processor
         self.vocab_size: int = processor.get_piece_size()
         self.eod_id: int | None = processor.eos_id() if processor.eos_id() >= 0 else None
+        self.splits_special_tokens = True
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+    def serialized(self) -> str | bytes | None:
+        model: bytes = self._processor.serialized_model_proto()
+        return model
+
+    def encode_batch(self, texts: list[str], special_tokens: bool = True) -> list[list[int]]:
         ids: list[list[int]] = self._processor.encode(texts, out_type=int, num_threads=1)
         return ids
 

@@ -92,3 +92,12 @@ def test_a_document_beyond_the_index_files_type_is_refused(tmp_path: Path) -> No
     documents = Documents(np.zeros(0, np.uint16), huge, np.ones(1, np.uint8), huge)
     with CorpusWriter(tmp_path / "a", 300) as writer, pytest.raises(UserError, match="2,147,483,648 tokens is longer"):
         writer.add(documents)
+
+
+def test_an_id_beyond_the_bin_files_type_is_refused(tmp_path: Path) -> None:
+    """Hugging Face vocabularies can have holes: a length below 65,500 with ids above 65,535."""
+    with (
+        CorpusWriter(tmp_path / "a", 400) as writer,
+        pytest.raises(UserError, match="the token id 70,000 does not fit"),
+    ):
+        writer.add_document(np.array([1, 70_000], np.int32), is_original=True)

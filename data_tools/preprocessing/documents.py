@@ -1,0 +1,81 @@
+"""From a line to a document: its JSON, its texts, and a sentence for whatever is wrong with it."""
+
+import json
+from typing import Any, NamedTuple
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class BadLine(Exception):
+    """Why a line can't be used; whoever knows the file and line number adds them."""
+
+
+class TaggedText(NamedTuple):
+    """A text and whose language each part of it is.
+
+    Attributes:
+        spans: languages with their number of characters, one after another; of a text in one language a single one.
+    """
+
+    text: str
+    spans: list[tuple[str, int]]
+
+
+def parse(line: bytes, keys: list[str]) -> dict[str, Any]:
+    """A line's JSON object, whose `keys` will be used.
+
+    Raises:
+        BadLine: it is none, or one of the keys stands in it twice.
+    """
+    line = line.rstrip(b"\r\n").removeprefix(_BYTE_ORDER_MARK)
+    try:
+        document = json.loads(line.decode("utf-8"))
+        if any(line.count(b'"%s"' % key.encode()) > 1 for key in keys):
+            json.loads(line, object_pairs_hook=lambda pairs: _refuse_twice(pairs, keys))
+    except UnicodeDecodeError as error:
+        raise BadLine(f"invalid UTF-8 at byte {error.start + 1} of the line") from None
+    except json.JSONDecodeError as error:
+        if b"\0" in line:
+            raise BadLine("NUL bytes, as in a file that was not written to its end") from None
+        raise BadLine(f"not JSON ({error.msg} at character {error.pos + 1})") from None
+    except (ValueError, RecursionError) as error:  # a number of too many digits, brackets nested too deep
+        raise BadLine(f"not usable JSON ({error})") from None
+    if not isinstance(document, dict):
+        hint = "; one object per line is wanted, not an array around all" if line.startswith(b"[") else ""
+        raise BadLine(f"a JSON object was expected, found {json_type(document)}{hint}")
+    return document
+
+
+def text_of(document: dict[str, Any], key: str) -> str:
+    """The text under a key.
+
+    Raises:
+        BadLine: there is none, or it holds what is no character.
+    """
+    if key not in document:
+        raise BadLine(f'the key "{key}" is missing')
+    text = document[key]
+    if not isinstance(text, str):
+        raise BadLine(f'the key "{key}" holds {json_type(text)}, not a string')
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:  # "\ud800" is good JSON and no character
+            raise BadLine(f'the key "{key}" holds half a surrogate pair at character {error.start + 1}') from None
+    return text
+
+
+def json_type(value: object) -> str:
+    """A JSON value's type in words."""
+    if value is None:
+        return "null"
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
+    return names.get(type(value), "a value of another type")  # a table can hold bytes and dates
+
+
+def _refuse_twice(pairs: list[tuple[str, Any]], keys: list[str]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    for key in keys:
+        if names.count(key) > 1:
+            raise BadLine(f'the key "{key}" stands there twice')
+    return dict(pairs)

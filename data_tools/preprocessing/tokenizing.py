@@ -3,6 +3,7 @@
 import multiprocessing
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -50,7 +51,12 @@ def load_job_tokenizer(type: str, model: str, special_tokens: bool, eod_token: s
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads, which the child doesn't use
         with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-            return pool.submit(_load, type, model, special_tokens, eod_token).result()
+            try:
+                return pool.submit(_load, type, model, special_tokens, eod_token).result()
+            except BrokenProcessPool as error:
+                raise UserError(
+                    f"the process that loads the tokenizer {model} was killed, most likely for want of memory"
+                ) from error
 
 
 def _load(type: str, model: str, special_tokens: bool, eod_token: str | None) -> JobTokenizer:

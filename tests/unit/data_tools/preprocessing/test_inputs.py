@@ -1,0 +1,208 @@
+"""Whatever the documents come in, the corpus is the same; and what can't be read is told."""
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from data_tools.preprocessing import readers
+from data_tools.preprocessing.sources import Form, Share, Source, find_files, open_source, shares_of
+from moelpr.errors import UserError
+
+FLAGS = ("--language-key", "lang", "--original-languages", "en,es,zh", "--append-eod")
+
+
+def zstd(data: bytes) -> bytes:
+    return pyarrow.compress(data, "zstd", asbytes=True)
+
+
+def table(rows: list[dict[str, Any]]) -> bytes:
+    file = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), file, row_group_size=7)
+    return file.getvalue()
+
+
+@pytest.fixture
+def rows(sentences: dict[str, str]) -> list[dict[str, Any]]:
+    names = list(sentences)
+    return [{"text": " ".join([sentences[names[i % 5]]] * (i % 4)), "n": i, "lang": names[i % 5]} for i in range(61)]
+
+
+@pytest.fixture
+def expected(rows, write_lines, preprocess, hf_tokenizer, corpus_bytes) -> list[bytes]:
+    """The corpus of the rows as plain JSON lines."""
+    path = write_lines("plain.jsonl", rows)
+    return corpus_bytes(f"{preprocess(hf_tokenizer, '--input', path, *FLAGS, out='plain/a')}_text_document")
+
+
+@pytest.mark.parametrize(
+    "name, pack",
+    [
+        ("a.jsonl.gz", gzip.compress),
+        ("a.jsonl.zst", zstd),
+        ("a.jsonl.bz2", bz2.compress),
+        ("a.jsonl.xz", lzma.compress),
+        ("two-members.gz", lambda data: gzip.compress(data[:1000]) + gzip.compress(data[1000:])),
+        ("two-frames.zst", lambda data: zstd(data[:1000]) + zstd(data[1000:])),
+        ("no-suffix", gzip.compress),
+        ("a.parquet", None),
+        ("windows.jsonl", lambda data: b"\xef\xbb\xbf" + data.replace(b"\n", b"\r\n")),
+        ("blank.jsonl", lambda data: b"\n" + data.replace(b"\n", b"\n \t\n").rstrip()),
+    ],
+)
+def test_every_form_gives_the_same_corpus(
+    name: str,
+    pack: Callable[[bytes], bytes] | None,
+    rows,
+    expected,
+    preprocess,
+    hf_tokenizer,
+    corpus_bytes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(readers, "BATCH_BYTES", 1500)
+    plain = (tmp_path / "plain.jsonl").read_bytes()
+    (tmp_path / name).write_bytes(table(rows) if pack is None else pack(plain))
+    prefix = preprocess(hf_tokenizer, "--input", tmp_path / name, *FLAGS, workers=2)
+    assert corpus_bytes(f"{prefix}_text_document") == expected
+
+
+def test_standard_input_gives_the_same_corpus(
+    rows, expected, preprocess, hf_tokenizer, corpus_bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open(tmp_path / "plain.jsonl", "rb") as file:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(file))
+        prefix = preprocess(hf_tokenizer, "--input", "-", *FLAGS)
+    assert corpus_bytes(f"{prefix}_text_document") == expected
+
+
+def test_the_parts_of_a_mixed_folder_are_read_by_name(
+    rows, expected, preprocess, hf_tokenizer, corpus_bytes, tmp_path: Path
+) -> None:
+    folder = tmp_path / "crawl"
+    (folder / "2").mkdir(parents=True)
+    pieces = ["".join(json.dumps(row) + "\n" for row in rows[i : i + 16]).encode() for i in range(0, 61, 16)]
+    (folder / "1.jsonl.gz").write_bytes(gzip.compress(pieces[0]))
+    (folder / "2" / "a.parquet").write_bytes(table(rows[16:32]))
+    (folder / "3.jsonl").write_bytes(pieces[2])
+    (folder / "4.json.zst").write_bytes(zstd(pieces[3]))
+    for name in ("README.md", "_SUCCESS", ".hidden.jsonl"):
+        (folder / name).write_text("not data")
+    prefix = preprocess(hf_tokenizer, "--input", folder, *FLAGS)
+    assert corpus_bytes(f"{prefix}_text_document") == expected
+
+
+def test_names_folders_and_patterns_become_files_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("b/2.jsonl", "b/1.jsonl", "b/x/3.jsonl.xz", "a[1].jsonl", "c.txt"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+    assert find_files(["c.txt", "b", "a[1].jsonl"]) == [
+        "c.txt",
+        "b/1.jsonl",
+        "b/2.jsonl",
+        "b/x/3.jsonl.xz",
+        "a[1].jsonl",
+    ]
+    assert find_files(["**/*.jsonl"]) == ["a[1].jsonl", "b/1.jsonl", "b/2.jsonl"]
+    with pytest.raises(UserError, match=r"no file matches --input nothing-\*"):
+        find_files(["nothing-*"])
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 5, 40])
+def test_shards_take_all_lines_and_every_archive_once(num_shards: int) -> None:
+    forms = [Form.LINES, Form.GZIP, Form.LINES, Form.PARQUET, Form.ZSTD]
+    sources = [
+        Source(f"{index}", form, size) for index, (form, size) in enumerate(zip(forms, (50, 9, 0, 31, 10), strict=True))
+    ]
+    shares = [share for shard in range(num_shards) for share in shares_of(sources, shard, num_shards)]
+    assert [share for share in shares if share.source.form is not Form.LINES] == [
+        Share(source, 0, source.bytes) for source in sources if source.form is not Form.LINES
+    ]
+    plain = [(share.start, share.stop) for share in shares if share.source.path == "0"]
+    assert plain[0][0] == 0 and plain[-1][1] == 50
+    assert all(stop == start for (_, stop), (start, _) in zip(plain[:-1], plain[1:], strict=True))
+    assert [share.source.path for share in shares] == sorted(share.source.path for share in shares)
+
+
+@pytest.mark.parametrize(
+    "name, damage, said",
+    [
+        (
+            "a.gz",
+            lambda data: gzip.compress(data)[:-20],
+            r"a\.gz \(gzip\) is damaged or cut short \(Compressed file ended",
+        ),
+        ("a.gz", lambda data: gzip.compress(data)[:300] + b"x" * 400, r"a\.gz \(gzip\) is damaged or cut short"),
+        ("a.zst", lambda data: zstd(data)[:-20], r"a\.zst \(zstd\) is damaged or cut short"),
+        ("a.bz2", lambda data: bz2.compress(data)[:-20], r"a\.bz2 \(bzip2\) is damaged or cut short"),
+        ("a.xz", lambda data: lzma.compress(data)[:-20], r"a\.xz \(xz\) is damaged or cut short"),
+        ("a.parquet", lambda data: table([{"text": "a", "lang": "en"}])[:-20], r"\(Parquet\) is damaged or cut short"),
+        ("a.jsonl", lambda data: data.decode().encode("utf-16"), r"a\.jsonl is UTF-16; convert it to UTF-8"),
+        ("a.jsonl", lambda data: data + bytes(100), r"a\.jsonl:62: NUL bytes, as in a file that was not written"),
+        ("a.json", lambda data: b'[{"text": "a"}]', r"a\.json:1: .* found a list; one object per line is wanted"),
+    ],
+)
+def test_a_damaged_file_stops_the_job_and_leaves_nothing(
+    name: str, damage: Callable[[bytes], bytes], said: str, rows, expected, preprocess, hf_tokenizer, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(damage((tmp_path / "plain.jsonl").read_bytes()))
+    with pytest.raises(UserError, match=said):
+        preprocess(hf_tokenizer, "--input", tmp_path / name, *FLAGS)
+    assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_broken_archive_is_not_skipped(rows, expected, preprocess, hf_tokenizer, tmp_path: Path) -> None:
+    """How many documents it has lost nobody knows, so no share of broken lines can be stated."""
+    (tmp_path / "a.gz").write_bytes(gzip.compress((tmp_path / "plain.jsonl").read_bytes())[:-20])
+    with pytest.raises(UserError, match="fetch it again, or leave it out"):
+        preprocess(hf_tokenizer, "--input", tmp_path / "a.gz", *FLAGS, "--on-error", "skip", "--max-bad-share", "1")
+
+
+def test_an_empty_file_holds_nothing_and_is_mentioned(
+    rows, expected, preprocess, hf_tokenizer, corpus_bytes, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "empty.jsonl.gz").touch()
+    prefix = preprocess(hf_tokenizer, "--input", tmp_path / "empty.jsonl.gz", tmp_path / "plain.jsonl", *FLAGS)
+    assert corpus_bytes(f"{prefix}_text_document") == expected
+    assert "note: " + str(tmp_path / "empty.jsonl.gz") + " is empty" in capsys.readouterr().err
+
+
+def test_a_table_without_the_column_is_told(preprocess, hf_tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(table([{"content": "a", "lang": "en"}]))
+    with pytest.raises(UserError, match=r"a\.parquet has no column text; its columns are content, lang"):
+        preprocess(hf_tokenizer, "--input", tmp_path / "a.parquet", *FLAGS)
+
+
+def test_a_bad_row_is_named(preprocess, hf_tokenizer, tmp_path: Path) -> None:
+    rows = [{"text": "a", "lang": "en"}] * 20 + [{"text": None, "lang": "en"}]
+    (tmp_path / "a.parquet").write_bytes(table(rows))
+    with pytest.raises(UserError, match=r'a\.parquet, row 21: the key "text" holds null, not a string'):
+        preprocess(hf_tokenizer, "--input", tmp_path / "a.parquet", *FLAGS)
+
+
+def test_a_bad_line_of_an_archive_is_named_by_its_number(
+    rows, expected, preprocess, hf_tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "BATCH_BYTES", 500)
+    lines = (tmp_path / "plain.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "a.gz").write_bytes(gzip.compress(b"".join([*lines[:40], b"\n", b"oops\n", *lines[40:]])))
+    with pytest.raises(UserError, match=r"a\.gz:42: not JSON"):
+        preprocess(hf_tokenizer, "--input", tmp_path / "a.gz", *FLAGS)
+
+
+def test_a_file_is_told_by_its_content(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(gzip.compress(b"{}"))
+    assert open_source(str(tmp_path / "a.jsonl")).form is Form.GZIP
+    (tmp_path / "b.gz").write_bytes(b'{"text": "plain"}')
+    assert open_source(str(tmp_path / "b.gz")).form is Form.LINES

@@ -1,0 +1,239 @@
+"""A token has the bit of the span that holds its first byte; languages are detected, and compared with stated ones."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_tools.corpus import Corpus
+from data_tools.preprocessing.backends import Encoded, HuggingFaceBackend
+from data_tools.preprocessing.detection import Detector
+from data_tools.preprocessing.documents import TaggedText
+from data_tools.preprocessing.encoder import Encoder
+from data_tools.preprocessing.languages import UNDETECTED, Bits, LanguageSpans
+from data_tools.preprocessing.tally import Tally
+from data_tools.preprocessing.tokenizing import JobTokenizer, load_job_tokenizer
+from moelpr.data.manifest import Manifest
+from moelpr.data.tokenizer import load_tokenizer
+from moelpr.errors import UserError
+
+LANGUAGES = ("--original-languages", "en,es,zh", "--expanded-languages", "el,hu")
+
+
+def spans(*pairs: tuple[str, str]) -> dict[str, Any]:
+    return {"spans": [{"text": text, "lang": lang} for text, lang in pairs]}
+
+
+MIXED = [
+    spans(("Turn on ", "en"), ("το φως", "el"), (" in the kitchen", "en"), (" ", "el"), ("a lámpát", "hu")),
+    spans(
+        ("Enciende", "es"), (" la luz", "hu"), ("", "el"), ("打开", "zh"), ("厨房", "el"), ("🙂", "zh"), ("🙂", "hu")
+    ),
+    spans(("one language", "en"), (" only", "en")),
+    spans(),
+    spans(("", "en")),
+]
+
+
+def test_a_document_of_spans_has_the_ids_of_its_text(tokenizer: Path, write_lines, preprocess, corpus_bytes) -> None:
+    whole = [{"text": "".join(span["text"] for span in document["spans"])} for document in MIXED]
+    one = preprocess(
+        tokenizer, "--input", write_lines("spans.jsonl", MIXED), "--spans-key", "spans", *LANGUAGES, "--append-eod"
+    )
+    flags = ("--language", "expanded", "--append-eod")
+    other = preprocess(tokenizer, "--input", write_lines("whole.jsonl", whole), *flags, out="whole/a")
+    assert corpus_bytes(f"{one}_text_document")[:2] == corpus_bytes(f"{other}_text_document")[:2]
+
+
+def test_each_byte_level_token_has_the_bit_of_its_first_byte(hf_tokenizer: Path, write_lines, preprocess) -> None:
+    """A byte-level token's bytes are known, so adding up lengths says where each begins: no offsets are needed."""
+    prefix = preprocess(
+        hf_tokenizer, "--input", write_lines("spans.jsonl", MIXED), "--spans-key", "spans", *LANGUAGES, "--append-eod"
+    )
+    corpus = Corpus(f"{prefix}_text_document")
+    backend = load_tokenizer("HuggingFaceTokenizer", str(hf_tokenizer))
+    for index, document in enumerate(MIXED[:3]):
+        bit_of_byte = [
+            int(span["lang"] in ("en", "es", "zh")) for span in document["spans"] for _ in span["text"].encode()
+        ]
+        ids, bits = corpus.document(index)
+        pieces = [backend._tokenizer.convert_ids_to_tokens(int(id)) for id in ids[1:-1]]  # without <s> and </s>
+        starts = np.cumsum([0, *map(len, pieces)])[:-1]  # byte-level: a character per byte
+        assert sum(map(len, pieces)) == len(bit_of_byte)
+        expected = [bit_of_byte[start] for start in starts]
+        assert bits.tolist() == [expected[0], *expected, expected[-1]]
+    assert 0 < corpus.bits.num_original < corpus.bits.num_tokens
+
+
+def test_each_sentencepiece_token_has_the_bit_of_its_first_byte(sp_tokenizer: Path, write_lines, preprocess) -> None:
+    """Here a space is in the token that follows it, and the first one is none of the text's."""
+    document = spans(("Turn on ", "en"), ("το φως", "el"), (" in", "en"))
+    flags = ("--spans-key", "spans", *LANGUAGES)
+    prefix = preprocess(sp_tokenizer, "--input", write_lines("a.jsonl", [document]), *flags)
+    ids, bits = Corpus(f"{prefix}_text_document").document(0)
+    tokenizer = load_tokenizer("SentencePieceTokenizer", str(sp_tokenizer))
+    names = {id: piece for piece, id in tokenizer.vocabulary().items()}
+    position, expected = 0, []
+    text = "▁Turn▁on▁το▁φως▁in"
+    bit = [1] * len("▁Turn▁on▁") + [0] * len("το▁φως") + [1] * len("▁in")
+    for id in ids.tolist():
+        assert text.startswith(names[id], position)
+        expected.append(bit[position])
+        position += len(names[id])
+    assert bits.tolist() == expected and position == len(text)
+
+
+def test_counts_per_language_are_those_of_the_spans(hf_tokenizer: Path, write_lines, preprocess) -> None:
+    flags = ("--spans-key", "spans", *LANGUAGES, "--append-eod")
+    prefix = f"{preprocess(hf_tokenizer, '--input', write_lines('a.jsonl', MIXED), *flags)}_text_document"
+    manifest, corpus = Manifest.read(prefix), Corpus(prefix)
+    assert manifest is not None
+    original = sum(count.tokens for count in manifest.languages.values() if count.bit == "original")
+    assert original == corpus.bits.num_original
+    assert sum(count.tokens for count in manifest.languages.values()) == corpus.bits.num_tokens == manifest.tokens
+    for name in ("en", "es", "zh", "el", "hu"):
+        texts = [[span["text"] for span in document["spans"] if span["lang"] == name] for document in MIXED]
+        assert manifest.languages[name].bytes == sum(len("".join(found).encode()) for found in texts)
+        assert manifest.languages[name].documents == sum(any(found) for found in texts)
+
+
+@pytest.mark.parametrize(
+    "document, said",
+    [
+        ({"text": "a"}, 'the key "spans" is missing'),
+        ({"spans": "a"}, 'the key "spans" holds a string, not a list of spans'),
+        ({"spans": ["a"]}, 'span 1: a string, not an object with "text" and "lang"'),
+        ({"spans": [{"text": "a", "lang": "en"}, {"text": "a"}]}, 'span 2: the key "lang" is missing'),
+        ({"spans": [{"text": 1, "lang": "en"}]}, 'span 1: the key "text" holds a number'),
+        (spans(("a", "tr")), 'span 1: the language "tr" is neither in'),
+    ],
+)
+def test_bad_spans_are_told(document: Any, said: str, hf_tokenizer: Path, write_lines, preprocess) -> None:
+    with pytest.raises(UserError, match=rf"a\.jsonl:1: {said}"):
+        flags = ("--spans-key", "spans", *LANGUAGES)
+        preprocess(hf_tokenizer, "--input", write_lines("a.jsonl", [document]), *flags)
+
+
+@pytest.fixture(scope="module")
+def job_tokenizer(hf_tokenizer: Path) -> JobTokenizer:
+    return load_job_tokenizer("HuggingFaceTokenizer", str(hf_tokenizer), True, None)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(pairs=st.lists(st.tuples(st.text(st.characters(codec="utf-8"), max_size=12), st.sampled_from("ab")), max_size=6))
+def test_any_spans_tag_every_token_once(pairs: list[tuple[str, str]], job_tokenizer: JobTokenizer) -> None:
+    bits = Bits(frozenset("a"), frozenset())
+    tagger = LanguageSpans("spans", bits)
+    encoder = Encoder(
+        HuggingFaceBackend(str(job_tokenizer.source), False), 500, [0], [], 1, tagger, bits, [["text"]], ["text"]
+    )
+    [text] = tagger.texts(spans(*pairs), 0, ["text"])
+    tally = Tally()
+    documents = encoder._documents([text, TaggedText("x", [("b", 1)])], "text", tally)
+    assert documents.run_lengths.sum() == len(documents.tokens) == documents.lengths.sum()
+    assert (documents.run_lengths > 0).all() and (np.diff(documents.run_bits) != 0).all()
+    assert sum(count.tokens for count in tally.corpus("text").languages.values()) == len(documents.tokens)
+    whole = encoder.backend.encode(["".join(text for text, _ in pairs)]).ids
+    assert documents.tokens[: documents.lengths[0]].tolist() == [0, *whole.tolist(), 1]
+
+
+def test_what_is_put_around_a_text_stands_where_the_tokenizer_puts_it() -> None:
+    bits = Bits(frozenset(), frozenset())
+    encoder = Encoder(None, 500, [7, 8], [9], 1, None, bits, [["text"]], ["text"])  # type: ignore[arg-type]
+    wrapped = encoder._wrapped(Encoded(np.array([100, 101, 102], np.int32), np.array([2, 0, 1])))
+    assert wrapped.ids.tolist() == [7, 8, 100, 101, 9, 1, 7, 8, 9, 1, 7, 8, 102, 9, 1]
+    assert wrapped.lengths.tolist() == [6, 4, 5]
+    encoder.prefix, encoder.suffix = [], []
+    wrapped = encoder._wrapped(Encoded(np.array([100, 101, 102], np.int32), np.array([2, 0, 1])))
+    assert wrapped.ids.tolist() == [100, 101, 1, 102, 1] and wrapped.lengths.tolist() == [3, 0, 2]
+
+
+def test_documents_get_the_language_they_are_in(sentences, write_lines, preprocess, hf_tokenizer, capsys) -> None:
+    documents = [{"text": sentences[name]} for name in ("en", "el", "zh", "hu", "es")] + [{"text": "12 34 — 56"}]
+    flags = ("--detect-language", *LANGUAGES)
+    prefix = f"{preprocess(hf_tokenizer, '--input', write_lines('a.jsonl', documents), *flags)}_text_document"
+    corpus, manifest = Corpus(prefix), Manifest.read(prefix)
+    assert [int(corpus.document(index)[1].max()) for index in range(6)] == [1, 0, 1, 0, 1, 0]
+    assert manifest is not None
+    assert {name: count.documents for name, count in manifest.languages.items()} == {
+        **dict.fromkeys(("en", "es", "zh", "el", "hu"), 1),
+        UNDETECTED: 1,
+    }
+    assert "und             expanded" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("choice, found", [("original", [1, 1]), ("expanded", [1, 0]), ("skip", [1])])
+def test_what_is_uncertain_is_what_the_user_says(
+    choice: str, found: list[int], sentences, write_lines, preprocess, hf_tokenizer, capsys
+) -> None:
+    lines = write_lines("a.jsonl", [{"text": sentences["en"]}, {"text": "12 34 — 56"}])
+    prefix = preprocess(hf_tokenizer, "--input", lines, "--detect-language", *LANGUAGES, "--undetected", choice)
+    corpus = Corpus(f"{prefix}_text_document")
+    assert [int(corpus.document(index)[1].max()) for index in range(corpus.num_documents)] == found
+    assert ("1 documents of uncertain language were left out" in capsys.readouterr().out) == (choice == "skip")
+
+
+def test_each_line_may_be_in_its_own_language(sentences, write_lines, preprocess, hf_tokenizer) -> None:
+    text = f"{sentences['en']}\n{sentences['el']}\n12 34\n{' '.join([sentences['en']] * 5)}"
+    flags = ("--detect-language", "line", *LANGUAGES)
+    prefix = preprocess(hf_tokenizer, "--input", write_lines("a.jsonl", [{"text": text}]), *flags)
+    manifest = Manifest.read(f"{prefix}_text_document")
+    assert manifest is not None
+    assert set(manifest.languages) == {"en", "el"}  # the numbers take the whole document's
+    assert manifest.languages["el"].bytes == len(f"{sentences['el']}\n".encode())
+    ids, bits = Corpus(f"{prefix}_text_document").document(0)
+    greek = load_tokenizer("HuggingFaceTokenizer", str(hf_tokenizer)).decode(ids[bits == 0].tolist())
+    assert greek.strip() == sentences["el"]
+
+
+def test_a_language_nobody_knows_is_told() -> None:
+    with pytest.raises(UserError, match="py3langid knows no language gr; it knows ISO 639-1 codes such as"):
+        Detector(frozenset({"gr"}), 0.5)
+
+
+def test_the_audit_counts_what_is_stated_against_what_is_found(
+    sentences, write_lines, preprocess, hf_tokenizer, corpus_bytes, capsys
+) -> None:
+    stated = [("en", "en"), ("en", "el"), ("el", "el"), ("el", "el"), ("hu", "es")]
+    lines = write_lines("a.jsonl", [{"text": sentences[found], "lang": name} for name, found in stated])
+    flags = ("--language-key", "lang", *LANGUAGES)
+    plain = preprocess(hf_tokenizer, "--input", lines, *flags)
+    capsys.readouterr()
+    audited = preprocess(hf_tokenizer, "--input", lines, *flags, "--audit", out="audited/a")
+    assert corpus_bytes(f"{audited}_text_document") == corpus_bytes(f"{plain}_text_document")
+    out = capsys.readouterr().out.splitlines()
+    start = next(index for index, line in enumerate(out) if "by the language stated" in line)
+    assert [line.split() for line in out[start + 1 : start + 5]] == [
+        ["el", "en", "es", "others"],
+        ["el", "2", "0", "0", "0"],
+        ["en", "1", "1", "0", "0"],
+        ["hu", "0", "0", "1", "0"],
+    ]
+    assert "2 of 5 documents (40.00%) would have the other bit" in out[start + 5]
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--detect-language"], "--detect-language needs --original-languages"),
+        (["--spans-key", "spans"], "--spans-key needs --original-languages"),
+        (["--detect-language", "--original-languages", "en", "--audit"], "--detect-language states none"),
+        (["--language", "original", "--undetected", "skip"], "--undetected needs --detect-language"),
+        (["--spans-key", "s", "--original-languages", "en", "--json-keys", "a"], "leave --json-keys out"),
+        (["--detect-language", "--original-languages", "en", "--min-confidence", "2"], "must be between 0 and 1"),
+    ],
+)
+def test_language_flags_that_contradict_each_other_stop_the_job(
+    flags: list[str], said: str, preprocess, hf_tokenizer, write_lines
+) -> None:
+    with pytest.raises(UserError, match=said):
+        preprocess(hf_tokenizer, "--input", write_lines("a.jsonl", [{"text": "a"}]), *flags)
+
+
+def test_without_py3langid_one_sentence_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "py3langid.langid", None)
+    with pytest.raises(UserError, match=r"pip install 'moelpr\[language-id\]'"):
+        Detector(frozenset(), 0.5)

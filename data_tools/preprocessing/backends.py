@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -87,6 +87,10 @@ class SentencePieceBackend:
         from sentencepiece import SentencePieceProcessor
 
         self._processor = SentencePieceProcessor(model_proto=model)
+        processor = self._processor
+        ids = range(processor.get_piece_size())
+        #: Tokens that no text becomes: "<s>" in a text is three characters.
+        self.control_tokens = [processor.id_to_piece(id) for id in ids if processor.is_control(id)]
 
     def encode(self, texts: list[str]) -> Encoded:
         arrays: list[NDArray[np.int32]] = self._processor.encode(texts, return_type="numpy", num_threads=1)
@@ -115,7 +119,10 @@ class SlowHuggingFaceBackend:
         )
 
     def encode_with_starts(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        raise UserError("this tokenizer has no tokenizer.json, so it can't be told which span a token is in")
+        raise UserError(
+            "the tokenizer has no tokenizer.json, so nobody can tell where its tokens begin; spans and long texts need "
+            "that, so convert it to a fast one"
+        )
 
 
 class GigatokenBackend:
@@ -136,8 +143,28 @@ class GigatokenBackend:
         self._reference = reference
         self._tokenizer = self._load()
         self._full_at_bytes = 0
+        # gigatoken takes these in a text for the tokens of that name, SentencePiece takes them for text.
+        self._not_for_it = reference.control_tokens if isinstance(reference, SentencePieceBackend) else []
 
     def encode(self, texts: list[str]) -> Encoded:
+        if any(token in text for text in texts for token in self._not_for_it):
+            groups = groupby(texts, lambda text: any(token in text for token in self._not_for_it))
+            parts = [
+                self._reference.encode(list(group)) if is_not_for_it else self._encode(list(group))
+                for is_not_for_it, group in groups
+            ]
+            return Encoded(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+        return self._encode(texts)
+
+    def encode_with_starts(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        return self._reference.encode_with_starts(text)
+
+    def agrees(self, texts: list[str]) -> bool:
+        """Whether the ids of these texts are the reference's."""
+        ours, theirs = self.encode(texts), self._reference.encode(texts)
+        return np.array_equal(ours.lengths, theirs.lengths) and np.array_equal(ours.ids, theirs.ids)
+
+    def _encode(self, texts: list[str]) -> Encoded:
         if self._full_at_bytes == 0:
             self._full_at_bytes = _resident_bytes() + _CACHE_BYTES
         elif _resident_bytes() > self._full_at_bytes:
@@ -147,14 +174,6 @@ class GigatokenBackend:
         offsets = np.asarray(rows.offsets.data)
         ids = np.asarray(rows.content.data)[: offsets[-1]]
         return Encoded(ids.astype(np.int32), np.diff(offsets).astype(np.int64))
-
-    def encode_with_starts(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        return self._reference.encode_with_starts(text)
-
-    def agrees(self, texts: list[str]) -> bool:
-        """Whether the ids of these texts are the reference's."""
-        ours, theirs = self.encode(texts), self._reference.encode(texts)
-        return np.array_equal(ours.lengths, theirs.lengths) and np.array_equal(ours.ids, theirs.ids)
 
     def _load(self) -> Any:
         import gigatoken

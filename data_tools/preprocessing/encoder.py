@@ -159,7 +159,7 @@ class Encoder:
     ) -> tuple[NDArray[np.int32], NDArray[np.uint8], NDArray[np.int64]]:
         """One text that is long or in several languages: ids [tokens], and bits and lengths of its runs [runs]."""
         if len(text.spans) == 1:
-            ids = encode_long_text(self.backend, text.text)
+            ids = np.concatenate(list(encode_long_text(self.backend, [text.text])))
             span = np.zeros(len(ids), np.int64)
         else:
             ids, starts = self.backend.encode_with_starts(text.text)

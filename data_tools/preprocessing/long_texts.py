@@ -1,12 +1,14 @@
-"""Texts of any length in bounded memory: cut into pieces where that provably changes no id.
+"""Texts of any length in bounded memory: encoded in overlapping pieces, which have the ids of the whole.
 
-A tokenizer takes a hundred times a text's size while it works. A piece therefore ends where cutting changes nothing:
-where the text around the cut, encoded as a whole, is the ids of its left half and then those of its right half. That
-window is longer than anything a tokenizer looks back or ahead for, a word or a run of white space.
+A tokenizer takes a hundred times a text's size while it works, so a long one is encoded a million characters at a time.
+A piece begins well before the one before it ends. Somewhere in this overlap both have found the same tokens at the same
+characters for thousands of characters on end; there the second takes over. What a tokenizer sees less of at the ends of
+a piece (a word, a run of white space, the space some put before a text) has had no effect by then, as nothing that it
+looks at is that long. Where there is no such place, the text is refused.
 """
 
-import re
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,57 +17,64 @@ from data_tools.preprocessing.backends import Backend
 from data_tools.preprocessing.documents import BadLine
 
 LONG_TEXT_CHARACTERS = 1 << 20
-_WINDOW_CHARACTERS = 1 << 13
-_TRIES = 64
-# Likely places: behind the end of a line, before or behind a space, behind the punctuation of scripts without spaces.
-_BORDERS = re.compile(r"(?<=\n)(?=\S)|(?<=\S)(?= \S)|(?<=\S )(?=\S)|(?<=[。，！？；：、])|(?<=\w)(?=\W)|(?<=\W)(?=\w)")
+_WINDOW_CHARACTERS = 1 << 13  # that must agree
+_OVERLAP_WINDOWS = 8
 
 
-def encode_long_text(backend: Backend, text: str) -> NDArray[np.int32]:
-    """A text's ids, int32 [tokens]: those of encoding it as a whole.
+class _Piece(NamedTuple):
+    """Tokens of a part of a text: ids and, in the whole text, the characters they begin at, [tokens] each."""
+
+    ids: NDArray[np.int32]
+    starts: NDArray[np.int64]
+
+
+def encode_long_text(backend: Backend, parts: Iterable[str]) -> Iterator[NDArray[np.int32]]:
+    """The ids of a text that comes in parts, in pieces; they depend on the text only.
 
     Raises:
-        BadLine: it has a part of a million characters with no place where it could be cut.
+        BadLine: it has a part that can't be encoded in pieces.
     """
-    pieces = [backend.encode([piece]).ids for piece in cut(backend, iter([text]))]
-    return np.concatenate(pieces)
+    held, first = None, 0
+    for begin, characters in _overlapping(parts):
+        ids, starts = backend.encode_with_starts(characters)
+        piece = _Piece(ids, starts + begin)
+        if held is not None:
+            last, next_first = _handover(held, piece, begin)
+            yield held.ids[first:last]
+            first = next_first
+        held = piece
+    if held is not None:
+        yield held.ids[first:]
 
 
-def cut(backend: Backend, parts: Iterable[str]) -> Iterator[str]:
-    """Pieces of a text that comes in parts; their ids, one after another, are the text's.
-
-    A space that a tokenizer puts before each text itself is left out at a piece's start.
-    """
-    ahead = ""
+def _overlapping(parts: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """Pieces of LONG_TEXT_CHARACTERS with the characters they begin at; each overlaps the one before."""
+    step = LONG_TEXT_CHARACTERS - _OVERLAP_WINDOWS * _WINDOW_CHARACTERS
+    begin, ahead = 0, ""
     for part in parts:
         ahead += part
-        while len(ahead) > LONG_TEXT_CHARACTERS + 2 * _WINDOW_CHARACTERS:
-            end, start = _place_to_cut(backend, ahead)
-            yield ahead[:end]
-            ahead = ahead[start:]
-    yield ahead
+        start = 0
+        while len(ahead) - start > LONG_TEXT_CHARACTERS:
+            yield begin, ahead[start : start + LONG_TEXT_CHARACTERS]
+            start += step
+            begin += step
+        ahead = ahead[start:]
+    yield begin, ahead
 
 
-def _place_to_cut(backend: Backend, text: str) -> tuple[int, int]:
-    """Where the first piece ends and where the next one starts."""
-    # From the right end on to the left, so that pieces are about as long as they may be.
-    tried = 0
-    for stop in range(LONG_TEXT_CHARACTERS, _WINDOW_CHARACTERS, -_WINDOW_CHARACTERS):
-        begin = stop - _WINDOW_CHARACTERS
-        for match in reversed(list(_BORDERS.finditer(text, begin, stop))[-8:]):
-            border = match.start()
-            for start in (border, border + 1) if text[border] == " " else (border,):
-                if _changes_nothing(backend, text, border, start):
-                    return border, start
-            tried += 1
-        if tried >= _TRIES:
-            break
+def _handover(left: _Piece, right: _Piece, begin: int) -> tuple[int, int]:
+    """The token of `left` that is left out first, and the token of `right` that takes its place."""
+    half = _WINDOW_CHARACTERS // 2
+    for window in range(1, _OVERLAP_WINDOWS):
+        place = begin + window * _WINDOW_CHARACTERS
+        borders = [place - half, place, place + half]
+        first_left, at_left, last_left = np.searchsorted(left.starts, borders).tolist()
+        first_right, at_right, last_right = np.searchsorted(right.starts, borders).tolist()
+        same_ids = np.array_equal(left.ids[first_left:last_left], right.ids[first_right:last_right])
+        same_starts = np.array_equal(left.starts[first_left:last_left], right.starts[first_right:last_right])
+        if same_ids and same_starts and at_left < last_left:
+            return at_left, at_right
     raise BadLine(
-        f"holds a text with {LONG_TEXT_CHARACTERS:,} characters that can't be cut for the tokenizer; split it"
+        f"a text with {_OVERLAP_WINDOWS * _WINDOW_CHARACTERS:,} characters without a place where the tokenizer begins "
+        f"afresh; split it, or leave it out"
     )
-
-
-def _changes_nothing(backend: Backend, text: str, end: int, start: int) -> bool:
-    left, right = text[end - _WINDOW_CHARACTERS : end], text[start : start + _WINDOW_CHARACTERS]
-    whole = backend.encode([text[end - _WINDOW_CHARACTERS : start + _WINDOW_CHARACTERS]]).ids
-    return np.array_equal(whole, backend.encode([left, right]).ids)

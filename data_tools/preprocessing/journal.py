@@ -58,7 +58,8 @@ class Journal:
         self.spool.mkdir()
         self._skipped_bytes = 0 if self.state is None else self.state["skipped_bytes"]
         self._skipped = open(self.folder / _SKIPPED, "ab")
-        self._skipped.truncate(self._skipped_bytes)
+        if (self.folder / _SKIPPED).stat().st_size > self._skipped_bytes:
+            self._skipped.truncate(self._skipped_bytes)
 
     def add_problems(self, problems: list[str]) -> None:
         """Note skipped lines."""
@@ -75,10 +76,12 @@ class Journal:
             temporary.write_text(json.dumps(self.state), "utf-8")
 
     def keep_problems(self, path: Path) -> None:
-        """Give the list of skipped lines its name."""
+        """Give the list of skipped lines its name; without any, an older list goes."""
         self._skipped.close()
         unfinished = self.folder / _SKIPPED
-        if self._skipped_bytes and unfinished.exists():
+        if self._skipped_bytes == 0:
+            path.unlink(missing_ok=True)
+        elif unfinished.stat().st_size:  # else an interrupted job has done it
             os.replace(unfinished, path)
 
     def __enter__(self) -> Self:

@@ -1,0 +1,237 @@
+"""An interrupted job leaves nothing that looks whole; resumed, it ends in the bytes of an uninterrupted one."""
+
+import fcntl
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_tools import preprocess_data
+from data_tools.preprocessing import journal, readers
+from moelpr.data.manifest import Manifest
+from moelpr.errors import UserError
+
+FLAGS = (
+    *("--language-key", "lang", "--original-languages", "en,es,zh", "--append-eod", "--json-keys", "text", "title"),
+    *("--validation-share", "0.2", "--on-error", "skip", "--max-bad-share", "0.5"),
+)
+CORPORA = ("text", "title", "validation_text", "validation_title")
+
+
+@pytest.fixture
+def inputs(sentences: dict[str, str], write_lines: Callable[..., Path], tmp_path: Path) -> list[Path]:
+    """A plain file, an archive and a table, with broken lines and blank ones."""
+    from pyarrow import Table, parquet
+
+    names = list(sentences)
+    rows = [
+        {"text": f"{sentences[names[i % 5]]} {i}" * (i % 3), "title": f"title {i}", "lang": names[i % 5]}
+        for i in range(300)
+    ]
+    plain = write_lines("a.jsonl", rows[:120])
+    plain.write_bytes(plain.read_bytes() + b"broken\n\n")
+    other = write_lines("b.jsonl", rows[120:220])
+    (tmp_path / "b.gz").write_bytes(gzip.compress(b"\n" + other.read_bytes() + b"{\n"))
+    parquet.write_table(Table.from_pylist(rows[220:]), tmp_path / "c.parquet", row_group_size=30)
+    return [plain, tmp_path / "b.gz", tmp_path / "c.parquet"]
+
+
+def everything(prefix: Path) -> dict[str, bytes]:
+    """All files beside an output prefix, without what names the folder."""
+    return {path.name: path.read_bytes() if path.is_file() else b"" for path in prefix.parent.iterdir()}
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, batches: int, error: type[BaseException]) -> None:
+    """Let a job end after so many batches, as Ctrl-C or a broken line ends it."""
+    write = preprocess_data.Job._write_batch
+    written = 0
+
+    def write_some(*arguments: Any) -> None:
+        nonlocal written
+        if written == batches:
+            raise error("stopped")
+        written += 1
+        write(*arguments)
+
+    monkeypatch.setattr(preprocess_data.Job, "_write_batch", write_some)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("samples", [[], ["--max-samples", "200"]])
+def test_a_resumed_job_ends_in_the_same_bytes_wherever_it_was_interrupted(
+    every: int, samples: list[str], inputs, preprocess, hf_tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "BATCH_BYTES", 2000)
+    words = ("--input", *inputs, *FLAGS, *samples)
+    whole = everything(preprocess(hf_tokenizer, *words, out="whole/a"))
+    assert len(whole) == 4 * len(CORPORA) + 1  # with manifests, and the list of skipped lines
+    interruptions = 0
+    while True:
+        with monkeypatch.context() as patched:
+            patched.setattr(preprocess_data, "SAVE_EVERY_S", 0 if every == 1 else 1e9)
+            stop_after(patched, every, KeyboardInterrupt)
+            if every == 3:  # saved once, then three batches that are lost and done again
+                saved = iter([True, False, False, False])
+                patched.setattr(preprocess_data, "SAVE_EVERY_S", _Sometimes(saved))
+            try:
+                prefix = preprocess(hf_tokenizer, *words, "--resume", out="parts/a")
+            except KeyboardInterrupt:
+                interruptions += 1
+                assert [path.name for path in (tmp_path / "parts").iterdir()] == [".a.unfinished"]
+                continue
+        break
+    assert interruptions > 5
+    assert everything(prefix) == whole
+
+
+class _Sometimes(float):
+    """A number of seconds that has passed when the iterator says so."""
+
+    def __new__(cls, answers: Any) -> "_Sometimes":
+        made = super().__new__(cls, 0)
+        made.answers = answers
+        return made
+
+    def __le__(self, _: object) -> bool:  # elapsed >= seconds asks the right-hand side first: it is the subclass
+        return next(self.answers, False)
+
+
+def test_a_job_killed_while_it_names_its_files_is_completed(
+    inputs, preprocess, hf_tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--input", *inputs, *FLAGS)
+    whole = everything(preprocess(hf_tokenizer, *words, out="whole/a"))
+    replace = os.replace
+    for renames in range(3, 20, 2):
+        out = f"parts{renames}/a"
+        left = renames
+
+        def some(source: Any, target: Any) -> None:
+            nonlocal left
+            if "unfinished" in str(source) and "unfinished" not in str(target):
+                left -= 1
+                if left < 3:
+                    raise KeyboardInterrupt
+            replace(source, target)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "replace", some)
+            try:
+                preprocess(hf_tokenizer, *words, "--resume", out=out)
+            except KeyboardInterrupt:
+                pass
+            else:
+                break
+        for path in (tmp_path / f"parts{renames}").glob("*.idx"):  # where there is an index the corpus is whole
+            assert Manifest.read(path.with_suffix("")) is not None
+            assert path.with_suffix(".bin").exists() and path.with_suffix(".lang").exists()
+        assert everything(preprocess(hf_tokenizer, *words, "--resume", out=out)) == whole
+    assert renames > 14
+
+
+def test_a_job_killed_when_all_has_its_name_has_nothing_left_to_do(
+    inputs, preprocess, hf_tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--input", *inputs, *FLAGS, "--resume")
+    with monkeypatch.context() as patched:
+        patched.setattr(journal.Journal, "__exit__", lambda self, *_: self._lock.close())
+        whole = everything(preprocess(hf_tokenizer, *words))
+    del whole[".a.unfinished"]
+    assert everything(preprocess(hf_tokenizer, *words)) == whole
+
+
+def test_kill_9_leaves_nothing_that_looks_whole_and_resume_continues(
+    sentences, write_lines, preprocess, hf_tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real thing: a process that is killed, workers included."""
+    lines = write_lines("a.jsonl", [{"text": f"{text} {i}"} for i in range(4000) for text in sentences.values()])
+    words = ["--input", str(lines), "--language", "expanded", "--append-eod"]
+    tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(hf_tokenizer)]
+    program = (
+        "import sys, time; from data_tools import preprocess_data as p; from data_tools.preprocessing import readers;"
+        "p.SAVE_EVERY_S = 0; readers.BATCH_BYTES = 20_000; save = p.Job.save;"
+        "p.Job.save = lambda job: (save(job), time.sleep(0.05)); p.main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", program, *words, *tokenizer, "--output-prefix", str(tmp_path / "killed" / "a")]
+    process = subprocess.Popen([*command, "--workers", "2"], start_new_session=True, stderr=subprocess.DEVNULL)
+    state = tmp_path / "killed" / ".a.unfinished" / "state.json"
+    deadline = time.monotonic() + 60
+    while not (state.exists() and json.loads(state.read_bytes())["file_bytes"] > 100_000):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == [".a.unfinished"]
+
+    monkeypatch.setattr(readers, "BATCH_BYTES", 7000)  # nor does it matter in which pieces the rest is read
+    whole = everything(preprocess(hf_tokenizer, *words, out="whole/a"))
+    assert everything(preprocess(hf_tokenizer, *words, "--resume", out="killed/a")) == whole
+
+
+def test_an_error_keeps_what_is_done_only_for_a_job_that_can_be_resumed(
+    inputs, preprocess, hf_tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_after(monkeypatch, 1, UserError)
+    for flags, left in (([], []), (["--resume"], [".a.unfinished"])):
+        with pytest.raises(UserError, match="stopped"):
+            preprocess(hf_tokenizer, "--input", *inputs, *FLAGS, *flags)
+        assert [path.name for path in (tmp_path / "out").iterdir()] == left
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (["--seed", "7"], "was started with other --seed; give it the same, or leave out --resume"),
+        (["--expanded-languages", "el,hu"], "was started with other --expanded-languages"),
+        ([], "was started with other input files"),
+    ],
+)
+def test_a_job_is_gone_on_with_as_it_was_started(
+    change: list[str],
+    said: str,
+    inputs,
+    preprocess,
+    hf_tokenizer,
+    corpus_bytes,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setattr(preprocess_data, "SAVE_EVERY_S", 0)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        stop_after(patched, 1, KeyboardInterrupt)
+        preprocess(hf_tokenizer, "--input", *inputs, *FLAGS, "--resume")
+    if not change:
+        with open(inputs[0], "a") as file:
+            file.write("\n")
+    with pytest.raises(UserError, match=said):
+        preprocess(hf_tokenizer, "--input", *inputs, *FLAGS, *change, "--resume")
+    # Without the flag it starts afresh.
+    prefix = preprocess(hf_tokenizer, "--input", *inputs, *FLAGS, *change)
+    whole = preprocess(hf_tokenizer, "--input", *inputs, *FLAGS, *change, out="whole/a")
+    for name in CORPORA:
+        assert corpus_bytes(f"{prefix}_{name}_document") == corpus_bytes(f"{whole}_{name}_document")
+
+
+def test_two_jobs_cant_write_one_corpus(inputs, preprocess, hf_tokenizer, tmp_path: Path) -> None:
+    folder = journal.unfinished_folder(str(tmp_path / "out" / "a"))
+    folder.mkdir(parents=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another job is writing .*out/a; wait for it"):
+            preprocess(hf_tokenizer, "--input", *inputs, *FLAGS)
+
+
+def test_a_damaged_state_is_told(inputs, preprocess, hf_tokenizer, tmp_path: Path) -> None:
+    folder = journal.unfinished_folder(str(tmp_path / "out" / "a"))
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text("{}")
+    with pytest.raises(UserError, match=r"state\.json is damaged, so the job can't be resumed; leave out --resume"):
+        preprocess(hf_tokenizer, "--input", *inputs, *FLAGS, "--resume")

@@ -1,7 +1,7 @@
 """Megatron's indexed dataset and GPT dataset, with one language bit beside every token.
 
-Packing, shuffling and blending stay Megatron's: the indexed dataset hands each bit over in a high bit of the int64
-token ids, and the GPT dataset splits it off again before anything looks at the ids.
+Packing, shuffling and blending stay Megatron's: the indexed dataset notes from where it read the parts of a sample, and
+the GPT dataset looks up the bits of all these places at once.
 """
 
 from dataclasses import dataclass, field
@@ -13,10 +13,9 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 from numpy.typing import NDArray
 
+from moelpr.data.corpus_index import CorpusIndex
 from moelpr.data.language_bits import open_language_bits
 from moelpr.errors import UserError
-
-_ORIGINAL_BIT = 1 << 32  # above every token id: .bin files hold at most 32 bits
 
 
 @dataclass(frozen=True)
@@ -30,13 +29,18 @@ class TokenIds:
 
 
 class TaggedIndexedDataset(IndexedDataset):
-    """`<prefix>.bin/.idx/.lang`: int64 token ids whose bit 32 is set where the token is original-language text.
+    """`<prefix>.bin/.idx/.lang`, all three checked when they are opened.
+
+    Attributes:
+        bits: the language bits.
+        edges: start and stop, in tokens, of everything that `get` has read since `edges` was emptied.
 
     Raises:
-        UserError: `.lang` is missing or doesn't cover `.bin`.
+        UserError: a file is missing or damaged, or two of them don't belong together.
     """
 
     def __init__(self, path_prefix: str, **options: Any) -> None:
+        CorpusIndex.open(path_prefix)  # Megatron would trust what it reads
         super().__init__(path_prefix, **options)
         self._open_bits()
 
@@ -45,19 +49,24 @@ class TaggedIndexedDataset(IndexedDataset):
         self._open_bits()
 
     def _open_bits(self) -> None:
-        self._bits = open_language_bits(
-            self.path_prefix, num_tokens=int(self.index.sequence_lengths.sum(dtype=np.int64))
-        )
+        num_tokens = int(self.index.sequence_lengths.sum(dtype=np.int64))
+        self.bits = open_language_bits(self.path_prefix, num_tokens)
+        self.edges: list[int] = []
+        self._pointers, self._lengths = self.index.sequence_pointers, self.index.sequence_lengths
+        self._token_bytes = DType.size(self.index.dtype)
+        # A slice of all tokens costs a third of what Megatron's way to one sequence does.
+        self._tokens = self.bin_reader.read(self.index.dtype, num_tokens, 0) if self.mmap else None
 
-    def get(self, idx: int, offset: int = 0, length: int | None = None) -> NDArray[np.int64]:
-        tokens = super().get(idx, offset, length)
-        start = int(self.index.sequence_pointers[idx]) // DType.size(self.index.dtype) + offset
-        bits = self._bits.slice(start, start + len(tokens))
-        return tokens.astype(np.int64) | (bits.astype(np.int64) << 32)
+    def get(self, idx: int, offset: int = 0, length: int | None = None) -> NDArray[np.number]:
+        sequence = self._pointers.item(idx) // self._token_bytes
+        start = sequence + offset
+        stop = sequence + self._lengths.item(idx) if length is None else start + int(length)
+        self.edges += (start, stop)
+        return super().get(idx, offset, length) if self._tokens is None else self._tokens[start:stop]
 
 
 class TaggedGPTDataset(GPTDataset):
-    """Megatron's GPT samples plus two int64 tensors [sequence length]: `is_original` and `is_original_label`.
+    """Megatron's GPT samples plus two uint8 tensors [sequence length]: `is_original` and `is_original_label`.
 
     They are the language bits of `tokens` and of `labels` (the tokens one step later).
     """
@@ -72,18 +81,17 @@ class TaggedGPTDataset(GPTDataset):
 
     def __getitem__(self, idx: int | None) -> dict[str, Any]:
         sample = super().__getitem__(idx)  # asks _query_document_sample_shuffle_indices, which leaves the bits here
-        bits = torch.from_numpy(self._sample_bits)
-        sample["is_original"], sample["is_original_label"] = bits[:-1].contiguous(), bits[1:].contiguous()
+        bits = self._sample_bits
+        sample["is_original"], sample["is_original_label"] = torch.from_numpy(bits[:-1]), torch.from_numpy(bits[1:])
         return sample
 
     def _query_document_sample_shuffle_indices(
         self, idx: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], list[int]]:
-        tagged, document_ids, document_lengths = super()._query_document_sample_shuffle_indices(idx)
-        is_padding = tagged < 0
-        self._sample_bits = np.where(is_padding, 0, tagged >> 32)
-        tokens = np.where(is_padding, tagged, tagged & (_ORIGINAL_BIT - 1))
-        largest = int(tokens.max())
+        edges = self.dataset.edges
+        edges.clear()
+        tokens, document_ids, document_lengths = super()._query_document_sample_shuffle_indices(idx)
+        self._sample_bits, largest = self.dataset.bits.of_sample(edges, tokens)
         if largest >= self.config.tokenizer.vocab_size:
             raise UserError(
                 f"{self.dataset_path}.bin holds token id {largest}, but the model's vocabulary has "

@@ -160,7 +160,24 @@ class LanguageBits:
             IndexError: unless 0 <= start <= stop <= num_tokens.
         """
         self._check_range(start, stop)
-        return _language_bits.unpack(self._payload, start, stop)
+        first = start // 8
+        bits = np.unpackbits(self._payload[first : payload_bytes(stop)], bitorder="little")
+        return bits[start - 8 * first : stop - 8 * first]
+
+    def of_sample(self, edges: list[int], ids: NDArray[np.int64]) -> tuple[NDArray[np.uint8], int]:
+        """The bits of a training sample, and its largest token id, in one pass.
+
+        Args:
+            edges: start and stop of every range of tokens that the sample was read from, one after another.
+            ids: [tokens] the sample's token ids; those behind the last range are padding, their bits are 0.
+
+        Returns:
+            Bits, uint8 [tokens], and the largest id.
+
+        Raises:
+            IndexError: a range outside the file, or more tokens in the ranges than in the sample.
+        """
+        return _language_bits.tag(self._payload, edges, ids)
 
     def count(self, start: int, stop: int) -> int:
         """The number of original-language tokens among tokens [start, stop).

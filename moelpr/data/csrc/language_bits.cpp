@@ -19,6 +19,7 @@ namespace py = pybind11;
 
 // Contiguous bytes, taken as they are: a wrong dtype is an error, never a silent copy.
 using Bytes = py::array_t<std::uint8_t, py::array::c_style>;
+using Ids = py::array_t<std::int64_t, py::array::c_style>;
 
 namespace {
 
@@ -100,17 +101,33 @@ void fill_ones(Bytes packed, std::int64_t start, std::int64_t stop) {
     out[last] |= mask(0, high);
 }
 
-// Bits [start, stop) as bytes 0 or 1.
-Bytes unpack(const Bytes& packed, std::int64_t start, std::int64_t stop) {
-    check_range(packed, start, stop);
-    Bytes flags(stop - start);
-    const std::uint8_t* in = packed.data();
-    std::uint8_t* out = flags.mutable_data();
+// Bits [start, stop) as bytes 0 or 1, at `out`.
+void unpack(const std::uint8_t* in, std::int64_t start, std::int64_t stop, std::uint8_t* out) {
     std::int64_t i = start;
     for (; i < stop && i % 8 != 0; ++i) *out++ = (in[i / 8] >> (i % 8)) & 1;
     for (; i + 8 <= stop; i += 8, out += 8) std::memcpy(out, &kUnpack.flags[in[i / 8]], 8);
     for (; i < stop; ++i) *out++ = (in[i / 8] >> (i % 8)) & 1;
-    return flags;
+}
+
+// What a training sample needs beside its token ids: their bits, read from the ranges [start, stop) that the ids were
+// read from and laid one after another (0 for ids behind the last range, which are padding); and the largest id.
+py::tuple tag(const Bytes& packed, const py::list& edges, const Ids& ids) {
+    const std::int64_t size = ids.size();
+    Bytes bits(size);
+    std::uint8_t* out = bits.mutable_data();
+    std::int64_t done = 0;
+    for (std::size_t i = 0; i + 1 < edges.size(); i += 2) {
+        const auto start = edges[i].cast<std::int64_t>(), stop = edges[i + 1].cast<std::int64_t>();
+        check_range(packed, start, stop);
+        if (stop - start > size - done) throw std::out_of_range("more bits than token ids");
+        unpack(packed.data(), start, stop, out + done);
+        done += stop - start;
+    }
+    std::memset(out + done, 0, static_cast<std::size_t>(size - done));
+    std::int64_t largest = -1;
+    const std::int64_t* id = ids.data();
+    for (std::int64_t i = 0; i < size; ++i) largest = id[i] > largest ? id[i] : largest;
+    return py::make_tuple(bits, largest);
 }
 
 // The number of ones among bits [start, stop).
@@ -135,9 +152,9 @@ std::int64_t count_ones(const Bytes& packed, std::int64_t start, std::int64_t st
 }  // namespace
 
 PYBIND11_MODULE(_language_bits, module) {
-    module.doc() = "Packed language bits: pack, fill, unpack and count at any bit offset.";
+    module.doc() = "Packed language bits: pack, fill, count and read samples at any bit offset.";
     module.def("pack_into", &pack_into, py::arg("packed").noconvert(), py::arg("start"), py::arg("flags").noconvert());
     module.def("fill_ones", &fill_ones, py::arg("packed").noconvert(), py::arg("start"), py::arg("stop"));
-    module.def("unpack", &unpack, py::arg("packed").noconvert(), py::arg("start"), py::arg("stop"));
+    module.def("tag", &tag, py::arg("packed").noconvert(), py::arg("edges"), py::arg("ids").noconvert());
     module.def("count_ones", &count_ones, py::arg("packed").noconvert(), py::arg("start"), py::arg("stop"));
 }

@@ -36,14 +36,18 @@ def build(kind: type, prefixes: list[str], vocab: int = 500, samples: int = 30):
     return train
 
 
-def test_bits_ride_above_the_token_ids(write_corpus: Callable) -> None:
-    prefix, tokens, is_original = write_corpus("corpus")
-    dataset, plain = TaggedIndexedDataset(str(prefix)), IndexedDataset(str(prefix))
-    tagged = np.concatenate([dataset.get(document) for document in range(len(dataset))])
-    assert np.array_equal(tagged & 0xFFFFFFFF, tokens)
-    assert np.array_equal(tagged >> 32, is_original)
-    part = dataset.get(5, offset=1, length=2)
-    assert np.array_equal(part & 0xFFFFFFFF, plain.get(5, offset=1, length=2))
+@pytest.mark.parametrize("mmap", [True, False])
+def test_what_is_read_is_megatrons_and_its_place_is_noted(write_corpus: Callable, mmap: bool) -> None:
+    prefix, tokens, _ = write_corpus("corpus")
+    dataset, plain = TaggedIndexedDataset(str(prefix), mmap=mmap), IndexedDataset(str(prefix))
+    for document in range(len(dataset)):
+        assert np.array_equal(dataset.get(document), plain.get(document))
+    assert dataset.edges[:1] == [0] and dataset.edges[1::2] == [*dataset.edges[2::2], len(tokens)]
+    dataset.edges.clear()
+    part = dataset.get(5, offset=1, length=np.int32(2))
+    assert np.array_equal(part, plain.get(5, offset=1, length=2))
+    start, stop = dataset.edges
+    assert np.array_equal(tokens[start:stop], part)
 
 
 def test_samples_are_megatrons_with_the_right_bit_beside_every_token(write_corpus: Callable) -> None:
@@ -102,3 +106,15 @@ def test_token_outside_the_models_vocabulary_is_refused(write_corpus: Callable) 
 def test_missing_corpus_is_one_sentence(tmp_path) -> None:  # noqa: ANN001
     with pytest.raises(UserError, match="nowhere.bin and .idx are not both there"):
         build(TaggedGPTDataset, [str(tmp_path / "nowhere")])
+
+
+def test_a_sample_that_is_shorter_than_a_sequence_is_padded(write_corpus: Callable) -> None:
+    """Megatron pads the last one of a validation set; padding is of no original language."""
+    prefix, tokens, is_original = write_corpus("corpus", bits="original", documents=1)
+    [dataset] = build(TaggedGPTDataset, [str(prefix)], samples=1).datasets
+    dataset.config.sequence_length = len(tokens) + 5
+    dataset.shuffle_index, dataset.document_index = [0], [0]
+    dataset.sample_index = np.array([[0, 0], [0, len(tokens) - 1]])
+    text, _, _ = dataset._query_document_sample_shuffle_indices(0)
+    assert text.tolist() == [*tokens, *[-1] * 6]
+    assert dataset._sample_bits.tolist() == [1] * len(tokens) + [0] * 6

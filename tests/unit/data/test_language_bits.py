@@ -134,7 +134,28 @@ def test_a_range_outside_the_file_is_refused(tmp_path: Path, start: int, stop: i
         bits.count(start, stop)
     # The C++ part guards the memory itself.
     with pytest.raises(IndexError):
-        _language_bits.unpack(np.zeros(1, np.uint8), start, stop)
+        _language_bits.tag(np.zeros(1, np.uint8), [start, stop], np.zeros(12, np.int64))
+
+
+@settings(deadline=None)
+@given(bits=bit_arrays, data=st.data())
+def test_a_sample_is_tagged_from_the_ranges_it_was_read_from(
+    folder: Path, bits: np.ndarray, data: st.DataObject
+) -> None:
+    position = st.integers(0, len(bits))
+    ranges = [sorted(pair) for pair in data.draw(st.lists(st.tuples(position, position), max_size=5))]
+    expected = np.concatenate([np.zeros(0, np.uint8), *(bits[start:stop] for start, stop in ranges)])
+    padding = data.draw(st.integers(0, 9))
+    ids = np.array(data.draw(st.permutations(range(len(expected)))) + [-1] * padding, np.int64)
+    read = LanguageBits(write(folder / "sample.lang", bits))
+    edges = [edge for pair in ranges for edge in pair]
+    found, largest = read.of_sample(edges, ids)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, np.concatenate([expected, np.zeros(padding, np.uint8)]))
+    assert largest == max(ids, default=-1)
+    if len(expected):
+        with pytest.raises(IndexError, match="more bits than token ids"):
+            read.of_sample(edges, ids[: len(expected) - 1])
 
 
 def test_the_reader_pickles_as_its_path(tmp_path: Path) -> None:

@@ -1,0 +1,93 @@
+"""Megatron's .idx, memory-mapped, with every number in it checked.
+
+Megatron's own reader trusts the file: a damaged one ends in a traceback, or in tokens of another document.
+"""
+
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moelpr.errors import UserError
+
+_HEADER = struct.Struct("<9sQBQQ")  # magic, version, type of the token ids, sequences, documents + 1
+_MAGIC = b"MMIDIDX\0\0"
+_VERSION = 1
+_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+_REMEDY = "rebuild the corpus with data_tools/preprocess_data.py"
+_AT_ONCE = 1 << 20  # sequences checked at a time, so that memory stays small
+
+
+@dataclass(frozen=True)
+class CorpusIndex:
+    """Where a corpus's sequences and documents lie in its .bin.
+
+    dtype: of the token ids.
+    sequence_lengths: [sequences] int32, tokens; sequences follow each other.
+    document_starts: [documents + 1] int64, each document's first sequence, and the number of sequences.
+    num_tokens: tokens in the .bin.
+    """
+
+    dtype: np.dtype
+    sequence_lengths: NDArray[np.int32]
+    document_starts: NDArray[np.int64]
+    num_tokens: int
+
+    @classmethod
+    def open(cls, prefix: str | os.PathLike[str]) -> Self:
+        """The .idx of a corpus prefix, compared with itself and with the size of its .bin.
+
+        Raises:
+            UserError: one of the two files is missing, the .idx is damaged, or the .bin is not the one it describes.
+        """
+        idx, bin_file = Path(f"{os.fspath(prefix)}.idx"), Path(f"{os.fspath(prefix)}.bin")
+        missing = [str(path) for path in (bin_file, idx) if not path.is_file()]
+        if missing:
+            raise UserError(
+                f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; "
+                "give a corpus prefix, the path without .bin, .idx or .lang"
+            )
+        content = np.memmap(idx, np.uint8, "r") if idx.stat().st_size else np.zeros(0, np.uint8)
+        dtype, lengths, pointers, starts = _arrays(idx, content)
+        num_tokens = _check_sequences(idx, lengths, pointers, dtype.itemsize)
+        bin_bytes, expected_bytes = bin_file.stat().st_size, num_tokens * dtype.itemsize
+        if bin_bytes != expected_bytes:
+            raise UserError(
+                f"{bin_file} holds {bin_bytes:,} bytes but {idx} describes {expected_bytes:,} "
+                f"({num_tokens:,} tokens of {dtype.itemsize} bytes); {_REMEDY}"
+            )
+        return cls(dtype, lengths, starts, num_tokens)
+
+
+def _arrays(idx: Path, content: NDArray[np.uint8]) -> tuple[np.dtype, NDArray, NDArray, NDArray]:
+    """Type of the token ids, sequence lengths, sequence pointers and document starts, of the promised sizes."""
+    damaged = UserError(f"{idx} is no whole Megatron .idx file; {_REMEDY}")
+    if len(content) < _HEADER.size:
+        raise damaged
+    magic, version, code, sequences, starts = _HEADER.unpack_from(content)
+    if magic != _MAGIC or version != _VERSION or code not in _DTYPES:
+        raise damaged
+    if not starts or len(content) != _HEADER.size + 12 * sequences + 8 * starts:
+        raise damaged
+    lengths = np.frombuffer(content, "<i4", sequences, _HEADER.size)
+    pointers = np.frombuffer(content, "<i8", sequences, _HEADER.size + 4 * sequences)
+    document_starts = np.frombuffer(content, "<i8", starts, _HEADER.size + 12 * sequences)
+    if document_starts[0] != 0 or document_starts[-1] != sequences or (np.diff(document_starts) < 0).any():
+        raise damaged
+    return np.dtype(_DTYPES[code]).newbyteorder("<"), lengths, pointers, document_starts
+
+
+def _check_sequences(idx: Path, lengths: NDArray, pointers: NDArray, token_bytes: int) -> int:
+    """The number of tokens; each sequence must begin where the one before it ends."""
+    num_tokens = 0
+    for first in range(0, len(lengths), _AT_ONCE):
+        piece = lengths[first : first + _AT_ONCE].astype(np.int64)
+        ends = num_tokens + np.cumsum(piece)
+        if (piece < 0).any() or not np.array_equal(pointers[first : first + _AT_ONCE], (ends - piece) * token_bytes):
+            raise UserError(f"{idx} is damaged: its sequences do not follow each other; {_REMEDY}")
+        num_tokens = int(ends[-1])
+    return num_tokens

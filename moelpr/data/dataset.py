@@ -82,6 +82,8 @@ class TaggedGPTDataset(GPTDataset):
     def __getitem__(self, idx: int | None) -> dict[str, Any]:
         sample = super().__getitem__(idx)  # asks _query_document_sample_shuffle_indices, which leaves the bits here
         bits = self._sample_bits
+        # Where Megatron keeps documents apart, position_ids say where they begin; these would say it once more.
+        sample.pop("cu_seqlens", None), sample.pop("max_seqlen", None)
         sample["is_original"], sample["is_original_label"] = torch.from_numpy(bits[:-1]), torch.from_numpy(bits[1:])
         return sample
 

@@ -1,7 +1,7 @@
 """Core attention on torch's scaled_dot_product_attention, for machines without Transformer Engine.
 
 Megatron's local attention materialises the score matrix of every head; this one does not, needs no mask tensor and
-does not repeat keys for grouped queries.
+does not repeat keys for grouped queries. It can keep the documents of a packed sequence apart.
 """
 
 import math
@@ -41,11 +41,22 @@ class SDPACoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: object = None,
     ) -> Tensor:
-        """[sequence, batch, heads, head_dim] in, [sequence, batch, heads * head_dim] out. The mask is always causal."""
+        """[sequence, batch, heads, head_dim] in, [sequence, batch, heads * head_dim] out.
+
+        Args:
+            attention_mask: [batch, sequence], each token's position in its document; a token sees no other document.
+                None: a token sees all that come before it. (Megatron hands this argument on to every layer.)
+        """
         assert packed_seq_params is None and attention_bias is None
+        if attention_mask is not None:
+            return self._within_documents(query, key, value, attention_mask)
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        return self._causal(query, key, value).permute(2, 0, 1, 3).flatten(start_dim=2)
+
+    def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[batch, heads, sequence, head_dim] in and out."""
         window = self._window(query)
-        context = torch.nn.functional.scaled_dot_product_attention(
+        return torch.nn.functional.scaled_dot_product_attention(
             query,
             key,
             value,
@@ -54,7 +65,6 @@ class SDPACoreAttention(MegatronModule):
             scale=self.softmax_scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        return context.permute(2, 0, 1, 3).flatten(start_dim=2)
 
     def _window(self, query: Tensor) -> Tensor | None:
         """[sequence, sequence], True where a token looks back at another; None where the window holds all before it."""
@@ -63,3 +73,21 @@ class SDPACoreAttention(MegatronModule):
             return None
         causal = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
         return causal.triu(-self.config.window_size[0])
+
+    def _within_documents(self, query: Tensor, key: Tensor, value: Tensor, position_BS: Tensor) -> Tensor:
+        """One call per document: that is less work than one call with a mask, whose scores are mostly thrown away.
+
+        Rotary positions count from the sequence's start; attention sees differences between them only.
+        """
+        starts = (position_BS == 0).index_fill(1, torch.zeros(1, dtype=torch.long, device=position_BS.device), True)
+        edges = [*starts.flatten().nonzero().flatten().tolist(), starts.numel()]
+        lengths = [stop - start for start, stop in zip(edges[:-1], edges[1:], strict=True)]
+        # [batch x sequence, heads, head_dim]: cut with split, whose gradient is one concatenation.
+        parts = (tensor.transpose(0, 1).flatten(0, 1).split(lengths) for tensor in (query, key, value))
+        context = torch.cat(
+            [
+                self._causal(*(part.transpose(0, 1).unsqueeze(0) for part in document)).squeeze(0).transpose(0, 1)
+                for document in zip(*parts, strict=True)
+            ]
+        )
+        return context.unflatten(0, position_BS.shape).transpose(0, 1).flatten(start_dim=2)

@@ -25,6 +25,9 @@ class MoELPRConfig(TransformerConfig):
     train_everything: bool = False
     """The paper's plain-MoE ablation: nothing is frozen, not even the original experts."""
 
+    dataloader_inter_document_masking: bool = False
+    """Megatron's flag: attention stays within a document (SDPACoreAttention)."""
+
     @property
     def num_moe_layers(self) -> int:
         """Layers with experts; the others were left dense."""

@@ -24,7 +24,8 @@ def forward_step(data_iterator: Iterator[dict[str, Tensor]] | None, model: torch
     output = model(
         batch.tokens,
         batch.position_ids,
-        attention_mask=None,
+        # What keeps attention within documents, and is causal by itself without.
+        attention_mask=batch.position_ids if config.dataloader_inter_document_masking else None,
         labels=batch.labels,
         padding_mask=_bits_for_this_stage(batch, model),
     )

@@ -60,3 +60,21 @@ def test_nothing_of_the_size_of_the_score_matrix_is_kept_for_the_backward_pass(a
     causal = torch.ones(1, 1, SEQUENCE, SEQUENCE).triu(diagonal=1).bool()
     assert largest_saved(lambda: theirs(*query_key_value(), causal)) >= scores
     assert largest_saved(lambda: ours(*query_key_value(), None)) <= SEQUENCE * BATCH * HEADS * HEAD_DIM
+
+
+def test_documents_of_a_sequence_do_not_see_each_other(attentions) -> None:
+    ours, _ = attentions
+    inputs, same = query_key_value(), query_key_value()
+    lengths = [[40], [1, 30, 9], [13, 13, 13, 1]]  # of the documents in each sequence of the batch
+    positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
+    found = ours(*inputs, positions)
+    for row, documents in enumerate(lengths):
+        start = 0
+        for length in documents:
+            alone = ours(*(tensor[start : start + length, row : row + 1] for tensor in same), None)
+            torch.testing.assert_close(found[start : start + length, row : row + 1], alone, rtol=1e-5, atol=1e-6)
+            alone.sum().backward(retain_graph=True)
+            start += length
+    found.sum().backward()
+    for a, b in zip(inputs, same, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)

@@ -26,12 +26,16 @@ def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
         blend=blend,
         blend_per_split=blend_per_split,
         split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
         mmap_bin_files=args.mmap_bin_files,
         tokenizer=_token_ids(args),
-        reset_position_ids=args.reset_position_ids,
-        reset_attention_mask=args.reset_attention_mask,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        inter_document_masking=args.dataloader_inter_document_masking,
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=False,  # attention is causal by itself
     )
@@ -51,13 +55,12 @@ def _refuse_without_original_tokens(blend: tuple | None, blend_per_split: list[t
 
 
 def _token_ids(args: argparse.Namespace) -> TokenIds:
-    """The model's vocabulary; the end-of-document id matters only to Megatron's options that look for it."""
+    """The model's vocabulary; the end-of-document id matters only to --eod-mask-loss."""
     eod = _eos_token_id(Path(args.model_source) / "hf" / "config.json")
-    needs_eod = args.reset_position_ids or args.reset_attention_mask or args.eod_mask_loss
-    if needs_eod and eod is None:
+    if args.eod_mask_loss and eod is None:
         raise UserError(
-            "--reset-position-ids, --reset-attention-mask and --eod-mask-loss need to know where documents end, but "
-            "the model's config.json says no eos_token_id; drop them"
+            "--eod-mask-loss needs to know where documents end, but the model's config.json says no eos_token_id; "
+            "drop it"
         )
     return TokenIds(vocab_size=args.vocab_size, eod=-1 if eod is None else eod)
 

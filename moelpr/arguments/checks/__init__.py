@@ -6,7 +6,7 @@ are missing or nonsense themselves: another one says so. All of them run, and al
 
 from collections.abc import Callable, Iterable
 
-from moelpr.arguments.checks import checkpoint, disk, layout, machine, method, resume, schedule
+from moelpr.arguments.checks import checkpoint, data, disk, layout, machine, method, resume, schedule
 from moelpr.arguments.checks.run import Run
 
 Check = Callable[[Run], Iterable[str]]
@@ -17,6 +17,7 @@ CHECKS: tuple[Check, ...] = (
     *disk.CHECKS,
     *layout.CHECKS,
     *schedule.CHECKS,
+    *data.CHECKS,
     *method.CHECKS,
     *machine.CHECKS,
 )
@@ -27,6 +28,7 @@ NOTES: tuple[Check, ...] = (
     checkpoint.stage2_without_stage1,
     checkpoint.a_further_round_has_more_original_languages,
     resume.step_of_the_first_start,
+    data.tokenizers_that_may_differ,
 )
 
 

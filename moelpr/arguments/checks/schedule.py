@@ -1,9 +1,6 @@
-"""Data, batches, steps and learning rate."""
+"""Batches, steps and learning rate."""
 
 from collections.abc import Iterable
-
-from megatron.core.datasets.indexed_dataset import IndexedDataset
-from megatron.training.utils import get_blend_and_blend_per_split
 
 from moelpr.arguments.checks.run import Run, neighbours
 
@@ -16,8 +13,6 @@ _COUNTS = (
     "save_interval",
     "log_interval",
 )
-
-_DATA = ("data_path", "data_args_path", "train_data_path", "per_split_data_args_path")
 
 # Needed, with what its value is.
 _NEEDED = {
@@ -79,36 +74,6 @@ def the_learning_rate_falls(run: Run) -> Iterable[str]:
         yield f"--min-lr {least} is above --lr {lr}; lower it, or raise --lr"
 
 
-def data_is_named_once(run: Run) -> Iterable[str]:
-    if "mock_data" in run.typed:
-        yield "--mock-data has no language bits; name corpora with --data-path PREFIX"
-        return
-    given = [run.typed[name] for name in _DATA if name in run.typed]
-    if len(given) > 1:
-        yield f"{' and '.join(given)} both name the training data; keep one of them"
-    elif not given and run.recipe_is_read:
-        yield "no training data; name corpora with --data-path PREFIX (built by data_tools/preprocess_data.py)"
-
-
-def data_is_there(run: Run) -> Iterable[str]:
-    if sum(name in run.typed for name in _DATA) != 1:
-        return
-    try:
-        blend, per_split = get_blend_and_blend_per_split(run.args)
-    except (AssertionError, OSError, ValueError, KeyError, TypeError) as error:
-        yield f"the training data can't be read from the flags ({error}); give --data-path [WEIGHT] PREFIX …"
-        return
-    for prefixes, *_ in [part for part in (blend, *(per_split or ())) if part is not None]:
-        for prefix in prefixes:
-            if not IndexedDataset.exists(prefix):
-                yield f"{prefix}.bin and .idx are not both there; build them with data_tools/preprocess_data.py"
-
-
-def the_attention_mask_is_causal(run: Run) -> Iterable[str]:
-    if run.args.reset_attention_mask:
-        yield "--reset-attention-mask has no effect: attention is causal over the packed sequence; drop it"
-
-
 CHECKS = (
     needed_flags_are_given,
     counts_are_at_least_1,
@@ -116,7 +81,4 @@ CHECKS = (
     the_global_batch_divides,
     the_sequence_fits_the_model,
     the_learning_rate_falls,
-    data_is_named_once,
-    data_is_there,
-    the_attention_mask_is_causal,
 )

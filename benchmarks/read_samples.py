@@ -20,7 +20,7 @@ megatron_fixes.install()
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder  # noqa: E402
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig  # noqa: E402
 
-from data_tools.corpus import CorpusWriter  # noqa: E402
+from data_tools.corpus_writer import CorpusWriter  # noqa: E402
 from moelpr.data.dataset import TaggedGPTDataset, TokenIds  # noqa: E402
 
 WANTED_RATIO = 0.9

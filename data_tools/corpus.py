@@ -1,5 +1,6 @@
 """A tokenized corpus: `<prefix>.bin` and `.idx` in Megatron's format, `.lang` in ours, opened and checked together."""
 
+import hashlib
 import os
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -9,6 +10,10 @@ from numpy.typing import NDArray
 
 from moelpr.data.corpus_index import CorpusIndex
 from moelpr.data.language_bits import LanguageBits, language_bits_path, open_language_bits
+from moelpr.data.manifest import FileRecord, Manifest, manifest_path
+from moelpr.errors import UserError
+
+_REMEDY = "rebuild the corpus with data_tools/preprocess_data.py"
 
 
 class CorpusPaths(NamedTuple):
@@ -53,6 +58,36 @@ class Corpus:
         ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.sequence_lengths, dtype=np.int64)])
         self._document_offsets = ends[self.document_starts]
 
+    def verify(self) -> Manifest | None:
+        """Read all of it and compare it with its checksums; the manifest, or None where there is none.
+
+        Without a manifest nothing is known of the .bin but its size: a changed token id goes unseen.
+
+        Raises:
+            UserError: the .lang or the manifest is damaged, or the manifest is that of another corpus.
+        """
+        self.bits.verify()
+        manifest = Manifest.read(self.prefix)
+        if manifest is not None:
+            for path in self.paths:
+                _compare(path, manifest.files.get(path.suffix[1:]))
+            self._compare_counts(manifest)
+        return manifest
+
+    def _compare_counts(self, manifest: Manifest) -> None:
+        languages = manifest.languages.values()
+        original = sum(language.tokens for language in languages if language.bit == "original")
+        for what, found, said in (
+            ("documents", self.num_documents, manifest.documents),
+            ("tokens", self.bits.num_tokens, manifest.tokens),
+            ("tokens of all languages", self.bits.num_tokens, sum(language.tokens for language in languages)),
+            ("original-language tokens", self.bits.num_original, original),
+        ):
+            if found != said:
+                raise UserError(
+                    f"{self.prefix} holds {found:,} {what}, {manifest_path(self.prefix)} says {said:,}; {_REMEDY}"
+                )
+
     @property
     def num_documents(self) -> int:
         return len(self.document_starts) - 1
@@ -66,3 +101,11 @@ class Corpus:
         """Token ids and language bits of one document: [tokens] each."""
         start, stop = int(self._document_offsets[index]), int(self._document_offsets[index + 1])
         return self.tokens[start:stop], self.bits.slice(start, stop)
+
+
+def _compare(path: Path, record: FileRecord | None) -> None:
+    """Compare a file with what the manifest says of it."""
+    with open(path, "rb") as content:
+        found = hashlib.file_digest(content, "sha256").hexdigest()
+    if record is None or found != record.sha256:
+        raise UserError(f"{path} is damaged or another corpus's: its checksum is not the manifest's; {_REMEDY}")

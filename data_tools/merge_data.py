@@ -1,4 +1,4 @@
-"""Join corpora into one: .bin, .idx and .lang, the bytes that one preprocessing job over all the input would write.
+"""Join corpora into one: the bytes that one preprocessing job over all the input would write, manifest included.
 
     python data_tools/merge_data.py --output-prefix data/expanded_text_document --num-shards 8
     python data_tools/merge_data.py --output-prefix data/all --input data/el_text_document data/hu_text_document
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from data_tools.corpus import Corpus, CorpusPaths, shard_prefix
 from data_tools.corpus_writer import CorpusWriter
+from data_tools.manifests import merged, missing_manifests, read_manifests
 from moelpr.data.manifest import manifest_path
 from moelpr.errors import UserError, run_command
 from moelpr.files import refuse_existing
@@ -35,25 +36,27 @@ def merge(prefixes: list[str], output_prefix: str, overwrite: bool = False) -> N
     """Write the corpora `prefixes`, in this order, as one.
 
     Raises:
-        UserError: one is missing, damaged or of another token type, they are all empty, or the output exists.
+        UserError: one is missing, damaged or of another tokenizer, they are all empty, or the output exists.
     """
     refuse_existing(list(CorpusPaths.of(output_prefix)), overwrite)
     corpora = [Corpus(prefix) for prefix in prefixes]
     if not any(len(corpus.tokens) for corpus in corpora):
         raise UserError(f"{', '.join(prefixes)} hold no tokens; nothing was written")
+    manifests = read_manifests(corpora)
     # A vocabulary that is stored in the type of the first corpus; add_corpus() compares the others.
     vocab_size = 1 if corpora[0].tokens.dtype.itemsize == 2 else 1 << 31
     with CorpusWriter(output_prefix, vocab_size, overwrite) as writer:
         for corpus in tqdm(corpora, unit="corpus", delay=2, disable=None):
-            corpus.bits.verify()
             writer.add_corpus(corpus)
-        writer.finalize()
-        writer.commit()
+        files = writer.finalize()
+        writer.commit(merged(manifests, files) if manifests else None)
     print(
         f"{output_prefix}.bin, .idx, .lang: {len(corpora)} corpora, {writer.num_documents:,} documents, "
         f"{writer.num_tokens:,} tokens ({writer.num_original / writer.num_tokens:.1%} original-language), "
         f"{np.dtype(writer.dtype).name}"
     )
+    if manifests is None:
+        print(missing_manifests(corpora, output_prefix))
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

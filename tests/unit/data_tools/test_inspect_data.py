@@ -1,7 +1,9 @@
 """inspect_data.py shows a corpus and finds files that don't belong together."""
 
+import json
 import shutil
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import sentencepiece
 from data_tools import inspect_data
 from data_tools.corpus import Corpus
 from data_tools.corpus_writer import CorpusWriter
+from moelpr.data.manifest import Manifest, manifest_path
 from moelpr.errors import UserError
 
 TEXTS = ["Turn on the light in the kitchen.", "Ανάψτε το φως στην κουζίνα."]
@@ -50,7 +53,8 @@ def test_it_shows_counts_text_and_bits(prefix: Path, tokenizer: Path, capsys: py
     assert ["documents", "3", "1", "empty"] in lines
     assert ["tokens", f"{lengths.sum()}"] in lines
     assert ["original-language", f"{lengths[0]}", f"{lengths[0] / lengths.sum():.1%}"] in lines
-    assert out.endswith("The three files agree: sizes, offsets, token count, checksum.\n")
+    assert out.endswith("The files agree: sizes, offsets, token count, checksum of the .lang.\n")
+    assert "  no manifest: the token ids themselves can't be checked, nor which tokenizer made them\n" in out
 
 
 def test_without_a_tokenizer_it_shows_ids(prefix: Path, capsys: pytest.CaptureFixture) -> None:
@@ -63,6 +67,90 @@ def test_without_a_tokenizer_it_shows_ids(prefix: Path, capsys: pytest.CaptureFi
 def test_runs_are_the_ranges_of_equal_bits() -> None:
     assert inspect_data.runs(np.array([1, 1, 0, 1, 1], np.uint8)) == [(0, 2), (2, 3), (3, 5)]
     assert inspect_data.runs(np.zeros(0, np.uint8)) == []
+
+
+def test_documents_are_counted_by_powers_of_two() -> None:
+    histogram = inspect_data.length_histogram(np.array([0, 2, 3, 4, 16, 31, 31, 2**40 - 1, 2**40]))
+    assert [(part["from"], part["to"]) for part in histogram[:3]] == [(2, 3), (4, 7), (8, 15)]
+    assert [part["documents"] for part in histogram[:4]] == [2, 1, 0, 3]
+    assert [part["tokens"] for part in histogram[:4]] == [5, 4, 0, 78]
+    assert [part["documents"] for part in histogram[-2:]] == [1, 1]
+    assert histogram[-1] == {"from": 2**40, "to": 2**41 - 1, "documents": 1, "tokens": 2**40}
+    assert inspect_data.length_histogram(np.array([0, 0])) == []
+
+
+def test_json_says_what_the_text_says(make_corpus: Callable, capsys: pytest.CaptureFixture) -> None:
+    prefix = make_corpus("c", [("en", [1, 2, 3]), ("el", [4, 5]), ("hu", []), ("el", [6] * 9), ("en", [7])])
+    inspect_data.main([str(prefix), "--json", "--documents", "2"])
+    found = json.loads(capsys.readouterr().out)
+    manifest = found.pop("manifest")
+    assert manifest["languages"]["el"] == {"bit": "expanded", "documents": 2, "tokens": 11, "bytes": 44}
+    assert found == {
+        "prefix": str(prefix), "files": {"bin": 30, "idx": 34 + 4 * 12 + 6 * 8, "lang": 66}, "dtype": "uint16",
+        "largest_id": 7, "sequences": 4, "documents": 5, "empty_documents": 1, "tokens": 15, "original_tokens": 4,
+        "expanded_tokens": 11,
+        "tokens_per_document": {"shortest": 0, "median": 2.0, "mean": 3.0, "percentile_95": pytest.approx(7.8),
+                                "longest": 9},
+        "length_histogram": [
+            {"from": 1, "to": 1, "documents": 1, "tokens": 1}, {"from": 2, "to": 3, "documents": 2, "tokens": 5},
+            {"from": 4, "to": 7, "documents": 0, "tokens": 0}, {"from": 8, "to": 15, "documents": 1, "tokens": 9},
+        ],
+        "verified": ["sizes", "offsets", "token count", "checksum of the .lang", "checksums of all files",
+                     "counts per language"],
+        "shown": [
+            {"tokens": 3, "runs": [{"bit": "original", "from": 1, "to": 3, "text": "1 2 3", "is_cut": False}]},
+            {"tokens": 2, "runs": [{"bit": "expanded", "from": 1, "to": 2, "text": "4 5", "is_cut": False}]},
+        ],
+    }  # fmt: skip
+    inspect_data.main([str(prefix)])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [
+        "made",
+        "with",
+        "HuggingFaceTokenizer",
+        "hf,",
+        "ended",
+        "by",
+        "token",
+        "0,",
+        "from",
+        "1",
+        "sources",
+    ] in lines
+    assert ["en", "original", "2", "4", "26.7%", "4.00"] in lines
+    assert ["hu", "expanded", "1", "0", "0.0%", "–"] in lines
+    assert ["2", "to", "3", "2", "5", 40 * "█"] in lines
+
+
+def test_runs_inside_a_document_are_shown_apart(mixed_corpus: Path, capsys: pytest.CaptureFixture) -> None:
+    inspect_data.main([f"{mixed_corpus}.manifest.json"])
+    out = capsys.readouterr().out
+    assert "[original 1–2] 0 1\n  [expanded 3–6] 2 3 4 5\n  [original 7–7] 6\n" in out
+
+
+def test_a_manifest_that_does_not_belong_to_the_corpus_is_told(make_corpus: Callable) -> None:
+    prefix = make_corpus("c", [("en", [1, 2, 3]), ("el", [4, 5])])
+
+    def expect(said: str, change: Callable[[Manifest], object]) -> None:
+        manifest = Manifest.read(prefix)
+        change(manifest)
+        manifest.write(prefix)
+        with pytest.raises(UserError, match=said):
+            inspect_data.main([str(prefix)])
+        whole.write(prefix)
+
+    whole = Manifest.read(prefix)
+    expect("c holds 2 documents, .*c.manifest.json says 3; rebuild", lambda m: setattr(m, "documents", 3))
+    expect("c holds 5 tokens, .* says 6", lambda m: setattr(m, "tokens", 6))
+    expect("c holds 5 tokens of all languages, .* says 3", lambda m: m.languages.pop("el"))
+    expect("c holds 3 original-language tokens, .* says 0", lambda m: setattr(m.languages["en"], "bit", "expanded"))
+    expect("c.bin is damaged or another corpus's", lambda m: m.files.pop("bin"))
+    # A token id that is as good as another: only the manifest knows.
+    damage(Path(f"{prefix}.bin"), 0, b"\x02")
+    with pytest.raises(UserError, match="c.bin is damaged or another corpus's: its checksum is not the manifest's"):
+        inspect_data.main([str(prefix)])
+    manifest_path(prefix).unlink()
+    inspect_data.main([str(prefix)])
 
 
 def test_long_runs_are_cut_and_control_characters_escaped(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -79,7 +167,8 @@ def test_long_runs_are_cut_and_control_characters_escaped(tmp_path: Path, capsys
         writer.add_document(np.array([65, 27, 10, *[66] * 1000], np.int32), True)
         writer.finalize()
         writer.commit()
-    inspect_data.print_document(Corpus(tmp_path / "c"), 0, Letters(), 30)
+    document = inspect_data.show_document(Corpus(tmp_path / "c"), 0, Letters(), 30)
+    inspect_data.print_document(document, 1, 1)
     out = capsys.readouterr().out
     assert r"A\x1b\n" + 27 * "B" + " …" in out and "\x1b" not in out
 

@@ -1,13 +1,15 @@
 """Corpora joined: the bytes of one corpus written in one go, or one sentence and nothing written."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data_tools import merge_data
-from data_tools.corpus import CorpusPaths
+from data_tools.corpus import Corpus, CorpusPaths
 from data_tools.corpus_writer import CorpusWriter
+from moelpr.data.manifest import LanguageCount, Manifest, Source
 from moelpr.errors import UserError
 
 Documents = list[tuple[list[int], bool]]
@@ -65,3 +67,63 @@ def test_what_cannot_be_merged_is_one_sentence_and_leaves_nothing(tmp_path: Path
         merge(small, small, flags=("--overwrite",))
     assert not list(tmp_path.glob("out*"))
     assert not list(tmp_path.glob(".*"))
+
+
+def test_the_merged_manifest_is_that_of_one_job_and_belongs_to_its_files(make_corpus: Callable) -> None:
+    first = make_corpus("first", [("en", [1, 2]), ("el", [3])])
+    second = make_corpus("second", [("el", [4, 5, 6]), ("hu", [])])
+    third = Manifest.read(second)
+    third.sources[0] = Source("first.jsonl", 10, None, 2)  # two shards of one file
+    third.write(second)
+    merge(first.parent / "both", first, second, flags=("--remove-input",))
+    manifest = Corpus(first.parent / "both").verify()
+    assert manifest is not None
+    assert manifest.languages == {
+        "en": LanguageCount("original", 1, 2, 8), "el": LanguageCount("expanded", 2, 4, 16),
+        "hu": LanguageCount("expanded", 1, 0, 0),
+    }  # fmt: skip
+    assert manifest.sources == [Source("first.jsonl", 10, None, 4)]
+    assert (manifest.documents, manifest.tokens, manifest.skipped_lines) == (4, 6, 2)
+    assert sorted(path.name for path in first.parent.iterdir()) == [
+        "both.bin", "both.idx", "both.lang", "both.manifest.json"
+    ]  # fmt: skip
+
+
+def test_without_a_manifest_in_each_input_the_output_has_none(
+    make_corpus: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    first, second = make_corpus("first", [("en", [1])]), make_corpus("second", [("el", [2])], manifest=False)
+    merge(first.parent / "both", first, second)
+    assert "second has no manifest, so" in capsys.readouterr().out
+    assert Manifest.read(first.parent / "both") is None
+
+
+def test_corpora_that_do_not_go_together_are_refused(make_corpus: Callable) -> None:
+    one = make_corpus("one", [("en", [1])])
+
+    def expect(said: str, prefix: Path, change: Callable[[Manifest], object] = lambda manifest: None) -> None:
+        manifest = Manifest.read(prefix)
+        change(manifest)
+        manifest.write(prefix)
+        with pytest.raises(UserError, match=said):
+            merge(one.parent / "out", one, prefix)
+        assert not list(one.parent.glob("*out*"))
+
+    expect(
+        "one was made with the tokenizer hf, .*b with another, hf;", make_corpus("b", [("el", [2])], fingerprint="x")
+    )
+    expect(
+        "one and .*c do not end in the same token",
+        make_corpus("c", [("el", [2])]),
+        lambda m: setattr(m, "append_eod", False),
+    )
+
+    def other_bit(manifest: Manifest) -> None:
+        manifest.languages = {"en": LanguageCount("expanded", 1, 1, 1)}
+
+    expect(
+        "en is an original language in .*one and an expanded one in .*d;", make_corpus("d", [("el", [2])]), other_bit
+    )
+    e = make_corpus("e", [("el", [2])])
+    Path(f"{e}.bin").write_bytes(b"\x03\x00")
+    expect("e.bin is damaged or another corpus's", e)

@@ -179,6 +179,16 @@ class LanguageBits:
         """
         return _language_bits.tag(self._payload, edges, ids)
 
+    def at(self, positions: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """The bits of single tokens: uint8 of `positions`' shape.
+
+        Raises:
+            IndexError: a position outside the file.
+        """
+        if len(positions):
+            self._check_range(int(positions.min()), int(positions.max()) + 1)
+        return self._payload[positions >> 3] >> (positions & 7).astype(np.uint8) & 1
+
     def count(self, start: int, stop: int) -> int:
         """The number of original-language tokens among tokens [start, stop).
 

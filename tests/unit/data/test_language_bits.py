@@ -75,6 +75,8 @@ def test_slices_and_counts_equal_numpy(folder: Path, bits: np.ndarray, data: st.
     assert piece.dtype == np.uint8
     np.testing.assert_array_equal(piece, bits[start:stop])
     assert read.count(start, stop) == bits[start:stop].sum()
+    positions = np.array(data.draw(st.lists(st.integers(0, len(bits) - 1))) if len(bits) else [], np.int64)
+    np.testing.assert_array_equal(read.at(positions), bits[positions])
 
 
 @settings(deadline=None, max_examples=25)
@@ -132,6 +134,8 @@ def test_a_range_outside_the_file_is_refused(tmp_path: Path, start: int, stop: i
         bits.slice(start, stop)
     with pytest.raises(IndexError):
         bits.count(start, stop)
+    with pytest.raises(IndexError):
+        bits.at(np.array([0, 10 if start >= 0 else -1]))
     # The C++ part guards the memory itself.
     with pytest.raises(IndexError):
         _language_bits.tag(np.zeros(1, np.uint8), [start, stop], np.zeros(12, np.int64))

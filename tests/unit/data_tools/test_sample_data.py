@@ -1,0 +1,162 @@
+"""Documents drawn at random: as many as asked for, whole, each at most once, the same for the same seed."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_tools import sample_data
+from data_tools.corpus import Corpus, CorpusPaths
+from data_tools.corpus_writer import CorpusWriter, Documents
+from moelpr.data.manifest import LanguageCount, Manifest, Source
+from moelpr.errors import UserError
+
+
+def documents_of(language: str, first_id: int, count: int = 60) -> list[tuple[str, list[int]]]:
+    """Document i is i + 1 times the id first_id + i, every tenth empty: a token says where it came from."""
+    return [(language, [] if i % 10 == 9 else [first_id + i] * (i + 1)) for i in range(count)]
+
+
+@pytest.fixture
+def inputs(make_corpus: Callable[..., Path]) -> list[str]:
+    languages = {"en": 0, "es": 60, "el": 120}
+    return [str(make_corpus(name, documents_of(name, first))) for name, first in languages.items()]
+
+
+def sample(output: Path, inputs: list[str], *words: str) -> list[np.ndarray]:
+    """Token ids of each document drawn."""
+    sample_data.main(["--input", *inputs, "--output-prefix", str(output), *words])
+    corpus = Corpus(output)
+    corpus.verify()
+    return [corpus.document(index)[0] for index in range(corpus.num_documents)]
+
+
+def test_each_language_gives_its_number_of_whole_documents(inputs: list[str], tmp_path: Path) -> None:
+    found = sample(tmp_path / "out", inputs, "--original-documents", "20", "--expanded-documents", "30")
+    numbers = [int(ids[0]) for ids in found]
+    assert numbers == sorted(set(numbers))  # the inputs' order, none twice
+    assert [sum(low <= number < low + 60 for number in numbers) for low in (0, 60, 120)] == [20, 20, 30]
+    for ids in found:
+        assert len(ids) == ids[0] % 60 + 1 and (ids == ids[0]).all()
+    assert numbers[:20] != list(range(20)), "not the first ones"
+    bits = [Corpus(tmp_path / "out").document(index)[1] for index in range(70)]
+    for ids, document_bits in zip(found, bits, strict=True):
+        assert (document_bits == (ids[0] < 120)).all()
+
+
+def test_the_same_seed_draws_the_same_and_another_one_others(inputs: list[str], tmp_path: Path) -> None:
+    words = ["--original-documents", "20", "--expanded-documents", "20"]
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        sample(tmp_path / name, inputs, *words, "--seed", seed)
+    a, b, c = ([path.read_bytes() for path in CorpusPaths.of(tmp_path / name)] for name in "abc")
+    assert a == b and a != c
+    # Languages are drawn independently of each other: a corpus more changes nothing for the others.
+    fewer = sample(tmp_path / "d", inputs[:2], *words, "--seed", "1")
+    assert [ids[0] for ids in fewer] == [ids[0] for ids in sample(tmp_path / "e", inputs, *words, "--seed", "1")[:40]]
+
+
+def test_every_document_is_as_likely_as_another(inputs: list[str], tmp_path: Path) -> None:
+    drawn = np.zeros(60)
+    for seed in range(100):
+        for ids in sample(
+            tmp_path / "out", inputs[:1], "--original-documents", "27", "--seed", str(seed), "--overwrite"
+        ):
+            drawn[ids[0]] += 1
+    assert (drawn[9::10] == 0).all()
+    drawn = np.delete(drawn, np.s_[9::10])
+    # 54 documents, each drawn in half of 100 draws: 50 +- 5, and none further away than 5 of these.
+    assert 25 < drawn.min() < drawn.max() < 75
+
+
+def test_tokens_are_drawn_until_there_are_enough(inputs: list[str], tmp_path: Path) -> None:
+    found = sample(tmp_path / "out", inputs, "--expanded-tokens", "500")
+    lengths = sorted(map(len, found))
+    assert sum(lengths) >= 500
+    assert sum(lengths) - lengths[-1] < 500
+    assert all(ids[0] >= 120 for ids in found)
+
+
+def test_a_small_language_is_taken_whole_and_said_so(
+    inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    found = sample(tmp_path / "out", inputs, "--expanded-documents", "55")
+    assert len(found) == 54
+    lines = capsys.readouterr().out.splitlines()
+    assert f"note: {inputs[2]} holds fewer than the 55 documents asked for; all of it was taken" in lines
+    assert ["el", "expanded", "54", "54", "1,620", inputs[2]] in [line.split() for line in lines]
+    assert not any(line.startswith("note") for line in report_of(tmp_path, inputs, "54", capsys))
+
+
+def report_of(tmp_path: Path, inputs: list[str], documents: str, capsys: pytest.CaptureFixture) -> list[str]:
+    sample(tmp_path / "again", inputs, "--expanded-documents", documents)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_the_manifest_counts_what_was_drawn(inputs: list[str], tmp_path: Path) -> None:
+    found = sample(tmp_path / "out", inputs[1:], "--original-documents", "2", "--expanded-tokens", "1000000")
+    manifest = Manifest.read(tmp_path / "out")
+    assert manifest is not None
+    assert manifest.languages == {
+        "es": LanguageCount("original", 2, sum(map(len, found[:2])), 0),
+        "el": LanguageCount("expanded", 54, 1620, 0),
+    }
+    size = Path(f"{inputs[1]}.bin").stat().st_size
+    assert manifest.sources == [Source(f"{inputs[1]}.bin", size, None, 2), Source(f"{inputs[2]}.bin", size, None, 54)]
+    assert manifest.tokenizer.fingerprint == "f" and manifest.append_eod
+
+
+def test_documents_of_both_groups_keep_their_bits(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Without a manifest, and in corpora whose bits change inside a document."""
+    with CorpusWriter(tmp_path / "mixed", 300) as writer:
+        runs = np.array([[1, 0, 1], [0, 1, 0]], np.uint8)
+        for bits in runs:
+            writer.add(Documents(np.arange(7, dtype=np.uint16), np.array([7]), bits, np.array([2, 4, 1])))
+        writer.finalize()
+        writer.commit()
+    sample(tmp_path / "out", [str(tmp_path / "mixed")], "--expanded-documents", "5")
+    assert Corpus(tmp_path / "out").document(0)[1].tolist() == [0, 0, 1, 1, 1, 1, 0]
+    assert "mixed has no manifest, so" in capsys.readouterr().out
+    languages = sample_data.write(
+        list(
+            sample_data.draw_from(
+                Corpus(tmp_path / "mixed"), None, 0,
+                sample_data.parse_arguments(["--input", "a", "--output-prefix", "b", "--original-documents", "2"]),
+            )
+        ),
+        CorpusWriter(tmp_path / "unused", 300),
+    )  # fmt: skip
+    assert languages == {"original": LanguageCount("original", 1, 3, 0), "expanded": LanguageCount("expanded", 1, 4, 0)}
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ([], "nothing says how much to draw; give --original-documents, --original-tokens, --expanded-documents"),
+        (["--expanded-documents", "0"], "--expanded-documents must be at least 1"),
+        (["--expanded-documents", "1", "--seed", "-1"], "--seed must be at least 0"),
+        (["--expanded-documents", "1", "--output-prefix", "en"], "--output-prefix en is one of the inputs"),
+        (["--expanded-documents", "1"], "hold nothing of what the flags ask for; nothing was written"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(
+    words: list[str], said: str, inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=said):
+        sample_data.main(["--input", "en", "es", "--output-prefix", "out", *words])
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_languages_that_nothing_tells_apart_are_refused(make_corpus: Callable[..., Path]) -> None:
+    prefix = make_corpus("all", [("en", [1]), ("es", [2]), ("el", [3])])
+    with pytest.raises(UserError, match=r"all holds 2 original languages \(en, es\), and nothing says which document"):
+        sample(prefix.parent / "out", [str(prefix)], "--original-documents", "1")
+    assert len(sample(prefix.parent / "out", [str(prefix)], "--expanded-documents", "1")) == 1
+
+
+def test_corpora_of_two_token_types_are_refused(make_corpus: Callable[..., Path]) -> None:
+    small = make_corpus("small", [("el", [1])], manifest=False)
+    large = make_corpus("large", [("el", [1])], vocab_size=100_000, manifest=False)
+    with pytest.raises(UserError, match=r"large.bin holds int32, the corpora before it uint16; sample from corpora of"):
+        sample(small.parent / "out", [str(small), str(large)], "--expanded-documents", "1")

@@ -112,6 +112,7 @@ def test_documents_of_both_groups_keep_their_bits(tmp_path: Path, capsys: pytest
         runs = np.array([[1, 0, 1], [0, 1, 0]], np.uint8)
         for bits in runs:
             writer.add(Documents(np.arange(7, dtype=np.uint16), np.array([7]), bits, np.array([2, 4, 1])))
+        writer.add_document(np.array([7, 8]), True)
         writer.finalize()
         writer.commit()
     sample(tmp_path / "out", [str(tmp_path / "mixed")], "--expanded-documents", "5")
@@ -126,7 +127,7 @@ def test_documents_of_both_groups_keep_their_bits(tmp_path: Path, capsys: pytest
         ),
         CorpusWriter(tmp_path / "unused", 300),
     )  # fmt: skip
-    assert languages == {"original": LanguageCount("original", 1, 3, 0), "expanded": LanguageCount("expanded", 1, 4, 0)}
+    assert languages == {"original": LanguageCount("original", 2, 5, 0), "expanded": LanguageCount("expanded", 1, 4, 0)}
 
 
 @pytest.mark.parametrize(

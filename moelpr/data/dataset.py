@@ -17,6 +17,8 @@ from moelpr.data.corpus_index import CorpusIndex
 from moelpr.data.language_bits import open_language_bits
 from moelpr.errors import UserError
 
+_SEQUENCES_AT_ONCE = 1 << 20
+
 
 @dataclass(frozen=True)
 class TokenIds:
@@ -40,7 +42,8 @@ class TaggedIndexedDataset(IndexedDataset):
     """
 
     def __init__(self, path_prefix: str, **options: Any) -> None:
-        CorpusIndex.open(path_prefix)  # Megatron would trust what it reads
+        if not CorpusIndex.open(path_prefix).num_tokens:  # Megatron would trust what it reads
+            raise UserError(f"{path_prefix}.bin holds no tokens; leave it out of the training data")
         super().__init__(path_prefix, **options)
         self._open_bits()
 
@@ -63,6 +66,20 @@ class TaggedIndexedDataset(IndexedDataset):
         stop = sequence + self._lengths.item(idx) if length is None else start + int(length)
         self.edges += (start, stop)
         return super().get(idx, offset, length) if self._tokens is None else self._tokens[start:stop]
+
+    def count_original(self, first: int, last: int) -> tuple[int, int]:
+        """Of sequences `first` to `last`, both included: those that begin with an original-language token, and the
+        number of original-language tokens."""
+        sequences = 0
+        for start in range(first, last + 1, _SEQUENCES_AT_ONCE):
+            pointers = self._pointers[start : min(start + _SEQUENCES_AT_ONCE, last + 1)]
+            lengths = self._lengths[start : min(start + _SEQUENCES_AT_ONCE, last + 1)]
+            sequences += int(self.bits.at(pointers[lengths > 0] // self._token_bytes).sum())
+        start, stop = (
+            self._pointers.item(first) // self._token_bytes,
+            self._pointers.item(last) // self._token_bytes + self._lengths.item(last),
+        )
+        return sequences, self.bits.count(start, stop)
 
 
 class TaggedGPTDataset(GPTDataset):

@@ -18,6 +18,7 @@ from megatron.training.models.gpt import GPTModelConfig
 from moelpr.arguments import parse_arguments, refused_by_megatron
 from moelpr.data.dataset import TaggedGPTDataset
 from moelpr.data.dataset_config import dataset_config
+from moelpr.data.epoch_table import epoch_table
 from moelpr.model.builder import block_spec
 from moelpr.model.config import MoELPRConfig
 from moelpr.model.stages import freeze, parameter_report
@@ -83,7 +84,10 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
     builder = BlendedMegatronDatasetBuilder(
         TaggedGPTDataset, num_samples, lambda: get_tensor_model_parallel_rank() == 0, dataset_config(args)
     )
-    return builder.build()
+    train, *others = builder.build()
+    if torch.distributed.get_rank() == 0 and train is not None:
+        print_rank_0(epoch_table(train, num_samples[0], args.seq_length))
+    return train, *others
 
 
 datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # every rank calls it; the builder has barriers

@@ -118,3 +118,14 @@ def test_a_sample_that_is_shorter_than_a_sequence_is_padded(write_corpus: Callab
     text, _, _ = dataset._query_document_sample_shuffle_indices(0)
     assert text.tolist() == [*tokens, *[-1] * 6]
     assert dataset._sample_bits.tolist() == [1] * len(tokens) + [0] * 6
+
+
+def test_an_empty_corpus_is_no_training_data(tmp_path) -> None:  # noqa: ANN001
+    from data_tools.corpus_writer import CorpusWriter
+
+    with CorpusWriter(tmp_path / "nothing", vocab_size=500) as writer:
+        writer.add_document(np.array([], np.int32), True)
+        writer.finalize()
+        writer.commit()
+    with pytest.raises(UserError, match=r"nothing.bin holds no tokens; leave it out of the training data"):
+        build(TaggedGPTDataset, [str(tmp_path / "nothing")])

@@ -1,0 +1,106 @@
+"""What one epoch holds of each language, against counts of the corpora's own."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moelpr.compat import cpu, megatron_fixes
+from moelpr.data.manifest import FileRecord, LanguageCount, Manifest, TokenizerRecord
+from moelpr.errors import UserError
+
+cpu.install()
+megatron_fixes.install()
+
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder  # noqa: E402
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig  # noqa: E402
+
+from moelpr.data.dataset import TaggedGPTDataset, TokenIds  # noqa: E402
+from moelpr.data.epoch_table import epoch_table  # noqa: E402
+
+SEQUENCE = 16
+
+
+def table(samples: int, prefixes: list[str], weights: list[float] | None = None, split: str = "100,0,0") -> list[list]:
+    config = GPTDatasetConfig(
+        random_seed=3,
+        sequence_length=SEQUENCE,
+        blend=(prefixes, weights),
+        split=split,
+        tokenizer=TokenIds(vocab_size=500),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    train, *_ = BlendedMegatronDatasetBuilder(TaggedGPTDataset, [samples, 0, 0], lambda: True, config).build()
+    text = epoch_table(train, samples, SEQUENCE)
+    return [line.replace(",", "").split() for line in text.splitlines()]
+
+
+def write_manifest(prefix: Path, tokens: int, documents: int, languages: dict[str, LanguageCount]) -> None:
+    Manifest(
+        tokenizer=TokenizerRecord("HuggingFaceTokenizer", "hf", 500, 0, True, "f", "v"),
+        append_eod=True,
+        sources=[],
+        languages=languages,
+        documents=documents,
+        tokens=tokens,
+        skipped_lines=0,
+        files={name: FileRecord(1, "0") for name in ("bin", "idx", "lang")},
+    ).write(prefix)
+
+
+def test_a_blend_is_told_by_corpus_and_language(write_corpus: Callable) -> None:
+    original, ids, _ = write_corpus("original", documents=30, bits="original", seed=1)
+    mixed, mixed_ids, bits = write_corpus("mixed", documents=50, seed=2)
+    n, m, o = len(ids), len(mixed_ids), int(bits.sum())
+    write_manifest(
+        original, n, 30, {"zh": LanguageCount("original", 10, n - 100), "en": LanguageCount("original", 20, 100)}
+    )
+    lines = table(200, [str(original), str(mixed)], [3.0, 1.0])
+    assert "200" in lines[0]
+    first, en, zh, second, old, new, last = lines[2:]
+    assert first == [
+        str(original), "30", str(n), str((n - 1) // SEQUENCE), f"{150 * SEQUENCE / n:.2f}", "75.0%"
+    ]  # fmt: skip
+    assert en == ["en", "original", "20", "100", f"{0.75 * 100 / n:.1%}"]
+    assert zh == ["zh", "original", "10", str(n - 100), f"{0.75 * (n - 100) / n:.1%}"]
+    assert second == [str(mixed), "50", str(m), str((m - 1) // SEQUENCE), f"{50 * SEQUENCE / m:.2f}", "25.0%"]
+    number = original_documents(mixed)
+    assert old == ["original", str(number), str(o), f"{0.25 * o / m:.1%}"]
+    assert new == ["expanded", str(50 - number), str(m - o), f"{0.25 * (m - o) / m:.1%}"]
+    share = 0.75 + 0.25 * o / m
+    assert " ".join(last).endswith(f"{share:.1%} are original-language and {1 - share:.1%} are expanded-language")
+
+
+def original_documents(prefix: Path) -> int:
+    from data_tools.corpus import Corpus
+
+    corpus = Corpus(prefix)
+    return sum(int(corpus.document(index)[1][0]) for index in range(corpus.num_documents))
+
+
+def test_a_part_of_a_corpus_is_counted_by_its_bits(write_corpus: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--split 50,50,0: what the manifest says is true of the whole only."""
+    from moelpr.data import dataset
+
+    monkeypatch.setattr(dataset, "_SEQUENCES_AT_ONCE", 7)
+    prefix, ids, bits = write_corpus("corpus", documents=60, bits="random", seed=4)
+    write_manifest(prefix, len(ids), 60, {"en": LanguageCount("original", 60, len(ids))})
+    from data_tools.corpus import Corpus
+
+    tokens = int(Corpus(prefix).document_lengths[:30].sum())
+    original = [int(Corpus(prefix).document(index)[1][0]) for index in range(30)]
+    _, _, whole, old, new, _ = table(5, [str(prefix)], split="50,50,0")
+    assert whole[1:3] == ["30", str(tokens)]
+    assert old[:3] == ["original", str(sum(original)), str(int(bits[:tokens].sum()))]
+    assert new[:3] == ["expanded", str(30 - sum(original)), str(tokens - int(bits[:tokens].sum()))]
+
+
+def test_a_run_longer_than_corpora_without_weights_is_refused_before_it_starts(write_corpus: Callable) -> None:
+    prefixes = [str(write_corpus(name, seed=seed)[0]) for seed, name in enumerate("ab")]
+    assert len(table(20, prefixes)) > 3
+    with pytest.raises(UserError, match=r"makes \d+ samples, but the run takes 5,000; give each corpus a weight"):
+        table(5000, prefixes)
+    assert table(5000, prefixes, [1.0, 1.0])

@@ -31,19 +31,17 @@ class TokenIds:
 
 
 class TaggedIndexedDataset(IndexedDataset):
-    """`<prefix>.bin/.idx/.lang`, all three checked when they are opened.
+    """`<prefix>.bin/.idx/.lang`; like Megatron's, it trusts the .idx.
 
     Attributes:
         bits: the language bits.
         edges: start and stop, in tokens, of everything that `get` has read since `edges` was emptied.
 
     Raises:
-        UserError: a file is missing or damaged, or two of them don't belong together.
+        UserError: `.lang` is missing or damaged, or doesn't cover `.bin`.
     """
 
     def __init__(self, path_prefix: str, **options: Any) -> None:
-        if not CorpusIndex.open(path_prefix).num_tokens:  # Megatron would trust what it reads
-            raise UserError(f"{path_prefix}.bin holds no tokens; leave it out of the training data")
         super().__init__(path_prefix, **options)
         self._open_bits()
 
@@ -94,6 +92,8 @@ class TaggedGPTDataset(GPTDataset):
             raise UserError(
                 f"{dataset_path}.bin and .idx are not both there; build them with data_tools/preprocess_data.py"
             )
+        if not CorpusIndex.open(dataset_path).num_tokens:
+            raise UserError(f"{dataset_path}.bin holds no tokens; leave it out of the training data")
         return TaggedIndexedDataset(dataset_path, multimodal=False, mmap=config.mmap_bin_files)
 
     def __getitem__(self, idx: int | None) -> dict[str, Any]:

@@ -52,8 +52,11 @@ inline std::uint8_t mask(int low, int high) { return static_cast<std::uint8_t>((
 
 // Writes the flags at `start` into bytes whose bits from `start` on are 0; returns how many flags are 1.
 std::int64_t pack_into(Bytes packed, std::int64_t start, const Bytes& flags) {
-    const std::int64_t count = flags.size();
-    check_range(packed, start, start + count);
+    const std::int64_t count = flags.size(), limit = 8 * packed.size();
+    if (start < 0 || start > limit || count > limit - start) {  // start + count may be no int64
+        throw std::out_of_range(std::to_string(count) + " bits at " + std::to_string(start) + " do not fit " +
+                                std::to_string(packed.size()) + " bytes");
+    }
     const std::uint8_t* in = flags.data();
     std::uint8_t* out = packed.mutable_data();
 

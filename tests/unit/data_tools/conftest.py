@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,15 @@ ORIGINAL = {"en", "es", "zh"}
 Document = tuple[str, list[int]]  # its language and its token ids
 
 
-@pytest.fixture
-def make_corpus(tmp_path: Path) -> Callable[..., Path]:
-    def make(name: str, documents: list[Document], vocab_size: int = 300, manifest: bool = True, **tokenizer: str):  # noqa: ANN202
+@pytest.fixture(scope="session")
+def make_corpus_in() -> Callable[..., Path]:
+    def make(
+        folder: Path, name: str, documents: list[Document], vocab_size: int = 300, manifest: bool = True,
+        **tokenizer: str,
+    ) -> Path:  # fmt: skip
         counts: dict[str, LanguageCount] = {}
         per_language = defaultdict(list)
-        with CorpusWriter(tmp_path / name, vocab_size) as writer:
+        with CorpusWriter(folder / name, vocab_size) as writer:
             for language, ids in documents:
                 writer.add_document(np.array(ids, np.int32), language in ORIGINAL)
                 per_language[language].append(len(ids))
@@ -42,9 +46,14 @@ def make_corpus(tmp_path: Path) -> Callable[..., Path]:
                 if manifest
                 else None
             )
-        return tmp_path / name
+        return folder / name
 
     return make
+
+
+@pytest.fixture
+def make_corpus(tmp_path: Path, make_corpus_in: Callable[..., Path]) -> Callable[..., Path]:
+    return partial(make_corpus_in, tmp_path)
 
 
 @pytest.fixture

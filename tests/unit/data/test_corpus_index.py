@@ -1,0 +1,57 @@
+"""Megatron's .idx is believed only as far as it agrees with itself and with its .bin."""
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moelpr.data import corpus_index
+from moelpr.data.corpus_index import CorpusIndex
+from moelpr.errors import UserError
+
+
+def write(prefix: Path, lengths: list[int], pointers: list[int], starts: list[int], code: int = 8, tokens: int = 9):  # noqa: ANN201
+    header = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, code, len(lengths), len(starts))
+    arrays = (np.array(lengths, "<i4"), np.array(pointers, "<i8"), np.array(starts, "<i8"))
+    Path(f"{prefix}.idx").write_bytes(header + b"".join(array.tobytes() for array in arrays))
+    Path(f"{prefix}.bin").write_bytes(bytes(2 * tokens))
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 100])
+def test_an_index_is_what_megatrons_reader_reads(
+    write_corpus: Callable, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    monkeypatch.setattr(corpus_index, "_AT_ONCE", at_once)
+    prefix, tokens, _ = write_corpus("corpus")
+    ours, megatrons = CorpusIndex.open(prefix), IndexedDataset(str(prefix))
+    assert ours.dtype == megatrons.index.dtype and ours.num_tokens == len(tokens)
+    assert np.array_equal(ours.sequence_lengths, megatrons.sequence_lengths)
+    assert np.array_equal(ours.document_starts, megatrons.document_indices)
+
+
+def test_numbers_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
+    prefix = tmp_path / "a"
+    write(prefix, [4, 5], [0, 8], [0, 1, 2])
+    assert CorpusIndex.open(prefix).num_tokens == 9
+    for lengths, pointers, starts in [
+        ([4, 5], [0, 10], [0, 1, 2]),  # a gap
+        ([4, 5], [0, 6], [0, 1, 2]),  # an overlap
+        ([10, -1], [0, 20], [0, 1, 2]),  # the sum is right
+        ([4, 5], [0, 8], [1, 1, 2]),
+        ([4, 5], [0, 8], [0, 1, 1]),
+        ([4, 5], [0, 8], [0, 3, 2]),
+        ([4, 5], [0, 8], []),
+    ]:
+        write(prefix, lengths, pointers, starts)
+        with pytest.raises(UserError, match=r"a\.idx is (no whole Megatron \.idx file|damaged: its sequences do not)"):
+            CorpusIndex.open(prefix)
+    write(prefix, [4, 5], [0, 8], [0, 1, 2], tokens=8)
+    with pytest.raises(UserError, match=r"a\.bin holds 16 bytes but \S*a\.idx describes 18 \(9 tokens of 2 bytes\)"):
+        CorpusIndex.open(prefix)
+    write(prefix, [4, 5], [0, 8], [0, 1, 2], code=6)  # a float
+    with pytest.raises(UserError, match="no whole Megatron"):
+        CorpusIndex.open(prefix)

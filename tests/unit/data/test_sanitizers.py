@@ -1,0 +1,87 @@
+"""The C++ part under sanitizers: what reads or writes out of bounds, or is undefined behaviour, ends the test."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pybind11
+import pytest
+
+FOLDER = Path(__file__).parent
+SOURCE = FOLDER.parents[2] / "moelpr" / "data" / "csrc" / "language_bits.cpp"
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1", "-shared", "-fPIC"]
+
+# A read behind an array: what the sanitizers are there to find.
+PLANTED = """
+extern "C" int planted(int place) {
+    int values[4] = {0, 1, 2, 3};
+    int *volatile where = values;
+    return where[place];
+}
+"""
+
+RUN = """
+import importlib.util, sys
+import moelpr.data, pytest
+spec = importlib.util.spec_from_file_location("moelpr.data._language_bits", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+sys.modules["moelpr.data._language_bits"] = moelpr.data._language_bits = module
+from moelpr.data import language_bits
+assert language_bits._language_bits.__file__ == sys.argv[1]
+sys.exit(pytest.main(["-q", "--noconftest", "-p", "no:cacheprovider", *sys.argv[2:]]))
+"""
+
+
+def compile_with_sanitizers(source: Path, output: Path, *words: str) -> None:
+    done = subprocess.run(
+        ["c++", *SANITIZE, *words, str(source), "-o", str(output)], capture_output=True, text=True, timeout=200
+    )
+    if done.returncode:
+        pytest.skip(f"the compiler has no sanitizers: {done.stderr.strip().splitlines()[-1]}")
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """In which Python, itself without sanitizers, runs libraries with them; proved by a mistake that they find."""
+    folder = tmp_path_factory.mktemp("planted")
+    (folder / "planted.cpp").write_text(PLANTED)
+    compile_with_sanitizers(folder / "planted.cpp", folder / "planted.so")
+    found = [
+        subprocess.run(["c++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")  # the second: exceptions cross the first
+    ]
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(found),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "PYTHONMALLOC": "malloc",  # else small arrays would lie in Python's pools, whose borders nobody sees
+    }
+    call = f"import ctypes; ctypes.CDLL('{folder}/planted.so').planted({{place}})"
+    fine, wrong = (
+        subprocess.run(
+            [sys.executable, "-c", call.format(place=place)], env=environment, capture_output=True, text=True
+        )
+        for place in (3, 5)
+    )
+    if fine.returncode:
+        pytest.skip(f"sanitizers can't be loaded into Python: {fine.stderr.strip().splitlines()[-1]}")
+    assert wrong.returncode and "AddressSanitizer: stack-buffer-overflow" in wrong.stderr, wrong.stderr
+    return environment
+
+
+def test_the_tests_of_the_format_pass_under_sanitizers(environment: dict[str, str], tmp_path: Path) -> None:
+    module = tmp_path / f"_language_bits{sysconfig.get_config_var('EXT_SUFFIX')}"
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    compile_with_sanitizers(SOURCE, module, "-std=c++17", "-fvisibility=hidden", *includes)
+    tests = [str(FOLDER / name) for name in ("test_language_bits.py", "test_fuzzed_language_bits.py")]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(module), *tests],
+        env=environment, cwd=FOLDER.parents[2], capture_output=True, text=True, timeout=250,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+    assert " passed" in done.stdout

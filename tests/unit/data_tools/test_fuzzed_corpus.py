@@ -1,0 +1,163 @@
+"""Mutated corpora: no change goes unseen by verification; reading ends in one sentence or in data, never in a crash."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_tools import inspect_data
+from data_tools.corpus import Corpus
+from moelpr.compat import cpu, megatron_fixes
+from moelpr.data.manifest import Manifest, manifest_path
+from moelpr.errors import UserError
+
+cpu.install()
+megatron_fixes.install()
+
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig  # noqa: E402
+from megatron.core.datasets.utils import Split  # noqa: E402
+
+from moelpr.data.dataset import TaggedGPTDataset, TokenIds  # noqa: E402
+
+FILES = ("bin", "idx", "lang", "manifest.json")
+INDEX_HEADER = 34
+# What a hostile or broken .idx may hold in the place of a number.
+NUMBERS = st.sampled_from([0, 1, -1, 2, 7, 2**31 - 1, -(2**31), 2**32, 2**62, 2**63 - 1, -(2**63)])
+
+
+@st.composite
+def mutated(draw: st.DrawFn, content: bytes) -> bytes:
+    """Content with bytes changed, cut out, put in, or doubled, or with a number written over some of it."""
+    changed = bytearray(content)
+    for _ in range(draw(st.integers(1, 3))):
+        start = draw(st.one_of(st.integers(0, min(len(changed), INDEX_HEADER + 20)), st.integers(0, len(changed))))
+        stop = draw(st.integers(start, min(len(changed), start + 16)))
+        way = draw(st.sampled_from(["flip", "overwrite", "number", "cut", "cut to the end", "double"]))
+        if way == "flip" and start < len(changed):
+            changed[start] ^= 1 << draw(st.integers(0, 7))
+        elif way == "overwrite":
+            changed[start:stop] = draw(st.binary(max_size=16))
+        elif way == "number":
+            # At the place of a length, an offset or a count, if it is an .idx.
+            place = draw(st.sampled_from([18, 26, *range(INDEX_HEADER, max(len(changed) - 8, INDEX_HEADER + 1), 4)]))
+            width = draw(st.sampled_from([4, 8]))
+            number = draw(NUMBERS) % 2 ** (8 * width)
+            changed[place : place + width] = number.to_bytes(width, "little")
+        elif way == "cut":
+            del changed[start:stop]
+        elif way == "cut to the end":
+            del changed[start:]
+        elif way == "double":
+            changed[start:start] = changed[start:stop]
+    return bytes(changed)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, make_corpus_in: Callable[..., Path]) -> Path:
+    random = np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("whole")
+    documents = [
+        (("en", "el", "hu")[number % 3], random.integers(0, 300, random.integers(0, 30)).tolist())
+        for number in range(40)
+    ]
+    return make_corpus_in(folder, "whole", documents)
+
+
+@pytest.fixture(scope="module")
+def copy(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The corpus with one file changed."""
+    prefix = tmp_path_factory.mktemp("copy") / "copy"
+
+    def copy(name: str, content: bytes) -> Path:
+        for other in FILES:
+            shutil.copy(f"{whole}.{other}", f"{prefix}.{other}")
+        Path(f"{prefix}.{name}").write_bytes(content)
+        return prefix
+
+    return copy
+
+
+@settings(deadline=5000, max_examples=150)
+@given(data=st.data())
+def test_no_change_of_a_corpus_goes_unseen(whole: Path, copy: Callable[..., Path], data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(FILES[:3]))
+    content = Path(f"{whole}.{name}").read_bytes()
+    changed = data.draw(mutated(content))
+    prefix = copy(name, changed)
+    if changed == content:
+        assert Corpus(prefix).verify() is not None
+    else:
+        with pytest.raises(UserError):
+            Corpus(prefix).verify()
+    # Without a manifest some changes are as good as the truth; what is opened then can be read to its end.
+    manifest_path(prefix).unlink()
+    try:
+        corpus = Corpus(prefix)
+    except UserError:
+        return
+    documents = [corpus.document(index) for index in range(corpus.num_documents)]
+    assert sum(len(ids) for ids, _ in documents) == sum(len(bits) for _, bits in documents) == len(corpus.tokens)
+
+
+@settings(deadline=5000, max_examples=100)
+@given(data=st.data())
+def test_a_changed_manifest_is_told_or_is_one(whole: Path, copy: Callable[..., Path], data: st.DataObject) -> None:
+    """It has no checksum of its own: a source's name may be changed without anyone noticing, a number may not."""
+    content = Path(f"{whole}.manifest.json").read_bytes()
+    prefix = copy("manifest.json", data.draw(mutated(content)))
+    try:
+        found = Corpus(prefix).verify()
+    except UserError:
+        return
+    wanted = Manifest.read(whole)
+    assert found is not None and wanted is not None
+    assert (found.documents, found.tokens, found.files) == (wanted.documents, wanted.tokens, wanted.files)
+
+
+@settings(deadline=5000, max_examples=100)
+@given(data=st.data())
+def test_training_reads_a_changed_corpus_to_its_end_or_refuses_it(
+    whole: Path, copy: Callable[..., Path], data: st.DataObject
+) -> None:
+    name = data.draw(st.sampled_from(FILES[:3]))
+    prefix = copy(name, data.draw(mutated(Path(f"{whole}.{name}").read_bytes())))
+    config = GPTDatasetConfig(
+        random_seed=1,
+        sequence_length=16,
+        split="100,0,0",
+        blend=([str(prefix)], None),
+        tokenizer=TokenIds(vocab_size=300),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        path_to_cache=None,
+    )
+    shutil.rmtree(prefix, ignore_errors=True)  # Megatron's indices
+    try:
+        indexed = TaggedGPTDataset.build_low_level_dataset(str(prefix), config)
+        dataset = TaggedGPTDataset(indexed, str(prefix), np.arange(len(indexed)), 20, Split.train, config)
+        samples = [dataset[index] for index in range(20)]
+    except UserError:
+        return
+    for sample in samples:
+        assert all(len(sample[key]) == 16 for key in ("tokens", "labels", "is_original", "is_original_label"))
+        assert 0 <= int(sample["tokens"].min()) <= int(sample["tokens"].max()) < 300
+        assert int(sample["is_original"].max()) <= 1
+
+
+@settings(deadline=5000, max_examples=60)
+@given(data=st.data())
+def test_inspection_ends_in_a_sentence_or_a_report(whole: Path, copy: Callable[..., Path], data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(FILES))
+    prefix = copy(name, data.draw(mutated(Path(f"{whole}.{name}").read_bytes())))
+    if data.draw(st.booleans()):
+        manifest_path(prefix).unlink()
+    try:
+        inspect_data.main([str(prefix), *(["--json"] if data.draw(st.booleans()) else [])])
+    except UserError as error:
+        assert "\n" not in str(error) and len(str(error)) < 1000

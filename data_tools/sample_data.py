@@ -5,13 +5,16 @@
         --original-documents 50000 --expanded-documents 100000
 
 Each input is one language (or one original and one expanded language, which its bits tell apart), and gives as many
-documents as the flags say. The same inputs in the same order and the same --seed give the same documents. They keep
-their order; training shuffles. A document of both groups counts as what its first token is; empty ones are never drawn.
+documents as the flags say. An input of the same name and the same --seed give the same documents, whatever the others
+are. They keep their order; training shuffles. A document of both groups counts as what its first token is; empty ones
+are never drawn.
 """
 
 import argparse
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -61,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     manifests = read_manifests(corpora)
     draws: list[Draw] = []
     for number, corpus in enumerate(corpora):
-        draws += draw_from(corpus, manifests[number] if manifests else None, number, arguments)
+        draws += draw_from(corpus, manifests[number] if manifests else None, arguments)
     if not draws:
         raise UserError(f"{', '.join(arguments.input)} hold nothing of what the flags ask for; nothing was written")
     # A vocabulary that is stored in the type of the first corpus.
@@ -113,8 +116,8 @@ def wanted(arguments: argparse.Namespace, bit: str, unit: str) -> int | None:
     return count
 
 
-def draw_from(corpus: Corpus, manifest: Manifest | None, number: int, arguments: argparse.Namespace) -> Iterator[Draw]:
-    """What an input, the `number`-th, gives of each group.
+def draw_from(corpus: Corpus, manifest: Manifest | None, arguments: argparse.Namespace) -> Iterator[Draw]:
+    """What an input gives of each group; it depends on its file name, its documents and the flags only.
 
     Raises:
         UserError: a group that is drawn from holds several languages.
@@ -135,7 +138,8 @@ def draw_from(corpus: Corpus, manifest: Manifest | None, number: int, arguments:
         available = np.flatnonzero((lengths > 0) & (is_original if bit == "original" else ~is_original))
         if not len(available):
             continue
-        order = np.random.default_rng([arguments.seed, number, group]).permutation(available)
+        name = zlib.crc32(Path(corpus.prefix).name.encode())
+        order = np.random.default_rng([arguments.seed, name, group]).permutation(available)
         if documents is not None:
             stop, said = documents, f"{documents:,} documents"
         else:

@@ -164,7 +164,8 @@ def print_summary(summary: dict[str, Any]) -> None:
     if manifest:
         tokenizer = manifest["tokenizer"]
         end = f", ended by token {tokenizer['eod_id']}" if manifest["append_eod"] else ""
-        print(f"  made with {tokenizer['type']} {tokenizer['model']}{end}, from {len(manifest['sources']):,} sources")
+        sources = f"{len(manifest['sources']):,} source{'' if len(manifest['sources']) == 1 else 's'}"
+        print(f"  made with {tokenizer['type']} {tokenizer['model']}{end}, from {sources}")
     else:
         print("  no manifest: the token ids themselves can't be checked, nor which tokenizer made them")
     print()
@@ -185,7 +186,8 @@ def print_summary(summary: dict[str, Any]) -> None:
 def print_languages(languages: dict[str, dict[str, Any]], num_tokens: int) -> None:
     print(f"\n  {'language':<16}{'bit':<10}{'documents':>15}{'tokens':>18}{'share':>9}{'bytes/token':>13}")
     for name, count in sorted(languages.items(), key=lambda item: (item[1]["bit"] != "original", item[0])):
-        density = f"{count['bytes'] / count['tokens']:.2f}" if count["tokens"] else "–"
+        # After a draw the text's bytes are not known.
+        density = f"{count['bytes'] / count['tokens']:.2f}" if count["tokens"] and count["bytes"] else "–"
         share = count["tokens"] / max(num_tokens, 1)
         print(
             f"  {name:<16}{count['bit']:<10}{count['documents']:>15,}{count['tokens']:>18,}{share:>9.1%}{density:>13}"

@@ -115,7 +115,7 @@ def test_json_says_what_the_text_says(make_corpus: Callable, capsys: pytest.Capt
         "0,",
         "from",
         "1",
-        "sources",
+        "source",
     ] in lines
     assert ["en", "original", "2", "4", "26.7%", "4.00"] in lines
     assert ["hu", "expanded", "1", "0", "0.0%", "–"] in lines

@@ -200,6 +200,19 @@ class HfReader:
         return self._open_file
 
 
+def is_unread(source: HfReader, name: str) -> bool:
+    """Whether a tied model's tensor is one that no reader looks at.
+
+    Old folders carry RoPE's frequencies, and some tied models also store their output layer, a copy of the embedding.
+    """
+    embedding = "model.embed_tokens.weight"
+    return name.endswith(".rotary_emb.inv_freq") or (
+        name == "lm_head.weight"
+        and source.shape(name) == source.shape(embedding)
+        and torch.equal(source.read(name), source.read(embedding))
+    )
+
+
 class HfWriter:
     """Writes safetensors shards and their index; the tensors' names, dtype and shapes are declared up front.
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from checkpoint_convert.base_model import read_base, with_new_experts
 from checkpoint_convert.families import Family
-from checkpoint_convert.hf_folder import HfReader, check_tokenizer, copy_companions
+from checkpoint_convert.hf_folder import HfReader, check_tokenizer, copy_companions, is_unread
 from checkpoint_convert.megatron_folder import HF_FOLDER
 from checkpoint_convert.outputs import check_free_space, check_output, job_description, progress_bar
 from checkpoint_convert.run_records import Origin
@@ -31,9 +31,6 @@ from moelpr.checkpoint_chain import RELEASE, TRACKER_FILE
 from moelpr.errors import UserError, run_command
 from moelpr.files import resumable_directory
 from moelpr.model_spec import ModelSpec
-
-# Buffers that old checkpoints carry and no model reads.
-_IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 
 
 def hf_to_mcore(
@@ -142,23 +139,13 @@ def check_weights(source: HfReader, family: Family, base: ModelSpec) -> set[str]
                 )
             source.dtype(name)
     for name in source.names:
-        if name in known or name in empty or name.endswith(_IGNORED_SUFFIXES) or _is_tied_copy(source, name):
+        if name in known or name in empty or is_unread(source, name):
             continue
         raise UserError(
             f"{source.folder} holds the tensor {name}, which a {family.name} model with this config.json "
             "doesn't have; dropping it would change the model"
         )
     return known
-
-
-def _is_tied_copy(source: HfReader, name: str) -> bool:
-    """Some tied models also store their output layer; it's redundant if it equals the embedding."""
-    embedding = "model.embed_tokens.weight"
-    return (
-        name == "lm_head.weight"
-        and source.shape(name) == source.shape(embedding)
-        and torch.equal(source.read(name), source.read(embedding))
-    )
 
 
 def _dtype_of(source: HfReader, names: set[str]) -> str:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from checkpoint_convert.families import Family, family_named, moe_family_of
-from checkpoint_convert.hf_folder import HfReader, read_config
+from checkpoint_convert.hf_folder import HfReader, is_unread, read_config
 from checkpoint_convert.logits_on_text import TextVerdict, compare_on_text
 from checkpoint_convert.megatron_folder import MegatronReader
 from checkpoint_convert.tables import frozen_name
@@ -43,6 +43,21 @@ class Tensors(Protocol):
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def read(self, name: str) -> Tensor: ...
+
+
+class HfTensors(HfReader):
+    """A Hugging Face folder's tensors, without those that no reader looks at."""
+
+    def __init__(self, folder: Path):
+        is_tied = read_config(folder).get("tie_word_embeddings", False)
+        super().__init__(folder)
+        self._names = [
+            name for name in super().names if (name == "lm_head.weight" and not is_tied) or not is_unread(self, name)
+        ]
+
+    @property
+    def names(self) -> list[str]:
+        return self._names
 
 
 @dataclass(frozen=True)
@@ -71,8 +86,7 @@ def open_model(path: Path, iteration: int | None = None) -> Tensors:
     """The tensors of a Hugging Face folder or of a Megatron checkpoint folder."""
     if (path / FILE_NAME).is_file():
         return MegatronReader(path, iteration)
-    read_config(path)
-    return HfReader(path)
+    return HfTensors(path)
 
 
 def compare(a: Tensors, b: Tensors) -> Iterator[Verdict]:

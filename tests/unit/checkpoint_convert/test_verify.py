@@ -68,6 +68,24 @@ def test_a_dense_checkpoint_and_its_source_are_equal(qwen2: Path, tmp_path: Path
         assert "51 tensors, 0 differ" in capsys.readouterr().out
 
 
+def test_tensors_that_no_reader_looks_at_make_no_difference(
+    make_qwen2: Callable[..., Path], tmp_path: Path, monkeypatch
+) -> None:
+    """Old folders of tied models store their output layer and RoPE's frequencies too."""
+    source = make_qwen2(tie_word_embeddings=True)
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+
+    old = copy_of(source, add)
+    hf_to_mcore(old, tmp_path / "megatron", num_new_experts=2)
+    assert verify(monkeypatch, source, old) == 0
+    assert verify(monkeypatch, "--frozen", old, tmp_path / "megatron") == 0
+    edit(old, lambda tensors: tensors["lm_head.weight"].add_(1))
+    assert verify(monkeypatch, source, old) == 1
+
+
 def test_an_upcycled_checkpoint_and_its_export_are_equal(export: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     """The stock class has a tensor more in each MoE layer, all zeros, than the checkpoint."""
     num_tensors = len(load_file(export / "model.safetensors"))

@@ -1,6 +1,7 @@
 """Tiny random models of every family, made by stock transformers."""
 
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,6 +62,42 @@ def make_qwen2(make_model: Callable[..., Path]) -> Callable[..., Path]:
 def qwen2(make_qwen2: Callable[..., Path]) -> Path:
     """Untied, fp32, in several shards, with a tokenizer of 60 ids and a chat template. Tests must not change it."""
     return make_qwen2(tokenizer=True, save={"max_shard_size": "40KB"})
+
+
+class HeldBytes:
+    """Counts the bytes of tensors that were read and are still held."""
+
+    def __init__(self) -> None:
+        self._live: dict[int, int] = {}
+        self._peak = 0
+
+    def take_peak(self) -> int:
+        """The most that was held at a time since the last call."""
+        peak, self._peak = self._peak, 0
+        return peak
+
+    def watch(self, read: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def watched(*args):
+            tensor = read(*args)
+            storage = tensor.untyped_storage().data_ptr()
+            self._live[storage] = tensor.untyped_storage().nbytes()
+            weakref.finalize(tensor, self._live.pop, storage, None)
+            self._peak = max(self._peak, sum(self._live.values()))
+            return tensor
+
+        return watched
+
+
+@pytest.fixture
+def held_bytes(monkeypatch) -> HeldBytes:
+    """Of what is read from safetensors and from checkpoints."""
+    from checkpoint_convert.hf_folder import HfReader
+    from checkpoint_convert.torch_dist import TorchDistReader
+
+    held = HeldBytes()
+    monkeypatch.setattr(HfReader, "read", held.watch(HfReader.read))
+    monkeypatch.setattr(TorchDistReader, "_load_chunk", held.watch(TorchDistReader._load_chunk))
+    return held
 
 
 @pytest.fixture

@@ -145,6 +145,17 @@ def test_ours_to_adapter_to_ours_is_bit_identical(qwen2: Path, tmp_path: Path) -
         assert (tmp_path / "ours" / path).read_bytes() == (tmp_path / "again" / path).read_bytes(), path
 
 
+def test_few_tensors_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_path: Path, held_bytes) -> None:
+    base = make_qwen2(num_hidden_layers=12)
+    largest = max(tensor.nbytes for file in base.glob("*.safetensors") for tensor in load_file(file).values())
+    hf_to_mcore(base, tmp_path / "ours", num_new_experts=8)
+    held_bytes.take_peak()
+    mcore_to_adapter(tmp_path / "ours", tmp_path / "adapter", "base")
+    assert 0 < held_bytes.take_peak() <= 3 * largest
+    adapter_to_mcore(tmp_path / "adapter", base, tmp_path / "again")
+    assert 0 < held_bytes.take_peak() <= 3 * largest
+
+
 def test_names_with_the_adapters_own_name_are_read_too(
     qwen2: Path, write_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -91,6 +91,17 @@ def test_the_base_of_a_further_round_is_the_moe_before_it(checkpoint: Path, tmp_
     assert_same_files(tmp_path / "full", tmp_path / "whole")
 
 
+def test_few_tensors_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_path: Path, held_bytes) -> None:
+    base = make_qwen2(num_hidden_layers=12)
+    largest = max(tensor.nbytes for file in base.glob("*.safetensors") for tensor in load_file(file).values())
+    hf_to_mcore(base, tmp_path / "megatron", num_new_experts=8)
+    held_bytes.take_peak()
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "delta", as_delta=True)
+    assert 0 < held_bytes.take_peak() <= 3 * largest
+    apply_delta(base, tmp_path / "delta", tmp_path / "whole")
+    assert 0 < held_bytes.take_peak() <= 3 * largest
+
+
 def test_a_delta_holds_routers_and_new_experts_alone(checkpoint: Path, tmp_path: Path) -> None:
     mcore_to_hf(checkpoint, tmp_path / "delta", as_delta=True)
     assert {path.name for path in (tmp_path / "delta").iterdir()} == {

@@ -10,7 +10,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from checkpoint_convert.hf_folder import HfReader
 from checkpoint_convert.hf_to_mcore import hf_to_mcore
 from checkpoint_convert.mcore_to_hf import mcore_to_hf
 from checkpoint_convert.torch_dist import TorchDistReader
@@ -257,36 +256,14 @@ def test_redundant_output_layer_of_a_tied_model_is_dropped(make_qwen2: Callable[
     assert "output_layer.weight" not in megatron_tensors_of(tmp_path / "megatron")
 
 
-def test_few_tensors_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_path: Path, monkeypatch) -> None:
+def test_few_tensors_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_path: Path, held_bytes) -> None:
     """Memory is that of a few tensors, whatever the number of layers and experts."""
-    import weakref
-
-    live: dict[int, int] = {}
-    peak = 0
-
-    def watch(owner: type, method: str) -> None:
-        original = getattr(owner, method)
-
-        def watched(self, *args):
-            nonlocal peak
-            tensor = original(self, *args)
-            storage = tensor.untyped_storage().data_ptr()
-            live[storage] = tensor.untyped_storage().nbytes()
-            weakref.finalize(tensor, live.pop, storage, None)
-            peak = max(peak, sum(live.values()))
-            return tensor
-
-        monkeypatch.setattr(owner, method, watched)
-
     source = make_qwen2(num_hidden_layers=12)
-    watch(HfReader, "read")
-    watch(TorchDistReader, "_load_chunk")
-    hf_to_mcore(source, tmp_path / "megatron", num_new_experts=8)
     largest = max(tensor.nbytes for tensor in tensors_of(source).values())
-    assert 0 < peak <= 3 * largest
-    peak = 0
+    hf_to_mcore(source, tmp_path / "megatron", num_new_experts=8)
+    assert 0 < held_bytes.take_peak() <= 3 * largest
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
-    assert 0 < peak <= 3 * largest
+    assert 0 < held_bytes.take_peak() <= 3 * largest
 
 
 def test_spec_survives_its_file(qwen2: Path, tmp_path: Path) -> None:

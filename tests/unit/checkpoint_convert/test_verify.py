@@ -149,6 +149,17 @@ def test_a_difference_in_any_chunk_of_a_tensor_is_found(export: Path, monkeypatc
         assert max_abs_difference(export, other) == pytest.approx(2)
 
 
+def test_two_tensors_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_path: Path, held_bytes) -> None:
+    base = make_qwen2(num_hidden_layers=12)
+    largest = max(tensor.nbytes for tensor in load_frozen(base).values())
+    hf_to_mcore(base, tmp_path / "megatron", num_new_experts=8)
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    held_bytes.take_peak()
+    for a, b in (("megatron", "hf"), ("hf", "megatron")):
+        assert max_abs_difference(tmp_path / a, tmp_path / b) == 0.0
+        assert 0 < held_bytes.take_peak() <= 3 * largest
+
+
 def test_frozen_tensors_are_compared_with_the_base(qwen2: Path, export: Path, tmp_path: Path, monkeypatch) -> None:
     assert frozen_max_abs_difference(qwen2, export) == 0.0
     assert frozen_max_abs_difference(qwen2, tmp_path / "megatron") == 0.0

@@ -44,6 +44,12 @@ def adapter_to_mcore(
     family, dense = read_base(hf_path)
     if dense.moe is not None:
         raise UserError(f"{hf_path} is an MoE and an adapter belongs to a dense model; give the one it was trained on")
+    num_layers = dense.megatron_args["num_layers"]
+    if not family.may_mix_layers and len(config.layers) < num_layers:
+        raise UserError(
+            f"{adapter / CONFIG_FILE} has experts in {len(config.layers)} of {num_layers} layers, and a "
+            f"{family.moe_architecture}, as which a {family.architecture} is exported, has them in every layer"
+        )
     try:
         spec = with_new_experts(family, dense, config.num_experts - 1, config.topk, list(config.layers))
     except UserError as error:

@@ -128,7 +128,7 @@ def write_delta(
     shapes = [(name, source.shape(name)) for name in source.names if name in trained]
     with HfWriter(folder, shapes, dtype, max_shard_bytes, STEM) as writer:
         for name in source.names:
-            tensor = source.read(name).to(dtype)
+            tensor = source.read_finite(name).to(dtype)
             if name in trained:
                 tensors.append(DeltaTensor(name, tuple(tensor.shape), "delta", sha256=checksum(tensor)))
                 if not writer.is_written(name):

@@ -67,7 +67,7 @@ def mcore_to_adapter(
         # PEFT reads one file.
         with HfWriter(folder, tensors, target_dtype, math.inf, STEM) as writer:
             for hf_name, name in names.items():
-                tensor = source.read(hf_name).to(target_dtype)
+                tensor = source.read_finite(hf_name).to(target_dtype)
                 writer.write(name, tensor)
                 bar.update(tensor.nbytes)
             writer.finish()

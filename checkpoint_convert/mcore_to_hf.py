@@ -23,15 +23,13 @@ from checkpoint_convert.hf_folder import CONFIG_FILE, HfWriter, copy_companions,
 from checkpoint_convert.megatron_folder import HF_FOLDER, MegatronReader
 from checkpoint_convert.model_card import BASE_CARD_FILE, model_card, read_facts
 from checkpoint_convert.model_card import FILE_NAME as CARD_FILE
-from checkpoint_convert.outputs import check_free_space, check_output, job_description, progress_bar, refuse_not_finite
+from checkpoint_convert.outputs import check_free_space, check_output, job_description, progress_bar
 from moelpr import model_spec
 from moelpr.errors import UserError, run_command
 from moelpr.files import resumable_directory
 from moelpr.model_spec import ModelSpec
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
-
-_REMEDY = "the run has diverged, so export an earlier step with --iteration"
 
 
 def mcore_to_hf(
@@ -74,8 +72,7 @@ def mcore_to_hf(
         with HfWriter(folder, tensors, target_dtype, max_shard_bytes) as writer:
             for name, shape in tensors:
                 if not writer.is_written(name):
-                    tensor = refuse_not_finite(source.read(name), f"{source.step_folder}: {name}", _REMEDY)
-                    writer.write(name, tensor.to(target_dtype))
+                    writer.write(name, source.read_finite(name).to(target_dtype))
                 bar.update(math.prod(shape) * target_dtype.itemsize)
             writer.finish()
         write_companions(folder, load / HF_FOLDER, config, model_card(facts))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from checkpoint_convert.families import family_named
+from checkpoint_convert.outputs import refuse_not_finite
 from checkpoint_convert.tables import Piece, megatron_shape, pieces, sizes_of, zeros
 from checkpoint_convert.torch_dist import TorchDistReader
 from moelpr.checkpoint_chain import checkpoint_chain, verify_chain
@@ -73,6 +74,11 @@ class MegatronReader:
         place = self._places[name]
         tensor = self._reader(place.piece.key).read(place.piece.key, place.piece.stack_index)
         return place.piece.transform.to_hf(tensor, self._sizes)[place.part]
+
+    def read_finite(self, name: str) -> Tensor:
+        """Like `read`; UserError where a weight is NaN or infinite."""
+        remedy = "the run has diverged, so export an earlier step with --iteration"
+        return refuse_not_finite(self.read(name), f"{self.step_folder}: {name}", remedy)
 
     def read_piece(self, piece: Piece) -> Tensor:
         """One piece as Megatron has it, without padding of the vocabulary."""

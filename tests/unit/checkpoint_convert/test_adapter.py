@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from checkpoint_convert.hf_to_mcore import hf_to_mcore
 from checkpoint_convert.mcore_to_adapter import mcore_to_adapter
 from checkpoint_convert.mcore_to_hf import mcore_to_hf
 from checkpoint_convert.megatron_folder import MegatronReader
+from checkpoint_convert.torch_dist import TorchDistReader, TorchDistWriter
+from checkpoint_convert.upcycling import Start
 from checkpoint_convert.verify import frozen_max_abs_difference, max_abs_difference
 from moelpr.errors import UserError
 from moelpr.model_spec import ModelSpec, MoeSpec
@@ -145,6 +148,23 @@ def test_ours_to_adapter_to_ours_is_bit_identical(qwen2: Path, tmp_path: Path) -
         assert (tmp_path / "ours" / path).read_bytes() == (tmp_path / "again" / path).read_bytes(), path
 
 
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM"])
+def test_other_families_have_adapters_too(architecture: str, make_model: Callable[..., Path], tmp_path: Path) -> None:
+    base = make_model(architecture)
+    hf_to_mcore(base, tmp_path / "ours", num_new_experts=2, start=Start("random"))
+    mcore_to_adapter(tmp_path / "ours", tmp_path / "adapter", "base")
+    names = load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
+    assert {name for name in names if "layers.3." in name} == {
+        f"{PREFIX}.3.mlp.{name}.weight"
+        for name in (
+            "moe_router_embedding",
+            *(f"moe_experts.{j}.{n}_proj" for j in (0, 1) for n in ("gate", "up", "down")),
+        )
+    }
+    adapter_to_mcore(tmp_path / "adapter", base, tmp_path / "again")
+    assert max_abs_difference(tmp_path / "ours", tmp_path / "again") == 0.0
+
+
 def test_few_tensors_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_path: Path, held_bytes) -> None:
     base = make_qwen2(num_hidden_layers=12)
     largest = max(tensor.nbytes for file in base.glob("*.safetensors") for tensor in load_file(file).values())
@@ -273,6 +293,41 @@ def test_the_advice_on_pickled_weights_works(
 
     exec(advice, {"safetensors": safetensors, "torch": torch})
     adapter_to_mcore(adapter, qwen2, tmp_path / "out")
+
+
+def test_a_base_that_does_not_fit_is_refused(
+    qwen2: Path, make_model: Callable[..., Path], write_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="experts in 2 of 4 layers, and a MixtralForCausalLM.*in every layer"):
+        adapter_to_mcore(write_adapter(), make_model("LlamaForCausalLM"), tmp_path / "out")
+    hf_to_mcore(qwen2, tmp_path / "ours")
+    mcore_to_hf(tmp_path / "ours", tmp_path / "moe")
+    with pytest.raises(UserError, match="moe is an MoE and an adapter belongs to a dense model"):
+        adapter_to_mcore(write_adapter(), tmp_path / "moe", tmp_path / "out")
+
+
+def test_weights_that_are_no_numbers_are_refused(
+    qwen2: Path, write_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    broken = random_tensors()
+    broken[EXPERT][3, 4] = float("nan")
+    with pytest.raises(UserError, match=f"{EXPERT} holds NaN"):
+        adapter_to_mcore(write_adapter(broken), qwen2, tmp_path / "out")
+    hf_to_mcore(qwen2, tmp_path / "ours", num_new_experts=2)
+    state = TorchDistReader(tmp_path / "ours" / "release")
+    with TorchDistWriter(tmp_path / "nan") as writer:
+        for key in sorted(state.keys):
+            tensor = state.read(key).clone()
+            writer.write(key, tensor.fill_(float("inf")) if key.endswith("layers.2.mlp.router.weight") else tensor)
+        writer.finish({})
+    shutil.rmtree(tmp_path / "ours" / "release")
+    (tmp_path / "nan").rename(tmp_path / "ours" / "release")
+    name = "model.layers.2.mlp.gate.weight holds NaN or infinite weights; the run has diverged"
+    with pytest.raises(UserError, match=name):
+        mcore_to_adapter(tmp_path / "ours", tmp_path / "out", "base")
+    with pytest.raises(UserError, match=name):
+        mcore_to_hf(tmp_path / "ours", tmp_path / "out", as_delta=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_no_adapter_can_express_is_refused(qwen2: Path, tmp_path: Path) -> None:

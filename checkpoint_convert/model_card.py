@@ -244,7 +244,8 @@ def _data(settings: dict[str, Any]) -> str:
     """Megatron's blend: prefixes, or weights and prefixes in turn."""
     words = settings.get("data_path") or settings.get("train_data_path")
     if not isinstance(words, list):
-        return ""
+        listed = settings.get("data_args_path") or settings.get("per_split_data_args_path")
+        return f"the list `{listed}`" if listed else ""
     words = [str(word) for word in words]
     if len(words) % 2 == 0 and all(re.fullmatch(r"[\d.]+(e-?\d+)?", word) for word in words[::2]):
         return ", ".join(f"`{path}` (weight {weight})" for weight, path in zip(words[::2], words[1::2], strict=True))

@@ -25,24 +25,31 @@ class Origin:
     """What a converter made a checkpoint from.
 
     base_model: name of the model's folder, or what an adapter calls its base. settings: how new experts started.
-    adapter: name of the published code's adapter that brought them, if one did.
+    adapter: name of the published code's adapter that brought them, if one did. copy_of: step folder whose weights the
+    checkpoint has, if it is a copy.
     """
 
-    base_model: str
+    base_model: str | None
     settings: dict[str, Any] = field(default_factory=dict)
     adapter: str | None = None
+    copy_of: str | None = None
 
     def write(self, checkpoint: Path) -> None:
-        content = {"base_model": self.base_model, "settings": self.settings, "adapter": self.adapter}
-        (checkpoint / HF_FOLDER / ORIGIN_FILE).write_text(json.dumps(content, indent=2) + "\n")
+        (checkpoint / HF_FOLDER).mkdir(exist_ok=True)
+        (checkpoint / HF_FOLDER / ORIGIN_FILE).write_text(json.dumps(vars(self), indent=2) + "\n")
 
     @classmethod
     def read(cls, checkpoint: Path) -> "Origin | None":
         """None where no converter has left word."""
         content = _read_json(checkpoint / HF_FOLDER / ORIGIN_FILE)
-        if content is None or not isinstance(content.get("base_model"), str):
+        if content is None:
             return None
-        return cls(content["base_model"], dict(content.get("settings") or {}), content.get("adapter"))
+        names = [name if isinstance(name := content.get(key), str) else None for key in _NAMES]
+        settings = content.get("settings")
+        return cls(names[0], settings if isinstance(settings, dict) else {}, *names[1:])
+
+
+_NAMES = ("base_model", "adapter", "copy_of")
 
 
 @dataclass(frozen=True)
@@ -82,8 +89,17 @@ def read_history(checkpoint: Path, iteration: int | None = None) -> History:
     stages: list[Stage] = []
     seen: set[Path] = set()
     folder, step = checkpoint, step_folder(checkpoint, iteration)
-    while step.name != RELEASE and folder.resolve() not in seen:
+    while folder.resolve() not in seen:
         seen.add(folder.resolve())
+        if step.name == RELEASE:
+            origin = Origin.read(folder)
+            if origin is None or origin.copy_of is None:
+                break
+            original = Path(origin.copy_of)
+            if not original.is_dir() or not _is_of(original.parent, spec):
+                return History(stages[::-1], origin.copy_of)
+            folder, step = original.parent, original
+            continue
         settings = _read_settings(step / RECIPE_FILE) or _read_settings(folder / RECIPE_FILE)
         if settings is None:
             return History(stages[::-1], str(folder) if stages else None)
@@ -118,11 +134,18 @@ def _find(folder: Path, start: Path, first: dict[str, Any] | None, spec: ModelSp
         base = BaseCheckpoint.read(folder)
         if base is not None:
             return base.find(folder)
-        if ModelSpec.read(start) != spec or (first is None and len(list(start.glob("iter_*"))) > 1):
+        if not _is_of(start, spec) or (first is None and len(list(start.glob("iter_*"))) > 1):
             return None
         return step_folder(start, first.get("ckpt_step") if first else None)
     except UserError:
         return None
+
+
+def _is_of(checkpoint: Path, spec: ModelSpec) -> bool:
+    try:
+        return ModelSpec.read(checkpoint) == spec
+    except UserError:
+        return False
 
 
 def _read_stage(folder: Path, step: int, settings: dict[str, Any]) -> Stage:

@@ -7,11 +7,13 @@ The result has weights only and needs no other folder. Tensors keep their elemen
 
 import argparse
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from checkpoint_convert.hf_to_mcore import write_checkpoint
 from checkpoint_convert.megatron_folder import HF_FOLDER, MegatronReader
 from checkpoint_convert.outputs import check_free_space, check_output, job_description, progress_bar
+from checkpoint_convert.run_records import Origin
 from moelpr import model_spec
 from moelpr.checkpoint_chain import TRACKER_FILE
 from moelpr.errors import run_command
@@ -33,6 +35,8 @@ def whole_checkpoint(load: Path, save: Path, iteration: int | None = None, overw
         write_checkpoint(folder, source.pieces, source.spec, lambda todo: map(source.read_piece, todo), bar)
         if (load / HF_FOLDER).is_dir():
             shutil.copytree(load / HF_FOLDER, folder / HF_FOLDER)
+        origin = Origin.read(load) or Origin(None)
+        replace(origin, copy_of=str(source.step_folder.resolve())).write(folder)
 
 
 def main() -> None:

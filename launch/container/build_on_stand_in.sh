@@ -104,7 +104,7 @@ options=()
 
 said "the tools"
 expect 'preprocess_data ' run --help
-for tool in plan preprocess_data inspect_data hf_to_mcore mcore_to_hf verify evaluate; do
+for tool in plan preprocess_data inspect_data hf_to_mcore mcore_to_hf apply_delta adapter_to_mcore mcore_to_adapter verify evaluate; do
     expect 'usage:' run "$tool" --help
 done
 expect 'there is no tool or command stage3' run stage3

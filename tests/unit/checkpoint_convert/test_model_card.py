@@ -17,6 +17,7 @@ from checkpoint_convert.mcore_to_adapter import mcore_to_adapter
 from checkpoint_convert.mcore_to_hf import mcore_to_hf
 from checkpoint_convert.run_records import read_history
 from checkpoint_convert.upcycling import Start
+from checkpoint_convert.whole_checkpoint import whole_checkpoint
 from moelpr.checkpoint_chain import BaseCheckpoint
 from moelpr.errors import UserError
 from moelpr.model_spec import ModelSpec
@@ -231,6 +232,20 @@ def test_a_resumed_run_goes_by_its_first_start(runs: Path) -> None:
     assert read_history(Path("resumed")).missing == "stage1"  # of its two steps it isn't known which
     shutil.rmtree("stage1/iter_0000003")
     assert [stage.step for stage in read_history(Path("resumed")).stages] == [6, 4]
+
+
+def test_a_whole_checkpoint_has_the_history_of_its_run(runs: Path) -> None:
+    whole_checkpoint(Path("stage1"), Path("whole"), iteration=3)
+    write_run("after", "whole", [5], SETTINGS | {"stage": "stage2"})
+    assert [stage["steps"] for stage in stages_of(card_of("after"))] == ["3", "5"]
+    assert "`Qwen-tiny`" in card_of("whole") and "(seed 7)" in card_of("whole")
+    shutil.rmtree("stage1")
+    assert read_history(Path("after")).missing == str(runs / "stage1" / "iter_0000003")
+
+
+def test_data_named_in_a_file_is_told_by_its_name(runs: Path) -> None:
+    write_run("listed", "upcycled", [2], SETTINGS | {"data_path": None, "data_args_path": "data/blend.txt"})
+    assert stages_of(card_of("listed"))[0]["data"] == "the list `data/blend.txt`"
 
 
 def test_records_that_lead_in_a_circle_end(runs: Path) -> None:

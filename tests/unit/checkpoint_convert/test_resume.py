@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
+from checkpoint_convert.adapter_to_mcore import adapter_to_mcore
+from checkpoint_convert.apply_delta import apply_delta
 from checkpoint_convert.hf_folder import HfReader
 from checkpoint_convert.hf_to_mcore import hf_to_mcore
+from checkpoint_convert.mcore_to_adapter import mcore_to_adapter
 from checkpoint_convert.mcore_to_hf import mcore_to_hf
 from checkpoint_convert.megatron_folder import MegatronReader
 from checkpoint_convert.torch_dist import JOURNAL_FILE, TorchDistWriter
@@ -22,12 +25,16 @@ Convert = Callable[[Path], object]
 
 @pytest.fixture
 def conversions(qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Convert]:
-    """Both directions, in files of a few tensors."""
+    """All directions, in files of a few tensors."""
     monkeypatch.setattr(TorchDistWriter.__init__, "__defaults__", (30_000,))
     hf_to_mcore(qwen2, tmp_path / "source")
+    mcore_to_hf(tmp_path / "source", tmp_path / "delta", max_shard_bytes=30_000, as_delta=True)
+    mcore_to_adapter(tmp_path / "source", tmp_path / "adapter", "base")
     return {
         "import": lambda save: hf_to_mcore(qwen2, save, start=Start(noise=0.1)),
         "export": lambda save: mcore_to_hf(tmp_path / "source", save, max_shard_bytes=30_000),
+        "base and delta": lambda save: apply_delta(qwen2, tmp_path / "delta", save),
+        "adapter": lambda save: adapter_to_mcore(tmp_path / "adapter", qwen2, save),
     }
 
 
@@ -52,7 +59,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("direction", ["import", "export"])
+@pytest.mark.parametrize("direction", ["import", "export", "base and delta", "adapter"])
 def test_it_goes_on_and_ends_in_the_same_bytes(conversions: dict[str, Convert], tmp_path: Path, direction: str) -> None:
     convert = conversions[direction]
     convert(tmp_path / "unbroken")

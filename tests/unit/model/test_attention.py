@@ -78,3 +78,26 @@ def test_documents_of_a_sequence_do_not_see_each_other(attentions) -> None:
     found.sum().backward()
     for a, b in zip(inputs, same, strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [1, 7, SEQUENCE - 1, SEQUENCE + 5])
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_window_looks_back_so_many_tokens(dense_spec: ModelSpec, window: int, apart: bool) -> None:
+    """Megatron's window counts the tokens before the token itself."""
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from moelpr.model.attention import SDPACoreAttention
+    from moelpr.model.loading import transformer_config
+
+    config = transformer_config(dense_spec, window_size=(window, 0))
+    ours = SDPACoreAttention(config, layer_number=1, attn_mask_type=AttnMaskType.causal, attention_type="self")
+    query, key, value = query_key_value()
+    positions = torch.arange(SEQUENCE) % 15 if apart else torch.arange(SEQUENCE)
+    document = (positions == 0).cumsum(0)
+    distance = torch.arange(SEQUENCE)[:, None] - torch.arange(SEQUENCE)
+    is_seen = (distance >= 0) & (distance <= window) & (document[:, None] == document)
+    scores = torch.einsum("sbhd,tbhd->bhst", query, key.repeat_interleave(2, dim=2)) / HEAD_DIM**0.5
+    weights = scores.masked_fill(~is_seen, -torch.inf).softmax(-1)
+    wanted = torch.einsum("bhst,tbhd->sbhd", weights, value.repeat_interleave(2, dim=2)).flatten(2)
+    found = ours(query, key, value, positions.expand(BATCH, -1) if apart else None)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from checkpoint_convert.families import Family, family_of, moe_family_of
+from checkpoint_convert.families import Family, family_of
 from checkpoint_convert.hf_config import load_config
 from checkpoint_convert.hf_folder import read_config
 from moelpr.errors import UserError
@@ -16,8 +16,7 @@ def read_base(folder: Path) -> tuple[Family, ModelSpec]:
     The spec's dtype is that of config.json and may not be the weights'. UserError for a model we can't bring in.
     """
     raw = read_config(folder)
-    is_moe = any("Moe" in name or "Mixtral" in name for name in raw.get("architectures") or [])
-    family = moe_family_of(raw) if is_moe else family_of(raw)
+    family, is_moe = family_of(raw)
     config = load_config(folder)
     try:
         args = family.megatron_args(config)

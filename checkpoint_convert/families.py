@@ -175,27 +175,26 @@ QWEN3 = Family(
 FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
 
 
-def family_of(config: dict[str, Any]) -> Family:
-    """The family whose dense class a config.json names; UserError with the known ones when there is none."""
+def family_of(config: dict[str, Any]) -> tuple[Family, bool]:
+    """The family a config.json belongs to, and whether it is the MoE class. UserError with the known ones for others.
+
+    Llama and Mistral share their MoE class, and their tables.
+    """
     architectures = config.get("architectures") or []
     for family in FAMILIES.values():
         if family.architecture in architectures or (
             not architectures and config.get("model_type") == family.model_type
         ):
-            return family
-    found = ", ".join(architectures) or config.get("model_type") or "none"
-    known = ", ".join(family.architecture for family in FAMILIES.values())
-    raise UserError(f"found the architecture {found}; supported are {known}")
-
-
-def moe_family_of(config: dict[str, Any]) -> Family:
-    """A family whose stock MoE class a config.json names. Llama and Mistral share theirs, and their tables."""
-    architectures = config.get("architectures") or []
-    for family in FAMILIES.values():
+            return family, False
         if family.moe_architecture in architectures:
-            return family
-    known = ", ".join(dict.fromkeys(family.moe_architecture for family in FAMILIES.values()))
-    raise UserError(f"found the architecture {', '.join(architectures) or 'none'}; the upcycled ones are {known}")
+            return family, True
+    found = ", ".join(architectures) or config.get("model_type") or "none"
+    known = [family.architecture for family in FAMILIES.values()]
+    moe = dict.fromkeys(family.moe_architecture for family in FAMILIES.values())
+    raise UserError(
+        f"found the architecture {found}; supported are {', '.join(known)} and, for a further round of languages, "
+        f"{', '.join(moe)}"
+    )
 
 
 def family_named(name: str) -> Family:

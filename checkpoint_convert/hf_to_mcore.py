@@ -1,9 +1,10 @@
-"""Turn a dense Hugging Face model into a Megatron checkpoint, upcycling its FFNs to experts on the way.
+"""Turn a Hugging Face model into a Megatron checkpoint, upcycling its FFNs to experts on the way.
 
     python -m checkpoint_convert.hf_to_mcore --hf-path DIR --save DIR --num-new-experts 4 --topk 2
 
 Expert 0 is the dense FFN, experts 1..N start as its copies (so the model still computes what the dense one did), each
-router is drawn xavier-normal. Weights stream: one tensor at a time goes from safetensors to the checkpoint.
+router is drawn xavier-normal. A stock MoE, an earlier export for example, gets N further experts beside those it has.
+Weights stream: one tensor at a time goes from safetensors to the checkpoint.
 """
 
 import argparse
@@ -180,14 +181,15 @@ def _extra_state_keys(plan: list[Piece]) -> list[str]:
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="hf_to_mcore",
-        description="Turn a dense Hugging Face model into a Megatron checkpoint whose FFNs are upcycled to experts.",
+        description="Turn a Hugging Face model into a Megatron checkpoint whose FFNs are upcycled to experts.",
+        epilog="An interrupted conversion leaves .NAME.partial beside SAVE; the same command goes on where it stopped.",
     )
     parser.add_argument(
         "--hf-path", type=Path, required=True, help="folder with config.json, safetensors and tokenizer"
     )
     parser.add_argument("--save", type=Path, required=True, help="checkpoint folder to write")
     experts = parser.add_mutually_exclusive_group(required=True)
-    experts.add_argument("--num-new-experts", type=int, metavar="N", help="experts added beside the original one")
+    experts.add_argument("--num-new-experts", type=int, metavar="N", help="experts to add")
     experts.add_argument("--dense", action="store_true", help="no experts: a plain dense checkpoint")
     parser.add_argument("--topk", type=int, metavar="K", help="experts per token (default: 2, or what an MoE has)")
     layers = parser.add_mutually_exclusive_group()

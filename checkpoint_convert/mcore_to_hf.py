@@ -92,6 +92,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="mcore_to_hf",
         description="Turn a Megatron checkpoint into a folder stock Hugging Face transformers loads.",
+        epilog="An interrupted export leaves .NAME.partial beside SAVE; the same command goes on where it stopped.",
     )
     parser.add_argument("--load", type=Path, required=True, help="checkpoint folder of hf_to_mcore or of the trainer")
     parser.add_argument("--save", type=Path, required=True, help="Hugging Face folder to write")

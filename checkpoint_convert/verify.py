@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from checkpoint_convert.families import Family, family_named, moe_family_of
+from checkpoint_convert.families import Family, family_named, family_of
 from checkpoint_convert.hf_folder import HfReader, is_unread, read_config
 from checkpoint_convert.logits_on_text import TextVerdict, compare_on_text
 from checkpoint_convert.megatron_folder import MegatronReader
@@ -136,7 +136,7 @@ def _num_experts_at(model: Path) -> int:
 def _family_at(upcycled: Path) -> Family:
     if (upcycled / FILE_NAME).is_file():
         return family_named(ModelSpec.read(upcycled).family)
-    return moe_family_of(read_config(upcycled))
+    return family_of(read_config(upcycled))[0]
 
 
 def _compare(a: Tensors, b: Tensors, name_in_b: dict[str, str], names: list[str]) -> Iterator[Verdict]:

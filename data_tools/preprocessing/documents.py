@@ -1,5 +1,6 @@
 """From a line to a document: its JSON, its texts, and a sentence for whatever is wrong with it."""
 
+import functools
 import json
 from typing import Any, NamedTuple
 
@@ -30,8 +31,9 @@ def parse(line: bytes, keys: list[str]) -> dict[str, Any]:
     line = line.rstrip(b"\r\n").removeprefix(_BYTE_ORDER_MARK)
     try:
         document = json.loads(line.decode("utf-8"))
-        if any(line.count(b'"%s"' % key.encode()) > 1 for key in keys):
-            json.loads(line, object_pairs_hook=lambda pairs: _refuse_twice(pairs, keys))
+        for key in keys:
+            if line.count(_quoted(key)) > 1:
+                json.loads(line, object_pairs_hook=lambda pairs: _refuse_twice(pairs, keys))
     except UnicodeDecodeError as error:
         raise BadLine(f"invalid UTF-8 at byte {error.start + 1} of the line") from None
     except json.JSONDecodeError as error:
@@ -71,6 +73,11 @@ def json_type(value: object) -> str:
         return "null"
     names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
     return names.get(type(value), "a value of another type")  # a table can hold bytes and dates
+
+
+@functools.cache
+def _quoted(key: str) -> bytes:
+    return json.dumps(key, ensure_ascii=False).encode()
 
 
 def _refuse_twice(pairs: list[tuple[str, Any]], keys: list[str]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Self
 
@@ -43,17 +44,28 @@ def as_tokens(ids: NDArray[np.integer], vocab_size: int) -> NDArray[np.integer]:
     return ids.astype(dtype, copy=False)
 
 
+@dataclass(frozen=True)
+class TokensAt:
+    """Tokens in a file of their own, in the .bin's type, which go when they are written."""
+
+    path: Path
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+
 class Documents(NamedTuple):
     """Tokenized documents, one after another.
 
     Attributes:
-        tokens: [tokens], in the .bin's type.
+        tokens: [tokens], in the .bin's type, or where they are.
         lengths: tokens of each document: int64 [documents].
         run_bits: the language bits as runs, 1 = original: uint8 [runs].
         run_lengths: tokens of each run: int64 [runs]; they add up to the number of tokens.
     """
 
-    tokens: NDArray[np.integer]
+    tokens: NDArray[np.integer] | TokensAt
     lengths: NDArray[np.int64]
     run_bits: NDArray[np.uint8]
     run_lengths: NDArray[np.int64]
@@ -145,10 +157,14 @@ class CorpusWriter:
                 f"({_LONGEST_SEQUENCE:,}); split it"
             )
         has_tokens = lengths > 0  # a document without tokens is one without a sequence, as in Megatron
-        ends = self._at.sequences + np.cumsum(has_tokens)
-        runs = documents.run_lengths << 1 | documents.run_bits
-        parts = (documents.tokens, lengths[has_tokens].astype("<i4"), ends.astype("<i8"), runs.astype("<i8"))
-        for file, part in zip(self._files, parts, strict=True):
+        ends = self._at.sequences + np.cumsum(has_tokens, dtype="<i8")
+        runs = (documents.run_lengths << 1 | documents.run_bits).astype("<i8")
+        if isinstance(documents.tokens, TokensAt):
+            _copy(documents.tokens.path, self._files[0])
+            documents.tokens.path.unlink()
+        else:
+            self._files[0].write(documents.tokens.tobytes())
+        for file, part in zip(self._files[1:], (lengths[has_tokens].astype("<i4"), ends, runs), strict=True):
             file.write(part.tobytes())
         self._at = Position(
             self._at.tokens + len(documents.tokens),

@@ -93,7 +93,7 @@ class Job:
         reader = Reader(plan.shares, plan.columns, plan.chosen, self.journal.spool)
         total_bytes = sum(share.stop - share.start for share in plan.shares)
         with ExitStack() as stack:
-            pool = stack.enter_context(EncodingPool(plan.encoder, workers))
+            pool = stack.enter_context(EncodingPool(plan.encoder, workers, self.journal.spool))
             writers = {
                 name: stack.enter_context(
                     CorpusWriter(

@@ -3,8 +3,9 @@
 import hashlib
 import os
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from data_tools.preprocessing.backends import Backend, Encoded, GigatokenBackend
 from data_tools.preprocessing.detection import Detector
 from data_tools.preprocessing.documents import BadLine, TaggedText, parse
 from data_tools.preprocessing.languages import UNDETECTED, Bits, Tagger
-from data_tools.preprocessing.long_texts import LONG_TEXT_CHARACTERS, encode_long_text
+from data_tools.preprocessing.long_texts import LONG_TEXT_CHARACTERS, Piece, encode_long_text
 from data_tools.preprocessing.readers import Batch, LinesAt, Place
 from data_tools.preprocessing.tally import Tally
 from moelpr.errors import UserError
@@ -22,6 +23,13 @@ from moelpr.errors import UserError
 VALIDATION = "validation"
 # A document that is worth being encoded twice, to see that the fast library still agrees.
 _SPOT_CHECK_CHARACTERS = 1000
+
+
+class PreparedText(NamedTuple):
+    """A text, and of a long one its tokens."""
+
+    tagged: TaggedText
+    tokens: Piece | None
 
 
 @dataclass
@@ -80,7 +88,7 @@ class Encoder:
             UserError: the first line that can't be used, unless bad lines are skipped.
         """
         tally = Tally()
-        texts: dict[str, list[TaggedText]] = {name: [] for name in self.corpora}
+        texts: dict[str, list[PreparedText]] = {name: [] for name in self.corpora}
         if self.validation_share:
             texts |= {f"{name} {VALIDATION}": [] for name in self.corpora}
         problems: list[str] = []
@@ -89,28 +97,23 @@ class Encoder:
                 continue
             tally.num_read += 1
             try:
-                found = self.texts(item, batch.share.source.dataset)
+                found = [self.prepared(text) for text in self.texts(item, batch.share.source.dataset)]
             except BadLine as error:
-                problem = f"{batch.where(index)}: {error}"
-                if not self.skips_bad_lines:
-                    raise UserError(f"{problem}; mend the line or pass --on-error skip") from None
-                problems.append(problem)
+                problems.append(self.problem(batch, index, error))
                 continue
-            if self.skips_undetected and any(name == UNDETECTED for text in found for name, _ in text.spans):
+            if self.skips_undetected and any(name == UNDETECTED for text in found for name, _ in text.tagged.spans):
                 tally.num_undetected += 1
                 continue
-            suffix = f" {VALIDATION}" if self._is_validation(found[0].text) else ""
+            suffix = self.part([found[0].tagged.text])
             for name, text in zip(self.corpora, found, strict=True):
                 texts[name + suffix].append(text)
-            if self.auditor is not None:
-                stated = "+".join(sorted({name for name, _ in found[0].spans}))
-                tally.audit.setdefault(stated, Counter())[self.auditor.language(found[0].text)] += 1
+            self.audit(found[0].tagged, tally)
         tally.num_skipped, tally.problems = len(problems), problems
         documents = {}
         for name, group in texts.items():
-            documents[name] = self._documents(group, name, tally)
+            documents[name] = self.documents(group, name, tally)
             tally.corpus(name).sources[batch.share.source.path] += len(group)
-        self._spot_check([text.text for group in texts.values() for text in group])
+        self._spot_check([text.tagged.text for group in texts.values() for text in group])
         if isinstance(batch.content, LinesAt) and batch.content.is_temporary:
             os.unlink(batch.content.path)
         return EncodedBatch(documents, tally, batch.after, batch.num_bytes, batch.file_bytes, problems)
@@ -125,26 +128,63 @@ class Encoder:
         document = parse(item, [*keys, *self.tagger.columns()]) if isinstance(item, bytes) else item
         return self.tagger.texts(document, dataset, keys)
 
-    def _is_validation(self, text: str) -> bool:
-        """By the text itself: whatever the order and the number of jobs, and copies of a text never part."""
-        if not self.validation_share:
-            return False
-        drawn = hashlib.blake2b(text.encode(), digest_size=8, salt=self.seed.to_bytes(16, "little")).digest()
-        return int.from_bytes(drawn, "little") < self.validation_share * (1 << 64)
+    def prepared(self, text: TaggedText) -> PreparedText:
+        """A text, encoded already where it is long.
 
-    def _documents(self, texts: list[TaggedText], corpus: str, tally: Tally) -> Documents:
+        Raises:
+            BadLine: it can't be encoded.
+        """
+        if len(text.text) <= LONG_TEXT_CHARACTERS:
+            return PreparedText(text, None)
+        pieces = list(encode_long_text(self.backend, [text.text]))
+        return PreparedText(text, Piece(*(np.concatenate(arrays) for arrays in zip(*pieces, strict=True))))
+
+    def problem(self, batch: Batch, index: int, error: BadLine) -> str:
+        """A sentence about a broken line.
+
+        Raises:
+            UserError: with it, unless bad lines are skipped.
+        """
+        problem = f"{batch.where(index)}: {error}"
+        if not self.skips_bad_lines:
+            raise UserError(f"{problem}; mend the line or pass --on-error skip") from None
+        return problem
+
+    def part(self, text: Iterable[str]) -> str:
+        """What a document's text, which comes in parts, adds to the name of its corpus.
+
+        It decides by itself: whatever the order and the number of jobs, and copies of a text never part.
+        """
+        if not self.validation_share:
+            return ""
+        drawn = hashlib.blake2b(digest_size=8, salt=self.seed.to_bytes(16, "little"))
+        for characters in text:
+            drawn.update(characters.encode())
+        is_validation = int.from_bytes(drawn.digest(), "little") < self.validation_share * (1 << 64)
+        return f" {VALIDATION}" if is_validation else ""
+
+    def audit(self, text: TaggedText, tally: Tally) -> None:
+        """Count the language stated and the one detected."""
+        if self.auditor is not None:
+            stated = "+".join(sorted({name for name, _ in text.spans}))
+            tally.audit.setdefault(stated, Counter())[self.auditor.language(text.text)] += 1
+
+    def documents(self, texts: list[PreparedText], corpus: str, tally: Tally) -> Documents:
         """Encode texts that go into one corpus, and count them."""
-        is_plain = [len(text.spans) == 1 and len(text.text) <= LONG_TEXT_CHARACTERS for text in texts]
+        is_plain = [len(text.tagged.spans) == 1 and text.tokens is None for text in texts]
         counts = tally.corpus(corpus)
         if all(is_plain):
-            encoded = self._wrapped(self.backend.encode([text.text for text in texts]))
-            run_bits = np.fromiter((text.spans[0][0] in self.bits.original for text in texts), np.uint8, len(texts))
-            runs = run_bits, encoded.lengths
-            for text, length in zip(texts, encoded.lengths.tolist(), strict=True):
-                count = counts.count(text.spans[0][0], self.bits)
+            encoded = self._wrapped(self.backend.encode([text.tagged.text for text in texts]))
+            languages = [text.tagged.spans[0][0] for text in texts]
+            runs = (
+                np.fromiter((name in self.bits.original for name in languages), np.uint8, len(texts)),
+                encoded.lengths,
+            )
+            for name, text, length in zip(languages, texts, encoded.lengths.tolist(), strict=True):
+                count = counts.count(name, self.bits)
                 count.documents += 1
                 count.tokens += length
-                count.bytes += len(text.text.encode())
+                count.bytes += len(text.tagged.text.encode())
         else:
             pieces = [self._document(text, corpus, tally) for text in texts]
             encoded = Encoded(
@@ -155,16 +195,19 @@ class Encoder:
         return Documents(as_tokens(encoded.ids, self.vocab_size), encoded.lengths, *_merged_runs(*runs))
 
     def _document(
-        self, text: TaggedText, corpus: str, tally: Tally
+        self, prepared: PreparedText, corpus: str, tally: Tally
     ) -> tuple[NDArray[np.int32], NDArray[np.uint8], NDArray[np.int64]]:
-        """One text that is long or in several languages: ids [tokens], and bits and lengths of its runs [runs]."""
-        if len(text.spans) == 1:
-            ids = np.concatenate(list(encode_long_text(self.backend, [text.text])))
-            span = np.zeros(len(ids), np.int64)
-        else:
+        """One text, however long or mixed: ids [tokens], and bits and lengths of its runs [runs]."""
+        text = prepared.tagged
+        if prepared.tokens is not None:
+            ids, starts = prepared.tokens
+        elif len(text.spans) > 1:
             ids, starts = self.backend.encode_with_starts(text.text)
-            borders = np.cumsum([length for _, length in text.spans])[:-1]
-            span = np.searchsorted(borders, starts, side="right")
+        else:
+            ids = self.backend.encode([text.text]).ids
+            starts = np.zeros(len(ids), np.int64)
+        borders = np.cumsum([length for _, length in text.spans])[:-1]
+        span = np.searchsorted(borders, starts, side="right")
         wrapped = self._wrapped(Encoded(ids, np.array([len(ids)], np.int64)))
         behind = len(wrapped.ids) - len(ids) - len(self.prefix)
         # What is put before a text belongs to its first span, what is put behind it to its last token's.

@@ -21,15 +21,15 @@ _WINDOW_CHARACTERS = 1 << 13  # that must agree
 _OVERLAP_WINDOWS = 8
 
 
-class _Piece(NamedTuple):
+class Piece(NamedTuple):
     """Tokens of a part of a text: ids and, in the whole text, the characters they begin at, [tokens] each."""
 
     ids: NDArray[np.int32]
     starts: NDArray[np.int64]
 
 
-def encode_long_text(backend: Backend, parts: Iterable[str]) -> Iterator[NDArray[np.int32]]:
-    """The ids of a text that comes in parts, in pieces; they depend on the text only.
+def encode_long_text(backend: Backend, parts: Iterable[str]) -> Iterator[Piece]:
+    """The tokens of a text that comes in parts, in pieces that depend on the text only.
 
     Raises:
         BadLine: it has a part that can't be encoded in pieces.
@@ -37,14 +37,14 @@ def encode_long_text(backend: Backend, parts: Iterable[str]) -> Iterator[NDArray
     held, first = None, 0
     for begin, characters in _overlapping(parts):
         ids, starts = backend.encode_with_starts(characters)
-        piece = _Piece(ids, starts + begin)
+        piece = Piece(ids, starts + begin)
         if held is not None:
             last, next_first = _handover(held, piece, begin)
-            yield held.ids[first:last]
+            yield Piece(held.ids[first:last], held.starts[first:last])
             first = next_first
         held = piece
     if held is not None:
-        yield held.ids[first:]
+        yield Piece(held.ids[first:], held.starts[first:])
 
 
 def _overlapping(parts: Iterable[str]) -> Iterator[tuple[int, str]]:
@@ -62,7 +62,7 @@ def _overlapping(parts: Iterable[str]) -> Iterator[tuple[int, str]]:
     yield begin, ahead
 
 
-def _handover(left: _Piece, right: _Piece, begin: int) -> tuple[int, int]:
+def _handover(left: Piece, right: Piece, begin: int) -> tuple[int, int]:
     """The token of `left` that is left out first, and the token of `right` that takes its place."""
     half = _WINDOW_CHARACTERS // 2
     for window in range(1, _OVERLAP_WINDOWS):

@@ -17,7 +17,7 @@ from data_tools.preprocessing.documents import BadLine
 from data_tools.preprocessing.encoder import VALIDATION, Encoder
 from data_tools.preprocessing.journal import unfinished_folder
 from data_tools.preprocessing.languages import UNDETECTED, Bits, LanguageKey, LanguageSpans, OneLanguage, Tagger
-from data_tools.preprocessing.readers import LONG_LINE_BYTES, Place, Reader
+from data_tools.preprocessing.readers import Place, Reader
 from data_tools.preprocessing.registry import Dataset, read_registry, verify_checksum
 from data_tools.preprocessing.sampling import draw_documents
 from data_tools.preprocessing.sources import Form, Share, Source, find_files, open_source, shares_of
@@ -209,7 +209,7 @@ def _sample(shares: list[Share], columns: list[list[str]], encoder: Encoder) -> 
         reader = Reader(places, columns, None, Path(spool))
         for index in range(len(places)):
             batch = next(reader.batches(Place(index)), None)
-            if batch is None or batch.num_bytes > LONG_LINE_BYTES:
+            if batch is None or batch.is_long_line:
                 continue
             characters = 0
             for item in batch.items():

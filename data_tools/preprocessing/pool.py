@@ -11,21 +11,28 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
+from pathlib import Path
 
 from data_tools.preprocessing.encoder import EncodedBatch, Encoder
+from data_tools.preprocessing.long_documents import encode_long_line
 from data_tools.preprocessing.readers import Batch
 from moelpr.errors import UserError
 
 # Set just before the workers are forked, so that they inherit a loaded tokenizer.
 _encoder: Encoder | None = None
+_spool: Path | None = None
 
 
 class EncodingPool:
-    """Worker processes with an encoder each; they start with the pool."""
+    """Worker processes with an encoder each; they start with the pool.
 
-    def __init__(self, encoder: Encoder, workers: int) -> None:
-        global _encoder
-        _encoder = encoder
+    Args:
+        spool: a folder for what is too long for memory.
+    """
+
+    def __init__(self, encoder: Encoder, workers: int, spool: Path) -> None:
+        global _encoder, _spool
+        _encoder, _spool = encoder, spool
         self._workers = workers
         self._pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker)
         with warnings.catch_warnings():
@@ -82,5 +89,7 @@ def _start_worker() -> None:
 
 
 def _encode(batch: Batch) -> EncodedBatch:
-    assert _encoder is not None
+    assert _encoder is not None and _spool is not None
+    if batch.is_long_line:
+        return encode_long_line(_encoder, batch, _spool)
     return _encoder.encode(batch)

@@ -67,6 +67,11 @@ class Batch(NamedTuple):
     num_bytes: int
     file_bytes: int
 
+    @property
+    def is_long_line(self) -> bool:
+        """Whether it is a single line that is too long for memory."""
+        return isinstance(self.content, LinesAt) and self.content.num_bytes > LONG_LINE_BYTES
+
     def items(self) -> Sequence[bytes | dict[str, Any]]:
         """The lines without what ends them, or the rows."""
         if not isinstance(self.content, LinesAt):

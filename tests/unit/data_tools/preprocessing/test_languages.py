@@ -12,7 +12,7 @@ from data_tools.corpus import Corpus
 from data_tools.preprocessing.backends import Encoded, HuggingFaceBackend
 from data_tools.preprocessing.detection import Detector
 from data_tools.preprocessing.documents import TaggedText
-from data_tools.preprocessing.encoder import Encoder
+from data_tools.preprocessing.encoder import Encoder, PreparedText
 from data_tools.preprocessing.languages import UNDETECTED, Bits, LanguageSpans
 from data_tools.preprocessing.tally import Tally
 from data_tools.preprocessing.tokenizing import JobTokenizer, load_job_tokenizer
@@ -132,7 +132,9 @@ def test_any_spans_tag_every_token_once(pairs: list[tuple[str, str]], job_tokeni
     )
     [text] = tagger.texts(spans(*pairs), 0, ["text"])
     tally = Tally()
-    documents = encoder._documents([text, TaggedText("x", [("b", 1)])], "text", tally)
+    prepared = [PreparedText(text, None), PreparedText(TaggedText("x", [("b", 1)]), None)]
+    documents = encoder.documents(prepared, "text", tally)
+    assert isinstance(documents.tokens, np.ndarray)
     assert documents.run_lengths.sum() == len(documents.tokens) == documents.lengths.sum()
     assert (documents.run_lengths > 0).all() and (np.diff(documents.run_bits) != 0).all()
     assert sum(count.tokens for count in tally.corpus("text").languages.values()) == len(documents.tokens)

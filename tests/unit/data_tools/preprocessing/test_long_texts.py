@@ -65,7 +65,7 @@ def random_text(sentences: dict[str, str], seed: int, characters: int) -> str:
 
 
 def in_pieces(backend: Backend, parts: list[str]) -> list[np.ndarray]:
-    return list(encode_long_text(backend, iter(parts)))
+    return [piece.ids for piece in encode_long_text(backend, iter(parts))]
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -42,6 +42,7 @@ OPTIMIZER = "--use-distributed-optimizer"
 OVERLAP = f"{OPTIMIZER} --overlap-grad-reduce --overlap-param-gather"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 SELECTIVE = "--recompute-granularity selective --recompute-modules moe core_attn"
+APART = "--dataloader-inter-document-masking"
 PER_TOKEN = "--calculate-per-token-loss --eod-mask-loss"
 
 
@@ -92,6 +93,11 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "TP2+SP ETP2 EP2 overlapped, full recompute, per-token loss": Layout(
         4, f"{TP2} {EP2} {OVERLAP} {FULL} {PER_TOKEN}", reference="1 per-token loss"
+    ),
+    "1 documents apart": Layout(1, APART, reference="1 documents apart"),
+    "TP2+SP ETP2 documents apart, full recompute": Layout(2, f"{TP2} {APART} {FULL}", reference="1 documents apart"),
+    "TP2+SP ETP2 PP2 VPP2 documents apart, selective recompute": Layout(
+        4, f"{TP2} {PP2} {VPP2} {APART} {SELECTIVE}", reference="1 documents apart"
     ),
     # Tied embeddings; the last two layers dense, so that a pipeline stage has nothing to train; new experts that no
     # token chooses, all of one expert-parallel rank; most micro-batches and some steps without original-language text.

@@ -18,7 +18,8 @@ PAIRS = (
 )
 EDGES = ("edges TP2+SP PP2", "edges PP2 EP2 distributed optimizer")
 ONE_PROCESS = ("1 accumulation",)
-SUITE = (*ONE_PROCESS, *PAIRS, *EDGES)
+APART = ("TP2+SP ETP2 PP2 VPP2 documents apart, selective recompute",)
+SUITE = (*ONE_PROCESS, *PAIRS, *EDGES, *APART)
 
 FEATURES = {
     "tensor and sequence parallel": lambda flags: "--tensor-model-parallel-size 2" in flags,
@@ -75,9 +76,10 @@ def test_what_earlier_rounds_made_is_bit_equal_after_training(folder: Path, name
 
 
 def test_a_layout_that_trains_otherwise_is_noticed(folder: Path) -> None:
-    """The comparison can fail: without the balance loss a run is another run."""
-    other = layouts.run_folder(folder, "1 no balance loss", "stage1")
-    assert layouts.difference(other, layouts.run_folder(folder, "1", "stage1")).worst > layouts.TOLERANCE
+    """The comparison can fail: without the balance loss, or with documents apart, a run is another run."""
+    for name in ("1 no balance loss", "1 documents apart"):
+        other = layouts.run_folder(folder, name, "stage1")
+        assert layouts.difference(other, layouts.run_folder(folder, "1", "stage1")).worst > layouts.TOLERANCE, name
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -143,8 +143,9 @@ class GigatokenBackend:
         self._reference = reference
         self._tokenizer = self._load()
         self._full_at_bytes = 0
-        # gigatoken takes these in a text for the tokens of that name, SentencePiece takes them for text.
-        self._not_for_it = reference.control_tokens if isinstance(reference, SentencePieceBackend) else []
+        # gigatoken takes a control token's name in a text for the token, SentencePiece takes it for text; and gigatoken
+        # 0.10 drops a next-line character at a text's end.
+        self._not_for_it = [*reference.control_tokens, "\x85"] if isinstance(reference, SentencePieceBackend) else []
 
     def encode(self, texts: list[str]) -> Encoded:
         if any(token in text for text in texts for token in self._not_for_it):

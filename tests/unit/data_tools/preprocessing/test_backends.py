@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data_tools.preprocessing import backends
@@ -45,6 +45,7 @@ def test_both_libraries_write_the_same_corpus(
 
 
 @settings(max_examples=150, deadline=None)
+@example(["\x85"])
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=60), max_size=5))
 def test_both_libraries_agree_on_any_text(fast_backends: list[GigatokenBackend], texts: list[str]) -> None:
     for backend in fast_backends:

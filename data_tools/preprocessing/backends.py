@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from moelpr.errors import UserError
 
 # gigatoken remembers every word it has seen; beyond this a worker forgets them.
-_CACHE_BYTES = 256 << 20
+_CACHE_BYTES = 64 << 20
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 # What tokenizers differ in, if they do: white space, digits, case, scripts, controls, emoji, special tokens.
 PROBES = [
@@ -141,7 +141,7 @@ class GigatokenBackend:
     def __init__(self, source: str | bytes, reference: Backend) -> None:
         self._source = source
         self._reference = reference
-        self._tokenizer = self._load()
+        self._tokenizer: Any = self._load()
         self._full_at_bytes = 0
         # gigatoken takes a control token's name in a text for the token, SentencePiece takes it for text; and gigatoken
         # 0.10 drops a next-line character at a text's end.
@@ -169,6 +169,7 @@ class GigatokenBackend:
         if self._full_at_bytes == 0:
             self._full_at_bytes = _resident_bytes() + _CACHE_BYTES
         elif _resident_bytes() > self._full_at_bytes:
+            self._tokenizer = None  # first, so that there are never two
             self._tokenizer = self._load()
         # A worker has one core; the library's own threads did not survive the fork.
         rows = self._tokenizer.encode_batch(texts, parallel=False).layout

@@ -179,7 +179,12 @@ def test_what_is_uncertain_is_what_the_user_says(
 
 
 def test_each_line_may_be_in_its_own_language(sentences, write_lines, preprocess, hf_tokenizer) -> None:
-    text = f"{sentences['en']}\n{sentences['el']}\n12 34\n{' '.join([sentences['en']] * 5)}"
+    english = [
+        "They bought new furniture yesterday.",
+        "Which window should we open?",
+        "Nothing else was said about it.",
+    ]
+    text = "\n".join([*english, sentences["el"], "12 34", *reversed(english), sentences["en"]])
     flags = ("--detect-language", "line", *LANGUAGES)
     prefix = preprocess(hf_tokenizer, "--input", write_lines("a.jsonl", [{"text": text}]), *flags)
     manifest = Manifest.read(f"{prefix}_text_document")

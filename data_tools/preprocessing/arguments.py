@@ -74,12 +74,12 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
-    add_tokenizer_arguments(parser, required=True)
-    parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
-    parser.add_argument(
+    group = add_tokenizer_arguments(parser, required=True)
+    group.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
+    group.add_argument(
         "--eod-token", metavar="TOKEN", help="that token, such as '<|endoftext|>' (default: the tokenizer's own)"
     )
-    parser.add_argument(
+    group.add_argument(
         "--tokenizer-backend",
         choices=("auto", "reference", "gigatoken"),
         default="auto",

@@ -45,9 +45,11 @@ class Journal:
         self._lock = open(self.folder / "lock", "w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self._lock.close()
             raise UserError(f"another job is writing {output_prefix}; wait for it or choose another prefix") from error
+        except OSError:
+            pass  # a file system without locks
         self._settings: dict[str, Any] = json.loads(json.dumps(settings))
         self._keep = resume
         self.state: dict[str, Any] | None = self._read() if resume else None

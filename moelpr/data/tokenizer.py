@@ -50,8 +50,8 @@ class Tokenizer(Protocol):
         ...
 
 
-def add_tokenizer_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
-    """The tokenizer flags, with Megatron's names and meaning."""
+def add_tokenizer_arguments(parser: argparse.ArgumentParser, required: bool) -> argparse._ArgumentGroup:
+    """The tokenizer flags, with Megatron's names and meaning; their group, for what a tool adds to them."""
     group = parser.add_argument_group("tokenizer")
     group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, required=required)
     group.add_argument(
@@ -66,6 +66,7 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser, required: bool) -> 
         help="leave out the special tokens a Hugging Face tokenizer puts around every text (default: keep them, as "
         "Megatron does; Qwen's tokenizers add none)",
     )
+    return group
 
 
 def tokenizer_fingerprint(tokenizer_type: str, tokenizer_model: str) -> str:

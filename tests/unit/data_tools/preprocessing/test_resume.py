@@ -69,7 +69,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, batches: int, error: type[BaseEx
 def test_a_resumed_job_ends_in_the_same_bytes_wherever_it_was_interrupted(
     every: int, samples: list[str], inputs, preprocess, hf_tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readers, "BATCH_BYTES", 2000)
+    monkeypatch.setattr(readers, "BATCH_BYTES", 4000)
     words = ("--input", *inputs, *FLAGS, *samples)
     whole = everything(preprocess(hf_tokenizer, *words, out="whole/a"))
     assert len(whole) == 4 * len(CORPORA) + 1  # with manifests, and the list of skipped lines
@@ -88,7 +88,7 @@ def test_a_resumed_job_ends_in_the_same_bytes_wherever_it_was_interrupted(
                 assert [path.name for path in (tmp_path / "parts").iterdir()] == [".a.unfinished"]
                 continue
         break
-    assert interruptions > 5
+    assert interruptions > 3
     assert everything(prefix) == whole
 
 
@@ -110,7 +110,7 @@ def test_a_job_killed_while_it_names_its_files_is_completed(
     words = ("--input", *inputs, *FLAGS)
     whole = everything(preprocess(hf_tokenizer, *words, out="whole/a"))
     replace = os.replace
-    for renames in range(3, 20, 2):
+    for renames in range(3, 21, 3):
         out = f"parts{renames}/a"
         left = renames
 

@@ -30,17 +30,6 @@ def numpy_pack_into(packed: Bits, start: int, flags: Bits) -> None:
     packed[first + 1 : first + len(piece)] = piece[1:]
 
 
-def numpy_fill_ones(packed: Bits, start: int, stop: int) -> None:
-    first, last = start // 8, (stop - 1) // 8
-    head, tail = 0xFF << start % 8 & 0xFF, 0xFF >> 7 - (stop - 1) % 8
-    if first == last:
-        packed[first] |= head & tail
-        return
-    packed[first] |= head
-    packed[first + 1 : last] = 0xFF
-    packed[last] |= tail
-
-
 def numpy_tag(packed: Bits, edges: list[int], ids: NDArray[np.int64]) -> tuple[Bits, int]:
     """Unpack the bytes around each range into one array, and cut the ranges out of it."""
     bits, done = np.zeros(len(ids), np.uint8), 0
@@ -111,11 +100,6 @@ def main() -> None:
                 "append at a bit offset",
                 partial(numpy_pack_into, by_numpy, start, flags),
                 partial(_language_bits.pack_into, by_cpp, start, flags),
-            ),
-            (
-                "append a run at a bit offset",
-                partial(numpy_fill_ones, zeros, start, stop),
-                partial(_language_bits.fill_ones, zeros, start, stop),
             ),
             (
                 "tag a sample's tokens",

@@ -7,12 +7,14 @@ from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from moelpr.data.corpus_index import CorpusIndex
 from moelpr.data.language_bits import LanguageBits, language_bits_path, open_language_bits
 from moelpr.data.manifest import FileRecord, Manifest, manifest_path
 from moelpr.errors import UserError
 
+_PIECE = 1 << 22
 _REMEDY = "rebuild the corpus with data_tools/preprocess_data.py"
 
 
@@ -69,8 +71,12 @@ class Corpus:
         self.bits.verify()
         manifest = Manifest.read(self.prefix)
         if manifest is not None:
-            for path in self.paths:
-                _compare(path, manifest.files.get(path.suffix[1:]))
+            size = sum(path.stat().st_size for path in self.paths)
+            with tqdm(
+                total=size, desc="verifying", unit="B", unit_scale=True, delay=2, leave=False, disable=None
+            ) as bar:
+                for path in self.paths:
+                    _compare(path, manifest.files.get(path.suffix[1:]), bar)
             self._compare_counts(manifest)
         return manifest
 
@@ -111,9 +117,12 @@ class Corpus:
         return self.tokens[start:stop], self.bits.slice(start, stop)
 
 
-def _compare(path: Path, record: FileRecord | None) -> None:
+def _compare(path: Path, record: FileRecord | None, progress: tqdm) -> None:
     """Compare a file with what the manifest says of it."""
+    checksum = hashlib.sha256()
     with open(path, "rb") as content:
-        found = hashlib.file_digest(content, "sha256").hexdigest()
-    if record is None or found != record.sha256:
+        while piece := content.read(_PIECE):
+            checksum.update(piece)
+            progress.update(len(piece))
+    if record is None or checksum.hexdigest() != record.sha256:
         raise UserError(f"{path} is damaged or another corpus's: its checksum is not the manifest's; {_REMEDY}")

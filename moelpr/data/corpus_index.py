@@ -42,7 +42,8 @@ class CorpusIndex:
         """The .idx of a corpus prefix, compared with itself and with the size of its .bin.
 
         Raises:
-            UserError: one of the two files is missing, the .idx is damaged, or the .bin is not the one it describes.
+            UserError: one of the two files is missing or can't be opened, the .idx is damaged, or the .bin is not the
+                one it describes.
         """
         idx, bin_file = Path(f"{os.fspath(prefix)}.idx"), Path(f"{os.fspath(prefix)}.bin")
         missing = [str(path) for path in (bin_file, idx) if not path.is_file()]
@@ -51,7 +52,11 @@ class CorpusIndex:
                 f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; "
                 "give a corpus prefix, the path without .bin, .idx or .lang"
             )
-        content = np.memmap(idx, np.uint8, "r") if idx.stat().st_size else np.zeros(0, np.uint8)
+        try:
+            content = np.memmap(idx, np.uint8, "r") if idx.stat().st_size else np.zeros(0, np.uint8)
+            bin_file.open("rb").close()
+        except OSError as error:
+            raise UserError(f"{error.filename} can't be opened ({error.strerror}); check its permissions") from error
         dtype, lengths, pointers, starts = _arrays(idx, content)
         num_tokens = _check_sequences(idx, lengths, pointers, dtype.itemsize)
         bin_bytes, expected_bytes = bin_file.stat().st_size, num_tokens * dtype.itemsize

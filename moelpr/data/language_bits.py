@@ -25,6 +25,7 @@ _HEADER_CHECKSUM = struct.Struct("<I")
 HEADER_BYTES = _FIELDS.size + _HEADER_CHECKSUM.size
 
 _BUFFER_TOKENS = 8 * (1 << 20)
+_RUN_TOKENS = 1 << 20
 _REMEDY = "rebuild it with data_tools/preprocess_data.py"
 
 
@@ -44,7 +45,7 @@ def payload_bytes(num_tokens: int) -> int:
 
 
 class LanguageBitsWriter:
-    """Writes a .lang file piece by piece, with 1 MiB of memory whatever its length.
+    """Writes a .lang file piece by piece, with 2 MiB of memory whatever its length.
 
     The header is written by `finalize`; until then it is zero and no reader opens the file. As a context manager the
     file is closed (not finalized) on the way out.
@@ -80,16 +81,14 @@ class LanguageBitsWriter:
             done += len(piece)
 
     def append_run(self, is_original: bool, count: int) -> None:
-        """Append `count` tokens that share one bit, as the tokens of a document do."""
+        """Append `count` tokens that share one bit, however many."""
         if count < 0:
             raise ValueError(f"a run of {count} tokens")
+        flags = np.full(min(count, _RUN_TOKENS), is_original, np.uint8)
         while count > 0:
-            piece = min(count, _BUFFER_TOKENS - self._buffered)
-            if is_original:
-                _language_bits.fill_ones(self._buffer, self._buffered, self._buffered + piece)
-                self.num_original += piece
-            self._advance(piece)
-            count -= piece
+            piece = flags[:count]
+            self.append(piece)
+            count -= len(piece)
 
     def finalize(self) -> None:
         """Write what is left and the header, and close the file: it is a .lang file from here on."""

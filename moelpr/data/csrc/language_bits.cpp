@@ -88,22 +88,6 @@ std::int64_t pack_into(Bytes packed, std::int64_t start, const Bytes& flags) {
     return ones;
 }
 
-// Sets bits [start, stop) to 1.
-void fill_ones(Bytes packed, std::int64_t start, std::int64_t stop) {
-    check_range(packed, start, stop);
-    if (start == stop) return;
-    std::uint8_t* out = packed.mutable_data();
-    const std::int64_t first = start / 8, last = (stop - 1) / 8;
-    const int low = static_cast<int>(start % 8), high = static_cast<int>((stop - 1) % 8) + 1;
-    if (first == last) {
-        out[first] |= mask(low, high);
-        return;
-    }
-    out[first] |= mask(low, 8);
-    std::memset(out + first + 1, 0xFF, static_cast<std::size_t>(last - first - 1));
-    out[last] |= mask(0, high);
-}
-
 // Bits [start, stop) as bytes 0 or 1, at `out`.
 void unpack(const std::uint8_t* in, std::int64_t start, std::int64_t stop, std::uint8_t* out) {
     std::int64_t i = start;
@@ -155,9 +139,8 @@ std::int64_t count_ones(const Bytes& packed, std::int64_t start, std::int64_t st
 }  // namespace
 
 PYBIND11_MODULE(_language_bits, module) {
-    module.doc() = "Packed language bits: pack, fill, count and read samples at any bit offset.";
+    module.doc() = "Packed language bits: pack, count and read samples at any bit offset.";
     module.def("pack_into", &pack_into, py::arg("packed").noconvert(), py::arg("start"), py::arg("flags").noconvert());
-    module.def("fill_ones", &fill_ones, py::arg("packed").noconvert(), py::arg("start"), py::arg("stop"));
     module.def("tag", &tag, py::arg("packed").noconvert(), py::arg("edges"), py::arg("ids").noconvert());
     module.def("count_ones", &count_ones, py::arg("packed").noconvert(), py::arg("start"), py::arg("stop"));
 }

@@ -55,3 +55,17 @@ def test_numbers_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
     write(prefix, [4, 5], [0, 8], [0, 1, 2], code=6)  # a float
     with pytest.raises(UserError, match="no whole Megatron"):
         CorpusIndex.open(prefix)
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may read everything, so the refusal is played."""
+    write(tmp_path / "a", [4, 5], [0, 8], [0, 1, 2])
+
+    def refuse(path: Path, *_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    for owner, name, file in ((np, "memmap", "idx"), (Path, "open", "bin")):
+        with monkeypatch.context() as context:
+            context.setattr(owner, name, refuse)
+            with pytest.raises(UserError, match=rf"a\.{file} can't be opened \(Permission denied\); check its"):
+                CorpusIndex.open(tmp_path / "a")

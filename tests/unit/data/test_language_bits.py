@@ -65,6 +65,16 @@ def test_runs_write_the_bytes_of_their_bits(folder: Path, runs: list[tuple[bool,
     assert written == expected.read_bytes()
 
 
+def test_a_run_longer_than_what_is_written_at_once_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(language_bits, "_RUN_TOKENS", 7)
+    with LanguageBitsWriter(tmp_path / "run.lang") as writer:
+        for is_original, count in ((True, 100), (False, 15), (True, 7)):
+            writer.append_run(is_original, count)
+        writer.finalize()
+    expected = np.repeat(np.array([1, 0, 1], np.uint8), [100, 15, 7])
+    assert (tmp_path / "run.lang").read_bytes() == write(tmp_path / "bits.lang", expected).read_bytes()
+
+
 @settings(deadline=None)
 @given(bits=bit_arrays, data=st.data())
 def test_slices_and_counts_equal_numpy(folder: Path, bits: np.ndarray, data: st.DataObject) -> None:

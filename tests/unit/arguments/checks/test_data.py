@@ -30,6 +30,13 @@ def test_data_that_is_named_twice_or_unreadable_is_refused(upcycled: str, refuse
     assert said.startswith("the training data can't be read from the flags ([Errno 2]")
 
 
+def test_weights_may_be_tokens(upcycled: str, accepted, data: list[str], tmp_path: Path) -> None:
+    from moelpr.data.dataset_config import dataset_config
+
+    args = accepted("stage1", upcycled, "--data-path", "8e9", data[1], "4e9", data[1])
+    assert dataset_config(argparse.Namespace(**args)).blend == ([data[1], data[1]], [8e9, 4e9])
+
+
 @pytest.mark.parametrize("weight", ["0", "-1", "inf", "nan"])
 def test_a_corpus_has_a_share(upcycled: str, refused, data: list[str], weight: str) -> None:
     assert refused("stage1", upcycled, "--data-path", "1", data[1], weight, data[1]) == [

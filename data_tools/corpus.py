@@ -124,5 +124,7 @@ def _compare(path: Path, record: FileRecord | None, progress: tqdm) -> None:
         while piece := content.read(_PIECE):
             checksum.update(piece)
             progress.update(len(piece))
-    if record is None or checksum.hexdigest() != record.sha256:
-        raise UserError(f"{path} is damaged or another corpus's: its checksum is not the manifest's; {_REMEDY}")
+    if record != FileRecord(path.stat().st_size, checksum.hexdigest()):
+        raise UserError(
+            f"{path} is damaged or another corpus's: its size and checksum are not the manifest's; {_REMEDY}"
+        )

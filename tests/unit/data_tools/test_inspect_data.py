@@ -145,9 +145,12 @@ def test_a_manifest_that_does_not_belong_to_the_corpus_is_told(make_corpus: Call
     expect("c holds 5 tokens of all languages, .* says 3", lambda m: m.languages.pop("el"))
     expect("c holds 3 original-language tokens, .* says 0", lambda m: setattr(m.languages["en"], "bit", "expanded"))
     expect("c.bin is damaged or another corpus's", lambda m: m.files.pop("bin"))
+    expect("c.lang is damaged or another corpus's", lambda m: setattr(m.files["lang"], "bytes", 1))
     # A token id that is as good as another: only the manifest knows.
     damage(Path(f"{prefix}.bin"), 0, b"\x02")
-    with pytest.raises(UserError, match="c.bin is damaged or another corpus's: its checksum is not the manifest's"):
+    with pytest.raises(
+        UserError, match="c.bin is damaged or another corpus's: its size and checksum are not the manifest's"
+    ):
         inspect_data.main([str(prefix)])
     manifest_path(prefix).unlink()
     inspect_data.main([str(prefix)])

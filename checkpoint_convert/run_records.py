@@ -10,8 +10,8 @@ import yaml
 from checkpoint_convert.megatron_folder import HF_FOLDER
 from moelpr.checkpoint_chain import RELEASE, BaseCheckpoint, step_folder
 from moelpr.errors import UserError
-from moelpr.evaluate.run_metrics import read_metrics
 from moelpr.model_spec import ModelSpec
+from moelpr.report.run_metrics import read_metrics
 
 # Beside a checkpoint's config and tokenizer, so that the trainer carries it along.
 ORIGIN_FILE = "origin.json"

@@ -202,12 +202,12 @@ def held_out_files(run: Path) -> list[Path]:
 
 def write_report(demo: Demo) -> None:
     """Bits per byte, routing and continuations of the four models on held-out text; report.json, report.html."""
-    from moelpr.evaluate.charts import headline_picture
     from moelpr.evaluate.compare import compare_models
     from moelpr.evaluate.documents import read_documents
     from moelpr.evaluate.generate import choose_prompt
     from moelpr.evaluate.perplexity import Settings
-    from moelpr.evaluate.report import Continuation, Report, write_report
+    from moelpr.report.charts import headline_picture
+    from moelpr.report.report import Continuation, Report, write_report
     from moelpr.versions import installed_versions
 
     run = demo.run
@@ -266,14 +266,14 @@ def _last_json(demo: Demo, step: str) -> dict[str, float]:
 
 
 def _trained_tokens(run: Path) -> int:
-    from moelpr.evaluate.run_metrics import read_metrics
+    from moelpr.report.run_metrics import read_metrics
 
     return int(read_metrics(run / "metrics.jsonl")[-1]["consumed_tokens"])
 
 
 def _print_summary(report) -> None:  # noqa: ANN001
     from moelpr.evaluate.compare import markdown_table
-    from moelpr.evaluate.report import failures
+    from moelpr.report.report import failures
 
     print("\nBits per byte on held-out text (fewer is better)\n")
     print(markdown_table(report.bits_per_byte))

@@ -1,7 +1,6 @@
-"""Bits per byte of Hugging Face models on held-out text, and a run's report.
+"""Bits per byte of Hugging Face models on held-out text.
 
 python -m moelpr.evaluate --model base=DIR --model stage2=DIR --data en=en.jsonl --data el=el.jsonl
-python -m moelpr.evaluate report runs/demo
 """
 
 import argparse
@@ -16,17 +15,15 @@ from moelpr.files import atomic_file, refuse_existing
 
 def main() -> None:
     if sys.argv[1:2] == ["report"]:
-        _report(sys.argv[2:])
-    else:
-        _evaluate(sys.argv[1:])
+        raise UserError("the report is a command of its own: python -m moelpr.report RUN")
+    _evaluate(sys.argv[1:])
 
 
 def _evaluate(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m moelpr.evaluate",
         description="Bits per byte of Hugging Face models per language, fewer is better; for MoE models also the share "
-        "of first choices that go to the original experts. "
-        "`python -m moelpr.evaluate report RUN_DIR` builds a run's report.html again.",
+        "of first choices that go to the original experts.",
     )
     parser.add_argument(
         "--model", action="append", required=True, metavar="[NAME=]DIR", help="model directory; repeat it"
@@ -123,20 +120,6 @@ def _named(items: list[str], flag: str, default_name: bool = False) -> dict[str,
             )
         named[name] = path
     return named
-
-
-def _report(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m moelpr.evaluate report",
-        description="Build a run's report.html again from its report.json and metrics.jsonl files.",
-    )
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder that holds report.json")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    args = parser.parse_args(argv)
-
-    from moelpr.evaluate.report import read_report, write_html
-
-    print(write_html(args.run_dir, read_report(args.run_dir)))
 
 
 if __name__ == "__main__":

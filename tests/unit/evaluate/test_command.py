@@ -68,7 +68,7 @@ def test_bad_arguments_are_one_sentence(monkeypatch, tmp_path, data, dense_dir):
         ((*model, *data, "--device", "abacus"), "no device"),
         ((*model, *data, "--output", tmp_path / "there.json"), "exists already"),
         (("--model", tmp_path / "nowhere", *data), "does not exist"),
-        (("report", tmp_path), "report.json"),
+        (("report", tmp_path), "python -m moelpr.report"),
     ]:
         with pytest.raises(UserError, match=complaint) as error:
             run(monkeypatch, *arguments)

@@ -9,11 +9,11 @@ from xml.etree import ElementTree
 import pytest
 
 from moelpr.errors import UserError
-from moelpr.evaluate.charts import MAX_POINTS, Curve, headline_picture, line_chart
-from moelpr.evaluate.page import build_page, headline, summary
-from moelpr.evaluate.report import Continuation, Report, effect_lines, failures, read_report, write_report
-from moelpr.evaluate.run_metrics import read_metrics
-from moelpr.evaluate.svg import sequential_colour, ticks
+from moelpr.report.charts import MAX_POINTS, Curve, headline_picture, line_chart
+from moelpr.report.page import build_page, headline, summary
+from moelpr.report.report import Continuation, Report, effect_lines, failures, read_report, write_report
+from moelpr.report.run_metrics import read_metrics
+from moelpr.report.svg import sequential_colour, ticks
 
 LANGUAGES = {"en": "original", "zh": "original", "el": "expanded"}
 

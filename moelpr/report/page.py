@@ -6,9 +6,9 @@ from datetime import timedelta
 from html import escape
 from typing import Any
 
-from moelpr.evaluate.charts import MODEL_NAMES, headline_picture, heat_maps, training_charts
 from moelpr.evaluate.languages import language_name
-from moelpr.evaluate.report import (
+from moelpr.report.charts import MODEL_NAMES, headline_picture, heat_maps, training_charts
+from moelpr.report.report import (
     CHECK_LIMITS,
     MODELS,
     PROMISES,
@@ -18,7 +18,7 @@ from moelpr.evaluate.report import (
     failures,
     percent,
 )
-from moelpr.evaluate.style import CSS
+from moelpr.report.style import CSS
 
 CHECK_MEANINGS = {
     "upcycle_max_abs_logit_diff": "Upcycled model against its dense base, untrained: largest difference of a logit",

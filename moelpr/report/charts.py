@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moelpr.evaluate.languages import language_name
-from moelpr.evaluate.report import MODELS, STAGES, Report, percent
-from moelpr.evaluate.svg import INK, MUTED, RULE, Drawing, sequential_colour, text_width, tick_label, ticks
+from moelpr.report.report import MODELS, STAGES, Report, percent
+from moelpr.report.svg import INK, MUTED, RULE, Drawing, sequential_colour, text_width, tick_label, ticks
 
 MODEL_NAMES = {
     "base": "base",
@@ -24,67 +24,86 @@ MAX_POINTS = 400  # of a curve: a long run's report stays small
 
 def headline_picture(report: Report) -> str:
     """Change in bits per byte against base, per language, for the three trained models: the effect in one picture."""
-    models = [model for model in MODELS[1:] if model in report.bits_per_byte]
-    rows = [(group, language) for group in ("expanded", "original") for language in report.group(group)]
-    changes = {
-        (model, language): report.bits(model, language) / report.bits("base", language) - 1
-        for model in models
-        for _, language in rows
-    }
-    known = [change for change in changes.values() if math.isfinite(change)]
-    low, high = min([*known, -0.05]), max([*known, 0.05])
-    bar, bar_gap, row_gap, group_gap, top, bottom = 12, 2, 14, 34, 60, 24
-    left, right, width = 104, 4, 900
-    label_room = 52  # a bar's number stands at its end
-    row_height = len(models) * (bar + bar_gap) + row_gap
-    groups = [group for group in ("expanded", "original") if report.group(group)]
-    height = top + len(rows) * row_height + len(groups) * group_gap + bottom
-    scale = (width - left - right - 2 * label_room) / (high - low)
-
-    def x(change: float) -> float:
-        return left + label_room + (change - low) * scale
-
+    bars = _ChangeBars(report)
     sentence = "; ".join(
         f"{language_name(language)}: "
-        + ", ".join(f"{MODEL_NAMES[model]} {percent(changes[model, language])}" for model in models)
-        for _, language in rows
+        + ", ".join(f"{MODEL_NAMES[model]} {percent(bars.change(model, language))}" for model in bars.models)
+        for group in bars.groups
+        for language in report.group(group)
     )
-    drawing = Drawing(width, height, "Change in bits per byte against the base model", sentence)
-    legend_x = float(left)
-    for model in models:
-        drawing.rect(legend_x, 12, 14, 12, MODEL_COLOURS[model])
-        drawing.text(legend_x + 20, 22, MODEL_NAMES[model], size=12.5)
-        legend_x += 20 + text_width(MODEL_NAMES[model], 12.5) + 24
-    drawing.text(x(0) - 8, 48, "\u2190 predicts better than base", size=11.5, fill=MUTED, anchor="end")
-    drawing.text(x(0) + 8, 48, "predicts worse \u2192", size=11.5, fill=MUTED)
-    for tick in ticks(low, high, 6):
-        drawing.line(x(tick), top - 6, x(tick), height - bottom, RULE)
-        label = percent(tick).replace(".0%", "%") if round(tick, 9) else "base"
-        drawing.text(x(tick), height - bottom + 16, label, size=10.5, fill=MUTED, anchor="middle")
-    y = float(top)
-    for group in groups:
-        y += group_gap - 12
-        drawing.text(0, y, f"{group.capitalize()} languages", size=12.5, bold=True)
-        y += 12
+    drawing = Drawing(bars.width, bars.height, "Change in bits per byte against the base model", sentence)
+    bars.draw_legend(drawing)
+    bars.draw_axis(drawing)
+    y = bars.top
+    for group in bars.groups:
+        drawing.text(0, y + bars.group_gap - 12, f"{group.capitalize()} languages", size=12.5, bold=True)
+        y += bars.group_gap
         for language in report.group(group):
-            drawing.text(left - 12, y + (row_height - row_gap) / 2 + 4, language_name(language), size=13, anchor="end")
-            for model in models:
-                change = changes[model, language]
-                label = percent(change)
-                if math.isfinite(change):
-                    start, end = sorted((x(0), x(change)))
-                    tip = f"{language_name(language)}, {MODEL_NAMES[model]}: {label}"
-                    drawing.rect(start, y, max(end - start, 0.8), bar, MODEL_COLOURS[model], tip=tip)
-                bold = model == "stage2"
-                if math.isfinite(change) and change < 0:
-                    drawing.text(x(change) - 5, y + bar - 2, label, size=11, anchor="end", bold=bold)
-                else:
-                    place = x(change) if math.isfinite(change) else x(0)
-                    drawing.text(place + 5, y + bar - 2, label, size=11, bold=bold)
-                y += bar + bar_gap
-            y += row_gap
-    drawing.line(x(0), top - 6, x(0), height - bottom, INK, 1.2)
+            bars.draw_language(drawing, language, y)
+            y += bars.row_height
+    drawing.line(bars.x(0), bars.top - 6, bars.x(0), bars.height - bars.bottom, INK, 1.2)
     return drawing.render()
+
+
+class _ChangeBars:
+    """Where things stand in the headline picture: groups of languages from top to bottom, a bar for each model."""
+
+    bar, bar_gap, row_gap, group_gap, top, bottom = 12, 2, 14, 34, 60.0, 24
+    left, right, width = 104, 4, 900
+    label_room = 52  # a bar's number stands at its end
+
+    def __init__(self, report: Report):
+        self.report = report
+        self.models = [model for model in MODELS[1:] if model in report.bits_per_byte]
+        self.groups = [group for group in ("expanded", "original") if report.group(group)]
+        changes = [self.change(model, language) for model in self.models for language in report.languages]
+        known = [change for change in changes if math.isfinite(change)]
+        self.low, self.high = min([*known, -0.05]), max([*known, 0.05])
+        self.row_height = len(self.models) * (self.bar + self.bar_gap) + self.row_gap
+        num_rows = sum(len(report.group(group)) for group in self.groups)
+        self.height = self.top + num_rows * self.row_height + len(self.groups) * self.group_gap + self.bottom
+
+    def change(self, model: str, language: str) -> float:
+        """Relative to base, NaN where either was not measured."""
+        return self.report.bits(model, language) / self.report.bits("base", language) - 1
+
+    def x(self, change: float) -> float:
+        scale = (self.width - self.left - self.right - 2 * self.label_room) / (self.high - self.low)
+        return self.left + self.label_room + (change - self.low) * scale
+
+    def draw_legend(self, drawing: Drawing) -> None:
+        x = float(self.left)
+        for model in self.models:
+            drawing.rect(x, 12, 14, 12, MODEL_COLOURS[model])
+            drawing.text(x + 20, 22, MODEL_NAMES[model], size=12.5)
+            x += 20 + text_width(MODEL_NAMES[model], 12.5) + 24
+        drawing.text(self.x(0) - 8, 48, "\u2190 predicts better than base", size=11.5, fill=MUTED, anchor="end")
+        drawing.text(self.x(0) + 8, 48, "predicts worse \u2192", size=11.5, fill=MUTED)
+
+    def draw_axis(self, drawing: Drawing) -> None:
+        end = self.height - self.bottom
+        for tick in ticks(self.low, self.high, 6):
+            drawing.line(self.x(tick), self.top - 6, self.x(tick), end, RULE)
+            label = percent(tick).replace(".0%", "%") if round(tick, 9) else "base"
+            drawing.text(self.x(tick), end + 16, label, size=10.5, fill=MUTED, anchor="middle")
+
+    def draw_language(self, drawing: Drawing, language: str, y: float) -> None:
+        middle = y + (self.row_height - self.row_gap) / 2 + 4
+        drawing.text(self.left - 12, middle, language_name(language), size=13, anchor="end")
+        for model in self.models:
+            self._draw_bar(drawing, model, language, y)
+            y += self.bar + self.bar_gap
+
+    def _draw_bar(self, drawing: Drawing, model: str, language: str, y: float) -> None:
+        change = self.change(model, language)
+        label, is_known = percent(change), math.isfinite(change)
+        tip_x = self.x(change) if is_known else self.x(0)
+        if is_known:
+            tip = f"{language_name(language)}, {MODEL_NAMES[model]}: {label}"
+            start, end = sorted((self.x(0), tip_x))
+            drawing.rect(start, y, max(end - start, 0.8), self.bar, MODEL_COLOURS[model], tip=tip)
+        gap, anchor = (-5, "end") if change < 0 else (5, "start")
+        drawing.text(tip_x + gap, y + self.bar - 2, label, size=11, anchor=anchor, bold=model == "stage2")
 
 
 def heat_maps(report: Report) -> str:

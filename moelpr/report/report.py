@@ -196,8 +196,8 @@ def write_report(run_dir: Path, report: Report) -> Path:
 
 def write_html(run_dir: Path, report: Report) -> Path:
     """Write report.html alone, with the loss curves as they stand now in the runs' metrics.jsonl."""
-    from moelpr.evaluate.page import build_page
-    from moelpr.evaluate.run_metrics import read_metrics
+    from moelpr.report.page import build_page
+    from moelpr.report.run_metrics import read_metrics
 
     metrics = {
         model: read_metrics(run_dir / path) for model, path in report.metrics.items() if (run_dir / path).exists()

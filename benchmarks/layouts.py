@@ -202,6 +202,7 @@ def trainer_arguments(folder: Path, layout: Layout, stage: str, save: Path) -> l
     weights = ("1", "1") if layout.model == "all-moe" else ("1", "40")
     data = [weights[0], str(folder / "original"), weights[1], str(folder / "expanded")]
     words = ["--stage", stage, "--pretrained-checkpoint", str(folder / layout.model), "--data-path", *data]
+    words += ["--validation-data", f"en={folder / 'original'}", f"el={folder / 'expanded'}"]
     return [*words, "--save", str(save), *SETTINGS.split(), *layout.flags.split()]
 
 
@@ -247,7 +248,9 @@ def compare(folder: Path, name: str, stage: str) -> Difference:
 def difference(ours: Path, theirs: Path) -> Difference:
     records = list(zip(metrics(ours), metrics(theirs), strict=True))
     losses = max(_relative(a.get(key), b.get(key)) for a, b in records for key in LOSSES)
-    shares = [key for key in records[0][1] if key.startswith("original_first_share")]
+    for a, b in zip(validations(ours), validations(theirs), strict=True):
+        losses = max(losses, *(_relative(a[language]["lm_loss"], b[language]["lm_loss"]) for language in b))
+    shares = [key for key in records[0][1] if key.startswith(("original_first_share", "token_share"))]
     if any(a[key] != b[key] for a, b in records for key in shares):
         losses = float("inf")  # tokens were counted twice or not at all
     return Difference(
@@ -258,6 +261,16 @@ def difference(ours: Path, theirs: Path) -> Difference:
 
 
 def metrics(run: Path) -> list[dict]:
+    """Records of training steps."""
+    return [record for record in _records(run) if "event" not in record]
+
+
+def validations(run: Path) -> list[dict]:
+    """Passes over held-out text: language -> result, before the first step and after the last."""
+    return [record["languages"] for record in _records(run) if record.get("event") == "validation"]
+
+
+def _records(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 

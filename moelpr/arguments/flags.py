@@ -52,6 +52,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--save-trained-only", action="store_true",
         help="Leave frozen tensors out of the checkpoints and note beside them where those lie (docs/checkpoints.md).",
     )  # fmt: skip
+    group.add_argument(
+        "--validation-data", nargs="+", metavar="LANG=PREFIX",
+        help="Held-out corpora, one per language. Bits per byte of each are written before the first step, every "
+        "--eval-interval steps and at the end (docs/method.md, metrics); --eval-iters N reads N global batches of each "
+        "(default: all of it).",
+    )  # fmt: skip
+    group.add_argument(
+        "--warn-original-rise", type=float, default=10.0, metavar="PERCENT",
+        help="Warn when stage1 has made the loss of original-language text this much higher than at the start; 0: "
+        "never (default: %(default)s).",
+    )  # fmt: skip
+    group.add_argument(
+        "--warn-expert-share",
+        type=float,
+        default=1.0,
+        metavar="PERCENT",
+        help="Warn of an expert that fewer of the tokens choose; 0: never (default: %(default)s).",
+    )
+    group.add_argument(
+        "--warn-lpr-fall", type=float, default=1.0, metavar="PERCENT",
+        help="Warn when the language-priors-routing loss has fallen by less since the start; 0: never (default: "
+        "%(default)s).",
+    )  # fmt: skip
+    group.add_argument(
+        "--warn-window", type=int, default=50, metavar="STEPS",
+        help="Steps whose mean the warnings look at (default: %(default)s).",
+    )  # fmt: skip
     group.add_argument("--fp32", action="store_true", help="Train in fp32 on a GPU too (default there: bf16).")
     group.add_argument("--debug", action="store_true", help="Show the traceback of errors in arguments or input.")
     return parser

@@ -61,7 +61,7 @@ class LPRRouter(TopKRouter):
                 num_original_tokens=1,
                 variant=self.config.lpr_loss,
             )
-            vector = routing_vector(logits_TE, lpr_sum, is_original_T, self.config.num_original_experts)
+            vector = routing_vector(logits_TE, is_chosen_TE, lpr_sum, is_original_T, self.config.num_original_experts)
             self.routing_sums = vector if self.routing_sums is None else self.routing_sums + vector
             if self.lpr_coeff > 0:
                 assert LPRLossNormalizer.weight is not None, "forward_step sets the weight before the model runs"

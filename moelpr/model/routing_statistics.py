@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class RoutingSums(NamedTuple):
-    """Sums over tokens, one row per layer; every field [L] but `scores` [L, E]."""
+    """Sums over tokens, one row per layer; every field [L] but `scores` and `choices` [L, E]."""
 
     lpr_loss: Tensor
     original_tokens: Tensor
@@ -15,11 +15,17 @@ class RoutingSums(NamedTuple):
     original_first_choices_of_original: Tensor  # original-language tokens whose first choice is an original expert
     original_first_choices_of_expanded: Tensor
     scores: Tensor
+    choices: Tensor  # tokens that the expert is among the K chosen for
 
     @classmethod
     def from_vectors(cls, vectors_LV: Tensor) -> "RoutingSums":
         lpr, original, expanded, of_original, of_expanded = vectors_LV[:, :5].unbind(dim=1)
-        return cls(lpr, original, expanded, of_original, of_expanded, scores=vectors_LV[:, 5:])
+        scores, choices = vectors_LV[:, 5:].chunk(2, dim=1)
+        return cls(lpr, original, expanded, of_original, of_expanded, scores, choices)
+
+    @staticmethod
+    def vector_size(num_experts: int) -> int:
+        return 5 + 2 * num_experts
 
     # Means over tokens, NaN where there are none.
 
@@ -30,6 +36,10 @@ class RoutingSums(NamedTuple):
     def mean_scores(self) -> Tensor:
         """Mean router score of each expert [L, E]."""
         return self.scores / (self.original_tokens + self.expanded_tokens).unsqueeze(1)
+
+    def token_shares(self) -> Tensor:
+        """Share of the tokens that each expert is chosen for [L, E]; a layer's sum to K."""
+        return self.choices / (self.original_tokens + self.expanded_tokens).unsqueeze(1)
 
     def original_first_share_of_original(self) -> Tensor:
         """Share of original-language tokens whose first choice is an original expert [L]."""
@@ -52,8 +62,10 @@ class RoutingSums(NamedTuple):
 
 
 @torch.no_grad()
-def routing_vector(logits_TE: Tensor, lpr_sum: Tensor, is_original_T: Tensor, num_original_experts: int) -> Tensor:
-    """The five sums of `RoutingSums` and the summed scores of the E experts as one fp32 vector [5 + E]."""
+def routing_vector(
+    logits_TE: Tensor, is_chosen_TE: Tensor, lpr_sum: Tensor, is_original_T: Tensor, num_original_experts: int
+) -> Tensor:
+    """`RoutingSums` of one layer as one fp32 vector [5 + 2 E]."""
     original_first_T = logits_TE.argmax(dim=-1) < num_original_experts
     counts = torch.stack(
         [
@@ -64,4 +76,5 @@ def routing_vector(logits_TE: Tensor, lpr_sum: Tensor, is_original_T: Tensor, nu
         ]
     )
     scores_E = torch.softmax(logits_TE.float(), dim=-1).sum(dim=0)
-    return torch.cat([lpr_sum.detach().float().reshape(1), counts.float(), scores_E])
+    choices_E = is_chosen_TE.sum(dim=0)
+    return torch.cat([lpr_sum.detach().float().reshape(1), counts.float(), scores_E, choices_E.float()])

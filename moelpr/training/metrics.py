@@ -1,36 +1,38 @@
-"""What each step showed: metrics.jsonl, TensorBoard, the log line and a progress bar with the time left.
+"""What each step showed, as one record.
 
 Megatron's `training_log` prints and clears a fixed list of MoE metrics once per step on every rank. `MetricsTracker`
-is its metrics tracker, `StepLog` wraps `training_log`: the first reduces what the routers counted, the second writes
-one record per step.
+is its metrics tracker, `StepLog` wraps `training_log`: the first reduces what the routers counted, the second hands
+one record per step to the run's log.
 """
 
-import json
 import math
-import sys
+import resource
 import time
+from argparse import Namespace
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker, set_moe_metrics_tracker
-from megatron.training import get_args, get_tensorboard_writer
+from megatron.training import get_args
 from megatron.training import training as megatron_training
 from torch import Tensor
-from tqdm import tqdm
 
 from moelpr.model.router import LPRRouter
 from moelpr.model.routing_statistics import RoutingSums
+from moelpr.training.early_warnings import EarlyWarnings, Thresholds
+from moelpr.training.run_log import RunLog, finite
 
 
-def install(stage: str) -> "StepLog":
+def install(args: Namespace) -> "StepLog":
     """Put tracker and step log in Megatron's doors; call before pretrain()."""
+    thresholds = Thresholds(args.warn_original_rise, args.warn_expert_share, args.warn_lpr_fall, args.warn_window)
     tracker = MetricsTracker()
     set_moe_metrics_tracker(tracker)
-    step_log = StepLog(stage, tracker, megatron_training.training_log)
+    run_log = RunLog(args.stage, EarlyWarnings(args.stage, thresholds, args.lpr_loss_coeff > 0))
+    step_log = StepLog(run_log, tracker, megatron_training.training_log)
     megatron_training.training_log = step_log
     return step_log
 
@@ -68,13 +70,14 @@ class MetricsTracker(MoEMetricsTracker):
 
     def _aggregate(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         scalars = super()._aggregate(*args, **kwargs)
-        self.balance_loss = _number(scalars.get("load_balancing_loss"))
+        self.balance_loss = finite(scalars.get("load_balancing_loss"))
         return scalars
 
     def _reduce_routing(self, num_layers: int) -> RoutingSums:
         """Sum over ranks: each holds its own layers (pipeline) and its own tokens (tensor, context, data)."""
         num_experts = get_args().num_original_experts + get_args().num_experts
-        sums = torch.zeros(num_layers, 5 + num_experts, device=torch.cuda.current_device())
+        size = RoutingSums.vector_size(num_experts)
+        sums = torch.zeros(num_layers, size, device=torch.cuda.current_device())
         for router in self.routers:
             if router.routing_sums is not None:
                 sums[router.layer_number - 1] += router.routing_sums
@@ -87,12 +90,9 @@ class MetricsTracker(MoEMetricsTracker):
 class StepLog:
     """Called in place of Megatron's `training_log`: logs as it does, then writes this step's record."""
 
-    def __init__(self, stage: str, tracker: MetricsTracker, training_log: Callable[..., Any]) -> None:
-        self.stage, self.tracker, self._training_log = stage, tracker, training_log
-        self._file: TextIO | None = None
-        self._bar: tqdm | None = None
-        self._last_time = self._first_time = time.monotonic()
-        self._steps_before = 0
+    def __init__(self, run_log: RunLog, tracker: MetricsTracker, training_log: Callable[..., Any]) -> None:
+        self.run_log, self.tracker, self._training_log = run_log, tracker, training_log
+        self._last_time = time.monotonic()
 
     def __call__(
         self,
@@ -111,19 +111,22 @@ class StepLog:
             loss_dict, total_loss_dict, learning_rate, iteration, loss_scale, report_memory_flag, skipped_iter,
             grad_norm, *args, **kwargs,
         )  # fmt: skip
+        peak_memory_gib = _largest_of_ranks(_peak_memory_gib())
         if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
             now = time.monotonic()
             record = self._record(loss_dict, learning_rate, iteration, grad_norm, step_time_s=now - self._last_time)
             self._last_time = now
-            self._write(record)
+            self.run_log.step(record | {"peak_memory_gib": peak_memory_gib})
         return report_memory_flag
+
+    def restart_clock(self) -> None:
+        """The next step's time counts from now: what came before was no training."""
+        self._last_time = time.monotonic()
 
     def close(self) -> None:
         """Close what is open and take the log out of Megatron's door again."""
         megatron_training.training_log = self._training_log
-        for thing in (self._file, self._bar):
-            if thing is not None:
-                thing.close()
+        self.run_log.close()
 
     def _record(
         self,
@@ -137,15 +140,15 @@ class StepLog:
         step_tokens = args.micro_batch_size * args.data_parallel_size * get_num_microbatches() * args.seq_length
         record = {
             "iteration": iteration,
-            "stage": self.stage,
+            "stage": args.stage,
             "consumed_tokens": args.consumed_train_samples * args.seq_length,
             "learning_rate": learning_rate,
-            "grad_norm": _number(grad_norm),
+            "grad_norm": finite(grad_norm),
             "step_time_s": round(step_time_s, 4),
             "tokens_per_s": round(step_tokens / step_time_s, 1),
-            "lm_loss": _number(loss_dict.get("lm loss")),
-            "lm_loss_original": _number(loss_dict.get("lm loss original")),
-            "lm_loss_expanded": _number(loss_dict.get("lm loss expanded")),
+            "lm_loss": finite(loss_dict.get("lm loss")),
+            "lm_loss_original": finite(loss_dict.get("lm loss original")),
+            "lm_loss_expanded": finite(loss_dict.get("lm loss expanded")),
         }
         if self.tracker.routing is not None:
             record |= self._routing_record(self.tracker.routing)
@@ -154,83 +157,25 @@ class StepLog:
     def _routing_record(self, routing: RoutingSums) -> dict[str, Any]:
         return {
             "balance_loss": self.tracker.balance_loss if get_args().balance_loss_coeff else None,
-            "lpr_loss": _number(routing.mean_lpr_loss()),
+            "lpr_loss": finite(routing.mean_lpr_loss()),
             "router_score": _rounded(routing.mean_scores()),
+            "token_share": _rounded(routing.token_shares()),
             "original_first_share_original": _rounded(routing.original_first_share_of_original()),
             "original_first_share_expanded": _rounded(routing.original_first_share_of_expanded()),
         }
 
-    def _write(self, record: dict[str, Any]) -> None:
-        args = get_args()
-        if args.save and self._file is None:
-            Path(args.save).mkdir(parents=True, exist_ok=True)
-            self._file = open_metrics(Path(args.save) / "metrics.jsonl", before_iteration=record["iteration"])
-        if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
-        _write_to_tensorboard(record)
-        self._show_progress(record, args.train_iters, args.log_interval)
 
-    def _show_progress(self, record: dict[str, Any], total: int, log_interval: int) -> None:
-        """On stderr, beside Megatron's log: a bar with the time left on a terminal, else a line per log interval."""
-        if self._bar is None:
-            done_before = record["iteration"] - 1
-            self._bar = tqdm(
-                total=total, initial=done_before, desc=self.stage, unit="step", dynamic_ncols=True, disable=None
-            )
-            self._steps_before, self._first_time = done_before, time.monotonic() - record["step_time_s"]
-        values = {"loss": "lm_loss", "balance": "balance_loss", "LPR": "lpr_loss", "tokens/s": "tokens_per_s"}
-        shown = {name: f"{record[key]:.4g}" for name, key in values.items() if record.get(key) is not None}
-        if not self._bar.disable:
-            self._bar.set_postfix(shown, refresh=False)
-            self._bar.update(1)
-        elif record["iteration"] % log_interval == 0 or record["iteration"] == total:
-            steps = record["iteration"] - self._steps_before
-            left_s = (time.monotonic() - self._first_time) / steps * (total - record["iteration"])
-            words = "  ".join(f"{name} {value}" for name, value in shown.items())
-            left = tqdm.format_interval(left_s)
-            print(f"{self.stage} {record['iteration']}/{total}  {words}  {left} left", file=sys.stderr, flush=True)
+def _peak_memory_gib() -> float:
+    """The most this rank has held so far: of the GPU's memory in tensors, or of the machine's without a GPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
 
 
-def open_metrics(path: Path, before_iteration: int) -> TextIO:
-    """Open metrics.jsonl for appending, without the records of steps that a resumed run is about to repeat."""
-    if path.exists():
-        kept = []
-        for line in path.read_text().splitlines():
-            try:
-                if json.loads(line)["iteration"] >= before_iteration:
-                    break
-            except ValueError:
-                break  # half-written by a killed run
-            kept.append(line + "\n")
-        path.write_text("".join(kept))
-    return open(path, "a")
-
-
-def _write_to_tensorboard(record: dict[str, Any]) -> None:
-    """Scalars that Megatron does not write itself, per-layer values as one tag each."""
-    writer = get_tensorboard_writer()
-    if writer is None:
-        return
-    step = record["iteration"]
-    if record.get("lpr_loss") is not None:
-        writer.add_scalar("lpr loss", record["lpr_loss"], step)
-    for key in ("original_first_share_original", "original_first_share_expanded"):
-        for layer, value in enumerate(record.get(key) or []):
-            if value is not None:
-                writer.add_scalar(f"{key}/moe layer {layer}", value, step)
-    for layer, scores in enumerate(record.get("router_score") or []):
-        for expert, value in enumerate(scores):
-            if value is not None:
-                writer.add_scalar(f"router score, moe layer {layer}/expert {expert}", value, step)
-
-
-def _number(value: Any) -> float | None:
-    """A plain float; None for nothing and for NaN (a mean over no tokens), which JSON does not have."""
-    if value is None:
-        return None
-    value = float(value)
-    return value if math.isfinite(value) else None
+def _largest_of_ranks(value: float) -> float:
+    largest = torch.tensor(value, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    return round(largest.item(), 3)
 
 
 def _rounded(values: Tensor) -> Any:

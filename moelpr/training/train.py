@@ -23,7 +23,7 @@ from moelpr.model.builder import block_spec
 from moelpr.model.config import MoELPRConfig
 from moelpr.model.stages import freeze, parameter_report
 from moelpr.model.vocabulary import mask_padding
-from moelpr.training import clean_stop, metrics
+from moelpr.training import clean_stop, metrics, not_a_number, validation
 from moelpr.training.clean_stop import StopRequest
 from moelpr.training.forward_step import forward_step
 from moelpr.training.run_folder import run_folder
@@ -40,7 +40,13 @@ def train(argv: list[str], stop: StopRequest | None = None) -> None:
         stop.enter_megatron(args)
     clean_stop.begin(args)
     load_weights = starting_weights(args)
-    with run_folder(args, spec), closing(metrics.install(args.stage)) as step_log, clean_stop.ends_the_run():
+    with (
+        run_folder(args, spec),
+        closing(metrics.install(args)) as step_log,
+        not_a_number.is_said(args, step_log),
+        validation.validates(args, step_log),
+        clean_stop.ends_the_run(),
+    ):
         pretrain(
             pretrain_cfg_container_from_args(args, _prepared(model_config(args), args, load_weights, step_log)),
             datasets_provider,
@@ -81,6 +87,8 @@ def _prepared(
 def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple:
     """Training, validation and test datasets on tensor rank 0 of *every* pipeline stage: every stage has routers."""
     args = get_args()
+    if args.validation_data:  # of its own, and no test set
+        num_samples = [num_samples[0], 0, 0]
     builder = BlendedMegatronDatasetBuilder(
         TaggedGPTDataset, num_samples, lambda: get_tensor_model_parallel_rank() == 0, dataset_config(args)
     )

@@ -52,6 +52,14 @@ def test_layout_equals_one_process(folder: Path, name: str, stage: str) -> None:
     assert layouts.compare(folder, name, stage).worst <= layouts.TOLERANCE
 
 
+def test_held_out_text_is_scored_before_the_first_step_and_after_the_last(folder: Path) -> None:
+    """`layouts.compare` compares the scores."""
+    for name in SUITE:
+        passes = layouts.validations(layouts.run_folder(folder, name, "stage1"))
+        assert len(passes) == 2 and passes[0] != passes[1]
+        assert all(result["lm_loss"] > 0 for result in passes[0].values())
+
+
 def test_the_layouts_hold_every_pair_of_features() -> None:
     held = {pair for name in PAIRS for pair in combinations(_features(name), 2)}
     exclude_each_other = {("full recompute", "selective recompute")}

@@ -5,6 +5,7 @@ Each launch costs 10 to 20 s, so few of them serve many tests.
 
 import argparse
 import json
+import math
 import os
 import shutil
 import signal
@@ -25,6 +26,9 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS = "--micro-batch-size 2 --global-batch-size 4 --seq-length 32 --lr 1e-2 --min-lr 1e-3 --lr-decay-style cosine"
 STEPS += " --lr-warmup-iters 2 --train-iters 6 --log-interval 1"
 
+# One document each, of more tokens than a window and fewer windows than a global batch.
+HELD_OUT = {"en": 7 + np.arange(40), "el": 150 + np.arange(40)}
+
 
 def launch(script: str, *words: str | Path, ranks: int = 1) -> subprocess.CompletedProcess:
     command = [ROOT / "launch" / f"{script}.sh", *STEPS.split(), *map(str, words)]
@@ -32,8 +36,13 @@ def launch(script: str, *words: str | Path, ranks: int = 1) -> subprocess.Comple
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
 
 
-def metrics(run: Path) -> list[dict]:
+def records(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def metrics(run: Path) -> list[dict]:
+    """Of training steps."""
+    return [record for record in records(run) if "event" not in record]
 
 
 def tensors(run: Path, iteration: int) -> dict[str, torch.Tensor]:
@@ -68,9 +77,9 @@ def cut_back(run: Path, copy: Path) -> Path:
 
 def assert_same_run(one: Path, other: Path) -> None:
     """Equal metrics but for times, and equal tensors of model and optimizer in the last checkpoint."""
-    measured = ("step_time_s", "tokens_per_s")
+    measured = ("step_time_s", "tokens_per_s", "peak_memory_gib")
     one_metrics, other_metrics = (
-        [{name: value for name, value in record.items() if name not in measured} for record in metrics(run)]
+        [{name: value for name, value in record.items() if name not in measured} for record in records(run)]
         for run in (one, other)
     )
     assert one_metrics == other_metrics
@@ -106,6 +115,13 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 writer.add_document((start + np.arange(random.integers(10, 40))) % 256, name == "original")
             writer.finalize()
             writer.commit()
+    for name, document in HELD_OUT.items():
+        with CorpusWriter(folder / f"held-out-{name}", vocab_size=256) as writer:
+            writer.add_document(document, name == "en")
+            writer.finalize()
+            writer.commit()
+    counts = {"el": {"bit": "expanded", "documents": 1, "tokens": 40, "bytes": 100}}
+    (folder / "held-out-el.manifest.json").write_text(json.dumps({"tokens": 40, "languages": counts}))
     return folder
 
 
@@ -142,7 +158,8 @@ def stage2(material: Path, stage1: Path) -> Path:
 def stage2_command(material: Path, stage1: Path, save: Path) -> list[str | Path]:
     data = ["1", material / "original", "1", material / "expanded"]
     words = ["stage2", "--pretrained-checkpoint", stage1, "--data-path", *data, "--save", save, "--save-interval", "3"]
-    return [*words, "--lr", "0.1"]
+    held_out = [f"{name}={material / f'held-out-{name}'}" for name in HELD_OUT]
+    return [*words, "--lr", "0.1", "--validation-data", *held_out, "--eval-interval", "4"]
 
 
 def test_a_checkpoint_has_the_bytes_that_are_looked_for_on_the_disk(stage1: Path, stage2: Path) -> None:
@@ -278,6 +295,42 @@ def test_a_changed_base_stops_a_resumed_run_and_the_exporter(material: Path, sta
     assert "Traceback" not in done.stderr
     with pytest.raises(UserError, match=said):
         mcore_to_hf(resumed, material / "changed" / "hf")
+
+
+def test_held_out_text_is_scored_as_transformers_scores_it(material: Path, stage2: Path) -> None:
+    """Before the first step, every four steps and at the end; every token but the first is predicted once."""
+    from transformers import AutoModelForCausalLM
+
+    from checkpoint_convert.mcore_to_hf import mcore_to_hf
+
+    passes = [record for record in records(stage2) if record.get("event") == "validation"]
+    assert [record["iteration"] for record in passes] == [0, 4, 6]
+    assert {name: found["group"] for name, found in passes[0]["languages"].items()} == {
+        "en": "original", "el": "expanded",
+    }  # fmt: skip
+    mcore_to_hf(stage2, material / "scored-hf")
+    model = AutoModelForCausalLM.from_pretrained(material / "scored-hf")
+    for name, document in HELD_OUT.items():
+        tokens = torch.from_numpy(document)
+        losses = [
+            torch.nn.functional.cross_entropy(model(inputs[None]).logits[0], labels, reduction="sum")
+            for inputs, labels in ((tokens[:32], tokens[1:33]), (tokens[32:39], tokens[33:40]))
+        ]
+        loss = (sum(losses) / 39).item()
+        found = passes[-1]["languages"][name]
+        assert found["lm_loss"] == pytest.approx(loss, rel=1e-5)
+        bits = {"bits_per_token": loss / math.log(2)} if name == "en" else {"bits_per_byte": loss / math.log(2) * 0.4}
+        assert {key: found[key] for key in bits} == pytest.approx(bits, rel=1e-5)
+
+
+def test_a_gradient_that_is_not_a_number_ends_the_run_with_a_sentence(material: Path, stage1: Path) -> None:
+    save = material / "diverged"
+    done = launch(*stage2_command(material, stage1, save), "--lr", "1e30", "--min-lr", "1e30")
+    assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
+    (warning,) = [record for record in records(save) if record.get("event") == "warning"]
+    assert warning["kind"] == "not_a_number"
+    assert warning["iteration"] == metrics(save)[-1]["iteration"] + 1
+    assert warning["message"].endswith("or look at the data of this step") and warning["message"] in done.stderr
 
 
 def test_stage2_starts_afresh_and_sends_original_tokens_to_the_original_expert(stage2: Path) -> None:

@@ -6,7 +6,7 @@ are missing or nonsense themselves: another one says so. All of them run, and al
 
 from collections.abc import Callable, Iterable
 
-from moelpr.arguments.checks import checkpoint, data, disk, layout, machine, method, resume, schedule
+from moelpr.arguments.checks import checkpoint, data, disk, layout, machine, method, resume, schedule, validation
 from moelpr.arguments.checks.run import Run
 
 Check = Callable[[Run], Iterable[str]]
@@ -18,6 +18,7 @@ CHECKS: tuple[Check, ...] = (
     *layout.CHECKS,
     *schedule.CHECKS,
     *data.CHECKS,
+    *validation.CHECKS,
     *method.CHECKS,
     *machine.CHECKS,
 )

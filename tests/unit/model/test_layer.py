@@ -197,6 +197,9 @@ def test_routing_sums_count_first_choices_by_language(layer) -> None:
     assert sums.original_first_choices_of_original.item() == (first_is_original & is_original).sum().item()
     assert sums.original_first_choices_of_expanded.item() == (first_is_original & ~is_original).sum().item()
     torch.testing.assert_close(sums.scores.sum(), torch.tensor(10.0))
+    _, is_chosen = layer.router(hidden, is_original)
+    assert torch.equal(sums.choices[0], is_chosen.sum(dim=0).float())
+    assert sums.token_shares().sum().item() == pytest.approx(is_chosen.sum().item() / 10)
 
 
 def test_checkpoint_keys_are_those_of_the_format(spec: ModelSpec) -> None:

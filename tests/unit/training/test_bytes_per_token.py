@@ -1,0 +1,57 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from data_tools.corpus import CorpusWriter
+from moelpr.errors import UserError
+from moelpr.training.bytes_per_token import bytes_per_token
+
+TEXTS = ["Η πόρτα είναι ανοιχτή.", "門は開いている。", "The door is open."]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A checkpoint folder with a byte-level tokenizer."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=280, special_tokens=["<eod>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    bpe.train_from_iterator(TEXTS, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eod>").save_pretrained(tmp_path / "model" / "hf")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, model: Path) -> tuple[str, int]:
+    """A prefix and its number of tokens, ends of documents included."""
+    tokenizer = Tokenizer.from_file(str(model / "hf" / "tokenizer.json"))
+    documents = [[*tokenizer.encode(text).ids, tokenizer.token_to_id("<eod>")] for text in TEXTS]
+    with CorpusWriter(tmp_path / "corpus", vocab_size=300) as writer:
+        for document in documents:
+            writer.add_document(np.array(document), True)
+        writer.finalize()
+        writer.commit()
+    return str(tmp_path / "corpus"), sum(map(len, documents))
+
+
+def test_decoding_finds_the_bytes_of_the_text(model: Path, corpus: tuple[str, int]) -> None:
+    prefix, num_tokens = corpus
+    assert bytes_per_token(prefix, str(model)) == sum(len(text.encode()) for text in TEXTS) / num_tokens
+
+
+def test_the_manifest_comes_first_and_nothing_is_guessed(tmp_path: Path, model: Path, corpus: tuple[str, int]) -> None:
+    prefix, _ = corpus
+    assert bytes_per_token(prefix, str(tmp_path)) is None  # no tokenizer
+    counts = {"el": {"tokens": 6, "bytes": 30}, "en": {"tokens": 4, "bytes": 12}}
+    Path(f"{prefix}.manifest.json").write_text(json.dumps({"tokens": 10, "languages": counts}))
+    assert bytes_per_token(prefix, str(model)) == 4.2
+    Path(f"{prefix}.manifest.json").write_text('{"tokens": 10}')
+    with pytest.raises(UserError, match="no manifest of a corpus"):
+        bytes_per_token(prefix, str(model))

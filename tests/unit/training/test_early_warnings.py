@@ -1,0 +1,101 @@
+"""Each warning is said once per onset, from the records alone."""
+
+import pytest
+
+from moelpr.training.early_warnings import EarlyWarnings, Thresholds
+
+WINDOW = 4
+
+
+def warnings_of(stage: str = "stage1", lpr: bool = False, **thresholds: float) -> EarlyWarnings:
+    return EarlyWarnings(stage, Thresholds(**{"window": WINDOW} | thresholds), lpr_loss_is_on=lpr)
+
+
+def block(watch: EarlyWarnings, **values: object) -> list[str]:
+    """Kinds of what a block of equal steps warns of."""
+    return [warning.kind for _ in range(WINDOW) for warning in watch.step({"lm_loss": 2.0} | values)]
+
+
+def validation(**losses: float | None) -> dict:
+    groups = {"en": "original", "zh": "original", "el": "expanded"}
+    results = {name: {"group": groups[name], "lm_loss": loss} for name, loss in losses.items()}
+    return {"event": "validation", "languages": results}
+
+
+def test_an_expert_that_few_tokens_choose_is_named_once_until_it_recovers() -> None:
+    watch = warnings_of()
+    idle, busy = [[1.0, 0.992, 0.008], [0.9, 0.6, 0.5]], [[1.0, 0.98, 0.02], [0.9, 0.6, 0.5]]
+    said = [warning for _ in range(WINDOW) for warning in watch.step({"lm_loss": 2.0, "token_share": idle})]
+    assert [warning.kind for warning in said] == ["idle_expert"]
+    assert "expert 2 of MoE layer 0 (0.80%)" in said[0].message and "layer 1" not in said[0].message
+    assert block(watch, token_share=idle) == []
+    assert block(watch, token_share=busy) == []
+    assert block(watch, token_share=idle) == ["idle_expert"]
+    assert block(warnings_of(expert_share=0), token_share=idle) == []
+
+
+def test_one_quiet_step_does_not_make_an_expert_idle() -> None:
+    watch = warnings_of()
+    records = [{"lm_loss": 2.0, "token_share": [[0.96, 0.0 if step == 2 else 0.04]]} for step in range(WINDOW)]
+    assert [warning for record in records for warning in watch.step(record)] == []
+
+
+def test_held_out_original_text_that_gets_dearer_is_warned_of_in_stage_1_alone() -> None:
+    for stage, wanted in (("stage1", ["en"]), ("stage2", [])):
+        watch = warnings_of(stage)
+        assert watch.validation(validation(en=2.0, zh=3.0, el=4.0)) == []
+        assert watch.validation(validation(en=2.19, zh=3.0, el=5.0)) == []  # 9.5%
+        said = watch.validation(validation(en=2.21, zh=3.0, el=5.0))
+        assert [warning.kind for warning in said] == ["original_loss_rises"] * len(wanted)
+        assert all("en +10.5%" in warning.message and "zh" not in warning.message for warning in said)
+        assert watch.validation(validation(en=2.3, zh=3.0, el=5.0)) == []
+    watch = warnings_of("stage1")
+    watch.validation(validation(en=2.0, zh=3.0))
+    assert len(watch.validation(validation(en=2.5, zh=3.0))) == 1
+    (second,) = watch.validation(validation(en=2.5, zh=4.0))  # another language's onset
+    assert "zh" in second.message and "en" not in second.message
+
+
+def test_without_held_out_text_the_training_text_is_looked_at() -> None:
+    watch = warnings_of()
+    assert block(watch, lm_loss_original=2.0) == []
+    assert block(watch, lm_loss_original=2.1) == []
+    assert block(watch, lm_loss_original=2.3) == ["original_loss_rises"]
+    assert block(warnings_of(), lm_loss_original=None) == []
+
+
+def test_an_lpr_loss_that_does_not_fall_is_warned_of_and_one_that_has_fallen_may_rest() -> None:
+    watch = warnings_of("stage2", lpr=True)
+    assert block(watch, lpr_loss=1.0) == []
+    assert block(watch, lpr_loss=1.0) == ["lpr_loss_stays"]
+    assert block(watch, lpr_loss=1.1) == []
+    assert block(watch, lpr_loss=0.5) == []
+    assert block(watch, lpr_loss=0.5) == []
+    assert block(watch, lpr_loss=0.995) == ["lpr_loss_stays"]
+    off = warnings_of("stage1", lpr=False)
+    assert block(off, lpr_loss=1.0) + block(off, lpr_loss=1.0) == []
+
+
+def test_a_loss_that_is_not_a_number_is_said_at_once() -> None:
+    watch = warnings_of()
+    said = [[warning.kind for warning in watch.step({"lm_loss": loss})] for loss in (2.0, None, None, 2.0, None)]
+    assert said == [[], ["not_a_number"], [], [], ["not_a_number"]]
+
+
+@pytest.mark.parametrize("cut", [0, 1, WINDOW, WINDOW + 3])
+def test_a_resumed_run_says_what_the_unbroken_one_says(cut: int) -> None:
+    """It is shown the records of before, which the interrupted run has judged."""
+    share = [[1.0, 0.999, 0.001]]
+    records = [validation(en=2.0)] + [{"lm_loss": 2.0, "token_share": share} for _ in range(2 * WINDOW)]
+    records += [validation(en=3.0), validation(en=3.0)]
+
+    def say(watch: EarlyWarnings, record: dict) -> list[str]:
+        found = watch.validation(record) if "event" in record else watch.step(record)
+        return [warning.message for warning in found]
+
+    unbroken, resumed = warnings_of(), warnings_of()
+    wanted = [say(unbroken, record) for record in records]
+    for record in [*records[:cut], {"event": "warning", "message": "…"}]:
+        resumed.remember(record)
+    assert [say(resumed, record) for record in records[cut:]] == wanted[cut:]
+    assert sum(map(len, wanted)) == 2

@@ -3,7 +3,7 @@
 SHELL_SCRIPTS := .ci/run $(shell find launch tests -name '*.sh' -o -name '*.sbatch')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slurm check format venv clean
+.PHONY: help demo test test-slurm test-browser check format venv clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -17,6 +17,10 @@ test: venv ## the default test suite: no network, no GPU
 test-slurm: venv ## two pretend nodes of a real Slurm on this machine; as root, installs Debian's packages
 	@tests/slurm/install.sh
 	.venv/bin/python -m pytest -m slurm tests/slurm
+
+test-browser: venv ## reports in a real Chromium; as root, installs Debian's packages
+	@tests/browser/install.sh
+	.venv/bin/python -m pytest -m browser tests/browser
 
 check: venv ## format, lint and types
 	.venv/bin/python -m ruff format --check .

@@ -32,6 +32,7 @@ setup(
         "pyarrow",  # Parquet and .zst
         "pyyaml",
         "tqdm",
+        "rich",
         "matplotlib",
         "tensorboard",
     ],

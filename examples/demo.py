@@ -206,8 +206,8 @@ def write_report(demo: Demo) -> None:
     from moelpr.evaluate.documents import read_documents
     from moelpr.evaluate.generate import choose_prompt
     from moelpr.evaluate.perplexity import Settings
-    from moelpr.report.charts import headline_picture
-    from moelpr.report.report import Continuation, Report, write_report
+    from moelpr.report.demo import Continuation, Report, write_report
+    from moelpr.report.demo_pictures import headline_picture
     from moelpr.versions import installed_versions
 
     run = demo.run
@@ -273,7 +273,7 @@ def _trained_tokens(run: Path) -> int:
 
 def _print_summary(report) -> None:  # noqa: ANN001
     from moelpr.evaluate.compare import markdown_table
-    from moelpr.report.report import failures
+    from moelpr.report.demo import failures
 
     print("\nBits per byte on held-out text (fewer is better)\n")
     print(markdown_table(report.bits_per_byte))

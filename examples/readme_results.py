@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from moelpr.errors import UserError, run_command
-from moelpr.report.report import Report, failures, percent, read_report
+from moelpr.report.demo import Report, failures, percent, read_report
 
 START, END = "<!-- demo-table:start -->", "<!-- demo-table:end -->"
 COLUMNS = {

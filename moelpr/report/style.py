@@ -1,15 +1,24 @@
-"""How report.html looks, on a screen and on paper."""
+"""How report.html looks: on a bright and a dark screen, on a phone, on paper."""
 
 CSS = """
 :root {
-  --ink: #1f2933; --muted: #5f6c7b; --rule: #d9dee4; --soft: #f5f7f9; --good: #1a6b4a; --bad: #9a3412;
+  --page: #fff; --ink: #1f2933; --muted: #5f6c7b; --rule: #d9dee4; --soft: #f5f7f9; --good: #1a6b4a; --bad: #9a3412;
   --sans: system-ui, -apple-system, "Segoe UI", "Helvetica Neue", Arial, "Noto Sans", "Noto Sans CJK SC", sans-serif;
+}
+@media screen and (prefers-color-scheme: dark) {
+  :root {
+    color-scheme: dark;
+    --page: #14181d; --ink: #e6e9ed; --muted: #a3adb8; --rule: #39424d; --soft: #1d232a;
+    --good: #6fcf9f; --bad: #f0a07a;
+    --light-blue: #b5d3ee; --series-0: #5b9bea; --series-1: #e8a055; --series-2: #4cc29f; --series-3: #d98ac0;
+    --series-4: #9fd0f5; --series-5: #d9c04f; --series-6: #b3bcc6; --series-7: #f08a7a;
+  }
 }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 body {
   margin: 0 auto; padding: 40px 28px 56px; max-width: 1000px;
-  color: var(--ink); background: #fff; font: 15px/1.55 var(--sans);
+  color: var(--ink); background: var(--page); font: 15px/1.55 var(--sans);
 }
 .kicker { color: var(--muted); font-size: 13.5px; margin: 0 0 4px; }
 h1 { font-size: 29px; line-height: 1.2; margin: 0 0 14px; letter-spacing: -0.01em; }
@@ -40,10 +49,10 @@ tbody th { font-weight: 400; }
 tr { break-inside: avoid; }
 tr.group th { font-weight: 600; padding-top: 16px; border-bottom: 1px solid var(--muted); break-after: avoid; }
 tr.mean td, tr.mean th { font-weight: 600; }
-td small { display: block; font-size: 12.5px; line-height: 1.3; }
-td.number { white-space: nowrap; }
-td.found { width: 64%; }
-td.found div { display: grid; grid-template-columns: 124px 1fr; }
+td small, th small { display: block; font-size: 12.5px; line-height: 1.3; font-weight: 400; }
+th small { color: var(--muted); }
+td.number span { white-space: nowrap; }
+td .line { display: grid; grid-template-columns: 112px 1fr; }
 td .note { margin: 0; }
 .ok { color: var(--good); font-weight: 600; white-space: nowrap; }
 .no { color: var(--bad); font-weight: 600; white-space: nowrap; }
@@ -52,11 +61,17 @@ figure { margin: 18px 0; break-inside: avoid; }
 svg { max-width: 100%; height: auto; display: block; }
 svg svg { max-width: none; }
 figcaption { color: var(--muted); font-size: 13.5px; margin-top: 6px; max-width: 80ch; }
+.pictures { display: flex; flex-wrap: wrap; gap: 18px 34px; align-items: flex-start; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 430px), 1fr)); gap: 24px 28px; }
 .charts svg { break-inside: avoid; }
 
+pre {
+  background: var(--soft); border: 1px solid var(--rule); padding: 10px 12px; margin: 0 0 14px; overflow-x: auto;
+  font: 12.5px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace;
+}
+summary { cursor: pointer; margin: 10px 0; }
 dl { display: grid; grid-template-columns: 150px 1fr; gap: 3px 14px; margin: 0; }
-dt { color: var(--muted); }
+dt { color: var(--muted); overflow-wrap: anywhere; }
 dd { margin: 0; overflow-wrap: anywhere; }
 .sample { margin: 0 0 22px; break-inside: avoid; }
 .sample .prompt { font-weight: 600; margin: 0 0 4px; }
@@ -72,6 +87,7 @@ dd { margin: 0; overflow-wrap: anywhere; }
   .note, figcaption { font-size: 9pt; }
   th, td { padding: 3px 8px; }
   td small { display: inline-block; min-width: 52px; font-size: 8.5pt; }
+  .pictures svg { max-height: 100mm; width: auto; }
   tr.group th { padding-top: 8px; }
   figure { margin: 10px 0; }
   .verdict { margin: 10px 0; }
@@ -79,11 +95,16 @@ dd { margin: 0; overflow-wrap: anywhere; }
   .columns { grid-template-columns: 1fr 1fr; }
   .scroll { overflow: visible; }
   .whole { break-inside: avoid; }
+  pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 8pt; }
+  details > :not(summary) { display: none; }
 }
 @media (max-width: 560px) {
   body { padding: 24px 14px; }
   th, td { padding: 6px; }
-  td.found div { grid-template-columns: 1fr; }
+  td .line { grid-template-columns: 1fr; }
+  td small { font-size: 11.5px; }
+  td.number, tbody th { padding-left: 4px; padding-right: 4px; }
+  dl { grid-template-columns: minmax(0, 110px) 1fr; }
   .sample dl { grid-template-columns: 1fr; }
   .sample dd { margin-bottom: 6px; }
 }

@@ -1,11 +1,23 @@
-"""The little SVG the report's charts need: text stays text, sizes in pixels of the drawing."""
+"""The little SVG the report's charts need: text stays text, sizes in pixels of the drawing.
+
+Colours that must change on a dark page are CSS variables of the page (style.py), with their light value for a drawing
+that stands alone.
+"""
 
 import math
 from collections.abc import Sequence
 from html import escape
 
 FONT = "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, 'Noto Sans', sans-serif"
-INK, MUTED, RULE = "#1f2933", "#5f6c7b", "#d9dee4"
+PAGE, INK, MUTED, RULE = "var(--page,#fff)", "var(--ink,#1f2933)", "var(--muted,#5f6c7b)", "var(--rule,#d9dee4)"
+# Told apart by hue for whoever sees it (Okabe and Ito's colours, darkened on white), and never by hue alone.
+SERIES = tuple(
+    f"var(--series-{number},{colour})"
+    for number, colour in enumerate(
+        ("#1d4f91", "#b35900", "#00735a", "#a3407f", "#3a86c8", "#8a6d00", "#5f6c7b", "#c03a2b")
+    )
+)
+MARKERS = ("circle", "square", "triangle", "diamond", "cross", "ring", "bar", "star")
 
 
 class Drawing:
@@ -17,11 +29,24 @@ class Drawing:
         self._shapes: list[str] = []
 
     def rect(
-        self, x: float, y: float, width: float, height: float, fill: str, *, tip: str = "", stroke: str | None = None
-    ) -> None:
+        self, x: float, y: float, width: float, height: float, fill: str, *, tip: str = "", stroke: str | None = None,
+        stroke_width: float | None = None,
+    ) -> None:  # fmt: skip
         """tip: what a pointer resting on it shows."""
         inside = _element("title", escape(tip)) if tip else ""
-        self._shapes.append(_element("rect", inside, x=x, y=y, width=width, height=height, fill=fill, stroke=stroke))
+        self._shapes.append(
+            _element(
+                "rect",
+                inside,
+                x=x,
+                y=y,
+                width=width,
+                height=height,
+                fill=fill,
+                stroke=stroke,
+                stroke_width=stroke_width,
+            )
+        )
 
     def line(self, x1: float, y1: float, x2: float, y2: float, stroke: str = RULE, width: float = 1) -> None:
         self._shapes.append(_element("line", x1=x1, y1=y1, x2=x2, y2=y2, stroke=stroke, stroke_width=width))
@@ -39,7 +64,7 @@ class Drawing:
         self._shapes.append(
             _element(
                 "path",
-                d="M" + "L".join(f"{_n(x)} {_n(y)}" for x, y in points),
+                d=_path(points),
                 fill="none",
                 stroke=stroke,
                 stroke_width=width,
@@ -48,6 +73,29 @@ class Drawing:
                 stroke_opacity=opacity,
             )
         )
+
+    def area(self, points: Sequence[tuple[float, float]], fill: str, opacity: float) -> None:
+        """A filled shape with these corners."""
+        self._shapes.append(_element("path", d=f"{_path(points)}Z", fill=fill, fill_opacity=opacity))
+
+    def marker(self, x: float, y: float, shape: str, colour: str, size: float = 3.6) -> None:
+        """shape: one of MARKERS; size: from its middle to its edge."""
+        a = size
+        corners = {
+            "square": [(-a, -a), (a, -a), (a, a), (-a, a)],
+            "triangle": [(0, -1.2 * a), (1.15 * a, 0.9 * a), (-1.15 * a, 0.9 * a)],
+            "diamond": [(0, -1.35 * a), (1.35 * a, 0), (0, 1.35 * a), (-1.35 * a, 0)],
+            "bar": [(-1.3 * a, -0.5 * a), (1.3 * a, -0.5 * a), (1.3 * a, 0.5 * a), (-1.3 * a, 0.5 * a)],
+        }
+        strokes = {"cross": [(-a, -a, a, a), (-a, a, a, -a)], "star": [(-a, 0, a, 0), (-a, -a, a, a), (-a, a, a, -a)]}
+        if shape in corners:
+            self.area([(x + dx, y + dy) for dx, dy in corners[shape]], colour, 1)
+        elif shape in strokes:
+            for x1, y1, x2, y2 in strokes[shape]:
+                self.line(x + x1, y + y1, x + x2, y + y2, colour, 1.8)
+        else:
+            fill = PAGE if shape == "ring" else colour
+            self._shapes.append(_element("circle", cx=x, cy=y, r=a, fill=fill, stroke=colour, stroke_width=1.6))
 
     def text(
         self,
@@ -78,7 +126,7 @@ class Drawing:
         return _element(
             "svg",
             _element("title", escape(self._title))
-            + _element("desc", escape(self._description))
+            + (_element("desc", escape(self._description)) if self._description else "")
             + "".join(self._shapes),
             xmlns="http://www.w3.org/2000/svg",
             viewBox=f"0 0 {_n(self.width)} {_n(self.height)}",
@@ -87,6 +135,10 @@ class Drawing:
             role="img",
             font_family=FONT,
         )
+
+
+def _path(points: Sequence[tuple[float, float]]) -> str:
+    return "M" + "L".join(f"{_n(x)} {_n(y)}" for x, y in points)
 
 
 def _element(name: str, inside: str = "", **attributes: str | float | None) -> str:
@@ -133,7 +185,7 @@ def sequential_colour(share: float) -> tuple[str, str]:
     chroma = 0.012 + 0.105 * math.sin(math.pi * 0.72 * share)
     hue = math.radians(225 + 35 * share)
     fill = _oklab_hex(lightness, chroma * math.cos(hue), chroma * math.sin(hue))
-    return fill, INK if lightness > 0.62 else "#ffffff"
+    return fill, "#1f2933" if lightness > 0.62 else "#ffffff"
 
 
 def _oklab_hex(lightness: float, a: float, b: float) -> str:

@@ -19,11 +19,13 @@ from moelpr.model_spec import ModelSpec
 from moelpr.versions import installed_versions
 
 VERSIONS_FILE = "versions.json"
+COMMAND_FILE = "command.json"
 
 
 @contextmanager
-def run_folder(args: argparse.Namespace, spec: ModelSpec) -> Iterator[None]:
-    """Rank 0 writes model_spec.json, hf/ (config and tokenizer), recipe.yaml (resolved flags), versions.json to --save.
+def run_folder(args: argparse.Namespace, spec: ModelSpec, argv: list[str]) -> Iterator[None]:
+    """Rank 0 writes to --save: model_spec.json, hf/ (config and tokenizer), recipe.yaml (resolved flags), command.json
+    (the command line `argv` as it was given), versions.json.
 
     In the context every step that is saved gets a recipe.yaml too: a run may be resumed with other settings, and
     killed before it has saved anything that they speak for.
@@ -42,6 +44,9 @@ def run_folder(args: argparse.Namespace, spec: ModelSpec) -> Iterator[None]:
     _write(save, record)
     with atomic_file(save / VERSIONS_FILE) as temporary:
         temporary.write_text(json.dumps(installed_versions(), indent=2) + "\n")
+    with atomic_file(save / COMMAND_FILE) as temporary:
+        command = {"arguments": argv, "num_ranks": int(os.environ.get("WORLD_SIZE", "1"))}
+        temporary.write_text(json.dumps(command, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     megatrons = megatron_training.save_checkpoint
 
     def save_checkpoint(iteration: int, *arguments: Any, **settings: Any) -> None:

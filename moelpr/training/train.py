@@ -41,7 +41,7 @@ def train(argv: list[str], stop: StopRequest | None = None) -> None:
     clean_stop.begin(args)
     load_weights = starting_weights(args)
     with (
-        run_folder(args, spec),
+        run_folder(args, spec, argv),
         closing(metrics.install(args)) as step_log,
         not_a_number.is_said(args, step_log),
         validation.validates(args, step_log),

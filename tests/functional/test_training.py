@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -155,11 +156,12 @@ def stage2(material: Path, stage1: Path) -> Path:
     return save
 
 
-def stage2_command(material: Path, stage1: Path, save: Path) -> list[str | Path]:
+def stage2_command(material: Path, stage1: Path, save: Path, held_out: Iterable[str] = HELD_OUT) -> list[str | Path]:
     data = ["1", material / "original", "1", material / "expanded"]
     words = ["stage2", "--pretrained-checkpoint", stage1, "--data-path", *data, "--save", save, "--save-interval", "3"]
-    held_out = [f"{name}={material / f'held-out-{name}'}" for name in HELD_OUT]
-    return [*words, "--lr", "0.1", "--validation-data", *held_out, "--eval-interval", "4"]
+    validation = [f"{name}={material / f'held-out-{name}'}" for name in held_out]
+    validation = ["--validation-data", *validation, "--eval-interval", "4"] if validation else []
+    return [*words, "--lr", "0.1", *validation]
 
 
 def test_a_checkpoint_has_the_bytes_that_are_looked_for_on_the_disk(stage1: Path, stage2: Path) -> None:
@@ -249,13 +251,14 @@ def test_stage2_moves_routers_only(stage1: Path, stage2: Path) -> None:
         assert torch.equal(value, before[key]) != (".mlp.router." in key), key
 
 
-def test_saving_only_what_is_trained_changes_nothing_but_the_checkpoints(
+def test_saving_only_what_is_trained_and_scoring_held_out_text_change_nothing_that_is_trained(
     material: Path, stage1: Path, stage2: Path
 ) -> None:
+    """The other run does neither."""
     from checkpoint_convert.mcore_to_hf import mcore_to_hf
 
     whole = material / "stage2-whole"
-    assert launch(*stage2_command(material, stage1, whole)).returncode == 0
+    assert launch(*stage2_command(material, stage1, whole, held_out={})).returncode == 0
     small, large = tensors(stage2, 6), tensors(whole, 6)
     assert {key for key in model_tensors(small)} == {key for key in model_tensors(large) if ".mlp.router." in key}
     assert {key for key in large if key.startswith("optimizer.")} == small.keys() - model_tensors(small).keys()
@@ -353,6 +356,9 @@ def test_a_run_folder_says_what_it_is(stage2: Path) -> None:
     assert recipe["lpr_loss_coeff"] == 0.1
     assert recipe["lr"] == 0.1
     assert ModelSpec.read(stage2).moe.num_new_experts == 4
+    command = json.loads((stage2 / "command.json").read_text())
+    assert command["num_ranks"] == 1
+    assert command["arguments"][-2:] == ["--save-trained-only", "--async-save"]
     assert (stage2 / "hf" / "config.json").is_file()
 
 

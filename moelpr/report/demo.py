@@ -187,25 +187,23 @@ def failures(report: Report) -> list[str]:
 
 
 def write_report(run_dir: Path, report: Report) -> Path:
-    """Write report.json and report.html into `run_dir`, replacing what is there. Returns the page's path."""
+    """Write report.json, report.html and report.md into `run_dir`, replacing what is there. Returns the page's path."""
     with atomic_file(run_dir / "report.json") as temporary:
         content = json.dumps(report.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
         temporary.write_text(content + "\n", encoding="utf-8")
-    return write_html(run_dir, report)
+    return write_pages(run_dir, report)
 
 
-def write_html(run_dir: Path, report: Report) -> Path:
-    """Write report.html alone, with the loss curves as they stand now in the runs' metrics.jsonl."""
-    from moelpr.report.page import build_page
+def write_pages(run_dir: Path, report: Report) -> Path:
+    """Write report.html and report.md alone, with the loss curves as they stand now in the runs' metrics.jsonl."""
+    from moelpr.report.demo_document import demo_document
     from moelpr.report.run_metrics import read_metrics
+    from moelpr.report.write import write_document
 
     metrics = {
         model: read_metrics(run_dir / path) for model, path in report.metrics.items() if (run_dir / path).exists()
     }
-    page = run_dir / "report.html"
-    with atomic_file(page) as temporary:
-        temporary.write_text(build_page(report, metrics), encoding="utf-8")
-    return page
+    return write_document(run_dir, demo_document(report, metrics))
 
 
 def read_report(run_dir: Path) -> Report:

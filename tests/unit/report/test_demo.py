@@ -9,11 +9,13 @@ from xml.etree import ElementTree
 import pytest
 
 from moelpr.errors import UserError
-from moelpr.report.charts import MAX_POINTS, Curve, headline_picture, line_chart
-from moelpr.report.page import build_page, headline, summary
-from moelpr.report.report import Continuation, Report, effect_lines, failures, read_report, write_report
+from moelpr.report.curves import MAX_POINTS, Curve, line_chart
+from moelpr.report.demo import Continuation, Report, effect_lines, failures, read_report, write_report
+from moelpr.report.demo_document import demo_document, headline, summary
+from moelpr.report.demo_pictures import headline_picture
 from moelpr.report.run_metrics import read_metrics
 from moelpr.report.svg import sequential_colour, ticks
+from moelpr.report.to_html import to_html
 
 LANGUAGES = {"en": "original", "zh": "original", "el": "expanded"}
 
@@ -133,12 +135,12 @@ def test_a_check_that_fails_is_a_line_that_is_not_shown(report, checks):
 
 def test_the_page_claims_the_effect_only_where_every_line_is_shown(report):
     assert headline(report) == "One language learned, two languages kept"
-    good = build_page(report, {})
+    good = to_html(demo_document(report, {}))
     assert "shows everything that was promised" in good
     assert "✗" not in good
 
     failing = changed(report, "stage1", "el", 1.91)
-    bad = build_page(failing, {})
+    bad = to_html(demo_document(failing, {}))
     assert headline(failing) == "10 of 11 promised lines are shown, 1 is not"
     assert "shows everything that was promised" not in bad
     assert "Greek: −4.5% against base; wanted: after stage 1 at least 5% fewer bits per byte than base" in bad
@@ -158,7 +160,9 @@ def test_the_page_says_what_full_fine_tuning_was_given(report):
         (500_000, "500,000 tokens, as many as stage 1."),
         (7, "7 tokens against 500,000 in stage 1."),
     ]:
-        assert sentence in build_page(replace(report, token_counts={"full_finetune": full, "stage1": 500_000}), {})
+        assert sentence in to_html(
+            demo_document(replace(report, token_counts={"full_finetune": full, "stage1": 500_000}), {})
+        )
 
 
 def test_the_page_loads_nothing_and_runs_nothing(tmp_path, report):
@@ -170,17 +174,17 @@ def test_the_page_loads_nothing_and_runs_nothing(tmp_path, report):
     assert set(re.findall(r"https?://[^\"' <]+", page)) == {"http://www.w3.org/2000/svg"}  # a name, never fetched
     assert "Stage 1: next-token loss" in page
     assert "Stage 1: balance loss" in page
-    assert page.count("<svg xmlns") == 4
+    assert page.count("<svg xmlns") == 1 + 2 + 2  # headline, maps, curves
 
 
 def test_text_of_models_cannot_become_markup(report):
-    page = build_page(report, {})
+    page = to_html(demo_document(report, {}))
     assert "είναι &lt;ανοιχτή&gt; &amp; κλειστή" in page
     assert "<ανοιχτή>" not in page
 
 
 def test_every_number_of_the_table_and_the_heat_map_is_on_the_page(report):
-    page = build_page(report, {})
+    page = to_html(demo_document(report, {}))
     for languages in report.bits_per_byte.values():
         assert all(f">{bits:.3f}<" in page for bits in languages.values())
     for languages in report.original_expert_share.values():
@@ -197,14 +201,15 @@ def test_pictures_are_well_formed_svg(report):
 
 
 def test_the_run_that_has_no_metrics_is_named(report):
-    assert "No metrics were found for: after stage 1." in build_page(report, {})
+    assert "No metrics were found for: after stage 1." in to_html(demo_document(report, {}))
 
 
 def test_a_long_run_is_thinned(report):
     steps = list(range(50_000))
-    chart = line_chart("loss", [Curve("", "#000000", steps, [float(step) for step in steps])])
-    assert len(re.findall(r"[ML]", "".join(re.findall(r' d="([^"]*)"', chart)))) <= 2 * MAX_POINTS
-    assert line_chart("loss", [Curve("", "#000000", [1], [2.0])]) == ""
+    chart = line_chart("loss", [Curve("", steps, [float(step) for step in steps])])
+    # The line, and the band's two edges.
+    assert len(re.findall(r"[ML]", "".join(re.findall(r' d="([^"]*)"', chart)))) <= 3 * MAX_POINTS
+    assert line_chart("loss", [Curve("", [1], [2.0])]) == ""
 
 
 def test_metrics_survive_a_half_written_last_line(tmp_path):

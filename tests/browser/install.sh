@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Installs what the tests in a real browser need from Debian, as root; does nothing where it is already.
+# Ends with code 1 and a sentence where it can't be had.
+set -euo pipefail
+# The fonts show every script of the demo's languages; poppler-utils turns printed pages into pictures to look at.
+packages=(chromium fonts-noto-core fonts-noto-cjk poppler-utils)
+
+fail() {
+    echo "install.sh: error: $1" >&2
+    exit 1
+}
+
+if command -v chromium pdftoppm >/dev/null && [ -n "$(fc-list :lang=zh)" ]; then exit; fi
+if ((EUID != 0)); then fail "chromium, pdftoppm or fonts are missing; run this as root, or install ${packages[*]}"; fi
+command -v apt-get >/dev/null ||
+    fail "chromium, pdftoppm or fonts are missing and there is no apt-get; install Chromium, poppler-utils and Noto fonts"
+export DEBIAN_FRONTEND=noninteractive
+if ! timeout 300 bash -c 'apt-get update -qq && apt-get install -y -qq --no-install-recommends "$@"' apt "${packages[@]}" \
+    >/dev/null; then
+    fail "apt-get could not install ${packages[*]} (see above)"
+fi

@@ -1,0 +1,83 @@
+"""The live view follows a run that is being written."""
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from moelpr.errors import UserError
+from moelpr.report import live
+from moelpr.report.runs import read_run
+from tests.run_folders import make_run
+
+
+def test_a_pipe_gets_a_line_per_record_until_the_run_is_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Written in pieces, as a slow disk may show it."""
+    folder = make_run(tmp_path / "run", "stage1", 5, languages={}, is_finished=False, train_iters=7)
+
+    def write() -> None:
+        with (folder / "metrics.jsonl").open("a") as file:
+            for step in (6, 7):
+                text = json.dumps({"iteration": step, "stage": "stage1", "lm_loss": 1.5}) + "\n"
+                for piece in (text[:9], text[9:]):
+                    time.sleep(0.05)
+                    file.write(piece)
+                    file.flush()
+            languages = {"el": {"group": "expanded", "bits_per_byte": 1.25}}
+            file.write(json.dumps({"iteration": 7, "event": "validation", "languages": languages}) + "\n")
+            file.write(json.dumps({"iteration": 7, "event": "warning", "message": "look"}) + "\n")
+        (folder / "FINISHED").write_text("7\n")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    live.main([str(folder), "--interval", "0.02"])
+    writer.join()
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert "step 5 of 7 (71%)" in first and "left" in first
+    assert lines == [
+        "stage1 step 6: loss 1.5",
+        "stage1 step 7: loss 1.5",
+        "training step 7, validation: el 1.2500 bits per byte",
+        "training step 7, warning: look",
+    ]
+
+
+def test_a_terminal_gets_values_languages_and_warnings(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", "stage2", 60, is_finished=False, train_iters=100)
+    view = live.View(read_run(folder))
+    view.add({"iteration": 61, "stage": "stage2", "lm_loss": 0.125})
+    console = Console(width=200, record=True, file=(tmp_path / "screen").open("w"))
+    console.print(view.drawing())
+    shown = console.export_text()
+    assert "step 61 of 100 (61%)" in shown
+    assert "0.125" in shown and "LPR" in shown and "█" in shown
+    assert "en (original)" in shown and "bits per byte" in shown
+    assert "warning, step 60: expert 3" in shown
+
+
+def test_a_resumed_run_that_writes_its_file_anew_is_followed(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", "stage1", 5, languages={}, is_finished=False)
+    following = live.follow(read_run(folder), interval_s=0)
+    assert next(following) == []
+    path = folder / "metrics.jsonl"
+    other = path.with_name("other")
+    other.write_text(path.read_text())
+    other.replace(path)
+    assert list(following) == []  # ends, so that the caller reads the file again
+
+
+def test_the_curve_in_a_line_shows_the_course() -> None:
+    assert live.sparkline([1.0, 2.0, 3.0]) == "▁▅█"
+    assert live.sparkline([2.0]) == "▁"
+    assert len(live.sparkline([float(n) for n in range(1000)])) == 40
+
+
+def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
+    for words, complaint in [([str(tmp_path / "no")], "no folder"), ([str(tmp_path), "--interval", "0"], "above 0")]:
+        with pytest.raises(UserError, match=complaint):
+            live.main(words)

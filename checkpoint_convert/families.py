@@ -4,7 +4,7 @@ To add one, write its entry and put it in FAMILIES; docs/design/families.md goes
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from checkpoint_convert.hf_config import (
@@ -83,17 +83,7 @@ LLAMA = Family(
     may_mix_layers=False,
 )
 
-MISTRAL = Family(
-    name="mistral",
-    architecture="MistralForCausalLM",
-    model_type="mistral",
-    moe_architecture="MixtralForCausalLM",
-    moe_model_type="mixtral",
-    table=_MIXTRAL_TABLE,
-    megatron_args=llama_like_args,
-    moe_config=_mixtral_config,
-    may_mix_layers=False,
-)
+MISTRAL = replace(LLAMA, name="mistral", architecture="MistralForCausalLM", model_type="mistral")
 
 # --------------------------------------------------------------------------------------------------------- Qwen
 

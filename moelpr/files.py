@@ -48,12 +48,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                fsync_file(file)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+        _take_place(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -89,14 +84,19 @@ def resumable_directory(path: Path, job: str) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         description.unlink()
-        for file in partial.rglob("*"):
-            if file.is_file():
-                fsync_file(file)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(partial, path)
+        _take_place(partial, path)
     finally:
         os.close(lock)
+
+
+def _take_place(temporary: Path, path: Path) -> None:
+    """The folder `temporary`, made durable, becomes `path`."""
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            fsync_file(file)
+    if path.exists():
+        shutil.rmtree(path)
+    os.replace(temporary, path)
 
 
 class DurableFile:

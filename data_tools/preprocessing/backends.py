@@ -166,11 +166,16 @@ class GigatokenBackend:
         return np.array_equal(ours.lengths, theirs.lengths) and np.array_equal(ours.ids, theirs.ids)
 
     def _encode(self, texts: list[str]) -> Encoded:
-        if self._full_at_bytes == 0:
-            self._full_at_bytes = _resident_bytes() + _CACHE_BYTES
-        elif _resident_bytes() > self._full_at_bytes:
+        resident_bytes = _resident_bytes()
+        if self._full_at_bytes and resident_bytes > self._full_at_bytes:
             self._tokenizer = None  # first, so that there are never two
             self._tokenizer = self._load()
+            # What else has grown since (pages shared with the parent no longer are) is not to be forgotten again and
+            # again: the count starts afresh.
+            self._full_at_bytes = 0
+            resident_bytes = _resident_bytes()
+        if not self._full_at_bytes:
+            self._full_at_bytes = resident_bytes + _CACHE_BYTES
         # A worker has one core; the library's own threads did not survive the fork.
         rows = self._tokenizer.encode_batch(texts, parallel=False).layout
         offsets = np.asarray(rows.offsets.data)

@@ -126,13 +126,15 @@ def test_what_it_remembers_is_forgotten_when_memory_runs_short(
     jobs: dict[str, JobTokenizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = GigatokenBackend(str(jobs["hf"].source), jobs["hf"].reference())
-    sizes = iter([0, backends._CACHE_BYTES, backends._CACHE_BYTES + 1])
+    limit = backends._CACHE_BYTES
+    # The third is too much; what is left after forgetting, most of it, is what the next ones are measured by.
+    sizes = iter([0, limit, limit + 1, limit - 1, 2 * limit - 1, 2 * limit])
     monkeypatch.setattr(backends, "_resident_bytes", lambda: next(sizes))
     seen = []
-    for _ in range(3):
+    for _ in range(4):
         assert backend.encode(["turn on the light"]).ids.size
         seen.append(backend._tokenizer)
-    assert seen[0] is seen[1] and seen[1] is not seen[2]
+    assert seen[0] is seen[1] and seen[1] is not seen[2] and seen[2] is seen[3]
 
 
 def test_the_end_of_document_token_can_be_named(hf_tokenizer: Path, write_lines, preprocess, corpus_bytes) -> None:

@@ -1,4 +1,4 @@
-"""Draw documents at random from tokenized corpora into a new one: as many of each language as stage 2 wants.
+r"""Draw documents at random from tokenized corpora into a new one: as many of each language as stage 2 wants.
 
     python data_tools/sample_data.py --output-prefix data/review \
         --input data/en_text_document data/zh_text_document data/el_text_document data/hu_text_document \

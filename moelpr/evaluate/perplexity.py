@@ -16,7 +16,8 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,11 @@ class Settings:
     sequence_length: int | None = None  # input tokens of a window; None: 512, or the model's maximum where that is less
     context: int | None = None  # tokens seen again at the start of later windows; None: a quarter of the window
     batch_size: int | None = None  # full windows per batch; None: as many as LOGITS_BYTES allows
+
+    @property
+    def identity(self) -> dict[str, int | None]:
+        """What results depend on; the batch size only changes how fast they come."""
+        return {"sequence_length": self.sequence_length, "context": self.context}
 
     def resolve(self, max_positions: Mapping[str, int | None]) -> "Settings":
         """The same settings for every model, nothing left open but the batch size.
@@ -71,6 +77,7 @@ class LanguageScore:
     document_bits: list[float]  # negative log2-likelihood of each document
     document_bytes: list[int]
     document_tokens: list[int]
+    document_correct: list[int]  # tokens that were the model's likeliest next token
     unknown_tokens: int  # tokens that stand for text the tokenizer cannot write
     routing: Routing | None  # None for a dense model
 
@@ -78,24 +85,27 @@ class LanguageScore:
     def bits_per_byte(self) -> float:
         return sum(self.document_bits) / sum(self.document_bytes)
 
-    def to_json(self) -> dict:
-        routing = self.routing
-        return {
-            "bits_per_byte": self.bits_per_byte,
-            "documents": len(self.document_bits),
-            "tokens": sum(self.document_tokens),
-            "bytes": sum(self.document_bytes),
-            "unknown_tokens": self.unknown_tokens,
-            "routing": routing
-            and {
-                "num_original_experts": routing.num_original_experts,
-                "original_expert_share": routing.original_expert_share,
-                "layers": routing.layers,
-                "tokens": routing.tokens,
-                "first_choice_share": routing.first_choice_share,
-                "mean_score": routing.mean_score,
-            },
-        }
+    @property
+    def perplexity(self) -> float:
+        """Per token, so it says nothing between models of different tokenizers."""
+        return 2 ** (sum(self.document_bits) / sum(self.document_tokens))
+
+    @property
+    def accuracy(self) -> float:
+        """Share of tokens that were the likeliest next token; per token, as perplexity."""
+        return sum(self.document_correct) / sum(self.document_tokens)
+
+    @property
+    def unknown_share(self) -> float:
+        return self.unknown_tokens / sum(self.document_tokens)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "LanguageScore":
+        routing = content["routing"]
+        return cls(**{**content, "routing": None if routing is None else Routing(**routing)})
 
 
 @dataclass(frozen=True)
@@ -127,16 +137,26 @@ def score(
     *,
     name: str | None = None,
 ) -> dict[str, LanguageScore]:
-    """Bits per byte, and routing where the model is an MoE, of each language: one forward pass over its documents.
+    """All that `score_each` yields."""
+    return dict(score_each(loaded, documents, settings, name=name))
+
+
+def score_each(
+    loaded: LoadedModel,
+    documents: Mapping[str, Sequence[str]],
+    settings: Settings | None = None,
+    *,
+    name: str | None = None,
+) -> Iterator[tuple[str, LanguageScore]]:
+    """Scores, and routing where the model is an MoE, language after language: one forward pass over its documents.
 
     documents: language -> texts. name: what progress calls the model. Raises UserError where the tokenizer gives ids
-    that the model has no embedding for.
+    that the model has no embedding for, or no tokens for a document.
     """
     name = name or loaded.directory.name
     settings = (settings or Settings()).resolve({name: loaded.max_positions})
     tokens = {language: _tokenize(loaded, language, texts) for language, texts in documents.items()}
-    scores = {}
-    observer = RoutingObserver(loaded.model)
+    observer = RoutingObserver(loaded)
     with tqdm(
         total=sum(len(ids) for documents in tokens.values() for ids in documents),
         desc=name,
@@ -147,27 +167,29 @@ def score(
     ) as progress:
         for language, texts in documents.items():
             began = time.monotonic()
-            bits = _document_bits(loaded, tokens[language], settings, observer, progress)
-            unknown_id = loaded.tokenizer.unk_token_id
-            scores[language] = LanguageScore(
+            bits, correct = _score_documents(loaded, tokens[language], settings, observer, progress)
+            result = LanguageScore(
                 document_bits=bits,
                 document_bytes=[len(text.encode("utf-8")) for text in texts],
                 document_tokens=[len(ids) for ids in tokens[language]],
-                # A tokenizer that names its EOS as unknown token (GPT-2, Qwen2) never has to use it.
-                unknown_tokens=0
-                if unknown_id in (None, loaded.eos_id)
-                else sum(ids.count(unknown_id) for ids in tokens[language]),
+                document_correct=correct,
+                unknown_tokens=_count_unknown(loaded, tokens[language]),
                 routing=observer.result(),
             )
             observer.reset()
-            _log(name, language, scores[language], time.monotonic() - began, progress)
-    return scores
+            _log(name, language, result, time.monotonic() - began, progress)
+            yield language, result
 
 
 def _tokenize(loaded: LoadedModel, language: str, texts: Sequence[str]) -> list[list[int]]:
     encoded = loaded.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
     documents = encoded["input_ids"]
-    largest = max((max(ids, default=0) for ids in documents), default=0)
+    if empty := [number for number, ids in enumerate(documents, start=1) if not ids]:
+        raise UserError(
+            f"the tokenizer in {loaded.directory} makes no token at all of {len(empty) / len(documents):.1%} of the "
+            f"{language} documents, of number {empty[0]} first; remove them, or use a tokenizer that can write {language}"
+        )
+    largest = max(max(ids) for ids in documents)
     if max(largest, loaded.start_id) >= loaded.vocab_size:
         raise UserError(
             f"the tokenizer in {loaded.directory} gives the id {max(largest, loaded.start_id)} on {language} text, but "
@@ -176,30 +198,39 @@ def _tokenize(loaded: LoadedModel, language: str, texts: Sequence[str]) -> list[
     return documents
 
 
+def _count_unknown(loaded: LoadedModel, documents: list[list[int]]) -> int:
+    unknown_id = loaded.tokenizer.unk_token_id
+    if unknown_id is None or unknown_id == loaded.eos_id:
+        return 0  # a tokenizer that names its EOS as unknown token (GPT-2, Qwen2) never has to use it
+    return sum(ids.count(unknown_id) for ids in documents)
+
+
 @torch.inference_mode()
-def _document_bits(
+def _score_documents(
     loaded: LoadedModel, documents: list[list[int]], settings: Settings, observer: RoutingObserver, progress: tqdm
-) -> list[float]:
-    """Negative log2-likelihood of each document."""
+) -> tuple[list[float], list[int]]:
+    """Negative log2-likelihood, and number of tokens that were the likeliest, of each document."""
     assert settings.sequence_length is not None and settings.context is not None
     windows = [
         window
         for number, tokens in enumerate(documents)
         for window in cut_into_windows(number, tokens, loaded.start_id, settings.sequence_length, settings.context)
     ]
-    bits = [0.0] * len(documents)
+    bits, correct = [0.0] * len(documents), [0] * len(documents)
     for batch in _batches(windows, _tokens_per_batch(loaded, settings)):
         inputs, targets, is_routed = _tensors(batch, loaded.device)
         with observer.observe(is_routed):
-            # No attention mask: padding is on the right, where a causal model's tokens never look.
-            logits = loaded.model(input_ids=inputs, use_cache=False).logits
+            logits = loaded.logits(inputs)
         nats = F.cross_entropy(
             logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
         ).view_as(targets)
-        for window, total in zip(batch, nats.double().sum(dim=1).tolist(), strict=True):
-            bits[window.document] += total / math.log(2)
+        is_correct = logits.argmax(dim=-1) == targets
+        sums = torch.stack([nats.double().sum(dim=1), is_correct.double().sum(dim=1)], dim=1).tolist()
+        for window, (window_nats, window_correct) in zip(batch, sums, strict=True):
+            bits[window.document] += window_nats / math.log(2)
+            correct[window.document] += int(window_correct)
         progress.update(int((targets != IGNORED).sum()))
-    return bits
+    return bits, correct
 
 
 def _tokens_per_batch(loaded: LoadedModel, settings: Settings) -> int:
@@ -237,10 +268,9 @@ def _tensors(batch: list[Window], device: torch.device) -> tuple[torch.Tensor, t
 def _log(name: str, language: str, score: LanguageScore, seconds: float, progress: tqdm) -> None:
     tokens = sum(score.document_tokens)
     if score.unknown_tokens:
-        share = score.unknown_tokens / max(tokens, 1)
         tqdm.write(
-            f"warning: {name} cannot write {share:.1%} of the {language} tokens (unknown tokens); its bits per byte "
-            "there say little",
+            f"warning: {name} cannot write {score.unknown_share:.1%} of the {language} tokens (unknown tokens); its "
+            "numbers there say little",
             file=sys.stderr,
         )
     if progress.disable:  # a log file gets a line a language instead of a bar

@@ -1,15 +1,18 @@
-"""Where tokens go: statistics of every router of a stock Hugging Face MoE model, taken during its own forward pass.
+"""Where tokens go: statistics of every router of a model, taken during its own forward pass.
 
-T = tokens of a batch, E = experts, of which the first m are the original ones.
+T = tokens of a batch, E = experts, of which the first m are the original ones, K = experts per token.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from moelpr.evaluate.models import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -19,51 +22,51 @@ class Routing:
     layers: list[int]  # numbers of the decoder layers that are MoE layers, counted from 0
     tokens: int
     first_choice_share: list[list[float]]  # share of tokens whose highest router score is this expert's
+    chosen_share: list[list[float]]  # share of tokens that this expert works for; a layer's add up to K
     mean_score: list[list[float]]  # mean softmax score
+    entropy: list[float]  # of a token's router scores, mean over tokens, in nats; at most ln E
+    original_chosen_share: list[float]  # share of tokens with at least one original expert among their K
     num_original_experts: int = 1  # m
 
     @property
+    def num_experts(self) -> int:
+        return len(self.mean_score[0])
+
+    @property
+    def original_first_share(self) -> list[float]:
+        """Share of first choices that are an original expert, per layer."""
+        return [sum(shares[: self.num_original_experts]) for shares in self.first_choice_share]
+
+    @property
     def original_expert_share(self) -> dict[str, Any]:
-        """Share of first choices that are an original expert: {"overall": share, "per_layer": [..], "layers": [..]}.
+        """The same with its mean: {"overall": share, "per_layer": [..], "layers": [..]}.
 
         `layers` says which decoder layer each entry of `per_layer` is.
         """
-        per_layer = [sum(shares[: self.num_original_experts]) for shares in self.first_choice_share]
+        per_layer = self.original_first_share
         return {"overall": sum(per_layer) / len(per_layer), "per_layer": per_layer, "layers": self.layers}
 
+    @property
+    def load_imbalance(self) -> list[float]:
+        """Rows of the busiest expert divided by the mean over experts, per layer; from 1 (even) to E / K."""
+        return [max(shares) * len(shares) / sum(shares) for shares in self.chosen_share]
 
-def find_routers(model: Any) -> dict[int, nn.Module]:
-    """Router of each MoE layer by decoder layer number; empty for a dense model.
-
-    Mixtral, Qwen2Moe and Qwen3Moe all name it `gate` and give it a weight [E, hidden].
-    """
-    config = model.config
-    num_experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    layers = getattr(model.get_decoder(), "layers", None)
-    if not num_experts or layers is None:
-        return {}
-    return {
-        number: module
-        for number, layer in enumerate(layers)
-        for name, module in layer.named_modules()
-        if name.rsplit(".", 1)[-1] == "gate" and module.weight.shape[0] == num_experts
-    }
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 class RoutingObserver:
     """Adds up what the routers of one model decide for the tokens that are counted."""
 
-    def __init__(self, model: Any):
-        self._routers = find_routers(model)
-        # Our exports say it in their config.json; the stock classes keep what they don't know.
-        self._num_original_experts = getattr(model.config, "num_original_experts", 1)
+    def __init__(self, loaded: LoadedModel):
+        self._loaded = loaded
+        self._routers = loaded.routers
         self.reset()
 
     def reset(self) -> None:
         """Start again from nothing, for the next language."""
         self._tokens = 0
-        self._first_choices = {number: _zeros(router) for number, router in self._routers.items()}  # [E] each
-        self._scores = {number: _zeros(router) for number, router in self._routers.items()}  # [E] each
+        self._sums: dict[int, Tensor] = {}  # layer -> [3 E + 2], see `_vector`
 
     @contextmanager
     def observe(self, is_counted: Tensor) -> Iterator[None]:
@@ -71,7 +74,7 @@ class RoutingObserver:
         if not self._routers:
             yield
             return
-        weight_T = is_counted.flatten().double()
+        weight_T = is_counted.flatten().float()
         self._tokens += int(is_counted.sum())
         hooks = [router.register_forward_hook(self._hook(number, weight_T)) for number, router in self._routers.items()]
         try:
@@ -81,26 +84,64 @@ class RoutingObserver:
                 hook.remove()
 
     def _hook(self, number: int, weight_T: Tensor) -> Any:
-        def add(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            logits_TE = output[0] if isinstance(output, tuple) else output  # (logits, top-k weights, top-k indices)
-            scores_TE = logits_TE.reshape(weight_T.numel(), -1).float().softmax(dim=-1)
-            self._first_choices[number].index_add_(0, scores_TE.argmax(dim=-1), weight_T)
-            self._scores[number] += weight_T @ scores_TE.double()
+        def add(router: nn.Module, inputs: Any, output: Any) -> None:
+            vector = self._vector(self._loaded.router_logits(router, inputs, output).float(), weight_T)
+            self._sums[number] = vector if number not in self._sums else self._sums[number] + vector
 
         return add
 
+    def _vector(self, logits_TE: Tensor, weight_T: Tensor) -> Tensor:
+        """Sums over the counted tokens: first choices [E], choices [E], scores [E], entropy, original among the K."""
+        log_scores_TE = logits_TE.log_softmax(dim=-1)
+        scores_TE = log_scores_TE.exp()
+        choices_TK = logits_TE.topk(self._loaded.topk, dim=-1).indices
+        is_first_TE, is_chosen_TE = torch.zeros_like(scores_TE), torch.zeros_like(scores_TE)
+        is_first_TE.scatter_(1, choices_TK[:, :1], 1.0)
+        is_chosen_TE.scatter_(1, choices_TK, 1.0)
+        entropy_T = -(scores_TE * log_scores_TE).sum(dim=-1, keepdim=True)
+        has_original_T = is_chosen_TE[:, : self._loaded.num_original_experts].amax(dim=-1, keepdim=True)
+        columns = torch.cat([is_first_TE, is_chosen_TE, scores_TE, entropy_T, has_original_T], dim=-1)
+        return (weight_T @ columns).double()  # a batch's counts are exact in float32
+
     def result(self) -> Routing | None:
         """Statistics since the last reset; None for a dense model or where no token was counted."""
-        if not self._routers or self._tokens == 0:
+        if not self._sums or self._tokens == 0:
             return None
+        means = {number: (sums / self._tokens).tolist() for number, sums in sorted(self._sums.items())}
+        num_experts = (len(next(iter(means.values()))) - 2) // 3
+        first, chosen, score = (slice(part * num_experts, (part + 1) * num_experts) for part in range(3))
         return Routing(
-            layers=list(self._routers),
+            layers=list(means),
             tokens=self._tokens,
-            first_choice_share=[(counts / self._tokens).tolist() for counts in self._first_choices.values()],
-            mean_score=[(scores / self._tokens).tolist() for scores in self._scores.values()],
-            num_original_experts=self._num_original_experts,
+            first_choice_share=[values[first] for values in means.values()],
+            chosen_share=[values[chosen] for values in means.values()],
+            mean_score=[values[score] for values in means.values()],
+            entropy=[values[-2] for values in means.values()],
+            original_chosen_share=[values[-1] for values in means.values()],
+            num_original_experts=self._loaded.num_original_experts,
         )
 
 
-def _zeros(router: Any) -> Tensor:
-    return torch.zeros(router.weight.shape[0], dtype=torch.float64, device=router.weight.device)
+@dataclass(frozen=True)
+class BrokenPrior:
+    """A layer that sends more than the allowed share of a language's tokens to the wrong kind of expert."""
+
+    language: str
+    is_original: bool  # original language: too many tokens choose a new expert first; else: an original expert
+    layer: int
+    share: float  # of this language's tokens that go the wrong way
+
+
+def broken_priors(routing: dict[str, Routing], original: list[str], threshold: float = 0.5) -> list[BrokenPrior]:
+    """Every layer and language where more than `threshold` of the first choices break the language prior.
+
+    routing: language -> statistics. original: the original languages; the others are expanded ones.
+    """
+    broken = []
+    for language, statistics in routing.items():
+        is_original = language in original
+        for layer, original_share in zip(statistics.layers, statistics.original_first_share, strict=True):
+            wrong = 1 - original_share if is_original else original_share
+            if wrong > threshold and not math.isclose(wrong, threshold):
+                broken.append(BrokenPrior(language, is_original, layer, wrong))
+    return broken

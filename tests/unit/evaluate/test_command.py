@@ -1,16 +1,21 @@
 """`python -m moelpr.evaluate` from its arguments to its files and exit codes."""
 
 import json
+import os
+import re
+import shutil
 import sys
 
 import pytest
 
 from moelpr.errors import UserError
 from moelpr.evaluate import __main__ as command
+from moelpr.evaluate import compare
 from moelpr.evaluate.compare import compare_models, group_means, markdown_table
 from moelpr.evaluate.generate import choose_prompt, continue_prompts
+from moelpr.evaluate.languages import language_name
 from moelpr.evaluate.models import load_model
-from moelpr.evaluate.perplexity import Settings, score
+from moelpr.evaluate.perplexity import Settings, score, score_each
 
 
 @pytest.fixture
@@ -26,31 +31,118 @@ def run(monkeypatch, *arguments: object) -> None:
     command.main()
 
 
-def test_command_prints_a_table_and_writes_json(monkeypatch, capsys, tmp_path, data, dense_dir, moe_dir, texts):
-    output = tmp_path / "results.json"
+def test_command_prints_tables_and_writes_json_markdown_and_html(
+    monkeypatch, capsys, tmp_path, data, dense_dir, moe_dir, texts
+):
+    output = tmp_path / "results"
     run(
         monkeypatch, "--model", f"base={dense_dir}", "--model", moe_dir, *data, "--original-languages", "en,zh",
         "--sequence-length", 16, "--max-documents", 2, "--output", output,
     )  # fmt: skip
     expected = score(load_model(dense_dir, "cpu"), {name: text[:2] for name, text in texts.items()}, Settings(16))
-    content = json.loads(output.read_text())
+    content = json.loads((output / "results.json").read_text())
     assert content["settings"]["sequence_length"] == 16
-    base = content["models"]["base"]
+    base, moe = content["models"]["base"], content["models"]["moe"]
     for language in texts:
-        assert base["languages"][language]["bits_per_byte"] == pytest.approx(expected[language].bits_per_byte)
-        assert base["languages"][language]["documents"] == 2
-        assert base["languages"][language]["routing"] is None
-        assert (
-            len(content["models"]["moe"]["languages"][language]["routing"]["original_expert_share"]["per_layer"]) == 2
-        )
+        found = base["languages"][language]
+        for metric in ("bits_per_byte", "perplexity", "accuracy"):
+            assert found[metric]["value"] == pytest.approx(getattr(expected[language], metric))
+            assert found[metric]["low"] <= found[metric]["value"] <= found[metric]["high"]
+        assert found["documents"] == 2
+        assert found["change"] == {}
+        assert found["original_expert_share"] is None
+        ours = moe["languages"][language]
+        assert len(ours["original_expert_share"]["per_layer"]) == 2
+        change = ours["bits_per_byte"]["value"] / found["bits_per_byte"]["value"] - 1
+        assert ours["change"]["bits_per_byte"]["value"] == pytest.approx(change)
     means = [(expected["en"].bits_per_byte + expected["zh"].bits_per_byte) / 2, expected["el"].bits_per_byte]
-    assert list(base["means"].values()) == pytest.approx(means)
+    assert [mean["bits_per_byte"]["value"] for mean in base["means"].values()] == pytest.approx(means)
     printed = capsys.readouterr().out
-    row = next(line for line in printed.splitlines() if line.startswith("| base"))
-    assert [cell.strip() for cell in row.strip("|").split("|")][1:] == [
-        f"{value:.3f}" for value in [*(expected[name].bits_per_byte for name in texts), *means]
-    ]
-    assert "first choices" in printed
+    row = next(line for line in printed.splitlines() if line.startswith("| el"))
+    assert row.split("|")[2].split()[0] == f"{expected['el'].bits_per_byte:.3f}"
+    markdown, page = (output / "results.md").read_text(), (output / "results.html").read_text()
+    assert row in markdown and "![" in markdown
+    assert "<svg" in page and f"{expected['el'].bits_per_byte:.3f}" in page
+    assert not any(word in page for word in ("<script", "src=", "href="))
+
+
+def test_a_single_document_has_no_interval_and_a_single_model_no_change(monkeypatch, tmp_path, capsys, dense_dir):
+    (tmp_path / "one.jsonl").write_text('{"text": "The door is open."}')
+    run(monkeypatch, "--model", dense_dir, "--data", f"en={tmp_path}/one.jsonl", "--output", tmp_path / "out")
+    found = json.loads((tmp_path / "out/results.json").read_text())["models"]["dense"]["languages"]["en"]
+    assert found["bits_per_byte"]["low"] is None and found["change"] == {}
+    assert "[" not in next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| en"))
+
+
+def test_a_killed_evaluation_goes_on_and_what_has_changed_is_measured_anew(
+    monkeypatch, tmp_path, data, dense_dir, moe_dir, texts
+):
+    measured = []
+
+    def spy(loaded, documents, settings, *, name):
+        for language, result in score_each(loaded, documents, settings, name=name):
+            measured.append((name, language))
+            yield language, result
+            if len(measured) == killed_after:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "score_each", spy)
+    base = tmp_path / "base"
+    shutil.copytree(dense_dir, base)
+    again = ("--model", base, "--model", moe_dir, *data, "--output", tmp_path / "out", "--sequence-length", 16)
+    killed_after = 4
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, *again)
+    everything = [(model, language) for model in ("base", "moe") for language in texts]
+    assert measured == everything[:4]
+    killed_after = None
+    run(monkeypatch, *again)
+    assert measured == everything
+    whole = (tmp_path / "out/results.json").read_text()
+    measured.clear()
+    run(monkeypatch, *again)
+    run(monkeypatch, "routing", *again)
+    assert measured == [] and (tmp_path / "out/results.json").read_text() == whole
+
+    (tmp_path / "el.jsonl").write_text('{"text": "Άλλο κείμενο."}')
+    run(monkeypatch, *again)
+    assert measured == [("base", "el"), ("moe", "el")]
+    measured.clear()
+    os.utime(base / "model.safetensors", (1, 1))
+    run(monkeypatch, *again)
+    assert measured == [("base", language) for language in texts]
+    measured.clear()
+    run(monkeypatch, *again[:-1], 12)
+    assert measured == everything
+
+
+def test_routing_maps_name_the_layers_that_break_the_prior(
+    monkeypatch, capsys, tmp_path, data, dense_dir, moe_dir, texts
+):
+    output = tmp_path / "out"
+    run(
+        monkeypatch, "routing", "--model", dense_dir, "--model", moe_dir, *data, "--original-languages", "en",
+        "--output", output,
+    )  # fmt: skip
+    content = json.loads((output / "routing.json").read_text())["models"]
+    assert list(content) == ["moe"]
+    broken = {(prior["language"], prior["layer"]) for prior in content["moe"]["broken_priors"]}
+    expected = set()
+    for language, result in score(load_model(moe_dir, "cpu"), texts).items():
+        for layer, share in zip(result.routing.layers, result.routing.original_first_share, strict=True):
+            if (share < 0.5) if language == "en" else (share > 0.5):
+                expected.add((language, layer))
+    assert broken == expected != set()
+    printed, page = capsys.readouterr().out, (output / "routing.html").read_text()
+    for language, layer in broken:
+        assert re.search(rf"moe: {language_name(language)} tokens choose .*\b{layer} \(", printed)
+    assert page.count("<svg xmlns") == 5 and "http" not in page.replace("http://www.w3.org/2000/svg", "")
+    assert (output / "routing-moe-experts.svg").is_file()
+
+
+def test_dense_models_have_no_routing_to_map(monkeypatch, data, dense_dir):
+    with pytest.raises(UserError, match="dense have no routing"):
+        run(monkeypatch, "routing", "--model", dense_dir, *data)
 
 
 def test_bad_arguments_are_one_sentence(monkeypatch, tmp_path, data, dense_dir):
@@ -59,6 +151,7 @@ def test_bad_arguments_are_one_sentence(monkeypatch, tmp_path, data, dense_dir):
     for arguments, complaint in [
         ((*model, "--model", dense_dir, *data), "names dense twice"),
         ((*model, "--data", "en.jsonl"), "no NAME=PATH"),
+        ((*model, "--data", f"en={tmp_path}/gone.jsonl"), "gone.jsonl cannot be read"),
         ((*model, *data, "--original-languages", "en,fr"), "names fr"),
         ((*model, *data, "--max-documents", 0), "at least 1"),
         ((*model, *data, "--sequence-length", 0), "at least 1"),
@@ -66,8 +159,10 @@ def test_bad_arguments_are_one_sentence(monkeypatch, tmp_path, data, dense_dir):
         ((*model, *data, "--sequence-length", 8, "--context", 8), "does not fit"),
         ((*model, *data, "--json-key", "body"), "--json-key"),
         ((*model, *data, "--device", "abacus"), "no device"),
-        ((*model, *data, "--output", tmp_path / "there.json"), "exists already"),
+        ((*model, *data, "--output", tmp_path / "there.json"), "is a file"),
+        ((*model, *data, "--output", tmp_path), "holds other things"),
         (("--model", tmp_path / "nowhere", *data), "does not exist"),
+        (("routing", *model, *data, "--threshold", 1), "no share"),
         (("report", tmp_path), "python -m moelpr.report"),
     ]:
         with pytest.raises(UserError, match=complaint) as error:

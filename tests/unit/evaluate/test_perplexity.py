@@ -108,7 +108,7 @@ def test_weights_that_lack_a_tensor_are_refused_instead_of_made_up(tmp_path, den
 def test_directories_that_are_no_model_are_refused(tmp_path, dense_dir):
     with pytest.raises(UserError, match="does not exist"):
         load_model(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"no config\.json"):
+    with pytest.raises(UserError, match=r"neither config\.json nor model_spec\.json"):
         load_model(tmp_path)
     (tmp_path / "config.json").write_bytes((dense_dir / "config.json").read_bytes())
     with pytest.raises(UserError, match="safetensors"):

@@ -1,11 +1,12 @@
 """Routing shares against routers worked out by hand from the hidden states in front of them."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from moelpr.evaluate.models import load_model
+from moelpr.evaluate.models import HfModel, load_model
 from moelpr.evaluate.perplexity import Settings, score
-from moelpr.evaluate.routing import find_routers
 
 
 def test_shares_equal_a_plain_computation_from_hidden_states(moe_dir, texts):
@@ -65,7 +66,7 @@ def test_tokens_seen_again_as_context_count_once(moe_dir, texts):
 
 def test_dense_model_has_no_routing(dense_dir, texts):
     loaded = load_model(dense_dir, device="cpu")
-    assert find_routers(loaded.model) == {}
+    assert loaded.routers == {}
     assert score(loaded, texts)["en"].routing is None
 
 
@@ -79,7 +80,8 @@ def test_routers_of_the_other_exported_families_are_found(family):
         num_experts_per_tok=2,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
-    assert {number: tuple(router.weight.shape) for number, router in find_routers(model).items()} == {
+    loaded = HfModel(Path(), model, None, 0, None)
+    assert {number: tuple(router.weight.shape) for number, router in loaded.routers.items()} == {
         0: (3, 16),
         1: (3, 16),
     }

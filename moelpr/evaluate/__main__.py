@@ -13,7 +13,7 @@ from moelpr.errors import UserError, run_command
 # Each has a module of its own, which is imported when its command is given.
 COMMANDS = {
     "routing": "moelpr.evaluate.routing_command",
-    "harness": "moelpr.evaluate.harness_command",
+    "harness": "moelpr.evaluate.harness.command",
 }
 
 

@@ -186,8 +186,8 @@ def _tokenize(loaded: LoadedModel, language: str, texts: Sequence[str]) -> list[
     documents = encoded["input_ids"]
     if empty := [number for number, ids in enumerate(documents, start=1) if not ids]:
         raise UserError(
-            f"the tokenizer in {loaded.directory} makes no token at all of {len(empty) / len(documents):.1%} of the "
-            f"{language} documents, of number {empty[0]} first; remove them, or use a tokenizer that can write {language}"
+            f"the tokenizer in {loaded.directory} makes no token of {len(empty) / len(documents):.1%} of the "
+            f"{language} documents, number {empty[0]} among them; remove them, or use a tokenizer that knows {language}"
         )
     largest = max(max(ids) for ids in documents)
     if max(largest, loaded.start_id) >= loaded.vocab_size:

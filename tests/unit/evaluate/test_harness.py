@@ -1,0 +1,187 @@
+"""lm-evaluation-harness on a tiny model and local tasks, with nothing fetched; and the shape of the results."""
+
+import json
+import re
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from moelpr.errors import UserError
+from moelpr.evaluate import __main__ as command
+from moelpr.evaluate.harness.results import HarnessResults
+from moelpr.evaluate.harness.tasks import PAPER_TASKS, Benchmark, read_benchmarks
+from moelpr.evaluate.models import load_model
+
+needs_lm_eval = pytest.mark.skipif(
+    not (find_spec("lm_eval") and find_spec("accelerate")),
+    reason="needs lm-evaluation-harness (the extra `eval`)",
+)
+QUESTIONS = [
+    ("Is it on", ["yes", "no", "dim"], 0),
+    ("Door", ["open", "shut", "ajar"], 2),
+    ("Light", ["on", "off", "x"], 1),
+]
+
+
+@pytest.fixture
+def local_tasks(tmp_path) -> Path:
+    """Two tasks of multiple choice with their data, one of them in a group, and a table that names them."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    for language in ("en", "el"):
+        lines = [
+            json.dumps({"question": question + language, "choices": choices, "gold": gold})
+            for question, choices, gold in QUESTIONS
+        ]
+        (folder / f"{language}.jsonl").write_text("\n".join(lines))
+        task = {
+            "task": f"door_{language}",
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": f"{folder}/{language}.jsonl"}},
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{question}}",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "{{gold}}",
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        }
+        (folder / f"door_{language}.yaml").write_text(yaml.safe_dump(task))
+    group = {
+        "group": "doors_el",
+        "task": ["door_el"],
+        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
+    }
+    (folder / "doors_el.yaml").write_text(yaml.safe_dump(group))
+    table = {"Doors": {"num_fewshot": 0, "metric": "acc", "tasks": {"en": "door_en", "el": ["doors_el"]}}}
+    (tmp_path / "table.yaml").write_text(yaml.safe_dump(table))
+    return folder
+
+
+def run(monkeypatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluate", "harness", *map(str, arguments)])
+    command.main()
+
+
+def accuracy(directory: Path, language: str) -> float:
+    """Share of questions whose right answer is the likeliest, by a plain loop; answers follow after a space."""
+    loaded = load_model(directory, "cpu")
+    right = 0
+    for question, choices, gold in QUESTIONS:
+        scores = []
+        for choice in choices:
+            asked = loaded.tokenizer(question + language)["input_ids"]
+            ids = loaded.tokenizer(f"{question}{language} {choice}")["input_ids"]
+            with torch.no_grad():
+                log_probabilities = loaded.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            scores.append(sum(log_probabilities[at - 1, ids[at]].item() for at in range(len(asked), len(ids))))
+        right += scores.index(max(scores)) == gold
+    return right / len(QUESTIONS)
+
+
+@needs_lm_eval
+def test_local_tasks_run_offline_and_are_kept(monkeypatch, capsys, tmp_path, local_tasks, dense_dir, moe_dir):
+    arguments = (
+        "--model", f"base={dense_dir}", "--model", moe_dir, "--languages", "en,el", "--original-languages", "en",
+        "--tasks", tmp_path / "table.yaml", "--include-path", local_tasks, "--output", tmp_path / "out",
+    )  # fmt: skip
+    run(monkeypatch, *arguments)
+    content = json.loads((tmp_path / "out/harness.json").read_text())["models"]
+    for name, directory in (("base", dense_dir), ("moe", moe_dir)):
+        for language in ("en", "el"):
+            found = content[name]["scores"]["Doors"][language]["value"]
+            assert found == pytest.approx(100 * accuracy(directory, language))
+        assert content[name]["averages"]["original"] == content[name]["scores"]["Doors"]["en"]["value"]
+    assert "base: door_en, 0 shots" in capsys.readouterr().out
+    run(monkeypatch, *arguments)
+    assert "shots\n" not in capsys.readouterr().out.replace("brackets: shots", "")
+    with open(local_tasks / "el.jsonl", "a") as file:
+        file.write("\n" + json.dumps({"question": "Gate", "choices": ["open", "shut"], "gold": 0}))
+    run(monkeypatch, *arguments)
+    assert "base: doors_el, 0 shots" in capsys.readouterr().out
+    assert "Expanded languages" in (tmp_path / "out/harness.md").read_text()
+
+
+@needs_lm_eval
+def test_tasks_that_cannot_run_are_one_sentence(monkeypatch, tmp_path, local_tasks, dense_dir):
+    base = ("--model", dense_dir, "--languages", "en", "--original-languages", "en", "--include-path", local_tasks)
+    table = tmp_path / "table.yaml"
+    (local_tasks / "en.jsonl").unlink()
+    with pytest.raises(UserError, match="door_en cannot get its data"):
+        run(monkeypatch, *base, "--tasks", table)
+
+
+@needs_lm_eval
+@pytest.mark.slow
+def test_the_harness_knows_every_task_of_the_papers_table():
+    from lm_eval.tasks import TaskManager
+
+    known = set(TaskManager().all_tasks)
+    table = yaml.safe_load(PAPER_TASKS.read_text())
+    languages = {language for entry in table.values() for language in entry["tasks"]}
+    benchmarks = read_benchmarks(PAPER_TASKS, sorted(languages))
+    named = {task for benchmark in benchmarks for tasks in benchmark.tasks.values() for task in tasks}
+    assert named - known == set()
+
+
+def test_the_papers_languages_have_tasks_at_the_papers_shots():
+    benchmarks = read_benchmarks(PAPER_TASKS, ["en", "es", "zh", "el", "hu", "tr"])
+    assert {benchmark.name: benchmark.num_fewshot for benchmark in benchmarks} == {
+        "ARC": 25, "MMLU": 5, "HellaSwag": 10, "Belebele": 5, "FLORES": 8,
+    }  # fmt: skip
+    by_name = {benchmark.name: benchmark for benchmark in benchmarks}
+    assert len(by_name["Belebele"].tasks) == len(by_name["MMLU"].tasks) == 6
+
+
+def test_averages_are_over_languages_first_and_then_over_benchmarks():
+    benchmarks = [
+        Benchmark("A", 25, "acc_norm", {"en": ("a_en",), "es": ("a_es",), "el": ("a_el",)}),
+        Benchmark("B", 8, "chrf", {"en": ("b_in", "b_out")}),
+    ]
+    numbers = {"a_en": 0.2, "a_es": 0.4, "a_el": 0.5}
+    base = {task: {"acc_norm": number, "acc_norm_stderr": 0.03} for task, number in numbers.items()}
+    base |= {"b_in": {"chrf": 40.0, "chrf_stderr": 3.0}, "b_out": {"chrf": 60.0, "chrf_stderr": 4.0}}
+    ours = {task: {name: value + 0.1 for name, value in result.items()} for task, result in base.items()}
+    models = {"base": Path("base"), "ours": Path("ours")}
+    results = HarnessResults(
+        models, benchmarks, ["en", "es", "el"], ["en", "es"], {"base": base, "ours": ours}, {"limit": 5}
+    )
+    assert results.average("base", "original") == pytest.approx((30 + 50) / 2)
+    assert results.average("base", "expanded") == pytest.approx(50)
+    assert results.average("ours", "original") == pytest.approx((40 + 50.1) / 2)
+    flores = results.to_json()["models"]["base"]["scores"]["B"]["en"]
+    assert flores == {"value": pytest.approx(50), "stderr": pytest.approx(2.5)}
+    text = "\n".join([*results.findings(), *(table.markdown_section() for table in results.tables())])
+    assert "Expanded languages: ours has 60.00 on average, +10.00 against base." in text
+    assert "B has no task for Greek, Spanish." in text
+    assert "Only the first 5 questions" in text
+    expanded = next(table for table in results.tables() if table.title == "Expanded languages")
+    assert expanded.rows[0] == ["base", "50.00", "–", "50.00", ""]
+
+
+def test_bad_tables_and_arguments_are_one_sentence(monkeypatch, tmp_path, dense_dir):
+    model = ("--model", dense_dir)
+    (tmp_path / "list.yaml").write_text("- ARC\n")
+    (tmp_path / "half.yaml").write_text("ARC: {num_fewshot: 25, tasks: {en: arc_challenge}}\n")
+    (tmp_path / "spec.json").touch()
+    for arguments, complaint in [
+        ((*model, "--languages", "en", "--original-languages", "fr"), "names fr"),
+        ((*model, "--languages", "xx", "--original-languages", "xx"), "no task for xx"),
+        ((*model, "--languages", "en", "--original-languages", "en", "--limit", 0), "--limit 0"),
+        ((*model, "--languages", "en", "--original-languages", "en", "--tasks", tmp_path / "no"), "cannot be read"),
+        ((*model, "--languages", "en", "--original-languages", "en", "--tasks", tmp_path / "list.yaml"), "no table"),
+        ((*model, "--languages", "en", "--original-languages", "en", "--tasks", tmp_path / "half.yaml"), "'metric'"),
+        (("--model", tmp_path, "--languages", "en", "--original-languages", "en"), "is no model"),
+    ]:
+        with pytest.raises(UserError, match=re.escape(complaint)) as error:
+            run(monkeypatch, *arguments)
+        assert "\n" not in str(error.value)
+
+
+def test_a_megatron_checkpoint_must_be_exported_first(monkeypatch, tmp_path, dense_spec):
+    dense_spec.write(tmp_path)
+    with pytest.raises(UserError, match="export it with checkpoint_convert/mcore_to_hf.py"):
+        run(monkeypatch, "--model", tmp_path, "--languages", "en", "--original-languages", "en")

@@ -31,6 +31,8 @@ DEFAULT_SEQUENCE_LENGTH = 512
 # What one batch's logits may take when no batch size is given. A CPU is fastest while they stay in its caches: a model
 # of 7M parameters scored 5,900 tokens/s with 16 MiB and 2,600 with 256.
 LOGITS_BYTES = {"cpu": 16 << 20, "cuda": 2 << 30}
+LETTERS_SAMPLE = 100  # documents that are looked at for text the tokenizer leaves out
+MAX_LOST_SHARE = 0.01  # of letters; some tokenizers normalise a few away
 IGNORED = -100  # target of padding and of tokens that are only context
 
 
@@ -167,7 +169,7 @@ def score_each(
     ) as progress:
         for language, texts in documents.items():
             began = time.monotonic()
-            bits, correct = _score_documents(loaded, tokens[language], settings, observer, progress)
+            bits, correct = score_documents(loaded, tokens[language], settings, observer, progress)
             result = LanguageScore(
                 document_bits=bits,
                 document_bytes=[len(text.encode("utf-8")) for text in texts],
@@ -189,6 +191,7 @@ def _tokenize(loaded: LoadedModel, language: str, texts: Sequence[str]) -> list[
             f"the tokenizer in {loaded.directory} makes no token of {len(empty) / len(documents):.1%} of the "
             f"{language} documents, number {empty[0]} among them; remove them, or use a tokenizer that knows {language}"
         )
+    _refuse_lost_letters(loaded, language, texts, documents)
     largest = max(max(ids) for ids in documents)
     if max(largest, loaded.start_id) >= loaded.vocab_size:
         raise UserError(
@@ -198,27 +201,44 @@ def _tokenize(loaded: LoadedModel, language: str, texts: Sequence[str]) -> list[
     return documents
 
 
-def _count_unknown(loaded: LoadedModel, documents: list[list[int]]) -> int:
+def _unknown_id(loaded: LoadedModel) -> int | None:
+    """None where the tokenizer has no token for what it cannot write."""
     unknown_id = loaded.tokenizer.unk_token_id
-    if unknown_id is None or unknown_id == loaded.eos_id:
-        return 0  # a tokenizer that names its EOS as unknown token (GPT-2, Qwen2) never has to use it
-    return sum(ids.count(unknown_id) for ids in documents)
+    # A tokenizer that names its EOS as unknown token (GPT-2, Qwen2) never has to use it.
+    return None if unknown_id == loaded.eos_id else unknown_id
+
+
+def _count_unknown(loaded: LoadedModel, documents: list[list[int]]) -> int:
+    unknown_id = _unknown_id(loaded)
+    return 0 if unknown_id is None else sum(ids.count(unknown_id) for ids in documents)
+
+
+def _refuse_lost_letters(loaded: LoadedModel, language: str, texts: Sequence[str], documents: list[list[int]]) -> None:
+    """A tokenizer without bytes and without an unknown token leaves text out; the bits of the rest would look good."""
+    if _unknown_id(loaded) is not None:
+        return
+    pairs = list(zip(texts, documents, strict=True))[:LETTERS_SAMPLE]
+    wanted = sum(map(_num_letters, texts[:LETTERS_SAMPLE]))
+    found = sum(min(_num_letters(text), _num_letters(loaded.tokenizer.decode(ids))) for text, ids in pairs)
+    if wanted - found > MAX_LOST_SHARE * wanted:
+        raise UserError(
+            f"the tokenizer in {loaded.directory} leaves out {1 - found / wanted:.1%} of the letters of {language} "
+            f"text, so its bits per byte would mean nothing; use a tokenizer that can write {language}"
+        )
+
+
+def _num_letters(text: str) -> int:
+    return sum(character.isalpha() for character in text)
 
 
 @torch.inference_mode()
-def _score_documents(
+def score_documents(
     loaded: LoadedModel, documents: list[list[int]], settings: Settings, observer: RoutingObserver, progress: tqdm
 ) -> tuple[list[float], list[int]]:
     """Negative log2-likelihood, and number of tokens that were the likeliest, of each document."""
-    assert settings.sequence_length is not None and settings.context is not None
-    windows = [
-        window
-        for number, tokens in enumerate(documents)
-        for window in cut_into_windows(number, tokens, loaded.start_id, settings.sequence_length, settings.context)
-    ]
     bits, correct = [0.0] * len(documents), [0] * len(documents)
-    for batch in _batches(windows, _tokens_per_batch(loaded, settings)):
-        inputs, targets, is_routed = _tensors(batch, loaded.device)
+    for batch in make_batches(loaded, documents, settings):
+        inputs, targets, is_routed = make_tensors(batch, loaded.device)
         with observer.observe(is_routed):
             logits = loaded.logits(inputs)
         nats = F.cross_entropy(
@@ -231,6 +251,17 @@ def _score_documents(
             correct[window.document] += int(window_correct)
         progress.update(int((targets != IGNORED).sum()))
     return bits, correct
+
+
+def make_batches(loaded: LoadedModel, documents: list[list[int]], settings: Settings) -> Iterator[list[Window]]:
+    """The windows of all documents, those of similar length together."""
+    assert settings.sequence_length is not None and settings.context is not None
+    windows = [
+        window
+        for number, tokens in enumerate(documents)
+        for window in cut_into_windows(number, tokens, loaded.start_id, settings.sequence_length, settings.context)
+    ]
+    return _batches(windows, _tokens_per_batch(loaded, settings))
 
 
 def _tokens_per_batch(loaded: LoadedModel, settings: Settings) -> int:
@@ -251,7 +282,7 @@ def _batches(windows: list[Window], max_tokens: int) -> Iterator[list[Window]]:
         first += rows
 
 
-def _tensors(batch: list[Window], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def make_tensors(batch: list[Window], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Inputs, targets and "its routing counts", each [rows, longest].
 
     Routing counts where a prediction counts, so that padding and what is seen again as context do not, except for the

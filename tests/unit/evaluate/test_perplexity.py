@@ -1,5 +1,6 @@
 """Bits per byte against a plain loop, one token at a time."""
 
+import dataclasses
 import json
 import math
 
@@ -8,7 +9,7 @@ import torch
 
 from moelpr.errors import UserError
 from moelpr.evaluate.models import load_model
-from moelpr.evaluate.perplexity import IGNORED, Settings, cut_into_windows, score
+from moelpr.evaluate.perplexity import IGNORED, LanguageScore, Settings, cut_into_windows, score
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +92,51 @@ def test_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path, dense_dir, 
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=f"model has only {len(tokenizer) - 40} embeddings"):
         score(load_model(tmp_path, device="cpu"), texts)
+
+
+def test_accuracy_and_perplexity_equal_a_plain_loop(dense, texts):
+    with torch.no_grad():
+        for language, result in score(dense, texts, Settings(64, 0)).items():
+            right, nats = 0, 0.0
+            for text in texts[language]:
+                ids = [dense.start_id, *dense.tokenizer(text, add_special_tokens=False)["input_ids"]]
+                logits = dense.model(torch.tensor([ids])).logits[0, :-1]
+                right += (logits.argmax(-1) == torch.tensor(ids[1:])).sum().item()
+                nats -= logits.double().log_softmax(-1)[range(len(ids) - 1), ids[1:]].sum().item()
+            assert result.accuracy == right / sum(result.document_tokens)
+            assert result.perplexity == pytest.approx(math.exp(nats / sum(result.document_tokens)), rel=1e-5)
+            assert LanguageScore.from_json(json.loads(json.dumps(result.to_json()))) == result
+
+
+class PickyTokenizer:
+    """Knows the letters of "The door" alone. unk_token_id None: what it does not know is left out, without a word."""
+
+    def __init__(self, unk_token_id: int | None):
+        self.unk_token_id = unk_token_id
+
+    def __call__(self, texts: list[str], **_: object) -> dict[str, list[list[int]]]:
+        ids = [["The door".find(letter) for letter in text] for text in texts]
+        unknown = [] if self.unk_token_id is None else [self.unk_token_id]
+        return {"input_ids": [[i for known in row for i in ([known] if known >= 0 else unknown)] for row in ids]}
+
+    def decode(self, ids: list[int], **_: object) -> str:
+        return "".join("The door?"[i] for i in ids)
+
+
+def test_a_tokenizer_that_cannot_write_a_language_is_told_with_the_share(dense, capsys):
+    picky = dataclasses.replace(dense, tokenizer=PickyTokenizer(unk_token_id=8))
+    result = score(picky, {"el": ["The ρ", "door"]})["el"]
+    assert result.unknown_tokens == 1 and result.unknown_share == 1 / 9
+    assert "warning: dense cannot write 11.1% of the el tokens" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_leaves_text_out_is_refused_with_the_share(dense):
+    picky = dataclasses.replace(dense, tokenizer=PickyTokenizer(unk_token_id=None))
+    assert score(picky, {"en": ["The door"]})["en"].document_tokens == [8]
+    with pytest.raises(UserError, match=r"leaves out 38\.5% of the letters of el"):
+        score(picky, {"el": ["The door", "d πόρτα"]})
+    with pytest.raises(UserError, match="makes no token of 50.0% of the el documents, number 2"):
+        score(picky, {"el": ["The door", "??"]})
 
 
 def test_weights_that_lack_a_tensor_are_refused_instead_of_made_up(tmp_path, dense_dir):

@@ -1,5 +1,6 @@
 """Routing shares against routers worked out by hand from the hidden states in front of them."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from moelpr.evaluate.models import HfModel, load_model
 from moelpr.evaluate.perplexity import Settings, score
+from moelpr.evaluate.routing import BrokenPrior, Routing, broken_priors
 
 
 def test_shares_equal_a_plain_computation_from_hidden_states(moe_dir, texts):
@@ -39,7 +41,15 @@ def test_shares_equal_a_plain_computation_from_hidden_states(moe_dir, texts):
         for index, number in enumerate(routing.layers):
             shares = [firsts[number].count(expert) / len(firsts[number]) for expert in range(4)]
             assert routing.first_choice_share[index] == pytest.approx(shares)
-            assert routing.mean_score[index] == pytest.approx(torch.cat(scores[number]).mean(0).tolist(), abs=1e-5)
+            probabilities = torch.cat(scores[number])
+            assert routing.mean_score[index] == pytest.approx(probabilities.mean(0).tolist(), abs=1e-5)
+            chosen = [sorted(range(4), key=lambda expert: -row[expert])[:2] for row in probabilities.tolist()]
+            loads = [sum(expert in pair for pair in chosen) / len(chosen) for expert in range(4)]
+            assert routing.chosen_share[index] == pytest.approx(loads)
+            assert routing.load_imbalance[index] == pytest.approx(max(loads) / (sum(loads) / 4))
+            assert routing.original_chosen_share[index] == pytest.approx(loads[0])
+            entropies = [-sum(score * math.log(score) for score in row) for row in probabilities.tolist()]
+            assert routing.entropy[index] == pytest.approx(sum(entropies) / len(entropies), abs=1e-5)
         share = routing.original_expert_share
         assert share["per_layer"] == [shares[0] for shares in routing.first_choice_share]
         assert share["overall"] == pytest.approx(sum(share["per_layer"]) / 2)
@@ -55,6 +65,8 @@ def test_first_choices_of_all_original_experts_count_together(moe_dir, texts):
     share = routing.original_expert_share["per_layer"]
     assert share == pytest.approx([sum(shares[:3]) for shares in routing.first_choice_share])
     assert share != before.original_expert_share["per_layer"]
+    assert routing.original_chosen_share == pytest.approx([1.0, 1.0])  # of 4 experts 1 is new, and each token has 2
+    assert before.original_chosen_share != routing.original_chosen_share
 
 
 def test_tokens_seen_again_as_context_count_once(moe_dir, texts):
@@ -85,3 +97,18 @@ def test_routers_of_the_other_exported_families_are_found(family):
         0: (3, 16),
         1: (3, 16),
     }
+
+
+def routing_with(*original_first_shares: float) -> Routing:
+    """Layers 1, 3, … of two experts, the first of them original."""
+    shares = [[share, 1 - share] for share in original_first_shares]
+    layers = [2 * index + 1 for index in range(len(shares))]
+    return Routing(layers, 10, shares, shares, shares, [0.0] * len(shares), list(original_first_shares))
+
+
+def test_layers_that_break_the_prior_are_those_that_send_most_tokens_the_wrong_way():
+    routing = {"en": routing_with(0.9, 0.5, 0.3), "el": routing_with(0.1, 0.5, 0.8)}
+    wrong = [BrokenPrior("en", True, 5, pytest.approx(0.7)), BrokenPrior("el", False, 5, 0.8)]
+    assert broken_priors(routing, ["en"]) == wrong
+    assert len(broken_priors(routing, ["en"], threshold=0.05)) == 6
+    assert broken_priors(routing, ["en"], threshold=0.85) == []

@@ -3,14 +3,17 @@
     python -m benchmarks.evaluate_speed [--json FILE]
 
 The evaluation is what `python -m moelpr.evaluate` does with tokenized documents: windows, batches by length, losses,
-right guesses and, in the MoE model, routing. The peer runs the model on the same batches, which it finds ready-made, and
-looks at nothing. Both take turns; tokens are those of the text, and the fastest of the rounds counts, because other work
-on the machine can only slow a round down. Models are random Qwen2 and Qwen2Moe of the demo's size.
+right guesses and, in the MoE model, routing. The peer runs the model on the same batches, which it finds ready-made,
+and looks at nothing. Rounds are short and both take turns in each, so that both see the same machine. Tokens are those
+of the text; rates are medians over the rounds, the ratio is the median of the rounds' ratios. Models are random Qwen2
+and Qwen2Moe of the demo's size.
 """
 
 import argparse
 import json
+import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +39,8 @@ MEDIAN_DOCUMENT = 150  # tokens
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=6_000, help="tokens per round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=10, help="(default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=2_000, help="tokens per round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=30, help="(default: %(default)s)")
     parser.add_argument("--length", type=int, default=256, help="window in tokens (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
     arguments = parser.parse_args()
@@ -61,21 +64,34 @@ def compare(model: Any, arguments: argparse.Namespace) -> dict[str, float]:
     """Tokens of text per second of each, and their ratio."""
     loaded = HfModel(Path("random"), model, tokenizer=None, start_id=0, eos_id=None)
     settings = Settings(arguments.length, arguments.length // 4)
-    documents = random_documents(arguments.tokens)
-    num_tokens = sum(map(len, documents))
-    batches = [make_tensors(batch, loaded.device)[0] for batch in make_batches(loaded, documents, settings)]
-    seconds: dict[str, list[float]] = {"evaluation": [], "forward": []}
-    for _ in range(arguments.rounds):
-        began = time.perf_counter()
-        score_documents(loaded, documents, settings, RoutingObserver(loaded), tqdm(disable=True, total=0))
-        evaluated = time.perf_counter()
-        with torch.inference_mode():
-            for inputs in batches:
-                loaded.logits(inputs)
-        seconds["evaluation"].append(evaluated - began)
-        seconds["forward"].append(time.perf_counter() - evaluated)
-    rates = {name: num_tokens / min(times) for name, times in seconds.items()}
-    return {**rates, "ratio": rates["evaluation"] / rates["forward"]}
+    rates: list[tuple[float, float]] = []
+    for number in range(arguments.rounds + 1):
+        documents = random_documents(arguments.tokens)
+        batches = [make_tensors(batch, loaded.device)[0] for batch in make_batches(loaded, documents, settings)]
+        ways = [partial(evaluate, loaded, documents, settings), partial(forward, loaded, batches)]
+        seconds = [0.0, 0.0]
+        for way in (0, 1) if number % 2 else (1, 0):
+            began = time.perf_counter()
+            ways[way]()
+            seconds[way] = time.perf_counter() - began
+        num_tokens = sum(map(len, documents))
+        rates.append((num_tokens / seconds[0], num_tokens / seconds[1]))
+    rates = rates[1:]  # the first round warms up
+    return {
+        "evaluation": statistics.median(ours for ours, _ in rates),
+        "forward": statistics.median(bare for _, bare in rates),
+        "ratio": statistics.median(ours / bare for ours, bare in rates),
+    }
+
+
+def evaluate(loaded: HfModel, documents: list[list[int]], settings: Settings) -> None:
+    score_documents(loaded, documents, settings, RoutingObserver(loaded), tqdm(disable=True, total=0))
+
+
+@torch.inference_mode()
+def forward(loaded: HfModel, batches: list[torch.Tensor]) -> None:
+    for inputs in batches:
+        loaded.logits(inputs)
 
 
 def random_documents(num_tokens: int) -> list[list[int]]:

@@ -9,7 +9,7 @@
 #                        with --shards N before the -- as an array of N jobs and one that merges
 #   @convert             upcycling (checkpoint_convert/hf_to_mcore.py)
 #   @stage1, @stage2     training
-#   @export, @evaluate   a Hugging Face model (DIR/hf), and its bits per byte (DIR/evaluation.json)
+#   @export, @evaluate   a Hugging Face model (DIR/hf), and its bits per byte (DIR/evaluation/)
 # It prints the job ids. Given again it submits what is neither done nor on its way, so a broken chain goes on where it
 # broke.
 set -euo pipefail
@@ -28,7 +28,7 @@ is_done() {
     convert) [[ -e $run/upcycled/latest_checkpointed_iteration.txt ]] ;;
     stage1 | stage2) [[ -e $run/$1/FINISHED ]] ;;
     export) [[ -e $run/hf/config.json ]] ;;
-    evaluate) [[ -e $run/evaluation.json ]] ;;
+    evaluate) [[ -e $run/evaluation/results.json ]] ;;
     *) fail "there is no step @$1; the steps are @expanded, @review, @convert, @stage1, @stage2, @export, @evaluate" ;;
     esac
 }
@@ -128,7 +128,7 @@ step() {
         ;;
     evaluate)
         submit "$step" "$needs" "${tool[@]}" -m moelpr.evaluate --model "stage2=$run/hf" \
-            --output "$run/evaluation.json" "${flags[@]}"
+            --output "$run/evaluation" "${flags[@]}"
         ;;
     esac
 }

@@ -90,7 +90,7 @@ def test_a_failing_stage_cancels_what_depends_on_it_and_nothing_else(chain: Chai
 def test_a_broken_chain_goes_on_where_it_broke_and_runs_to_the_report(chain: Chain, resumed: dict[str, str]) -> None:
     assert {step for step, words in resumed.items() if words == "done"} == {"expanded", "review", "convert", "stage1"}
     assert re.fullmatch(r"job \d+", resumed["stage2"])
-    report = json.loads((chain.run / "evaluation.json").read_text())
+    report = json.loads((chain.run / "evaluation/results.json").read_text())
     assert {"base", "stage2"} <= set(json.dumps(report).replace('"', " ").split())
     assert chain.submit() == dict.fromkeys(
         ("expanded", "review", "convert", "stage1", "stage2", "export", "evaluate"), "done"

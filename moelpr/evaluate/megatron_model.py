@@ -1,5 +1,7 @@
 """A Megatron checkpoint as a model to evaluate: the trainer's own code, in this one process."""
 
+import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,9 +65,11 @@ def open_megatron_model(directory: Path, device: str = "auto", dtype: str = "aut
 
     device and dtype: see `moelpr.evaluate.models.load_model`. Raises UserError where the checkpoint is incomplete.
     """
-    cpu.install()  # before Megatron is imported; does nothing where a GPU is present
-    megatron_fixes.install()
-    from moelpr.model import loading
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    with _without_warnings():
+        cpu.install()  # before Megatron is imported; does nothing where a GPU is present
+        megatron_fixes.install()
+        from moelpr.model import loading
 
     spec = ModelSpec.read(directory)
     tokenizer = load_tokenizer(directory / HF_FOLDER)
@@ -78,8 +82,17 @@ def open_megatron_model(directory: Path, device: str = "auto", dtype: str = "aut
     if torch_device.type == "cuda":
         torch.cuda.set_device(torch_device)
     with loading.single_process():
-        model = loading.load_model(directory, **_element_type(spec, dtype, torch_device)).eval()
+        with _without_warnings():
+            model = loading.load_model(directory, **_element_type(spec, dtype, torch_device)).eval()
         yield MegatronModel(directory, model, *tokenizer, spec=spec)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Megatron warns of what is as it should be here: no Apex, one process, its own deprecations."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _element_type(spec: ModelSpec, dtype: str, device: torch.device) -> dict[str, Any]:

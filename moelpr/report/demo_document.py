@@ -180,8 +180,8 @@ def _checks_table(report: Report) -> Table:
         value = report.checks.get(name, math.nan)
         found = f"{value:.2g}" if math.isfinite(value) else "not measured"
         wanted = "exactly 0" if limit == 0 else f"at most {limit:g}"
-        rows.append(Row([CHECK_MEANINGS[name], found, wanted, Cell("", ok=check_ok(name, value))]))
-    return Table(["check", "found", "wanted", ""], rows)
+        rows.append(Row([CHECK_MEANINGS[name], Cell(found, ok=check_ok(name, value)), wanted]))
+    return Table(["check", "found", "wanted"], rows)
 
 
 def _routing(report: Report) -> list[Block]:

@@ -1,10 +1,10 @@
 """How many bytes of UTF-8 a corpus's tokens stand for, so that losses can be told in bits per byte."""
 
-import json
 from pathlib import Path
 
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from moelpr.data.manifest import Manifest
 from moelpr.data.tokenizer import load_tokenizer
 from moelpr.errors import UserError
 
@@ -16,18 +16,14 @@ def bytes_per_token(prefix: str, model_folder: str) -> float | None:
 
     None where neither is there. Tokens that end a document stand for no bytes, but they are predicted, so they count.
     """
-    return _of_manifest(Path(f"{prefix}.manifest.json")) or _of_decoded(prefix, Path(model_folder) / "hf")
+    return _of_manifest(prefix) or _of_decoded(prefix, Path(model_folder) / "hf")
 
 
-def _of_manifest(path: Path) -> float | None:
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        counts = manifest["languages"].values()
-        return sum(count["bytes"] for count in counts) / manifest["tokens"]
-    except FileNotFoundError:
+def _of_manifest(prefix: str) -> float | None:
+    manifest = Manifest.read(prefix)
+    if manifest is None or not manifest.tokens:
         return None
-    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
-        raise UserError(f"{path} is no manifest of a corpus ({error}); rebuild the corpus, or remove it") from error
+    return sum(count.bytes for count in manifest.languages.values()) / manifest.tokens
 
 
 def _of_decoded(prefix: str, tokenizer_folder: Path) -> float | None:
@@ -44,4 +40,5 @@ def _of_decoded(prefix: str, tokenizer_folder: Path) -> float | None:
         num_bytes += len(text.encode("utf-8", errors="replace"))
         if num_tokens >= MAX_TOKENS:
             break
-    return num_bytes / num_tokens if num_tokens else None
+    # Of a folder without a tokenizer, transformers makes an empty one, which decodes everything to nothing.
+    return num_bytes / num_tokens if num_bytes else None

@@ -121,8 +121,6 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
             writer.add_document(document, name == "en")
             writer.finalize()
             writer.commit()
-    counts = {"el": {"bit": "expanded", "documents": 1, "tokens": 40, "bytes": 100}}
-    (folder / "held-out-el.manifest.json").write_text(json.dumps({"tokens": 40, "languages": counts}))
     return folder
 
 
@@ -322,8 +320,7 @@ def test_held_out_text_is_scored_as_transformers_scores_it(material: Path, stage
         loss = (sum(losses) / 39).item()
         found = passes[-1]["languages"][name]
         assert found["lm_loss"] == pytest.approx(loss, rel=1e-5)
-        bits = {"bits_per_token": loss / math.log(2)} if name == "en" else {"bits_per_byte": loss / math.log(2) * 0.4}
-        assert {key: found[key] for key in bits} == pytest.approx(bits, rel=1e-5)
+        assert found["bits_per_token"] == pytest.approx(loss / math.log(2), rel=1e-5)  # the model has no tokenizer
 
 
 def test_a_gradient_that_is_not_a_number_ends_the_run_with_a_sentence(material: Path, stage1: Path) -> None:

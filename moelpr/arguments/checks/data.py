@@ -111,10 +111,11 @@ def _tokenizers(run: Run) -> Iterable[tuple[str, Likeness | UserError | None]]:
         return
     try:
         prefixes = dict.fromkeys(prefix for prefixes, _ in _blends(run) for prefix in prefixes)
+        prefixes |= dict.fromkeys(item.partition("=")[2] for item in run.args.validation_data or [])
     except (AssertionError, OSError, ValueError, KeyError, TypeError):
         return  # data_is_there says so
     for prefix in prefixes:
-        if not IndexedDataset.exists(prefix):
+        if not prefix or not IndexedDataset.exists(prefix):
             continue
         try:
             manifest = Manifest.read(prefix)

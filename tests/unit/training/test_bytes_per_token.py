@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +5,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from data_tools.corpus import CorpusWriter
+from data_tools.corpus_writer import CorpusWriter
+from moelpr.data.manifest import LanguageCount, Manifest, TokenizerRecord
 from moelpr.errors import UserError
 from moelpr.training.bytes_per_token import bytes_per_token
 
@@ -49,9 +49,10 @@ def test_decoding_finds_the_bytes_of_the_text(model: Path, corpus: tuple[str, in
 def test_the_manifest_comes_first_and_nothing_is_guessed(tmp_path: Path, model: Path, corpus: tuple[str, int]) -> None:
     prefix, _ = corpus
     assert bytes_per_token(prefix, str(tmp_path)) is None  # no tokenizer
-    counts = {"el": {"tokens": 6, "bytes": 30}, "en": {"tokens": 4, "bytes": 12}}
-    Path(f"{prefix}.manifest.json").write_text(json.dumps({"tokens": 10, "languages": counts}))
+    languages = {"el": LanguageCount("expanded", 1, 6, 30), "en": LanguageCount("original", 1, 4, 12)}
+    tokenizer = TokenizerRecord("HuggingFaceTokenizer", "there", 300, 0, True, "", "")
+    Manifest(tokenizer, True, [], languages, documents=2, tokens=10, skipped_lines=0, files={}).write(prefix)
     assert bytes_per_token(prefix, str(model)) == 4.2
     Path(f"{prefix}.manifest.json").write_text('{"tokens": 10}')
-    with pytest.raises(UserError, match="no manifest of a corpus"):
+    with pytest.raises(UserError, match="format version"):
         bytes_per_token(prefix, str(model))

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.corpus import CorpusWriter
+from data_tools.corpus_writer import CorpusWriter
 
 
 def corpus(prefix: Path, *is_original: bool, tokens: int = 20) -> str:

@@ -50,15 +50,15 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if not args.interval > 0:
         raise UserError(f"--interval {args.interval:g} must be above 0")
-    run = read_run(args.run)
+    position, run = _read(args.run)
     console = Console()
     try:
         if args.once:
             console.print(View(run).drawing())
         elif console.is_terminal:
-            _draw(run, console, args.interval)
+            _draw(run, position, console, args.interval)
         else:
-            _write_lines(run, args.interval)
+            _write_lines(run, position, args.interval)
     except KeyboardInterrupt:
         pass  # the usual way to leave
 
@@ -74,11 +74,11 @@ class View:
 
     def add(self, record: Record) -> None:
         event = record.get("event")
-        if event == "warning":
+        if event == "warning" and record not in self.warnings:
             self.warnings.append(record)
         elif event == "validation":
             self.validations = [*self.validations[:1], record]
-        elif event is None:
+        elif event is None and record["iteration"] > self.last.get("iteration", 0):
             self.recent.append(record)
 
     @property
@@ -157,10 +157,16 @@ def line(record: Record) -> str:
     return f"{where}: {', '.join(words)}"
 
 
-def follow(run: Run, interval_s: float) -> Iterator[list[Record]]:
-    """New records each time, none where there are none, until the run is finished."""
+def _read(folder: Path) -> tuple[int, Run]:
+    """The run, and where its file ended before it was read: what follows may be known already, but none is missed."""
+    metrics_file = folder / "metrics.jsonl"
+    position = metrics_file.stat().st_size if metrics_file.exists() else 0
+    return position, read_run(folder)
+
+
+def follow(run: Run, position: int, interval_s: float) -> Iterator[list[Record]]:
+    """Records after `position` bytes, as they come, none where there are none, until the run is finished."""
     path = run.folder / "metrics.jsonl"
-    position = path.stat().st_size
     with path.open("rb") as file:
         file.seek(_after_last_line(file, position))
         while True:
@@ -199,28 +205,28 @@ def _inode(file: Any) -> int:
     return os.fstat(file.fileno()).st_ino
 
 
-def _draw(run: Run, console: Console, interval_s: float) -> None:
+def _draw(run: Run, position: int, console: Console, interval_s: float) -> None:
     with Live(View(run).drawing(), console=console, auto_refresh=False) as live:
         while True:
             view = View(run)
-            for records in follow(run, interval_s):
+            for records in follow(run, position, interval_s):
                 for record in records:
                     view.add(record)
                 live.update(view.drawing(), refresh=True)
             if (run.folder / "FINISHED").exists():
                 return
-            run = read_run(run.folder)
+            position, run = _read(run.folder)
 
 
-def _write_lines(run: Run, interval_s: float) -> None:
+def _write_lines(run: Run, position: int, interval_s: float) -> None:
     print(View(run).headline(), flush=True)
     while True:
-        for records in follow(run, interval_s):
+        for records in follow(run, position, interval_s):
             for record in records:
                 print(line(record), flush=True)
         if (run.folder / "FINISHED").exists():
             return
-        run = read_run(run.folder)
+        position, run = _read(run.folder)
 
 
 def _clock(seconds: float) -> str:

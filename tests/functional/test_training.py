@@ -300,6 +300,7 @@ def test_a_changed_base_stops_a_resumed_run_and_the_exporter(material: Path, sta
 
 def test_held_out_text_is_scored_as_transformers_scores_it(material: Path, stage2: Path) -> None:
     """Before the first step, every four steps and at the end; every token but the first is predicted once."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from transformers import AutoModelForCausalLM
 
     from checkpoint_convert.mcore_to_hf import mcore_to_hf
@@ -309,6 +310,8 @@ def test_held_out_text_is_scored_as_transformers_scores_it(material: Path, stage
     assert {name: found["group"] for name, found in passes[0]["languages"].items()} == {
         "en": "original", "el": "expanded",
     }  # fmt: skip
+    events = EventAccumulator(str(stage2 / "tensorboard")).Reload()
+    assert [point.step for point in events.Scalars("validation bits per token/el")] == [0, 4, 6]
     mcore_to_hf(stage2, material / "scored-hf")
     model = AutoModelForCausalLM.from_pretrained(material / "scored-hf")
     for name, document in HELD_OUT.items():

@@ -60,11 +60,24 @@ def test_a_terminal_gets_values_languages_and_warnings(tmp_path: Path) -> None:
     assert "warning, step 60: expert 3" in shown
 
 
+def test_what_is_written_while_the_run_is_read_is_not_missed(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", "stage1", 5, languages={})
+    position, run = live._read(folder)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 6, "lm_loss": 1.0}\n')
+    (found,) = live.follow(run, position, interval_s=0)
+    assert [record["iteration"] for record in found] == [6]
+    view = live.View(run)
+    for record in [*found, *found]:
+        view.add(record)
+    assert [record["iteration"] for record in view.recent][-2:] == [5, 6]
+
+
 def test_a_resumed_run_that_writes_its_file_anew_is_followed(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", "stage1", 5, languages={}, is_finished=False)
-    following = live.follow(read_run(folder), interval_s=0)
-    assert next(following) == []
     path = folder / "metrics.jsonl"
+    following = live.follow(read_run(folder), path.stat().st_size, interval_s=0)
+    assert next(following) == []
     other = path.with_name("other")
     other.write_text(path.read_text())
     other.replace(path)

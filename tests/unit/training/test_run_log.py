@@ -1,0 +1,84 @@
+"""Where a run's records go."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from moelpr.report.run_metrics import read_run_metrics
+from moelpr.training import run_log
+from moelpr.training.early_warnings import EarlyWarnings, Thresholds
+from moelpr.training.run_log import RunLog, open_metrics
+
+
+class Writer:
+    """Stands in for TensorBoard's and Weights & Biases' writers."""
+
+    def __init__(self) -> None:
+        self.written: dict[str, tuple[float, int]] = {}
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        self.written[tag] = (value, step)
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.written |= {tag: (value, step) for tag, value in values.items()}
+
+
+def make_log(monkeypatch: pytest.MonkeyPatch, save: Path) -> tuple[RunLog, Writer, Writer]:
+    board, wandb = Writer(), Writer()
+    settings = argparse.Namespace(save=str(save), log_interval=1, train_iters=3)
+    monkeypatch.setattr(run_log, "get_args", lambda: settings)
+    monkeypatch.setattr(run_log, "get_tensorboard_writer", lambda: board)
+    monkeypatch.setattr(run_log, "get_wandb_writer", lambda: wandb)
+    return RunLog("stage1", EarlyWarnings("stage1", Thresholds(window=2), lpr_loss_is_on=False)), board, wandb
+
+
+def held_out(bits: float) -> dict:
+    return {"en": {"group": "original", "lm_loss": bits, "bits_per_byte": bits}}
+
+
+def test_a_validation_pass_and_its_warning_reach_file_log_and_both_boards(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log, board, wandb = make_log(monkeypatch, tmp_path)
+    log.validation(0, held_out(2.0))
+    log.step({"iteration": 1, "lm_loss": 3.0, "step_time_s": 1.0})
+    log.validation(1, held_out(2.5))
+    log.close()
+    found = read_run_metrics(tmp_path / "metrics.jsonl")
+    assert [record["iteration"] for record in found.validations] == [0, 1]
+    assert [record["kind"] for record in found.warnings] == ["original_loss_rises"]
+    assert board.written["validation bits per byte/en"] == (2.5, 1)
+    assert wandb.written == {"validation bits per byte/en": (2.5, 1)}
+    said = capsys.readouterr().err
+    assert "stage1 step 0, validation: en 2.0000 bits per byte" in said
+    assert "moelpr: warning: stage1 step 1: the loss on held-out en +25.0%" in said
+
+
+def test_a_resumed_run_keeps_what_came_before_and_says_no_warning_twice(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    first, _, _ = make_log(monkeypatch, tmp_path)
+    first.validation(0, held_out(2.0))
+    for step in (1, 2, 3):
+        first.step({"iteration": step, "lm_loss": 3.0, "step_time_s": 1.0})
+        first.validation(step, held_out(2.5))
+    first.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 4, "lm_l')
+    resumed, _, _ = make_log(monkeypatch, tmp_path)
+    resumed.step({"iteration": 3, "lm_loss": 2.0, "step_time_s": 1.0})
+    resumed.validation(3, held_out(2.6))
+    resumed.close()
+    found = read_run_metrics(tmp_path / "metrics.jsonl")
+    assert [record["lm_loss"] for record in found.steps] == [3.0, 3.0, 2.0]
+    assert [record["iteration"] for record in found.validations] == [0, 1, 2, 3]
+    assert len(found.warnings) == 1
+
+
+def test_a_line_that_is_no_record_ends_what_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iteration": 1}\n[]\n{"iteration": 2}\n')
+    open_metrics(path, before_iteration=9).close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"iteration": 1}]

@@ -28,7 +28,7 @@ STEPS = "--micro-batch-size 2 --global-batch-size 4 --seq-length 32 --lr 1e-2 --
 STEPS += " --lr-warmup-iters 2 --train-iters 6 --log-interval 1"
 
 # One document each, of more tokens than a window and fewer windows than a global batch.
-HELD_OUT = {"en": 7 + np.arange(40), "el": 150 + np.arange(40)}
+HELD_OUT = {"en": 7 + np.arange(80), "el": 150 + np.arange(80)}
 
 
 def launch(script: str, *words: str | Path, ranks: int = 1) -> subprocess.CompletedProcess:
@@ -318,9 +318,11 @@ def test_held_out_text_is_scored_as_transformers_scores_it(material: Path, stage
         tokens = torch.from_numpy(document)
         losses = [
             torch.nn.functional.cross_entropy(model(inputs[None]).logits[0], labels, reduction="sum")
-            for inputs, labels in ((tokens[:32], tokens[1:33]), (tokens[32:39], tokens[33:40]))
+            for inputs, labels in (
+                (tokens[start:end], tokens[start + 1 : end + 1]) for start, end in ((0, 32), (32, 64), (64, 79))
+            )
         ]
-        loss = (sum(losses) / 39).item()
+        loss = (sum(losses) / 79).item()
         found = passes[-1]["languages"][name]
         assert found["lm_loss"] == pytest.approx(loss, rel=1e-5)
         assert found["bits_per_token"] == pytest.approx(loss / math.log(2), rel=1e-5)  # the model has no tokenizer

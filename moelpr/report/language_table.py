@@ -10,19 +10,20 @@ from moelpr.report.evaluation import Estimate, Evaluation
 from moelpr.report.runs import Run
 
 _GROUPS = {"expanded": "Expanded languages", "original": "Original languages"}
-START = "before training"
 
 
 @dataclass
 class HeldOut:
-    """From the runs' validation passes. results: run (or START) -> language -> bits per byte, or per token.
+    """From the runs' validation passes.
 
-    per_token: languages whose bytes are not known.
+    results: when ("before stage1", "after stage1") -> language -> bits per byte, or per token. start: the first of
+    these where it is a pass before any step, else None. per_token: languages whose bytes are not known.
     """
 
     groups: dict[str, str] = field(default_factory=dict)
     results: dict[str, dict[str, float]] = field(default_factory=dict)
     per_token: set[str] = field(default_factory=set)
+    start: str | None = None
 
 
 def held_out_results(runs: Sequence[Run]) -> HeldOut:
@@ -32,9 +33,10 @@ def held_out_results(runs: Sequence[Run]) -> HeldOut:
         if not run.metrics.validations:
             continue
         first, last = run.metrics.validations[0], run.metrics.validations[-1]
-        columns = {run.name: last} if held_out.results else {START: first, run.name: last}
-        if first["iteration"] > 0:  # an older or a cut file: nobody knows the start
-            columns.pop(START, None)
+        columns = {f"after {run.name}": last}
+        if not held_out.results and first["iteration"] == 0:  # an older or a cut file: nobody knows the start
+            held_out.start = f"before {run.name}"
+            columns = {held_out.start: first} | columns
         for name, record in columns.items():
             values = held_out.results.setdefault(name, {})
             for language, result in record["languages"].items():
@@ -75,10 +77,10 @@ def summary(runs: Sequence[Run], evaluation: Evaluation, held_out: HeldOut) -> s
         }
         groups = {language: _group(language, evaluation) for language in evaluation.languages}
         source = f"on held-out documents, {models[-1]} against {models[0]}"
-    elif START in held_out.results and len(held_out.results) > 1:
+    elif held_out.start and len(held_out.results) > 1:
         last = list(held_out.results)[-1]
-        values = {START: held_out.results[START], last: held_out.results[last]}
-        groups, source = held_out.groups, f"on the held-out text of the runs, {last} against the start"
+        values = {name: held_out.results[name] for name in (held_out.start, last)}
+        groups, source = held_out.groups, f"on the runs' held-out text, {last} against {held_out.start}"
     else:
         steps = sum(run.step for run in runs)
         return f"{len(runs)} run{'s' if len(runs) > 1 else ''}, {steps:,} steps on record."
@@ -94,7 +96,8 @@ def summary(runs: Sequence[Run], evaluation: Evaluation, held_out: HeldOut) -> s
             mean = sum(changes) / len(changes)
             names = ", ".join(language_name(name) for name in groups if groups[name] == group)
             sentences.append(f"{group} languages {change_text(mean)} ({names})")
-    return f"Bits per byte {source}: {'; '.join(sentences)}. Fewer is better."
+    unit = "token" if held_out.per_token and not evaluation.bits_per_byte else "byte"
+    return f"Bits per {unit} {source}: {'; '.join(sentences)}. Fewer is better."
 
 
 def _group(language: str, evaluation: Evaluation) -> str:
@@ -152,22 +155,22 @@ def _held_out_table(held_out: HeldOut) -> Table:
         for language in members:
             unit = " (bits per token)" if language in held_out.per_token else ""
             values = {name: held_out.results[name].get(language) for name in names}
-            rows.append(Row([f"{language_name(language)}{unit}", *_held_out_cells(values)]))
+            rows.append(Row([f"{language_name(language)}{unit}", *_held_out_cells(values, held_out.start)]))
     note = (
         "Bits per byte on the runs' --validation-data, packed into training's windows, fewer is better"
-        + (", with the change against the start" if names[0] == START else "")
+        + (f", with the change against {held_out.start}" if held_out.start else "")
         + ". No intervals: one pass over one text. Evaluation scores each document alone, so its numbers differ."
     )
     return Table(["held out while training", *names], rows, note)
 
 
-def _held_out_cells(values: Mapping[str, float | None]) -> list[Cell]:
+def _held_out_cells(values: Mapping[str, float | None], start_name: str | None) -> list[Cell]:
     cells = []
-    start = values.get(START)
+    start = values.get(start_name) if start_name else None
     for name, value in values.items():
         if value is None:
             cells.append(Cell("–"))
-        elif name == START or not start:
+        elif name == start_name or not start:
             cells.append(Cell(f"{value:.3f}"))
         else:
             cells.append(Cell(f"{value:.3f}", change_text(value / start - 1), value / start - 1))

@@ -66,6 +66,20 @@ def test_routing_before_and_after_review_is_told_from_the_runs_own_steps(runs: l
     assert int(last) == pytest.approx(90 - 60 * 25 / 200, abs=2)
 
 
+def test_the_start_is_that_of_the_first_run_that_scored_it(tmp_path: Path) -> None:
+    """A stage 1 without held-out text: what stage 2 starts from must not pass for the base."""
+    first = make_run(tmp_path / "stage1", "stage1", 20, languages={})
+    second = make_run(tmp_path / "stage2", "stage2", 20)
+    _, markdown = pages(first, second)
+    assert "| held out while training | before stage2 | after stage2 |" in markdown
+    assert "after stage2 against before stage2" in markdown
+    cut = second / "metrics.jsonl"
+    cut.write_text("".join(line for line in cut.open() if '"iteration": 0' not in line))
+    _, markdown = pages(first, second)
+    assert "| held out while training | after stage2 |" in markdown
+    assert "%)" not in next(line for line in markdown.splitlines() if line.startswith("| English"))
+
+
 def test_runs_with_different_languages_stand_in_one_table(tmp_path: Path) -> None:
     first = make_run(tmp_path / "a", "stage1", 20, languages={"en": "original", "el": "expanded"})
     second = make_run(tmp_path / "b", "stage2", 20, languages={"en": "original", "sw": "expanded"})

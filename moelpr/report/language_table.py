@@ -80,7 +80,7 @@ def summary(runs: Sequence[Run], evaluation: Evaluation, held_out: HeldOut) -> s
     elif held_out.start and len(held_out.results) > 1:
         last = list(held_out.results)[-1]
         values = {name: held_out.results[name] for name in (held_out.start, last)}
-        groups, source = held_out.groups, f"on the runs' held-out text, {last} against {held_out.start}"
+        groups, source = held_out.groups, f"on the runs' held-out text, from {held_out.start} to {last}"
     else:
         steps = sum(run.step for run in runs)
         return f"{len(runs)} run{'s' if len(runs) > 1 else ''}, {steps:,} steps on record."
@@ -158,7 +158,7 @@ def _held_out_table(held_out: HeldOut) -> Table:
             rows.append(Row([f"{language_name(language)}{unit}", *_held_out_cells(values, held_out.start)]))
     note = (
         "Bits per byte on the runs' --validation-data, packed into training's windows, fewer is better"
-        + (f", with the change against {held_out.start}" if held_out.start else "")
+        + (f", with the change from {held_out.start}" if held_out.start else "")
         + ". No intervals: one pass over one text. Evaluation scores each document alone, so its numbers differ."
     )
     return Table(["held out while training", *names], rows, note)

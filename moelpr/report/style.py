@@ -100,10 +100,11 @@ dd { margin: 0; overflow-wrap: anywhere; }
 }
 @media (max-width: 560px) {
   body { padding: 24px 14px; }
-  th, td { padding: 6px; }
+  th, td { padding: 5px 3px; }
   td .line { grid-template-columns: 1fr; }
-  td small { font-size: 11.5px; }
-  td.number, tbody th { padding-left: 4px; padding-right: 4px; }
+  table { font-size: 12.5px; }
+  thead th { font-size: 11.5px; }
+  td small, th small { font-size: 10.5px; }
   dl { grid-template-columns: minmax(0, 110px) 1fr; }
   .sample dl { grid-template-columns: 1fr; }
   .sample dd { margin-bottom: 6px; }

@@ -42,8 +42,10 @@ addEventListener("load", () => {
     };
   });
   const page = document.documentElement, style = getComputedStyle(document.body);
+  const boxes = [...document.querySelectorAll(".scroll")];
   parent.postMessage({
-    charts, width: innerWidth, page_width: page.scrollWidth, height: page.scrollHeight,
+    charts, scrolled: boxes.filter(box => box.scrollWidth > box.clientWidth + 1).length,
+    width: innerWidth, page_width: page.scrollWidth, height: page.scrollHeight,
     ink: style.color, paper: style.backgroundColor,
   }, "*");
 });

@@ -101,6 +101,8 @@ def faults(seen: Seen) -> list[str]:
     found = [f"console: {message}" for message in seen.complaints]
     if seen.found["page_width"] > seen.found["width"]:
         found.append(f"the page is {seen.found['page_width']} wide on {seen.found['width']}")
+    if seen.found["scrolled"]:
+        found.append(f"{seen.found['scrolled']} tables are cut off")
     for chart in seen.found["charts"]:
         if not (chart["width"] > 100 and chart["height"] > 100 and chart["shapes"] > 10):
             found.append(f"{chart['title']} is not drawn: {chart}")
@@ -120,6 +122,7 @@ def test_the_test_sees_a_broken_chart_a_wide_page_and_a_message(pages: dict[str,
         (' d="M', ' d="Mnan ', "console"),
         ("</h1>", '</h1><div style="width:2000px">wide</div>', "wide on"),
         ("</h1>", "</h1><script>undefined_function()</script>", "console"),
+        ("<td", '<td style="min-width:2000px"', "tables are cut off"),
         (
             "</text>",
             " with a label that is far too long for any chart of this page to show</text>",

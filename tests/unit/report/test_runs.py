@@ -72,7 +72,7 @@ def test_the_start_is_that_of_the_first_run_that_scored_it(tmp_path: Path) -> No
     second = make_run(tmp_path / "stage2", "stage2", 20)
     _, markdown = pages(first, second)
     assert "| held out while training | before stage2 | after stage2 |" in markdown
-    assert "after stage2 against before stage2" in markdown
+    assert "from before stage2 to after stage2" in markdown
     cut = second / "metrics.jsonl"
     cut.write_text("".join(line for line in cut.open() if '"iteration": 0' not in line))
     _, markdown = pages(first, second)

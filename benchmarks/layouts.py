@@ -127,7 +127,7 @@ class Difference:
 
 
 def make_material(folder: Path) -> None:
-    """Random models `all-moe` and `edges` as Megatron checkpoints, and corpora `original` and `expanded`.
+    """Random models `all-moe` and `edges` as Megatron checkpoints; corpora `original`, `expanded` and held-out ones.
 
     `all-moe` is at the start of a second round of languages: it has two original experts.
     """
@@ -138,12 +138,13 @@ def make_material(folder: Path) -> None:
     with patch("torch.nn.init.xavier_normal_", _half_of_the_experts_win):  # which draws the routers
         _make_model(folder / "edges", num_new_experts=8, moe_layers=[0, 1], tied=True)
     random = np.random.default_rng(0)
-    for name in ("original", "expanded"):
+    # Held-out text fills no whole number of global batches.
+    for name, documents in {"original": 80, "expanded": 80, "held-out-original": 12, "held-out-expanded": 12}.items():
         with CorpusWriter(folder / name, vocab_size=VOCAB_SIZE) as writer:
-            for _ in range(80):
-                start = int(random.integers(0, 150)) + (150 if name == "expanded" else 0)
+            for _ in range(documents):
+                start = int(random.integers(0, 150)) + (150 if name.endswith("expanded") else 0)
                 words = (start + np.arange(random.integers(10, 40))) % VOCAB_SIZE
-                writer.add_document(np.append(words, 0), name == "original")  # 0 ends a document
+                writer.add_document(np.append(words, 0), name.endswith("original"))  # 0 ends a document
             writer.finalize()
             writer.commit()
 
@@ -202,7 +203,7 @@ def trainer_arguments(folder: Path, layout: Layout, stage: str, save: Path) -> l
     weights = ("1", "1") if layout.model == "all-moe" else ("1", "40")
     data = [weights[0], str(folder / "original"), weights[1], str(folder / "expanded")]
     words = ["--stage", stage, "--pretrained-checkpoint", str(folder / layout.model), "--data-path", *data]
-    words += ["--validation-data", f"en={folder / 'original'}", f"el={folder / 'expanded'}"]
+    words += ["--validation-data", f"en={folder / 'held-out-original'}", f"el={folder / 'held-out-expanded'}"]
     return [*words, "--save", str(save), *SETTINGS.split(), *layout.flags.split()]
 
 

@@ -7,6 +7,7 @@ a piece (a word, a run of white space, the space some put before a text) has had
 looks at is that long. Where there is no such place, the text is refused.
 """
 
+import ctypes
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -43,8 +44,16 @@ def encode_long_text(backend: Backend, parts: Iterable[str]) -> Iterator[Piece]:
             yield Piece(held.ids[first:last], held.starts[first:last])
             first = next_first
         held = piece
+        _return_freed_memory()
     if held is not None:
         yield Piece(held.ids[first:], held.starts[first:])
+
+
+def _return_freed_memory() -> None:
+    """Give back what a piece's work has freed: glibc keeps it, in holes that grow from piece to piece."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+    if trim is not None:
+        trim(0)
 
 
 def _overlapping(parts: Iterable[str]) -> Iterator[tuple[int, str]]:

@@ -67,9 +67,12 @@ class EncodingPool:
     def __enter__(self) -> "EncodingPool":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         global _encoder
         _encoder = None
+        if error is not None:
+            for worker in multiprocessing.active_children():
+                worker.kill()  # it may be at a long document, and nobody waits for that any more
         self._pool.shutdown(cancel_futures=True)
 
 

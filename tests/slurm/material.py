@@ -63,15 +63,16 @@ def make_corpus(folder: Path) -> Path:
     return folder / "corpus"
 
 
+# What a record says of the machine, not of the model.
+MEASURED = ("step_time_s", "tokens_per_s", "peak_memory_gib")
+
+
 def metrics(run: Path) -> list[dict]:
-    """The run's records so far, without what the clock decides."""
+    """The run's records so far, without what was measured of the machine."""
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     records = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [
-        {name: value for name, value in record.items() if name not in ("step_time_s", "tokens_per_s")}
-        for record in records
-    ]
+    return [{name: value for name, value in record.items() if name not in MEASURED} for record in records]
 
 
 def last_checkpoint(run: Path) -> dict[str, torch.Tensor]:

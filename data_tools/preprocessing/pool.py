@@ -34,12 +34,14 @@ class EncodingPool:
         global _encoder, _spool
         _encoder, _spool = encoder, spool
         self._workers = workers
+        others = set(multiprocessing.active_children())
         self._pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker)
         with warnings.catch_warnings():
             # Python warns of forking beside threads. The only ones here belong to numpy, which the workers leave alone;
             # those of pyarrow, which reads, start later.
             warnings.simplefilter("ignore", DeprecationWarning)
             self._pool.submit(os.getpid)
+        self._processes = set(multiprocessing.active_children()) - others
 
     def encode(self, batches: Iterator[Batch]) -> Iterator[EncodedBatch]:
         """Encoded batches.
@@ -71,7 +73,7 @@ class EncodingPool:
         global _encoder
         _encoder = None
         if error is not None:
-            for worker in multiprocessing.active_children():
+            for worker in self._processes:
                 worker.kill()  # it may be at a long document, and nobody waits for that any more
         self._pool.shutdown(cancel_futures=True)
 

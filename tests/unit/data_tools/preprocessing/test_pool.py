@@ -1,5 +1,6 @@
 """The workers end with the job."""
 
+import multiprocessing
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,8 @@ class SlowEncoder:
 
 def test_a_job_that_is_stopped_does_not_wait_for_the_document_a_worker_is_at(tmp_path: Path) -> None:
     started = time.monotonic()
+    other = multiprocessing.Process(target=time.sleep, args=(100,))  # somebody else's
+    other.start()
     before = {child.pid for child in psutil.Process().children()}
     with pytest.raises(KeyboardInterrupt), EncodingPool(SlowEncoder(), 2, tmp_path) as pool:  # type: ignore[arg-type]
         for _ in range(4):
@@ -26,4 +29,6 @@ def test_a_job_that_is_stopped_does_not_wait_for_the_document_a_worker_is_at(tmp
         assert workers
         raise KeyboardInterrupt
     assert time.monotonic() - started < 60
+    assert other.is_alive()
+    other.kill()
     assert not [worker for worker in workers if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE]

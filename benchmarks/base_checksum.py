@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from moelpr.checkpoint_chain import checksum
+from moelpr.checkpoints import checksum
 
 
 def main() -> None:

@@ -41,8 +41,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks in benchmarks/ only
 
 if TYPE_CHECKING:
-    from moelpr.model.stages import Stage
     from moelpr.model_spec import ModelSpec
+    from moelpr.stages import Stage
 
 STAGES: tuple["Stage", ...] = ("stage1", "stage2")
 PATTERNS = ("uniform", "reviewed")
@@ -168,7 +168,7 @@ def peer_experts(new_experts: int, ep: int) -> int:
 
 
 def _worker(arguments: argparse.Namespace) -> None:
-    from moelpr.compat import cpu, megatron_fixes
+    from moelpr.megatron_patches import cpu, megatron_fixes
 
     cpu.install()  # before Megatron is imported
     megatron_fixes.install()
@@ -255,8 +255,8 @@ def _compare(arguments: argparse.Namespace, pattern: str, ep: int) -> dict:
 
 
 def _our_layer(arguments: argparse.Namespace, stage: "Stage", ep: int) -> torch.nn.Module:
+    from moelpr.model.freezing import freeze
     from moelpr.model.loading import build_model
-    from moelpr.model.stages import freeze
 
     model = build_model(_spec(arguments, arguments.new_experts), expert_model_parallel_size=ep)
     freeze([model], stage)

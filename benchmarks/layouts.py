@@ -168,7 +168,7 @@ def _make_model(folder: Path, num_new_experts: int, moe_layers: list[int] | None
 
 def _add_an_original_expert(folder: Path) -> None:
     """Make one more original expert part of the model, and draw all weights anew."""
-    from moelpr.compat import cpu
+    from moelpr.megatron_patches import cpu
 
     cpu.install()  # before Megatron is imported
     from megatron.core import dist_checkpointing

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moelpr.compat import cpu, megatron_fixes
+from moelpr.megatron_patches import cpu, megatron_fixes
 
 cpu.install()
 megatron_fixes.install()

@@ -26,7 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks in benchmarks/ only
 
 from benchmarks.train_step import STAGES, our_step, random_batch, spec_of, timed_s  # noqa: E402
-from moelpr.compat import cpu, megatron_fixes  # noqa: E402
+from moelpr.megatron_patches import cpu, megatron_fixes  # noqa: E402
 
 WANTED = 0.02
 

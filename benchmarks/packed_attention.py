@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moelpr.compat import cpu, megatron_fixes
+from moelpr.megatron_patches import cpu, megatron_fixes
 
 cpu.install()
 megatron_fixes.install()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moelpr.compat import cpu, megatron_fixes
+from moelpr.megatron_patches import cpu, megatron_fixes
 
 cpu.install()
 megatron_fixes.install()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    from moelpr.compat import cpu, megatron_fixes
+    from moelpr.megatron_patches import cpu, megatron_fixes
 
     cpu.install()
     megatron_fixes.install()

@@ -28,12 +28,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks in benchmarks/ only
 
-from moelpr.compat import cpu, megatron_fixes  # noqa: E402
+from moelpr.megatron_patches import cpu, megatron_fixes  # noqa: E402
 from moelpr.model_spec import ModelSpec, MoeSpec  # noqa: E402
 
 if TYPE_CHECKING:
     from benchmarks.megatron_step import MegatronStep
-    from moelpr.model.stages import Stage
+    from moelpr.stages import Stage
 
 BALANCE_COEFF, LPR_COEFF = 0.01, 0.1
 STAGES: tuple["Stage", ...] = ("stage1", "stage2")
@@ -111,9 +111,9 @@ def random_batch(spec: ModelSpec, sequences: int) -> dict[str, Tensor]:
 def our_step(spec: ModelSpec, stage: "Stage", batch: dict[str, Tensor]) -> "MegatronStep":
     """A MegatronStep of the trainer's model in `stage` with the stage's default losses."""
     from benchmarks.megatron_step import MegatronStep
+    from moelpr.model.freezing import freeze
     from moelpr.model.loading import build_model
     from moelpr.model.losses import megatron_balance_coeff
-    from moelpr.model.stages import freeze
 
     assert spec.moe is not None
     balance = megatron_balance_coeff(BALANCE_COEFF, spec.moe.topk, len(spec.moe.layers))

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from checkpoint_convert.hf_folder import HfReader
-from checkpoint_convert.tables import Piece
 from moelpr.errors import UserError
+from moelpr.families.tables import Piece
 
 CONFIG_FILE = "adapter_config.json"
 STEM = "adapter_model"

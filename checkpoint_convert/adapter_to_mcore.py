@@ -16,18 +16,17 @@ import torch
 from torch import Tensor
 
 from checkpoint_convert.adapter import CONFIG_FILE, AdapterConfig, AdapterReader, base_name, trained_names
-from checkpoint_convert.base_model import read_base, with_new_experts
 from checkpoint_convert.hf_folder import HfReader, check_tokenizer, copy_companions
 from checkpoint_convert.hf_to_mcore import check_weights, write_checkpoint
-from checkpoint_convert.megatron_folder import HF_FOLDER
+from checkpoint_convert.history import Origin
 from checkpoint_convert.outputs import check_free_space, check_output, job_description, progress_bar, refuse_not_finite
-from checkpoint_convert.run_records import Origin
-from checkpoint_convert.tables import Piece, pieces, sizes_of
 from moelpr import model_spec
-from moelpr.checkpoint_chain import TRACKER_FILE
 from moelpr.errors import UserError, run_command
+from moelpr.families.base_model import read_base, with_new_experts
+from moelpr.families.tables import Piece, pieces, sizes_of
 from moelpr.files import resumable_directory
 from moelpr.model_spec import ModelSpec
+from moelpr.run_folder import HF_FOLDER, TRACKER_FILE
 
 
 def adapter_to_mcore(

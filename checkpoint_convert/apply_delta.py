@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from checkpoint_convert.delta import STEM, DeltaConfig, DeltaTensor, checksum
-from checkpoint_convert.hf_folder import CONFIG_FILE, HfReader, HfWriter, read_config
+from checkpoint_convert.hf_folder import HfReader, HfWriter
 from checkpoint_convert.mcore_to_hf import write_companions
 from checkpoint_convert.outputs import check_free_space, check_output, job_description, progress_bar
 from moelpr.errors import UserError, run_command
+from moelpr.families.hf_config import CONFIG_FILE, read_config
 from moelpr.files import resumable_directory
 
 

@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moelpr.errors import UserError
+from moelpr.families.hf_config import CONFIG_FILE
 from moelpr.files import DurableFile
 
-CONFIG_FILE = "config.json"
 # Weight files are STEM.safetensors, or STEM-00001-of-00002.safetensors, … with STEM.safetensors.index.json.
 MODEL_STEM = "model"
 
@@ -51,25 +51,6 @@ _UNFINISHED = ".unfinished"
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json; UserError when the folder or the file isn't there or isn't JSON."""
-    if not folder.is_dir():
-        raise UserError(
-            f"there is no folder {folder}; a model from the Hugging Face hub must be downloaded first "
-            "(hf download NAME --local-dir DIR)"
-        )
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise UserError(f"{folder} has no {CONFIG_FILE}, so it is no Hugging Face model folder")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} does not hold a JSON object")
-    return config
 
 
 def copy_companions(source: Path, target: Path, skip: tuple[str, ...] = ()) -> None:

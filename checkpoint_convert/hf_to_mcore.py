@@ -18,20 +18,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint_convert.base_model import read_base, with_new_experts
-from checkpoint_convert.families import Family
 from checkpoint_convert.hf_folder import HfReader, check_tokenizer, copy_companions, is_unread
-from checkpoint_convert.megatron_folder import HF_FOLDER
+from checkpoint_convert.history import Origin
 from checkpoint_convert.outputs import check_free_space, check_output, job_description, progress_bar
-from checkpoint_convert.run_records import Origin
-from checkpoint_convert.tables import Piece, megatron_shape, pieces, zeros
 from checkpoint_convert.torch_dist import TorchDistWriter
 from checkpoint_convert.upcycling import Start, starting_tensors
 from moelpr import model_spec
-from moelpr.checkpoint_chain import RELEASE, TRACKER_FILE
+from moelpr.checkpoints import RELEASE
 from moelpr.errors import UserError, run_command
+from moelpr.families.base_model import layer_list, read_base, with_new_experts
+from moelpr.families.families import Family
+from moelpr.families.tables import Piece, megatron_shape, pieces, zeros
 from moelpr.files import resumable_directory
 from moelpr.model_spec import ModelSpec
+from moelpr.run_folder import HF_FOLDER, TRACKER_FILE
 
 
 def hf_to_mcore(
@@ -225,13 +225,6 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint at --save")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser.parse_args()
-
-
-def layer_list(text: str) -> list[int]:
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of layer numbers like 0,2,5") from None
 
 
 def main() -> None:

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint_convert.hf_folder import TOKENIZER_FILES, read_config
-from checkpoint_convert.megatron_folder import HF_FOLDER
+from checkpoint_convert.hf_folder import TOKENIZER_FILES
 from moelpr.errors import UserError
+from moelpr.families.hf_config import read_config
 from moelpr.model_spec import FILE_NAME, ModelSpec
+from moelpr.run_folder import HF_FOLDER
 
 # Tokens are shorter, so of plain text no more is read than this.
 CHARACTERS_PER_TOKEN = 32
@@ -108,7 +109,7 @@ def _tokenize(folder: Path, texts: list[str], num_tokens: int) -> list[list[int]
 
 
 def _read_text(file: Path, num_tokens: int) -> str:
-    from moelpr.evaluate.documents import read_documents
+    from moelpr.documents import read_documents
 
     if file.suffix in (".jsonl", ".json"):
         return "\n".join(read_documents(file, max_documents=num_tokens))  # a document is a token at least
@@ -132,7 +133,7 @@ def _logits(model: Path, sequences: list[Tensor], vocab_size: int) -> Iterator[T
 
 
 def _megatron_logits(folder: Path, sequences: list[Tensor]) -> Iterator[Tensor]:
-    from moelpr.compat import cpu, megatron_fixes
+    from moelpr.megatron_patches import cpu, megatron_fixes
 
     cpu.install()
     megatron_fixes.install()

@@ -14,9 +14,9 @@ import torch
 
 from checkpoint_convert.adapter import CONFIG_FILE, STEM, AdapterConfig, trained_names
 from checkpoint_convert.hf_folder import HfWriter
+from checkpoint_convert.history import read_history
 from checkpoint_convert.megatron_folder import MegatronReader
 from checkpoint_convert.outputs import check_free_space, check_output, progress_bar
-from checkpoint_convert.run_records import read_history
 from moelpr import model_spec
 from moelpr.errors import UserError, run_command
 from moelpr.files import atomic_directory

@@ -18,16 +18,18 @@ from typing import Any
 import torch
 
 from checkpoint_convert import delta
-from checkpoint_convert.families import family_named
-from checkpoint_convert.hf_folder import CONFIG_FILE, HfWriter, copy_companions, read_config
-from checkpoint_convert.megatron_folder import HF_FOLDER, MegatronReader
+from checkpoint_convert.hf_folder import HfWriter, copy_companions
+from checkpoint_convert.megatron_folder import MegatronReader
 from checkpoint_convert.model_card import BASE_CARD_FILE, model_card, read_facts
 from checkpoint_convert.model_card import FILE_NAME as CARD_FILE
 from checkpoint_convert.outputs import check_free_space, check_output, job_description, progress_bar
 from moelpr import model_spec
 from moelpr.errors import UserError, run_command
+from moelpr.families.families import family_named
+from moelpr.families.hf_config import CONFIG_FILE, read_config
 from moelpr.files import resumable_directory
 from moelpr.model_spec import ModelSpec
+from moelpr.run_folder import HF_FOLDER
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 

@@ -7,15 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint_convert.families import family_named
 from checkpoint_convert.outputs import refuse_not_finite
-from checkpoint_convert.tables import Piece, megatron_shape, pieces, sizes_of, zeros
 from checkpoint_convert.torch_dist import TorchDistReader
-from moelpr.checkpoint_chain import checkpoint_chain, verify_chain
+from moelpr.checkpoints import checkpoint_chain, verify_chain
 from moelpr.errors import UserError
+from moelpr.families.families import family_named
+from moelpr.families.tables import Piece, megatron_shape, pieces, sizes_of, zeros
 from moelpr.model_spec import ModelSpec
-
-HF_FOLDER = "hf"
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class _Place:
 class MegatronReader:
     """The model's tensors in a checkpoint folder, by the names they have in the stock HF class of `spec`.
 
-    A tensor that the checkpoint leaves out is read from its base (see moelpr.checkpoint_chain), whose checksum is
+    A tensor that the checkpoint leaves out is read from its base (see moelpr.checkpoints), whose checksum is
     verified first. Whatever else is in the checkpoint (optimizer, random state) is left alone. UserError when the
     folder is no checkpoint, a base is gone or has changed, or a tensor is missing or not of the shape `spec` says.
     """

@@ -5,12 +5,13 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
-from checkpoint_convert.megatron_folder import HF_FOLDER, MegatronReader
-from checkpoint_convert.run_records import History, Origin, Stage, read_history
-from checkpoint_convert.tables import Piece
+from checkpoint_convert.history import History, Origin, Stage, read_history
+from checkpoint_convert.megatron_folder import MegatronReader
+from moelpr import yaml_files
+from moelpr.errors import UserError
+from moelpr.families.tables import Piece
 from moelpr.model_spec import ModelSpec
+from moelpr.run_folder import HF_FOLDER
 from moelpr.versions import installed_versions
 
 FILE_NAME = "README.md"
@@ -101,16 +102,15 @@ def _front_matter(facts: Facts) -> str:
     if facts.base_model and re.fullmatch(r"[\w.-]+/[\w.-]+", facts.base_model):
         content["base_model"] = facts.base_model
     content["tags"] = ["moe", "moe-lpr"] if facts.spec.moe else ["moe-lpr"]
-    return f"---\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}---"
+    return f"---\n{yaml_files.dump(content)}---"
 
 
 def _read_front_matter(card: str | None) -> dict[str, Any]:
     match = re.match(r"---\r?\n(.*?)\n---\r?\n", card or "", re.DOTALL)
     try:
-        content = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
-        content = None
-    return content if isinstance(content, dict) else {}
+        return yaml_files.parse_mapping(match[1], "front matter of the model card") if match else {}
+    except UserError:
+        return {}
 
 
 def _title(facts: Facts) -> str:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from checkpoint_convert.hf_folder import HfReader
 from checkpoint_convert.outputs import refuse_not_finite
-from checkpoint_convert.tables import Piece, megatron_shape, sizes_of
 from moelpr.errors import UserError
+from moelpr.families.tables import Piece, megatron_shape, sizes_of
 from moelpr.model_spec import ModelSpec
 
 

@@ -20,12 +20,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from checkpoint_convert.families import Family, family_named, family_of
-from checkpoint_convert.hf_folder import HfReader, is_unread, read_config
+from checkpoint_convert.hf_folder import HfReader, is_unread
 from checkpoint_convert.logits_on_text import TextVerdict, compare_on_text
 from checkpoint_convert.megatron_folder import MegatronReader
-from checkpoint_convert.tables import frozen_name
 from moelpr.errors import UserError, run_command
+from moelpr.families.families import Family, family_named, family_of
+from moelpr.families.hf_config import read_config
+from moelpr.families.tables import frozen_name
 from moelpr.model_spec import FILE_NAME, ModelSpec
 
 DEFAULT_LOGIT_TOLERANCE = 1e-4

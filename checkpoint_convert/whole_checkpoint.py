@@ -11,13 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from checkpoint_convert.hf_to_mcore import write_checkpoint
-from checkpoint_convert.megatron_folder import HF_FOLDER, MegatronReader
+from checkpoint_convert.history import Origin
+from checkpoint_convert.megatron_folder import MegatronReader
 from checkpoint_convert.outputs import check_free_space, check_output, job_description, progress_bar
-from checkpoint_convert.run_records import Origin
 from moelpr import model_spec
-from moelpr.checkpoint_chain import TRACKER_FILE
 from moelpr.errors import run_command
 from moelpr.files import resumable_directory
+from moelpr.run_folder import HF_FOLDER, TRACKER_FILE
 
 
 def whole_checkpoint(load: Path, save: Path, iteration: int | None = None, overwrite: bool = False) -> None:

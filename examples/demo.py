@@ -202,8 +202,8 @@ def held_out_files(run: Path) -> list[Path]:
 
 def write_report(demo: Demo) -> None:
     """Bits per byte, routing and continuations of the four models on held-out text; report.json, report.html."""
+    from moelpr.documents import read_documents
     from moelpr.evaluate.compare import compare_models
-    from moelpr.evaluate.documents import read_documents
     from moelpr.evaluate.generate import choose_prompt
     from moelpr.evaluate.perplexity import Settings
     from moelpr.report.demo import Continuation, Report, write_report
@@ -266,7 +266,7 @@ def _last_json(demo: Demo, step: str) -> dict[str, float]:
 
 
 def _trained_tokens(run: Path) -> int:
-    from moelpr.report.run_metrics import read_metrics
+    from moelpr.run_metrics import read_metrics
 
     return int(read_metrics(run / "metrics.jsonl")[-1]["consumed_tokens"])
 

@@ -1,6 +1,5 @@
 """Outputs appear whole or not at all: write to a temporary name, fsync, rename."""
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -8,10 +7,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import filelock
+
 from moelpr.errors import UserError
 
 # In a partial folder: what it is to become.
 JOB_FILE = ".job"
+LOCK_FILE = ".lock"
 
 
 def refuse_existing(paths: list[Path], overwrite: bool) -> None:
@@ -66,16 +68,10 @@ def resumable_directory(path: Path, job: str) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.mkdir(exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is writing {path}; wait for it, or choose another name") from None
+    with locked(partial / LOCK_FILE, path):
         description = partial / JOB_FILE
         if not description.is_file() or description.read_text() != job:
-            for leftover in partial.iterdir():
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            empty(partial)
             with atomic_file(description) as temporary:
                 temporary.write_text(job)
         try:
@@ -84,9 +80,39 @@ def resumable_directory(path: Path, job: str) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         description.unlink()
+        (partial / LOCK_FILE).unlink(missing_ok=True)
         _take_place(partial, path)
+
+
+@contextmanager
+def locked(lock_file: Path, output: Path | str) -> Iterator[None]:
+    """Hold the lock in `lock_file`; on a file system without locks, hold nothing.
+
+    Raises:
+        UserError: another process holds it, so it is writing `output`.
+    """
+    lock = filelock.FileLock(lock_file, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise UserError(f"another process is writing {output}; wait for it, or choose another name") from None
+    except NotImplementedError:
+        pass
+    try:
+        yield
     finally:
-        os.close(lock)
+        lock.release()
+
+
+def empty(folder: Path) -> None:
+    """Remove what is in `folder`, except its lock."""
+    for path in folder.iterdir():
+        if path.name == LOCK_FILE:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _take_place(temporary: Path, path: Path) -> None:

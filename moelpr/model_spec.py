@@ -95,7 +95,7 @@ class MoeSpec:
 class ModelSpec:
     """One model: its family, its shape in Megatron's words, and its experts.
 
-    family: key of checkpoint_convert.families.FAMILIES, e.g. "qwen2".
+    family: key of moelpr.families.families.FAMILIES, e.g. "qwen2".
     dtype: element type of the weights it came from, one of DTYPES.
     megatron_args: Megatron argument (dest name) → value; `vocab_size` is the embedding's rows without padding.
     moe: None for a dense model.

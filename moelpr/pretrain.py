@@ -20,7 +20,7 @@ def main() -> None:
     stop = clean_stop.StopRequest()
     stop.listen()
     clean_stop.watch_over_helpers()
-    from moelpr.compat import cpu, megatron_fixes
+    from moelpr.megatron_patches import cpu, megatron_fixes
 
     cpu.install()  # before Megatron is imported; does nothing where a GPU is present
     megatron_fixes.install()

@@ -4,8 +4,8 @@ import difflib
 from dataclasses import dataclass
 from typing import Any
 
-from data_tools.preprocessing.documents import TaggedText, text_of
-from data_tools.preprocessing.languages import UNDETECTED, merged
+from data_tools.preprocessing.languages import UNDETECTED, TaggedText, merged
+from moelpr.documents import text_of
 from moelpr.errors import UserError
 
 # py3langid walks over bytes in Python, some 5 MB/s; a page of text settles what language it is.

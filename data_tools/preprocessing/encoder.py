@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from data_tools.corpus_writer import Documents, as_tokens
 from data_tools.preprocessing.backends import Backend, Encoded, GigatokenBackend
 from data_tools.preprocessing.detection import Detector
-from data_tools.preprocessing.documents import BadLine, TaggedText, parse
-from data_tools.preprocessing.languages import UNDETECTED, Bits, Tagger
+from data_tools.preprocessing.languages import UNDETECTED, Bits, TaggedText, Tagger
 from data_tools.preprocessing.long_texts import LONG_TEXT_CHARACTERS, Piece, encode_long_text
 from data_tools.preprocessing.readers import Batch, LinesAt, Place
 from data_tools.preprocessing.tally import Tally
+from moelpr.documents import BadLine, parse
 from moelpr.errors import UserError
 
 VALIDATION = "validation"

@@ -1,15 +1,15 @@
 """What an interrupted job leaves for the one that goes on with it: a hidden folder beside the output."""
 
-import fcntl
 import json
 import os
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
 from data_tools.corpus_writer import make_folder
 from moelpr.errors import UserError
-from moelpr.files import atomic_file
+from moelpr.files import LOCK_FILE, atomic_file, empty, locked
 
 _STATE = "state.json"
 _SKIPPED = "skipped.txt"
@@ -42,19 +42,13 @@ class Journal:
     def __init__(self, output_prefix: str, settings: dict[str, Any], resume: bool) -> None:
         self.folder = unfinished_folder(output_prefix)
         make_folder(self.folder)
-        self._lock = open(self.folder / "lock", "w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._lock.close()
-            raise UserError(f"another job is writing {output_prefix}; wait for it or choose another prefix") from error
-        except OSError:
-            pass  # a file system without locks
+        self._lock = ExitStack()
+        self._lock.enter_context(locked(self.folder / LOCK_FILE, output_prefix))
         self._settings: dict[str, Any] = json.loads(json.dumps(settings))
         self._keep = resume
         self.state: dict[str, Any] | None = self._read() if resume else None
         if self.state is None:
-            self._empty()
+            empty(self.folder)
         self.spool = self.folder / "spool"
         shutil.rmtree(self.spool, ignore_errors=True)
         self.spool.mkdir()
@@ -111,12 +105,3 @@ class Journal:
                     f"out --resume to start afresh"
                 )
         return state
-
-    def _empty(self) -> None:
-        for path in self.folder.iterdir():
-            if path.name == "lock":
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()

@@ -2,9 +2,9 @@
 
 import json
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from data_tools.preprocessing.documents import BadLine, TaggedText, json_type, text_of
+from moelpr.documents import BadLine, json_type, text_of
 from moelpr.errors import UserError
 
 UNDETECTED = "und"  # ISO 639-2's code for undetermined
@@ -35,6 +35,17 @@ class Bits:
     def check(self, name: str) -> None:
         if self.expanded and name not in self.original and name not in self.expanded:
             raise BadLine(f'the language "{name[:40]}" is neither in --original-languages nor in --expanded-languages')
+
+
+class TaggedText(NamedTuple):
+    """A text and the language of each part of it.
+
+    Attributes:
+        spans: languages with their number of characters, in order; a text in one language has a single span.
+    """
+
+    text: str
+    spans: list[tuple[str, int]]
 
 
 class Tagger(Protocol):

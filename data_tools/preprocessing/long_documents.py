@@ -9,13 +9,13 @@ from tempfile import mkstemp
 import numpy as np
 
 from data_tools.corpus_writer import Documents, TokensAt, as_tokens
-from data_tools.preprocessing.documents import BadLine, TaggedText, parse
 from data_tools.preprocessing.encoder import EncodedBatch, Encoder
-from data_tools.preprocessing.languages import UNDETECTED, LanguageSpans
+from data_tools.preprocessing.languages import UNDETECTED, LanguageSpans, TaggedText
 from data_tools.preprocessing.long_lines import LongString, without_long_strings
 from data_tools.preprocessing.long_texts import encode_long_text
 from data_tools.preprocessing.readers import Batch, LinesAt
 from data_tools.preprocessing.tally import Tally
+from moelpr.documents import BadLine, parse
 
 
 def encode_long_line(encoder: Encoder, batch: Batch, spool: Path) -> EncodedBatch:

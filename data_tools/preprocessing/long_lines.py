@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from data_tools.preprocessing.documents import BadLine
 from data_tools.preprocessing.readers import LONG_LINE_BYTES, LinesAt
+from moelpr.documents import BadLine
 
 _BLOCK_BYTES = 1 << 20
 _LONG_STRING_BYTES = 1 << 20

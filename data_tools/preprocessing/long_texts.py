@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.preprocessing.backends import Backend
-from data_tools.preprocessing.documents import BadLine
+from moelpr.documents import BadLine
 
 LONG_TEXT_CHARACTERS = 1 << 20
 _WINDOW_CHARACTERS = 1 << 13  # that must agree

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from data_tools.corpus import CorpusPaths, shard_prefix
 from data_tools.preprocessing.backends import choose_backend
 from data_tools.preprocessing.detection import DetectedLanguages, Detector
-from data_tools.preprocessing.documents import BadLine
 from data_tools.preprocessing.encoder import VALIDATION, Encoder
 from data_tools.preprocessing.journal import unfinished_folder
 from data_tools.preprocessing.languages import UNDETECTED, Bits, LanguageKey, LanguageSpans, OneLanguage, Tagger
@@ -22,6 +21,7 @@ from data_tools.preprocessing.registry import Dataset, read_registry, verify_che
 from data_tools.preprocessing.sampling import draw_documents
 from data_tools.preprocessing.sources import Form, Share, Source, find_files, open_source, shares_of
 from data_tools.preprocessing.tokenizing import JobTokenizer, load_job_tokenizer
+from moelpr.documents import BadLine
 from moelpr.errors import UserError
 from moelpr.files import refuse_existing
 

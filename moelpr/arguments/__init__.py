@@ -17,11 +17,10 @@ machine and method force. All four speak in Megatron's and our flags.
 from moelpr.arguments.flags import add_arguments
 from moelpr.arguments.parse import parse_arguments, refused_by_megatron
 from moelpr.arguments.recipe import recipe_to_flags
-from moelpr.arguments.record import RECORD_FILE, resolved_settings
+from moelpr.arguments.record import resolved_settings
 from moelpr.arguments.sources import checkpoint_source
 
 __all__ = [
-    "RECORD_FILE",
     "add_arguments",
     "checkpoint_source",
     "parse_arguments",

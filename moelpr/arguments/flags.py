@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from megatron.training.arguments import add_megatron_arguments
 
 from moelpr.errors import UserError
-from moelpr.model.stages import STAGE_HELP
+from moelpr.stages import STAGE_HELP
 
 _HELP = "see python -m moelpr.pretrain --help"
 

@@ -3,7 +3,7 @@
 import argparse
 import importlib.util
 
-from moelpr.compat import cpu
+from moelpr.megatron_patches import cpu
 
 
 def apply_machine(args: argparse.Namespace) -> None:

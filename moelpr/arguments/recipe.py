@@ -3,22 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from moelpr.errors import UserError
+from moelpr.yaml_files import read_mapping
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """`--flag` → value, in the file's order; UserError when it is no mapping, or the record of a run."""
-    try:
-        recipe = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not text"
-        raise UserError(f"the recipe {path} can't be read: {reason}; check --recipe") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"the recipe {path} is not valid YAML: {error}".replace("\n", " ")) from error
-    if not isinstance(recipe, dict):
-        raise UserError(f"the recipe {path} must be a YAML mapping of flag names to values")
+    recipe = read_mapping(path, "recipe")
     if "model_source" in recipe:
         raise UserError(
             f"{path} is the record of a run and no recipe: it names what the flags became; give --recipe the file that "

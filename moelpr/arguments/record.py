@@ -5,8 +5,6 @@ from typing import Any
 
 import torch
 
-RECORD_FILE = "recipe.yaml"
-
 
 def resolved_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Every flag of the run with its final value, as plain YAML types."""

@@ -9,14 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from moelpr.arguments.flags import Parser, did_you_mean, split_words
 from moelpr.arguments.recipe import as_words, read_recipe
-from moelpr.arguments.record import RECORD_FILE
-from moelpr.checkpoint_chain import TRACKER_FILE, step_folder
+from moelpr.checkpoints import step_folder
 from moelpr.errors import UserError
 from moelpr.model_spec import ModelSpec
+from moelpr.run_folder import RECIPE_FILE, TRACKER_FILE
+from moelpr.yaml_files import read_mapping
 
 # Where our default differs from Megatron's: the models this trainer starts from were trained without dropout, and a
 # validation pass happens only when it is asked for.
@@ -155,16 +154,8 @@ def _read_record(folder: Path, step: int | None) -> dict[str, Any] | None:
         places = [step_folder(folder, step), folder]
     except UserError:
         places = [folder]  # a step that is gone is another check's complaint
-    path = next((place / RECORD_FILE for place in places if (place / RECORD_FILE).is_file()), None)
-    if path is None:
-        return None
-    try:
-        record = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}, the record of the run, is damaged: {error}".replace("\n", " ")) from error
-    if not isinstance(record, dict):
-        raise UserError(f"{path}, the record of the run, is damaged: it is no YAML mapping")
-    return record
+    path = next((place / RECIPE_FILE for place in places if (place / RECIPE_FILE).is_file()), None)
+    return None if path is None else read_mapping(path, "record of the run")
 
 
 def shape_of(spec: ModelSpec) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from moelpr.data.dataset import TokenIds
 from moelpr.data.language_bits import LanguageBits, language_bits_path
 from moelpr.errors import UserError
+from moelpr.run_folder import HF_FOLDER
 
 
 def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
@@ -56,7 +57,7 @@ def _refuse_without_original_tokens(blend: tuple | None, blend_per_split: list[t
 
 def _token_ids(args: argparse.Namespace) -> TokenIds:
     """The model's vocabulary; the end-of-document id matters only to --eod-mask-loss."""
-    eod = _eos_token_id(Path(args.model_source) / "hf" / "config.json")
+    eod = _eos_token_id(Path(args.model_source) / HF_FOLDER / "config.json")
     if args.eod_mask_loss and eod is None:
         raise UserError(
             "--eod-mask-loss needs to know where documents end, but the model's config.json says no eos_token_id; "

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from moelpr.evaluate.bootstrap import Estimate
-from moelpr.evaluate.languages import language_name
+from moelpr.languages import language_name
 from moelpr.report.svg import INK, MUTED, PAGE, RULE, Drawing, text_width, ticks
 
 ROW, GAP, MARK = 18, 10, 8

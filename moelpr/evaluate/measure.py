@@ -5,9 +5,9 @@ Both read the same parts: whichever comes second in an output folder has nothing
 
 from dataclasses import dataclass
 
+from moelpr.documents import read_documents
 from moelpr.evaluate.arguments import TextJob
 from moelpr.evaluate.compare import ModelResult, compare_models
-from moelpr.evaluate.documents import read_documents
 from moelpr.evaluate.models import choose_device, read_max_positions
 from moelpr.evaluate.parts import Parts
 from moelpr.evaluate.perplexity import LanguageScore, Settings

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moelpr.compat import cpu, megatron_fixes
 from moelpr.errors import UserError
 from moelpr.evaluate.models import LoadedModel, choose_device, load_tokenizer
+from moelpr.megatron_patches import cpu, megatron_fixes
 from moelpr.model_spec import ModelSpec
-
-HF_FOLDER = "hf"  # where converter and trainer keep the tokenizer
+from moelpr.run_folder import HF_FOLDER
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from moelpr.checkpoint_chain import checkpoint_chain
+from moelpr.checkpoints import checkpoint_chain
 from moelpr.errors import UserError
 from moelpr.evaluate.models import is_megatron
 from moelpr.files import atomic_file
+from moelpr.run_folder import HF_FOLDER
 
 FORMAT_VERSION = 1
 FOLDER = "parts"
@@ -60,7 +61,7 @@ def fingerprint_text(documents: Sequence[str]) -> str:
 def fingerprint_model(directory: Path) -> str:
     """Changes when one of the model's files is written anew: names, sizes, times; weights are too large to be read."""
     if is_megatron(directory):
-        folders = [directory / "hf", *checkpoint_chain(directory)]
+        folders = [directory / HF_FOLDER, *checkpoint_chain(directory)]
         files = [directory / "model_spec.json", *(file for folder in folders for file in folder.rglob("*"))]
     else:
         files = [file for file in directory.iterdir() if file.suffix != ".md"]

@@ -2,8 +2,8 @@
 
 from collections.abc import Collection, Mapping, Sequence
 
-from moelpr.evaluate.languages import language_name
 from moelpr.evaluate.routing import Routing
+from moelpr.languages import language_name
 from moelpr.report.svg import INK, MUTED, Drawing, sequential_colour
 
 CELL_WIDTH, CELL_HEIGHT = 58, 22

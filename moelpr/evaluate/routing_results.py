@@ -6,11 +6,11 @@ from typing import Any
 
 from moelpr.errors import UserError
 from moelpr.evaluate.arguments import TextJob
-from moelpr.evaluate.languages import language_name
 from moelpr.evaluate.measure import Measured
 from moelpr.evaluate.routing import BrokenPrior, Routing, broken_priors
 from moelpr.evaluate.routing_maps import expert_maps, language_map
 from moelpr.evaluate.tables import Table
+from moelpr.languages import language_name
 from moelpr.report.svg import Drawing
 
 # Table and map of a number per layer and language: name -> title, caption.

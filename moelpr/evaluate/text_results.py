@@ -8,9 +8,9 @@ from moelpr.evaluate.arguments import TextJob
 from moelpr.evaluate.bootstrap import METRICS, Estimate, estimates, mean
 from moelpr.evaluate.change_picture import change_picture
 from moelpr.evaluate.compare import group_means
-from moelpr.evaluate.languages import language_name
 from moelpr.evaluate.measure import Measured
 from moelpr.evaluate.tables import Table
+from moelpr.languages import language_name
 from moelpr.report.svg import Drawing
 
 

@@ -12,8 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from checkpoint_convert.hf_to_mcore import layer_list
 from moelpr.errors import UserError, run_command
+from moelpr.families.base_model import layer_list
 from moelpr.plan.candidates import GIB, Candidate, Cluster, fitting
 from moelpr.plan.memory import RankMemory, Run
 from moelpr.plan.model import model_parts, upcycled_spec

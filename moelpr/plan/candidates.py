@@ -7,7 +7,7 @@ from moelpr.errors import UserError
 from moelpr.model_spec import ModelSpec
 from moelpr.plan.layouts import Layout, legal_layouts
 from moelpr.plan.memory import RankMemory, Run, stage_memories
-from moelpr.plan.parts import Part
+from moelpr.plan.parts import PartSize
 from moelpr.plan.ranking import preference, relative_time
 from moelpr.plan.traffic import Traffic, expert_traffic
 
@@ -42,7 +42,7 @@ class Candidate:
         return max(self.stages, key=lambda rank: rank.total_bytes)
 
 
-def fitting(spec: ModelSpec, parts: Sequence[Part], run: Run, cluster: Cluster) -> list[Candidate]:
+def fitting(spec: ModelSpec, parts: Sequence[PartSize], run: Run, cluster: Cluster) -> list[Candidate]:
     """The layouts whose fullest rank fits, best first.
 
     Raises:
@@ -60,7 +60,9 @@ def fitting(spec: ModelSpec, parts: Sequence[Part], run: Run, cluster: Cluster) 
     )
 
 
-def _candidates(spec: ModelSpec, parts: Sequence[Part], run: Run, gpus: int, gpus_per_node: int) -> Iterator[Candidate]:
+def _candidates(
+    spec: ModelSpec, parts: Sequence[PartSize], run: Run, gpus: int, gpus_per_node: int
+) -> Iterator[Candidate]:
     batch_unit = run.global_batch_size // run.micro_batch_size
     for layout in legal_layouts(spec, gpus, gpus_per_node, batch_unit, run.seq_length):
         memories, traffic = stage_memories(spec, parts, layout, run), expert_traffic(spec, layout, run)
@@ -96,7 +98,9 @@ def _no_layout(spec: ModelSpec, run: Run, cluster: Cluster) -> str:
     )
 
 
-def _fits_nowhere(spec: ModelSpec, parts: Sequence[Part], run: Run, cluster: Cluster, found: list[Candidate]) -> str:
+def _fits_nowhere(
+    spec: ModelSpec, parts: Sequence[PartSize], run: Run, cluster: Cluster, found: list[Candidate]
+) -> str:
     least = min(candidate.fullest.total_bytes for candidate in found) / GIB
     remedy = f"give --gpu-memory-gib {_round_up(least + cluster.reserve_gib):g} or more"
     for gpus in _cluster_sizes(cluster.gpus_per_node):

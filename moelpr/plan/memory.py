@@ -43,11 +43,9 @@ from typing import Literal
 
 from moelpr.model_spec import ModelSpec, MoeSpec
 from moelpr.plan.layouts import Layout
-from moelpr.plan.parts import Kind, Part, padded_vocabulary
+from moelpr.plan.parts import PartSize, padded_vocabulary
+from moelpr.stages import MoeStage, Part, trained_parts
 
-TRAINED = {"stage1": (Kind.ROUTER, Kind.NEW_EXPERTS), "stage2": (Kind.ROUTER,)}
-
-Stage = Literal["stage1", "stage2"]
 WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
 GRADIENT_BYTES = 4
 MOMENT_BYTES = 8
@@ -94,7 +92,7 @@ class Routing:
 class Run:
     """What is trained, on how much text at once, and in which numbers."""
 
-    stage: Stage
+    stage: MoeStage
     seq_length: int
     micro_batch_size: int
     global_batch_size: int
@@ -124,21 +122,21 @@ class RankMemory:
 
 
 def stage_memories(
-    spec: ModelSpec, parts: Sequence[Part], layout: Layout, run: Run, routing: Routing | None = None
+    spec: ModelSpec, parts: Sequence[PartSize], layout: Layout, run: Run, routing: Routing | None = None
 ) -> list[RankMemory]:
     """A rank of each pipeline stage; all ranks of a stage are alike. `routing`: uniform unless given."""
     return [_rank_memory(spec, parts, layout, run, stage, routing) for stage in range(layout.pp)]
 
 
 def _rank_memory(
-    spec: ModelSpec, parts: Sequence[Part], layout: Layout, run: Run, pp_rank: int, routing: Routing | None
+    spec: ModelSpec, parts: Sequence[PartSize], layout: Layout, run: Run, pp_rank: int, routing: Routing | None
 ) -> RankMemory:
     held = held_on_stage(spec, parts, layout, pp_rank)
-    trained = {kind: numel for kind, numel in held.items() if kind in TRAINED[run.stage]}
+    trained = {part: numel for part, numel in held.items() if part in trained_parts(run.stage)}
     trainable = sum(trained.values())
     optimizer_bytes = 0
-    for kind, numel in trained.items():
-        replicas = layout.expert_dp if kind is Kind.NEW_EXPERTS else layout.dp
+    for part, numel in trained.items():
+        replicas = layout.expert_dp if part is Part.NEW_EXPERTS else layout.dp
         share = math.ceil(numel / replicas) if layout.distributed_optimizer else numel
         optimizer_bytes += share * (MASTER_BYTES[run.dtype] + MOMENT_BYTES)
     activations = _Activations(spec, layout, run, routing)
@@ -153,41 +151,42 @@ def _rank_memory(
     )
 
 
-def held_on_stage(spec: ModelSpec, parts: Sequence[Part], layout: Layout, pp_rank: int) -> dict[Kind, int]:
-    """Parameters on one rank of a pipeline stage, by kind; the vocabulary padded as the trainer pads it."""
+def held_on_stage(spec: ModelSpec, parts: Sequence[PartSize], layout: Layout, pp_rank: int) -> dict[Part, int]:
+    """Parameters on one rank of a pipeline stage, by part; the vocabulary padded as the trainer pads it."""
     is_tied = not spec.megatron_args["untie_embeddings_and_output_weights"]
     is_first, is_last = pp_rank == 0, pp_rank == layout.pp - 1
     layers = _layers_of_stage(spec, layout, pp_rank)
     vocab_size = spec.megatron_args["vocab_size"]
-    held: dict[Kind, int] = {}
-    for part in parts:
-        kind, numel = part.kind, part.numel
-        if part.layer is not None:
-            is_here = part.layer in layers
-        elif kind is Kind.EMBEDDING:
+    held: dict[Part, int] = {}
+    for size in parts:
+        part, numel = size.part, size.numel
+        if size.layer is not None:
+            is_here = size.layer in layers
+        elif part is Part.EMBEDDING:
             is_here = is_first or (is_last and is_tied)
         else:
             is_here = is_last
         if not is_here:
             continue
-        if kind in (Kind.EMBEDDING, Kind.OUTPUT):
+        if part in (Part.EMBEDDING, Part.OUTPUT_LAYER):
             numel = numel // vocab_size * padded_vocabulary(vocab_size, layout.tp)
-        assert numel % divisor(kind, layout) == 0, (kind, numel, layout)
-        held[kind] = held.get(kind, 0) + numel // divisor(kind, layout)
+        assert numel % divisor(part, layout) == 0, (part, numel, layout)
+        held[part] = held.get(part, 0) + numel // divisor(part, layout)
     return held
 
 
-def divisor(kind: Kind, layout: Layout) -> int:
-    """Over how many ranks of a stage a layout divides the tensors of a kind."""
+def divisor(part: Part, layout: Layout) -> int:
+    """The number of ranks of a pipeline stage that share the tensors of a part."""
     return {
-        Kind.EMBEDDING: layout.tp,
-        Kind.OUTPUT: layout.tp,
-        Kind.TENSOR_PARALLEL: layout.tp,
-        Kind.ORIGINAL_EXPERTS: layout.etp,
-        Kind.NEW_EXPERTS: layout.ep * layout.etp,
-        Kind.ROUTER: 1,
-        Kind.REPLICATED: 1,
-    }[kind]
+        Part.EMBEDDING: layout.tp,
+        Part.OUTPUT_LAYER: layout.tp,
+        Part.ATTENTION: layout.tp,
+        Part.DENSE_FFN: layout.tp,
+        Part.ORIGINAL_EXPERTS: layout.etp,
+        Part.NEW_EXPERTS: layout.ep * layout.etp,
+        Part.ROUTER: 1,
+        Part.NORM: 1,
+    }[part]
 
 
 def _layers_of_stage(spec: ModelSpec, layout: Layout, pp_rank: int) -> range:

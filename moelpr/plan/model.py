@@ -4,11 +4,11 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from checkpoint_convert.base_model import read_base, with_new_experts
-from checkpoint_convert.families import family_named
-from checkpoint_convert.tables import pieces
+from moelpr.families.base_model import read_base, with_new_experts
+from moelpr.families.families import family_named
+from moelpr.families.tables import pieces
 from moelpr.model_spec import ModelSpec
-from moelpr.plan.parts import Part, parts_of
+from moelpr.plan.parts import PartSize, parts_of
 
 
 def upcycled_spec(
@@ -24,7 +24,7 @@ def upcycled_spec(
     return replace(spec, dtype="bfloat16")
 
 
-def model_parts(spec: ModelSpec) -> tuple[Part, ...]:
+def model_parts(spec: ModelSpec) -> tuple[PartSize, ...]:
     """The model's tensors, counted in the name table of its family."""
     table = family_named(spec.family).table
     return parts_of((piece.key, sum(math.prod(shape) for shape in piece.hf_shapes)) for piece in pieces(table, spec))

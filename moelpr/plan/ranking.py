@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from moelpr.model_spec import ModelSpec
 from moelpr.plan.layouts import Layout, leaves_node
 from moelpr.plan.memory import Run
-from moelpr.plan.parts import Kind, Part
+from moelpr.plan.parts import PartSize
+from moelpr.stages import Part
 
 
 def bubble(layout: Layout, num_microbatches: int) -> float:
@@ -13,21 +14,21 @@ def bubble(layout: Layout, num_microbatches: int) -> float:
     return (layout.pp - 1) / (num_microbatches + layout.pp - 1)
 
 
-def relative_time(spec: ModelSpec, parts: Sequence[Part], layout: Layout, run: Run) -> float:
+def relative_time(spec: ModelSpec, parts: Sequence[PartSize], layout: Layout, run: Run) -> float:
     """Time of a step over that of the same arithmetic without recompute and bubble; communication is left out.
 
     Counts the multiplications by weights: all of them forward, again for the gradient of the input, and for the
     gradient of the weight in what trains (of new experts; a router is nothing beside them).
     """
     assert spec.moe is not None
-    numel = dict.fromkeys(Kind, 0)
-    for part in parts:
-        numel[part.kind] += part.numel
-    one_expert = numel[Kind.ORIGINAL_EXPERTS] / spec.moe.num_original_experts  # in every MoE layer
+    numel = dict.fromkeys(Part, 0)
+    for size in parts:
+        numel[size.part] += size.numel
+    one_expert = numel[Part.ORIGINAL_EXPERTS] / spec.moe.num_original_experts  # in every MoE layer
     experts = spec.moe.topk * one_expert  # all have the same size, and every token passes K of them
     new_experts = experts * spec.moe.num_new_experts / spec.moe.num_experts
-    others = numel[Kind.TENSOR_PARALLEL]
-    output = numel[Kind.OUTPUT] or numel[Kind.EMBEDDING]
+    others = numel[Part.ATTENTION] + numel[Part.DENSE_FFN]
+    output = numel[Part.OUTPUT_LAYER] or numel[Part.EMBEDDING]
     once = 2 * (experts + others + output) + (new_experts if run.stage == "stage1" else 0)
     again = {"none": 0, "selective": experts, "full": experts + others}[layout.recompute]
     return (once + again) / once / (1 - bubble(layout, run.num_microbatches(layout)))

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moelpr.report.run_metrics import mean_of
 from moelpr.report.svg import MARKERS, MUTED, RULE, SERIES, Drawing, text_width, tick_label, ticks
+from moelpr.run_metrics import mean_of
 
 MAX_POINTS = 400  # of a curve: a long run's report stays small
 _DASHES = (None, "7 3", "2 3", "9 3 2 3", "4 2", "1 2", "12 4", "6 2 2 2")

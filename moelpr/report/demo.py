@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from moelpr.errors import UserError
-from moelpr.evaluate.languages import language_name
 from moelpr.files import atomic_file
+from moelpr.languages import language_name
 
 MODELS = ("base", "full_finetune", "stage1", "stage2")
 STAGES = ("stage1", "stage2")
@@ -197,8 +197,8 @@ def write_report(run_dir: Path, report: Report) -> Path:
 def write_pages(run_dir: Path, report: Report) -> Path:
     """Write report.html and report.md alone, with the loss curves as they stand now in the runs' metrics.jsonl."""
     from moelpr.report.demo_document import demo_document
-    from moelpr.report.run_metrics import read_metrics
     from moelpr.report.write import write_document
+    from moelpr.run_metrics import read_metrics
 
     metrics = {
         model: read_metrics(run_dir / path) for model, path in report.metrics.items() if (run_dir / path).exists()

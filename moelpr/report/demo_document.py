@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-from moelpr.evaluate.languages import language_name
+from moelpr.languages import language_name
 from moelpr.report.curves import Curve, column, line_chart, thinning_note
 from moelpr.report.demo import (
     CHECK_LIMITS,

@@ -2,7 +2,7 @@
 
 import math
 
-from moelpr.evaluate.languages import language_name
+from moelpr.languages import language_name
 from moelpr.report.demo import MODELS, Report, percent
 from moelpr.report.svg import INK, MUTED, PAGE, RULE, Drawing, text_width, ticks
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from moelpr.evaluate.languages import language_name
+from moelpr.languages import language_name
 from moelpr.report.document import Block, Cell, Row, Table, Text
 from moelpr.report.evaluation import Estimate, Evaluation
 from moelpr.report.runs import Run

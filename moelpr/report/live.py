@@ -19,8 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from moelpr.errors import UserError
-from moelpr.report.run_metrics import Record
 from moelpr.report.runs import Run, read_run
+from moelpr.run_folder import FINISHED_FILE, METRICS_FILE
+from moelpr.run_metrics import Record
 
 _BARS = "▁▂▃▄▅▆▇█"
 _VALUES = {
@@ -159,18 +160,18 @@ def line(record: Record) -> str:
 
 def _read(folder: Path) -> tuple[int, Run]:
     """The run, and where its file ended before it was read: what follows may be known already, but none is missed."""
-    metrics_file = folder / "metrics.jsonl"
+    metrics_file = folder / METRICS_FILE
     position = metrics_file.stat().st_size if metrics_file.exists() else 0
     return position, read_run(folder)
 
 
 def follow(run: Run, position: int, interval_s: float) -> Iterator[list[Record]]:
     """Records after `position` bytes, as they come, none where there are none, until the run is finished."""
-    path = run.folder / "metrics.jsonl"
+    path = run.folder / METRICS_FILE
     with path.open("rb") as file:
         file.seek(_after_last_line(file, position))
         while True:
-            is_finished = (run.folder / "FINISHED").exists()  # looked for first: what came before it is read below
+            is_finished = (run.folder / FINISHED_FILE).exists()  # looked for first: what came before it is read below
             if path.stat().st_ino != _inode(file) or path.stat().st_size < file.tell():
                 return  # a resumed run has written the file anew
             yield list(_new_records(file))
@@ -213,7 +214,7 @@ def _draw(run: Run, position: int, console: Console, interval_s: float) -> None:
                 for record in records:
                     view.add(record)
                 live.update(view.drawing(), refresh=True)
-            if (run.folder / "FINISHED").exists():
+            if (run.folder / FINISHED_FILE).exists():
                 return
             position, run = _read(run.folder)
 
@@ -224,7 +225,7 @@ def _write_lines(run: Run, position: int, interval_s: float) -> None:
         for records in follow(run, position, interval_s):
             for record in records:
                 print(line(record), flush=True)
-        if (run.folder / "FINISHED").exists():
+        if (run.folder / FINISHED_FILE).exists():
             return
         position, run = _read(run.folder)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
-from moelpr.evaluate.languages import language_name
+from moelpr.languages import language_name
 from moelpr.report.curves import Curve, column, line_chart, thinning_note
 from moelpr.report.document import (
     Block,
@@ -25,8 +25,8 @@ from moelpr.report.document import (
 from moelpr.report.evaluation import Evaluation
 from moelpr.report.language_table import held_out_results, language_table, summary
 from moelpr.report.routing_picture import Panel, layer_names, routing_pictures, routing_table
-from moelpr.report.run_metrics import Record
 from moelpr.report.runs import ENDS, Run
+from moelpr.run_metrics import Record
 
 MAX_WARNINGS = 30
 GROUPS = {"original": "original languages", "expanded": "expanded languages"}

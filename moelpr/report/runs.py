@@ -1,16 +1,14 @@
 """What a run's folder says about it, while it goes on and afterwards."""
 
-import json
 import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from moelpr.errors import UserError
-from moelpr.report.run_metrics import Record, RunMetrics, read_run_metrics
+from moelpr.run_folder import COMMAND_FILE, FINISHED_FILE, METRICS_FILE, VERSIONS_FILE, read_json, read_settings
+from moelpr.run_metrics import Record, RunMetrics, read_run_metrics
 
 ENDS = 50  # steps at the start and the end of a run whose values per layer are kept
 _STALE_S = 600.0  # a run that wrote nothing for so long, and for 20 of its steps, has stopped
@@ -83,35 +81,19 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """Raises UserError where the folder holds no metrics.jsonl, or one that is damaged."""
-    metrics_file = folder / "metrics.jsonl"
+    metrics_file = folder / METRICS_FILE
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; give the folder of a run, what --save named")
     if not metrics_file.exists():
         raise UserError(f"{folder} holds no metrics.jsonl; give the folder of a run that has made its first step")
-    command = _json(folder / "command.json")
+    command = read_json(folder / COMMAND_FILE) or {}
     return Run(
         folder,
         read_run_metrics(metrics_file, layers_at_ends=ENDS),
-        settings=_yaml(folder / "recipe.yaml"),
-        versions=_json(folder / "versions.json"),
+        settings=read_settings(folder) or {},
+        versions=read_json(folder / VERSIONS_FILE) or {},
         arguments=[str(word) for word in command.get("arguments", [])],
         num_ranks=command.get("num_ranks"),
-        is_finished=(folder / "FINISHED").exists(),
+        is_finished=(folder / FINISHED_FILE).exists(),
         last_record_age_s=time.time() - metrics_file.stat().st_mtime,
     )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -7,6 +7,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from moelpr.data.manifest import Manifest
 from moelpr.data.tokenizer import load_tokenizer
 from moelpr.errors import UserError
+from moelpr.run_folder import HF_FOLDER
 
 MAX_TOKENS = 1_000_000  # that are decoded where no manifest has the count: two seconds
 
@@ -16,7 +17,7 @@ def bytes_per_token(prefix: str, model_folder: str) -> float | None:
 
     None where neither is there. Tokens that end a document stand for no bytes, but they are predicted, so they count.
     """
-    return _of_manifest(prefix) or _of_decoded(prefix, Path(model_folder) / "hf")
+    return _of_manifest(prefix) or _of_decoded(prefix, Path(model_folder) / HF_FOLDER)
 
 
 def _of_manifest(prefix: str) -> float | None:

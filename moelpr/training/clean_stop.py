@@ -20,8 +20,9 @@ from multiprocessing import util
 from pathlib import Path
 from types import FrameType
 
+from moelpr.run_folder import FINISHED_FILE, STOP_FILE, TRACKER_FILE
+
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
-STOP_FILE, FINISHED_FILE = "STOP", "FINISHED"
 
 
 class StopRequest:
@@ -141,7 +142,7 @@ def _last_step(args: argparse.Namespace) -> int | None:
 
 
 def _saved_step(save: Path) -> int | None:
-    tracker = save / "latest_checkpointed_iteration.txt"
+    tracker = save / TRACKER_FILE
     text = tracker.read_text().strip() if tracker.is_file() else ""
     return int(text) if text.isdecimal() else None
 

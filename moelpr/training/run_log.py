@@ -16,9 +16,8 @@ from megatron.training.global_vars import get_wandb_writer
 from tqdm import tqdm
 
 from moelpr.files import atomic_file
+from moelpr.run_folder import METRICS_FILE
 from moelpr.training.early_warnings import EarlyWarnings, Warning
-
-METRICS_FILE = "metrics.jsonl"
 
 
 class RunLog:

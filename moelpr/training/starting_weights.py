@@ -15,9 +15,10 @@ from megatron.training import print_rank_0
 from megatron.training.checkpointing import _load_global_dist_base_checkpoint
 from megatron.training.models.gpt import GPTModel
 
-from moelpr.checkpoint_chain import FILE_NAME, RELEASE, BaseCheckpoint, checkpoint_chain, checksum, verify_chain
+from moelpr.checkpoints import RELEASE, BaseCheckpoint, checkpoint_chain, checksum, verify_chain
 from moelpr.errors import UserError
 from moelpr.model.weights import load_weights, save_trained_only
+from moelpr.run_folder import BASE_CHECKPOINT_FILE
 
 LoadHook = Callable[[list[GPTModel]], None]
 
@@ -34,7 +35,7 @@ def starting_weights(args: argparse.Namespace) -> LoadHook:
     if args.save_trained_only:
         if args.is_resumed and len(links) == 1:
             raise UserError(
-                f"{source} was saved with --save-trained-only, but its {FILE_NAME} is gone; bring it back from a copy"
+                f"{source} was saved with --save-trained-only, but its {BASE_CHECKPOINT_FILE} is missing; restore it"
             )
 
     def load(chunks: list[GPTModel]) -> None:
@@ -78,6 +79,6 @@ def _note_base(save: Path, source: Path, links: list[Path], args: argparse.Names
     if torch.distributed.get_rank() > 0 or base == BaseCheckpoint.read(save):
         return
     if base is None:
-        (save / FILE_NAME).unlink()
+        (save / BASE_CHECKPOINT_FILE).unlink()
     else:
         base.write(save)

@@ -21,12 +21,12 @@ from moelpr.data.dataset_config import dataset_config
 from moelpr.data.epoch_table import epoch_table
 from moelpr.model.builder import block_spec
 from moelpr.model.config import MoELPRConfig
-from moelpr.model.stages import freeze, parameter_report
+from moelpr.model.freezing import freeze, parameter_report
 from moelpr.model.vocabulary import mask_padding
 from moelpr.training import clean_stop, metrics, not_a_number, validation
 from moelpr.training.clean_stop import StopRequest
 from moelpr.training.forward_step import forward_step
-from moelpr.training.run_folder import run_folder
+from moelpr.training.run_records import run_folder
 from moelpr.training.starting_weights import LoadHook, starting_weights
 
 

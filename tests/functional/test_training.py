@@ -60,7 +60,7 @@ def model_tensors(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def whole_model(run: Path, iteration: int) -> dict[str, torch.Tensor]:
     """The model's tensors, from the run's base where the run saved only what it trained."""
     from checkpoint_convert.torch_dist import TorchDistReader
-    from moelpr.checkpoint_chain import checkpoint_chain
+    from moelpr.checkpoints import checkpoint_chain
 
     readers = [TorchDistReader(link) for link in reversed(checkpoint_chain(run, iteration))]
     return model_tensors({key: reader.read(key) for reader in readers for key in reader.keys})

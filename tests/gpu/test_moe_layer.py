@@ -27,7 +27,7 @@ SPEC = ModelSpec("qwen2", "bfloat16", SHAPE, MoeSpec(num_new_experts=4, topk=2, 
 
 @pytest.fixture(scope="module", autouse=True)
 def megatron() -> Iterator[None]:
-    from moelpr.compat import megatron_fixes
+    from moelpr.megatron_patches import megatron_fixes
     from moelpr.model.loading import single_process
 
     megatron_fixes.install()

@@ -78,7 +78,7 @@ def metrics(run: Path) -> list[dict]:
 def last_checkpoint(run: Path) -> dict[str, torch.Tensor]:
     """Every tensor of model and optimizer."""
     from checkpoint_convert.torch_dist import TorchDistReader
-    from moelpr.checkpoint_chain import step_folder
+    from moelpr.checkpoints import step_folder
 
     reader = TorchDistReader(step_folder(run))
     return {key: reader.read(key) for key in reader.keys}

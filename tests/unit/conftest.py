@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from moelpr.compat import cpu, megatron_fixes
+from moelpr.megatron_patches import cpu, megatron_fixes
 from moelpr.model_spec import ModelSpec, MoeSpec
 
 SHAPE = {

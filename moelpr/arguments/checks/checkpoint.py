@@ -5,8 +5,9 @@ from pathlib import Path
 
 from moelpr.arguments.checks.run import Run
 from moelpr.arguments.method import MOE_STAGES
-from moelpr.checkpoint_chain import TRACKER_FILE, step_folder
+from moelpr.checkpoints import step_folder
 from moelpr.errors import UserError
+from moelpr.run_folder import TRACKER_FILE
 
 # Parts of the model's description that training may change.
 _FREE_SHAPE = ("attention_dropout", "hidden_dropout", "init_method_std")

@@ -13,6 +13,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from moelpr.arguments.checks.run import Run
 from moelpr.data.manifest import Likeness, Manifest, TokenizerRecord, compare_tokenizers, manifest_path
 from moelpr.errors import UserError
+from moelpr.run_folder import HF_FOLDER
 
 _DATA = ("data_path", "data_args_path", "train_data_path", "per_split_data_args_path")
 
@@ -125,7 +126,7 @@ def _tokenizers(run: Run) -> Iterable[tuple[str, Likeness | UserError | None]]:
         if manifest is None:
             yield prefix, None
             continue
-        yield prefix, _likeness(json.dumps(asdict(manifest.tokenizer)), run.checkpoint / "hf")
+        yield prefix, _likeness(json.dumps(asdict(manifest.tokenizer)), run.checkpoint / HF_FOLDER)
 
 
 @functools.cache

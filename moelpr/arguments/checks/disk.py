@@ -7,12 +7,13 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from checkpoint_convert.families import family_named
-from checkpoint_convert.tables import pieces
 from moelpr.arguments.checks.run import Run
+from moelpr.families.families import family_named
+from moelpr.families.tables import pieces
 from moelpr.model_spec import ModelSpec
-from moelpr.plan.memory import MASTER_BYTES, MOMENT_BYTES, TRAINED, WEIGHT_BYTES
+from moelpr.plan.memory import MASTER_BYTES, MOMENT_BYTES, WEIGHT_BYTES
 from moelpr.plan.parts import parts_of
+from moelpr.stages import trained_parts
 
 
 def the_folder_to_save_in_can_be_written(run: Run) -> Iterable[str]:
@@ -50,15 +51,15 @@ def checkpoint_bytes(args: argparse.Namespace, spec: ModelSpec) -> int:
     tensors = ((piece.key, math.prod(shape)) for piece in pieces(family_named(spec.family).table, spec)
                for shape in piece.hf_shapes)  # fmt: skip
     dtype = "bf16" if args.bf16 or args.fp16 else "fp32"
-    trains_all = args.stage not in TRAINED or args.train_everything
+    trained = trained_parts(args.stage or "dense", args.train_everything)
     # The distributed optimizer writes a copy of fp32 weights too.
     master = MASTER_BYTES["bf16" if args.use_distributed_optimizer else dtype]
     state = 0 if args.no_save_optim else master + MOMENT_BYTES
     total = 0
-    for part in parts_of(tensors):
-        is_trained = trains_all or part.kind in TRAINED[args.stage]
+    for size in parts_of(tensors):
+        is_trained = size.part in trained
         weights = 0 if args.save_trained_only and not is_trained else WEIGHT_BYTES[dtype]
-        total += part.numel * (weights + (state if is_trained else 0))
+        total += size.numel * (weights + (state if is_trained else 0))
     return total
 
 

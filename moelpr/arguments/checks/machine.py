@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from moelpr.arguments import machine
 from moelpr.arguments.checks.run import Run
-from moelpr.compat import cpu
+from moelpr.megatron_patches import cpu
 
 # What torch.nn.functional.grouped_mm asks of a row in bf16 on a GPU: 16 bytes.
 _ALIGNMENT = 8

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from moelpr.arguments.checks.run import Layout, Run
-from moelpr.checkpoint_chain import TRACKER_FILE
 from moelpr.errors import UserError
 from moelpr.model_spec import ModelSpec
+from moelpr.run_folder import TRACKER_FILE
 
 # The table: what has to be the same before and now for optimizer state to load, by the format it was saved in. What is
 # not named may change: the number of processes, and every size for the first two formats.

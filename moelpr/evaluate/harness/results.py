@@ -7,8 +7,8 @@ from typing import Any
 from moelpr.errors import UserError
 from moelpr.evaluate.harness.run import Scores
 from moelpr.evaluate.harness.tasks import Benchmark
-from moelpr.evaluate.languages import language_name
 from moelpr.evaluate.tables import Table
+from moelpr.languages import language_name
 from moelpr.report.svg import Drawing
 
 GROUPS = ("expanded", "original")

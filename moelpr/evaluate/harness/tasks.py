@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from moelpr.errors import UserError
+from moelpr.yaml_files import read_mapping
 
 PAPER_TASKS = Path(__file__).with_name("paper_tasks.yaml")
 # These are shares in the harness's results; others (chrf, bleu) go from 0 to 100 already.
@@ -35,11 +34,11 @@ def read_benchmarks(path: Path, languages: Sequence[str]) -> list[Benchmark]:
     Raises UserError for a file that is no such table, and where nothing is left.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_mapping(path, "table of tasks")
         table = [_benchmark(name, entry, languages) for name, entry in content.items()]
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); give a table of tasks") from error
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except UserError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = str(error).replace("\n", " ")
         raise UserError(
             f"{path} is no table of tasks ({reason}); each benchmark needs num_fewshot, metric and tasks, as in "

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moelpr.compat import cpu, megatron_fixes
 from moelpr.errors import UserError
+from moelpr.megatron_patches import cpu, megatron_fixes
 from moelpr.model_spec import ModelSpec
 
 cpu.install()

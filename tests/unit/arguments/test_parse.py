@@ -92,7 +92,7 @@ def test_no_check_stumbles_over_nonsense_elsewhere(make_run, data: st.DataObject
 def test_a_missing_recipe_hides_no_other_mistake_and_invents_none(upcycled: str, refused) -> None:
     said = refused("stage1", upcycled, "--recipe", "nowhere.yaml", "--reset-attention-mask", steps=[], with_data=False)
     assert len(said) == 2
-    assert said[0].startswith("the recipe nowhere.yaml can't be read: No such file")
+    assert "recipe nowhere.yaml" in said[0]
     assert said[1].startswith("--reset-attention-mask has no effect")
 
 

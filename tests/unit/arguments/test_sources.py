@@ -30,7 +30,7 @@ def test_a_damaged_spec_hides_no_other_mistake(upcycled: str, refused) -> None:
 def test_a_damaged_record_of_a_run_is_said(upcycled: str, refused, content: str) -> None:
     (Path(upcycled) / "recipe.yaml").write_text(content)
     (said,) = refused("stage1", upcycled)
-    assert said.startswith(f"{upcycled}/recipe.yaml, the record of the run, is damaged")
+    assert f"{upcycled}/recipe.yaml" in said
 
 
 def test_a_step_is_judged_by_what_it_was_trained_with(make_checkpoint, refused) -> None:

@@ -20,8 +20,8 @@ def spec() -> ModelSpec:
 
 def copy_weights(ours: torch.nn.Module, loop: torch.nn.Module, spec: ModelSpec) -> None:
     """By the exporter's name table, whose names the peer's modules have."""
-    from checkpoint_convert.families import family_named
-    from checkpoint_convert.tables import pieces, sizes_of
+    from moelpr.families.families import family_named
+    from moelpr.families.tables import pieces, sizes_of
 
     state, copied = ours.state_dict(), {}
     for piece in pieces(family_named(spec.family).table, spec):

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from checkpoint_convert.families import FAMILIES
 from checkpoint_convert.hf_to_mcore import hf_to_mcore
 from checkpoint_convert.mcore_to_hf import mcore_to_hf
 from checkpoint_convert.verify import max_abs_difference
 from moelpr.errors import UserError
+from moelpr.families.families import FAMILIES
 
 LLAMA3_ROPE = {
     "rope_theta": 500000.0,
@@ -69,7 +69,7 @@ def stock_logits(model) -> Tensor:
 
 
 def our_logits(folder: Path) -> Tensor:
-    from moelpr.compat import cpu, megatron_fixes
+    from moelpr.megatron_patches import cpu, megatron_fixes
 
     cpu.install()
     megatron_fixes.install()

@@ -45,7 +45,7 @@ def logits(folder: Path) -> Tensor:
 
 
 def our_logits(folder: Path) -> Tensor:
-    from moelpr.compat import cpu, megatron_fixes
+    from moelpr.megatron_patches import cpu, megatron_fixes
 
     cpu.install()
     megatron_fixes.install()

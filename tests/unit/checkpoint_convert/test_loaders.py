@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from checkpoint_convert.families import family_named
 from checkpoint_convert.hf_to_mcore import hf_to_mcore
 from checkpoint_convert.mcore_to_hf import mcore_to_hf
-from checkpoint_convert.tables import megatron_shape, pieces
 from checkpoint_convert.torch_dist import TorchDistReader, TorchDistWriter
 from checkpoint_convert.upcycling import Start
 from checkpoint_convert.verify import max_abs_difference
+from moelpr.families.families import family_named
+from moelpr.families.tables import megatron_shape, pieces
 from moelpr.model_spec import ModelSpec
 
 

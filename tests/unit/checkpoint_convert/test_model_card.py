@@ -13,12 +13,12 @@ from safetensors import safe_open
 
 from checkpoint_convert.adapter_to_mcore import adapter_to_mcore
 from checkpoint_convert.hf_to_mcore import hf_to_mcore
+from checkpoint_convert.history import read_history
 from checkpoint_convert.mcore_to_adapter import mcore_to_adapter
 from checkpoint_convert.mcore_to_hf import mcore_to_hf
-from checkpoint_convert.run_records import read_history
 from checkpoint_convert.upcycling import Start
 from checkpoint_convert.whole_checkpoint import whole_checkpoint
-from moelpr.checkpoint_chain import BaseCheckpoint
+from moelpr.checkpoints import BaseCheckpoint
 from moelpr.errors import UserError
 from moelpr.model_spec import ModelSpec
 

@@ -1,6 +1,5 @@
 """An interrupted conversion goes on and ends in the bytes of an unbroken one."""
 
-import fcntl
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from checkpoint_convert.megatron_folder import MegatronReader
 from checkpoint_convert.torch_dist import JOURNAL_FILE, TorchDistWriter
 from checkpoint_convert.upcycling import Start
 from moelpr.errors import UserError
+from moelpr.files import LOCK_FILE, locked
 
 Convert = Callable[[Path], object]
 
@@ -100,9 +100,6 @@ def test_a_source_that_changed_is_read_anew(conversions: dict[str, Convert], qwe
 def test_two_conversions_into_one_folder_do_not_mix(conversions: dict[str, Convert], tmp_path: Path) -> None:
     partial = tmp_path / ".out.partial"
     partial.mkdir()
-    other = os.open(partial, os.O_RDONLY)
-    fcntl.flock(other, fcntl.LOCK_EX)
-    with pytest.raises(UserError, match="another process is writing .*out; wait for it"):
+    with locked(partial / LOCK_FILE, "out"), pytest.raises(UserError, match="out"):
         conversions["import"](tmp_path / "out")
-    os.close(other)
     conversions["import"](tmp_path / "out")

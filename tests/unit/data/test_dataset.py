@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from moelpr.compat import cpu, megatron_fixes
 from moelpr.errors import UserError
+from moelpr.megatron_patches import cpu, megatron_fixes
 
 cpu.install()
 megatron_fixes.install()

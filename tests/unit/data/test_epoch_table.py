@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.compat import cpu, megatron_fixes
 from moelpr.data.manifest import FileRecord, LanguageCount, Manifest, TokenizerRecord
 from moelpr.errors import UserError
+from moelpr.megatron_patches import cpu, megatron_fixes
 
 cpu.install()
 megatron_fixes.install()

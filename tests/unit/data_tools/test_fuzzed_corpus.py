@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from data_tools import inspect_data
 from data_tools.corpus import Corpus
-from moelpr.compat import cpu, megatron_fixes
 from moelpr.data.manifest import Manifest, manifest_path
 from moelpr.errors import UserError
+from moelpr.megatron_patches import cpu, megatron_fixes
 
 cpu.install()
 megatron_fixes.install()

@@ -16,8 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from data_tools import merge_data, preprocess_data
 from data_tools.corpus import Corpus, CorpusPaths
-from data_tools.preprocessing import encoder, readers
-from data_tools.preprocessing.journal import Journal
+from data_tools.preprocessing import encoder, journal, readers
 from moelpr.data.tokenizer import load_tokenizer
 from moelpr.errors import UserError, run_command
 
@@ -354,7 +353,7 @@ def test_a_full_disk_ends_with_code_1_and_leaves_nothing(
     out.mkdir()
     lines = corpus_lines(tmp_path / "a.jsonl", 20_000)
     # The real thing: the unfinished .bin leads to the device that is always full.
-    monkeypatch.setattr(Journal, "_empty", lambda self: None)
+    monkeypatch.setattr(journal, "empty", lambda folder: None)
     (out / ".a.unfinished").mkdir()
     (out / ".a.unfinished" / "a_text_document.bin").symlink_to("/dev/full")
     with pytest.raises(SystemExit) as exit:

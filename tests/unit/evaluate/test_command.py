@@ -13,9 +13,9 @@ from moelpr.evaluate import __main__ as command
 from moelpr.evaluate import compare
 from moelpr.evaluate.compare import compare_models, group_means, markdown_table
 from moelpr.evaluate.generate import choose_prompt, continue_prompts
-from moelpr.evaluate.languages import language_name
 from moelpr.evaluate.models import load_model
 from moelpr.evaluate.perplexity import Settings, score, score_each
+from moelpr.languages import language_name
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_bad_arguments_are_one_sentence(monkeypatch, tmp_path, data, dense_dir):
     for arguments, complaint in [
         ((*model, "--model", dense_dir, *data), "names dense twice"),
         ((*model, "--data", "en.jsonl"), "no NAME=PATH"),
-        ((*model, "--data", f"en={tmp_path}/gone.jsonl"), "gone.jsonl cannot be read"),
+        ((*model, "--data", f"en={tmp_path}/gone.jsonl"), "gone.jsonl"),
         ((*model, *data, "--original-languages", "en,fr"), "names fr"),
         ((*model, *data, "--max-documents", 0), "at least 1"),
         ((*model, *data, "--sequence-length", 0), "at least 1"),

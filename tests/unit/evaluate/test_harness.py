@@ -171,8 +171,8 @@ def test_bad_tables_and_arguments_are_one_sentence(monkeypatch, tmp_path, dense_
         ((*model, "--languages", "en", "--original-languages", "fr"), "names fr"),
         ((*model, "--languages", "xx", "--original-languages", "xx"), "no task for xx"),
         ((*model, "--languages", "en", "--original-languages", "en", "--limit", 0), "--limit 0"),
-        ((*model, "--languages", "en", "--original-languages", "en", "--tasks", tmp_path / "no"), "cannot be read"),
-        ((*model, "--languages", "en", "--original-languages", "en", "--tasks", tmp_path / "list.yaml"), "no table"),
+        ((*model, "--languages", "en", "--original-languages", "en", "--tasks", tmp_path / "no"), "no: No such file"),
+        ((*model, "--languages", "en", "--original-languages", "en", "--tasks", tmp_path / "list.yaml"), "list.yaml"),
         ((*model, "--languages", "en", "--original-languages", "en", "--tasks", tmp_path / "half.yaml"), "'metric'"),
         (("--model", tmp_path, "--languages", "en", "--original-languages", "en"), "is no model"),
     ]:

@@ -78,8 +78,8 @@ def test_frozen_experts_pass_gradients_on_and_get_none(experts) -> None:
 
 def test_the_original_expert_keeps_no_input_for_a_weight_gradient(moe_spec: ModelSpec) -> None:
     """Frozen: its linear layers save nothing but their weights, and no gradient buffer is made for them."""
+    from moelpr.model.freezing import freeze
     from moelpr.model.loading import build_model
-    from moelpr.model.stages import freeze
 
     model = build_model(moe_spec)
     freeze([model], "stage1")

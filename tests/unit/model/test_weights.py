@@ -9,7 +9,7 @@ import torch
 
 from checkpoint_convert.megatron_folder import MegatronReader
 from checkpoint_convert.torch_dist import TorchDistReader
-from moelpr.checkpoint_chain import BaseCheckpoint, checkpoint_chain, checksum
+from moelpr.checkpoints import BaseCheckpoint, checkpoint_chain, checksum
 from moelpr.errors import UserError
 from moelpr.model_spec import ModelSpec
 
@@ -34,7 +34,7 @@ def save(model: torch.nn.Module, folder: Path, spec: ModelSpec, base: Path | Non
 
 def stage(model: torch.nn.Module, name: str) -> None:
     """What a stage does to a model: trained parameters get other values, and only they are saved."""
-    from moelpr.model.stages import freeze
+    from moelpr.model.freezing import freeze
     from moelpr.model.weights import save_trained_only
 
     freeze([model], name)
@@ -103,8 +103,8 @@ def test_a_whole_checkpoint_can_be_made_of_a_chain(chain_of_three: Path, tmp_pat
 
 
 def test_frozen_weights_alone_can_be_loaded(chain_of_three: Path, moe_spec: ModelSpec) -> None:
+    from moelpr.model.freezing import freeze
     from moelpr.model.loading import build_model
-    from moelpr.model.stages import freeze
     from moelpr.model.weights import load_weights
 
     model = build_model(moe_spec)
@@ -162,8 +162,8 @@ def test_a_tensor_that_is_nowhere_in_the_chain_is_named(chain_of_three: Path, mo
 
 def test_state_of_a_module_that_trains_is_saved_with_it(moe_spec: ModelSpec) -> None:
     """Transformer Engine keeps FP8 scales as extra state."""
+    from moelpr.model.freezing import freeze
     from moelpr.model.loading import build_model
-    from moelpr.model.stages import freeze
     from moelpr.model.weights import trained_entries
 
     model = build_model(moe_spec)

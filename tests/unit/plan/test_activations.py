@@ -10,8 +10,9 @@ import torch
 
 from moelpr.model_spec import ModelSpec, MoeSpec
 from moelpr.plan.layouts import Layout, Recompute
-from moelpr.plan.memory import CPU, Run, Stage, stage_memories
+from moelpr.plan.memory import CPU, Run, stage_memories
 from moelpr.plan.model import model_parts
+from moelpr.stages import MoeStage
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -25,13 +26,13 @@ SHAPE = {
 SEQ_LENGTH, MICRO_BATCH_SIZE = 96, 2
 
 
-@pytest.mark.parametrize("stage", get_args(Stage))
+@pytest.mark.parametrize("stage", get_args(MoeStage))
 @pytest.mark.parametrize("recompute", get_args(Recompute))
-def test_kept_bytes_are_within_two_percent_of_the_rule(stage: Stage, recompute: Recompute) -> None:
+def test_kept_bytes_are_within_two_percent_of_the_rule(stage: MoeStage, recompute: Recompute) -> None:
     from benchmarks.measured_memory import SavedTensors
+    from moelpr.model.freezing import freeze
     from moelpr.model.loading import build_model
     from moelpr.model.router import LPRLossNormalizer
-    from moelpr.model.stages import freeze
 
     spec = ModelSpec("qwen2", "float32", SHAPE, MoeSpec(num_new_experts=1, topk=2, layers=(0, 2)))
     settings: dict[str, object] = {"moe_aux_loss_coeff": 0.01} if stage == "stage1" else {"lpr_loss_coeff": 0.1}

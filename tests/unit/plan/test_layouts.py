@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moelpr.compat import cpu, megatron_fixes
+from moelpr.megatron_patches import cpu, megatron_fixes
 from moelpr.model_spec import ModelSpec, MoeSpec
 from moelpr.plan.layouts import RECOMPUTES, Layout, legal_layouts
 

@@ -11,7 +11,8 @@ from moelpr.model_spec import ModelSpec, MoeSpec
 from moelpr.plan.layouts import Layout
 from moelpr.plan.memory import Run, divisor, held_on_stage, stage_memories
 from moelpr.plan.model import model_parts, upcycled_spec
-from moelpr.plan.parts import Kind, padded_vocabulary
+from moelpr.plan.parts import padded_vocabulary
+from moelpr.stages import Part
 
 SHAPE = {
     "num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4, "num_query_groups": 2,
@@ -31,8 +32,8 @@ def spec_of(layers: tuple[int, ...] = (0, 1, 2, 3), num_original_experts: int = 
 @pytest.mark.parametrize("m", [1, 2])
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_counts_equal_those_of_a_built_model(is_untied: bool, layers: tuple[int, ...], m: int, stage: str) -> None:
+    from moelpr.model.freezing import freeze
     from moelpr.model.loading import build_model
-    from moelpr.model.stages import freeze
 
     spec = spec_of(layers, m, untie_embeddings_and_output_weights=is_untied)
     (model,) = freeze([build_model(spec)], stage)
@@ -49,7 +50,7 @@ def test_counts_of_a_dense_model_equal_those_of_a_built_one(is_untied: bool) -> 
     spec = spec_of(untie_embeddings_and_output_weights=is_untied).as_dense()
     held = held_on_stage(spec, model_parts(spec), Layout(), 0)
     assert sum(held.values()) == sum(parameter.numel() for parameter in build_model(spec).parameters())
-    assert not {Kind.ROUTER, Kind.NEW_EXPERTS, Kind.ORIGINAL_EXPERTS} & set(held)
+    assert not {Part.ROUTER, Part.NEW_EXPERTS, Part.ORIGINAL_EXPERTS} & set(held)
 
 
 def test_the_spec_is_the_one_the_converter_would_write(config_folder: Callable[..., Path]) -> None:
@@ -81,19 +82,19 @@ def test_the_shards_of_all_ranks_are_the_whole_model(spec: ModelSpec, layout: La
     """Sum over all ranks, each kind divided by the number of ranks that hold the same shard."""
     parts = model_parts(spec)
     ranks_of_a_stage = layout.tp * layout.dp
-    found: dict[Kind, float] = {}
+    found: dict[Part, float] = {}
     for pp_rank in range(layout.pp):
         for kind, numel in held_on_stage(spec, parts, layout, pp_rank).items():
             copies = ranks_of_a_stage // divisor(kind, layout)
             found[kind] = found.get(kind, 0) + ranks_of_a_stage * numel / copies
-    whole: dict[Kind, float] = {}
+    whole: dict[Part, float] = {}
     for part in parts:
-        whole[part.kind] = whole.get(part.kind, 0) + part.numel
+        whole[part.part] = whole.get(part.part, 0) + part.numel
     padded = padded_vocabulary(spec.megatron_args["vocab_size"], layout.tp) * spec.megatron_args["hidden_size"]
     is_tied = not spec.megatron_args["untie_embeddings_and_output_weights"]
-    whole[Kind.EMBEDDING] = padded * (2 if is_tied and layout.pp > 1 else 1)
+    whole[Part.EMBEDDING] = padded * (2 if is_tied and layout.pp > 1 else 1)
     if not is_tied:
-        whole[Kind.OUTPUT] = padded
+        whole[Part.OUTPUT_LAYER] = padded
     assert found == whole
 
 
@@ -106,8 +107,8 @@ def test_optimizer_state_of_all_ranks_is_one_copy_per_trained_parameter(
     parts = model_parts(spec)
     run = Run(stage, 64, 1, layout.dp)
     total = layout.tp * layout.dp * sum(rank.optimizer_bytes for rank in stage_memories(spec, parts, layout, run))
-    routers = sum(part.numel for part in parts if part.kind is Kind.ROUTER)
-    new_experts = sum(part.numel for part in parts if part.kind is Kind.NEW_EXPERTS)
+    routers = sum(part.numel for part in parts if part.part is Part.ROUTER)
+    new_experts = sum(part.numel for part in parts if part.part is Part.NEW_EXPERTS)
     exact = 12 * (layout.tp * routers + (new_experts if stage == "stage1" else 0))
     assert exact <= total <= exact + 12 * 2 * layout.world
 
@@ -118,7 +119,7 @@ def test_the_original_experts_are_on_every_expert_parallel_rank(m: int) -> None:
     parts = model_parts(spec)
     alone = held_on_stage(spec, parts, Layout(), 0)
     spread = held_on_stage(spec, parts, Layout(ep=4, dp=4), 0)
-    assert spread[Kind.ORIGINAL_EXPERTS] == alone[Kind.ORIGINAL_EXPERTS] == m * 4 * 3 * 32 * 48
-    assert spread[Kind.NEW_EXPERTS] * 4 == alone[Kind.NEW_EXPERTS]
+    assert spread[Part.ORIGINAL_EXPERTS] == alone[Part.ORIGINAL_EXPERTS] == m * 4 * 3 * 32 * 48
+    assert spread[Part.NEW_EXPERTS] * 4 == alone[Part.NEW_EXPERTS]
     split = held_on_stage(spec, parts, Layout(tp=2, etp=2), 0)
-    assert split[Kind.ORIGINAL_EXPERTS] * 2 == alone[Kind.ORIGINAL_EXPERTS]
+    assert split[Part.ORIGINAL_EXPERTS] * 2 == alone[Part.ORIGINAL_EXPERTS]

@@ -13,9 +13,9 @@ from moelpr.report.curves import MAX_POINTS, Curve, line_chart
 from moelpr.report.demo import Continuation, Report, effect_lines, failures, read_report, write_report
 from moelpr.report.demo_document import demo_document, headline, summary
 from moelpr.report.demo_pictures import headline_picture
-from moelpr.report.run_metrics import read_metrics
 from moelpr.report.svg import sequential_colour, ticks
 from moelpr.report.to_html import to_html
+from moelpr.run_metrics import read_metrics
 
 LANGUAGES = {"en": "original", "zh": "original", "el": "expanded"}
 

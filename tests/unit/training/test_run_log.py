@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.report.run_metrics import read_run_metrics
+from moelpr.run_metrics import read_run_metrics
 from moelpr.training import run_log
 from moelpr.training.early_warnings import EarlyWarnings, Thresholds
 from moelpr.training.run_log import RunLog, open_metrics

@@ -65,8 +65,8 @@ def test_documents_are_kept_apart_where_our_attention_runs(
     from megatron.training.argument_utils import core_transformer_config_from_args
 
     from moelpr.arguments import machine
-    from moelpr.compat import cpu
     from moelpr.data.dataset_config import dataset_config
+    from moelpr.megatron_patches import cpu
     from moelpr.model.config import MoELPRConfig
 
     for words, is_on in (([], False), ([APART], True)):

@@ -49,7 +49,7 @@ def test_the_precision_aware_adam_is_transformer_engines(upcycled: str, refused)
 def test_rows_that_a_gpus_grouped_products_cannot_take_are_said(
     make_checkpoint, refused, monkeypatch: pytest.MonkeyPatch, shape: dict, words: list[str], said: str
 ) -> None:
-    from moelpr.compat import cpu
+    from moelpr.megatron_patches import cpu
 
     start = make_checkpoint("start", shape=shape)
     with monkeypatch.context() as gpu:

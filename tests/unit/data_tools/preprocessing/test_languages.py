@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from data_tools.corpus import Corpus
 from data_tools.preprocessing.backends import Encoded, HuggingFaceBackend
 from data_tools.preprocessing.detection import Detector
-from data_tools.preprocessing.documents import TaggedText
 from data_tools.preprocessing.encoder import Encoder, PreparedText
-from data_tools.preprocessing.languages import UNDETECTED, Bits, LanguageSpans
+from data_tools.preprocessing.languages import UNDETECTED, Bits, LanguageSpans, TaggedText
 from data_tools.preprocessing.tally import Tally
 from data_tools.preprocessing.tokenizing import JobTokenizer, load_job_tokenizer
 from moelpr.data.manifest import Manifest

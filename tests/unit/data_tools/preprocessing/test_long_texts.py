@@ -10,8 +10,8 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from data_tools.corpus import Corpus
 from data_tools.preprocessing import long_texts
 from data_tools.preprocessing.backends import Backend, HuggingFaceBackend, SentencePieceBackend
-from data_tools.preprocessing.documents import BadLine
 from data_tools.preprocessing.long_texts import encode_long_text
+from moelpr.documents import BadLine
 
 # What Qwen2's tokenizer and Llama 3's split text with, up to the number of digits.
 SPLIT = (

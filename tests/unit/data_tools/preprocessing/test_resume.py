@@ -1,6 +1,5 @@
 """An interrupted job leaves nothing that looks whole; resumed, it ends in the bytes of an uninterrupted one."""
 
-import fcntl
 import gzip
 import json
 import os
@@ -18,6 +17,7 @@ from data_tools import preprocess_data
 from data_tools.preprocessing import journal, readers
 from moelpr.data.manifest import Manifest
 from moelpr.errors import UserError
+from moelpr.files import LOCK_FILE, locked
 
 FLAGS = (
     *("--language-key", "lang", "--original-languages", "en,es,zh", "--append-eod", "--json-keys", "text", "title"),
@@ -223,10 +223,8 @@ def test_a_job_is_gone_on_with_as_it_was_started(
 def test_two_jobs_cant_write_one_corpus(inputs, preprocess, hf_tokenizer, tmp_path: Path) -> None:
     folder = journal.unfinished_folder(str(tmp_path / "out" / "a"))
     folder.mkdir(parents=True)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another job is writing .*out/a; wait for it"):
-            preprocess(hf_tokenizer, "--input", *inputs, *FLAGS)
+    with locked(folder / LOCK_FILE, "a"), pytest.raises(UserError, match="out/a"):
+        preprocess(hf_tokenizer, "--input", *inputs, *FLAGS)
 
 
 def test_a_damaged_state_is_told(inputs, preprocess, hf_tokenizer, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def model(request, moe_spec: ModelSpec):
 
 
 def test_stage1_trains_new_experts_and_routers_only(model) -> None:
-    from moelpr.model.stages import freeze
+    from moelpr.model.freezing import freeze
 
     freeze([model], "stage1")
     names = {".".join(name.split(".")[3:]) for name in trainable(model)}
@@ -31,21 +31,21 @@ def test_stage1_trains_new_experts_and_routers_only(model) -> None:
 
 
 def test_stage2_trains_routers_only(model) -> None:
-    from moelpr.model.stages import freeze
+    from moelpr.model.freezing import freeze
 
     freeze([model], "stage2")
     assert trainable(model) == {f"decoder.layers.{layer}.mlp.router.weight" for layer in range(3)}
 
 
 def test_train_everything_freezes_nothing(model) -> None:
-    from moelpr.model.stages import freeze
+    from moelpr.model.freezing import freeze
 
     freeze([model], "stage1", train_everything=True)
     assert trainable(model) == {name for name, _ in model.named_parameters()}
 
 
 def test_train_everything_reaches_the_original_experts(model) -> None:
-    from moelpr.model.stages import freeze
+    from moelpr.model.freezing import freeze
 
     freeze([model], "stage1", train_everything=True)
     tokens = torch.randint(0, 128, (2, 16))
@@ -56,7 +56,7 @@ def test_train_everything_reaches_the_original_experts(model) -> None:
 
 
 def test_the_report_counts_every_parameter_once(model) -> None:
-    from moelpr.model.stages import freeze, parameter_report
+    from moelpr.model.freezing import freeze, parameter_report
 
     freeze([model], "stage2")
     report = parameter_report([model]).splitlines()
@@ -76,9 +76,9 @@ def test_the_report_counts_every_parameter_once(model) -> None:
 )
 def test_a_frozen_embedding_with_recompute_still_trains(moe_spec: ModelSpec, stage: str, recompute: dict) -> None:
     """Same gradients as without recompute: nothing is lost and nothing is counted twice."""
+    from moelpr.model.freezing import freeze
     from moelpr.model.loading import build_model
     from moelpr.model.router import LPRLossNormalizer
-    from moelpr.model.stages import freeze
 
     tokens = torch.randint(0, 128, (2, 16))
     positions = torch.arange(16).expand(2, 16)

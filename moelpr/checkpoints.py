@@ -21,10 +21,9 @@ from tqdm import tqdm
 from moelpr.errors import UserError
 from moelpr.files import atomic_file
 from moelpr.model_spec import ModelSpec
+from moelpr.run_folder import BASE_CHECKPOINT_FILE, TRACKER_FILE
 
-FILE_NAME = "base_checkpoint.json"
 FORMAT_VERSION = 1
-TRACKER_FILE = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 
 # Files are hashed in pieces of this size, so that ranks and threads share a large one. Part of the format.
@@ -55,13 +54,13 @@ class BaseCheckpoint:
 
     def write(self, folder: Path) -> None:
         content = {"format_version": FORMAT_VERSION, **vars(self)}
-        with atomic_file(folder / FILE_NAME) as temporary:
+        with atomic_file(folder / BASE_CHECKPOINT_FILE) as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> "BaseCheckpoint | None":
         """What `folder`/base_checkpoint.json says; None where a folder has none, as its checkpoints are whole."""
-        path = folder / FILE_NAME
+        path = folder / BASE_CHECKPOINT_FILE
         if not path.is_file():
             return None
         try:
@@ -94,7 +93,7 @@ class BaseCheckpoint:
         raise UserError(
             f"the checkpoints in {folder} hold only what was trained; the rest, {self.step} of their base checkpoint, "
             f"is gone: looked in {' and '.join(dict.fromkeys(str(place.resolve()) for place in places))}. "
-            f'Bring it back, or write its new place into "folder" of {folder / FILE_NAME}'
+            f'Bring it back, or write its new place into "folder" of {folder / BASE_CHECKPOINT_FILE}'
         )
 
 
@@ -145,13 +144,13 @@ def checkpoint_chain(folder: Path, iteration: int | None = None, base: Path | No
         base = None
         if any(link.samefile(other) for other in links):
             raise UserError(
-                f"{links[-1].parent / FILE_NAME} leads in a circle: {link} rests on itself; "
+                f"{links[-1].parent / BASE_CHECKPOINT_FILE} leads in a circle: {link} rests on itself; "
                 f'correct its "folder" and "step"'
             )
         if ModelSpec.read(link.parent) != spec:
             raise UserError(
                 f"{link.parent} holds another model than {folder}, whose base checkpoint it should be: their "
-                f'model_spec.json differ; correct "folder" in {links[-1].parent / FILE_NAME}'
+                f'model_spec.json differ; correct "folder" in {links[-1].parent / BASE_CHECKPOINT_FILE}'
             )
         links.append(link)
     return links
@@ -170,7 +169,7 @@ def verify_chain(links: list[Path]) -> None:
         if record is None or checksum(base) != record.sha256:
             raise UserError(
                 f"{base} is not what the checkpoints in {link.parent} were trained on: its checksum differs from the "
-                f"one in {FILE_NAME}; bring the original back (a copy of it, or train again)"
+                f"one in {BASE_CHECKPOINT_FILE}; bring the original back (a copy of it, or train again)"
             )
 
 

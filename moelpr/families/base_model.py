@@ -1,12 +1,12 @@
 """The model that is upcycled: dense, or a stock MoE, whose experts are then all original ones."""
 
+import argparse
 from pathlib import Path
 from typing import Any
 
-from checkpoint_convert.families import Family, family_of
-from checkpoint_convert.hf_config import load_config
-from checkpoint_convert.hf_folder import read_config
 from moelpr.errors import UserError
+from moelpr.families.families import Family, family_of
+from moelpr.families.hf_config import load_config, read_config
 from moelpr.model_spec import ModelSpec, MoeSpec
 
 
@@ -94,3 +94,11 @@ def _experts(config: Any, family: Family, args: dict[str, Any], raw: dict[str, A
                 f"found {name} {found}; experts can be added to a {family.moe_architecture} with {wanted} only"
             )
     return moe
+
+
+def layer_list(text: str) -> list[int]:
+    """The value of --moe-layers: comma-separated layer numbers, counted from 0."""
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of layer numbers like 0,2,5") from None

@@ -1,6 +1,6 @@
 """Faults of Megatron Core 0.19.2 that hit every machine, and the smallest cure of each.
 
-`tests/unit/compat/test_megatron_fixes.py` fails once a fix is no longer needed.
+`tests/unit/megatron_patches/test_megatron_fixes.py` fails once a fix is no longer needed.
 """
 
 import importlib.util
@@ -33,7 +33,7 @@ def _count_adam_steps_per_group() -> None:
     import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
 
-    from moelpr.compat.adam import GroupStepAdam
+    from moelpr.megatron_patches.adam import GroupStepAdam
 
     if not optimizer.USING_PYTORCH_OPTIMIZER:
         return

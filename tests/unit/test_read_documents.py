@@ -1,7 +1,7 @@
 import pytest
 
+from moelpr.documents import read_documents
 from moelpr.errors import UserError
-from moelpr.evaluate.documents import read_documents
 
 
 def test_reads_texts_in_order_and_stops_at_the_limit(tmp_path):

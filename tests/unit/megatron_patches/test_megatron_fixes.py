@@ -5,7 +5,7 @@ import megatron.core
 import pytest
 import torch
 
-from moelpr.compat import megatron_fixes
+from moelpr.megatron_patches import megatron_fixes
 
 DATASETS = Path(next(iter(megatron.core.__path__))) / "datasets"
 
@@ -51,7 +51,7 @@ def test_megatron_still_wants_optimizer_state_of_a_rank_that_has_none() -> None:
 
 @pytest.mark.parametrize("decoupled", [True, False])
 def test_adam_with_one_step_count_per_group_moves_parameters_as_torchs_own(decoupled: bool) -> None:
-    from moelpr.compat.adam import GroupStepAdam
+    from moelpr.megatron_patches.adam import GroupStepAdam
 
     settings = {"lr": 0.05, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     ours, theirs = ([torch.nn.Parameter(torch.arange(6.0)), torch.nn.Parameter(torch.ones(2, 3))] for _ in range(2))
@@ -74,7 +74,7 @@ def test_adam_with_one_step_count_per_group_moves_parameters_as_torchs_own(decou
 
 
 def test_a_group_without_parameters_counts_its_steps_too() -> None:
-    from moelpr.compat.adam import GroupStepAdam
+    from moelpr.megatron_patches.adam import GroupStepAdam
 
     adam = GroupStepAdam(
         [{"params": []}, {"params": [torch.nn.Parameter(torch.ones(1))]}],

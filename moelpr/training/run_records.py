@@ -9,17 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from megatron.training import training as megatron_training
 
-from moelpr.arguments import RECORD_FILE, resolved_settings
-from moelpr.checkpoint_chain import step_name
+from moelpr import yaml_files
+from moelpr.arguments import resolved_settings
+from moelpr.checkpoints import step_name
 from moelpr.files import atomic_file
 from moelpr.model_spec import ModelSpec
+from moelpr.run_folder import COMMAND_FILE, HF_FOLDER, RECIPE_FILE, VERSIONS_FILE
 from moelpr.versions import installed_versions
-
-VERSIONS_FILE = "versions.json"
-COMMAND_FILE = "command.json"
 
 
 @contextmanager
@@ -38,9 +36,9 @@ def run_folder(args: argparse.Namespace, spec: ModelSpec, argv: list[str]) -> It
     source = Path(args.model_source)
     if source.resolve() != save.resolve():  # a resumed run has them, and other ranks may be reading them now
         spec.write(save)
-        if (source / "hf").is_dir():
-            shutil.copytree(source / "hf", save / "hf", dirs_exist_ok=True)
-    record = yaml.safe_dump(resolved_settings(args), sort_keys=True)
+        if (source / HF_FOLDER).is_dir():
+            shutil.copytree(source / HF_FOLDER, save / HF_FOLDER, dirs_exist_ok=True)
+    record = yaml_files.dump(resolved_settings(args), sort_keys=True)
     _write(save, record)
     with atomic_file(save / VERSIONS_FILE) as temporary:
         temporary.write_text(json.dumps(installed_versions(), indent=2) + "\n")
@@ -63,5 +61,5 @@ def run_folder(args: argparse.Namespace, spec: ModelSpec, argv: list[str]) -> It
 
 
 def _write(folder: Path, record: str) -> None:
-    with atomic_file(folder / RECORD_FILE) as temporary:
+    with atomic_file(folder / RECIPE_FILE) as temporary:
         temporary.write_text(record)

@@ -7,15 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from checkpoint_convert.hf_config import (
+from moelpr.errors import UserError
+from moelpr.families.hf_config import (
     explicit_shape,
     exported_config,
     llama_like_args,
     refuse_window_layers,
     sliding_window,
 )
-from checkpoint_convert.tables import HF_LAYER, Table, llama_like_table, moe_rows
-from moelpr.errors import UserError
+from moelpr.families.tables import HF_LAYER, Table, llama_like_table, moe_rows
 from moelpr.model_spec import ModelSpec
 
 

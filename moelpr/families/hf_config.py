@@ -1,14 +1,35 @@
 """config.json read into Megatron's arguments, and written for the class a model leaves as."""
 
+import json
 from pathlib import Path
 from typing import Any
 
-from checkpoint_convert.hf_folder import read_config
 from moelpr.errors import UserError
 from moelpr.model_spec import ModelSpec
 
+CONFIG_FILE = "config.json"
+
 # Llama 3's RoPE scaling has four settings; Megatron takes the factor alone and has these in its code.
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json; UserError when the folder or the file isn't there or isn't JSON."""
+    if not folder.is_dir():
+        raise UserError(
+            f"there is no folder {folder}; a model from the Hugging Face hub must be downloaded first "
+            "(hf download NAME --local-dir DIR)"
+        )
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} has no {CONFIG_FILE}, so it is no Hugging Face model folder")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return config
 
 
 def load_config(folder: Path) -> Any:

@@ -5,19 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from checkpoint_convert.megatron_folder import HF_FOLDER
-from moelpr.checkpoint_chain import RELEASE, BaseCheckpoint, step_folder
+from moelpr.checkpoints import RELEASE, BaseCheckpoint, step_folder
 from moelpr.errors import UserError
 from moelpr.model_spec import ModelSpec
-from moelpr.report.run_metrics import read_metrics
+from moelpr.run_folder import HF_FOLDER, METRICS_FILE, RECIPE_FILE, VERSIONS_FILE, read_json, read_settings
+from moelpr.run_metrics import read_metrics
 
 # Beside a checkpoint's config and tokenizer, so that the trainer carries it along.
 ORIGIN_FILE = "origin.json"
-RECIPE_FILE = "recipe.yaml"
-METRICS_FILE = "metrics.jsonl"
-VERSIONS_FILE = "versions.json"
 
 
 @dataclass(frozen=True)
@@ -41,7 +36,7 @@ class Origin:
     @classmethod
     def read(cls, checkpoint: Path) -> "Origin | None":
         """None where no converter has left word."""
-        content = _read_json(checkpoint / HF_FOLDER / ORIGIN_FILE)
+        content = read_json(checkpoint / HF_FOLDER / ORIGIN_FILE)
         if content is None:
             return None
         names = [name if isinstance(name := content.get(key), str) else None for key in _NAMES]
@@ -100,7 +95,7 @@ def read_history(checkpoint: Path, iteration: int | None = None) -> History:
                 return History(stages[::-1], origin.copy_of)
             folder, step = original.parent, original
             continue
-        settings = _read_settings(step / RECIPE_FILE) or _read_settings(folder / RECIPE_FILE)
+        settings = read_settings(step) or read_settings(folder)
         if settings is None:
             return History(stages[::-1], str(folder) if stages else None)
         stages.append(_read_stage(folder, int(step.name.removeprefix("iter_")), settings))
@@ -117,7 +112,7 @@ def read_history(checkpoint: Path, iteration: int | None = None) -> History:
 
 def _first_start(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """The settings that the run in `folder` first started with; None where only resumed starts are on record."""
-    saved = [_read_settings(path) for path in sorted(folder.glob(f"iter_*/{RECIPE_FILE}"))]
+    saved = [read_settings(path.parent) for path in sorted(folder.glob(f"iter_*/{RECIPE_FILE}"))]
     return next((start for start in [settings, *saved] if start and not start.get("is_resumed")), None)
 
 
@@ -155,20 +150,4 @@ def _read_stage(folder: Path, step: int, settings: dict[str, Any]) -> Stage:
         records = []
     is_whole = bool(records) and records[-1]["iteration"] == step
     first, last = (records[0], records[-1]) if is_whole else (None, None)
-    return Stage(folder, step, settings, first, last, _read_json(folder / VERSIONS_FILE) or {})
-
-
-def _read_settings(path: Path) -> dict[str, Any] | None:
-    try:
-        settings = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return None
-    return settings if isinstance(settings, dict) else None
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
+    return Stage(folder, step, settings, first, last, read_json(folder / VERSIONS_FILE) or {})

@@ -12,8 +12,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moelpr import checkpoint_chain as chain
-from moelpr.checkpoint_chain import BaseCheckpoint, checkpoint_chain, checksum, step_folder, verify_chain
+from moelpr import checkpoints as chain
+from moelpr.checkpoints import BaseCheckpoint, checkpoint_chain, checksum, step_folder, verify_chain
 from moelpr.errors import UserError
 from moelpr.model_spec import ModelSpec
 

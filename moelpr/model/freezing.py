@@ -1,22 +1,9 @@
-"""What trains in each stage, and a report that counts it."""
-
-from collections import defaultdict
-from typing import Literal
+"""Freezing what a stage does not train, and a table that counts it."""
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-Stage = Literal["dense", "stage1", "stage2"]
-
-STAGE_HELP = {
-    "dense": "train every parameter of a dense model (a base from scratch, or full fine-tuning)",
-    "stage1": "post-pretrain: train the new experts and the routers on expanded-language text",
-    "stage2": "review: train the routers alone on a little replay text of all languages",
-}
-
-_ROUTER = ".mlp.router."
-_NEW_EXPERTS = ".mlp.experts."
-_TRAINABLE = {"stage1": (_ROUTER, _NEW_EXPERTS), "stage2": (_ROUTER,)}
+from moelpr.stages import Part, Stage, part_of, trained_parts
 
 
 def freeze(model_chunks: list[GPTModel], stage: Stage, train_everything: bool = False) -> list[GPTModel]:
@@ -25,11 +12,12 @@ def freeze(model_chunks: list[GPTModel], stage: Stage, train_everything: bool = 
     Runs before the model is wrapped for data parallelism, so that frozen parameters get no gradient buffer and no
     optimizer state.
     """
-    if stage == "dense" or train_everything:
+    trained = trained_parts(stage, train_everything)
+    if trained == frozenset(Part):
         return model_chunks
     for chunk in model_chunks:
         for name, parameter in chunk.named_parameters():
-            parameter.requires_grad_(any(part in name for part in _TRAINABLE[stage]))
+            parameter.requires_grad_(part_of(name) in trained)
         embedding = getattr(chunk, "embedding", None)
         if embedding is not None and chunk.config.recompute_granularity is not None:
             # Reentrant recompute gives no gradient at all when no input of the checkpointed layers requires one.
@@ -41,25 +29,12 @@ def freeze(model_chunks: list[GPTModel], stage: Stage, train_everything: bool = 
 
 def parameter_report(model_chunks: list[GPTModel]) -> str:
     """A table of this rank's parameters, trainable and frozen, by part of the model."""
-    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    counts: dict[Part, list[int]] = {}
     for chunk in model_chunks:
         for name, parameter in chunk.named_parameters():
-            counts[_part_of_model(name)][0 if parameter.requires_grad else 1] += parameter.numel()
+            counts.setdefault(part_of(name), [0, 0])[0 if parameter.requires_grad else 1] += parameter.numel()
     rows = [f"{'part':<16}{'trainable':>16}{'frozen':>16}"]
-    rows += [f"{part:<16}{trainable:>16,}{frozen:>16,}" for part, (trainable, frozen) in counts.items()]
+    rows += [f"{part.value:<16}{trainable:>16,}{frozen:>16,}" for part, (trainable, frozen) in counts.items()]
     total = [sum(column) for column in zip(*counts.values(), strict=True)]
     rows.append(f"{'all':<16}{total[0]:>16,}{total[1]:>16,}")
     return "\n".join(rows)
-
-
-def _part_of_model(parameter_name: str) -> str:
-    parts = {
-        _ROUTER: "routers",
-        _NEW_EXPERTS: "new experts",
-        ".mlp.original_experts.": "original experts",
-        "self_attention": "attention",
-        "layernorm": "norms",
-        "embedding": "embedding",
-        "output_layer": "output layer",
-    }
-    return next((label for part, label in parts.items() if part in parameter_name), "dense FFN")

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from data_tools.corpus import Corpus
-from data_tools.preprocessing.documents import BadLine, parse, text_of
 from moelpr.data.manifest import Manifest
+from moelpr.documents import BadLine, parse, text_of
 from moelpr.errors import UserError
 
 FLAGS = ("--language", "original", "--append-eod")

@@ -1,8 +1,8 @@
 """Megatron Core 0.19.2 trains on CPU with gloo: every patch it needs, and the only file that knows.
 
 Megatron assumes CUDA in a few dozen places. `install()` answers those places with their CPU counterpart when no GPU
-is present and does nothing otherwise. Each patch names its reason; `tests/unit/compat/test_cpu.py` fails when a
-patched name is gone or a patch is no longer needed.
+is present and does nothing otherwise. Each patch names its reason; `tests/unit/megatron_patches/test_cpu.py` fails
+when a patched name is gone or a patch is no longer needed.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from moelpr.compat import async_save
+from moelpr.megatron_patches import async_save
 
 CPU = torch.device("cpu")
 
@@ -162,7 +162,7 @@ def _patch_megatron() -> None:
     import megatron.training.training as training
     import megatron.training.utils.common_utils as common_utils
 
-    from moelpr.compat.swiglu import swiglu, weighted_swiglu
+    from moelpr.megatron_patches.swiglu import swiglu, weighted_swiglu
 
     # asserts torch.cuda.is_available() unless told otherwise
     training.initialize_megatron = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)

@@ -11,7 +11,7 @@ import torch
 
 
 def install() -> None:
-    """Have the helper run `worker`; called by moelpr.compat.cpu in the training process."""
+    """Have the helper run `worker`; called by moelpr.megatron_patches.cpu in the training process."""
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
     # Found by its name in the helper, which imports this module and so is patched before it starts.

@@ -1,25 +1,17 @@
-"""From a line to a document: its JSON, its texts, and a sentence for whatever is wrong with it."""
+"""Documents as JSON lines: one object per line, its texts, and a message for whatever is wrong with it."""
 
 import functools
 import json
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
+
+from moelpr.errors import UserError
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class BadLine(Exception):
     """Why a line can't be used; whoever knows the file and line number adds them."""
-
-
-class TaggedText(NamedTuple):
-    """A text and whose language each part of it is.
-
-    Attributes:
-        spans: languages with their number of characters, one after another; of a text in one language a single one.
-    """
-
-    text: str
-    spans: list[tuple[str, int]]
 
 
 def parse(line: bytes, keys: list[str]) -> dict[str, Any]:
@@ -86,3 +78,38 @@ def _refuse_twice(pairs: list[tuple[str, Any]], keys: list[str]) -> dict[str, An
         if names.count(key) > 1:
             raise BadLine(f'the key "{key}" stands there twice')
     return dict(pairs)
+
+
+def read_documents(path: Path, json_key: str = "text", max_documents: int | None = None) -> list[str]:
+    """The text under `json_key` of each line of `path`, at most `max_documents` of them; blank lines are skipped.
+
+    Raises:
+        UserError: the file is missing or has no documents, or a line cannot be used; the message names the line.
+    """
+    documents: list[str] = []
+    try:
+        with open(path, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if len(documents) == max_documents:
+                    break
+                if line.strip():
+                    documents.append(_text_to_score(line, json_key, f"{path}, line {number}"))
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); pass a file of JSON lines") from error
+    if not documents:
+        raise UserError(f"{path} contains no documents; pass a file with one JSON object per line")
+    return documents
+
+
+def _text_to_score(line: bytes, json_key: str, place: str) -> str:
+    try:
+        document = parse(line, [json_key])
+        if json_key not in document:
+            found = ", ".join(document) or "none"
+            raise UserError(f'{place} has no key "{json_key}" (keys: {found}); pass the key of the text as --json-key')
+        text = text_of(document, json_key)
+    except BadLine as error:
+        raise UserError(f"{place}: {error}; fix or remove the line") from error
+    if not text:
+        raise UserError(f'{place}: "{json_key}" is empty, so there is nothing to score; remove the line')
+    return text

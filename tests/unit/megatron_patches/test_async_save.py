@@ -22,7 +22,7 @@ def test_the_helper_writes_a_copy_which_megatrons_own_does_not(monkeypatch: pyte
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-    from moelpr.compat import async_save
+    from moelpr.megatron_patches import async_save
 
     calls = []
     monkeypatch.setattr(FileSystemWriterAsync, "preload_tensors", FileSystemWriterAsync.preload_tensors)
@@ -40,7 +40,7 @@ def test_the_helper_writes_a_copy_which_megatrons_own_does_not(monkeypatch: pyte
 def test_the_helper_is_told_to_run_our_worker() -> None:
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
-    from moelpr.compat import async_save, cpu
+    from moelpr.megatron_patches import async_save, cpu
 
     if cpu.is_needed():
         assert PersistentAsyncCaller.async_loop is async_save.worker

@@ -7,7 +7,7 @@ import megatron.core
 import pytest
 import torch
 
-from moelpr.compat import cpu
+from moelpr.megatron_patches import cpu
 
 MEGATRON = Path(next(iter(megatron.core.__path__))).parent
 

@@ -1,0 +1,46 @@
+"""The files of a run folder (what `--save` names) and of a checkpoint folder, and how they are read.
+
+model_spec.json                     the model's family, shape and experts (moelpr.model_spec)
+hf/                                 config and tokenizer of the Hugging Face model it came from
+latest_checkpointed_iteration.txt   the step saved last (Megatron's tracker file)
+iter_0000500/, release/             one saved step each (moelpr.checkpoints)
+base_checkpoint.json                where the frozen tensors are, if the steps hold only what was trained
+recipe.yaml                         every flag with its final value; also inside each saved step
+command.json, versions.json         the command line, and the versions of the packages, of the last start
+metrics.jsonl                       one record per training step (moelpr.run_metrics)
+STOP, FINISHED                      asks the run to stop; says that it has made all its steps
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from moelpr.errors import UserError
+from moelpr.yaml_files import read_mapping
+
+HF_FOLDER = "hf"
+TRACKER_FILE = "latest_checkpointed_iteration.txt"
+BASE_CHECKPOINT_FILE = "base_checkpoint.json"
+RECIPE_FILE = "recipe.yaml"
+COMMAND_FILE = "command.json"
+VERSIONS_FILE = "versions.json"
+METRICS_FILE = "metrics.jsonl"
+STOP_FILE = "STOP"
+FINISHED_FILE = "FINISHED"
+
+
+def read_settings(folder: Path) -> dict[str, Any] | None:
+    """The resolved flags in `folder`/recipe.yaml; None if the file is missing or damaged."""
+    try:
+        return read_mapping(folder / RECIPE_FILE, "recipe")
+    except UserError:
+        return None
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None if the file is missing or damaged."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None

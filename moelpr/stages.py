@@ -1,0 +1,55 @@
+"""The parts of a model, which part a parameter belongs to, and which parts each stage trains."""
+
+from enum import Enum
+from typing import Literal
+
+Stage = Literal["dense", "stage1", "stage2"]
+MoeStage = Literal["stage1", "stage2"]
+
+STAGE_HELP: dict[Stage, str] = {
+    "dense": "train every parameter of a dense model (a base from scratch, or full fine-tuning)",
+    "stage1": "post-pretrain: train the new experts and the routers on expanded-language text",
+    "stage2": "review: train the routers only, on a little replay text of all languages",
+}
+
+
+class Part(Enum):
+    """A part of the model; the value is its name in reports."""
+
+    EMBEDDING = "embedding"
+    ATTENTION = "attention"
+    DENSE_FFN = "dense FFN"
+    NORM = "norms"
+    ORIGINAL_EXPERTS = "original experts"
+    NEW_EXPERTS = "new experts"
+    ROUTER = "routers"
+    OUTPUT_LAYER = "output layer"
+
+
+# The first pattern that occurs in a name decides: a norm inside attention is a norm.
+_PATTERNS = {
+    "layernorm": Part.NORM,
+    "layer_norm": Part.NORM,
+    ".mlp.router.": Part.ROUTER,
+    ".mlp.original_experts.": Part.ORIGINAL_EXPERTS,
+    ".mlp.experts.": Part.NEW_EXPERTS,
+    "self_attention": Part.ATTENTION,
+    "embedding": Part.EMBEDDING,
+    "output_layer": Part.OUTPUT_LAYER,
+}
+
+_TRAINED: dict[Stage, frozenset[Part]] = {
+    "dense": frozenset(Part),
+    "stage1": frozenset({Part.NEW_EXPERTS, Part.ROUTER}),
+    "stage2": frozenset({Part.ROUTER}),
+}
+
+
+def part_of(name: str) -> Part:
+    """The part that a Megatron parameter name or checkpoint key belongs to."""
+    return next((part for pattern, part in _PATTERNS.items() if pattern in name), Part.DENSE_FFN)
+
+
+def trained_parts(stage: Stage, train_everything: bool = False) -> frozenset[Part]:
+    """The parts that a stage trains; everything else is frozen (paper, sections 3.2 and 3.3)."""
+    return frozenset(Part) if train_everything else _TRAINED[stage]

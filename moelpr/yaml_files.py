@@ -1,0 +1,44 @@
+"""YAML in and out: the only module that imports yaml."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moelpr.errors import UserError
+
+# The C loader reads a run's settings ten times as fast; PyYAML is built without it on some machines.
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def read_mapping(path: Path, what: str) -> dict[str, Any]:
+    """The YAML mapping in a file.
+
+    Args:
+        what: what the file is, for messages: "recipe", "table of tasks".
+
+    Raises:
+        UserError: the file cannot be read, is not YAML, or is not a mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UserError(f"cannot read the {what} {path}: {reason}") from error
+    return parse_mapping(text, f"{what} {path}")
+
+
+def parse_mapping(text: str, what: str) -> dict[str, Any]:
+    """The YAML mapping in `text`. Raises UserError, which names `what`, for anything else."""
+    try:
+        content = yaml.load(text, Loader=_LOADER)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise UserError(f"the {what} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"the {what} must be a YAML mapping, got {type(content).__name__}")
+    return content
+
+
+def dump(content: Any, sort_keys: bool = False) -> str:
+    """YAML text of plain Python values."""
+    return yaml.safe_dump(content, sort_keys=sort_keys, allow_unicode=True)

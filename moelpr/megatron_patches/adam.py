@@ -1,4 +1,4 @@
-"""Adam with one step count per parameter group, as the fused Adams of Transformer Engine and Apex keep it."""
+"""Adam with one step count per parameter group, like the fused Adams of Transformer Engine and Apex."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,9 +8,9 @@ from torch.optim.adam import adam
 
 
 class GroupStepAdam(torch.optim.Adam):
-    """torch's fused Adam(W); takes the arguments of Transformer Engine's and Apex's FusedAdam.
+    """torch's fused Adam(W) with the arguments of Transformer Engine's and Apex's FusedAdam.
 
-    torch's own keeps the step count in the state of every parameter. A distributed optimizer's rank that holds no
+    torch.optim.Adam keeps the step count in the state of every parameter. A rank whose distributed optimizer has no
     parameter then has no step to save, and its checkpoint can't be loaded.
     """
 
@@ -29,7 +29,7 @@ class GroupStepAdam(torch.optim.Adam):
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        torch.optim.Optimizer.__setstate__(self, state)  # Adam's looks for a step in every parameter's state
+        torch.optim.Optimizer.__setstate__(self, state)  # Adam's expects a step in every parameter's state
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]

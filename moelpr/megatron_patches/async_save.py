@@ -1,8 +1,8 @@
-"""`--async-save` on CPU: the helper process that writes a checkpoint while training goes on.
+"""`--async-save` on CPU: the helper process that writes a checkpoint while training continues.
 
-Megatron 0.19.2 copies GPU tensors to the helper's memory before training may change them. Without a GPU two things go
-wrong, silently or with the trainer waiting for ever: the helper starts unpatched and divides by its number of CUDA
-devices, and CPU tensors reach it as shared memory, in which training writes while the helper saves.
+Megatron Core 0.19.2 copies GPU tensors to the helper's memory before training may change them. Without a GPU, two
+things fail, silently or with a trainer that waits indefinitely: the helper starts unpatched and divides by the number
+of CUDA devices, and it gets CPU tensors as shared memory, which training overwrites while the helper saves it.
 """
 
 from typing import Any
@@ -11,10 +11,10 @@ import torch
 
 
 def install() -> None:
-    """Have the helper run `worker`; called by moelpr.megatron_patches.cpu in the training process."""
+    """Have the helper run `worker`. Called by moelpr.megatron_patches.cpu in the training process."""
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
-    # Found by its name in the helper, which imports this module and so is patched before it starts.
+    # The helper finds it by name, so it imports this module.
     PersistentAsyncCaller.async_loop = staticmethod(worker)
 
 

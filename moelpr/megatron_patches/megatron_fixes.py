@@ -1,22 +1,35 @@
-"""Faults of Megatron Core 0.19.2 that hit every machine, and the smallest cure of each.
+"""Fixes for bugs of Megatron Core 0.19.2 that affect every machine.
 
 `tests/unit/megatron_patches/test_megatron_fixes.py` fails once a fix is no longer needed.
 """
 
 import importlib.util
-from functools import wraps
+from argparse import Namespace
+from functools import cache, wraps
 from typing import Any
 
 
+@cache
 def install() -> None:
-    _use_the_built_dataset_helper()
+    """Apply all fixes, once per process. Call it before anything imports the patched names."""
+    _use_prebuilt_dataset_helper()
     _count_adam_steps_per_group()
     _load_fp32_optimizer_shards()
     _load_optimizers_without_parameters()
+    _reduce_metrics_on_stages_without_routers()
 
 
-def _use_the_built_dataset_helper() -> None:
-    """Megatron runs `make` for its dataset helper at every start; the wheel has the built helper and no Makefile."""
+def gpt_config_from_args(args: Namespace, transformer: Any) -> Any:
+    """Megatron's function of this name, which ignores --rope-scaling-factor and always uses 8."""
+    from megatron.training import argument_utils
+
+    config = argument_utils.gpt_config_from_args(args, transformer)
+    config.rope_scaling_factor = args.rope_scaling_factor
+    return config
+
+
+def _use_prebuilt_dataset_helper() -> None:
+    """Megatron runs `make` for its dataset helper at every start, but the wheel has a built helper and no Makefile."""
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
         return  # a source checkout: let Megatron build it
     import megatron.core.datasets.utils as dataset_utils
@@ -27,8 +40,8 @@ def _use_the_built_dataset_helper() -> None:
 def _count_adam_steps_per_group() -> None:
     """Without Transformer Engine and Apex, the distributed optimizer saves checkpoints that it can't load.
 
-    It looks for torch Adam's step count in per-parameter state and asserts that every rank finds exactly one; a rank
-    without a shard finds none. Adams that keep the count in the parameter group go through another branch.
+    It expects torch Adam's step count in the per-parameter state, exactly one on every rank; a rank without a shard has
+    none. Adams that keep the count in the parameter group take another branch.
     """
     import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
@@ -43,9 +56,9 @@ def _count_adam_steps_per_group() -> None:
 
 
 def _load_fp32_optimizer_shards() -> None:
-    """In fp32 the distributed optimizer's shards are views of the parameters, which it copies into with gradients on.
+    """In fp32 the distributed optimizer's shards are views of the parameters, and loading copies into them in place.
 
-    Loading a checkpoint then stops with "a view of a leaf Variable that requires grad is being used in-place".
+    With gradients enabled, this fails with "a view of a leaf Variable that requires grad is being used in-place".
     """
     import torch
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -55,9 +68,9 @@ def _load_fp32_optimizer_shards() -> None:
 
 
 def _load_optimizers_without_parameters() -> None:
-    """Where a pipeline stage trains nothing, its optimizer's state is empty, and empty parts get lost in a checkpoint.
+    """If a pipeline stage trains nothing, its optimizer state is empty, and checkpoints drop empty parts.
 
-    Loading then stops with a KeyError. What is left is loaded all the same: it has the step count, which the first
+    Loading then fails with a KeyError. The rest still has to be loaded: it contains the step count, which the first
     stage saves for all.
     """
     from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
@@ -77,3 +90,25 @@ def _load_optimizers_without_parameters() -> None:
 
     FP32Optimizer.load_state_dict = load_fp32_state
     Float16OptimizerWithFloat16Params.load_state_dict = load_float16_state
+
+
+def _reduce_metrics_on_stages_without_routers() -> None:
+    """A pipeline stage without routers has no groups to reduce the other stages' MoE losses over.
+
+    If it is the last stage, it logs the value of a single tensor-parallel rank.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
+
+    ensure_initialized = MoEMetricsTracker.ensure_initialized
+
+    @wraps(ensure_initialized)
+    def ensure_initialized_with_group(self: MoEMetricsTracker, name: str, *args: Any, **kwargs: Any) -> None:
+        is_new = name not in self._metrics
+        ensure_initialized(self, name, *args, **kwargs)
+        if is_new:
+            # The z loss is a mean on each rank already.
+            kind = "avg_group" if name == "z_loss" else "reduce_group"
+            setattr(self._metrics[name], kind, parallel_state.get_tensor_and_context_parallel_group())
+
+    MoEMetricsTracker.ensure_initialized = ensure_initialized_with_group

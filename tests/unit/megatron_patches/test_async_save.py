@@ -1,4 +1,4 @@
-"""While a checkpoint is written, training may go on: what is saved is what was there when saving began."""
+"""Training may continue while a checkpoint is written: saved is what was there when saving began."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def staged(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the helper copies GPU tensors")
-def test_the_helper_writes_a_copy_which_megatrons_own_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_helper_writes_a_copy_but_megatrons_own_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
@@ -33,11 +33,11 @@ def test_the_helper_writes_a_copy_which_megatrons_own_does_not(monkeypatch: pyte
     assert calls == [((0, "queue"), {"log_level": 1})]
     saved = staged(tensor)
     tensor.zero_()
-    assert before.sum() == 0, "Megatron copies CPU tensors itself by now: the patch is no longer needed"
+    assert before.sum() == 0, "Megatron copies CPU tensors itself: remove the patch"
     assert saved.sum() == 3
 
 
-def test_the_helper_is_told_to_run_our_worker() -> None:
+def test_the_helper_runs_our_worker() -> None:
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
     from moelpr.megatron_patches import async_save, cpu

@@ -6,7 +6,7 @@ names in Megatron's signatures; `tests/unit/megatron_patches/test_hooks.py` fail
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial, wraps
 from typing import Any
 
@@ -21,8 +21,7 @@ LogStep = Callable[[dict[str, Tensor], float | None, int, float | None], None]
 Validate = Callable[[Any, list[torch.nn.Module], Any, int], None]
 
 
-@contextmanager
-def after_training_log(log_step: LogStep) -> Iterator[None]:
+def after_training_log(log_step: LogStep) -> AbstractContextManager[None]:
     """Call `log_step` after each `training_log`, which every rank calls once per step."""
 
     def training_log(call: Callable[[], Any], named: dict[str, Any]) -> Any:
@@ -30,20 +29,17 @@ def after_training_log(log_step: LogStep) -> Iterator[None]:
         log_step(named["loss_dict"], named["learning_rate"], named["iteration"], named["grad_norm"])
         return report_memory
 
-    with _replaced("training_log", training_log):
-        yield
+    return _replaced("training_log", training_log)
 
 
-@contextmanager
-def after_save_checkpoint(callback: Callable[[int], None]) -> Iterator[None]:
-    """Call `callback(iteration)` after each `save_checkpoint`: Megatron tells nobody which step it has saved."""
+def after_save_checkpoint(callback: Callable[[int], None]) -> AbstractContextManager[None]:
+    """Call `callback(iteration)` after each `save_checkpoint`, which saves at intervals and on request."""
 
     def save_checkpoint(call: Callable[[], Any], named: dict[str, Any]) -> None:
         call()
         callback(named["iteration"])
 
-    with _replaced("save_checkpoint", save_checkpoint):
-        yield
+    return _replaced("save_checkpoint", save_checkpoint)
 
 
 @contextmanager

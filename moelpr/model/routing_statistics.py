@@ -7,24 +7,15 @@ from torch import Tensor
 
 
 class RoutingSums(NamedTuple):
-    """Sums over tokens, one row per layer.
-
-    Attributes:
-        lpr_loss: [L], in nats.
-        original_tokens, expanded_tokens: [L], numbers of tokens of each language group.
-        original_first_choices_of_original: [L], original-language tokens whose first choice is an original expert.
-        original_first_choices_of_expanded: [L], the same for expanded-language tokens.
-        scores: [L, E], router scores.
-        choices: [L, E], tokens that have the expert among their K chosen ones.
-    """
+    """Sums over tokens, one row per layer: every field is [L], except `scores` and `choices`, which are [L, E]."""
 
     lpr_loss: Tensor
     original_tokens: Tensor
     expanded_tokens: Tensor
-    original_first_choices_of_original: Tensor
+    original_first_choices_of_original: Tensor  # original-language tokens whose first choice is an original expert
     original_first_choices_of_expanded: Tensor
     scores: Tensor
-    choices: Tensor
+    choices: Tensor  # tokens that have the expert among their K chosen ones
 
     @classmethod
     def from_vectors(cls, vectors_LV: Tensor) -> "RoutingSums":

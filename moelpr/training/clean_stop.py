@@ -59,9 +59,8 @@ class StopRequest:
         """Whether any rank was asked to stop: a collective that Megatron calls on every rank after each step."""
         import torch
 
-        is_asked = self.is_received or (
-            torch.distributed.get_rank() == 0 and self.file is not None and self.file.exists()
-        )
+        assert self.file is not None
+        is_asked = self.is_received or (torch.distributed.get_rank() == 0 and self.file.exists())
         answer = torch.tensor([is_asked], dtype=torch.int32, device=torch.cuda.current_device())
         torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MAX)
         return [bool(answer.item())]

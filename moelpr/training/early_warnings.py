@@ -49,7 +49,7 @@ class EarlyWarnings:
         self._block: list[Mapping[str, Any]] = []  # records since the last judgment
         self._first_lpr_loss = self._first_original_loss = math.nan  # means of the first block that has them
         self._first_validation: dict[str, float] = {}  # language -> loss in nats per token
-        self._active: dict[str, set[Any]] = {}  # kind -> what it holds for
+        self._active: dict[str, set[Any]] = {}  # kind -> the languages, experts, … for which its condition holds
 
     def remember(self, record: Mapping[str, Any]) -> None:
         """Take note of a record from before the interruption; its warnings have been logged then."""
@@ -152,7 +152,7 @@ class EarlyWarnings:
         return sum(values) / len(values) if values else math.nan
 
     def _onsets(self, kind: str, active: set[Any]) -> set[Any]:
-        """The subset of `active`, for which the condition holds now, for which it did not hold before."""
+        """The subset of `active` (for which the condition holds now) for which it did not hold before."""
         new = active - self._active.get(kind, set())
         self._active[kind] = active
         return new

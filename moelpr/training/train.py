@@ -33,7 +33,7 @@ def train(argv: list[str], stop: StopRequest | None = None) -> None:
 
     Args:
         argv: the trainer's command line.
-        stop: requests to stop that arrived so far; None if there is no one to send any.
+        stop: receives requests to stop; None to ignore them.
     """
     args, spec = parse_arguments(argv)
     if clean_stop.is_finished(args):

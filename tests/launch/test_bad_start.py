@@ -8,10 +8,10 @@ ROOT = Path(__file__).parents[2]
 HOST = "127.0.0.1"
 
 
-def start(node_rank: int, port: int, *words: str, nnodes: int = 2) -> subprocess.Popen:
+def start(node_rank: int, port: int, *arguments: str, nnodes: int = 2) -> subprocess.Popen:
     where = ["--nnodes", str(nnodes), "--node-rank", str(node_rank), "--master-addr", HOST, "--master-port", str(port)]
     return subprocess.Popen(
-        [ROOT / "launch" / "stage1.sh", *where, "--nproc-per-node", "1", *words], stderr=subprocess.PIPE, text=True,
+        [ROOT / "launch" / "stage1.sh", *where, "--nproc-per-node", "1", *arguments], stderr=subprocess.PIPE, text=True,
         stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
 
@@ -37,8 +37,8 @@ def test_an_unavailable_port_is_named_on_a_single_node_too(taken_port: int) -> N
 
 
 def test_a_missing_recipe_ends_both_nodes(port: int, tmp_path: Path) -> None:
-    words = ["--recipe", str(tmp_path / "none.yaml"), *needed(tmp_path)]
-    nodes = [start(rank, port, *words) for rank in (0, 1)]
+    arguments = ["--recipe", str(tmp_path / "none.yaml"), *needed(tmp_path)]
+    nodes = [start(rank, port, *arguments) for rank in (0, 1)]
     for node in nodes:
         error = error_of(node)
         assert f"{tmp_path}/none.yaml" in error and "No such file or directory" in error

@@ -12,8 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def entrypoint(*words: str) -> subprocess.CompletedProcess:
-    command = [ROOT / "launch" / "container" / "entrypoint.sh", *words]
+def entrypoint(*arguments: str) -> subprocess.CompletedProcess:
+    command = [ROOT / "launch" / "container" / "entrypoint.sh", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 

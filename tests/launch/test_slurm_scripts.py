@@ -32,11 +32,11 @@ class Calls:
             program.write_text(f"#!/usr/bin/env bash\n{body}\n")
             program.chmod(0o755)
 
-    def __call__(self, *words: object, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess:
+    def __call__(self, *arguments: object, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess:
         slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "job", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
         environment = {**os.environ, **slurm, "CALLS": str(self._file), **variables}
         environment["PATH"] = f"{self.folder / 'bin'}:{os.environ['PATH']}"
-        command = ["bash", *map(str, words)]
+        command = ["bash", *map(str, arguments)]
         return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=20)
 
     @property
@@ -116,7 +116,7 @@ def test_a_second_call_submits_only_steps_that_are_neither_done_nor_active(calls
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("arguments", "expected"),
     [
         ([], ["--run DIR"]),
         (["--run", "RUN"], ["no step", "@convert"]),
@@ -125,9 +125,9 @@ def test_a_second_call_submits_only_steps_that_are_neither_done_nor_active(calls
         (["--run", "RUN", "@expanded", "--shards", "many", "--"], ["--shards", "integer", "many"]),
     ],
 )
-def test_a_wrong_chain_is_a_single_error(calls: Calls, tmp_path: Path, words: list, expected: list[str]) -> None:
+def test_a_wrong_chain_is_a_single_error(calls: Calls, tmp_path: Path, arguments: list, expected: list[str]) -> None:
     run = str(tmp_path / "run")
-    done = calls("launch/slurm/submit.sh", *[word.replace("RUN", run) for word in words])
+    done = calls("launch/slurm/submit.sh", *[argument.replace("RUN", run) for argument in arguments])
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith("submit.sh: error: ")
     assert all(text.replace("RUN", run) in done.stderr for text in expected), done.stderr
@@ -144,11 +144,13 @@ def test_help_lists_the_steps(calls: Calls) -> None:
 STAGE = ["stage1", "--save", "SAVE", "--lr", "1"]
 
 
-def stage(calls: Calls, tmp_path: Path, *words: str, **variables: str) -> subprocess.CompletedProcess:
+def stage(calls: Calls, tmp_path: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
     save = tmp_path / "save"
     save.mkdir(exist_ok=True)
     (save / "FINISHED").touch()
-    return calls("launch/slurm/stage.sbatch", *[word.replace("SAVE", str(save)) for word in words], **variables)
+    return calls(
+        "launch/slurm/stage.sbatch", *[argument.replace("SAVE", str(save)) for argument in arguments], **variables
+    )
 
 
 def test_a_stage_runs_the_launcher_once_per_node_and_skips_an_occupied_port(calls: Calls, tmp_path: Path) -> None:
@@ -185,7 +187,7 @@ def test_in_a_container_the_images_code_is_run(calls: Calls, tmp_path: Path, fla
 
 
 @pytest.mark.parametrize(
-    ("words", "variables", "expected"),
+    ("arguments", "variables", "expected"),
     [
         (["stage3"], {}, ["stage1, stage2 or dense", "'stage3'"]),
         (["stage1", "--lr", "1"], {}, ["--save DIR"]),
@@ -195,19 +197,19 @@ def test_in_a_container_the_images_code_is_run(calls: Calls, tmp_path: Path, fla
     ],
 )
 def test_a_stage_that_cannot_run_is_a_single_error(
-    calls: Calls, tmp_path: Path, words: list, variables: dict, expected: list[str]
+    calls: Calls, tmp_path: Path, arguments: list, variables: dict, expected: list[str]
 ) -> None:
-    done = stage(calls, tmp_path, *words, **variables)
+    done = stage(calls, tmp_path, *arguments, **variables)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith("job: error: ") and all(text in done.stderr for text in expected), done.stderr
     assert calls.made == []
 
 
-@pytest.mark.parametrize("words", [["--save", "SAVE"], ["--save=SAVE"]])
-def test_the_save_folder_is_found_as_argparse_finds_it(calls: Calls, tmp_path: Path, words: list[str]) -> None:
+@pytest.mark.parametrize("arguments", [["--save", "SAVE"], ["--save=SAVE"]])
+def test_the_save_folder_is_found_as_argparse_finds_it(calls: Calls, tmp_path: Path, arguments: list[str]) -> None:
     """The trainer has not finished (there is no FINISHED) and was not asked to stop, so the job must fail."""
     empty = str(tmp_path / "empty")
-    done = calls("launch/slurm/stage.sbatch", "stage1", *[word.replace("SAVE", empty) for word in words])
+    done = calls("launch/slurm/stage.sbatch", "stage1", *[argument.replace("SAVE", empty) for argument in arguments])
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert done.stderr.startswith("job: stopped manually")
 
@@ -217,8 +219,8 @@ def test_a_stage_exits_with_the_trainers_code(calls: Calls, tmp_path: Path) -> N
 
 
 def test_tools_of_an_array_get_their_shard(calls: Calls) -> None:
-    words = ["launch/slurm/tool.sbatch", "data_tools/preprocess_data.py", "--num-shards", "8"]
-    assert calls(*words, SLURM_ARRAY_TASK_ID="3").returncode == 0
+    arguments = ["launch/slurm/tool.sbatch", "data_tools/preprocess_data.py", "--num-shards", "8"]
+    assert calls(*arguments, SLURM_ARRAY_TASK_ID="3").returncode == 0
     assert "[.] [-m] [data_tools.preprocess_data] [--num-shards] [8] [--shard] [3]" in "\n".join(calls.made)
 
 

@@ -33,17 +33,17 @@ def root(tmp_path: Path) -> Path:
     return python.parents[2]
 
 
-def launch(root: Path, *words: str, script: str = "stage1", **variables: str) -> subprocess.CompletedProcess:
+def launch(root: Path, *arguments: str, script: str = "stage1", **variables: str) -> subprocess.CompletedProcess:
     environment = {name: value for name, value in os.environ.items() if name not in (*SET_HERE, *DEFAULTS)}
     return subprocess.run(
-        [root / "launch" / f"{script}.sh", *words], env={**environment, **variables}, capture_output=True, text=True,
-        timeout=20,
+        [root / "launch" / f"{script}.sh", *arguments], env={**environment, **variables},
+        capture_output=True, text=True, timeout=20,
     )  # fmt: skip
 
 
-def started(root: Path, *words: str, **variables: str) -> tuple[dict[str, str], list[str], list[str]]:
+def started(root: Path, *arguments: str, **variables: str) -> tuple[dict[str, str], list[str], list[str]]:
     """The variables that were set, torchrun's arguments and the trainer's arguments."""
-    done = launch(root, *words, **variables)
+    done = launch(root, *arguments, **variables)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     start = lines.index("-m")
@@ -52,8 +52,8 @@ def started(root: Path, *words: str, **variables: str) -> tuple[dict[str, str], 
     return dict(line.split("=", 1) for line in lines[:start]), lines[start + 2 : trainer - 1], lines[trainer + 1 :]
 
 
-def error_of(root: Path, *words: str, **variables: str) -> str:
-    done = launch(root, *words, **variables)
+def error_of(root: Path, *arguments: str, **variables: str) -> str:
+    done = launch(root, *arguments, **variables)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     return done.stderr
 
@@ -93,16 +93,16 @@ def test_a_given_port_is_used_on_a_single_node_too(root: Path) -> None:
 
 
 def test_the_join_timeout_reaches_torchrun(root: Path) -> None:
-    words = ("--nnodes", "2", "--node-rank", "0", "--master-addr", "a", "--join-timeout", "300")
-    assert shlex.join(started(root, *words)[1]).endswith("--rdzv-conf timeout=300 --nproc-per-node 1")
+    arguments = ("--nnodes", "2", "--node-rank", "0", "--master-addr", "a", "--join-timeout", "300")
+    assert shlex.join(started(root, *arguments)[1]).endswith("--rdzv-conf timeout=300 --nproc-per-node 1")
 
 
 def test_a_dry_run_prints_the_command_at_any_position(root: Path) -> None:
-    words = ("--recipe", "my recipe.yaml", "--data-path", "0.3", "a$b", "1", "c'd")
-    ran = launch(root, *words, "--nproc-per-node", "2")
+    arguments = ("--recipe", "my recipe.yaml", "--data-path", "0.3", "a$b", "1", "c'd")
+    ran = launch(root, *arguments, "--nproc-per-node", "2")
     printed = [
-        launch(root, "--dry-run", *words, "--nproc-per-node", "2"),
-        launch(root, *words, "--nproc-per-node", "2", "--dry-run"),
+        launch(root, "--dry-run", *arguments, "--nproc-per-node", "2"),
+        launch(root, *arguments, "--nproc-per-node", "2", "--dry-run"),
     ]
     assert printed[0].stdout == printed[1].stdout
     copied = subprocess.run(
@@ -119,8 +119,8 @@ def inherited() -> set[str]:
 
 def test_without_a_venv_python3_finds_the_repository_on_its_path(root: Path) -> None:
     shutil.rmtree(root / ".venv")
-    words = shlex.split(launch(root, "--dry-run", PYTHONPATH="/mine").stdout)
-    assert words[words.index("python3") - 1] == f"PYTHONPATH={root}:/mine"
+    arguments = shlex.split(launch(root, "--dry-run", PYTHONPATH="/mine").stdout)
+    assert arguments[arguments.index("python3") - 1] == f"PYTHONPATH={root}:/mine"
 
 
 def test_ranks_share_the_cores(root: Path) -> None:
@@ -146,7 +146,7 @@ def test_nccl_is_configured_with_gpus_and_the_allocator_without(root: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("words", "option", "found"),
+    ("arguments", "option", "found"),
     [
         ("--nnodes two", "--nnodes", "got two"),
         ("--master-port http", "--master-port", "got http"),
@@ -158,8 +158,8 @@ def test_nccl_is_configured_with_gpus_and_the_allocator_without(root: Path) -> N
         ("--nnodes", "--nnodes", "pass --nnodes VALUE"),
     ],
 )
-def test_a_wrong_option_is_named_with_the_values_that_work(root: Path, words: str, option: str, found: str) -> None:
-    error = error_of(root, *words.split())
+def test_a_wrong_option_is_named_with_the_values_that_work(root: Path, arguments: str, option: str, found: str) -> None:
+    error = error_of(root, *arguments.split())
     assert error.startswith("stage1.sh: error: ") and option in error and found in error
 
 
@@ -189,7 +189,7 @@ def test_no_flag_of_the_trainer_is_an_option_of_the_launcher() -> None:
 def test_docs_list_every_option_and_variable_of_the_launcher() -> None:
     script, page = (ROOT / "launch" / "train.sh").read_text(), (ROOT / "docs" / "running.md").read_text()
     variables = set(re.findall(r"^ *default (\w+) ", script, re.MULTILINE))
-    words = dict(re.findall(r"^#   (--[\w-]+) +([A-Z_]+) ", script, re.MULTILINE))
-    assert len(variables) >= 9 and len(words) == 6
+    arguments = dict(re.findall(r"^#   (--[\w-]+) +([A-Z_]+) ", script, re.MULTILINE))
+    assert len(variables) >= 9 and len(arguments) == 6
     assert [name for name in variables if f"`{name}`" not in page] == []
-    assert [pair for pair in words.items() if f"| `{pair[0]}` | `{pair[1]}` |" not in page] == []
+    assert [pair for pair in arguments.items() if f"| `{pair[0]}` | `{pair[1]}` |" not in page] == []

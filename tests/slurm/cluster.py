@@ -84,9 +84,9 @@ class Cluster:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr}")
         return done.stdout.strip()
 
-    def submit(self, *words: object) -> str:
+    def submit(self, *arguments: object) -> str:
         """Submit a job and return its ID."""
-        return self("sbatch", "--parsable", *map(str, words))
+        return self("sbatch", "--parsable", *map(str, arguments))
 
     def job(self, job_id: str) -> dict[str, str]:
         """The job's fields, named as by scontrol."""
@@ -129,11 +129,11 @@ class Cluster:
                 found.append(process)
         return found
 
-    def _start(self, name: str, *words: str, program: str = "slurmctld") -> None:
+    def _start(self, name: str, *arguments: str, program: str = "slurmctld") -> None:
         environment = {**self.environment, "SLURM_SACK_KEY": str(self.folder / "slurm.key")}
         with (self.folder / f"{name}.out").open("a") as out:
             self._daemons[name] = subprocess.Popen(
-                [program, *words], env=environment, stdout=out, stderr=out, start_new_session=True
+                [program, *arguments], env=environment, stdout=out, stderr=out, start_new_session=True
             )
 
     def _log(self) -> str:

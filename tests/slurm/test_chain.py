@@ -49,9 +49,9 @@ class Chain:
         assert done.returncode == 0, done.stderr
         return dict(line.split(": ", 1) for line in done.stdout.splitlines())
 
-    def wait(self, said: dict[str, str]) -> dict[str, str]:
+    def wait(self, output: dict[str, str]) -> dict[str, str]:
         """Step → the final state of its job."""
-        jobs = {step: words.split()[1].strip(",") for step, words in said.items() if words.startswith("job")}
+        jobs = {step: line.split()[1].strip(",") for step, line in output.items() if line.startswith("job")}
         return {step: self.cluster.wait(job, timeout_s=150) for step, job in jobs.items()}
 
     def log(self, step: str) -> str:
@@ -72,12 +72,12 @@ def broken(chain: Chain) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def resumed(chain: Chain, broken: dict[str, str]) -> dict[str, str]:
     """The output of a second, correct call of submit.sh; its jobs have ended."""
-    said = chain.submit()
+    output = chain.submit()
     again = chain.submit()
     assert again["stage2"].endswith("is pending or running"), again
-    states = chain.wait(said)
+    states = chain.wait(output)
     assert set(states.values()) == {"COMPLETED"}, (states, chain.log("stage2")[-3000:])
-    return said
+    return output
 
 
 def test_a_failing_stage_cancels_only_the_steps_that_depend_on_it(chain: Chain, broken: dict[str, str]) -> None:
@@ -88,7 +88,8 @@ def test_a_failing_stage_cancels_only_the_steps_that_depend_on_it(chain: Chain, 
 
 
 def test_a_broken_chain_resumes_at_the_failed_step(chain: Chain, resumed: dict[str, str]) -> None:
-    assert {step for step, words in resumed.items() if words == "done"} == {"expanded", "review", "convert", "stage1"}
+    done = {step for step, line in resumed.items() if line == "done"}
+    assert done == {"expanded", "review", "convert", "stage1"}
     assert re.fullmatch(r"job \d+", resumed["stage2"])
     report = json.loads((chain.run / "evaluation/results.json").read_text())
     assert {"base", "stage2"} <= set(json.dumps(report).replace('"', " ").split())
@@ -110,11 +111,11 @@ def test_an_array_of_preprocessing_jobs_equals_one_job(chain: Chain, broken: dic
 
 def test_a_stage_on_two_nodes_equals_one_node_with_two_ranks(chain: Chain, broken: dict[str, str]) -> None:
     one = chain.run.parent / "one-node"
-    words = ["--pretrained-checkpoint", chain.run / "upcycled", "--save", one]
-    words += ["--data-path", chain.run / "data" / "expanded_text_document", *TRAINING_FLAGS, *STEPS]
+    arguments = ["--pretrained-checkpoint", chain.run / "upcycled", "--save", one]
+    arguments += ["--data-path", chain.run / "data" / "expanded_text_document", *TRAINING_FLAGS, *STEPS]
     environment = {**os.environ, "NPROC_PER_NODE": "2"}
     done = subprocess.run(
-        [ROOT / "launch/stage1.sh", *map(str, words)], env=environment, capture_output=True, text=True, timeout=200
+        [ROOT / "launch/stage1.sh", *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert differences(one, chain.run / "stage1") == []
@@ -122,10 +123,11 @@ def test_a_stage_on_two_nodes_equals_one_node_with_two_ranks(chain: Chain, broke
 
 def test_a_finished_stage_does_nothing_when_submitted_again(chain: Chain, broken: dict[str, str]) -> None:
     before = shutil.copytree(chain.run / "stage1", chain.run.parent / "before")
-    words = ["--pretrained-checkpoint", chain.run / "upcycled", "--save", chain.run / "stage1", *TRAINING_FLAGS, *STEPS]
+    arguments = ["--pretrained-checkpoint", chain.run / "upcycled", "--save", chain.run / "stage1"]
+    arguments += [*TRAINING_FLAGS, *STEPS]
     log = chain.run.parent / "again.log"
     job = chain.cluster.submit(
-        *("--nodes", 2, "--output", log, "launch/slurm/stage.sbatch", "stage1", *words),
+        *("--nodes", 2, "--output", log, "launch/slurm/stage.sbatch", "stage1", *arguments),
         *("--data-path", chain.run / "data" / "expanded_text_document"),
     )
     assert chain.cluster.wait(job) == "COMPLETED", log.read_text()

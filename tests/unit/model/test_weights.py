@@ -74,8 +74,8 @@ def test_a_model_read_from_the_chain_equals_the_complete_one(chain_of_three: Pat
     from moelpr.model.loading import load_model
 
     whole, chained = load_model(chain_of_three / "whole"), load_model(chain_of_three / "stage2")
-    for (name, wanted), found in zip(whole.named_parameters(), chained.parameters(), strict=True):
-        assert torch.equal(wanted, found), name
+    for (name, expected), found in zip(whole.named_parameters(), chained.parameters(), strict=True):
+        assert torch.equal(expected, found), name
     upcycled = dict(load_model(chain_of_three / "upcycled").named_parameters())
     for name, parameter in chained.named_parameters():
         moved = ROUTERS in name or NEW_EXPERTS in name
@@ -97,8 +97,8 @@ def test_a_chain_can_be_made_a_complete_checkpoint(chain_of_three: Path, tmp_pat
     whole_checkpoint(chain_of_three / "stage2", tmp_path / "made")
     assert checkpoint_chain(tmp_path / "made") == [tmp_path / "made/release"]
     assert max_abs_difference(chain_of_three / "whole", tmp_path / "made") == 0
-    wanted, found = load_model(chain_of_three / "whole"), load_model(tmp_path / "made")
-    for (name, one), other in zip(wanted.named_parameters(), found.parameters(), strict=True):
+    expected, found = load_model(chain_of_three / "whole"), load_model(tmp_path / "made")
+    for (name, one), other in zip(expected.named_parameters(), found.parameters(), strict=True):
         assert torch.equal(one, other), name
 
 

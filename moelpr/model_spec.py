@@ -56,17 +56,15 @@ class MoeSpec:
             if type(value := getattr(self, name)) is not int:
                 raise UserError(f"moe.{name} must be an integer, got {value!r}")
         if self.num_new_experts < 1:
-            raise UserError(f"at least 1 new expert is required, got {self.num_new_experts}; pass --num-new-experts 1")
+            raise UserError(f"{self.num_new_experts} new experts are too few; pass --num-new-experts 1 or more")
         if self.num_original_experts < 1:
-            raise UserError(
-                f"at least 1 original expert (the dense model's FFN) is required, got {self.num_original_experts}"
-            )
+            raise UserError(f"num_original_experts must be at least 1 (the dense FFN), got {self.num_original_experts}")
+        if self.topk == 1:
+            raise UserError("with K = 1 every gate weight is 1, so the router gets no gradient; pass --topk 2 or more")
         if not 2 <= self.topk <= self.num_experts:
-            # Renormalization makes the gate weight of a single expert 1.
-            reason = "; with K = 1 the router gets no gradient" if self.topk == 1 else ""
             raise UserError(
-                f"--topk must be between 2 and {self.num_experts} ({self.num_new_experts} new + "
-                f"{self.num_original_experts} original experts), got {self.topk}{reason}"
+                f"top-{self.topk} routing is impossible with {self.num_experts} experts ({self.num_new_experts} new + "
+                f"{self.num_original_experts} original); pass --topk between 2 and {self.num_experts}"
             )
         if not self.layers:
             raise UserError("no layer would become an MoE layer; name at least one (--moe-layers 0,1,…) or use --dense")

@@ -21,10 +21,10 @@ def test_original_and_new_experts_together_are_all_experts() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_original_experts": 0}, "1 original expert .* got 0"),
-        ({"num_new_experts": 0}, "got 0; pass --num-new-experts 1"),
-        ({"topk": 1}, "--topk must be between 2 and 7 .* got 1; with K = 1"),
-        ({"topk": 8}, r"--topk must be between 2 and 7 \(4 new \+ 3 original experts\), got 8"),
+        ({"num_original_experts": 0}, "num_original_experts must be at least 1 .* got 0"),
+        ({"num_new_experts": 0}, "0 new experts .*--num-new-experts 1"),
+        ({"topk": 1}, "K = 1 .*--topk 2"),
+        ({"topk": 8}, r"top-8 .* 7 experts \(4 new \+ 3 original\).*--topk between 2 and 7"),
         ({"layers": ()}, "--moe-layers"),
         ({"layers": (1,)}, "no layer 1; --moe-layers must be between 0 and 0"),
         ({"layers": (0, 0)}, "without repetition"),

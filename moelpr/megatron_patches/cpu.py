@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 
-from moelpr.megatron_patches import async_save
-
 CPU = torch.device("cpu")
 
 # Megatron arguments that choose CUDA-only kernels or CUDA behavior, with the value that works on CPU.
@@ -56,6 +54,30 @@ def install() -> None:
     _patch_torch_tensors()
     _patch_gloo()
     _patch_megatron()
+
+
+def async_save_worker(*args: Any, **kwargs: Any) -> None:
+    """Megatron's loop in the helper process that writes a checkpoint while training continues (`--async-save`).
+
+    Megatron copies GPU tensors to the helper's memory before training may change them. Without a GPU, two things fail,
+    silently or with a trainer that waits indefinitely: the helper divides by the number of CUDA devices, and it gets
+    CPU tensors as shared memory, which training overwrites while the helper saves it.
+    """
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    torch.cuda.device_count = lambda: 1
+    torch.cuda.set_device = torch.cuda.synchronize = _do_nothing
+    share = FileSystemWriterAsync.preload_tensors
+
+    def copy(buckets: list[Any], non_blocking: bool = True) -> list[Any]:
+        return [
+            (file, key, (objects, [(item, tensor.clone()) for item, tensor in tensors]))
+            for file, key, (objects, tensors) in share(buckets, non_blocking)
+        ]
+
+    FileSystemWriterAsync.preload_tensors = staticmethod(copy)
+    PersistentAsyncCaller.async_loop(*args, **kwargs)
 
 
 def _patch_torch_cuda() -> None:
@@ -139,6 +161,7 @@ def _exchange(parts: list[torch.Tensor], rows_received: list[int], group: Any) -
 
 
 def _patch_megatron() -> None:
+    import megatron.core.dist_checkpointing.strategies.async_utils as async_utils
     import megatron.core.fusions.fused_bias_swiglu as fused_bias_swiglu
     import megatron.core.tensor_parallel.random as random
     import megatron.core.transformer.mlp as mlp
@@ -168,8 +191,8 @@ def _patch_megatron() -> None:
     # many passes over memory unless compiled
     fused_bias_swiglu.weighted_bias_swiglu_impl = mlp.weighted_bias_swiglu_impl = weighted_swiglu
     fused_bias_swiglu.bias_swiglu_impl = mlp.bias_swiglu_impl = swiglu
-    # starts a helper process, which is not patched
-    async_save.install()
+    # runs in a helper process, which is not patched and finds the function by its name
+    async_utils.PersistentAsyncCaller.async_loop = staticmethod(async_save_worker)
     # reads the memory counters of a CUDA device
     common_utils.report_memory = training.report_memory = _do_nothing
 

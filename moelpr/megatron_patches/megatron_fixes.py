@@ -5,8 +5,12 @@
 
 import importlib.util
 from argparse import Namespace
+from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any
+
+import torch
+from torch.optim.adam import adam
 
 
 @cache
@@ -41,12 +45,10 @@ def _count_adam_steps_per_group() -> None:
     """Without Transformer Engine and Apex, the distributed optimizer saves checkpoints that it can't load.
 
     It expects torch Adam's step count in the per-parameter state, exactly one on every rank; a rank without a shard has
-    none. Adams that keep the count in the parameter group take another branch.
+    none. Optimizers that keep the count in the parameter group take another branch.
     """
     import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
-
-    from moelpr.megatron_patches.adam import GroupStepAdam
 
     if not optimizer.USING_PYTORCH_OPTIMIZER:
         return
@@ -60,7 +62,6 @@ def _load_fp32_optimizer_shards() -> None:
 
     With gradients enabled, this fails with "a view of a leaf Variable that requires grad is being used in-place".
     """
-    import torch
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     load = DistributedOptimizer._set_main_param_and_optimizer_states
@@ -112,3 +113,62 @@ def _reduce_metrics_on_stages_without_routers() -> None:
             setattr(self._metrics[name], kind, parallel_state.get_tensor_and_context_parallel_group())
 
     MoEMetricsTracker.ensure_initialized = ensure_initialized_with_group
+
+
+class GroupStepAdam(torch.optim.Adam):
+    """torch's fused Adam(W) with the arguments of Transformer Engine's and Apex's FusedAdam.
+
+    Like these, it keeps one step count per parameter group, whereas torch.optim.Adam keeps one per parameter.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        adam_w_mode: bool = True,
+        capturable: bool = False,
+    ) -> None:
+        super().__init__(
+            params, lr, betas, eps, weight_decay, decoupled_weight_decay=adam_w_mode, capturable=capturable
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        torch.optim.Optimizer.__setstate__(self, state)  # Adam's expects a step in every parameter's state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        assert closure is None, "Megatron never passes one"
+        for group in self.param_groups:
+            steps_before = group.get("step", 0)
+            group["step"] = steps_before + 1
+            params = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not params:
+                continue
+            states = [self._state_of(parameter) for parameter in params]
+            adam(
+                params,
+                [parameter.grad for parameter in params],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [torch.tensor(float(steps_before), device=parameter.device) for parameter in params],
+                fused=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+                decoupled_weight_decay=group["decoupled_weight_decay"],
+            )
+
+    def _state_of(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+        state = self.state[parameter]
+        if not state:
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return state

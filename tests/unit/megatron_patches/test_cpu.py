@@ -91,3 +91,39 @@ def test_megatrons_random_number_tracker_forks_the_cpu_generator() -> None:
     assert not torch.equal(first, second)
     torch.manual_seed(7)
     assert torch.equal(torch.rand(3), first)
+
+
+def staged(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as Megatron's helper process would write it."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    (bucket,) = FileSystemWriterAsync.preload_tensors([("file", "key", ([], [("item", tensor)]))])
+    assert bucket[:2] == ("file", "key")
+    ((item, found),) = bucket[2][1]
+    assert item == "item"
+    return found
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_helper_writes_a_copy_but_megatrons_own_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    calls = []
+    monkeypatch.setattr(FileSystemWriterAsync, "preload_tensors", FileSystemWriterAsync.preload_tensors)
+    monkeypatch.setattr(PersistentAsyncCaller, "async_loop", lambda *args, **kwargs: calls.append((args, kwargs)))
+    tensor = torch.ones(3)
+    before = staged(tensor)
+    cpu.async_save_worker(0, "queue", log_level=1)
+    assert calls == [((0, "queue"), {"log_level": 1})]
+    saved = staged(tensor)
+    tensor.zero_()
+    assert before.sum() == 0, "Megatron copies CPU tensors itself: remove the patch"
+    assert saved.sum() == 3
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_helper_runs_our_worker() -> None:
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    assert PersistentAsyncCaller.async_loop is cpu.async_save_worker

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moelpr.megatron_patches import megatron_fixes
+from moelpr.megatron_patches.megatron_fixes import GroupStepAdam
 
 DATASETS = Path(next(iter(megatron.core.__path__))) / "datasets"
 
@@ -90,8 +91,6 @@ def test_the_group_of_a_recorded_loss_is_kept(megatron: None) -> None:
 
 @pytest.mark.parametrize("decoupled", [True, False])
 def test_adam_with_one_step_count_per_group_equals_torchs_adam(decoupled: bool) -> None:
-    from moelpr.megatron_patches.adam import GroupStepAdam
-
     settings = {"lr": 0.05, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     ours, theirs = ([torch.nn.Parameter(torch.arange(6.0)), torch.nn.Parameter(torch.ones(2, 3))] for _ in range(2))
     adam = GroupStepAdam(ours, **settings, adam_w_mode=decoupled)
@@ -113,8 +112,6 @@ def test_adam_with_one_step_count_per_group_equals_torchs_adam(decoupled: bool) 
 
 
 def test_a_group_without_parameters_counts_its_steps_too() -> None:
-    from moelpr.megatron_patches.adam import GroupStepAdam
-
     adam = GroupStepAdam(
         [{"params": []}, {"params": [torch.nn.Parameter(torch.ones(1))]}],
         lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0,

@@ -66,11 +66,8 @@ class HeldOut:
     def micro_batches(self, size: int) -> Iterator[dict[str, Tensor]]:
         """This data-parallel rank's, of `size` windows; windows past the end fill the last global batch, uncounted."""
         assert self.dataset is not None
-        first, step = (
-            parallel_state.get_data_parallel_rank() * size,
-            parallel_state.get_data_parallel_world_size() * size,
-        )
-        for start in itertools.count(first, step):
+        rank, world = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        for start in itertools.count(rank * size, world * size):
             indices = range(start, start + size)
             yield default_collate([self.dataset[index if index < self.num_windows else None] for index in indices])
 

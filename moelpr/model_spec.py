@@ -70,7 +70,7 @@ class MoeSpec:
             raise UserError("no layer would become an MoE layer; name at least one (--moe-layers 0,1,…) or use --dense")
         wrong = [layer for layer in self.layers if not 0 <= layer < num_layers]
         if wrong:
-            raise UserError(f"the model has no layer {wrong[0]}; --moe-layers must be between 0 and {num_layers - 1}")
+            raise UserError(f"the model has no layer {wrong[0]}; pass --moe-layers from 0 to {num_layers - 1}")
         if list(self.layers) != sorted(set(self.layers)):
             raise UserError(f"the MoE layers must be ascending and without repetition, got {list(self.layers)}")
 

@@ -26,7 +26,7 @@ def test_original_and_new_experts_together_are_all_experts() -> None:
         ({"topk": 1}, "K = 1 .*--topk 2"),
         ({"topk": 8}, r"top-8 .* 7 experts \(4 new \+ 3 original\).*--topk between 2 and 7"),
         ({"layers": ()}, "--moe-layers"),
-        ({"layers": (1,)}, "no layer 1; --moe-layers must be between 0 and 0"),
+        ({"layers": (1,)}, "no layer 1; pass --moe-layers from 0 to 0"),
         ({"layers": (0, 0)}, "without repetition"),
     ],
 )

@@ -9,13 +9,15 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
+
+from moelpr.stages import MoeStage
 
 if TYPE_CHECKING:
     from moelpr.model_spec import ModelSpec
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("stage1", "stage2")
+STAGES: tuple[MoeStage, ...] = get_args(MoeStage)
 SIZES = {
     "layers": "number of layers",
     "hidden": "hidden size",
@@ -30,9 +32,6 @@ SIZES = {
 }
 
 
-# ------------------------------------------------------------------------------------------- arguments and output
-
-
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the line breaks of a docstring, and appends defaults except None and False."""
 
@@ -45,7 +44,7 @@ def argument_parser(description: str | None, **sizes: int) -> argparse.ArgumentP
     """A parser with one integer option per size; keys are those of SIZES, values are defaults."""
     parser = argparse.ArgumentParser(description=description, formatter_class=_HelpFormatter)
     for name, default in sizes.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=SIZES[name])
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, metavar="N", help=SIZES[name])
     return parser
 
 
@@ -72,7 +71,8 @@ def print_table(rows: Sequence[Mapping[str, Any]], *names: str) -> None:
     table = Table(*headers, box=None, padding=(0, 2, 0, 0))
     for row in rows:
         table.add_row(*(_cell(row.get(name, "")) for name in columns))
-    Console(width=240, markup=False, highlight=False).print(table)
+    Console(width=1000, markup=False, highlight=False).print(table)
+    print()
 
 
 def _cell(value: object) -> str:
@@ -88,9 +88,6 @@ def working_folder(folder: Path | None) -> Iterator[Path]:
         folder = folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
-
-
-# ---------------------------------------------------------------------------------------------- models and corpora
 
 
 def install_megatron() -> None:
@@ -168,9 +165,6 @@ def write_corpus(prefix: Path, vocab_size: int, documents: Iterable[tuple[Any, b
         writer.finalize()
         writer.commit()
     return prefix
-
-
-# ------------------------------------------------------------------------------------------------------ processes
 
 
 def environment(**variables: str) -> dict[str, str]:

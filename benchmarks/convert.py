@@ -81,8 +81,8 @@ def measure(folder: Path, num_layers: int, rounds: int) -> list[dict]:
             {
                 "step": name,
                 "layers": num_layers,
-                "bytes_read": size_of(source),
-                "bytes_written": size_of(target),
+                "bytes_read": sum(path.stat().st_size for path in files_of(source)),
+                "bytes_written": sum(path.stat().st_size for path in files_of(target)),
                 "seconds": statistics.median(times["convert"]),
                 "copy_seconds": statistics.median(times["copy"]),
                 "ratio": statistics.median(ratios),
@@ -125,10 +125,6 @@ def drop_from_page_cache(folder: Path) -> None:
 
 def files_of(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
-
-
-def size_of(folder: Path) -> int:
-    return sum(path.stat().st_size for path in files_of(folder))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ advance, and ignores its output. Rates are medians over the rounds, in tokens of
 the rounds' ratios. Models are random Qwen2 and Qwen2Moe of the demo's size.
 """
 
-from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from transformers import Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from benchmarks.common import add_json, argument_parser, qwen2_config, write_json
-from benchmarks.timing import median_s, take_turns, time_ratio
+from benchmarks.timing import median_s, take_turns, time_ratio, timed_s
 from moelpr.evaluate.models import HfModel
 from moelpr.evaluate.perplexity import Settings, make_batches, make_tensors, score_documents
 from moelpr.evaluate.routing import RoutingObserver
@@ -61,23 +60,17 @@ def compare(model: Any, samples: list[list[list[int]]], settings: Settings) -> d
         for documents in samples
     ]
     contenders = {
-        "evaluation": one_by_one(partial(evaluate, loaded, settings), samples),
-        "forward": one_by_one(partial(forward, loaded), batches),
+        "evaluation": (partial(evaluate, loaded, documents, settings) for documents in samples),
+        "forward": (partial(forward, loaded, ready) for ready in batches),
     }
-    seconds, _ = take_turns(contenders, len(samples) - 1)
+    seconds, _ = take_turns(contenders, len(samples) - 1, lambda calls: timed_s(next(calls)))
     num_tokens = [sum(map(len, documents)) for documents in samples[1:]]
     per_token = {name: [s / n for s, n in zip(times, num_tokens, strict=True)] for name, times in seconds.items()}
     rates = {name: 1 / median for name, median in median_s(per_token).items()}
     return {**rates, "ratio": time_ratio(per_token, "forward", "evaluation")}
 
 
-def one_by_one(function: Callable[[Any], None], inputs: Iterable[Any]) -> Callable[[], None]:
-    """A contender that takes the next input in each round."""
-    remaining = iter(inputs)
-    return lambda: function(next(remaining))
-
-
-def evaluate(loaded: HfModel, settings: Settings, documents: list[list[int]]) -> None:
+def evaluate(loaded: HfModel, documents: list[list[int]], settings: Settings) -> None:
     score_documents(loaded, documents, settings, RoutingObserver(loaded), tqdm(disable=True, total=0))
 
 

@@ -51,10 +51,10 @@ def main() -> None:
     args = parser.parse_args()
     results = [result for ep in args.expert_parallel for result in run_ranks(args, ep)]
     common.print_table(results, *TABLE)
+    run = ("expert_parallel", "pattern")
+    kinds = ("ours_bytes", "peer_bytes")
+    common.print_table([{**{key: row[key] for key in run}, "": kind, **row[kind]} for row in results for kind in kinds])
     common.write_json(results, args.json)
-
-
-# -------------------------------------------------------------------------------------------------------- routing
 
 
 def chosen_experts(pattern: str, num_tokens: int, num_experts: int, topk: int, generator: torch.Generator) -> Tensor:
@@ -81,9 +81,6 @@ def peer_experts(new_experts: int, ep: int) -> int:
     below = (new_experts + 1) // ep * ep
     above = below + ep
     return below if below and new_experts + 1 - below <= above - new_experts - 1 else above
-
-
-# ---------------------------------------------------------------------------------------------------------- ranks
 
 
 def run_ranks(args: argparse.Namespace, ep: int) -> list[dict]:
@@ -142,7 +139,7 @@ def compare(args: argparse.Namespace, pattern: str, ep: int) -> dict:
 
     config = common.qwen2_config(1, args.hidden, args.ffn, vocabulary=128, length=64)
     new, peers = args.new_experts, peer_experts(args.new_experts, ep)
-    contenders = {}
+    contenders: dict[str, _Contender] = {}
     for stage in common.STAGES:
         model = build_model(common.model_spec(config, new, args.topk), expert_model_parallel_size=ep)
         freeze([model], stage)
@@ -154,7 +151,7 @@ def compare(args: argparse.Namespace, pattern: str, ep: int) -> dict:
 
     def measure(contender: _Contender) -> tuple[float, float]:
         torch.distributed.barrier()
-        return timed_s(lambda: (contender(), torch.distributed.barrier()))
+        return timed_s(lambda: (contender(), torch.distributed.barrier()))  # type: ignore[func-returns-value]
 
     times, _ = take_turns(contenders, args.rounds, measure)
     ours, peer = traffic["stage1"], traffic["peer"]

@@ -13,20 +13,8 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from benchmarks.common import (
-    STAGES,
-    add_json,
-    argument_parser,
-    export,
-    print_table,
-    qwen2_config,
-    run_ranks,
-    save_random_model,
-    upcycle,
-    working_folder,
-    write_corpus,
-    write_json,
-)
+from benchmarks import common
+from benchmarks.common import STAGES
 from moelpr.checkpoints import step_folder
 from moelpr.run_folder import METRICS_FILE
 from moelpr.run_metrics import Record, read_run_metrics
@@ -136,19 +124,16 @@ class Difference:
         return max(self.losses, self.grad_norm, self.weights)
 
 
-# ------------------------------------------------------------------------------------------------------- material
-
-
 def make_material(folder: Path) -> None:
     """Random models `all-moe` and `edges` as Megatron checkpoints; corpora `original`, `expanded` and held-out ones.
 
     `all-moe` is at the start of a second round of languages: it has two original experts.
     """
     # Random experts differ, so every choice of a router matters.
-    first = upcycle(_dense_model(folder, tied=False), folder / "first-round", 1, random=True)
-    upcycle(export(first, folder / "first-round-hf"), folder / "all-moe", 4, random=True)
+    first = common.upcycle(_dense_model(folder, tied=False), folder / "first-round", 1, random=True)
+    common.upcycle(common.export(first, folder / "first-round-hf"), folder / "all-moe", 4, random=True)
     with patch("torch.nn.init.xavier_normal_", _half_of_the_experts_win):  # initializes the routers
-        upcycle(_dense_model(folder, tied=True), folder / "edges", 8, random=True, moe_layers=[0, 1])
+        common.upcycle(_dense_model(folder, tied=True), folder / "edges", 8, random=True, moe_layers=[0, 1])
     random = np.random.default_rng(0)
     # Held-out text does not fill a multiple of the global batch.
     for name, count in {"original": 80, "expanded": 80, "held-out-original": 12, "held-out-expanded": 12}.items():
@@ -156,12 +141,14 @@ def make_material(folder: Path) -> None:
         starts = random.integers(first_token, first_token + 150, count)
         documents = [(start + np.arange(random.integers(10, 40))) % VOCAB_SIZE for start in starts]
         # 0 ends a document.
-        write_corpus(folder / name, VOCAB_SIZE, ((np.append(ids, 0), name.endswith("original")) for ids in documents))
+        common.write_corpus(
+            folder / name, VOCAB_SIZE, ((np.append(ids, 0), name.endswith("original")) for ids in documents)
+        )
 
 
 def _dense_model(folder: Path, tied: bool) -> Path:
-    config = qwen2_config(4, 32, 48, VOCAB_SIZE, length=64, tie_word_embeddings=tied)
-    return save_random_model(config, folder / f"hf-tied-{tied}")
+    config = common.qwen2_config(4, 32, 48, VOCAB_SIZE, length=64, tie_word_embeddings=tied)
+    return common.save_random_model(config, folder / f"hf-tied-{tied}")
 
 
 def _half_of_the_experts_win(router: torch.Tensor, **_: object) -> torch.Tensor:
@@ -172,9 +159,6 @@ def _half_of_the_experts_win(router: torch.Tensor, **_: object) -> torch.Tensor:
     for expert, factor in ((1, 20.0), (2, 10.0), (3, -20.0), (0, -10.0)):
         router[expert] = factor * direction
     return router
-
-
-# ------------------------------------------------------------------------------------------------------- training
 
 
 def trainer_arguments(folder: Path, layout: Layout, stage: str, save: Path) -> list[str]:
@@ -206,10 +190,9 @@ def launch(folder: Path, ranks: int, commands: list[list[str]], name: str) -> No
     """Run the trainings one after another in the same ranks; exit with the end of the log if one fails."""
     plan = folder / f"{name}.json"
     plan.write_text(json.dumps(commands))
-    run_ranks(ranks, "benchmarks.train_many", plan, log=folder / f"{name}.log", timeout_s=60 + 60 * len(commands))
-
-
-# ----------------------------------------------------------------------------------------------------- comparison
+    common.run_ranks(
+        ranks, "benchmarks.train_many", plan, log=folder / f"{name}.log", timeout_s=60 + 60 * len(commands)
+    )
 
 
 def compare(folder: Path, name: str, stage: str) -> Difference:
@@ -266,9 +249,6 @@ def _weights_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.T
     return worst
 
 
-# -------------------------------------------------------------------------------------------------------- command
-
-
 def measure_and_report(
     description: str | None, kind: str, steps: int, measure: Callable[[Path, str], list[dict]]
 ) -> None:
@@ -278,15 +258,15 @@ def measure_and_report(
         kind: key of the rows in the JSON file.
         measure: (folder, --only) -> rows that include the fields of Difference.
     """
-    parser = argument_parser(description)
+    parser = common.argument_parser(description)
     parser.add_argument("--only", default="", metavar="REGEX", help=f"measure only {kind} whose name matches")
     parser.add_argument("--folder", type=Path, help="keep models, runs and logs here (default: a temporary folder)")
-    add_json(parser)
+    common.add_json(parser)
     args = parser.parse_args()
-    with working_folder(args.folder) as folder:
+    with common.working_folder(args.folder) as folder:
         make_material(folder)
         rows = measure(folder, args.only)
     is_off = [max(row["losses"], row["grad_norm"], row["weights"]) > TOLERANCE for row in rows]
-    print_table([row | {"is_within_tolerance": not off} for row, off in zip(rows, is_off, strict=True)])
-    write_json({"tolerance": TOLERANCE, "steps": steps, kind: rows}, args.json)
+    common.print_table([row | {"is_within_tolerance": not off} for row, off in zip(rows, is_off, strict=True)])
+    common.write_json({"tolerance": TOLERANCE, "steps": steps, kind: rows}, args.json)
     sys.exit(1 if any(is_off) else 0)

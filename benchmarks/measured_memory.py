@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -63,90 +64,76 @@ def main() -> None:
     from moelpr.training.train import train
 
     out = Path(sys.argv.pop(1))
-    saved, rows, captured = SavedTensors(), RoutedRows(), []
+    saved = SavedTensors()
+    captured: list[Any] = []
+    rows: dict[str, list[int]] = {"new_rows": [], "original_rows": []}
     setup = megatron_training.setup_model_and_optimizer
 
     def setup_and_keep(*args: Any, **kwargs: Any) -> Any:
         result = setup(*args, **kwargs)
-        captured[:] = parameters_of(result[0]), result[0], result[1]
-        saved.parameter_storages = {storage_of(parameter) for parameter in captured[0]}
-        rows.watch(result[0])
+        captured[:] = result[:2]
+        saved.parameter_storages = {storage_of(parameter) for chunk in result[0] for parameter in chunk.parameters()}
+        count_rows(result[0], rows)
         return result
 
     megatron_training.setup_model_and_optimizer = setup_and_keep
     hooks = torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda held: held.tensor)
     with counted_traffic() as traffic, hooks:
         train(sys.argv[1:])
-    parameters, model, optimizer = captured
     report = {
-        **parameter_bytes(parameters),
-        **gradient_bytes(parameters, model),
-        "optimizer_bytes": optimizer_bytes(parameters, optimizer),
+        **state_bytes(*captured),
         "activation_bytes": saved.peak,
-        **rows.means(),
+        **{name: sum(counts) / max(len(counts), 1) for name, counts in rows.items()},
         "all_to_all_bytes": traffic.sent(),
     }
     (out / f"rank{os.environ['RANK']}.json").write_text(json.dumps(report))
 
 
-class RoutedRows:
-    """Rows that reached new and original experts, per call."""
+def count_rows(model: list[torch.nn.Module], rows: dict[str, list[int]]) -> None:
+    """Append the number of rows that reach new and original experts to `rows` at every call."""
+    from moelpr.model.layer import LPRMoELayer
 
-    def __init__(self) -> None:
-        self.counts: dict[str, list[int]] = {"new_rows": [], "original_rows": []}
-
-    def watch(self, model: list[torch.nn.Module]) -> None:
-        from moelpr.model.layer import LPRMoELayer
-
-        new, original = self.counts["new_rows"], self.counts["original_rows"]
-        for layer in (module for chunk in model for module in chunk.modules() if isinstance(module, LPRMoELayer)):
-            layer.experts.register_forward_pre_hook(lambda _, inputs: new.append(len(inputs[0])))
-            layer.original_experts.register_forward_pre_hook(
-                lambda _, inputs: original.append(sum(map(len, inputs[2])))
-            )
-
-    def means(self) -> dict[str, float]:
-        return {name: sum(rows) / max(len(rows), 1) for name, rows in self.counts.items()}
+    new, original = rows["new_rows"], rows["original_rows"]
+    for layer in (module for chunk in model for module in chunk.modules() if isinstance(module, LPRMoELayer)):
+        layer.experts.register_forward_pre_hook(lambda _, inputs: new.append(len(inputs[0])))
+        layer.original_experts.register_forward_pre_hook(lambda _, inputs: original.append(sum(map(len, inputs[2]))))
 
 
-def parameters_of(model: list[torch.nn.Module]) -> list[torch.nn.Parameter]:
-    return [parameter for chunk in model for parameter in chunk.parameters()]
+def state_bytes(model: list[Any], optimizer: Any) -> dict[str, int]:
+    """Parameters and their bytes; bytes of gradients, of the padding in their buffers, and of the optimizer."""
+    parameters = [parameter for chunk in model for parameter in chunk.parameters()]
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    frozen_states = (getattr(one, name, None) for one in frozen for name in ("grad", "main_grad", "main_param"))
+    gradients = num_bytes(parameter.main_grad for parameter in trainable)
+    buffers = [buffer.grad_data for chunk in model for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    return {
+        "trainable": sum(parameter.numel() for parameter in trainable),
+        "frozen": sum(parameter.numel() for parameter in frozen),
+        "trainable_bytes": num_bytes(trainable),
+        "frozen_bytes": num_bytes(frozen),
+        "frozen_state_bytes": num_bytes(state for state in frozen_states if state is not None),
+        "gradient_bytes": gradients,
+        "gradient_padding_bytes": num_bytes(buffers) - gradients,
+        "optimizer_bytes": optimizer_bytes(parameters, optimizer),
+    }
+
+
+def optimizer_bytes(parameters: list[Any], optimizer: Any) -> int:
+    """Main parameters and moments, without storages of the model's parameters and scalars (Adam's step)."""
+    optimizers = [one.optimizer for one in getattr(optimizer, "chained_optimizers", [optimizer]) if one.optimizer]
+    trained = [(one, main) for one in optimizers for group in one.param_groups for main in group["params"]]
+    states = (state for one, main in trained for state in (main, *one.state[main].values()) if torch.is_tensor(state))
+    own = {storage_of(state): state for state in states if state.numel() > 1}
+    return num_bytes(own[storage] for storage in own.keys() - {storage_of(parameter) for parameter in parameters})
+
+
+def num_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def storage_of(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
-
-def parameter_bytes(parameters: list[torch.nn.Parameter]) -> dict[str, int]:
-    counts = dict.fromkeys(("trainable", "frozen", "trainable_bytes", "frozen_bytes", "frozen_state_bytes"), 0)
-    for parameter in parameters:
-        kind = "trainable" if parameter.requires_grad else "frozen"
-        counts[kind] += parameter.numel()
-        counts[f"{kind}_bytes"] += parameter.nbytes
-        if kind == "frozen":
-            states = (getattr(parameter, name, None) for name in ("grad", "main_grad", "main_param"))
-            counts["frozen_state_bytes"] += sum(tensor.nbytes for tensor in states if tensor is not None)
-    return counts
-
-
-def gradient_bytes(parameters: list[torch.nn.Parameter], model: list[Any]) -> dict[str, int]:
-    """Gradients, and the padding in the buffers of Megatron's data parallelism."""
-    buffers = [buffer for chunk in model for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
-    total = sum(buffer.grad_data.nbytes for buffer in buffers)
-    used = sum(parameter.main_grad.nbytes for parameter in parameters if parameter.requires_grad)
-    return {"gradient_bytes": used, "gradient_padding_bytes": total - used}
-
-
-def optimizer_bytes(parameters: list[torch.nn.Parameter], optimizer: Any) -> int:
-    """Main parameters and moments, without storages of the model's parameters and scalars (Adam's step)."""
-    optimizers = [one.optimizer for one in getattr(optimizer, "chained_optimizers", [optimizer]) if one.optimizer]
-    trained = [(one, main) for one in optimizers for group in one.param_groups for main in group["params"]]
-    known, total = {storage_of(parameter) for parameter in parameters}, 0
-    for tensor in (tensor for one, main in trained for tensor in (main, *one.state[main].values())):
-        if torch.is_tensor(tensor) and tensor.numel() > 1 and storage_of(tensor) not in known:
-            known.add(storage_of(tensor))
-            total += tensor.nbytes
-    return total
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import json
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks import common
 from moelpr.model_spec import ModelSpec
@@ -20,12 +20,14 @@ from moelpr.plan.layouts import Layout
 from moelpr.plan.memory import CPU, Routing, Run, stage_memories
 from moelpr.plan.model import model_parts
 from moelpr.plan.traffic import expert_traffic
+from moelpr.stages import MoeStage
 
 SEQ_LENGTH, MICRO_BATCH_SIZE, GLOBAL_BATCH_SIZE = 256, 2, 8
 VOCABULARY = 1000
-TABLE = """layout stage dtype rank parameter_bytes gradient_bytes optimizer_bytes is_exact activation_bytes
-activation_ratio activation_ratio_as_routed state_bytes_per_trainable bytes_per_frozen predicted_all_to_all_bytes
-all_to_all_bytes""".split()
+RUN = ("layout", "stage", "dtype", "rank")
+STATE = ("parameter_bytes", "gradient_bytes", "optimizer_bytes", "state_bytes_per_trainable", "bytes_per_frozen")
+ACTIVATIONS = ("activation_bytes", "activation_ratio", "activation_ratio_as_routed")
+TRAFFIC = ("all_to_all_bytes", "predicted_all_to_all_bytes")
 EXACT = ("frozen", "trainable", "parameter_bytes", "gradient_bytes", "optimizer_bytes")
 
 
@@ -33,8 +35,8 @@ EXACT = ("frozen", "trainable", "parameter_bytes", "gradient_bytes", "optimizer_
 class Case:
     name: str
     layout: Layout
-    stage: str
-    dtype: str
+    stage: MoeStage
+    dtype: Literal["bf16", "fp32"]
     model: str = "upcycled"
     is_peer: bool = False
 
@@ -47,13 +49,15 @@ def cases() -> list[Case]:
         "PP2": Layout(pp=2, distributed_optimizer=False),
         "DP2, distributed optimizer": Layout(dp=2),
     }
-    found = [Case(name, plain[name], *kind) for name, *kind in product(plain, common.STAGES, ("bf16", "fp32"))]
+    dtypes: tuple[Literal["bf16", "fp32"], ...] = ("bf16", "fp32")
+    found = [Case(name, plain[name], stage, dtype) for name, dtype, stage in product(plain, dtypes, common.STAGES)]
     for recompute in ("selective", "full"):
         layout = Layout(recompute=recompute, distributed_optimizer=False)
         found.append(Case(f"1 rank, {recompute} recompute", layout, "stage1", "bf16"))
     # One new expert, top-2: nothing depends on the routing, so any error is that of the rule.
-    for name, layout, model in (("1 rank, K = E", "1 rank", "k-is-e"), ("EP2, two original experts", "EP2", "second")):
-        found += [Case(name, plain[layout], stage, "bf16", model) for stage in common.STAGES]
+    for stage in common.STAGES:
+        found.append(Case("1 rank, K = E", plain["1 rank"], stage, "bf16", "k-is-e"))
+        found.append(Case("EP2, two original experts", plain["EP2"], stage, "bf16", "second"))
     found.append(Case("everything trained", plain["1 rank"], "stage1", "bf16", is_peer=True))
     return found
 
@@ -75,8 +79,9 @@ def main() -> None:
     if args.json:
         print(json.dumps({"machine": "CPU", "rows": rows, "summary": summary(rows)}, indent=2))
         return
-    common.print_table(rows, *TABLE)
-    print("", *(f"{name}: {value}" for name, value in summary(rows).items()), sep="\n")
+    common.print_table(rows, *RUN, *STATE, "is_exact")
+    common.print_table(rows, *RUN, *ACTIVATIONS, *TRAFFIC)
+    print(*(f"{name}: {value}" for name, value in summary(rows).items()), sep="\n")
 
 
 def make_material(folder: Path) -> None:
@@ -99,7 +104,14 @@ def make_material(folder: Path) -> None:
 def measure(case: Case, material: Path, out: Path) -> list[dict[str, Any]]:
     """Memory of each rank in one real training step."""
     out.mkdir()
-    words = ["--stage", case.stage, "--pretrained-checkpoint", material / case.model, "--data-path", material / "text"]
+    words: list[object] = [
+        "--stage",
+        case.stage,
+        "--pretrained-checkpoint",
+        material / case.model,
+        "--data-path",
+        material / "text",
+    ]
     words += ["--micro-batch-size", MICRO_BATCH_SIZE, "--global-batch-size", GLOBAL_BATCH_SIZE]
     words += ["--seq-length", SEQ_LENGTH, "--lr", "1e-4", "--train-iters", 1, *case.layout.flags(), f"--{case.dtype}"]
     words += ["--no-save-optim"]  # nothing is saved, but torch's Adam requires it with the distributed optimizer

@@ -158,7 +158,7 @@ def demo(work: Path, cache: Path | None) -> tuple[Path, list[str]]:
     corpus, tokenizer = work / "demo", work / "tokenizer"
 
     def call(tool: str, *arguments: object) -> None:
-        command = [sys.executable, ROOT / "data_tools" / tool, *map(str, arguments)]
+        command = [sys.executable, str(ROOT / "data_tools" / tool), *map(str, arguments)]
         subprocess.run(command, env=environment(), check=True, stdout=subprocess.DEVNULL)
 
     if not corpus.exists():

@@ -12,21 +12,8 @@ import shutil
 from collections import defaultdict
 from pathlib import Path
 
-from benchmarks.layout_runs import (
-    EP2,
-    OPTIMIZER,
-    PP2,
-    STAGES,
-    STEPS,
-    TP2,
-    TP2_ETP1,
-    VPP2,
-    Layout,
-    difference,
-    launch,
-    measure_and_report,
-    trainer_arguments,
-)
+from benchmarks import layout_runs
+from benchmarks.layout_runs import EP2, OPTIMIZER, PP2, STAGES, STEPS, TP2, TP2_ETP1, VPP2, Layout, trainer_arguments
 
 RESHARDABLE = f"{OPTIMIZER} --dist-ckpt-optim-fully-reshardable"
 
@@ -65,12 +52,12 @@ def measure(folder: Path, only: str) -> list[dict]:
                     halves[half][layout.ranks].append([*arguments, *steps, *stop])
     for half, commands in enumerate(halves):
         for ranks in sorted(commands):
-            launch(folder, ranks, commands[ranks], f"half-{half}-{ranks}")
+            layout_runs.launch(folder, ranks, commands[ranks], f"half-{half}-{ranks}")
     return [
-        {"pair": name, "stage": stage, **vars(difference(save, runs / f"whole-{stage}"))}
+        {"pair": name, "stage": stage, **vars(layout_runs.difference(save, runs / f"whole-{stage}"))}
         for (name, stage), save in sorted(saves.items(), key=lambda item: list(PAIRS).index(item[0][0]))
     ]
 
 
 if __name__ == "__main__":
-    measure_and_report(__doc__, "pairs", 2 * STEPS, measure)
+    layout_runs.measure_and_report(__doc__, "pairs", 2 * STEPS, measure)

@@ -13,7 +13,6 @@ The fraction of the matmul rate counts only the work a step cannot avoid (`neede
 matrix product of the same dtype, timed in the same rounds. On a GPU everything runs in bf16; that path is untested.
 """
 
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -53,7 +52,7 @@ def main() -> None:
 
     with single_process():
         result = measure(spec_of(args), args.sequences, args.rounds)
-    print_table([{name: value for name, value in result.items() if not isinstance(value, dict)}])
+    print_table([result])
     print_table([{"step": name, **row} for name, row in result["contenders"].items()])
     # Other processes disturb CPU time less; on a GPU it is meaningless.
     rates = zip(result["ratios"].items(), result["ratios_of_cpu_time"].values(), strict=True)
@@ -123,29 +122,27 @@ def measure(spec: ModelSpec, sequences: int, rounds: int) -> dict:
     batch = random_batch(spec, sequences)
     tokens, size = batch["tokens"].numel(), MATMUL_SIZE[DEVICE]
     left, right = (torch.randn(size, size, device=DEVICE, dtype=getattr(torch, spec.dtype)) for _ in range(2))
-    ours = {f"ours, {stage}": our_step(spec, stage, batch) for stage in STAGES}
-    work: dict[str, Callable[[], object]] = {**ours, "plain Megatron": plain_step(spec, batch)}
+    ours = {stage: our_step(spec, stage, batch) for stage in STAGES}
+    flops = {stage: needed_flops(spec, stage, sequences, original_rows(step)) for stage, step in ours.items()}
+    work: dict[str, Callable[[], object]] = {f"ours, {stage}": step for stage, step in ours.items()}
+    work["plain Megatron"] = plain_step(spec, batch)
     work |= {f"Python loop, {stage}": LoopStep(spec, stage, batch) for stage in STAGES}
     work["matmul"] = lambda: left @ right
-    flops = {name: needed_flops(spec, name[-6:], sequences, original_rows(step)) for name, step in ours.items()}
 
     def time_step(one: Callable[[], object]) -> tuple[float, float]:
         return min(timed_s(one) for _ in range(5)) if one is work["matmul"] else timed_s(one)
 
     times, cpu_times = take_turns(work, rounds, time_step)
     medians = median_s(times)
-    matmul_rate = 2 * size**3 / medians["matmul"]
     rows = {name: {"step_time_s": medians[name], "tokens_per_s": tokens / medians[name]} for name in work}
     del rows["matmul"]
-    for name, count in flops.items():
-        rates = [
-            count / step / (2 * size**3 / product) for step, product in zip(times[name], times["matmul"], strict=True)
-        ]
-        rows[name] |= {"needed_gflop": count / 1e9, "share_of_matmul_rate": statistics.median(rates)}
+    for stage, count in flops.items():
+        share = count / (2 * size**3) * time_ratio(times, "matmul", f"ours, {stage}")
+        rows[f"ours, {stage}"] |= {"needed_gflop": count / 1e9, "share_of_matmul_rate": share}
     shape = {name: spec.megatron_args[name] for name in ("num_layers", "hidden_size", "ffn_hidden_size", "vocab_size")}
-    speedups = [
+    speedups, cpu_speedups = (
         {name: time_ratio(of, slower, faster) for name, (faster, slower) in RATIOS.items()} for of in (times, cpu_times)
-    ]
+    )
     return {
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
@@ -153,10 +150,10 @@ def measure(spec: ModelSpec, sequences: int, rounds: int) -> dict:
         "tokens_per_step": tokens,
         "shape": shape | {"new_experts": spec.moe.num_new_experts if spec.moe else 0},
         "rounds": rounds,
-        "matmul_gflop_per_s": matmul_rate / 1e9,
+        "matmul_gflop_per_s": 2 * size**3 / medians["matmul"] / 1e9,
         "contenders": rows,
-        "ratios": speedups[0],
-        "ratios_of_cpu_time": speedups[1],
+        "ratios": speedups,
+        "ratios_of_cpu_time": cpu_speedups,
         "times_s": times,
         "cpu_times_s": cpu_times,
     }

@@ -35,7 +35,7 @@ def test_tables_show_numbers_readably_and_omit_nested_values(capsys: pytest.Capt
     print_table(
         [{"name": "a", "bytes": 1234567, "ratio": 0.123456}, {"name": "b", "difference": 1.5e-7, "x": {"y": 1}}]
     )
-    header, *rows = (line.split() for line in capsys.readouterr().out.splitlines())
+    header, *rows = (line.split() for line in capsys.readouterr().out.splitlines() if line)
     assert header == ["name", "bytes", "ratio", "difference"]
     assert rows == [["a", "1,234,567", "0.123"], ["b", "1.5e-07"]]
 

@@ -87,7 +87,7 @@ def run_ranks(args: argparse.Namespace, ep: int) -> list[dict]:
     """Start `ep` ranks; results of each routing pattern."""
     threads = max(1, torch.get_num_threads() // ep)
     os.environ |= common.environment(OMP_NUM_THREADS=str(threads))  # inherited by the ranks
-    config = LaunchConfig(1, 1, ep, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
+    config = LaunchConfig(1, 1, ep, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="traffic", max_restarts=0)
     return elastic_launch(config, rank_main)(args)[0]
 
 

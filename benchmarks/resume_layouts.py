@@ -1,40 +1,24 @@
-"""A run saved under one layout goes on under another: is it the run that never stopped?
+"""Does a run that resumes under a different layout equal an uninterrupted run?
 
-    python -m benchmarks.resume_layouts [--json FILE]
+    python -m benchmarks.resume_layouts [--only REGEX] [--json FILE]
 
-Trains STEPS of each stage under the first layout of each pair, goes on to 2 x STEPS under the second, and compares the
-result with one process that trained 2 x STEPS. CPU ranks, gloo, fp32. Exit code 1 when a pair is off by more than 1e-5.
+Trains a few steps of each stage under the first layout of each pair, resumes under the second for as many again, and
+compares the result with one process that trained all steps. CPU ranks, gloo, fp32. Exits with code 1 if a pair is off
+by more than 1e-5.
 """
 
-import argparse
-import json
+import re
 import shutil
-import sys
-import tempfile
+from collections import defaultdict
 from pathlib import Path
 
-from benchmarks.layouts import (
-    EP2,
-    OPTIMIZER,
-    PP2,
-    STAGES,
-    STEPS,
-    TOLERANCE,
-    TP2,
-    TP2_ETP1,
-    VPP2,
-    Difference,
-    Layout,
-    difference,
-    launch,
-    make_material,
-    trainer_arguments,
-)
+from benchmarks import layout_runs
+from benchmarks.layout_runs import EP2, OPTIMIZER, PP2, STAGES, STEPS, TP2, TP2_ETP1, VPP2, Layout, trainer_arguments
 
 RESHARDABLE = f"{OPTIMIZER} --dist-ckpt-optim-fully-reshardable"
 
-# Name -> layout before, layout now. The first rows save optimizer state by parameter, the middle ones as flat buffers
-# (which only the data-parallel size may change), the last ones by parameter again.
+# Name -> layout before, layout after. The first rows save optimizer state by parameter, the middle ones as flat buffers
+# (which support only a different data-parallel size), the last ones by parameter again.
 PAIRS = {
     "1 -> EP2": (Layout(1, ""), Layout(2, EP2)),
     "EP2 -> 1": (Layout(2, EP2), Layout(1, "")),
@@ -49,60 +33,31 @@ PAIRS = {
 }
 
 
-def resume(folder: Path, names: list[str], stages: tuple[str, ...] = STAGES) -> None:
-    """Run the named pairs, and the run that never stopped, in as few launches as there are numbers of ranks."""
-    steps = ["--train-iters", str(2 * STEPS)]
-    first: dict[int, list[list[str]]] = {}
-    second: dict[int, list[list[str]]] = {}
-    for stage in stages:
-        command = trainer_arguments(folder, Layout(1, ""), stage, _whole(folder, stage))
-        first.setdefault(1, []).append([*command, *steps])
-        for name in names:
-            before, now = PAIRS[name]
-            save = _broken(folder, name, stage)
-            stop = ["--exit-interval", str(STEPS)]
-            first.setdefault(before.ranks, []).append([*trainer_arguments(folder, before, stage, save), *steps, *stop])
-            second.setdefault(now.ranks, []).append([*trainer_arguments(folder, now, stage, save), *steps])
-    shutil.rmtree(folder / "resumed", ignore_errors=True)
-    for half, commands in (("first", first), ("second", second)):
+def measure(folder: Path, only: str) -> list[dict]:
+    """Train the pairs and the uninterrupted run, in one launch per half and number of ranks."""
+    runs = folder / "resumed"
+    shutil.rmtree(runs, ignore_errors=True)
+    halves: tuple[dict[int, list], dict[int, list]] = (defaultdict(list), defaultdict(list))
+    saves: dict[tuple[str, str], Path] = {}
+    for stage in STAGES:
+        steps = ["--train-iters", str(2 * STEPS)]
+        uninterrupted = trainer_arguments(folder, Layout(1, ""), stage, runs / f"whole-{stage}")
+        halves[0][1].append([*uninterrupted, *steps])
+        for number, name in enumerate(PAIRS):
+            if re.search(only, name):
+                saves[name, stage] = runs / f"pair-{number}-{stage}"
+                for half, layout in enumerate(PAIRS[name]):
+                    stop = [] if half else ["--exit-interval", str(STEPS)]
+                    arguments = trainer_arguments(folder, layout, stage, saves[name, stage])
+                    halves[half][layout.ranks].append([*arguments, *steps, *stop])
+    for half, commands in enumerate(halves):
         for ranks in sorted(commands):
-            launch(folder, ranks, commands[ranks], f"{half}-half-{ranks}")
-
-
-def compare(folder: Path, name: str, stage: str) -> Difference:
-    return difference(_broken(folder, name, stage), _whole(folder, stage))
-
-
-def _whole(folder: Path, stage: str) -> Path:
-    return folder / "resumed" / f"whole-{stage}"
-
-
-def _broken(folder: Path, name: str, stage: str) -> Path:
-    return folder / "resumed" / f"pair-{list(PAIRS).index(name)}-{stage}"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.resume_layouts", description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON too")
-    parser.add_argument("--folder", type=Path, help="keep models, runs and logs here (default: a temporary folder)")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = args.folder or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        make_material(folder)
-        resume(folder, list(PAIRS))
-        rows = [(name, stage, compare(folder, name, stage)) for name in PAIRS for stage in STAGES]
-    width = max(map(len, PAIRS))
-    print(f"{'saved under -> goes on under':<{width}}  stage     losses  grad norm   weights")
-    for name, stage, found in rows:
-        mark = "" if found.worst <= TOLERANCE else "  <-- more than 1e-5"
-        print(f"{name:<{width}}  {stage}  {found.losses:8.1e}   {found.grad_norm:8.1e}  {found.weights:8.1e}{mark}")
-    if args.json:
-        table = [{"pair": name, "stage": stage, **vars(found)} for name, stage, found in rows]
-        args.json.write_text(json.dumps({"tolerance": TOLERANCE, "steps": 2 * STEPS, "pairs": table}, indent=1) + "\n")
-    if any(found.worst > TOLERANCE for _, _, found in rows):
-        sys.exit(1)
+            layout_runs.launch(folder, ranks, commands[ranks], f"half-{half}-{ranks}")
+    return [
+        {"pair": name, "stage": stage, **vars(layout_runs.difference(save, runs / f"whole-{stage}"))}
+        for (name, stage), save in sorted(saves.items(), key=lambda item: list(PAIRS).index(item[0][0]))
+    ]
 
 
 if __name__ == "__main__":
-    main()
+    layout_runs.measure_and_report(__doc__, "pairs", 2 * STEPS, measure)

@@ -1,4 +1,4 @@
-"""N ranks = 1 rank: a few layouts of benchmarks/layouts.py which together hold every pair of features."""
+"""N ranks = 1 rank: a few layouts of benchmarks/layout_runs.py which together hold every pair of features."""
 
 from itertools import combinations
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import layouts
-from benchmarks.layouts import LAYOUTS, STAGES
+from benchmarks import layout_runs as layouts
+from benchmarks.layout_runs import LAYOUTS, STAGES
 from checkpoint_convert.torch_dist import TorchDistReader
 
 PAIRS = (

@@ -1,9 +1,9 @@
-"""MoE-LPR the straightforward way: transformers' Qwen2, each FFN replaced by a Python loop over E experts.
+"""MoE-LPR in a simple implementation: transformers' Qwen2, each FFN replaced by a Python loop over E experts.
 
-What the published code does on top of a trainer for dense models: the base is frozen with `requires_grad_(False)`,
+Does what the published code does on top of a trainer for dense models: the base is frozen with `requires_grad_(False)`,
 each expert runs on the rows `torch.where` finds and is added back with `index_add_`, the losses are computed from the
-router logits of all layers, and AdamW steps over what trains. torch's fused AdamW, the fastest there is without extra
-packages. Expert 0 is the original one.
+router logits of all layers, and AdamW updates the trainable parameters. Uses torch's fused AdamW, the fastest without
+additional packages. Expert 0 is the original one.
 """
 
 import torch
@@ -11,11 +11,12 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
+from moelpr.families.hf_config import explicit_shape, rope_parameters
 from moelpr.model_spec import ModelSpec
 
 
 class LoopMoE(torch.nn.Module):
-    """[batch, sequence, hidden] in and out; leaves its router logits [T, E] in `logits_TE` for the losses."""
+    """[batch, sequence, hidden] in and out; keeps its router logits [T, E] in `logits_TE` for the losses."""
 
     def __init__(self, config: Qwen2Config, num_experts: int, topk: int) -> None:
         super().__init__()
@@ -39,19 +40,13 @@ class LoopMoE(torch.nn.Module):
 
 
 def build(spec: ModelSpec) -> Qwen2ForCausalLM:
-    """A randomly initialised model of `spec`'s shape, every layer an MoE layer, in spec.dtype."""
+    """A randomly initialized model of `spec`'s shape, every layer an MoE layer, in spec.dtype."""
     args, moe = spec.megatron_args, spec.moe
     assert moe is not None and len(moe.layers) == args["num_layers"]
     config = Qwen2Config(
+        **explicit_shape(spec),
         vocab_size=args["vocab_size"],
-        hidden_size=args["hidden_size"],
-        intermediate_size=args["ffn_hidden_size"],
-        num_hidden_layers=args["num_layers"],
-        num_attention_heads=args["num_attention_heads"],
-        num_key_value_heads=args["num_query_groups"],
-        max_position_embeddings=args["max_position_embeddings"],
-        rms_norm_eps=args["norm_epsilon"],
-        rope_parameters={"rope_type": "default", "rope_theta": float(args["rotary_base"])},
+        rope_parameters=rope_parameters(spec),
         tie_word_embeddings=not args["untie_embeddings_and_output_weights"],
         use_cache=False,
         attn_implementation="sdpa",
@@ -63,7 +58,7 @@ def build(spec: ModelSpec) -> Qwen2ForCausalLM:
 
 
 def freeze(model: Qwen2ForCausalLM, stage: str) -> None:
-    """stage1: routers and experts 1..N train; stage2: routers alone."""
+    """stage1: routers and experts 1..N train; stage2: only routers."""
     model.requires_grad_(False)
     for layer in model.model.layers:
         layer.mlp.gate.requires_grad_(True)
@@ -74,11 +69,12 @@ def freeze(model: Qwen2ForCausalLM, stage: str) -> None:
 def loss(
     model: Qwen2ForCausalLM, tokens_BS: Tensor, labels_BS: Tensor, is_original_BS: Tensor, alpha: float, gamma: float
 ) -> tuple[Tensor, Tensor]:
-    """(what is minimised, its next-token part).
+    """(what is minimized, its next-token part).
 
-    alpha: weight of the balance loss, the mean over layers of sum_i (E / T) x (rows of expert i) x (mean score of i),
-    as the published code scales it. gamma: weight of the LPR loss, the mean over layers and original-language tokens
-    of -log score of expert 0.
+    Args:
+        alpha: weight of the balance loss, the mean over layers of sum_i (E / T) x (rows of expert i) x (mean score of
+            i), as the published code scales it.
+        gamma: weight of the LPR loss, the mean over layers and original-language tokens of -log score of expert 0.
     """
     logits = model(tokens_BS).logits.float()
     next_token = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels_BS.flatten())
@@ -105,18 +101,16 @@ def _balance(logits_TE: Tensor, topk: int) -> Tensor:
 class LoopStep:
     """One training step: forward, backward, clip at norm 1, AdamW."""
 
-    def __init__(self, spec: ModelSpec, stage: str, batch: dict[str, Tensor], learning_rate: float = 1e-5) -> None:
+    def __init__(self, spec: ModelSpec, stage: str, batch: dict[str, Tensor]) -> None:
         self.model = build(spec).to(batch["tokens"].device).train()
         freeze(self.model, stage)
         self.batch = batch
         self.alpha, self.gamma = (0.01, 0.0) if stage == "stage1" else (0.0, 0.1)
         self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.trainable, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True
-        )
+        self.optimizer = torch.optim.AdamW(self.trainable, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def __call__(self) -> float:
-        """Run the step; the next-token loss before it."""
+        """Run the step; returns the next-token loss before it."""
         batch = self.batch
         total, next_token = loss(
             self.model, batch["tokens"], batch["labels"], batch["is_original"].bool(), self.alpha, self.gamma

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from moelpr.model_spec import ModelSpec
-from moelpr.plan.layouts import Layout
-from moelpr.plan.memory import CPU, RankMemory, Routing, Run, stage_memories
+from moelpr.plan.layouts import PlannedLayout as Layout
+from moelpr.plan.memory import CPU, RankMemory, Routing, Workload, stage_memories
 from moelpr.plan.model import model_parts
 from moelpr.plan.traffic import expert_traffic
 
@@ -132,7 +132,7 @@ def measure(case: Case, material: Path, out: Path) -> list[dict[str, Any]]:
     words += ["--bf16"] if case.dtype == "bf16" else ["--fp32"]
     words += ["--no-save-optim"]  # nothing is saved; torch's Adam is refused beside the distributed optimizer otherwise
     words += ["--train-everything"] if case.is_peer else []
-    torchrun = [sys.executable, "-m", "moelpr.torchrun", "--standalone", "--nproc-per-node", case.layout.world]
+    torchrun = [sys.executable, "-m", "moelpr.torchrun", "--standalone", "--nproc-per-node", case.layout.world_size]
     command = [*torchrun, "-m", "benchmarks.measured_memory", out, *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONWARNINGS": "ignore"}
     environment["PYTHONPATH"] = str(ROOT)
@@ -141,7 +141,7 @@ def measure(case: Case, material: Path, out: Path) -> list[dict[str, Any]]:
     )
     if done.returncode:
         sys.exit(f"{case.name}, {case.stage}, {case.dtype} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
-    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(case.layout.world)]
+    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(case.layout.world_size)]
 
 
 def compare(case: Case, spec: ModelSpec, rank: int, measured: dict[str, Any]) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def compare(case: Case, spec: ModelSpec, rank: int, measured: dict[str, Any]) ->
         row["bytes_per_frozen"] = (measured["frozen_bytes"] + measured["frozen_state_bytes"]) / measured["frozen"]
     if case.is_peer:
         return row
-    run = Run(case.stage, SEQ_LENGTH, MICRO_BATCH_SIZE, GLOBAL_BATCH_SIZE, case.dtype, CPU)
+    run = Workload(case.stage, SEQ_LENGTH, MICRO_BATCH_SIZE, GLOBAL_BATCH_SIZE, case.dtype, CPU)
     tokens = SEQ_LENGTH * MICRO_BATCH_SIZE / case.layout.tp
     routed = Routing(measured["original_rows"] / tokens, measured["new_rows"] / tokens)
     parts = model_parts(spec)

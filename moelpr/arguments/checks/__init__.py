@@ -1,8 +1,8 @@
-"""Checks of a run's settings: functions that yield one message per problem.
+"""Checks of a run's settings: all functions named `check_…` and `note_…` in these modules.
 
-A message names what was expected, what was given and the fix. A check yields nothing if the settings it depends on are
-missing or invalid themselves, because another check reports those. All checks run, and all messages are reported at
-once.
+Each yields one message per problem: what was expected, what was given, and the fix. A check yields nothing if the
+settings it depends on are missing or invalid themselves, because another check reports those. All checks run, and all
+messages are reported at once.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,15 +10,21 @@ from collections.abc import Callable, Iterable
 from moelpr.arguments.checks import data, layout, model, resume
 from moelpr.arguments.settings import RunSettings
 
-_MODULES = (model, resume, layout, data)
-CHECKS: list[Callable[[RunSettings], Iterable[str]]] = [check for module in _MODULES for check in module.CHECKS]
+_Check = Callable[[RunSettings], Iterable[str]]
 
+
+def _functions(prefix: str) -> list[_Check]:
+    modules = (model, resume, layout, data)
+    return [value for module in modules for name, value in vars(module).items() if name.startswith(prefix)]
+
+
+CHECKS = _functions("check_")
 # Settings that are changed or unusual, but not wrong: they are logged, and the run starts.
-NOTES: list[Callable[[RunSettings], Iterable[str]]] = [note for module in _MODULES for note in module.NOTES]
+NOTES = _functions("note_")
 
 
 def find_problems(run: RunSettings) -> list[str]:
-    """A message for each wrong setting, in the order of CHECKS."""
+    """A message for each wrong setting."""
     return [message for check in CHECKS for message in check(run)]
 
 

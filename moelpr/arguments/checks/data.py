@@ -37,6 +37,7 @@ _BLEND_ERRORS = (AssertionError, OSError, ValueError, KeyError, TypeError)
 
 
 def check_data_flags(run: RunSettings) -> Iterable[str]:
+    """Training data is given once, by a flag that has an effect."""
     explicit = run.explicit_args
     if "mock_data" in explicit:
         yield "--mock-data is not supported, because it has no language bits; pass --data-path PREFIX"
@@ -50,6 +51,7 @@ def check_data_flags(run: RunSettings) -> Iterable[str]:
 
 
 def check_corpora(run: RunSettings) -> Iterable[str]:
+    """Training corpora exist, and their weights are valid."""
     try:
         blends = _blends(run)
     except _BLEND_ERRORS as error:
@@ -63,6 +65,7 @@ def check_corpora(run: RunSettings) -> Iterable[str]:
 
 
 def check_tokenizers(run: RunSettings) -> Iterable[str]:
+    """Corpora contain the token IDs of the model."""
     for prefix, match in _tokenizer_matches(run):
         if isinstance(match, UserError):
             yield str(match)
@@ -75,6 +78,7 @@ def check_tokenizers(run: RunSettings) -> Iterable[str]:
 
 
 def note_tokenizers(run: RunSettings) -> Iterable[str]:
+    """Corpora whose tokenizer may differ from the model's."""
     for prefix, match in _tokenizer_matches(run):
         if match is None:
             yield f"the tokenizer of {prefix} is unknown: {manifest_path(prefix)} is missing"
@@ -95,6 +99,7 @@ def check_document_masking(run: RunSettings) -> Iterable[str]:
 
 
 def check_validation_data(run: RunSettings) -> Iterable[str]:
+    """Validation corpora exist, one per language."""
     seen = set()
     for item in run.args.validation_data or []:
         language, _, prefix = item.partition("=")
@@ -126,6 +131,7 @@ def _validation_corpus_problems(item: str, prefix: str) -> Iterable[str]:
 
 
 def check_validation_flags(run: RunSettings) -> Iterable[str]:
+    """No other flag controls validation, and its numbers are valid."""
     if not run.args.validation_data:
         return
     for name in _MEGATRON_VALIDATION:
@@ -181,14 +187,3 @@ def _tokenizer_matches(run: RunSettings) -> Iterable[tuple[str, Likeness | UserE
 def _compare(tokenizer: str, folder: Path) -> Likeness:
     """Compare a manifest's tokenizer, as JSON; cached, because most corpora share one and it is needed twice."""
     return compare_tokenizers(TokenizerRecord(**json.loads(tokenizer)), folder)
-
-
-CHECKS = (
-    check_data_flags,
-    check_corpora,
-    check_tokenizers,
-    check_document_masking,
-    check_validation_data,
-    check_validation_flags,
-)
-NOTES = (note_tokenizers,)

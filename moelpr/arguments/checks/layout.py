@@ -7,23 +7,11 @@ from moelpr.layouts import divisors, layout_problems, neighbors, one_of
 from moelpr.megatron_patches import cpu
 
 _AT_LEAST_1 = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "context_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-    "num_virtual_stages_per_pipeline_rank",
-    "num_layers_per_virtual_pipeline_stage",
-    "make_vocab_size_divisible_by",
-    "micro_batch_size",
-    "global_batch_size",
-    "seq_length",
-    "train_iters",
-    "train_samples",
-    "save_interval",
-    "log_interval",
-    "warn_window",
-)
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
+    "expert_model_parallel_size", "expert_tensor_parallel_size", "num_virtual_stages_per_pipeline_rank",
+    "num_layers_per_virtual_pipeline_stage", "make_vocab_size_divisible_by", "micro_batch_size", "global_batch_size",
+    "seq_length", "train_iters", "train_samples", "save_interval", "log_interval", "warn_window",
+)  # fmt: skip
 
 # Flags that split the layers unevenly over the pipeline; Megatron checks their values.
 _UNEVEN = (
@@ -43,6 +31,7 @@ _REQUIRED = {
 
 
 def check_required_flags(run: RunSettings) -> Iterable[str]:
+    """Flags without a default are given."""
     if not run.recipe_is_read:
         return
     for name, usage in _REQUIRED.items():
@@ -52,6 +41,7 @@ def check_required_flags(run: RunSettings) -> Iterable[str]:
 
 
 def check_counts(run: RunSettings) -> Iterable[str]:
+    """Sizes and counts are at least 1."""
     for name in _AT_LEAST_1:
         value = getattr(run.args, name)
         if value is not None and value < 1:
@@ -75,6 +65,7 @@ def check_layout(run: RunSettings) -> Iterable[str]:
 
 
 def check_expert_parallelism(run: RunSettings) -> Iterable[str]:
+    """A dense model has no expert parallelism."""
     if run.spec is None or run.spec.moe is not None:
         return
     for name in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
@@ -110,6 +101,7 @@ def _is_uneven(run: RunSettings) -> bool:
 
 
 def check_training_length(run: RunSettings) -> Iterable[str]:
+    """The length of training is given once."""
     given = [name for name in ("train_iters", "train_samples") if name in run.explicit_args]
     if len(given) > 1:
         yield "--train-iters and --train-samples are mutually exclusive; keep one of them"
@@ -118,12 +110,14 @@ def check_training_length(run: RunSettings) -> Iterable[str]:
 
 
 def check_sequence_length(run: RunSettings) -> Iterable[str]:
+    """Sequences are not longer than the model supports."""
     length, positions = run.args.seq_length, run.shape.get("max_position_embeddings")
     if length is not None and positions is not None and length > positions:
         yield f"--seq-length must be at most {positions}, the model's number of positions, got {length}"
 
 
 def check_learning_rate(run: RunSettings) -> Iterable[str]:
+    """Learning rates are not negative, and the minimum is the smaller one."""
     lr, least = run.args.lr, run.args.min_lr
     if lr is not None and lr < 0:
         yield f"--lr must be at least 0, got {lr}"
@@ -132,18 +126,6 @@ def check_learning_rate(run: RunSettings) -> Iterable[str]:
 
 
 def note_sequence_parallelism(run: RunSettings) -> Iterable[str]:
+    """Sequence parallelism is enabled (`apply_method`)."""
     if run.is_moe and run.layout.tp > 1 and not run.args.sequence_parallel:
         yield "enabled --sequence-parallel, which tensor parallelism with experts requires"
-
-
-CHECKS = (
-    check_required_flags,
-    check_counts,
-    check_layout,
-    check_expert_parallelism,
-    check_virtual_stages,
-    check_training_length,
-    check_sequence_length,
-    check_learning_rate,
-)
-NOTES = (note_sequence_parallelism,)

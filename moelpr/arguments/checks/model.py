@@ -35,6 +35,7 @@ _UNSUPPORTED = {
 
 
 def check_checkpoint_kind(run: RunSettings) -> Iterable[str]:
+    """The stage fits the checkpoint: dense, or upcycled."""
     if run.spec is None:
         return
     if run.args.stage == "dense" and run.spec.moe is not None:
@@ -68,6 +69,7 @@ def check_model_flags(run: RunSettings) -> Iterable[str]:
 
 
 def check_layers(run: RunSettings) -> Iterable[str]:
+    """The model has the layers that this trainer builds."""
     for name, expected in _LAYERS.items():
         if run.shape and run.shape[name] != expected:
             yield (
@@ -77,6 +79,7 @@ def check_layers(run: RunSettings) -> Iterable[str]:
 
 
 def check_saved_step(run: RunSettings) -> Iterable[str]:
+    """The step to start from exists."""
     if run.checkpoint is None:
         return
     try:
@@ -86,6 +89,7 @@ def check_saved_step(run: RunSettings) -> Iterable[str]:
 
 
 def check_unsupported_flags(run: RunSettings) -> Iterable[str]:
+    """Flags of Megatron that this trainer does not support."""
     for name, flag in run.explicit_args.items():
         if name in _UNSUPPORTED and name not in run.shape:  # `check_model_flags` reports a contradiction
             yield f"{flag} is not supported: {_UNSUPPORTED[name]}"
@@ -121,12 +125,14 @@ def check_method(run: RunSettings) -> Iterable[str]:
 
 
 def check_dtype_flags(run: RunSettings) -> Iterable[str]:
+    """At most one dtype is given."""
     given = [run.flag(name) for name in ("fp16", "bf16", "fp32") if name in run.explicit_args]
     if len(given) > 1:
         yield f"{' and '.join(given)} are mutually exclusive; keep one of them"
 
 
 def check_checkpoint_format(run: RunSettings) -> Iterable[str]:
+    """Checkpoints can be exported and resumed."""
     if run.args.ckpt_format != "torch_dist":
         yield (
             f"--ckpt-format must be torch_dist, got {run.args.ckpt_format}, which cannot be exported or resumed under "
@@ -166,17 +172,3 @@ def note_second_round(run: RunSettings) -> Iterable[str]:
             f"{run.checkpoint} has {m} original experts, so languages were added to it before: their text is now "
             "original-language text, language bit 1; preprocess corpora of an earlier round again"
         )
-
-
-CHECKS = (
-    check_checkpoint_kind,
-    check_model_flags,
-    check_layers,
-    check_saved_step,
-    check_unsupported_flags,
-    check_method,
-    check_dtype_flags,
-    check_checkpoint_format,
-    check_transformer_engine,
-)
-NOTES = (note_stage2_without_stage1, note_second_round)

@@ -13,12 +13,13 @@ from typing import Any
 
 from moelpr.arguments.settings import RunSettings
 from moelpr.errors import UserError
+from moelpr.families.families import family_named
+from moelpr.families.tables import pieces
 from moelpr.layouts import Layout
 from moelpr.model_spec import ModelSpec
 from moelpr.plan.memory import MASTER_BYTES, MOMENT_BYTES, WEIGHT_BYTES
-from moelpr.plan.model import model_parts
 from moelpr.run_folder import TRACKER_FILE
-from moelpr.stages import trained_parts
+from moelpr.stages import part_of, trained_parts
 
 # What has to match for optimizer state to load, by the format it was saved in. Everything else may change: the number
 # of processes, and for the first two formats every parallel size.
@@ -44,17 +45,9 @@ _FLAGS = {
 
 # Settings of Megatron's learning-rate schedule, which it does not load with other values.
 _SCHEDULE = (
-    "lr",
-    "min_lr",
-    "lr_decay_style",
-    "lr_decay_iters",
-    "lr_decay_samples",
-    "lr_warmup_fraction",
-    "lr_warmup_iters",
-    "lr_warmup_samples",
-    "weight_decay",
-    "global_batch_size",
-)
+    "lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_decay_samples", "lr_warmup_fraction", "lr_warmup_iters",
+    "lr_warmup_samples", "weight_decay", "global_batch_size",
+)  # fmt: skip
 
 _NEW_RUN = "to start a new run from it, pass it as --pretrained-checkpoint and change --save"
 
@@ -121,10 +114,10 @@ def checkpoint_bytes(args: argparse.Namespace, spec: ModelSpec) -> int:
     master = MASTER_BYTES["bf16" if args.use_distributed_optimizer else dtype]
     state = 0 if args.no_save_optim else master + MOMENT_BYTES
     total = 0
-    for size in model_parts(spec):
-        is_trained = size.part in trained
+    for piece in pieces(family_named(spec.family).table, spec):
+        is_trained = part_of(piece.key) in trained
         weights = 0 if args.save_trained_only and not is_trained else WEIGHT_BYTES[dtype]
-        total += size.numel * (weights + (state if is_trained else 0))
+        total += sum(map(math.prod, piece.hf_shapes)) * (weights + (state if is_trained else 0))
     return total
 
 
@@ -189,6 +182,7 @@ def _differences(start: ModelSpec, run: ModelSpec) -> list[str]:
 
 
 def check_optimizer_state(run: RunSettings) -> Iterable[str]:
+    """The saved optimizer state loads with these settings (`_MUST_MATCH`)."""
     record = _record_of_stage(run)
     if record is None or run.args.no_load_optim or record.get("no_save_optim"):
         return
@@ -224,6 +218,7 @@ def _optimizer_settings(settings: Mapping[str, Any], layout: Layout) -> dict[str
 
 
 def check_schedule(run: RunSettings) -> Iterable[str]:
+    """The learning-rate schedule is the one that was saved."""
     record, args = _record_of_stage(run), run.args
     if record is None:
         return
@@ -257,22 +252,10 @@ def _as_flags(names: list[str], settings: Mapping[str, Any]) -> str:
 
 
 def note_ignored_step(run: RunSettings) -> Iterable[str]:
+    """--ckpt-step selects a step of the first start only."""
     step = run.args.ckpt_step
     if run.is_resumed and step is not None and run.step is None:
         yield (
             f"--ckpt-step {step} selects a step of --pretrained-checkpoint; this run resumes from the latest step in "
             f"{run.checkpoint} (to return to its own step {step}, remove --pretrained-checkpoint)"
         )
-
-
-CHECKS = (
-    check_load_folder,
-    check_save_folder,
-    check_save_access,
-    check_disk_space,
-    check_resumed_run,
-    check_resumed_model,
-    check_optimizer_state,
-    check_schedule,
-)
-NOTES = (note_ignored_step,)

@@ -138,9 +138,17 @@ def test_optimizer_state_of_stage_1_is_loaded_if_it_fits(
     assert ("--dist-ckpt-optim-fully-reshardable" in found) == case.startswith("flat buffers")
 
 
-def test_the_experts_layout_may_change_if_only_routers_train(upcycled: str, make_checkpoint, accepted) -> None:
-    run = make_checkpoint("run", stage="stage2")
-    assert accepted("stage2", upcycled, "--save", run, EP, "2", ranks=2)["expert_model_parallel_size"] == 2
+@pytest.mark.parametrize("train_everything", [False, True])
+def test_flat_buffers_without_experts_fit_every_layout_of_the_experts(
+    upcycled: str, make_checkpoint, accepted, problems, train_everything: bool
+) -> None:
+    run = make_checkpoint("run", stage="stage2", **FLAT, train_everything=train_everything)
+    argv = ["--save", run, "--use-distributed-optimizer", EP, "2"]
+    if train_everything:
+        (found,) = problems("stage2", upcycled, *argv, "--train-everything", ranks=2)
+        assert f"{EP} 1" in found
+    else:
+        assert accepted("stage2", upcycled, *argv, ranks=2)["expert_model_parallel_size"] == 2
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 from benchmarks import common
 from moelpr.model_spec import ModelSpec
-from moelpr.plan.layouts import Layout
-from moelpr.plan.memory import CPU, Routing, Run, stage_memories
+from moelpr.plan.layouts import PlannedLayout
+from moelpr.plan.memory import CPU, Routing, Workload, stage_memories
 from moelpr.plan.model import model_parts
 from moelpr.plan.traffic import expert_traffic
 from moelpr.stages import MoeStage
@@ -34,7 +34,7 @@ EXACT = ("frozen", "trainable", "parameter_bytes", "gradient_bytes", "optimizer_
 @dataclass(frozen=True)
 class Case:
     name: str
-    layout: Layout
+    layout: PlannedLayout
     stage: MoeStage
     dtype: Literal["bf16", "fp32"]
     model: str = "upcycled"
@@ -43,16 +43,16 @@ class Case:
 
 def cases() -> list[Case]:
     plain = {
-        "1 rank": Layout(distributed_optimizer=False),
-        "EP2": Layout(ep=2, dp=2, distributed_optimizer=False),
-        "TP2+SP": Layout(tp=2, distributed_optimizer=False),
-        "PP2": Layout(pp=2, distributed_optimizer=False),
-        "DP2, distributed optimizer": Layout(dp=2),
+        "1 rank": PlannedLayout(distributed_optimizer=False),
+        "EP2": PlannedLayout(ep=2, dp=2, distributed_optimizer=False),
+        "TP2+SP": PlannedLayout(tp=2, distributed_optimizer=False),
+        "PP2": PlannedLayout(pp=2, distributed_optimizer=False),
+        "DP2, distributed optimizer": PlannedLayout(dp=2),
     }
     dtypes: tuple[Literal["bf16", "fp32"], ...] = ("bf16", "fp32")
     found = [Case(name, plain[name], stage, dtype) for name, dtype, stage in product(plain, dtypes, common.STAGES)]
     for recompute in ("selective", "full"):
-        layout = Layout(recompute=recompute, distributed_optimizer=False)
+        layout = PlannedLayout(recompute=recompute, distributed_optimizer=False)
         found.append(Case(f"1 rank, {recompute} recompute", layout, "stage1", "bf16"))
     # One new expert, top-2: nothing depends on the routing, so any error is that of the rule.
     for stage in common.STAGES:
@@ -116,9 +116,9 @@ def measure(case: Case, material: Path, out: Path) -> list[dict[str, Any]]:
     words += ["--seq-length", SEQ_LENGTH, "--lr", "1e-4", "--train-iters", 1, *case.layout.flags(), f"--{case.dtype}"]
     words += ["--no-save-optim"]  # nothing is saved, but torch's Adam requires it with the distributed optimizer
     words += ["--train-everything"] if case.is_peer else []
-    log = out / f"{case.name}, {case.stage}, {case.dtype}.log"
-    common.run_ranks(case.layout.world, "benchmarks.measured_memory", out, *words, log=log, timeout_s=300)
-    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(case.layout.world)]
+
+
+from moelpr.plan.layouts import PlannedLayout
 
 
 def compare(case: Case, spec: ModelSpec, rank: int, measured: dict[str, Any]) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def compare(case: Case, spec: ModelSpec, rank: int, measured: dict[str, Any]) ->
         row["bytes_per_frozen"] = (measured["frozen_bytes"] + measured["frozen_state_bytes"]) / measured["frozen"]
     if case.is_peer:
         return row
-    run = Run(case.stage, SEQ_LENGTH, MICRO_BATCH_SIZE, GLOBAL_BATCH_SIZE, case.dtype, CPU)
+    run = Workload(case.stage, SEQ_LENGTH, MICRO_BATCH_SIZE, GLOBAL_BATCH_SIZE, case.dtype, CPU)
     tokens = SEQ_LENGTH * MICRO_BATCH_SIZE / case.layout.tp
     routed = Routing(measured["original_rows"] / tokens, measured["new_rows"] / tokens)
     parts, pp_rank = model_parts(spec), rank if case.layout.pp > 1 else 0

@@ -20,7 +20,7 @@ import pytest
 import torch
 import yaml
 
-from moelpr.arguments.checks.disk import checkpoint_bytes
+from moelpr.arguments.checks.resume import checkpoint_bytes
 from moelpr.model_spec import ModelSpec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -402,8 +402,8 @@ def test_a_delta_of_trained_weights_and_the_base_are_the_export(material: Path, 
 @pytest.mark.parametrize(
     ("script", "start", "words", "said"),
     [
-        ("stage2", "dense", [], "--stage stage2 needs an upcycled checkpoint, but"),
-        ("stage1", "upcycled", ["--data-path", "nowhere"], "nowhere.bin and .idx are not both there"),
+        ("stage2", "dense", [], "--stage stage2 requires an upcycled checkpoint"),
+        ("stage1", "upcycled", ["--data-path", "nowhere"], "nowhere.bin"),
     ],
 )
 def test_wrong_input_is_one_sentence_and_exit_code_2(

@@ -116,9 +116,9 @@ def measure(case: Case, material: Path, out: Path) -> list[dict[str, Any]]:
     words += ["--seq-length", SEQ_LENGTH, "--lr", "1e-4", "--train-iters", 1, *case.layout.flags(), f"--{case.dtype}"]
     words += ["--no-save-optim"]  # nothing is saved, but torch's Adam requires it with the distributed optimizer
     words += ["--train-everything"] if case.is_peer else []
-
-
-from moelpr.plan.layouts import PlannedLayout
+    log = out / f"{case.name}, {case.stage}, {case.dtype}.log"
+    common.run_ranks(case.layout.world_size, "benchmarks.measured_memory", out, *words, log=log, timeout_s=300)
+    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(case.layout.world_size)]
 
 
 def compare(case: Case, spec: ModelSpec, rank: int, measured: dict[str, Any]) -> dict[str, Any]:

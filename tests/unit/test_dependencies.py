@@ -1,4 +1,4 @@
-"""Every package that setup.py names is used: imported by our code, by Megatron without declaring it, or run as a tool."""
+"""Every package that setup.py names is used: imported by us, by Megatron without declaring it, or run as a tool."""
 
 import ast
 import re

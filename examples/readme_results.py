@@ -35,6 +35,7 @@ def main() -> None:
     args = parser.parse_args()
     report = read_report(args.run)
     replace_between(ROOT / "README.md", TABLE, results(report))
+    replace_between(ROOT / "docs" / "results.md", TABLE, results(report))
     replace_between(ROOT / "docs" / "results.md", PAPER, beside_the_paper(report))
     shutil.copy(args.run / "headline.svg", ROOT / "docs" / "images" / "demo.svg")
 

@@ -23,6 +23,7 @@ CURRENT = [path for path in DOCUMENTS if path != LOG]
 # Scripts are often named without their folder in prose.
 SCRIPTS = {path.name: path for folder in ("data_tools", "checkpoint_convert") for path in ROOT.glob(f"{folder}/*.py")}
 LAUNCHERS = ("stage1.sh", "stage2.sh", "dense.sh")
+FOLDERS = "benchmarks|checkpoint_convert|data_tools|docs|examples|launch|moelpr|tests"
 
 
 def without_code(text: str) -> str:
@@ -67,6 +68,16 @@ def test_named_make_targets_exist() -> None:
     }
     assert "test" in named
     assert named <= targets
+
+
+def test_named_paths_exist() -> None:
+    missing = []
+    for page in CURRENT:
+        for path in re.findall(rf"`((?:{FOLDERS})/[^`\s]*)`", page.read_text("utf-8")):
+            is_example = path in ("moelpr/a/b.py", "tests/unit/a/test_b.py")
+            if not is_example and not any(ROOT.glob(path.rstrip("/"))):
+                missing.append(f"{page.relative_to(ROOT)}: {path}")
+    assert not missing
 
 
 def commands(text: str) -> Iterator[tuple[str, list[str]]]:

@@ -27,7 +27,7 @@ from moelpr.stages import part_of, trained_parts
 #   reshardable       --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable
 #   by buffer         only --use-distributed-optimizer: state is saved as the flat buffers of one layout
 # Taken from Megatron 0.19.2: training/checkpointing.py (load_checkpoint), core/optimizer (ChainedOptimizer,
-# DistributedOptimizer.sharded_param_state_*); tested by benchmarks/resume_layouts.py.
+# DistributedOptimizer.sharded_param_state_*); tested by tests/distributed/resume_layouts.py.
 _ALWAYS = ("optimizer", "use_distributed_optimizer", "bf16", "fp16", "train_everything")
 _MUST_MATCH = {
     "by parameter": _ALWAYS,

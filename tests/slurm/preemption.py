@@ -1,6 +1,6 @@
 """Does a preemption at a random step change a run? Every trial must be bitwise identical to the uninterrupted run.
 
-    python -m benchmarks.preemption --trials 10 --output preemption.json
+    python -m tests.slurm.preemption --trials 10 --output preemption.json
 
 Starts a throw-away Slurm of two nodes (tests/slurm/cluster.py) and trains a tiny model there, once without interruption
 and then once per trial, in which a job of a higher-priority partition takes the nodes away at a random step. Half of

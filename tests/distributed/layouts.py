@@ -1,16 +1,16 @@
 """Do all layouts train the same model from one checkpoint?
 
-    python -m benchmarks.layouts [--only REGEX] [--json FILE]
+    python -m tests.distributed.layouts [--only REGEX] [--json FILE]
 
-Trains both stages for a few steps under every layout of benchmarks/layout_runs.py, on CPU ranks with gloo in fp32, and
-compares losses, gradient norms and updated weights with those of one process. Both stages train with both losses, so
-that every layout is tested with every loss. Exits with code 1 if a layout is off by more than 1e-5.
+Trains both stages for a few steps under every layout of layout_runs.py, on CPU ranks with gloo in fp32, and compares
+losses, gradient norms and updated weights with those of one process. Both stages train with both losses, so that every
+layout is tested with every loss. Exits with code 1 if a layout is off by more than 1e-5.
 """
 
 import re
 from pathlib import Path
 
-from benchmarks.layout_runs import LAYOUTS, STAGES, STEPS, compare, measure_and_report, run_layouts
+from tests.distributed.layout_runs import LAYOUTS, STAGES, STEPS, compare, measure_and_report, run_layouts
 
 
 def measure(folder: Path, only: str) -> list[dict]:

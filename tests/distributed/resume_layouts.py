@@ -1,6 +1,6 @@
 """Does a run that resumes under a different layout equal an uninterrupted run?
 
-    python -m benchmarks.resume_layouts [--only REGEX] [--json FILE]
+    python -m tests.distributed.resume_layouts [--only REGEX] [--json FILE]
 
 Trains a few steps of each stage under the first layout of each pair, resumes under the second for as many again, and
 compares the result with one process that trained all steps. CPU ranks, gloo, fp32. Exits with code 1 if a pair is off
@@ -12,8 +12,19 @@ import shutil
 from collections import defaultdict
 from pathlib import Path
 
-from benchmarks import layout_runs
-from benchmarks.layout_runs import EP2, OPTIMIZER, PP2, STAGES, STEPS, TP2, TP2_ETP1, VPP2, Layout, trainer_arguments
+from tests.distributed import layout_runs
+from tests.distributed.layout_runs import (
+    EP2,
+    OPTIMIZER,
+    PP2,
+    STAGES,
+    STEPS,
+    TP2,
+    TP2_ETP1,
+    VPP2,
+    Layout,
+    trainer_arguments,
+)
 
 RESHARDABLE = f"{OPTIMIZER} --dist-ckpt-optim-fully-reshardable"
 

@@ -22,8 +22,8 @@ from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from moelpr.evaluate.models import HfModel
-from moelpr.evaluate.perplexity import Settings, make_batches, make_tensors, score_documents
 from moelpr.evaluate.routing import RoutingObserver
+from moelpr.evaluate.scoring import Settings, make_batches, make_tensors, score_documents
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4,

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -19,6 +19,7 @@ from moelpr.run_folder import HF_FOLDER
 
 FORMAT_VERSION = 1
 CACHE_FOLDER = "parts"
+_PROMPT = "continuation "  # before a language: a continuation's name in the cache
 
 
 @dataclass(frozen=True)
@@ -29,27 +30,16 @@ class Continuation:
     reference: str
     by_model: dict[str, str]
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Comparison:
-    """What several models do on the same text.
-
-    Attributes:
-        models: name -> directory.
-        settings: the windows, the same for all models.
-        scores: model -> language -> score.
-        continuation_tokens: maximum length of a continuation, in tokens; 0 for none.
-        continuations: language -> continuation.
-    """
+    """What several models do on the same text."""
 
     models: dict[str, Path]
-    settings: Settings
-    scores: dict[str, dict[str, LanguageScore]]
-    continuation_tokens: int
-    continuations: dict[str, Continuation]
+    settings: Settings  # the same windows for all models
+    scores: dict[str, dict[str, LanguageScore]]  # model -> language -> score
+    continuation_tokens: int  # maximum length of a continuation; 0 for none
+    continuations: dict[str, Continuation]  # by language
 
     def scores_on(self, language: str) -> dict[str, LanguageScore]:
         """Model -> score on one language."""
@@ -73,8 +63,7 @@ def compare_models(
         documents: language -> texts.
         settings: windows and batches.
         continuation_tokens: length of the continuations of a prompt per language, in tokens; 0: none.
-        device: see `moelpr.evaluate.models.load_model`.
-        dtype: likewise.
+        device, dtype: see `moelpr.evaluate.models.load_model`.
         cache: where results are kept, and those of an earlier run are read.
 
     Raises:
@@ -88,30 +77,36 @@ def compare_models(
             f"--continuations requires Hugging Face directories, {checkpoints[0]} is a Megatron checkpoint; export it "
             "with checkpoint_convert/mcore_to_hf.py"
         )
-    prompts = {language: choose_prompt(texts) for language, texts in documents.items()} if continuation_tokens else {}
     fingerprints = {language: fingerprint_text(texts) for language, texts in documents.items()}
-    scores: dict[str, dict[str, LanguageScore]] = {}
-    continuations = {language: Continuation(prompt.text, prompt.reference, {}) for language, prompt in prompts.items()}
+    prompts = {language: choose_prompt(texts) for language, texts in documents.items()} if continuation_tokens else {}
+    results: dict[str, dict[str, dict[str, Any]]] = {}  # model -> what is cached under one name -> result
     for name, directory in models.items():
         of = {"model": fingerprint_model(directory), "dtype": dtype}
         keys = {language: {**of, **settings.identity, "text": text} for language, text in fingerprints.items()}
         for language, prompt in prompts.items():
-            keys[f"continuation {language}"] = {**of, "prompt": prompt.text, "tokens": continuation_tokens}
+            keys[_PROMPT + language] = {**of, "prompt": prompt.text, "tokens": continuation_tokens}
         found = {part: result for part, key in keys.items() if (result := cache.read(name, part, key)) is not None}
         if len(found) < len(keys):
             missing = {language: texts for language, texts in documents.items() if language not in found}
-            unwritten = {language: p.text for language, p in prompts.items() if f"continuation {language}" not in found}
             with open_model(directory, device, dtype) as loaded:
-                for language, score in score_each(loaded, missing, settings, name=name):
+                for language, score in score_each(loaded, missing, settings, name):
                     found[language] = score.to_json()
                     cache.write(name, language, keys[language], found[language])
-                for language, prompt_text in unwritten.items():
-                    part = f"continuation {language}"
-                    found[part] = {"text": continue_prompt(loaded, prompt_text, continuation_tokens)}
+                for part in [part for part in keys if part not in found]:
+                    text = continue_prompt(loaded, prompts[part.removeprefix(_PROMPT)].text, continuation_tokens)
+                    found[part] = {"text": text}
                     cache.write(name, part, keys[part], found[part])
-        scores[name] = {language: LanguageScore.from_json(found[language]) for language in documents}
-        for language, continuation in continuations.items():
-            continuation.by_model[name] = found[f"continuation {language}"]["text"]
+        results[name] = found
+    scores = {
+        name: {language: LanguageScore.from_json(found[language]) for language in documents}
+        for name, found in results.items()
+    }
+    continuations = {
+        language: Continuation(
+            prompt.text, prompt.reference, {name: found[_PROMPT + language]["text"] for name, found in results.items()}
+        )
+        for language, prompt in prompts.items()
+    }
     return Comparison(dict(models), settings, scores, continuation_tokens, continuations)
 
 

@@ -26,20 +26,12 @@ from moelpr.run_folder import HF_FOLDER
 
 @dataclass(frozen=True)
 class LoadedModel(ABC):
-    """A causal language model in evaluation mode, with its tokenizer.
-
-    Attributes:
-        directory: where the model was loaded from.
-        model: the module itself.
-        tokenizer: a transformers PreTrainedTokenizerBase.
-        start_id: the token that precedes every document: BOS, or EOS if the tokenizer has no BOS.
-        eos_id: the EOS token, or None.
-    """
+    """A causal language model in evaluation mode, with its tokenizer."""
 
     directory: Path
     model: Any
-    tokenizer: Any
-    start_id: int
+    tokenizer: Any  # a transformers PreTrainedTokenizerBase
+    start_id: int  # the token that precedes every document: BOS, or EOS if the tokenizer has no BOS
     eos_id: int | None
 
     @property
@@ -62,16 +54,7 @@ class LoadedModel(ABC):
 
     @abstractmethod
     def router_logits(self, router: nn.Module, inputs: Any, output: Any) -> Tensor:
-        """Logits [T, experts] of one router call.
-
-        Args:
-            router: one of `routers`.
-            inputs: the call's positional arguments, as a forward hook receives them.
-            output: the call's output, as a forward hook receives it.
-
-        Returns:
-            One row per token; T runs over the batch, then over the sequence.
-        """
+        """Logits [T, experts] of one router call, from a forward hook's arguments; T: over batch, then sequence."""
 
     @property
     @abstractmethod
@@ -195,17 +178,15 @@ def load_model(directory: Path, device: str = "auto", dtype: str = "auto") -> Hf
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    if dtype == "auto":
-        torch_dtype: Any = torch.float32 if torch_device.type == "cpu" else "auto"
-    else:
-        torch_dtype = getattr(torch, dtype)
+    if dtype == "auto" and torch_device.type == "cpu":
+        dtype = "float32"
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # _check_missing_weights replaces its table of missing weights
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # the empty shared expert, see below
             model, loading_info = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=torch_dtype, use_safetensors=True, output_loading_info=True,
+                directory, dtype=dtype, use_safetensors=True, output_loading_info=True,
                 local_files_only=True, trust_remote_code=False,
             )  # fmt: skip
     except MemoryError:
@@ -298,14 +279,10 @@ def _load_tokenizer(directory: Path) -> tuple[Any, int, int | None]:
 
 
 def _check_directory(directory: Path) -> None:
-    if not directory.is_dir():
-        raise UserError(
-            f"the model directory {directory} does not exist; pass a Hugging Face directory or a Megatron checkpoint"
-        )
     if not (directory / "config.json").is_file():
         raise UserError(
-            f"{directory} is not a model, it contains neither config.json nor {FILE_NAME}; pass a Hugging Face "
-            "directory or a Megatron checkpoint folder"
+            f"{directory} contains neither config.json nor {FILE_NAME}; pass a Hugging Face directory or a Megatron "
+            "checkpoint folder"
         )
     if not any(directory.glob("*.safetensors")):
         raise UserError(f"{directory} contains no *.safetensors; save the model with safe_serialization=True")

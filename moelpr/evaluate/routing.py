@@ -17,27 +17,16 @@ from moelpr.evaluate.models import LoadedModel
 
 @dataclass(frozen=True)
 class Routing:
-    """Routing of one language's text, averaged over its tokens. Lists run over MoE layers, then over experts.
+    """Routing of one language's text, averaged over its tokens. Lists run over MoE layers, then over experts."""
 
-    Attributes:
-        layers: decoder layer numbers of the MoE layers, from 0.
-        tokens: number of tokens counted.
-        first_choice_share: fraction of tokens whose highest router score is this expert's.
-        chosen_share: fraction of tokens that choose this expert; sums to K per layer.
-        mean_score: mean softmax score.
-        entropy: entropy of a token's router scores, in nats, averaged over tokens; at most ln E.
-        original_chosen_share: fraction of tokens with at least one original expert among their K.
-        num_original_experts: m.
-    """
-
-    layers: list[int]
+    layers: list[int]  # decoder layer numbers of the MoE layers, from 0
     tokens: int
-    first_choice_share: list[list[float]]
-    chosen_share: list[list[float]]
-    mean_score: list[list[float]]
-    entropy: list[float]
-    original_chosen_share: list[float]
-    num_original_experts: int = 1
+    first_choice_share: list[list[float]]  # fraction of tokens whose highest router score is this expert's
+    chosen_share: list[list[float]]  # fraction of tokens that choose this expert; sums to K per layer
+    mean_score: list[list[float]]  # mean softmax score
+    entropy: list[float]  # of a token's router scores, mean over tokens, in nats; at most ln E
+    original_chosen_share: list[float]  # fraction of tokens with at least one original expert among their K
+    num_original_experts: int = 1  # m
 
     @property
     def original_first_share(self) -> list[float]:
@@ -132,19 +121,12 @@ class RoutingObserver:
 
 @dataclass(frozen=True)
 class BrokenPrior:
-    """A layer that sends more than the allowed fraction of a language's tokens to the wrong kind of expert.
-
-    Attributes:
-        language: its code.
-        is_original: an original language, whose tokens choose a new expert first; else the other way round.
-        layer: decoder layer number, from 0.
-        share: fraction of the language's tokens that make the wrong first choice.
-    """
+    """A layer that sends more than the allowed fraction of a language's tokens to the wrong kind of expert."""
 
     language: str
-    is_original: bool
-    layer: int
-    share: float
+    is_original: bool  # an original language, whose tokens choose a new expert first; else the other way round
+    layer: int  # decoder layer number, from 0
+    share: float  # fraction of the language's tokens that make the wrong first choice
 
 
 def broken_priors(

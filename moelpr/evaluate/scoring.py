@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from moelpr.errors import UserError
-from moelpr.evaluate.models import LoadedModel, read_max_positions
+from moelpr.evaluate.models import LoadedModel
 from moelpr.evaluate.routing import Routing, RoutingObserver
 
 DEFAULT_SEQUENCE_LENGTH = 512
@@ -38,17 +38,11 @@ IGNORED = -100  # target of padding and of tokens that are only context
 
 @dataclass(frozen=True)
 class Settings:
-    """How text is cut into windows and batches. None: chosen from the model.
+    """How text is cut into windows and batches."""
 
-    Attributes:
-        sequence_length: input tokens per window; None: 512, or the model's maximum if that is less.
-        context: tokens that overlap with the previous window of the document; None: a quarter of the window.
-        batch_size: full windows per batch; None: as many as LOGITS_BYTES allows.
-    """
-
-    sequence_length: int | None = None
-    context: int | None = None
-    batch_size: int | None = None
+    sequence_length: int | None = None  # input tokens per window; None: 512, or the model's maximum if that is less
+    context: int | None = None  # overlap with the previous window, in tokens; None: a quarter of the window
+    batch_size: int | None = None  # full windows per batch; None: as many as LOGITS_BYTES allows
 
     @property
     def identity(self) -> dict[str, int | None]:
@@ -80,23 +74,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class LanguageScore:
-    """One model's score on one language. Lists run over documents.
+    """One model's score on one language. Lists run over documents."""
 
-    Attributes:
-        document_bits: negative log2-likelihood.
-        document_bytes: UTF-8 bytes.
-        document_tokens: predicted tokens.
-        document_correct: tokens that were the model's most likely next token.
-        unknown_tokens: tokens that represent text the tokenizer cannot encode.
-        routing: None for a dense model.
-    """
-
-    document_bits: list[float]
-    document_bytes: list[int]
+    document_bits: list[float]  # negative log2-likelihood
+    document_bytes: list[int]  # UTF-8
     document_tokens: list[int]
-    document_correct: list[int]
-    unknown_tokens: int
-    routing: Routing | None
+    document_correct: list[int]  # tokens that were the model's most likely next token
+    unknown_tokens: int  # tokens that represent text the tokenizer cannot encode
+    routing: Routing | None  # None for a dense model
 
     @property
     def bits_per_byte(self) -> float:
@@ -147,47 +132,26 @@ def cut_into_windows(document: int, tokens: list[int], start_id: int, length: in
         predicted = last
 
 
-def score(
-    loaded: LoadedModel,
-    documents: Mapping[str, Sequence[str]],
-    settings: Settings | None = None,
-    *,
-    name: str | None = None,
-) -> dict[str, LanguageScore]:
-    """Everything that `score_each` yields."""
-    return dict(score_each(loaded, documents, settings, name=name))
-
-
 def score_each(
-    loaded: LoadedModel,
-    documents: Mapping[str, Sequence[str]],
-    settings: Settings | None = None,
-    *,
-    name: str | None = None,
+    loaded: LoadedModel, documents: Mapping[str, Sequence[str]], settings: Settings, name: str
 ) -> Iterator[tuple[str, LanguageScore]]:
     """Score one language after another, and count an MoE's routing, in one forward pass over its documents.
 
     Args:
         loaded: the model.
         documents: language -> texts.
-        settings: windows and batches.
+        settings: resolved for all models.
         name: the model's name in progress output.
 
     Raises:
         UserError: the tokenizer returns IDs without an embedding, no tokens for a document, or omits text.
     """
-    name = name or loaded.directory.name
-    settings = (settings or Settings()).resolve({name: read_max_positions(loaded.directory)})
     tokens = {language: _tokenize(loaded, language, texts) for language, texts in documents.items()}
     observer = RoutingObserver(loaded)
     with tqdm(
-        total=sum(len(ids) for documents in tokens.values() for ids in documents),
-        desc=name,
-        unit=" tokens",
-        unit_scale=True,
-        disable=None,  # only on a terminal
-        leave=False,
-    ) as progress:
+        total=sum(len(ids) for documents in tokens.values() for ids in documents), desc=name, unit=" tokens",
+        unit_scale=True, leave=False, disable=None,  # only on a terminal
+    ) as progress:  # fmt: skip
         for language, texts in documents.items():
             start = time.monotonic()
             bits, correct = score_documents(loaded, tokens[language], settings, observer, progress)
@@ -232,7 +196,7 @@ def _unknown_id(loaded: LoadedModel) -> int | None:
 
 def _count_unknown(loaded: LoadedModel, documents: list[list[int]]) -> int:
     unknown_id = _unknown_id(loaded)
-    return 0 if unknown_id is None else sum(ids.count(unknown_id) for ids in documents)
+    return sum(ids.count(unknown_id) for ids in documents) if unknown_id is not None else 0
 
 
 def _check_lost_letters(loaded: LoadedModel, language: str, texts: Sequence[str], documents: list[list[int]]) -> None:

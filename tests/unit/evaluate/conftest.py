@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
 
 from moelpr.errors import UserError
 from moelpr.evaluate import __main__ as command
+from moelpr.evaluate.models import read_max_positions
+from moelpr.evaluate.scoring import LanguageScore, Settings, score_each
 
 TEXTS = {
     "en": [
@@ -82,6 +84,17 @@ def data(tmp_path, texts) -> list[str]:
         lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents]
         (tmp_path / f"{language}.jsonl").write_text("".join(lines), encoding="utf-8")
     return [argument for language in texts for argument in ("--data", f"{language}={tmp_path}/{language}.jsonl")]
+
+
+@pytest.fixture
+def score() -> Callable[..., dict[str, LanguageScore]]:
+    """Score a loaded model on texts, in windows that it supports."""
+
+    def run(loaded, documents, settings: Settings = Settings()) -> dict[str, LanguageScore]:  # noqa: B008
+        name = loaded.directory.name
+        return dict(score_each(loaded, documents, settings.resolve({name: read_max_positions(loaded.directory)}), name))
+
+    return run
 
 
 @pytest.fixture

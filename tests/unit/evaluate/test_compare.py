@@ -17,8 +17,8 @@ def measured(monkeypatch) -> list[tuple[str, str]]:
     log: list[tuple[str, str]] = []
     score_each, continue_prompt = compare.score_each, compare.continue_prompt
 
-    def spy_on_scores(loaded, documents, settings, *, name):
-        for language, result in score_each(loaded, documents, settings, name=name):
+    def spy_on_scores(loaded, documents, settings, name):
+        for language, result in score_each(loaded, documents, settings, name):
             log.append((name, language))
             yield language, result
 

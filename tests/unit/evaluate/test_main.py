@@ -7,12 +7,12 @@ import pytest
 
 from moelpr.evaluate.generate import choose_prompt
 from moelpr.evaluate.models import load_model
-from moelpr.evaluate.scoring import Settings, score
+from moelpr.evaluate.scoring import Settings
 from moelpr.languages import language_name
 
 
 def test_text_prints_tables_and_writes_json_markdown_and_html(
-    evaluate, capsys, tmp_path, data, dense_dir, moe_dir, texts
+    score, evaluate, capsys, tmp_path, data, dense_dir, moe_dir, texts
 ):
     output = tmp_path / "results"
     evaluate(
@@ -77,7 +77,9 @@ def test_continuations_are_written_for_every_language_and_model(evaluate, tmp_pa
         assert prompt.text in page
 
 
-def test_routing_lists_the_layers_that_break_the_prior(evaluate, capsys, tmp_path, data, dense_dir, moe_dir, texts):
+def test_routing_lists_the_layers_that_break_the_prior(
+    score, evaluate, capsys, tmp_path, data, dense_dir, moe_dir, texts
+):
     output = tmp_path / "out"
     evaluate(
         "routing", "--model", dense_dir, "--model", moe_dir, *data, "--original-languages", "en", "--output", output

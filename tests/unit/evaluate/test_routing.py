@@ -8,10 +8,10 @@ import torch
 
 from moelpr.evaluate.models import HfModel, load_model
 from moelpr.evaluate.routing import BrokenPrior, Routing, broken_priors
-from moelpr.evaluate.scoring import Settings, score
+from moelpr.evaluate.scoring import Settings
 
 
-def test_shares_equal_a_plain_computation_from_hidden_states(moe_dir, texts):
+def test_shares_equal_a_plain_computation_from_hidden_states(score, moe_dir, texts):
     loaded = load_model(moe_dir, device="cpu")
     result = score(loaded, texts, Settings(64, 0))
     for language, documents in texts.items():
@@ -56,7 +56,7 @@ def test_shares_equal_a_plain_computation_from_hidden_states(moe_dir, texts):
     assert len({score.routing.original_expert_share["overall"] for score in result.values()}) > 1
 
 
-def test_first_choices_of_all_original_experts_count_together(moe_dir, texts):
+def test_first_choices_of_all_original_experts_count_together(score, moe_dir, texts):
     loaded = load_model(moe_dir, device="cpu")
     before = score(loaded, {"en": texts["en"]}, Settings(64, 0))["en"].routing
     loaded.model.config.num_original_experts = 3  # as in config.json of an export after a second round
@@ -69,14 +69,14 @@ def test_first_choices_of_all_original_experts_count_together(moe_dir, texts):
     assert before.original_chosen_share != routing.original_chosen_share
 
 
-def test_context_tokens_are_counted_once(moe_dir, texts):
+def test_context_tokens_are_counted_once(score, moe_dir, texts):
     result = score(load_model(moe_dir, device="cpu"), texts, Settings(8, 5))
     for language, documents in texts.items():
         tokens = result[language].document_tokens
         assert result[language].routing.tokens == sum(tokens) - len(documents)
 
 
-def test_dense_model_has_no_routing(dense_dir, texts):
+def test_dense_model_has_no_routing(score, dense_dir, texts):
     loaded = load_model(dense_dir, device="cpu")
     assert loaded.routers == {}
     assert score(loaded, texts)["en"].routing is None

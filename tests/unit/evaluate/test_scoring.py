@@ -10,7 +10,7 @@ import torch
 
 from moelpr.errors import UserError
 from moelpr.evaluate.models import load_model
-from moelpr.evaluate.scoring import IGNORED, LanguageScore, Settings, cut_into_windows, score
+from moelpr.evaluate.scoring import IGNORED, LanguageScore, Settings, cut_into_windows
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def plain_bits(loaded, text: str, window: int, context: int) -> float:
 
 
 @pytest.mark.parametrize(("window", "context"), [(64, 0), (8, 0), (8, 3), (5, 4)])
-def test_bits_per_byte_equals_a_plain_loop_over_tokens(dense, texts, window, context):
+def test_bits_per_byte_equals_a_plain_loop_over_tokens(score, dense, texts, window, context):
     result = score(dense, texts, Settings(window, context))
     with torch.no_grad():
         for language, documents in texts.items():
@@ -43,14 +43,14 @@ def test_bits_per_byte_equals_a_plain_loop_over_tokens(dense, texts, window, con
             assert result[language].bits_per_byte == pytest.approx(sum(bits) / size, rel=1e-5)
 
 
-def test_bits_per_byte_depend_on_the_context(dense, texts):
+def test_bits_per_byte_depend_on_the_context(score, dense, texts):
     """Otherwise the test above would pass for any windows."""
     long, short = (score(dense, texts, Settings(window, 0))["en"].bits_per_byte for window in (64, 8))
     assert abs(long - short) > 1e-3
 
 
 @pytest.mark.parametrize("directory", ["dense_dir", "moe_dir"])
-def test_batch_size_and_order_change_nothing(request, texts, directory):
+def test_batch_size_and_order_change_nothing(score, request, texts, directory):
     loaded = load_model(request.getfixturevalue(directory), device="cpu")
     one = score(loaded, texts, Settings(16, 4, batch_size=1))
     many = score(loaded, {name: documents[::-1] for name, documents in texts.items()}, Settings(16, 4, batch_size=50))
@@ -74,7 +74,7 @@ def test_windows_predict_each_token_exactly_once(length, context):
         assert all(target in (IGNORED, value + 1) for value, target in zip(window.inputs, window.targets, strict=True))
 
 
-def test_a_window_longer_than_the_model_supports_is_rejected(dense, texts):
+def test_a_window_longer_than_the_model_supports_is_rejected(score, dense, texts):
     with pytest.raises(UserError, match="--sequence-length .* 64, .* dense .* 65"):
         score(dense, texts, Settings(65))
 
@@ -84,7 +84,7 @@ def test_the_default_window_is_what_all_models_support():
     assert Settings().resolve({"b": 4096}) == Settings(512, 128)
 
 
-def test_a_tokenizer_with_more_ids_than_embeddings_is_rejected(tmp_path, dense_dir, texts, tokenizer):
+def test_a_tokenizer_with_more_ids_than_embeddings_is_rejected(score, tmp_path, dense_dir, texts, tokenizer):
     from transformers import Qwen2ForCausalLM
 
     model = Qwen2ForCausalLM.from_pretrained(dense_dir)
@@ -95,7 +95,7 @@ def test_a_tokenizer_with_more_ids_than_embeddings_is_rejected(tmp_path, dense_d
         score(load_model(tmp_path, device="cpu"), texts)
 
 
-def test_accuracy_and_perplexity_equal_a_plain_loop(dense, texts):
+def test_accuracy_and_perplexity_equal_a_plain_loop(score, dense, texts):
     with torch.no_grad():
         for language, result in score(dense, texts, Settings(64, 0)).items():
             right, nats = 0, 0.0
@@ -124,14 +124,14 @@ class PickyTokenizer:
         return "".join("The door?"[i] for i in ids)
 
 
-def test_text_that_a_tokenizer_cannot_encode_is_reported_with_its_fraction(dense, capsys):
+def test_text_that_a_tokenizer_cannot_encode_is_reported_with_its_fraction(score, dense, capsys):
     picky = dataclasses.replace(dense, tokenizer=PickyTokenizer(unk_token_id=8))
     result = score(picky, {"el": ["The ρ", "door"]})["el"]
     assert result.unknown_tokens == 1 and result.unknown_share == 1 / 9
     assert re.search("warning: dense .* 11.1% of the el tokens", capsys.readouterr().err)
 
 
-def test_a_tokenizer_that_omits_text_is_rejected_with_the_fraction(dense):
+def test_a_tokenizer_that_omits_text_is_rejected_with_the_fraction(score, dense):
     picky = dataclasses.replace(dense, tokenizer=PickyTokenizer(unk_token_id=None))
     assert score(picky, {"en": ["The door"]})["en"].document_tokens == [8]
     with pytest.raises(UserError, match=r"tokenizer .* 38\.5% of the letters of el"):

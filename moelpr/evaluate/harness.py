@@ -38,8 +38,8 @@ class Benchmark:
     metric: str  # key in the harness's results
     tasks: dict[str, tuple[str, ...]]  # language -> the harness's task names, whose mean is the language's score
 
-    def score(self, language: str, found: Mapping[str, Mapping[str, float]]) -> tuple[float, float]:
-        """Score and standard error, from 0 to 100 as in the paper; `found`: task -> metric -> number."""
+    def score(self, language: str, found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+        """The language's value and stderr, from 0 to 100 as in the paper; `found`: task -> metric -> number."""
         tasks, scale = self.tasks[language], 100.0 if self.metric in FRACTIONS else 1.0
         for task in tasks:
             if self.metric not in found[task]:
@@ -49,8 +49,8 @@ class Benchmark:
                     f"{self.metric}; correct the --tasks file"
                 )
         errors = [found[task].get(f"{self.metric}_stderr", 0.0) for task in tasks]
-        error = sum(error**2 for error in errors) ** 0.5 / len(errors)
-        return scale * fmean(found[task][self.metric] for task in tasks), scale * error
+        stderr = sum(error**2 for error in errors) ** 0.5 / len(errors)
+        return {"value": scale * fmean(found[task][self.metric] for task in tasks), "stderr": scale * stderr}
 
 
 def read_benchmarks(path: Path, languages: Sequence[str]) -> list[Benchmark]:
@@ -182,13 +182,9 @@ def _evaluate(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     found = lm_eval.simple_evaluate(
         model=HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=settings.batch_size),
-        tasks=task,
-        task_manager=manager,  # or it would index all its tasks again
-        num_fewshot=num_fewshot,
-        limit=settings.limit,
-        log_samples=False,
-        bootstrap_iters=1000,
-    )
+        tasks=task, task_manager=manager,  # without it, all tasks are indexed again
+        num_fewshot=num_fewshot, limit=settings.limit, log_samples=False, bootstrap_iters=1000,
+    )  # fmt: skip
     results = found["results"].get(name, {})  # empty for a group that does not aggregate its tasks
     return {
         key.partition(",")[0]: float(value)
@@ -203,20 +199,16 @@ class HarnessResults(Results):
     name, title = "harness", "Benchmarks"
 
     def __init__(
-        self,
-        models: Mapping[str, Path],
-        benchmarks: Sequence[Benchmark],
-        languages: Sequence[str],
-        original: Sequence[str],
-        scores: Scores,
-        settings: HarnessSettings,
-    ):
+        self, models: Mapping[str, Path], benchmarks: Sequence[Benchmark], languages: Sequence[str],
+        original: Sequence[str], scores: Scores, settings: HarnessSettings,
+    ):  # fmt: skip
         self._models, self._benchmarks, self._settings = models, benchmarks, settings
+        self._reference = next(iter(models))
         self._groups = {
             "expanded": [language for language in languages if language not in original],
             "original": [language for language in languages if language in original],
         }
-        # model -> benchmark -> language -> (score, standard error)
+        # model -> benchmark -> language -> {value, stderr}
         self._scores = {
             model: {
                 bench.name: {lang: bench.score(lang, scores[model]) for lang in bench.tasks} for bench in benchmarks
@@ -227,7 +219,7 @@ class HarnessResults(Results):
     def benchmark_mean(self, model: str, benchmark: str, group: str) -> float | None:
         """Mean over the group's languages that the benchmark has; None if it has none."""
         scores = self._scores[model][benchmark]
-        found = [scores[language][0] for language in self._groups[group] if language in scores]
+        found = [scores[language]["value"] for language in self._groups[group] if language in scores]
         return fmean(found) if found else None
 
     def average(self, model: str, group: str) -> float | None:
@@ -238,17 +230,15 @@ class HarnessResults(Results):
 
     def _change(self, model: str, group: str) -> str:
         """Change of the average from the first model, "" for that model itself."""
-        reference = next(iter(self._models))
-        ours, theirs = self.average(model, group), self.average(reference, group)
-        if model == reference or ours is None or theirs is None:
+        ours, theirs = self.average(model, group), self.average(self._reference, group)
+        if model == self._reference or ours is None or theirs is None:
             return ""
         return f"{ours - theirs:+.2f}".replace("-", "\u2212")
 
     def findings(self) -> list[str]:
-        reference = next(iter(self._models))
         findings = [
             f"{group.capitalize()} languages: {model} has {self.average(model, group):.2f} on average, {change} "
-            f"against {reference}."
+            f"against {self._reference}."
             for group in GROUPS
             for model in self._models
             if (change := self._change(model, group))
@@ -277,7 +267,7 @@ class HarnessResults(Results):
             rows.append([model, *cells, self._change(model, group)])
         header = [f"{benchmark.name} ({benchmark.num_fewshot})" for benchmark in self._benchmarks]
         return Table(
-            ["model", *header, "average", f"against {next(iter(self._models))}"],
+            ["model", *header, "average", f"against {self._reference}"],
             rows,
             f"Means over {', '.join(map(language_name, self._groups[group]))}, as far as a benchmark has them; in "
             "parentheses: shots.",
@@ -285,7 +275,7 @@ class HarnessResults(Results):
 
     def _language_table(self, benchmark: Benchmark) -> Table:
         rows = [
-            [model, *(f"{score:.2f} \u00b1 {error:.2f}" for score, error in scores[benchmark.name].values())]
+            [model, *("{value:.2f} \u00b1 {stderr:.2f}".format(**score) for score in scores[benchmark.name].values())]
             for model, scores in self._scores.items()
         ]
         names = ", ".join(name for tasks in benchmark.tasks.values() for name in tasks)
@@ -302,19 +292,14 @@ class HarnessResults(Results):
                 benchmark.name: {
                     "num_fewshot": benchmark.num_fewshot,
                     "metric": benchmark.metric,
-                    "tasks": {language: list(tasks) for language, tasks in benchmark.tasks.items()},
+                    "tasks": benchmark.tasks,
                 }
                 for benchmark in self._benchmarks
             },
             "models": {
                 model: {
                     "directory": str(directory),
-                    "scores": {
-                        benchmark: {
-                            language: {"value": score, "stderr": error} for language, (score, error) in scores.items()
-                        }
-                        for benchmark, scores in self._scores[model].items()
-                    },
+                    "scores": self._scores[model],
                     "averages": {group: self.average(model, group) for group in GROUPS},
                 }
                 for model, directory in self._models.items()

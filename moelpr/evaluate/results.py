@@ -79,16 +79,10 @@ def mean(estimates: Sequence[Estimate]) -> Estimate:
 
 
 def estimates(scores: Mapping[str, LanguageScore], seed: int, language: str) -> dict[str, dict[str, Estimate]]:
-    """METRICS on one language, from the same samples for all models.
+    """METRICS on one language from the same samples for all models: model -> metric -> estimate.
 
-    Args:
-        scores: model -> score on the language.
-        seed: of the samples.
-        language: also seeds them: otherwise two languages' samples would depend on each other, and the interval of
-            their mean would be wrong.
-
-    Returns:
-        Model -> metric -> estimate.
+    The language also seeds the samples: otherwise those of two languages would depend on each other, and the interval
+    of their mean would be wrong.
     """
     columns = np.array(
         [
@@ -162,14 +156,19 @@ class Results(ABC):
 
 
 class TextResults(Results):
-    """Estimates for every model on every language, then for the means of original and expanded languages."""
+    """Estimates for every model on every language, then for the means of original and expanded languages.
+
+    A change is relative to the first model; that of accuracy is the difference. Changes of numbers per token exist only
+    for models with the first model's tokens.
+    """
 
     name, title = "results", "Held-out text"
 
     def __init__(self, comparison: Comparison, data: Mapping[str, Path], original: Sequence[str], seed: int):
         """`data`: language -> file. `original`: the original languages; empty if they were not named."""
         self._comparison, self._data, self._original, self._seed = comparison, data, original, seed
-        self._reference, *self._others = self._models = list(comparison.models)
+        self._models = list(comparison.models)
+        self._first, *others = self._models
         # language or mean -> model -> metric -> estimate
         self._rows = {language: estimates(comparison.scores_on(language), seed, language) for language in data}
         for group, is_original in (("mean original", True), ("mean expanded", False)):
@@ -179,34 +178,28 @@ class TextResults(Results):
                     model: {metric: mean([self._rows[name][model][metric] for name in members]) for metric in METRICS}
                     for model in self._models
                 }
-
-    def change(self, row: str, model: str, metric: str) -> Estimate | None:
-        """The change from the first model: relative; for accuracy the difference.
-
-        None for the first model itself, and for numbers per token if the tokens differ.
-        """
-        if model == self._reference or (metric != "bits_per_byte" and not self._has_same_tokens(model)):
-            return None
-        ours, theirs = self._rows[row][model][metric], self._rows[row][self._reference][metric]
-        return ours.minus(theirs) if metric == "accuracy" else ours.relative_to(theirs)
-
-    def _has_same_tokens(self, model: str) -> bool:
-        ours, theirs = self._comparison.scores[model], self._comparison.scores[self._reference]
-        return all(score.document_tokens == theirs[language].document_tokens for language, score in ours.items())
-
-    def _bits_changes(self) -> dict[str, dict[str, Estimate]]:
-        """Row -> model -> change in bits per byte."""
-        return {
-            row: {m: change for m in self._others if (change := self.change(row, m, "bits_per_byte")) is not None}
-            for row in self._rows
+        tokens = {m: [score.document_tokens for score in scores.values()] for m, scores in comparison.scores.items()}
+        self._has_same_tokens = {model: tokens[model] == tokens[self._first] for model in self._models}
+        self._changes = {
+            row: {model: self._change(by[model], by[self._first], model) for model in others}
+            for row, by in self._rows.items()
+        }
+        self._bits_changes = {
+            row: {m: change["bits_per_byte"] for m, change in by.items()} for row, by in self._changes.items()
         }
 
+    def _change(self, ours: dict[str, Estimate], theirs: dict[str, Estimate], model: str) -> dict[str, Estimate]:
+        metrics = METRICS if self._has_same_tokens[model] else ("bits_per_byte",)
+        return {m: ours[m].minus(theirs[m]) if m == "accuracy" else ours[m].relative_to(theirs[m]) for m in metrics}
+
     def findings(self) -> list[str]:
-        findings = [
-            f"{_row_name(row)}: {self._verdict(model, change)}."
-            for row, changes in self._bits_changes().items()
-            for model, change in changes.items()
-        ]
+        findings = []
+        for row, changes in self._bits_changes.items():
+            for model, change in changes.items():
+                verdict = f"{model} is {'better' if change.value < 0 else 'worse'} than {self._first}"
+                if not change.is_clear:
+                    verdict = f"no clear change from {self._first} to {model}"
+                findings.append(f"{_row_name(row)}: {verdict} ({_with_interval(change, percent)} bits per byte).")
         return findings + [
             f"{model} cannot encode {score.unknown_share:.1%} of the {language_name(language)} tokens (unknown "
             "tokens); its scores there are unreliable."
@@ -215,59 +208,50 @@ class TextResults(Results):
             if score.unknown_tokens
         ]
 
-    def _verdict(self, model: str, change: Estimate) -> str:
-        found = f"{_with_interval(change, percent)} bits per byte"
-        if not change.is_clear:
-            return f"no clear change from {self._reference} to {model} ({found})"
-        return f"{model} is {'better' if change.value < 0 else 'worse'} than {self._reference} ({found})"
-
     def tables(self) -> dict[str, Table]:
+        intervals = "In brackets: 95% confidence intervals, bootstrap over documents."
+        unclear = "A change is unclear if its interval contains 0: with other documents it could be the opposite."
         per_token = (
             "Per token: comparable only between models with the same tokenizer."
-            if all(self._has_same_tokens(model) for model in self._models)
+            if all(self._has_same_tokens.values())
             else "Per token, and these models' tokenizers differ: compare their bits per byte instead."
         )
-        intervals = "In brackets: 95% confidence intervals, bootstrap over documents."
-        tables = {"Bits per byte (lower is better)": self._table("bits_per_byte", "{:.3f}".format, intervals)}
-        if self._others:
-            tables[f"Bits per byte against {self._reference}"] = Table(
-                ["language", *self._others],
-                [
-                    self._row(
-                        row, [_with_interval(c, percent) + ("" if c.is_clear else " unclear") for c in by.values()]
-                    )
-                    for row, by in self._bits_changes().items()
-                ],
-                "A change is unclear if its interval contains 0: with other documents it could be the opposite.",
-            )
-        tables["Next-token accuracy (higher is better)"] = self._table("accuracy", "{:.2%}".format, per_token)
-        tables["Perplexity per token (lower is better)"] = self._table("perplexity", "{:.4g}".format, per_token)
-        return tables
+        changes = {
+            row: {m: _with_interval(c, percent) + ("" if c.is_clear else " unclear") for m, c in by_model.items()}
+            for row, by_model in self._bits_changes.items()
+        }
+        # Averaging perplexities is meaningless.
+        perplexity = {row: cells for row, cells in self._cells("perplexity", "{:.4g}").items() if row in self._data}
+        tables = {
+            "Bits per byte (lower is better)": self._table(self._cells("bits_per_byte", "{:.3f}"), intervals),
+            f"Bits per byte against {self._first}": self._table(changes, unclear),
+            "Next-token accuracy (higher is better)": self._table(self._cells("accuracy", "{:.2%}"), per_token),
+            "Perplexity per token (lower is better)": self._table(perplexity, per_token),
+        }
+        return {title: table for title, table in tables.items() if len(table.head) > 1}
 
-    def _table(self, metric: str, write: Callable[[float], str], note: str) -> Table:
-        rows = [
-            self._row(row, [_with_interval(by_model[model][metric], write) for model in self._models])
+    def _cells(self, metric: str, form: str) -> dict[str, dict[str, str]]:
+        return {
+            row: {model: _with_interval(estimates[metric], form.format) for model, estimates in by_model.items()}
             for row, by_model in self._rows.items()
-            if metric != "perplexity" or row in self._data  # averaging perplexities is meaningless
-        ]
-        return Table(["language", *self._models], rows, note)
+        }
 
-    def _row(self, name: str, cells: Sequence[str]) -> Row:
-        return Row([name, *cells], "" if name in self._data else "mean")
+    def _table(self, cells: Mapping[str, Mapping[str, str]], note: str) -> Table:
+        rows = [Row([row, *by_model.values()], "" if row in self._data else "mean") for row, by_model in cells.items()]
+        return Table(["language", *next(iter(cells.values()))], rows, note)
 
     def figures(self) -> list[Figure]:
-        if not self._others:
+        if len(self._models) == 1:
             return []
         changes = {
-            row if row not in self._data else language_name(row): {m: change.interval for m, change in by_model.items()}
-            for row, by_model in self._bits_changes().items()
+            row if row.startswith("mean ") else language_name(row): {
+                m: change.interval for m, change in by_model.items()
+            }
+            for row, by_model in self._bits_changes.items()
         }
-        axis = f"bits per byte against {self._reference}"
-        caption = (
-            f"Change in bits per byte against {self._reference}, with 95% confidence intervals; left is better, hollow "
-            "is unclear."
-        )
-        return [Figure([change_chart("Change in bits per byte", changes, axis=axis)], caption, name="change")]
+        svg = change_chart("Change in bits per byte", changes, axis=f"bits per byte against {self._first}")
+        caption = f"Change in bits per byte against {self._first}, with 95% confidence intervals; hollow: unclear."
+        return [Figure([svg], caption, name="change")]
 
     def samples(self) -> list[Block]:
         samples = [
@@ -278,11 +262,9 @@ class TextResults(Results):
         return [Text(note, "note"), *samples] if samples else []
 
     def to_json(self) -> dict[str, Any]:
+        settings = {"seed": self._seed, "continuation_tokens": self._comparison.continuation_tokens}
         return {
-            **_settings_json(
-                self._comparison, self._data, self._original,
-                seed=self._seed, continuation_tokens=self._comparison.continuation_tokens,
-            ),
+            **_settings_json(self._comparison, self._data, self._original, settings),
             "models": {
                 model: {
                     "directory": str(directory),
@@ -291,10 +273,8 @@ class TextResults(Results):
                 }
                 for model, directory in self._comparison.models.items()
             },
-            "continuations": {
-                language: asdict(continuation) for language, continuation in self._comparison.continuations.items()
-            },
-        }  # fmt: skip
+            "continuations": {language: asdict(text) for language, text in self._comparison.continuations.items()},
+        }
 
     def _language_json(self, model: str, language: str) -> dict[str, Any]:
         score = self._comparison.scores[model][language]
@@ -308,14 +288,10 @@ class TextResults(Results):
         }
 
     def _estimates_json(self, model: str, row: str) -> dict[str, Any]:
-        changes = {metric: self.change(row, model, metric) for metric in METRICS}
+        changes = self._changes[row].get(model, {})
         return {
-            **{metric: self._rows[row][model][metric].to_json() for metric in METRICS},
-            "change": {
-                metric: {**change.to_json(), "is_clear": change.is_clear}
-                for metric, change in changes.items()
-                if change is not None
-            },
+            **{metric: estimate.to_json() for metric, estimate in self._rows[row][model].items()},
+            "change": {metric: {**c.to_json(), "is_clear": c.is_clear} for metric, c in changes.items()},
         }
 
 
@@ -416,9 +392,8 @@ class RoutingResults(Results):
             figures.append(Figure([svg], caption, name=f"routing-{file_name}-{name.replace('_', '-')}"))
         experts = []
         for language, routing in statistics.items():
-            columns = {
-                str(expert): shares for expert, shares in enumerate(zip(*routing.first_choice_share, strict=True))
-            }
+            by_layer = routing.first_choice_share
+            columns = {str(expert): [shares[expert] for shares in by_layer] for expert in range(len(by_layer[0]))}
             experts.append(Panel(language_name(language), columns, rows, split_after=routing.num_original_experts))
         title = "Fraction of first choices per layer (rows), expert (columns) and language"
         svg = heat_maps(f"{title}: {model}", experts, form="{:.2f}", corner="layer", cell_width=30)
@@ -426,7 +401,7 @@ class RoutingResults(Results):
 
     def to_json(self) -> dict[str, Any]:
         return {
-            **_settings_json(self._comparison, self._data, self._original, threshold=self._threshold),
+            **_settings_json(self._comparison, self._data, self._original, {"threshold": self._threshold}),
             "models": {
                 model: {
                     "directory": str(self._comparison.models[model]),
@@ -446,7 +421,7 @@ class RoutingResults(Results):
 
 
 def _settings_json(
-    comparison: Comparison, data: Mapping[str, Path], original: Sequence[str], **settings: Any
+    comparison: Comparison, data: Mapping[str, Path], original: Sequence[str], settings: dict[str, Any]
 ) -> dict[str, Any]:
     return {
         "settings": {**asdict(comparison.settings), **settings},

@@ -2,8 +2,11 @@
 
 import json
 import re
+import sys
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -71,6 +74,68 @@ def accuracy(directory: Path, language: str) -> float:
             scores.append(sum(log_probabilities[at - 1, ids[at]].item() for at in range(len(asked), len(ids))))
         right += scores.index(max(scores)) == gold
     return right / len(QUESTIONS)
+
+
+@pytest.fixture
+def stub_lm_eval(monkeypatch) -> list[tuple[str, int]]:
+    """In place of lm_eval: two tasks, of which `broken` has no data; what is run is listed as (task, shots)."""
+    ran = []
+
+    class TaskManager:
+        all_tasks = ("door", "broken")
+
+        def __init__(self, **_: object):
+            pass
+
+        def load(self, names: list[str]) -> dict[str, dict]:
+            if names == ["broken"]:
+                raise OSError("no network\nat all")
+            return {"groups": {}, "tasks": dict.fromkeys(names, names[0])}
+
+    def simple_evaluate(*, tasks: list[str], num_fewshot: int, **_: object) -> dict:
+        ran.append((tasks[0], num_fewshot))
+        return {"results": {tasks[0]: {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": "x"}}}
+
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "0" if name == "lm_eval" else version(name))
+    modules = {
+        "lm_eval": {"simple_evaluate": simple_evaluate},
+        "lm_eval.tasks": {"TaskManager": TaskManager},
+        "lm_eval.models": {},
+        "lm_eval.models.huggingface": {"HFLM": lambda **_: None},
+    }
+    for name, content in modules.items():
+        module = ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    return ran
+
+
+def test_results_are_kept_and_tasks_that_cannot_run_are_rejected(
+    stub_lm_eval, rejected, evaluate, tmp_path, dense_dir, moe_dir
+):
+    table = tmp_path / "table.yaml"
+    arguments = (
+        "harness", "--model", dense_dir, "--model", moe_dir, "--languages", "en,el", "--original-languages", "en",
+        "--tasks", table, "--output", tmp_path / "out",
+    )  # fmt: skip
+    table.write_text("Doors: {num_fewshot: 3, metric: acc, tasks: {en: door}}")
+    evaluate(*arguments)
+    evaluate(*arguments)
+    assert stub_lm_eval == [("door", 3), ("door", 3)]
+    content = json.loads((tmp_path / "out/harness.json").read_text())
+    assert content["models"]["moe"]["scores"] == {"Doors": {"en": {"value": 50, "stderr": 10}}}
+    assert content["benchmarks"]["Doors"] == {"num_fewshot": 3, "metric": "acc", "tasks": {"en": ["door"]}}
+    table.write_text("Doors: {num_fewshot: 4, metric: acc, tasks: {en: door}}")
+    evaluate(*arguments)
+    assert stub_lm_eval[2:] == [("door", 4), ("door", 4)]
+    for changed, expected in [("metric: f1", ("acc", "f1")), ("tasks: {en: bell}", ("bell", "--tasks"))]:
+        table.write_text(f"Doors: {{num_fewshot: 3, metric: acc, tasks: {{en: door}}, {changed}}}")
+        message = rejected(*arguments)
+        assert all(part in message for part in expected)
+    table.write_text("Doors: {num_fewshot: 3, metric: acc, tasks: {en: broken}}")
+    message = rejected(*arguments)
+    assert "broken" in message and "no network" in message
 
 
 @needs_lm_eval

@@ -104,7 +104,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_text_arguments(routing)
     routing.set_defaults(continuations=0)
     routing.add_argument(
-        "--threshold", type=below_one, default=0.5, metavar="FRACTION",
+        "--threshold", type=fraction, default=0.5, metavar="FRACTION",
         help="a layer breaks the prior if more than this fraction of a language's first choices is wrong (original "
         "languages: a new expert; expanded languages: an original one); at least 0, below 1 (default: %(default)s)",
     )  # fmt: skip
@@ -116,7 +116,7 @@ def make_parser() -> argparse.ArgumentParser:
         "shot counts, and average original and expanded languages as in its Table 1. Requires the extra `eval`. Data "
         "sets come from the Hugging Face hub, or offline (HF_HUB_OFFLINE=1) from its cache or from your own tasks.",
     )
-    add_common_arguments(harness, "Hugging Face directory; repeat for several; the first is the reference")
+    add_model_argument(harness, "Hugging Face directory; repeat for several; the first is the reference")
     harness.add_argument("--languages", required=True, metavar="en,el,...", help="codes as in the table of tasks")
     harness.add_argument(
         "--original-languages", required=True, metavar="en,...", help="all other --languages are expanded languages"
@@ -130,19 +130,21 @@ def make_parser() -> argparse.ArgumentParser:
     harness.add_argument(
         "--batch-size", type=at_least(1), default=8, metavar="N", help="questions per batch (default: %(default)s)"
     )
+    add_common_arguments(harness)
     harness.set_defaults(measure=measure_harness)
     return parser
 
 
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:
-    add_common_arguments(parser, "Hugging Face directory or Megatron checkpoint folder; repeat for several")
+    add_model_argument(parser, "Hugging Face directory or Megatron checkpoint folder; repeat for several")
     parser.add_argument(
         "--data", action="append", required=True, metavar="LANG=FILE",
         help="held-out text of a language as JSON lines; repeat for several",
     )  # fmt: skip
     parser.add_argument(
-        "--original-languages", metavar="en,es,...", help="all other languages of --data are expanded languages"
-    )
+        "--original-languages", metavar="en,es,...",
+        help="languages of --data that the base supports; all others are expanded languages (default: unknown)",
+    )  # fmt: skip
     parser.add_argument("--json-key", default="text", metavar="KEY", help="key of the text (default: %(default)s)")
     parser.add_argument("--max-documents", type=at_least(1), metavar="N", help="documents per language (default: all)")
     parser.add_argument(
@@ -156,12 +158,16 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=at_least(1), metavar="N", help="full windows per batch (default: what fits in memory)"
     )
+    add_common_arguments(parser)
     parser.set_defaults(measure=measure_text)
 
 
-def add_common_arguments(parser: argparse.ArgumentParser, model_help: str) -> None:
-    parser.add_argument("--model", action="append", required=True, metavar="[NAME=]DIR", help=model_help)
-    parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+def add_model_argument(parser: argparse.ArgumentParser, help: str) -> None:
+    parser.add_argument("--model", action="append", required=True, metavar="[NAME=]DIR", help=help)
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto: a GPU if any (default: auto)")
     parser.add_argument(
         "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
         help="auto: float32 on a CPU, the model's own on a GPU (default: %(default)s)",
@@ -182,7 +188,7 @@ def at_least(minimum: int) -> Callable[[str], int]:
     return parse
 
 
-def below_one(value: str) -> float:
+def fraction(value: str) -> float:
     if not 0 <= float(value) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, got {value}")
     return float(value)

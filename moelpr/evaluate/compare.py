@@ -24,7 +24,7 @@ _PROMPT = "continuation "  # before a language: a continuation's name in the cac
 
 @dataclass(frozen=True)
 class Continuation:
-    """A prompt from a held-out document, the document's own next words, and each model's (model -> text)."""
+    """A prompt from a held-out document, how the document continues, and how each model does (model -> text)."""
 
     prompt: str
     reference: str
@@ -77,12 +77,14 @@ def compare_models(
             f"--continuations requires Hugging Face directories, {checkpoints[0]} is a Megatron checkpoint; export it "
             "with checkpoint_convert/mcore_to_hf.py"
         )
-    fingerprints = {language: fingerprint_text(texts) for language, texts in documents.items()}
+    digests = {
+        language: hashlib.sha256(json.dumps(texts).encode()).hexdigest() for language, texts in documents.items()
+    }
     prompts = {language: choose_prompt(texts) for language, texts in documents.items()} if continuation_tokens else {}
     results: dict[str, dict[str, dict[str, Any]]] = {}  # model -> what is cached under one name -> result
     for name, directory in models.items():
         of = {"model": fingerprint_model(directory), "dtype": dtype}
-        keys = {language: {**of, **settings.identity, "text": text} for language, text in fingerprints.items()}
+        keys = {language: {**of, **settings.identity, "text": digest} for language, digest in digests.items()}
         for language, prompt in prompts.items():
             keys[_PROMPT + language] = {**of, "prompt": prompt.text, "tokens": continuation_tokens}
         found = {part: result for part, key in keys.items() if (result := cache.read(name, part, key)) is not None}
@@ -125,7 +127,7 @@ class ResultCache:
         self._folder = folder and folder / CACHE_FOLDER
 
     def read(self, model: str, name: str, key: dict[str, Any]) -> dict[str, Any] | None:
-        """The result computed from exactly `key`; None if there is none."""
+        """The result computed from exactly `key`, or None."""
         try:
             content = json.loads(self._path(model, name).read_text(encoding="utf-8")) if self._folder else {}
             return content["result"] if content["of"] == _with_version(key) else None
@@ -147,16 +149,8 @@ def _with_version(key: dict[str, Any]) -> dict[str, Any]:
     return {"format_version": FORMAT_VERSION, **key}
 
 
-def fingerprint_text(documents: Sequence[str]) -> str:
-    digest = hashlib.sha256()
-    for document in documents:
-        encoded = document.encode("utf-8")
-        digest.update(len(encoded).to_bytes(8, "little") + encoded)
-    return digest.hexdigest()
-
-
 def fingerprint_model(directory: Path) -> str:
-    """A digest of the names, sizes and times of the model's files; the weights are too large to be read."""
+    """A digest of its files' names, sizes and times; the weights are too large to be read."""
     if is_megatron(directory):
         folders = [directory / HF_FOLDER, *checkpoint_chain(directory)]
         return fingerprint_files([directory / FILE_NAME, *(file for folder in folders for file in folder.rglob("*"))])

@@ -5,7 +5,6 @@ and code that comes with a model is never run. A Megatron checkpoint is opened w
 """
 
 import gc
-import json
 import logging
 import warnings
 from abc import ABC, abstractmethod
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from moelpr.errors import UserError
 from moelpr.megatron_patches import cpu, megatron_fixes
 from moelpr.model_spec import FILE_NAME, ModelSpec
-from moelpr.run_folder import HF_FOLDER
+from moelpr.run_folder import HF_FOLDER, read_json
 
 
 @dataclass(frozen=True)
@@ -239,12 +238,10 @@ def read_max_positions(directory: Path) -> int | None:
     if is_megatron(directory):
         return ModelSpec.read(directory).megatron_args["max_position_embeddings"]
     _check_directory(directory)
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        limit = config.get("max_position_embeddings")
-        return None if limit is None else int(limit)
-    except (ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"{directory}/config.json is not a model configuration ({error})") from error
+    config = read_json(directory / "config.json")
+    if config is None:
+        raise UserError(f"{directory}/config.json is not a JSON object; save the model again")
+    return config.get("max_position_embeddings")
 
 
 def choose_device(name: str) -> torch.device:

@@ -61,7 +61,7 @@ def local_tasks(tmp_path) -> Path:
 
 
 def accuracy(directory: Path, language: str) -> float:
-    """Share of questions whose right answer is the likeliest, by a plain loop; answers follow after a space."""
+    """Fraction of questions whose correct answer is the most likely, by a plain loop; a space precedes each answer."""
     loaded = load_model(directory, "cpu")
     right = 0
     for question, choices, gold in QUESTIONS:

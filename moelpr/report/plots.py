@@ -200,7 +200,7 @@ def change_chart(title: str, rows: Mapping[str, Mapping[str, Interval | None]], 
         for row, m in rows.items()
         if m
     ]
-    drawing = _Drawing(left + width + 8, top + height + 42, title, "; ".join(described))
+    drawing = _Drawing(left + width + 22, top + height + 42, title, "; ".join(described))
     axes = drawing.axes(left, top, width, height)
     margin = label_room * (high - low) / (width - 2 * label_room)
     axes.set_xlim(low - margin, high + margin)

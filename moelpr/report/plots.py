@@ -190,9 +190,9 @@ def change_chart(title: str, rows: Mapping[str, Mapping[str, Interval | None]], 
     known = [change for changes in rows.values() for change in changes.values() if change is not None]
     ends = [end for change in known for end in change if math.isfinite(end)]
     low, high = min([-0.02, *ends]), max([0.02, *ends])
-    names_width = max(_text_width(row, 13.5) for row in rows) + 14
-    left = names_width + max((_text_width(model, 11.5) for model in models), default=0) + 10
-    bar, top, width, label_room = 16, 30, 400, 52
+    names_width = max((_text_width(row, 13.5) for row, changes in rows.items() if changes), default=0) + 12
+    left = names_width + max((_text_width(model, 12) for model in models), default=0) + 10
+    bar, top, width, label_room = 17, 30, 340, 52
     height = sum(bar * len(changes) + 12 if changes else 26 for changes in rows.values())
     described = [
         f"{row}: "
@@ -209,9 +209,9 @@ def change_chart(title: str, rows: Mapping[str, Mapping[str, Interval | None]], 
     for row, changes in rows.items():
         drawing.text(0, top + y + (12 if changes else 15), row, size=13.5, bold=not changes or row.startswith("mean"))
         for model, change in changes.items():
-            drawing.text(left - 8, top + y + 12, model, size=11.5, color=MUTED, anchor="right")
+            drawing.text(left - 8, top + y + 13, model, size=12, color=MUTED, anchor="right")
             if change is None or not math.isfinite(change.value):
-                drawing.text(left + width - 4, top + y + 12, "unavailable", size=11, color=MUTED, anchor="right")
+                drawing.text(left + width - 4, top + y + 13, "unavailable", size=12, color=MUTED, anchor="right")
             else:
                 color = SERIES[models.index(model) % len(SERIES)]
                 drawing.tip(
@@ -227,15 +227,15 @@ def change_chart(title: str, rows: Mapping[str, Mapping[str, Interval | None]], 
     axes.xaxis.set_major_formatter(lambda value, _: percent(value, digits) if round(value, 9) else "0")
     axes.set_xlabel(axis, labelpad=2)
     zero = left + width * (margin - low) / (high - low + 2 * margin)
-    drawing.text(zero - 8, 16, "\u2190 better", size=11.5, color=MUTED, anchor="right")
-    drawing.text(zero + 8, 16, "worse \u2192", size=11.5, color=MUTED)
+    drawing.text(zero - 8, 16, "\u2190 better", size=12, color=MUTED, anchor="right")
+    drawing.text(zero + 8, 16, "worse \u2192", size=12, color=MUTED)
     return drawing.render()
 
 
 def _draw_change(axes: Axes, y: float, change: Interval, color: str) -> Artist:
     """The bar, its interval and its number."""
     fill = to_rgba(color, 0.38 if change.is_clear else 0)
-    (bar,) = axes.barh(y, change.value, 12, facecolor=fill, edgecolor=color, linewidth=1.3)
+    (bar,) = axes.barh(y, change.value, 13, facecolor=fill, edgecolor=color, linewidth=1.3)
     end = change.value
     if change.has_bounds:
         axes.plot([change.low, change.high], [y, y], color=INK, linewidth=1.6, marker="|", markersize=6)
@@ -243,7 +243,7 @@ def _draw_change(axes: Axes, y: float, change: Interval, color: str) -> Artist:
     shift, anchor = (-5, "right") if change.value < 0 else (5, "left")
     axes.annotate(
         percent(change.value), (end, y), (shift, 0), textcoords="offset points", ha=anchor, va="center_baseline",
-        fontsize=11.5,
+        fontsize=12,
     )  # fmt: skip
     return bar
 

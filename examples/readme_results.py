@@ -81,7 +81,7 @@ def results(report: dict[str, Any]) -> str:
         *(f"- {check['claim']}: {check['found']}." for check in checks),
         "",
         f"Wall time: {minutes:.0f} minutes on 2 cores. This run shows {len(report['claims']) - len(missed)} of "
-        f"{len(report['claims'])} claims{', all but:' if missed else '.'}",
+        f"{len(report['claims'])} claims.{' Not shown:' if missed else ''}",
     ]
     items = [f"- {language_name(c['language']) or c['name']}: {c['found']}; claim: {c['claim']}" for c in missed]
     return "\n".join(lines + ([""] + items if items else []))

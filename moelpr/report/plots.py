@@ -62,7 +62,8 @@ _STYLE: dict[Any, Any] = {
     "legend.labelcolor": MUTED,
     "legend.fontsize": 11,
 }
-_styled = matplotlib.rc_context(_STYLE)
+_DEFAULTS = {name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith("backend")}
+_styled = matplotlib.rc_context(_DEFAULTS | _STYLE)  # whatever the user's matplotlibrc says
 
 
 @dataclass(frozen=True)
@@ -276,7 +277,7 @@ def heat_maps(
     width = max(left + cell_width * num_columns, *(_text_width(panel.title, 13.5) for panel in panels)) + 16
     height = top + cell_height * num_rows + 10
     means = [
-        f"{panel.title}: " + ", ".join(f"{name} {form.format(_mean(values))}" for name, values in panel.columns.items())
+        f"{panel.title}: {', '.join(f'{name} {form.format(finite_mean(v))}' for name, v in panel.columns.items())}"
         for panel in panels
     ]
     drawing = _Drawing(
@@ -334,7 +335,7 @@ def cell_colors(fraction: float) -> tuple[str, str]:
     fill = matplotlib.colormaps["Blues"](min(max(fraction, 0.0), 1.0))
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in fill[:3]]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return to_hex(fill), _CELL_INK[int(luminance < 0.2)]
+    return to_hex(fill), _CELL_INK[int(luminance < 0.22)]
 
 
 def percent(change: float, digits: int = 1) -> str:
@@ -383,7 +384,8 @@ def _y_range(lines: Sequence[Array], faint: Sequence[_Points]) -> tuple[float, f
     return low - margin, high + margin
 
 
-def _mean(values: Sequence[float]) -> float:
+def finite_mean(values: Sequence[float]) -> float:
+    """Mean of the finite numbers; NaN if there is none."""
     known = [value for value in values if math.isfinite(value)]
     return sum(known) / len(known) if known else math.nan
 

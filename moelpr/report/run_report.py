@@ -27,7 +27,17 @@ from moelpr.report.page import (
     Verdict,
     write_page,
 )
-from moelpr.report.plots import Curve, Interval, Panel, change_chart, heat_maps, line_chart, percent, thinning_note
+from moelpr.report.plots import (
+    Curve,
+    Interval,
+    Panel,
+    change_chart,
+    finite_mean,
+    heat_maps,
+    line_chart,
+    percent,
+    thinning_note,
+)
 from moelpr.report.runs import ENDS, Claims, Judgment, Results, Run, check_result, curve_of, held_out_results
 from moelpr.run_metrics import Record
 
@@ -122,7 +132,7 @@ def _summary(runs: Sequence[Run], evaluation: Results, held_out: Results) -> str
         known = [name for name, change in changes.items() if math.isfinite(change)]
         if known:
             mean = results.change(last, f"mean {group}").value
-            mean = mean if math.isfinite(mean) else _mean(list(changes.values()))
+            mean = mean if math.isfinite(mean) else finite_mean(list(changes.values()))
             parts.append(f"{group} languages {percent(mean)} ({', '.join(map(language_name, known))})")
     unit = "token" if results.per_token else "byte"
     return f"Bits per {unit} {source}, {last} against {first}: {'; '.join(parts)}. Lower is better."
@@ -340,7 +350,7 @@ def _curves_table(runs: Sequence[Run], num_rows: int = 8) -> Table:
         for start in range(0, len(steps), size):
             part = steps[start : start + size]
             first, last = part[0]["iteration"], part[-1]["iteration"]
-            means = [_number(_mean(curve_of(part, name).y), "{:.4g}") for name in names]
+            means = [_number(finite_mean(curve_of(part, name).y), "{:.4g}") for name in names]
             rows.append([f"{run.name}, steps {first:,} to {last:,}", *means])
     return Table(["mean over", *names.values()], rows)
 
@@ -351,7 +361,7 @@ def _routing(runs: Sequence[Run], evaluation: Results) -> list[Block]:
     evaluated = []
     for model, shares in evaluation.original_first_shares.items():
         columns = {
-            language_name(name): [*shares[name], _mean(shares[name])]
+            language_name(name): [*shares[name], finite_mean(shares[name])]
             for name in evaluation.languages("original", "expanded", "")
             if name in shares
         }
@@ -408,7 +418,7 @@ def _mean_per_layer(values: Sequence[Any]) -> list[float]:
     """Mean of lists with a number (or None) per layer; [] if there is no number."""
     lists = [value for value in values if isinstance(value, list) and value]
     means = [
-        _mean([value[layer] for value in lists if layer < len(value) and value[layer] is not None])
+        finite_mean([value[layer] for value in lists if layer < len(value) and value[layer] is not None])
         for layer in range(len(lists[0]) if lists else 0)
     ]
     return means if any(math.isfinite(value) for value in means) else []
@@ -489,7 +499,7 @@ def _numbers(report: Report, title: str, judgments: Sequence[Judgment], held_out
         "routing": {
             "layers": evaluation.layers,
             "original_expert_share": {
-                model: {name: {"overall": _mean(values), "per_layer": values} for name, values in shares.items()}
+                model: {name: {"overall": finite_mean(values), "per_layer": values} for name, values in shares.items()}
                 for model, shares in evaluation.original_first_shares.items()
             },
         },
@@ -529,11 +539,6 @@ def _finite_or_null(value: Any) -> Any:
 
 def _duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
-
-
-def _mean(values: Sequence[float]) -> float:
-    known = [value for value in values if math.isfinite(value)]
-    return sum(known) / len(known) if known else math.nan
 
 
 def _number(value: float | None, form: str) -> str:

@@ -4,7 +4,8 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -200,16 +201,20 @@ def read_evaluations(paths: Iterable[Path]) -> Results:
     """All files together, later ones adding to earlier ones. Raises UserError for a file of something else."""
     results = Results()
     for path in paths:
-        try:
+        with _named("--evaluation", path, "a JSON file that `python -m moelpr.evaluate` wrote"):
             _add(results, json.loads(path.read_text(encoding="utf-8")))
-        except OSError as error:
-            raise UserError(f"--evaluation {path} cannot be read ({error.strerror})") from error
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(
-                f"--evaluation {path} is not an evaluation of this version ({error}); pass a JSON file that "
-                "`python -m moelpr.evaluate` wrote"
-            ) from error
     return results
+
+
+@contextmanager
+def _named(flag: str, path: Path, expected: str) -> Iterator[None]:
+    """A file that is missing or not what is expected becomes a UserError that names its flag."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be read: {error.strerror}") from error
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise UserError(f"{flag} {path} must be {expected} ({error})") from error
 
 
 def _add(results: Results, content: Mapping[str, Any]) -> None:
@@ -248,18 +253,10 @@ def read_verifications(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
     """File name without its suffix -> the last JSON line that `checkpoint_convert/verify.py --json` printed."""
     checks = {}
     for path in paths:
-        try:
-            content = json.loads(
-                [line for line in path.read_text(encoding="utf-8").splitlines() if line[:1] == "{"][-1]
-            )
-            checks[path.stem] = {**content, "equal": bool(content["equal"]), "num_tensors": int(content["num_tensors"])}
-        except OSError as error:
-            raise UserError(f"--verification {path} cannot be read ({error.strerror})") from error
-        except (ValueError, IndexError, KeyError, TypeError) as error:
-            raise UserError(
-                f"--verification {path} has no result of verify.py; pass the output of "
-                "`checkpoint_convert/verify.py A B --json`"
-            ) from error
+        with _named("--verification", path, "the output of `checkpoint_convert/verify.py A B --json`"):
+            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("{")]
+            check = json.loads(lines[-1])
+            checks[path.stem] = {**check, "equal": bool(check["equal"]), "num_tensors": int(check["num_tensors"])}
     return checks
 
 
@@ -302,20 +299,19 @@ class Claims:
     @classmethod
     def read(cls, path: Path) -> "Claims":
         """Raises UserError for an incomplete claim and for a field that does not exist."""
-        try:
-            claims = cls(**read_mapping(path, "claims"))
+        content = read_mapping(path, "claims")
+        expected = (
+            f"claims with name, claim, languages ({' or '.join(GROUPS)}), one of {', '.join(_MEASURES)} with its "
+            "models, and one of at_least, at_most"
+        )
+        with _named("--claims", path, expected):
+            claims = cls(**content)
             for claim in claims.claims:
                 (measure,) = _MEASURES.keys() & claim.keys()
                 (bound,) = {"at_least", "at_most"} & claim.keys()
                 is_complete = claim["claim"] and claim["name"] and claim["languages"] in GROUPS
                 if not is_complete or len(claim[measure]) != _MEASURES[measure] or not float(claim[bound]) < math.inf:
-                    raise ValueError
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(
-                f"--claims {path} has an incomplete claim or an unknown field ({error}); every claim needs name, "
-                f"claim, languages ({' or '.join(GROUPS)}), one of {', '.join(_MEASURES)} with its models, and one of "
-                "at_least, at_most"
-            ) from error
+                    raise ValueError(claim["name"])
         return claims
 
     def judge(self, results: Results, checks: Mapping[str, Mapping[str, Any]]) -> list[Judgment]:

@@ -277,8 +277,7 @@ def _checks_table(report: Report) -> list[Block]:
 
 def _continuations(evaluation: Results) -> list[Block]:
     samples: list[Block] = []
-    for language in sorted(evaluation.continuations, key=evaluation.languages("expanded", "original", "").index):
-        sample = evaluation.continuations[language]
+    for language, sample in evaluation.continuations.items():
         texts = {**sample["by_model"], "the text itself": sample["reference"]}
         samples.append(Sample(language, language_name(language), sample["prompt"], texts))
     note = (
@@ -365,7 +364,7 @@ def _routing(runs: Sequence[Run], evaluation: Results) -> list[Block]:
             for name in evaluation.languages("original", "expanded", "")
             if name in shares
         }
-        evaluated.append(Panel(model, columns, [*_layer_names(evaluation.layers), "mean"]))
+        evaluated.append(Panel(model, columns, [*_layer_names(evaluation.layers[model]), "mean"]))
     if evaluated:
         caption = "Fraction of held-out tokens whose first choice is an original expert, per MoE layer and language."
         blocks.append(_heat_map_figure(evaluated, caption))

@@ -132,7 +132,7 @@ class Results:
         has_start: the first model is the start that changes are measured against.
         per_token: languages whose number of bytes is unknown, so that `bits` are per token.
         original_first_shares: model -> language -> fraction of original experts among first choices, per MoE layer.
-        layers: numbers of the MoE layers.
+        layers: model -> numbers of its MoE layers.
         continuations: language -> {"prompt", "reference", "by_model": model -> text}.
     """
 
@@ -142,7 +142,7 @@ class Results:
     has_start: bool = True
     per_token: set[str] = field(default_factory=set)
     original_first_shares: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    layers: list[int] = field(default_factory=list)
+    layers: dict[str, list[int]] = field(default_factory=dict)
     continuations: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -232,7 +232,7 @@ def _add(results: Results, content: Mapping[str, Any]) -> None:
             per_layer = values.get("original_first_share") or share.get("per_layer")
             if per_layer:
                 results.original_first_shares.setdefault(model, {})[row] = [_number(value) for value in per_layer]
-                results.layers = list(values.get("layers") or share.get("layers") or range(len(per_layer)))
+                results.layers[model] = list(values.get("layers") or share.get("layers") or range(len(per_layer)))
 
 
 def _interval(content: Any) -> Interval:
@@ -315,12 +315,20 @@ class Claims:
         return claims
 
     def judge(self, results: Results, checks: Mapping[str, Mapping[str, Any]]) -> list[Judgment]:
-        """Every claim for every language of its group, then every check. What was not measured is not shown."""
-        judgments = [
-            _judge(claim, results, language)
-            for claim in self.claims
-            for language in results.languages(claim["languages"])
-        ]
+        """Every claim for every language of its group, then every check. What was not measured is not shown.
+
+        Raises:
+            UserError: a claim is about a model or a group of languages without results.
+        """
+        judgments = []
+        for claim in self.claims:
+            languages = results.languages(claim["languages"])
+            if not languages:
+                raise UserError(
+                    f"the claim {claim['name']} needs results of {claim['languages']} languages; pass --evaluation with "
+                    "a file of `python -m moelpr.evaluate --original-languages ...`"
+                )
+            judgments += [_judge(claim, results, language) for language in languages]
         for name, meaning in self.checks.items():
             check = checks.get(name, {})
             judgments.append(Judgment(name, "", meaning, check_result(check), math.nan, check.get("equal", False)))

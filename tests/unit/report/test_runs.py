@@ -87,6 +87,13 @@ def test_claim_about_an_unknown_model_names_the_known_ones(results: Results) -> 
         missed(results)
 
 
+def test_claims_need_results_of_their_languages(results: Results) -> None:
+    results.groups = dict.fromkeys(results.groups, "")  # the evaluation did not name the original languages
+    for without in (results, Results()):
+        with pytest.raises(UserError, match="learned .*expanded.*--evaluation"):
+            missed(without)
+
+
 def test_judgment_says_what_was_found(results: Results) -> None:
     (learned, *_, check) = Claims.read(DEMO_CLAIMS).judge(
         results, {"check-export": {"equal": False, "max_abs_diff": 0.5}}
@@ -139,7 +146,7 @@ def test_evaluations_of_several_files_and_versions_are_joined(tmp_path: Path) ->
     assert results.groups == {"en": "original", "el": "expanded"}
     assert results.bits["ours"]["en"] == (2.0, 1.9, 2.1) and results.bits["base"]["el"].value == 3.0
     assert results.change("ours", "en").value == 0.1 and not results.change("ours", "en").has_bounds
-    assert results.layers == [1, 3] and results.original_first_shares["ours"]["el"][0] == 0.5
+    assert results.layers["ours"] == [1, 3] and results.original_first_shares["ours"]["el"][0] == 0.5
     assert results.rows() == {"expanded": ["el"], "original": ["en", "mean original"]}
     assert results.continuations == {"en": {}}
 

@@ -325,8 +325,8 @@ class Claims:
             languages = results.languages(claim["languages"])
             if not languages:
                 raise UserError(
-                    f"the claim {claim['name']} needs results of {claim['languages']} languages; pass --evaluation with "
-                    "a file of `python -m moelpr.evaluate --original-languages ...`"
+                    f"the claim {claim['name']} needs results of {claim['languages']} languages; pass --evaluation "
+                    "with a file of `python -m moelpr.evaluate --original-languages ...`"
                 )
             judgments += [_judge(claim, results, language) for language in languages]
         for name, meaning in self.checks.items():

@@ -19,8 +19,8 @@ from transformers import Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 from benchmarks.common import add_json, argument_parser, qwen2_config, write_json
 from benchmarks.timing import median_s, take_turns, time_ratio, timed_s
 from moelpr.evaluate.models import HfModel
-from moelpr.evaluate.perplexity import Settings, make_batches, make_tensors, score_documents
 from moelpr.evaluate.routing import RoutingObserver
+from moelpr.evaluate.scoring import Settings, make_batches, make_tensors, score_documents
 
 VOCABULARY = 4096
 EXPERTS: dict[str, Any] = {

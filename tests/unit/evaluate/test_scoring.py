@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 import torch
 
 from moelpr.errors import UserError
 from moelpr.evaluate.models import load_model
-from moelpr.evaluate.perplexity import IGNORED, LanguageScore, Settings, cut_into_windows, score
+from moelpr.evaluate.scoring import IGNORED, LanguageScore, Settings, cut_into_windows
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def plain_bits(loaded, text: str, window: int, context: int) -> float:
 
 
 @pytest.mark.parametrize(("window", "context"), [(64, 0), (8, 0), (8, 3), (5, 4)])
-def test_bits_per_byte_equals_a_plain_loop_over_tokens(dense, texts, window, context):
+def test_bits_per_byte_equals_a_plain_loop_over_tokens(score, dense, texts, window, context):
     result = score(dense, texts, Settings(window, context))
     with torch.no_grad():
         for language, documents in texts.items():
@@ -42,14 +43,14 @@ def test_bits_per_byte_equals_a_plain_loop_over_tokens(dense, texts, window, con
             assert result[language].bits_per_byte == pytest.approx(sum(bits) / size, rel=1e-5)
 
 
-def test_the_plain_loop_sees_different_numbers_for_different_contexts(dense, texts):
-    """Otherwise the test above would pass whatever the windows are."""
-    whole, cut = (score(dense, texts, Settings(window, 0))["en"].bits_per_byte for window in (64, 8))
-    assert abs(whole - cut) > 1e-3
+def test_bits_per_byte_depend_on_the_context(score, dense, texts):
+    """Otherwise the test above would pass for any windows."""
+    long, short = (score(dense, texts, Settings(window, 0))["en"].bits_per_byte for window in (64, 8))
+    assert abs(long - short) > 1e-3
 
 
 @pytest.mark.parametrize("directory", ["dense_dir", "moe_dir"])
-def test_batch_size_and_order_change_nothing(request, texts, directory):
+def test_batch_size_and_order_change_nothing(score, request, texts, directory):
     loaded = load_model(request.getfixturevalue(directory), device="cpu")
     one = score(loaded, texts, Settings(16, 4, batch_size=1))
     many = score(loaded, {name: documents[::-1] for name, documents in texts.items()}, Settings(16, 4, batch_size=50))
@@ -73,28 +74,28 @@ def test_windows_predict_each_token_exactly_once(length, context):
         assert all(target in (IGNORED, value + 1) for value, target in zip(window.inputs, window.targets, strict=True))
 
 
-def test_window_longer_than_the_model_is_refused(dense, texts):
-    with pytest.raises(UserError, match="65 is too long for dense: it takes at most 64"):
+def test_a_window_longer_than_the_model_supports_is_rejected(score, dense, texts):
+    with pytest.raises(UserError, match="--sequence-length .* 64, .* dense .* 65"):
         score(dense, texts, Settings(65))
 
 
-def test_window_defaults_to_what_the_shortest_model_takes():
+def test_the_default_window_is_what_all_models_support():
     assert Settings().resolve({"a": 64, "b": 4096, "c": None}) == Settings(64, 16)
     assert Settings().resolve({"b": 4096}) == Settings(512, 128)
 
 
-def test_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path, dense_dir, texts, tokenizer):
+def test_a_tokenizer_with_more_ids_than_embeddings_is_rejected(score, tmp_path, dense_dir, texts, tokenizer):
     from transformers import Qwen2ForCausalLM
 
     model = Qwen2ForCausalLM.from_pretrained(dense_dir)
     model.resize_token_embeddings(len(tokenizer) - 40)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=f"model has only {len(tokenizer) - 40} embeddings"):
+    with pytest.raises(UserError, match=f"tokenizer .* {len(tokenizer) - 40} embeddings"):
         score(load_model(tmp_path, device="cpu"), texts)
 
 
-def test_accuracy_and_perplexity_equal_a_plain_loop(dense, texts):
+def test_accuracy_and_perplexity_equal_a_plain_loop(score, dense, texts):
     with torch.no_grad():
         for language, result in score(dense, texts, Settings(64, 0)).items():
             right, nats = 0, 0.0
@@ -109,7 +110,7 @@ def test_accuracy_and_perplexity_equal_a_plain_loop(dense, texts):
 
 
 class PickyTokenizer:
-    """Knows the letters of "The door" alone. unk_token_id None: what it does not know is left out, without a word."""
+    """Supports only the letters of "The door". unk_token_id None: it omits all other text silently."""
 
     def __init__(self, unk_token_id: int | None):
         self.unk_token_id = unk_token_id
@@ -123,56 +124,17 @@ class PickyTokenizer:
         return "".join("The door?"[i] for i in ids)
 
 
-def test_a_tokenizer_that_cannot_write_a_language_is_told_with_the_share(dense, capsys):
+def test_text_that_a_tokenizer_cannot_encode_is_reported_with_its_fraction(score, dense, capsys):
     picky = dataclasses.replace(dense, tokenizer=PickyTokenizer(unk_token_id=8))
     result = score(picky, {"el": ["The ρ", "door"]})["el"]
     assert result.unknown_tokens == 1 and result.unknown_share == 1 / 9
-    assert "warning: dense cannot write 11.1% of the el tokens" in capsys.readouterr().err
+    assert re.search("warning: dense .* 11.1% of the el tokens", capsys.readouterr().err)
 
 
-def test_a_tokenizer_that_leaves_text_out_is_refused_with_the_share(dense):
+def test_a_tokenizer_that_omits_text_is_rejected_with_the_fraction(score, dense):
     picky = dataclasses.replace(dense, tokenizer=PickyTokenizer(unk_token_id=None))
     assert score(picky, {"en": ["The door"]})["en"].document_tokens == [8]
-    with pytest.raises(UserError, match=r"leaves out 38\.5% of the letters of el"):
+    with pytest.raises(UserError, match=r"tokenizer .* 38\.5% of the letters of el"):
         score(picky, {"el": ["The door", "d πόρτα"]})
-    with pytest.raises(UserError, match="makes no token of 50.0% of the el documents, number 2"):
+    with pytest.raises(UserError, match="tokenizer .* 50.0% of the el documents, number 2"):
         score(picky, {"el": ["The door", "??"]})
-
-
-def test_weights_that_lack_a_tensor_are_refused_instead_of_made_up(tmp_path, dense_dir):
-    from safetensors.torch import load_file, save_file
-
-    for file in dense_dir.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    tensors = load_file(dense_dir / "model.safetensors")
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"lack 1 tensors, model\.layers\.1\.mlp\.up_proj\.weight"):
-        load_model(tmp_path, device="cpu")
-
-
-def test_directories_that_are_no_model_are_refused(tmp_path, dense_dir):
-    with pytest.raises(UserError, match="does not exist"):
-        load_model(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"neither config\.json nor model_spec\.json"):
-        load_model(tmp_path)
-    (tmp_path / "config.json").write_bytes((dense_dir / "config.json").read_bytes())
-    with pytest.raises(UserError, match="safetensors"):
-        load_model(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"not a tensor in sight")
-    with pytest.raises(UserError, match="cannot be opened"):
-        load_model(tmp_path)
-
-
-def test_code_that_comes_with_a_model_is_never_run(tmp_path, dense_dir):
-    for file in dense_dir.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    config = json.loads((tmp_path / "config.json").read_text())
-    config |= {
-        "model_type": "homemade",
-        "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"},
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
-    with pytest.raises(UserError, match="cannot be opened"):
-        load_model(tmp_path)

@@ -27,7 +27,7 @@ setup(
         "megatron-core==0.19.2",
         "torch>=2.10",  # grouped_mm with autograd on CPU and GPU
         "einops",  # Megatron uses it without declaring it
-        "psutil",  # the same, when it saves a checkpoint
+        "psutil",
         "numpy",
         "transformers>=5",
         "safetensors",

@@ -1,34 +1,28 @@
-"""Tokens per second of an evaluation against a bare forward pass of the same model at the same batch.
+"""Tokens per second of an evaluation against a bare forward pass of the same model on the same batches.
 
     python -m benchmarks.evaluate_speed [--json FILE]
 
 The evaluation is what `python -m moelpr.evaluate` does with tokenized documents: windows, batches by length, losses,
-right guesses and, in the MoE model, routing. The peer runs the model on the same batches, which it finds ready-made,
-and looks at nothing. Rounds are short and both take turns in each, so that both see the same machine. Tokens are those
-of the text; rates are medians over the rounds, the ratio is the median of the rounds' ratios. Models are random Qwen2
-and Qwen2Moe of the demo's size.
+correct predictions and, in the MoE model, routing. The baseline runs the model on the same batches, prepared in
+advance, and ignores its output. Rates are medians over the rounds, in tokens of the text; the ratio is the median of
+the rounds' ratios. Models are random Qwen2 and Qwen2Moe of the demo's size.
 """
 
-import argparse
-import json
-import statistics
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
+from benchmarks.common import add_json, argument_parser, qwen2_config, write_json
+from benchmarks.timing import median_s, take_turns, time_ratio, timed_s
 from moelpr.evaluate.models import HfModel
-from moelpr.evaluate.perplexity import Settings, make_batches, make_tensors, score_documents
 from moelpr.evaluate.routing import RoutingObserver
+from moelpr.evaluate.scoring import Settings, make_batches, make_tensors, score_documents
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 512,
-}  # fmt: skip
+VOCABULARY = 4096
 EXPERTS: dict[str, Any] = {
     "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 768, "shared_expert_intermediate_size": 0,
     "norm_topk_prob": True, "mlp_only_layers": [],
@@ -37,51 +31,43 @@ MEDIAN_DOCUMENT = 150  # tokens
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=2_000, help="tokens per round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=30, help="(default: %(default)s)")
-    parser.add_argument("--length", type=int, default=256, help="window in tokens (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    parser = argument_parser(__doc__, rounds=30, length=256)
+    parser.add_argument("--threads", type=int, default=2, help="number of CPU threads")
+    parser.add_argument("--tokens", type=int, default=2_000, help="tokens per round")
+    add_json(parser)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     torch.manual_seed(1)
-    models = {
-        "dense": Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
-        "MoE, 5 experts, top 2": Qwen2MoeForCausalLM(Qwen2MoeConfig(**SHAPE, **EXPERTS)),
-    }
-    results = {name: compare(model.eval(), arguments) for name, model in models.items()}
-    for name, result in results.items():
+    config = qwen2_config(layers=6, hidden=256, ffn=768, vocabulary=VOCABULARY, length=512)
+    moe_config = Qwen2MoeConfig(**{**config.to_dict(), **EXPERTS, "model_type": "qwen2_moe"})
+    models = {"dense": Qwen2ForCausalLM(config), "MoE, 5 experts, top 2": Qwen2MoeForCausalLM(moe_config)}
+    results = {}
+    for name, model in models.items():
+        samples = [random_documents(args.tokens) for _ in range(args.rounds + 1)]
+        results[name] = result = compare(model.eval(), samples, Settings(args.length, args.length // 4))
         print(
             f"{name}: evaluation {result['evaluation']:,.0f} tokens/s, bare forward pass {result['forward']:,.0f}, "
             f"ratio {result['ratio']:.2f}"
         )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+    write_json(results, args.json)
 
 
-def compare(model: Any, arguments: argparse.Namespace) -> dict[str, float]:
-    """Tokens of text per second of each, and their ratio."""
+def compare(model: Any, samples: list[list[list[int]]], settings: Settings) -> dict[str, float]:
+    """Tokens of text per second of each, and their ratio; the first sample is for warm-up."""
     loaded = HfModel(Path("random"), model, tokenizer=None, start_id=0, eos_id=None)
-    settings = Settings(arguments.length, arguments.length // 4)
-    rates: list[tuple[float, float]] = []
-    for number in range(arguments.rounds + 1):
-        documents = random_documents(arguments.tokens)
-        batches = [make_tensors(batch, loaded.device)[0] for batch in make_batches(loaded, documents, settings)]
-        ways = [partial(evaluate, loaded, documents, settings), partial(forward, loaded, batches)]
-        seconds = [0.0, 0.0]
-        for way in (0, 1) if number % 2 else (1, 0):
-            began = time.perf_counter()
-            ways[way]()
-            seconds[way] = time.perf_counter() - began
-        num_tokens = sum(map(len, documents))
-        rates.append((num_tokens / seconds[0], num_tokens / seconds[1]))
-    rates = rates[1:]  # the first round warms up
-    return {
-        "evaluation": statistics.median(ours for ours, _ in rates),
-        "forward": statistics.median(bare for _, bare in rates),
-        "ratio": statistics.median(ours / bare for ours, bare in rates),
+    batches = [
+        [make_tensors(batch, loaded.device)[0] for batch in make_batches(loaded, documents, settings)]
+        for documents in samples
+    ]
+    contenders = {
+        "evaluation": (partial(evaluate, loaded, documents, settings) for documents in samples),
+        "forward": (partial(forward, loaded, ready) for ready in batches),
     }
+    seconds, _ = take_turns(contenders, len(samples) - 1, lambda calls: timed_s(next(calls)))
+    num_tokens = [sum(map(len, documents)) for documents in samples[1:]]
+    per_token = {name: [s / n for s, n in zip(times, num_tokens, strict=True)] for name, times in seconds.items()}
+    rates = {name: 1 / median for name, median in median_s(per_token).items()}
+    return {**rates, "ratio": time_ratio(per_token, "forward", "evaluation")}
 
 
 def evaluate(loaded: HfModel, documents: list[list[int]], settings: Settings) -> None:
@@ -95,11 +81,11 @@ def forward(loaded: HfModel, batches: list[torch.Tensor]) -> None:
 
 
 def random_documents(num_tokens: int) -> list[list[int]]:
-    """Documents of random tokens with lengths as in real text: log-normal, some longer than a window."""
+    """Documents of random tokens; lengths are log-normal as in real text, some longer than a window."""
     documents: list[list[int]] = []
     while sum(map(len, documents)) < num_tokens:
         length = int(MEDIAN_DOCUMENT * torch.randn(()).mul(0.8).exp().item()) + 1
-        documents.append(torch.randint(1, SHAPE["vocab_size"], (length,)).tolist())
+        documents.append(torch.randint(1, VOCABULARY, (length,)).tolist())
     return documents
 
 

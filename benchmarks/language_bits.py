@@ -1,26 +1,32 @@
-"""Is the C++ part of the .lang format worth having? Times it against the best plain numpy, in one process.
+"""Is the C++ part of the .lang format worth having? C++ against the best plain numpy code (the baseline).
 
-Each operation runs alternately in both ways, on the same data, at a bit offset that is not a multiple of 8; the
-fastest of the rounds counts. Sizes are those of use: a document, a training sample, a corpus shard. What numpy does
-as fast is not in C++.
+    python -m benchmarks.language_bits [--seconds 0.3]
+
+Each operation runs alternately in both versions, in one thread and on the same data, at a bit offset that is not a
+multiple of 8; the fastest time counts. Sizes are those of a document, a training sample and a corpus shard. Operations
+that numpy does as fast are not in C++.
 """
 
-import argparse
-import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch.utils.benchmark import Timer
 
+from benchmarks.common import argument_parser, print_table
+from benchmarks.timing import fastest_s, take_turns
 from moelpr.data import _language_bits
 
 Bits = NDArray[np.uint8]
 DOCUMENT_TOKENS = 500
+START = 1003  # bit offset
+TURNS = 10
 
 
 def numpy_pack_into(packed: Bits, start: int, flags: Bits) -> None:
-    """Shift by prepending the zeros up to the byte border, pack, and OR the shared first byte."""
+    """Prepend zeros up to the byte boundary, pack, and OR the shared first byte."""
     shift = start % 8
     shifted = np.zeros(shift + len(flags), np.uint8)
     shifted[shift:] = flags
@@ -31,7 +37,7 @@ def numpy_pack_into(packed: Bits, start: int, flags: Bits) -> None:
 
 
 def numpy_tag(packed: Bits, edges: list[int], ids: NDArray[np.int64]) -> tuple[Bits, int]:
-    """Unpack the bytes around each range into one array, and cut the ranges out of it."""
+    """Unpack the bytes around each range, and cut the ranges out of them."""
     bits, done = np.zeros(len(ids), np.uint8), 0
     for start, stop in zip(edges[::2], edges[1::2], strict=True):
         first = start // 8
@@ -50,75 +56,52 @@ def numpy_count_ones(packed: Bits, start: int, stop: int) -> int:
     return ends + int(np.bitwise_count(packed[first + 1 : last]).sum())
 
 
-def fastest_s(ways: list[Callable[[], object]], seconds: float) -> list[float]:
-    """The fastest time of each way, in seconds per call; the ways take turns so that both see the same machine."""
-    calls = []
-    for way in ways:
-        way()
-        started = time.perf_counter()
-        way()
-        calls.append(max(1, int(seconds / 20 / max(time.perf_counter() - started, 1e-7))))
-    best = [float("inf")] * len(ways)
-    for _ in range(10):
-        for index, way in enumerate(ways):
-            started = time.perf_counter()
-            for _ in range(calls[index]):
-                way()
-            best[index] = min(best[index], (time.perf_counter() - started) / calls[index])
-    return best
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=0.3, help="time per measurement, in seconds (default: 0.3)")
-    arguments = parser.parse_args()
+    parser = argument_parser(__doc__)
+    parser.add_argument("--seconds", type=float, default=0.3, help="time per measurement, in seconds")
+    args = parser.parse_args()
 
-    rng = np.random.default_rng(1)
-    start = 1003
-    print(f"{'operation':<34}{'tokens':>11}{'numpy':>13}{'C++':>13}{'ratio':>9}   tokens/s (C++)")
+    def measure(work: Callable[[], object]) -> tuple[float, float]:
+        timer = Timer("work()", globals={"work": work})
+        return min(timer.blocked_autorange(min_run_time=args.seconds / TURNS).times), 0.0
+
+    rows = []
     for tokens in (500, 4096, 8_388_608):
-        flags = rng.integers(0, 2, tokens, dtype=np.uint8)
-        stop = start + tokens
-        zeros = np.zeros(stop // 8 + 1, np.uint8)
-        by_numpy, by_cpp = zeros.copy(), zeros.copy()
-        numpy_pack_into(by_numpy, start, flags)
-        _language_bits.pack_into(by_cpp, start, flags)
-        np.testing.assert_array_equal(by_numpy, by_cpp)
-        packed = by_cpp
-        # A sample whose documents come from all over the corpus.
-        ids = rng.integers(0, 152_000, tokens)
-        lengths = np.diff([0, *range(DOCUMENT_TOKENS, tokens, DOCUMENT_TOKENS), tokens])
-        places = rng.integers(0, stop - lengths)
-        edges = np.stack([places, places + lengths], axis=1).ravel().tolist()
-        for found, wanted in zip(_language_bits.tag(packed, edges, ids), numpy_tag(packed, edges, ids), strict=True):
-            np.testing.assert_array_equal(found, wanted)
-        assert numpy_count_ones(packed, start, stop) == _language_bits.count_ones(packed, start, stop) == flags.sum()
+        for operation, contenders in operations(tokens).items():
+            best = fastest_s(take_turns(contenders, TURNS, measure, warmup=0)[0])
+            microseconds = {f"{name}_us": 1e6 * seconds for name, seconds in best.items()}
+            ratio = best["numpy"] / best["cpp"]
+            rows.append({"operation": operation, "tokens": tokens, **microseconds, "ratio": ratio})
+    print_table(rows)
 
-        # Writing the same flags over themselves changes nothing, so every round does the same work.
-        rows: list[tuple[str, Callable[[], object], Callable[[], object]]] = [
-            (
-                "append at a bit offset",
-                partial(numpy_pack_into, by_numpy, start, flags),
-                partial(_language_bits.pack_into, by_cpp, start, flags),
-            ),
-            (
-                "tag a sample's tokens",
-                partial(numpy_tag, packed, edges, ids),
-                partial(_language_bits.tag, packed, edges, ids),
-            ),
-            (
-                "count in a range",
-                partial(numpy_count_ones, packed, start, stop),
-                partial(_language_bits.count_ones, packed, start, stop),
-            ),
-        ]
-        for name, numpy_way, cpp_way in rows:
-            numpy_s, cpp_s = fastest_s([numpy_way, cpp_way], arguments.seconds)
-            print(
-                f"{name:<34}{tokens:>11,}{1e6 * numpy_s:>10.2f} µs{1e6 * cpp_s:>10.2f} µs{numpy_s / cpp_s:>8.1f}x"
-                f"{tokens / cpp_s:>17.2e}",
-                flush=True,
-            )
+
+def operations(tokens: int) -> dict[str, dict[str, Callable[[], Any]]]:
+    """Operation -> version -> a call; both versions return the same."""
+    rng = np.random.default_rng(1)
+    flags = rng.integers(0, 2, tokens, dtype=np.uint8)
+    stop = START + tokens
+    packed, by_numpy = np.zeros((2, stop // 8 + 1), np.uint8)
+    # Documents of a sample come from all over the corpus.
+    ids = rng.integers(0, 152_000, tokens)
+    lengths = np.diff([0, *range(DOCUMENT_TOKENS, tokens, DOCUMENT_TOKENS), tokens])
+    starts = rng.integers(0, stop - lengths)
+    edges = np.stack([starts, starts + lengths], axis=1).ravel().tolist()
+
+    # Writing the same flags over themselves changes nothing, so every round does the same work.
+    found: dict[str, dict[str, Callable[[], Any]]] = {
+        name: {"numpy": partial(in_numpy, by_numpy, *arguments), "cpp": partial(in_cpp, packed, *arguments)}
+        for name, in_numpy, in_cpp, *arguments in (
+            ("append at a bit offset", numpy_pack_into, _language_bits.pack_into, START, flags),
+            ("tag a sample's tokens", numpy_tag, _language_bits.tag, edges, ids),
+            ("count in a range", numpy_count_ones, _language_bits.count_ones, START, stop),
+        )
+    }
+    for versions in found.values():
+        expected, actual = versions["numpy"](), versions["cpp"]()
+        if expected is not None:
+            np.testing.assert_equal(actual, expected)
+    np.testing.assert_array_equal(packed, by_numpy)
+    return found
 
 
 if __name__ == "__main__":

@@ -1,26 +1,28 @@
-"""What launch/stage1.sh adds to torchrun before the trainer starts; wanted: at most 0.2 s.
+"""What launch/stage1.sh adds to torchrun before the trainer starts; the limit is 0.2 s.
 
-    python benchmarks/launcher.py [--rounds 21] [--nproc-per-node 2] [--output launcher.json]
+    python benchmarks/launcher.py [--rounds 21] [--nproc-per-node 1] [--output launcher.json]
 
-Starts the launcher and plain torchrun in turns, with the same Python and the same words, and takes the time until the
-last rank's Python runs (which then ends at once: the trainer's own start is no part of it). Medians, on stdout as JSON;
-the CPU's time beside them, which other processes on the machine disturb less.
+Starts the launcher and plain torchrun (the baseline) in turns, with the same Python and the same arguments, and
+measures the time until the last rank's Python runs (which then ends at once: the start of the trainer is not included).
+Prints medians as JSON, and differences in CPU time too, which other processes on the machine disturb less.
 """
 
-import argparse
 import json
 import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-WANTED_S = 0.2
-# Python imports a module of this name first of all: a rank notes the time and ends.
-AT_START = """
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script
+
+from benchmarks.common import ROOT, add_json, argument_parser, environment, working_folder, write_json
+from benchmarks.timing import Times, median_s, take_turns
+
+LIMIT_S = 0.2
+# Python imports a module of this name before any other: a rank writes down the time and ends.
+SITECUSTOMIZE = """
 import os, time
 if "LOCAL_RANK" in os.environ:
     with open(os.environ["STARTED"], "a") as file:
@@ -30,58 +32,49 @@ if "LOCAL_RANK" in os.environ:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=21, help="default: %(default)s")
-    parser.add_argument("--nproc-per-node", type=int, default=1, help="default: %(default)s")
-    parser.add_argument("--output", type=Path, help="write the JSON here too")
+    parser = argument_parser(__doc__, rounds=21)
+    parser.add_argument("--nproc-per-node", type=int, default=1, help="number of ranks")
+    add_json(parser, "--output")
     args = parser.parse_args()
     ranks = ["--nproc-per-node", str(args.nproc_per_node)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", *ranks]
     commands = {
         "launcher": [str(ROOT / "launch" / "stage1.sh"), *ranks],
-        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", *ranks, "-m", "moelpr.pretrain",
-                     "--stage", "stage1"],
-    }  # fmt: skip
-    wall: dict[str, list[float]] = {name: [] for name in commands}
-    cpu: dict[str, list[float]] = {name: [] for name in commands}
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "sitecustomize.py").write_text(AT_START)
-        for place in range(-1, args.rounds):  # the first round warms the disk cache
-            for name in sorted(commands, reverse=place % 2 == 0):
-                wall_s, cpu_s = until_the_ranks_start(commands[name], Path(folder))
-                if place >= 0:
-                    wall[name].append(wall_s)
-                    cpu[name].append(cpu_s)
-    difference = difference_of(wall)
+        "torchrun": [*torchrun, "-m", "moelpr.pretrain", "--stage", "stage1"],
+    }
+    with working_folder(None) as folder:
+        (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
+        wall, cpu = take_turns(commands, args.rounds, lambda command: until_ranks_start(command, folder))
+    medians, difference = median_s(wall), difference_s(wall)
     result = {
-        "launcher_s": round(statistics.median(wall["launcher"]), 3),
-        "torchrun_s": round(statistics.median(wall["torchrun"]), 3),
-        "ratio": round(statistics.median(wall["launcher"]) / statistics.median(wall["torchrun"]), 3),
+        "launcher_s": round(medians["launcher"], 3),
+        "torchrun_s": round(medians["torchrun"], 3),
+        "ratio": round(medians["launcher"] / medians["torchrun"], 3),
         "difference_s": difference,
-        "wanted_difference_s": WANTED_S,
-        "is_kept": difference <= WANTED_S,
-        "cpu_difference_s": difference_of(cpu),
+        "wanted_difference_s": LIMIT_S,
+        "is_kept": difference <= LIMIT_S,
+        "cpu_difference_s": difference_s(cpu),
         "rounds": args.rounds,
         "nproc_per_node": args.nproc_per_node,
     }
     print(json.dumps(result, indent=2))
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(result, args.output)
 
 
-def difference_of(taken: dict[str, list[float]]) -> float:
-    """Median over rounds of what the launcher took more than torchrun in the same round."""
-    pairs = zip(taken["launcher"], taken["torchrun"], strict=True)
-    return round(statistics.median(one - other for one, other in pairs), 3)
+def difference_s(times: Times) -> float:
+    """Median over rounds of the launcher's time minus torchrun's in the same round, in seconds."""
+    pairs = zip(times["launcher"], times["torchrun"], strict=True)
+    return round(statistics.median(launcher - torchrun for launcher, torchrun in pairs), 3)
 
 
-def until_the_ranks_start(command: list[str], folder: Path) -> tuple[float, float]:
-    """Seconds from the command to the last rank's first line of Python, and the CPU's seconds until all has ended."""
+def until_ranks_start(command: list[str], folder: Path) -> tuple[float, float]:
+    """Seconds until the last rank runs its first line of Python, and CPU seconds until all processes have ended."""
     started = folder / "started"
     started.unlink(missing_ok=True)
-    paths = os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths, "STARTED": str(started), "OMP_NUM_THREADS": "1"}
+    variables = environment(STARTED=str(started), OMP_NUM_THREADS="1")
+    variables["PYTHONPATH"] = f"{folder}{os.pathsep}{variables['PYTHONPATH']}"
     before, start = os.times(), time.time()
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, env=variables, check=True, capture_output=True, timeout=120)
     after = os.times()
     cpu_s = after.children_user + after.children_system - before.children_user - before.children_system
     return max(map(float, started.read_text().split())) - start, cpu_s

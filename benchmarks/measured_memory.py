@@ -1,35 +1,28 @@
-"""One rank of a real training run that counts its own bytes; `benchmarks/memory_plan.py` starts it under torchrun.
+"""One rank of a real training run that counts its own bytes; benchmarks/memory_plan.py starts it under torchrun.
 
-    torchrun … -m benchmarks.measured_memory OUT_FOLDER <arguments of moelpr.pretrain>
+    python -m moelpr.torchrun … -m benchmarks.measured_memory FOLDER <arguments of moelpr.pretrain>
 
-Trains as `moelpr.pretrain` does and writes OUT_FOLDER/rank<r>.json when the run has ended.
+Trains as `moelpr.pretrain` does and writes FOLDER/rank<r>.json when the run has ended.
 """
 
 import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from moelpr.megatron_patches import cpu, megatron_fixes
+import torch
 
-cpu.install()
-megatron_fixes.install()
-
-import torch  # noqa: E402
-from megatron.training import training as megatron_training  # noqa: E402
-
-from moelpr.model.layer import LPRMoELayer  # noqa: E402
-from moelpr.training.train import train  # noqa: E402
+from benchmarks.common import install_megatron
+from benchmarks.traffic import counted_traffic
 
 
 class SavedTensors:
-    """Bytes that autograd holds for the backward pass: now, and at most. Every storage counts once, parameters never.
+    """Bytes that autograd keeps for the backward pass: now and at most. Each storage counts once, parameters never.
 
-    Counting live storages, and not whatever was ever saved, makes micro-batches in flight and recomputed layers weigh
-    what they weigh.
+    Only live storages count, so micro-batches in flight and recomputed layers have their true size.
     """
 
     def __init__(self) -> None:
@@ -54,7 +47,7 @@ class SavedTensors:
 
 
 class _Held:
-    """A saved tensor; lets go of its storage's count when autograd lets go of it."""
+    """A saved tensor; its storage stops counting when autograd releases it."""
 
     def __init__(self, tensor: torch.Tensor, storage: torch.UntypedStorage | None, counter: SavedTensors) -> None:
         self.tensor, self._storage, self._counter = tensor.detach(), storage, counter
@@ -64,110 +57,83 @@ class _Held:
             self._counter.release(self._storage)
 
 
-class Routed:
-    """Rows that reached experts per call, and bytes that all-to-alls sent to other ranks."""
-
-    def __init__(self) -> None:
-        self.sums: Counter[str] = Counter()
-        self.calls: Counter[str] = Counter()
-        self.all_to_all_bytes = 0
-
-    def watch(self, model: list[torch.nn.Module]) -> None:
-        for layer in (module for chunk in model for module in chunk.modules() if isinstance(module, LPRMoELayer)):
-            layer.experts.register_forward_pre_hook(lambda _, inputs: self._count("new_rows", len(inputs[0])))
-            layer.original_experts.register_forward_pre_hook(
-                lambda _, inputs: self._count("original_rows", sum(map(len, inputs[2])))
-            )
-        all_to_all = torch.distributed.all_to_all_single
-
-        def counted(output: Any, rows: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            splits, group = kwargs["input_split_sizes"], kwargs["group"]
-            sent = int(sum(splits) - splits[torch.distributed.get_rank(group)])
-            self.all_to_all_bytes += sent * rows[:1].nbytes if len(rows) else 0
-            return all_to_all(output, rows, *args, **kwargs)
-
-        torch.distributed.all_to_all_single = counted
-
-    def _count(self, name: str, rows: int) -> None:
-        self.sums[name] += rows
-        self.calls[name] += 1
-
-    def report(self) -> dict[str, float]:
-        means = {name: self.sums[name] / max(self.calls[name], 1) for name in ("new_rows", "original_rows")}
-        return {**means, "all_to_all_bytes": self.all_to_all_bytes}
-
-
 def main() -> None:
-    out, argv = Path(sys.argv[1]), sys.argv[2:]
-    sys.argv[1:] = argv
-    saved, routed, captured = SavedTensors(), Routed(), []
+    install_megatron()
+    from megatron.training import training as megatron_training
+
+    from moelpr.training.train import train
+
+    out = Path(sys.argv.pop(1))
+    saved = SavedTensors()
+    captured: list[Any] = []
+    rows: dict[str, list[int]] = {"new_rows": [], "original_rows": []}
     setup = megatron_training.setup_model_and_optimizer
 
     def setup_and_keep(*args: Any, **kwargs: Any) -> Any:
         result = setup(*args, **kwargs)
         captured[:] = result[:2]
-        saved.parameter_storages = {
-            parameter.untyped_storage().data_ptr() for chunk in captured[0] for parameter in chunk.parameters()
-        }
-        routed.watch(captured[0])
+        saved.parameter_storages = {storage_of(parameter) for chunk in result[0] for parameter in chunk.parameters()}
+        count_rows(result[0], rows)
         return result
 
     megatron_training.setup_model_and_optimizer = setup_and_keep
-    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda held: held.tensor):
-        train(argv)
-    model, optimizer = captured
+    hooks = torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda held: held.tensor)
+    with counted_traffic() as traffic, hooks:
+        train(sys.argv[1:])
     report = {
-        **parameter_bytes(model),
-        **gradient_bytes(model),
-        **optimizer_bytes(model, optimizer),
+        **state_bytes(*captured),
         "activation_bytes": saved.peak,
-        **routed.report(),
+        **{name: sum(counts) / max(len(counts), 1) for name, counts in rows.items()},
+        "all_to_all_bytes": traffic.sent(),
     }
     (out / f"rank{os.environ['RANK']}.json").write_text(json.dumps(report))
 
 
-def parameter_bytes(model: list[torch.nn.Module]) -> dict[str, int]:
-    counts = dict.fromkeys(("trainable", "frozen", "trainable_bytes", "frozen_bytes", "frozen_state_bytes"), 0)
-    for parameter in (parameter for chunk in model for parameter in chunk.parameters()):
-        kind = "trainable" if parameter.requires_grad else "frozen"
-        counts[kind] += parameter.numel()
-        counts[f"{kind}_bytes"] += parameter.nbytes
-        if kind == "frozen":
-            gradients = (parameter.grad, getattr(parameter, "main_grad", None), getattr(parameter, "main_param", None))
-            counts["frozen_state_bytes"] += sum(tensor.nbytes for tensor in gradients if tensor is not None)
-    return counts
+def count_rows(model: list[torch.nn.Module], rows: dict[str, list[int]]) -> None:
+    """Append the number of rows that reach new and original experts to `rows` at every call."""
+    from moelpr.model.layer import LPRMoELayer
+
+    new, original = rows["new_rows"], rows["original_rows"]
+    for layer in (module for chunk in model for module in chunk.modules() if isinstance(module, LPRMoELayer)):
+        layer.experts.register_forward_pre_hook(lambda _, inputs: new.append(len(inputs[0])))
+        layer.original_experts.register_forward_pre_hook(lambda _, inputs: original.append(sum(map(len, inputs[2]))))
 
 
-def gradient_bytes(model: list[torch.nn.Module]) -> dict[str, int]:
-    """The buffers of Megatron's data parallelism, and the padding in them."""
-    buffers = [buffer for chunk in model for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
-    total = sum(buffer.grad_data.nbytes for buffer in buffers)
-    used = sum(
-        parameter.main_grad.nbytes for chunk in model for parameter in chunk.parameters() if parameter.requires_grad
-    )
-    return {"gradient_bytes": used, "gradient_padding_bytes": total - used}
+def state_bytes(model: list[Any], optimizer: Any) -> dict[str, int]:
+    """Parameters and their bytes; bytes of gradients, of the padding in their buffers, and of the optimizer."""
+    parameters = [parameter for chunk in model for parameter in chunk.parameters()]
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    frozen_states = (getattr(one, name, None) for one in frozen for name in ("grad", "main_grad", "main_param"))
+    gradients = num_bytes(parameter.main_grad for parameter in trainable)
+    buffers = [buffer.grad_data for chunk in model for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    return {
+        "trainable": sum(parameter.numel() for parameter in trainable),
+        "frozen": sum(parameter.numel() for parameter in frozen),
+        "trainable_bytes": num_bytes(trainable),
+        "frozen_bytes": num_bytes(frozen),
+        "frozen_state_bytes": num_bytes(state for state in frozen_states if state is not None),
+        "gradient_bytes": gradients,
+        "gradient_padding_bytes": num_bytes(buffers) - gradients,
+        "optimizer_bytes": optimizer_bytes(parameters, optimizer),
+    }
 
 
-def optimizer_bytes(model: list[torch.nn.Module], optimizer: Any) -> dict[str, int]:
-    """Masters and moments; a storage that belongs to a parameter or is a scalar (Adam's step) is none of them."""
-    known = {parameter.untyped_storage().data_ptr() for chunk in model for parameter in chunk.parameters()}
-    total = 0
-    for tensor in _optimizer_tensors(optimizer):
-        if tensor.numel() > 1 and tensor.untyped_storage().data_ptr() not in known:
-            known.add(tensor.untyped_storage().data_ptr())
-            total += tensor.nbytes
-    return {"optimizer_bytes": total}
+def optimizer_bytes(parameters: list[Any], optimizer: Any) -> int:
+    """Main parameters and moments, without storages of the model's parameters and scalars (Adam's step)."""
+    optimizers = [one.optimizer for one in getattr(optimizer, "chained_optimizers", [optimizer]) if one.optimizer]
+    trained = [(one, main) for one in optimizers for group in one.param_groups for main in group["params"]]
+    states = (state for one, main in trained for state in (main, *one.state[main].values()) if torch.is_tensor(state))
+    own = {storage_of(state): state for state in states if state.numel() > 1}
+    return num_bytes(own[storage] for storage in own.keys() - {storage_of(parameter) for parameter in parameters})
 
 
-def _optimizer_tensors(optimizer: Any) -> Iterator[torch.Tensor]:
-    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
-        inner = one.optimizer
-        if inner is None:
-            continue
-        for group in inner.param_groups:
-            for parameter in group["params"]:
-                yield parameter
-                yield from (value for value in inner.state[parameter].values() if torch.is_tensor(value))
+def num_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 if __name__ == "__main__":

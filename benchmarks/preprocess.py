@@ -1,16 +1,15 @@
-"""How fast preprocessing is, and how much memory it takes. Wanted, in one run on one corpus:
+"""Speed and memory of preprocessing. The limits, in one run on one corpus:
 
 - with Hugging Face's tokenizers, JSON and writing included, at most 1.25 times the time of a bare `encode_batch_fast`;
-- with gigatoken at least 8 times as fast as that;
+- with gigatoken at least 8 times as fast as with Hugging Face's tokenizers;
 - at most 1 GiB of memory in all processes together, the same for a corpus ten times as large.
 
     python benchmarks/preprocess.py [--megabytes 200] [--work DIR] [--peer "COMMAND"] [--output FILE]
 
-The corpus is the demo's, repeated with variations: lines in another order, and one word in twenty replaced by one that
-was never seen before, so that no library gets through by remembering. The tokenizer is a byte-level BPE with 32,000
-tokens, trained on the demo's text. The ways take turns; the fastest of the rounds counts. The CPU's time stands beside,
-which other processes on the machine disturb less. Memory is the sum of the processes' proportional shares (PSS), looked
-at ten times a second.
+The corpus is the demo's, repeated with variations so that no library benefits from a cache: lines in random order, and
+one word in twenty replaced by a new one. The tokenizer is a byte-level BPE with 32,000 tokens, trained on the demo's
+text. Contenders take turns; the fastest round counts. CPU time is reported too, which other processes on the machine
+disturb less. Memory is the sum of the processes' proportional set sizes (PSS), sampled ten times a second.
 
 A peer is any other program that tokenizes JSON lines, such as Megatron-LM's:
 
@@ -19,6 +18,7 @@ A peer is any other program that tokenizes JSON lines, such as Megatron-LM's:
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -35,109 +35,100 @@ from typing import Any
 
 import psutil
 
-ROOT = Path(__file__).resolve().parent.parent
-WANTED = {"huggingface_to_bare": 1.25, "gigatoken_to_huggingface": 8.0, "peak_gib": 1.0}
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script
+
+from benchmarks.common import ROOT, add_json, argument_parser, environment, working_folder, write_json
+from benchmarks.timing import fastest_s, take_turns
+
+LIMITS = {"huggingface_to_bare": 1.25, "gigatoken_to_huggingface": 8.0, "peak_gib": 1.0}
 _LETTERS = (b"aeioubdfgklmnprstvz" * 14)[:256]  # for any byte
-_EVERY = 20  # one word in so many is new
+_NEW_WORD_EVERY = 20
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, default=200, help="size of the corpus (default: %(default)s)")
-    parser.add_argument("--large", type=int, default=10, help="times as large for the memory (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=2, help="default: %(default)s")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="default: one per core")
-    parser.add_argument("--work", type=Path, help="folder for corpora, kept (default: a temporary one)")
-    parser.add_argument("--cache", type=Path, help="where the demo's wheel is (see data_tools/demo_corpus.py)")
-    parser.add_argument("--peer", help="a command with {input}, {output}, {tokenizer} and perhaps {workers}")
-    parser.add_argument("--output", type=Path, help="write the JSON here too")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        result = measure(arguments, arguments.work or Path(temporary))
-    text = json.dumps(result, indent=2)
-    print(text)
-    if arguments.output:
-        arguments.output.write_text(text + "\n")
+    parser = argument_parser(__doc__, rounds=2)
+    parser.add_argument("--megabytes", type=int, default=200, help="size of the corpus, in MB")
+    parser.add_argument("--large", type=int, default=10, help="size of the larger corpus, in times --megabytes")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="number of worker processes")
+    parser.add_argument("--work", type=Path, help="folder for corpora, which is kept (default: a temporary folder)")
+    parser.add_argument("--cache", type=Path, help="folder with the demo's wheel (see data_tools/demo_corpus.py)")
+    parser.add_argument("--peer", help="a command with {input}, {output}, {tokenizer} and optionally {workers}")
+    add_json(parser, "--output")
+    args = parser.parse_args()
+    with working_folder(args.work) as work:
+        result = measure(args, work)
+    print(json.dumps(result, indent=2))
+    write_json(result, args.output)
 
 
-def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """Build what is missing of the corpora, and time every way."""
-    tokenizer, texts = demo(work, arguments.cache)
-    corpus = repeated(texts, work / f"{arguments.megabytes}.jsonl", arguments.megabytes)
-    large = repeated(
-        texts, work / f"{arguments.megabytes * arguments.large}.jsonl", arguments.megabytes * arguments.large
+def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """Make missing corpora, and measure all contenders."""
+    tokenizer, texts = demo(work, args.cache)
+    corpus, large = (
+        repeated(texts, work / f"{megabytes}.jsonl", megabytes)
+        for megabytes in (args.megabytes, args.megabytes * args.large)
     )
-    ways = {
-        "bare": [
-            sys.executable,
-            str(ROOT / "benchmarks/peers/encode_batch.py"),
-            str(tokenizer / "tokenizer.json"),
-            str(corpus),
-        ],
-        "huggingface": ours(corpus, tokenizer, "reference", work, arguments.workers),
-        "gigatoken": ours(corpus, tokenizer, "gigatoken", work, arguments.workers),
+    out = work / "out"
+
+    def ours(file: Path, backend: str) -> list[str]:
+        fixed = f"--language expanded --append-eod --tokenizer-type HuggingFaceTokenizer --log-interval {1 << 40}"
+        words = ["--input", file, "--output-prefix", out / backend, "--tokenizer-model", tokenizer]
+        words += ["--tokenizer-backend", backend, "--workers", args.workers, *fixed.split()]
+        return [sys.executable, str(ROOT / "data_tools/preprocess_data.py"), *map(str, words)]
+
+    bare = ROOT / "benchmarks/baselines/encode_batch.py"
+    commands = {
+        "bare": [sys.executable, str(bare), str(tokenizer / "tokenizer.json"), str(corpus)],
+        "huggingface": ours(corpus, "reference"),
+        "gigatoken": ours(corpus, "gigatoken"),
     }
-    if arguments.peer:
-        places = {
-            "input": corpus,
-            "output": work / "out" / "peer",
-            "tokenizer": tokenizer,
-            "workers": arguments.workers,
-        }
-        ways["peer"] = shlex.split(arguments.peer.format(**places))
+    if args.peer:
+        peer = args.peer.format(input=corpus, output=out / "peer", tokenizer=tokenizer, workers=args.workers)
+        commands["peer"] = shlex.split(peer)
+    names = {name: name for name in commands}
+    commands["gigatoken_large"] = ours(large, "gigatoken")
+    peaks = dict.fromkeys(commands, 0.0)
+
+    def run_one(name: str) -> tuple[float, float]:
+        out.mkdir()
+        wall_s, cpu_s, peak_bytes, printed = run(commands[name])
+        shutil.rmtree(out)
+        peaks[name] = max(peaks[name], peak_bytes / 2**30)
+        if name == "bare":
+            wall_s, cpu_s = map(float, printed.split())
+        return wall_s, cpu_s
+
+    shutil.rmtree(out, ignore_errors=True)
     load = os.getloadavg()[0]
-    seconds: dict[str, float] = {}
-    cpu: dict[str, float] = {}
-    peaks: dict[str, float] = {}
-    for _ in range(arguments.rounds):
-        for name, command in ways.items():
-            shutil.rmtree(work / "out", ignore_errors=True)
-            (work / "out").mkdir()
-            wall_s, cpu_s, peak_bytes, printed = run(command)
-            if name == "bare":
-                wall_s, cpu_s = map(float, printed.split())
-            seconds[name] = min(wall_s, seconds.get(name, float("inf")))
-            cpu[name] = min(cpu_s, cpu.get(name, float("inf")))
-            peaks[name] = max(peak_bytes / 2**30, peaks.get(name, 0))
-    shutil.rmtree(work / "out", ignore_errors=True)
-    _, _, peak_bytes, _ = run(ours(large, tokenizer, "gigatoken", work, arguments.workers))
-    peaks["gigatoken_large"] = peak_bytes / 2**30
-    shutil.rmtree(work / "out", ignore_errors=True)
+    wall, cpu = map(fastest_s, take_turns(names, args.rounds, run_one, warmup=0))
+    run_one("gigatoken_large")
     megabytes = corpus.stat().st_size / 1e6
     result: dict[str, Any] = {
         "megabytes": round(megabytes, 1),
-        "workers": arguments.workers,
+        "workers": args.workers,
         "load_before": round(load, 2),
-        "seconds": {name: round(value, 2) for name, value in seconds.items()},
-        "megabytes_per_s": {name: round(megabytes / value, 1) for name, value in seconds.items()},
-        "cpu_seconds": {name: round(value, 2) for name, value in cpu.items()},
-        "huggingface_to_bare": round(seconds["huggingface"] / seconds["bare"], 3),
+        "seconds": {name: round(seconds, 2) for name, seconds in wall.items()},
+        "megabytes_per_s": {name: round(megabytes / seconds, 1) for name, seconds in wall.items()},
+        "cpu_seconds": {name: round(seconds, 2) for name, seconds in cpu.items()},
+        "huggingface_to_bare": round(wall["huggingface"] / wall["bare"], 3),
         "huggingface_to_bare_cpu": round(cpu["huggingface"] / cpu["bare"], 3),
-        "gigatoken_to_huggingface": round(seconds["huggingface"] / seconds["gigatoken"], 2),
+        "gigatoken_to_huggingface": round(wall["huggingface"] / wall["gigatoken"], 2),
         "gigatoken_to_huggingface_cpu": round(cpu["huggingface"] / cpu["gigatoken"], 2),
-        "peak_gib": {name: round(value, 3) for name, value in peaks.items() if name != "bare"},
-        "wanted": WANTED,
+        "peak_gib": {name: round(peak, 3) for name, peak in peaks.items() if name != "bare"},
+        "wanted": LIMITS,
     }
-    if arguments.peer:
-        result["peer_to_huggingface"] = round(seconds["peer"] / seconds["huggingface"], 3)
-        result["peer_to_gigatoken"] = round(seconds["peer"] / seconds["gigatoken"], 2)
+    if args.peer:
+        result["peer_to_huggingface"] = round(wall["peer"] / wall["huggingface"], 3)
+        result["peer_to_gigatoken"] = round(wall["peer"] / wall["gigatoken"], 2)
     return result
 
 
-def ours(corpus: Path, tokenizer: Path, backend: str, work: Path, workers: int) -> list[str]:
-    words = ["--input", corpus, "--output-prefix", work / "out" / backend, "--language", "expanded", "--append-eod"]
-    words += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer, "--workers", workers]
-    words += ["--tokenizer-backend", backend, "--log-interval", 1 << 40]
-    return [sys.executable, str(ROOT / "data_tools/preprocess_data.py"), *map(str, words)]
-
-
 def run(command: list[str]) -> tuple[float, float, int, str]:
-    """Seconds, the CPU's seconds, the most bytes its processes took together, and what it printed."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    """Wall and CPU time in seconds, peak memory of all processes together in bytes, and standard output."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(command, stdout=output, env=environment)
+        process = subprocess.Popen(command, stdout=output, env=environment())
         peak = 0
         while process.poll() is None:
             peak = max(peak, proportional_bytes(process.pid))
@@ -146,47 +137,40 @@ def run(command: list[str]) -> tuple[float, float, int, str]:
         output.seek(0)
         printed = output.read()
     if process.returncode:
-        sys.exit(f"{shlex.join(command)} ended with code {process.returncode}")
+        sys.exit(f"{shlex.join(command)} failed with code {process.returncode}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, peak, printed
 
 
 def proportional_bytes(pid: int) -> int:
+    """Proportional set size of a process and its descendants; those that have ended count as 0."""
     total = 0
-    try:
+    with contextlib.suppress(psutil.Error):
         parent = psutil.Process(pid)
         for process in [parent, *parent.children(recursive=True)]:
-            try:
+            with contextlib.suppress(psutil.Error):
                 total += process.memory_full_info().pss
-            except psutil.Error:
-                pass  # it has just ended
-    except psutil.Error:
-        pass
     return total
 
 
 def demo(work: Path, cache: Path | None) -> tuple[Path, list[str]]:
-    """The demo's text, and a tokenizer of it."""
+    """A tokenizer of the demo's text, and the text."""
     corpus, tokenizer = work / "demo", work / "tokenizer"
-    tools = ROOT / "data_tools"
-    where = ["--cache", str(cache)] if cache else []
+
+    def call(tool: str, *arguments: object) -> None:
+        command = [sys.executable, str(ROOT / "data_tools" / tool), *map(str, arguments)]
+        subprocess.run(command, env=environment(), check=True, stdout=subprocess.DEVNULL)
+
     if not corpus.exists():
-        call(tools / "demo_corpus.py", "--output", corpus, *where)
+        call("demo_corpus.py", "--output", corpus, *(["--cache", cache] if cache else []))
     files = sorted(corpus.glob("train.*.jsonl"))
     if not tokenizer.exists():
-        call(tools / "demo_tokenizer.py", "--input", *files, "--output", tokenizer, "--vocab-size", "32000")
+        call("demo_tokenizer.py", "--input", *files, "--output", tokenizer, "--vocab-size", 32000)
     return tokenizer, [json.loads(line)["text"] for path in files for line in path.read_text("utf-8").splitlines()]
 
 
-def call(tool: Path, *words: object) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run(
-        [sys.executable, str(tool), *map(str, words)], env=environment, check=True, stdout=subprocess.DEVNULL
-    )
-
-
 def repeated(texts: list[str], path: Path, megabytes: int) -> Path:
-    """Write the texts again and again, varied, until the file has its size."""
+    """Write varied copies of the texts until the file has its size; an existing file is reused."""
     if not path.exists():
         unfinished = path.with_suffix(".unfinished")
         with open(unfinished, "w", encoding="utf-8") as file:
@@ -199,14 +183,14 @@ def repeated(texts: list[str], path: Path, megabytes: int) -> Path:
 
 
 def varied(texts: list[str], rng: random.Random) -> Iterator[str]:
-    """Endless documents: lines shuffled, and every twentieth word or so a new one."""
+    """Endless documents: lines shuffled, and about every twentieth word a new one."""
     while True:
         for text in rng.sample(texts, len(texts)):
             lines = text.split("\n")
             rng.shuffle(lines)
             words = "\n".join(lines).split(" ")
-            for place in range(rng.randrange(_EVERY), len(words), _EVERY):
-                words[place] = rng.randbytes(7).translate(_LETTERS).decode()
+            for index in range(rng.randrange(_NEW_WORD_EVERY), len(words), _NEW_WORD_EVERY):
+                words[index] = rng.randbytes(7).translate(_LETTERS).decode()
             yield " ".join(words)
 
 

@@ -1,8 +1,8 @@
-"""Runs one training after the other in the same ranks, which saves a start of some 10 s for each; under torchrun.
+"""Trains several times in the same ranks, which saves about 10 s of start-up each; run under torchrun.
 
     python -m moelpr.torchrun --standalone --nproc-per-node 2 -m benchmarks.train_many FILE
 
-FILE holds a JSON list of the trainer's command lines.
+FILE contains a JSON list of argument lists of moelpr.pretrain.
 """
 
 import json
@@ -10,23 +10,22 @@ import os
 import sys
 from pathlib import Path
 
+from benchmarks.common import install_megatron
+
 
 def main() -> None:
-    from moelpr.megatron_patches import cpu, megatron_fixes
-
-    cpu.install()
-    megatron_fixes.install()
+    install_megatron()
     import torch
     from megatron.training.training import destroy_global_state
 
     from moelpr.training.train import train
 
-    torch.distributed.init_process_group("gloo" if cpu.is_needed() else "nccl")
-    for command in json.loads(Path(sys.argv[1]).read_text()):
-        print(f"rank {os.environ['RANK']}: {' '.join(command)}", flush=True)
+    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    for arguments in json.loads(Path(sys.argv[1]).read_text()):
+        print(f"rank {os.environ['RANK']}: {' '.join(arguments)}", flush=True)
         try:
-            train(command)
-        except SystemExit as end:  # Megatron's way out after --exit-interval
+            train(arguments)
+        except SystemExit as end:  # how Megatron ends after --exit-interval
             if end.code:
                 raise
         destroy_global_state()

@@ -2,25 +2,30 @@
 
     make demo            (python examples/demo.py --run runs/demo)
 
-Every step is a command a user would give; it is printed before it runs, and its full output is kept in
-`<run>/logs/`. A step that has finished is not done again, so an interrupted demo goes on where it stopped.
+Every step is a command that you could paste into a shell; it is printed before it runs. What it prints is kept in
+`<run>/logs/`. Finished steps are skipped, so rerun the demo to resume it.
 """
 
 import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from moelpr.errors import UserError, run_command
+from moelpr.files import atomic_file
+from moelpr.report.page import Table, terminal_table
+from moelpr.yaml_files import dump
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = Path("launch/recipes")
 ORIGINAL, EXPANDED = ("en", "es", "zh"), ("el", "hu", "tr")
+# Model in the evaluation -> run folder.
+MODELS = {"base": "base", "full_finetune": "full-finetune", "stage1": "stage1", "stage2": "stage2"}
 VOCABULARY = 4096
 BASE_SHAPE = {
     "hidden-size": 256,
@@ -30,16 +35,16 @@ BASE_SHAPE = {
     "num-query-groups": 2,
 }
 NUM_NEW_EXPERTS, TOPK = 4, 2
-# What the base saw of the expanded languages: a little, as real bases have.
+# The base saw a little text of the expanded languages, as real bases have.
 BASE_BLEND = {"original": 10, "expanded": 1}
 REVIEW_BLEND = {"original": 2, "expanded": 5}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of the run (default: %(default)s)")
-    parser.add_argument("--cache", type=Path, help="where the downloaded corpus is kept (default: ~/.cache/moelpr)")
-    parser.add_argument("--overwrite", action="store_true", help="start afresh where a run exists")
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="output folder (default: %(default)s)")
+    parser.add_argument("--cache", type=Path, help="folder for the downloaded corpus (default: ~/.cache/moelpr)")
+    parser.add_argument("--overwrite", action="store_true", help="delete an existing run and start from scratch")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args()
     os.chdir(ROOT)
@@ -50,49 +55,43 @@ def main() -> None:
     train_base(demo)
     full_finetune(demo)
     two_stages(demo)
-    write_report(demo)
+    evaluate(demo)
+    report(demo)
 
 
-@dataclass
 class Demo:
-    """The run's folder, and the steps done in it."""
+    """The run folder and the steps that are done in it."""
 
-    run: Path
-    started: float = field(default_factory=time.monotonic)
-
-    def __post_init__(self) -> None:
-        (self.run / "logs").mkdir(parents=True, exist_ok=True)
+    def __init__(self, run: Path) -> None:
+        self.run, self.logs = run, run / "logs"
+        self._started = time.monotonic()
+        self.logs.mkdir(parents=True, exist_ok=True)
 
     def step(self, name: str, *command: str | Path, **variables: str) -> None:
-        """Run one command unless its done-mark is there; stop the demo with its last words where it fails."""
-        mark, log = self.run / "logs" / f"{name}.json", self.run / "logs" / f"{name}.log"
+        """Run one command unless it is done; if it fails, stop the demo with its last lines of output."""
+        mark, log = self.logs / f"{name}.json", self.logs / f"{name}.log"
         if mark.exists():
-            print(f"[{self._clock()}] {name}: done before")
+            print(f"[{self._clock()}] {name}: already done")
             return
         words = [str(word) for word in command]
-        shown = [word.removeprefix(f"{ROOT}/") for word in words]
-        print(f"[{self._clock()}] {name}\n    {' '.join(shown)}", flush=True)
+        settings = " ".join(f"{key}={value} " for key, value in variables.items())
+        shown = settings + shlex.join(word.removeprefix(f"{ROOT}/") for word in words) + f" >{log}"
+        print(f"[{self._clock()}] {name}\n    {shown}", flush=True)
         start = time.monotonic()
-        quiet = {"PYTHONWARNINGS": "ignore", "OMP_WAIT_POLICY": "passive"}  # ranks that wait must not take a core
+        quiet = {"PYTHONWARNINGS": "ignore", "OMP_WAIT_POLICY": "passive"}  # waiting ranks must not occupy a core
         with open(log, "w") as file:
             code = subprocess.run(words, stdout=file, env={**os.environ, **quiet, **variables}).returncode
         if code != 0:
-            tail = log.read_text().splitlines()[-5:]
-            raise UserError(
-                f"step {name} ended with code {code}; its output is in {log}"
-                + "".join(f"\n    {line}" for line in tail)
-            )
+            tail = "".join(f"\n    {line}" for line in log.read_text().splitlines()[-5:])
+            raise UserError(f"step {name} exited with code {code}; its output is in {log}{tail}")
         mark.write_text(json.dumps({"command": shown, "wall_s": round(time.monotonic() - start, 1)}) + "\n")
 
-    def output_of(self, name: str) -> str:
-        return (self.run / "logs" / f"{name}.log").read_text()
-
     def wall_times_s(self) -> dict[str, float]:
-        marks = sorted((self.run / "logs").glob("*.json"), key=lambda path: path.stat().st_mtime)
+        marks = sorted(self.logs.glob("*.json"), key=lambda path: path.stat().st_mtime)
         return {path.stem: json.loads(path.read_text())["wall_s"] for path in marks}
 
     def _clock(self) -> str:
-        minutes, seconds = divmod(int(time.monotonic() - self.started), 60)
+        minutes, seconds = divmod(int(time.monotonic() - self._started), 60)
         return f"{minutes:2d}:{seconds:02d}"
 
 
@@ -101,7 +100,7 @@ def python(*words: str | Path) -> list[str | Path]:
 
 
 def prepare_data(demo: Demo, cache: Path | None) -> None:
-    """Six languages of real text, a tokenizer of all six, one tagged corpus per language group."""
+    """Real text in six languages, a tokenizer for all six, one tagged corpus per language group."""
     run = demo.run
     where = ["--cache", cache] if cache else []
     demo.step("corpus", *python("data_tools/demo_corpus.py", "--output", run / "corpus", *where))
@@ -123,7 +122,7 @@ def prepare_data(demo: Demo, cache: Path | None) -> None:
 
 
 def train_base(demo: Demo) -> None:
-    """A dense Qwen2 from scratch with this same trainer. From its export on, it might as well have been downloaded."""
+    """Train a dense Qwen2 from scratch with the same trainer; its export is used as if it had been downloaded."""
     run = demo.run
     shape = [word for name, value in BASE_SHAPE.items() for word in (f"--{name}", str(value))]
     demo.step(
@@ -137,25 +136,31 @@ def train_base(demo: Demo) -> None:
 
 
 def full_finetune(demo: Demo) -> None:
-    """What a user would do instead: all parameters of the base on the text of stage 1, for as many tokens."""
+    """The usual alternative: train all parameters of the base on the text of stage 1, for as many tokens."""
     convert(demo, "convert-dense", demo.run / "base-hf", demo.run / "dense", "--dense")
     train(demo, "full-finetune", "dense", demo.run / "dense", {"expanded": 1})
     export(demo, "full-finetune")
 
 
 def two_stages(demo: Demo) -> None:
-    """Upcycle, post-pretrain, review, each exported as a stock Hugging Face model; then the three checks."""
+    """Upcycle, post-pretrain and review; export each stage as a stock Hugging Face model; verify three conversions."""
     run = demo.run
     base = run / "base-hf"
+    held_out = [held_out_file(run, language) for language in (*ORIGINAL, *EXPANDED)]
     experts = ("--num-new-experts", str(NUM_NEW_EXPERTS), "--topk", str(TOPK))
+    demo.step(
+        "plan",
+        *python("-m", "moelpr.plan", "--hf-path", base, *experts, "--gpus", "2", "--gpu-memory-gib", "8"),
+        *("--seq-length", "128", "--dtype", "fp32"),
+    )
     convert(demo, "upcycle", base, run / "upcycled", *experts)
-    verify(demo, "check-upcycled", "--frozen", base, run / "upcycled", "--text", *held_out_files(run))
+    verify(demo, "check-upcycled", "--frozen", base, run / "upcycled", "--text", *held_out)
     train(demo, "stage1", "stage1", run / "upcycled", {"expanded": 1})
     export(demo, "stage1")
     train(demo, "stage2", "stage2", run / "stage1", REVIEW_BLEND)
     export(demo, "stage2")
     verify(demo, "check-frozen", "--frozen", base, run / "stage2-hf")
-    verify(demo, "check-export", run / "stage2", run / "stage2-hf", "--text", *held_out_files(run))
+    verify(demo, "check-export", run / "stage2", run / "stage2-hf", "--text", *held_out)
 
 
 def convert(demo: Demo, name: str, hf_path: Path, save: Path, *options: str) -> None:
@@ -178,7 +183,7 @@ def train(demo: Demo, name: str, stage: str, start: Path, blend: dict[str, float
 
 
 def _num_ranks() -> int:
-    """Two ranks: on two GPUs if there are as many, on one GPU or two CPU cores otherwise as many as there are."""
+    """One rank on a machine with one GPU, otherwise two: on two GPUs or on two CPU cores."""
     import torch
 
     return min(torch.cuda.device_count(), 2) or 2
@@ -196,90 +201,61 @@ def verify(demo: Demo, name: str, *words: str | Path) -> None:
     demo.step(name, *python("checkpoint_convert/verify.py", *words, "--json"))
 
 
-def held_out_files(run: Path) -> list[Path]:
-    return [run / "corpus" / f"validation.{language}.jsonl" for language in (*ORIGINAL, *EXPANDED)]
+def held_out_file(run: Path, language: str) -> Path:
+    return run / "corpus" / f"validation.{language}.jsonl"
 
 
-def write_report(demo: Demo) -> None:
-    """Bits per byte, routing and continuations of the four models on held-out text; report.json, report.html."""
-    from moelpr.documents import read_documents
-    from moelpr.evaluate.compare import compare_models
-    from moelpr.evaluate.generate import choose_prompt
-    from moelpr.evaluate.perplexity import Settings
-    from moelpr.report.demo import Continuation, Report, write_report
-    from moelpr.report.demo_pictures import headline_picture
-    from moelpr.versions import installed_versions
-
+def evaluate(demo: Demo) -> None:
+    """Bits per byte, routing and continuations of the four models on held-out text."""
     run = demo.run
-    start = time.monotonic()
-    print(f"[{demo._clock()}] evaluate: four models on held-out text of six languages", flush=True)
-    languages = dict.fromkeys(ORIGINAL, "original") | dict.fromkeys(EXPANDED, "expanded")
-    documents = {language: read_documents(run / "corpus" / f"validation.{language}.jsonl") for language in languages}
-    prompts = {language: choose_prompt(texts) for language, texts in documents.items()}
-    folders = {"base": "base", "full_finetune": "full-finetune", "stage1": "stage1", "stage2": "stage2"}
-    results = compare_models(
-        {model: run / f"{folder}-hf" for model, folder in folders.items()},
-        documents,
-        Settings(sequence_length=128, context=32),
-        prompts={language: prompt.text for language, prompt in prompts.items()},
-        device="cpu",
-    )
-    report = Report(
-        languages=languages,
-        bits_per_byte={model: result.bits_per_byte for model, result in results.items()},
-        original_expert_share={
-            stage: share for stage in ("stage1", "stage2") if (share := results[stage].original_expert_share)
-        },
-        checks={
-            "upcycle_max_abs_logit_diff": _last_json(demo, "check-upcycled")["max_abs_logit_diff"],
-            "frozen_max_abs_diff": _last_json(demo, "check-frozen")["max_abs_diff"],
-            "export_max_abs_logit_diff": _last_json(demo, "check-export")["max_abs_logit_diff"],
-        },
-        token_counts={model: _trained_tokens(run / folder) for model, folder in folders.items()},
-        wall_times_s=demo.wall_times_s() | {"evaluate": round(time.monotonic() - start, 1)},
-        versions=installed_versions(),
-        settings={
-            "base": f"Qwen2, {BASE_SHAPE}, vocabulary {VOCABULARY}, data {BASE_BLEND}",
-            "experts": f"{NUM_NEW_EXPERTS} new + the original, top-{TOPK}",
-            "stage 2 data": str(REVIEW_BLEND),
-            "recipes": ", ".join(sorted(str(path) for path in RECIPES.glob("demo-*.yaml"))),
+    text = [word for name in (*ORIGINAL, *EXPANDED) for word in ("--data", f"{name}={held_out_file(run, name)}")]
+    text += ["--original-languages", ",".join(ORIGINAL), "--sequence-length", "128", "--context", "32"]
+    text += ["--device", "cpu", "--output", str(run / "evaluation")]
+    for command, models, options in (
+        ("text", MODELS, ["--continuations", "40"]),
+        ("routing", ("stage1", "stage2"), []),
+    ):
+        named = [word for model in models for word in ("--model", f"{model}={run / MODELS[model]}-hf")]
+        name = "evaluate" if command == "text" else f"evaluate-{command}"
+        demo.step(name, *python("-m", "moelpr.evaluate", command, *named, *text, *options))
+
+
+def report(demo: Demo) -> None:
+    run = demo.run
+    facts = {
+        "Demo": {
+            "base model": f"Qwen2, {', '.join(f'{name} {value}' for name, value in BASE_SHAPE.items())}",
+            "vocabulary": VOCABULARY,
+            "data of the base": _blend(BASE_BLEND),
+            "data of stage 2": _blend(REVIEW_BLEND),
+            "experts": f"{NUM_NEW_EXPERTS} new and the original, top-{TOPK}",
             "evaluation": "windows of 128 tokens, 32 of them context, all held-out documents",
         },
-        continuations={
-            language: Continuation(
-                prompt.text,
-                prompt.reference,
-                {model: result.continuations[language] for model, result in results.items()},
-            )
-            for language, prompt in prompts.items()
-        },
-        metrics={model: f"{folder}/metrics.jsonl" for model, folder in folders.items()},
+        "Wall time in seconds": demo.wall_times_s(),
+    }
+    with atomic_file(run / "facts.yaml") as temporary:
+        temporary.write_text(dump(facts), encoding="utf-8")
+    demo.step(
+        "report",
+        *python("-m", "moelpr.report", *(run / folder for folder in MODELS.values())),
+        *("--evaluation", run / "evaluation" / "results.json"),
+        *("--verification", *(demo.logs / f"check-{name}.log" for name in ("upcycled", "frozen", "export"))),
+        *("--claims", "examples/demo-claims.yaml", "--facts", run / "facts.yaml", "--output", run),
     )
-    page = write_report(run, report)
-    (run / "headline.svg").write_text(headline_picture(report), encoding="utf-8")
-    _print_summary(report)
-    print(f"[{demo._clock()}] report: {page}")
+    numbers = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    rows = [
+        [language, *(f"{numbers['bits_per_byte'][model][language]['value']:.3f}" for model in MODELS)]
+        for language in numbers["languages"]
+    ]
+    print(f"\n{terminal_table(Table(['bits per byte (lower is better)', *MODELS], rows))}\n\n{numbers['title']}")
+    for claim in numbers["claims"]:
+        if not claim["ok"]:
+            print(f"  not shown: {claim['language'] or claim['name']}: {claim['found']}; claim: {claim['claim']}")
+    print(f"\nreport: {run / 'report.html'}")
 
 
-def _last_json(demo: Demo, step: str) -> dict[str, float]:
-    return json.loads(demo.output_of(step).strip().splitlines()[-1])
-
-
-def _trained_tokens(run: Path) -> int:
-    from moelpr.run_metrics import read_metrics
-
-    return int(read_metrics(run / "metrics.jsonl")[-1]["consumed_tokens"])
-
-
-def _print_summary(report) -> None:  # noqa: ANN001
-    from moelpr.evaluate.compare import markdown_table
-    from moelpr.report.demo import failures
-
-    print("\nBits per byte on held-out text (fewer is better)\n")
-    print(markdown_table(report.bits_per_byte))
-    for sentence in failures(report) or ["everything promised is shown"]:
-        print(f"  {sentence}")
-    print()
+def _blend(blend: dict[str, float]) -> str:
+    return ", ".join(f"{weight} parts {group}" for group, weight in blend.items())
 
 
 if __name__ == "__main__":

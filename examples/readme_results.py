@@ -1,30 +1,37 @@
-"""Put a finished demo's numbers into README.md and docs/results.md, and its picture into docs/images/demo.svg.
+"""Write the numbers and figures of a finished demo into README.md and docs/.
 
 python examples/readme_results.py --run runs/demo
 """
 
 import argparse
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from moelpr.errors import UserError, run_command
 from moelpr.files import atomic_file
-from moelpr.report.demo import Report, failures, percent, read_report
+from moelpr.languages import language_name
+from moelpr.report.page import Table, terminal_table
+from moelpr.report.plots import Interval, change_chart, percent
 
-TABLE, PAPER = "demo-table", "demo-and-paper"  # names of what stands between two marks
 ROOT = Path(__file__).resolve().parent.parent
-# The paper's Table 1 and its ablation without review (stage1): means over benchmarks, Qwen1.5-1.8B.
+TABLE, PAPER = "demo-table", "demo-and-paper"  # names of the parts of the documents that are replaced
+MODELS = {"full_finetune": "full fine-tuning", "stage1": "MoE-LPR, stage 1", "stage2": "MoE-LPR, stage 2"}
+# Means over benchmarks of Qwen1.5-1.8B: the paper's Table 1 and, for stage1, its ablation without review.
 PAPER_SCORES = {
     "base": {"expanded": 34.36, "original": 53.97},
     "full_finetune": {"expanded": 41.12, "original": 49.73},
     "stage1": {"expanded": 45.04, "original": 47.14},
     "stage2": {"expanded": 45.07, "original": 52.12},
 }
-COLUMNS = {
-    "base": "base",
-    "full_finetune": "full fine-tuning",
-    "stage1": "MoE-LPR, stage 1",
-    "stage2": "MoE-LPR, stage 2",
+# Figure of the evaluation -> figure of docs/evaluation.md.
+FIGURES = {
+    "change": "evaluation-change",
+    "routing-stage1-original-first-share": "evaluation-prior-stage1",
+    "routing-stage2-original-first-share": "evaluation-prior-stage2",
+    "routing-stage2-experts": "evaluation-experts",
+    "routing-stage2-load-imbalance": "evaluation-load",
 }
 
 
@@ -33,11 +40,16 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of the demo (default: %(default)s)")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args()
-    report = read_report(args.run)
+    if not (args.run / "report.json").is_file():
+        raise UserError(f"{args.run} contains no finished demo; run `make demo` first")
+    report = json.loads((args.run / "report.json").read_text(encoding="utf-8"))
     replace_between(ROOT / "README.md", TABLE, results(report))
     replace_between(ROOT / "docs" / "results.md", TABLE, results(report))
-    replace_between(ROOT / "docs" / "results.md", PAPER, beside_the_paper(report))
-    shutil.copy(args.run / "headline.svg", ROOT / "docs" / "images" / "demo.svg")
+    replace_between(ROOT / "docs" / "results.md", PAPER, compared_with_paper(report))
+    images = ROOT / "docs" / "images"
+    (images / "demo.svg").write_text(figure(report), encoding="utf-8")
+    for source, target in FIGURES.items():
+        shutil.copyfile(args.run / "evaluation" / f"{source}.svg", images / f"{target}.svg")
 
 
 def replace_between(path: Path, name: str, text: str) -> None:
@@ -45,68 +57,75 @@ def replace_between(path: Path, name: str, text: str) -> None:
     start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
     content = path.read_text(encoding="utf-8")
     if content.count(start) != 1 or content.count(end) != 1:
-        raise UserError(f"{path} lacks the lines {start} and {end} that the demo's numbers go between; add them")
+        raise UserError(f"{path} must contain {start} and {end} once; add these lines around the demo's numbers")
     before, after = content.split(start)[0], content.split(end)[1]
     with atomic_file(path) as temporary:
         temporary.write_text(f"{before}{start}\n{text}\n{end}{after}", encoding="utf-8")
 
 
-def results(report: Report) -> str:
-    """Markdown: bits per byte of each model and language with the change against base, then what is not shown."""
+def results(report: dict[str, Any]) -> str:
+    """Markdown: bits per byte of each model and language with the change against base, then what was not shown."""
+    bits = report["bits_per_byte"]
+    rows = []
+    for language, group in report["languages"].items():
+        cells = [f"{bits[m][language]['value']:.3f} ({percent(change(report, m, language))})" for m in MODELS]
+        rows.append([f"{language_name(language)}, {group}", f"{bits['base'][language]['value']:.3f}", *cells])
+    checks = [claim for claim in report["claims"] if not claim["language"]]
+    minutes = sum(report["facts"]["Wall time in seconds"].values()) / 60
+    missed = [claim for claim in report["claims"] if not claim["ok"]]
     lines = [
-        f"| bits per byte, held-out text | {' | '.join(COLUMNS.values())} |",
-        "|---|" + "---:|" * len(COLUMNS),
+        terminal_table(Table(["bits per byte, held-out text", "base", *MODELS.values()], rows)),
+        "",
+        "Checks:",
+        "",
+        *(f"- {check['claim']}: {check['found']}." for check in checks),
+        "",
+        f"Wall time: {minutes:.0f} minutes on 2 cores. This run shows {len(report['claims']) - len(missed)} of "
+        f"{len(report['claims'])} claims.{' Not shown:' if missed else ''}",
     ]
-    for language, group in report.languages.items():
-        base = report.bits("base", language)
-        cells = [f"{base:.3f}"]
-        for model in list(COLUMNS)[1:]:
-            bits = report.bits(model, language)
-            cells.append(f"{bits:.3f} ({percent(bits / base - 1)})")
-        lines.append(f"| {language}, {group} | {' | '.join(cells)} |")
-    checks = ", ".join(f"{name} {value:.2g}" for name, value in report.checks.items())
-    minutes = sum(report.wall_times_s.values()) / 60
-    lines += ["", f"Checks: {checks}. Wall time: {minutes:.0f} minutes on 2 cores.", ""]
-    missed = failures(report)
-    if missed:
-        lines += ["Not shown by this run:", "", *(f"- {sentence}" for sentence in missed)]
-    else:
-        lines.append("Every line that the report promises is shown by this run.")
-    return "\n".join(lines)
+    items = [f"- {language_name(c['language']) or c['name']}: {c['found']}; claim: {c['claim']}" for c in missed]
+    return "\n".join(lines + ([""] + items if items else []))
 
 
-def beside_the_paper(report: Report) -> str:
-    """Markdown: what the demo's bits per byte and the paper's scores have in common, shares without a unit."""
+def change(report: dict[str, Any], model: str, language: str) -> float:
+    """Relative change in bits per byte against base."""
+    return report["change"][model][language]["value"]
 
-    def change(model: str, group: str) -> float:
-        """Mean over the languages of a group of the relative change against base."""
-        languages = report.group(group)
-        return sum(report.bits(model, name) / report.bits("base", name) - 1 for name in languages) / len(languages)
 
-    def gain(model: str, group: str) -> float:
-        """The paper's points above base."""
+def figure(report: dict[str, Any]) -> str:
+    rows: dict[str, dict[str, Interval | None]] = {}
+    for group in ("expanded", "original"):
+        rows[f"{group.capitalize()} languages"] = {}
+        for language in (name for name, its_group in report["languages"].items() if its_group == group):
+            rows[language_name(language)] = {
+                title: Interval(**report["change"][model][language]) for model, title in MODELS.items()
+            }
+    return change_chart("Change in bits per byte on held-out text", rows, axis="bits per byte against base")
+
+
+def compared_with_paper(report: dict[str, Any]) -> str:
+    """Markdown: what the demo's bits per byte and the paper's scores have in common, as fractions without a unit."""
+
+    def demo(model: str, group: str) -> float:
+        """Mean over the languages of a group."""
+        languages = [language for language, its_group in report["languages"].items() if its_group == group]
+        return sum(change(report, model, language) for language in languages) / len(languages)
+
+    def paper(model: str, group: str) -> float:
+        """Points above base."""
         return PAPER_SCORES[model][group] - PAPER_SCORES["base"][group]
 
-    rows = {
-        "stage 1's forgetting that review repairs, original languages": (
-            1 - change("stage2", "original") / change("stage1", "original"),
-            1 - gain("stage2", "original") / gain("stage1", "original"),
-        ),
-        "stage 1's learning that is left after review, expanded languages": (
-            change("stage2", "expanded") / change("stage1", "expanded"),
-            gain("stage2", "expanded") / gain("stage1", "expanded"),
-        ),
-        "forgetting after both stages, as a share of full fine-tuning's": (
-            change("stage2", "original") / change("full_finetune", "original"),
-            gain("stage2", "original") / gain("full_finetune", "original"),
-        ),
-        "learning after both stages, as a share of full fine-tuning's": (
-            change("stage2", "expanded") / change("full_finetune", "expanded"),
-            gain("stage2", "expanded") / gain("full_finetune", "expanded"),
-        ),
+    names = {
+        "forgetting of stage 1 that review repairs, original languages": ("stage1", "original"),
+        "learning of stage 1 that is left after review, expanded languages": ("stage1", "expanded"),
+        "forgetting after both stages, as a fraction of full fine-tuning's": ("full_finetune", "original"),
+        "learning after both stages, as a fraction of full fine-tuning's": ("full_finetune", "expanded"),
     }
-    lines = ["| | demo, bits per byte | paper, benchmark scores |", "|---|---:|---:|"]
-    return "\n".join([*lines, *(f"| {name} | {ours:.0%} | {theirs:.0%} |" for name, (ours, theirs) in rows.items())])
+    rows = []
+    for number, (name, (model, group)) in enumerate(names.items()):
+        left = [value("stage2", group) / value(model, group) for value in (demo, paper)]
+        rows.append([name, *(f"{1 - fraction if number == 0 else fraction:.0%}" for fraction in left)])
+    return terminal_table(Table(["", "demo, bits per byte", "paper, benchmark scores"], rows))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Make a stock Hugging Face Qwen2 directory with random weights: the demo's stand-in for the day before pre-training.
+"""Make a stock Hugging Face Qwen2 directory with random weights, which the demo pre-trains as its base model.
 
 python examples/untrained_qwen2.py --tokenizer DIR --save DIR --hidden-size 256 --num-layers 6
 """
@@ -53,12 +53,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", type=Path, required=True, help="Hugging Face tokenizer directory")
     parser.add_argument("--save", type=Path, required=True, help="directory to write")
-    parser.add_argument("--hidden-size", type=int, default=256)
-    parser.add_argument("--num-layers", type=int, default=6)
-    parser.add_argument("--ffn-hidden-size", type=int, default=768)
-    parser.add_argument("--num-attention-heads", type=int, default=4)
-    parser.add_argument("--num-query-groups", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=1234, help="of the random weights (default: %(default)s)")
+    for flag, default in (
+        ("--hidden-size", 256), ("--num-layers", 6), ("--ffn-hidden-size", 768), ("--num-attention-heads", 4),
+        ("--num-query-groups", 2),
+    ):  # fmt: skip
+        parser.add_argument(flag, type=int, default=default, metavar="N", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=1234, help="seed of the random weights (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --save")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = vars(parser.parse_args())

@@ -1,4 +1,4 @@
-"""Run folders as the trainer writes them, made up, of any length."""
+"""Synthetic run folders of any length, in the format of the trainer."""
 
 import json
 import math
@@ -19,7 +19,7 @@ def make_run(
     validation_every: int = 100,
     train_iters: int | None = None,
 ) -> Path:
-    """Losses fall; stage 1 makes original languages worse, stage 2 repairs them. With noise and two warnings."""
+    """Losses fall; stage 1 makes original languages worse, stage 2 repairs them; with noise and two warnings."""
     noise = random.Random(steps)
     folder.mkdir(parents=True)
     settings = {

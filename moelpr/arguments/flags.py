@@ -1,4 +1,4 @@
-"""Our flags beside Megatron's, and a parser that reports every wrong word instead of stopping at the first."""
+"""The trainer's flags in addition to Megatron's, and a parser that reports all wrong arguments at once."""
 
 import argparse
 import copy
@@ -17,75 +17,50 @@ _HELP = "see python -m moelpr.pretrain --help"
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the MoE-LPR group to `parser`, and return it (Megatron's `extra_args_provider`)."""
-    group = parser.add_argument_group(title="MoE-LPR")
+    add = parser.add_argument_group(title="MoE-LPR").add_argument
     stages = "; ".join(f"{stage}: {text}" for stage, text in STAGE_HELP.items())
-    # Needed, but not "required": argparse would stop there and say nothing about the other flags.
-    group.add_argument("--stage", choices=tuple(STAGE_HELP), help=f"What to train (needed). {stages}.")
-    group.add_argument(
-        "--recipe", metavar="FILE", help="YAML file whose keys are flags; flags on the command line win."
-    )
-    group.add_argument(
-        "--num-original-experts", type=int, default=1, metavar="M",
-        help="Experts that are there before this round of languages, the dense FFN being the first. Like Megatron's "
-        "--num-experts, here the number of new ones, it must agree with the checkpoint (default: the checkpoint's).",
-    )  # fmt: skip
-    group.add_argument(
-        "--balance-loss-coeff", type=float, metavar="ALPHA",
-        help="Weight of the load-balancing loss on the scale of the paper's experiments (default: 0.01 in stage1, 0 in "
-        "stage2).",
-    )  # fmt: skip
-    group.add_argument(
-        "--lpr-loss-coeff", type=float, metavar="GAMMA",
-        help="Weight of the language-priors-routing loss, the paper's gamma (default: 0 in stage1, 0.1 in stage2). "
-        "Both losses may be used together: stage1 with a GAMMA is the paper's one-stage ablation.",
-    )  # fmt: skip
-    group.add_argument(
-        "--lpr-loss", choices=("paper", "reference"), default="paper",
-        help="paper: the paper's formula; reference: the published code's double softmax, for comparison "
-        "(default: %(default)s).",
-    )  # fmt: skip
-    group.add_argument(
-        "--train-everything", action="store_true",
-        help="Freeze nothing: the paper's plain-MoE ablation. Original languages are lost.",
-    )  # fmt: skip
-    group.add_argument(
-        "--save-trained-only", action="store_true",
-        help="Leave frozen tensors out of the checkpoints and note beside them where those lie (docs/checkpoints.md).",
-    )  # fmt: skip
-    group.add_argument(
-        "--validation-data", nargs="+", metavar="LANG=PREFIX",
-        help="Held-out corpora, one per language. Bits per byte of each are written before the first step, every "
-        "--eval-interval steps and at the end (docs/method.md, metrics); --eval-iters N reads N global batches of each "
-        "(default: all of it).",
-    )  # fmt: skip
-    group.add_argument(
-        "--warn-original-rise", type=float, default=10.0, metavar="PERCENT",
-        help="Warn when stage1 has made the loss of original-language text this much higher than at the start; 0: "
-        "never (default: %(default)s).",
-    )  # fmt: skip
-    group.add_argument(
-        "--warn-expert-share",
-        type=float,
-        default=1.0,
-        metavar="PERCENT",
-        help="Warn of an expert that fewer of the tokens choose; 0: never (default: %(default)s).",
-    )
-    group.add_argument(
-        "--warn-lpr-fall", type=float, default=1.0, metavar="PERCENT",
-        help="Warn when the language-priors-routing loss has fallen by less since the start; 0: never (default: "
-        "%(default)s).",
-    )  # fmt: skip
-    group.add_argument(
-        "--warn-window", type=int, default=50, metavar="STEPS",
-        help="Steps whose mean the warnings look at (default: %(default)s).",
-    )  # fmt: skip
-    group.add_argument("--fp32", action="store_true", help="Train in fp32 on a GPU too (default there: bf16).")
-    group.add_argument("--debug", action="store_true", help="Show the traceback of errors in arguments or input.")
+    # Not "required" for argparse, which would stop there and not report the other flags.
+    add("--stage", choices=tuple(STAGE_HELP), help=f"Training stage (required). {stages}.")
+    add("--recipe", metavar="FILE", help="YAML file of flags; flags on the command line override it (default: none).")
+    add("--num-original-experts", type=int, default=1, metavar="M",
+        help="Number of original experts per MoE layer; must match the checkpoint, as must Megatron's --num-experts, "
+        "here the number of new experts (default: the checkpoint's).")  # fmt: skip
+    add("--balance-loss-coeff", type=float, metavar="ALPHA",
+        help="Weight of the balance loss, on the scale of the paper's experiments; 0 disables it (default: 0.01 in "
+        "stage1, 0 in stage2).")  # fmt: skip
+    add("--lpr-loss-coeff", type=float, metavar="GAMMA",
+        help="Weight of the LPR (language priors routing) loss, the paper's gamma; 0 disables it (default: 0 in "
+        "stage1, 0.1 in stage2). Both losses can be combined: stage1 with GAMMA > 0 is the paper's one-stage ablation."
+        )  # fmt: skip
+    add("--lpr-loss", choices=("paper", "reference"), default="paper",
+        help="Formula of the LPR loss: the paper's, or the published code's double softmax, for comparison (default: "
+        "%(default)s).")  # fmt: skip
+    add("--train-everything", action="store_true",
+        help="Freeze nothing: the paper's plain-MoE ablation, which loses the original languages.")  # fmt: skip
+    add("--save-trained-only", action="store_true",
+        help="Omit frozen tensors from checkpoints and record where to find them (docs/checkpoints.md).")  # fmt: skip
+    add("--validation-data", nargs="+", metavar="LANG=PREFIX",
+        help="Held-out corpora, one per language. Bits per byte of each are logged before the first step, every "
+        "--eval-interval steps, and at the end; --eval-iters N limits each evaluation to N global batches per corpus "
+        "(default: the full corpus).")  # fmt: skip
+    add("--warn-original-rise", type=float, default=10.0, metavar="PERCENT",
+        help="Warn if the stage1 loss on original-language text rises by more than PERCENT since the start; 0 disables "
+        "the warning (default: %(default)s).")  # fmt: skip
+    add("--warn-expert-share", type=float, default=1.0, metavar="PERCENT",
+        help="Warn if an expert receives less than PERCENT of tokens; 0 disables the warning (default: %(default)s)."
+        )  # fmt: skip
+    add("--warn-lpr-fall", type=float, default=1.0, metavar="PERCENT",
+        help="Warn if the LPR loss falls by less than PERCENT since the start; 0 disables the warning (default: "
+        "%(default)s).")  # fmt: skip
+    add("--warn-window", type=int, default=50, metavar="STEPS",
+        help="Number of steps averaged per warning check (default: %(default)s).")  # fmt: skip
+    add("--fp32", action="store_true", help="Train in fp32 (default: bf16 on a GPU, fp32 on a CPU).")
+    add("--debug", action="store_true", help="Show tracebacks of errors in arguments or input.")
     return parser
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, whose errors can be caught one by one."""
+    """argparse without abbreviations, whose errors can be collected."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, exit_on_error=False, **options)
@@ -94,53 +69,58 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; {_HELP}")
 
     def flags(self) -> dict[str, argparse.Action]:
-        """Every `--flag` and what it sets."""
+        """Every `--flag` and its action."""
         return {flag: action for action in self._actions for flag in action.option_strings}
 
     def actions_of(self, name: str) -> list[argparse.Action]:
-        """The actions behind an argument, named by its destination or by its flag."""
+        """The actions of an argument, given its destination or flag name."""
         flag = f"--{name.replace('_', '-')}"
         return [action for action in self._actions if action.dest == name or flag in action.option_strings]
 
     def parse_tolerantly(
-        self, words: list[str], into: argparse.Namespace | None = None, where: str = ""
+        self, argv: list[str], into: argparse.Namespace | None = None, where: str = ""
     ) -> tuple[argparse.Namespace, list[str]]:
-        """The settings of `words` on top of `into`, and one sentence for each word that is wrong and left out.
+        """Parse what is valid, and report the rest.
 
         Args:
-            where: how the sentences name the source, such as "in recipe.yaml, "; empty: the command line.
+            argv: command-line arguments.
+            into: settings to start from; not modified.
+            where: prefix of the messages that names the source, such as "in recipe.yaml, ".
+
+        Returns:
+            The settings, and one message per invalid argument.
         """
-        complaints: list[str] = []
+        problems: list[str] = []
         while True:
             try:
-                namespace, unknown = self.parse_known_args(words, copy.copy(into))
+                namespace, unknown = self.parse_known_args(argv, copy.copy(into))
                 break
             except argparse.ArgumentError as error:
                 names = (error.argument_name or "").split("/")
-                complaints.append(f"{where}{names[0]}: {error.message}; {_HELP}")
-                _, rest = split_words(words, names)
-                if rest == words:  # not the fault of a flag we can leave out
-                    raise UserError(complaints[-1]) from error
-                words = rest
-        return namespace, complaints + list(self._unknown(unknown, where))
+                problems.append(f"{where}{names[0]}: {error.message}; {_HELP}")
+                _, rest = split_by_flags(argv, names)
+                if rest == argv:  # no flag to remove
+                    raise UserError(problems[-1]) from error
+                argv = rest
+        return namespace, problems + list(self._unrecognized(unknown, where))
 
-    def _unknown(self, words: list[str], where: str) -> Iterable[str]:
-        flags = [word.split("=", 1)[0] for word in words if word.startswith("-") and not _is_number(word)]
+    def _unrecognized(self, argv: list[str], where: str) -> Iterable[str]:
+        flags = [item.split("=", 1)[0] for item in argv if item.startswith("-") and not _is_number(item)]
         for flag in flags:
-            yield f"{where}there is no flag {flag}; {did_you_mean(flag, self.flags()) or _HELP}"
-        if words and not flags:  # beside an unknown flag they are most likely its values
-            yield f"{where}{' '.join(words)} belongs to no flag; drop it, or name its flag"
+            yield f"{where}unrecognized argument {flag}; {did_you_mean(flag, self.flags()) or _HELP}"
+        if argv and not flags:  # next to an unrecognized flag they are most likely its values
+            yield f"{where}unrecognized value {' '.join(argv)}; remove it, or add its flag"
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str | None:
-    """ "did you mean …?" with the most similar of the known words, or None where none is similar."""
-    nearest = difflib.get_close_matches(word, list(known), n=1, cutoff=0.75)
+def did_you_mean(name: str, known: Iterable[str]) -> str | None:
+    """ "did you mean …?" with the most similar of the known names; None if none is similar."""
+    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.75)
     return f"did you mean {nearest[0]}?" if nearest else None
 
 
 @functools.cache
 def all_arguments() -> Parser:
-    """Our flags first, then Megatron's."""
+    """The trainer's parser: MoE-LPR flags first, then Megatron's."""
     parser = Parser(
         prog="python -m moelpr.pretrain",
         usage="python -m moelpr.pretrain --stage STAGE --pretrained-checkpoint DIR --data-path PREFIX --save DIR …",
@@ -151,39 +131,39 @@ def all_arguments() -> Parser:
         try:
             _ = (action.help or "") % vars(action)
         except (ValueError, TypeError, KeyError):
-            action.help = (action.help or "").replace("%", "%%")  # some of Megatron's texts hold a bare %
+            action.help = (action.help or "").replace("%", "%%")  # some of Megatron's help texts contain a bare %
         if callable(action.type) and not isinstance(action.type, type):
             action.type = _with_argparse_errors(action.type)
     return parser
 
 
 def _with_argparse_errors(convert: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Some of Megatron's converters evaluate their text and fail with whatever comes."""
+    """Wrap a converter of Megatron's; some evaluate their text and may raise any exception."""
 
     def converted(text: str) -> Any:
         try:
             return convert(text)
         except Exception as error:
-            raise argparse.ArgumentTypeError(f"{text!r} can't be read ({error or type(error).__name__})") from error
+            raise argparse.ArgumentTypeError(f"invalid value {text!r} ({error or type(error).__name__})") from error
 
     return converted
 
 
-def split_words(words: list[str], flags: Collection[str]) -> tuple[list[str], list[str]]:
-    """The words of these flags with their values, and all others."""
-    theirs: list[str] = []
+def split_by_flags(argv: list[str], flags: Collection[str]) -> tuple[list[str], list[str]]:
+    """Split arguments into those of the given flags, with their values, and all others."""
+    chosen: list[str] = []
     others: list[str] = []
     part = others
-    for word in words:
-        if word.startswith("--"):
-            part = theirs if word.split("=", 1)[0] in flags else others
-        part.append(word)
-    return theirs, others
+    for item in argv:
+        if item.startswith("--"):
+            part = chosen if item.split("=", 1)[0] in flags else others
+        part.append(item)
+    return chosen, others
 
 
-def _is_number(word: str) -> bool:
+def _is_number(text: str) -> bool:
     try:
-        float(word)
+        float(text)
     except ValueError:
         return False
     return True

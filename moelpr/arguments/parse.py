@@ -1,4 +1,4 @@
-"""From the command line to settings that Megatron has taken: gather, check everything, register."""
+"""From the command line to settings registered with Megatron: gather, check everything, register."""
 
 import argparse
 import os
@@ -9,65 +9,60 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import set_global_variables
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
-from moelpr.arguments.checks import complaints, notes
-from moelpr.arguments.checks.run import Run
+from moelpr.arguments.checks import find_notes, find_problems
 from moelpr.arguments.flags import add_arguments, all_arguments
-from moelpr.arguments.machine import apply_machine
-from moelpr.arguments.method import apply_method
-from moelpr.arguments.sources import Sources
+from moelpr.arguments.settings import RunSettings, apply_machine, apply_method
 from moelpr.errors import UserError
 from moelpr.model.config import MoELPRConfig
 from moelpr.model_spec import ModelSpec
 
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ModelSpec]:
-    """Parse and check the command line, register it with Megatron, and return it with the model it trains.
+    """Parse and check the command line, and register it with Megatron.
 
-    Nothing is built and no process group is set up before every setting has been checked.
+    All settings are checked before anything is built or a process group is created.
+
+    Args:
+        argv: command-line arguments without the program's name.
+
+    Returns:
+        Megatron's arguments, and the spec of the model to train.
 
     Raises:
-        UserError: settings are wrong, contradict each other or would be ignored; all of them are named.
+        UserError: settings are invalid, contradict each other or would be ignored; the message names all of them.
     """
     parser = all_arguments()
     if "-h" in argv or "--help" in argv:
         parser.print_help()
         sys.exit(0)
-    sources = Sources.gather(argv, parser)
-    draft = sources.draft  # tolerant of wrong words, so that the checks see the rest
-    apply_machine(draft)
-    run = Run.of(draft, sources)
-    problems = [*sources.complaints, *complaints(run)]
+    run = RunSettings.gather(argv, parser)
+    apply_machine(run.args)
+    problems = list(dict.fromkeys([*run.problems, *find_problems(run)]))
     if problems:
-        raise UserError(_as_message(problems))
+        several = [f"{len(problems)} settings are wrong:"] if len(problems) > 1 else []
+        raise UserError("\n- ".join([*several, *problems]))
     if os.environ.get("RANK", "0") == "0":
-        for note in notes(run):
+        for note in find_notes(run):
             print(f"moelpr: {note}", file=sys.stderr)
-    assert sources.spec is not None, "a checkpoint without a spec is a complaint"
-    return _taken_by_megatron(sources, sources.spec, run.is_resumed), sources.spec
+    assert run.spec is not None, "a checkpoint without a spec is a problem"
+    return _register(run, run.spec), run.spec
 
 
 def refused_by_megatron(error: Exception) -> UserError:
-    """Megatron's own complaint about a combination of settings, as one sentence."""
-    return UserError(f"Megatron refuses these arguments: {' '.join(str(error).split()) or 'see --debug'}")
+    """Megatron's own error about a combination of settings, as one sentence."""
+    return UserError(f"Megatron rejected these arguments: {' '.join(str(error).split()) or 'see --debug'}")
 
 
-def _as_message(problems: list[str]) -> str:
-    problems = list(dict.fromkeys(problems))
-    if len(problems) == 1:
-        return problems[0]
-    return "\n- ".join([f"{len(problems)} settings are wrong:", *problems])
-
-
-def _taken_by_megatron(sources: Sources, spec: ModelSpec, is_resumed: bool) -> argparse.Namespace:
-    """Megatron's own parsing, checks and registration, the settings of machine and method applied."""
-    sys.argv[1:] = sources.words
+def _register(run: RunSettings, spec: ModelSpec) -> argparse.Namespace:
+    """Let Megatron parse, check and register the settings, with those of machine and method applied."""
+    sys.argv[1:] = run.argv
     try:
         args = parse_args(add_arguments)
-        args.model_source, args.ckpt_step, args.is_resumed = str(sources.checkpoint), sources.step, is_resumed
+        args.model_source, args.ckpt_step, args.is_resumed = str(run.checkpoint), run.step, run.is_resumed
         apply_machine(args)
         apply_method(args, spec)
         validate_args(args)
-        core_transformer_config_from_args(args, config_class=MoELPRConfig)  # refuses more; the result is not needed
+        core_transformer_config_from_args(args, config_class=MoELPRConfig)  # for its checks; the result is not used
     except (AssertionError, ValueError, RuntimeError) as error:
         raise refused_by_megatron(error) from error
     args.padded_vocab_size = calculate_padded_vocab_size(

@@ -1,30 +1,223 @@
-"""What a model has learned: its bits per byte, where its tokens go, and its scores on benchmarks.
+"""What a model has learned: bits per byte, routing, and scores on benchmarks.
 
 python -m moelpr.evaluate --model base=DIR --model stage2=DIR --data en=en.jsonl --data el=el.jsonl
 python -m moelpr.evaluate routing --model stage2=DIR --data en=en.jsonl --data el=el.jsonl --original-languages en
 python -m moelpr.evaluate harness --model base=DIR --model stage2=DIR --languages en,el --original-languages en
 """
 
+import argparse
 import sys
-from importlib import import_module
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moelpr.errors import UserError, run_command
 
-# Each has a module of its own, which is imported when its command is given.
-COMMANDS = {
-    "routing": "moelpr.evaluate.routing_command",
-    "harness": "moelpr.evaluate.harness.command",
-}
+if TYPE_CHECKING:
+    from moelpr.evaluate.results import Results
 
 
 def main() -> None:
-    name, rest = sys.argv[1:2], sys.argv[2:]
-    if name == ["report"]:
-        raise UserError("the report is a command of its own: python -m moelpr.report RUN")
-    if name and name[0] in COMMANDS:
-        import_module(COMMANDS[name[0]]).main(rest)
-    else:
-        import_module("moelpr.evaluate.text_command").main(sys.argv[1:])
+    arguments = sys.argv[1:]
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        arguments = ["text", *arguments]  # the default command
+    args = make_parser().parse_args(arguments)
+    results: Results = args.measure(args)
+    results.print()
+    if args.output:
+        results.write(args.output)
+
+
+def measure_text(args: argparse.Namespace) -> "Results":
+    """Of the commands `text` and `routing`, which share all measurements."""
+    models, data = named_paths(args.model, "--model"), named_paths(args.data, "--data")
+    original = read_original(args.original_languages, data, "--data")
+    from moelpr.documents import read_documents  # after the arguments: torch and matplotlib are slow to import
+    from moelpr.evaluate.compare import ResultCache, compare_models
+    from moelpr.evaluate.models import choose_device
+    from moelpr.evaluate.results import RoutingResults, TextResults
+    from moelpr.evaluate.scoring import Settings
+
+    choose_device(args.device)
+    cache = ResultCache(args.output)
+    comparison = compare_models(
+        models,
+        {language: read_documents(path, args.json_key, args.max_documents) for language, path in data.items()},
+        Settings(args.sequence_length, args.context, args.batch_size),
+        continuation_tokens=args.continuations,
+        device=args.device,
+        dtype=args.dtype,
+        cache=cache,
+    )
+    if args.command == "routing":
+        return RoutingResults(comparison, data, original, args.threshold)
+    return TextResults(comparison, data, original, args.seed)
+
+
+def measure_harness(args: argparse.Namespace) -> "Results":
+    models = named_paths(args.model, "--model")
+    languages = split_languages(args.languages)
+    original = read_original(args.original_languages, languages, "--languages")
+    from moelpr.evaluate.compare import ResultCache
+    from moelpr.evaluate.harness import PAPER_TASKS, HarnessResults, HarnessSettings, read_benchmarks, run_tasks
+    from moelpr.evaluate.models import choose_device, read_max_positions
+
+    benchmarks = read_benchmarks(args.tasks or PAPER_TASKS, languages)
+    choose_device(args.device)
+    for directory in models.values():
+        read_max_positions(directory)  # raises if it is not a model
+    settings = HarnessSettings(args.include_path, args.limit, args.batch_size, args.device, args.dtype)
+    scores = run_tasks(models, benchmarks, settings, ResultCache(args.output))
+    return HarnessResults(models, benchmarks, languages, original, scores, settings)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m moelpr.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="`text` is the default command. `python -m moelpr.evaluate COMMAND --help` lists a command's options.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
+    text = commands.add_parser(
+        "text",
+        help="bits per byte on held-out text (default)",
+        description="Bits per byte (lower is better), perplexity and next-token accuracy per model and language, with "
+        "95% confidence intervals, and the changes from the first model.",
+    )
+    add_text_arguments(text)
+    text.add_argument("--seed", type=int, default=1, help="random seed for bootstrap resampling (default: %(default)s)")
+    text.add_argument(
+        "--continuations", type=at_least(0), default=0, metavar="TOKENS",
+        help="also continue the first words of a document per language, greedily, by up to TOKENS tokens (default: "
+        "%(default)s, none; Hugging Face directories only)",
+    )  # fmt: skip
+
+    routing = commands.add_parser(
+        "routing",
+        help="where each language's tokens go",
+        description="Routing of MoE models per layer, expert and language, from their forward pass on held-out text: "
+        "first choices, mean scores, entropy, load imbalance, and how often an original expert is among the top K. "
+        "With --original-languages, the layers that break the language prior are listed. In the output folder of "
+        "`python -m moelpr.evaluate`, nothing is measured twice.",
+    )
+    add_text_arguments(routing)
+    routing.set_defaults(continuations=0)
+    routing.add_argument(
+        "--threshold", type=fraction, default=0.5, metavar="FRACTION",
+        help="a layer breaks the prior if more than this fraction of a language's first choices is wrong (original "
+        "languages: a new expert; expanded languages: an original one); at least 0, below 1 (default: %(default)s)",
+    )  # fmt: skip
+
+    harness = commands.add_parser(
+        "harness",
+        help="the paper's benchmarks, by lm-evaluation-harness",
+        description="Run lm-evaluation-harness with the paper's tasks (ARC, MMLU, HellaSwag, Belebele, FLORES) and "
+        "shot counts, and average original and expanded languages as in its Table 1. Requires the extra `eval`. Data "
+        "sets come from the Hugging Face hub, or offline (HF_HUB_OFFLINE=1) from its cache or from your own tasks.",
+    )
+    add_model_argument(harness, "Hugging Face directory; repeat for several; the first is the reference")
+    harness.add_argument("--languages", required=True, metavar="en,el,...", help="codes as in the table of tasks")
+    harness.add_argument(
+        "--original-languages", required=True, metavar="en,...", help="all other --languages are expanded languages"
+    )
+    harness.add_argument(
+        "--tasks", type=Path, metavar="FILE",
+        help="YAML table of benchmarks, shots and tasks (default: moelpr/evaluate/paper_tasks.yaml)",
+    )  # fmt: skip
+    harness.add_argument("--include-path", type=Path, metavar="DIR", help="folder with your own task files")
+    harness.add_argument("--limit", type=at_least(1), metavar="N", help="questions per task (default: all)")
+    harness.add_argument(
+        "--batch-size", type=at_least(1), default=8, metavar="N", help="questions per batch (default: %(default)s)"
+    )
+    add_common_arguments(harness)
+    harness.set_defaults(measure=measure_harness)
+    return parser
+
+
+def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_argument(parser, "Hugging Face directory or Megatron checkpoint folder; repeat for several")
+    parser.add_argument(
+        "--data", action="append", required=True, metavar="LANG=FILE",
+        help="held-out text of a language as JSON lines; repeat for several",
+    )  # fmt: skip
+    parser.add_argument(
+        "--original-languages", metavar="en,es,...",
+        help="languages of --data that the base supports; all others are expanded languages (default: unknown)",
+    )  # fmt: skip
+    parser.add_argument("--json-key", default="text", metavar="KEY", help="key of the text (default: %(default)s)")
+    parser.add_argument("--max-documents", type=at_least(1), metavar="N", help="documents per language (default: all)")
+    parser.add_argument(
+        "--sequence-length", type=at_least(1), metavar="N",
+        help="window in tokens (default: 512, or the models' maximum if that is less)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--context", type=int, metavar="N",
+        help="overlap between consecutive windows of a document, in tokens (default: a quarter of the window)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--batch-size", type=at_least(1), metavar="N", help="full windows per batch (default: what fits in memory)"
+    )
+    add_common_arguments(parser)
+    parser.set_defaults(measure=measure_text)
+
+
+def add_model_argument(parser: argparse.ArgumentParser, help: str) -> None:
+    parser.add_argument("--model", action="append", required=True, metavar="[NAME=]DIR", help=help)
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto: a GPU if any (default: auto)")
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+        help="auto: float32 on a CPU, the model's own on a GPU (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR",
+        help="folder for the results as JSON, Markdown, HTML and SVG; rerun the command to resume",
+    )  # fmt: skip
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    def parse(value: str) -> int:
+        if not value.isdecimal() or int(value) < minimum:
+            raise argparse.ArgumentTypeError(f"expected an integer of at least {minimum}, got {value}")
+        return int(value)
+
+    return parse
+
+
+def fraction(value: str) -> float:
+    if not 0 <= float(value) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, got {value}")
+    return float(value)
+
+
+def split_languages(value: str | None) -> list[str]:
+    return [language.strip() for language in (value or "").split(",") if language.strip()]
+
+
+def read_original(value: str | None, languages: Collection[str], flag: str) -> list[str]:
+    original = split_languages(value)
+    if unknown := [language for language in original if language not in languages]:
+        raise UserError(f"--original-languages {','.join(unknown)} must be among {flag} ({', '.join(languages)})")
+    return original
+
+
+def named_paths(items: list[str], flag: str) -> dict[str, Path]:
+    """NAME=PATH arguments by name; the name of a bare --model path is that of its last folder."""
+    named: dict[str, Path] = {}
+    for item in items:
+        name, separator, path = item.partition("=")
+        if not separator and flag == "--model":
+            name, path = Path(item).resolve().name, item
+        if not name or not path:
+            raise UserError(f"{flag} expects NAME=PATH, got {item}")
+        if name in named:
+            raise UserError(f"{flag} has {name} twice ({named[name]} and {path}); give each its own name as NAME=PATH")
+        named[name] = Path(path)
+    return named
 
 
 if __name__ == "__main__":

@@ -1,37 +1,49 @@
-"""Several models side by side on the same text, loaded one after another."""
+"""Several models on the same text, loaded one after another; results are cached as they come."""
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from moelpr.evaluate.generate import continue_prompts
-from moelpr.evaluate.models import open_model, read_max_positions
-from moelpr.evaluate.parts import Parts, fingerprint_model, fingerprint_text
-from moelpr.evaluate.perplexity import LanguageScore, Settings, score_each
-from moelpr.evaluate.tables import Table
+from moelpr.checkpoints import checkpoint_chain
+from moelpr.errors import UserError
+from moelpr.evaluate.generate import choose_prompt, continue_prompt
+from moelpr.evaluate.models import is_megatron, open_model, read_max_positions
+from moelpr.evaluate.scoring import LanguageScore, Settings, score_each
+from moelpr.files import atomic_file
+from moelpr.model_spec import FILE_NAME
+from moelpr.run_folder import HF_FOLDER
+
+FORMAT_VERSION = 1
+CACHE_FOLDER = "parts"
+_PROMPT = "continuation "  # before a language: a continuation's name in the cache
 
 
 @dataclass(frozen=True)
-class ModelResult:
-    """What one model does on each language."""
+class Continuation:
+    """A prompt from a held-out document, how the document continues, and how each model does (model -> text)."""
 
-    scores: dict[str, LanguageScore]
-    continuations: dict[str, str]  # empty where no prompts were given
+    prompt: str
+    reference: str
+    by_model: dict[str, str]
 
-    @property
-    def bits_per_byte(self) -> dict[str, float]:
-        return {language: score.bits_per_byte for language, score in self.scores.items()}
 
-    @property
-    def original_expert_share(self) -> dict[str, dict[str, Any]] | None:
-        """Language -> {"overall", "per_layer"}; None for a dense model."""
-        shares = {
-            language: score.routing.original_expert_share
-            for language, score in self.scores.items()
-            if score.routing is not None
-        }
-        return shares or None
+@dataclass(frozen=True)
+class Comparison:
+    """What several models do on the same text."""
+
+    models: dict[str, Path]
+    settings: Settings  # the same windows for all models
+    scores: dict[str, dict[str, LanguageScore]]  # model -> language -> score
+    continuation_tokens: int  # maximum length of a continuation; 0 for none
+    continuations: dict[str, Continuation]  # by language
+
+    def scores_on(self, language: str) -> dict[str, LanguageScore]:
+        """Model -> score on one language."""
+        return {model: scores[language] for model, scores in self.scores.items()}
 
 
 def compare_models(
@@ -39,57 +51,115 @@ def compare_models(
     documents: Mapping[str, Sequence[str]],
     settings: Settings | None = None,
     *,
-    prompts: Mapping[str, str] | None = None,
-    max_new_tokens: int = 40,
-    temperature: float = 0.0,
+    continuation_tokens: int = 0,
     device: str = "auto",
     dtype: str = "auto",
-    parts: Parts | None = None,
-) -> dict[str, ModelResult]:
-    """Score every model (name -> directory) on every language (-> texts), and let each continue the prompts.
+    cache: "ResultCache | None" = None,
+) -> Comparison:
+    """Score every model on every language, in windows of the same length, so that no model gets more context.
 
-    All models see windows of the same length, so that none gets more context than another. Megatron checkpoints
-    continue no prompts. parts: where results are kept as they come, and where those of an earlier run are taken from.
+    Args:
+        models: name -> directory.
+        documents: language -> texts.
+        settings: windows and batches.
+        continuation_tokens: length of the continuations of a prompt per language, in tokens; 0: none.
+        device, dtype: see `moelpr.evaluate.models.load_model`.
+        cache: where results are kept, and those of an earlier run are read.
+
+    Raises:
+        UserError: before a model is opened, if a setting does not fit a model.
     """
     settings = (settings or Settings()).resolve({name: read_max_positions(path) for name, path in models.items()})
-    texts = {language: fingerprint_text(group) for language, group in documents.items()}
-    results = {}
-    for name, directory in models.items():
-        of = {"model": fingerprint_model(directory), "dtype": dtype, **settings.identity}
-        kept = _read_kept(parts, name, {language: of | {"text": text} for language, text in texts.items()})
-        missing = {language: documents[language] for language in documents if language not in kept}
-        continuations: dict[str, str] = {}
-        if missing or prompts:
-            with open_model(directory, device, dtype) as loaded:
-                for language, score in score_each(loaded, missing, settings, name=name):
-                    kept[language] = score
-                    if parts:
-                        parts.write(name, language, of | {"text": texts[language]}, score.to_json())
-                if prompts:
-                    continuations = continue_prompts(
-                        loaded, prompts, max_new_tokens=max_new_tokens, temperature=temperature
-                    )
-        results[name] = ModelResult({language: kept[language] for language in documents}, continuations)
-    return results
-
-
-def _read_kept(parts: Parts | None, model: str, wanted: dict[str, dict[str, Any]]) -> dict[str, LanguageScore]:
-    """What an earlier run has measured of the wanted (language -> what its part must be of)."""
-    found = {language: parts.read(model, language, of) for language, of in wanted.items()} if parts else {}
-    return {language: LanguageScore.from_json(result) for language, result in found.items() if result is not None}
-
-
-def group_means(values: Mapping[str, float], original: Sequence[str]) -> dict[str, float]:
-    """Plain means over the original and over the expanded languages."""
-    groups = {
-        "original": [value for language, value in values.items() if language in original],
-        "expanded": [value for language, value in values.items() if language not in original],
+    cache = cache or ResultCache(None)
+    checkpoints = [name for name, directory in models.items() if is_megatron(directory)]
+    if continuation_tokens and checkpoints:
+        raise UserError(
+            f"--continuations requires Hugging Face directories, {checkpoints[0]} is a Megatron checkpoint; export it "
+            "with checkpoint_convert/mcore_to_hf.py"
+        )
+    digests = {
+        language: hashlib.sha256(json.dumps(texts).encode()).hexdigest() for language, texts in documents.items()
     }
-    return {f"mean {group}": sum(members) / len(members) for group, members in groups.items() if members}
+    prompts = {language: choose_prompt(texts) for language, texts in documents.items()} if continuation_tokens else {}
+    results: dict[str, dict[str, dict[str, Any]]] = {}  # model -> what is cached under one name -> result
+    for name, directory in models.items():
+        of = {"model": fingerprint_model(directory), "dtype": dtype}
+        keys = {language: {**of, **settings.identity, "text": digest} for language, digest in digests.items()}
+        for language, prompt in prompts.items():
+            keys[_PROMPT + language] = {**of, "prompt": prompt.text, "tokens": continuation_tokens}
+        found = {part: result for part, key in keys.items() if (result := cache.read(name, part, key)) is not None}
+        if len(found) < len(keys):
+            missing = {language: texts for language, texts in documents.items() if language not in found}
+            with open_model(directory, device, dtype) as loaded:
+                for language, score in score_each(loaded, missing, settings, name):
+                    found[language] = score.to_json()
+                    cache.write(name, language, keys[language], found[language])
+                for part in [part for part in keys if part not in found]:
+                    text = continue_prompt(loaded, prompts[part.removeprefix(_PROMPT)].text, continuation_tokens)
+                    found[part] = {"text": text}
+                    cache.write(name, part, keys[part], found[part])
+        results[name] = found
+    scores = {
+        name: {language: LanguageScore.from_json(found[language]) for language in documents}
+        for name, found in results.items()
+    }
+    continuations = {
+        language: Continuation(
+            prompt.text, prompt.reference, {name: found[_PROMPT + language]["text"] for name, found in results.items()}
+        )
+        for language, prompt in prompts.items()
+    }
+    return Comparison(dict(models), settings, scores, continuation_tokens, continuations)
 
 
-def markdown_table(rows: Mapping[str, Mapping[str, float]], digits: int = 3) -> str:
-    """Rows (name -> column -> number) as a Markdown table with aligned columns."""
-    columns = list(next(iter(rows.values())))
-    cells = [[name, *(f"{values[column]:.{digits}f}" for column in columns)] for name, values in rows.items()]
-    return Table("", ["model", *columns], cells).markdown()
+class ResultCache:
+    """Results in an evaluation's folder, one file each (`parts/MODEL/NAME.json`), so that a rerun resumes.
+
+    Each file records what it was computed from. A result with a different key is not used, but computed again.
+    """
+
+    def __init__(self, folder: Path | None):
+        """`folder` is the evaluation's --output; None caches nothing."""
+        if folder and folder.exists() and not folder.is_dir():
+            raise UserError(f"--output {folder} is a file; pass a folder")
+        if folder and folder.is_dir() and any(folder.iterdir()) and not (folder / CACHE_FOLDER).is_dir():
+            raise UserError(f"--output {folder} is not an evaluation folder; choose another")
+        self._folder = folder and folder / CACHE_FOLDER
+
+    def read(self, model: str, name: str, key: dict[str, Any]) -> dict[str, Any] | None:
+        """The result computed from exactly `key`, or None."""
+        try:
+            content = json.loads(self._path(model, name).read_text(encoding="utf-8")) if self._folder else {}
+            return content["result"] if content["of"] == _with_version(key) else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def write(self, model: str, name: str, key: dict[str, Any], result: dict[str, Any]) -> None:
+        if self._folder:
+            with atomic_file(self._path(model, name)) as temporary:
+                content = {"of": _with_version(key), "result": result}
+                temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+    def _path(self, model: str, name: str) -> Path:
+        assert self._folder
+        return self._folder / quote(model, safe="") / f"{quote(name, safe='')}.json"
+
+
+def _with_version(key: dict[str, Any]) -> dict[str, Any]:
+    return {"format_version": FORMAT_VERSION, **key}
+
+
+def fingerprint_model(directory: Path) -> str:
+    """A digest of its files' names, sizes and times; the weights are too large to be read."""
+    if is_megatron(directory):
+        folders = [directory / HF_FOLDER, *checkpoint_chain(directory)]
+        return fingerprint_files([directory / FILE_NAME, *(file for folder in folders for file in folder.rglob("*"))])
+    return fingerprint_files(file for file in directory.iterdir() if file.suffix != ".md")
+
+
+def fingerprint_files(files: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(file for file in files if file.is_file()):
+        state = file.stat()
+        digest.update(f"{file.name} {state.st_size} {state.st_mtime_ns}\n".encode())
+    return digest.hexdigest()

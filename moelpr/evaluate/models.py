@@ -1,10 +1,11 @@
-"""Opening a model to evaluate: a Hugging Face directory or a Megatron checkpoint, behind one interface.
+"""Open a model for evaluation: a Hugging Face directory or a Megatron checkpoint folder, behind one interface.
 
-Hugging Face directories: stock classes, safetensors only, nothing fetched, no code of their own run.
+A Hugging Face directory is opened with transformers' own classes, from safetensors files only. Nothing is downloaded,
+and code that comes with a model is never run. A Megatron checkpoint is opened with the trainer's own code.
 """
 
 import gc
-import json
+import logging
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -17,44 +18,42 @@ import torch
 from torch import Tensor, nn
 
 from moelpr.errors import UserError
+from moelpr.megatron_patches import cpu, megatron_fixes
 from moelpr.model_spec import FILE_NAME, ModelSpec
+from moelpr.run_folder import HF_FOLDER, read_json
 
 
 @dataclass(frozen=True)
 class LoadedModel(ABC):
-    """A causal language model in evaluation mode with its tokenizer."""
+    """A causal language model in evaluation mode, with its tokenizer."""
 
     directory: Path
     model: Any
     tokenizer: Any  # a transformers PreTrainedTokenizerBase
-    start_id: int  # the token every document is conditioned on: BOS where the tokenizer has one, else EOS
+    start_id: int  # the token that precedes every document: BOS, or EOS if the tokenizer has no BOS
     eos_id: int | None
 
     @property
     @abstractmethod
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """Number of token embeddings."""
 
     @property
-    def max_positions(self) -> int | None:
-        """Longest input in tokens, None where the model names no limit."""
-        return read_max_positions(self.directory)
-
-    @property
-    @abstractmethod
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
     @abstractmethod
     def logits(self, tokens_BS: Tensor) -> Tensor:
-        """[batch, sequence, vocabulary] from a plain forward pass. Padding stands on the right."""
+        """Logits [batch, sequence, vocabulary] of one forward pass. Padding must be on the right."""
 
     @property
     @abstractmethod
     def routers(self) -> dict[int, nn.Module]:
-        """Router of each MoE layer by decoder layer number, counted from 0; empty for a dense model."""
+        """The router of each MoE layer, by decoder layer number (from 0); empty for a dense model."""
 
     @abstractmethod
     def router_logits(self, router: nn.Module, inputs: Any, output: Any) -> Tensor:
-        """Logits [T, experts] of a router's call, from what a forward hook sees; T runs over batch, then sequence."""
+        """Logits [T, experts] of one router call, from a forward hook's arguments; T: over batch, then sequence."""
 
     @property
     @abstractmethod
@@ -75,17 +74,13 @@ class HfModel(LoadedModel):
     def vocab_size(self) -> int:
         return self.model.get_input_embeddings().weight.shape[0]
 
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
     def logits(self, tokens_BS: Tensor) -> Tensor:
-        # No attention mask: padding is on the right, where a causal model's tokens never look.
+        # No attention mask: padding is on the right, which the tokens of a causal model do not attend to.
         return self.model(input_ids=tokens_BS, use_cache=False).logits
 
     @property
     def routers(self) -> dict[int, nn.Module]:
-        """Mixtral, Qwen2Moe and Qwen3Moe all name them `gate` and give them a weight [E, hidden]."""
+        """Mixtral, Qwen2Moe and Qwen3Moe all name their routers `gate`, with a weight [E, hidden]."""
         config = self.model.config
         num_experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
         layers = getattr(self.model.get_decoder(), "layers", None)
@@ -104,7 +99,7 @@ class HfModel(LoadedModel):
 
     @property
     def num_original_experts(self) -> int:
-        # Our exports say it in their config.json; the stock classes keep what they don't know.
+        # Our exports record it in config.json; transformers keeps fields that it does not use.
         return getattr(self.model.config, "num_original_experts", 1)
 
     @property
@@ -112,127 +107,194 @@ class HfModel(LoadedModel):
         return getattr(self.model.config, "num_experts_per_tok", None) or 1
 
 
+@dataclass(frozen=True)
+class MegatronModel(LoadedModel):
+    """`model` is Megatron's GPTModel with our MoE layers."""
+
+    spec: ModelSpec
+
+    @property
+    def vocab_size(self) -> int:
+        return self.spec.megatron_args["vocab_size"]
+
+    def logits(self, tokens_BS: Tensor) -> Tensor:
+        positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
+        return self.model(tokens_BS, positions, attention_mask=None)[..., : self.vocab_size]
+
+    @property
+    def routers(self) -> dict[int, nn.Module]:
+        return {
+            number: layer.mlp.router
+            for number, layer in enumerate(self.model.decoder.layers)
+            if hasattr(layer.mlp, "router")
+        }
+
+    def router_logits(self, router: Any, inputs: Any, output: Any) -> Tensor:
+        # The router returns only its choices, so its linear map is applied again to the same hidden states.
+        hidden_SBH = inputs[0]
+        return router.gating(hidden_SBH).transpose(0, 1).flatten(0, 1)
+
+    @property
+    def num_original_experts(self) -> int:
+        return self.spec.moe.num_original_experts if self.spec.moe else 1
+
+    @property
+    def topk(self) -> int:
+        return self.spec.moe.topk if self.spec.moe else 1
+
+
 def is_megatron(directory: Path) -> bool:
-    """Whether it is a checkpoint folder of the converter or the trainer, rather than a Hugging Face directory."""
+    """Whether `directory` is a checkpoint folder of the converter or the trainer, not a Hugging Face directory."""
     return (directory / FILE_NAME).is_file()
 
 
 @contextmanager
 def open_model(directory: Path, device: str = "auto", dtype: str = "auto") -> Iterator[LoadedModel]:
-    """The model in `directory`, of either kind, in memory for as long as the `with` block runs. See `load_model`."""
+    """Load the model in `directory`, of either kind, for the duration of the `with` block; see `load_model`."""
     if is_megatron(directory):
-        from moelpr.evaluate.megatron_model import open_megatron_model  # Megatron takes seconds to import
-
-        with open_megatron_model(directory, device, dtype) as loaded:
+        with _open_megatron_model(directory, device, dtype) as loaded:
             yield loaded
         del loaded
     else:
         yield load_model(directory, device, dtype)
-    gc.collect()  # before the next one takes its memory
+    gc.collect()  # before the next model takes its memory
 
 
 def load_model(directory: Path, device: str = "auto", dtype: str = "auto") -> HfModel:
-    """Open a Hugging Face directory with transformers' own classes.
+    """Load a Hugging Face directory.
 
-    device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", ...
-    dtype: "auto" (float32 on a CPU, the checkpoint's own on a GPU), "float32", "bfloat16" or "float16".
-    Raises UserError where the directory is no such model, is incomplete, or needs code of its own.
+    Args:
+        directory: config.json, *.safetensors and a tokenizer.
+        device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
+        dtype: "auto" (float32 on a CPU, the checkpoint's own dtype on a GPU), "float32", "bfloat16" or "float16".
+
+    Raises:
+        UserError: the directory is not a model, is incomplete, or needs code of its own.
     """
     _check_directory(directory)
     torch_device = choose_device(device)
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.disable_progress_bar()
-    if dtype == "auto":
-        torch_dtype: Any = torch.float32 if torch_device.type == "cpu" else "auto"
-    else:
-        torch_dtype = getattr(torch, dtype)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its table of missing weights is replaced by our sentence
+    transformers_logging.disable_progress_bar()
+    if dtype == "auto" and torch_device.type == "cpu":
+        dtype = "float32"
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # _check_missing_weights replaces its table of missing weights
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # the empty shared expert, see below
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=torch_dtype, use_safetensors=True, output_loading_info=True,
+            model, loading_info = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=dtype, use_safetensors=True, output_loading_info=True,
                 local_files_only=True, trust_remote_code=False,
             )  # fmt: skip
     except MemoryError:
         raise
     except Exception as error:  # transformers and safetensors each raise errors of their own
-        raise UserError(f"{directory} cannot be opened as a causal language model: {_reason(error)}") from error
+        raise UserError(f"{directory} cannot be opened as a causal language model: {_first_line(error)}") from error
     finally:
-        logging.set_verbosity(verbosity)
-    _refuse_missing_weights(directory, model, loading["missing_keys"])
-    return HfModel(directory, model.to(torch_device).eval(), *load_tokenizer(directory))
+        transformers_logging.set_verbosity(verbosity)
+    _check_missing_weights(directory, model, loading_info["missing_keys"])
+    return HfModel(directory, model.to(torch_device).eval(), *_load_tokenizer(directory))
 
 
-def load_tokenizer(directory: Path) -> tuple[Any, int, int | None]:
-    """The tokenizer in `directory`, the id a document starts with, and EOS. Raises UserError where there is none."""
-    from transformers import AutoTokenizer
+@contextmanager
+def _open_megatron_model(directory: Path, device: str, dtype: str) -> Iterator[MegatronModel]:
+    """The latest checkpoint in `directory`. torch.distributed is initialized inside the `with` block."""
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        # Megatron warns about what is intended here: no Apex, one process; and about its own deprecations.
+        warnings.simplefilter("ignore")
+        cpu.install()  # before Megatron is imported; does nothing if there is a GPU
+        megatron_fixes.install()
+        from moelpr.model import loading  # Megatron takes seconds to import
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise UserError(f"the tokenizer in {directory} cannot be opened: {_reason(error)}") from error
-    start_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if start_id is None:
+    spec = ModelSpec.read(directory)
+    tokenizer = _load_tokenizer(directory / HF_FOLDER)
+    torch_device = choose_device(device)
+    if torch_device.type != ("cpu" if cpu.is_needed() else "cuda"):
         raise UserError(
-            f"the tokenizer in {directory} has neither a BOS nor an EOS token; a document needs one to start"
+            f"--device {device}: a Megatron checkpoint runs on the GPU if there is one; export it with "
+            "checkpoint_convert/mcore_to_hf.py, or hide the GPU (CUDA_VISIBLE_DEVICES=)"
         )
-    return tokenizer, start_id, tokenizer.eos_token_id
+    if torch_device.type == "cuda":
+        torch.cuda.set_device(torch_device)
+    if dtype == "auto":
+        dtype = "float32" if torch_device.type == "cpu" else spec.dtype
+    config = {"params_dtype": getattr(torch, dtype), "bf16": dtype == "bfloat16", "fp16": dtype == "float16"}
+    with loading.single_process():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = loading.load_model(directory, **config).eval()
+        yield MegatronModel(directory, model, *tokenizer, spec=spec)
 
 
 def read_max_positions(directory: Path) -> int | None:
-    """Longest input in tokens of the model in `directory`, as its configuration says; None where it names no limit."""
+    """The longest input of the model in `directory`, in tokens; None if its configuration has no limit.
+
+    Raises:
+        UserError: `directory` is not a model.
+    """
     if is_megatron(directory):
         return ModelSpec.read(directory).megatron_args["max_position_embeddings"]
     _check_directory(directory)
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        limit = config.get("max_position_embeddings")
-        return None if limit is None else int(limit)
-    except (ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"{directory}/config.json is no model configuration ({error})") from error
-
-
-def _check_directory(directory: Path) -> None:
-    if not directory.is_dir():
-        raise UserError(
-            f"the model directory {directory} does not exist; give a Hugging Face directory or a Megatron checkpoint"
-        )
-    if not (directory / "config.json").is_file():
-        raise UserError(
-            f"{directory} holds neither config.json nor {FILE_NAME}, so it is no model; give a Hugging Face directory "
-            "or a Megatron checkpoint folder"
-        )
-    if not any(directory.glob("*.safetensors")):
-        raise UserError(f"{directory} holds no *.safetensors weights; save the model with safe_serialization=True")
+    config = read_json(directory / "config.json")
+    if config is None:
+        raise UserError(f"{directory}/config.json is not a JSON object; save the model again")
+    return config.get("max_position_embeddings")
 
 
 def choose_device(name: str) -> torch.device:
-    """ "auto" is a GPU where there is one. Raises UserError for a device that is not there."""
+    """The device that --device names; "auto" is a GPU if there is one.
+
+    Raises:
+        UserError: the name is not a device, or there is no such GPU.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"--device {name} is no device; use auto, cpu or cuda") from error
+        raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {name}") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}, but {torch.cuda.device_count()} GPUs are visible here; use --device cpu")
+        raise UserError(f"--device {name} is unavailable, {torch.cuda.device_count()} GPUs are visible; use cpu")
     return device
 
 
-def _refuse_missing_weights(directory: Path, model: Any, missing: Any) -> None:
-    """transformers fills weights that a checkpoint lacks with random numbers and goes on: that is another model."""
+def _load_tokenizer(directory: Path) -> tuple[Any, int, int | None]:
+    """The tokenizer in `directory`, the token that precedes a document, and EOS."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(f"the tokenizer in {directory} cannot be opened: {_first_line(error)}") from error
+    start_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start_id is None:
+        raise UserError(f"the tokenizer in {directory} has neither BOS nor EOS; add one: every document starts with it")
+    return tokenizer, start_id, tokenizer.eos_token_id
+
+
+def _check_directory(directory: Path) -> None:
+    if not (directory / "config.json").is_file():
+        raise UserError(
+            f"{directory} contains neither config.json nor {FILE_NAME}; pass a Hugging Face directory or a Megatron "
+            "checkpoint folder"
+        )
+    if not any(directory.glob("*.safetensors")):
+        raise UserError(f"{directory} contains no *.safetensors; save the model with safe_serialization=True")
+
+
+def _check_missing_weights(directory: Path, model: Any, missing: Any) -> None:
+    """transformers initializes weights that a checkpoint lacks at random and continues: that is a different model."""
     tensors = model.state_dict()
     # An upcycled Qwen2Moe has a shared expert of size 0, whose empty matrices are not in the file.
     missing = sorted(key for key in missing if key not in tensors or tensors[key].numel() > 0)
     if missing:
         raise UserError(
-            f"the weights in {directory} lack {len(missing)} tensors, {missing[0]} among them; export it again"
+            f"the weights in {directory} lack {len(missing)} tensors, {missing[0]} among them; export the model again"
         )
 
 
-def _reason(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__

@@ -1,10 +1,10 @@
-"""Where tokens go: statistics of every router of a model, taken during its own forward pass.
+"""Routing statistics: what every router of a model decides during the model's own forward pass.
 
 T = tokens of a batch, E = experts, of which the first m are the original ones, K = experts per token.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,36 +19,29 @@ from moelpr.evaluate.models import LoadedModel
 class Routing:
     """Routing of one language's text, averaged over its tokens. Lists run over MoE layers, then over experts."""
 
-    layers: list[int]  # numbers of the decoder layers that are MoE layers, counted from 0
+    layers: list[int]  # decoder layer numbers of the MoE layers, from 0
     tokens: int
-    first_choice_share: list[list[float]]  # share of tokens whose highest router score is this expert's
-    chosen_share: list[list[float]]  # share of tokens that this expert works for; a layer's add up to K
+    first_choice_share: list[list[float]]  # fraction of tokens whose highest router score is this expert's
+    chosen_share: list[list[float]]  # fraction of tokens that choose this expert; sums to K per layer
     mean_score: list[list[float]]  # mean softmax score
     entropy: list[float]  # of a token's router scores, mean over tokens, in nats; at most ln E
-    original_chosen_share: list[float]  # share of tokens with at least one original expert among their K
+    original_chosen_share: list[float]  # fraction of tokens with at least one original expert among their K
     num_original_experts: int = 1  # m
 
     @property
-    def num_experts(self) -> int:
-        return len(self.mean_score[0])
-
-    @property
     def original_first_share(self) -> list[float]:
-        """Share of first choices that are an original expert, per layer."""
+        """Fraction of first choices that are an original expert, per layer."""
         return [sum(shares[: self.num_original_experts]) for shares in self.first_choice_share]
 
     @property
     def original_expert_share(self) -> dict[str, Any]:
-        """The same with its mean: {"overall": share, "per_layer": [..], "layers": [..]}.
-
-        `layers` says which decoder layer each entry of `per_layer` is.
-        """
+        """{"overall": mean of `original_first_share`, "per_layer": that itself, "layers": `layers`}."""
         per_layer = self.original_first_share
         return {"overall": sum(per_layer) / len(per_layer), "per_layer": per_layer, "layers": self.layers}
 
     @property
     def load_imbalance(self) -> list[float]:
-        """Rows of the busiest expert divided by the mean over experts, per layer; from 1 (even) to E / K."""
+        """Tokens of the busiest expert divided by the mean over experts, per layer; from 1 (even) to E / K."""
         return [max(shares) * len(shares) / sum(shares) for shares in self.chosen_share]
 
     def to_json(self) -> dict[str, Any]:
@@ -56,7 +49,7 @@ class Routing:
 
 
 class RoutingObserver:
-    """Adds up what the routers of one model decide for the tokens that are counted."""
+    """Accumulates what the routers of one model decide for the counted tokens."""
 
     def __init__(self, loaded: LoadedModel):
         self._loaded = loaded
@@ -64,13 +57,17 @@ class RoutingObserver:
         self.reset()
 
     def reset(self) -> None:
-        """Start again from nothing, for the next language."""
+        """Discard what was counted, before the next language."""
         self._tokens = 0
         self._sums: dict[int, Tensor] = {}  # layer -> [3 E + 2], see `_vector`
 
     @contextmanager
     def observe(self, is_counted: Tensor) -> Iterator[None]:
-        """Count the forward passes inside the `with` block. is_counted: bool, the shape of the input tokens."""
+        """Count the forward pass inside the `with` block.
+
+        Args:
+            is_counted: bool, the shape of the input tokens [batch, sequence].
+        """
         if not self._routers:
             yield
             return
@@ -91,7 +88,7 @@ class RoutingObserver:
         return add
 
     def _vector(self, logits_TE: Tensor, weight_T: Tensor) -> Tensor:
-        """Sums over the counted tokens: first choices [E], choices [E], scores [E], entropy, original among the K."""
+        """Sums over counted tokens: first choices [E], choices [E], scores [E], entropy, original among the K."""
         log_scores_TE = logits_TE.log_softmax(dim=-1)
         scores_TE = log_scores_TE.exp()
         choices_TK = logits_TE.topk(self._loaded.topk, dim=-1).indices
@@ -104,7 +101,7 @@ class RoutingObserver:
         return (weight_T @ columns).double()  # a batch's counts are exact in float32
 
     def result(self) -> Routing | None:
-        """Statistics since the last reset; None for a dense model or where no token was counted."""
+        """Statistics since the last reset; None for a dense model, or if no token was counted."""
         if not self._sums or self._tokens == 0:
             return None
         means = {number: (sums / self._tokens).tolist() for number, sums in sorted(self._sums.items())}
@@ -124,18 +121,23 @@ class RoutingObserver:
 
 @dataclass(frozen=True)
 class BrokenPrior:
-    """A layer that sends more than the allowed share of a language's tokens to the wrong kind of expert."""
+    """A layer that sends more than the allowed fraction of a language's tokens to the wrong kind of expert."""
 
     language: str
-    is_original: bool  # original language: too many tokens choose a new expert first; else: an original expert
-    layer: int
-    share: float  # of this language's tokens that go the wrong way
+    is_original: bool  # an original language, whose tokens choose a new expert first; else the other way round
+    layer: int  # decoder layer number, from 0
+    share: float  # fraction of the language's tokens that make the wrong first choice
 
 
-def broken_priors(routing: dict[str, Routing], original: list[str], threshold: float = 0.5) -> list[BrokenPrior]:
-    """Every layer and language where more than `threshold` of the first choices break the language prior.
+def broken_priors(
+    routing: Mapping[str, Routing], original: Collection[str], threshold: float = 0.5
+) -> list[BrokenPrior]:
+    """Every layer and language with more than `threshold` of the first choices against the language prior.
 
-    routing: language -> statistics. original: the original languages; the others are expanded ones.
+    Args:
+        routing: language -> statistics.
+        original: the original languages; all others are expanded ones.
+        threshold: a fraction, at least 0 and below 1.
     """
     broken = []
     for language, statistics in routing.items():

@@ -1,24 +1,25 @@
-"""The layouts that fit, in order of preference, each with its memory and traffic; or what would have to change."""
+"""The layouts that fit a cluster, in order of preference; if none fits, the error names what would."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from moelpr.errors import UserError
+from moelpr.layouts import Layout, layout_problems
 from moelpr.model_spec import ModelSpec
-from moelpr.plan.layouts import Layout, legal_layouts
-from moelpr.plan.memory import RankMemory, Run, stage_memories
-from moelpr.plan.parts import PartSize
-from moelpr.plan.ranking import preference, relative_time
+from moelpr.plan.layouts import PlannedLayout, leaves_node, legal_layouts
+from moelpr.plan.memory import RankMemory, Workload, stage_memories
+from moelpr.plan.model import PartSize
 from moelpr.plan.traffic import Traffic, expert_traffic
+from moelpr.stages import Part
 
 GIB = 1 << 30
-# Sizes of clusters that are tried before giving up: up to this many nodes.
+# Errors suggest clusters of up to this many nodes.
 _MOST_NODES = 64
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """gpu_memory_gib: of one GPU; reserve_gib: the part of it that the rule does not count."""
+    """The GPUs to plan for; `reserve_gib` of the memory per GPU stay free."""
 
     gpus: int
     gpus_per_node: int
@@ -32,95 +33,150 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Candidate:
-    layout: Layout
-    stages: list[RankMemory]  # a rank of each pipeline stage
+    """A layout with its costs."""
+
+    layout: PlannedLayout
+    stages: list[RankMemory]  # of one rank per pipeline stage
     traffic: Traffic
     relative_time: float
 
     @property
-    def fullest(self) -> RankMemory:
+    def peak(self) -> RankMemory:
+        """The rank that needs the most memory."""
         return max(self.stages, key=lambda rank: rank.total_bytes)
 
+    def flags(self, workload: Workload) -> list[str]:
+        """Command-line arguments for launch/stage1.sh or stage2.sh: the layout, and the batch it was planned for."""
+        argv = [*self.layout.flags(), "--micro-batch-size", str(workload.micro_batch_size)]
+        argv += ["--global-batch-size", str(workload.global_batch_size), "--seq-length", str(workload.seq_length)]
+        return [*argv, "--fp32"] if workload.dtype == "fp32" else argv
 
-def fitting(spec: ModelSpec, parts: Sequence[PartSize], run: Run, cluster: Cluster) -> list[Candidate]:
-    """The layouts whose fullest rank fits, best first.
+
+def fitting(spec: ModelSpec, parts: Sequence[PartSize], workload: Workload, cluster: Cluster) -> list[Candidate]:
+    """The layouts whose highest-memory rank fits, best first.
 
     Raises:
-        UserError: no layout has that many GPUs, or none fits; the sentence says what would do.
+        UserError: no layout has that many GPUs, or none fits; the message names values that work.
     """
-    _check_batch(spec, run)
-    found = list(_candidates(spec, parts, run, cluster.gpus, cluster.gpus_per_node))
+    _check_workload(spec, workload)
+    found = list(_candidates(spec, parts, workload, cluster.gpus, cluster.gpus_per_node))
     if not found:
-        raise UserError(_no_layout(spec, run, cluster))
-    fits = [candidate for candidate in found if candidate.fullest.total_bytes <= cluster.usable_bytes]
+        raise UserError(_no_layout(spec, workload, cluster))
+    fits = [candidate for candidate in found if candidate.peak.total_bytes <= cluster.usable_bytes]
     if not fits:
-        raise UserError(_fits_nowhere(spec, parts, run, cluster, found))
+        raise UserError(_too_little_memory(spec, parts, workload, cluster, found))
     return sorted(
         fits, key=lambda one: preference(one.layout, one.relative_time, cluster.gpus_per_node, one.traffic.total)
     )
 
 
+def bubble(layout: PlannedLayout, num_microbatches: int) -> float:
+    """Fraction of a step that a pipeline stage waits, with the 1F1B schedule."""
+    return (layout.pp - 1) / (num_microbatches + layout.pp - 1)
+
+
+def relative_time(spec: ModelSpec, parts: Sequence[PartSize], layout: PlannedLayout, workload: Workload) -> float:
+    """Compute time of a step, relative to the same step without recompute and bubble; communication is not counted.
+
+    Counts multiplications by weights: the forward pass, the gradients of inputs, and the gradients of the weights that
+    train (new experts in stage 1; routers are negligible).
+    """
+    assert spec.moe is not None
+    numel = dict.fromkeys(Part, 0)
+    for size in parts:
+        numel[size.part] += size.numel
+    one_expert = numel[Part.ORIGINAL_EXPERTS] / spec.moe.num_original_experts  # summed over the MoE layers
+    experts = spec.moe.topk * one_expert  # all experts have the same size, and every token passes through K of them
+    new_experts = experts * spec.moe.num_new_experts / spec.moe.num_experts
+    others = numel[Part.ATTENTION] + numel[Part.DENSE_FFN]
+    output = numel[Part.OUTPUT_LAYER] or numel[Part.EMBEDDING]
+    once = 2 * (experts + others + output) + (new_experts if workload.stage == "stage1" else 0)
+    again = {"none": 0, "selective": experts, "full": experts + others}[layout.recompute]
+    return (once + again) / once / (1 - bubble(layout, workload.num_microbatches(layout)))
+
+
+def preference(layout: PlannedLayout, time: float, gpus_per_node: int, traffic_bytes: float) -> tuple[float, ...]:
+    """Sort key among layouts that fit; the smallest is recommended. A rule of thumb, not a measurement.
+
+    In this order: the smallest `relative_time` in steps of 1/20 (smaller differences are decided by communication);
+    experts exchanged inside a node; the model divided over as few ranks as possible; pipeline before tensor
+    parallelism, because a pipeline stage sends one tensor where tensor parallelism exchanges one per layer; the fewest
+    bytes of expert traffic; the least time.
+    """
+    return (
+        round(20 * time),
+        leaves_node(layout.ep * layout.etp, layout.world_size, gpus_per_node),
+        layout.tp * layout.pp,
+        layout.tp,
+        traffic_bytes,
+        layout.ep * layout.etp,
+        time,
+    )
+
+
+def _legal(spec: ModelSpec, workload: Workload, gpus: int, gpus_per_node: int) -> Iterator[PlannedLayout]:
+    batch = workload.micro_batch_size, workload.global_batch_size
+    return legal_layouts(spec, gpus, gpus_per_node, workload.seq_length, *batch)
+
+
 def _candidates(
-    spec: ModelSpec, parts: Sequence[PartSize], run: Run, gpus: int, gpus_per_node: int
+    spec: ModelSpec, parts: Sequence[PartSize], workload: Workload, gpus: int, gpus_per_node: int
 ) -> Iterator[Candidate]:
-    batch_unit = run.global_batch_size // run.micro_batch_size
-    for layout in legal_layouts(spec, gpus, gpus_per_node, batch_unit, run.seq_length):
-        memories, traffic = stage_memories(spec, parts, layout, run), expert_traffic(spec, layout, run)
-        yield Candidate(layout, memories, traffic, relative_time(spec, parts, layout, run))
+    for layout in _legal(spec, workload, gpus, gpus_per_node):
+        memories, traffic = stage_memories(spec, parts, layout, workload), expert_traffic(spec, layout, workload)
+        yield Candidate(layout, memories, traffic, relative_time(spec, parts, layout, workload))
 
 
-def _check_batch(spec: ModelSpec, run: Run) -> None:
-    if run.global_batch_size % run.micro_batch_size:
+def _check_workload(spec: ModelSpec, workload: Workload) -> None:
+    if workload.global_batch_size % workload.micro_batch_size:
         raise UserError(
-            f"--global-batch-size {run.global_batch_size} does not divide into micro-batches of "
-            f"{run.micro_batch_size}; change one of them"
+            f"--global-batch-size {workload.global_batch_size} is not a multiple of --micro-batch-size "
+            f"{workload.micro_batch_size}; change one of them"
         )
     longest = spec.megatron_args["max_position_embeddings"]
-    if run.seq_length > longest:
+    if workload.seq_length > longest:
         raise UserError(
-            f"--seq-length {run.seq_length} is longer than the model's max_position_embeddings {longest}; "
+            f"--seq-length {workload.seq_length} is longer than the model's max_position_embeddings {longest}; "
             f"use at most {longest}"
         )
+    if problem := next(layout_problems(Layout(), 1, spec), None):
+        raise UserError(problem)  # true of every layout
 
 
-def _no_layout(spec: ModelSpec, run: Run, cluster: Cluster) -> str:
-    unit = run.global_batch_size // run.micro_batch_size
-
+def _no_layout(spec: ModelSpec, workload: Workload, cluster: Cluster) -> str:
     def works(gpus: int) -> bool:
-        return any(legal_layouts(spec, gpus, cluster.gpus_per_node, unit, run.seq_length))
+        return any(_legal(spec, workload, gpus, cluster.gpus_per_node))
 
     sizes = _cluster_sizes(cluster.gpus_per_node)
     near = [next(size for size in reversed(sizes) if size < cluster.gpus and works(size))]  # one GPU always works
     near += [size for size in sizes if size > cluster.gpus and works(size)][:1]
+    micro_batches = workload.global_batch_size // workload.micro_batch_size
     return (
-        f"no layout divides the model's layers and heads and {unit} micro-batches per step over {cluster.gpus} GPUs; "
-        f"use --gpus {' or '.join(map(str, near))}, or a --global-batch-size that the number of GPUs divides"
+        f"no layout divides the model's layers and heads and {micro_batches} micro-batches per step over "
+        f"{cluster.gpus} GPUs; use --gpus {' or '.join(map(str, near))}, or a --global-batch-size that is a multiple "
+        "of the number of GPUs"
     )
 
 
-def _fits_nowhere(
-    spec: ModelSpec, parts: Sequence[PartSize], run: Run, cluster: Cluster, found: list[Candidate]
+def _too_little_memory(
+    spec: ModelSpec, parts: Sequence[PartSize], workload: Workload, cluster: Cluster, found: list[Candidate]
 ) -> str:
-    least = min(candidate.fullest.total_bytes for candidate in found) / GIB
-    remedy = f"give --gpu-memory-gib {_round_up(least + cluster.reserve_gib):g} or more"
+    least = min(candidate.peak.total_bytes for candidate in found) / GIB
+    enough_gib = -(-(least + cluster.reserve_gib) * 10 // 1) / 10
+    fix = f"use --gpu-memory-gib {enough_gib:g} or more"
     for gpus in _cluster_sizes(cluster.gpus_per_node):
         if gpus > cluster.gpus and any(
-            one.fullest.total_bytes <= cluster.usable_bytes
-            for one in _candidates(spec, parts, run, gpus, cluster.gpus_per_node)
+            one.peak.total_bytes <= cluster.usable_bytes
+            for one in _candidates(spec, parts, workload, gpus, cluster.gpus_per_node)
         ):
-            remedy += f", or --gpus {gpus}"
+            fix += f", or --gpus {gpus}"
             break
-    usable = cluster.usable_bytes / GIB
     return (
-        f"on {cluster.gpus} GPUs the leanest layout needs {least:.1f} GiB per rank and {usable:.1f} GiB are usable; "
-        f"{remedy}"
+        f"no layout fits on {cluster.gpus} GPUs: the smallest needs {least:.1f} GiB per rank and "
+        f"{cluster.usable_bytes / GIB:.1f} GiB are usable; {fix}"
     )
 
 
 def _cluster_sizes(gpus_per_node: int) -> list[int]:
-    """A part of a node, then whole nodes."""
+    """Part of a node, then full nodes."""
     return [*range(1, gpus_per_node), *(gpus_per_node * nodes for nodes in range(1, _MOST_NODES + 1))]
-
-
-def _round_up(gib: float) -> float:
-    return -(-gib * 10 // 1) / 10

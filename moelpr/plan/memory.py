@@ -1,39 +1,40 @@
-"""The memory rule: bytes on a rank, from shapes alone. `benchmarks/memory_plan.py` holds it against real runs.
+"""Memory of a rank, in bytes, computed from shapes. `benchmarks/memory_plan.py` compares it with real runs.
 
-**Parameters.** A frozen parameter is its weight and nothing else: 2 bytes in bf16, 4 in fp32. A trainable one has
+**Parameters.** A frozen parameter costs its weight only: 2 bytes in bf16, 4 in fp32. A trainable parameter costs
 
-| | bf16 | fp32 | divided by the distributed optimizer over |
+| | bf16 | fp32 | the distributed optimizer divides it over |
 |---|---|---|---|
 | weight | 2 | 4 | – |
-| gradient, in fp32 (Megatron's default under bf16 too) | 4 | 4 | – |
-| fp32 master | 4 | 0 (the weight) | the ranks that hold the same parameter |
-| Adam's two moments | 8 | 8 | the same |
+| gradient, in fp32 (Megatron's default for bf16 too) | 4 | 4 | – |
+| fp32 master weight | 4 | 0 (the weight itself) | the ranks that hold the same parameter |
+| Adam's two moments | 8 | 8 | the same ranks |
 
 Ranks that hold the same router: the data-parallel group. Ranks that hold the same new expert: the expert-data-parallel
-group, world / (ETP · EP · PP). Attention and dense FFNs are divided by TP, new experts by EP · ETP, the m original
-experts by ETP alone, since every expert-parallel rank has its own; norms and routers are on every rank of a stage.
-Embedding and output layer are on the first and last stage; a tied one is on both when PP > 1.
+group, world / (ETP · EP · PP). Attention and dense FFNs are divided by TP, new experts by EP · ETP, and the m original
+experts by ETP only, because every expert-parallel rank has its own copy; norms and routers are on every rank of a
+stage. Embedding and output layer are on the first and the last stage; a tied one is on both if PP > 1.
 
-**Activations** are what autograd keeps from a forward pass for the backward pass. A frozen linear layer keeps nothing
-(its input is needed for the weight's gradient only), so a layer keeps, for the T = sequence · micro-batch / TP tokens
-of the rank (sequence parallel) and S = sequence · micro-batch of attention, in elements of the weights' size:
+**Activations** are what autograd keeps from the forward pass for the backward pass. A frozen linear layer keeps nothing
+(only the weight's gradient needs its input). So, with T = sequence · micro-batch / TP tokens per rank (sequence
+parallelism) and S = sequence · micro-batch tokens in attention, a layer keeps, in elements of the weights' dtype:
 
-- each of its two norms: its input, T · h, and an fp32 number per token (see `Kernels` for what else);
-- attention: the projected query, key and value, S · (q + 2kv) / TP, query and key after rotation, the output,
-  S · q / TP, one fp32 number per head and token, and four rotation tables of S/micro-batch · head;
-- the MoE layer: the router's input T · h; for a row of an original expert gate and up, 2f, and its output, h; for a
-  row of a new expert gate and up, 2f, and in stage 1 (its weights need a gradient) also its input h and the activated
-  row f; a few numbers per token for the choices;
+- each of its two norms: its input, T · h, and one fp32 number per token (`Kernels` lists differences);
+- attention: the projected query, key and value, S · (q + 2kv) / TP; query and key after rotation; the output,
+  S · q / TP; one fp32 number per head and token; and four rotation tables of S/micro-batch · head;
+- an MoE layer: the router's input, T · h; per row of an original expert gate and up, 2f, and its output, h; per row of
+  a new expert gate and up, 2f, and in stage 1 (its weights need a gradient) also its input, h, and the activated row,
+  f; a few numbers per token for the choice of experts;
 - a dense FFN: gate and up, S · 2f / TP;
-- the last stage: the final norm's input and the softmax over the vocabulary in fp32, S · V / TP · 4 bytes.
+- on the last stage: the final norm's input and the softmax over the vocabulary in fp32, S · V / TP · 4 bytes.
 
-f is f / ETP inside experts. K rows per token are shared among the experts as `Routing` says. Below the first trained
-tensor of the model nothing is kept (no gradient goes there), unless something is recomputed. Recompute keeps the input
-of each MoE layer (selective) or of each layer (full) instead of its inside, and the inside of one layer while that
-layer is taken back. A pipeline stage keeps min(stages from here to the last, micro-batches) micro-batches at once.
+Inside experts, f means f / ETP. `Routing` says how the K rows per token are distributed over the experts. Below the
+first trained tensor of the model nothing is kept (no gradient reaches it), unless something is recomputed. Recompute
+keeps the input of each MoE layer (selective) or of each layer (full) instead of its other activations, plus all
+activations of one layer during that layer's backward pass. A pipeline stage keeps
+min(stages from this one to the last, micro-batches) micro-batches at a time.
 
-**Working memory** is estimated, not measured: the gradients under way in the MoE layer that is being taken back, or the
-logits beside their softmax, whichever is more.
+**Working memory** is an estimate: the gradients in the MoE layer whose backward pass is running, or the logits
+alongside their softmax, whichever is larger.
 """
 
 import math
@@ -42,8 +43,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moelpr.model_spec import ModelSpec, MoeSpec
-from moelpr.plan.layouts import Layout
-from moelpr.plan.parts import PartSize, padded_vocabulary
+from moelpr.plan.layouts import PlannedLayout
+from moelpr.plan.model import PartSize, padded_vocabulary
 from moelpr.stages import MoeStage, Part, trained_parts
 
 WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
@@ -53,15 +54,18 @@ MASTER_BYTES = {"bf16": 4, "fp32": 0}
 
 _FP32, _INT64, _BOOL = 4, 8, 1
 
+Dtype = Literal["bf16", "fp32"]
+
 
 @dataclass(frozen=True)
 class Kernels:
-    """Where implementations differ in what they keep. The default is a GPU; `CPU` is what the tests run on.
+    """What implementations keep for the backward pass. The default describes a GPU; `CPU` is what the tests run on.
 
-    fp32_norm_input: the norm keeps an fp32 copy of its input.
-    norm_output: the norm before attention or a dense FFN keeps its output too, as Transformer Engine's layer of norm
-        and linear has done even where the linear is frozen; counted to be on the safe side.
-    fused_swiglu: dense FFNs keep gate and up only, as the experts do everywhere, and not what lies between them.
+    Attributes:
+        fp32_norm_input: whether a norm keeps an fp32 copy of its input.
+        norm_output: whether the norm before attention or a dense FFN keeps its output too, as Transformer Engine's
+            fused norm and linear layer has done even if the linear is frozen; counted, to be on the safe side.
+        fused_swiglu: whether dense FFNs keep only gate and up, as experts always do, and no intermediate value.
     """
 
     fp32_norm_input: bool = False
@@ -74,14 +78,14 @@ CPU = Kernels(fp32_norm_input=True, norm_output=False, fused_swiglu=False)
 
 @dataclass(frozen=True)
 class Routing:
-    """Rows per token of a rank that reach the original experts and the new ones; together K when all is even."""
+    """Rows per token of a rank that go to the original experts and to the new experts; K in total if balanced."""
 
     original_rows: float
     new_rows: float
 
     @classmethod
     def uniform(cls, moe: MoeSpec) -> "Routing":
-        """Every expert is chosen equally often, on every rank."""
+        """All experts are chosen equally often, on every rank."""
         return cls(
             original_rows=moe.topk * moe.num_original_experts / moe.num_experts,
             new_rows=moe.topk * moe.num_new_experts / moe.num_experts,
@@ -89,23 +93,24 @@ class Routing:
 
 
 @dataclass(frozen=True)
-class Run:
-    """What is trained, on how much text at once, and in which numbers."""
+class Workload:
+    """What is trained, in which dtype, and how much at a time: `seq_length` in tokens, batch sizes in sequences."""
 
     stage: MoeStage
     seq_length: int
     micro_batch_size: int
     global_batch_size: int
-    dtype: Literal["bf16", "fp32"] = "bf16"
+    dtype: Dtype = "bf16"
     kernels: Kernels = Kernels()
 
-    def num_microbatches(self, layout: Layout) -> int:
+    def num_microbatches(self, layout: PlannedLayout) -> int:
+        """Micro-batches per step and data-parallel rank."""
         return self.global_batch_size // (self.micro_batch_size * layout.dp)
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """One rank. `frozen` and `trainable` are parameters, the rest bytes."""
+    """Memory of one rank. `frozen` and `trainable` are numbers of parameters; the others are bytes."""
 
     frozen: int
     trainable: int
@@ -122,37 +127,42 @@ class RankMemory:
 
 
 def stage_memories(
-    spec: ModelSpec, parts: Sequence[PartSize], layout: Layout, run: Run, routing: Routing | None = None
+    spec: ModelSpec,
+    parts: Sequence[PartSize],
+    layout: PlannedLayout,
+    workload: Workload,
+    routing: Routing | None = None,
 ) -> list[RankMemory]:
-    """A rank of each pipeline stage; all ranks of a stage are alike. `routing`: uniform unless given."""
-    return [_rank_memory(spec, parts, layout, run, stage, routing) for stage in range(layout.pp)]
+    """The memory of one rank per pipeline stage, as all ranks of a stage need the same.
+
+    `parts` are the model's `model_parts`; `routing` is `Routing.uniform` by default.
+    """
+    activations = _Activations(spec, layout, workload, routing)
+    memories = []
+    for pp_rank in range(layout.pp):
+        held = held_on_stage(spec, parts, layout, pp_rank)
+        trained = {part: numel for part, numel in held.items() if part in trained_parts(workload.stage)}
+        trainable = sum(trained.values())
+        optimizer_bytes = 0
+        for part, numel in trained.items():
+            replicas = layout.expert_dp if part is Part.NEW_EXPERTS else layout.dp
+            shard = math.ceil(numel / replicas) if layout.distributed_optimizer else numel
+            optimizer_bytes += shard * (MASTER_BYTES[workload.dtype] + MOMENT_BYTES)
+        memory = RankMemory(
+            frozen=sum(held.values()) - trainable,
+            trainable=trainable,
+            parameter_bytes=sum(held.values()) * WEIGHT_BYTES[workload.dtype],
+            gradient_bytes=trainable * GRADIENT_BYTES,
+            optimizer_bytes=optimizer_bytes,
+            activation_bytes=round(activations.peak(pp_rank)),
+            working_bytes=round(activations.working(pp_rank)),
+        )
+        memories.append(memory)
+    return memories
 
 
-def _rank_memory(
-    spec: ModelSpec, parts: Sequence[PartSize], layout: Layout, run: Run, pp_rank: int, routing: Routing | None
-) -> RankMemory:
-    held = held_on_stage(spec, parts, layout, pp_rank)
-    trained = {part: numel for part, numel in held.items() if part in trained_parts(run.stage)}
-    trainable = sum(trained.values())
-    optimizer_bytes = 0
-    for part, numel in trained.items():
-        replicas = layout.expert_dp if part is Part.NEW_EXPERTS else layout.dp
-        share = math.ceil(numel / replicas) if layout.distributed_optimizer else numel
-        optimizer_bytes += share * (MASTER_BYTES[run.dtype] + MOMENT_BYTES)
-    activations = _Activations(spec, layout, run, routing)
-    return RankMemory(
-        frozen=sum(held.values()) - trainable,
-        trainable=trainable,
-        parameter_bytes=sum(held.values()) * WEIGHT_BYTES[run.dtype],
-        gradient_bytes=trainable * GRADIENT_BYTES,
-        optimizer_bytes=optimizer_bytes,
-        activation_bytes=round(activations.peak(pp_rank)),
-        working_bytes=round(activations.working(pp_rank)),
-    )
-
-
-def held_on_stage(spec: ModelSpec, parts: Sequence[PartSize], layout: Layout, pp_rank: int) -> dict[Part, int]:
-    """Parameters on one rank of a pipeline stage, by part; the vocabulary padded as the trainer pads it."""
+def held_on_stage(spec: ModelSpec, parts: Sequence[PartSize], layout: PlannedLayout, pp_rank: int) -> dict[Part, int]:
+    """Parameters on one rank of a pipeline stage, by part, with the vocabulary padded as in the trainer."""
     is_tied = not spec.megatron_args["untie_embeddings_and_output_weights"]
     is_first, is_last = pp_rank == 0, pp_rank == layout.pp - 1
     layers = _layers_of_stage(spec, layout, pp_rank)
@@ -175,8 +185,8 @@ def held_on_stage(spec: ModelSpec, parts: Sequence[PartSize], layout: Layout, pp
     return held
 
 
-def divisor(part: Part, layout: Layout) -> int:
-    """The number of ranks of a pipeline stage that share the tensors of a part."""
+def divisor(part: Part, layout: PlannedLayout) -> int:
+    """Number of ranks of a pipeline stage over which the tensors of a part are divided."""
     return {
         Part.EMBEDDING: layout.tp,
         Part.OUTPUT_LAYER: layout.tp,
@@ -189,22 +199,22 @@ def divisor(part: Part, layout: Layout) -> int:
     }[part]
 
 
-def _layers_of_stage(spec: ModelSpec, layout: Layout, pp_rank: int) -> range:
+def _layers_of_stage(spec: ModelSpec, layout: PlannedLayout, pp_rank: int) -> range:
     per_stage = spec.megatron_args["num_layers"] // layout.pp
     return range(pp_rank * per_stage, (pp_rank + 1) * per_stage)
 
 
 class _Activations:
-    """Bytes that autograd keeps on a rank (the module's docstring says what and why)."""
+    """Bytes that autograd keeps on a rank; the module docstring gives the equations."""
 
-    def __init__(self, spec: ModelSpec, layout: Layout, run: Run, routing: Routing | None) -> None:
+    def __init__(self, spec: ModelSpec, layout: PlannedLayout, workload: Workload, routing: Routing | None) -> None:
         assert spec.moe is not None
         shape = spec.megatron_args
-        self.spec, self.moe, self.layout, self.run = spec, spec.moe, layout, run
+        self.spec, self.moe, self.layout, self.workload = spec, spec.moe, layout, workload
         self.routing = routing or Routing.uniform(self.moe)
-        self.element = WEIGHT_BYTES[run.dtype]
-        self.norm_element = _FP32 if run.kernels.fp32_norm_input else self.element
-        self.all_tokens = run.seq_length * run.micro_batch_size
+        self.element = WEIGHT_BYTES[workload.dtype]
+        self.norm_element = _FP32 if workload.kernels.fp32_norm_input else self.element
+        self.all_tokens = workload.seq_length * workload.micro_batch_size
         self.tokens = self.all_tokens / layout.tp
         self.hidden, self.head = shape["hidden_size"], shape["kv_channels"]
         self.heads = shape["num_attention_heads"] / layout.tp
@@ -213,7 +223,7 @@ class _Activations:
         self.ffn = shape["ffn_hidden_size"] / layout.tp
         self.expert_ffn = shape["ffn_hidden_size"] / layout.etp
         self.vocabulary = padded_vocabulary(shape["vocab_size"], layout.tp) / layout.tp
-        # The ranks of an expert-tensor-parallel group work on the rows of all of them.
+        # Each rank of an expert-tensor-parallel group processes the rows of all ranks of the group.
         self.original_rows = self.tokens * layout.etp * self.routing.original_rows
         self.new_rows = self.tokens * layout.etp * self.routing.new_rows
 
@@ -222,7 +232,7 @@ class _Activations:
         for layer in _layers_of_stage(self.spec, self.layout, pp_rank):
             layer_kept, layer_inside = self._layer(layer, needs_gradient=self._needs_gradient(layer, pp_rank))
             kept, inside = kept + layer_kept, max(inside, layer_inside)
-        in_flight = min(self.layout.pp - pp_rank, self.run.num_microbatches(self.layout))
+        in_flight = min(self.layout.pp - pp_rank, self.workload.num_microbatches(self.layout))
         is_last = pp_rank == self.layout.pp - 1
         return in_flight * kept + max(self._head() if is_last else 0, inside)
 
@@ -230,18 +240,18 @@ class _Activations:
         new = self.new_rows * (3 * self.expert_ffn + self.hidden)
         original = self.original_rows * (2 * self.expert_ffn + self.hidden)
         is_last = pp_rank == self.layout.pp - 1
-        logits = self.all_tokens * self.vocabulary if is_last and self.run.dtype != "fp32" else 0
+        logits = self.all_tokens * self.vocabulary if is_last and self.workload.dtype != "fp32" else 0
         return max(new + original, logits) * self.element
 
     def _needs_gradient(self, layer: int, pp_rank: int) -> bool:
-        """Whether the layer's input takes part in the backward pass: what comes from another stage always does."""
+        """Whether the layer's input needs a gradient; an input from another stage always does."""
         return pp_rank > 0 or self.layout.recompute != "none" or layer > self.moe.layers[0]
 
     def _layer(self, layer: int, needs_gradient: bool) -> tuple[float, float]:
-        """Bytes kept from the forward pass, and bytes that come and go when this layer is recomputed."""
+        """Bytes kept from the forward pass, and bytes allocated only while this layer is recomputed."""
         hidden = self.tokens * self.hidden * self.element
         outside = self._norm() + self._attention() + self._norm() if needs_gradient else 0.0
-        if needs_gradient and self.run.kernels.norm_output:
+        if needs_gradient and self.workload.kernels.norm_output:
             outside += hidden if self.spec.is_moe_layer(layer) else 2 * hidden
         if self.spec.is_moe_layer(layer):
             entrance = hidden
@@ -250,7 +260,7 @@ class _Activations:
             entrance = 0.0
             inside = self._dense_ffn() if needs_gradient else 0.0
         if self.layout.recompute == "full":
-            # A norm that keeps its input, and no fp32 copy, shares the layer's input with the checkpoint.
+            # A norm that keeps its input without an fp32 copy shares it with the checkpointed layer input.
             shared = hidden if self.norm_element == self.element else 0.0
             return hidden, outside + entrance + inside - shared
         if self.layout.recompute == "selective" and self.spec.is_moe_layer(layer):
@@ -263,16 +273,16 @@ class _Activations:
     def _attention(self) -> float:
         query, key = self.heads * self.head, self.groups * self.head
         projected, rotated, output = query + 2 * key, query + key, query
-        elements = self.all_tokens * (projected + rotated + output) + 4 * self.run.seq_length * self.head
+        elements = self.all_tokens * (projected + rotated + output) + 4 * self.workload.seq_length * self.head
         log_sums = self.all_tokens * self.heads * _FP32
         qk_norm = self.all_tokens * (query + key) * self.norm_element if self.has_qk_norm else 0
         return elements * self.element + log_sums + qk_norm
 
     def _choices(self) -> float:
-        """Per token: K choices with weight, the router's E scores, the order of the N columns of new experts."""
+        """Per token: K choices with weights, E router scores, and the sort order of the N new experts' columns."""
         per_token = self.moe.topk * (_INT64 + _FP32) + self.moe.num_experts * _FP32 + self.moe.num_new_experts * _INT64
-        # The balance loss keeps the choices, the LPR loss two logarithms and the language bit.
-        per_token += self.moe.topk * _INT64 if self.run.stage == "stage1" else 2 * _FP32 + _BOOL
+        # The balance loss keeps the choices; the LPR loss keeps two logarithms and the language bit.
+        per_token += self.moe.topk * _INT64 if self.workload.stage == "stage1" else 2 * _FP32 + _BOOL
         return self.tokens * per_token
 
     def _original_experts(self) -> float:
@@ -281,14 +291,14 @@ class _Activations:
 
     def _new_experts(self) -> float:
         elements = 2 * self.expert_ffn
-        if self.run.stage == "stage1":
+        if self.workload.stage == "stage1":
             elements += self.hidden + self.expert_ffn
         return self.new_rows * (elements * self.element + _INT64 + _FP32)
 
     def _dense_ffn(self) -> float:
-        between = 2 if self.run.kernels.fused_swiglu else 3  # silu(gate) beside gate and up
+        between = 2 if self.workload.kernels.fused_swiglu else 3  # silu(gate) in addition to gate and up
         return self.all_tokens * between * self.ffn * self.element
 
     def _head(self) -> float:
-        # Softmax, target mask, target, and the loss masks of the report.
+        # Softmax, target mask, targets, and the loss masks used for logging.
         return self._norm() + self.all_tokens * (self.vocabulary * _FP32 + _BOOL + _INT64 + 4 * _FP32)

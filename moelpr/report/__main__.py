@@ -1,6 +1,6 @@
-"""A report of runs, while they go on or afterwards; `live` follows a run on a terminal.
+"""A report of runs, while they train or afterwards; `live` follows a run on a terminal.
 
-python -m moelpr.report runs/stage1 runs/stage2 --evaluation runs/evaluation.json
+python -m moelpr.report runs/stage1 runs/stage2 --evaluation runs/evaluation/results.json
 python -m moelpr.report live runs/stage1
 """
 
@@ -12,45 +12,82 @@ from moelpr.errors import UserError, run_command
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["live"]:
-        from moelpr.report.live import main as follow
+    arguments = sys.argv[1:]
+    if arguments[:1] not in (["runs"], ["live"], ["-h"], ["--help"]):
+        arguments = ["runs", *arguments]  # the default command
+    args = make_parser().parse_args(arguments)
+    args.run_command(args)
 
-        follow(sys.argv[2:])
-        return
+
+def report_runs(args: argparse.Namespace) -> None:
+    from moelpr.report.run_report import Report  # after the arguments, because matplotlib is slow to import
+    from moelpr.report.runs import Claims, read_evaluations, read_run, read_verifications
+    from moelpr.yaml_files import read_mapping
+
+    report = Report(
+        runs=[read_run(folder) for folder in args.runs],
+        evaluation=read_evaluations(args.evaluation),
+        checks=read_verifications(args.verification),
+        claims=Claims.read(args.claims) if args.claims else Claims(),
+        facts=read_mapping(args.facts, "facts") if args.facts else {},
+    )
+    print(report.write(args.output or args.runs[-1]))
+
+
+def follow_run(args: argparse.Namespace) -> None:
+    from moelpr.report.live import show
+
+    if not args.interval > 0:
+        raise UserError(f"--interval must be above 0 seconds, got {args.interval:g}; for example, pass 2")
+    show(args.run, args.interval, args.once)
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m moelpr.report",
-        description="Write report.html and report.md of one run or several, running or finished. "
-        "`python -m moelpr.report live RUN` follows a run on a terminal.",
+        description="Reports of training runs. Without a command, `runs`: python -m moelpr.report RUN...",
     )
-    parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN",
-        help="folder that --save named, in the order the runs were made; or the demo's folder",
-    )  # fmt: skip
-    parser.add_argument(
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands, each with --help")
+    runs = commands.add_parser(
+        "runs",
+        help="write a report of one or several runs, running or finished (the default)",
+        description="Write report.html, report.md and report.json of one or several runs, running or finished.",
+    )
+    runs.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="run folder (--save of the trainer), in the order of training"
+    )
+    runs.add_argument(
         "--evaluation", nargs="+", type=Path, default=[], metavar="FILE",
-        help="JSON files of `python -m moelpr.evaluate`: results per language with intervals, routing per language",
+        help="JSON files of `python -m moelpr.evaluate`: results with intervals and routing, per language",
     )  # fmt: skip
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the files (default: the last RUN)")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    args = parser.parse_args()
-    print(build(args.runs, args.evaluation, args.output or args.runs[-1]))
+    runs.add_argument(
+        "--verification", nargs="+", type=Path, default=[], metavar="FILE",
+        help="outputs of `checkpoint_convert/verify.py --json`",
+    )  # fmt: skip
+    runs.add_argument(
+        "--claims", type=Path, metavar="FILE",
+        help="YAML file of claims to judge by the evaluation (see examples/demo-claims.yaml)",
+    )  # fmt: skip
+    runs.add_argument(
+        "--facts", type=Path, metavar="FILE", help="YAML or JSON file of other facts to show: title -> name -> value"
+    )
+    runs.add_argument("--output", type=Path, metavar="DIR", help="folder to write to (default: the last RUN)")
+    runs.set_defaults(run_command=report_runs)
 
-
-def build(folders: list[Path], evaluations: list[Path], output: Path) -> Path:
-    """Write the report's files into `output`; returns the page's path."""
-    from moelpr.report.demo import read_report, write_pages
-    from moelpr.report.evaluation import read_evaluations
-    from moelpr.report.run_document import run_document
-    from moelpr.report.runs import read_run
-    from moelpr.report.write import write_document
-
-    demos = [folder for folder in folders if (folder / "report.json").exists()]
-    if demos and (len(folders) > 1 or evaluations or output != folders[0]):
-        raise UserError(f"{demos[0]} is a demo, whose report stands in its own folder; give it alone")
-    if demos:
-        return write_pages(demos[0], read_report(demos[0]))
-    runs = [read_run(folder) for folder in folders]
-    return write_document(output, run_document(runs, read_evaluations(evaluations)))
+    live = commands.add_parser(
+        "live",
+        help="follow a run on a terminal",
+        description="Follow a run until it is finished. Ctrl-C leaves; the run continues.",
+    )
+    live.add_argument("run", type=Path, metavar="RUN", help="run folder (--save of the trainer)")
+    live.add_argument(
+        "--interval", type=float, default=2.0, metavar="SECONDS", help="refresh interval in seconds (default: 2)"
+    )
+    live.add_argument("--once", action="store_true", help="show the current state and exit")
+    live.set_defaults(run_command=follow_run)
+    for command in (runs, live):
+        command.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
 
 
 if __name__ == "__main__":

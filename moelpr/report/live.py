@@ -1,15 +1,15 @@
-"""A view of a run that follows its metrics.jsonl: drawn on a terminal, also over ssh, or plain lines in a file or pipe.
+"""A view of a run that follows its metrics.jsonl: drawn on a terminal, or one line per record in a file or pipe.
 
-It only reads, so it can come and go while the run goes on, on any machine that sees the run's folder.
+It only reads, so it can start and stop while the run trains, on any machine that sees the run's folder.
 """
 
-import argparse
 import json
 import math
 import os
 import time
 from collections import deque
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from moelpr.errors import UserError
 from moelpr.report.runs import Run, read_run
 from moelpr.run_folder import FINISHED_FILE, METRICS_FILE
 from moelpr.run_metrics import Record
@@ -34,32 +33,26 @@ _VALUES = {
     "tokens/s": "tokens_per_s",
     "memory, GiB": "peak_memory_gib",
 }
-_KEPT = 2000  # steps that the sparklines show at most
+_KEPT = 2000  # steps in the sparklines at most
 
 
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m moelpr.report live",
-        description="Follow a run until it is finished; Ctrl-C leaves, the run goes on.",
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder that --save named")
-    parser.add_argument(
-        "--interval", type=float, default=2.0, metavar="SECONDS", help="between two looks (default: %(default)s)"
-    )
-    parser.add_argument("--once", action="store_true", help="show how it stands now, and end")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    args = parser.parse_args(argv)
-    if not args.interval > 0:
-        raise UserError(f"--interval {args.interval:g} must be above 0")
-    position, run = _read(args.run)
+def show(folder: Path, interval_s: float, once: bool) -> None:
+    """Follow the run in `folder` until it is finished or Ctrl-C is pressed.
+
+    Args:
+        once: show the current state and return.
+
+    Raises:
+        UserError: the folder has no metrics.jsonl, or a damaged one.
+    """
     console = Console()
     try:
-        if args.once:
-            console.print(View(run).drawing())
+        if once:
+            console.print(View(read_run(folder)).drawing())
         elif console.is_terminal:
-            _draw(run, position, console, args.interval)
+            _draw(folder, console, interval_s)
         else:
-            _write_lines(run, position, args.interval)
+            _write_lines(folder, interval_s)
     except KeyboardInterrupt:
         pass  # the usual way to leave
 
@@ -88,52 +81,60 @@ class View:
 
     def headline(self) -> str:
         step, total = self.last.get("iteration", 0), self.run.num_steps
-        words = [f"{self.run.folder}", str(self.last.get("stage", self.run.stage)), f"step {step:,}"]
+        parts = [f"{self.run.folder}", str(self.last.get("stage", self.run.stage)), f"step {step:,}"]
         if total:
-            words[-1] += f" of {total:,} ({step / total:.0%})"
+            parts[-1] += f" of {total:,} ({step / total:.0%})"
             times = [record["step_time_s"] for record in self.recent if record.get("step_time_s")][-50:]
             if times and step < total:
-                words.append(f"{_clock((total - step) * sum(times) / len(times))} left")
-        return "  ".join(words)
+                parts.append(f"{timedelta(seconds=int((total - step) * sum(times) / len(times)))} left")
+        return "  ".join(parts)
 
     def drawing(self) -> RenderableType:
         parts: list[RenderableType] = [Text(self.headline(), style="bold"), self._values()]
         if self.validations:
             parts.append(self._languages())
         for record in self.warnings:
-            # Said in words too, so that the colour is not needed.
+            # The word "warning" is there because color alone would not do.
             parts.append(Text(f"warning, step {record['iteration']:,}: {record.get('message', '')}", style="yellow"))
         return Group(*parts)
 
     def _values(self) -> Table:
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        for name, justify in (("", "left"), ("now", "right"), ("course", "left")):
-            table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+        table = _table(("", "left"), ("now", "right"), ("history", "left"))
         for name, key in _VALUES.items():
             values = [record[key] for record in self.recent if record.get(key) is not None]
             if values:
-                table.add_row(
-                    name, f"{values[-1]:.4g}" if values[-1] < 1e4 else f"{values[-1]:,.0f}", sparkline(values)
-                )
+                now = f"{values[-1]:.4g}" if values[-1] < 1e4 else f"{values[-1]:,.0f}"
+                table.add_row(name, now, sparkline(values))
         return table
 
     def _languages(self) -> Table:
         first, newest = self.validations[0], self.validations[-1]
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        table.add_column(f"held out, step {newest['iteration']:,}")
-        table.add_column("", justify="right")
-        table.add_column(f"since step {first['iteration']:,}", justify="right")
+        table = _table(
+            (f"held out, step {newest['iteration']:,}", "left"), ("", "right"),
+            (f"since step {first['iteration']:,}", "right"),
+        )  # fmt: skip
         for language, result in newest["languages"].items():
-            unit = "bits_per_byte" if result.get("bits_per_byte") is not None else "bits_per_token"
-            value, start = result.get(unit), first["languages"].get(language, {}).get(unit)
-            if value is not None:
+            for unit, value in _bits(result)[:1]:
+                start = first["languages"].get(language, {}).get(unit)
                 change = f"{value / start - 1:+.1%}" if start else ""
                 table.add_row(f"{language} ({result.get('group')})", f"{value:.3f} {unit.replace('_', ' ')}", change)
         return table
 
 
+def _table(*columns: tuple[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name, justify in columns:
+        table.add_column(name, justify=justify, no_wrap=True)
+    return table
+
+
+def _bits(result: Record) -> list[tuple[str, float]]:
+    """(unit, value) of one language's held-out text, bits per byte first."""
+    return [(unit, result[unit]) for unit in ("bits_per_byte", "bits_per_token") if result.get(unit) is not None]
+
+
 def sparkline(values: list[float], width: int = 40) -> str:
-    """Means of neighbours as bars from the lowest to the highest."""
+    """Means of neighbors as bars from the lowest to the highest."""
     size = math.ceil(len(values) / width)
     means = [sum(part) / len(part) for part in (values[i : i + size] for i in range(0, len(values), size))]
     low, high = min(means), max(means)
@@ -142,42 +143,39 @@ def sparkline(values: list[float], width: int = 40) -> str:
 
 
 def line(record: Record) -> str:
-    """A record as a line of a log."""
+    """A record as one line of a log."""
     where = f"{record.get('stage', 'training')} step {record['iteration']}"
     if record.get("event") == "warning":
         return f"{where}, warning: {record.get('message', '')}"
     if record.get("event") == "validation":
-        words = [
+        parts = [
             f"{language} {value:.4f} {unit.replace('_', ' ')}"
             for language, result in record["languages"].items()
-            for unit in ("bits_per_byte", "bits_per_token")
-            if (value := result.get(unit)) is not None
+            for unit, value in _bits(result)
         ]
-        return f"{where}, validation: {', '.join(words)}"
-    words = [f"{name} {record[key]:.4g}" for name, key in _VALUES.items() if record.get(key) is not None]
-    return f"{where}: {', '.join(words)}"
+        return f"{where}, validation: {', '.join(parts)}"
+    parts = [f"{name} {record[key]:.4g}" for name, key in _VALUES.items() if record.get(key) is not None]
+    return f"{where}: {', '.join(parts)}"
 
 
-def _read(folder: Path) -> tuple[int, Run]:
-    """The run, and where its file ended before it was read: what follows may be known already, but none is missed."""
-    metrics_file = folder / METRICS_FILE
-    position = metrics_file.stat().st_size if metrics_file.exists() else 0
-    return position, read_run(folder)
+def follow(folder: Path, interval_s: float) -> Iterator[tuple[Run, list[Record]]]:
+    """The run and its new records, possibly none, every `interval_s` seconds until the run is finished.
 
-
-def follow(run: Run, position: int, interval_s: float) -> Iterator[list[Record]]:
-    """Records after `position` bytes, as they come, none where there are none, until the run is finished."""
-    path = run.folder / METRICS_FILE
-    with path.open("rb") as file:
-        file.seek(_after_last_line(file, position))
-        while True:
-            is_finished = (run.folder / FINISHED_FILE).exists()  # looked for first: what came before it is read below
-            if path.stat().st_ino != _inode(file) or path.stat().st_size < file.tell():
-                return  # a resumed run has written the file anew
-            yield list(_new_records(file))
-            if is_finished:
-                return
-            time.sleep(interval_s)
+    A resumed run replaces its metrics.jsonl; then the run is read again. The first records after reading may be
+    contained in the run already, but none is missed.
+    """
+    path = folder / METRICS_FILE
+    while True:
+        position = path.stat().st_size if path.exists() else 0
+        run = read_run(folder)
+        with path.open("rb") as file:
+            file.seek(_after_last_line(file, position))
+            while path.stat().st_ino == os.fstat(file.fileno()).st_ino and path.stat().st_size >= file.tell():
+                is_finished = (folder / FINISHED_FILE).exists()  # before reading, so that the last records are read
+                yield run, list(_new_records(file))
+                if is_finished:
+                    return
+                time.sleep(interval_s)
 
 
 def _after_last_line(file: Any, size: int) -> int:
@@ -202,35 +200,21 @@ def _new_records(file: Any) -> Iterator[Record]:
             yield record
 
 
-def _inode(file: Any) -> int:
-    return os.fstat(file.fileno()).st_ino
-
-
-def _draw(run: Run, position: int, console: Console, interval_s: float) -> None:
-    with Live(View(run).drawing(), console=console, auto_refresh=False) as live:
-        while True:
-            view = View(run)
-            for records in follow(run, position, interval_s):
-                for record in records:
-                    view.add(record)
-                live.update(view.drawing(), refresh=True)
-            if (run.folder / FINISHED_FILE).exists():
-                return
-            position, run = _read(run.folder)
-
-
-def _write_lines(run: Run, position: int, interval_s: float) -> None:
-    print(View(run).headline(), flush=True)
-    while True:
-        for records in follow(run, position, interval_s):
+def _draw(folder: Path, console: Console, interval_s: float) -> None:
+    view: View | None = None
+    with Live(console=console, auto_refresh=False) as live:
+        for run, records in follow(folder, interval_s):
+            view = view if view and view.run is run else View(run)
             for record in records:
-                print(line(record), flush=True)
-        if (run.folder / FINISHED_FILE).exists():
-            return
-        position, run = _read(run.folder)
+                view.add(record)
+            live.update(view.drawing(), refresh=True)
 
 
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
+def _write_lines(folder: Path, interval_s: float) -> None:
+    is_first = True
+    for run, records in follow(folder, interval_s):
+        if is_first:
+            print(View(run).headline(), flush=True)
+            is_first = False
+        for record in records:
+            print(line(record), flush=True)

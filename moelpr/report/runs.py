@@ -1,22 +1,32 @@
-"""What a run's folder says about it, while it goes on and afterwards."""
+"""What a report is made from: run folders, results per language, verified conversions, and claims."""
 
+import json
+import math
 import statistics
 import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moelpr.errors import UserError
+from moelpr.report.plots import Curve, Interval, percent
 from moelpr.run_folder import COMMAND_FILE, FINISHED_FILE, METRICS_FILE, VERSIONS_FILE, read_json, read_settings
-from moelpr.run_metrics import Record, RunMetrics, read_run_metrics
+from moelpr.run_metrics import Record, RunMetrics, mean_of, read_run_metrics
+from moelpr.yaml_files import read_mapping
 
-ENDS = 50  # steps at the start and the end of a run whose values per layer are kept
-_STALE_S = 600.0  # a run that wrote nothing for so long, and for 20 of its steps, has stopped
+ENDS = 50  # first and last steps of a run whose values per layer are kept
+GROUPS = ("expanded", "original")
+_STALE_S = 600.0  # a run that wrote nothing for this long, and for 20 of its steps, has stopped
+
+
+# ------------------------------------------------------------------------------------------------------------ runs
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder. settings, versions and command are empty where it has none (an older version wrote none)."""
+    """A run folder. settings, versions and arguments are empty if it has none (older versions wrote none)."""
 
     folder: Path
     metrics: RunMetrics
@@ -37,7 +47,7 @@ class Run:
 
     @property
     def last(self) -> Record:
-        """Of the last step; empty before the first."""
+        """The record of the last step; empty before the first."""
         return self.metrics.steps[-1] if self.metrics.steps else {}
 
     @property
@@ -46,19 +56,31 @@ class Run:
 
     @property
     def num_steps(self) -> int | None:
-        """As many as it is to make; None where it is not known."""
+        """Steps when the run is finished; None if unknown."""
         return self.settings.get("train_iters")
 
     @property
     def step_time_s(self) -> float | None:
-        """Median; the first step, which includes the start, left out."""
-        times = [record["step_time_s"] for record in self.metrics.steps[1:] if record.get("step_time_s")]
-        return statistics.median(times) if times else None
+        return self._median("step_time_s")
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        return self._median("tokens_per_s")
+
+    def _median(self, key: str) -> float | None:
+        """Over all steps except the first, which includes the start of the program."""
+        values = [record[key] for record in self.metrics.steps[1:] if record.get(key)]
+        return statistics.median(values) if values else None
 
     @property
     def training_time_s(self) -> float:
-        """Of all steps in the records; what was repeated after an interruption counts once."""
+        """Of all recorded steps; a step repeated after an interruption counts once."""
         return sum(record.get("step_time_s") or 0.0 for record in self.metrics.steps)
+
+    @property
+    def peak_memory_gib(self) -> float | None:
+        peaks = [record["peak_memory_gib"] for record in self.metrics.steps if record.get("peak_memory_gib")]
+        return max(peaks, default=None)
 
     @property
     def state(self) -> str:
@@ -68,32 +90,277 @@ class Run:
         patience = max(_STALE_S, 20 * (self.step_time_s or 0.0))
         return "running" if self.last_record_age_s < patience else "stopped"
 
-    @property
-    def tokens_per_s(self) -> float | None:
-        rates = [record["tokens_per_s"] for record in self.metrics.steps[1:] if record.get("tokens_per_s")]
-        return statistics.median(rates) if rates else None
-
-    @property
-    def peak_memory_gib(self) -> float | None:
-        peaks = [record["peak_memory_gib"] for record in self.metrics.steps if record.get("peak_memory_gib")]
-        return max(peaks, default=None)
-
 
 def read_run(folder: Path) -> Run:
-    """Raises UserError where the folder holds no metrics.jsonl, or one that is damaged."""
+    """Raises UserError if the folder has no metrics.jsonl, or a damaged one."""
     metrics_file = folder / METRICS_FILE
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; give the folder of a run, what --save named")
+        raise UserError(f"there is no folder {folder}; pass the folder of a run, which --save named")
     if not metrics_file.exists():
-        raise UserError(f"{folder} holds no metrics.jsonl; give the folder of a run that has made its first step")
+        raise UserError(f"{folder} contains no {METRICS_FILE}; pass the folder of a run that has made a step")
     command = read_json(folder / COMMAND_FILE) or {}
     return Run(
         folder,
         read_run_metrics(metrics_file, layers_at_ends=ENDS),
         settings=read_settings(folder) or {},
         versions=read_json(folder / VERSIONS_FILE) or {},
-        arguments=[str(word) for word in command.get("arguments", [])],
+        arguments=[str(argument) for argument in command.get("arguments", [])],
         num_ranks=command.get("num_ranks"),
         is_finished=(folder / FINISHED_FILE).exists(),
         last_record_age_s=time.time() - metrics_file.stat().st_mtime,
     )
+
+
+def curve_of(records: Iterable[Mapping[str, Any]], key: str, name: str = "") -> Curve:
+    """The steps that logged `key` as a finite number, or as one number per layer, of which the mean is taken."""
+    points = [(record["iteration"], mean_of(record.get(key))) for record in records]
+    known = [(x, y) for x, y in points if y is not None and math.isfinite(y)]
+    return Curve(name, [x for x, _ in known], [y for _, y in known])
+
+
+# ----------------------------------------------------------------------------------------- results per language
+
+
+@dataclass
+class Results:
+    """Bits per byte of models, in the order in which they were made: from evaluations, or from validation passes.
+
+    Attributes:
+        groups: language -> "original" or "expanded"; "" if the evaluation did not name the original languages.
+        bits: model -> language, "mean original" or "mean expanded" -> bits per byte.
+        changes: the same, relative to the first model; missing ones follow from `bits`.
+        has_start: the first model is the start that changes are measured against.
+        per_token: languages whose number of bytes is unknown, so that `bits` are per token.
+        original_first_shares: model -> language -> fraction of original experts among first choices, per MoE layer.
+        layers: model -> numbers of its MoE layers.
+        continuations: language -> {"prompt", "reference", "by_model": model -> text}.
+    """
+
+    groups: dict[str, str] = field(default_factory=dict)
+    bits: dict[str, dict[str, Interval]] = field(default_factory=dict)
+    changes: dict[str, dict[str, Interval]] = field(default_factory=dict)
+    has_start: bool = True
+    per_token: set[str] = field(default_factory=set)
+    original_first_shares: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    layers: dict[str, list[int]] = field(default_factory=dict)
+    continuations: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def models(self) -> list[str]:
+        return list(self.bits)
+
+    def languages(self, *groups: str) -> list[str]:
+        return [language for group in groups for language, its_group in self.groups.items() if its_group == group]
+
+    def rows(self) -> dict[str, list[str]]:
+        """Group -> its languages with results, then their mean if there is one."""
+        known = {row for rows in self.bits.values() for row in rows}
+        rows = {group: [*self.languages(group), f"mean {group}"] for group in (*GROUPS, "")}
+        return {group: found for group, names in rows.items() if (found := [name for name in names if name in known])}
+
+    def value(self, model: str, row: str) -> Interval:
+        """Bits per byte; NaN if not measured."""
+        return self.bits[model].get(row, Interval(math.nan))
+
+    def change(self, model: str, row: str, reference: str | None = None) -> Interval:
+        """Relative change against `reference`, by default the first model; NaN if one of them was not measured."""
+        first = self.models[0]
+        if reference in (None, first) and row in self.changes.get(model, {}):
+            return self.changes[model][row]
+        base = self.value(reference or first, row).value
+        return Interval(self.value(model, row).value / base - 1 if base else math.nan)
+
+
+def held_out_results(runs: Sequence[Run]) -> Results:
+    """The first validation pass of the first run that has one, and the last pass of every run.
+
+    Runs may differ in languages.
+    """
+    results = Results(has_start=False)
+    for run in runs:
+        if not run.metrics.validations:
+            continue
+        first, last = run.metrics.validations[0], run.metrics.validations[-1]
+        passes = {f"after {run.name}": last}
+        if not results.bits and first["iteration"] == 0:  # in an old or truncated file the start is unknown
+            results.has_start = True
+            passes = {f"before {run.name}": first} | passes
+        for name, record in passes.items():
+            values = results.bits.setdefault(name, {})
+            for language, result in record["languages"].items():
+                results.groups[language] = result.get("group", "original")
+                if result.get("bits_per_byte") is not None:
+                    values[language] = Interval(result["bits_per_byte"])
+                elif result.get("bits_per_token") is not None:
+                    values[language] = Interval(result["bits_per_token"])
+                    results.per_token.add(language)
+    return results
+
+
+def read_evaluations(paths: Iterable[Path]) -> Results:
+    """All files together, later ones adding to earlier ones. Raises UserError for a file of something else."""
+    results = Results()
+    for path in paths:
+        with _named("--evaluation", path, "a JSON file that `python -m moelpr.evaluate` wrote"):
+            _add(results, json.loads(path.read_text(encoding="utf-8")))
+    return results
+
+
+@contextmanager
+def _named(flag: str, path: Path, expected: str) -> Iterator[None]:
+    """A file that is missing or not what is expected becomes a UserError that names its flag."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be read: {error.strerror}") from error
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise UserError(f"{flag} {path} must be {expected} ({error})") from error
+
+
+def _add(results: Results, content: Mapping[str, Any]) -> None:
+    original = content.get("original_languages") or []
+    results.continuations |= content.get("continuations") or {}
+    for model, result in content["models"].items():
+        for language in result["languages"]:
+            results.groups[language] = GROUPS[language in original] if original else results.groups.get(language, "")
+        for row, values in {**result["languages"], **(result.get("means") or {})}.items():
+            if "bits_per_byte" in values:
+                results.bits.setdefault(model, {})[row] = _interval(values["bits_per_byte"])
+            if "bits_per_byte" in (values.get("change") or {}):
+                results.changes.setdefault(model, {})[row] = _interval(values["change"]["bits_per_byte"])
+            share = values.get("original_expert_share") or {}
+            per_layer = values.get("original_first_share") or share.get("per_layer")
+            if per_layer:
+                results.original_first_shares.setdefault(model, {})[row] = [_number(value) for value in per_layer]
+                results.layers[model] = list(values.get("layers") or share.get("layers") or range(len(per_layer)))
+
+
+def _interval(content: Any) -> Interval:
+    """From a plain number, as older versions wrote it, or from value, low and high."""
+    if not isinstance(content, Mapping):
+        return Interval(_number(content))
+    return Interval(*(_number(content.get(name)) for name in Interval._fields))
+
+
+def _number(value: Any) -> float:
+    return float(value) if value is not None else math.nan
+
+
+# ----------------------------------------------------------------------------------------- verifications and claims
+
+
+def read_verifications(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """File name without its suffix -> the last JSON line that `checkpoint_convert/verify.py --json` printed."""
+    checks = {}
+    for path in paths:
+        with _named("--verification", path, "the output of `checkpoint_convert/verify.py A B --json`"):
+            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("{")]
+            check = json.loads(lines[-1])
+            checks[path.stem] = {**check, "equal": bool(check["equal"]), "num_tensors": int(check["num_tensors"])}
+    return checks
+
+
+# Measures of a claim -> number of models it names.
+# change [a, b]: relative change in bits per byte of a against b.
+# undone [a, b, c]: fraction of b's increase against c that a undoes; NaN if b is not above c.
+# lead [a, b, c]: change of b against c minus change of a against c.
+_MEASURES = {"change": 2, "undone": 3, "lead": 3}
+
+
+@dataclass(frozen=True)
+class Judgment:
+    """A claim about one language, or a check (language ""), and whether the numbers show it."""
+
+    name: str
+    language: str
+    claim: str
+    found: str
+    value: float
+    ok: bool
+
+
+@dataclass
+class Claims:
+    """Claims about models, from a YAML file like examples/demo-claims.yaml.
+
+    Attributes:
+        title: the report's title if every claim is shown.
+        note: a paragraph for the report.
+        claims: each with name, claim (a sentence), languages ("original" or "expanded"), one of `_MEASURES` with its
+            models, and at_least or at_most.
+        checks: name of a verification -> what it compares.
+    """
+
+    title: str = ""
+    note: str = ""
+    claims: Sequence[Mapping[str, Any]] = ()
+    checks: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> "Claims":
+        """Raises UserError for an incomplete claim and for a field that does not exist."""
+        content = read_mapping(path, "claims")
+        expected = (
+            f"claims with name, claim, languages ({' or '.join(GROUPS)}), one of {', '.join(_MEASURES)} with its "
+            "models, and one of at_least, at_most"
+        )
+        with _named("--claims", path, expected):
+            claims = cls(**content)
+            for claim in claims.claims:
+                (measure,) = _MEASURES.keys() & claim.keys()
+                (bound,) = {"at_least", "at_most"} & claim.keys()
+                is_complete = claim["claim"] and claim["name"] and claim["languages"] in GROUPS
+                if not is_complete or len(claim[measure]) != _MEASURES[measure] or not float(claim[bound]) < math.inf:
+                    raise ValueError(claim["name"])
+        return claims
+
+    def judge(self, results: Results, checks: Mapping[str, Mapping[str, Any]]) -> list[Judgment]:
+        """Every claim for every language of its group, then every check. What was not measured is not shown.
+
+        Raises:
+            UserError: a claim is about a model or a group of languages without results.
+        """
+        judgments = []
+        for claim in self.claims:
+            languages = results.languages(claim["languages"])
+            if not languages:
+                raise UserError(
+                    f"the claim {claim['name']} needs results of {claim['languages']} languages; pass --evaluation "
+                    "with a file of `python -m moelpr.evaluate --original-languages ...`"
+                )
+            judgments += [_judge(claim, results, language) for language in languages]
+        for name, meaning in self.checks.items():
+            check = checks.get(name, {})
+            judgments.append(Judgment(name, "", meaning, check_result(check), math.nan, check.get("equal", False)))
+        return judgments
+
+
+def _judge(claim: Mapping[str, Any], results: Results, language: str) -> Judgment:
+    (measure,) = _MEASURES.keys() & claim.keys()
+    *models, reference = claim[measure]
+    if unknown := [model for model in claim[measure] if model not in results.models]:
+        raise UserError(
+            f"the claim {claim['name']} is about {', '.join(unknown)}, which is not in --evaluation; choose from "
+            f"{', '.join(results.models)}"
+        )
+    changes = [results.change(model, language, reference).value for model in models]
+    match measure:
+        case "change":
+            value = changes[0]
+        case "undone":
+            value = 1 - changes[0] / changes[1] if changes[1] > 0 else math.nan
+        case _:
+            value = changes[1] - changes[0]
+    found = ", ".join(f"{model} {percent(change)}" for model, change in zip(models, changes, strict=True))
+    ok = value >= claim["at_least"] if "at_least" in claim else value <= claim["at_most"]
+    return Judgment(claim["name"], language, claim["claim"], f"{found} against {reference}", value, bool(ok))
+
+
+def check_result(check: Mapping[str, Any]) -> str:
+    """The result of verify.py in words."""
+    keys = {"max_abs_diff": "tensor", "max_abs_logit_diff": "logit"}
+    found = {
+        name: "Inf or NaN" if check[key] is None else f"{check[key]:.2g}" for key, name in keys.items() if key in check
+    }
+    parts = " and of a ".join(f"{name} {value}" for name, value in found.items())
+    return f"largest difference of a {parts}" if parts else "not measured"

@@ -1,4 +1,4 @@
-"""A page in a real browser without a window: what it drew, what it complained of, pictures of it."""
+"""A page in a headless browser: what it drew, its console messages, and screenshots of it."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
-# What a page says is written into it, where --dump-dom shows it.
+# What a page reports is written into it, so that --dump-dom prints it.
 _TELL = """
 <script>
 const tell = found => {
@@ -22,29 +22,31 @@ const tell = found => {
 </script>
 """
 
-# Runs in the page: what a reader would see of each drawing, and whether the page is wider than the screen. It tells the
-# page around it, since the browser writes out the outermost one alone.
+# Runs in the page: what a reader sees of each chart, and whether the page is wider than the screen. It reports to the
+# page around it, because the browser prints the outermost one only.
 _LOOK = """
 <script>
 addEventListener("load", () => {
   const charts = [...document.querySelectorAll("svg[role=img]")].map(svg => {
-    const box = svg.getBoundingClientRect(), frame = svg.viewBox.baseVal;
-    const shapes = [...svg.querySelectorAll("path, rect, line, circle, text")];
+    const frame = svg.getBoundingClientRect();
+    const shapes = [...svg.querySelectorAll("path, rect, line, circle, use, text")].filter(s => !s.closest("defs"));
     const isEmpty = shape => { const b = shape.getBBox(); return !(b.width > 0 || b.height > 0); };
     const isCutOff = text => {
-      const b = text.getBBox();
-      return b.x < -2 || b.y < -2 || b.x + b.width > frame.width + 2 || b.y + b.height > frame.height + 2;
+      const b = text.getBoundingClientRect(), { left, top, right, bottom } = frame;
+      return b.left < left - 2 || b.top < top - 2 || b.right > right + 2 || b.bottom > bottom + 2;
     };
     return {
-      title: svg.querySelector("title").textContent, width: box.width, height: box.height, shapes: shapes.length,
+      title: svg.querySelector("title").textContent, width: frame.width, height: frame.height, shapes: shapes.length,
       empty: shapes.filter(isEmpty).length,
       cut_off: [...svg.querySelectorAll("text")].filter(isCutOff).map(text => text.textContent),
     };
   });
+  const ids = [...document.querySelectorAll("[id]")].map(element => element.id);
   const page = document.documentElement, style = getComputedStyle(document.body);
   const boxes = [...document.querySelectorAll(".scroll")];
   parent.postMessage({
     charts, scrolled: boxes.filter(box => box.scrollWidth > box.clientWidth + 1).length,
+    repeated_ids: ids.length - new Set(ids).size,
     width: innerWidth, page_width: page.scrollWidth, height: page.scrollHeight,
     ink: style.color, paper: style.backgroundColor,
   }, "*");
@@ -55,7 +57,7 @@ addEventListener("load", () => {
 
 @dataclass(frozen=True)
 class Seen:
-    """found: what _LOOK found; complaints: messages on the console."""
+    """found: what _LOOK found; complaints: console messages."""
 
     found: dict[str, Any]
     complaints: list[str]
@@ -66,7 +68,7 @@ def missing_programs() -> list[str]:
 
 
 def look(page: Path, folder: Path, width: int, is_dark: bool = False) -> Seen:
-    """Open the page `width` pixels wide. folder: for files on the way."""
+    """Open the page `width` pixels wide. folder: for temporary files."""
     watched = folder / "watched.html"
     watched.write_text(page.read_text(encoding="utf-8").replace("</body>", f"{_LOOK}</body>"), encoding="utf-8")
     done = _chromium(folder, _framed(watched, folder, width, 900), width, 900, is_dark, "--dump-dom")
@@ -82,7 +84,7 @@ def screenshot(page: Path, picture: Path, width: int, height: int, is_dark: bool
 
 
 def print_pages(page: Path, folder: Path, name: str) -> list[Path]:
-    """The pages on A4 as pictures."""
+    """The page printed on A4, one image per sheet."""
     pdf = folder / f"{name}.pdf"
     _chromium(folder, page, 1000, 1000, False, f"--print-to-pdf={pdf}", "--no-pdf-header-footer")
     subprocess.run(["pdftoppm", "-r", "70", "-png", pdf, folder / name], check=True, timeout=60)
@@ -90,7 +92,7 @@ def print_pages(page: Path, folder: Path, name: str) -> list[Path]:
 
 
 def _framed(page: Path, folder: Path, width: int, height: int) -> Path:
-    """A page that shows the other one so wide: a window can't be as narrow as a phone."""
+    """A page that shows the other one in a frame, because a window cannot be as narrow as a phone."""
     frame = folder / "frame.html"
     frame.write_text(
         '<!doctype html><meta name="color-scheme" content="light dark"><body style="margin:0">'
@@ -110,5 +112,5 @@ def _chromium(
         f"--blink-settings=preferredColorScheme={0 if is_dark else 1}", *task,
     ]  # fmt: skip
     if os.geteuid() == 0:
-        words.append("--no-sandbox")  # which the browser refuses to start without as root; the page is our own
+        words.append("--no-sandbox")  # required as root; the page is our own
     return subprocess.run([*words, page.resolve().as_uri()], capture_output=True, text=True, timeout=120, check=True)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Installs what the tests in a real browser need from Debian, as root; does nothing where it is already.
-# Ends with code 1 and a sentence where it can't be had.
+# Installs what the browser tests need from Debian, as root; does nothing if it is installed.
+# Exits with code 1 and a message if it is unavailable.
 set -euo pipefail
-# The fonts show every script of the demo's languages; poppler-utils turns printed pages into pictures to look at.
+# The fonts cover every script of the demo's languages; poppler-utils turns printed pages into images.
 packages=(chromium fonts-noto-core fonts-noto-cjk poppler-utils)
 
 fail() {

@@ -1,4 +1,4 @@
-"""Reports in Chromium: every chart drawn, nothing complained of, nothing wider than the screen.
+"""Reports in Chromium: every chart is drawn, the console is empty, nothing is wider than the screen.
 
 Screenshots are kept in the folder that REPORT_SCREENSHOTS names: look at them after a change.
 """
@@ -11,20 +11,21 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.report.__main__ import build
-from moelpr.report.demo import Continuation, Report, write_report
+from moelpr.report.run_report import Report
+from moelpr.report.runs import Claims, read_evaluations, read_run
 from tests.browser.browser import Seen, look, missing_programs, print_pages, screenshot
 from tests.run_folders import LANGUAGES, make_run
 
 pytestmark = pytest.mark.browser
 
 PHONE, DESKTOP = 390, 1280
+DEMO_CLAIMS = Path(__file__).parents[2] / "examples/demo-claims.yaml"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def browser() -> None:
     if missing := missing_programs():
-        pytest.skip(f"no {', '.join(missing)} here; `make test-browser` installs Debian's packages")
+        pytest.skip(f"{', '.join(missing)} missing; `make test-browser` installs Debian's packages")
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +35,17 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         make_run(folder / "stage1", "stage1", 1500, num_layers=8),
         make_run(folder / "stage2", "stage2", 420, num_layers=8, is_finished=False, train_iters=600),
     ]
+    young = make_run(folder / "young", "stage1", 3, languages={})
     evaluation = folder / "evaluation.json"
     evaluation.write_text(json.dumps(made_up_evaluation()))
+    results = read_evaluations([evaluation])
+    check = {"equal": True, "num_tensors": 158, "max_abs_diff": 0.0, "max_abs_logit_diff": 1e-5, "same_next_token": 1.0}
+    checks = {"check-upcycled": check, "check-frozen": check}
+    facts = {"Demo": {"base model": "Qwen2"}, "Wall time in seconds": {"stage1": 275.8}}
     return {
-        "runs": build(runs, [evaluation], folder / "runs"),
-        "young": build([make_run(folder / "young", "stage1", 3, languages={})], [], folder / "young"),
-        "demo": write_report(folder / "demo", made_up_demo()),
+        "runs": Report([read_run(run) for run in runs], results).write(folder / "runs"),
+        "young": Report([read_run(young)]).write(folder / "young"),
+        "demo": Report([read_run(young)], results, checks, Claims.read(DEMO_CLAIMS), facts).write(folder / "demo"),
     }
 
 
@@ -52,46 +58,29 @@ def made_up_evaluation() -> dict:
             "original_expert_share": {"overall": 0.4, "per_layer": [0.1 * layer for layer in range(8)]},
         }
 
-    models = {"base": 0.0, "stage1": 0.2, "stage2": -0.05}
+    models = {"base": 0.0, "full_finetune": 0.5, "stage1": 0.2, "stage2": -0.005}
+    samples = {
+        "el": {"prompt": "Η πόρτα του σπιτιού", "reference": "είναι ανοιχτή.", "by_model": {"base": "και"}},
+        "zh": {"prompt": "有人晚回家时", "reference": "开灯", "by_model": {"base": "，", "stage2": "开灯"}},
+    }
     return {
         "original_languages": [name for name, group in LANGUAGES.items() if group == "original"],
         "models": {
             model: {"languages": {language: result(language, 2.5, change) for language in LANGUAGES}}
             for model, change in models.items()
         },
+        "continuations": samples,
     }
-
-
-def made_up_demo() -> Report:
-    factors = {"base": (1.0, 1.0), "full_finetune": (1.5, 0.8), "stage1": (1.3, 0.9), "stage2": (1.01, 0.92)}
-    bits = {
-        model: {
-            name: (2.0 + 0.1 * number) * factor[group == "expanded"]
-            for number, (name, group) in enumerate(LANGUAGES.items())
-        }
-        for model, factor in factors.items()
-    }
-    share = {name: {"overall": 0.5, "per_layer": [0.1 * layer for layer in range(6)]} for name in LANGUAGES}
-    return Report(
-        languages=LANGUAGES,
-        bits_per_byte=bits,
-        original_expert_share={"stage1": share, "stage2": share},
-        checks={"frozen_max_abs_diff": 0.0},
-        continuations={
-            "el": Continuation("Η πόρτα του σπιτιού", "είναι ανοιχτή.", {"base": "και", "stage2": "είναι ανοιχτή"}),
-            "zh": Continuation("有人晚回家时", "开灯", {"base": "，", "stage2": "开灯"}),
-        },
-    )
 
 
 @pytest.mark.parametrize("name", ["runs", "young", "demo"])
 @pytest.mark.parametrize(("width", "is_dark"), [(PHONE, False), (DESKTOP, False), (DESKTOP, True)])
-def test_every_chart_is_drawn_and_nothing_is_complained_of(
+def test_every_chart_is_drawn_and_the_console_is_empty(
     pages: dict[str, Path], tmp_path: Path, name: str, width: int, is_dark: bool
 ) -> None:
     seen = look(pages[name], tmp_path, width, is_dark)
     assert faults(seen) == []
-    assert len(seen.found["charts"]) == {"runs": 23, "young": 8, "demo": 3}[name]
+    assert len(seen.found["charts"]) == {"runs": 25, "young": 8, "demo": 13}[name]
     assert seen.found["width"] == width
     assert brightness(seen.found["paper"]) < 60 if is_dark else brightness(seen.found["paper"]) > 240
     assert abs(brightness(seen.found["ink"]) - brightness(seen.found["paper"])) > 150
@@ -103,6 +92,8 @@ def faults(seen: Seen) -> list[str]:
         found.append(f"the page is {seen.found['page_width']} wide on {seen.found['width']}")
     if seen.found["scrolled"]:
         found.append(f"{seen.found['scrolled']} tables are cut off")
+    if seen.found["repeated_ids"]:
+        found.append(f"{seen.found['repeated_ids']} IDs are not unique")
     for chart in seen.found["charts"]:
         if not (chart["width"] > 100 and chart["height"] > 100 and chart["shapes"] > 10):
             found.append(f"{chart['title']} is not drawn: {chart}")
@@ -116,10 +107,11 @@ def brightness(colour: str) -> float:
     return sum(map(float, re.findall(r"[\d.]+", colour)[:3])) / 3
 
 
-def test_the_test_sees_a_broken_chart_a_wide_page_and_a_message(pages: dict[str, Path], tmp_path: Path) -> None:
+def test_faults_of_a_broken_page_are_found(pages: dict[str, Path], tmp_path: Path) -> None:
     text = pages["young"].read_text(encoding="utf-8")
-    for old, new, wanted in [
+    for old, new, fault in [
         (' d="M', ' d="Mnan ', "console"),
+        ("<h1>", '<h1 id="a"><i id="a"></i>', "not unique"),
         ("</h1>", '</h1><div style="width:2000px">wide</div>', "wide on"),
         ("</h1>", "</h1><script>undefined_function()</script>", "console"),
         ("<td", '<td style="min-width:2000px"', "tables are cut off"),
@@ -131,10 +123,10 @@ def test_the_test_sees_a_broken_chart_a_wide_page_and_a_message(pages: dict[str,
     ]:
         broken = tmp_path / "broken.html"
         broken.write_text(text.replace(old, new, 1), encoding="utf-8")
-        assert any(wanted in fault for fault in faults(look(broken, tmp_path, DESKTOP))), wanted
+        assert any(fault in found for found in faults(look(broken, tmp_path, DESKTOP))), fault
 
 
-def test_screenshots_can_be_taken_of_every_page(pages: dict[str, Path], tmp_path: Path) -> None:
+def test_every_page_can_be_printed_and_photographed(pages: dict[str, Path], tmp_path: Path) -> None:
     kept = Path(os.environ.get("REPORT_SCREENSHOTS", tmp_path / "kept"))
     kept.mkdir(parents=True, exist_ok=True)
     for name, page in pages.items():

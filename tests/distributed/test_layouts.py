@@ -1,4 +1,4 @@
-"""N ranks = 1 rank: a few layouts of benchmarks/layouts.py that together contain every pair of features."""
+"""N ranks = 1 rank: a few layouts of tests/distributed/layout_runs.py that together contain every pair of features."""
 
 from itertools import combinations
 from pathlib import Path
@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import layouts
-from benchmarks.layouts import LAYOUTS, STAGES
 from checkpoint_convert.torch_dist import TorchDistReader
+from tests.distributed import layout_runs as layouts
+from tests.distributed.layout_runs import LAYOUTS, STAGES
 
 PAIRS = (
     "TP2+SP ETP2 EP2 distributed optimizer, selective recompute",

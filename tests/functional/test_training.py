@@ -20,7 +20,7 @@ import pytest
 import torch
 import yaml
 
-from moelpr.arguments.checks.disk import checkpoint_bytes
+from moelpr.arguments.checks.resume import checkpoint_bytes
 from moelpr.model_spec import ModelSpec
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,4 +1,4 @@
-"""The recipes for models of real size: their layout fits the hardware they name, and the trainer takes them."""
+"""The recipes for models of real size: their layout fits the hardware they name, and the trainer accepts them."""
 
 import json
 import re
@@ -9,17 +9,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moelpr.arguments.checks import complaints
-from moelpr.arguments.checks.disk import _size, checkpoint_bytes
-from moelpr.arguments.checks.run import Run
-from moelpr.arguments.flags import all_arguments
-from moelpr.arguments.sources import Sources
+from moelpr.arguments import all_arguments
+from moelpr.arguments.checks import find_problems
+from moelpr.arguments.checks.resume import checkpoint_bytes, format_bytes
+from moelpr.arguments.settings import RunSettings
 from moelpr.plan.__main__ import main as plan
 from moelpr.plan.model import upcycled_spec
 
 RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
 REAL = sorted(path.name for pattern in ("paper-*.yaml", "qwen*.yaml", "llama*.yaml") for path in RECIPES.glob(pattern))
-# What the models' config.json says of their shape: hidden size, FFN, layers, heads, query groups, vocabulary.
+# The shapes in the models' config.json: hidden size, FFN, layers, heads, query groups, vocabulary.
 SHAPES = {
     "Qwen1.5-1.8B": (2048, 5504, 24, 16, 16, 151936),
     "Qwen2.5-7B": (3584, 18944, 28, 28, 4, 152064),
@@ -39,7 +38,7 @@ FAMILIES = {
 
 @pytest.fixture
 def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Folders of the models' names, here, with a config.json each."""
+    """The working directory contains a folder per model, with its config.json."""
     for name, (hidden, ffn, layers, heads, groups, vocabulary) in SHAPES.items():
         config = {
             **FAMILIES[name[:4]], "hidden_act": "silu", "rms_norm_eps": 1e-6,
@@ -58,21 +57,21 @@ def comment_of(recipe: str) -> str:
 
 
 def command_in(comment: str) -> list[str]:
-    """The words behind "python -m moelpr.plan", which may go on in the next line."""
-    words = re.search(r"python -m moelpr\.plan (.*?)(?=\n[A-Z])", comment, re.DOTALL)
-    assert words
-    return shlex.split(words[1])
+    """The arguments of "python -m moelpr.plan", which may continue on the next line."""
+    found = re.search(r"python -m moelpr\.plan (.*?)(?=\n[A-Z])", comment, re.DOTALL)
+    assert found
+    return shlex.split(found[1])
 
 
 @pytest.mark.parametrize("recipe", REAL)
-def test_the_layout_is_one_that_the_planner_lists_with_the_memory_the_comment_names(
+def test_the_planner_lists_the_layout_with_the_memory_in_the_comment(
     recipe: str, models: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings, comment = yaml.safe_load((RECIPES / recipe).read_text()), comment_of(recipe)
     monkeypatch.setattr("sys.argv", ["plan", *command_in(comment), "--json"])
     plan()
     planned = json.loads(capsys.readouterr().out)
-    wanted = {
+    expected = {
         "tp": settings.get("tensor-model-parallel-size", 1),
         "pp": settings.get("pipeline-model-parallel-size", 1),
         "ep": settings.get("expert-model-parallel-size", 1),
@@ -86,39 +85,39 @@ def test_the_layout_is_one_that_the_planner_lists_with_the_memory_the_comment_na
             name.replace("-", "_"): settings[name] for name in ("seq-length", "micro-batch-size", "global-batch-size")
         }.items()
     )
-    (layout,) = [one for one in planned["layouts"] if one.items() >= wanted.items()]
+    (layout,) = [one for one in planned["layouts"] if one.items() >= expected.items()]
     assert f"{layout['fullest_rank']['total_bytes'] / 2**30:.2f} GiB" in comment
     if "the recommended one" in comment:
         assert layout == planned["recommended"]
 
 
 @pytest.mark.parametrize("recipe", REAL)
-def test_a_checkpoint_takes_what_the_comment_says(recipe: str, models: None) -> None:
+def test_a_checkpoint_has_the_size_in_the_comment(recipe: str, models: None) -> None:
     comment, stage = comment_of(recipe), recipe.removesuffix(".yaml").rsplit("-", 1)[1]
-    words = command_in(comment)
-    spec = upcycled_spec(Path(words[1]), int(words[3]))
+    argv = command_in(comment)
+    spec = upcycled_spec(Path(argv[1]), int(argv[3]))
     args = Namespace(stage=stage, bf16=True, fp16=False, train_everything=False, no_save_optim=None)
     args.save_trained_only = yaml.safe_load((RECIPES / recipe).read_text()).get("save-trained-only", False)
     args.use_distributed_optimizer = True
-    assert f"A checkpoint takes {_size(checkpoint_bytes(args, spec))}" in comment
+    assert f"A checkpoint takes {format_bytes(checkpoint_bytes(args, spec))}" in comment
 
 
 @pytest.mark.parametrize("recipe", REAL)
-def test_the_trainer_takes_it_on_the_hardware_it_names(
+def test_the_trainer_accepts_it_on_the_hardware_it_names(
     recipe: str, models: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = command_in(comment_of(recipe))
+    planner_argv = command_in(comment_of(recipe))
     folder = Path("upcycled")
     (folder / "release").mkdir(parents=True)
-    upcycled_spec(Path(words[1]), int(words[3])).write(folder)
+    upcycled_spec(Path(planner_argv[1]), int(planner_argv[3])).write(folder)
     (folder / "latest_checkpointed_iteration.txt").write_text("release")
     for suffix in ("bin", "idx", "lang"):
         Path(f"corpus.{suffix}").touch()
     command = shlex.split("--pretrained-checkpoint upcycled --data-path corpus --recipe") + [str(RECIPES / recipe)]
     command += ["--stage", "stage1"] if "stage1" in recipe else ["--stage", "stage2", "--train-iters", "500"]
-    monkeypatch.setenv("WORLD_SIZE", words[5])
-    sources = Sources.gather(command, all_arguments())
-    assert [*sources.complaints, *complaints(Run.of(sources.draft, sources))] == []
+    monkeypatch.setenv("WORLD_SIZE", planner_argv[5])
+    run = RunSettings.gather(command, all_arguments())
+    assert [*run.problems, *find_problems(run)] == []
 
 
 @pytest.mark.parametrize("recipe", sorted(path.name for path in RECIPES.glob("*.yaml")))

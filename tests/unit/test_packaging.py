@@ -73,14 +73,6 @@ def test_make_help_lists_every_target():
     assert re.findall(r"make ([a-z]+) ", listed) == targets
 
 
-def test_documents_name_only_make_targets_that_exist():
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    documents = "\n".join(path.read_text() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
-    named = set(re.findall(r"(?:^|`)make ([a-z]+)", documents, re.MULTILINE))
-    assert "test" in named
-    assert named <= targets
-
-
 def test_commit_hooks_need_no_network():
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
     assert [repository["repo"] for repository in config["repos"]] == ["local"]

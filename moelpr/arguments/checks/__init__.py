@@ -1,42 +1,33 @@
-"""Every check of a run's settings: a small function that yields one sentence for each thing that is wrong.
+"""Checks of a run's settings: all functions named `check_…` and `note_…` in these modules.
 
-Each sentence says what was found, what was wanted and the remedy. A check stays silent where the settings it looks at
-are missing or nonsense themselves: another one says so. All of them run, and all sentences are reported together.
+Each yields one message per problem: what was expected, what was given, and the fix. A check yields nothing if the
+settings it depends on are missing or invalid themselves, because another check reports those. All checks run, and all
+messages are reported at once.
 """
 
 from collections.abc import Callable, Iterable
 
-from moelpr.arguments.checks import checkpoint, data, disk, layout, machine, method, resume, schedule, validation
-from moelpr.arguments.checks.run import Run
+from moelpr.arguments.checks import data, layout, model, resume
+from moelpr.arguments.settings import RunSettings
 
-Check = Callable[[Run], Iterable[str]]
-
-CHECKS: tuple[Check, ...] = (
-    *checkpoint.CHECKS,
-    *resume.CHECKS,
-    *disk.CHECKS,
-    *layout.CHECKS,
-    *schedule.CHECKS,
-    *data.CHECKS,
-    *validation.CHECKS,
-    *method.CHECKS,
-    *machine.CHECKS,
-)
-
-# Settings that are changed or unusual but not wrong: said, and the run goes on.
-NOTES: tuple[Check, ...] = (
-    layout.sequence_parallelism_is_switched_on,
-    checkpoint.stage2_without_stage1,
-    checkpoint.a_further_round_has_more_original_languages,
-    resume.step_of_the_first_start,
-    data.tokenizers_that_may_differ,
-)
+_Check = Callable[[RunSettings], Iterable[str]]
 
 
-def complaints(run: Run) -> list[str]:
-    """Everything that is wrong with `run`, in the order of CHECKS."""
-    return [sentence for check in CHECKS for sentence in check(run)]
+def _functions(prefix: str) -> list[_Check]:
+    modules = (model, resume, layout, data)
+    return [value for module in modules for name, value in vars(module).items() if name.startswith(prefix)]
 
 
-def notes(run: Run) -> list[str]:
-    return [sentence for note in NOTES for sentence in note(run)]
+CHECKS = _functions("check_")
+# Settings that are changed or unusual, but not wrong: they are logged, and the run starts.
+NOTES = _functions("note_")
+
+
+def find_problems(run: RunSettings) -> list[str]:
+    """A message for each wrong setting."""
+    return [message for check in CHECKS for message in check(run)]
+
+
+def find_notes(run: RunSettings) -> list[str]:
+    """A message for each setting that is worth knowing about."""
+    return [message for note in NOTES for message in note(run)]

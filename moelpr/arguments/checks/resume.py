@@ -1,24 +1,33 @@
-"""Resuming a run: the same model and stage, and optimizer state that fits.
+"""The folders to load and save: disk space, and whether a run can be resumed with these settings.
 
-Weights load under every layout. Optimizer state does not, and what it needs depends on how it was saved.
+Weights load under every layout. Optimizer state does not; what has to match depends on how it was saved.
 """
 
+import argparse
+import math
+import os
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moelpr.arguments.checks.run import Layout, Run
+from moelpr.arguments.settings import RunSettings
 from moelpr.errors import UserError
+from moelpr.families.families import family_named
+from moelpr.families.tables import pieces
+from moelpr.layouts import Layout
 from moelpr.model_spec import ModelSpec
+from moelpr.plan.memory import MASTER_BYTES, MOMENT_BYTES, WEIGHT_BYTES
 from moelpr.run_folder import TRACKER_FILE
+from moelpr.stages import part_of, trained_parts
 
-# The table: what has to be the same before and now for optimizer state to load, by the format it was saved in. What is
-# not named may change: the number of processes, and every size for the first two formats.
+# What has to match for optimizer state to load, by the format it was saved in. Everything else may change: the number
+# of processes, and for the first two formats every parallel size.
 #   by parameter      without --use-distributed-optimizer
 #   reshardable       --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable
-#   by buffer         --use-distributed-optimizer alone: state is saved as the flat buffers of one layout
-# Read in Megatron 0.19.2: training/checkpointing.py (load_checkpoint), core/optimizer (ChainedOptimizer,
-# DistributedOptimizer.sharded_param_state_*); tried by benchmarks/resume_layouts.py.
+#   by buffer         only --use-distributed-optimizer: state is saved as the flat buffers of one layout
+# Taken from Megatron 0.19.2: training/checkpointing.py (load_checkpoint), core/optimizer (ChainedOptimizer,
+# DistributedOptimizer.sharded_param_state_*); tested by tests/distributed/resume_layouts.py.
 _ALWAYS = ("optimizer", "use_distributed_optimizer", "bf16", "fp16", "train_everything")
 _MUST_MATCH = {
     "by parameter": _ALWAYS,
@@ -34,83 +43,129 @@ _FLAGS = {
     "etp": "--expert-tensor-parallel-size",
 }
 
-
-# What Megatron's learning-rate schedule is made of; it refuses to load another one.
+# Settings of Megatron's learning-rate schedule, which it does not load with other values.
 _SCHEDULE = (
-    "lr",
-    "min_lr",
-    "lr_decay_style",
-    "lr_decay_iters",
-    "lr_decay_samples",
-    "lr_warmup_fraction",
-    "lr_warmup_iters",
-    "lr_warmup_samples",
-    "weight_decay",
-    "global_batch_size",
-)
+    "lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_decay_samples", "lr_warmup_fraction", "lr_warmup_iters",
+    "lr_warmup_samples", "weight_decay", "global_batch_size",
+)  # fmt: skip
+
+_NEW_RUN = "to start a new run from it, pass it as --pretrained-checkpoint and change --save"
 
 
-def the_folder_to_save_in_is_free(run: Run) -> Iterable[str]:
-    """Else one folder would hold steps of two runs, and one base_checkpoint.json would speak for both."""
+def check_load_folder(run: RunSettings) -> Iterable[str]:
+    """Without it Megatron would start from --pretrained-checkpoint without a message."""
+    load, save = run.args.load, run.args.save
+    if load and load != save and run.checkpoint not in (None, Path(load)):
+        yield (
+            f"--load {load} contains no checkpoint ({TRACKER_FILE} is missing), so the run would start from "
+            f"{run.checkpoint}; use another folder, or remove --load"
+        )
+
+
+def check_save_folder(run: RunSettings) -> Iterable[str]:
+    """Otherwise one folder would contain steps of two runs, but only one base_checkpoint.json."""
     save = run.args.save
     if not save or not (Path(save) / TRACKER_FILE).exists() or run.checkpoint is None:
         return
     if not run.is_resumed or run.checkpoint != Path(save):
         flag = "--finetune" if run.args.finetune else "--load"
         yield (
-            f"--save {save} holds checkpoints of a run, and {flag} would start another one over them from "
-            f"{run.checkpoint}; give another folder to --save, or drop {flag} to resume the run"
+            f"--save {save} contains checkpoints of a run, and {flag} would start another run from {run.checkpoint}; "
+            f"change --save, or remove {flag} to resume the run"
         )
 
 
-def there_is_a_run_to_resume(run: Run) -> Iterable[str]:
-    if run.is_resumed and run.record is None:
+def check_save_access(run: RunSettings) -> Iterable[str]:
+    """Whether --save can be written is checked now, not hours later at the first checkpoint."""
+    if run.args.save is None:
+        return
+    save = Path(run.args.save)
+    existing = _existing_parent(save)
+    if not existing.is_dir():
+        yield f"cannot create --save {save}: {existing} is a file; use another folder"
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        is_read_only = os.statvfs(existing).f_flag & os.ST_RDONLY
+        why = f"the disk of {existing} is read-only" if is_read_only else f"no permission to write to {existing}"
+        yield f"cannot write to --save {save}: {why}; fix that, or use a folder on another disk"
+
+
+def check_disk_space(run: RunSettings) -> Iterable[str]:
+    """At least one checkpoint fits. Quotas, and what others write meanwhile, cannot be checked."""
+    if run.args.save is None or run.spec is None or not run.args.save_interval:
+        return
+    existing = _existing_parent(Path(run.args.save))
+    disk = shutil.disk_usage(existing) if existing.is_dir() else None
+    if disk is None or disk.total == 0:  # some object stores report no size
+        return
+    needed = checkpoint_bytes(run.args, run.spec)
+    if disk.free < needed:
+        smaller = "" if run.args.save_trained_only or not run.is_moe else ", use --save-trained-only"
         yield (
-            f"{run.checkpoint} holds a checkpoint but no run to resume; give another folder to --save and name this "
-            "one with --pretrained-checkpoint"
+            f"--save {run.args.save} is on a disk with {format_bytes(disk.free)} free, and a checkpoint of this run "
+            f"takes about {format_bytes(needed)}; free some space{smaller}, or use a folder on another disk"
         )
 
 
-def the_stage_is_the_same(run: Run) -> Iterable[str]:
-    if not run.is_resumed or run.record is None or run.args.stage is None:
+def checkpoint_bytes(args: argparse.Namespace, spec: ModelSpec) -> int:
+    """Bytes of the tensors in one checkpoint: the weights, and the optimizer state of what is trained."""
+    dtype = "bf16" if args.bf16 or args.fp16 else "fp32"
+    trained = trained_parts(args.stage or "dense", args.train_everything)
+    # The distributed optimizer saves a copy of fp32 weights too.
+    master = MASTER_BYTES["bf16" if args.use_distributed_optimizer else dtype]
+    state = 0 if args.no_save_optim else master + MOMENT_BYTES
+    total = 0
+    for piece in pieces(family_named(spec.family).table, spec):
+        is_trained = part_of(piece.key) in trained
+        weights = 0 if args.save_trained_only and not is_trained else WEIGHT_BYTES[dtype]
+        total += sum(map(math.prod, piece.hf_shapes)) * (weights + (state if is_trained else 0))
+    return total
+
+
+def format_bytes(number: float) -> str:
+    """A number of bytes with its unit: "99 GiB"."""
+    power = min(int(math.log2(max(number, 1))) // 10, 4)
+    return f"{number / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+
+
+def check_resumed_run(run: RunSettings) -> Iterable[str]:
+    """The checkpoint is of a run, of the same stage and with the same tensors (base_checkpoint.json applies to all)."""
+    if not run.is_resumed:
+        return
+    if run.record is None:
+        yield f"{run.checkpoint} contains a checkpoint but no run to resume; {_NEW_RUN}"
         return
     before = run.record.get("stage")
-    if before != run.args.stage:
+    if run.args.stage is not None and before != run.args.stage:
+        yield f"{run.checkpoint} is a run of --stage {before}, which --stage {run.args.stage} cannot resume; {_NEW_RUN}"
+    trained_only = bool(run.record.get("save_trained_only"))
+    if before == run.args.stage and trained_only != bool(run.args.save_trained_only):
         yield (
-            f"{run.checkpoint} holds a run of --stage {before}, which --stage {run.args.stage} cannot resume; give "
-            "another folder to --save and name this one with --pretrained-checkpoint"
+            f"{run.checkpoint} was saved {'with' if trained_only else 'without'} --save-trained-only and must be "
+            f"resumed the same way; {_NEW_RUN}"
         )
 
 
-def the_model_is_the_same(run: Run) -> Iterable[str]:
-    """--pretrained-checkpoint is read at the first start only; a resumed run may not contradict it."""
+def check_resumed_model(run: RunSettings) -> Iterable[str]:
+    """Only the first start reads --pretrained-checkpoint; a resumed run may not contradict it."""
     start = run.args.pretrained_checkpoint
     if not run.is_resumed or run.spec is None or not start:
         return
     try:
         other = ModelSpec.read(Path(start))
     except UserError:
-        return  # moved or deleted since: it is not needed any more
+        return  # moved or deleted since, and no longer needed
     if differences := _differences(other, run.spec):
         yield (
-            f"{run.checkpoint} holds a run of another model than --pretrained-checkpoint {start} ("
-            f"{'; '.join(differences)}); give another folder to --save, or drop --pretrained-checkpoint to resume"
+            f"{run.checkpoint} is a run of another model than --pretrained-checkpoint {start} ("
+            f"{'; '.join(differences)}); change --save, or remove --pretrained-checkpoint to resume"
         )
 
 
-def the_checkpoints_hold_the_same(run: Run) -> Iterable[str]:
-    """base_checkpoint.json speaks for all checkpoints of a folder."""
-    if not run.is_resumed or run.record is None or run.record.get("stage") != run.args.stage:
-        return
-    before, now = bool(run.record.get("save_trained_only")), bool(run.args.save_trained_only)
-    if before != now:
-        yield (
-            f"{run.checkpoint} was saved {'with' if before else 'without'} --save-trained-only; resume it the same "
-            "way, or give another folder to --save and name this one with --pretrained-checkpoint"
-        )
-
-
-def _differences(there: ModelSpec, here: ModelSpec) -> list[str]:
+def _differences(start: ModelSpec, run: ModelSpec) -> list[str]:
     def flat(spec: ModelSpec) -> dict[str, Any]:
         moe = spec.moe
         experts = {
@@ -121,77 +176,39 @@ def _differences(there: ModelSpec, here: ModelSpec) -> list[str]:
         }
         return {"family": spec.family, **experts, **spec.megatron_args}
 
-    before, now = flat(there), flat(here)
+    before, now = flat(start), flat(run)
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    return [f"{name} {before.get(name)} there, {now.get(name)} here" for name in names]
+    return [f"{name} {before.get(name)} there, {now.get(name)} in the run" for name in names]
 
 
-def optimizer_state_fits(run: Run) -> Iterable[str]:
-    record, args = run.record, run.args
-    if not run.is_resumed or record is None or record.get("stage") != args.stage:
+def check_optimizer_state(run: RunSettings) -> Iterable[str]:
+    """The saved optimizer state loads with these settings (`_MUST_MATCH`)."""
+    record = _record_of_stage(run)
+    if record is None or run.args.no_load_optim or record.get("no_save_optim"):
         return
-    if args.no_load_optim or record.get("no_save_optim"):
-        return
-    before = _facts(record, _layout_of_record(record))
-    now = _facts(vars(args), run.layout)
-    state_format = _format(record)
-    changed = [name for name in _MUST_MATCH[state_format] if before[name] != now[name]]
-    if not changed:
-        return
-    was, wanted = _words(changed, before), _words(changed, now)
-    if state_format == "by buffer":
-        hint = " (optimizer state saved with --dist-ckpt-optim-fully-reshardable can change its layout)"
-    else:
-        hint = ""
-    yield (
-        f"{run.checkpoint} was trained with {was}; its optimizer state does not fit {wanted}. Keep {was}, or start the "
-        f"optimizer afresh with --no-load-optim{hint}"
+    old_layout = Layout.from_settings(
+        record, record.get("world_size", 1), record.get("virtual_pipeline_model_parallel_size") or 1
     )
-
-
-def the_schedule_is_the_same(run: Run) -> Iterable[str]:
-    record, args = run.record, run.args
-    if not run.is_resumed or record is None or record.get("stage") != args.stage:
-        return
-    if args.no_load_optim or args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
-        return
-    names = list(_SCHEDULE)
-    if args.lr_decay_iters is None and args.lr_decay_samples is None:
-        names += ["train_iters", "train_samples"]  # the decay then ends with the training
-    before = {name: record.get(name) for name in names}
-    now = {name: getattr(args, name) for name in names}
-    changed = [name for name in names if name in run.typed and before[name] != now[name]]
+    before, now = _optimizer_settings(record, old_layout), _optimizer_settings(vars(run.args), run.layout)
+    state_format = "by parameter"
+    if record.get("use_distributed_optimizer"):
+        state_format = "reshardable" if record.get("dist_ckpt_optim_fully_reshardable") else "by buffer"
+    changed = [name for name in _MUST_MATCH[state_format] if before[name] != now[name]]
     if changed:
+        hint = " (state saved with --dist-ckpt-optim-fully-reshardable can change its layout)"
         yield (
-            f"{run.checkpoint} was trained with {_words(changed, before)}, which its learning-rate schedule rests on, "
-            f"not {_words(changed, now)}; keep it, or add --override-opt-param-scheduler to follow the new schedule "
-            "from here or --use-checkpoint-opt-param-scheduler to keep the old one"
+            f"{run.checkpoint} was trained with {_as_flags(changed, before)}; its optimizer state does not fit "
+            f"{_as_flags(changed, now)}; keep the old values, or reset the optimizer with --no-load-optim"
+            f"{hint if state_format == 'by buffer' else ''}"
         )
 
 
-def step_of_the_first_start(run: Run) -> Iterable[str]:
-    step = run.args.ckpt_step
-    if run.is_resumed and step is not None and run.step is None:
-        yield (
-            f"--ckpt-step {step} chose the step of --pretrained-checkpoint to start from; this run goes on from the "
-            f"latest step in {run.checkpoint} (to go back to its step {step}, drop --pretrained-checkpoint)"
-        )
-
-
-def _format(record: Mapping[str, Any]) -> str:
-    if not record.get("use_distributed_optimizer"):
-        return "by parameter"
-    return "reshardable" if record.get("dist_ckpt_optim_fully_reshardable") else "by buffer"
-
-
-def _facts(settings: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+def _optimizer_settings(settings: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     trains_experts = settings.get("stage") == "stage1" or bool(settings.get("train_everything"))
+    names = ("use_distributed_optimizer", "bf16", "fp16", "train_everything", "overlap_grad_reduce")
     return {
         "optimizer": settings.get("optimizer", "adam"),
-        **{
-            name: bool(settings.get(name))
-            for name in ("use_distributed_optimizer", "bf16", "fp16", "train_everything", "overlap_grad_reduce")
-        },
+        **{name: bool(settings.get(name)) for name in names},
         "tp": layout.tp,
         "pp": layout.pp,
         "vpp": layout.vpp,
@@ -200,25 +217,45 @@ def _facts(settings: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     }
 
 
-def _layout_of_record(record: Mapping[str, Any]) -> Layout:
-    vpp = record.get("virtual_pipeline_model_parallel_size")
-    return Layout.of(record, vpp or 1, world_size=record.get("world_size", 1))
+def check_schedule(run: RunSettings) -> Iterable[str]:
+    """The learning-rate schedule is the one that was saved."""
+    record, args = _record_of_stage(run), run.args
+    if record is None:
+        return
+    if args.no_load_optim or args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
+        return
+    names = list(_SCHEDULE)
+    if args.lr_decay_iters is None and args.lr_decay_samples is None:
+        names += ["train_iters", "train_samples"]  # the decay then ends with the training
+    changed = [name for name in names if name in run.explicit_args and record.get(name) != getattr(args, name)]
+    if changed:
+        yield (
+            f"{run.checkpoint} was trained with {_as_flags(changed, {name: record.get(name) for name in changed})}, on "
+            f"which its learning-rate schedule depends, not {_as_flags(changed, vars(args))}; keep the old values, or "
+            "add --override-opt-param-scheduler to use the new schedule from here, or "
+            "--use-checkpoint-opt-param-scheduler to keep the old one"
+        )
 
 
-def _words(names: list[str], facts: Mapping[str, Any]) -> str:
-    words = []
+def _record_of_stage(run: RunSettings) -> dict[str, Any] | None:
+    """The settings of the run to resume, if it is of the same stage."""
+    is_same = run.is_resumed and run.record is not None and run.record.get("stage") == run.args.stage
+    return run.record if is_same else None
+
+
+def _as_flags(names: list[str], settings: Mapping[str, Any]) -> str:
+    flags = []
     for name in names:
-        flag, value = _FLAGS.get(name, f"--{name.replace('_', '-')}"), facts[name]
-        words.append(f"{'no ' if value is False else ''}{flag}{'' if isinstance(value, bool) else f' {value}'}")
-    return ", ".join(words)
+        flag, value = _FLAGS.get(name, f"--{name.replace('_', '-')}"), settings[name]
+        flags.append(f"{'no ' if value is False else ''}{flag}{'' if isinstance(value, bool) else f' {value}'}")
+    return ", ".join(flags)
 
 
-CHECKS = (
-    the_folder_to_save_in_is_free,
-    there_is_a_run_to_resume,
-    the_stage_is_the_same,
-    the_model_is_the_same,
-    the_checkpoints_hold_the_same,
-    optimizer_state_fits,
-    the_schedule_is_the_same,
-)
+def note_ignored_step(run: RunSettings) -> Iterable[str]:
+    """--ckpt-step selects a step of the first start only."""
+    step = run.args.ckpt_step
+    if run.is_resumed and step is not None and run.step is None:
+        yield (
+            f"--ckpt-step {step} selects a step of --pretrained-checkpoint; this run resumes from the latest step in "
+            f"{run.checkpoint} (to return to its own step {step}, remove --pretrained-checkpoint)"
+        )

@@ -1,4 +1,4 @@
-"""A checkpoint of each kind, a corpus, a command that is right, and what is said about one that is not."""
+"""A checkpoint of each kind, a corpus, and a valid command whose problems or final settings are returned."""
 
 import re
 import sys
@@ -13,12 +13,13 @@ from moelpr.errors import UserError
 from moelpr.megatron_patches import cpu, megatron_fixes
 from moelpr.model_spec import ModelSpec
 
+# Before Megatron is imported: so the tests import moelpr.arguments inside functions.
 cpu.install()
 megatron_fixes.install()
 
 STEPS = ["--micro-batch-size", "2", "--seq-length", "32", "--lr", "1e-3", "--train-iters", "2"]
 
-Say = Callable[..., list[str]]
+Problems = Callable[..., list[str]]
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +32,7 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def make_checkpoint(tmp_path: Path, moe_spec: ModelSpec) -> Callable[..., str]:
-    """A folder as the converter leaves it, without weights; with `record`, as a run of those settings leaves it."""
+    """A folder as the converter writes it, without weights; with `record`, as a run with those settings writes it."""
 
     def make(name: str, spec: ModelSpec = moe_spec, shape: dict | None = None, **record: object) -> str:
         folder = tmp_path / name
@@ -39,7 +40,7 @@ def make_checkpoint(tmp_path: Path, moe_spec: ModelSpec) -> Callable[..., str]:
         replace(spec, megatron_args={**spec.megatron_args, **(shape or {})}).write(folder)
         (folder / "latest_checkpointed_iteration.txt").write_text("release")
         if record:
-            record = {"lr": 1e-3, "train_iters": 2} | record  # as STEPS say
+            record = {"lr": 1e-3, "train_iters": 2} | record  # as in STEPS
             for place in (folder, folder / "release"):
                 (place / "recipe.yaml").write_text(yaml.safe_dump(record))
         return str(folder)
@@ -65,11 +66,11 @@ def data(tmp_path: Path) -> list[str]:
 
 
 @pytest.fixture
-def refused(data: list[str], monkeypatch: pytest.MonkeyPatch) -> Say:
-    """The sentences about a command; the command is right but for `words` (`steps` and `data` can be left out)."""
+def problems(data: list[str], monkeypatch: pytest.MonkeyPatch) -> Problems:
+    """The messages about a command that is valid except for `argv` (`steps` and data can be omitted)."""
 
-    def say(
-        stage: str | None, start: str | Path | None, *words: str, ranks: int = 1, steps: list[str] = STEPS,
+    def run(
+        stage: str | None, start: str | Path | None, *argv: str, ranks: int = 1, steps: list[str] = STEPS,
         with_data: bool = True,
     ) -> list[str]:  # fmt: skip
         from moelpr.arguments import parse_arguments
@@ -78,28 +79,28 @@ def refused(data: list[str], monkeypatch: pytest.MonkeyPatch) -> Say:
         command = [*(["--stage", stage] if stage else []), *steps, *(data if with_data else [])]
         command += ["--pretrained-checkpoint", str(start)] if start else []
         with pytest.raises(UserError) as error:
-            parse_arguments([*command, *words])
+            parse_arguments([*command, *argv])
         first, *others = str(error.value).split("\n- ")
         if not others:
             return [first]
-        assert re.fullmatch(rf"{len(others)} settings are wrong:", first)
+        assert re.match(rf"{len(others)} ", first)
         return others
 
-    return say
+    return run
 
 
 @pytest.fixture
 def accepted(data: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict]:
-    """The final settings of a command that is right, by Megatron's names; registered nowhere afterwards."""
+    """The final settings of a valid command, by Megatron's names; unregistered afterwards."""
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
     from megatron.training import global_vars
 
-    def parse(stage: str, start: str | Path, *words: str, ranks: int = 1) -> dict:
+    def parse(stage: str, start: str | Path, *argv: str, ranks: int = 1) -> dict:
         from moelpr.arguments import parse_arguments
 
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
         try:
-            args, _ = parse_arguments(["--stage", stage, *STEPS, *data, "--pretrained-checkpoint", str(start), *words])
+            args, _ = parse_arguments(["--stage", stage, *STEPS, *data, "--pretrained-checkpoint", str(start), *argv])
         finally:
             destroy_num_microbatches_calculator()
             global_vars.unset_global_variables()

@@ -1,42 +1,31 @@
-"""Wrong words are reported one by one, with the flag that was most likely meant."""
+"""All wrong arguments are reported, each with the flag that was most likely meant."""
 
 import pytest
 
-# Imported inside the tests: Megatron may be imported only once compat is installed (conftest.py).
+# Imported inside the tests: Megatron may be imported only after the patches are installed (conftest.py).
 
 
-def parse(*words: str) -> tuple[dict, list[str]]:
+def parse(*argv: str) -> tuple[dict, list[str]]:
     from moelpr.arguments.flags import all_arguments
 
-    namespace, complaints = all_arguments().parse_tolerantly(list(words))
-    return vars(namespace), complaints
+    namespace, problems = all_arguments().parse_tolerantly(list(argv))
+    return vars(namespace), problems
 
 
-def test_wrong_words_leave_the_right_ones_standing() -> None:
-    settings, complaints = parse(
-        "--lr",
-        "fast",
-        "--seq-length",
-        "32",
-        "--lpr-loss",
-        "mine",
-        "--seed",
-        "--no-such-thing",
-        "5",
-        "--stage",
+def test_valid_arguments_are_parsed_next_to_wrong_ones() -> None:
+    settings, problems = parse(
+        "--lr", "fast", "--seq-length", "32", "--lpr-loss", "mine", "--seed", "--no-such-thing", "5", "--stage",
         "stage1",
-    )
+    )  # fmt: skip
     assert (settings["seq_length"], settings["stage"]) == (32, "stage1")
-    assert [line.split(";")[0] for line in complaints] == [
-        "--lr: invalid float value: 'fast'",
-        "--lpr-loss: invalid choice: 'mine' (choose from paper, reference)",
-        "--seed: expected one argument",
-        "there is no flag --no-such-thing",
-    ]
+    assert [line.split(":")[0].split(";")[0] for line in problems] == [
+        "--lr", "--lpr-loss", "--seed", "unrecognized argument --no-such-thing",
+    ]  # fmt: skip
+    assert "'fast'" in problems[0] and "paper, reference" in problems[1]
 
 
 @pytest.mark.parametrize(
-    ("word", "meant"),
+    ("flag", "meant"),
     [
         ("--tensor-parallel-size=2", "--tensor-model-parallel-size"),
         ("--expert-model-paralel-size", "--expert-model-parallel-size"),
@@ -45,30 +34,31 @@ def test_wrong_words_leave_the_right_ones_standing() -> None:
         ("--xyzzy", None),
     ],
 )
-def test_a_misspelt_flag_is_answered_with_the_nearest(word: str, meant: str | None) -> None:
-    (complaint,) = parse(word)[1]
-    assert complaint.startswith(f"there is no flag {word.split('=')[0]}; ")
-    assert ("did you mean" in complaint) == (meant is not None)
-    assert meant is None or complaint.endswith(f"did you mean {meant}?")
+def test_a_misspelled_flag_is_answered_with_the_nearest(flag: str, meant: str | None) -> None:
+    (problem,) = parse(flag)[1]
+    assert f" {flag.split('=')[0]};" in problem
+    assert ("did you mean" in problem) == (meant is not None)
+    assert meant is None or problem.endswith(f"did you mean {meant}?")
 
 
-def test_a_word_without_a_flag_is_a_mistake_too() -> None:
-    assert parse("--bf16", "yes")[1] == ["yes belongs to no flag; drop it, or name its flag"]
+def test_a_value_without_a_flag_is_reported() -> None:
+    (problem,) = parse("--bf16", "yes")[1]
+    assert " yes;" in problem
 
 
-def test_a_text_that_megatron_cannot_evaluate_is_a_complaint() -> None:
-    (complaint,) = parse("--moe-layer-freq", "[1]*(")[1]
-    assert complaint.startswith("--moe-layer-freq: '[1]*(' can't be read")
+def test_a_value_that_megatron_cannot_evaluate_is_reported() -> None:
+    (problem,) = parse("--moe-layer-freq", "[1]*(")[1]
+    assert problem.startswith("--moe-layer-freq:") and "'[1]*('" in problem
 
 
-def test_the_source_of_a_wrong_word_is_named() -> None:
+def test_the_source_of_a_wrong_argument_is_named() -> None:
     from moelpr.arguments.flags import all_arguments
 
     parser = all_arguments()
-    assert parser.parse_tolerantly(["--lr", "x"], where="in r.yaml, ")[1][0].startswith("in r.yaml, --lr: invalid")
+    assert parser.parse_tolerantly(["--lr", "x"], where="in r.yaml, ")[1][0].startswith("in r.yaml, --lr:")
 
 
-def test_a_later_source_wins_and_keeps_the_rest() -> None:
+def test_a_later_source_overrides_and_keeps_the_rest() -> None:
     from moelpr.arguments.flags import all_arguments
 
     parser = all_arguments()
@@ -78,8 +68,17 @@ def test_a_later_source_wins_and_keeps_the_rest() -> None:
     assert (first.lr, first.data_path) == (1.0, ["a", "b"])
 
 
-def test_words_are_split_by_their_flags() -> None:
-    from moelpr.arguments.flags import split_words
+def test_arguments_are_split_by_their_flags() -> None:
+    from moelpr.arguments.flags import split_by_flags
 
-    words = ["--a", "1", "-2", "--b=3", "--c", "--a=4"]
-    assert split_words(words, {"--a"}) == (["--a", "1", "-2", "--a=4"], ["--b=3", "--c"])
+    argv = ["--a", "1", "-2", "--b=3", "--c", "--a=4"]
+    assert split_by_flags(argv, {"--a"}) == (["--a", "1", "-2", "--a=4"], ["--b=3", "--c"])
+
+
+def test_the_help_of_each_of_our_flags_states_its_default_or_that_it_is_required() -> None:
+    import argparse
+
+    from moelpr.arguments.flags import add_arguments
+
+    for action in add_arguments(argparse.ArgumentParser(add_help=False))._actions:
+        assert action.nargs == 0 or "default: " in action.help or "(required)" in action.help, action.option_strings

@@ -1,11 +1,19 @@
-"""Tiny models with random weights and a byte-level tokenizer: every number can be worked out by a plain loop."""
+"""Tiny models with random weights, a byte-level tokenizer, held-out text in files, and the command."""
 
+import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+from moelpr.errors import UserError
+from moelpr.evaluate import __main__ as command
+from moelpr.evaluate.models import read_max_positions
+from moelpr.evaluate.scoring import LanguageScore, Settings, score_each
 
 TEXTS = {
     "en": [
@@ -48,7 +56,7 @@ def dense_dir(tmp_path_factory, tokenizer) -> Path:
 
 @pytest.fixture(scope="session")
 def moe_dir(tmp_path_factory, tokenizer) -> Path:
-    """A stock Qwen2Moe directory as the exporter writes it: no shared expert, layer 1 stays dense."""
+    """A stock Qwen2Moe directory as the exporter writes it: no shared expert, layer 1 is dense."""
     config = Qwen2MoeConfig(
         vocab_size=len(tokenizer), num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
         shared_expert_intermediate_size=0, norm_topk_prob=True, mlp_only_layers=[1], **SHAPE,
@@ -59,7 +67,7 @@ def moe_dir(tmp_path_factory, tokenizer) -> Path:
 def save(model_class, config, tokenizer, tmp_path_factory, name: str) -> Path:
     torch.manual_seed(7)
     model = model_class(config)
-    with torch.no_grad():  # routers start at zero in transformers: give them something to say
+    with torch.no_grad():  # transformers initializes routers to zero
         for parameter in model.parameters():
             if parameter.numel():
                 parameter.normal_(std=0.3)
@@ -67,3 +75,50 @@ def save(model_class, config, tokenizer, tmp_path_factory, name: str) -> Path:
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+@pytest.fixture
+def data(tmp_path, texts) -> list[str]:
+    """The --data arguments of TEXTS in files."""
+    for language, documents in texts.items():
+        lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents]
+        (tmp_path / f"{language}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return [argument for language in texts for argument in ("--data", f"{language}={tmp_path}/{language}.jsonl")]
+
+
+@pytest.fixture
+def score() -> Callable[..., dict[str, LanguageScore]]:
+    """Score a loaded model on texts, in windows that it supports."""
+
+    def run(loaded, documents, settings: Settings = Settings()) -> dict[str, LanguageScore]:  # noqa: B008
+        name = loaded.directory.name
+        return dict(score_each(loaded, documents, settings.resolve({name: read_max_positions(loaded.directory)}), name))
+
+    return run
+
+
+@pytest.fixture
+def evaluate(monkeypatch) -> Callable[..., None]:
+    """Run `python -m moelpr.evaluate` in this process."""
+
+    def run(*arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments)])
+        command.main()
+
+    return run
+
+
+@pytest.fixture
+def rejected(evaluate, capsys) -> Callable[..., str]:
+    """Run the command with arguments that it must reject with exit code 2; returns the error message."""
+
+    def run(*arguments: object) -> str:
+        with pytest.raises((UserError, SystemExit)) as error:
+            evaluate(*arguments)
+        if isinstance(error.value, UserError):
+            assert "\n" not in str(error.value)
+            return str(error.value)
+        assert error.value.code == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    return run

@@ -3,17 +3,16 @@
 import json
 import re
 import sys
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 import yaml
 
-from moelpr.errors import UserError
-from moelpr.evaluate import __main__ as command
-from moelpr.evaluate.harness.results import HarnessResults
-from moelpr.evaluate.harness.tasks import PAPER_TASKS, Benchmark, read_benchmarks
+from moelpr.evaluate.harness import PAPER_TASKS, Benchmark, HarnessResults, HarnessSettings, read_benchmarks
 from moelpr.evaluate.models import load_model
 
 needs_lm_eval = pytest.mark.skipif(
@@ -61,13 +60,8 @@ def local_tasks(tmp_path) -> Path:
     return folder
 
 
-def run(monkeypatch, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["evaluate", "harness", *map(str, arguments)])
-    command.main()
-
-
 def accuracy(directory: Path, language: str) -> float:
-    """Share of questions whose right answer is the likeliest, by a plain loop; answers follow after a space."""
+    """Fraction of questions whose correct answer is the most likely, by a plain loop; a space precedes each answer."""
     loaded = load_model(directory, "cpu")
     right = 0
     for question, choices, gold in QUESTIONS:
@@ -82,13 +76,77 @@ def accuracy(directory: Path, language: str) -> float:
     return right / len(QUESTIONS)
 
 
+@pytest.fixture
+def stub_lm_eval(monkeypatch) -> list[tuple[str, int]]:
+    """In place of lm_eval: two tasks, of which `broken` has no data; what is run is listed as (task, shots)."""
+    ran = []
+
+    class TaskManager:
+        all_tasks = ("door", "broken")
+
+        def __init__(self, **_: object):
+            pass
+
+        def load(self, names: list[str]) -> dict[str, dict]:
+            if names == ["broken"]:
+                raise OSError("no network\nat all")
+            return {"groups": {}, "tasks": dict.fromkeys(names, names[0])}
+
+    def simple_evaluate(*, tasks: list[str], num_fewshot: int, **_: object) -> dict:
+        ran.append((tasks[0], num_fewshot))
+        return {"results": {tasks[0]: {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": "x"}}}
+
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "0" if name == "lm_eval" else version(name))
+    modules = {
+        "lm_eval": {"simple_evaluate": simple_evaluate},
+        "lm_eval.tasks": {"TaskManager": TaskManager},
+        "lm_eval.models": {},
+        "lm_eval.models.huggingface": {"HFLM": lambda **_: None},
+    }
+    for name, content in modules.items():
+        module = ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    return ran
+
+
+def test_results_are_kept_and_tasks_that_cannot_run_are_rejected(
+    stub_lm_eval, rejected, evaluate, tmp_path, dense_dir, moe_dir
+):
+    table = tmp_path / "table.yaml"
+    arguments = (
+        "harness", "--model", dense_dir, "--model", moe_dir, "--languages", "en,el", "--original-languages", "en",
+        "--tasks", table, "--output", tmp_path / "out",
+    )  # fmt: skip
+    table.write_text("Doors: {num_fewshot: 3, metric: acc, tasks: {en: door}}")
+    evaluate(*arguments)
+    evaluate(*arguments)
+    assert stub_lm_eval == [("door", 3), ("door", 3)]
+    content = json.loads((tmp_path / "out/harness.json").read_text())
+    assert content["models"]["moe"]["scores"] == {"Doors": {"en": {"value": 50, "stderr": 10}}}
+    assert content["benchmarks"]["Doors"] == {"num_fewshot": 3, "metric": "acc", "tasks": {"en": ["door"]}}
+    table.write_text("Doors: {num_fewshot: 4, metric: acc, tasks: {en: door}}")
+    evaluate(*arguments)
+    assert stub_lm_eval[2:] == [("door", 4), ("door", 4)]
+    for changed, expected in [("metric: f1", ("acc", "f1")), ("tasks: {en: bell}", ("bell", "--tasks"))]:
+        table.write_text(f"Doors: {{num_fewshot: 3, metric: acc, tasks: {{en: door}}, {changed}}}")
+        message = rejected(*arguments)
+        assert all(part in message for part in expected)
+    table.write_text("Doors: {num_fewshot: 3, metric: acc, tasks: {en: broken}}")
+    message = rejected(*arguments)
+    assert "broken" in message and "no network" in message
+
+
 @needs_lm_eval
-def test_local_tasks_run_offline_and_are_kept(monkeypatch, capsys, tmp_path, local_tasks, dense_dir, moe_dir):
+def test_local_tasks_run_offline_and_their_results_are_kept(
+    evaluate, capsys, tmp_path, local_tasks, dense_dir, moe_dir
+):
     arguments = (
         "--model", f"base={dense_dir}", "--model", moe_dir, "--languages", "en,el", "--original-languages", "en",
         "--tasks", tmp_path / "table.yaml", "--include-path", local_tasks, "--output", tmp_path / "out",
     )  # fmt: skip
-    run(monkeypatch, *arguments)
+    evaluate("harness", *arguments)
     content = json.loads((tmp_path / "out/harness.json").read_text())["models"]
     for name, directory in (("base", dense_dir), ("moe", moe_dir)):
         for language in ("en", "el"):
@@ -96,27 +154,26 @@ def test_local_tasks_run_offline_and_are_kept(monkeypatch, capsys, tmp_path, loc
             assert found == pytest.approx(100 * accuracy(directory, language))
         assert content[name]["averages"]["original"] == content[name]["scores"]["Doors"]["en"]["value"]
     assert "base: door_en, 0 shots" in capsys.readouterr().out
-    run(monkeypatch, *arguments)
-    assert "shots\n" not in capsys.readouterr().out.replace("brackets: shots", "")
+    evaluate("harness", *arguments)
+    assert not re.search(": doors?_.* shots", capsys.readouterr().out)
     with open(local_tasks / "el.jsonl", "a") as file:
         file.write("\n" + json.dumps({"question": "Gate", "choices": ["open", "shut"], "gold": 0}))
-    run(monkeypatch, *arguments)
+    evaluate("harness", *arguments)
     assert "base: doors_el, 0 shots" in capsys.readouterr().out
     assert "Expanded languages" in (tmp_path / "out/harness.md").read_text()
 
 
 @needs_lm_eval
-def test_tasks_that_cannot_run_are_one_sentence(monkeypatch, tmp_path, local_tasks, dense_dir):
+def test_a_task_without_data_is_rejected(rejected, tmp_path, local_tasks, dense_dir):
     base = ("--model", dense_dir, "--languages", "en", "--original-languages", "en", "--include-path", local_tasks)
     table = tmp_path / "table.yaml"
     (local_tasks / "en.jsonl").unlink()
-    with pytest.raises(UserError, match="door_en cannot get its data"):
-        run(monkeypatch, *base, "--tasks", table)
+    assert "door_en" in rejected("harness", *base, "--tasks", table)
 
 
 @needs_lm_eval
 @pytest.mark.slow
-def test_the_harness_knows_every_task_of_the_papers_table():
+def test_the_harness_has_every_task_of_the_papers_table():
     from lm_eval.tasks import TaskManager
 
     known = set(TaskManager().all_tasks)
@@ -127,7 +184,7 @@ def test_the_harness_knows_every_task_of_the_papers_table():
     assert named - known == set()
 
 
-def test_the_papers_languages_have_tasks_at_the_papers_shots():
+def test_the_papers_languages_have_tasks_with_the_papers_shots():
     benchmarks = read_benchmarks(PAPER_TASKS, ["en", "es", "zh", "el", "hu", "tr"])
     assert {benchmark.name: benchmark.num_fewshot for benchmark in benchmarks} == {
         "ARC": 25, "MMLU": 5, "HellaSwag": 10, "Belebele": 5, "FLORES": 8,
@@ -147,41 +204,38 @@ def test_averages_are_over_languages_first_and_then_over_benchmarks():
     ours = {task: {name: value + 0.1 for name, value in result.items()} for task, result in base.items()}
     models = {"base": Path("base"), "ours": Path("ours")}
     results = HarnessResults(
-        models, benchmarks, ["en", "es", "el"], ["en", "es"], {"base": base, "ours": ours}, {"limit": 5}
+        models, benchmarks, ["en", "es", "el"], ["en", "es"], {"base": base, "ours": ours}, HarnessSettings(limit=5)
     )
     assert results.average("base", "original") == pytest.approx((30 + 50) / 2)
     assert results.average("base", "expanded") == pytest.approx(50)
     assert results.average("ours", "original") == pytest.approx((40 + 50.1) / 2)
     flores = results.to_json()["models"]["base"]["scores"]["B"]["en"]
     assert flores == {"value": pytest.approx(50), "stderr": pytest.approx(2.5)}
-    text = "\n".join([*results.findings(), *(table.markdown_section() for table in results.tables())])
-    assert "Expanded languages: ours has 60.00 on average, +10.00 against base." in text
-    assert "B has no task for Greek, Spanish." in text
-    assert "Only the first 5 questions" in text
-    expanded = next(table for table in results.tables() if table.title == "Expanded languages")
-    assert expanded.rows[0] == ["base", "50.00", "–", "50.00", ""]
+    findings, tables = results.findings(), results.tables()
+    assert any(re.search(r"Expanded .* ours .* 60\.00 .* \+10\.00 .* base", finding) for finding in findings)
+    assert any(finding.startswith("B ") and "Greek, Spanish" in finding for finding in findings)
+    assert "first 5 questions" in tables["A, 25 shots, acc_norm"].note
+    assert tables["Expanded languages"].rows[0] == ["base", "50.00", "–", "50.00", ""]
 
 
-def test_bad_tables_and_arguments_are_one_sentence(monkeypatch, tmp_path, dense_dir):
+def test_bad_tables_and_arguments_are_rejected_with_what_to_correct(rejected, tmp_path, dense_dir):
     model = ("--model", dense_dir)
     (tmp_path / "list.yaml").write_text("- ARC\n")
     (tmp_path / "half.yaml").write_text("ARC: {num_fewshot: 25, tasks: {en: arc_challenge}}\n")
     (tmp_path / "spec.json").touch()
-    for arguments, complaint in [
-        ((*model, "--languages", "en", "--original-languages", "fr"), "names fr"),
-        ((*model, "--languages", "xx", "--original-languages", "xx"), "no task for xx"),
-        ((*model, "--languages", "en", "--original-languages", "en", "--limit", 0), "--limit 0"),
-        ((*model, "--languages", "en", "--original-languages", "en", "--tasks", tmp_path / "no"), "no: No such file"),
+    for arguments, expected in [
+        ((*model, "--languages", "en", "--original-languages", "fr"), "--original-languages fr"),
+        ((*model, "--languages", "xx", "--original-languages", "xx"), "xx"),
+        ((*model, "--languages", "en", "--original-languages", "en", "--limit", 0), "--limit"),
+        ((*model, "--languages", "en", "--original-languages", "en", "--tasks", tmp_path / "no"), "/no"),
         ((*model, "--languages", "en", "--original-languages", "en", "--tasks", tmp_path / "list.yaml"), "list.yaml"),
         ((*model, "--languages", "en", "--original-languages", "en", "--tasks", tmp_path / "half.yaml"), "'metric'"),
-        (("--model", tmp_path, "--languages", "en", "--original-languages", "en"), "is no model"),
+        (("--model", tmp_path, "--languages", "en", "--original-languages", "en"), "config.json"),
     ]:
-        with pytest.raises(UserError, match=re.escape(complaint)) as error:
-            run(monkeypatch, *arguments)
-        assert "\n" not in str(error.value)
+        assert expected in rejected("harness", *arguments)
 
 
-def test_a_megatron_checkpoint_must_be_exported_first(monkeypatch, tmp_path, dense_spec):
+def test_a_megatron_checkpoint_must_be_exported_first(rejected, tmp_path, dense_spec):
     dense_spec.write(tmp_path)
-    with pytest.raises(UserError, match="export it with checkpoint_convert/mcore_to_hf.py"):
-        run(monkeypatch, "--model", tmp_path, "--languages", "en", "--original-languages", "en")
+    message = rejected("harness", "--model", tmp_path, "--languages", "en", "--original-languages", "en")
+    assert "checkpoint_convert/mcore_to_hf.py" in message

@@ -1,4 +1,4 @@
-"""Routing shares against routers worked out by hand from the hidden states in front of them."""
+"""Routing statistics against routers computed by hand from their input hidden states."""
 
 import math
 from pathlib import Path
@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from moelpr.evaluate.models import HfModel, load_model
-from moelpr.evaluate.perplexity import Settings, score
 from moelpr.evaluate.routing import BrokenPrior, Routing, broken_priors
+from moelpr.evaluate.scoring import Settings
 
 
-def test_shares_equal_a_plain_computation_from_hidden_states(moe_dir, texts):
+def test_shares_equal_a_plain_computation_from_hidden_states(score, moe_dir, texts):
     loaded = load_model(moe_dir, device="cpu")
     result = score(loaded, texts, Settings(64, 0))
     for language, documents in texts.items():
@@ -56,10 +56,10 @@ def test_shares_equal_a_plain_computation_from_hidden_states(moe_dir, texts):
     assert len({score.routing.original_expert_share["overall"] for score in result.values()}) > 1
 
 
-def test_first_choices_of_all_original_experts_count_together(moe_dir, texts):
+def test_first_choices_of_all_original_experts_count_together(score, moe_dir, texts):
     loaded = load_model(moe_dir, device="cpu")
     before = score(loaded, {"en": texts["en"]}, Settings(64, 0))["en"].routing
-    loaded.model.config.num_original_experts = 3  # as config.json of an export after a further round says
+    loaded.model.config.num_original_experts = 3  # as in config.json of an export after a second round
     routing = score(loaded, {"en": texts["en"]}, Settings(64, 0))["en"].routing
     assert routing.first_choice_share == before.first_choice_share
     share = routing.original_expert_share["per_layer"]
@@ -69,14 +69,14 @@ def test_first_choices_of_all_original_experts_count_together(moe_dir, texts):
     assert before.original_chosen_share != routing.original_chosen_share
 
 
-def test_tokens_seen_again_as_context_count_once(moe_dir, texts):
+def test_context_tokens_are_counted_once(score, moe_dir, texts):
     result = score(load_model(moe_dir, device="cpu"), texts, Settings(8, 5))
     for language, documents in texts.items():
         tokens = result[language].document_tokens
         assert result[language].routing.tokens == sum(tokens) - len(documents)
 
 
-def test_dense_model_has_no_routing(dense_dir, texts):
+def test_dense_model_has_no_routing(score, dense_dir, texts):
     loaded = load_model(dense_dir, device="cpu")
     assert loaded.routers == {}
     assert score(loaded, texts)["en"].routing is None
@@ -106,7 +106,7 @@ def routing_with(*original_first_shares: float) -> Routing:
     return Routing(layers, 10, shares, shares, shares, [0.0] * len(shares), list(original_first_shares))
 
 
-def test_layers_that_break_the_prior_are_those_that_send_most_tokens_the_wrong_way():
+def test_a_layer_breaks_the_prior_if_most_first_choices_are_wrong():
     routing = {"en": routing_with(0.9, 0.5, 0.3), "el": routing_with(0.1, 0.5, 0.8)}
     wrong = [BrokenPrior("en", True, 5, pytest.approx(0.7)), BrokenPrior("el", False, 5, 0.8)]
     assert broken_priors(routing, ["en"]) == wrong

@@ -1,10 +1,23 @@
-"""Small models as config.json folders and as specs."""
+"""A model small enough to work out by hand, and models as config.json folders."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from moelpr.model_spec import ModelSpec, MoeSpec
+from moelpr.plan.memory import Kernels, Routing, Workload
+from tests.unit.conftest import SHAPE
+
+SMALL_SHAPE = SHAPE | {
+    "num_layers": 2, "hidden_size": 8, "ffn_hidden_size": 16, "num_attention_heads": 2, "num_query_groups": 1,
+    "kv_channels": 4, "untie_embeddings_and_output_weights": True, "vocab_size": 100,
+}  # fmt: skip
+SPEC = ModelSpec("qwen2", "bfloat16", SMALL_SHAPE, MoeSpec(num_new_experts=2, topk=2, layers=(0, 1)))
+# 4 tokens per micro-batch, 4 micro-batches; of a token's two rows, 0.5 go to the original expert and 1.5 to new ones.
+WORKLOAD = Workload("stage1", seq_length=4, micro_batch_size=1, global_batch_size=4, kernels=Kernels(norm_output=False))
+ROUTING = Routing(original_rows=0.5, new_rows=1.5)
 
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -23,6 +36,8 @@ CONFIG = {
 
 @pytest.fixture(scope="session")
 def config_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Write config.json, with changes, to a new folder."""
+
     def write(**changes: object) -> Path:
         folder = tmp_path_factory.mktemp("model")
         (folder / "config.json").write_text(json.dumps(CONFIG | changes))

@@ -8,16 +8,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from moelpr.errors import UserError
 from moelpr.report import live
 from moelpr.report.runs import read_run
 from tests.run_folders import make_run
 
 
-def test_a_pipe_gets_a_line_per_record_until_the_run_is_finished(
+def test_pipe_gets_one_line_per_record_until_the_run_is_finished(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Written in pieces, as a slow disk may show it."""
+    """Written in pieces, as on a slow disk."""
     folder = make_run(tmp_path / "run", "stage1", 5, languages={}, is_finished=False, train_iters=7)
 
     def write() -> None:
@@ -35,7 +34,7 @@ def test_a_pipe_gets_a_line_per_record_until_the_run_is_finished(
 
     writer = threading.Thread(target=write)
     writer.start()
-    live.main([str(folder), "--interval", "0.02"])
+    live.show(folder, 0.02, once=False)
     writer.join()
     first, *lines = capsys.readouterr().out.splitlines()
     assert "step 5 of 7 (71%)" in first and "left" in first
@@ -47,7 +46,7 @@ def test_a_pipe_gets_a_line_per_record_until_the_run_is_finished(
     ]
 
 
-def test_a_terminal_gets_values_languages_and_warnings(tmp_path: Path) -> None:
+def test_terminal_gets_values_languages_and_warnings(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", "stage2", 60, is_finished=False, train_iters=100)
     view = live.View(read_run(folder))
     view.add({"iteration": 61, "stage": "stage2", "lm_loss": 0.125})
@@ -60,12 +59,17 @@ def test_a_terminal_gets_values_languages_and_warnings(tmp_path: Path) -> None:
     assert "warning, step 60: expert 3" in shown
 
 
-def test_what_is_written_while_the_run_is_read_is_not_missed(tmp_path: Path) -> None:
+def test_record_written_while_the_run_is_read_is_not_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_run(tmp_path / "run", "stage1", 5, languages={})
-    position, run = live._read(folder)
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"iteration": 6, "lm_loss": 1.0}\n')
-    (found,) = live.follow(run, position, interval_s=0)
+
+    def read_then_write(path: Path) -> object:
+        run = read_run(path)
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write('{"iteration": 6, "lm_loss": 1.0}\n')
+        return run
+
+    monkeypatch.setattr(live, "read_run", read_then_write)
+    ((run, found),) = live.follow(folder, interval_s=0)
     assert [record["iteration"] for record in found] == [6]
     view = live.View(run)
     for record in [*found, *found]:
@@ -73,24 +77,20 @@ def test_what_is_written_while_the_run_is_read_is_not_missed(tmp_path: Path) -> 
     assert [record["iteration"] for record in view.recent][-2:] == [5, 6]
 
 
-def test_a_resumed_run_that_writes_its_file_anew_is_followed(tmp_path: Path) -> None:
+def test_run_that_replaces_its_file_is_read_again(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", "stage1", 5, languages={}, is_finished=False)
     path = folder / "metrics.jsonl"
-    following = live.follow(read_run(folder), path.stat().st_size, interval_s=0)
-    assert next(following) == []
+    following = live.follow(folder, interval_s=0)
+    run, found = next(following)
+    assert found == []
     other = path.with_name("other")
-    other.write_text(path.read_text())
+    other.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
     other.replace(path)
-    assert list(following) == []  # ends, so that the caller reads the file again
+    again, found = next(following)
+    assert again is not run and again.step == 3 and found == []
 
 
-def test_the_curve_in_a_line_shows_the_course() -> None:
+def test_sparkline_shows_the_course() -> None:
     assert live.sparkline([1.0, 2.0, 3.0]) == "▁▅█"
     assert live.sparkline([2.0]) == "▁"
     assert len(live.sparkline([float(n) for n in range(1000)])) == 40
-
-
-def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
-    for words, complaint in [([str(tmp_path / "no")], "no folder"), ([str(tmp_path), "--interval", "0"], "above 0")]:
-        with pytest.raises(UserError, match=complaint):
-            live.main(words)

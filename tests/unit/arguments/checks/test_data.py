@@ -1,36 +1,35 @@
-"""Corpora are there, the model knows their tokens, and flags for data do what they say."""
+"""Corpora exist, their token IDs are the model's, and flags for data are not ignored."""
 
 import argparse
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from moelpr.arguments.checks import data as checks
+from data_tools.corpus_writer import CorpusWriter
 from moelpr.data.manifest import FileRecord, LanguageCount, Manifest, TokenizerRecord, manifest_path
 from moelpr.data.tokenizer import load_tokenizer
 
-APART = "--dataloader-inter-document-masking"
+MASKING = "--dataloader-inter-document-masking"
 
 
-def test_every_corpus_that_is_not_there_is_named(upcycled: str, refused, tmp_path: Path) -> None:
+def test_every_missing_corpus_is_named(upcycled: str, problems, tmp_path: Path) -> None:
     there = tmp_path / "corpus"
-    said = refused("stage1", upcycled, "--data-path", "0.5", "nowhere", "0.3", str(there), "0.2", "elsewhere")
-    assert said == [
-        f"{prefix}.bin and .idx are not both there; build them with data_tools/preprocess_data.py"
-        for prefix in ("nowhere", "elsewhere")
-    ]
+    found = problems("stage1", upcycled, "--data-path", "0.5", "nowhere", "0.3", str(there), "0.2", "elsewhere")
+    assert [line.split()[0] for line in found] == ["nowhere.bin", "elsewhere.bin"]
+    assert all("preprocess_data.py" in line for line in found)
 
 
-def test_data_that_is_named_twice_or_unreadable_is_refused(upcycled: str, refused, tmp_path: Path) -> None:
-    said = refused("stage1", upcycled, "--train-data-path", str(tmp_path / "corpus"))
-    assert said == ["--data-path and --train-data-path both name the training data; keep one of them"]
-    (said,) = refused("stage1", upcycled, "--data-args-path", "nowhere.txt", with_data=False)
-    assert said.startswith("the training data can't be read from the flags ([Errno 2]")
+def test_data_that_is_given_twice_or_unreadable_is_rejected(upcycled: str, problems, tmp_path: Path) -> None:
+    (found,) = problems("stage1", upcycled, "--train-data-path", str(tmp_path / "corpus"))
+    assert found.startswith("--data-path and --train-data-path ")
+    (found,) = problems("stage1", upcycled, "--data-args-path", "nowhere.txt", with_data=False)
+    assert "No such file" in found and "nowhere.txt" in found and "--data-path" in found
 
 
-def test_weights_may_be_tokens(upcycled: str, accepted, data: list[str], tmp_path: Path) -> None:
+def test_weights_may_be_numbers_of_tokens(upcycled: str, accepted, data: list[str], tmp_path: Path) -> None:
     from moelpr.data.dataset_config import dataset_config
 
     args = accepted("stage1", upcycled, "--data-path", "8e9", data[1], "4e9", data[1])
@@ -38,57 +37,52 @@ def test_weights_may_be_tokens(upcycled: str, accepted, data: list[str], tmp_pat
 
 
 @pytest.mark.parametrize("weight", ["0", "-1", "inf", "nan"])
-def test_a_corpus_has_a_share(upcycled: str, refused, data: list[str], weight: str) -> None:
-    assert refused("stage1", upcycled, "--data-path", "1", data[1], weight, data[1]) == [
-        f"the weight {float(weight):g} of {data[1]} must be above 0; leave the corpus out, or give it a share"
-    ]
+def test_the_weight_of_a_corpus_is_positive_and_finite(upcycled: str, problems, data: list[str], weight: str) -> None:
+    (found,) = problems("stage1", upcycled, "--data-path", "1", data[1], weight, data[1])
+    assert data[1] in found and f"got {float(weight):g};" in found
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("argv", "fix"),
     [
-        (["--mock-data"], "--mock-data has no language bits; name corpora with --data-path PREFIX"),
-        (["--reset-attention-mask"],
-         f"--reset-attention-mask has no effect: attention builds its own mask; use {APART}"),
-        (["--reset-position-ids"],
-         f"--reset-position-ids has no effect: the model's rotary positions are relative; use {APART}"),
-        (["--per-dataset-sequences-path", "x"], "--per-dataset-sequences-path has no effect here; drop it"),
+        (["--mock-data"], "--data-path PREFIX"),
+        (["--reset-attention-mask"], MASKING),
+        (["--reset-position-ids"], MASKING),
+        (["--per-dataset-sequences-path", "x"], "remove"),
     ],
-)  # fmt: skip
-def test_flags_without_effect_are_refused(upcycled: str, refused, words: list[str], said: str) -> None:
-    assert refused("stage1", upcycled, *words) == [said]
+)
+def test_flags_without_effect_are_rejected(upcycled: str, problems, argv: list[str], fix: str) -> None:
+    (found,) = problems("stage1", upcycled, *argv)
+    assert found.startswith(argv[0]) and fix in found
 
 
-def test_documents_are_kept_apart_where_our_attention_runs(
-    upcycled: str, accepted, refused, monkeypatch: pytest.MonkeyPatch
+def test_document_masking_requires_our_attention(
+    upcycled: str, accepted, problems, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from megatron.training.argument_utils import core_transformer_config_from_args
 
-    from moelpr.arguments import machine
+    from moelpr.arguments import settings
     from moelpr.data.dataset_config import dataset_config
     from moelpr.megatron_patches import cpu
     from moelpr.model.config import MoELPRConfig
 
-    for words, is_on in (([], False), ([APART], True)):
-        args = argparse.Namespace(**accepted("stage1", upcycled, *words))
+    for argv, is_on in (([], False), ([MASKING], True)):
+        args = argparse.Namespace(**accepted("stage1", upcycled, *argv))
         assert dataset_config(args).inter_document_masking == is_on
         config = core_transformer_config_from_args(args, config_class=MoELPRConfig)
         assert config.dataloader_inter_document_masking == is_on
-    monkeypatch.setattr(machine, "is_installed", lambda module: module == "transformer_engine")
+    monkeypatch.setattr(settings, "is_installed", lambda module: module == "transformer_engine")
     with monkeypatch.context() as gpu:
         gpu.setattr(cpu, "is_needed", lambda: False)
-        (said,) = refused("stage1", upcycled, APART)
-        (other,) = refused("stage1", upcycled, APART, "--transformer-impl", "local", "--mock-data")
-    assert said == (
-        f"{APART} works with PyTorch's attention only, not with Transformer Engine's so far; add --transformer-impl "
-        "local, or drop it"
-    )
+        (found,) = problems("stage1", upcycled, MASKING)
+        (other,) = problems("stage1", upcycled, MASKING, "--transformer-impl", "local", "--mock-data")
+    assert found.startswith(MASKING) and "--transformer-impl local" in found
     assert other.startswith("--mock-data")
 
 
-def save_tokenizer(folder: Path, words: list[str]) -> Path:
+def save_tokenizer(folder: Path, vocabulary: list[str]) -> Path:
     folder.mkdir()
-    tokenizer = Tokenizer(models.WordLevel({word: id for id, word in enumerate(words)}, unk_token=words[0]))
+    tokenizer = Tokenizer(models.WordLevel({word: id for id, word in enumerate(vocabulary)}, unk_token=vocabulary[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
@@ -109,25 +103,25 @@ def write_manifest(prefix: str, folder: Path) -> None:
     ).write(prefix)
 
 
-def test_a_corpus_of_another_tokenizer_is_refused(
-    upcycled: str, data: list[str], refused, accepted, tmp_path: Path, capfd: pytest.CaptureFixture,
+def test_a_corpus_of_another_tokenizer_is_rejected(
+    upcycled: str, data: list[str], problems, accepted, tmp_path: Path, capfd: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    from moelpr.arguments.checks import data as checks
+
     prefix, hf = data[1], Path(upcycled) / "hf"
     assert accepted("stage1", upcycled)
-    missing = f"{prefix}.manifest.json is missing, so nothing says which tokenizer {prefix} was made with"
-    assert missing in capfd.readouterr().err
+    assert f"{prefix}.manifest.json is missing" in capfd.readouterr().err
 
     write_manifest(prefix, save_tokenizer(tmp_path / "theirs", ["a", "b", "c"]))
     assert accepted("stage1", upcycled)
-    assert f"{hf} holds no tokenizer, so that of {prefix} can't be compared" in capfd.readouterr().err
+    assert f"{hf} has no tokenizer" in capfd.readouterr().err
 
     save_tokenizer(hf, ["a", "c", "b"])
-    checks._likeness.cache_clear()
-    (said,) = refused("stage1", upcycled, "--seed", "1")
-    assert said.startswith(f"{prefix} was made with another tokenizer than the model's, so its ids mean other tokens (")
-    assert said.endswith(f"tokenize the text again with --tokenizer-type HuggingFaceTokenizer --tokenizer-model {hf}")
-    monkeypatch.setenv("RANK", "1")  # one rank looks
+    checks._compare.cache_clear()
+    (found,) = problems("stage1", upcycled, "--seed", "1")
+    assert prefix in found and f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {hf}" in found
+    monkeypatch.setenv("RANK", "1")  # only rank 0 compares
     assert accepted("stage1", upcycled)
     monkeypatch.setenv("RANK", "0")
 
@@ -136,5 +130,52 @@ def test_a_corpus_of_another_tokenizer_is_refused(
     assert "tokenizer" not in capfd.readouterr().err
 
     manifest_path(prefix).write_text("{}")
-    (said,) = refused("stage1", upcycled)
-    assert said.startswith(f"{prefix}.manifest.json has format version None")
+    (found,) = problems("stage1", upcycled)
+    assert f"{prefix}.manifest.json" in found
+
+
+def write_corpus(prefix: Path, *is_original: bool, tokens: int = 20) -> str:
+    with CorpusWriter(prefix, vocab_size=128) as writer:
+        for bit in is_original:
+            writer.add_document(np.arange(tokens), bit)
+        writer.finalize()
+        writer.commit()
+    return str(prefix)
+
+
+def test_validation_corpora_of_two_languages_are_accepted(upcycled: str, accepted, tmp_path: Path) -> None:
+    items = [f"en={write_corpus(tmp_path / 'en', True, True)}", f"el={write_corpus(tmp_path / 'el', False)}"]
+    final = accepted("stage1", upcycled, "--validation-data", *items, "--split", "100,0,0", "--eval-interval", "5")
+    assert final["validation_data"] == items
+
+
+def test_invalid_validation_corpora_are_rejected(upcycled: str, problems, tmp_path: Path) -> None:
+    good = f"en={write_corpus(tmp_path / 'en', True)}"
+    mixed = f"xx={write_corpus(tmp_path / 'mixed', True, False)}"
+    short = f"xx={write_corpus(tmp_path / 'short', True, tokens=1)}"
+    for items, named in [
+        ([str(tmp_path / "en")], ["--validation-data", "LANG=PREFIX", str(tmp_path / "en")]),
+        ([good, good], ["--validation-data", "en"]),
+        (["el=nowhere"], ["nowhere.bin", "preprocess_data.py"]),
+        ([mixed], [f"--validation-data {mixed}", "original", "expanded"]),
+        ([short], [f"--validation-data {short}", "got 1"]),
+    ]:
+        (found,) = problems("stage1", upcycled, "--validation-data", *items)
+        assert all(part in found for part in named), found
+
+
+@pytest.mark.parametrize(
+    ("argv", "start"),
+    [
+        (["--split", "90,10,0"], "--split and --validation-data "),
+        (["--full-validation"], "--full-validation and --validation-data "),
+        (["--eval-interval", "0"], "--eval-interval must be at least 1, got 0"),
+        (["--eval-iters", "-1"], "--eval-iters must be at least 1, or 0 "),
+    ],
+)
+def test_flags_that_conflict_with_validation_corpora_are_rejected(
+    upcycled: str, problems, tmp_path: Path, argv: list[str], start: str
+) -> None:
+    held_out = f"en={write_corpus(tmp_path / 'en', True)}"
+    (found,) = problems("stage1", upcycled, "--validation-data", held_out, *argv)
+    assert found.startswith(start)

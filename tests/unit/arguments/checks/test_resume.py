@@ -1,5 +1,10 @@
-"""A run resumes with its own model and stage, and where its optimizer state fits."""
+"""Folders can be loaded and saved, and a run resumes with its own model and stage if its optimizer state fits."""
 
+import os
+import shutil
+import subprocess
+from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,47 +18,54 @@ FLAT = {"use_distributed_optimizer": True}
 RESHARDABLE = {**FLAT, "dist_ckpt_optim_fully_reshardable": True}
 
 
-def test_a_run_of_another_stage_is_not_resumed(upcycled: str, make_checkpoint, refused) -> None:
+def test_an_empty_folder_to_load_is_rejected(upcycled: str, problems, tmp_path: Path) -> None:
+    (found,) = problems("stage1", upcycled, "--load", str(tmp_path / "typo"), "--save", str(tmp_path / "run"))
+    assert found.startswith(f"--load {tmp_path}/typo ") and upcycled in found
+
+
+def test_a_run_of_another_stage_is_not_resumed(upcycled: str, make_checkpoint, problems) -> None:
     run = make_checkpoint("run", stage="stage1")
-    (said,) = refused("stage2", upcycled, "--save", run)
-    assert said.startswith(f"{run} holds a run of --stage stage1, which --stage stage2 cannot resume; give another")
+    (found,) = problems("stage2", upcycled, "--save", run)
+    assert found.startswith(f"{run} is a run of --stage stage1")
+    assert "--pretrained-checkpoint" in found and "--save" in found
 
 
-def test_the_converters_folder_is_not_taken_for_a_run(upcycled: str, refused) -> None:
-    (said,) = refused("stage1", None, "--save", f"{upcycled}/")
-    assert said.startswith(f"{upcycled} holds a checkpoint but no run to resume; give another folder to --save")
+def test_the_converters_folder_is_not_mistaken_for_a_run(upcycled: str, problems) -> None:
+    (found,) = problems("stage1", None, "--save", f"{upcycled}/")
+    assert found.startswith(upcycled) and "--pretrained-checkpoint" in found
 
 
-def test_a_run_of_another_model_is_not_resumed(make_checkpoint, dense_spec: ModelSpec, refused) -> None:
+def test_a_run_of_another_model_is_not_resumed(make_checkpoint, dense_spec: ModelSpec, problems) -> None:
     run = make_checkpoint("run", stage="stage1")
     other = ModelSpec("llama", "float32", {**dense_spec.megatron_args, "num_layers": 2}, MoeSpec(8, 2, (0, 1), 5))
     start = make_checkpoint("other", other)
-    (said,) = refused("stage1", start, "--save", run)
-    assert said.startswith(
-        f"{run} holds a run of another model than --pretrained-checkpoint {start} (family llama there, qwen2 here; "
-        "original experts 5 there, 1 here; new experts 8 there, 4 here; MoE layers (0, 1) there, (0, 1, 2) here; "
-        "num_layers 2 there, 3 here); give another"
-    )
+    (found,) = problems("stage1", start, "--save", run)
+    assert found.startswith(run) and f"--pretrained-checkpoint {start}" in found
+    for name, there, here in [
+        ("family", "llama", "qwen2"), ("original experts", 5, 1), ("new experts", 8, 4),
+        ("MoE layers", (0, 1), (0, 1, 2)), ("num_layers", 2, 3),
+    ]:  # fmt: skip
+        assert f"{name} {there} there, {here} in the run" in found
 
 
 @pytest.mark.parametrize(("before", "now"), [(True, []), (False, ["--save-trained-only"])])
-def test_a_run_keeps_saving_what_it_saved_before(make_checkpoint, refused, before: bool, now: list[str]) -> None:
+def test_a_run_keeps_saving_the_same_tensors(make_checkpoint, problems, before: bool, now: list[str]) -> None:
     run = make_checkpoint("run", stage="stage1", save_trained_only=before)
-    (said,) = refused("stage1", None, "--save", run, *now)
-    assert said.startswith(f"{run} was saved {'with' if before else 'without'} --save-trained-only; resume it the same")
+    (found,) = problems("stage1", None, "--save", run, *now)
+    assert found.startswith(f"{run} was saved {'with' if before else 'without'} --save-trained-only")
 
 
-def test_the_first_start_may_be_gone_by_now(make_checkpoint, accepted, tmp_path: Path) -> None:
+def test_the_first_start_may_have_been_deleted(make_checkpoint, accepted, tmp_path: Path) -> None:
     run = make_checkpoint("run", stage="stage1")
     assert accepted("stage1", tmp_path / "deleted", "--save", run)["model_source"] == run
 
 
 @pytest.mark.parametrize("flag", ["--load", "--finetune"])
-def test_a_run_is_not_started_over_the_checkpoints_of_another(make_checkpoint, refused, accepted, flag: str) -> None:
+def test_a_run_is_not_started_over_the_checkpoints_of_another(make_checkpoint, problems, accepted, flag: str) -> None:
     run, other = make_checkpoint("run", stage="stage1"), make_checkpoint("other", stage="stage1")
     start = [flag, other] if flag == "--load" else [flag]
-    (said,) = refused("stage1", None, "--save", run, *start)
-    assert said.startswith(f"--save {run} holds checkpoints of a run, and {flag} would start another one over them")
+    (found,) = problems("stage1", None, "--save", run, *start)
+    assert found.startswith(f"--save {run} ") and f"remove {flag}" in found
     new = f"{run}-new"
     assert accepted("stage1", other, "--save", new, "--load", run)["is_resumed"]
     assert not accepted("stage1", other, "--save", new, "--load", run, "--finetune")["is_resumed"]
@@ -62,25 +74,24 @@ def test_a_run_is_not_started_over_the_checkpoints_of_another(make_checkpoint, r
 SCHEDULE = {"stage": "stage1", "min_lr": 0.0}
 
 
-def test_another_schedule_is_noticed_before_megatrons_assertion(make_checkpoint, refused, accepted) -> None:
+def test_a_changed_schedule_is_reported_before_megatrons_assertion(make_checkpoint, problems, accepted) -> None:
     run = make_checkpoint("run", **SCHEDULE)
-    (said,) = refused("stage1", None, "--save", run, "--train-iters", "4", "--min-lr", "1e-4")
-    assert said.startswith(
-        f"{run} was trained with --min-lr 0.0, --train-iters 2, which its learning-rate schedule rests on, not "
-        "--min-lr 0.0001, --train-iters 4; keep it, or add --override-opt-param-scheduler"
-    )
+    (found,) = problems("stage1", None, "--save", run, "--train-iters", "4", "--min-lr", "1e-4")
+    assert found.startswith(f"{run} was trained with --min-lr 0.0, --train-iters 2,")
+    assert "not --min-lr 0.0001, --train-iters 4;" in found
+    assert "--override-opt-param-scheduler" in found and "--use-checkpoint-opt-param-scheduler" in found
     start = f"{run}-start"
     for flag in ("--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler", "--no-load-optim"):
         assert accepted("stage1", start, "--save", run, "--train-iters", "4", flag)["train_iters"] == 4
     assert accepted("stage1", start, "--save", run)["is_resumed"]
 
 
-def test_a_longer_training_keeps_a_decay_that_is_said_apart(make_checkpoint, accepted) -> None:
+def test_a_longer_training_keeps_a_decay_of_its_own_length(make_checkpoint, accepted) -> None:
     run = make_checkpoint("run", **SCHEDULE, lr_decay_iters=2)
     assert accepted("stage1", f"{run}-start", "--save", run, "--lr-decay-iters", "2", "--train-iters", "4")
 
 
-# before: recipe.yaml of the run; now: flags and processes. `fits` None: it loads; else what the sentence names.
+# recipe.yaml of the run; flags and processes now; what the message names, None if the state loads.
 TABLE = {
     "more processes": ({}, [], 2, None),
     "experts spread out": ({}, [EP, "2"], 2, None),
@@ -105,29 +116,109 @@ TABLE = {
     "reshardable, experts spread out": (RESHARDABLE, ["--use-distributed-optimizer", EP, "2"], 2, None),
     "another optimizer": ({}, ["--use-distributed-optimizer"], 1, "no --use-distributed-optimizer"),
     "state was not saved": ({**FLAT, "no_save_optim": True}, [EP, "2"], 2, None),
-    "state is not asked for": (FLAT, ["--no-load-optim", EP, "2"], 2, None),
+    "state is not loaded": (FLAT, ["--no-load-optim", EP, "2"], 2, None),
     "another set of trained parameters": ({}, ["--train-everything"], 1, "no --train-everything"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", TABLE)
-def test_optimizer_state_of_stage_1_is_taken_up_where_it_fits(
-    upcycled: str, make_checkpoint, refused, accepted, case: str
+def test_optimizer_state_of_stage_1_is_loaded_if_it_fits(
+    upcycled: str, make_checkpoint, problems, accepted, case: str
 ) -> None:
-    before, words, ranks, kept = TABLE[case]
+    before, argv, ranks, kept = TABLE[case]
     run = make_checkpoint("run", stage="stage1", **before)
-    words = ["--save", run, *words]
+    argv = ["--save", run, *argv]
     if kept is None:
-        assert accepted("stage1", upcycled, *words, ranks=ranks)["model_source"] == run
+        assert accepted("stage1", upcycled, *argv, ranks=ranks)["model_source"] == run
         return
-    (said,) = refused("stage1", upcycled, *words, ranks=ranks)
-    assert said.startswith(f"{run} was trained with ")
-    assert f" {kept}" in said
-    assert "; its optimizer state does not fit " in said
-    assert "start the optimizer afresh with --no-load-optim" in said
-    assert ("--dist-ckpt-optim-fully-reshardable can change" in said) == case.startswith("flat buffers")
+    (found,) = problems("stage1", upcycled, *argv, ranks=ranks)
+    assert found.startswith(f"{run} was trained with ")
+    assert f" {kept}" in found
+    assert "--no-load-optim" in found
+    assert ("--dist-ckpt-optim-fully-reshardable" in found) == case.startswith("flat buffers")
 
 
-def test_where_routers_alone_train_the_experts_layout_is_free(upcycled: str, make_checkpoint, accepted) -> None:
-    run = make_checkpoint("run", stage="stage2")
-    assert accepted("stage2", upcycled, "--save", run, EP, "2", ranks=2)["expert_model_parallel_size"] == 2
+@pytest.mark.parametrize("train_everything", [False, True])
+def test_flat_buffers_without_experts_fit_every_layout_of_the_experts(
+    upcycled: str, make_checkpoint, accepted, problems, train_everything: bool
+) -> None:
+    run = make_checkpoint("run", stage="stage2", **FLAT, train_everything=train_everything)
+    argv = ["--save", run, "--use-distributed-optimizer", EP, "2"]
+    if train_everything:
+        (found,) = problems("stage2", upcycled, *argv, "--train-everything", ranks=2)
+        assert f"{EP} 1" in found
+    else:
+        assert accepted("stage2", upcycled, *argv, ranks=2)["expert_model_parallel_size"] == 2
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real disk of 128 KiB, empty."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", folder]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("needs the right to mount")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_rejected(upcycled: str, problems, small_disk: Path) -> None:
+    (found,) = problems("stage1", upcycled, "--save", str(small_disk / "runs" / "new"))
+    assert found.startswith(f"--save {small_disk}/runs/new ")
+    assert "128 KiB free" in found and "about 761.2 KiB" in found and "--save-trained-only" in found
+
+
+def test_a_full_disk_is_rejected(upcycled: str, problems, small_disk: Path) -> None:
+    (small_disk / "other").write_bytes(bytes(128 * 1024))
+    (found,) = problems("stage2", upcycled, "--save", str(small_disk / "run"), "--save-trained-only")
+    assert "0 bytes free" in found
+    assert "--save-trained-only" not in found
+
+
+def test_a_read_only_disk_is_rejected(upcycled: str, problems, small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    found = problems("stage1", upcycled, "--save", str(small_disk / "run"))
+    assert f"--save {small_disk}/run" in found[0] and f"{small_disk} is read-only" in found[0]
+
+
+def test_a_folder_without_write_permission_is_rejected(upcycled: str, problems, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    (found,) = problems("stage1", upcycled, "--save", str(tmp_path / "run"))
+    assert f"--save {tmp_path}/run" in found and "permission" in found
+
+
+def test_a_file_in_place_of_a_folder_is_named(upcycled: str, problems, tmp_path: Path) -> None:
+    (tmp_path / "notes").touch()
+    (found,) = problems("stage1", upcycled, "--save", str(tmp_path / "notes" / "run"))
+    assert f"--save {tmp_path}/notes/run" in found and f"{tmp_path}/notes is a file" in found
+
+
+def test_a_disk_that_reports_no_size_is_accepted(upcycled: str, accepted, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 0))
+    accepted("stage1", upcycled, "--save", str(tmp_path / "run"))
+
+
+def test_a_checkpoint_contains_the_weights_and_the_optimizer_state_of_what_is_trained(moe_spec: ModelSpec) -> None:
+    """Three layers: hidden 32, FFN 48, 4 heads and 2 groups of 8, 5 experts, vocabulary 128, tied."""
+    from moelpr.arguments.checks.resume import checkpoint_bytes
+
+    experts = 3 * 5 * 3 * 32 * 48
+    new = experts // 5 * 4
+    routers = 3 * 5 * 32
+    attention = 3 * (64 * 32 + 64 + 32 * 32)
+    norms = 7 * 32
+    full = 128 * 32 + experts + routers + attention + norms
+
+    def size(stage: str, bf16: bool = True, **others: bool) -> int:
+        names = ("fp16", "train_everything", "save_trained_only", "no_save_optim", "use_distributed_optimizer")
+        flags = dict.fromkeys(names, False) | others
+        return checkpoint_bytes(Namespace(stage=stage, bf16=bf16, **flags), moe_spec)
+
+    assert size("stage1") == full * 2 + (new + routers) * 12
+    assert size("stage1", bf16=False) == full * 4 + (new + routers) * 8
+    assert size("stage1", bf16=False, use_distributed_optimizer=True) == full * 4 + (new + routers) * 12
+    assert size("stage2") == full * 2 + routers * 12
+    assert size("stage2", save_trained_only=True) == routers * 14
+    assert size("stage2", no_save_optim=True) == full * 2
+    assert size("stage1", train_everything=True) == full * 14

@@ -1,0 +1,122 @@
+"""MoE-LPR in a simple implementation: transformers' Qwen2, each FFN replaced by a Python loop over E experts.
+
+Does what the published code does on top of a trainer for dense models: the base is frozen with `requires_grad_(False)`,
+each expert runs on the rows `torch.where` finds and is added back with `index_add_`, the losses are computed from the
+router logits of all layers, and AdamW updates the trainable parameters. Uses torch's fused AdamW, the fastest without
+additional packages. Expert 0 is the original one.
+"""
+
+import torch
+from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
+
+from moelpr.families.hf_config import explicit_shape, rope_parameters
+from moelpr.model_spec import ModelSpec
+
+
+class LoopMoE(torch.nn.Module):
+    """[batch, sequence, hidden] in and out; keeps its router logits [T, E] in `logits_TE` for the losses."""
+
+    def __init__(self, config: Qwen2Config, num_experts: int, topk: int) -> None:
+        super().__init__()
+        self.topk = topk
+        self.gate = torch.nn.Linear(config.hidden_size, num_experts, bias=False)
+        self.experts = torch.nn.ModuleList(Qwen2MLP(config) for _ in range(num_experts))
+        self.logits_TE: Tensor | None = None
+
+    def forward(self, hidden_BSH: Tensor) -> Tensor:
+        hidden_TH = hidden_BSH.flatten(0, 1)
+        self.logits_TE = torch.nn.functional.linear(hidden_TH.float(), self.gate.weight.float())
+        scores_TE = torch.softmax(self.logits_TE, dim=-1)
+        weights_TK, choices_TK = torch.topk(scores_TE, self.topk, dim=-1)
+        weights_TK = (weights_TK / weights_TK.sum(dim=-1, keepdim=True)).to(hidden_TH.dtype)
+        output_TH = torch.zeros_like(hidden_TH)
+        for index, expert in enumerate(self.experts):
+            rows, slots = torch.where(choices_TK == index)
+            output = expert(hidden_TH.index_select(0, rows)) * weights_TK[rows, slots, None]
+            output_TH.index_add_(0, rows, output)
+        return output_TH.view_as(hidden_BSH)
+
+
+def build(spec: ModelSpec) -> Qwen2ForCausalLM:
+    """A randomly initialized model of `spec`'s shape, every layer an MoE layer, in spec.dtype."""
+    args, moe = spec.megatron_args, spec.moe
+    assert moe is not None and len(moe.layers) == args["num_layers"]
+    config = Qwen2Config(
+        **explicit_shape(spec),
+        vocab_size=args["vocab_size"],
+        rope_parameters=rope_parameters(spec),
+        tie_word_embeddings=not args["untie_embeddings_and_output_weights"],
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    model = Qwen2ForCausalLM(config)
+    for layer in model.model.layers:
+        layer.mlp = LoopMoE(config, moe.num_experts, moe.topk)
+    return model.to(getattr(torch, spec.dtype))
+
+
+def freeze(model: Qwen2ForCausalLM, stage: str) -> None:
+    """stage1: routers and experts 1..N train; stage2: only routers."""
+    model.requires_grad_(False)
+    for layer in model.model.layers:
+        layer.mlp.gate.requires_grad_(True)
+        if stage == "stage1":
+            layer.mlp.experts[1:].requires_grad_(True)
+
+
+def loss(
+    model: Qwen2ForCausalLM, tokens_BS: Tensor, labels_BS: Tensor, is_original_BS: Tensor, alpha: float, gamma: float
+) -> tuple[Tensor, Tensor]:
+    """(what is minimized, its next-token part).
+
+    Args:
+        alpha: weight of the balance loss, the mean over layers of sum_i (E / T) x (rows of expert i) x (mean score of
+            i), as the published code scales it.
+        gamma: weight of the LPR loss, the mean over layers and original-language tokens of -log score of expert 0.
+    """
+    logits = model(tokens_BS).logits.float()
+    next_token = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels_BS.flatten())
+    total = next_token
+    is_original_T = is_original_BS.flatten()
+    layers = [layer.mlp for layer in model.model.layers]
+    if alpha:
+        total = total + alpha / len(layers) * sum(_balance(moe.logits_TE, moe.topk) for moe in layers)
+    if gamma:
+        zeros_T = torch.zeros_like(is_original_T[is_original_T], dtype=torch.long)
+        lpr = sum(torch.nn.functional.cross_entropy(moe.logits_TE[is_original_T], zeros_T) for moe in layers)
+        total = total + gamma / len(layers) * lpr
+    return total, next_token
+
+
+def _balance(logits_TE: Tensor, topk: int) -> Tensor:
+    scores_TE = torch.softmax(logits_TE, dim=-1)
+    choices_TK = torch.topk(scores_TE, topk, dim=-1).indices
+    num_tokens, num_experts = logits_TE.shape
+    share_E = torch.nn.functional.one_hot(choices_TK, num_experts).float().sum(dim=(0, 1)) / num_tokens
+    return num_experts * (share_E * scores_TE.mean(dim=0)).sum()
+
+
+class LoopStep:
+    """One training step: forward, backward, clip at norm 1, AdamW."""
+
+    def __init__(self, spec: ModelSpec, stage: str, batch: dict[str, Tensor]) -> None:
+        self.model = build(spec).to(batch["tokens"].device).train()
+        freeze(self.model, stage)
+        self.batch = batch
+        self.alpha, self.gamma = (0.01, 0.0) if stage == "stage1" else (0.0, 0.1)
+        self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trainable, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+    def __call__(self) -> float:
+        """Run the step; returns the next-token loss before it."""
+        batch = self.batch
+        total, next_token = loss(
+            self.model, batch["tokens"], batch["labels"], batch["is_original"].bool(), self.alpha, self.gamma
+        )
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(self.trainable, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return next_token.item()

@@ -1,0 +1,190 @@
+"""What the benchmarks share: arguments, tables, tiny models, corpora, and programs on several CPU ranks."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from moelpr.stages import MoeStage
+
+if TYPE_CHECKING:
+    from moelpr.model_spec import ModelSpec
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES: tuple[MoeStage, ...] = get_args(MoeStage)
+SIZES = {
+    "layers": "number of layers",
+    "hidden": "hidden size",
+    "ffn": "hidden size of each expert's FFN",
+    "head": "size of each attention head",
+    "new_experts": "number of new experts",
+    "topk": "experts per token",
+    "vocabulary": "vocabulary size, in tokens",
+    "sequences": "sequences per step",
+    "length": "sequence length, in tokens",
+    "rounds": "number of measured rounds",
+}
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of a docstring, and appends defaults except None and False."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        is_unset = action.default is None or action.default is False
+        return action.help if is_unset else super()._get_help_string(action)
+
+
+def argument_parser(description: str | None, **sizes: int) -> argparse.ArgumentParser:
+    """A parser with one integer option per size; keys are those of SIZES, values are defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=_HelpFormatter)
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, metavar="N", help=SIZES[name])
+    return parser
+
+
+def add_json(parser: argparse.ArgumentParser, flag: str = "--json") -> None:
+    parser.add_argument(flag, type=Path, metavar="FILE", help="also write the results to FILE, as JSON")
+
+
+def write_json(result: object, file: Path | None) -> None:
+    if file:
+        file.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def print_table(rows: Sequence[Mapping[str, Any]], *names: str) -> None:
+    """Print rows as a table, the first column aligned left and the others right.
+
+    Args:
+        names: keys of the columns (default: all whose values are texts and numbers).
+    """
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    columns = names or dict.fromkeys(key for row in rows for key, value in row.items() if not hasattr(value, "keys"))
+    headers = (Column(name, justify="right" if index else "left", no_wrap=True) for index, name in enumerate(columns))
+    table = Table(*headers, box=None, padding=(0, 2, 0, 0))
+    for row in rows:
+        table.add_row(*(_cell(row.get(name, "")) for name in columns))
+    Console(width=1000, markup=False, highlight=False).print(table)
+    print()
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:,.{0 if abs(value) >= 1000 else 3}f}"
+    return f"{value:,}" if type(value) is int else str(value)
+
+
+@contextmanager
+def working_folder(folder: Path | None) -> Iterator[Path]:
+    """`folder`, created if it is missing, or a temporary folder."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+
+
+def install_megatron() -> None:
+    """Prepare Megatron for this machine and silence its log; call it before anything imports Megatron."""
+    import logging
+
+    from moelpr.megatron_patches import cpu, megatron_fixes
+
+    cpu.install()
+    megatron_fixes.install()
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+
+
+def qwen2_config(
+    layers: int, hidden: int, ffn: int, vocabulary: int, length: int, heads: int = 4, groups: int = 2, **others: Any
+) -> Any:
+    """transformers' Qwen2Config; `others` are fields of it."""
+    from transformers import Qwen2Config
+
+    return Qwen2Config(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        vocab_size=vocabulary,
+        max_position_embeddings=length,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        **{"tie_word_embeddings": False, "eos_token_id": 0} | others,
+    )
+
+
+def model_spec(config: Any, new_experts: int, topk: int = 2, dtype: str = "float32") -> "ModelSpec":
+    """The spec of a model with the shape of `config` whose layers are all MoE layers with one original expert."""
+    from moelpr.families.families import QWEN2
+    from moelpr.model_spec import ModelSpec, MoeSpec
+
+    moe = MoeSpec(new_experts, topk, tuple(range(config.num_hidden_layers)))
+    return ModelSpec(QWEN2.name, dtype, QWEN2.megatron_args(config), moe)
+
+
+def save_random_model(config: Any, folder: Path) -> Path:
+    """Write a random model as a Hugging Face directory, in shards of at most 1 GB."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=config.dtype).save_pretrained(folder, max_shard_size="1GB")
+    return folder
+
+
+def upcycle(hf: Path, folder: Path, new_experts: int, random: bool = False, **options: Any) -> Path:
+    """Convert a Hugging Face directory into an upcycled Megatron checkpoint whose new experts are copies or random."""
+    from checkpoint_convert.hf_to_mcore import hf_to_mcore
+    from checkpoint_convert.upcycling import Start
+
+    hf_to_mcore(hf, folder, new_experts, start=Start("random" if random else "copied"), **options)
+    return folder
+
+
+def export(checkpoint: Path, folder: Path) -> Path:
+    """Convert a Megatron checkpoint into a Hugging Face directory."""
+    from checkpoint_convert.mcore_to_hf import mcore_to_hf
+
+    mcore_to_hf(checkpoint, folder)
+    return folder
+
+
+def write_corpus(prefix: Path, vocab_size: int, documents: Iterable[tuple[Any, bool]]) -> Path:
+    """Write a corpus of (token IDs, is original-language text); returns its prefix."""
+    from data_tools.corpus_writer import CorpusWriter
+
+    with CorpusWriter(prefix, vocab_size) as writer:
+        for tokens, is_original in documents:
+            writer.add_document(tokens, is_original)
+        writer.finalize()
+        writer.commit()
+    return prefix
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """The environment for a process that imports this repository and must not hold a core while it waits."""
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    quiet = {"OMP_WAIT_POLICY": "passive", "PYTHONWARNINGS": "ignore"}
+    return os.environ | quiet | {"PYTHONPATH": paths} | variables
+
+
+def run_ranks(ranks: int, module: str, *arguments: object, log: Path, timeout_s: float) -> None:
+    """Run a module on CPU ranks of one thread each; if it fails, exit with the end of its log."""
+    torchrun = [sys.executable, "-m", "moelpr.torchrun", "--standalone", "--nproc-per-node", ranks, "-m", module]
+    with open(log, "w") as output:
+        done = subprocess.run(
+            [str(word) for word in (*torchrun, *arguments)],
+            cwd=ROOT,
+            env=environment(OMP_NUM_THREADS="1"),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            timeout=timeout_s,
+        )
+    if done.returncode:
+        sys.exit(f"{log.stem} failed:\n{log.read_text()[-6000:]}")

@@ -1,0 +1,126 @@
+"""Optimizer steps as the trainer makes them, without its logging; call `install_megatron` before importing this.
+
+Models have Qwen2's shape, and every layer is an MoE layer.
+"""
+
+import argparse
+import itertools
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.num_microbatches_calculator import (
+    destroy_num_microbatches_calculator,
+    init_num_microbatches_calculator,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor
+
+from benchmarks.baselines import plain_megatron
+from benchmarks.common import model_spec, qwen2_config
+from moelpr.model.freezing import freeze
+from moelpr.model.loading import build_model
+from moelpr.model.losses import megatron_balance_coeff
+from moelpr.model_spec import ModelSpec
+from moelpr.stages import MoeStage
+from moelpr.training.forward_step import forward_step
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BALANCE_COEFF, LPR_COEFF = 0.01, 0.1
+# What the trainer chooses on a GPU; the defaults of build_model are those of a CPU.
+_SETTINGS: dict[str, Any] = {"bf16": True, "params_dtype": torch.bfloat16, "bias_activation_fusion": True}
+_SETTINGS = _SETTINGS if DEVICE == "cuda" else {}
+
+
+def spec_of(args: argparse.Namespace) -> ModelSpec:
+    """The model of the sizes in `args` (benchmarks.common.SIZES), in bf16 on a GPU and fp32 on a CPU."""
+    heads = args.hidden // args.head
+    config = qwen2_config(args.layers, args.hidden, args.ffn, args.vocabulary, args.length, heads, heads // 2)
+    return model_spec(config, args.new_experts, args.topk, "bfloat16" if DEVICE == "cuda" else "float32")
+
+
+def random_batch(spec: ModelSpec, sequences: int) -> dict[str, Tensor]:
+    """Random tokens as a dataset returns them, every second sequence original-language text."""
+    size = (sequences, spec.megatron_args["max_position_embeddings"])
+    tokens = torch.randint(0, spec.megatron_args["vocab_size"], (size[0], size[1] + 1))
+    is_original = (torch.arange(sequences) % 2 == 0).unsqueeze(1).expand(size).long()
+    batch = {
+        "tokens": tokens[:, :-1],
+        "labels": tokens[:, 1:],
+        "loss_mask": torch.ones(size, dtype=torch.long),
+        "position_ids": torch.arange(size[1]).expand(size),
+        "is_original": is_original,
+        "is_original_label": is_original,
+    }
+    return {name: tensor.contiguous().to(DEVICE) for name, tensor in batch.items()}
+
+
+class MegatronStep:
+    """Steps of `model`, whose trainable parameters are chosen already, on one micro-batch.
+
+    Args:
+        batch: the tensors a dataset returns (moelpr.data.batch), each [batch, sequence].
+    """
+
+    def __init__(self, model: GPTModel, batch: dict[str, Tensor]) -> None:
+        config = model.config
+        self.model, self.batch = model, batch
+        wrapped = Float16Module(config, model) if config.bf16 else model
+        ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, check_for_nan_in_grad=True)
+        self.wrapped = DistributedDataParallel(config, ddp_config, wrapped)
+        self.wrapped.train()
+        optimizer_config = OptimizerConfig(
+            optimizer="adam", lr=1e-5, weight_decay=0.1, adam_beta2=0.95, clip_grad=1.0, bf16=config.bf16,
+            params_dtype=config.params_dtype,
+        )  # fmt: skip
+        self.optimizer = get_megatron_optimizer(optimizer_config, [self.wrapped])
+        config.finalize_model_grads_func = finalize_model_grads
+        config.grad_scale_func = self.optimizer.scale_loss
+        self.schedule = get_forward_backward_func()
+
+    def __call__(self) -> float:
+        """Run the step; returns the next-token loss before it."""
+        self.wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        reports = self.forward_backward()
+        success, _, _ = self.optimizer.step()
+        assert success
+        total, count = reports[0]["lm loss"]
+        return float(total / count)
+
+    def forward_backward(self) -> list[dict[str, Tensor]]:
+        """Losses of the step; gradients are then in the parameters' main_grad."""
+        size, length = self.batch["tokens"].shape
+        destroy_num_microbatches_calculator()
+        init_num_microbatches_calculator(0, None, size, size, 1)
+        return self.schedule(
+            forward_step_func=forward_step,
+            data_iterator=itertools.repeat(self.batch),
+            model=[self.wrapped],
+            num_microbatches=1,
+            seq_length=length,
+            micro_batch_size=size,
+            forward_only=False,
+        )
+
+
+def our_step(spec: ModelSpec, stage: MoeStage, batch: dict[str, Tensor]) -> MegatronStep:
+    """The trainer's model in `stage` with the stage's default losses."""
+    losses = {"moe_aux_loss_coeff": _balance_coeff(spec)} if stage == "stage1" else {"lpr_loss_coeff": LPR_COEFF}
+    model = build_model(spec, **losses, **_SETTINGS)
+    freeze([model], stage)
+    return MegatronStep(model, batch)
+
+
+def plain_step(spec: ModelSpec, batch: dict[str, Tensor]) -> MegatronStep:
+    """Plain Megatron MoE, everything trained, with the balance loss."""
+    model = plain_megatron.build(spec, moe_aux_loss_coeff=_balance_coeff(spec), **_SETTINGS)
+    return MegatronStep(model, batch)
+
+
+def _balance_coeff(spec: ModelSpec) -> float:
+    assert spec.moe is not None
+    return megatron_balance_coeff(BALANCE_COEFF, spec.moe.topk, len(spec.moe.layers))

@@ -1,0 +1,342 @@
+"""A run's settings: read from checkpoint, recipe and command line, completed by machine and method.
+
+Errors in one source are collected, so that the others are still read.
+"""
+
+import argparse
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from moelpr.arguments.flags import Parser, did_you_mean, split_by_flags
+from moelpr.checkpoints import step_folder
+from moelpr.errors import UserError
+from moelpr.layouts import Layout
+from moelpr.megatron_patches import cpu
+from moelpr.model.losses import megatron_balance_coeff
+from moelpr.model_spec import ModelSpec
+from moelpr.run_folder import RECIPE_FILE, TRACKER_FILE
+from moelpr.yaml_files import read_mapping
+
+MOE_STAGES = ("stage1", "stage2")
+
+# Defaults that differ from Megatron's: the supported models were trained without dropout, and validation is optional.
+_DEFAULTS = (
+    "--attention-dropout 0 --hidden-dropout 0 --eval-iters 0 --eval-interval 1000 --save-interval 500 --log-interval 10"
+).split()
+
+# Flags that name the checkpoint to start from.
+_STARTS = ("--load", "--save", "--pretrained-checkpoint")
+
+# Megatron settings that would change the method or be ignored by our layer, with the only value that works. Some of
+# Megatron's defaults differ: only explicit arguments are checked (checks/model.py).
+FIXED_FOR_MOE: dict[str, Any] = {
+    "moe_token_dispatcher_type": "alltoall",
+    "moe_router_load_balancing_type": "aux_loss",
+    "moe_router_score_function": "softmax",
+    "moe_router_pre_softmax": False,
+    "moe_router_topk_scaling_factor": None,
+    "moe_expert_capacity_factor": None,
+    "moe_shared_expert_intermediate_size": None,
+    "moe_router_enable_expert_bias": False,
+    "moe_router_num_groups": None,
+    "moe_router_force_load_balancing": False,
+    "moe_router_force_biased": None,
+    "moe_latent_size": None,
+    "cuda_graph_impl": "none",
+    "overlap_moe_expert_parallel_comm": False,
+}
+
+T = TypeVar("T")
+
+
+@dataclass
+class RunSettings:
+    """A run's settings and where they come from, before anything is built.
+
+    Attributes:
+        args: the settings, without invalid arguments and without what the method sets.
+        argv: all settings as command-line arguments.
+        explicit_args: what recipe and command line set: Megatron's name → the flag used.
+        checkpoint: folder this run starts or resumes from; None if there is none.
+        step: the saved step that --ckpt-step selects; None for the latest.
+        spec: the checkpoint's model_spec.json; None if it cannot be read.
+        shape: the model's shape: Megatron's name → value; empty if `spec` is None.
+        record: recipe.yaml of that step, the settings it was trained with; None if no run has trained it.
+        recipe_is_read: False if the recipe cannot be read, so that missing flags may be in it.
+        problems: one message per problem with the sources.
+        world_size: number of ranks.
+    """
+
+    args: argparse.Namespace = field(default_factory=argparse.Namespace)
+    argv: list[str] = field(default_factory=list)
+    explicit_args: dict[str, str] = field(default_factory=dict)
+    checkpoint: Path | None = None
+    step: int | None = None
+    spec: ModelSpec | None = None
+    shape: dict[str, Any] = field(default_factory=dict)
+    record: dict[str, Any] | None = None
+    recipe_is_read: bool = True
+    problems: list[str] = field(default_factory=list)
+    world_size: int = 1
+
+    @classmethod
+    def gather(cls, argv: list[str], parser: Parser) -> "RunSettings":
+        """Read all sources; whatever is wrong with them is in `problems`."""
+        run = cls(world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        early = _early_arguments(argv)
+        recipe = run._recipe(early.recipe, parser)
+        for name, value in vars(_early_arguments(recipe)).items():
+            if getattr(early, name) is None:
+                setattr(early, name, value)
+        run.checkpoint = run._try(lambda: _checkpoint_folder(early))
+        run._add("", [*_DEFAULTS], parser)
+        if (folder := run.checkpoint) is not None:
+            start = early.pretrained_checkpoint
+            if start is None or folder == Path(start):  # else --ckpt-step refers to --pretrained-checkpoint
+                run.step = early.ckpt_step
+            run.record = run._try(lambda: _read_record(folder, run.step))
+            run.spec = spec = run._try(lambda: ModelSpec.read(folder))
+            if spec is not None and not run._add_shape(spec, parser):
+                run.spec = None
+        run._add(f"in the recipe {early.recipe}, ", recipe, parser)
+        run._add("", argv, parser)
+        flags = parser.flags()
+        for item in [*recipe, *argv]:
+            flag = item.split("=", 1)[0]
+            if flag in flags:
+                run.explicit_args[flags[flag].dest] = flag
+        return run
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether experts are trained: the model has some, and the stage is not `dense` (reported separately)."""
+        return self.spec is not None and self.spec.moe is not None and self.args.stage != "dense"
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether the checkpoint is this run's own, so that its optimizer state, data position and step are loaded."""
+        own = {Path(folder) for folder in (self.args.load, self.args.save) if folder}
+        return self.checkpoint in own and not self.args.finetune
+
+    @property
+    def virtual_stages(self) -> int:
+        """Virtual pipeline stages per rank; 1 if there are none or their number is invalid."""
+        if self.args.num_virtual_stages_per_pipeline_rank is not None:
+            return max(1, self.args.num_virtual_stages_per_pipeline_rank)
+        per_stage = self.args.num_layers_per_virtual_pipeline_stage
+        stages = self.args.pipeline_model_parallel_size
+        if not per_stage or not self.shape or per_stage < 1 or stages < 1:
+            return 1
+        return max(1, self.shape["num_layers"] // stages // per_stage)
+
+    @property
+    def layout(self) -> Layout:
+        return Layout.from_settings(vars(self.args), self.world_size, self.virtual_stages)
+
+    def flag(self, name: str) -> str:
+        """The flag of an argument, as recipe or command line spell it."""
+        return self.explicit_args.get(name, f"--{name.replace('_', '-')}")
+
+    def _add_shape(self, spec: ModelSpec, parser: Parser) -> bool:
+        """Add the model's shape. Returns False if Megatron does not accept it; the checks then have no model."""
+        argv = self._try(lambda: _shape_flags(spec, parser))
+        before = len(self.problems)
+        self._add("in the checkpoint's model_spec.json, ", argv or [], parser)
+        if argv is None or len(self.problems) > before:
+            return False
+        names = [parser.actions_of(name)[0].dest for name in _shape_of(spec)]
+        self.shape = {name: getattr(self.args, name) for name in names}
+        return True
+
+    def _add(self, where: str, argv: list[str], parser: Parser) -> None:
+        self.args, problems = parser.parse_tolerantly(argv, self.args, where)
+        self.problems += problems
+        self.argv += argv
+
+    def _recipe(self, path: str | None, parser: Parser) -> list[str]:
+        if path is None:
+            return []
+        recipe = self._try(lambda: read_recipe(Path(path)))
+        if recipe is None:
+            self.recipe_is_read = False
+            return []
+        known = {flag for flag in parser.flags() if flag not in ("--recipe", "--help")}
+        for flag in [flag for flag in recipe if flag not in known]:
+            del recipe[flag]
+            hint = did_you_mean(flag, known) or "see python -m moelpr.pretrain --help"
+            self.problems.append(f"in the recipe {path}, the key {flag[2:]} is not a flag; {hint}")
+        return recipe_argv(recipe)
+
+    def _try(self, read: Callable[[], T]) -> T | None:
+        try:
+            return read()
+        except UserError as error:
+            self.problems.append(str(error))
+            return None
+
+
+def _early_arguments(argv: list[str]) -> argparse.Namespace:
+    """The flags that determine where the others come from; problems are reported when all flags are parsed."""
+    parser = Parser(add_help=False)
+    for flag in ("--recipe", *_STARTS):
+        parser.add_argument(flag)
+    parser.add_argument("--ckpt-step", type=int)
+    return parser.parse_tolerantly(split_by_flags(argv, parser.flags())[0])[0]
+
+
+def _checkpoint_folder(args: argparse.Namespace) -> Path:
+    """The folder this run starts or resumes from."""
+    for folder in (args.load or args.save, args.pretrained_checkpoint):
+        if folder and (Path(folder) / TRACKER_FILE).exists():
+            return Path(folder)
+    if args.pretrained_checkpoint is None:
+        raise UserError(
+            "no checkpoint to start from; pass --pretrained-checkpoint DIR "
+            "(checkpoint_convert/hf_to_mcore.py makes one from a Hugging Face model)"
+        )
+    raise UserError(
+        f"--pretrained-checkpoint {args.pretrained_checkpoint} is not a Megatron checkpoint: {TRACKER_FILE} is "
+        "missing; make one with checkpoint_convert/hf_to_mcore.py, or pass the --save folder of an earlier stage"
+    )
+
+
+def _read_record(folder: Path, step: int | None) -> dict[str, Any] | None:
+    """The settings a step was trained with; if it has none, those of the last start, which may have saved nothing."""
+    try:
+        places = [step_folder(folder, step), folder]
+    except UserError:
+        places = [folder]  # a missing step is reported by a check
+    path = next((place / RECIPE_FILE for place in places if (place / RECIPE_FILE).is_file()), None)
+    return None if path is None else read_mapping(path, "run's recipe")
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The recipe as `--flag` → value (docs/design/recipes.md).
+
+    Raises:
+        UserError: the file is not a recipe.
+    """
+    recipe = read_mapping(path, "recipe")
+    if "model_source" in recipe:
+        raise UserError(
+            f"{path} records a run's resolved flags; it is not a recipe; pass --recipe the file that the run was "
+            "started with"
+        )
+    return {f"--{str(key).replace('_', '-')}": value for key, value in recipe.items()}
+
+
+def recipe_argv(recipe: dict[str, Any]) -> list[str]:
+    """A recipe as command-line arguments: true becomes the bare flag, false and null nothing, a list several values."""
+    argv: list[str] = []
+    for flag, value in recipe.items():
+        if value is None or value is False:
+            continue
+        argv.append(flag)
+        if value is not True:
+            argv += map(str, value if isinstance(value, list) else [value])
+    return argv
+
+
+def _shape_of(spec: ModelSpec) -> dict[str, Any]:
+    """The model's shape: Megatron's name → value."""
+    shape = dict(spec.megatron_args)
+    if window := shape.get("window_size"):
+        shape["window_size"] = ",".join(map(str, window))
+    if spec.moe is not None:
+        is_moe = [int(spec.is_moe_layer(layer)) for layer in range(shape["num_layers"])]
+        shape |= {
+            "num_experts": spec.moe.num_new_experts,
+            "num_original_experts": spec.moe.num_original_experts,
+            "moe_router_topk": spec.moe.topk,
+            "moe_ffn_hidden_size": shape["ffn_hidden_size"],
+            "moe_layer_freq": str(is_moe).replace(" ", ""),
+        }
+    return shape
+
+
+def _shape_flags(spec: ModelSpec, parser: Parser) -> list[str]:
+    """The model's shape as command-line arguments."""
+    argv: list[str] = []
+    for name, value in _shape_of(spec).items():
+        actions = parser.actions_of(name)
+        if not actions:
+            raise UserError(
+                f"model_spec.json contains {name}, which this version of Megatron does not support; convert the model "
+                "again"
+            )
+        if value is None or value == actions[0].default:
+            continue
+        switch = next((action for action in actions if action.nargs == 0 and action.const == value), None)
+        argv += [switch.option_strings[0]] if switch is not None else [actions[0].option_strings[0], str(value)]
+    return argv
+
+
+def apply_machine(args: argparse.Namespace) -> None:
+    """Set what the machine requires: NCCL, bf16 and Transformer Engine if available, else gloo, fp32 and PyTorch."""
+    if cpu.is_needed():
+        for name, value in cpu.CPU_ARGUMENTS.items():
+            setattr(args, name, value)
+    elif not args.fp16 and not args.fp32:
+        args.bf16 = True
+    if args.async_save:
+        args.use_persistent_ckpt_worker = True  # without it Megatron ignores --async-save
+        if cpu.is_needed() or not is_installed("nvidia_resiliency_ext"):
+            args.async_strategy = "mcore"
+    if args.transformer_impl == "transformer_engine" and not is_installed("transformer_engine"):
+        args.transformer_impl = "local"
+    # Megatron's own linear layers (original experts, output layer) need Apex for it, even with Transformer Engine.
+    has_apex = is_installed("fused_weight_gradient_mlp_cuda")
+    args.gradient_accumulation_fusion = args.gradient_accumulation_fusion and has_apex
+    if args.transformer_impl == "local":
+        args.no_persist_layer_norm = True
+        args.apply_rope_fusion = False
+        args.masked_softmax_fusion = False
+
+
+def is_installed(module: str) -> bool:
+    """Whether a Python module can be imported."""
+    return importlib.util.find_spec(module) is not None
+
+
+def apply_method(args: argparse.Namespace, spec: ModelSpec) -> None:
+    """Set what follows from stage and model; `args` must have passed the checks."""
+    args.load = args.load or args.save
+    if args.save and not args.tensorboard_dir:
+        args.tensorboard_dir = str(Path(args.save) / "tensorboard")
+    args.hetereogenous_dist_checkpoint = True  # one checkpoint key per layer, for every pipeline layout
+    if args.data_path and args.split is None:
+        args.split = "100,0,0"
+    if spec.moe is None:
+        args.lpr_loss_coeff = 0.0
+        return
+    if args.tensor_model_parallel_size > 1:
+        args.sequence_parallel = True
+    for name, value in FIXED_FOR_MOE.items():
+        setattr(args, name, value)
+    is_stage1 = args.stage == "stage1"
+    if args.balance_loss_coeff is None:
+        args.balance_loss_coeff = 0.01 if is_stage1 else 0.0
+    if args.lpr_loss_coeff is None:
+        args.lpr_loss_coeff = 0.0 if is_stage1 else 0.1
+    args.moe_aux_loss_coeff = megatron_balance_coeff(args.balance_loss_coeff, spec.moe.topk, len(spec.moe.layers))
+    args.moe_router_dtype = args.moe_router_dtype or "fp32"
+
+
+def resolved_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Every argument of the run with its final value, as plain YAML types; written to recipe.yaml."""
+    plain = (str, int, float, bool, type(None))  # by exact type: enums that are also ints are not YAML
+    settings: dict[str, Any] = {}
+    for name, value in sorted(vars(args).items()):
+        if type(value) in plain:
+            settings[name] = value
+        elif isinstance(value, list) and all(type(item) in plain for item in value):
+            settings[name] = list(value)
+        elif isinstance(value, torch.dtype):
+            settings[name] = str(value)
+    return settings

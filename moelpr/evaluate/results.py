@@ -1,0 +1,445 @@
+"""The results of an evaluation: numbers with intervals, as JSON, as a page and on the terminal.
+
+Intervals are percentile bootstrap intervals over documents (Efron and Tibshirani, 1993, chapter 13). A language's
+documents are sampled with replacement, as many as there are, and the number is computed from the sample; the middle 95%
+of 1,000 such numbers are its interval. All models get the same samples, and a change between two models is computed
+sample by sample: what makes a document hard for both cancels out.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moelpr.errors import UserError
+from moelpr.evaluate.compare import Comparison
+from moelpr.evaluate.routing import BrokenPrior, Routing, broken_priors
+from moelpr.evaluate.scoring import LanguageScore
+from moelpr.files import atomic_file
+from moelpr.languages import language_name
+from moelpr.report.page import (
+    Block,
+    Figure,
+    Page,
+    Points,
+    Row,
+    Sample,
+    Section,
+    Table,
+    Text,
+    terminal_table,
+    write_page,
+)
+from moelpr.report.plots import Interval, Panel, change_chart, heat_maps, percent
+
+NUM_SAMPLES = 1000
+METRICS = ("bits_per_byte", "perplexity", "accuracy")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number, and what it is in each bootstrap sample of the documents [NUM_SAMPLES]."""
+
+    value: float
+    samples: NDArray[np.float64]
+
+    @property
+    def interval(self) -> Interval:
+        """The 95% confidence interval; its bounds are NaN for a language with a single document."""
+        return Interval(self.value, *map(float, np.percentile(self.samples, [2.5, 97.5])))
+
+    @property
+    def is_clear(self) -> bool:
+        """For a change: its interval does not contain 0."""
+        return self.interval.low > 0 or self.interval.high < 0
+
+    def relative_to(self, reference: "Estimate") -> "Estimate":
+        """Relative change: 0.1 is 10% more than `reference`."""
+        return Estimate(self.value / reference.value - 1, self.samples / reference.samples - 1)
+
+    def minus(self, reference: "Estimate") -> "Estimate":
+        return Estimate(self.value - reference.value, self.samples - reference.samples)
+
+    def to_json(self) -> dict[str, float | None]:
+        return {name: None if np.isnan(number) else number for name, number in self.interval._asdict().items()}
+
+
+def mean(estimates: Sequence[Estimate]) -> Estimate:
+    """The mean over languages, whose samples are independent of each other."""
+    return Estimate(
+        sum(estimate.value for estimate in estimates) / len(estimates),
+        np.mean([estimate.samples for estimate in estimates], axis=0),
+    )
+
+
+def estimates(scores: Mapping[str, LanguageScore], seed: int, language: str) -> dict[str, dict[str, Estimate]]:
+    """METRICS on one language from the same samples for all models: model -> metric -> estimate.
+
+    The language also seeds the samples: otherwise those of two languages would depend on each other, and the interval
+    of their mean would be wrong.
+    """
+    columns = np.array(
+        [
+            column
+            for score in scores.values()
+            for column in (score.document_bits, score.document_bytes, score.document_tokens, score.document_correct)
+        ],
+        dtype=np.float64,
+    ).T
+    sums = _resampled_sums(columns, np.random.default_rng([seed, *language.encode()]))
+    result = {}
+    for index, (model, score) in enumerate(scores.items()):
+        bits, size, tokens, correct = sums[:, 4 * index : 4 * index + 4].T
+        samples = {"bits_per_byte": bits / size, "perplexity": 2 ** (bits / tokens), "accuracy": correct / tokens}
+        result[model] = {metric: Estimate(getattr(score, metric), samples[metric]) for metric in METRICS}
+    return result
+
+
+def _resampled_sums(columns: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
+    """Sums over the sampled documents [NUM_SAMPLES, columns] of `columns` [documents, columns]."""
+    num_documents = len(columns)
+    if num_documents == 1:
+        return np.full((NUM_SAMPLES, columns.shape[1]), np.nan)
+    sums = np.empty((NUM_SAMPLES, columns.shape[1]))
+    for number in range(NUM_SAMPLES):
+        times = np.bincount(rng.integers(num_documents, size=num_documents), minlength=num_documents)
+        sums[number] = times @ columns
+    return sums
+
+
+class Results(ABC):
+    """What a command has measured: printed to the terminal and written to a folder."""
+
+    name: str  # of the files
+    title: str
+
+    @abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """All numbers."""
+
+    @abstractmethod
+    def findings(self) -> list[str]:
+        """What the numbers show, one sentence each."""
+
+    @abstractmethod
+    def tables(self) -> dict[str, Table]:
+        """Title -> table."""
+
+    def figures(self) -> list[Figure]:
+        return []
+
+    def samples(self) -> list[Block]:
+        """Text written by the models."""
+        return []
+
+    def print(self) -> None:
+        """Print tables and findings to stdout."""
+        for title, table in self.tables().items():
+            print("\n\n".join(part for part in (title, terminal_table(table), table.note) if part) + "\n")
+        print("\n".join(self.findings()))
+
+    def write(self, folder: Path) -> None:
+        """Write NAME.json, NAME.md, NAME.html and each figure as SVG into `folder`, replacing existing files."""
+        with atomic_file(folder / f"{self.name}.json") as temporary:
+            content = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
+            temporary.write_text(content + "\n", encoding="utf-8")
+        findings: list[Block] = [Points(self.findings())] if self.findings() else []
+        sections = [Section(title, [table]) for title, table in self.tables().items()]
+        sections = [Section("", [*findings, *self.figures()]), *sections, Section("Continuations", self.samples())]
+        write_page(folder, self.name, Page(self.title, sections=sections))
+
+
+class TextResults(Results):
+    """Estimates for every model on every language, then for the means of original and expanded languages.
+
+    A change is relative to the first model; that of accuracy is the difference. Changes of numbers per token exist only
+    for models with the first model's tokens.
+    """
+
+    name, title = "results", "Held-out text"
+
+    def __init__(self, comparison: Comparison, data: Mapping[str, Path], original: Sequence[str], seed: int):
+        """`data`: language -> file. `original`: the original languages; empty if they were not named."""
+        self._comparison, self._data, self._original, self._seed = comparison, data, original, seed
+        self._models = list(comparison.models)
+        self._first, *others = self._models
+        # language or mean -> model -> metric -> estimate
+        self._rows = {language: estimates(comparison.scores_on(language), seed, language) for language in data}
+        for group, is_original in (("mean original", True), ("mean expanded", False)):
+            members = [language for language in data if (language in original) == is_original]
+            if members and original:
+                self._rows[group] = {
+                    model: {metric: mean([self._rows[name][model][metric] for name in members]) for metric in METRICS}
+                    for model in self._models
+                }
+        tokens = {m: [score.document_tokens for score in scores.values()] for m, scores in comparison.scores.items()}
+        self._has_same_tokens = {model: tokens[model] == tokens[self._first] for model in self._models}
+        self._changes = {
+            row: {model: self._change(by[model], by[self._first], model) for model in others}
+            for row, by in self._rows.items()
+        }
+        self._bits_changes = {
+            row: {m: change["bits_per_byte"] for m, change in by.items()} for row, by in self._changes.items()
+        }
+
+    def _change(self, ours: dict[str, Estimate], theirs: dict[str, Estimate], model: str) -> dict[str, Estimate]:
+        metrics = METRICS if self._has_same_tokens[model] else ("bits_per_byte",)
+        return {m: ours[m].minus(theirs[m]) if m == "accuracy" else ours[m].relative_to(theirs[m]) for m in metrics}
+
+    def findings(self) -> list[str]:
+        findings = []
+        for row, changes in self._bits_changes.items():
+            for model, change in changes.items():
+                verdict = f"{model} is {'better' if change.value < 0 else 'worse'} than {self._first}"
+                if not change.is_clear:
+                    verdict = f"no clear change from {self._first} to {model}"
+                findings.append(f"{_row_name(row)}: {verdict} ({_with_interval(change, percent)} bits per byte).")
+        return findings + [
+            f"{model} cannot encode {score.unknown_share:.1%} of the {language_name(language)} tokens (unknown "
+            "tokens); its scores there are unreliable."
+            for language in self._data
+            for model, score in self._comparison.scores_on(language).items()
+            if score.unknown_tokens
+        ]
+
+    def tables(self) -> dict[str, Table]:
+        intervals = "In brackets: 95% confidence intervals, bootstrap over documents."
+        unclear = "A change is unclear if its interval contains 0: with other documents it could be the opposite."
+        per_token = (
+            "Per token: comparable only between models with the same tokenizer."
+            if all(self._has_same_tokens.values())
+            else "Per token, and these models' tokenizers differ: compare their bits per byte instead."
+        )
+        changes = {
+            row: {m: _with_interval(c, percent) + ("" if c.is_clear else " unclear") for m, c in by_model.items()}
+            for row, by_model in self._bits_changes.items()
+        }
+        # Averaging perplexities is meaningless.
+        perplexity = {row: cells for row, cells in self._cells("perplexity", "{:.4g}").items() if row in self._data}
+        tables = {
+            "Bits per byte (lower is better)": self._table(self._cells("bits_per_byte", "{:.3f}"), intervals),
+            f"Bits per byte against {self._first}": self._table(changes, unclear),
+            "Next-token accuracy (higher is better)": self._table(self._cells("accuracy", "{:.2%}"), per_token),
+            "Perplexity per token (lower is better)": self._table(perplexity, per_token),
+        }
+        return {title: table for title, table in tables.items() if len(table.head) > 1}
+
+    def _cells(self, metric: str, form: str) -> dict[str, dict[str, str]]:
+        return {
+            row: {model: _with_interval(estimates[metric], form.format) for model, estimates in by_model.items()}
+            for row, by_model in self._rows.items()
+        }
+
+    def _table(self, cells: Mapping[str, Mapping[str, str]], note: str) -> Table:
+        rows = [Row([row, *by_model.values()], "" if row in self._data else "mean") for row, by_model in cells.items()]
+        return Table(["language", *next(iter(cells.values()))], rows, note)
+
+    def figures(self) -> list[Figure]:
+        if len(self._models) == 1:
+            return []
+        changes = {
+            row if row.startswith("mean ") else language_name(row): {
+                m: change.interval for m, change in by_model.items()
+            }
+            for row, by_model in self._bits_changes.items()
+        }
+        svg = change_chart("Change in bits per byte", changes, axis=f"bits per byte against {self._first}")
+        caption = f"Change in bits per byte against {self._first}, with 95% confidence intervals; hollow: unclear."
+        return [Figure([svg], caption, name="change")]
+
+    def samples(self) -> list[Block]:
+        samples = [
+            Sample(language, language_name(language), text.prompt, {**text.by_model, "the text itself": text.reference})
+            for language, text in self._comparison.continuations.items()
+        ]
+        note = "The first words of a held-out document, continued by each model. One sample does not show quality."
+        return [Text(note, "note"), *samples] if samples else []
+
+    def to_json(self) -> dict[str, Any]:
+        settings = {"seed": self._seed, "continuation_tokens": self._comparison.continuation_tokens}
+        return {
+            **_settings_json(self._comparison, self._data, self._original, settings),
+            "models": {
+                model: {
+                    "directory": str(directory),
+                    "languages": {language: self._language_json(model, language) for language in self._data},
+                    "means": {row: self._estimates_json(model, row) for row in self._rows if row not in self._data},
+                }
+                for model, directory in self._comparison.models.items()
+            },
+            "continuations": {language: asdict(text) for language, text in self._comparison.continuations.items()},
+        }
+
+    def _language_json(self, model: str, language: str) -> dict[str, Any]:
+        score = self._comparison.scores[model][language]
+        return {
+            **self._estimates_json(model, language),
+            "documents": len(score.document_bits),
+            "tokens": sum(score.document_tokens),
+            "bytes": sum(score.document_bytes),
+            "unknown_tokens": score.unknown_tokens,
+            "original_expert_share": score.routing and score.routing.original_expert_share,
+        }
+
+    def _estimates_json(self, model: str, row: str) -> dict[str, Any]:
+        changes = self._changes[row].get(model, {})
+        return {
+            **{metric: estimate.to_json() for metric, estimate in self._rows[row][model].items()},
+            "change": {metric: {**c.to_json(), "is_clear": c.is_clear} for metric, c in changes.items()},
+        }
+
+
+# Table and map of a number per layer and language: name -> title, note.
+LAYER_NUMBERS = {
+    "original_first_share": (
+        "Fraction of first choices that are an original expert",
+        "Tokens of original languages should choose original experts, those of expanded languages new ones.",
+    ),
+    "original_chosen_share": (
+        "Fraction of tokens with an original expert among their top K",
+        "1: the original experts still process every token.",
+    ),
+    "load_imbalance": (
+        "Load imbalance: busiest expert divided by the mean",
+        "1 is even. On original languages a high value is intended: it is the language prior.",
+    ),
+    "entropy": (
+        "Entropy of a token's router scores, in nats",
+        "0: certain of one expert. ln of the number of experts: undecided.",
+    ),
+}
+
+
+class RoutingResults(Results):
+    """Statistics of every MoE model on every language, and which layers break the language prior."""
+
+    name, title = "routing", "Routing"
+
+    def __init__(self, comparison: Comparison, data: Mapping[str, Path], original: Sequence[str], threshold: float):
+        """`data`: language -> file. `threshold`: see `broken_priors`. Raises UserError if all models are dense."""
+        self._comparison, self._data, self._original, self._threshold = comparison, data, original, threshold
+        by_model = {
+            model: {language: score.routing for language, score in scores.items() if score.routing is not None}
+            for model, scores in comparison.scores.items()
+        }
+        self._routing = {model: statistics for model, statistics in by_model.items() if statistics}
+        if not self._routing:
+            raise UserError(
+                f"--model {', '.join(by_model)} have no routing: all layers are dense, or every text is a single "
+                "token; pass an MoE model and longer texts"
+            )
+
+    def broken(self, model: str) -> list[BrokenPrior]:
+        """Empty if the original languages are unknown."""
+        return broken_priors(self._routing[model], self._original, self._threshold) if self._original else []
+
+    def findings(self) -> list[str]:
+        if not self._original:
+            return ["Pass --original-languages to list the layers that break the language prior."]
+        findings = []
+        for model in self._routing:
+            broken = self.broken(model)
+            for language, group in groupby(broken, lambda prior: prior.language):
+                findings.append(f"{model}: {_broken_layers(language, list(group))}.")
+            if not broken:
+                findings.append(f"{model}: no layer breaks the language prior (threshold {self._threshold:.0%}).")
+        return findings
+
+    def tables(self) -> dict[str, Table]:
+        return {
+            f"{title}: {model}": self._table(name, statistics, note)
+            for name, (title, note) in LAYER_NUMBERS.items()
+            for model, statistics in self._routing.items()
+        }
+
+    def _table(self, name: str, statistics: Mapping[str, Routing], note: str) -> Table:
+        columns = [getattr(routing, name) for routing in statistics.values()]
+        layers = next(iter(statistics.values())).layers
+        rows = [Row([str(layer), *(f"{column[i]:.3f}" for column in columns)]) for i, layer in enumerate(layers)]
+        rows.append(Row(["mean", *(f"{sum(column) / len(column):.3f}" for column in columns)], "mean"))
+        return Table(["layer", *statistics], rows, note)
+
+    def figures(self) -> list[Figure]:
+        return [figure for model in self._routing for figure in self._figures_of(model)]
+
+    def _figures_of(self, model: str) -> list[Figure]:
+        statistics = self._routing[model]
+        layers = next(iter(statistics.values())).layers
+        rows = [str(layer) for layer in layers]
+        languages = sorted(statistics, key=lambda language: language not in self._original)
+        num_original = sum(language in self._original for language in languages)
+        groups = {"original": num_original, "expanded": len(languages) - num_original}
+        file_name = "".join(character if character.isalnum() or character in "._-" else "_" for character in model)
+        figures = []
+        for name, (title, note) in LAYER_NUMBERS.items():
+            values = {language: getattr(statistics[language], name) for language in languages}
+            broken = self.broken(model) if name == "original_first_share" else []
+            panel = Panel(
+                model, values, rows,
+                outlined={(prior.language, layers.index(prior.layer)) for prior in broken},
+                column_groups=groups if 0 < num_original < len(languages) else {},
+            )  # fmt: skip
+            darkest = 1.0 if name.endswith("share") else max(map(max, values.values()))
+            svg = heat_maps(f"{title}: {model}", [panel], form="{:.2f}", darkest=darkest, corner="layer")
+            outlined = " Outlined: more than the allowed fraction makes the wrong choice." if broken else ""
+            caption = f"{model}: {title}. {note}{outlined}"
+            figures.append(Figure([svg], caption, name=f"routing-{file_name}-{name.replace('_', '-')}"))
+        experts = []
+        for language, routing in statistics.items():
+            by_layer = routing.first_choice_share
+            columns = {str(expert): [shares[expert] for shares in by_layer] for expert in range(len(by_layer[0]))}
+            experts.append(Panel(language_name(language), columns, rows, split_after=routing.num_original_experts))
+        title = "Fraction of first choices per layer (rows), expert (columns) and language"
+        svg = heat_maps(f"{title}: {model}", experts, form="{:.2f}", corner="layer", cell_width=30)
+        return [*figures, Figure([svg], f"{model}: {title}.", name=f"routing-{file_name}-experts")]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **_settings_json(self._comparison, self._data, self._original, {"threshold": self._threshold}),
+            "models": {
+                model: {
+                    "directory": str(self._comparison.models[model]),
+                    "languages": {
+                        language: {
+                            **routing.to_json(),
+                            "original_first_share": routing.original_first_share,
+                            "load_imbalance": routing.load_imbalance,
+                        }
+                        for language, routing in statistics.items()
+                    },
+                    "broken_priors": [asdict(prior) for prior in self.broken(model)],
+                }
+                for model, statistics in self._routing.items()
+            },
+        }
+
+
+def _settings_json(
+    comparison: Comparison, data: Mapping[str, Path], original: Sequence[str], settings: dict[str, Any]
+) -> dict[str, Any]:
+    return {
+        "settings": {**asdict(comparison.settings), **settings},
+        "data": {language: str(path) for language, path in data.items()},
+        "original_languages": list(original),
+    }
+
+
+def _with_interval(estimate: Estimate, write: Callable[[float], str]) -> str:
+    value, low, high = estimate.interval
+    return f"{write(value)} [{write(low)}, {write(high)}]" if estimate.interval.has_bounds else write(value)
+
+
+def _row_name(row: str) -> str:
+    return {"mean original": "Original languages", "mean expanded": "Expanded languages"}.get(row, language_name(row))
+
+
+def _broken_layers(language: str, broken: Sequence[BrokenPrior]) -> str:
+    wrong = "a new expert" if broken[0].is_original else "an original expert"
+    layers = ", ".join(f"{prior.layer} ({prior.share:.0%})" for prior in broken)
+    return f"{language_name(language)} tokens choose {wrong} first in layer{'s' if broken[1:] else ''} {layers}"

@@ -1,0 +1,208 @@
+"""Parallel layouts: the sizes of a run's process groups, and which layouts a model and a number of ranks allow.
+
+The trainer's argument checks report every violated rule; the planner enumerates the layouts that violate none. This
+module imports neither torch nor Megatron, so that the planner starts fast.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from moelpr.model_spec import ModelSpec
+
+# torch.nn.functional.grouped_mm in bf16 on a GPU requires rows of a multiple of 16 bytes.
+GROUPED_GEMM_ALIGNMENT = 8
+
+_TP, _PP, _CP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size"
+_EP, _ETP = "--expert-model-parallel-size", "--expert-tensor-parallel-size"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the parallel groups, each at least 1. A run has tp · pp · cp · dp ranks.
+
+    Attributes:
+        tp: tensor parallel; with experts always together with sequence parallel.
+        pp: pipeline parallel.
+        ep: expert parallel; the new experts are divided over these ranks, the original experts are on all of them.
+        etp: tensor parallel inside experts.
+        dp: data parallel.
+        cp: context parallel.
+        vpp: virtual pipeline stages per rank.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    etp: int = 1
+    dp: int = 1
+    cp: int = 1
+    vpp: int = 1
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any], world_size: int, vpp: int) -> Self:
+        """The layout that parsed arguments (or the recipe.yaml of a run) describe.
+
+        Sizes below 1 count as 1, and so does a data-parallel size below 1.
+        """
+
+        def size(name: str, default: int = 1) -> int:
+            value = settings.get(f"{name}_parallel_size")
+            return max(1, value if isinstance(value, int) else default)
+
+        tp, pp, cp = size("tensor_model"), size("pipeline_model"), size("context")
+        dp = max(1, world_size // (tp * pp * cp))
+        return cls(tp, pp, size("expert_model"), size("expert_tensor", default=tp), dp, cp, max(1, vpp))
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that share one copy of the model."""
+        return self.tp * self.pp * self.cp
+
+    @property
+    def world_size(self) -> int:
+        return self.model_ranks * self.dp
+
+    @property
+    def expert_dp(self) -> int:
+        """Ranks that hold the same new experts."""
+        return self.world_size // (self.etp * self.ep * self.pp)
+
+
+def layout_problems(
+    layout: Layout,
+    world_size: int,
+    spec: ModelSpec | None,
+    *,
+    seq_length: int | None = None,
+    micro_batch_size: int | None = None,
+    global_batch_size: int | None = None,
+    sequence_parallel: bool = False,
+    even_pipeline: bool = True,
+    torch_grouped_gemm: bool = True,
+) -> Iterator[str]:
+    """Yield a message for each rule that the layout violates; a layout without messages is legal.
+
+    Args:
+        layout: the layout to check.
+        world_size: number of ranks.
+        spec: the model; None skips the rules about the model.
+        seq_length: tokens per sequence; None skips its rule.
+        micro_batch_size: sequences per micro-batch; None skips the rule about the global batch.
+        global_batch_size: sequences per step; None skips the rule about the global batch.
+        sequence_parallel: whether a dense model uses sequence parallelism; a model with experts always does.
+        even_pipeline: whether all pipeline stages have equally many layers.
+        torch_grouped_gemm: whether experts run as PyTorch's grouped GEMM on a GPU, which requires aligned rows.
+    """
+    has_experts = spec is not None and spec.moe is not None
+    yield from _rank_problems(layout, world_size, has_experts)
+    if spec is not None:
+        yield from _expert_problems(layout, spec, torch_grouped_gemm)
+        yield from _tensor_problems(layout.tp, spec.megatron_args)
+        if even_pipeline:
+            yield from _pipeline_problems(layout.pp, spec.megatron_args["num_layers"])
+    if seq_length is not None and seq_length >= 1:
+        yield from _sequence_problems(layout, seq_length, has_experts or sequence_parallel)
+    if micro_batch_size is not None and global_batch_size is not None and min(micro_batch_size, global_batch_size) >= 1:
+        step = micro_batch_size * layout.dp
+        if world_size % layout.model_ranks == 0 and global_batch_size % step:
+            yield (
+                f"--global-batch-size {global_batch_size} is not a multiple of --micro-batch-size {micro_batch_size} x "
+                f"{layout.dp} data-parallel ranks = {step}; use {neighbors(global_batch_size, step)}"
+            )
+
+
+def _rank_problems(layout: Layout, world_size: int, has_experts: bool) -> Iterator[str]:
+    products = [{_TP: layout.tp, _PP: layout.pp, _CP: layout.cp}]
+    if has_experts and layout.etp * layout.ep != layout.tp * layout.cp:  # else it is the same product
+        products.append({_ETP: layout.etp, _EP: layout.ep, _PP: layout.pp})
+    for sizes in products:
+        product = math.prod(sizes.values())
+        if world_size % product:
+            factors = " x ".join(f"{flag} {size}" for flag, size in sizes.items())
+            yield (
+                f"{factors} = {product} does not divide the number of processes, {world_size}; start a multiple of "
+                f"{product} processes, or choose sizes whose product is {one_of(divisors(world_size))}"
+            )
+
+
+def _expert_problems(layout: Layout, spec: ModelSpec, torch_grouped_gemm: bool) -> Iterator[str]:
+    if spec.moe is None:
+        return
+    if (experts := spec.moe.num_new_experts) % layout.ep:
+        yield f"{_EP} {layout.ep} does not divide the model's {experts} new experts; use {one_of(divisors(experts))}"
+    if layout.etp not in (1, layout.tp):
+        yield (
+            f"{_ETP} must be 1 or {_TP} {layout.tp}, got {layout.etp}; original experts are split over all "
+            f"tensor-parallel ranks or not at all, use {one_of(sorted({1, layout.tp}))}"
+        )
+    if not torch_grouped_gemm:
+        return
+    hidden, ffn = spec.megatron_args["hidden_size"], spec.megatron_args["ffn_hidden_size"]
+    if hidden % GROUPED_GEMM_ALIGNMENT:
+        yield (
+            f"the model's hidden size must be a multiple of {GROUPED_GEMM_ALIGNMENT} for grouped GEMM on a GPU, got "
+            f"{hidden}; use another model"
+        )
+    if ffn % layout.etp == 0 and ffn // layout.etp % GROUPED_GEMM_ALIGNMENT:
+        fix = f"use {_ETP} 1" if layout.etp > 1 and ffn % GROUPED_GEMM_ALIGNMENT == 0 else "use another model"
+        yield (
+            f"FFN rows per expert-tensor-parallel rank must be a multiple of {GROUPED_GEMM_ALIGNMENT} for grouped GEMM "
+            f"on a GPU, got {ffn // layout.etp} ({ffn} rows with {_ETP} {layout.etp}); {fix}"
+        )
+
+
+def _tensor_problems(tp: int, shape: Mapping[str, Any]) -> Iterator[str]:
+    heads, groups = shape["num_attention_heads"], shape["num_query_groups"]
+    counts = {
+        "attention heads": heads,
+        "FFN rows": shape["ffn_hidden_size"],
+        "query, key and value rows": shape["kv_channels"] * (heads + 2 * groups),
+    }
+
+    def indivisible(size: int) -> list[str]:
+        wrong = [f"{count} {name}" for name, count in counts.items() if count % size]
+        # Several ranks may share a query group.
+        return wrong + ([f"{groups} query groups"] if groups % size and size % groups else [])
+
+    if wrong := indivisible(tp):
+        works = [size for size in divisors(heads) if not indivisible(size)]
+        yield f"{_TP} {tp} does not divide the model's {', '.join(wrong)}; use {one_of(works)}"
+
+
+def _pipeline_problems(pp: int, layers: int) -> Iterator[str]:
+    if layers % pp:
+        yield (
+            f"{_PP} {pp} does not divide the model's {layers} layers; use {one_of(divisors(layers))}, or split the "
+            "layers unevenly with --decoder-first-pipeline-num-layers or --pipeline-model-parallel-layout"
+        )
+
+
+def _sequence_problems(layout: Layout, length: int, sequence_parallel: bool) -> Iterator[str]:
+    over_context = 2 * layout.cp if layout.cp > 1 else 1
+    over_tensor = layout.tp * layout.cp if sequence_parallel and layout.tp > 1 else 1
+    multiple = math.lcm(over_context, over_tensor)
+    if length % multiple:
+        why = [f"2 x {_CP} {layout.cp}"] if length % over_context else []
+        why += [f"{_TP} {layout.tp} with sequence parallelism"] if length % over_tensor else []
+        yield (
+            f"--seq-length {length} is not divisible by {' or '.join(why)}; use a multiple of {multiple}, such as "
+            f"{neighbors(length, multiple)}"
+        )
+
+
+def divisors(number: int) -> list[int]:
+    """The divisors of `number`, ascending."""
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def one_of(values: list[int]) -> str:
+    """The values for a message: "1", or "one of 1, 2, 4"."""
+    return f"one of {', '.join(map(str, values))}" if len(values) > 1 else str(*values)
+
+
+def neighbors(number: int, multiple: int) -> str:
+    """The positive multiples of `multiple` around `number`, for a message: "28 or 32"."""
+    below, above = number // multiple * multiple, math.ceil(number / multiple) * multiple
+    return f"{below} or {above}" if below else str(above)

@@ -1,0 +1,272 @@
+"""Layouts of a tiny model, how they are trained on CPU ranks (gloo, fp32), and how far apart two runs are."""
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+from benchmarks import common
+from benchmarks.common import STAGES
+from moelpr.checkpoints import step_folder
+from moelpr.run_folder import METRICS_FILE
+from moelpr.run_metrics import Record, read_run_metrics
+
+TOLERANCE = 1e-5
+STEPS = 3
+LOSSES = ("lm_loss", "lm_loss_original", "lm_loss_expanded", "balance_loss", "lpr_loss")
+VOCAB_SIZE = 300  # padded to 384 in one process, to 512 over two tensor-parallel ranks
+
+# Adam moves an element whose gradient is only rounding by a full step, unless its epsilon exceeds the rounding.
+SETTINGS = (
+    f"--micro-batch-size 2 --global-batch-size 8 --seq-length 32 --lr 3e-3 --train-iters {STEPS} --log-interval 1 "
+    "--lpr-loss-coeff 0.1 --balance-loss-coeff 0.01 --adam-eps 1e-4 --weight-decay 0 --save-interval 100"
+)
+
+TP2 = "--tensor-model-parallel-size 2"  # with sequence parallelism; the experts are split too (ETP 2)
+TP2_ETP1 = f"{TP2} --expert-tensor-parallel-size 1"
+EP2 = "--expert-model-parallel-size 2"
+PP2 = "--pipeline-model-parallel-size 2"
+VPP2 = "--num-virtual-stages-per-pipeline-rank 2"
+OPTIMIZER = "--use-distributed-optimizer"
+OVERLAP = f"{OPTIMIZER} --overlap-grad-reduce --overlap-param-gather"
+FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+SELECTIVE = "--recompute-granularity selective --recompute-modules moe core_attn"
+APART = "--dataloader-inter-document-masking"
+PER_TOKEN = "--calculate-per-token-loss --eod-mask-loss"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Ranks and flags of a training, the layout it must agree with, and its model."""
+
+    ranks: int
+    flags: str
+    reference: str = "1"
+    model: str = "all-moe"
+
+
+LAYOUTS: dict[str, Layout] = {
+    "1": Layout(1, ""),
+    # The balance loss is a mean over micro-batches of a product of means, so accumulation is compared without it.
+    "1 no balance loss": Layout(1, "--micro-batch-size 8 --balance-loss-coeff 0", reference="1 no balance loss"),
+    "1 accumulation": Layout(1, "--micro-batch-size 1 --balance-loss-coeff 0", reference="1 no balance loss"),
+    "1 full recompute": Layout(1, FULL),
+    "1 selective recompute": Layout(1, SELECTIVE),
+    "1 per-token loss": Layout(1, PER_TOKEN, reference="1 per-token loss"),
+    "DP2": Layout(2, ""),
+    "DP2 distributed optimizer": Layout(2, OPTIMIZER),
+    "DP2 overlapped": Layout(2, OVERLAP),
+    "DP2 per-token loss": Layout(2, PER_TOKEN, reference="1 per-token loss"),
+    "EP2": Layout(2, EP2),
+    "EP2 distributed optimizer, full recompute": Layout(2, f"{EP2} {OPTIMIZER} {FULL}"),
+    "EP2 per-token loss, overlapped": Layout(2, f"{EP2} {PER_TOKEN} {OVERLAP}", reference="1 per-token loss"),
+    "TP2+SP": Layout(2, TP2_ETP1),
+    "TP2+SP ETP2": Layout(2, TP2),
+    "TP2+SP ETP2 selective recompute": Layout(2, f"{TP2} {SELECTIVE}"),
+    "TP2+SP EP2": Layout(2, f"{TP2_ETP1} {EP2}"),
+    "TP2+SP per-token loss": Layout(2, f"{TP2_ETP1} {PER_TOKEN}", reference="1 per-token loss"),
+    "PP2": Layout(2, PP2),
+    "PP2 full recompute": Layout(2, f"{PP2} {FULL}"),
+    "PP2 VPP2": Layout(2, f"{PP2} {VPP2}"),
+    "PP2 VPP2 per-token loss": Layout(2, f"{PP2} {VPP2} {PER_TOKEN}", reference="1 per-token loss"),
+    "PP4": Layout(4, "--pipeline-model-parallel-size 4"),
+    "EP4": Layout(4, "--expert-model-parallel-size 4"),
+    "EP2 DP2 distributed optimizer": Layout(4, f"{EP2} {OPTIMIZER}"),
+    "PP2 EP2": Layout(4, f"{PP2} {EP2}"),
+    "PP2 VPP2 EP2 overlapped, full recompute": Layout(4, f"{PP2} {VPP2} {EP2} {OVERLAP} {FULL}"),
+    "TP2+SP PP2": Layout(4, f"{TP2_ETP1} {PP2}"),
+    "TP2+SP EP2 DP2 distributed optimizer": Layout(4, f"{TP2_ETP1} {EP2} {OPTIMIZER}"),
+    # These four contain every pair of compatible features (tests/distributed/test_layouts.py).
+    "TP2+SP ETP2 EP2 distributed optimizer, selective recompute": Layout(4, f"{TP2} {EP2} {OPTIMIZER} {SELECTIVE}"),
+    "TP2+SP ETP2 PP2 VPP2 overlapped, full recompute": Layout(4, f"{TP2} {PP2} {VPP2} {OVERLAP} {FULL}"),
+    "TP2+SP EP2 PP2 VPP2 overlapped, selective recompute, per-token loss": Layout(
+        4, f"{TP2_ETP1} {EP2} {PP2} {VPP2} {OVERLAP} {SELECTIVE} {PER_TOKEN}", reference="1 per-token loss"
+    ),
+    "TP2+SP ETP2 EP2 overlapped, full recompute, per-token loss": Layout(
+        4, f"{TP2} {EP2} {OVERLAP} {FULL} {PER_TOKEN}", reference="1 per-token loss"
+    ),
+    "1 documents apart": Layout(1, APART, reference="1 documents apart"),
+    "TP2+SP ETP2 documents apart, full recompute": Layout(2, f"{TP2} {APART} {FULL}", reference="1 documents apart"),
+    "TP2+SP ETP2 PP2 VPP2 documents apart, selective recompute": Layout(
+        4, f"{TP2} {PP2} {VPP2} {APART} {SELECTIVE}", reference="1 documents apart"
+    ),
+    # Tied embeddings; the last two layers dense, so that a pipeline stage has nothing to train; new experts that no
+    # token chooses, all on one expert-parallel rank; most micro-batches and some steps without original-language text.
+    "edges 1": Layout(1, "", "edges 1", "edges"),
+    "edges DP2": Layout(2, OPTIMIZER, "edges 1", "edges"),
+    "edges EP2": Layout(2, EP2, "edges 1", "edges"),
+    "edges TP2+SP ETP2": Layout(2, TP2, "edges 1", "edges"),
+    "edges PP2": Layout(2, PP2, "edges 1", "edges"),
+    "edges PP2 overlapped, full recompute": Layout(2, f"{PP2} {OVERLAP} {FULL}", "edges 1", "edges"),
+    "edges TP2+SP PP2": Layout(4, f"{TP2_ETP1} {PP2}", "edges 1", "edges"),
+    "edges PP2 EP2 distributed optimizer": Layout(4, f"{PP2} {EP2} {OPTIMIZER}", "edges 1", "edges"),
+}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a run is from its reference: the largest relative difference of each kind."""
+
+    losses: float
+    grad_norm: float
+    weights: float  # largest difference of a tensor's elements over its largest element
+
+    @property
+    def worst(self) -> float:
+        return max(self.losses, self.grad_norm, self.weights)
+
+
+def make_material(folder: Path) -> None:
+    """Random models `all-moe` and `edges` as Megatron checkpoints; corpora `original`, `expanded` and held-out ones.
+
+    `all-moe` is at the start of a second round of languages: it has two original experts.
+    """
+    # Random experts differ, so every choice of a router matters.
+    first = common.upcycle(_dense_model(folder, tied=False), folder / "first-round", 1, random=True)
+    common.upcycle(common.export(first, folder / "first-round-hf"), folder / "all-moe", 4, random=True)
+    with patch("torch.nn.init.xavier_normal_", _half_of_the_experts_win):  # initializes the routers
+        common.upcycle(_dense_model(folder, tied=True), folder / "edges", 8, random=True, moe_layers=[0, 1])
+    random = np.random.default_rng(0)
+    # Held-out text does not fill a multiple of the global batch.
+    for name, count in {"original": 80, "expanded": 80, "held-out-original": 12, "held-out-expanded": 12}.items():
+        first_token = 150 if name.endswith("expanded") else 0
+        starts = random.integers(first_token, first_token + 150, count)
+        documents = [(start + np.arange(random.integers(10, 40))) % VOCAB_SIZE for start in starts]
+        # 0 ends a document.
+        common.write_corpus(
+            folder / name, VOCAB_SIZE, ((np.append(ids, 0), name.endswith("original")) for ids in documents)
+        )
+
+
+def _dense_model(folder: Path, tied: bool) -> Path:
+    config = common.qwen2_config(4, 32, 48, VOCAB_SIZE, length=64, tie_word_embeddings=tied)
+    return common.save_random_model(config, folder / f"hf-tied-{tied}")
+
+
+def _half_of_the_experts_win(router: torch.Tensor, **_: object) -> torch.Tensor:
+    """For any input, two of the first half of the new experts and the original one have the highest logits."""
+    direction = torch.randn(router.shape[1], generator=torch.Generator().manual_seed(1))
+    router.zero_()
+    # On one side of the plane experts 1 and 2 win, on the other side 3 and the original one.
+    for expert, factor in ((1, 20.0), (2, 10.0), (3, -20.0), (0, -10.0)):
+        router[expert] = factor * direction
+    return router
+
+
+def trainer_arguments(folder: Path, layout: Layout, stage: str, save: Path) -> list[str]:
+    weight = "1" if layout.model == "all-moe" else "40"
+    data = ["1", str(folder / "original"), weight, str(folder / "expanded")]
+    words = ["--stage", stage, "--pretrained-checkpoint", str(folder / layout.model), "--data-path", *data]
+    words += ["--validation-data", f"en={folder / 'held-out-original'}", f"el={folder / 'held-out-expanded'}"]
+    return [*words, "--save", str(save), *SETTINGS.split(), *layout.flags.split()]
+
+
+def run_folder(folder: Path, name: str, stage: str) -> Path:
+    return folder / "runs" / re.sub(r"[^A-Za-z0-9+]+", "-", name) / stage
+
+
+def run_layouts(folder: Path, names: list[str], stages: tuple[str, ...] = STAGES) -> None:
+    """Train every named layout; all that have the same number of ranks share one launch."""
+    shutil.rmtree(folder / "runs", ignore_errors=True)
+    for ranks in sorted({LAYOUTS[name].ranks for name in names}):
+        commands = [
+            trainer_arguments(folder, LAYOUTS[name], stage, run_folder(folder, name, stage))
+            for name in names
+            if LAYOUTS[name].ranks == ranks
+            for stage in stages
+        ]
+        launch(folder, ranks, commands, f"layouts-{ranks}")
+
+
+def launch(folder: Path, ranks: int, commands: list[list[str]], name: str) -> None:
+    """Run the trainings one after another in the same ranks; exit with the end of the log if one fails."""
+    plan = folder / f"{name}.json"
+    plan.write_text(json.dumps(commands))
+    common.run_ranks(
+        ranks, "benchmarks.train_many", plan, log=folder / f"{name}.log", timeout_s=60 + 60 * len(commands)
+    )
+
+
+def compare(folder: Path, name: str, stage: str) -> Difference:
+    """How far the run of a layout is from that of its reference."""
+    return difference(run_folder(folder, name, stage), run_folder(folder, LAYOUTS[name].reference, stage))
+
+
+def difference(ours: Path, theirs: Path) -> Difference:
+    records = list(zip(metrics(ours), metrics(theirs), strict=True))
+    losses = [_relative(a.get(key), b.get(key)) for a, b in records for key in LOSSES]
+    for a, b in zip(validations(ours), validations(theirs), strict=True):
+        losses += [_relative(a[language]["lm_loss"], b[language]["lm_loss"]) for language in b]
+    shares = [key for key in records[0][1] if key.startswith(("original_first_share", "token_share"))]
+    if any(a[key] != b[key] for a, b in records for key in shares):
+        losses.append(float("inf"))  # tokens were counted twice or not at all
+    return Difference(
+        losses=max(losses),
+        grad_norm=max(_relative(a["grad_norm"], b["grad_norm"]) for a, b in records),
+        weights=_weights_difference(weights(ours), weights(theirs)),
+    )
+
+
+def metrics(run: Path) -> list[Record]:
+    """Records of training steps."""
+    return read_run_metrics(run / METRICS_FILE).steps
+
+
+def validations(run: Path) -> list[dict[str, Any]]:
+    """Validation passes, before the first step and after the last: language -> result."""
+    return [record["languages"] for record in read_run_metrics(run / METRICS_FILE).validations]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """All model tensors of the last step."""
+    from checkpoint_convert.torch_dist import TorchDistReader
+
+    reader = TorchDistReader(step_folder(run))
+    return {key: reader.read(key) for key in reader.keys if key.startswith(("decoder.", "embedding.", "output_layer."))}
+
+
+def _relative(a: float | None, b: float | None) -> float:
+    if a is None or b is None:  # a mean over no tokens: equal if both are, infinitely different otherwise
+        return 0.0 if a is b else float("inf")
+    return abs(a - b) / abs(b) if b else abs(a)
+
+
+def _weights_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
+    worst = 0.0
+    for key, b in theirs.items():
+        rows = min(len(ours[key]), len(b))  # the vocabulary is padded to a multiple of the tensor-parallel size
+        a, b = ours[key][:rows], b[:rows]
+        worst = max(worst, ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item())
+    return worst
+
+
+def measure_and_report(
+    description: str | None, kind: str, steps: int, measure: Callable[[Path, str], list[dict]]
+) -> None:
+    """The command line of `layouts` and `resume_layouts`: measures, prints a table, exits with code 1 above TOLERANCE.
+
+    Args:
+        kind: key of the rows in the JSON file.
+        measure: (folder, --only) -> rows that include the fields of Difference.
+    """
+    parser = common.argument_parser(description)
+    parser.add_argument("--only", default="", metavar="REGEX", help=f"measure only {kind} whose name matches")
+    parser.add_argument("--folder", type=Path, help="keep models, runs and logs here (default: a temporary folder)")
+    common.add_json(parser)
+    args = parser.parse_args()
+    with common.working_folder(args.folder) as folder:
+        make_material(folder)
+        rows = measure(folder, args.only)
+    is_off = [max(row["losses"], row["grad_norm"], row["weights"]) > TOLERANCE for row in rows]
+    common.print_table([row | {"is_within_tolerance": not off} for row, off in zip(rows, is_off, strict=True)])
+    common.write_json({"tolerance": TOLERANCE, "steps": steps, kind: rows}, args.json)
+    sys.exit(1 if any(is_off) else 0)

@@ -1,0 +1,160 @@
+"""Flags agree with the checkpoint, the method and the machine."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from moelpr.model_spec import ModelSpec
+
+
+def test_each_stage_requires_the_right_kind_of_checkpoint(upcycled: str, dense: str, problems) -> None:
+    (found,) = problems("stage2", dense)
+    assert found.startswith("--stage stage2 ") and dense in found and "--num-new-experts" in found
+    (found,) = problems("dense", upcycled)
+    assert found.startswith("--stage dense ") and upcycled in found and "--stage stage1 or stage2" in found
+
+
+@pytest.mark.parametrize(
+    ("argv", "given", "expected"),
+    [
+        (["--moe-router-topk", "1"], "--moe-router-topk 1", "2"),
+        (["--moe-router-topk=1"], "--moe-router-topk 1", "2"),
+        (["--num-experts", "8"], "--num-experts 8", "4"),
+        (["--num-original-experts", "2"], "--num-original-experts 2", "1"),
+        (["--hidden-size", "64"], "--hidden-size 64", "32"),
+        (["--norm-epsilon", "1e-5"], "--norm-epsilon 1e-05", "1e-06"),
+        (["--untie-embeddings-and-output-weights"], "--untie-embeddings-and-output-weights True", "False"),
+        (["--moe-layer-freq", "[0,1,1]"], "--moe-layer-freq [0, 1, 1]", "[1, 1, 1]"),
+    ],
+)
+def test_a_flag_that_contradicts_the_model_is_rejected(
+    upcycled: str, problems, argv: list[str], given: str, expected: str
+) -> None:
+    (found,) = problems("stage1", upcycled, *argv)
+    assert found.startswith(f"{given} contradicts the checkpoint {upcycled}")
+    assert f"model_spec.json has {expected};" in found
+
+
+def test_a_flag_that_repeats_the_model_is_accepted(upcycled: str, accepted) -> None:
+    assert accepted("stage1", upcycled, "--num-experts", "4", "--moe-layer-freq", "[1,1,1]")["num_experts"] == 4
+
+
+def test_the_number_of_original_experts_comes_from_the_checkpoint(
+    make_checkpoint, moe_spec: ModelSpec, accepted, problems, capsys
+) -> None:
+    spec = replace(moe_spec, moe=replace(moe_spec.moe, num_original_experts=3))
+    second_round = make_checkpoint("second-round", spec)
+    assert accepted("stage1", second_round)["num_original_experts"] == 3
+    assert f"{second_round} has 3 original experts" in capsys.readouterr().err
+    accepted("stage1", make_checkpoint("first"))
+    assert "original experts" not in capsys.readouterr().err
+    assert accepted("stage1", second_round, "--num-original-experts", "3")["num_original_experts"] == 3
+    (found,) = problems("stage1", second_round, "--num-original-experts", "1")
+    assert found.startswith(f"--num-original-experts 1 contradicts the checkpoint {second_round}")
+
+
+@pytest.mark.parametrize("flag", ["--num-experts", "--num-original-experts"])
+def test_a_dense_model_has_no_number_of_experts(dense: str, problems, flag: str) -> None:
+    (found,) = problems("dense", dense, flag, "4")
+    assert found.startswith(flag) and dense in found
+
+
+def test_a_family_with_other_layers_is_rejected(make_checkpoint, problems) -> None:
+    start = make_checkpoint("other", shape={"normalization": "LayerNorm", "swiglu": False})
+    found = problems("stage1", start)
+    assert len(found) == 2 and all(start in line for line in found)
+    assert "normalization RMSNorm, got LayerNorm" in found[0]
+    assert "swiglu True, got False" in found[1]
+
+
+def test_missing_weights_are_reported_before_anything_is_built(upcycled: str, problems) -> None:
+    tracker = Path(upcycled) / "latest_checkpointed_iteration.txt"
+    tracker.write_text("12\n")
+    (found,) = problems("stage1", upcycled)
+    assert str(tracker) in found and "iter_0000012" in found and "--ckpt-step" in found
+    tracker.write_text("soon")
+    (found,) = problems("stage1", upcycled)
+    assert str(tracker) in found and "'soon'" in found
+    (found,) = problems("stage1", upcycled, "--ckpt-step", "3")
+    assert upcycled in found and "iteration 3" in found
+
+
+def test_stage_2_without_stage_1_is_logged_and_not_rejected(upcycled: str, make_checkpoint, accepted, capsys) -> None:
+    message = f"moelpr: stage 2 starts from {upcycled}"
+    assert accepted("stage2", upcycled)["stage"] == "stage2"
+    assert message in capsys.readouterr().err
+    accepted("stage1", upcycled)
+    accepted("stage2", make_checkpoint("trained", stage="stage1"))
+    assert "stage 2 starts" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "start", "fix"),
+    [
+        (["--moe-router-load-balancing-type", "sinkhorn"], "--moe-router-load-balancing-type must be aux_loss", ""),
+        (["--moe-token-dispatcher-type", "allgather"], "--moe-token-dispatcher-type must be alltoall", "remove"),
+        (["--moe-token-dispatcher-type=flex"], "--moe-token-dispatcher-type must be alltoall", "remove"),
+        (["--moe-router-pre-softmax"], "--moe-router-pre-softmax must be False", "remove"),
+        (["--moe-aux-loss-coeff=0.5"], "--moe-aux-loss-coeff", "--balance-loss-coeff"),
+        (["--fp8-format", "hybrid"], "--fp8-format", "FP8; remove"),
+        (["--fp4-format", "e2m1"], "--fp4-format", "FP4; remove"),
+        (["--lpr-loss-coeff", "-0.1"], "--lpr-loss-coeff must be at least 0, got -0.1", "0"),
+        (["--balance-loss-coeff", "nan"], "--balance-loss-coeff must be at least 0, got nan", "0"),
+        (["--fp32", "--bf16"], "--bf16 and --fp32", "keep one"),
+        (["--ckpt-format", "torch"], "--ckpt-format must be torch_dist, got torch", "remove"),
+        (["--save-trained-only", "--train-everything"], "--save-trained-only", "--train-everything"),
+        (["--yaml-cfg", "a.yaml"], "--yaml-cfg", "--recipe"),
+        (["--mtp-num-layers", "1"], "--mtp-num-layers", "remove"),
+        (["--padded-vocab-size", "256"], "--padded-vocab-size", "remove"),
+        (["--moe-use-upcycling"], "--moe-use-upcycling", "hf_to_mcore.py --num-new-experts"),
+        (["--init-model-with-meta-device"], "--init-model-with-meta-device", "remove"),
+        (["--load-main-params-from-ckpt"], "--load-main-params-from-ckpt", "remove"),
+        (["--checkpoint-activations"], "--checkpoint-activations", "--recompute-activations"),
+        (["--tokenizer-model", "m"], "--tokenizer-model", "remove"),
+    ],
+)  # fmt: skip
+def test_flags_that_would_change_the_method_or_be_ignored_are_rejected(
+    upcycled: str, problems, argv: list[str], start: str, fix: str
+) -> None:
+    (found,) = problems("stage1", upcycled, *argv)
+    assert found.startswith(start) and fix in found
+
+
+def test_the_only_valid_value_can_be_given(upcycled: str, accepted) -> None:
+    argv = ["--moe-token-dispatcher-type", "alltoall", "--moe-router-load-balancing-type", "aux_loss"]
+    assert accepted("stage1", upcycled, *argv)["moe_token_dispatcher_type"] == "alltoall"
+
+
+def test_a_dense_model_has_no_losses_of_the_method(dense: str, problems) -> None:
+    flags = ["--balance-loss-coeff", "--lpr-loss-coeff", "--train-everything", "--save-trained-only"]
+    found = problems("dense", dense, "--lpr-loss-coeff", "0.1", "--balance-loss-coeff", "0", *flags[2:])
+    assert [line.split()[0] for line in found] == flags
+    assert all("--stage stage1" in line for line in found)
+
+
+def test_both_losses_can_be_combined(upcycled: str, accepted) -> None:
+    settings = accepted("stage1", upcycled, "--lpr-loss-coeff", "0.2")
+    assert (settings["balance_loss_coeff"], settings["lpr_loss_coeff"]) == (0.01, 0.2)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--context-parallel-size", "--attention-dropout"],
+        ["--moe-grouped-gemm"],
+        ["--use-precision-aware-optimizer", "--use-distributed-optimizer"],
+    ],
+)
+def test_flags_that_need_transformer_engine_are_rejected_without_it(
+    upcycled: str, problems, monkeypatch: pytest.MonkeyPatch, flags: list[str]
+) -> None:
+    from moelpr.arguments import settings
+
+    monkeypatch.setattr(settings, "is_installed", lambda module: False)
+    values = {"--context-parallel-size": ["2"], "--attention-dropout": ["0.1"]}
+    argv = [item for flag in flags for item in (flag, *values.get(flag, []))]
+    found = problems("stage1", upcycled, *argv, ranks=2 if len(flags) == 2 and flags[0] in values else 1)
+    expected = [flag for flag in flags if flag != "--use-distributed-optimizer"]
+    assert [line.split()[0] for line in found] == expected
+    assert all("install transformer-engine" in line for line in found)

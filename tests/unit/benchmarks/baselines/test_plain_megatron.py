@@ -1,0 +1,31 @@
+"""Plain Megatron MoE trains every parameter, on every token."""
+
+import torch
+
+from moelpr.model_spec import ModelSpec
+
+
+def test_plain_megatron_trains_every_parameter(spec: ModelSpec) -> None:
+    from benchmarks.steps import plain_step, random_batch
+
+    step = plain_step(spec, random_batch(spec, 2))
+    first, second = step(), step()
+    assert second < first
+    assert all(parameter.requires_grad for parameter in step.model.parameters())
+    assert len(step.model.decoder.layers[0].mlp.experts.local_experts) == 4
+
+
+def test_language_bits_do_not_change_plain_megatron(spec: ModelSpec) -> None:
+    """Its router would count tokens with the bit 1 as padding, so the balance loss would ignore them."""
+    from benchmarks.steps import plain_step, random_batch
+
+    gradients = []
+    torch.manual_seed(1)
+    batch = random_batch(spec, 2)
+    for bit in (0, 1):
+        torch.manual_seed(1)
+        step = plain_step(spec, batch | {"is_original": torch.full_like(batch["is_original"], bit)})
+        step.forward_backward()
+        gradients.append(step.model.decoder.layers[0].mlp.router.weight.main_grad.clone())
+    assert gradients[0].abs().sum() > 0
+    assert torch.equal(*gradients)

@@ -1,0 +1,52 @@
+"""Arguments, tables and folders of the benchmarks."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from benchmarks.common import ROOT, argument_parser, model_spec, print_table, qwen2_config, run_ranks
+
+PROGRAMS = [path for path in (ROOT / "benchmarks").rglob("*.py") if '__name__ == "__main__"' in path.read_text()]
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+def test_the_docstring_contains_the_command(path: Path) -> None:
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+    commands = [line for line in docstring.splitlines() if line.startswith("    ") and "python" in line]
+    assert any(f"-m {module}" in line or f"python {path.relative_to(ROOT)}" in line for line in commands)
+
+
+def test_defaults_are_shown_except_none_and_false(capsys: pytest.CaptureFixture) -> None:
+    parser = argument_parser("Measures.\n\n    python -m x\n", rounds=7)
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
+    parser.add_argument("--folder", help="folder")
+    parser.add_argument("--fast", action="store_true", help="fast")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    shown = capsys.readouterr().out
+    assert "\n    python -m x\n" in shown, "the docstring keeps its line breaks"
+    assert "rounds (default: 7)" in shown and "seed (default: 0)" in shown
+    assert "None" not in shown and "False" not in shown
+
+
+def test_tables_show_numbers_readably_and_omit_nested_values(capsys: pytest.CaptureFixture) -> None:
+    print_table(
+        [{"name": "a", "bytes": 1234567, "ratio": 0.123456}, {"name": "b", "difference": 1.5e-7, "x": {"y": 1}}]
+    )
+    header, *rows = (line.split() for line in capsys.readouterr().out.splitlines() if line)
+    assert header == ["name", "bytes", "ratio", "difference"]
+    assert rows == [["a", "1,234,567", "0.123"], ["b", "1.5e-07"]]
+
+
+def test_a_spec_has_the_shape_of_the_config_and_only_moe_layers() -> None:
+    spec = model_spec(qwen2_config(2, 32, 48, vocabulary=64, length=16, heads=4, groups=2), new_experts=3)
+    spec.check()
+    assert spec.moe is not None and spec.moe.layers == (0, 1) and spec.moe.num_experts == 4
+    assert (spec.megatron_args["kv_channels"], spec.megatron_args["ffn_hidden_size"]) == (8, 48)
+
+
+def test_failed_ranks_end_the_benchmark_with_the_end_of_their_log(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="(?s)trial failed.*No module named.*missing_module"):
+        run_ranks(1, "benchmarks.missing_module", log=tmp_path / "trial.log", timeout_s=100)

@@ -1,0 +1,102 @@
+"""Several models on the same windows, and results that are kept for a rerun."""
+
+import os
+import shutil
+
+import pytest
+
+from moelpr.errors import UserError
+from moelpr.evaluate import compare
+from moelpr.evaluate.compare import ResultCache, compare_models
+from moelpr.evaluate.scoring import Settings
+
+
+@pytest.fixture
+def measured(monkeypatch) -> list[tuple[str, str]]:
+    """What is measured, in order: (model, language) or (folder, prompt)."""
+    log: list[tuple[str, str]] = []
+    score_each, continue_prompt = compare.score_each, compare.continue_prompt
+
+    def spy_on_scores(loaded, documents, settings, name):
+        for language, result in score_each(loaded, documents, settings, name):
+            log.append((name, language))
+            yield language, result
+
+    def spy_on_continuations(loaded, prompt, tokens):
+        log.append((loaded.directory.name, prompt))
+        return continue_prompt(loaded, prompt, tokens)
+
+    monkeypatch.setattr(compare, "score_each", spy_on_scores)
+    monkeypatch.setattr(compare, "continue_prompt", spy_on_continuations)
+    return log
+
+
+def test_an_interrupted_evaluation_resumes_and_only_what_has_changed_is_measured_again(
+    monkeypatch, measured, evaluate, tmp_path, data, dense_dir, moe_dir, texts
+):
+    base = tmp_path / "base"
+    shutil.copytree(dense_dir, base)
+    again = ("--model", base, "--model", moe_dir, *data, "--output", tmp_path / "out", "--sequence-length", 16)
+    write = ResultCache.write
+
+    def write_four(*arguments):
+        write(*arguments)
+        if len(measured) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ResultCache, "write", write_four)
+    everything = [(model, language) for model in ("base", "moe") for language in texts]
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(*again)
+    assert measured == everything[:4]
+    monkeypatch.setattr(ResultCache, "write", write)
+    evaluate(*again)
+    assert measured == everything
+    complete = (tmp_path / "out/results.json").read_text()
+    measured.clear()
+    evaluate(*again)
+    evaluate("routing", *again)
+    assert measured == [] and (tmp_path / "out/results.json").read_text() == complete
+
+    (tmp_path / "el.jsonl").write_text('{"text": "Άλλο κείμενο."}')
+    evaluate(*again)
+    assert measured == [("base", "el"), ("moe", "el")]
+    measured.clear()
+    os.utime(base / "model.safetensors", (1, 1))
+    evaluate(*again)
+    assert measured == [("base", language) for language in texts]
+    measured.clear()
+    evaluate(*again[:-1], 12)
+    assert measured == everything
+
+
+def test_continuations_are_kept_until_their_length_changes(measured, tmp_path, dense_dir, texts):
+    cache = ResultCache(tmp_path)
+    first = compare_models({"dense": dense_dir}, texts, continuation_tokens=4, device="cpu", cache=cache)
+    assert len(measured) == 2 * len(texts)
+    measured.clear()
+    again = compare_models({"dense": dense_dir}, texts, continuation_tokens=4, device="cpu", cache=cache)
+    assert measured == [] and again == first
+    compare_models({"dense": dense_dir}, texts, continuation_tokens=3, device="cpu", cache=cache)
+    assert [prompt for _, prompt in measured] == [continuation.prompt for continuation in first.continuations.values()]
+
+
+def test_without_a_folder_nothing_is_kept(dense_dir, texts):
+    cache = ResultCache(None)
+    cache.write("model", "en", {}, {"bits": 1})
+    assert cache.read("model", "en", {}) is None
+
+
+def test_models_side_by_side_see_the_same_windows(dense_dir, moe_dir, texts, monkeypatch):
+    monkeypatch.setattr(compare, "read_max_positions", lambda path: 20 if path == moe_dir else 64)
+    comparison = compare_models({"base": dense_dir, "moe": moe_dir}, texts, device="cpu")
+    assert comparison.settings == Settings(20, 5)
+    assert list(comparison.scores) == ["base", "moe"]
+    alone = compare_models({"base": dense_dir}, texts, Settings(20, 5), device="cpu")
+    assert alone.scores["base"] == comparison.scores["base"]
+
+
+def test_a_megatron_checkpoint_continues_no_prompts(tmp_path, dense_spec, texts):
+    dense_spec.write(tmp_path)
+    with pytest.raises(UserError, match="--continuations .*mcore_to_hf.py"):
+        compare_models({"m": tmp_path}, texts, continuation_tokens=4)

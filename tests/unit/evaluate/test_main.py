@@ -1,0 +1,129 @@
+"""`python -m moelpr.evaluate` from its arguments to its files and exit codes."""
+
+import json
+import re
+
+import pytest
+
+from moelpr.evaluate.generate import choose_prompt
+from moelpr.evaluate.models import load_model
+from moelpr.evaluate.scoring import Settings
+from moelpr.languages import language_name
+
+
+def test_text_prints_tables_and_writes_json_markdown_and_html(
+    score, evaluate, capsys, tmp_path, data, dense_dir, moe_dir, texts
+):
+    output = tmp_path / "results"
+    evaluate(
+        "--model", f"base={dense_dir}", "--model", moe_dir, *data, "--original-languages", "en,zh",
+        "--sequence-length", 16, "--max-documents", 2, "--output", output,
+    )  # fmt: skip
+    expected = score(load_model(dense_dir, "cpu"), {name: text[:2] for name, text in texts.items()}, Settings(16))
+    content = json.loads((output / "results.json").read_text())
+    assert content["settings"]["sequence_length"] == 16
+    assert content["continuations"] == {}
+    base, moe = content["models"]["base"], content["models"]["moe"]
+    for language in texts:
+        found = base["languages"][language]
+        for metric in ("bits_per_byte", "perplexity", "accuracy"):
+            assert found[metric]["value"] == pytest.approx(getattr(expected[language], metric))
+            assert found[metric]["low"] <= found[metric]["value"] <= found[metric]["high"]
+        assert found["documents"] == 2
+        assert found["change"] == {}
+        assert found["original_expert_share"] is None
+        ours = moe["languages"][language]
+        assert len(ours["original_expert_share"]["per_layer"]) == 2
+        change = ours["bits_per_byte"]["value"] / found["bits_per_byte"]["value"] - 1
+        assert ours["change"]["bits_per_byte"]["value"] == pytest.approx(change)
+    means = [(expected["en"].bits_per_byte + expected["zh"].bits_per_byte) / 2, expected["el"].bits_per_byte]
+    assert [mean["bits_per_byte"]["value"] for mean in base["means"].values()] == pytest.approx(means)
+    printed = capsys.readouterr().out
+    row = next(line for line in printed.splitlines() if line.startswith("| el"))
+    assert row.split("|")[2].split()[0] == f"{expected['el'].bits_per_byte:.3f}"
+    markdown, page = (output / "results.md").read_text(), (output / "results.html").read_text()
+    for text in (markdown, page):
+        assert f"{expected['el'].bits_per_byte:.3f}" in text
+    assert "](change.svg)" in markdown and (output / "change.svg").read_text().startswith("<svg")
+    assert "<svg" in page and not re.search(r"<script|src=|href=\"[^#]|url\([^#]", page)
+
+
+def test_text_is_the_default_command(evaluate, capsys, data, dense_dir):
+    printed = []
+    for command in ([], ["text"]):
+        evaluate(*command, "--model", dense_dir, *data)
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] != ""
+
+
+def test_a_single_document_has_no_interval_and_a_single_model_no_change(evaluate, tmp_path, capsys, dense_dir):
+    (tmp_path / "one.jsonl").write_text('{"text": "The door is open."}')
+    evaluate("--model", dense_dir, "--data", f"en={tmp_path}/one.jsonl", "--output", tmp_path / "out")
+    found = json.loads((tmp_path / "out/results.json").read_text())["models"]["dense"]["languages"]["en"]
+    assert found["bits_per_byte"]["low"] is None and found["change"] == {}
+    assert "[" not in next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| en"))
+
+
+def test_continuations_are_written_for_every_language_and_model(evaluate, tmp_path, data, dense_dir, moe_dir, texts):
+    output = tmp_path / "out"
+    evaluate("--model", dense_dir, "--model", moe_dir, *data, "--continuations", 4, "--output", output)
+    content = json.loads((output / "results.json").read_text())
+    assert content["settings"]["continuation_tokens"] == 4
+    page = (output / "results.html").read_text()
+    for language, documents in texts.items():
+        prompt, found = choose_prompt(documents), content["continuations"][language]
+        assert (found["prompt"], found["reference"]) == (prompt.text, prompt.reference)
+        assert list(found["by_model"]) == ["dense", "moe"]
+        assert prompt.text in page
+
+
+def test_routing_lists_the_layers_that_break_the_prior(
+    score, evaluate, capsys, tmp_path, data, dense_dir, moe_dir, texts
+):
+    output = tmp_path / "out"
+    evaluate(
+        "routing", "--model", dense_dir, "--model", moe_dir, *data, "--original-languages", "en", "--output", output
+    )
+    content = json.loads((output / "routing.json").read_text())["models"]
+    assert list(content) == ["moe"]
+    broken = {(prior["language"], prior["layer"]) for prior in content["moe"]["broken_priors"]}
+    expected = set()
+    for language, result in score(load_model(moe_dir, "cpu"), texts).items():
+        for layer, share in zip(result.routing.layers, result.routing.original_first_share, strict=True):
+            if (share < 0.5) if language == "en" else (share > 0.5):
+                expected.add((language, layer))
+    assert broken == expected != set()
+    printed, page = capsys.readouterr().out, (output / "routing.html").read_text()
+    for language, layer in broken:
+        assert re.search(rf"moe: {language_name(language)} .*\b{layer} \(", printed)
+    assert page.count("<svg xmlns") == 5 and "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
+    figures = ("original-first-share", "original-chosen-share", "load-imbalance", "entropy", "experts")
+    assert all((output / f"routing-moe-{figure}.svg").is_file() for figure in figures)
+
+
+def test_bad_arguments_are_rejected_with_the_flag_to_correct(rejected, tmp_path, data, dense_dir):
+    model = ("--model", dense_dir)
+    (tmp_path / "there.json").write_text("{}")
+    for arguments, expected in [
+        ((*model, "--model", dense_dir, *data), ("--model", "dense", "NAME=PATH")),
+        ((*model, "--data", "en.jsonl"), ("--data", "NAME=PATH")),
+        ((*model, "--data", f"en={tmp_path}/gone.jsonl"), ("gone.jsonl",)),
+        ((*model, *data, "--original-languages", "en,fr"), ("--original-languages fr", "--data")),
+        ((*model, *data, "--max-documents", 0), ("--max-documents", "at least 1")),
+        ((*model, *data, "--sequence-length", 0), ("--sequence-length", "at least 1")),
+        ((*model, *data, "--batch-size", "many"), ("--batch-size", "at least 1")),
+        ((*model, *data, "--sequence-length", 100), ("--sequence-length", "at most 64", "100")),
+        ((*model, *data, "--sequence-length", 8, "--context", 8), ("--context", "below", "8")),
+        ((*model, *data, "--json-key", "body"), ("--json-key",)),
+        ((*model, *data, "--device", "abacus"), ("--device", "cpu", "abacus")),
+        ((*model, *data, "--output", tmp_path / "there.json"), ("--output", "there.json")),
+        ((*model, *data, "--output", tmp_path), ("--output", str(tmp_path))),
+        (("--model", tmp_path / "nowhere", *data), ("nowhere",)),
+        (("routing", *model, *data), ("--model", "dense", "MoE")),
+        (("routing", *model, *data, "--threshold", 1), ("--threshold", "below 1")),
+        (("routing", *model, *data, "--seed", 1), ("--seed",)),
+        (("report", tmp_path), ("report", "text", "routing", "harness")),
+        ((), ("--model", "--data")),
+    ]:
+        message = rejected(*arguments)
+        assert all(part in message for part in expected), message

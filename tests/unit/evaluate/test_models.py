@@ -1,0 +1,107 @@
+"""Models that cannot be opened; and both readers of one model, transformers and the trainer, give equal numbers."""
+
+import json
+from dataclasses import astuple
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from checkpoint_convert.hf_to_mcore import hf_to_mcore
+from checkpoint_convert.mcore_to_hf import mcore_to_hf
+from checkpoint_convert.upcycling import Start
+from moelpr.errors import UserError
+from moelpr.evaluate.compare import compare_models
+from moelpr.evaluate.models import load_model, open_model
+from moelpr.evaluate.scoring import Settings
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory, dense_dir: Path) -> dict[str, Path]:
+    """The dense model and one upcycled in a first and a second round, each as checkpoint and as export."""
+    folder = tmp_path_factory.mktemp("both")
+    hf_to_mcore(dense_dir, folder / "dense", num_new_experts=None)
+    hf_to_mcore(dense_dir, folder / "moe", num_new_experts=3, moe_layers=[0, 2], start=Start(noise=0.5))
+    mcore_to_hf(folder / "moe", folder / "moe-hf")
+    hf_to_mcore(folder / "moe-hf", folder / "second", num_new_experts=2, start=Start(noise=0.5))
+    mcore_to_hf(folder / "second", folder / "second-hf")
+    return {
+        "dense": folder / "dense", "dense-hf": dense_dir, "moe": folder / "moe", "moe-hf": folder / "moe-hf",
+        "second": folder / "second", "second-hf": folder / "second-hf",
+    }  # fmt: skip
+
+
+@pytest.mark.usefixtures("megatron")
+def test_a_checkpoint_and_its_export_have_equal_scores_and_routing(both, texts):
+    scores = compare_models(both, texts, Settings(16, 4)).scores
+    for name in ("dense", "moe", "second"):
+        for language in texts:
+            ours, theirs = scores[name][language], scores[f"{name}-hf"][language]
+            assert ours.document_bits == pytest.approx(theirs.document_bits, rel=1e-5)
+            assert ours.document_correct == theirs.document_correct
+            assert ours.document_tokens == theirs.document_tokens
+            if name == "dense":
+                assert ours.routing is theirs.routing is None
+            else:
+                assert ours.routing.layers == theirs.routing.layers == [0, 2]
+                for found, expected in zip(astuple(ours.routing), astuple(theirs.routing), strict=True):
+                    found, expected = torch.tensor(found).double(), torch.tensor(expected).double()
+                    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert scores["second-hf"]["en"].routing.num_original_experts == 4
+    assert scores["dense"]["en"].bits_per_byte != pytest.approx(scores["moe"]["en"].bits_per_byte, rel=1e-3)
+
+
+@pytest.mark.usefixtures("megatron")
+def test_a_checkpoint_in_bfloat16_is_close_to_its_export_in_bfloat16(both, texts):
+    models = {name: both[name] for name in ("moe", "moe-hf")}
+    scores = compare_models(models, texts, Settings(16, 4), dtype="bfloat16").scores
+    for language in texts:
+        ours, theirs = (scores[name][language].bits_per_byte for name in models)
+        assert ours == pytest.approx(theirs, rel=0.02)
+
+
+@pytest.mark.usefixtures("megatron")
+def test_a_checkpoint_without_a_tokenizer_is_rejected(both, tmp_path):
+    for file in both["dense"].iterdir():
+        if file.name != "hf":
+            (tmp_path / file.name).symlink_to(file)
+    with pytest.raises(UserError, match="tokenizer in "), open_model(tmp_path):
+        pass
+
+
+def test_missing_weights_are_rejected_instead_of_initialized(tmp_path, dense_dir):
+    for file in dense_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(dense_dir / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r" 1 tensors, model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_model(tmp_path, device="cpu")
+
+
+def test_directories_that_are_not_models_are_rejected(tmp_path, dense_dir):
+    with pytest.raises(UserError, match="nowhere"):
+        load_model(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"config\.json .* model_spec\.json"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_bytes((dense_dir / "config.json").read_bytes())
+    with pytest.raises(UserError, match="safetensors"):
+        load_model(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not a tensor")
+    with pytest.raises(UserError, match=str(tmp_path)):
+        load_model(tmp_path)
+
+
+def test_code_that_comes_with_a_model_is_not_run(tmp_path, dense_dir):
+    for file in dense_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {
+        "model_type": "homemade",
+        "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(UserError, match=str(tmp_path)):
+        load_model(tmp_path)

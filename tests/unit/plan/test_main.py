@@ -1,0 +1,135 @@
+"""The command: what it prints, and that bad input is one sentence and exit code 2."""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moelpr.errors import run_command
+from moelpr.plan.__main__ import PAPER_GLOBAL_BATCH_SIZE, PAPER_SEQ_LENGTH, main
+
+Plan = Callable[..., str]
+
+
+@pytest.fixture
+def plan(
+    config_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Plan:
+    """Run the command on the small model and return stdout. `argv` overrides the defaults."""
+
+    def run(*argv: str, **changes: object) -> str:
+        defaults = ["--hf-path", str(config_folder(**changes)), "--num-new-experts", "4", "--gpus", "8"]
+        monkeypatch.setattr(sys, "argv", ["plan", *defaults, "--gpu-memory-gib", "1", *argv])
+        main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_the_recommended_flags_are_those_of_the_first_row(plan: Plan) -> None:
+    shown = plan("--seq-length", "256", "--micro-batch-size", "2")
+    first_row = next(line for line in shown.splitlines() if re.match(r" +\d+ +\d+", line))
+    assert first_row.split()[:6] == ["1", "1", "1", "1", "8", "none"]
+    assert shown.splitlines()[-2:] == [
+        "Recommended arguments for launch/stage1.sh:",
+        "  --use-distributed-optimizer --micro-batch-size 2 --global-batch-size 512 --seq-length 256",
+    ]
+
+
+def test_json_has_every_layout_with_every_stage_in_bytes(plan: Plan) -> None:
+    found = json.loads(plan("--json"))
+    assert found["recommended"] == found["layouts"][0]
+    for layout in found["layouts"]:
+        assert len(layout["stages"]) == layout["pp"]
+        assert layout["fullest_rank"]["total_bytes"] == max(rank["total_bytes"] for rank in layout["stages"])
+        assert layout["fullest_rank"]["total_bytes"] <= 0.9 * 2**30
+    assert {layout["tp"] for layout in found["layouts"]} == {1, 2, 4, 8}
+
+
+def test_less_memory_leaves_fewer_layouts_and_another_recommendation(plan: Plan) -> None:
+    roomy, tight = (json.loads(plan("--json", "--gpu-memory-gib", size)) for size in ("1", "0.006"))
+    assert len(tight["layouts"]) < len(roomy["layouts"])
+    assert tight["recommended"]["flags"] != roomy["recommended"]["flags"]
+    assert tight["recommended"]["fullest_rank"]["total_bytes"] <= 0.9 * 0.006 * 2**30
+
+
+def test_stage2_needs_no_more_than_stage1(plan: Plan) -> None:
+    argv = ("--json", "--seq-length", "512")
+    first, second = (json.loads(plan(*argv, "--stage", stage)) for stage in ("stage1", "stage2"))
+    assert first["run"]["stage"] == "stage1" and second["run"]["stage"] == "stage2"
+    names = ("tp", "pp", "ep", "etp", "recompute")
+    of_stage1 = {tuple(one[name] for name in names): one["fullest_rank"] for one in first["layouts"]}
+    for one in second["layouts"]:
+        assert one["fullest_rank"]["optimizer_bytes"] < of_stage1[tuple(one[name] for name in names)]["optimizer_bytes"]
+
+
+def failure(plan: Plan, capsys: pytest.CaptureFixture[str], *argv: str, **changes: object) -> str:
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: plan(*argv, **changes) and None)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.count("\n") == 1 and "Traceback" not in error
+    return error
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--gpus", "12"], "--gpus must be a multiple of --gpus-per-node 8, got 12; use --gpus 8 or 16"),
+        (["--gpus", "7"], "7 GPUs; use --gpus 4 or 8"),
+        (["--num-new-experts", "0"], "--num-new-experts 1"),
+        (["--topk", "1"], "--topk 2"),
+        (["--topk", "9"], "--topk between 2 and 5"),
+        (["--moe-layers", "7"], "no layer 7"),
+        (["--hf-path", "nowhere"], "nowhere"),
+        (["--seq-length", "5000"], "--seq-length 5000 .* at most 4096"),
+        (["--micro-batch-size", "3"], "--global-batch-size 512 .* --micro-batch-size 3"),
+        (["--reserve-gib", "1"], "--reserve-gib must be less than --gpu-memory-gib 1, got 1"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    plan: Plan, capsys: pytest.CaptureFixture[str], argv: list[str], named: str
+) -> None:
+    assert re.search(named, failure(plan, capsys, *argv))
+
+
+@pytest.mark.parametrize(("shape", "named"), [({"hidden_size": 36}, "36"), ({"intermediate_size": 44}, "44")])
+def test_a_model_that_no_gpu_can_train_is_rejected_by_its_shape(
+    plan: Plan, capsys: pytest.CaptureFixture[str], shape: dict[str, int], named: str
+) -> None:
+    shape = {"num_attention_heads": 4, "num_key_value_heads": 4, **shape}
+    assert f"got {named}" in failure(plan, capsys, **shape)
+
+
+@pytest.mark.parametrize("argv", [["--gpus", "0"], ["--gpu-memory-gib", "inf"], ["--reserve-gib", "-1"]])
+def test_numbers_out_of_range_exit_with_code_2_and_name_the_flag(
+    plan: Plan, capsys: pytest.CaptureFixture[str], argv: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        plan(*argv)
+    assert stop.value.code == 2
+    assert f"argument {argv[0]}: must be " in capsys.readouterr().err
+
+
+def test_an_unsupported_architecture_is_named(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "GPT2LMHeadModel" in failure(plan, capsys, architectures=["GPT2LMHeadModel"])
+
+
+def test_both_suggestions_for_a_model_that_does_not_fit_work(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--gpus", "2", "--gpus-per-node", "4", "--gpu-memory-gib", "0.005", "--reserve-gib", "0"]
+    error = failure(plan, capsys, *argv)
+    fixes = re.search(r" 2 GPUs.*--gpu-memory-gib (\S+) or more, or --gpus (\d+)", error)
+    assert fixes is not None, error
+    memory, gpus = fixes.groups()
+    assert plan(*argv, "--gpu-memory-gib", memory)
+    assert plan(*argv, "--gpus", gpus)
+
+
+def test_the_defaults_are_those_of_the_papers_recipes() -> None:
+    for stage, seq_length in PAPER_SEQ_LENGTH.items():
+        recipe = yaml.safe_load((Path(__file__).parents[3] / f"launch/recipes/paper-{stage}.yaml").read_text())
+        assert (recipe["seq-length"], recipe["global-batch-size"]) == (seq_length, PAPER_GLOBAL_BATCH_SIZE)

@@ -1,0 +1,275 @@
+"""Memory per rank: an example worked out by hand, models that are really built, and the full model in every layout."""
+
+from dataclasses import replace
+from typing import get_args
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moelpr.model_spec import ModelSpec, MoeSpec
+from moelpr.plan.layouts import PlannedLayout, Recompute
+from moelpr.plan.memory import CPU, Kernels, Routing, Workload, divisor, held_on_stage, stage_memories
+from moelpr.plan.model import model_parts, padded_vocabulary
+from moelpr.stages import MoeStage, Part
+from tests.unit.conftest import SHAPE
+from tests.unit.plan.conftest import ROUTING, SPEC, WORKLOAD
+
+PARTS = model_parts(SPEC)
+ALONE = PlannedLayout(distributed_optimizer=False)
+
+NEW_EXPERTS = 2 * 2 * 3 * 8 * 16  # layers · N · (gate, up, down)
+ROUTERS = 2 * 3 * 8
+ATTENTION = 16 * 8 + 16 + 8 * 8
+FROZEN = 2 * (3 * 8 * 16 + ATTENTION + 2 * 8) + 8 + 2 * 128 * 8  # the vocabulary of 100 is padded to 128
+
+MOE_INSIDE = 4 * (2 * 12 + 3 * 4 + 2 * 8 + 2 * 8) + 2 * ((2 * 16 + 8) * 2 + 12) + 6 * ((3 * 16 + 8) * 2 + 12)
+MOE_INPUT = 4 * 8 * 2
+NORM = 4 * (8 * 2 + 4)
+ATTENTION_KEPT = (4 * (16 + 12 + 8) + 4 * 4 * 4) * 2 + 4 * 2 * 4
+HEAD = NORM + 4 * (128 * 4 + 1 + 8 + 4 * 4)
+
+
+def memory(layout: PlannedLayout = ALONE, workload: Workload = WORKLOAD, pp_rank: int = 0):
+    return stage_memories(SPEC, PARTS, layout, workload, ROUTING)[pp_rank]
+
+
+def test_stage1_needs_18_bytes_per_trained_and_2_per_frozen_parameter() -> None:
+    rank = memory()
+    assert (rank.trainable, rank.frozen) == (NEW_EXPERTS + ROUTERS, FROZEN)
+    assert rank.parameter_bytes == 2 * (NEW_EXPERTS + ROUTERS + FROZEN)
+    assert rank.gradient_bytes == 4 * (NEW_EXPERTS + ROUTERS)
+    assert rank.optimizer_bytes == 12 * (NEW_EXPERTS + ROUTERS)
+
+
+def test_fp32_needs_no_master_weights() -> None:
+    rank = memory(workload=replace(WORKLOAD, dtype="fp32"))
+    assert rank.parameter_bytes == 4 * (NEW_EXPERTS + ROUTERS + FROZEN)
+    assert rank.gradient_bytes == 4 * (NEW_EXPERTS + ROUTERS)
+    assert rank.optimizer_bytes == 8 * (NEW_EXPERTS + ROUTERS)
+
+
+def test_stage2_has_gradients_and_optimizer_state_of_routers_only() -> None:
+    rank = memory(workload=replace(WORKLOAD, stage="stage2"))
+    assert rank.gradient_bytes == 4 * ROUTERS
+    assert rank.optimizer_bytes == 12 * ROUTERS
+
+
+def test_a_second_original_expert_adds_frozen_weights_and_a_trained_router_row() -> None:
+    """2 bytes per parameter on every expert-parallel rank; divided over expert-tensor-parallel ranks."""
+    spec = replace(SPEC, moe=replace(SPEC.moe, num_original_experts=2))
+    parts, expert = model_parts(spec), 2 * 3 * 8 * 16  # layers · (gate, up, down)
+    spread = PlannedLayout(ep=2, dp=2, distributed_optimizer=False)
+    for layout in (ALONE, spread):
+        one, two = memory(layout), stage_memories(spec, parts, layout, WORKLOAD, ROUTING)[0]
+        assert two.frozen == one.frozen + expert
+        assert two.trainable == one.trainable + 2 * 8
+        assert two.parameter_bytes == one.parameter_bytes + 2 * (expert + 2 * 8)
+        assert two.gradient_bytes == one.gradient_bytes + 4 * 2 * 8
+        assert two.optimizer_bytes == one.optimizer_bytes + 12 * 2 * 8
+    split = PlannedLayout(tp=2, etp=2)
+    one, two = memory(split), stage_memories(spec, parts, split, WORKLOAD, ROUTING)[0]
+    assert two.frozen == one.frozen + expert // 2
+
+
+def test_all_experts_get_equally_many_rows_unless_told_otherwise() -> None:
+    moe = MoeSpec(num_new_experts=3, topk=2, layers=(0,), num_original_experts=2)
+    assert Routing.uniform(moe) == Routing(original_rows=0.8, new_rows=1.2)
+
+
+def test_the_distributed_optimizer_divides_over_the_ranks_with_the_same_parameter() -> None:
+    """Four ranks, EP 2: a new expert is on two of them, a router on all four."""
+    rank = memory(PlannedLayout(ep=2, dp=4))
+    assert rank.optimizer_bytes == 12 * (NEW_EXPERTS // 2 // 2 + ROUTERS // 4)
+    whole = memory(PlannedLayout(ep=2, dp=4, distributed_optimizer=False))
+    assert whole.optimizer_bytes == 12 * (NEW_EXPERTS // 2 + ROUTERS)
+
+
+def test_activations_worked_out_by_hand() -> None:
+    """Nothing below the first router needs a gradient: the first layer keeps no norms and no attention."""
+    first = MOE_INPUT + MOE_INSIDE
+    second = 2 * NORM + ATTENTION_KEPT + MOE_INPUT + MOE_INSIDE
+    assert memory().activation_bytes == first + second + HEAD == 5364
+
+
+def test_stage2_keeps_neither_input_nor_activated_rows_of_new_experts() -> None:
+    saved_rows = 6 * (8 + 16) * 2
+    choices = 4 * (2 * 8 - 9)  # no balance loss, but the LPR loss
+    found = memory(workload=replace(WORKLOAD, stage="stage2")).activation_bytes
+    assert found == memory().activation_bytes - 2 * (saved_rows + choices)
+
+
+def test_recompute_keeps_inputs_and_the_activations_of_one_layer() -> None:
+    outside = 2 * NORM + ATTENTION_KEPT + MOE_INPUT
+    selective = memory(replace(ALONE, recompute="selective")).activation_bytes
+    assert selective == 2 * outside + max(HEAD, MOE_INSIDE)
+    full = memory(replace(ALONE, recompute="full")).activation_bytes
+    shared = MOE_INPUT  # as large as the layer's input, which the first norm keeps as well
+    assert full == 2 * 4 * 8 * 2 + max(HEAD, outside + MOE_INSIDE - shared)
+    # The first of two stages has no head, and keeps the inputs of two micro-batches.
+    assert memory(PlannedLayout(pp=2, recompute="selective")).activation_bytes == 2 * outside + MOE_INSIDE
+    assert (
+        memory(PlannedLayout(pp=2, recompute="full")).activation_bytes == 2 * 4 * 8 * 2 + outside + MOE_INSIDE - shared
+    )
+
+
+def test_a_pipeline_stage_keeps_the_micro_batches_in_flight() -> None:
+    layout = PlannedLayout(pp=2)
+    first = MOE_INPUT + MOE_INSIDE
+    second = 2 * NORM + ATTENTION_KEPT + MOE_INPUT + MOE_INSIDE
+    assert memory(layout, pp_rank=0).activation_bytes == 2 * first
+    assert memory(layout, pp_rank=1).activation_bytes == second + HEAD
+    one_micro_batch = replace(WORKLOAD, global_batch_size=1)
+    assert memory(layout, one_micro_batch, pp_rank=0).activation_bytes == first
+
+
+def test_outputs_that_transformer_engine_may_keep_are_counted_by_default() -> None:
+    assert (
+        memory(workload=replace(WORKLOAD, kernels=Kernels())).activation_bytes == memory().activation_bytes + MOE_INPUT
+    )
+    assert memory(workload=replace(WORKLOAD, kernels=CPU)).activation_bytes > memory().activation_bytes
+
+
+ACTIVATION_SHAPE = SHAPE | {
+    "hidden_size": 64, "ffn_hidden_size": 160, "kv_channels": 16, "max_position_embeddings": 128, "vocab_size": 256,
+}  # fmt: skip
+SEQ_LENGTH, MICRO_BATCH_SIZE = 96, 2
+
+
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize("stage", get_args(MoeStage))
+@pytest.mark.parametrize("recompute", get_args(Recompute))
+def test_bytes_kept_by_autograd_are_within_two_percent_of_the_plan(stage: MoeStage, recompute: Recompute) -> None:
+    """In one process; benchmarks/memory_plan.py does it in full runs. K = E, so that routing has no influence."""
+    from benchmarks.measured_memory import SavedTensors
+    from moelpr.model.freezing import freeze
+    from moelpr.model.loading import build_model
+    from moelpr.model.router import LPRLossNormalizer
+
+    spec = ModelSpec("qwen2", "float32", ACTIVATION_SHAPE, MoeSpec(num_new_experts=1, topk=2, layers=(0, 2)))
+    settings: dict[str, object] = {"moe_aux_loss_coeff": 0.01} if stage == "stage1" else {"lpr_loss_coeff": 0.1}
+    if recompute == "selective":
+        settings |= {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+    elif recompute == "full":
+        settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    (model,) = freeze([build_model(spec, **settings)], stage)
+    LPRLossNormalizer.set_weight(torch.tensor(1.0))
+    tokens = torch.randint(0, 256, (MICRO_BATCH_SIZE, SEQ_LENGTH))
+    saved = SavedTensors()
+    saved.parameter_storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda held: held.tensor):
+        loss = model.train()(
+            tokens,
+            torch.arange(SEQ_LENGTH).expand_as(tokens),
+            attention_mask=None,
+            labels=tokens,
+            padding_mask=torch.ones_like(tokens, dtype=torch.uint8),
+        )
+        loss.sum().backward()
+    workload = Workload(stage, SEQ_LENGTH, MICRO_BATCH_SIZE, MICRO_BATCH_SIZE, "fp32", CPU)
+    layout = PlannedLayout(recompute=recompute, distributed_optimizer=False)
+    planned = stage_memories(spec, model_parts(spec), layout, workload)[0].activation_bytes
+    assert saved.peak == pytest.approx(planned, rel=0.02)
+    del loss
+    assert saved.live == 0, "the counter releases what autograd releases"
+
+
+FOUR_LAYERS = SHAPE | {"num_layers": 4}
+
+
+def spec_of(layers: tuple[int, ...] = (0, 1, 2, 3), num_original_experts: int = 1, **changes: object) -> ModelSpec:
+    return ModelSpec("qwen2", "float32", FOUR_LAYERS | changes, MoeSpec(4, 2, layers, num_original_experts))
+
+
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize("is_untied", [False, True])
+@pytest.mark.parametrize("layers", [(0, 1, 2, 3), (1, 3)])
+@pytest.mark.parametrize("m", [1, 2])
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_counts_equal_those_of_a_built_model(is_untied: bool, layers: tuple[int, ...], m: int, stage: str) -> None:
+    from moelpr.model.freezing import freeze
+    from moelpr.model.loading import build_model
+
+    spec = spec_of(layers, m, untie_embeddings_and_output_weights=is_untied)
+    (model,) = freeze([build_model(spec)], stage)
+    rank = stage_memories(spec, model_parts(spec), PlannedLayout(), Workload(stage, 64, 1, 1))[0]
+    assert rank.trainable == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert rank.frozen == sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+
+
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize("is_untied", [False, True])
+def test_counts_of_a_dense_model_equal_those_of_a_built_one(is_untied: bool) -> None:
+    from moelpr.model.loading import build_model
+
+    spec = spec_of(untie_embeddings_and_output_weights=is_untied).as_dense()
+    held = held_on_stage(spec, model_parts(spec), PlannedLayout(), 0)
+    assert sum(held.values()) == sum(parameter.numel() for parameter in build_model(spec).parameters())
+    assert not {Part.ROUTER, Part.NEW_EXPERTS, Part.ORIGINAL_EXPERTS} & set(held)
+
+
+layouts = st.builds(
+    lambda tp, pp, ep, split, dp: PlannedLayout(tp, pp, ep, tp if split else 1, dp * ep),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([1, 2, 4]),
+    st.booleans(),
+    st.sampled_from([1, 2, 3]),
+)
+specs = st.builds(
+    spec_of,
+    st.sets(st.integers(0, 3), min_size=1).map(lambda chosen: tuple(sorted(chosen))),
+    st.integers(1, 3),
+    untie_embeddings_and_output_weights=st.booleans(),
+    vocab_size=st.sampled_from([99, 128, 1000]),
+)
+
+
+@given(spec=specs, layout=layouts)
+@settings(max_examples=100, deadline=None)
+def test_the_shards_of_all_ranks_add_up_to_the_full_model(spec: ModelSpec, layout: PlannedLayout) -> None:
+    """Sum over all ranks, each part divided by the number of ranks with the same shard."""
+    parts = model_parts(spec)
+    ranks_of_a_stage = layout.tp * layout.dp
+    found: dict[Part, float] = {}
+    for pp_rank in range(layout.pp):
+        for part, numel in held_on_stage(spec, parts, layout, pp_rank).items():
+            copies = ranks_of_a_stage // divisor(part, layout)
+            found[part] = found.get(part, 0) + ranks_of_a_stage * numel / copies
+    full: dict[Part, float] = {}
+    for size in parts:
+        full[size.part] = full.get(size.part, 0) + size.numel
+    padded = padded_vocabulary(spec.megatron_args["vocab_size"], layout.tp) * spec.megatron_args["hidden_size"]
+    is_tied = not spec.megatron_args["untie_embeddings_and_output_weights"]
+    full[Part.EMBEDDING] = padded * (2 if is_tied and layout.pp > 1 else 1)
+    if not is_tied:
+        full[Part.OUTPUT_LAYER] = padded
+    assert found == full
+
+
+@given(spec=specs, layout=layouts, stage=st.sampled_from(["stage1", "stage2"]))
+@settings(max_examples=100, deadline=None)
+def test_the_optimizer_state_of_all_ranks_is_one_copy_per_trained_parameter(
+    spec: ModelSpec, layout: PlannedLayout, stage: str
+) -> None:
+    """12 bytes each in bf16; a router once per tensor-parallel rank, as TP does not divide it; shards round up."""
+    parts = model_parts(spec)
+    workload = Workload(stage, 64, 1, layout.dp)
+    total = layout.tp * layout.dp * sum(rank.optimizer_bytes for rank in stage_memories(spec, parts, layout, workload))
+    routers = sum(part.numel for part in parts if part.part is Part.ROUTER)
+    new_experts = sum(part.numel for part in parts if part.part is Part.NEW_EXPERTS)
+    exact = 12 * (layout.tp * routers + (new_experts if stage == "stage1" else 0))
+    assert exact <= total <= exact + 12 * 2 * layout.world_size
+
+
+@pytest.mark.parametrize("m", [1, 3])
+def test_the_original_experts_are_on_every_expert_parallel_rank(m: int) -> None:
+    spec = spec_of(num_original_experts=m)
+    parts = model_parts(spec)
+    alone = held_on_stage(spec, parts, PlannedLayout(), 0)
+    spread = held_on_stage(spec, parts, PlannedLayout(ep=4, dp=4), 0)
+    assert spread[Part.ORIGINAL_EXPERTS] == alone[Part.ORIGINAL_EXPERTS] == m * 4 * 3 * 32 * 48
+    assert spread[Part.NEW_EXPERTS] * 4 == alone[Part.NEW_EXPERTS]
+    split = held_on_stage(spec, parts, PlannedLayout(tp=2, etp=2), 0)
+    assert split[Part.ORIGINAL_EXPERTS] * 2 == alone[Part.ORIGINAL_EXPERTS]

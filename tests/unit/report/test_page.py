@@ -1,0 +1,98 @@
+"""A page says the same as HTML and as Markdown, and no name becomes markup."""
+
+import re
+from pathlib import Path
+
+from moelpr.report.page import (
+    Cell,
+    Code,
+    Facts,
+    Figure,
+    Page,
+    Points,
+    Row,
+    Sample,
+    Section,
+    Table,
+    Text,
+    Verdict,
+    terminal_table,
+    to_html,
+    to_markdown,
+    write_page,
+)
+
+SVG = '<svg xmlns="http://www.w3.org/2000/svg"><title>t</title></svg>'
+EVIL = '<script>x</script> & "[a](http://e.org)" `*_|#'
+TABLE = Table(
+    ["language", "base", "new"],
+    [
+        Row(["Expanded"], "group"),
+        ["Greek", "2.000", "1.900 [1.8, 2.0]"],
+        Row(["mean", "2.000", Cell("1.900", "\u22125.0%", -0.05)], "mean"),
+        Row([Cell("promise", "at most 3"), "", [Cell("a: 1", ok=True), Cell("b: 4", ok=False)]]),
+    ],
+    "A note.",
+)
+
+
+def page_of(*blocks: object) -> Page:
+    return Page("Title", "kicker", [Section("", []), Section("Part", list(blocks)), Section("empty", [])])
+
+
+def test_no_name_becomes_markup_anywhere() -> None:
+    table = Table([EVIL, EVIL], [[EVIL, EVIL], Row([EVIL], "group"), Row([EVIL, Cell(EVIL, EVIL, 0.1)])], EVIL)
+    blocks = [Text(EVIL), Points([EVIL]), Verdict(EVIL, EVIL, [EVIL]), table, Figure([SVG], EVIL)]
+    blocks += [Sample('el" onload="x', EVIL, EVIL, {EVIL: EVIL}), Facts({EVIL: {EVIL: EVIL}}), Code("x", EVIL, True)]
+    page = Page(EVIL, EVIL, [Section(EVIL, blocks)])
+    html, markdown = to_html(page), to_markdown(page)
+    assert "<script" not in html and 'onload="' not in html and html.count("&lt;script&gt;") > 15
+    assert not re.search(r"(?<!\\)<script|(?<!\\)\]\(|(?<!\\)`|(?<!\\)\*_", markdown.removesuffix("```\nx\n```\n"))
+    rows = [line for line in markdown.splitlines() if line.startswith("| ")]
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows)
+
+
+def test_code_stays_code() -> None:
+    text = "a\n```\n<b>"
+    assert "&lt;b&gt;" in to_html(page_of(Code(text)))
+    assert to_markdown(page_of(Code(text))).endswith(f"````\n{text}\n````\n")
+
+
+def test_sections_without_blocks_are_not_written() -> None:
+    page = page_of(Text("text"))
+    assert to_markdown(page) == "# Title\n\nkicker\n\n## Part\n\ntext\n"
+    assert re.findall("<h[12]>(.*?)</h[12]>", to_html(page)) == ["Title", "Part"]
+
+
+def test_table_has_aligned_columns_in_markdown_and_on_the_terminal() -> None:
+    lines = to_markdown(page_of(TABLE)).splitlines()
+    rows = [line for line in lines if line.startswith("|")]
+    assert rows[2].split("|")[1].strip() == "**Expanded**"
+    assert "| Greek               |     2.000 |  1.900 [1.8, 2.0] |" in rows
+    assert "| promise (at most 3) |           |  ✓ a: 1<br>✗ b: 4 |" in rows
+    assert len({len(row) for row in rows}) == 1
+    assert terminal_table(Table(["a_b", "c"], [["x*", "1"]])).splitlines()[-1] == "| x*  |   1 |"
+
+
+def test_table_marks_and_tints_cells_in_html() -> None:
+    html = to_html(page_of(TABLE))
+    assert "✓ shown" in html and "✗ not shown" in html and html.count("background:rgb(38 139 120") == 1
+    assert "<span>1.900</span> <span>[1.8, 2.0]</span>" in html
+    assert "<small><span>\u22125.0%</span></small>" in html
+
+
+def test_page_runs_nothing_and_loads_nothing() -> None:
+    html = to_html(page_of(TABLE, Figure([SVG])))
+    assert not re.search(r"<(script|link|iframe|object|img)\b|@import|url\((?!#)|\b(src|href)\s*=\s*\"(?!#)", html)
+    assert SVG in html and "prefers-color-scheme: dark" in html and "@media print" in html
+
+
+def test_named_figure_is_a_file_that_markdown_shows(tmp_path: Path) -> None:
+    page = write_page(
+        tmp_path / "new", "results", page_of(Figure([SVG], "Cap", name="change"), Figure([SVG], "C", TABLE))
+    )
+    assert page == tmp_path / "new/results.html" and page.read_text(encoding="utf-8").count(SVG) == 2
+    assert sorted(path.name for path in page.parent.iterdir()) == ["change.svg", "results.html", "results.md"]
+    assert (page.parent / "change.svg").read_text() == SVG
+    markdown = page.with_suffix(".md").read_text(encoding="utf-8")
+    assert "![Cap](change.svg)" in markdown and "| Greek" in markdown

@@ -1,0 +1,142 @@
+"""Charts are valid SVG, show every number, and can be read without color."""
+
+import math
+import re
+from xml.etree import ElementTree
+
+import pytest
+
+from moelpr.report.plots import (
+    MAX_POINTS,
+    Curve,
+    Interval,
+    Panel,
+    cell_colors,
+    change_chart,
+    heat_maps,
+    line_chart,
+    percent,
+    thinning_note,
+)
+
+SVG = "{http://www.w3.org/2000/svg}"
+FALLING = Curve("original languages", list(range(100)), [5 - step / 50 for step in range(100)])
+RISING = Curve("$\\alpha$ <b> & \u4e2d\u6587", list(range(100)), [1 + step / 50 for step in range(100)])
+
+
+def texts(svg: str) -> list[str]:
+    return ["".join(element.itertext()) for element in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+
+
+def charts() -> dict[str, str]:
+    rows = {"Expanded": {}, "Greek": {"a": Interval(-0.1, -0.2, -0.05), "<b>": None}, "Turkish": {"a": Interval(0.3)}}
+    panel = Panel("maps <i>", {"en": [0.25, math.nan], "el": [0.5, 1.0]}, ["layer 0", "layer 3"], {("el", 1)}, 1)
+    return {
+        "lines": line_chart("loss", [FALLING, RISING]),
+        "changes": change_chart("changes", rows, axis="bits per byte against base"),
+        "maps": heat_maps("maps", [panel, panel]),
+    }
+
+
+@pytest.mark.parametrize("name", ["lines", "changes", "maps"])
+def test_chart_is_self_contained_accessible_and_reproducible(name: str) -> None:
+    svg = charts()[name]
+    root = ElementTree.fromstring(svg)
+    assert root.get("role") == "img" and root.get("viewBox")
+    assert root[0].tag == f"{SVG}title" and root[0].text and root[1].tag == f"{SVG}desc" and root[1].text
+    assert set(re.findall(r"https?://[^\"' <]+", svg)) == {"http://www.w3.org/2000/svg"}
+    references = set(re.findall(r'(?:href="|url\()#(\w+)', svg))
+    assert references <= {element.get("id") for element in root.iter()}
+    assert "DejaVu" not in svg and "<style" not in svg and "metadata" not in svg
+    assert svg == charts()[name]
+
+
+def test_ids_of_two_charts_on_one_page_differ() -> None:
+    first, second = (set(re.findall(r'\bid="([^"]*)"', line_chart(title, [FALLING]))) for title in ("a", "b"))
+    assert first and not first & second
+
+
+def test_colors_follow_the_page_and_have_a_fallback() -> None:
+    svg = line_chart("loss", [FALLING, RISING])
+    assert "var(--series-0,#1d4f91)" in svg and "var(--series-1,#b35900)" in svg and "var(--muted,#5f6c7b)" in svg
+    assert "stroke: #1d4f91" not in svg
+
+
+def test_curves_differ_in_dash_and_marker() -> None:
+    svg = line_chart("loss", [FALLING, RISING])
+    assert "stroke-dasharray" in svg
+    markers = {use.get("href") for use in ElementTree.fromstring(svg).iter(f"{SVG}use")}
+    assert len(markers) >= 3  # two curves and the ticks
+
+
+def test_small_numbers_stay_on_the_axis() -> None:
+    labels = texts(line_chart("learning rate", [Curve("", [1, 2, 3], [2.5e-4, 2e-3, 2.5e-3])], smooth=False))
+    assert {"0.0006", "0.0012"} <= set(labels)
+
+
+def test_text_is_neither_markup_nor_mathematics() -> None:
+    assert RISING.name in texts(charts()["lines"])
+    assert "<b>" in texts(charts()["changes"]) and "maps <i>" in texts(charts()["maps"])
+
+
+def test_change_chart_shows_every_change_and_marks_unclear_ones() -> None:
+    rows = {"Greek": {"clear": Interval(-0.1, -0.2, -0.05), "unclear": Interval(0.01, -0.02, 0.03), "none": None}}
+    svg = change_chart("changes", rows, axis="")
+    shown = texts(svg)
+    assert "\u221210.0%" in shown and "+1.0%" in shown and "unavailable" in shown
+    bars = dict(re.findall(r"<title>Greek, (\w+): [^<]*</title>\n<path [^>]*style=\"([^\"]*)\"", svg))
+    assert "fill-opacity: 0.38" in bars["clear"] or "opacity: 0.38" in bars["clear"]
+    assert "fill: none" in bars["unclear"] or "opacity: 0" in bars["unclear"]
+
+
+def test_heat_map_shows_every_number_in_its_cell_and_leaves_missing_ones_empty() -> None:
+    panel = Panel("stage2", {"English": [0.97, math.nan], "Greek": [0.1, 0.25]}, ["layer 0", "layer 2"])
+    svg = heat_maps("maps", [panel])
+    assert [text for text in texts(svg) if text.endswith("%")] == ["97%", "10%", "25%"]
+    assert "layer 2" in texts(svg) and "stage2, Greek, layer 2: 0.250" in svg
+    assert "English 97%" in svg and "nan" not in svg
+
+
+def test_cells_darken_evenly_and_their_numbers_stay_readable() -> None:
+    """WCAG requires a contrast of at least 3 for large text; the numbers get 3.5."""
+
+    def luminance(color: str) -> float:
+        channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    scale = [cell_colors(step / 50) for step in range(51)]
+    light = [luminance(fill) for fill, _ in scale]
+    assert light == sorted(light, reverse=True)
+    for fill, ink in scale:
+        darker, lighter = sorted((luminance(fill), luminance(ink)))
+        assert (lighter + 0.05) / (darker + 0.05) >= 3.5
+
+
+def test_long_curve_is_thinned() -> None:
+    steps = list(range(50_000))
+    chart = line_chart("loss", [Curve("", steps, [float(step) for step in steps])])
+    # The line and the two edges of the band, besides the grid.
+    assert len(re.findall(r"[ML]", "".join(re.findall(r' d="([^"]*)"', chart)))) <= 3 * MAX_POINTS + 50
+    assert line_chart("loss", [Curve("", [1], [2.0])]) == ""
+
+
+def test_spike_in_a_thinned_curve_is_still_in_the_band() -> None:
+    """Of 5,000 equal steps with one at 9: the mean hides it, the band reaches it."""
+    curve = Curve("", list(range(5000)), [9.0 if step == 2500 else 1.0 + step % 2 for step in range(5000)])
+    (band,) = re.findall(r'd="([^"]*)z\s*"[^>]*clip-path[^>]*opacity: 0.18', line_chart("loss", [curve]))
+    heights = [float(pair.split()[1]) for pair in re.split("[ML]", band) if pair.strip()]
+    assert min(heights) < 0 < sorted(heights)[1]  # above the chart, which cuts it off
+    assert thinning_note([curve]).startswith("Each point represents up to 13 steps")
+    assert thinning_note([Curve("", [1, 2], [1, 2])]).startswith("Faint: the individual steps")
+
+
+def test_running_mean_starts_and_ends_at_the_means_of_the_ends() -> None:
+    chart = line_chart("loss", [Curve("", list(range(400)), [float(step) for step in range(400)])])
+    start, end = re.search(r"value from (\S+) to (\S+)</desc>", chart).groups()
+    assert (float(start), float(end)) == (5, 394)  # the mean of the first and of the last eleven
+
+
+@pytest.mark.parametrize(("change", "text"), [(-0.062, "\u22126.2%"), (0.009, "+0.9%"), (math.nan, "unavailable")])
+def test_percent_has_a_sign(change: float, text: str) -> None:
+    assert percent(change) == text

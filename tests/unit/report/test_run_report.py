@@ -1,0 +1,178 @@
+"""The report of runs: any number of them, running or finished, young, old or long; with or without claims."""
+
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from moelpr.report.run_report import Report
+from moelpr.report.runs import Claims, read_evaluations, read_run
+from tests.run_folders import LANGUAGES, make_run
+
+
+def pages(*folders: Path, evaluations: tuple[Path, ...] = (), **more: object) -> tuple[str, str]:
+    """HTML and Markdown."""
+    report = Report([read_run(folder) for folder in folders], read_evaluations(evaluations), **more)
+    page = report.write(folders[-1])
+    return page.read_text(encoding="utf-8"), page.with_suffix(".md").read_text(encoding="utf-8")
+
+
+def row_of(markdown: str, name: str) -> list[str]:
+    """The cells of the first table row whose first cell is `name`."""
+    row = next(line for line in markdown.splitlines() if re.match(rf"\| {re.escape(name)} +\|", line))
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    second = make_run(folder / "stage2", "stage2", 200, is_finished=False, train_iters=300)
+    return [make_run(folder / "stage1", "stage1", 300), second]
+
+
+@pytest.fixture(scope="module")
+def written(runs: list[Path]) -> tuple[str, str]:
+    return pages(*runs)
+
+
+@pytest.fixture
+def evaluation(tmp_path: Path) -> Path:
+    def result(bits: float) -> dict:
+        return {
+            "bits_per_byte": {"value": bits, "low": bits - 0.1, "high": bits + 0.2},
+            "original_expert_share": {"overall": 0.4, "per_layer": [0.25, None], "layers": [0, 3]},
+        }
+
+    models: dict = {"base": {"languages": {"en": result(2.0)}}, "ours": {"languages": {"en": result(1.9)}}}
+    models["ours"]["languages"]["en"]["change"] = {"bits_per_byte": {"value": -0.05, "low": -0.06, "high": -0.04}}
+    models["base"]["languages"]["el"] = {"bits_per_byte": 3.0}  # as an older version wrote it
+    sample = {"prompt": "Hello", "reference": "<world>", "by_model": {"base": "&", "ours": ""}}
+    file = tmp_path / "evaluation.json"
+    content = {"original_languages": ["en"], "models": models, "continuations": {"en": sample}}
+    file.write_text(json.dumps(content))
+    return file
+
+
+def test_both_pages_show_what_was_learned_and_forgotten_since_the_start(written: tuple[str, str]) -> None:
+    html, markdown = written
+    assert "stage1 finished, stage2 running at step 200 of 300" in html
+    for text in (html, markdown):
+        assert "English" in text and "Turkish" in text and "held out while training" in text
+    start, first, second = (float(cell.split()[0]) for cell in row_of(markdown, "English")[1:])
+    assert (start, second) == pytest.approx((2.4, 2.434), abs=2e-3)
+    assert row_of(markdown, "English")[2].endswith(f"(+{100 * (first / start - 1):.1f}%)")
+
+
+def test_cost_recipe_versions_and_commands_are_there(written: tuple[str, str]) -> None:
+    html, markdown = written
+    for text in (html, markdown):
+        assert "78,643,200" in text and "41.25 GiB" in text
+        assert "torch 2.15.0" in text
+        assert "moelpr.pretrain \\\n    --stage stage2 \\\n    --recipe r.yaml" in text
+        assert "--nproc-per-node 8" in text
+    assert "--save &#39;runs/a folder&#39;" in html and "--save 'runs/a folder'" in markdown
+    assert "4 warnings during training" in html and "expert 3 of &lt;layer&gt; 1 is idle" in html
+
+
+def test_page_loads_nothing_and_runs_nothing(written: tuple[str, str]) -> None:
+    html, _ = written
+    assert not re.search(r"<(script|link|iframe|object|img)\b|@import|url\((?!#)|\b(src|href)\s*=\s*\"(?!#)", html)
+
+
+def test_routing_before_and_after_review_comes_from_the_runs_own_steps(written: tuple[str, str]) -> None:
+    _, markdown = written
+    section = markdown.split("## Routing")[1]
+    parts = dict(re.findall(r"\*\*(stage2, \w+ steps)\*\*(.*?)(?=\| \*\*|\n\n)", section, re.DOTALL))
+    assert "| original languages | expanded languages |" in section
+    first, last = (re.search(r"layer 0 +\| +(\d+)%", parts[f"stage2, {end} steps"])[1] for end in ("first", "last"))
+    assert int(first) == pytest.approx(30 + 60 * 25 / 200, abs=2)
+    assert int(last) == pytest.approx(90 - 60 * 25 / 200, abs=2)
+
+
+def test_without_a_start_there_are_no_changes(tmp_path: Path) -> None:
+    first = make_run(tmp_path / "stage1", "stage1", 20, languages={})
+    second = make_run(tmp_path / "stage2", "stage2", 20)
+    _, markdown = pages(first, second)
+    assert row_of(markdown, "held out while training")[1:] == ["before stage2", "after stage2"]
+    assert "after stage2 against before stage2" in markdown
+    metrics = second / "metrics.jsonl"
+    metrics.write_text("".join(line for line in metrics.open() if '"iteration": 0' not in line))
+    _, markdown = pages(first, second)
+    assert row_of(markdown, "held out while training")[1:] == ["after stage2"]
+    assert "%" not in row_of(markdown, "English")[1]
+
+
+def test_runs_with_different_languages_share_one_table(tmp_path: Path) -> None:
+    first = make_run(tmp_path / "a", "stage1", 20, languages={"en": "original", "el": "expanded"})
+    second = make_run(tmp_path / "b", "stage2", 20, languages={"en": "original", "sw": "expanded"})
+    _, markdown = pages(first, second)
+    assert row_of(markdown, "Greek")[-1] == "–" and row_of(markdown, "sw").count("–") == 2
+
+
+def test_run_of_an_older_version_is_shown_as_far_as_it_goes(tmp_path: Path) -> None:
+    """No recipe, versions, command, memory, token shares or validation; an unknown field and an unknown event."""
+    steps = [{"iteration": step, "lm_loss": 3.0 - step / 10, "tokens": 7} for step in range(1, 6)]
+    lines = [json.dumps(record) for record in [*steps, {"iteration": 5, "event": "eclipse"}]]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"iteration": 6, "lm_l')
+    html, markdown = pages(tmp_path)
+    assert "step 5" in html and "no results per language" in html and "next-token loss" in html
+    assert "No command line was recorded" in markdown
+
+
+def test_run_with_no_step_or_one_step_is_shown_too(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert "step 0" in pages(tmp_path)[0]
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1, "lm_loss": null, "step_time_s": 3}\n')
+    assert "no curves yet" in pages(tmp_path)[0]
+
+
+def test_evaluation_adds_intervals_routing_and_continuations(runs: list[Path], evaluation: Path) -> None:
+    html, markdown = pages(*runs, evaluations=(evaluation,))
+    change = "1.900 [1.800, 2.100] (\u22125.0% [\u22126.0%, \u22124.0%])"
+    assert row_of(markdown, "English")[1:] == ["2.000 [1.900, 2.200]", change]
+    assert row_of(markdown, "Greek")[1:] == ["3.000", "–"]
+    assert row_of(markdown, "layer 3") and ">25%<" in html
+    assert "&lt;world&gt;" in html and "(nothing)" in html and "Change in bits per byte" in html
+
+
+def test_title_is_the_claim_only_if_every_claim_is_shown(runs: list[Path], evaluation: Path) -> None:
+    claim = {"name": "not_lost", "claim": "at most 1% more", "languages": "original", "change": ["ours", "base"]}
+    claims = Claims("Nothing lost", "A note.", [claim | {"at_most": 0.01}], {"check-a": "A against B"})
+    checks = {"check-a": {"equal": True, "num_tensors": 3, "max_abs_diff": 0.0}}
+    html, markdown = pages(*runs, evaluations=(evaluation,), claims=claims, checks=checks)
+    assert "<h1>Nothing lost</h1>" in html and "Every claim is shown" in html and "✗" not in html
+    assert "✓ English: ours \u22125.0% against base" in markdown and "A note." in markdown
+
+    claims.claims[0]["at_most"] = -0.06
+    html, markdown = pages(*runs, evaluations=(evaluation,), claims=claims, checks={})
+    assert "<h1>0 of 2 claims are shown</h1>" in html and "Nothing lost" not in html
+    assert "- English: ours \u22125.0% against base; claim: at most 1% more" in markdown
+    assert "- check-a: not measured; claim: A against B" in markdown
+
+
+def test_report_json_has_every_number(runs: list[Path], evaluation: Path) -> None:
+    facts = {"Demo": {"experts": 4}}
+    pages(*runs, evaluations=(evaluation,), facts=facts, checks={"c": {"equal": True, "num_tensors": 1}})
+    content = json.loads((runs[-1] / "report.json").read_text(encoding="utf-8"))
+    assert content["languages"] == {"en": "original", "el": "expanded"} and content["facts"] == facts
+    assert content["bits_per_byte"]["ours"]["en"] == {
+        "value": 1.9,
+        "low": pytest.approx(1.8),
+        "high": pytest.approx(2.1),
+    }
+    assert content["change"]["ours"]["en"] == {"value": -0.05, "low": -0.06, "high": -0.04}
+    assert content["routing"]["original_expert_share"]["ours"]["en"] == {"overall": 0.25, "per_layer": [0.25, None]}
+    assert content["runs"]["stage1"]["tokens"] == 78_643_200 and content["runs"]["stage2"]["state"] == "running"
+    assert content["held_out"]["before stage1"]["en"]["value"] == pytest.approx(2.4)
+    assert content["checks"] == {"c": {"equal": True, "num_tensors": 1}} and content["continuations"]["en"]
+
+
+def test_run_of_50000_steps_is_reported_within_10_s_and_3_mb(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "long", "stage1", 50_000, num_layers=2, languages=LANGUAGES)
+    start = time.monotonic()
+    html, markdown = pages(folder)
+    assert time.monotonic() - start < 10
+    assert len(html.encode()) + len(markdown.encode()) < 3_000_000
+    assert "Each point represents up to 125 steps" in html

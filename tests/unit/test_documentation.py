@@ -1,0 +1,180 @@
+"""The Markdown files name links, commands, flags and paths that exist, and the code they print works."""
+
+import functools
+import re
+import runpy
+import shlex
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moelpr.arguments.flags import all_arguments
+from moelpr.data.language_bits import LanguageBitsWriter
+
+ROOT = Path(__file__).parents[2]
+LOG = ROOT / "docs/LOG.md"  # a record of the past: it names what existed then
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))]
+CURRENT = [path for path in DOCUMENTS if path != LOG]
+# Scripts are often named without their folder in prose.
+SCRIPTS = {path.name: path for folder in ("data_tools", "checkpoint_convert") for path in ROOT.glob(f"{folder}/*.py")}
+LAUNCHERS = ("stage1.sh", "stage2.sh", "dense.sh")
+FOLDERS = "benchmarks|checkpoint_convert|data_tools|docs|examples|launch|moelpr|tests"
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    found: list[str] = []
+    for heading in re.findall(r"^#+ +(.+?) *$", without_code(path.read_text("utf-8")), re.MULTILINE):
+        text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
+        slug = re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+        found.append(f"{slug}-{found.count(slug)}" if slug in found else slug)
+    return set(found)
+
+
+def test_relative_links_and_anchors_resolve() -> None:
+    broken = []
+    for page in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text("utf-8"))):
+            if re.match(r"[a-z]+:", target):
+                continue
+            name, _, anchor = target.partition("#")
+            path = (page.parent / name).resolve() if name else page
+            if not path.exists() or (anchor and anchor not in anchors(path)):
+                broken.append(f"{page.relative_to(ROOT)}: {target}")
+    assert not broken
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs/README.md").read_text("utf-8")
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").glob("**/*.md")}
+    assert {page for page in pages if f"({page})" not in index} == {"README.md"}
+
+
+def test_named_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+(?:-[a-z]+)*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {
+        name
+        for path in CURRENT
+        for name in re.findall(r"(?:^ *|`)make ([a-z]+(?:-[a-z]+)*)", path.read_text("utf-8"), re.MULTILINE)
+    }
+    assert "test" in named
+    assert named <= targets
+
+
+def test_named_paths_exist() -> None:
+    missing = []
+    for page in CURRENT:
+        for path in re.findall(rf"`((?:{FOLDERS})/[^`\s]*)`", page.read_text("utf-8")):
+            is_example = path in ("moelpr/a/b.py", "tests/unit/a/test_b.py")
+            if not is_example and not any(ROOT.glob(path.rstrip("/"))):
+                missing.append(f"{page.relative_to(ROOT)}: {path}")
+    assert not missing
+
+
+def commands(text: str) -> Iterator[tuple[str, list[str]]]:
+    """Each of our commands in code blocks and code spans of `text`, and the flags it is given."""
+    blocks = re.findall(r"^ *```bash\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    for line in [*lines, *re.findall(r"`([^`\n]+)`", without_code(text))]:
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError:  # a placeholder that is not shell syntax
+            continue
+        name = ""
+        flags: list[str] = []
+        for position, word in enumerate(words):
+            script = Path(word).name
+            if words[position - 1 : position] == ["-m"] and word.split(".")[0] in ("moelpr", "checkpoint_convert"):
+                started = word
+            elif script in SCRIPTS or (script in LAUNCHERS and word.startswith("launch/")):
+                started = script
+            elif re.fullmatch(r"(routing|harness|live)", word) and name in ("moelpr.evaluate", "moelpr.report"):
+                started = f"{name} {word}"
+            else:
+                if name and re.match(r"--[a-z]", word):
+                    flags.append(re.split(r"[=)]", word)[0])
+                continue
+            if name and flags:
+                yield name, flags
+            name, flags = started, []
+        if flags:
+            yield name, flags
+
+
+@functools.cache
+def help_of(name: str) -> str:
+    """The output of a command's --help, in this process: most of them take seconds to import torch."""
+    if name in LAUNCHERS:
+        launcher = subprocess.run([ROOT / "launch" / name, "--help"], capture_output=True, text=True, check=True)
+        return f"{launcher.stdout} --stage {' '.join(all_arguments().flags())}"
+    default = {"moelpr.evaluate": " text", "moelpr.report": " runs"}.get(name, "")  # the subcommand that may be omitted
+    module, *subcommand = f"{name}{default}".split()
+    with pytest.MonkeyPatch.context() as patch:
+        output: list[str] = []
+        patch.setattr("sys.argv", [module, *subcommand, "--help"])
+        patch.setattr("argparse.ArgumentParser._print_message", lambda _, message, file=None: output.append(message))
+        on_sigterm = signal.getsignal(signal.SIGTERM)
+        try:
+            if module in SCRIPTS:
+                runpy.run_path(str(SCRIPTS[module]), run_name="__main__")
+            else:
+                runpy.run_module(module, run_name="__main__", alter_sys=False)
+        except SystemExit as end:
+            assert not end.code
+        finally:
+            signal.signal(signal.SIGTERM, on_sigterm)
+    return "".join(output)
+
+
+def test_flags_of_documented_commands_exist() -> None:
+    used = [
+        (page.relative_to(ROOT).as_posix(), name, flag)
+        for page in CURRENT
+        for name, flags in commands(page.read_text("utf-8"))
+        for flag in flags
+    ]
+    assert {"hf_to_mcore.py", "moelpr.evaluate", "moelpr.plan", "preprocess_data.py", "stage1.sh"} <= {
+        name for page, name, _ in used if page == "README.md"
+    }
+    unknown = [use for use in used if not re.search(rf"(?<![\w-]){re.escape(use[2])}(?![\w-])", help_of(use[1]))]
+    assert not unknown
+
+
+def test_the_generated_results_have_their_place() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert text.count("<!-- demo-table:start -->") == text.count("<!-- demo-table:end -->") == 1
+
+
+@pytest.fixture
+def read_language_bits() -> Callable[[Path], list[int]]:
+    """The reader that docs/data-format.md prints."""
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/data-format.md").read_text("utf-8"), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    return names["read_language_bits"]
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 8, 1003])
+def test_the_documented_reader_reads_lang_files(
+    num_tokens: int, read_language_bits: Callable[[Path], list[int]], tmp_path: Path
+) -> None:
+    bits = np.random.default_rng(num_tokens).integers(0, 2, num_tokens, dtype=np.uint8)
+    with LanguageBitsWriter(tmp_path / "a.lang") as writer:
+        writer.append(bits)
+        writer.finalize()
+    assert read_language_bits(tmp_path / "a.lang") == bits.tolist()
+    if num_tokens:
+        content = bytearray((tmp_path / "a.lang").read_bytes())
+        content[-1] ^= 1
+        (tmp_path / "a.lang").write_bytes(content)
+        with pytest.raises(AssertionError):
+            read_language_bits(tmp_path / "a.lang")

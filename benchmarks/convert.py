@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 
+from checkpoint_convert.comparison import max_abs_difference
 from checkpoint_convert.hf_folder import HfReader, HfWriter
-from checkpoint_convert.verify import max_abs_difference
 
 ROOT = Path(__file__).resolve().parents[1]
 MB = 10**6

@@ -152,8 +152,7 @@ def make_material(folder: Path) -> None:
 def _make_model(folder: Path, num_new_experts: int, moe_layers: list[int] | None, tied: bool) -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from checkpoint_convert.hf_to_mcore import hf_to_mcore
-    from checkpoint_convert.upcycling import Start
+    from checkpoint_convert.upcycling import Start, hf_to_mcore
 
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -282,7 +281,7 @@ def _relative(a: float | None, b: float | None) -> float:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    from checkpoint_convert.torch_dist import TorchDistReader
+    from moelpr.torch_dist import TorchDistReader
 
     reader = TorchDistReader(max(run.glob("iter_*")))
     return {key: reader.read(key) for key in reader.keys if key.startswith(("decoder.", "embedding.", "output_layer."))}

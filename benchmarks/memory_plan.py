@@ -101,8 +101,8 @@ def make_material(folder: Path) -> None:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from checkpoint_convert.hf_to_mcore import hf_to_mcore
-    from checkpoint_convert.mcore_to_hf import mcore_to_hf
+    from checkpoint_convert.export import mcore_to_hf
+    from checkpoint_convert.upcycling import hf_to_mcore
     from data_tools.corpus_writer import CorpusWriter
 
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import layouts
 from benchmarks.layouts import LAYOUTS, STAGES
-from checkpoint_convert.torch_dist import TorchDistReader
+from moelpr.torch_dist import TorchDistReader
 
 PAIRS = (
     "TP2+SP ETP2 EP2 distributed optimizer, selective recompute",

@@ -92,7 +92,7 @@ class HeldBytes:
 def held_bytes(monkeypatch) -> HeldBytes:
     """Of what is read from safetensors and from checkpoints."""
     from checkpoint_convert.hf_folder import HfReader
-    from checkpoint_convert.torch_dist import TorchDistReader
+    from moelpr.torch_dist import TorchDistReader
 
     held = HeldBytes()
     monkeypatch.setattr(HfReader, "read", held.watch(HfReader.read))

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from checkpoint_convert import hf_to_mcore as importer
 from checkpoint_convert import mcore_to_hf as exporter
 from checkpoint_convert import verify
-from checkpoint_convert.hf_to_mcore import hf_to_mcore
-from checkpoint_convert.mcore_to_hf import mcore_to_hf
-from checkpoint_convert.torch_dist import TorchDistReader, TorchDistWriter
-from checkpoint_convert.upcycling import Start
+from checkpoint_convert.comparison import max_abs_difference
+from checkpoint_convert.export import mcore_to_hf
+from checkpoint_convert.upcycling import Start, hf_to_mcore
 from moelpr.errors import UserError, run_command
 from moelpr.model_spec import ModelSpec
+from moelpr.torch_dist import TorchDistReader, TorchDistWriter
 
 
 @pytest.fixture
@@ -70,42 +70,43 @@ def assert_nothing_left(tmp_path: Path) -> None:
 
 
 def test_missing_folder(tmp_path: Path) -> None:
-    refuses_import(tmp_path / "Qwen" / "Qwen1.5-1.8B", tmp_path, "there is no folder .*hf download")
+    refuses_import(tmp_path / "Qwen" / "Qwen1.5-1.8B", tmp_path, "Qwen/Qwen1.5-1.8B.*hf download")
 
 
 def test_folder_without_config(source: Path, tmp_path: Path) -> None:
     (source / "config.json").unlink()
-    refuses_import(source, tmp_path, "has no config.json")
+    refuses_import(source, tmp_path, "source .*config.json")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '"qwen2"'])
 def test_config_that_is_no_json_object(source: Path, tmp_path: Path, text: str) -> None:
     (source / "config.json").write_text(text)
-    refuses_import(source, tmp_path, "config.json (is not valid JSON|does not hold a JSON object)")
+    refuses_import(source, tmp_path, "config.json .*JSON")
 
 
 def test_unknown_architecture_names_the_known_ones(source: Path, tmp_path: Path) -> None:
     edit_json(source / "config.json", architectures=["BloomForCausalLM"], model_type="bloom")
-    refuses_import(
-        source, tmp_path, "found the architecture BloomForCausalLM; supported are LlamaForCausalLM, .*Qwen3ForCausalLM"
-    )
+    refuses_import(source, tmp_path, "LlamaForCausalLM, .*Qwen3ForCausalLM.*MixtralForCausalLM.*BloomForCausalLM")
 
 
 def test_classifier_of_a_known_family(source: Path, tmp_path: Path) -> None:
     edit_json(source / "config.json", architectures=["Qwen2ForSequenceClassification"])
-    refuses_import(source, tmp_path, "found the architecture Qwen2ForSequenceClassification")
+    refuses_import(source, tmp_path, "Qwen2ForSequenceClassification")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_sliding_window": True}, "windows in some layers only can't be converted"),
-        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0}}, "RoPE scaling 'yarn'"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "RoPE scaling 'dynamic'"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "is quantised"),
-        ({"num_hidden_layers": "four"}, "can't be read by transformers"),
-        ({"rope_parameters": {"rope_theta": 1000.5, "rope_type": "default"}}, "rope_theta 1000.5"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0}}, "'default'.*'llama3'.*'yarn'"),
+        (
+            {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "'llama3'.*'dynamic'",
+        ),
+        ({"hidden_act": "gelu"}, "hidden_act.*'silu'.*'gelu'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"num_hidden_layers": "four"}, "config.json.*num_hidden_layers"),
+        ({"rope_parameters": {"rope_theta": 1000.5, "rope_type": "default"}}, "rope_theta.*1000.5"),
     ],
 )
 def test_what_megatron_would_compute_differently(source: Path, tmp_path: Path, changes: dict, message: str) -> None:
@@ -115,26 +116,26 @@ def test_what_megatron_would_compute_differently(source: Path, tmp_path: Path, c
 
 def test_missing_tensor(source: Path, tmp_path: Path) -> None:
     edit_tensors(source, lambda tensors: tensors.pop("model.layers.2.self_attn.k_proj.bias"))
-    refuses_import(source, tmp_path, "lacks the tensor model.layers.2.self_attn.k_proj.bias")
+    refuses_import(source, tmp_path, "model.layers.2.self_attn.k_proj.bias")
 
 
 def test_misshapen_tensor(source: Path, tmp_path: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     edit_tensors(source, lambda tensors: tensors.update({name: tensors[name][:-1].contiguous()}))
-    refuses_import(source, tmp_path, rf"{name} has shape \[47, 32\], but config.json says \[48, 32\]")
+    refuses_import(source, tmp_path, rf"{name} .*\[47, 32\].*config.json.*\[48, 32\]")
 
 
 def test_leftover_tensor(source: Path, tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.o_proj.bias"
     edit_tensors(source, lambda tensors: tensors.update({name: torch.zeros(32)}))
-    refuses_import(source, tmp_path, f"holds the tensor {name}, which")
+    refuses_import(source, tmp_path, f"source .*{name}")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_weights_that_are_no_numbers(source: Path, tmp_path: Path, value: float) -> None:
     name = "model.layers.1.mlp.down_proj.weight"
     edit_tensors(source, lambda tensors: tensors[name][3, 5].fill_(value))
-    refuses_import(source, tmp_path, f"source: {name} holds NaN or infinite weights; download the model again")
+    refuses_import(source, tmp_path, f"source: {name} .*NaN")
 
 
 def test_a_run_that_has_diverged(checkpoint: Path, tmp_path: Path) -> None:
@@ -144,61 +145,61 @@ def test_a_run_that_has_diverged(checkpoint: Path, tmp_path: Path) -> None:
             tensor = reader.read(key).clone()
             writer.write(key, tensor.fill_(float("nan")) if key.endswith("1.mlp.router.weight") else tensor)
         writer.finish({})
-    message = "iter_0000012: model.layers.1.mlp.gate.weight holds NaN or infinite weights; the run has diverged"
+    message = "iter_0000012: model.layers.1.mlp.gate.weight .*NaN.*--iteration"
     refuses_export(checkpoint, tmp_path, message, iteration=12)
 
 
 def test_mixed_and_foreign_dtypes(source: Path, tmp_path: Path) -> None:
     edit_tensors(source, lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"].half()}))
-    refuses_import(source, tmp_path, "mixes float16 and float32; choose one with --dtype")
+    refuses_import(source, tmp_path, "float16 and float32.*--dtype")
     edit_tensors(source, lambda tensors: tensors.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}))
-    refuses_import(source, tmp_path, "model.norm.weight has dtype I8")
+    refuses_import(source, tmp_path, "model.norm.weight.*F32.*I8")
 
 
 def test_pickled_weights(source: Path, tmp_path: Path) -> None:
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
-    refuses_import(source, tmp_path, "pickled weights only.*convert them to safetensors")
+    refuses_import(source, tmp_path, "source .*pickled.*safetensors")
     (source / "pytorch_model.bin").unlink()
-    refuses_import(source, tmp_path, "holds no weights")
+    refuses_import(source, tmp_path, "source .*model.safetensors")
 
 
 def test_truncated_weights(source: Path, tmp_path: Path) -> None:
     content = (source / "model.safetensors").read_bytes()
     (source / "model.safetensors").write_bytes(content[:-100])
-    refuses_import(source, tmp_path, "model.safetensors is truncated or damaged")
+    refuses_import(source, tmp_path, "model.safetensors .*truncated")
 
 
 def test_index_that_names_a_missing_shard(make_qwen2: Callable[..., Path], tmp_path: Path) -> None:
     source = make_qwen2(save={"max_shard_size": "40KB"})
     sorted(source.glob("model-*.safetensors"))[1].unlink()
-    refuses_import(source, tmp_path, "names model-00002-of-.*, which is not there")
+    refuses_import(source, tmp_path, "model.safetensors.index.json .*model-00002-of-")
 
 
 def test_tokenizer_with_more_ids_than_rows(source: Path, tmp_path: Path, write_tokenizer: Callable[..., None]) -> None:
     write_tokenizer(source, num_ids=99)
     hf_to_mcore(source, tmp_path / "fits")
     write_tokenizer(source, num_ids=100)
-    refuses_import(source, tmp_path, "has 100 ids but the model's vocabulary has 99 rows")
+    refuses_import(source, tmp_path, "source .*100.* 99 ")
 
 
 def test_damaged_tokenizer(source: Path, tmp_path: Path) -> None:
     (source / "tokenizer.json").write_text("{}")
-    refuses_import(source, tmp_path, "the tokenizer in .* can't be read")
+    refuses_import(source, tmp_path, "tokenizer in .*source")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"topk": 1}, "K = 1 .*renormalising makes every gate weight 1.*router's gradient.*--topk 2"),
-        ({"topk": 0}, "top-0 needs"),
-        ({"topk": 6}, "top-6 needs at least 6 experts and the layer has 5"),
-        ({"num_new_experts": 0}, "found 0 new experts"),
-        ({"moe_layers": [1, 4]}, "no layer 4; its 4 layers are numbered 0 to 3"),
-        ({"moe_layers": [-1]}, "no layer -1"),
-        ({"moe_layers": []}, "no layer would become an MoE layer"),
-        ({"moe_every_k_layers": 5}, "--moe-every-k-layers 5 must lie between 1 and the model's 4 layers"),
-        ({"moe_every_k_layers": 0}, "--moe-every-k-layers 0 must lie"),
-        ({"moe_layers": [1], "moe_every_k_layers": 2}, "exclude each other"),
+        ({"topk": 1}, "K = 1 .*--topk 2"),
+        ({"topk": 0}, "top-0 "),
+        ({"topk": 6}, "top-6 .* 5"),
+        ({"num_new_experts": 0}, "0 new experts"),
+        ({"moe_layers": [1, 4]}, "layer 4.* 0 to 3"),
+        ({"moe_layers": [-1]}, "layer -1"),
+        ({"moe_layers": []}, "--moe-layers"),
+        ({"moe_every_k_layers": 5}, "--moe-every-k-layers .*1 to 4 .* 5"),
+        ({"moe_every_k_layers": 0}, "--moe-every-k-layers .*1 to 4 .* 0"),
+        ({"moe_layers": [1], "moe_every_k_layers": 2}, "--moe-layers and --moe-every-k-layers"),
     ],
 )
 def test_impossible_experts(qwen2: Path, tmp_path: Path, options: dict, message: str) -> None:
@@ -211,13 +212,13 @@ def test_impossible_experts(qwen2: Path, tmp_path: Path, options: dict, message:
 def test_existing_output_is_replaced_only_with_overwrite(qwen2: Path, tmp_path: Path) -> None:
     hf_to_mcore(qwen2, tmp_path / "megatron")
     before = (tmp_path / "megatron" / "model_spec.json").read_text()
-    with pytest.raises(UserError, match="exists already.*--overwrite"):
+    with pytest.raises(UserError, match="--overwrite"):
         hf_to_mcore(qwen2, tmp_path / "megatron", num_new_experts=2)
     assert (tmp_path / "megatron" / "model_spec.json").read_text() == before
     hf_to_mcore(qwen2, tmp_path / "megatron", num_new_experts=2, overwrite=True)
     assert ModelSpec.read(tmp_path / "megatron").moe.num_new_experts == 2
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
-    with pytest.raises(UserError, match="exists already.*--overwrite"):
+    with pytest.raises(UserError, match="--overwrite"):
         mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", overwrite=True)
 
@@ -225,10 +226,10 @@ def test_existing_output_is_replaced_only_with_overwrite(qwen2: Path, tmp_path: 
 def test_overwrite_never_deletes_a_folder_of_another_kind_or_the_input(source: Path, tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter.txt").write_text("dear")
-    with pytest.raises(UserError, match="is not what this command writes"):
+    with pytest.raises(UserError, match="home .*--save"):
         hf_to_mcore(source, tmp_path / "home", overwrite=True)
     for save in (source, source.parent, source / "inside"):
-        with pytest.raises(UserError, match="must be separate folders"):
+        with pytest.raises(UserError, match="source.*--save"):
             hf_to_mcore(source, save, overwrite=True)
     assert (tmp_path / "home" / "letter.txt").is_file()
     assert (source / "model.safetensors").is_file()
@@ -274,7 +275,7 @@ def test_disk_that_fills_up_gives_one_sentence_and_code_1(qwen2: Path, tmp_path:
     # With space again, the same command goes on.
     monkeypatch.undo()
     mcore_to_hf(tmp_path / "megatron", tmp_path / "out")
-    assert verify.max_abs_difference(tmp_path / "megatron", tmp_path / "out") == 0
+    assert max_abs_difference(tmp_path / "megatron", tmp_path / "out") == 0
     assert_nothing_left(tmp_path)
 
 
@@ -292,16 +293,16 @@ def test_commands_end_with_one_sentence_and_code_2(qwen2: Path, checkpoint: Path
         (
             importer.main,
             ("--hf-path", qwen2, "--save", tmp_path / "out", "--dense", "--moe-layers", "1"),
-            "--dense makes",
+            "--dense",
         ),
         (
             importer.main,
             ("--hf-path", qwen2, "--save", "x", "--num-new-experts", 1, "--moe-layers", "a"),
             "layer numbers",
         ),
-        (exporter.main, ("--load", tmp_path / "none", "--save", tmp_path / "out"), "there is no folder"),
-        (exporter.main, ("--load", checkpoint, "--save", tmp_path / "out", "--max-shard-size", "big"), "not a size"),
-        (verify.main, (tmp_path / "none", qwen2), "there is no folder"),
+        (exporter.main, ("--load", tmp_path / "none", "--save", tmp_path / "out"), "none"),
+        (exporter.main, ("--load", checkpoint, "--save", tmp_path / "out", "--max-shard-size", "big"), "5GB"),
+        (verify.main, (tmp_path / "none", qwen2), "none"),
     ):
         assert exit_code(monkeypatch, main, *words) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
@@ -313,19 +314,19 @@ def test_commands_end_with_one_sentence_and_code_2(qwen2: Path, checkpoint: Path
 
 def test_folder_without_spec(checkpoint: Path, tmp_path: Path) -> None:
     (checkpoint / "model_spec.json").unlink()
-    refuses_export(checkpoint, tmp_path, "has no model_spec.json")
+    refuses_export(checkpoint, tmp_path, "checkpoint .*model_spec.json")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "format_version is 2, this program reads 1"),
-        ({"family": "bloom"}, "found the model family 'bloom'; supported are llama, mistral, qwen2"),
-        ({"dtype": "int8"}, "dtype 'int8' is none of"),
+        ({"format_version": 2}, "format_version .*[12].*[12]"),
+        ({"family": "bloom"}, "llama, mistral, qwen2.*'bloom'"),
+        ({"dtype": "int8"}, "dtype .*int8"),
         ({"moe": {"num_new_experts": 4, "topk": 1, "layers": [0]}}, "K = 1"),
-        ({"moe": {"num_new_experts": 4}}, "is damaged or from another program"),
-        ({"surprise": 1}, "is damaged or from another program"),
-        ({"megatron_args": {"num_layers": 4}}, "lacks hidden_size"),
+        ({"moe": {"num_new_experts": 4}}, "model_spec.json"),
+        ({"surprise": 1}, "model_spec.json"),
+        ({"megatron_args": {"num_layers": 4}}, "hidden_size"),
     ],
 )
 def test_spec_that_makes_no_sense(checkpoint: Path, tmp_path: Path, changes: dict, message: str) -> None:
@@ -335,33 +336,33 @@ def test_spec_that_makes_no_sense(checkpoint: Path, tmp_path: Path, changes: dic
 
 def test_spec_that_does_not_fit_the_weights(checkpoint: Path, tmp_path: Path) -> None:
     edit_json(checkpoint / "model_spec.json", moe={"num_new_experts": 3, "topk": 2, "layers": [0, 1, 2, 3]})
-    refuses_export(checkpoint, tmp_path, r"router.weight has shape \[5, 32\], but model_spec.json says \[4, 32\]")
+    refuses_export(checkpoint, tmp_path, r"router.weight .*\[5, 32\].*model_spec.json.*\[4, 32\]")
     edit_json(checkpoint / "model_spec.json", moe=None)
-    refuses_export(checkpoint, tmp_path, "lacks the tensor decoder.layers.0.mlp.linear_fc1.layer_norm_weight")
+    refuses_export(checkpoint, tmp_path, "decoder.layers.0.mlp.linear_fc1.layer_norm_weight")
 
 
 def test_tracker_that_is_missing_or_wrong(checkpoint: Path, tmp_path: Path) -> None:
-    refuses_export(checkpoint, tmp_path, "no checkpoint of iteration 7; it holds no numbered ones", iteration=7)
+    refuses_export(checkpoint, tmp_path, " 7", iteration=7)
     tracker = checkpoint / "latest_checkpointed_iteration.txt"
     tracker.write_text("100")
-    refuses_export(checkpoint, tmp_path, "names iter_0000100, which is not there")
+    refuses_export(checkpoint, tmp_path, "iter_0000100")
     tracker.write_text("soon")
-    refuses_export(checkpoint, tmp_path, "says 'soon'")
+    refuses_export(checkpoint, tmp_path, "'soon'")
     tracker.unlink()
-    refuses_export(checkpoint, tmp_path, "latest_checkpointed_iteration.txt is missing")
+    refuses_export(checkpoint, tmp_path, "latest_checkpointed_iteration.txt")
 
 
 def test_incomplete_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
     data = checkpoint / "release" / "__0_0.distcp"
     content = data.read_bytes()
     data.write_bytes(content[: len(content) // 2])
-    refuses_export(checkpoint, tmp_path, "truncated or damaged at")
+    refuses_export(checkpoint, tmp_path, "__0_0.distcp .*truncated")
     data.unlink()
-    refuses_export(checkpoint, tmp_path, "__0_0.distcp is missing")
+    refuses_export(checkpoint, tmp_path, "__0_0.distcp")
     (checkpoint / "release" / ".metadata").write_bytes(b"\x80\x04nonsense")
     refuses_export(checkpoint, tmp_path, ".metadata is damaged")
     (checkpoint / "release" / ".metadata").unlink()
-    refuses_export(checkpoint, tmp_path, ".metadata is missing")
+    refuses_export(checkpoint, tmp_path, "release .*.metadata")
 
 
 def test_missing_part_of_a_stack(tmp_path: Path) -> None:
@@ -372,7 +373,7 @@ def test_missing_part_of_a_stack(tmp_path: Path) -> None:
     reader = TorchDistReader(tmp_path)
     assert torch.equal(reader.read("stack", 2), torch.ones(4))
     for index in (None, 1):
-        with pytest.raises(UserError, match="parts of stack are missing"):
+        with pytest.raises(UserError, match="stack"):
             reader.read("stack", index)
 
 

@@ -10,14 +10,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from checkpoint_convert.hf_to_mcore import hf_to_mcore
-from checkpoint_convert.mcore_to_hf import mcore_to_hf
-from checkpoint_convert.torch_dist import TorchDistReader, TorchDistWriter
-from checkpoint_convert.upcycling import Start
-from checkpoint_convert.verify import max_abs_difference
+from checkpoint_convert.comparison import max_abs_difference
+from checkpoint_convert.export import mcore_to_hf
+from checkpoint_convert.upcycling import Start, hf_to_mcore
 from moelpr.families.families import family_named
 from moelpr.families.tables import megatron_shape, pieces
 from moelpr.model_spec import ModelSpec
+from moelpr.torch_dist import TorchDistReader, TorchDistWriter
 
 
 def test_torchs_own_loader_reads_every_tensor(qwen2: Path, tmp_path: Path) -> None:

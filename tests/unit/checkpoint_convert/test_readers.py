@@ -17,9 +17,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from checkpoint_convert.hf_to_mcore import hf_to_mcore
-from checkpoint_convert.mcore_to_hf import mcore_to_hf
-from checkpoint_convert.upcycling import Start
+from checkpoint_convert.export import mcore_to_hf
+from checkpoint_convert.upcycling import Start, hf_to_mcore
 
 MIXTRAL = ("block_sparse_moe.", {"gate": "w1", "up": "w3", "down": "w2"})
 QWEN = ("mlp.", {name: f"{name}_proj" for name in ("gate", "up", "down")})

@@ -8,17 +8,14 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from checkpoint_convert.adapter_to_mcore import adapter_to_mcore
-from checkpoint_convert.apply_delta import apply_delta
+from checkpoint_convert.adapter import adapter_to_mcore, mcore_to_adapter
+from checkpoint_convert.export import apply_delta, mcore_to_hf
 from checkpoint_convert.hf_folder import HfReader
-from checkpoint_convert.hf_to_mcore import hf_to_mcore
-from checkpoint_convert.mcore_to_adapter import mcore_to_adapter
-from checkpoint_convert.mcore_to_hf import mcore_to_hf
 from checkpoint_convert.megatron_folder import MegatronReader
-from checkpoint_convert.torch_dist import JOURNAL_FILE, TorchDistWriter
-from checkpoint_convert.upcycling import Start
+from checkpoint_convert.upcycling import Start, hf_to_mcore
 from moelpr.errors import UserError
 from moelpr.files import LOCK_FILE, locked
+from moelpr.torch_dist import JOURNAL_FILE, TorchDistWriter
 
 Convert = Callable[[Path], object]
 

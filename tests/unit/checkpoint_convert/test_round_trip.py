@@ -10,11 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from checkpoint_convert.hf_to_mcore import hf_to_mcore
-from checkpoint_convert.mcore_to_hf import mcore_to_hf
-from checkpoint_convert.torch_dist import TorchDistReader
-from checkpoint_convert.upcycling import Start
+from checkpoint_convert.export import mcore_to_hf
+from checkpoint_convert.upcycling import Start, hf_to_mcore
 from moelpr.model_spec import ModelSpec, MoeSpec
+from moelpr.torch_dist import TorchDistReader
 
 TOKENS = torch.arange(40).reshape(2, 20) * 7 % 99
 

@@ -12,12 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint_convert import logits_on_text
-from checkpoint_convert import verify as verify_module
-from checkpoint_convert.hf_to_mcore import hf_to_mcore
-from checkpoint_convert.logits_on_text import compare_on_text
-from checkpoint_convert.mcore_to_hf import mcore_to_hf
-from checkpoint_convert.verify import frozen_max_abs_difference, main, max_abs_difference
+from checkpoint_convert import comparison
+from checkpoint_convert.comparison import compare_on_text, frozen_max_abs_difference, max_abs_difference
+from checkpoint_convert.export import mcore_to_hf
+from checkpoint_convert.upcycling import hf_to_mcore
+from checkpoint_convert.verify import main
 from moelpr.errors import run_command
 
 
@@ -143,7 +142,7 @@ def test_without_tolerance_every_bit_counts(export: Path, monkeypatch) -> None:
 
 
 def test_a_difference_in_any_chunk_of_a_tensor_is_found(export: Path, monkeypatch) -> None:
-    monkeypatch.setattr(verify_module, "CHUNK_ELEMENTS", 100)
+    monkeypatch.setattr(comparison, "CHUNK_ELEMENTS", 100)
     for row in (0, 60, 98):
         other = copy_of(export, lambda tensors, row=row: tensors["lm_head.weight"][row, 31].add_(2))
         assert max_abs_difference(export, other) == pytest.approx(2)
@@ -201,7 +200,7 @@ def test_all_experts_of_an_moe_base_are_frozen_and_its_routers_are_not(
     assert verify(monkeypatch, "--frozen", qwen2, tmp_path / "round2-hf") == 0
     assert verify(monkeypatch, "--frozen", export, tmp_path / "round2-hf") == 1
     assert verify(monkeypatch, "--frozen", tmp_path / "round2-hf", export) == 2
-    assert "no fewer experts (7 and 5)" in capsys.readouterr().err
+    assert "7 and 5" in capsys.readouterr().err
 
 
 def load_frozen(folder: Path) -> dict[str, torch.Tensor]:
@@ -298,7 +297,7 @@ def test_bad_input_ends_with_one_sentence_and_code_2(
     qwen2: Path, make_qwen2, write_tokenizer, text: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     bare = Path(shutil.copytree(qwen2, tmp_path / "bare"))
-    for name in logits_on_text.TOKENIZER_FILES:
+    for name in comparison.TOKENIZER_FILES:
         (bare / name).unlink(missing_ok=True)
     other_tokenizer = Path(shutil.copytree(bare, tmp_path / "other"))
     write_tokenizer(other_tokenizer, num_ids=3)
@@ -307,16 +306,16 @@ def test_bad_input_ends_with_one_sentence_and_code_2(
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     capsys.readouterr()
     for words, message in (
-        ((qwen2, qwen2, "--tolerance", -1), "must not be negative"),
-        ((qwen2, qwen2, "--logit-tolerance", "nan"), "must not be negative"),
-        ((qwen2, qwen2, "--num-tokens", 0), "must be at least 1"),
-        ((qwen2, tmp_path / "nowhere"), "there is no folder"),
-        ((qwen2, qwen2, "--text", tmp_path / "nowhere.txt"), "can't be read: No such file"),
-        ((qwen2, qwen2, "--text", tmp_path / "empty.txt"), "holds no text"),
-        ((qwen2, qwen2, "--text", tmp_path / "latin.txt"), "it is not UTF-8"),
-        ((bare, bare, "--text", text), "holds a tokenizer"),
-        ((qwen2, other_tokenizer, "--text", text), "read the text differently"),
-        ((qwen2, other_vocabulary, "--text", text), "a vocabulary of 99 and .* one of 98"),
+        ((qwen2, qwen2, "--tolerance", -1), "--tolerance .*0.* -1"),
+        ((qwen2, qwen2, "--logit-tolerance", "nan"), "--logit-tolerance .*0.* nan"),
+        ((qwen2, qwen2, "--num-tokens", 0), "--num-tokens .*1.* 0"),
+        ((qwen2, tmp_path / "nowhere"), "nowhere"),
+        ((qwen2, qwen2, "--text", tmp_path / "nowhere.txt"), "nowhere.txt .*No such file"),
+        ((qwen2, qwen2, "--text", tmp_path / "empty.txt"), "empty.txt .*--text"),
+        ((qwen2, qwen2, "--text", tmp_path / "latin.txt"), "latin.txt .*UTF-8"),
+        ((bare, bare, "--text", text), "--text .*tokenizer.*bare"),
+        ((qwen2, other_tokenizer, "--text", text), "other.*--text"),
+        ((qwen2, other_vocabulary, "--text", text), "99 .* 98 .*--text"),
     ):
         assert verify(monkeypatch, *words) == 2, message
         error = capsys.readouterr().err

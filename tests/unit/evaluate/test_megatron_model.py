@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint_convert.hf_to_mcore import hf_to_mcore
-from checkpoint_convert.mcore_to_hf import mcore_to_hf
-from checkpoint_convert.upcycling import Start
+from checkpoint_convert.export import mcore_to_hf
+from checkpoint_convert.upcycling import Start, hf_to_mcore
 from moelpr.errors import UserError
 from moelpr.evaluate.compare import compare_models
 from moelpr.evaluate.models import open_model

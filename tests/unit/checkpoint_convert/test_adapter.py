@@ -1,4 +1,4 @@
-"""Adapters of the published code come in as the model they are, and go out as they came."""
+"""Adapters of the published code are imported as the model they are, and exported unchanged."""
 
 import json
 import re
@@ -21,7 +21,11 @@ from moelpr.model_spec import ModelSpec, MoeSpec
 from moelpr.torch_dist import TorchDistReader, TorchDistWriter
 
 HIDDEN, FFN, LAYERS, NUM_NEW = 32, 48, [1, 3], 3
+
+
 PREFIX = "base_model.model.model.layers"
+
+
 # As PEFT writes it for the published code's MoeConfig.
 CONFIG = {
     "auto_mapping": None,
@@ -112,7 +116,7 @@ def test_the_model_computes_what_the_published_code_does(
     assert (a - dense).abs().max() > 1e-2
 
 
-def test_all_but_routers_and_new_experts_is_the_bases(
+def test_everything_but_routers_and_new_experts_is_the_base(
     qwen2: Path, write_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     adapter_to_mcore(write_adapter(), qwen2, tmp_path / "megatron")
@@ -121,7 +125,7 @@ def test_all_but_routers_and_new_experts_is_the_bases(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_adapter_to_ours_to_adapter_is_the_same_file(
+def test_adapter_to_ours_to_adapter_has_the_same_tensors(
     make_qwen2: Callable[..., Path], write_adapter: Callable[..., Path], tmp_path: Path, dtype: torch.dtype
 ) -> None:
     adapter = write_adapter(random_tensors(dtype), lpr_loss_coef=None)
@@ -134,7 +138,7 @@ def test_adapter_to_ours_to_adapter_is_the_same_file(
     assert json.loads((tmp_path / "again" / "adapter_config.json").read_text()) == CONFIG | {"lpr_loss_coef": None}
 
 
-def test_ours_to_adapter_to_ours_is_bit_identical(qwen2: Path, tmp_path: Path) -> None:
+def test_ours_to_adapter_to_ours_is_bitwise_identical(qwen2: Path, tmp_path: Path) -> None:
     hf_to_mcore(qwen2, tmp_path / "ours", num_new_experts=4, topk=3, moe_layers=[0, 2])
     mcore_to_adapter(tmp_path / "ours", tmp_path / "adapter", "base")
     adapter_to_mcore(tmp_path / "adapter", qwen2, tmp_path / "again")
@@ -174,7 +178,7 @@ def test_few_tensors_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_pat
     assert 0 < held_bytes.take_peak() <= 3 * largest
 
 
-def test_names_with_the_adapters_own_name_are_read_too(
+def test_names_that_include_the_adapters_name_are_read(
     qwen2: Path, write_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     """As in the published code's memory: moe_experts.default.{j}, moe_router_embedding.default."""
@@ -186,7 +190,7 @@ def test_names_with_the_adapters_own_name_are_read_too(
     assert max_abs_difference(tmp_path / "plain", tmp_path / "named") == 0.0
 
 
-def test_an_adapter_of_everything_brings_its_own_base(
+def test_an_adapter_with_all_parameters_replaces_the_base(
     qwen2: Path, write_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Under save_all_params the published code trains and saves all parameters; the base's are then the adapter's."""
@@ -204,7 +208,7 @@ def test_an_adapter_of_everything_brings_its_own_base(
         assert torch.equal(reader.read(name), base + 1), name
 
 
-def test_mixed_element_types_need_a_choice(
+def test_mixed_dtypes_require_a_choice(
     make_qwen2: Callable[..., Path], write_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Adapters trained without mixed precision are fp32 on a bf16 base."""
@@ -215,9 +219,6 @@ def test_mixed_element_types_need_a_choice(
     mcore_to_adapter(tmp_path / "megatron", tmp_path / "again", "base")
     after = load_file(tmp_path / "again" / "adapter_model.safetensors")
     assert all(torch.equal(tensor, after[name]) for name, tensor in random_tensors().items())
-
-
-# ------------------------------------------------------------------------------------------------------ bad input
 
 
 def without(name: str) -> dict[str, Tensor]:
@@ -252,7 +253,7 @@ ROUTER, EXPERT = f"{PREFIX}.3.mlp.moe_router_embedding.weight", f"{PREFIX}.1.mlp
         (None, {"peft_type": "LORA"}, "peft_type .*'MOE'.*'LORA'"),
     ],
 )
-def test_an_adapter_that_does_not_fit_is_refused(
+def test_an_adapter_that_does_not_fit_is_rejected(
     qwen2: Path, write_adapter: Callable[..., Path], tmp_path: Path, tensors, changes: dict, message: str
 ) -> None:
     with pytest.raises(UserError, match=message) as caught:
@@ -261,7 +262,9 @@ def test_an_adapter_that_does_not_fit_is_refused(
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
 
-def test_files_that_are_no_adapter_are_refused(qwen2: Path, write_adapter: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_folder_that_is_not_an_adapter_is_rejected(
+    qwen2: Path, write_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
     adapter = write_adapter()
     with pytest.raises(UserError, match="adapter.*--save"):
         adapter_to_mcore(adapter, qwen2, adapter / "out", overwrite=True)
@@ -281,7 +284,7 @@ def test_files_that_are_no_adapter_are_refused(qwen2: Path, write_adapter: Calla
     assert not (tmp_path / "out").exists()
 
 
-def test_the_advice_on_pickled_weights_works(
+def test_the_suggested_conversion_of_pickled_weights_works(
     qwen2: Path, write_adapter: Callable[..., Path], tmp_path: Path, monkeypatch
 ) -> None:
     adapter = write_adapter()
@@ -297,7 +300,7 @@ def test_the_advice_on_pickled_weights_works(
     adapter_to_mcore(adapter, qwen2, tmp_path / "out")
 
 
-def test_a_base_that_does_not_fit_is_refused(
+def test_a_base_that_does_not_fit_is_rejected(
     qwen2: Path, make_model: Callable[..., Path], write_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match="2 of 4 layers.*MixtralForCausalLM"):
@@ -308,9 +311,7 @@ def test_a_base_that_does_not_fit_is_refused(
         adapter_to_mcore(write_adapter(), tmp_path / "moe", tmp_path / "out")
 
 
-def test_weights_that_are_no_numbers_are_refused(
-    qwen2: Path, write_adapter: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_nan_and_inf_weights_are_rejected(qwen2: Path, write_adapter: Callable[..., Path], tmp_path: Path) -> None:
     broken = random_tensors()
     broken[EXPERT][3, 4] = float("nan")
     with pytest.raises(UserError, match=f"{EXPERT} .*NaN"):
@@ -332,7 +333,7 @@ def test_weights_that_are_no_numbers_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_no_adapter_can_express_is_refused(qwen2: Path, tmp_path: Path) -> None:
+def test_a_model_that_an_adapter_cannot_express_is_rejected(qwen2: Path, tmp_path: Path) -> None:
     hf_to_mcore(qwen2, tmp_path / "dense", num_new_experts=None)
     with pytest.raises(UserError, match="is dense.*mcore_to_hf.py"):
         mcore_to_adapter(tmp_path / "dense", tmp_path / "out", "base")

@@ -60,7 +60,7 @@ def expert(tensors: dict[str, Tensor], architecture: str, layer: int, number: in
     return tensors[f"model.layers.{layer}.{mlp}experts.{number}.{names[part]}.weight"]
 
 
-def test_the_files_are_what_loaders_ask_for(export: Path, architecture: str) -> None:
+def test_the_files_have_the_tensors_that_loaders_request(export: Path, architecture: str) -> None:
     settings, (mlp, names) = FAMILIES[architecture]
     config, tensors = json.loads((export / "config.json").read_text()), tensors_of(export)
     assert not [path.name for path in export.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".py", ".pkl")]

@@ -1,8 +1,7 @@
-"""Base and delta together are the full export, byte for byte; anything else is refused."""
+"""Exports are bitwise identical when dense and the same function when upcycled; base and delta give the same bytes."""
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,20 +9,87 @@ import pytest
 import torch
 import yaml
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from torch import Tensor
 
-from checkpoint_convert import apply_delta as apply_delta_module
-from checkpoint_convert import mcore_to_hf as exporter
 from checkpoint_convert.export import apply_delta, mcore_to_hf
 from checkpoint_convert.upcycling import Start, hf_to_mcore
-from moelpr.errors import UserError, run_command
+from moelpr.errors import UserError
+from moelpr.torch_dist import TorchDistReader
+from tests.hf_models import (
+    TOKENS,
+    assert_same,
+    edit_tensors,
+    files_of,
+    load_stock,
+    stock_logits,
+    tensors_of,
+)
 
 
-def assert_same_files(a: Path, b: Path) -> None:
-    files = sorted(path.relative_to(a) for path in a.rglob("*") if path.is_file())
-    assert files == sorted(path.relative_to(b) for path in b.rglob("*") if path.is_file())
-    for path in files:
-        assert (a / path).read_bytes() == (b / path).read_bytes(), path
+def megatron_tensors_of(folder: Path) -> dict[str, Tensor]:
+    reader = TorchDistReader(folder / "release")
+    return {key: reader.read(key).clone() for key in reader.keys}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_dense_model_returns_bitwise_identical(
+    make_qwen2: Callable[..., Path], tmp_path: Path, tied: bool, dtype: torch.dtype
+) -> None:
+    source = make_qwen2(dtype, tie_word_embeddings=tied)
+    spec = hf_to_mcore(source, tmp_path / "megatron", num_new_experts=None)
+    assert spec.dtype == str(dtype).removeprefix("torch.")
+    assert spec.moe is None
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    assert_same(tensors_of(source), tensors_of(tmp_path / "hf"))
+    assert torch.equal(stock_logits(source), stock_logits(load_stock(tmp_path / "hf", "Qwen2ForCausalLM")))
+
+
+def test_two_conversions_write_the_same_bytes(qwen2: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        hf_to_mcore(qwen2, tmp_path / f"megatron-{name}", start=Start("random"))
+        mcore_to_hf(tmp_path / f"megatron-{name}", tmp_path / f"hf-{name}")
+    for kind in ("megatron", "hf"):
+        a, b = tmp_path / f"{kind}-a", tmp_path / f"{kind}-b"
+        files = sorted(path.relative_to(a) for path in a.rglob("*") if path.is_file())
+        assert files == sorted(path.relative_to(b) for path in b.rglob("*") if path.is_file())
+        assert all((a / path).read_bytes() == (b / path).read_bytes() for path in files)
+
+
+def test_dtype_is_kept_unless_asked(make_qwen2: Callable[..., Path], tmp_path: Path) -> None:
+    source = make_qwen2(torch.bfloat16)
+    hf_to_mcore(source, tmp_path / "kept")
+    hf_to_mcore(source, tmp_path / "wide", dtype="float32")
+    assert {t.dtype for t in megatron_tensors_of(tmp_path / "kept").values()} == {torch.bfloat16}
+    assert {t.dtype for t in megatron_tensors_of(tmp_path / "wide").values()} == {torch.float32}
+    mcore_to_hf(tmp_path / "wide", tmp_path / "hf", dtype="bfloat16")
+    mcore_to_hf(tmp_path / "kept", tmp_path / "hf-kept")
+    # bf16 → fp32 → bf16 is exact for what came from the model; routers were drawn in fp32 and rounded once.
+    assert_same(tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "hf-kept"))
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_export_generates_the_same_tokens_as_the_dense_model(qwen2: Path, tmp_path: Path) -> None:
+    hf_to_mcore(qwen2, tmp_path / "megatron")
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    dense = load_stock(qwen2, "Qwen2ForCausalLM").generate(TOKENS, **settings)
+    upcycled = load_stock(tmp_path / "hf", "Qwen2MoeForCausalLM").generate(TOKENS, **settings)
+    assert torch.equal(dense, upcycled)
+
+
+def test_few_tensors_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_path: Path, held_bytes) -> None:
+    """Memory is that of a few tensors, whatever the number of layers and experts."""
+    source = make_qwen2(num_hidden_layers=12)
+    largest = max(tensor.nbytes for tensor in tensors_of(source).values())
+    hf_to_mcore(source, tmp_path / "megatron", num_new_experts=8)
+    assert 0 < held_bytes.take_peak() <= 3 * largest
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    assert 0 < held_bytes.take_peak() <= 3 * largest
+
+
+# --- deltas
 
 
 @pytest.fixture
@@ -43,17 +109,17 @@ def checkpoint(base: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "options", [{}, {"max_shard_bytes": 20_000}, {"dtype": "float32"}, {"base_model": "owner/Base-1B"}]
 )
-def test_base_and_delta_are_the_full_export_byte_for_byte(
+def test_base_and_delta_give_the_bytes_of_the_full_export(
     base: Path, checkpoint: Path, tmp_path: Path, options: dict
 ) -> None:
     mcore_to_hf(checkpoint, tmp_path / "full", **options)
     mcore_to_hf(checkpoint, tmp_path / "delta", as_delta=True, **options)
     apply_delta(base, tmp_path / "delta", tmp_path / "whole")
-    assert_same_files(tmp_path / "full", tmp_path / "whole")
+    assert files_of(tmp_path / "full") == files_of(tmp_path / "whole")
     assert (tmp_path / "whole" / "README-base.md").read_text().endswith("The base.\n")
 
 
-def test_a_base_that_training_rounded_is_rounded_alike(make_qwen2: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_base_that_training_rounded_is_rounded_the_same_way(make_qwen2: Callable[..., Path], tmp_path: Path) -> None:
     """A run in bf16 on an fp32 base."""
     base = make_qwen2(torch.float32)
     hf_to_mcore(base, tmp_path / "rounded", 2, start=Start("random"), dtype="bfloat16")
@@ -63,11 +129,11 @@ def test_a_base_that_training_rounded_is_rounded_alike(make_qwen2: Callable[...,
     mcore_to_hf(tmp_path / "rounded", tmp_path / "full", dtype="bfloat16")
     mcore_to_hf(tmp_path / "rounded", tmp_path / "bf16", as_delta=True, dtype="bfloat16")
     apply_delta(base, tmp_path / "bf16", tmp_path / "whole")
-    assert_same_files(tmp_path / "full", tmp_path / "whole")
+    assert files_of(tmp_path / "full") == files_of(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM"])
-def test_other_families_and_tied_models_go_the_same_way(
+def test_other_families_and_tied_models_have_deltas(
     architecture: str, make_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     base = make_model(architecture, tie_word_embeddings=True)
@@ -75,10 +141,10 @@ def test_other_families_and_tied_models_go_the_same_way(
     mcore_to_hf(tmp_path / "megatron", tmp_path / "full")
     mcore_to_hf(tmp_path / "megatron", tmp_path / "delta", as_delta=True)
     apply_delta(base, tmp_path / "delta", tmp_path / "whole")
-    assert_same_files(tmp_path / "full", tmp_path / "whole")
+    assert files_of(tmp_path / "full") == files_of(tmp_path / "whole")
 
 
-def test_the_base_of_a_further_round_is_the_moe_before_it(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_base_of_another_round_is_the_previous_moe(checkpoint: Path, tmp_path: Path) -> None:
     mcore_to_hf(checkpoint, tmp_path / "round1")
     hf_to_mcore(tmp_path / "round1", tmp_path / "megatron2", 2, start=Start("random"))
     mcore_to_hf(tmp_path / "megatron2", tmp_path / "full")
@@ -86,10 +152,10 @@ def test_the_base_of_a_further_round_is_the_moe_before_it(checkpoint: Path, tmp_
     names = set(load_file(tmp_path / "delta" / "delta.safetensors"))
     assert {name.split(".experts.")[1][0] for name in names if ".experts." in name} == {"4", "5"}
     apply_delta(tmp_path / "round1", tmp_path / "delta", tmp_path / "whole")
-    assert_same_files(tmp_path / "full", tmp_path / "whole")
+    assert files_of(tmp_path / "full") == files_of(tmp_path / "whole")
 
 
-def test_few_tensors_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_path: Path, held_bytes) -> None:
+def test_few_tensors_of_a_delta_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_path: Path, held_bytes) -> None:
     base = make_qwen2(num_hidden_layers=12)
     largest = max(tensor.nbytes for file in base.glob("*.safetensors") for tensor in load_file(file).values())
     hf_to_mcore(base, tmp_path / "megatron", num_new_experts=8)
@@ -100,7 +166,7 @@ def test_few_tensors_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_pat
     assert 0 < held_bytes.take_peak() <= 3 * largest
 
 
-def test_a_delta_holds_routers_and_new_experts_alone(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_delta_contains_only_routers_and_new_experts(checkpoint: Path, tmp_path: Path) -> None:
     mcore_to_hf(checkpoint, tmp_path / "delta", as_delta=True)
     assert {path.name for path in (tmp_path / "delta").iterdir()} == {
         "README.md", "delta.safetensors", "delta_config.json",
@@ -120,15 +186,6 @@ def test_a_delta_holds_routers_and_new_experts_alone(checkpoint: Path, tmp_path:
     assert "apply_delta --base Base-1B" in (tmp_path / "delta" / "README.md").read_text()
 
 
-# ------------------------------------------------------------------------------------------------------ bad input
-
-
-def edit(file: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
-    change(tensors)
-    save_file(tensors, file, metadata={"format": "pt"})
-
-
 def refuses(base: Path, delta: Path, save: Path, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         apply_delta(base, delta, save)
@@ -136,25 +193,27 @@ def refuses(base: Path, delta: Path, save: Path, message: str) -> None:
     assert not save.exists() and not list(save.parent.glob(".*"))
 
 
-def test_a_wrong_base_is_refused_by_name(base: Path, checkpoint: Path, make_qwen2, tmp_path: Path) -> None:
+def test_a_wrong_base_is_rejected_by_name(base: Path, checkpoint: Path, make_qwen2, tmp_path: Path) -> None:
     mcore_to_hf(checkpoint, tmp_path / "delta", as_delta=True)
     weights, out = base / "model.safetensors", tmp_path / "out"
     refuses(make_qwen2(torch.bfloat16, intermediate_size=40), tmp_path / "delta", out, "Base-1B.*--base")
     refuses(make_qwen2(torch.bfloat16, tie_word_embeddings=True), tmp_path / "delta", out, "Base-1B.*lm_head.*--base")
     for name in ("model.layers.0.mlp.up_proj.weight", "model.norm.weight"):
         before = load_file(weights)[name]
-        edit(weights, lambda tensors, name=name: tensors[name].view(-1)[5].mul_(1.01))
+        edit_tensors(weights, lambda tensors, name=name: tensors[name].view(-1)[5].mul_(1.01))
         refuses(base, tmp_path / "delta", out, f"Base-1B.*delta.*{name} .*--base")
-        edit(weights, lambda tensors, name=name, before=before: tensors[name].copy_(before))
+        edit_tensors(weights, lambda tensors, name=name, before=before: tensors[name].copy_(before))
     apply_delta(base, tmp_path / "delta", out)
 
 
-def test_a_damaged_delta_is_refused(base: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_damaged_delta_is_rejected(base: Path, checkpoint: Path, tmp_path: Path) -> None:
     delta, out = tmp_path / "delta", tmp_path / "out"
     mcore_to_hf(checkpoint, delta, as_delta=True)
-    edit(delta / "delta.safetensors", lambda tensors: tensors["model.layers.2.mlp.gate.weight"].view(-1)[0].add_(1))
+    edit_tensors(
+        delta / "delta.safetensors", lambda tensors: tensors["model.layers.2.mlp.gate.weight"].view(-1)[0].add_(1)
+    )
     refuses(base, delta, out, "delta .*model.layers.2.mlp.gate.weight")
-    edit(delta / "delta.safetensors", lambda tensors: tensors.pop("model.layers.2.mlp.gate.weight"))
+    edit_tensors(delta / "delta.safetensors", lambda tensors: tensors.pop("model.layers.2.mlp.gate.weight"))
     refuses(base, delta, out, "model.layers.2.mlp.gate.weight")
     (delta / "delta.safetensors").unlink()
     refuses(base, delta, out, "delta.safetensors")
@@ -168,7 +227,7 @@ def test_a_damaged_delta_is_refused(base: Path, checkpoint: Path, tmp_path: Path
     refuses(base, delta, out, "delta_config.json.*--delta")
 
 
-def test_what_no_delta_can_express_is_refused(base: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_model_that_a_delta_cannot_express_is_rejected(base: Path, checkpoint: Path, tmp_path: Path) -> None:
     hf_to_mcore(base, tmp_path / "dense", num_new_experts=None)
     with pytest.raises(UserError, match="dense.*--delta"):
         mcore_to_hf(tmp_path / "dense", tmp_path / "delta", as_delta=True)
@@ -183,23 +242,3 @@ def test_what_no_delta_can_express_is_refused(base: Path, checkpoint: Path, tmp_
         mcore_to_hf(checkpoint, tmp_path / "delta", as_delta=True)
     assert not (tmp_path / "delta").exists()
     mcore_to_hf(checkpoint, tmp_path / "delta", as_delta=True, base_model="owner/name")
-
-
-def test_the_commands(base: Path, checkpoint: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    def run(main: Callable[[], None], *words: object) -> int | None:
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, words)])
-        try:
-            run_command(main)
-        except SystemExit as exit:
-            return exit.code
-        return 0
-
-    delta, whole = tmp_path / "delta", tmp_path / "whole"
-    assert run(exporter.main, "--load", checkpoint, "--save", delta, "--delta", "--base-model", "o/Base") == 0
-    assert "delta of Qwen2MoeForCausalLM, 4 experts, top-2, bfloat16" in capsys.readouterr().out
-    assert run(apply_delta_module.main, "--base", base, "--delta", delta, "--save", whole) == 0
-    assert f"{whole}: Qwen2MoeForCausalLM, bfloat16, of o/Base and {delta}" in capsys.readouterr().out
-    assert run(apply_delta_module.main, "--base", base, "--delta", delta, "--save", whole) == 2
-    assert "--overwrite" in capsys.readouterr().err
-    assert run(apply_delta_module.main, "--base", base, "--delta", base, "--save", tmp_path / "x") == 2
-    assert run(apply_delta_module.main, "--base", base, "--delta", delta, "--save", delta, "--overwrite") == 2

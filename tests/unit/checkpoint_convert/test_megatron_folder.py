@@ -1,6 +1,8 @@
-"""What we write, PyTorch's and Megatron's own loaders read, resharded; what Megatron writes, we read."""
+"""PyTorch's and Megatron's loaders read our checkpoints, and we read Megatron's; invalid ones are rejected."""
 
 import io
+import json
+import pickle
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +15,18 @@ import torch.distributed.checkpoint as dcp
 from checkpoint_convert.comparison import max_abs_difference
 from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.upcycling import Start, hf_to_mcore
+from moelpr.errors import UserError
 from moelpr.families.families import family_named
 from moelpr.families.tables import megatron_shape, pieces
 from moelpr.model_spec import ModelSpec
 from moelpr.torch_dist import TorchDistReader, TorchDistWriter
+from tests.hf_models import (
+    RunsCode,
+    assert_nothing_left,
+)
 
 
-def test_torchs_own_loader_reads_every_tensor(qwen2: Path, tmp_path: Path) -> None:
+def test_torchs_loader_reads_every_tensor(qwen2: Path, tmp_path: Path) -> None:
     spec = hf_to_mcore(qwen2, tmp_path / "megatron")
     reader = TorchDistReader(tmp_path / "megatron" / "release")
     plan = list(pieces(family_named(spec.family).table, spec))
@@ -28,22 +35,6 @@ def test_torchs_own_loader_reads_every_tensor(qwen2: Path, tmp_path: Path) -> No
     dcp.load(state, storage_reader=dcp.FileSystemReader(tmp_path / "megatron" / "release"), no_dist=True)
     for key, tensor in state.items():
         assert torch.equal(tensor, reader.read(key)), key
-
-
-def test_every_chunk_of_any_grid_is_read(tmp_path: Path) -> None:
-    whole = torch.arange(4 * 6 * 5.0).reshape(4, 6, 5)
-    with TorchDistWriter(tmp_path, max_file_bytes=1000) as writer:
-        for a in (0, 2):
-            for b in (0, 2, 4):
-                writer.write_chunk("grid", whole[a : a + 2, b : b + 2], (4, 6, 5), (a, b, 0))
-        writer.write("scalar", torch.tensor(3.0))
-        writer.finish({})
-    assert len(list(tmp_path.glob("*.distcp"))) > 1
-    reader = TorchDistReader(tmp_path)
-    assert torch.equal(reader.read("grid"), whole)
-    for index in range(4):
-        assert torch.equal(reader.read("grid", index), whole[index])
-    assert reader.read("scalar").item() == 3.0
 
 
 def test_megatron_loads_experts_in_expert_and_tensor_parallel_shards(
@@ -230,3 +221,103 @@ def test_common_state_is_plain_data(qwen2: Path, tmp_path: Path) -> None:
     value = state["common_state/shard_0_1"]
     value = torch.load(value, weights_only=True) if isinstance(value, io.BytesIO) else value
     assert value[0]["iteration"] == 0
+
+
+# --- invalid input
+
+
+@pytest.fixture
+def checkpoint(qwen2: Path, tmp_path: Path) -> Path:
+    hf_to_mcore(qwen2, tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def refuses_export(checkpoint: Path, tmp_path: Path, message: str, **options) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        mcore_to_hf(checkpoint, tmp_path / "out", **options)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    assert_nothing_left(tmp_path)
+
+
+def test_a_diverged_run_is_rejected(checkpoint: Path, tmp_path: Path) -> None:
+    reader = TorchDistReader(checkpoint / "release")
+    with TorchDistWriter(checkpoint / "iter_0000012") as writer:
+        for key in sorted(reader.keys):
+            tensor = reader.read(key).clone()
+            writer.write(key, tensor.fill_(float("nan")) if key.endswith("1.mlp.router.weight") else tensor)
+        writer.finish({})
+    message = "iter_0000012: model.layers.1.mlp.gate.weight .*NaN.*--iteration"
+    refuses_export(checkpoint, tmp_path, message, iteration=12)
+
+
+def test_a_folder_without_spec_is_rejected(checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / "model_spec.json").unlink()
+    refuses_export(checkpoint, tmp_path, "checkpoint .*model_spec.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 2}, "format_version .*[12].*[12]"),
+        ({"family": "bloom"}, "llama, mistral, qwen2.*'bloom'"),
+        ({"dtype": "int8"}, "dtype .*int8"),
+        ({"moe": {"num_new_experts": 4, "topk": 1, "layers": [0]}}, "K = 1"),
+        ({"moe": {"num_new_experts": 4}}, "model_spec.json"),
+        ({"surprise": 1}, "model_spec.json"),
+        ({"megatron_args": {"num_layers": 4}}, "hidden_size"),
+    ],
+)
+def test_an_invalid_spec_is_rejected(checkpoint: Path, tmp_path: Path, changes: dict, message: str) -> None:
+    edit_json(checkpoint / "model_spec.json", **changes)
+    refuses_export(checkpoint, tmp_path, message)
+
+
+def test_a_spec_that_does_not_fit_the_weights_is_rejected(checkpoint: Path, tmp_path: Path) -> None:
+    edit_json(checkpoint / "model_spec.json", moe={"num_new_experts": 3, "topk": 2, "layers": [0, 1, 2, 3]})
+    refuses_export(checkpoint, tmp_path, r"router.weight .*\[5, 32\].*model_spec.json.*\[4, 32\]")
+    edit_json(checkpoint / "model_spec.json", moe=None)
+    refuses_export(checkpoint, tmp_path, "decoder.layers.0.mlp.linear_fc1.layer_norm_weight")
+
+
+def test_a_missing_or_wrong_tracker_file_is_reported(checkpoint: Path, tmp_path: Path) -> None:
+    refuses_export(checkpoint, tmp_path, " 7", iteration=7)
+    tracker = checkpoint / "latest_checkpointed_iteration.txt"
+    tracker.write_text("100")
+    refuses_export(checkpoint, tmp_path, "iter_0000100")
+    tracker.write_text("soon")
+    refuses_export(checkpoint, tmp_path, "'soon'")
+    tracker.unlink()
+    refuses_export(checkpoint, tmp_path, "latest_checkpointed_iteration.txt")
+
+
+def test_an_incomplete_checkpoint_is_rejected(checkpoint: Path, tmp_path: Path) -> None:
+    data = checkpoint / "release" / "__0_0.distcp"
+    content = data.read_bytes()
+    data.write_bytes(content[: len(content) // 2])
+    refuses_export(checkpoint, tmp_path, "__0_0.distcp .*truncated")
+    data.unlink()
+    refuses_export(checkpoint, tmp_path, "__0_0.distcp")
+    (checkpoint / "release" / ".metadata").write_bytes(b"\x80\x04nonsense")
+    refuses_export(checkpoint, tmp_path, ".metadata is damaged")
+    (checkpoint / "release" / ".metadata").unlink()
+    refuses_export(checkpoint, tmp_path, "release .*.metadata")
+
+
+def test_exporting_an_untrusted_checkpoint_runs_no_code(checkpoint: Path, tmp_path: Path) -> None:
+    trap = tmp_path / "ran"
+    metadata = pickle.loads((checkpoint / "release" / ".metadata").read_bytes())
+    metadata.planner_data = RunsCode(trap)
+    (checkpoint / "release" / ".metadata").write_bytes(pickle.dumps(metadata))
+    mcore_to_hf(checkpoint, tmp_path / "hf")
+    assert not trap.exists()
+    metadata.storage_data = RunsCode(trap)
+    (checkpoint / "release" / ".metadata").write_bytes(pickle.dumps(metadata))
+    refuses_export(checkpoint, tmp_path, ".metadata is damaged")
+    assert not trap.exists()
+    pickle.loads((checkpoint / "release" / ".metadata").read_bytes())
+    assert trap.exists()  # the trap works: an unrestricted reader falls into it

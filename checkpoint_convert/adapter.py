@@ -57,24 +57,22 @@ class AdapterConfig:
             content = dict(json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
             raise UserError(f"{path} is damaged: {error}; copy it again") from error
-        if content.get("peft_type") != "MOE":
-            raise UserError(
-                f"{path}: peft_type must be 'MOE' (an adapter of the published MoE-LPR code), "
-                f"got {content.get('peft_type')!r}"
-            )
         layers = content.get("layers_to_transform")
-        if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
-            raise UserError(f"{path}: layers_to_transform must be a list of layer numbers, got {layers!r}")
-        for name in ("num_experts", "topk"):
-            if type(content.get(name)) is not int:
-                raise UserError(f"{path}: {name} must be an integer, got {content.get(name)!r}")
-        if content["topk"] == 1:
-            raise UserError(
-                f"{path}: topk must be at least 2, got 1; with topk 1 the published code does not renormalize the gate "
-                "weight, which is another model"
-            )
+        checks = {
+            "peft_type": (content.get("peft_type") == "MOE", "'MOE' (an adapter of the published MoE-LPR code)"),
+            "layers_to_transform": (
+                isinstance(layers, list) and all(type(layer) is int for layer in layers),
+                "a list of layer numbers",
+            ),
+            "num_experts": (type(content.get("num_experts")) is int, "an integer"),
+            # With topk 1 the published code does not renormalize the gate weight, which is another model.
+            "topk": (type(content.get("topk")) is int and content["topk"] != 1, "an integer of at least 2"),
+        }
+        for name, (is_valid, expected) in checks.items():
+            if not is_valid:
+                raise UserError(f"{path}: {name} must be {expected}, got {content.get(name)!r}")
         base_model = content.get("base_model_name_or_path")
-        return cls(content["num_experts"], content["topk"], tuple(sorted(set(layers))), base_model)
+        return cls(content["num_experts"], content["topk"], tuple(sorted(set(layers or []))), base_model)
 
     def write(self, folder: Path) -> None:
         """Write all settings of the published code; those for training have their defaults."""

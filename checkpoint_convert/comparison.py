@@ -103,12 +103,12 @@ def compare_frozen(base: Path, upcycled: Path) -> Iterator[TensorVerdict]:
 
 
 def max_abs_difference(a: Path, b: Path) -> float:
-    """Largest absolute difference over all tensors of two models; inf if tensors are missing or misshapen."""
+    """`largest_difference` of two models."""
     return largest_difference(list(compare(a, b)))
 
 
 def frozen_max_abs_difference(base: Path, upcycled: Path) -> float:
-    """Largest absolute difference between the base's tensors and their frozen copies; inf if one is missing."""
+    """`largest_difference` between the base's tensors and their frozen copies."""
     return largest_difference(list(compare_frozen(base, upcycled)))
 
 

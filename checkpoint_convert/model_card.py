@@ -51,10 +51,9 @@ class Origin:
         content = read_json(checkpoint / HF_FOLDER / ORIGIN_FILE)
         if content is None:
             return None
-        names = {key: content[key] for key in ("adapter", "copy_of") if isinstance(content.get(key), str)}
-        base_model, settings = content.get("base_model"), content.get("settings")
-        base_model = base_model if isinstance(base_model, str) else None
-        return cls(base_model, settings if isinstance(settings, dict) else {}, **names)
+        kinds = {"base_model": str, "settings": dict, "adapter": str, "copy_of": str}
+        valid = {key: content[key] for key, kind in kinds.items() if isinstance(content.get(key), kind)}
+        return cls(**{"base_model": None, **valid})
 
 
 @dataclass(frozen=True)
@@ -336,14 +335,14 @@ def _start(facts: CardFacts) -> str:
     if facts.origin.adapter is not None:
         return f"Routers and new experts came from the adapter `{facts.origin.adapter}` of the published MoE-LPR code."
     how = facts.origin.settings
-    start = {"random": "at random", "copied": "as copies"}.get(str(how.get("new_experts")))
-    if start is None:
+    if how.get("new_experts") not in ("random", "copied"):
         return ""
-    if how["new_experts"] == "copied" and how.get("noise"):
+    start = "New experts started " + ("at random" if how["new_experts"] == "random" else "as copies")
+    if how.get("noise"):
         start += f", with noise of {how['noise']:g} times the weights' standard deviation"
-    if how["new_experts"] == "copied" and how.get("reinitialise"):
+    if how.get("reinitialise"):
         start += f", {how['reinitialise']:.0%} of their FFN dimensions drawn anew"
-    return f"New experts started {start} (seed {how['seed']})." if "seed" in how else f"New experts started {start}."
+    return start + (f" (seed {how['seed']})." if "seed" in how else ".")
 
 
 def _stage_rows(stage: TrainedStage) -> list[tuple[str, str]]:

@@ -102,14 +102,7 @@ def hf_to_mcore(
 
 
 def check_weights(source: HfReader, family: Family, base: ModelSpec) -> set[str]:
-    """Check that a folder contains exactly the model's tensors, with the shapes that config.json implies.
-
-    Returns:
-        The names of the tensors.
-
-    Raises:
-        UserError: a tensor is missing, misshapen, of an unsupported dtype, or unknown.
-    """
+    """Return the names of the model's tensors; UserError if one is missing, misshapen, unknown or of another dtype."""
     known: set[str] = set()
     for piece in pieces(family.table, base):
         for name, shape in zip(piece.hf_names, piece.hf_shapes, strict=True):

@@ -168,12 +168,19 @@ def edit_tensors(path: Path, change: Callable[[dict[str, Tensor]], object]) -> N
     save_file(tensors, file, metadata={"format": "pt"})
 
 
+def copy_of(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+    """A copy of a folder, next to it, with changed tensors."""
+    copy = Path(shutil.copytree(folder, folder.parent / "changed", dirs_exist_ok=True))
+    edit_tensors(copy, change)
+    return copy
+
+
 def files_of(folder: Path) -> dict[str, bytes]:
     """Relative path → content of all files in a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def refuses_import(source: Path, tmp_path: Path, message: str, **options) -> None:
+def assert_import_fails(source: Path, tmp_path: Path, message: str, **options) -> None:
     """The import fails with a one-line message that matches, and leaves nothing."""
     from checkpoint_convert.upcycling import hf_to_mcore
 

@@ -24,11 +24,7 @@ _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_p
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read the folder's config.json.
-
-    Raises:
-        UserError: the folder or the file is missing, or the file is not a JSON object.
-    """
+    """Read the folder's config.json; UserError if it is missing or not a JSON object."""
     if not folder.is_dir():
         raise UserError(
             f"there is no folder {folder}; download a Hugging Face model with hf download NAME --local-dir DIR"
@@ -45,28 +41,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def load_config(folder: Path) -> Any:
-    """Read the folder's config with transformers, which fills in the defaults of its class.
-
-    Raises:
-        UserError: transformers rejects the config, or the model is quantized.
-    """
-    from transformers import AutoConfig
-
-    if "quantization_config" in read_config(folder):
-        raise UserError(f"{folder} is quantized (quantization_config); convert the unquantized model")
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # a damaged config may raise any exception
-        raise UserError(f"transformers cannot read {folder}/config.json: {' '.join(str(error).split())}") from error
-
-
 def _llama_like_args(config: Any) -> dict[str, Any]:
-    """Megatron's arguments for a Llama-like decoder, from transformers' config of the dense or the MoE class.
-
-    Raises:
-        UserError: Megatron or the stock MoE class would compute something else.
-    """
+    """Megatron's arguments for a Llama-like decoder; UserError if Megatron would compute something else."""
     if config.hidden_act != "silu":
         raise UserError(f"hidden_act must be 'silu' (SwiGLU), got {config.hidden_act!r}")
     for name in ("attention_bias", "mlp_bias"):
@@ -126,11 +102,6 @@ def _window_args(config: Any) -> dict[str, Any]:
 
 
 # --- Megatron's arguments to config.json
-
-
-def _sliding_window(spec: ModelSpec) -> int | None:
-    window = spec.megatron_args.get("window_size")
-    return None if window is None else window[0] + 1
 
 
 def _exported_config(base: dict[str, Any], spec: ModelSpec, architecture: str, dtype: str) -> dict[str, Any]:
@@ -194,7 +165,7 @@ class Family:
     moe_model_type: str
     table: NameTable
     megatron_args: Callable[[Any], dict[str, Any]]
-    moe_config: Callable[[ModelSpec], dict[str, Any]]
+    moe_config: Callable[[ModelSpec, MoeSpec], dict[str, Any]]
     may_mix_layers: bool
 
     def export_config(self, base: dict[str, Any], spec: ModelSpec, dtype: str) -> dict[str, Any]:
@@ -204,28 +175,21 @@ class Family:
         config = _exported_config(base, spec, self.moe_architecture, dtype)
         # The last key is ours, for evaluation; stock readers keep unknown keys.
         ours = {"model_type": self.moe_model_type, "num_original_experts": spec.moe.num_original_experts}
-        return config | _explicit_shape(spec) | self.moe_config(spec) | ours
+        return config | _explicit_shape(spec) | self.moe_config(spec, spec.moe) | ours
 
 
 # --- Llama, Mistral
 
 # Mixtral routes as the method does: softmax over all experts, top-k, renormalize.
-_MIXTRAL_TABLE = llama_like_table(
-    moe_rows(
-        router="block_sparse_moe.gate.weight",
-        gate="block_sparse_moe.experts.{j}.w1.weight",
-        up="block_sparse_moe.experts.{j}.w3.weight",
-        down="block_sparse_moe.experts.{j}.w2.weight",
-    )
-)
+_MIXTRAL_TABLE = llama_like_table(moe_rows("block_sparse_moe.", gate="w1", up="w3", down="w2"))
 
 
-def _mixtral_config(spec: ModelSpec) -> dict[str, Any]:
-    assert spec.moe is not None
+def _mixtral_config(spec: ModelSpec, moe: MoeSpec) -> dict[str, Any]:
+    window = spec.megatron_args.get("window_size")
     return {
-        "num_local_experts": spec.moe.num_experts,
-        "num_experts_per_tok": spec.moe.topk,
-        "sliding_window": _sliding_window(spec),
+        "num_local_experts": moe.num_experts,
+        "num_experts_per_tok": moe.topk,
+        "sliding_window": None if window is None else window[0] + 1,
     }
 
 
@@ -245,27 +209,22 @@ MISTRAL = replace(LLAMA, name="mistral", architecture="MistralForCausalLM", mode
 
 # --- Qwen
 
-_QWEN_MOE_ROWS = moe_rows(
-    router="mlp.gate.weight",
-    gate="mlp.experts.{j}.gate_proj.weight",
-    up="mlp.experts.{j}.up_proj.weight",
-    down="mlp.experts.{j}.down_proj.weight",
-)
+_QWEN_MOE_ROWS = moe_rows("mlp.", gate="gate_proj", up="up_proj", down="down_proj")
 
 
-def _qwen_moe_config(spec: ModelSpec) -> dict[str, Any]:
-    """The common keys of Qwen2Moe and Qwen3Moe."""
-    assert spec.moe is not None
+def _qwen_moe_config(spec: ModelSpec, moe: MoeSpec, **settings: Any) -> dict[str, Any]:
+    num_layers = spec.megatron_args["num_layers"]
     return {
-        "num_experts": spec.moe.num_experts,
-        "num_experts_per_tok": spec.moe.topk,
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.topk,
         # The classes default to false, which is another model.
         "norm_topk_prob": True,
         "moe_intermediate_size": spec.megatron_args["ffn_hidden_size"],
         "decoder_sparse_step": 1,
-        "mlp_only_layers": [i for i in range(spec.megatron_args["num_layers"]) if not spec.is_moe_layer(i)],
+        "mlp_only_layers": [i for i in range(num_layers) if i not in moe.layers],
         "use_sliding_window": False,
         "sliding_window": None,
+        **settings,
     }
 
 
@@ -288,7 +247,7 @@ QWEN2 = Family(
         moe_zeros=((HF_LAYER + "mlp.shared_expert_gate.weight", "one hidden"),),
     ),
     megatron_args=partial(_qwen_args, add_qkv_bias=True),
-    moe_config=lambda spec: _qwen_moe_config(spec) | {"shared_expert_intermediate_size": 0, "qkv_bias": True},
+    moe_config=partial(_qwen_moe_config, shared_expert_intermediate_size=0, qkv_bias=True),
     may_mix_layers=True,
 )
 
@@ -302,7 +261,7 @@ QWEN3 = Family(
     table=llama_like_table(_QWEN_MOE_ROWS, qk_norm=True),
     megatron_args=partial(_qwen_args, qk_layernorm=True),
     # transformers 5 reads and writes num_local_experts, older readers only num_experts.
-    moe_config=lambda spec: _qwen_moe_config(spec) | {"num_local_experts": spec.moe.num_experts if spec.moe else 0},
+    moe_config=lambda spec, moe: _qwen_moe_config(spec, moe, num_local_experts=moe.num_experts),
     may_mix_layers=True,
 )
 
@@ -312,10 +271,9 @@ FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
 
 
 def family_of(config: dict[str, Any]) -> tuple[Family, bool]:
-    """The family of a config.json, and whether it is the MoE class (Llama and Mistral share theirs, and the table).
+    """The family of a config.json, and whether it is the MoE class; UserError if there is none.
 
-    Raises:
-        UserError: the architecture is unsupported; the message lists the supported ones.
+    Llama and Mistral share their MoE class and their table.
     """
     architectures = config.get("architectures") or []
     for family in FAMILIES.values():
@@ -345,20 +303,20 @@ def family_named(name: str) -> Family:
 
 
 def read_base(folder: Path) -> tuple[Family, ModelSpec]:
-    """Read the family and shape of a Hugging Face model from its config.json.
+    """Read the family and shape of a Hugging Face model from its config.json; UserError if it is unsupported.
 
-    Args:
-        folder: Hugging Face directory of a dense model or a stock MoE.
-
-    Returns:
-        The family, and a spec whose dtype is a placeholder (the weights decide) and whose experts are all original.
-
-    Raises:
-        UserError: the model is unsupported.
+    The experts of the spec are all original; its dtype is a placeholder, as only the weights have it.
     """
     raw = read_config(folder)
     family, is_moe = family_of(raw)
-    config = load_config(folder)
+    if "quantization_config" in raw:
+        raise UserError(f"{folder} is quantized (quantization_config); convert the unquantized model")
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)  # with the defaults of its class
+    except Exception as error:  # a damaged config may raise any exception
+        raise UserError(f"transformers cannot read {folder}/config.json: {' '.join(str(error).split())}") from error
     try:
         args = family.megatron_args(config)
         moe = _original_experts(config, family, args, raw) if is_moe else None
@@ -375,12 +333,9 @@ def with_new_experts(
     moe_layers: list[int] | None = None,
     moe_every_k_layers: int | None = None,
 ) -> ModelSpec:
-    """Add new experts to the FFN of a dense model, or to the experts of an MoE.
+    """Add N new experts to the FFN of a dense model, or to the experts of an MoE.
 
     Args:
-        family: Family of the model.
-        base: Spec from `read_base`.
-        num_new_experts: N.
         topk: K; None for 2, or for the MoE's own.
         moe_layers: 0-based layers to upcycle; `moe_every_k_layers`: layers k, 2k, …; neither: all layers.
 
@@ -437,7 +392,7 @@ def _original_experts(config: Any, family: Family, args: dict[str, Any], raw: di
     args["ffn_hidden_size"] = expert_ffn
     num_experts = next(getattr(config, name) for name in ("num_experts", "num_local_experts") if hasattr(config, name))
     moe = MoeSpec(0, config.num_experts_per_tok, layers, num_experts)
-    for name, expected in family.moe_config(ModelSpec(family.name, "float32", args, moe)).items():
+    for name, expected in family.moe_config(ModelSpec(family.name, "float32", args), moe).items():
         found = getattr(config, name, raw.get(name, expected))
         if found != expected and (found or expected):  # 0, [] and null are equivalent
             raise UserError(f"{name} must be {expected} to add experts to a {family.moe_architecture}, got {found}")

@@ -127,17 +127,18 @@ ORIGINAL_EXPERT = "original_experts.{j}."
 NEW_EXPERTS = "experts.experts."
 
 
-def moe_rows(router: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
-    """Rows of an MoE layer's FFN, from the names in the stock MoE class; {j} in `gate`, `up`, `down` is the expert."""
+def moe_rows(module: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
+    """Rows of an MoE layer's FFN, from the names of the MoE module and of an expert's matrices in the stock class."""
     mlp = MEGATRON_LAYER + "mlp."
     dense_gate, dense_up, dense_down = (HF_LAYER + f"mlp.{name}_proj.weight" for name in ("gate", "up", "down"))
-    fc1 = ((HF_LAYER + gate, "ffn hidden"), (HF_LAYER + up, "ffn hidden"))
-    fc2 = ((HF_LAYER + down, "hidden ffn"),)
+    expert = HF_LAYER + module + "experts.{j}."
+    fc1 = ((f"{expert}{gate}.weight", "ffn hidden"), (f"{expert}{up}.weight", "ffn hidden"))
+    fc2 = ((f"{expert}{down}.weight", "hidden ffn"),)
     norm = HF_LAYER + "post_attention_layernorm.weight"
     # Copies follow their origin, so that it is read only once.
     return (
         Row(MEGATRON_LAYER + "pre_mlp_layernorm.weight", ((norm, "hidden"),)),
-        Row(mlp + "router.weight", ((HF_LAYER + router, "experts hidden"),)),
+        Row(mlp + "router.weight", ((HF_LAYER + module + "gate.weight", "experts hidden"),)),
         Row(mlp + ORIGINAL_EXPERT + "linear_fc1.weight", fc1, GateUp(), (dense_gate, dense_up)),
         Row(mlp + NEW_EXPERTS + "linear_fc1.weight", fc1, GateUp(), (dense_gate, dense_up)),
         Row(mlp + ORIGINAL_EXPERT + "linear_fc2.weight", fc2, dense=(dense_down,)),

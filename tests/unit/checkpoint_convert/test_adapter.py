@@ -145,7 +145,7 @@ def test_ours_to_adapter_to_ours_is_bitwise_identical(qwen2: Path, tmp_path: Pat
     assert max_abs_difference(tmp_path / "ours", tmp_path / "again") == 0.0
     assert ModelSpec.read(tmp_path / "ours") == ModelSpec.read(tmp_path / "again")
     files = [path.relative_to(tmp_path / "ours") for path in (tmp_path / "ours").rglob("*") if path.is_file()]
-    files.remove(Path("hf/origin.json"))  # each says where its experts came from
+    files.remove(Path("hf/origin.json"))  # records where the experts come from
     for path in files:
         assert (tmp_path / "ours" / path).read_bytes() == (tmp_path / "again" / path).read_bytes(), path
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from checkpoint_convert import apply_delta as apply_delta_module
 from checkpoint_convert import hf_to_mcore as importer
@@ -21,14 +20,8 @@ from tests.hf_models import (
 )
 
 
-@pytest.fixture
-def checkpoint(qwen2: Path, tmp_path: Path) -> Path:
-    hf_to_mcore(qwen2, tmp_path / "checkpoint")
-    return tmp_path / "checkpoint"
-
-
-def exit_code(monkeypatch, main: Callable[[], None], *words: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["command", *map(str, words)])
+def exit_code(monkeypatch, main: Callable[[], None], *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
     with pytest.raises(SystemExit) as caught:
         run_command(main)
     return caught.value.code
@@ -44,11 +37,11 @@ def test_a_full_disk_exits_with_one_message_and_code_1(qwen2: Path, tmp_path: Pa
 
     hf_to_mcore(qwen2, tmp_path / "megatron")
     monkeypatch.setattr("builtins.open", open_full)
-    for main, words in (
+    for main, arguments in (
         (importer.main, ("--hf-path", qwen2, "--num-new-experts", 4)),
         (exporter.main, ("--load", tmp_path / "megatron")),
     ):
-        assert exit_code(monkeypatch, main, *words, "--save", tmp_path / "out") == 1
+        assert exit_code(monkeypatch, main, *arguments, "--save", tmp_path / "out") == 1
         assert "the disk is full" in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
     # With free space, the same command resumes.
@@ -60,15 +53,15 @@ def test_a_full_disk_exits_with_one_message_and_code_1(qwen2: Path, tmp_path: Pa
 
 def test_insufficient_disk_space_is_detected_before_writing(qwen2: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 900, 100))
-    words = ("--hf-path", qwen2, "--dense", "--save", tmp_path / "out")
-    assert exit_code(monkeypatch, importer.main, *words) == 1
+    arguments = ("--hf-path", qwen2, "--dense", "--save", tmp_path / "out")
+    assert exit_code(monkeypatch, importer.main, *arguments) == 1
     assert f"the disk is full while writing {tmp_path / 'out'}" in capsys.readouterr().err
 
 
 def test_invalid_arguments_exit_with_one_message_and_code_2(
-    qwen2: Path, checkpoint: Path, tmp_path: Path, monkeypatch, capsys
+    qwen2: Path, upcycled: Path, tmp_path: Path, monkeypatch, capsys
 ):
-    for main, words, message in (
+    for main, arguments, message in (
         (importer.main, ("--hf-path", qwen2, "--save", tmp_path / "out", "--num-new-experts", 4, "--topk", 1), "K = 1"),
         (importer.main, ("--hf-path", qwen2, "--save", tmp_path / "out"), "--num-new-experts"),
         (
@@ -82,25 +75,17 @@ def test_invalid_arguments_exit_with_one_message_and_code_2(
             "layer numbers",
         ),
         (exporter.main, ("--load", tmp_path / "none", "--save", tmp_path / "out"), "none"),
-        (exporter.main, ("--load", checkpoint, "--save", tmp_path / "out", "--max-shard-size", "big"), "5GB"),
+        (exporter.main, ("--load", upcycled, "--save", tmp_path / "out", "--max-shard-size", "big"), "5GB"),
         (verify.main, (tmp_path / "none", qwen2), "none"),
     ):
-        assert exit_code(monkeypatch, main, *words) == 2
+        assert exit_code(monkeypatch, main, *arguments) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
         assert_nothing_left(tmp_path)
 
 
-@pytest.fixture
-def base(make_qwen2: Callable[..., Path], tmp_path: Path) -> Path:
-    """bf16, with a tokenizer, a model card of its own and a folder that a test may spoil."""
-    folder = Path(shutil.copytree(make_qwen2(torch.bfloat16, tokenizer=True), tmp_path / "Base-1B"))
-    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\nThe base.\n")
-    return folder
-
-
 def test_a_delta_is_made_and_applied_by_commands(base: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    def run(main: Callable[[], None], *words: object) -> int | None:
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, words)])
+    def run(main: Callable[[], None], *arguments: object) -> int | None:
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
         try:
             run_command(main)
         except SystemExit as exit:

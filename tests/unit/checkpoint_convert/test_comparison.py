@@ -1,7 +1,6 @@
 """The comparison holds two tensors and one model in memory at a time, and agrees with an independent one."""
 
 import json
-import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -14,30 +13,9 @@ from checkpoint_convert.comparison import compare_on_text, max_abs_difference
 from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.upcycling import hf_to_mcore
 from tests.hf_models import (
-    edit_tensors,
+    copy_of,
     tensors_of,
 )
-
-
-@pytest.fixture
-def export(qwen2: Path, tmp_path: Path) -> Path:
-    hf_to_mcore(qwen2, tmp_path / "megatron", moe_layers=[0, 3])
-    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
-    return tmp_path / "hf"
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    """JSON lines in the letters that the tests' tokenizer knows."""
-    lines = ["ab" * 40 + "aaab" * 20, "b" + "a" * 30 + "bbab"]
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    return tmp_path / "text.jsonl"
-
-
-def copy_of(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
-    copy = Path(shutil.copytree(folder, folder.parent / "changed", dirs_exist_ok=True))
-    edit_tensors(copy, change)
-    return copy
 
 
 def test_a_difference_in_any_chunk_of_a_tensor_is_found(export: Path, monkeypatch) -> None:

@@ -65,7 +65,7 @@ def test_dtype_is_kept_unless_asked(make_qwen2: Callable[..., Path], tmp_path: P
     assert {t.dtype for t in megatron_tensors_of(tmp_path / "wide").values()} == {torch.float32}
     mcore_to_hf(tmp_path / "wide", tmp_path / "hf", dtype="bfloat16")
     mcore_to_hf(tmp_path / "kept", tmp_path / "hf-kept")
-    # bf16 → fp32 → bf16 is exact for what came from the model; routers were drawn in fp32 and rounded once.
+    # bf16 → fp32 → bf16 is exact for what came from the model; routers were initialized in fp32 and rounded once.
     assert_same(tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "hf-kept"))
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
@@ -90,14 +90,6 @@ def test_few_tensors_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_pat
 
 
 # --- deltas
-
-
-@pytest.fixture
-def base(make_qwen2: Callable[..., Path], tmp_path: Path) -> Path:
-    """bf16, with a tokenizer, a model card of its own and a folder that a test may spoil."""
-    folder = Path(shutil.copytree(make_qwen2(torch.bfloat16, tokenizer=True), tmp_path / "Base-1B"))
-    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\nThe base.\n")
-    return folder
 
 
 @pytest.fixture
@@ -186,7 +178,7 @@ def test_a_delta_contains_only_routers_and_new_experts(checkpoint: Path, tmp_pat
     assert "apply_delta --base Base-1B" in (tmp_path / "delta" / "README.md").read_text()
 
 
-def refuses(base: Path, delta: Path, save: Path, message: str) -> None:
+def assert_apply_fails(base: Path, delta: Path, save: Path, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         apply_delta(base, delta, save)
     assert "\n" not in str(caught.value)
@@ -196,12 +188,14 @@ def refuses(base: Path, delta: Path, save: Path, message: str) -> None:
 def test_a_wrong_base_is_rejected_by_name(base: Path, checkpoint: Path, make_qwen2, tmp_path: Path) -> None:
     mcore_to_hf(checkpoint, tmp_path / "delta", as_delta=True)
     weights, out = base / "model.safetensors", tmp_path / "out"
-    refuses(make_qwen2(torch.bfloat16, intermediate_size=40), tmp_path / "delta", out, "Base-1B.*--base")
-    refuses(make_qwen2(torch.bfloat16, tie_word_embeddings=True), tmp_path / "delta", out, "Base-1B.*lm_head.*--base")
+    assert_apply_fails(make_qwen2(torch.bfloat16, intermediate_size=40), tmp_path / "delta", out, "Base-1B.*--base")
+    assert_apply_fails(
+        make_qwen2(torch.bfloat16, tie_word_embeddings=True), tmp_path / "delta", out, "Base-1B.*lm_head.*--base"
+    )
     for name in ("model.layers.0.mlp.up_proj.weight", "model.norm.weight"):
         before = load_file(weights)[name]
         edit_tensors(weights, lambda tensors, name=name: tensors[name].view(-1)[5].mul_(1.01))
-        refuses(base, tmp_path / "delta", out, f"Base-1B.*delta.*{name} .*--base")
+        assert_apply_fails(base, tmp_path / "delta", out, f"Base-1B.*delta.*{name} .*--base")
         edit_tensors(weights, lambda tensors, name=name, before=before: tensors[name].copy_(before))
     apply_delta(base, tmp_path / "delta", out)
 
@@ -212,19 +206,19 @@ def test_a_damaged_delta_is_rejected(base: Path, checkpoint: Path, tmp_path: Pat
     edit_tensors(
         delta / "delta.safetensors", lambda tensors: tensors["model.layers.2.mlp.gate.weight"].view(-1)[0].add_(1)
     )
-    refuses(base, delta, out, "delta .*model.layers.2.mlp.gate.weight")
+    assert_apply_fails(base, delta, out, "delta .*model.layers.2.mlp.gate.weight")
     edit_tensors(delta / "delta.safetensors", lambda tensors: tensors.pop("model.layers.2.mlp.gate.weight"))
-    refuses(base, delta, out, "model.layers.2.mlp.gate.weight")
+    assert_apply_fails(base, delta, out, "model.layers.2.mlp.gate.weight")
     (delta / "delta.safetensors").unlink()
-    refuses(base, delta, out, "delta.safetensors")
+    assert_apply_fails(base, delta, out, "delta.safetensors")
     text = (delta / "delta_config.json").read_text()
     for damaged in (text[:-50], text.replace('"bfloat16"', '"int8"', 1), text.replace('"base"', '"nowhere"', 1), "[]"):
         (delta / "delta_config.json").write_text(damaged)
-        refuses(base, delta, out, "delta_config.json")
+        assert_apply_fails(base, delta, out, "delta_config.json")
     (delta / "delta_config.json").write_text(text.replace('"format_version": 1', '"format_version": 2'))
-    refuses(base, delta, out, "format_version .*1.* 2")
+    assert_apply_fails(base, delta, out, "format_version .*1.* 2")
     (delta / "delta_config.json").unlink()
-    refuses(base, delta, out, "delta_config.json.*--delta")
+    assert_apply_fails(base, delta, out, "delta_config.json.*--delta")
 
 
 def test_a_model_that_a_delta_cannot_express_is_rejected(base: Path, checkpoint: Path, tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ from safetensors import safe_open
 from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.upcycling import hf_to_mcore
 from tests.hf_models import (
+    assert_import_fails,
     assert_same,
     load_stock,
-    refuses_import,
     save_tokenizer,
     stock_logits,
     tensors_of,
@@ -21,33 +21,33 @@ from tests.hf_models import (
 
 def test_pickled_weights_are_rejected(source: Path, tmp_path: Path) -> None:
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
-    refuses_import(source, tmp_path, "source .*pickled.*safetensors")
+    assert_import_fails(source, tmp_path, "source .*pickled.*safetensors")
     (source / "pytorch_model.bin").unlink()
-    refuses_import(source, tmp_path, "source .*model.safetensors")
+    assert_import_fails(source, tmp_path, "source .*model.safetensors")
 
 
 def test_truncated_weights_are_rejected(source: Path, tmp_path: Path) -> None:
     content = (source / "model.safetensors").read_bytes()
     (source / "model.safetensors").write_bytes(content[:-100])
-    refuses_import(source, tmp_path, "model.safetensors .*truncated")
+    assert_import_fails(source, tmp_path, "model.safetensors .*truncated")
 
 
 def test_an_index_that_lists_a_missing_shard_is_rejected(make_qwen2: Callable[..., Path], tmp_path: Path) -> None:
     source = make_qwen2(save={"max_shard_size": "40KB"})
     sorted(source.glob("model-*.safetensors"))[1].unlink()
-    refuses_import(source, tmp_path, "model.safetensors.index.json .*model-00002-of-")
+    assert_import_fails(source, tmp_path, "model.safetensors.index.json .*model-00002-of-")
 
 
 def test_a_tokenizer_with_more_ids_than_rows_is_rejected(source: Path, tmp_path: Path) -> None:
     save_tokenizer(source, num_ids=99)
     hf_to_mcore(source, tmp_path / "fits")
     save_tokenizer(source, num_ids=100)
-    refuses_import(source, tmp_path, "source .*100.* 99 ")
+    assert_import_fails(source, tmp_path, "source .*100.* 99 ")
 
 
 def test_a_damaged_tokenizer_is_rejected(source: Path, tmp_path: Path) -> None:
     (source / "tokenizer.json").write_text("{}")
-    refuses_import(source, tmp_path, "tokenizer in .*source")
+    assert_import_fails(source, tmp_path, "tokenizer in .*source")
 
 
 def test_tokenizer_and_chat_template_are_copied(qwen2: Path, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_megatron_finds_what_load_checkpoint_needs(megatron: None, qwen2: Path, 
     hf_to_mcore(qwen2, tmp_path / "megatron")
     folder = str(tmp_path / "megatron")
     assert checkpoint_exists(folder)
-    # read_metadata agrees on the iteration over the ranks on the GPU; one process alone need not.
+    # read_metadata agrees on the iteration over the ranks on the GPU; a single process does not.
     dist_is_initialized = dist.is_initialized
     dist.is_initialized = lambda: False
     try:
@@ -183,7 +183,7 @@ def test_megatrons_dense_model_computes_hfs_logits(
 def test_experts_saved_in_expert_parallel_shards_are_exported(
     qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A trainer's checkpoint: experts in shards, optimizer state and Megatron's arguments beside the weights."""
+    """A trainer's checkpoint: experts in shards, and optimizer state and Megatron's arguments next to the weights."""
     spec = hf_to_mcore(qwen2, tmp_path / "megatron", start=Start("random"))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "expected")
     reader = TorchDistReader(tmp_path / "megatron" / "release")
@@ -214,7 +214,7 @@ def test_experts_saved_in_expert_parallel_shards_are_exported(
 
 
 def test_common_state_is_plain_data(qwen2: Path, tmp_path: Path) -> None:
-    """Megatron reads it with weights_only, which refuses everything else."""
+    """Megatron reads it with weights_only, which rejects everything else."""
     hf_to_mcore(qwen2, tmp_path / "megatron")
     state = {"common_state/shard_0_1": io.BytesIO()}
     dcp.load(state, storage_reader=dcp.FileSystemReader(tmp_path / "megatron" / "release"), no_dist=True)
@@ -226,38 +226,32 @@ def test_common_state_is_plain_data(qwen2: Path, tmp_path: Path) -> None:
 # --- invalid input
 
 
-@pytest.fixture
-def checkpoint(qwen2: Path, tmp_path: Path) -> Path:
-    hf_to_mcore(qwen2, tmp_path / "checkpoint")
-    return tmp_path / "checkpoint"
-
-
 def edit_json(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def refuses_export(checkpoint: Path, tmp_path: Path, message: str, **options) -> None:
+def assert_export_fails(upcycled: Path, tmp_path: Path, message: str, **options) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        mcore_to_hf(checkpoint, tmp_path / "out", **options)
+        mcore_to_hf(upcycled, tmp_path / "out", **options)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
     assert_nothing_left(tmp_path)
 
 
-def test_a_diverged_run_is_rejected(checkpoint: Path, tmp_path: Path) -> None:
-    reader = TorchDistReader(checkpoint / "release")
-    with TorchDistWriter(checkpoint / "iter_0000012") as writer:
+def test_a_diverged_run_is_rejected(upcycled: Path, tmp_path: Path) -> None:
+    reader = TorchDistReader(upcycled / "release")
+    with TorchDistWriter(upcycled / "iter_0000012") as writer:
         for key in sorted(reader.keys):
             tensor = reader.read(key).clone()
             writer.write(key, tensor.fill_(float("nan")) if key.endswith("1.mlp.router.weight") else tensor)
         writer.finish({})
     message = "iter_0000012: model.layers.1.mlp.gate.weight .*NaN.*--iteration"
-    refuses_export(checkpoint, tmp_path, message, iteration=12)
+    assert_export_fails(upcycled, tmp_path, message, iteration=12)
 
 
-def test_a_folder_without_spec_is_rejected(checkpoint: Path, tmp_path: Path) -> None:
-    (checkpoint / "model_spec.json").unlink()
-    refuses_export(checkpoint, tmp_path, "checkpoint .*model_spec.json")
+def test_a_folder_without_spec_is_rejected(upcycled: Path, tmp_path: Path) -> None:
+    (upcycled / "model_spec.json").unlink()
+    assert_export_fails(upcycled, tmp_path, "checkpoint .*model_spec.json")
 
 
 @pytest.mark.parametrize(
@@ -272,52 +266,52 @@ def test_a_folder_without_spec_is_rejected(checkpoint: Path, tmp_path: Path) -> 
         ({"megatron_args": {"num_layers": 4}}, "hidden_size"),
     ],
 )
-def test_an_invalid_spec_is_rejected(checkpoint: Path, tmp_path: Path, changes: dict, message: str) -> None:
-    edit_json(checkpoint / "model_spec.json", **changes)
-    refuses_export(checkpoint, tmp_path, message)
+def test_an_invalid_spec_is_rejected(upcycled: Path, tmp_path: Path, changes: dict, message: str) -> None:
+    edit_json(upcycled / "model_spec.json", **changes)
+    assert_export_fails(upcycled, tmp_path, message)
 
 
-def test_a_spec_that_does_not_fit_the_weights_is_rejected(checkpoint: Path, tmp_path: Path) -> None:
-    edit_json(checkpoint / "model_spec.json", moe={"num_new_experts": 3, "topk": 2, "layers": [0, 1, 2, 3]})
-    refuses_export(checkpoint, tmp_path, r"router.weight .*\[5, 32\].*model_spec.json.*\[4, 32\]")
-    edit_json(checkpoint / "model_spec.json", moe=None)
-    refuses_export(checkpoint, tmp_path, "decoder.layers.0.mlp.linear_fc1.layer_norm_weight")
+def test_a_spec_that_does_not_fit_the_weights_is_rejected(upcycled: Path, tmp_path: Path) -> None:
+    edit_json(upcycled / "model_spec.json", moe={"num_new_experts": 3, "topk": 2, "layers": [0, 1, 2, 3]})
+    assert_export_fails(upcycled, tmp_path, r"router.weight .*\[5, 32\].*model_spec.json.*\[4, 32\]")
+    edit_json(upcycled / "model_spec.json", moe=None)
+    assert_export_fails(upcycled, tmp_path, "decoder.layers.0.mlp.linear_fc1.layer_norm_weight")
 
 
-def test_a_missing_or_wrong_tracker_file_is_reported(checkpoint: Path, tmp_path: Path) -> None:
-    refuses_export(checkpoint, tmp_path, " 7", iteration=7)
-    tracker = checkpoint / "latest_checkpointed_iteration.txt"
+def test_a_missing_or_wrong_tracker_file_is_reported(upcycled: Path, tmp_path: Path) -> None:
+    assert_export_fails(upcycled, tmp_path, "iteration 7", iteration=7)
+    tracker = upcycled / "latest_checkpointed_iteration.txt"
     tracker.write_text("100")
-    refuses_export(checkpoint, tmp_path, "iter_0000100")
+    assert_export_fails(upcycled, tmp_path, "iter_0000100")
     tracker.write_text("soon")
-    refuses_export(checkpoint, tmp_path, "'soon'")
+    assert_export_fails(upcycled, tmp_path, "'soon'")
     tracker.unlink()
-    refuses_export(checkpoint, tmp_path, "latest_checkpointed_iteration.txt")
+    assert_export_fails(upcycled, tmp_path, "latest_checkpointed_iteration.txt")
 
 
-def test_an_incomplete_checkpoint_is_rejected(checkpoint: Path, tmp_path: Path) -> None:
-    data = checkpoint / "release" / "__0_0.distcp"
+def test_an_incomplete_checkpoint_is_rejected(upcycled: Path, tmp_path: Path) -> None:
+    data = upcycled / "release" / "__0_0.distcp"
     content = data.read_bytes()
     data.write_bytes(content[: len(content) // 2])
-    refuses_export(checkpoint, tmp_path, "__0_0.distcp .*truncated")
+    assert_export_fails(upcycled, tmp_path, "__0_0.distcp .*truncated")
     data.unlink()
-    refuses_export(checkpoint, tmp_path, "__0_0.distcp")
-    (checkpoint / "release" / ".metadata").write_bytes(b"\x80\x04nonsense")
-    refuses_export(checkpoint, tmp_path, ".metadata is damaged")
-    (checkpoint / "release" / ".metadata").unlink()
-    refuses_export(checkpoint, tmp_path, "release .*.metadata")
+    assert_export_fails(upcycled, tmp_path, "__0_0.distcp")
+    (upcycled / "release" / ".metadata").write_bytes(b"\x80\x04nonsense")
+    assert_export_fails(upcycled, tmp_path, ".metadata is damaged")
+    (upcycled / "release" / ".metadata").unlink()
+    assert_export_fails(upcycled, tmp_path, "release .*.metadata")
 
 
-def test_exporting_an_untrusted_checkpoint_runs_no_code(checkpoint: Path, tmp_path: Path) -> None:
+def test_exporting_an_untrusted_checkpoint_runs_no_code(upcycled: Path, tmp_path: Path) -> None:
     trap = tmp_path / "ran"
-    metadata = pickle.loads((checkpoint / "release" / ".metadata").read_bytes())
+    metadata = pickle.loads((upcycled / "release" / ".metadata").read_bytes())
     metadata.planner_data = RunsCode(trap)
-    (checkpoint / "release" / ".metadata").write_bytes(pickle.dumps(metadata))
-    mcore_to_hf(checkpoint, tmp_path / "hf")
+    (upcycled / "release" / ".metadata").write_bytes(pickle.dumps(metadata))
+    mcore_to_hf(upcycled, tmp_path / "hf")
     assert not trap.exists()
     metadata.storage_data = RunsCode(trap)
-    (checkpoint / "release" / ".metadata").write_bytes(pickle.dumps(metadata))
-    refuses_export(checkpoint, tmp_path, ".metadata is damaged")
+    (upcycled / "release" / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert_export_fails(upcycled, tmp_path, ".metadata is damaged")
     assert not trap.exists()
-    pickle.loads((checkpoint / "release" / ".metadata").read_bytes())
+    pickle.loads((upcycled / "release" / ".metadata").read_bytes())
     assert trap.exists()  # the trap works: an unrestricted reader falls into it

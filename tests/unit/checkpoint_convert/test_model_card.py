@@ -1,4 +1,4 @@
-"""The card says what the records say, and nothing else."""
+"""The card contains what the runs recorded, and nothing else."""
 
 import json
 import re

@@ -40,7 +40,10 @@ def architecture(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def export(architecture: str, make_model: Callable[..., Path], tmp_path: Path) -> Path:
     """Experts that differ, in two shards."""
-    changes = FAMILIES[architecture][0] | {"hidden_size": 64, "intermediate_size": 128}  # vLLM's kernels want 16s
+    changes = FAMILIES[architecture][0] | {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+    }  # vLLM's kernels require multiples of 16
     hf_to_mcore(make_model(architecture, **changes), tmp_path / "megatron", num_new_experts=3, start=Start(noise=0.5))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", max_shard_bytes=800_000)
     return tmp_path / "hf"

@@ -18,10 +18,10 @@ from moelpr.stages import Part
 from moelpr.torch_dist import TorchDistReader
 from tests.hf_models import (
     TOKENS,
+    assert_import_fails,
     edit_tensors,
     load_stock,
     our_logits,
-    refuses_import,
     stock_logits,
     tensors_of,
 )
@@ -265,7 +265,7 @@ def test_a_third_round_counts_the_experts_of_both_before(make_model: Callable[..
 
 
 def test_new_experts_compete_only_with_expert_0(first_round: Path, tmp_path: Path) -> None:
-    """A token whose top-k is without expert 0, or is as good as expert 0 alone, is computed as before the round."""
+    """Tokens whose top-k omits expert 0, or is dominated by it, are computed as before the round."""
     direction = torch.linspace(-1, 1, 32)
 
     def change(router: Tensor) -> None:
@@ -315,33 +315,33 @@ def test_layers_without_experts_stay_without(make_model: Callable[..., Path], tm
 
 def test_a_missing_tensor_is_rejected(source: Path, tmp_path: Path) -> None:
     edit_tensors(source, lambda tensors: tensors.pop("model.layers.2.self_attn.k_proj.bias"))
-    refuses_import(source, tmp_path, "model.layers.2.self_attn.k_proj.bias")
+    assert_import_fails(source, tmp_path, "model.layers.2.self_attn.k_proj.bias")
 
 
 def test_a_misshapen_tensor_is_rejected(source: Path, tmp_path: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     edit_tensors(source, lambda tensors: tensors.update({name: tensors[name][:-1].contiguous()}))
-    refuses_import(source, tmp_path, rf"{name} .*\[47, 32\].*config.json.*\[48, 32\]")
+    assert_import_fails(source, tmp_path, rf"{name} .*\[47, 32\].*config.json.*\[48, 32\]")
 
 
 def test_an_unknown_tensor_is_rejected(source: Path, tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.o_proj.bias"
     edit_tensors(source, lambda tensors: tensors.update({name: torch.zeros(32)}))
-    refuses_import(source, tmp_path, f"source .*{name}")
+    assert_import_fails(source, tmp_path, f"source .*{name}")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_nan_and_inf_weights_are_rejected(source: Path, tmp_path: Path, value: float) -> None:
     name = "model.layers.1.mlp.down_proj.weight"
     edit_tensors(source, lambda tensors: tensors[name][3, 5].fill_(value))
-    refuses_import(source, tmp_path, f"source: {name} .*NaN")
+    assert_import_fails(source, tmp_path, f"source: {name} .*NaN")
 
 
 def test_mixed_and_unsupported_dtypes_are_rejected(source: Path, tmp_path: Path) -> None:
     edit_tensors(source, lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"].half()}))
-    refuses_import(source, tmp_path, "float16 and float32.*--dtype")
+    assert_import_fails(source, tmp_path, "float16 and float32.*--dtype")
     edit_tensors(source, lambda tensors: tensors.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}))
-    refuses_import(source, tmp_path, "model.norm.weight.*F32.*I8")
+    assert_import_fails(source, tmp_path, "model.norm.weight.*F32.*I8")
 
 
 @pytest.mark.parametrize(
@@ -360,4 +360,4 @@ def test_mixed_and_unsupported_dtypes_are_rejected(source: Path, tmp_path: Path)
     ],
 )
 def test_invalid_experts_are_rejected(qwen2: Path, tmp_path: Path, options: dict, message: str) -> None:
-    refuses_import(qwen2, tmp_path, message, **options)
+    assert_import_fails(qwen2, tmp_path, message, **options)

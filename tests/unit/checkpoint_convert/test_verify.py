@@ -18,40 +18,20 @@ from checkpoint_convert.upcycling import hf_to_mcore
 from checkpoint_convert.verify import main
 from moelpr.errors import run_command
 from tests.hf_models import (
+    copy_of,
     edit_tensors,
     save_tokenizer,
     tensors_of,
 )
 
 
-def verify(monkeypatch, *words: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["verify", *map(str, words)])
+def verify(monkeypatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["verify", *map(str, arguments)])
     try:
         run_command(main)
     except SystemExit as exit:
         return exit.code
     return 0
-
-
-@pytest.fixture
-def export(qwen2: Path, tmp_path: Path) -> Path:
-    hf_to_mcore(qwen2, tmp_path / "megatron", moe_layers=[0, 3])
-    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
-    return tmp_path / "hf"
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    """JSON lines in the letters that the tests' tokenizer knows."""
-    lines = ["ab" * 40 + "aaab" * 20, "b" + "a" * 30 + "bbab"]
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    return tmp_path / "text.jsonl"
-
-
-def copy_of(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
-    copy = Path(shutil.copytree(folder, folder.parent / "changed", dirs_exist_ok=True))
-    edit_tensors(copy, change)
-    return copy
 
 
 def test_a_dense_checkpoint_and_its_source_are_equal(qwen2: Path, tmp_path: Path, monkeypatch, capsys) -> None:
@@ -91,13 +71,13 @@ def test_an_upcycled_checkpoint_and_its_export_are_equal(export: Path, tmp_path:
 
 
 def test_every_kind_of_difference_is_named_and_the_largest_come_first(export: Path, monkeypatch, capsys) -> None:
-    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.norm.weight"][3] += 0.25
         tensors["model.layers.0.input_layernorm.weight"] += 1
         tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(2, 2)
         tensors["surplus"] = tensors.pop("model.layers.0.mlp.gate.weight")
 
-    other = copy_of(export, spoil)
+    other = copy_of(export, damage)
     assert verify(monkeypatch, export, other) == 1
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [line[0] for line in lines[4:6]] == ["model.layers.0.input_layernorm.weight", "model.norm.weight"]
@@ -166,7 +146,7 @@ def test_frozen_tensors_are_compared_with_the_base(qwen2: Path, export: Path, tm
 def test_all_experts_of_an_moe_base_are_frozen_and_its_routers_are_not(
     qwen2: Path, export: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    """The base of a further round of languages: an export with new experts beside all it has."""
+    """The base of another round of languages: an export that gets more experts."""
     hf_to_mcore(export, tmp_path / "round2", num_new_experts=2)
     mcore_to_hf(tmp_path / "round2", tmp_path / "round2-hf")
     for upcycled in (tmp_path / "round2", tmp_path / "round2-hf"):
@@ -210,7 +190,7 @@ def test_invalid_input_exits_with_one_message_and_code_2(
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     capsys.readouterr()
-    for words, message in (
+    for arguments, message in (
         ((qwen2, qwen2, "--tolerance", -1), "--tolerance .*0.* -1"),
         ((qwen2, qwen2, "--logit-tolerance", "nan"), "--logit-tolerance .*0.* nan"),
         ((qwen2, qwen2, "--num-tokens", 0), "--num-tokens .*1.* 0"),
@@ -222,7 +202,7 @@ def test_invalid_input_exits_with_one_message_and_code_2(
         ((qwen2, other_tokenizer, "--text", text), "other.*--text"),
         ((qwen2, other_vocabulary, "--text", text), "99 .* 98 .*--text"),
     ):
-        assert verify(monkeypatch, *words) == 2, message
+        assert verify(monkeypatch, *arguments) == 2, message
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert re.search(message, error), error

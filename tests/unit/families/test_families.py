@@ -16,9 +16,9 @@ from moelpr.errors import UserError
 from moelpr.families.families import FAMILIES
 from tests.hf_models import (
     TOKENS,
+    assert_import_fails,
     load_stock,
     our_logits,
-    refuses_import,
     stock_logits,
     tensors_of,
 )
@@ -33,7 +33,7 @@ LLAMA3_ROPE = {
 }
 
 
-# Settings that a family's models have in the wild, and what its export must be.
+# Settings of published models of each family, and the class of their export.
 MODELS = {
     "llama": ("LlamaForCausalLM", {}, "MixtralForCausalLM"),
     "llama 3.1": ("LlamaForCausalLM", {"rope_parameters": LLAMA3_ROPE}, "MixtralForCausalLM"),
@@ -116,7 +116,7 @@ def test_a_trained_model_computes_the_same_in_both(model: tuple[Path, str, str],
 
 
 def test_the_exported_config_has_old_and_new_names(model: tuple[Path, str, str], tmp_path: Path) -> None:
-    """Readers other than transformers 5 know the old keys only, and all have defaults of their own."""
+    """Readers other than transformers 5 read only the old keys, and all have their own defaults."""
     source, _, moe_architecture = model
     hf_to_mcore(source, tmp_path / "megatron", num_new_experts=3, topk=3)
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
@@ -156,7 +156,7 @@ def test_the_exported_config_has_old_and_new_names(model: tuple[Path, str, str],
 def test_a_key_missing_in_the_config_has_the_default_of_the_dense_class(
     make_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Mistral's window is 4096 unless config.json says null; Mixtral's is none unless it says a number."""
+    """Without the key, Mistral's window is 4096 and Mixtral has none."""
     source = make_model("MistralForCausalLM", sliding_window=4096, num_key_value_heads=4, rms_norm_eps=1e-6)
     config = json.loads((source / "config.json").read_text())
     for key in ("sliding_window", "rms_norm_eps"):
@@ -207,28 +207,28 @@ def edit_json(path: Path, **changes: object) -> None:
 
 
 def test_a_missing_folder_is_reported(tmp_path: Path) -> None:
-    refuses_import(tmp_path / "Qwen" / "Qwen1.5-1.8B", tmp_path, "Qwen/Qwen1.5-1.8B.*hf download")
+    assert_import_fails(tmp_path / "Qwen" / "Qwen1.5-1.8B", tmp_path, "Qwen/Qwen1.5-1.8B.*hf download")
 
 
 def test_a_folder_without_config_is_rejected(source: Path, tmp_path: Path) -> None:
     (source / "config.json").unlink()
-    refuses_import(source, tmp_path, "source .*config.json")
+    assert_import_fails(source, tmp_path, "source .*config.json")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '"qwen2"'])
 def test_a_config_that_is_not_a_json_object_is_rejected(source: Path, tmp_path: Path, text: str) -> None:
     (source / "config.json").write_text(text)
-    refuses_import(source, tmp_path, "config.json .*JSON")
+    assert_import_fails(source, tmp_path, "config.json .*JSON")
 
 
 def test_an_unknown_architecture_is_rejected_with_the_known_ones(source: Path, tmp_path: Path) -> None:
     edit_json(source / "config.json", architectures=["BloomForCausalLM"], model_type="bloom")
-    refuses_import(source, tmp_path, "LlamaForCausalLM, .*Qwen3ForCausalLM.*MixtralForCausalLM.*BloomForCausalLM")
+    assert_import_fails(source, tmp_path, "LlamaForCausalLM, .*Qwen3ForCausalLM.*MixtralForCausalLM.*BloomForCausalLM")
 
 
 def test_a_classifier_of_a_known_family_is_rejected(source: Path, tmp_path: Path) -> None:
     edit_json(source / "config.json", architectures=["Qwen2ForSequenceClassification"])
-    refuses_import(source, tmp_path, "Qwen2ForSequenceClassification")
+    assert_import_fails(source, tmp_path, "Qwen2ForSequenceClassification")
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_a_model_that_megatron_computes_differently_is_rejected(
     source: Path, tmp_path: Path, changes: dict, message: str
 ) -> None:
     edit_json(source / "config.json", **changes)
-    refuses_import(source, tmp_path, message)
+    assert_import_fails(source, tmp_path, message)
 
 
 def test_the_config_of_a_qwen2_export_is_complete(qwen2: Path, tmp_path: Path) -> None:

@@ -39,6 +39,8 @@ JOURNAL_FILE = "written.jsonl"
 def read_metadata(folder: Path) -> Metadata:
     """Read the table of contents of a step folder, without running code that the pickle `.metadata` could contain.
 
+    Megatron's and PyTorch's own loaders unpickle the file without this restriction.
+
     Raises:
         UserError: `folder` is not a torch_dist checkpoint, is incomplete, or its `.metadata` is damaged.
     """

@@ -41,7 +41,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _llama_like_args(config: Any) -> dict[str, Any]:
+def llama_like_args(config: Any) -> dict[str, Any]:
     """Megatron's arguments for a Llama-like decoder; UserError if Megatron would compute something else."""
     if config.hidden_act != "silu":
         raise UserError(f"hidden_act must be 'silu' (SwiGLU), got {config.hidden_act!r}")
@@ -200,7 +200,7 @@ LLAMA = Family(
     moe_architecture="MixtralForCausalLM",
     moe_model_type="mixtral",
     table=_MIXTRAL_TABLE,
-    megatron_args=_llama_like_args,
+    megatron_args=llama_like_args,
     moe_config=_mixtral_config,
     may_mix_layers=False,
 )
@@ -231,7 +231,7 @@ def _qwen_moe_config(spec: ModelSpec, moe: MoeSpec, **settings: Any) -> dict[str
 def _qwen_args(config: Any, **settings: bool) -> dict[str, Any]:
     if getattr(config, "use_sliding_window", False):  # Megatron has one window for all layers
         raise UserError("use_sliding_window: true is unsupported: only some layers have a sliding window")
-    return _llama_like_args(config) | settings
+    return llama_like_args(config) | settings
 
 
 QWEN2 = Family(

@@ -19,14 +19,7 @@ from tqdm import tqdm
 
 from checkpoint_convert.hf_folder import MODEL_STEM, HfReader, HfWriter, copy_companions
 from checkpoint_convert.megatron_folder import SIGNS, MegatronReader, write_checkpoint
-from checkpoint_convert.model_card import (
-    BASE_CARD_FILE,
-    CARD_FILE,
-    CardFacts,
-    Origin,
-    check_separable,
-    model_card,
-)
+from checkpoint_convert.model_card import BASE_CARD_FILE, CARD_FILE, CardFacts, Origin, check_separable, model_card
 from checkpoint_convert.outputs import check_output, job_description, output_folder
 from moelpr.errors import UserError
 from moelpr.families.families import CONFIG_FILE, read_config

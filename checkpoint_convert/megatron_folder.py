@@ -102,11 +102,7 @@ class MegatronReader:
 
 
 def write_checkpoint(
-    folder: Path,
-    plan: list[Piece],
-    spec: ModelSpec,
-    read: Callable[[list[Piece]], Iterable[Tensor]],
-    bar: "tqdm[None]",
+    folder: Path, plan: list[Piece], spec: ModelSpec, read: Callable[[list[Piece]], Iterable[Tensor]], bar: "tqdm[None]"
 ) -> None:
     """Write a release checkpoint and model_spec.json, or resume an interrupted one; one tensor is in memory at a time.
 

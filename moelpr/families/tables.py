@@ -123,8 +123,6 @@ class NameTable:
 
 HF_LAYER = "model.layers.{i}."
 MEGATRON_LAYER = "decoder.layers.{i}."
-ORIGINAL_EXPERT = "original_experts.{j}."
-NEW_EXPERTS = "experts.experts."
 
 
 def moe_rows(module: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
@@ -139,18 +137,15 @@ def moe_rows(module: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
     return (
         Row(MEGATRON_LAYER + "pre_mlp_layernorm.weight", ((norm, "hidden"),)),
         Row(mlp + "router.weight", ((HF_LAYER + module + "gate.weight", "experts hidden"),)),
-        Row(mlp + ORIGINAL_EXPERT + "linear_fc1.weight", fc1, GateUp(), (dense_gate, dense_up)),
-        Row(mlp + NEW_EXPERTS + "linear_fc1.weight", fc1, GateUp(), (dense_gate, dense_up)),
-        Row(mlp + ORIGINAL_EXPERT + "linear_fc2.weight", fc2, dense=(dense_down,)),
-        Row(mlp + NEW_EXPERTS + "linear_fc2.weight", fc2, dense=(dense_down,)),
+        Row(mlp + "original_experts.{j}.linear_fc1.weight", fc1, GateUp(), (dense_gate, dense_up)),
+        Row(mlp + "experts.experts.linear_fc1.weight", fc1, GateUp(), (dense_gate, dense_up)),
+        Row(mlp + "original_experts.{j}.linear_fc2.weight", fc2, dense=(dense_down,)),
+        Row(mlp + "experts.experts.linear_fc2.weight", fc2, dense=(dense_down,)),
     )
 
 
 def llama_like_table(
-    moe_ffn: tuple[Row, ...],
-    qkv_bias: bool = False,
-    qk_norm: bool = False,
-    moe_zeros: tuple[tuple[str, str], ...] = (),
+    moe_ffn: tuple[Row, ...], qkv_bias: bool = False, qk_norm: bool = False, moe_zeros: tuple[tuple[str, str], ...] = ()
 ) -> NameTable:
     """The table of a decoder with Llama's module names: grouped-query attention, pre-RMSNorm, SwiGLU."""
     hf, megatron = HF_LAYER + "self_attn.", MEGATRON_LAYER + "self_attention."

@@ -47,7 +47,7 @@ def metrics(run: Path) -> list[dict]:
 
 
 def tensors(run: Path, iteration: int) -> dict[str, torch.Tensor]:
-    from checkpoint_convert.torch_dist import TorchDistReader
+    from moelpr.torch_dist import TorchDistReader
 
     reader = TorchDistReader(run / f"iter_{iteration:07d}")
     return {key: reader.read(key) for key in reader.keys}
@@ -59,8 +59,8 @@ def model_tensors(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def whole_model(run: Path, iteration: int) -> dict[str, torch.Tensor]:
     """The model's tensors, from the run's base where the run saved only what it trained."""
-    from checkpoint_convert.torch_dist import TorchDistReader
     from moelpr.checkpoints import checkpoint_chain
+    from moelpr.torch_dist import TorchDistReader
 
     readers = [TorchDistReader(link) for link in reversed(checkpoint_chain(run, iteration))]
     return model_tensors({key: reader.read(key) for reader in readers for key in reader.keys})
@@ -96,7 +96,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random dense Qwen2 as `hf`, its conversions `dense` and `upcycled`, and corpora `original` and `expanded`."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from checkpoint_convert.hf_to_mcore import hf_to_mcore
+    from checkpoint_convert.upcycling import hf_to_mcore
     from data_tools.corpus_writer import CorpusWriter
 
     folder = tmp_path_factory.mktemp("material")
@@ -177,7 +177,7 @@ def test_stage1_learns(stage1: Path) -> None:
 
 
 def test_stage1_moves_new_experts_and_routers_and_nothing_else(material: Path, stage1: Path) -> None:
-    from checkpoint_convert.torch_dist import TorchDistReader
+    from moelpr.torch_dist import TorchDistReader
 
     start = TorchDistReader(material / "upcycled" / "release")
     for key, value in model_tensors(tensors(stage1, 6)).items():
@@ -253,7 +253,7 @@ def test_saving_only_what_is_trained_and_scoring_held_out_text_change_nothing_th
     material: Path, stage1: Path, stage2: Path
 ) -> None:
     """The other run does neither."""
-    from checkpoint_convert.mcore_to_hf import mcore_to_hf
+    from checkpoint_convert.export import mcore_to_hf
 
     whole = material / "stage2-whole"
     assert launch(*stage2_command(material, stage1, whole, held_out={})).returncode == 0
@@ -281,7 +281,7 @@ def test_a_resumed_stage2_equals_the_unbroken_one_bit_for_bit(material: Path, st
 
 
 def test_a_changed_base_stops_a_resumed_run_and_the_exporter(material: Path, stage1: Path, stage2: Path) -> None:
-    from checkpoint_convert.mcore_to_hf import mcore_to_hf
+    from checkpoint_convert.export import mcore_to_hf
     from moelpr.errors import UserError
 
     changed = shutil.copytree(stage1, material / "changed" / "stage1")
@@ -303,7 +303,7 @@ def test_held_out_text_is_scored_as_transformers_scores_it(material: Path, stage
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from transformers import AutoModelForCausalLM
 
-    from checkpoint_convert.mcore_to_hf import mcore_to_hf
+    from checkpoint_convert.export import mcore_to_hf
 
     passes = [record for record in records(stage2) if record.get("event") == "validation"]
     assert [record["iteration"] for record in passes] == [0, 4, 6]
@@ -365,15 +365,15 @@ def test_a_run_folder_says_what_it_is(stage2: Path) -> None:
 
 
 def test_export_of_stage2_has_the_bases_frozen_tensors_bit_for_bit(material: Path, stage2: Path) -> None:
-    from checkpoint_convert.mcore_to_hf import mcore_to_hf
-    from checkpoint_convert.verify import frozen_max_abs_difference
+    from checkpoint_convert.comparison import frozen_max_abs_difference
+    from checkpoint_convert.export import mcore_to_hf
 
     mcore_to_hf(stage2, material / "stage2-hf", overwrite=True)
     assert frozen_max_abs_difference(material / "hf", material / "stage2-hf") == 0.0
 
 
 def test_the_exports_model_card_tells_what_both_runs_recorded(material: Path, stage1: Path, stage2: Path) -> None:
-    from checkpoint_convert.mcore_to_hf import mcore_to_hf
+    from checkpoint_convert.export import mcore_to_hf
 
     mcore_to_hf(stage2, material / "card-hf")
     card = (material / "card-hf" / "README.md").read_text()
@@ -389,8 +389,7 @@ def test_the_exports_model_card_tells_what_both_runs_recorded(material: Path, st
 
 
 def test_a_delta_of_trained_weights_and_the_base_are_the_export(material: Path, stage2: Path) -> None:
-    from checkpoint_convert.apply_delta import apply_delta
-    from checkpoint_convert.mcore_to_hf import mcore_to_hf
+    from checkpoint_convert.export import apply_delta, mcore_to_hf
 
     mcore_to_hf(stage2, material / "full-hf")
     mcore_to_hf(stage2, material / "delta", as_delta=True)

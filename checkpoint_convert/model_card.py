@@ -248,15 +248,15 @@ def model_card(facts: CardFacts, is_delta: bool = False) -> str:
     for stage in facts.history.stages:
         kind = str(stage.settings.get("stage"))
         parts += [f"### {_STAGE_TITLES.get(kind, kind)}", _table(_stage_rows(stage))]
-    parts.append("" if facts.history.stages else "No training is on record.")
+    parts.append("" if facts.history.stages else "No training is recorded.")
     base = (facts.base_model or "BASE").rpartition("/")[2]
     parts += ["## Use", _APPLY_DELTA.format(base=base) if is_delta else "", _USE.format(dtype=facts.dtype)]
     parts.append(f"Exported with {_versions(installed_versions())}.")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-_APPLY_DELTA = """This folder is a delta: routers and new experts, without the rest, which is the base. moelpr makes the
-model of both:
+_APPLY_DELTA = """This folder is a delta: routers and new experts. Everything else is in the base model. To
+combine both:
 
 ```bash
 python -m checkpoint_convert.apply_delta --base {base} \\
@@ -304,7 +304,7 @@ def _summary(facts: CardFacts, base_card: str | None) -> str:
     if moe.num_new_experts == 1:
         new = f"expert {moe.num_original_experts} is new"
     return (
-        f"{base[0].upper() + base[1:]}, made a mixture of experts to learn further languages without losing those it "
+        f"{base[0].upper() + base[1:]}, made a mixture of experts to learn more languages without losing those it "
         f"has ([MoE-LPR](https://arxiv.org/abs/2408.11396)): in each MoE layer {kept}, {new}. {stock}"
     )
 
@@ -316,12 +316,12 @@ def _table(rows: list[tuple[str, str]]) -> str:
 def _model_rows(facts: CardFacts) -> list[tuple[str, str]]:
     args, moe = facts.spec.megatron_args, facts.spec.moe
     total = num_elements(facts.source.pieces)
-    rows = [("architecture", f"`{facts.architecture}`"), ("element type", facts.dtype), ("parameters", f"{total:,}")]
+    rows = [("architecture", f"`{facts.architecture}`"), ("dtype", facts.dtype), ("parameters", f"{total:,}")]
     if moe is not None:
         new = num_elements([piece for piece in facts.source.pieces if piece.part is Part.NEW_EXPERTS])
         active = total - new // moe.num_new_experts * (moe.num_experts - moe.topk)
         layers = "all" if len(moe.layers) == args["num_layers"] else ", ".join(map(str, moe.layers))
-        rows.append(("parameters a token meets", f"{active:,}"))
+        rows.append(("active parameters per token", f"{active:,}"))
         rows.append(("experts", f"{moe.num_experts}, {moe.topk} per token"))
         rows.append(("MoE layers", f"{len(moe.layers)} of {args['num_layers']} ({layers})"))
     return [*rows, ("context", f"{args['max_position_embeddings']:,} tokens")]
@@ -329,7 +329,7 @@ def _model_rows(facts: CardFacts) -> list[tuple[str, str]]:
 
 def _start(facts: CardFacts) -> str:
     if facts.history.missing is not None:
-        return f"What came before is not on record here: the first stage below started from `{facts.history.missing}`."
+        return f"Earlier training is not recorded: the first stage below started from `{facts.history.missing}`."
     if facts.origin is None or facts.spec.moe is None:
         return ""
     if facts.origin.adapter is not None:
@@ -341,7 +341,7 @@ def _start(facts: CardFacts) -> str:
     if how.get("noise"):
         start += f", with noise of {how['noise']:g} times the weights' standard deviation"
     if how.get("reinitialise"):
-        start += f", {how['reinitialise']:.0%} of their FFN dimensions drawn anew"
+        start += f", {how['reinitialise']:.0%} of their FFN dimensions reinitialized"
     return start + (f" (seed {how['seed']})." if "seed" in how else ".")
 
 
@@ -380,7 +380,7 @@ def _stage_rows(stage: TrainedStage) -> list[tuple[str, str]]:
         ("optimizer", optimizer),
         ("weight decay", _filled(settings, "{weight_decay:g}")),
         ("gradient clipping", _filled(settings, "{clip_grad:g}")),
-        ("arithmetic", precision),
+        ("precision", precision),
         ("seed", _filled(settings, "{seed}")),
         ("processes", _filled(settings, "{world_size}")),
         ("versions", _versions(stage.versions)),

@@ -126,7 +126,7 @@ def test_the_card_describes_each_stage_from_its_records(runs: Path) -> None:
         "optimizer": "adam (betas 0.9, 0.95; eps 1e-08)",
         "weight decay": "0.1",
         "gradient clipping": "1",
-        "arithmetic": "bf16",
+        "precision": "bf16",
         "seed": "1234",
         "processes": "8",
         "versions": "torch 9.9",
@@ -178,7 +178,7 @@ def test_unrecorded_details_are_omitted(runs: Path) -> None:
     (stage,) = stages_of(card)
     assert set(stage) == {"title", "trained", "steps"}
     bare = card_of("upcycled")
-    assert "No training is on record." in bare
+    assert "No training is recorded." in bare
     assert "started as copies" not in bare
 
 
@@ -195,7 +195,7 @@ def test_metrics_that_end_before_the_step_are_ignored(runs: Path) -> None:
         (Start(seed=7), "New experts started as copies (seed 7)."),
         (Start("random"), "New experts started at random (seed 1234)."),
         (Start(noise=0.1), "with noise of 0.1 times the weights' standard deviation (seed"),
-        (Start(reinitialise=0.5), "started as copies, 50% of their FFN dimensions drawn anew (seed"),
+        (Start(reinitialise=0.5), "started as copies, 50% of their FFN dimensions reinitialized (seed"),
     ],
 )
 def test_the_card_describes_how_new_experts_started(runs: Path, start: Start, sentence: str) -> None:
@@ -214,7 +214,7 @@ def test_the_card_names_the_adapter_of_new_experts(runs: Path) -> None:
 def test_a_stage_whose_folder_is_gone_is_named_as_missing(runs: Path) -> None:
     shutil.move("stage1", "elsewhere")
     card = card_of("stage2")
-    assert "What came before is not on record here: the first stage below started from `stage1`." in card
+    assert "Earlier training is not recorded: the first stage below started from `stage1`." in card
     assert [stage["title"] for stage in stages_of(card)] == ["Stage 2 (review)"]
     hf_to_mcore(runs / "Qwen-tiny", Path("stage1"), num_new_experts=2)  # another model in its place
     assert read_history(Path("stage2")).missing == "stage1"
@@ -274,9 +274,9 @@ def test_parameter_counts_are_those_of_the_loaded_model(runs: Path) -> None:
     assert table["parameters"] == f"{total:,}"
     spec = ModelSpec.read(Path("stage2"))
     ffn = 3 * spec.megatron_args["hidden_size"] * spec.megatron_args["ffn_hidden_size"]
-    assert table["parameters a token meets"] == f"{total - 4 * 2 * ffn:,}"  # 4 layers, 2 of 4 experts not chosen
+    assert table["active parameters per token"] == f"{total - 4 * 2 * ffn:,}"  # 4 layers, 2 of 4 experts not chosen
     assert table["MoE layers"] == "4 of 4 (all)"
-    assert table["element type"] == "float32"
+    assert table["dtype"] == "float32"
 
 
 def test_a_dense_model_has_a_card_too(runs: Path) -> None:

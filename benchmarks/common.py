@@ -140,8 +140,7 @@ def save_random_model(config: Any, folder: Path) -> Path:
 
 def upcycle(hf: Path, folder: Path, new_experts: int, random: bool = False, **options: Any) -> Path:
     """Convert a Hugging Face directory into an upcycled Megatron checkpoint whose new experts are copies or random."""
-    from checkpoint_convert.hf_to_mcore import hf_to_mcore
-    from checkpoint_convert.upcycling import Start
+    from checkpoint_convert.upcycling import Start, hf_to_mcore
 
     hf_to_mcore(hf, folder, new_experts, start=Start("random" if random else "copied"), **options)
     return folder
@@ -149,7 +148,7 @@ def upcycle(hf: Path, folder: Path, new_experts: int, random: bool = False, **op
 
 def export(checkpoint: Path, folder: Path) -> Path:
     """Convert a Megatron checkpoint into a Hugging Face directory."""
-    from checkpoint_convert.mcore_to_hf import mcore_to_hf
+    from checkpoint_convert.export import mcore_to_hf
 
     mcore_to_hf(checkpoint, folder)
     return folder

@@ -1,34 +1,45 @@
-"""The adapter of the published MoE-LPR code: a PEFT folder of its settings, routers and new experts.
+"""Adapters of the published MoE-LPR code: PEFT folders of settings, routers and new experts, converted both ways.
 
-The base model's own FFN is its original expert: row 0 of a router, as here. What the files are called and hold is in
-docs/published-code.md.
+As here, the base model's FFN is the original expert and row 0 of a router. docs/published-code.md describes the files.
 """
 
 import json
+import math
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from checkpoint_convert.hf_folder import HfReader
+from checkpoint_convert.hf_folder import HfReader, HfWriter, check_tokenizer, copy_companions
+from checkpoint_convert.megatron_folder import SIGNS, MegatronReader, num_elements, write_checkpoint
+from checkpoint_convert.model_card import Origin, check_separable, read_history
+from checkpoint_convert.outputs import check_finite, check_output, job_description, output_folder
+from checkpoint_convert.upcycling import check_weights
 from moelpr.errors import UserError
-from moelpr.families.tables import Piece
+from moelpr.families.families import read_base, with_new_experts
+from moelpr.families.tables import Piece, pieces, sizes_of
+from moelpr.model_spec import ModelSpec
+from moelpr.run_folder import HF_FOLDER
+from moelpr.stages import Part
 
 CONFIG_FILE = "adapter_config.json"
 STEM = "adapter_model"
-
-_MODEL = "base_model.model."
+_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What adapter_config.json says about the model.
+    """The model's settings in adapter_config.json.
 
-    num_experts: E, the original expert included. layers: 0-based numbers of the MoE layers, ascending.
-    base_model: name or path of the dense model, where the adapter says one.
+    Attributes:
+        num_experts: E, including the original expert.
+        topk: K.
+        layers: 0-based numbers of the MoE layers, ascending.
+        base_model: Name or path of the dense model, if the adapter names one.
     """
 
     num_experts: int
@@ -38,36 +49,33 @@ class AdapterConfig:
 
     @classmethod
     def read(cls, folder: Path) -> "AdapterConfig":
-        """UserError when `folder` is no adapter of the published code."""
+        """Read adapter_config.json; UserError if `folder` is not an adapter of the published code."""
         path = folder / CONFIG_FILE
         if not path.is_file():
-            raise UserError(f"{folder} has no {CONFIG_FILE}, so it is no adapter; give the folder PEFT saved it to")
+            raise UserError(f"{folder} is not an adapter: it has no {CONFIG_FILE}; pass the folder that PEFT saved")
         try:
             content = dict(json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
-            raise UserError(f"{path} is damaged: {error}") from error
-        if content.get("peft_type") != "MOE":
-            raise UserError(
-                f"{path} says peft_type {content.get('peft_type')!r}; only the adapters of the published MoE-LPR code "
-                "(peft_type 'MOE') can be brought in"
-            )
+            raise UserError(f"{path} is damaged: {error}; copy it again") from error
         layers = content.get("layers_to_transform")
-        if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
-            raise UserError(f"{path}: layers_to_transform is {layers!r}; it must list the numbers of the MoE layers")
-        for name in ("num_experts", "topk"):
-            if type(content.get(name)) is not int:
-                raise UserError(f"{path}: {name} is {content.get(name)!r}; it must be a whole number")
-        if content["topk"] == 1:
-            raise UserError(
-                f"{path} says topk 1, which is another model here: the published code leaves the one gate weight as it "
-                "is, and here the chosen experts' gate weights always sum to 1; topk 2 and more can be brought in"
-            )
-        return cls(
-            content["num_experts"], content["topk"], tuple(sorted(set(layers))), content.get("base_model_name_or_path")
-        )
+        checks = {
+            "peft_type": (content.get("peft_type") == "MOE", "'MOE' (an adapter of the published MoE-LPR code)"),
+            "layers_to_transform": (
+                isinstance(layers, list) and all(type(layer) is int for layer in layers),
+                "a list of layer numbers",
+            ),
+            "num_experts": (type(content.get("num_experts")) is int, "an integer"),
+            # With topk 1 the published code does not renormalize the gate weight, which is another model.
+            "topk": (type(content.get("topk")) is int and content["topk"] != 1, "an integer of at least 2"),
+        }
+        for name, (is_valid, expected) in checks.items():
+            if not is_valid:
+                raise UserError(f"{path}: {name} must be {expected}, got {content.get(name)!r}")
+        base_model = content.get("base_model_name_or_path")
+        return cls(content["num_experts"], content["topk"], tuple(sorted(set(layers or []))), base_model)
 
     def write(self, folder: Path) -> None:
-        """All keys of the published code's settings; those of its training are at their defaults."""
+        """Write all settings of the published code; those for training have their defaults."""
         content: dict[str, Any] = {
             "auto_mapping": None,
             "aux_loss_coef": None,
@@ -86,61 +94,175 @@ class AdapterConfig:
         (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def trained_names(piece: Piece) -> tuple[str, ...]:
-    """Names in an adapter of the parts of a router or a new expert; () for what an adapter leaves to its base."""
+def _trained_names(piece: Piece) -> tuple[str, ...]:
+    """Names in an adapter of the parts of a router or new expert; () for a piece of the base."""
     if not piece.is_trained:
         return ()
     layer = re.match(r"model\.layers\.\d+\.", piece.hf_names[0])
     assert layer is not None
     mlp = f"{layer[0]}mlp."
-    if piece.role == "router":
-        return (f"{_MODEL}{mlp}moe_router_embedding.weight",)
-    # A new expert's origin is the dense FFN; its modules are called the same in the adapter's experts.
+    if piece.part is Part.ROUTER:
+        return (f"{_PREFIX}{mlp}moe_router_embedding.weight",)
+    # An expert has the module names of the dense FFN, its origin.
     modules = [name.removeprefix(mlp) for name in piece.origin]
-    return tuple(f"{_MODEL}{mlp}moe_experts.{piece.stack_index}.{module}" for module in modules)
+    return tuple(f"{_PREFIX}{mlp}moe_experts.{piece.stack_index}.{module}" for module in modules)
 
 
-def base_name(name: str) -> str:
-    """The name in an adapter of the base's tensor `name`: there where everything was trained (save_all_params)."""
-    return _MODEL + name
+def _stored_names(reader: HfReader) -> dict[str, str]:
+    """Name without the adapter's own → name in the file.
 
-
-class AdapterReader:
-    """An adapter's tensors by the names of `trained_names` and `base_name`.
-
-    PEFT leaves the adapter's own name, "default", out of tensors' names, but not under save_all_params; and an FFN that
-    became the original expert is a `base_layer` there.
+    With save_all_params, the file contains the base too, and the adapter's own name, "default", is in the names of new
+    tensors and "base_layer" in those of an FFN that became the original expert.
     """
+    stored: dict[str, str] = {}
+    for name in reader.names:
+        plain = re.sub(r"\.(moe_experts|moe_router_embedding)\.default\.", r".\1.", name)
+        plain = plain.replace(".mlp.base_layer.", ".mlp.")
+        if plain in stored:
+            raise UserError(f"{reader.folder} contains both {stored[plain]} and {name}, which are the same tensor")
+        stored[plain] = name
+    return stored
 
-    def __init__(self, folder: Path):
-        """UserError for missing, damaged or pickled weights."""
-        if not (folder / f"{STEM}.safetensors").is_file() and (folder / f"{STEM}.bin").is_file():
+
+def adapter_to_mcore(
+    adapter: Path, hf_path: Path, save: Path, dtype: str | None = None, overwrite: bool = False
+) -> ModelSpec:
+    """Combine an adapter and its dense model to a Megatron checkpoint; an interrupted conversion resumes.
+
+    Args:
+        adapter: Adapter folder.
+        hf_path: Hugging Face directory of the dense model.
+        save: Checkpoint folder to write.
+        dtype: Dtype of the checkpoint (float32, bfloat16, float16); None for the common one of adapter and model.
+        overwrite: Whether to replace an existing checkpoint.
+
+    Raises:
+        UserError: the input is invalid; `save` is then unchanged.
+    """
+    check_output(save, [adapter, hf_path], overwrite, SIGNS)
+    config = AdapterConfig.read(adapter)
+    family, dense = read_base(hf_path)
+    if dense.moe is not None:
+        raise UserError(f"{hf_path} is an MoE; pass the dense model that the adapter was trained on")
+    num_layers = dense.megatron_args["num_layers"]
+    if not family.may_mix_layers and len(config.layers) < num_layers:
+        raise UserError(
+            f"{adapter / CONFIG_FILE} has experts in {len(config.layers)} of {num_layers} layers, but "
+            f"{family.architecture} is exported as {family.moe_architecture}, which has experts in every layer"
+        )
+    try:
+        spec = with_new_experts(family, dense, config.num_experts - 1, config.topk, list(config.layers))
+    except UserError as error:
+        raise UserError(f"{adapter / CONFIG_FILE} does not fit {hf_path}: {error}") from error
+    base, trained = HfReader(hf_path), _open_adapter(adapter)
+    check_weights(base, family, dense)
+    check_tokenizer(hf_path, spec.megatron_args["vocab_size"])
+
+    plan = list(pieces(family.table, spec))
+    stored = _stored_names(trained)
+    parts = {piece: _find_parts(piece, base, trained, stored) for piece in plan}
+    all_parts = [part for found in parts.values() for part in found]
+    used = {name for reader, name in all_parts if reader is trained}
+    if unused := [name for name in trained.names if name not in used]:
+        raise UserError(
+            f"{adapter} contains the tensor {unused[0]}, which {CONFIG_FILE} does not describe; ignoring it would "
+            "change the model"
+        )
+    spec = replace(spec, dtype=dtype or _common_dtype(all_parts))
+    target_dtype: torch.dtype = getattr(torch, spec.dtype)
+
+    def tensors(todo: list[Piece]) -> Iterator[Tensor]:
+        for piece in todo:
+            read = [check_finite(r.read(name), f"{r.folder}: {name}", "copy it again") for r, name in parts[piece]]
+            yield piece.transform.to_megatron(read, sizes_of(spec)).to(target_dtype)
+
+    num_bytes = target_dtype.itemsize * num_elements(plan)
+    job = job_description(adapter, base=job_description(hf_path), spec=asdict(spec))
+    with output_folder(save, num_bytes, job) as (folder, bar):
+        write_checkpoint(folder, plan, spec, tensors, bar)
+        copy_companions(hf_path, folder / HF_FOLDER)
+        Origin(config.base_model or hf_path.resolve().name, adapter=adapter.resolve().name).write(folder)
+    return spec
+
+
+def _open_adapter(folder: Path) -> HfReader:
+    if not (folder / f"{STEM}.safetensors").is_file() and (folder / f"{STEM}.bin").is_file():
+        raise UserError(
+            f"{folder / STEM}.bin is pickled, which could run code when opened; convert it to {STEM}.safetensors: "
+            f"safetensors.torch.save_file(torch.load('{STEM}.bin', weights_only=True), '{STEM}.safetensors')"
+        )
+    return HfReader(folder, STEM)
+
+
+def _find_parts(piece: Piece, base: HfReader, adapter: HfReader, stored: dict[str, str]) -> list[tuple[HfReader, str]]:
+    """Reader and name of each part: trained ones are in the adapter, others in the base or (save_all_params) both."""
+    found = []
+    names = _trained_names(piece) or tuple(_PREFIX + name for name in piece.origin)
+    for name, original, shape in zip(names, piece.origin or names, piece.hf_shapes, strict=True):
+        is_in_adapter = piece.is_trained or name in stored
+        reader, name = (adapter, stored.get(name, name)) if is_in_adapter else (base, original)
+        if reader.shape(name) != shape:
             raise UserError(
-                f"{folder / STEM}.bin is pickled, which could run code when opened; make {STEM}.safetensors of it: "
-                f"safetensors.torch.save_file(torch.load('{STEM}.bin', weights_only=True), '{STEM}.safetensors')"
+                f"{reader.folder}: {name} has shape {list(reader.shape(name))}, but {CONFIG_FILE} and the base's "
+                f"config.json say {list(shape)}"
             )
-        self.folder = folder
-        self._reader = HfReader(folder, STEM)
-        self._stored: dict[str, str] = {}
-        for name in self._reader.names:
-            plain = re.sub(r"\.(moe_experts|moe_router_embedding)\.default\.", r".\1.", name)
-            plain = plain.replace(".mlp.base_layer.", ".mlp.")
-            if plain in self._stored:
-                raise UserError(f"{folder} holds both {self._stored[plain]} and {name}, which are the same tensor")
-            self._stored[plain] = name
+        found.append((reader, name))
+    return found
 
-    @property
-    def names(self) -> list[str]:
-        return list(self._stored)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._stored
+def _common_dtype(parts: list[tuple[HfReader, str]]) -> str:
+    folders = {str(reader.dtype(name)).removeprefix("torch."): reader.folder for reader, name in reversed(parts)}
+    if len(folders) > 1:
+        which = " and ".join(f"{dtype} ({folder})" for dtype, folder in sorted(folders.items()))
+        raise UserError(f"base and adapter mix {which}; choose one with --dtype; float32 is lossless")
+    return next(iter(folders))
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._reader.shape(self._stored.get(name, name))
 
-    def dtype(self, name: str) -> torch.dtype:
-        return self._reader.dtype(self._stored[name])
+def mcore_to_adapter(
+    load: Path,
+    save: Path,
+    base_model: str,
+    iteration: int | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> AdapterConfig:
+    """Export routers and new experts of a checkpoint as an adapter.
 
-    def read(self, name: str) -> Tensor:
-        return self._reader.read(self._stored[name])
+    Args:
+        load: Checkpoint folder.
+        save: Adapter folder to write.
+        base_model: Name or path of the dense model, for adapter_config.json.
+        iteration: Saved step to export; None for the latest.
+        dtype: Dtype of the adapter; None for that of the model the checkpoint came from.
+        overwrite: Whether to replace an existing adapter.
+
+    Raises:
+        UserError: the input is invalid, or no adapter can express the model; `save` is then unchanged.
+    """
+    check_output(save, [load], overwrite, (CONFIG_FILE,))
+    instead = "export it with mcore_to_hf.py"
+    spec = ModelSpec.read(load)
+    if spec.moe is not None and spec.moe.num_original_experts > 1:
+        raise UserError(
+            f"{load} has {spec.moe.num_original_experts} original experts, but the published code supports only one, "
+            f"the base's FFN; {instead}"
+        )
+    check_separable(load, spec, read_history(load, iteration), "an adapter", instead)
+    source = MegatronReader(load, iteration)
+    assert spec.moe is not None
+    config = AdapterConfig(spec.moe.num_experts, spec.moe.topk, spec.moe.layers, base_model)
+    hf_names = {
+        name: hf_name
+        for piece in source.pieces
+        if piece.is_trained
+        for name, hf_name in zip(_trained_names(piece), piece.hf_names, strict=True)
+    }
+    tensors = [(name, source.shape(hf_name)) for name, hf_name in hf_names.items()]
+    target_dtype: torch.dtype = getattr(torch, dtype or spec.dtype)
+    num_bytes = target_dtype.itemsize * sum(math.prod(shape) for _, shape in tensors)
+    with output_folder(save, num_bytes, job=None) as (folder, bar):
+        # PEFT reads a single file.
+        with HfWriter(folder, tensors, target_dtype, math.inf, STEM) as writer:
+            writer.write_all(lambda name: source.read_finite(hf_names[name]), bar)
+        config.write(folder)
+    return config

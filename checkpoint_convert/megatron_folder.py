@@ -1,38 +1,44 @@
-"""A Megatron checkpoint folder seen through its family's table: the tensors under their Hugging Face names."""
+"""Megatron checkpoint folders: tensors read under their Hugging Face names, and release checkpoints written."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from checkpoint_convert.outputs import refuse_not_finite
-from checkpoint_convert.torch_dist import TorchDistReader
-from moelpr.checkpoints import checkpoint_chain, verify_chain
+from checkpoint_convert.outputs import check_finite
+from moelpr.checkpoints import RELEASE, checkpoint_chain, verify_chain
 from moelpr.errors import UserError
 from moelpr.families.families import family_named
 from moelpr.families.tables import Piece, megatron_shape, pieces, sizes_of, zeros
-from moelpr.model_spec import ModelSpec
+from moelpr.model_spec import FILE_NAME, ModelSpec
+from moelpr.run_folder import TRACKER_FILE
+from moelpr.torch_dist import TorchDistReader, TorchDistWriter
 
-
-@dataclass(frozen=True)
-class _Place:
-    piece: Piece
-    part: int
+# Files of which a checkpoint folder that may be overwritten has at least one.
+SIGNS = (FILE_NAME, TRACKER_FILE)
 
 
 class MegatronReader:
-    """The model's tensors in a checkpoint folder, by the names they have in the stock HF class of `spec`.
+    """The model in a checkpoint folder, with the tensor names of its stock Hugging Face class.
 
-    A tensor that the checkpoint leaves out is read from its base (see moelpr.checkpoints), whose checksum is
-    verified first. Whatever else is in the checkpoint (optimizer, random state) is left alone. UserError when the
-    folder is no checkpoint, a base is gone or has changed, or a tensor is missing or not of the shape `spec` says.
+    Tensors that the checkpoint omits are read from its base (see moelpr.checkpoints) after verifying the base's
+    checksum. Everything else in the checkpoint (optimizer, random state) is ignored.
+
+    Args:
+        folder: Checkpoint folder.
+        iteration: Saved step to read; None for the latest.
+
+    Raises:
+        UserError: `folder` is not a checkpoint, a base is missing or has changed, or a tensor is missing or misshapen.
     """
 
     def __init__(self, folder: Path, iteration: int | None = None):
         if not folder.is_dir():
-            raise UserError(f"there is no folder {folder}")
+            raise UserError(f"there is no folder {folder}; pass an existing checkpoint folder")
         self.folder = folder
         self.spec = ModelSpec.read(folder)
         self.family = family_named(self.spec.family)
@@ -42,60 +48,118 @@ class MegatronReader:
         self.pieces = list(pieces(self.family.table, self.spec))
         self._sizes = sizes_of(self.spec)
         readers = [TorchDistReader(link) for link in links]
-        self._whole = readers[-1]
+        self._complete = readers[-1]
         self._reader_of = {key: reader for reader in reversed(readers) for key in reader.keys}
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, tuple[Piece, int]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         for piece in self.pieces:
             self._check_shape(piece)
             for part, (name, shape) in enumerate(zip(piece.hf_names, piece.hf_shapes, strict=True)):
-                self._places[name] = _Place(piece, part)
+                self._places[name] = piece, part
                 self._shapes[name] = shape
-        # What the HF class has beyond our model.
-        self._shapes |= dict(zeros(self.family.table, self.spec))
+        self._shapes |= dict(zeros(self.family.table, self.spec))  # only the HF class has these
 
     @property
     def names(self) -> list[str]:
-        """HF names in the order that reads every chunk of the checkpoint once."""
+        """HF names in the order that reads each chunk of the checkpoint once."""
         return list(self._shapes)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._shapes
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]
 
     def read(self, name: str) -> Tensor:
-        """One tensor as the HF class has it, in the checkpoint's own dtype."""
+        """Read one tensor of the HF class in the checkpoint's dtype."""
         if name not in self._places:
             return torch.zeros(self._shapes[name])
-        place = self._places[name]
-        tensor = self._reader(place.piece.key).read(place.piece.key, place.piece.stack_index)
-        return place.piece.transform.to_hf(tensor, self._sizes)[place.part]
+        piece, part = self._places[name]
+        return piece.transform.to_hf(self._reader(piece).read(piece.key, piece.stack_index), self._sizes)[part]
 
     def read_finite(self, name: str) -> Tensor:
-        """Like `read`; UserError where a weight is NaN or infinite."""
-        remedy = "the run has diverged, so export an earlier step with --iteration"
-        return refuse_not_finite(self.read(name), f"{self.step_folder}: {name}", remedy)
+        """Like `read`, but UserError if the tensor contains NaN or Inf."""
+        fix = "the run has diverged, so export an earlier step with --iteration"
+        return check_finite(self.read(name), f"{self.step_folder}: {name}", fix)
 
     def read_piece(self, piece: Piece) -> Tensor:
-        """One piece as Megatron has it, without padding of the vocabulary."""
-        tensor = self._reader(piece.key).read(piece.key, piece.stack_index)
+        """Read one Megatron tensor, or slice of a stack, without padding of the vocabulary."""
+        tensor = self._reader(piece).read(piece.key, piece.stack_index)
         return tensor if piece.stack_index is not None else tensor[: megatron_shape(piece, self.spec)[0]]
 
     def num_bytes(self, piece: Piece) -> int:
-        """Size of one piece in the checkpoint's own dtype."""
-        return self._reader(piece.key).dtype(piece.key).itemsize * sum(map(math.prod, piece.hf_shapes))
+        """Size of one piece in the checkpoint's dtype."""
+        return self._reader(piece).dtype(piece.key).itemsize * sum(map(math.prod, piece.hf_shapes))
 
-    def _reader(self, key: str) -> TorchDistReader:
-        return self._reader_of.get(key, self._whole)  # what is nowhere is missed in the one that should be whole
+    def _reader(self, piece: Piece) -> TorchDistReader:
+        return self._reader_of.get(piece.key, self._complete)  # the base, which is complete, reports missing keys
 
     def _check_shape(self, piece: Piece) -> None:
-        found = self._reader(piece.key).shape(piece.key)
-        wanted = megatron_shape(piece, self.spec)
-        # Megatron pads the vocabulary; the surplus rows are dropped.
-        padded = piece.hf_shapes[0][0] == self._sizes["vocab"] and found[0] >= wanted[0] and found[1:] == wanted[1:]
-        if found != wanted and not padded:
+        found, expected = self._reader(piece).shape(piece.key), megatron_shape(piece, self.spec)
+        # Megatron pads the vocabulary; the padding is ignored.
+        is_vocabulary = piece.hf_shapes[0][0] == self._sizes["vocab"]
+        if found != expected and not (is_vocabulary and found[0] >= expected[0] and found[1:] == expected[1:]):
             raise UserError(
-                f"{self.step_folder}: {piece.key} has shape {list(found)}, but model_spec.json says {list(wanted)}"
+                f"{self.step_folder}: {piece.key} has shape {list(found)}, but {FILE_NAME} says {list(expected)}"
             )
+
+
+def write_checkpoint(
+    folder: Path, plan: list[Piece], spec: ModelSpec, read: Callable[[list[Piece]], Iterable[Tensor]], bar: "tqdm[None]"
+) -> None:
+    """Write a release checkpoint and model_spec.json, or resume an interrupted one; one tensor is in memory at a time.
+
+    Args:
+        folder: Checkpoint folder.
+        plan: All pieces of the model.
+        spec: The model.
+        read: Returns the Megatron tensors of the given pieces, in their order.
+        bar: Progress in bytes.
+    """
+    with TorchDistWriter(folder / RELEASE) as writer:
+        missing = [piece for piece in plan if not writer.is_written(piece.key, _offsets(piece, spec))]
+        bar.update(round(bar.total * (1 - num_elements(missing) / num_elements(plan))))
+        tensors = iter(read(missing))
+        for piece in missing:
+            bar.update(_write_piece(writer, piece, spec, next(tensors)))
+        for key in _extra_state_keys(plan):
+            writer.write_object(key, None)
+        writer.finish(_COMMON_STATE)
+    spec.write(folder)
+    (folder / TRACKER_FILE).write_text(RELEASE)
+
+
+# The non-tensor state that Megatron's load_checkpoint reads from a release checkpoint.
+_COMMON_STATE: dict[str, Any] = {
+    "checkpoint_version": 3.0,  # below 2.0 Megatron would reorder the rows of query, key and value
+    "iteration": 0,
+    # One key per layer, as a model may have both MoE and dense layers.
+    "content_metadata": {"non_homogeneous_layers": True, "singleton_local_shards": False},
+}
+
+
+def num_elements(plan: list[Piece]) -> int:
+    """Number of elements of all pieces."""
+    return sum(math.prod(shape) for piece in plan for shape in piece.hf_shapes)
+
+
+def _write_piece(writer: TorchDistWriter, piece: Piece, spec: ModelSpec, tensor: Tensor) -> int:
+    """Returns the tensor's bytes, and keeps no reference to it."""
+    if piece.stack_index is None:
+        writer.write(piece.key, tensor)
+    else:
+        writer.write_chunk(piece.key, tensor.unsqueeze(0), megatron_shape(piece, spec), _offsets(piece, spec))
+    return tensor.nbytes
+
+
+def _offsets(piece: Piece, spec: ModelSpec) -> tuple[int, ...]:
+    """Offsets of the piece in its Megatron tensor."""
+    return (piece.stack_index or 0,) + (0,) * (len(megatron_shape(piece, spec)) - 1)
+
+
+def _extra_state_keys(plan: list[Piece]) -> list[str]:
+    """Names of the (empty) module states that Megatron's layers load; FP8 keeps its scales there."""
+    modules: dict[str, None] = {}
+    for piece in plan:
+        module = piece.key.rpartition(".")[0]
+        modules[module] = None
+        if module.endswith(".linear_qkv"):
+            modules[module.removesuffix("linear_qkv") + "core_attention"] = None
+    return [f"{module}._extra_state" for module in modules]

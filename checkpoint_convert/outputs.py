@@ -1,9 +1,12 @@
-"""What all converters share: their output folder, their progress bar, and weights that are no numbers."""
+"""What all converters share: the output folder, its options on the command line, progress, and the check for NaN."""
 
+import argparse
 import errno
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,47 +14,70 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moelpr.errors import UserError
-from moelpr.files import refuse_existing
+from moelpr.files import atomic_directory, refuse_existing, resumable_directory
+from moelpr.model_spec import DTYPES
 
 
-def check_output(save: Path, source: Path, overwrite: bool, signs: tuple[str, ...]) -> None:
-    """Refuse an output that exists (without --overwrite), holds the input, or is a folder of some other kind.
+def add_load_options(parser: argparse.ArgumentParser) -> None:
+    """Add --load and --iteration."""
+    parser.add_argument("--load", type=Path, required=True, help="checkpoint folder of a converter or of the trainer")
+    parser.add_argument("--iteration", type=int, help="saved step to read (default: the latest)")
 
-    signs: file names one of which shows that the folder was made by the same command and may be replaced.
+
+def add_output_options(parser: argparse.ArgumentParser, output: str, dtype_default: str | None = None) -> None:
+    """Add --save, --overwrite, --debug and, with a text for its default, --dtype."""
+    parser.add_argument("--save", type=Path, required=True, help=f"{output} to write")
+    if dtype_default:
+        parser.add_argument("--dtype", choices=DTYPES, help=f"dtype of the output (default: {dtype_default})")
+    parser.add_argument("--overwrite", action="store_true", help=f"replace an existing {output} at --save")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
+def check_output(save: Path, sources: list[Path], overwrite: bool, signs: tuple[str, ...]) -> None:
+    """Check that `save` is free, or may be replaced, and is separate from the inputs.
+
+    Args:
+        signs: File names, one of which shows that an existing folder is an output of this command.
+
+    Raises:
+        UserError: the output exists (without `overwrite`), is inside or around an input, or is another kind of folder.
     """
     refuse_existing([save], overwrite)
-    inside, around = save.resolve(), source.resolve()
-    if inside == around or inside in around.parents or around in inside.parents:
-        raise UserError(f"the output {save} and the input {source} must be separate folders; choose another --save")
+    output = save.resolve()
+    for source in sources:
+        if output.is_relative_to(source.resolve()) or source.resolve().is_relative_to(output):
+            raise UserError(f"the output {save} and the input {source} must be separate folders; choose another --save")
     if save.exists() and not (save.is_dir() and any((save / sign).is_file() for sign in signs)):
-        raise UserError(
-            f"{save} exists and is not what this command writes, so it isn't overwritten; choose another --save"
-        )
+        raise UserError(f"{save} is not an output of this command and is not overwritten; choose another --save")
 
 
-def check_free_space(save: Path, num_bytes: int) -> None:
-    """Raise the error of a full disk before an hour of writing instead of after it."""
+@contextmanager
+def output_folder(save: Path, num_bytes: int, job: str | None) -> Iterator[tuple[Path, "tqdm[None]"]]:
+    """Yield a temporary folder that becomes `save` on success, and a progress bar in bytes (on a terminal only).
+
+    Args:
+        num_bytes: Size of the weights to be written; if the disk has less space, nothing is written.
+        job: From `job_description`: an interrupted conversion resumes if it is the same. None: it starts again.
+    """
     parent = save.resolve().parent
     while not parent.exists():
         parent = parent.parent
     if shutil.disk_usage(parent).free < num_bytes:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(save))
+    temporary = atomic_directory(save) if job is None else resumable_directory(save, job)
+    with temporary as folder, tqdm(total=num_bytes, desc=save.name, unit="B", unit_scale=True, disable=None) as bar:
+        yield folder, bar
 
 
 def job_description(source: Path, **settings: object) -> str:
-    """A conversion and the state of the files it reads: what an interrupted one must have in common to be continued."""
+    """A conversion's settings and the state of its input files; an interrupted one resumes if they are unchanged."""
     files = sorted(path for path in source.rglob("*") if path.is_file())
     states = [(str(path.relative_to(source)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return json.dumps({"source": str(source.resolve()), "files": states, **settings}, default=str)
 
 
-def refuse_not_finite(tensor: Tensor, where: str, remedy: str) -> Tensor:
-    """The tensor; UserError where a weight is NaN or infinite, as nothing computed with it means anything."""
+def check_finite(tensor: Tensor, where: str, fix: str) -> Tensor:
+    """Return the tensor; UserError, with what to do (`fix`), if it contains NaN or Inf."""
     if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
-        raise UserError(f"{where} holds NaN or infinite weights; {remedy}")
+        raise UserError(f"{where} contains NaN or Inf; {fix}")
     return tensor
-
-
-def progress_bar(num_bytes: int, what: str) -> "tqdm[None]":
-    """A bar by bytes on stderr, on a terminal only."""
-    return tqdm(total=num_bytes, desc=what, unit="B", unit_scale=True, disable=None)

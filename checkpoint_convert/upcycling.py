@@ -1,31 +1,38 @@
-"""What every tensor of an upcycled model starts from."""
+"""Converts a Hugging Face model to a Megatron checkpoint, dense or upcycled."""
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from checkpoint_convert.hf_folder import HfReader
-from checkpoint_convert.outputs import refuse_not_finite
+from checkpoint_convert.hf_folder import HfReader, check_tokenizer, copy_companions, is_unread
+from checkpoint_convert.megatron_folder import SIGNS, num_elements, write_checkpoint
+from checkpoint_convert.model_card import Origin
+from checkpoint_convert.outputs import check_finite, check_output, job_description, output_folder
 from moelpr.errors import UserError
-from moelpr.families.tables import Piece, megatron_shape, sizes_of
+from moelpr.families.families import Family, read_base, with_new_experts
+from moelpr.families.tables import Piece, megatron_shape, pieces, sizes_of, zeros
 from moelpr.model_spec import ModelSpec
+from moelpr.run_folder import HF_FOLDER
+from moelpr.stages import Part
 
 
 @dataclass(frozen=True)
 class Start:
     """How new experts and routers start.
 
-    new_experts: "copied" from the FFN (or, beside other experts, from expert 0), or "random" (normal with the model's
-        initializer_range; an ablation of the paper).
-    noise: standard deviation of what is added to a copy, as a share of the copied tensor's own.
-    reinitialise: share of a copy's FFN dimensions drawn anew (Drop-Upcycling, arXiv 2502.19261): gate and up rows and
-        down columns of the same, randomly chosen dimensions, from a normal distribution with the mean and standard
-        deviation of the entries they replace.
-    seed: of all draws. Each tensor has a random stream of its own, so that no draw depends on order or on other layers.
+    Attributes:
+        new_experts: "copied" from the FFN (in an MoE, from expert 0), or "random": normal with the standard deviation
+            `initializer_range` of the model, an ablation of the paper.
+        noise: Standard deviation of the noise added to a copy, as a fraction of the copied tensor's own.
+        reinitialise: Fraction of a copy's FFN dimensions to reinitialize (Drop-Upcycling, arXiv 2502.19261): gate and
+            up rows and down columns of the same random dimensions are sampled from a normal distribution with the mean
+            and standard deviation of the entries they replace.
+        seed: Random seed. Each tensor has its own random stream, which depends on no other tensor.
     """
 
     new_experts: Literal["copied", "random"] = "copied"
@@ -35,28 +42,108 @@ class Start:
 
     def check(self) -> None:
         if not 0 <= self.noise < float("inf"):
-            raise UserError(f"--expert-noise {self.noise} must be 0 or more; it's a share of the weights' deviation")
+            raise UserError(f"--expert-noise must be at least 0 and finite, got {self.noise}")
         if not 0 <= self.reinitialise <= 1:
-            raise UserError(f"--reinitialise {self.reinitialise} must lie between 0 and 1; it's a share of the FFN")
+            raise UserError(f"--reinitialise must be between 0 and 1, got {self.reinitialise}")
         if self.new_experts == "random" and (self.noise or self.reinitialise):
+            raise UserError("--new-experts random makes no copies; remove --expert-noise and --reinitialise")
+
+
+def hf_to_mcore(
+    hf_path: Path,
+    save: Path,
+    num_new_experts: int | None = 4,
+    topk: int | None = None,
+    moe_layers: list[int] | None = None,
+    moe_every_k_layers: int | None = None,
+    start: Start | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> ModelSpec:
+    """Convert a Hugging Face model to a Megatron checkpoint, upcycling its FFNs; an interrupted conversion resumes.
+
+    Args:
+        hf_path: Hugging Face directory of a dense model or a stock MoE.
+        save: Checkpoint folder to write.
+        num_new_experts: N; None for a dense checkpoint.
+        topk: K; None for 2, or for the MoE's own.
+        moe_layers: 0-based layers to upcycle; `moe_every_k_layers`: layers k, 2k, …; neither: all layers.
+        start: How new experts and routers start; None for the paper's method.
+        dtype: Dtype of the checkpoint (float32, bfloat16, float16); None for the model's.
+        overwrite: Whether to replace an existing checkpoint.
+
+    Raises:
+        UserError: the input is unsupported; `save` is then unchanged.
+    """
+    start = start or Start()
+    start.check()
+    check_output(save, [hf_path], overwrite, SIGNS)
+    family, base = read_base(hf_path)
+    if num_new_experts is not None:
+        spec = with_new_experts(family, base, num_new_experts, topk, moe_layers, moe_every_k_layers)
+    elif base.moe is None:
+        spec = base
+    else:
+        raise UserError(f"{hf_path} is an MoE and cannot become a dense checkpoint; pass --num-new-experts")
+    spec.check()
+    source = HfReader(hf_path)
+    names = check_weights(source, family, base)
+    spec = replace(spec, dtype=dtype or _dtype_of(source, names))
+    check_tokenizer(hf_path, spec.megatron_args["vocab_size"])
+
+    plan = list(pieces(family.table, spec))
+    num_bytes = getattr(torch, spec.dtype).itemsize * num_elements(plan)
+    job = job_description(hf_path, spec=asdict(spec), start=asdict(start))
+    with output_folder(save, num_bytes, job) as (folder, bar):
+        write_checkpoint(folder, plan, spec, lambda todo: _starting_tensors(source, todo, spec, start), bar)
+        copy_companions(hf_path, folder / HF_FOLDER)
+        Origin(hf_path.resolve().name, asdict(start) if spec.moe else {}).write(folder)
+    return spec
+
+
+def check_weights(source: HfReader, family: Family, base: ModelSpec) -> set[str]:
+    """Return the names of the model's tensors; UserError if one is missing, misshapen, unknown or of another dtype."""
+    known: set[str] = set()
+    for piece in pieces(family.table, base):
+        for name, shape in zip(piece.hf_names, piece.hf_shapes, strict=True):
+            known.add(name)
+            if source.shape(name) != shape:
+                raise UserError(
+                    f"{source.folder}: {name} has shape {list(source.shape(name))}, but config.json says {list(shape)}"
+                )
+            source.dtype(name)
+    unused = known | {name for name, _ in zeros(family.table, base)}
+    for name in source.names:
+        if name not in unused and not is_unread(source, name):
             raise UserError(
-                "--new-experts random copies nothing, so --expert-noise and --reinitialise have no use; drop them"
+                f"{source.folder} contains the tensor {name}, which a {family.name} model with this config.json does "
+                "not have; ignoring it would change the model"
             )
+    return known
 
 
-def starting_tensors(source: HfReader, plan: list[Piece], spec: ModelSpec, start: Start) -> Iterator[Tensor]:
-    """The Megatron tensor of every piece, in the model's dtype. Copies of an FFN follow each other: it's read once."""
+def _dtype_of(source: HfReader, names: set[str]) -> str:
+    found = sorted({str(source.dtype(name)).removeprefix("torch.") for name in names})
+    if len(found) > 1:
+        raise UserError(f"{source.folder} mixes {' and '.join(found)}; choose one with --dtype")
+    return found[0]
+
+
+# --- starting values
+
+
+def _starting_tensors(source: HfReader, plan: list[Piece], spec: ModelSpec, start: Start) -> Iterator[Tensor]:
+    """The Megatron tensor of every piece in the spec's dtype; an FFN is read once for all its copies."""
     dtype = getattr(torch, spec.dtype)
     read_origin: tuple[str, ...] = ()
     tensor = torch.empty(0)
     for piece in plan:
-        if piece.role == "router":
+        is_new = piece.part is Part.NEW_EXPERTS
+        if piece.part is Part.ROUTER:
             yield _router(source, piece, spec, start.seed).to(dtype)
-        elif piece.role == "new expert" and start.new_experts == "random":
-            fresh = torch.empty(megatron_shape(piece, spec)[1:])
-            yield fresh.normal_(std=spec.megatron_args["init_method_std"], generator=_stream(start.seed, piece)).to(
-                dtype
-            )
+        elif is_new and start.new_experts == "random":
+            fresh, std = torch.empty(megatron_shape(piece, spec)[1:]), spec.megatron_args["init_method_std"]
+            yield fresh.normal_(std=std, generator=_stream(start.seed, piece)).to(dtype)
         else:
             if piece.origin != read_origin:
                 del tensor  # one in memory
@@ -64,31 +151,30 @@ def starting_tensors(source: HfReader, plan: list[Piece], spec: ModelSpec, start
                 tensor = piece.transform.to_megatron(parts, sizes_of(spec)).to(dtype)
                 del parts
                 read_origin = piece.origin
-            yield _changed(tensor, piece, spec, start) if piece.role == "new expert" else tensor
+            yield _changed(tensor, piece, spec, start) if is_new else tensor
 
 
-# Beside other experts a new one starts with expert 0's row of the router and this share of a fresh draw, which decides
-# which of the equal experts a token goes to.
+# In an MoE, a new expert's router row starts as expert 0's row plus this fraction of a random row, which decides which
+# of the equal experts a token goes to.
 _ROW_NOISE = 0.01
 
 
 def _router(source: HfReader, piece: Piece, spec: ModelSpec, seed: int) -> Tensor:
-    """Router rows [experts, hidden]: xavier-normal beside a dense FFN, where any routing computes the same.
+    """Router rows [experts, hidden]: xavier-normal for a dense FFN, as any routing then computes the same.
 
-    Beside other experts it doesn't. The new ones start as copies of expert 0 and compete with expert 0 alone: a token
-    whose top-k is without it is computed as before.
+    In an MoE, new experts start as copies of expert 0 and compete only with it: tokens whose top-k omits expert 0 are
+    computed as before.
     """
     fresh = torch.nn.init.xavier_normal_(torch.empty(piece.hf_shapes[0]), generator=_stream(seed, piece))
     if not piece.origin:
         return fresh
     assert spec.moe is not None
     rows = _read(source, piece.origin[0]).float()
-    new_rows = rows[:1] + _ROW_NOISE * fresh[spec.moe.num_original_experts :]
-    return torch.cat([rows, new_rows])
+    return torch.cat([rows, rows[:1] + _ROW_NOISE * fresh[spec.moe.num_original_experts :]])
 
 
 def _read(source: HfReader, name: str) -> Tensor:
-    return refuse_not_finite(source.read(name), f"{source.folder}: {name}", "download the model again or take another")
+    return check_finite(source.read(name), f"{source.folder}: {name}", "download the model again or use another one")
 
 
 def _changed(tensor: Tensor, piece: Piece, spec: ModelSpec, start: Start) -> Tensor:
@@ -98,23 +184,21 @@ def _changed(tensor: Tensor, piece: Piece, spec: ModelSpec, start: Start) -> Ten
     stream = _stream(start.seed, piece)
     if start.noise:
         deviation = start.noise * changed.std().item()
-        for rows in changed.split(1024):  # as much memory as a few rows need
+        for rows in changed.split(1024):  # bounds the memory of the noise
             rows.add_(torch.randn(rows.shape, generator=stream), alpha=deviation)
     if start.reinitialise:
-        dropped = _dropped_dimensions(start, piece, spec.megatron_args["ffn_hidden_size"])
+        # Gate, up and down of one layer and expert share their dropped dimensions.
+        layer, ffn = piece.key.partition(".mlp.")[0], spec.megatron_args["ffn_hidden_size"]
+        order = torch.randperm(ffn, generator=_generator(f"{start.seed} {layer} {piece.expert} dropped"))
+        dropped = order[: round(start.reinitialise * ffn)]
         parts = piece.transform.to_hf(changed, sizes_of(spec))
-        for matrix in parts if len(parts) == 2 else [parts[0].T]:  # gate and up, or down: views, an FFN dimension a row
+        for matrix in (
+            parts if len(parts) == 2 else [parts[0].T]
+        ):  # gate and up, or down: views with one row per dimension
             entries = matrix[dropped]
             fresh = torch.randn(entries.shape, generator=stream)
             matrix[dropped] = entries.mean() + entries.std() * fresh
     return changed.to(tensor.dtype)
-
-
-def _dropped_dimensions(start: Start, piece: Piece, ffn: int) -> Tensor:
-    """Of one layer and expert: the same for gate, up and down."""
-    layer = piece.key.partition(".mlp.")[0]
-    stream = _generator(f"{start.seed} {layer} {piece.expert} dropped")
-    return torch.randperm(ffn, generator=stream)[: round(start.reinitialise * ffn)]
 
 
 def _stream(seed: int, piece: Piece) -> torch.Generator:

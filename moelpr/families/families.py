@@ -1,32 +1,161 @@
-"""The model families: for each its name table, its config.json, and the stock MoE class it leaves as.
+"""Model families: the name table, the config.json and the stock MoE class of each, and the models they can upcycle.
 
-To add one, write its entry and put it in FAMILIES; docs/design/families.md goes through an example.
+To add a family, write its entry and add it to FAMILIES; docs/design/families.md works through an example.
 """
 
+import argparse
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from moelpr.errors import UserError
-from moelpr.families.hf_config import (
-    explicit_shape,
-    exported_config,
-    llama_like_args,
-    refuse_window_layers,
-    sliding_window,
-)
-from moelpr.families.tables import HF_LAYER, Table, llama_like_table, moe_rows
-from moelpr.model_spec import ModelSpec
+from moelpr.families.tables import HF_LAYER, NameTable, llama_like_table, moe_rows
+from moelpr.model_spec import ModelSpec, MoeSpec
+
+CONFIG_FILE = "config.json"
+
+# Llama 3's RoPE scaling has four settings; Megatron takes only the factor and hard-codes these.
+_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+# --- config.json to Megatron's arguments
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read the folder's config.json; UserError if it is missing or not a JSON object."""
+    if not folder.is_dir():
+        raise UserError(
+            f"there is no folder {folder}; download a Hugging Face model with hf download NAME --local-dir DIR"
+        )
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} is not a Hugging Face model directory: it has no {CONFIG_FILE}")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} must contain a JSON object, got {type(config).__name__}")
+    return config
+
+
+def llama_like_args(config: Any) -> dict[str, Any]:
+    """Megatron's arguments for a Llama-like decoder; UserError if Megatron would compute something else."""
+    if config.hidden_act != "silu":
+        raise UserError(f"hidden_act must be 'silu' (SwiGLU), got {config.hidden_act!r}")
+    for name in ("attention_bias", "mlp_bias"):
+        if getattr(config, name, False):
+            raise UserError(f"{name}: true is unsupported: no stock MoE class has these biases")
+    heads = config.num_attention_heads
+    return {
+        "num_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.intermediate_size,
+        "num_attention_heads": heads,
+        "num_query_groups": config.num_key_value_heads,
+        "group_query_attention": config.num_key_value_heads != heads,
+        "kv_channels": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "max_position_embeddings": config.max_position_embeddings,
+        "position_embedding_type": "rope",
+        **_rope_args(config),
+        **_window_args(config),
+        "normalization": "RMSNorm",
+        "norm_epsilon": config.rms_norm_eps,
+        "swiglu": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "qk_layernorm": False,
+        "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
+        "vocab_size": config.vocab_size,
+        # Megatron's defaults are 0.1.
+        "attention_dropout": float(config.attention_dropout),
+        "hidden_dropout": 0.0,
+        "init_method_std": config.initializer_range,
+    }
+
+
+def _rope_args(config: Any) -> dict[str, Any]:
+    rope = dict(config.rope_parameters or {})
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(f"partial_rotary_factor must be 1, got {rope['partial_rotary_factor']}")
+    theta = rope["rope_theta"]
+    if theta != int(theta):
+        raise UserError(f"rope_theta must be an integer for Megatron, got {theta}")
+    args = {"rotary_base": int(theta), "rotary_percent": 1.0}
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        return args
+    if kind != "llama3":
+        raise UserError(f"RoPE scaling must be 'default' (none) or 'llama3', got {kind!r}")
+    for name, expected in _LLAMA3_ROPE.items():
+        if rope.get(name) != expected:
+            raise UserError(f"{name} of RoPE scaling 'llama3' must be {expected} for Megatron, got {rope.get(name)}")
+    return args | {"use_rope_scaling": True, "rope_scaling_factor": float(rope["factor"])}
+
+
+def _window_args(config: Any) -> dict[str, Any]:
+    """Hugging Face's window includes the current token, Megatron's counts the tokens before it."""
+    window = getattr(config, "sliding_window", None)
+    return {} if not window else {"window_size": [window - 1, 0]}
+
+
+# --- Megatron's arguments to config.json
+
+
+def _exported_config(base: dict[str, Any], spec: ModelSpec, architecture: str, dtype: str) -> dict[str, Any]:
+    """config.json of the dense class; the common part of it for MoE classes.
+
+    Keys that transformers 5 renamed are written under both names, as other readers ignore the new names.
+    """
+    args = spec.megatron_args
+    rope = {"rope_theta": args["rotary_base"], "rope_type": "default"}
+    if args.get("use_rope_scaling"):
+        rope |= {"rope_type": "llama3", "factor": args["rope_scaling_factor"], **_LLAMA3_ROPE}
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    return {
+        **base,
+        "architectures": [architecture],
+        "rope_theta": rope["rope_theta"],
+        "rope_parameters": rope,
+        "rope_scaling": None if rope["rope_type"] == "default" else scaling,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "vocab_size": args["vocab_size"],
+        "tie_word_embeddings": not args["untie_embeddings_and_output_weights"],
+    }
+
+
+def _explicit_shape(spec: ModelSpec) -> dict[str, Any]:
+    """The shape, with all keys: a base may omit the defaults of its class, but the MoE class has other defaults."""
+    args = spec.megatron_args
+    return {
+        "hidden_size": args["hidden_size"],
+        "intermediate_size": args["ffn_hidden_size"],
+        "num_hidden_layers": args["num_layers"],
+        "num_attention_heads": args["num_attention_heads"],
+        "num_key_value_heads": args["num_query_groups"],
+        "head_dim": args["kv_channels"],
+        "hidden_act": "silu",
+        "max_position_embeddings": args["max_position_embeddings"],
+        "rms_norm_eps": args["norm_epsilon"],
+        "attention_dropout": args["attention_dropout"],
+        "initializer_range": args["init_method_std"],
+    }
+
+
+# --- families
 
 
 @dataclass(frozen=True)
 class Family:
-    """A dense architecture we can bring in and the stock MoE architecture it leaves as.
+    """A supported dense architecture and the stock MoE architecture it is exported as.
 
-    megatron_args: transformers' config of either class → Megatron's arguments; UserError for what would be wrong.
-    moe_config: the MoE class's own keys of config.json, from the spec. Read the other way round, what an MoE must say
-        of itself to be brought in.
-    may_mix_layers: the MoE class knows layers without experts.
+    Attributes:
+        megatron_args: Maps transformers' config of either class to Megatron's arguments; UserError if unsupported.
+        moe_config: Maps a spec to the MoE class's own keys of config.json; an imported MoE must have these values.
+        may_mix_layers: Whether the MoE class supports layers without experts.
     """
 
     name: str
@@ -34,40 +163,33 @@ class Family:
     model_type: str
     moe_architecture: str
     moe_model_type: str
-    table: Table
+    table: NameTable
     megatron_args: Callable[[Any], dict[str, Any]]
-    moe_config: Callable[[ModelSpec], dict[str, Any]]
+    moe_config: Callable[[ModelSpec, MoeSpec], dict[str, Any]]
     may_mix_layers: bool
 
     def export_config(self, base: dict[str, Any], spec: ModelSpec, dtype: str) -> dict[str, Any]:
-        """config.json of a model like `spec` that started from one with the config.json `base`."""
+        """config.json of the export of a model `spec` whose base has the config.json `base`."""
         if spec.moe is None:
-            return exported_config(base, spec, self.architecture, dtype)
-        config = exported_config(base, spec, self.moe_architecture, dtype)
-        # The last key is ours: stock readers keep what they don't know, and evaluation asks for it.
+            return _exported_config(base, spec, self.architecture, dtype)
+        config = _exported_config(base, spec, self.moe_architecture, dtype)
+        # The last key is ours, for evaluation; stock readers keep unknown keys.
         ours = {"model_type": self.moe_model_type, "num_original_experts": spec.moe.num_original_experts}
-        return config | explicit_shape(spec) | self.moe_config(spec) | ours
+        return config | _explicit_shape(spec) | self.moe_config(spec, spec.moe) | ours
 
 
-# ------------------------------------------------------------------------------------------------ Llama, Mistral
+# --- Llama, Mistral
 
-# Softmax over all experts, top-k, renormalise: Mixtral's rule is the method's.
-_MIXTRAL_TABLE = llama_like_table(
-    moe_rows(
-        router="block_sparse_moe.gate.weight",
-        gate="block_sparse_moe.experts.{j}.w1.weight",
-        up="block_sparse_moe.experts.{j}.w3.weight",
-        down="block_sparse_moe.experts.{j}.w2.weight",
-    )
-)
+# Mixtral routes as the method does: softmax over all experts, top-k, renormalize.
+_MIXTRAL_TABLE = llama_like_table(moe_rows("block_sparse_moe.", gate="w1", up="w3", down="w2"))
 
 
-def _mixtral_config(spec: ModelSpec) -> dict[str, Any]:
-    assert spec.moe is not None
+def _mixtral_config(spec: ModelSpec, moe: MoeSpec) -> dict[str, Any]:
+    window = spec.megatron_args.get("window_size")
     return {
-        "num_local_experts": spec.moe.num_experts,
-        "num_experts_per_tok": spec.moe.topk,
-        "sliding_window": sliding_window(spec),
+        "num_local_experts": moe.num_experts,
+        "num_experts_per_tok": moe.topk,
+        "sliding_window": None if window is None else window[0] + 1,
     }
 
 
@@ -85,39 +207,31 @@ LLAMA = Family(
 
 MISTRAL = replace(LLAMA, name="mistral", architecture="MistralForCausalLM", model_type="mistral")
 
-# --------------------------------------------------------------------------------------------------------- Qwen
+# --- Qwen
 
-_QWEN_MOE_ROWS = moe_rows(
-    router="mlp.gate.weight",
-    gate="mlp.experts.{j}.gate_proj.weight",
-    up="mlp.experts.{j}.up_proj.weight",
-    down="mlp.experts.{j}.down_proj.weight",
-)
+_QWEN_MOE_ROWS = moe_rows("mlp.", gate="gate_proj", up="up_proj", down="down_proj")
 
 
-def _qwen_moe_config(spec: ModelSpec) -> dict[str, Any]:
-    """What Qwen2Moe and Qwen3Moe share."""
-    assert spec.moe is not None
+def _qwen_moe_config(spec: ModelSpec, moe: MoeSpec, **settings: Any) -> dict[str, Any]:
+    num_layers = spec.megatron_args["num_layers"]
     return {
-        "num_experts": spec.moe.num_experts,
-        "num_experts_per_tok": spec.moe.topk,
-        # The classes' default is false, which would be another model.
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.topk,
+        # The classes default to false, which is another model.
         "norm_topk_prob": True,
         "moe_intermediate_size": spec.megatron_args["ffn_hidden_size"],
         "decoder_sparse_step": 1,
-        "mlp_only_layers": [i for i in range(spec.megatron_args["num_layers"]) if not spec.is_moe_layer(i)],
+        "mlp_only_layers": [i for i in range(num_layers) if i not in moe.layers],
         "use_sliding_window": False,
         "sliding_window": None,
+        **settings,
     }
 
 
-def _qwen2_args(config: Any) -> dict[str, Any]:
-    refuse_window_layers(config)
-    return llama_like_args(config) | {"add_qkv_bias": True}
-
-
-def _qwen2_moe_config(spec: ModelSpec) -> dict[str, Any]:
-    return _qwen_moe_config(spec) | {"shared_expert_intermediate_size": 0, "qkv_bias": True}
+def _qwen_args(config: Any, **settings: bool) -> dict[str, Any]:
+    if getattr(config, "use_sliding_window", False):  # Megatron has one window for all layers
+        raise UserError("use_sliding_window: true is unsupported: only some layers have a sliding window")
+    return llama_like_args(config) | settings
 
 
 QWEN2 = Family(
@@ -129,23 +243,13 @@ QWEN2 = Family(
     table=llama_like_table(
         _QWEN_MOE_ROWS,
         qkv_bias=True,
-        # Readers expect the shared expert's gate even where the shared expert has width 0.
+        # Readers expect the shared expert's gate even if the shared expert has width 0.
         moe_zeros=((HF_LAYER + "mlp.shared_expert_gate.weight", "one hidden"),),
     ),
-    megatron_args=_qwen2_args,
-    moe_config=_qwen2_moe_config,
+    megatron_args=partial(_qwen_args, add_qkv_bias=True),
+    moe_config=partial(_qwen_moe_config, shared_expert_intermediate_size=0, qkv_bias=True),
     may_mix_layers=True,
 )
-
-
-def _qwen3_args(config: Any) -> dict[str, Any]:
-    refuse_window_layers(config)
-    return llama_like_args(config) | {"qk_layernorm": True}
-
-
-def _qwen3_moe_config(spec: ModelSpec) -> dict[str, Any]:
-    # transformers 5 reads and writes num_local_experts, older readers know num_experts only.
-    return _qwen_moe_config(spec) | {"num_local_experts": spec.moe.num_experts if spec.moe else 0}
 
 
 QWEN3 = Family(
@@ -155,20 +259,21 @@ QWEN3 = Family(
     moe_architecture="Qwen3MoeForCausalLM",
     moe_model_type="qwen3_moe",
     table=llama_like_table(_QWEN_MOE_ROWS, qk_norm=True),
-    megatron_args=_qwen3_args,
-    moe_config=_qwen3_moe_config,
+    megatron_args=partial(_qwen_args, qk_layernorm=True),
+    # transformers 5 reads and writes num_local_experts, older readers only num_experts.
+    moe_config=lambda spec, moe: _qwen_moe_config(spec, moe, num_local_experts=moe.num_experts),
     may_mix_layers=True,
 )
 
-# ------------------------------------------------------------------------------------------------------- lookup
+# --- lookup
 
 FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
 
 
 def family_of(config: dict[str, Any]) -> tuple[Family, bool]:
-    """The family a config.json belongs to, and whether it is the MoE class. UserError with the known ones for others.
+    """The family of a config.json, and whether it is the MoE class; UserError if there is none.
 
-    Llama and Mistral share their MoE class, and their tables.
+    Llama and Mistral share their MoE class and their table.
     """
     architectures = config.get("architectures") or []
     for family in FAMILIES.values():
@@ -182,13 +287,121 @@ def family_of(config: dict[str, Any]) -> tuple[Family, bool]:
     known = [family.architecture for family in FAMILIES.values()]
     moe = dict.fromkeys(family.moe_architecture for family in FAMILIES.values())
     raise UserError(
-        f"found the architecture {found}; supported are {', '.join(known)} and, for a further round of languages, "
-        f"{', '.join(moe)}"
+        f"architecture must be one of {', '.join(known)} or, for another round of languages, {', '.join(moe)}; "
+        f"got {found}"
     )
 
 
 def family_named(name: str) -> Family:
-    """The family a model_spec.json names."""
+    """The family that a model_spec.json names; UserError if there is none of this name."""
     if name not in FAMILIES:
-        raise UserError(f"found the model family {name!r}; supported are {', '.join(FAMILIES)}")
+        raise UserError(f"model family must be one of {', '.join(FAMILIES)}, got {name!r}")
     return FAMILIES[name]
+
+
+# --- models to upcycle
+
+
+def read_base(folder: Path) -> tuple[Family, ModelSpec]:
+    """Read the family and shape of a Hugging Face model from its config.json; UserError if it is unsupported.
+
+    The experts of the spec are all original; its dtype is a placeholder, as only the weights have it.
+    """
+    raw = read_config(folder)
+    family, is_moe = family_of(raw)
+    if "quantization_config" in raw:
+        raise UserError(f"{folder} is quantized (quantization_config); convert the unquantized model")
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)  # with the defaults of its class
+    except Exception as error:  # a damaged config may raise any exception
+        raise UserError(f"transformers cannot read {folder}/config.json: {' '.join(str(error).split())}") from error
+    try:
+        args = family.megatron_args(config)
+        moe = _original_experts(config, family, args, raw) if is_moe else None
+    except UserError as error:
+        raise UserError(f"{folder}/config.json: {error}") from error
+    return family, ModelSpec(family.name, "float32", args, moe)
+
+
+def with_new_experts(
+    family: Family,
+    base: ModelSpec,
+    num_new_experts: int,
+    topk: int | None = None,
+    moe_layers: list[int] | None = None,
+    moe_every_k_layers: int | None = None,
+) -> ModelSpec:
+    """Add N new experts to the FFN of a dense model, or to the experts of an MoE.
+
+    Args:
+        topk: K; None for 2, or for the MoE's own.
+        moe_layers: 0-based layers to upcycle; `moe_every_k_layers`: layers k, 2k, …; neither: all layers.
+
+    Raises:
+        UserError: a model with these experts cannot be trained or exported.
+    """
+    layers = _choose_layers(base, moe_layers, moe_every_k_layers)
+    num_layers = base.megatron_args["num_layers"]
+    if base.moe is None:
+        moe = MoeSpec(num_new_experts, 2 if topk is None else topk, layers)
+        if not family.may_mix_layers and 0 < len(layers) < num_layers:
+            raise UserError(
+                f"{family.architecture} is exported as {family.moe_architecture}, which has experts in every layer; "
+                "remove --moe-layers and --moe-every-k-layers"
+            )
+    else:
+        moe = MoeSpec(num_new_experts, base.moe.topk if topk is None else topk, layers, base.moe.num_experts)
+    spec = ModelSpec(base.family, base.dtype, base.megatron_args, moe)
+    spec.check()
+    return spec
+
+
+def _choose_layers(base: ModelSpec, chosen: list[int] | None, every_k: int | None) -> tuple[int, ...]:
+    num_layers = base.megatron_args["num_layers"]
+    if chosen is not None and every_k is not None:
+        raise UserError("--moe-layers and --moe-every-k-layers are mutually exclusive; pass only one of them")
+    if base.moe is not None:
+        if chosen is not None or every_k is not None:
+            raise UserError(
+                "new experts join the existing experts of an MoE; remove --moe-layers and --moe-every-k-layers"
+            )
+        return base.moe.layers
+    if chosen is not None:
+        return tuple(sorted(set(chosen)))
+    if every_k is not None and not 1 <= every_k <= num_layers:
+        raise UserError(f"--moe-every-k-layers must be 1 to {num_layers} (the model's layers), got {every_k}")
+    # Layers k, 2k, 3k, … counted from 1: the rule of decoder_sparse_step in transformers.
+    return tuple(i for i in range(num_layers) if (i + 1) % (every_k or 1) == 0)
+
+
+def _original_experts(config: Any, family: Family, args: dict[str, Any], raw: dict[str, Any]) -> MoeSpec:
+    """The experts of an MoE, all original; sets the FFN's size in `args`.
+
+    UserError if config.json differs from what an export with these experts would contain.
+    """
+    dense = set(getattr(config, "mlp_only_layers", None) or [])
+    layers = tuple(i for i in range(args["num_layers"]) if i not in dense)
+    expert_ffn = getattr(config, "moe_intermediate_size", args["ffn_hidden_size"])
+    if dense and expert_ffn != args["ffn_hidden_size"]:
+        raise UserError(
+            "FFNs of layers without experts must be as wide as the experts, "
+            f"got widths {args['ffn_hidden_size']} and {expert_ffn}"
+        )
+    args["ffn_hidden_size"] = expert_ffn
+    num_experts = next(getattr(config, name) for name in ("num_experts", "num_local_experts") if hasattr(config, name))
+    moe = MoeSpec(0, config.num_experts_per_tok, layers, num_experts)
+    for name, expected in family.moe_config(ModelSpec(family.name, "float32", args), moe).items():
+        found = getattr(config, name, raw.get(name, expected))
+        if found != expected and (found or expected):  # 0, [] and null are equivalent
+            raise UserError(f"{name} must be {expected} to add experts to a {family.moe_architecture}, got {found}")
+    return moe
+
+
+def layer_list(text: str) -> list[int]:
+    """Parse --moe-layers: comma-separated layer numbers, 0-based."""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected layer numbers like 0,2,5, got {text!r}") from None

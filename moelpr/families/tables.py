@@ -1,31 +1,25 @@
-"""Name tables: which Megatron tensor is made of which Hugging Face tensors, by which transform and of what shapes.
+"""Name tables: which Megatron tensor consists of which Hugging Face tensors, with the transform and the shapes.
 
-A table is read from left to right when importing and from right to left when exporting. `pieces` fills it in for one
-model: every tensor once, in the order it's best streamed. The families' own tables are in families.py.
+A table is read from left to right for import and from right to left for export. `pieces` expands it for one model:
+every tensor once, in the best order for streaming. The tables of the families are in families.py.
 """
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from moelpr.model_spec import ModelSpec
+from moelpr.stages import Part, part_of, trained_parts
 
-# ---------------------------------------------------------------------------------------------------- transforms
-
-
-class Transform(Protocol):
-    """How the HF tensors of a row become one Megatron tensor, and back; exact both ways."""
-
-    def to_megatron(self, parts: list[Tensor], sizes: dict[str, int]) -> Tensor: ...
-
-    def to_hf(self, tensor: Tensor, sizes: dict[str, int]) -> list[Tensor]: ...
+# --- transforms
 
 
-class Identity:
+class Transform:
+    """Maps the HF tensors of a row to one Megatron tensor and back, exactly in both directions; here, unchanged."""
+
     def to_megatron(self, parts: list[Tensor], sizes: dict[str, int]) -> Tensor:
         return parts[0]
 
@@ -33,18 +27,15 @@ class Identity:
         return [tensor]
 
 
-class Vocabulary:
-    """One row per token id; Megatron may have padded the rows to a round number, HF must not see that."""
-
-    def to_megatron(self, parts: list[Tensor], sizes: dict[str, int]) -> Tensor:
-        return parts[0]
+class Vocabulary(Transform):
+    """One row per token ID; rows that Megatron added as padding are not exported."""
 
     def to_hf(self, tensor: Tensor, sizes: dict[str, int]) -> list[Tensor]:
         return [tensor[: sizes["vocab"]]]
 
 
-class GateUp:
-    """Megatron's linear_fc1 [2·ffn, hidden]: the gate's rows, then the up projection's."""
+class GateUp(Transform):
+    """Megatron's linear_fc1 [2·ffn, hidden]: the rows of the gate, then of the up projection."""
 
     def to_megatron(self, parts: list[Tensor], sizes: dict[str, int]) -> Tensor:
         return torch.cat(parts)
@@ -53,8 +44,8 @@ class GateUp:
         return list(tensor.chunk(2))
 
 
-class QKV:
-    """Megatron's linear_qkv (weight or bias): per query group its query heads, its key head, its value head."""
+class QKV(Transform):
+    """Megatron's linear_qkv (weight or bias): per query group its query heads, key head and value head."""
 
     def to_megatron(self, parts: list[Tensor], sizes: dict[str, int]) -> Tensor:
         rest = parts[0].shape[1:]
@@ -69,7 +60,7 @@ class QKV:
 
 
 def sizes_of(spec: ModelSpec) -> dict[str, int]:
-    """The words the tables' shapes are written in → their sizes in this model."""
+    """Name of a dimension in the tables' shapes → its size in this model."""
     args = spec.megatron_args
     head, groups = args["kv_channels"], args["num_query_groups"]
     return {
@@ -85,32 +76,41 @@ def sizes_of(spec: ModelSpec) -> dict[str, int]:
     }
 
 
-# -------------------------------------------------------------------------------------------------------- tables
+# --- tables
 
-# What a tensor is to the method: routers and new experts are trained, the rest is frozen.
-Role = Literal["shared", "original expert", "new expert", "router"]
+# What stage 1 trains; everything else equals the base.
+_TRAINED = trained_parts("stage1")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One Megatron tensor and what it's made of; {i} is the layer, {j} the expert.
+    """One Megatron tensor and its parts; {i} is the layer, {j} the expert.
 
-    parts: (HF name, shape in the words of `sizes_of`) in the transform's order.
-    role: of an expert there is a row for all: {j} runs over the original or over the new ones, which are slices of one
-        stack.
-    dense: an expert's names in a dense model, where it is the FFN.
+    Attributes:
+        megatron: Megatron's name. A row with new experts covers all of them: they are slices of one stack.
+        parts: (HF name, shape in the names of `sizes_of`) in the order of the transform.
+        transform: Maps the parts to the tensor and back.
+        dense: HF names of an expert's parts in a dense model, where it is the FFN.
     """
 
     megatron: str
     parts: tuple[tuple[str, str], ...]
-    transform: Transform = field(default_factory=Identity)
-    role: Role = "shared"
+    transform: Transform = field(default_factory=Transform)
     dense: tuple[str, ...] = ()
+
+    @property
+    def part(self) -> Part:
+        return part_of(self.megatron)
 
 
 @dataclass(frozen=True)
-class Table:
-    """Rows for the model's ends, for every layer, and for a layer whose FFN is dense or an MoE."""
+class NameTable:
+    """Rows of the tensors around the layers, of every layer, and of a layer's dense or MoE FFN.
+
+    Attributes:
+        untied: Rows of an output layer that does not share the embedding's weights.
+        moe_zeros: (HF name, shape) of tensors that only the stock MoE class has; they are written as zeros.
+    """
 
     before: tuple[Row, ...]
     layer: tuple[Row, ...]
@@ -118,41 +118,36 @@ class Table:
     moe_ffn: tuple[Row, ...]
     after: tuple[Row, ...]
     untied: tuple[Row, ...]
-    # Tensors the stock MoE class wants and our model hasn't: (HF name, shape), written as zeros.
     moe_zeros: tuple[tuple[str, str], ...] = ()
 
 
 HF_LAYER = "model.layers.{i}."
 MEGATRON_LAYER = "decoder.layers.{i}."
-ORIGINAL_EXPERT = "original_experts.{j}."
-NEW_EXPERTS = "experts.experts."
 
 
-def moe_rows(router: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
-    """Rows of an MoE layer's FFN from the stock MoE class's names; in `gate`, `up`, `down` {j} is the expert."""
+def moe_rows(module: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
+    """Rows of an MoE layer's FFN, from the names of the MoE module and of an expert's matrices in the stock class."""
     mlp = MEGATRON_LAYER + "mlp."
     dense_gate, dense_up, dense_down = (HF_LAYER + f"mlp.{name}_proj.weight" for name in ("gate", "up", "down"))
-    fc1 = ((HF_LAYER + gate, "ffn hidden"), (HF_LAYER + up, "ffn hidden"))
-    fc2 = ((HF_LAYER + down, "hidden ffn"),)
+    expert = HF_LAYER + module + "experts.{j}."
+    fc1 = ((f"{expert}{gate}.weight", "ffn hidden"), (f"{expert}{up}.weight", "ffn hidden"))
+    fc2 = ((f"{expert}{down}.weight", "hidden ffn"),)
     norm = HF_LAYER + "post_attention_layernorm.weight"
-    # A copy follows what it is copied from, so that it is read once for all.
+    # Copies follow their origin, so that it is read only once.
     return (
         Row(MEGATRON_LAYER + "pre_mlp_layernorm.weight", ((norm, "hidden"),)),
-        Row(mlp + "router.weight", ((HF_LAYER + router, "experts hidden"),), role="router"),
-        Row(mlp + ORIGINAL_EXPERT + "linear_fc1.weight", fc1, GateUp(), "original expert", (dense_gate, dense_up)),
-        Row(mlp + NEW_EXPERTS + "linear_fc1.weight", fc1, GateUp(), "new expert", (dense_gate, dense_up)),
-        Row(mlp + ORIGINAL_EXPERT + "linear_fc2.weight", fc2, Identity(), "original expert", (dense_down,)),
-        Row(mlp + NEW_EXPERTS + "linear_fc2.weight", fc2, Identity(), "new expert", (dense_down,)),
+        Row(mlp + "router.weight", ((HF_LAYER + module + "gate.weight", "experts hidden"),)),
+        Row(mlp + "original_experts.{j}.linear_fc1.weight", fc1, GateUp(), (dense_gate, dense_up)),
+        Row(mlp + "experts.experts.linear_fc1.weight", fc1, GateUp(), (dense_gate, dense_up)),
+        Row(mlp + "original_experts.{j}.linear_fc2.weight", fc2, dense=(dense_down,)),
+        Row(mlp + "experts.experts.linear_fc2.weight", fc2, dense=(dense_down,)),
     )
 
 
 def llama_like_table(
-    moe_ffn: tuple[Row, ...],
-    qkv_bias: bool = False,
-    qk_norm: bool = False,
-    moe_zeros: tuple[tuple[str, str], ...] = (),
-) -> Table:
-    """The table of every decoder with Llama's module names: grouped attention, RMSNorm before each part, SwiGLU."""
+    moe_ffn: tuple[Row, ...], qkv_bias: bool = False, qk_norm: bool = False, moe_zeros: tuple[tuple[str, str], ...] = ()
+) -> NameTable:
+    """The table of a decoder with Llama's module names: grouped-query attention, pre-RMSNorm, SwiGLU."""
     hf, megatron = HF_LAYER + "self_attn.", MEGATRON_LAYER + "self_attention."
     mlp = MEGATRON_LAYER + "mlp."
 
@@ -173,7 +168,7 @@ def llama_like_table(
         layer.append(Row(megatron + "k_layernorm.weight", ((hf + "k_norm.weight", "head"),)))
     layer.append(Row(megatron + "linear_proj.weight", ((hf + "o_proj.weight", "hidden q"),)))
     gate_up = tuple((HF_LAYER + f"mlp.{name}_proj.weight", "ffn hidden") for name in ("gate", "up"))
-    return Table(
+    return NameTable(
         before=(
             Row("embedding.word_embeddings.weight", (("model.embed_tokens.weight", "vocab hidden"),), Vocabulary()),
         ),
@@ -190,16 +185,19 @@ def llama_like_table(
     )
 
 
-# -------------------------------------------------------------------------------------------------------- pieces
+# --- pieces
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One row filled in for one layer and expert: a Megatron tensor (or slice `stack_index` of a stack) and its parts.
+    """A row expanded for one layer and expert: a Megatron tensor, or a slice of a stack, and its HF parts.
 
-    expert: the expert's number in the HF class; None for what belongs to no expert.
-    origin: HF names of what it starts from in the model it is upcycled from: itself where it is frozen, expert 0 where
-        it is a new expert, the router of the experts that were there; () for the router of a dense model's layer.
+    Attributes:
+        key: Name of the tensor in the checkpoint.
+        stack_index: Index of the slice; None for a complete tensor.
+        expert: The expert's number in the HF class; None outside experts.
+        origin: HF names of the source tensors in the model that is upcycled: its own if frozen, those of expert 0 for a
+            new expert, those of the previous router for a router; () for the router of a dense model's layer.
     """
 
     key: str
@@ -207,30 +205,34 @@ class Piece:
     hf_names: tuple[str, ...]
     hf_shapes: tuple[tuple[int, ...], ...]
     transform: Transform
-    role: Role
     expert: int | None
     origin: tuple[str, ...]
 
     @property
+    def part(self) -> Part:
+        return part_of(self.key)
+
+    @property
     def is_trained(self) -> bool:
-        return self.role in ("router", "new expert")
+        """Whether training may make it differ from its origin: routers and new experts."""
+        return self.part in _TRAINED
 
 
-def pieces(table: Table, spec: ModelSpec) -> Iterator[Piece]:
-    """Every tensor of the model `spec` describes, once; all slices of a stack follow each other."""
+def pieces(table: NameTable, spec: ModelSpec) -> Iterator[Piece]:
+    """Every tensor of the model that `spec` describes, once; the slices of a stack are consecutive."""
     sizes = sizes_of(spec)
     is_untied = spec.megatron_args["untie_embeddings_and_output_weights"]
     for row in table.before:
-        yield from _filled(row, spec, sizes)
+        yield from _expanded(row, spec, sizes)
     for i in range(spec.megatron_args["num_layers"]):
         for row in (*table.layer, *(table.moe_ffn if spec.is_moe_layer(i) else table.dense_ffn)):
-            yield from _filled(row, spec, sizes, i)
+            yield from _expanded(row, spec, sizes, i)
     for row in (*table.after, *(table.untied if is_untied else ())):
-        yield from _filled(row, spec, sizes)
+        yield from _expanded(row, spec, sizes)
 
 
-def zeros(table: Table, spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """HF names and shapes of the zero tensors the stock MoE class of `spec` wants."""
+def zeros(table: NameTable, spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """HF names and shapes of the zero tensors that the stock MoE class of `spec` requires."""
     sizes = sizes_of(spec)
     for i in spec.moe.layers if spec.moe else ():
         for name, shape in table.moe_zeros:
@@ -238,7 +240,7 @@ def zeros(table: Table, spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]
 
 
 def megatron_shape(piece: Piece, spec: ModelSpec) -> tuple[int, ...]:
-    """Shape of the whole Megatron tensor `piece` (or its stack) belongs to."""
+    """Shape of the Megatron tensor of `piece`; of the complete stack if it is a slice."""
     rows = sum(shape[0] for shape in piece.hf_shapes)
     shape = (rows, *piece.hf_shapes[0][1:])
     if piece.stack_index is None:
@@ -247,54 +249,50 @@ def megatron_shape(piece: Piece, spec: ModelSpec) -> tuple[int, ...]:
     return (spec.moe.num_new_experts, *shape)
 
 
-def frozen_name(table: Table, name: str, num_original: int = 1) -> str | None:
-    """The base's tensor that `name` of the upcycled model must still equal after training; None for what is trained.
+def frozen_name(table: NameTable, name: str, num_original: int = 1) -> str | None:
+    """The base's tensor that the upcycled model's tensor `name` must equal after training.
 
-    num_original: 1 where the base is dense, else the base's experts.
+    Args:
+        table: Name table of the family.
+        name: HF name in the upcycled model.
+        num_original: Number of the base's experts; 1 if it is dense.
+
+    Returns:
+        HF name in the base; None for a tensor that is trained.
     """
     for row in table.moe_ffn:
-        for part, (pattern, _) in enumerate(row.parts):
-            match = re.fullmatch(re.escape(pattern).replace(r"\{i\}", r"(\d+)").replace(r"\{j\}", r"(\d+)"), name)
-            if match is None or row.role == "shared":
+        for index, (template, _) in enumerate(row.parts):
+            pattern = re.escape(template).replace(r"\{i\}", r"(\d+)").replace(r"\{j\}", r"(\d+)")
+            match = re.fullmatch(pattern, name)
+            # Rows of original and of new experts have the same templates; the number tells them apart.
+            if match is None or (row.part is Part.ORIGINAL_EXPERTS and int(match[2]) >= num_original):
                 continue
-            if row.role == "router" or int(match[2]) >= num_original:
+            if row.part in _TRAINED:
                 return None
-            return name if num_original > 1 else row.dense[part].format(i=match[1])
+            return row.dense[index].format(i=match[1]) if row.dense and num_original == 1 else name
     return name
 
 
-def _filled(row: Row, spec: ModelSpec, sizes: dict[str, int], i: int | None = None) -> Iterator[Piece]:
-    """The row for layer `i` (None: for an end of the model), for each of its experts."""
+def _expanded(row: Row, spec: ModelSpec, sizes: dict[str, int], i: int | None = None) -> Iterator[Piece]:
+    """The row for layer `i` (None: outside the layers) and for each of its experts."""
     moe = spec.moe
-    if moe is None or row.role in ("shared", "router"):
-        base_has_router = moe is not None and moe.num_original_experts > 1
+    shapes = tuple(_shape(shape, sizes) for _, shape in row.parts)
+    if moe is None or row.part not in (Part.ORIGINAL_EXPERTS, Part.NEW_EXPERTS):
         names = tuple(name.format(i=i) for name, _ in row.parts)
-        origin = names if row.role == "shared" or base_has_router else ()
-        yield _piece(row, sizes, row.megatron.format(i=i), names, origin)
+        base_has_it = row.part is not Part.ROUTER or (moe is not None and moe.num_original_experts > 1)
+        origin = names if base_has_it else ()
+        yield Piece(row.megatron.format(i=i), None, names, shapes, row.transform, None, origin)
         return
-    is_new = row.role == "new expert"
+    is_new = row.part is Part.NEW_EXPERTS
     for j in range(moe.num_original_experts, moe.num_experts) if is_new else range(moe.num_original_experts):
+        names = tuple(name.format(i=i, j=j) for name, _ in row.parts)
         if moe.num_original_experts == 1:
             origin = tuple(name.format(i=i) for name in row.dense)
         else:
             origin = tuple(name.format(i=i, j=0 if is_new else j) for name, _ in row.parts)
-        names = tuple(name.format(i=i, j=j) for name, _ in row.parts)
         stack_index = j - moe.num_original_experts if is_new else None
-        yield _piece(row, sizes, row.megatron.format(i=i, j=j), names, origin, stack_index, expert=j)
+        yield Piece(row.megatron.format(i=i, j=j), stack_index, names, shapes, row.transform, j, origin)
 
 
-def _piece(
-    row: Row,
-    sizes: dict[str, int],
-    key: str,
-    hf_names: tuple[str, ...],
-    origin: tuple[str, ...],
-    stack_index: int | None = None,
-    expert: int | None = None,
-) -> Piece:
-    hf_shapes = tuple(_shape(shape, sizes) for _, shape in row.parts)
-    return Piece(key, stack_index, hf_names, hf_shapes, row.transform, row.role, expert, origin)
-
-
-def _shape(words: str, sizes: dict[str, int]) -> tuple[int, ...]:
-    return tuple(sizes[word] for word in words.split())
+def _shape(names: str, sizes: dict[str, int]) -> tuple[int, ...]:
+    return tuple(sizes[name] for name in names.split())

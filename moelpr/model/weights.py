@@ -9,10 +9,10 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject, ShardedStateDict
 from megatron.core.models.gpt.gpt_model import GPTModel
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from moelpr.errors import UserError
+from moelpr.torch_dist import read_metadata
 
 # Loads the entries of a sharded state dict from one step folder, as dist_checkpointing.load does.
 Loader = Callable[[ShardedStateDict, str], dict[str, Any]]
@@ -42,7 +42,7 @@ def load_weights(
         }
     for link in links:
         try:
-            keys = set(FileSystemReader(link).read_metadata().state_dict_metadata)
+            keys = set(read_metadata(link).state_dict_metadata)
             here = {
                 model: {name: entry for name, entry in entries.items() if _key(entry) in keys}
                 for model, entries in missing.items()

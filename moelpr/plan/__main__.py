@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moelpr.errors import UserError, run_command
-from moelpr.families.base_model import layer_list
+from moelpr.families.families import layer_list
 from moelpr.plan.candidates import GIB, Candidate, Cluster, bubble, fitting
 from moelpr.plan.memory import RankMemory, Workload
 from moelpr.plan.model import model_parts, upcycled_spec

@@ -4,8 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moelpr.families.base_model import read_base, with_new_experts
-from moelpr.families.families import family_named
+from moelpr.families.families import family_named, read_base, with_new_experts
 from moelpr.families.tables import pieces
 from moelpr.model_spec import ModelSpec
 from moelpr.stages import Part, part_of

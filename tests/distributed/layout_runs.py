@@ -227,7 +227,7 @@ def validations(run: Path) -> list[dict[str, Any]]:
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     """All model tensors of the last step."""
-    from checkpoint_convert.torch_dist import TorchDistReader
+    from moelpr.torch_dist import TorchDistReader
 
     reader = TorchDistReader(step_folder(run))
     return {key: reader.read(key) for key in reader.keys if key.startswith(("decoder.", "embedding.", "output_layer."))}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint_convert.torch_dist import TorchDistReader
+from moelpr.torch_dist import TorchDistReader
 from tests.distributed import layout_runs as layouts
 from tests.distributed.layout_runs import LAYOUTS, STAGES
 

@@ -47,7 +47,7 @@ def metrics(run: Path) -> list[dict]:
 
 
 def tensors(run: Path, iteration: int) -> dict[str, torch.Tensor]:
-    from checkpoint_convert.torch_dist import TorchDistReader
+    from moelpr.torch_dist import TorchDistReader
 
     reader = TorchDistReader(run / f"iter_{iteration:07d}")
     return {key: reader.read(key) for key in reader.keys}
@@ -59,8 +59,8 @@ def model_tensors(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def whole_model(run: Path, iteration: int) -> dict[str, torch.Tensor]:
     """The model's tensors, some from the run's base if the run saved only what it trained."""
-    from checkpoint_convert.torch_dist import TorchDistReader
     from moelpr.checkpoints import checkpoint_chain
+    from moelpr.torch_dist import TorchDistReader
 
     readers = [TorchDistReader(link) for link in reversed(checkpoint_chain(run, iteration))]
     return model_tensors({key: reader.read(key) for reader in readers for key in reader.keys})
@@ -96,7 +96,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random dense Qwen2 as `hf`, its conversions `dense` and `upcycled`, and corpora `original` and `expanded`."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from checkpoint_convert.hf_to_mcore import hf_to_mcore
+    from checkpoint_convert.upcycling import hf_to_mcore
     from data_tools.corpus_writer import CorpusWriter
 
     folder = tmp_path_factory.mktemp("material")
@@ -177,7 +177,7 @@ def test_stage1_learns(stage1: Path) -> None:
 
 
 def test_stage1_changes_only_new_experts_and_routers(material: Path, stage1: Path) -> None:
-    from checkpoint_convert.torch_dist import TorchDistReader
+    from moelpr.torch_dist import TorchDistReader
 
     start = TorchDistReader(material / "upcycled" / "release")
     for key, value in model_tensors(tensors(stage1, 6)).items():
@@ -253,7 +253,7 @@ def test_trained_only_checkpoints_and_held_out_text_do_not_change_the_training(
     material: Path, stage1: Path, stage2: Path
 ) -> None:
     """The other run has neither."""
-    from checkpoint_convert.mcore_to_hf import mcore_to_hf
+    from checkpoint_convert.export import mcore_to_hf
 
     whole = material / "stage2-whole"
     assert launch(*stage2_command(material, stage1, whole, held_out={})).returncode == 0
@@ -283,7 +283,7 @@ def test_a_resumed_stage2_is_bitwise_identical_to_the_uninterrupted_one(
 
 
 def test_a_changed_base_stops_a_resumed_run_and_the_exporter(material: Path, stage1: Path, stage2: Path) -> None:
-    from checkpoint_convert.mcore_to_hf import mcore_to_hf
+    from checkpoint_convert.export import mcore_to_hf
     from moelpr.errors import UserError
 
     changed = shutil.copytree(stage1, material / "changed" / "stage1")
@@ -305,7 +305,7 @@ def test_held_out_text_is_scored_as_transformers_scores_it(material: Path, stage
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from transformers import AutoModelForCausalLM
 
-    from checkpoint_convert.mcore_to_hf import mcore_to_hf
+    from checkpoint_convert.export import mcore_to_hf
 
     passes = [record for record in records(stage2) if record.get("event") == "validation"]
     assert [record["iteration"] for record in passes] == [0, 4, 6]
@@ -367,15 +367,15 @@ def test_a_run_folder_contains_its_settings_and_model(stage2: Path) -> None:
 
 
 def test_frozen_tensors_of_the_export_are_bitwise_identical_to_the_bases(material: Path, stage2: Path) -> None:
-    from checkpoint_convert.mcore_to_hf import mcore_to_hf
-    from checkpoint_convert.verify import frozen_max_abs_difference
+    from checkpoint_convert.comparison import frozen_max_abs_difference
+    from checkpoint_convert.export import mcore_to_hf
 
     mcore_to_hf(stage2, material / "stage2-hf", overwrite=True)
     assert frozen_max_abs_difference(material / "hf", material / "stage2-hf") == 0.0
 
 
 def test_the_exports_model_card_describes_both_runs(material: Path, stage1: Path, stage2: Path) -> None:
-    from checkpoint_convert.mcore_to_hf import mcore_to_hf
+    from checkpoint_convert.export import mcore_to_hf
 
     mcore_to_hf(stage2, material / "card-hf")
     card = (material / "card-hf" / "README.md").read_text()
@@ -391,8 +391,7 @@ def test_the_exports_model_card_describes_both_runs(material: Path, stage1: Path
 
 
 def test_base_plus_delta_is_the_export(material: Path, stage2: Path) -> None:
-    from checkpoint_convert.apply_delta import apply_delta
-    from checkpoint_convert.mcore_to_hf import mcore_to_hf
+    from checkpoint_convert.export import apply_delta, mcore_to_hf
 
     mcore_to_hf(stage2, material / "full-hf")
     mcore_to_hf(stage2, material / "delta", as_delta=True)

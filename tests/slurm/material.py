@@ -77,8 +77,8 @@ def metrics(run: Path) -> list[dict]:
 
 def last_checkpoint(run: Path) -> dict[str, torch.Tensor]:
     """Every tensor of model and optimizer."""
-    from checkpoint_convert.torch_dist import TorchDistReader
     from moelpr.checkpoints import step_folder
+    from moelpr.torch_dist import TorchDistReader
 
     reader = TorchDistReader(step_folder(run))
     return {key: reader.read(key) for key in reader.keys}

@@ -12,7 +12,7 @@ class Stage:
     """Stage 1 of the tiny model on two nodes, slow enough to be interrupted."""
 
     def __init__(self, cluster: Cluster, folder: Path) -> None:
-        from checkpoint_convert.hf_to_mcore import hf_to_mcore
+        from checkpoint_convert.upcycling import hf_to_mcore
 
         self.cluster, self.folder = cluster, folder
         self.start, self.data = folder / "upcycled", make_corpus(folder)

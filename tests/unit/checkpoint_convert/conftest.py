@@ -1,117 +1,44 @@
-"""Tiny random models of every family, made by stock transformers."""
+"""The tiny models that these tests share, and checkpoints and exports of them."""
 
-import os
-import weakref
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-
-SHAPE = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "rope_parameters": {"rope_theta": 50000.0, "rope_type": "default"},
-}
-
-
-@pytest.fixture(scope="session")
-def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Save a random model of a transformers class, every tensor (biases and norms too) off its initial constant."""
-
-    def make(
-        architecture: str,
-        dtype: torch.dtype = torch.float32,
-        tokenizer: bool = False,
-        save: dict | None = None,
-        **changes,
-    ) -> Path:
-        import transformers
-
-        torch.manual_seed(0)
-        model_class = getattr(transformers, architecture)
-        model = model_class(model_class.config_class(**(SHAPE | changes)))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-        folder = tmp_path_factory.mktemp(architecture)
-        model.to(dtype).save_pretrained(folder, **(save or {}))
-        if tokenizer:
-            save_tokenizer(folder, num_ids=60)
-        return folder
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def make_qwen2(make_model: Callable[..., Path]) -> Callable[..., Path]:
-    def make(dtype: torch.dtype = torch.float32, **options) -> Path:
-        return make_model("Qwen2ForCausalLM", dtype, **options)
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def qwen2(make_qwen2: Callable[..., Path]) -> Path:
-    """Untied, fp32, in several shards, with a tokenizer of 60 ids and a chat template. Tests must not change it."""
-    return make_qwen2(tokenizer=True, save={"max_shard_size": "40KB"})
-
-
-class HeldBytes:
-    """Counts the bytes of tensors that were read and are still held."""
-
-    def __init__(self) -> None:
-        self._live: dict[int, int] = {}
-        self._peak = 0
-
-    def take_peak(self) -> int:
-        """The most that was held at a time since the last call."""
-        peak, self._peak = self._peak, 0
-        return peak
-
-    def watch(self, read: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def watched(*args):
-            tensor = read(*args)
-            storage = tensor.untyped_storage().data_ptr()
-            self._live[storage] = tensor.untyped_storage().nbytes()
-            weakref.finalize(tensor, self._live.pop, storage, None)
-            self._peak = max(self._peak, sum(self._live.values()))
-            return tensor
-
-        return watched
+from checkpoint_convert.export import mcore_to_hf
+from checkpoint_convert.upcycling import hf_to_mcore
+from tests.hf_models import held_bytes, make_model, make_qwen2, qwen2, source  # noqa: F401
 
 
 @pytest.fixture
-def held_bytes(monkeypatch) -> HeldBytes:
-    """Of what is read from safetensors and from checkpoints."""
-    from checkpoint_convert.hf_folder import HfReader
-    from checkpoint_convert.torch_dist import TorchDistReader
-
-    held = HeldBytes()
-    monkeypatch.setattr(HfReader, "read", held.watch(HfReader.read))
-    monkeypatch.setattr(TorchDistReader, "_load_chunk", held.watch(TorchDistReader._load_chunk))
-    return held
+def base(make_qwen2: Callable[..., Path], tmp_path: Path) -> Path:  # noqa: F811
+    """bf16, with a tokenizer and a model card; a test may change it."""
+    folder = Path(shutil.copytree(make_qwen2(torch.bfloat16, tokenizer=True), tmp_path / "Base-1B"))
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\nThe base.\n")
+    return folder
 
 
 @pytest.fixture
-def write_tokenizer() -> Callable[..., None]:
-    return save_tokenizer
+def upcycled(qwen2: Path, tmp_path: Path) -> Path:  # noqa: F811
+    """A checkpoint of qwen2 with 4 new experts in every layer."""
+    hf_to_mcore(qwen2, tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
 
 
-def save_tokenizer(folder: Path, num_ids: int) -> None:
-    """A byte-level BPE that knows the letters a, b and some runs of them."""
-    from transformers import Qwen2Tokenizer
+@pytest.fixture
+def export(qwen2: Path, tmp_path: Path) -> Path:  # noqa: F811
+    """The export of the checkpoint tmp_path/megatron: qwen2 with 4 new experts in layers 0 and 3."""
+    hf_to_mcore(qwen2, tmp_path / "megatron", moe_layers=[0, 3])
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    return tmp_path / "hf"
 
-    words = ["a", "b"] + ["a" * n for n in range(2, num_ids - 1)]
-    vocab = {"<|endoftext|>": 0} | {word: k for k, word in enumerate(words, start=1)}
-    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[("a", "a" * n) for n in range(1, num_ids - 2)])
-    assert len(tokenizer) == num_ids
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    tokenizer.save_pretrained(folder)
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """JSON lines of letters that the tests' tokenizer has tokens for."""
+    lines = ["ab" * 40 + "aaab" * 20, "b" + "a" * 30 + "bbab"]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return tmp_path / "text.jsonl"

@@ -1,4 +1,4 @@
-"""Adapters of the published code come in as the model they are, and go out as they came."""
+"""Adapters of the published code are imported as the model they are, and exported unchanged."""
 
 import json
 import re
@@ -11,19 +11,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from checkpoint_convert.adapter_to_mcore import adapter_to_mcore
-from checkpoint_convert.hf_to_mcore import hf_to_mcore
-from checkpoint_convert.mcore_to_adapter import mcore_to_adapter
-from checkpoint_convert.mcore_to_hf import mcore_to_hf
+from checkpoint_convert.adapter import adapter_to_mcore, mcore_to_adapter
+from checkpoint_convert.comparison import frozen_max_abs_difference, max_abs_difference
+from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.megatron_folder import MegatronReader
-from checkpoint_convert.torch_dist import TorchDistReader, TorchDistWriter
-from checkpoint_convert.upcycling import Start
-from checkpoint_convert.verify import frozen_max_abs_difference, max_abs_difference
+from checkpoint_convert.upcycling import Start, hf_to_mcore
 from moelpr.errors import UserError
 from moelpr.model_spec import ModelSpec, MoeSpec
+from moelpr.torch_dist import TorchDistReader, TorchDistWriter
 
 HIDDEN, FFN, LAYERS, NUM_NEW = 32, 48, [1, 3], 3
+
+
 PREFIX = "base_model.model.model.layers"
+
+
 # As PEFT writes it for the published code's MoeConfig.
 CONFIG = {
     "auto_mapping": None,
@@ -114,7 +116,7 @@ def test_the_model_computes_what_the_published_code_does(
     assert (a - dense).abs().max() > 1e-2
 
 
-def test_all_but_routers_and_new_experts_is_the_bases(
+def test_everything_but_routers_and_new_experts_is_the_base(
     qwen2: Path, write_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     adapter_to_mcore(write_adapter(), qwen2, tmp_path / "megatron")
@@ -123,7 +125,7 @@ def test_all_but_routers_and_new_experts_is_the_bases(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_adapter_to_ours_to_adapter_is_the_same_file(
+def test_adapter_to_ours_to_adapter_has_the_same_tensors(
     make_qwen2: Callable[..., Path], write_adapter: Callable[..., Path], tmp_path: Path, dtype: torch.dtype
 ) -> None:
     adapter = write_adapter(random_tensors(dtype), lpr_loss_coef=None)
@@ -136,14 +138,14 @@ def test_adapter_to_ours_to_adapter_is_the_same_file(
     assert json.loads((tmp_path / "again" / "adapter_config.json").read_text()) == CONFIG | {"lpr_loss_coef": None}
 
 
-def test_ours_to_adapter_to_ours_is_bit_identical(qwen2: Path, tmp_path: Path) -> None:
+def test_ours_to_adapter_to_ours_is_bitwise_identical(qwen2: Path, tmp_path: Path) -> None:
     hf_to_mcore(qwen2, tmp_path / "ours", num_new_experts=4, topk=3, moe_layers=[0, 2])
     mcore_to_adapter(tmp_path / "ours", tmp_path / "adapter", "base")
     adapter_to_mcore(tmp_path / "adapter", qwen2, tmp_path / "again")
     assert max_abs_difference(tmp_path / "ours", tmp_path / "again") == 0.0
     assert ModelSpec.read(tmp_path / "ours") == ModelSpec.read(tmp_path / "again")
     files = [path.relative_to(tmp_path / "ours") for path in (tmp_path / "ours").rglob("*") if path.is_file()]
-    files.remove(Path("hf/origin.json"))  # each says where its experts came from
+    files.remove(Path("hf/origin.json"))  # records where the experts come from
     for path in files:
         assert (tmp_path / "ours" / path).read_bytes() == (tmp_path / "again" / path).read_bytes(), path
 
@@ -176,7 +178,7 @@ def test_few_tensors_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_pat
     assert 0 < held_bytes.take_peak() <= 3 * largest
 
 
-def test_names_with_the_adapters_own_name_are_read_too(
+def test_names_that_include_the_adapters_name_are_read(
     qwen2: Path, write_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     """As in the published code's memory: moe_experts.default.{j}, moe_router_embedding.default."""
@@ -188,7 +190,7 @@ def test_names_with_the_adapters_own_name_are_read_too(
     assert max_abs_difference(tmp_path / "plain", tmp_path / "named") == 0.0
 
 
-def test_an_adapter_of_everything_brings_its_own_base(
+def test_an_adapter_with_all_parameters_replaces_the_base(
     qwen2: Path, write_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Under save_all_params the published code trains and saves all parameters; the base's are then the adapter's."""
@@ -206,20 +208,17 @@ def test_an_adapter_of_everything_brings_its_own_base(
         assert torch.equal(reader.read(name), base + 1), name
 
 
-def test_mixed_element_types_need_a_choice(
+def test_mixed_dtypes_require_a_choice(
     make_qwen2: Callable[..., Path], write_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Adapters trained without mixed precision are fp32 on a bf16 base."""
     base = make_qwen2(torch.bfloat16)
-    with pytest.raises(UserError, match=r"mix bfloat16 \(.*\) and float32 \(.*adapter\); choose one with --dtype"):
+    with pytest.raises(UserError, match=r"bfloat16 \(.*\) and float32 \(.*adapter\).*--dtype"):
         adapter_to_mcore(write_adapter(), base, tmp_path / "megatron")
     adapter_to_mcore(write_adapter(), base, tmp_path / "megatron", dtype="float32")
     mcore_to_adapter(tmp_path / "megatron", tmp_path / "again", "base")
     after = load_file(tmp_path / "again" / "adapter_model.safetensors")
     assert all(torch.equal(tensor, after[name]) for name, tensor in random_tensors().items())
-
-
-# ------------------------------------------------------------------------------------------------------ bad input
 
 
 def without(name: str) -> dict[str, Tensor]:
@@ -232,25 +231,29 @@ ROUTER, EXPERT = f"{PREFIX}.3.mlp.moe_router_embedding.weight", f"{PREFIX}.1.mlp
 @pytest.mark.parametrize(
     ("tensors", "changes", "message"),
     [
-        (without(ROUTER), {}, f"lacks the tensor {ROUTER}"),
-        (without(EXPERT), {}, f"lacks the tensor {EXPERT}"),
-        (random_tensors() | {EXPERT: torch.zeros(HIDDEN, FFN - 1)}, {}, r"has shape \[32, 47\], but .* \[32, 48\]"),
-        (random_tensors() | {EXPERT.replace(".2.", ".3."): torch.zeros(1)}, {}, "holds the tensor .*experts.3"),
-        (random_tensors() | {EXPERT.replace("experts.", "experts.default."): torch.zeros(1)}, {}, "the same tensor"),
-        (random_tensors() | {EXPERT: torch.zeros(HIDDEN, FFN, dtype=torch.int8)}, {}, "has dtype I8"),
-        (None, {"num_experts": 3}, "has shape|holds the tensor"),
-        (None, {"num_experts": 5}, r"has shape \[4, 32\], but|lacks the tensor"),
-        (None, {"num_experts": 1}, "does not fit .*found 0 new experts"),
-        (None, {"num_experts": "4"}, "num_experts is '4'"),
-        (None, {"layers_to_transform": [1]}, "holds the tensor .*layers.3"),
-        (None, {"layers_to_transform": [1, 3, 4]}, "has no layer 4"),
-        (None, {"layers_to_transform": None}, "layers_to_transform is None"),
-        (None, {"topk": 1}, "says topk 1, which is another model"),
-        (None, {"topk": None}, "topk is None"),
-        (None, {"peft_type": "LORA"}, "peft_type 'LORA'; only"),
+        (without(ROUTER), {}, ROUTER),
+        (without(EXPERT), {}, EXPERT),
+        (random_tensors() | {EXPERT: torch.zeros(HIDDEN, FFN - 1)}, {}, r"\[32, 47\].*\[32, 48\]"),
+        (random_tensors() | {EXPERT.replace(".2.", ".3."): torch.zeros(1)}, {}, "experts.3.*adapter_config.json"),
+        (
+            random_tensors() | {EXPERT.replace("experts.", "experts.default."): torch.zeros(1)},
+            {},
+            "experts.default.2",
+        ),
+        (random_tensors() | {EXPERT: torch.zeros(HIDDEN, FFN, dtype=torch.int8)}, {}, "I8"),
+        (None, {"num_experts": 3}, r"router_embedding.weight.*\[4, 32\].*\[3, 32\]"),
+        (None, {"num_experts": 5}, r"router_embedding.weight.*\[4, 32\].*\[5, 32\]"),
+        (None, {"num_experts": 1}, "adapter_config.json.*0 new experts"),
+        (None, {"num_experts": "4"}, "num_experts .*'4'"),
+        (None, {"layers_to_transform": [1]}, "layers.3.*adapter_config.json"),
+        (None, {"layers_to_transform": [1, 3, 4]}, "adapter_config.json.* 4"),
+        (None, {"layers_to_transform": None}, "layers_to_transform .*None"),
+        (None, {"topk": 1}, "topk .*at least 2.* 1"),
+        (None, {"topk": None}, "topk .*None"),
+        (None, {"peft_type": "LORA"}, "peft_type .*'MOE'.*'LORA'"),
     ],
 )
-def test_an_adapter_that_does_not_fit_is_refused(
+def test_an_adapter_that_does_not_fit_is_rejected(
     qwen2: Path, write_adapter: Callable[..., Path], tmp_path: Path, tensors, changes: dict, message: str
 ) -> None:
     with pytest.raises(UserError, match=message) as caught:
@@ -259,27 +262,29 @@ def test_an_adapter_that_does_not_fit_is_refused(
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
 
-def test_files_that_are_no_adapter_are_refused(qwen2: Path, write_adapter: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_folder_that_is_not_an_adapter_is_rejected(
+    qwen2: Path, write_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
     adapter = write_adapter()
-    with pytest.raises(UserError, match="must be separate folders"):
+    with pytest.raises(UserError, match="adapter.*--save"):
         adapter_to_mcore(adapter, qwen2, adapter / "out", overwrite=True)
     content = (adapter / "adapter_model.safetensors").read_bytes()
     (adapter / "adapter_model.safetensors").write_bytes(content[:-10])
-    with pytest.raises(UserError, match="truncated or damaged"):
+    with pytest.raises(UserError, match="adapter_model.safetensors"):
         adapter_to_mcore(adapter, qwen2, tmp_path / "out")
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
-    with pytest.raises(UserError, match="adapter_model.bin is pickled, .*weights_only=True"):
+    with pytest.raises(UserError, match="adapter_model.bin.*weights_only=True"):
         adapter_to_mcore(adapter, qwen2, tmp_path / "out")
     (adapter / "adapter_config.json").write_text("[]x")
-    with pytest.raises(UserError, match="is damaged"):
+    with pytest.raises(UserError, match="adapter_config.json"):
         adapter_to_mcore(adapter, qwen2, tmp_path / "out")
     (adapter / "adapter_config.json").unlink()
-    with pytest.raises(UserError, match="has no adapter_config.json"):
+    with pytest.raises(UserError, match="adapter_config.json"):
         adapter_to_mcore(adapter, qwen2, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_the_advice_on_pickled_weights_works(
+def test_the_suggested_conversion_of_pickled_weights_works(
     qwen2: Path, write_adapter: Callable[..., Path], tmp_path: Path, monkeypatch
 ) -> None:
     adapter = write_adapter()
@@ -287,7 +292,7 @@ def test_the_advice_on_pickled_weights_works(
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError) as caught:
         adapter_to_mcore(adapter, qwen2, tmp_path / "out")
-    advice = str(caught.value).split("of it: ")[1]
+    advice = str(caught.value).partition(": ")[2]
     monkeypatch.chdir(adapter)
     import safetensors.torch
 
@@ -295,23 +300,21 @@ def test_the_advice_on_pickled_weights_works(
     adapter_to_mcore(adapter, qwen2, tmp_path / "out")
 
 
-def test_a_base_that_does_not_fit_is_refused(
+def test_a_base_that_does_not_fit_is_rejected(
     qwen2: Path, make_model: Callable[..., Path], write_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="experts in 2 of 4 layers, and a MixtralForCausalLM.*in every layer"):
+    with pytest.raises(UserError, match="2 of 4 layers.*MixtralForCausalLM"):
         adapter_to_mcore(write_adapter(), make_model("LlamaForCausalLM"), tmp_path / "out")
     hf_to_mcore(qwen2, tmp_path / "ours")
     mcore_to_hf(tmp_path / "ours", tmp_path / "moe")
-    with pytest.raises(UserError, match="moe is an MoE and an adapter belongs to a dense model"):
+    with pytest.raises(UserError, match="moe is an MoE.*dense"):
         adapter_to_mcore(write_adapter(), tmp_path / "moe", tmp_path / "out")
 
 
-def test_weights_that_are_no_numbers_are_refused(
-    qwen2: Path, write_adapter: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_nan_and_inf_weights_are_rejected(qwen2: Path, write_adapter: Callable[..., Path], tmp_path: Path) -> None:
     broken = random_tensors()
     broken[EXPERT][3, 4] = float("nan")
-    with pytest.raises(UserError, match=f"{EXPERT} holds NaN"):
+    with pytest.raises(UserError, match=f"{EXPERT} .*NaN"):
         adapter_to_mcore(write_adapter(broken), qwen2, tmp_path / "out")
     hf_to_mcore(qwen2, tmp_path / "ours", num_new_experts=2)
     state = TorchDistReader(tmp_path / "ours" / "release")
@@ -322,7 +325,7 @@ def test_weights_that_are_no_numbers_are_refused(
         writer.finish({})
     shutil.rmtree(tmp_path / "ours" / "release")
     (tmp_path / "nan").rename(tmp_path / "ours" / "release")
-    name = "model.layers.2.mlp.gate.weight holds NaN or infinite weights; the run has diverged"
+    name = "model.layers.2.mlp.gate.weight .*NaN.*--iteration"
     with pytest.raises(UserError, match=name):
         mcore_to_adapter(tmp_path / "ours", tmp_path / "out", "base")
     with pytest.raises(UserError, match=name):
@@ -330,15 +333,15 @@ def test_weights_that_are_no_numbers_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_no_adapter_can_express_is_refused(qwen2: Path, tmp_path: Path) -> None:
+def test_a_model_that_an_adapter_cannot_express_is_rejected(qwen2: Path, tmp_path: Path) -> None:
     hf_to_mcore(qwen2, tmp_path / "dense", num_new_experts=None)
-    with pytest.raises(UserError, match="is dense and an adapter holds experts"):
+    with pytest.raises(UserError, match="is dense.*mcore_to_hf.py"):
         mcore_to_adapter(tmp_path / "dense", tmp_path / "out", "base")
     hf_to_mcore(qwen2, tmp_path / "moe")
     spec = json.loads((tmp_path / "moe" / "model_spec.json").read_text())
     spec["moe"] |= {"num_original_experts": 2, "num_new_experts": 3}
     (tmp_path / "lifelong").mkdir()
     (tmp_path / "lifelong" / "model_spec.json").write_text(json.dumps(spec))
-    with pytest.raises(UserError, match="has 2 original experts and the published code knows one"):
+    with pytest.raises(UserError, match="2 original experts.*mcore_to_hf.py"):
         mcore_to_adapter(tmp_path / "lifelong", tmp_path / "out", "base")
     assert not (tmp_path / "out").exists()

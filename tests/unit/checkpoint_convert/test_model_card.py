@@ -1,4 +1,4 @@
-"""The card says what the records say, and nothing else."""
+"""The card contains what the runs recorded, and nothing else."""
 
 import json
 import re
@@ -11,13 +11,10 @@ import torch
 import yaml
 from safetensors import safe_open
 
-from checkpoint_convert.adapter_to_mcore import adapter_to_mcore
-from checkpoint_convert.hf_to_mcore import hf_to_mcore
-from checkpoint_convert.history import read_history
-from checkpoint_convert.mcore_to_adapter import mcore_to_adapter
-from checkpoint_convert.mcore_to_hf import mcore_to_hf
-from checkpoint_convert.upcycling import Start
-from checkpoint_convert.whole_checkpoint import whole_checkpoint
+from checkpoint_convert.adapter import adapter_to_mcore, mcore_to_adapter
+from checkpoint_convert.export import mcore_to_hf, whole_checkpoint
+from checkpoint_convert.model_card import read_history
+from checkpoint_convert.upcycling import Start, hf_to_mcore
 from moelpr.checkpoints import BaseCheckpoint
 from moelpr.errors import UserError
 from moelpr.model_spec import ModelSpec
@@ -111,7 +108,7 @@ def stages_of(card: str) -> list[dict[str, str]]:
     ]
 
 
-def test_the_card_tells_each_stage_from_its_own_records(runs: Path) -> None:
+def test_the_card_describes_each_stage_from_its_records(runs: Path) -> None:
     first, second = stages_of(card_of("stage2"))
     assert first == {
         "title": "Stage 1 (post-pretrain)",
@@ -129,7 +126,7 @@ def test_the_card_tells_each_stage_from_its_own_records(runs: Path) -> None:
         "optimizer": "adam (betas 0.9, 0.95; eps 1e-08)",
         "weight decay": "0.1",
         "gradient clipping": "1",
-        "arithmetic": "bf16",
+        "precision": "bf16",
         "seed": "1234",
         "processes": "8",
         "versions": "torch 9.9",
@@ -142,7 +139,7 @@ def test_the_card_tells_each_stage_from_its_own_records(runs: Path) -> None:
     assert not {"balance loss α", "balance loss, first to last step"} & second.keys()
 
 
-def test_the_exported_step_is_the_one_the_card_speaks_of(runs: Path) -> None:
+def test_the_card_describes_the_exported_step(runs: Path) -> None:
     (stage,) = stages_of(card_of("stage1", iteration=3))
     assert (stage["steps"], stage["tokens"]) == ("3", "1,572,864")
     assert stage["next-token loss, first to last step"] == "4.875 to 4.625"
@@ -159,7 +156,7 @@ def test_the_hub_reads_the_front_matter(runs: Path) -> None:
     assert card.data.tags == ["moe", "moe-lpr"]
 
 
-def test_the_bases_own_card_is_kept_beside_and_linked(runs: Path) -> None:
+def test_the_card_of_the_base_is_kept_and_linked(runs: Path) -> None:
     card = card_of("stage2")
     assert (runs / "export" / "README-base.md").read_text() == BASE_CARD
     assert (runs / "Qwen-tiny" / "README.md").read_text() == BASE_CARD
@@ -167,7 +164,7 @@ def test_the_bases_own_card_is_kept_beside_and_linked(runs: Path) -> None:
     assert "base_model" not in front_matter(card)  # a folder's name is none of the hub's
 
 
-def test_what_is_not_on_record_is_not_said(runs: Path) -> None:
+def test_unrecorded_details_are_omitted(runs: Path) -> None:
     for folder in (runs / "upcycled" / "hf", runs / "stage1" / "hf"):
         (folder / "origin.json").unlink()
         (folder / "README.md").unlink()
@@ -181,11 +178,11 @@ def test_what_is_not_on_record_is_not_said(runs: Path) -> None:
     (stage,) = stages_of(card)
     assert set(stage) == {"title", "trained", "steps"}
     bare = card_of("upcycled")
-    assert "No training is on record." in bare
+    assert "No training is recorded." in bare
     assert "started as copies" not in bare
 
 
-def test_metrics_that_end_before_the_step_are_not_taken_for_its_own(runs: Path) -> None:
+def test_metrics_that_end_before_the_step_are_ignored(runs: Path) -> None:
     lines = (runs / "stage1" / "metrics.jsonl").read_text().splitlines(keepends=True)
     (runs / "stage1" / "metrics.jsonl").write_text("".join(lines[:-1]))
     (stage,) = stages_of(card_of("stage1"))
@@ -198,15 +195,15 @@ def test_metrics_that_end_before_the_step_are_not_taken_for_its_own(runs: Path) 
         (Start(seed=7), "New experts started as copies (seed 7)."),
         (Start("random"), "New experts started at random (seed 1234)."),
         (Start(noise=0.1), "with noise of 0.1 times the weights' standard deviation (seed"),
-        (Start(reinitialise=0.5), "started as copies, 50% of their FFN dimensions drawn anew (seed"),
+        (Start(reinitialise=0.5), "started as copies, 50% of their FFN dimensions reinitialized (seed"),
     ],
 )
-def test_how_new_experts_started_is_told(runs: Path, start: Start, sentence: str) -> None:
+def test_the_card_describes_how_new_experts_started(runs: Path, start: Start, sentence: str) -> None:
     hf_to_mcore(runs / "Qwen-tiny", Path("again"), num_new_experts=2, start=start)
     assert sentence in card_of("again")
 
 
-def test_experts_of_an_adapter_are_told_as_such(runs: Path) -> None:
+def test_the_card_names_the_adapter_of_new_experts(runs: Path) -> None:
     mcore_to_adapter(Path("upcycled"), Path("adapter"), "Qwen/Qwen-tiny")
     adapter_to_mcore(Path("adapter"), Path("Qwen-tiny"), Path("from-adapter"))
     card = card_of("from-adapter")
@@ -217,7 +214,7 @@ def test_experts_of_an_adapter_are_told_as_such(runs: Path) -> None:
 def test_a_stage_whose_folder_is_gone_is_named_as_missing(runs: Path) -> None:
     shutil.move("stage1", "elsewhere")
     card = card_of("stage2")
-    assert "What came before is not on record here: the first stage below started from `stage1`." in card
+    assert "Earlier training is not recorded: the first stage below started from `stage1`." in card
     assert [stage["title"] for stage in stages_of(card)] == ["Stage 2 (review)"]
     hf_to_mcore(runs / "Qwen-tiny", Path("stage1"), num_new_experts=2)  # another model in its place
     assert read_history(Path("stage2")).missing == "stage1"
@@ -225,7 +222,7 @@ def test_a_stage_whose_folder_is_gone_is_named_as_missing(runs: Path) -> None:
     assert [stage.step for stage in read_history(Path("stage2")).stages] == [3, 4]
 
 
-def test_a_resumed_run_goes_by_its_first_start(runs: Path) -> None:
+def test_a_resumed_run_is_described_by_its_first_start(runs: Path) -> None:
     write_run("resumed", "stage1", [2, 4], SETTINGS | {"ckpt_step": 3}, resumed=(4,))
     assert [stage.step for stage in read_history(Path("resumed")).stages] == [3, 4]
     shutil.rmtree("resumed/iter_0000002")
@@ -243,18 +240,18 @@ def test_a_whole_checkpoint_has_the_history_of_its_run(runs: Path) -> None:
     assert read_history(Path("after")).missing == str(runs / "stage1" / "iter_0000003")
 
 
-def test_data_named_in_a_file_is_told_by_its_name(runs: Path) -> None:
+def test_data_listed_in_a_file_is_named_by_that_file(runs: Path) -> None:
     write_run("listed", "upcycled", [2], SETTINGS | {"data_path": None, "data_args_path": "data/blend.txt"})
     assert stages_of(card_of("listed"))[0]["data"] == "the list `data/blend.txt`"
 
 
-def test_records_that_lead_in_a_circle_end(runs: Path) -> None:
+def test_circular_records_are_followed_once(runs: Path) -> None:
     for recipe in Path("stage1").rglob("recipe.yaml"):
         recipe.write_text(yaml.safe_dump(SETTINGS | {"model_source": "stage2"}))
     assert len(read_history(Path("stage2")).stages) == 2
 
 
-def test_a_run_that_trained_everything_says_so_and_makes_no_adapter(runs: Path) -> None:
+def test_a_run_that_trained_everything_cannot_become_an_adapter(runs: Path) -> None:
     write_run("all", "stage1", [2], SETTINGS | {"train_everything": True})
     write_run("then", "all", [2], SETTINGS)
     assert [stage["trained"] for stage in stages_of(card_of("then"))] == [
@@ -262,11 +259,11 @@ def test_a_run_that_trained_everything_says_so_and_makes_no_adapter(runs: Path) 
         "all parameters",
         "new experts and routers; everything else is frozen",
     ]
-    with pytest.raises(UserError, match="then was trained with --train-everything"):
+    with pytest.raises(UserError, match="all .*--train-everything"):
         mcore_to_adapter(Path("then"), Path("adapter"), "base")
 
 
-def test_parameters_are_those_of_the_loaded_model(runs: Path) -> None:
+def test_parameter_counts_are_those_of_the_loaded_model(runs: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     card = card_of("stage2")
@@ -277,9 +274,9 @@ def test_parameters_are_those_of_the_loaded_model(runs: Path) -> None:
     assert table["parameters"] == f"{total:,}"
     spec = ModelSpec.read(Path("stage2"))
     ffn = 3 * spec.megatron_args["hidden_size"] * spec.megatron_args["ffn_hidden_size"]
-    assert table["parameters a token meets"] == f"{total - 4 * 2 * ffn:,}"  # 4 layers, 2 of 4 experts not chosen
+    assert table["active parameters per token"] == f"{total - 4 * 2 * ffn:,}"  # 4 layers, 2 of 4 experts not chosen
     assert table["MoE layers"] == "4 of 4 (all)"
-    assert table["element type"] == "float32"
+    assert table["dtype"] == "float32"
 
 
 def test_a_dense_model_has_a_card_too(runs: Path) -> None:
@@ -291,7 +288,7 @@ def test_a_dense_model_has_a_card_too(runs: Path) -> None:
     assert (stage["title"], stage["trained"]) == ("Training of the dense model", "all parameters")
 
 
-def test_the_commands_of_the_card_are_those_of_the_readers(runs: Path) -> None:
+def test_the_code_in_the_card_runs(runs: Path) -> None:
     card = card_of("stage2").replace("path/to/this/folder", str(runs / "export"))
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)
     scope: dict = {}
@@ -300,7 +297,7 @@ def test_the_commands_of_the_card_are_those_of_the_readers(runs: Path) -> None:
     assert "vllm serve" in card and "lm_eval --model hf" in card
 
 
-def test_generation_config_and_safetensors_metadata_go_along(runs: Path) -> None:
+def test_generation_config_and_safetensors_metadata_are_exported(runs: Path) -> None:
     (runs / "stage2" / "hf" / "generation_config.json").write_text('{"temperature": 0.7, "do_sample": true}')
     card_of("stage2", max_shard_bytes=40_000)
     assert json.loads((runs / "export" / "generation_config.json").read_text())["temperature"] == 0.7

@@ -17,9 +17,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from checkpoint_convert.hf_to_mcore import hf_to_mcore
-from checkpoint_convert.mcore_to_hf import mcore_to_hf
-from checkpoint_convert.upcycling import Start
+from checkpoint_convert.export import mcore_to_hf
+from checkpoint_convert.upcycling import Start, hf_to_mcore
 
 MIXTRAL = ("block_sparse_moe.", {"gate": "w1", "up": "w3", "down": "w2"})
 QWEN = ("mlp.", {name: f"{name}_proj" for name in ("gate", "up", "down")})
@@ -41,7 +40,10 @@ def architecture(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def export(architecture: str, make_model: Callable[..., Path], tmp_path: Path) -> Path:
     """Experts that differ, in two shards."""
-    changes = FAMILIES[architecture][0] | {"hidden_size": 64, "intermediate_size": 128}  # vLLM's kernels want 16s
+    changes = FAMILIES[architecture][0] | {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+    }  # vLLM's kernels require multiples of 16
     hf_to_mcore(make_model(architecture, **changes), tmp_path / "megatron", num_new_experts=3, start=Start(noise=0.5))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", max_shard_bytes=800_000)
     return tmp_path / "hf"
@@ -61,7 +63,7 @@ def expert(tensors: dict[str, Tensor], architecture: str, layer: int, number: in
     return tensors[f"model.layers.{layer}.{mlp}experts.{number}.{names[part]}.weight"]
 
 
-def test_the_files_are_what_loaders_ask_for(export: Path, architecture: str) -> None:
+def test_the_files_have_the_tensors_that_loaders_request(export: Path, architecture: str) -> None:
     settings, (mlp, names) = FAMILIES[architecture]
     config, tensors = json.loads((export / "config.json").read_text()), tensors_of(export)
     assert not [path.name for path in export.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".py", ".pkl")]

@@ -1,63 +1,37 @@
-"""The comparison finds each kind of difference, calls equal only what is equal, and holds one model at a time."""
+"""The command finds each kind of difference and reports equal only what is equal."""
 
 import json
 import re
 import shutil
 import sys
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from checkpoint_convert import logits_on_text
-from checkpoint_convert import verify as verify_module
-from checkpoint_convert.hf_to_mcore import hf_to_mcore
-from checkpoint_convert.logits_on_text import compare_on_text
-from checkpoint_convert.mcore_to_hf import mcore_to_hf
-from checkpoint_convert.verify import frozen_max_abs_difference, main, max_abs_difference
+from checkpoint_convert import comparison
+from checkpoint_convert.comparison import frozen_max_abs_difference, max_abs_difference
+from checkpoint_convert.export import mcore_to_hf
+from checkpoint_convert.upcycling import hf_to_mcore
+from checkpoint_convert.verify import main
 from moelpr.errors import run_command
+from tests.hf_models import (
+    copy_of,
+    edit_tensors,
+    save_tokenizer,
+    tensors_of,
+)
 
 
-def verify(monkeypatch, *words: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["verify", *map(str, words)])
+def verify(monkeypatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["verify", *map(str, arguments)])
     try:
         run_command(main)
     except SystemExit as exit:
         return exit.code
     return 0
-
-
-@pytest.fixture
-def export(qwen2: Path, tmp_path: Path) -> Path:
-    hf_to_mcore(qwen2, tmp_path / "megatron", moe_layers=[0, 3])
-    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
-    return tmp_path / "hf"
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    """JSON lines in the letters that the tests' tokenizer knows."""
-    lines = ["ab" * 40 + "aaab" * 20, "b" + "a" * 30 + "bbab"]
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    return tmp_path / "text.jsonl"
-
-
-def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def copy_of(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
-    copy = Path(shutil.copytree(folder, folder.parent / "changed", dirs_exist_ok=True))
-    edit(copy, change)
-    return copy
-
-
-# ------------------------------------------------------------------------------------------------------- tensors
 
 
 def test_a_dense_checkpoint_and_its_source_are_equal(qwen2: Path, tmp_path: Path, monkeypatch, capsys) -> None:
@@ -68,7 +42,7 @@ def test_a_dense_checkpoint_and_its_source_are_equal(qwen2: Path, tmp_path: Path
         assert "51 tensors, 0 differ" in capsys.readouterr().out
 
 
-def test_tensors_that_no_reader_looks_at_make_no_difference(
+def test_tensors_that_readers_ignore_make_no_difference(
     make_qwen2: Callable[..., Path], tmp_path: Path, monkeypatch
 ) -> None:
     """Old folders of tied models store their output layer and RoPE's frequencies too."""
@@ -82,7 +56,7 @@ def test_tensors_that_no_reader_looks_at_make_no_difference(
     hf_to_mcore(old, tmp_path / "megatron", num_new_experts=2)
     assert verify(monkeypatch, source, old) == 0
     assert verify(monkeypatch, "--frozen", old, tmp_path / "megatron") == 0
-    edit(old, lambda tensors: tensors["lm_head.weight"].add_(1))
+    edit_tensors(old, lambda tensors: tensors["lm_head.weight"].add_(1))
     assert verify(monkeypatch, source, old) == 1
 
 
@@ -92,18 +66,18 @@ def test_an_upcycled_checkpoint_and_its_export_are_equal(export: Path, tmp_path:
     for pair in ((export, tmp_path / "megatron"), (tmp_path / "megatron", export)):
         assert verify(monkeypatch, *pair) == 0
         assert f"{num_tensors} tensors, 0 differ" in capsys.readouterr().out
-    edit(export, lambda tensors: tensors["model.layers.0.mlp.shared_expert_gate.weight"].add_(1))
+    edit_tensors(export, lambda tensors: tensors["model.layers.0.mlp.shared_expert_gate.weight"].add_(1))
     assert verify(monkeypatch, export, tmp_path / "megatron") == 1
 
 
 def test_every_kind_of_difference_is_named_and_the_largest_come_first(export: Path, monkeypatch, capsys) -> None:
-    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.norm.weight"][3] += 0.25
         tensors["model.layers.0.input_layernorm.weight"] += 1
         tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(2, 2)
         tensors["surplus"] = tensors.pop("model.layers.0.mlp.gate.weight")
 
-    other = copy_of(export, spoil)
+    other = copy_of(export, damage)
     assert verify(monkeypatch, export, other) == 1
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [line[0] for line in lines[4:6]] == ["model.layers.0.input_layernorm.weight", "model.norm.weight"]
@@ -115,7 +89,7 @@ def test_every_kind_of_difference_is_named_and_the_largest_come_first(export: Pa
     assert max_abs_difference(export, other) == float("inf")
 
 
-def test_a_long_table_is_cut_unless_all_is_asked_for(export: Path, monkeypatch, capsys) -> None:
+def test_a_long_table_is_shortened_without_all(export: Path, monkeypatch, capsys) -> None:
     other = copy_of(export, lambda tensors: [tensor.add_(1) for tensor in tensors.values()])
     assert verify(monkeypatch, export, other) == 1
     short = capsys.readouterr().out
@@ -131,7 +105,7 @@ def test_tolerance(export: Path, monkeypatch) -> None:
     assert max_abs_difference(export, other) == pytest.approx(0.25)
     assert verify(monkeypatch, export, other, "--tolerance", 0.3) == 0
     assert verify(monkeypatch, export, other, "--tolerance", 0.2) == 1
-    edit(other, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
+    edit_tensors(other, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
     assert verify(monkeypatch, export, other, "--tolerance", 1e9) == 1
 
 
@@ -140,24 +114,6 @@ def test_without_tolerance_every_bit_counts(export: Path, monkeypatch) -> None:
     other = copy_of(export, lambda tensors: tensors[gate].copy_(-torch.zeros(1, 32)))
     assert verify(monkeypatch, export, other) == 1
     assert verify(monkeypatch, export, other, "--tolerance", 1e-30) == 0
-
-
-def test_a_difference_in_any_chunk_of_a_tensor_is_found(export: Path, monkeypatch) -> None:
-    monkeypatch.setattr(verify_module, "CHUNK_ELEMENTS", 100)
-    for row in (0, 60, 98):
-        other = copy_of(export, lambda tensors, row=row: tensors["lm_head.weight"][row, 31].add_(2))
-        assert max_abs_difference(export, other) == pytest.approx(2)
-
-
-def test_two_tensors_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_path: Path, held_bytes) -> None:
-    base = make_qwen2(num_hidden_layers=12)
-    largest = max(tensor.nbytes for tensor in load_frozen(base).values())
-    hf_to_mcore(base, tmp_path / "megatron", num_new_experts=8)
-    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
-    held_bytes.take_peak()
-    for a, b in (("megatron", "hf"), ("hf", "megatron")):
-        assert max_abs_difference(tmp_path / a, tmp_path / b) == 0.0
-        assert 0 < held_bytes.take_peak() <= 3 * largest
 
 
 def test_frozen_tensors_are_compared_with_the_base(qwen2: Path, export: Path, tmp_path: Path, monkeypatch) -> None:
@@ -169,7 +125,7 @@ def test_frozen_tensors_are_compared_with_the_base(qwen2: Path, export: Path, tm
             if name.endswith("mlp.gate.weight") or (".experts." in name and ".experts.0." not in name):
                 tensor.add_(1)
 
-    edit(export, train)
+    edit_tensors(export, train)
     assert frozen_max_abs_difference(qwen2, export) == 0.0
     assert verify(monkeypatch, "--frozen", qwen2, export) == 0
     assert verify(monkeypatch, tmp_path / "megatron", export) == 1
@@ -179,49 +135,33 @@ def test_frozen_tensors_are_compared_with_the_base(qwen2: Path, export: Path, tm
         "model.layers.0.self_attn.q_proj.bias",
         "model.embed_tokens.weight",
     ):
-        edit(export, lambda tensors, name=name: tensors[name].add_(0.5))
+        edit_tensors(export, lambda tensors, name=name: tensors[name].add_(0.5))
         assert frozen_max_abs_difference(qwen2, export) == pytest.approx(0.5)
         assert verify(monkeypatch, "--frozen", qwen2, export) == 1
-        edit(export, lambda tensors, name=name: tensors[name].copy_(load_frozen(qwen2)[name.replace("experts.0.", "")]))
+        original = tensors_of(qwen2)[name.replace("experts.0.", "")]
+        edit_tensors(export, lambda tensors, name=name, original=original: tensors[name].copy_(original))
         assert frozen_max_abs_difference(qwen2, export) == 0.0
 
 
 def test_all_experts_of_an_moe_base_are_frozen_and_its_routers_are_not(
     qwen2: Path, export: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    """The base of a further round of languages: an export with new experts beside all it has."""
+    """The base of another round of languages: an export that gets more experts."""
     hf_to_mcore(export, tmp_path / "round2", num_new_experts=2)
     mcore_to_hf(tmp_path / "round2", tmp_path / "round2-hf")
     for upcycled in (tmp_path / "round2", tmp_path / "round2-hf"):
         assert verify(monkeypatch, "--frozen", export, upcycled) == 0
         assert verify(monkeypatch, "--frozen", qwen2, upcycled) == 0
-    edit(tmp_path / "round2-hf", lambda tensors: tensors["model.layers.3.mlp.experts.6.up_proj.weight"].add_(1))
+    edit_tensors(tmp_path / "round2-hf", lambda tensors: tensors["model.layers.3.mlp.experts.6.up_proj.weight"].add_(1))
     assert verify(monkeypatch, "--frozen", export, tmp_path / "round2-hf") == 0
-    edit(tmp_path / "round2-hf", lambda tensors: tensors["model.layers.3.mlp.experts.2.up_proj.weight"].add_(1))
+    edit_tensors(tmp_path / "round2-hf", lambda tensors: tensors["model.layers.3.mlp.experts.2.up_proj.weight"].add_(1))
     assert verify(monkeypatch, "--frozen", qwen2, tmp_path / "round2-hf") == 0
     assert verify(monkeypatch, "--frozen", export, tmp_path / "round2-hf") == 1
     assert verify(monkeypatch, "--frozen", tmp_path / "round2-hf", export) == 2
-    assert "no fewer experts (7 and 5)" in capsys.readouterr().err
+    assert "7 and 5" in capsys.readouterr().err
 
 
-def load_frozen(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-# ---------------------------------------------------------------------------------------------------------- text
-
-
-def test_every_pair_of_readers_agrees_on_the_upcycled_model(
-    qwen2: Path, export: Path, text: Path, tmp_path: Path, megatron: None
-) -> None:
-    hf_to_mcore(qwen2, tmp_path / "dense", num_new_experts=None)
-    for other in (qwen2, export, tmp_path / "dense"):
-        (verdict,) = compare_on_text(tmp_path / "megatron", other, [text], sequence_length=32)
-        assert verdict.num_tokens == verdict.num_same_choice > 64
-        assert verdict.max_abs_logit_diff < 1e-4
-
-
-def test_text_makes_the_verdict_with_the_tensors(
+def test_the_exit_code_depends_on_tensors_and_text(
     qwen2: Path, export: Path, text: Path, monkeypatch, capsys, megatron: None
 ) -> None:
     """The dense base against the freshly upcycled model: equal; after a change of an expert that is not frozen: not."""
@@ -229,96 +169,40 @@ def test_text_makes_the_verdict_with_the_tensors(
     found = json.loads(capsys.readouterr().out)
     assert found["equal"] and found["max_abs_diff"] == 0.0 and found["max_abs_logit_diff"] < 1e-4
     assert found["same_next_token"] == 1.0
-    edit(export, lambda tensors: tensors["model.layers.0.mlp.experts.1.down_proj.weight"].add_(1))
+    edit_tensors(export, lambda tensors: tensors["model.layers.0.mlp.experts.1.down_proj.weight"].add_(1))
     assert verify(monkeypatch, "--frozen", qwen2, export, "--text", text) == 1
     table = capsys.readouterr().out
     assert "0 differ" in table and "text.jsonl" in table
     assert verify(monkeypatch, "--frozen", qwen2, export, "--text", text, "--logit-tolerance", 1e9) == 0
-    edit(export, lambda tensors: tensors["model.layers.0.mlp.experts.1.down_proj.weight"].fill_(torch.nan))
+    edit_tensors(export, lambda tensors: tensors["model.layers.0.mlp.experts.1.down_proj.weight"].fill_(torch.nan))
     assert verify(monkeypatch, "--frozen", qwen2, export, "--text", text, "--logit-tolerance", 1e9) == 1
 
 
-def test_the_figures_are_those_of_both_models_side_by_side(qwen2: Path, export: Path, text: Path) -> None:
-    """Independently: both models at once, the whole file in sequences of 16 tokens."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    other = copy_of(export, lambda tensors: tensors["model.norm.weight"][:16].mul_(3))
-    models = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (qwen2, other)]
-    lines = [json.loads(line)["text"] for line in text.read_text().splitlines()]
-    ids = torch.tensor(AutoTokenizer.from_pretrained(qwen2)("\n".join(lines))["input_ids"][:72])
-    with torch.inference_mode():
-        a, b = (torch.cat([model(part[None]).logits[0] for part in ids.split(16)]) for model in models)
-    (verdict,) = compare_on_text(qwen2, other, [text], num_tokens=72, sequence_length=16)
-    assert verdict.num_tokens == 72
-    assert verdict.max_abs_logit_diff == pytest.approx((a - b).abs().max().item(), rel=1e-5)
-    assert verdict.num_same_choice == int((a.argmax(-1) == b.argmax(-1)).sum()) < 72
-
-
-def test_one_model_is_in_memory_at_a_time(
-    qwen2: Path, export: Path, text: Path, tmp_path: Path, monkeypatch, megatron: None
-) -> None:
-    from moelpr.evaluate import models
-    from moelpr.model import loading
-
-    alive: list[weakref.ref] = []
-    loads = []
-
-    def watch(owner: object) -> None:
-        load_model = owner.load_model
-
-        def watched(*args, **kwargs):
-            assert not any(ref() is not None for ref in alive)
-            loaded = load_model(*args, **kwargs)
-            alive.append(weakref.ref(getattr(loaded, "model", None) or loaded))
-            loads.append(args[0])
-            return loaded
-
-        monkeypatch.setattr(owner, "load_model", watched)
-
-    watch(models)
-    watch(loading)
-    compare_on_text(qwen2, export, [text])
-    compare_on_text(export, tmp_path / "megatron", [text])
-    compare_on_text(tmp_path / "megatron", tmp_path / "megatron", [text])
-    assert len(loads) == 6
-
-
-def test_plain_text_is_read_too(qwen2: Path, tmp_path: Path) -> None:
-    (tmp_path / "plain.txt").write_text("ab" * 30)
-    (tmp_path / "lines.jsonl").write_text(json.dumps({"text": "ab" * 30}) + "\n")
-    plain, lines = compare_on_text(qwen2, qwen2, [tmp_path / "plain.txt", tmp_path / "lines.jsonl"])
-    assert plain.num_tokens == lines.num_tokens == 60
-    assert plain.max_abs_logit_diff == lines.max_abs_logit_diff == 0.0
-
-
-# ------------------------------------------------------------------------------------------------------ bad input
-
-
-def test_bad_input_ends_with_one_sentence_and_code_2(
-    qwen2: Path, make_qwen2, write_tokenizer, text: Path, tmp_path: Path, monkeypatch, capsys
+def test_invalid_input_exits_with_one_message_and_code_2(
+    qwen2: Path, make_qwen2, text: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     bare = Path(shutil.copytree(qwen2, tmp_path / "bare"))
-    for name in logits_on_text.TOKENIZER_FILES:
+    for name in comparison.TOKENIZER_FILES:
         (bare / name).unlink(missing_ok=True)
     other_tokenizer = Path(shutil.copytree(bare, tmp_path / "other"))
-    write_tokenizer(other_tokenizer, num_ids=3)
+    save_tokenizer(other_tokenizer, num_ids=3)
     other_vocabulary = make_qwen2(vocab_size=98)
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     capsys.readouterr()
-    for words, message in (
-        ((qwen2, qwen2, "--tolerance", -1), "must not be negative"),
-        ((qwen2, qwen2, "--logit-tolerance", "nan"), "must not be negative"),
-        ((qwen2, qwen2, "--num-tokens", 0), "must be at least 1"),
-        ((qwen2, tmp_path / "nowhere"), "there is no folder"),
-        ((qwen2, qwen2, "--text", tmp_path / "nowhere.txt"), "can't be read: No such file"),
-        ((qwen2, qwen2, "--text", tmp_path / "empty.txt"), "holds no text"),
-        ((qwen2, qwen2, "--text", tmp_path / "latin.txt"), "it is not UTF-8"),
-        ((bare, bare, "--text", text), "holds a tokenizer"),
-        ((qwen2, other_tokenizer, "--text", text), "read the text differently"),
-        ((qwen2, other_vocabulary, "--text", text), "a vocabulary of 99 and .* one of 98"),
+    for arguments, message in (
+        ((qwen2, qwen2, "--tolerance", -1), "--tolerance .*0.* -1"),
+        ((qwen2, qwen2, "--logit-tolerance", "nan"), "--logit-tolerance .*0.* nan"),
+        ((qwen2, qwen2, "--num-tokens", 0), "--num-tokens .*1.* 0"),
+        ((qwen2, tmp_path / "nowhere"), "nowhere"),
+        ((qwen2, qwen2, "--text", tmp_path / "nowhere.txt"), "nowhere.txt .*No such file"),
+        ((qwen2, qwen2, "--text", tmp_path / "empty.txt"), "empty.txt .*--text"),
+        ((qwen2, qwen2, "--text", tmp_path / "latin.txt"), "latin.txt .*UTF-8"),
+        ((bare, bare, "--text", text), "--text .*tokenizer.*bare"),
+        ((qwen2, other_tokenizer, "--text", text), "other.*--text"),
+        ((qwen2, other_vocabulary, "--text", text), "99 .* 98 .*--text"),
     ):
-        assert verify(monkeypatch, *words) == 2, message
+        assert verify(monkeypatch, *arguments) == 2, message
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert re.search(message, error), error

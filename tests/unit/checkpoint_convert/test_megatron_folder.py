@@ -1,6 +1,8 @@
-"""What we write, PyTorch's and Megatron's own loaders read, resharded; what Megatron writes, we read."""
+"""PyTorch's and Megatron's loaders read our checkpoints, and we read Megatron's; invalid ones are rejected."""
 
 import io
+import json
+import pickle
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -10,17 +12,21 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from checkpoint_convert.hf_to_mcore import hf_to_mcore
-from checkpoint_convert.mcore_to_hf import mcore_to_hf
-from checkpoint_convert.torch_dist import TorchDistReader, TorchDistWriter
-from checkpoint_convert.upcycling import Start
-from checkpoint_convert.verify import max_abs_difference
+from checkpoint_convert.comparison import max_abs_difference
+from checkpoint_convert.export import mcore_to_hf
+from checkpoint_convert.upcycling import Start, hf_to_mcore
+from moelpr.errors import UserError
 from moelpr.families.families import family_named
 from moelpr.families.tables import megatron_shape, pieces
 from moelpr.model_spec import ModelSpec
+from moelpr.torch_dist import TorchDistReader, TorchDistWriter
+from tests.hf_models import (
+    RunsCode,
+    assert_nothing_left,
+)
 
 
-def test_torchs_own_loader_reads_every_tensor(qwen2: Path, tmp_path: Path) -> None:
+def test_torchs_loader_reads_every_tensor(qwen2: Path, tmp_path: Path) -> None:
     spec = hf_to_mcore(qwen2, tmp_path / "megatron")
     reader = TorchDistReader(tmp_path / "megatron" / "release")
     plan = list(pieces(family_named(spec.family).table, spec))
@@ -29,22 +35,6 @@ def test_torchs_own_loader_reads_every_tensor(qwen2: Path, tmp_path: Path) -> No
     dcp.load(state, storage_reader=dcp.FileSystemReader(tmp_path / "megatron" / "release"), no_dist=True)
     for key, tensor in state.items():
         assert torch.equal(tensor, reader.read(key)), key
-
-
-def test_every_chunk_of_any_grid_is_read(tmp_path: Path) -> None:
-    whole = torch.arange(4 * 6 * 5.0).reshape(4, 6, 5)
-    with TorchDistWriter(tmp_path, max_file_bytes=1000) as writer:
-        for a in (0, 2):
-            for b in (0, 2, 4):
-                writer.write_chunk("grid", whole[a : a + 2, b : b + 2], (4, 6, 5), (a, b, 0))
-        writer.write("scalar", torch.tensor(3.0))
-        writer.finish({})
-    assert len(list(tmp_path.glob("*.distcp"))) > 1
-    reader = TorchDistReader(tmp_path)
-    assert torch.equal(reader.read("grid"), whole)
-    for index in range(4):
-        assert torch.equal(reader.read("grid", index), whole[index])
-    assert reader.read("scalar").item() == 3.0
 
 
 def test_megatron_loads_experts_in_expert_and_tensor_parallel_shards(
@@ -70,7 +60,7 @@ def test_megatron_finds_what_load_checkpoint_needs(megatron: None, qwen2: Path, 
     hf_to_mcore(qwen2, tmp_path / "megatron")
     folder = str(tmp_path / "megatron")
     assert checkpoint_exists(folder)
-    # read_metadata agrees on the iteration over the ranks on the GPU; one process alone need not.
+    # read_metadata agrees on the iteration over the ranks on the GPU; a single process does not.
     dist_is_initialized = dist.is_initialized
     dist.is_initialized = lambda: False
     try:
@@ -193,7 +183,7 @@ def test_megatrons_dense_model_computes_hfs_logits(
 def test_experts_saved_in_expert_parallel_shards_are_exported(
     qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A trainer's checkpoint: experts in shards, optimizer state and Megatron's arguments beside the weights."""
+    """A trainer's checkpoint: experts in shards, and optimizer state and Megatron's arguments next to the weights."""
     spec = hf_to_mcore(qwen2, tmp_path / "megatron", start=Start("random"))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "expected")
     reader = TorchDistReader(tmp_path / "megatron" / "release")
@@ -224,10 +214,104 @@ def test_experts_saved_in_expert_parallel_shards_are_exported(
 
 
 def test_common_state_is_plain_data(qwen2: Path, tmp_path: Path) -> None:
-    """Megatron reads it with weights_only, which refuses everything else."""
+    """Megatron reads it with weights_only, which rejects everything else."""
     hf_to_mcore(qwen2, tmp_path / "megatron")
     state = {"common_state/shard_0_1": io.BytesIO()}
     dcp.load(state, storage_reader=dcp.FileSystemReader(tmp_path / "megatron" / "release"), no_dist=True)
     value = state["common_state/shard_0_1"]
     value = torch.load(value, weights_only=True) if isinstance(value, io.BytesIO) else value
     assert value[0]["iteration"] == 0
+
+
+# --- invalid input
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def assert_export_fails(upcycled: Path, tmp_path: Path, message: str, **options) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        mcore_to_hf(upcycled, tmp_path / "out", **options)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    assert_nothing_left(tmp_path)
+
+
+def test_a_diverged_run_is_rejected(upcycled: Path, tmp_path: Path) -> None:
+    reader = TorchDistReader(upcycled / "release")
+    with TorchDistWriter(upcycled / "iter_0000012") as writer:
+        for key in sorted(reader.keys):
+            tensor = reader.read(key).clone()
+            writer.write(key, tensor.fill_(float("nan")) if key.endswith("1.mlp.router.weight") else tensor)
+        writer.finish({})
+    message = "iter_0000012: model.layers.1.mlp.gate.weight .*NaN.*--iteration"
+    assert_export_fails(upcycled, tmp_path, message, iteration=12)
+
+
+def test_a_folder_without_spec_is_rejected(upcycled: Path, tmp_path: Path) -> None:
+    (upcycled / "model_spec.json").unlink()
+    assert_export_fails(upcycled, tmp_path, "checkpoint .*model_spec.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 2}, "format_version .*[12].*[12]"),
+        ({"family": "bloom"}, "llama, mistral, qwen2.*'bloom'"),
+        ({"dtype": "int8"}, "dtype .*int8"),
+        ({"moe": {"num_new_experts": 4, "topk": 1, "layers": [0]}}, "K = 1"),
+        ({"moe": {"num_new_experts": 4}}, "model_spec.json"),
+        ({"surprise": 1}, "model_spec.json"),
+        ({"megatron_args": {"num_layers": 4}}, "hidden_size"),
+    ],
+)
+def test_an_invalid_spec_is_rejected(upcycled: Path, tmp_path: Path, changes: dict, message: str) -> None:
+    edit_json(upcycled / "model_spec.json", **changes)
+    assert_export_fails(upcycled, tmp_path, message)
+
+
+def test_a_spec_that_does_not_fit_the_weights_is_rejected(upcycled: Path, tmp_path: Path) -> None:
+    edit_json(upcycled / "model_spec.json", moe={"num_new_experts": 3, "topk": 2, "layers": [0, 1, 2, 3]})
+    assert_export_fails(upcycled, tmp_path, r"router.weight .*\[5, 32\].*model_spec.json.*\[4, 32\]")
+    edit_json(upcycled / "model_spec.json", moe=None)
+    assert_export_fails(upcycled, tmp_path, "decoder.layers.0.mlp.linear_fc1.layer_norm_weight")
+
+
+def test_a_missing_or_wrong_tracker_file_is_reported(upcycled: Path, tmp_path: Path) -> None:
+    assert_export_fails(upcycled, tmp_path, "iteration 7", iteration=7)
+    tracker = upcycled / "latest_checkpointed_iteration.txt"
+    tracker.write_text("100")
+    assert_export_fails(upcycled, tmp_path, "iter_0000100")
+    tracker.write_text("soon")
+    assert_export_fails(upcycled, tmp_path, "'soon'")
+    tracker.unlink()
+    assert_export_fails(upcycled, tmp_path, "latest_checkpointed_iteration.txt")
+
+
+def test_an_incomplete_checkpoint_is_rejected(upcycled: Path, tmp_path: Path) -> None:
+    data = upcycled / "release" / "__0_0.distcp"
+    content = data.read_bytes()
+    data.write_bytes(content[: len(content) // 2])
+    assert_export_fails(upcycled, tmp_path, "__0_0.distcp .*truncated")
+    data.unlink()
+    assert_export_fails(upcycled, tmp_path, "__0_0.distcp")
+    (upcycled / "release" / ".metadata").write_bytes(b"\x80\x04nonsense")
+    assert_export_fails(upcycled, tmp_path, ".metadata is damaged")
+    (upcycled / "release" / ".metadata").unlink()
+    assert_export_fails(upcycled, tmp_path, "release .*.metadata")
+
+
+def test_exporting_an_untrusted_checkpoint_runs_no_code(upcycled: Path, tmp_path: Path) -> None:
+    trap = tmp_path / "ran"
+    metadata = pickle.loads((upcycled / "release" / ".metadata").read_bytes())
+    metadata.planner_data = RunsCode(trap)
+    (upcycled / "release" / ".metadata").write_bytes(pickle.dumps(metadata))
+    mcore_to_hf(upcycled, tmp_path / "hf")
+    assert not trap.exists()
+    metadata.storage_data = RunsCode(trap)
+    (upcycled / "release" / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert_export_fails(upcycled, tmp_path, ".metadata is damaged")
+    assert not trap.exists()
+    pickle.loads((upcycled / "release" / ".metadata").read_bytes())
+    assert trap.exists()  # the trap works: an unrestricted reader falls into it

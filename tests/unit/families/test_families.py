@@ -1,19 +1,27 @@
-"""Every family: in and out bit-identical, our model computes what transformers does, and the export is a stock MoE."""
+"""Every family: bitwise identical after import and export, and our model computes what transformers computes."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
-from checkpoint_convert.hf_to_mcore import hf_to_mcore
-from checkpoint_convert.mcore_to_hf import mcore_to_hf
-from checkpoint_convert.verify import max_abs_difference
+from checkpoint_convert.comparison import max_abs_difference
+from checkpoint_convert.export import mcore_to_hf
+from checkpoint_convert.upcycling import Start, hf_to_mcore
 from moelpr.errors import UserError
 from moelpr.families.families import FAMILIES
+from tests.hf_models import (
+    TOKENS,
+    assert_import_fails,
+    load_stock,
+    our_logits,
+    stock_logits,
+    tensors_of,
+)
 
 LLAMA3_ROPE = {
     "rope_theta": 500000.0,
@@ -24,7 +32,8 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 8192,
 }
 
-# Settings that a family's models have in the wild, and what its export must be.
+
+# Settings of published models of each family, and the class of their export.
 MODELS = {
     "llama": ("LlamaForCausalLM", {}, "MixtralForCausalLM"),
     "llama 3.1": ("LlamaForCausalLM", {"rope_parameters": LLAMA3_ROPE}, "MixtralForCausalLM"),
@@ -41,7 +50,6 @@ MODELS = {
     "qwen3": ("Qwen3ForCausalLM", {"head_dim": 16}, "Qwen3MoeForCausalLM"),
     "qwen3, tied": ("Qwen3ForCausalLM", {"head_dim": 8, "tie_word_embeddings": True}, "Qwen3MoeForCausalLM"),
 }
-TOKENS = torch.arange(40).reshape(2, 20) * 7 % 99
 
 
 @pytest.fixture(params=MODELS, ids=lambda name: name.replace(" ", "-"))
@@ -50,42 +58,13 @@ def model(request: pytest.FixtureRequest, make_model: Callable[..., Path]) -> tu
     return make_model(architecture, **changes), architecture, moe_architecture
 
 
-def load_stock(folder: Path, architecture: str):
-    """The model as a stranger's transformers loads it; fails on any missing or unexpected weight."""
-    from transformers import AutoModelForCausalLM
-
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype="auto")
-    assert type(model).__name__ == architecture
-    assert not info["unexpected_keys"] and not info["mismatched_keys"] and not info["error_msgs"], info
-    parameters = dict(model.named_parameters())
-    missing = [name for name in info["missing_keys"] if parameters[name].numel()]  # a shared expert of width 0
-    assert not missing, missing
-    return model.eval()
-
-
-@torch.no_grad()
-def stock_logits(model) -> Tensor:
-    return model(TOKENS).logits
-
-
-def our_logits(folder: Path) -> Tensor:
-    from moelpr.megatron_patches import cpu, megatron_fixes
-
-    cpu.install()
-    megatron_fixes.install()
-    from moelpr.model import loading
-
-    with loading.single_process():
-        return loading.logits(loading.load_model(folder), TOKENS)
-
-
-def test_every_family_is_tried() -> None:
+def test_every_family_is_tested() -> None:
     assert {family.architecture for family in FAMILIES.values()} == {row[0] for row in MODELS.values()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", MODELS, ids=lambda name: name.replace(" ", "-"))
-def test_dense_models_return_bit_identical(
+def test_dense_models_return_bitwise_identical(
     make_model: Callable[..., Path], tmp_path: Path, name: str, dtype: torch.dtype
 ) -> None:
     architecture, changes, _ = MODELS[name]
@@ -136,8 +115,8 @@ def test_a_trained_model_computes_the_same_in_both(model: tuple[Path, str, str],
     assert (ours - stock_logits(load_stock(source, architecture))).abs().max() > 1e-2
 
 
-def test_config_of_the_export_speaks_the_old_and_the_new_spelling(model: tuple[Path, str, str], tmp_path: Path) -> None:
-    """Readers other than transformers 5 know the old keys only, and all have defaults of their own."""
+def test_the_exported_config_has_old_and_new_names(model: tuple[Path, str, str], tmp_path: Path) -> None:
+    """Readers other than transformers 5 read only the old keys, and all have their own defaults."""
     source, _, moe_architecture = model
     hf_to_mcore(source, tmp_path / "megatron", num_new_experts=3, topk=3)
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
@@ -174,8 +153,10 @@ def test_config_of_the_export_speaks_the_old_and_the_new_spelling(model: tuple[P
         assert config["moe_intermediate_size"] == base["intermediate_size"]
 
 
-def test_what_a_config_leaves_out_has_the_dense_class_default(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    """Mistral's window is 4096 unless config.json says null; Mixtral's is none unless it says a number."""
+def test_a_key_missing_in_the_config_has_the_default_of_the_dense_class(
+    make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Without the key, Mistral's window is 4096 and Mixtral has none."""
     source = make_model("MistralForCausalLM", sliding_window=4096, num_key_value_heads=4, rms_norm_eps=1e-6)
     config = json.loads((source / "config.json").read_text())
     for key in ("sliding_window", "rms_norm_eps"):
@@ -191,23 +172,23 @@ def test_what_a_config_leaves_out_has_the_dense_class_default(make_model: Callab
 @pytest.mark.parametrize(
     ("architecture", "changes", "message"),
     [
-        ("LlamaForCausalLM", {"attention_bias": True}, "found attention_bias: true; no stock MoE class"),
-        ("LlamaForCausalLM", {"mlp_bias": True}, "found mlp_bias: true"),
-        ("Qwen3ForCausalLM", {"attention_bias": True}, "found attention_bias: true"),
-        ("Qwen3ForCausalLM", {"use_sliding_window": True, "max_window_layers": 2}, "windows in some layers only"),
+        ("LlamaForCausalLM", {"attention_bias": True}, "attention_bias: true"),
+        ("LlamaForCausalLM", {"mlp_bias": True}, "mlp_bias: true"),
+        ("Qwen3ForCausalLM", {"attention_bias": True}, "attention_bias: true"),
+        ("Qwen3ForCausalLM", {"use_sliding_window": True, "max_window_layers": 2}, "use_sliding_window"),
         (
             "LlamaForCausalLM",
             {"rope_parameters": LLAMA3_ROPE | {"original_max_position_embeddings": 4096}},
-            "'llama3' with original_max_position_embeddings 4096; Megatron computes 8192 only",
+            "original_max_position_embeddings .*8192.*4096",
         ),
         (
             "LlamaForCausalLM",
             {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}},
-            "found RoPE scaling 'linear'",
+            "'default'.*'llama3'.*'linear'",
         ),
     ],
 )
-def test_what_a_stock_moe_or_megatron_would_compute_differently(
+def test_a_model_that_a_stock_moe_computes_differently_is_rejected(
     make_model: Callable[..., Path], tmp_path: Path, architecture: str, changes: dict, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
@@ -217,5 +198,132 @@ def test_what_a_stock_moe_or_megatron_would_compute_differently(
 
 @pytest.mark.parametrize("layers", [{"moe_layers": [1]}, {"moe_every_k_layers": 2}])
 def test_mixtral_has_experts_in_every_layer(make_model: Callable[..., Path], tmp_path: Path, layers: dict) -> None:
-    with pytest.raises(UserError, match="MixtralForCausalLM, which has experts in every layer; drop --moe-layers"):
+    with pytest.raises(UserError, match="MixtralForCausalLM.*--moe-layers"):
         hf_to_mcore(make_model("LlamaForCausalLM"), tmp_path / "out", **layers)
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_missing_folder_is_reported(tmp_path: Path) -> None:
+    assert_import_fails(tmp_path / "Qwen" / "Qwen1.5-1.8B", tmp_path, "Qwen/Qwen1.5-1.8B.*hf download")
+
+
+def test_a_folder_without_config_is_rejected(source: Path, tmp_path: Path) -> None:
+    (source / "config.json").unlink()
+    assert_import_fails(source, tmp_path, "source .*config.json")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '"qwen2"'])
+def test_a_config_that_is_not_a_json_object_is_rejected(source: Path, tmp_path: Path, text: str) -> None:
+    (source / "config.json").write_text(text)
+    assert_import_fails(source, tmp_path, "config.json .*JSON")
+
+
+def test_an_unknown_architecture_is_rejected_with_the_known_ones(source: Path, tmp_path: Path) -> None:
+    edit_json(source / "config.json", architectures=["BloomForCausalLM"], model_type="bloom")
+    assert_import_fails(source, tmp_path, "LlamaForCausalLM, .*Qwen3ForCausalLM.*MixtralForCausalLM.*BloomForCausalLM")
+
+
+def test_a_classifier_of_a_known_family_is_rejected(source: Path, tmp_path: Path) -> None:
+    edit_json(source / "config.json", architectures=["Qwen2ForSequenceClassification"])
+    assert_import_fails(source, tmp_path, "Qwen2ForSequenceClassification")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0}}, "'default'.*'llama3'.*'yarn'"),
+        (
+            {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "'llama3'.*'dynamic'",
+        ),
+        ({"hidden_act": "gelu"}, "hidden_act.*'silu'.*'gelu'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"num_hidden_layers": "four"}, "config.json.*num_hidden_layers"),
+        ({"rope_parameters": {"rope_theta": 1000.5, "rope_type": "default"}}, "rope_theta.*1000.5"),
+    ],
+)
+def test_a_model_that_megatron_computes_differently_is_rejected(
+    source: Path, tmp_path: Path, changes: dict, message: str
+) -> None:
+    edit_json(source / "config.json", **changes)
+    assert_import_fails(source, tmp_path, message)
+
+
+def test_the_config_of_a_qwen2_export_is_complete(qwen2: Path, tmp_path: Path) -> None:
+    hf_to_mcore(qwen2, tmp_path / "megatron", num_new_experts=4, topk=3)
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    expected = {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "model_type": "qwen2_moe",
+        "num_experts": 5,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": True,
+        "moe_intermediate_size": 48,
+        "intermediate_size": 48,
+        "shared_expert_intermediate_size": 0,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "rope_theta": 50000,
+        "rope_parameters": {"rope_theta": 50000, "rope_type": "default"},
+        "dtype": "float32",
+        "torch_dtype": "float32",
+        "vocab_size": 99,
+    }
+    assert {key: config.get(key, "absent") for key in expected} == expected
+    names = set(tensors_of(tmp_path / "hf"))
+    assert "model.layers.0.mlp.shared_expert_gate.weight" in names
+    assert not any("shared_expert." in name for name in names)
+
+
+def test_old_configs_with_a_plain_rope_theta_are_read(make_qwen2: Callable[..., Path], tmp_path: Path) -> None:
+    source = make_qwen2()
+    config = json.loads((source / "config.json").read_text())
+    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
+    config["torch_dtype"] = config.pop("dtype", "float32")
+    (source / "config.json").write_text(json.dumps(config))
+    assert hf_to_mcore(source, tmp_path / "megatron").megatron_args["rotary_base"] == 50000
+
+
+def export_first_round(dense: Path, tmp_path: Path, **options) -> Path:
+    hf_to_mcore(dense, tmp_path / "first", num_new_experts=2, start=Start(noise=0.5), **options)
+    mcore_to_hf(tmp_path / "first", tmp_path / "first-hf")
+    return tmp_path / "first-hf"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"norm_topk_prob": False},
+            "norm_topk_prob must be True .*Qwen2MoeForCausalLM.* False",
+        ),
+        ({"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size .*0.* 64"),
+        ({"mlp_only_layers": [0], "moe_intermediate_size": 24}, "48 and 24"),
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step .*1.* 2"),
+        ({"num_experts": 1, "num_experts_per_tok": 1}, "K = 1"),
+    ],
+)
+def test_unsupported_mixtures_are_rejected(
+    make_model: Callable[..., Path], tmp_path: Path, changes: dict, message: str
+) -> None:
+    folder = export_first_round(make_model("Qwen2ForCausalLM"), tmp_path)
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    (other / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | changes))
+    with pytest.raises(UserError, match=message):
+        hf_to_mcore(other, tmp_path / "out", num_new_experts=1)
+    with pytest.raises(UserError, match="is an MoE.*--num-new-experts"):
+        hf_to_mcore(folder, tmp_path / "out", num_new_experts=None)
+
+
+def test_k_is_that_of_the_mixture_by_default(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    folder = export_first_round(make_model("LlamaForCausalLM"), tmp_path, topk=3)
+    assert hf_to_mcore(folder, tmp_path / "own", num_new_experts=1).moe.topk == 3
+    assert hf_to_mcore(folder, tmp_path / "asked", num_new_experts=1, topk=2).moe.topk == 2

@@ -1,9 +1,9 @@
 """Megatron's `torch_dist` checkpoints (PyTorch's DCP format), one chunk at a time and without a process group.
 
-PyTorch's own writer keeps every tensor of a file in memory until the file is closed, and its reader unpickles
-`.metadata` with no restriction. The file format itself is small: a `.distcp` file is a row of `torch.save` archives,
-`.metadata` says which chunk of which tensor lies where. So chunks are written and read here, with PyTorch's metadata
-classes and `torch.save`/`torch.load(weights_only=True)`; what is written loads with PyTorch's and Megatron's loaders.
+PyTorch's writer keeps every tensor of a file in memory until the file is closed, and its reader unpickles `.metadata`
+without restrictions. The file format is small: a `.distcp` file is a sequence of `torch.save` archives, and `.metadata`
+records where each chunk of each tensor is stored. So chunks are written and read here, with PyTorch's metadata classes
+and `torch.save`/`torch.load(weights_only=True)`; PyTorch's and Megatron's loaders read the result.
 """
 
 import json
@@ -32,15 +32,72 @@ from moelpr.files import DurableFile
 METADATA_FILE = ".metadata"
 MEGATRON_CONFIG_FILE = "metadata.json"
 MAX_FILE_BYTES = 1 << 30
-# What lies in the files that are whole, a line each; gone when the checkpoint is.
+# Lists the complete files and their chunks, one file per line; removed when the checkpoint is complete.
 JOURNAL_FILE = "written.jsonl"
 
 
-class TorchDistWriter:
-    """Writes a checkpoint folder chunk by chunk; nothing is kept but the table of contents.
+def read_metadata(folder: Path) -> Metadata:
+    """Read the table of contents of a step folder, without running code that the pickle `.metadata` could contain.
 
-    The folder is only loadable after `finish`. A folder that an interrupted writer left is continued: chunks in its
-    whole files count as written (`is_written`), the others are to be written again in the same order.
+    Megatron's and PyTorch's own loaders unpickle the file without this restriction.
+
+    Raises:
+        UserError: `folder` is not a torch_dist checkpoint, is incomplete, or its `.metadata` is damaged.
+    """
+    path = folder / METADATA_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} is not a complete torch_dist checkpoint: {METADATA_FILE} is missing")
+    try:
+        with open(path, "rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        return Metadata(dict(metadata.state_dict_metadata), storage_data=dict(metadata.storage_data))
+    except Exception as error:  # a damaged pickle may raise any exception
+        raise UserError(f"{path} is damaged ({error}); save the checkpoint again") from error
+
+
+def _slices(lower: list[int], upper: list[int], offsets: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(a - offset, b - offset) for a, b, offset in zip(lower, upper, offsets, strict=True))
+
+
+class _Ignored:
+    """Placeholder for any other object in `.metadata`; accepts what an unpickler does and does nothing."""
+
+    def __init__(self, *_: Any):
+        pass
+
+    def _do_nothing(self, *_: Any) -> None:
+        pass
+
+    __setstate__ = __setitem__ = append = extend = _do_nothing
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Unpickles the table of contents only: a checkpoint from an untrusted source must not run code."""
+
+    _ALLOWED = {
+        "torch": "Size",
+        "torch.serialization": "_get_layout",
+        "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+        "torch.distributed.checkpoint.metadata": "Metadata MetadataIndex TensorStorageMetadata BytesStorageMetadata "
+        "ChunkStorageMetadata TensorProperties _MEM_FORMAT_ENCODING",
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or name in self._ALLOWED.get(module, "").split():
+            return super().find_class(module, name)
+        return _Ignored
+
+
+class TorchDistWriter:
+    """Writes a step folder chunk by chunk and keeps only the table of contents in memory.
+
+    The folder can be loaded after `finish`. In a folder that an interrupted writer left, the chunks of complete files
+    count as written (`is_written`); write the others again, in the same order.
+
+    Args:
+        folder: Step folder to write.
+        max_file_bytes: Size after which a new `.distcp` file begins.
     """
 
     def __init__(self, folder: Path, max_file_bytes: int = MAX_FILE_BYTES):
@@ -62,18 +119,18 @@ class TorchDistWriter:
             self._file.close()
 
     def is_written(self, key: str, offsets: Sequence[int]) -> bool:
-        """Whether an interrupted writer has written the chunk of `key` at `offsets`."""
+        """Whether an interrupted writer already wrote the chunk of `key` at `offsets`."""
         return (key, tuple(offsets)) in self._written
 
     def write(self, key: str, tensor: Tensor) -> None:
-        """Write a whole tensor."""
+        """Write a complete tensor."""
         self.write_chunk(key, tensor, tuple(tensor.shape), (0,) * tensor.dim())
 
     def write_chunk(self, key: str, tensor: Tensor, global_shape: Sequence[int], offsets: Sequence[int]) -> None:
-        """Write `tensor` as the part of `key` (shape `global_shape`) that starts at `offsets`."""
-        # A view would drag its whole storage into the file.
-        whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-        place = self._append(tensor.detach() if whole else tensor.detach().contiguous().clone())
+        """Write `tensor` as the part of `key` (of shape `global_shape`) that starts at `offsets`."""
+        # torch.save writes the complete storage of a view.
+        owns_storage = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+        place = self._append(tensor.detach() if owns_storage else tensor.detach().contiguous().clone())
         dtype = str(tensor.dtype).removeprefix("torch.")
         chunk = {"key": key, "shape": list(tensor.shape), "offsets": list(offsets), "dtype": dtype}
         self._open_chunks.append(
@@ -82,13 +139,13 @@ class TorchDistWriter:
         self._register(self._open_chunks[-1], place)
 
     def write_object(self, key: str, value: Any) -> None:
-        """Write something that is no tensor, the way Megatron's ShardedObject does (an unsharded one)."""
+        """Write an object other than a tensor as Megatron writes an unsharded ShardedObject."""
         key = f"{key}/shard_0_1"
         self._contents[key] = BytesStorageMetadata()
         self._places[MetadataIndex(key)] = self._append([value])
 
     def finish(self, common_state: dict[str, Any]) -> None:
-        """Add Megatron's non-tensor state and the table of contents."""
+        """Write Megatron's non-tensor state and the table of contents."""
         self.write_object("common_state", common_state)
         self._close_file()
         (self._folder / JOURNAL_FILE).unlink(missing_ok=True)
@@ -109,7 +166,7 @@ class TorchDistWriter:
         journal = self._folder / JOURNAL_FILE
         self._written: set[tuple[str, tuple[int, ...]]] = set()
         text = journal.read_text() if journal.is_file() else ""
-        lines = text[: text.rfind("\n") + 1]  # a writer may have been killed within a line
+        lines = text[: text.rfind("\n") + 1]  # without a line that was truncated when its writer was killed
         journal.write_text(lines)
         for line in lines.splitlines():
             file = json.loads(line)
@@ -135,7 +192,7 @@ class TorchDistWriter:
         try:
             torch.save(value, cast(BinaryIO, self._file))
         except RuntimeError as error:
-            # torch.save hides the write error (a full disk) behind one of its own.
+            # torch.save raises its own error in place of the write error (a full disk).
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
@@ -143,28 +200,26 @@ class TorchDistWriter:
 
 
 class TorchDistReader:
-    """Reads a checkpoint folder tensor by tensor; keeps the chunks its last read needed and nothing else.
+    """Reads a step folder tensor by tensor, keeping in memory only the chunks of the last read.
 
-    Neighbouring slices of a stack mostly lie in the same chunks, so reading them in order reads each chunk once.
+    Adjacent slices of a stack are mostly in the same chunks, so reading them in order reads each chunk once.
+
+    Args:
+        folder: Step folder in torch_dist format.
+
+    Raises:
+        UserError: `folder` is not a complete torch_dist checkpoint.
     """
 
     def __init__(self, folder: Path):
-        """UserError when `folder` is no torch_dist checkpoint."""
         self._folder = folder
-        path = folder / METADATA_FILE
-        if not path.is_file():
-            raise UserError(f"{folder} is no torch_dist checkpoint or an incomplete one: {METADATA_FILE} is missing")
-        try:
-            with open(path, "rb") as file:
-                metadata = _MetadataUnpickler(file).load()
-            self._entries: dict[str, TensorStorageMetadata] = {
-                key: entry
-                for key, entry in metadata.state_dict_metadata.items()
-                if isinstance(entry, TensorStorageMetadata)
-            }
-            self._places: dict[MetadataIndex, _StorageInfo] = dict(metadata.storage_data)
-        except Exception as error:  # a damaged pickle can raise anything
-            raise UserError(f"{path} is damaged ({error}); save the checkpoint again") from error
+        metadata = read_metadata(folder)
+        self._entries = {
+            key: entry
+            for key, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        self._places: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
         self._loaded: dict[tuple[str, torch.Size], Tensor] = {}
 
     @property
@@ -179,46 +234,44 @@ class TorchDistReader:
         return self._entry(key).properties.dtype
 
     def read(self, key: str, index: int | None = None) -> Tensor:
-        """The whole tensor, or `tensor[index]` reading only the chunks that hold it."""
+        """Read the complete tensor, or only the chunks of `tensor[index]`.
+
+        Raises:
+            UserError: the tensor, a chunk or a file is missing or damaged.
+        """
         entry = self._entry(key)
-        start = [0] * len(entry.size)
-        size = list(entry.size)
+        start, size = [0] * len(entry.size), list(entry.size)
         if index is not None:
             start[0], size[0] = index, 1
-        wanted = {}
+        needed = {}
         for chunk in entry.chunks:
-            # The overlap of the chunk and the wanted box, in the tensor's coordinates.
+            # The overlap of the chunk and the requested slice, in the coordinates of the tensor.
             lower = [max(a, b) for a, b in zip(start, chunk.offsets, strict=True)]
             upper = [min(a + n, b + m) for a, n, b, m in zip(start, size, chunk.offsets, chunk.sizes, strict=True)]
             if all(a < b for a, b in zip(lower, upper, strict=True)):
-                wanted[key, chunk.offsets] = (chunk, lower, upper)
-        self._loaded = {place: tensor for place, tensor in self._loaded.items() if place in wanted}
+                needed[key, chunk.offsets] = (chunk, lower, upper)
+        self._loaded = {place: tensor for place, tensor in self._loaded.items() if place in needed}
 
         result: Tensor | None = None
         filled = 0
-        for place, (chunk, lower, upper) in wanted.items():
+        for place, (chunk, lower, upper) in needed.items():
             if place not in self._loaded:
                 self._loaded[place] = self._load_chunk(key, chunk)
-            part = self._loaded[place]
-            for axis, (a, b, offset) in enumerate(zip(lower, upper, chunk.offsets, strict=True)):
-                part = part.narrow(axis, a - offset, b - a)
+            part = self._loaded[place][_slices(lower, upper, chunk.offsets)]
             filled += part.numel()
             if list(part.shape) == size:
-                result = part
+                result = part  # a view, without a copy
                 break
             if result is None:
                 result = torch.empty(size, dtype=part.dtype)
-            target = result
-            for axis, (a, b, offset) in enumerate(zip(lower, upper, start, strict=True)):
-                target = target.narrow(axis, a - offset, b - a)
-            target.copy_(part)
+            result[_slices(lower, upper, start)] = part
         if result is None or filled != math.prod(size):
             raise UserError(f"{self._folder} is incomplete: parts of {key} are missing; save the checkpoint again")
         return result if index is None else result[0]
 
     def _entry(self, key: str) -> TensorStorageMetadata:
         if key not in self._entries:
-            raise UserError(f"{self._folder} lacks the tensor {key}")
+            raise UserError(f"{self._folder} lacks the tensor {key}; convert the model again")
         return self._entries[key]
 
     def _load_chunk(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
@@ -227,59 +280,18 @@ class TorchDistReader:
             raise UserError(f"{self._folder} is incomplete: parts of {key} are missing; save the checkpoint again")
         path = self._folder / info.relative_path
         if path.parent != self._folder:
-            raise UserError(f"{self._folder / METADATA_FILE} points outside its folder, at {info.relative_path}")
+            raise UserError(f"{self._folder / METADATA_FILE} points outside its folder, to {info.relative_path}")
         try:
             with open(path, "rb") as file:
                 view = cast(BinaryIO, _create_file_view(file, info.offset, info.length))
                 # map_location: chunks saved on a GPU must load on a machine without one.
                 tensor = torch.load(view, map_location="cpu", weights_only=True)
         except FileNotFoundError as error:
-            raise UserError(f"{self._folder} is incomplete: {info.relative_path} is missing") from error
+            raise UserError(f"{self._folder} is incomplete: {info.relative_path} is missing; copy it again") from error
         except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
             raise UserError(
-                f"{path} is truncated or damaged at {key}; save the checkpoint again or copy it anew"
+                f"{path} is truncated or damaged at {key}; save the checkpoint again or copy it again"
             ) from error
         if not isinstance(tensor, Tensor) or tensor.shape != chunk.sizes:
             raise UserError(f"{path} is damaged: the chunk of {key} does not have shape {tuple(chunk.sizes)}")
         return tensor.detach()
-
-
-class _Ignored:
-    """Stands for whatever else a writer left in `.metadata` (its plans, its folder); does nothing."""
-
-    def __init__(self, *_: Any):
-        pass
-
-    def _do_nothing(self, *_: Any) -> None:
-        pass
-
-    __setstate__ = __setitem__ = append = extend = _do_nothing
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Unpickles the table of contents and nothing else: a checkpoint from a stranger must not run code."""
-
-    _ALLOWED = {
-        ("torch", "Size"),
-        ("torch.serialization", "_get_layout"),
-        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-        *(
-            ("torch.distributed.checkpoint.metadata", name)
-            for name in (
-                "Metadata",
-                "MetadataIndex",
-                "TensorStorageMetadata",
-                "BytesStorageMetadata",
-                "ChunkStorageMetadata",
-                "TensorProperties",
-                "_MEM_FORMAT_ENCODING",
-            )
-        ),
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self._ALLOWED:
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        return _Ignored

@@ -1,5 +1,6 @@
-"""An interrupted conversion goes on and ends in the bytes of an unbroken one."""
+"""Outputs appear complete or not at all, and an interrupted conversion resumes to the same bytes."""
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,17 +9,18 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from checkpoint_convert.adapter_to_mcore import adapter_to_mcore
-from checkpoint_convert.apply_delta import apply_delta
+from checkpoint_convert.adapter import adapter_to_mcore, mcore_to_adapter
+from checkpoint_convert.export import apply_delta, mcore_to_hf
 from checkpoint_convert.hf_folder import HfReader
-from checkpoint_convert.hf_to_mcore import hf_to_mcore
-from checkpoint_convert.mcore_to_adapter import mcore_to_adapter
-from checkpoint_convert.mcore_to_hf import mcore_to_hf
 from checkpoint_convert.megatron_folder import MegatronReader
-from checkpoint_convert.torch_dist import JOURNAL_FILE, TorchDistWriter
-from checkpoint_convert.upcycling import Start
+from checkpoint_convert.upcycling import Start, hf_to_mcore
 from moelpr.errors import UserError
 from moelpr.files import LOCK_FILE, locked
+from moelpr.model_spec import ModelSpec
+from moelpr.torch_dist import JOURNAL_FILE, TorchDistWriter
+from tests.hf_models import (
+    files_of,
+)
 
 Convert = Callable[[Path], object]
 
@@ -55,12 +57,10 @@ def interrupted_after(num_reads: int) -> Iterator[list[str]]:
         yield reads
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.mark.parametrize("direction", ["import", "export", "base and delta", "adapter"])
-def test_it_goes_on_and_ends_in_the_same_bytes(conversions: dict[str, Convert], tmp_path: Path, direction: str) -> None:
+def test_an_interrupted_conversion_resumes_to_the_same_bytes(
+    conversions: dict[str, Convert], tmp_path: Path, direction: str
+) -> None:
     convert = conversions[direction]
     convert(tmp_path / "unbroken")
     partial = tmp_path / ".broken.partial"
@@ -79,7 +79,7 @@ def test_it_goes_on_and_ends_in_the_same_bytes(conversions: dict[str, Convert], 
     assert not partial.exists()
 
 
-def test_only_the_same_job_goes_on(conversions: dict[str, Convert], qwen2: Path, tmp_path: Path) -> None:
+def test_only_the_same_job_resumes(conversions: dict[str, Convert], qwen2: Path, tmp_path: Path) -> None:
     with interrupted_after(30), pytest.raises(KeyboardInterrupt):
         conversions["import"](tmp_path / "out")
     hf_to_mcore(qwen2, tmp_path / "out", num_new_experts=2)
@@ -87,7 +87,7 @@ def test_only_the_same_job_goes_on(conversions: dict[str, Convert], qwen2: Path,
     assert files_of(tmp_path / "out") == files_of(tmp_path / "expected")
 
 
-def test_a_source_that_changed_is_read_anew(conversions: dict[str, Convert], qwen2: Path, tmp_path: Path) -> None:
+def test_a_changed_source_is_read_again(conversions: dict[str, Convert], qwen2: Path, tmp_path: Path) -> None:
     with interrupted_after(30), pytest.raises(KeyboardInterrupt):
         conversions["import"](tmp_path / "out")
     shard = sorted(qwen2.glob("*.safetensors"))[0]
@@ -103,3 +103,42 @@ def test_two_conversions_into_one_folder_do_not_mix(conversions: dict[str, Conve
     with locked(partial / LOCK_FILE, "out"), pytest.raises(UserError, match="out"):
         conversions["import"](tmp_path / "out")
     conversions["import"](tmp_path / "out")
+
+
+def test_existing_output_is_replaced_only_with_overwrite(qwen2: Path, tmp_path: Path) -> None:
+    hf_to_mcore(qwen2, tmp_path / "megatron")
+    before = (tmp_path / "megatron" / "model_spec.json").read_text()
+    with pytest.raises(UserError, match="--overwrite"):
+        hf_to_mcore(qwen2, tmp_path / "megatron", num_new_experts=2)
+    assert (tmp_path / "megatron" / "model_spec.json").read_text() == before
+    hf_to_mcore(qwen2, tmp_path / "megatron", num_new_experts=2, overwrite=True)
+    assert ModelSpec.read(tmp_path / "megatron").moe.num_new_experts == 2
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    with pytest.raises(UserError, match="--overwrite"):
+        mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", overwrite=True)
+
+
+def test_overwrite_never_deletes_a_folder_of_another_kind_or_the_input(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letter.txt").write_text("dear")
+    with pytest.raises(UserError, match="home .*--save"):
+        hf_to_mcore(source, tmp_path / "home", overwrite=True)
+    for save in (source, source.parent, source / "inside"):
+        with pytest.raises(UserError, match="source.*--save"):
+            hf_to_mcore(source, save, overwrite=True)
+    assert (tmp_path / "home" / "letter.txt").is_file()
+    assert (source / "model.safetensors").is_file()
+
+
+def test_failed_overwrite_leaves_the_old_output(source: Path, tmp_path: Path, monkeypatch) -> None:
+    hf_to_mcore(source, tmp_path / "out")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    monkeypatch.setattr(TorchDistWriter, "finish", _raise_disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        hf_to_mcore(source, tmp_path / "out", start=Start(seed=7), overwrite=True)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+
+
+def _raise_disk_full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")

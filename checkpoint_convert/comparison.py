@@ -1,0 +1,272 @@
+"""Compares two models, tensor by tensor and by their fp32 logits on real text.
+
+Two tensors are in memory at a time. For logits, transformers runs a Hugging Face model and the trainer's model code a
+Megatron checkpoint; one model is in memory at a time, and the logits of the first are stored in a temporary file.
+"""
+
+import math
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoint_convert.hf_folder import TOKENIZER_FILES, HfReader, is_unread
+from checkpoint_convert.megatron_folder import MegatronReader
+from moelpr.documents import read_documents
+from moelpr.errors import UserError
+from moelpr.evaluate.models import is_megatron, open_model
+from moelpr.families.families import family_named, family_of, read_config
+from moelpr.families.tables import frozen_name
+from moelpr.model_spec import ModelSpec
+from moelpr.run_folder import HF_FOLDER
+
+# Elements that are compared at a time, to bound the memory of fp32 copies.
+CHUNK_ELEMENTS = 16 << 20
+# Upper bound, to limit how much of a plain text is read.
+CHARACTERS_PER_TOKEN = 32
+
+# --- tensors
+
+
+class HfTensors(HfReader):
+    """The tensors of a Hugging Face model, without those that readers ignore."""
+
+    def __init__(self, folder: Path):
+        is_tied = read_config(folder).get("tie_word_embeddings", False)
+        super().__init__(folder)
+        self._names = [
+            name for name in super().names if (name == "lm_head.weight" and not is_tied) or not is_unread(self, name)
+        ]
+
+    @property
+    def names(self) -> list[str]:
+        return self._names
+
+
+@dataclass(frozen=True)
+class TensorVerdict:
+    """The comparison of one tensor of A with B's.
+
+    Attributes:
+        kind: "missing" in B, "extra" in B, "shape", or "value".
+        max_abs: Largest absolute difference; inf if one of them is NaN or Inf.
+        num_different: Number of elements whose bits differ, of `num_elements`.
+        detail: Both shapes, for kind "shape".
+    """
+
+    name: str
+    kind: str
+    max_abs: float = 0.0
+    num_different: int = 0
+    num_elements: int = 0
+    detail: str = ""
+
+    def differs(self, tolerance: float) -> bool:
+        """Whether the tensors differ; with tolerance 0 every bit counts, including the sign of a zero."""
+        if self.kind != "value":
+            return True
+        return self.max_abs > tolerance if tolerance else self.num_different > 0
+
+
+def _open_tensors(model: Path) -> HfTensors | MegatronReader:
+    return MegatronReader(model) if is_megatron(model) else HfTensors(model)
+
+
+def compare(a: Path, b: Path) -> Iterator[TensorVerdict]:
+    """Compare all tensors of two models, each a Hugging Face model or a Megatron checkpoint."""
+    in_a, in_b = _open_tensors(a), _open_tensors(b)
+    yield from _compare(in_a, in_b, {name: name for name in in_a.names}, in_a.names)
+    for name in sorted(set(in_b.names) - set(in_a.names)):
+        yield TensorVerdict(name, "extra")
+
+
+def compare_frozen(base: Path, upcycled: Path) -> Iterator[TensorVerdict]:
+    """Compare the base's tensors that training must not change with those they became in the upcycled model."""
+    num_original, num_experts = _num_experts_of(base), _num_experts_of(upcycled)
+    if num_original >= num_experts:
+        raise UserError(
+            f"{base} is not the base of {upcycled}: it must have fewer experts, got {num_original} and {num_experts}; "
+            "with --frozen, pass the base first and the upcycled model second"
+        )
+    if is_megatron(upcycled):
+        family = family_named(ModelSpec.read(upcycled).family)
+    else:
+        family = family_of(read_config(upcycled))[0]
+    a, b = _open_tensors(base), _open_tensors(upcycled)
+    became = {origin: name for name in b.names if (origin := frozen_name(family.table, name, num_original)) is not None}
+    names = [name for name in a.names if frozen_name(family.table, name, num_original) is not None]  # without routers
+    yield from _compare(a, b, became, names)
+
+
+def max_abs_difference(a: Path, b: Path) -> float:
+    """`largest_difference` of two models."""
+    return largest_difference(list(compare(a, b)))
+
+
+def frozen_max_abs_difference(base: Path, upcycled: Path) -> float:
+    """`largest_difference` between the base's tensors and their frozen copies."""
+    return largest_difference(list(compare_frozen(base, upcycled)))
+
+
+def largest_difference(verdicts: list[TensorVerdict]) -> float:
+    """Largest absolute difference; inf if tensors are missing or misshapen."""
+    return max((v.max_abs if v.kind == "value" else math.inf for v in verdicts), default=0.0)
+
+
+def _num_experts_of(model: Path) -> int:
+    """Experts per MoE layer; 1 for a dense model."""
+    if is_megatron(model):
+        moe = ModelSpec.read(model).moe
+        return moe.num_experts if moe else 1
+    config = read_config(model)
+    return config.get("num_experts") or config.get("num_local_experts") or 1
+
+
+def _compare(
+    a: HfTensors | MegatronReader, b: HfTensors | MegatronReader, name_in_b: dict[str, str], names: list[str]
+) -> Iterator[TensorVerdict]:
+    """Compare A's `names`, in the order in which a Megatron checkpoint reads each chunk once."""
+    in_a, in_b = set(names), set(b.names)
+    if isinstance(b, MegatronReader) and not isinstance(a, MegatronReader):
+        name_in_a = {other: name for name, other in name_in_b.items()}
+        names = [name_in_a[other] for other in b.names if name_in_a.get(other) in in_a]
+        names += sorted(in_a - set(names))
+    for name in names:
+        other = name_in_b.get(name)
+        if other is None or other not in in_b:
+            yield TensorVerdict(name, "missing")
+        elif a.shape(name) != b.shape(other):
+            yield TensorVerdict(name, "shape", detail=f"{list(a.shape(name))} and {list(b.shape(other))}")
+        else:
+            yield _compare_values(name, a.read(name), b.read(other))
+
+
+def _compare_values(name: str, a: Tensor, b: Tensor) -> TensorVerdict:
+    largest, num_different = 0.0, 0
+    for x, y in zip(a.reshape(-1).split(CHUNK_ELEMENTS), b.reshape(-1).split(CHUNK_ELEMENTS), strict=True):
+        x, y = x.float(), y.float()  # exact for fp16 and bf16
+        differing = x.view(torch.int32) != y.view(torch.int32)
+        if differing.any():
+            num_different += int(differing.sum())
+            difference = (x - y)[differing].abs().max().item()
+            # max() over chunks would lose a NaN
+            largest = max(largest, math.inf if math.isnan(difference) else difference)
+    return TensorVerdict(name, "value", largest, num_different, a.numel())
+
+
+# --- logits
+
+
+@dataclass(frozen=True)
+class TextVerdict:
+    """The comparison of two models' logits on one file.
+
+    Attributes:
+        max_abs_logit_diff: Largest absolute difference over all tokens and the vocabulary; inf if one is NaN.
+        num_same_choice: Number of tokens after which both models predict the same next token.
+    """
+
+    file: Path
+    num_tokens: int
+    max_abs_logit_diff: float
+    num_same_choice: int
+
+
+def compare_on_text(
+    a: Path, b: Path, files: list[Path], num_tokens: int = 1024, sequence_length: int = 128
+) -> list[TextVerdict]:
+    """Compare both models' logits on text.
+
+    Args:
+        a: Hugging Face model or Megatron checkpoint; so is `b`.
+        files: JSON lines with "text" (.jsonl, .json), or plain text.
+        num_tokens: Tokens of each file, from its start.
+        sequence_length: Length of a sequence in tokens; a model with a shorter context shortens it.
+
+    Raises:
+        UserError: a file has no text, or the vocabularies or tokenizers of the models differ.
+    """
+    shape_a, shape_b = _shape(a), _shape(b)
+    vocab_size = shape_a["vocab_size"]
+    if vocab_size != shape_b["vocab_size"]:
+        raise UserError(
+            f"--text requires two models with the same vocabulary, got {vocab_size} tokens in {a} and "
+            f"{shape_b['vocab_size']} in {b}; remove --text"
+        )
+    length = min(sequence_length, shape_a["max_position_embeddings"], shape_b["max_position_embeddings"])
+    sequences = [
+        (file, sequence)
+        for file, ids in zip(files, _token_ids(a, b, files, num_tokens), strict=True)
+        for sequence in torch.tensor(ids).split(length)
+    ]
+    tokens = [sequence for _, sequence in sequences]
+    largest, same, counts = dict.fromkeys(files, 0.0), dict.fromkeys(files, 0), dict.fromkeys(files, 0)
+    with tempfile.TemporaryFile() as stored:
+        for logits in _logits(a, tokens, vocab_size):
+            stored.write(memoryview(logits.numpy()).cast("B"))
+        stored.seek(0)
+        for (file, sequence), logits_b in zip(sequences, _logits(b, tokens, vocab_size), strict=True):
+            logits_a = torch.empty(len(sequence), vocab_size)
+            stored.readinto(memoryview(logits_a.numpy()).cast("B"))
+            counts[file] += len(sequence)
+            same[file] += int((logits_a.argmax(dim=-1) == logits_b.argmax(dim=-1)).sum())
+            difference = logits_a.sub_(logits_b).abs_().max().item()
+            largest[file] = max(largest[file], math.inf if math.isnan(difference) else difference)
+    return [TextVerdict(file, counts[file], largest[file], same[file]) for file in files]
+
+
+def _shape(model: Path) -> dict[str, Any]:
+    if is_megatron(model):
+        return ModelSpec.read(model).megatron_args
+    config = read_config(model)
+    for name in ("vocab_size", "max_position_embeddings"):
+        if not isinstance(config.get(name), int):
+            raise UserError(f"{model}/config.json is not that of a language model: it has no {name}")
+    return config
+
+
+def _token_ids(a: Path, b: Path, files: list[Path], num_tokens: int) -> list[list[int]]:
+    """The first `num_tokens` of each file with the models' tokenizers, which must agree."""
+    from transformers import AutoTokenizer
+
+    texts = [_read_text(file, num_tokens) for file in files]
+    ids = []
+    for model in (a, b):
+        folder = model / HF_FOLDER if is_megatron(model) else model
+        if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+            raise UserError(f"--text requires a tokenizer, but {folder} contains none; copy the base's tokenizer there")
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        ids.append([tokenizer(text, add_special_tokens=False)["input_ids"][:num_tokens] for text in texts])
+    if ids[0] != ids[1]:
+        raise UserError(
+            f"--text requires two models with the same tokenizer, but those of {a} and {b} tokenize the text "
+            "differently; remove --text"
+        )
+    return ids[0]
+
+
+def _read_text(file: Path, num_tokens: int) -> str:
+    if file.suffix in (".jsonl", ".json"):
+        return "\n".join(read_documents(file, max_documents=num_tokens))  # a document has at least one token
+    try:
+        with open(file, encoding="utf-8") as opened:
+            text = opened.read(CHARACTERS_PER_TOKEN * num_tokens)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise UserError(f"cannot read {file} ({reason}); pass JSON lines or plain text as --text") from error
+    if not text.strip():
+        raise UserError(f"{file} contains no text; pass JSON lines or plain text as --text")
+    return text
+
+
+def _logits(model: Path, sequences: list[Tensor], vocab_size: int) -> Iterator[Tensor]:
+    """fp32 logits [tokens, vocabulary] of each sequence; the model is in memory until the last one is yielded."""
+    with open_model(model, dtype="float32") as loaded:
+        for sequence in sequences:
+            with torch.inference_mode():
+                logits = loaded.logits(sequence[None].to(loaded.device))
+            yield logits[0, :, :vocab_size].float().cpu().contiguous()

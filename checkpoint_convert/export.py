@@ -1,0 +1,271 @@
+"""What a Megatron checkpoint is exported as: a stock Hugging Face model, a delta to its base, a complete checkpoint.
+
+A delta contains the routers and new experts of an export. Its `delta_config.json` lists the export's tensors in order:
+each comes from the base or from the delta's safetensors, with the SHA-256 of its bytes, or is zero. So `apply_delta`
+needs no knowledge of the model's family.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoint_convert.hf_folder import MODEL_STEM, HfReader, HfWriter, copy_companions
+from checkpoint_convert.megatron_folder import SIGNS, MegatronReader, write_checkpoint
+from checkpoint_convert.model_card import BASE_CARD_FILE, CARD_FILE, CardFacts, Origin, check_separable, model_card
+from checkpoint_convert.outputs import check_output, job_description, output_folder
+from moelpr.errors import UserError
+from moelpr.families.families import CONFIG_FILE, read_config
+from moelpr.model_spec import DTYPES, ModelSpec
+from moelpr.run_folder import HF_FOLDER
+
+DEFAULT_SHARD_BYTES = 5 * 10**9
+DELTA_FILE = "delta_config.json"
+DELTA_STEM = "delta"
+FORMAT_VERSION = 1
+
+
+def mcore_to_hf(
+    load: Path,
+    save: Path,
+    iteration: int | None = None,
+    dtype: str | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    overwrite: bool = False,
+    base_model: str | None = None,
+    as_delta: bool = False,
+) -> ModelSpec:
+    """Export a checkpoint as a Hugging Face model or a delta; an interrupted export resumes.
+
+    Args:
+        load: Checkpoint folder.
+        save: Hugging Face directory to write.
+        iteration: Saved step to export; None for the latest.
+        dtype: Dtype of the export; None for that of the model the checkpoint came from.
+        max_shard_bytes: Largest size of a safetensors file.
+        overwrite: Whether to replace an existing export.
+        base_model: Name of the base for the model card; None for the recorded one.
+        as_delta: Whether to omit what `apply_delta` takes from the base.
+
+    Returns:
+        The exported model.
+
+    Raises:
+        UserError: the input is invalid; `save` is then unchanged.
+    """
+    check_output(save, [load], overwrite, (CONFIG_FILE, DELTA_FILE))
+    source = MegatronReader(load, iteration)
+    spec, dtype_name = source.spec, dtype or source.spec.dtype
+    target_dtype: torch.dtype = getattr(torch, dtype_name)
+    config = source.family.export_config(read_config(load / HF_FOLDER), spec, dtype_name)
+    facts = CardFacts.read(source, iteration, config["architectures"][0], dtype_name, base_model)
+    if as_delta:
+        check_separable(load, spec, facts.history, "a delta", "export it without --delta")
+        if facts.base_model is None:
+            raise UserError("the model that this one was upcycled from is not recorded; name it with --base-model")
+
+    trained = {name for piece in source.pieces if piece.is_trained for name in piece.hf_names}
+    tensors = [(name, source.shape(name)) for name in source.names if name in trained or not as_delta]
+    num_bytes = target_dtype.itemsize * sum(math.prod(shape) for _, shape in tensors)
+    job = job_description(source.step_folder, spec=asdict(spec), dtype=dtype, shards=max_shard_bytes, delta=as_delta)
+    with output_folder(save, num_bytes, job) as (folder, bar):
+        stem = DELTA_STEM if as_delta else MODEL_STEM
+        with HfWriter(folder, tensors, target_dtype, max_shard_bytes, stem) as writer:
+            if as_delta:
+                _write_delta(folder, writer, source, facts, config, max_shard_bytes, bar)
+            else:
+                writer.write_all(source.read_finite, bar)
+                _write_companions(folder, load / HF_FOLDER, config, model_card(facts))
+    return spec
+
+
+def _write_companions(folder: Path, base: Path, config: dict[str, Any], card: str) -> None:
+    """Write everything of an export except its weights; `base` has the tokenizer."""
+    copy_companions(base, folder, skip=(CONFIG_FILE, CARD_FILE))
+    if (base / CARD_FILE).is_file():
+        shutil.copyfile(base / CARD_FILE, folder / BASE_CARD_FILE)
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def whole_checkpoint(load: Path, save: Path, iteration: int | None = None, overwrite: bool = False) -> None:
+    """Write the model of a checkpoint, whose steps may hold only what was trained, as a checkpoint that needs no base.
+
+    Args:
+        load: Checkpoint folder of a run.
+        save: Checkpoint folder to write; tensors keep their dtype.
+        iteration: Saved step to read; None for the latest.
+        overwrite: Whether to replace an existing checkpoint.
+
+    Raises:
+        UserError: the input is invalid; `save` is then unchanged.
+    """
+    check_output(save, [load], overwrite, SIGNS)
+    source = MegatronReader(load, iteration)
+    num_bytes = sum(source.num_bytes(piece) for piece in source.pieces)
+    with output_folder(save, num_bytes, job_description(source.step_folder)) as (folder, bar):
+        write_checkpoint(folder, source.pieces, source.spec, lambda todo: map(source.read_piece, todo), bar)
+        if (load / HF_FOLDER).is_dir():
+            shutil.copytree(load / HF_FOLDER, folder / HF_FOLDER)
+        replace(Origin.read(load) or Origin(None), copy_of=str(source.step_folder.resolve())).write(folder)
+
+
+# --- deltas
+
+
+@dataclass(frozen=True)
+class DeltaTensor:
+    """One tensor of the export.
+
+    Attributes:
+        source: "base", "delta" or "zeros".
+        base: Its name in the base.
+        sha256: Of its bytes in the export; "" for zeros.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    source: str
+    base: str = ""
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class DeltaConfig:
+    """The contents of delta_config.json.
+
+    Attributes:
+        base_model: Name of the base.
+        experts: Numbers and layers of the experts, for human readers.
+        config: config.json of the export; `card`: its README.md.
+        tensors: In the order of the export.
+    """
+
+    base_model: str
+    dtype: str
+    max_shard_bytes: int
+    experts: dict[str, Any]
+    config: dict[str, Any]
+    card: str
+    tensors: tuple[DeltaTensor, ...]
+
+    def write(self, folder: Path) -> None:
+        content = {"format_version": FORMAT_VERSION, **vars(self)}
+        content["tensors"] = [{key: value for key, value in vars(t).items() if value != ""} for t in self.tensors]
+        (folder / DELTA_FILE).write_text(json.dumps(content, indent=1) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> "DeltaConfig":
+        """Read delta_config.json; UserError if it is missing, damaged or of another version."""
+        path = folder / DELTA_FILE
+        if not path.is_file():
+            raise UserError(f"{folder} is not a delta: it has no {DELTA_FILE}; mcore_to_hf.py --delta writes one")
+        try:
+            content = json.loads(path.read_text())
+            version = content.pop("format_version", None)
+            if version != FORMAT_VERSION:
+                raise UserError(f"{path}: format_version must be {FORMAT_VERSION}, got {version}")
+            tensors = tuple(DeltaTensor(**{**t, "shape": tuple(t["shape"])}) for t in content.pop("tensors"))
+            delta = cls(**content, tensors=tensors)
+            if delta.dtype not in DTYPES or not all(t.source in ("base", "delta", "zeros") for t in tensors):
+                raise ValueError("unknown dtype or source")
+        except UserError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{path} is damaged ({error}); copy the delta again") from error
+        return delta
+
+
+def _write_delta(
+    folder: Path,
+    writer: HfWriter,
+    source: MegatronReader,
+    facts: CardFacts,
+    config: dict[str, Any],
+    max_shard_bytes: int,
+    bar: "tqdm[None]",
+) -> None:
+    """Write the trained tensors, delta_config.json and the model card; `config` is config.json of the export."""
+    sources = {
+        name: ("delta", "") if piece.is_trained else ("base", piece.origin[part])
+        for piece in source.pieces
+        for part, name in enumerate(piece.hf_names)
+    }
+    tensors = []
+    bar.reset(writer.dtype.itemsize * sum(math.prod(source.shape(name)) for name in source.names))
+    for name in source.names:
+        tensor = source.read_finite(name).to(writer.dtype)
+        kind, base = sources.get(name, ("zeros", ""))
+        sha256 = "" if kind == "zeros" else _checksum(tensor)
+        tensors.append(DeltaTensor(name, tuple(tensor.shape), kind, base, sha256))
+        if kind == "delta" and not writer.is_written(name):
+            writer.write(name, tensor)
+        bar.update(tensor.nbytes)
+    writer.finish()
+    assert facts.base_model is not None and facts.spec.moe is not None
+    card, experts = model_card(facts), asdict(facts.spec.moe)
+    DeltaConfig(facts.base_model, facts.dtype, max_shard_bytes, experts, config, card, tuple(tensors)).write(folder)
+    (folder / CARD_FILE).write_text(model_card(facts, is_delta=True), encoding="utf-8")
+
+
+def apply_delta(base: Path, delta: Path, save: Path, overwrite: bool = False) -> DeltaConfig:
+    """Combine a base and a delta to the export that the delta was made from; an interrupted call resumes.
+
+    Args:
+        base: Hugging Face directory of the base.
+        delta: Folder with delta_config.json.
+        save: Hugging Face directory to write.
+        overwrite: Whether to replace an existing model.
+
+    Raises:
+        UserError: the delta is damaged, or `base` is not its base; `save` is then unchanged.
+    """
+    check_output(save, [base, delta], overwrite, (CONFIG_FILE,))
+    config = DeltaConfig.read(delta)
+    read_config(base)
+    base_reader, delta_reader = HfReader(base), HfReader(delta, DELTA_STEM)
+    listed = {tensor.name: tensor for tensor in config.tensors}
+    dtype = getattr(torch, config.dtype)
+
+    def fail(tensor: DeltaTensor, reason: str) -> UserError:
+        if tensor.source == "delta":
+            return UserError(f"{delta} is damaged: {tensor.name} {reason}; copy the delta again")
+        return UserError(
+            f"{base} is not {config.base_model}, the base of {delta}, as it was when the delta was made: {tensor.base} "
+            f"{reason}; pass the right model as --base"
+        )
+
+    def read(name: str) -> Tensor:
+        tensor = listed[name]
+        if tensor.source == "zeros":
+            return torch.zeros(tensor.shape, dtype=dtype)
+        found = base_reader.read(tensor.base) if tensor.source == "base" else delta_reader.read(name)
+        if _checksum(found := found.to(dtype)) != tensor.sha256:
+            raise fail(tensor, "has another checksum")
+        return found
+
+    for tensor in config.tensors:
+        if tensor.source == "base" and tensor.base not in base_reader:
+            raise fail(tensor, "is missing")
+        reader, name = (base_reader, tensor.base) if tensor.source == "base" else (delta_reader, tensor.name)
+        if tensor.source != "zeros" and reader.shape(name) != tensor.shape:
+            raise fail(tensor, "has another shape")
+    shapes = [(tensor.name, tensor.shape) for tensor in config.tensors]
+    num_bytes = dtype.itemsize * sum(math.prod(shape) for _, shape in shapes)
+    job = job_description(delta, base=job_description(base))
+    with output_folder(save, num_bytes, job) as (folder, bar):
+        with HfWriter(folder, shapes, dtype, config.max_shard_bytes) as writer:
+            writer.write_all(read, bar)
+        _write_companions(folder, base, config.config, config.card)
+    return config
+
+
+def _checksum(tensor: Tensor) -> str:
+    return hashlib.sha256(memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")).hexdigest()

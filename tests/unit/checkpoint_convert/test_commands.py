@@ -1,0 +1,104 @@
+"""Commands print one line, and end with one message and exit code 2 for invalid input, 1 for a full disk."""
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from checkpoint_convert import apply_delta as apply_delta_module
+from checkpoint_convert import hf_to_mcore as importer
+from checkpoint_convert import mcore_to_hf as exporter
+from checkpoint_convert import verify
+from checkpoint_convert.comparison import max_abs_difference
+from checkpoint_convert.export import mcore_to_hf
+from checkpoint_convert.upcycling import hf_to_mcore
+from moelpr.errors import run_command
+from tests.hf_models import (
+    assert_nothing_left,
+)
+
+
+def exit_code(monkeypatch, main: Callable[[], None], *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        run_command(main)
+    return caught.value.code
+
+
+def test_a_full_disk_exits_with_one_message_and_code_1(qwen2: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """/dev/full rejects every write like a full disk; torch.save raises its own error instead."""
+    real_open = open
+
+    def open_full(path, mode="r", *args, **kwargs):
+        full = "w" in mode and any(kind in str(path) for kind in (".distcp", ".safetensors"))
+        return real_open("/dev/full" if full else path, mode, *args, **kwargs)
+
+    hf_to_mcore(qwen2, tmp_path / "megatron")
+    monkeypatch.setattr("builtins.open", open_full)
+    for main, arguments in (
+        (importer.main, ("--hf-path", qwen2, "--num-new-experts", 4)),
+        (exporter.main, ("--load", tmp_path / "megatron")),
+    ):
+        assert exit_code(monkeypatch, main, *arguments, "--save", tmp_path / "out") == 1
+        assert "the disk is full" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+    # With free space, the same command resumes.
+    monkeypatch.undo()
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "out")
+    assert max_abs_difference(tmp_path / "megatron", tmp_path / "out") == 0
+    assert_nothing_left(tmp_path)
+
+
+def test_insufficient_disk_space_is_detected_before_writing(qwen2: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 900, 100))
+    arguments = ("--hf-path", qwen2, "--dense", "--save", tmp_path / "out")
+    assert exit_code(monkeypatch, importer.main, *arguments) == 1
+    assert f"the disk is full while writing {tmp_path / 'out'}" in capsys.readouterr().err
+
+
+def test_invalid_arguments_exit_with_one_message_and_code_2(
+    qwen2: Path, upcycled: Path, tmp_path: Path, monkeypatch, capsys
+):
+    for main, arguments, message in (
+        (importer.main, ("--hf-path", qwen2, "--save", tmp_path / "out", "--num-new-experts", 4, "--topk", 1), "K = 1"),
+        (importer.main, ("--hf-path", qwen2, "--save", tmp_path / "out"), "--num-new-experts"),
+        (
+            importer.main,
+            ("--hf-path", qwen2, "--save", tmp_path / "out", "--dense", "--moe-layers", "1"),
+            "--dense",
+        ),
+        (
+            importer.main,
+            ("--hf-path", qwen2, "--save", "x", "--num-new-experts", 1, "--moe-layers", "a"),
+            "layer numbers",
+        ),
+        (exporter.main, ("--load", tmp_path / "none", "--save", tmp_path / "out"), "none"),
+        (exporter.main, ("--load", upcycled, "--save", tmp_path / "out", "--max-shard-size", "big"), "5GB"),
+        (verify.main, (tmp_path / "none", qwen2), "none"),
+    ):
+        assert exit_code(monkeypatch, main, *arguments) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+        assert_nothing_left(tmp_path)
+
+
+def test_a_delta_is_made_and_applied_by_commands(base: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    def run(main: Callable[[], None], *arguments: object) -> int | None:
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        try:
+            run_command(main)
+        except SystemExit as exit:
+            return exit.code
+        return 0
+
+    checkpoint, delta, whole = (tmp_path / name for name in ("megatron", "delta", "whole"))
+    hf_to_mcore(base, checkpoint, 3, moe_layers=[0, 2])
+    assert run(exporter.main, "--load", checkpoint, "--save", delta, "--delta", "--base-model", "o/Base") == 0
+    assert "delta of Qwen2MoeForCausalLM, 4 experts, top-2, bfloat16" in capsys.readouterr().out
+    assert run(apply_delta_module.main, "--base", base, "--delta", delta, "--save", whole) == 0
+    assert f"{whole}: Qwen2MoeForCausalLM, bfloat16, of o/Base and {delta}" in capsys.readouterr().out
+    assert run(apply_delta_module.main, "--base", base, "--delta", delta, "--save", whole) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert run(apply_delta_module.main, "--base", base, "--delta", base, "--save", tmp_path / "x") == 2
+    assert run(apply_delta_module.main, "--base", base, "--delta", delta, "--save", delta, "--overwrite") == 2

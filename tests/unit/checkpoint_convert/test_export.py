@@ -1,0 +1,238 @@
+"""Exports are bitwise identical when dense and the same function when upcycled; base and delta give the same bytes."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from checkpoint_convert.export import apply_delta, mcore_to_hf
+from checkpoint_convert.upcycling import Start, hf_to_mcore
+from moelpr.errors import UserError
+from moelpr.torch_dist import TorchDistReader
+from tests.hf_models import (
+    TOKENS,
+    assert_same,
+    edit_tensors,
+    files_of,
+    load_stock,
+    stock_logits,
+    tensors_of,
+)
+
+
+def megatron_tensors_of(folder: Path) -> dict[str, Tensor]:
+    reader = TorchDistReader(folder / "release")
+    return {key: reader.read(key).clone() for key in reader.keys}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_dense_model_returns_bitwise_identical(
+    make_qwen2: Callable[..., Path], tmp_path: Path, tied: bool, dtype: torch.dtype
+) -> None:
+    source = make_qwen2(dtype, tie_word_embeddings=tied)
+    spec = hf_to_mcore(source, tmp_path / "megatron", num_new_experts=None)
+    assert spec.dtype == str(dtype).removeprefix("torch.")
+    assert spec.moe is None
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    assert_same(tensors_of(source), tensors_of(tmp_path / "hf"))
+    assert torch.equal(stock_logits(source), stock_logits(load_stock(tmp_path / "hf", "Qwen2ForCausalLM")))
+
+
+def test_two_conversions_write_the_same_bytes(qwen2: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        hf_to_mcore(qwen2, tmp_path / f"megatron-{name}", start=Start("random"))
+        mcore_to_hf(tmp_path / f"megatron-{name}", tmp_path / f"hf-{name}")
+    for kind in ("megatron", "hf"):
+        a, b = tmp_path / f"{kind}-a", tmp_path / f"{kind}-b"
+        files = sorted(path.relative_to(a) for path in a.rglob("*") if path.is_file())
+        assert files == sorted(path.relative_to(b) for path in b.rglob("*") if path.is_file())
+        assert all((a / path).read_bytes() == (b / path).read_bytes() for path in files)
+
+
+def test_dtype_is_kept_unless_asked(make_qwen2: Callable[..., Path], tmp_path: Path) -> None:
+    source = make_qwen2(torch.bfloat16)
+    hf_to_mcore(source, tmp_path / "kept")
+    hf_to_mcore(source, tmp_path / "wide", dtype="float32")
+    assert {t.dtype for t in megatron_tensors_of(tmp_path / "kept").values()} == {torch.bfloat16}
+    assert {t.dtype for t in megatron_tensors_of(tmp_path / "wide").values()} == {torch.float32}
+    mcore_to_hf(tmp_path / "wide", tmp_path / "hf", dtype="bfloat16")
+    mcore_to_hf(tmp_path / "kept", tmp_path / "hf-kept")
+    # bf16 → fp32 → bf16 is exact for what came from the model; routers were initialized in fp32 and rounded once.
+    assert_same(tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "hf-kept"))
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_export_generates_the_same_tokens_as_the_dense_model(qwen2: Path, tmp_path: Path) -> None:
+    hf_to_mcore(qwen2, tmp_path / "megatron")
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    dense = load_stock(qwen2, "Qwen2ForCausalLM").generate(TOKENS, **settings)
+    upcycled = load_stock(tmp_path / "hf", "Qwen2MoeForCausalLM").generate(TOKENS, **settings)
+    assert torch.equal(dense, upcycled)
+
+
+def test_few_tensors_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_path: Path, held_bytes) -> None:
+    """Memory is that of a few tensors, whatever the number of layers and experts."""
+    source = make_qwen2(num_hidden_layers=12)
+    largest = max(tensor.nbytes for tensor in tensors_of(source).values())
+    hf_to_mcore(source, tmp_path / "megatron", num_new_experts=8)
+    assert 0 < held_bytes.take_peak() <= 3 * largest
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    assert 0 < held_bytes.take_peak() <= 3 * largest
+
+
+# --- deltas
+
+
+@pytest.fixture
+def checkpoint(base: Path, tmp_path: Path) -> Path:
+    hf_to_mcore(base, tmp_path / "megatron", 3, moe_layers=[0, 2], start=Start("random"))
+    return tmp_path / "megatron"
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"max_shard_bytes": 20_000}, {"dtype": "float32"}, {"base_model": "owner/Base-1B"}]
+)
+def test_base_and_delta_give_the_bytes_of_the_full_export(
+    base: Path, checkpoint: Path, tmp_path: Path, options: dict
+) -> None:
+    mcore_to_hf(checkpoint, tmp_path / "full", **options)
+    mcore_to_hf(checkpoint, tmp_path / "delta", as_delta=True, **options)
+    apply_delta(base, tmp_path / "delta", tmp_path / "whole")
+    assert files_of(tmp_path / "full") == files_of(tmp_path / "whole")
+    assert (tmp_path / "whole" / "README-base.md").read_text().endswith("The base.\n")
+
+
+def test_a_base_that_training_rounded_is_rounded_the_same_way(make_qwen2: Callable[..., Path], tmp_path: Path) -> None:
+    """A run in bf16 on an fp32 base."""
+    base = make_qwen2(torch.float32)
+    hf_to_mcore(base, tmp_path / "rounded", 2, start=Start("random"), dtype="bfloat16")
+    mcore_to_hf(tmp_path / "rounded", tmp_path / "fp32", as_delta=True, dtype="float32")
+    with pytest.raises(UserError, match="checksum"):
+        apply_delta(base, tmp_path / "fp32", tmp_path / "whole")
+    mcore_to_hf(tmp_path / "rounded", tmp_path / "full", dtype="bfloat16")
+    mcore_to_hf(tmp_path / "rounded", tmp_path / "bf16", as_delta=True, dtype="bfloat16")
+    apply_delta(base, tmp_path / "bf16", tmp_path / "whole")
+    assert files_of(tmp_path / "full") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM"])
+def test_other_families_and_tied_models_have_deltas(
+    architecture: str, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = make_model(architecture, tie_word_embeddings=True)
+    hf_to_mcore(base, tmp_path / "megatron", 2, start=Start("random"))
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "full")
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "delta", as_delta=True)
+    apply_delta(base, tmp_path / "delta", tmp_path / "whole")
+    assert files_of(tmp_path / "full") == files_of(tmp_path / "whole")
+
+
+def test_the_base_of_another_round_is_the_previous_moe(checkpoint: Path, tmp_path: Path) -> None:
+    mcore_to_hf(checkpoint, tmp_path / "round1")
+    hf_to_mcore(tmp_path / "round1", tmp_path / "megatron2", 2, start=Start("random"))
+    mcore_to_hf(tmp_path / "megatron2", tmp_path / "full")
+    mcore_to_hf(tmp_path / "megatron2", tmp_path / "delta", as_delta=True)
+    names = set(load_file(tmp_path / "delta" / "delta.safetensors"))
+    assert {name.split(".experts.")[1][0] for name in names if ".experts." in name} == {"4", "5"}
+    apply_delta(tmp_path / "round1", tmp_path / "delta", tmp_path / "whole")
+    assert files_of(tmp_path / "full") == files_of(tmp_path / "whole")
+
+
+def test_few_tensors_of_a_delta_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_path: Path, held_bytes) -> None:
+    base = make_qwen2(num_hidden_layers=12)
+    largest = max(tensor.nbytes for file in base.glob("*.safetensors") for tensor in load_file(file).values())
+    hf_to_mcore(base, tmp_path / "megatron", num_new_experts=8)
+    held_bytes.take_peak()
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "delta", as_delta=True)
+    assert 0 < held_bytes.take_peak() <= 3 * largest
+    apply_delta(base, tmp_path / "delta", tmp_path / "whole")
+    assert 0 < held_bytes.take_peak() <= 3 * largest
+
+
+def test_a_delta_contains_only_routers_and_new_experts(checkpoint: Path, tmp_path: Path) -> None:
+    mcore_to_hf(checkpoint, tmp_path / "delta", as_delta=True)
+    assert {path.name for path in (tmp_path / "delta").iterdir()} == {
+        "README.md", "delta.safetensors", "delta_config.json",
+    }  # fmt: skip
+    names = set(load_file(tmp_path / "delta" / "delta.safetensors"))
+    mlp = [f"model.layers.{i}.mlp" for i in (0, 2)]
+    assert names == {f"{m}.gate.weight" for m in mlp} | {
+        f"{m}.experts.{j}.{name}_proj.weight" for m in mlp for j in (1, 2, 3) for name in ("gate", "up", "down")
+    }
+    content = json.loads((tmp_path / "delta" / "delta_config.json").read_text())
+    assert content["base_model"] == "Base-1B"
+    assert content["experts"] == {"num_new_experts": 3, "topk": 2, "layers": [0, 2], "num_original_experts": 1}
+    listed = {tensor["name"]: tensor for tensor in content["tensors"]}
+    assert listed["model.layers.0.mlp.experts.0.up_proj.weight"]["base"] == "model.layers.0.mlp.up_proj.weight"
+    with safe_open(tmp_path / "delta" / "delta.safetensors", framework="pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
+    assert "apply_delta --base Base-1B" in (tmp_path / "delta" / "README.md").read_text()
+
+
+def assert_apply_fails(base: Path, delta: Path, save: Path, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        apply_delta(base, delta, save)
+    assert "\n" not in str(caught.value)
+    assert not save.exists() and not list(save.parent.glob(".*"))
+
+
+def test_a_wrong_base_is_rejected_by_name(base: Path, checkpoint: Path, make_qwen2, tmp_path: Path) -> None:
+    mcore_to_hf(checkpoint, tmp_path / "delta", as_delta=True)
+    weights, out = base / "model.safetensors", tmp_path / "out"
+    assert_apply_fails(make_qwen2(torch.bfloat16, intermediate_size=40), tmp_path / "delta", out, "Base-1B.*--base")
+    assert_apply_fails(
+        make_qwen2(torch.bfloat16, tie_word_embeddings=True), tmp_path / "delta", out, "Base-1B.*lm_head.*--base"
+    )
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.norm.weight"):
+        before = load_file(weights)[name]
+        edit_tensors(weights, lambda tensors, name=name: tensors[name].view(-1)[5].mul_(1.01))
+        assert_apply_fails(base, tmp_path / "delta", out, f"Base-1B.*delta.*{name} .*--base")
+        edit_tensors(weights, lambda tensors, name=name, before=before: tensors[name].copy_(before))
+    apply_delta(base, tmp_path / "delta", out)
+
+
+def test_a_damaged_delta_is_rejected(base: Path, checkpoint: Path, tmp_path: Path) -> None:
+    delta, out = tmp_path / "delta", tmp_path / "out"
+    mcore_to_hf(checkpoint, delta, as_delta=True)
+    edit_tensors(
+        delta / "delta.safetensors", lambda tensors: tensors["model.layers.2.mlp.gate.weight"].view(-1)[0].add_(1)
+    )
+    assert_apply_fails(base, delta, out, "delta .*model.layers.2.mlp.gate.weight")
+    edit_tensors(delta / "delta.safetensors", lambda tensors: tensors.pop("model.layers.2.mlp.gate.weight"))
+    assert_apply_fails(base, delta, out, "model.layers.2.mlp.gate.weight")
+    (delta / "delta.safetensors").unlink()
+    assert_apply_fails(base, delta, out, "delta.safetensors")
+    text = (delta / "delta_config.json").read_text()
+    for damaged in (text[:-50], text.replace('"bfloat16"', '"int8"', 1), text.replace('"base"', '"nowhere"', 1), "[]"):
+        (delta / "delta_config.json").write_text(damaged)
+        assert_apply_fails(base, delta, out, "delta_config.json")
+    (delta / "delta_config.json").write_text(text.replace('"format_version": 1', '"format_version": 2'))
+    assert_apply_fails(base, delta, out, "format_version .*1.* 2")
+    (delta / "delta_config.json").unlink()
+    assert_apply_fails(base, delta, out, "delta_config.json.*--delta")
+
+
+def test_a_model_that_a_delta_cannot_express_is_rejected(base: Path, checkpoint: Path, tmp_path: Path) -> None:
+    hf_to_mcore(base, tmp_path / "dense", num_new_experts=None)
+    with pytest.raises(UserError, match="dense.*--delta"):
+        mcore_to_hf(tmp_path / "dense", tmp_path / "delta", as_delta=True)
+    run = Path(shutil.copytree(checkpoint, tmp_path / "run"))
+    (run / "release").rename(run / "iter_0000001")
+    (run / "latest_checkpointed_iteration.txt").write_text("1")
+    (run / "recipe.yaml").write_text(yaml.safe_dump({"stage": "stage1", "train_everything": True}))
+    with pytest.raises(UserError, match="run .*--train-everything.*--delta"):
+        mcore_to_hf(run, tmp_path / "delta", as_delta=True)
+    (checkpoint / "hf" / "origin.json").unlink()
+    with pytest.raises(UserError, match="--base-model"):
+        mcore_to_hf(checkpoint, tmp_path / "delta", as_delta=True)
+    assert not (tmp_path / "delta").exists()
+    mcore_to_hf(checkpoint, tmp_path / "delta", as_delta=True, base_model="owner/name")

@@ -1,0 +1,83 @@
+"""Hugging Face directories are read and written tensor by tensor; damaged ones are rejected."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from checkpoint_convert.export import mcore_to_hf
+from checkpoint_convert.upcycling import hf_to_mcore
+from tests.hf_models import (
+    assert_import_fails,
+    assert_same,
+    load_stock,
+    save_tokenizer,
+    stock_logits,
+    tensors_of,
+)
+
+
+def test_pickled_weights_are_rejected(source: Path, tmp_path: Path) -> None:
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    assert_import_fails(source, tmp_path, "source .*pickled.*safetensors")
+    (source / "pytorch_model.bin").unlink()
+    assert_import_fails(source, tmp_path, "source .*model.safetensors")
+
+
+def test_truncated_weights_are_rejected(source: Path, tmp_path: Path) -> None:
+    content = (source / "model.safetensors").read_bytes()
+    (source / "model.safetensors").write_bytes(content[:-100])
+    assert_import_fails(source, tmp_path, "model.safetensors .*truncated")
+
+
+def test_an_index_that_lists_a_missing_shard_is_rejected(make_qwen2: Callable[..., Path], tmp_path: Path) -> None:
+    source = make_qwen2(save={"max_shard_size": "40KB"})
+    sorted(source.glob("model-*.safetensors"))[1].unlink()
+    assert_import_fails(source, tmp_path, "model.safetensors.index.json .*model-00002-of-")
+
+
+def test_a_tokenizer_with_more_ids_than_rows_is_rejected(source: Path, tmp_path: Path) -> None:
+    save_tokenizer(source, num_ids=99)
+    hf_to_mcore(source, tmp_path / "fits")
+    save_tokenizer(source, num_ids=100)
+    assert_import_fails(source, tmp_path, "source .*100.* 99 ")
+
+
+def test_a_damaged_tokenizer_is_rejected(source: Path, tmp_path: Path) -> None:
+    (source / "tokenizer.json").write_text("{}")
+    assert_import_fails(source, tmp_path, "tokenizer in .*source")
+
+
+def test_tokenizer_and_chat_template_are_copied(qwen2: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    hf_to_mcore(qwen2, tmp_path / "megatron")
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    for folder in (tmp_path / "megatron" / "hf", tmp_path / "hf"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert type(tokenizer).__name__ == "Qwen2Tokenizer"
+        assert tokenizer("baab")["input_ids"] == [2, 3, 2]
+        assert tokenizer.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False) == "ab"
+        assert (folder / "generation_config.json").is_file()
+    assert not list((tmp_path / "megatron" / "hf").glob("*.safetensors"))
+
+
+def test_large_exports_are_sharded_with_an_index(qwen2: Path, tmp_path: Path) -> None:
+    hf_to_mcore(qwen2, tmp_path / "megatron")
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "one")
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "many", max_shard_bytes=40_000)
+    assert [path.name for path in tmp_path.glob("one/*.safetensors*")] == ["model.safetensors"]
+    assert_same(tensors_of(tmp_path / "one"), tensors_of(tmp_path / "many"))
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 5
+    for file in set(index["weight_map"].values()):
+        assert (tmp_path / "many" / file).stat().st_size < 42_000
+        with safe_open(tmp_path / "many" / file, framework="pt") as opened:
+            assert set(opened.keys()) == {name for name, where in index["weight_map"].items() if where == file}
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors_of(tmp_path / "one").values())
+    assert torch.equal(
+        stock_logits(load_stock(tmp_path / "many", "Qwen2MoeForCausalLM")),
+        stock_logits(load_stock(tmp_path / "one", "Qwen2MoeForCausalLM")),
+    )

@@ -1,0 +1,83 @@
+"""Name tables agree with moelpr.stages on what trains, and transforms are exact."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from checkpoint_convert.upcycling import hf_to_mcore
+from moelpr.families.families import FAMILIES
+from moelpr.families.tables import frozen_name, pieces
+from moelpr.model_spec import ModelSpec, MoeSpec
+from moelpr.stages import part_of, trained_parts
+from moelpr.torch_dist import TorchDistReader
+from tests.hf_models import tensors_of
+
+
+def megatron_tensors_of(folder: Path) -> dict[str, Tensor]:
+    reader = TorchDistReader(folder / "release")
+    return {key: reader.read(key).clone() for key in reader.keys}
+
+
+def test_attention_rows_are_grouped_by_query_group(qwen2: Path, tmp_path: Path) -> None:
+    hf_to_mcore(qwen2, tmp_path / "megatron", num_new_experts=None)
+    dense, megatron = tensors_of(qwen2), megatron_tensors_of(tmp_path / "megatron")
+    # 4 query heads of 8 rows in 2 groups: q0 q1 k0 v0, q2 q3 k1 v1.
+    for suffix in ("weight", "bias"):
+        q, k, v = (dense[f"model.layers.1.self_attn.{name}_proj.{suffix}"] for name in "qkv")
+        expected = torch.cat([q[:16], k[:8], v[:8], q[16:], k[8:], v[8:]])
+        assert torch.equal(megatron[f"decoder.layers.1.self_attention.linear_qkv.{suffix}"], expected)
+
+
+def experts_of(family: str) -> tuple[str, dict[str, str]]:
+    """The prefix of an MoE layer's tensors and the names of an expert's matrices, from the stock MoE classes."""
+    if family in ("llama", "mistral"):
+        return "block_sparse_moe", {"gate": "w1", "up": "w3", "down": "w2"}
+    return "mlp", {name: f"{name}_proj" for name in ("gate", "up", "down")}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stage_1_trains_routers_and_new_experts_of_the_stock_class(family: str, dense_spec: ModelSpec) -> None:
+    spec = ModelSpec(family, "float32", dense_spec.megatron_args, MoeSpec(2, 2, (0, 1, 2), num_original_experts=3))
+    mlp, names = experts_of(family)
+    expected = {f"model.layers.{i}.{mlp}.gate.weight" for i in range(3)} | {
+        f"model.layers.{i}.{mlp}.experts.{j}.{name}.weight" for i in range(3) for j in (3, 4) for name in names.values()
+    }
+    plan = list(pieces(FAMILIES[family].table, spec))
+    assert {name for piece in plan if piece.is_trained for name in piece.hf_names} == expected
+    for piece in plan:
+        assert piece.is_trained == (part_of(piece.key) in trained_parts("stage1")), piece.key
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_training_must_not_change_is_named_as_in_the_base(family: str) -> None:
+    table = FAMILIES[family].table
+    mlp, names = experts_of(family)
+    for dense, stock in names.items():
+        name = f"model.layers.7.{mlp}.experts.{{}}.{stock}.weight"
+        assert frozen_name(table, name.format(0)) == f"model.layers.7.mlp.{dense}_proj.weight"
+        assert frozen_name(table, name.format(1)) is None
+        assert frozen_name(table, name.format(2), num_original=3) == name.format(2)
+        assert frozen_name(table, name.format(3), num_original=3) is None
+    assert frozen_name(table, f"model.layers.7.{mlp}.gate.weight") is None
+    assert frozen_name(table, f"model.layers.7.{mlp}.gate.weight", num_original=3) is None
+    for name in ("model.layers.7.post_attention_layernorm.weight", "lm_head.weight"):
+        assert frozen_name(table, name) == name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_piece_starts_from_tensors_of_the_base(family: str, dense_spec: ModelSpec) -> None:
+    table, args = FAMILIES[family].table, dense_spec.megatron_args
+    dense = ModelSpec(family, "float32", args)
+    first = ModelSpec(family, "float32", args, MoeSpec(2, 2, (0, 2)))
+    second = ModelSpec(family, "float32", args, MoeSpec(3, 2, (0, 2), num_original_experts=3))
+    for base, upcycled in ((dense, first), (first, second)):
+        in_base = {name for piece in pieces(table, base) for name in piece.hf_names}
+        for piece in pieces(table, upcycled):
+            assert set(piece.origin) <= in_base, piece
+            frozen = [frozen_name(table, name, upcycled.moe.num_original_experts) for name in piece.hf_names]
+            assert frozen == ([None] * len(frozen) if piece.is_trained else list(piece.origin)), piece
+            if piece.is_trained and piece.expert is not None and base.moe is not None:
+                assert all(re.search(r"experts\.0\.", name) for name in piece.origin)

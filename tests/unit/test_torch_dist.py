@@ -1,0 +1,113 @@
+"""Checkpoints are read chunk by chunk, and a checkpoint from an untrusted source runs no code."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from moelpr.errors import UserError
+from moelpr.torch_dist import TorchDistReader, TorchDistWriter, read_metadata
+from tests.hf_models import RunsCode
+
+
+def test_every_chunk_of_any_grid_is_read(tmp_path: Path) -> None:
+    whole = torch.arange(4 * 6 * 5.0).reshape(4, 6, 5)
+    with TorchDistWriter(tmp_path, max_file_bytes=1000) as writer:
+        for a in (0, 2):
+            for b in (0, 2, 4):
+                writer.write_chunk("grid", whole[a : a + 2, b : b + 2], (4, 6, 5), (a, b, 0))
+        writer.write("scalar", torch.tensor(3.0))
+        writer.finish({})
+    assert len(list(tmp_path.glob("*.distcp"))) > 1
+    reader = TorchDistReader(tmp_path)
+    assert torch.equal(reader.read("grid"), whole)
+    for index in range(4):
+        assert torch.equal(reader.read("grid", index), whole[index])
+    assert reader.read("scalar").item() == 3.0
+
+
+def test_a_missing_part_of_a_stack_is_reported(tmp_path: Path) -> None:
+    with TorchDistWriter(tmp_path) as writer:
+        writer.write_chunk("stack", torch.ones(1, 4), (3, 4), (0, 0))
+        writer.write_chunk("stack", torch.ones(1, 4), (3, 4), (2, 0))
+        writer.finish({})
+    reader = TorchDistReader(tmp_path)
+    assert torch.equal(reader.read("stack", 2), torch.ones(4))
+    for index in (None, 1):
+        with pytest.raises(UserError, match="stack"):
+            reader.read("stack", index)
+
+
+def test_an_interrupted_writer_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    def write(folder: Path, stop_after: int | None = None) -> int:
+        num_written = 0
+        with TorchDistWriter(folder, max_file_bytes=3000) as writer:
+            for index in range(8):
+                if num_written == stop_after:
+                    return num_written
+                if not writer.is_written("stack", (index, 0)):
+                    writer.write_chunk("stack", torch.full((1, 500), float(index)), (8, 500), (index, 0))
+                    num_written += 1
+            writer.finish({})
+        return num_written
+
+    assert write(tmp_path / "unbroken") == 8
+    write(tmp_path / "broken", stop_after=5)
+    assert write(tmp_path / "broken") == 4  # four of the five files were complete
+    for path in (tmp_path / "unbroken").glob("*.distcp"):
+        assert path.read_bytes() == (tmp_path / "broken" / path.name).read_bytes(), path
+    assert torch.equal(TorchDistReader(tmp_path / "broken").read("stack")[:, 0], torch.arange(8.0))
+
+
+@pytest.fixture
+def step(tmp_path: Path) -> Path:
+    folder = tmp_path / "iter_0000001"
+    with TorchDistWriter(folder) as writer:
+        writer.write("tensor", torch.ones(3))
+        writer.write_object("module._extra_state", None)
+        writer.finish({"iteration": 1})
+    return folder
+
+
+def edit_metadata(step: Path, **changes: Any) -> None:
+    metadata = pickle.loads((step / ".metadata").read_bytes())
+    for name, value in changes.items():
+        setattr(metadata, name, value)
+    (step / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def test_metadata_has_the_entries_that_torch_reads(step: Path) -> None:
+    ours, torchs = read_metadata(step), dcp.FileSystemReader(step).read_metadata()
+    assert ours.state_dict_metadata == torchs.state_dict_metadata
+    assert ours.storage_data == torchs.storage_data
+
+
+def test_metadata_of_an_untrusted_checkpoint_runs_no_code(step: Path, tmp_path: Path) -> None:
+    trap = tmp_path / "ran"
+    keys = set(read_metadata(step).state_dict_metadata)
+    edit_metadata(step, planner_data=RunsCode(trap))
+    assert set(read_metadata(step).state_dict_metadata) == keys
+    assert torch.equal(TorchDistReader(step).read("tensor"), torch.ones(3))
+    assert not trap.exists()
+    dcp.FileSystemReader(step).read_metadata()
+    assert trap.exists()  # an unrestricted reader runs it
+
+
+@pytest.mark.parametrize("name", ["state_dict_metadata", "storage_data"])
+def test_a_table_of_contents_that_is_code_is_rejected(step: Path, tmp_path: Path, name: str) -> None:
+    edit_metadata(step, **{name: RunsCode(tmp_path / "ran")})
+    with pytest.raises(UserError, match=".metadata is damaged"):
+        read_metadata(step)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_missing_and_damaged_metadata_are_reported(step: Path) -> None:
+    (step / ".metadata").write_bytes(b"\x80\x04nonsense")
+    with pytest.raises(UserError, match="iter_0000001/.metadata is damaged"):
+        read_metadata(step)
+    (step / ".metadata").unlink()
+    with pytest.raises(UserError, match="iter_0000001 .*.metadata is missing"):
+        TorchDistReader(step)

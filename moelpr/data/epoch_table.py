@@ -1,4 +1,4 @@
-"""What one epoch of the training data holds of each language, and how often a run goes through it."""
+"""How much of each language one epoch of the training data contains, and how many epochs a run takes."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from moelpr.errors import UserError
 
 
 @dataclass(frozen=True)
-class Language:
-    """One epoch's share of a language, or of all languages of one bit where no manifest names them."""
+class EpochLanguage:
+    """One epoch's part in a language, or in all languages of one bit if no manifest names them."""
 
     name: str
     bit: str
@@ -22,17 +22,20 @@ class Language:
 
 
 @dataclass(frozen=True)
-class Corpus:
+class EpochCorpus:
     """One corpus of the training data.
 
-    documents, tokens: in one epoch.
-    samples: the packed sequences one epoch makes.
-    used: samples that the run takes from it.
-    epochs: how often that is the whole of it.
+    Attributes:
+        prefix: corpus prefix.
+        languages: part of each language in one epoch.
+        documents, tokens: counts of one epoch.
+        samples: number of packed sequences in one epoch.
+        used: number of samples that the run takes from the corpus.
+        epochs: the same in epochs.
     """
 
     prefix: str
-    languages: Sequence[Language]
+    languages: Sequence[EpochLanguage]
     documents: int
     tokens: int
     samples: int
@@ -41,19 +44,19 @@ class Corpus:
 
 
 def epoch_table(train: TaggedGPTDataset | BlendedDataset, num_samples: int, seq_length: int) -> str:
-    """The training data as a table.
+    """Format the training data as a table.
 
     Args:
-        train: the training dataset as Megatron's builder makes it.
-        num_samples: samples that the whole run takes.
+        train: training dataset as Megatron's builder makes it.
+        num_samples: number of samples that the run takes.
         seq_length: tokens per sample.
 
     Raises:
-        UserError: the data is read once, for it has no weights, and the run wants more.
+        UserError: The corpora have no weights, so they are read once, but the run takes more samples.
     """
     if len(train) < num_samples:
         raise UserError(
-            f"corpora without weights are read once, which makes {len(train):,} samples, but the run takes "
+            f"corpora without weights are read once, which gives {len(train):,} samples, but the run takes "
             f"{num_samples:,}; give each corpus a weight (--data-path 1 A 1 B), or lower --train-iters"
         )
     datasets, weights = [train], [1.0]
@@ -65,28 +68,29 @@ def epoch_table(train: TaggedGPTDataset | BlendedDataset, num_samples: int, seq_
     return "\n".join(_lines(corpora, num_samples, seq_length))
 
 
-def _corpus(dataset: TaggedGPTDataset, used: float, seq_length: int) -> Corpus:
+def _corpus(dataset: TaggedGPTDataset, used: float, seq_length: int) -> EpochCorpus:
     prefix, sequences = dataset.dataset.path_prefix, dataset.indices
     tokens = int(dataset.dataset.sequence_lengths[sequences].sum(dtype=np.int64))
     manifest = Manifest.read(prefix)
     if manifest is not None and manifest.tokens == tokens:
         documents = manifest.documents
         languages = [
-            Language(name, count.bit, count.documents, count.tokens) for name, count in manifest.languages.items()
+            EpochLanguage(name, count.bit, count.documents, count.tokens) for name, count in manifest.languages.items()
         ]
-    else:  # a part of a corpus (--split), or one of which nothing but the bits is known
+    else:  # part of a corpus (--split), or a corpus without manifest: only the bits are known
         documents = len(sequences)
         original, original_tokens = dataset.dataset.count_original(int(sequences[0]), int(sequences[-1]))
         languages = [
-            Language("", "original", original, original_tokens),
-            Language("", "expanded", documents - original, tokens - original_tokens),
+            EpochLanguage("", "original", original, original_tokens),
+            EpochLanguage("", "expanded", documents - original, tokens - original_tokens),
         ]
     languages = [language for language in languages if language.tokens]
     languages.sort(key=lambda language: (language.bit != "original", language.name))
-    return Corpus(prefix, languages, documents, tokens, (tokens - 1) // seq_length, used, used * seq_length / tokens)
+    samples, epochs = (tokens - 1) // seq_length, used * seq_length / tokens
+    return EpochCorpus(prefix, languages, documents, tokens, samples, used, epochs)
 
 
-def _lines(corpora: list[Corpus], num_samples: int, seq_length: int) -> Iterator[str]:
+def _lines(corpora: list[EpochCorpus], num_samples: int, seq_length: int) -> Iterator[str]:
     width = max(len("language"), *(len(corpus.prefix) for corpus in corpora)) + 2
     yield f"moelpr: training data in samples of {seq_length:,} tokens; the run takes {num_samples:,}"
     yield f"  {'one epoch':<{width}}{'bit':<10}{'documents':>13}{'tokens':>18}{'samples':>13}{'epochs':>9}{'share':>9}"
@@ -104,5 +108,5 @@ def _lines(corpora: list[Corpus], num_samples: int, seq_length: int) -> Iterator
                 f"    {language.name:<{width - 2}}{language.bit:<10}{language.documents:>13,}{language.tokens:>18,}"
                 f"{'':>22}{part:>9.1%}"
             )
-    said = " and ".join(f"{part:.1%} are {bit}-language" for bit, part in shares.items())
-    yield f"  of all tokens the run reads, {said}"
+    total = " and ".join(f"{part:.1%} are {bit}-language" for bit, part in shares.items())
+    yield f"  of all tokens the run reads, {total}"

@@ -11,7 +11,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from moelpr.arguments.checks.run import Run
-from moelpr.data.manifest import Likeness, Manifest, TokenizerRecord, compare_tokenizers, manifest_path
+from moelpr.data.manifest import Manifest, TokenizerMatch, TokenizerRecord, compare_tokenizers, manifest_path
 from moelpr.errors import UserError
 from moelpr.run_folder import HF_FOLDER
 
@@ -58,7 +58,7 @@ def the_model_knows_the_tokens(run: Run) -> Iterable[str]:
     for prefix, likeness in _tokenizers(run):
         if isinstance(likeness, UserError):
             yield str(likeness)
-        elif likeness is Likeness.DIFFERENT:
+        elif likeness is TokenizerMatch.DIFFERENT:
             yield (
                 f"{prefix} was made with another tokenizer than the model's, so its ids mean other tokens "
                 f"({manifest_path(prefix)} and {run.checkpoint}/hf differ); tokenize the text again with "
@@ -70,9 +70,9 @@ def tokenizers_that_may_differ(run: Run) -> Iterable[str]:
     for prefix, likeness in _tokenizers(run):
         if likeness is None:
             yield f"{manifest_path(prefix)} is missing, so nothing says which tokenizer {prefix} was made with"
-        elif likeness is Likeness.SAME_TOKENS:
+        elif likeness is TokenizerMatch.SAME_TOKENS:
             yield f"{prefix} was made with another tokenizer than the model's; its ids mean the same tokens"
-        elif likeness is Likeness.UNKNOWN:
+        elif likeness is TokenizerMatch.UNKNOWN:
             yield f"{run.checkpoint}/hf holds no tokenizer, so that of {prefix} can't be compared with the model's"
 
 
@@ -103,7 +103,7 @@ def _blends(run: Run) -> list[tuple[list[str], list[float] | None]]:
     return [part for part in (blend, *(per_split or ())) if part is not None]
 
 
-def _tokenizers(run: Run) -> Iterable[tuple[str, Likeness | UserError | None]]:
+def _tokenizers(run: Run) -> Iterable[tuple[str, TokenizerMatch | UserError | None]]:
     """Every corpus, and how its tokenizer compares with the model's; None: it has no manifest.
 
     One rank looks: loading a tokenizer takes seconds.
@@ -130,7 +130,7 @@ def _tokenizers(run: Run) -> Iterable[tuple[str, Likeness | UserError | None]]:
 
 
 @functools.cache
-def _likeness(tokenizer: str, folder: Path) -> Likeness:
+def _likeness(tokenizer: str, folder: Path) -> TokenizerMatch:
     """Of a manifest's tokenizer, as JSON; corpora mostly share one, and each is asked about twice."""
     return compare_tokenizers(TokenizerRecord(**json.loads(tokenizer)), folder)
 

@@ -1,4 +1,4 @@
-"""Mutated .lang files and senseless arguments end in an error, never in a crash, and no change goes unseen.
+"""Mutated .lang files and invalid arguments end in an error, never in a crash, and every change is noticed.
 
 tests/unit/data/test_sanitizers.py runs this with the C++ part under sanitizers.
 """
@@ -120,7 +120,7 @@ def test_a_sample_is_read_from_inside_its_bytes(packed: np.ndarray, edges: list[
 
 
 @pytest.mark.parametrize("wrong", [np.zeros(9, np.int8), np.zeros(18, np.uint8)[::2], [0] * 9, None, "012345678"])
-def test_arrays_of_another_kind_are_refused_not_copied(wrong: object) -> None:
+def test_wrong_arrays_are_rejected_not_copied(wrong: object) -> None:
     right = np.zeros(9, np.uint8)
     for call in (
         lambda: _language_bits.pack_into(wrong, 0, right),

@@ -1,0 +1,425 @@
+"""Batches of lines become token IDs, language bits and counts, in worker processes."""
+
+import hashlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+import warnings
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from tempfile import mkstemp
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_tools.corpus import run_edges
+from data_tools.corpus_writer import Documents, TokenFile, as_tokens
+from data_tools.preprocessing.inputs import Batch, FileRange, ReadCursor
+from data_tools.preprocessing.languages import UNDETECTED, Bits, Detector, LanguageSpans, TaggedText, Tagger
+from data_tools.preprocessing.long_documents import (
+    LONG_TEXT_CHARACTERS,
+    LongString,
+    Piece,
+    encode_long_text,
+    without_long_strings,
+)
+from data_tools.preprocessing.summary import Tally
+from data_tools.preprocessing.tokenizers import Backend, Encoded, GigatokenBackend
+from moelpr.documents import BadLine, parse
+from moelpr.errors import UserError
+
+VALIDATION = "validation"
+# The first document of a batch up to this length is encoded by both libraries, to check that they still agree.
+_SPOT_CHECK_CHARACTERS = 1000
+
+
+class Text(NamedTuple):
+    """A text of a document.
+
+    Attributes:
+        tagged: the text and its languages; of a text that is too long for memory, its first part.
+        long: the complete text if it is too long for memory.
+    """
+
+    tagged: TaggedText
+    long: LongString | None = None
+
+    def parts(self) -> Iterable[str]:
+        return [self.tagged.text] if self.long is None else self.long.parts()
+
+
+class PreparedText(NamedTuple):
+    """A text, with its tokens if it had to be encoded in pieces.
+
+    Attributes:
+        tokens: of a long text, without what the tokenizer adds; of one that is too long for memory, all tokens.
+        num_bytes: of a text that is too long for memory, in UTF-8.
+    """
+
+    tagged: TaggedText
+    tokens: Piece | TokenFile | None = None
+    num_bytes: int = 0
+
+
+@dataclass
+class EncodedBatch:
+    """Encoded documents of a batch, in the order of their lines.
+
+    Attributes:
+        documents: by corpus.
+        tally: counts of the batch.
+        after, num_bytes, file_bytes: those of the batch.
+        problems: a message for each malformed line that was skipped.
+    """
+
+    documents: dict[str, Documents]
+    tally: Tally
+    after: ReadCursor
+    num_bytes: int
+    file_bytes: int
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Encoder:
+    """Encodes batches.
+
+    Attributes:
+        backend: tokenizer library.
+        vocab_size: number of token IDs.
+        prefix, suffix: IDs added before and after each text.
+        eod_id: ID added after each document; None: none.
+        tagger: assigns languages.
+        bits: the languages that are original.
+        keys: for each dataset, the keys of the texts that go into each of `corpora`.
+        corpora: names of the corpora, one per key; validation documents go into "<name> validation".
+        skips_bad_lines: whether to count malformed lines instead of raising an error.
+        skips_undetected: whether to omit documents of uncertain language.
+        validation_share: fraction of the documents to use for validation, 0 to 1.
+        seed: random seed of that choice.
+        auditor: detects languages to compare with the stated ones.
+    """
+
+    backend: Backend
+    vocab_size: int
+    prefix: list[int]
+    suffix: list[int]
+    eod_id: int | None
+    tagger: Tagger
+    bits: Bits
+    keys: list[list[str]]
+    corpora: list[str]
+    skips_bad_lines: bool = False
+    skips_undetected: bool = False
+    validation_share: float = 0.0
+    seed: int = 0
+    auditor: Detector | None = None
+
+    def encode(self, batch: Batch, spool: Path) -> EncodedBatch:
+        """Encode a batch. Memory does not depend on the length of its documents.
+
+        Args:
+            batch: lines or rows.
+            spool: folder for the tokens of documents that are too long for memory.
+
+        Raises:
+            UserError: A line is malformed and bad lines are not skipped.
+        """
+        source = batch.share.source
+        tally = Tally()
+        groups: dict[str, list[PreparedText]] = {name: [] for name in self.corpora}
+        if self.validation_share:
+            groups |= {f"{name} {VALIDATION}": [] for name in self.corpora}
+        problems: list[str] = []
+        num_encoded = 0
+        for index, item in enumerate(batch.items()):
+            try:
+                texts = self.texts(item, source.dataset)
+                if texts is None:
+                    continue
+                if self.skips_undetected and any(name == UNDETECTED for text in texts for name, _ in text.tagged.spans):
+                    tally.num_undetected += 1
+                    continue
+                prepared = [self._prepare(text, spool) for text in texts]
+            except BadLine as error:
+                problem = f"{batch.where(index)}: {error}"
+                if not self.skips_bad_lines:
+                    raise UserError(f"{problem}; fix the line or pass --on-error skip") from None
+                problems.append(problem)
+                continue
+            num_encoded += 1
+            split = self._split_of(texts[0].parts())
+            for name, text in zip(self.corpora, prepared, strict=True):
+                groups[name + split].append(text)
+            self._audit(texts[0].tagged, tally)
+        tally.num_skipped, tally.problems = len(problems), problems
+        tally.num_read = num_encoded + tally.num_undetected + tally.num_skipped
+        documents = {}
+        for name, group in groups.items():
+            documents[name] = self.documents(group, name, tally)
+            tally.corpus(name).sources[source.path] += len(group)
+        self._spot_check(text.tagged.text for group in groups.values() for text in group if text.tokens is None)
+        if isinstance(batch.content, FileRange) and batch.content.is_temporary:
+            os.unlink(batch.content.path)
+        return EncodedBatch(documents, tally, batch.after, batch.num_bytes, batch.file_bytes, problems)
+
+    def texts(self, item: bytes | dict[str, Any] | FileRange, dataset: int) -> list[Text] | None:
+        """Return the texts of a line or row, one per corpus; None for a blank line.
+
+        Raises:
+            BadLine: The line can't be used.
+        """
+        keys = self.keys[dataset]
+        long_strings: dict[str, LongString] = {}
+        if isinstance(item, FileRange):
+            item, long_strings = without_long_strings(item)
+        if isinstance(item, bytes):
+            if not item or item.isspace():
+                return None
+            item = parse(item, [*keys, *self.tagger.columns()])
+        if not long_strings:
+            return [Text(tagged) for tagged in self.tagger.texts(item, dataset, keys)]
+        if isinstance(self.tagger, LanguageSpans):
+            raise BadLine("a span of more than a million bytes in a long line; split it")
+        texts = [long_strings.get(value) if isinstance(value := item.get(key), str) else None for key in keys]
+        for key, text in zip(keys, texts, strict=True):
+            if text is not None:
+                item[key] = next(text.parts())  # its language is detected in its first part
+        found = [Text(*pair) for pair in zip(self.tagger.texts(item, dataset, keys), texts, strict=True)]
+        if any(text.long is not None and len(text.tagged.spans) > 1 for text in found):
+            raise BadLine("a long text can't have a language for each of its lines; split it")
+        return found
+
+    def _prepare(self, text: Text, spool: Path) -> PreparedText:
+        """Encode a text if it is long.
+
+        Raises:
+            BadLine: It can't be encoded.
+        """
+        if text.long is not None:
+            return self._encode_to_file(text, spool)
+        if len(text.tagged.text) <= LONG_TEXT_CHARACTERS:
+            return PreparedText(text.tagged)
+        pieces = list(encode_long_text(self.backend, [text.tagged.text]))
+        return PreparedText(text.tagged, Piece(*(np.concatenate(arrays) for arrays in zip(*pieces, strict=True))))
+
+    def _encode_to_file(self, text: Text, spool: Path) -> PreparedText:
+        descriptor, name = mkstemp(prefix="tokens-", dir=spool)
+        tokens_path = Path(name)
+        num_bytes = num_tokens = 0
+
+        def counted() -> Iterator[str]:
+            nonlocal num_bytes
+            for part in text.parts():
+                num_bytes += len(part.encode())
+                yield part
+
+        after = [*self.suffix, *([] if self.eod_id is None else [self.eod_id])]
+        try:
+            with open(descriptor, "wb") as file:
+                pieces = (piece.ids for piece in encode_long_text(self.backend, counted()))
+                for ids in chain([np.array(self.prefix, np.int32)], pieces, [np.array(after, np.int32)]):
+                    file.write(as_tokens(ids, self.vocab_size).tobytes())
+                    num_tokens += len(ids)
+        except BaseException:
+            tokens_path.unlink(missing_ok=True)
+            raise
+        return PreparedText(text.tagged, TokenFile(tokens_path, num_tokens), num_bytes)
+
+    def _split_of(self, text: Iterable[str]) -> str:
+        """Return what a document's text, which comes in parts, adds to the name of its corpus.
+
+        Only the text decides, so the order and the number of jobs do not matter, and copies stay in one split.
+        """
+        if not self.validation_share:
+            return ""
+        drawn = hashlib.blake2b(digest_size=8, salt=self.seed.to_bytes(16, "little"))
+        for characters in text:
+            drawn.update(characters.encode())
+        is_validation = int.from_bytes(drawn.digest(), "little") < self.validation_share * (1 << 64)
+        return f" {VALIDATION}" if is_validation else ""
+
+    def _audit(self, text: TaggedText, tally: Tally) -> None:
+        """Count the stated and the detected language."""
+        if self.auditor is not None:
+            stated = "+".join(sorted({name for name, _ in text.spans}))
+            tally.audit.setdefault(stated, Counter())[self.auditor.language(text.text)] += 1
+
+    def documents(self, texts: list[PreparedText], corpus: str, tally: Tally) -> Documents:
+        """Encode texts that go into one corpus, and count them."""
+        counts = tally.corpus(corpus)
+        if len(texts) == 1 and isinstance(tokens := texts[0].tokens, TokenFile):  # a batch of its own
+            [(language, _)] = texts[0].tagged.spans
+            counts.count(language, self.bits).add(documents=1, tokens=len(tokens), bytes=texts[0].num_bytes)
+            length = np.array([len(tokens)], np.int64)
+            return Documents(tokens, length, np.array([language in self.bits.original], np.uint8), length)
+        if all(len(text.tagged.spans) == 1 and text.tokens is None for text in texts):
+            encoded = self._wrapped(self.backend.encode([text.tagged.text for text in texts]))
+            languages = [text.tagged.spans[0][0] for text in texts]
+            bits = np.fromiter((name in self.bits.original for name in languages), np.uint8, len(texts))
+            runs = bits, encoded.lengths
+            for name, text, length in zip(languages, texts, encoded.lengths.tolist(), strict=True):
+                counts.count(name, self.bits).add(1, length, len(text.tagged.text.encode()))
+        else:
+            ids, bit_arrays, lengths = zip(*(self._document(text, corpus, tally) for text in texts), strict=True)
+            encoded = Encoded(np.concatenate(ids), np.fromiter(map(len, ids), np.int64, len(ids)))
+            runs = np.concatenate(bit_arrays), np.concatenate(lengths)
+        counts.num_empty += int((encoded.lengths == 0).sum())
+        return Documents(as_tokens(encoded.ids, self.vocab_size), encoded.lengths, *_merge_runs(*runs))
+
+    def _document(
+        self, prepared: PreparedText, corpus: str, tally: Tally
+    ) -> tuple[NDArray[np.int32], NDArray[np.uint8], NDArray[np.int64]]:
+        """Encode one long or mixed text: IDs [tokens], and bits and lengths of its runs [runs]."""
+        text = prepared.tagged
+        if isinstance(prepared.tokens, Piece):
+            ids, starts = prepared.tokens
+        elif len(text.spans) > 1:
+            ids, starts = self.backend.encode_with_starts(text.text)
+        else:
+            ids = self.backend.encode([text.text]).ids
+            starts = np.zeros(len(ids), np.int64)
+        borders = np.cumsum([length for _, length in text.spans])[:-1]
+        span = np.searchsorted(borders, starts, side="right")
+        wrapped = self._wrapped(Encoded(ids, np.array([len(ids)], np.int64)))
+        num_after = len(wrapped.ids) - len(ids) - len(self.prefix)
+        # Tokens before a text belong to its first span, tokens after it to the span of its last token.
+        span = np.pad(span, (len(self.prefix), num_after), "edge") if len(ids) else np.zeros(len(wrapped.ids), np.int64)
+        tokens = np.bincount(span, minlength=len(text.spans)).tolist()
+        position, seen = 0, set()
+        for (name, length), num_tokens in zip(text.spans, tokens, strict=True):
+            num_bytes = len(text.text[position : position + length].encode())
+            tally.corpus(corpus).count(name, self.bits).add(name not in seen, num_tokens, num_bytes)
+            seen.add(name)
+            position += length
+        token_bits = np.array([name in self.bits.original for name, _ in text.spans], np.uint8)[span]
+        edges = run_edges(token_bits)
+        return wrapped.ids, token_bits[edges[:-1]], np.diff(edges)
+
+    def _wrapped(self, encoded: Encoded) -> Encoded:
+        """Put the tokenizer's own tokens around each text, and the end-of-document token after it."""
+        num_before, num_after, has_eod = len(self.prefix), len(self.suffix), self.eod_id is not None
+        if not num_before and not num_after and not has_eod:
+            return encoded
+        lengths = encoded.lengths + num_before + num_after
+        lengths += (lengths > 0) & has_eod  # an empty document stays empty, as in Megatron
+        stops = np.cumsum(lengths)
+        starts = stops - lengths
+        ids = np.empty(int(lengths.sum()), np.int32)
+        is_text = np.ones(len(ids), np.bool_)
+
+        def put(places: NDArray[np.int64], id: int) -> None:
+            ids[places], is_text[places] = id, False
+
+        for offset, id in enumerate(self.prefix):
+            put(starts + offset, id)
+        for offset, id in enumerate(self.suffix):
+            put(stops - has_eod - num_after + offset, id)
+        if self.eod_id is not None:
+            put(stops[lengths > 0] - 1, self.eod_id)
+        ids[is_text] = encoded.ids
+        return Encoded(ids, lengths)
+
+    def _spot_check(self, texts: Iterable[str]) -> None:
+        if not isinstance(self.backend, GigatokenBackend):
+            return
+        text = next((text for text in texts if len(text) <= _SPOT_CHECK_CHARACTERS), None)
+        if text is not None and not self.backend.agrees([text]):
+            raise UserError(
+                f"gigatoken and the tokenizer give different IDs for a text ({text[:60]!r}…); nothing was written, "
+                "pass --tokenizer-backend reference"
+            )
+
+
+def _merge_runs(bits: NDArray[np.uint8], lengths: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Merge neighboring runs of the same bit."""
+    firsts = run_edges(bits)[:-1]
+    return bits[firsts], np.add.reduceat(lengths, firsts)
+
+
+# Set just before the workers are forked, so that they inherit a loaded tokenizer.
+_encoder: Encoder | None = None
+_spool: Path | None = None
+
+
+class EncodingPool:
+    """Worker processes with an encoder each, started with the pool.
+
+    Args:
+        encoder: what the workers run.
+        workers: number of processes.
+        spool: folder for what is too long for memory.
+    """
+
+    def __init__(self, encoder: Encoder, workers: int, spool: Path) -> None:
+        global _encoder, _spool
+        _encoder, _spool = encoder, spool
+        self._workers = workers
+        others = set(multiprocessing.active_children())
+        self._pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker)
+        with warnings.catch_warnings():
+            # Python warns of forking beside threads. The only threads here are numpy's, which the workers do not use;
+            # those of pyarrow, which reads, start later.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._pool.submit(os.getpid)
+        self._processes = set(multiprocessing.active_children()) - others
+
+    def encode(self, batches: Iterator[Batch]) -> Iterator[EncodedBatch]:
+        """Yield encoded batches in the order of the batches, whatever the number of workers.
+
+        Raises:
+            UserError: A worker raised it or was killed.
+        """
+        # Enough pending batches that no worker waits, few enough to bound memory.
+        pending: deque[Future[EncodedBatch]] = deque(
+            self._submit(batch) for batch in islice(batches, 4 * self._workers)
+        )
+        try:
+            while pending:
+                result = pending.popleft().result()
+                pending.extend(self._submit(batch) for batch in islice(batches, 1))
+                yield result
+        except BrokenProcessPool as error:
+            raise UserError("a worker process was killed, probably out of memory; reduce --workers") from error
+
+    def _submit(self, batch: Batch) -> "Future[EncodedBatch]":
+        return self._pool.submit(_encode, batch)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        global _encoder
+        _encoder = None
+        if error is not None:
+            for worker in self._processes:
+                worker.kill()  # do not wait for a long document
+        self._pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    # Ctrl-C reaches the entire process group; only the parent handles it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # --workers sets the number of cores
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow_parent() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    # A parent that is killed can't stop its workers, which would wait indefinitely.
+    threading.Thread(target=follow_parent, daemon=True).start()
+
+
+def _encode(batch: Batch) -> EncodedBatch:
+    assert _encoder is not None and _spool is not None
+    return _encoder.encode(batch, _spool)

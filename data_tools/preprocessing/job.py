@@ -1,0 +1,298 @@
+"""A job at work: encodes its input, writes the corpora, and saves where to resume."""
+
+import json
+import os
+import shutil
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from tqdm import tqdm
+
+from data_tools.corpus_writer import CorpusWriter, Position, commit_corpus, make_folder
+from data_tools.preprocessing.encode import EncodedBatch, EncodingPool
+from data_tools.preprocessing.inputs import ReadCursor, Reader
+from data_tools.preprocessing.plan import Plan
+from data_tools.preprocessing.summary import Tally, why_empty
+from moelpr.data.manifest import Manifest
+from moelpr.data.manifest import Source as ManifestSource
+from moelpr.errors import UserError
+from moelpr.files import LOCK_FILE, atomic_file, empty, locked
+
+# A resumed job repeats what the interrupted one did after it last saved.
+SAVE_EVERY_S = 30.0
+_STATE = "state.json"
+_SKIPPED = "skipped.txt"
+
+
+class Journal:
+    """The folder of an unfinished job, locked while the job runs. Used as a context manager, it removes the folder in
+    the end unless the job failed and can be resumed.
+
+    Not `moelpr.files.resumable_directory`: a job's files get several names in a folder that contains others, and are
+    valid only up to the positions that were saved together with its counts.
+
+    Args:
+        folder: for unfinished files.
+        output_prefix: the job's, for messages.
+        settings: everything that determines the output's bytes; a resumed job must have the same.
+        resume: continue with what is there, and keep the folder if the job fails.
+
+    Attributes:
+        folder: for unfinished files.
+        spool: folder for files that are needed only while this process runs.
+        state: what was saved last; None: the job starts from the beginning.
+
+    Raises:
+        UserError: Another job is writing there, or the job to resume had other settings.
+    """
+
+    def __init__(self, folder: Path, output_prefix: str, settings: dict[str, Any], resume: bool) -> None:
+        self.folder = folder
+        make_folder(folder)
+        self._lock = ExitStack()
+        self._lock.enter_context(locked(folder / LOCK_FILE, output_prefix))
+        self._settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self._keep = resume
+        self.state: dict[str, Any] | None = self._read() if resume else None
+        if self.state is None:
+            empty(folder)
+        self.spool = folder / "spool"
+        shutil.rmtree(self.spool, ignore_errors=True)
+        self.spool.mkdir()
+        self._skipped_bytes = 0 if self.state is None else self.state["skipped_bytes"]
+        self._skipped = open(folder / _SKIPPED, "ab")
+        if (folder / _SKIPPED).stat().st_size > self._skipped_bytes:
+            self._skipped.truncate(self._skipped_bytes)
+
+    def add_problems(self, problems: list[str]) -> None:
+        """List skipped lines."""
+        text = "".join(f"{problem}\n" for problem in problems).encode(errors="backslashreplace")
+        self._skipped.write(text)
+        self._skipped_bytes += len(text)
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Save what is needed to resume from here; everything written up to here must be on disk."""
+        self._skipped.flush()
+        os.fsync(self._skipped.fileno())
+        self.state = {**state, "settings": self._settings, "skipped_bytes": self._skipped_bytes}
+        with atomic_file(self.folder / _STATE) as temporary:
+            temporary.write_text(json.dumps(self.state), "utf-8")
+
+    def keep_problems(self, path: Path) -> None:
+        """Rename the list of skipped lines to `path`; if there are none, remove an older list."""
+        self._skipped.close()
+        unfinished = self.folder / _SKIPPED
+        if self._skipped_bytes == 0:
+            path.unlink(missing_ok=True)
+        elif unfinished.stat().st_size:  # otherwise an interrupted job has renamed it
+            os.replace(unfinished, path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._skipped.close()
+        if kind is None or not self._keep:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.close()
+
+    def _read(self) -> dict[str, Any] | None:
+        path = self.folder / _STATE
+        try:
+            state: dict[str, Any] = json.loads(path.read_bytes())
+            found = state["settings"]
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged, so the job can't be resumed; remove --resume") from error
+        for name in self._settings.keys() | found.keys():
+            if found.get(name) != self._settings.get(name):
+                raise UserError(
+                    f"the unfinished job in {self.folder} was started with different {name}; pass the same, or remove "
+                    "--resume to start from scratch"
+                )
+        return state
+
+
+class Progress:
+    """Reports documents, MB/s, tokens/s and the time left: as a bar on a terminal, else as log lines.
+
+    Args:
+        total_bytes: size of the input files; 0: unknown.
+        done_bytes: part of them that an interrupted job has read.
+        log_interval: number of documents between log lines.
+    """
+
+    def __init__(self, total_bytes: int, done_bytes: int, log_interval: int) -> None:
+        self._total_bytes = total_bytes
+        self._log_interval = log_interval
+        self._file_bytes = done_bytes
+        self._new_file_bytes = self._documents = self._tokens = self._bytes = 0
+        self._started = time.monotonic()
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total_bytes or None, initial=done_bytes, unit="B", unit_scale=True, leave=False)
+
+    def advance(self, batch: EncodedBatch) -> None:
+        """Count a batch."""
+        lines_before = self._documents // self._log_interval
+        self._documents += sum(len(documents.lengths) for documents in batch.documents.values())
+        self._tokens += sum(len(documents.tokens) for documents in batch.documents.values())
+        self._bytes += batch.num_bytes
+        self._file_bytes += batch.file_bytes
+        self._new_file_bytes += batch.file_bytes
+        elapsed_s = max(time.monotonic() - self._started, 1e-9)
+        speed = f"{self._bytes / 1e6 / elapsed_s:.1f} MB/s, {self._tokens / elapsed_s:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{self._documents:,} documents, {speed}", refresh=False)
+            self._bar.update(batch.file_bytes)
+        elif self._documents // self._log_interval > lines_before:
+            share, left = "", ""
+            if self._total_bytes:
+                left_s = elapsed_s * (self._total_bytes - self._file_bytes) / max(self._new_file_bytes, 1)
+                share, left = f"{self._file_bytes / self._total_bytes:6.1%}  ", f", {left_s:,.0f} s left"
+            print(f"{share}{self._documents:,} documents, {speed}{left}", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+@dataclass
+class Job:
+    """A job and how far it is.
+
+    Attributes:
+        plan: what to do.
+        journal: where to save it.
+        tally: counts of what was written.
+        positions: how much of each corpus was written when the job was last saved.
+        cursor: how much of the input was written.
+        file_bytes: bytes of the input files read.
+        manifests: by corpus; once they exist, only the files' names are left to change.
+    """
+
+    plan: Plan
+    journal: Journal
+    tally: Tally = field(default_factory=Tally)
+    positions: dict[str, Position] = field(default_factory=dict)
+    cursor: ReadCursor = ReadCursor()
+    file_bytes: int = 0
+    manifests: dict[str, Manifest] = field(default_factory=dict)
+
+    @classmethod
+    def start(cls, plan: Plan, journal: Journal) -> Self:
+        """Start a job, or resume the one that was interrupted."""
+        if (state := journal.state) is None:
+            return cls(plan, journal)
+        print(f"note: resuming after {state['file_bytes']:,} bytes of the input", file=sys.stderr)
+        return cls(
+            plan,
+            journal,
+            Tally.from_json(state["tally"]),
+            {name: Position(*position) for name, position in state["positions"].items()},
+            ReadCursor(*state["place"]),
+            state["file_bytes"],
+            {name: Manifest.from_json(content) for name, content in state["manifests"].items()},
+        )
+
+    def write(self, workers: int, log_interval: int, overwrite: bool, max_bad_share: float) -> None:
+        """Encode and write the rest of the input, under temporary names.
+
+        Raises:
+            UserError: The input can't be used, or gives no useful corpus.
+        """
+        if self.manifests:
+            return
+        plan, folder, spool = self.plan, self.journal.folder, self.journal.spool
+        reader = Reader(plan.shares, plan.columns, plan.chosen, spool)
+        total_bytes = sum(share.stop - share.start for share in plan.shares)
+        with ExitStack() as stack:
+            pool = stack.enter_context(EncodingPool(plan.encoder, workers, spool))
+            writers = {
+                name: stack.enter_context(
+                    CorpusWriter(prefix, plan.encoder.vocab_size, overwrite, folder, self.positions.get(name))
+                )
+                for name, prefix in plan.prefixes.items()
+            }
+            progress = stack.enter_context(Progress(total_bytes, self.file_bytes, log_interval))
+            saved = time.monotonic()
+            for batch in pool.encode(reader.batches(self.cursor)):
+                self._write_batch(batch, writers)
+                progress.advance(batch)
+                if time.monotonic() - saved >= SAVE_EVERY_S:
+                    self.positions = {name: writer.flush() for name, writer in writers.items()}
+                    self.save()
+                    saved = time.monotonic()
+            self._check_result(writers, max_bad_share)
+            self.manifests = {name: self._manifest(name, writer) for name, writer in writers.items()}
+            self.save()
+
+    def commit(self) -> None:
+        """Rename the files. Can be repeated if it is interrupted."""
+        for name, manifest in self.manifests.items():
+            commit_corpus(self.plan.prefixes[name], self.journal.folder, manifest)
+        self.journal.keep_problems(self.plan.skipped_path)
+
+    def save(self) -> None:
+        """Save what is needed to resume from here."""
+        self.journal.save(
+            {
+                "tally": self.tally.as_json(),
+                "positions": self.positions,
+                "place": self.cursor,
+                "file_bytes": self.file_bytes,
+                "manifests": {name: manifest.as_json() for name, manifest in self.manifests.items()},
+            }
+        )
+
+    def _write_batch(self, batch: EncodedBatch, writers: dict[str, CorpusWriter]) -> None:
+        for name, documents in batch.documents.items():
+            writers[name].add(documents)
+        self.tally.add(batch.tally)
+        self.journal.add_problems(batch.problems)
+        self.cursor = batch.after
+        self.file_bytes += batch.file_bytes
+
+    def _check_result(self, writers: dict[str, CorpusWriter], max_bad_share: float) -> None:
+        """Raise `UserError` if too many lines are malformed or a corpus has no tokens. A shard may be empty."""
+        tally = self.tally
+        empty = [writer for writer in writers.values() if self.plan.needs_text and writer.num_tokens == 0]
+        if len(empty) == len(writers):
+            sources = [source.path for source in self.plan.sources]
+            raise UserError(f"{why_empty(sources, tally)}; nothing was written")
+        if tally.num_skipped > max_bad_share * tally.num_read:
+            raise UserError(
+                f"{tally.num_skipped:,} of {tally.num_read:,} lines are malformed, more than --max-bad-share "
+                f"{max_bad_share:g} (first: {tally.problems[0]}); nothing was written"
+            )
+        if empty:
+            raise UserError(
+                f"{empty[0].prefix} would contain no text, so nothing was written; check --json-keys and "
+                "--validation-share"
+            )
+
+    def _manifest(self, name: str, writer: CorpusWriter) -> Manifest:
+        files = writer.finalize()
+        tally = self.tally.corpus(name)
+        sources = {source.path: source for source in self.plan.sources}
+        return Manifest(
+            tokenizer=self.plan.tokenizer.record,
+            append_eod=self.plan.encoder.eod_id is not None,
+            sources=[
+                ManifestSource(path, sources[path].bytes or None, sources[path].sha1, documents)
+                for path, documents in tally.sources.items()
+            ],
+            languages=dict(sorted(tally.languages.items())),
+            documents=writer.num_documents,
+            tokens=writer.num_tokens,
+            skipped_lines=self.tally.num_skipped,
+            files=files,
+        )

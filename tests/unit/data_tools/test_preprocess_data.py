@@ -1,5 +1,6 @@
 """JSON lines in, three files out: Megatron's bytes, the right bits, and one clear error for every kind of bad input."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from megatron.core.tokenizers import MegatronTokenizer
 from data_tools import merge_data, preprocess_data
 from data_tools.corpus import Corpus
 from data_tools.preprocessing import encode, inputs, job
+from moelpr.data.manifest import Manifest
 from moelpr.data.tokenizer import load_tokenizer
 from moelpr.errors import UserError, run_command
 
@@ -213,6 +215,79 @@ def test_useless_corpus_is_rejected(
     with pytest.raises(UserError, match=message):
         preprocess(sp_tokenizer, "--input", tmp_path / "a.jsonl", *ONE, *flags)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_white_space_is_text_and_empty_documents_are_kept(tokenizer: Path, write_lines, preprocess) -> None:
+    """The document exists even if the tokenizer gives no tokens."""
+    texts = [" ", "\n\n\t", "\u3000", "a", "", "x" * 100_000]
+    prefix = preprocess(tokenizer, "--input", write_lines("a.jsonl", [{"text": text} for text in texts]), *ONE)
+    assert Corpus(f"{prefix}_text_document").num_documents == len(texts)
+
+
+def test_nul_characters_and_emoji_round_trip(hf_tokenizer: Path, write_lines, preprocess) -> None:
+    texts = ["a\0b", "\0", "👩‍👩‍👧‍👦", "\ufeff", "\U0010ffff"]
+    prefix = preprocess(hf_tokenizer, "--input", write_lines("a.jsonl", [{"text": text} for text in texts]), *ONE)
+    corpus, tokenizer = Corpus(f"{prefix}_text_document"), load_tokenizer("HuggingFaceTokenizer", str(hf_tokenizer))
+    decoded = [tokenizer.decode(corpus.document(index)[0][1:-1].tolist()) for index in range(len(texts))]
+    assert decoded == texts
+
+
+def test_malformed_lines_are_counted_and_all_listed(
+    hf_tokenizer: Path, preprocess, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    lines = [b"malformed %d" % i if i % 50 == 0 else b'{"text": "a"}' for i in range(1000)]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    flags = (*ONE, "--on-error", "skip", "--max-bad-share", "0.02")
+    prefix = preprocess(hf_tokenizer, "--input", tmp_path / "a.jsonl", *flags)
+    manifest = Manifest.read(f"{prefix}_text_document")
+    assert manifest is not None and (manifest.documents, manifest.skipped_lines) == (980, 20)
+    listed = (tmp_path / "out" / "a.skipped.txt").read_text().splitlines()
+    assert [int(line.split(":")[1]) for line in listed] == list(range(1, 1001, 50))
+    error = capsys.readouterr().err
+    assert "20 lines were skipped (2.00%)" in error and "  and 10 more" in error
+
+    with pytest.raises(UserError, match="20 of 1,000 lines .*--max-bad-share 0.019"):
+        flags = (*ONE, "--on-error", "skip", "--max-bad-share", "0.019")
+        preprocess(hf_tokenizer, "--input", tmp_path / "a.jsonl", *flags, out="refused/a")
+    assert list((tmp_path / "refused").iterdir()) == []
+
+
+def test_validation_share_is_a_stable_fraction_of_the_documents(
+    hf_tokenizer: Path, write_lines, preprocess, corpus_bytes, tmp_path: Path
+) -> None:
+    texts = [f"document {i % 1500}" for i in range(2000)]  # 500 of them twice
+    lines = write_lines("a.jsonl", [{"text": text} for text in texts])
+    backwards = write_lines("b.jsonl", [{"text": text} for text in reversed(texts)])
+
+    def parts(path: Path, seed: int, out: str) -> list[list[bytes]]:
+        flags = (*ONE, "--validation-share", "0.1", "--seed", seed)
+        prefix = preprocess(hf_tokenizer, "--input", path, *flags, out=out)
+        corpora = [Corpus(f"{prefix}_{name}_document") for name in ("text", "validation_text")]
+        return [[corpus.document(i)[0].tobytes() for i in range(corpus.num_documents)] for corpus in corpora]
+
+    train, validation = parts(lines, 1, "one/a")
+    assert len(train) + len(validation) == 2000 and 140 < len(validation) < 260
+    assert not set(train) & set(validation)  # copies of a text are on one side
+    assert parts(backwards, 1, "back/a") == [train[::-1], validation[::-1]]
+    assert set(parts(lines, 2, "other/a")[1]) != set(validation)
+    whole = preprocess(hf_tokenizer, "--input", lines, *ONE, out="whole/a")
+    corpus = Corpus(f"{whole}_text_document")
+    rest = iter([corpus.document(i)[0].tobytes() for i in range(2000)])
+    assert [text for text in rest if text not in set(validation)] == train
+
+
+def test_manifest_describes_the_corpus(hf_tokenizer: Path, write_lines, preprocess, tmp_path: Path) -> None:
+    lines = write_lines("a.jsonl", [{"text": "ä b"}, {"text": ""}])
+    prefix = preprocess(hf_tokenizer, "--input", lines, *ONE)
+    manifest = Manifest.read(f"{prefix}_text_document")
+    assert manifest is not None
+    assert manifest.tokenizer.fingerprint.startswith("huggingface:") and manifest.append_eod
+    assert [(s.path, s.bytes, s.documents) for s in manifest.sources] == [(str(lines), lines.stat().st_size, 2)]
+    assert manifest.languages["original"].bytes == 4
+    for name, record in manifest.files.items():
+        content = Path(f"{prefix}_text_document.{name}").read_bytes()
+        assert (record.bytes, record.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+    assert json.loads((tmp_path / "out/a_text_document.manifest.json").read_text())["format_version"] == 1
 
 
 def test_wrong_files_are_reported_before_any_work(

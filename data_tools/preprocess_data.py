@@ -13,7 +13,7 @@ import time
 
 from data_tools.preprocessing.arguments import parse_arguments
 from data_tools.preprocessing.job import Job, Journal
-from data_tools.preprocessing.plan import make_plan
+from data_tools.preprocessing.plan import Plan
 from data_tools.preprocessing.summary import print_summary
 from moelpr.errors import run_command
 
@@ -21,11 +21,11 @@ from moelpr.errors import run_command
 def main(argv: list[str] | None = None) -> None:
     started = time.monotonic()
     arguments = parse_arguments(__doc__, argv)
-    plan = make_plan(arguments)
+    plan = Plan(arguments)
     for note in plan.notes:
         print(f"note: {note}", file=sys.stderr)
-    with Journal(plan.unfinished_folder, plan.output_prefix, plan.settings, arguments.resume) as journal:
-        job = Job.start(plan, journal)
+    with Journal(plan, arguments.resume) as journal:
+        job = Job(plan, journal)
         job.write(arguments.workers, arguments.log_interval, arguments.overwrite, arguments.max_bad_share)
         job.commit()
     shows_languages = not arguments.language

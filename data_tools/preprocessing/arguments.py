@@ -36,24 +36,13 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
         "--input",
         nargs="+",
         metavar="FILE",
-        help="JSON lines (plain, .gz, .zst, .bz2, .xz) or Parquet: files, folders, glob patterns, or - for standard "
-        "input, read in this order",
+        help="JSON lines (plain, .gz, .zst, .bz2, .xz) or Parquet: files, folders, glob patterns, - for standard input",
     )
     add("--dataset", metavar="A,B", help="datasets of the registry, read in this order")
     add("--dataset-info", type=Path, metavar="FILE", help=f"the registry (default: {REGISTRY_FILE} in --dataset-dir)")
     add("--dataset-dir", type=Path, metavar="DIR", help="folder of the datasets' files (default: the registry's)")
-    add(
-        "--json-keys",
-        nargs="+",
-        metavar="KEY",
-        help="JSON text keys, one corpus per key (default: text); a registry states its own",
-    )
-    add(
-        "--max-samples",
-        type=int,
-        metavar="N",
-        help="documents to sample from each dataset, or from all of --input (default: all); reads the files twice",
-    )
+    add("--json-keys", nargs="+", metavar="KEY", help="JSON text keys, one corpus per key (default: text)")
+    add("--max-samples", type=int, metavar="N", help="documents to sample per dataset, or of --input (default: all)")
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:

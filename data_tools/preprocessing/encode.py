@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from tempfile import mkstemp
@@ -24,13 +24,7 @@ from data_tools.corpus import run_edges
 from data_tools.corpus_writer import Documents, TokenFile, as_tokens
 from data_tools.preprocessing.inputs import Batch, FileRange, ReadCursor
 from data_tools.preprocessing.languages import UNDETECTED, Bits, Detector, LanguageSpans, TaggedText, Tagger
-from data_tools.preprocessing.long_documents import (
-    LONG_TEXT_CHARACTERS,
-    LongString,
-    Piece,
-    encode_long_text,
-    without_long_strings,
-)
+from data_tools.preprocessing.long_documents import LongString, Piece, encode_long_text, is_long, without_long_strings
 from data_tools.preprocessing.summary import Tally
 from data_tools.preprocessing.tokenizers import Backend, Encoded, GigatokenBackend
 from moelpr.documents import BadLine, parse
@@ -42,31 +36,22 @@ _SPOT_CHECK_CHARACTERS = 1000
 
 
 class Text(NamedTuple):
-    """A text of a document.
+    """A text of a document, with its tokens if it must be encoded in pieces.
 
     Attributes:
         tagged: the text and its languages; of a text that is too long for memory, its first part.
-        long: the complete text if it is too long for memory.
+        on_disk: the complete text if it is too long for memory.
+        tokens: tokens of a long text, without those that the tokenizer adds; all tokens of a text on disk.
+        num_bytes: UTF-8 size of a text on disk.
     """
 
     tagged: TaggedText
-    long: LongString | None = None
-
-    def parts(self) -> Iterable[str]:
-        return [self.tagged.text] if self.long is None else self.long.parts()
-
-
-class PreparedText(NamedTuple):
-    """A text, with its tokens if it had to be encoded in pieces.
-
-    Attributes:
-        tokens: of a long text, without what the tokenizer adds; of one that is too long for memory, all tokens.
-        num_bytes: of a text that is too long for memory, in UTF-8.
-    """
-
-    tagged: TaggedText
+    on_disk: LongString | None = None
     tokens: Piece | TokenFile | None = None
     num_bytes: int = 0
+
+    def parts(self) -> Iterable[str]:
+        return [self.tagged.text] if self.on_disk is None else self.on_disk.parts()
 
 
 @dataclass
@@ -77,7 +62,6 @@ class EncodedBatch:
         documents: by corpus.
         tally: counts of the batch.
         after, num_bytes, file_bytes: those of the batch.
-        problems: a message for each malformed line that was skipped.
     """
 
     documents: dict[str, Documents]
@@ -85,7 +69,6 @@ class EncodedBatch:
     after: ReadCursor
     num_bytes: int
     file_bytes: int
-    problems: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -135,10 +118,9 @@ class Encoder:
         """
         source = batch.share.source
         tally = Tally()
-        groups: dict[str, list[PreparedText]] = {name: [] for name in self.corpora}
+        groups: dict[str, list[Text]] = {name: [] for name in self.corpora}
         if self.validation_share:
             groups |= {f"{name} {VALIDATION}": [] for name in self.corpora}
-        problems: list[str] = []
         num_encoded = 0
         for index, item in enumerate(batch.items()):
             try:
@@ -148,19 +130,22 @@ class Encoder:
                 if self.skips_undetected and any(name == UNDETECTED for text in texts for name, _ in text.tagged.spans):
                     tally.num_undetected += 1
                     continue
-                prepared = [self._prepare(text, spool) for text in texts]
+                texts = [self._prepare(text, spool) for text in texts]
             except BadLine as error:
                 problem = f"{batch.where(index)}: {error}"
                 if not self.skips_bad_lines:
                     raise UserError(f"{problem}; fix the line or pass --on-error skip") from None
-                problems.append(problem)
+                tally.problems.append(problem)
                 continue
             num_encoded += 1
             split = self._split_of(texts[0].parts())
-            for name, text in zip(self.corpora, prepared, strict=True):
+            for name, text in zip(self.corpora, texts, strict=True):
                 groups[name + split].append(text)
-            self._audit(texts[0].tagged, tally)
-        tally.num_skipped, tally.problems = len(problems), problems
+            if self.auditor is not None:
+                stated = "+".join(sorted({name for name, _ in texts[0].tagged.spans}))
+                detected = self.auditor.language(texts[0].tagged.text)
+                tally.audit.setdefault(stated, Counter())[detected] += 1
+        tally.num_skipped = len(tally.problems)
         tally.num_read = num_encoded + tally.num_undetected + tally.num_skipped
         documents = {}
         for name, group in groups.items():
@@ -169,7 +154,7 @@ class Encoder:
         self._spot_check(text.tagged.text for group in groups.values() for text in group if text.tokens is None)
         if isinstance(batch.content, FileRange) and batch.content.is_temporary:
             os.unlink(batch.content.path)
-        return EncodedBatch(documents, tally, batch.after, batch.num_bytes, batch.file_bytes, problems)
+        return EncodedBatch(documents, tally, batch.after, batch.num_bytes, batch.file_bytes)
 
     def texts(self, item: bytes | dict[str, Any] | FileRange, dataset: int) -> list[Text] | None:
         """Return the texts of a line or row, one per corpus; None for a blank line.
@@ -194,24 +179,20 @@ class Encoder:
             if text is not None:
                 item[key] = next(text.parts())  # its language is detected in its first part
         found = [Text(*pair) for pair in zip(self.tagger.texts(item, dataset, keys), texts, strict=True)]
-        if any(text.long is not None and len(text.tagged.spans) > 1 for text in found):
+        if any(text.on_disk is not None and len(text.tagged.spans) > 1 for text in found):
             raise BadLine("a long text can't have a language for each of its lines; split it")
         return found
 
-    def _prepare(self, text: Text, spool: Path) -> PreparedText:
-        """Encode a text if it is long.
-
-        Raises:
-            BadLine: It can't be encoded.
-        """
-        if text.long is not None:
+    def _prepare(self, text: Text, spool: Path) -> Text:
+        """Encode a text if it is long; raise `BadLine` if that is impossible."""
+        if text.on_disk is not None:
             return self._encode_to_file(text, spool)
-        if len(text.tagged.text) <= LONG_TEXT_CHARACTERS:
-            return PreparedText(text.tagged)
-        pieces = list(encode_long_text(self.backend, [text.tagged.text]))
-        return PreparedText(text.tagged, Piece(*(np.concatenate(arrays) for arrays in zip(*pieces, strict=True))))
+        if not is_long(text.tagged.text):
+            return text
+        pieces = list(encode_long_text(self.backend, text.parts()))
+        return text._replace(tokens=Piece(*(np.concatenate(arrays) for arrays in zip(*pieces, strict=True))))
 
-    def _encode_to_file(self, text: Text, spool: Path) -> PreparedText:
+    def _encode_to_file(self, text: Text, spool: Path) -> Text:
         descriptor, name = mkstemp(prefix="tokens-", dir=spool)
         tokens_path = Path(name)
         num_bytes = num_tokens = 0
@@ -232,7 +213,7 @@ class Encoder:
         except BaseException:
             tokens_path.unlink(missing_ok=True)
             raise
-        return PreparedText(text.tagged, TokenFile(tokens_path, num_tokens), num_bytes)
+        return text._replace(tokens=TokenFile(tokens_path, num_tokens), num_bytes=num_bytes)
 
     def _split_of(self, text: Iterable[str]) -> str:
         """Return what a document's text, which comes in parts, adds to the name of its corpus.
@@ -247,13 +228,7 @@ class Encoder:
         is_validation = int.from_bytes(drawn.digest(), "little") < self.validation_share * (1 << 64)
         return f" {VALIDATION}" if is_validation else ""
 
-    def _audit(self, text: TaggedText, tally: Tally) -> None:
-        """Count the stated and the detected language."""
-        if self.auditor is not None:
-            stated = "+".join(sorted({name for name, _ in text.spans}))
-            tally.audit.setdefault(stated, Counter())[self.auditor.language(text.text)] += 1
-
-    def documents(self, texts: list[PreparedText], corpus: str, tally: Tally) -> Documents:
+    def documents(self, texts: list[Text], corpus: str, tally: Tally) -> Documents:
         """Encode texts that go into one corpus, and count them."""
         counts = tally.corpus(corpus)
         if len(texts) == 1 and isinstance(tokens := texts[0].tokens, TokenFile):  # a batch of its own
@@ -276,7 +251,7 @@ class Encoder:
         return Documents(as_tokens(encoded.ids, self.vocab_size), encoded.lengths, *_merge_runs(*runs))
 
     def _document(
-        self, prepared: PreparedText, corpus: str, tally: Tally
+        self, prepared: Text, corpus: str, tally: Tally
     ) -> tuple[NDArray[np.int32], NDArray[np.uint8], NDArray[np.int64]]:
         """Encode one long or mixed text: IDs [tokens], and bits and lengths of its runs [runs]."""
         text = prepared.tagged

@@ -6,7 +6,6 @@ import shutil
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -36,13 +35,11 @@ class Journal:
     valid only up to the positions that were saved together with its counts.
 
     Args:
-        folder: for unfinished files.
-        output_prefix: the job's, for messages.
-        settings: everything that determines the output's bytes; a resumed job must have the same.
+        plan: what the job does; a resumed job must have the same settings.
         resume: continue with what is there, and keep the folder if the job fails.
 
     Attributes:
-        folder: for unfinished files.
+        folder: folder for unfinished files.
         spool: folder for files that are needed only while this process runs.
         state: what was saved last; None: the job starts from the beginning.
 
@@ -50,12 +47,12 @@ class Journal:
         UserError: Another job is writing there, or the job to resume had other settings.
     """
 
-    def __init__(self, folder: Path, output_prefix: str, settings: dict[str, Any], resume: bool) -> None:
-        self.folder = folder
+    def __init__(self, plan: Plan, resume: bool) -> None:
+        self.folder = folder = plan.unfinished_folder
         make_folder(folder)
         self._lock = ExitStack()
-        self._lock.enter_context(locked(folder / LOCK_FILE, output_prefix))
-        self._settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self._lock.enter_context(locked(folder / LOCK_FILE, plan.output_prefix))
+        self._settings: dict[str, Any] = json.loads(json.dumps(plan.settings))
         self._keep = resume
         self.state: dict[str, Any] | None = self._read() if resume else None
         if self.state is None:
@@ -165,43 +162,28 @@ class Progress:
             self._bar.close()
 
 
-@dataclass
 class Job:
     """A job and how far it is.
 
-    Attributes:
+    Args:
         plan: what to do.
-        journal: where to save it.
-        tally: counts of what was written.
-        positions: how much of each corpus was written when the job was last saved.
-        cursor: how much of the input was written.
-        file_bytes: bytes of the input files read.
-        manifests: by corpus; once they exist, only the files' names are left to change.
+        journal: where to save it, and the state of an interrupted job to resume.
     """
 
-    plan: Plan
-    journal: Journal
-    tally: Tally = field(default_factory=Tally)
-    positions: dict[str, Position] = field(default_factory=dict)
-    cursor: ReadCursor = ReadCursor()
-    file_bytes: int = 0
-    manifests: dict[str, Manifest] = field(default_factory=dict)
-
-    @classmethod
-    def start(cls, plan: Plan, journal: Journal) -> Self:
-        """Start a job, or resume the one that was interrupted."""
-        if (state := journal.state) is None:
-            return cls(plan, journal)
-        print(f"note: resuming after {state['file_bytes']:,} bytes of the input", file=sys.stderr)
-        return cls(
-            plan,
-            journal,
-            Tally.from_json(state["tally"]),
-            {name: Position(*position) for name, position in state["positions"].items()},
-            ReadCursor(*state["place"]),
-            state["file_bytes"],
-            {name: Manifest.from_json(content) for name, content in state["manifests"].items()},
-        )
+    def __init__(self, plan: Plan, journal: Journal) -> None:
+        self.plan = plan
+        self._journal = journal
+        self.tally = Tally()
+        self._positions: dict[str, Position] = {}  # of the corpora when the job was last saved
+        self._cursor = ReadCursor()  # everything before it is written
+        self._file_bytes = 0  # of the input files
+        self.manifests: dict[str, Manifest] = {}  # once they exist, only the files' names are left to change
+        if (state := journal.state) is not None:
+            print(f"note: resuming after {state['file_bytes']:,} bytes of the input", file=sys.stderr)
+            self.tally = Tally.from_json(state["tally"])
+            self._positions = {name: Position(*position) for name, position in state["positions"].items()}
+            self._cursor, self._file_bytes = ReadCursor(*state["place"]), state["file_bytes"]
+            self.manifests = {name: Manifest.from_json(content) for name, content in state["manifests"].items()}
 
     def write(self, workers: int, log_interval: int, overwrite: bool, max_bad_share: float) -> None:
         """Encode and write the rest of the input, under temporary names.
@@ -211,24 +193,24 @@ class Job:
         """
         if self.manifests:
             return
-        plan, folder, spool = self.plan, self.journal.folder, self.journal.spool
+        plan, folder, spool = self.plan, self._journal.folder, self._journal.spool
         reader = Reader(plan.shares, plan.columns, plan.chosen, spool)
         total_bytes = sum(share.stop - share.start for share in plan.shares)
         with ExitStack() as stack:
             pool = stack.enter_context(EncodingPool(plan.encoder, workers, spool))
             writers = {
                 name: stack.enter_context(
-                    CorpusWriter(prefix, plan.encoder.vocab_size, overwrite, folder, self.positions.get(name))
+                    CorpusWriter(prefix, plan.encoder.vocab_size, overwrite, folder, self._positions.get(name))
                 )
                 for name, prefix in plan.prefixes.items()
             }
-            progress = stack.enter_context(Progress(total_bytes, self.file_bytes, log_interval))
+            progress = stack.enter_context(Progress(total_bytes, self._file_bytes, log_interval))
             saved = time.monotonic()
-            for batch in pool.encode(reader.batches(self.cursor)):
+            for batch in pool.encode(reader.batches(self._cursor)):
                 self._write_batch(batch, writers)
                 progress.advance(batch)
                 if time.monotonic() - saved >= SAVE_EVERY_S:
-                    self.positions = {name: writer.flush() for name, writer in writers.items()}
+                    self._positions = {name: writer.flush() for name, writer in writers.items()}
                     self.save()
                     saved = time.monotonic()
             self._check_result(writers, max_bad_share)
@@ -238,17 +220,17 @@ class Job:
     def commit(self) -> None:
         """Rename the files. Can be repeated if it is interrupted."""
         for name, manifest in self.manifests.items():
-            commit_corpus(self.plan.prefixes[name], self.journal.folder, manifest)
-        self.journal.keep_problems(self.plan.skipped_path)
+            commit_corpus(self.plan.prefixes[name], self._journal.folder, manifest)
+        self._journal.keep_problems(self.plan.skipped_path)
 
     def save(self) -> None:
         """Save what is needed to resume from here."""
-        self.journal.save(
+        self._journal.save(
             {
                 "tally": self.tally.as_json(),
-                "positions": self.positions,
-                "place": self.cursor,
-                "file_bytes": self.file_bytes,
+                "positions": self._positions,
+                "place": self._cursor,
+                "file_bytes": self._file_bytes,
                 "manifests": {name: manifest.as_json() for name, manifest in self.manifests.items()},
             }
         )
@@ -257,9 +239,9 @@ class Job:
         for name, documents in batch.documents.items():
             writers[name].add(documents)
         self.tally.add(batch.tally)
-        self.journal.add_problems(batch.problems)
-        self.cursor = batch.after
-        self.file_bytes += batch.file_bytes
+        self._journal.add_problems(batch.tally.problems)
+        self._cursor = batch.after
+        self._file_bytes += batch.file_bytes
 
     def _check_result(self, writers: dict[str, CorpusWriter], max_bad_share: float) -> None:
         """Raise `UserError` if too many lines are malformed or a corpus has no tokens. A shard may be empty."""

@@ -150,6 +150,11 @@ class Piece(NamedTuple):
     starts: NDArray[np.int64]
 
 
+def is_long(text: str) -> bool:
+    """Return whether a text must be encoded in pieces."""
+    return len(text) > LONG_TEXT_CHARACTERS
+
+
 def encode_long_text(backend: Backend, parts: Iterable[str]) -> Iterator[Piece]:
     """Yield the tokens of a text that comes in parts, in pieces that depend only on the text.
 

@@ -14,28 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.corpus import CorpusPaths, shard_prefix
+from data_tools.preprocessing import inputs, languages
 from data_tools.preprocessing.encode import VALIDATION, Encoder
-from data_tools.preprocessing.inputs import (
-    Form,
-    ReadCursor,
-    Reader,
-    Share,
-    Source,
-    draw_documents,
-    find_files,
-    open_source,
-    shares_of,
-)
-from data_tools.preprocessing.languages import (
-    UNDETECTED,
-    Bits,
-    DetectedLanguages,
-    Detector,
-    LanguageKey,
-    LanguageSpans,
-    OneLanguage,
-    Tagger,
-)
+from data_tools.preprocessing.inputs import Form, ReadCursor, Reader, Share, Source
+from data_tools.preprocessing.languages import UNDETECTED, Bits, Detector, Tagger
 from data_tools.preprocessing.tokenizers import JobTokenizer, choose_backend, load_job_tokenizer
 from moelpr.documents import BadLine
 from moelpr.errors import UserError
@@ -63,9 +45,8 @@ class Dataset:
     key: str
 
 
-@dataclass
 class Plan:
-    """What a job does.
+    """What a job does, after all checks that are possible before the work starts.
 
     Attributes:
         output_prefix: prefix of all the job's files, including its shard.
@@ -79,19 +60,44 @@ class Plan:
         settings: everything that determines the output's bytes, by flag.
         notes: messages for the user.
         needs_text: whether a corpus without tokens is an error; a shard may be empty.
+
+    Raises:
+        UserError: An input or the tokenizer can't be used, or the output already exists.
     """
 
-    output_prefix: str
-    prefixes: dict[str, str]
-    sources: list[Source]
-    shares: list[Share]
-    chosen: list[NDArray[np.int64]] | None
-    columns: list[list[str]]
-    tokenizer: JobTokenizer
-    encoder: Encoder
-    settings: dict[str, Any]
-    notes: list[str]
-    needs_text: bool
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.output_prefix, *_ = _with_shard(arguments, arguments.output_prefix)
+        self.prefixes = _prefixes(arguments)
+        if not (arguments.resume and self.unfinished_folder.exists()):
+            paths = [path for prefix in self.prefixes.values() for path in CorpusPaths.of(prefix)]
+            refuse_existing(paths, arguments.overwrite)
+        datasets = _datasets(arguments)
+        self.sources = [source for dataset in datasets for source in dataset.sources]
+        self.notes = [
+            f"{source.path} is empty" for source in self.sources if not source.bytes and source.form is not Form.STREAM
+        ]
+        self.shares = list(inputs.shares_of(self.sources, arguments.shard or 0, arguments.num_shards))
+        keys = [arguments.json_keys if arguments.input else [dataset.key] for dataset in datasets]
+        self.tokenizer = _tokenizer(arguments)
+        self.encoder = _encoder(arguments, datasets, keys, self.tokenizer)
+        for share in self.shares:
+            _verify_checksum(share.source)
+        self.chosen: list[NDArray[np.int64]] | None = None
+        if arguments.max_samples is not None:
+            names = [dataset.name for dataset in datasets]
+            self.chosen, notes = inputs.draw_documents(self.shares, names, arguments.max_samples, arguments.seed)
+            self.notes += notes
+        tagger_keys = self.encoder.tagger.columns()
+        self.columns = [list(dict.fromkeys([*([] if arguments.spans_key else own), *tagger_keys])) for own in keys]
+        if arguments.tokenizer_backend != "reference":
+            sample = _sample(self.shares, self.columns, self.encoder)
+            is_required = arguments.tokenizer_backend == "gigatoken"
+            backend, reason = choose_backend(self.encoder.backend, self.tokenizer.source, sample, is_required)
+            self.encoder.backend = backend
+            if reason:
+                self.notes.append(f"tokenizing with {backend.name}, not gigatoken: {reason}")
+        self.settings = _settings(arguments, self.sources, self.tokenizer)
+        self.needs_text = arguments.num_shards == 1
 
     @property
     def skipped_path(self) -> Path:
@@ -101,60 +107,8 @@ class Plan:
     @property
     def unfinished_folder(self) -> Path:
         """Folder of the job's files until they are complete."""
-        return _unfinished_folder(self.output_prefix)
-
-
-def make_plan(arguments: argparse.Namespace) -> Plan:
-    """Check everything that can be checked before the work starts.
-
-    Raises:
-        UserError: An input or the tokenizer can't be used, or the output already exists.
-    """
-    output_prefix, *_ = _with_shard(arguments, arguments.output_prefix)
-    prefixes = _prefixes(arguments)
-    if not (arguments.resume and _unfinished_folder(output_prefix).exists()):
-        refuse_existing([path for prefix in prefixes.values() for path in CorpusPaths.of(prefix)], arguments.overwrite)
-    datasets = _datasets(arguments)
-    sources = [source for dataset in datasets for source in dataset.sources]
-    notes = [f"{source.path} is empty" for source in sources if source.bytes == 0 and source.form is not Form.STREAM]
-    shares = list(shares_of(sources, arguments.shard or 0, arguments.num_shards))
-    keys = [arguments.json_keys if arguments.input else [dataset.key] for dataset in datasets]
-    tokenizer = _tokenizer(arguments)
-    encoder = _encoder(arguments, datasets, keys, tokenizer)
-    for share in shares:
-        if share.source.sha1:
-            _verify_checksum(share.source)
-    chosen = None
-    if arguments.max_samples is not None:
-        names = [dataset.name for dataset in datasets]
-        chosen, drawn = draw_documents(shares, names, arguments.max_samples, arguments.seed)
-        notes += drawn
-    tagger_keys = encoder.tagger.columns()
-    columns = [list(dict.fromkeys([*([] if arguments.spans_key else own), *tagger_keys])) for own in keys]
-    if arguments.tokenizer_backend != "reference":
-        sample = _sample(shares, columns, encoder)
-        is_required = arguments.tokenizer_backend == "gigatoken"
-        encoder.backend, reason = choose_backend(encoder.backend, tokenizer.source, sample, is_required)
-        if reason:
-            notes.append(f"tokenizing with {encoder.backend.name}, not gigatoken: {reason}")
-    return Plan(
-        output_prefix=output_prefix,
-        prefixes=prefixes,
-        sources=sources,
-        shares=shares,
-        chosen=chosen,
-        columns=columns,
-        tokenizer=tokenizer,
-        encoder=encoder,
-        settings=_settings(arguments, sources, tokenizer),
-        notes=notes,
-        needs_text=arguments.num_shards == 1,
-    )
-
-
-def _unfinished_folder(output_prefix: str) -> Path:
-    path = Path(output_prefix)
-    return path.with_name(f".{path.name}.unfinished")
+        path = Path(self.output_prefix)
+        return path.with_name(f".{path.name}.unfinished")
 
 
 def _prefixes(arguments: argparse.Namespace) -> dict[str, str]:
@@ -177,7 +131,7 @@ def _datasets(arguments: argparse.Namespace) -> list[Dataset]:
     if arguments.dataset:
         names = [name.strip() for name in arguments.dataset.split(",") if name.strip()]
         return _read_registry(arguments.dataset_info, names, arguments.dataset_dir)
-    sources = [open_source(path) for path in find_files(arguments.input)]
+    sources = [inputs.open_source(path) for path in inputs.find_files(arguments.input)]
     return [Dataset("", sources, arguments.language or "", arguments.json_keys[0])]
 
 
@@ -185,12 +139,8 @@ def _read_registry(registry: Path, names: list[str], folder: Path) -> list[Datas
     """Read the named entries of a registry, dataset_info.json as the published code has it."""
     try:
         entries = json.loads(registry.read_bytes())
-    except OSError as error:
-        raise UserError(
-            f"the registry {registry} can't be read ({error.strerror}); name it with --dataset-info"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"the registry {registry} is not JSON ({error}); fix it") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"can't read the registry {registry} ({error}); pass a JSON file as --dataset-info") from None
     if not isinstance(entries, dict):
         raise UserError(f"the registry {registry} must contain a JSON object of datasets")
     if len(set(names)) < len(names):
@@ -230,12 +180,16 @@ def _dataset(name: str, entry: Any, folder: Path, index: int) -> Dataset:
         raise UserError(f"its file_sha1 must be 40 hexadecimal digits, got {json.dumps(sha1)}")
     if sha1 and path.is_dir():
         raise UserError("its file_name is a folder, which has no SHA-1; remove file_sha1")
-    sources = [open_source(file, index, sha1.lower() if sha1 else None) for file in find_files([str(path)])]
+    sources = [
+        inputs.open_source(file, index, sha1.lower() if sha1 else None) for file in inputs.find_files([str(path)])
+    ]
     return Dataset(name, sources, _LANGUAGES[language], key)
 
 
 def _verify_checksum(source: Source) -> None:
-    """Compare a file with the SHA-1 that its registry states."""
+    """Compare a file with the SHA-1 that its registry states, if any."""
+    if source.sha1 is None:
+        return
     with open(source.path, "rb") as file:
         found = hashlib.file_digest(file, "sha1").hexdigest()
     if found != source.sha1:
@@ -286,16 +240,16 @@ def _languages(arguments: argparse.Namespace, datasets: list[Dataset]) -> tuple[
             frozenset(name for name, dataset in zip(names, datasets, strict=True) if dataset.language == language)
             for language in ("original", "expanded")
         ]
-        return Bits(*groups), OneLanguage(names)
+        return Bits(*groups), languages.OneLanguage(names)
     bits = Bits.from_names(arguments.original_languages, arguments.expanded_languages)
     if arguments.language_key:
-        return bits, LanguageKey(arguments.language_key, bits)
+        return bits, languages.LanguageKey(arguments.language_key, bits)
     if arguments.spans_key:
-        return bits, LanguageSpans(arguments.spans_key, bits)
+        return bits, languages.LanguageSpans(arguments.spans_key, bits)
     detector = _detector(arguments, bits)
     if arguments.undetected == "original":
         bits = Bits(bits.original | {UNDETECTED}, bits.expanded)
-    return bits, DetectedLanguages(detector, arguments.detect_language == "line")
+    return bits, languages.DetectedLanguages(detector, arguments.detect_language == "line")
 
 
 def _detector(arguments: argparse.Namespace, bits: Bits) -> Detector:

@@ -111,16 +111,7 @@ def print_summary(
     skipped_path: Path,
     shows_languages: bool,
 ) -> None:
-    """Print what was written, and what a user should know about it.
-
-    Args:
-        manifests: by the corpus's name within the job.
-        prefixes: likewise.
-        tally: counts of the job.
-        bits: the languages that the user named.
-        skipped_path: list of malformed lines.
-        shows_languages: whether to print a table of languages.
-    """
+    """Print what was written (manifests and prefixes by the corpus's name), and what a user should know about it."""
     for name, manifest in manifests.items():
         original = sum(count.tokens for count in manifest.languages.values() if count.bit == "original")
         dtype = token_dtype(manifest.tokenizer.vocab_size)

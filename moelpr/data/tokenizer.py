@@ -69,15 +69,6 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser, required: bool) -> 
     return group
 
 
-def tokenizer_fingerprint(tokenizer_type: str, tokenizer_model: str) -> str:
-    """Return `Tokenizer.fingerprint` of a local tokenizer.
-
-    Raises:
-        UserError: The tokenizer can't be loaded.
-    """
-    return load_tokenizer(tokenizer_type, tokenizer_model).fingerprint()
-
-
 def vocabulary_checksum(vocabulary: dict[str, int], vocab_size: int) -> str:
     """Return the SHA-256 of the tokens with IDs below `vocab_size`.
 

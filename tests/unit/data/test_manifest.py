@@ -22,7 +22,7 @@ from moelpr.data.manifest import (
     compare_tokenizers,
     manifest_path,
 )
-from moelpr.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from moelpr.data.tokenizer import load_tokenizer
 from moelpr.errors import UserError
 
 MANIFEST = Manifest(
@@ -113,9 +113,8 @@ def test_settings_that_do_not_affect_ids_do_not_change_the_fingerprint(tmp_path:
     tokenizer.enable_padding(pad_id=1, pad_token="</s>")
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     second = save_hf(tmp_path / "second", tokenizer, chat_template="{{ messages }}", padding_side="left")
-    assert tokenizer_fingerprint("HuggingFaceTokenizer", str(first)) == tokenizer_fingerprint(
-        "HuggingFaceTokenizer", str(second)
-    )
+    kind = "HuggingFaceTokenizer"
+    assert load_tokenizer(kind, str(first)).fingerprint() == load_tokenizer(kind, str(second)).fingerprint()
 
 
 def test_different_tokens_are_distinguished_from_different_splitting(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_tools.preprocessing.encode import Encoder, EncodingPool, PreparedText
+from data_tools.preprocessing.encode import Encoder, EncodingPool, Text
 from data_tools.preprocessing.languages import Bits, LanguageSpans, TaggedText
 from data_tools.preprocessing.summary import Tally
 from data_tools.preprocessing.tokenizers import Encoded, HuggingFaceBackend, JobTokenizer, load_job_tokenizer
@@ -37,7 +37,7 @@ def test_any_spans_tag_every_token_once(pairs: list[tuple[str, str]], job_tokeni
     )
     [text] = tagger.texts(spans(*pairs), 0, ["text"])
     tally = Tally()
-    prepared = [PreparedText(text), PreparedText(TaggedText("x", [("b", 1)]))]
+    prepared = [Text(text), Text(TaggedText("x", [("b", 1)]))]
     documents = encoder.documents(prepared, "text", tally)
     assert isinstance(documents.tokens, np.ndarray)
     assert documents.run_lengths.sum() == len(documents.tokens) == documents.lengths.sum()

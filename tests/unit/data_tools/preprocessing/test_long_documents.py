@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from data_tools.corpus import Corpus
-from data_tools.preprocessing import encode, inputs, long_documents
+from data_tools.preprocessing import inputs, long_documents
 from data_tools.preprocessing.inputs import FileRange, ReadCursor, Share, open_source
 from data_tools.preprocessing.long_documents import encode_long_text, without_long_strings
 from data_tools.preprocessing.tokenizers import Backend, HuggingFaceBackend, SentencePieceBackend
@@ -85,7 +85,7 @@ def test_long_lines_give_the_corpus_of_lines_in_memory(
     prefix = preprocess(hf_tokenizer, "--input", path, *flags, workers=2)
     for module in (inputs, long_documents):
         monkeypatch.setattr(module, "LONG_LINE_BYTES", 1 << 30)
-    monkeypatch.setattr(encode, "LONG_TEXT_CHARACTERS", 1 << 30)
+    monkeypatch.setattr(long_documents, "LONG_TEXT_CHARACTERS", 1 << 30)
     whole = preprocess(hf_tokenizer, "--input", path, *flags, out="whole/a")
     for name in ("text", "title", "validation_text", "validation_title"):
         assert corpus_bytes(f"{prefix}_{name}_document") == corpus_bytes(f"{whole}_{name}_document")
@@ -204,9 +204,9 @@ def test_long_mixed_document_is_encoded_in_pieces(
     spans = [{"text": f"{sentences[name]} ", "lang": name} for name in ("en", "el", "hu") * 100]
     lines = write_lines("a.jsonl", [{"spans": spans}])
     flags = ("--input", lines, "--spans-key", "spans", "--original-languages", "en,hu")
-    monkeypatch.setattr(encode, "LONG_TEXT_CHARACTERS", 2000)
+    monkeypatch.setattr(long_documents, "LONG_TEXT_CHARACTERS", 2000)
     prefix = preprocess(hf_tokenizer, *flags)
-    monkeypatch.setattr(encode, "LONG_TEXT_CHARACTERS", 1 << 30)
+    monkeypatch.setattr(long_documents, "LONG_TEXT_CHARACTERS", 1 << 30)
     whole = preprocess(hf_tokenizer, *flags, out="whole/a")
     assert corpus_bytes(f"{prefix}_text_document") == corpus_bytes(f"{whole}_text_document")
 
@@ -300,7 +300,7 @@ def test_text_on_which_pieces_never_agree_is_rejected(hf_tokenizer: Path) -> Non
 
 
 def test_long_document_is_one_document(hf_tokenizer: Path, sentences, write_lines, preprocess, monkeypatch) -> None:
-    monkeypatch.setattr(encode, "LONG_TEXT_CHARACTERS", 2000)
+    monkeypatch.setattr(long_documents, "LONG_TEXT_CHARACTERS", 2000)
     texts = ["short", random_text(sentences, 3, 10_000), "short"]
     lines = write_lines("a.jsonl", [{"text": text} for text in texts])
     prefix = preprocess(hf_tokenizer, "--input", lines, "--language", "original", "--append-eod")

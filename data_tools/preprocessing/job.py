@@ -1,6 +1,8 @@
 """A job at work: encodes its input, writes the corpora, and saves where to resume."""
 
+import io
 import json
+import math
 import os
 import shutil
 import sys
@@ -125,41 +127,27 @@ class Progress:
     """
 
     def __init__(self, total_bytes: int, done_bytes: int, log_interval: int) -> None:
-        self._total_bytes = total_bytes
         self._log_interval = log_interval
-        self._file_bytes = done_bytes
-        self._new_file_bytes = self._documents = self._tokens = self._bytes = 0
+        self._documents = self._tokens = 0
         self._started = time.monotonic()
-        self._bar = None
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=total_bytes or None, initial=done_bytes, unit="B", unit_scale=True, leave=False)
+        self._is_terminal = sys.stderr.isatty()
+        where = {} if self._is_terminal else {"file": io.StringIO(), "mininterval": math.inf}
+        self._bar = tqdm(total=total_bytes or None, initial=done_bytes, unit="B", unit_scale=True, leave=False, **where)
 
     def advance(self, batch: EncodedBatch) -> None:
         """Count a batch."""
         lines_before = self._documents // self._log_interval
         self._documents += sum(len(documents.lengths) for documents in batch.documents.values())
         self._tokens += sum(len(documents.tokens) for documents in batch.documents.values())
-        self._bytes += batch.num_bytes
-        self._file_bytes += batch.file_bytes
-        self._new_file_bytes += batch.file_bytes
-        elapsed_s = max(time.monotonic() - self._started, 1e-9)
-        speed = f"{self._bytes / 1e6 / elapsed_s:.1f} MB/s, {self._tokens / elapsed_s:,.0f} tokens/s"
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"{self._documents:,} documents, {speed}", refresh=False)
-            self._bar.update(batch.file_bytes)
-        elif self._documents // self._log_interval > lines_before:
-            share, left = "", ""
-            if self._total_bytes:
-                left_s = elapsed_s * (self._total_bytes - self._file_bytes) / max(self._new_file_bytes, 1)
-                share, left = f"{self._file_bytes / self._total_bytes:6.1%}  ", f", {left_s:,.0f} s left"
-            print(f"{share}{self._documents:,} documents, {speed}{left}", file=sys.stderr, flush=True)
+        speed = self._tokens / max(time.monotonic() - self._started, 1e-9)
+        self._bar.set_postfix_str(f"{self._documents:,} documents, {speed:,.0f} tokens/s", refresh=False)
+        self._bar.update(batch.file_bytes if self._bar.total else batch.num_bytes)
+        if not self._is_terminal and self._documents // self._log_interval > lines_before:
+            print(self._bar, file=sys.stderr, flush=True)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+    def close(self) -> None:
+        """Remove the bar."""
+        self._bar.close()
 
 
 class Job:
@@ -204,7 +192,8 @@ class Job:
                 )
                 for name, prefix in plan.prefixes.items()
             }
-            progress = stack.enter_context(Progress(total_bytes, self._file_bytes, log_interval))
+            progress = Progress(total_bytes, self._file_bytes, log_interval)
+            stack.callback(progress.close)
             saved = time.monotonic()
             for batch in pool.encode(reader.batches(self._cursor)):
                 self._write_batch(batch, writers)

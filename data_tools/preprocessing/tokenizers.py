@@ -115,12 +115,11 @@ class SlowHuggingFaceBackend:
 
     name = "transformers"
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
     def encode(self, texts: list[str]) -> Encoded:
-        flags = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        return _concatenate(self._tokenizer(texts, **flags)["input_ids"] if texts else [])
+        return _concatenate(self._tokenizer.encode_batch(texts, False) if texts else [])
 
     def encode_with_starts(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         raise UserError(
@@ -231,14 +230,14 @@ class JobTokenizer:
     Attributes:
         record: entry of the manifest.
         source: content of a tokenizer.json (str) or .model file (bytes); None if the tokenizer is of another kind.
-        slow: the tokenizer itself if `source` is None.
+        slow: the tokenizer itself if `source` is None, else None.
         splits_special_tokens: whether special tokens that occur in a text are encoded as ordinary text.
         prefix, suffix: IDs added before and after each text.
     """
 
     record: TokenizerRecord
     source: str | bytes | None
-    slow: Any
+    slow: Tokenizer | None
     splits_special_tokens: bool
     prefix: list[int]
     suffix: list[int]
@@ -249,6 +248,7 @@ class JobTokenizer:
             return HuggingFaceBackend(self.source, self.splits_special_tokens)
         if isinstance(self.source, bytes):
             return SentencePieceBackend(self.source)
+        assert self.slow is not None
         return SlowHuggingFaceBackend(self.slow)
 
 
@@ -279,7 +279,7 @@ def _load(type: str, model: str, special_tokens: bool, eod_token: str | None) ->
     record = TokenizerRecord.of(type, model, tokenizer, eod_id, special_tokens)
     source = tokenizer.serialized()
     prefix, suffix = _added_ids(tokenizer, model)
-    slow = getattr(tokenizer, "_tokenizer", None) if source is None else None
+    slow = tokenizer if source is None else None
     return JobTokenizer(record, source, slow, tokenizer.splits_special_tokens, prefix, suffix)
 
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from data_tools.corpus import Corpus
 from data_tools.preprocessing import tokenizers
 from data_tools.preprocessing.tokenizers import (
     Encoded,
@@ -135,3 +136,23 @@ def test_end_of_document_token_can_be_named(hf_tokenizer: Path, write_lines, pre
     assert ids[-1] == json.loads((hf_tokenizer / "tokenizer.json").read_text())["model"]["vocab"]["<|endoftext|>"]
     with pytest.raises(UserError, match=r"--eod-token <\|endoftexts\|>.*<\|endoftext\|>"):
         preprocess(hf_tokenizer, "--input", lines, *FLAGS, "--eod-token", "<|endoftexts|>", out="other/a")
+
+
+def test_tokenizer_written_in_python_is_supported_without_offsets(
+    write_lines, preprocess, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """ByT5 has no tokenizer.json: the ID of a byte is its value plus 3."""
+    from transformers import ByT5Tokenizer
+
+    ByT5Tokenizer().save_pretrained(tmp_path / "byt5")
+    lines = write_lines("a.jsonl", [{"text": "añ"}, {"text": "b"}])
+    prefix = preprocess(tmp_path / "byt5", "--input", lines, "--language", "original")
+    corpus = Corpus(f"{prefix}_text_document")
+    end = 1  # </s>, which ByT5 adds to each text
+    assert corpus.document(0)[0].tolist() == [*(byte + 3 for byte in "añ".encode()), end]
+    assert corpus.document(1)[0].tolist() == [ord("b") + 3, end]
+    assert "tokenizing with transformers" in capsys.readouterr().err
+    spans = write_lines("b.jsonl", [{"spans": [{"text": "a", "lang": "en"}, {"text": "b", "lang": "el"}]}])
+    with pytest.raises(UserError, match="tokenizer.json"):
+        flags = ("--spans-key", "spans", "--original-languages", "en")
+        preprocess(tmp_path / "byt5", "--input", spans, *flags, out="spans/a")

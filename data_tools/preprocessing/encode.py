@@ -222,10 +222,10 @@ class Encoder:
         """
         if not self.validation_share:
             return ""
-        drawn = hashlib.blake2b(digest_size=8, salt=self.seed.to_bytes(16, "little"))
+        digest = hashlib.blake2b(digest_size=8, salt=self.seed.to_bytes(16, "little"))
         for characters in text:
-            drawn.update(characters.encode())
-        is_validation = int.from_bytes(drawn.digest(), "little") < self.validation_share * (1 << 64)
+            digest.update(characters.encode())
+        is_validation = int.from_bytes(digest.digest(), "little") < self.validation_share * (1 << 64)
         return f" {VALIDATION}" if is_validation else ""
 
     def documents(self, texts: list[Text], corpus: str, tally: Tally) -> Documents:

@@ -26,7 +26,7 @@ STANDARD_INPUT = "-"
 # Files to look for in a folder; a file that is named explicitly may have any name.
 _TEXT_SUFFIXES = (".jsonl", ".json", ".ndjson")
 _SUFFIXES = (*_TEXT_SUFFIXES, *(a + b for a in _TEXT_SUFFIXES for b in (".gz", ".zst", ".bz2", ".xz")), ".parquet")
-# Large enough to be worth sending to a worker, small beside the memory that encoding it takes.
+# Large enough to be worth sending to a worker, small compared with the memory that encoding it takes.
 BATCH_BYTES = 1 << 19
 # A longer line is passed on as a range of a file, never in memory.
 LONG_LINE_BYTES = 1 << 24
@@ -157,7 +157,7 @@ class Batch(NamedTuple):
 
 
 def find_files(names: list[str]) -> list[str]:
-    """Return the files that file names, folders and glob patterns stand for: in the given order, sorted within each.
+    """Expand file names, folders and glob patterns to files: in the given order, sorted within each.
 
     Raises:
         UserError: A folder or pattern matches no file.
@@ -285,14 +285,14 @@ class Reader:
         lines: list[bytes] = []
         numbers: list[int] = []
         with _open_stream(share.source) as (stream, tell):
-            told = tell()
+            last = tell()
             _skip(stream, offset)
 
             def batch(content: list[bytes] | FileRange, num_bytes: int) -> Batch:
-                nonlocal told, lines, numbers
-                before, told = told, tell()
+                nonlocal last, lines, numbers
+                previous, last = last, tell()
                 after = ReadCursor(index, offset, line, documents)
-                made = Batch(share, content, numbers, after, num_bytes, told - before)
+                made = Batch(share, content, numbers, after, num_bytes, last - previous)
                 lines, numbers = [], []
                 return made
 
@@ -366,16 +366,16 @@ class Reader:
                 yield batch()
 
 
-def draw_documents(
+def sample_documents(
     shares: list[Share], names: list[str], max_samples: int, seed: int
 ) -> tuple[list[NDArray[np.int64]], list[str]]:
-    """Draw `max_samples` documents of each dataset, without replacement.
+    """Sample `max_samples` documents of each dataset, without replacement.
 
     Reads every file once to count its documents; memory is needed only for those chosen.
 
     Args:
         shares: complete files.
-        names: dataset names; the draw depends only on a dataset's name, its documents and the seed.
+        names: dataset names; the sample depends only on a dataset's name, its documents and the seed.
         max_samples: documents per dataset.
         seed: random seed.
 
@@ -391,11 +391,11 @@ def draw_documents(
         if total <= max_samples:
             label = f"the dataset {name}" if name else "the input"
             notes.append(f"{label} contains {total:,} documents, so --max-samples {max_samples:,} takes all of them")
-        drawn = np.sort(random.Random(f"{seed} {name}").sample(range(total), min(max_samples, total)))
+        sampled = np.sort(random.Random(f"{seed} {name}").sample(range(total), min(max_samples, total)))
         start = 0
         for index in members:
-            first, last = np.searchsorted(drawn, [start, start + counts[index]])
-            chosen[index] = drawn[first:last] - start
+            first, last = np.searchsorted(sampled, [start, start + counts[index]])
+            chosen[index] = sampled[first:last] - start
             start += counts[index]
     return chosen, notes
 

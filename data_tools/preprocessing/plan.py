@@ -85,7 +85,7 @@ class Plan:
         self.chosen: list[NDArray[np.int64]] | None = None
         if arguments.max_samples is not None:
             names = [dataset.name for dataset in datasets]
-            self.chosen, notes = inputs.draw_documents(self.shares, names, arguments.max_samples, arguments.seed)
+            self.chosen, notes = inputs.sample_documents(self.shares, names, arguments.max_samples, arguments.seed)
             self.notes += notes
         tagger_keys = self.encoder.tagger.columns()
         self.columns = [list(dict.fromkeys([*([] if arguments.spans_key else own), *tagger_keys])) for own in keys]

@@ -16,7 +16,7 @@ import pytest
 from pyarrow import parquet
 
 from data_tools.preprocessing import inputs
-from data_tools.preprocessing.inputs import Form, Share, Source, draw_documents, find_files, open_source, shares_of
+from data_tools.preprocessing.inputs import Form, Share, Source, find_files, open_source, sample_documents, shares_of
 from moelpr.errors import UserError
 
 FLAGS = ("--language-key", "lang", "--original-languages", "en,es,zh", "--append-eod")
@@ -220,7 +220,7 @@ def test_each_document_has_the_same_chance(write_lines) -> None:
     shares = [Share(source, 0, source.bytes) for source in sources]
     times: Counter[int] = Counter()
     for seed in range(2000):
-        [first, second], notes = draw_documents(shares, ["name"], 5, seed)
+        [first, second], notes = sample_documents(shares, ["name"], 5, seed)
         assert notes == [] and len(first) + len(second) == 5
         times.update([*first.tolist(), *(12 + second).tolist()])
     assert set(times) == set(range(20))

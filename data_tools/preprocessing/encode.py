@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from data_tools.corpus import run_edges
 from data_tools.corpus_writer import Documents, TokenFile, as_tokens
-from data_tools.preprocessing.inputs import Batch, FileRange, ReadCursor
+from data_tools.preprocessing.inputs import Batch, FileRange
 from data_tools.preprocessing.languages import UNDETECTED, Bits, Detector, LanguageSpans, TaggedText, Tagger
 from data_tools.preprocessing.long_documents import LongString, Piece, encode_long_text, is_long, without_long_strings
 from data_tools.preprocessing.summary import Tally
@@ -52,23 +52,6 @@ class Text(NamedTuple):
 
     def parts(self) -> Iterable[str]:
         return [self.tagged.text] if self.on_disk is None else self.on_disk.parts()
-
-
-@dataclass
-class EncodedBatch:
-    """Encoded documents of a batch, in the order of their lines.
-
-    Attributes:
-        documents: by corpus.
-        tally: counts of the batch.
-        after, num_bytes, file_bytes: those of the batch.
-    """
-
-    documents: dict[str, Documents]
-    tally: Tally
-    after: ReadCursor
-    num_bytes: int
-    file_bytes: int
 
 
 @dataclass
@@ -106,12 +89,15 @@ class Encoder:
     seed: int = 0
     auditor: Detector | None = None
 
-    def encode(self, batch: Batch, spool: Path) -> EncodedBatch:
+    def encode(self, batch: Batch, spool: Path) -> tuple[dict[str, Documents], Tally]:
         """Encode a batch. Memory does not depend on the length of its documents.
 
         Args:
             batch: lines or rows.
             spool: folder for the tokens of documents that are too long for memory.
+
+        Returns:
+            Documents by corpus, in the order of their lines, and counts, with a message for each malformed line.
 
         Raises:
             UserError: A line is malformed and bad lines are not skipped.
@@ -154,7 +140,7 @@ class Encoder:
         self._spot_check(text.tagged.text for group in groups.values() for text in group if text.tokens is None)
         if isinstance(batch.content, FileRange) and batch.content.is_temporary:
             os.unlink(batch.content.path)
-        return EncodedBatch(documents, tally, batch.after, batch.num_bytes, batch.file_bytes)
+        return documents, tally
 
     def texts(self, item: bytes | dict[str, Any] | FileRange, dataset: int) -> list[Text] | None:
         """Return the texts of a line or row, one per corpus; None for a blank line.
@@ -347,25 +333,24 @@ class EncodingPool:
             self._pool.submit(os.getpid)
         self._processes = set(multiprocessing.active_children()) - others
 
-    def encode(self, batches: Iterator[Batch]) -> Iterator[EncodedBatch]:
-        """Yield encoded batches in the order of the batches, whatever the number of workers.
+    def encode(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, dict[str, Documents], Tally]]:
+        """Yield batches with their documents and counts, in order, whatever the number of workers.
 
         Raises:
             UserError: A worker raised it or was killed.
         """
         # Enough pending batches that no worker waits, few enough to bound memory.
-        pending: deque[Future[EncodedBatch]] = deque(
-            self._submit(batch) for batch in islice(batches, 4 * self._workers)
-        )
+        pending = deque((batch, self._submit(batch)) for batch in islice(batches, 4 * self._workers))
         try:
             while pending:
-                result = pending.popleft().result()
-                pending.extend(self._submit(batch) for batch in islice(batches, 1))
-                yield result
+                batch, future = pending.popleft()
+                documents, tally = future.result()
+                pending.extend((batch, self._submit(batch)) for batch in islice(batches, 1))
+                yield batch, documents, tally
         except BrokenProcessPool as error:
             raise UserError("a worker process was killed, probably out of memory; reduce --workers") from error
 
-    def _submit(self, batch: Batch) -> "Future[EncodedBatch]":
+    def _submit(self, batch: Batch) -> Future[tuple[dict[str, Documents], Tally]]:
         return self._pool.submit(_encode, batch)
 
     def __enter__(self) -> Self:
@@ -395,6 +380,6 @@ def _start_worker() -> None:
     threading.Thread(target=follow_parent, daemon=True).start()
 
 
-def _encode(batch: Batch) -> EncodedBatch:
+def _encode(batch: Batch) -> tuple[dict[str, Documents], Tally]:
     assert _encoder is not None and _spool is not None
     return _encoder.encode(batch, _spool)

@@ -13,9 +13,9 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from data_tools.corpus_writer import CorpusWriter, Position, commit_corpus, make_folder
-from data_tools.preprocessing.encode import EncodedBatch, EncodingPool
-from data_tools.preprocessing.inputs import ReadCursor, Reader
+from data_tools.corpus_writer import CorpusWriter, Documents, Position, commit_corpus, make_folder
+from data_tools.preprocessing.encode import EncodingPool
+from data_tools.preprocessing.inputs import Batch, ReadCursor, Reader
 from data_tools.preprocessing.plan import Plan
 from data_tools.preprocessing.summary import Tally, why_empty
 from moelpr.data.manifest import Manifest
@@ -134,11 +134,11 @@ class Progress:
         where = {} if self._is_terminal else {"file": io.StringIO(), "mininterval": math.inf}
         self._bar = tqdm(total=total_bytes or None, initial=done_bytes, unit="B", unit_scale=True, leave=False, **where)
 
-    def advance(self, batch: EncodedBatch) -> None:
-        """Count a batch."""
+    def advance(self, batch: Batch, documents: dict[str, Documents]) -> None:
+        """Count a batch and its documents."""
         lines_before = self._documents // self._log_interval
-        self._documents += sum(len(documents.lengths) for documents in batch.documents.values())
-        self._tokens += sum(len(documents.tokens) for documents in batch.documents.values())
+        self._documents += sum(len(group.lengths) for group in documents.values())
+        self._tokens += sum(len(group.tokens) for group in documents.values())
         speed = self._tokens / max(time.monotonic() - self._started, 1e-9)
         self._bar.set_postfix_str(f"{self._documents:,} documents, {speed:,.0f} tokens/s", refresh=False)
         self._bar.update(batch.file_bytes if self._bar.total else batch.num_bytes)
@@ -195,9 +195,9 @@ class Job:
             progress = Progress(total_bytes, self._file_bytes, log_interval)
             stack.callback(progress.close)
             saved = time.monotonic()
-            for batch in pool.encode(reader.batches(self._cursor)):
-                self._write_batch(batch, writers)
-                progress.advance(batch)
+            for batch, documents, tally in pool.encode(reader.batches(self._cursor)):
+                self._write_batch(batch, documents, tally, writers)
+                progress.advance(batch, documents)
                 if time.monotonic() - saved >= SAVE_EVERY_S:
                     self._positions = {name: writer.flush() for name, writer in writers.items()}
                     self.save()
@@ -224,11 +224,13 @@ class Job:
             }
         )
 
-    def _write_batch(self, batch: EncodedBatch, writers: dict[str, CorpusWriter]) -> None:
-        for name, documents in batch.documents.items():
-            writers[name].add(documents)
-        self.tally.add(batch.tally)
-        self._journal.add_problems(batch.tally.problems)
+    def _write_batch(
+        self, batch: Batch, documents: dict[str, Documents], tally: Tally, writers: dict[str, CorpusWriter]
+    ) -> None:
+        for name, group in documents.items():
+            writers[name].add(group)
+        self.tally.add(tally)
+        self._journal.add_problems(tally.problems)
         self._cursor = batch.after
         self._file_bytes += batch.file_bytes
 

@@ -20,8 +20,7 @@ from megatron.training import training as megatron_training
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from moelpr.data.dataset import TaggedGPTDataset
-from moelpr.data.dataset_config import dataset_config
+from moelpr.data.dataset import TaggedGPTDataset, dataset_config
 from moelpr.data.language_bits import LanguageBits, language_bits_path
 from moelpr.training.bytes_per_token import bytes_per_token
 from moelpr.training.metrics import StepLog

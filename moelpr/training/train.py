@@ -11,8 +11,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args, 
 from megatron.training.models.gpt import GPTModelConfig
 
 from moelpr.arguments import parse_arguments, refused_by_megatron
-from moelpr.data.dataset import TaggedGPTDataset
-from moelpr.data.dataset_config import dataset_config
+from moelpr.data.dataset import TaggedGPTDataset, dataset_config
 from moelpr.data.epoch_table import epoch_table
 from moelpr.megatron_patches import megatron_fixes
 from moelpr.model.builder import block_spec

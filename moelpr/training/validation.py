@@ -21,8 +21,7 @@ from megatron.training.training import evaluate
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from moelpr.data.dataset import TaggedGPTDataset
-from moelpr.data.dataset_config import dataset_config
+from moelpr.data.dataset import TaggedGPTDataset, dataset_config
 from moelpr.data.language_bits import LanguageBits, language_bits_path
 from moelpr.data.manifest import Manifest
 from moelpr.data.tokenizer import load_tokenizer

@@ -12,7 +12,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 from moelpr.arguments.settings import RunSettings
 from moelpr.data.language_bits import LanguageBits, language_bits_path
-from moelpr.data.manifest import Likeness, Manifest, TokenizerRecord, compare_tokenizers, manifest_path
+from moelpr.data.manifest import Manifest, TokenizerMatch, TokenizerRecord, compare_tokenizers, manifest_path
 from moelpr.errors import UserError
 from moelpr.run_folder import HF_FOLDER
 
@@ -69,7 +69,7 @@ def check_tokenizers(run: RunSettings) -> Iterable[str]:
     for prefix, match in _tokenizer_matches(run):
         if isinstance(match, UserError):
             yield str(match)
-        elif match is Likeness.DIFFERENT:
+        elif match is TokenizerMatch.DIFFERENT:
             yield (
                 f"the token IDs of {prefix} are not the model's ({manifest_path(prefix)} names another tokenizer than "
                 f"{run.checkpoint}/hf); tokenize the text again with --tokenizer-type HuggingFaceTokenizer "
@@ -82,9 +82,9 @@ def note_tokenizers(run: RunSettings) -> Iterable[str]:
     for prefix, match in _tokenizer_matches(run):
         if match is None:
             yield f"the tokenizer of {prefix} is unknown: {manifest_path(prefix)} is missing"
-        elif match is Likeness.SAME_TOKENS:
+        elif match is TokenizerMatch.SAME_TOKENS:
             yield f"{prefix} was made with a different tokenizer than the model's, but its token IDs mean the same"
-        elif match is Likeness.UNKNOWN:
+        elif match is TokenizerMatch.UNKNOWN:
             yield f"cannot compare the tokenizer of {prefix} with the model's: {run.checkpoint}/hf has no tokenizer"
 
 
@@ -159,7 +159,7 @@ def _blends(run: RunSettings) -> list[tuple[list[str], list[float] | None]]:
     return [part for part in (blend, *(per_split or ())) if part is not None]
 
 
-def _tokenizer_matches(run: RunSettings) -> Iterable[tuple[str, Likeness | UserError | None]]:
+def _tokenizer_matches(run: RunSettings) -> Iterable[tuple[str, TokenizerMatch | UserError | None]]:
     """Each corpus, and how its tokenizer compares with the model's; None if it has no manifest.
 
     Only rank 0 compares, because loading a tokenizer takes seconds.
@@ -184,6 +184,6 @@ def _tokenizer_matches(run: RunSettings) -> Iterable[tuple[str, Likeness | UserE
 
 
 @functools.cache
-def _compare(tokenizer: str, folder: Path) -> Likeness:
+def _compare(tokenizer: str, folder: Path) -> TokenizerMatch:
     """Compare a manifest's tokenizer, as JSON; cached, because most corpora share one and it is needed twice."""
     return compare_tokenizers(TokenizerRecord(**json.loads(tokenizer)), folder)

@@ -30,7 +30,7 @@ def test_data_that_is_given_twice_or_unreadable_is_rejected(upcycled: str, probl
 
 
 def test_weights_may_be_numbers_of_tokens(upcycled: str, accepted, data: list[str], tmp_path: Path) -> None:
-    from moelpr.data.dataset_config import dataset_config
+    from moelpr.data.dataset import dataset_config
 
     args = accepted("stage1", upcycled, "--data-path", "8e9", data[1], "4e9", data[1])
     assert dataset_config(argparse.Namespace(**args)).blend == ([data[1], data[1]], [8e9, 4e9])
@@ -62,7 +62,7 @@ def test_document_masking_requires_our_attention(
     from megatron.training.argument_utils import core_transformer_config_from_args
 
     from moelpr.arguments import settings
-    from moelpr.data.dataset_config import dataset_config
+    from moelpr.data.dataset import dataset_config
     from moelpr.megatron_patches import cpu
     from moelpr.model.config import MoELPRConfig
 

@@ -4,6 +4,7 @@ import argparse
 import copy
 import difflib
 import functools
+import re
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, NoReturn
 
@@ -12,7 +13,7 @@ from megatron.training.arguments import add_megatron_arguments
 from moelpr.errors import UserError
 from moelpr.stages import STAGE_HELP
 
-_HELP = "see python -m moelpr.pretrain --help"
+_SEE_HELP = "see python -m moelpr.pretrain --help"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -66,7 +67,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, exit_on_error=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; {_HELP}")
+        raise UserError(f"{message}; {_SEE_HELP}")
 
     def flags(self) -> dict[str, argparse.Action]:
         """Every `--flag` and its action."""
@@ -97,25 +98,22 @@ class Parser(argparse.ArgumentParser):
                 break
             except argparse.ArgumentError as error:
                 names = (error.argument_name or "").split("/")
-                problems.append(f"{where}{names[0]}: {error.message}; {_HELP}")
+                problems.append(f"{where}{names[0]}: {error.message}; {_SEE_HELP}")
                 _, rest = split_by_flags(argv, names)
                 if rest == argv:  # no flag to remove
                     raise UserError(problems[-1]) from error
                 argv = rest
-        return namespace, problems + list(self._unrecognized(unknown, where))
-
-    def _unrecognized(self, argv: list[str], where: str) -> Iterable[str]:
-        flags = [item.split("=", 1)[0] for item in argv if item.startswith("-") and not _is_number(item)]
-        for flag in flags:
-            yield f"{where}unrecognized argument {flag}; {did_you_mean(flag, self.flags()) or _HELP}"
-        if argv and not flags:  # next to an unrecognized flag they are most likely its values
-            yield f"{where}unrecognized value {' '.join(argv)}; remove it, or add its flag"
+        flags = [item.split("=", 1)[0] for item in unknown if re.match("-[^0-9.]", item)]  # no negative numbers
+        problems += [f"{where}unrecognized argument {flag}; {suggestion(flag, self.flags())}" for flag in flags]
+        if unknown and not flags:  # next to an unrecognized flag they are most likely its values
+            problems.append(f"{where}unrecognized value {' '.join(unknown)}; remove it, or add its flag")
+        return namespace, problems
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str | None:
-    """ "did you mean …?" with the most similar of the known names; None if none is similar."""
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """ "did you mean …?" with the most similar of the known names; if none is similar, where they are listed."""
     nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.75)
-    return f"did you mean {nearest[0]}?" if nearest else None
+    return f"did you mean {nearest[0]}?" if nearest else _SEE_HELP
 
 
 @functools.cache
@@ -159,11 +157,3 @@ def split_by_flags(argv: list[str], flags: Collection[str]) -> tuple[list[str], 
             part = chosen if item.split("=", 1)[0] in flags else others
         part.append(item)
     return chosen, others
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

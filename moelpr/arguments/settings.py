@@ -9,11 +9,11 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from moelpr.arguments.flags import Parser, did_you_mean, split_by_flags
+from moelpr.arguments.flags import Parser, split_by_flags, suggestion
 from moelpr.checkpoints import step_folder
 from moelpr.errors import UserError
 from moelpr.layouts import Layout
@@ -50,9 +50,9 @@ FIXED_FOR_MOE: dict[str, Any] = {
     "moe_latent_size": None,
     "cuda_graph_impl": "none",
     "overlap_moe_expert_parallel_comm": False,
+    "fp8": None,
+    "fp4": None,
 }
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -94,16 +94,14 @@ class RunSettings:
         for name, value in vars(_early_arguments(recipe)).items():
             if getattr(early, name) is None:
                 setattr(early, name, value)
-        run.checkpoint = run._try(lambda: _checkpoint_folder(early))
+        run.checkpoint = run._try(_checkpoint_folder, early)
         run._add("", [*_DEFAULTS], parser)
-        if (folder := run.checkpoint) is not None:
+        if run.checkpoint is not None:
             start = early.pretrained_checkpoint
-            if start is None or folder == Path(start):  # else --ckpt-step refers to --pretrained-checkpoint
+            if start is None or run.checkpoint == Path(start):  # else --ckpt-step refers to --pretrained-checkpoint
                 run.step = early.ckpt_step
-            run.record = run._try(lambda: _read_record(folder, run.step))
-            run.spec = spec = run._try(lambda: ModelSpec.read(folder))
-            if spec is not None and not run._add_shape(spec, parser):
-                run.spec = None
+            run.record = run._try(_read_record, run.checkpoint, run.step)
+            run._add_model(run.checkpoint, parser)
         run._add(f"in the recipe {early.recipe}, ", recipe, parser)
         run._add("", argv, parser)
         flags = parser.flags()
@@ -143,16 +141,15 @@ class RunSettings:
         """The flag of an argument, as recipe or command line spell it."""
         return self.explicit_args.get(name, f"--{name.replace('_', '-')}")
 
-    def _add_shape(self, spec: ModelSpec, parser: Parser) -> bool:
-        """Add the model's shape. Returns False if Megatron does not accept it; the checks then have no model."""
-        argv = self._try(lambda: _shape_flags(spec, parser))
+    def _add_model(self, checkpoint: Path, parser: Parser) -> None:
+        """Add the model's shape. If Megatron does not accept it, the checks have no model."""
         before = len(self.problems)
+        spec = self._try(ModelSpec.read, checkpoint)
+        argv = self._try(_shape_flags, spec, parser) if spec is not None else None
         self._add("in the checkpoint's model_spec.json, ", argv or [], parser)
-        if argv is None or len(self.problems) > before:
-            return False
-        names = [parser.actions_of(name)[0].dest for name in _shape_of(spec)]
-        self.shape = {name: getattr(self.args, name) for name in names}
-        return True
+        if spec is not None and len(self.problems) == before:
+            names = [parser.actions_of(name)[0].dest for name in shape_of(spec)]
+            self.spec, self.shape = spec, {name: getattr(self.args, name) for name in names}
 
     def _add(self, where: str, argv: list[str], parser: Parser) -> None:
         self.args, problems = parser.parse_tolerantly(argv, self.args, where)
@@ -162,20 +159,19 @@ class RunSettings:
     def _recipe(self, path: str | None, parser: Parser) -> list[str]:
         if path is None:
             return []
-        recipe = self._try(lambda: read_recipe(Path(path)))
+        recipe = self._try(read_recipe, Path(path))
         if recipe is None:
             self.recipe_is_read = False
             return []
         known = {flag for flag in parser.flags() if flag not in ("--recipe", "--help")}
         for flag in [flag for flag in recipe if flag not in known]:
             del recipe[flag]
-            hint = did_you_mean(flag, known) or "see python -m moelpr.pretrain --help"
-            self.problems.append(f"in the recipe {path}, the key {flag[2:]} is not a flag; {hint}")
+            self.problems.append(f"in the recipe {path}, the key {flag[2:]} is not a flag; {suggestion(flag, known)}")
         return recipe_argv(recipe)
 
-    def _try(self, read: Callable[[], T]) -> T | None:
+    def _try[T](self, read: Callable[..., T], *args: object) -> T | None:
         try:
-            return read()
+            return read(*args)
         except UserError as error:
             self.problems.append(str(error))
             return None
@@ -243,7 +239,7 @@ def recipe_argv(recipe: dict[str, Any]) -> list[str]:
     return argv
 
 
-def _shape_of(spec: ModelSpec) -> dict[str, Any]:
+def shape_of(spec: ModelSpec) -> dict[str, Any]:
     """The model's shape: Megatron's name → value."""
     shape = dict(spec.megatron_args)
     if window := shape.get("window_size"):
@@ -263,7 +259,7 @@ def _shape_of(spec: ModelSpec) -> dict[str, Any]:
 def _shape_flags(spec: ModelSpec, parser: Parser) -> list[str]:
     """The model's shape as command-line arguments."""
     argv: list[str] = []
-    for name, value in _shape_of(spec).items():
+    for name, value in shape_of(spec).items():
         actions = parser.actions_of(name)
         if not actions:
             raise UserError(

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from moelpr.errors import UserError, run_command
-from moelpr.families.base_model import layer_list
+from moelpr.families.base_model import layer_list, read_base, with_new_experts
 from moelpr.plan.candidates import GIB, Candidate, Cluster, bubble, fitting
 from moelpr.plan.memory import RankMemory, Workload
-from moelpr.plan.model import model_parts, upcycled_spec
 
 # Of the paper's recipes, launch/recipes/paper-stage1.yaml and paper-stage2.yaml.
 PAPER_SEQ_LENGTH = {"stage1": 1024, "stage2": 512}
@@ -40,8 +39,9 @@ def main() -> None:
         dtype=args.dtype,
     )
     cluster = _cluster(args)
-    spec = upcycled_spec(args.hf_path, args.num_new_experts, args.topk, args.moe_layers, args.moe_every_k_layers)
-    found = fitting(spec, model_parts(spec), workload, cluster)
+    layers = args.moe_layers, args.moe_every_k_layers
+    spec = with_new_experts(*read_base(args.hf_path), args.num_new_experts, args.topk, *layers)
+    found = fitting(spec, workload, cluster)
     if args.json:
         print(json.dumps(_as_json(found, workload, cluster), indent=2))
     else:
@@ -123,9 +123,7 @@ def _parser() -> argparse.ArgumentParser:
         description="List the layouts of an upcycled model that fit on a cluster, with memory per rank, and recommend "
         "one. Requires only the model's config.json.",
     )
-    count = _number(int, "an integer of at least 1", lambda value: value >= 1)
-    gib = _number(float, "a finite number above 0", lambda value: 0 < value < float("inf"))
-    gib_or_0 = _number(float, "a finite number of at least 0", lambda value: 0 <= value < float("inf"))
+    count, gib, gib_or_0 = _at_least(1, int), _at_least(0.001, float), _at_least(0, float)
     add = parser.add_argument
     add("--hf-path", type=Path, required=True, metavar="DIR",
         help="Hugging Face model directory; only config.json is read (required)")  # fmt: skip
@@ -158,17 +156,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _number(convert: Callable[[str], Any], expected: str, is_valid: Callable[[Any], bool]) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        try:
-            value = convert(text)
-        except ValueError:
-            value = None
-        if value is None or not is_valid(value):
-            raise argparse.ArgumentTypeError(f"must be {expected}, got {text!r}")
+def _at_least(least: float, convert: type[int] | type[float]) -> Callable[[str], float]:
+    def number(text: str) -> float:  # argparse reports a ValueError as "invalid number value"
+        value = convert(text)
+        if not least <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be finite and at least {least}, got {text}")
         return value
 
-    return parse
+    return number
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The layouts that fit a cluster, in order of preference; if none fits, the error names what would."""
+"""The layouts that fit a cluster and their costs, in order of preference; if none fits, the error says what would."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -7,14 +7,13 @@ from moelpr.errors import UserError
 from moelpr.layouts import Layout, layout_problems
 from moelpr.model_spec import ModelSpec
 from moelpr.plan.layouts import PlannedLayout, leaves_node, legal_layouts
-from moelpr.plan.memory import RankMemory, Workload, stage_memories
-from moelpr.plan.model import PartSize
-from moelpr.plan.traffic import Traffic, expert_traffic
+from moelpr.plan.memory import WEIGHT_BYTES, PartSize, RankMemory, Routing, Workload, model_parts, stage_memories
 from moelpr.stages import Part
 
 GIB = 1 << 30
 # Errors suggest clusters of up to this many nodes.
 _MOST_NODES = 64
+_GATE_WEIGHT_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,23 @@ class Cluster:
     @property
     def usable_bytes(self) -> float:
         return (self.gpu_memory_gib - self.reserve_gib) * GIB
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Expert traffic, in bytes per rank and step.
+
+    Attributes:
+        all_to_all: rows of new experts sent to other expert-parallel ranks and back, forward and backward.
+        expert_tensor: rows received from, and partial results sent to, the other expert-tensor-parallel ranks.
+    """
+
+    all_to_all: int
+    expert_tensor: int
+
+    @property
+    def total(self) -> int:
+        return self.all_to_all + self.expert_tensor
 
 
 @dataclass(frozen=True)
@@ -52,13 +68,14 @@ class Candidate:
         return [*argv, "--fp32"] if workload.dtype == "fp32" else argv
 
 
-def fitting(spec: ModelSpec, parts: Sequence[PartSize], workload: Workload, cluster: Cluster) -> list[Candidate]:
+def fitting(spec: ModelSpec, workload: Workload, cluster: Cluster) -> list[Candidate]:
     """The layouts whose highest-memory rank fits, best first.
 
     Raises:
         UserError: no layout has that many GPUs, or none fits; the message names values that work.
     """
     _check_workload(spec, workload)
+    parts = model_parts(spec)
     found = list(_candidates(spec, parts, workload, cluster.gpus, cluster.gpus_per_node))
     if not found:
         raise UserError(_no_layout(spec, workload, cluster))
@@ -93,6 +110,34 @@ def relative_time(spec: ModelSpec, parts: Sequence[PartSize], layout: PlannedLay
     once = 2 * (experts + others + output) + (new_experts if workload.stage == "stage1" else 0)
     again = {"none": 0, "selective": experts, "full": experts + others}[layout.recompute]
     return (once + again) / once / (1 - bubble(layout, workload.num_microbatches(layout)))
+
+
+def expert_traffic(
+    spec: ModelSpec, layout: PlannedLayout, workload: Workload, routing: Routing | None = None
+) -> Traffic:
+    """The traffic of a rank on the pipeline stage with the most MoE layers.
+
+    A fraction (EP - 1)/EP of the rows of new experts leaves the rank (new experts are chosen equally often). Each row
+    is sent with its gate weight in fp32 and returned as a row; the backward pass does the same, and a recomputed MoE
+    layer repeats the forward pass. With ETP > 1 each rank gathers the rows of ETP ranks (for the original experts each
+    token once, with its m gate weights) and scatters the sums.
+
+    `routing` is `Routing.uniform` by default.
+    """
+    assert spec.moe is not None
+    routing = routing or Routing.uniform(spec.moe)
+    row = spec.megatron_args["hidden_size"] * WEIGHT_BYTES[workload.dtype]
+    layers_per_stage = spec.megatron_args["num_layers"] // layout.pp
+    moe_layers = max(sum(layer // layers_per_stage == stage for layer in spec.moe.layers) for stage in range(layout.pp))
+    passes = 2 if layout.recompute == "none" else 3
+    times = workload.num_microbatches(layout) * moe_layers * passes
+    tokens = workload.seq_length * workload.micro_batch_size / layout.tp
+    new = tokens * routing.new_rows * (row + _GATE_WEIGHT_BYTES + row)
+    original = tokens * (row + spec.moe.num_original_experts * _GATE_WEIGHT_BYTES + row)
+    return Traffic(
+        all_to_all=round(times * new * (layout.ep - 1) / layout.ep),
+        expert_tensor=round(times * (new + original) * (layout.etp - 1)),
+    )
 
 
 def preference(layout: PlannedLayout, time: float, gpus_per_node: int, traffic_bytes: float) -> tuple[float, ...]:
@@ -164,11 +209,9 @@ def _too_little_memory(
     least = min(candidate.peak.total_bytes for candidate in found) / GIB
     enough_gib = -(-(least + cluster.reserve_gib) * 10 // 1) / 10
     fix = f"use --gpu-memory-gib {enough_gib:g} or more"
-    for gpus in _cluster_sizes(cluster.gpus_per_node):
-        if gpus > cluster.gpus and any(
-            one.peak.total_bytes <= cluster.usable_bytes
-            for one in _candidates(spec, parts, workload, gpus, cluster.gpus_per_node)
-        ):
+    for gpus in (size for size in _cluster_sizes(cluster.gpus_per_node) if size > cluster.gpus):
+        larger = _candidates(spec, parts, workload, gpus, cluster.gpus_per_node)
+        if any(candidate.peak.total_bytes <= cluster.usable_bytes for candidate in larger):
             fix += f", or --gpus {gpus}"
             break
     return (

@@ -13,9 +13,15 @@ _FREE_SHAPE = ("attention_dropout", "hidden_dropout", "init_method_std")
 # What the layers of this trainer are, for every family.
 _LAYERS = {"normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False, "position_embedding_type": "rope"}
 
-_EXPERT_SHAPE = ("num_experts", "num_original_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_layer_freq")
+# Flags that a dense model or its stage would ignore.
+_EXPERT_FLAGS = (
+    "num_experts", "num_original_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_layer_freq",
+    "balance_loss_coeff", "lpr_loss_coeff", "train_everything", "save_trained_only", "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)  # fmt: skip
 
 _NO_SUCH_LAYERS = "no checkpoint of this trainer has such layers; remove it"
+_NOT_READ = "this trainer does not read it; remove it"
 
 # Unsupported flags: the reason, and what to do instead.
 _UNSUPPORTED = {
@@ -31,6 +37,15 @@ _UNSUPPORTED = {
     "load_main_params_from_ckpt": "main parameters start as copies of the model's; remove it",
     "moe_use_upcycling": "use checkpoint_convert/hf_to_mcore.py --num-new-experts N instead",
     "checkpoint_activations": "Megatron replaced it; use --recompute-activations",
+    "moe_aux_loss_coeff": "it is computed from --balance-loss-coeff; use that",
+    "mock_data": "it has no language bits; use --data-path PREFIX",
+    "reset_attention_mask": "attention builds its own mask; use --dataloader-inter-document-masking",
+    "reset_position_ids": "rotary positions are relative; use --dataloader-inter-document-masking",
+    "per_dataset_sequences_path": _NOT_READ,
+    "dataloader_fast_cache_load": _NOT_READ,
+    "dataloader_defer_npy_index_mmap": _NOT_READ,
+    "object_storage_cache_path": _NOT_READ,
+    "allow_ambiguous_pad_tokens": _NOT_READ,
 }
 
 
@@ -59,13 +74,6 @@ def check_model_flags(run: RunSettings) -> Iterable[str]:
                 f"{run.flag(name)} {found} contradicts the checkpoint {run.checkpoint}, whose model_spec.json has "
                 f"{value}; remove the flag, or convert the model again"
             )
-    if run.spec is not None and run.spec.moe is None:
-        for name in _EXPERT_SHAPE:
-            if name in run.explicit_args:
-                yield (
-                    f"{run.flag(name)} does not apply to the dense checkpoint {run.checkpoint}; remove it, or upcycle "
-                    "the model with checkpoint_convert/hf_to_mcore.py --num-new-experts N"
-                )
 
 
 def check_layers(run: RunSettings) -> Iterable[str]:
@@ -101,13 +109,10 @@ def check_method(run: RunSettings) -> Iterable[str]:
     """Flags that the MoE-LPR layer or the stage would ignore."""
     args, explicit = run.args, run.explicit_args
     if args.stage == "dense":
-        for name in ("balance_loss_coeff", "lpr_loss_coeff", "train_everything", "save_trained_only"):
-            if name in explicit:
+        for name in _EXPERT_FLAGS:
+            is_size_1 = name.endswith("parallel_size") and getattr(args, name) == 1
+            if name in explicit and not is_size_1:
                 yield f"{run.flag(name)} does not apply to --stage dense; remove it, or use --stage stage1"
-    for name in ("balance_loss_coeff", "lpr_loss_coeff"):
-        value = getattr(args, name)
-        if value is not None and not value >= 0:
-            yield f"{run.flag(name)} must be at least 0, got {value}; use 0 to disable the loss"
     if not run.is_moe:
         return
     for name, value in FIXED_FOR_MOE.items():
@@ -115,20 +120,8 @@ def check_method(run: RunSettings) -> Iterable[str]:
         found = ", ".join(found) if isinstance(found, list) else found
         if name in explicit and found != value:
             yield f"{run.flag(name)} must be {value} for the MoE-LPR layer, got {found}; remove it"
-    if "moe_aux_loss_coeff" in explicit:
-        yield "--moe-aux-loss-coeff would be overwritten; use --balance-loss-coeff, from which it is computed"
-    for name in ("fp8", "fp4"):
-        if getattr(args, name):
-            yield f"{run.flag(name)} does not affect the new experts, which do not support {name.upper()}; remove it"
     if args.save_trained_only and args.train_everything:
         yield "--save-trained-only has no effect with --train-everything, which freezes nothing; remove one of them"
-
-
-def check_dtype_flags(run: RunSettings) -> Iterable[str]:
-    """At most one dtype is given."""
-    given = [run.flag(name) for name in ("fp16", "bf16", "fp32") if name in run.explicit_args]
-    if len(given) > 1:
-        yield f"{' and '.join(given)} are mutually exclusive; keep one of them"
 
 
 def check_checkpoint_format(run: RunSettings) -> Iterable[str]:
@@ -141,9 +134,14 @@ def check_checkpoint_format(run: RunSettings) -> Iterable[str]:
 
 
 def check_transformer_engine(run: RunSettings) -> Iterable[str]:
-    """Flags that need Transformer Engine, without which attention and experts are PyTorch's."""
+    """Flags that need Transformer Engine, or PyTorch's attention in place of it."""
     args = run.args
     is_local = args.transformer_impl == "local"
+    if args.dataloader_inter_document_masking and not is_local:
+        yield (
+            "--dataloader-inter-document-masking does not support Transformer Engine yet; add --transformer-impl "
+            "local, or remove it"
+        )
     flags = {
         "--context-parallel-size": is_local and args.context_parallel_size > 1,
         "--attention-dropout": is_local and args.attention_dropout > 0,

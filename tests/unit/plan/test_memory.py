@@ -10,8 +10,18 @@ from hypothesis import strategies as st
 
 from moelpr.model_spec import ModelSpec, MoeSpec
 from moelpr.plan.layouts import PlannedLayout, Recompute
-from moelpr.plan.memory import CPU, Kernels, Routing, Workload, divisor, held_on_stage, stage_memories
-from moelpr.plan.model import model_parts, padded_vocabulary
+from moelpr.plan.memory import (
+    CPU,
+    Kernels,
+    PartSize,
+    Routing,
+    Workload,
+    divisor,
+    held_on_stage,
+    model_parts,
+    padded_vocabulary,
+    stage_memories,
+)  # fmt: skip
 from moelpr.stages import MoeStage, Part
 from tests.unit.conftest import SHAPE
 from tests.unit.plan.conftest import ROUTING, SPEC, WORKLOAD
@@ -273,3 +283,19 @@ def test_the_original_experts_are_on_every_expert_parallel_rank(m: int) -> None:
     assert spread[Part.NEW_EXPERTS] * 4 == alone[Part.NEW_EXPERTS]
     split = held_on_stage(spec, parts, PlannedLayout(tp=2, etp=2), 0)
     assert split[Part.ORIGINAL_EXPERTS] * 2 == alone[Part.ORIGINAL_EXPERTS]
+
+
+def test_the_parts_of_a_model_are_counted_by_layer() -> None:
+    """Two layers of hidden size 8, FFN 16, one original and two new experts; vocabulary 100, untied."""
+    expert, attention = 3 * 8 * 16, 16 * 8 + 16 + 8 * 8
+    in_a_layer = {Part.ATTENTION: attention, Part.NORM: 2 * 8, Part.ORIGINAL_EXPERTS: expert,
+                  Part.NEW_EXPERTS: 2 * expert, Part.ROUTER: 3 * 8}  # fmt: skip
+    outside = {Part.EMBEDDING: 100 * 8, Part.NORM: 8, Part.OUTPUT_LAYER: 100 * 8}
+    expected = {PartSize(part, None, numel) for part, numel in outside.items()}
+    expected |= {PartSize(part, layer, numel) for part, numel in in_a_layer.items() for layer in (0, 1)}
+    assert set(model_parts(SPEC)) == expected
+
+
+@pytest.mark.parametrize(("tp", "rows"), [(1, 1024), (4, 1024), (3, 1152)])
+def test_the_vocabulary_is_padded_to_128_rows_per_tensor_parallel_rank(tp: int, rows: int) -> None:
+    assert padded_vocabulary(1000, tp) == rows

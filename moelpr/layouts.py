@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from moelpr.model_spec import ModelSpec
+from moelpr.model_spec import ModelSpec, MoeSpec
 
 # torch.nn.functional.grouped_mm in bf16 on a GPU requires rows of a multiple of 16 bytes.
 GROUPED_GEMM_ALIGNMENT = 8
@@ -74,10 +74,10 @@ def layout_problems(
     layout: Layout,
     world_size: int,
     spec: ModelSpec | None,
-    *,
     seq_length: int | None = None,
     micro_batch_size: int | None = None,
     global_batch_size: int | None = None,
+    *,
     sequence_parallel: bool = False,
     even_pipeline: bool = True,
     torch_grouped_gemm: bool = True,
@@ -88,9 +88,8 @@ def layout_problems(
         layout: the layout to check.
         world_size: number of ranks.
         spec: the model; None skips the rules about the model.
-        seq_length: tokens per sequence; None skips its rule.
-        micro_batch_size: sequences per micro-batch; None skips the rule about the global batch.
-        global_batch_size: sequences per step; None skips the rule about the global batch.
+        seq_length: tokens per sequence; None skips its rules.
+        micro_batch_size, global_batch_size: in sequences; None skips their rule.
         sequence_parallel: whether a dense model uses sequence parallelism; a model with experts always does.
         even_pipeline: whether all pipeline stages have equally many layers.
         torch_grouped_gemm: whether experts run as PyTorch's grouped GEMM on a GPU, which requires aligned rows.
@@ -98,10 +97,17 @@ def layout_problems(
     has_experts = spec is not None and spec.moe is not None
     yield from _rank_problems(layout, world_size, has_experts)
     if spec is not None:
-        yield from _expert_problems(layout, spec, torch_grouped_gemm)
+        if spec.moe is not None:
+            yield from _expert_problems(layout, spec.moe, spec.megatron_args, torch_grouped_gemm)
         yield from _tensor_problems(layout.tp, spec.megatron_args)
-        if even_pipeline:
-            yield from _pipeline_problems(layout.pp, spec.megatron_args["num_layers"])
+        layers, positions = spec.megatron_args["num_layers"], spec.megatron_args["max_position_embeddings"]
+        if even_pipeline and layers % layout.pp:
+            yield (
+                f"{_PP} {layout.pp} does not divide the model's {layers} layers; use {one_of(divisors(layers))}, or "
+                "split the layers unevenly with --decoder-first-pipeline-num-layers or --pipeline-model-parallel-layout"
+            )
+        if seq_length is not None and seq_length > positions:
+            yield f"--seq-length must be at most {positions}, the model's number of positions, got {seq_length}"
     if seq_length is not None and seq_length >= 1:
         yield from _sequence_problems(layout, seq_length, has_experts or sequence_parallel)
     if micro_batch_size is not None and global_batch_size is not None and min(micro_batch_size, global_batch_size) >= 1:
@@ -127,10 +133,8 @@ def _rank_problems(layout: Layout, world_size: int, has_experts: bool) -> Iterat
             )
 
 
-def _expert_problems(layout: Layout, spec: ModelSpec, torch_grouped_gemm: bool) -> Iterator[str]:
-    if spec.moe is None:
-        return
-    if (experts := spec.moe.num_new_experts) % layout.ep:
+def _expert_problems(layout: Layout, moe: MoeSpec, shape: Mapping[str, Any], torch_grouped_gemm: bool) -> Iterator[str]:
+    if (experts := moe.num_new_experts) % layout.ep:
         yield f"{_EP} {layout.ep} does not divide the model's {experts} new experts; use {one_of(divisors(experts))}"
     if layout.etp not in (1, layout.tp):
         yield (
@@ -139,7 +143,7 @@ def _expert_problems(layout: Layout, spec: ModelSpec, torch_grouped_gemm: bool) 
         )
     if not torch_grouped_gemm:
         return
-    hidden, ffn = spec.megatron_args["hidden_size"], spec.megatron_args["ffn_hidden_size"]
+    hidden, ffn = shape["hidden_size"], shape["ffn_hidden_size"]
     if hidden % GROUPED_GEMM_ALIGNMENT:
         yield (
             f"the model's hidden size must be a multiple of {GROUPED_GEMM_ALIGNMENT} for grouped GEMM on a GPU, got "
@@ -169,14 +173,6 @@ def _tensor_problems(tp: int, shape: Mapping[str, Any]) -> Iterator[str]:
     if wrong := indivisible(tp):
         works = [size for size in divisors(heads) if not indivisible(size)]
         yield f"{_TP} {tp} does not divide the model's {', '.join(wrong)}; use {one_of(works)}"
-
-
-def _pipeline_problems(pp: int, layers: int) -> Iterator[str]:
-    if layers % pp:
-        yield (
-            f"{_PP} {pp} does not divide the model's {layers} layers; use {one_of(divisors(layers))}, or split the "
-            "layers unevenly with --decoder-first-pipeline-num-layers or --pipeline-model-parallel-layout"
-        )
 
 
 def _sequence_problems(layout: Layout, length: int, sequence_parallel: bool) -> Iterator[str]:

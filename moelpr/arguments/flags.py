@@ -5,7 +5,7 @@ import copy
 import difflib
 import functools
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, NoReturn
 
 from megatron.training.arguments import add_megatron_arguments
@@ -69,6 +69,15 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; {_SEE_HELP}")
 
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError:
+            raise
+        except Exception as error:  # some of Megatron's converters evaluate their text
+            message = f"invalid value {arg_string!r} ({error or type(error).__name__})"
+            raise argparse.ArgumentError(action, message) from error
+
     def flags(self) -> dict[str, argparse.Action]:
         """Every `--flag` and its action."""
         return {flag: action for action in self._actions for flag in action.option_strings}
@@ -130,21 +139,7 @@ def all_arguments() -> Parser:
             _ = (action.help or "") % vars(action)
         except (ValueError, TypeError, KeyError):
             action.help = (action.help or "").replace("%", "%%")  # some of Megatron's help texts contain a bare %
-        if callable(action.type) and not isinstance(action.type, type):
-            action.type = _with_argparse_errors(action.type)
     return parser
-
-
-def _with_argparse_errors(convert: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Wrap a converter of Megatron's; some evaluate their text and may raise any exception."""
-
-    def converted(text: str) -> Any:
-        try:
-            return convert(text)
-        except Exception as error:
-            raise argparse.ArgumentTypeError(f"invalid value {text!r} ({error or type(error).__name__})") from error
-
-    return converted
 
 
 def split_by_flags(argv: list[str], flags: Collection[str]) -> tuple[list[str], list[str]]:

@@ -30,9 +30,6 @@ _DEFAULTS = (
     "--attention-dropout 0 --hidden-dropout 0 --eval-iters 0 --eval-interval 1000 --save-interval 500 --log-interval 10"
 ).split()
 
-# Flags that name the checkpoint to start from.
-_STARTS = ("--load", "--save", "--pretrained-checkpoint")
-
 # Megatron settings that would change the method or be ignored by our layer, with the only value that works. Some of
 # Megatron's defaults differ: only explicit arguments are checked (checks/model.py).
 FIXED_FOR_MOE: dict[str, Any] = {
@@ -89,11 +86,8 @@ class RunSettings:
     def gather(cls, argv: list[str], parser: Parser) -> "RunSettings":
         """Read all sources; whatever is wrong with them is in `problems`."""
         run = cls(world_size=int(os.environ.get("WORLD_SIZE", "1")))
-        early = _early_arguments(argv)
-        recipe = run._recipe(early.recipe, parser)
-        for name, value in vars(_early_arguments(recipe)).items():
-            if getattr(early, name) is None:
-                setattr(early, name, value)
+        recipe = run._recipe(_early_arguments(argv).recipe, parser)
+        early = _early_arguments([*recipe, *argv])
         run.checkpoint = run._try(_checkpoint_folder, early)
         run._add("", [*_DEFAULTS], parser)
         if run.checkpoint is not None:
@@ -104,11 +98,8 @@ class RunSettings:
             run._add_model(run.checkpoint, parser)
         run._add(f"in the recipe {early.recipe}, ", recipe, parser)
         run._add("", argv, parser)
-        flags = parser.flags()
-        for item in [*recipe, *argv]:
-            flag = item.split("=", 1)[0]
-            if flag in flags:
-                run.explicit_args[flags[flag].dest] = flag
+        flags, given = parser.flags(), (item.split("=", 1)[0] for item in [*recipe, *argv])
+        run.explicit_args = {flags[flag].dest: flag for flag in given if flag in flags}
         return run
 
     @property
@@ -180,7 +171,7 @@ class RunSettings:
 def _early_arguments(argv: list[str]) -> argparse.Namespace:
     """The flags that determine where the others come from; problems are reported when all flags are parsed."""
     parser = Parser(add_help=False)
-    for flag in ("--recipe", *_STARTS):
+    for flag in ("--recipe", "--load", "--save", "--pretrained-checkpoint"):
         parser.add_argument(flag)
     parser.add_argument("--ckpt-step", type=int)
     return parser.parse_tolerantly(split_by_flags(argv, parser.flags())[0])[0]

@@ -15,6 +15,7 @@ from typing import Any
 
 from moelpr.errors import UserError, run_command
 from moelpr.families.base_model import layer_list, read_base, with_new_experts
+from moelpr.layouts import neighbors
 from moelpr.plan.candidates import GIB, Candidate, Cluster, bubble, fitting
 from moelpr.plan.memory import RankMemory, Workload
 
@@ -50,10 +51,9 @@ def main() -> None:
 
 def _cluster(args: argparse.Namespace) -> Cluster:
     if args.gpus > args.gpus_per_node and args.gpus % args.gpus_per_node:
-        nodes = args.gpus // args.gpus_per_node
         raise UserError(
             f"--gpus must be a multiple of --gpus-per-node {args.gpus_per_node}, got {args.gpus}; use --gpus "
-            f"{nodes * args.gpus_per_node} or {(nodes + 1) * args.gpus_per_node}, or change --gpus-per-node"
+            f"{neighbors(args.gpus, args.gpus_per_node)}, or change --gpus-per-node"
         )
     reserve = args.gpu_memory_gib * RESERVED_FRACTION if args.reserve_gib is None else args.reserve_gib
     if reserve >= args.gpu_memory_gib:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from moelpr.errors import UserError
 from moelpr.layouts import Layout, layout_problems
@@ -30,8 +31,7 @@ class Cluster:
         return (self.gpu_memory_gib - self.reserve_gib) * GIB
 
 
-@dataclass(frozen=True)
-class Traffic:
+class Traffic(NamedTuple):
     """Expert traffic, in bytes per rank and step.
 
     Attributes:
@@ -41,10 +41,6 @@ class Traffic:
 
     all_to_all: int
     expert_tensor: int
-
-    @property
-    def total(self) -> int:
-        return self.all_to_all + self.expert_tensor
 
 
 @dataclass(frozen=True)
@@ -74,7 +70,9 @@ def fitting(spec: ModelSpec, workload: Workload, cluster: Cluster) -> list[Candi
     Raises:
         UserError: no layout has that many GPUs, or none fits; the message names values that work.
     """
-    _check_workload(spec, workload)
+    lengths = workload.seq_length, workload.micro_batch_size, workload.global_batch_size
+    if problem := next(layout_problems(Layout(), 1, spec, *lengths), None):
+        raise UserError(problem)  # true of every layout
     parts = model_parts(spec)
     found = list(_candidates(spec, parts, workload, cluster.gpus, cluster.gpus_per_node))
     if not found:
@@ -83,7 +81,7 @@ def fitting(spec: ModelSpec, workload: Workload, cluster: Cluster) -> list[Candi
     if not fits:
         raise UserError(_too_little_memory(spec, parts, workload, cluster, found))
     return sorted(
-        fits, key=lambda one: preference(one.layout, one.relative_time, cluster.gpus_per_node, one.traffic.total)
+        fits, key=lambda one: preference(one.layout, one.relative_time, cluster.gpus_per_node, sum(one.traffic))
     )
 
 
@@ -170,22 +168,6 @@ def _candidates(
     for layout in _legal(spec, workload, gpus, gpus_per_node):
         memories, traffic = stage_memories(spec, parts, layout, workload), expert_traffic(spec, layout, workload)
         yield Candidate(layout, memories, traffic, relative_time(spec, parts, layout, workload))
-
-
-def _check_workload(spec: ModelSpec, workload: Workload) -> None:
-    if workload.global_batch_size % workload.micro_batch_size:
-        raise UserError(
-            f"--global-batch-size {workload.global_batch_size} is not a multiple of --micro-batch-size "
-            f"{workload.micro_batch_size}; change one of them"
-        )
-    longest = spec.megatron_args["max_position_embeddings"]
-    if workload.seq_length > longest:
-        raise UserError(
-            f"--seq-length {workload.seq_length} is longer than the model's max_position_embeddings {longest}; "
-            f"use at most {longest}"
-        )
-    if problem := next(layout_problems(Layout(), 1, spec), None):
-        raise UserError(problem)  # true of every layout
 
 
 def _no_layout(spec: ModelSpec, workload: Workload, cluster: Cluster) -> str:

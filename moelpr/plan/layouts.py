@@ -59,11 +59,7 @@ def legal_layouts(
             for ep in divisors(spec.moe.num_new_experts):
                 for etp in sorted({1, tp}):
                     layout = PlannedLayout(tp, pp, ep, etp, dp=gpus // (tp * pp))
-                    problems = layout_problems(
-                        layout, gpus, spec, seq_length=seq_length, micro_batch_size=micro_batch_size,
-                        global_batch_size=global_batch_size,
-                    )  # fmt: skip
-                    if next(problems, None) is None:
+                    if not any(layout_problems(layout, gpus, spec, seq_length, micro_batch_size, global_batch_size)):
                         yield from (PlannedLayout(tp, pp, ep, etp, layout.dp, recompute=each) for each in RECOMPUTES)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from megatron.training import training as megatron_training
 
 from moelpr import yaml_files
-from moelpr.arguments import resolved_settings
+from moelpr.arguments.settings import resolved_settings
 from moelpr.checkpoints import step_name
 from moelpr.files import atomic_file
 from moelpr.model_spec import ModelSpec

@@ -15,7 +15,7 @@ from megatron.training.argument_utils import (
 )
 from megatron.training.models.gpt import GPTModelConfig
 
-from moelpr.arguments import parse_arguments, refused_by_megatron
+from moelpr.arguments.parse import parse_arguments, refused_by_megatron
 from moelpr.data.dataset import TaggedGPTDataset
 from moelpr.data.dataset_config import dataset_config
 from moelpr.data.epoch_table import epoch_table

@@ -32,12 +32,9 @@ _MINIMUM = {
 
 # Flags that split the layers unevenly over the pipeline; Megatron checks their values.
 _UNEVEN = (
-    "pipeline_model_parallel_layout",
-    "decoder_first_pipeline_num_layers",
-    "decoder_last_pipeline_num_layers",
-    "account_for_embedding_in_pipeline_split",
-    "account_for_loss_in_pipeline_split",
-)
+    "pipeline_model_parallel_layout", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers",
+    "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split",
+)  # fmt: skip
 
 
 def check_required_flags(run: RunSettings) -> Iterable[str]:
@@ -56,20 +53,15 @@ def check_exclusive_flags(run: RunSettings) -> Iterable[str]:
 
 
 def check_ranges(run: RunSettings) -> Iterable[str]:
-    """Numbers are not too small (NaN is), and not too large for the model or another flag."""
+    """Numbers are not too small (NaN is)."""
     for least, names in _MINIMUM.items():
         for name in names:
             value = getattr(run.args, name)
             if value is not None and not value >= least:
                 yield f"{run.flag(name)} must be at least {least}, got {value}"
-    limits = {
-        "seq_length": (run.shape.get("max_position_embeddings"), "the model's number of positions"),
-        "min_lr": (run.args.lr, "--lr"),
-    }
-    for name, (limit, meaning) in limits.items():
-        value = getattr(run.args, name)
-        if name in run.explicit_args and value is not None and limit is not None and value > limit:
-            yield f"{run.flag(name)} must be at most {limit} ({meaning}), got {value}"
+    lr, least_lr = run.args.lr, run.args.min_lr
+    if "min_lr" in run.explicit_args and lr is not None and least_lr is not None and least_lr > lr:
+        yield f"--min-lr must be at most --lr {lr}, got {least_lr}"
 
 
 def check_layout(run: RunSettings) -> Iterable[str]:

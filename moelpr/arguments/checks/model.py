@@ -20,19 +20,12 @@ _EXPERT_FLAGS = (
     "expert_tensor_parallel_size",
 )  # fmt: skip
 
-_NO_SUCH_LAYERS = "no checkpoint of this trainer has such layers; remove it"
-_NOT_READ = "this trainer does not read it; remove it"
-
 # Unsupported flags: the reason, and what to do instead.
 _UNSUPPORTED = {
     "yaml_cfg": "its file would replace all other settings; use --recipe",
     "spec": "the trainer builds its own layers; remove it",
     "vocab_size": "it comes from the checkpoint; remove it",
     "padded_vocab_size": "it follows from the vocabulary and --tensor-model-parallel-size; remove it",
-    "multi_latent_attention": _NO_SUCH_LAYERS,
-    "mtp_num_layers": _NO_SUCH_LAYERS,
-    "hybrid_layer_pattern": _NO_SUCH_LAYERS,
-    "heterogeneous_layers_config_path": _NO_SUCH_LAYERS,
     "init_model_with_meta_device": "weights are loaded before the model's memory is allocated; remove it",
     "load_main_params_from_ckpt": "main parameters start as copies of the model's; remove it",
     "moe_use_upcycling": "use checkpoint_convert/hf_to_mcore.py --num-new-experts N instead",
@@ -41,12 +34,16 @@ _UNSUPPORTED = {
     "mock_data": "it has no language bits; use --data-path PREFIX",
     "reset_attention_mask": "attention builds its own mask; use --dataloader-inter-document-masking",
     "reset_position_ids": "rotary positions are relative; use --dataloader-inter-document-masking",
-    "per_dataset_sequences_path": _NOT_READ,
-    "dataloader_fast_cache_load": _NOT_READ,
-    "dataloader_defer_npy_index_mmap": _NOT_READ,
-    "object_storage_cache_path": _NOT_READ,
-    "allow_ambiguous_pad_tokens": _NOT_READ,
-}
+    **dict.fromkeys(
+        ("multi_latent_attention", "mtp_num_layers", "hybrid_layer_pattern", "heterogeneous_layers_config_path"),
+        "no checkpoint of this trainer has such layers; remove it",
+    ),
+    **dict.fromkeys(
+        ("per_dataset_sequences_path", "dataloader_fast_cache_load", "dataloader_defer_npy_index_mmap",
+         "object_storage_cache_path", "allow_ambiguous_pad_tokens"),
+        "this trainer does not read it; remove it",
+    ),
+}  # fmt: skip
 
 
 def check_checkpoint_kind(run: RunSettings) -> Iterable[str]:
@@ -113,24 +110,15 @@ def check_method(run: RunSettings) -> Iterable[str]:
             is_size_1 = name.endswith("parallel_size") and getattr(args, name) == 1
             if name in explicit and not is_size_1:
                 yield f"{run.flag(name)} does not apply to --stage dense; remove it, or use --stage stage1"
-    if not run.is_moe:
-        return
-    for name, value in FIXED_FOR_MOE.items():
+    # Another checkpoint format cannot be exported, or resumed in another layout.
+    fixed = {"ckpt_format": "torch_dist"} | (FIXED_FOR_MOE if run.is_moe else {})
+    for name, value in fixed.items():
         found = getattr(args, name)
         found = ", ".join(found) if isinstance(found, list) else found
         if name in explicit and found != value:
-            yield f"{run.flag(name)} must be {value} for the MoE-LPR layer, got {found}; remove it"
-    if args.save_trained_only and args.train_everything:
+            yield f"{run.flag(name)} must be {value} for this trainer, got {found}; remove it"
+    if run.is_moe and args.save_trained_only and args.train_everything:
         yield "--save-trained-only has no effect with --train-everything, which freezes nothing; remove one of them"
-
-
-def check_checkpoint_format(run: RunSettings) -> Iterable[str]:
-    """Checkpoints can be exported and resumed."""
-    if run.args.ckpt_format != "torch_dist":
-        yield (
-            f"--ckpt-format must be torch_dist, got {run.args.ckpt_format}, which cannot be exported or resumed under "
-            "another layout; remove it"
-        )
 
 
 def check_transformer_engine(run: RunSettings) -> Iterable[str]:
@@ -149,9 +137,8 @@ def check_transformer_engine(run: RunSettings) -> Iterable[str]:
         "--use-precision-aware-optimizer": args.use_precision_aware_optimizer
         and not settings.is_installed("transformer_engine"),
     }
-    for flag, is_set in flags.items():
-        if is_set:
-            yield f"{flag} requires Transformer Engine; install transformer-engine, or remove the flag"
+    for flag in (flag for flag, is_set in flags.items() if is_set):
+        yield f"{flag} requires Transformer Engine; install transformer-engine, or remove the flag"
 
 
 def note_stage2_without_stage1(run: RunSettings) -> Iterable[str]:

@@ -86,7 +86,7 @@ def failure(plan: Plan, capsys: pytest.CaptureFixture[str], *argv: str, **change
         (["--topk", "9"], "--topk between 2 and 5"),
         (["--moe-layers", "7"], "no layer 7"),
         (["--hf-path", "nowhere"], "nowhere"),
-        (["--seq-length", "5000"], "--seq-length 5000 .* at most 4096"),
+        (["--seq-length", "5000"], "--seq-length must be at most 4096,.* got 5000"),
         (["--micro-batch-size", "3"], "--global-batch-size 512 .* --micro-batch-size 3"),
         (["--reserve-gib", "1"], "--reserve-gib must be less than --gpu-memory-gib 1, got 1"),
     ],

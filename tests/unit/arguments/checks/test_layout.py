@@ -124,7 +124,7 @@ def test_virtual_stages_that_fit_are_accepted(six_layers: str, accepted) -> None
         (["--warn-window", "0"], "--warn-window must be at least 1, got 0"),
         (["--train-samples", "10"], "--train-iters and --train-samples"),
         (["--seq-length", "65"], "--seq-length must be at most 64"),
-        (["--min-lr", "1"], "--min-lr must be at most 0.001 (--lr), got 1.0"),
+        (["--min-lr", "1"], "--min-lr must be at most --lr 0.001, got 1.0"),
         (["--lr", "-1"], "--lr must be at least 0, got -1.0"),
     ],
 )

@@ -102,7 +102,7 @@ def test_stage_2_without_stage_1_is_logged_and_not_rejected(upcycled: str, make_
         (["--lpr-loss-coeff", "-0.1"], "--lpr-loss-coeff must be at least 0, got -0.1", "0"),
         (["--balance-loss-coeff", "nan"], "--balance-loss-coeff must be at least 0, got nan", "0"),
         (["--fp32", "--bf16"], "--bf16 and --fp32", "keep one"),
-        (["--ckpt-format", "torch"], "--ckpt-format must be torch_dist, got torch", "remove"),
+        (["--ckpt-format", "torch"], "--ckpt-format must be torch_dist", "remove"),
         (["--save-trained-only", "--train-everything"], "--save-trained-only", "--train-everything"),
         (["--yaml-cfg", "a.yaml"], "--yaml-cfg", "--recipe"),
         (["--mtp-num-layers", "1"], "--mtp-num-layers", "remove"),

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks import common
+from moelpr.layouts import PlannedLayout
 from moelpr.model_spec import ModelSpec
 from moelpr.plan.candidates import expert_traffic
-from moelpr.plan.layouts import PlannedLayout
 from moelpr.plan.memory import CPU, Routing, Workload, model_parts, stage_memories
 from moelpr.stages import MoeStage
 

@@ -7,9 +7,12 @@ module imports neither torch nor Megatron, so that the planner starts fast.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 from moelpr.model_spec import ModelSpec, MoeSpec
+
+Recompute = Literal["none", "selective", "full"]
+RECOMPUTES: tuple[Recompute, ...] = get_args(Recompute)
 
 # torch.nn.functional.grouped_mm in bf16 on a GPU requires rows of a multiple of 16 bytes.
 GROUPED_GEMM_ALIGNMENT = 8
@@ -68,6 +71,34 @@ class Layout:
     def expert_dp(self) -> int:
         """Ranks that hold the same new experts."""
         return self.world_size // (self.etp * self.ep * self.pp)
+
+
+@dataclass(frozen=True)
+class PlannedLayout(Layout):
+    """A layout together with the settings that trade memory for compute or communication.
+
+    Attributes:
+        recompute: what the backward pass recomputes: "selective" the MoE layers (router, dispatch and experts), "full"
+            all layers.
+        distributed_optimizer: whether optimizer state is divided over data-parallel ranks.
+    """
+
+    recompute: Recompute = "none"
+    distributed_optimizer: bool = True
+
+    def flags(self) -> list[str]:
+        """The layout as command-line arguments of launch/stage1.sh or stage2.sh."""
+        sizes = {_TP: self.tp, _PP: self.pp, _EP: self.ep}
+        argv = [item for flag, size in sizes.items() if size > 1 for item in (flag, str(size))]
+        if self.tp > 1:
+            argv += ["--sequence-parallel", _ETP, str(self.etp)]
+        if self.distributed_optimizer and max(self.dp, self.expert_dp) > 1:
+            argv.append("--use-distributed-optimizer")
+        if self.recompute == "selective":
+            argv += ["--recompute-granularity", "selective", "--recompute-modules", "moe"]
+        elif self.recompute == "full":
+            argv += ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
+        return argv
 
 
 def layout_problems(

@@ -31,11 +31,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ModelSpec]:
     Raises:
         UserError: settings are invalid, contradict each other or would be ignored; the message names all of them.
     """
-    parser = all_arguments()
-    if "-h" in argv or "--help" in argv:
-        parser.print_help()
-        sys.exit(0)
-    run = RunSettings.gather(argv, parser)
+    run = RunSettings.gather(argv, all_arguments())
     apply_machine(run.args)
     problems = list(dict.fromkeys([*run.problems, *find_problems(run)]))
     if problems:

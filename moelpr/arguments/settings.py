@@ -94,7 +94,8 @@ class RunSettings:
             start = early.pretrained_checkpoint
             if start is None or run.checkpoint == Path(start):  # else --ckpt-step refers to --pretrained-checkpoint
                 run.step = early.ckpt_step
-            run.record = run._try(_read_record, run.checkpoint, run.step)
+            step = run._try(step_folder, run.checkpoint, run.step)
+            run.record = run._try(_read_record, run.checkpoint, step)
             run._add_model(run.checkpoint, parser)
         run._add(f"in the recipe {early.recipe}, ", recipe, parser)
         run._add("", argv, parser)
@@ -155,10 +156,9 @@ class RunSettings:
             self.recipe_is_read = False
             return []
         known = {flag for flag in parser.flags() if flag not in ("--recipe", "--help")}
-        for flag in [flag for flag in recipe if flag not in known]:
-            del recipe[flag]
+        for flag in (flag for flag in recipe if flag not in known):
             self.problems.append(f"in the recipe {path}, the key {flag[2:]} is not a flag; {suggestion(flag, known)}")
-        return recipe_argv(recipe)
+        return recipe_argv({flag: value for flag, value in recipe.items() if flag in known})
 
     def _try[T](self, read: Callable[..., T], *args: object) -> T | None:
         try:
@@ -193,13 +193,10 @@ def _checkpoint_folder(args: argparse.Namespace) -> Path:
     )
 
 
-def _read_record(folder: Path, step: int | None) -> dict[str, Any] | None:
+def _read_record(folder: Path, step: Path | None) -> dict[str, Any] | None:
     """The settings a step was trained with; if it has none, those of the last start, which may have saved nothing."""
-    try:
-        places = [step_folder(folder, step), folder]
-    except UserError:
-        places = [folder]  # a missing step is reported by a check
-    path = next((place / RECIPE_FILE for place in places if (place / RECIPE_FILE).is_file()), None)
+    paths = (place / RECIPE_FILE for place in (step or folder, folder))
+    path = next((path for path in paths if path.is_file()), None)
     return None if path is None else read_mapping(path, "run's recipe")
 
 

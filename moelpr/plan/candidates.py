@@ -1,14 +1,13 @@
 """The layouts that fit a cluster and their costs, in order of preference; if none fits, the error says what would."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from moelpr.errors import UserError
-from moelpr.layouts import Layout, layout_problems
+from moelpr.layouts import RECOMPUTES, Layout, PlannedLayout, divisors, layout_problems
 from moelpr.model_spec import ModelSpec
-from moelpr.plan.layouts import PlannedLayout, leaves_node, legal_layouts
-from moelpr.plan.memory import WEIGHT_BYTES, PartSize, RankMemory, Routing, Workload, model_parts, stage_memories
+from moelpr.plan.memory import WEIGHT_BYTES, Parts, RankMemory, Routing, Workload, model_parts, stage_memories
 from moelpr.stages import Part
 
 GIB = 1 << 30
@@ -70,8 +69,7 @@ def fitting(spec: ModelSpec, workload: Workload, cluster: Cluster) -> list[Candi
     Raises:
         UserError: no layout has that many GPUs, or none fits; the message names values that work.
     """
-    lengths = workload.seq_length, workload.micro_batch_size, workload.global_batch_size
-    if problem := next(layout_problems(Layout(), 1, spec, *lengths), None):
+    if problem := next(layout_problems(Layout(), 1, spec, *workload.lengths), None):
         raise UserError(problem)  # true of every layout
     parts = model_parts(spec)
     found = list(_candidates(spec, parts, workload, cluster.gpus, cluster.gpus_per_node))
@@ -85,12 +83,34 @@ def fitting(spec: ModelSpec, workload: Workload, cluster: Cluster) -> list[Candi
     )
 
 
+def legal_layouts(spec: ModelSpec, workload: Workload, gpus: int, gpus_per_node: int) -> Iterator[PlannedLayout]:
+    """Yield every layout of `gpus` ranks that the trainer accepts and whose tensor-parallel groups stay inside a node.
+
+    Pipeline stages have equally many layers; context parallelism and virtual stages are not planned.
+    """
+    assert spec.moe is not None
+    for tp in divisors(gpus):
+        if leaves_node(tp, gpus, gpus_per_node):
+            continue
+        for pp in divisors(gpus // tp):
+            for ep in divisors(spec.moe.num_new_experts):
+                for etp in sorted({1, tp}):
+                    layout = PlannedLayout(tp, pp, ep, etp, dp=gpus // (tp * pp))
+                    if not any(layout_problems(layout, gpus, spec, *workload.lengths)):
+                        yield from (PlannedLayout(tp, pp, ep, etp, layout.dp, recompute=each) for each in RECOMPUTES)
+
+
+def leaves_node(group: int, gpus: int, gpus_per_node: int) -> bool:
+    """Whether groups of that many neighboring ranks span several nodes."""
+    return gpus > gpus_per_node and gpus_per_node % group != 0
+
+
 def bubble(layout: PlannedLayout, num_microbatches: int) -> float:
     """Fraction of a step that a pipeline stage waits, with the 1F1B schedule."""
     return (layout.pp - 1) / (num_microbatches + layout.pp - 1)
 
 
-def relative_time(spec: ModelSpec, parts: Sequence[PartSize], layout: PlannedLayout, workload: Workload) -> float:
+def relative_time(spec: ModelSpec, parts: Parts, layout: PlannedLayout, workload: Workload) -> float:
     """Compute time of a step, relative to the same step without recompute and bubble; communication is not counted.
 
     Counts multiplications by weights: the forward pass, the gradients of inputs, and the gradients of the weights that
@@ -98,8 +118,8 @@ def relative_time(spec: ModelSpec, parts: Sequence[PartSize], layout: PlannedLay
     """
     assert spec.moe is not None
     numel = dict.fromkeys(Part, 0)
-    for size in parts:
-        numel[size.part] += size.numel
+    for (_, part), part_numel in parts.items():
+        numel[part] += part_numel
     one_expert = numel[Part.ORIGINAL_EXPERTS] / spec.moe.num_original_experts  # summed over the MoE layers
     experts = spec.moe.topk * one_expert  # all experts have the same size, and every token passes through K of them
     new_experts = experts * spec.moe.num_new_experts / spec.moe.num_experts
@@ -157,22 +177,17 @@ def preference(layout: PlannedLayout, time: float, gpus_per_node: int, traffic_b
     )
 
 
-def _legal(spec: ModelSpec, workload: Workload, gpus: int, gpus_per_node: int) -> Iterator[PlannedLayout]:
-    batch = workload.micro_batch_size, workload.global_batch_size
-    return legal_layouts(spec, gpus, gpus_per_node, workload.seq_length, *batch)
-
-
 def _candidates(
-    spec: ModelSpec, parts: Sequence[PartSize], workload: Workload, gpus: int, gpus_per_node: int
+    spec: ModelSpec, parts: Parts, workload: Workload, gpus: int, gpus_per_node: int
 ) -> Iterator[Candidate]:
-    for layout in _legal(spec, workload, gpus, gpus_per_node):
+    for layout in legal_layouts(spec, workload, gpus, gpus_per_node):
         memories, traffic = stage_memories(spec, parts, layout, workload), expert_traffic(spec, layout, workload)
         yield Candidate(layout, memories, traffic, relative_time(spec, parts, layout, workload))
 
 
 def _no_layout(spec: ModelSpec, workload: Workload, cluster: Cluster) -> str:
     def works(gpus: int) -> bool:
-        return any(_legal(spec, workload, gpus, cluster.gpus_per_node))
+        return any(legal_layouts(spec, workload, gpus, cluster.gpus_per_node))
 
     sizes = _cluster_sizes(cluster.gpus_per_node)
     near = [next(size for size in reversed(sizes) if size < cluster.gpus and works(size))]  # one GPU always works
@@ -186,7 +201,7 @@ def _no_layout(spec: ModelSpec, workload: Workload, cluster: Cluster) -> str:
 
 
 def _too_little_memory(
-    spec: ModelSpec, parts: Sequence[PartSize], workload: Workload, cluster: Cluster, found: list[Candidate]
+    spec: ModelSpec, parts: Parts, workload: Workload, cluster: Cluster, found: list[Candidate]
 ) -> str:
     least = min(candidate.peak.total_bytes for candidate in found) / GIB
     enough_gib = -(-(least + cluster.reserve_gib) * 10 // 1) / 10

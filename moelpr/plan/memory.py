@@ -6,14 +6,14 @@ new expert the expert-data-parallel ranks. `benchmarks/memory_plan.py` compares 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from moelpr.families.families import family_named
 from moelpr.families.tables import pieces
+from moelpr.layouts import PlannedLayout
 from moelpr.model_spec import ModelSpec, MoeSpec
-from moelpr.plan.layouts import PlannedLayout
 from moelpr.stages import MoeStage, Part, part_of, trained_parts
 
 # Per parameter.
@@ -28,6 +28,8 @@ VOCABULARY_MULTIPLE = 128
 _FP32, _INT64, _BOOL = 4, 8, 1
 
 Dtype = Literal["bf16", "fp32"]
+# Layer (0-based; None for embedding, final norm and output layer) and part → number of parameters in the full model.
+Parts = Mapping[tuple[int | None, Part], int]
 
 
 @dataclass(frozen=True)
@@ -76,24 +78,13 @@ class Workload:
     dtype: Dtype = "bf16"
     kernels: Kernels = Kernels()
 
+    @property
+    def lengths(self) -> tuple[int, int, int]:
+        return self.seq_length, self.micro_batch_size, self.global_batch_size
+
     def num_microbatches(self, layout: PlannedLayout) -> int:
         """Micro-batches per step and data-parallel rank."""
         return self.global_batch_size // (self.micro_batch_size * layout.dp)
-
-
-@dataclass(frozen=True)
-class PartSize:
-    """All tensors of one part of the model in one layer, or outside the layers.
-
-    Attributes:
-        part: the part.
-        layer: 0-based; None for embedding, final norm and output layer.
-        numel: number of parameters in the full model, without padding of the vocabulary.
-    """
-
-    part: Part
-    layer: int | None
-    numel: int
 
 
 @dataclass(frozen=True)
@@ -114,15 +105,15 @@ class RankMemory:
         return state + self.activation_bytes + self.working_bytes
 
 
-def model_parts(spec: ModelSpec) -> tuple[PartSize, ...]:
-    """The sizes of the model's parts by layer, counted in the name table of its family."""
+def model_parts(spec: ModelSpec) -> Parts:
+    """The sizes of the model's parts, counted in the name table of its family, without padding of the vocabulary."""
     sums: dict[tuple[int | None, Part], int] = {}
     for piece in pieces(family_named(spec.family).table, spec):
         names = piece.key.split(".")
         layer = int(names[2]) if names[:2] == ["decoder", "layers"] else None
         place = (layer, part_of(piece.key))
         sums[place] = sums.get(place, 0) + sum(map(math.prod, piece.hf_shapes))
-    return tuple(PartSize(part, layer, numel) for (layer, part), numel in sums.items())
+    return sums
 
 
 def padded_vocabulary(vocab_size: int, tp: int) -> int:
@@ -132,11 +123,7 @@ def padded_vocabulary(vocab_size: int, tp: int) -> int:
 
 
 def stage_memories(
-    spec: ModelSpec,
-    parts: Sequence[PartSize],
-    layout: PlannedLayout,
-    workload: Workload,
-    routing: Routing | None = None,
+    spec: ModelSpec, parts: Parts, layout: PlannedLayout, workload: Workload, routing: Routing | None = None
 ) -> list[RankMemory]:
     """The memory of one rank per pipeline stage, as all ranks of a stage need the same.
 
@@ -167,17 +154,16 @@ def stage_memories(
     return memories
 
 
-def held_on_stage(spec: ModelSpec, parts: Sequence[PartSize], layout: PlannedLayout, pp_rank: int) -> dict[Part, int]:
+def held_on_stage(spec: ModelSpec, parts: Parts, layout: PlannedLayout, pp_rank: int) -> dict[Part, int]:
     """Parameters on one rank of a pipeline stage, by part, with the vocabulary padded as in the trainer."""
     is_tied = not spec.megatron_args["untie_embeddings_and_output_weights"]
     is_first, is_last = pp_rank == 0, pp_rank == layout.pp - 1
     layers = _layers_of_stage(spec, layout, pp_rank)
     vocab_size = spec.megatron_args["vocab_size"]
     held: dict[Part, int] = {}
-    for size in parts:
-        part, numel = size.part, size.numel
-        if size.layer is not None:
-            is_here = size.layer in layers
+    for (layer, part), numel in parts.items():
+        if layer is not None:
+            is_here = layer in layers
         elif part is Part.EMBEDDING:
             is_here = is_first or (is_last and is_tied)
         else:
@@ -233,7 +219,9 @@ class _Activations:
     def peak(self, pp_rank: int) -> float:
         kept, inside = 0.0, 0.0
         for layer in _layers_of_stage(self.spec, self.layout, pp_rank):
-            layer_kept, layer_inside = self._layer(layer, needs_gradient=self._needs_gradient(layer, pp_rank))
+            # An input from another pipeline stage always needs a gradient.
+            needs_gradient = pp_rank > 0 or self.layout.recompute != "none" or layer > self.moe.layers[0]
+            layer_kept, layer_inside = self._layer(layer, needs_gradient)
             kept, inside = kept + layer_kept, max(inside, layer_inside)
         in_flight = min(self.layout.pp - pp_rank, self.workload.num_microbatches(self.layout))
         is_last = pp_rank == self.layout.pp - 1
@@ -245,10 +233,6 @@ class _Activations:
         is_last = pp_rank == self.layout.pp - 1
         logits = self.all_tokens * self.vocabulary if is_last and self.workload.dtype != "fp32" else 0
         return max(new + original, logits) * self.element
-
-    def _needs_gradient(self, layer: int, pp_rank: int) -> bool:
-        """Whether the layer's input needs a gradient; an input from another stage always does."""
-        return pp_rank > 0 or self.layout.recompute != "none" or layer > self.moe.layers[0]
 
     def _layer(self, layer: int, needs_gradient: bool) -> tuple[float, float]:
         """Bytes kept from the forward pass, and bytes allocated only while this layer is recomputed."""
@@ -287,10 +271,8 @@ class _Activations:
         # The balance loss keeps the choices; the LPR loss keeps two logarithms and the language bit.
         choices += self.moe.topk * _INT64 if is_stage1 else 2 * _FP32 + _BOOL
         original = (2 * self.expert_ffn + self.hidden) * self.element + _INT64 + _FP32
-        # Weights that need a gradient also keep their inputs.
-        new = (
-            (2 * self.expert_ffn + (self.hidden + self.expert_ffn if is_stage1 else 0)) * self.element + _INT64 + _FP32
-        )
+        inputs = self.hidden + self.expert_ffn if is_stage1 else 0  # of the weights that need a gradient
+        new = (2 * self.expert_ffn + inputs) * self.element + _INT64 + _FP32
         return self.tokens * choices + self.original_rows * original + self.new_rows * new
 
     def _dense_ffn(self) -> float:

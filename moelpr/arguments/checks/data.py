@@ -43,26 +43,12 @@ def check_corpora(run: RunSettings) -> Iterable[str]:
 
 def check_tokenizers(run: RunSettings) -> Iterable[str]:
     """Corpora contain the token IDs of the model."""
-    for prefix, match in _tokenizer_matches(run):
-        if isinstance(match, UserError):
-            yield str(match)
-        elif match is Likeness.DIFFERENT:
-            yield (
-                f"the token IDs of {prefix} are not the model's ({manifest_path(prefix)} names another tokenizer than "
-                f"{run.checkpoint}/hf); tokenize the text again with --tokenizer-type HuggingFaceTokenizer "
-                f"--tokenizer-model {run.checkpoint}/hf"
-            )
+    yield from (message for is_wrong, message in _compare_tokenizers(run) if is_wrong)
 
 
 def note_tokenizers(run: RunSettings) -> Iterable[str]:
     """Corpora whose tokenizer may differ from the model's."""
-    for prefix, match in _tokenizer_matches(run):
-        if match is None:
-            yield f"the tokenizer of {prefix} is unknown: {manifest_path(prefix)} is missing"
-        elif match is Likeness.SAME_TOKENS:
-            yield f"{prefix} was made with a different tokenizer than the model's, but its token IDs mean the same"
-        elif match is Likeness.UNKNOWN:
-            yield f"cannot compare the tokenizer of {prefix} with the model's: {run.checkpoint}/hf has no tokenizer"
+    yield from (message for is_wrong, message in _compare_tokenizers(run) if not is_wrong)
 
 
 def check_validation_data(run: RunSettings) -> Iterable[str]:
@@ -113,8 +99,8 @@ def _blends(run: RunSettings) -> list[tuple[list[str], list[float] | None]]:
     return [part for part in (blend, *(per_split or ())) if part is not None]
 
 
-def _tokenizer_matches(run: RunSettings) -> Iterable[tuple[str, Likeness | UserError | None]]:
-    """Each corpus, and how its tokenizer compares with the model's; None if it has no manifest.
+def _compare_tokenizers(run: RunSettings) -> Iterable[tuple[bool, str]]:
+    """Whether a corpus cannot be used, and a message, for each whose tokenizer may not be the model's.
 
     Only rank 0 compares, because loading a tokenizer takes seconds.
     """
@@ -125,16 +111,25 @@ def _tokenizer_matches(run: RunSettings) -> Iterable[tuple[str, Likeness | UserE
     except _BLEND_ERRORS:
         return  # reported by `check_corpora`
     prefixes |= dict.fromkeys(item.partition("=")[2] for item in run.args.validation_data or [])
-    for prefix in prefixes:
-        if not prefix or not IndexedDataset.exists(prefix):
-            continue
+    hf = run.checkpoint / HF_FOLDER
+    for prefix in (prefix for prefix in prefixes if prefix and IndexedDataset.exists(prefix)):
         try:
             manifest = Manifest.read(prefix)
         except UserError as error:
-            yield prefix, error
+            yield True, str(error)
             continue
-        folder = run.checkpoint / HF_FOLDER
-        yield prefix, None if manifest is None else _compare(json.dumps(asdict(manifest.tokenizer)), folder)
+        messages = {
+            None: f"the tokenizer of {prefix} is unknown: {manifest_path(prefix)} is missing",
+            Likeness.SAME_TOKENS: f"{prefix} was made with another tokenizer than the model's, but its token IDs mean "
+            "the same",
+            Likeness.UNKNOWN: f"cannot compare the tokenizer of {prefix} with the model's: {hf} has no tokenizer",
+            Likeness.DIFFERENT: f"the token IDs of {prefix} are not the model's ({manifest_path(prefix)} names another "
+            f"tokenizer than {hf}); tokenize the text again with --tokenizer-type HuggingFaceTokenizer "
+            f"--tokenizer-model {hf}",
+        }
+        match = None if manifest is None else _compare(json.dumps(asdict(manifest.tokenizer)), hf)
+        if match in messages:
+            yield match is Likeness.DIFFERENT, messages[match]
 
 
 @functools.cache

@@ -4,8 +4,6 @@ from collections.abc import Iterable
 
 from moelpr.arguments import settings
 from moelpr.arguments.settings import FIXED_FOR_MOE, MOE_STAGES, RunSettings
-from moelpr.checkpoints import step_folder
-from moelpr.errors import UserError
 
 # Parts of the model's description that training may change.
 _FREE_SHAPE = ("attention_dropout", "hidden_dropout", "init_method_std")
@@ -81,16 +79,6 @@ def check_layers(run: RunSettings) -> Iterable[str]:
                 f"{run.checkpoint} must be a model with {name} {expected}, got {run.shape[name]}, which this trainer "
                 "cannot build; use another model"
             )
-
-
-def check_saved_step(run: RunSettings) -> Iterable[str]:
-    """The step to start from exists."""
-    if run.checkpoint is None:
-        return
-    try:
-        step_folder(run.checkpoint, run.step)
-    except UserError as error:
-        yield str(error)
 
 
 def check_unsupported_flags(run: RunSettings) -> Iterable[str]:

@@ -185,9 +185,9 @@ def _optimizer_settings(settings: Mapping[str, Any], layout: Layout) -> dict[str
 def check_schedule(run: RunSettings) -> Iterable[str]:
     """The learning-rate schedule is the one that was saved."""
     record, args = _record_of_stage(run), run.args
-    if record is None:
+    if record is None or args.no_load_optim:
         return
-    if args.no_load_optim or args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
+    if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
         return
     names = list(_SCHEDULE)
     if args.lr_decay_iters is None and args.lr_decay_samples is None:

@@ -45,10 +45,7 @@ class Layout:
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any], world_size: int, vpp: int) -> Self:
-        """The layout that parsed arguments (or the recipe.yaml of a run) describe.
-
-        Sizes below 1 count as 1, and so does a data-parallel size below 1.
-        """
+        """The layout that parsed arguments (or the recipe.yaml of a run) describe; sizes below 1 count as 1."""
 
         def size(name: str, default: int = 1) -> int:
             value = settings.get(f"{name}_parallel_size")
@@ -175,17 +172,13 @@ def _expert_problems(layout: Layout, moe: MoeSpec, shape: Mapping[str, Any], tor
     if not torch_grouped_gemm:
         return
     hidden, ffn = shape["hidden_size"], shape["ffn_hidden_size"]
-    if hidden % GROUPED_GEMM_ALIGNMENT:
-        yield (
-            f"the model's hidden size must be a multiple of {GROUPED_GEMM_ALIGNMENT} for grouped GEMM on a GPU, got "
-            f"{hidden}; use another model"
-        )
-    if ffn % layout.etp == 0 and ffn // layout.etp % GROUPED_GEMM_ALIGNMENT:
-        fix = f"use {_ETP} 1" if layout.etp > 1 and ffn % GROUPED_GEMM_ALIGNMENT == 0 else "use another model"
-        yield (
-            f"FFN rows per expert-tensor-parallel rank must be a multiple of {GROUPED_GEMM_ALIGNMENT} for grouped GEMM "
-            f"on a GPU, got {ffn // layout.etp} ({ffn} rows with {_ETP} {layout.etp}); {fix}"
-        )
+    per_rank = ffn // layout.etp if ffn % layout.etp == 0 else 0  # else `_tensor_problems` reports it
+    counts = {"the model's hidden size": hidden, "FFN rows per expert-tensor-parallel rank": per_rank}
+    for name, count in counts.items():
+        if count % GROUPED_GEMM_ALIGNMENT:
+            is_split = count != hidden and layout.etp > 1 and ffn % GROUPED_GEMM_ALIGNMENT == 0
+            fix = f"use {_ETP} 1" if is_split else "use another model"
+            yield f"{name} must be a multiple of {GROUPED_GEMM_ALIGNMENT} for grouped GEMM on a GPU, got {count}; {fix}"
 
 
 def _tensor_problems(tp: int, shape: Mapping[str, Any]) -> Iterator[str]:

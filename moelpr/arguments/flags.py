@@ -27,15 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Number of original experts per MoE layer; must match the checkpoint, as must Megatron's --num-experts, "
         "here the number of new experts (default: the checkpoint's).")  # fmt: skip
     add("--balance-loss-coeff", type=float, metavar="ALPHA",
-        help="Weight of the balance loss, on the scale of the paper's experiments; 0 disables it (default: 0.01 in "
-        "stage1, 0 in stage2).")  # fmt: skip
+        help="Weight of the balance loss, on the paper's scale; 0 disables it (default: 0.01; stage2: 0).")  # fmt: skip
     add("--lpr-loss-coeff", type=float, metavar="GAMMA",
-        help="Weight of the LPR (language priors routing) loss, the paper's gamma; 0 disables it (default: 0 in "
-        "stage1, 0.1 in stage2). Both losses can be combined: stage1 with GAMMA > 0 is the paper's one-stage ablation."
-        )  # fmt: skip
+        help="Weight of the LPR (language priors routing) loss; 0 disables it. With both losses, stage1 is the paper's "
+        "one-stage ablation (default: 0 in stage1, 0.1 in stage2).")  # fmt: skip
     add("--lpr-loss", choices=("paper", "reference"), default="paper",
-        help="Formula of the LPR loss: the paper's, or the published code's double softmax, for comparison (default: "
-        "%(default)s).")  # fmt: skip
+        help="LPR loss of the paper, or of the published code: a double softmax (default: %(default)s).")  # fmt: skip
     add("--train-everything", action="store_true",
         help="Freeze nothing: the paper's plain-MoE ablation, which loses the original languages.")  # fmt: skip
     add("--save-trained-only", action="store_true",
@@ -45,14 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--eval-interval steps, and at the end; --eval-iters N limits each evaluation to N global batches per corpus "
         "(default: the full corpus).")  # fmt: skip
     add("--warn-original-rise", type=float, default=10.0, metavar="PERCENT",
-        help="Warn if the stage1 loss on original-language text rises by more than PERCENT since the start; 0 disables "
-        "the warning (default: %(default)s).")  # fmt: skip
+        help="Warn if the stage1 loss on original-language text rises by more than PERCENT since the start; 0 never "
+        "warns (default: %(default)s).")  # fmt: skip
     add("--warn-expert-share", type=float, default=1.0, metavar="PERCENT",
-        help="Warn if an expert receives less than PERCENT of tokens; 0 disables the warning (default: %(default)s)."
-        )  # fmt: skip
+        help="Warn if an expert gets less than PERCENT of tokens; 0 never warns (default: %(default)s).")  # fmt: skip
     add("--warn-lpr-fall", type=float, default=1.0, metavar="PERCENT",
-        help="Warn if the LPR loss falls by less than PERCENT since the start; 0 disables the warning (default: "
-        "%(default)s).")  # fmt: skip
+        help="Warn if the LPR loss falls by less than PERCENT since the start; 0 never warns (default: %(default)s)."
+        )  # fmt: skip
     add("--warn-window", type=int, default=50, metavar="STEPS",
         help="Number of steps averaged per warning check (default: %(default)s).")  # fmt: skip
     add("--fp32", action="store_true", help="Train in fp32 (default: bf16 on a GPU, fp32 on a CPU).")

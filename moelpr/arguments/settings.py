@@ -115,19 +115,12 @@ class RunSettings:
         return self.checkpoint in own and not self.args.finetune
 
     @property
-    def virtual_stages(self) -> int:
-        """Virtual pipeline stages per rank; 1 if there are none or their number is invalid."""
-        if self.args.num_virtual_stages_per_pipeline_rank is not None:
-            return max(1, self.args.num_virtual_stages_per_pipeline_rank)
-        per_stage = self.args.num_layers_per_virtual_pipeline_stage
-        stages = self.args.pipeline_model_parallel_size
-        if not per_stage or not self.shape or per_stage < 1 or stages < 1:
-            return 1
-        return max(1, self.shape["num_layers"] // stages // per_stage)
-
-    @property
     def layout(self) -> Layout:
-        return Layout.from_settings(vars(self.args), self.world_size, self.virtual_stages)
+        """The parallel layout; sizes that are invalid count as 1."""
+        vpp, layers = self.args.num_virtual_stages_per_pipeline_rank, self.args.num_layers_per_virtual_pipeline_stage
+        if vpp is None and layers is not None and layers >= 1:
+            vpp = self.shape.get("num_layers", 1) // max(1, self.args.pipeline_model_parallel_size) // layers
+        return Layout.from_settings(vars(self.args), self.world_size, vpp or 1)
 
     def flag(self, name: str) -> str:
         """The flag of an argument, as recipe or command line spell it."""
@@ -184,8 +177,7 @@ def _checkpoint_folder(args: argparse.Namespace) -> Path:
             return Path(folder)
     if args.pretrained_checkpoint is None:
         raise UserError(
-            "no checkpoint to start from; pass --pretrained-checkpoint DIR "
-            "(checkpoint_convert/hf_to_mcore.py makes one from a Hugging Face model)"
+            "a checkpoint is required; pass --pretrained-checkpoint DIR (checkpoint_convert/hf_to_mcore.py makes one)"
         )
     raise UserError(
         f"--pretrained-checkpoint {args.pretrained_checkpoint} is not a Megatron checkpoint: {TRACKER_FILE} is "
@@ -250,10 +242,7 @@ def _shape_flags(spec: ModelSpec, parser: Parser) -> list[str]:
     for name, value in shape_of(spec).items():
         actions = parser.actions_of(name)
         if not actions:
-            raise UserError(
-                f"model_spec.json contains {name}, which this version of Megatron does not support; convert the model "
-                "again"
-            )
+            raise UserError(f"model_spec.json has {name}, which Megatron does not support; convert the model again")
         if value is None or value == actions[0].default:
             continue
         switch = next((action for action in actions if action.nargs == 0 and action.const == value), None)

@@ -32,13 +32,8 @@ _TABLE_HEADER = (
 
 def main() -> None:
     args = _parser().parse_args()
-    workload = Workload(
-        stage=args.stage,
-        seq_length=args.seq_length or PAPER_SEQ_LENGTH[args.stage],
-        micro_batch_size=args.micro_batch_size,
-        global_batch_size=args.global_batch_size,
-        dtype=args.dtype,
-    )
+    seq_length = args.seq_length or PAPER_SEQ_LENGTH[args.stage]
+    workload = Workload(args.stage, seq_length, args.micro_batch_size, args.global_batch_size, args.dtype)
     cluster = _cluster(args)
     layers = args.moe_layers, args.moe_every_k_layers
     spec = with_new_experts(*read_base(args.hf_path), args.num_new_experts, args.topk, *layers)
@@ -120,15 +115,12 @@ def _rank_as_json(rank: RankMemory) -> dict[str, int]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m moelpr.plan",
-        description="List the layouts of an upcycled model that fit on a cluster, with memory per rank, and recommend "
-        "one. Requires only the model's config.json.",
+        description=(__doc__ or "").splitlines()[0],
     )
     count, gib, gib_or_0 = _at_least(1, int), _at_least(0.001, float), _at_least(0, float)
     add = parser.add_argument
-    add("--hf-path", type=Path, required=True, metavar="DIR",
-        help="Hugging Face model directory; only config.json is read (required)")  # fmt: skip
-    add("--num-new-experts", type=int, required=True, metavar="N",
-        help="number of new experts per MoE layer, in addition to the original experts (required)")  # fmt: skip
+    add("--hf-path", type=Path, required=True, metavar="DIR", help="directory with the model's config.json (required)")
+    add("--num-new-experts", type=int, required=True, metavar="N", help="new experts per MoE layer (required)")
     add("--gpus", type=count, required=True, metavar="G", help="total number of GPUs (required)")
     add("--gpu-memory-gib", type=gib, required=True, metavar="GIB", help="memory per GPU, in GiB (required)")
     add("--gpus-per-node", type=count, default=8, metavar="G", help="GPUs per node (default: %(default)s)")
@@ -144,8 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--stage", choices=tuple(PAPER_SEQ_LENGTH), default="stage1", help="training stage (default: %(default)s)")
     lengths = ", ".join(f"{length} in {stage}" for stage, length in PAPER_SEQ_LENGTH.items())
     add("--seq-length", type=count, metavar="TOKENS", help=f"tokens per sequence (default: the paper's, {lengths})")
-    add("--micro-batch-size", type=count, default=1, metavar="SEQUENCES",
-        help="sequences per micro-batch (default: %(default)s)")  # fmt: skip
+    add("--micro-batch-size", type=count, default=1, metavar="N", help="sequences per micro-batch (default: 1)")
     add("--global-batch-size", type=count, default=PAPER_GLOBAL_BATCH_SIZE, metavar="SEQUENCES",
         help="sequences per step (default: the paper's, %(default)s)")  # fmt: skip
     add("--dtype", choices=("bf16", "fp32"), default="bf16", help="dtype of the weights (default: %(default)s)")

@@ -1,7 +1,8 @@
 """The layouts that fit a cluster and their costs, in order of preference; if none fits, the error says what would."""
 
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from moelpr.errors import UserError
@@ -71,33 +72,31 @@ def fitting(spec: ModelSpec, workload: Workload, cluster: Cluster) -> list[Candi
     """
     if problem := next(layout_problems(Layout(), 1, spec, *workload.lengths), None):
         raise UserError(problem)  # true of every layout
-    parts = model_parts(spec)
-    found = list(_candidates(spec, parts, workload, cluster.gpus, cluster.gpus_per_node))
+    found = list(_candidates(spec, workload, cluster))
     if not found:
         raise UserError(_no_layout(spec, workload, cluster))
     fits = [candidate for candidate in found if candidate.peak.total_bytes <= cluster.usable_bytes]
     if not fits:
-        raise UserError(_too_little_memory(spec, parts, workload, cluster, found))
+        raise UserError(_too_little_memory(spec, workload, cluster, found))
     return sorted(
         fits, key=lambda one: preference(one.layout, one.relative_time, cluster.gpus_per_node, sum(one.traffic))
     )
 
 
-def legal_layouts(spec: ModelSpec, workload: Workload, gpus: int, gpus_per_node: int) -> Iterator[PlannedLayout]:
-    """Yield every layout of `gpus` ranks that the trainer accepts and whose tensor-parallel groups stay inside a node.
+def legal_layouts(spec: ModelSpec, workload: Workload, cluster: Cluster) -> Iterator[PlannedLayout]:
+    """Yield every layout of all GPUs that the trainer accepts and whose tensor-parallel groups stay inside a node.
 
     Pipeline stages have equally many layers; context parallelism and virtual stages are not planned.
     """
     assert spec.moe is not None
-    for tp in divisors(gpus):
-        if leaves_node(tp, gpus, gpus_per_node):
+    for tp in divisors(cluster.gpus):
+        if leaves_node(tp, cluster.gpus, cluster.gpus_per_node):
             continue
-        for pp in divisors(gpus // tp):
-            for ep in divisors(spec.moe.num_new_experts):
-                for etp in sorted({1, tp}):
-                    layout = PlannedLayout(tp, pp, ep, etp, dp=gpus // (tp * pp))
-                    if not any(layout_problems(layout, gpus, spec, *workload.lengths)):
-                        yield from (PlannedLayout(tp, pp, ep, etp, layout.dp, recompute=each) for each in RECOMPUTES)
+        for pp in divisors(cluster.gpus // tp):
+            for ep, etp in itertools.product(divisors(spec.moe.num_new_experts), sorted({1, tp})):
+                layout = PlannedLayout(tp, pp, ep, etp, dp=cluster.gpus // (tp * pp))
+                if not any(layout_problems(layout, cluster.gpus, spec, *workload.lengths)):
+                    yield from (replace(layout, recompute=each) for each in RECOMPUTES)
 
 
 def leaves_node(group: int, gpus: int, gpus_per_node: int) -> bool:
@@ -138,9 +137,7 @@ def expert_traffic(
     A fraction (EP - 1)/EP of the rows of new experts leaves the rank (new experts are chosen equally often). Each row
     is sent with its gate weight in fp32 and returned as a row; the backward pass does the same, and a recomputed MoE
     layer repeats the forward pass. With ETP > 1 each rank gathers the rows of ETP ranks (for the original experts each
-    token once, with its m gate weights) and scatters the sums.
-
-    `routing` is `Routing.uniform` by default.
+    token once, with its m gate weights) and scatters the sums. `routing` is `Routing.uniform` by default.
     """
     assert spec.moe is not None
     routing = routing or Routing.uniform(spec.moe)
@@ -177,39 +174,34 @@ def preference(layout: PlannedLayout, time: float, gpus_per_node: int, traffic_b
     )
 
 
-def _candidates(
-    spec: ModelSpec, parts: Parts, workload: Workload, gpus: int, gpus_per_node: int
-) -> Iterator[Candidate]:
-    for layout in legal_layouts(spec, workload, gpus, gpus_per_node):
+def _candidates(spec: ModelSpec, workload: Workload, cluster: Cluster) -> Iterator[Candidate]:
+    parts = model_parts(spec)
+    for layout in legal_layouts(spec, workload, cluster):
         memories, traffic = stage_memories(spec, parts, layout, workload), expert_traffic(spec, layout, workload)
         yield Candidate(layout, memories, traffic, relative_time(spec, parts, layout, workload))
 
 
 def _no_layout(spec: ModelSpec, workload: Workload, cluster: Cluster) -> str:
-    def works(gpus: int) -> bool:
-        return any(legal_layouts(spec, workload, gpus, cluster.gpus_per_node))
-
-    sizes = _cluster_sizes(cluster.gpus_per_node)
-    near = [next(size for size in reversed(sizes) if size < cluster.gpus and works(size))]  # one GPU always works
-    near += [size for size in sizes if size > cluster.gpus and works(size)][:1]
+    smaller, larger = (
+        (str(one.gpus) for one in clusters if any(legal_layouts(spec, workload, one)))
+        for clusters in _other_sizes(cluster)
+    )
+    near = [next(smaller), *itertools.islice(larger, 1)]  # one GPU always works
     micro_batches = workload.global_batch_size // workload.micro_batch_size
     return (
         f"no layout divides the model's layers and heads and {micro_batches} micro-batches per step over "
-        f"{cluster.gpus} GPUs; use --gpus {' or '.join(map(str, near))}, or a --global-batch-size that is a multiple "
+        f"{cluster.gpus} GPUs; use --gpus {' or '.join(near)}, or a --global-batch-size that is a multiple "
         "of the number of GPUs"
     )
 
 
-def _too_little_memory(
-    spec: ModelSpec, parts: Parts, workload: Workload, cluster: Cluster, found: list[Candidate]
-) -> str:
+def _too_little_memory(spec: ModelSpec, workload: Workload, cluster: Cluster, found: list[Candidate]) -> str:
     least = min(candidate.peak.total_bytes for candidate in found) / GIB
     enough_gib = -(-(least + cluster.reserve_gib) * 10 // 1) / 10
     fix = f"use --gpu-memory-gib {enough_gib:g} or more"
-    for gpus in (size for size in _cluster_sizes(cluster.gpus_per_node) if size > cluster.gpus):
-        larger = _candidates(spec, parts, workload, gpus, cluster.gpus_per_node)
-        if any(candidate.peak.total_bytes <= cluster.usable_bytes for candidate in larger):
-            fix += f", or --gpus {gpus}"
+    for larger in _other_sizes(cluster)[1]:
+        if any(one.peak.total_bytes <= cluster.usable_bytes for one in _candidates(spec, workload, larger)):
+            fix += f", or --gpus {larger.gpus}"
             break
     return (
         f"no layout fits on {cluster.gpus} GPUs: the smallest needs {least:.1f} GiB per rank and "
@@ -217,6 +209,9 @@ def _too_little_memory(
     )
 
 
-def _cluster_sizes(gpus_per_node: int) -> list[int]:
-    """Part of a node, then full nodes."""
-    return [*range(1, gpus_per_node), *(gpus_per_node * nodes for nodes in range(1, _MOST_NODES + 1))]
+def _other_sizes(cluster: Cluster) -> tuple[list[Cluster], list[Cluster]]:
+    """Smaller and larger clusters, nearest first: part of a node, and full nodes."""
+    node = cluster.gpus_per_node
+    sizes = [replace(cluster, gpus=gpus) for gpus in [*range(1, node), *range(node, _MOST_NODES * node + 1, node)]]
+    smaller = [size for size in reversed(sizes) if size.gpus < cluster.gpus]
+    return smaller, [size for size in sizes if size.gpus > cluster.gpus]

@@ -61,10 +61,8 @@ class Routing:
     @classmethod
     def uniform(cls, moe: MoeSpec) -> "Routing":
         """All experts are chosen equally often, on every rank."""
-        return cls(
-            original_rows=moe.topk * moe.num_original_experts / moe.num_experts,
-            new_rows=moe.topk * moe.num_new_experts / moe.num_experts,
-        )
+        rows, experts = moe.topk, moe.num_experts
+        return cls(rows * moe.num_original_experts / experts, rows * moe.num_new_experts / experts)
 
 
 @dataclass(frozen=True)
@@ -244,7 +242,8 @@ class _Activations:
             outside += hidden  # the router's input
             inside = self._experts()
         else:
-            inside = self._dense_ffn() if needs_gradient else 0.0
+            values = 2 if self.workload.kernels.fused_swiglu else 3  # gate, up and silu(gate)
+            inside = self.all_tokens * values * self.ffn * self.element if needs_gradient else 0.0
         if self.layout.recompute == "full":
             # A norm that keeps its input without an fp32 copy shares it with the checkpointed layer input.
             shared = hidden if self.norm_element == self.element else 0.0
@@ -274,10 +273,6 @@ class _Activations:
         inputs = self.hidden + self.expert_ffn if is_stage1 else 0  # of the weights that need a gradient
         new = (2 * self.expert_ffn + inputs) * self.element + _INT64 + _FP32
         return self.tokens * choices + self.original_rows * original + self.new_rows * new
-
-    def _dense_ffn(self) -> float:
-        between = 2 if self.workload.kernels.fused_swiglu else 3  # silu(gate) in addition to gate and up
-        return self.all_tokens * between * self.ffn * self.element
 
     def _head(self) -> float:
         # Softmax, target mask, targets, and the loss masks used for logging.

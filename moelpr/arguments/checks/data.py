@@ -120,8 +120,7 @@ def _compare_tokenizers(run: RunSettings) -> Iterable[tuple[bool, str]]:
             continue
         messages = {
             None: f"the tokenizer of {prefix} is unknown: {manifest_path(prefix)} is missing",
-            Likeness.SAME_TOKENS: f"{prefix} was made with another tokenizer than the model's, but its token IDs mean "
-            "the same",
+            Likeness.SAME_TOKENS: f"{prefix} has another tokenizer than the model, but its token IDs mean the same",
             Likeness.UNKNOWN: f"cannot compare the tokenizer of {prefix} with the model's: {hf} has no tokenizer",
             Likeness.DIFFERENT: f"the token IDs of {prefix} are not the model's ({manifest_path(prefix)} names another "
             f"tokenizer than {hf}); tokenize the text again with --tokenizer-type HuggingFaceTokenizer "

@@ -90,7 +90,7 @@ def check_virtual_stages(run: RunSettings) -> Iterable[str]:
             f"pipeline stage; use {one_of(divisors(layers_per_stage))}"
         )
     group = run.args.microbatch_group_size_per_vp_stage or stages
-    if run.virtual_stages == 1 or micro is None or micro < 1 or group < 1:
+    if run.layout.vpp == 1 or micro is None or micro < 1 or group < 1:
         return
     step = micro * run.layout.dp
     batch = step if batch is None else batch

@@ -75,10 +75,7 @@ def check_layers(run: RunSettings) -> Iterable[str]:
     """The model has the layers that this trainer builds."""
     for name, expected in _LAYERS.items():
         if run.shape and run.shape[name] != expected:
-            yield (
-                f"{run.checkpoint} must be a model with {name} {expected}, got {run.shape[name]}, which this trainer "
-                "cannot build; use another model"
-            )
+            yield f"{run.checkpoint} must have {name} {expected}, got {run.shape[name]}; use another model"
 
 
 def check_unsupported_flags(run: RunSettings) -> Iterable[str]:
@@ -114,10 +111,7 @@ def check_transformer_engine(run: RunSettings) -> Iterable[str]:
     args = run.args
     is_local = args.transformer_impl == "local"
     if args.dataloader_inter_document_masking and not is_local:
-        yield (
-            "--dataloader-inter-document-masking does not support Transformer Engine yet; add --transformer-impl "
-            "local, or remove it"
-        )
+        yield "--dataloader-inter-document-masking does not support Transformer Engine; add --transformer-impl local"
     flags = {
         "--context-parallel-size": is_local and args.context_parallel_size > 1,
         "--attention-dropout": is_local and args.attention_dropout > 0,

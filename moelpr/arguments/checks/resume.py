@@ -13,13 +13,11 @@ from typing import Any
 
 from moelpr.arguments.settings import RunSettings, shape_of
 from moelpr.errors import UserError
-from moelpr.families.families import family_named
-from moelpr.families.tables import pieces
 from moelpr.layouts import Layout
 from moelpr.model_spec import ModelSpec
-from moelpr.plan.memory import MASTER_BYTES, MOMENT_BYTES, WEIGHT_BYTES
+from moelpr.plan.memory import MASTER_BYTES, MOMENT_BYTES, WEIGHT_BYTES, model_parts
 from moelpr.run_folder import TRACKER_FILE
-from moelpr.stages import part_of, trained_parts
+from moelpr.stages import trained_parts
 
 # What has to match for optimizer state to load: always; and if it was saved with --use-distributed-optimizer but
 # without --dist-ckpt-optim-fully-reshardable, as the flat buffers of one layout. Everything else may change. Taken from
@@ -42,8 +40,8 @@ _NEW_RUN = "to start a new run from it, pass it as --pretrained-checkpoint and c
 
 def check_load_folder(run: RunSettings) -> Iterable[str]:
     """Without it Megatron would start from --pretrained-checkpoint without a message."""
-    load, save = run.args.load, run.args.save
-    if load and load != save and run.checkpoint not in (None, Path(load)):
+    load = run.args.load
+    if load and load != run.args.save and run.checkpoint not in (None, Path(load)):
         yield (
             f"--load {load} contains no checkpoint ({TRACKER_FILE} is missing), so the run would start from "
             f"{run.checkpoint}; use another folder, or remove --load"
@@ -64,10 +62,7 @@ def check_save_folder(run: RunSettings) -> Iterable[str]:
 
 
 def check_save_disk(run: RunSettings) -> Iterable[str]:
-    """--save can be written, and at least one checkpoint fits: checked now, not hours later.
-
-    Quotas, and what others write meanwhile, cannot be checked.
-    """
+    """--save can be written, and a checkpoint fits; quotas, and what others write meanwhile, cannot be checked."""
     if run.args.save is None:
         return
     save = Path(run.args.save)
@@ -96,10 +91,9 @@ def checkpoint_bytes(args: argparse.Namespace, spec: ModelSpec) -> int:
     master = MASTER_BYTES["bf16" if args.use_distributed_optimizer else dtype]
     state = 0 if args.no_save_optim else master + MOMENT_BYTES
     total = 0
-    for piece in pieces(family_named(spec.family).table, spec):
-        is_trained = part_of(piece.key) in trained
-        weights = 0 if args.save_trained_only and not is_trained else WEIGHT_BYTES[dtype]
-        total += sum(map(math.prod, piece.hf_shapes)) * (weights + (state if is_trained else 0))
+    for (_, part), numel in model_parts(spec).items():
+        is_saved = part in trained or not args.save_trained_only
+        total += numel * (WEIGHT_BYTES[dtype] * is_saved + state * (part in trained))
     return total
 
 
@@ -137,15 +131,12 @@ def check_resumed_model(run: RunSettings) -> Iterable[str]:
     except UserError:
         return  # moved or deleted since, and no longer needed
     there, here = ({"family": spec.family} | shape_of(spec) for spec in (other, run.spec))
-    differences = [
-        f"{name} {there.get(name)} there, {here.get(name)} in the run"
-        for name in there | here
-        if there.get(name) != here.get(name)
-    ]
-    if differences:
+    names = [name for name in there | here if there.get(name) != here.get(name)]
+    if names:
+        differences = "; ".join(f"{name} {there.get(name)} there, {here.get(name)} in the run" for name in names)
         yield (
-            f"{run.checkpoint} is a run of another model than --pretrained-checkpoint {start} ("
-            f"{'; '.join(differences)}); change --save, or remove --pretrained-checkpoint to resume"
+            f"{run.checkpoint} is a run of another model than --pretrained-checkpoint {start} ({differences}); change "
+            "--save, or remove --pretrained-checkpoint to resume"
         )
 
 
@@ -154,9 +145,8 @@ def check_optimizer_state(run: RunSettings) -> Iterable[str]:
     record = _record_of_stage(run)
     if record is None or run.args.no_load_optim or record.get("no_save_optim"):
         return
-    old_layout = Layout.from_settings(
-        record, record.get("world_size", 1), record.get("virtual_pipeline_model_parallel_size") or 1
-    )
+    vpp = record.get("virtual_pipeline_model_parallel_size") or 1
+    old_layout = Layout.from_settings(record, record.get("world_size", 1), vpp)
     before, now = _optimizer_settings(record, old_layout), _optimizer_settings(vars(run.args), run.layout)
     by_buffer = record.get("use_distributed_optimizer") and not record.get("dist_ckpt_optim_fully_reshardable")
     names = _ALWAYS + _FOR_BUFFERS if by_buffer else _ALWAYS
@@ -195,9 +185,8 @@ def check_schedule(run: RunSettings) -> Iterable[str]:
     if changed := [name for name in names if name in run.explicit_args and record.get(name) != getattr(args, name)]:
         yield (
             f"{run.checkpoint} was trained with {_as_flags(changed, record)}, on which its learning-rate schedule "
-            f"depends, not {_as_flags(changed, vars(args))}; keep the old values, or "
-            "add --override-opt-param-scheduler to use the new schedule from here, or "
-            "--use-checkpoint-opt-param-scheduler to keep the old one"
+            f"depends, not {_as_flags(changed, vars(args))}; keep the old values, use the new schedule from here with "
+            "--override-opt-param-scheduler, or the old one with --use-checkpoint-opt-param-scheduler"
         )
 
 

@@ -9,7 +9,7 @@ import pytest
 from moelpr.layouts import RECOMPUTES, PlannedLayout
 from moelpr.megatron_patches import cpu, megatron_fixes
 from moelpr.model_spec import ModelSpec, MoeSpec
-from moelpr.plan.candidates import bubble, expert_traffic, legal_layouts, preference, relative_time
+from moelpr.plan.candidates import Cluster, bubble, expert_traffic, legal_layouts, preference, relative_time
 from moelpr.plan.memory import Routing, Workload, model_parts
 from tests.unit.conftest import SHAPE as TINY_SHAPE
 from tests.unit.plan.conftest import ROUTING
@@ -108,7 +108,8 @@ SIX_LAYERS = ModelSpec("qwen2", "float32", SHAPE, MoeSpec(4, 2, (0, 1, 2, 3, 4, 
 def layouts_of(
     gpus: int, gpus_per_node: int = 8, global_batch_size: int = 8, seq_length: int = 64
 ) -> list[PlannedLayout]:
-    return list(legal_layouts(SIX_LAYERS, Workload("stage1", seq_length, 1, global_batch_size), gpus, gpus_per_node))
+    workload = Workload("stage1", seq_length, 1, global_batch_size)
+    return list(legal_layouts(SIX_LAYERS, workload, Cluster(gpus, gpus_per_node, 80, 8)))
 
 
 def test_layouts_of_eight_ranks() -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moelpr import yaml_files
-from moelpr.arguments import resolved_settings
+from moelpr.arguments.settings import resolved_settings
 from moelpr.checkpoints import step_name
 from moelpr.files import write_text
 from moelpr.megatron_patches import hooks

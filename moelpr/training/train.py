@@ -10,7 +10,7 @@ from megatron.training import get_args, pretrain, print_rank_0
 from megatron.training.argument_utils import core_transformer_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.models.gpt import GPTModelConfig
 
-from moelpr.arguments import parse_arguments, refused_by_megatron
+from moelpr.arguments.parse import parse_arguments, refused_by_megatron
 from moelpr.data.dataset import TaggedGPTDataset, dataset_config
 from moelpr.data.epoch_table import epoch_table
 from moelpr.megatron_patches import megatron_fixes

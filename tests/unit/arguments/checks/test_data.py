@@ -170,7 +170,7 @@ def test_invalid_validation_corpora_are_rejected(upcycled: str, problems, tmp_pa
         (["--split", "90,10,0"], "--split and --validation-data "),
         (["--full-validation"], "--full-validation and --validation-data "),
         (["--eval-interval", "0"], "--eval-interval must be at least 1, got 0"),
-        (["--eval-iters", "-1"], "--eval-iters must be at least 1, or 0 "),
+        (["--eval-iters", "-1"], "--eval-iters must be at least 0, got -1"),
     ],
 )
 def test_flags_that_conflict_with_validation_corpora_are_rejected(

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from moelpr.families.base_model import read_base, with_new_experts
 
 from moelpr.arguments.checks import find_problems
 from moelpr.arguments.checks.resume import checkpoint_bytes, format_bytes
 from moelpr.arguments.flags import all_arguments
 from moelpr.arguments.settings import RunSettings
+from moelpr.families.families import read_base, with_new_experts
 from moelpr.plan.__main__ import main as plan
 
 RECIPES = Path(__file__).parents[2] / "launch" / "recipes"

@@ -9,13 +9,14 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from moelpr.report.runs import Run, read_run
@@ -24,15 +25,10 @@ from moelpr.run_metrics import Record
 
 _BARS = "▁▂▃▄▅▆▇█"
 _VALUES = {
-    "loss": "lm_loss",
-    "loss, original": "lm_loss_original",
-    "loss, expanded": "lm_loss_expanded",
-    "balance": "balance_loss",
-    "LPR": "lpr_loss",
-    "grad norm": "grad_norm",
-    "tokens/s": "tokens_per_s",
+    "loss": "lm_loss", "loss, original": "lm_loss_original", "loss, expanded": "lm_loss_expanded",
+    "balance": "balance_loss", "LPR": "lpr_loss", "grad norm": "grad_norm", "tokens/s": "tokens_per_s",
     "memory, GiB": "peak_memory_gib",
-}
+}  # fmt: skip
 _KEPT = 2000  # steps in the sparklines at most
 
 
@@ -46,15 +42,22 @@ def show(folder: Path, interval_s: float, once: bool) -> None:
         UserError: the folder has no metrics.jsonl, or a damaged one.
     """
     console = Console()
-    try:
-        if once:
-            console.print(View(read_run(folder)).drawing())
-        elif console.is_terminal:
-            _draw(folder, console, interval_s)
-        else:
-            _write_lines(folder, interval_s)
-    except KeyboardInterrupt:
-        pass  # the usual way to leave
+    if once:
+        console.print(View(read_run(folder)).drawing())
+        return
+    drawn = Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext()
+    view: View | None = None
+    with suppress(KeyboardInterrupt), drawn as live:  # Ctrl-C is the usual way to leave
+        for run, records in follow(folder, interval_s):
+            if view is None and not live:
+                print(View(run).headline(), flush=True)
+            view = view if view and view.run is run else View(run)
+            for record in records:
+                view.add(record)
+                if not live:
+                    print(line(record), flush=True)
+            if live:
+                live.update(view.drawing(), refresh=True)
 
 
 class View:
@@ -99,7 +102,8 @@ class View:
         return Group(*parts)
 
     def _values(self) -> Table:
-        table = _table(("", "left"), ("now", "right"), ("history", "left"))
+        table = _table("", "now", "history")
+        table.columns[2].justify = "left"
         for name, key in _VALUES.items():
             values = [record[key] for record in self.recent if record.get(key) is not None]
             if values:
@@ -109,10 +113,7 @@ class View:
 
     def _languages(self) -> Table:
         first, newest = self.validations[0], self.validations[-1]
-        table = _table(
-            (f"held out, step {newest['iteration']:,}", "left"), ("", "right"),
-            (f"since step {first['iteration']:,}", "right"),
-        )  # fmt: skip
+        table = _table(f"held out, step {newest['iteration']:,}", "", f"since step {first['iteration']:,}")
         for language, result in newest["languages"].items():
             for unit, value in _bits(result)[:1]:
                 start = first["languages"].get(language, {}).get(unit)
@@ -121,11 +122,9 @@ class View:
         return table
 
 
-def _table(*columns: tuple[str, Any]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for name, justify in columns:
-        table.add_column(name, justify=justify, no_wrap=True)
-    return table
+def _table(name: str, *numbers: str) -> Table:
+    columns = [Column(number, justify="right", no_wrap=True) for number in numbers]
+    return Table(Column(name, no_wrap=True), *columns, box=None, pad_edge=False, header_style="dim")
 
 
 def _bits(result: Record) -> list[tuple[str, float]]:
@@ -166,10 +165,12 @@ def follow(folder: Path, interval_s: float) -> Iterator[tuple[Run, list[Record]]
     """
     path = folder / METRICS_FILE
     while True:
-        position = path.stat().st_size if path.exists() else 0
+        size = path.stat().st_size if path.exists() else 0
         run = read_run(folder)
         with path.open("rb") as file:
-            file.seek(_after_last_line(file, position))
+            near_end = max(0, size - (1 << 20))
+            file.seek(near_end)
+            file.seek(near_end + file.read(size - near_end).rfind(b"\n") + 1)  # where a half-written line begins
             while path.stat().st_ino == os.fstat(file.fileno()).st_ino and path.stat().st_size >= file.tell():
                 is_finished = (folder / FINISHED_FILE).exists()  # before reading, so that the last records are read
                 yield run, list(_new_records(file))
@@ -178,43 +179,10 @@ def follow(folder: Path, interval_s: float) -> Iterator[tuple[Run, list[Record]]
                 time.sleep(interval_s)
 
 
-def _after_last_line(file: Any, size: int) -> int:
-    """Where the half-written last line begins, or the end."""
-    start = max(0, size - (1 << 20))
-    file.seek(start)
-    return start + file.read(size - start).rfind(b"\n") + 1
-
-
-def _new_records(file: Any) -> Iterator[Record]:
-    while True:
-        start = file.tell()
-        text = file.readline()
-        if not text.endswith(b"\n"):
-            file.seek(start)  # still being written
-            return
-        try:
+def _new_records(file: BinaryIO) -> Iterator[Record]:
+    while (text := file.readline()).endswith(b"\n"):
+        with suppress(ValueError):
             record = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and "iteration" in record:
-            yield record
-
-
-def _draw(folder: Path, console: Console, interval_s: float) -> None:
-    view: View | None = None
-    with Live(console=console, auto_refresh=False) as live:
-        for run, records in follow(folder, interval_s):
-            view = view if view and view.run is run else View(run)
-            for record in records:
-                view.add(record)
-            live.update(view.drawing(), refresh=True)
-
-
-def _write_lines(folder: Path, interval_s: float) -> None:
-    is_first = True
-    for run, records in follow(folder, interval_s):
-        if is_first:
-            print(View(run).headline(), flush=True)
-            is_first = False
-        for record in records:
-            print(line(record), flush=True)
+            if isinstance(record, dict) and "iteration" in record:
+                yield record
+    file.seek(-len(text), os.SEEK_CUR)  # still being written

@@ -294,9 +294,9 @@ def percent(change: float, digits: int = 1) -> str:
     return f"{100 * change:+.{digits}f}%".replace("-", "\u2212") if math.isfinite(change) else "unavailable"
 
 
-def finite_mean(values: Iterable[float]) -> float:
+def finite_mean(values: Iterable[float | None]) -> float:
     """Mean of the finite numbers; NaN if there is none."""
-    known = [value for value in values if math.isfinite(value)]
+    known = [value for value in values if value is not None and math.isfinite(value)]
     return sum(known) / len(known) if known else math.nan
 
 

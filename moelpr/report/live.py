@@ -7,7 +7,6 @@ import json
 import math
 import os
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from datetime import timedelta
@@ -43,83 +42,65 @@ def show(folder: Path, interval_s: float, once: bool) -> None:
     """
     console = Console()
     if once:
-        console.print(View(read_run(folder)).drawing())
+        console.print(drawing(read_run(folder)))
         return
     drawn = Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext()
-    view: View | None = None
+    is_first = True
     with suppress(KeyboardInterrupt), drawn as live:  # Ctrl-C is the usual way to leave
         for run, records in follow(folder, interval_s):
-            if view is None and not live:
-                print(View(run).headline(), flush=True)
-            view = view if view and view.run is run else View(run)
+            if is_first and not live:
+                print(headline(run), flush=True)
+            is_first = False
             for record in records:
-                view.add(record)
+                add(run, record)
                 if not live:
                     print(line(record), flush=True)
             if live:
-                live.update(view.drawing(), refresh=True)
+                live.update(drawing(run), refresh=True)
 
 
-class View:
-    """What is known of a run, from its start to its newest record."""
+def add(run: Run, record: Record) -> None:
+    """Add a record to the run unless it is there; without numbers per layer, which the view does not show."""
+    metrics, event = run.metrics, record.get("event")
+    if event == "warning" and record not in metrics.warnings:
+        metrics.warnings.append(record)
+    elif event == "validation":
+        metrics.validations.append(record)
+    elif event is None and record["iteration"] > run.step:
+        metrics.steps.append({name: value for name, value in record.items() if not isinstance(value, list)})
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.recent = deque(run.metrics.steps, _KEPT)
-        self.validations = run.metrics.validations[:1] + run.metrics.validations[1:][-1:]  # the first and the newest
-        self.warnings = deque(run.metrics.warnings, 5)
 
-    def add(self, record: Record) -> None:
-        event = record.get("event")
-        if event == "warning" and record not in self.warnings:
-            self.warnings.append(record)
-        elif event == "validation":
-            self.validations = [*self.validations[:1], record]
-        elif event is None and record["iteration"] > self.last.get("iteration", 0):
-            self.recent.append(record)
+def headline(run: Run) -> str:
+    """Folder, stage, step and time left."""
+    done = f" ({run.step / run.num_steps:.0%})" if run.num_steps else ""
+    parts = [f"{run.folder}", run.stage, f"step {run.progress}{done}"]
+    if run.time_left_s:
+        parts.append(f"{timedelta(seconds=int(run.time_left_s))} left")
+    return "  ".join(parts)
 
-    @property
-    def last(self) -> Record:
-        return self.recent[-1] if self.recent else {}
 
-    def headline(self) -> str:
-        step, total = self.last.get("iteration", 0), self.run.num_steps
-        parts = [f"{self.run.folder}", str(self.last.get("stage", self.run.stage)), f"step {step:,}"]
-        if total:
-            parts[-1] += f" of {total:,} ({step / total:.0%})"
-            times = [record["step_time_s"] for record in self.recent if record.get("step_time_s")][-50:]
-            if times and step < total:
-                parts.append(f"{timedelta(seconds=int((total - step) * sum(times) / len(times)))} left")
-        return "  ".join(parts)
-
-    def drawing(self) -> RenderableType:
-        parts: list[RenderableType] = [Text(self.headline(), style="bold"), self._values()]
-        if self.validations:
-            parts.append(self._languages())
-        for record in self.warnings:
-            # The word "warning" is there because color alone would not do.
-            parts.append(Text(f"warning, step {record['iteration']:,}: {record.get('message', '')}", style="yellow"))
-        return Group(*parts)
-
-    def _values(self) -> Table:
-        table = _table("", "now", "history")
-        table.columns[2].justify = "left"
-        for name, key in _VALUES.items():
-            values = [record[key] for record in self.recent if record.get(key) is not None]
-            if values:
-                now = f"{values[-1]:.4g}" if values[-1] < 1e4 else f"{values[-1]:,.0f}"
-                table.add_row(name, now, sparkline(values))
-        return table
-
-    def _languages(self) -> Table:
-        first, newest = self.validations[0], self.validations[-1]
+def drawing(run: Run) -> RenderableType:
+    """Headline, values with their history, held-out languages and the last warnings."""
+    values = _table("", "now", "history")
+    for name, key in _VALUES.items():
+        history = [record[key] for record in run.metrics.steps[-_KEPT:] if record.get(key) is not None]
+        if history:
+            now = f"{history[-1]:.4g}" if history[-1] < 1e4 else f"{history[-1]:,.0f}"
+            values.add_row(name, now, sparkline(history))
+    parts: list[RenderableType] = [Text(headline(run), style="bold"), values]
+    if run.metrics.validations:
+        first, newest = run.metrics.validations[0], run.metrics.validations[-1]
         table = _table(f"held out, step {newest['iteration']:,}", "", f"since step {first['iteration']:,}")
         for language, result in newest["languages"].items():
             for unit, value in _bits(result)[:1]:
                 start = first["languages"].get(language, {}).get(unit)
                 change = f"{value / start - 1:+.1%}" if start else ""
                 table.add_row(f"{language} ({result.get('group')})", f"{value:.3f} {unit.replace('_', ' ')}", change)
-        return table
+        parts.append(table)
+    for record in run.metrics.warnings[-5:]:
+        # The word "warning" is there because color alone would not do.
+        parts.append(Text(f"warning, step {record['iteration']:,}: {record.get('message', '')}", style="yellow"))
+    return Group(*parts)
 
 
 def _table(name: str, *numbers: str) -> Table:

@@ -60,23 +60,18 @@ class Report:
 
 def _sections(report: Report, judgments: Sequence[Judgment], held_out: Results) -> list[Section]:
     runs, evaluation = report.runs, report.evaluation
-    summary = Text(_summary(runs, evaluation, held_out), "summary")
-    outcome = [*_verdict(judgments, report.claims.note), *_change_figure(evaluation)]
     return [
-        Section("", [summary, *outcome, _state_table(runs), *_warnings(runs)]),
-        Section("Learned and forgotten, per language", _language_tables(evaluation, held_out)),
+        Section("", [*_overview(report, judgments, held_out)]),
+        Section("Learned and forgotten, per language", [*_language_tables(evaluation, held_out)]),
         Section("Claims", _claims_table(report.claims, judgments)),
         Section("Checks", _checks_table(report)),
         Section("Routing: original or new experts", _routing(runs, evaluation)),
         Section("Curves", _curves(runs)),
         Section("Continuations", _continuations(evaluation)),
         Section("Cost", [_cost_table(runs)]),
-        Section("Settings", [page.Facts(_facts(report)), *_recipes(runs)]),
-        Section("How to repeat it", _commands(runs)),
+        Section("Settings", [*_settings(report)]),
+        Section("How to repeat it", [*_commands(runs)]),
     ]
-
-
-# ----------------------------------------------------------------------------------------------- title and outcome
 
 
 def _title(runs: Sequence[Run], claims: Claims, judgments: Sequence[Judgment]) -> str:
@@ -109,61 +104,51 @@ def _summary(runs: Sequence[Run], evaluation: Results, held_out: Results) -> str
     return f"Bits per {unit} {source}, {last} against {first}: {'; '.join(parts)}. Lower is better."
 
 
-def _verdict(judgments: Sequence[Judgment], note: str) -> list[Block]:
-    if not judgments:
-        return []
-    missed = [judgment for judgment in judgments if not judgment.ok]
-    details = f": {len(judgments) - len(missed)} of {len(judgments)}{'; these are not' if missed else ''}."
-    items = [f"{language_name(m.language) or m.name}: {m.found}; claim: {m.claim}" for m in missed]
-    finding = "Not every claim is shown" if missed else "Every claim is shown"
-    return [page.Verdict(finding, details, items), *([Text(note)] if note else [])]
-
-
-def _change_figure(results: Results) -> list[Block]:
-    if len(results.models) < 2:
-        return []
-    reference, *models = results.models
-    rows: dict[str, dict[str, plots.Interval | None]] = {}
-    for group, members in results.rows().items():
-        rows |= {GROUP_NAMES[group].capitalize(): {}} if group else {}
-        rows |= {language_name(row): {model: results.change(model, row) for model in models} for row in members}
-    title = "Change in bits per byte on held-out text"
-    caption = f"{title} against {reference}, with 95% intervals. A hollow bar is unclear: its interval contains 0."
-    return [page.Figure([plots.change_chart(title, rows, axis=f"bits per byte against {reference}")], caption)]
-
-
-def _state_table(runs: Sequence[Run]) -> Table:
+def _overview(report: Report, judgments: Sequence[Judgment], held_out: Results) -> Iterator[Block]:
+    """The outcome in a few words, and what state the runs are in."""
+    results, runs = report.evaluation, report.runs
+    yield Text(_summary(runs, results, held_out), "summary")
+    if judgments:
+        missed = [judgment for judgment in judgments if not judgment.ok]
+        details = f": {len(judgments) - len(missed)} of {len(judgments)}{'; these are not' if missed else ''}."
+        items = [f"{language_name(m.language) or m.name}: {m.found}; claim: {m.claim}" for m in missed]
+        yield page.Verdict("Not every claim is shown" if missed else "Every claim is shown", details, items)
+        if report.claims.note:
+            yield Text(report.claims.note)
+    if len(results.models) > 1:
+        reference, *models = results.models
+        changes: dict[str, dict[str, plots.Interval | None]] = {}
+        for group, members in results.rows().items():
+            changes |= {GROUP_NAMES[group].capitalize(): {}} if group else {}
+            changes |= {language_name(row): {model: results.change(model, row) for model in models} for row in members}
+        title = "Change in bits per byte on held-out text"
+        note = f"{title} against {reference}, with 95% intervals. A hollow bar is unclear: its interval contains 0."
+        yield page.Figure([plots.change_chart(title, changes, axis=f"bits per byte against {reference}")], note)
     rows = []
     for run in runs:
         left = f", {_duration(run.time_left_s)} left" if run.state == "running" and run.time_left_s else ""
         loss = _number(run.last.get("lm_loss"), "{:.3f}")
         rows.append([run.name, run.stage, run.state + left, run.progress, loss, str(len(run.metrics.warnings))])
-    return Table(["run", "stage", "state", "steps", "last loss", "warnings"], rows, text_columns=[1, 2])
-
-
-def _warnings(runs: Sequence[Run]) -> list[Block]:
-    found = [
+    yield Table(["run", "stage", "state", "steps", "last loss", "warnings"], rows, text_columns=[1, 2])
+    warnings = [
         f"{run.name}, step {record['iteration']:,}: {record.get('message', '')}"
         for run in runs
         for record in run.metrics.warnings
     ]
-    more = f" The first {MAX_WARNINGS} of {len(found)}." if len(found) > MAX_WARNINGS else ""
-    title = f"{_count(len(found), 'warning')} during training."
-    return [page.Verdict(title, more, found[:MAX_WARNINGS])] if found else []
+    if warnings:
+        more = f" The first {MAX_WARNINGS} of {len(warnings)}." if len(warnings) > MAX_WARNINGS else ""
+        title = f"{_count(len(warnings), 'warning')} during training."
+        yield page.Verdict(title, more, warnings[:MAX_WARNINGS])
 
 
-# ----------------------------------------------------------------------------------------- results per language
-
-
-def _language_tables(evaluation: Results, held_out: Results) -> list[Block]:
+def _language_tables(evaluation: Results, held_out: Results) -> Iterator[Block]:
     """Evaluated models with intervals, and the runs' own held-out text."""
-    blocks: list[Block] = []
     if evaluation.bits:
         note = (
             f"Bits per byte on held-out documents, with the change against {evaluation.models[0]}; lower is better. In "
             "brackets 95% intervals, bootstrap over documents. A change whose interval contains 0 may be chance."
         )
-        blocks.append(_results_table("evaluated", evaluation, note))
+        yield _results_table("evaluated", evaluation, note)
     if held_out.bits:
         since = f", with the change from {held_out.models[0]}" if held_out.has_start else ""
         note = (
@@ -171,13 +156,12 @@ def _language_tables(evaluation: Results, held_out: Results) -> list[Block]:
             "better. No intervals: one pass over one text. The evaluation scores each document separately, so "
             "its numbers differ."
         )
-        blocks.append(_results_table("held out while training", held_out, note))
-    return blocks or [
-        Text(
+        yield _results_table("held out while training", held_out, note)
+    if not evaluation.bits and not held_out.bits:
+        yield Text(
             "There are no results per language: train with --validation-data LANG=PREFIX, or evaluate the exports "
             "(python -m moelpr.evaluate) and pass the results to this report with --evaluation FILE."
         )
-    ]
 
 
 def _results_table(title: str, results: Results, note: str) -> Table:
@@ -187,18 +171,14 @@ def _results_table(title: str, results: Results, note: str) -> Table:
         for row in members:
             is_mean = row.startswith("mean ")
             name = "mean" if is_mean else language_name(row) + " (bits per token)" * (row in results.per_token)
-            rows.append(Row([name, *(_result(results, m, row) for m in results.models)], "mean" if is_mean else ""))
+            cells = []
+            for model in results.models:
+                value, change = results.value(model, row), results.change(model, row)
+                text = value.text("{:.3f}".format) if math.isfinite(value.value) else "–"
+                is_compared = model != results.models[0] and results.has_start and math.isfinite(change.value)
+                cells.append(Cell(text, change.text(plots.percent), change.value) if is_compared else Cell(text))
+            rows.append(Row([name, *cells], "mean" if is_mean else ""))
     return Table([title, *results.models], rows, note)
-
-
-def _result(results: Results, model: str, row: str) -> Cell:
-    value, change = results.value(model, row), results.change(model, row)
-    if not math.isfinite(value.value):
-        return Cell("–")
-    text = value.text("{:.3f}".format)
-    if model == results.models[0] or not results.has_start or not math.isfinite(change.value):
-        return Cell(text)
-    return Cell(text, change.text(plots.percent), change.value)
 
 
 def _claims_table(claims: Claims, judgments: Sequence[Judgment]) -> list[Block]:
@@ -242,9 +222,6 @@ def _continuations(evaluation: Results) -> list[Block]:
         for language, sample in evaluation.continuations.items()
     ]  # fmt: skip
     return [Text(note, "note"), *samples] if samples else []
-
-
-# ---------------------------------------------------------------------------------------------- curves and routing
 
 
 def _curves(runs: Sequence[Run]) -> list[Block]:
@@ -347,9 +324,6 @@ def _heat_map_figure(panels: Sequence[plots.Panel], caption: str) -> page.Figure
     return page.Figure(maps, caption, Table(["first choice is an original expert", *names], rows))
 
 
-# ------------------------------------------------------------------------------------------------ cost and settings
-
-
 def _cost_table(runs: Sequence[Run]) -> Table:
     rows = [
         [
@@ -366,7 +340,7 @@ def _cost_table(runs: Sequence[Run]) -> Table:
     return Table(["run", "tokens", "training time", "tokens/s", "memory per rank", "ranks"], rows, note)
 
 
-def _facts(report: Report) -> dict[str, dict[str, str]]:
+def _settings(report: Report) -> Iterator[Block]:
     facts = {title: {name: str(value) for name, value in values.items()} for title, values in report.facts.items()}
     for run in report.runs:
         values = {name: run.settings.get(name) for name in _SETTINGS}
@@ -376,31 +350,22 @@ def _facts(report: Report) -> dict[str, dict[str, str]]:
             for name, value in values.items()
             if value is not None and value != []
         }
-    return facts
+    yield page.Facts(facts)
+    for run in report.runs:
+        if run.settings:
+            text = "\n".join(f"{name}: {value}" for name, value in run.settings.items() if value is not None)
+            yield page.Code(text, f"Every setting of {run.name} with its final value", folded=True)
 
 
-def _recipes(runs: Sequence[Run]) -> list[Block]:
-    blocks: list[Block] = []
-    for run in (run for run in runs if run.settings):
-        text = "\n".join(f"{name}: {value}" for name, value in run.settings.items() if value is not None)
-        blocks.append(page.Code(text, f"Every setting of {run.name} with its final value", folded=True))
-    return blocks
-
-
-def _commands(runs: Sequence[Run]) -> list[Block]:
-    blocks: list[Block] = []
-    for run in (run for run in runs if run.arguments):
-        ranks = f"--nproc-per-node {run.num_ranks} " if (run.num_ranks or 1) > 1 else ""
-        command = f"python -m moelpr.torchrun --standalone {ranks}-m moelpr.pretrain {shlex.join(run.arguments)}"
-        lines = f".venv/bin/{command}".replace(" --", " \\\n    --")
-        blocks.append(page.Code(lines, f"{run.name}, from the repository's folder, with another --save:"))
+def _commands(runs: Sequence[Run]) -> Iterator[Block]:
+    for run in runs:
+        if run.arguments:
+            ranks = f"--nproc-per-node {run.num_ranks} " if (run.num_ranks or 1) > 1 else ""
+            command = f"python -m moelpr.torchrun --standalone {ranks}-m moelpr.pretrain {shlex.join(run.arguments)}"
+            lines = f".venv/bin/{command}".replace(" --", " \\\n    --")
+            yield page.Code(lines, f"{run.name}, from the repository's folder, with another --save:")
     if missing := ", ".join(run.name for run in runs if not run.arguments):
-        text = f"No command line was recorded for {missing}; recipe.yaml has every setting."
-        blocks.append(Text(text, "note"))
-    return blocks
-
-
-# ------------------------------------------------------------------------------------------------------------ JSON
+        yield Text(f"No command line was recorded for {missing}; recipe.yaml has every setting.", "note")
 
 
 def _numbers(report: Report, title: str, judgments: Sequence[Judgment], held_out: Results) -> dict[str, Any]:

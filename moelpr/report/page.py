@@ -69,9 +69,11 @@ class Row:
     cells: Sequence[str | Cell | Sequence[Cell]]
     kind: Literal["", "group", "mean"] = ""
 
-    def lines(self, index: int) -> list[Cell]:
-        cell = self.cells[index]
-        return [Cell(cell)] if isinstance(cell, str) else [cell] if isinstance(cell, Cell) else list(cell)
+    @property
+    def lines(self) -> list[list[Cell]]:
+        """The lines of every cell."""
+        cells = [Cell(cell) if isinstance(cell, str) else cell for cell in self.cells]
+        return [[cell] if isinstance(cell, Cell) else list(cell) for cell in cells]
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,6 @@ class Table:
     @property
     def full_rows(self) -> list[Row]:
         return [row if isinstance(row, Row) else Row(row) for row in self.rows]
-
-    @property
-    def words(self) -> set[int]:
-        return {0, *self.text_columns}
 
 
 @dataclass(frozen=True)
@@ -215,11 +213,11 @@ def _aligned_table(table: Table, escape: Callable[[str], str], bold: str = "") -
     """Columns as wide as their widest cell; numbers to the right."""
     rows = [list(map(escape, table.head))]
     for row in table.full_rows:
-        cells = ["<br>".join(_line(cell, escape) for cell in row.lines(index)) for index in range(len(row.cells))]
+        cells = ["<br>".join(_line(cell, escape) for cell in lines) for lines in row.lines]
         cells = [f"{bold}{cell}{bold}" if row.kind and cell else cell for cell in cells]
         rows.append(cells + [""] * (len(table.head) - len(cells)))
     widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
-    is_text = [index in table.words for index in range(len(widths))]
+    is_text = [index in (0, *table.text_columns) for index in range(len(widths))]
     rows.insert(1, ["-" * w if text else "-" * (w - 1) + ":" for w, text in zip(widths, is_text, strict=True)])
     forms = [f"{{:{'<' if text else '>'}{width}}}" for width, text in zip(widths, is_text, strict=True)]
     return "\n".join(f"| {' | '.join(forms)} |".format(*row) for row in rows)

@@ -115,31 +115,35 @@ def line_chart(title: str, curves: Sequence[Curve], *, as_percent: bool = False,
     Returns:
         The SVG; "" if no curve has two points.
     """
-    drawn = [(number, curve.name, _thin(curve)) for number, curve in enumerate(curves) if len(curve.y) >= 2]
+    drawn = [(number, curve, *_thin(curve)) for number, curve in enumerate(curves) if len(curve.y) >= 2]
     if not drawn:
         return ""
-    lines = [_running_mean(points.mean) if smooth else points.mean for *_, points in drawn]
-    names = [name for _, name, _ in drawn]
+    names = [curve.name for _, curve, *_ in drawn]
     num_columns = 2 if max(map(len, names)) > 14 else 3
     header = 24 + 18 * math.ceil(len(names) / num_columns) * any(names)
     figure = Figure(figsize=(452 / 72, (header + 188) / 72))
     axes = figure.add_axes((46 / 452, 38 / (header + 188), 396 / 452, 144 / (header + 188)))
     axes.set_title(title, x=-46 / 396, pad=header - 12, fontsize=13)
-    for order, ((number, name, points), line) in enumerate(zip(drawn, lines, strict=True)):
+    shown, described = [], []
+    for order, (number, curve, x, mean, low, high) in enumerate(drawn):
         color = SERIES[number % len(SERIES)]
-        if points.size > 1:
-            there, back = np.append(points.x, points.x[::-1]), np.append(points.high, points.low[::-1])
-            axes.fill(there, back, color=color, alpha=0.18, lw=0)
+        if len(x) < len(curve.x):
+            axes.fill([*x, *x[::-1]], [*high, *low[::-1]], color=color, alpha=0.18, lw=0)
         elif smooth:
-            axes.plot(points.x, points.mean, color=color, alpha=0.28, linewidth=1)
+            axes.plot(x, mean, color=color, alpha=0.28, linewidth=1)
+        line = _running_mean(mean) if smooth else mean
         spacing = max(1, len(line) // 5)
         axes.plot(
-            points.x, line, label=name, color=color, linestyle=_DASHES[number % len(_DASHES)], linewidth=2,
+            x, line, label=curve.name, color=color, linestyle=_DASHES[number % len(_DASHES)], linewidth=2,
             marker=_MARKERS[number % len(_MARKERS)] if len(drawn) > 1 else None,
             markevery=(spacing * order // len(drawn), spacing),  # apart from the markers of the other curves
         )  # fmt: skip
-    axes.set_xlim(min(points.x[0] for *_, points in drawn), max(points.x[-1] for *_, points in drawn))
-    axes.set_ylim((0, 1) if as_percent else _y_range(lines, [points for *_, points in drawn] if smooth else []))
+        # The outermost twentieths of the faint lines may be cut off.
+        shown += [*line, *([np.percentile(low, 5), np.percentile(high, 95)] if smooth else [])]
+        described.append(f"{curve.name or 'value'} from {line[0]:.3g} to {line[-1]:.3g}")
+    margin = 0.06 * (max(shown) - min(shown)) or 0.5
+    axes.set_xlim(min(x[0] for _, _, x, *_ in drawn), max(x[-1] for _, _, x, *_ in drawn))
+    axes.set_ylim((0, 1) if as_percent else (min(shown) - margin, max(shown) + margin))
     axes.set_xlabel("training step", loc="right", labelpad=1)
     axes.grid(axis="y")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -148,8 +152,7 @@ def line_chart(title: str, curves: Sequence[Curve], *, as_percent: bool = False,
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}" if as_percent else _tick_label(value))
     if any(names):
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=num_columns, borderaxespad=0.3)
-    ends = [f"{name or 'value'} from {line[0]:.3g} to {line[-1]:.3g}" for name, line in zip(names, lines, strict=True)]
-    return _to_svg(figure, title, ", ".join(ends))
+    return _to_svg(figure, title, ", ".join(described))
 
 
 def thinning_note(curves: Iterable[Curve]) -> str:
@@ -308,37 +311,19 @@ def _tick_label(value: float) -> str:
     return f"{value:.3g}".replace("-", "\u2212")
 
 
-class _Points(NamedTuple):
-    """A curve thinned to at most MAX_POINTS points, each with mean, minimum and maximum of `size` steps."""
-
-    x: Array
-    mean: Array
-    low: Array
-    high: Array
-    size: int
-
-
-def _thin(curve: Curve) -> _Points:
-    size = math.ceil(len(curve.x) / MAX_POINTS)
-    starts = np.arange(0, len(curve.x), size)
+def _thin(curve: Curve) -> tuple[Array, Array, Array, Array]:
+    """At most MAX_POINTS points of a curve: x, mean, minimum and maximum of the steps that each represents."""
+    starts = np.arange(0, len(curve.x), math.ceil(len(curve.x) / MAX_POINTS))
     counts = np.diff(np.append(starts, len(curve.x)))
     x, y = np.asarray(curve.x, float), np.asarray(curve.y, float)
-    x_mean, y_mean = np.add.reduceat(x, starts) / counts, np.add.reduceat(y, starts) / counts
-    return _Points(x_mean, y_mean, np.minimum.reduceat(y, starts), np.maximum.reduceat(y, starts), size)
+    means = np.add.reduceat(x, starts) / counts, np.add.reduceat(y, starts) / counts
+    return *means, np.minimum.reduceat(y, starts), np.maximum.reduceat(y, starts)
 
 
 def _running_mean(values: Array) -> Array:
     """Mean over about a twentieth of the curve around each point, at the ends over the part that exists."""
     window = np.ones(2 * (len(values) // 40) + 1)
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
-
-
-def _y_range(lines: Sequence[Array], faint: Sequence[_Points]) -> tuple[float, float]:
-    """Range of the strong lines, and of the faint ones except their outermost twentieths, which may be cut off."""
-    low = min([*map(np.min, lines), *(np.percentile(points.low, 5) for points in faint)])
-    high = max([*map(np.max, lines), *(np.percentile(points.high, 95) for points in faint)])
-    margin = 0.06 * (high - low) or 0.5
-    return low - margin, high + margin
 
 
 def _width(texts: Iterable[str], size: float) -> float:

@@ -62,14 +62,10 @@ class Run:
         return f"{self.step:,} of {self.num_steps:,}" if self.num_steps else f"{self.step:,}"
 
     @property
-    def step_time_s(self) -> float | None:
-        return self._median("step_time_s")
-
-    @property
     def tokens_per_s(self) -> float | None:
-        return self._median("tokens_per_s")
+        return self.median("tokens_per_s")
 
-    def _median(self, key: str) -> float | None:
+    def median(self, key: str) -> float | None:
         """Over all steps except the first, which includes the start of the program."""
         values = [record[key] for record in self.metrics.steps[1:] if record.get(key)]
         return statistics.median(values) if values else None
@@ -77,7 +73,7 @@ class Run:
     @property
     def time_left_s(self) -> float:
         """Until the last step; 0 if unknown."""
-        return max(0, (self.num_steps or 0) - self.step) * (self.step_time_s or 0.0)
+        return max(0, (self.num_steps or 0) - self.step) * (self.median("step_time_s") or 0.0)
 
     @property
     def training_time_s(self) -> float:
@@ -91,7 +87,7 @@ class Run:
     @property
     def state(self) -> str:
         """finished, running or stopped."""
-        patience = max(_STALE_S, 20 * (self.step_time_s or 0.0))
+        patience = max(_STALE_S, 20 * (self.median("step_time_s") or 0.0))
         return "finished" if self.is_finished else "running" if self.last_record_age_s < patience else "stopped"
 
 
@@ -101,9 +97,12 @@ def read_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; pass the folder of a run, which --save named")
     if not metrics_file.exists():
-        runs = sorted(str(path.parent) for path in folder.glob(f"*/{METRICS_FILE}"))
-        remedy = f"use `python -m moelpr.report {' '.join(runs)}`" if runs else "pass a run that has made a step"
-        raise UserError(f"{folder} contains {'runs, but ' if runs else ''}no {METRICS_FILE}; {remedy}")
+        runs = " ".join(sorted(str(path.parent) for path in folder.glob(f"*/{METRICS_FILE}")))
+        if runs:
+            raise UserError(
+                f"{folder} is a folder of runs, without {METRICS_FILE}; use `python -m moelpr.report {runs}`"
+            )
+        raise UserError(f"{folder} contains no {METRICS_FILE}; pass the folder of a run that has made a step")
     command = read_json(folder / COMMAND_FILE) or {}
     return Run(
         folder,

@@ -51,21 +51,16 @@ def report_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="run folder (--save of the trainer), in the order of training"
     )
-    parser.add_argument(
-        "--evaluation", nargs="+", type=Path, default=[], metavar="FILE",
-        help="JSON files of `python -m moelpr.evaluate`: results with intervals and routing, per language",
-    )  # fmt: skip
-    parser.add_argument(
-        "--verification", nargs="+", type=Path, default=[], metavar="FILE",
-        help="outputs of `checkpoint_convert/verify.py --json`",
-    )  # fmt: skip
-    parser.add_argument(
-        "--claims", type=Path, metavar="FILE",
-        help="YAML file of claims to judge by the evaluation (see examples/demo-claims.yaml)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--facts", type=Path, metavar="FILE", help="YAML or JSON file of other facts to show: title -> name -> value"
-    )
+    for flag, text in (
+        ("--evaluation", "JSON files of `python -m moelpr.evaluate`: results with intervals and routing, per language"),
+        ("--verification", "outputs of `checkpoint_convert/verify.py --json`"),
+    ):
+        parser.add_argument(flag, nargs="+", type=Path, default=[], metavar="FILE", help=text)
+    for flag, text in (
+        ("--claims", "YAML file of claims to judge by the evaluation (see examples/demo-claims.yaml)"),
+        ("--facts", "YAML or JSON file of other facts to show: title -> name -> value"),
+    ):
+        parser.add_argument(flag, type=Path, metavar="FILE", help=text)
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write to (default: the last RUN)")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser

@@ -27,13 +27,7 @@ ORIGINAL, EXPANDED = ("en", "es", "zh"), ("el", "hu", "tr")
 # Model in the evaluation -> run folder.
 MODELS = {"base": "base", "full_finetune": "full-finetune", "stage1": "stage1", "stage2": "stage2"}
 VOCABULARY = 4096
-BASE_SHAPE = {
-    "hidden-size": 256,
-    "num-layers": 6,
-    "ffn-hidden-size": 768,
-    "num-attention-heads": 4,
-    "num-query-groups": 2,
-}
+BASE_SHAPE = "--hidden-size 256 --num-layers 6 --ffn-hidden-size 768 --num-attention-heads 4 --num-query-groups 2"
 NUM_NEW_EXPERTS, TOPK = 4, 2
 # The base saw a little text of the expanded languages, as real bases have.
 BASE_BLEND = {"original": 10, "expanded": 1}
@@ -68,12 +62,13 @@ class Demo:
         self.logs.mkdir(parents=True, exist_ok=True)
 
     def step(self, name: str, *command: str | Path, **variables: str) -> None:
-        """Run one command unless it is done; if it fails, stop the demo with its last lines of output."""
+        """Run a launcher, or Python with these arguments, unless it is done; a failure stops the demo."""
         mark, log = self.logs / f"{name}.json", self.logs / f"{name}.log"
         if mark.exists():
             print(f"[{self._clock()}] {name}: already done")
             return
         words = [str(word) for word in command]
+        words = words if words[0].endswith(".sh") else [sys.executable, *words]
         settings = " ".join(f"{key}={value} " for key, value in variables.items())
         shown = settings + shlex.join(word.removeprefix(f"{ROOT}/") for word in words) + f" >{log}"
         print(f"[{self._clock()}] {name}\n    {shown}", flush=True)
@@ -95,26 +90,21 @@ class Demo:
         return f"{minutes:2d}:{seconds:02d}"
 
 
-def python(*words: str | Path) -> list[str | Path]:
-    return [sys.executable, *words]
-
-
 def prepare_data(demo: Demo, cache: Path | None) -> None:
     """Real text in six languages, a tokenizer for all six, one tagged corpus per language group."""
     run = demo.run
     where = ["--cache", cache] if cache else []
-    demo.step("corpus", *python("data_tools/demo_corpus.py", "--output", run / "corpus", *where))
-    train_files = [run / "corpus" / f"train.{language}.jsonl" for language in (*ORIGINAL, *EXPANDED)]
+    demo.step("corpus", "data_tools/demo_corpus.py", "--output", run / "corpus", *where)
+    train_files = {name: run / "corpus" / f"train.{name}.jsonl" for name in (*ORIGINAL, *EXPANDED)}
     demo.step(
         "tokenizer",
-        *python("data_tools/demo_tokenizer.py", "--input", *train_files, "--output", run / "tokenizer"),
+        *("data_tools/demo_tokenizer.py", "--input", *train_files.values(), "--output", run / "tokenizer"),
         *("--vocab-size", str(VOCABULARY), "--overwrite"),
     )
     for group, languages in (("original", ORIGINAL), ("expanded", EXPANDED)):
         demo.step(
             f"preprocess-{group}",
-            *python("data_tools/preprocess_data.py", "--input"),
-            *(run / "corpus" / f"train.{language}.jsonl" for language in languages),
+            *("data_tools/preprocess_data.py", "--input", *(train_files[name] for name in languages)),
             *("--output-prefix", run / "data" / group, "--tokenizer-type", "HuggingFaceTokenizer"),
             *("--tokenizer-model", run / "tokenizer", "--append-eod", "--language", group),
             *("--workers", "2", "--overwrite"),
@@ -123,92 +113,68 @@ def prepare_data(demo: Demo, cache: Path | None) -> None:
 
 def train_base(demo: Demo) -> None:
     """Train a dense Qwen2 from scratch with the same trainer; its export is used as if it had been downloaded."""
-    run = demo.run
-    shape = [word for name, value in BASE_SHAPE.items() for word in (f"--{name}", str(value))]
-    demo.step(
-        "untrained",
-        *python("examples/untrained_qwen2.py", "--tokenizer", run / "tokenizer", "--save", run / "untrained-hf"),
-        *(*shape, "--overwrite"),
-    )
-    convert(demo, "convert-untrained", run / "untrained-hf", run / "untrained", "--dense")
-    train(demo, "base", "dense", run / "untrained", BASE_BLEND)
-    export(demo, "base")
+    save = demo.run / "untrained-hf"
+    words = ["--tokenizer", demo.run / "tokenizer", "--save", save, *BASE_SHAPE.split(), "--overwrite"]
+    demo.step("untrained", "examples/untrained_qwen2.py", *words)
+    convert(demo, "convert-untrained", save, demo.run / "untrained", "--dense")
+    train(demo, "base", "dense", demo.run / "untrained", BASE_BLEND)
 
 
 def full_finetune(demo: Demo) -> None:
     """The usual alternative: train all parameters of the base on the text of stage 1, for as many tokens."""
     convert(demo, "convert-dense", demo.run / "base-hf", demo.run / "dense", "--dense")
     train(demo, "full-finetune", "dense", demo.run / "dense", {"expanded": 1})
-    export(demo, "full-finetune")
 
 
 def two_stages(demo: Demo) -> None:
     """Upcycle, post-pretrain and review; export each stage as a stock Hugging Face model; verify three conversions."""
     run = demo.run
     base = run / "base-hf"
-    held_out = [held_out_file(run, language) for language in (*ORIGINAL, *EXPANDED)]
+    held_out = held_out_files(run).values()
     experts = ("--num-new-experts", str(NUM_NEW_EXPERTS), "--topk", str(TOPK))
     demo.step(
         "plan",
-        *python("-m", "moelpr.plan", "--hf-path", base, *experts, "--gpus", "2", "--gpu-memory-gib", "8"),
+        *("-m", "moelpr.plan", "--hf-path", base, *experts, "--gpus", "2", "--gpu-memory-gib", "8"),
         *("--seq-length", "128", "--dtype", "fp32"),
     )
     convert(demo, "upcycle", base, run / "upcycled", *experts)
-    verify(demo, "check-upcycled", "--frozen", base, run / "upcycled", "--text", *held_out)
+    verify = ("checkpoint_convert/verify.py", "--json")
+    demo.step("check-upcycled", *verify, "--frozen", base, run / "upcycled", "--text", *held_out)
     train(demo, "stage1", "stage1", run / "upcycled", {"expanded": 1})
-    export(demo, "stage1")
     train(demo, "stage2", "stage2", run / "stage1", REVIEW_BLEND)
-    export(demo, "stage2")
-    verify(demo, "check-frozen", "--frozen", base, run / "stage2-hf")
-    verify(demo, "check-export", run / "stage2", run / "stage2-hf", "--text", *held_out)
+    demo.step("check-frozen", *verify, "--frozen", base, run / "stage2-hf")
+    demo.step("check-export", *verify, run / "stage2", run / "stage2-hf", "--text", *held_out)
 
 
 def convert(demo: Demo, name: str, hf_path: Path, save: Path, *options: str) -> None:
-    demo.step(
-        name,
-        *python("checkpoint_convert/hf_to_mcore.py", "--hf-path", hf_path, "--save", save, *options, "--overwrite"),
-    )
+    words = ("--hf-path", hf_path, "--save", save, *options, "--overwrite")
+    demo.step(name, "checkpoint_convert/hf_to_mcore.py", *words)
 
 
 def train(demo: Demo, name: str, stage: str, start: Path, blend: dict[str, float]) -> None:
-    data = [
-        word for group, weight in blend.items() for word in (str(weight), demo.run / "data" / f"{group}_text_document")
-    ]
+    """Train on one rank if the machine has one GPU, otherwise on two: on two GPUs or two CPU cores. Then export."""
+    import torch
+
+    run, data = demo.run, demo.run / "data"
     demo.step(
         name,
         *(f"launch/{stage}.sh", "--recipe", RECIPES / f"demo-{name}.yaml", "--pretrained-checkpoint", start),
-        *("--data-path", *data, "--save", demo.run / name),
-        NPROC_PER_NODE=str(_num_ranks()),
+        *("--data-path", *(word for group in blend for word in (str(blend[group]), data / f"{group}_text_document"))),
+        *("--save", run / name),
+        NPROC_PER_NODE=str(min(torch.cuda.device_count(), 2) or 2),
     )
+    words = ("--load", run / name, "--save", run / f"{name}-hf", "--overwrite")
+    demo.step(f"export-{name}", "checkpoint_convert/mcore_to_hf.py", *words)
 
 
-def _num_ranks() -> int:
-    """One rank on a machine with one GPU, otherwise two: on two GPUs or on two CPU cores."""
-    import torch
-
-    return min(torch.cuda.device_count(), 2) or 2
-
-
-def export(demo: Demo, name: str) -> None:
-    save = demo.run / f"{name}-hf"
-    demo.step(
-        f"export-{name}",
-        *python("checkpoint_convert/mcore_to_hf.py", "--load", demo.run / name, "--save", save, "--overwrite"),
-    )
-
-
-def verify(demo: Demo, name: str, *words: str | Path) -> None:
-    demo.step(name, *python("checkpoint_convert/verify.py", *words, "--json"))
-
-
-def held_out_file(run: Path, language: str) -> Path:
-    return run / "corpus" / f"validation.{language}.jsonl"
+def held_out_files(run: Path) -> dict[str, Path]:
+    return {name: run / "corpus" / f"validation.{name}.jsonl" for name in (*ORIGINAL, *EXPANDED)}
 
 
 def evaluate(demo: Demo) -> None:
     """Bits per byte, routing and continuations of the four models on held-out text."""
     run = demo.run
-    text = [word for name in (*ORIGINAL, *EXPANDED) for word in ("--data", f"{name}={held_out_file(run, name)}")]
+    text = [word for name, path in held_out_files(run).items() for word in ("--data", f"{name}={path}")]
     text += ["--original-languages", ",".join(ORIGINAL), "--sequence-length", "128", "--context", "32"]
     text += ["--device", "cpu", "--output", str(run / "evaluation")]
     for command, models, options in (
@@ -217,14 +183,14 @@ def evaluate(demo: Demo) -> None:
     ):
         named = [word for model in models for word in ("--model", f"{model}={run / MODELS[model]}-hf")]
         name = "evaluate" if command == "text" else f"evaluate-{command}"
-        demo.step(name, *python("-m", "moelpr.evaluate", command, *named, *text, *options))
+        demo.step(name, "-m", "moelpr.evaluate", command, *named, *text, *options)
 
 
 def report(demo: Demo) -> None:
     run = demo.run
     facts = {
         "Demo": {
-            "base model": f"Qwen2, {', '.join(f'{name} {value}' for name, value in BASE_SHAPE.items())}",
+            "base model": f"Qwen2 {BASE_SHAPE}",
             "vocabulary": VOCABULARY,
             "data of the base": _blend(BASE_BLEND),
             "data of stage 2": _blend(REVIEW_BLEND),
@@ -237,7 +203,7 @@ def report(demo: Demo) -> None:
         temporary.write_text(dump(facts), encoding="utf-8")
     demo.step(
         "report",
-        *python("-m", "moelpr.report", *(run / folder for folder in MODELS.values())),
+        *("-m", "moelpr.report", *(run / folder for folder in MODELS.values())),
         *("--evaluation", run / "evaluation" / "results.json"),
         *("--verification", *(demo.logs / f"check-{name}.log" for name in ("upcycled", "frozen", "export"))),
         *("--claims", "examples/demo-claims.yaml", "--facts", run / "facts.yaml", "--output", run),

@@ -7,6 +7,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from moelpr.errors import UserError, run_command
@@ -65,51 +66,46 @@ def replace_between(path: Path, name: str, text: str) -> None:
 
 def results(report: dict[str, Any]) -> str:
     """Markdown: bits per byte of each model and language with the change against base, then what was not shown."""
-    bits = report["bits_per_byte"]
+    bits = {
+        model: {name: f"{b['value']:.3f}" for name, b in by.items()} for model, by in report["bits_per_byte"].items()
+    }
     rows = []
     for language, group in report["languages"].items():
-        cells = [f"{bits[m][language]['value']:.3f} ({percent(change(report, m, language))})" for m in MODELS]
-        rows.append([f"{language_name(language)}, {group}", f"{bits['base'][language]['value']:.3f}", *cells])
-    checks = [claim for claim in report["claims"] if not claim["language"]]
+        cells = [f"{bits[m][language]} ({percent(report['change'][m][language]['value'])})" for m in MODELS]
+        rows.append([f"{language_name(language)}, {group}", bits["base"][language], *cells])
+    checks = [f"- {claim['claim']}: {claim['found']}." for claim in report["claims"] if not claim["language"]]
     minutes = sum(report["facts"]["Wall time in seconds"].values()) / 60
     missed = [claim for claim in report["claims"] if not claim["ok"]]
+    shown = f"{len(report['claims']) - len(missed)} of {len(report['claims'])} claims"
     lines = [
         terminal_table(Table(["bits per byte, held-out text", "base", *MODELS.values()], rows)),
-        "",
-        "Checks:",
-        "",
-        *(f"- {check['claim']}: {check['found']}." for check in checks),
-        "",
-        f"Wall time: {minutes:.0f} minutes on 2 cores. This run shows {len(report['claims']) - len(missed)} of "
-        f"{len(report['claims'])} claims.{' Not shown:' if missed else ''}",
+        "\n".join(["Checks:", "", *checks]),
+        f"Wall time: {minutes:.0f} minutes on 2 cores. This run shows {shown}.{' Not shown:' if missed else ''}",
     ]
     items = [f"- {language_name(c['language']) or c['name']}: {c['found']}; claim: {c['claim']}" for c in missed]
-    return "\n".join(lines + ([""] + items if items else []))
-
-
-def change(report: dict[str, Any], model: str, language: str) -> float:
-    """Relative change in bits per byte against base."""
-    return report["change"][model][language]["value"]
+    return "\n\n".join(lines + (["\n".join(items)] if items else []))
 
 
 def figure(report: dict[str, Any]) -> str:
     rows: dict[str, dict[str, Interval | None]] = {}
     for group in ("expanded", "original"):
         rows[f"{group.capitalize()} languages"] = {}
-        for language in (name for name, its_group in report["languages"].items() if its_group == group):
-            rows[language_name(language)] = {
-                title: Interval(**report["change"][model][language]) for model, title in MODELS.items()
-            }
+        for language in languages_of(report, group):
+            changes = {title: Interval(**report["change"][model][language]) for model, title in MODELS.items()}
+            rows[language_name(language)] = dict(changes)
     return change_chart("Change in bits per byte on held-out text", rows, axis="bits per byte against base")
+
+
+def languages_of(report: dict[str, Any], group: str) -> list[str]:
+    return [language for language, its_group in report["languages"].items() if its_group == group]
 
 
 def compared_with_paper(report: dict[str, Any]) -> str:
     """Markdown: what the demo's bits per byte and the paper's scores have in common, as fractions without a unit."""
 
     def demo(model: str, group: str) -> float:
-        """Mean over the languages of a group."""
-        languages = [language for language, its_group in report["languages"].items() if its_group == group]
-        return sum(change(report, model, language) for language in languages) / len(languages)
+        """Mean change in bits per byte over the languages of a group."""
+        return fmean(report["change"][model][language]["value"] for language in languages_of(report, group))
 
     def paper(model: str, group: str) -> float:
         """Points above base."""

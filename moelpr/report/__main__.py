@@ -12,11 +12,11 @@ from moelpr.errors import UserError, run_command
 
 
 def main() -> None:
-    arguments = sys.argv[1:]
-    if arguments[:1] not in (["runs"], ["live"], ["-h"], ["--help"]):
-        arguments = ["runs", *arguments]  # the default command
-    args = make_parser().parse_args(arguments)
-    args.run_command(args)
+    command, *arguments = sys.argv[1:] or [""]
+    if command == "live":
+        follow_run(live_parser().parse_args(arguments))
+    else:  # `runs` may be left out
+        report_runs(report_parser().parse_args(arguments if command == "runs" else sys.argv[1:]))
 
 
 def report_runs(args: argparse.Namespace) -> None:
@@ -42,51 +42,41 @@ def follow_run(args: argparse.Namespace) -> None:
     show(args.run, args.interval, args.once)
 
 
-def make_parser() -> argparse.ArgumentParser:
+def report_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m moelpr.report",
-        description="Reports of training runs. Without a command, `runs`: python -m moelpr.report RUN...",
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands, each with --help")
-    runs = commands.add_parser(
-        "runs",
-        help="write a report of one or several runs, running or finished (the default)",
+        prog="python -m moelpr.report [runs]",
         description="Write report.html, report.md and report.json of one or several runs, running or finished.",
+        epilog="To follow a run on a terminal: python -m moelpr.report live RUN (see live --help).",
     )
-    runs.add_argument(
+    parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="run folder (--save of the trainer), in the order of training"
     )
-    runs.add_argument(
-        "--evaluation", nargs="+", type=Path, default=[], metavar="FILE",
-        help="JSON files of `python -m moelpr.evaluate`: results with intervals and routing, per language",
-    )  # fmt: skip
-    runs.add_argument(
-        "--verification", nargs="+", type=Path, default=[], metavar="FILE",
-        help="outputs of `checkpoint_convert/verify.py --json`",
-    )  # fmt: skip
-    runs.add_argument(
-        "--claims", type=Path, metavar="FILE",
-        help="YAML file of claims to judge by the evaluation (see examples/demo-claims.yaml)",
-    )  # fmt: skip
-    runs.add_argument(
-        "--facts", type=Path, metavar="FILE", help="YAML or JSON file of other facts to show: title -> name -> value"
-    )
-    runs.add_argument("--output", type=Path, metavar="DIR", help="folder to write to (default: the last RUN)")
-    runs.set_defaults(run_command=report_runs)
+    for flag, text in (
+        ("--evaluation", "JSON files of `python -m moelpr.evaluate`: results with intervals and routing, per language"),
+        ("--verification", "outputs of `checkpoint_convert/verify.py --json`"),
+    ):
+        parser.add_argument(flag, nargs="+", type=Path, default=[], metavar="FILE", help=text)
+    for flag, text in (
+        ("--claims", "YAML file of claims to judge by the evaluation (see examples/demo-claims.yaml)"),
+        ("--facts", "YAML or JSON file of other facts to show: title -> name -> value"),
+    ):
+        parser.add_argument(flag, type=Path, metavar="FILE", help=text)
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write to (default: the last RUN)")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
 
-    live = commands.add_parser(
-        "live",
-        help="follow a run on a terminal",
+
+def live_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m moelpr.report live",
         description="Follow a run until it is finished. Ctrl-C leaves; the run continues.",
     )
-    live.add_argument("run", type=Path, metavar="RUN", help="run folder (--save of the trainer)")
-    live.add_argument(
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder (--save of the trainer)")
+    parser.add_argument(
         "--interval", type=float, default=2.0, metavar="SECONDS", help="refresh interval in seconds (default: 2)"
     )
-    live.add_argument("--once", action="store_true", help="show the current state and exit")
-    live.set_defaults(run_command=follow_run)
-    for command in (runs, live):
-        command.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument("--once", action="store_true", help="show the current state and exit")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
 

@@ -7,15 +7,15 @@ import json
 import math
 import os
 import time
-from collections import deque
 from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from moelpr.report.runs import Run, read_run
@@ -24,15 +24,10 @@ from moelpr.run_metrics import Record
 
 _BARS = "▁▂▃▄▅▆▇█"
 _VALUES = {
-    "loss": "lm_loss",
-    "loss, original": "lm_loss_original",
-    "loss, expanded": "lm_loss_expanded",
-    "balance": "balance_loss",
-    "LPR": "lpr_loss",
-    "grad norm": "grad_norm",
-    "tokens/s": "tokens_per_s",
+    "loss": "lm_loss", "loss, original": "lm_loss_original", "loss, expanded": "lm_loss_expanded",
+    "balance": "balance_loss", "LPR": "lpr_loss", "grad norm": "grad_norm", "tokens/s": "tokens_per_s",
     "memory, GiB": "peak_memory_gib",
-}
+}  # fmt: skip
 _KEPT = 2000  # steps in the sparklines at most
 
 
@@ -46,86 +41,71 @@ def show(folder: Path, interval_s: float, once: bool) -> None:
         UserError: the folder has no metrics.jsonl, or a damaged one.
     """
     console = Console()
-    try:
-        if once:
-            console.print(View(read_run(folder)).drawing())
-        elif console.is_terminal:
-            _draw(folder, console, interval_s)
-        else:
-            _write_lines(folder, interval_s)
-    except KeyboardInterrupt:
-        pass  # the usual way to leave
+    if once:
+        console.print(drawing(read_run(folder)))
+        return
+    drawn = Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext()
+    is_first = True
+    with suppress(KeyboardInterrupt), drawn as live:  # Ctrl-C is the usual way to leave
+        for run, records in follow(folder, interval_s):
+            if is_first and not live:
+                print(headline(run), flush=True)
+            is_first = False
+            for record in records:
+                add(run, record)
+                if not live:
+                    print(line(record), flush=True)
+            if live:
+                live.update(drawing(run), refresh=True)
 
 
-class View:
-    """What is known of a run, from its start to its newest record."""
+def add(run: Run, record: Record) -> None:
+    """Add a record to the run unless it is there; without numbers per layer, which the view does not show."""
+    metrics, event = run.metrics, record.get("event")
+    if event == "warning" and record not in metrics.warnings:
+        metrics.warnings.append(record)
+    elif event == "validation":
+        metrics.validations.append(record)
+    elif event is None and record["iteration"] > run.step:
+        metrics.steps.append({name: value for name, value in record.items() if not isinstance(value, list)})
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.recent = deque(run.metrics.steps, _KEPT)
-        self.validations = run.metrics.validations[:1] + run.metrics.validations[1:][-1:]  # the first and the newest
-        self.warnings = deque(run.metrics.warnings, 5)
 
-    def add(self, record: Record) -> None:
-        event = record.get("event")
-        if event == "warning" and record not in self.warnings:
-            self.warnings.append(record)
-        elif event == "validation":
-            self.validations = [*self.validations[:1], record]
-        elif event is None and record["iteration"] > self.last.get("iteration", 0):
-            self.recent.append(record)
+def headline(run: Run) -> str:
+    """Folder, stage, step and time left."""
+    done = f" ({run.step / run.num_steps:.0%})" if run.num_steps else ""
+    parts = [f"{run.folder}", run.stage, f"step {run.progress}{done}"]
+    if run.time_left_s:
+        parts.append(f"{timedelta(seconds=int(run.time_left_s))} left")
+    return "  ".join(parts)
 
-    @property
-    def last(self) -> Record:
-        return self.recent[-1] if self.recent else {}
 
-    def headline(self) -> str:
-        step, total = self.last.get("iteration", 0), self.run.num_steps
-        parts = [f"{self.run.folder}", str(self.last.get("stage", self.run.stage)), f"step {step:,}"]
-        if total:
-            parts[-1] += f" of {total:,} ({step / total:.0%})"
-            times = [record["step_time_s"] for record in self.recent if record.get("step_time_s")][-50:]
-            if times and step < total:
-                parts.append(f"{timedelta(seconds=int((total - step) * sum(times) / len(times)))} left")
-        return "  ".join(parts)
-
-    def drawing(self) -> RenderableType:
-        parts: list[RenderableType] = [Text(self.headline(), style="bold"), self._values()]
-        if self.validations:
-            parts.append(self._languages())
-        for record in self.warnings:
-            # The word "warning" is there because color alone would not do.
-            parts.append(Text(f"warning, step {record['iteration']:,}: {record.get('message', '')}", style="yellow"))
-        return Group(*parts)
-
-    def _values(self) -> Table:
-        table = _table(("", "left"), ("now", "right"), ("history", "left"))
-        for name, key in _VALUES.items():
-            values = [record[key] for record in self.recent if record.get(key) is not None]
-            if values:
-                now = f"{values[-1]:.4g}" if values[-1] < 1e4 else f"{values[-1]:,.0f}"
-                table.add_row(name, now, sparkline(values))
-        return table
-
-    def _languages(self) -> Table:
-        first, newest = self.validations[0], self.validations[-1]
-        table = _table(
-            (f"held out, step {newest['iteration']:,}", "left"), ("", "right"),
-            (f"since step {first['iteration']:,}", "right"),
-        )  # fmt: skip
+def drawing(run: Run) -> RenderableType:
+    """Headline, values with their history, held-out languages and the last warnings."""
+    values = _table("", "now", "history")
+    for name, key in _VALUES.items():
+        history = [record[key] for record in run.metrics.steps[-_KEPT:] if record.get(key) is not None]
+        if history:
+            now = f"{history[-1]:.4g}" if history[-1] < 1e4 else f"{history[-1]:,.0f}"
+            values.add_row(name, now, sparkline(history))
+    parts: list[RenderableType] = [Text(headline(run), style="bold"), values]
+    if run.metrics.validations:
+        first, newest = run.metrics.validations[0], run.metrics.validations[-1]
+        table = _table(f"held out, step {newest['iteration']:,}", "", f"since step {first['iteration']:,}")
         for language, result in newest["languages"].items():
             for unit, value in _bits(result)[:1]:
                 start = first["languages"].get(language, {}).get(unit)
                 change = f"{value / start - 1:+.1%}" if start else ""
                 table.add_row(f"{language} ({result.get('group')})", f"{value:.3f} {unit.replace('_', ' ')}", change)
-        return table
+        parts.append(table)
+    for record in run.metrics.warnings[-5:]:
+        # The word "warning" is there because color alone would not do.
+        parts.append(Text(f"warning, step {record['iteration']:,}: {record.get('message', '')}", style="yellow"))
+    return Group(*parts)
 
 
-def _table(*columns: tuple[str, Any]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for name, justify in columns:
-        table.add_column(name, justify=justify, no_wrap=True)
-    return table
+def _table(name: str, *numbers: str) -> Table:
+    columns = [Column(number, justify="right", no_wrap=True) for number in numbers]
+    return Table(Column(name, no_wrap=True), *columns, box=None, pad_edge=False, header_style="dim")
 
 
 def _bits(result: Record) -> list[tuple[str, float]]:
@@ -166,10 +146,12 @@ def follow(folder: Path, interval_s: float) -> Iterator[tuple[Run, list[Record]]
     """
     path = folder / METRICS_FILE
     while True:
-        position = path.stat().st_size if path.exists() else 0
+        size = path.stat().st_size if path.exists() else 0
         run = read_run(folder)
         with path.open("rb") as file:
-            file.seek(_after_last_line(file, position))
+            near_end = max(0, size - (1 << 20))
+            file.seek(near_end)
+            file.seek(near_end + file.read(size - near_end).rfind(b"\n") + 1)  # where a half-written line begins
             while path.stat().st_ino == os.fstat(file.fileno()).st_ino and path.stat().st_size >= file.tell():
                 is_finished = (folder / FINISHED_FILE).exists()  # before reading, so that the last records are read
                 yield run, list(_new_records(file))
@@ -178,43 +160,10 @@ def follow(folder: Path, interval_s: float) -> Iterator[tuple[Run, list[Record]]
                 time.sleep(interval_s)
 
 
-def _after_last_line(file: Any, size: int) -> int:
-    """Where the half-written last line begins, or the end."""
-    start = max(0, size - (1 << 20))
-    file.seek(start)
-    return start + file.read(size - start).rfind(b"\n") + 1
-
-
-def _new_records(file: Any) -> Iterator[Record]:
-    while True:
-        start = file.tell()
-        text = file.readline()
-        if not text.endswith(b"\n"):
-            file.seek(start)  # still being written
-            return
-        try:
+def _new_records(file: BinaryIO) -> Iterator[Record]:
+    while (text := file.readline()).endswith(b"\n"):
+        with suppress(ValueError):
             record = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and "iteration" in record:
-            yield record
-
-
-def _draw(folder: Path, console: Console, interval_s: float) -> None:
-    view: View | None = None
-    with Live(console=console, auto_refresh=False) as live:
-        for run, records in follow(folder, interval_s):
-            view = view if view and view.run is run else View(run)
-            for record in records:
-                view.add(record)
-            live.update(view.drawing(), refresh=True)
-
-
-def _write_lines(folder: Path, interval_s: float) -> None:
-    is_first = True
-    for run, records in follow(folder, interval_s):
-        if is_first:
-            print(View(run).headline(), flush=True)
-            is_first = False
-        for record in records:
-            print(line(record), flush=True)
+            if isinstance(record, dict) and "iteration" in record:
+                yield record
+    file.seek(-len(text), os.SEEK_CUR)  # still being written

@@ -1,11 +1,10 @@
 """Pages made of blocks, written as one HTML file and as Markdown with the same text and numbers."""
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
@@ -70,9 +69,11 @@ class Row:
     cells: Sequence[str | Cell | Sequence[Cell]]
     kind: Literal["", "group", "mean"] = ""
 
-    def lines(self, index: int) -> list[Cell]:
-        cell = self.cells[index]
-        return [Cell(cell)] if isinstance(cell, str) else [cell] if isinstance(cell, Cell) else list(cell)
+    @property
+    def lines(self) -> list[list[Cell]]:
+        """The lines of every cell."""
+        cells = [Cell(cell) if isinstance(cell, str) else cell for cell in self.cells]
+        return [[cell] if isinstance(cell, Cell) else list(cell) for cell in cells]
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,6 @@ class Table:
     @property
     def full_rows(self) -> list[Row]:
         return [row if isinstance(row, Row) else Row(row) for row in self.rows]
-
-    @property
-    def words(self) -> set[int]:
-        return {0, *self.text_columns}
 
 
 @dataclass(frozen=True)
@@ -124,6 +121,10 @@ class Sample:
     prompt: str
     texts: Mapping[str, str]
 
+    @property
+    def table(self) -> "Table":
+        return Table(["", f"{self.prompt} …"], list(self.texts.items()), text_columns=[1])
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -139,6 +140,11 @@ class Code:
     text: str
     title: str = ""
     folded: bool = False
+
+    @property
+    def fence(self) -> str:
+        """Longer than any in the text."""
+        return "`" * max(3, 1 + max(map(len, re.findall("`+", self.text)), default=0))
 
 
 Block = Text | Points | Verdict | Table | Figure | Sample | Facts | Code
@@ -175,38 +181,19 @@ def write_page(folder: Path, name: str, page: Page) -> Path:
     return folder / f"{name}.html"
 
 
-# ------------------------------------------------------------------------------------------------------------ HTML
-
-
 def to_html(page: Page) -> str:
     """One file without scripts that loads nothing; text of models and languages is escaped."""
-    environment = Environment(
-        loader=PackageLoader("moelpr.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"kind": lambda block: type(block).__name__, "tint": _tint}
-    return environment.get_template("page.html").render(page=page)
-
-
-def _tint(lines: Sequence[Cell]) -> Markup:
-    """Green-blue for better, orange for worse, stronger up to 30%; the sign is printed, so color is not needed."""
-    change = lines[0].change if len(lines) == 1 else None
-    if change is None or not math.isfinite(change):
-        return Markup("")
-    color = "38 139 120" if change < 0 else "222 120 40"
-    return Markup(f' style="background:rgb({color} / {0.5 * min(abs(change) / 0.3, 1.0) ** 0.7:.2f})"')
-
-
-# -------------------------------------------------------------------------------------------------------- Markdown
+    return _templates(autoescape=True).get_template("page.html").render(page=page)
 
 
 def to_markdown(page: Page) -> str:
     """The same text and numbers; curves as tables."""
+    template = _templates(finalize=_escape).get_template("block.md")
     parts = [f"# {_escape(page.title)}", _escape(page.kicker)]
     for section in page.sections:
-        blocks = [text for text in map(_markdown_block, section.blocks) if text]
-        parts += [f"## {_escape(section.title)}"] if section.title and blocks else []
-        parts += blocks
-    return "\n\n".join(part for part in parts if part) + "\n"
+        parts += [f"## {_escape(section.title)}"] if section.title and section.blocks else []
+        parts += [template.render(block=block).strip() for block in section.blocks]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def terminal_table(table: Table) -> str:
@@ -214,67 +201,36 @@ def terminal_table(table: Table) -> str:
     return _aligned_table(table, lambda text: text)
 
 
-def _markdown_block(block: Block) -> str:
-    match block:
-        case Text():
-            return _escape(block.text)
-        case Points():
-            return _bullets(block.items)
-        case Verdict():
-            return f"**{_escape(block.finding)}**{_escape(block.details)}\n\n{_bullets(block.missed)}".strip()
-        case Table():
-            return "\n\n".join(filter(None, [_aligned_table(block, _escape), _escape(block.note)]))
-        case Figure():
-            if block.name:
-                return f"![{_escape(block.caption)}]({block.name}.svg)"
-            return "\n\n".join(
-                filter(None, [_escape(block.caption), _markdown_block(block.table) if block.table else ""])
-            )
-        case Sample():
-            rows = [Row([name, text]) for name, text in block.texts.items()]
-            return f"### {_escape(block.title)}\n\n" + _aligned_table(
-                Table(["", f"{block.prompt} …"], rows, text_columns=[1]), _escape
-            )
-        case Facts():
-            return "\n\n".join(
-                f"### {_escape(title)}\n\n" + _bullets([f"{name}: {value}" for name, value in facts.items()])
-                for title, facts in block.groups.items()
-                if facts
-            )
-        case Code():
-            longest = max((len(ticks) for ticks in re.findall("`+", block.text)), default=0)
-            fence = "`" * max(3, longest + 1)
-            return (f"{_escape(block.title)}\n\n" if block.title else "") + f"{fence}\n{block.text.rstrip()}\n{fence}"
+def _templates(**options: Any) -> Environment:
+    loader = PackageLoader("moelpr.report")
+    environment = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **options)
+    environment.filters["kind"] = lambda block: type(block).__name__
+    environment.filters["table"] = lambda table: Markup(_aligned_table(table, _escape, "**"))
+    return environment
 
 
-def _bullets(items: Sequence[str]) -> str:
-    return "\n".join(f"- {_escape(item)}" for item in items)
-
-
-def _aligned_table(table: Table, escape: Callable[[str], str]) -> str:
+def _aligned_table(table: Table, escape: Callable[[str], str], bold: str = "") -> str:
     """Columns as wide as their widest cell; numbers to the right."""
     rows = [list(map(escape, table.head))]
     for row in table.full_rows:
-        cells = ["<br>".join(_markdown_cell(cell, escape) for cell in row.lines(i)) for i in range(len(row.cells))]
-        cells = [f"**{cell}**" if row.kind and cell and escape is _escape else cell for cell in cells]
+        cells = ["<br>".join(_line(cell, escape) for cell in lines) for lines in row.lines]
+        cells = [f"{bold}{cell}{bold}" if row.kind and cell else cell for cell in cells]
         rows.append(cells + [""] * (len(table.head) - len(cells)))
     widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
-    is_text = [index in table.words for index in range(len(widths))]
+    is_text = [index in (0, *table.text_columns) for index in range(len(widths))]
     rows.insert(1, ["-" * w if text else "-" * (w - 1) + ":" for w, text in zip(widths, is_text, strict=True)])
-    return "\n".join(
-        "| "
-        + " | ".join(c.ljust(w) if text else c.rjust(w) for c, w, text in zip(row, widths, is_text, strict=True))
-        + " |"
-        for row in rows
-    )
+    forms = [f"{{:{'<' if text else '>'}{width}}}" for width, text in zip(widths, is_text, strict=True)]
+    return "\n".join(f"| {' | '.join(forms)} |".format(*row) for row in rows)
 
 
-def _markdown_cell(cell: Cell, escape: Callable[[str], str]) -> str:
+def _line(cell: Cell, escape: Callable[[str], str]) -> str:
     mark = {None: "", True: "✓ ", False: "✗ "}[cell.ok]
     return mark + escape(cell.text) + (f" ({escape(cell.below)})" if cell.below else "")
 
 
 def _escape(text: str) -> str:
     """Text of models and languages must not become markup; a bracket that opens no link stays readable."""
+    if isinstance(text, Markup):
+        return text
     text = re.sub(r"([\\`*_<#|])", r"\\\1", text.replace("\n", " "))
     return re.sub(r"\](?=[(\[:])", r"\\]", text)

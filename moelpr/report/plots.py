@@ -10,9 +10,10 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -39,29 +40,10 @@ _DASHES = ("-", (0, (7, 3)), (0, (2, 2)), (0, (9, 3, 2, 3)), (0, (4, 2)), (0, (1
 _MARKERS = "os^DXvP*"
 _CELL_INK = ("#20262d", "#fefefe")  # on a light and on a dark cell; unlike INK and PAGE the same on a dark page
 _OUTLINE = "#c2410c"
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.family": "DejaVu Sans",  # measures the text; the SVG names FONT
-    "text.parse_math": False,  # the name of a model may contain $
-    "text.color": INK,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": MUTED,
-    "axes.labelsize": 11,
-    "axes.spines.left": False,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.axisbelow": True,
-    "grid.color": RULE,
-    "grid.linewidth": 1,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelsize": 10.5,
-    "ytick.labelsize": 10.5,
-    "ytick.major.size": 0,
-    "legend.frameon": False,
-    "legend.labelcolor": MUTED,
-    "legend.fontsize": 11,
-}
+_TIP = "tip: "  # starts the gid of a shape that shows the rest when the pointer rests on it
+_STYLE = matplotlib.rc_params_from_file(
+    Path(__file__).parent / "templates" / "charts.mplstyle", use_default_template=False
+)
 _DEFAULTS = {name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith("backend")}
 _styled = matplotlib.rc_context(_DEFAULTS | _STYLE)  # whatever the user's matplotlibrc says
 
@@ -96,6 +78,11 @@ class Interval(NamedTuple):
         """For a change: the interval does not contain 0."""
         return not self.has_bounds or self.low > 0 or self.high < 0
 
+    def text(self, write: Callable[[float], str]) -> str:
+        """`write` of the value, then of the bounds in brackets if there are any."""
+        bounds = f" [{write(self.low)}, {write(self.high)}]" if self.has_bounds else ""
+        return write(self.value) + bounds
+
 
 @dataclass(frozen=True)
 class Panel:
@@ -128,32 +115,35 @@ def line_chart(title: str, curves: Sequence[Curve], *, as_percent: bool = False,
     Returns:
         The SVG; "" if no curve has two points.
     """
-    drawn = [(number, curve.name, _thin(curve)) for number, curve in enumerate(curves) if len(curve.y) >= 2]
+    drawn = [(number, curve, *_thin(curve)) for number, curve in enumerate(curves) if len(curve.y) >= 2]
     if not drawn:
         return ""
-    lines = [_running_mean(points.mean) if smooth else points.mean for *_, points in drawn]
-    names = [name for _, name, _ in drawn]
+    names = [curve.name for _, curve, *_ in drawn]
     num_columns = 2 if max(map(len, names)) > 14 else 3
-    top = 32 + (18 * math.ceil(len(names) / num_columns) if any(names) else -4)
-    ends = [f"{name or 'value'} from {line[0]:.3g} to {line[-1]:.3g}" for name, line in zip(names, lines, strict=True)]
-    drawing = _Drawing(452, top + 184, title, ", ".join(ends))
-    drawing.text(0, 15, title, size=13, bold=True)
-    axes = drawing.axes(46, top, 396, 144)
-    for order, ((number, name, points), line) in enumerate(zip(drawn, lines, strict=True)):
-        color, dash = SERIES[number % len(SERIES)], _DASHES[number % len(_DASHES)]
-        if points.size > 1:
-            there, back = np.append(points.x, points.x[::-1]), np.append(points.high, points.low[::-1])
-            axes.fill(there, back, color=color, alpha=0.18, lw=0)
+    header = 24 + 18 * math.ceil(len(names) / num_columns) * any(names)
+    figure = Figure(figsize=(452 / 72, (header + 188) / 72))
+    axes = figure.add_axes((46 / 452, 38 / (header + 188), 396 / 452, 144 / (header + 188)))
+    axes.set_title(title, x=-46 / 396, pad=header - 12, fontsize=13)
+    shown, described = [], []
+    for order, (number, curve, x, mean, low, high) in enumerate(drawn):
+        color = SERIES[number % len(SERIES)]
+        if len(x) < len(curve.x):
+            axes.fill([*x, *x[::-1]], [*high, *low[::-1]], color=color, alpha=0.18, lw=0)
         elif smooth:
-            axes.plot(points.x, points.mean, color=color, alpha=0.28, linewidth=1)
+            axes.plot(x, mean, color=color, alpha=0.28, linewidth=1)
+        line = _running_mean(mean) if smooth else mean
         spacing = max(1, len(line) // 5)
         axes.plot(
-            points.x, line, label=name, color=color, linestyle=dash, linewidth=2, markersize=6,
+            x, line, label=curve.name, color=color, linestyle=_DASHES[number % len(_DASHES)], linewidth=2,
             marker=_MARKERS[number % len(_MARKERS)] if len(drawn) > 1 else None,
             markevery=(spacing * order // len(drawn), spacing),  # apart from the markers of the other curves
         )  # fmt: skip
-    axes.set_xlim(min(points.x[0] for *_, points in drawn), max(points.x[-1] for *_, points in drawn))
-    axes.set_ylim((0, 1) if as_percent else _y_range(lines, [points for *_, points in drawn] if smooth else []))
+        # The outermost twentieths of the faint lines may be cut off.
+        shown += [*line, *([np.percentile(low, 5), np.percentile(high, 95)] if smooth else [])]
+        described.append(f"{curve.name or 'value'} from {line[0]:.3g} to {line[-1]:.3g}")
+    margin = 0.06 * (max(shown) - min(shown)) or 0.5
+    axes.set_xlim(min(x[0] for _, _, x, *_ in drawn), max(x[-1] for _, _, x, *_ in drawn))
+    axes.set_ylim((0, 1) if as_percent else (min(shown) - margin, max(shown) + margin))
     axes.set_xlabel("training step", loc="right", labelpad=1)
     axes.grid(axis="y")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -161,11 +151,8 @@ def line_chart(title: str, curves: Sequence[Curve], *, as_percent: bool = False,
     axes.xaxis.set_major_formatter(lambda value, _: _tick_label(value))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}" if as_percent else _tick_label(value))
     if any(names):
-        axes.legend(
-            loc="lower left", bbox_to_anchor=(0, 1.0), ncols=num_columns, borderaxespad=0.3, borderpad=0,
-            handlelength=2.6, columnspacing=1.4, labelspacing=0.35,
-        )  # fmt: skip
-    return drawing.render()
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=num_columns, borderaxespad=0.3)
+    return _to_svg(figure, title, ", ".join(described))
 
 
 def thinning_note(curves: Iterable[Curve]) -> str:
@@ -188,49 +175,37 @@ def change_chart(title: str, rows: Mapping[str, Mapping[str, Interval | None]], 
         axis: label of the axis, for example "bits per byte against base".
     """
     models = list(dict.fromkeys(model for changes in rows.values() for model in changes))
-    known = [change for changes in rows.values() for change in changes.values() if change is not None]
-    ends = [end for change in known for end in change if math.isfinite(end)]
-    low, high = min([-0.02, *ends]), max([0.02, *ends])
-    names_width = max((_text_width(row, 13.5) for row, changes in rows.items() if changes), default=0) + 12
-    left = names_width + max((_text_width(model, 12) for model in models), default=0) + 10
-    bar, top, width, label_room = 17, 30, 340, 52
-    height = sum(bar * len(changes) + 12 if changes else 26 for changes in rows.values())
-    described = [
-        f"{row}: "
-        + ", ".join(f"{model} {percent(change.value if change else math.nan)}" for model, change in m.items())
-        for row, m in rows.items()
-        if m
-    ]
-    drawing = _Drawing(left + width + 22, top + height + 42, title, "; ".join(described))
-    axes = drawing.axes(left, top, width, height)
-    margin = label_room * (high - low) / (width - 2 * label_room)
-    axes.set_xlim(low - margin, high + margin)
-    axes.set_ylim(height, 0)
-    y = 0.0
+    ends = [end for changes in rows.values() for change in changes.values() for end in change or ()]
+    ends = [-0.02, 0.02, *filter(math.isfinite, ends)]
+    span = max(ends) - min(ends)
+    height = sum(17 * len(changes) + 12 if changes else 26 for changes in rows.values())  # in pixels, as y
+    figure, axes = _axes(340, height)
+    axes.set(xlim=(min(ends) - span / 4, max(ends) + span / 4), ylim=(height, 0), xlabel=axis)
+    left = -22 - _width(models, 12) - _width((row for row, changes in rows.items() if changes), 13.5)
+    y, described = 0.0, []
     for row, changes in rows.items():
-        drawing.text(0, top + y + (12 if changes else 15), row, size=13.5, bold=not changes or row.startswith("mean"))
+        weight = "bold" if not changes or row.startswith("mean") else "normal"
+        _label(axes, row, (0, y + 8), (left, 0), fontsize=13.5, weight=weight)
         for model, change in changes.items():
-            drawing.text(left - 8, top + y + 13, model, size=12, color=MUTED, anchor="right")
+            _label(axes, model, (0, y + 8), (-8, 0), fontsize=12, color=MUTED, ha="right")
+            text = percent(change.value if change else math.nan)
+            described.append(f"{row}, {model}: {text}")
             if change is None or not math.isfinite(change.value):
-                drawing.text(left + width - 4, top + y + 13, "unavailable", size=12, color=MUTED, anchor="right")
+                _label(axes, text, (1, y + 8), (-4, 0), fontsize=12, color=MUTED, ha="right")
             else:
-                color = SERIES[models.index(model) % len(SERIES)]
-                drawing.tip(
-                    _draw_change(axes, y + bar / 2, change, color), f"{row}, {model}: {percent(change.value, 2)}"
-                )
-            y += bar
+                bar = _draw_change(axes, y + 8, change, SERIES[models.index(model) % len(SERIES)])
+                bar.set_gid(f"{_TIP}{row}, {model}: {percent(change.value, 2)}")
+            y += 17
         y += 12 if changes else 26
     axes.axvline(0, color=INK, linewidth=1.2)
     axes.grid(axis="x")
     axes.set_yticks([])
     axes.xaxis.set_major_locator(MaxNLocator(6))
-    digits = 0 if high - low > 0.05 else 1
+    digits = 0 if span > 0.05 else 1
     axes.xaxis.set_major_formatter(lambda value, _: percent(value, digits) if round(value, 9) else "0")
-    axes.set_xlabel(axis, labelpad=2)
-    zero = left + width * (margin - low) / (high - low + 2 * margin)
-    drawing.text(zero - 8, 16, "\u2190 better", size=12, color=MUTED, anchor="right")
-    drawing.text(zero + 8, 16, "worse \u2192", size=12, color=MUTED)
-    return drawing.render()
+    for text, shift, ha in (("\u2190 better", -8, "right"), ("worse \u2192", 8, "left")):
+        _label(axes, text, (0, 0), (shift, 12), from_left=False, fontsize=12, color=MUTED, ha=ha)
+    return _to_svg(figure, title, "; ".join(described), bbox_inches="tight")
 
 
 def _draw_change(axes: Axes, y: float, change: Interval, color: str) -> Artist:
@@ -239,13 +214,10 @@ def _draw_change(axes: Axes, y: float, change: Interval, color: str) -> Artist:
     (bar,) = axes.barh(y, change.value, 13, facecolor=fill, edgecolor=color, linewidth=1.3)
     end = change.value
     if change.has_bounds:
-        axes.plot([change.low, change.high], [y, y], color=INK, linewidth=1.6, marker="|", markersize=6)
+        axes.plot([change.low, change.high], [y, y], color=INK, linewidth=1.6, marker="|")
         end = min(end, change.low) if change.value < 0 else max(end, change.high)
-    shift, anchor = (-5, "right") if change.value < 0 else (5, "left")
-    axes.annotate(
-        percent(change.value), (end, y), (shift, 0), textcoords="offset points", ha=anchor, va="center_baseline",
-        fontsize=12,
-    )  # fmt: skip
+    shift, ha = (-5, "right") if change.value < 0 else (5, "left")
+    _label(axes, percent(change.value), (end, y), (shift, 0), from_left=False, fontsize=12, ha=ha)
     return bar
 
 
@@ -269,78 +241,66 @@ def heat_maps(
         cell_width: in pixels.
         per_row: panels in one line.
     """
-    num_rows, num_columns = max(len(p.rows) for p in panels), max(len(p.columns) for p in panels)
-    cell_height = 24 if num_rows <= 13 else 18
-    left = max(_text_width(name, 11) for panel in panels for name in (corner, *panel.rows)) + 10
-    header = 36 if any(" " in name for panel in panels for name in panel.columns) else 22
-    top = 22 + header + (18 if any(panel.column_groups for panel in panels) else 0)
-    width = max(left + cell_width * num_columns, *(_text_width(panel.title, 13.5) for panel in panels)) + 16
-    height = top + cell_height * num_rows + 10
-    means = [
-        f"{panel.title}: {', '.join(f'{name} {form.format(finite_mean(v))}' for name, v in panel.columns.items())}"
-        for panel in panels
-    ]
-    drawing = _Drawing(
-        width * min(per_row, len(panels)), height * math.ceil(len(panels) / per_row), title, ". ".join(means)
-    )
-    axes = drawing.axes(0, 0, drawing.width, drawing.height)  # in pixels
-    axes.set_xlim(0, drawing.width)
-    axes.set_ylim(drawing.height, 0)
-    axes.axis("off")
+    cell_height = 24 if max(len(panel.rows) for panel in panels) <= 13 else 18
+    label_width = max(_width([corner, *panel.rows], 11) for panel in panels)
+    columns_width = max(max(cell_width * len(p.columns), _width([p.title], 13.5)) for p in panels)
+    rows_height = cell_height * max(len(panel.rows) for panel in panels)
+    figure, means = None, []
     for number, panel in enumerate(panels):
-        x, y = width * (number % per_row), height * (number // per_row)
-        drawing.text(x, y + 15, panel.title, size=13.5, bold=True)
-        drawing.text(x + left - 8, y + top - 6, corner, size=11, color=MUTED, anchor="right")
-        _draw_panel(drawing, axes, panel, x + left, y + top, cell_width, cell_height, form, darkest)
-    return drawing.render()
+        width, height = cell_width * len(panel.columns), cell_height * len(panel.rows)
+        left = (columns_width + label_width + 26) * (number % per_row)
+        figure, axes = _axes(width, height, left, (rows_height + 70) * (number // per_row), figure)
+        axes.set(xlim=(0, len(panel.columns)), ylim=(len(panel.rows), 0))
+        axes.spines.bottom.set_visible(False)
+        axes.tick_params(length=0, bottom=False, top=True, labelbottom=False, labeltop=True, labelsize=11, pad=5)
+        names = ["\n".join(word[:9] for word in name.split()[:2]) for name in panel.columns]
+        axes.set_xticks(np.arange(len(names)) + 0.5, names)
+        axes.set_yticks(np.arange(len(panel.rows)) + 0.5, panel.rows)
+        axes.set_title(panel.title, pad=32 if panel.column_groups else 12, x=-label_width / width)
+        _label(axes, corner, (0, 0), (-5, 9), color=MUTED, ha="right")
+        _draw_cells(axes, panel, form, darkest, 11 if cell_width > 40 else 10)
+        start, above = 0, -(40 if any("\n" in name for name in names) else 26) / cell_height
+        for group, count in panel.column_groups.items():
+            axes.text(start + count / 2, above, group, color=MUTED, ha="center")
+            axes.plot([start + 0.05, start + count - 0.05], [above + 0.2] * 2, color=MUTED, lw=1, clip_on=False)
+            start += count
+        parts = [f"{name} {form.format(finite_mean(values))}" for name, values in panel.columns.items()]
+        means.append(f"{panel.title}: {', '.join(parts)}")
+    assert figure is not None
+    return _to_svg(figure, title, ". ".join(means), bbox_inches="tight")
 
 
-def _draw_panel(
-    drawing: "_Drawing", axes: Axes, panel: Panel, left: float, top: float, width: float, height: float, form: str,
-    darkest: float,
-) -> None:  # fmt: skip
-    """The cells, of `width` and `height`, with the upper left corner of the first one at `left`, `top`."""
-    start, above = left, top - (42 if any(" " in name for name in panel.columns) else 28)
-    for group, count in panel.column_groups.items():
-        end = start + width * count
-        drawing.text((start + end) / 2, above, group, size=11, color=MUTED, anchor="center")
-        axes.plot([start + 3, end - 3], [above + 5, above + 5], color=MUTED, linewidth=1)
-        start = end
-    for row, name in enumerate(panel.rows):
-        drawing.text(left - 8, top + height * (row + 0.5) + 4, name, size=11, color=MUTED, anchor="right")
+def _draw_cells(axes: Axes, panel: Panel, form: str, darkest: float, fontsize: float) -> None:
+    """Cells of size 1 with their numbers, then frames and lines."""
     for column, (name, values) in enumerate(panel.columns.items()):
-        x = left + width * column
-        words = name.split()[:2]
-        for line, word in enumerate(reversed(words)):
-            drawing.text(x + width / 2, top - 6 - 13 * line, word[:9], size=11, color=MUTED, anchor="center")
         for row, value in enumerate(values):
-            if not math.isfinite(value):
-                continue
-            fill, ink = cell_colors(value / darkest if darkest else 0)
-            y = top + height * row
-            cell = axes.add_patch(Rectangle((x, y), width, height, facecolor=fill, edgecolor=PAGE, linewidth=1))
-            drawing.tip(cell, f"{panel.title}, {name}, {panel.rows[row]}: {value:.3f}")
-            size = 11 if width > 40 else 10
-            drawing.text(x + width / 2, y + height / 2 + 4, form.format(value), size=size, color=ink, anchor="center")
+            if math.isfinite(value):
+                fill, ink = cell_colors(value / darkest if darkest else 0)
+                cell = axes.add_patch(Rectangle((column, row), 1, 1, facecolor=fill, edgecolor=PAGE))
+                cell.set_gid(f"{_TIP}{panel.title}, {name}, {panel.rows[row]}: {value:.3f}")
+                place = column + 0.5, row + 0.5
+                axes.text(*place, form.format(value), fontsize=fontsize, color=ink, ha="center", va="center_baseline")
     for name, row in panel.outlined:  # last, because a neighbor would cover the frame
-        corner = left + width * list(panel.columns).index(name) + 1, top + height * row + 1
-        axes.add_patch(Rectangle(corner, width - 2, height - 2, fill=False, edgecolor=_OUTLINE, linewidth=2.5))
+        corner = list(panel.columns).index(name) + 0.02, row + 0.05
+        axes.add_patch(Rectangle(corner, 0.96, 0.9, fill=False, edgecolor=_OUTLINE, linewidth=2.5))
     if panel.split_after:
-        x = left + width * panel.split_after
-        axes.plot([x, x], [top - 2, top + height * len(panel.rows) + 2], color=_CELL_INK[0], linewidth=2)
+        axes.axvline(panel.split_after, color=_CELL_INK[0], linewidth=2)
 
 
 def cell_colors(fraction: float) -> tuple[str, str]:
     """Fill and text color of a cell; lightness falls from 0 to 1, so that the map works in black and white."""
-    fill = matplotlib.colormaps["Blues"](min(max(fraction, 0.0), 1.0))
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in fill[:3]]
-    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return to_hex(fill), _CELL_INK[int(luminance < 0.22)]
+    return to_hex(matplotlib.colormaps["Blues"](min(max(fraction, 0.0), 1.0))), _CELL_INK[fraction > 0.65]
 
 
 def percent(change: float, digits: int = 1) -> str:
     """A relative change with its sign: "−6.2%", "+0.9%", "unavailable"."""
     return f"{100 * change:+.{digits}f}%".replace("-", "\u2212") if math.isfinite(change) else "unavailable"
+
+
+def finite_mean(values: Iterable[float | None]) -> float:
+    """Mean of the finite numbers; NaN if there is none."""
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return sum(known) / len(known) if known else math.nan
 
 
 def _tick_label(value: float) -> str:
@@ -351,23 +311,13 @@ def _tick_label(value: float) -> str:
     return f"{value:.3g}".replace("-", "\u2212")
 
 
-class _Points(NamedTuple):
-    """A curve thinned to at most MAX_POINTS points, each with mean, minimum and maximum of `size` steps."""
-
-    x: Array
-    mean: Array
-    low: Array
-    high: Array
-    size: int
-
-
-def _thin(curve: Curve) -> _Points:
-    size = math.ceil(len(curve.x) / MAX_POINTS)
-    starts = np.arange(0, len(curve.x), size)
+def _thin(curve: Curve) -> tuple[Array, Array, Array, Array]:
+    """At most MAX_POINTS points of a curve: x, mean, minimum and maximum of the steps that each represents."""
+    starts = np.arange(0, len(curve.x), math.ceil(len(curve.x) / MAX_POINTS))
     counts = np.diff(np.append(starts, len(curve.x)))
     x, y = np.asarray(curve.x, float), np.asarray(curve.y, float)
-    x_mean, y_mean = np.add.reduceat(x, starts) / counts, np.add.reduceat(y, starts) / counts
-    return _Points(x_mean, y_mean, np.minimum.reduceat(y, starts), np.maximum.reduceat(y, starts), size)
+    means = np.add.reduceat(x, starts) / counts, np.add.reduceat(y, starts) / counts
+    return *means, np.minimum.reduceat(y, starts), np.maximum.reduceat(y, starts)
 
 
 def _running_mean(values: Array) -> Array:
@@ -376,75 +326,51 @@ def _running_mean(values: Array) -> Array:
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
-def _y_range(lines: Sequence[Array], faint: Sequence[_Points]) -> tuple[float, float]:
-    """Range of the strong lines, and of the faint ones except their outermost twentieths, which may be cut off."""
-    low = min([*map(np.min, lines), *(np.percentile(points.low, 5) for points in faint)])
-    high = max([*map(np.max, lines), *(np.percentile(points.high, 95) for points in faint)])
-    margin = 0.06 * (high - low) or 0.5
-    return low - margin, high + margin
+def _width(texts: Iterable[str], size: float) -> float:
+    """Approximate width in pixels of the widest text."""
+    return 0.58 * size * max(map(len, texts), default=0)
 
 
-def finite_mean(values: Sequence[float]) -> float:
-    """Mean of the finite numbers; NaN if there is none."""
-    known = [value for value in values if math.isfinite(value)]
-    return sum(known) / len(known) if known else math.nan
+def _axes(
+    width: float, height: float, left: float = 0, top: float = 0, figure: Figure | None = None
+) -> tuple[Figure, Axes]:
+    """Axes of a size in pixels, in a figure that is saved with everything around them (bbox_inches="tight")."""
+    figure = figure or Figure(figsize=(1, 1))
+    return figure, figure.add_axes((left / 72, -(top + height) / 72, width / 72, height / 72))
 
 
-def _text_width(text: str, size: float) -> float:
-    """Approximate width of sans-serif text in pixels."""
-    return sum(1.0 if ord(character) > 0x2E80 else 0.56 for character in text) * size
+def _label(
+    axes: Axes, text: str, place: tuple[float, float], shift: tuple[float, float], from_left: bool = True, **style: Any
+) -> None:
+    """Text next to a place (x, y), shifted by pixels. from_left: x is a fraction of the width."""
+    coordinates = ("axes fraction" if from_left else "data", "data")
+    axes.annotate(
+        text, place, shift, xycoords=coordinates, textcoords="offset points", va="center_baseline",
+        annotation_clip=False, **style,
+    )  # fmt: skip
 
 
-class _Drawing:
-    """A matplotlib figure measured in pixels from its upper left corner, and its way to SVG."""
-
-    def __init__(self, width: float, height: float, title: str, description: str) -> None:
-        self.width, self.height = math.ceil(width), math.ceil(height)
-        self._figure = Figure(figsize=(self.width / 72, self.height / 72), dpi=72)  # SVG has 72 pixels per inch
-        self._figure.patch.set_visible(False)
-        self._title, self._description = title, description
-        self._tips: list[str] = []
-
-    def axes(self, left: float, top: float, width: float, height: float) -> Axes:
-        w, h = self.width, self.height
-        axes = self._figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h))
-        axes.patch.set_visible(False)
-        return axes
-
-    def text(
-        self, x: float, y: float, text: str, *, size: float, color: str = INK, anchor: str = "left", bold: bool = False
-    ) -> None:
-        """y is the text's baseline."""
-        weight = "bold" if bold else "normal"
-        place = x / self.width, 1 - y / self.height
-        self._figure.text(*place, text, size=size, color=color, ha=anchor, va="baseline", weight=weight)
-
-    def tip(self, artist: Artist, text: str) -> None:
-        """Show `text` when the pointer rests on the artist."""
-        artist.set_gid(f"tip-{len(self._tips)}")
-        self._tips.append(text)
-
-    def render(self) -> str:
-        """The SVG without date and version; the same input gives the same bytes."""
-        buffer = io.StringIO()
-        salt = hashlib.sha256(f"{self._title}\0{self._description}".encode()).hexdigest()  # no ID twice on a page
-        with matplotlib.rc_context({"svg.hashsalt": salt}), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph .* missing")  # it only measures; the reader has fonts
-            self._figure.savefig(buffer, format="svg", metadata={"Date": None})
-        body = buffer.getvalue().split("<svg", 1)[1].split(">", 1)[1]
-        unneeded = r'<metadata>.*?</metadata>|<style.*?</style>|font-family: [^;]*; | transform="rotate\(-0 [^"]*"'
-        body = re.sub(unneeded, "", body, flags=re.DOTALL)
-        body = re.sub(
-            r'<g id="tip-(\d+)">', lambda match: f"<g><title>{escape(self._tips[int(match[1])])}</title>", body
-        )
-        body = re.sub(r'<g id="[^"]*"', "<g", body).replace("xlink:href", "href")
-        body = re.sub(r">[^<]*<|\d+\.\d{3,}|#[0-9a-f]{6}\b", _shorten, body)
-        body = re.sub(r"\s*\n\s*", "\n", re.sub(r" \n(?=[LMQCz\"])", "", body)).strip()
-        return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" role="img" viewBox="0 0 {self.width} {self.height}" '
-            f'width="{self.width}" height="{self.height}" font-family="{FONT}" stroke-linejoin="round">'
-            f"<title>{escape(self._title)}</title><desc>{escape(self._description)}</desc>\n{body}\n"
-        )
+def _to_svg(figure: Figure, title: str, description: str, **options: Any) -> str:
+    """The SVG without date and version; the same input gives the same bytes."""
+    buffer = io.StringIO()
+    figure.patch.set_visible(False)
+    salt = hashlib.sha256(f"{title}\0{description}".encode()).hexdigest()  # no ID twice on a page
+    with matplotlib.rc_context({"svg.hashsalt": salt}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # it only measures; the reader has fonts
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, **options)
+    head, body = buffer.getvalue().split("<svg", 1)[1].split(">", 1)
+    width, height = (math.ceil(float(size)) for size in re.findall(r'viewBox="0 0 (\S+) (\S+)"', head)[0])
+    unneeded = r'<metadata>.*?</metadata>|<style.*?</style>|font-family: [^;]*; | transform="rotate\(-0 [^"]*"'
+    body = re.sub(unneeded, "", body, flags=re.DOTALL)
+    body = re.sub(rf'<g id="{_TIP}([^"]*)">', r"<g><title>\1</title>", body)
+    body = re.sub(r'<g id="[^"]*"', "<g", body).replace("xlink:href", "href")
+    body = re.sub(r">[^<]*<|\d+\.\d{3,}|#[0-9a-f]{6}\b", _shorten, body)
+    body = re.sub(r"\s*\n\s*", "\n", re.sub(r" \n(?=[LMQCz\"])", "", body)).strip()
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" viewBox="0 0 {width} {height}" '
+        f'width="{width}" height="{height}" font-family="{FONT}" stroke-linejoin="round">'
+        f"<title>{escape(title)}</title><desc>{escape(description)}</desc>\n{body}\n"
+    )
 
 
 def _shorten(match: re.Match[str]) -> str:

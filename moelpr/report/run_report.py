@@ -4,7 +4,7 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -12,34 +12,9 @@ from typing import Any
 
 from moelpr.files import atomic_file
 from moelpr.languages import language_name
-from moelpr.report.page import (
-    Block,
-    Cell,
-    Code,
-    Facts,
-    Figure,
-    Page,
-    Row,
-    Sample,
-    Section,
-    Table,
-    Text,
-    Verdict,
-    write_page,
-)
-from moelpr.report.plots import (
-    Curve,
-    Interval,
-    Panel,
-    change_chart,
-    finite_mean,
-    heat_maps,
-    line_chart,
-    percent,
-    thinning_note,
-)
+from moelpr.report import page, plots
+from moelpr.report.page import Block, Cell, Row, Section, Table, Text
 from moelpr.report.runs import ENDS, Claims, Judgment, Results, Run, check_result, curve_of, held_out_results
-from moelpr.run_metrics import Record
 
 MAX_WARNINGS = 30
 GROUP_NAMES = {"original": "original languages", "expanded": "expanded languages"}
@@ -49,7 +24,6 @@ _SETTINGS = (
     "lpr_loss_coeff", "num_original_experts", "num_experts", "moe_router_topk", "data_path", "validation_data",
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size", "world_size", "seed",
 )  # fmt: skip
-Chart = tuple[str, list[Curve], bool, bool]  # title, curves, whether they are fractions, whether to smooth them
 
 
 @dataclass(frozen=True)
@@ -73,36 +47,31 @@ class Report:
         """Write report.html, report.md and report.json into `folder`; returns the path of the HTML file."""
         judgments = self.claims.judge(self.evaluation, self.checks)
         held_out = held_out_results(self.runs)
-        page = _page(self, judgments, held_out)
+        title = _title(self.runs, self.claims, judgments)
         with atomic_file(folder / "report.json") as temporary:
-            content = _finite_or_null(_numbers(self, page.title, judgments, held_out))
-            text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+            numbers = json.dumps(_numbers(self, title, judgments, held_out))
+            content = json.loads(numbers, parse_constant=lambda _: None)  # JSON has neither NaN nor Inf
+            text = json.dumps(content, indent=1, ensure_ascii=False)
             temporary.write_text(text + "\n", encoding="utf-8")
-        return write_page(folder, "report", page)
+        written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+        kicker = f"Training report of {', '.join(str(run.folder) for run in self.runs)}, written {written}"
+        return page.write_page(folder, "report", page.Page(title, kicker, _sections(self, judgments, held_out)))
 
 
-def _page(report: Report, judgments: Sequence[Judgment], held_out: Results) -> Page:
+def _sections(report: Report, judgments: Sequence[Judgment], held_out: Results) -> list[Section]:
     runs, evaluation = report.runs, report.evaluation
-    summary = Text(_summary(runs, evaluation, held_out), "summary")
-    outcome = [*_verdict(judgments, report.claims.note), *_change_figure(evaluation)]
-    sections = [
-        Section("", [summary, *outcome, _state_table(runs), *_warnings(runs)]),
-        Section("Learned and forgotten, per language", _language_tables(evaluation, held_out)),
+    return [
+        Section("", [*_overview(report, judgments, held_out)]),
+        Section("Learned and forgotten, per language", [*_language_tables(evaluation, held_out)]),
         Section("Claims", _claims_table(report.claims, judgments)),
         Section("Checks", _checks_table(report)),
         Section("Routing: original or new experts", _routing(runs, evaluation)),
         Section("Curves", _curves(runs)),
         Section("Continuations", _continuations(evaluation)),
         Section("Cost", [_cost_table(runs)]),
-        Section("Settings", [Facts(_facts(report)), *_recipes(runs)]),
-        Section("How to repeat it", _commands(runs)),
+        Section("Settings", [*_settings(report)]),
+        Section("How to repeat it", [*_commands(runs)]),
     ]
-    written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    kicker = f"Training report of {', '.join(str(run.folder) for run in runs)}, written {written}"
-    return Page(_title(runs, report.claims, judgments), kicker, sections)
-
-
-# ----------------------------------------------------------------------------------------------- title and outcome
 
 
 def _title(runs: Sequence[Run], claims: Claims, judgments: Sequence[Judgment]) -> str:
@@ -111,11 +80,9 @@ def _title(runs: Sequence[Run], claims: Claims, judgments: Sequence[Judgment]) -
         shown = sum(judgment.ok for judgment in judgments)
         is_proven = shown == len(judgments) and claims.title
         return claims.title if is_proven else f"{shown} of {len(judgments)} claims are shown"
-    parts = []
-    for run in runs:
-        of = f" of {run.num_steps:,}" if run.num_steps else ""
-        parts.append(f"{run.name} " + ("finished" if run.is_finished else f"{run.state} at step {run.step:,}{of}"))
-    return ", ".join(parts)
+    return ", ".join(
+        f"{run.name} " + ("finished" if run.is_finished else f"{run.state} at step {run.progress}") for run in runs
+    )
 
 
 def _summary(runs: Sequence[Run], evaluation: Results, held_out: Results) -> str:
@@ -124,86 +91,64 @@ def _summary(runs: Sequence[Run], evaluation: Results, held_out: Results) -> str
     if len(evaluation.models) < 2:
         results, source = held_out, "on the runs' held-out text"
     if len(results.models) < 2 or not results.has_start:
-        return f"{len(runs)} run{'s' if len(runs) > 1 else ''}, {sum(run.step for run in runs):,} recorded steps."
+        return f"{_count(len(runs), 'run')}, {sum(run.step for run in runs):,} recorded steps."
     first, last = results.models[0], results.models[-1]
     parts = []
     for group in ("expanded", "original"):
         changes = {name: results.change(last, name).value for name in results.languages(group)}
-        known = [name for name, change in changes.items() if math.isfinite(change)]
-        if known:
+        if known := [language_name(name) for name, change in changes.items() if math.isfinite(change)]:
             mean = results.change(last, f"mean {group}").value
-            mean = mean if math.isfinite(mean) else finite_mean(list(changes.values()))
-            parts.append(f"{group} languages {percent(mean)} ({', '.join(map(language_name, known))})")
+            mean = mean if math.isfinite(mean) else plots.finite_mean(changes.values())
+            parts.append(f"{group} languages {plots.percent(mean)} ({', '.join(known)})")
     unit = "token" if results.per_token else "byte"
     return f"Bits per {unit} {source}, {last} against {first}: {'; '.join(parts)}. Lower is better."
 
 
-def _verdict(judgments: Sequence[Judgment], note: str) -> list[Block]:
-    if not judgments:
-        return []
-    missed = [judgment for judgment in judgments if not judgment.ok]
-    details = f": {len(judgments) - len(missed)} of {len(judgments)}{'; these are not' if missed else ''}."
-    items = [f"{language_name(m.language) or m.name}: {m.found}; claim: {m.claim}" for m in missed]
-    finding = "Not every claim is shown" if missed else "Every claim is shown"
-    return [Verdict(finding, details, items), *([Text(note)] if note else [])]
-
-
-def _change_figure(results: Results) -> list[Block]:
-    if len(results.models) < 2:
-        return []
-    rows: dict[str, dict[str, Interval | None]] = {}
-    for group, members in results.rows().items():
-        rows |= {GROUP_NAMES[group].capitalize(): {}} if group else {}
-        rows |= {language_name(row): {m: results.change(m, row) for m in results.models[1:]} for row in members}
-    reference = results.models[0]
-    chart = change_chart("Change in bits per byte on held-out text", rows, axis=f"bits per byte against {reference}")
-    caption = (
-        f"Change in bits per byte on held-out text against {reference}, with 95% intervals. A hollow bar is unclear: "
-        "its interval contains 0."
-    )
-    return [Figure([chart], caption)]
-
-
-def _state_table(runs: Sequence[Run]) -> Table:
+def _overview(report: Report, judgments: Sequence[Judgment], held_out: Results) -> Iterator[Block]:
+    """The outcome in a few words, and what state the runs are in."""
+    results, runs = report.evaluation, report.runs
+    yield Text(_summary(runs, results, held_out), "summary")
+    if judgments:
+        missed = [judgment for judgment in judgments if not judgment.ok]
+        details = f": {len(judgments) - len(missed)} of {len(judgments)}{'; these are not' if missed else ''}."
+        items = [f"{language_name(m.language) or m.name}: {m.found}; claim: {m.claim}" for m in missed]
+        yield page.Verdict("Not every claim is shown" if missed else "Every claim is shown", details, items)
+        if report.claims.note:
+            yield Text(report.claims.note)
+    if len(results.models) > 1:
+        reference, *models = results.models
+        changes: dict[str, dict[str, plots.Interval | None]] = {}
+        for group, members in results.rows().items():
+            changes |= {GROUP_NAMES[group].capitalize(): {}} if group else {}
+            changes |= {language_name(row): {model: results.change(model, row) for model in models} for row in members}
+        title = "Change in bits per byte on held-out text"
+        note = f"{title} against {reference}, with 95% intervals. A hollow bar is unclear: its interval contains 0."
+        yield page.Figure([plots.change_chart(title, changes, axis=f"bits per byte against {reference}")], note)
     rows = []
     for run in runs:
-        of = f" of {run.num_steps:,}" if run.num_steps else ""
-        left = (run.num_steps or 0) - run.step
-        is_timed = run.state == "running" and left > 0 and run.step_time_s
-        time_left = f", {_duration(left * (run.step_time_s or 0))} left" if is_timed else ""
+        left = f", {_duration(run.time_left_s)} left" if run.state == "running" and run.time_left_s else ""
         loss = _number(run.last.get("lm_loss"), "{:.3f}")
-        rows.append(
-            [run.name, run.stage, f"{run.state}{time_left}", f"{run.step:,}{of}", loss, str(len(run.metrics.warnings))]
-        )
-    return Table(["run", "stage", "state", "steps", "last loss", "warnings"], rows, text_columns=[1, 2])
-
-
-def _warnings(runs: Sequence[Run]) -> list[Block]:
-    found = [
+        rows.append([run.name, run.stage, run.state + left, run.progress, loss, str(len(run.metrics.warnings))])
+    yield Table(["run", "stage", "state", "steps", "last loss", "warnings"], rows, text_columns=[1, 2])
+    warnings = [
         f"{run.name}, step {record['iteration']:,}: {record.get('message', '')}"
         for run in runs
         for record in run.metrics.warnings
     ]
-    if not found:
-        return []
-    more = f" The first {MAX_WARNINGS} of {len(found)}." if len(found) > MAX_WARNINGS else ""
-    return [
-        Verdict(f"{len(found)} warning{'s' if len(found) > 1 else ''} during training.", more, found[:MAX_WARNINGS])
-    ]
+    if warnings:
+        more = f" The first {MAX_WARNINGS} of {len(warnings)}." if len(warnings) > MAX_WARNINGS else ""
+        title = f"{_count(len(warnings), 'warning')} during training."
+        yield page.Verdict(title, more, warnings[:MAX_WARNINGS])
 
 
-# ----------------------------------------------------------------------------------------- results per language
-
-
-def _language_tables(evaluation: Results, held_out: Results) -> list[Block]:
+def _language_tables(evaluation: Results, held_out: Results) -> Iterator[Block]:
     """Evaluated models with intervals, and the runs' own held-out text."""
-    blocks: list[Block] = []
     if evaluation.bits:
         note = (
             f"Bits per byte on held-out documents, with the change against {evaluation.models[0]}; lower is better. In "
             "brackets 95% intervals, bootstrap over documents. A change whose interval contains 0 may be chance."
         )
-        blocks.append(_results_table("evaluated", evaluation, note))
+        yield _results_table("evaluated", evaluation, note)
     if held_out.bits:
         since = f", with the change from {held_out.models[0]}" if held_out.has_start else ""
         note = (
@@ -211,13 +156,12 @@ def _language_tables(evaluation: Results, held_out: Results) -> list[Block]:
             "better. No intervals: one pass over one text. The evaluation scores each document separately, so "
             "its numbers differ."
         )
-        blocks.append(_results_table("held out while training", held_out, note))
-    return blocks or [
-        Text(
+        yield _results_table("held out while training", held_out, note)
+    if not evaluation.bits and not held_out.bits:
+        yield Text(
             "There are no results per language: train with --validation-data LANG=PREFIX, or evaluate the exports "
             "(python -m moelpr.evaluate) and pass the results to this report with --evaluation FILE."
         )
-    ]
 
 
 def _results_table(title: str, results: Results, note: str) -> Table:
@@ -225,26 +169,16 @@ def _results_table(title: str, results: Results, note: str) -> Table:
     for group, members in results.rows().items():
         rows += [Row([GROUP_NAMES[group].capitalize()], "group")] if group else []
         for row in members:
-            unit = " (bits per token)" if row in results.per_token else ""
-            cells = [_result(results, model, row) for model in results.models]
             is_mean = row.startswith("mean ")
-            rows.append(Row(["mean" if is_mean else language_name(row) + unit, *cells], "mean" if is_mean else ""))
+            name = "mean" if is_mean else language_name(row) + " (bits per token)" * (row in results.per_token)
+            cells = []
+            for model in results.models:
+                value, change = results.value(model, row), results.change(model, row)
+                text = value.text("{:.3f}".format) if math.isfinite(value.value) else "–"
+                is_compared = model != results.models[0] and results.has_start and math.isfinite(change.value)
+                cells.append(Cell(text, change.text(plots.percent), change.value) if is_compared else Cell(text))
+            rows.append(Row([name, *cells], "mean" if is_mean else ""))
     return Table([title, *results.models], rows, note)
-
-
-def _result(results: Results, model: str, row: str) -> Cell:
-    value, change = results.value(model, row), results.change(model, row)
-    if not math.isfinite(value.value):
-        return Cell("–")
-    text = _with_interval(value, "{:.3f}".format)
-    if model == results.models[0] or not results.has_start or not math.isfinite(change.value):
-        return Cell(text)
-    return Cell(text, _with_interval(change, percent), change.value)
-
-
-def _with_interval(estimate: Interval, write: Callable[[float], str]) -> str:
-    text = write(estimate.value)
-    return f"{text} [{write(estimate.low)}, {write(estimate.high)}]" if estimate.has_bounds else text
 
 
 def _claims_table(claims: Claims, judgments: Sequence[Judgment]) -> list[Block]:
@@ -276,18 +210,18 @@ def _checks_table(report: Report) -> list[Block]:
 
 
 def _continuations(evaluation: Results) -> list[Block]:
-    samples: list[Block] = []
-    for language, sample in evaluation.continuations.items():
-        texts = {**sample["by_model"], "the text itself": sample["reference"]}
-        samples.append(Sample(language, language_name(language), sample["prompt"], texts))
     note = (
         "The first words of a held-out document, continued by each model. One sample per language illustrates the "
         "models; it does not measure them."
     )
+    samples = [
+        page.Sample(
+            language, language_name(language), sample["prompt"],
+            {**sample["by_model"], "the text itself": sample["reference"]},
+        )
+        for language, sample in evaluation.continuations.items()
+    ]  # fmt: skip
     return [Text(note, "note"), *samples] if samples else []
-
-
-# ---------------------------------------------------------------------------------------------- curves and routing
 
 
 def _curves(runs: Sequence[Run]) -> list[Block]:
@@ -295,48 +229,38 @@ def _curves(runs: Sequence[Run]) -> list[Block]:
     for run in runs:
         prefix = f"{run.name}: " if len(runs) > 1 else ""
         for title, curves, as_percent, smooth in _charts_of(run):
-            chart = line_chart(prefix + title, curves, as_percent=as_percent, smooth=smooth)
-            if chart:
+            if chart := plots.line_chart(prefix + title, curves, as_percent=as_percent, smooth=smooth):
                 charts.append(chart)
                 drawn += curves if smooth else []
     if not charts:
         return [Text("There are no curves yet: a curve needs two steps.", "note")]
-    return [Figure(charts, thinning_note(drawn), _curves_table(runs), is_grid=True)]
+    return [page.Figure(charts, plots.thinning_note(drawn), _curves_table(runs), is_grid=True)]
 
 
-def _charts_of(run: Run) -> list[Chart]:
-    """Everything that was logged."""
+def _charts_of(run: Run) -> Iterator[tuple[str, list[plots.Curve], bool, bool]]:
+    """Everything that was logged: title, curves, whether they are fractions, whether to smooth them."""
+    validations = run.metrics.validations
+    groups = {name: result.get("group") for record in validations for name, result in record["languages"].items()}
+    for unit in ("byte", "token"):
+        bits = [
+            {name: result.get(f"bits_per_{unit}") for name, result in record["languages"].items()}
+            | {"iteration": record["iteration"]}
+            for record in validations
+        ]
+        for group, title in GROUP_NAMES.items():
+            curves = [curve_of(bits, name, language_name(name)) for name in groups if groups[name] == group]
+            yield f"held-out text, {title} (bits per {unit})", curves, False, False
     steps = run.metrics.steps
     losses = [curve_of(steps, f"lm_loss_{group}", name) for group, name in GROUP_NAMES.items()]
-    if not all(curve.y for curve in losses):
-        losses = [curve_of(steps, "lm_loss")]
     shares = [curve_of(steps, f"original_first_share_{group}", name) for group, name in GROUP_NAMES.items()]
-    return [
-        *_validation_charts(run.metrics.validations),
-        ("next-token loss (nats per token)", losses, False, True),
-        ("balance loss", [curve_of(steps, "balance_loss")], False, True),
-        ("LPR loss (nats)", [curve_of(steps, "lpr_loss")], False, True),
-        ("first choices that are an original expert", [share for share in shares if share.y], True, True),
-        ("gradient norm", [curve_of(steps, "grad_norm")], False, True),
-        ("learning rate", [curve_of(steps, "learning_rate")], False, False),
-        ("tokens per second", [curve_of(steps[1:], "tokens_per_s")], False, True),
-    ]
-
-
-def _validation_charts(validations: Sequence[Record]) -> list[Chart]:
-    """Held-out text: one chart per unit and group, one curve per language."""
-    charts = []
-    for unit, title in (("bits_per_byte", "bits per byte"), ("bits_per_token", "bits per token")):
-        for group, name in GROUP_NAMES.items():
-            values: dict[str, list[Record]] = {}
-            for record in validations:
-                for language, result in record["languages"].items():
-                    if result.get("group") == group and result.get(unit) is not None:
-                        point = {"iteration": record["iteration"], "value": result[unit]}
-                        values.setdefault(language, []).append(point)
-            curves = [curve_of(records, "value", language_name(language)) for language, records in values.items()]
-            charts.append((f"held-out text, {name} ({title})", curves, False, False))
-    return charts
+    has_losses = all(curve.y for curve in losses)
+    yield "next-token loss (nats per token)", losses if has_losses else [curve_of(steps, "lm_loss")], False, True
+    yield "balance loss", [curve_of(steps, "balance_loss")], False, True
+    yield "LPR loss (nats)", [curve_of(steps, "lpr_loss")], False, True
+    yield "first choices that are an original expert", [share for share in shares if share.y], True, True
+    yield "gradient norm", [curve_of(steps, "grad_norm")], False, True
+    yield "learning rate", [curve_of(steps, "learning_rate")], False, False
+    yield "tokens per second", [curve_of(steps[1:], "tokens_per_s")], False, True
 
 
 def _curves_table(runs: Sequence[Run], num_rows: int = 8) -> Table:
@@ -346,39 +270,48 @@ def _curves_table(runs: Sequence[Run], num_rows: int = 8) -> Table:
     for run in runs:
         steps = run.metrics.steps
         size = max(1, math.ceil(len(steps) / num_rows))
-        for start in range(0, len(steps), size):
-            part = steps[start : start + size]
-            first, last = part[0]["iteration"], part[-1]["iteration"]
-            means = [_number(finite_mean(curve_of(part, name).y), "{:.4g}") for name in names]
-            rows.append([f"{run.name}, steps {first:,} to {last:,}", *means])
+        for part in (steps[start : start + size] for start in range(0, len(steps), size)):
+            means = [_number(plots.finite_mean(curve_of(part, name).y), "{:.4g}") for name in names]
+            rows.append([f"{run.name}, steps {part[0]['iteration']:,} to {part[-1]['iteration']:,}", *means])
     return Table(["mean over", *names.values()], rows)
 
 
 def _routing(runs: Sequence[Run], evaluation: Results) -> list[Block]:
-    """Before and after review, on the training text; of evaluated models, per language of the held-out text."""
-    blocks: list[Block] = []
+    """Of evaluated models, per language of the held-out text; before and after review, on the training text."""
     evaluated = []
     for model, shares in evaluation.original_first_shares.items():
-        columns = {
-            language_name(name): [*shares[name], finite_mean(shares[name])]
-            for name in evaluation.languages("original", "expanded", "")
-            if name in shares
-        }
-        evaluated.append(Panel(model, columns, [*_layer_names(evaluation.layers[model]), "mean"]))
-    if evaluated:
-        caption = "Fraction of held-out tokens whose first choice is an original expert, per MoE layer and language."
-        blocks.append(_heat_map_figure(evaluated, caption))
-    panels = [panel for run in runs for panel in _run_panels(run)]
-    if panels:
-        caption = (
-            "Fraction of training tokens whose first choice is an original expert, per MoE layer and language group, "
-            f"over at most {ENDS} steps. Review (stage 2) teaches the routers to send original-language text there."
-        )
-        blocks.append(_heat_map_figure(panels, caption))
-    return blocks
+        languages = [name for name in evaluation.languages("original", "expanded", "") if name in shares]
+        columns = {language_name(name): [*shares[name], plots.finite_mean(shares[name])] for name in languages}
+        rows = [f"layer {layer}" for layer in evaluation.layers[model]]
+        evaluated.append(plots.Panel(model, columns, [*rows, "mean"]))
+    captions = (
+        "Fraction of held-out tokens whose first choice is an original expert, per MoE layer and language.",
+        "Fraction of training tokens whose first choice is an original expert, per MoE layer and language group, "
+        f"over at most {ENDS} steps. Review (stage 2) teaches the routers to send original-language text there.",
+    )
+    all_panels = evaluated, [panel for run in runs for panel in _run_panels(run)]
+    return [_heat_map_figure(panels, text) for panels, text in zip(all_panels, captions, strict=True) if panels]
 
 
-def _heat_map_figure(panels: Sequence[Panel], caption: str) -> Figure:
+def _run_panels(run: Run) -> Iterator[plots.Panel]:
+    steps = run.metrics.steps
+    middle = len(steps) // 2
+    parts = {"first steps": steps[:ENDS], "last steps": steps[-ENDS:]}
+    if middle < ENDS:  # the two would overlap
+        parts = {"first half": steps[:middle], "last half": steps[middle:]}
+    for title, part in parts.items():
+        columns: dict[str, list[float]] = {}
+        for group, name in GROUP_NAMES.items():
+            per_step = [record.get(f"original_first_share_{group}") for record in part]
+            lists = [shares for shares in per_step if isinstance(shares, list)]
+            means = [plots.finite_mean(layer) for layer in zip(*lists, strict=False)]
+            columns |= {name: means} if any(map(math.isfinite, means)) else {}
+        if columns:
+            rows = [f"layer {layer}" for layer in range(min(map(len, columns.values())))]
+            yield plots.Panel(f"{run.name}, {title}", columns, rows)
+
+
+def _heat_map_figure(panels: Sequence[plots.Panel], caption: str) -> page.Figure:
     widest_first = sorted(panels, key=lambda panel: -len(panel.columns))
     names = list(dict.fromkeys(name for panel in widest_first for name in panel.columns))
     rows: list[Row | Sequence[str]] = []
@@ -387,56 +320,19 @@ def _heat_map_figure(panels: Sequence[Panel], caption: str) -> Figure:
         for row, title in enumerate(panel.rows):
             values = [panel.columns[name][row] if name in panel.columns else math.nan for name in names]
             rows.append([title, *(_number(value, "{:.0%}") for value in values)])
-    maps = [heat_maps(f"{panel.title}: original expert first", [panel]) for panel in panels]
-    return Figure(maps, caption, Table(["first choice is an original expert", *names], rows))
-
-
-def _layer_names(layers: Iterable[int]) -> list[str]:
-    return [f"layer {layer}" for layer in layers]
-
-
-def _run_panels(run: Run) -> list[Panel]:
-    steps = run.metrics.steps
-    parts = {f"{run.name}, first steps": steps[:ENDS], f"{run.name}, last steps": steps[-ENDS:]}
-    if len(steps) < 2 * ENDS:  # the two would overlap
-        middle = len(steps) // 2
-        parts = {f"{run.name}, first half": steps[:middle], f"{run.name}, last half": steps[middle:]}
-    panels = []
-    for title, part in parts.items():
-        columns = {
-            name: _mean_per_layer([record.get(f"original_first_share_{group}") for record in part])
-            for group, name in GROUP_NAMES.items()
-        }
-        columns = {name: values for name, values in columns.items() if values}
-        if columns:
-            panels.append(Panel(title, columns, _layer_names(range(len(next(iter(columns.values())))))))
-    return panels
-
-
-def _mean_per_layer(values: Sequence[Any]) -> list[float]:
-    """Mean of lists with a number (or None) per layer; [] if there is no number."""
-    lists = [value for value in values if isinstance(value, list) and value]
-    means = [
-        finite_mean([value[layer] for value in lists if layer < len(value) and value[layer] is not None])
-        for layer in range(len(lists[0]) if lists else 0)
-    ]
-    return means if any(math.isfinite(value) for value in means) else []
-
-
-# ------------------------------------------------------------------------------------------------ cost and settings
+    maps = [plots.heat_maps(f"{panel.title}: original expert first", [panel]) for panel in panels]
+    return page.Figure(maps, caption, Table(["first choice is an original expert", *names], rows))
 
 
 def _cost_table(runs: Sequence[Run]) -> Table:
-    rows = []
-    for run in runs:
-        ranks = run.num_ranks or run.settings.get("world_size")
-        rows.append(
-            [
-                run.name, f"{run.last.get('consumed_tokens', 0):,}", _duration(run.training_time_s),
-                _number(run.tokens_per_s, "{:,.0f}"), _number(run.peak_memory_gib, "{:.2f} GiB"),
-                str(ranks or "not recorded"),
-            ]
-        )  # fmt: skip
+    rows = [
+        [
+            run.name, f"{run.last.get('consumed_tokens', 0):,}", _duration(run.training_time_s),
+            _number(run.tokens_per_s, "{:,.0f}"), _number(run.peak_memory_gib, "{:.2f} GiB"),
+            str(run.num_ranks or run.settings.get("world_size") or "not recorded"),
+        ]
+        for run in runs
+    ]  # fmt: skip
     note = (
         "Training time: the sum of all recorded steps, each counted once, including saving but not validation. Tokens "
         "per second: the median of the steps. Memory: the peak of the rank that used the most."
@@ -444,7 +340,7 @@ def _cost_table(runs: Sequence[Run]) -> Table:
     return Table(["run", "tokens", "training time", "tokens/s", "memory per rank", "ranks"], rows, note)
 
 
-def _facts(report: Report) -> dict[str, dict[str, str]]:
+def _settings(report: Report) -> Iterator[Block]:
     facts = {title: {name: str(value) for name, value in values.items()} for title, values in report.facts.items()}
     for run in report.runs:
         values = {name: run.settings.get(name) for name in _SETTINGS}
@@ -454,54 +350,37 @@ def _facts(report: Report) -> dict[str, dict[str, str]]:
             for name, value in values.items()
             if value is not None and value != []
         }
-    return facts
+    yield page.Facts(facts)
+    for run in report.runs:
+        if run.settings:
+            text = "\n".join(f"{name}: {value}" for name, value in run.settings.items() if value is not None)
+            yield page.Code(text, f"Every setting of {run.name} with its final value", folded=True)
 
 
-def _recipes(runs: Sequence[Run]) -> list[Block]:
-    return [
-        Code(
-            "\n".join(f"{name}: {value}" for name, value in run.settings.items() if value is not None),
-            f"Every setting of {run.name} with its final value",
-            folded=True,
-        )
-        for run in runs
-        if run.settings
-    ]
-
-
-def _commands(runs: Sequence[Run]) -> list[Block]:
-    blocks: list[Block] = []
+def _commands(runs: Sequence[Run]) -> Iterator[Block]:
     for run in runs:
         if run.arguments:
             ranks = f"--nproc-per-node {run.num_ranks} " if (run.num_ranks or 1) > 1 else ""
             command = f"python -m moelpr.torchrun --standalone {ranks}-m moelpr.pretrain {shlex.join(run.arguments)}"
             lines = f".venv/bin/{command}".replace(" --", " \\\n    --")
-            blocks.append(Code(lines, f"{run.name}, from the repository's folder, with another --save:"))
-    missing = [run.name for run in runs if not run.arguments]
-    if missing:
-        text = f"No command line was recorded for {', '.join(missing)}; recipe.yaml has every setting."
-        blocks.append(Text(text, "note"))
-    return blocks
-
-
-# ------------------------------------------------------------------------------------------------------------ JSON
+            yield page.Code(lines, f"{run.name}, from the repository's folder, with another --save:")
+    if missing := ", ".join(run.name for run in runs if not run.arguments):
+        yield Text(f"No command line was recorded for {missing}; recipe.yaml has every setting.", "note")
 
 
 def _numbers(report: Report, title: str, judgments: Sequence[Judgment], held_out: Results) -> dict[str, Any]:
     """The content of report.json."""
     evaluation = report.evaluation
+    shares = {
+        model: {name: {"overall": plots.finite_mean(values), "per_layer": values} for name, values in by_name.items()}
+        for model, by_name in evaluation.original_first_shares.items()
+    }
     return {
         "title": title,
         "languages": evaluation.groups,
         "bits_per_byte": _by_model(evaluation, evaluation.value),
         "change": _by_model(evaluation, evaluation.change),
-        "routing": {
-            "layers": evaluation.layers,
-            "original_expert_share": {
-                model: {name: {"overall": finite_mean(values), "per_layer": values} for name, values in shares.items()}
-                for model, shares in evaluation.original_first_shares.items()
-            },
-        },
+        "routing": {"layers": evaluation.layers, "original_expert_share": shares},
         "claims": [asdict(judgment) for judgment in judgments],
         "checks": report.checks,
         "held_out": _by_model(held_out, held_out.value),
@@ -513,31 +392,25 @@ def _numbers(report: Report, title: str, judgments: Sequence[Judgment], held_out
 
 def _run_numbers(run: Run) -> dict[str, Any]:
     names = ("stage", "state", "step", "num_steps", "training_time_s", "tokens_per_s", "peak_memory_gib", "num_ranks")
-    numbers = {name: getattr(run, name) for name in (*names, "settings", "versions", "arguments")}
     return {
         "folder": str(run.folder),
         "tokens": run.last.get("consumed_tokens"),
         "lm_loss": run.last.get("lm_loss"),
-        **numbers,
+        **{name: getattr(run, name) for name in (*names, "settings", "versions", "arguments")},
         "warnings": run.metrics.warnings,
     }
 
 
-def _by_model(results: Results, number: Callable[[str, str], Interval]) -> dict[str, dict[str, dict[str, float]]]:
+def _by_model(results: Results, number: Callable[..., plots.Interval]) -> dict[str, dict[str, dict[str, float]]]:
     return {model: {row: number(model, row)._asdict() for row in rows} for model, rows in results.bits.items()}
-
-
-def _finite_or_null(value: Any) -> Any:
-    """JSON has neither NaN nor Inf."""
-    if isinstance(value, Mapping):
-        return {key: _finite_or_null(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite_or_null(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}{'s' if number > 1 else ''}"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -4,7 +4,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +19,6 @@ from moelpr.yaml_files import read_mapping
 ENDS = 50  # first and last steps of a run whose values per layer are kept
 GROUPS = ("expanded", "original")
 _STALE_S = 600.0  # a run that wrote nothing for this long, and for 20 of its steps, has stopped
-
-
-# ------------------------------------------------------------------------------------------------------------ runs
 
 
 @dataclass(frozen=True)
@@ -60,17 +57,23 @@ class Run:
         return self.settings.get("train_iters")
 
     @property
-    def step_time_s(self) -> float | None:
-        return self._median("step_time_s")
+    def progress(self) -> str:
+        """The step in words: "20 of 100"."""
+        return f"{self.step:,} of {self.num_steps:,}" if self.num_steps else f"{self.step:,}"
 
     @property
     def tokens_per_s(self) -> float | None:
-        return self._median("tokens_per_s")
+        return self.median("tokens_per_s")
 
-    def _median(self, key: str) -> float | None:
+    def median(self, key: str) -> float | None:
         """Over all steps except the first, which includes the start of the program."""
         values = [record[key] for record in self.metrics.steps[1:] if record.get(key)]
         return statistics.median(values) if values else None
+
+    @property
+    def time_left_s(self) -> float:
+        """Until the last step; 0 if unknown."""
+        return max(0, (self.num_steps or 0) - self.step) * (self.median("step_time_s") or 0.0)
 
     @property
     def training_time_s(self) -> float:
@@ -79,16 +82,13 @@ class Run:
 
     @property
     def peak_memory_gib(self) -> float | None:
-        peaks = [record["peak_memory_gib"] for record in self.metrics.steps if record.get("peak_memory_gib")]
-        return max(peaks, default=None)
+        return max((record.get("peak_memory_gib") or 0.0 for record in self.metrics.steps), default=0.0) or None
 
     @property
     def state(self) -> str:
         """finished, running or stopped."""
-        if self.is_finished:
-            return "finished"
-        patience = max(_STALE_S, 20 * (self.step_time_s or 0.0))
-        return "running" if self.last_record_age_s < patience else "stopped"
+        patience = max(_STALE_S, 20 * (self.median("step_time_s") or 0.0))
+        return "finished" if self.is_finished else "running" if self.last_record_age_s < patience else "stopped"
 
 
 def read_run(folder: Path) -> Run:
@@ -97,6 +97,11 @@ def read_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; pass the folder of a run, which --save named")
     if not metrics_file.exists():
+        runs = " ".join(sorted(str(path.parent) for path in folder.glob(f"*/{METRICS_FILE}")))
+        if runs:
+            raise UserError(
+                f"{folder} is a folder of runs, without {METRICS_FILE}; use `python -m moelpr.report {runs}`"
+            )
         raise UserError(f"{folder} contains no {METRICS_FILE}; pass the folder of a run that has made a step")
     command = read_json(folder / COMMAND_FILE) or {}
     return Run(
@@ -116,9 +121,6 @@ def curve_of(records: Iterable[Mapping[str, Any]], key: str, name: str = "") -> 
     points = [(record["iteration"], mean_of(record.get(key))) for record in records]
     known = [(x, y) for x, y in points if y is not None and math.isfinite(y)]
     return Curve(name, [x for x, _ in known], [y for _, y in known])
-
-
-# ----------------------------------------------------------------------------------------- results per language
 
 
 @dataclass
@@ -177,9 +179,7 @@ def held_out_results(runs: Sequence[Run]) -> Results:
     Runs may differ in languages.
     """
     results = Results(has_start=False)
-    for run in runs:
-        if not run.metrics.validations:
-            continue
+    for run in (run for run in runs if run.metrics.validations):
         first, last = run.metrics.validations[0], run.metrics.validations[-1]
         passes = {f"after {run.name}": last}
         if not results.bits and first["iteration"] == 0:  # in an old or truncated file the start is unknown
@@ -189,11 +189,10 @@ def held_out_results(runs: Sequence[Run]) -> Results:
             values = results.bits.setdefault(name, {})
             for language, result in record["languages"].items():
                 results.groups[language] = result.get("group", "original")
-                if result.get("bits_per_byte") is not None:
-                    values[language] = Interval(result["bits_per_byte"])
-                elif result.get("bits_per_token") is not None:
-                    values[language] = Interval(result["bits_per_token"])
-                    results.per_token.add(language)
+                units = [unit for unit in ("bits_per_byte", "bits_per_token") if result.get(unit) is not None]
+                if units:
+                    values[language] = Interval(result[units[0]])
+                    results.per_token |= {language} if units[0] == "bits_per_token" else set()
     return results
 
 
@@ -229,24 +228,19 @@ def _add(results: Results, content: Mapping[str, Any]) -> None:
             if "bits_per_byte" in (values.get("change") or {}):
                 results.changes.setdefault(model, {})[row] = _interval(values["change"]["bits_per_byte"])
             share = values.get("original_expert_share") or {}
-            per_layer = values.get("original_first_share") or share.get("per_layer")
-            if per_layer:
-                results.original_first_shares.setdefault(model, {})[row] = [_number(value) for value in per_layer]
+            if per_layer := values.get("original_first_share") or share.get("per_layer"):
+                results.original_first_shares.setdefault(model, {})[row] = _floats(per_layer)
                 results.layers[model] = list(values.get("layers") or share.get("layers") or range(len(per_layer)))
 
 
 def _interval(content: Any) -> Interval:
-    """From a plain number, as older versions wrote it, or from value, low and high."""
-    if not isinstance(content, Mapping):
-        return Interval(_number(content))
-    return Interval(*(_number(content.get(name)) for name in Interval._fields))
+    """From value, low and high, or from a plain number, as older versions wrote it."""
+    is_plain = not isinstance(content, Mapping)
+    return Interval(*_floats([content] if is_plain else [content.get(name) for name in Interval._fields]))
 
 
-def _number(value: Any) -> float:
-    return float(value) if value is not None else math.nan
-
-
-# ----------------------------------------------------------------------------------------- verifications and claims
+def _floats(values: Iterable[float | None]) -> list[float]:
+    return [math.nan if value is None else float(value) for value in values]
 
 
 def read_verifications(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
@@ -260,11 +254,22 @@ def read_verifications(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
     return checks
 
 
-# Measures of a claim -> number of models it names.
-# change [a, b]: relative change in bits per byte of a against b.
-# undone [a, b, c]: fraction of b's increase against c that a undoes; NaN if b is not above c.
-# lead [a, b, c]: change of b against c minus change of a against c.
-_MEASURES = {"change": 2, "undone": 3, "lead": 3}
+def check_result(check: Mapping[str, Any]) -> str:
+    """The result of verify.py in words."""
+    keys = {"max_abs_diff": "tensor", "max_abs_logit_diff": "logit"}
+    found = {name: check[key] for key, name in keys.items() if key in check}
+    parts = [f"{name} {'Inf or NaN' if value is None else f'{value:.2g}'}" for name, value in found.items()]
+    return f"largest difference of a {' and of a '.join(parts)}" if parts else "not measured"
+
+
+# Measure of a claim -> number of models it names, value from the changes in bits per byte of all but the last model
+# against the last.
+_MEASURES: dict[str, tuple[int, Callable[..., float]]] = {
+    "change": (2, lambda change: change),
+    # The fraction of the second model's increase that the first one undoes.
+    "undone": (3, lambda left, lost: 1 - left / lost if lost > 0 else math.nan),
+    "lead": (3, lambda ours, theirs: theirs - ours),
+}
 
 
 @dataclass(frozen=True)
@@ -310,7 +315,11 @@ class Claims:
                 (measure,) = _MEASURES.keys() & claim.keys()
                 (bound,) = {"at_least", "at_most"} & claim.keys()
                 is_complete = claim["claim"] and claim["name"] and claim["languages"] in GROUPS
-                if not is_complete or len(claim[measure]) != _MEASURES[measure] or not float(claim[bound]) < math.inf:
+                if (
+                    not is_complete
+                    or len(claim[measure]) != _MEASURES[measure][0]
+                    or not float(claim[bound]) < math.inf
+                ):
                     raise ValueError(claim["name"])
         return claims
 
@@ -320,47 +329,30 @@ class Claims:
         Raises:
             UserError: a claim is about a model or a group of languages without results.
         """
-        judgments = []
-        for claim in self.claims:
-            languages = results.languages(claim["languages"])
-            if not languages:
-                raise UserError(
-                    f"the claim {claim['name']} needs results of {claim['languages']} languages; pass --evaluation "
-                    "with a file of `python -m moelpr.evaluate --original-languages ...`"
-                )
-            judgments += [_judge(claim, results, language) for language in languages]
+        judgments = [judgment for claim in self.claims for judgment in _judge(claim, results)]
         for name, meaning in self.checks.items():
             check = checks.get(name, {})
             judgments.append(Judgment(name, "", meaning, check_result(check), math.nan, check.get("equal", False)))
         return judgments
 
 
-def _judge(claim: Mapping[str, Any], results: Results, language: str) -> Judgment:
+def _judge(claim: Mapping[str, Any], results: Results) -> Iterator[Judgment]:
     (measure,) = _MEASURES.keys() & claim.keys()
     *models, reference = claim[measure]
+    languages = results.languages(claim["languages"])
+    if not languages:
+        raise UserError(
+            f"the claim {claim['name']} needs results of {claim['languages']} languages; pass --evaluation with a file "
+            "of `python -m moelpr.evaluate --original-languages ...`"
+        )
     if unknown := [model for model in claim[measure] if model not in results.models]:
         raise UserError(
             f"the claim {claim['name']} is about {', '.join(unknown)}, which is not in --evaluation; choose from "
             f"{', '.join(results.models)}"
         )
-    changes = [results.change(model, language, reference).value for model in models]
-    match measure:
-        case "change":
-            value = changes[0]
-        case "undone":
-            value = 1 - changes[0] / changes[1] if changes[1] > 0 else math.nan
-        case _:
-            value = changes[1] - changes[0]
-    found = ", ".join(f"{model} {percent(change)}" for model, change in zip(models, changes, strict=True))
-    ok = value >= claim["at_least"] if "at_least" in claim else value <= claim["at_most"]
-    return Judgment(claim["name"], language, claim["claim"], f"{found} against {reference}", value, bool(ok))
-
-
-def check_result(check: Mapping[str, Any]) -> str:
-    """The result of verify.py in words."""
-    keys = {"max_abs_diff": "tensor", "max_abs_logit_diff": "logit"}
-    found = {
-        name: "Inf or NaN" if check[key] is None else f"{check[key]:.2g}" for key, name in keys.items() if key in check
-    }
-    parts = " and of a ".join(f"{name} {value}" for name, value in found.items())
-    return f"largest difference of a {parts}" if parts else "not measured"
+    for language in languages:
+        changes = [results.change(model, language, reference).value for model in models]
+        value = _MEASURES[measure][1](*changes)
+        found = ", ".join(f"{model} {percent(change)}" for model, change in zip(models, changes, strict=True))
+        ok = value >= claim["at_least"] if "at_least" in claim else value <= claim["at_most"]
+        yield Judgment(claim["name"], language, claim["claim"], f"{found} against {reference}", value, bool(ok))

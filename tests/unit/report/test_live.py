@@ -48,10 +48,10 @@ def test_pipe_gets_one_line_per_record_until_the_run_is_finished(
 
 def test_terminal_gets_values_languages_and_warnings(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", "stage2", 60, is_finished=False, train_iters=100)
-    view = live.View(read_run(folder))
-    view.add({"iteration": 61, "stage": "stage2", "lm_loss": 0.125})
+    run = read_run(folder)
+    live.add(run, {"iteration": 61, "stage": "stage2", "lm_loss": 0.125})
     console = Console(width=200, record=True, file=(tmp_path / "screen").open("w"))
-    console.print(view.drawing())
+    console.print(live.drawing(run))
     shown = console.export_text()
     assert "step 61 of 100 (61%)" in shown
     assert "0.125" in shown and "LPR" in shown and "█" in shown
@@ -71,10 +71,9 @@ def test_record_written_while_the_run_is_read_is_not_missed(tmp_path: Path, monk
     monkeypatch.setattr(live, "read_run", read_then_write)
     ((run, found),) = live.follow(folder, interval_s=0)
     assert [record["iteration"] for record in found] == [6]
-    view = live.View(run)
     for record in [*found, *found]:
-        view.add(record)
-    assert [record["iteration"] for record in view.recent][-2:] == [5, 6]
+        live.add(run, record)
+    assert [record["iteration"] for record in run.metrics.steps][-2:] == [5, 6]
 
 
 def test_run_that_replaces_its_file_is_read_again(tmp_path: Path) -> None:

@@ -44,6 +44,26 @@ def test_bad_argument_is_named(monkeypatch: pytest.MonkeyPatch, arguments: tuple
         call(monkeypatch, *arguments)
 
 
+def test_help_shows_the_flags_of_the_default_command_and_live(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        call(monkeypatch, "--help")
+    shown = capsys.readouterr().out
+    assert exit_.value.code == 0 and "--evaluation" in shown and "moelpr.report live RUN" in shown
+
+
+@pytest.mark.parametrize("command", [(), ("live",)])
+def test_folder_of_runs_is_answered_with_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    for name in ("stage1", "stage2"):
+        make_run(tmp_path / name, name, 5)
+    with pytest.raises(UserError, match=f"python -m moelpr.report {tmp_path}/stage1 {tmp_path}/stage2`") as error:
+        call(monkeypatch, *command, tmp_path)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("arguments", [("live",), (), ("run", "--evaluation")])
 def test_missing_argument_exits_with_code_2(monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]) -> None:
     with pytest.raises(SystemExit) as exit_:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint_convert.hf_folder import HfReader, HfWriter, check_tokenizer, copy_companions
+from checkpoint_convert.hf_folder import HfReader, check_tokenizer, copy_companions, write_weights
 from checkpoint_convert.megatron_folder import SIGNS, MegatronReader, num_elements, write_checkpoint
 from checkpoint_convert.model_card import Origin, check_separable, read_history
 from checkpoint_convert.outputs import check_finite, check_output, job_description, output_folder
@@ -98,9 +98,8 @@ def _trained_names(piece: Piece) -> tuple[str, ...]:
     """Names in an adapter of the parts of a router or new expert; () for a piece of the base."""
     if not piece.is_trained:
         return ()
-    layer = re.match(r"model\.layers\.\d+\.", piece.hf_names[0])
-    assert layer is not None
-    mlp = f"{layer[0]}mlp."
+    layer = ".".join(piece.hf_names[0].split(".")[:3])
+    mlp = f"{layer}.mlp."
     if piece.part is Part.ROUTER:
         return (f"{_PREFIX}{mlp}moe_router_embedding.weight",)
     # An expert has the module names of the dense FFN, its origin.
@@ -262,7 +261,8 @@ def mcore_to_adapter(
     num_bytes = target_dtype.itemsize * sum(math.prod(shape) for _, shape in tensors)
     with output_folder(save, num_bytes, job=None) as (folder, bar):
         # PEFT reads a single file.
-        with HfWriter(folder, tensors, target_dtype, math.inf, STEM) as writer:
-            writer.write_all(lambda name: source.read_finite(hf_names[name]), bar)
+        write_weights(
+            folder, tensors, target_dtype, math.inf, lambda name: source.read_finite(hf_names[name]), bar, STEM
+        )
         config.write(folder)
     return config

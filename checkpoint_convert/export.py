@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint_convert.hf_folder import MODEL_STEM, HfReader, HfWriter, copy_companions
+from checkpoint_convert.hf_folder import MODEL_STEM, HfReader, copy_companions, raw_bytes, write_weights
 from checkpoint_convert.megatron_folder import SIGNS, MegatronReader, write_checkpoint
 from checkpoint_convert.model_card import BASE_CARD_FILE, CARD_FILE, CardFacts, Origin, check_separable, model_card
 from checkpoint_convert.outputs import check_output, job_description, output_folder
@@ -77,12 +77,11 @@ def mcore_to_hf(
     job = job_description(source.step_folder, spec=asdict(spec), dtype=dtype, shards=max_shard_bytes, delta=as_delta)
     with output_folder(save, num_bytes, job) as (folder, bar):
         stem = DELTA_STEM if as_delta else MODEL_STEM
-        with HfWriter(folder, tensors, target_dtype, max_shard_bytes, stem) as writer:
-            if as_delta:
-                _write_delta(folder, writer, source, facts, config, max_shard_bytes, bar)
-            else:
-                writer.write_all(source.read_finite, bar)
-                _write_companions(folder, load / HF_FOLDER, config, model_card(facts))
+        write_weights(folder, tensors, target_dtype, max_shard_bytes, source.read_finite, bar, stem)
+        if as_delta:
+            _complete_delta(folder, source, facts, config, max_shard_bytes)
+        else:
+            _write_companions(folder, load / HF_FOLDER, config, model_card(facts))
     return spec
 
 
@@ -183,34 +182,29 @@ class DeltaConfig:
         return delta
 
 
-def _write_delta(
-    folder: Path,
-    writer: HfWriter,
-    source: MegatronReader,
-    facts: CardFacts,
-    config: dict[str, Any],
-    max_shard_bytes: int,
-    bar: "tqdm[None]",
+def _complete_delta(
+    folder: Path, source: MegatronReader, facts: CardFacts, config: dict[str, Any], max_shard_bytes: int
 ) -> None:
-    """Write the trained tensors, delta_config.json and the model card; `config` is config.json of the export."""
-    sources = {
-        name: ("delta", "") if piece.is_trained else ("base", piece.origin[part])
+    """Write delta_config.json and the model card beside a delta's weights; `config` is config.json of the export."""
+    trained, dtype = HfReader(folder, DELTA_STEM), getattr(torch, facts.dtype)
+    in_base = {
+        name: origin
         for piece in source.pieces
-        for part, name in enumerate(piece.hf_names)
+        if not piece.is_trained
+        for name, origin in zip(piece.hf_names, piece.origin, strict=True)
     }
     tensors = []
-    bar.reset(writer.dtype.itemsize * sum(math.prod(source.shape(name)) for name in source.names))
-    for name in source.names:
-        tensor = source.read_finite(name).to(writer.dtype)
-        kind, base = sources.get(name, ("zeros", ""))
-        sha256 = "" if kind == "zeros" else _checksum(tensor)
-        tensors.append(DeltaTensor(name, tuple(tensor.shape), kind, base, sha256))
-        if kind == "delta" and not writer.is_written(name):
-            writer.write(name, tensor)
-        bar.update(tensor.nbytes)
-    writer.finish()
-    assert facts.base_model is not None and facts.spec.moe is not None
-    card, experts = model_card(facts), asdict(facts.spec.moe)
+    for name in tqdm(source.names, desc="checksums", unit=" tensors", leave=False, disable=None):
+        shape = source.shape(name)
+        if name in trained:
+            tensors.append(DeltaTensor(name, shape, "delta", sha256=_checksum(trained.read(name))))
+        elif name in in_base:
+            sha256 = _checksum(source.read_finite(name).to(dtype))
+            tensors.append(DeltaTensor(name, shape, "base", in_base[name], sha256))
+        else:
+            tensors.append(DeltaTensor(name, shape, "zeros"))
+    assert facts.base_model is not None and facts.source.spec.moe is not None
+    card, experts = model_card(facts), asdict(facts.source.spec.moe)
     DeltaConfig(facts.base_model, facts.dtype, max_shard_bytes, experts, config, card, tuple(tensors)).write(folder)
     (folder / CARD_FILE).write_text(model_card(facts, is_delta=True), encoding="utf-8")
 
@@ -261,11 +255,10 @@ def apply_delta(base: Path, delta: Path, save: Path, overwrite: bool = False) ->
     num_bytes = dtype.itemsize * sum(math.prod(shape) for _, shape in shapes)
     job = job_description(delta, base=job_description(base))
     with output_folder(save, num_bytes, job) as (folder, bar):
-        with HfWriter(folder, shapes, dtype, config.max_shard_bytes) as writer:
-            writer.write_all(read, bar)
+        write_weights(folder, shapes, dtype, config.max_shard_bytes, read, bar)
         _write_companions(folder, base, config.config, config.card)
     return config
 
 
 def _checksum(tensor: Tensor) -> str:
-    return hashlib.sha256(memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")).hexdigest()
+    return hashlib.sha256(raw_bytes(tensor)).hexdigest()

@@ -4,7 +4,6 @@ A table is read from left to right for import and from right to left for export.
 every tensor once, in the best order for streaming. The tables of the families are in families.py.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -247,30 +246,6 @@ def megatron_shape(piece: Piece, spec: ModelSpec) -> tuple[int, ...]:
         return shape
     assert spec.moe is not None
     return (spec.moe.num_new_experts, *shape)
-
-
-def frozen_name(table: NameTable, name: str, num_original: int = 1) -> str | None:
-    """The base's tensor that the upcycled model's tensor `name` must equal after training.
-
-    Args:
-        table: Name table of the family.
-        name: HF name in the upcycled model.
-        num_original: Number of the base's experts; 1 if it is dense.
-
-    Returns:
-        HF name in the base; None for a tensor that is trained.
-    """
-    for row in table.moe_ffn:
-        for index, (template, _) in enumerate(row.parts):
-            pattern = re.escape(template).replace(r"\{i\}", r"(\d+)").replace(r"\{j\}", r"(\d+)")
-            match = re.fullmatch(pattern, name)
-            # Rows of original and of new experts have the same templates; the number tells them apart.
-            if match is None or (row.part is Part.ORIGINAL_EXPERTS and int(match[2]) >= num_original):
-                continue
-            if row.part in _TRAINED:
-                return None
-            return row.dense[index].format(i=match[1]) if row.dense and num_original == 1 else name
-    return name
 
 
 def _expanded(row: Row, spec: ModelSpec, sizes: dict[str, int], i: int | None = None) -> Iterator[Piece]:

@@ -143,12 +143,6 @@ def adapter_to_mcore(
     family, dense = read_base(hf_path)
     if dense.moe is not None:
         raise UserError(f"{hf_path} is an MoE; pass the dense model that the adapter was trained on")
-    num_layers = dense.megatron_args["num_layers"]
-    if not family.may_mix_layers and len(config.layers) < num_layers:
-        raise UserError(
-            f"{adapter / CONFIG_FILE} has experts in {len(config.layers)} of {num_layers} layers, but "
-            f"{family.architecture} is exported as {family.moe_architecture}, which has experts in every layer"
-        )
     try:
         spec = with_new_experts(family, dense, config.num_experts - 1, config.topk, list(config.layers))
     except UserError as error:
@@ -259,7 +253,8 @@ def mcore_to_adapter(
     tensors = [(name, source.shape(hf_name)) for name, hf_name in hf_names.items()]
     target_dtype: torch.dtype = getattr(torch, dtype or spec.dtype)
     num_bytes = target_dtype.itemsize * sum(math.prod(shape) for _, shape in tensors)
-    with output_folder(save, num_bytes, job=None) as (folder, bar):
+    job = job_description(source.step_folder, spec=asdict(spec), adapter=vars(config), dtype=dtype)
+    with output_folder(save, num_bytes, job) as (folder, bar):
         # PEFT reads a single file.
         write_weights(
             folder, tensors, target_dtype, math.inf, lambda name: source.read_finite(hf_names[name]), bar, STEM

@@ -142,10 +142,8 @@ def num_elements(plan: list[Piece]) -> int:
 
 def _write_piece(writer: TorchDistWriter, piece: Piece, spec: ModelSpec, tensor: Tensor) -> int:
     """Returns the tensor's bytes, and keeps no reference to it."""
-    if piece.stack_index is None:
-        writer.write(piece.key, tensor)
-    else:
-        writer.write_chunk(piece.key, tensor.unsqueeze(0), megatron_shape(piece, spec), _offsets(piece, spec))
+    chunk = tensor if piece.stack_index is None else tensor.unsqueeze(0)
+    writer.write_chunk(piece.key, chunk, megatron_shape(piece, spec), _offsets(piece, spec))
     return tensor.nbytes
 
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint_convert.hf_folder import HfReader, check_tokenizer, copy_companions, write_weights
+from checkpoint_convert.hf_folder import HfReader, check_tokenizer, common_dtype, copy_companions, write_weights
 from checkpoint_convert.megatron_folder import SIGNS, MegatronReader, num_elements, write_checkpoint
 from checkpoint_convert.model_card import Origin, check_separable, read_history
-from checkpoint_convert.outputs import check_finite, check_output, job_description, output_folder
+from checkpoint_convert.outputs import check_finite, check_output, output_folder
 from checkpoint_convert.upcycling import check_weights
 from moelpr.errors import UserError
 from moelpr.families.families import read_base, with_new_experts
@@ -161,7 +161,7 @@ def adapter_to_mcore(
             f"{adapter} contains the tensor {unused[0]}, which {CONFIG_FILE} does not describe; ignoring it would "
             "change the model"
         )
-    spec = replace(spec, dtype=dtype or _common_dtype(all_parts))
+    spec = replace(spec, dtype=dtype or common_dtype(all_parts))
     target_dtype: torch.dtype = getattr(torch, spec.dtype)
 
     def tensors(todo: list[Piece]) -> Iterator[Tensor]:
@@ -170,8 +170,7 @@ def adapter_to_mcore(
             yield piece.transform.to_megatron(read, sizes_of(spec)).to(target_dtype)
 
     num_bytes = target_dtype.itemsize * num_elements(plan)
-    job = job_description(adapter, base=job_description(hf_path), spec=asdict(spec))
-    with output_folder(save, num_bytes, job) as (folder, bar):
+    with output_folder(save, num_bytes, [adapter, hf_path], spec=asdict(spec)) as (folder, bar):
         write_checkpoint(folder, plan, spec, tensors, bar)
         copy_companions(hf_path, folder / HF_FOLDER)
         Origin(config.base_model or hf_path.resolve().name, adapter=adapter.resolve().name).write(folder)
@@ -201,14 +200,6 @@ def _find_parts(piece: Piece, base: HfReader, adapter: HfReader, stored: dict[st
             )
         found.append((reader, name))
     return found
-
-
-def _common_dtype(parts: list[tuple[HfReader, str]]) -> str:
-    folders = {str(reader.dtype(name)).removeprefix("torch."): reader.folder for reader, name in reversed(parts)}
-    if len(folders) > 1:
-        which = " and ".join(f"{dtype} ({folder})" for dtype, folder in sorted(folders.items()))
-        raise UserError(f"base and adapter mix {which}; choose one with --dtype; float32 is lossless")
-    return next(iter(folders))
 
 
 def mcore_to_adapter(
@@ -253,8 +244,7 @@ def mcore_to_adapter(
     tensors = [(name, source.shape(hf_name)) for name, hf_name in hf_names.items()]
     target_dtype: torch.dtype = getattr(torch, dtype or spec.dtype)
     num_bytes = target_dtype.itemsize * sum(math.prod(shape) for _, shape in tensors)
-    job = job_description(source.step_folder, spec=asdict(spec), adapter=vars(config), dtype=dtype)
-    with output_folder(save, num_bytes, job) as (folder, bar):
+    with output_folder(save, num_bytes, [source.step_folder], adapter=vars(config), dtype=dtype) as (folder, bar):
         # PEFT reads a single file.
         write_weights(
             folder, tensors, target_dtype, math.inf, lambda name: source.read_finite(hf_names[name]), bar, STEM

@@ -33,17 +33,6 @@ CHARACTERS_PER_TOKEN = 32
 # --- tensors
 
 
-class HfTensors(HfReader):
-    """The tensors of a Hugging Face model, without those that readers ignore."""
-
-    def __init__(self, folder: Path):
-        is_tied = read_config(folder).get("tie_word_embeddings", False)
-        super().__init__(folder)
-        self.names = [
-            name for name in self.names if (name == "lm_head.weight" and not is_tied) or not is_unread(self, name)
-        ]
-
-
 @dataclass(frozen=True)
 class TensorVerdict:
     """The comparison of one tensor of A with B's.
@@ -69,8 +58,16 @@ class TensorVerdict:
         return self.max_abs > tolerance if tolerance else self.num_different > 0
 
 
-def _open_tensors(model: Path) -> HfTensors | MegatronReader:
-    return MegatronReader(model) if is_megatron(model) else HfTensors(model)
+def _open_tensors(model: Path) -> HfReader | MegatronReader:
+    """A reader of the model, without the tensors that readers ignore."""
+    if is_megatron(model):
+        return MegatronReader(model)
+    is_tied = read_config(model).get("tie_word_embeddings", False)
+    reader = HfReader(model)
+    reader.names = [
+        name for name in reader.names if (name == "lm_head.weight" and not is_tied) or not is_unread(reader, name)
+    ]
+    return reader
 
 
 def compare(a: Path, b: Path) -> Iterator[TensorVerdict]:
@@ -115,7 +112,7 @@ def _read_spec(model: Path) -> tuple[Family, ModelSpec]:
 
 
 def _compare(
-    a: HfTensors | MegatronReader, b: HfTensors | MegatronReader, name_in_b: dict[str, str], names: list[str]
+    a: HfReader | MegatronReader, b: HfReader | MegatronReader, name_in_b: dict[str, str], names: list[str]
 ) -> Iterator[TensorVerdict]:
     """Compare A's `names`, in the order in which a Megatron checkpoint reads each chunk once."""
     in_a, in_b = set(names), set(b.names)

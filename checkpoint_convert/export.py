@@ -20,7 +20,7 @@ from tqdm import tqdm
 from checkpoint_convert.hf_folder import MODEL_STEM, HfReader, copy_companions, raw_bytes, write_weights
 from checkpoint_convert.megatron_folder import SIGNS, MegatronReader, write_checkpoint
 from checkpoint_convert.model_card import BASE_CARD_FILE, CARD_FILE, CardFacts, Origin, check_separable, model_card
-from checkpoint_convert.outputs import check_output, job_description, output_folder
+from checkpoint_convert.outputs import check_output, output_folder
 from moelpr.errors import UserError
 from moelpr.families.families import CONFIG_FILE, read_config
 from moelpr.model_spec import DTYPES, ModelSpec
@@ -74,8 +74,8 @@ def mcore_to_hf(
     trained = {name for piece in source.pieces if piece.is_trained for name in piece.hf_names}
     tensors = [(name, source.shape(name)) for name in source.names if name in trained or not as_delta]
     num_bytes = target_dtype.itemsize * sum(math.prod(shape) for _, shape in tensors)
-    job = job_description(source.step_folder, spec=asdict(spec), dtype=dtype, shards=max_shard_bytes, delta=as_delta)
-    with output_folder(save, num_bytes, job) as (folder, bar):
+    settings = {"spec": asdict(spec), "dtype": dtype, "max_shard_bytes": max_shard_bytes, "delta": as_delta}
+    with output_folder(save, num_bytes, [source.step_folder], **settings) as (folder, bar):
         stem = DELTA_STEM if as_delta else MODEL_STEM
         write_weights(folder, tensors, target_dtype, max_shard_bytes, source.read_finite, bar, stem)
         if as_delta:
@@ -109,7 +109,7 @@ def whole_checkpoint(load: Path, save: Path, iteration: int | None = None, overw
     check_output(save, [load], overwrite, SIGNS)
     source = MegatronReader(load, iteration)
     num_bytes = sum(source.num_bytes(piece) for piece in source.pieces)
-    with output_folder(save, num_bytes, job_description(source.step_folder)) as (folder, bar):
+    with output_folder(save, num_bytes, [source.step_folder]) as (folder, bar):
         write_checkpoint(folder, source.pieces, source.spec, lambda todo: map(source.read_piece, todo), bar)
         if (load / HF_FOLDER).is_dir():
             shutil.copytree(load / HF_FOLDER, folder / HF_FOLDER)
@@ -224,7 +224,7 @@ def apply_delta(base: Path, delta: Path, save: Path, overwrite: bool = False) ->
     check_output(save, [base, delta], overwrite, (CONFIG_FILE,))
     config = DeltaConfig.read(delta)
     read_config(base)
-    base_reader, delta_reader = HfReader(base), HfReader(delta, DELTA_STEM)
+    readers = {"base": HfReader(base), "delta": HfReader(delta, DELTA_STEM)}
     listed = {tensor.name: tensor for tensor in config.tensors}
     dtype = getattr(torch, config.dtype)
 
@@ -240,21 +240,19 @@ def apply_delta(base: Path, delta: Path, save: Path, overwrite: bool = False) ->
         tensor = listed[name]
         if tensor.source == "zeros":
             return torch.zeros(tensor.shape, dtype=dtype)
-        found = base_reader.read(tensor.base) if tensor.source == "base" else delta_reader.read(name)
-        if _checksum(found := found.to(dtype)) != tensor.sha256:
+        found = readers[tensor.source].read(tensor.base or name).to(dtype)
+        if _checksum(found) != tensor.sha256:
             raise fail(tensor, "has another checksum")
         return found
 
     for tensor in config.tensors:
-        if tensor.source == "base" and tensor.base not in base_reader:
-            raise fail(tensor, "is missing")
-        reader, name = (base_reader, tensor.base) if tensor.source == "base" else (delta_reader, tensor.name)
-        if tensor.source != "zeros" and reader.shape(name) != tensor.shape:
-            raise fail(tensor, "has another shape")
+        if tensor.source != "zeros":
+            reader, name = readers[tensor.source], tensor.base or tensor.name
+            if name not in reader or reader.shape(name) != tensor.shape:
+                raise fail(tensor, "is missing or has another shape")
     shapes = [(tensor.name, tensor.shape) for tensor in config.tensors]
     num_bytes = dtype.itemsize * sum(math.prod(shape) for _, shape in shapes)
-    job = job_description(delta, base=job_description(base))
-    with output_folder(save, num_bytes, job) as (folder, bar):
+    with output_folder(save, num_bytes, [base, delta]) as (folder, bar):
         write_weights(folder, shapes, dtype, config.max_shard_bytes, read, bar)
         _write_companions(folder, base, config.config, config.card)
     return config

@@ -181,6 +181,15 @@ def _single_file(folder: Path, stem: str) -> str:
     raise UserError(f"{folder} contains no weights: neither {name} nor {name}.index.json exists")
 
 
+def common_dtype(tensors: Iterable[tuple[HfReader, str]]) -> str:
+    """The dtype of all tensors, each a reader and a name; UserError if they have several."""
+    folders = {str(reader.dtype(name)).removeprefix("torch."): reader.folder for reader, name in tensors}
+    if len(folders) > 1:
+        found = " and ".join(f"{dtype} ({folder})" for dtype, folder in sorted(folders.items()))
+        raise UserError(f"the tensors mix {found}; choose one with --dtype; float32 is lossless")
+    return next(iter(folders))
+
+
 def is_unread(source: HfReader, name: str) -> bool:
     """Whether readers ignore this tensor of a tied model.
 

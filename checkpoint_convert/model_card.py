@@ -132,32 +132,24 @@ def read_history(checkpoint: Path, iteration: int | None = None) -> History:
     stages: list[TrainedStage] = []
     seen: set[Path] = set()
     folder, step = checkpoint, step_folder(checkpoint, iteration)
-    missing: str | None = None
-    while missing is None and folder.resolve() not in seen:
+    while folder.resolve() not in seen:
         seen.add(folder.resolve())
         if step.name == RELEASE:
             origin = Origin.read(folder)
-            if origin is None or origin.copy_of is None:
-                break
-            missing, step = origin.copy_of, Path(origin.copy_of)
-            if step.is_dir() and _has_spec(step.parent, spec):
-                missing, folder = None, step.parent
-            continue
-        settings = read_settings(step) or read_settings(folder)
-        if settings is None:
-            missing = str(folder) if stages else None
-            break
-        stages.append(_read_stage(folder, int(step.name.removeprefix("iter_")), settings))
-        first = _first_start(folder, settings)
-        start = _start_of(folder, first or settings)
-        if start is None:
-            break
-        found = _find_start(folder, Path(start), first, spec)
-        if found is None:
-            missing = start
+            start = origin.copy_of if origin else None
+            found = Path(start) if start and Path(start).is_dir() and _has_spec(Path(start).parent, spec) else None
         else:
-            folder, step = found.parent, found
-    return History(stages[::-1], missing)
+            settings = read_settings(step) or read_settings(folder)
+            if settings is None:
+                return History(stages[::-1], str(folder) if stages else None)
+            stages.append(_read_stage(folder, int(step.name.removeprefix("iter_")), settings))
+            first = _first_start(folder, settings)
+            start = _start_of(folder, first or settings)
+            found = _find_start(folder, Path(start), first, spec) if start else None
+        if found is None:
+            return History(stages[::-1], start)
+        folder, step = found.parent, found
+    return History(stages[::-1])
 
 
 def _first_start(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:

@@ -58,30 +58,32 @@ def check_output(save: Path, sources: list[Path], overwrite: bool, signs: tuple[
 
 
 @contextmanager
-def output_folder(save: Path, num_bytes: int, job: str) -> Iterator[tuple[Path, "tqdm[None]"]]:
+def output_folder(
+    save: Path, num_bytes: int, sources: list[Path], **settings: object
+) -> Iterator[tuple[Path, "tqdm[None]"]]:
     """Yield a temporary folder that becomes `save` on success, and a progress bar in bytes (on a terminal only).
 
     Args:
         num_bytes: Size of the weights to be written; if the disk has less space, nothing is written.
-        job: From `job_description`; an interrupted conversion resumes if it is the same.
+        sources: Input folders; an interrupted conversion resumes if their files and `settings` are unchanged.
     """
     parent = save.resolve().parent
     while not parent.exists():
         parent = parent.parent
     if shutil.disk_usage(parent).free < num_bytes:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(save))
+    states = [
+        (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
+        for source in sources
+        for path in sorted(source.rglob("*"))
+        if path.is_file()
+    ]
+    job = json.dumps({"files": states, **settings}, default=str)
     with (
         resumable_directory(save, job) as folder,
         tqdm(total=num_bytes, desc=save.name, unit="B", unit_scale=True, disable=None) as bar,
     ):
         yield folder, bar
-
-
-def job_description(source: Path, **settings: object) -> str:
-    """A conversion's settings and the state of its input files; an interrupted one resumes if they are unchanged."""
-    files = sorted(path for path in source.rglob("*") if path.is_file())
-    states = [(str(path.relative_to(source)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return json.dumps({"source": str(source.resolve()), "files": states, **settings}, default=str)
 
 
 def check_finite(tensor: Tensor, where: str, fix: str) -> Tensor:

@@ -48,7 +48,7 @@ def llama_like_args(config: Any) -> dict[str, Any]:
     for name in ("attention_bias", "mlp_bias"):
         if getattr(config, name, False):
             raise UserError(f"{name}: true is unsupported: no stock MoE class has these biases")
-    heads = config.num_attention_heads
+    heads, window = config.num_attention_heads, getattr(config, "sliding_window", None)
     return {
         "num_layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
@@ -60,7 +60,8 @@ def llama_like_args(config: Any) -> dict[str, Any]:
         "max_position_embeddings": config.max_position_embeddings,
         "position_embedding_type": "rope",
         **_rope_args(config),
-        **_window_args(config),
+        # Hugging Face's window includes the current token, Megatron's counts the tokens before it.
+        **({"window_size": [window - 1, 0]} if window else {}),
         "normalization": "RMSNorm",
         "norm_epsilon": config.rms_norm_eps,
         "swiglu": True,
@@ -93,12 +94,6 @@ def _rope_args(config: Any) -> dict[str, Any]:
         if rope.get(name) != expected:
             raise UserError(f"{name} of RoPE scaling 'llama3' must be {expected} for Megatron, got {rope.get(name)}")
     return args | {"use_rope_scaling": True, "rope_scaling_factor": float(rope["factor"])}
-
-
-def _window_args(config: Any) -> dict[str, Any]:
-    """Hugging Face's window includes the current token, Megatron's counts the tokens before it."""
-    window = getattr(config, "sliding_window", None)
-    return {} if not window else {"window_size": [window - 1, 0]}
 
 
 # --- Megatron's arguments to config.json

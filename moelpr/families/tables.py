@@ -133,13 +133,12 @@ def moe_rows(module: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
     fc2 = ((f"{expert}{down}.weight", "hidden ffn"),)
     norm = HF_LAYER + "post_attention_layernorm.weight"
     # Copies follow their origin, so that it is read only once.
+    experts = ("original_experts.{j}", "experts.experts")
     return (
         Row(MEGATRON_LAYER + "pre_mlp_layernorm.weight", ((norm, "hidden"),)),
         Row(mlp + "router.weight", ((HF_LAYER + module + "gate.weight", "experts hidden"),)),
-        Row(mlp + "original_experts.{j}.linear_fc1.weight", fc1, GateUp(), (dense_gate, dense_up)),
-        Row(mlp + "experts.experts.linear_fc1.weight", fc1, GateUp(), (dense_gate, dense_up)),
-        Row(mlp + "original_experts.{j}.linear_fc2.weight", fc2, dense=(dense_down,)),
-        Row(mlp + "experts.experts.linear_fc2.weight", fc2, dense=(dense_down,)),
+        *(Row(f"{mlp}{name}.linear_fc1.weight", fc1, GateUp(), (dense_gate, dense_up)) for name in experts),
+        *(Row(f"{mlp}{name}.linear_fc2.weight", fc2, dense=(dense_down,)) for name in experts),
     )
 
 
@@ -156,22 +155,20 @@ def llama_like_table(
         )
         return Row(f"{megatron}linear_qkv.{suffix}", parts, QKV())
 
-    layer = [
+    norms = [Row(f"{megatron}{name}_layernorm.weight", ((f"{hf}{name}_norm.weight", "head"),)) for name in ("q", "k")]
+    layer = (
         Row(megatron + "linear_qkv.layer_norm_weight", ((HF_LAYER + "input_layernorm.weight", "hidden"),)),
         qkv("weight", " hidden"),
-    ]
-    if qkv_bias:
-        layer.append(qkv("bias", ""))
-    if qk_norm:
-        layer.append(Row(megatron + "q_layernorm.weight", ((hf + "q_norm.weight", "head"),)))
-        layer.append(Row(megatron + "k_layernorm.weight", ((hf + "k_norm.weight", "head"),)))
-    layer.append(Row(megatron + "linear_proj.weight", ((hf + "o_proj.weight", "hidden q"),)))
+        *([qkv("bias", "")] if qkv_bias else []),
+        *(norms if qk_norm else []),
+        Row(megatron + "linear_proj.weight", ((hf + "o_proj.weight", "hidden q"),)),
+    )
     gate_up = tuple((HF_LAYER + f"mlp.{name}_proj.weight", "ffn hidden") for name in ("gate", "up"))
     return NameTable(
         before=(
             Row("embedding.word_embeddings.weight", (("model.embed_tokens.weight", "vocab hidden"),), Vocabulary()),
         ),
-        layer=tuple(layer),
+        layer=layer,
         dense_ffn=(
             Row(mlp + "linear_fc1.layer_norm_weight", ((HF_LAYER + "post_attention_layernorm.weight", "hidden"),)),
             Row(mlp + "linear_fc1.weight", gate_up, GateUp()),

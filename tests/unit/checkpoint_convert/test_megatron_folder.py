@@ -197,7 +197,7 @@ def test_experts_saved_in_expert_parallel_shards_are_exported(
             for expert in (0, 2):
                 for half in tensor[expert : expert + 2].chunk(2, dim=1):
                     offset = 0 if half.data_ptr() == tensor[expert].data_ptr() else half.shape[1]
-                    writer.write_chunk(key, half, tensor.shape, (expert, offset, 0))
+                    writer.write(key, half, tensor.shape, (expert, offset, 0))
         writer.finish({"args": None, "iteration": 12})
     loads: Counter[tuple] = Counter()
     load_chunk = TorchDistReader._load_chunk

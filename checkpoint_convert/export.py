@@ -19,7 +19,15 @@ from tqdm import tqdm
 
 from checkpoint_convert.hf_folder import MODEL_STEM, HfReader, copy_companions, raw_bytes, write_weights
 from checkpoint_convert.megatron_folder import SIGNS, MegatronReader, write_checkpoint
-from checkpoint_convert.model_card import BASE_CARD_FILE, CARD_FILE, CardFacts, Origin, check_separable, model_card
+from checkpoint_convert.model_card import (
+    BASE_CARD_FILE,
+    CARD_FILE,
+    CardFacts,
+    Origin,
+    check_separable,
+    model_card,
+    read_history,
+)
 from checkpoint_convert.outputs import check_output, output_folder
 from moelpr.errors import UserError
 from moelpr.families.families import CONFIG_FILE, read_config
@@ -65,9 +73,11 @@ def mcore_to_hf(
     spec, dtype_name = source.spec, dtype or source.spec.dtype
     target_dtype: torch.dtype = getattr(torch, dtype_name)
     config = source.family.export_config(read_config(load / HF_FOLDER), spec, dtype_name)
-    facts = CardFacts.read(source, iteration, config["architectures"][0], dtype_name, base_model)
+    origin, history = Origin.read(load), read_history(load, iteration)
+    architecture = config["architectures"][0]
+    facts = CardFacts(source, architecture, dtype_name, base_model or origin.base_model, origin, history)
     if as_delta:
-        check_separable(load, spec, facts.history, "a delta", "export it without --delta")
+        check_separable(load, spec, history, "a delta", "export it without --delta")
         if facts.base_model is None:
             raise UserError("the model that this one was upcycled from is not recorded; name it with --base-model")
 
@@ -113,7 +123,7 @@ def whole_checkpoint(load: Path, save: Path, iteration: int | None = None, overw
         write_checkpoint(folder, source.pieces, source.spec, lambda todo: map(source.read_piece, todo), bar)
         if (load / HF_FOLDER).is_dir():
             shutil.copytree(load / HF_FOLDER, folder / HF_FOLDER)
-        replace(Origin.read(load) or Origin(None), copy_of=str(source.step_folder.resolve())).write(folder)
+        replace(Origin.read(load), copy_of=str(source.step_folder.resolve())).write(folder)
 
 
 # --- deltas

@@ -72,7 +72,7 @@ class MegatronReader:
         if name not in self._places:
             return torch.zeros(self._shapes[name])
         piece, part = self._places[name]
-        return piece.transform.to_hf(self._reader(piece).read(piece.key, piece.stack_index), self._sizes)[part]
+        return piece.transform.to_hf(self.read_piece(piece), self._sizes)[part]
 
     def read_finite(self, name: str) -> Tensor:
         """Like `read`, but UserError if the tensor contains NaN or Inf."""

@@ -29,7 +29,7 @@ ORIGIN_FILE = "origin.json"
 
 @dataclass(frozen=True)
 class Origin:
-    """What a converter made a checkpoint from; None for what is unknown or does not apply.
+    """What a converter made a checkpoint from; None for what is unknown, not recorded or does not apply.
 
     Attributes:
         base_model: Name of the model's folder, or of the base in an adapter.
@@ -38,7 +38,7 @@ class Origin:
         copy_of: Step folder whose weights the checkpoint has.
     """
 
-    base_model: str | None
+    base_model: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     adapter: str | None = None
     copy_of: str | None = None
@@ -48,14 +48,10 @@ class Origin:
         (checkpoint / HF_FOLDER / ORIGIN_FILE).write_text(json.dumps(vars(self), indent=2) + "\n")
 
     @classmethod
-    def read(cls, checkpoint: Path) -> "Origin | None":
-        """None if no converter recorded it."""
-        content = read_json(checkpoint / HF_FOLDER / ORIGIN_FILE)
-        if content is None:
-            return None
+    def read(cls, checkpoint: Path) -> "Origin":
+        content = read_json(checkpoint / HF_FOLDER / ORIGIN_FILE) or {}
         kinds = {"base_model": str, "settings": dict, "adapter": str, "copy_of": str}
-        valid = {key: content[key] for key, kind in kinds.items() if isinstance(content.get(key), kind)}
-        return cls(**{"base_model": None, **valid})
+        return cls(**{key: content[key] for key, kind in kinds.items() if isinstance(content.get(key), kind)})
 
 
 @dataclass(frozen=True)
@@ -135,8 +131,7 @@ def read_history(checkpoint: Path, iteration: int | None = None) -> History:
     while folder.resolve() not in seen:
         seen.add(folder.resolve())
         if step.name == RELEASE:
-            origin = Origin.read(folder)
-            start = origin.copy_of if origin else None
+            start = Origin.read(folder).copy_of
             found = Path(start) if start and Path(start).is_dir() and _has_spec(Path(start).parent, spec) else None
         else:
             settings = read_settings(step) or read_settings(folder)
@@ -236,17 +231,8 @@ class CardFacts:
     architecture: str
     dtype: str
     base_model: str | None
-    origin: Origin | None
+    origin: Origin
     history: History
-
-    @classmethod
-    def read(
-        cls, source: MegatronReader, iteration: int | None, architecture: str, dtype: str, base_model: str | None
-    ) -> "CardFacts":
-        """Read what is recorded about a checkpoint; `base_model` overrides the recorded name."""
-        origin = Origin.read(source.folder)
-        base_model = base_model or (origin.base_model if origin else None)
-        return cls(source, architecture, dtype, base_model, origin, read_history(source.folder, iteration))
 
 
 def model_card(facts: CardFacts, is_delta: bool = False) -> str:

@@ -26,13 +26,6 @@ class Transform:
         return [tensor]
 
 
-class Vocabulary(Transform):
-    """One row per token ID; rows that Megatron added as padding are not exported."""
-
-    def to_hf(self, tensor: Tensor, sizes: dict[str, int]) -> list[Tensor]:
-        return [tensor[: sizes["vocab"]]]
-
-
 class GateUp(Transform):
     """Megatron's linear_fc1 [2·ffn, hidden]: the rows of the gate, then of the up projection."""
 
@@ -165,9 +158,7 @@ def llama_like_table(
     )
     gate_up = tuple((HF_LAYER + f"mlp.{name}_proj.weight", "ffn hidden") for name in ("gate", "up"))
     return NameTable(
-        before=(
-            Row("embedding.word_embeddings.weight", (("model.embed_tokens.weight", "vocab hidden"),), Vocabulary()),
-        ),
+        before=(Row("embedding.word_embeddings.weight", (("model.embed_tokens.weight", "vocab hidden"),)),),
         layer=layer,
         dense_ffn=(
             Row(mlp + "linear_fc1.layer_norm_weight", ((HF_LAYER + "post_attention_layernorm.weight", "hidden"),)),
@@ -176,7 +167,7 @@ def llama_like_table(
         ),
         moe_ffn=moe_ffn,
         after=(Row("decoder.final_layernorm.weight", (("model.norm.weight", "hidden"),)),),
-        untied=(Row("output_layer.weight", (("lm_head.weight", "vocab hidden"),), Vocabulary()),),
+        untied=(Row("output_layer.weight", (("lm_head.weight", "vocab hidden"),)),),
         moe_zeros=moe_zeros,
     )
 

@@ -1,12 +1,12 @@
-# moelpr on NVIDIA's PyTorch image, which brings torch, Transformer Engine and Apex built for each other. They stay as they
-# are: our other packages go into a virtual environment on top of them. docs/running.md says how to build and run it.
+# moelpr on NVIDIA's PyTorch image, whose torch, Transformer Engine and Apex are built for each other. They are kept;
+# our other packages are installed into a virtual environment on top of them. docs/running.md has the commands.
 ARG BASE=nvcr.io/nvidia/pytorch:26.06-py3
 
-# ---- moelpr as a wheel; compiler and build tools stay behind
+# ---- moelpr as a wheel; compiler and build tools do not reach the image
 FROM ${BASE} AS wheel
 WORKDIR /build
 COPY constraints.txt setup.py ./
-# The image's own constraints would hold back the build tools.
+# The image's constraints would pin older build tools.
 ENV PIP_CONSTRAINT=/build/constraints.txt
 RUN python3 -m venv --without-pip .venv \
     && python3 -m pip --python .venv/bin/python install --no-cache-dir setuptools pybind11 \
@@ -18,7 +18,7 @@ COPY data_tools data_tools
 COPY moelpr moelpr
 RUN python3 -m pip --python .venv/bin/python wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir dist .
 
-# ---- the image: packages, then moelpr, then the launchers, as often as each changes
+# ---- the image: packages, moelpr, launchers; what changes rarely comes first
 FROM ${BASE}
 LABEL org.opencontainers.image.title="moelpr" \
       org.opencontainers.image.description="Add languages to a large language model without losing the ones it has" \
@@ -38,9 +38,9 @@ RUN python3 -m pip --python .venv/bin/python install --no-cache-dir --no-deps di
 COPY LICENSE ./
 COPY launch launch
 
-# Any other user (docker run --user) finds a home and a name too: caches of compiled kernels ask for both.
+# For any other user too (docker run --user): caches of compiled kernels require a home and a name.
 ENV HOME=/home/moelpr USER=moelpr
-# By number, so that a cluster can see that it is not root.
+# A number, so that a cluster can tell that it is not root.
 USER 10001
 WORKDIR /work
 ENTRYPOINT ["/opt/moelpr/launch/container/entrypoint.sh"]

@@ -22,10 +22,11 @@ test-browser: venv ## reports in a real Chromium; as root, installs Debian's pac
 	@tests/browser/install.sh
 	.venv/bin/python -m pytest -m browser tests/browser
 
-check: venv ## format, lint and types
+check: venv ## format, lint, types and imports
 	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m mypy
+	.venv/bin/lint-imports --no-cache --no-logo
 	.venv/bin/shfmt --indent 4 --diff $(SHELL_SCRIPTS)
 	.venv/bin/shellcheck $(SHELL_SCRIPTS)
 	.venv/bin/hadolint Dockerfile

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks import common
+from moelpr.layouts import PlannedLayout
 from moelpr.model_spec import ModelSpec
-from moelpr.plan.layouts import PlannedLayout
-from moelpr.plan.memory import CPU, Routing, Workload, stage_memories
-from moelpr.plan.model import model_parts
-from moelpr.plan.traffic import expert_traffic
+from moelpr.plan.candidates import expert_traffic
+from moelpr.plan.memory import CPU, Routing, Workload, model_parts, stage_memories
 from moelpr.stages import MoeStage
 
 SEQ_LENGTH, MICRO_BATCH_SIZE, GLOBAL_BATCH_SIZE = 256, 2, 8

@@ -98,21 +98,21 @@ def logging_of(stage: Any, model: torch.nn.Module, args: argparse.Namespace, fol
     tracker = MetricsTracker()
     tracker.watch([model])
 
-    def megatrons_log(*_: Any, **__: Any) -> None:
-        tracker.routing = tracker._reduce_routing(args.layers)
-        tracker.routing.log_line()
-
     run_log = RunLog(stage, EarlyWarnings(stage, Thresholds(), lpr_loss_is_on=stage == "stage2"))
-    step_log = StepLog(run_log, tracker, megatrons_log)
+    step_log = StepLog(run_log, tracker)
     steps = iter(range(1, 10**6))
+
+    def log(loss: float) -> None:
+        tracker.routing = tracker.reduce_routing(args.layers)
+        tracker.routing.log_line()
+        step_log.step({"lm loss": torch.tensor(loss)}, 1e-5, next(steps), grad_norm=1.0)
+
     with (
         patch.object(global_vars, "_GLOBAL_ARGS", settings),
         patch.object(global_vars, "_GLOBAL_TENSORBOARD_WRITER", SummaryWriter(str(folder))),
-        patch.object(run_log, "say", lambda line: None),
+        patch.object(run_log, "print", lambda line: None),
     ):
-        yield lambda loss: step_log(
-            {"lm loss": torch.tensor(loss)}, {}, 1e-5, next(steps), 1.0, False, 0, grad_norm=1.0
-        )
+        yield log
     run_log.close()
 
 

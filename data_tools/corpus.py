@@ -1,7 +1,9 @@
-"""A tokenized corpus: `<prefix>.bin` and `.idx` in Megatron's format, `.lang` in ours, opened and checked together."""
+"""Tokenized corpora: `<prefix>.bin` and `.idx` in Megatron's format and `.lang` in ours, opened and checked."""
 
+import dataclasses
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -11,11 +13,11 @@ from tqdm import tqdm
 
 from moelpr.data.corpus_index import CorpusIndex
 from moelpr.data.language_bits import LanguageBits, language_bits_path, open_language_bits
-from moelpr.data.manifest import FileRecord, Manifest, manifest_path
+from moelpr.data.manifest import FileRecord, LanguageCount, Manifest, Source, TokenizerRecord, manifest_path
 from moelpr.errors import UserError
 
-_PIECE = 1 << 22
-_REMEDY = "rebuild the corpus with data_tools/preprocess_data.py"
+_BLOCK_BYTES = 1 << 22
+_FIX = "rebuild the corpus with data_tools/preprocess_data.py"
 
 
 class CorpusPaths(NamedTuple):
@@ -32,21 +34,37 @@ class CorpusPaths(NamedTuple):
 
 
 def shard_prefix(prefix: str | os.PathLike[str], shard: int, num_shards: int) -> str:
-    """Where one of the jobs that share a corpus puts its part."""
+    """Return the prefix under which one of the jobs that share a corpus writes its part."""
     return f"{os.fspath(prefix)}.shard-{shard:05d}-of-{num_shards:05d}"
+
+
+def describe(prefix: str, documents: int, tokens: int, original_tokens: int, dtype: np.dtype) -> str:
+    """Return a line that describes a corpus."""
+    share = original_tokens / max(tokens, 1)  # a shard may be empty
+    return (
+        f"{prefix}.bin, .idx, .lang: {documents:,} documents, {tokens:,} tokens ({share:.1%} original-language), "
+        f"{dtype.name}"
+    )
+
+
+def run_edges(bits: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Return where runs of equal bits start, and the number of bits: [runs + 1]."""
+    if not len(bits):
+        return np.zeros(1, np.int64)
+    return np.concatenate([[0], np.flatnonzero(np.diff(bits)) + 1, [len(bits)]])
 
 
 class Corpus:
     """A corpus opened for reading, its three files compared with each other.
 
     Attributes:
-        tokens: memory-mapped token ids [tokens].
-        bits: the language bits.
-        sequence_lengths: [sequences] tokens; sequences follow each other in `tokens`.
-        document_starts: [documents + 1], index of each document's first sequence, and the number of sequences.
+        tokens: memory-mapped token IDs [tokens].
+        bits: language bits.
+        sequence_lengths: tokens of each sequence [sequences]; sequences are contiguous in `tokens`.
+        document_starts: index of each document's first sequence, and the number of sequences [documents + 1].
 
     Raises:
-        UserError: a file is missing or damaged, or two of them don't belong together.
+        UserError: A file is missing or damaged, or two of them do not belong together.
     """
 
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
@@ -56,43 +74,38 @@ class Corpus:
         self.sequence_lengths, self.document_starts = index.sequence_lengths, index.document_starts
         self.tokens = np.memmap(self.paths.bin, index.dtype, "r") if index.num_tokens else np.zeros(0, index.dtype)
         self.bits: LanguageBits = open_language_bits(prefix, index.num_tokens)
-        # Where a sequence or a document begins, in tokens.
+        # Where each sequence and each document begins, in tokens.
         ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.sequence_lengths, dtype=np.int64)])
         self._document_offsets = ends[self.document_starts]
 
     def verify(self) -> Manifest | None:
-        """Read all of it and compare it with its checksums; the manifest, or None where there is none.
+        """Read all of the corpus, compare it with its checksums, and return its manifest.
 
-        Without a manifest nothing is known of the .bin but its size: a changed token id goes unseen.
+        Without a manifest (None), only the size of the .bin is known: a changed token ID goes unnoticed.
 
         Raises:
-            UserError: the .lang or the manifest is damaged, or the manifest is that of another corpus.
+            UserError: The .lang or the manifest is damaged, or the manifest belongs to another corpus.
         """
         self.bits.verify()
         manifest = Manifest.read(self.prefix)
-        if manifest is not None:
-            size = sum(path.stat().st_size for path in self.paths)
-            with tqdm(
-                total=size, desc="verifying", unit="B", unit_scale=True, delay=2, leave=False, disable=None
-            ) as bar:
-                for path in self.paths:
-                    _compare(path, manifest.files.get(path.suffix[1:]), bar)
-            self._compare_counts(manifest)
-        return manifest
-
-    def _compare_counts(self, manifest: Manifest) -> None:
+        if manifest is None:
+            return None
+        size = sum(path.stat().st_size for path in self.paths)
+        with tqdm(total=size, desc="verifying", unit="B", unit_scale=True, delay=2, leave=False, disable=None) as bar:
+            for path in self.paths:
+                _compare_file(path, manifest.files.get(path.suffix[1:]), bar)
         languages = manifest.languages.values()
         original = sum(language.tokens for language in languages if language.bit == "original")
-        for what, found, said in (
+        for what, found, expected in (
             ("documents", self.num_documents, manifest.documents),
             ("tokens", self.bits.num_tokens, manifest.tokens),
             ("tokens of all languages", self.bits.num_tokens, sum(language.tokens for language in languages)),
             ("original-language tokens", self.bits.num_original, original),
         ):
-            if found != said:
-                raise UserError(
-                    f"{self.prefix} holds {found:,} {what}, {manifest_path(self.prefix)} says {said:,}; {_REMEDY}"
-                )
+            if found != expected:
+                path = manifest_path(self.prefix)
+                raise UserError(f"{self.prefix} contains {found:,} {what}, but {path} states {expected:,}; {_FIX}")
+        return manifest
 
     @property
     def num_documents(self) -> int:
@@ -112,19 +125,98 @@ class Corpus:
         return found
 
     def document(self, index: int) -> tuple[NDArray[np.number], NDArray[np.uint8]]:
-        """Token ids and language bits of one document: [tokens] each."""
+        """Return the token IDs and language bits of one document: [tokens] each."""
         start, stop = int(self._document_offsets[index]), int(self._document_offsets[index + 1])
         return self.tokens[start:stop], self.bits.slice(start, stop)
 
 
-def _compare(path: Path, record: FileRecord | None, progress: tqdm) -> None:
-    """Compare a file with what the manifest says of it."""
+def _compare_file(path: Path, record: FileRecord | None, progress: tqdm) -> None:
     checksum = hashlib.sha256()
     with open(path, "rb") as content:
-        while piece := content.read(_PIECE):
-            checksum.update(piece)
-            progress.update(len(piece))
+        while block := content.read(_BLOCK_BYTES):
+            checksum.update(block)
+            progress.update(len(block))
     if record != FileRecord(path.stat().st_size, checksum.hexdigest()):
         raise UserError(
-            f"{path} is damaged or another corpus's: its size and checksum are not the manifest's; {_REMEDY}"
+            f"{path} is damaged or belongs to another corpus: its size or checksum differs from the manifest's; {_FIX}"
         )
+
+
+def open_corpora(prefixes: Sequence[str]) -> tuple[list[Corpus], list[Manifest] | None]:
+    """Open several corpora, read all of them, and check that they can be joined.
+
+    Returns:
+        The corpora, and their manifests; None if one of them has no manifest.
+
+    Raises:
+        UserError: A corpus is damaged, or two have different tokenizers or different bits for one language.
+    """
+    corpora = [Corpus(prefix) for prefix in prefixes]
+    manifests = [corpus.verify() for corpus in corpora]
+    found = [(prefix, manifest) for prefix, manifest in zip(prefixes, manifests, strict=True) if manifest is not None]
+    for prefix, manifest in found[1:]:
+        _compare_manifests(*found[0], prefix, manifest)
+    first = corpora[0].tokens.dtype
+    for corpus in corpora:
+        if corpus.tokens.dtype != first:
+            raise UserError(
+                f"{corpus.paths.bin} contains {corpus.tokens.dtype.name}, but {corpora[0].paths.bin} contains "
+                f"{first.name}; join corpora of one tokenizer"
+            )
+    return corpora, [manifest for _, manifest in found] if len(found) == len(corpora) else None
+
+
+def _compare_manifests(prefix: str, manifest: Manifest, other_prefix: str, other: Manifest) -> None:
+    def identity(tokenizer: TokenizerRecord) -> tuple[object, ...]:
+        # The path of the tokenizer does not matter.
+        return tokenizer.type, tokenizer.fingerprint, tokenizer.vocabulary_sha256, tokenizer.special_tokens
+
+    if identity(manifest.tokenizer) != identity(other.tokenizer):
+        raise UserError(
+            f"{prefix} was made with the tokenizer {manifest.tokenizer.model}, {other_prefix} with another, "
+            f"{other.tokenizer.model}; tokenize both with the same one"
+        )
+    if manifest.append_eod != other.append_eod or manifest.tokenizer.eod_id != other.tokenizer.eod_id:
+        raise UserError(
+            f"the documents of {prefix} and {other_prefix} end in different tokens; tokenize both with or both without "
+            "--append-eod"
+        )
+    for name in manifest.languages.keys() & other.languages.keys():
+        bits = manifest.languages[name].bit, other.languages[name].bit
+        if bits[0] != bits[1]:
+            raise UserError(
+                f"{name} is an {bits[0]} language in {prefix}, but an {bits[1]} one in {other_prefix}; preprocess one "
+                "of them again"
+            )
+
+
+def merge_manifests(manifests: Sequence[Manifest], files: dict[str, FileRecord]) -> Manifest:
+    """Return the manifest of concatenated corpora, whose files are `files`.
+
+    A source that is in several of them (shards of one job share their input) is listed once.
+    """
+    sources: dict[tuple[str, int | None, str | None], Source] = {}
+    languages: dict[str, LanguageCount] = {}
+    for manifest in manifests:
+        for source in manifest.sources:
+            key = source.path, source.bytes, source.sha1
+            sources.setdefault(key, dataclasses.replace(source, documents=0)).documents += source.documents
+        for name, count in manifest.languages.items():
+            languages.setdefault(name, LanguageCount(count.bit)).add(count.documents, count.tokens, count.bytes)
+    return Manifest(
+        tokenizer=manifests[0].tokenizer,
+        append_eod=manifests[0].append_eod,
+        sources=list(sources.values()),
+        languages=languages,
+        documents=sum(manifest.documents for manifest in manifests),
+        tokens=sum(manifest.tokens for manifest in manifests),
+        skipped_lines=sum(manifest.skipped_lines for manifest in manifests),
+        files=files,
+    )
+
+
+def missing_manifests(corpora: Sequence[Corpus], output_prefix: str) -> str:
+    """Return a note on why the output has no manifest."""
+    missing = [corpus.prefix for corpus in corpora if not manifest_path(corpus.prefix).exists()]
+    verb = "has" if len(missing) == 1 else "have"
+    return f"note: {', '.join(missing)} {verb} no manifest, so {output_prefix} gets none"

@@ -1,9 +1,10 @@
-"""Writing a corpus: .bin and .idx in Megatron's format and .lang in ours, with memory that does not grow with it."""
+"""Writing a corpus: .bin and .idx in Megatron's format and .lang in ours, in constant memory."""
 
 import hashlib
 import os
 import shutil
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Self
@@ -11,7 +12,7 @@ from typing import BinaryIO, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.corpus import Corpus, CorpusPaths
+from data_tools.corpus import Corpus, CorpusPaths, describe, run_edges
 from moelpr.data.language_bits import LanguageBitsWriter
 from moelpr.data.manifest import FileRecord, Manifest, manifest_path
 from moelpr.errors import UserError
@@ -25,28 +26,33 @@ _DTYPE_CODES: dict[np.dtype, int] = {np.dtype(np.int32): 4, np.dtype(np.uint16):
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The type of a .bin's ids: Megatron's rule (`DType.optimal_dtype`)."""
+    """Return the dtype of a .bin's token IDs: Megatron's rule (`DType.optimal_dtype`)."""
     return np.dtype(np.uint16 if vocab_size < 65_500 else np.int32)
 
 
+def smallest_vocab_size(corpus: Corpus) -> int:
+    """Return the smallest vocabulary size whose token IDs have the dtype of this corpus."""
+    return 1 if corpus.tokens.dtype.itemsize == 2 else 65_500
+
+
 def as_tokens(ids: NDArray[np.integer], vocab_size: int) -> NDArray[np.integer]:
-    """Ids [tokens] in the type a .bin of this vocabulary has.
+    """Convert IDs [tokens] to the dtype of a .bin with this vocabulary size.
 
     Raises:
-        UserError: an id that the type can't hold.
+        UserError: An ID is too large for the dtype.
     """
     dtype = token_dtype(vocab_size)
     if len(ids) and int(ids.max()) > np.iinfo(dtype).max:
         raise UserError(
-            f"the token id {int(ids.max()):,} does not fit the {dtype.name} that a vocabulary of {vocab_size:,} is "
-            f"stored in; the tokenizer counts its own vocabulary wrongly"
+            f"the token ID {int(ids.max()):,} does not fit {dtype.name}, the dtype for a vocabulary of {vocab_size:,}; "
+            "the tokenizer reports a wrong vocabulary size"
         )
     return ids.astype(dtype, copy=False)
 
 
 @dataclass(frozen=True)
-class TokensAt:
-    """Tokens in a file of their own, in the .bin's type, which go when they are written."""
+class TokenFile:
+    """A temporary file of tokens in the .bin's dtype; the writer removes it."""
 
     path: Path
     count: int
@@ -56,16 +62,16 @@ class TokensAt:
 
 
 class Documents(NamedTuple):
-    """Tokenized documents, one after another.
+    """Tokenized documents, concatenated.
 
     Attributes:
-        tokens: [tokens], in the .bin's type, or where they are.
+        tokens: [tokens], in the .bin's dtype, or the file that contains them.
         lengths: tokens of each document: int64 [documents].
-        run_bits: the language bits as runs, 1 = original: uint8 [runs].
-        run_lengths: tokens of each run: int64 [runs]; they add up to the number of tokens.
+        run_bits: language bits as runs, 1 = original: uint8 [runs].
+        run_lengths: tokens of each run: int64 [runs]; their sum is the number of tokens.
     """
 
-    tokens: NDArray[np.integer] | TokensAt
+    tokens: NDArray[np.integer] | TokenFile
     lengths: NDArray[np.int64]
     run_bits: NDArray[np.uint8]
     run_lengths: NDArray[np.int64]
@@ -82,23 +88,23 @@ class Position(NamedTuple):
 
 
 class CorpusWriter:
-    """Writes a corpus in a folder of its own; `commit` gives the files their names. Used as a context manager, it
-    removes what was not committed.
+    """Writes a corpus in a temporary folder; `commit` renames the files. Used as a context manager, it removes what was
+    not committed.
 
-    Four files grow while documents come in: the .bin itself, lengths of sequences, ends of documents (in sequences) and
-    runs of language bits. `finalize` makes .idx and .lang of the last three.
+    Four files grow with the documents: the .bin itself, lengths of sequences, ends of documents (in sequences) and runs
+    of language bits. `finalize` turns the last three into .idx and .lang.
 
     Args:
-        prefix: the corpus's path without .bin/.idx/.lang; its folder is made where missing.
-        vocab_size: number of token ids; decides the .bin's type as Megatron does (uint16 below 65,500, else int32).
+        prefix: the corpus's path without .bin/.idx/.lang; its folder is created if necessary.
+        vocab_size: number of token IDs; decides the .bin's dtype as Megatron does (uint16 below 65,500, else int32).
         overwrite: whether `commit` may replace an existing corpus.
-        folder: where to keep unfinished files, on the corpus's file system; given one, the writer leaves it as it is.
-        position: how much of the unfinished files in `folder` to keep: what `flush` returned, perhaps to a process
+        folder: folder for unfinished files, on the corpus's file system; it is not removed.
+        position: how much of the unfinished files in `folder` to keep: a return value of `flush`, perhaps in a process
             that was killed since.
 
     Raises:
-        UserError: the corpus exists and `overwrite` is not set, its folder can't be made, or the unfinished files hold
-            less than `position` says.
+        UserError: The corpus exists and `overwrite` is False, its folder can't be created, or the unfinished files are
+            shorter than `position`.
     """
 
     def __init__(
@@ -110,8 +116,7 @@ class CorpusWriter:
         position: Position | None = None,
     ) -> None:
         self.prefix = os.fspath(prefix)
-        self.paths = CorpusPaths.of(prefix)
-        refuse_existing(list(self.paths), overwrite)
+        refuse_existing(list(CorpusPaths.of(prefix)), overwrite)
         self.vocab_size = vocab_size
         self.dtype = token_dtype(vocab_size)
         self._removes_folder = folder is None
@@ -122,24 +127,23 @@ class CorpusWriter:
         self._parts = [self._folder / f"{name}.{part}" for part in ("bin", "lengths", "ends", "runs")]
         self._files: list[BinaryIO] = [open(path, "ab") for path in self._parts]
         self._at = position or Position()
-        self._cut_unfinished()
+        self._truncate()
 
     @property
     def num_tokens(self) -> int:
         return self._at.tokens
 
     @property
-    def num_original(self) -> int:
-        return self._at.original
-
-    @property
     def num_documents(self) -> int:
         return self._at.documents
 
+    def __str__(self) -> str:
+        return describe(self.prefix, self._at.documents, self._at.tokens, self._at.original, self.dtype)
+
     def flush(self) -> Position:
-        """Bring everything to the disk; the position that it is complete up to."""
+        """Write everything to disk and return how much that is."""
         for file in self._files:
-            if not file.closed:  # by finalize, which has brought them to the disk
+            if not file.closed:  # by finalize, which has written them to disk
                 file.flush()
                 os.fsync(file.fileno())
         return self._at
@@ -148,73 +152,62 @@ class CorpusWriter:
         """Add documents.
 
         Raises:
-            UserError: one is longer than Megatron's format can say.
+            UserError: A document is too long for Megatron's format.
         """
         lengths = documents.lengths
         if len(lengths) and lengths.max() > _LONGEST_SEQUENCE:
             raise UserError(
-                f"a document of {int(lengths.max()):,} tokens is longer than Megatron's .idx can say "
+                f"a document of {int(lengths.max()):,} tokens is longer than Megatron's .idx supports "
                 f"({_LONGEST_SEQUENCE:,}); split it"
             )
-        has_tokens = lengths > 0  # a document without tokens is one without a sequence, as in Megatron
-        ends = self._at.sequences + np.cumsum(has_tokens, dtype="<i8")
-        runs = (documents.run_lengths << 1 | documents.run_bits).astype("<i8")
-        if isinstance(documents.tokens, TokensAt):
+        if isinstance(documents.tokens, TokenFile):
             _copy(documents.tokens.path, self._files[0])
             documents.tokens.path.unlink()
         else:
             self._files[0].write(documents.tokens.tobytes())
-        for file, part in zip(self._files[1:], (lengths[has_tokens].astype("<i4"), ends, runs), strict=True):
-            file.write(part.tobytes())
-        self._at = Position(
-            self._at.tokens + len(documents.tokens),
-            self._at.original + int(documents.run_lengths[documents.run_bits == 1].sum()),
-            self._at.sequences + int(has_tokens.sum()),
-            self._at.documents + len(lengths),
-            self._at.runs + len(runs),
-        )
+        has_tokens = lengths > 0  # a document without tokens has no sequence, as in Megatron
+        original = int(documents.run_lengths[documents.run_bits == 1].sum())
+        runs = documents.run_lengths << 1 | documents.run_bits
+        self._advance(len(documents.tokens), original, lengths[has_tokens], np.cumsum(has_tokens), [runs])
 
     def add_document(self, ids: NDArray[np.integer], is_original: bool) -> None:
-        """Add one document: token ids [tokens] that share one language bit. No tokens: a document without a sequence.
+        """Add one document: token IDs [tokens] that share one language bit. Without tokens, it has no sequence.
 
         Raises:
-            UserError: an id that the .bin's type can't hold.
+            UserError: An ID is too large for the .bin's dtype.
         """
         length = np.array([len(ids)], np.int64)
         self.add(Documents(as_tokens(ids, self.vocab_size), length, np.array([is_original], np.uint8), length))
 
     def add_corpus(self, corpus: Corpus) -> None:
-        """Add another corpus as it is.
+        """Add another corpus, of the same dtype, unchanged."""
+        _copy(corpus.paths.bin, self._files[0])
+        num_bits = len(corpus.bits)
+        starts = range(0, num_bits, _BITS_AT_ONCE)
+        runs = (_runs(corpus.bits.slice(start, min(start + _BITS_AT_ONCE, num_bits))) for start in starts)
+        ends = corpus.document_starts[1:]
+        self._advance(len(corpus.tokens), corpus.bits.num_original, corpus.sequence_lengths, ends, runs)
 
-        Raises:
-            UserError: its token ids are of another type, so it is from another tokenizer.
-        """
-        if corpus.tokens.dtype != self.dtype:
-            raise UserError(
-                f"{corpus.paths.bin} holds {corpus.tokens.dtype.name}, the corpora before it "
-                f"{self.dtype.name}; merge corpora of one tokenizer"
-            )
-        tokens, lengths, ends, runs = self._files
-        with open(corpus.paths.bin, "rb") as source:
-            shutil.copyfileobj(source, tokens)
-        lengths.write(corpus.sequence_lengths.astype("<i4").tobytes())
-        ends.write((corpus.document_starts[1:] + self._at.sequences).astype("<i8").tobytes())
+    def _advance(
+        self,
+        tokens: int,
+        original: int,
+        lengths: NDArray[np.integer],
+        ends: NDArray[np.int64],
+        runs: Iterable[NDArray[np.int64]],
+    ) -> None:
+        """Write all but the tokens: sequence lengths, ends of documents in the added sequences, and runs of bits."""
+        self._files[1].write(lengths.astype("<i4").tobytes())
+        self._files[2].write((ends + self._at.sequences).astype("<i8").tobytes())
         num_runs = 0
-        for start in range(0, len(corpus.bits), _BITS_AT_ONCE):
-            bits = corpus.bits.slice(start, min(start + _BITS_AT_ONCE, len(corpus.bits)))
-            edges = np.concatenate([[0], np.flatnonzero(np.diff(bits)) + 1, [len(bits)]])
-            runs.write((np.diff(edges) << 1 | bits[edges[:-1]]).astype("<i8").tobytes())
-            num_runs += len(edges) - 1
-        self._at = Position(
-            self._at.tokens + len(corpus.tokens),
-            self._at.original + corpus.bits.num_original,
-            self._at.sequences + len(corpus.sequence_lengths),
-            self._at.documents + corpus.num_documents,
-            self._at.runs + num_runs,
-        )
+        for chunk in runs:
+            self._files[3].write(chunk.astype("<i8").tobytes())
+            num_runs += len(chunk)
+        added = tokens, original, len(lengths), len(ends), num_runs
+        self._at = Position(*(old + new for old, new in zip(self._at, added, strict=True)))
 
     def finalize(self) -> dict[str, FileRecord]:
-        """Complete the three files in their folder and bring them to the disk: their sizes and checksums."""
+        """Complete the three files in their folder, write them to disk, and return their sizes and checksums."""
         for file in self._files:
             file.close()
         self._write_index()
@@ -228,7 +221,7 @@ class CorpusWriter:
         return records
 
     def commit(self, manifest: Manifest | None = None) -> None:
-        """Give the finished files their names, with the manifest that describes them."""
+        """Rename the finished files and write the manifest that describes them."""
         commit_corpus(self.prefix, self._folder, manifest)
 
     def __enter__(self) -> Self:
@@ -239,19 +232,20 @@ class CorpusWriter:
             try:
                 file.close()
             except OSError:
-                pass  # closing flushes; on a full disk that fails once more, and the first error is the one to tell
+                pass  # closing flushes; on a full disk that fails again, and the first error is the one to report
         if self._removes_folder:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _cut_unfinished(self) -> None:
+    def _truncate(self) -> None:
+        """Cut the unfinished files to the position."""
         at = self._at
         sizes = (at.tokens * self.dtype.itemsize, 4 * at.sequences, 8 * at.documents, 8 * at.runs)
-        for file, path, wanted in zip(self._files, self._parts, sizes, strict=True):
+        for file, path, expected in zip(self._files, self._parts, sizes, strict=True):
             found = path.stat().st_size
-            if found < wanted:
-                raise UserError(f"{path} has lost its end, so the run can't be resumed; remove its folder")
-            if found > wanted:
-                file.truncate(wanted)
+            if found < expected:
+                raise UserError(f"{path} is truncated, so the job can't be resumed; remove its folder")
+            if found > expected:
+                file.truncate(expected)
 
     def _write_index(self) -> None:
         _, lengths, ends, _ = self._parts
@@ -281,14 +275,14 @@ class CorpusWriter:
 
 
 def commit_corpus(prefix: str | os.PathLike[str], folder: Path, manifest: Manifest | None = None) -> None:
-    """Give the finished files in a writer's folder their names. Killed in the middle of it, it can be done again."""
+    """Rename the finished files in a writer's folder. Can be repeated if it is interrupted."""
     paths, unfinished = CorpusPaths.of(prefix), CorpusPaths.of(folder / Path(prefix).name)
-    # The .idx goes last, and an old one goes first: every reader opens it before the others, so whatever interrupts
-    # these lines leaves a corpus that is whole or one that nothing opens.
+    # The .idx comes last, and an old one goes first: every reader opens it before the others, so an interruption leaves
+    # a complete corpus or one that can't be opened.
     if unfinished.idx.exists():
         paths.idx.unlink(missing_ok=True)
         manifest_path(prefix).unlink(missing_ok=True)
-        # Megatron keeps its sample indices beside the corpus and knows them by name and length, not by content.
+        # Megatron caches sample indices beside the corpus by name and length, not by content.
         shutil.rmtree(paths.bin.with_suffix("") / "cache", ignore_errors=True)
     if manifest is not None:
         manifest.write(prefix)
@@ -298,11 +292,16 @@ def commit_corpus(prefix: str | os.PathLike[str], folder: Path, manifest: Manife
 
 
 def make_folder(folder: Path) -> None:
-    """Make an output folder, its parents included."""
+    """Create an output folder and its parents."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"the output folder {folder} can't be made ({error.strerror}); choose another") from error
+        raise UserError(f"can't create the output folder {folder} ({error.strerror}); choose another") from error
+
+
+def _runs(bits: NDArray[np.uint8]) -> NDArray[np.int64]:
+    edges = run_edges(bits)
+    return np.diff(edges) << 1 | bits[edges[:-1]]
 
 
 def _copy(path: Path, target: BinaryIO) -> None:

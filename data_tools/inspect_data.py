@@ -1,7 +1,7 @@
-"""Show a tokenized corpus (sizes, languages, document lengths, documents), and check all of it.
+"""Show a tokenized corpus (sizes, languages, document lengths, documents) and verify it.
 
-The three files are compared with each other, with the checksum in the .lang, and with the manifest's checksums and
-counts. With a tokenizer the documents are shown as text, otherwise as token ids.
+The three files are compared with each other, with the checksum in the .lang, and with the checksums and counts of the
+manifest. Documents are shown as text if a tokenizer is given, otherwise as token IDs.
 
     python data_tools/inspect_data.py data/el_text_document --json
 """
@@ -15,28 +15,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.corpus import Corpus
+from data_tools.corpus import Corpus, run_edges
 from moelpr.data.manifest import Manifest
 from moelpr.data.tokenizer import Tokenizer, add_tokenizer_arguments, load_tokenizer
 from moelpr.errors import UserError, run_command
 
-# Tokens read at once, so that memory stays small whatever the corpus.
-_CHUNK_TOKENS = 1 << 24
+_CHUNK_TOKENS = 1 << 24  # tokens read at once, so that memory stays small
 _BAR = 40  # characters of the histogram's longest bar
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     corpus = Corpus(arguments.prefix)
-    manifest = corpus.verify()
-    summary = summarize(corpus, manifest)
+    summary = summarize(corpus, corpus.verify())
     tokenizer = None
     if arguments.tokenizer_type:
         tokenizer = load_tokenizer(arguments.tokenizer_type, arguments.tokenizer_model)
         if summary["largest_id"] >= tokenizer.vocab_size:
             raise UserError(
-                f"{corpus.paths.bin} holds token id {summary['largest_id']:,} but {arguments.tokenizer_model} ends at "
-                f"{tokenizer.vocab_size - 1:,}; give the tokenizer that the corpus was made with"
+                f"{corpus.paths.bin} contains token ID {summary['largest_id']:,}, but {arguments.tokenizer_model} ends "
+                f"at {tokenizer.vocab_size - 1:,}; pass the tokenizer that the corpus was made with"
             )
     shown = [
         show_document(corpus, index, tokenizer, arguments.characters)
@@ -53,36 +51,35 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prefix", metavar="PREFIX", help="the corpus's path without .bin, .idx or .lang")
-    parser.add_argument("--documents", type=int, default=3, help="documents to show (default: 3)")
-    parser.add_argument("--characters", type=int, default=400, help="characters to show of each run (default: 400)")
+    parser.add_argument("prefix", metavar="PREFIX", help="path of the corpus without .bin, .idx or .lang")
+    parser.add_argument("--documents", type=int, default=3, metavar="N", help="documents to show (default: 3)")
+    parser.add_argument(
+        "--characters", type=int, default=400, metavar="N", help="characters to show of each run (default: 400)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     add_tokenizer_arguments(parser, required=False)
     arguments = parser.parse_args(argv)
     if bool(arguments.tokenizer_type) != bool(arguments.tokenizer_model):
-        raise UserError("--tokenizer-type and --tokenizer-model go together; give both or neither")
+        raise UserError("--tokenizer-type and --tokenizer-model require each other; pass both or neither")
     for name in ("documents", "characters"):
         if getattr(arguments, name) < 0:
-            raise UserError(f"--{name} {getattr(arguments, name)} must be at least 0")
-    for name in (".bin", ".idx", ".lang", ".manifest.json"):
-        arguments.prefix = arguments.prefix.removesuffix(name)
+            raise UserError(f"--{name} must be at least 0, got {getattr(arguments, name)}")
+    for suffix in (".bin", ".idx", ".lang", ".manifest.json"):
+        arguments.prefix = arguments.prefix.removesuffix(suffix)
     return arguments
 
 
-def chunks(tokens: NDArray[np.number]) -> list[NDArray[np.number]]:
-    return [tokens[start : start + _CHUNK_TOKENS] for start in range(0, len(tokens), _CHUNK_TOKENS)]
-
-
 def summarize(corpus: Corpus, manifest: Manifest | None) -> dict[str, Any]:
-    """What --json prints, without the documents shown."""
+    """Return what --json prints, except the documents."""
     lengths = corpus.document_lengths
     num_tokens, num_original = corpus.bits.num_tokens, corpus.bits.num_original
+    chunks = (corpus.tokens[start : start + _CHUNK_TOKENS] for start in range(0, num_tokens, _CHUNK_TOKENS))
     return {
         "prefix": corpus.prefix,
         "files": {path.suffix[1:]: path.stat().st_size for path in corpus.paths},
         "dtype": corpus.tokens.dtype.name,
-        "largest_id": max((int(chunk.max()) for chunk in chunks(corpus.tokens)), default=-1),
+        "largest_id": max((int(chunk.max()) for chunk in chunks), default=-1),
         "sequences": len(corpus.sequence_lengths),
         "documents": corpus.num_documents,
         "empty_documents": int((lengths == 0).sum()),
@@ -98,7 +95,7 @@ def summarize(corpus: Corpus, manifest: Manifest | None) -> dict[str, Any]:
 
 
 def length_statistics(lengths: NDArray[np.int64]) -> dict[str, float]:
-    """Tokens per document; nothing for a corpus without documents."""
+    """Return statistics of tokens per document; empty if there are no documents."""
     if not len(lengths):
         return {}
     return {
@@ -111,7 +108,7 @@ def length_statistics(lengths: NDArray[np.int64]) -> dict[str, float]:
 
 
 def length_histogram(lengths: NDArray[np.int64]) -> list[dict[str, int]]:
-    """Documents and their tokens by length, from one power of two up to the next; empty documents are left out."""
+    """Return the number of documents and their tokens by length, in powers of two; empty documents are omitted."""
     lengths = lengths[lengths > 0]
     if not len(lengths):
         return []
@@ -125,11 +122,12 @@ def length_histogram(lengths: NDArray[np.int64]) -> list[dict[str, int]]:
 
 
 def show_document(corpus: Corpus, index: int, tokenizer: Tokenizer | None, characters: int) -> dict[str, Any]:
-    """A document's runs of one language bit, each with its first characters."""
+    """Return a document's runs of one language bit, each with its first characters."""
     ids, bits = corpus.document(index)
+    edges = run_edges(bits).tolist()
     shown = []
-    for start, stop in runs(bits):
-        # A character takes one token or more in print: no need to decode a whole book for its first lines.
+    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+        # A printed token has at least one character, so this many tokens are enough.
         first = ids[start : min(stop, start + characters)].tolist()
         text = tokenizer.decode(first) if tokenizer else " ".join(map(str, first))
         shown.append(
@@ -144,16 +142,9 @@ def show_document(corpus: Corpus, index: int, tokenizer: Tokenizer | None, chara
     return {"tokens": len(ids), "runs": shown}
 
 
-def runs(bits: NDArray[np.uint8]) -> list[tuple[int, int]]:
-    """The ranges [start, stop) of equal bits."""
-    borders = np.flatnonzero(np.diff(bits)) + 1
-    edges = [0, *borders.tolist(), len(bits)]
-    return [(start, stop) for start, stop in zip(edges[:-1], edges[1:], strict=True) if stop > start]
-
-
 def print_summary(summary: dict[str, Any]) -> None:
     contents = {
-        "bin": f"{summary['dtype']} token ids, the largest {summary['largest_id']:,}",
+        "bin": f"{summary['dtype']} token IDs, the largest {summary['largest_id']:,}",
         "idx": f"{summary['sequences']:,} sequences",
         "lang": "language bits",
     }
@@ -167,9 +158,8 @@ def print_summary(summary: dict[str, Any]) -> None:
         sources = f"{len(manifest['sources']):,} source{'' if len(manifest['sources']) == 1 else 's'}"
         print(f"  made with {tokenizer['type']} {tokenizer['model']}{end}, from {sources}")
     else:
-        print("  no manifest: the token ids themselves can't be checked, nor which tokenizer made them")
-    print()
-    print(f"  {'documents':<20}{summary['documents']:>15,}" + (f"   {empty:,} empty" if empty else ""))
+        print("  no manifest: the token IDs can't be verified, and the tokenizer is unknown")
+    print(f"\n  {'documents':<20}{summary['documents']:>15,}" + (f"   {empty:,} empty" if empty else ""))
     print(f"  {'tokens':<20}{num_tokens:>15,}")
     for bit in ("original", "expanded"):
         count = summary[f"{bit}_tokens"]
@@ -179,14 +169,15 @@ def print_summary(summary: dict[str, Any]) -> None:
     if summary["tokens_per_document"]:
         print("\n  tokens per document")
         for name, value in summary["tokens_per_document"].items():
-            print(f"    {'95 of 100 up to' if name == 'percentile_95' else name:<18}{value:>15,.0f}")
-    print_histogram(summary["length_histogram"])
+            print(f"    {'95th percentile' if name == 'percentile_95' else name:<18}{value:>15,.0f}")
+    if summary["length_histogram"]:
+        print_histogram(summary["length_histogram"])
 
 
 def print_languages(languages: dict[str, dict[str, Any]], num_tokens: int) -> None:
     print(f"\n  {'language':<16}{'bit':<10}{'documents':>15}{'tokens':>18}{'share':>9}{'bytes/token':>13}")
     for name, count in sorted(languages.items(), key=lambda item: (item[1]["bit"] != "original", item[0])):
-        # After a draw the text's bytes are not known.
+        # Sampling loses the size of the text.
         density = f"{count['bytes'] / count['tokens']:.2f}" if count["tokens"] and count["bytes"] else "–"
         share = count["tokens"] / max(num_tokens, 1)
         print(
@@ -195,12 +186,10 @@ def print_languages(languages: dict[str, dict[str, Any]], num_tokens: int) -> No
 
 
 def print_histogram(histogram: list[dict[str, int]]) -> None:
-    if not histogram:
-        return
     most = max(part["documents"] for part in histogram)
     print(f"\n  {'tokens':<27}{'documents':>13}{'tokens':>18}")
     for part in histogram:
-        bar = "█" * -(-_BAR * part["documents"] // most)  # rounded up: what is there is seen
+        bar = "█" * -(-_BAR * part["documents"] // most)  # rounded up, so that nothing is invisible
         span = f"{part['from']:,} to {part['to']:,}"
         print(f"    {span:<25}{part['documents']:>13,}{part['tokens']:>18,}  {bar}".rstrip())
 
@@ -211,13 +200,13 @@ def print_document(document: dict[str, Any], number: int, num_documents: int) ->
     for run in document["runs"]:
         label = f"  [{run['bit']} {run['from']:,}–{run['to']:,}] "
         text = run["text"] + (" …" if run["is_cut"] else "")
-        # Control characters and line breaks would break the picture; show them escaped.
+        # Control characters and line breaks would break the layout.
         text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
         print(textwrap.fill(label + text, width=110, subsequent_indent="    ", break_on_hyphens=False))
 
 
 def size(num_bytes: int) -> str:
-    """Bytes for a person, in powers of 1000."""
+    """Format a number of bytes, in powers of 1000."""
     value = float(num_bytes)
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000:

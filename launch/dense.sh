@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A dense model: a base from scratch, or full fine-tuning for comparison.
+# Dense model: train a base from scratch, or fine-tune all parameters for comparison.
 #   launch/dense.sh [--dry-run] [--nnodes N …] --recipe FILE --pretrained-checkpoint DIR --data-path PREFIX … --save DIR
-# The launcher's own words and variables (--nnodes, NNODES, …) are explained in launch/train.sh.
+# launch/dense.sh --help lists the launcher's options; all other arguments go to the trainer.
 exec "$(dirname "$0")/train.sh" dense "$@"

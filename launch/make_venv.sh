@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Makes .venv with everything installed, or brings it up to date; does nothing where it is already.
+# Create .venv with all packages, or update it; do nothing if it is up to date.
 #
-#   launch/make_venv.sh                 as `make test` and `make demo` call it
-#   launch/make_venv.sh --find-python   only print the Python that .venv would be made with
+#   launch/make_venv.sh                 as called by `make test` and `make demo`
+#   launch/make_venv.sh --find-python   only print the Python that .venv would be created with
 #
-# The Python is the first on PATH that fits; PYTHON=/path/to/python names another.
+# The first suitable Python on PATH is used; PYTHON=/path/to/python selects another.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-supported=(3.13 3.12) # as python_requires in setup.py; the preferred one first
+supported=(3.13 3.12) # as python_requires in setup.py, the preferred one first
 stamp=.venv/.installed
 
 fail() {
@@ -16,9 +16,9 @@ fail() {
     exit "$1"
 }
 
-# Prints "fits" if the Python $1 can carry .venv, else what keeps it from that.
+# Print "fits" if .venv can be created with the Python $1, else the reason why not.
 verdict() {
-    # A version manager's shim may be there and not run, or wait for an answer.
+    # A version manager's shim may fail, or wait for input.
     timeout --kill-after=5 10 "$1" - "${supported[@]}" <<'PYTHON' 2>/dev/null || echo "doesn't run"
 import os, sys, sysconfig
 version = "%d.%d" % sys.version_info[:2]
@@ -37,13 +37,13 @@ else:
 PYTHON
 }
 
-# Prints the first Python that fits.
+# Print the first suitable Python.
 find_python() {
     local candidates candidate found="" answer
     if [ -n "${PYTHON:-}" ]; then
         candidates=$PYTHON
     else
-        # Every match on PATH, not only the first of a name. .venv itself doesn't count: it may be about to go.
+        # Every match on PATH, not only the first of each name; except .venv, which may be about to be deleted.
         candidates=$(type -aP "${supported[@]/#/python}" python3 python | grep -v "^$PWD/\.venv/")
     fi || true
     while read -r candidate && [ -n "$candidate" ]; do
@@ -54,7 +54,7 @@ find_python() {
         fi
         found+="$candidate ${answer:-"doesn't run"}; "
     done <<<"$candidates"
-    fail 2 "no Python fits: wanted $(printf "%s or " "${supported[@]}" | sed "s/ or $//") with venv and C headers, found ${found:-none on PATH; }install one \
+    fail 2 "no suitable Python: expected $(printf "%s or " "${supported[@]}" | sed "s/ or $//") with venv and C headers, found ${found:-none on PATH; }install one \
 (on Debian or Ubuntu for example python3.13, python3.13-venv and python3.13-dev) or set PYTHON=/path/to/python"
 }
 
@@ -63,7 +63,7 @@ if [ "${1:-}" = --find-python ]; then
     exit
 fi
 
-# One at a time: `make demo` and `make test` may be started together.
+# One at a time: `make demo` and `make test` may run concurrently.
 exec 9<.
 flock 9
 
@@ -71,11 +71,11 @@ state=$(cat "$stamp" 2>/dev/null || true)
 wanted=$({ pwd && cat setup.py constraints.txt launch/make_venv.sh moelpr/data/csrc/*; } | sha256sum | cut -d' ' -f1)
 base_of() { "$1" -c 'import sys; print(sys.version, sys.base_prefix)'; }
 
-# Start afresh where an earlier run was cut off, the Python is gone, or another one is asked for.
+# Start over if an earlier run was interrupted, the Python is missing, or another one is requested.
 if [ "$state" = unfinished ] || [ "$(verdict .venv/bin/python)" != fits ] ||
     { [ -n "${PYTHON:-}" ] && [ "$(base_of "$PYTHON")" != "$(base_of .venv/bin/python)" ]; }; then
     python=$(find_python)
-    echo "making .venv with $python"
+    echo "creating .venv with $python"
     rm -rf .venv
     mkdir .venv
     echo unfinished >"$stamp"
@@ -85,15 +85,15 @@ elif [ "$state" = "$wanted" ]; then
 fi
 
 echo unfinished >"$stamp"
-echo "installing $(wc -l <constraints.txt) packages (about 3 GB to download and 6 GB on disk when new; takes minutes); the large ones:"
-# Some Pythons name the compiler that built them, which may not be here.
+echo "installing $(wc -l <constraints.txt) packages (a new .venv downloads about 3 GB, takes 6 GB on disk and some minutes); the large ones:"
+# Some Pythons name the compiler that built them, which may not be installed.
 if command -v gcc >/dev/null && command -v g++ >/dev/null; then export CC="${CC:-gcc}" CXX="${CXX:-g++}"; fi
 install() { .venv/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt "$@"; }
 # Without build isolation, so that the pinned setuptools and pybind11 build the extension.
 if ! { install --quiet setuptools pybind11 && install --no-build-isolation --editable '.[dev]'; } |
     sed -unE -e 's/^ *(Downloading|Using cached) (\S+) \(([0-9]{3,}(\.[0-9]+)? MB|.* GB)\)$/  \2 (\3)/p' \
         -e 's/^Installing collected packages.*/  unpacking/p'; then
-    fail 1 "the installation stopped (see above); run the command again, it starts afresh"
+    fail 1 "the installation failed (see above); rerun the command to start over"
 fi
 echo "$wanted" >"$stamp"
 echo ".venv is ready"

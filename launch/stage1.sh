@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Stage 1, post-pretraining: trains new experts and routers on expanded-language text.
+# Stage 1, post-pretrain: train new experts and routers on expanded-language text.
 #   launch/stage1.sh [--dry-run] [--nnodes N …] --recipe FILE --pretrained-checkpoint DIR --data-path PREFIX … --save DIR
-# The launcher's own words and variables (--nnodes, NNODES, …) are explained in launch/train.sh.
+# launch/stage1.sh --help lists the launcher's options; all other arguments go to the trainer.
 exec "$(dirname "$0")/train.sh" stage1 "$@"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Stage 2, review: trains the routers alone on a little replay text, with the language-priors loss.
+# Stage 2, review: train only the routers on a little replay text, with the LPR loss.
 #   launch/stage2.sh [--dry-run] [--nnodes N …] --recipe FILE --pretrained-checkpoint DIR --data-path PREFIX … --save DIR
-# The launcher's own words and variables (--nnodes, NNODES, …) are explained in launch/train.sh.
+# launch/stage2.sh --help lists the launcher's options; all other arguments go to the trainer.
 exec "$(dirname "$0")/train.sh" stage2 "$@"

@@ -1,4 +1,4 @@
-"""Documents as JSON lines: one object per line, its texts, and a message for whatever is wrong with it."""
+"""Documents as JSON lines: one object per line, and a message for everything that can be wrong with a line."""
 
 import functools
 import json
@@ -11,32 +11,35 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class BadLine(Exception):
-    """Why a line can't be used; whoever knows the file and line number adds them."""
+    """Why a line is unusable; the caller adds the file and the line number."""
 
 
 def parse(line: bytes, keys: list[str]) -> dict[str, Any]:
-    """A line's JSON object, whose `keys` will be used.
+    """The JSON object of a line.
+
+    Args:
+        keys: the keys that will be read.
 
     Raises:
-        BadLine: it is none, or one of the keys stands in it twice.
+        BadLine: the line is not a JSON object, or contains one of the keys twice.
     """
     line = line.rstrip(b"\r\n").removeprefix(_BYTE_ORDER_MARK)
     try:
         document = json.loads(line.decode("utf-8"))
         for key in keys:
             if line.count(_quoted(key)) > 1:
-                json.loads(line, object_pairs_hook=lambda pairs: _refuse_twice(pairs, keys))
+                json.loads(line, object_pairs_hook=lambda pairs: _reject_duplicates(pairs, keys))
     except UnicodeDecodeError as error:
         raise BadLine(f"invalid UTF-8 at byte {error.start + 1} of the line") from None
     except json.JSONDecodeError as error:
         if b"\0" in line:
-            raise BadLine("NUL bytes, as in a file that was not written to its end") from None
+            raise BadLine("NUL bytes, as in a truncated file") from None
         raise BadLine(f"not JSON ({error.msg} at character {error.pos + 1})") from None
-    except (ValueError, RecursionError) as error:  # a number of too many digits, brackets nested too deep
+    except (ValueError, RecursionError) as error:  # a number with too many digits, brackets nested too deeply
         raise BadLine(f"not usable JSON ({error})") from None
     if not isinstance(document, dict):
-        hint = "; one object per line is wanted, not an array around all" if line.startswith(b"[") else ""
-        raise BadLine(f"a JSON object was expected, found {json_type(document)}{hint}")
+        hint = "; write one object per line instead of an array" if line.startswith(b"[") else ""
+        raise BadLine(f"expected a JSON object, found {json_type(document)}{hint}")
     return document
 
 
@@ -44,47 +47,38 @@ def text_of(document: dict[str, Any], key: str) -> str:
     """The text under a key.
 
     Raises:
-        BadLine: there is none, or it holds what is no character.
+        BadLine: the key is missing, or its value is not a valid string.
     """
     if key not in document:
         raise BadLine(f'the key "{key}" is missing')
     text = document[key]
     if not isinstance(text, str):
-        raise BadLine(f'the key "{key}" holds {json_type(text)}, not a string')
+        raise BadLine(f'the key "{key}" contains {json_type(text)}, not a string')
     if not text.isascii():
         try:
             text.encode("utf-8")
-        except UnicodeEncodeError as error:  # "\ud800" is good JSON and no character
-            raise BadLine(f'the key "{key}" holds half a surrogate pair at character {error.start + 1}') from None
+        except UnicodeEncodeError as error:  # "\ud800" is valid JSON but not a character
+            raise BadLine(f'the key "{key}" contains half a surrogate pair at character {error.start + 1}') from None
     return text
 
 
 def json_type(value: object) -> str:
-    """A JSON value's type in words."""
+    """The name of a JSON value's type, with its article."""
     if value is None:
         return "null"
     names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
-    return names.get(type(value), "a value of another type")  # a table can hold bytes and dates
-
-
-@functools.cache
-def _quoted(key: str) -> bytes:
-    return json.dumps(key, ensure_ascii=False).encode()
-
-
-def _refuse_twice(pairs: list[tuple[str, Any]], keys: list[str]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    for key in keys:
-        if names.count(key) > 1:
-            raise BadLine(f'the key "{key}" stands there twice')
-    return dict(pairs)
+    return names.get(type(value), "a value of another type")  # tables can contain bytes and dates
 
 
 def read_documents(path: Path, json_key: str = "text", max_documents: int | None = None) -> list[str]:
-    """The text under `json_key` of each line of `path`, at most `max_documents` of them; blank lines are skipped.
+    """The texts of a file of JSON lines; blank lines are skipped.
+
+    Args:
+        json_key: the key of the text.
+        max_documents: number of documents to read; None for all.
 
     Raises:
-        UserError: the file is missing or has no documents, or a line cannot be used; the message names the line.
+        UserError: the file is missing or has no documents, or a line is unusable; the message names the line.
     """
     documents: list[str] = []
     try:
@@ -93,7 +87,7 @@ def read_documents(path: Path, json_key: str = "text", max_documents: int | None
                 if len(documents) == max_documents:
                     break
                 if line.strip():
-                    documents.append(_text_to_score(line, json_key, f"{path}, line {number}"))
+                    documents.append(_nonempty_text(line, json_key, f"{path}, line {number}"))
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise UserError(f"cannot read {path} ({error.strerror}); pass a file of JSON lines") from error
     if not documents:
@@ -101,7 +95,7 @@ def read_documents(path: Path, json_key: str = "text", max_documents: int | None
     return documents
 
 
-def _text_to_score(line: bytes, json_key: str, place: str) -> str:
+def _nonempty_text(line: bytes, json_key: str, place: str) -> str:
     try:
         document = parse(line, [json_key])
         if json_key not in document:
@@ -111,5 +105,18 @@ def _text_to_score(line: bytes, json_key: str, place: str) -> str:
     except BadLine as error:
         raise UserError(f"{place}: {error}; fix or remove the line") from error
     if not text:
-        raise UserError(f'{place}: "{json_key}" is empty, so there is nothing to score; remove the line')
+        raise UserError(f'{place}: "{json_key}" is empty; remove the line')
     return text
+
+
+@functools.cache
+def _quoted(key: str) -> bytes:
+    return json.dumps(key, ensure_ascii=False).encode()
+
+
+def _reject_duplicates(pairs: list[tuple[str, Any]], keys: list[str]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    for key in keys:
+        if names.count(key) > 1:
+            raise BadLine(f'the key "{key}" occurs twice')
+    return dict(pairs)

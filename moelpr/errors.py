@@ -1,6 +1,6 @@
-"""How every command of the project ends: exit code 0 done, 1 failed, 2 wrong arguments or input.
+"""Exit codes of all commands: 0 for success, 1 for failure, 2 for wrong arguments or input.
 
-An error a user can cause is one sentence that says what was found, what was wanted and the remedy.
+An error that a user can cause is one sentence: what was expected, what was found, and the fix.
 """
 
 import errno
@@ -13,42 +13,39 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """Wrong arguments or input. The message is the whole answer; no traceback is shown."""
+    """Wrong arguments or input. Only the message is shown, no traceback."""
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command's `main` and leave the process with the right exit code.
+    """Run a command's `main` and exit with the right code.
 
-    `UserError` ends with code 2 and its sentence, a full disk or Ctrl-C with code 1. Anything else is our own slip
-    and keeps its traceback (code 1). With `--debug` on the command line, every error keeps its traceback.
+    A `UserError` exits with code 2 and its message, a full disk or Ctrl-C with code 1 and a message. Anything else is a
+    bug and keeps its traceback (code 1). With `--debug` on the command line, every error keeps its traceback.
     """
     debug = "--debug" in sys.argv
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        # Leave by the front door, so that temporary files are removed on the way.
+        # Exit as usual, so that temporary files are removed.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         main()
     except UserError as error:
         if debug:
             raise
-        # From a data loader's worker it comes wrapped in that worker's traceback.
+        # A data loader's worker wraps it in its traceback.
         _fail(str(error).strip().rsplit("UserError: ", 1)[-1], code=2)
     except BrokenPipeError:
-        # The reader (head, less) has closed: nothing is left to say and nowhere to say it.
+        # The reader (head, less) has closed the pipe, so there is no one to report to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
         if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        _fail(
-            f"the disk is full while writing {error.filename or 'the output'}; free some space and run it again",
-            code=1,
-        )
+        _fail(f"the disk is full while writing {error.filename or 'the output'}; free space and run it again", code=1)
     except RuntimeError as error:
-        # Megatron's checkpoint writer runs in processes of its own and reports their failures as text.
+        # Megatron's checkpoint writer runs in other processes and reports their failures as text.
         if debug or "No space left on device" not in str(error):
             raise
-        _fail("the disk is full while writing a checkpoint; free some space and run it again", code=1)
+        _fail("the disk is full while writing a checkpoint; free space and run it again", code=1)
     except KeyboardInterrupt:
         if debug:
             raise
@@ -57,9 +54,9 @@ def run_command(main: Callable[[], None]) -> None:
 
 def _fail(message: str, code: int) -> None:
     if os.environ.get("RANK", "0") != "0":
-        # Rank 0 most likely says the same sentence; the launcher then ends this rank before it repeats it. On another
-        # node nobody ends it: there the first rank speaks, for those who look at that node alone.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the trainer's handler would only take a note
+        # Rank 0 most likely prints the same message, and the launcher then ends this rank before it prints it again.
+        # Nothing ends the ranks of another node: there the first one prints it, for those who only see that node's log.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the trainer's handler would only set a flag
         time.sleep(10 if os.environ.get("LOCAL_RANK", "0") == "0" else 20)
     program = Path(sys.argv[0])
     name = program.parent.name if program.name == "__main__.py" else program.name

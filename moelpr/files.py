@@ -1,9 +1,8 @@
-"""Outputs appear whole or not at all: write to a temporary name, fsync, rename."""
+"""Outputs appear complete or not at all: write under a temporary name, fsync, rename."""
 
 import os
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,20 +10,24 @@ import filelock
 
 from moelpr.errors import UserError
 
-# In a partial folder: what it is to become.
+# In a partial folder: the description of the job that writes it.
 JOB_FILE = ".job"
 LOCK_FILE = ".lock"
 
 
 def refuse_existing(paths: list[Path], overwrite: bool) -> None:
-    """Stop when an output exists already and `--overwrite` was not given."""
+    """Reject outputs that exist already.
+
+    Raises:
+        UserError: at least one exists, and `overwrite` is False.
+    """
     found = [str(path) for path in paths if path.exists()]
     if found and not overwrite:
-        raise UserError(f"the output {', '.join(found)} exists already; choose another name or pass --overwrite")
+        raise UserError(f"the output {', '.join(found)} already exists; choose another name or pass --overwrite")
 
 
 def temporary_name(path: Path) -> Path:
-    """A name beside `path` that no reader takes for the real thing."""
+    """A name in the same folder that no reader mistakes for the finished output."""
     return path.with_name(f".{path.name}.tmp-{os.getpid()}")
 
 
@@ -41,29 +44,38 @@ def atomic_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file with `atomic_file`."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder; on success it takes the place of `path` (replacing it), on failure it is removed."""
+    """Yield a temporary folder; on success it replaces `path`, on failure it is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
-        _take_place(temporary, path)
+        _replace(path, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
 def resumable_directory(path: Path, job: str) -> Iterator[Path]:
-    """Like `atomic_directory`, but what an interrupted run of the same job has written is still there.
+    """Like `atomic_directory`, but keep what an interrupted run of the same job has written.
 
-    The folder `.<name>.partial` beside `path` stays behind unless the job ends or fails with a UserError; only a job of
-    the same description goes on with it. UserError where another process is writing to it.
+    The folder `.<name>.partial` next to `path` stays unless the job succeeds or fails with a UserError. A job with
+    another description starts from an empty folder.
 
     Args:
         job: everything that the output depends on, as text.
+
+    Raises:
+        UserError: another process is writing to the folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
@@ -72,8 +84,7 @@ def resumable_directory(path: Path, job: str) -> Iterator[Path]:
         description = partial / JOB_FILE
         if not description.is_file() or description.read_text() != job:
             empty(partial)
-            with atomic_file(description) as temporary:
-                temporary.write_text(job)
+            write_text(description, job)
         try:
             yield partial
         except UserError:
@@ -81,7 +92,7 @@ def resumable_directory(path: Path, job: str) -> Iterator[Path]:
             raise
         description.unlink()
         (partial / LOCK_FILE).unlink(missing_ok=True)
-        _take_place(partial, path)
+        _replace(path, partial)
 
 
 @contextmanager
@@ -115,8 +126,8 @@ def empty(folder: Path) -> None:
             path.unlink()
 
 
-def _take_place(temporary: Path, path: Path) -> None:
-    """The folder `temporary`, made durable, becomes `path`."""
+def _replace(path: Path, temporary: Path) -> None:
+    """Make the folder `temporary` durable and rename it to `path`."""
     for file in temporary.rglob("*"):
         if file.is_file():
             fsync_file(file)
@@ -126,50 +137,26 @@ def _take_place(temporary: Path, path: Path) -> None:
 
 
 class DurableFile:
-    """A new file that goes to disk while it is being written, so that making it durable costs little at its end."""
+    """A new binary file whose content is on disk once `finish` returns.
 
-    _STRIDE = 128 << 20  # bytes between two requests
+    Attributes:
+        name: without its folder.
+    """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.name = path.name
         self._file = open(path, "wb")
-        self._disk = ThreadPoolExecutor(max_workers=1)
-        self._under_way: Future[None] | None = None
-        self._synced = 0
-
-    def write(self, data: bytes | memoryview) -> int:
-        """Write all of `data`; also what torch.save writes to."""
-        self._file.write(data)
-        if self.tell() - self._synced >= self._STRIDE and (self._under_way is None or self._under_way.done()):
-            self._raise_what_failed()
-            self._file.flush()
-            self._synced = self.tell()
-            self._under_way = self._disk.submit(os.fsync, self._file.fileno())
-        return len(data)
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def tell(self) -> int:
-        return self._file.tell()
+        self.write, self.flush, self.tell = self._file.write, self._file.flush, self._file.tell
+        self.close = self._file.close
 
     def finish(self) -> None:
-        """Close the file when it is on disk."""
-        self._raise_what_failed()
-        self._file.flush()
+        """Write everything to disk, then close the file."""
+        self.flush()
         os.fsync(self._file.fileno())
         self.close()
 
-    def _raise_what_failed(self) -> None:
-        """A failed write to disk is told once, to the thread that asked."""
-        if self._under_way is not None:
-            self._under_way.result()
-
-    def close(self) -> None:
-        self._disk.shutdown()
-        self._file.close()
-
 
 def fsync_file(path: Path) -> None:
+    """Write a closed file's content to disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())

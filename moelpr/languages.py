@@ -1,4 +1,4 @@
-"""English names of language codes, for people who read reports."""
+"""English names of language codes, for reports."""
 
 LANGUAGE_NAMES = {
     "ar": "Arabic", "bn": "Bengali", "de": "German", "el": "Greek", "en": "English", "es": "Spanish", "fr": "French",
@@ -9,5 +9,5 @@ LANGUAGE_NAMES = {
 
 
 def language_name(language: str) -> str:
-    """Greek for "el"; a code that is not listed stays as it is."""
+    """The English name of a code, such as Greek for "el"; an unlisted code is returned unchanged."""
     return LANGUAGE_NAMES.get(language, language)

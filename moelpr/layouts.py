@@ -7,9 +7,12 @@ module imports neither torch nor Megatron, so that the planner starts fast.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
-from moelpr.model_spec import ModelSpec
+from moelpr.model_spec import ModelSpec, MoeSpec
+
+Recompute = Literal["none", "selective", "full"]
+RECOMPUTES: tuple[Recompute, ...] = get_args(Recompute)
 
 # torch.nn.functional.grouped_mm in bf16 on a GPU requires rows of a multiple of 16 bytes.
 GROUPED_GEMM_ALIGNMENT = 8
@@ -42,10 +45,7 @@ class Layout:
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any], world_size: int, vpp: int) -> Self:
-        """The layout that parsed arguments (or the recipe.yaml of a run) describe.
-
-        Sizes below 1 count as 1, and so does a data-parallel size below 1.
-        """
+        """The layout that parsed arguments (or the recipe.yaml of a run) describe; sizes below 1 count as 1."""
 
         def size(name: str, default: int = 1) -> int:
             value = settings.get(f"{name}_parallel_size")
@@ -70,14 +70,42 @@ class Layout:
         return self.world_size // (self.etp * self.ep * self.pp)
 
 
+@dataclass(frozen=True)
+class PlannedLayout(Layout):
+    """A layout together with the settings that trade memory for compute or communication.
+
+    Attributes:
+        recompute: what the backward pass recomputes: "selective" the MoE layers (router, dispatch and experts), "full"
+            all layers.
+        distributed_optimizer: whether optimizer state is divided over data-parallel ranks.
+    """
+
+    recompute: Recompute = "none"
+    distributed_optimizer: bool = True
+
+    def flags(self) -> list[str]:
+        """The layout as command-line arguments of launch/stage1.sh or stage2.sh."""
+        sizes = {_TP: self.tp, _PP: self.pp, _EP: self.ep}
+        argv = [item for flag, size in sizes.items() if size > 1 for item in (flag, str(size))]
+        if self.tp > 1:
+            argv += ["--sequence-parallel", _ETP, str(self.etp)]
+        if self.distributed_optimizer and max(self.dp, self.expert_dp) > 1:
+            argv.append("--use-distributed-optimizer")
+        if self.recompute == "selective":
+            argv += ["--recompute-granularity", "selective", "--recompute-modules", "moe"]
+        elif self.recompute == "full":
+            argv += ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
+        return argv
+
+
 def layout_problems(
     layout: Layout,
     world_size: int,
     spec: ModelSpec | None,
-    *,
     seq_length: int | None = None,
     micro_batch_size: int | None = None,
     global_batch_size: int | None = None,
+    *,
     sequence_parallel: bool = False,
     even_pipeline: bool = True,
     torch_grouped_gemm: bool = True,
@@ -88,9 +116,8 @@ def layout_problems(
         layout: the layout to check.
         world_size: number of ranks.
         spec: the model; None skips the rules about the model.
-        seq_length: tokens per sequence; None skips its rule.
-        micro_batch_size: sequences per micro-batch; None skips the rule about the global batch.
-        global_batch_size: sequences per step; None skips the rule about the global batch.
+        seq_length: tokens per sequence; None skips its rules.
+        micro_batch_size, global_batch_size: in sequences; None skips their rule.
         sequence_parallel: whether a dense model uses sequence parallelism; a model with experts always does.
         even_pipeline: whether all pipeline stages have equally many layers.
         torch_grouped_gemm: whether experts run as PyTorch's grouped GEMM on a GPU, which requires aligned rows.
@@ -98,10 +125,17 @@ def layout_problems(
     has_experts = spec is not None and spec.moe is not None
     yield from _rank_problems(layout, world_size, has_experts)
     if spec is not None:
-        yield from _expert_problems(layout, spec, torch_grouped_gemm)
+        if spec.moe is not None:
+            yield from _expert_problems(layout, spec.moe, spec.megatron_args, torch_grouped_gemm)
         yield from _tensor_problems(layout.tp, spec.megatron_args)
-        if even_pipeline:
-            yield from _pipeline_problems(layout.pp, spec.megatron_args["num_layers"])
+        layers, positions = spec.megatron_args["num_layers"], spec.megatron_args["max_position_embeddings"]
+        if even_pipeline and layers % layout.pp:
+            yield (
+                f"{_PP} {layout.pp} does not divide the model's {layers} layers; use {one_of(divisors(layers))}, or "
+                "split the layers unevenly with --decoder-first-pipeline-num-layers or --pipeline-model-parallel-layout"
+            )
+        if seq_length is not None and seq_length > positions:
+            yield f"--seq-length must be at most {positions}, the model's number of positions, got {seq_length}"
     if seq_length is not None and seq_length >= 1:
         yield from _sequence_problems(layout, seq_length, has_experts or sequence_parallel)
     if micro_batch_size is not None and global_batch_size is not None and min(micro_batch_size, global_batch_size) >= 1:
@@ -127,10 +161,8 @@ def _rank_problems(layout: Layout, world_size: int, has_experts: bool) -> Iterat
             )
 
 
-def _expert_problems(layout: Layout, spec: ModelSpec, torch_grouped_gemm: bool) -> Iterator[str]:
-    if spec.moe is None:
-        return
-    if (experts := spec.moe.num_new_experts) % layout.ep:
+def _expert_problems(layout: Layout, moe: MoeSpec, shape: Mapping[str, Any], torch_grouped_gemm: bool) -> Iterator[str]:
+    if (experts := moe.num_new_experts) % layout.ep:
         yield f"{_EP} {layout.ep} does not divide the model's {experts} new experts; use {one_of(divisors(experts))}"
     if layout.etp not in (1, layout.tp):
         yield (
@@ -139,18 +171,14 @@ def _expert_problems(layout: Layout, spec: ModelSpec, torch_grouped_gemm: bool) 
         )
     if not torch_grouped_gemm:
         return
-    hidden, ffn = spec.megatron_args["hidden_size"], spec.megatron_args["ffn_hidden_size"]
-    if hidden % GROUPED_GEMM_ALIGNMENT:
-        yield (
-            f"the model's hidden size must be a multiple of {GROUPED_GEMM_ALIGNMENT} for grouped GEMM on a GPU, got "
-            f"{hidden}; use another model"
-        )
-    if ffn % layout.etp == 0 and ffn // layout.etp % GROUPED_GEMM_ALIGNMENT:
-        fix = f"use {_ETP} 1" if layout.etp > 1 and ffn % GROUPED_GEMM_ALIGNMENT == 0 else "use another model"
-        yield (
-            f"FFN rows per expert-tensor-parallel rank must be a multiple of {GROUPED_GEMM_ALIGNMENT} for grouped GEMM "
-            f"on a GPU, got {ffn // layout.etp} ({ffn} rows with {_ETP} {layout.etp}); {fix}"
-        )
+    hidden, ffn = shape["hidden_size"], shape["ffn_hidden_size"]
+    per_rank = ffn // layout.etp if ffn % layout.etp == 0 else 0  # else `_tensor_problems` reports it
+    counts = {"the model's hidden size": hidden, "FFN rows per expert-tensor-parallel rank": per_rank}
+    for name, count in counts.items():
+        if count % GROUPED_GEMM_ALIGNMENT:
+            is_split = count != hidden and layout.etp > 1 and ffn % GROUPED_GEMM_ALIGNMENT == 0
+            fix = f"use {_ETP} 1" if is_split else "use another model"
+            yield f"{name} must be a multiple of {GROUPED_GEMM_ALIGNMENT} for grouped GEMM on a GPU, got {count}; {fix}"
 
 
 def _tensor_problems(tp: int, shape: Mapping[str, Any]) -> Iterator[str]:
@@ -169,14 +197,6 @@ def _tensor_problems(tp: int, shape: Mapping[str, Any]) -> Iterator[str]:
     if wrong := indivisible(tp):
         works = [size for size in divisors(heads) if not indivisible(size)]
         yield f"{_TP} {tp} does not divide the model's {', '.join(wrong)}; use {one_of(works)}"
-
-
-def _pipeline_problems(pp: int, layers: int) -> Iterator[str]:
-    if layers % pp:
-        yield (
-            f"{_PP} {pp} does not divide the model's {layers} layers; use {one_of(divisors(layers))}, or split the "
-            "layers unevenly with --decoder-first-pipeline-num-layers or --pipeline-model-parallel-layout"
-        )
 
 
 def _sequence_problems(layout: Layout, length: int, sequence_parallel: bool) -> Iterator[str]:

@@ -1,6 +1,6 @@
-"""`model_spec.json`: what a Megatron checkpoint folder holds, so that nobody has to repeat the model's shape as flags.
+"""`model_spec.json`: the model in a Megatron checkpoint folder, so that its shape need not be repeated as flags.
 
-The converter writes it beside the weights, the trainer copies it into its own `--save` folder, the exporter reads it.
+The converter writes it next to the weights, the trainer copies it to its `--save` folder, the exporter reads it.
 """
 
 import json
@@ -14,38 +14,26 @@ FILE_NAME = "model_spec.json"
 FORMAT_VERSION = 1
 DTYPES = ("float32", "bfloat16", "float16")
 
-# The Megatron arguments a model can't be built without, and the type of each.
-_REQUIRED_ARGS: dict[str, Any] = {
-    "num_layers": int,
-    "hidden_size": int,
-    "ffn_hidden_size": int,
-    "num_attention_heads": int,
-    "num_query_groups": int,
-    "group_query_attention": bool,
-    "kv_channels": int,
-    "max_position_embeddings": int,
-    "position_embedding_type": str,
-    "rotary_base": int,
-    "normalization": str,
-    "norm_epsilon": (int, float),
-    "swiglu": bool,
-    "add_bias_linear": bool,
-    "add_qkv_bias": bool,
-    "qk_layernorm": bool,
-    "untie_embeddings_and_output_weights": bool,
-    "vocab_size": int,
+# The Megatron arguments that a model can't be built without, by type.
+_REQUIRED_ARGS: dict[Any, str] = {
+    int: "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
+    "max_position_embeddings rotary_base vocab_size",
+    bool: "group_query_attention swiglu add_bias_linear add_qkv_bias qk_layernorm untie_embeddings_and_output_weights",
+    str: "position_embedding_type normalization",
+    (int, float): "norm_epsilon",
 }
 
 
 @dataclass(frozen=True)
 class MoeSpec:
-    """Which layers are MoE layers, and how many experts they have.
+    """Which layers are MoE layers, and their experts.
 
-    num_new_experts: N, the experts of this round; every MoE layer has E = m + N experts.
-    topk: K, experts per token.
-    layers: 0-based numbers of the MoE layers, ascending; the others stay dense.
-    num_original_experts: m; experts 0 to m - 1 are there before this round and stay as they are: the dense FFN, then
-        the groups of earlier rounds in order.
+    Attributes:
+        num_new_experts: N, the experts of this round; every MoE layer has E = m + N experts.
+        topk: K, experts per token.
+        layers: 0-based numbers of the MoE layers, ascending; the others stay dense.
+        num_original_experts: m; experts 0 to m - 1 exist before this round and don't change: the dense FFN, then the
+            groups of earlier rounds in order.
     """
 
     num_new_experts: int
@@ -55,50 +43,47 @@ class MoeSpec:
 
     @property
     def num_experts(self) -> int:
+        """E."""
         return self.num_original_experts + self.num_new_experts
 
     def check(self, num_layers: int) -> None:
-        """Raise UserError unless a model of `num_layers` layers can be trained with these settings."""
+        """Check that a model of `num_layers` layers can be trained with these settings.
+
+        Raises:
+            UserError: it can't.
+        """
         for name in ("num_new_experts", "num_original_experts", "topk"):
             if type(value := getattr(self, name)) is not int:
-                raise UserError(f"moe.{name} is {value!r}, which is no whole number")
+                raise UserError(f"moe.{name} must be an integer, got {value!r}")
         if self.num_new_experts < 1:
-            raise UserError(f"found {self.num_new_experts} new experts; at least 1 is needed, use --num-new-experts 1")
+            raise UserError(f"{self.num_new_experts} new experts are too few; pass --num-new-experts 1 or more")
         if self.num_original_experts < 1:
-            raise UserError(
-                f"found {self.num_original_experts} original experts; the dense model's FFN is always one of them, "
-                "so at least 1 is needed"
-            )
+            raise UserError(f"num_original_experts must be at least 1 (the dense FFN), got {self.num_original_experts}")
         if self.topk == 1:
-            raise UserError(
-                "K = 1 can't be trained: renormalising makes every gate weight 1 and kills the router's gradient, "
-                "use --topk 2"
-            )
+            raise UserError("with K = 1 every gate weight is 1, so the router gets no gradient; pass --topk 2 or more")
         if not 2 <= self.topk <= self.num_experts:
             raise UserError(
-                f"top-{self.topk} needs at least {max(self.topk, 2)} experts and the layer has {self.num_experts} "
-                f"({self.num_new_experts} new + {self.num_original_experts} original); "
-                f"use --topk between 2 and {self.num_experts}"
+                f"top-{self.topk} routing is impossible with {self.num_experts} experts ({self.num_new_experts} new + "
+                f"{self.num_original_experts} original); pass --topk between 2 and {self.num_experts}"
             )
         if not self.layers:
             raise UserError("no layer would become an MoE layer; name at least one (--moe-layers 0,1,…) or use --dense")
         wrong = [layer for layer in self.layers if not 0 <= layer < num_layers]
         if wrong:
-            raise UserError(
-                f"the model has no layer {wrong[0]}; its {num_layers} layers are numbered 0 to {num_layers - 1}"
-            )
+            raise UserError(f"the model has no layer {wrong[0]}; pass --moe-layers from 0 to {num_layers - 1}")
         if list(self.layers) != sorted(set(self.layers)):
-            raise UserError(f"the MoE layers {list(self.layers)} must be ascending and each named once")
+            raise UserError(f"the MoE layers must be ascending and without repetition, got {list(self.layers)}")
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One model: its family, its shape in Megatron's words, and its experts.
+    """A model: its family, its shape in Megatron's terms, and its experts.
 
-    family: key of moelpr.families.families.FAMILIES, e.g. "qwen2".
-    dtype: element type of the weights it came from, one of DTYPES.
-    megatron_args: Megatron argument (dest name) → value; `vocab_size` is the embedding's rows without padding.
-    moe: None for a dense model.
+    Attributes:
+        family: key of moelpr.families.families.FAMILIES, for example "qwen2".
+        dtype: dtype of the weights it was converted from, one of DTYPES.
+        megatron_args: Megatron argument (dest name) → value; `vocab_size` is the embedding's rows without padding.
+        moe: None for a dense model.
     """
 
     family: str
@@ -113,21 +98,26 @@ class ModelSpec:
         return replace(self, moe=None)
 
     def check(self) -> None:
-        """Raise UserError when something is missing, of the wrong type or out of range."""
+        """Check that all fields are present, of the right type, and in range.
+
+        Raises:
+            UserError: they aren't.
+        """
         if self.dtype not in DTYPES:
-            raise UserError(f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
-        for name, kind in _REQUIRED_ARGS.items():
-            if name not in self.megatron_args:
-                raise UserError(f"megatron_args lacks {name}")
-            value = self.megatron_args[name]
-            # bool is an int to Python, but `num_layers: true` is a mistake.
-            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-                raise UserError(f"megatron_args.{name} is {value!r}, not of the expected type")
-            if kind is int and value < 1:
-                raise UserError(f"megatron_args.{name} is {value}; it must be at least 1")
+            raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        for kind, names in _REQUIRED_ARGS.items():
+            for name in names.split():
+                if name not in self.megatron_args:
+                    raise UserError(f"megatron_args lacks {name}")
+                value = self.megatron_args[name]
+                # bool is a subclass of int, but `num_layers: true` is a mistake.
+                if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+                    raise UserError(f"megatron_args.{name} has the wrong type: {value!r}")
+                if kind is int and value < 1:
+                    raise UserError(f"megatron_args.{name} must be at least 1, got {value}")
         heads, groups = self.megatron_args["num_attention_heads"], self.megatron_args["num_query_groups"]
         if heads % groups:
-            raise UserError(f"{heads} attention heads do not divide into {groups} query groups")
+            raise UserError(f"num_attention_heads ({heads}) must be a multiple of num_query_groups ({groups})")
         if self.moe is not None:
             self.moe.check(self.megatron_args["num_layers"])
 
@@ -139,12 +129,16 @@ class ModelSpec:
 
     @classmethod
     def read(cls, folder: Path) -> "ModelSpec":
-        """Read `folder`/model_spec.json; UserError when it is missing or not whole."""
+        """Read `folder`/model_spec.json.
+
+        Raises:
+            UserError: it is missing or invalid.
+        """
         path = folder / FILE_NAME
         if not path.is_file():
             raise UserError(
                 f"{folder} has no {FILE_NAME}, so the model's shape is unknown; "
-                "give a folder written by checkpoint_convert/hf_to_mcore.py or by moelpr's trainer"
+                "pass a folder written by checkpoint_convert/hf_to_mcore.py or by moelpr's trainer"
             )
         try:
             content = json.loads(path.read_text())

@@ -1,13 +1,13 @@
-"""Both stages' entry, one process per GPU (or CPU rank).
+"""Entry point of every rank: one process per GPU, or per CPU rank.
 
     torchrun --nproc-per-node 8 -m moelpr.pretrain --stage stage1 --recipe launch/recipes/paper-stage1.yaml \\
         --pretrained-checkpoint upcycled --data-path corpus_text_document --save runs/stage1
 
-A run that was killed goes on where its last checkpoint stands when the same command is given again; one that is asked
-to stop (SIGUSR1, SIGTERM or a file STOP in --save) saves before it ends. (With --load or --finetune a command says
-where to start, so to resume such a run, drop them.)
-What happens is told in moelpr/training/train.py; this file stays light because Megatron's checkpoint writer starts
-helper processes that import it again.
+Rerun the same command to resume a killed run from its last checkpoint. A run that is asked to stop (SIGUSR1, SIGTERM or
+a file STOP in --save) saves before it ends. --load and --finetune say where to start, so omit them to resume.
+
+The steps are in moelpr/training/train.py. This file stays light because helper processes of Megatron's checkpoint
+writer import it again.
 """
 
 import sys
@@ -22,7 +22,7 @@ def main() -> None:
     clean_stop.watch_over_helpers()
     from moelpr.megatron_patches import cpu, megatron_fixes
 
-    cpu.install()  # before Megatron is imported; does nothing where a GPU is present
+    cpu.install()  # before Megatron is imported; does nothing if there is a GPU
     megatron_fixes.install()
     from moelpr.training.train import train
 
@@ -30,7 +30,7 @@ def main() -> None:
 
     import torch
 
-    if torch.distributed.is_initialized():  # False where the run was finished before
+    if torch.distributed.is_initialized():  # False if the run had finished before
         torch.distributed.destroy_process_group()
 
 

@@ -1,14 +1,14 @@
-"""The files of a run folder (what `--save` names) and of a checkpoint folder, and how they are read.
+"""The files of a run folder (`--save`) and of a checkpoint folder, and their readers.
 
 model_spec.json                     the model's family, shape and experts (moelpr.model_spec)
-hf/                                 config and tokenizer of the Hugging Face model it came from
-latest_checkpointed_iteration.txt   the step saved last (Megatron's tracker file)
+hf/                                 configuration and tokenizer of the Hugging Face model it came from
+latest_checkpointed_iteration.txt   the last saved step (Megatron's tracker file)
 iter_0000500/, release/             one saved step each (moelpr.checkpoints)
-base_checkpoint.json                where the frozen tensors are, if the steps hold only what was trained
+base_checkpoint.json                where the frozen tensors are, if only trained tensors were saved
 recipe.yaml                         every flag with its final value; also inside each saved step
-command.json, versions.json         the command line, and the versions of the packages, of the last start
+command.json, versions.json         command line and package versions of the last start
 metrics.jsonl                       one record per training step (moelpr.run_metrics)
-STOP, FINISHED                      asks the run to stop; says that it has made all its steps
+STOP, FINISHED                      asks the run to stop; marks a run that has made all its steps
 """
 
 import json

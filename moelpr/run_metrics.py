@@ -1,7 +1,7 @@
-"""Reading a run's metrics.jsonl, also while the run still writes it, and also one of an older version.
+"""Read a run's metrics.jsonl, even while the run is writing it or if an older version wrote it.
 
-A last line that is only half there is left out. A resumed run repeats the steps after its last checkpoint: the later
-record of a step counts. What this version does not know is passed over.
+An incomplete last line is ignored. A resumed run repeats the steps after its last checkpoint; a step's last record
+counts. Events of unknown kinds are ignored.
 """
 
 import json
@@ -17,7 +17,13 @@ Record = dict[str, Any]
 
 @dataclass
 class RunMetrics:
-    """Records in order of `iteration`: of training steps, of validation passes, of warnings."""
+    """The records of a run, sorted by `iteration`.
+
+    Attributes:
+        steps: one per training step.
+        validations: one per validation pass.
+        warnings: one per warning.
+    """
 
     steps: list[Record] = field(default_factory=list)
     validations: list[Record] = field(default_factory=list)
@@ -25,20 +31,24 @@ class RunMetrics:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """One record per training step. Raises UserError for a missing file and for a line that is not a record."""
+    """The records of training steps; see `read_run_metrics`."""
     return read_run_metrics(path).steps
 
 
 def read_run_metrics(path: Path, layers_at_ends: int | None = None) -> RunMetrics:
-    """Everything in the file; UserError as in `read_metrics`.
+    """All records in the file.
 
-    layers_at_ends: keep values per layer of only so many first and last steps; of the others keep each list's mean. A
-    long run of a large model is some hundred megabytes else.
+    Args:
+        layers_at_ends: number of first and of last steps that keep their values per layer; the others keep only the
+            means, because a long run of a large model takes hundreds of megabytes otherwise. None: all steps.
+
+    Raises:
+        UserError: the file is missing, or a line is not a record.
     """
     steps: dict[int, Record] = {}
     passes: dict[int, Record] = {}
     warnings: list[Record] = []
-    whole: list[int] = []  # steps whose lists are still there, after the first ones
+    with_layers: list[int] = []  # steps after the first ones that still have their values per layer
     for record in _records(path):
         iteration, event = int(record["iteration"]), record.get("event")
         if event == "warning":
@@ -48,9 +58,9 @@ def read_run_metrics(path: Path, layers_at_ends: int | None = None) -> RunMetric
         elif event is None:
             steps[iteration] = record
             if layers_at_ends is not None and len(steps) > layers_at_ends:
-                whole.append(iteration)
-                if len(whole) > layers_at_ends:
-                    _keep_means(steps[whole.pop(0)])
+                with_layers.append(iteration)
+                if len(with_layers) > layers_at_ends:
+                    _keep_means(steps[with_layers.pop(0)])
     return RunMetrics(
         [steps[iteration] for iteration in sorted(steps)],
         [passes[iteration] for iteration in sorted(passes)],
@@ -70,10 +80,10 @@ def _records(path: Path) -> Iterator[Record]:
                 except (ValueError, TypeError, KeyError) as error:
                     if not line.endswith(b"\n"):  # still being written
                         return
-                    raise UserError(f"{path}, line {number} is no record; remove the line") from error
+                    raise UserError(f"{path}, line {number} is not a metrics record; remove the line") from error
                 yield record
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); give a run that has written metrics") from error
+        raise UserError(f"cannot read {path} ({error.strerror}); pass a run that has written metrics") from error
 
 
 def _keep_means(record: Record) -> None:
@@ -83,7 +93,7 @@ def _keep_means(record: Record) -> None:
 
 
 def mean_of(value: Any) -> float | None:
-    """A number as it is; of a number per layer the mean; None for anything else."""
+    """The mean of a list of numbers; a number unchanged; None for anything else."""
     if isinstance(value, list):
         numbers = [item for item in value if isinstance(item, int | float)]
         return sum(numbers) / len(numbers) if numbers else None

@@ -1,11 +1,11 @@
-"""torchrun that ends as the trainer ended: with its exit code, and no launcher traceback behind the trainer's words.
+"""torchrun that exits as the trainer does: with its exit code, and without a launcher traceback.
 
     python -m moelpr.torchrun --nproc-per-node 8 -m moelpr.pretrain --stage stage1 …
 
-takes every option of torchrun. With the plain `torchrun` everything works too, but a wrong argument ends in twenty
-lines of launcher traceback and exit code 1 instead of one sentence and exit code 2, a run that SIGTERM stops cleanly
-ends with code 1, SIGUSR1 kills the launcher, and a missing node or an occupied port is waited for ten minutes or for
-ever (moelpr/meeting.py).
+takes every option of torchrun. Plain `torchrun` works too, but then a wrong argument ends in twenty lines of traceback
+and exit code 1 instead of one message and exit code 2, a run that SIGTERM stops cleanly exits with code 1, SIGUSR1
+kills the launcher, and a missing node or an occupied port blocks for ten minutes or indefinitely
+(moelpr/node_preflight.py).
 """
 
 import logging
@@ -20,38 +20,39 @@ from torch.distributed.run import main as torchrun
 from torch.distributed.run import parse_args
 
 from moelpr.errors import run_command
-from moelpr.meeting import PATIENCE_S, meet
+from moelpr.node_preflight import JOIN_TIMEOUT_S, node_preflight
 
 
 def main() -> None:
-    # The ranks inherit this, so that a SIGUSR1 to every process of a job spares those that can't listen yet.
+    # The ranks inherit this, so that a SIGUSR1 to all processes of a job spares those that have no handler yet.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    run_command(meet_the_other_nodes)
-    signal.signal(signal.SIGTERM, pass_on)
+    run_command(wait_for_nodes)
+    signal.signal(signal.SIGTERM, forward_signal)
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
-        # Not SIGTERM, which torchrun answers by ending with an error, whatever the ranks make of it.
+        # Not SIGTERM: torchrun would exit with an error even if the ranks stop cleanly.
         torchrun(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *sys.argv[1:]])
     except ChildFailedError as failure:
         first = min(failure.failures.values(), key=lambda one: one.timestamp)
         if first.exitcode not in (1, 2):
-            print(f"torchrun: rank {failure.get_first_failure()[0]} ended with code {first.exitcode}", file=sys.stderr)
+            print(f"torchrun: rank {failure.get_first_failure()[0]} exited with code {first.exitcode}", file=sys.stderr)
         sys.exit(first.exitcode if first.exitcode > 0 else 1)
 
 
-def meet_the_other_nodes() -> None:
-    """Where torchrun was told who they are; its other backends, as --standalone uses one, find each other."""
+def wait_for_nodes() -> None:
+    """Run the preflight if the nodes are given; nodes of other rendezvous backends (--standalone) find each other."""
     args = parse_args(sys.argv[1:])
     if args.standalone or args.rdzv_backend != "static" or (args.master_port is None and args.nnodes == "1"):
         return
     endpoint = args.rdzv_endpoint or f"{args.master_addr}:{args.master_port or 29500}"
     settings = dict(pair.split("=", 1) for pair in args.rdzv_conf.split(",") if "=" in pair)
     address, port = parse_rendezvous_endpoint(endpoint, 29500)
-    meet(int(args.nnodes), args.node_rank, address, port, float(settings.get("timeout", PATIENCE_S)))
+    timeout_s = float(settings.get("timeout", JOIN_TIMEOUT_S))
+    node_preflight(int(args.nnodes), args.node_rank, address, port, timeout_s)
 
 
-def pass_on(number: int, frame: FrameType | None) -> None:
-    """Give a signal to the ranks, each a session of its own; the launcher ends as they do, or at once without any."""
+def forward_signal(number: int, frame: FrameType | None) -> None:
+    """Send a signal on to the ranks, which run in sessions of their own; exit at once if there are none."""
     ranks = psutil.Process().children()
     if not ranks:
         sys.exit(128 + number)

@@ -1,4 +1,4 @@
-"""Versions of what a run's or an evaluation's numbers depend on."""
+"""Versions of the packages that the numbers of a run or an evaluation depend on."""
 
 import platform
 from importlib import metadata
@@ -7,7 +7,7 @@ _PACKAGES = ("moelpr", "torch", "megatron-core", "transformers", "tokenizers", "
 
 
 def installed_versions() -> dict[str, str]:
-    """Package → version, of those that are installed; without importing them."""
+    """Package → version of the installed ones, without importing them; and Python's version."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""YAML in and out: the only module that imports yaml."""
+"""Read and write YAML. No other module imports yaml."""
 
 from pathlib import Path
 from typing import Any
@@ -7,15 +7,15 @@ import yaml
 
 from moelpr.errors import UserError
 
-# The C loader reads a run's settings ten times as fast; PyYAML is built without it on some machines.
+# The C loader reads a run's settings ten times as fast, but some builds of PyYAML lack it.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def read_mapping(path: Path, what: str) -> dict[str, Any]:
-    """The YAML mapping in a file.
+    """Read a file that contains a YAML mapping.
 
     Args:
-        what: what the file is, for messages: "recipe", "table of tasks".
+        what: what the file is, for messages, such as "recipe".
 
     Raises:
         UserError: the file cannot be read, is not YAML, or is not a mapping.
@@ -29,7 +29,14 @@ def read_mapping(path: Path, what: str) -> dict[str, Any]:
 
 
 def parse_mapping(text: str, what: str) -> dict[str, Any]:
-    """The YAML mapping in `text`. Raises UserError, which names `what`, for anything else."""
+    """Parse a YAML mapping.
+
+    Args:
+        what: where the text is from, for messages.
+
+    Raises:
+        UserError: the text is not YAML, or not a mapping.
+    """
     try:
         content = yaml.load(text, Loader=_LOADER)
     except (yaml.YAMLError, RecursionError, ValueError) as error:

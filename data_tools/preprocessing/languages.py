@@ -1,13 +1,16 @@
-"""Where a document's languages come from, and which of them are original."""
+"""The language of each part of a document: stated by the user or the document, or detected; and which are original."""
 
+import difflib
 import json
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Self
 
 from moelpr.documents import BadLine, json_type, text_of
 from moelpr.errors import UserError
 
 UNDETECTED = "und"  # ISO 639-2's code for undetermined
+# py3langid processes about 5 MB/s in Python; a page of text is enough to detect its language.
+_DETECTION_CHARACTERS = 4096
 
 
 @dataclass(frozen=True)
@@ -16,23 +19,25 @@ class Bits:
 
     Attributes:
         original: languages whose bit is 1.
-        expanded: languages whose bit is 0; empty: all others.
+        expanded: languages whose bit is 0; if empty, all other languages.
     """
 
     original: frozenset[str]
     expanded: frozenset[str]
 
     @classmethod
-    def from_names(cls, original: str | None, expanded: str | None) -> "Bits":
+    def from_names(cls, original: str | None, expanded: str | None) -> Self:
+        """Parse the values of --original-languages and --expanded-languages."""
         sets = [
             frozenset(name.strip() for name in (names or "").split(",") if name.strip())
             for names in (original, expanded)
         ]
         if both := sets[0] & sets[1]:
-            raise UserError(f"{', '.join(sorted(both))} can't be both an original and an expanded language")
+            raise UserError(f"{', '.join(sorted(both))} can't be in both --original-languages and --expanded-languages")
         return cls(*sets)
 
     def check(self, name: str) -> None:
+        """Raise `BadLine` if the language is neither original nor expanded."""
         if self.expanded and name not in self.original and name not in self.expanded:
             raise BadLine(f'the language "{name[:40]}" is neither in --original-languages nor in --expanded-languages')
 
@@ -41,53 +46,46 @@ class TaggedText(NamedTuple):
     """A text and the language of each part of it.
 
     Attributes:
-        spans: languages with their number of characters, in order; a text in one language has a single span.
+        spans: (language, number of characters), in order; a text in one language has a single span.
     """
 
     text: str
     spans: list[tuple[str, int]]
 
 
-class Tagger(Protocol):
-    """Gives a document's texts their languages; lives in the workers."""
+class Tagger:
+    """Assigns languages to the texts of a document; runs in the workers."""
 
     def texts(self, document: dict[str, Any], dataset: int, keys: list[str]) -> list[TaggedText]:
-        """The texts under `keys`.
+        """Return the tagged texts under `keys`.
 
         Raises:
-            BadLine: the document lacks a text or a language.
+            BadLine: A text or a language is missing or invalid.
         """
-        ...
+        raise NotImplementedError
 
     def columns(self) -> list[str]:
-        """Keys it reads beside those of the texts."""
-        ...
+        """Return the keys to read in addition to those of the texts."""
+        return []
 
 
 @dataclass(frozen=True)
-class OneLanguage:
-    """All documents of a dataset are of one language.
+class OneLanguage(Tagger):
+    """One language per dataset.
 
     Attributes:
-        names: by dataset.
+        names: language of each dataset.
     """
 
     names: list[str]
 
     def texts(self, document: dict[str, Any], dataset: int, keys: list[str]) -> list[TaggedText]:
-        return [_whole(text_of(document, key), self.names[dataset]) for key in keys]
-
-    def columns(self) -> list[str]:
-        return []
+        return [_one_span(text_of(document, key), self.names[dataset]) for key in keys]
 
 
 @dataclass(frozen=True)
-class LanguageKey:
-    """Each document names its language.
-
-    Attributes:
-        key: where.
-    """
+class LanguageKey(Tagger):
+    """Each document states its language under `key`."""
 
     key: str
     bits: Bits
@@ -95,24 +93,19 @@ class LanguageKey:
     def texts(self, document: dict[str, Any], dataset: int, keys: list[str]) -> list[TaggedText]:
         name = document.get(self.key)
         if not isinstance(name, str):
-            found = (
-                f"holds {json.dumps(name, default=str)[:40]}, not a language" if self.key in document else "is missing"
-            )
+            value = json.dumps(name, default=str)[:40]
+            found = f"contains {value}, not a language" if self.key in document else "is missing"
             raise BadLine(f'the language key "{self.key}" {found}')
         self.bits.check(name)
-        return [_whole(text_of(document, key), name) for key in keys]
+        return [_one_span(text_of(document, key), name) for key in keys]
 
     def columns(self) -> list[str]:
         return [self.key]
 
 
 @dataclass(frozen=True)
-class LanguageSpans:
-    """Each document is a list of spans, {"text": …, "lang": …}, which together are its text.
-
-    Attributes:
-        key: where the list is.
-    """
+class LanguageSpans(Tagger):
+    """Each document is a list of spans, {"text": …, "lang": …}, under `key`; concatenated they are its text."""
 
     key: str
     bits: Bits
@@ -122,7 +115,7 @@ class LanguageSpans:
             raise BadLine(f'the key "{self.key}" is missing')
         spans = document[self.key]
         if not isinstance(spans, list):
-            raise BadLine(f'the key "{self.key}" holds {json_type(spans)}, not a list of spans')
+            raise BadLine(f'the key "{self.key}" contains {json_type(spans)}, not a list of spans')
         texts: list[str] = []
         languages: list[tuple[str, int]] = []
         for number, span in enumerate(spans, 1):
@@ -136,18 +129,76 @@ class LanguageSpans:
             texts.append(text)
             if text:
                 languages.append((name, len(text)))
-        return [TaggedText("".join(texts), merged(languages))]
+        return [TaggedText("".join(texts), _merge(languages))]
 
     def columns(self) -> list[str]:
         return [self.key]
 
 
-def _whole(text: str, language: str) -> TaggedText:
+class Detector:
+    """Detects the language of a text with py3langid.
+
+    Args:
+        languages: languages to choose from; if empty, all that py3langid supports.
+        min_confidence: confidence below which a language is uncertain, 0 to 1.
+
+    Raises:
+        UserError: py3langid is not installed or does not support one of the languages.
+    """
+
+    def __init__(self, languages: frozenset[str], min_confidence: float) -> None:
+        try:
+            from py3langid.langid import MODEL_FILE, LanguageIdentifier
+        except ImportError:
+            raise UserError(
+                "language detection needs py3langid, which is not installed; pip install 'moelpr[language-id]'"
+            ) from None
+        self._identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+        supported = self._identifier.labels
+        if unsupported := sorted(languages - set(supported)):
+            near = ", ".join(difflib.get_close_matches(unsupported[0], supported, 3, 0))
+            raise UserError(f"py3langid does not support language {unsupported[0]}; use ISO 639-1 codes such as {near}")
+        if languages:
+            self._identifier.set_languages(languages)
+        self._min_confidence = min_confidence
+
+    def language(self, text: str) -> str:
+        """Return the language of a text's first page, or `UNDETECTED` if it is uncertain."""
+        name, confidence = self._identifier.classify(text[:_DETECTION_CHARACTERS])
+        return str(name) if confidence >= self._min_confidence else UNDETECTED
+
+
+@dataclass(frozen=True)
+class DetectedLanguages(Tagger):
+    """Each text has its detected language.
+
+    Attributes:
+        by_line: detect each line on its own; a line whose language is uncertain takes that of the complete text.
+    """
+
+    detector: Detector
+    by_line: bool
+
+    def texts(self, document: dict[str, Any], dataset: int, keys: list[str]) -> list[TaggedText]:
+        return [self._tagged(text_of(document, key)) for key in keys]
+
+    def _tagged(self, text: str) -> TaggedText:
+        language = self.detector.language(text)
+        if not self.by_line:
+            return _one_span(text, language)
+        spans = []
+        for line in text.splitlines(keepends=True):
+            found = self.detector.language(line)
+            spans.append((language if found == UNDETECTED else found, len(line)))
+        return TaggedText(text, _merge(spans))
+
+
+def _one_span(text: str, language: str) -> TaggedText:
     return TaggedText(text, [(language, len(text))])
 
 
-def merged(spans: list[tuple[str, int]]) -> list[tuple[str, int]]:
-    """Neighbours of one language as one span; no span at all becomes an empty one of no known language."""
+def _merge(spans: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Merge neighboring spans of one language; without any span, return an empty one of undetermined language."""
     merged: list[tuple[str, int]] = []
     for name, length in spans:
         if merged and merged[-1][0] == name:

@@ -1,8 +1,11 @@
-"""From flags to what a job does: its files, its tokenizer and how documents get their languages."""
+"""From the command line to a plan: the job's input files, its outputs, its tokenizer and its languages."""
 
 import argparse
+import hashlib
+import json
 import os
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,117 +14,199 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.corpus import CorpusPaths, shard_prefix
-from data_tools.preprocessing.backends import choose_backend
-from data_tools.preprocessing.detection import DetectedLanguages, Detector
-from data_tools.preprocessing.encoder import VALIDATION, Encoder
-from data_tools.preprocessing.journal import unfinished_folder
-from data_tools.preprocessing.languages import UNDETECTED, Bits, LanguageKey, LanguageSpans, OneLanguage, Tagger
-from data_tools.preprocessing.readers import Place, Reader
-from data_tools.preprocessing.registry import Dataset, read_registry, verify_checksum
-from data_tools.preprocessing.sampling import draw_documents
-from data_tools.preprocessing.sources import Form, Share, Source, find_files, open_source, shares_of
-from data_tools.preprocessing.tokenizing import JobTokenizer, load_job_tokenizer
+from data_tools.preprocessing import inputs, languages
+from data_tools.preprocessing.encode import VALIDATION, Encoder
+from data_tools.preprocessing.inputs import Form, ReadCursor, Reader, Share, Source
+from data_tools.preprocessing.languages import UNDETECTED, Bits, Detector, Tagger
+from data_tools.preprocessing.tokenizers import JobTokenizer, choose_backend, load_job_tokenizer
 from moelpr.documents import BadLine
 from moelpr.errors import UserError
 from moelpr.files import refuse_existing
 
+_LANGUAGES = {"old": "original", "original": "original", "new": "expanded", "expanded": "expanded"}
 _SAMPLE_PLACES = 16
-_SAMPLE_CHARACTERS = 1 << 15  # of each
+_SAMPLE_CHARACTERS = 1 << 15  # per place
 
 
-@dataclass
-class Plan:
-    """What a job does.
+@dataclass(frozen=True)
+class Dataset:
+    """Input files that share a language and a key.
 
     Attributes:
-        output_prefix: the job's own, with its shard.
-        prefixes: by the corpus's name within the job.
-        sources: all input files.
-        shares: this job's part of them.
-        chosen: per share the documents that were drawn; None: all.
-        columns: per dataset the keys that are read.
-        settings: all that decides the job's bytes.
-        notes: sentences for the user.
-        needs_text: a corpus without a token is a mistake; a shard may be one.
+        name: name in the registry; "" for files named by --input.
+        sources: input files.
+        language: "original" or "expanded"; "" if each document has its own.
+        key: key of the text in each document.
     """
 
-    output_prefix: str
-    prefixes: dict[str, str]
+    name: str
     sources: list[Source]
-    shares: list[Share]
-    chosen: list[NDArray[np.int64]] | None
-    columns: list[list[str]]
-    tokenizer: JobTokenizer
-    encoder: Encoder
-    settings: dict[str, Any]
-    notes: list[str]
-    needs_text: bool
+    language: str
+    key: str
+
+
+class Plan:
+    """What a job does, after all checks that are possible before the work starts.
+
+    Attributes:
+        output_prefix: prefix of all the job's files, including its shard.
+        prefixes: corpus prefixes by the corpus's name within the job.
+        sources: all input files.
+        shares: this job's part of them.
+        chosen: sampled documents of each share; None: all.
+        columns: for each dataset the keys that are read.
+        tokenizer: the tokenizer.
+        encoder: what the workers run.
+        settings: everything that determines the output's bytes, by flag.
+        notes: messages for the user.
+        needs_text: whether a corpus without tokens is an error; a shard may be empty.
+
+    Raises:
+        UserError: An input or the tokenizer can't be used, or the output already exists.
+    """
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.output_prefix, *_ = _with_shard(arguments, arguments.output_prefix)
+        self.prefixes = _prefixes(arguments)
+        if not (arguments.resume and self.unfinished_folder.exists()):
+            paths = [path for prefix in self.prefixes.values() for path in CorpusPaths.of(prefix)]
+            refuse_existing(paths, arguments.overwrite)
+        datasets = _datasets(arguments)
+        self.sources = [source for dataset in datasets for source in dataset.sources]
+        self.notes = [
+            f"{source.path} is empty" for source in self.sources if not source.bytes and source.form is not Form.STREAM
+        ]
+        self.shares = list(inputs.shares_of(self.sources, arguments.shard or 0, arguments.num_shards))
+        keys = [arguments.json_keys if arguments.input else [dataset.key] for dataset in datasets]
+        self.tokenizer = _tokenizer(arguments)
+        self.encoder = _encoder(arguments, datasets, keys, self.tokenizer)
+        for share in self.shares:
+            _verify_checksum(share.source)
+        self.chosen: list[NDArray[np.int64]] | None = None
+        if arguments.max_samples is not None:
+            names = [dataset.name for dataset in datasets]
+            self.chosen, notes = inputs.sample_documents(self.shares, names, arguments.max_samples, arguments.seed)
+            self.notes += notes
+        tagger_keys = self.encoder.tagger.columns()
+        self.columns = [list(dict.fromkeys([*([] if arguments.spans_key else own), *tagger_keys])) for own in keys]
+        if arguments.tokenizer_backend != "reference":
+            sample = _sample(self.shares, self.columns, self.encoder)
+            is_required = arguments.tokenizer_backend == "gigatoken"
+            backend, reason = choose_backend(self.encoder.backend, self.tokenizer.source, sample, is_required)
+            self.encoder.backend = backend
+            if reason:
+                self.notes.append(f"tokenizing with {backend.name}, not gigatoken: {reason}")
+        self.settings = _settings(arguments, self.sources, self.tokenizer)
+        self.needs_text = arguments.num_shards == 1
 
     @property
     def skipped_path(self) -> Path:
-        """Where broken lines are listed."""
+        """List of skipped lines."""
         return Path(f"{self.output_prefix}.skipped.txt")
 
+    @property
+    def unfinished_folder(self) -> Path:
+        """Folder of the job's files until they are complete."""
+        path = Path(self.output_prefix)
+        return path.with_name(f".{path.name}.unfinished")
 
-def make_plan(arguments: argparse.Namespace) -> Plan:
-    """Find out all that can be known before the work starts.
 
-    Raises:
-        UserError: an input or the tokenizer can't be used, or the output is there already.
-    """
-    prefixes, output_prefix = _prefixes(arguments), _output_prefix(arguments)
-    if not (arguments.resume and unfinished_folder(output_prefix).exists()):
-        refuse_existing([path for prefix in prefixes.values() for path in CorpusPaths.of(prefix)], arguments.overwrite)
-    datasets = _datasets(arguments)
-    sources = [source for dataset in datasets for source in dataset.sources]
-    notes = [f"{source.path} is empty" for source in sources if source.bytes == 0 and source.form is not Form.STREAM]
-    shares = list(shares_of(sources, arguments.shard or 0, arguments.num_shards))
-    keys = [arguments.json_keys if arguments.input else [dataset.key] for dataset in datasets]
-    tokenizer = _tokenizer(arguments)
-    encoder = _encoder(arguments, datasets, keys, tokenizer)
-    for share in shares:
-        if share.source.sha1:
-            verify_checksum(share.source)
-    chosen = None
-    if arguments.max_samples is not None:
-        names = [dataset.name for dataset in datasets]
-        chosen, drawn = draw_documents(shares, names, arguments.max_samples, arguments.seed)
-        notes += drawn
-    tagger_keys = encoder.tagger.columns()
-    columns = [list(dict.fromkeys([*([] if arguments.spans_key else own), *tagger_keys])) for own in keys]
-    if arguments.tokenizer_backend != "reference":
-        sample = _sample(shares, columns, encoder)
-        encoder.backend, reason = choose_backend(
-            encoder.backend, tokenizer.source, sample, is_wanted=arguments.tokenizer_backend == "gigatoken"
+def _prefixes(arguments: argparse.Namespace) -> dict[str, str]:
+    prefixes = {key: f"{arguments.output_prefix}_{key}_document" for key in arguments.json_keys}
+    if arguments.validation_share:
+        prefixes |= {
+            f"{key} {VALIDATION}": f"{arguments.output_prefix}_{VALIDATION}_{key}_document"
+            for key in arguments.json_keys
+        }
+    return dict(zip(prefixes, _with_shard(arguments, *prefixes.values()), strict=True))
+
+
+def _with_shard(arguments: argparse.Namespace, *prefixes: str) -> list[str]:
+    if arguments.num_shards == 1:
+        return list(prefixes)
+    return [shard_prefix(prefix, arguments.shard, arguments.num_shards) for prefix in prefixes]
+
+
+def _datasets(arguments: argparse.Namespace) -> list[Dataset]:
+    if arguments.dataset:
+        names = [name.strip() for name in arguments.dataset.split(",") if name.strip()]
+        return _read_registry(arguments.dataset_info, names, arguments.dataset_dir)
+    sources = [inputs.open_source(path) for path in inputs.find_files(arguments.input)]
+    return [Dataset("", sources, arguments.language or "", arguments.json_keys[0])]
+
+
+def _read_registry(registry: Path, names: list[str], folder: Path) -> list[Dataset]:
+    """Read the named entries of a registry, dataset_info.json as the published code has it."""
+    try:
+        entries = json.loads(registry.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"can't read the registry {registry} ({error}); pass a JSON file as --dataset-info") from None
+    if not isinstance(entries, dict):
+        raise UserError(f"the registry {registry} must contain a JSON object of datasets")
+    if len(set(names)) < len(names):
+        raise UserError(f"--dataset {','.join(names)} names a dataset twice")
+    datasets = []
+    for index, name in enumerate(names):
+        if name not in entries:
+            near = get_close_matches(name, entries, 3) or sorted(entries)[:5]
+            raise UserError(f"the registry {registry} has no dataset {name}; choose one of {', '.join(near)}")
+        try:
+            datasets.append(_dataset(name, entries[name], folder, index))
+        except ValueError as error:
+            raise UserError(f"the dataset {name} in {registry}: {error}") from error
+    return datasets
+
+
+def _dataset(name: str, entry: Any, folder: Path, index: int) -> Dataset:
+    if not isinstance(entry, dict):
+        raise UserError("expected an object")
+    file_name = entry.get("file_name")
+    if not isinstance(file_name, str):
+        raise UserError("it has no file_name; name a local file or folder, as nothing is downloaded from hubs")
+    language = entry.get("language")
+    if language not in _LANGUAGES:
+        raise UserError(f'its language must be "old" (original) or "new" (expanded), got {json.dumps(language)}')
+    columns = entry.get("columns", {})
+    key = columns.get("prompt", "text") if isinstance(columns, dict) else None
+    if not isinstance(key, str):
+        raise UserError('its columns have no "prompt", the key of the text')
+    if entry.get("formatting", "alpaca") != "alpaca":
+        raise UserError(f"its formatting {json.dumps(entry['formatting'])} is unsupported; use plain documents")
+    path = folder / file_name
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    sha1 = entry.get("file_sha1")
+    if sha1 is not None and (not isinstance(sha1, str) or len(sha1) != 40):
+        raise UserError(f"its file_sha1 must be 40 hexadecimal digits, got {json.dumps(sha1)}")
+    if sha1 and path.is_dir():
+        raise UserError("its file_name is a folder, which has no SHA-1; remove file_sha1")
+    sources = [
+        inputs.open_source(file, index, sha1.lower() if sha1 else None) for file in inputs.find_files([str(path)])
+    ]
+    return Dataset(name, sources, _LANGUAGES[language], key)
+
+
+def _verify_checksum(source: Source) -> None:
+    """Compare a file with the SHA-1 that its registry states, if any."""
+    if source.sha1 is None:
+        return
+    with open(source.path, "rb") as file:
+        found = hashlib.file_digest(file, "sha1").hexdigest()
+    if found != source.sha1:
+        raise UserError(
+            f"{source.path} has SHA-1 {found}, its registry expects {source.sha1}; copy it again or correct file_sha1"
         )
-        if reason:
-            notes.append(f"tokenizing with {encoder.backend.name}, not gigatoken: {reason}")
-    return Plan(
-        output_prefix=output_prefix,
-        prefixes=prefixes,
-        sources=sources,
-        shares=shares,
-        chosen=chosen,
-        columns=columns,
-        tokenizer=tokenizer,
-        encoder=encoder,
-        settings=_settings(arguments, sources, tokenizer),
-        notes=notes,
-        needs_text=arguments.num_shards == 1,
-    )
 
 
 def _tokenizer(arguments: argparse.Namespace) -> JobTokenizer:
+    special_tokens = not arguments.tokenizer_hf_no_include_special_tokens
     tokenizer = load_job_tokenizer(
-        arguments.tokenizer_type,
-        arguments.tokenizer_model,
-        not arguments.tokenizer_hf_no_include_special_tokens,
-        arguments.eod_token,
+        arguments.tokenizer_type, arguments.tokenizer_model, special_tokens, arguments.eod_token
     )
     if arguments.append_eod and tokenizer.record.eod_id is None:
         raise UserError(
-            f"--append-eod needs an end-of-document token, but {arguments.tokenizer_model} has none; name one with "
-            f"--eod-token"
+            f"--append-eod requires an end-of-document token, but {arguments.tokenizer_model} has none; name one with "
+            "--eod-token"
         )
     return tokenizer
 
@@ -148,40 +233,6 @@ def _encoder(
     )
 
 
-def _detector(arguments: argparse.Namespace, bits: Bits) -> Detector:
-    """Detects any language, or where all are named one of these."""
-    known = bits.original | bits.expanded if bits.expanded and not arguments.dataset else frozenset()
-    return Detector(known if not arguments.language else frozenset(), arguments.min_confidence)
-
-
-def _output_prefix(arguments: argparse.Namespace) -> str:
-    if arguments.num_shards == 1:
-        return str(arguments.output_prefix)
-    return shard_prefix(arguments.output_prefix, arguments.shard, arguments.num_shards)
-
-
-def _prefixes(arguments: argparse.Namespace) -> dict[str, str]:
-    prefixes = {key: f"{arguments.output_prefix}_{key}_document" for key in arguments.json_keys}
-    if arguments.validation_share:
-        prefixes |= {
-            f"{key} {VALIDATION}": f"{arguments.output_prefix}_{VALIDATION}_{key}_document"
-            for key in arguments.json_keys
-        }
-    if arguments.num_shards > 1:
-        prefixes = {
-            key: shard_prefix(prefix, arguments.shard, arguments.num_shards) for key, prefix in prefixes.items()
-        }
-    return prefixes
-
-
-def _datasets(arguments: argparse.Namespace) -> list[Dataset]:
-    if arguments.dataset:
-        names = [name.strip() for name in arguments.dataset.split(",") if name.strip()]
-        return read_registry(arguments.dataset_info, names, arguments.dataset_dir)
-    sources = [open_source(path) for path in find_files(arguments.input)]
-    return [Dataset("", sources, arguments.language or "", arguments.json_keys[0])]
-
-
 def _languages(arguments: argparse.Namespace, datasets: list[Dataset]) -> tuple[Bits, Tagger]:
     if arguments.dataset or arguments.language:
         names = [dataset.name or dataset.language for dataset in datasets]
@@ -189,43 +240,49 @@ def _languages(arguments: argparse.Namespace, datasets: list[Dataset]) -> tuple[
             frozenset(name for name, dataset in zip(names, datasets, strict=True) if dataset.language == language)
             for language in ("original", "expanded")
         ]
-        return Bits(*groups), OneLanguage(names)
+        return Bits(*groups), languages.OneLanguage(names)
     bits = Bits.from_names(arguments.original_languages, arguments.expanded_languages)
     if arguments.language_key:
-        return bits, LanguageKey(arguments.language_key, bits)
+        return bits, languages.LanguageKey(arguments.language_key, bits)
     if arguments.spans_key:
-        return bits, LanguageSpans(arguments.spans_key, bits)
+        return bits, languages.LanguageSpans(arguments.spans_key, bits)
     detector = _detector(arguments, bits)
     if arguments.undetected == "original":
         bits = Bits(bits.original | {UNDETECTED}, bits.expanded)
-    return bits, DetectedLanguages(detector, arguments.detect_language == "line")
+    return bits, languages.DetectedLanguages(detector, arguments.detect_language == "line")
+
+
+def _detector(arguments: argparse.Namespace, bits: Bits) -> Detector:
+    """Return a detector of the named languages, or of any language unless all are named."""
+    is_complete = bits.expanded and not arguments.dataset and not arguments.language
+    return Detector(bits.original | bits.expanded if is_complete else frozenset(), arguments.min_confidence)
 
 
 def _sample(shares: list[Share], columns: list[list[str]], encoder: Encoder) -> list[str]:
-    """Some texts from all over the input, for comparing tokenizer libraries. Broken lines are told later."""
+    """Return some texts from all over the input, to compare tokenizer libraries on. Malformed lines are ignored."""
     texts: list[str] = []
     places = _spread([share for share in shares if share.source.form is not Form.STREAM])
     with TemporaryDirectory() as spool:
         reader = Reader(places, columns, None, Path(spool))
         for index in range(len(places)):
-            batch = next(reader.batches(Place(index)), None)
+            batch = next(reader.batches(ReadCursor(index)), None)
             if batch is None or batch.is_long_line:
                 continue
             characters = 0
             for item in batch.items():
                 try:
-                    found = encoder.texts(item, batch.share.source.dataset)
+                    found = encoder.texts(item, batch.share.source.dataset) or []
                 except BadLine:
                     continue
-                texts += [text.text[:_SAMPLE_CHARACTERS] for text in found]
-                characters += sum(len(text.text) for text in found)
+                texts += [text.tagged.text[:_SAMPLE_CHARACTERS] for text in found]
+                characters += sum(len(text.tagged.text) for text in found)
                 if characters >= _SAMPLE_CHARACTERS:
                     break
     return texts
 
 
 def _spread(shares: list[Share]) -> list[Share]:
-    """Places to begin reading at, evenly over the shares' bytes; of an archive only its start can be had."""
+    """Return places to sample, evenly over the shares' bytes; an archive can be read only from its start."""
     total = sum(share.stop - share.start for share in shares)
     offsets = [total * index // _SAMPLE_PLACES for index in range(_SAMPLE_PLACES)]
     places, begin = [], 0
@@ -241,7 +298,7 @@ def _spread(shares: list[Share]) -> list[Share]:
 
 
 def _settings(arguments: argparse.Namespace, sources: list[Source], tokenizer: JobTokenizer) -> dict[str, Any]:
-    """All that decides the job's bytes, under names that a user knows."""
+    """Return everything that determines the job's bytes, under names that a user knows."""
     names = (
         *("json_keys", "append_eod", "language", "language_key", "spans_key", "detect_language", "original_languages"),
         *("expanded_languages", "min_confidence", "undetected", "audit", "dataset", "max_samples", "validation_share"),

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Builds the Dockerfile for real on a machine that has no GPU, no docker and no room for NVIDIA's image: the base is a
-# small Debian under the real base's name, with empty packages where NVIDIA's has torch, Transformer Engine and Apex.
-# Every COPY, install step and entry point runs; then the tools run in the image, with the torch of .venv lent to it.
+# Build the Dockerfile on a machine without a GPU, docker or space for NVIDIA's image. The base is a small Debian image
+# under the name of the real base, with stub packages for torch, Transformer Engine and Apex. Every COPY, install step
+# and entry point runs; then the tools run in the image, with the torch of .venv mounted into it.
 #   sudo launch/container/build_on_stand_in.sh [WORK_FOLDER]      (default: /tmp/moelpr-container)
-# Needs Debian's buildah, netavark and mmdebstrap, the packages' index, and .venv (make venv). Takes minutes.
+# Requires Debian's buildah, netavark and mmdebstrap, a package index, and .venv (make venv). Takes minutes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -12,36 +12,36 @@ fail() {
     exit "${2:-1}"
 }
 for command in buildah mmdebstrap; do
-    command -v "$command" >/dev/null || fail "$command is not installed; apt-get install buildah netavark mmdebstrap" 2
+    command -v "$command" >/dev/null || fail "$command is not installed; run apt-get install buildah netavark mmdebstrap" 2
 done
-((EUID == 0)) || fail "building with chroot needs root; run it with sudo" 2
-[[ -x .venv/bin/python ]] || fail "there is no .venv; run make venv first" 2
+((EUID == 0)) || fail "building with chroot requires root; run this with sudo" 2
+[[ -x .venv/bin/python ]] || fail ".venv is missing; run make venv first" 2
 
 work=${1:-/tmp/moelpr-container}
 base=$(sed -n 's/^ARG BASE=//p' Dockerfile)
 image=localhost/moelpr:stand-in
 host_site=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 mkdir -p "$work"
-# A store of its own, so that the real base's name means the stand-in here only.
+# A separate store, in which the real base's name refers to the stub.
 store=(--root "$work/store" --runroot "$work/run" --storage-driver overlay)
-b() { # options of the store come before the command's name
+b() { # the store's options precede the command
     buildah "${store[@]}" "$@"
 }
-# Not more than this machine allows; buildah asks for a million open files.
+# This machine's limits; buildah requests a million open files.
 limits=(--ulimit "nofile=$(ulimit -Hn)" --ulimit "nproc=$(ulimit -Hu)")
-said() { printf '\n== %s\n' "$1"; }
+section() { printf '\n== %s\n' "$1"; }
 
 if ! b inspect --type image "$base" >/dev/null 2>&1; then
-    said "stand-in for $base"
+    section "stub of $base"
     tar=$work/base.tar
     [[ -s $tar ]] || mmdebstrap --quiet --variant=minbase --include=ca-certificates,g++,python3-dev,python3-pip,python3-venv \
         "$(sed -n 's/^VERSION_CODENAME=//p' /etc/os-release)" "$tar"
     container=$(b from scratch)
     b add --quiet "$container" "$tar" /
     rootfs=$(b mount "$container")
-    # How this machine reaches the packages' index.
+    # The certificates with which this machine reaches the package index.
     cp /etc/ssl/certs/ca-certificates.crt "$rootfs/etc/ssl/certs/"
-    # Packages that are there for pip alone. What torch needs of others comes with ours.
+    # Packages that only pip sees. Our packages include torch's dependencies.
     site=$(chroot "$rootfs" python3 -c 'import site; print(site.getsitepackages()[0])')
     for package in torch==2.13.0a0+stand.in triton==3.7.0 transformer_engine==2.16.0 apex==0.1; do
         info=$rootfs$site/${package/==/-}.dist-info
@@ -51,11 +51,11 @@ if ! b inspect --type image "$base" >/dev/null 2>&1; then
     done
     torch_info=$rootfs$site/torch-2.13.0a0+stand.in.dist-info
     printf 'Requires-Dist: %s\n' filelock fsspec jinja2 networkx sympy typing-extensions >>"$torch_info/METADATA"
-    cp "$host_site"/torch-*.dist-info/entry_points.txt "$torch_info/" # torch finds gloo by these
-    # The real base pins its packages for every pip install, and starts everything through a script that talks.
+    cp "$host_site"/torch-*.dist-info/entry_points.txt "$torch_info/" # torch finds gloo through these
+    # The real base pins its packages for every pip install, and its entry point prints a banner.
     mkdir -p "$rootfs/etc/pip" "$rootfs/opt/nvidia"
     echo 'setuptools==70.0.0' >"$rootfs/etc/pip/constraint.txt"
-    printf '#!/bin/bash\necho "stand-in for the NVIDIA entry point"\nexec "$@"\n' >"$rootfs/opt/nvidia/nvidia_entrypoint.sh"
+    printf '#!/bin/bash\necho "stub of the NVIDIA entry point"\nexec "$@"\n' >"$rootfs/opt/nvidia/nvidia_entrypoint.sh"
     chmod +x "$rootfs/opt/nvidia/nvidia_entrypoint.sh"
     b umount "$container" >/dev/null
     b config --env PIP_CONSTRAINT=/etc/pip/constraint.txt --env PIP_CERT=/etc/ssl/certs/ca-certificates.crt \
@@ -63,33 +63,33 @@ if ! b inspect --type image "$base" >/dev/null 2>&1; then
     b commit --quiet --rm "$container" "$base" >/dev/null
 fi
 
-said "build"
+section "build"
 b build --isolation chroot --network host "${limits[@]}" --pull=never --layers --tag "$image" .
 b images
 
 container=$(b from --pull=never "${limits[@]}" "$image")
 trap 'b rm "$container" >/dev/null' EXIT
-lent=()
+mounts=()
 for package in torch torchgen functorch nvidia triton; do
     [[ ! -d $host_site/$package ]] ||
-        lent+=(--volume "$(realpath "$host_site/$package"):/usr/local/lib/python3.13/dist-packages/$package:ro")
+        mounts+=(--volume "$(realpath "$host_site/$package"):/usr/local/lib/python3.13/dist-packages/$package:ro")
 done
-# Runs words through the image's entry point, as docker run does; options of that stand in `options`.
+# Run arguments through the image's entry point, as docker run does; `options` are the options of that command.
 options=()
 run() {
-    b run --isolation chroot --network host "${lent[@]}" "${options[@]}" "$container" \
+    b run --isolation chroot --network host "${mounts[@]}" "${options[@]}" "$container" \
         /opt/moelpr/launch/container/entrypoint.sh "$@"
 }
-# expect WORD COMMAND…: its output must hold the word.
+# expect TEXT COMMAND…: fail unless the command's output contains the text.
 expect() {
-    local wanted=$1 output
+    local expected=$1 output
     shift
     output=$("$@" 2>&1) || true
-    grep -qF -- "$wanted" <<<"$output" || fail "wanted '$wanted' from: ${*:2}; found: $output"
-    echo "ok: ${*} -> $wanted"
+    grep -qF -- "$expected" <<<"$output" || fail "expected '$expected' from: ${*:2}; got: $output"
+    echo "ok: ${*} -> $expected"
 }
 
-said "the image"
+section "the image"
 expect '"10001"' b inspect --type image --format '{{printf "%q" .OCIv1.Config.User}}' "$image"
 expect 10001 run id -u
 expect 2.13.0a0+stand.in run /opt/moelpr/.venv/bin/python -c 'import importlib.metadata as m; print(m.version("torch"))'
@@ -102,17 +102,17 @@ options=(--user 1234:1234)
 expect '1234 moelpr /work' run bash -c 'touch ~/file /work/file && echo "$(id -u) $USER $PWD"'
 options=()
 
-said "the tools"
+section "the tools"
 expect 'preprocess_data ' run --help
 for tool in plan preprocess_data inspect_data hf_to_mcore mcore_to_hf apply_delta adapter_to_mcore mcore_to_adapter verify evaluate; do
     expect 'usage:' run "$tool" --help
 done
 expect 'there is no tool or command stage3' run stage3
 expect '/opt/moelpr/.venv/bin/python -m moelpr.torchrun --standalone' run stage1 --dry-run
-expect 'stand-in for the NVIDIA entry point' run stage1 --dry-run
+expect 'stub of the NVIDIA entry point' run stage1 --dry-run
 expect 'stage1.yaml' run ls /opt/moelpr/launch/recipes
 
-said "a model, a corpus and two steps of stage 1 in the image"
+section "a model, a corpus and two steps of stage 1 in the image"
 run bash -eu -c '
 cd /tmp && rm -rf trial && mkdir trial && cd trial
 e=/opt/moelpr/launch/container/entrypoint.sh python=/opt/moelpr/.venv/bin/python
@@ -138,4 +138,4 @@ $e stage1 --nproc-per-node 2 --pretrained-checkpoint upcycled --data-path corpus
 $e mcore_to_hf --load run --save export
 ls export/config.json
 '
-said "done"
+section "done"

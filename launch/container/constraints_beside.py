@@ -1,8 +1,8 @@
-"""Constraints for packages installed on top of an image: what its torch needs stays, of the rest our versions.
+"""Write constraints for packages on top of an image: keep what its torch requires, use our versions of the rest.
 
     python3 constraints_beside.py constraints.txt >constraints_here.txt
 
-Prints the installed version of every kept package and of all that it needs, and the given line of every other one.
+Prints the installed versions of the kept packages and their dependencies, and the given lines of all others.
 """
 
 import re
@@ -10,7 +10,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-# Built against each other in the image; numpy because they were compiled with it.
+# Built for each other in the image; numpy because they were compiled with it.
 KEPT = ("torch", "triton", "transformer-engine", "apex", "flash-attn", "numpy")
 
 
@@ -22,7 +22,7 @@ def main() -> None:
 
 
 def installed_closure(names: tuple[str, ...]) -> dict[str, str]:
-    """Versions of the installed ones of these packages and of what they need, directly or not, without extras."""
+    """Versions of those packages that are installed and of their direct and indirect dependencies, without extras."""
     found: dict[str, str] = {}
     waiting = list(names)
     while waiting:

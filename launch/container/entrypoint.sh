@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The container's entry point: the first word names a tool, the others are the tool's; any other command runs as it is.
+# Entry point of the container: run a tool by its name, or any other command.
 #   docker run … moelpr stage1 --recipe /opt/moelpr/launch/recipes/paper-stage1.yaml …
 #   docker run … moelpr preprocess_data --help
 #   docker run … moelpr bash
@@ -9,7 +9,7 @@ python=$root/.venv/bin/python
 [[ -x $python ]] || python=python3
 packages=$("$python" -c 'import os, moelpr; print(os.path.dirname(moelpr.__path__[0]))')
 
-# Files that are a tool: what can be run, by its own name or, as __main__.py, its folder's.
+# The files that are tools, named after themselves or, for __main__.py, after their folder.
 tools=("$root"/launch/{dense,stage1,stage2}.sh)
 mapfile -O "${#tools[@]}" -t tools < <(grep -lx 'if __name__ == "__main__":' \
     "$packages"/{data_tools,checkpoint_convert,moelpr}/*.py "$packages"/moelpr/*/__main__.py)
@@ -19,11 +19,11 @@ name_of() {
     echo "${file%.*}"
 }
 
-wanted=${1:---help}
-if [[ $wanted == --help || $wanted == -h ]]; then
-    echo "A tool of moelpr with its arguments (each has --help), or any other command:"
+command=${1:---help}
+if [[ $command == --help || $command == -h ]]; then
+    echo "Pass a tool and its arguments (each tool has --help), or any other command:"
     for tool in "${tools[@]}"; do
-        # What a file says of itself first: a docstring, or the comment under the shebang.
+        # The first line of the docstring, or of the comment below the shebang.
         about=$(sed -n -e 's/^# //p' -e 's/^"""//p' "$tool" | head -n 1)
         printf '  %-18s %s\n' "$(name_of "$tool")" "${about%\"\"\"}"
     done
@@ -31,19 +31,19 @@ if [[ $wanted == --help || $wanted == -h ]]; then
 fi
 shift || true
 
-# NVIDIA's own entry point looks at the driver, and talks: for training, and for commands we don't know.
+# NVIDIA's entry point checks the driver and prints a banner: only for training and unknown commands.
 prepare=()
 [[ ! -x /opt/nvidia/nvidia_entrypoint.sh ]] || prepare=(/opt/nvidia/nvidia_entrypoint.sh)
 for tool in "${tools[@]}"; do
-    [[ $(name_of "$tool") == "${wanted//-/_}" ]] || continue
+    [[ $(name_of "$tool") == "${command//-/_}" ]] || continue
     [[ $tool != *.sh ]] || exec "${prepare[@]}" "$tool" "$@"
     module=${tool#"$packages/"}
     module=${module%.py}
     module=${module%/__main__}
     exec "$python" -m "${module//\//.}" "$@"
 done
-if ! command -v "$wanted" >/dev/null; then
-    echo "entrypoint.sh: error: there is no tool or command $wanted; --help lists the tools" >&2
+if ! command -v "$command" >/dev/null; then
+    echo "entrypoint.sh: error: there is no tool or command $command; list the tools with --help" >&2
     exit 2
 fi
-exec "${prepare[@]}" "$wanted" "$@"
+exec "${prepare[@]}" "$command" "$@"

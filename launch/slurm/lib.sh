@@ -1,34 +1,34 @@
-# shellcheck shell=bash disable=SC2034  # variables are for whoever sources this
-# Sourced by the job scripts. They are run from the repository's folder: Slurm gives a job a copy of the script alone.
+# shellcheck shell=bash disable=SC2034  # the variables are for the scripts that source this
+# Sourced by the job scripts, which run in the repository root: Slurm gives a job only a copy of its script.
 
 fail() {
     echo "${SLURM_JOB_NAME:-slurm}: error: $1" >&2
     exit 2
 }
 
-# Takes container flags from the front of the arguments and leaves
-#   words      what follows them
-#   on_nodes   srun, with the container of pyxis where there is one
-#   inside     what starts a command in apptainer's container, empty elsewhere
-#   root       the repository as the command sees it
-read_container_flags() {
+# Read container options from the front of the arguments, and set
+#   arguments  the rest
+#   on_nodes   srun, with the container of pyxis if there is one
+#   inside     the command prefix of an apptainer container, otherwise empty
+#   root       the repository's path for the command
+read_container_options() {
     local image="" runtime="" mounts=$PWD:$PWD
     while [[ ${1:-} =~ ^--(container-image|apptainer|container-mounts)$ ]]; do
-        [[ -n ${2:-} ]] || fail "$1 has no value"
+        [[ -n ${2:-} ]] || fail "$1 expects a value"
         case $1 in
         --container-mounts) mounts+=,$2 ;;
         *) runtime=$1 image=$2 ;;
         esac
         shift 2
     done
-    words=("$@")
-    [[ -n $runtime || $mounts != *,* ]] || fail "--container-mounts needs --container-image or --apptainer"
-    # No binding to cores: a node's one task starts a process per GPU.
+    arguments=("$@")
+    [[ -n $runtime || $mounts != *,* ]] || fail "--container-mounts requires --container-image or --apptainer"
+    # No binding to cores: the node's single task starts a process per GPU.
     on_nodes=(srun --kill-on-bad-exit=1 --cpu-bind=none)
     inside=() root=.
     if [[ -n $runtime ]]; then
         root=/opt/moelpr
-        export PYTHONSAFEPATH=1 # the image's packages, not those of the folder it is started in
+        export PYTHONSAFEPATH=1 # the image's packages, not those in the current folder
     fi
     case $runtime in
     --container-image)

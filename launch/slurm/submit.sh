@@ -1,26 +1,31 @@
 #!/usr/bin/env bash
-# The whole way as a chain of Slurm jobs, each started when the ones before it have ended well. From the repository's
-# folder:
-#   launch/slurm/submit.sh --run DIR [CONTAINER] [SBATCH…] @STEP [SBATCH…] [-- FLAGS…] @STEP …
-# SBATCH are options of sbatch (--partition, --account, --time, --nodes, …), for all steps or for one; CONTAINER is
-# --container-image IMAGE, --apptainer IMAGE or --container-mounts FROM:TO; FLAGS go to the step's tool, to which this
-# script adds where things lie in DIR. The steps, in this order:
-#   @expanded, @review   the corpora of stage 1 and stage 2 (data_tools/preprocess_data.py);
-#                        with --shards N before the -- as an array of N jobs and one that merges
+# Submit all steps as a chain of Slurm jobs, each of which starts when the jobs it depends on have succeeded:
+#
+#   launch/slurm/submit.sh --run DIR [CONTAINER] [SBATCH…] @STEP [SBATCH…] [-- ARGUMENTS…] @STEP …
+#
+# --run DIR   the folder for data, checkpoints and logs (required)
+# CONTAINER   --container-image IMAGE or --apptainer IMAGE, and --container-mounts FROM:TO
+# SBATCH      options of sbatch (--partition, --account, --time, --nodes, …), for all steps or for one
+# ARGUMENTS   go to the step's tool; this script adds the paths in DIR
+#
+# The steps, in this order:
+#   @expanded, @review   corpora of stage 1 and stage 2 (data_tools/preprocess_data.py); with --shards N before the --,
+#                        an array of N jobs and a job that merges their outputs (default: one job)
 #   @convert             upcycling (checkpoint_convert/hf_to_mcore.py)
 #   @stage1, @stage2     training
 #   @export, @evaluate   a Hugging Face model (DIR/hf), and its bits per byte (DIR/evaluation/)
-# It prints the job ids. Given again it submits what is neither done nor on its way, so a broken chain goes on where it
-# broke.
+# Prints the job IDs. Rerun the same command to resume a broken chain: it submits the steps that are neither done nor
+# pending nor running.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+if [[ ${1:-} =~ ^(-h|--help)$ ]]; then exec sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p;}' launch/slurm/submit.sh; fi
 
 fail() {
     echo "submit.sh: error: $1" >&2
     exit 2
 }
 
-declare -A job=() # step → the job that ends it, for steps that are not done
+declare -A job=() # step → its last job, for steps that are not done
 
 is_done() {
     case $1 in
@@ -29,18 +34,18 @@ is_done() {
     stage1 | stage2) [[ -e $run/$1/FINISHED ]] ;;
     export) [[ -e $run/hf/config.json ]] ;;
     evaluate) [[ -e $run/evaluation/results.json ]] ;;
-    *) fail "there is no step @$1; the steps are @expanded, @review, @convert, @stage1, @stage2, @export, @evaluate" ;;
+    *) fail "unknown step @$1; the steps are @expanded, @review, @convert, @stage1, @stage2, @export, @evaluate" ;;
     esac
 }
 
-# The job of step $1 that an earlier call has submitted, if it still waits or runs.
-on_its_way() {
+# Print the job of step $1 that an earlier call has submitted, if it is pending or running.
+active_job() {
     local id
     id=$(cat "$run/slurm/$1.job" 2>/dev/null) || return 1
     [[ -n $(squeue --noheader --jobs "$id" --name "$name-$1" --format %i 2>/dev/null) ]] && echo "$id"
 }
 
-# submit STEP NEEDS -- sbatch's words: submits, notes the job and sets job[STEP].
+# submit STEP NEEDS SBATCH…: submit a job, record it, and set job[STEP].
 submit() {
     local step=$1 ids="" need
     for need in $2; do ids+=${job[$need]:+:${job[$need]}}; done
@@ -58,8 +63,8 @@ preprocess() {
         submit "$step" "" "${options[@]}" "${tool[@]}" data_tools/preprocess_data.py "${flags[@]}" --output-prefix "$out"
         return
     fi
-    if id=$(on_its_way "$step-shards"); then
-        fail "shards of an earlier call (job $id) still run; wait for them, or end them with scancel $id"
+    if id=$(active_job "$step-shards"); then
+        fail "shards of an earlier call are still running; wait for them, or cancel them with scancel $id"
     fi
     for ((shard = 0; shard < shards; shard++)); do
         printf -v id "%s_text_document.shard-%05d-of-%05d.idx" "$out" "$shard" "$shards"
@@ -73,7 +78,7 @@ preprocess() {
         --output-prefix "${out}_text_document" --num-shards "$shards" --remove-input
 }
 
-# Takes one step's words: SBATCH… [-- FLAGS…].
+# step STEP SBATCH… [-- ARGUMENTS…]: submit a step unless it is done.
 step() {
     local step=$1 needs="" need id shards="" options=() flags=()
     shift
@@ -83,7 +88,7 @@ step() {
     fi
     while [[ $# -gt 0 && $1 != -- ]]; do
         if [[ $1 == --shards ]]; then
-            [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || fail "--shards ${2:-} is no number of jobs"
+            [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || fail "--shards must be a positive integer, got ${2:-nothing}"
             shards=$2
             shift
         else
@@ -92,9 +97,9 @@ step() {
         shift
     done
     flags=("${@:2}")
-    if id=$(on_its_way "$step"); then
+    if id=$(active_job "$step"); then
         job[$step]=$id
-        echo "$step: job $id is on its way"
+        echo "$step: job $id is pending or running"
         return
     fi
     case $step in
@@ -106,7 +111,7 @@ step() {
     for need in $needs; do
         if [[ -z ${job[$need]:-} ]] && ! is_done "$need"; then
             [[ $need =~ expanded|review && " ${flags[*]} " == *" --data-path "* ]] ||
-                fail "@$step needs @$need, which is neither done in $run nor named before it"
+                fail "@$step requires @$need, which is neither done in $run nor given before it"
         fi
     done
     local tool=("${options[@]}" launch/slurm/tool.sbatch "${container[@]}")
@@ -141,14 +146,14 @@ while [[ $# -gt 0 && $1 != @* ]]; do
     *) common+=("$1") && shift ;;
     esac
 done
-[[ -n $run ]] || fail "--run DIR is missing; it is the folder that data, checkpoints and logs go to"
-[[ $# -gt 0 ]] || fail "no step; name some, such as @convert -- --hf-path DIR --num-new-experts 5"
-command -v sbatch >/dev/null || fail "there is no sbatch here; run this on a login node of the cluster"
+[[ -n $run ]] || fail "--run DIR is required: the folder for data, checkpoints and logs"
+[[ $# -gt 0 ]] || fail "no step given; pass at least one, for example @convert -- --hf-path DIR --num-new-experts 5"
+command -v sbatch >/dev/null || fail "sbatch is not installed; run this on a login node of the cluster"
 mkdir -p "$run/slurm"
 name=$(basename "$run")
 while [[ $# -gt 0 ]]; do
-    words=("${1#@}")
+    arguments=("${1#@}")
     shift
-    while [[ $# -gt 0 && $1 != @* ]]; do words+=("$1") && shift; done
-    step "${words[@]}"
+    while [[ $# -gt 0 && $1 != @* ]]; do arguments+=("$1") && shift; done
+    step "${arguments[@]}"
 done

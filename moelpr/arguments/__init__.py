@@ -2,15 +2,4 @@
 
 Settings come from four sources, each overriding the previous: the model's shape in the checkpoint's `model_spec.json`,
 the recipe (`--recipe FILE`, a YAML file of flags), the command line, and what machine and method require.
-
-    parse.py     gather the settings, check them all, register them with Megatron
-    flags.py     our flags, and a parser that reports all wrong arguments at once
-    settings.py  the four sources, and what they say together
-    checks/      functions that each yield a message per problem
 """
-
-from moelpr.arguments.flags import all_arguments
-from moelpr.arguments.parse import parse_arguments, refused_by_megatron
-from moelpr.arguments.settings import resolved_settings
-
-__all__ = ["all_arguments", "parse_arguments", "refused_by_megatron", "resolved_settings"]

@@ -4,7 +4,8 @@ import argparse
 import copy
 import difflib
 import functools
-from collections.abc import Callable, Collection, Iterable
+import re
+from collections.abc import Collection, Iterable
 from typing import Any, NoReturn
 
 from megatron.training.arguments import add_megatron_arguments
@@ -12,7 +13,7 @@ from megatron.training.arguments import add_megatron_arguments
 from moelpr.errors import UserError
 from moelpr.stages import STAGE_HELP
 
-_HELP = "see python -m moelpr.pretrain --help"
+_SEE_HELP = "see python -m moelpr.pretrain --help"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -26,15 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Number of original experts per MoE layer; must match the checkpoint, as must Megatron's --num-experts, "
         "here the number of new experts (default: the checkpoint's).")  # fmt: skip
     add("--balance-loss-coeff", type=float, metavar="ALPHA",
-        help="Weight of the balance loss, on the scale of the paper's experiments; 0 disables it (default: 0.01 in "
-        "stage1, 0 in stage2).")  # fmt: skip
+        help="Weight of the balance loss, on the paper's scale; 0 disables it (default: 0.01; stage2: 0).")  # fmt: skip
     add("--lpr-loss-coeff", type=float, metavar="GAMMA",
-        help="Weight of the LPR (language priors routing) loss, the paper's gamma; 0 disables it (default: 0 in "
-        "stage1, 0.1 in stage2). Both losses can be combined: stage1 with GAMMA > 0 is the paper's one-stage ablation."
-        )  # fmt: skip
+        help="Weight of the LPR (language priors routing) loss; 0 disables it. With both losses, stage1 is the paper's "
+        "one-stage ablation (default: 0 in stage1, 0.1 in stage2).")  # fmt: skip
     add("--lpr-loss", choices=("paper", "reference"), default="paper",
-        help="Formula of the LPR loss: the paper's, or the published code's double softmax, for comparison (default: "
-        "%(default)s).")  # fmt: skip
+        help="LPR loss of the paper, or of the published code: a double softmax (default: %(default)s).")  # fmt: skip
     add("--train-everything", action="store_true",
         help="Freeze nothing: the paper's plain-MoE ablation, which loses the original languages.")  # fmt: skip
     add("--save-trained-only", action="store_true",
@@ -44,14 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--eval-interval steps, and at the end; --eval-iters N limits each evaluation to N global batches per corpus "
         "(default: the full corpus).")  # fmt: skip
     add("--warn-original-rise", type=float, default=10.0, metavar="PERCENT",
-        help="Warn if the stage1 loss on original-language text rises by more than PERCENT since the start; 0 disables "
-        "the warning (default: %(default)s).")  # fmt: skip
+        help="Warn if the stage1 loss on original-language text rises by more than PERCENT since the start; 0 never "
+        "warns (default: %(default)s).")  # fmt: skip
     add("--warn-expert-share", type=float, default=1.0, metavar="PERCENT",
-        help="Warn if an expert receives less than PERCENT of tokens; 0 disables the warning (default: %(default)s)."
-        )  # fmt: skip
+        help="Warn if an expert gets less than PERCENT of tokens; 0 never warns (default: %(default)s).")  # fmt: skip
     add("--warn-lpr-fall", type=float, default=1.0, metavar="PERCENT",
-        help="Warn if the LPR loss falls by less than PERCENT since the start; 0 disables the warning (default: "
-        "%(default)s).")  # fmt: skip
+        help="Warn if the LPR loss falls by less than PERCENT since the start; 0 never warns (default: %(default)s)."
+        )  # fmt: skip
     add("--warn-window", type=int, default=50, metavar="STEPS",
         help="Number of steps averaged per warning check (default: %(default)s).")  # fmt: skip
     add("--fp32", action="store_true", help="Train in fp32 (default: bf16 on a GPU, fp32 on a CPU).")
@@ -66,7 +63,16 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, exit_on_error=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; {_HELP}")
+        raise UserError(f"{message}; {_SEE_HELP}")
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError:
+            raise
+        except Exception as error:  # some of Megatron's converters evaluate their text
+            message = f"invalid value {arg_string!r} ({error or type(error).__name__})"
+            raise argparse.ArgumentError(action, message) from error
 
     def flags(self) -> dict[str, argparse.Action]:
         """Every `--flag` and its action."""
@@ -97,25 +103,22 @@ class Parser(argparse.ArgumentParser):
                 break
             except argparse.ArgumentError as error:
                 names = (error.argument_name or "").split("/")
-                problems.append(f"{where}{names[0]}: {error.message}; {_HELP}")
+                problems.append(f"{where}{names[0]}: {error.message}; {_SEE_HELP}")
                 _, rest = split_by_flags(argv, names)
                 if rest == argv:  # no flag to remove
                     raise UserError(problems[-1]) from error
                 argv = rest
-        return namespace, problems + list(self._unrecognized(unknown, where))
-
-    def _unrecognized(self, argv: list[str], where: str) -> Iterable[str]:
-        flags = [item.split("=", 1)[0] for item in argv if item.startswith("-") and not _is_number(item)]
-        for flag in flags:
-            yield f"{where}unrecognized argument {flag}; {did_you_mean(flag, self.flags()) or _HELP}"
-        if argv and not flags:  # next to an unrecognized flag they are most likely its values
-            yield f"{where}unrecognized value {' '.join(argv)}; remove it, or add its flag"
+        flags = [item.split("=", 1)[0] for item in unknown if re.match("-[^0-9.]", item)]  # no negative numbers
+        problems += [f"{where}unrecognized argument {flag}; {suggestion(flag, self.flags())}" for flag in flags]
+        if unknown and not flags:  # next to an unrecognized flag they are most likely its values
+            problems.append(f"{where}unrecognized value {' '.join(unknown)}; remove it, or add its flag")
+        return namespace, problems
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str | None:
-    """ "did you mean …?" with the most similar of the known names; None if none is similar."""
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """ "did you mean …?" with the most similar of the known names; if none is similar, where they are listed."""
     nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.75)
-    return f"did you mean {nearest[0]}?" if nearest else None
+    return f"did you mean {nearest[0]}?" if nearest else _SEE_HELP
 
 
 @functools.cache
@@ -132,21 +135,7 @@ def all_arguments() -> Parser:
             _ = (action.help or "") % vars(action)
         except (ValueError, TypeError, KeyError):
             action.help = (action.help or "").replace("%", "%%")  # some of Megatron's help texts contain a bare %
-        if callable(action.type) and not isinstance(action.type, type):
-            action.type = _with_argparse_errors(action.type)
     return parser
-
-
-def _with_argparse_errors(convert: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Wrap a converter of Megatron's; some evaluate their text and may raise any exception."""
-
-    def converted(text: str) -> Any:
-        try:
-            return convert(text)
-        except Exception as error:
-            raise argparse.ArgumentTypeError(f"invalid value {text!r} ({error or type(error).__name__})") from error
-
-    return converted
 
 
 def split_by_flags(argv: list[str], flags: Collection[str]) -> tuple[list[str], list[str]]:
@@ -159,11 +148,3 @@ def split_by_flags(argv: list[str], flags: Collection[str]) -> tuple[list[str], 
             part = chosen if item.split("=", 1)[0] in flags else others
         part.append(item)
     return chosen, others
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

@@ -31,11 +31,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ModelSpec]:
     Raises:
         UserError: settings are invalid, contradict each other or would be ignored; the message names all of them.
     """
-    parser = all_arguments()
-    if "-h" in argv or "--help" in argv:
-        parser.print_help()
-        sys.exit(0)
-    run = RunSettings.gather(argv, parser)
+    run = RunSettings.gather(argv, all_arguments())
     apply_machine(run.args)
     problems = list(dict.fromkeys([*run.problems, *find_problems(run)]))
     if problems:
@@ -45,22 +41,12 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ModelSpec]:
         for note in find_notes(run):
             print(f"moelpr: {note}", file=sys.stderr)
     assert run.spec is not None, "a checkpoint without a spec is a problem"
-    return _register(run, run.spec), run.spec
-
-
-def refused_by_megatron(error: Exception) -> UserError:
-    """Megatron's own error about a combination of settings, as one sentence."""
-    return UserError(f"Megatron rejected these arguments: {' '.join(str(error).split()) or 'see --debug'}")
-
-
-def _register(run: RunSettings, spec: ModelSpec) -> argparse.Namespace:
-    """Let Megatron parse, check and register the settings, with those of machine and method applied."""
     sys.argv[1:] = run.argv
     try:
         args = parse_args(add_arguments)
         args.model_source, args.ckpt_step, args.is_resumed = str(run.checkpoint), run.step, run.is_resumed
         apply_machine(args)
-        apply_method(args, spec)
+        apply_method(args, run.spec)
         validate_args(args)
         core_transformer_config_from_args(args, config_class=MoELPRConfig)  # for its checks; the result is not used
     except (AssertionError, ValueError, RuntimeError) as error:
@@ -69,4 +55,9 @@ def _register(run: RunSettings, spec: ModelSpec) -> argparse.Namespace:
         args.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size, logging_enabled=False
     )
     set_global_variables(args, build_tokenizer=False)
-    return args
+    return args, run.spec
+
+
+def refused_by_megatron(error: Exception) -> UserError:
+    """Megatron's own error about a combination of settings, as one sentence."""
+    return UserError(f"Megatron rejected these arguments: {' '.join(str(error).split()) or 'see --debug'}")

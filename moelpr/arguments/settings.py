@@ -9,11 +9,11 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from moelpr.arguments.flags import Parser, did_you_mean, split_by_flags
+from moelpr.arguments.flags import Parser, split_by_flags, suggestion
 from moelpr.checkpoints import step_folder
 from moelpr.errors import UserError
 from moelpr.layouts import Layout
@@ -29,9 +29,6 @@ MOE_STAGES = ("stage1", "stage2")
 _DEFAULTS = (
     "--attention-dropout 0 --hidden-dropout 0 --eval-iters 0 --eval-interval 1000 --save-interval 500 --log-interval 10"
 ).split()
-
-# Flags that name the checkpoint to start from.
-_STARTS = ("--load", "--save", "--pretrained-checkpoint")
 
 # Megatron settings that would change the method or be ignored by our layer, with the only value that works. Some of
 # Megatron's defaults differ: only explicit arguments are checked (checks/model.py).
@@ -50,9 +47,9 @@ FIXED_FOR_MOE: dict[str, Any] = {
     "moe_latent_size": None,
     "cuda_graph_impl": "none",
     "overlap_moe_expert_parallel_comm": False,
+    "fp8": None,
+    "fp4": None,
 }
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -89,28 +86,21 @@ class RunSettings:
     def gather(cls, argv: list[str], parser: Parser) -> "RunSettings":
         """Read all sources; whatever is wrong with them is in `problems`."""
         run = cls(world_size=int(os.environ.get("WORLD_SIZE", "1")))
-        early = _early_arguments(argv)
-        recipe = run._recipe(early.recipe, parser)
-        for name, value in vars(_early_arguments(recipe)).items():
-            if getattr(early, name) is None:
-                setattr(early, name, value)
-        run.checkpoint = run._try(lambda: _checkpoint_folder(early))
+        recipe = run._recipe(_early_arguments(argv).recipe, parser)
+        early = _early_arguments([*recipe, *argv])
+        run.checkpoint = run._try(_checkpoint_folder, early)
         run._add("", [*_DEFAULTS], parser)
-        if (folder := run.checkpoint) is not None:
+        if run.checkpoint is not None:
             start = early.pretrained_checkpoint
-            if start is None or folder == Path(start):  # else --ckpt-step refers to --pretrained-checkpoint
+            if start is None or run.checkpoint == Path(start):  # else --ckpt-step refers to --pretrained-checkpoint
                 run.step = early.ckpt_step
-            run.record = run._try(lambda: _read_record(folder, run.step))
-            run.spec = spec = run._try(lambda: ModelSpec.read(folder))
-            if spec is not None and not run._add_shape(spec, parser):
-                run.spec = None
+            step = run._try(step_folder, run.checkpoint, run.step)
+            run.record = run._try(_read_record, run.checkpoint, step)
+            run._add_model(run.checkpoint, parser)
         run._add(f"in the recipe {early.recipe}, ", recipe, parser)
         run._add("", argv, parser)
-        flags = parser.flags()
-        for item in [*recipe, *argv]:
-            flag = item.split("=", 1)[0]
-            if flag in flags:
-                run.explicit_args[flags[flag].dest] = flag
+        flags, given = parser.flags(), (item.split("=", 1)[0] for item in [*recipe, *argv])
+        run.explicit_args = {flags[flag].dest: flag for flag in given if flag in flags}
         return run
 
     @property
@@ -125,34 +115,26 @@ class RunSettings:
         return self.checkpoint in own and not self.args.finetune
 
     @property
-    def virtual_stages(self) -> int:
-        """Virtual pipeline stages per rank; 1 if there are none or their number is invalid."""
-        if self.args.num_virtual_stages_per_pipeline_rank is not None:
-            return max(1, self.args.num_virtual_stages_per_pipeline_rank)
-        per_stage = self.args.num_layers_per_virtual_pipeline_stage
-        stages = self.args.pipeline_model_parallel_size
-        if not per_stage or not self.shape or per_stage < 1 or stages < 1:
-            return 1
-        return max(1, self.shape["num_layers"] // stages // per_stage)
-
-    @property
     def layout(self) -> Layout:
-        return Layout.from_settings(vars(self.args), self.world_size, self.virtual_stages)
+        """The parallel layout; sizes that are invalid count as 1."""
+        vpp, layers = self.args.num_virtual_stages_per_pipeline_rank, self.args.num_layers_per_virtual_pipeline_stage
+        if vpp is None and layers is not None and layers >= 1:
+            vpp = self.shape.get("num_layers", 1) // max(1, self.args.pipeline_model_parallel_size) // layers
+        return Layout.from_settings(vars(self.args), self.world_size, vpp or 1)
 
     def flag(self, name: str) -> str:
         """The flag of an argument, as recipe or command line spell it."""
         return self.explicit_args.get(name, f"--{name.replace('_', '-')}")
 
-    def _add_shape(self, spec: ModelSpec, parser: Parser) -> bool:
-        """Add the model's shape. Returns False if Megatron does not accept it; the checks then have no model."""
-        argv = self._try(lambda: _shape_flags(spec, parser))
+    def _add_model(self, checkpoint: Path, parser: Parser) -> None:
+        """Add the model's shape. If Megatron does not accept it, the checks have no model."""
         before = len(self.problems)
+        spec = self._try(ModelSpec.read, checkpoint)
+        argv = self._try(_shape_flags, spec, parser) if spec is not None else None
         self._add("in the checkpoint's model_spec.json, ", argv or [], parser)
-        if argv is None or len(self.problems) > before:
-            return False
-        names = [parser.actions_of(name)[0].dest for name in _shape_of(spec)]
-        self.shape = {name: getattr(self.args, name) for name in names}
-        return True
+        if spec is not None and len(self.problems) == before:
+            names = [parser.actions_of(name)[0].dest for name in shape_of(spec)]
+            self.spec, self.shape = spec, {name: getattr(self.args, name) for name in names}
 
     def _add(self, where: str, argv: list[str], parser: Parser) -> None:
         self.args, problems = parser.parse_tolerantly(argv, self.args, where)
@@ -162,20 +144,18 @@ class RunSettings:
     def _recipe(self, path: str | None, parser: Parser) -> list[str]:
         if path is None:
             return []
-        recipe = self._try(lambda: read_recipe(Path(path)))
+        recipe = self._try(read_recipe, Path(path))
         if recipe is None:
             self.recipe_is_read = False
             return []
         known = {flag for flag in parser.flags() if flag not in ("--recipe", "--help")}
-        for flag in [flag for flag in recipe if flag not in known]:
-            del recipe[flag]
-            hint = did_you_mean(flag, known) or "see python -m moelpr.pretrain --help"
-            self.problems.append(f"in the recipe {path}, the key {flag[2:]} is not a flag; {hint}")
-        return recipe_argv(recipe)
+        for flag in (flag for flag in recipe if flag not in known):
+            self.problems.append(f"in the recipe {path}, the key {flag[2:]} is not a flag; {suggestion(flag, known)}")
+        return recipe_argv({flag: value for flag, value in recipe.items() if flag in known})
 
-    def _try(self, read: Callable[[], T]) -> T | None:
+    def _try[T](self, read: Callable[..., T], *args: object) -> T | None:
         try:
-            return read()
+            return read(*args)
         except UserError as error:
             self.problems.append(str(error))
             return None
@@ -184,7 +164,7 @@ class RunSettings:
 def _early_arguments(argv: list[str]) -> argparse.Namespace:
     """The flags that determine where the others come from; problems are reported when all flags are parsed."""
     parser = Parser(add_help=False)
-    for flag in ("--recipe", *_STARTS):
+    for flag in ("--recipe", "--load", "--save", "--pretrained-checkpoint"):
         parser.add_argument(flag)
     parser.add_argument("--ckpt-step", type=int)
     return parser.parse_tolerantly(split_by_flags(argv, parser.flags())[0])[0]
@@ -197,8 +177,7 @@ def _checkpoint_folder(args: argparse.Namespace) -> Path:
             return Path(folder)
     if args.pretrained_checkpoint is None:
         raise UserError(
-            "no checkpoint to start from; pass --pretrained-checkpoint DIR "
-            "(checkpoint_convert/hf_to_mcore.py makes one from a Hugging Face model)"
+            "a checkpoint is required; pass --pretrained-checkpoint DIR (checkpoint_convert/hf_to_mcore.py makes one)"
         )
     raise UserError(
         f"--pretrained-checkpoint {args.pretrained_checkpoint} is not a Megatron checkpoint: {TRACKER_FILE} is "
@@ -206,13 +185,10 @@ def _checkpoint_folder(args: argparse.Namespace) -> Path:
     )
 
 
-def _read_record(folder: Path, step: int | None) -> dict[str, Any] | None:
+def _read_record(folder: Path, step: Path | None) -> dict[str, Any] | None:
     """The settings a step was trained with; if it has none, those of the last start, which may have saved nothing."""
-    try:
-        places = [step_folder(folder, step), folder]
-    except UserError:
-        places = [folder]  # a missing step is reported by a check
-    path = next((place / RECIPE_FILE for place in places if (place / RECIPE_FILE).is_file()), None)
+    paths = (place / RECIPE_FILE for place in (step or folder, folder))
+    path = next((path for path in paths if path.is_file()), None)
     return None if path is None else read_mapping(path, "run's recipe")
 
 
@@ -243,7 +219,7 @@ def recipe_argv(recipe: dict[str, Any]) -> list[str]:
     return argv
 
 
-def _shape_of(spec: ModelSpec) -> dict[str, Any]:
+def shape_of(spec: ModelSpec) -> dict[str, Any]:
     """The model's shape: Megatron's name → value."""
     shape = dict(spec.megatron_args)
     if window := shape.get("window_size"):
@@ -263,13 +239,10 @@ def _shape_of(spec: ModelSpec) -> dict[str, Any]:
 def _shape_flags(spec: ModelSpec, parser: Parser) -> list[str]:
     """The model's shape as command-line arguments."""
     argv: list[str] = []
-    for name, value in _shape_of(spec).items():
+    for name, value in shape_of(spec).items():
         actions = parser.actions_of(name)
         if not actions:
-            raise UserError(
-                f"model_spec.json contains {name}, which this version of Megatron does not support; convert the model "
-                "again"
-            )
+            raise UserError(f"model_spec.json has {name}, which Megatron does not support; convert the model again")
         if value is None or value == actions[0].default:
             continue
         switch = next((action for action in actions if action.nargs == 0 and action.const == value), None)

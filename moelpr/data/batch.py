@@ -1,4 +1,4 @@
-"""From data iterator to the tensors of one micro-batch on this rank, and the token counts of its global batch."""
+"""The tensors of one micro-batch on this rank, and the token counts of its global batch."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ _KEYS = ("tokens", "labels", "loss_mask", "position_ids", "is_original", "is_ori
 
 @dataclass(frozen=True)
 class GlobalCounts:
-    """Tokens of a whole step, over all micro-batches and data-parallel ranks; fp32 scalars."""
+    """Token counts of a step, over all micro-batches and data-parallel ranks; fp32 scalars."""
 
     original_tokens: Tensor
     loss_tokens: Tensor
@@ -36,16 +36,17 @@ class Batch:
 
 
 class BatchReader:
-    """Reads micro-batches; reads all of a step ahead when training, because the LPR loss needs the step's token count.
+    """Reads micro-batches, all of a step at once, because the LPR loss needs the step's token count.
 
-    Tensor rank 0 of every pipeline stage has a data iterator (every stage has routers) and broadcasts to the others.
+    Tensor-parallel rank 0 of every pipeline stage has a data iterator (every stage has routers) and broadcasts to the
+    others.
     """
 
     def __init__(self) -> None:
         self._waiting: WeakKeyDictionary[Any, deque[Batch]] = WeakKeyDictionary()
 
     def next(self, data_iterator: Iterator[dict[str, Tensor]] | None, num_microbatches: int, owner: Any) -> Batch:
-        """The next micro-batch of `owner` (the model chunk that will run it, since each chunk reads for itself)."""
+        """Return the next micro-batch of `owner`, the model chunk that runs it (each chunk reads its own data)."""
         waiting = self._waiting.setdefault(owner, deque())
         if not waiting:
             waiting.extend(self._read_step(data_iterator, num_microbatches))
@@ -62,7 +63,7 @@ class BatchReader:
 
 
 def _broadcast(sample: dict[str, Tensor] | None) -> dict[str, Tensor]:
-    """The same int64 tensors on every tensor-parallel rank."""
+    """Return the same int64 tensors on every tensor-parallel rank."""
     if sample is not None:
         sample = {key: sample[key].long() for key in _KEYS}
     return tensor_parallel.broadcast_data(list(_KEYS), sample, torch.int64)
@@ -82,7 +83,7 @@ def _to_batch(tensors: dict[str, Tensor], counts: GlobalCounts) -> Batch:
 
 
 def slice_for_context_parallel(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """This context-parallel rank's share of the sequence (Megatron's balanced two-chunk split), or all of it."""
+    """Return this context-parallel rank's part of the sequence (Megatron's balanced two-chunk split)."""
     if parallel_state.get_context_parallel_world_size() == 1:
         return tensors
     group = parallel_state.get_context_parallel_group()

@@ -1,6 +1,6 @@
-"""Megatron's .idx, memory-mapped, with every number in it checked.
+"""Megatron's .idx, memory-mapped, with every number checked.
 
-Megatron's own reader trusts the file: a damaged one ends in a traceback, or in tokens of another document.
+Megatron's own reader does not check: a damaged file leads to a traceback, or to tokens of another document.
 """
 
 import os
@@ -14,22 +14,23 @@ from numpy.typing import NDArray
 
 from moelpr.errors import UserError
 
-_HEADER = struct.Struct("<9sQBQQ")  # magic, version, type of the token ids, sequences, documents + 1
+_HEADER = struct.Struct("<9sQBQQ")  # magic, version, code of the dtype, sequences, documents + 1
 _MAGIC = b"MMIDIDX\0\0"
 _VERSION = 1
 _DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
-_REMEDY = "rebuild the corpus with data_tools/preprocess_data.py"
-_AT_ONCE = 1 << 20  # sequences checked at a time, so that memory stays small
+_FIX = "rebuild the corpus with data_tools/preprocess_data.py"
+_AT_ONCE = 1 << 20  # sequences checked at once, so that memory stays small
 
 
 @dataclass(frozen=True)
 class CorpusIndex:
-    """Where a corpus's sequences and documents lie in its .bin.
+    """Where the sequences and documents of a corpus are in its .bin.
 
-    dtype: of the token ids.
-    sequence_lengths: [sequences] int32, tokens; sequences follow each other.
-    document_starts: [documents + 1] int64, each document's first sequence, and the number of sequences.
-    num_tokens: tokens in the .bin.
+    Attributes:
+        dtype: of the token IDs.
+        sequence_lengths: tokens of each sequence, int32 [sequences]; sequences are contiguous.
+        document_starts: each document's first sequence, and the number of sequences, int64 [documents + 1].
+        num_tokens: number of tokens in the .bin.
     """
 
     dtype: np.dtype
@@ -39,18 +40,18 @@ class CorpusIndex:
 
     @classmethod
     def open(cls, prefix: str | os.PathLike[str]) -> Self:
-        """The .idx of a corpus prefix, compared with itself and with the size of its .bin.
+        """Open the .idx of a corpus prefix and check it against itself and the size of the .bin.
 
         Raises:
-            UserError: one of the two files is missing or can't be opened, the .idx is damaged, or the .bin is not the
-                one it describes.
+            UserError: One of the two files is missing or can't be opened, the .idx is damaged, or it describes another
+                .bin.
         """
         idx, bin_file = Path(f"{os.fspath(prefix)}.idx"), Path(f"{os.fspath(prefix)}.bin")
         missing = [str(path) for path in (bin_file, idx) if not path.is_file()]
         if missing:
             raise UserError(
                 f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; "
-                "give a corpus prefix, the path without .bin, .idx or .lang"
+                "pass a corpus prefix, the path without .bin, .idx or .lang"
             )
         try:
             content = np.memmap(idx, np.uint8, "r") if idx.stat().st_size else np.zeros(0, np.uint8)
@@ -62,15 +63,15 @@ class CorpusIndex:
         bin_bytes, expected_bytes = bin_file.stat().st_size, num_tokens * dtype.itemsize
         if bin_bytes != expected_bytes:
             raise UserError(
-                f"{bin_file} holds {bin_bytes:,} bytes but {idx} describes {expected_bytes:,} "
-                f"({num_tokens:,} tokens of {dtype.itemsize} bytes); {_REMEDY}"
+                f"{bin_file} contains {bin_bytes:,} bytes, but {idx} describes {expected_bytes:,} "
+                f"({num_tokens:,} tokens of {dtype.itemsize} bytes); {_FIX}"
             )
         return cls(dtype, lengths, starts, num_tokens)
 
 
 def _arrays(idx: Path, content: NDArray[np.uint8]) -> tuple[np.dtype, NDArray, NDArray, NDArray]:
-    """Type of the token ids, sequence lengths, sequence pointers and document starts, of the promised sizes."""
-    damaged = UserError(f"{idx} is no whole Megatron .idx file; {_REMEDY}")
+    """Return dtype of the token IDs, sequence lengths, sequence pointers and document starts."""
+    damaged = UserError(f"{idx} is not a complete Megatron .idx file; {_FIX}")
     if len(content) < _HEADER.size:
         raise damaged
     magic, version, code, sequences, starts = _HEADER.unpack_from(content)
@@ -87,12 +88,12 @@ def _arrays(idx: Path, content: NDArray[np.uint8]) -> tuple[np.dtype, NDArray, N
 
 
 def _check_sequences(idx: Path, lengths: NDArray, pointers: NDArray, token_bytes: int) -> int:
-    """The number of tokens; each sequence must begin where the one before it ends."""
+    """Return the number of tokens; each sequence must begin where the previous one ends."""
     num_tokens = 0
     for first in range(0, len(lengths), _AT_ONCE):
         piece = lengths[first : first + _AT_ONCE].astype(np.int64)
         ends = num_tokens + np.cumsum(piece)
         if (piece < 0).any() or not np.array_equal(pointers[first : first + _AT_ONCE], (ends - piece) * token_bytes):
-            raise UserError(f"{idx} is damaged: its sequences do not follow each other; {_REMEDY}")
+            raise UserError(f"{idx} is damaged: its sequences are not contiguous; {_FIX}")
         num_tokens = int(ends[-1])
     return num_tokens

@@ -1,10 +1,13 @@
-"""Megatron's indexed dataset and GPT dataset, with one language bit beside every token.
+"""Megatron's indexed dataset and GPT dataset with a language bit for every token, and their configuration.
 
-Packing, shuffling and blending stay Megatron's: the indexed dataset notes from where it read the parts of a sample, and
-the GPT dataset looks up the bits of all these places at once.
+Packing, shuffling and blending are Megatron's: the indexed dataset records where it read the parts of a sample, and
+the GPT dataset looks up the bits of all these ranges at once.
 """
 
+import argparse
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,31 +17,39 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 from numpy.typing import NDArray
 
 from moelpr.data.corpus_index import CorpusIndex
-from moelpr.data.language_bits import open_language_bits
+from moelpr.data.language_bits import LanguageBits, language_bits_path, open_language_bits
 from moelpr.errors import UserError
+from moelpr.run_folder import HF_FOLDER
 
 _SEQUENCES_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
 class TokenIds:
-    """What Megatron's datasets ask a tokenizer for. `eod` -1: the corpus has no end-of-document token."""
+    """What Megatron's datasets need of a tokenizer.
+
+    Attributes:
+        vocab_size: vocabulary size of the model.
+        eod: ID of the end-of-document token; -1 if the corpus has none.
+        pad: ID of padding; -1 is never in a corpus, so no real token is taken for padding.
+        unique_identifiers: part of the name of Megatron's cache.
+    """
 
     vocab_size: int
     eod: int = -1
-    pad: int = -1  # never in a corpus, so that no real token is taken for padding
+    pad: int = -1
     unique_identifiers: dict[str, Any] = field(default_factory=dict)
 
 
 class TaggedIndexedDataset(IndexedDataset):
-    """`<prefix>.bin/.idx/.lang`; like Megatron's, it trusts the .idx.
+    """`<prefix>.bin/.idx/.lang`. Like Megatron's, it does not check the .idx.
 
     Attributes:
-        bits: the language bits.
-        edges: start and stop, in tokens, of everything that `get` has read since `edges` was emptied.
+        bits: language bits.
+        edges: start and stop, in tokens, of every range that `get` has read since `edges` was cleared, flattened.
 
     Raises:
-        UserError: `.lang` is missing or damaged, or doesn't cover `.bin`.
+        UserError: The .lang is missing or damaged, or does not cover the .bin.
     """
 
     def __init__(self, path_prefix: str, **options: Any) -> None:
@@ -55,7 +66,7 @@ class TaggedIndexedDataset(IndexedDataset):
         self.edges: list[int] = []
         self._pointers, self._lengths = self.index.sequence_pointers, self.index.sequence_lengths
         self._token_bytes = DType.size(self.index.dtype)
-        # A slice of all tokens costs a third of what Megatron's way to one sequence does.
+        # Slicing one array of all tokens takes a third of the time that Megatron's `get` needs.
         self._tokens = self.bin_reader.read(self.index.dtype, num_tokens, 0) if self.mmap else None
 
     def get(self, idx: int, offset: int = 0, length: int | None = None) -> NDArray[np.number]:
@@ -66,17 +77,18 @@ class TaggedIndexedDataset(IndexedDataset):
         return super().get(idx, offset, length) if self._tokens is None else self._tokens[start:stop]
 
     def count_original(self, first: int, last: int) -> tuple[int, int]:
-        """Of sequences `first` to `last`, both included: those that begin with an original-language token, and the
-        number of original-language tokens."""
+        """Count the original-language part of sequences `first` to `last`, inclusive.
+
+        Returns:
+            The number of sequences that begin with an original-language token, and of original-language tokens.
+        """
         sequences = 0
         for start in range(first, last + 1, _SEQUENCES_AT_ONCE):
             pointers = self._pointers[start : min(start + _SEQUENCES_AT_ONCE, last + 1)]
             lengths = self._lengths[start : min(start + _SEQUENCES_AT_ONCE, last + 1)]
             sequences += int(self.bits.at(pointers[lengths > 0] // self._token_bytes).sum())
-        start, stop = (
-            self._pointers.item(first) // self._token_bytes,
-            self._pointers.item(last) // self._token_bytes + self._lengths.item(last),
-        )
+        start = self._pointers.item(first) // self._token_bytes
+        stop = self._pointers.item(last) // self._token_bytes + self._lengths.item(last)
         return sequences, self.bits.count(start, stop)
 
 
@@ -93,13 +105,13 @@ class TaggedGPTDataset(GPTDataset):
                 f"{dataset_path}.bin and .idx are not both there; build them with data_tools/preprocess_data.py"
             )
         if not CorpusIndex.open(dataset_path).num_tokens:
-            raise UserError(f"{dataset_path}.bin holds no tokens; leave it out of the training data")
+            raise UserError(f"{dataset_path}.bin contains no tokens; remove it from the training data")
         return TaggedIndexedDataset(dataset_path, multimodal=False, mmap=config.mmap_bin_files)
 
     def __getitem__(self, idx: int | None) -> dict[str, Any]:
-        sample = super().__getitem__(idx)  # asks _query_document_sample_shuffle_indices, which leaves the bits here
+        sample = super().__getitem__(idx)  # calls _query_document_sample_shuffle_indices, which sets the bits
         bits = self._sample_bits
-        # Where Megatron keeps documents apart, position_ids say where they begin; these would say it once more.
+        # Redundant: if Megatron separates documents, position_ids already say where they begin.
         sample.pop("cu_seqlens", None), sample.pop("max_seqlen", None)
         sample["is_original"], sample["is_original_label"] = torch.from_numpy(bits[:-1]), torch.from_numpy(bits[1:])
         return sample
@@ -113,7 +125,68 @@ class TaggedGPTDataset(GPTDataset):
         self._sample_bits, largest = self.dataset.bits.of_sample(edges, tokens)
         if largest >= self.config.tokenizer.vocab_size:
             raise UserError(
-                f"{self.dataset_path}.bin holds token id {largest}, but the model's vocabulary has "
+                f"{self.dataset_path}.bin contains token ID {largest}, but the model's vocabulary has "
                 f"{self.config.tokenizer.vocab_size} entries; tokenize the corpus with the model's own tokenizer"
             )
         return tokens, document_ids, document_lengths
+
+
+def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
+    """Convert the trainer's arguments to Megatron's dataset configuration.
+
+    Raises:
+        UserError: There is no training data, it has no original-language token for the LPR loss, or `--eod-mask-loss`
+            has no end-of-document token.
+    """
+    from megatron.training.utils import get_blend_and_blend_per_split  # takes seconds, which reading samples need not
+
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    if blend is None and blend_per_split is None:
+        raise UserError(
+            "no training data; name corpora with --data-path PREFIX (built by data_tools/preprocess_data.py)"
+        )
+    if getattr(args, "lpr_loss_coeff", 0) > 0:
+        _check_original_tokens(blend, blend_per_split)
+    return GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=_token_ids(args),
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        inter_document_masking=args.dataloader_inter_document_masking,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=False,  # attention is causal without it
+    )
+
+
+def _check_original_tokens(blend: tuple | None, blend_per_split: list[tuple | None] | None) -> None:
+    train = blend if blend is not None else (blend_per_split or [None])[0]
+    prefixes = train[0] if train is not None else []
+    if not all(language_bits_path(prefix).exists() for prefix in prefixes):
+        return  # the dataset reports it
+    if not any(LanguageBits(language_bits_path(prefix)).num_original for prefix in prefixes):
+        raise UserError(
+            f"--lpr-loss-coeff requires original-language tokens, but {', '.join(prefixes)} contain none; add text of "
+            "the original languages (preprocess_data.py --language original), or pass --lpr-loss-coeff 0"
+        )
+
+
+def _token_ids(args: argparse.Namespace) -> TokenIds:
+    """Return the model's vocabulary; only --eod-mask-loss needs the end-of-document ID."""
+    config_file = Path(args.model_source) / HF_FOLDER / "config.json"
+    eod = json.loads(config_file.read_text()).get("eos_token_id") if config_file.is_file() else None
+    eod = eod[0] if isinstance(eod, list) else eod
+    if args.eod_mask_loss and eod is None:
+        raise UserError(
+            f"--eod-mask-loss requires an end-of-document token, but {config_file} has no eos_token_id; remove the flag"
+        )
+    return TokenIds(vocab_size=args.vocab_size, eod=-1 if eod is None else eod)

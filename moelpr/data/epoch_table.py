@@ -1,108 +1,65 @@
-"""What one epoch of the training data holds of each language, and how often a run goes through it."""
-
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+"""How much of each language one epoch of the training data contains, and how many epochs a run takes."""
 
 import numpy as np
 from megatron.core.datasets.blended_dataset import BlendedDataset
 
 from moelpr.data.dataset import TaggedGPTDataset
-from moelpr.data.manifest import Manifest
+from moelpr.data.manifest import LanguageCount, Manifest
 from moelpr.errors import UserError
 
 
-@dataclass(frozen=True)
-class Language:
-    """One epoch's share of a language, or of all languages of one bit where no manifest names them."""
-
-    name: str
-    bit: str
-    documents: int
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """One corpus of the training data.
-
-    documents, tokens: in one epoch.
-    samples: the packed sequences one epoch makes.
-    used: samples that the run takes from it.
-    epochs: how often that is the whole of it.
-    """
-
-    prefix: str
-    languages: Sequence[Language]
-    documents: int
-    tokens: int
-    samples: int
-    used: float
-    epochs: float
-
-
 def epoch_table(train: TaggedGPTDataset | BlendedDataset, num_samples: int, seq_length: int) -> str:
-    """The training data as a table.
+    """Format the training data as a table: documents, tokens and samples of one epoch, epochs and shares of the run.
 
     Args:
-        train: the training dataset as Megatron's builder makes it.
-        num_samples: samples that the whole run takes.
+        train: training dataset as Megatron's builder makes it.
+        num_samples: number of samples that the run takes.
         seq_length: tokens per sample.
 
     Raises:
-        UserError: the data is read once, for it has no weights, and the run wants more.
+        UserError: The corpora have no weights, so they are read once, but the run takes more samples.
     """
     if len(train) < num_samples:
         raise UserError(
-            f"corpora without weights are read once, which makes {len(train):,} samples, but the run takes "
+            f"corpora without weights are read once, which gives {len(train):,} samples, but the run takes "
             f"{num_samples:,}; give each corpus a weight (--data-path 1 A 1 B), or lower --train-iters"
         )
-    datasets, weights = [train], [1.0]
+    datasets, shares = [train], [1.0]
     if isinstance(train, BlendedDataset):
-        datasets, weights = train.datasets, [weight / sum(train.weights) for weight in train.weights]
-    corpora = [
-        _corpus(dataset, num_samples * weight, seq_length) for dataset, weight in zip(datasets, weights, strict=True)
+        datasets, shares = train.datasets, [weight / sum(train.weights) for weight in train.weights]
+    width = max(len("language"), *(len(dataset.dataset.path_prefix) for dataset in datasets)) + 2
+    lines = [
+        f"moelpr: training data in samples of {seq_length:,} tokens; the run takes {num_samples:,}",
+        f"  {'one epoch':<{width}}{'bit':<10}{'documents':>13}{'tokens':>18}{'samples':>13}{'epochs':>9}{'share':>9}",
     ]
-    return "\n".join(_lines(corpora, num_samples, seq_length))
-
-
-def _corpus(dataset: TaggedGPTDataset, used: float, seq_length: int) -> Corpus:
-    prefix, sequences = dataset.dataset.path_prefix, dataset.indices
-    tokens = int(dataset.dataset.sequence_lengths[sequences].sum(dtype=np.int64))
-    manifest = Manifest.read(prefix)
-    if manifest is not None and manifest.tokens == tokens:
-        documents = manifest.documents
-        languages = [
-            Language(name, count.bit, count.documents, count.tokens) for name, count in manifest.languages.items()
-        ]
-    else:  # a part of a corpus (--split), or one of which nothing but the bits is known
-        documents = len(sequences)
-        original, original_tokens = dataset.dataset.count_original(int(sequences[0]), int(sequences[-1]))
-        languages = [
-            Language("", "original", original, original_tokens),
-            Language("", "expanded", documents - original, tokens - original_tokens),
-        ]
-    languages = [language for language in languages if language.tokens]
-    languages.sort(key=lambda language: (language.bit != "original", language.name))
-    return Corpus(prefix, languages, documents, tokens, (tokens - 1) // seq_length, used, used * seq_length / tokens)
-
-
-def _lines(corpora: list[Corpus], num_samples: int, seq_length: int) -> Iterator[str]:
-    width = max(len("language"), *(len(corpus.prefix) for corpus in corpora)) + 2
-    yield f"moelpr: training data in samples of {seq_length:,} tokens; the run takes {num_samples:,}"
-    yield f"  {'one epoch':<{width}}{'bit':<10}{'documents':>13}{'tokens':>18}{'samples':>13}{'epochs':>9}{'share':>9}"
-    shares = {"original": 0.0, "expanded": 0.0}
-    for corpus in corpora:
-        share = corpus.used / num_samples
-        yield (
-            f"  {corpus.prefix:<{width}}{'':<10}{corpus.documents:>13,}{corpus.tokens:>18,}{corpus.samples:>13,}"
-            f"{corpus.epochs:>9.2f}{share:>9.1%}"
+    total = {"original": 0.0, "expanded": 0.0}
+    for dataset, share in zip(datasets, shares, strict=True):
+        prefix = dataset.dataset.path_prefix
+        tokens = int(dataset.dataset.sequence_lengths[dataset.indices].sum(dtype=np.int64))
+        documents, languages = _languages(dataset, tokens)
+        samples, epochs = (tokens - 1) // seq_length, num_samples * share * seq_length / tokens
+        lines.append(
+            f"  {prefix:<{width}}{'':<10}{documents:>13,}{tokens:>18,}{samples:>13,}{epochs:>9.2f}{share:>9.1%}"
         )
-        for language in corpus.languages:
-            part = share * language.tokens / corpus.tokens
-            shares[language.bit] += part
-            yield (
-                f"    {language.name:<{width - 2}}{language.bit:<10}{language.documents:>13,}{language.tokens:>18,}"
-                f"{'':>22}{part:>9.1%}"
-            )
-    said = " and ".join(f"{part:.1%} are {bit}-language" for bit, part in shares.items())
-    yield f"  of all tokens the run reads, {said}"
+        for name, count in sorted(languages, key=lambda item: (item[1].bit != "original", item[0])):
+            if count.tokens:
+                part = share * count.tokens / tokens
+                total[count.bit] += part
+                counts = f"{count.documents:>13,}{count.tokens:>18,}{'':>22}{part:>9.1%}"
+                lines.append(f"    {name:<{width - 2}}{count.bit:<10}{counts}")
+    parts = " and ".join(f"{part:.1%} are {bit}-language" for bit, part in total.items())
+    return "\n".join([*lines, f"  of all tokens the run reads, {parts}"])
+
+
+def _languages(dataset: TaggedGPTDataset, tokens: int) -> tuple[int, list[tuple[str, LanguageCount]]]:
+    """Return the documents of one epoch, and counts by language, or by bit (with empty names) without a manifest."""
+    manifest = Manifest.read(dataset.dataset.path_prefix)
+    if manifest is not None and manifest.tokens == tokens:
+        return manifest.documents, list(manifest.languages.items())
+    # Part of a corpus (--split), or a corpus without manifest: only the bits are known.
+    sequences = dataset.indices
+    original, original_tokens = dataset.dataset.count_original(int(sequences[0]), int(sequences[-1]))
+    return len(sequences), [
+        ("", LanguageCount("original", original, original_tokens)),
+        ("", LanguageCount("expanded", len(sequences) - original, tokens - original_tokens)),
+    ]

@@ -1,7 +1,7 @@
 """The .lang format: one language bit per token beside Megatron's .bin/.idx; 1 = original-language token.
 
-This module is the format's only definition (docs/data-format.md tells it byte by byte). A 64-byte little-endian header
-is followed by the bits, eight to a byte: token i is bit i % 8, counted from the least significant, of byte i // 8.
+Only this module defines the format (docs/data-format.md describes it byte by byte). A 64-byte little-endian header is
+followed by the bits, eight to a byte: token i is bit i % 8, counted from the least significant, of byte i // 8.
 """
 
 import mmap
@@ -26,7 +26,7 @@ HEADER_BYTES = _FIELDS.size + _HEADER_CHECKSUM.size
 
 _BUFFER_TOKENS = 8 * (1 << 20)
 _RUN_TOKENS = 1 << 20
-_REMEDY = "rebuild it with data_tools/preprocess_data.py"
+_FIX = "rebuild it with data_tools/preprocess_data.py"
 
 
 class _Header(NamedTuple):
@@ -40,15 +40,15 @@ class _Header(NamedTuple):
 
 
 def payload_bytes(num_tokens: int) -> int:
-    """Bytes that hold `num_tokens` bits."""
+    """Return the number of bytes for `num_tokens` bits."""
     return (num_tokens + 7) // 8
 
 
 class LanguageBitsWriter:
-    """Writes a .lang file piece by piece, with 2 MiB of memory whatever its length.
+    """Writes a .lang file of any length in pieces, with 2 MiB of memory.
 
-    The header is written by `finalize`; until then it is zero and no reader opens the file. As a context manager the
-    file is closed (not finalized) on the way out.
+    `finalize` writes the header; until then it is zero and readers reject the file. Used as a context manager, it
+    closes the file without finalizing it.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -68,10 +68,10 @@ class LanguageBitsWriter:
             bits: [tokens], uint8 (0 or 1) or bool; 1 = original-language token.
 
         Raises:
-            ValueError: another dtype, more than one dimension, or a value that is neither 0 nor 1.
+            ValueError: Wrong dtype, more than one dimension, or a value other than 0 and 1.
         """
         if bits.ndim != 1 or bits.dtype not in (np.uint8, np.bool_):
-            raise ValueError(f"language bits must be one row of uint8 or bool, not {bits.dtype} of shape {bits.shape}")
+            raise ValueError(f"language bits must be uint8 or bool [tokens], got {bits.dtype} of shape {bits.shape}")
         flags = np.ascontiguousarray(bits).view(np.uint8)
         done = 0
         while done < len(flags):
@@ -81,9 +81,9 @@ class LanguageBitsWriter:
             done += len(piece)
 
     def append_run(self, is_original: bool, count: int) -> None:
-        """Append `count` tokens that share one bit, however many."""
+        """Append `count` tokens that share one bit."""
         if count < 0:
-            raise ValueError(f"a run of {count} tokens")
+            raise ValueError(f"a run must have at least 0 tokens, got {count}")
         flags = np.full(min(count, _RUN_TOKENS), is_original, np.uint8)
         while count > 0:
             piece = flags[:count]
@@ -91,14 +91,14 @@ class LanguageBitsWriter:
             count -= len(piece)
 
     def finalize(self) -> None:
-        """Write what is left and the header, and close the file: it is a .lang file from here on."""
+        """Write the rest and the header, and close the file, which is now complete."""
         self._flush()
         self._file.seek(0)
         self._file.write(_Header(self._checksum, self.num_tokens, self.num_original).pack())
         self._file.close()
 
     def close(self) -> None:
-        """Close without a header: what was written stays unreadable."""
+        """Close the file without a header, so that readers reject it."""
         self._file.close()
 
     def __enter__(self) -> Self:
@@ -114,7 +114,7 @@ class LanguageBitsWriter:
             self._flush()
 
     def _flush(self) -> None:
-        # Called with a full buffer or by finalize, so only the file's last byte can be a partial one.
+        # Called with a full buffer or by finalize, so only the last byte of the file can be partial.
         full = self._buffer[: payload_bytes(self._buffered)]
         self._checksum = zlib.crc32(full, self._checksum)
         self._file.write(full)
@@ -123,12 +123,12 @@ class LanguageBitsWriter:
 
 
 class LanguageBits:
-    """A .lang file, memory-mapped. Opening checks the header and the file's size; `verify` reads everything.
+    """A memory-mapped .lang file. Opening it checks the header and the file size; `verify` reads everything.
 
-    Pickles as its path, so that a data loader's workers open the file themselves.
+    It is pickled as its path, so that the workers of a data loader open the file themselves.
 
     Raises:
-        UserError: the file is missing, not a .lang file, of another version, truncated or too long.
+        UserError: The file is missing, not a .lang file, of another version, truncated or too long.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -138,10 +138,10 @@ class LanguageBits:
                 header = file.read(HEADER_BYTES)
                 size = os.fstat(file.fileno()).st_size
                 self._header = self._read_header(header, size)
-                # A plain array over the map: np.memmap runs Python code at every slice.
+                # A plain array, because np.memmap runs Python code at every slice.
                 payload = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
         except OSError as error:
-            raise UserError(f"{self.path} can't be opened ({error.strerror}); {_REMEDY}") from error
+            raise UserError(f"{self.path} can't be opened ({error.strerror}); {_FIX}") from error
         self._payload = payload[HEADER_BYTES:]
         self.num_tokens = self._header.num_tokens
         self.num_original = self._header.num_original
@@ -153,10 +153,10 @@ class LanguageBits:
         return type(self), (self.path,)
 
     def slice(self, start: int, stop: int) -> NDArray[np.uint8]:
-        """The bits of tokens [start, stop): uint8 [stop - start], 1 = original-language token.
+        """Return the bits of tokens [start, stop): uint8 [stop - start], 1 = original-language token.
 
         Raises:
-            IndexError: unless 0 <= start <= stop <= num_tokens.
+            IndexError: Unless 0 <= start <= stop <= num_tokens.
         """
         self._check_range(start, stop)
         first = start // 8
@@ -164,35 +164,35 @@ class LanguageBits:
         return bits[start - 8 * first : stop - 8 * first]
 
     def of_sample(self, edges: list[int], ids: NDArray[np.int64]) -> tuple[NDArray[np.uint8], int]:
-        """The bits of a training sample, and its largest token id, in one pass.
+        """Return the bits of a training sample and its largest token ID, computed in one pass.
 
         Args:
-            edges: start and stop of every range of tokens that the sample was read from, one after another.
-            ids: [tokens] the sample's token ids; those behind the last range are padding, their bits are 0.
+            edges: start and stop of every range of tokens that the sample was read from, flattened.
+            ids: the sample's token IDs [tokens]; those after the last range are padding, whose bits are 0.
 
         Returns:
-            Bits, uint8 [tokens], and the largest id.
+            Bits, uint8 [tokens], and the largest ID.
 
         Raises:
-            IndexError: a range outside the file, or more tokens in the ranges than in the sample.
+            IndexError: A range is outside the file, or the ranges contain more tokens than the sample.
         """
         return _language_bits.tag(self._payload, edges, ids)
 
     def at(self, positions: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """The bits of single tokens: uint8 of `positions`' shape.
+        """Return the bits of single tokens: uint8 of the same shape as `positions`.
 
         Raises:
-            IndexError: a position outside the file.
+            IndexError: A position is outside the file.
         """
         if len(positions):
             self._check_range(int(positions.min()), int(positions.max()) + 1)
         return self._payload[positions >> 3] >> (positions & 7).astype(np.uint8) & 1
 
     def count(self, start: int, stop: int) -> int:
-        """The number of original-language tokens among tokens [start, stop).
+        """Return the number of original-language tokens among tokens [start, stop).
 
         Raises:
-            IndexError: unless 0 <= start <= stop <= num_tokens.
+            IndexError: Unless 0 <= start <= stop <= num_tokens.
         """
         self._check_range(start, stop)
         return _language_bits.count_ones(self._payload, start, stop)
@@ -201,61 +201,61 @@ class LanguageBits:
         """Read the whole file and compare it with its header.
 
         Raises:
-            UserError: the checksum or the count differs, or bits after the last token are not zero.
+            UserError: The checksum or the count differs, or bits after the last token are not zero.
         """
         checksum = zlib.crc32(self._payload)
         if checksum != self._header.payload_checksum:
-            wanted = self._header.payload_checksum
-            raise UserError(f"{self.path} is damaged: checksum {checksum:08x}, its header says {wanted:08x}; {_REMEDY}")
+            expected = self._header.payload_checksum
+            raise UserError(f"{self.path} is damaged: its checksum is {checksum:08x}, not {expected:08x}; {_FIX}")
         original = self.count(0, self.num_tokens)
         if original != self.num_original:
             raise UserError(
-                f"{self.path} is damaged: {original:,} original-language tokens, its header says "
-                f"{self.num_original:,}; {_REMEDY}"
+                f"{self.path} is damaged: it contains {original:,} original-language tokens, not "
+                f"{self.num_original:,}; {_FIX}"
             )
         if _language_bits.count_ones(self._payload, self.num_tokens, 8 * len(self._payload)):
-            raise UserError(f"{self.path} is damaged: bits are set after its last token; {_REMEDY}")
+            raise UserError(f"{self.path} is damaged: bits are set after its last token; {_FIX}")
 
     def _check_range(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self.num_tokens:
-            raise IndexError(f"tokens [{start}, {stop}) of {self.path}, which holds {self.num_tokens}")
+            raise IndexError(f"tokens [{start}, {stop}) are outside {self.path}, which contains {self.num_tokens}")
 
     def _read_header(self, header: bytes, file_bytes: int) -> _Header:
         if len(header) < HEADER_BYTES or not any(header):
-            raise UserError(f"{self.path} is no .lang file or was not finished; {_REMEDY}")
+            raise UserError(f"{self.path} is not a complete .lang file; {_FIX}")
         magic, version, *fields = _FIELDS.unpack_from(header)
         if magic != MAGIC:
-            raise UserError(f"{self.path} is no .lang file: it starts with {magic!r}, not {MAGIC!r}; {_REMEDY}")
+            raise UserError(f"{self.path} is not a .lang file: it starts with {magic!r}, not {MAGIC!r}; {_FIX}")
         if version != VERSION:
             raise UserError(
-                f"{self.path} has version {version} of the .lang format, this program reads {VERSION}; {_REMEDY}"
+                f"{self.path} has version {version} of the .lang format, but only {VERSION} is supported; {_FIX}"
             )
         found = _Header(*fields)
         if found.pack() != header:
-            raise UserError(f"{self.path} is damaged: its header does not match its own checksum; {_REMEDY}")
+            raise UserError(f"{self.path} is damaged: its header does not match its own checksum; {_FIX}")
         expected_bytes = HEADER_BYTES + payload_bytes(found.num_tokens)
         if file_bytes != expected_bytes:
             raise UserError(
-                f"{self.path} holds {file_bytes:,} bytes, its header promises {expected_bytes:,} "
-                f"for {found.num_tokens:,} tokens; {_REMEDY}"
+                f"{self.path} contains {file_bytes:,} bytes, not {expected_bytes:,} for {found.num_tokens:,} tokens; "
+                f"{_FIX}"
             )
         return found
 
 
 def language_bits_path(prefix: str | os.PathLike[str]) -> Path:
-    """The .lang file of a corpus prefix (Megatron's word for the path without .bin/.idx)."""
+    """Return the .lang file of a corpus prefix (Megatron's term for the path without .bin/.idx)."""
     return Path(f"{os.fspath(prefix)}.lang")
 
 
 def open_language_bits(prefix: str | os.PathLike[str], num_tokens: int) -> LanguageBits:
-    """Open the .lang file of a corpus and make sure that it covers the corpus: a guess would train the wrong loss.
+    """Open the .lang file of a corpus and check that it covers the corpus; wrong bits would train the wrong loss.
 
     Args:
         prefix: the corpus's path without .bin/.idx/.lang.
-        num_tokens: tokens in `<prefix>.bin`.
+        num_tokens: number of tokens in `<prefix>.bin`.
 
     Raises:
-        UserError: the file is missing or unreadable, or covers another number of tokens.
+        UserError: The file is missing or unreadable, or covers another number of tokens.
     """
     path = language_bits_path(prefix)
     if not path.exists():
@@ -266,7 +266,7 @@ def open_language_bits(prefix: str | os.PathLike[str], num_tokens: int) -> Langu
     bits = LanguageBits(path)
     if bits.num_tokens != num_tokens:
         raise UserError(
-            f"{path} covers {bits.num_tokens:,} tokens but {os.fspath(prefix)}.bin holds {num_tokens:,}; "
+            f"{path} covers {bits.num_tokens:,} tokens, but {os.fspath(prefix)}.bin contains {num_tokens:,}; "
             f"rebuild both with data_tools/preprocess_data.py"
         )
     return bits

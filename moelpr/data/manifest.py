@@ -1,6 +1,6 @@
-"""`<prefix>.manifest.json`: where a corpus comes from, what it holds, and the checksums of its files.
+"""`<prefix>.manifest.json`: where a corpus comes from, what it contains, and the checksums of its files.
 
-docs/data-format.md tells the keys. The file is written after the corpus it describes, by whoever writes a corpus.
+docs/data-format.md describes the keys.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from moelpr.errors import UserError
 from moelpr.files import atomic_file
 
 FORMAT_VERSION = 1
-_REMEDY = "rebuild the corpus with data_tools/preprocess_data.py"
+_FIX = "rebuild the corpus with data_tools/preprocess_data.py"
 
 
 @dataclass
@@ -27,10 +27,10 @@ class Source:
     """An input file.
 
     Attributes:
-        path: as it was given, "-" for standard input.
-        bytes: the file's size, compressed where it is; null for standard input.
-        sha1: from the registry and verified, else null.
-        documents: those that went into this corpus, empty ones included.
+        path: path as given, "-" for standard input.
+        bytes: (compressed) file size; null for standard input.
+        sha1: verified checksum from a registry, or null.
+        documents: number of documents in this corpus, including empty ones.
     """
 
     path: str
@@ -41,12 +41,13 @@ class Source:
 
 @dataclass
 class LanguageCount:
-    """What a corpus holds of one language (or dataset of a registry).
+    """What a corpus contains of one language (or dataset of a registry).
 
     Attributes:
         bit: "original" or "expanded".
-        documents: a document of several languages counts once for each.
-        bytes: of text, in UTF-8.
+        documents: number of documents; one of several languages counts for each.
+        tokens: number of tokens.
+        bytes: size of the text in UTF-8; 0 if unknown.
     """
 
     bit: Literal["original", "expanded"]
@@ -54,10 +55,15 @@ class LanguageCount:
     tokens: int = 0
     bytes: int = 0
 
+    def add(self, documents: int, tokens: int, bytes: int) -> None:
+        self.documents += documents
+        self.tokens += tokens
+        self.bytes += bytes
+
 
 @dataclass
 class FileRecord:
-    """One of the corpus's files."""
+    """Size and checksum of a file."""
 
     bytes: int
     sha256: str
@@ -68,12 +74,13 @@ class TokenizerRecord:
     """The tokenizer a corpus was made with.
 
     Attributes:
-        type: Megatron's name of the kind.
-        model: its path or name, as it was given.
-        eod_id: the id --append-eod puts behind a document, null where the tokenizer has none.
-        special_tokens: whether the tokenizer's own tokens around each text were kept.
+        type: Megatron's name of the type.
+        model: path or name as given.
+        vocab_size: number of token IDs.
+        eod_id: the ID that --append-eod adds after a document; null if the tokenizer has none.
+        special_tokens: whether the tokens that the tokenizer adds around each text were kept.
         fingerprint: `Tokenizer.fingerprint`.
-        vocabulary_sha256: `vocabulary_checksum` of all its ids.
+        vocabulary_sha256: `vocabulary_checksum` of all its IDs.
     """
 
     type: str
@@ -92,11 +99,15 @@ class TokenizerRecord:
 
 @dataclass
 class Manifest:
-    """What `<prefix>.manifest.json` holds.
+    """Content of `<prefix>.manifest.json`.
 
     Attributes:
+        tokenizer: the tokenizer.
+        append_eod: whether each document ends with the end-of-document token.
+        sources: input files.
         languages: counts by language name.
-        skipped_lines: broken lines that --on-error skip left out.
+        documents, tokens: total counts.
+        skipped_lines: number of malformed lines that --on-error skip omitted.
         files: "bin", "idx" and "lang".
     """
 
@@ -113,10 +124,10 @@ class Manifest:
 
     @classmethod
     def read(cls, prefix: str | os.PathLike[str]) -> Self | None:
-        """The manifest of a corpus, None where there is none.
+        """Read the manifest of a corpus; None if it has none.
 
         Raises:
-            UserError: it can't be read, is damaged, or of another format version.
+            UserError: The manifest can't be read, is damaged, or has another format version.
         """
         path = manifest_path(prefix)
         try:
@@ -124,58 +135,58 @@ class Manifest:
         except FileNotFoundError:
             return None
         except (ValueError, RecursionError, OSError) as error:
-            raise UserError(f"{path} can't be read ({_first_line(error)}); {_REMEDY}, or remove it") from error
+            raise UserError(f"{path} can't be read ({_first_line(error)}); {_FIX}, or remove it") from error
         return cls.from_json(content, str(path))
 
     @classmethod
     def from_json(cls, content: Any, name: str = "the manifest") -> Self:
-        """A manifest of JSON's values.
+        """Convert parsed JSON to a manifest.
 
         Raises:
-            UserError: they are none.
+            UserError: It is not a manifest.
         """
         version = content.get("format_version") if isinstance(content, dict) else None
         if version != FORMAT_VERSION:
-            raise UserError(f"{name} has format version {version!r}, this program reads {FORMAT_VERSION}; {_REMEDY}")
+            raise UserError(f"{name} has format version {version!r}, but only {FORMAT_VERSION} is supported; {_FIX}")
         try:
             manifest: Self = _parse(content, cls, "")
         except ValueError as error:
-            raise UserError(f"{name} is damaged: {error}; {_REMEDY}, or remove it") from error
+            raise UserError(f"{name} is damaged: {error}; {_FIX}, or remove it") from error
         return manifest
 
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     def write(self, prefix: str | os.PathLike[str]) -> None:
-        """Write it beside the corpus, whole or not at all."""
+        """Write the manifest beside its corpus, atomically."""
         with atomic_file(manifest_path(prefix)) as temporary:
             temporary.write_text(json.dumps(self.as_json(), indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def manifest_path(prefix: str | os.PathLike[str]) -> Path:
-    """The manifest of a corpus prefix."""
+    """Return the manifest file of a corpus prefix."""
     return Path(f"{os.fspath(prefix)}.manifest.json")
 
 
-class Likeness(StrEnum):
+class TokenizerMatch(StrEnum):
     """How a corpus's tokenizer compares with that of a model."""
 
-    SAME = "same"  # every text gets the same ids
-    SAME_TOKENS = "same tokens"  # an id means the same token, but a text may be cut up in another way
-    DIFFERENT = "different"  # an id may mean another token
+    SAME = "same"  # every text gets the same IDs
+    SAME_TOKENS = "same tokens"  # every ID is the same token, but a text may be split differently
+    DIFFERENT = "different"  # an ID may be a different token
     UNKNOWN = "unknown"  # the model's folder has no tokenizer that can be loaded
 
 
-def compare_tokenizers(corpus: TokenizerRecord, folder: str | os.PathLike[str]) -> Likeness:
+def compare_tokenizers(corpus: TokenizerRecord, folder: str | os.PathLike[str]) -> TokenizerMatch:
     """Compare a corpus's tokenizer with the one in a Hugging Face folder, such as a checkpoint's `hf/`.
 
-    Fingerprints decide where both are of one type. A .model file and the tokenizer.json made from it are different
-    programs; there, and where fingerprints differ, what each of the corpus's ids means is compared.
+    Tokenizers of one type are the same if their fingerprints are. Otherwise, also between a .model file and the
+    tokenizer.json made from it, the tokens of the corpus's IDs are compared.
     """
     candidates = {"HuggingFaceTokenizer": [Path(folder)]} | {
         "SentencePieceTokenizer": [Path(folder) / name for name in ("tokenizer.model", "spiece.model")]
     }
-    likeness = Likeness.UNKNOWN
+    match = TokenizerMatch.UNKNOWN
     for type, paths in candidates.items():
         for path in filter(Path.exists, paths):
             try:
@@ -183,40 +194,40 @@ def compare_tokenizers(corpus: TokenizerRecord, folder: str | os.PathLike[str]) 
             except UserError:
                 continue
             if type == corpus.type and tokenizer.fingerprint() == corpus.fingerprint:
-                return Likeness.SAME
+                return TokenizerMatch.SAME
             same = vocabulary_checksum(tokenizer.vocabulary(), corpus.vocab_size) == corpus.vocabulary_sha256
             if same:
-                likeness = Likeness.SAME_TOKENS
-            elif likeness is Likeness.UNKNOWN:
-                likeness = Likeness.DIFFERENT
-    return likeness
+                match = TokenizerMatch.SAME_TOKENS
+            elif match is TokenizerMatch.UNKNOWN:
+                match = TokenizerMatch.DIFFERENT
+    return match
 
 
-def _parse(value: Any, wanted: Any, where: str) -> Any:
-    """JSON's value as the annotated type `wanted`; ValueError says where it isn't one."""
-    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
-    if dataclasses.is_dataclass(wanted) and isinstance(value, dict):
-        hints = typing.get_type_hints(wanted)
+def _parse(value: Any, expected: Any, where: str) -> Any:
+    """Convert a JSON value to the annotated type `expected`, or raise a ValueError that names the wrong key."""
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if dataclasses.is_dataclass(expected) and isinstance(value, dict):
+        hints = typing.get_type_hints(expected)
         if missing := sorted(hints.keys() - value.keys()):
             raise ValueError(f"{where}{missing[0]} is missing")
-        # Keys of a later version of the same format are let through, as JSON readers do.
+        # Unknown keys, of later versions of the same format, are ignored.
         parsed = {name: _parse(value[name], hint, f"{where}{name}.") for name, hint in hints.items()}
-        return wanted(**parsed)  # type: ignore[operator]
+        return expected(**parsed)  # type: ignore[operator]
     if origin is list and isinstance(value, list):
         return [_parse(item, arguments[0], f"{where}{index}.") for index, item in enumerate(value)]
     if origin is dict and isinstance(value, dict):
         return {key: _parse(item, arguments[1], f"{where}{key}.") for key, item in value.items()}
     if origin is types.UnionType and any(_is(value, option) for option in arguments):
         return value
-    if (origin is Literal and value in arguments) or (origin is None and _is(value, wanted)):
+    if (origin is Literal and value in arguments) or (origin is None and _is(value, expected)):
         return value
-    raise ValueError(f"{where.removesuffix('.') or 'the file'} holds {json.dumps(value)[:40]}")
+    raise ValueError(f"{where.removesuffix('.') or 'the file'} can't be {json.dumps(value)[:40]}")
 
 
-def _is(value: Any, wanted: Any) -> bool:
-    if wanted is int:
+def _is(value: Any, expected: Any) -> bool:
+    if expected is int:
         return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    return isinstance(wanted, type) and isinstance(value, wanted)
+    return isinstance(expected, type) and isinstance(value, expected)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Tokenizers as Megatron's own flags name them, with Megatron's ids, encoding batches of texts."""
+"""Tokenizers named by Megatron's flags, with Megatron's IDs, that encode batches of texts."""
 
 import argparse
 import hashlib
@@ -10,17 +10,17 @@ from moelpr.errors import UserError
 
 TOKENIZER_TYPES = ("HuggingFaceTokenizer", "SentencePieceTokenizer")
 
-# Of an added token, what decides where it is found in a text.
+# The keys of an added token that decide where it is found in a text.
 _ADDED_TOKEN_KEYS = ("id", "content", "single_word", "lstrip", "rstrip", "normalized")
 
 
 class Tokenizer(Protocol):
-    """What turning text into tokens and back needs.
+    """Converts text to token IDs and back.
 
     Attributes:
-        vocab_size: number of ids as Megatron counts them, added tokens included.
-        eod_id: the id that ends a document, None where the tokenizer has none.
-        splits_special_tokens: whether special tokens that stand in a text are taken for text.
+        vocab_size: number of IDs as Megatron counts them, including added tokens.
+        eod_id: ID of the end-of-document token; None if the tokenizer has none.
+        splits_special_tokens: whether special tokens that occur in a text are encoded as ordinary text.
     """
 
     vocab_size: int
@@ -28,32 +28,32 @@ class Tokenizer(Protocol):
     splits_special_tokens: bool
 
     def encode_batch(self, texts: list[str], special_tokens: bool = True) -> list[list[int]]:
-        """Each text's ids, with what the tokenizer puts around a text if that is wanted here and at its loading."""
+        """Return the IDs of each text, with the tokens added around it if requested here and when loading."""
         ...
 
     def decode(self, ids: list[int]) -> str: ...
 
     def serialized(self) -> str | bytes | None:
-        """A tokenizer.json's content, a .model file's, or None where it is neither."""
+        """Return the content of a tokenizer.json or .model file; None for tokenizers of another kind."""
         ...
 
     def fingerprint(self) -> str:
-        """A word that two tokenizers of one type share when they give every text the same ids.
+        """Return a string that is equal for tokenizers of one type that give every text the same IDs.
 
-        It leaves out what decides no id (decoder, truncation, padding, training settings) and the tokens put around a
-        text, which a corpus may have or not. Saving and loading again keeps it.
+        It ignores what does not affect IDs (decoder, truncation, padding, training settings) and the tokens added
+        around a text, which a corpus may omit. Saving and loading a tokenizer does not change it.
         """
         ...
 
     def vocabulary(self) -> dict[str, int]:
-        """Each token's id, added tokens included."""
+        """Return the ID of each token, including added tokens."""
         ...
 
 
 def add_tokenizer_arguments(parser: argparse.ArgumentParser, required: bool) -> argparse._ArgumentGroup:
-    """The tokenizer flags, with Megatron's names and meaning; their group, for what a tool adds to them."""
+    """Add the tokenizer flags, with Megatron's names and meaning, and return their group."""
     group = parser.add_argument_group("tokenizer")
-    group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, required=required)
+    group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, required=required, help="tokenizer library")
     group.add_argument(
         "--tokenizer-model",
         metavar="PATH",
@@ -63,71 +63,62 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser, required: bool) -> 
     group.add_argument(
         "--tokenizer-hf-no-include-special-tokens",
         action="store_true",
-        help="leave out the special tokens a Hugging Face tokenizer puts around every text (default: keep them, as "
+        help="omit the special tokens that a Hugging Face tokenizer adds around every text (default: keep them, as "
         "Megatron does; Qwen's tokenizers add none)",
     )
     return group
 
 
-def tokenizer_fingerprint(tokenizer_type: str, tokenizer_model: str) -> str:
-    """`Tokenizer.fingerprint` of a tokenizer on this machine.
-
-    Raises:
-        UserError: it can't be loaded.
-    """
-    return load_tokenizer(tokenizer_type, tokenizer_model).fingerprint()
-
-
 def vocabulary_checksum(vocabulary: dict[str, int], vocab_size: int) -> str:
-    """SHA-256 of the tokens with ids below `vocab_size`.
+    """Return the SHA-256 of the tokens with IDs below `vocab_size`.
 
-    It is the same for tokenizers of any type in which those ids mean the same tokens, such as a SentencePiece .model
-    and its Hugging Face form with tokens added behind.
+    It is equal for tokenizers of any type in which those IDs are the same tokens, such as a SentencePiece .model and
+    its Hugging Face form with more tokens.
     """
     return _sha256(sorted((id, token) for token, id in vocabulary.items() if id < vocab_size))
 
 
 def load_tokenizer(tokenizer_type: str, tokenizer_model: str, include_special_tokens: bool = True) -> Tokenizer:
-    """Load a tokenizer from this machine; nothing is downloaded and no code of the tokenizer's is run.
+    """Load a local tokenizer; nothing is downloaded and none of its code is run.
 
     Args:
         tokenizer_type: one of TOKENIZER_TYPES.
         tokenizer_model: a folder (or the name of a cached model) or a SentencePiece .model file.
-        include_special_tokens: keep what a Hugging Face tokenizer adds around a text, such as Llama's <s>;
+        include_special_tokens: keep the tokens that a Hugging Face tokenizer adds around a text, such as Llama's <s>;
             SentencePiece never adds any.
 
     Raises:
-        UserError: it can't be loaded.
+        UserError: The tokenizer can't be loaded.
     """
     if tokenizer_type == "HuggingFaceTokenizer":
         return _HuggingFaceTokenizer(tokenizer_model, include_special_tokens)
     if tokenizer_type == "SentencePieceTokenizer":
         return _SentencePieceTokenizer(tokenizer_model)
-    raise UserError(f"the tokenizer type {tokenizer_type} is unknown; choose one of {', '.join(TOKENIZER_TYPES)}")
+    raise UserError(f"--tokenizer-type must be one of {', '.join(TOKENIZER_TYPES)}, got {tokenizer_type}")
 
 
 class _HuggingFaceTokenizer:
     def __init__(self, model: str, include_special_tokens: bool) -> None:
-        from transformers import AutoTokenizer  # two seconds; SentencePiece users don't pay them
+        from transformers import AutoTokenizer  # takes two seconds, which SentencePiece does not need
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 model, local_files_only=True, use_fast=True, trust_remote_code=False
             )
-        except Exception as error:  # transformers raises whatever a broken file made it stumble over
+        except Exception as error:  # transformers may raise any exception on a malformed file
             raise UserError(
-                f"no tokenizer can be loaded from {model}; "
-                f"--tokenizer-model wants a folder with tokenizer.json and tokenizer_config.json"
+                f"can't load a tokenizer from {model}; "
+                "--tokenizer-model must be a folder with tokenizer.json and tokenizer_config.json"
             ) from error
         self._tokenizer = tokenizer
         self._include_special_tokens = include_special_tokens
         self.vocab_size: int = len(tokenizer)
-        # Megatron takes the separator for the end where a tokenizer (BERT's) has only that.
+        # Megatron uses the separator if a tokenizer (BERT's) has only that.
         self.eod_id: int | None = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
         self.splits_special_tokens: bool = tokenizer.split_special_tokens
         self._backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
         if self._backend is not None:
-            # What transformers does before each call. Calling the library underneath directly is 2.6 times as fast.
+            # transformers does this before each call; calling the underlying library directly is 2.6 times as fast.
             self._backend.no_truncation()
             self._backend.no_padding()
             self._backend.encode_special_tokens = self.splits_special_tokens
@@ -152,7 +143,7 @@ class _HuggingFaceTokenizer:
     def fingerprint(self) -> str:
         if self._backend is None:
             return f"huggingface:{_sha256([type(self._tokenizer).__name__, self._tokenizer.get_vocab()])}"
-        # What encodes is what transformers has made of the files: of some models' tokenizer.json it replaces parts.
+        # Not the file: transformers replaces parts of some models' tokenizer.json.
         parts: dict[str, Any] = json.loads(self._backend.to_str())
         added = [{key: token[key] for key in _ADDED_TOKEN_KEYS} for token in parts["added_tokens"]]
         return f"huggingface:{_sha256([parts['normalizer'], parts['pre_tokenizer'], parts['model'], added])}"
@@ -171,7 +162,7 @@ class _SentencePieceTokenizer:
             processor.Load(str(Path(model)))
         except (RuntimeError, OSError) as error:
             raise UserError(
-                f"no tokenizer can be loaded from {model}; --tokenizer-model wants a SentencePiece .model file"
+                f"can't load a tokenizer from {model}; --tokenizer-model must be a SentencePiece .model file"
             ) from error
         self._processor = processor
         self.vocab_size: int = processor.get_piece_size()

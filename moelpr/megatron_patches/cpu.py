@@ -1,8 +1,8 @@
-"""Megatron Core 0.19.2 trains on CPU with gloo: every patch it needs, and the only file that knows.
+"""Patches that let Megatron Core 0.19.2 train on CPU with gloo.
 
-Megatron assumes CUDA in a few dozen places. `install()` answers those places with their CPU counterpart when no GPU
-is present and does nothing otherwise. Each patch names its reason; `tests/unit/megatron_patches/test_cpu.py` fails
-when a patched name is gone or a patch is no longer needed.
+Megatron assumes CUDA in a few dozen places. Without a GPU, `install()` replaces them with their CPU counterparts; with
+one it does nothing. Each patch states its reason; `tests/unit/megatron_patches/test_cpu.py` fails when a patched name
+is gone or a patch is no longer needed.
 """
 
 import contextlib
@@ -14,11 +14,9 @@ from typing import Any
 
 import torch
 
-from moelpr.megatron_patches import async_save
-
 CPU = torch.device("cpu")
 
-# Megatron flags that choose CUDA-only kernels or CUDA behaviour, with the value that works on CPU.
+# Megatron arguments that choose CUDA-only kernels or CUDA behavior, with the value that works on CPU.
 CPU_ARGUMENTS: dict[str, Any] = {
     "distributed_backend": "gloo",
     "transformer_impl": "local",
@@ -32,21 +30,8 @@ CPU_ARGUMENTS: dict[str, Any] = {
     "num_workers": 0,
 }
 
-# torch functions that create a tensor and are called with device="cuda" or a CUDA device index.
-_FACTORIES = (
-    "tensor",
-    "as_tensor",
-    "zeros",
-    "ones",
-    "empty",
-    "full",
-    "rand",
-    "randn",
-    "arange",
-    "zeros_like",
-    "ones_like",
-    "empty_like",
-)
+# torch functions that Megatron calls with device="cuda" or a CUDA device index.
+_FACTORIES = "tensor as_tensor zeros ones empty full rand randn arange zeros_like ones_like empty_like".split()
 
 _installed = False
 
@@ -57,12 +42,12 @@ def is_needed() -> bool:
 
 
 def install() -> None:
-    """Patch torch.cuda and Megatron for CPU; nothing happens where a GPU is present or the patches are in already."""
+    """Patch torch.cuda and Megatron for CPU, once and only without a GPU. Call it before Megatron is imported."""
     global _installed
     if _installed or not is_needed():
         return
     _installed = True
-    # Says at every import that there is no CUDA device, which is why we are here.
+    # Warns at every import that there is no CUDA device.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     torch.compiler.set_stance("force_eager")  # jit_fuser compiles with inductor: minutes of C++ on a 2-core machine
     _patch_torch_cuda()
@@ -71,9 +56,33 @@ def install() -> None:
     _patch_megatron()
 
 
+def async_save_worker(*args: Any, **kwargs: Any) -> None:
+    """Megatron's loop in the helper process that writes a checkpoint while training continues (`--async-save`).
+
+    Megatron copies GPU tensors to the helper's memory before training may change them. Without a GPU, two things fail,
+    silently or with a trainer that waits indefinitely: the helper divides by the number of CUDA devices, and it gets
+    CPU tensors as shared memory, which training overwrites while the helper saves it.
+    """
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    torch.cuda.device_count = lambda: 1
+    torch.cuda.set_device = torch.cuda.synchronize = _do_nothing
+    share = FileSystemWriterAsync.preload_tensors
+
+    def copy(buckets: list[Any], non_blocking: bool = True) -> list[Any]:
+        return [
+            (file, key, (objects, [(item, tensor.clone()) for item, tensor in tensors]))
+            for file, key, (objects, tensors) in share(buckets, non_blocking)
+        ]
+
+    FileSystemWriterAsync.preload_tensors = staticmethod(copy)
+    PersistentAsyncCaller.async_loop(*args, **kwargs)
+
+
 def _patch_torch_cuda() -> None:
     cuda = torch.cuda
-    # One "device" per process, so that mpu and the random number trackers are set up.
+    # One "device" per process, so that parallel_state and the random number trackers are set up.
     cuda.device_count = lambda: 1
     cuda.current_device = lambda: CPU
     for name in ("set_device", "synchronize", "empty_cache", "set_stream", "ipc_collect"):
@@ -83,13 +92,12 @@ def _patch_torch_cuda() -> None:
     cuda.stream = lambda stream=None: contextlib.nullcontext()
     cuda.is_current_stream_capturing = lambda: False
     cuda.nvtx.range_push = cuda.nvtx.range_pop = _do_nothing
-    # Random numbers come from the CPU generator. Without this, dropout and initialisation run with a wrong state and
-    # say nothing.
+    # Random numbers come from the CPU generator. Otherwise dropout and initialization silently use a wrong state.
     cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
     cuda.manual_seed_all = _do_nothing  # torch.manual_seed calls it after seeding the CPU generator
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
-    # Memory reports of the training log.
+    # The training log reports memory.
     cuda.memory_stats = lambda device=None: _Zeros()
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
         setattr(cuda, name, lambda device=None: 0)
@@ -101,14 +109,14 @@ def _patch_torch_cuda() -> None:
 
 
 def _patch_torch_tensors() -> None:
-    # `with torch.device("meta")` knows the factories by identity and looks them up once, at first use: before we wrap.
+    # `with torch.device("meta")` compares factories by identity; it looks them up at first use, so before wrapping.
     torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
     torch.Tensor.record_stream = _do_nothing  # type: ignore[method-assign, assignment]
     torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign, assignment]
-    # The distributed optimizer sorts parameters by .type() and knows only torch.cuda.*Tensor.
+    # The distributed optimizer groups parameters by .type() and supports only torch.cuda.*Tensor.
     tensor_type = torch.Tensor.type
 
     def cuda_type(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -122,7 +130,7 @@ def _patch_torch_tensors() -> None:
 
 
 def _patch_gloo() -> None:
-    """gloo gathers and scatters equal shares only; its all-to-all takes any, which expert tensor parallelism needs."""
+    """Expert tensor parallelism exchanges parts of different sizes, which gloo supports only in all-to-all."""
     import torch.distributed as dist
 
     all_gather, reduce_scatter = dist.all_gather, dist.reduce_scatter
@@ -153,6 +161,7 @@ def _exchange(parts: list[torch.Tensor], rows_received: list[int], group: Any) -
 
 
 def _patch_megatron() -> None:
+    import megatron.core.dist_checkpointing.strategies.async_utils as async_utils
     import megatron.core.fusions.fused_bias_swiglu as fused_bias_swiglu
     import megatron.core.tensor_parallel.random as random
     import megatron.core.transformer.mlp as mlp
@@ -164,9 +173,9 @@ def _patch_megatron() -> None:
 
     from moelpr.megatron_patches.swiglu import swiglu, weighted_swiglu
 
-    # asserts torch.cuda.is_available() unless told otherwise
+    # asserts torch.cuda.is_available() by default
     training.initialize_megatron = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
-    # warms fused kernels up on a CUDA device
+    # warms up fused kernels on a CUDA device
     training.set_jit_fusion_options = _do_nothing
     # writes the CUDA generator's state directly
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
@@ -179,12 +188,12 @@ def _patch_megatron() -> None:
         return to_cpu(tensor, as_numpy=False, record_stream=False)
 
     moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = to_cpu_or_numpy
-    # many passes over memory where nothing is compiled
+    # many passes over memory unless compiled
     fused_bias_swiglu.weighted_bias_swiglu_impl = mlp.weighted_bias_swiglu_impl = weighted_swiglu
     fused_bias_swiglu.bias_swiglu_impl = mlp.bias_swiglu_impl = swiglu
-    # starts a helper process, which is not patched
-    async_save.install()
-    # reads CUDA memory counters of a device that is not there
+    # runs in a helper process, which is not patched and finds the function by its name
+    async_utils.PersistentAsyncCaller.async_loop = staticmethod(async_save_worker)
+    # reads the memory counters of a CUDA device
     common_utils.report_memory = training.report_memory = _do_nothing
 
 
@@ -209,7 +218,7 @@ class _Zeros(dict[str, int]):
 
 
 class _InertStream:
-    """Stands in for torch.cuda.Stream and torch.cuda.Event: CPU work is always in order."""
+    """Replaces torch.cuda.Stream and torch.cuda.Event: work on the CPU is always in order."""
 
     priority_range = staticmethod(lambda: (0, 0))
 

@@ -1,22 +1,39 @@
-"""Faults of Megatron Core 0.19.2 that hit every machine, and the smallest cure of each.
+"""Fixes for bugs of Megatron Core 0.19.2 that affect every machine.
 
 `tests/unit/megatron_patches/test_megatron_fixes.py` fails once a fix is no longer needed.
 """
 
 import importlib.util
-from functools import wraps
+from argparse import Namespace
+from collections.abc import Callable
+from functools import cache, wraps
 from typing import Any
 
+import torch
+from torch.optim.adam import adam
 
+
+@cache
 def install() -> None:
-    _use_the_built_dataset_helper()
+    """Apply all fixes, once per process. Call it before anything imports the patched names."""
+    _use_prebuilt_dataset_helper()
     _count_adam_steps_per_group()
     _load_fp32_optimizer_shards()
     _load_optimizers_without_parameters()
+    _reduce_metrics_on_stages_without_routers()
 
 
-def _use_the_built_dataset_helper() -> None:
-    """Megatron runs `make` for its dataset helper at every start; the wheel has the built helper and no Makefile."""
+def gpt_config_from_args(args: Namespace, transformer: Any) -> Any:
+    """Megatron's function of this name, which ignores --rope-scaling-factor and always uses 8."""
+    from megatron.training import argument_utils
+
+    config = argument_utils.gpt_config_from_args(args, transformer)
+    config.rope_scaling_factor = args.rope_scaling_factor
+    return config
+
+
+def _use_prebuilt_dataset_helper() -> None:
+    """Megatron runs `make` for its dataset helper at every start, but the wheel has a built helper and no Makefile."""
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
         return  # a source checkout: let Megatron build it
     import megatron.core.datasets.utils as dataset_utils
@@ -27,13 +44,11 @@ def _use_the_built_dataset_helper() -> None:
 def _count_adam_steps_per_group() -> None:
     """Without Transformer Engine and Apex, the distributed optimizer saves checkpoints that it can't load.
 
-    It looks for torch Adam's step count in per-parameter state and asserts that every rank finds exactly one; a rank
-    without a shard finds none. Adams that keep the count in the parameter group go through another branch.
+    It expects torch Adam's step count in the per-parameter state, exactly one on every rank; a rank without a shard has
+    none. Optimizers that keep the count in the parameter group take another branch.
     """
     import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
-
-    from moelpr.megatron_patches.adam import GroupStepAdam
 
     if not optimizer.USING_PYTORCH_OPTIMIZER:
         return
@@ -43,11 +58,10 @@ def _count_adam_steps_per_group() -> None:
 
 
 def _load_fp32_optimizer_shards() -> None:
-    """In fp32 the distributed optimizer's shards are views of the parameters, which it copies into with gradients on.
+    """In fp32 the distributed optimizer's shards are views of the parameters, and loading copies into them in place.
 
-    Loading a checkpoint then stops with "a view of a leaf Variable that requires grad is being used in-place".
+    With gradients enabled, this fails with "a view of a leaf Variable that requires grad is being used in-place".
     """
-    import torch
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     load = DistributedOptimizer._set_main_param_and_optimizer_states
@@ -55,9 +69,9 @@ def _load_fp32_optimizer_shards() -> None:
 
 
 def _load_optimizers_without_parameters() -> None:
-    """Where a pipeline stage trains nothing, its optimizer's state is empty, and empty parts get lost in a checkpoint.
+    """If a pipeline stage trains nothing, its optimizer state is empty, and checkpoints drop empty parts.
 
-    Loading then stops with a KeyError. What is left is loaded all the same: it has the step count, which the first
+    Loading then fails with a KeyError. The rest still has to be loaded: it contains the step count, which the first
     stage saves for all.
     """
     from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
@@ -77,3 +91,84 @@ def _load_optimizers_without_parameters() -> None:
 
     FP32Optimizer.load_state_dict = load_fp32_state
     Float16OptimizerWithFloat16Params.load_state_dict = load_float16_state
+
+
+def _reduce_metrics_on_stages_without_routers() -> None:
+    """A pipeline stage without routers has no groups to reduce the other stages' MoE losses over.
+
+    If it is the last stage, it logs the value of a single tensor-parallel rank.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
+
+    ensure_initialized = MoEMetricsTracker.ensure_initialized
+
+    @wraps(ensure_initialized)
+    def ensure_initialized_with_group(self: MoEMetricsTracker, name: str, *args: Any, **kwargs: Any) -> None:
+        is_new = name not in self._metrics
+        ensure_initialized(self, name, *args, **kwargs)
+        if is_new:
+            # The z loss is a mean on each rank already.
+            kind = "avg_group" if name == "z_loss" else "reduce_group"
+            setattr(self._metrics[name], kind, parallel_state.get_tensor_and_context_parallel_group())
+
+    MoEMetricsTracker.ensure_initialized = ensure_initialized_with_group
+
+
+class GroupStepAdam(torch.optim.Adam):
+    """torch's fused Adam(W) with the arguments of Transformer Engine's and Apex's FusedAdam.
+
+    Like these, it keeps one step count per parameter group, whereas torch.optim.Adam keeps one per parameter.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        adam_w_mode: bool = True,
+        capturable: bool = False,
+    ) -> None:
+        super().__init__(
+            params, lr, betas, eps, weight_decay, decoupled_weight_decay=adam_w_mode, capturable=capturable
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        torch.optim.Optimizer.__setstate__(self, state)  # Adam's expects a step in every parameter's state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        assert closure is None, "Megatron never passes one"
+        for group in self.param_groups:
+            steps_before = group.get("step", 0)
+            group["step"] = steps_before + 1
+            params = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not params:
+                continue
+            states = [self._state_of(parameter) for parameter in params]
+            adam(
+                params,
+                [parameter.grad for parameter in params],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [torch.tensor(float(steps_before), device=parameter.device) for parameter in params],
+                fused=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+                decoupled_weight_decay=group["decoupled_weight_decay"],
+            )
+
+    def _state_of(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+        state = self.state[parameter]
+        if not state:
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return state

@@ -1,6 +1,6 @@
-"""SwiGLU times a row's weight on CPU: Megatron's is made of many passes over memory, which only a GPU compiler joins.
+"""Weighted SwiGLU on CPU. Megatron's makes many passes over memory, which only a GPU compiler fuses.
 
-Rows are taken in blocks that stay in the processor's cache; inside a block everything is fp32.
+Rows are processed in blocks that stay in the processor's cache; inside a block everything is fp32.
 """
 
 from typing import Any
@@ -40,14 +40,14 @@ class BlockedSwiGLU(torch.autograd.Function):
 
 
 def weighted_swiglu(gate_up: Tensor, bias: None, weights: Tensor, fp8_input_store: bool = False) -> Tensor:
-    """Takes the place of megatron.core.fusions.fused_bias_swiglu.weighted_bias_swiglu_impl."""
+    """Replaces megatron.core.fusions.fused_bias_swiglu.weighted_bias_swiglu_impl."""
     assert bias is None and not fp8_input_store
     output = BlockedSwiGLU.apply(gate_up.flatten(0, -2), weights.flatten(0, -2))
     return output.view(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
 
 def swiglu(gate_up: Tensor, bias: None, fp8_input_store: bool = False, cpu_offload_input: bool = False) -> Tensor:
-    """Takes the place of bias_swiglu_impl there; autograd's own three operations are faster than Megatron's."""
+    """Replaces bias_swiglu_impl of the same module: three operations under autograd are faster than Megatron's."""
     assert bias is None and not fp8_input_store and not cpu_offload_input
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up

@@ -1,7 +1,7 @@
 """Core attention on torch's scaled_dot_product_attention, for machines without Transformer Engine.
 
-Megatron's local attention materialises the score matrix of every head; this one does not, needs no mask tensor and
-does not repeat keys for grouped queries. It can keep the documents of a packed sequence apart.
+Megatron's local attention materializes the score matrix of every head. This one does not, needs no mask tensor, and
+does not repeat keys for grouped queries. It can restrict attention to the documents of a packed sequence.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class SDPACoreAttention(MegatronModule):
-    """Causal attention; what it lacks (dropout, context parallelism) is refused before it is built."""
+    """Causal self-attention. Dropout and context parallelism, which it lacks, are rejected before it is built."""
 
     def __init__(
         self,
@@ -41,11 +41,15 @@ class SDPACoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: object = None,
     ) -> Tensor:
-        """[sequence, batch, heads, head_dim] in, [sequence, batch, heads * head_dim] out.
+        """Attend to earlier tokens.
 
         Args:
-            attention_mask: [batch, sequence], each token's position in its document; a token sees no other document.
-                None: a token sees all that come before it. (Megatron hands this argument on to every layer.)
+            query, key, value: [sequence, batch, heads, head_dim].
+            attention_mask: [batch, sequence], each token's position in its document; tokens attend within documents.
+                None: they attend to all earlier tokens. (Megatron passes this argument to every layer.)
+
+        Returns:
+            [sequence, batch, heads * head_dim].
         """
         assert packed_seq_params is None and attention_bias is None
         if attention_mask is not None:
@@ -67,7 +71,7 @@ class SDPACoreAttention(MegatronModule):
         )
 
     def _window(self, query: Tensor) -> Tensor | None:
-        """[sequence, sequence], True where a token looks back at another; None where the window holds all before it."""
+        """[sequence, sequence], True where a token attends to another; None if the window contains all before it."""
         length = query.shape[2]
         if self.config.window_size is None or length <= self.config.window_size[0] + 1:
             return None
@@ -75,14 +79,14 @@ class SDPACoreAttention(MegatronModule):
         return causal.triu(-self.config.window_size[0])
 
     def _within_documents(self, query: Tensor, key: Tensor, value: Tensor, position_BS: Tensor) -> Tensor:
-        """One call per document: that is less work than one call with a mask, whose scores are mostly thrown away.
+        """One call per document: less work than one call with a mask, which discards most of the scores.
 
-        Rotary positions count from the sequence's start; attention sees differences between them only.
+        Rotary positions count from the sequence's start, but attention depends only on their differences.
         """
         starts = (position_BS == 0).index_fill(1, torch.zeros(1, dtype=torch.long, device=position_BS.device), True)
         edges = [*starts.flatten().nonzero().flatten().tolist(), starts.numel()]
         lengths = [stop - start for start, stop in zip(edges[:-1], edges[1:], strict=True)]
-        # [batch x sequence, heads, head_dim]: cut with split, whose gradient is one concatenation.
+        # [batch x sequence, heads, head_dim]; split's gradient is one concatenation.
         parts = (tensor.transpose(0, 1).flatten(0, 1).split(lengths) for tensor in (query, key, value))
         context = torch.cat(
             [

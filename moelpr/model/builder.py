@@ -1,4 +1,4 @@
-"""The one place that names GPTModel and its layer specs."""
+"""The layers of our GPT models: Megatron's dense layers, and layers with an LPRMoELayer."""
 
 from functools import partial
 
@@ -23,7 +23,7 @@ from moelpr.model.router import LPRRouter
 
 
 def block_spec(model_config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The layers this pipeline stage builds: dense ones as Megatron's, the others with an LPRMoELayer."""
+    """The specs of the layers of this pipeline stage."""
     config: MoELPRConfig = model_config.transformer
     use_te = config.transformer_impl == "transformer_engine"
     dense, moe = _dense_layer(config, use_te), None
@@ -69,9 +69,8 @@ def _moe_layer(config: MoELPRConfig, use_te: bool) -> ModuleSpec:
 def _new_experts(config: MoELPRConfig) -> type:
     if not config.moe_grouped_gemm:
         return GroupedExperts
-    from moelpr.model.te_experts import (
-        TEGroupedExperts,
-    )  # arguments/checks/machine.py saw that Transformer Engine is installed
+    # moelpr.arguments has checked that Transformer Engine is installed.
+    from moelpr.model.te_experts import TEGroupedExperts
 
     return TEGroupedExperts
 
@@ -93,7 +92,7 @@ def _moe_layer_pattern(config: MoELPRConfig) -> list[bool]:
 
 
 def _local_layers(config: MoELPRConfig, vp_stage: int | None) -> list[int]:
-    """0-based numbers of the layers this pipeline stage holds."""
+    """0-based numbers of the layers of this pipeline stage."""
     if config.pipeline_model_parallel_layout is not None:
         return config.pipeline_model_parallel_layout.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage)
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)

@@ -1,4 +1,4 @@
-"""Megatron's TransformerConfig plus what the MoE-LPR layer needs; filled from the arguments of the same names."""
+"""Megatron's TransformerConfig plus the MoE-LPR layer's fields, filled from the arguments of the same names."""
 
 from dataclasses import dataclass
 
@@ -9,28 +9,28 @@ from moelpr.model.losses import LPRVariant, per_layer_lpr_coeff
 
 @dataclass
 class MoELPRConfig(TransformerConfig):
-    """`num_moe_experts` is N, the number of *new* experts: they are what Megatron dispatches and divides over EP.
+    """`num_moe_experts` is N, the number of *new* experts, because Megatron dispatches them and divides them over EP.
 
-    The router scores E = m + N experts; the original experts are modules of their own (docs/design/original-expert.md).
+    The router scores E = m + N experts; the original experts are separate modules (docs/design/original-expert.md).
     """
 
     num_original_experts: int = 1
-    """m; more than 1 in a further round of languages, for which the experts of earlier rounds are original ones."""
+    """m; more than 1 in a later round of languages, in which the experts of earlier rounds are original experts."""
 
     lpr_loss_coeff: float = 0.0
-    """The paper's gamma; 0 switches the loss off."""
+    """The paper's gamma; 0 disables the loss."""
 
     lpr_loss: LPRVariant = "paper"
 
     train_everything: bool = False
-    """The paper's plain-MoE ablation: nothing is frozen, not even the original experts."""
+    """The paper's plain-MoE ablation: nothing is frozen, including the original experts."""
 
     dataloader_inter_document_masking: bool = False
     """Megatron's flag: attention stays within a document (SDPACoreAttention)."""
 
     @property
     def num_moe_layers(self) -> int:
-        """Layers with experts; the others were left dense."""
+        """Number of layers with experts; the others are dense."""
         if self.num_moe_experts is None:
             return 0
         if isinstance(self.moe_layer_freq, int):

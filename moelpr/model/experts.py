@@ -15,10 +15,9 @@ from torch import Tensor
 
 
 class _Weight(torch.nn.Module):
-    """Holds one stacked weight; the module's own name becomes part of the checkpoint key.
+    """A module for one stacked weight, whose name becomes part of the checkpoint key.
 
-    The weight is read by calling the module, because Megatron waits for an overlapped parameter gather in a hook of
-    the call.
+    Call the module to read the weight: Megatron waits for an overlapped parameter gather in a hook of the call.
     """
 
     def __init__(self, weight: torch.nn.Parameter) -> None:
@@ -50,7 +49,7 @@ class GroupedExperts(MegatronModule):
         self.linear_fc1 = self._weight(num_local_experts, 2 * ffn, config.hidden_size, partition_dim=1)
         self.linear_fc2 = self._weight(num_local_experts, config.hidden_size, ffn, partition_dim=2)
         if config.perform_initialization:
-            # Real runs load a checkpoint; this start only has to be sane and the same for every layout's own shard.
+            # Real runs load a checkpoint; tests need a sensible initialization.
             with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
                 config.init_method(self.linear_fc1.weight)
                 config.output_layer_init_method(self.linear_fc2.weight)
@@ -59,28 +58,32 @@ class GroupedExperts(MegatronModule):
         device = torch.device("cpu") if self.config.use_cpu_initialization else torch.cuda.current_device()
         weight = torch.nn.Parameter(torch.empty(*shape, dtype=self.config.params_dtype, device=device))
         set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=partition_dim, stride=1)
-        # False: an expert's parameter, reduced over the expert-data-parallel ranks, in its own optimizer. Megatron
-        # says so only where those differ from the data-parallel ranks; said always, optimizer state fits any layout.
+        # False: an expert's parameter, reduced over the expert-data-parallel ranks, with an optimizer of its own.
+        # Megatron sets this only if these differ from the data-parallel ranks; set always, optimizer state fits any
+        # layout.
         setattr(weight, "allreduce", False)  # noqa: B010 (an attribute Megatron reads, unknown to torch's types)
         return _Weight(weight)
 
     def forward(self, hidden_TH: Tensor, tokens_per_expert: Tensor, gate_weight_T: Tensor) -> tuple[Tensor, None]:
-        """Rows sorted by expert in, rows of the same order out, each already multiplied by its gate weight.
+        """Apply the experts.
 
         Args:
-            hidden_TH: the T rows routed to this rank's experts.
-            tokens_per_expert: how many rows each local expert has, in order; sums to T.
-            gate_weight_T: the routing weight of each row.
+            hidden_TH: the T rows routed to this rank's experts, sorted by expert.
+            tokens_per_expert: number of rows of each local expert; sums to T.
+            gate_weight_T: gate weight of each row.
+
+        Returns:
+            The experts' outputs times the gate weights [T, H], in the same order; and no bias.
         """
         ends = tokens_per_expert.to(hidden_TH.device, non_blocking=True).cumsum(0).to(torch.int32)
         grouped_mm = torch.nn.functional.grouped_mm
         gate_up = grouped_mm(hidden_TH, self.linear_fc1().transpose(1, 2), offs=ends)
-        # In fp32 inside, so that bf16 runs keep the routers' gradient; saves only gate_up for the backward pass.
+        # Computes in fp32, so that bf16 runs keep the routers' gradient; saves only gate_up for the backward pass.
         activated = weighted_bias_swiglu_impl(gate_up, None, gate_weight_T.unsqueeze(-1))
         return grouped_mm(activated, self.linear_fc2().transpose(1, 2), offs=ends), None
 
     def backward_dw(self) -> None:
-        """Megatron asks every experts module; weight gradients are never delayed here."""
+        """Called by Megatron; weight gradients are never delayed here."""
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

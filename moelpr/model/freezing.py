@@ -1,4 +1,4 @@
-"""Freezing what a stage does not train, and a table that counts it."""
+"""Freeze the parameters that a stage does not train, and report their number."""
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -7,10 +7,13 @@ from moelpr.stages import Part, Stage, part_of, trained_parts
 
 
 def freeze(model_chunks: list[GPTModel], stage: Stage, train_everything: bool = False) -> list[GPTModel]:
-    """Leave gradients on for what the stage trains and off for everything else; returns the same chunks.
+    """Disable gradients of the parameters that the stage does not train.
 
-    Runs before the model is wrapped for data parallelism, so that frozen parameters get no gradient buffer and no
+    Call it before the model is wrapped for data parallelism, so that frozen parameters get no gradient buffer and no
     optimizer state.
+
+    Returns:
+        The same chunks.
     """
     trained = trained_parts(stage, train_everything)
     if trained == frozenset(Part):
@@ -20,7 +23,7 @@ def freeze(model_chunks: list[GPTModel], stage: Stage, train_everything: bool = 
             parameter.requires_grad_(part_of(name) in trained)
         embedding = getattr(chunk, "embedding", None)
         if embedding is not None and chunk.config.recompute_granularity is not None:
-            # Reentrant recompute gives no gradient at all when no input of the checkpointed layers requires one.
+            # Reentrant recompute computes no gradient unless an input of the checkpointed layers requires one.
             embedding.register_forward_hook(
                 lambda module, inputs, output: output.requires_grad_(torch.is_grad_enabled())
             )

@@ -1,4 +1,4 @@
-"""LPRMoELayer: the original experts stay at home, the new experts are dispatched by Megatron."""
+"""LPRMoELayer: original experts replicated on every expert-parallel rank, new experts dispatched by Megatron."""
 
 from dataclasses import dataclass
 
@@ -24,8 +24,8 @@ class LPRMoESubmodules(MoESubmodules):
 class NewExpertsDispatcher(MoEAlltoAllTokenDispatcher):
     """All-to-all for the rows of new experts only.
 
-    Megatron assumes tokens x top-k routed rows; with the original experts' rows taken out the count depends on the
-    routing, as it does with token dropping.
+    Megatron assumes tokens x top-k routed rows. Without the original experts' rows, the number depends on the routing,
+    as with token dropping.
     """
 
     def preprocess(self, routing_map: Tensor) -> Tensor:
@@ -44,29 +44,29 @@ class NewExpertsDispatcher(MoEAlltoAllTokenDispatcher):
 
     @property
     def _rows_come_sorted(self) -> bool:
-        """Rows of a single rank leave it in the order of its experts; Megatron copies them into that order again."""
+        """On a single rank, rows are already in the order of its experts, so Megatron's sorting copy can be skipped."""
         return self.ep_size * self.tp_size == 1
 
 
-class OriginalExpertsAtHome:
-    """The original experts' pass over one micro-batch, on a stream of its own, in the dispatcher's seat for shared
-    experts.
+class OverlappedOriginalExperts:
+    """The original experts' pass over one micro-batch, overlapped with the new experts' dispatch on a side stream.
 
-    Megatron calls these methods between the steps of the new experts' dispatch. The pass is launched behind the rows'
-    exchange and ahead of the weights': where a GPU starts kernels in the order of their launches
-    (CUDA_DEVICE_MAX_CONNECTIONS=1), the second exchange waits for the first, and what is launched behind it as well.
+    Megatron calls these methods between the steps of the dispatch, through the dispatcher's shared-expert overlap
+    hooks. The pass is launched after the exchange of rows and before that of weights: if a GPU starts kernels in the
+    order of their launches (CUDA_DEVICE_MAX_CONNECTIONS=1), the second exchange and all later kernels wait for the
+    first exchange.
     """
 
     side_stream: torch.cuda.Stream | None = None  # one for all layers
 
     def __init__(self, experts: OriginalExperts, gate_weights_TM: Tensor) -> None:
-        if OriginalExpertsAtHome.side_stream is None:
-            OriginalExpertsAtHome.side_stream = torch.cuda.Stream()
-        self._stream, self._experts = OriginalExpertsAtHome.side_stream, experts
+        if OverlappedOriginalExperts.side_stream is None:
+            OverlappedOriginalExperts.side_stream = torch.cuda.Stream()
+        self._stream, self._experts = OverlappedOriginalExperts.side_stream, experts
         self._gate_weights_TM = gate_weights_TM
 
     def pre_forward_comm(self, hidden_SBH: Tensor) -> None:
-        """Find the tokens, which waits for the routing, while the stream is still empty."""
+        """Find the tokens, which synchronizes with the routing, while the side stream is still empty."""
         self._hidden_SBH = hidden_SBH
         self._chosen = [gate_weight_T.nonzero().squeeze(1) for gate_weight_T in self._gate_weights_TM.unbind(1)]
 
@@ -74,7 +74,7 @@ class OriginalExpertsAtHome:
         self._stream.wait_stream(torch.cuda.current_stream())
 
     def linear_fc1_forward_and_act(self, rows_under_way: Tensor) -> None:
-        """The whole pass. Backward runs on the same stream and waits where streams meet: autograd sees to it."""
+        """Run the pass. Autograd runs its backward on the same stream and synchronizes the streams."""
         with torch.cuda.stream(self._stream):
             self._output = self._experts(self._hidden_SBH, self._gate_weights_TM, self._chosen)
         for tensor in (self._hidden_SBH, self._gate_weights_TM, *self._chosen):
@@ -92,11 +92,11 @@ class OriginalExpertsAtHome:
 
 
 class LPRMoELayer(MoELayer):
-    """Mixture of m frozen original experts (the router's first m columns) and N new experts (the columns after them).
+    """Mixture of m frozen original experts (the router's first m columns) and N new experts (the other columns).
 
-    The original experts never travel: being frozen, every expert-parallel rank holds its own copies, which cannot
-    diverge and need no gradient, no optimizer state and no communication. On a GPU they work while the new experts'
-    rows are under way, as Megatron's shared experts do.
+    Every expert-parallel rank has copies of the original experts. Because they are frozen, the copies cannot diverge
+    and need no gradient, optimizer state or communication. On a GPU they run while the new experts' rows are exchanged,
+    as Megatron's shared experts do.
     """
 
     config: MoELPRConfig
@@ -120,13 +120,17 @@ class LPRMoELayer(MoELayer):
     def forward(
         self, hidden_states: Tensor, intermediate_tensors: None = None, padding_mask: Tensor | None = None
     ) -> tuple[Tensor, None]:
-        """[sequence, batch, hidden] in and out; the residual is added by the caller.
+        """The layer's output, to which the caller adds the residual.
 
         Args:
-            padding_mask: [batch, sequence] language bits. Megatron hands this one per-token argument from the model
-                through block, layer and recompute to every MoE layer, so the bit travels in it.
+            hidden_states: [sequence, batch, hidden].
+            padding_mask: language bits [batch, sequence]. This is the only per-token argument that Megatron passes from
+                the model through block, layer and recompute to every MoE layer.
+
+        Returns:
+            [sequence, batch, hidden], and no bias.
         """
-        assert intermediate_tensors is None, "CUDA graphs inside the MoE layer are refused by arguments/method.py"
+        assert intermediate_tensors is None, "moelpr.arguments rejects CUDA graphs in the MoE layer"
         bits_SB = None if padding_mask is None else padding_mask.transpose(0, 1)
         if self.moe_layer_recompute and self.training:
             return tensor_parallel.checkpoint(self._mixture, False, hidden_states, bits_SB), None
@@ -136,11 +140,11 @@ class LPRMoELayer(MoELayer):
         gate_weights_TE, is_chosen_TE = self.route(hidden_SBH, bits_SB)
         m = self.config.num_original_experts
         original_weights = self.original_experts.gathered(gate_weights_TE[:, :m])
-        self.token_dispatcher.shared_experts = OriginalExpertsAtHome(self.original_experts, original_weights)
+        self.token_dispatcher.shared_experts = OverlappedOriginalExperts(self.original_experts, original_weights)
         new_weights, new_choices = gate_weights_TE[:, m:].contiguous(), is_chosen_TE[:, m:].contiguous()
         rows, row_weights = self.preprocess(hidden_SBH, new_weights, new_choices)
         rows, row_weights = self.dispatch(rows, row_weights)
         output, _ = self.routed_experts_compute(rows, row_weights)
         output = self.token_dispatcher.combine_postprocess(self.combine(output))
-        self.token_dispatcher.shared_experts = None  # or it would hold this micro-batch
+        self.token_dispatcher.shared_experts = None  # or it would keep this micro-batch alive
         return output

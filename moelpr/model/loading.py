@@ -1,4 +1,4 @@
-"""A Megatron checkpoint as a model in this one process: for tests, comparisons and evaluation, not for training."""
+"""Load a Megatron checkpoint in a single process: for tests, comparisons and evaluation, not for training."""
 
 import tempfile
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ _TRANSFORMER_FIELDS = (
 
 @contextmanager
 def single_process(seed: int = 1234) -> Iterator[None]:
-    """torch.distributed and Megatron's groups for a world of one rank; does nothing inside an initialised process."""
+    """Set up torch.distributed and Megatron's groups for a world of one rank, unless they are initialized already."""
     if parallel_state.model_parallel_is_initialized():
         yield
         return
@@ -43,7 +43,11 @@ def single_process(seed: int = 1234) -> Iterator[None]:
 
 
 def transformer_config(spec: ModelSpec, **settings: object) -> MoELPRConfig:
-    """The model's shape as Megatron's config, for one process and no kernel that needs a GPU; `settings` override."""
+    """Megatron's config of the model, for one process and without kernels that need a GPU.
+
+    Args:
+        settings: fields of MoELPRConfig to override.
+    """
     shape = spec.megatron_args
     fields: dict[str, object] = {name: shape[name] for name in _TRANSFORMER_FIELDS}
     fields |= {
@@ -78,7 +82,7 @@ def transformer_config(spec: ModelSpec, **settings: object) -> MoELPRConfig:
 
 
 def build_model(spec: ModelSpec, **settings: object) -> GPTModel:
-    """An initialised model; call inside `single_process`. `settings` are fields of MoELPRConfig."""
+    """A model with random weights; call inside `single_process`. `settings` are fields of MoELPRConfig."""
     shape = spec.megatron_args
     config = GPTModelConfig(
         transformer=transformer_config(spec, **settings),
@@ -96,10 +100,10 @@ def build_model(spec: ModelSpec, **settings: object) -> GPTModel:
 
 
 def load_model(folder: Path, **settings: object) -> GPTModel:
-    """The checkpoint in `folder` (of the converter or the trainer) in fp32; call inside `single_process`.
+    """The model in a checkpoint folder of the converter or the trainer, in fp32; call inside `single_process`.
 
     Raises:
-        UserError: no checkpoint, one that does not fit its model_spec.json, or one whose base is gone or has changed.
+        UserError: there is no checkpoint, it does not match its model_spec.json, or its base is missing or has changed.
     """
     spec = ModelSpec.read(folder)
     links = checkpoint_chain(folder)

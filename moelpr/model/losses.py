@@ -1,8 +1,8 @@
-"""The method's losses as pure functions: tensors in, tensor out.
+"""The losses of the method, as pure functions of tensors.
 
 T = tokens, E = experts, of which the first m are the original ones. Every loss is a *sum* over this rank's tokens
-divided by a count that the caller takes over whatever it averages on (a rank, a micro-batch, the global batch), so that
-cutting a batch differently never changes the result.
+divided by a count over whatever the caller averages over (a rank, a micro-batch, the global batch), so that the result
+does not depend on how a batch is divided.
 """
 
 import math
@@ -23,20 +23,20 @@ def lpr_loss(
 ) -> Tensor:
     """Language-priors-routing loss: mean negative log-score of the original experts over original-language tokens.
 
-    -sum_t F(t) log sum_{i<m} G_i(t), with F(t) the language bit, G the softmax over all E experts and m the number of
-    original experts. With m = 1 it is that of the paper, section 3.3. It says nothing about which of several original
-    experts a token should choose.
+    -sum_t F(t) log sum_{i<m} G_i(t), where F(t) is the language bit, G the softmax over all E experts, and m the number
+    of original experts. With m = 1 it is the loss of the paper, section 3.3. It does not depend on which of several
+    original experts a token chooses.
 
     Args:
         logits_TE: router logits, any float type; computed in at least fp32.
         is_original_T: bool, True where the token is original-language text.
         num_original_experts: m, at least 1 and below E.
-        num_original_tokens: how many original-language tokens the mean is over; default: those in `is_original_T`.
-        variant: `paper` as above; `reference` takes the softmax twice (cross-entropy of already-softmaxed scores), as
-            the published code does, which knows m = 1 only. For comparison.
+        num_original_tokens: number of original-language tokens to average over; default: those in `is_original_T`.
+        variant: `paper` is as above; `reference` applies the softmax twice (cross-entropy of already softmaxed scores),
+            as the published code does, which supports only m = 1. For comparison.
 
     Returns:
-        A scalar; exactly 0 (with zero gradient) where no token is original-language text.
+        A scalar; exactly 0, with zero gradient, if no token is original-language text.
     """
     logits_TE = _at_least_fp32(logits_TE)
     if variant == "reference":
@@ -50,7 +50,7 @@ def lpr_loss(
 
 
 def reference_lpr_floor(num_experts: int, num_original_experts: int = 1) -> float:
-    """The smallest value `lpr_loss(..., variant="reference")` can reach, log(1 + (E-m)/(e+m-1)). The paper's: 0."""
+    """The minimum of `lpr_loss(..., variant="reference")`: log(1 + (E-m)/(e+m-1)). That of the paper's loss is 0."""
     return math.log1p((num_experts - num_original_experts) / (math.e + num_original_experts - 1))
 
 
@@ -58,8 +58,7 @@ def balance_loss(scores_TE: Tensor, is_chosen_TE: Tensor, topk: int) -> Tensor:
     """Load-balancing loss of one layer over one set of tokens: sum_i f_i P_i.
 
     f_i = E/(K T) * (tokens that chose expert i), P_i = mean score of expert i (paper section 3.2). Equals 1 under
-    perfect balance. Training uses Megatron's implementation of the same sum; this is the definition it is tested
-    against.
+    perfect balance. Training uses Megatron's implementation of the same sum; this definition is for testing it.
 
     Args:
         scores_TE: softmax of the router logits.
@@ -71,16 +70,15 @@ def balance_loss(scores_TE: Tensor, is_chosen_TE: Tensor, topk: int) -> Tensor:
 
 
 def megatron_balance_coeff(alpha: float, topk: int, num_moe_layers: int) -> float:
-    """The alpha of the paper's experiments as Megatron's `--moe-aux-loss-coeff`.
+    """Megatron's `--moe-aux-loss-coeff` for the paper's alpha.
 
-    The code they were run with sums f over the K slots and averages over layers; Megatron divides by K and adds the
-    layers up.
+    The paper's code sums f over the K slots and averages over layers; Megatron divides by K and sums over layers.
     """
     return alpha * topk / num_moe_layers
 
 
 def per_layer_lpr_coeff(gamma: float, num_moe_layers: int) -> float:
-    """The paper's gamma for one layer: the loss is a mean over layers, and each layer attaches its own share."""
+    """The paper's gamma divided by the number of layers, because the loss is a mean over layers."""
     return gamma / num_moe_layers
 
 

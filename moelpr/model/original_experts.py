@@ -1,4 +1,4 @@
-"""The m original experts of an MoE layer: the dense FFN, and the groups that earlier rounds of languages added."""
+"""The m original experts of an MoE layer: the dense FFN, then the experts that earlier rounds of languages added."""
 
 from collections.abc import Sequence
 
@@ -16,11 +16,11 @@ from moelpr.model.config import MoELPRConfig
 
 
 class OriginalExperts(torch.nn.ModuleList):
-    """Megatron MLPs, one after the other, each on the tokens that chose it.
+    """Megatron MLPs that run one after another, each on the tokens that chose it.
 
-    Every expert-parallel rank holds all of them. With expert tensor parallelism each is split over those ranks, which
-    gather their tokens as Megatron's shared experts do, once for all m. T is the number of tokens that an expert sees:
-    those of this rank, or of all ranks that share it; M is m.
+    Every expert-parallel rank has all of them. Expert tensor parallelism splits each over its ranks, which gather their
+    tokens once for all m experts, as Megatron's shared experts do. T is the number of tokens that an expert sees: those
+    of this rank, or of all ranks that share it; M is m.
     """
 
     def __init__(self, config: MoELPRConfig, submodules: MLPSubmodules, pg_collection: ProcessGroupCollection) -> None:
@@ -37,7 +37,7 @@ class OriginalExperts(torch.nn.ModuleList):
         super().__init__(experts)
         self.etp_group, self.attn_tp_group = pg_collection.expt_tp, pg_collection.tp
         for parameter in (parameter for expert in experts for parameter in expert.parameters()):
-            # A replicated parameter, unlike the dispatched experts' (matters only where it trains: --train-everything).
+            # Replicated, unlike the dispatched experts' parameters; matters only with --train-everything.
             parameter.allreduce = True
             parameter.sequence_parallel = config.sequence_parallel and not self._are_split
             parameter.tensor_model_parallel = self._are_split
@@ -47,15 +47,19 @@ class OriginalExperts(torch.nn.ModuleList):
         return self.etp_group.size() > 1
 
     def gathered(self, per_token: Tensor) -> Tensor:
-        """A tensor of this rank's tokens as one of the T tokens; its first dimension runs over them."""
+        """Gather a tensor of this rank's tokens to one of the T tokens, along its first dimension."""
         return gather_from_sequence_parallel_region(per_token, group=self.etp_group) if self._are_split else per_token
 
     def forward(self, hidden_SBH: Tensor, gate_weights_TM: Tensor, chosen: Sequence[Tensor]) -> Tensor:
-        """The experts' outputs times their gate weights, added up; zero for a token that chose none of them.
+        """Sum the experts' outputs times their gate weights.
 
         Args:
+            hidden_SBH: this rank's tokens.
             gate_weights_TM: of all T tokens.
-            chosen: for each expert, the numbers of the tokens among T that chose it.
+            chosen: for each expert, the indices of the tokens among T that chose it.
+
+        Returns:
+            [S, B, H]; zero for a token that chose none of these experts.
         """
         hidden_TH = self.gathered(hidden_SBH.flatten(0, 1))
         output_TH = torch.zeros_like(hidden_TH)
@@ -75,7 +79,7 @@ class OriginalExperts(torch.nn.ModuleList):
             assert isinstance(expert, MLP)
             state |= expert.sharded_state_dict(f"{prefix}{number}.", sharded_offsets, metadata)
         if not self._are_split:
-            # Every tensor-parallel rank holds the whole expert: one of them writes it.
+            # Every tensor-parallel rank has the complete expert; one of them writes it.
             for tensor in state.values():
                 pp, _, dp = tensor.replica_id
                 tensor.replica_id = (pp, self.attn_tp_group.rank(), dp)

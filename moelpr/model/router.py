@@ -1,4 +1,4 @@
-"""LPRRouter: Megatron's top-k router over the original and the new experts, plus the language-priors loss."""
+"""LPRRouter: Megatron's top-k router over the original and the new experts, plus the LPR loss."""
 
 import copy
 
@@ -14,11 +14,11 @@ from moelpr.model.routing_statistics import routing_vector
 
 
 class LPRLossNormalizer:
-    """What one original-language token weighs in the global batch, the same for all its micro-batches.
+    """The weight of an original-language token in the LPR loss, the same for all micro-batches of a global batch.
 
     The loss is a mean over the original-language tokens of the global batch (tensor-, context- and data-parallel ranks
-    and micro-batches), whereas every rank backpropagates its own sum. forward_step sets the weight at the start of
-    each step so that Megatron's later scaling of gradients ends in that mean.
+    and micro-batches), whereas every rank backpropagates a sum over its own tokens. forward_step sets the weight in
+    each step so that Megatron's later scaling of gradients results in that mean.
     """
 
     weight: Tensor | None = None
@@ -29,7 +29,7 @@ class LPRLossNormalizer:
 
 
 class LPRRouter(TopKRouter):
-    """Routes over E = m + N experts; columns 0 to m - 1 are the original ones."""
+    """Routes over E = m + N experts; columns 0 to m - 1 are the original experts."""
 
     config: MoELPRConfig
 
@@ -43,15 +43,18 @@ class LPRRouter(TopKRouter):
         self.routing_sums: Tensor | None = None  # routing_vector summed over the micro-batches of a step
 
     def forward(self, hidden_SBH: Tensor, language_bits_SB: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Gate weights [T, E] (0 where not chosen) and choices [T, E] (bool), T = sequence x batch on this rank.
+        """Route this rank's T = sequence x batch tokens.
 
         Args:
             hidden_SBH: input of the MoE layer.
-            language_bits_SB: 1 where the token is original-language text; None: unknown, and nothing is counted.
+            language_bits_SB: 1 for original-language text; None if unknown: no LPR loss and no statistics.
+
+        Returns:
+            Gate weights [T, E], 0 for experts that are not chosen, and choices [T, E] (bool).
         """
         logits_SBE = self.gating(self.apply_input_jitter(hidden_SBH))
         gate_weights_TE, is_chosen_TE = self.routing(logits_SBE)
-        # Recomputed layers run forward twice, first without gradients: count and attach once.
+        # Recomputed layers run forward twice, first without gradients; count and attach the loss only once.
         if self.training and torch.is_grad_enabled() and language_bits_SB is not None:
             logits_TE, is_original_T = logits_SBE.flatten(0, 1), language_bits_SB.flatten().bool()
             lpr_sum = lpr_loss(

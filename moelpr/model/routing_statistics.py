@@ -1,4 +1,4 @@
-"""What each router saw in a step, as sums that add up over micro-batches and ranks."""
+"""Routing statistics of a step, as sums that can be added over micro-batches and ranks."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class RoutingSums(NamedTuple):
-    """Sums over tokens, one row per layer; every field [L] but `scores` and `choices` [L, E]."""
+    """Sums over tokens, one row per layer: every field is [L], except `scores` and `choices`, which are [L, E]."""
 
     lpr_loss: Tensor
     original_tokens: Tensor
@@ -15,7 +15,7 @@ class RoutingSums(NamedTuple):
     original_first_choices_of_original: Tensor  # original-language tokens whose first choice is an original expert
     original_first_choices_of_expanded: Tensor
     scores: Tensor
-    choices: Tensor  # tokens that the expert is among the K chosen for
+    choices: Tensor  # tokens that have the expert among their K chosen ones
 
     @classmethod
     def from_vectors(cls, vectors_LV: Tensor) -> "RoutingSums":
@@ -27,7 +27,7 @@ class RoutingSums(NamedTuple):
     def vector_size(num_experts: int) -> int:
         return 5 + 2 * num_experts
 
-    # Means over tokens, NaN where there are none.
+    # Means over tokens, NaN without tokens.
 
     def mean_lpr_loss(self) -> Tensor:
         """Mean over layers and original-language tokens (scalar)."""
@@ -38,27 +38,27 @@ class RoutingSums(NamedTuple):
         return self.scores / (self.original_tokens + self.expanded_tokens).unsqueeze(1)
 
     def token_shares(self) -> Tensor:
-        """Share of the tokens that each expert is chosen for [L, E]; a layer's sum to K."""
+        """Fraction of the tokens that chose each expert [L, E]; sums to K in each layer."""
         return self.choices / (self.original_tokens + self.expanded_tokens).unsqueeze(1)
 
     def original_first_share_of_original(self) -> Tensor:
-        """Share of original-language tokens whose first choice is an original expert [L]."""
+        """Fraction of original-language tokens whose first choice is an original expert [L]."""
         return self.original_first_choices_of_original / self.original_tokens
 
     def original_first_share_of_expanded(self) -> Tensor:
-        """Share of expanded-language tokens whose first choice is an original expert [L]."""
+        """Fraction of expanded-language tokens whose first choice is an original expert [L]."""
         return self.original_first_choices_of_expanded / self.expanded_tokens
 
     def log_line(self) -> str:
-        """Means over layers, in the form of Megatron's log; what has no tokens is left out."""
+        """Means over layers in the format of Megatron's log; values without tokens are omitted."""
         values = {
             "lpr loss": self.mean_lpr_loss(),
             "original expert first, original tokens": self.original_first_share_of_original().mean(),
             "original expert first, expanded tokens": self.original_first_share_of_expanded().mean(),
         }
-        words = [f" {name}: {value:.4f} |" for name, value in values.items() if not value.isnan()]
+        fields = [f" {name}: {value:.4f} |" for name, value in values.items() if not value.isnan()]
         scores = " ".join(f"{score:.3f}" for score in self.mean_scores().mean(dim=0).tolist())
-        return "".join(words) + f" mean router scores: {scores} |"
+        return "".join(fields) + f" mean router scores: {scores} |"
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The new experts on Transformer Engine's grouped linear layers; imported only where it is installed and asked for."""
+"""The new experts on Transformer Engine's grouped linear layers; imported only with --moe-grouped-gemm."""
 
 from typing import Any
 
@@ -8,16 +8,16 @@ from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupe
 
 
 class TEGroupedExperts(TEGroupedMLP):
-    """Megatron's TEGroupedMLP with the checkpoint keys of moelpr.model.experts.GroupedExperts, and no others.
+    """Megatron's TEGroupedMLP with the checkpoint keys of moelpr.model.experts.GroupedExperts only.
 
-    What it leaves out is `_extra_state`, which is empty without FP8.
+    It omits `_extra_state`, which is empty without FP8.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         layers = GroupedMLPSubmodules(linear_fc1=TEColumnParallelGroupedLinear, linear_fc2=TERowParallelGroupedLinear)
         super().__init__(*args, submodules=layers, **kwargs)
         for parameter in self.parameters():
-            parameter.allreduce = False  # as in GroupedExperts: optimizer state that fits any layout
+            parameter.allreduce = False  # as in GroupedExperts, so that optimizer state fits any layout
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -1,8 +1,8 @@
-"""Rows that pad the vocabulary take no part in the softmax.
+"""Exclude rows that pad the vocabulary from the softmax.
 
-Megatron pads the embedding and the output layer to a multiple of the tensor-parallel size. Where it trains them, it
-soon learns that the padding never comes next. Here they are frozen at zero, and a logit of 0 is no small one: the loss
-would depend on the number of rows, so on the layout.
+Megatron pads the embedding and the output layer to a multiple of the tensor-parallel size. If they train, the model
+soon learns that padding never comes next. Here they are frozen at zero, and a logit of 0 is not small: without the
+mask, the loss would depend on the number of rows, and so on the layout.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def mask_padding(model_chunks: list[GPTModel], vocab_size: int) -> list[GPTModel]:
-    """Make the logits of ids from `vocab_size` on the smallest there are; returns the same chunks."""
+    """Set the logits of IDs from `vocab_size` on to the smallest finite value; returns the same chunks."""
     for chunk in model_chunks:
         if chunk.post_process:
             _mask_padding_of(chunk.output_layer, vocab_size)

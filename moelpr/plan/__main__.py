@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from moelpr.errors import UserError, run_command
-from moelpr.families.families import layer_list
+from moelpr.families.families import layer_list, read_base, with_new_experts
+from moelpr.layouts import neighbors
 from moelpr.plan.candidates import GIB, Candidate, Cluster, bubble, fitting
 from moelpr.plan.memory import RankMemory, Workload
-from moelpr.plan.model import model_parts, upcycled_spec
 
 # Of the paper's recipes, launch/recipes/paper-stage1.yaml and paper-stage2.yaml.
 PAPER_SEQ_LENGTH = {"stage1": 1024, "stage2": 512}
@@ -32,16 +32,12 @@ _TABLE_HEADER = (
 
 def main() -> None:
     args = _parser().parse_args()
-    workload = Workload(
-        stage=args.stage,
-        seq_length=args.seq_length or PAPER_SEQ_LENGTH[args.stage],
-        micro_batch_size=args.micro_batch_size,
-        global_batch_size=args.global_batch_size,
-        dtype=args.dtype,
-    )
+    seq_length = args.seq_length or PAPER_SEQ_LENGTH[args.stage]
+    workload = Workload(args.stage, seq_length, args.micro_batch_size, args.global_batch_size, args.dtype)
     cluster = _cluster(args)
-    spec = upcycled_spec(args.hf_path, args.num_new_experts, args.topk, args.moe_layers, args.moe_every_k_layers)
-    found = fitting(spec, model_parts(spec), workload, cluster)
+    layers = args.moe_layers, args.moe_every_k_layers
+    spec = with_new_experts(*read_base(args.hf_path), args.num_new_experts, args.topk, *layers)
+    found = fitting(spec, workload, cluster)
     if args.json:
         print(json.dumps(_as_json(found, workload, cluster), indent=2))
     else:
@@ -50,10 +46,9 @@ def main() -> None:
 
 def _cluster(args: argparse.Namespace) -> Cluster:
     if args.gpus > args.gpus_per_node and args.gpus % args.gpus_per_node:
-        nodes = args.gpus // args.gpus_per_node
         raise UserError(
             f"--gpus must be a multiple of --gpus-per-node {args.gpus_per_node}, got {args.gpus}; use --gpus "
-            f"{nodes * args.gpus_per_node} or {(nodes + 1) * args.gpus_per_node}, or change --gpus-per-node"
+            f"{neighbors(args.gpus, args.gpus_per_node)}, or change --gpus-per-node"
         )
     reserve = args.gpu_memory_gib * RESERVED_FRACTION if args.reserve_gib is None else args.reserve_gib
     if reserve >= args.gpu_memory_gib:
@@ -120,17 +115,12 @@ def _rank_as_json(rank: RankMemory) -> dict[str, int]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m moelpr.plan",
-        description="List the layouts of an upcycled model that fit on a cluster, with memory per rank, and recommend "
-        "one. Requires only the model's config.json.",
+        description=(__doc__ or "").splitlines()[0],
     )
-    count = _number(int, "an integer of at least 1", lambda value: value >= 1)
-    gib = _number(float, "a finite number above 0", lambda value: 0 < value < float("inf"))
-    gib_or_0 = _number(float, "a finite number of at least 0", lambda value: 0 <= value < float("inf"))
+    count, gib, gib_or_0 = _at_least(1, int), _at_least(0.001, float), _at_least(0, float)
     add = parser.add_argument
-    add("--hf-path", type=Path, required=True, metavar="DIR",
-        help="Hugging Face model directory; only config.json is read (required)")  # fmt: skip
-    add("--num-new-experts", type=int, required=True, metavar="N",
-        help="number of new experts per MoE layer, in addition to the original experts (required)")  # fmt: skip
+    add("--hf-path", type=Path, required=True, metavar="DIR", help="directory with the model's config.json (required)")
+    add("--num-new-experts", type=int, required=True, metavar="N", help="new experts per MoE layer (required)")
     add("--gpus", type=count, required=True, metavar="G", help="total number of GPUs (required)")
     add("--gpu-memory-gib", type=gib, required=True, metavar="GIB", help="memory per GPU, in GiB (required)")
     add("--gpus-per-node", type=count, default=8, metavar="G", help="GPUs per node (default: %(default)s)")
@@ -146,8 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--stage", choices=tuple(PAPER_SEQ_LENGTH), default="stage1", help="training stage (default: %(default)s)")
     lengths = ", ".join(f"{length} in {stage}" for stage, length in PAPER_SEQ_LENGTH.items())
     add("--seq-length", type=count, metavar="TOKENS", help=f"tokens per sequence (default: the paper's, {lengths})")
-    add("--micro-batch-size", type=count, default=1, metavar="SEQUENCES",
-        help="sequences per micro-batch (default: %(default)s)")  # fmt: skip
+    add("--micro-batch-size", type=count, default=1, metavar="N", help="sequences per micro-batch (default: 1)")
     add("--global-batch-size", type=count, default=PAPER_GLOBAL_BATCH_SIZE, metavar="SEQUENCES",
         help="sequences per step (default: the paper's, %(default)s)")  # fmt: skip
     add("--dtype", choices=("bf16", "fp32"), default="bf16", help="dtype of the weights (default: %(default)s)")
@@ -158,17 +147,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _number(convert: Callable[[str], Any], expected: str, is_valid: Callable[[Any], bool]) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        try:
-            value = convert(text)
-        except ValueError:
-            value = None
-        if value is None or not is_valid(value):
-            raise argparse.ArgumentTypeError(f"must be {expected}, got {text!r}")
+def _at_least(least: float, convert: type[int] | type[float]) -> Callable[[str], float]:
+    def number(text: str) -> float:  # argparse reports a ValueError as "invalid number value"
+        value = convert(text)
+        if not least <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be finite and at least {least}, got {text}")
         return value
 
-    return parse
+    return number
 
 
 if __name__ == "__main__":

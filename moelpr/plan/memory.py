@@ -1,60 +1,35 @@
-"""Memory of a rank, in bytes, computed from shapes. `benchmarks/memory_plan.py` compares it with real runs.
+"""Memory of a rank, in bytes, computed from shapes; docs/design/memory-plan.md gives the equations.
 
-**Parameters.** A frozen parameter costs its weight only: 2 bytes in bf16, 4 in fp32. A trainable parameter costs
-
-| | bf16 | fp32 | the distributed optimizer divides it over |
-|---|---|---|---|
-| weight | 2 | 4 | – |
-| gradient, in fp32 (Megatron's default for bf16 too) | 4 | 4 | – |
-| fp32 master weight | 4 | 0 (the weight itself) | the ranks that hold the same parameter |
-| Adam's two moments | 8 | 8 | the same ranks |
-
-Ranks that hold the same router: the data-parallel group. Ranks that hold the same new expert: the expert-data-parallel
-group, world / (ETP · EP · PP). Attention and dense FFNs are divided by TP, new experts by EP · ETP, and the m original
-experts by ETP only, because every expert-parallel rank has its own copy; norms and routers are on every rank of a
-stage. Embedding and output layer are on the first and the last stage; a tied one is on both if PP > 1.
-
-**Activations** are what autograd keeps from the forward pass for the backward pass. A frozen linear layer keeps nothing
-(only the weight's gradient needs its input). So, with T = sequence · micro-batch / TP tokens per rank (sequence
-parallelism) and S = sequence · micro-batch tokens in attention, a layer keeps, in elements of the weights' dtype:
-
-- each of its two norms: its input, T · h, and one fp32 number per token (`Kernels` lists differences);
-- attention: the projected query, key and value, S · (q + 2kv) / TP; query and key after rotation; the output,
-  S · q / TP; one fp32 number per head and token; and four rotation tables of S/micro-batch · head;
-- an MoE layer: the router's input, T · h; per row of an original expert gate and up, 2f, and its output, h; per row of
-  a new expert gate and up, 2f, and in stage 1 (its weights need a gradient) also its input, h, and the activated row,
-  f; a few numbers per token for the choice of experts;
-- a dense FFN: gate and up, S · 2f / TP;
-- on the last stage: the final norm's input and the softmax over the vocabulary in fp32, S · V / TP · 4 bytes.
-
-Inside experts, f means f / ETP. `Routing` says how the K rows per token are distributed over the experts. Below the
-first trained tensor of the model nothing is kept (no gradient reaches it), unless something is recomputed. Recompute
-keeps the input of each MoE layer (selective) or of each layer (full) instead of its other activations, plus all
-activations of one layer during that layer's backward pass. A pipeline stage keeps
-min(stages from this one to the last, micro-batches) micro-batches at a time.
-
-**Working memory** is an estimate: the gradients in the MoE layer whose backward pass is running, or the logits
-alongside their softmax, whichever is larger.
+A frozen parameter costs its weight. A trainable parameter also costs its gradient and its optimizer state, which the
+distributed optimizer divides over the ranks that hold the same parameter: for a router the data-parallel ranks, for a
+new expert the expert-data-parallel ranks. `benchmarks/memory_plan.py` compares the results with real runs.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from moelpr.families.families import family_named
+from moelpr.families.tables import pieces
+from moelpr.layouts import PlannedLayout
 from moelpr.model_spec import ModelSpec, MoeSpec
-from moelpr.plan.layouts import PlannedLayout
-from moelpr.plan.model import PartSize, padded_vocabulary
-from moelpr.stages import MoeStage, Part, trained_parts
+from moelpr.stages import MoeStage, Part, part_of, trained_parts
 
+# Per parameter.
 WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
-GRADIENT_BYTES = 4
-MOMENT_BYTES = 8
-MASTER_BYTES = {"bf16": 4, "fp32": 0}
+GRADIENT_BYTES = 4  # in fp32: Megatron's default for bf16 too
+MOMENT_BYTES = 8  # Adam's two, in fp32
+MASTER_BYTES = {"bf16": 4, "fp32": 0}  # a copy of the weight in fp32
+
+# Megatron pads the vocabulary to a multiple of this times the tensor-parallel size (--make-vocab-size-divisible-by).
+VOCABULARY_MULTIPLE = 128
 
 _FP32, _INT64, _BOOL = 4, 8, 1
 
 Dtype = Literal["bf16", "fp32"]
+# Layer (0-based; None for embedding, final norm and output layer) and part → number of parameters in the full model.
+Parts = Mapping[tuple[int | None, Part], int]
 
 
 @dataclass(frozen=True)
@@ -86,10 +61,8 @@ class Routing:
     @classmethod
     def uniform(cls, moe: MoeSpec) -> "Routing":
         """All experts are chosen equally often, on every rank."""
-        return cls(
-            original_rows=moe.topk * moe.num_original_experts / moe.num_experts,
-            new_rows=moe.topk * moe.num_new_experts / moe.num_experts,
-        )
+        rows, experts = moe.topk, moe.num_experts
+        return cls(rows * moe.num_original_experts / experts, rows * moe.num_new_experts / experts)
 
 
 @dataclass(frozen=True)
@@ -102,6 +75,10 @@ class Workload:
     global_batch_size: int
     dtype: Dtype = "bf16"
     kernels: Kernels = Kernels()
+
+    @property
+    def lengths(self) -> tuple[int, int, int]:
+        return self.seq_length, self.micro_batch_size, self.global_batch_size
 
     def num_microbatches(self, layout: PlannedLayout) -> int:
         """Micro-batches per step and data-parallel rank."""
@@ -126,12 +103,25 @@ class RankMemory:
         return state + self.activation_bytes + self.working_bytes
 
 
+def model_parts(spec: ModelSpec) -> Parts:
+    """The sizes of the model's parts, counted in the name table of its family, without padding of the vocabulary."""
+    sums: dict[tuple[int | None, Part], int] = {}
+    for piece in pieces(family_named(spec.family).table, spec):
+        names = piece.key.split(".")
+        layer = int(names[2]) if names[:2] == ["decoder", "layers"] else None
+        place = (layer, part_of(piece.key))
+        sums[place] = sums.get(place, 0) + sum(map(math.prod, piece.hf_shapes))
+    return sums
+
+
+def padded_vocabulary(vocab_size: int, tp: int) -> int:
+    """Rows of the embedding as the trainer pads them for `tp` tensor-parallel ranks."""
+    multiple = VOCABULARY_MULTIPLE * tp
+    return -(-vocab_size // multiple) * multiple
+
+
 def stage_memories(
-    spec: ModelSpec,
-    parts: Sequence[PartSize],
-    layout: PlannedLayout,
-    workload: Workload,
-    routing: Routing | None = None,
+    spec: ModelSpec, parts: Parts, layout: PlannedLayout, workload: Workload, routing: Routing | None = None
 ) -> list[RankMemory]:
     """The memory of one rank per pipeline stage, as all ranks of a stage need the same.
 
@@ -148,30 +138,30 @@ def stage_memories(
             replicas = layout.expert_dp if part is Part.NEW_EXPERTS else layout.dp
             shard = math.ceil(numel / replicas) if layout.distributed_optimizer else numel
             optimizer_bytes += shard * (MASTER_BYTES[workload.dtype] + MOMENT_BYTES)
-        memory = RankMemory(
-            frozen=sum(held.values()) - trainable,
-            trainable=trainable,
-            parameter_bytes=sum(held.values()) * WEIGHT_BYTES[workload.dtype],
-            gradient_bytes=trainable * GRADIENT_BYTES,
-            optimizer_bytes=optimizer_bytes,
-            activation_bytes=round(activations.peak(pp_rank)),
-            working_bytes=round(activations.working(pp_rank)),
+        memories.append(
+            RankMemory(
+                frozen=sum(held.values()) - trainable,
+                trainable=trainable,
+                parameter_bytes=sum(held.values()) * WEIGHT_BYTES[workload.dtype],
+                gradient_bytes=trainable * GRADIENT_BYTES,
+                optimizer_bytes=optimizer_bytes,
+                activation_bytes=round(activations.peak(pp_rank)),
+                working_bytes=round(activations.working(pp_rank)),
+            )
         )
-        memories.append(memory)
     return memories
 
 
-def held_on_stage(spec: ModelSpec, parts: Sequence[PartSize], layout: PlannedLayout, pp_rank: int) -> dict[Part, int]:
+def held_on_stage(spec: ModelSpec, parts: Parts, layout: PlannedLayout, pp_rank: int) -> dict[Part, int]:
     """Parameters on one rank of a pipeline stage, by part, with the vocabulary padded as in the trainer."""
     is_tied = not spec.megatron_args["untie_embeddings_and_output_weights"]
     is_first, is_last = pp_rank == 0, pp_rank == layout.pp - 1
     layers = _layers_of_stage(spec, layout, pp_rank)
     vocab_size = spec.megatron_args["vocab_size"]
     held: dict[Part, int] = {}
-    for size in parts:
-        part, numel = size.part, size.numel
-        if size.layer is not None:
-            is_here = size.layer in layers
+    for (layer, part), numel in parts.items():
+        if layer is not None:
+            is_here = layer in layers
         elif part is Part.EMBEDDING:
             is_here = is_first or (is_last and is_tied)
         else:
@@ -187,16 +177,13 @@ def held_on_stage(spec: ModelSpec, parts: Sequence[PartSize], layout: PlannedLay
 
 def divisor(part: Part, layout: PlannedLayout) -> int:
     """Number of ranks of a pipeline stage over which the tensors of a part are divided."""
-    return {
-        Part.EMBEDDING: layout.tp,
-        Part.OUTPUT_LAYER: layout.tp,
-        Part.ATTENTION: layout.tp,
-        Part.DENSE_FFN: layout.tp,
-        Part.ORIGINAL_EXPERTS: layout.etp,
+    special = {
+        Part.ORIGINAL_EXPERTS: layout.etp,  # every expert-parallel rank has a copy
         Part.NEW_EXPERTS: layout.ep * layout.etp,
         Part.ROUTER: 1,
         Part.NORM: 1,
-    }[part]
+    }
+    return special.get(part, layout.tp)
 
 
 def _layers_of_stage(spec: ModelSpec, layout: PlannedLayout, pp_rank: int) -> range:
@@ -205,7 +192,7 @@ def _layers_of_stage(spec: ModelSpec, layout: PlannedLayout, pp_rank: int) -> ra
 
 
 class _Activations:
-    """Bytes that autograd keeps on a rank; the module docstring gives the equations."""
+    """Bytes that autograd keeps on a rank (docs/design/memory-plan.md); attributes are sizes on one rank."""
 
     def __init__(self, spec: ModelSpec, layout: PlannedLayout, workload: Workload, routing: Routing | None) -> None:
         assert spec.moe is not None
@@ -230,7 +217,9 @@ class _Activations:
     def peak(self, pp_rank: int) -> float:
         kept, inside = 0.0, 0.0
         for layer in _layers_of_stage(self.spec, self.layout, pp_rank):
-            layer_kept, layer_inside = self._layer(layer, needs_gradient=self._needs_gradient(layer, pp_rank))
+            # An input from another pipeline stage always needs a gradient.
+            needs_gradient = pp_rank > 0 or self.layout.recompute != "none" or layer > self.moe.layers[0]
+            layer_kept, layer_inside = self._layer(layer, needs_gradient)
             kept, inside = kept + layer_kept, max(inside, layer_inside)
         in_flight = min(self.layout.pp - pp_rank, self.workload.num_microbatches(self.layout))
         is_last = pp_rank == self.layout.pp - 1
@@ -243,10 +232,6 @@ class _Activations:
         logits = self.all_tokens * self.vocabulary if is_last and self.workload.dtype != "fp32" else 0
         return max(new + original, logits) * self.element
 
-    def _needs_gradient(self, layer: int, pp_rank: int) -> bool:
-        """Whether the layer's input needs a gradient; an input from another stage always does."""
-        return pp_rank > 0 or self.layout.recompute != "none" or layer > self.moe.layers[0]
-
     def _layer(self, layer: int, needs_gradient: bool) -> tuple[float, float]:
         """Bytes kept from the forward pass, and bytes allocated only while this layer is recomputed."""
         hidden = self.tokens * self.hidden * self.element
@@ -254,18 +239,18 @@ class _Activations:
         if needs_gradient and self.workload.kernels.norm_output:
             outside += hidden if self.spec.is_moe_layer(layer) else 2 * hidden
         if self.spec.is_moe_layer(layer):
-            entrance = hidden
-            inside = self._choices() + self._original_experts() + self._new_experts()
+            outside += hidden  # the router's input
+            inside = self._experts()
         else:
-            entrance = 0.0
-            inside = self._dense_ffn() if needs_gradient else 0.0
+            values = 2 if self.workload.kernels.fused_swiglu else 3  # gate, up and silu(gate)
+            inside = self.all_tokens * values * self.ffn * self.element if needs_gradient else 0.0
         if self.layout.recompute == "full":
             # A norm that keeps its input without an fp32 copy shares it with the checkpointed layer input.
             shared = hidden if self.norm_element == self.element else 0.0
-            return hidden, outside + entrance + inside - shared
+            return hidden, outside + inside - shared
         if self.layout.recompute == "selective" and self.spec.is_moe_layer(layer):
-            return outside + entrance, inside
-        return outside + entrance + inside, 0.0
+            return outside, inside
+        return outside + inside, 0.0
 
     def _norm(self) -> float:
         return self.tokens * (self.hidden * self.norm_element + _FP32)
@@ -278,26 +263,16 @@ class _Activations:
         qk_norm = self.all_tokens * (query + key) * self.norm_element if self.has_qk_norm else 0
         return elements * self.element + log_sums + qk_norm
 
-    def _choices(self) -> float:
-        """Per token: K choices with weights, E router scores, and the sort order of the N new experts' columns."""
-        per_token = self.moe.topk * (_INT64 + _FP32) + self.moe.num_experts * _FP32 + self.moe.num_new_experts * _INT64
+    def _experts(self) -> float:
+        is_stage1 = self.workload.stage == "stage1"
+        # Per token: K choices with weights, E router scores, and the sort order of the N new experts' columns.
+        choices = self.moe.topk * (_INT64 + _FP32) + self.moe.num_experts * _FP32 + self.moe.num_new_experts * _INT64
         # The balance loss keeps the choices; the LPR loss keeps two logarithms and the language bit.
-        per_token += self.moe.topk * _INT64 if self.workload.stage == "stage1" else 2 * _FP32 + _BOOL
-        return self.tokens * per_token
-
-    def _original_experts(self) -> float:
-        elements = 2 * self.expert_ffn + self.hidden
-        return self.original_rows * (elements * self.element + _INT64 + _FP32)
-
-    def _new_experts(self) -> float:
-        elements = 2 * self.expert_ffn
-        if self.workload.stage == "stage1":
-            elements += self.hidden + self.expert_ffn
-        return self.new_rows * (elements * self.element + _INT64 + _FP32)
-
-    def _dense_ffn(self) -> float:
-        between = 2 if self.workload.kernels.fused_swiglu else 3  # silu(gate) in addition to gate and up
-        return self.all_tokens * between * self.ffn * self.element
+        choices += self.moe.topk * _INT64 if is_stage1 else 2 * _FP32 + _BOOL
+        original = (2 * self.expert_ffn + self.hidden) * self.element + _INT64 + _FP32
+        inputs = self.hidden + self.expert_ffn if is_stage1 else 0  # of the weights that need a gradient
+        new = (2 * self.expert_ffn + inputs) * self.element + _INT64 + _FP32
+        return self.tokens * choices + self.original_rows * original + self.new_rows * new
 
     def _head(self) -> float:
         # Softmax, target mask, targets, and the loss masks used for logging.

@@ -1,9 +1,9 @@
-"""How a run ends: with its last step, or earlier because someone wants the machine back.
+"""How a run ends: after its last step, or earlier on request.
 
-SIGUSR1, SIGTERM or a file STOP in --save ask the trainer to stop. It then finishes its step, saves and ends with code
-0; the same command goes on. A run that has made all its steps says so in a file FINISHED, and is not run again.
+SIGUSR1, SIGTERM or a file STOP in --save ask the trainer to stop. It finishes its step, saves, and exits with code 0;
+the same command resumes the run. A run that has made all its steps writes a file FINISHED, and does not run again.
 
-Imported before Megatron and torch, which take seconds: a signal is not lost meanwhile.
+Imported before Megatron and torch, whose imports take seconds, so that no signal is lost meanwhile.
 """
 
 import argparse
@@ -26,36 +26,42 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
 class StopRequest:
-    """Whether anyone asked any rank to stop; takes the place of Megatron's handler, which knows one signal."""
+    """Whether any rank was asked to stop. Replaces Megatron's handler, which supports only one signal.
+
+    Attributes:
+        is_received: True after one of `SIGNALS`.
+        file: the stop file, which only rank 0 looks for.
+    """
 
     def __init__(self) -> None:
         self.is_received = False
-        self.file: Path | None = None  # looked for by rank 0 alone
-        self._before = {number: signal.getsignal(number) for number in SIGNALS}
+        self.file: Path | None = None
+        self._previous_handlers = {number: signal.getsignal(number) for number in SIGNALS}
 
     def listen(self) -> None:
         for number in SIGNALS:
             signal.signal(number, self._receive)
 
     def enter_megatron(self, args: argparse.Namespace) -> None:
-        """Be asked by Megatron after every step."""
-        from megatron.training import global_vars
-
+        """Have Megatron call `signals_received` after every step. Without --save, signals end the process at once."""
         if args.save is None:
-            for number, handler in self._before.items():
-                signal.signal(number, handler)  # nothing could be saved: end at once
+            for number, handler in self._previous_handlers.items():
+                signal.signal(number, handler)
             return
+        from moelpr.megatron_patches import hooks
+
         self.file = Path(args.save) / STOP_FILE
-        self.listen()  # --exit-signal-handler has put another one there
+        self.listen()  # --exit-signal-handler has installed another handler
         args.exit_signal_handler = True
-        global_vars._GLOBAL_SIGNAL_HANDLER = self
+        hooks.set_signal_handler(self)
 
     def signals_received(self) -> list[bool]:
-        """The ranks' common answer. Megatron's collective; every rank calls it after each step."""
+        """Whether any rank was asked to stop: a collective that Megatron calls on every rank after each step."""
         import torch
 
-        is_wanted = self.is_received or (torch.distributed.get_rank() == 0 and _exists(self.file))
-        answer = torch.tensor([is_wanted], dtype=torch.int32, device=torch.cuda.current_device())
+        assert self.file is not None
+        is_asked = self.is_received or (torch.distributed.get_rank() == 0 and self.file.exists())
+        answer = torch.tensor([is_asked], dtype=torch.int32, device=torch.cuda.current_device())
         torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MAX)
         return [bool(answer.item())]
 
@@ -65,31 +71,32 @@ class StopRequest:
 
 @contextmanager
 def ends_the_run() -> Iterator[None]:
-    """Megatron leaves its training loop by sys.exit(0) once signals_received() says so."""
+    """Continue after Megatron's sys.exit(0), by which it leaves its training loop once asked to stop."""
     try:
         yield
-    except SystemExit as end:
-        if end.code != 0:
+    except SystemExit as error:
+        if error.code != 0:
             raise
 
 
 def watch_over_helpers() -> None:
-    """The processes in which Megatron writes checkpoints outlive a signal to the whole job, but not their trainer.
+    """Let the processes in which Megatron writes checkpoints outlive a signal to the job, but not their trainer.
 
-    Called in the trainer. What it forks becomes a helper here, what it spawns when it imports the main module.
+    Called in the trainer. A forked process becomes a helper here, a spawned one when it imports the main module.
     """
     util.register_after_fork(become_helper, lambda become: become())
-    atexit.register(_end_helpers)  # multiprocessing would send them the SIGTERM they ignore, and wait
+    atexit.register(_end_helpers)  # multiprocessing would send SIGTERM, which they ignore, and wait
 
 
 def become_helper() -> None:
+    """Ignore the signals that ask a trainer to stop, and end with the parent process."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A trainer that is killed, for lack of memory say, can't tell its helpers."""
+    """A trainer that is killed, for example when it runs out of memory, can't end its helpers."""
     while (parent := multiprocessing.parent_process()) is None:
         time.sleep(0.1)  # spawned, and still importing
     parent.join()
@@ -102,17 +109,17 @@ def _end_helpers() -> None:
 
 
 def is_finished(args: argparse.Namespace) -> bool:
-    """True where --save holds this run's last step: nothing is left to do."""
+    """True if --save already contains this run's last step."""
     if args.save is None or not args.is_resumed or args.ckpt_step is not None:
         return False
-    if Path(args.model_source) != Path(args.save):  # it is --load's
+    if Path(args.model_source) != Path(args.save):  # resumed from --load
         return False
     last, saved = _last_step(args), _saved_step(Path(args.save))
     return last is not None and saved is not None and saved >= last
 
 
-def tell_how_it_ended(args: argparse.Namespace) -> None:
-    """Rank 0 says where the run stands and how to go on, and keeps it for scripts in the file FINISHED."""
+def report_end(args: argparse.Namespace) -> None:
+    """Print on rank 0 where the run stands and how to resume it, and record a complete run in the file FINISHED."""
     if args.save is None or int(os.environ.get("RANK", "0")) > 0:
         return
     save = Path(args.save)
@@ -122,18 +129,18 @@ def tell_how_it_ended(args: argparse.Namespace) -> None:
         (save / FINISHED_FILE).write_text(f"{saved}\n")
         print(f"moelpr: {args.stage} is finished, step {saved} of {last} is in {save}")
     else:
-        print(f"moelpr: stopped after step {saved} of {last}, saved in {save}; give the same command again to go on")
+        print(f"moelpr: stopped after step {saved} of {last}, saved in {save}; rerun the same command to resume")
     sys.stdout.flush()
 
 
 def begin(args: argparse.Namespace) -> None:
-    """Rank 0 takes the mark of an earlier end away: this run goes on."""
+    """Remove on rank 0 the file FINISHED of a run that is now continued."""
     if args.save is not None and int(os.environ.get("RANK", "0")) == 0:
         (Path(args.save) / FINISHED_FILE).unlink(missing_ok=True)
 
 
 def _last_step(args: argparse.Namespace) -> int | None:
-    """None where only Megatron's ramp-up of the batch size knows, which it tells when it builds the run."""
+    """The run's last step; None if Megatron's batch-size ramp-up decides it."""
     if args.train_iters:
         return int(args.train_iters)
     if args.train_samples and args.global_batch_size and not args.rampup_batch_size:
@@ -145,7 +152,3 @@ def _saved_step(save: Path) -> int | None:
     tracker = save / TRACKER_FILE
     text = tracker.read_text().strip() if tracker.is_file() else ""
     return int(text) if text.isdecimal() else None
-
-
-def _exists(path: Path | None) -> bool:
-    return path is not None and path.exists()

@@ -1,4 +1,4 @@
-"""One forward pass of a micro-batch: data, model, next-token loss; Megatron's schedule calls it."""
+"""The forward pass of a micro-batch, called by Megatron's schedule: data, model, next-token loss."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -16,7 +16,11 @@ _reader = BatchReader()
 
 
 def forward_step(data_iterator: Iterator[dict[str, Tensor]] | None, model: torch.nn.Module) -> tuple[Tensor, partial]:
-    """Output of this pipeline stage and the function that turns the last stage's output into the loss."""
+    """Run this pipeline stage on the next micro-batch.
+
+    Returns:
+        The stage's output, and the function that turns the last stage's output into the loss.
+    """
     config = get_model_config(model)
     num_microbatches = get_num_microbatches() if model.training else 1
     batch = _reader.next(data_iterator, num_microbatches, owner=model)
@@ -24,7 +28,7 @@ def forward_step(data_iterator: Iterator[dict[str, Tensor]] | None, model: torch
     output = model(
         batch.tokens,
         batch.position_ids,
-        # What keeps attention within documents, and is causal by itself without.
+        # Restricts attention to documents; without it, SDPACoreAttention is causal.
         attention_mask=batch.position_ids if config.dataloader_inter_document_masking else None,
         labels=batch.labels,
         padding_mask=_bits_for_this_stage(batch, model),
@@ -33,9 +37,14 @@ def forward_step(data_iterator: Iterator[dict[str, Tensor]] | None, model: torch
 
 
 def next_token_loss(batch: Batch, losses_BS: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """(sum of losses, number of tokens, reports), reports being [sum, count] pairs that Megatron adds up and divides.
+    """The next-token loss of one micro-batch.
 
-    The loss is also reported split by the language of the predicted token; a language group without tokens is NaN.
+    Args:
+        losses_BS: nats per predicted token.
+
+    Returns:
+        The sum of the losses; the number of tokens; and the losses to log, as [sum, count] pairs that Megatron adds up
+        and divides. Logged are the loss over all tokens and over each language group's; without tokens it is NaN.
     """
     losses, mask, is_original = (tensor.flatten() for tensor in (losses_BS, batch.loss_mask, batch.is_original_label))
     losses = losses.float() * mask
@@ -57,20 +66,23 @@ def next_token_loss(batch: Batch, losses_BS: Tensor) -> tuple[Tensor, Tensor, di
 
 
 def lpr_token_weight(counts: GlobalCounts, num_microbatches: int, per_token_loss: bool) -> Tensor:
-    """What each rank multiplies its sum of LPR terms by so that the gradient is that of the global batch's mean.
+    """The factor of each rank's sum of LPR terms that makes the gradient that of the global batch's mean.
 
-    Megatron later divides the gradients of auxiliary losses by micro-batches x data-parallel ranks, or, with
-    --calculate-per-token-loss, by the number of loss tokens in the global batch. 0 without original-language tokens.
+    Megatron later divides the gradients of auxiliary losses by micro-batches x data-parallel ranks or, with
+    --calculate-per-token-loss, by the number of loss tokens in the global batch.
+
+    Returns:
+        A scalar; 0 without original-language tokens.
     """
     divisor = counts.loss_tokens if per_token_loss else num_microbatches * parallel_state.get_data_parallel_world_size()
     return torch.where(counts.original_tokens > 0, divisor / counts.original_tokens.clamp(min=1), 0.0)
 
 
 def _bits_for_this_stage(batch: Batch, model: torch.nn.Module) -> Tensor | None:
-    """Language bits [batch, sequence] (uint8); None for a dense model, whose layers have no router to read them.
+    """Language bits [batch, sequence] (uint8); None for a dense model, which has no routers.
 
-    GPTModel splits them along the sequence (sequence parallelism) only on the stage with the embedding; later stages
-    must hand over their own share.
+    Under sequence parallelism, GPTModel splits them along the sequence only on the stage with the embedding; other
+    stages must pass their own part.
     """
     config = get_model_config(model)
     if config.num_moe_experts is None:

@@ -1,6 +1,6 @@
-"""Where a run's records go: metrics.jsonl, TensorBoard, Weights & Biases, and stderr, as a progress bar or lines.
+"""The destinations of a run's records: metrics.jsonl, TensorBoard, Weights & Biases, and stderr (a bar or lines).
 
-A record is one training step, or an event: a validation pass, a warning. The last rank writes.
+A record is a training step or an event (a validation pass or a warning). The last rank writes them.
 """
 
 import json
@@ -11,17 +11,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 from megatron.training import get_args, get_tensorboard_writer
 from megatron.training.global_vars import get_wandb_writer
 from tqdm import tqdm
 
-from moelpr.files import atomic_file
+from moelpr.files import write_text
 from moelpr.run_folder import METRICS_FILE
-from moelpr.training.early_warnings import EarlyWarnings, Warning
+from moelpr.training.early_warnings import EarlyWarning, EarlyWarnings
+
+# Record key -> TensorBoard tag, with a place for the layer and one for the expert.
+_TAGS = {
+    "lpr_loss": "lpr loss",
+    "original_first_share_original": "original_first_share_original/moe layer {}",
+    "original_first_share_expanded": "original_first_share_expanded/moe layer {}",
+    "router_score": "router score, moe layer {}/expert {}",
+    "token_share": "token share, moe layer {}/expert {}",
+}
 
 
 class RunLog:
-    """Opened with the first record; what an interrupted run wrote after its last checkpoint is dropped then."""
+    """Opened by the first record, which removes what an interrupted run wrote after its last checkpoint."""
 
     def __init__(self, stage: str, early_warnings: EarlyWarnings) -> None:
         self.stage, self.early_warnings = stage, early_warnings
@@ -31,42 +41,46 @@ class RunLog:
         self._steps_before = 0
 
     def step(self, record: dict[str, Any]) -> None:
-        """A training step; what it warns of follows."""
+        """Write a training step, and the warnings that follow from it."""
         self._append(record, before_iteration=record["iteration"])
         _write_to_tensorboard(record, with_layers=record["iteration"] % get_args().log_interval == 0)
         self._show_progress(record, get_args().train_iters, get_args().log_interval)
         self.warn(record["iteration"], self.early_warnings.step(record))
 
     def validation(self, iteration: int, results: dict[str, dict[str, Any]]) -> None:
-        """A pass over every language. results: language -> group, lm_loss, bits_per_byte (or bits_per_token)."""
+        """Write a validation pass, and the warnings that follow from it.
+
+        Args:
+            results: language -> group, lm_loss (nats per token), and bits_per_byte or bits_per_token.
+        """
         event = {"iteration": iteration, "event": "validation", "stage": self.stage, "languages": results}
         self._append(event, before_iteration=iteration + 1)
-        words = []
+        shown = []
         for language, result in results.items():
             unit = "bits per byte" if "bits_per_byte" in result else "bits per token"
             value = result[unit.replace(" ", "_")]
-            shown = "not a number" if value is None else f"{value:.4f}"
-            words.append(f"{language} {shown} {unit}")
+            shown.append(f"{language} {'NaN' if value is None else f'{value:.4f}'} {unit}")
             if value is not None:
                 _write_scalar(f"validation {unit}/{language}", value, iteration)
-        self.say(f"{self.stage} step {iteration}, validation: {', '.join(words)}")
+        self.print(f"{self.stage} step {iteration}, validation: {', '.join(shown)}")
         self.warn(iteration, self.early_warnings.validation(event))
 
-    def warn(self, iteration: int, warnings: list[Warning]) -> None:
+    def warn(self, iteration: int, warnings: list[EarlyWarning]) -> None:
+        """Write warnings, which also appear on stderr."""
         for warning in warnings:
             event = {"iteration": iteration, "event": "warning", "stage": self.stage, "kind": warning.kind}
             self._append(event | {"message": warning.message}, before_iteration=iteration + 1)
-            self.say(f"moelpr: warning: {self.stage} step {iteration}: {warning.message}")
+            self.print(f"moelpr: warning: {self.stage} step {iteration}: {warning.message}")
 
-    def say(self, line: str) -> None:
-        """A line on stderr, above the bar where there is one."""
+    def print(self, line: str) -> None:
+        """Print a line on stderr, above the progress bar if there is one."""
         tqdm.write(line, file=sys.stderr)
         sys.stderr.flush()
 
     def close(self) -> None:
-        for thing in (self._file, self._bar):
-            if thing is not None:
-                thing.close()
+        for output in (self._file, self._bar):
+            if output is not None:
+                output.close()
 
     def _append(self, record: dict[str, Any], before_iteration: int) -> None:
         save = get_args().save
@@ -79,24 +93,24 @@ class RunLog:
             self._file.flush()
 
     def _show_progress(self, record: dict[str, Any], total: int, log_interval: int) -> None:
-        """Beside Megatron's log: a bar with the time left on a terminal, else a line per log interval."""
+        """In addition to Megatron's log: a bar with the time left on a terminal, else a line per log interval."""
         if self._bar is None:
             done_before = record["iteration"] - 1
             self._bar = tqdm(
                 total=total, initial=done_before, desc=self.stage, unit="step", dynamic_ncols=True, disable=None
             )
             self._steps_before, self._first_time = done_before, time.monotonic() - record["step_time_s"]
-        values = {"loss": "lm_loss", "balance": "balance_loss", "LPR": "lpr_loss", "tokens/s": "tokens_per_s"}
-        shown = {name: f"{record[key]:.4g}" for name, key in values.items() if record.get(key) is not None}
+        keys = {"loss": "lm_loss", "balance": "balance_loss", "LPR": "lpr_loss", "tokens/s": "tokens_per_s"}
+        shown = {name: f"{record[key]:.4g}" for name, key in keys.items() if record.get(key) is not None}
         if not self._bar.disable:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(1)
         elif record["iteration"] % log_interval == 0 or record["iteration"] == total:
             steps = record["iteration"] - self._steps_before
             left_s = (time.monotonic() - self._first_time) / steps * (total - record["iteration"])
-            words = "  ".join(f"{name} {value}" for name, value in shown.items())
+            values = "  ".join(f"{name} {value}" for name, value in shown.items())
             left = tqdm.format_interval(left_s)
-            print(f"{self.stage} {record['iteration']}/{total}  {words}  {left} left", file=sys.stderr, flush=True)
+            print(f"{self.stage} {record['iteration']}/{total}  {values}  {left} left", file=sys.stderr, flush=True)
 
 
 def open_metrics(
@@ -104,7 +118,8 @@ def open_metrics(
 ) -> TextIO:
     """Open metrics.jsonl for appending, without the records of steps that a resumed run is about to repeat.
 
-    remember: is shown every record that stays.
+    Args:
+        remember: called with every record that stays.
     """
     if path.exists():
         kept = []
@@ -114,40 +129,30 @@ def open_metrics(
                 if record["iteration"] >= before_iteration:
                     break
             except (ValueError, TypeError, KeyError):
-                break  # half-written by a killed run
+                break  # incomplete line of a killed run
             remember(record)
             kept.append(line + "\n")
-        with atomic_file(path) as temporary:
-            temporary.write_text("".join(kept))
+        write_text(path, "".join(kept))
     return open(path, "a")
 
 
 def _write_to_tensorboard(record: dict[str, Any], with_layers: bool) -> None:
-    """Scalars that Megatron does not write itself, per-layer values as one tag each.
+    """Write the scalars that Megatron does not write itself.
 
-    with_layers: False leaves those out; a large model has hundreds of them a step.
+    Args:
+        with_layers: whether to write values per layer too, hundreds per step for a large model.
     """
     writer = get_tensorboard_writer()
     if writer is None:
         return
-    step = record["iteration"]
-    if record.get("lpr_loss") is not None:
-        writer.add_scalar("lpr loss", record["lpr_loss"], step)
-    if not with_layers:
-        return
-    for key in ("original_first_share_original", "original_first_share_expanded"):
-        for layer, value in enumerate(record.get(key) or []):
-            if value is not None:
-                writer.add_scalar(f"{key}/moe layer {layer}", value, step)
-    for key, tag in (("router_score", "router score"), ("token_share", "token share")):
-        for layer, values in enumerate(record.get(key) or []):
-            for expert, value in enumerate(values):
-                if value is not None:
-                    writer.add_scalar(f"{tag}, moe layer {layer}/expert {expert}", value, step)
+    for key, tag in (_TAGS if with_layers else {"lpr_loss": _TAGS["lpr_loss"]}).items():
+        for index, value in np.ndenumerate(np.array([] if record.get(key) is None else record[key], dtype=float)):
+            if not math.isnan(value):
+                writer.add_scalar(tag.format(*index), value, record["iteration"])
 
 
 def _write_scalar(tag: str, value: float, step: int) -> None:
-    """To TensorBoard, and to Weights & Biases where --wandb-project asks for it."""
+    """Write to TensorBoard, and to Weights & Biases with --wandb-project."""
     if (writer := get_tensorboard_writer()) is not None:
         writer.add_scalar(tag, value, step)
     if (wandb := get_wandb_writer()) is not None:
@@ -155,7 +160,7 @@ def _write_scalar(tag: str, value: float, step: int) -> None:
 
 
 def finite(value: Any) -> float | None:
-    """A plain float; None for nothing and for NaN (a mean over no tokens), which JSON does not have."""
+    """A plain float; None for None, and for NaN (a mean over no tokens) and Inf, which JSON does not support."""
     if value is None:
         return None
     value = float(value)

@@ -1,7 +1,7 @@
-"""Where a run's weights come from at its start, and, with `--save-trained-only`, where its frozen ones stay.
+"""The checkpoints that a run's weights come from and, with `--save-trained-only`, where its frozen weights stay.
 
-A fresh start reads all weights here. A resumed run leaves its own checkpoint to Megatron (weights, optimizer, random
-state) and reads only frozen tensors here, where that checkpoint leaves them out.
+A new run loads all weights here. A resumed run leaves its own checkpoint to Megatron (weights, optimizer, random state)
+and loads only the frozen tensors here that this checkpoint omits.
 """
 
 import argparse
@@ -24,27 +24,29 @@ LoadHook = Callable[[list[GPTModel]], None]
 
 
 def starting_weights(args: argparse.Namespace) -> LoadHook:
-    """Find the checkpoints this run starts from; returns what loads them into the frozen, still unwrapped model.
+    """Find the checkpoints that this run starts from.
+
+    Returns:
+        A function that loads them into the frozen, not yet wrapped model chunks.
 
     Raises:
-        UserError: a checkpoint that is needed isn't there.
+        UserError: a required checkpoint is missing.
     """
     source = Path(args.model_source)
     given = Path(args.pretrained_checkpoint) if args.is_resumed and args.pretrained_checkpoint else None
     links = checkpoint_chain(source, args.ckpt_step, given)
-    if args.save_trained_only:
-        if args.is_resumed and len(links) == 1:
-            raise UserError(
-                f"{source} was saved with --save-trained-only, but its {BASE_CHECKPOINT_FILE} is missing; restore it"
-            )
+    if args.save_trained_only and args.is_resumed and len(links) == 1:
+        raise UserError(
+            f"{source} was saved with --save-trained-only, but its {BASE_CHECKPOINT_FILE} is missing; restore it"
+        )
 
     def load(chunks: list[GPTModel]) -> None:
         verify_chain(links)
         if not args.use_cpu_initialization:
             for chunk in chunks:
-                chunk.cuda(torch.cuda.current_device())  # Megatron's next step anyway
+                chunk.cuda(torch.cuda.current_device())  # as Megatron does next
         if not args.is_resumed:
-            args.load = args.pretrained_checkpoint = None  # or Megatron would load them once more
+            args.load = args.pretrained_checkpoint = None  # or Megatron would load them again
             print_rank_0(f"moelpr: weights from {' and '.join(map(str, links))}")
             load_weights(chunks, links, load=_as_megatron(args))
         elif args.save_trained_only:
@@ -53,13 +55,13 @@ def starting_weights(args: argparse.Namespace) -> LoadHook:
         if args.save_trained_only:
             save_trained_only(chunks)
         if args.save:
-            _note_base(Path(args.save), source, links, args)
+            _record_base(Path(args.save), source, links, args)
 
     return load
 
 
 def _as_megatron(args: argparse.Namespace) -> Callable[[ShardedStateDict, str], dict[str, Any]]:
-    """Megatron's loading of one step folder, with all of its flags."""
+    """A loader of one step folder that honors all of Megatron's flags."""
 
     def load(state: ShardedStateDict, step_folder: str) -> dict[str, Any]:
         folder, step = Path(step_folder).parent, Path(step_folder).name
@@ -69,8 +71,8 @@ def _as_megatron(args: argparse.Namespace) -> Callable[[ShardedStateDict, str], 
     return load
 
 
-def _note_base(save: Path, source: Path, links: list[Path], args: argparse.Namespace) -> None:
-    """Rank 0 writes base_checkpoint.json with the base's present place, or removes that of an earlier start."""
+def _record_base(save: Path, source: Path, links: list[Path], args: argparse.Namespace) -> None:
+    """Write base_checkpoint.json with the base's current folder on rank 0, or remove that of an earlier start."""
     base = None
     if args.save_trained_only:
         record = BaseCheckpoint.read(source) if args.is_resumed else None

@@ -1,50 +1,52 @@
 """A stage from arguments to checkpoint: data, model, freezing -> Megatron's own pretrain()."""
 
 import argparse
-from contextlib import closing
 
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.enums import ModelType
 from megatron.core.parallel_state import get_tensor_model_parallel_rank
 from megatron.training import get_args, pretrain, print_rank_0
-from megatron.training.argument_utils import (
-    core_transformer_config_from_args,
-    gpt_config_from_args,
-    pretrain_cfg_container_from_args,
-)
+from megatron.training.argument_utils import core_transformer_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.models.gpt import GPTModelConfig
 
-from moelpr.arguments import parse_arguments, refused_by_megatron
-from moelpr.data.dataset import TaggedGPTDataset
-from moelpr.data.dataset_config import dataset_config
+from moelpr.arguments.parse import parse_arguments, refused_by_megatron
+from moelpr.data.dataset import TaggedGPTDataset, dataset_config
 from moelpr.data.epoch_table import epoch_table
+from moelpr.megatron_patches import megatron_fixes
 from moelpr.model.builder import block_spec
 from moelpr.model.config import MoELPRConfig
 from moelpr.model.freezing import freeze, parameter_report
 from moelpr.model.vocabulary import mask_padding
-from moelpr.training import clean_stop, metrics, not_a_number, validation
+from moelpr.training import clean_stop, metrics
 from moelpr.training.clean_stop import StopRequest
 from moelpr.training.forward_step import forward_step
-from moelpr.training.run_records import run_folder
+from moelpr.training.nonfinite import report_nonfinite_exit
+from moelpr.training.run_records import run_records
 from moelpr.training.starting_weights import LoadHook, starting_weights
+from moelpr.training.validation import validates
 
 
 def train(argv: list[str], stop: StopRequest | None = None) -> None:
-    """Train one stage as the command line `argv` says, on this rank, to its end or until someone asks it to stop."""
+    """Train one stage on this rank, to its end or until it is asked to stop.
+
+    Args:
+        argv: the trainer's command line.
+        stop: receives requests to stop; None to ignore them.
+    """
     args, spec = parse_arguments(argv)
     if clean_stop.is_finished(args):
-        clean_stop.tell_how_it_ended(args)
+        clean_stop.report_end(args)
         return
     if stop is not None:
         stop.enter_megatron(args)
     clean_stop.begin(args)
     load_weights = starting_weights(args)
     with (
-        run_folder(args, spec, argv),
-        closing(metrics.install(args)) as step_log,
-        not_a_number.is_said(args, step_log),
-        validation.validates(args, step_log),
+        run_records(args, spec, argv),
+        metrics.step_log(args) as step_log,
+        report_nonfinite_exit(args, step_log.run_log),
+        validates(args, step_log),
         clean_stop.ends_the_run(),
     ):
         pretrain(
@@ -54,24 +56,28 @@ def train(argv: list[str], stop: StopRequest | None = None) -> None:
             forward_step,
         )
     torch.distributed.barrier()
-    clean_stop.tell_how_it_ended(args)
+    clean_stop.report_end(args)
 
 
 def model_config(args: argparse.Namespace) -> GPTModelConfig:
-    """The model that `args` describe. UserError for what Megatron refuses."""
+    """The model that `args` describe.
+
+    Raises:
+        UserError: Megatron rejects the arguments.
+    """
     try:
-        config = gpt_config_from_args(args, core_transformer_config_from_args(args, config_class=MoELPRConfig))
+        transformer = core_transformer_config_from_args(args, config_class=MoELPRConfig)
+        config = megatron_fixes.gpt_config_from_args(args, transformer)
     except (AssertionError, ValueError) as error:
         raise refused_by_megatron(error) from error
     config.transformer_layer_spec = block_spec
-    config.rope_scaling_factor = args.rope_scaling_factor  # Megatron 0.19.2 leaves the flag out and takes 8
     return config
 
 
 def _prepared(
     config: GPTModelConfig, args: argparse.Namespace, load_weights: LoadHook, step_log: metrics.StepLog
 ) -> GPTModelConfig:
-    """The config with what happens to the model before Megatron wraps it."""
+    """Add to the config what happens to the model before Megatron wraps it."""
 
     def prepare(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
         freeze(model_chunks, args.stage, args.train_everything)
@@ -87,7 +93,7 @@ def _prepared(
 def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple:
     """Training, validation and test datasets on tensor rank 0 of *every* pipeline stage: every stage has routers."""
     args = get_args()
-    if args.validation_data:  # of its own, and no test set
+    if args.validation_data:  # moelpr.training.validation reads it
         num_samples = [num_samples[0], 0, 0]
     builder = BlendedMegatronDatasetBuilder(
         TaggedGPTDataset, num_samples, lambda: get_tensor_model_parallel_rank() == 0, dataset_config(args)

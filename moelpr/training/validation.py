@@ -1,92 +1,74 @@
-"""Held-out text of each language while training: bits per byte before the first step, every --eval-interval steps, and
-at the end.
+"""Bits per byte of held-out text in each language: before the first step, every --eval-interval steps, and at the end.
 
-Every pass reads the same windows of --seq-length tokens, each token of them predicted once. Megatron's own validation
-reads on in its data from pass to pass, and knows no languages; its door is used, its `evaluate` too.
+Every pass reads the same windows of --seq-length tokens and predicts each token once.
 """
 
 import argparse
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
-from megatron.training import training as megatron_training
+from megatron.training.training import evaluate
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from moelpr.data.dataset import TaggedGPTDataset
-from moelpr.data.dataset_config import dataset_config
+from moelpr.data.dataset import TaggedGPTDataset, dataset_config
 from moelpr.data.language_bits import LanguageBits, language_bits_path
-from moelpr.training.bytes_per_token import bytes_per_token
+from moelpr.data.manifest import Manifest
+from moelpr.data.tokenizer import load_tokenizer
+from moelpr.errors import UserError
+from moelpr.megatron_patches import hooks
+from moelpr.run_folder import HF_FOLDER
 from moelpr.training.metrics import StepLog
 from moelpr.training.run_log import finite
 
-_CONFIG_OF_TRAIN = 5  # its place among train()'s arguments after forward_step and model
+MAX_DECODED_TOKENS = 1_000_000  # decoded to count bytes if there is no manifest; takes two seconds
 
 
 @contextmanager
 def validates(args: argparse.Namespace, step_log: StepLog) -> Iterator[None]:
-    """In the context, Megatron's doors to validation lead to a pass over --validation-data, if that is given."""
+    """Score --validation-data, if given, wherever Megatron validates."""
     if not args.validation_data:
         yield
         return
     args.do_valid = True
-    validation = Validation(args, step_log)
-    megatrons = {name: getattr(megatron_training, name) for name in ("train", "evaluate_and_print_results")}
-
-    def train(forward_step: Any, model: list[torch.nn.Module], *arguments: Any, **settings: Any) -> Any:
-        if args.iteration == 0:
-            config = settings.get("config") or arguments[_CONFIG_OF_TRAIN]
-            validation.run(forward_step, model, config, iteration=0)
-        return megatrons["train"](forward_step, model, *arguments, **settings)
-
-    def evaluate_and_print_results(
-        prefix: str, forward_step: Any, data_iterator: Any, model: Any, iteration: int, process: Any, config: Any,
-        *arguments: Any, **settings: Any,
-    ) -> None:  # fmt: skip
-        validation.run(forward_step, model, config, iteration)
-
-    megatron_training.train = train
-    megatron_training.evaluate_and_print_results = evaluate_and_print_results
-    try:
+    with hooks.validation_by(Validation(args, step_log).run):
         yield
-    finally:
-        for name, function in megatrons.items():
-            setattr(megatron_training, name, function)
 
 
 @dataclass(frozen=True)
 class HeldOut:
     """A language's held-out text.
 
-    dataset: None on ranks that get their tokens from another one. num_windows: the same on every rank.
-    bytes_per_token: None where it can't be told.
+    Attributes:
+        group: "original" or "expanded".
+        dataset: None on ranks that get their tokens from another rank.
+        num_windows: the same on every rank.
+        bytes_per_token: None if unknown.
     """
 
     language: str
-    group: str  # "original" or "expanded"
+    group: str
     dataset: TaggedGPTDataset | None
     num_windows: int
     bytes_per_token: float | None
 
-    def micro_batches(self, args: argparse.Namespace) -> Iterator[dict[str, Tensor]] | None:
-        """This data-parallel rank's; windows past the end fill the last global batch and count nothing."""
-        if self.dataset is None:
-            return None
-        return self._micro_batches(self.dataset, args.eval_micro_batch_size, args.data_parallel_size)
-
-    def _micro_batches(self, dataset: TaggedGPTDataset, size: int, num_ranks: int) -> Iterator[dict[str, Tensor]]:
-        start = parallel_state.get_data_parallel_rank() * size
-        while True:
+    def micro_batches(self, size: int) -> Iterator[dict[str, Tensor]]:
+        """This data-parallel rank's, of `size` windows; windows past the end fill the last global batch, uncounted."""
+        assert self.dataset is not None
+        rank, world = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        for start in itertools.count(rank * size, world * size):
             indices = range(start, start + size)
-            yield default_collate([dataset[index if index < self.num_windows else None] for index in indices])
-            start += num_ranks * size
+            yield default_collate([self.dataset[index if index < self.num_windows else None] for index in indices])
 
 
 class Validation:
@@ -108,18 +90,18 @@ class Validation:
         for text in self._held_out:
             loss = self._mean_loss(text, forward_step, model, config)
             if loss is None:
-                break  # --exit-duration-in-mins is over; Megatron ends the run next
+                break  # --exit-duration-in-mins has passed; Megatron ends the run next
             results[text.language] = result(text, loss)
-        if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1 and len(results) == len(
-            self._held_out
-        ):
+        is_last_rank = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+        if is_last_rank and len(results) == len(self._held_out):
             self.step_log.run_log.validation(iteration, results)
         self.step_log.restart_clock()
 
     def _mean_loss(self, text: HeldOut, forward_step: Any, model: list[torch.nn.Module], config: Any) -> float | None:
-        """Nats per token, NaN except on the last pipeline stage; None: out of time."""
-        batches = [text.micro_batches(self.args) for _ in model]
-        losses, _, is_out_of_time = megatron_training.evaluate(
+        """Nats per token, NaN except on the last pipeline stage; None if out of time."""
+        size = self.args.eval_micro_batch_size
+        batches = [None if text.dataset is None else text.micro_batches(size) for _ in model]
+        losses, _, is_out_of_time = evaluate(
             forward_step,
             batches if len(model) > 1 else batches[0],
             model,
@@ -127,20 +109,17 @@ class Validation:
             config,
             eval_iters=math.ceil(text.num_windows / self.args.eval_global_batch_size),
         )
-        if is_out_of_time:
-            return None
-        return float(losses.get("lm loss", math.nan))
+        return None if is_out_of_time else float(losses.get("lm loss", math.nan))
 
 
 def result(text: HeldOut, loss: float) -> dict[str, Any]:
-    """What metrics.jsonl holds of a language: bits per byte, or per token where the bytes are not known."""
-    bits_per_token = loss / math.log(2)
-    bits = (
-        {"bits_per_token": finite(bits_per_token)}
-        if text.bytes_per_token is None
-        else {"bits_per_byte": finite(bits_per_token / text.bytes_per_token)}
-    )
-    return {"group": text.group, "lm_loss": finite(loss), **bits}
+    """A language's entry in metrics.jsonl: bits per byte, or bits per token if the number of bytes is unknown.
+
+    Args:
+        loss: mean, in nats per token.
+    """
+    name, tokens = ("bits_per_token", 1.0) if text.bytes_per_token is None else ("bits_per_byte", text.bytes_per_token)
+    return {"group": text.group, "lm_loss": finite(loss), name: finite(loss / math.log(2) / tokens)}
 
 
 def named_prefixes(args: argparse.Namespace) -> dict[str, str]:
@@ -149,13 +128,13 @@ def named_prefixes(args: argparse.Namespace) -> dict[str, str]:
 
 
 def held_out(args: argparse.Namespace, language: str, prefix: str) -> HeldOut:
-    """Every rank calls it: Megatron's builder has barriers."""
+    """Open a held-out corpus. Every rank must call this: Megatron's builder has barriers."""
     config = replace(
         dataset_config(args),
         blend=None,
         blend_per_split=[None, ([prefix], None), None],
         split=None,
-        drop_last_partial_validation_sequence=False,  # its end is padded instead
+        drop_last_partial_validation_sequence=False,  # it is padded instead
     )
     builder = BlendedMegatronDatasetBuilder(
         TaggedGPTDataset, [0, None, 0], lambda: parallel_state.get_tensor_model_parallel_rank() == 0, config
@@ -172,3 +151,31 @@ def held_out(args: argparse.Namespace, language: str, prefix: str) -> HeldOut:
         num_windows = min(num_windows, args.eval_iters * args.eval_global_batch_size)
     group = "original" if LanguageBits(language_bits_path(prefix)).num_original else "expanded"
     return HeldOut(language, group, dataset, num_windows, known_bytes_per_token)
+
+
+def bytes_per_token(prefix: str, model_folder: str) -> float | None:
+    """UTF-8 bytes per token of a corpus: from its manifest, or by decoding its first tokens with `<model>/hf`.
+
+    An end-of-document token stands for no bytes, but it is predicted, so it counts.
+
+    Returns:
+        None if there is neither a manifest nor a tokenizer.
+    """
+    manifest = Manifest.read(prefix)
+    if manifest is not None and manifest.tokens:
+        return sum(count.bytes for count in manifest.languages.values()) / manifest.tokens
+    try:
+        tokenizer = load_tokenizer("HuggingFaceTokenizer", str(Path(model_folder) / HF_FOLDER))
+    except UserError:
+        return None
+    corpus = IndexedDataset(prefix)
+    num_tokens = num_bytes = 0
+    for document in range(len(corpus)):
+        ids = corpus.get(document).tolist()
+        num_tokens += len(ids)
+        text = tokenizer.decode([token for token in ids if token != tokenizer.eod_id])
+        num_bytes += len(text.encode("utf-8", errors="replace"))
+        if num_tokens >= MAX_DECODED_TOKENS:
+            break
+    # For a folder without a tokenizer, transformers makes an empty one, which decodes everything to "".
+    return num_bytes / num_tokens if num_bytes else None

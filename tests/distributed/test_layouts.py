@@ -1,4 +1,4 @@
-"""N ranks = 1 rank: a few layouts of tests/distributed/layout_runs.py which together hold every pair of features."""
+"""N ranks = 1 rank: a few layouts of tests/distributed/layout_runs.py that together contain every pair of features."""
 
 from itertools import combinations
 from pathlib import Path
@@ -60,10 +60,10 @@ def test_held_out_text_is_scored_before_the_first_step_and_after_the_last(folder
         assert all(result["lm_loss"] > 0 for result in passes[0].values())
 
 
-def test_the_layouts_hold_every_pair_of_features() -> None:
+def test_the_layouts_contain_every_pair_of_features() -> None:
     held = {pair for name in PAIRS for pair in combinations(_features(name), 2)}
-    exclude_each_other = {("full recompute", "selective recompute")}
-    assert set(combinations(FEATURES, 2)) - held == exclude_each_other
+    mutually_exclusive = {("full recompute", "selective recompute")}
+    assert set(combinations(FEATURES, 2)) - held == mutually_exclusive
 
 
 def _features(name: str) -> list[str]:
@@ -72,8 +72,8 @@ def _features(name: str) -> list[str]:
 
 @pytest.mark.parametrize("name", ["1", PAIRS[0]])
 @pytest.mark.parametrize("stage", STAGES)
-def test_what_earlier_rounds_made_is_bit_equal_after_training(folder: Path, name: str, stage: str) -> None:
-    """Two original experts: the dense model's FFN and one of an earlier round."""
+def test_original_experts_are_bitwise_identical_after_training(folder: Path, name: str, stage: str) -> None:
+    """There are two: the dense model's FFN and an expert of an earlier round."""
     start = TorchDistReader(folder / "all-moe" / "release")
     trained = layouts.weights(layouts.run_folder(folder, name, stage))
     assert sum(".mlp.original_experts.1." in key for key in trained) == 2 * 4
@@ -83,15 +83,15 @@ def test_what_earlier_rounds_made_is_bit_equal_after_training(folder: Path, name
         assert torch.equal(weight[: len(before)], before) != moves, key  # the run has padded the vocabulary
 
 
-def test_a_layout_that_trains_otherwise_is_noticed(folder: Path) -> None:
-    """The comparison can fail: without the balance loss, or with documents apart, a run is another run."""
+def test_a_layout_that_trains_differently_is_detected(folder: Path) -> None:
+    """The comparison can fail: without the balance loss, or with documents apart, the results differ."""
     for name in ("1 no balance loss", "1 documents apart"):
         other = layouts.run_folder(folder, name, "stage1")
         assert layouts.difference(other, layouts.run_folder(folder, "1", "stage1")).worst > layouts.TOLERANCE, name
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_edge_model_meets_whole_batches_without_original_tokens(folder: Path, stage: str) -> None:
+def test_the_edge_model_sees_batches_without_original_tokens(folder: Path, stage: str) -> None:
     losses = [record["lpr_loss"] for record in layouts.metrics(layouts.run_folder(folder, "edges 1", stage))]
     assert None in losses
     assert losses != [None] * layouts.STEPS
@@ -115,10 +115,10 @@ def test_the_last_pipeline_stage_of_the_edge_model_has_nothing_to_train(folder: 
 
 
 @pytest.mark.parametrize("saves", ["--save-interval 100", "--save-trained-only"])
-def test_a_run_whose_last_pipeline_stage_trains_nothing_resumes(
+def test_a_run_whose_last_pipeline_stage_trains_nothing_can_be_resumed(
     resumed: dict[str, Path], folder: Path, saves: str
 ) -> None:
-    """That stage has no optimizer state and, with --save-trained-only, nothing at all in the checkpoint."""
+    """That stage has no optimizer state and, with --save-trained-only, nothing in the checkpoint."""
     ours, theirs = resumed[saves], layouts.run_folder(folder, "edges 1", "stage1")
     for a, b in zip(layouts.metrics(ours), layouts.metrics(theirs), strict=True):
         assert (a["lm_loss"], a["grad_norm"]) == pytest.approx((b["lm_loss"], b["grad_norm"]), rel=layouts.TOLERANCE)
@@ -129,7 +129,7 @@ def test_a_run_whose_last_pipeline_stage_trains_nothing_resumes(
 
 @pytest.fixture(scope="module")
 def resumed(folder: Path) -> dict[str, Path]:
-    """The edge model in stage 1 on two pipeline stages, stopped before its last step and started again."""
+    """The edge model in stage 1 on two pipeline stages, stopped before its last step and resumed."""
     runs = {saves: folder / f"resumed{saves.split()[0]}" for saves in ("--save-interval 100", "--save-trained-only")}
     commands = [
         [*layouts.trainer_arguments(folder, LAYOUTS["edges PP2"], "stage1", save), *saves.split(), *stop]

@@ -1,6 +1,6 @@
-"""Real runs of the launch scripts: resumed = unbroken, frozen = bit-equal, wrong input = exit code 2.
+"""Real runs of the launch scripts: resumed = uninterrupted, frozen = bitwise identical, wrong input = exit code 2.
 
-Each launch costs 10 to 20 s, so few of them serve many tests.
+Each launch takes 10 to 20 s, so many tests share a few of them.
 """
 
 import argparse
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS = "--micro-batch-size 2 --global-batch-size 4 --seq-length 32 --lr 1e-2 --min-lr 1e-3 --lr-decay-style cosine"
 STEPS += " --lr-warmup-iters 2 --train-iters 6 --log-interval 1"
 
-# One document each, of more tokens than a window and fewer windows than a global batch.
+# One document each, longer than a window, with fewer windows than a global batch.
 HELD_OUT = {"en": 7 + np.arange(80), "el": 150 + np.arange(80)}
 
 
@@ -42,7 +42,7 @@ def records(run: Path) -> list[dict]:
 
 
 def metrics(run: Path) -> list[dict]:
-    """Of training steps."""
+    """The records of training steps."""
     return [record for record in records(run) if "event" not in record]
 
 
@@ -58,7 +58,7 @@ def model_tensors(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def whole_model(run: Path, iteration: int) -> dict[str, torch.Tensor]:
-    """The model's tensors, from the run's base where the run saved only what it trained."""
+    """The model's tensors, some from the run's base if the run saved only what it trained."""
     from moelpr.checkpoints import checkpoint_chain
     from moelpr.torch_dist import TorchDistReader
 
@@ -67,7 +67,7 @@ def whole_model(run: Path, iteration: int) -> dict[str, torch.Tensor]:
 
 
 def cut_back(run: Path, copy: Path) -> Path:
-    """A copy of a run of six steps as if it had been killed in step 5 (its last checkpoint: step 3)."""
+    """A copy of a run of six steps, as if it had been killed in step 5, with its last checkpoint at step 3."""
     shutil.copytree(run, copy)
     shutil.rmtree(copy / "iter_0000006")
     (copy / "latest_checkpointed_iteration.txt").write_text("3")
@@ -77,7 +77,7 @@ def cut_back(run: Path, copy: Path) -> Path:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Equal metrics but for times, and equal tensors of model and optimizer in the last checkpoint."""
+    """The metrics except for times and memory, and the tensors of the last checkpoint, are equal."""
     measured = ("step_time_s", "tokens_per_s", "peak_memory_gib")
     one_metrics, other_metrics = (
         [{name: value for name, value in record.items() if name not in measured} for record in records(run)]
@@ -146,7 +146,7 @@ def stage1_command(material: Path, save: Path) -> list[str | Path]:
 def stage2(material: Path, stage1: Path) -> Path:
     """Six steps of stage 2 in one process, from the end of stage 1.
 
-    Its checkpoints hold only what it trained, and are written while training goes on.
+    Its checkpoints contain only what it trained, and are written asynchronously.
     """
     save = material / "stage2"
     done = launch(*stage2_command(material, stage1, save), "--save-trained-only", "--async-save")
@@ -162,8 +162,8 @@ def stage2_command(material: Path, stage1: Path, save: Path, held_out: Iterable[
     return [*words, "--lr", "0.1", *validation]
 
 
-def test_a_checkpoint_has_the_bytes_that_are_looked_for_on_the_disk(stage1: Path, stage2: Path) -> None:
-    """Whole with the distributed optimizer's state, and only what was trained with the plain one's."""
+def test_a_checkpoint_has_the_size_that_the_disk_check_expects(stage1: Path, stage2: Path) -> None:
+    """Complete with the distributed optimizer's state, and trained tensors only with the plain optimizer's."""
     for run in (stage1, stage2):
         settings = argparse.Namespace(**yaml.safe_load((run / "recipe.yaml").read_text()))
         written = sum(tensor.nbytes for tensor in tensors(run, 6).values())
@@ -176,7 +176,7 @@ def test_stage1_learns(stage1: Path) -> None:
     assert losses[-1] < losses[0]
 
 
-def test_stage1_moves_new_experts_and_routers_and_nothing_else(material: Path, stage1: Path) -> None:
+def test_stage1_changes_only_new_experts_and_routers(material: Path, stage1: Path) -> None:
     from moelpr.torch_dist import TorchDistReader
 
     start = TorchDistReader(material / "upcycled" / "release")
@@ -185,15 +185,15 @@ def test_stage1_moves_new_experts_and_routers_and_nothing_else(material: Path, s
         assert torch.equal(value, start.read(key)) != moves, key
 
 
-def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(material: Path, stage1: Path) -> None:
-    """The same command, given again to a run that was killed."""
+def test_a_resumed_run_is_bitwise_identical_to_the_uninterrupted_one(material: Path, stage1: Path) -> None:
+    """The same command, rerun after the run was killed."""
     resumed = cut_back(stage1, material / "resumed")
     assert launch(*stage1_command(material, resumed), ranks=2).returncode == 0
     assert_same_run(stage1, resumed)
 
 
-def test_a_run_stopped_by_its_stop_file_goes_on_to_the_same_end_and_no_further(material: Path, stage1: Path) -> None:
-    """STOP is there before the trainer is: as after a signal that came too early."""
+def test_a_run_stopped_by_a_stop_file_resumes_to_the_same_end_and_no_further(material: Path, stage1: Path) -> None:
+    """STOP exists before the trainer starts, as after a signal that arrived early."""
     stopped = material / "stopped"
     stopped.mkdir()
     (stopped / "STOP").touch()
@@ -214,10 +214,10 @@ def test_a_run_stopped_by_its_stop_file_goes_on_to_the_same_end_and_no_further(m
 
 
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
-def test_a_signal_to_every_process_lets_the_trainer_save_its_step_and_end_with_code_0(
+def test_after_a_signal_to_every_process_the_trainer_saves_its_step_and_exits_with_code_0(
     material: Path, name: str
 ) -> None:
-    """As a cluster sends it: to launcher, ranks and the helpers that write checkpoints (the run saved before)."""
+    """As a cluster sends it: to the launcher, the ranks, and the helpers that write checkpoints."""
     save = material / f"asked-by-{name}"
     command = [ROOT / "launch/stage1.sh", *STEPS.split(), *map(str, stage1_command(material, save)[1:])]
     environment = {**os.environ, "NPROC_PER_NODE": "2"}
@@ -242,17 +242,17 @@ def test_a_signal_to_every_process_lets_the_trainer_save_its_step_and_end_with_c
     assert (save / "latest_checkpointed_iteration.txt").read_text().strip() == str(last)
 
 
-def test_stage2_moves_routers_only(stage1: Path, stage2: Path) -> None:
+def test_stage2_changes_only_routers(stage1: Path, stage2: Path) -> None:
     before, after = whole_model(stage1, 6), whole_model(stage2, 6)
     assert before.keys() == after.keys()
     for key, value in after.items():
         assert torch.equal(value, before[key]) != (".mlp.router." in key), key
 
 
-def test_saving_only_what_is_trained_and_scoring_held_out_text_change_nothing_that_is_trained(
+def test_trained_only_checkpoints_and_held_out_text_do_not_change_the_training(
     material: Path, stage1: Path, stage2: Path
 ) -> None:
-    """The other run does neither."""
+    """The other run has neither."""
     from checkpoint_convert.export import mcore_to_hf
 
     whole = material / "stage2-whole"
@@ -270,8 +270,10 @@ def test_saving_only_what_is_trained_and_scoring_held_out_text_change_nothing_th
     assert weights[0] == weights[1]
 
 
-def test_a_resumed_stage2_equals_the_unbroken_one_bit_for_bit(material: Path, stage1: Path, stage2: Path) -> None:
-    """The base was moved meanwhile: --pretrained-checkpoint says where to, and base_checkpoint.json learns it."""
+def test_a_resumed_stage2_is_bitwise_identical_to_the_uninterrupted_one(
+    material: Path, stage1: Path, stage2: Path
+) -> None:
+    """The base was moved meanwhile: --pretrained-checkpoint names its folder, and base_checkpoint.json is updated."""
     moved = shutil.copytree(stage1, material / "stage1-moved")
     resumed = cut_back(stage2, material / "stage2-resumed")
     done = launch(*stage2_command(material, moved, resumed), "--save-trained-only")
@@ -291,15 +293,15 @@ def test_a_changed_base_stops_a_resumed_run_and_the_exporter(material: Path, sta
     resumed = cut_back(stage2, material / "changed" / "stage2")
     done = launch(*stage2_command(material, changed, resumed), "--save-trained-only")
     assert done.returncode == 2, done.stderr
-    said = "stage1/iter_0000006 is not what the checkpoints in"
-    assert said in done.stderr
+    said = "stage1/iter_0000006"
+    assert said in done.stderr and "checksum" in done.stderr
     assert "Traceback" not in done.stderr
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=f"{said}.*checksum"):
         mcore_to_hf(resumed, material / "changed" / "hf")
 
 
 def test_held_out_text_is_scored_as_transformers_scores_it(material: Path, stage2: Path) -> None:
-    """Before the first step, every four steps and at the end; every token but the first is predicted once."""
+    """Before the first step, every four steps and at the end; every token except the first is predicted once."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from transformers import AutoModelForCausalLM
 
@@ -328,17 +330,17 @@ def test_held_out_text_is_scored_as_transformers_scores_it(material: Path, stage
         assert found["bits_per_token"] == pytest.approx(loss / math.log(2), rel=1e-5)  # the model has no tokenizer
 
 
-def test_a_gradient_that_is_not_a_number_ends_the_run_with_a_sentence(material: Path, stage1: Path) -> None:
+def test_a_nan_gradient_ends_the_run_with_one_message(material: Path, stage1: Path) -> None:
     save = material / "diverged"
     done = launch(*stage2_command(material, stage1, save), "--lr", "1e30", "--min-lr", "1e30")
     assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
     (warning,) = [record for record in records(save) if record.get("event") == "warning"]
     assert warning["kind"] == "not_a_number"
     assert warning["iteration"] == metrics(save)[-1]["iteration"] + 1
-    assert warning["message"].endswith("or look at the data of this step") and warning["message"] in done.stderr
+    assert "--lr" in warning["message"] and warning["message"] in done.stderr
 
 
-def test_stage2_starts_afresh_and_sends_original_tokens_to_the_original_expert(stage2: Path) -> None:
+def test_stage2_starts_at_step_1_and_learns_to_route_original_tokens(stage2: Path) -> None:
     records = metrics(stage2)
     assert [record["iteration"] for record in records] == [1, 2, 3, 4, 5, 6]
     assert records[-1]["lpr_loss"] < records[0]["lpr_loss"]
@@ -346,7 +348,7 @@ def test_stage2_starts_afresh_and_sends_original_tokens_to_the_original_expert(s
     assert records[0]["lm_loss_expanded"] is not None
 
 
-def test_a_run_folder_says_what_it_is(stage2: Path) -> None:
+def test_a_run_folder_contains_its_settings_and_model(stage2: Path) -> None:
     import yaml
 
     from moelpr.model_spec import ModelSpec
@@ -364,7 +366,7 @@ def test_a_run_folder_says_what_it_is(stage2: Path) -> None:
     assert (stage2 / "hf" / "config.json").is_file()
 
 
-def test_export_of_stage2_has_the_bases_frozen_tensors_bit_for_bit(material: Path, stage2: Path) -> None:
+def test_frozen_tensors_of_the_export_are_bitwise_identical_to_the_bases(material: Path, stage2: Path) -> None:
     from checkpoint_convert.comparison import compare_frozen, largest_difference
     from checkpoint_convert.export import mcore_to_hf
 
@@ -372,7 +374,7 @@ def test_export_of_stage2_has_the_bases_frozen_tensors_bit_for_bit(material: Pat
     assert largest_difference(compare_frozen(material / "hf", material / "stage2-hf")) == 0.0
 
 
-def test_the_exports_model_card_tells_what_both_runs_recorded(material: Path, stage1: Path, stage2: Path) -> None:
+def test_the_exports_model_card_describes_both_runs(material: Path, stage1: Path, stage2: Path) -> None:
     from checkpoint_convert.export import mcore_to_hf
 
     mcore_to_hf(stage2, material / "card-hf")
@@ -388,7 +390,7 @@ def test_the_exports_model_card_tells_what_both_runs_recorded(material: Path, st
         assert f"torch {torch.__version__}"[:10] in section
 
 
-def test_a_delta_of_trained_weights_and_the_base_are_the_export(material: Path, stage2: Path) -> None:
+def test_base_plus_delta_is_the_export(material: Path, stage2: Path) -> None:
     from checkpoint_convert.export import apply_delta, mcore_to_hf
 
     mcore_to_hf(stage2, material / "full-hf")
@@ -399,17 +401,14 @@ def test_a_delta_of_trained_weights_and_the_base_are_the_export(material: Path, 
 
 
 @pytest.mark.parametrize(
-    ("script", "start", "words", "said"),
-    [
-        ("stage2", "dense", [], "--stage stage2 requires an upcycled checkpoint"),
-        ("stage1", "upcycled", ["--data-path", "nowhere"], "nowhere.bin"),
-    ],
+    ("script", "start", "words", "named"),
+    [("stage2", "dense", [], "--stage stage2"), ("stage1", "upcycled", ["--data-path", "nowhere"], "nowhere.bin")],
 )
-def test_wrong_input_is_one_sentence_and_exit_code_2(
-    material: Path, script: str, start: str, words: list[str], said: str
+def test_wrong_input_is_one_error_and_exit_code_2(
+    material: Path, script: str, start: str, words: list[str], named: str
 ) -> None:
     words = words or ["--data-path", str(material / "expanded")]
     done = launch(script, "--pretrained-checkpoint", material / start, "--save", material / "refused", *words)
     assert done.returncode == 2, done.stderr
-    assert said in done.stderr
+    assert named in done.stderr
     assert "Traceback" not in done.stderr

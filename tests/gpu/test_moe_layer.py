@@ -1,4 +1,4 @@
-"""The MoE layer on a GPU: its side stream changes nothing, and Transformer Engine's experts compute what ours do."""
+"""The MoE layer on a GPU: its side stream changes no result, and Transformer Engine's experts compute what ours do."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -58,14 +58,14 @@ def output_and_gradients(layer: torch.nn.Module, hidden: torch.Tensor) -> list[t
 
 @pytest.mark.parametrize("m", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_side_stream_changes_nothing(dtype: torch.dtype, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moelpr.model.layer import OriginalExpertsAtHome
+def test_the_side_stream_changes_no_result(dtype: torch.dtype, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moelpr.model.layer import OverlappedOriginalExperts
 
     layer = moe_layer(dtype, num_original_experts=m)
     hidden = torch.randn(64, 4, 256, device="cuda", dtype=dtype)
-    beside = output_and_gradients(layer, hidden)
-    monkeypatch.setattr(OriginalExpertsAtHome, "side_stream", torch.cuda.current_stream())
-    for a, b in zip(beside, output_and_gradients(layer, hidden), strict=True):
+    overlapped = output_and_gradients(layer, hidden)
+    monkeypatch.setattr(OverlappedOriginalExperts, "side_stream", torch.cuda.current_stream())
+    for a, b in zip(overlapped, output_and_gradients(layer, hidden), strict=True):
         torch.testing.assert_close(a, b)
 
 

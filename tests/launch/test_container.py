@@ -1,4 +1,4 @@
-"""The container's parts that need no container: its entry point, its constraints, and what reaches the build.
+"""Parts of the container that can be tested without one: entry point, constraints, and what the build copies.
 
 launch/container/build_on_stand_in.sh builds the image and runs the tools in it.
 """
@@ -12,45 +12,43 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def entrypoint(*words: str) -> subprocess.CompletedProcess:
-    command = [ROOT / "launch" / "container" / "entrypoint.sh", *words]
+def entrypoint(*arguments: str) -> subprocess.CompletedProcess:
+    command = [ROOT / "launch" / "container" / "entrypoint.sh", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 
 
-def test_help_lists_every_tool_with_what_it_does() -> None:
+def test_help_lists_every_tool_with_its_purpose() -> None:
     listed = dict(re.findall(r"^  (\w+) +(.+)$", entrypoint().stdout, re.MULTILINE))
     files = [*(ROOT / "data_tools").glob("*.py"), *(ROOT / "checkpoint_convert").glob("*.py")]
     tools = {file.stem for file in files if "run_command(main)" in file.read_text()}
     assert tools and tools | {"stage1", "stage2", "dense", "plan", "evaluate", "report", "pretrain", "torchrun"} == set(
         listed
     )
-    assert listed["stage2"].startswith("Stage 2, review: trains the routers alone")
+    assert listed["stage2"].startswith("Stage 2, review")
 
 
-def test_a_tool_gets_its_words() -> None:
+def test_a_tool_gets_its_arguments() -> None:
     assert entrypoint("inspect-data", "--help").stdout.startswith("usage: inspect_data.py")
     assert entrypoint("plan", "--no-such-flag").returncode == 2
 
 
-def test_a_stage_is_the_launchers() -> None:
+def test_a_stage_runs_its_launcher() -> None:
     line = entrypoint("stage2", "--dry-run", "--lr", "1").stdout
     assert line.endswith("-m moelpr.pretrain --stage stage2 --lr 1\n")
 
 
-def test_any_other_command_runs_as_it_is() -> None:
+def test_any_other_command_runs_unchanged() -> None:
     assert entrypoint("echo", "a b").stdout == "a b\n"
 
 
-def test_a_name_that_is_nothing_is_said_with_code_2() -> None:
-    said = entrypoint("stage3")
-    assert (said.returncode, said.stderr) == (
-        2,
-        "entrypoint.sh: error: there is no tool or command stage3; --help lists the tools\n",
-    )
+def test_an_unknown_name_exits_with_code_2() -> None:
+    done = entrypoint("stage3")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "stage3" in done.stderr and "--help" in done.stderr
 
 
-def test_what_torch_needs_keeps_the_images_versions_and_the_rest_has_ours(tmp_path: Path) -> None:
+def test_torchs_dependencies_keep_the_images_versions_and_others_get_ours(tmp_path: Path) -> None:
     installed = {
         "torch": ("2.13.0a0+x.nv26.06", ["sympy>=1.13", "Jinja2", 'optree; extra == "optree"', "not-there"]),
         "sympy": ("1.13.1", ["mpmath<1.4"]),
@@ -73,7 +71,7 @@ def test_what_torch_needs_keeps_the_images_versions_and_the_rest_has_ours(tmp_pa
     ours = ["Jinja2==3.1.6", "mpmath==9", "optree==1", "pydantic==9", "sympy==1.14.0", "torch==2.15.0", "tqdm==4.70.1"]
     (tmp_path / "constraints.txt").write_text("\n".join(ours) + "\n")
     script = ROOT / "launch" / "container" / "constraints_beside.py"
-    # -I -S: nothing of this environment is seen; the script finds what lies in its path alone.
+    # -I -S: isolated from this environment; the script sees only packages on its path.
     code = (
         f"import sys, runpy; sys.path.insert(0, {str(tmp_path)!r}); runpy.run_path({str(script)!r}, None, '__main__')"
     )
@@ -87,7 +85,7 @@ def test_what_torch_needs_keeps_the_images_versions_and_the_rest_has_ours(tmp_pa
     ]
 
 
-def test_everything_the_build_copies_is_there_and_let_through() -> None:
+def test_everything_the_build_copies_exists_and_is_not_ignored() -> None:
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     copies = re.findall(r"^COPY (?!--from)(.+) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     sources = {source for line in copies for source in line.split()}
@@ -97,6 +95,6 @@ def test_everything_the_build_copies_is_there_and_let_through() -> None:
         assert f"!{source.split('/')[0]}" in ignored
 
 
-def test_the_image_ends_with_a_user_that_is_not_root() -> None:
+def test_the_image_does_not_run_as_root() -> None:
     users = re.findall(r"^USER (.+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     assert users and users[-1] not in ("0", "root")

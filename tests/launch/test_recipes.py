@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from moelpr.families.base_model import read_base, with_new_experts
 
-from moelpr.arguments import all_arguments
 from moelpr.arguments.checks import find_problems
 from moelpr.arguments.checks.resume import checkpoint_bytes, format_bytes
+from moelpr.arguments.flags import all_arguments
 from moelpr.arguments.settings import RunSettings
 from moelpr.plan.__main__ import main as plan
-from moelpr.plan.model import upcycled_spec
 
 RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
 REAL = sorted(path.name for pattern in ("paper-*.yaml", "qwen*.yaml", "llama*.yaml") for path in RECIPES.glob(pattern))
@@ -95,7 +95,7 @@ def test_the_planner_lists_the_layout_with_the_memory_in_the_comment(
 def test_a_checkpoint_has_the_size_in_the_comment(recipe: str, models: None) -> None:
     comment, stage = comment_of(recipe), recipe.removesuffix(".yaml").rsplit("-", 1)[1]
     argv = command_in(comment)
-    spec = upcycled_spec(Path(argv[1]), int(argv[3]))
+    spec = with_new_experts(*read_base(Path(argv[1])), int(argv[3]))
     args = Namespace(stage=stage, bf16=True, fp16=False, train_everything=False, no_save_optim=None)
     args.save_trained_only = yaml.safe_load((RECIPES / recipe).read_text()).get("save-trained-only", False)
     args.use_distributed_optimizer = True
@@ -109,7 +109,7 @@ def test_the_trainer_accepts_it_on_the_hardware_it_names(
     planner_argv = command_in(comment_of(recipe))
     folder = Path("upcycled")
     (folder / "release").mkdir(parents=True)
-    upcycled_spec(Path(planner_argv[1]), int(planner_argv[3])).write(folder)
+    with_new_experts(*read_base(Path(planner_argv[1])), int(planner_argv[3])).write(folder)
     (folder / "latest_checkpointed_iteration.txt").write_text("release")
     for suffix in ("bin", "idx", "lang"):
         Path(f"corpus.{suffix}").touch()

@@ -1,4 +1,4 @@
-"""launch/stage1.sh and its siblings: what they start, with which variables, and what they refuse."""
+"""launch/stage1.sh and its siblings: the command and variables they start with, and what they reject."""
 
 import os
 import re
@@ -24,7 +24,7 @@ DEFAULTS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "PYTHONWARNINGS", "CUDA_DEVICE
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A copy of launch/ beside a .venv whose python prints its variables and words instead of running them."""
+    """A copy of launch/ next to a .venv whose python prints its variables and arguments."""
     shutil.copytree(ROOT / "launch", tmp_path / "a root" / "launch")
     python = tmp_path / "a root" / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
@@ -33,29 +33,29 @@ def root(tmp_path: Path) -> Path:
     return python.parents[2]
 
 
-def launch(root: Path, *words: str, script: str = "stage1", **variables: str) -> subprocess.CompletedProcess:
+def launch(root: Path, *arguments: str, script: str = "stage1", **variables: str) -> subprocess.CompletedProcess:
     environment = {name: value for name, value in os.environ.items() if name not in (*SET_HERE, *DEFAULTS)}
     return subprocess.run(
-        [root / "launch" / f"{script}.sh", *words], env={**environment, **variables}, capture_output=True, text=True,
-        timeout=20,
+        [root / "launch" / f"{script}.sh", *arguments], env={**environment, **variables},
+        capture_output=True, text=True, timeout=20,
     )  # fmt: skip
 
 
-def started(root: Path, *words: str, **variables: str) -> tuple[dict[str, str], list[str], list[str]]:
-    """The variables set, torchrun's words and the trainer's words."""
-    said = launch(root, *words, **variables)
-    assert said.returncode == 0, said.stderr
-    lines = said.stdout.splitlines()
+def started(root: Path, *arguments: str, **variables: str) -> tuple[dict[str, str], list[str], list[str]]:
+    """The variables that were set, torchrun's arguments and the trainer's arguments."""
+    done = launch(root, *arguments, **variables)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
     start = lines.index("-m")
     assert lines[start + 1] == "moelpr.torchrun"
     trainer = lines.index("moelpr.pretrain")
     return dict(line.split("=", 1) for line in lines[:start]), lines[start + 2 : trainer - 1], lines[trainer + 1 :]
 
 
-def refused(root: Path, *words: str, **variables: str) -> str:
-    said = launch(root, *words, **variables)
-    assert (said.returncode, said.stdout) == (2, "")
-    return said.stderr.strip()
+def error_of(root: Path, *arguments: str, **variables: str) -> str:
+    done = launch(root, *arguments, **variables)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    return done.stderr
 
 
 def test_one_node_uses_every_gpu_and_a_free_port(root: Path) -> None:
@@ -69,8 +69,8 @@ def test_without_a_gpu_there_is_one_process(root: Path, visible: str) -> None:
     assert started(root, CUDA_VISIBLE_DEVICES=visible)[1] == ["--standalone", "--nproc-per-node", "1"]
 
 
-def test_arguments_and_variables_say_the_same(root: Path) -> None:
-    by_words = started(
+def test_options_and_variables_are_equivalent(root: Path) -> None:
+    by_options = started(
         root, "--nnodes", "2", "--node_rank=1", "--master-addr", "node-a", "--master_port", "4321",
         "--nproc-per-node=3", "--lr", "1",
     )  # fmt: skip
@@ -78,31 +78,31 @@ def test_arguments_and_variables_say_the_same(root: Path) -> None:
         root, "--lr", "1",
         NNODES="2", NODE_RANK="1", MASTER_ADDR="node-a", MASTER_PORT="4321", NPROC_PER_NODE="3",
     )  # fmt: skip
-    assert by_words == by_variables
-    assert by_words[1] == shlex.split(
+    assert by_options == by_variables
+    assert by_options[1] == shlex.split(
         "--nnodes 2 --node-rank 1 --master-addr node-a --master-port 4321 --nproc-per-node 3"
     )
 
 
-def test_arguments_win_over_variables(root: Path) -> None:
+def test_options_override_variables(root: Path) -> None:
     assert started(root, "--nproc-per-node", "2", NPROC_PER_NODE="5")[1] == ["--standalone", "--nproc-per-node", "2"]
 
 
-def test_a_port_is_kept_on_one_node_too(root: Path) -> None:
+def test_a_given_port_is_used_on_a_single_node_too(root: Path) -> None:
     assert "4321" in started(root, "--master-port", "4321")[1]
 
 
-def test_the_time_to_join_reaches_torchrun_and_its_meeting(root: Path) -> None:
-    words = ("--nnodes", "2", "--node-rank", "0", "--master-addr", "a", "--join-timeout", "300")
-    assert shlex.join(started(root, *words)[1]).endswith("--rdzv-conf timeout=300 --nproc-per-node 1")
+def test_the_join_timeout_reaches_torchrun(root: Path) -> None:
+    arguments = ("--nnodes", "2", "--node-rank", "0", "--master-addr", "a", "--join-timeout", "300")
+    assert shlex.join(started(root, *arguments)[1]).endswith("--rdzv-conf timeout=300 --nproc-per-node 1")
 
 
-def test_a_dry_run_prints_what_would_run_wherever_it_stands(root: Path) -> None:
-    words = ("--recipe", "my recipe.yaml", "--data-path", "0.3", "a$b", "1", "c'd")
-    ran = launch(root, *words, "--nproc-per-node", "2")
+def test_a_dry_run_prints_the_command_at_any_position(root: Path) -> None:
+    arguments = ("--recipe", "my recipe.yaml", "--data-path", "0.3", "a$b", "1", "c'd")
+    ran = launch(root, *arguments, "--nproc-per-node", "2")
     printed = [
-        launch(root, "--dry-run", *words, "--nproc-per-node", "2"),
-        launch(root, *words, "--nproc-per-node", "2", "--dry-run"),
+        launch(root, "--dry-run", *arguments, "--nproc-per-node", "2"),
+        launch(root, *arguments, "--nproc-per-node", "2", "--dry-run"),
     ]
     assert printed[0].stdout == printed[1].stdout
     copied = subprocess.run(
@@ -117,10 +117,10 @@ def inherited() -> set[str]:
     return {f"{name}={value}" for name, value in kept.items()}
 
 
-def test_without_a_venv_the_repository_is_on_the_path_of_the_python_at_hand(root: Path) -> None:
+def test_without_a_venv_python3_finds_the_repository_on_its_path(root: Path) -> None:
     shutil.rmtree(root / ".venv")
-    words = shlex.split(launch(root, "--dry-run", PYTHONPATH="/mine").stdout)
-    assert words[words.index("python3") - 1] == f"PYTHONPATH={root}:/mine"
+    arguments = shlex.split(launch(root, "--dry-run", PYTHONPATH="/mine").stdout)
+    assert arguments[arguments.index("python3") - 1] == f"PYTHONPATH={root}:/mine"
 
 
 def test_ranks_share_the_cores(root: Path) -> None:
@@ -129,13 +129,13 @@ def test_ranks_share_the_cores(root: Path) -> None:
     assert started(root, "--nproc-per-node", str(cores + 1))[0]["OMP_NUM_THREADS"] == "1"
 
 
-def test_variables_of_ones_own_are_left_alone(root: Path) -> None:
+def test_variables_that_are_set_are_kept(root: Path) -> None:
     found, _, _ = started(root, OMP_NUM_THREADS="7", CUDA_DEVICE_MAX_CONNECTIONS="32", NCCL_DEBUG="INFO")
     assert (found["OMP_NUM_THREADS"], found["CUDA_DEVICE_MAX_CONNECTIONS"]) == ("7", "32")
     assert found["NCCL_DEBUG"] == "INFO"
 
 
-def test_a_gpu_machine_gets_nccls_variables_and_a_cpu_machine_its_allocators(root: Path) -> None:
+def test_nccl_is_configured_with_gpus_and_the_allocator_without(root: Path) -> None:
     on_gpu, _, _ = started(root, CUDA_VISIBLE_DEVICES="0")
     on_cpu, _, _ = started(root, CUDA_VISIBLE_DEVICES="")
     assert on_gpu["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "3"
@@ -146,30 +146,32 @@ def test_a_gpu_machine_gets_nccls_variables_and_a_cpu_machine_its_allocators(roo
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("arguments", "option", "found"),
     [
-        ("--nnodes two", "--nnodes two must be a whole number of at least 1"),
-        ("--master-port http", "--master-port http must be a whole number of at least 1"),
-        ("--nproc-per-node 0", "--nproc-per-node 0 must be a whole number of at least 1"),
-        ("--nnodes 2", "2 nodes need a number each; give --node-rank 0 to 1"),
-        ("--nnodes 2 --node-rank 2", "--node-rank 2 is none of 2 nodes; give 0 to 1"),
-        ("--nnodes 2 --node-rank 0", "2 nodes meet at node 0; give its name or address with --master-addr"),
-        ("--master-addr --lr 1", "--master-addr has no value; give --master-addr VALUE"),
-        ("--nnodes", "--nnodes has no value; give --nnodes VALUE"),
+        ("--nnodes two", "--nnodes", "got two"),
+        ("--master-port http", "--master-port", "got http"),
+        ("--nproc-per-node 0", "--nproc-per-node", "got 0"),
+        ("--nnodes 2", "--node-rank", "0 to 1"),
+        ("--nnodes 2 --node-rank 2", "--node-rank", "0 to 1, got 2"),
+        ("--nnodes 2 --node-rank 0", "--master-addr", "node 0"),
+        ("--master-addr --lr 1", "--master-addr", "pass --master-addr VALUE"),
+        ("--nnodes", "--nnodes", "pass --nnodes VALUE"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_with_what_can(root: Path, words: str, sentence: str) -> None:
-    assert refused(root, *words.split()) == f"stage1.sh: error: {sentence}"
+def test_a_wrong_option_is_named_with_the_values_that_work(root: Path, arguments: str, option: str, found: str) -> None:
+    error = error_of(root, *arguments.split())
+    assert error.startswith("stage1.sh: error: ") and option in error and found in error
 
 
-def test_help_is_the_launchers_own_and_names_the_trainers(root: Path) -> None:
-    said = launch(root, "--help")
-    assert said.returncode == 0
-    assert "--nproc-per-node  NPROC_PER_NODE" in said.stdout
-    assert "moelpr.pretrain --help" in said.stdout
+def test_help_lists_the_launchers_options_and_names_the_trainers_help(root: Path) -> None:
+    done = launch(root, "--help")
+    assert done.returncode == 0
+    assert "--nproc-per-node  NPROC_PER_NODE" in done.stdout
+    assert "moelpr.pretrain --help" in done.stdout
+    assert not any(line.startswith(("#", "set ")) for line in done.stdout.splitlines())
 
 
-def test_no_flag_of_the_trainer_is_taken_by_the_launcher() -> None:
+def test_no_flag_of_the_trainer_is_an_option_of_the_launcher() -> None:
     from moelpr.arguments.flags import all_arguments
 
     taken = {
@@ -184,10 +186,9 @@ def test_no_flag_of_the_trainer_is_taken_by_the_launcher() -> None:
     assert not taken & {flag.replace("_", "-") for flag in all_arguments().flags()}
 
 
-def test_the_page_about_running_names_every_word_and_variable_of_the_launcher() -> None:
-    script, page = (ROOT / "launch" / "train.sh").read_text(), (ROOT / "docs" / "running.md").read_text()
-    variables = set(re.findall(r"^ *default (\w+) ", script, re.MULTILINE))
-    words = dict(re.findall(r"^#   (--[\w-]+) +([A-Z_]+) ", script, re.MULTILINE))
-    assert len(variables) >= 9 and len(words) == 6
-    assert [name for name in variables if f"`{name}`" not in page] == []
-    assert [pair for pair in words.items() if f"| `{pair[0]}` | `{pair[1]}` |" not in page] == []
+def test_help_lists_every_option_with_its_variable(root: Path) -> None:
+    script, shown = (ROOT / "launch" / "train.sh").read_text(), launch(root, "--help").stdout
+    parsed = re.findall(r"--[a-z-]+", re.search(r"^    (--nproc-per-node \|.*)\)$", script, re.MULTILINE)[1])
+    variables = {option: option.removeprefix("--").replace("-", "_").upper() for option in parsed}
+    assert set(variables.values()) == set(SET_HERE) - {"CUDA_VISIBLE_DEVICES"}
+    assert dict(re.findall(r"^  (--[\w-]+) +([A-Z_]+) ", shown, re.MULTILINE)) == variables

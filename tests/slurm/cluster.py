@@ -1,6 +1,6 @@
-"""A real Slurm on this machine, for the length of a `with`: one controller, pretend nodes, two partitions, no accounts.
+"""A real Slurm on this machine, as a context: one controller, several nodes, two partitions, no accounts.
 
-`low` yields to `high`: a job there is asked to end and, after a time of grace, put back into the queue.
+`high` preempts `low`: a job of `low` is asked to end and, after a grace period, requeued.
 """
 
 import getpass
@@ -27,10 +27,10 @@ def missing_programs() -> list[str]:
 
 
 class Cluster:
-    """Everything is below `folder`, which must not be long: socket names are made from it.
+    """Everything is in `folder`, whose name must be short, because socket names contain it.
 
     Attributes:
-        environment: what sbatch, scontrol and the like need.
+        environment: variables for sbatch, scontrol and the like.
     """
 
     def __init__(self, folder: Path, nodes: int = 2, preempt_by_user_signal: bool = False) -> None:
@@ -54,7 +54,7 @@ class Cluster:
             for node in self.nodes:
                 (self.folder / node).mkdir()
                 self.start_node(node)
-                # One after the other: all slurmd of a machine bind the same /run/slurm/sack.socket as they start.
+                # One by one: all slurmd of a machine bind the same /run/slurm/sack.socket when they start.
                 self.until(lambda out=self.folder / f"{node}.out": "slurmd started" in out.read_text())
             self.until(lambda: self("sinfo", "-h", "-t", "idle", "-p", "low", "-N", "-o", "%N").split() == self.nodes)
         except BaseException:
@@ -63,7 +63,7 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the jobs while their nodes live, then the daemons; and what a job may have left."""
+        """End the jobs while their nodes run, then the daemons, then remaining processes of jobs."""
         if self._daemons:
             subprocess.run(
                 ["scancel", "--user", getpass.getuser()], env=self.environment, timeout=20, capture_output=True
@@ -78,25 +78,25 @@ class Cluster:
         self._daemons = {}
 
     def __call__(self, *command: str, check: bool = True) -> str:
-        """What a command of Slurm says."""
+        """Run a command of Slurm and return its output."""
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
         if check and done.returncode != 0:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr}")
         return done.stdout.strip()
 
-    def submit(self, *words: object) -> str:
-        """sbatch; the job's id."""
-        return self("sbatch", "--parsable", *map(str, words))
+    def submit(self, *arguments: object) -> str:
+        """Submit a job and return its ID."""
+        return self("sbatch", "--parsable", *map(str, arguments))
 
     def job(self, job_id: str) -> dict[str, str]:
-        """The job's fields by scontrol's names."""
+        """The job's fields, named as by scontrol."""
         return dict(re.findall(r"(\w[\w:/]*)=(\S*)", self("scontrol", "--oneliner", "show", "job", job_id)))
 
     def state(self, job_id: str) -> str:
         return self.job(job_id)["JobState"]
 
     def wait(self, job_id: str, timeout_s: float = 120) -> str:
-        """The job's state once it has ended for good."""
+        """Wait until the job has ended, without a requeue, and return its state."""
         self.until(lambda: self.state(job_id) in _ENDED, timeout_s)
         return self.state(job_id)
 
@@ -105,20 +105,20 @@ class Cluster:
         while not condition():
             if time.monotonic() > deadline:
                 queue = self("squeue", "-o", "%i %j %T %r", check=False)
-                raise TimeoutError(f"not so after {timeout_s:g} s; the queue:\n{queue}\n{self._log()}")
+                raise TimeoutError(f"condition not met after {timeout_s:g} s; the queue:\n{queue}\n{self._log()}")
             time.sleep(0.3)
 
     def start_node(self, node: str) -> None:
         self._start(node, "-D", "-N", node, program="slurmd")
 
     def kill_node(self, node: str) -> None:
-        """End the node's daemon without a word, as a power failure does; no job may be running there."""
+        """Kill the node's daemon, like a power failure; no job may be running there."""
         daemon = self._daemons.pop(node)
         daemon.kill()
         daemon.wait()
 
     def processes(self) -> list[psutil.Process]:
-        """Every process of a job here, found by its environment: some start sessions of their own."""
+        """All processes of jobs, found by their environment, because some start sessions."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -129,11 +129,11 @@ class Cluster:
                 found.append(process)
         return found
 
-    def _start(self, name: str, *words: str, program: str = "slurmctld") -> None:
+    def _start(self, name: str, *arguments: str, program: str = "slurmctld") -> None:
         environment = {**self.environment, "SLURM_SACK_KEY": str(self.folder / "slurm.key")}
         with (self.folder / f"{name}.out").open("a") as out:
             self._daemons[name] = subprocess.Popen(
-                [program, *words], env=environment, stdout=out, stderr=out, start_new_session=True
+                [program, *arguments], env=environment, stdout=out, stderr=out, start_new_session=True
             )
 
     def _log(self) -> str:
@@ -157,7 +157,7 @@ SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmUser={user}
 SlurmdUser={user}
-# A key of our own instead of munge; a short life of credentials, because a requeued job waits that long.
+# A key instead of munge; short-lived credentials, because a requeued job waits until they expire.
 AuthType=auth/slurm
 CredType=auth/slurm
 AuthInfo=cred_expire=5
@@ -189,13 +189,13 @@ PartitionName=high Nodes={every} PriorityTier=10 PreemptMode=OFF
 
 
 def _with_their_slurmstepd(processes: list[psutil.Process]) -> list[psutil.Process]:
-    """Each step's process of Slurm first, which has overwritten its environment and so isn't found by it."""
+    """Prepend the slurmstepd of each, which is not found by its environment because it overwrites it."""
     parents = {parent for process in processes if (parent := process.parent()) is not None}
     return [parent for parent in parents if parent.name() == "slurmstepd"] + processes
 
 
 def _path() -> str:
-    """The daemons are in sbin, which isn't on everybody's PATH."""
+    """PATH with sbin, where the daemons are."""
     return f"{os.environ['PATH']}:/usr/local/sbin:/usr/sbin"
 
 

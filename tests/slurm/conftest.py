@@ -1,4 +1,4 @@
-"""One throw-away Slurm and one tiny model for all tests here."""
+"""One temporary Slurm for all tests in this folder."""
 
 import os
 import shutil
@@ -16,14 +16,14 @@ from tests.slurm.material import ROOT
 def cluster() -> Iterator[Cluster]:
     missing = missing_programs()
     if missing:
-        pytest.skip(f"no {', '.join(missing)} here; `make test-slurm` installs Debian's packages")
+        pytest.skip(f"{', '.join(missing)} not installed; `make test-slurm` installs Debian's packages")
     if os.getuid() != 0:
-        pytest.skip("slurmd needs root")
+        pytest.skip("slurmd requires root")
     folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
     os.chdir(ROOT)
     try:
         with Cluster(folder / "cluster") as running:
-            # What the project's scripts start runs on the project's Python, one thread and one rank per node.
+            # Each rank uses one thread and no network.
             running.environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
             yield running
     finally:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs what the tests on a real Slurm need from Debian or Ubuntu, as root; does nothing where it is already.
-# Ends with code 1 and a sentence where it can't be had.
+# Install the Debian or Ubuntu packages for the tests on a real Slurm, as root; do nothing if they are installed.
+# Exit with code 1 and a message if they are unavailable.
 set -euo pipefail
 PATH=$PATH:/usr/local/sbin:/usr/sbin
 packages=(slurmctld slurmd slurm-client)
@@ -10,11 +10,11 @@ fail() {
     exit 1
 }
 
-if ((EUID != 0)); then fail "slurmd needs root; run the tests on Slurm as root, in a container for example"; fi
+if ((EUID != 0)); then fail "slurmd requires root; run the Slurm tests as root, for example in a container"; fi
 if command -v slurmctld slurmd sbatch srun >/dev/null; then exit; fi
 command -v apt-get >/dev/null ||
-    fail "slurmctld, slurmd and sbatch are missing and there is no apt-get; install Slurm 23.11 or later"
-# Nothing is started on installation; the tests start their own.
+    fail "slurmctld, slurmd and sbatch are missing and apt-get is not available; install Slurm 23.11 or later"
+# The installation starts no service; the tests start their own.
 export DEBIAN_FRONTEND=noninteractive
 if ! timeout 300 bash -c 'apt-get update -qq && apt-get install -y -qq --no-install-recommends "$@"' apt "${packages[@]}" \
     >/dev/null; then

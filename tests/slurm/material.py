@@ -1,4 +1,4 @@
-"""A tiny untrained model, a little text, a stage that takes seconds, and whether two runs are the same."""
+"""A tiny untrained model, some text, and a comparison of two runs."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def make_model(folder: Path) -> Path:
 
 
 def make_text(folder: Path, documents: int = 120) -> dict[str, Path]:
-    """Language → a file of documents, each of another length and start."""
+    """Language → a file of documents of different lengths and beginnings."""
     files = {}
     for language, sentence in WORDS.items():
         words = sentence.split()
@@ -50,7 +50,7 @@ def make_text(folder: Path, documents: int = 120) -> dict[str, Path]:
 
 
 def make_corpus(folder: Path) -> Path:
-    """The prefix of a corpus of expanded-language text, without a tokenizer's help."""
+    """The prefix of a corpus of expanded-language text, made without a tokenizer."""
     from data_tools.corpus_writer import CorpusWriter
 
     random = np.random.default_rng(0)
@@ -63,12 +63,12 @@ def make_corpus(folder: Path) -> Path:
     return folder / "corpus"
 
 
-# What a record says of the machine, not of the model.
+# The fields of a record that depend on the machine.
 MEASURED = ("step_time_s", "tokens_per_s", "peak_memory_gib")
 
 
 def metrics(run: Path) -> list[dict]:
-    """The run's records so far, without what was measured of the machine."""
+    """The run's records so far, without fields that depend on the machine."""
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     records = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -85,13 +85,13 @@ def last_checkpoint(run: Path) -> dict[str, torch.Tensor]:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """What differs between the metrics and the last checkpoints of two runs; empty: they are the same, bit for bit."""
+    """Differences between the metrics and last checkpoints of two runs; empty if they are bitwise identical."""
     found = []
     one_metrics, other_metrics = metrics(one), metrics(other)
     if one_metrics != other_metrics:
         steps = [a["iteration"] for a, b in zip(one_metrics, other_metrics, strict=False) if a != b]
-        found.append(f"metrics of {len(one_metrics)} and {len(other_metrics)} steps, first different: {steps[:1]}")
+        found.append(f"metrics of {len(one_metrics)} and {len(other_metrics)} steps, first difference: {steps[:1]}")
     here, there = last_checkpoint(one), last_checkpoint(other)
     if here.keys() != there.keys():
-        found.append("the checkpoints' tensors are others")
+        found.append("the checkpoints contain different tensors")
     return found + [key for key in here.keys() & there.keys() if not torch.equal(here[key], there[key])]

@@ -1,4 +1,4 @@
-"""A stage that lasts long enough to be interrupted, submitted as a user would."""
+"""A stage that runs long enough to be interrupted, submitted as a user would."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ class Stage:
         return (self.folder / f"{name}.log").read_text()
 
     def until_step(self, name: str, step: int) -> int:
-        """Wait until the run has made this step; the step it is at."""
+        """Wait until the run has made this step; returns its current step."""
         self.cluster.until(lambda: len(metrics(self.folder / name)) >= step, timeout_s=90)
         return len(metrics(self.folder / name))
 

@@ -31,11 +31,15 @@ SHAPE = {
 
 
 @pytest.fixture(autouse=True)
-def no_metrics_of_another_model() -> Iterator[None]:
-    """Megatron keeps them for the process, with as many layers as the first model had."""
+def reset_moe_state() -> Iterator[None]:
+    """Megatron keeps MoE metrics (one value per layer of the first model) and the auxiliary losses' scale globally."""
     yield
     if moe_logging := sys.modules.get("megatron.core.transformer.moe.moe_logging"):
         moe_logging.destroy_moe_metrics_tracker()
+    if moe_utils := sys.modules.get("megatron.core.transformer.moe.moe_utils"):
+        moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    if router := sys.modules.get("moelpr.model.router"):
+        router.LPRLossNormalizer.weight = None
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""A chain of checkpoints is found wherever it was moved to, and a base that changed is noticed to the byte."""
+"""A chain of checkpoints is found after being moved, and a change of a single byte of a base is detected."""
 
 import json
 import shutil
@@ -12,14 +12,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moelpr import checkpoints as chain
+from moelpr import checkpoints
 from moelpr.checkpoints import BaseCheckpoint, checkpoint_chain, checksum, step_folder, verify_chain
 from moelpr.errors import UserError
 from moelpr.model_spec import ModelSpec
 
 
 def write_checkpoint(folder: Path, spec: ModelSpec, content: dict[str, bytes], base: Path | None = None) -> Path:
-    """A checkpoint folder with one step, of files that only look like a checkpoint's; returns its step folder."""
+    """Write a checkpoint folder with one step of made-up files; returns its step folder."""
     step = folder / ("iter_0000003" if base else "release")
     step.mkdir(parents=True)
     for name, data in content.items():
@@ -33,7 +33,7 @@ def write_checkpoint(folder: Path, spec: ModelSpec, content: dict[str, bytes], b
 
 @pytest.fixture
 def runs(tmp_path: Path, moe_spec: ModelSpec) -> Path:
-    """upcycled (whole) <- stage1 <- stage2, side by side."""
+    """upcycled (complete) <- stage1 <- stage2, in one folder."""
     folder = tmp_path / "runs"
     base = write_checkpoint(folder / "upcycled", moe_spec, {".metadata": b"table", "__0_0.distcp": b"0123456789"})
     stage1 = write_checkpoint(folder / "stage1", moe_spec, {".metadata": b"t1", "__0_0.distcp": b"experts"}, base)
@@ -61,9 +61,9 @@ def test_a_run_moved_alone_still_finds_its_base(runs: Path, tmp_path: Path) -> N
     assert checkpoint_chain(moved)[1:] == [runs / "stage1/iter_0000003", runs / "upcycled/release"]
 
 
-def test_a_base_that_moved_is_found_by_editing_the_file_or_by_naming_it(runs: Path) -> None:
+def test_a_moved_base_is_found_by_editing_the_file_or_by_an_argument(runs: Path) -> None:
     moved = (runs / "stage1").rename(runs / "old-stage1")
-    with pytest.raises(UserError, match=r'hold only what was trained; the rest, iter_0000003 .* is gone.*"folder"'):
+    with pytest.raises(UserError, match=r'iter_0000003 is missing .*"folder" of .*base_checkpoint.json'):
         checkpoint_chain(runs / "stage2")
     assert checkpoint_chain(runs / "stage2", base=moved)[1] == moved / "iter_0000003"
     path = runs / "stage2/base_checkpoint.json"
@@ -73,12 +73,12 @@ def test_a_base_that_moved_is_found_by_editing_the_file_or_by_naming_it(runs: Pa
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
 @given(link=st.sampled_from(["stage1/iter_0000003", "upcycled/release"]), data=st.data())
-def test_a_changed_byte_anywhere_in_a_base_is_noticed(runs: Path, link: str, data: st.DataObject) -> None:
+def test_any_changed_byte_in_a_base_is_detected(runs: Path, link: str, data: st.DataObject) -> None:
     file = data.draw(st.sampled_from(sorted((runs / link).iterdir())))
     before = file.read_bytes()
     place = data.draw(st.integers(0, len(before) - 1))
     file.write_bytes(before[:place] + bytes([before[place] ^ data.draw(st.integers(1, 255))]) + before[place + 1 :])
-    with pytest.raises(UserError, match=f"{link} is not what the checkpoints in .* were trained on"):
+    with pytest.raises(UserError, match=f"{link} .*checksum"):
         verify_chain(checkpoint_chain(runs / "stage2"))
     file.write_bytes(before)
     verify_chain(checkpoint_chain(runs / "stage2"))
@@ -97,12 +97,12 @@ def test_files_added_missing_or_renamed_change_the_checksum(runs: Path) -> None:
     assert len(seen) == 4
 
 
-def test_a_base_exchanged_together_with_its_recorded_checksum_is_noticed(runs: Path, moe_spec: ModelSpec) -> None:
+def test_a_base_replaced_together_with_its_recorded_checksum_is_detected(runs: Path, moe_spec: ModelSpec) -> None:
     """Stage 2's record covers stage 1's base too."""
     other = write_checkpoint(runs / "other", moe_spec, {".metadata": b"table", "__0_0.distcp": b"9876543210"})
     BaseCheckpoint.of(other, checksum(other), runs / "stage1").write(runs / "stage1")
     verify_chain(checkpoint_chain(runs / "stage1"))
-    with pytest.raises(UserError, match="its checksum differs"):
+    with pytest.raises(UserError, match="checksum"):
         verify_chain(checkpoint_chain(runs / "stage2"))
 
 
@@ -110,8 +110,8 @@ def test_a_base_exchanged_together_with_its_recorded_checksum_is_noticed(runs: P
 def test_the_checksum_does_not_depend_on_how_many_ranks_share_the_work(
     runs: Path, monkeypatch: pytest.MonkeyPatch, world: int
 ) -> None:
-    """Threads stand in for ranks. The folder has 6 pieces, so with 7 ranks one has nothing to do."""
-    monkeypatch.setattr(chain, "PIECE_BYTES", 3)
+    """Threads act as ranks. The folder has 6 pieces, so with 7 ranks one has nothing to do."""
+    monkeypatch.setattr(checkpoints, "PIECE_BYTES", 3)
     alone = checksum(runs / "upcycled/release")
     rank, barrier, shares = threading.local(), threading.Barrier(world), {}
 
@@ -133,23 +133,23 @@ def test_the_checksum_does_not_depend_on_how_many_ranks_share_the_work(
     assert max(map(len, shares.values())) == -(-6 // world)
 
 
-def test_a_circle_is_refused(runs: Path) -> None:
+def test_a_circular_chain_is_rejected(runs: Path) -> None:
     BaseCheckpoint.of(runs / "stage2/iter_0000003", "0", runs / "stage1").write(runs / "stage1")
-    with pytest.raises(UserError, match="leads in a circle"):
+    with pytest.raises(UserError, match="base_checkpoint.json is circular"):
         checkpoint_chain(runs / "stage2")
 
 
-def test_a_base_of_another_model_is_refused(runs: Path, moe_spec: ModelSpec) -> None:
+def test_a_base_of_another_model_is_rejected(runs: Path, moe_spec: ModelSpec) -> None:
     shutil.rmtree(runs / "upcycled")
     assert moe_spec.moe is not None
     other = replace(moe_spec, moe=replace(moe_spec.moe, num_new_experts=5))
     write_checkpoint(runs / "upcycled", other, {".metadata": b"table"})
-    with pytest.raises(UserError, match="upcycled holds another model than .*stage2"):
+    with pytest.raises(UserError, match="upcycled contains another model than .*stage2"):
         checkpoint_chain(runs / "stage2")
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("{", "damaged or from another program"),
         ("[]", "damaged or from another program"),
@@ -157,17 +157,17 @@ def test_a_base_of_another_model_is_refused(runs: Path, moe_spec: ModelSpec) -> 
         ('{"format_version": 2}', "format_version is 2"),
         (
             '{"format_version": 1, "folder": "a", "absolute_folder": "b", "step": "../../x", "sha256": "c"}',
-            "neither 'release' nor like",
+            "got '../../x'",
         ),
         (
             '{"format_version": 1, "folder": 1, "absolute_folder": "b", "step": "release", "sha256": "c"}',
-            "must be text",
+            "must be a string",
         ),
     ],
 )
-def test_a_damaged_record_is_one_sentence(runs: Path, text: str, said: str) -> None:
+def test_a_damaged_record_is_a_user_error(runs: Path, text: str, message: str) -> None:
     (runs / "stage2/base_checkpoint.json").write_text(text)
-    with pytest.raises(UserError, match=f"base_checkpoint.json.*{said}"):
+    with pytest.raises(UserError, match=f"base_checkpoint.json.*{message}"):
         checkpoint_chain(runs / "stage2")
 
 
@@ -176,11 +176,11 @@ def test_a_step_is_chosen_by_the_tracker_or_by_number(runs: Path) -> None:
     (runs / "stage1/iter_0000001").mkdir()
     assert step_folder(runs / "stage1", 1).name == "iter_0000001"
     assert checkpoint_chain(runs / "stage1", 1)[1] == runs / "upcycled/release"
-    with pytest.raises(UserError, match="no checkpoint of iteration 2; it holds 1, 3"):
+    with pytest.raises(UserError, match="iteration 2; available: 1, 3"):
         step_folder(runs / "stage1", 2)
 
 
-def test_a_file_that_cannot_be_read_is_one_sentence(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chain, "_digest", lambda *_: None)
-    with pytest.raises(UserError, match="can't be read"):
+def test_an_unreadable_file_is_a_user_error(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "_digest", lambda *_: None)
+    with pytest.raises(UserError, match="cannot read .*release"):
         checksum(runs / "upcycled/release")

@@ -1,4 +1,4 @@
-"""Exit codes: 0 done, 1 failed, 2 wrong arguments or input; one sentence, no traceback."""
+"""Exit codes: 0 success, 1 failure, 2 wrong arguments or input; one message, no traceback."""
 
 import errno
 import os
@@ -20,23 +20,23 @@ def fail_with(error: BaseException):  # noqa: ANN201
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "said"),
+    ("error", "code", "message"),
     [
-        (UserError("found a, wanted b; do c"), 2, "error: found a, wanted b; do c"),
+        (UserError("expected a, got b; do c"), 2, "error: expected a, got b; do c"),
         (OSError(errno.ENOSPC, "No space left on device", "x.bin"), 1, "the disk is full while writing x.bin"),
         (KeyboardInterrupt(), 1, "interrupted"),
     ],
 )
-def test_expected_failures_are_one_sentence(error, code: int, said: str, capsys) -> None:  # noqa: ANN001
+def test_expected_failures_are_one_line(error, code: int, message: str, capsys) -> None:  # noqa: ANN001
     with pytest.raises(SystemExit) as stop:
         run_command(fail_with(error))
     assert stop.value.code == code
     shown = capsys.readouterr().err
-    assert said in shown
+    assert message in shown
     assert shown.count("\n") == 1
 
 
-def test_our_own_slips_keep_their_traceback() -> None:
+def test_bugs_keep_their_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         run_command(fail_with(ZeroDivisionError()))
 
@@ -47,7 +47,7 @@ def test_debug_shows_the_traceback_of_a_user_error(monkeypatch) -> None:  # noqa
         run_command(fail_with(UserError("x")))
 
 
-def test_rank_0_speaks_first_then_one_rank_of_each_other_node(monkeypatch, capsys) -> None:  # noqa: ANN001
+def test_rank_0_reports_first_then_one_rank_of_each_other_node(monkeypatch, capsys) -> None:  # noqa: ANN001
     waited: dict[str, float] = {}
     for rank, local_rank in (("0", "0"), ("1", "1"), ("2", "0"), ("3", "1")):
         monkeypatch.setenv("RANK", rank)
@@ -59,8 +59,8 @@ def test_rank_0_speaks_first_then_one_rank_of_each_other_node(monkeypatch, capsy
     assert waited["0"] == 0 < waited["2"] < waited["1"] == waited["3"]
 
 
-def test_a_rank_that_waits_ends_in_silence_with_the_first() -> None:
-    """The launcher's SIGTERM gets through although the trainer has a handler that only takes a note of it."""
+def test_a_waiting_rank_ends_without_a_message_when_the_first_has_failed() -> None:
+    """The launcher's SIGTERM ends it although the trainer has a handler that only sets a flag."""
     code = """if True:
         import signal, time
         from moelpr.errors import UserError, run_command

@@ -1,15 +1,25 @@
-"""Outputs appear whole or not at all."""
+"""Outputs appear complete or not at all."""
 
 import errno
 from pathlib import Path
 
+import filelock
 import pytest
 
 from moelpr.errors import UserError
-from moelpr.files import DurableFile, atomic_directory, atomic_file, refuse_existing
+from moelpr.files import (
+    LOCK_FILE,
+    DurableFile,
+    atomic_directory,
+    atomic_file,
+    locked,
+    refuse_existing,
+    resumable_directory,
+    write_text,
+)
 
 
-def test_a_file_that_fails_half_way_leaves_the_old_one_and_nothing_else(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     target = tmp_path / "a.txt"
     target.write_text("old")
     with pytest.raises(RuntimeError), atomic_file(target) as temporary:
@@ -19,14 +29,14 @@ def test_a_file_that_fails_half_way_leaves_the_old_one_and_nothing_else(tmp_path
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_finished_file_takes_its_name(tmp_path: Path) -> None:
+def test_a_finished_file_gets_its_name(tmp_path: Path) -> None:
     with atomic_file(tmp_path / "sub" / "a.txt") as temporary:
         temporary.write_text("new")
         assert not (tmp_path / "sub" / "a.txt").exists()
     assert (tmp_path / "sub" / "a.txt").read_text() == "new"
 
 
-def test_a_folder_that_fails_half_way_leaves_the_old_one(tmp_path: Path) -> None:
+def test_a_failed_folder_leaves_the_old_one(tmp_path: Path) -> None:
     target = tmp_path / "run"
     target.mkdir()
     (target / "old").touch()
@@ -37,33 +47,87 @@ def test_a_folder_that_fails_half_way_leaves_the_old_one(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_an_existing_output_is_refused_unless_overwriting(tmp_path: Path) -> None:
+def test_an_existing_output_is_rejected_unless_overwriting(tmp_path: Path) -> None:
     (tmp_path / "x").touch()
-    with pytest.raises(UserError, match="exists already.*--overwrite"):
+    with pytest.raises(UserError, match="x already exists.*--overwrite"):
         refuse_existing([tmp_path / "x"], overwrite=False)
     refuse_existing([tmp_path / "x"], overwrite=True)
     refuse_existing([tmp_path / "y"], overwrite=False)
 
 
-def test_a_disk_that_fails_in_the_background_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The system tells an error of fsync once; swallowed in a thread, the file would count as whole."""
-    calls = []
+def test_text_is_written_as_utf_8(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", "ä")
+    assert (tmp_path / "a.txt").read_bytes() == "ä".encode()
 
-    def fsync(number: int) -> None:
-        calls.append(number)
-        if len(calls) == 1:
-            raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("moelpr.files.os.fsync", fsync)
-    monkeypatch.setattr(DurableFile, "_STRIDE", 4)
+def test_a_durable_file_is_on_disk_before_it_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = []
+    monkeypatch.setattr("moelpr.files.os.fsync", lambda number: synced.append((tmp_path / "a").read_bytes()))
     file = DurableFile(tmp_path / "a")
     file.write(b"12345678")
+    assert (file.name, file.tell()) == ("a", 8)
+    file.finish()
+    assert synced == [b"12345678"]
+
+
+def test_a_disk_error_of_a_durable_file_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fsync(number: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("moelpr.files.os.fsync", fsync)
+    file = DurableFile(tmp_path / "a")
     with pytest.raises(OSError, match="No space left"):
         file.finish()
     file.close()
-    other = DurableFile(tmp_path / "b")
-    for _ in range(100):
-        other.write(b"12345678")
-    other.finish()
-    assert (tmp_path / "b").read_bytes() == b"12345678" * 100
-    assert len(calls) > 2
+
+
+class Killed(BaseException):
+    """What an interruption raises."""
+
+
+@pytest.mark.parametrize(("job", "kept"), [("copy a", True), ("copy b", False)])
+def test_an_interrupted_job_is_resumed_by_the_same_job_only(tmp_path: Path, job: str, kept: bool) -> None:
+    target = tmp_path / "out"
+    with pytest.raises(Killed), resumable_directory(target, "copy a") as folder:
+        (folder / "part").touch()
+        raise Killed
+    assert not target.exists()
+    with resumable_directory(target, job) as folder:
+        assert (folder / "part").exists() is kept
+        (folder / "rest").touch()
+    assert {path.name for path in target.iterdir()} == ({"part", "rest"} if kept else {"rest"})
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_job_that_fails_with_a_user_error_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError), resumable_directory(tmp_path / "out", "job") as folder:
+        (folder / "part").touch()
+        raise UserError("wrong input")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_another_process_is_writing_is_rejected(tmp_path: Path) -> None:
+    with resumable_directory(tmp_path / "out", "job") as folder:
+        (folder / "part").touch()
+        with (
+            pytest.raises(UserError, match=f"another process is writing {tmp_path}/out"),
+            resumable_directory(tmp_path / "out", "another job"),
+        ):
+            pass
+        assert (folder / "part").exists()
+
+
+def test_a_lock_is_free_again_after_its_context(tmp_path: Path) -> None:
+    with locked(tmp_path / LOCK_FILE, "x"):
+        pass
+    with locked(tmp_path / LOCK_FILE, "x"), pytest.raises(UserError), locked(tmp_path / LOCK_FILE, "x"):
+        pass
+
+
+def test_without_locks_on_the_file_system_nothing_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def acquire(self: filelock.FileLock) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    with locked(tmp_path / LOCK_FILE, "x"), locked(tmp_path / LOCK_FILE, "x"):
+        pass

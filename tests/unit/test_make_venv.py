@@ -1,4 +1,4 @@
-"""launch/make_venv.sh: which Python it takes, and that a half-made .venv is never taken for whole."""
+"""launch/make_venv.sh: which Python it uses, and that an incomplete .venv is never used."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ TOOLS = "bash cat cp cut dirname flock grep mkdir rm sed sha256sum sleep timeout
 
 
 def altered_python(change: str) -> str:
-    """A Python like the one running here, except for what `change` does before the script reads its probe."""
+    """This Python with a `change` that is applied before the script checks it."""
     return f"""exec '{sys.executable}' -c "import sys, sysconfig; {change}; exec(sys.stdin.read())" "$@" """
 
 
@@ -65,15 +65,17 @@ def find_python(environment: dict[str, str]) -> subprocess.CompletedProcess[str]
     return subprocess.run([SCRIPT, "--find-python"], env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in UNFIT if kind != "hanging"])  # its ten seconds are spent once, below
-def test_an_unfit_python_is_passed_over_for_a_later_one_of_the_same_name(kind, put, environment):
+@pytest.mark.parametrize(
+    "kind", [kind for kind in UNFIT if kind != "hanging"]
+)  # takes ten seconds, so it is tested once, below
+def test_an_unsuitable_python_is_skipped_for_a_later_one_of_the_same_name(kind, put, environment):
     put("a/python3.13", UNFIT[kind][0])
     good = put("b/python3.13", FITTING)
     assert find_python(environment).stdout == f"{good}\n"
 
 
 @pytest.mark.parametrize("kind", UNFIT)
-def test_the_error_says_what_each_python_lacks(kind, put, environment):
+def test_the_error_names_what_each_python_lacks(kind, put, environment):
     unfit = put("a/python3.12", UNFIT[kind][0])
     result = find_python(environment)
     assert (result.returncode, result.stdout) == (2, "")
@@ -81,24 +83,24 @@ def test_the_error_says_what_each_python_lacks(kind, put, environment):
     assert result.stderr.count("\n") == 1
 
 
-def test_without_any_python_the_error_says_so(environment):
+def test_without_any_python_there_is_an_error(environment):
     result = find_python(environment)
     assert result.returncode == 2
-    assert "found none on PATH" in result.stderr
+    assert "none on PATH" in result.stderr
 
 
-def test_a_versioned_name_comes_before_python3(put, environment):
+def test_a_versioned_name_is_preferred_to_python3(put, environment):
     put("a/python3", FITTING)
     good = put("b/python3.12", FITTING)
     assert find_python(environment).stdout == f"{good}\n"
 
 
-def test_python3_is_taken_when_it_is_new_enough(put, environment):
+def test_python3_is_used_if_it_is_new_enough(put, environment):
     good = put("a/python3", FITTING)
     assert find_python(environment).stdout == f"{good}\n"
 
 
-def test_PYTHON_is_taken_before_the_path_and_never_replaced(put, environment):
+def test_PYTHON_overrides_the_path_and_is_never_replaced(put, environment):
     put("a/python3.13", FITTING)
     elsewhere = put("elsewhere/python", FITTING)
     assert find_python(environment | {"PYTHON": str(elsewhere)}).stdout == f"{elsewhere}\n"
@@ -107,9 +109,9 @@ def test_PYTHON_is_taken_before_the_path_and_never_replaced(put, environment):
     assert (result.returncode, result.stdout) == (2, "")
 
 
-# What follows runs the whole script in a small repository of its own; `python -m venv` and `pip` are stand-ins.
+# The following tests run the complete script in a small repository; `python -m venv` and `pip` are stubs.
 
-STANDIN = f"""
+STUB = f"""
 case "$1 $2" in
 "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
 "-m pip")
@@ -130,7 +132,7 @@ def repository(tmp_path: Path, put) -> Path:
     for name in ("setup.py", "constraints.txt", "moelpr/data/csrc/bits.cpp"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("as first installed\n")
-    put("a/python3.13", STANDIN)
+    put("a/python3.13", STUB)
     return root
 
 
@@ -151,7 +153,7 @@ def test_a_second_run_installs_nothing(repository, environment):
 
 
 @pytest.mark.parametrize("name", ["setup.py", "constraints.txt", "moelpr/data/csrc/bits.cpp"])
-def test_a_changed_file_is_installed_into_the_venv_that_is_there(name, repository, environment):
+def test_a_changed_file_is_installed_into_the_existing_venv(name, repository, environment):
     make_venv(repository, environment)
     calls = pip_calls(repository)
     (repository / ".venv/kept").touch()
@@ -161,13 +163,13 @@ def test_a_changed_file_is_installed_into_the_venv_that_is_there(name, repositor
     assert (repository / ".venv/kept").exists()
 
 
-def test_every_install_is_bound_by_the_constraints(repository, environment):
+def test_every_install_uses_the_constraints(repository, environment):
     make_venv(repository, environment)
     for call in (repository / "pip-calls").read_text().splitlines():
         assert "--constraint constraints.txt" in call
 
 
-def test_a_failed_install_is_an_error_and_is_started_afresh(repository, environment):
+def test_a_failed_install_is_an_error_and_starts_over(repository, environment):
     (repository / "pip-fails").touch()
     assert make_venv(repository, environment) == 1
     (repository / ".venv/half").touch()
@@ -177,7 +179,7 @@ def test_a_failed_install_is_an_error_and_is_started_afresh(repository, environm
     assert pip_calls(repository) > 0
 
 
-def test_a_killed_install_is_started_afresh(repository, environment):
+def test_a_killed_install_starts_over(repository, environment):
     (repository / "pip-hangs").touch()
     killed = subprocess.Popen([repository / "launch/make_venv.sh"], env=environment, start_new_session=True)
     deadline = time.monotonic() + 60
@@ -192,7 +194,7 @@ def test_a_killed_install_is_started_afresh(repository, environment):
     assert pip_calls(repository) > 0
 
 
-def test_a_venv_whose_python_is_gone_is_made_afresh(repository, environment):
+def test_a_venv_without_its_python_is_created_again(repository, environment):
     make_venv(repository, environment)
     (repository / ".venv/bin/python").write_text("#!/bin/sh\nexit 127\n")
     (repository / ".venv/stale").touch()
@@ -208,7 +210,7 @@ def test_a_moved_repository_is_installed_again(repository, environment):
     assert pip_calls(moved) > calls
 
 
-def test_an_unfit_PYTHON_leaves_the_venv_alone(repository, environment, put):
+def test_an_unsuitable_PYTHON_does_not_touch_the_venv(repository, environment, put):
     make_venv(repository, environment)
     old = put("elsewhere/old", f"""[ "$1" != -c ] || {{ echo 3.11; exit; }}\n{TOO_OLD}""")
     assert make_venv(repository, environment | {"PYTHON": str(old)}) == 2
@@ -216,15 +218,15 @@ def test_an_unfit_PYTHON_leaves_the_venv_alone(repository, environment, put):
     assert (repository / ".venv/bin/python").exists()
 
 
-def test_another_PYTHON_makes_the_venv_afresh(repository, environment, put):
+def test_another_PYTHON_creates_the_venv_again(repository, environment, put):
     make_venv(repository, environment)
     (repository / ".venv/stale").touch()
-    other = put("elsewhere/other", f"""[ "$1" != -c ] || {{ echo another Python; exit; }}\n{STANDIN}""")
+    other = put("elsewhere/other", f"""[ "$1" != -c ] || {{ echo another Python; exit; }}\n{STUB}""")
     assert make_venv(repository, environment | {"PYTHON": str(other)}) == 0
     assert not (repository / ".venv/stale").exists()
 
 
-def test_an_activated_venv_that_is_about_to_go_is_not_the_python_for_the_next(repository, environment):
+def test_an_activated_venv_is_not_the_python_of_its_replacement(repository, environment):
     make_venv(repository, environment)
     shutil.copy(repository / ".venv/bin/python", repository / ".venv/bin/python3.13")
     (repository / ".venv/.installed").write_text("unfinished\n")

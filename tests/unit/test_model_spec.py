@@ -1,6 +1,7 @@
-"""`model_spec.json` through its dataclasses: what it may say about experts, and files of before."""
+"""`model_spec.json`: valid numbers of experts, and files of older versions."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,21 +19,24 @@ def test_original_and_new_experts_together_are_all_experts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("changes", "message"),
     [
-        ({"num_original_experts": 0}, "found 0 original experts"),
-        ({"num_new_experts": 0}, "found 0 new experts"),
-        ({"topk": 1}, "K = 1 can't be trained"),
-        ({"topk": 8}, r"the layer has 7 \(4 new \+ 3 original\); use --topk between 2 and 7"),
+        ({"num_original_experts": 0}, "num_original_experts must be at least 1 .* got 0"),
+        ({"num_new_experts": 0}, "0 new experts .*--num-new-experts 1"),
+        ({"topk": 1}, "K = 1 .*--topk 2"),
+        ({"topk": 8}, r"top-8 .* 7 experts \(4 new \+ 3 original\).*--topk between 2 and 7"),
+        ({"layers": ()}, "--moe-layers"),
+        ({"layers": (1,)}, "no layer 1; pass --moe-layers from 0 to 0"),
+        ({"layers": (0, 0)}, "without repetition"),
     ],
 )
-def test_experts_that_cannot_be_trained_are_refused(changes: dict[str, int], sentence: str) -> None:
+def test_settings_that_cannot_be_trained_are_rejected(changes: dict, message: str) -> None:
     moe = MoeSpec(num_new_experts=4, topk=2, layers=(0,), num_original_experts=3)
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=message):
         replace(moe, **changes).check(num_layers=1)
 
 
-def test_a_file_that_does_not_count_the_original_experts_has_one(tmp_path: Path, moe_spec: ModelSpec) -> None:
+def test_a_file_without_a_number_of_original_experts_has_one(tmp_path: Path, moe_spec: ModelSpec) -> None:
     moe_spec.write(tmp_path)
     content = json.loads((tmp_path / FILE_NAME).read_text())
     assert content["moe"].pop("num_original_experts") == 1
@@ -48,10 +52,40 @@ def test_the_number_of_original_experts_is_written_and_read(tmp_path: Path, moe_
 
 
 @pytest.mark.parametrize("number", ["2", 2.5, None, True])
-def test_a_number_of_experts_that_is_no_number_is_refused(tmp_path: Path, moe_spec: ModelSpec, number: object) -> None:
+def test_a_number_of_experts_that_is_not_an_integer_is_rejected(
+    tmp_path: Path, moe_spec: ModelSpec, number: object
+) -> None:
     moe_spec.write(tmp_path)
     content = json.loads((tmp_path / FILE_NAME).read_text())
     content["moe"]["num_original_experts"] = number
     (tmp_path / FILE_NAME).write_text(json.dumps(content))
     with pytest.raises(UserError, match=FILE_NAME):
+        ModelSpec.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content.update(format_version=2), "format_version is 2"),
+        (lambda content: content.update(dtype="int8"), "must be one of float32, bfloat16, float16, got 'int8'"),
+        (lambda content: content.update(surprise=1), "damaged"),
+        (lambda content: content["megatron_args"].pop("hidden_size"), "lacks hidden_size"),
+        (lambda content: content["megatron_args"].update(num_layers=True), "megatron_args.num_layers .*True"),
+        (lambda content: content["megatron_args"].update(num_layers=0), "num_layers must be at least 1, got 0"),
+        (lambda content: content["megatron_args"].update(num_query_groups=3), "multiple of num_query_groups"),
+    ],
+)
+def test_an_invalid_file_is_a_user_error(
+    tmp_path: Path, moe_spec: ModelSpec, change: Callable[[dict], object], message: str
+) -> None:
+    moe_spec.write(tmp_path)
+    content = json.loads((tmp_path / FILE_NAME).read_text())
+    change(content)
+    (tmp_path / FILE_NAME).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"{FILE_NAME}.*{message}"):
+        ModelSpec.read(tmp_path)
+
+
+def test_a_folder_without_the_file_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"no {FILE_NAME}.*hf_to_mcore.py"):
         ModelSpec.read(tmp_path)

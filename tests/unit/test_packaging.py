@@ -1,4 +1,4 @@
-"""The files that make an installation agree with each other and with what is installed."""
+"""The files that define an installation match each other and what is installed."""
 
 import re
 import subprocess
@@ -21,12 +21,14 @@ ROOT = Path(__file__).parents[2]
 def pins() -> dict[str, str]:
     """constraints.txt as name -> version."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), "constraints.txt holds name==version only"
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), (
+        "constraints.txt must contain only name==version"
+    )
     return {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
 
 
 def installed_closure(name: str, extras: frozenset[str]) -> Iterator[str]:
-    """Names of all that `name[extras]` needs, directly or not, on this machine."""
+    """The direct and indirect dependencies of `name[extras]` on this machine."""
     seen: set[tuple[str, frozenset[str]]] = set()
     waiting = [(name, extras)]
     while waiting:
@@ -48,7 +50,7 @@ def test_constraints_pin_every_installed_package_to_its_version(pins):
     assert {name: pins.get(name) for name in needed} == {name: metadata.version(name) for name in needed}
 
 
-def test_constraints_hold_nothing_that_is_not_needed(pins):
+def test_constraints_contain_only_required_packages(pins):
     needed = {"setuptools", "pybind11", *installed_closure("moelpr", frozenset({"dev"}))}
     assert set(pins) - needed == set()
 
@@ -57,7 +59,7 @@ def test_the_installed_version_is_the_packages_own():
     assert metadata.version("moelpr") == moelpr.__version__
 
 
-def test_make_venv_supports_the_pythons_that_setup_promises():
+def test_make_venv_supports_the_pythons_of_setup_py():
     promised = SpecifierSet(metadata.metadata("moelpr")["Requires-Python"])
     script = (ROOT / "launch/make_venv.sh").read_text()
     supported = re.search(r"^supported=\((.*?)\)", script, re.MULTILINE)
@@ -75,10 +77,3 @@ def test_commit_hooks_need_no_network():
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
     assert [repository["repo"] for repository in config["repos"]] == ["local"]
     assert {hook["language"] for hook in config["repos"][0]["hooks"]} == {"system"}
-
-
-def test_license_is_the_whole_apache_2():
-    text = (ROOT / "LICENSE").read_text()
-    assert "Version 2.0, January 2004" in text
-    assert "END OF TERMS AND CONDITIONS" in text
-    assert "APPENDIX: How to apply the Apache License to your work." in text

@@ -1,4 +1,4 @@
-"""metrics.jsonl is read while it is written, and after a run was resumed."""
+"""metrics.jsonl as the trainer writes it: events, repeated steps, incomplete lines."""
 
 import json
 from pathlib import Path
@@ -6,26 +6,55 @@ from pathlib import Path
 import pytest
 
 from moelpr.errors import UserError
-from moelpr.run_metrics import read_metrics
+from moelpr.run_metrics import mean_of, read_metrics, read_run_metrics
 
 
-def test_half_written_last_line_is_ignored(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"iteration": 1, "lm_loss": 3.5}\n{"iteration": 2, "lm_loss": 3.0}\n{"iteration": 3, "lm_l')
-    assert [record["iteration"] for record in read_metrics(path)] == [1, 2]
+def write(folder: Path, *records: dict, end: str = "") -> Path:
+    path = folder / "metrics.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records) + end)
+    return path
 
 
-def test_malformed_line_and_missing_file_are_named(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"iteration": 1}\n{"iteration": 2, "no\n{"iteration": 3}\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2"):
-        read_metrics(path)
-    with pytest.raises(UserError, match=r"nowhere\.jsonl"):
-        read_metrics(tmp_path / "nowhere.jsonl")
+def test_records_are_sorted_by_kind(tmp_path: Path) -> None:
+    validation, warning = {"iteration": 0, "event": "validation"}, {"iteration": 1, "event": "warning"}
+    unknown = {"iteration": 1, "event": "of a later version"}
+    path = write(tmp_path, validation, {"iteration": 1}, warning, unknown, {"iteration": 2})
+    found = read_run_metrics(path)
+    assert (found.steps, found.validations, found.warnings) == (
+        [{"iteration": 1}, {"iteration": 2}],
+        [validation],
+        [warning],
+    )
+    assert read_metrics(path) == found.steps
 
 
-def test_step_repeated_by_a_resumed_run_counts_once(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    records = [(1, 3.0), (2, 2.0), (3, 1.0), (2, 2.5), (3, 1.5)]
-    path.write_text("".join(json.dumps({"iteration": step, "lm_loss": loss}) + "\n" for step, loss in records))
-    assert [(record["iteration"], record["lm_loss"]) for record in read_metrics(path)] == [(1, 3.0), (2, 2.5), (3, 1.5)]
+def test_the_last_record_of_a_repeated_step_counts(tmp_path: Path) -> None:
+    records = [{"iteration": step, "run": run} for run, steps in ((1, (1, 2, 3)), (2, (2, 3, 4))) for step in steps]
+    assert [record["run"] for record in read_metrics(write(tmp_path, *records))] == [1, 2, 2, 2]
+
+
+def test_an_incomplete_last_line_and_blank_lines_are_ignored(tmp_path: Path) -> None:
+    assert len(read_metrics(write(tmp_path, {"iteration": 1}, end='\n\n{"iteration": 2'))) == 1
+
+
+@pytest.mark.parametrize("line", ["{}", "[]", "not JSON", '{"iteration": null}'])
+def test_a_malformed_line_is_named(tmp_path: Path, line: str) -> None:
+    with pytest.raises(UserError, match=r"metrics.jsonl, line 2 "):
+        read_metrics(write(tmp_path, {"iteration": 1}, end=f"{line}\n"))
+
+
+def test_a_missing_file_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="metrics.jsonl .No such file"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_values_per_layer_are_kept_at_both_ends_only(tmp_path: Path) -> None:
+    records = [{"iteration": step, "first": [step, step + 2, None], "share": [[1.0]]} for step in range(1, 8)]
+    steps = read_run_metrics(write(tmp_path, *records), layers_at_ends=2).steps
+    assert [steps[index] for index in (0, 1, 5, 6)] == [records[index] for index in (0, 1, 5, 6)]
+    assert steps[3] == {"iteration": 4, "first": 5.0, "share": None}
+
+
+@pytest.mark.parametrize(("value", "mean"), [([1, 2.0, None], 1.5), ([None], None), ([], None), (3, 3), ("a", None)])
+def test_the_mean_is_over_numbers(value: object, mean: float | None) -> None:
+    assert mean_of(value) == mean

@@ -4,8 +4,6 @@ from collections.abc import Iterable
 
 from moelpr.arguments import settings
 from moelpr.arguments.settings import FIXED_FOR_MOE, MOE_STAGES, RunSettings
-from moelpr.checkpoints import step_folder
-from moelpr.errors import UserError
 
 # Parts of the model's description that training may change.
 _FREE_SHAPE = ("attention_dropout", "hidden_dropout", "init_method_std")
@@ -13,9 +11,12 @@ _FREE_SHAPE = ("attention_dropout", "hidden_dropout", "init_method_std")
 # What the layers of this trainer are, for every family.
 _LAYERS = {"normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False, "position_embedding_type": "rope"}
 
-_EXPERT_SHAPE = ("num_experts", "num_original_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_layer_freq")
-
-_NO_SUCH_LAYERS = "no checkpoint of this trainer has such layers; remove it"
+# Flags that a dense model or its stage would ignore.
+_EXPERT_FLAGS = (
+    "num_experts", "num_original_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_layer_freq",
+    "balance_loss_coeff", "lpr_loss_coeff", "train_everything", "save_trained_only", "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)  # fmt: skip
 
 # Unsupported flags: the reason, and what to do instead.
 _UNSUPPORTED = {
@@ -23,15 +24,24 @@ _UNSUPPORTED = {
     "spec": "the trainer builds its own layers; remove it",
     "vocab_size": "it comes from the checkpoint; remove it",
     "padded_vocab_size": "it follows from the vocabulary and --tensor-model-parallel-size; remove it",
-    "multi_latent_attention": _NO_SUCH_LAYERS,
-    "mtp_num_layers": _NO_SUCH_LAYERS,
-    "hybrid_layer_pattern": _NO_SUCH_LAYERS,
-    "heterogeneous_layers_config_path": _NO_SUCH_LAYERS,
     "init_model_with_meta_device": "weights are loaded before the model's memory is allocated; remove it",
     "load_main_params_from_ckpt": "main parameters start as copies of the model's; remove it",
     "moe_use_upcycling": "use checkpoint_convert/hf_to_mcore.py --num-new-experts N instead",
     "checkpoint_activations": "Megatron replaced it; use --recompute-activations",
-}
+    "moe_aux_loss_coeff": "it is computed from --balance-loss-coeff; use that",
+    "mock_data": "it has no language bits; use --data-path PREFIX",
+    "reset_attention_mask": "attention builds its own mask; use --dataloader-inter-document-masking",
+    "reset_position_ids": "rotary positions are relative; use --dataloader-inter-document-masking",
+    **dict.fromkeys(
+        ("multi_latent_attention", "mtp_num_layers", "hybrid_layer_pattern", "heterogeneous_layers_config_path"),
+        "no checkpoint of this trainer has such layers; remove it",
+    ),
+    **dict.fromkeys(
+        ("per_dataset_sequences_path", "dataloader_fast_cache_load", "dataloader_defer_npy_index_mmap",
+         "object_storage_cache_path", "allow_ambiguous_pad_tokens"),
+        "this trainer does not read it; remove it",
+    ),
+}  # fmt: skip
 
 
 def check_checkpoint_kind(run: RunSettings) -> Iterable[str]:
@@ -59,33 +69,13 @@ def check_model_flags(run: RunSettings) -> Iterable[str]:
                 f"{run.flag(name)} {found} contradicts the checkpoint {run.checkpoint}, whose model_spec.json has "
                 f"{value}; remove the flag, or convert the model again"
             )
-    if run.spec is not None and run.spec.moe is None:
-        for name in _EXPERT_SHAPE:
-            if name in run.explicit_args:
-                yield (
-                    f"{run.flag(name)} does not apply to the dense checkpoint {run.checkpoint}; remove it, or upcycle "
-                    "the model with checkpoint_convert/hf_to_mcore.py --num-new-experts N"
-                )
 
 
 def check_layers(run: RunSettings) -> Iterable[str]:
     """The model has the layers that this trainer builds."""
     for name, expected in _LAYERS.items():
         if run.shape and run.shape[name] != expected:
-            yield (
-                f"{run.checkpoint} must be a model with {name} {expected}, got {run.shape[name]}, which this trainer "
-                "cannot build; use another model"
-            )
-
-
-def check_saved_step(run: RunSettings) -> Iterable[str]:
-    """The step to start from exists."""
-    if run.checkpoint is None:
-        return
-    try:
-        step_folder(run.checkpoint, run.step)
-    except UserError as error:
-        yield str(error)
+            yield f"{run.checkpoint} must have {name} {expected}, got {run.shape[name]}; use another model"
 
 
 def check_unsupported_flags(run: RunSettings) -> Iterable[str]:
@@ -101,49 +91,27 @@ def check_method(run: RunSettings) -> Iterable[str]:
     """Flags that the MoE-LPR layer or the stage would ignore."""
     args, explicit = run.args, run.explicit_args
     if args.stage == "dense":
-        for name in ("balance_loss_coeff", "lpr_loss_coeff", "train_everything", "save_trained_only"):
-            if name in explicit:
+        for name in _EXPERT_FLAGS:
+            is_size_1 = name.endswith("parallel_size") and getattr(args, name) == 1
+            if name in explicit and not is_size_1:
                 yield f"{run.flag(name)} does not apply to --stage dense; remove it, or use --stage stage1"
-    for name in ("balance_loss_coeff", "lpr_loss_coeff"):
-        value = getattr(args, name)
-        if value is not None and not value >= 0:
-            yield f"{run.flag(name)} must be at least 0, got {value}; use 0 to disable the loss"
-    if not run.is_moe:
-        return
-    for name, value in FIXED_FOR_MOE.items():
+    # Another checkpoint format cannot be exported, or resumed in another layout.
+    fixed = {"ckpt_format": "torch_dist"} | (FIXED_FOR_MOE if run.is_moe else {})
+    for name, value in fixed.items():
         found = getattr(args, name)
         found = ", ".join(found) if isinstance(found, list) else found
         if name in explicit and found != value:
-            yield f"{run.flag(name)} must be {value} for the MoE-LPR layer, got {found}; remove it"
-    if "moe_aux_loss_coeff" in explicit:
-        yield "--moe-aux-loss-coeff would be overwritten; use --balance-loss-coeff, from which it is computed"
-    for name in ("fp8", "fp4"):
-        if getattr(args, name):
-            yield f"{run.flag(name)} does not affect the new experts, which do not support {name.upper()}; remove it"
-    if args.save_trained_only and args.train_everything:
+            yield f"{run.flag(name)} must be {value} for this trainer, got {found}; remove it"
+    if run.is_moe and args.save_trained_only and args.train_everything:
         yield "--save-trained-only has no effect with --train-everything, which freezes nothing; remove one of them"
 
 
-def check_dtype_flags(run: RunSettings) -> Iterable[str]:
-    """At most one dtype is given."""
-    given = [run.flag(name) for name in ("fp16", "bf16", "fp32") if name in run.explicit_args]
-    if len(given) > 1:
-        yield f"{' and '.join(given)} are mutually exclusive; keep one of them"
-
-
-def check_checkpoint_format(run: RunSettings) -> Iterable[str]:
-    """Checkpoints can be exported and resumed."""
-    if run.args.ckpt_format != "torch_dist":
-        yield (
-            f"--ckpt-format must be torch_dist, got {run.args.ckpt_format}, which cannot be exported or resumed under "
-            "another layout; remove it"
-        )
-
-
 def check_transformer_engine(run: RunSettings) -> Iterable[str]:
-    """Flags that need Transformer Engine, without which attention and experts are PyTorch's."""
+    """Flags that need Transformer Engine, or PyTorch's attention in place of it."""
     args = run.args
     is_local = args.transformer_impl == "local"
+    if args.dataloader_inter_document_masking and not is_local:
+        yield "--dataloader-inter-document-masking does not support Transformer Engine; add --transformer-impl local"
     flags = {
         "--context-parallel-size": is_local and args.context_parallel_size > 1,
         "--attention-dropout": is_local and args.attention_dropout > 0,
@@ -151,9 +119,8 @@ def check_transformer_engine(run: RunSettings) -> Iterable[str]:
         "--use-precision-aware-optimizer": args.use_precision_aware_optimizer
         and not settings.is_installed("transformer_engine"),
     }
-    for flag, is_set in flags.items():
-        if is_set:
-            yield f"{flag} requires Transformer Engine; install transformer-engine, or remove the flag"
+    for flag in (flag for flag, is_set in flags.items() if is_set):
+        yield f"{flag} requires Transformer Engine; install transformer-engine, or remove the flag"
 
 
 def note_stage2_without_stage1(run: RunSettings) -> Iterable[str]:

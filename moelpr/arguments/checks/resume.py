@@ -11,37 +11,23 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moelpr.arguments.settings import RunSettings
+from moelpr.arguments.settings import RunSettings, shape_of
 from moelpr.errors import UserError
-from moelpr.families.families import family_named
-from moelpr.families.tables import pieces
 from moelpr.layouts import Layout
 from moelpr.model_spec import ModelSpec
-from moelpr.plan.memory import MASTER_BYTES, MOMENT_BYTES, WEIGHT_BYTES
+from moelpr.plan.memory import MASTER_BYTES, MOMENT_BYTES, WEIGHT_BYTES, model_parts
 from moelpr.run_folder import TRACKER_FILE
-from moelpr.stages import part_of, trained_parts
+from moelpr.stages import trained_parts
 
-# What has to match for optimizer state to load, by the format it was saved in. Everything else may change: the number
-# of processes, and for the first two formats every parallel size.
-#   by parameter      without --use-distributed-optimizer
-#   reshardable       --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable
-#   by buffer         only --use-distributed-optimizer: state is saved as the flat buffers of one layout
-# Taken from Megatron 0.19.2: training/checkpointing.py (load_checkpoint), core/optimizer (ChainedOptimizer,
+# What has to match for optimizer state to load: always; and if it was saved with --use-distributed-optimizer but
+# without --dist-ckpt-optim-fully-reshardable, as the flat buffers of one layout. Everything else may change. Taken from
+# Megatron 0.19.2: training/checkpointing.py (load_checkpoint), core/optimizer (ChainedOptimizer,
 # DistributedOptimizer.sharded_param_state_*); tested by tests/distributed/resume_layouts.py.
 _ALWAYS = ("optimizer", "use_distributed_optimizer", "bf16", "fp16", "train_everything")
-_MUST_MATCH = {
-    "by parameter": _ALWAYS,
-    "reshardable": _ALWAYS,
-    "by buffer": (*_ALWAYS, "tp", "pp", "vpp", "ep", "etp", "overlap_grad_reduce"),
-}
-
-_FLAGS = {
-    "tp": "--tensor-model-parallel-size",
-    "pp": "--pipeline-model-parallel-size",
-    "vpp": "virtual pipeline stages",
-    "ep": "--expert-model-parallel-size",
-    "etp": "--expert-tensor-parallel-size",
-}
+_FOR_BUFFERS = (
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank",
+    "expert_model_parallel_size", "expert_tensor_parallel_size", "overlap_grad_reduce",
+)  # fmt: skip
 
 # Settings of Megatron's learning-rate schedule, which it does not load with other values.
 _SCHEDULE = (
@@ -54,8 +40,8 @@ _NEW_RUN = "to start a new run from it, pass it as --pretrained-checkpoint and c
 
 def check_load_folder(run: RunSettings) -> Iterable[str]:
     """Without it Megatron would start from --pretrained-checkpoint without a message."""
-    load, save = run.args.load, run.args.save
-    if load and load != save and run.checkpoint not in (None, Path(load)):
+    load = run.args.load
+    if load and load != run.args.save and run.checkpoint not in (None, Path(load)):
         yield (
             f"--load {load} contains no checkpoint ({TRACKER_FILE} is missing), so the run would start from "
             f"{run.checkpoint}; use another folder, or remove --load"
@@ -75,35 +61,26 @@ def check_save_folder(run: RunSettings) -> Iterable[str]:
         )
 
 
-def check_save_access(run: RunSettings) -> Iterable[str]:
-    """Whether --save can be written is checked now, not hours later at the first checkpoint."""
+def check_save_disk(run: RunSettings) -> Iterable[str]:
+    """--save can be written, and a checkpoint fits; quotas, and what others write meanwhile, cannot be checked."""
     if run.args.save is None:
         return
     save = Path(run.args.save)
-    existing = _existing_parent(save)
+    existing = next(folder for folder in (save, *save.absolute().parents) if folder.exists())
     if not existing.is_dir():
         yield f"cannot create --save {save}: {existing} is a file; use another folder"
     elif not os.access(existing, os.W_OK | os.X_OK):
         is_read_only = os.statvfs(existing).f_flag & os.ST_RDONLY
         why = f"the disk of {existing} is read-only" if is_read_only else f"no permission to write to {existing}"
         yield f"cannot write to --save {save}: {why}; fix that, or use a folder on another disk"
-
-
-def check_disk_space(run: RunSettings) -> Iterable[str]:
-    """At least one checkpoint fits. Quotas, and what others write meanwhile, cannot be checked."""
-    if run.args.save is None or run.spec is None or not run.args.save_interval:
-        return
-    existing = _existing_parent(Path(run.args.save))
-    disk = shutil.disk_usage(existing) if existing.is_dir() else None
-    if disk is None or disk.total == 0:  # some object stores report no size
-        return
-    needed = checkpoint_bytes(run.args, run.spec)
-    if disk.free < needed:
-        smaller = "" if run.args.save_trained_only or not run.is_moe else ", use --save-trained-only"
-        yield (
-            f"--save {run.args.save} is on a disk with {format_bytes(disk.free)} free, and a checkpoint of this run "
-            f"takes about {format_bytes(needed)}; free some space{smaller}, or use a folder on another disk"
-        )
+    elif run.spec is not None and run.args.save_interval:
+        disk, needed = shutil.disk_usage(existing), checkpoint_bytes(run.args, run.spec)
+        if disk.free < needed and disk.total > 0:  # some object stores report no size
+            smaller = "" if run.args.save_trained_only or not run.is_moe else ", use --save-trained-only"
+            yield (
+                f"--save {save} is on a disk with {format_bytes(disk.free)} free, and a checkpoint of this run takes "
+                f"about {format_bytes(needed)}; free some space{smaller}, or use a folder on another disk"
+            )
 
 
 def checkpoint_bytes(args: argparse.Namespace, spec: ModelSpec) -> int:
@@ -114,10 +91,9 @@ def checkpoint_bytes(args: argparse.Namespace, spec: ModelSpec) -> int:
     master = MASTER_BYTES["bf16" if args.use_distributed_optimizer else dtype]
     state = 0 if args.no_save_optim else master + MOMENT_BYTES
     total = 0
-    for piece in pieces(family_named(spec.family).table, spec):
-        is_trained = part_of(piece.key) in trained
-        weights = 0 if args.save_trained_only and not is_trained else WEIGHT_BYTES[dtype]
-        total += sum(map(math.prod, piece.hf_shapes)) * (weights + (state if is_trained else 0))
+    for (_, part), numel in model_parts(spec).items():
+        is_saved = part in trained or not args.save_trained_only
+        total += numel * (WEIGHT_BYTES[dtype] * is_saved + state * (part in trained))
     return total
 
 
@@ -125,10 +101,6 @@ def format_bytes(number: float) -> str:
     """A number of bytes with its unit: "99 GiB"."""
     power = min(int(math.log2(max(number, 1))) // 10, 4)
     return f"{number / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
-
-
-def _existing_parent(path: Path) -> Path:
-    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
 
 
 def check_resumed_run(run: RunSettings) -> Iterable[str]:
@@ -158,48 +130,31 @@ def check_resumed_model(run: RunSettings) -> Iterable[str]:
         other = ModelSpec.read(Path(start))
     except UserError:
         return  # moved or deleted since, and no longer needed
-    if differences := _differences(other, run.spec):
+    there, here = ({"family": spec.family} | shape_of(spec) for spec in (other, run.spec))
+    names = [name for name in there | here if there.get(name) != here.get(name)]
+    if names:
+        differences = "; ".join(f"{name} {there.get(name)} there, {here.get(name)} in the run" for name in names)
         yield (
-            f"{run.checkpoint} is a run of another model than --pretrained-checkpoint {start} ("
-            f"{'; '.join(differences)}); change --save, or remove --pretrained-checkpoint to resume"
+            f"{run.checkpoint} is a run of another model than --pretrained-checkpoint {start} ({differences}); change "
+            "--save, or remove --pretrained-checkpoint to resume"
         )
 
 
-def _differences(start: ModelSpec, run: ModelSpec) -> list[str]:
-    def flat(spec: ModelSpec) -> dict[str, Any]:
-        moe = spec.moe
-        experts = {
-            "original experts": moe and moe.num_original_experts,
-            "new experts": moe and moe.num_new_experts,
-            "K": moe and moe.topk,
-            "MoE layers": moe and moe.layers,
-        }
-        return {"family": spec.family, **experts, **spec.megatron_args}
-
-    before, now = flat(start), flat(run)
-    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    return [f"{name} {before.get(name)} there, {now.get(name)} in the run" for name in names]
-
-
 def check_optimizer_state(run: RunSettings) -> Iterable[str]:
-    """The saved optimizer state loads with these settings (`_MUST_MATCH`)."""
+    """The saved optimizer state loads with these settings."""
     record = _record_of_stage(run)
     if record is None or run.args.no_load_optim or record.get("no_save_optim"):
         return
-    old_layout = Layout.from_settings(
-        record, record.get("world_size", 1), record.get("virtual_pipeline_model_parallel_size") or 1
-    )
+    vpp = record.get("virtual_pipeline_model_parallel_size") or 1
+    old_layout = Layout.from_settings(record, record.get("world_size", 1), vpp)
     before, now = _optimizer_settings(record, old_layout), _optimizer_settings(vars(run.args), run.layout)
-    state_format = "by parameter"
-    if record.get("use_distributed_optimizer"):
-        state_format = "reshardable" if record.get("dist_ckpt_optim_fully_reshardable") else "by buffer"
-    changed = [name for name in _MUST_MATCH[state_format] if before[name] != now[name]]
-    if changed:
-        hint = " (state saved with --dist-ckpt-optim-fully-reshardable can change its layout)"
+    by_buffer = record.get("use_distributed_optimizer") and not record.get("dist_ckpt_optim_fully_reshardable")
+    names = _ALWAYS + _FOR_BUFFERS if by_buffer else _ALWAYS
+    if changed := [name for name in names if before[name] != now[name]]:
+        hint = " (state saved with --dist-ckpt-optim-fully-reshardable can change its layout)" if by_buffer else ""
         yield (
             f"{run.checkpoint} was trained with {_as_flags(changed, before)}; its optimizer state does not fit "
-            f"{_as_flags(changed, now)}; keep the old values, or reset the optimizer with --no-load-optim"
-            f"{hint if state_format == 'by buffer' else ''}"
+            f"{_as_flags(changed, now)}; keep the old values, or reset the optimizer with --no-load-optim{hint}"
         )
 
 
@@ -209,31 +164,29 @@ def _optimizer_settings(settings: Mapping[str, Any], layout: Layout) -> dict[str
     return {
         "optimizer": settings.get("optimizer", "adam"),
         **{name: bool(settings.get(name)) for name in names},
-        "tp": layout.tp,
-        "pp": layout.pp,
-        "vpp": layout.vpp,
-        "ep": layout.ep if trains_experts else 1,
-        "etp": layout.etp if trains_experts else 1,
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "num_virtual_stages_per_pipeline_rank": layout.vpp,
+        "expert_model_parallel_size": layout.ep if trains_experts else 1,
+        "expert_tensor_parallel_size": layout.etp if trains_experts else 1,
     }
 
 
 def check_schedule(run: RunSettings) -> Iterable[str]:
     """The learning-rate schedule is the one that was saved."""
     record, args = _record_of_stage(run), run.args
-    if record is None:
+    if record is None or args.no_load_optim:
         return
-    if args.no_load_optim or args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
+    if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
         return
     names = list(_SCHEDULE)
     if args.lr_decay_iters is None and args.lr_decay_samples is None:
         names += ["train_iters", "train_samples"]  # the decay then ends with the training
-    changed = [name for name in names if name in run.explicit_args and record.get(name) != getattr(args, name)]
-    if changed:
+    if changed := [name for name in names if name in run.explicit_args and record.get(name) != getattr(args, name)]:
         yield (
-            f"{run.checkpoint} was trained with {_as_flags(changed, {name: record.get(name) for name in changed})}, on "
-            f"which its learning-rate schedule depends, not {_as_flags(changed, vars(args))}; keep the old values, or "
-            "add --override-opt-param-scheduler to use the new schedule from here, or "
-            "--use-checkpoint-opt-param-scheduler to keep the old one"
+            f"{run.checkpoint} was trained with {_as_flags(changed, record)}, on which its learning-rate schedule "
+            f"depends, not {_as_flags(changed, vars(args))}; keep the old values, use the new schedule from here with "
+            "--override-opt-param-scheduler, or the old one with --use-checkpoint-opt-param-scheduler"
         )
 
 
@@ -246,7 +199,7 @@ def _record_of_stage(run: RunSettings) -> dict[str, Any] | None:
 def _as_flags(names: list[str], settings: Mapping[str, Any]) -> str:
     flags = []
     for name in names:
-        flag, value = _FLAGS.get(name, f"--{name.replace('_', '-')}"), settings[name]
+        flag, value = f"--{name.replace('_', '-')}", settings.get(name)
         flags.append(f"{'no ' if value is False else ''}{flag}{'' if isinstance(value, bool) else f' {value}'}")
     return ", ".join(flags)
 

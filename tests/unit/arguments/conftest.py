@@ -73,7 +73,7 @@ def problems(data: list[str], monkeypatch: pytest.MonkeyPatch) -> Problems:
         stage: str | None, start: str | Path | None, *argv: str, ranks: int = 1, steps: list[str] = STEPS,
         with_data: bool = True,
     ) -> list[str]:  # fmt: skip
-        from moelpr.arguments import parse_arguments
+        from moelpr.arguments.parse import parse_arguments
 
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
         command = [*(["--stage", stage] if stage else []), *steps, *(data if with_data else [])]
@@ -96,7 +96,7 @@ def accepted(data: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     from megatron.training import global_vars
 
     def parse(stage: str, start: str | Path, *argv: str, ranks: int = 1) -> dict:
-        from moelpr.arguments import parse_arguments
+        from moelpr.arguments.parse import parse_arguments
 
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
         try:

@@ -123,7 +123,7 @@ def test_errors_left_to_megatron_name_flag_and_fix_before_anything_is_built(
 
 
 def test_help_lists_our_flags_before_megatrons(capsys: pytest.CaptureFixture[str]) -> None:
-    from moelpr.arguments import parse_arguments
+    from moelpr.arguments.parse import parse_arguments
 
     with pytest.raises(SystemExit) as stop:
         parse_arguments(["--help"])

@@ -50,7 +50,7 @@ def test_a_recipe_can_name_where_the_run_starts(upcycled: str, accepted, tmp_pat
 
 
 def test_every_recipe_of_the_project_names_flags_that_exist() -> None:
-    from moelpr.arguments import all_arguments
+    from moelpr.arguments.flags import all_arguments
     from moelpr.arguments.settings import read_recipe, recipe_argv
 
     recipes = list((Path(__file__).parents[3] / "launch" / "recipes").glob("*.yaml"))

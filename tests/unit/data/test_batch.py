@@ -1,4 +1,4 @@
-"""Micro-batches come in order, each with the token counts of its whole step."""
+"""Micro-batches come in order, each with the token counts of its step."""
 
 from collections.abc import Iterator
 
@@ -23,7 +23,7 @@ def samples(*originals: int) -> Iterator[dict[str, torch.Tensor]]:
         }
 
 
-def test_every_micro_batch_of_a_step_knows_the_counts_of_the_step() -> None:
+def test_every_micro_batch_has_the_counts_of_its_step() -> None:
     from moelpr.data.batch import BatchReader
 
     reader, model, data = BatchReader(), torch.nn.Module(), samples(1, 3, 0, 0)
@@ -69,9 +69,7 @@ def test_next_token_loss_is_reported_by_language_of_the_predicted_token() -> Non
 
 
 @pytest.mark.parametrize("cp_size", [2, 4])
-def test_context_parallel_ranks_share_a_sequence_out_and_keep_its_tensors_together(
-    monkeypatch: pytest.MonkeyPatch, cp_size: int
-) -> None:
+def test_context_parallel_ranks_split_a_sequence_consistently(monkeypatch: pytest.MonkeyPatch, cp_size: int) -> None:
     """Rank r takes chunks r and 2 x size - 1 - r, so that causal attention is the same work for all."""
     from megatron.core import parallel_state
 

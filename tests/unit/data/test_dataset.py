@@ -37,7 +37,7 @@ def build(kind: type, prefixes: list[str], vocab: int = 500, samples: int = 30):
 
 
 @pytest.mark.parametrize("mmap", [True, False])
-def test_what_is_read_is_megatrons_and_its_place_is_noted(write_corpus: Callable, mmap: bool) -> None:
+def test_sequences_are_megatrons_and_their_ranges_are_recorded(write_corpus: Callable, mmap: bool) -> None:
     prefix, tokens, _ = write_corpus("corpus")
     dataset, plain = TaggedIndexedDataset(str(prefix), mmap=mmap), IndexedDataset(str(prefix))
     for document in range(len(dataset)):
@@ -50,7 +50,7 @@ def test_what_is_read_is_megatrons_and_its_place_is_noted(write_corpus: Callable
     assert np.array_equal(tokens[start:stop], part)
 
 
-def test_samples_are_megatrons_with_the_right_bit_beside_every_token(write_corpus: Callable) -> None:
+def test_samples_are_megatrons_with_the_right_bit_for_every_token(write_corpus: Callable) -> None:
     """Every token of a corpus has its own id, so that a sample says where it came from."""
     prefix, _, is_original = write_corpus("corpus")
     # renumber the tokens 0, 1, 2, … in place
@@ -73,43 +73,43 @@ def test_a_blend_keeps_each_corpus_bits(write_corpus: Callable) -> None:
     assert sorted(set(shares)) == [0.0, 1.0]
 
 
-def test_the_dataset_can_be_pickled_for_loader_workers(write_corpus: Callable) -> None:
+def test_dataset_can_be_pickled_for_loader_workers(write_corpus: Callable) -> None:
     prefix, *_ = write_corpus("corpus")
     dataset = TaggedIndexedDataset(str(prefix))
     again = pickle.loads(pickle.dumps(dataset))
     assert np.array_equal(again.get(3), dataset.get(3))
 
 
-def test_untagged_corpus_is_refused(write_corpus: Callable) -> None:
+def test_corpus_without_bits_is_rejected(write_corpus: Callable) -> None:
     prefix, *_ = write_corpus("corpus")
     prefix.with_suffix(".lang").unlink()
     with pytest.raises(UserError, match=r"corpus.lang is missing.*preprocess_data.py"):
         TaggedIndexedDataset(str(prefix))
 
 
-def test_lang_file_of_another_corpus_is_refused(write_corpus: Callable) -> None:
+def test_lang_file_of_another_corpus_is_rejected(write_corpus: Callable) -> None:
     prefix, *_ = write_corpus("corpus")
     other, *_ = write_corpus("other", documents=41)
     other.with_suffix(".lang").replace(prefix.with_suffix(".lang"))
-    with pytest.raises(UserError, match=r"covers .* tokens but .* holds"):
+    with pytest.raises(UserError, match=r"corpus.lang covers .* tokens"):
         TaggedIndexedDataset(str(prefix))
 
 
-def test_token_outside_the_models_vocabulary_is_refused(write_corpus: Callable) -> None:
+def test_token_outside_the_vocabulary_is_rejected(write_corpus: Callable) -> None:
     prefix, *_ = write_corpus("corpus", vocab=500)
     dataset = build(TaggedGPTDataset, [str(prefix)], vocab=400)
-    with pytest.raises(UserError, match=r"holds token id \d+, but the model's vocabulary has 400"):
+    with pytest.raises(UserError, match=r"corpus.bin contains token ID \d+, .* 400 entries"):
         for index in range(len(dataset)):
             dataset[index]
 
 
-def test_missing_corpus_is_one_sentence(tmp_path) -> None:  # noqa: ANN001
-    with pytest.raises(UserError, match="nowhere.bin and .idx are not both there"):
+def test_missing_corpus_is_reported(tmp_path) -> None:  # noqa: ANN001
+    with pytest.raises(UserError, match=r"nowhere.bin and .idx .*preprocess_data\.py"):
         build(TaggedGPTDataset, [str(tmp_path / "nowhere")])
 
 
-def test_a_sample_that_is_shorter_than_a_sequence_is_padded(write_corpus: Callable) -> None:
-    """Megatron pads the last one of a validation set; padding is of no original language."""
+def test_sample_shorter_than_a_sequence_is_padded(write_corpus: Callable) -> None:
+    """Megatron pads the last sample of a validation set; padding is not of an original language."""
     prefix, tokens, is_original = write_corpus("corpus", bits="original", documents=1)
     [dataset] = build(TaggedGPTDataset, [str(prefix)], samples=1).datasets
     dataset.config.sequence_length = len(tokens) + 5
@@ -120,12 +120,12 @@ def test_a_sample_that_is_shorter_than_a_sequence_is_padded(write_corpus: Callab
     assert dataset._sample_bits.tolist() == [1] * len(tokens) + [0] * 6
 
 
-def test_an_empty_corpus_is_no_training_data(tmp_path) -> None:  # noqa: ANN001
+def test_empty_corpus_is_rejected(tmp_path) -> None:  # noqa: ANN001
     from data_tools.corpus_writer import CorpusWriter
 
     with CorpusWriter(tmp_path / "nothing", vocab_size=500) as writer:
         writer.add_document(np.array([], np.int32), True)
         writer.finalize()
         writer.commit()
-    with pytest.raises(UserError, match=r"nothing.bin holds no tokens; leave it out of the training data"):
+    with pytest.raises(UserError, match=r"nothing.bin contains no tokens"):
         build(TaggedGPTDataset, [str(tmp_path / "nothing")])

@@ -1,4 +1,4 @@
-"""What one epoch holds of each language, against counts of the corpora's own."""
+"""The epoch table agrees with counts of the corpora."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -51,7 +51,7 @@ def write_manifest(prefix: Path, tokens: int, documents: int, languages: dict[st
     ).write(prefix)
 
 
-def test_a_blend_is_told_by_corpus_and_language(write_corpus: Callable) -> None:
+def test_blend_is_shown_by_corpus_and_language(write_corpus: Callable) -> None:
     original, ids, _ = write_corpus("original", documents=30, bits="original", seed=1)
     mixed, mixed_ids, bits = write_corpus("mixed", documents=50, seed=2)
     n, m, o = len(ids), len(mixed_ids), int(bits.sum())
@@ -81,8 +81,8 @@ def original_documents(prefix: Path) -> int:
     return sum(int(corpus.document(index)[1][0]) for index in range(corpus.num_documents))
 
 
-def test_a_part_of_a_corpus_is_counted_by_its_bits(write_corpus: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    """--split 50,50,0: what the manifest says is true of the whole only."""
+def test_part_of_a_corpus_is_counted_by_its_bits(write_corpus: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --split 50,50,0 the manifest describes only the complete corpus."""
     from moelpr.data import dataset
 
     monkeypatch.setattr(dataset, "_SEQUENCES_AT_ONCE", 7)
@@ -98,9 +98,9 @@ def test_a_part_of_a_corpus_is_counted_by_its_bits(write_corpus: Callable, monke
     assert new[:3] == ["expanded", str(30 - sum(original)), str(tokens - int(bits[:tokens].sum()))]
 
 
-def test_a_run_longer_than_corpora_without_weights_is_refused_before_it_starts(write_corpus: Callable) -> None:
+def test_run_longer_than_corpora_without_weights_is_rejected(write_corpus: Callable) -> None:
     prefixes = [str(write_corpus(name, seed=seed)[0]) for seed, name in enumerate("ab")]
     assert len(table(20, prefixes)) > 3
-    with pytest.raises(UserError, match=r"makes \d+ samples, but the run takes 5,000; give each corpus a weight"):
+    with pytest.raises(UserError, match=r"\d+ samples, .* 5,000; .*--data-path"):
         table(5000, prefixes)
     assert table(5000, prefixes, [1.0, 1.0])

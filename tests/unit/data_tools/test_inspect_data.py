@@ -1,4 +1,4 @@
-"""inspect_data.py shows a corpus and finds files that don't belong together."""
+"""inspect_data.py shows a corpus and finds files that do not belong together."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ def prefix(tokenizer: Path, tmp_path: Path) -> Path:
     return tmp_path / "corpus"
 
 
-def test_it_shows_counts_text_and_bits(prefix: Path, tokenizer: Path, capsys: pytest.CaptureFixture) -> None:
+def test_summary_shows_counts_text_and_bits(prefix: Path, tokenizer: Path, capsys: pytest.CaptureFixture) -> None:
     inspect_data.main([str(prefix), "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(tokenizer)])
     out = capsys.readouterr().out
     lengths = Corpus(prefix).document_lengths
@@ -54,19 +54,14 @@ def test_it_shows_counts_text_and_bits(prefix: Path, tokenizer: Path, capsys: py
     assert ["tokens", f"{lengths.sum()}"] in lines
     assert ["original-language", f"{lengths[0]}", f"{lengths[0] / lengths.sum():.1%}"] in lines
     assert out.endswith("The files agree: sizes, offsets, token count, checksum of the .lang.\n")
-    assert "  no manifest: the token ids themselves can't be checked, nor which tokenizer made them\n" in out
+    assert "  no manifest: " in out
 
 
-def test_without_a_tokenizer_it_shows_ids(prefix: Path, capsys: pytest.CaptureFixture) -> None:
+def test_ids_are_shown_without_a_tokenizer(prefix: Path, capsys: pytest.CaptureFixture) -> None:
     inspect_data.main([f"{prefix}.idx", "--documents", "1"])  # a file name completed by the shell will do
     out = capsys.readouterr().out
     assert f"[original 1–{len(Corpus(prefix).document(0)[0])}] {Corpus(prefix).document(0)[0][0]} " in out
     assert "document 2" not in out
-
-
-def test_runs_are_the_ranges_of_equal_bits() -> None:
-    assert inspect_data.runs(np.array([1, 1, 0, 1, 1], np.uint8)) == [(0, 2), (2, 3), (3, 5)]
-    assert inspect_data.runs(np.zeros(0, np.uint8)) == []
 
 
 def test_documents_are_counted_by_powers_of_two() -> None:
@@ -79,7 +74,7 @@ def test_documents_are_counted_by_powers_of_two() -> None:
     assert inspect_data.length_histogram(np.array([0, 0])) == []
 
 
-def test_json_says_what_the_text_says(make_corpus: Callable, capsys: pytest.CaptureFixture) -> None:
+def test_json_and_text_agree(make_corpus: Callable, capsys: pytest.CaptureFixture) -> None:
     prefix = make_corpus("c", [("en", [1, 2, 3]), ("el", [4, 5]), ("hu", []), ("el", [6] * 9), ("en", [7])])
     inspect_data.main([str(prefix), "--json", "--documents", "2"])
     found = json.loads(capsys.readouterr().out)
@@ -128,29 +123,29 @@ def test_runs_inside_a_document_are_shown_apart(mixed_corpus: Path, capsys: pyte
     assert "[original 1–2] 0 1\n  [expanded 3–6] 2 3 4 5\n  [original 7–7] 6\n" in out
 
 
-def test_a_manifest_that_does_not_belong_to_the_corpus_is_told(make_corpus: Callable) -> None:
+def test_manifest_of_another_corpus_is_reported(make_corpus: Callable) -> None:
     prefix = make_corpus("c", [("en", [1, 2, 3]), ("el", [4, 5])])
 
-    def expect(said: str, change: Callable[[Manifest], object]) -> None:
+    def expect(message: str, change: Callable[[Manifest], object]) -> None:
         manifest = Manifest.read(prefix)
         change(manifest)
         manifest.write(prefix)
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             inspect_data.main([str(prefix)])
         whole.write(prefix)
 
     whole = Manifest.read(prefix)
-    expect("c holds 2 documents, .*c.manifest.json says 3; rebuild", lambda m: setattr(m, "documents", 3))
-    expect("c holds 5 tokens, .* says 6", lambda m: setattr(m, "tokens", 6))
-    expect("c holds 5 tokens of all languages, .* says 3", lambda m: m.languages.pop("el"))
-    expect("c holds 3 original-language tokens, .* says 0", lambda m: setattr(m.languages["en"], "bit", "expanded"))
-    expect("c.bin is damaged or another corpus's", lambda m: m.files.pop("bin"))
-    expect("c.lang is damaged or another corpus's", lambda m: setattr(m.files["lang"], "bytes", 1))
+    expect("c contains 2 documents, .*c.manifest.json states 3", lambda m: setattr(m, "documents", 3))
+    expect("c contains 5 tokens, .* states 6", lambda m: setattr(m, "tokens", 6))
+    expect("c contains 5 tokens of all languages, .* states 3", lambda m: m.languages.pop("el"))
+    expect(
+        "c contains 3 original-language tokens, .* states 0", lambda m: setattr(m.languages["en"], "bit", "expanded")
+    )
+    expect("c.bin is damaged or", lambda m: m.files.pop("bin"))
+    expect("c.lang is damaged or", lambda m: setattr(m.files["lang"], "bytes", 1))
     # A token id that is as good as another: only the manifest knows.
     damage(Path(f"{prefix}.bin"), 0, b"\x02")
-    with pytest.raises(
-        UserError, match="c.bin is damaged or another corpus's: its size and checksum are not the manifest's"
-    ):
+    with pytest.raises(UserError, match="c.bin is damaged or"):
         inspect_data.main([str(prefix)])
     manifest_path(prefix).unlink()
     inspect_data.main([str(prefix)])
@@ -182,7 +177,7 @@ def damage(path: Path, position: int, value: bytes) -> None:
     path.write_bytes(content)
 
 
-def test_files_that_do_not_belong_together_are_told_apart(prefix: Path, tokenizer: Path, tmp_path: Path) -> None:
+def test_files_that_do_not_belong_together_are_reported(prefix: Path, tokenizer: Path, tmp_path: Path) -> None:
     total = Corpus(prefix).bits.num_tokens
 
     def expect(message: str, change, flags: list[str] | None = None) -> None:
@@ -193,20 +188,20 @@ def test_files_that_do_not_belong_together_are_told_apart(prefix: Path, tokenize
         with pytest.raises(UserError, match=message):
             inspect_data.main([str(copy), *(flags or [])])
 
-    expect(r"copy\.bin is missing; give a corpus prefix", lambda c: Path(f"{c}.bin").unlink())
+    expect(r"copy\.bin is missing", lambda c: Path(f"{c}.bin").unlink())
     expect(r"copy\.lang is missing", lambda c: Path(f"{c}.lang").unlink())
     expect(
-        rf"copy\.bin holds {2 * total + 1} bytes but \S*copy\.idx describes {2 * total} \({total} tokens of 2 bytes\)",
+        rf"copy\.bin contains {2 * total + 1} bytes, .*copy\.idx describes {2 * total} \({total} tokens of 2 bytes\)",
         lambda c: Path(f"{c}.bin").write_bytes(Path(f"{c}.bin").read_bytes() + b"\0"),
     )
     expect(
-        r"copy\.idx is no whole Megatron \.idx file",
+        r"copy\.idx is not a complete Megatron \.idx file",
         lambda c: Path(f"{c}.idx").write_bytes(Path(f"{c}.idx").read_bytes()[:-1]),
     )
-    expect(r"copy\.idx is no whole", lambda c: damage(Path(f"{c}.idx"), 0, b"X"))
+    expect(r"copy\.idx is not a complete", lambda c: damage(Path(f"{c}.idx"), 0, b"X"))
     # 34 bytes of header, two lengths of 4 bytes, then the offsets.
-    expect(r"its sequences do not follow each other", lambda c: damage(Path(f"{c}.idx"), 34 + 8, struct.pack("<q", 2)))
-    expect(r"copy\.lang is damaged: checksum", lambda c: damage(Path(f"{c}.lang"), 64, b"\xaa"))
+    expect(r"copy\.idx is damaged", lambda c: damage(Path(f"{c}.idx"), 34 + 8, struct.pack("<q", 2)))
+    expect(r"copy\.lang is damaged: its checksum", lambda c: damage(Path(f"{c}.lang"), 64, b"\xaa"))
 
     def shorter(copy: Path) -> None:
         with CorpusWriter(copy, 100, overwrite=True) as writer:
@@ -215,10 +210,10 @@ def test_files_that_do_not_belong_together_are_told_apart(prefix: Path, tokenize
             writer.commit()
         shutil.copy(f"{prefix}.lang", f"{copy}.lang")
 
-    expect(rf"copy\.lang covers {total} tokens but \S*copy\.bin holds 5; rebuild both with", shorter)
+    expect(rf"copy\.lang covers {total} tokens, .*copy\.bin contains 5;", shorter)
     expect(
-        "holds token id 65,535 but .* ends at",
+        "token ID 65,535, .* ends at",
         lambda c: damage(Path(f"{c}.bin"), 0, b"\xff\xff"),
         ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(tokenizer)],
     )
-    expect("go together", lambda c: None, ["--tokenizer-type", "SentencePieceTokenizer"])
+    expect("--tokenizer-type and --tokenizer-model", lambda c: None, ["--tokenizer-type", "SentencePieceTokenizer"])

@@ -1,4 +1,4 @@
-"""Each patch still has something to patch, and Megatron still needs it."""
+"""Each patched name still exists, and Megatron still needs each patch."""
 
 import inspect
 from pathlib import Path
@@ -11,7 +11,7 @@ from moelpr.megatron_patches import cpu
 
 MEGATRON = Path(next(iter(megatron.core.__path__))).parent
 
-# What Megatron's own files must still contain for a patch to be needed: file, text.
+# (file, text): what Megatron's files contain as long as the patches are needed.
 NEEDED_BECAUSE = [
     ("training/initialize.py", "assert torch.cuda.is_available()"),
     ("training/initialize.py", "if device_count > 0"),
@@ -33,7 +33,7 @@ def test_megatron_still_assumes_cuda(file: str, text: str) -> None:
 @pytest.fixture
 def installed() -> None:
     if torch.cuda.is_available():
-        pytest.skip("nothing is patched where a GPU is present")
+        pytest.skip("nothing is patched if there is a GPU")
     cpu.install()
 
 
@@ -43,7 +43,7 @@ def test_patched_names_exist_in_megatron() -> None:
 
     assert "allow_no_cuda" in inspect.signature(initialize.initialize_megatron).parameters
     source = (MEGATRON / "training/training.py").read_text()
-    for name in ("initialize_megatron", "set_jit_fusion_options", "report_memory", "training_log"):
+    for name in ("initialize_megatron", "set_jit_fusion_options", "report_memory"):
         assert f" {name}(" in source, f"{name} is no longer called by Megatron's training.py"
 
 
@@ -58,13 +58,13 @@ def test_cpu_arguments_are_arguments_of_megatron() -> None:
 
 
 @pytest.mark.usefixtures("installed")
-def test_tensors_asked_for_on_cuda_are_made_on_the_cpu() -> None:
-    for made in (
+def test_tensors_requested_on_cuda_are_created_on_the_cpu() -> None:
+    for tensor in (
         torch.zeros(2, device="cuda"),
         torch.tensor([1.0], device=torch.device("cuda", 0)),
         torch.ones(1).cuda(),
     ):
-        assert made.device.type == "cpu"
+        assert tensor.device.type == "cpu"
     assert torch.zeros(2, device="meta").device.type == "meta"
     assert torch.zeros(2).type() == "torch.cuda.FloatTensor"
 
@@ -91,3 +91,39 @@ def test_megatrons_random_number_tracker_forks_the_cpu_generator() -> None:
     assert not torch.equal(first, second)
     torch.manual_seed(7)
     assert torch.equal(torch.rand(3), first)
+
+
+def staged(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as Megatron's helper process would write it."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    (bucket,) = FileSystemWriterAsync.preload_tensors([("file", "key", ([], [("item", tensor)]))])
+    assert bucket[:2] == ("file", "key")
+    ((item, found),) = bucket[2][1]
+    assert item == "item"
+    return found
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_helper_writes_a_copy_but_megatrons_own_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    calls = []
+    monkeypatch.setattr(FileSystemWriterAsync, "preload_tensors", FileSystemWriterAsync.preload_tensors)
+    monkeypatch.setattr(PersistentAsyncCaller, "async_loop", lambda *args, **kwargs: calls.append((args, kwargs)))
+    tensor = torch.ones(3)
+    before = staged(tensor)
+    cpu.async_save_worker(0, "queue", log_level=1)
+    assert calls == [((0, "queue"), {"log_level": 1})]
+    saved = staged(tensor)
+    tensor.zero_()
+    assert before.sum() == 0, "Megatron copies CPU tensors itself: remove the patch"
+    assert saved.sum() == 3
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_helper_runs_our_worker() -> None:
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    assert PersistentAsyncCaller.async_loop is cpu.async_save_worker

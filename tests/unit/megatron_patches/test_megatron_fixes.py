@@ -1,3 +1,6 @@
+"""Each fix works, and Megatron still needs it."""
+
+import argparse
 import inspect
 from pathlib import Path
 
@@ -6,16 +9,17 @@ import pytest
 import torch
 
 from moelpr.megatron_patches import megatron_fixes
+from moelpr.megatron_patches.megatron_fixes import GroupStepAdam
 
 DATASETS = Path(next(iter(megatron.core.__path__))) / "datasets"
 
 
-def test_the_wheel_still_ships_a_built_helper_and_no_makefile() -> None:
+def test_the_wheel_still_has_a_built_helper_and_no_makefile() -> None:
     assert list(DATASETS.glob("helpers_cpp*.so"))
-    assert not (DATASETS / "Makefile").exists(), "Megatron can build its helper itself: the fix may go"
+    assert not (DATASETS / "Makefile").exists(), "Megatron can build its helper: remove the fix"
 
 
-def test_megatron_is_told_not_to_run_make(capfd) -> None:  # noqa: ANN001
+def test_megatron_does_not_run_make(capfd) -> None:  # noqa: ANN001
     megatron_fixes.install()
     from megatron.core.datasets import utils
 
@@ -23,7 +27,7 @@ def test_megatron_is_told_not_to_run_make(capfd) -> None:  # noqa: ANN001
     assert "make" not in capfd.readouterr().err
 
 
-def test_torchs_adam_still_keeps_its_step_where_a_rank_without_a_shard_finds_none() -> None:
+def test_the_distributed_optimizer_still_expects_a_step_count_on_every_rank() -> None:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     assert "if not HAVE_APEX_OR_TE:\n            steps = list(set(" in inspect.getsource(
@@ -31,7 +35,7 @@ def test_torchs_adam_still_keeps_its_step_where_a_rank_without_a_shard_finds_non
     )
 
 
-def test_megatron_still_copies_into_optimizer_shards_with_gradients_on() -> None:
+def test_megatron_still_copies_into_optimizer_shards_with_gradients_enabled() -> None:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     copy = inspect.unwrap(DistributedOptimizer._set_main_param_and_optimizer_states)
@@ -39,7 +43,7 @@ def test_megatron_still_copies_into_optimizer_shards_with_gradients_on() -> None
     assert "no_grad" not in inspect.getsource(copy)
 
 
-def test_megatron_still_wants_optimizer_state_of_a_rank_that_has_none() -> None:
+def test_megatron_still_expects_optimizer_state_from_a_rank_without_any() -> None:
     from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 
     for optimizer in (FP32Optimizer, Float16OptimizerWithFloat16Params):
@@ -49,10 +53,44 @@ def test_megatron_still_wants_optimizer_state_of_a_rank_that_has_none() -> None:
             load(None, {"optimizer": {"param_groups": []}, "param_groups": []})
 
 
-@pytest.mark.parametrize("decoupled", [True, False])
-def test_adam_with_one_step_count_per_group_moves_parameters_as_torchs_own(decoupled: bool) -> None:
-    from moelpr.megatron_patches.adam import GroupStepAdam
+def test_megatron_still_ignores_the_rope_scaling_factor() -> None:
+    from megatron.training.argument_utils import gpt_config_from_args
 
+    assert "rope_scaling_factor" not in inspect.getsource(gpt_config_from_args), "remove our gpt_config_from_args"
+
+
+def test_the_rope_scaling_factor_reaches_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.training import argument_utils
+
+    config = argparse.Namespace(rope_scaling_factor=8.0)
+    monkeypatch.setattr(argument_utils, "gpt_config_from_args", lambda args, transformer: config)
+    args = argparse.Namespace(rope_scaling_factor=32.0)
+    assert megatron_fixes.gpt_config_from_args(args, None).rope_scaling_factor == 32.0
+
+
+@pytest.mark.parametrize(("name", "group"), [("load_balancing_loss", "reduce_group"), ("z_loss", "avg_group")])
+def test_a_stage_without_routers_knows_the_group_of_the_others_losses(megatron: None, name: str, group: str) -> None:
+    from megatron.core.parallel_state import get_tensor_and_context_parallel_group
+    from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
+
+    ours, theirs = MoEMetricsTracker(), MoEMetricsTracker()
+    ours.ensure_initialized(name, 2)
+    inspect.unwrap(MoEMetricsTracker.ensure_initialized)(theirs, name, 2)
+    assert getattr(theirs.metrics[name], group) is None, "Megatron sets the group itself: remove the fix"
+    assert getattr(ours.metrics[name], group) is get_tensor_and_context_parallel_group()
+
+
+def test_the_group_of_a_recorded_loss_is_kept(megatron: None) -> None:
+    from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
+
+    tracker, group = MoEMetricsTracker(), object()
+    tracker.record("load_balancing_loss", torch.ones(()), 1, 2, reduce_group=group)
+    tracker.ensure_initialized("load_balancing_loss", 2)
+    assert tracker.metrics["load_balancing_loss"].reduce_group is group
+
+
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_adam_with_one_step_count_per_group_equals_torchs_adam(decoupled: bool) -> None:
     settings = {"lr": 0.05, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     ours, theirs = ([torch.nn.Parameter(torch.arange(6.0)), torch.nn.Parameter(torch.ones(2, 3))] for _ in range(2))
     adam = GroupStepAdam(ours, **settings, adam_w_mode=decoupled)
@@ -74,8 +112,6 @@ def test_adam_with_one_step_count_per_group_moves_parameters_as_torchs_own(decou
 
 
 def test_a_group_without_parameters_counts_its_steps_too() -> None:
-    from moelpr.megatron_patches.adam import GroupStepAdam
-
     adam = GroupStepAdam(
         [{"params": []}, {"params": [torch.nn.Parameter(torch.ones(1))]}],
         lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0,

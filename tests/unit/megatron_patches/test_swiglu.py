@@ -15,17 +15,17 @@ def test_output_and_gradients_equal_plain_operations(rows: int, dtype: torch.dty
     ours, exact = ([tensor.clone().requires_grad_() for tensor in (gate_up, weights)] for _ in range(2))
     found = weighted_swiglu(ours[0], None, ours[1])
     gate, up = exact[0].float().chunk(2, dim=-1)
-    wanted = torch.nn.functional.silu(gate) * up * exact[1]
+    expected = torch.nn.functional.silu(gate) * up * exact[1]
     found.backward(grad_output)
-    wanted.backward(grad_output.float())
+    expected.backward(grad_output.float())
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
     assert found.dtype == dtype
-    torch.testing.assert_close(found.float(), wanted, **tolerance)
+    torch.testing.assert_close(found.float(), expected, **tolerance)
     torch.testing.assert_close(ours[0].grad.float(), exact[0].grad.float(), **tolerance)
     torch.testing.assert_close(ours[1].grad, exact[1].grad, **tolerance)
 
 
-def test_without_weights_too() -> None:
+def test_swiglu_without_weights_equals_plain_operations() -> None:
     gate_up = torch.randn(2, 5, 24)
     gate, up = gate_up.chunk(2, dim=-1)
     torch.testing.assert_close(swiglu(gate_up, None), torch.nn.functional.silu(gate) * up)

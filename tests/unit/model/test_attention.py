@@ -1,4 +1,4 @@
-"""SDPACoreAttention against Megatron's own local attention, and what it does not do: materialise the score matrix."""
+"""SDPACoreAttention equals Megatron's local attention, without materializing the score matrix."""
 
 import pytest
 import torch
@@ -35,17 +35,17 @@ def query_key_value() -> list[torch.Tensor]:
 def test_output_and_gradients_equal_megatrons_local_attention(attentions) -> None:
     ours, theirs = attentions
     inputs, same = query_key_value(), query_key_value()
-    causal = torch.ones(1, 1, SEQUENCE, SEQUENCE).triu(diagonal=1).bool()  # True: not seen
-    found, wanted = ours(*inputs, None), theirs(*same, causal)
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    causal = torch.ones(1, 1, SEQUENCE, SEQUENCE).triu(diagonal=1).bool()  # True: masked
+    found, expected = ours(*inputs, None), theirs(*same, causal)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     weight = torch.randn(found.shape)
     (found * weight).sum().backward()
-    (wanted * weight).sum().backward()
+    (expected * weight).sum().backward()
     for a, b in zip(inputs, same, strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_nothing_of_the_size_of_the_score_matrix_is_kept_for_the_backward_pass(attentions) -> None:
+def test_no_score_matrix_is_saved_for_the_backward_pass(attentions) -> None:
     ours, theirs = attentions
 
     def largest_saved(run) -> int:
@@ -62,7 +62,7 @@ def test_nothing_of_the_size_of_the_score_matrix_is_kept_for_the_backward_pass(a
     assert largest_saved(lambda: ours(*query_key_value(), None)) <= SEQUENCE * BATCH * HEADS * HEAD_DIM
 
 
-def test_documents_of_a_sequence_do_not_see_each_other(attentions) -> None:
+def test_tokens_attend_within_their_document_only(attentions) -> None:
     ours, _ = attentions
     inputs, same = query_key_value(), query_key_value()
     lengths = [[40], [1, 30, 9], [13, 13, 13, 1]]  # of the documents in each sequence of the batch
@@ -82,7 +82,7 @@ def test_documents_of_a_sequence_do_not_see_each_other(attentions) -> None:
 
 @pytest.mark.parametrize("window", [1, 7, SEQUENCE - 1, SEQUENCE + 5])
 @pytest.mark.parametrize("apart", [False, True])
-def test_a_window_looks_back_so_many_tokens(dense_spec: ModelSpec, window: int, apart: bool) -> None:
+def test_a_window_is_a_number_of_previous_tokens(dense_spec: ModelSpec, window: int, apart: bool) -> None:
     """Megatron's window counts the tokens before the token itself."""
     from megatron.core.transformer.enums import AttnMaskType
 
@@ -98,6 +98,6 @@ def test_a_window_looks_back_so_many_tokens(dense_spec: ModelSpec, window: int, 
     is_seen = (distance >= 0) & (distance <= window) & (document[:, None] == document)
     scores = torch.einsum("sbhd,tbhd->bhst", query, key.repeat_interleave(2, dim=2)) / HEAD_DIM**0.5
     weights = scores.masked_fill(~is_seen, -torch.inf).softmax(-1)
-    wanted = torch.einsum("bhst,tbhd->sbhd", weights, value.repeat_interleave(2, dim=2)).flatten(2)
+    expected = torch.einsum("bhst,tbhd->sbhd", weights, value.repeat_interleave(2, dim=2)).flatten(2)
     found = ours(query, key, value, positions.expand(BATCH, -1) if apart else None)
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

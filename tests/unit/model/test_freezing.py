@@ -1,4 +1,4 @@
-"""What trains in each stage, and that recompute does not lose the gradient of a frozen start."""
+"""What trains in each stage, also with recompute below a frozen embedding."""
 
 from dataclasses import replace
 
@@ -75,14 +75,14 @@ def test_the_report_counts_every_parameter_once(model) -> None:
     ids=["full", "selective"],
 )
 def test_a_frozen_embedding_with_recompute_still_trains(moe_spec: ModelSpec, stage: str, recompute: dict) -> None:
-    """Same gradients as without recompute: nothing is lost and nothing is counted twice."""
+    """The gradients are those without recompute: none is lost or counted twice."""
     from moelpr.model.freezing import freeze
     from moelpr.model.loading import build_model
     from moelpr.model.router import LPRLossNormalizer
 
     tokens = torch.randint(0, 128, (2, 16))
     positions = torch.arange(16).expand(2, 16)
-    flags = torch.rand(2, 16) < 0.5
+    bits = torch.rand(2, 16) < 0.5
     LPRLossNormalizer.set_weight(torch.tensor(0.1))
     models = [build_model(moe_spec, lpr_loss_coeff=0.1, moe_aux_loss_coeff=0.01, **extra) for extra in ({}, recompute)]
     models[1].load_state_dict(models[0].state_dict())
@@ -90,7 +90,7 @@ def test_a_frozen_embedding_with_recompute_still_trains(moe_spec: ModelSpec, sta
     for model in models:
         freeze([model], stage)
         model.train()
-        model(tokens, positions, attention_mask=None, labels=tokens, padding_mask=flags).mean().backward()
+        model(tokens, positions, attention_mask=None, labels=tokens, padding_mask=bits).mean().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     for name, gradient in gradients[0].items():
         assert gradient.abs().sum() > 0

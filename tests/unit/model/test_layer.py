@@ -1,4 +1,4 @@
-"""LPRMoELayer against a plain loop over experts, and the MoE model against the dense model it came from."""
+"""LPRMoELayer equals a plain loop over experts, and an upcycled model equals its dense model."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("megatron")
 
 @pytest.fixture(params=[1, 3], ids="m={}".format)
 def spec(request, moe_spec: ModelSpec) -> ModelSpec:
-    """A first round of languages, and a further one for which the experts of the first are original ones."""
+    """A first round of languages, and a later one in which the experts of the first are original experts."""
     return replace(moe_spec, moe=replace(moe_spec.moe, num_original_experts=request.param))
 
 
@@ -68,11 +68,11 @@ def test_output_and_gradients_equal_a_plain_loop_over_experts(layer) -> None:
         torch.testing.assert_close(ours_grad, loop_grad, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("favourite", [0, 3])
-def test_all_tokens_may_choose_the_same_two_experts(layer, favourite: int) -> None:
-    """New experts without a single token still get a gradient: zero."""
+@pytest.mark.parametrize("favorite", [0, 3])
+def test_all_tokens_may_choose_the_same_two_experts(layer, favorite: int) -> None:
+    """New experts without tokens get a gradient of zero."""
     m, num_experts = len(layer.original_experts), len(layer.router.weight)
-    chosen = (favourite, (favourite + 1) % num_experts)
+    chosen = (favorite, (favorite + 1) % num_experts)
     with torch.no_grad():
         layer.router.weight.zero_()
         layer.router.weight[chosen, 0] = 10.0
@@ -85,8 +85,8 @@ def test_all_tokens_may_choose_the_same_two_experts(layer, favourite: int) -> No
         assert torch.equal(layer.experts.linear_fc1.weight.grad[expert - m], torch.zeros(96, 32))
 
 
-def test_experts_of_an_earlier_round_compute_as_original_experts_what_they_did_as_new_ones(moe_spec: ModelSpec) -> None:
-    """Two new experts, then both of them original and two further ones that no token chooses."""
+def test_experts_compute_the_same_as_original_experts_of_a_later_round(moe_spec: ModelSpec) -> None:
+    """Two new experts become original experts, and two more are added that no token chooses."""
     before, after = (
         first_layer(replace(moe_spec, moe=MoeSpec(2, 2, (0, 1, 2), num_original_experts=m))) for m in (1, 3)
     )
@@ -118,7 +118,7 @@ def test_experts_of_an_earlier_round_compute_as_original_experts_what_they_did_a
         MoeSpec(2, 3, (0, 2), num_original_experts=3),
     ],
 )
-def test_upcycled_model_equals_the_dense_model_whatever_the_routers_say(dense_spec: ModelSpec, moe: MoeSpec) -> None:
+def test_an_upcycled_model_equals_the_dense_model_for_any_routing(dense_spec: ModelSpec, moe: MoeSpec) -> None:
     from moelpr.model.loading import build_model, logits
 
     torch.manual_seed(1)
@@ -139,7 +139,7 @@ def test_upcycled_model_equals_the_dense_model_whatever_the_routers_say(dense_sp
     assert difference <= 1e-5
 
 
-def test_balance_loss_that_trains_is_the_papers(layer) -> None:
+def test_the_balance_loss_in_training_is_the_papers(layer) -> None:
     """Megatron's auxiliary loss, attached with our coefficient, has the gradient of losses.balance_loss."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
@@ -157,8 +157,8 @@ def test_balance_loss_that_trains_is_the_papers(layer) -> None:
     torch.testing.assert_close(found, layer.router.weight.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_lpr_gradient_of_the_router_is_that_of_the_mean_over_original_tokens(spec: ModelSpec) -> None:
-    """Two micro-batches, one of them almost without original-language tokens, against the whole batch by hand."""
+def test_the_lpr_gradient_is_that_of_the_mean_over_original_tokens(spec: ModelSpec) -> None:
+    """Two micro-batches, one with few original-language tokens, equal the full batch computed by hand."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     from moelpr.model.loading import build_model
@@ -184,7 +184,7 @@ def test_lpr_gradient_of_the_router_is_that_of_the_mean_over_original_tokens(spe
 
 
 def test_routing_sums_count_first_choices_by_language(layer) -> None:
-    """Whichever of the original experts it is."""
+    """Any of the original experts counts."""
     from moelpr.model.routing_statistics import RoutingSums
 
     hidden = torch.randn(5, 2, 32)
@@ -202,7 +202,7 @@ def test_routing_sums_count_first_choices_by_language(layer) -> None:
     assert sums.token_shares().sum().item() == pytest.approx(is_chosen.sum().item() / 10)
 
 
-def test_checkpoint_keys_are_those_of_the_format(spec: ModelSpec) -> None:
+def test_checkpoint_keys_match_the_format(spec: ModelSpec) -> None:
     from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, apply_factories
 
     from moelpr.model.loading import build_model
@@ -227,8 +227,8 @@ def test_checkpoint_keys_are_those_of_the_format(spec: ModelSpec) -> None:
     assert keys[f"{layer}pre_mlp_layernorm.weight"] == (32,)
 
 
-def test_every_module_that_owns_a_trained_weight_is_called(layer) -> None:
-    """Megatron waits for an overlapped parameter gather in a hook of that call; one read around it may be stale."""
+def test_every_module_with_a_weight_is_called(layer) -> None:
+    """Megatron waits for an overlapped parameter gather in a hook of the call; otherwise the weight may be stale."""
     owners = {name for name, module in layer.named_modules() if list(module.parameters(recurse=False))}
     called = set()
     for name in owners:

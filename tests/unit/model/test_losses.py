@@ -1,4 +1,4 @@
-"""The losses against numbers worked by hand, and against every way of cutting a batch."""
+"""The losses equal numbers worked out by hand, however a batch is divided."""
 
 import math
 from typing import get_args
@@ -22,24 +22,24 @@ def test_lpr_loss_is_the_mean_over_original_tokens_of_minus_log_score_of_expert_
     # Scores of expert 0: 1/2, 1/4 and 3/5; the middle token is expanded-language text.
     logits = torch.tensor([[math.log(2), 0.0, 0.0], [0.0, math.log(2), 0.0], [math.log(3), 0.0, 0.0]])
     is_original = torch.tensor([True, False, True])
-    wanted = (math.log(2) + math.log(5 / 3)) / 2
-    assert lpr_loss(logits, is_original).item() == pytest.approx(wanted, rel=1e-6)
+    expected = (math.log(2) + math.log(5 / 3)) / 2
+    assert lpr_loss(logits, is_original).item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_lpr_loss_of_two_original_experts_is_that_of_their_scores_together() -> None:
+def test_lpr_loss_of_two_original_experts_is_that_of_the_sum_of_their_scores() -> None:
     # Weights 2, 1 of the original experts and 3, 4 of the new ones: scores 0.2, 0.1, 0.3, 0.4; together 0.3.
     logits = torch.tensor([[2.0, 1.0, 3.0, 4.0], [1.0, 1.0, 1.0, 1.0]]).log().requires_grad_()
     is_original = torch.tensor([True, False])
     loss = lpr_loss(logits, is_original, num_original_experts=2)
     assert loss.item() == pytest.approx(-math.log(0.3), rel=1e-6)
     loss.backward()
-    # G_i - G_i / (G_0 + G_1) for the original experts, lifted in proportion to their scores; G_i for the new ones.
-    wanted = torch.tensor([0.2 - 2 / 3, 0.1 - 1 / 3, 0.3, 0.4])
-    torch.testing.assert_close(logits.grad, torch.stack([wanted, torch.zeros(4)]))
+    # G_i - G_i / (G_0 + G_1) for the original experts, in proportion to their scores; G_i for the new ones.
+    expected = torch.tensor([0.2 - 2 / 3, 0.1 - 1 / 3, 0.3, 0.4])
+    torch.testing.assert_close(logits.grad, torch.stack([expected, torch.zeros(4)]))
 
 
 @pytest.mark.parametrize("variant", ["paper", "reference"])
-def test_lpr_loss_of_many_original_experts_is_finite_where_routing_is_most_wrong(variant: LPRVariant) -> None:
+def test_lpr_loss_of_several_original_experts_is_finite_for_extreme_logits(variant: LPRVariant) -> None:
     logits = torch.tensor([[-200.0, -200.0, 300.0], [300.0, -200.0, -200.0]], requires_grad=True)
     is_original = torch.tensor([True, True])
     loss = lpr_loss(logits, is_original, num_original_experts=2, variant=variant)
@@ -55,9 +55,9 @@ def test_lpr_loss_of_one_original_expert_is_the_cross_entropy_of_column_0(seed: 
     torch.manual_seed(seed)
     logits = torch.randn(7, 4, dtype=torch.float64)
     scores = logits if variant == "paper" else torch.softmax(logits, dim=-1)
-    wanted = torch.nn.functional.cross_entropy(scores, torch.zeros(7, dtype=torch.long))
+    expected = torch.nn.functional.cross_entropy(scores, torch.zeros(7, dtype=torch.long))
     found = lpr_loss(logits, torch.ones(7, dtype=torch.bool), num_original_experts=1, variant=variant)
-    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("m", [1, 2])
@@ -79,7 +79,7 @@ def test_expanded_tokens_get_no_gradient_from_the_lpr_loss() -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(cut=st.integers(1, 11), seed=st.integers(0, 1000))
-def test_lpr_gradient_is_the_same_however_the_batch_is_cut(cut: int, seed: int) -> None:
+def test_lpr_gradient_does_not_depend_on_how_the_batch_is_divided(cut: int, seed: int) -> None:
     torch.manual_seed(seed)
     logits = torch.randn(12, 5, dtype=torch.float64)
     is_original = torch.rand(12) < 0.4
@@ -91,14 +91,14 @@ def test_lpr_gradient_is_the_same_however_the_batch_is_cut(cut: int, seed: int) 
     torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-12, atol=1e-15)
 
 
-def test_reference_variant_takes_the_softmax_twice() -> None:
+def test_reference_variant_applies_the_softmax_twice() -> None:
     logits = torch.tensor([[1.0, -1.0, 0.5], [0.2, 0.1, 0.0]])
     scores = torch.softmax(logits, dim=-1)
-    wanted = torch.nn.functional.cross_entropy(scores, torch.tensor([0, 0]))
-    assert lpr_loss(logits, torch.tensor([True, True]), variant="reference").item() == pytest.approx(wanted.item())
+    expected = torch.nn.functional.cross_entropy(scores, torch.tensor([0, 0]))
+    assert lpr_loss(logits, torch.tensor([True, True]), variant="reference").item() == pytest.approx(expected.item())
 
 
-def test_reference_variant_has_a_floor_where_the_papers_formula_reaches_zero() -> None:
+def test_reference_variant_has_a_floor_but_the_papers_loss_reaches_zero() -> None:
     certain = torch.tensor([[100.0, 0.0, 0.0, 0.0]])
     is_original = torch.tensor([True])
     assert lpr_loss(certain, is_original, variant="reference").item() == pytest.approx(reference_lpr_floor(4), rel=1e-6)

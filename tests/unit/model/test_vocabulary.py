@@ -1,4 +1,4 @@
-"""Padding rows of the vocabulary take no part in the softmax."""
+"""The softmax excludes padding rows of the vocabulary."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from moelpr.model_spec import ModelSpec
 pytestmark = pytest.mark.usefixtures("megatron")
 
 
-def test_the_loss_of_a_padded_vocabulary_is_that_of_the_unpadded_one(dense_spec: ModelSpec) -> None:
+def test_padding_does_not_change_the_loss(dense_spec: ModelSpec) -> None:
     from moelpr.model.loading import build_model
     from moelpr.model.vocabulary import mask_padding
 
@@ -24,12 +24,12 @@ def test_the_loss_of_a_padded_vocabulary_is_that_of_the_unpadded_one(dense_spec:
     padded.load_state_dict(state, strict=False)
     tokens = torch.randint(0, 128, (2, 16))
     positions = torch.arange(16).expand(2, 16)
-    wanted = plain(tokens, positions, None, labels=tokens)
+    expected = plain(tokens, positions, None, labels=tokens)
     unmasked = padded(tokens, positions, None, labels=tokens)
-    assert (unmasked - wanted).abs().max() > 0.1  # log(160 / 128) where all logits are near zero
+    assert (unmasked - expected).abs().max() > 0.1  # log(160 / 128) where all logits are near zero
     mask_padding([padded], vocab_size=128)
     masked = padded(tokens, positions, None, labels=tokens)
-    torch.testing.assert_close(masked, wanted)
+    torch.testing.assert_close(masked, expected)
     masked.sum().backward()
     assert torch.equal(padded.embedding.word_embeddings.weight.grad[128:], padding)
 

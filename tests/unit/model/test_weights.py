@@ -1,4 +1,4 @@
-"""Weights come from the newest checkpoint of a chain that has them, and a trained-only checkpoint has nothing else."""
+"""Weights come from the newest checkpoint of a chain that has them; a trained-only checkpoint has no others."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +19,7 @@ ROUTERS, NEW_EXPERTS = ".mlp.router.", ".mlp.experts."
 
 
 def save(model: torch.nn.Module, folder: Path, spec: ModelSpec, base: Path | None = None) -> Path:
-    """Write what `model` gives Megatron to save as `folder`/iter_0000001; returns that step folder."""
+    """Save the model's sharded state as `folder`/iter_0000001; returns that step folder."""
     from megatron.core import dist_checkpointing
 
     step = folder / "iter_0000001"
@@ -33,7 +33,7 @@ def save(model: torch.nn.Module, folder: Path, spec: ModelSpec, base: Path | Non
 
 
 def stage(model: torch.nn.Module, name: str) -> None:
-    """What a stage does to a model: trained parameters get other values, and only they are saved."""
+    """Simulate a stage: trained parameters get other values, and only they are saved."""
     from moelpr.model.freezing import freeze
     from moelpr.model.weights import save_trained_only
 
@@ -46,7 +46,7 @@ def stage(model: torch.nn.Module, name: str) -> None:
 
 @pytest.fixture(scope="module")
 def chain_of_three(tmp_path_factory: pytest.TempPathFactory, megatron: None, moe_spec: ModelSpec) -> Path:
-    """upcycled <- stage1 <- stage2, and `whole`: the model of stage 2 saved whole."""
+    """upcycled <- stage1 <- stage2, and `whole`: the complete model of stage 2."""
     from moelpr.model.loading import build_model, load_model
 
     folder = tmp_path_factory.mktemp("chain")
@@ -63,33 +63,33 @@ def chain_of_three(tmp_path_factory: pytest.TempPathFactory, megatron: None, moe
     return folder
 
 
-def test_a_trained_only_checkpoint_has_what_the_stage_trains_and_nothing_else(chain_of_three: Path) -> None:
+def test_a_trained_only_checkpoint_contains_only_what_the_stage_trains(chain_of_three: Path) -> None:
     whole = TorchDistReader(chain_of_three / "whole/iter_0000001").keys
     for name, trained in (("stage1", (ROUTERS, NEW_EXPERTS)), ("stage2", (ROUTERS,))):
         saved = TorchDistReader(chain_of_three / name / "iter_0000001").keys
         assert saved == {key for key in whole if any(part in key for part in trained)}
 
 
-def test_a_model_read_through_the_chain_equals_the_whole_one(chain_of_three: Path) -> None:
+def test_a_model_read_from_the_chain_equals_the_complete_one(chain_of_three: Path) -> None:
     from moelpr.model.loading import load_model
 
     whole, chained = load_model(chain_of_three / "whole"), load_model(chain_of_three / "stage2")
-    for (name, wanted), found in zip(whole.named_parameters(), chained.parameters(), strict=True):
-        assert torch.equal(wanted, found), name
+    for (name, expected), found in zip(whole.named_parameters(), chained.parameters(), strict=True):
+        assert torch.equal(expected, found), name
     upcycled = dict(load_model(chain_of_three / "upcycled").named_parameters())
     for name, parameter in chained.named_parameters():
         moved = ROUTERS in name or NEW_EXPERTS in name
         assert torch.equal(parameter, upcycled[name]) != moved, name
 
 
-def test_the_exporters_reader_sees_the_whole_model(chain_of_three: Path) -> None:
+def test_the_exporters_reader_reads_the_complete_model(chain_of_three: Path) -> None:
     whole, chained = MegatronReader(chain_of_three / "whole"), MegatronReader(chain_of_three / "stage2")
     assert whole.names == chained.names
     for name in whole.names:
         assert torch.equal(whole.read(name), chained.read(name)), name
 
 
-def test_a_whole_checkpoint_can_be_made_of_a_chain(chain_of_three: Path, tmp_path: Path) -> None:
+def test_a_chain_can_be_made_a_complete_checkpoint(chain_of_three: Path, tmp_path: Path) -> None:
     from checkpoint_convert.comparison import compare, largest_difference
     from checkpoint_convert.export import whole_checkpoint
     from moelpr.model.loading import load_model
@@ -97,12 +97,12 @@ def test_a_whole_checkpoint_can_be_made_of_a_chain(chain_of_three: Path, tmp_pat
     whole_checkpoint(chain_of_three / "stage2", tmp_path / "made")
     assert checkpoint_chain(tmp_path / "made") == [tmp_path / "made/release"]
     assert largest_difference(compare(chain_of_three / "whole", tmp_path / "made")) == 0
-    wanted, found = load_model(chain_of_three / "whole"), load_model(tmp_path / "made")
-    for (name, one), other in zip(wanted.named_parameters(), found.parameters(), strict=True):
+    expected, found = load_model(chain_of_three / "whole"), load_model(tmp_path / "made")
+    for (name, one), other in zip(expected.named_parameters(), found.parameters(), strict=True):
         assert torch.equal(one, other), name
 
 
-def test_frozen_weights_alone_can_be_loaded(chain_of_three: Path, moe_spec: ModelSpec) -> None:
+def test_frozen_weights_can_be_loaded_separately(chain_of_three: Path, moe_spec: ModelSpec) -> None:
     from moelpr.model.freezing import freeze
     from moelpr.model.loading import build_model
     from moelpr.model.weights import load_weights
@@ -112,12 +112,12 @@ def test_frozen_weights_alone_can_be_loaded(chain_of_three: Path, moe_spec: Mode
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     load_weights([model], checkpoint_chain(chain_of_three / "stage2")[1:], only_frozen=True)
     for name, parameter in model.named_parameters():
-        if before[name].unique().numel() > 1:  # norms start as ones in both
+        if before[name].unique().numel() > 1:  # norms are initialized to ones in both
             assert torch.equal(parameter, before[name]) == (ROUTERS in name), name
 
 
-def test_a_model_chunk_may_have_nothing_in_a_link(chain_of_three: Path, moe_spec: ModelSpec) -> None:
-    """As a pipeline stage of dense layers, when a stage saved routers alone."""
+def test_a_link_may_have_nothing_for_a_model_chunk(chain_of_three: Path, moe_spec: ModelSpec) -> None:
+    """For example, a pipeline stage of dense layers if only routers were saved."""
     from moelpr.model.loading import build_model, load_model
     from moelpr.model.weights import load_weights
 
@@ -134,7 +134,7 @@ def test_a_model_chunk_may_have_nothing_in_a_link(chain_of_three: Path, moe_spec
     assert torch.equal(chunks[0].decoder.layers[0].mlp.router.weight, whole.decoder.layers[0].mlp.router.weight)
 
 
-def test_weights_take_the_models_element_type_and_a_padded_vocabulary(
+def test_weights_are_converted_to_the_models_dtype_and_padded_vocabulary(
     chain_of_three: Path, moe_spec: ModelSpec
 ) -> None:
     from moelpr.model.loading import build_model
@@ -152,7 +152,7 @@ def test_weights_take_the_models_element_type_and_a_padded_vocabulary(
     assert torch.equal(router, reader.read("decoder.layers.1.mlp.router.weight").to(router.dtype))
 
 
-def test_a_tensor_that_is_nowhere_in_the_chain_is_named(chain_of_three: Path, moe_spec: ModelSpec) -> None:
+def test_a_tensor_that_is_missing_from_the_chain_is_named(chain_of_three: Path, moe_spec: ModelSpec) -> None:
     from moelpr.model.loading import build_model
     from moelpr.model.weights import load_weights
 
@@ -173,4 +173,4 @@ def test_state_of_a_module_that_trains_is_saved_with_it(moe_spec: ModelSpec) -> 
     assert trains("decoder.layers.0.mlp.experts.linear_fc1.weight")
     assert not trains("decoder.layers.0.mlp.original_experts.0.linear_fc1._extra_state")
     assert not trains("decoder.layers.0.mlp.original_experts.0.linear_fc1.weight")
-    assert not trains("output_layer.weight")  # a tied copy is no parameter of its own
+    assert not trains("output_layer.weight")  # a tied copy is not a parameter

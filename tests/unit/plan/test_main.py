@@ -86,7 +86,7 @@ def failure(plan: Plan, capsys: pytest.CaptureFixture[str], *argv: str, **change
         (["--topk", "9"], "--topk between 2 and 5"),
         (["--moe-layers", "7"], "no layer 7"),
         (["--hf-path", "nowhere"], "nowhere"),
-        (["--seq-length", "5000"], "--seq-length 5000 .* at most 4096"),
+        (["--seq-length", "5000"], "--seq-length must be at most 4096,.* got 5000"),
         (["--micro-batch-size", "3"], "--global-batch-size 512 .* --micro-batch-size 3"),
         (["--reserve-gib", "1"], "--reserve-gib must be less than --gpu-memory-gib 1, got 1"),
     ],
@@ -133,3 +133,11 @@ def test_the_defaults_are_those_of_the_papers_recipes() -> None:
     for stage, seq_length in PAPER_SEQ_LENGTH.items():
         recipe = yaml.safe_load((Path(__file__).parents[3] / f"launch/recipes/paper-{stage}.yaml").read_text())
         assert (recipe["seq-length"], recipe["global-batch-size"]) == (seq_length, PAPER_GLOBAL_BATCH_SIZE)
+
+
+def test_the_model_is_the_one_the_converter_would_write(plan: Plan) -> None:
+    every_layer, every_second = (json.loads(plan("--json", "--topk", "2", *layers))["recommended"]["fullest_rank"]
+                                 for layers in ([], ["--moe-every-k-layers", "2"]))  # fmt: skip
+    new_experts_and_routers = 4 * 3 * 64 * 96 + 5 * 64
+    assert every_layer["trainable"] == 4 * new_experts_and_routers
+    assert every_second["trainable"] == 2 * new_experts_and_routers

@@ -8,10 +8,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moelpr.layouts import PlannedLayout, Recompute
 from moelpr.model_spec import ModelSpec, MoeSpec
-from moelpr.plan.layouts import PlannedLayout, Recompute
-from moelpr.plan.memory import CPU, Kernels, Routing, Workload, divisor, held_on_stage, stage_memories
-from moelpr.plan.model import model_parts, padded_vocabulary
+from moelpr.plan.memory import (
+    CPU,
+    Kernels,
+    Routing,
+    Workload,
+    divisor,
+    held_on_stage,
+    model_parts,
+    padded_vocabulary,
+    stage_memories,
+)  # fmt: skip
 from moelpr.stages import MoeStage, Part
 from tests.unit.conftest import SHAPE
 from tests.unit.plan.conftest import ROUTING, SPEC, WORKLOAD
@@ -238,8 +247,8 @@ def test_the_shards_of_all_ranks_add_up_to_the_full_model(spec: ModelSpec, layou
             copies = ranks_of_a_stage // divisor(part, layout)
             found[part] = found.get(part, 0) + ranks_of_a_stage * numel / copies
     full: dict[Part, float] = {}
-    for size in parts:
-        full[size.part] = full.get(size.part, 0) + size.numel
+    for (_, part), numel in parts.items():
+        full[part] = full.get(part, 0) + numel
     padded = padded_vocabulary(spec.megatron_args["vocab_size"], layout.tp) * spec.megatron_args["hidden_size"]
     is_tied = not spec.megatron_args["untie_embeddings_and_output_weights"]
     full[Part.EMBEDDING] = padded * (2 if is_tied and layout.pp > 1 else 1)
@@ -257,8 +266,8 @@ def test_the_optimizer_state_of_all_ranks_is_one_copy_per_trained_parameter(
     parts = model_parts(spec)
     workload = Workload(stage, 64, 1, layout.dp)
     total = layout.tp * layout.dp * sum(rank.optimizer_bytes for rank in stage_memories(spec, parts, layout, workload))
-    routers = sum(part.numel for part in parts if part.part is Part.ROUTER)
-    new_experts = sum(part.numel for part in parts if part.part is Part.NEW_EXPERTS)
+    routers = sum(numel for (_, part), numel in parts.items() if part is Part.ROUTER)
+    new_experts = sum(numel for (_, part), numel in parts.items() if part is Part.NEW_EXPERTS)
     exact = 12 * (layout.tp * routers + (new_experts if stage == "stage1" else 0))
     assert exact <= total <= exact + 12 * 2 * layout.world_size
 
@@ -273,3 +282,19 @@ def test_the_original_experts_are_on_every_expert_parallel_rank(m: int) -> None:
     assert spread[Part.NEW_EXPERTS] * 4 == alone[Part.NEW_EXPERTS]
     split = held_on_stage(spec, parts, PlannedLayout(tp=2, etp=2), 0)
     assert split[Part.ORIGINAL_EXPERTS] * 2 == alone[Part.ORIGINAL_EXPERTS]
+
+
+def test_the_parts_of_a_model_are_counted_by_layer() -> None:
+    """Two layers of hidden size 8, FFN 16, one original and two new experts; vocabulary 100, untied."""
+    expert, attention = 3 * 8 * 16, 16 * 8 + 16 + 8 * 8
+    in_a_layer = {Part.ATTENTION: attention, Part.NORM: 2 * 8, Part.ORIGINAL_EXPERTS: expert,
+                  Part.NEW_EXPERTS: 2 * expert, Part.ROUTER: 3 * 8}  # fmt: skip
+    outside = {Part.EMBEDDING: 100 * 8, Part.NORM: 8, Part.OUTPUT_LAYER: 100 * 8}
+    expected = {(None, part): numel for part, numel in outside.items()}
+    expected |= {(layer, part): numel for part, numel in in_a_layer.items() for layer in (0, 1)}
+    assert model_parts(SPEC) == expected
+
+
+@pytest.mark.parametrize(("tp", "rows"), [(1, 1024), (4, 1024), (3, 1152)])
+def test_the_vocabulary_is_padded_to_128_rows_per_tensor_parallel_rank(tp: int, rows: int) -> None:
+    assert padded_vocabulary(1000, tp) == rows

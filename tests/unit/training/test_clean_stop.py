@@ -1,4 +1,4 @@
-"""When a run counts as finished, and what is asked of it by whom."""
+"""When a run counts as finished, and how it is stopped."""
 
 import argparse
 import contextlib
@@ -39,7 +39,7 @@ def settings(save: Path, **changes: object) -> argparse.Namespace:
         (None, {}, False),
     ],
 )
-def test_a_run_is_finished_where_its_last_step_is_saved(
+def test_a_run_is_finished_once_its_last_step_is_saved(
     tmp_path: Path, saved: str | None, changes: dict, finished: bool
 ) -> None:
     if saved is not None:
@@ -47,38 +47,37 @@ def test_a_run_is_finished_where_its_last_step_is_saved(
     assert clean_stop.is_finished(settings(tmp_path, **changes)) is finished
 
 
-def test_how_a_run_ended_is_said_and_kept(
+def test_the_end_of_a_run_is_printed_and_recorded(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "0")
     (tmp_path / "STOP").touch()
     tracker = tmp_path / "latest_checkpointed_iteration.txt"
     tracker.write_text("7")
-    clean_stop.tell_how_it_ended(settings(tmp_path))
+    clean_stop.report_end(settings(tmp_path))
     assert not list(tmp_path.glob("[SF]*"))
     tracker.write_text("10")
-    clean_stop.tell_how_it_ended(settings(tmp_path))
+    clean_stop.report_end(settings(tmp_path))
     assert (tmp_path / "FINISHED").read_text() == "10\n"
-    assert capsys.readouterr().out.splitlines() == [
-        f"moelpr: stopped after step 7 of 10, saved in {tmp_path}; give the same command again to go on",
-        f"moelpr: stage1 is finished, step 10 of 10 is in {tmp_path}",
-    ]
+    stopped, finished = capsys.readouterr().out.splitlines()
+    assert stopped.startswith(f"moelpr: stopped after step 7 of 10, saved in {tmp_path}")
+    assert finished == f"moelpr: stage1 is finished, step 10 of 10 is in {tmp_path}"
     clean_stop.begin(settings(tmp_path, train_iters=20))
     assert not (tmp_path / "FINISHED").exists()
 
 
 @pytest.mark.parametrize("number", clean_stop.SIGNALS)
-def test_a_run_that_saves_nothing_ends_at_a_signal_as_it_did_before(number: signal.Signals) -> None:
-    came = []
-    before = signal.signal(number, lambda *_: came.append(number))
+def test_signals_end_a_run_without_save_as_they_did_before(number: signal.Signals) -> None:
+    received = []
+    before = signal.signal(number, lambda *_: received.append(number))
     try:
         stop = clean_stop.StopRequest()
         stop.listen()
         os.kill(os.getpid(), number)
-        assert (stop.is_received, came) == (True, [])
+        assert (stop.is_received, received) == (True, [])
         stop.enter_megatron(argparse.Namespace(save=None))
         os.kill(os.getpid(), number)
-        assert came == [number]
+        assert received == [number]
     finally:
         signal.signal(number, before)
         for other in clean_stop.SIGNALS:
@@ -110,7 +109,7 @@ else:
 @pytest.mark.parametrize("how", ["fork", "spawn", "forkserver"])
 @pytest.mark.parametrize("end", ["killed", "an error"])
 def test_a_helper_outlives_signals_but_not_its_trainer(tmp_path: Path, how: str, end: str) -> None:
-    """However multiprocessing starts it, and however the trainer ends."""
+    """For each start method of multiprocessing, and each way in which the trainer may end."""
     (tmp_path / "trainer.py").write_text(TRAINER_WITH_A_HELPER)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     trainer = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Each warning is said once per onset, from the records alone."""
+"""Each warning is issued once per onset, from the records only."""
 
 import pytest
 
@@ -12,7 +12,7 @@ def warnings_of(stage: str = "stage1", lpr: bool = False, **thresholds: float) -
 
 
 def block(watch: EarlyWarnings, **values: object) -> list[str]:
-    """Kinds of what a block of equal steps warns of."""
+    """The kinds of warnings of a block of equal steps."""
     return [warning.kind for _ in range(WINDOW) for warning in watch.step({"lm_loss": 2.0} | values)]
 
 
@@ -22,32 +22,32 @@ def validation(**losses: float | None) -> dict:
     return {"event": "validation", "languages": results}
 
 
-def test_an_expert_that_few_tokens_choose_is_named_once_until_it_recovers() -> None:
+def test_an_idle_expert_is_named_once_until_it_recovers() -> None:
     watch = warnings_of()
     idle, busy = [[1.0, 0.992, 0.008], [0.9, 0.6, 0.5]], [[1.0, 0.98, 0.02], [0.9, 0.6, 0.5]]
-    said = [warning for _ in range(WINDOW) for warning in watch.step({"lm_loss": 2.0, "token_share": idle})]
-    assert [warning.kind for warning in said] == ["idle_expert"]
-    assert "expert 2 of MoE layer 0 (0.80%)" in said[0].message and "layer 1" not in said[0].message
+    found = [warning for _ in range(WINDOW) for warning in watch.step({"lm_loss": 2.0, "token_share": idle})]
+    assert [warning.kind for warning in found] == ["idle_expert"]
+    assert "expert 2 of MoE layer 0 (0.80%)" in found[0].message and "layer 1" not in found[0].message
     assert block(watch, token_share=idle) == []
     assert block(watch, token_share=busy) == []
     assert block(watch, token_share=idle) == ["idle_expert"]
     assert block(warnings_of(expert_share=0), token_share=idle) == []
 
 
-def test_one_quiet_step_does_not_make_an_expert_idle() -> None:
+def test_one_idle_step_does_not_make_an_expert_idle() -> None:
     watch = warnings_of()
     records = [{"lm_loss": 2.0, "token_share": [[0.96, 0.0 if step == 2 else 0.04]]} for step in range(WINDOW)]
     assert [warning for record in records for warning in watch.step(record)] == []
 
 
-def test_held_out_original_text_that_gets_dearer_is_warned_of_in_stage_1_alone() -> None:
-    for stage, wanted in (("stage1", ["en"]), ("stage2", [])):
+def test_a_rising_loss_on_held_out_original_text_is_warned_of_in_stage_1_only() -> None:
+    for stage, expected in (("stage1", ["en"]), ("stage2", [])):
         watch = warnings_of(stage)
         assert watch.validation(validation(en=2.0, zh=3.0, el=4.0)) == []
         assert watch.validation(validation(en=2.19, zh=3.0, el=5.0)) == []  # 9.5%
-        said = watch.validation(validation(en=2.21, zh=3.0, el=5.0))
-        assert [warning.kind for warning in said] == ["original_loss_rises"] * len(wanted)
-        assert all("en +10.5%" in warning.message and "zh" not in warning.message for warning in said)
+        found = watch.validation(validation(en=2.21, zh=3.0, el=5.0))
+        assert [warning.kind for warning in found] == ["original_loss_rises"] * len(expected)
+        assert all("en +10.5%" in warning.message and "zh" not in warning.message for warning in found)
         assert watch.validation(validation(en=2.3, zh=3.0, el=5.0)) == []
     watch = warnings_of("stage1")
     watch.validation(validation(en=2.0, zh=3.0))
@@ -56,7 +56,7 @@ def test_held_out_original_text_that_gets_dearer_is_warned_of_in_stage_1_alone()
     assert "zh" in second.message and "en" not in second.message
 
 
-def test_without_held_out_text_the_training_text_is_looked_at() -> None:
+def test_without_held_out_text_the_training_text_is_judged() -> None:
     watch = warnings_of()
     assert block(watch, lm_loss_original=2.0) == []
     assert block(watch, lm_loss_original=2.1) == []
@@ -64,7 +64,7 @@ def test_without_held_out_text_the_training_text_is_looked_at() -> None:
     assert block(warnings_of(), lm_loss_original=None) == []
 
 
-def test_an_lpr_loss_that_does_not_fall_is_warned_of_and_one_that_has_fallen_may_rest() -> None:
+def test_an_lpr_loss_that_does_not_fall_is_warned_of_but_not_one_that_has_fallen() -> None:
     watch = warnings_of("stage2", lpr=True)
     assert block(watch, lpr_loss=1.0) == []
     assert block(watch, lpr_loss=1.0) == ["lpr_loss_stays"]
@@ -76,26 +76,26 @@ def test_an_lpr_loss_that_does_not_fall_is_warned_of_and_one_that_has_fallen_may
     assert block(off, lpr_loss=1.0) + block(off, lpr_loss=1.0) == []
 
 
-def test_a_loss_that_is_not_a_number_is_said_at_once() -> None:
+def test_a_nan_loss_is_warned_of_at_once() -> None:
     watch = warnings_of()
-    said = [[warning.kind for warning in watch.step({"lm_loss": loss})] for loss in (2.0, None, None, 2.0, None)]
-    assert said == [[], ["not_a_number"], [], [], ["not_a_number"]]
+    found = [[warning.kind for warning in watch.step({"lm_loss": loss})] for loss in (2.0, None, None, 2.0, None)]
+    assert found == [[], ["not_a_number"], [], [], ["not_a_number"]]
 
 
 @pytest.mark.parametrize("cut", [0, 1, WINDOW, WINDOW + 3])
-def test_a_resumed_run_says_what_the_unbroken_one_says(cut: int) -> None:
-    """It is shown the records of before, which the interrupted run has judged."""
+def test_a_resumed_run_warns_like_the_uninterrupted_one(cut: int) -> None:
+    """It remembers the records that the interrupted run has judged."""
     share = [[1.0, 0.999, 0.001]]
     records = [validation(en=2.0)] + [{"lm_loss": 2.0, "token_share": share} for _ in range(2 * WINDOW)]
     records += [validation(en=3.0), validation(en=3.0)]
 
-    def say(watch: EarlyWarnings, record: dict) -> list[str]:
+    def messages(watch: EarlyWarnings, record: dict) -> list[str]:
         found = watch.validation(record) if "event" in record else watch.step(record)
         return [warning.message for warning in found]
 
-    unbroken, resumed = warnings_of(), warnings_of()
-    wanted = [say(unbroken, record) for record in records]
+    uninterrupted, resumed = warnings_of(), warnings_of()
+    expected = [messages(uninterrupted, record) for record in records]
     for record in [*records[:cut], {"event": "warning", "message": "…"}]:
         resumed.remember(record)
-    assert [say(resumed, record) for record in records[cut:]] == wanted[cut:]
-    assert sum(map(len, wanted)) == 2
+    assert [messages(resumed, record) for record in records[cut:]] == expected[cut:]
+    assert sum(map(len, expected)) == 2

@@ -1,4 +1,4 @@
-"""Where a run's records go."""
+"""The destinations of a run's records."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ from moelpr.training.run_log import RunLog, open_metrics
 
 
 class Writer:
-    """Stands in for TensorBoard's and Weights & Biases' writers."""
+    """Replaces the writers of TensorBoard and Weights & Biases."""
 
     def __init__(self) -> None:
         self.written: dict[str, tuple[float, int]] = {}
@@ -51,12 +51,12 @@ def test_a_validation_pass_and_its_warning_reach_file_log_and_both_boards(
     assert [record["kind"] for record in found.warnings] == ["original_loss_rises"]
     assert board.written["validation bits per byte/en"] == (2.5, 1)
     assert wandb.written == {"validation bits per byte/en": (2.5, 1)}
-    said = capsys.readouterr().err
-    assert "stage1 step 0, validation: en 2.0000 bits per byte" in said
-    assert "moelpr: warning: stage1 step 1: the loss on held-out en +25.0%" in said
+    printed = capsys.readouterr().err
+    assert "stage1 step 0, validation: en 2.0000 bits per byte" in printed
+    assert "moelpr: warning: stage1 step 1: the loss on held-out en +25.0%" in printed
 
 
-def test_a_resumed_run_keeps_what_came_before_and_says_no_warning_twice(
+def test_a_resumed_run_keeps_earlier_records_and_repeats_no_warning(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     first, _, _ = make_log(monkeypatch, tmp_path)
@@ -77,8 +77,27 @@ def test_a_resumed_run_keeps_what_came_before_and_says_no_warning_twice(
     assert len(found.warnings) == 1
 
 
-def test_a_line_that_is_no_record_ends_what_is_kept(tmp_path: Path) -> None:
+def test_a_malformed_line_ends_the_records_that_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"iteration": 1}\n[]\n{"iteration": 2}\n')
     open_metrics(path, before_iteration=9).close()
     assert [json.loads(line) for line in path.read_text().splitlines()] == [{"iteration": 1}]
+
+
+def test_values_per_layer_reach_tensorboard_once_per_log_interval(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    log, board, _ = make_log(monkeypatch, tmp_path)
+    run_log.get_args().log_interval = 2
+    record = {"lm_loss": 3.0, "step_time_s": 1.0, "original_first_share_original": [0.5, None], "lpr_loss": 0.25}
+    record["token_share"] = [[1.0, 0.75, 0.25]]
+    log.step({"iteration": 1} | record)
+    assert board.written == {"lpr loss": (0.25, 1)}
+    log.step({"iteration": 2} | record | {"lpr_loss": None})
+    assert board.written == {
+        "lpr loss": (0.25, 1),
+        "original_first_share_original/moe layer 0": (0.5, 2),
+        "token share, moe layer 0/expert 0": (1.0, 2),
+        "token share, moe layer 0/expert 1": (0.75, 2),
+        "token share, moe layer 0/expert 2": (0.25, 2),
+    }

@@ -1,13 +1,69 @@
+"""Bits per byte of held-out text, and the number of bytes per token they are computed with."""
+
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
-from moelpr.training.validation import HeldOut, result
+from data_tools.corpus_writer import CorpusWriter
+from moelpr.data.manifest import LanguageCount, Manifest, TokenizerRecord
+from moelpr.errors import UserError
+from moelpr.training.validation import HeldOut, bytes_per_token, result
+
+TEXTS = ["Η πόρτα είναι ανοιχτή.", "門は開いている。", "The door is open."]
 
 
-def test_a_loss_is_told_in_bits_per_byte_or_per_token_where_bytes_are_not_known() -> None:
+def test_a_loss_becomes_bits_per_byte_or_bits_per_token_if_bytes_are_unknown() -> None:
     known, unknown = (HeldOut("el", "expanded", None, 2, bytes_per_token) for bytes_per_token in (2.5, None))
     found = result(known, loss=3.0)
     assert found == {"group": "expanded", "lm_loss": 3.0, "bits_per_byte": pytest.approx(3.0 / math.log(2) / 2.5)}
     assert result(unknown, loss=3.0)["bits_per_token"] == pytest.approx(3.0 / math.log(2))
     assert result(known, loss=math.nan) == {"group": "expanded", "lm_loss": None, "bits_per_byte": None}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A checkpoint folder with a byte-level tokenizer."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=280, special_tokens=["<eod>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    bpe.train_from_iterator(TEXTS, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eod>").save_pretrained(tmp_path / "model" / "hf")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, model: Path) -> tuple[str, int]:
+    """A prefix and its number of tokens, ends of documents included."""
+    tokenizer = Tokenizer.from_file(str(model / "hf" / "tokenizer.json"))
+    documents = [[*tokenizer.encode(text).ids, tokenizer.token_to_id("<eod>")] for text in TEXTS]
+    with CorpusWriter(tmp_path / "corpus", vocab_size=300) as writer:
+        for document in documents:
+            writer.add_document(np.array(document), True)
+        writer.finalize()
+        writer.commit()
+    return str(tmp_path / "corpus"), sum(map(len, documents))
+
+
+def test_bytes_are_counted_by_decoding(model: Path, corpus: tuple[str, int]) -> None:
+    prefix, num_tokens = corpus
+    assert bytes_per_token(prefix, str(model)) == sum(len(text.encode()) for text in TEXTS) / num_tokens
+
+
+def test_the_manifest_is_preferred_and_nothing_is_guessed(tmp_path: Path, model: Path, corpus: tuple[str, int]) -> None:
+    prefix, _ = corpus
+    assert bytes_per_token(prefix, str(tmp_path)) is None  # no tokenizer
+    languages = {"el": LanguageCount("expanded", 1, 6, 30), "en": LanguageCount("original", 1, 4, 12)}
+    tokenizer = TokenizerRecord("HuggingFaceTokenizer", "there", 300, 0, True, "", "")
+    Manifest(tokenizer, True, [], languages, documents=2, tokens=10, skipped_lines=0, files={}).write(prefix)
+    assert bytes_per_token(prefix, str(model)) == 4.2
+    Path(f"{prefix}.manifest.json").write_text('{"tokens": 10}')
+    with pytest.raises(UserError, match="format version"):
+        bytes_per_token(prefix, str(model))

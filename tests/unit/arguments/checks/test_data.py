@@ -30,7 +30,7 @@ def test_data_that_is_given_twice_or_unreadable_is_rejected(upcycled: str, probl
 
 
 def test_weights_may_be_numbers_of_tokens(upcycled: str, accepted, data: list[str], tmp_path: Path) -> None:
-    from moelpr.data.dataset_config import dataset_config
+    from moelpr.data.dataset import dataset_config
 
     args = accepted("stage1", upcycled, "--data-path", "8e9", data[1], "4e9", data[1])
     assert dataset_config(argparse.Namespace(**args)).blend == ([data[1], data[1]], [8e9, 4e9])
@@ -62,7 +62,7 @@ def test_document_masking_requires_our_attention(
     from megatron.training.argument_utils import core_transformer_config_from_args
 
     from moelpr.arguments import settings
-    from moelpr.data.dataset_config import dataset_config
+    from moelpr.data.dataset import dataset_config
     from moelpr.megatron_patches import cpu
     from moelpr.model.config import MoELPRConfig
 
@@ -170,7 +170,7 @@ def test_invalid_validation_corpora_are_rejected(upcycled: str, problems, tmp_pa
         (["--split", "90,10,0"], "--split and --validation-data "),
         (["--full-validation"], "--full-validation and --validation-data "),
         (["--eval-interval", "0"], "--eval-interval must be at least 1, got 0"),
-        (["--eval-iters", "-1"], "--eval-iters must be at least 1, or 0 "),
+        (["--eval-iters", "-1"], "--eval-iters must be at least 0, got -1"),
     ],
 )
 def test_flags_that_conflict_with_validation_corpora_are_rejected(

@@ -57,7 +57,7 @@ def test_the_number_of_original_experts_comes_from_the_checkpoint(
 @pytest.mark.parametrize("flag", ["--num-experts", "--num-original-experts"])
 def test_a_dense_model_has_no_number_of_experts(dense: str, problems, flag: str) -> None:
     (found,) = problems("dense", dense, flag, "4")
-    assert found.startswith(flag) and dense in found
+    assert found.startswith(flag) and "--stage dense" in found
 
 
 def test_a_family_with_other_layers_is_rejected(make_checkpoint, problems) -> None:
@@ -97,12 +97,12 @@ def test_stage_2_without_stage_1_is_logged_and_not_rejected(upcycled: str, make_
         (["--moe-token-dispatcher-type=flex"], "--moe-token-dispatcher-type must be alltoall", "remove"),
         (["--moe-router-pre-softmax"], "--moe-router-pre-softmax must be False", "remove"),
         (["--moe-aux-loss-coeff=0.5"], "--moe-aux-loss-coeff", "--balance-loss-coeff"),
-        (["--fp8-format", "hybrid"], "--fp8-format", "FP8; remove"),
-        (["--fp4-format", "e2m1"], "--fp4-format", "FP4; remove"),
+        (["--fp8-format", "hybrid"], "--fp8-format", "remove"),
+        (["--fp4-format", "e2m1"], "--fp4-format", "remove"),
         (["--lpr-loss-coeff", "-0.1"], "--lpr-loss-coeff must be at least 0, got -0.1", "0"),
         (["--balance-loss-coeff", "nan"], "--balance-loss-coeff must be at least 0, got nan", "0"),
         (["--fp32", "--bf16"], "--bf16 and --fp32", "keep one"),
-        (["--ckpt-format", "torch"], "--ckpt-format must be torch_dist, got torch", "remove"),
+        (["--ckpt-format", "torch"], "--ckpt-format must be torch_dist", "remove"),
         (["--save-trained-only", "--train-everything"], "--save-trained-only", "--train-everything"),
         (["--yaml-cfg", "a.yaml"], "--yaml-cfg", "--recipe"),
         (["--mtp-num-layers", "1"], "--mtp-num-layers", "remove"),

@@ -42,8 +42,8 @@ def test_a_run_of_another_model_is_not_resumed(make_checkpoint, dense_spec: Mode
     (found,) = problems("stage1", start, "--save", run)
     assert found.startswith(run) and f"--pretrained-checkpoint {start}" in found
     for name, there, here in [
-        ("family", "llama", "qwen2"), ("original experts", 5, 1), ("new experts", 8, 4),
-        ("MoE layers", (0, 1), (0, 1, 2)), ("num_layers", 2, 3),
+        ("family", "llama", "qwen2"), ("num_original_experts", 5, 1), ("num_experts", 8, 4),
+        ("moe_layer_freq", "[1,1]", "[1,1,1]"), ("num_layers", 2, 3),
     ]:  # fmt: skip
         assert f"{name} {there} there, {here} in the run" in found
 
@@ -107,7 +107,7 @@ TABLE = {
     ),
     "flat buffers, virtual stages": (
         {**FLAT, "pipeline_model_parallel_size": 1, "virtual_pipeline_model_parallel_size": 3},
-        ["--use-distributed-optimizer"], 1, "virtual pipeline stages 3",
+        ["--use-distributed-optimizer"], 1, "--num-virtual-stages-per-pipeline-rank 3",
     ),
     "flat buffers, overlap": (
         FLAT, ["--use-distributed-optimizer", "--overlap-grad-reduce"], 1, "no --overlap-grad-reduce",

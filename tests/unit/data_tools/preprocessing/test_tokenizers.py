@@ -1,4 +1,4 @@
-"""gigatoken is used where its ids are the tokenizer's, and nowhere else."""
+"""gigatoken is used only if its IDs are the tokenizer's; a job's tokenizer is loaded with what it adds to texts."""
 
 import json
 import sys
@@ -6,13 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data_tools.preprocessing import backends
-from data_tools.preprocessing.backends import Encoded, GigatokenBackend, choose_backend
-from data_tools.preprocessing.tokenizing import JobTokenizer, load_job_tokenizer
+from data_tools.corpus import Corpus
+from data_tools.preprocessing import tokenizers
+from data_tools.preprocessing.tokenizers import (
+    Encoded,
+    GigatokenBackend,
+    JobTokenizer,
+    choose_backend,
+    load_job_tokenizer,
+)
 from moelpr.errors import UserError
 
 FLAGS = ("--language", "original", "--append-eod")
@@ -27,8 +32,8 @@ def jobs(hf_tokenizer: Path, sp_tokenizer: Path) -> dict[str, JobTokenizer]:
 
 
 @pytest.mark.parametrize("kind", ["hf", "sp"])
-def test_the_fast_library_stands_in_for_both_types(kind: str, jobs: dict[str, JobTokenizer]) -> None:
-    backend, reason = choose_backend(jobs[kind].reference(), jobs[kind].source, ["a text"], is_wanted=True)
+def test_gigatoken_supports_both_tokenizer_types(kind: str, jobs: dict[str, JobTokenizer]) -> None:
+    backend, reason = choose_backend(jobs[kind].reference(), jobs[kind].source, ["a text"], is_required=True)
     assert (backend.name, reason) == ("gigatoken", None)
 
 
@@ -37,7 +42,7 @@ def test_both_libraries_write_the_same_corpus(
     kind: str, hf_tokenizer: Path, sp_tokenizer: Path, sentences, write_lines, preprocess, corpus_bytes
 ) -> None:
     tokenizer = hf_tokenizer if kind == "hf" else sp_tokenizer
-    texts = [*backends.PROBES, *sentences.values(), "a</s>b <s>", "x" * 3000, " \n\t "]
+    texts = [*tokenizers.PROBES, *sentences.values(), "a</s>b <s>", "x" * 3000, " \n\t "]
     lines = write_lines("a.jsonl", [{"text": text} for text in texts])
     fast = preprocess(tokenizer, "--input", lines, *FLAGS, "--tokenizer-backend", "gigatoken", out="fast/a")
     slow = preprocess(tokenizer, "--input", lines, *FLAGS, "--tokenizer-backend", "reference", out="slow/a")
@@ -57,29 +62,20 @@ def fast_backends(jobs: dict[str, JobTokenizer]) -> list[GigatokenBackend]:
     return [GigatokenBackend(job.source, job.reference()) for job in jobs.values() if job.source is not None]
 
 
-def test_a_tokenizer_it_does_not_support_falls_back_with_one_line(
-    write_lines, preprocess, tmp_path: Path, capsys: pytest.CaptureFixture
+def test_unsupported_tokenizer_falls_back_with_a_note(
+    write_lines, preprocess, unigram_tokenizer: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["turn on the light"] * 5),
-        model_prefix=str(tmp_path / "unigram"),
-        vocab_size=40,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
     lines = write_lines("a.jsonl", [{"text": "light"}])
-    preprocess(tmp_path / "unigram.model", "--input", lines, *FLAGS)
+    preprocess(unigram_tokenizer, "--input", lines, *FLAGS)
     [note] = capsys.readouterr().err.splitlines()
-    assert note.startswith(
-        "note: tokenizing with sentencepiece, not gigatoken: it does not support this tokenizer (only"
-    )
-    with pytest.raises(UserError, match="--tokenizer-backend gigatoken can't be had: it does not support"):
+    assert note.startswith("note: tokenizing with sentencepiece, not gigatoken: ")
+    with pytest.raises(UserError, match="--tokenizer-backend gigatoken"):
         flags = (*FLAGS, "--tokenizer-backend", "gigatoken")
-        preprocess(tmp_path / "unigram.model", "--input", lines, *flags, out="other/a")
+        preprocess(unigram_tokenizer, "--input", lines, *flags, out="other/a")
 
 
 def differ_on(monkeypatch: pytest.MonkeyPatch, marked: str) -> None:
-    """Let gigatoken encode one kind of text wrongly."""
+    """Make gigatoken encode one kind of text wrongly."""
     right = GigatokenBackend.encode
 
     def encode(self: GigatokenBackend, texts: list[str]) -> Encoded:
@@ -88,7 +84,7 @@ def differ_on(monkeypatch: pytest.MonkeyPatch, marked: str) -> None:
     monkeypatch.setattr(GigatokenBackend, "encode", encode)
 
 
-def test_other_ids_on_the_very_corpus_fall_back(
+def test_different_ids_in_the_corpus_fall_back(
     write_lines, preprocess, hf_tokenizer, corpus_bytes, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = write_lines("a.jsonl", [{"text": "plain"}] * 50 + [{"text": "strange"}])
@@ -96,40 +92,36 @@ def test_other_ids_on_the_very_corpus_fall_back(
     differ_on(monkeypatch, "strange")
     capsys.readouterr()
     prefix = preprocess(hf_tokenizer, "--input", lines, *FLAGS)
-    assert "not gigatoken: it gives some texts other ids" in capsys.readouterr().err
+    assert "not gigatoken: " in capsys.readouterr().err
     assert corpus_bytes(f"{prefix}_text_document") == corpus_bytes(f"{slow}_text_document")
 
 
-def test_other_ids_later_on_stop_the_job(
+def test_different_ids_during_the_job_stop_it(
     write_lines, preprocess, hf_tokenizer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A document of each batch is encoded by both; here the sample before the start misses what differs."""
     monkeypatch.setattr("data_tools.preprocessing.plan._sample", lambda *_: [])
     differ_on(monkeypatch, "strange")
     lines = write_lines("a.jsonl", [{"text": "strange"}])
-    with pytest.raises(
-        UserError, match="gigatoken gives a text other ids .*'strange'.* pass --tokenizer-backend reference"
-    ):
+    with pytest.raises(UserError, match="'strange'.*--tokenizer-backend reference"):
         preprocess(hf_tokenizer, "--input", lines, *FLAGS)
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_without_gigatoken_the_job_says_so_and_runs(
+def test_job_runs_without_gigatoken(
     write_lines, preprocess, hf_tokenizer, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "gigatoken", None)
     preprocess(hf_tokenizer, "--input", write_lines("a.jsonl", [{"text": "a"}]), *FLAGS)
-    assert "not gigatoken: it is not installed (pip install 'moelpr[fast-tokenizer]')" in capsys.readouterr().err
+    assert "pip install 'moelpr[fast-tokenizer]'" in capsys.readouterr().err
 
 
-def test_what_it_remembers_is_forgotten_when_memory_runs_short(
-    jobs: dict[str, JobTokenizer], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cache_is_dropped_when_it_is_full(jobs: dict[str, JobTokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
     backend = GigatokenBackend(str(jobs["hf"].source), jobs["hf"].reference())
-    limit = backends._CACHE_BYTES
+    limit = tokenizers._CACHE_BYTES
     # The third is too much; what is left after forgetting, most of it, is what the next ones are measured by.
     sizes = iter([0, limit, limit + 1, limit - 1, 2 * limit - 1, 2 * limit])
-    monkeypatch.setattr(backends, "_resident_bytes", lambda: next(sizes))
+    monkeypatch.setattr(tokenizers, "_resident_bytes", lambda: next(sizes))
     seen = []
     for _ in range(4):
         assert backend.encode(["turn on the light"]).ids.size
@@ -137,12 +129,30 @@ def test_what_it_remembers_is_forgotten_when_memory_runs_short(
     assert seen[0] is seen[1] and seen[1] is not seen[2] and seen[2] is seen[3]
 
 
-def test_the_end_of_document_token_can_be_named(hf_tokenizer: Path, write_lines, preprocess, corpus_bytes) -> None:
+def test_end_of_document_token_can_be_named(hf_tokenizer: Path, write_lines, preprocess, corpus_bytes) -> None:
     lines = write_lines("a.jsonl", [{"text": "a"}])
     prefix = preprocess(hf_tokenizer, "--input", lines, *FLAGS, "--eod-token", "<|endoftext|>")
     ids = np.frombuffer(corpus_bytes(f"{prefix}_text_document")[0], np.uint16)
     assert ids[-1] == json.loads((hf_tokenizer / "tokenizer.json").read_text())["model"]["vocab"]["<|endoftext|>"]
-    with pytest.raises(
-        UserError, match=r"has no token <\|endoftexts\|> for --eod-token; similar ones are <\|endoftext\|>"
-    ):
+    with pytest.raises(UserError, match=r"--eod-token <\|endoftexts\|>.*<\|endoftext\|>"):
         preprocess(hf_tokenizer, "--input", lines, *FLAGS, "--eod-token", "<|endoftexts|>", out="other/a")
+
+
+def test_tokenizer_written_in_python_is_supported_without_offsets(
+    write_lines, preprocess, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """ByT5 has no tokenizer.json: the ID of a byte is its value plus 3."""
+    from transformers import ByT5Tokenizer
+
+    ByT5Tokenizer().save_pretrained(tmp_path / "byt5")
+    lines = write_lines("a.jsonl", [{"text": "añ"}, {"text": "b"}])
+    prefix = preprocess(tmp_path / "byt5", "--input", lines, "--language", "original")
+    corpus = Corpus(f"{prefix}_text_document")
+    end = 1  # </s>, which ByT5 adds to each text
+    assert corpus.document(0)[0].tolist() == [*(byte + 3 for byte in "añ".encode()), end]
+    assert corpus.document(1)[0].tolist() == [ord("b") + 3, end]
+    assert "tokenizing with transformers" in capsys.readouterr().err
+    spans = write_lines("b.jsonl", [{"spans": [{"text": "a", "lang": "en"}, {"text": "b", "lang": "el"}]}])
+    with pytest.raises(UserError, match="tokenizer.json"):
+        flags = ("--spans-key", "spans", "--original-languages", "en")
+        preprocess(tmp_path / "byt5", "--input", spans, *flags, out="spans/a")

@@ -1,4 +1,4 @@
-"""An interrupted job leaves nothing that looks whole; resumed, it ends in the bytes of an uninterrupted one."""
+"""An interrupted job leaves nothing that looks complete; resumed, it writes the bytes of an uninterrupted one."""
 
 import gzip
 import json
@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from data_tools import preprocess_data
-from data_tools.preprocessing import journal, readers
+from data_tools.preprocessing import inputs, job
 from moelpr.data.manifest import Manifest
 from moelpr.errors import UserError
 from moelpr.files import LOCK_FILE, locked
@@ -27,8 +26,8 @@ CORPORA = ("text", "title", "validation_text", "validation_title")
 
 
 @pytest.fixture
-def inputs(sentences: dict[str, str], write_lines: Callable[..., Path], tmp_path: Path) -> list[Path]:
-    """A plain file, an archive and a table, with broken lines and blank ones."""
+def input_files(sentences: dict[str, str], write_lines: Callable[..., Path], tmp_path: Path) -> list[Path]:
+    """A plain file, an archive and a table, with malformed and blank lines."""
     from pyarrow import Table, parquet
 
     names = list(sentences)
@@ -51,7 +50,7 @@ def everything(prefix: Path) -> dict[str, bytes]:
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, batches: int, error: type[BaseException]) -> None:
     """Let a job end after so many batches, as Ctrl-C or a broken line ends it."""
-    write = preprocess_data.Job._write_batch
+    write = job.Job._write_batch
     written = 0
 
     def write_some(*arguments: Any) -> None:
@@ -61,26 +60,32 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, batches: int, error: type[BaseEx
         written += 1
         write(*arguments)
 
-    monkeypatch.setattr(preprocess_data.Job, "_write_batch", write_some)
+    monkeypatch.setattr(job.Job, "_write_batch", write_some)
 
 
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("samples", [[], ["--max-samples", "200"]])
-def test_a_resumed_job_ends_in_the_same_bytes_wherever_it_was_interrupted(
-    every: int, samples: list[str], inputs, preprocess, hf_tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_resumed_job_writes_the_same_bytes_wherever_it_was_interrupted(
+    every: int,
+    samples: list[str],
+    input_files,
+    preprocess,
+    hf_tokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(readers, "BATCH_BYTES", 4000)
-    words = ("--input", *inputs, *FLAGS, *samples)
+    monkeypatch.setattr(inputs, "BATCH_BYTES", 4000)
+    words = ("--input", *input_files, *FLAGS, *samples)
     whole = everything(preprocess(hf_tokenizer, *words, out="whole/a"))
     assert len(whole) == 4 * len(CORPORA) + 1  # with manifests, and the list of skipped lines
     interruptions = 0
     while True:
         with monkeypatch.context() as patched:
-            patched.setattr(preprocess_data, "SAVE_EVERY_S", 0 if every == 1 else 1e9)
+            patched.setattr(job, "SAVE_EVERY_S", 0 if every == 1 else 1e9)
             stop_after(patched, every, KeyboardInterrupt)
             if every == 3:  # saved once, then three batches that are lost and done again
                 saved = iter([True, False, False, False])
-                patched.setattr(preprocess_data, "SAVE_EVERY_S", _Sometimes(saved))
+                patched.setattr(job, "SAVE_EVERY_S", _Sometimes(saved))
             try:
                 prefix = preprocess(hf_tokenizer, *words, "--resume", out="parts/a")
             except KeyboardInterrupt:
@@ -104,10 +109,10 @@ class _Sometimes(float):
         return next(self.answers, False)
 
 
-def test_a_job_killed_while_it_names_its_files_is_completed(
-    inputs, preprocess, hf_tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_job_killed_while_renaming_its_files_is_completed(
+    input_files, preprocess, hf_tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ("--input", *inputs, *FLAGS)
+    words = ("--input", *input_files, *FLAGS)
     whole = everything(preprocess(hf_tokenizer, *words, out="whole/a"))
     replace = os.replace
     for renames in range(3, 21, 3):
@@ -137,18 +142,18 @@ def test_a_job_killed_while_it_names_its_files_is_completed(
     assert renames > 14
 
 
-def test_a_job_killed_when_all_has_its_name_has_nothing_left_to_do(
-    inputs, preprocess, hf_tokenizer, monkeypatch: pytest.MonkeyPatch
+def test_job_killed_after_renaming_its_files_is_complete(
+    input_files, preprocess, hf_tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ("--input", *inputs, *FLAGS, "--resume")
+    words = ("--input", *input_files, *FLAGS, "--resume")
     with monkeypatch.context() as patched:
-        patched.setattr(journal.Journal, "__exit__", lambda self, *_: self._lock.close())
+        patched.setattr(job.Journal, "__exit__", lambda self, *_: self._lock.close())
         whole = everything(preprocess(hf_tokenizer, *words))
     del whole[".a.unfinished"]
     assert everything(preprocess(hf_tokenizer, *words)) == whole
 
 
-def test_kill_9_leaves_nothing_that_looks_whole_and_resume_continues(
+def test_kill_9_leaves_nothing_that_looks_complete_and_resume_continues(
     sentences, write_lines, preprocess, hf_tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The real thing: a process that is killed, workers included."""
@@ -156,9 +161,10 @@ def test_kill_9_leaves_nothing_that_looks_whole_and_resume_continues(
     words = ["--input", str(lines), "--language", "expanded", "--append-eod"]
     tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(hf_tokenizer)]
     program = (
-        "import sys, time; from data_tools import preprocess_data as p; from data_tools.preprocessing import readers;"
-        "p.SAVE_EVERY_S = 0; readers.BATCH_BYTES = 20_000; save = p.Job.save;"
-        "p.Job.save = lambda job: (save(job), time.sleep(0.05)); p.main(sys.argv[1:])"
+        "import sys, time; from data_tools import preprocess_data as p;"
+        "from data_tools.preprocessing import inputs, job as j;"
+        "j.SAVE_EVERY_S = 0; inputs.BATCH_BYTES = 20_000; save = j.Job.save;"
+        "j.Job.save = lambda job: (save(job), time.sleep(0.05)); p.main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", program, *words, *tokenizer, "--output-prefix", str(tmp_path / "killed" / "a")]
     process = subprocess.Popen([*command, "--workers", "2"], start_new_session=True, stderr=subprocess.DEVNULL)
@@ -171,65 +177,65 @@ def test_kill_9_leaves_nothing_that_looks_whole_and_resume_continues(
     process.wait()
     assert [path.name for path in (tmp_path / "killed").iterdir()] == [".a.unfinished"]
 
-    monkeypatch.setattr(readers, "BATCH_BYTES", 7000)  # nor does it matter in which pieces the rest is read
+    monkeypatch.setattr(inputs, "BATCH_BYTES", 7000)  # nor does it matter in which pieces the rest is read
     whole = everything(preprocess(hf_tokenizer, *words, out="whole/a"))
     assert everything(preprocess(hf_tokenizer, *words, "--resume", out="killed/a")) == whole
 
 
-def test_an_error_keeps_what_is_done_only_for_a_job_that_can_be_resumed(
-    inputs, preprocess, hf_tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_error_keeps_the_unfinished_folder_only_with_resume(
+    input_files, preprocess, hf_tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop_after(monkeypatch, 1, UserError)
     for flags, left in (([], []), (["--resume"], [".a.unfinished"])):
         with pytest.raises(UserError, match="stopped"):
-            preprocess(hf_tokenizer, "--input", *inputs, *FLAGS, *flags)
+            preprocess(hf_tokenizer, "--input", *input_files, *FLAGS, *flags)
         assert [path.name for path in (tmp_path / "out").iterdir()] == left
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, message",
     [
-        (["--seed", "7"], "was started with other --seed; give it the same, or leave out --resume"),
-        (["--expanded-languages", "el,hu"], "was started with other --expanded-languages"),
-        ([], "was started with other input files"),
+        (["--seed", "7"], "different --seed; .*--resume"),
+        (["--expanded-languages", "el,hu"], "different --expanded-languages"),
+        ([], "different input files"),
     ],
 )
-def test_a_job_is_gone_on_with_as_it_was_started(
+def test_job_is_resumed_only_with_the_same_settings(
     change: list[str],
-    said: str,
-    inputs,
+    message: str,
+    input_files,
     preprocess,
     hf_tokenizer,
     corpus_bytes,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    monkeypatch.setattr(preprocess_data, "SAVE_EVERY_S", 0)
+    monkeypatch.setattr(job, "SAVE_EVERY_S", 0)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         stop_after(patched, 1, KeyboardInterrupt)
-        preprocess(hf_tokenizer, "--input", *inputs, *FLAGS, "--resume")
+        preprocess(hf_tokenizer, "--input", *input_files, *FLAGS, "--resume")
     if not change:
-        with open(inputs[0], "a") as file:
+        with open(input_files[0], "a") as file:
             file.write("\n")
-    with pytest.raises(UserError, match=said):
-        preprocess(hf_tokenizer, "--input", *inputs, *FLAGS, *change, "--resume")
-    # Without the flag it starts afresh.
-    prefix = preprocess(hf_tokenizer, "--input", *inputs, *FLAGS, *change)
-    whole = preprocess(hf_tokenizer, "--input", *inputs, *FLAGS, *change, out="whole/a")
+    with pytest.raises(UserError, match=message):
+        preprocess(hf_tokenizer, "--input", *input_files, *FLAGS, *change, "--resume")
+    # Without the flag it starts from scratch.
+    prefix = preprocess(hf_tokenizer, "--input", *input_files, *FLAGS, *change)
+    whole = preprocess(hf_tokenizer, "--input", *input_files, *FLAGS, *change, out="whole/a")
     for name in CORPORA:
         assert corpus_bytes(f"{prefix}_{name}_document") == corpus_bytes(f"{whole}_{name}_document")
 
 
-def test_two_jobs_cant_write_one_corpus(inputs, preprocess, hf_tokenizer, tmp_path: Path) -> None:
-    folder = journal.unfinished_folder(str(tmp_path / "out" / "a"))
+def test_two_jobs_cannot_write_one_corpus(input_files, preprocess, hf_tokenizer, tmp_path: Path) -> None:
+    folder = tmp_path / "out" / ".a.unfinished"
     folder.mkdir(parents=True)
     with locked(folder / LOCK_FILE, "a"), pytest.raises(UserError, match="out/a"):
-        preprocess(hf_tokenizer, "--input", *inputs, *FLAGS)
+        preprocess(hf_tokenizer, "--input", *input_files, *FLAGS)
 
 
-def test_a_damaged_state_is_told(inputs, preprocess, hf_tokenizer, tmp_path: Path) -> None:
-    folder = journal.unfinished_folder(str(tmp_path / "out" / "a"))
+def test_damaged_state_is_reported(input_files, preprocess, hf_tokenizer, tmp_path: Path) -> None:
+    folder = tmp_path / "out" / ".a.unfinished"
     folder.mkdir(parents=True)
     (folder / "state.json").write_text("{}")
-    with pytest.raises(UserError, match=r"state\.json is damaged, so the job can't be resumed; leave out --resume"):
-        preprocess(hf_tokenizer, "--input", *inputs, *FLAGS, "--resume")
+    with pytest.raises(UserError, match=r"state\.json is damaged.*--resume"):
+        preprocess(hf_tokenizer, "--input", *input_files, *FLAGS, "--resume")

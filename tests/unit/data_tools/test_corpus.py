@@ -1,4 +1,4 @@
-"""Mutated corpora: no change goes unseen by verification; reading ends in one sentence or in data, never in a crash."""
+"""Mutated corpora: verification notices every change; reading ends in an error message or in data, never in a crash."""
 
 import shutil
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools import inspect_data
-from data_tools.corpus import Corpus
+from data_tools.corpus import Corpus, run_edges
 from moelpr.data.manifest import Manifest, manifest_path
 from moelpr.errors import UserError
 from moelpr.megatron_patches import cpu, megatron_fixes
@@ -83,7 +83,7 @@ def copy(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
 
 @settings(deadline=5000, max_examples=150)
 @given(data=st.data())
-def test_no_change_of_a_corpus_goes_unseen(whole: Path, copy: Callable[..., Path], data: st.DataObject) -> None:
+def test_every_change_of_a_corpus_is_noticed(whole: Path, copy: Callable[..., Path], data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(FILES[:3]))
     content = Path(f"{whole}.{name}").read_bytes()
     changed = data.draw(mutated(content))
@@ -105,7 +105,7 @@ def test_no_change_of_a_corpus_goes_unseen(whole: Path, copy: Callable[..., Path
 
 @settings(deadline=5000, max_examples=100)
 @given(data=st.data())
-def test_a_changed_manifest_is_told_or_is_one(whole: Path, copy: Callable[..., Path], data: st.DataObject) -> None:
+def test_changed_manifest_is_reported_or_valid(whole: Path, copy: Callable[..., Path], data: st.DataObject) -> None:
     """It has no checksum of its own: a source's name may be changed without anyone noticing, a number may not."""
     content = Path(f"{whole}.manifest.json").read_bytes()
     prefix = copy("manifest.json", data.draw(mutated(content)))
@@ -120,7 +120,7 @@ def test_a_changed_manifest_is_told_or_is_one(whole: Path, copy: Callable[..., P
 
 @settings(deadline=5000, max_examples=100)
 @given(data=st.data())
-def test_training_reads_a_changed_corpus_to_its_end_or_refuses_it(
+def test_training_reads_a_changed_corpus_or_rejects_it(
     whole: Path, copy: Callable[..., Path], data: st.DataObject
 ) -> None:
     name = data.draw(st.sampled_from(FILES[:3]))
@@ -152,7 +152,7 @@ def test_training_reads_a_changed_corpus_to_its_end_or_refuses_it(
 
 @settings(deadline=5000, max_examples=60)
 @given(data=st.data())
-def test_inspection_ends_in_a_sentence_or_a_report(whole: Path, copy: Callable[..., Path], data: st.DataObject) -> None:
+def test_inspection_ends_in_a_message_or_a_report(whole: Path, copy: Callable[..., Path], data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(FILES))
     prefix = copy(name, data.draw(mutated(Path(f"{whole}.{name}").read_bytes())))
     if data.draw(st.booleans()):
@@ -161,3 +161,8 @@ def test_inspection_ends_in_a_sentence_or_a_report(whole: Path, copy: Callable[.
         inspect_data.main([str(prefix), *(["--json"] if data.draw(st.booleans()) else [])])
     except UserError as error:
         assert "\n" not in str(error) and len(str(error)) < 1000
+
+
+def test_run_edges_are_the_borders_of_equal_bits() -> None:
+    assert run_edges(np.array([1, 1, 0, 1, 1], np.uint8)).tolist() == [0, 2, 3, 5]
+    assert run_edges(np.zeros(0, np.uint8)).tolist() == [0]

@@ -1,0 +1,486 @@
+"""Input files: which ones to read, which part of them belongs to this job, and batches of their lines or rows."""
+
+import bz2
+import errno
+import functools
+import glob
+import gzip
+import io
+import lzma
+import os
+import random
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moelpr.errors import UserError
+
+STANDARD_INPUT = "-"
+# Files to look for in a folder; a file that is named explicitly may have any name.
+_TEXT_SUFFIXES = (".jsonl", ".json", ".ndjson")
+_SUFFIXES = (*_TEXT_SUFFIXES, *(a + b for a in _TEXT_SUFFIXES for b in (".gz", ".zst", ".bz2", ".xz")), ".parquet")
+# Large enough to be worth sending to a worker, small compared with the memory that encoding it takes.
+BATCH_BYTES = 1 << 19
+# A longer line is passed on as a range of a file, never in memory.
+LONG_LINE_BYTES = 1 << 24
+_BLOCK_BYTES = 1 << 16
+_SKIP_BYTES = 1 << 20
+_ROWS_AT_ONCE = 64
+
+
+class Form(StrEnum):
+    """Format of a file, detected by its first bytes, not by its name."""
+
+    LINES = "JSON lines"
+    GZIP = "gzip"
+    ZSTD = "zstd"
+    BZIP2 = "bzip2"
+    XZ = "xz"
+    PARQUET = "Parquet"
+    STREAM = "standard input"
+
+
+_MAGIC = {
+    b"\x1f\x8b": Form.GZIP,
+    b"\x28\xb5\x2f\xfd": Form.ZSTD,
+    b"BZh": Form.BZIP2,
+    b"\xfd7zXZ\x00": Form.XZ,
+    b"PAR1": Form.PARQUET,
+}
+
+
+class Source(NamedTuple):
+    """An input file.
+
+    Attributes:
+        bytes: file size; 0 for standard input.
+        dataset: index of the dataset that the file belongs to.
+        sha1: expected checksum, from a registry; None if it states none.
+    """
+
+    path: str
+    form: Form
+    bytes: int
+    dataset: int = 0
+    sha1: str | None = None
+
+
+class Share(NamedTuple):
+    """A part of a source: the JSON lines that begin in bytes [start, stop), or all of a file of any other form."""
+
+    source: Source
+    start: int
+    stop: int
+
+
+class ReadCursor(NamedTuple):
+    """Where to resume reading.
+
+    Attributes:
+        share: index of the share.
+        offset: byte of the (decompressed) JSON lines, or row of the Parquet file.
+        line: number of lines or rows before it in the share; not counted in plain files.
+        documents: number of these that are not blank.
+    """
+
+    share: int = 0
+    offset: int = 0
+    line: int = 0
+    documents: int = 0
+
+
+class FileRange(NamedTuple):
+    """Bytes [start, stop) of a file: complete lines, to be read where they are needed."""
+
+    path: str
+    start: int
+    stop: int
+    is_temporary: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        return self.stop - self.start
+
+
+class Batch(NamedTuple):
+    """Unparsed lines or rows of one input file.
+
+    Attributes:
+        content: lines, the range of a file that contains them, or rows of a table.
+        numbers: line or row numbers within the share, from 1; None if they are consecutive from 1.
+        after: where reading resumes after this batch.
+        num_bytes: decompressed size.
+        file_bytes: size in the file, for the progress bar.
+    """
+
+    share: Share
+    content: list[bytes] | FileRange | list[dict[str, Any]]
+    numbers: list[int] | None
+    after: ReadCursor
+    num_bytes: int
+    file_bytes: int
+
+    @property
+    def is_long_line(self) -> bool:
+        """Whether this is a single line that is too long for memory."""
+        return isinstance(self.content, FileRange) and self.content.num_bytes > LONG_LINE_BYTES
+
+    def items(self) -> Sequence[bytes | dict[str, Any] | FileRange]:
+        """Return the lines without line ends, the rows, or the range of the one line that is too long for memory."""
+        if not isinstance(self.content, FileRange):
+            return self.content
+        if self.is_long_line:
+            return [self.content]
+        with open(self.content.path, "rb") as file:
+            file.seek(self.content.start)
+            lines = file.read(self.content.num_bytes).split(b"\n")
+        if not lines[-1]:
+            lines.pop()
+        return lines
+
+    def where(self, index: int) -> str:
+        """Return file and line number of item `index` for a message; counts the lines before the share to do so."""
+        source, start, _ = self.share
+        number = index + 1 if self.numbers is None else self.numbers[index]
+        if source.form is Form.PARQUET:
+            return f"{source.path}, row {number}"
+        if source.form is Form.STREAM:
+            return f"standard input:{number}"
+        return f"{source.path}:{number + (_lines_before(source.path, start) if start else 0)}"
+
+
+def find_files(names: list[str]) -> list[str]:
+    """Expand file names, folders and glob patterns to files: in the given order, sorted within each.
+
+    Raises:
+        UserError: A folder or pattern matches no file.
+    """
+    found: list[str] = []
+    for name in names:
+        if name == STANDARD_INPUT or os.path.isfile(name):
+            found.append(name)
+        elif os.path.isdir(name):
+            files = sorted(str(path) for path in Path(name).rglob("*") if _is_input(path))
+            if not files:
+                types = ", ".join(_TEXT_SUFFIXES)
+                raise UserError(f"the folder {name} contains no {types} (.gz, .zst, .bz2, .xz) or .parquet file")
+            found += files
+        elif files := sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path)):
+            found += files
+        elif glob.has_magic(name) and not os.path.lexists(name):
+            raise UserError(f"no file matches --input {name}")
+        else:
+            found.append(name)  # opening it reports what is wrong
+    return found
+
+
+def _is_input(path: Path) -> bool:
+    return path.name.endswith(_SUFFIXES) and not path.name.startswith(".") and path.is_file()
+
+
+def open_source(path: str, dataset: int = 0, sha1: str | None = None) -> Source:
+    """Detect the form of a file. Opens it once, so that errors show before the work starts.
+
+    Raises:
+        UserError: The file can't be read.
+    """
+    if path == STANDARD_INPUT:
+        return Source(path, Form.STREAM, 0, dataset)
+    try:
+        with open(path, "rb") as file:
+            start = file.read(8)
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise UserError(
+            f"the input {path} can't be read ({error.strerror}); pass JSON lines or Parquet files"
+        ) from error
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"the input {path} is UTF-16; convert it to UTF-8, for example with iconv")
+    form = next((form for magic, form in _MAGIC.items() if start.startswith(magic)), Form.LINES)
+    return Source(path, form, size, dataset, sha1)
+
+
+def shares_of(sources: list[Source], shard: int, num_shards: int) -> Iterator[Share]:
+    """Yield the shares of a shard, in order: an equal slice of the concatenated files' bytes.
+
+    JSON lines are split anywhere; a file of another form belongs to the shard that contains its first byte.
+    """
+    total = sum(source.bytes for source in sources)
+    first, last = (total * index // num_shards for index in (shard, shard + 1))
+    begin = 0
+    for source in sources:
+        start, stop = max(first - begin, 0), min(last - begin, source.bytes)
+        if source.form is Form.STREAM or (source.form is not Form.LINES and first <= begin < last):
+            yield Share(source, 0, source.bytes)
+        elif source.form is Form.LINES and start < stop:
+            yield Share(source, start, stop)
+        begin += source.bytes
+
+
+class Reader:
+    """Reads shares in batches, in order, keeping only a few batches in memory.
+
+    Args:
+        shares: parts of the input files.
+        columns: columns to read from the Parquet files of each dataset.
+        chosen: documents to read from each share, counted from 0, ascending; None: all.
+        spool: folder for lines of compressed files that are too long for memory.
+    """
+
+    def __init__(
+        self, shares: list[Share], columns: list[list[str]], chosen: list[NDArray[np.int64]] | None, spool: Path
+    ) -> None:
+        self._shares = shares
+        self._columns = columns
+        self._chosen = None if chosen is None else [set(documents.tolist()) for documents in chosen]
+        self._spool = spool
+
+    def batches(self, cursor: ReadCursor) -> Iterator[Batch]:
+        """Yield batches from `cursor` on.
+
+        Raises:
+            UserError: A file can't be read or is damaged.
+        """
+        for index in range(cursor.share, len(self._shares)):
+            share = self._shares[index]
+            start = cursor if index == cursor.share else ReadCursor(index)
+            with _name_damaged(share.source):
+                if share.source.form is Form.PARQUET:
+                    yield from self._rows(share, start)
+                elif share.source.form is Form.LINES and self._chosen is None:
+                    yield from self._plain_lines(share, start)
+                else:
+                    yield from self._stream_lines(share, start)
+
+    def _is_chosen(self, share: int, document: int) -> bool:
+        return self._chosen is None or document in self._chosen[share]
+
+    def _plain_lines(self, share: Share, cursor: ReadCursor) -> Iterator[Batch]:
+        """Find only the ends of batches; the workers read what is between."""
+        path = share.source.path
+        with open(path, "rb") as file:
+            position = cursor.offset or (_line_end(file, share.start - 1) if share.start else 0)
+            while position < share.stop:
+                stop = _line_end(file, min(position + BATCH_BYTES, share.stop) - 1)
+                borders = [position, stop]
+                if stop - position > LONG_LINE_BYTES:  # its last line is too long for memory: a batch of its own
+                    file.seek(position)
+                    borders.insert(1, position + file.read(BATCH_BYTES).rfind(b"\n") + 1)
+                for start, end in zip(borders[:-1], borders[1:], strict=True):
+                    if start < end:
+                        after = cursor._replace(offset=end)
+                        here = Share(share.source, start, end)
+                        yield Batch(here, FileRange(path, start, end), None, after, end - start, end - start)
+                position = stop
+
+    def _stream_lines(self, share: Share, cursor: ReadCursor) -> Iterator[Batch]:
+        index, offset, line, documents = cursor
+        lines: list[bytes] = []
+        numbers: list[int] = []
+        with _open_stream(share.source) as (stream, tell):
+            last = tell()
+            _skip(stream, offset)
+
+            def batch(content: list[bytes] | FileRange, num_bytes: int) -> Batch:
+                nonlocal last, lines, numbers
+                previous, last = last, tell()
+                after = ReadCursor(index, offset, line, documents)
+                made = Batch(share, content, numbers, after, num_bytes, last - previous)
+                lines, numbers = [], []
+                return made
+
+            size = 0
+            while content := stream.readline(LONG_LINE_BYTES):
+                is_long = len(content) == LONG_LINE_BYTES and not content.endswith(b"\n")
+                if (is_long or size >= BATCH_BYTES) and lines:
+                    yield batch(lines, size)
+                    size = 0
+                long_line = self._spool_line(content, stream, index, line) if is_long else None
+                offset += long_line.num_bytes if long_line else len(content)
+                line += 1
+                is_document = is_long or not content.isspace()
+                documents += is_document
+                if is_document and self._is_chosen(index, documents - 1):
+                    numbers.append(line)
+                    if long_line is not None:
+                        yield batch(long_line, long_line.num_bytes)
+                    else:
+                        lines.append(content)
+                        size += len(content)
+            if lines:
+                yield batch(lines, size)
+
+    def _spool_line(self, start: bytes, stream: BinaryIO, share: int, line: int) -> FileRange:
+        path = self._spool / f"line-{share}-{line}"
+        with open(path, "wb") as file:
+            piece = start
+            while piece:
+                file.write(piece)
+                piece = b"" if piece.endswith(b"\n") else stream.readline(_BLOCK_BYTES)
+            return FileRange(str(path), 0, file.tell(), is_temporary=True)
+
+    def _rows(self, share: Share, cursor: ReadCursor) -> Iterator[Batch]:
+        from pyarrow import parquet
+
+        source = share.source
+        with parquet.ParquetFile(source.path) as file:
+            columns = self._columns[source.dataset]
+            names = file.schema_arrow.names
+            if missing := [name for name in columns if name not in names]:
+                raise UserError(f"{source.path} has no column {missing[0]}; its columns are {', '.join(names)[:200]}")
+            rows: list[dict[str, Any]] = []
+            numbers: list[int] = []
+            size, number, done = 0, 0, cursor.offset
+            bytes_per_row = source.bytes / max(file.metadata.num_rows, 1)
+
+            def batch() -> Batch:
+                file_bytes = int((number - done) * bytes_per_row)
+                return Batch(share, rows, numbers, cursor._replace(offset=number), size, file_bytes)
+
+            for group in range(file.num_row_groups):
+                num_rows = file.metadata.row_group(group).num_rows
+                if number + num_rows <= cursor.offset:
+                    number += num_rows
+                    continue
+                for table in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=columns, use_threads=False):
+                    if number + len(table) <= cursor.offset:
+                        number += len(table)
+                        continue
+                    for row in table.to_pylist():
+                        number += 1
+                        if number > cursor.offset and self._is_chosen(cursor.share, number - 1):
+                            rows.append(row)
+                            numbers.append(number)
+                    size += table.nbytes
+                    if size >= BATCH_BYTES:
+                        yield batch()
+                        rows, numbers, size, done = [], [], 0, number
+            if rows:
+                yield batch()
+
+
+def sample_documents(
+    shares: list[Share], names: list[str], max_samples: int, seed: int
+) -> tuple[list[NDArray[np.int64]], list[str]]:
+    """Sample `max_samples` documents of each dataset, without replacement.
+
+    Reads every file once to count its documents; memory is needed only for those chosen.
+
+    Args:
+        shares: complete files.
+        names: dataset names; the sample depends only on a dataset's name, its documents and the seed.
+        max_samples: documents per dataset.
+        seed: random seed.
+
+    Returns:
+        The chosen documents of each share, counted from 0, ascending; and a note for each dataset that has no more.
+    """
+    counts = [_count_documents(share) for share in shares]
+    chosen = [np.zeros(0, np.int64) for _ in shares]
+    notes = []
+    for dataset, name in enumerate(names):
+        members = [index for index, share in enumerate(shares) if share.source.dataset == dataset]
+        total = sum(counts[index] for index in members)
+        if total <= max_samples:
+            label = f"the dataset {name}" if name else "the input"
+            notes.append(f"{label} contains {total:,} documents, so --max-samples {max_samples:,} takes all of them")
+        sampled = np.sort(random.Random(f"{seed} {name}").sample(range(total), min(max_samples, total)))
+        start = 0
+        for index in members:
+            first, last = np.searchsorted(sampled, [start, start + counts[index]])
+            chosen[index] = sampled[first:last] - start
+            start += counts[index]
+    return chosen, notes
+
+
+def _count_documents(share: Share) -> int:
+    """Count the rows, or the lines that are not blank, of a complete file."""
+    with _name_damaged(share.source):
+        if share.source.form is Form.PARQUET:
+            from pyarrow import parquet
+
+            num_rows: int = parquet.read_metadata(share.source.path).num_rows
+            return num_rows
+        with _open_stream(share.source) as (stream, _):
+            documents, at_line_start = 0, True
+            while piece := stream.readline(_BLOCK_BYTES):
+                documents += at_line_start and not piece.isspace()
+                at_line_start = piece.endswith(b"\n")
+            return documents
+
+
+@contextmanager
+def _open_stream(source: Source) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
+    """Yield a source's decompressed lines, and a function that returns how many bytes of the file have been read."""
+    if source.form is Form.STREAM:
+        yield sys.stdin.buffer, lambda: 0
+        return
+    with ExitStack() as stack:
+        raw = stack.enter_context(open(source.path, "rb"))
+        stream: object = raw
+        if source.form is Form.GZIP:
+            stream = stack.enter_context(gzip.GzipFile(fileobj=raw))
+        elif source.form is Form.BZIP2:
+            stream = stack.enter_context(bz2.BZ2File(raw))
+        elif source.form is Form.XZ:
+            stream = stack.enter_context(lzma.LZMAFile(raw))
+        elif source.form is Form.ZSTD:
+            import pyarrow  # Python's own zstd comes with 3.14
+
+            native = stack.enter_context(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd"))
+            stream = io.BufferedReader(native, _SKIP_BYTES)
+        yield cast(BinaryIO, stream), raw.tell
+
+
+@contextmanager
+def _name_damaged(source: Source) -> Iterator[None]:
+    """Report which file is damaged.
+
+    A damaged archive always stops the job: it is unknown how many documents it has lost.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:  # pyarrow's are OSError or ValueError
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        raise UserError(
+            f"the input {source.path} ({source.form}) is damaged or truncated ({reason}); copy it again, or omit it"
+        ) from error
+
+
+@functools.cache
+def _lines_before(path: str, start: int) -> int:
+    """Count the lines of a file before byte `start`, the start of a line."""
+    with open(path, "rb") as file:
+        lines, left = 0, start
+        while left and (piece := file.read(min(left, _SKIP_BYTES))):
+            lines += piece.count(b"\n")
+            left -= len(piece)
+        return lines
+
+
+def _line_end(file: BinaryIO, position: int) -> int:
+    """Return the position after the first line feed at `position` or later, or the end of the file."""
+    file.seek(position)
+    while block := file.read(_BLOCK_BYTES):
+        if (found := block.find(b"\n")) >= 0:
+            return position + found + 1
+        position += len(block)
+    return position
+
+
+def _skip(stream: BinaryIO, offset: int) -> None:
+    while offset and (piece := stream.read(min(offset, _SKIP_BYTES))):
+        offset -= len(piece)
+    if offset:
+        raise EOFError("it is shorter than when the job started")

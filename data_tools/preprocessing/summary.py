@@ -1,0 +1,168 @@
+"""What a job counts on its way, and the report that it prints of that in the end."""
+
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from data_tools.corpus import describe
+from data_tools.corpus_writer import token_dtype
+from data_tools.preprocessing.languages import Bits
+from moelpr.data.manifest import LanguageCount, Manifest
+
+_PROBLEMS_SHOWN = 10
+
+
+@dataclass
+class CorpusTally:
+    """Counts of one corpus.
+
+    Attributes:
+        languages: counts by language name.
+        sources: number of documents by input file.
+        num_empty: number of documents without tokens.
+    """
+
+    languages: dict[str, LanguageCount] = field(default_factory=dict)
+    sources: Counter[str] = field(default_factory=Counter)
+    num_empty: int = 0
+
+    def count(self, language: str, bits: Bits) -> LanguageCount:
+        """Return the count of a language, creating it if necessary."""
+        if language not in self.languages:
+            self.languages[language] = LanguageCount("original" if language in bits.original else "expanded")
+        return self.languages[language]
+
+    def add(self, other: "CorpusTally") -> None:
+        for name, count in other.languages.items():
+            self.languages.setdefault(name, LanguageCount(count.bit)).add(count.documents, count.tokens, count.bytes)
+        self.sources.update(other.sources)
+        self.num_empty += other.num_empty
+
+
+@dataclass
+class Tally:
+    """Counts of a job.
+
+    Attributes:
+        corpora: counts by the corpus's name within the job.
+        num_read: number of lines or rows, including malformed but not blank ones.
+        num_skipped: number of malformed lines or rows.
+        num_undetected: number of documents omitted because their language is uncertain.
+        problems: messages about the first malformed lines.
+        audit: number of documents by stated and detected language.
+    """
+
+    corpora: dict[str, CorpusTally] = field(default_factory=dict)
+    num_read: int = 0
+    num_skipped: int = 0
+    num_undetected: int = 0
+    problems: list[str] = field(default_factory=list)
+    audit: dict[str, Counter[str]] = field(default_factory=dict)
+
+    def corpus(self, name: str) -> CorpusTally:
+        return self.corpora.setdefault(name, CorpusTally())
+
+    def add(self, other: "Tally") -> None:
+        for name, corpus in other.corpora.items():
+            self.corpus(name).add(corpus)
+        self.num_read += other.num_read
+        self.num_skipped += other.num_skipped
+        self.num_undetected += other.num_undetected
+        self.problems += other.problems[: _PROBLEMS_SHOWN - len(self.problems)]
+        for stated, detected in other.audit.items():
+            self.audit.setdefault(stated, Counter()).update(detected)
+
+    def as_json(self) -> dict[str, Any]:
+        corpora = {
+            name: {**vars(corpus), "languages": {language: vars(count) for language, count in corpus.languages.items()}}
+            for name, corpus in self.corpora.items()
+        }
+        return {**vars(self), "corpora": corpora}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Self:
+        corpora = {}
+        for name, corpus in content["corpora"].items():
+            languages = {language: LanguageCount(**count) for language, count in corpus["languages"].items()}
+            corpora[name] = CorpusTally(languages, Counter(corpus["sources"]), corpus["num_empty"])
+        audit = {stated: Counter(detected) for stated, detected in content["audit"].items()}
+        return cls(**{**content, "corpora": corpora, "audit": audit})
+
+
+def why_empty(sources: list[str], tally: Tally) -> str:
+    """Return why the input gives no tokens."""
+    label = ", ".join(sources[:5]) + (f" and {len(sources) - 5:,} more" if len(sources) > 5 else "")
+    documents = sum(sum(corpus.sources.values()) for corpus in tally.corpora.values())
+    if tally.num_skipped:
+        first = tally.problems[0]
+        return f"{label} contains no usable document, {tally.num_skipped:,} lines were skipped (first: {first})"
+    if not documents:
+        return f"{label} contains no documents"
+    return f"{label} contains {documents:,} documents without any text"
+
+
+def print_summary(
+    manifests: dict[str, Manifest],
+    prefixes: dict[str, str],
+    tally: Tally,
+    bits: Bits,
+    skipped_path: Path,
+    shows_languages: bool,
+) -> None:
+    """Print what was written (manifests and prefixes by the corpus's name), and what a user should know about it."""
+    for name, manifest in manifests.items():
+        original = sum(count.tokens for count in manifest.languages.values() if count.bit == "original")
+        dtype = token_dtype(manifest.tokenizer.vocab_size)
+        print(describe(prefixes[name], manifest.documents, manifest.tokens, original, dtype))
+        if shows_languages:
+            _print_languages(manifest)
+    if shows_languages:
+        found = {language for manifest in manifests.values() for language in manifest.languages}
+        for language in sorted((bits.original | bits.expanded) - found):
+            print(f"note: no document is tagged {language}")
+    if num_empty := sum(corpus.num_empty for corpus in tally.corpora.values()):
+        print(f"note: {num_empty:,} documents are empty and contain no tokens")
+    if tally.num_undetected:
+        print(f"note: {tally.num_undetected:,} documents of uncertain language were omitted")
+    if tally.audit:
+        _print_audit(tally, bits)
+    if tally.num_skipped:
+        _print_skipped(tally, skipped_path)
+
+
+def _print_languages(manifest: Manifest) -> None:
+    print(f"\n  {'language':<16}{'bit':<12}{'documents':>12}{'tokens':>16}{'bytes':>18}")
+    for name, count in sorted(manifest.languages.items(), key=lambda item: -item[1].tokens):
+        print(f"  {name:<16}{count.bit:<12}{count.documents:>12,}{count.tokens:>16,}{count.bytes:>18,}")
+    print()
+
+
+def _print_audit(tally: Tally, bits: Bits) -> None:
+    """Print the number of documents of each stated (rows) and detected (columns) language."""
+    total: Counter[str] = sum(tally.audit.values(), Counter())
+    columns = sorted(total, key=lambda name: (-total[name], name))[:8]
+    print("\n  documents by stated language (rows) and detected language (columns)")
+    print(f"  {'':<16}" + "".join(f"{name:>10}" for name in columns) + f"{'others':>10}")
+    for stated, detected in sorted(tally.audit.items()):
+        others = detected.total() - sum(detected[name] for name in columns)
+        print(f"  {stated:<16}" + "".join(f"{detected[name]:>10,}" for name in columns) + f"{others:>10,}")
+    known = bits.original | bits.expanded
+    differing = sum(
+        documents
+        for stated, detected in tally.audit.items()
+        for name, documents in detected.items()
+        if {stated, name} <= known and (stated in bits.original) != (name in bits.original)
+    )
+    share = differing / max(total.total(), 1)
+    print(f"  {differing:,} of {total.total():,} documents ({share:.2%}) would have the other bit\n")
+
+
+def _print_skipped(tally: Tally, skipped: Path) -> None:
+    share = tally.num_skipped / tally.num_read
+    print(f"warning: {tally.num_skipped:,} lines were skipped ({share:.2%}), listed in {skipped}:", file=sys.stderr)
+    for problem in tally.problems:
+        print(f"  {problem}", file=sys.stderr)
+    if tally.num_skipped > _PROBLEMS_SHOWN:
+        print(f"  and {tally.num_skipped - _PROBLEMS_SHOWN:,} more", file=sys.stderr)

@@ -1,0 +1,313 @@
+"""The tokenizer of a preprocessing job: loaded once, and run by its own library or by gigatoken."""
+
+import multiprocessing
+import os
+import sys
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import chain, groupby
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moelpr.data.manifest import TokenizerRecord
+from moelpr.data.tokenizer import Tokenizer, load_tokenizer
+from moelpr.errors import UserError
+
+# gigatoken caches every word it has seen; above this size a worker drops its cache.
+_CACHE_BYTES = 64 << 20
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+# Where tokenizer libraries may differ: white space, digits, case, scripts, controls, emoji, special tokens.
+PROBES = [
+    *("", " ", "\n", "\t \n\n  x", "a  b   c    d", " leading", "trailing ", "x\r\ny\r\rz"),
+    *("\u00a0\u2003\u3000|\u200b", "\0\1\x7f\x85\u2028\ufeff\ufffd\U0010ffff", "\ufb01 \uff2b \u212b A\u030a e\u0301"),
+    *("12345678901234567890", "3.14, 1,000,000 and ¼ ² Ⅷ ٣", "It's we'll I'M THEY'RE o'clock 'tis 's"),
+    *("Ανάψτε το φως", "打开厨房的灯。你好世界", "ไทยไม่มีช่องว่าง", "हिन्दी में", "العربية", "한국어 띄어쓰기"),
+    *("👩‍👩‍👧‍👦 🇬🇷 ☃️", "CamelCase snake_case", "#!/usr/bin/env -S a=`b` && c || (d) {e} [f];", "-" * 100),
+    *("<s> </s> <unk>", "a<|endoftext|>b <|im_start|> <0x41> ▁"),
+]  # fmt: skip
+
+
+class Encoded(NamedTuple):
+    """Token IDs of several texts, concatenated.
+
+    Attributes:
+        ids: int32 [tokens].
+        lengths: tokens of each text, int64 [texts].
+    """
+
+    ids: NDArray[np.int32]
+    lengths: NDArray[np.int64]
+
+
+class Backend(Protocol):
+    """A tokenizer library. It does not add the tokens that a tokenizer puts around a text."""
+
+    name: str
+
+    def encode(self, texts: list[str]) -> Encoded: ...
+
+    def encode_with_starts(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Return the IDs of a text and, for each, the character that contains its first byte: [tokens] each."""
+        ...
+
+
+class HuggingFaceBackend:
+    """The `tokenizers` library.
+
+    Args:
+        tokenizer_json: content of a tokenizer.json file.
+        splits_special_tokens: encode special tokens that occur in a text as ordinary text.
+    """
+
+    name = "tokenizers"
+
+    def __init__(self, tokenizer_json: str, splits_special_tokens: bool) -> None:
+        from tokenizers import Tokenizer
+
+        self._tokenizer = Tokenizer.from_str(tokenizer_json)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = splits_special_tokens
+        # A post-processor adds tokens around a text, which the encoder does itself, and trims spaces off the offsets.
+        self._tokenizer.post_processor = None
+
+    def encode(self, texts: list[str]) -> Encoded:
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return _concatenate([encoding.ids for encoding in encodings])
+
+    def encode_with_starts(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        starts = np.fromiter((start for start, _ in encoding.offsets), np.int64, len(encoding.ids))
+        return np.array(encoding.ids, np.int32), starts
+
+
+class SentencePieceBackend:
+    """The `sentencepiece` library, loaded from the content of a .model file."""
+
+    name = "sentencepiece"
+
+    def __init__(self, model: bytes) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self._processor = SentencePieceProcessor(model_proto=model)
+        ids = range(self._processor.get_piece_size())
+        #: Tokens that text never becomes: "<s>" in a text is three characters.
+        self.control_tokens = [self._processor.id_to_piece(id) for id in ids if self._processor.is_control(id)]
+
+    def encode(self, texts: list[str]) -> Encoded:
+        arrays: list[NDArray[np.int32]] = self._processor.encode(texts, return_type="numpy", num_threads=1)
+        lengths = np.fromiter(map(len, arrays), np.int64, len(arrays))
+        return Encoded(np.concatenate(arrays) if arrays else np.zeros(0, np.int32), lengths)
+
+    def encode_with_starts(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        mapping = self._processor.encode(text, return_type="offset_mapping")
+        starts = np.fromiter((start for start, _ in mapping["offsets"]), np.int64, len(mapping["ids"]))
+        return np.array(mapping["ids"], np.int32), starts
+
+
+class SlowHuggingFaceBackend:
+    """A `transformers` tokenizer written in Python, used if there is no other."""
+
+    name = "transformers"
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def encode(self, texts: list[str]) -> Encoded:
+        return _concatenate(self._tokenizer.encode_batch(texts, False) if texts else [])
+
+    def encode_with_starts(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        raise UserError(
+            "the tokenizer has no tokenizer.json, so token offsets are unavailable; spans and long texts require them, "
+            "so convert it to a fast tokenizer"
+        )
+
+
+class GigatokenBackend:
+    """gigatoken, used in place of a reference library that gives the same IDs.
+
+    Args:
+        source: content of a tokenizer.json (str) or .model file (bytes).
+        reference: the library it replaces.
+
+    Raises:
+        Exception: gigatoken does not support the tokenizer; it may raise any exception.
+    """
+
+    name = "gigatoken"
+
+    def __init__(self, source: str | bytes, reference: Backend) -> None:
+        self._source = source
+        self._reference = reference
+        self._tokenizer: Any = self._load()
+        self._full_at_bytes = 0
+        # gigatoken turns a control token's name in a text into the token, SentencePiece encodes it as text; and
+        # gigatoken 0.10 drops a next-line character at the end of a text.
+        self._unsupported = [*reference.control_tokens, "\x85"] if isinstance(reference, SentencePieceBackend) else []
+
+    def encode(self, texts: list[str]) -> Encoded:
+        if not any(token in text for text in texts for token in self._unsupported):
+            return self._encode(texts)
+        groups = groupby(texts, lambda text: any(token in text for token in self._unsupported))
+        parts = [(self._reference.encode if slow else self._encode)(list(group)) for slow, group in groups]
+        return Encoded(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+    def encode_with_starts(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        return self._reference.encode_with_starts(text)
+
+    def agrees(self, texts: list[str]) -> bool:
+        """Return whether the IDs of these texts are the reference's."""
+        ours, theirs = self.encode(texts), self._reference.encode(texts)
+        return np.array_equal(ours.lengths, theirs.lengths) and np.array_equal(ours.ids, theirs.ids)
+
+    def _encode(self, texts: list[str]) -> Encoded:
+        resident_bytes = _resident_bytes()
+        if self._full_at_bytes and resident_bytes > self._full_at_bytes:
+            self._tokenizer = None  # first, so that there are never two
+            self._tokenizer = self._load()
+            # Measure again: other memory has grown too (pages no longer shared with the parent) and must not trigger
+            # another reload.
+            self._full_at_bytes = 0
+            resident_bytes = _resident_bytes()
+        if not self._full_at_bytes:
+            self._full_at_bytes = resident_bytes + _CACHE_BYTES
+        # A worker has one core; the library's own threads did not survive the fork.
+        rows = self._tokenizer.encode_batch(texts, parallel=False).layout
+        offsets = np.asarray(rows.offsets.data)
+        ids = np.asarray(rows.content.data)[: offsets[-1]]
+        return Encoded(ids.astype(np.int32), np.diff(offsets).astype(np.int64))
+
+    def _load(self) -> Any:
+        import gigatoken
+
+        if isinstance(self._source, bytes):
+            return gigatoken.Tokenizer.from_sentencepiece(self._source)
+        return gigatoken.Tokenizer.from_json(self._source)
+
+
+def choose_backend(
+    reference: Backend, source: str | bytes | None, sample: list[str], is_required: bool
+) -> tuple[Backend, str | None]:
+    """Choose gigatoken if it gives the reference's IDs, else the reference.
+
+    Args:
+        source: what gigatoken can load; None if the tokenizer is of another kind.
+        sample: texts of the corpus, on which both libraries must agree.
+        is_required: whether only gigatoken will do.
+
+    Returns:
+        The backend, and the reason why it is not gigatoken.
+
+    Raises:
+        UserError: gigatoken is required but can't be used.
+    """
+    try:
+        if source is None:
+            raise ValueError("it has no tokenizer.json")
+        with warnings.catch_warnings(action="ignore"):
+            fast = GigatokenBackend(source, reference)
+        if fast.agrees([*PROBES, *sample]):
+            return fast, None
+        reason = "it gives different IDs for some texts"
+    except ImportError:
+        reason = "it is not installed (pip install 'moelpr[fast-tokenizer]')"
+    except Exception as error:  # gigatoken's own, of many kinds
+        reason = f"it does not support this tokenizer ({' '.join(str(error).split())[:150]})"
+    if is_required:
+        raise UserError(f"--tokenizer-backend gigatoken is unavailable: {reason}; remove the flag")
+    return reference, reason
+
+
+@dataclass
+class JobTokenizer:
+    """What a job needs of a tokenizer.
+
+    Attributes:
+        record: entry of the manifest.
+        source: content of a tokenizer.json (str) or .model file (bytes); None if the tokenizer is of another kind.
+        slow: the tokenizer itself if `source` is None, else None.
+        splits_special_tokens: whether special tokens that occur in a text are encoded as ordinary text.
+        prefix, suffix: IDs added before and after each text.
+    """
+
+    record: TokenizerRecord
+    source: str | bytes | None
+    slow: Tokenizer | None
+    splits_special_tokens: bool
+    prefix: list[int]
+    suffix: list[int]
+
+    def reference(self) -> Backend:
+        """Return the library that the tokenizer was made for."""
+        if isinstance(self.source, str):
+            return HuggingFaceBackend(self.source, self.splits_special_tokens)
+        if isinstance(self.source, bytes):
+            return SentencePieceBackend(self.source)
+        assert self.slow is not None
+        return SlowHuggingFaceBackend(self.slow)
+
+
+def load_job_tokenizer(type: str, model: str, special_tokens: bool, eod_token: str | None) -> JobTokenizer:
+    """Load a tokenizer in a separate process, so that workers do not inherit the imports of transformers.
+
+    Raises:
+        UserError: The tokenizer can't be loaded, or has no token `eod_token`.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads, which the child doesn't use
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+            try:
+                return pool.submit(_load, type, model, special_tokens, eod_token).result()
+            except BrokenProcessPool as error:
+                raise UserError(
+                    f"the process that loads the tokenizer {model} was killed, probably out of memory; free some memory"
+                ) from error
+
+
+def _load(type: str, model: str, special_tokens: bool, eod_token: str | None) -> JobTokenizer:
+    if "torch" not in sys.modules:
+        # transformers imports torch if it is installed, which takes a second; a tokenizer doesn't need it.
+        sys.modules["torch"] = None  # type: ignore[assignment]
+        os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # nor the warning that torch is missing
+    tokenizer = load_tokenizer(type, model, special_tokens)
+    eod_id = tokenizer.eod_id if eod_token is None else _id_of(eod_token, tokenizer.vocabulary())
+    record = TokenizerRecord.of(type, model, tokenizer, eod_id, special_tokens)
+    source = tokenizer.serialized()
+    prefix, suffix = _added_ids(tokenizer, model)
+    slow = tokenizer if source is None else None
+    return JobTokenizer(record, source, slow, tokenizer.splits_special_tokens, prefix, suffix)
+
+
+def _id_of(token: str, vocabulary: dict[str, int]) -> int:
+    if token in vocabulary:
+        return vocabulary[token]
+    near = get_close_matches(token, [name for name in vocabulary if name[:1] in "<[|"], 3, 0.5)
+    hint = f"; similar tokens are {', '.join(near)}" if near else ""
+    raise UserError(f"--eod-token {token} is not in the tokenizer's vocabulary{hint}")
+
+
+def _added_ids(tokenizer: Tokenizer, model: str) -> tuple[list[int], list[int]]:
+    """Return the IDs that a tokenizer adds before and after each text."""
+    [added] = tokenizer.encode_batch([""])
+    [inside], [full] = tokenizer.encode_batch(["x"], False), tokenizer.encode_batch(["x"])
+    for length in range(len(added) + 1):
+        if full == [*added[:length], *inside, *added[length:]]:
+            return added[:length], added[length:]
+    raise UserError(
+        f"the tokenizer {model} adds different tokens to different texts; pass --tokenizer-hf-no-include-special-tokens"
+    )
+
+
+def _concatenate(ids: list[list[int]]) -> Encoded:
+    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+    return Encoded(np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum())), lengths)
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * _PAGE_BYTES

@@ -1,0 +1,87 @@
+"""Callbacks at points of Megatron's training loop where `pretrain()` offers none. Checked against Megatron Core 0.19.2.
+
+Each hook replaces a function of `megatron.training.training` while its context is open. Arguments are passed by their
+names in Megatron's signatures; `tests/unit/megatron_patches/test_hooks.py` fails when a function or a name is gone.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial, wraps
+from typing import Any
+
+import torch
+from megatron.training import get_args, global_vars
+from megatron.training import training as megatron_training
+from torch import Tensor
+
+# Called with the losses, the learning rate, the iteration and the gradient norm.
+LogStep = Callable[[dict[str, Tensor], float | None, int, float | None], None]
+# Called with Megatron's forward step, its model chunks, the model's config and the iteration.
+Validate = Callable[[Any, list[torch.nn.Module], Any, int], None]
+
+
+def after_training_log(log_step: LogStep) -> AbstractContextManager[None]:
+    """Call `log_step` after each `training_log`, which every rank calls once per step."""
+
+    def training_log(call: Callable[[], Any], named: dict[str, Any]) -> Any:
+        report_memory = call()
+        log_step(named["loss_dict"], named["learning_rate"], named["iteration"], named["grad_norm"])
+        return report_memory
+
+    return _replaced("training_log", training_log)
+
+
+def after_save_checkpoint(callback: Callable[[int], None]) -> AbstractContextManager[None]:
+    """Call `callback(iteration)` after each `save_checkpoint`, which saves at intervals and on request."""
+
+    def save_checkpoint(call: Callable[[], Any], named: dict[str, Any]) -> None:
+        call()
+        callback(named["iteration"])
+
+    return _replaced("save_checkpoint", save_checkpoint)
+
+
+@contextmanager
+def validation_by(validate: Validate) -> Iterator[None]:
+    """Call `validate` before the first step (iteration 0) and wherever Megatron would evaluate and print results.
+
+    Megatron's own validation continues in its data from pass to pass, and has no languages.
+    """
+
+    def train(call: Callable[[], Any], named: dict[str, Any]) -> Any:
+        if get_args().iteration == 0:
+            validate(named["forward_step_func"], named["model"], named["config"], 0)
+        return call()
+
+    def evaluate_and_print_results(call: Callable[[], Any], named: dict[str, Any]) -> None:
+        validate(named["forward_step_func"], named["model"], named["config"], named["iteration"])
+
+    with _replaced("train", train), _replaced("evaluate_and_print_results", evaluate_and_print_results):
+        yield
+
+
+def set_signal_handler(handler: Any) -> None:
+    """Have Megatron ask `handler.signals_received()` after each step; its own handler supports only one signal."""
+    global_vars._GLOBAL_SIGNAL_HANDLER = handler
+
+
+@contextmanager
+def _replaced(name: str, replacement: Callable[[Callable[[], Any], dict[str, Any]], Any]) -> Iterator[None]:
+    """Redirect Megatron's calls of a function.
+
+    Args:
+        replacement: gets the original call, ready to run, and its arguments by name.
+    """
+    original = getattr(megatron_training, name)
+    signature = inspect.signature(original)
+
+    @wraps(original)
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        return replacement(partial(original, *args, **kwargs), signature.bind(*args, **kwargs).arguments)
+
+    setattr(megatron_training, name, replaced)
+    try:
+        yield
+    finally:
+        setattr(megatron_training, name, original)

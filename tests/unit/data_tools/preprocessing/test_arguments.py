@@ -1,0 +1,77 @@
+"""Options that exclude or require each other stop the job with the name of the option."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data_tools.preprocessing.arguments import parse_arguments
+from moelpr.errors import UserError
+
+REQUIRED = "--output-prefix out --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model"
+
+
+def parse(flags: str):  # noqa: ANN201
+    return parse_arguments(None, [*flags.split(), *REQUIRED.split()])
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--dataset a", "--dataset requires --dataset-info"),
+        ("--dataset-info a --input b --language original", "require --dataset"),
+        ("--dataset a --dataset-dir b --json-keys text", "--json-keys requires --input"),
+        ("--dataset a --dataset-dir b --language original", "excludes --language"),
+        ("--input - --language original --max-samples 3", "--input - .*--max-samples"),
+        ("--input - - --language original", "--input - .*only once"),
+        ("--input a --language original --max-samples 0", "--max-samples must be at least 1, got 0"),
+        ("--input a --language original --max-samples 1 --num-shards 2", "--max-samples and --num-shards"),
+        ("--input a --language original --num-shards 3", "--num-shards 3 requires --shard, 0 to 2"),
+        ("--input a --language original --num-shards 3 --shard 3", "--shard must be 0 to 2 .*got 3"),
+        ("--input a --language original --shard 1", "--shard must be 0 to 0 .*got 1"),
+        ("--input a --language original --workers 0", "--workers must be at least 1, got 0"),
+        ("--input a --language original --seed -1", "--seed must be at least 0 .*got -1"),
+        ("--input a --language original --validation-share 1", "--validation-share must be below 1"),
+        ("--input a --language original --json-keys text text", "--json-keys text text"),
+        ("--input a --language original --original-languages en", "--language excludes --original-languages"),
+        ("--input a --language original --expanded-languages el", "--language excludes .*--expanded-languages"),
+        ("--input a --language original --undetected skip", "--undetected requires --detect-language"),
+        ("--input a --language-key lang", "--language-key requires --original-languages"),
+        ("--input a --detect-language", "--detect-language requires --original-languages"),
+        ("--input a --detect-language --original-languages en --audit", "--audit and --detect-language"),
+        ("--input a --detect-language --original-languages en --min-confidence 2", "--min-confidence .*0 and 1, got 2"),
+        ("--input a --spans-key spans", "--spans-key requires --original-languages"),
+        ("--input a --spans-key s --original-languages en --json-keys a", "--spans-key and --json-keys"),
+    ],
+)
+def test_contradicting_options_are_reported(flags: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse(flags)
+
+
+@pytest.mark.parametrize(
+    "flags, options",
+    [
+        ("--input a", "--language, --language-key, --spans-key, --detect-language"),
+        ("--input a --language original --language-key lang --original-languages en", "--language, --language-key"),
+        ("--input a --dataset b --language original", "--input, --dataset"),
+        ("--language original", "--input, --dataset"),
+    ],
+)
+def test_exactly_one_input_and_one_language_source_are_required(
+    flags: str, options: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        parse(flags)
+    assert exit.value.code == 2
+    assert options in capsys.readouterr().err
+
+
+def test_registry_and_its_folder_complete_each_other() -> None:
+    assert parse("--dataset a --dataset-dir data").dataset_info == Path("data/dataset_info.json")
+    assert parse("--dataset a --dataset-info data/other.json").dataset_dir == Path("data")
+
+
+def test_job_reports_contradicting_options(preprocess: Callable[..., Path], hf_tokenizer: Path) -> None:
+    with pytest.raises(UserError, match="--workers must be at least 1, got 0"):
+        preprocess(hf_tokenizer, "--input", "a", "--language", "original", workers=0)

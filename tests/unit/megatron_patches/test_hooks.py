@@ -1,0 +1,169 @@
+"""Each hook runs its callback where Megatron calls the replaced function, and is removed afterwards."""
+
+import argparse
+import ast
+import inspect
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+# The functions that the hooks replace, and the argument names that they read.
+READ_ARGUMENTS = {
+    "training_log": {"loss_dict", "learning_rate", "iteration", "grad_norm"},
+    "save_checkpoint": {"iteration"},
+    "train": {"forward_step_func", "model", "config"},
+    "evaluate_and_print_results": {"forward_step_func", "model", "config", "iteration"},
+}
+
+
+@pytest.fixture
+def training(megatron: None) -> ModuleType:
+    from megatron.training import training
+
+    return training
+
+
+@pytest.mark.parametrize("name", READ_ARGUMENTS)
+def test_megatron_still_calls_the_function_with_these_arguments(training: ModuleType, name: str) -> None:
+    assert READ_ARGUMENTS[name] <= set(inspect.signature(getattr(training, name)).parameters)
+    tree = ast.parse(inspect.getsource(training))
+    calls = [node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    assert name in calls, f"training.py no longer calls {name}"
+
+
+def test_megatron_still_offers_no_callbacks_of_its_own(training: ModuleType) -> None:
+    names = set(inspect.signature(training.pretrain).parameters)
+    assert not {name for name in names if "callback" in name or "hook" in name}, "use these instead of our hooks"
+
+
+def test_the_training_log_is_followed_by_the_callback(training: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moelpr.megatron_patches import hooks
+
+    events: list[Any] = []
+
+    def training_log(
+        loss_dict: dict, total: dict, learning_rate: float, iteration: int, grad_norm: float, is_first: bool = False
+    ) -> str:
+        events.append("megatron")
+        return "report memory"
+
+    monkeypatch.setattr(training, "training_log", training_log)
+    with hooks.after_training_log(lambda *values: events.append(values)):
+        assert training.training_log({"lm loss": 1}, {}, 0.1, 7, grad_norm=2.0, is_first=True) == "report memory"
+    assert events == ["megatron", ({"lm loss": 1}, 0.1, 7, 2.0)]
+    assert training.training_log is training_log
+
+
+def test_a_saved_checkpoint_is_followed_by_the_callback(training: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moelpr.megatron_patches import hooks
+
+    events: list[Any] = []
+    monkeypatch.setattr(training, "save_checkpoint", lambda iteration, model: events.append("megatron"))
+    with hooks.after_save_checkpoint(events.append):
+        training.save_checkpoint(3, "model")
+    training.save_checkpoint(4, "model")
+    assert events == ["megatron", 3, "megatron"]
+
+
+@pytest.mark.parametrize(("resumed_at", "expected"), [(0, [0, "train", 4]), (2, ["train", 4])])
+def test_validation_runs_before_the_first_step_and_instead_of_megatrons(
+    training: ModuleType, monkeypatch: pytest.MonkeyPatch, resumed_at: int, expected: list
+) -> None:
+    from moelpr.megatron_patches import hooks
+
+    events: list[Any] = []
+
+    def validate(forward_step: str, model: str, config: str, iteration: int) -> None:
+        assert (forward_step, model, config) == ("step", "model", "config")
+        events.append(iteration)
+
+    def train(forward_step_func: str, model: str, config: str) -> str:
+        events.append("train")
+        training.evaluate_and_print_results("prefix", "step", None, "model", 4, None, "config", verbose=True)
+        return "trained"
+
+    monkeypatch.setattr(hooks, "get_args", lambda: argparse.Namespace(iteration=resumed_at))
+    monkeypatch.setattr(training, "train", train)
+    with hooks.validation_by(validate):
+        assert training.train("step", "model", "config") == "trained"
+    assert events == expected
+
+
+def test_megatrons_functions_are_restored_after_an_error(training: ModuleType) -> None:
+    from moelpr.megatron_patches import hooks
+
+    before = {name: getattr(training, name) for name in READ_ARGUMENTS}
+    with pytest.raises(ZeroDivisionError), hooks.after_save_checkpoint(print), hooks.validation_by(print):
+        assert training.train is not before["train"]
+        raise ZeroDivisionError
+    assert {name: getattr(training, name) for name in READ_ARGUMENTS} == before
+
+
+def test_megatron_asks_the_signal_handler_that_was_set(training: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.training import global_vars
+
+    from moelpr.megatron_patches import hooks
+
+    monkeypatch.setattr(global_vars, "_GLOBAL_SIGNAL_HANDLER", None)
+    handler = object()
+    hooks.set_signal_handler(handler)
+    assert training.get_signal_handler() is handler
+    assert "any(signal_handler.signals_received())" in inspect.getsource(training)
+
+
+def patches_in(source: str) -> list[str]:
+    """Assignments to attributes of what a module imports from megatron or torch."""
+    tree = ast.parse(source)
+    imported = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [(alias.asname or alias.name.split(".")[0], alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [(alias.asname or alias.name, node.module or "") for alias in node.names]
+        else:
+            continue
+        imported |= {name for name, origin in names if origin.split(".")[0] in ("megatron", "torch")}
+
+    def root(target: ast.expr) -> str | None:
+        while isinstance(target, ast.Attribute):
+            target = target.value
+        return target.id if isinstance(target, ast.Name) else None
+
+    found = []
+    for node in ast.walk(tree):
+        targets: list[ast.expr] = []
+        if isinstance(node, ast.Assign):
+            targets = node.targets
+        elif isinstance(node, ast.AugAssign | ast.AnnAssign):
+            targets = [node.target]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setattr":
+            targets = [ast.Attribute(node.args[0], "…")]
+        found += [ast.unparse(t) for t in targets if isinstance(t, ast.Attribute) and root(t) in imported]
+    return found
+
+
+def test_megatron_and_torch_are_patched_only_in_this_package() -> None:
+    files = [
+        path for folder in ("moelpr", "checkpoint_convert", "data_tools") for path in (ROOT / folder).rglob("*.py")
+    ]
+    patched = {path.relative_to(ROOT).as_posix(): patches_in(path.read_text()) for path in files}
+    found = {path: names for path, names in patched.items() if names}
+    assert "moelpr/megatron_patches/cpu.py" in found
+    assert {path: names for path, names in found.items() if not path.startswith("moelpr/megatron_patches/")} == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from megatron.training import training\ntraining.train = None",
+        "import torch\ndef f():\n    torch.cuda.synchronize = None",
+        "from megatron.core import a as b\nsetattr(b, 'x', 1)",
+        "import megatron.core.optimizer as optimizer\noptimizer.Adam: type = int",
+    ],
+)
+def test_a_patch_elsewhere_would_be_found(source: str) -> None:
+    assert len(patches_in(source)) == 1

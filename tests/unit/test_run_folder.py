@@ -1,0 +1,28 @@
+"""Reading the files of a run folder, also if they are missing or damaged."""
+
+from pathlib import Path
+
+import pytest
+
+from moelpr.run_folder import read_json, read_settings
+
+
+def test_settings_are_those_of_recipe_yaml(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("lr: 1.0e-3\nstage: stage1\n")
+    assert read_settings(tmp_path) == {"lr": 1e-3, "stage": "stage1"}
+
+
+@pytest.mark.parametrize("content", [None, "- a list\n", "{", "\0"])
+def test_a_missing_or_damaged_recipe_is_none(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "recipe.yaml").write_text(content)
+    assert read_settings(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"), [(b'{"torch": "2.15"}', {"torch": "2.15"}), (b"[]", None), (b"{", None), (b"\xff", None)]
+)
+def test_a_json_file_is_an_object_or_none(tmp_path: Path, content: bytes, expected: dict | None) -> None:
+    (tmp_path / "versions.json").write_bytes(content)
+    assert read_json(tmp_path / "versions.json") == expected
+    assert read_json(tmp_path / "missing.json") is None

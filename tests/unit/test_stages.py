@@ -1,0 +1,38 @@
+"""Which part a parameter belongs to, and which parts a stage trains."""
+
+from typing import get_args
+
+import pytest
+
+from moelpr.stages import STAGE_HELP, Part, Stage, part_of, trained_parts
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("embedding.word_embeddings.weight", Part.EMBEDDING),
+        ("output_layer.weight", Part.OUTPUT_LAYER),
+        ("decoder.final_layernorm.weight", Part.NORM),
+        ("decoder.layers.0.pre_mlp_layernorm.weight", Part.NORM),
+        ("decoder.layers.0.self_attention.q_layernorm.weight", Part.NORM),
+        ("decoder.layers.0.self_attention.linear_qkv.layer_norm_weight", Part.NORM),
+        ("decoder.layers.0.self_attention.linear_qkv.weight", Part.ATTENTION),
+        ("decoder.layers.0.mlp.linear_fc1.weight", Part.DENSE_FFN),
+        ("decoder.layers.0.mlp.router.weight", Part.ROUTER),
+        ("decoder.layers.0.mlp.original_experts.1.linear_fc2.weight", Part.ORIGINAL_EXPERTS),
+        ("decoder.layers.0.mlp.experts.experts.linear_fc1.weight", Part.NEW_EXPERTS),
+    ],
+)
+def test_the_part_of_a_name(name: str, part: Part) -> None:
+    assert part_of(name) is part
+
+
+def test_the_stages_train_what_the_paper_says() -> None:
+    assert trained_parts("dense") == frozenset(Part)
+    assert trained_parts("stage1") == {Part.NEW_EXPERTS, Part.ROUTER}
+    assert trained_parts("stage2") == {Part.ROUTER}
+    assert trained_parts("stage2", train_everything=True) == frozenset(Part)
+
+
+def test_every_stage_has_a_help_text() -> None:
+    assert set(STAGE_HELP) == set(get_args(Stage))

@@ -1,0 +1,36 @@
+"""YAML mappings, and one message for everything else."""
+
+from pathlib import Path
+
+import pytest
+
+from moelpr.errors import UserError
+from moelpr.yaml_files import dump, parse_mapping, read_mapping
+
+
+def test_what_is_dumped_is_read(tmp_path: Path) -> None:
+    content = {"b": 1, "a": [1.5, "ä", None, True]}
+    (tmp_path / "a.yaml").write_text(dump(content), encoding="utf-8")
+    assert read_mapping(tmp_path / "a.yaml", "recipe") == content
+    assert dump(content).startswith("b: 1") and "ä" in dump(content)
+    assert dump(content, sort_keys=True).startswith("a:")
+
+
+@pytest.mark.parametrize("text", ["- a", "", "a: b: c", "[" * 5000, "d: 2020-13-45"])
+def test_anything_but_a_mapping_is_a_user_error_on_one_line(text: str) -> None:
+    with pytest.raises(UserError, match="the recipe r.yaml") as error:
+        parse_mapping(text, "recipe r.yaml")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "No such file"), (b"a: \xff", "not UTF-8")])
+def test_an_unreadable_file_is_named(tmp_path: Path, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "r.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=f"recipe {tmp_path}/r.yaml: {message}"):
+        read_mapping(tmp_path / "r.yaml", "recipe")
+
+
+def test_no_object_is_constructed_from_yaml() -> None:
+    with pytest.raises(UserError):
+        parse_mapping("a: !!python/object/apply:os.getpid []", "recipe")

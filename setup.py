@@ -15,6 +15,7 @@ setup(
     python_requires=">=3.12,<3.14",
     packages=find_packages(include=["moelpr*", "data_tools*", "checkpoint_convert*"]),
     package_data={
+        "checkpoint_convert": ["templates/*"],
         "moelpr.data": ["*.pyi", "csrc/*.cpp"],
         "moelpr.evaluate": ["*.yaml", "harness/*.yaml"],
         "moelpr.report": ["templates/*"],

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint_convert.hf_folder import HfReader, HfWriter, check_tokenizer, copy_companions
+from checkpoint_convert.hf_folder import HfReader, check_tokenizer, common_dtype, copy_companions, write_weights
 from checkpoint_convert.megatron_folder import SIGNS, MegatronReader, num_elements, write_checkpoint
 from checkpoint_convert.model_card import Origin, check_separable, read_history
-from checkpoint_convert.outputs import check_finite, check_output, job_description, output_folder
+from checkpoint_convert.outputs import check_finite, check_output, output_folder
 from checkpoint_convert.upcycling import check_weights
 from moelpr.errors import UserError
 from moelpr.families.families import read_base, with_new_experts
@@ -98,9 +98,8 @@ def _trained_names(piece: Piece) -> tuple[str, ...]:
     """Names in an adapter of the parts of a router or new expert; () for a piece of the base."""
     if not piece.is_trained:
         return ()
-    layer = re.match(r"model\.layers\.\d+\.", piece.hf_names[0])
-    assert layer is not None
-    mlp = f"{layer[0]}mlp."
+    layer = ".".join(piece.hf_names[0].split(".")[:3])
+    mlp = f"{layer}.mlp."
     if piece.part is Part.ROUTER:
         return (f"{_PREFIX}{mlp}moe_router_embedding.weight",)
     # An expert has the module names of the dense FFN, its origin.
@@ -144,12 +143,6 @@ def adapter_to_mcore(
     family, dense = read_base(hf_path)
     if dense.moe is not None:
         raise UserError(f"{hf_path} is an MoE; pass the dense model that the adapter was trained on")
-    num_layers = dense.megatron_args["num_layers"]
-    if not family.may_mix_layers and len(config.layers) < num_layers:
-        raise UserError(
-            f"{adapter / CONFIG_FILE} has experts in {len(config.layers)} of {num_layers} layers, but "
-            f"{family.architecture} is exported as {family.moe_architecture}, which has experts in every layer"
-        )
     try:
         spec = with_new_experts(family, dense, config.num_experts - 1, config.topk, list(config.layers))
     except UserError as error:
@@ -168,7 +161,7 @@ def adapter_to_mcore(
             f"{adapter} contains the tensor {unused[0]}, which {CONFIG_FILE} does not describe; ignoring it would "
             "change the model"
         )
-    spec = replace(spec, dtype=dtype or _common_dtype(all_parts))
+    spec = replace(spec, dtype=dtype or common_dtype(all_parts))
     target_dtype: torch.dtype = getattr(torch, spec.dtype)
 
     def tensors(todo: list[Piece]) -> Iterator[Tensor]:
@@ -177,8 +170,7 @@ def adapter_to_mcore(
             yield piece.transform.to_megatron(read, sizes_of(spec)).to(target_dtype)
 
     num_bytes = target_dtype.itemsize * num_elements(plan)
-    job = job_description(adapter, base=job_description(hf_path), spec=asdict(spec))
-    with output_folder(save, num_bytes, job) as (folder, bar):
+    with output_folder(save, num_bytes, [adapter, hf_path], spec=asdict(spec)) as (folder, bar):
         write_checkpoint(folder, plan, spec, tensors, bar)
         copy_companions(hf_path, folder / HF_FOLDER)
         Origin(config.base_model or hf_path.resolve().name, adapter=adapter.resolve().name).write(folder)
@@ -208,14 +200,6 @@ def _find_parts(piece: Piece, base: HfReader, adapter: HfReader, stored: dict[st
             )
         found.append((reader, name))
     return found
-
-
-def _common_dtype(parts: list[tuple[HfReader, str]]) -> str:
-    folders = {str(reader.dtype(name)).removeprefix("torch."): reader.folder for reader, name in reversed(parts)}
-    if len(folders) > 1:
-        which = " and ".join(f"{dtype} ({folder})" for dtype, folder in sorted(folders.items()))
-        raise UserError(f"base and adapter mix {which}; choose one with --dtype; float32 is lossless")
-    return next(iter(folders))
 
 
 def mcore_to_adapter(
@@ -260,9 +244,10 @@ def mcore_to_adapter(
     tensors = [(name, source.shape(hf_name)) for name, hf_name in hf_names.items()]
     target_dtype: torch.dtype = getattr(torch, dtype or spec.dtype)
     num_bytes = target_dtype.itemsize * sum(math.prod(shape) for _, shape in tensors)
-    with output_folder(save, num_bytes, job=None) as (folder, bar):
+    with output_folder(save, num_bytes, [source.step_folder], adapter=vars(config), dtype=dtype) as (folder, bar):
         # PEFT reads a single file.
-        with HfWriter(folder, tensors, target_dtype, math.inf, STEM) as writer:
-            writer.write_all(lambda name: source.read_finite(hf_names[name]), bar)
+        write_weights(
+            folder, tensors, target_dtype, math.inf, lambda name: source.read_finite(hf_names[name]), bar, STEM
+        )
         config.write(folder)
     return config

@@ -5,19 +5,15 @@
 Routers and new experts come from the adapter, everything else from the base. Weights stream, one tensor at a time.
 """
 
-import argparse
 from pathlib import Path
 
 from checkpoint_convert.adapter import AdapterConfig, adapter_to_mcore
-from checkpoint_convert.outputs import add_output_options
+from checkpoint_convert.outputs import add_output_options, command_parser
 from moelpr.errors import run_command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="adapter_to_mcore",
-        description="Combine an adapter of the published MoE-LPR code and its dense model to a Megatron checkpoint.",
-    )
+    parser = command_parser(__file__, __doc__)
     parser.add_argument(
         "--adapter", type=Path, required=True, help="folder with adapter_config.json and adapter_model.safetensors"
     )

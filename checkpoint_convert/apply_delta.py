@@ -6,19 +6,15 @@ The result is byte-identical to the export without --delta. Weights stream, one 
 checksum that the delta records.
 """
 
-import argparse
 from pathlib import Path
 
 from checkpoint_convert.export import apply_delta
-from checkpoint_convert.outputs import add_output_options
+from checkpoint_convert.outputs import add_output_options, command_parser
 from moelpr.errors import run_command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="apply_delta",
-        description="Combine a base model and a delta of mcore_to_hf.py --delta to a Hugging Face model.",
-    )
+    parser = command_parser(__file__, __doc__)
     parser.add_argument("--base", type=Path, required=True, help="Hugging Face directory of the base")
     parser.add_argument("--delta", type=Path, required=True, help="folder with delta_config.json")
     add_output_options(parser, "Hugging Face directory")

@@ -6,8 +6,8 @@ Megatron checkpoint; one model is in memory at a time, and the logits of the fir
 
 import math
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from checkpoint_convert.megatron_folder import MegatronReader
 from moelpr.documents import read_documents
 from moelpr.errors import UserError
 from moelpr.evaluate.models import is_megatron, open_model
-from moelpr.families.families import family_named, family_of, read_config
-from moelpr.families.tables import frozen_name
+from moelpr.families.families import Family, family_named, read_base, read_config
+from moelpr.families.tables import pieces
 from moelpr.model_spec import ModelSpec
 from moelpr.run_folder import HF_FOLDER
+from moelpr.stages import Part
 
 # Elements that are compared at a time, to bound the memory of fp32 copies.
 CHUNK_ELEMENTS = 16 << 20
@@ -30,21 +31,6 @@ CHUNK_ELEMENTS = 16 << 20
 CHARACTERS_PER_TOKEN = 32
 
 # --- tensors
-
-
-class HfTensors(HfReader):
-    """The tensors of a Hugging Face model, without those that readers ignore."""
-
-    def __init__(self, folder: Path):
-        is_tied = read_config(folder).get("tie_word_embeddings", False)
-        super().__init__(folder)
-        self._names = [
-            name for name in super().names if (name == "lm_head.weight" and not is_tied) or not is_unread(self, name)
-        ]
-
-    @property
-    def names(self) -> list[str]:
-        return self._names
 
 
 @dataclass(frozen=True)
@@ -72,8 +58,16 @@ class TensorVerdict:
         return self.max_abs > tolerance if tolerance else self.num_different > 0
 
 
-def _open_tensors(model: Path) -> HfTensors | MegatronReader:
-    return MegatronReader(model) if is_megatron(model) else HfTensors(model)
+def _open_tensors(model: Path) -> HfReader | MegatronReader:
+    """A reader of the model, without the tensors that readers ignore."""
+    if is_megatron(model):
+        return MegatronReader(model)
+    is_tied = read_config(model).get("tie_word_embeddings", False)
+    reader = HfReader(model)
+    reader.names = [
+        name for name in reader.names if (name == "lm_head.weight" and not is_tied) or not is_unread(reader, name)
+    ]
+    return reader
 
 
 def compare(a: Path, b: Path) -> Iterator[TensorVerdict]:
@@ -86,48 +80,39 @@ def compare(a: Path, b: Path) -> Iterator[TensorVerdict]:
 
 def compare_frozen(base: Path, upcycled: Path) -> Iterator[TensorVerdict]:
     """Compare the base's tensors that training must not change with those they became in the upcycled model."""
-    num_original, num_experts = _num_experts_of(base), _num_experts_of(upcycled)
-    if num_original >= num_experts:
+    (_, base_spec), (family, spec) = _read_spec(base), _read_spec(upcycled)
+    num_original = base_spec.moe.num_experts if base_spec.moe else 1
+    num_new = (spec.moe.num_experts if spec.moe else 1) - num_original
+    if spec.moe is None or num_new < 1:
         raise UserError(
-            f"{base} is not the base of {upcycled}: it must have fewer experts, got {num_original} and {num_experts}; "
-            "with --frozen, pass the base first and the upcycled model second"
+            f"{base} is not the base of {upcycled}: it must have fewer experts, got {num_original} and "
+            f"{num_original + num_new}; with --frozen, pass the base first and the upcycled model second"
         )
-    if is_megatron(upcycled):
-        family = family_named(ModelSpec.read(upcycled).family)
-    else:
-        family = family_of(read_config(upcycled))[0]
+    moe = replace(spec.moe, num_original_experts=num_original, num_new_experts=num_new)
+    plan = list(pieces(family.table, replace(spec, moe=moe)))
+    routers = {name for piece in plan if piece.part is Part.ROUTER for name in piece.hf_names}
     a, b = _open_tensors(base), _open_tensors(upcycled)
-    became = {origin: name for name in b.names if (origin := frozen_name(family.table, name, num_original)) is not None}
-    names = [name for name in a.names if frozen_name(family.table, name, num_original) is not None]  # without routers
-    yield from _compare(a, b, became, names)
+    became = {name: name for name in set(b.names).difference(*(piece.hf_names for piece in plan))}
+    for piece in plan:
+        if not piece.is_trained:
+            became.update(zip(piece.origin, piece.hf_names, strict=True))
+    yield from _compare(a, b, became, [name for name in a.names if name not in routers])
 
 
-def max_abs_difference(a: Path, b: Path) -> float:
-    """`largest_difference` of two models."""
-    return largest_difference(list(compare(a, b)))
-
-
-def frozen_max_abs_difference(base: Path, upcycled: Path) -> float:
-    """`largest_difference` between the base's tensors and their frozen copies."""
-    return largest_difference(list(compare_frozen(base, upcycled)))
-
-
-def largest_difference(verdicts: list[TensorVerdict]) -> float:
+def largest_difference(verdicts: Iterable[TensorVerdict]) -> float:
     """Largest absolute difference; inf if tensors are missing or misshapen."""
     return max((v.max_abs if v.kind == "value" else math.inf for v in verdicts), default=0.0)
 
 
-def _num_experts_of(model: Path) -> int:
-    """Experts per MoE layer; 1 for a dense model."""
+def _read_spec(model: Path) -> tuple[Family, ModelSpec]:
     if is_megatron(model):
-        moe = ModelSpec.read(model).moe
-        return moe.num_experts if moe else 1
-    config = read_config(model)
-    return config.get("num_experts") or config.get("num_local_experts") or 1
+        spec = ModelSpec.read(model)
+        return family_named(spec.family), spec
+    return read_base(model)
 
 
 def _compare(
-    a: HfTensors | MegatronReader, b: HfTensors | MegatronReader, name_in_b: dict[str, str], names: list[str]
+    a: HfReader | MegatronReader, b: HfReader | MegatronReader, name_in_b: dict[str, str], names: list[str]
 ) -> Iterator[TensorVerdict]:
     """Compare A's `names`, in the order in which a Megatron checkpoint reads each chunk once."""
     in_a, in_b = set(names), set(b.names)

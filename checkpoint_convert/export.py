@@ -17,10 +17,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint_convert.hf_folder import MODEL_STEM, HfReader, HfWriter, copy_companions
+from checkpoint_convert.hf_folder import MODEL_STEM, HfReader, copy_companions, raw_bytes, write_weights
 from checkpoint_convert.megatron_folder import SIGNS, MegatronReader, write_checkpoint
-from checkpoint_convert.model_card import BASE_CARD_FILE, CARD_FILE, CardFacts, Origin, check_separable, model_card
-from checkpoint_convert.outputs import check_output, job_description, output_folder
+from checkpoint_convert.model_card import (
+    BASE_CARD_FILE,
+    CARD_FILE,
+    CardFacts,
+    Origin,
+    check_separable,
+    model_card,
+    read_history,
+)
+from checkpoint_convert.outputs import check_output, output_folder
 from moelpr.errors import UserError
 from moelpr.families.families import CONFIG_FILE, read_config
 from moelpr.model_spec import DTYPES, ModelSpec
@@ -65,24 +73,25 @@ def mcore_to_hf(
     spec, dtype_name = source.spec, dtype or source.spec.dtype
     target_dtype: torch.dtype = getattr(torch, dtype_name)
     config = source.family.export_config(read_config(load / HF_FOLDER), spec, dtype_name)
-    facts = CardFacts.read(source, iteration, config["architectures"][0], dtype_name, base_model)
+    origin, history = Origin.read(load), read_history(load, iteration)
+    architecture = config["architectures"][0]
+    facts = CardFacts(source, architecture, dtype_name, base_model or origin.base_model, origin, history)
     if as_delta:
-        check_separable(load, spec, facts.history, "a delta", "export it without --delta")
+        check_separable(load, spec, history, "a delta", "export it without --delta")
         if facts.base_model is None:
             raise UserError("the model that this one was upcycled from is not recorded; name it with --base-model")
 
     trained = {name for piece in source.pieces if piece.is_trained for name in piece.hf_names}
     tensors = [(name, source.shape(name)) for name in source.names if name in trained or not as_delta]
     num_bytes = target_dtype.itemsize * sum(math.prod(shape) for _, shape in tensors)
-    job = job_description(source.step_folder, spec=asdict(spec), dtype=dtype, shards=max_shard_bytes, delta=as_delta)
-    with output_folder(save, num_bytes, job) as (folder, bar):
+    settings = {"spec": asdict(spec), "dtype": dtype, "max_shard_bytes": max_shard_bytes, "delta": as_delta}
+    with output_folder(save, num_bytes, [source.step_folder], **settings) as (folder, bar):
         stem = DELTA_STEM if as_delta else MODEL_STEM
-        with HfWriter(folder, tensors, target_dtype, max_shard_bytes, stem) as writer:
-            if as_delta:
-                _write_delta(folder, writer, source, facts, config, max_shard_bytes, bar)
-            else:
-                writer.write_all(source.read_finite, bar)
-                _write_companions(folder, load / HF_FOLDER, config, model_card(facts))
+        write_weights(folder, tensors, target_dtype, max_shard_bytes, source.read_finite, bar, stem)
+        if as_delta:
+            _complete_delta(folder, source, facts, config, max_shard_bytes)
+        else:
+            _write_companions(folder, load / HF_FOLDER, config, model_card(facts))
     return spec
 
 
@@ -110,11 +119,11 @@ def whole_checkpoint(load: Path, save: Path, iteration: int | None = None, overw
     check_output(save, [load], overwrite, SIGNS)
     source = MegatronReader(load, iteration)
     num_bytes = sum(source.num_bytes(piece) for piece in source.pieces)
-    with output_folder(save, num_bytes, job_description(source.step_folder)) as (folder, bar):
+    with output_folder(save, num_bytes, [source.step_folder]) as (folder, bar):
         write_checkpoint(folder, source.pieces, source.spec, lambda todo: map(source.read_piece, todo), bar)
         if (load / HF_FOLDER).is_dir():
             shutil.copytree(load / HF_FOLDER, folder / HF_FOLDER)
-        replace(Origin.read(load) or Origin(None), copy_of=str(source.step_folder.resolve())).write(folder)
+        replace(Origin.read(load), copy_of=str(source.step_folder.resolve())).write(folder)
 
 
 # --- deltas
@@ -183,34 +192,29 @@ class DeltaConfig:
         return delta
 
 
-def _write_delta(
-    folder: Path,
-    writer: HfWriter,
-    source: MegatronReader,
-    facts: CardFacts,
-    config: dict[str, Any],
-    max_shard_bytes: int,
-    bar: "tqdm[None]",
+def _complete_delta(
+    folder: Path, source: MegatronReader, facts: CardFacts, config: dict[str, Any], max_shard_bytes: int
 ) -> None:
-    """Write the trained tensors, delta_config.json and the model card; `config` is config.json of the export."""
-    sources = {
-        name: ("delta", "") if piece.is_trained else ("base", piece.origin[part])
+    """Write delta_config.json and the model card beside a delta's weights; `config` is config.json of the export."""
+    trained, dtype = HfReader(folder, DELTA_STEM), getattr(torch, facts.dtype)
+    in_base = {
+        name: origin
         for piece in source.pieces
-        for part, name in enumerate(piece.hf_names)
+        if not piece.is_trained
+        for name, origin in zip(piece.hf_names, piece.origin, strict=True)
     }
     tensors = []
-    bar.reset(writer.dtype.itemsize * sum(math.prod(source.shape(name)) for name in source.names))
-    for name in source.names:
-        tensor = source.read_finite(name).to(writer.dtype)
-        kind, base = sources.get(name, ("zeros", ""))
-        sha256 = "" if kind == "zeros" else _checksum(tensor)
-        tensors.append(DeltaTensor(name, tuple(tensor.shape), kind, base, sha256))
-        if kind == "delta" and not writer.is_written(name):
-            writer.write(name, tensor)
-        bar.update(tensor.nbytes)
-    writer.finish()
-    assert facts.base_model is not None and facts.spec.moe is not None
-    card, experts = model_card(facts), asdict(facts.spec.moe)
+    for name in tqdm(source.names, desc="checksums", unit=" tensors", leave=False, disable=None):
+        shape = source.shape(name)
+        if name in trained:
+            tensors.append(DeltaTensor(name, shape, "delta", sha256=_checksum(trained.read(name))))
+        elif name in in_base:
+            sha256 = _checksum(source.read_finite(name).to(dtype))
+            tensors.append(DeltaTensor(name, shape, "base", in_base[name], sha256))
+        else:
+            tensors.append(DeltaTensor(name, shape, "zeros"))
+    assert facts.base_model is not None and facts.source.spec.moe is not None
+    card, experts = model_card(facts), asdict(facts.source.spec.moe)
     DeltaConfig(facts.base_model, facts.dtype, max_shard_bytes, experts, config, card, tuple(tensors)).write(folder)
     (folder / CARD_FILE).write_text(model_card(facts, is_delta=True), encoding="utf-8")
 
@@ -230,7 +234,7 @@ def apply_delta(base: Path, delta: Path, save: Path, overwrite: bool = False) ->
     check_output(save, [base, delta], overwrite, (CONFIG_FILE,))
     config = DeltaConfig.read(delta)
     read_config(base)
-    base_reader, delta_reader = HfReader(base), HfReader(delta, DELTA_STEM)
+    readers = {"base": HfReader(base), "delta": HfReader(delta, DELTA_STEM)}
     listed = {tensor.name: tensor for tensor in config.tensors}
     dtype = getattr(torch, config.dtype)
 
@@ -246,26 +250,23 @@ def apply_delta(base: Path, delta: Path, save: Path, overwrite: bool = False) ->
         tensor = listed[name]
         if tensor.source == "zeros":
             return torch.zeros(tensor.shape, dtype=dtype)
-        found = base_reader.read(tensor.base) if tensor.source == "base" else delta_reader.read(name)
-        if _checksum(found := found.to(dtype)) != tensor.sha256:
+        found = readers[tensor.source].read(tensor.base or name).to(dtype)
+        if _checksum(found) != tensor.sha256:
             raise fail(tensor, "has another checksum")
         return found
 
     for tensor in config.tensors:
-        if tensor.source == "base" and tensor.base not in base_reader:
-            raise fail(tensor, "is missing")
-        reader, name = (base_reader, tensor.base) if tensor.source == "base" else (delta_reader, tensor.name)
-        if tensor.source != "zeros" and reader.shape(name) != tensor.shape:
-            raise fail(tensor, "has another shape")
+        if tensor.source != "zeros":
+            reader, name = readers[tensor.source], tensor.base or tensor.name
+            if name not in reader or reader.shape(name) != tensor.shape:
+                raise fail(tensor, "is missing or has another shape")
     shapes = [(tensor.name, tensor.shape) for tensor in config.tensors]
     num_bytes = dtype.itemsize * sum(math.prod(shape) for _, shape in shapes)
-    job = job_description(delta, base=job_description(base))
-    with output_folder(save, num_bytes, job) as (folder, bar):
-        with HfWriter(folder, shapes, dtype, config.max_shard_bytes) as writer:
-            writer.write_all(read, bar)
+    with output_folder(save, num_bytes, [base, delta]) as (folder, bar):
+        write_weights(folder, shapes, dtype, config.max_shard_bytes, read, bar)
         _write_companions(folder, base, config.config, config.card)
     return config
 
 
 def _checksum(tensor: Tensor) -> str:
-    return hashlib.sha256(memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")).hexdigest()
+    return hashlib.sha256(raw_bytes(tensor)).hexdigest()

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,6 @@ COMPANION_FOLDERS = ("additional_chat_templates",)
 # A file is reopened after this many bytes: while it is open, its mapped pages count as memory of this process.
 MAX_MAPPED_BYTES = 32 << 20
 
-# Suffix of a shard that is being written.
-_UNFINISHED = ".unfinished"
-
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -90,43 +88,41 @@ class HfReader:
         folder: Folder of safetensors files.
         stem: Stem of their names.
 
+    Attributes:
+        names: Names of the tensors, file by file.
+
     Raises:
         UserError: files are missing, damaged or pickled, or (on access) a tensor is missing or quantized.
     """
 
     def __init__(self, folder: Path, stem: str = MODEL_STEM):
         self.folder = folder
-        self._single_file, self._index_file = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
-        self._files: dict[str, str] = {}
-        self._headers: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self._headers: dict[str, tuple[str, str, tuple[int, ...]]] = {}  # file, dtype, shape
         self._open_name: str | None = None
         self._open_file: Any = None
         self._mapped_bytes = 0
-        names, index = self._shard_names()
-        for name in names:
-            file = self._open(name)
-            for key in file.keys():
-                view = file.get_slice(key)
-                if key in self._files:
-                    raise UserError(f"{folder}: {self._files[key]} and {name} both contain {key}")
-                self._files[key] = name
-                self._headers[key] = (view.get_dtype(), tuple(view.get_shape()))
-        for key, name in index.items():
-            if self._files.get(key) != name:
-                raise UserError(f"{folder / self._index_file} lists {key} in {name}, which lacks it; download it again")
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._files)
+        index_file = folder / f"{stem}.safetensors.index.json"
+        weight_map = _read_index(index_file)
+        for file_name in sorted(set(weight_map.values())) or [_single_file(folder, stem)]:
+            file = self._open(file_name)
+            for name in file.keys():
+                if name in self._headers:
+                    raise UserError(f"{folder}: {self._headers[name][0]} and {file_name} both contain {name}")
+                view = file.get_slice(name)
+                self._headers[name] = (file_name, view.get_dtype(), tuple(view.get_shape()))
+        for name, file_name in weight_map.items():
+            if name not in self._headers or self._headers[name][0] != file_name:
+                raise UserError(f"{index_file} lists {name} in {file_name}, which lacks it; download it again")
+        self.names = list(self._headers)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._files
+        return name in self._headers
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._header(name)[1]
+        return self._header(name)[2]
 
     def dtype(self, name: str) -> torch.dtype:
-        kind = self._header(name)[0]
+        kind = self._header(name)[1]
         if kind not in _DTYPES:
             raise UserError(
                 f"{self.folder}: the dtype of {name} must be one of {', '.join(_DTYPES)}, got {kind}; "
@@ -134,42 +130,17 @@ class HfReader:
             )
         return _DTYPES[kind]
 
-    def nbytes(self, name: str) -> int:
-        return math.prod(self.shape(name)) * self.dtype(name).itemsize
-
     def read(self, name: str) -> Tensor:
-        self._header(name)
         if self._mapped_bytes > MAX_MAPPED_BYTES:
             self._open_name = None
-        self._mapped_bytes += self.nbytes(name)
-        return self._open(self._files[name]).get_tensor(name)
+        tensor: Tensor = self._open(self._header(name)[0]).get_tensor(name)
+        self._mapped_bytes += tensor.nbytes
+        return tensor
 
-    def _header(self, name: str) -> tuple[str, tuple[int, ...]]:
+    def _header(self, name: str) -> tuple[str, str, tuple[int, ...]]:
         if name not in self._headers:
             raise UserError(f"{self.folder} lacks the tensor {name}; download the model again")
         return self._headers[name]
-
-    def _shard_names(self) -> tuple[list[str], dict[str, str]]:
-        """The safetensors files of the folder, and the index (tensor → file) if there is one."""
-        folder, index_file = self.folder, self.folder / self._index_file
-        if index_file.is_file():
-            try:
-                index = dict(json.loads(index_file.read_text())["weight_map"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{index_file} is damaged; download it again") from error
-            names = sorted(set(index.values()))
-            for name in names:
-                if Path(name).name != name or not (folder / name).is_file():
-                    raise UserError(f"{index_file} lists {name}, which is missing; download it again")
-            return names, index
-        if (folder / self._single_file).is_file():
-            return [self._single_file], {}
-        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-            raise UserError(
-                f"{folder} contains only pickled weights, which could run code when opened; convert them to "
-                "safetensors (load with transformers, then save_pretrained)"
-            )
-        raise UserError(f"{folder} contains no weights: neither {self._single_file} nor {index_file.name} exists")
 
     def _open(self, name: str) -> Any:
         if self._open_name != name:
@@ -182,6 +153,41 @@ class HfReader:
             self._open_name = name
             self._mapped_bytes = 0
         return self._open_file
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor → file; empty if there is no index."""
+    if not path.is_file():
+        return {}
+    try:
+        weight_map = dict(json.loads(path.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged; download it again") from error
+    for name in weight_map.values():
+        if Path(name).name != name or not (path.parent / name).is_file():
+            raise UserError(f"{path} lists {name}, which is missing; download it again")
+    return weight_map
+
+
+def _single_file(folder: Path, stem: str) -> str:
+    name = f"{stem}.safetensors"
+    if (folder / name).is_file():
+        return name
+    if any(path.suffix in (".bin", ".pt", ".pth") for path in folder.glob("*")):
+        raise UserError(
+            f"{folder} contains only pickled weights, which could run code when opened; convert them to "
+            "safetensors (load with transformers, then save_pretrained)"
+        )
+    raise UserError(f"{folder} contains no weights: neither {name} nor {name}.index.json exists")
+
+
+def common_dtype(tensors: Iterable[tuple[HfReader, str]]) -> str:
+    """The dtype of all tensors, each a reader and a name; UserError if they have several."""
+    folders = {str(reader.dtype(name)).removeprefix("torch."): reader.folder for reader, name in tensors}
+    if len(folders) > 1:
+        found = " and ".join(f"{dtype} ({folder})" for dtype, folder in sorted(folders.items()))
+        raise UserError(f"the tensors mix {found}; choose one with --dtype; float32 is lossless")
+    return next(iter(folders))
 
 
 def is_unread(source: HfReader, name: str) -> bool:
@@ -197,116 +203,84 @@ def is_unread(source: HfReader, name: str) -> bool:
     )
 
 
-class HfWriter:
-    """Writes safetensors shards and their index, one tensor at a time; an interrupted writer's shards are kept.
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's elements as they are stored in a file."""
+    return memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")
 
-    The safetensors library needs all tensors of a file at once. But a file is a JSON header followed by the bytes, so
-    tensors can be streamed if their names, shapes and dtype are declared first. A shard gets its name once complete.
+
+def write_weights(
+    folder: Path,
+    tensors: Iterable[tuple[str, tuple[int, ...]]],
+    dtype: torch.dtype,
+    max_shard_bytes: float,
+    read: Callable[[str], Tensor],
+    bar: "tqdm[None]",
+    stem: str = MODEL_STEM,
+) -> None:
+    """Write safetensors shards and their index, one tensor at a time; shards of an interrupted call are kept.
 
     Args:
         folder: Folder to write to.
         tensors: (name, shape) of all tensors, in the order in which they are written.
-        dtype: Their dtype.
+        dtype: Their dtype in the files.
         max_shard_bytes: Largest size of a shard; a larger tensor gets its own.
+        read: Returns the tensor of a name, in any dtype.
+        bar: Progress in bytes.
         stem: Stem of the file names.
     """
+    shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
+    total_size = filled = 0
+    for name, shape in tensors:
+        nbytes = math.prod(shape) * dtype.itemsize
+        if shards[-1] and filled + nbytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append((name, shape))
+        filled += nbytes
+        total_size += nbytes
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        suffix = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        path = folder / f"{stem}{suffix}.safetensors"
+        weight_map |= {name: path.name for name, _ in shard}
+        if path.is_file():
+            bar.update(sum(math.prod(shape) for _, shape in shard) * dtype.itemsize)
+        else:
+            _write_shard(path, shard, dtype, read, bar)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
-    def __init__(
-        self,
-        folder: Path,
-        tensors: Iterable[tuple[str, tuple[int, ...]]],
-        dtype: torch.dtype,
-        max_shard_bytes: float,
-        stem: str = MODEL_STEM,
-    ):
-        self._folder = folder
-        self._stem = stem
-        self.dtype = dtype
-        self._shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
-        self.total_bytes = filled = 0
-        for name, shape in tensors:
-            nbytes = math.prod(shape) * dtype.itemsize
-            if self._shards[-1] and filled + nbytes > max_shard_bytes:
-                self._shards.append([])
-                filled = 0
-            self._shards[-1].append((name, shape))
-            filled += nbytes
-            self.total_bytes += nbytes
-        self._shard_of = {name: k for k, shard in enumerate(self._shards) for name, _ in shard}
-        self._complete = {k for k in range(len(self._shards)) if (folder / self._name(k)).is_file()}
-        self._file: DurableFile | None = None
-        self._shard = -1
-        self._position = 0
 
-    def __enter__(self) -> "HfWriter":
-        return self
+def _write_shard(
+    path: Path,
+    shard: list[tuple[str, tuple[int, ...]]],
+    dtype: torch.dtype,
+    read: Callable[[str], Tensor],
+    bar: "tqdm[None]",
+) -> None:
+    """Stream one file, which gets its name once complete.
 
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def is_written(self, name: str) -> bool:
-        """Whether the tensor's shard is complete; such a tensor must not be written again."""
-        return self._shard_of[name] in self._complete
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write the next tensor in the declared order."""
-        if self._file is None:
-            self._start_shard(self._shard_of[name])
-        expected = self._shards[self._shard][self._position]
-        assert expected == (name, tuple(tensor.shape)) and tensor.dtype == self.dtype, (expected, name, tensor.shape)
-        assert self._file is not None
-        self._file.write(memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B"))
-        self._position += 1
-        if self._position == len(self._shards[self._shard]):
-            self._finish_shard()
-
-    def write_all(self, read: Callable[[str], Tensor], bar: "tqdm[None]") -> None:
-        """Write every tensor that is not yet written, and the index.
-
-        Args:
-            read: Returns the tensor of a name, in any dtype.
-            bar: Progress in bytes.
-        """
-        for shard in self._shards:
-            for name, shape in shard:
-                if not self.is_written(name):
-                    self.write(name, read(name).to(self.dtype))
-                bar.update(math.prod(shape) * self.dtype.itemsize)
-        self.finish()
-
-    def finish(self) -> None:
-        """Write the index if there are several shards."""
-        assert self._file is None and len(self._complete) == len(self._shards)
-        if len(self._shards) == 1:
-            return
-        weight_map = {name: self._name(k) for name, k in self._shard_of.items()}
-        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-        (self._folder / f"{self._stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-    def _start_shard(self, shard: int) -> None:
-        self._shard = shard
-        self._position = 0
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name, shape in self._shards[shard]:
-            start, end = end, end + math.prod(shape) * self.dtype.itemsize
-            header[name] = {"dtype": _DTYPE_NAMES[self.dtype], "shape": list(shape), "data_offsets": [start, end]}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
-        self._file = DurableFile(self._folder / (self._name(shard) + _UNFINISHED))
-        self._file.write(len(text).to_bytes(8, "little") + text)
-
-    def _finish_shard(self) -> None:
-        assert self._file is not None
-        self._file.finish()
-        os.replace(self._folder / self._file.name, self._folder / self._name(self._shard))
-        self._file = None
-        self._complete.add(self._shard)
-
-    def _name(self, shard: int) -> str:
-        number = "" if len(self._shards) == 1 else f"-{shard + 1:05}-of-{len(self._shards):05}"
-        return f"{self._stem}{number}.safetensors"
+    The safetensors library needs all tensors of a file at once. But a file is a JSON header followed by the bytes, so
+    tensors can be streamed if their names, shapes and dtype are known first.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shard:
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
+    unfinished = path.with_name(path.name + ".unfinished")
+    with closing(DurableFile(unfinished)) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shard:
+            tensor = read(name).to(dtype)
+            assert tensor.shape == shape, (name, tensor.shape, shape)
+            bar.update(file.write(raw_bytes(tensor)))
+            del tensor  # one in memory
+        file.finish()
+    os.replace(unfinished, path)
 
 
 def _first_line(error: Exception) -> str:

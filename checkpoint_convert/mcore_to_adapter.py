@@ -5,18 +5,13 @@
 The adapter contains routers and new experts; everything else must be the base's. Weights stream, one tensor at a time.
 """
 
-import argparse
-
 from checkpoint_convert.adapter import mcore_to_adapter
-from checkpoint_convert.outputs import add_load_options, add_output_options
+from checkpoint_convert.outputs import add_load_options, add_output_options, command_parser
 from moelpr.errors import run_command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="mcore_to_adapter",
-        description="Export a Megatron checkpoint as an adapter that the published MoE-LPR code loads.",
-    )
+    parser = command_parser(__file__, __doc__)
     add_load_options(parser)
     parser.add_argument(
         "--base-model", required=True, metavar="NAME", help="name or path of the dense model, for PEFT to load"

@@ -10,17 +10,13 @@ import argparse
 import re
 
 from checkpoint_convert.export import DEFAULT_SHARD_BYTES, mcore_to_hf
-from checkpoint_convert.outputs import add_load_options, add_output_options
-from moelpr.errors import UserError, run_command
+from checkpoint_convert.outputs import add_load_options, add_output_options, command_parser
+from moelpr.errors import run_command
 from moelpr.families.families import family_named
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="mcore_to_hf",
-        description="Export a Megatron checkpoint as a Hugging Face model that stock transformers loads.",
-        epilog="An interrupted export leaves .NAME.partial next to SAVE; rerun the command to resume.",
-    )
+    parser = command_parser(__file__, __doc__)
     add_load_options(parser)
     parser.add_argument(
         "--max-shard-size",
@@ -50,8 +46,6 @@ def _size(text: str) -> int:
 
 def main() -> None:
     args = _parse_arguments()
-    if args.iteration is not None and args.iteration < 0:
-        raise UserError(f"--iteration must be at least 0, got {args.iteration}")
     spec = mcore_to_hf(
         args.load,
         args.save,

@@ -72,7 +72,7 @@ class MegatronReader:
         if name not in self._places:
             return torch.zeros(self._shapes[name])
         piece, part = self._places[name]
-        return piece.transform.to_hf(self._reader(piece).read(piece.key, piece.stack_index), self._sizes)[part]
+        return piece.transform.to_hf(self.read_piece(piece), self._sizes)[part]
 
     def read_finite(self, name: str) -> Tensor:
         """Like `read`, but UserError if the tensor contains NaN or Inf."""
@@ -142,10 +142,8 @@ def num_elements(plan: list[Piece]) -> int:
 
 def _write_piece(writer: TorchDistWriter, piece: Piece, spec: ModelSpec, tensor: Tensor) -> int:
     """Returns the tensor's bytes, and keeps no reference to it."""
-    if piece.stack_index is None:
-        writer.write(piece.key, tensor)
-    else:
-        writer.write_chunk(piece.key, tensor.unsqueeze(0), megatron_shape(piece, spec), _offsets(piece, spec))
+    chunk = tensor if piece.stack_index is None else tensor.unsqueeze(0)
+    writer.write(piece.key, chunk, megatron_shape(piece, spec), _offsets(piece, spec))
     return tensor.nbytes
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, PackageLoader
+
 from checkpoint_convert.megatron_folder import MegatronReader, num_elements
 from moelpr import yaml_files
 from moelpr.checkpoints import RELEASE, BaseCheckpoint, step_folder
@@ -27,7 +29,7 @@ ORIGIN_FILE = "origin.json"
 
 @dataclass(frozen=True)
 class Origin:
-    """What a converter made a checkpoint from; None for what is unknown or does not apply.
+    """What a converter made a checkpoint from; None for what is unknown, not recorded or does not apply.
 
     Attributes:
         base_model: Name of the model's folder, or of the base in an adapter.
@@ -36,7 +38,7 @@ class Origin:
         copy_of: Step folder whose weights the checkpoint has.
     """
 
-    base_model: str | None
+    base_model: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     adapter: str | None = None
     copy_of: str | None = None
@@ -46,14 +48,10 @@ class Origin:
         (checkpoint / HF_FOLDER / ORIGIN_FILE).write_text(json.dumps(vars(self), indent=2) + "\n")
 
     @classmethod
-    def read(cls, checkpoint: Path) -> "Origin | None":
-        """None if no converter recorded it."""
-        content = read_json(checkpoint / HF_FOLDER / ORIGIN_FILE)
-        if content is None:
-            return None
+    def read(cls, checkpoint: Path) -> "Origin":
+        content = read_json(checkpoint / HF_FOLDER / ORIGIN_FILE) or {}
         kinds = {"base_model": str, "settings": dict, "adapter": str, "copy_of": str}
-        valid = {key: content[key] for key, kind in kinds.items() if isinstance(content.get(key), kind)}
-        return cls(**{"base_model": None, **valid})
+        return cls(**{key: content[key] for key, kind in kinds.items() if isinstance(content.get(key), kind)})
 
 
 @dataclass(frozen=True)
@@ -86,6 +84,30 @@ class TrainedStage:
     def trained_everything(self) -> bool:
         return self.trained == frozenset(Part)
 
+    def filled(self, template: str) -> str:
+        """`template` with the settings that it names; empty if one is not recorded."""
+        names = re.findall(r"\{(\w+)", template)
+        is_recorded = all(self.settings.get(name) is not None for name in names)
+        return template.format_map(self.settings) if is_recorded else ""
+
+    def change(self, metric: str) -> str:
+        """A metric of the first and the last step; empty if neither is recorded."""
+        values = [(record or {}).get(metric) for record in (self.first, self.last)]
+        return "" if values == [None, None] else " to ".join("–" if v is None else f"{v:.4g}" for v in values)
+
+    @property
+    def data(self) -> str:
+        """Megatron's blend: prefixes, or alternating weights and prefixes; or the file that lists it."""
+        blend = self.settings.get("data_path") or self.settings.get("train_data_path")
+        if not isinstance(blend, list):
+            listed = self.settings.get("data_args_path") or self.settings.get("per_split_data_args_path")
+            return f"the list `{listed}`" if listed else ""
+        blend = [str(item) for item in blend]
+        if len(blend) % 2 == 0 and all(re.fullmatch(r"[\d.]+(e-?\d+)?", item) for item in blend[::2]):
+            pairs = zip(blend[::2], blend[1::2], strict=True)
+            return ", ".join(f"`{path}` (weight {weight})" for weight, path in pairs)
+        return ", ".join(f"`{path}`" for path in blend)
+
 
 @dataclass(frozen=True)
 class History:
@@ -106,32 +128,23 @@ def read_history(checkpoint: Path, iteration: int | None = None) -> History:
     stages: list[TrainedStage] = []
     seen: set[Path] = set()
     folder, step = checkpoint, step_folder(checkpoint, iteration)
-    missing: str | None = None
-    while missing is None and folder.resolve() not in seen:
+    while folder.resolve() not in seen:
         seen.add(folder.resolve())
         if step.name == RELEASE:
-            origin = Origin.read(folder)
-            if origin is None or origin.copy_of is None:
-                break
-            missing, step = origin.copy_of, Path(origin.copy_of)
-            if step.is_dir() and _has_spec(step.parent, spec):
-                missing, folder = None, step.parent
-            continue
-        settings = read_settings(step) or read_settings(folder)
-        if settings is None:
-            missing = str(folder) if stages else None
-            break
-        stages.append(_read_stage(folder, int(step.name.removeprefix("iter_")), settings))
-        first = _first_start(folder, settings)
-        start = _start_of(folder, first or settings)
-        if start is None:
-            break
-        found = _find_start(folder, Path(start), first, spec)
-        if found is None:
-            missing = start
+            start = Origin.read(folder).copy_of
+            found = Path(start) if start and Path(start).is_dir() and _has_spec(Path(start).parent, spec) else None
         else:
-            folder, step = found.parent, found
-    return History(stages[::-1], missing)
+            settings = read_settings(step) or read_settings(folder)
+            if settings is None:
+                return History(stages[::-1], str(folder) if stages else None)
+            stages.append(_read_stage(folder, int(step.name.removeprefix("iter_")), settings))
+            first = _first_start(folder, settings)
+            start = _start_of(folder, first or settings)
+            found = _find_start(folder, Path(start), first, spec) if start else None
+        if found is None:
+            return History(stages[::-1], start)
+        folder, step = found.parent, found
+    return History(stages[::-1])
 
 
 def _first_start(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -196,13 +209,11 @@ def check_separable(model: Path, spec: ModelSpec, history: History, output: str,
 
 # --- card
 
-_STAGE_TITLES = {
-    "stage1": "Stage 1 (post-pretrain)",
-    "stage2": "Stage 2 (review)",
-    "dense": "Training of the dense model",
-}
 # Keys in the front matter of the base's card that also apply to the export.
 _INHERITED = ("language", "license", "license_name", "license_link")
+_TEMPLATES = Environment(
+    loader=PackageLoader("checkpoint_convert"), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+)
 
 
 @dataclass(frozen=True)
@@ -220,65 +231,32 @@ class CardFacts:
     architecture: str
     dtype: str
     base_model: str | None
-    origin: Origin | None
+    origin: Origin
     history: History
-
-    @classmethod
-    def read(
-        cls, source: MegatronReader, iteration: int | None, architecture: str, dtype: str, base_model: str | None
-    ) -> "CardFacts":
-        """Read what is recorded about a checkpoint; `base_model` overrides the recorded name."""
-        origin = Origin.read(source.folder)
-        base_model = base_model or (origin.base_model if origin else None)
-        return cls(source, architecture, dtype, base_model, origin, read_history(source.folder, iteration))
-
-    @property
-    def spec(self) -> ModelSpec:
-        return self.source.spec
 
 
 def model_card(facts: CardFacts, is_delta: bool = False) -> str:
     """README.md of an export, or of a delta: front matter for the Hugging Face Hub, then Markdown."""
-    path = facts.source.folder / HF_FOLDER / CARD_FILE
+    path, spec = facts.source.folder / HF_FOLDER / CARD_FILE, facts.source.spec
     base_card = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
-    name, moe = (facts.base_model or facts.spec.family).rpartition("/")[2], facts.spec.moe
-    title = name if moe is None else f"{name} with {moe.num_new_experts} new experts"
-    parts = [_front_matter(facts, base_card), f"# {title}", _summary(facts, base_card), _table(_model_rows(facts))]
-    parts += ["## Training", _start(facts)]
-    for stage in facts.history.stages:
-        kind = str(stage.settings.get("stage"))
-        parts += [f"### {_STAGE_TITLES.get(kind, kind)}", _table(_stage_rows(stage))]
-    parts.append("" if facts.history.stages else "No training is recorded.")
-    base = (facts.base_model or "BASE").rpartition("/")[2]
-    parts += ["## Use", _APPLY_DELTA.format(base=base) if is_delta else "", _USE.format(dtype=facts.dtype)]
-    parts.append(f"Exported with {_versions(installed_versions())}.")
-    return "\n\n".join(part for part in parts if part) + "\n"
+    num_parameters = num_active = num_elements(facts.source.pieces)
+    if spec.moe is not None:
+        new = num_elements([piece for piece in facts.source.pieces if piece.part is Part.NEW_EXPERTS])
+        num_active -= new // spec.moe.num_new_experts * (spec.moe.num_experts - spec.moe.topk)
+    return _TEMPLATES.get_template("model_card.md").render(
+        vars(facts),
+        spec=spec,
+        front_matter=_front_matter(facts, base_card or ""),
+        base_card=None if base_card is None else BASE_CARD_FILE,
+        num_parameters=num_parameters,
+        num_active=num_active,
+        installed=installed_versions(),
+        is_delta=is_delta,
+    )
 
 
-_APPLY_DELTA = """This folder is a delta: routers and new experts. Everything else is in the base model. To
-combine both:
-
-```bash
-python -m checkpoint_convert.apply_delta --base {base} \\
-    --delta path/to/the/delta --save path/to/this/folder
-```"""
-
-_USE = """```python
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype=torch.{dtype})
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-```
-
-```bash
-vllm serve path/to/this/folder
-lm_eval --model hf --model_args pretrained=path/to/this/folder --tasks belebele
-```"""
-
-
-def _front_matter(facts: CardFacts, base_card: str | None) -> str:
-    match = re.match(r"---\r?\n(.*?)\n---\r?\n", base_card or "", re.DOTALL)
+def _front_matter(facts: CardFacts, base_card: str) -> str:
+    match = re.match(r"---\r?\n(.*?)\n---\r?\n", base_card, re.DOTALL)
     try:
         base = yaml_files.parse_mapping(match[1], "front matter of the model card") if match else {}
     except UserError:
@@ -287,130 +265,5 @@ def _front_matter(facts: CardFacts, base_card: str | None) -> str:
     content |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if facts.base_model and re.fullmatch(r"[\w.-]+/[\w.-]+", facts.base_model):
         content["base_model"] = facts.base_model
-    content["tags"] = ["moe", "moe-lpr"] if facts.spec.moe else ["moe-lpr"]
-    return f"---\n{yaml_files.dump(content)}---"
-
-
-def _summary(facts: CardFacts, base_card: str | None) -> str:
-    base = f"`{facts.base_model}`" if facts.base_model else f"a {facts.spec.family} model"
-    if base_card is not None:
-        base += f" ([its own card]({BASE_CARD_FILE}))"
-    stock, moe = f"A stock `{facts.architecture}`: no custom code.", facts.spec.moe
-    if moe is None:
-        return f"Made of {base}. {stock}"
-    kept, new = "expert 0 is the base's FFN", f"experts {moe.num_original_experts} to {moe.num_experts - 1} are new"
-    if moe.num_original_experts > 1:
-        kept = f"experts 0 to {moe.num_original_experts - 1} are the base's"
-    if moe.num_new_experts == 1:
-        new = f"expert {moe.num_original_experts} is new"
-    return (
-        f"{base[0].upper() + base[1:]}, made a mixture of experts to learn more languages without losing those it "
-        f"has ([MoE-LPR](https://arxiv.org/abs/2408.11396)): in each MoE layer {kept}, {new}. {stock}"
-    )
-
-
-def _table(rows: list[tuple[str, str]]) -> str:
-    return "\n".join(["|  |  |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows if value)])
-
-
-def _model_rows(facts: CardFacts) -> list[tuple[str, str]]:
-    args, moe = facts.spec.megatron_args, facts.spec.moe
-    total = num_elements(facts.source.pieces)
-    rows = [("architecture", f"`{facts.architecture}`"), ("dtype", facts.dtype), ("parameters", f"{total:,}")]
-    if moe is not None:
-        new = num_elements([piece for piece in facts.source.pieces if piece.part is Part.NEW_EXPERTS])
-        active = total - new // moe.num_new_experts * (moe.num_experts - moe.topk)
-        layers = "all" if len(moe.layers) == args["num_layers"] else ", ".join(map(str, moe.layers))
-        rows.append(("active parameters per token", f"{active:,}"))
-        rows.append(("experts", f"{moe.num_experts}, {moe.topk} per token"))
-        rows.append(("MoE layers", f"{len(moe.layers)} of {args['num_layers']} ({layers})"))
-    return [*rows, ("context", f"{args['max_position_embeddings']:,} tokens")]
-
-
-def _start(facts: CardFacts) -> str:
-    if facts.history.missing is not None:
-        return f"Earlier training is not recorded: the first stage below started from `{facts.history.missing}`."
-    if facts.origin is None or facts.spec.moe is None:
-        return ""
-    if facts.origin.adapter is not None:
-        return f"Routers and new experts came from the adapter `{facts.origin.adapter}` of the published MoE-LPR code."
-    how = facts.origin.settings
-    if how.get("new_experts") not in ("random", "copied"):
-        return ""
-    start = "New experts started " + ("at random" if how["new_experts"] == "random" else "as copies")
-    if how.get("noise"):
-        start += f", with noise of {how['noise']:g} times the weights' standard deviation"
-    if how.get("reinitialise"):
-        start += f", {how['reinitialise']:.0%} of their FFN dimensions reinitialized"
-    return start + (f" (seed {how['seed']})." if "seed" in how else ".")
-
-
-def _stage_rows(stage: TrainedStage) -> list[tuple[str, str]]:
-    """What the run recorded, one row each; the value is empty if a setting is not recorded."""
-    settings, last = stage.settings, stage.last or {}
-    trained = " and ".join(part.value for part in Part if part in stage.trained)
-    trained = "all parameters" if stage.trained_everything else trained and f"{trained}; everything else is frozen"
-    warm_up = _filled(settings, "{lr_warmup_iters:,} steps") if settings.get("lr_warmup_iters") else ""
-    if settings.get("lr_warmup_fraction"):
-        warm_up = _filled(settings, "{lr_warmup_fraction:.2%} of the decay")
-    optimizer = settings.get("optimizer") or ""
-    if optimizer == "adam":
-        optimizer += _filled(settings, " (betas {adam_beta1:g}, {adam_beta2:g}; eps {adam_eps:g})")
-    formula = f" ({settings['lpr_loss']} formula)" if settings.get("lpr_loss") else ""
-    precision = ""
-    if settings.get("bf16") is not None and settings.get("fp16") is not None:
-        precision = "bf16" if settings["bf16"] else "fp16" if settings["fp16"] else "fp32"
-    return [
-        ("trained", trained),
-        ("data", _data(settings)),
-        ("steps", f"{stage.step:,}"),
-        ("tokens", f"{last['consumed_tokens']:,}" if last.get("consumed_tokens") else ""),
-        ("next-token loss, first to last step", _change(stage, "lm_loss")),
-        ("… on original-language text", _change(stage, "lm_loss_original")),
-        ("… on expanded-language text", _change(stage, "lm_loss_expanded")),
-        *(
-            (f"{loss} loss, first to last step", _change(stage, key) if settings.get(f"{key}_coeff") else "")
-            for loss, key in (("balance", "balance_loss"), ("LPR", "lpr_loss"))
-        ),
-        ("global batch", _filled(settings, "{global_batch_size:,} sequences of {seq_length:,} tokens")),
-        ("learning rate", _filled(settings, "{lr:g} to {min_lr:g}, {lr_decay_style}")),
-        ("warm-up", warm_up),
-        ("balance loss α", _filled(settings, "{balance_loss_coeff:g}") if settings.get("balance_loss_coeff") else ""),
-        ("LPR loss γ", _filled(settings, "{lpr_loss_coeff:g}") + formula if settings.get("lpr_loss_coeff") else ""),
-        ("optimizer", optimizer),
-        ("weight decay", _filled(settings, "{weight_decay:g}")),
-        ("gradient clipping", _filled(settings, "{clip_grad:g}")),
-        ("precision", precision),
-        ("seed", _filled(settings, "{seed}")),
-        ("processes", _filled(settings, "{world_size}")),
-        ("versions", _versions(stage.versions)),
-    ]
-
-
-def _change(stage: TrainedStage, key: str) -> str:
-    first, last = ((record or {}).get(key) for record in (stage.first, stage.last))
-    if first is None and last is None:
-        return ""
-    return " to ".join("–" if value is None else f"{value:.4g}" for value in (first, last))
-
-
-def _filled(settings: dict[str, Any], template: str) -> str:
-    """`template` with the settings that it names; empty if one is not recorded."""
-    names = re.findall(r"\{(\w+)", template)
-    return "" if any(settings.get(name) is None for name in names) else template.format_map(settings)
-
-
-def _data(settings: dict[str, Any]) -> str:
-    """Megatron's blend: prefixes, or alternating weights and prefixes."""
-    blend = settings.get("data_path") or settings.get("train_data_path")
-    if not isinstance(blend, list):
-        listed = settings.get("data_args_path") or settings.get("per_split_data_args_path")
-        return f"the list `{listed}`" if listed else ""
-    blend = [str(item) for item in blend]
-    if len(blend) % 2 == 0 and all(re.fullmatch(r"[\d.]+(e-?\d+)?", item) for item in blend[::2]):
-        return ", ".join(f"`{path}` (weight {weight})" for weight, path in zip(blend[::2], blend[1::2], strict=True))
-    return ", ".join(f"`{path}`" for path in blend)
-
-
-def _versions(versions: dict[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in versions.items())
+    content["tags"] = ["moe", "moe-lpr"] if facts.source.spec.moe else ["moe-lpr"]
+    return yaml_files.dump(content)

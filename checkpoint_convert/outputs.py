@@ -14,8 +14,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moelpr.errors import UserError
-from moelpr.files import atomic_directory, refuse_existing, resumable_directory
+from moelpr.files import refuse_existing, resumable_directory
 from moelpr.model_spec import DTYPES
+
+
+def command_parser(file: str, doc: str | None) -> argparse.ArgumentParser:
+    """The parser of the command in `file`, described by the first line of its docstring `doc`."""
+    return argparse.ArgumentParser(prog=Path(file).stem, description=(doc or "").partition("\n")[0])
 
 
 def add_load_options(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +36,7 @@ def add_output_options(parser: argparse.ArgumentParser, output: str, dtype_defau
         parser.add_argument("--dtype", choices=DTYPES, help=f"dtype of the output (default: {dtype_default})")
     parser.add_argument("--overwrite", action="store_true", help=f"replace an existing {output} at --save")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.epilog = "An interrupted command leaves .NAME.partial next to SAVE; rerun it to resume."
 
 
 def check_output(save: Path, sources: list[Path], overwrite: bool, signs: tuple[str, ...]) -> None:
@@ -52,28 +58,32 @@ def check_output(save: Path, sources: list[Path], overwrite: bool, signs: tuple[
 
 
 @contextmanager
-def output_folder(save: Path, num_bytes: int, job: str | None) -> Iterator[tuple[Path, "tqdm[None]"]]:
+def output_folder(
+    save: Path, num_bytes: int, sources: list[Path], **settings: object
+) -> Iterator[tuple[Path, "tqdm[None]"]]:
     """Yield a temporary folder that becomes `save` on success, and a progress bar in bytes (on a terminal only).
 
     Args:
         num_bytes: Size of the weights to be written; if the disk has less space, nothing is written.
-        job: From `job_description`: an interrupted conversion resumes if it is the same. None: it starts again.
+        sources: Input folders; an interrupted conversion resumes if their files and `settings` are unchanged.
     """
     parent = save.resolve().parent
     while not parent.exists():
         parent = parent.parent
     if shutil.disk_usage(parent).free < num_bytes:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(save))
-    temporary = atomic_directory(save) if job is None else resumable_directory(save, job)
-    with temporary as folder, tqdm(total=num_bytes, desc=save.name, unit="B", unit_scale=True, disable=None) as bar:
+    states = [
+        (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
+        for source in sources
+        for path in sorted(source.rglob("*"))
+        if path.is_file()
+    ]
+    job = json.dumps({"files": states, **settings}, default=str)
+    with (
+        resumable_directory(save, job) as folder,
+        tqdm(total=num_bytes, desc=save.name, unit="B", unit_scale=True, disable=None) as bar,
+    ):
         yield folder, bar
-
-
-def job_description(source: Path, **settings: object) -> str:
-    """A conversion's settings and the state of its input files; an interrupted one resumes if they are unchanged."""
-    files = sorted(path for path in source.rglob("*") if path.is_file())
-    states = [(str(path.relative_to(source)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return json.dumps({"source": str(source.resolve()), "files": states, **settings}, default=str)
 
 
 def check_finite(tensor: Tensor, where: str, fix: str) -> Tensor:

@@ -9,10 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from checkpoint_convert.hf_folder import HfReader, check_tokenizer, copy_companions, is_unread
+from checkpoint_convert.hf_folder import HfReader, check_tokenizer, common_dtype, copy_companions, is_unread
 from checkpoint_convert.megatron_folder import SIGNS, num_elements, write_checkpoint
 from checkpoint_convert.model_card import Origin
-from checkpoint_convert.outputs import check_finite, check_output, job_description, output_folder
+from checkpoint_convert.outputs import check_finite, check_output, output_folder
 from moelpr.errors import UserError
 from moelpr.families.families import Family, read_base, with_new_experts
 from moelpr.families.tables import Piece, megatron_shape, pieces, sizes_of, zeros
@@ -88,13 +88,12 @@ def hf_to_mcore(
     spec.check()
     source = HfReader(hf_path)
     names = check_weights(source, family, base)
-    spec = replace(spec, dtype=dtype or _dtype_of(source, names))
+    spec = replace(spec, dtype=dtype or common_dtype((source, name) for name in names))
     check_tokenizer(hf_path, spec.megatron_args["vocab_size"])
 
     plan = list(pieces(family.table, spec))
     num_bytes = getattr(torch, spec.dtype).itemsize * num_elements(plan)
-    job = job_description(hf_path, spec=asdict(spec), start=asdict(start))
-    with output_folder(save, num_bytes, job) as (folder, bar):
+    with output_folder(save, num_bytes, [hf_path], spec=asdict(spec), start=asdict(start)) as (folder, bar):
         write_checkpoint(folder, plan, spec, lambda todo: _starting_tensors(source, todo, spec, start), bar)
         copy_companions(hf_path, folder / HF_FOLDER)
         Origin(hf_path.resolve().name, asdict(start) if spec.moe else {}).write(folder)
@@ -120,13 +119,6 @@ def check_weights(source: HfReader, family: Family, base: ModelSpec) -> set[str]
                 "not have; ignoring it would change the model"
             )
     return known
-
-
-def _dtype_of(source: HfReader, names: set[str]) -> str:
-    found = sorted({str(source.dtype(name)).removeprefix("torch.") for name in names})
-    if len(found) > 1:
-        raise UserError(f"{source.folder} mixes {' and '.join(found)}; choose one with --dtype")
-    return found[0]
 
 
 # --- starting values
@@ -192,9 +184,8 @@ def _changed(tensor: Tensor, piece: Piece, spec: ModelSpec, start: Start) -> Ten
         order = torch.randperm(ffn, generator=_generator(f"{start.seed} {layer} {piece.expert} dropped"))
         dropped = order[: round(start.reinitialise * ffn)]
         parts = piece.transform.to_hf(changed, sizes_of(spec))
-        for matrix in (
-            parts if len(parts) == 2 else [parts[0].T]
-        ):  # gate and up, or down: views with one row per dimension
+        # Gate and up, or down: views with one row per dimension.
+        for matrix in parts if len(parts) == 2 else [parts[0].T]:
             entries = matrix[dropped]
             fresh = torch.randn(entries.shape, generator=stream)
             matrix[dropped] = entries.mean() + entries.std() * fresh

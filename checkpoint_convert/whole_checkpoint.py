@@ -5,18 +5,13 @@
 It contains only weights, in their dtype. Weights stream, one tensor at a time.
 """
 
-import argparse
-
 from checkpoint_convert.export import whole_checkpoint
-from checkpoint_convert.outputs import add_load_options, add_output_options
+from checkpoint_convert.outputs import add_load_options, add_output_options, command_parser
 from moelpr.errors import run_command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="whole_checkpoint",
-        description="Convert a checkpoint of a run with --save-trained-only to a complete checkpoint.",
-    )
+    parser = command_parser(__file__, __doc__)
     add_load_options(parser)
     add_output_options(parser, "checkpoint folder")
     args = parser.parse_args()

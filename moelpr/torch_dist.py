@@ -122,12 +122,12 @@ class TorchDistWriter:
         """Whether an interrupted writer already wrote the chunk of `key` at `offsets`."""
         return (key, tuple(offsets)) in self._written
 
-    def write(self, key: str, tensor: Tensor) -> None:
-        """Write a complete tensor."""
-        self.write_chunk(key, tensor, tuple(tensor.shape), (0,) * tensor.dim())
-
-    def write_chunk(self, key: str, tensor: Tensor, global_shape: Sequence[int], offsets: Sequence[int]) -> None:
-        """Write `tensor` as the part of `key` (of shape `global_shape`) that starts at `offsets`."""
+    def write(
+        self, key: str, tensor: Tensor, global_shape: Sequence[int] | None = None, offsets: Sequence[int] = ()
+    ) -> None:
+        """Write `tensor`, or with `global_shape` the part of a tensor of this shape that starts at `offsets`."""
+        if global_shape is None:
+            global_shape, offsets = tensor.shape, (0,) * tensor.dim()
         # torch.save writes the complete storage of a view.
         owns_storage = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
         place = self._append(tensor.detach() if owns_storage else tensor.detach().contiguous().clone())

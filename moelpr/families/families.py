@@ -48,7 +48,7 @@ def llama_like_args(config: Any) -> dict[str, Any]:
     for name in ("attention_bias", "mlp_bias"):
         if getattr(config, name, False):
             raise UserError(f"{name}: true is unsupported: no stock MoE class has these biases")
-    heads = config.num_attention_heads
+    heads, window = config.num_attention_heads, getattr(config, "sliding_window", None)
     return {
         "num_layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
@@ -60,7 +60,8 @@ def llama_like_args(config: Any) -> dict[str, Any]:
         "max_position_embeddings": config.max_position_embeddings,
         "position_embedding_type": "rope",
         **_rope_args(config),
-        **_window_args(config),
+        # Hugging Face's window includes the current token, Megatron's counts the tokens before it.
+        **({"window_size": [window - 1, 0]} if window else {}),
         "normalization": "RMSNorm",
         "norm_epsilon": config.rms_norm_eps,
         "swiglu": True,
@@ -95,12 +96,6 @@ def _rope_args(config: Any) -> dict[str, Any]:
     return args | {"use_rope_scaling": True, "rope_scaling_factor": float(rope["factor"])}
 
 
-def _window_args(config: Any) -> dict[str, Any]:
-    """Hugging Face's window includes the current token, Megatron's counts the tokens before it."""
-    window = getattr(config, "sliding_window", None)
-    return {} if not window else {"window_size": [window - 1, 0]}
-
-
 # --- Megatron's arguments to config.json
 
 
@@ -109,10 +104,7 @@ def _exported_config(base: dict[str, Any], spec: ModelSpec, architecture: str, d
 
     Keys that transformers 5 renamed are written under both names, as other readers ignore the new names.
     """
-    args = spec.megatron_args
-    rope = {"rope_theta": args["rotary_base"], "rope_type": "default"}
-    if args.get("use_rope_scaling"):
-        rope |= {"rope_type": "llama3", "factor": args["rope_scaling_factor"], **_LLAMA3_ROPE}
+    args, rope = spec.megatron_args, rope_parameters(spec)
     scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
     return {
         **base,
@@ -127,7 +119,16 @@ def _exported_config(base: dict[str, Any], spec: ModelSpec, architecture: str, d
     }
 
 
-def _explicit_shape(spec: ModelSpec) -> dict[str, Any]:
+def rope_parameters(spec: ModelSpec) -> dict[str, Any]:
+    """The `rope_parameters` of config.json."""
+    args = spec.megatron_args
+    rope = {"rope_theta": args["rotary_base"], "rope_type": "default"}
+    if args.get("use_rope_scaling"):
+        rope |= {"rope_type": "llama3", "factor": args["rope_scaling_factor"], **_LLAMA3_ROPE}
+    return rope
+
+
+def explicit_shape(spec: ModelSpec) -> dict[str, Any]:
     """The shape, with all keys: a base may omit the defaults of its class, but the MoE class has other defaults."""
     args = spec.megatron_args
     return {
@@ -175,7 +176,7 @@ class Family:
         config = _exported_config(base, spec, self.moe_architecture, dtype)
         # The last key is ours, for evaluation; stock readers keep unknown keys.
         ours = {"model_type": self.moe_model_type, "num_original_experts": spec.moe.num_original_experts}
-        return config | _explicit_shape(spec) | self.moe_config(spec, spec.moe) | ours
+        return config | explicit_shape(spec) | self.moe_config(spec, spec.moe) | ours
 
 
 # --- Llama, Mistral
@@ -283,13 +284,10 @@ def family_of(config: dict[str, Any]) -> tuple[Family, bool]:
             return family, False
         if family.moe_architecture in architectures:
             return family, True
-    found = ", ".join(architectures) or config.get("model_type") or "none"
     known = [family.architecture for family in FAMILIES.values()]
-    moe = dict.fromkeys(family.moe_architecture for family in FAMILIES.values())
-    raise UserError(
-        f"architecture must be one of {', '.join(known)} or, for another round of languages, {', '.join(moe)}; "
-        f"got {found}"
-    )
+    known += dict.fromkeys(family.moe_architecture for family in FAMILIES.values())
+    found = ", ".join(architectures) or config.get("model_type") or "none"
+    raise UserError(f"architecture must be one of {', '.join(known)}, got {found}")
 
 
 def family_named(name: str) -> Family:
@@ -344,17 +342,14 @@ def with_new_experts(
     """
     layers = _choose_layers(base, moe_layers, moe_every_k_layers)
     num_layers = base.megatron_args["num_layers"]
-    if base.moe is None:
-        moe = MoeSpec(num_new_experts, 2 if topk is None else topk, layers)
-        if not family.may_mix_layers and 0 < len(layers) < num_layers:
-            raise UserError(
-                f"{family.architecture} is exported as {family.moe_architecture}, which has experts in every layer; "
-                "remove --moe-layers and --moe-every-k-layers"
-            )
-    else:
-        moe = MoeSpec(num_new_experts, base.moe.topk if topk is None else topk, layers, base.moe.num_experts)
-    spec = ModelSpec(base.family, base.dtype, base.megatron_args, moe)
+    default_topk, num_original = (2, 1) if base.moe is None else (base.moe.topk, base.moe.num_experts)
+    spec = replace(base, moe=MoeSpec(num_new_experts, default_topk if topk is None else topk, layers, num_original))
     spec.check()
+    if not family.may_mix_layers and len(layers) < num_layers:
+        raise UserError(
+            f"{family.architecture} is exported as {family.moe_architecture}, which has experts in every layer, got "
+            f"{len(layers)} of {num_layers} layers; without --moe-layers and --moe-every-k-layers, all get experts"
+        )
     return spec
 
 

@@ -4,7 +4,6 @@ A table is read from left to right for import and from right to left for export.
 every tensor once, in the best order for streaming. The tables of the families are in families.py.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -25,13 +24,6 @@ class Transform:
 
     def to_hf(self, tensor: Tensor, sizes: dict[str, int]) -> list[Tensor]:
         return [tensor]
-
-
-class Vocabulary(Transform):
-    """One row per token ID; rows that Megatron added as padding are not exported."""
-
-    def to_hf(self, tensor: Tensor, sizes: dict[str, int]) -> list[Tensor]:
-        return [tensor[: sizes["vocab"]]]
 
 
 class GateUp(Transform):
@@ -134,13 +126,12 @@ def moe_rows(module: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
     fc2 = ((f"{expert}{down}.weight", "hidden ffn"),)
     norm = HF_LAYER + "post_attention_layernorm.weight"
     # Copies follow their origin, so that it is read only once.
+    experts = ("original_experts.{j}", "experts.experts")
     return (
         Row(MEGATRON_LAYER + "pre_mlp_layernorm.weight", ((norm, "hidden"),)),
         Row(mlp + "router.weight", ((HF_LAYER + module + "gate.weight", "experts hidden"),)),
-        Row(mlp + "original_experts.{j}.linear_fc1.weight", fc1, GateUp(), (dense_gate, dense_up)),
-        Row(mlp + "experts.experts.linear_fc1.weight", fc1, GateUp(), (dense_gate, dense_up)),
-        Row(mlp + "original_experts.{j}.linear_fc2.weight", fc2, dense=(dense_down,)),
-        Row(mlp + "experts.experts.linear_fc2.weight", fc2, dense=(dense_down,)),
+        *(Row(f"{mlp}{name}.linear_fc1.weight", fc1, GateUp(), (dense_gate, dense_up)) for name in experts),
+        *(Row(f"{mlp}{name}.linear_fc2.weight", fc2, dense=(dense_down,)) for name in experts),
     )
 
 
@@ -157,22 +148,18 @@ def llama_like_table(
         )
         return Row(f"{megatron}linear_qkv.{suffix}", parts, QKV())
 
-    layer = [
+    norms = [Row(f"{megatron}{name}_layernorm.weight", ((f"{hf}{name}_norm.weight", "head"),)) for name in ("q", "k")]
+    layer = (
         Row(megatron + "linear_qkv.layer_norm_weight", ((HF_LAYER + "input_layernorm.weight", "hidden"),)),
         qkv("weight", " hidden"),
-    ]
-    if qkv_bias:
-        layer.append(qkv("bias", ""))
-    if qk_norm:
-        layer.append(Row(megatron + "q_layernorm.weight", ((hf + "q_norm.weight", "head"),)))
-        layer.append(Row(megatron + "k_layernorm.weight", ((hf + "k_norm.weight", "head"),)))
-    layer.append(Row(megatron + "linear_proj.weight", ((hf + "o_proj.weight", "hidden q"),)))
+        *([qkv("bias", "")] if qkv_bias else []),
+        *(norms if qk_norm else []),
+        Row(megatron + "linear_proj.weight", ((hf + "o_proj.weight", "hidden q"),)),
+    )
     gate_up = tuple((HF_LAYER + f"mlp.{name}_proj.weight", "ffn hidden") for name in ("gate", "up"))
     return NameTable(
-        before=(
-            Row("embedding.word_embeddings.weight", (("model.embed_tokens.weight", "vocab hidden"),), Vocabulary()),
-        ),
-        layer=tuple(layer),
+        before=(Row("embedding.word_embeddings.weight", (("model.embed_tokens.weight", "vocab hidden"),)),),
+        layer=layer,
         dense_ffn=(
             Row(mlp + "linear_fc1.layer_norm_weight", ((HF_LAYER + "post_attention_layernorm.weight", "hidden"),)),
             Row(mlp + "linear_fc1.weight", gate_up, GateUp()),
@@ -180,7 +167,7 @@ def llama_like_table(
         ),
         moe_ffn=moe_ffn,
         after=(Row("decoder.final_layernorm.weight", (("model.norm.weight", "hidden"),)),),
-        untied=(Row("output_layer.weight", (("lm_head.weight", "vocab hidden"),), Vocabulary()),),
+        untied=(Row("output_layer.weight", (("lm_head.weight", "vocab hidden"),)),),
         moe_zeros=moe_zeros,
     )
 
@@ -247,30 +234,6 @@ def megatron_shape(piece: Piece, spec: ModelSpec) -> tuple[int, ...]:
         return shape
     assert spec.moe is not None
     return (spec.moe.num_new_experts, *shape)
-
-
-def frozen_name(table: NameTable, name: str, num_original: int = 1) -> str | None:
-    """The base's tensor that the upcycled model's tensor `name` must equal after training.
-
-    Args:
-        table: Name table of the family.
-        name: HF name in the upcycled model.
-        num_original: Number of the base's experts; 1 if it is dense.
-
-    Returns:
-        HF name in the base; None for a tensor that is trained.
-    """
-    for row in table.moe_ffn:
-        for index, (template, _) in enumerate(row.parts):
-            pattern = re.escape(template).replace(r"\{i\}", r"(\d+)").replace(r"\{j\}", r"(\d+)")
-            match = re.fullmatch(pattern, name)
-            # Rows of original and of new experts have the same templates; the number tells them apart.
-            if match is None or (row.part is Part.ORIGINAL_EXPERTS and int(match[2]) >= num_original):
-                continue
-            if row.part in _TRAINED:
-                return None
-            return row.dense[index].format(i=match[1]) if row.dense and num_original == 1 else name
-    return name
 
 
 def _expanded(row: Row, spec: ModelSpec, sizes: dict[str, int], i: int | None = None) -> Iterator[Piece]:

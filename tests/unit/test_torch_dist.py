@@ -18,7 +18,7 @@ def test_every_chunk_of_any_grid_is_read(tmp_path: Path) -> None:
     with TorchDistWriter(tmp_path, max_file_bytes=1000) as writer:
         for a in (0, 2):
             for b in (0, 2, 4):
-                writer.write_chunk("grid", whole[a : a + 2, b : b + 2], (4, 6, 5), (a, b, 0))
+                writer.write("grid", whole[a : a + 2, b : b + 2], (4, 6, 5), (a, b, 0))
         writer.write("scalar", torch.tensor(3.0))
         writer.finish({})
     assert len(list(tmp_path.glob("*.distcp"))) > 1
@@ -31,8 +31,8 @@ def test_every_chunk_of_any_grid_is_read(tmp_path: Path) -> None:
 
 def test_a_missing_part_of_a_stack_is_reported(tmp_path: Path) -> None:
     with TorchDistWriter(tmp_path) as writer:
-        writer.write_chunk("stack", torch.ones(1, 4), (3, 4), (0, 0))
-        writer.write_chunk("stack", torch.ones(1, 4), (3, 4), (2, 0))
+        writer.write("stack", torch.ones(1, 4), (3, 4), (0, 0))
+        writer.write("stack", torch.ones(1, 4), (3, 4), (2, 0))
         writer.finish({})
     reader = TorchDistReader(tmp_path)
     assert torch.equal(reader.read("stack", 2), torch.ones(4))
@@ -49,7 +49,7 @@ def test_an_interrupted_writer_resumes_to_the_same_bytes(tmp_path: Path) -> None
                 if num_written == stop_after:
                     return num_written
                 if not writer.is_written("stack", (index, 0)):
-                    writer.write_chunk("stack", torch.full((1, 500), float(index)), (8, 500), (index, 0))
+                    writer.write("stack", torch.full((1, 500), float(index)), (8, 500), (index, 0))
                     num_written += 1
             writer.finish({})
         return num_written

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoint_convert.adapter import adapter_to_mcore, mcore_to_adapter
-from checkpoint_convert.comparison import frozen_max_abs_difference, max_abs_difference
+from checkpoint_convert.comparison import compare, compare_frozen, largest_difference
 from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.megatron_folder import MegatronReader
 from checkpoint_convert.upcycling import Start, hf_to_mcore
@@ -120,7 +120,7 @@ def test_everything_but_routers_and_new_experts_is_the_base(
     qwen2: Path, write_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     adapter_to_mcore(write_adapter(), qwen2, tmp_path / "megatron")
-    assert frozen_max_abs_difference(qwen2, tmp_path / "megatron") == 0.0
+    assert largest_difference(compare_frozen(qwen2, tmp_path / "megatron")) == 0.0
     assert (tmp_path / "megatron" / "hf" / "tokenizer.json").is_file()
 
 
@@ -142,7 +142,7 @@ def test_ours_to_adapter_to_ours_is_bitwise_identical(qwen2: Path, tmp_path: Pat
     hf_to_mcore(qwen2, tmp_path / "ours", num_new_experts=4, topk=3, moe_layers=[0, 2])
     mcore_to_adapter(tmp_path / "ours", tmp_path / "adapter", "base")
     adapter_to_mcore(tmp_path / "adapter", qwen2, tmp_path / "again")
-    assert max_abs_difference(tmp_path / "ours", tmp_path / "again") == 0.0
+    assert largest_difference(compare(tmp_path / "ours", tmp_path / "again")) == 0.0
     assert ModelSpec.read(tmp_path / "ours") == ModelSpec.read(tmp_path / "again")
     files = [path.relative_to(tmp_path / "ours") for path in (tmp_path / "ours").rglob("*") if path.is_file()]
     files.remove(Path("hf/origin.json"))  # records where the experts come from
@@ -164,7 +164,7 @@ def test_other_families_have_adapters_too(architecture: str, make_model: Callabl
         )
     }
     adapter_to_mcore(tmp_path / "adapter", base, tmp_path / "again")
-    assert max_abs_difference(tmp_path / "ours", tmp_path / "again") == 0.0
+    assert largest_difference(compare(tmp_path / "ours", tmp_path / "again")) == 0.0
 
 
 def test_few_tensors_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_path: Path, held_bytes) -> None:
@@ -187,7 +187,7 @@ def test_names_that_include_the_adapters_name_are_read(
     assert f"{PREFIX}.1.mlp.moe_experts.default.0.up_proj.weight" in named
     assert f"{PREFIX}.1.mlp.moe_router_embedding.default.weight" in named
     adapter_to_mcore(write_adapter(named), qwen2, tmp_path / "named")
-    assert max_abs_difference(tmp_path / "plain", tmp_path / "named") == 0.0
+    assert largest_difference(compare(tmp_path / "plain", tmp_path / "named")) == 0.0
 
 
 def test_an_adapter_with_all_parameters_replaces_the_base(
@@ -303,7 +303,7 @@ def test_the_suggested_conversion_of_pickled_weights_works(
 def test_a_base_that_does_not_fit_is_rejected(
     qwen2: Path, make_model: Callable[..., Path], write_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="2 of 4 layers.*MixtralForCausalLM"):
+    with pytest.raises(UserError, match="MixtralForCausalLM.*2 of 4 layers"):
         adapter_to_mcore(write_adapter(), make_model("LlamaForCausalLM"), tmp_path / "out")
     hf_to_mcore(qwen2, tmp_path / "ours")
     mcore_to_hf(tmp_path / "ours", tmp_path / "moe")

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from checkpoint_convert import comparison
-from checkpoint_convert.comparison import frozen_max_abs_difference, max_abs_difference
+from checkpoint_convert.comparison import compare, compare_frozen, largest_difference
 from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.upcycling import hf_to_mcore
 from checkpoint_convert.verify import main
@@ -36,7 +36,7 @@ def verify(monkeypatch, *arguments: object) -> int:
 
 def test_a_dense_checkpoint_and_its_source_are_equal(qwen2: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     hf_to_mcore(qwen2, tmp_path / "megatron", num_new_experts=None)
-    assert max_abs_difference(qwen2, tmp_path / "megatron") == 0.0
+    assert largest_difference(compare(qwen2, tmp_path / "megatron")) == 0.0
     for pair in ((qwen2, tmp_path / "megatron"), (tmp_path / "megatron", qwen2)):
         assert verify(monkeypatch, *pair) == 0
         assert "51 tensors, 0 differ" in capsys.readouterr().out
@@ -86,7 +86,7 @@ def test_every_kind_of_difference_is_named_and_the_largest_come_first(export: Pa
     assert found["model.layers.1.mlp.up_proj.weight"][0] == "shape"
     assert found["model.layers.0.mlp.gate.weight"] == ["missing"]
     assert found["surplus"] == ["extra"]
-    assert max_abs_difference(export, other) == float("inf")
+    assert largest_difference(compare(export, other)) == float("inf")
 
 
 def test_a_long_table_is_shortened_without_all(export: Path, monkeypatch, capsys) -> None:
@@ -102,7 +102,7 @@ def test_a_long_table_is_shortened_without_all(export: Path, monkeypatch, capsys
 
 def test_tolerance(export: Path, monkeypatch) -> None:
     other = copy_of(export, lambda tensors: tensors["model.norm.weight"].add_(0.25))
-    assert max_abs_difference(export, other) == pytest.approx(0.25)
+    assert largest_difference(compare(export, other)) == pytest.approx(0.25)
     assert verify(monkeypatch, export, other, "--tolerance", 0.3) == 0
     assert verify(monkeypatch, export, other, "--tolerance", 0.2) == 1
     edit_tensors(other, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
@@ -117,8 +117,8 @@ def test_without_tolerance_every_bit_counts(export: Path, monkeypatch) -> None:
 
 
 def test_frozen_tensors_are_compared_with_the_base(qwen2: Path, export: Path, tmp_path: Path, monkeypatch) -> None:
-    assert frozen_max_abs_difference(qwen2, export) == 0.0
-    assert frozen_max_abs_difference(qwen2, tmp_path / "megatron") == 0.0
+    assert largest_difference(compare_frozen(qwen2, export)) == 0.0
+    assert largest_difference(compare_frozen(qwen2, tmp_path / "megatron")) == 0.0
 
     def train(tensors: dict[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():
@@ -126,7 +126,7 @@ def test_frozen_tensors_are_compared_with_the_base(qwen2: Path, export: Path, tm
                 tensor.add_(1)
 
     edit_tensors(export, train)
-    assert frozen_max_abs_difference(qwen2, export) == 0.0
+    assert largest_difference(compare_frozen(qwen2, export)) == 0.0
     assert verify(monkeypatch, "--frozen", qwen2, export) == 0
     assert verify(monkeypatch, tmp_path / "megatron", export) == 1
     for name in (
@@ -136,11 +136,11 @@ def test_frozen_tensors_are_compared_with_the_base(qwen2: Path, export: Path, tm
         "model.embed_tokens.weight",
     ):
         edit_tensors(export, lambda tensors, name=name: tensors[name].add_(0.5))
-        assert frozen_max_abs_difference(qwen2, export) == pytest.approx(0.5)
+        assert largest_difference(compare_frozen(qwen2, export)) == pytest.approx(0.5)
         assert verify(monkeypatch, "--frozen", qwen2, export) == 1
         original = tensors_of(qwen2)[name.replace("experts.0.", "")]
         edit_tensors(export, lambda tensors, name=name, original=original: tensors[name].copy_(original))
-        assert frozen_max_abs_difference(qwen2, export) == 0.0
+        assert largest_difference(compare_frozen(qwen2, export)) == 0.0
 
 
 def test_all_experts_of_an_moe_base_are_frozen_and_its_routers_are_not(

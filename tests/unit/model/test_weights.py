@@ -90,13 +90,13 @@ def test_the_exporters_reader_reads_the_complete_model(chain_of_three: Path) -> 
 
 
 def test_a_chain_can_be_made_a_complete_checkpoint(chain_of_three: Path, tmp_path: Path) -> None:
-    from checkpoint_convert.comparison import max_abs_difference
+    from checkpoint_convert.comparison import compare, largest_difference
     from checkpoint_convert.export import whole_checkpoint
     from moelpr.model.loading import load_model
 
     whole_checkpoint(chain_of_three / "stage2", tmp_path / "made")
     assert checkpoint_chain(tmp_path / "made") == [tmp_path / "made/release"]
-    assert max_abs_difference(chain_of_three / "whole", tmp_path / "made") == 0
+    assert largest_difference(compare(chain_of_three / "whole", tmp_path / "made")) == 0
     expected, found = load_model(chain_of_three / "whole"), load_model(tmp_path / "made")
     for (name, one), other in zip(expected.named_parameters(), found.parameters(), strict=True):
         assert torch.equal(one, other), name

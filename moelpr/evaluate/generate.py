@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -13,32 +12,24 @@ PROMPT_CHARACTERS = 10  # in scripts without spaces between words
 _NO_SPACES = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\u0e00-\u0e7f]")  # kana, Han, Thai
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """The first words of a document, and the rest of its line as reference."""
+def choose_prompt(documents: Sequence[str]) -> tuple[str, str]:
+    """The first words of the first document whose line continues for as long again, or else of the longest one.
 
-    text: str
-    reference: str
-
-
-def choose_prompt(documents: Sequence[str]) -> Prompt:
-    """The first words of the first document whose line continues for as long again, or else of the longest one."""
-    best = Prompt("", "")
+    Returns:
+        These words, and the rest of the line as reference.
+    """
+    best = ("", "")
     for document in documents:
         line = document.strip().split("\n", 1)[0]
-        cut = _prompt_end(line)
-        prompt = Prompt(line[:cut].rstrip(), line[cut:].strip())
-        if len(prompt.reference) >= len(prompt.text) > 0:
-            return prompt
-        best = max(best, prompt, key=lambda candidate: len(candidate.text) + len(candidate.reference))
+        words = list(re.finditer(r"\S+", line))[:PROMPT_WORDS]
+        cut = words[-1].end() if words else 0
+        if len(_NO_SPACES.findall(line[:40])) > 10:
+            cut = PROMPT_CHARACTERS
+        prompt, reference = line[:cut].rstrip(), line[cut:].strip()
+        if len(reference) >= len(prompt) > 0:
+            return prompt, reference
+        best = max(best, (prompt, reference), key=lambda parts: len(parts[0]) + len(parts[1]))
     return best
-
-
-def _prompt_end(line: str) -> int:
-    if len(_NO_SPACES.findall(line[:40])) > 10:
-        return PROMPT_CHARACTERS
-    words = list(re.finditer(r"\S+", line))
-    return words[min(PROMPT_WORDS, len(words)) - 1].end() if words else 0
 
 
 @torch.inference_mode()

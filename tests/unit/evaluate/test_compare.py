@@ -78,7 +78,9 @@ def test_continuations_are_kept_until_their_length_changes(measured, tmp_path, d
     again = compare_models({"dense": dense_dir}, texts, continuation_tokens=4, device="cpu", cache=cache)
     assert measured == [] and again == first
     compare_models({"dense": dense_dir}, texts, continuation_tokens=3, device="cpu", cache=cache)
-    assert [prompt for _, prompt in measured] == [continuation.prompt for continuation in first.continuations.values()]
+    assert [prompt for _, prompt in measured] == [
+        continuation["prompt"] for continuation in first.continuations.values()
+    ]
 
 
 def test_without_a_folder_nothing_is_kept(dense_dir, texts):

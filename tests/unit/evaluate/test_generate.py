@@ -27,11 +27,11 @@ def test_continuations_are_repeatable_and_depend_on_the_prompt(moe_dir, texts):
 
 
 def test_a_prompt_is_the_first_words_of_a_document_that_continues():
-    prompt = choose_prompt(
+    prompt, reference = choose_prompt(
         ["Too short", "One two three four five six seven eight nine ten eleven twelve thirteen fourteen"]
     )
-    assert prompt.text == "One two three four five six seven"
-    assert prompt.reference == "eight nine ten eleven twelve thirteen fourteen"
-    chinese = choose_prompt(["有人晚回家时开灯早上再关掉,这样家里就不会太暗。"])
-    assert chinese.text == "有人晚回家时开灯早上"
-    assert choose_prompt(["Too short"]).text == "Too short"
+    assert prompt == "One two three four five six seven"
+    assert reference == "eight nine ten eleven twelve thirteen fourteen"
+    chinese, _ = choose_prompt(["有人晚回家时开灯早上再关掉,这样家里就不会太暗。"])
+    assert chinese == "有人晚回家时开灯早上"
+    assert choose_prompt(["Too short"]) == ("Too short", "")

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from benchmarks.common import add_json, argument_parser, qwen2_config, write_json
+from benchmarks.common import add_json, argument_parser, print_table, qwen2_config, write_json
 from benchmarks.timing import median_s, take_turns, time_ratio, timed_s
 from moelpr.evaluate.models import LoadedModel, hf_model
 from moelpr.evaluate.routing import RoutingObserver
@@ -44,11 +44,8 @@ def main() -> None:
     results = {}
     for name, model in models.items():
         samples = [random_documents(args.tokens) for _ in range(args.rounds + 1)]
-        results[name] = result = compare(model.eval(), samples, Settings(args.length, args.length // 4))
-        print(
-            f"{name}: evaluation {result['evaluation']:,.0f} tokens/s, bare forward pass {result['forward']:,.0f}, "
-            f"ratio {result['ratio']:.2f}"
-        )
+        results[name] = compare(model.eval(), samples, Settings(args.length, args.length // 4))
+    print_table([{"tokens/s": name, **result} for name, result in results.items()])
     write_json(results, args.json)
 
 

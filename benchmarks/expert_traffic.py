@@ -161,18 +161,15 @@ def compare(args: argparse.Namespace, pattern: str, ep: int) -> dict:
     return {
         "expert_parallel": ep,
         "pattern": pattern,
-        "new_experts": new,
         "peer_experts": peers,
         "tokens_per_rank": args.tokens,
-        "hidden": args.hidden,
-        "topk": args.topk,
+        **{name: getattr(args, name) for name in ("new_experts", "hidden", "topk")},
         "ours_bytes": ours,
         "peer_bytes": peer,
-        "ratio_mean_sent": ours["mean_sent"] / peer["mean_sent"],
-        "ratio_busiest": ours["busiest"] / peer["busiest"],
+        **{f"ratio_{count}": ours[count] / peer[count] for count in ("mean_sent", "busiest")},
         "compared": compared,
         "wanted_ratio": limit,
-        "step_time_s": {f"ours, {stage}": medians[stage] for stage in common.STAGES} | {"peer": medians["peer"]},
+        "step_time_s": {name if name == "peer" else f"ours, {name}": median for name, median in medians.items()},
         **{f"ratio_step_time_{stage}": time_ratio(times, stage, "peer") for stage in common.STAGES},
     }
 

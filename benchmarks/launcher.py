@@ -47,8 +47,7 @@ def main() -> None:
         wall, cpu = take_turns(commands, args.rounds, lambda command: until_ranks_start(command, folder))
     medians, difference = median_s(wall), difference_s(wall)
     result = {
-        "launcher_s": round(medians["launcher"], 3),
-        "torchrun_s": round(medians["torchrun"], 3),
+        **{f"{name}_s": round(seconds, 3) for name, seconds in medians.items()},
         "ratio": round(medians["launcher"] / medians["torchrun"], 3),
         "difference_s": difference,
         "wanted_difference_s": LIMIT_S,

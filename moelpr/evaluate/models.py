@@ -90,26 +90,6 @@ def hf_model(directory: Path, model: Any, tokenizer: Any, start_id: int, eos_id:
     )  # fmt: skip
 
 
-def megatron_model(
-    directory: Path, model: Any, tokenizer: Any, start_id: int, eos_id: int | None, spec: ModelSpec
-) -> LoadedModel:
-    """A model of the trainer behind the common interface."""
-    vocab_size = spec.megatron_args["vocab_size"]
-
-    def logits(tokens_BS: Tensor) -> Tensor:
-        positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
-        return model(tokens_BS, positions, attention_mask=None)[..., :vocab_size]
-
-    return LoadedModel(
-        directory, model, tokenizer, start_id, eos_id, vocab_size, logits,
-        routers={i: layer.mlp.router for i, layer in enumerate(model.decoder.layers) if hasattr(layer.mlp, "router")},
-        # The router returns only its choices, so its linear map is applied again to the same hidden states [S, B, H].
-        router_logits=lambda router, inputs, output: router.gating(inputs[0]).transpose(0, 1).flatten(0, 1),
-        num_original_experts=spec.moe.num_original_experts if spec.moe else 1,
-        topk=spec.moe.topk if spec.moe else 1,
-    )  # fmt: skip
-
-
 def is_megatron(directory: Path) -> bool:
     """Whether `directory` is a checkpoint folder of the converter or the trainer, not a Hugging Face directory."""
     return (directory / FILE_NAME).is_file()
@@ -159,7 +139,21 @@ def open_model(directory: Path, device: str = "auto", dtype: str = "auto") -> It
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = loading.load_model(directory, **config).eval()
-        yield megatron_model(directory, model, *tokenizer, spec=spec)
+        vocab_size = spec.megatron_args["vocab_size"]
+
+        def logits(tokens_BS: Tensor) -> Tensor:
+            positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
+            return model(tokens_BS, positions, attention_mask=None)[..., :vocab_size]
+
+        layers = enumerate(model.decoder.layers)
+        yield LoadedModel(
+            directory, model, *tokenizer, vocab_size=vocab_size, logits=logits,
+            routers={number: layer.mlp.router for number, layer in layers if hasattr(layer.mlp, "router")},
+            # The router returns only its choices, so its linear map is applied again to its input [S, B, H].
+            router_logits=lambda router, inputs, output: router.gating(inputs[0]).transpose(0, 1).flatten(0, 1),
+            num_original_experts=spec.moe.num_original_experts if spec.moe else 1,
+            topk=spec.moe.topk if spec.moe else 1,
+        )  # fmt: skip
 
 
 def load_model(directory: Path, device: str = "auto", dtype: str = "auto") -> LoadedModel:

@@ -307,8 +307,10 @@ class RoutingResults(Results):
         findings = []
         for model in self._routing:
             broken = self.broken(model)
-            for language, group in groupby(broken, lambda prior: prior.language):
-                findings.append(f"{model}: {_broken_layers(language, list(group))}.")
+            for (language, is_original), priors in groupby(broken, lambda prior: (prior.language, prior.is_original)):
+                layers = [f"{prior.layer} ({prior.share:.0%})" for prior in priors]
+                wrong = f"{'a new' if is_original else 'an original'} expert first in layer{'s' if layers[1:] else ''}"
+                findings.append(f"{model}: {language_name(language)} tokens choose {wrong} {', '.join(layers)}.")
             if not broken:
                 findings.append(f"{model}: no layer breaks the language prior (threshold {self._threshold:.0%}).")
         return findings
@@ -368,11 +370,7 @@ class RoutingResults(Results):
                 model: {
                     "directory": str(self._comparison.models[model]),
                     "languages": {
-                        language: {
-                            **asdict(routing),
-                            "original_first_share": routing.original_first_share,
-                            "load_imbalance": routing.load_imbalance,
-                        }
+                        language: asdict(routing) | {name: getattr(routing, name) for name in LAYER_NUMBERS}
                         for language, routing in statistics.items()
                     },
                     "broken_priors": [asdict(prior) for prior in self.broken(model)],
@@ -399,9 +397,3 @@ def _interval_json(interval: Interval) -> dict[str, float | None]:
 def _with_interval(interval: Interval, write: Callable[[float], str]) -> str:
     value, low, high = map(write, interval)
     return f"{value} [{low}, {high}]" if interval.has_bounds else value
-
-
-def _broken_layers(language: str, broken: Sequence[BrokenPrior]) -> str:
-    wrong = "a new expert" if broken[0].is_original else "an original expert"
-    layers = ", ".join(f"{prior.layer} ({prior.share:.0%})" for prior in broken)
-    return f"{language_name(language)} tokens choose {wrong} first in layer{'s' if broken[1:] else ''} {layers}"

@@ -47,14 +47,10 @@ class Routing:
 
 
 class RoutingObserver:
-    """Accumulates what the routers of one model decide for the counted tokens."""
+    """Accumulates what the routers of one model decide for the counted tokens of a language."""
 
     def __init__(self, loaded: LoadedModel):
         self._loaded = loaded
-        self.reset()
-
-    def reset(self) -> None:
-        """Discard what was counted, before the next language."""
         self._tokens = 0
         self._sums: dict[int, Tensor] = {}  # layer -> [3 E + 2], see `_add`
 
@@ -89,7 +85,7 @@ class RoutingObserver:
         self._sums[number] = self._sums.get(number, 0) + sums
 
     def result(self) -> Routing | None:
-        """Statistics since the last reset; None for a dense model, or if no token was counted."""
+        """None for a dense model, or if no token was counted."""
         if not self._sums or self._tokens == 0:
             return None
         layers = sorted(self._sums)

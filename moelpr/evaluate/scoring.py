@@ -139,13 +139,13 @@ def score_each(
         UserError: the tokenizer returns IDs without an embedding, no tokens for a document, or omits text.
     """
     tokens = {language: _tokenize(loaded, language, texts) for language, texts in documents.items()}
-    observer, unknown_id = RoutingObserver(loaded), loaded.unknown_id
+    unknown_id = loaded.unknown_id
     with tqdm(
         total=sum(len(ids) for documents in tokens.values() for ids in documents), desc=name, unit=" tokens",
         unit_scale=True, leave=False, disable=None,  # only on a terminal
     ) as progress:  # fmt: skip
         for language, texts in documents.items():
-            start = time.monotonic()
+            start, observer = time.monotonic(), RoutingObserver(loaded)
             bits, correct = score_documents(loaded, tokens[language], settings, observer, progress)
             result = LanguageScore(
                 document_bits=bits,
@@ -155,7 +155,6 @@ def score_each(
                 unknown_tokens=sum(token == unknown_id for ids in tokens[language] for token in ids),
                 routing=observer.result(),
             )
-            observer.reset()
             if warning := result.warning(name, language):
                 tqdm.write(f"warning: {warning}", file=sys.stderr)
             if progress.disable:  # a log file gets one line per language instead of a bar

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from moelpr.evaluate.generate import choose_prompt
+from moelpr.evaluate.compare import choose_prompt
 from moelpr.evaluate.models import load_model
 from moelpr.evaluate.scoring import Settings
 from moelpr.languages import language_name

@@ -1,6 +1,6 @@
 """All-to-all bytes and time of an MoE layer under expert parallelism, against plain Megatron MoE.
 
-    python benchmarks/expert_traffic.py [--json FILE]
+    python -m benchmarks.expert_traffic [--json FILE]
 
 Runs one layer in the middle of a model (its input requires a gradient) forward and backward, in training mode, on gloo
 CPU ranks that this script starts. Ours: LPRMoELayer with N new experts, frozen as in each stage. The peer: Megatron's
@@ -22,15 +22,11 @@ the nearest number of experts that EP divides. Under uniform routing its bytes d
 
 import argparse
 import os
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script
 
 from benchmarks import common
 from benchmarks.timing import median_s, take_turns, time_ratio, timed_s

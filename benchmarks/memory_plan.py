@@ -111,18 +111,10 @@ def measure(case: Case, material: Path, out: Path) -> list[dict[str, Any]]:
     ).split()
     settings += ["--train-everything"] if case.is_peer else []
     paths = ["--pretrained-checkpoint", material / case.model, "--data-path", material / "text"]
+    ranks, words = case.layout.world_size, (out, *settings, *paths, *case.layout.flags())
     log = out / f"{case.name}, {case.stage}, {case.dtype}.log"
-    common.run_ranks(
-        case.layout.world_size,
-        "benchmarks.measured_memory",
-        out,
-        *settings,
-        *paths,
-        *case.layout.flags(),
-        log=log,
-        timeout_s=300,
-    )
-    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(case.layout.world_size)]
+    common.run_ranks(ranks, "benchmarks.measured_memory", *words, log=log, timeout_s=300)
+    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(ranks)]
 
 
 def compare(case: Case, spec: ModelSpec, rank: int, measured: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@
 - with gigatoken at least 8 times as fast as with Hugging Face's tokenizers;
 - at most 1 GiB of memory in all processes together, the same for a corpus ten times as large.
 
-    python benchmarks/preprocess.py [--megabytes 200] [--work DIR] [--peer "COMMAND"] [--output FILE]
+    python -m benchmarks.preprocess [--megabytes 200] [--work DIR] [--peer "COMMAND"] [--output FILE]
 
 The corpus is the demo's, repeated with variations so that no library benefits from a cache: lines in random order, and
 one word in twenty replaced by a new one. The tokenizer is a byte-level BPE with 32,000 tokens, trained on the demo's
@@ -34,8 +34,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script
 
 from benchmarks.common import ROOT, add_json, argument_parser, environment, working_folder, write_json
 from benchmarks.timing import fastest_s, take_turns

@@ -23,12 +23,13 @@ from moelpr.files import atomic_file
 from moelpr.model_spec import FILE_NAME
 from moelpr.run_folder import HF_FOLDER
 
+Json = dict[str, Any]
+
 _VERSION = {"format_version": 1}
 CACHE_FOLDER = "parts"
 PROMPT_WORDS = 7
 PROMPT_CHARACTERS = 10  # in scripts without spaces between words
 _NO_SPACES = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\u0e00-\u0e7f]")  # kana, Han, Thai
-Json = dict[str, Any]
 _PROMPT = "continuation "  # before a language: a continuation's name in the cache
 
 

@@ -117,9 +117,9 @@ def run_tasks(
     ]
     manager, tasks = _load_tasks(missing, settings["include_path"]) if missing else (None, {})
 
-    def measure(name: str, missing: list[str]) -> Iterator[tuple[str, Json]]:
+    def measure(name: str, names: list[str]) -> Iterator[tuple[str, Json]]:
         with open_model(models[name], settings["device"], settings["dtype"]) as loaded:
-            for task in (cached.removeprefix(_CACHED) for cached in missing):
+            for task in (cached.removeprefix(_CACHED) for cached in names):
                 print(f"{name}: {task}, {shots[task]} shots", flush=True)
                 yield _CACHED + task, _evaluate(loaded, manager, tasks[task], task, shots[task], settings)
 
@@ -191,10 +191,8 @@ class HarnessResults(Results):
         }
         # model -> benchmark -> language -> {value, stderr}
         self._scores = {
-            model: {
-                bench.name: {lang: bench.score(lang, scores[model]) for lang in bench.tasks} for bench in benchmarks
-            }
-            for model in models
+            model: {bench.name: {code: bench.score(code, found) for code in bench.tasks} for bench in benchmarks}
+            for model, found in scores.items()
         }
 
     def means(self, model: str, group: str) -> list[float | None]:

@@ -39,14 +39,7 @@ def estimates(scores: Mapping[str, LanguageScore], seed: int, language: str) -> 
     The language also seeds the samples: otherwise those of two languages would depend on each other, and the interval
     of their mean would be wrong.
     """
-    columns = np.array(
-        [
-            column
-            for score in scores.values()
-            for column in (score.document_bits, score.document_bytes, score.document_tokens, score.document_correct)
-        ],
-        dtype=np.float64,
-    ).T
+    columns = np.array([column for score in scores.values() for column in score.columns], dtype=np.float64).T
     rng, num_documents = np.random.default_rng([seed, *language.encode()]), len(columns)
     sums = np.full((NUM_SAMPLES, columns.shape[1]), np.nan)
     for number in range(NUM_SAMPLES if num_documents > 1 else 0):

@@ -85,10 +85,14 @@ class LanguageScore:
     routing: Routing | None  # None for a dense model
 
     @property
+    def columns(self) -> list[Sequence[float]]:
+        """What the metrics are computed from, per document."""
+        return [self.document_bits, self.document_bytes, self.document_tokens, self.document_correct]
+
+    @property
     def metrics(self) -> dict[str, float]:
         """See `metrics`."""
-        columns = (self.document_bits, self.document_bytes, self.document_tokens, self.document_correct)
-        return metrics(*(sum(column) for column in columns))
+        return metrics(*map(sum, self.columns))
 
     def warning(self, model: str, language: str) -> str:
         """About text that the model's tokenizer cannot encode; "" if there is none."""

@@ -108,15 +108,10 @@ def qwen2_config(
     from transformers import Qwen2Config
 
     return Qwen2Config(
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        vocab_size=vocabulary,
-        max_position_embeddings=length,
-        num_attention_heads=heads,
-        num_key_value_heads=groups,
+        num_hidden_layers=layers, hidden_size=hidden, intermediate_size=ffn, vocab_size=vocabulary,
+        max_position_embeddings=length, num_attention_heads=heads, num_key_value_heads=groups,
         **{"tie_word_embeddings": False, "eos_token_id": 0} | others,
-    )
+    )  # fmt: skip
 
 
 def model_spec(config: Any, new_experts: int, topk: int = 2, dtype: str = "float32") -> "ModelSpec":
@@ -176,14 +171,11 @@ def environment(**variables: str) -> dict[str, str]:
 def run_ranks(ranks: int, module: str, *arguments: object, log: Path, timeout_s: float) -> None:
     """Run a module on CPU ranks of one thread each; if it fails, exit with the end of its log."""
     torchrun = [sys.executable, "-m", "moelpr.torchrun", "--standalone", "--nproc-per-node", ranks, "-m", module]
+    command = [str(word) for word in (*torchrun, *arguments)]
+    variables = environment(OMP_NUM_THREADS="1")
     with open(log, "w") as output:
         done = subprocess.run(
-            [str(word) for word in (*torchrun, *arguments)],
-            cwd=ROOT,
-            env=environment(OMP_NUM_THREADS="1"),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            timeout=timeout_s,
+            command, cwd=ROOT, env=variables, stdout=output, stderr=subprocess.STDOUT, timeout=timeout_s
         )
     if done.returncode:
         sys.exit(f"{log.stem} failed:\n{log.read_text()[-6000:]}")

@@ -20,7 +20,8 @@ import time
 from pathlib import Path
 
 from benchmarks.common import ROOT, add_json, argument_parser, print_table, save_random_model, write_json
-from benchmarks.timing import Times, time_ratios
+from benchmarks.timing import Times, median_s, time_ratios
+from moelpr.files import fsync_file
 
 SHAPE = {
     "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32,
@@ -76,15 +77,15 @@ def measure(folder: Path, num_layers: int, rounds: int) -> list[dict]:
             times["copy"].append(copy_s(target, copied))
             peaks.append(peak)
             shutil.rmtree(copied)
-        ratios = time_ratios(times, "convert", "copy")
+        ratios, seconds_of = time_ratios(times, "convert", "copy"), median_s(times)
         rows.append(
             {
                 "step": name,
                 "layers": num_layers,
                 "bytes_read": sum(path.stat().st_size for path in files_of(source)),
                 "bytes_written": sum(path.stat().st_size for path in files_of(target)),
-                "seconds": statistics.median(times["convert"]),
-                "copy_seconds": statistics.median(times["copy"]),
+                "seconds": seconds_of["convert"],
+                "copy_seconds": seconds_of["copy"],
                 "ratio": statistics.median(ratios),
                 "ratio_min": min(ratios),
                 "ratio_max": max(ratios),
@@ -111,8 +112,7 @@ def copy_s(source: Path, target: Path) -> float:
     started = time.perf_counter()
     subprocess.run(["cp", "-r", source, target], check=True)
     for path in files_of(target):
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+        fsync_file(path)
     return time.perf_counter() - started
 
 

@@ -16,9 +16,9 @@ import torch
 from tqdm import tqdm
 from transformers import Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from benchmarks.common import add_json, argument_parser, qwen2_config, write_json
+from benchmarks.common import add_json, argument_parser, print_table, qwen2_config, write_json
 from benchmarks.timing import median_s, take_turns, time_ratio, timed_s
-from moelpr.evaluate.models import HfModel
+from moelpr.evaluate.models import LoadedModel, hf_model
 from moelpr.evaluate.routing import RoutingObserver
 from moelpr.evaluate.scoring import Settings, make_batches, make_tensors, score_documents
 
@@ -44,17 +44,14 @@ def main() -> None:
     results = {}
     for name, model in models.items():
         samples = [random_documents(args.tokens) for _ in range(args.rounds + 1)]
-        results[name] = result = compare(model.eval(), samples, Settings(args.length, args.length // 4))
-        print(
-            f"{name}: evaluation {result['evaluation']:,.0f} tokens/s, bare forward pass {result['forward']:,.0f}, "
-            f"ratio {result['ratio']:.2f}"
-        )
+        results[name] = compare(model.eval(), samples, Settings(args.length, args.length // 4))
+    print_table([{"tokens/s": name, **result} for name, result in results.items()])
     write_json(results, args.json)
 
 
 def compare(model: Any, samples: list[list[list[int]]], settings: Settings) -> dict[str, float]:
     """Tokens of text per second of each, and their ratio; the first sample is for warm-up."""
-    loaded = HfModel(Path("random"), model, tokenizer=None, start_id=0, eos_id=None)
+    loaded = hf_model(Path("random"), model, tokenizer=None, start_id=0, eos_id=None)
     batches = [
         [make_tensors(batch, loaded.device)[0] for batch in make_batches(loaded, documents, settings)]
         for documents in samples
@@ -70,12 +67,12 @@ def compare(model: Any, samples: list[list[list[int]]], settings: Settings) -> d
     return {**rates, "ratio": time_ratio(per_token, "forward", "evaluation")}
 
 
-def evaluate(loaded: HfModel, documents: list[list[int]], settings: Settings) -> None:
+def evaluate(loaded: LoadedModel, documents: list[list[int]], settings: Settings) -> None:
     score_documents(loaded, documents, settings, RoutingObserver(loaded), tqdm(disable=True, total=0))
 
 
 @torch.inference_mode()
-def forward(loaded: HfModel, batches: list[torch.Tensor]) -> None:
+def forward(loaded: LoadedModel, batches: list[torch.Tensor]) -> None:
     for inputs in batches:
         loaded.logits(inputs)
 

@@ -1,6 +1,6 @@
 """All-to-all bytes and time of an MoE layer under expert parallelism, against plain Megatron MoE.
 
-    python benchmarks/expert_traffic.py [--json FILE]
+    python -m benchmarks.expert_traffic [--json FILE]
 
 Runs one layer in the middle of a model (its input requires a gradient) forward and backward, in training mode, on gloo
 CPU ranks that this script starts. Ours: LPRMoELayer with N new experts, frozen as in each stage. The peer: Megatron's
@@ -22,15 +22,11 @@ the nearest number of experts that EP divides. Under uniform routing its bytes d
 
 import argparse
 import os
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script
 
 from benchmarks import common
 from benchmarks.timing import median_s, take_turns, time_ratio, timed_s
@@ -161,18 +157,15 @@ def compare(args: argparse.Namespace, pattern: str, ep: int) -> dict:
     return {
         "expert_parallel": ep,
         "pattern": pattern,
-        "new_experts": new,
         "peer_experts": peers,
         "tokens_per_rank": args.tokens,
-        "hidden": args.hidden,
-        "topk": args.topk,
+        **{name: getattr(args, name) for name in ("new_experts", "hidden", "topk")},
         "ours_bytes": ours,
         "peer_bytes": peer,
-        "ratio_mean_sent": ours["mean_sent"] / peer["mean_sent"],
-        "ratio_busiest": ours["busiest"] / peer["busiest"],
+        **{f"ratio_{count}": ours[count] / peer[count] for count in ("mean_sent", "busiest")},
         "compared": compared,
         "wanted_ratio": limit,
-        "step_time_s": {f"ours, {stage}": medians[stage] for stage in common.STAGES} | {"peer": medians["peer"]},
+        "step_time_s": {name if name == "peer" else f"ours, {name}": median for name, median in medians.items()},
         **{f"ratio_step_time_{stage}": time_ratio(times, stage, "peer") for stage in common.STAGES},
     }
 

@@ -1,6 +1,6 @@
 """What launch/stage1.sh adds to torchrun before the trainer starts; the limit is 0.2 s.
 
-    python benchmarks/launcher.py [--rounds 21] [--nproc-per-node 1] [--output launcher.json]
+    python -m benchmarks.launcher [--rounds 21] [--nproc-per-node 1] [--output launcher.json]
 
 Starts the launcher and plain torchrun (the baseline) in turns, with the same Python and the same arguments, and
 measures the time until the last rank's Python runs (which then ends at once: the start of the trainer is not included).
@@ -14,8 +14,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script
 
 from benchmarks.common import ROOT, add_json, argument_parser, environment, working_folder, write_json
 from benchmarks.timing import Times, median_s, take_turns
@@ -47,8 +45,7 @@ def main() -> None:
         wall, cpu = take_turns(commands, args.rounds, lambda command: until_ranks_start(command, folder))
     medians, difference = median_s(wall), difference_s(wall)
     result = {
-        "launcher_s": round(medians["launcher"], 3),
-        "torchrun_s": round(medians["torchrun"], 3),
+        **{f"{name}_s": round(seconds, 3) for name, seconds in medians.items()},
         "ratio": round(medians["launcher"] / medians["torchrun"], 3),
         "difference_s": difference,
         "wanted_difference_s": LIMIT_S,

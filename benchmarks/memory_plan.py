@@ -103,21 +103,17 @@ def make_material(folder: Path) -> None:
 def measure(case: Case, material: Path, out: Path) -> list[dict[str, Any]]:
     """Memory of each rank in one real training step."""
     out.mkdir()
-    words: list[object] = [
-        "--stage",
-        case.stage,
-        "--pretrained-checkpoint",
-        material / case.model,
-        "--data-path",
-        material / "text",
-    ]
-    words += ["--micro-batch-size", MICRO_BATCH_SIZE, "--global-batch-size", GLOBAL_BATCH_SIZE]
-    words += ["--seq-length", SEQ_LENGTH, "--lr", "1e-4", "--train-iters", 1, *case.layout.flags(), f"--{case.dtype}"]
-    words += ["--no-save-optim"]  # nothing is saved, but torch's Adam requires it with the distributed optimizer
-    words += ["--train-everything"] if case.is_peer else []
+    settings = (
+        f"--stage {case.stage} --{case.dtype} --micro-batch-size {MICRO_BATCH_SIZE} --global-batch-size "
+        f"{GLOBAL_BATCH_SIZE} --seq-length {SEQ_LENGTH} --lr 1e-4 --train-iters 1 "
+        "--no-save-optim"  # nothing is saved, but torch's Adam requires it with the distributed optimizer
+    ).split()
+    settings += ["--train-everything"] if case.is_peer else []
+    paths = ["--pretrained-checkpoint", material / case.model, "--data-path", material / "text"]
+    ranks, words = case.layout.world_size, (out, *settings, *paths, *case.layout.flags())
     log = out / f"{case.name}, {case.stage}, {case.dtype}.log"
-    common.run_ranks(case.layout.world_size, "benchmarks.measured_memory", out, *words, log=log, timeout_s=300)
-    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(case.layout.world_size)]
+    common.run_ranks(ranks, "benchmarks.measured_memory", *words, log=log, timeout_s=300)
+    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(ranks)]
 
 
 def compare(case: Case, spec: ModelSpec, rank: int, measured: dict[str, Any]) -> dict[str, Any]:
@@ -148,14 +144,14 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     planned = [row for row in rows if "predicted" in row]
     frozen = sorted({round(row["bytes_per_frozen"], 6) for row in planned if row["dtype"] == "bf16"})
     peers = [row["state_bytes_per_trainable"] for row in rows if "predicted" not in row]
-    errors = {
-        name: max((abs(row[name] - 1) for row in planned), default=None)
-        for name in ("activation_ratio", "activation_ratio_as_routed")
-    }
+
+    def worst_error(ratio: str) -> float | None:
+        return max((abs(row[ratio] - 1) for row in planned), default=None)
+
     return {
         "state_is_exact": all(row["is_exact"] for row in planned),
-        "worst_activation_error": errors["activation_ratio"],
-        "worst_activation_error_as_routed": errors["activation_ratio_as_routed"],
+        "worst_activation_error": worst_error("activation_ratio"),
+        "worst_activation_error_as_routed": worst_error("activation_ratio_as_routed"),
         "bf16_bytes_per_frozen_parameter": frozen,
         "bf16_bytes_per_parameter_if_trained": peers[0] if peers else None,
         "ratio_to_peer": frozen[-1] / peers[0] if peers and frozen else None,

@@ -1,6 +1,6 @@
 """What fraction of a training step's time do the metrics add? The limit is 2%.
 
-    python benchmarks/metrics_overhead.py [--json FILE]
+    python -m benchmarks.metrics_overhead [--json FILE]
 
 Runs steps in one process and times what they spend on metrics: counting in the routers (and the LPR loss in stage 1,
 which does not train on it), reducing the counts, the record, checking it for warnings, metrics.jsonl and TensorBoard on
@@ -10,7 +10,6 @@ line is not included. On a GPU the clock waits for the device before and after, 
 
 import argparse
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -19,8 +18,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script
 
 from benchmarks.common import STAGES, add_json, argument_parser, install_megatron, working_folder, write_json
 from benchmarks.timing import timed_s

@@ -4,7 +4,7 @@
 - with gigatoken at least 8 times as fast as with Hugging Face's tokenizers;
 - at most 1 GiB of memory in all processes together, the same for a corpus ten times as large.
 
-    python benchmarks/preprocess.py [--megabytes 200] [--work DIR] [--peer "COMMAND"] [--output FILE]
+    python -m benchmarks.preprocess [--megabytes 200] [--work DIR] [--peer "COMMAND"] [--output FILE]
 
 The corpus is the demo's, repeated with variations so that no library benefits from a cache: lines in random order, and
 one word in twenty replaced by a new one. The tokenizer is a byte-level BPE with 32,000 tokens, trained on the demo's
@@ -35,12 +35,16 @@ from typing import Any
 
 import psutil
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script
-
 from benchmarks.common import ROOT, add_json, argument_parser, environment, working_folder, write_json
 from benchmarks.timing import fastest_s, take_turns
 
 LIMITS = {"huggingface_to_bare": 1.25, "gigatoken_to_huggingface": 8.0, "peak_gib": 1.0}
+RATIOS = {
+    "huggingface_to_bare": ("huggingface", "bare"),
+    "gigatoken_to_huggingface": ("huggingface", "gigatoken"),
+    "peer_to_huggingface": ("peer", "huggingface"),
+    "peer_to_gigatoken": ("peer", "gigatoken"),
+}
 _LETTERS = (b"aeioubdfgklmnprstvz" * 14)[:256]  # for any byte
 _NEW_WORD_EVERY = 20
 
@@ -110,16 +114,13 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         "seconds": {name: round(seconds, 2) for name, seconds in wall.items()},
         "megabytes_per_s": {name: round(megabytes / seconds, 1) for name, seconds in wall.items()},
         "cpu_seconds": {name: round(seconds, 2) for name, seconds in cpu.items()},
-        "huggingface_to_bare": round(wall["huggingface"] / wall["bare"], 3),
-        "huggingface_to_bare_cpu": round(cpu["huggingface"] / cpu["bare"], 3),
-        "gigatoken_to_huggingface": round(wall["huggingface"] / wall["gigatoken"], 2),
-        "gigatoken_to_huggingface_cpu": round(cpu["huggingface"] / cpu["gigatoken"], 2),
         "peak_gib": {name: round(peak, 3) for name, peak in peaks.items() if name != "bare"},
         "wanted": LIMITS,
     }
-    if args.peer:
-        result["peer_to_huggingface"] = round(wall["peer"] / wall["huggingface"], 3)
-        result["peer_to_gigatoken"] = round(wall["peer"] / wall["gigatoken"], 2)
+    for ratio, (slower, faster) in RATIOS.items():
+        if slower in wall:
+            result[ratio] = round(wall[slower] / wall[faster], 3)
+            result[f"{ratio}_cpu"] = round(cpu[slower] / cpu[faster], 3)
     return result
 
 

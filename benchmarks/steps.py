@@ -97,14 +97,9 @@ class MegatronStep:
         destroy_num_microbatches_calculator()
         init_num_microbatches_calculator(0, None, size, size, 1)
         return self.schedule(
-            forward_step_func=forward_step,
-            data_iterator=itertools.repeat(self.batch),
-            model=[self.wrapped],
-            num_microbatches=1,
-            seq_length=length,
-            micro_batch_size=size,
-            forward_only=False,
-        )
+            forward_step_func=forward_step, data_iterator=itertools.repeat(self.batch), model=[self.wrapped],
+            num_microbatches=1, seq_length=length, micro_batch_size=size, forward_only=False,
+        )  # fmt: skip
 
 
 def our_step(spec: ModelSpec, stage: MoeStage, batch: dict[str, Tensor]) -> MegatronStep:

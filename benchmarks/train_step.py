@@ -1,6 +1,6 @@
 """Tokens per second of a stage-1 and a stage-2 step in one process, against two peers and the rate of a large matmul.
 
-    python benchmarks/train_step.py [--json FILE]
+    python -m benchmarks.train_step [--json FILE]
 
 All contenders have the same sizes, data and threads, and take turns in every round. Times are medians over the rounds,
 ratios medians of the rounds' ratios.
@@ -13,14 +13,10 @@ The fraction of the matmul rate counts only the work a step cannot avoid (`neede
 matrix product of the same dtype, timed in the same rounds. On a GPU everything runs in bf16; that path is untested.
 """
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script
 
 from benchmarks.common import STAGES, add_json, argument_parser, install_megatron, print_table, write_json
 from benchmarks.timing import median_s, take_turns, time_ratio, timed_s
@@ -30,12 +26,12 @@ if TYPE_CHECKING:
     from benchmarks.steps import MegatronStep
 
 MATMUL_SIZE = {"cpu": 1536, "cuda": 8192}
-RATIOS = {
-    "stage1 to plain Megatron": ("ours, stage1", "plain Megatron"),
-    "stage2 to plain Megatron": ("ours, stage2", "plain Megatron"),
-    "stage1 to Python loop": ("ours, stage1", "Python loop, stage1"),
-    "stage2 to Python loop": ("ours, stage2", "Python loop, stage2"),
-    "stage2 to stage1": ("ours, stage2", "ours, stage1"),
+RATIOS = {  # slower, faster
+    "stage1 to plain Megatron": ("plain Megatron", "ours, stage1"),
+    "stage2 to plain Megatron": ("plain Megatron", "ours, stage2"),
+    "stage1 to Python loop": ("Python loop, stage1", "ours, stage1"),
+    "stage2 to Python loop": ("Python loop, stage2", "ours, stage2"),
+    "stage2 to stage1": ("ours, stage1", "ours, stage2"),
 }
 
 
@@ -140,9 +136,6 @@ def measure(spec: ModelSpec, sequences: int, rounds: int) -> dict:
         share = count / (2 * size**3) * time_ratio(times, "matmul", f"ours, {stage}")
         rows[f"ours, {stage}"] |= {"needed_gflop": count / 1e9, "share_of_matmul_rate": share}
     shape = {name: spec.megatron_args[name] for name in ("num_layers", "hidden_size", "ffn_hidden_size", "vocab_size")}
-    speedups, cpu_speedups = (
-        {name: time_ratio(of, slower, faster) for name, (faster, slower) in RATIOS.items()} for of in (times, cpu_times)
-    )
     return {
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
@@ -152,8 +145,8 @@ def measure(spec: ModelSpec, sequences: int, rounds: int) -> dict:
         "rounds": rounds,
         "matmul_gflop_per_s": 2 * size**3 / medians["matmul"] / 1e9,
         "contenders": rows,
-        "ratios": speedups,
-        "ratios_of_cpu_time": cpu_speedups,
+        "ratios": {name: time_ratio(times, *pair) for name, pair in RATIOS.items()},
+        "ratios_of_cpu_time": {name: time_ratio(cpu_times, *pair) for name, pair in RATIOS.items()},
         "times_s": times,
         "cpu_times_s": cpu_times,
     }

@@ -31,7 +31,7 @@ def main() -> None:
 def measure_text(args: argparse.Namespace) -> "Results":
     """Of the commands `text` and `routing`, which share all measurements."""
     models, data = named_paths(args.model, "--model"), named_paths(args.data, "--data")
-    original = read_original(args.original_languages, data, "--data")
+    check_languages(args.original_languages, data, "--data")
     from moelpr.documents import read_documents  # after the arguments: torch and matplotlib are slow to import
     from moelpr.evaluate.compare import ResultCache, compare_models
     from moelpr.evaluate.models import choose_device
@@ -50,25 +50,24 @@ def measure_text(args: argparse.Namespace) -> "Results":
         cache=cache,
     )
     if args.command == "routing":
-        return RoutingResults(comparison, data, original, args.threshold)
-    return TextResults(comparison, data, original, args.seed)
+        return RoutingResults(comparison, data, args.original_languages, args.threshold)
+    return TextResults(comparison, data, args.original_languages, args.seed)
 
 
 def measure_harness(args: argparse.Namespace) -> "Results":
-    models = named_paths(args.model, "--model")
-    languages = split_languages(args.languages)
-    original = read_original(args.original_languages, languages, "--languages")
+    models, languages = named_paths(args.model, "--model"), args.languages
+    check_languages(args.original_languages, languages, "--languages")
     from moelpr.evaluate.compare import ResultCache
-    from moelpr.evaluate.harness import PAPER_TASKS, HarnessResults, HarnessSettings, read_benchmarks, run_tasks
+    from moelpr.evaluate.harness import PAPER_TASKS, HarnessResults, read_benchmarks, run_tasks
     from moelpr.evaluate.models import choose_device, read_max_positions
 
     benchmarks = read_benchmarks(args.tasks or PAPER_TASKS, languages)
     choose_device(args.device)
     for directory in models.values():
         read_max_positions(directory)  # raises if it is not a model
-    settings = HarnessSettings(args.include_path, args.limit, args.batch_size, args.device, args.dtype)
-    scores = run_tasks(models, benchmarks, settings, ResultCache(args.output))
-    return HarnessResults(models, benchmarks, languages, original, scores, settings)
+    settings = {name: getattr(args, name) for name in ("include_path", "limit", "batch_size", "device", "dtype")}
+    scores = run_tasks(models, benchmarks, ResultCache(args.output), settings)
+    return HarnessResults(models, benchmarks, languages, args.original_languages, scores, settings)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -81,11 +80,11 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     text = commands.add_parser(
         "text",
+        parents=[text_arguments()],
         help="bits per byte on held-out text (default)",
         description="Bits per byte (lower is better), perplexity and next-token accuracy per model and language, with "
         "95% confidence intervals, and the changes from the first model.",
     )
-    add_text_arguments(text)
     text.add_argument("--seed", type=int, default=1, help="random seed for bootstrap resampling (default: %(default)s)")
     text.add_argument(
         "--continuations", type=at_least(0), default=0, metavar="TOKENS",
@@ -95,13 +94,13 @@ def make_parser() -> argparse.ArgumentParser:
 
     routing = commands.add_parser(
         "routing",
+        parents=[text_arguments()],
         help="where each language's tokens go",
         description="Routing of MoE models per layer, expert and language, from their forward pass on held-out text: "
         "first choices, mean scores, entropy, load imbalance, and how often an original expert is among the top K. "
         "With --original-languages, the layers that break the language prior are listed. In the output folder of "
         "`python -m moelpr.evaluate`, nothing is measured twice.",
     )
-    add_text_arguments(routing)
     routing.set_defaults(continuations=0)
     routing.add_argument(
         "--threshold", type=fraction, default=0.5, metavar="FRACTION",
@@ -111,72 +110,73 @@ def make_parser() -> argparse.ArgumentParser:
 
     harness = commands.add_parser(
         "harness",
+        parents=[common_arguments("Hugging Face directory; repeat for several; the first is the reference")],
         help="the paper's benchmarks, by lm-evaluation-harness",
         description="Run lm-evaluation-harness with the paper's tasks (ARC, MMLU, HellaSwag, Belebele, FLORES) and "
         "shot counts, and average original and expanded languages as in its Table 1. Requires the extra `eval`. Data "
         "sets come from the Hugging Face hub, or offline (HF_HUB_OFFLINE=1) from its cache or from your own tasks.",
     )
-    add_model_argument(harness, "Hugging Face directory; repeat for several; the first is the reference")
-    harness.add_argument("--languages", required=True, metavar="en,el,...", help="codes as in the table of tasks")
-    harness.add_argument(
-        "--original-languages", required=True, metavar="en,...", help="all other --languages are expanded languages"
-    )
-    harness.add_argument(
+    add = harness.add_argument
+    add("--languages", type=languages, required=True, metavar="en,el,...", help="codes as in the table of tasks")
+    add(
+        "--original-languages", type=languages, required=True, metavar="en,...",
+        help="all other --languages are expanded languages",
+    )  # fmt: skip
+    add(
         "--tasks", type=Path, metavar="FILE",
         help="YAML table of benchmarks, shots and tasks (default: moelpr/evaluate/paper_tasks.yaml)",
     )  # fmt: skip
-    harness.add_argument("--include-path", type=Path, metavar="DIR", help="folder with your own task files")
-    harness.add_argument("--limit", type=at_least(1), metavar="N", help="questions per task (default: all)")
-    harness.add_argument(
-        "--batch-size", type=at_least(1), default=8, metavar="N", help="questions per batch (default: %(default)s)"
-    )
-    add_common_arguments(harness)
+    add("--include-path", type=Path, metavar="DIR", help="folder with your own task files")
+    add("--limit", type=at_least(1), metavar="N", help="questions per task (default: all)")
+    add("--batch-size", type=at_least(1), default=8, metavar="N", help="questions per batch (default: %(default)s)")
     harness.set_defaults(measure=measure_harness)
     return parser
 
 
-def add_text_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_argument(parser, "Hugging Face directory or Megatron checkpoint folder; repeat for several")
-    parser.add_argument(
+def text_arguments() -> argparse.ArgumentParser:
+    """What `text` and `routing` accept."""
+    models = "Hugging Face directory or Megatron checkpoint folder; repeat for several; the first is the reference"
+    parser = argparse.ArgumentParser(add_help=False, parents=[common_arguments(models)])
+    add = parser.add_argument
+    add(
         "--data", action="append", required=True, metavar="LANG=FILE",
         help="held-out text of a language as JSON lines; repeat for several",
     )  # fmt: skip
-    parser.add_argument(
-        "--original-languages", metavar="en,es,...",
+    add(
+        "--original-languages", type=languages, default=[], metavar="en,es,...",
         help="languages of --data that the base supports; all others are expanded languages (default: unknown)",
     )  # fmt: skip
-    parser.add_argument("--json-key", default="text", metavar="KEY", help="key of the text (default: %(default)s)")
-    parser.add_argument("--max-documents", type=at_least(1), metavar="N", help="documents per language (default: all)")
-    parser.add_argument(
+    add("--json-key", default="text", metavar="KEY", help="key of the text (default: %(default)s)")
+    add("--max-documents", type=at_least(1), metavar="N", help="documents per language (default: all)")
+    add(
         "--sequence-length", type=at_least(1), metavar="N",
         help="window in tokens (default: 512, or the models' maximum if that is less)",
     )  # fmt: skip
-    parser.add_argument(
+    add(
         "--context", type=int, metavar="N",
         help="overlap between consecutive windows of a document, in tokens (default: a quarter of the window)",
     )  # fmt: skip
-    parser.add_argument(
-        "--batch-size", type=at_least(1), metavar="N", help="full windows per batch (default: what fits in memory)"
-    )
-    add_common_arguments(parser)
+    add("--batch-size", type=at_least(1), metavar="N", help="full windows per batch (default: what fits in memory)")
     parser.set_defaults(measure=measure_text)
+    return parser
 
 
-def add_model_argument(parser: argparse.ArgumentParser, help: str) -> None:
-    parser.add_argument("--model", action="append", required=True, metavar="[NAME=]DIR", help=help)
-
-
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto: a GPU if any (default: auto)")
-    parser.add_argument(
+def common_arguments(models: str) -> argparse.ArgumentParser:
+    """What all commands accept; `models` describes --model."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add = parser.add_argument
+    add("--model", action="append", required=True, metavar="[NAME=]DIR", help=models)
+    add("--device", default="auto", help="cpu, cuda, cuda:N or auto: a GPU if any (default: auto)")
+    add(
         "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
         help="auto: float32 on a CPU, the model's own on a GPU (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument(
+    add(
         "--output", type=Path, metavar="DIR",
         help="folder for the results as JSON, Markdown, HTML and SVG; rerun the command to resume",
     )  # fmt: skip
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    add("--debug", action="store_true", help="show tracebacks")
+    return parser
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
@@ -194,15 +194,13 @@ def fraction(value: str) -> float:
     return float(value)
 
 
-def split_languages(value: str | None) -> list[str]:
-    return [language.strip() for language in (value or "").split(",") if language.strip()]
+def languages(value: str) -> list[str]:
+    return [language.strip() for language in value.split(",") if language.strip()]
 
 
-def read_original(value: str | None, languages: Collection[str], flag: str) -> list[str]:
-    original = split_languages(value)
+def check_languages(original: list[str], languages: Collection[str], flag: str) -> None:
     if unknown := [language for language in original if language not in languages]:
         raise UserError(f"--original-languages {','.join(unknown)} must be among {flag} ({', '.join(languages)})")
-    return original
 
 
 def named_paths(items: list[str], flag: str) -> dict[str, Path]:

@@ -5,16 +5,17 @@ benchmark, a table per group of languages.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from moelpr.errors import UserError
-from moelpr.evaluate.compare import ResultCache, fingerprint_files, fingerprint_model
-from moelpr.evaluate.models import LoadedModel, is_megatron, load_model
+from moelpr.evaluate.compare import Json, ResultCache, fingerprint_files, fingerprint_model
+from moelpr.evaluate.models import LoadedModel, first_line, open_model, require_hf
 from moelpr.evaluate.results import Results
 from moelpr.languages import language_name
 from moelpr.report.page import Table
@@ -24,6 +25,7 @@ PAPER_TASKS = Path(__file__).with_name("paper_tasks.yaml")
 # Fractions in the harness's results; others (chrf, bleu) are percentages already.
 FRACTIONS = ("acc", "acc_norm", "exact_match", "f1")
 GROUPS = ("expanded", "original")
+_CACHED = "harness "  # before a task: the name of its result in the cache
 
 # model -> task -> {metric or metric_stderr: number}
 Scores = dict[str, dict[str, dict[str, float]]]
@@ -59,20 +61,15 @@ def read_benchmarks(path: Path, languages: Sequence[str]) -> list[Benchmark]:
     Raises:
         UserError: the file is not such a table, or nothing is left.
     """
+    table, benchmarks = read_mapping(path, "table of tasks"), []
     try:
-        benchmarks = []
-        for name, entry in read_mapping(path, "table of tasks").items():
+        for name, entry in table.items():
             # YAML reads the Norwegian code as a boolean.
             tasks = {"no" if key is False else key: names for key, names in entry["tasks"].items()}
-            chosen = {
-                language: (tasks[language],) if isinstance(tasks[language], str) else tuple(tasks[language])
-                for language in languages
-                if language in tasks
-            }
+            chosen = {language: tasks[language] for language in languages if language in tasks}
+            chosen = {lang: (names,) if isinstance(names, str) else tuple(names) for lang, names in chosen.items()}
             if chosen:
                 benchmarks.append(Benchmark(str(name), int(entry["num_fewshot"]), str(entry["metric"]), chosen))
-    except UserError:
-        raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = str(error).replace("\n", " ")
         raise UserError(
@@ -86,65 +83,52 @@ def read_benchmarks(path: Path, languages: Sequence[str]) -> list[Benchmark]:
     return benchmarks
 
 
-@dataclass(frozen=True)
-class HarnessSettings:
-    """How tasks are run."""
-
-    include_path: Path | None = None  # folder with additional task files
-    limit: int | None = None  # questions per task; None: all
-    batch_size: int = 8
-    device: str = "auto"
-    dtype: str = "auto"
-
-
 def run_tasks(
-    models: Mapping[str, Path], benchmarks: Sequence[Benchmark], settings: HarnessSettings, cache: ResultCache
+    models: Mapping[str, Path], benchmarks: Sequence[Benchmark], cache: ResultCache, settings: Mapping[str, Any]
 ) -> Scores:
     """Run every task on every model (name -> Hugging Face directory), one model after another.
+
+    Args:
+        settings: "include_path" (folder with additional task files, or None), "limit" (questions per task, None for
+            all), "batch_size", and "device" and "dtype" of `moelpr.evaluate.models.load_model`.
 
     Raises:
         UserError: before a model is loaded, if lm_eval is missing, or a task is unknown or has no data.
     """
-    if checkpoints := [name for name, directory in models.items() if is_megatron(directory)]:
-        raise UserError(
-            f"--model {checkpoints[0]} is a Megatron checkpoint, which lm-evaluation-harness does not support; export "
-            "it with checkpoint_convert/mcore_to_hf.py"
-        )
+    require_hf(models, "lm-evaluation-harness")
     try:
         version = metadata.version("lm_eval")
     except metadata.PackageNotFoundError as error:
         raise UserError("lm-evaluation-harness is not installed; run: python -m pip install '.[eval]'") from error
-    of: dict[str, Any] = {"lm_eval": version, "limit": settings.limit, "dtype": settings.dtype, "include_path": None}
-    if folder := settings.include_path:
+    of: Json = {"lm_eval": version, "limit": settings["limit"], "dtype": settings["dtype"], "include_path": None}
+    if folder := settings["include_path"]:
         if not folder.is_dir():
             raise UserError(f"--include-path {folder} is not a folder; pass one with task files")
         of["include_path"] = fingerprint_files(file for file in folder.rglob("*") if file.suffix != ".pyc")
     shots = {task: bench.num_fewshot for bench in benchmarks for tasks in bench.tasks.values() for task in tasks}
-    scores: Scores = {}
-    keys: dict[str, dict[str, Any]] = {}  # model -> task -> key of its result
+    keys: dict[str, dict[str, Json]] = {}  # model -> what its results are computed from, by name in the cache
     for name, directory in models.items():
-        model = fingerprint_model(directory)
-        keys[name] = {task: {**of, "model": model, "num_fewshot": count} for task, count in shots.items()}
-        cached = {task: cache.read(name, f"harness {task}", key) for task, key in keys[name].items()}
-        scores[name] = {task: result for task, result in cached.items() if result is not None}
-    missing = [task for task in shots if any(task not in found for found in scores.values())]
-    if not missing:
-        return scores
-    manager = _task_manager(missing, settings.include_path)
-    tasks = {task: _load_task(manager, task) for task in missing}
-    for name, directory in models.items():
-        todo = [task for task in shots if task not in scores[name]]
-        loaded = load_model(directory, settings.device, settings.dtype) if todo else None
-        for task in todo:
-            assert loaded
-            print(f"{name}: {task}, {shots[task]} shots", flush=True)
-            scores[name][task] = _evaluate(loaded, manager, tasks[task], task, shots[task], settings)
-            cache.write(name, f"harness {task}", keys[name][task], scores[name][task])
-    return scores
+        of["model"] = fingerprint_model(directory)
+        keys[name] = {_CACHED + task: {**of, "num_fewshot": count} for task, count in shots.items()}
+    missing = [
+        task
+        for task in shots
+        if any(cache.read(name, _CACHED + task, by_task[_CACHED + task]) is None for name, by_task in keys.items())
+    ]
+    manager, tasks = _load_tasks(missing, settings["include_path"]) if missing else (None, {})
+
+    def measure(name: str, names: list[str]) -> Iterator[tuple[str, Json]]:
+        with open_model(models[name], settings["device"], settings["dtype"]) as loaded:
+            for task in (cached.removeprefix(_CACHED) for cached in names):
+                print(f"{name}: {task}, {shots[task]} shots", flush=True)
+                yield _CACHED + task, _evaluate(loaded, manager, tasks[task], task, shots[task], settings)
+
+    results = {name: cache.complete(name, keys[name], partial(measure, name)) for name in models}
+    return {name: {task: found[_CACHED + task] for task in shots} for name, found in results.items()}
 
 
-def _task_manager(names: Sequence[str], include_path: Path | None) -> Any:
-    """The harness's own index of tasks, with all of `names`."""
+def _load_tasks(names: Sequence[str], include_path: Path | None) -> tuple[Any, dict[str, list[Any]]]:
+    """The harness's index of tasks, and each of `names` (tasks or groups) with its data, as the harness's objects."""
     from lm_eval.tasks import TaskManager
 
     include = str(include_path) if include_path else None
@@ -156,24 +140,21 @@ def _task_manager(names: Sequence[str], include_path: Path | None) -> Any:
             f"lm-evaluation-harness {metadata.version('lm_eval')} has no task {', '.join(unknown)}; correct the "
             "--tasks file, or pass the folder of your own tasks as --include-path"
         )
-    return manager
-
-
-def _load_task(manager: Any, name: str) -> list[Any]:
-    """A task or group with its data, as the harness's own objects."""
-    try:
-        loaded = manager.load([name])
-    except Exception as error:  # datasets raises errors of its own, and a task may run code of its own
-        reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
-        raise UserError(
-            f"the data of task {name} are unavailable: {reason}; run once with network access to fill the cache, or "
-            "omit the task in a --tasks file of your own"
-        ) from error
-    return [loaded["groups"][name]] if name in loaded["groups"] else [*loaded["tasks"].values()]
+    tasks = {}
+    for name in names:
+        try:
+            found = manager.load([name])
+        except Exception as error:  # datasets raises errors of its own, and a task may run code of its own
+            raise UserError(
+                f"the data of task {name} are unavailable: {first_line(error)}; run once with network access to fill "
+                "the cache, or omit the task in a --tasks file of your own"
+            ) from error
+        tasks[name] = [found["groups"][name]] if name in found["groups"] else [*found["tasks"].values()]
+    return manager, tasks
 
 
 def _evaluate(
-    loaded: LoadedModel, manager: Any, task: list[Any], name: str, num_fewshot: int, settings: HarnessSettings
+    loaded: LoadedModel, manager: Any, task: list[Any], name: str, num_fewshot: int, settings: Mapping[str, Any]
 ) -> dict[str, float]:
     """The numbers among the task's results: "acc", "acc_stderr", ..."""
     import lm_eval
@@ -181,9 +162,9 @@ def _evaluate(
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     found = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=settings.batch_size),
+        model=HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=settings["batch_size"]),
         tasks=task, task_manager=manager,  # without it, all tasks are indexed again
-        num_fewshot=num_fewshot, limit=settings.limit, log_samples=False, bootstrap_iters=1000,
+        num_fewshot=num_fewshot, limit=settings["limit"], log_samples=False, bootstrap_iters=1000,
     )  # fmt: skip
     results = found["results"].get(name, {})  # empty for a group that does not aggregate its tasks
     return {
@@ -200,70 +181,66 @@ class HarnessResults(Results):
 
     def __init__(
         self, models: Mapping[str, Path], benchmarks: Sequence[Benchmark], languages: Sequence[str],
-        original: Sequence[str], scores: Scores, settings: HarnessSettings,
+        original: Sequence[str], scores: Scores, settings: Mapping[str, Any],
     ):  # fmt: skip
         self._models, self._benchmarks, self._settings = models, benchmarks, settings
         self._reference = next(iter(models))
         self._groups = {
-            "expanded": [language for language in languages if language not in original],
-            "original": [language for language in languages if language in original],
+            group: [language for language in languages if (language in original) == (group == "original")]
+            for group in GROUPS
         }
         # model -> benchmark -> language -> {value, stderr}
         self._scores = {
-            model: {
-                bench.name: {lang: bench.score(lang, scores[model]) for lang in bench.tasks} for bench in benchmarks
-            }
-            for model in models
+            model: {bench.name: {code: bench.score(code, found) for code in bench.tasks} for bench in benchmarks}
+            for model, found in scores.items()
         }
 
-    def benchmark_mean(self, model: str, benchmark: str, group: str) -> float | None:
-        """Mean over the group's languages that the benchmark has; None if it has none."""
-        scores = self._scores[model][benchmark]
-        found = [scores[language]["value"] for language in self._groups[group] if language in scores]
-        return fmean(found) if found else None
+    def means(self, model: str, group: str) -> list[float | None]:
+        """Of each benchmark over the group's languages that it has, None if it has none; then the mean of these means.
 
-    def average(self, model: str, group: str) -> float | None:
-        """Mean of the benchmarks' means, as in the paper's Table 1."""
-        means = [self.benchmark_mean(model, benchmark.name, group) for benchmark in self._benchmarks]
-        found = [value for value in means if value is not None]
-        return fmean(found) if found else None
+        This is the row of the paper's Table 1.
+        """
+        by_benchmark = [
+            [score["value"] for language, score in scores.items() if language in self._groups[group]]
+            for scores in self._scores[model].values()
+        ]
+        means = [fmean(values) if values else None for values in by_benchmark]
+        found = [mean for mean in means if mean is not None]
+        return [*means, fmean(found) if found else None]
 
     def _change(self, model: str, group: str) -> str:
         """Change of the average from the first model, "" for that model itself."""
-        ours, theirs = self.average(model, group), self.average(self._reference, group)
+        ours, theirs = self.means(model, group)[-1], self.means(self._reference, group)[-1]
         if model == self._reference or ours is None or theirs is None:
             return ""
         return f"{ours - theirs:+.2f}".replace("-", "\u2212")
 
     def findings(self) -> list[str]:
         findings = [
-            f"{group.capitalize()} languages: {model} has {self.average(model, group):.2f} on average, {change} "
+            f"{group.capitalize()} languages: {model} has {self.means(model, group)[-1]:.2f} on average, {change} "
             f"against {self._reference}."
             for group in GROUPS
             for model in self._models
             if (change := self._change(model, group))
         ]
-        languages = [language for group in self._groups.values() for language in group]
         for benchmark in self._benchmarks:
+            languages = [language for group in self._groups.values() for language in group]
             if missing := [language_name(language) for language in languages if language not in benchmark.tasks]:
                 findings.append(f"{benchmark.name} has no task for {', '.join(missing)}.")
         return findings
 
     def tables(self) -> dict[str, Table]:
-        groups = {
+        tables = {
             f"{group.capitalize()} languages": self._group_table(group) for group in GROUPS if self._groups[group]
         }
-        return groups | {
-            f"{bench.name}, {bench.num_fewshot} shots, {bench.metric}": self._language_table(bench)
-            for bench in self._benchmarks
-        }
+        for bench in self._benchmarks:
+            tables[f"{bench.name}, {bench.num_fewshot} shots, {bench.metric}"] = self._language_table(bench)
+        return tables
 
     def _group_table(self, group: str) -> Table:
         rows = []
         for model in self._models:
-            means = [self.benchmark_mean(model, benchmark.name, group) for benchmark in self._benchmarks]
-            numbers = [*means, self.average(model, group)]
-            cells = ["\u2013" if number is None else f"{number:.2f}" for number in numbers]
+            cells = ["\u2013" if mean is None else f"{mean:.2f}" for mean in self.means(model, group)]
             rows.append([model, *cells, self._change(model, group)])
         header = [f"{benchmark.name} ({benchmark.num_fewshot})" for benchmark in self._benchmarks]
         return Table(
@@ -279,28 +256,21 @@ class HarnessResults(Results):
             for model, scores in self._scores.items()
         ]
         names = ", ".join(name for tasks in benchmark.tasks.values() for name in tasks)
-        limit = self._settings.limit
+        limit = self._settings["limit"]
         warning = f" Only the first {limit} questions of each task: do not publish these numbers." if limit else ""
         return Table(["model", *benchmark.tasks], rows, f"\u00b1 one standard error. Tasks: {names}.{warning}")
 
     def to_json(self) -> dict[str, Any]:
-        include_path = self._settings.include_path
+        include_path = self._settings["include_path"]
         return {
-            "settings": {**asdict(self._settings), "include_path": include_path and str(include_path)},
+            "settings": {**self._settings, "include_path": include_path and str(include_path)},
             "groups": self._groups,
-            "benchmarks": {
-                benchmark.name: {
-                    "num_fewshot": benchmark.num_fewshot,
-                    "metric": benchmark.metric,
-                    "tasks": benchmark.tasks,
-                }
-                for benchmark in self._benchmarks
-            },
+            "benchmarks": {bench.pop("name"): bench for bench in map(asdict, self._benchmarks)},
             "models": {
                 model: {
                     "directory": str(directory),
                     "scores": self._scores[model],
-                    "averages": {group: self.average(model, group) for group in GROUPS},
+                    "averages": {group: self.means(model, group)[-1] for group in GROUPS},
                 }
                 for model, directory in self._models.items()
             },

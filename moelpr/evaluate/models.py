@@ -7,8 +7,7 @@ and code that comes with a model is never run. A Megatron checkpoint is opened w
 import gc
 import logging
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,123 +23,71 @@ from moelpr.run_folder import HF_FOLDER, read_json
 
 
 @dataclass(frozen=True)
-class LoadedModel(ABC):
-    """A causal language model in evaluation mode, with its tokenizer."""
+class LoadedModel:
+    """A causal language model in evaluation mode, with its tokenizer.
+
+    Attributes:
+        model: a transformers PreTrainedModel with a language-model head, or Megatron's GPTModel with our MoE layers.
+        tokenizer: a transformers PreTrainedTokenizerBase.
+        start_id: the token that precedes every document: BOS, or EOS if the tokenizer has no BOS.
+        vocab_size: number of token embeddings.
+        logits: tokens [batch, sequence] -> logits [batch, sequence, vocabulary] of one forward pass. Padding must be on
+            the right.
+        routers: the router of each MoE layer, by decoder layer number (from 0); empty for a dense model.
+        router_logits: (router, inputs, output) of a forward hook -> logits [T, experts]; T: over batch, then sequence.
+        num_original_experts: m; 1 for a dense model.
+        topk: K; 1 for a dense model.
+    """
 
     directory: Path
     model: Any
-    tokenizer: Any  # a transformers PreTrainedTokenizerBase
-    start_id: int  # the token that precedes every document: BOS, or EOS if the tokenizer has no BOS
+    tokenizer: Any
+    start_id: int
     eos_id: int | None
-
-    @property
-    @abstractmethod
-    def vocab_size(self) -> int:
-        """Number of token embeddings."""
+    vocab_size: int
+    logits: Callable[[Tensor], Tensor]
+    routers: dict[int, nn.Module]
+    router_logits: Callable[[Any, Any, Any], Tensor]
+    num_original_experts: int
+    topk: int
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    @abstractmethod
-    def logits(self, tokens_BS: Tensor) -> Tensor:
-        """Logits [batch, sequence, vocabulary] of one forward pass. Padding must be on the right."""
-
     @property
-    @abstractmethod
-    def routers(self) -> dict[int, nn.Module]:
-        """The router of each MoE layer, by decoder layer number (from 0); empty for a dense model."""
-
-    @abstractmethod
-    def router_logits(self, router: nn.Module, inputs: Any, output: Any) -> Tensor:
-        """Logits [T, experts] of one router call, from a forward hook's arguments; T: over batch, then sequence."""
-
-    @property
-    @abstractmethod
-    def num_original_experts(self) -> int:
-        """m; 1 for a dense model."""
-
-    @property
-    @abstractmethod
-    def topk(self) -> int:
-        """K; 1 for a dense model."""
+    def unknown_id(self) -> int | None:
+        """None if the tokenizer has no token for text that it cannot encode."""
+        # A tokenizer that names its EOS as unknown token (GPT-2, Qwen2) never has to use it.
+        return None if self.tokenizer.unk_token_id == self.eos_id else self.tokenizer.unk_token_id
 
 
-@dataclass(frozen=True)
-class HfModel(LoadedModel):
-    """`model` is a transformers PreTrainedModel with a language-model head."""
+def hf_model(directory: Path, model: Any, tokenizer: Any, start_id: int, eos_id: int | None) -> LoadedModel:
+    """A transformers model behind the common interface."""
+    config = model.config
+    num_experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    layers = getattr(model.get_decoder(), "layers", []) if num_experts else []
 
-    @property
-    def vocab_size(self) -> int:
-        return self.model.get_input_embeddings().weight.shape[0]
+    def router_logits(router: nn.Module, inputs: Any, output: Any) -> Tensor:
+        logits = output[0] if isinstance(output, tuple) else output  # (logits, top-k weights, top-k indices)
+        return logits.flatten(0, -2)
 
-    def logits(self, tokens_BS: Tensor) -> Tensor:
+    return LoadedModel(
+        directory, model, tokenizer, start_id, eos_id,
+        vocab_size=model.get_input_embeddings().weight.shape[0],
         # No attention mask: padding is on the right, which the tokens of a causal model do not attend to.
-        return self.model(input_ids=tokens_BS, use_cache=False).logits
-
-    @property
-    def routers(self) -> dict[int, nn.Module]:
-        """Mixtral, Qwen2Moe and Qwen3Moe all name their routers `gate`, with a weight [E, hidden]."""
-        config = self.model.config
-        num_experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-        layers = getattr(self.model.get_decoder(), "layers", None)
-        if not num_experts or layers is None:
-            return {}
-        return {
+        logits=lambda tokens_BS: model(input_ids=tokens_BS, use_cache=False).logits,
+        routers={  # Mixtral, Qwen2Moe and Qwen3Moe all name their routers `gate`, with a weight [E, hidden].
             number: module
             for number, layer in enumerate(layers)
             for name, module in layer.named_modules()
             if name.rsplit(".", 1)[-1] == "gate" and module.weight.shape[0] == num_experts
-        }
-
-    def router_logits(self, router: nn.Module, inputs: Any, output: Any) -> Tensor:
-        logits = output[0] if isinstance(output, tuple) else output  # (logits, top-k weights, top-k indices)
-        return logits.flatten(0, -2)
-
-    @property
-    def num_original_experts(self) -> int:
+        },
+        router_logits=router_logits,
         # Our exports record it in config.json; transformers keeps fields that it does not use.
-        return getattr(self.model.config, "num_original_experts", 1)
-
-    @property
-    def topk(self) -> int:
-        return getattr(self.model.config, "num_experts_per_tok", None) or 1
-
-
-@dataclass(frozen=True)
-class MegatronModel(LoadedModel):
-    """`model` is Megatron's GPTModel with our MoE layers."""
-
-    spec: ModelSpec
-
-    @property
-    def vocab_size(self) -> int:
-        return self.spec.megatron_args["vocab_size"]
-
-    def logits(self, tokens_BS: Tensor) -> Tensor:
-        positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
-        return self.model(tokens_BS, positions, attention_mask=None)[..., : self.vocab_size]
-
-    @property
-    def routers(self) -> dict[int, nn.Module]:
-        return {
-            number: layer.mlp.router
-            for number, layer in enumerate(self.model.decoder.layers)
-            if hasattr(layer.mlp, "router")
-        }
-
-    def router_logits(self, router: Any, inputs: Any, output: Any) -> Tensor:
-        # The router returns only its choices, so its linear map is applied again to the same hidden states.
-        hidden_SBH = inputs[0]
-        return router.gating(hidden_SBH).transpose(0, 1).flatten(0, 1)
-
-    @property
-    def num_original_experts(self) -> int:
-        return self.spec.moe.num_original_experts if self.spec.moe else 1
-
-    @property
-    def topk(self) -> int:
-        return self.spec.moe.topk if self.spec.moe else 1
+        num_original_experts=getattr(config, "num_original_experts", 1),
+        topk=getattr(config, "num_experts_per_tok", None) or 1,
+    )  # fmt: skip
 
 
 def is_megatron(directory: Path) -> bool:
@@ -148,59 +95,25 @@ def is_megatron(directory: Path) -> bool:
     return (directory / FILE_NAME).is_file()
 
 
+def require_hf(models: Mapping[str, Path], user: str) -> None:
+    """Raises UserError if one of the `models` (name -> directory) is a checkpoint, which `user` does not support."""
+    if checkpoints := [name for name, directory in models.items() if is_megatron(directory)]:
+        raise UserError(
+            f"{user} requires Hugging Face directories, --model {checkpoints[0]} is a Megatron checkpoint; export it "
+            "with checkpoint_convert/mcore_to_hf.py"
+        )
+
+
 @contextmanager
 def open_model(directory: Path, device: str = "auto", dtype: str = "auto") -> Iterator[LoadedModel]:
-    """Load the model in `directory`, of either kind, for the duration of the `with` block; see `load_model`."""
-    if is_megatron(directory):
-        with _open_megatron_model(directory, device, dtype) as loaded:
-            yield loaded
-        del loaded
-    else:
-        yield load_model(directory, device, dtype)
-    gc.collect()  # before the next model takes its memory
+    """Load the model in `directory`, of either kind, for the duration of the `with` block; see `load_model`.
 
-
-def load_model(directory: Path, device: str = "auto", dtype: str = "auto") -> HfModel:
-    """Load a Hugging Face directory.
-
-    Args:
-        directory: config.json, *.safetensors and a tokenizer.
-        device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
-        dtype: "auto" (float32 on a CPU, the checkpoint's own dtype on a GPU), "float32", "bfloat16" or "float16".
-
-    Raises:
-        UserError: the directory is not a model, is incomplete, or needs code of its own.
+    For a checkpoint, the latest one in `directory`, torch.distributed is initialized inside the block.
     """
-    _check_directory(directory)
-    torch_device = choose_device(device)
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    if dtype == "auto" and torch_device.type == "cpu":
-        dtype = "float32"
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # _check_missing_weights replaces its table of missing weights
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # the empty shared expert, see below
-            model, loading_info = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=dtype, use_safetensors=True, output_loading_info=True,
-                local_files_only=True, trust_remote_code=False,
-            )  # fmt: skip
-    except MemoryError:
-        raise
-    except Exception as error:  # transformers and safetensors each raise errors of their own
-        raise UserError(f"{directory} cannot be opened as a causal language model: {_first_line(error)}") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    _check_missing_weights(directory, model, loading_info["missing_keys"])
-    return HfModel(directory, model.to(torch_device).eval(), *_load_tokenizer(directory))
-
-
-@contextmanager
-def _open_megatron_model(directory: Path, device: str, dtype: str) -> Iterator[MegatronModel]:
-    """The latest checkpoint in `directory`. torch.distributed is initialized inside the `with` block."""
+    gc.collect()  # the previous model's memory
+    if not is_megatron(directory):
+        yield load_model(directory, device, dtype)
+        return
     logging.getLogger("megatron").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         # Megatron warns about what is intended here: no Apex, one process; and about its own deprecations.
@@ -226,7 +139,65 @@ def _open_megatron_model(directory: Path, device: str, dtype: str) -> Iterator[M
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = loading.load_model(directory, **config).eval()
-        yield MegatronModel(directory, model, *tokenizer, spec=spec)
+        vocab_size = spec.megatron_args["vocab_size"]
+
+        def logits(tokens_BS: Tensor) -> Tensor:
+            positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
+            return model(tokens_BS, positions, attention_mask=None)[..., :vocab_size]
+
+        layers = enumerate(model.decoder.layers)
+        yield LoadedModel(
+            directory, model, *tokenizer, vocab_size=vocab_size, logits=logits,
+            routers={number: layer.mlp.router for number, layer in layers if hasattr(layer.mlp, "router")},
+            # The router returns only its choices, so its linear map is applied again to its input [S, B, H].
+            router_logits=lambda router, inputs, output: router.gating(inputs[0]).transpose(0, 1).flatten(0, 1),
+            num_original_experts=spec.moe.num_original_experts if spec.moe else 1,
+            topk=spec.moe.topk if spec.moe else 1,
+        )  # fmt: skip
+
+
+def load_model(directory: Path, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+    """Load a Hugging Face directory.
+
+    Args:
+        directory: config.json, *.safetensors and a tokenizer.
+        device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
+        dtype: "auto" (float32 on a CPU, the checkpoint's own dtype on a GPU), "float32", "bfloat16" or "float16".
+
+    Raises:
+        UserError: the directory is not a model, is incomplete, or needs code of its own.
+    """
+    _check_directory(directory)
+    torch_device = choose_device(device)
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    if dtype == "auto" and torch_device.type == "cpu":
+        dtype = "float32"
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its table of missing weights: see below
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # the empty shared expert, see below
+            model, loading_info = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=dtype, use_safetensors=True, output_loading_info=True,
+                local_files_only=True, trust_remote_code=False,
+            )  # fmt: skip
+    except MemoryError:
+        raise
+    except Exception as error:  # transformers and safetensors each raise errors of their own
+        raise UserError(f"{directory} cannot be opened as a causal language model: {first_line(error)}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    # transformers initializes missing weights at random and continues: that is a different model. An upcycled Qwen2Moe
+    # has a shared expert of size 0, whose empty matrices are not in the file.
+    tensors = model.state_dict()
+    if missing := sorted(key for key in loading_info["missing_keys"] if key not in tensors or tensors[key].numel() > 0):
+        raise UserError(
+            f"the weights in {directory} lack {len(missing)} tensors, {missing[0]} among them; export the model again"
+        )
+    return hf_model(directory, model.to(torch_device).eval(), *_load_tokenizer(directory))
 
 
 def read_max_positions(directory: Path) -> int | None:
@@ -268,7 +239,7 @@ def _load_tokenizer(directory: Path) -> tuple[Any, int, int | None]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"the tokenizer in {directory} cannot be opened: {_first_line(error)}") from error
+        raise UserError(f"the tokenizer in {directory} cannot be opened: {first_line(error)}") from error
     start_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start_id is None:
         raise UserError(f"the tokenizer in {directory} has neither BOS nor EOS; add one: every document starts with it")
@@ -285,16 +256,6 @@ def _check_directory(directory: Path) -> None:
         raise UserError(f"{directory} contains no *.safetensors; save the model with safe_serialization=True")
 
 
-def _check_missing_weights(directory: Path, model: Any, missing: Any) -> None:
-    """transformers initializes weights that a checkpoint lacks at random and continues: that is a different model."""
-    tensors = model.state_dict()
-    # An upcycled Qwen2Moe has a shared expert of size 0, whose empty matrices are not in the file.
-    missing = sorted(key for key in missing if key not in tensors or tensors[key].numel() > 0)
-    if missing:
-        raise UserError(
-            f"the weights in {directory} lack {len(missing)} tensors, {missing[0]} among them; export the model again"
-        )
-
-
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of its message, without a full stop."""
     return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__

@@ -9,7 +9,7 @@ sample by sample: what makes a document hard for both cancels out.
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,62 +20,17 @@ from numpy.typing import NDArray
 from moelpr.errors import UserError
 from moelpr.evaluate.compare import Comparison
 from moelpr.evaluate.routing import BrokenPrior, Routing, broken_priors
-from moelpr.evaluate.scoring import LanguageScore
+from moelpr.evaluate.scoring import LanguageScore, metrics
 from moelpr.files import atomic_file
 from moelpr.languages import language_name
-from moelpr.report.page import (
-    Block,
-    Figure,
-    Page,
-    Points,
-    Row,
-    Sample,
-    Section,
-    Table,
-    Text,
-    terminal_table,
-    write_page,
-)
+from moelpr.report import page
 from moelpr.report.plots import Interval, Panel, change_chart, heat_maps, percent
 
 NUM_SAMPLES = 1000
 METRICS = ("bits_per_byte", "perplexity", "accuracy")
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number, and what it is in each bootstrap sample of the documents [NUM_SAMPLES]."""
-
-    value: float
-    samples: NDArray[np.float64]
-
-    @property
-    def interval(self) -> Interval:
-        """The 95% confidence interval; its bounds are NaN for a language with a single document."""
-        return Interval(self.value, *map(float, np.percentile(self.samples, [2.5, 97.5])))
-
-    @property
-    def is_clear(self) -> bool:
-        """For a change: its interval does not contain 0."""
-        return self.interval.low > 0 or self.interval.high < 0
-
-    def relative_to(self, reference: "Estimate") -> "Estimate":
-        """Relative change: 0.1 is 10% more than `reference`."""
-        return Estimate(self.value / reference.value - 1, self.samples / reference.samples - 1)
-
-    def minus(self, reference: "Estimate") -> "Estimate":
-        return Estimate(self.value - reference.value, self.samples - reference.samples)
-
-    def to_json(self) -> dict[str, float | None]:
-        return {name: None if np.isnan(number) else number for name, number in self.interval._asdict().items()}
-
-
-def mean(estimates: Sequence[Estimate]) -> Estimate:
-    """The mean over languages, whose samples are independent of each other."""
-    return Estimate(
-        sum(estimate.value for estimate in estimates) / len(estimates),
-        np.mean([estimate.samples for estimate in estimates], axis=0),
-    )
+MEANS = {"mean original": "Original languages", "mean expanded": "Expanded languages"}
+# [1 + NUM_SAMPLES]: a number, then what it is in each bootstrap sample of the documents.
+Estimate = NDArray[np.float64]
 
 
 def estimates(scores: Mapping[str, LanguageScore], seed: int, language: str) -> dict[str, dict[str, Estimate]]:
@@ -84,33 +39,34 @@ def estimates(scores: Mapping[str, LanguageScore], seed: int, language: str) -> 
     The language also seeds the samples: otherwise those of two languages would depend on each other, and the interval
     of their mean would be wrong.
     """
-    columns = np.array(
-        [
-            column
-            for score in scores.values()
-            for column in (score.document_bits, score.document_bytes, score.document_tokens, score.document_correct)
-        ],
-        dtype=np.float64,
-    ).T
-    sums = _resampled_sums(columns, np.random.default_rng([seed, *language.encode()]))
+    columns = np.array([column for score in scores.values() for column in score.columns], dtype=np.float64).T
+    rng, num_documents = np.random.default_rng([seed, *language.encode()]), len(columns)
+    sums = np.full((NUM_SAMPLES, columns.shape[1]), np.nan)
+    for number in range(NUM_SAMPLES if num_documents > 1 else 0):
+        times = np.bincount(rng.integers(num_documents, size=num_documents), minlength=num_documents)
+        sums[number] = times @ columns
     result = {}
     for index, (model, score) in enumerate(scores.items()):
-        bits, size, tokens, correct = sums[:, 4 * index : 4 * index + 4].T
-        samples = {"bits_per_byte": bits / size, "perplexity": 2 ** (bits / tokens), "accuracy": correct / tokens}
-        result[model] = {metric: Estimate(getattr(score, metric), samples[metric]) for metric in METRICS}
+        samples = metrics(*sums[:, 4 * index : 4 * index + 4].T)
+        result[model] = {metric: np.append(value, samples[metric]) for metric, value in score.metrics.items()}
     return result
 
 
-def _resampled_sums(columns: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
-    """Sums over the sampled documents [NUM_SAMPLES, columns] of `columns` [documents, columns]."""
-    num_documents = len(columns)
-    if num_documents == 1:
-        return np.full((NUM_SAMPLES, columns.shape[1]), np.nan)
-    sums = np.empty((NUM_SAMPLES, columns.shape[1]))
-    for number in range(NUM_SAMPLES):
-        times = np.bincount(rng.integers(num_documents, size=num_documents), minlength=num_documents)
-        sums[number] = times @ columns
-    return sums
+def mean(estimates: Sequence[Estimate]) -> Estimate:
+    """The mean over languages, whose samples are independent of each other."""
+    numbers = np.mean(estimates, axis=0)
+    numbers[0] = sum(float(estimate[0]) for estimate in estimates) / len(estimates)  # more exact
+    return numbers
+
+
+def interval_of(estimate: Estimate) -> Interval:
+    """The number and its 95% confidence interval, whose bounds are NaN for a language with a single document."""
+    return Interval(float(estimate[0]), *map(float, np.percentile(estimate[1:], [2.5, 97.5])))
+
+
+def is_clear(change: Interval) -> bool:
+    """Whether its interval does not contain 0."""
+    return change.has_bounds and change.is_clear
 
 
 class Results(ABC):
@@ -128,20 +84,20 @@ class Results(ABC):
         """What the numbers show, one sentence each."""
 
     @abstractmethod
-    def tables(self) -> dict[str, Table]:
+    def tables(self) -> dict[str, page.Table]:
         """Title -> table."""
 
-    def figures(self) -> list[Figure]:
+    def figures(self) -> list[page.Figure]:
         return []
 
-    def samples(self) -> list[Block]:
+    def samples(self) -> list[page.Block]:
         """Text written by the models."""
         return []
 
     def print(self) -> None:
         """Print tables and findings to stdout."""
         for title, table in self.tables().items():
-            print("\n\n".join(part for part in (title, terminal_table(table), table.note) if part) + "\n")
+            print("\n\n".join(part for part in (title, page.terminal_table(table), table.note) if part) + "\n")
         print("\n".join(self.findings()))
 
     def write(self, folder: Path) -> None:
@@ -149,10 +105,14 @@ class Results(ABC):
         with atomic_file(folder / f"{self.name}.json") as temporary:
             content = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
             temporary.write_text(content + "\n", encoding="utf-8")
-        findings: list[Block] = [Points(self.findings())] if self.findings() else []
-        sections = [Section(title, [table]) for title, table in self.tables().items()]
-        sections = [Section("", [*findings, *self.figures()]), *sections, Section("Continuations", self.samples())]
-        write_page(folder, self.name, Page(self.title, sections=sections))
+        findings: list[page.Block] = [page.Points(self.findings())] if self.findings() else []
+        sections = [page.Section(title, [table]) for title, table in self.tables().items()]
+        sections = [
+            page.Section("", [*findings, *self.figures()]),
+            *sections,
+            page.Section("Continuations", self.samples()),
+        ]
+        page.write_page(folder, self.name, page.Page(self.title, sections=sections))
 
 
 class TextResults(Results):
@@ -167,48 +127,45 @@ class TextResults(Results):
     def __init__(self, comparison: Comparison, data: Mapping[str, Path], original: Sequence[str], seed: int):
         """`data`: language -> file. `original`: the original languages; empty if they were not named."""
         self._comparison, self._data, self._original, self._seed = comparison, data, original, seed
-        self._models = list(comparison.models)
-        self._first, *others = self._models
-        # language or mean -> model -> metric -> estimate
-        self._rows = {language: estimates(comparison.scores_on(language), seed, language) for language in data}
-        for group, is_original in (("mean original", True), ("mean expanded", False)):
-            members = [language for language in data if (language in original) == is_original]
-            if members and original:
-                self._rows[group] = {
-                    model: {metric: mean([self._rows[name][model][metric] for name in members]) for metric in METRICS}
-                    for model in self._models
-                }
+        self._first, *others = models = list(comparison.models)
+        found = {language: estimates(comparison.scores_on(language), seed, language) for language in data}
+        for group in MEANS if original else ():
+            members = [found[code] for code in data if (code in original) == (group == "mean original")]
+            if members:
+                found[group] = {m: {name: mean([by[m][name] for by in members]) for name in METRICS} for m in models}
         tokens = {m: [score.document_tokens for score in scores.values()] for m, scores in comparison.scores.items()}
-        self._has_same_tokens = {model: tokens[model] == tokens[self._first] for model in self._models}
-        self._changes = {
-            row: {model: self._change(by[model], by[self._first], model) for model in others}
-            for row, by in self._rows.items()
+        self._has_same_tokens = {model: tokens[model] == tokens[self._first] for model in models}
+        # language or mean -> model -> metric -> interval
+        self._rows = {
+            row: {m: {name: interval_of(estimate) for name, estimate in of.items()} for m, of in by.items()}
+            for row, by in found.items()
         }
+        self._changes = {row: {m: self._change(by[m], by[self._first], m) for m in others} for row, by in found.items()}
         self._bits_changes = {
             row: {m: change["bits_per_byte"] for m, change in by.items()} for row, by in self._changes.items()
         }
 
-    def _change(self, ours: dict[str, Estimate], theirs: dict[str, Estimate], model: str) -> dict[str, Estimate]:
-        metrics = METRICS if self._has_same_tokens[model] else ("bits_per_byte",)
-        return {m: ours[m].minus(theirs[m]) if m == "accuracy" else ours[m].relative_to(theirs[m]) for m in metrics}
+    def _change(self, ours: dict[str, Estimate], theirs: dict[str, Estimate], model: str) -> dict[str, Interval]:
+        names = METRICS if self._has_same_tokens[model] else ("bits_per_byte",)
+        return {m: interval_of(ours[m] - theirs[m] if m == "accuracy" else ours[m] / theirs[m] - 1) for m in names}
 
     def findings(self) -> list[str]:
         findings = []
         for row, changes in self._bits_changes.items():
             for model, change in changes.items():
                 verdict = f"{model} is {'better' if change.value < 0 else 'worse'} than {self._first}"
-                if not change.is_clear:
+                if not is_clear(change):
                     verdict = f"no clear change from {self._first} to {model}"
-                findings.append(f"{_row_name(row)}: {verdict} ({_with_interval(change, percent)} bits per byte).")
+                number = _with_interval(change, percent)
+                findings.append(f"{MEANS.get(row, language_name(row))}: {verdict} ({number} bits per byte).")
         return findings + [
-            f"{model} cannot encode {score.unknown_share:.1%} of the {language_name(language)} tokens (unknown "
-            "tokens); its scores there are unreliable."
+            f"{warning}."
             for language in self._data
             for model, score in self._comparison.scores_on(language).items()
-            if score.unknown_tokens
+            if (warning := score.warning(model, language_name(language)))
         ]
 
-    def tables(self) -> dict[str, Table]:
+    def tables(self) -> dict[str, page.Table]:
         intervals = "In brackets: 95% confidence intervals, bootstrap over documents."
         unclear = "A change is unclear if its interval contains 0: with other documents it could be the opposite."
         per_token = (
@@ -217,7 +174,7 @@ class TextResults(Results):
             else "Per token, and these models' tokenizers differ: compare their bits per byte instead."
         )
         changes = {
-            row: {m: _with_interval(c, percent) + ("" if c.is_clear else " unclear") for m, c in by_model.items()}
+            row: {m: _with_interval(c, percent) + ("" if is_clear(c) else " unclear") for m, c in by_model.items()}
             for row, by_model in self._bits_changes.items()
         }
         # Averaging perplexities is meaningless.
@@ -236,30 +193,31 @@ class TextResults(Results):
             for row, by_model in self._rows.items()
         }
 
-    def _table(self, cells: Mapping[str, Mapping[str, str]], note: str) -> Table:
-        rows = [Row([row, *by_model.values()], "" if row in self._data else "mean") for row, by_model in cells.items()]
-        return Table(["language", *next(iter(cells.values()))], rows, note)
+    def _table(self, cells: Mapping[str, Mapping[str, str]], note: str) -> page.Table:
+        rows = [
+            page.Row([row, *by_model.values()], "" if row in self._data else "mean") for row, by_model in cells.items()
+        ]
+        return page.Table(["language", *next(iter(cells.values()))], rows, note)
 
-    def figures(self) -> list[Figure]:
-        if len(self._models) == 1:
+    def figures(self) -> list[page.Figure]:
+        if len(self._comparison.models) == 1:
             return []
         changes = {
-            row if row.startswith("mean ") else language_name(row): {
-                m: change.interval for m, change in by_model.items()
-            }
-            for row, by_model in self._bits_changes.items()
+            row if row in MEANS else language_name(row): by_model for row, by_model in self._bits_changes.items()
         }
         svg = change_chart("Change in bits per byte", changes, axis=f"bits per byte against {self._first}")
         caption = f"Change in bits per byte against {self._first}, with 95% confidence intervals; hollow: unclear."
-        return [Figure([svg], caption, name="change")]
+        return [page.Figure([svg], caption, name="change")]
 
-    def samples(self) -> list[Block]:
+    def samples(self) -> list[page.Block]:
         samples = [
-            Sample(language, language_name(language), text.prompt, {**text.by_model, "the text itself": text.reference})
-            for language, text in self._comparison.continuations.items()
+            page.Sample(
+                code, language_name(code), text["prompt"], text["by_model"] | {"the text itself": text["reference"]}
+            )
+            for code, text in self._comparison.continuations.items()
         ]
         note = "The first words of a held-out document, continued by each model. One sample does not show quality."
-        return [Text(note, "note"), *samples] if samples else []
+        return [page.Text(note, "note"), *samples] if samples else []
 
     def to_json(self) -> dict[str, Any]:
         settings = {"seed": self._seed, "continuation_tokens": self._comparison.continuation_tokens}
@@ -269,17 +227,16 @@ class TextResults(Results):
                 model: {
                     "directory": str(directory),
                     "languages": {language: self._language_json(model, language) for language in self._data},
-                    "means": {row: self._estimates_json(model, row) for row in self._rows if row not in self._data},
+                    "means": {row: self._row_json(model, row) for row in self._rows if row not in self._data},
                 }
                 for model, directory in self._comparison.models.items()
             },
-            "continuations": {language: asdict(text) for language, text in self._comparison.continuations.items()},
+            "continuations": self._comparison.continuations,
         }
 
     def _language_json(self, model: str, language: str) -> dict[str, Any]:
         score = self._comparison.scores[model][language]
-        return {
-            **self._estimates_json(model, language),
+        return self._row_json(model, language) | {
             "documents": len(score.document_bits),
             "tokens": sum(score.document_tokens),
             "bytes": sum(score.document_bytes),
@@ -287,12 +244,10 @@ class TextResults(Results):
             "original_expert_share": score.routing and score.routing.original_expert_share,
         }
 
-    def _estimates_json(self, model: str, row: str) -> dict[str, Any]:
+    def _row_json(self, model: str, row: str) -> dict[str, Any]:
         changes = self._changes[row].get(model, {})
-        return {
-            **{metric: estimate.to_json() for metric, estimate in self._rows[row][model].items()},
-            "change": {metric: {**c.to_json(), "is_clear": c.is_clear} for metric, c in changes.items()},
-        }
+        change = {metric: _interval_json(change) | {"is_clear": is_clear(change)} for metric, change in changes.items()}
+        return {metric: _interval_json(found) for metric, found in self._rows[row][model].items()} | {"change": change}
 
 
 # Table and map of a number per layer and language: name -> title, note.
@@ -345,30 +300,32 @@ class RoutingResults(Results):
         findings = []
         for model in self._routing:
             broken = self.broken(model)
-            for language, group in groupby(broken, lambda prior: prior.language):
-                findings.append(f"{model}: {_broken_layers(language, list(group))}.")
+            for (language, is_original), priors in groupby(broken, lambda prior: (prior.language, prior.is_original)):
+                layers = [f"{prior.layer} ({prior.share:.0%})" for prior in priors]
+                wrong = f"{'a new' if is_original else 'an original'} expert first in layer{'s' if layers[1:] else ''}"
+                findings.append(f"{model}: {language_name(language)} tokens choose {wrong} {', '.join(layers)}.")
             if not broken:
                 findings.append(f"{model}: no layer breaks the language prior (threshold {self._threshold:.0%}).")
         return findings
 
-    def tables(self) -> dict[str, Table]:
+    def tables(self) -> dict[str, page.Table]:
         return {
             f"{title}: {model}": self._table(name, statistics, note)
             for name, (title, note) in LAYER_NUMBERS.items()
             for model, statistics in self._routing.items()
         }
 
-    def _table(self, name: str, statistics: Mapping[str, Routing], note: str) -> Table:
+    def _table(self, name: str, statistics: Mapping[str, Routing], note: str) -> page.Table:
         columns = [getattr(routing, name) for routing in statistics.values()]
         layers = next(iter(statistics.values())).layers
-        rows = [Row([str(layer), *(f"{column[i]:.3f}" for column in columns)]) for i, layer in enumerate(layers)]
-        rows.append(Row(["mean", *(f"{sum(column) / len(column):.3f}" for column in columns)], "mean"))
-        return Table(["layer", *statistics], rows, note)
+        rows = [page.Row([str(layer), *(f"{column[i]:.3f}" for column in columns)]) for i, layer in enumerate(layers)]
+        rows.append(page.Row(["mean", *(f"{sum(column) / len(column):.3f}" for column in columns)], "mean"))
+        return page.Table(["layer", *statistics], rows, note)
 
-    def figures(self) -> list[Figure]:
+    def figures(self) -> list[page.Figure]:
         return [figure for model in self._routing for figure in self._figures_of(model)]
 
-    def _figures_of(self, model: str) -> list[Figure]:
+    def _figures_of(self, model: str) -> list[page.Figure]:
         statistics = self._routing[model]
         layers = next(iter(statistics.values())).layers
         rows = [str(layer) for layer in layers]
@@ -382,14 +339,14 @@ class RoutingResults(Results):
             broken = self.broken(model) if name == "original_first_share" else []
             panel = Panel(
                 model, values, rows,
-                outlined={(prior.language, layers.index(prior.layer)) for prior in broken},
+                outlined=[(prior.language, layers.index(prior.layer)) for prior in broken],
                 column_groups=groups if 0 < num_original < len(languages) else {},
             )  # fmt: skip
             darkest = 1.0 if name.endswith("share") else max(map(max, values.values()))
             svg = heat_maps(f"{title}: {model}", [panel], form="{:.2f}", darkest=darkest, corner="layer")
             outlined = " Outlined: more than the allowed fraction makes the wrong choice." if broken else ""
             caption = f"{model}: {title}. {note}{outlined}"
-            figures.append(Figure([svg], caption, name=f"routing-{file_name}-{name.replace('_', '-')}"))
+            figures.append(page.Figure([svg], caption, name=f"routing-{file_name}-{name.replace('_', '-')}"))
         experts = []
         for language, routing in statistics.items():
             by_layer = routing.first_choice_share
@@ -397,7 +354,7 @@ class RoutingResults(Results):
             experts.append(Panel(language_name(language), columns, rows, split_after=routing.num_original_experts))
         title = "Fraction of first choices per layer (rows), expert (columns) and language"
         svg = heat_maps(f"{title}: {model}", experts, form="{:.2f}", corner="layer", cell_width=30)
-        return [*figures, Figure([svg], f"{model}: {title}.", name=f"routing-{file_name}-experts")]
+        return [*figures, page.Figure([svg], f"{model}: {title}.", name=f"routing-{file_name}-experts")]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -406,11 +363,7 @@ class RoutingResults(Results):
                 model: {
                     "directory": str(self._comparison.models[model]),
                     "languages": {
-                        language: {
-                            **routing.to_json(),
-                            "original_first_share": routing.original_first_share,
-                            "load_imbalance": routing.load_imbalance,
-                        }
+                        language: asdict(routing) | {name: getattr(routing, name) for name in LAYER_NUMBERS}
                         for language, routing in statistics.items()
                     },
                     "broken_priors": [asdict(prior) for prior in self.broken(model)],
@@ -430,16 +383,10 @@ def _settings_json(
     }
 
 
-def _with_interval(estimate: Estimate, write: Callable[[float], str]) -> str:
-    value, low, high = estimate.interval
-    return f"{write(value)} [{write(low)}, {write(high)}]" if estimate.interval.has_bounds else write(value)
+def _interval_json(interval: Interval) -> dict[str, float | None]:
+    return {name: None if np.isnan(number) else number for name, number in interval._asdict().items()}
 
 
-def _row_name(row: str) -> str:
-    return {"mean original": "Original languages", "mean expanded": "Expanded languages"}.get(row, language_name(row))
-
-
-def _broken_layers(language: str, broken: Sequence[BrokenPrior]) -> str:
-    wrong = "a new expert" if broken[0].is_original else "an original expert"
-    layers = ", ".join(f"{prior.layer} ({prior.share:.0%})" for prior in broken)
-    return f"{language_name(language)} tokens choose {wrong} first in layer{'s' if broken[1:] else ''} {layers}"
+def _with_interval(interval: Interval, write: Callable[[float], str]) -> str:
+    value, low, high = map(write, interval)
+    return f"{value} [{low}, {high}]" if interval.has_bounds else value

@@ -5,8 +5,9 @@ T = tokens of a batch, E = experts, of which the first m are the original ones, 
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,22 +45,14 @@ class Routing:
         """Tokens of the busiest expert divided by the mean over experts, per layer; from 1 (even) to E / K."""
         return [max(shares) * len(shares) / sum(shares) for shares in self.chosen_share]
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 class RoutingObserver:
-    """Accumulates what the routers of one model decide for the counted tokens."""
+    """Accumulates what the routers of one model decide for the counted tokens of a language."""
 
     def __init__(self, loaded: LoadedModel):
         self._loaded = loaded
-        self._routers = loaded.routers
-        self.reset()
-
-    def reset(self) -> None:
-        """Discard what was counted, before the next language."""
         self._tokens = 0
-        self._sums: dict[int, Tensor] = {}  # layer -> [3 E + 2], see `_vector`
+        self._sums: dict[int, Tensor] = {}  # layer -> [3 E + 2], see `_add`
 
     @contextmanager
     def observe(self, is_counted: Tensor) -> Iterator[None]:
@@ -68,27 +61,17 @@ class RoutingObserver:
         Args:
             is_counted: bool, the shape of the input tokens [batch, sequence].
         """
-        if not self._routers:
-            yield
-            return
         weight_T = is_counted.flatten().float()
         self._tokens += int(is_counted.sum())
-        hooks = [router.register_forward_hook(self._hook(number, weight_T)) for number, router in self._routers.items()]
-        try:
+        with ExitStack() as hooks:
+            for number, router in self._loaded.routers.items():
+                hook = router.register_forward_hook(partial(self._add, number, weight_T))
+                hooks.callback(hook.remove)
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
-    def _hook(self, number: int, weight_T: Tensor) -> Any:
-        def add(router: nn.Module, inputs: Any, output: Any) -> None:
-            vector = self._vector(self._loaded.router_logits(router, inputs, output).float(), weight_T)
-            self._sums[number] = vector if number not in self._sums else self._sums[number] + vector
-
-        return add
-
-    def _vector(self, logits_TE: Tensor, weight_T: Tensor) -> Tensor:
-        """Sums over counted tokens: first choices [E], choices [E], scores [E], entropy, original among the K."""
+    def _add(self, number: int, weight_T: Tensor, router: nn.Module, inputs: Any, output: Any) -> None:
+        """Add the sums over counted tokens: first choices [E], choices [E], scores [E], entropy, original among K."""
+        logits_TE = self._loaded.router_logits(router, inputs, output).float()
         log_scores_TE = logits_TE.log_softmax(dim=-1)
         scores_TE = log_scores_TE.exp()
         choices_TK = logits_TE.topk(self._loaded.topk, dim=-1).indices
@@ -98,24 +81,20 @@ class RoutingObserver:
         entropy_T = -(scores_TE * log_scores_TE).sum(dim=-1, keepdim=True)
         has_original_T = is_chosen_TE[:, : self._loaded.num_original_experts].amax(dim=-1, keepdim=True)
         columns = torch.cat([is_first_TE, is_chosen_TE, scores_TE, entropy_T, has_original_T], dim=-1)
-        return (weight_T @ columns).double()  # a batch's counts are exact in float32
+        sums = (weight_T @ columns).double()  # a batch's counts are exact in float32
+        self._sums[number] = self._sums.get(number, 0) + sums
 
     def result(self) -> Routing | None:
-        """Statistics since the last reset; None for a dense model, or if no token was counted."""
+        """None for a dense model, or if no token was counted."""
         if not self._sums or self._tokens == 0:
             return None
-        means = {number: (sums / self._tokens).tolist() for number, sums in sorted(self._sums.items())}
-        num_experts = (len(next(iter(means.values()))) - 2) // 3
-        first, chosen, score = (slice(part * num_experts, (part + 1) * num_experts) for part in range(3))
+        layers = sorted(self._sums)
+        means = torch.stack([self._sums[layer] for layer in layers]) / self._tokens
+        num_experts = means.shape[1] // 3
+        first, chosen, score, rest = (part.tolist() for part in means.split([num_experts] * 3 + [2], dim=1))
+        entropy, original_chosen = map(list, zip(*rest, strict=True))
         return Routing(
-            layers=list(means),
-            tokens=self._tokens,
-            first_choice_share=[values[first] for values in means.values()],
-            chosen_share=[values[chosen] for values in means.values()],
-            mean_score=[values[score] for values in means.values()],
-            entropy=[values[-2] for values in means.values()],
-            original_chosen_share=[values[-1] for values in means.values()],
-            num_original_experts=self._loaded.num_original_experts,
+            layers, self._tokens, first, chosen, score, entropy, original_chosen, self._loaded.num_original_experts
         )
 
 

@@ -16,7 +16,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,11 +44,6 @@ class Settings:
     context: int | None = None  # overlap with the previous window, in tokens; None: a quarter of the window
     batch_size: int | None = None  # full windows per batch; None: as many as LOGITS_BYTES allows
 
-    @property
-    def identity(self) -> dict[str, int | None]:
-        """The settings that results depend on; the batch size only affects speed."""
-        return {"sequence_length": self.sequence_length, "context": self.context}
-
     def resolve(self, max_positions: Mapping[str, int | None]) -> "Settings":
         """The same settings for all models, with only the batch size possibly None.
 
@@ -58,18 +53,24 @@ class Settings:
         Raises:
             UserError: a number is out of range.
         """
-        limits = {name: limit for name, limit in max_positions.items() if limit is not None}
-        narrowest = min(limits, key=lambda name: limits[name], default=None)
-        longest = limits[narrowest] if narrowest is not None else None
-        length = self.sequence_length
-        if length is None:
-            length = min(DEFAULT_SEQUENCE_LENGTH, longest or DEFAULT_SEQUENCE_LENGTH)
+        limits = [(limit, name) for name, limit in max_positions.items() if limit is not None]
+        longest, narrowest = min(limits, default=(sys.maxsize, ""))
+        length = min(DEFAULT_SEQUENCE_LENGTH, longest) if self.sequence_length is None else self.sequence_length
         context = length // 4 if self.context is None else self.context
-        if longest is not None and length > longest:
+        if length > longest:
             raise UserError(f"--sequence-length must be at most {longest}, which {narrowest} supports, got {length}")
         if not 0 <= context < length:
             raise UserError(f"--context must be at least 0 and below --sequence-length ({length}), got {context}")
         return Settings(length, context, self.batch_size)
+
+
+def metrics(bits: Any, size: Any, tokens: Any, correct: Any) -> dict[str, Any]:
+    """Metrics from sums over documents (numbers or arrays), in the order of `LanguageScore`.
+
+    Perplexity and accuracy (fraction of tokens that were the most likely next token) are per token, so they cannot be
+    compared between models with different tokenizers.
+    """
+    return {"bits_per_byte": bits / size, "perplexity": 2 ** (bits / tokens), "accuracy": correct / tokens}
 
 
 @dataclass(frozen=True)
@@ -84,28 +85,23 @@ class LanguageScore:
     routing: Routing | None  # None for a dense model
 
     @property
-    def bits_per_byte(self) -> float:
-        return sum(self.document_bits) / sum(self.document_bytes)
+    def columns(self) -> list[Sequence[float]]:
+        """What the metrics are computed from, per document."""
+        return [self.document_bits, self.document_bytes, self.document_tokens, self.document_correct]
 
     @property
-    def perplexity(self) -> float:
-        """Per token, so it cannot be compared between models with different tokenizers."""
-        return 2 ** (sum(self.document_bits) / sum(self.document_tokens))
+    def metrics(self) -> dict[str, float]:
+        """See `metrics`."""
+        return metrics(*map(sum, self.columns))
 
-    @property
-    def accuracy(self) -> float:
-        """Fraction of tokens that were the most likely next token; per token, like perplexity."""
-        return sum(self.document_correct) / sum(self.document_tokens)
-
-    @property
-    def unknown_share(self) -> float:
-        return self.unknown_tokens / sum(self.document_tokens)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+    def warning(self, model: str, language: str) -> str:
+        """About text that the model's tokenizer cannot encode; "" if there is none."""
+        share = f"{self.unknown_tokens / sum(self.document_tokens):.1%} of the {language} tokens (unknown tokens)"
+        return f"{model} cannot encode {share}; its scores there are unreliable" if self.unknown_tokens else ""
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "LanguageScore":
+        """Of `asdict`."""
         routing = content["routing"]
         return cls(**{**content, "routing": None if routing is None else Routing(**routing)})
 
@@ -147,24 +143,28 @@ def score_each(
         UserError: the tokenizer returns IDs without an embedding, no tokens for a document, or omits text.
     """
     tokens = {language: _tokenize(loaded, language, texts) for language, texts in documents.items()}
-    observer = RoutingObserver(loaded)
+    unknown_id = loaded.unknown_id
     with tqdm(
         total=sum(len(ids) for documents in tokens.values() for ids in documents), desc=name, unit=" tokens",
         unit_scale=True, leave=False, disable=None,  # only on a terminal
     ) as progress:  # fmt: skip
         for language, texts in documents.items():
-            start = time.monotonic()
+            start, observer = time.monotonic(), RoutingObserver(loaded)
             bits, correct = score_documents(loaded, tokens[language], settings, observer, progress)
             result = LanguageScore(
                 document_bits=bits,
                 document_bytes=[len(text.encode("utf-8")) for text in texts],
                 document_tokens=[len(ids) for ids in tokens[language]],
                 document_correct=correct,
-                unknown_tokens=_count_unknown(loaded, tokens[language]),
+                unknown_tokens=sum(token == unknown_id for ids in tokens[language] for token in ids),
                 routing=observer.result(),
             )
-            observer.reset()
-            _log(name, language, result, time.monotonic() - start, progress)
+            if warning := result.warning(name, language):
+                tqdm.write(f"warning: {warning}", file=sys.stderr)
+            if progress.disable:  # a log file gets one line per language instead of a bar
+                rate = f"{sum(result.document_tokens):,} tokens, {time.monotonic() - start:.1f} s"
+                bits_per_byte = result.metrics["bits_per_byte"]
+                print(f"{name} {language}: {bits_per_byte:.4f} bits per byte, {rate}", file=sys.stderr, flush=True)
             yield language, result
 
 
@@ -177,7 +177,16 @@ def _tokenize(loaded: LoadedModel, language: str, texts: Sequence[str]) -> list[
             f"{language} documents, number {empty[0]} among them; remove them, or use a tokenizer that supports "
             f"{language}"
         )
-    _check_lost_letters(loaded, language, texts, documents)
+    if loaded.unknown_id is None:
+        # A tokenizer with neither byte tokens nor an unknown token omits text, and the rest would score too well.
+        pairs = list(zip(texts, documents, strict=True))[:LETTERS_SAMPLE]
+        expected = sum(_num_letters(text) for text, _ in pairs)
+        found = sum(min(_num_letters(text), _num_letters(loaded.tokenizer.decode(ids))) for text, ids in pairs)
+        if expected - found > MAX_LOST_SHARE * expected:
+            raise UserError(
+                f"the tokenizer in {loaded.directory} omits {1 - found / expected:.1%} of the letters of {language} "
+                f"text, so its bits per byte would be wrong; use a tokenizer that supports {language}"
+            )
     largest = max(loaded.start_id, *(max(ids) for ids in documents))
     if largest >= loaded.vocab_size:
         raise UserError(
@@ -185,32 +194,6 @@ def _tokenize(loaded: LoadedModel, language: str, texts: Sequence[str]) -> list[
             f"{loaded.vocab_size} embeddings; use the tokenizer the model was trained with"
         )
     return documents
-
-
-def _unknown_id(loaded: LoadedModel) -> int | None:
-    """None if the tokenizer has no token for text that it cannot encode."""
-    unknown_id = loaded.tokenizer.unk_token_id
-    # A tokenizer that names its EOS as unknown token (GPT-2, Qwen2) never has to use it.
-    return None if unknown_id == loaded.eos_id else unknown_id
-
-
-def _count_unknown(loaded: LoadedModel, documents: list[list[int]]) -> int:
-    unknown_id = _unknown_id(loaded)
-    return sum(ids.count(unknown_id) for ids in documents) if unknown_id is not None else 0
-
-
-def _check_lost_letters(loaded: LoadedModel, language: str, texts: Sequence[str], documents: list[list[int]]) -> None:
-    """A tokenizer with neither byte tokens nor an unknown token omits text, and the rest would score too well."""
-    if _unknown_id(loaded) is not None:
-        return
-    pairs = list(zip(texts, documents, strict=True))[:LETTERS_SAMPLE]
-    expected = sum(map(_num_letters, texts[:LETTERS_SAMPLE]))
-    found = sum(min(_num_letters(text), _num_letters(loaded.tokenizer.decode(ids))) for text, ids in pairs)
-    if expected - found > MAX_LOST_SHARE * expected:
-        raise UserError(
-            f"the tokenizer in {loaded.directory} omits {1 - found / expected:.1%} of the letters of {language} text, "
-            f"so its bits per byte would be wrong; use a tokenizer that supports {language}"
-        )
 
 
 def _num_letters(text: str) -> int:
@@ -276,19 +259,3 @@ def make_tensors(batch: list[Window], device: torch.device) -> tuple[torch.Tenso
     is_routed = targets != IGNORED
     is_routed[:, 0] &= ~torch.tensor([window.starts_document for window in batch])
     return inputs.to(device), targets.to(device), is_routed.to(device)
-
-
-def _log(name: str, language: str, score: LanguageScore, seconds: float, progress: tqdm) -> None:
-    if score.unknown_tokens:
-        tqdm.write(
-            f"warning: {name} cannot encode {score.unknown_share:.1%} of the {language} tokens (unknown tokens); its "
-            "scores there are unreliable",
-            file=sys.stderr,
-        )
-    if progress.disable:  # a log file gets one line per language instead of a bar
-        print(
-            f"{name} {language}: {score.bits_per_byte:.4f} bits per byte, {sum(score.document_tokens):,} tokens, "
-            f"{seconds:.1f} s",
-            file=sys.stderr,
-            flush=True,
-        )

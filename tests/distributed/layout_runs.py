@@ -191,7 +191,7 @@ def launch(folder: Path, ranks: int, commands: list[list[str]], name: str) -> No
     plan = folder / f"{name}.json"
     plan.write_text(json.dumps(commands))
     common.run_ranks(
-        ranks, "benchmarks.train_many", plan, log=folder / f"{name}.log", timeout_s=60 + 60 * len(commands)
+        ranks, "tests.distributed.train_many", plan, log=folder / f"{name}.log", timeout_s=60 + 60 * len(commands)
     )
 
 

@@ -1,13 +1,15 @@
-"""Several models on the same windows, and results that are kept for a rerun."""
+"""Several models on the same windows, continuations against a plain loop, and results that are kept for a rerun."""
 
 import os
 import shutil
 
 import pytest
+import torch
 
 from moelpr.errors import UserError
 from moelpr.evaluate import compare
-from moelpr.evaluate.compare import ResultCache, compare_models
+from moelpr.evaluate.compare import ResultCache, choose_prompt, compare_models, continue_prompt
+from moelpr.evaluate.models import load_model
 from moelpr.evaluate.scoring import Settings
 
 
@@ -78,7 +80,9 @@ def test_continuations_are_kept_until_their_length_changes(measured, tmp_path, d
     again = compare_models({"dense": dense_dir}, texts, continuation_tokens=4, device="cpu", cache=cache)
     assert measured == [] and again == first
     compare_models({"dense": dense_dir}, texts, continuation_tokens=3, device="cpu", cache=cache)
-    assert [prompt for _, prompt in measured] == [continuation.prompt for continuation in first.continuations.values()]
+    assert [prompt for _, prompt in measured] == [
+        continuation["prompt"] for continuation in first.continuations.values()
+    ]
 
 
 def test_without_a_folder_nothing_is_kept(dense_dir, texts):
@@ -100,3 +104,34 @@ def test_a_megatron_checkpoint_continues_no_prompts(tmp_path, dense_spec, texts)
     dense_spec.write(tmp_path)
     with pytest.raises(UserError, match="--continuations .*mcore_to_hf.py"):
         compare_models({"m": tmp_path}, texts, continuation_tokens=4)
+
+
+def test_a_continuation_is_the_most_likely_token_each_time(dense_dir, texts):
+    loaded = load_model(dense_dir, device="cpu")
+    prompt = texts["en"][1][:20]
+    ids = [loaded.start_id, *loaded.tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+    length = len(ids)
+    with torch.no_grad():
+        while len(ids) < length + 6 and (len(ids) == length or ids[-1] != loaded.eos_id):
+            ids.append(int(loaded.model(torch.tensor([ids])).logits[0, -1].argmax()))
+    text = loaded.tokenizer.decode(ids[length:], skip_special_tokens=True)
+    expected = next((line for line in text.split("\n") if line.strip()), "").rstrip("\ufffd ")
+    assert continue_prompt(loaded, prompt, max_new_tokens=6) == expected
+
+
+def test_continuations_are_repeatable_and_depend_on_the_prompt(moe_dir, texts):
+    loaded = load_model(moe_dir, device="cpu")
+    first, second = texts["en"][0][:9], texts["el"][0][:9]
+    written = [continue_prompt(loaded, prompt, max_new_tokens=8) for prompt in (first, second, first)]
+    assert written[0] == written[2] != written[1]
+
+
+def test_a_prompt_is_the_first_words_of_a_document_that_continues():
+    prompt, reference = choose_prompt(
+        ["Too short", "One two three four five six seven eight nine ten eleven twelve thirteen fourteen"]
+    )
+    assert prompt == "One two three four five six seven"
+    assert reference == "eight nine ten eleven twelve thirteen fourteen"
+    chinese, _ = choose_prompt(["有人晚回家时开灯早上再关掉,这样家里就不会太暗。"])
+    assert chinese == "有人晚回家时开灯早上"
+    assert choose_prompt(["Too short"]) == ("Too short", "")

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from moelpr.evaluate.harness import PAPER_TASKS, Benchmark, HarnessResults, HarnessSettings, read_benchmarks
+from moelpr.evaluate.harness import PAPER_TASKS, Benchmark, HarnessResults, read_benchmarks
 from moelpr.evaluate.models import load_model
 
 needs_lm_eval = pytest.mark.skipif(
@@ -204,11 +204,16 @@ def test_averages_are_over_languages_first_and_then_over_benchmarks():
     ours = {task: {name: value + 0.1 for name, value in result.items()} for task, result in base.items()}
     models = {"base": Path("base"), "ours": Path("ours")}
     results = HarnessResults(
-        models, benchmarks, ["en", "es", "el"], ["en", "es"], {"base": base, "ours": ours}, HarnessSettings(limit=5)
+        models,
+        benchmarks,
+        ["en", "es", "el"],
+        ["en", "es"],
+        {"base": base, "ours": ours},
+        {"limit": 5, "include_path": None},
     )
-    assert results.average("base", "original") == pytest.approx((30 + 50) / 2)
-    assert results.average("base", "expanded") == pytest.approx(50)
-    assert results.average("ours", "original") == pytest.approx((40 + 50.1) / 2)
+    assert results.means("base", "original")[-1] == pytest.approx((30 + 50) / 2)
+    assert results.means("base", "expanded")[-1] == pytest.approx(50)
+    assert results.means("ours", "original")[-1] == pytest.approx((40 + 50.1) / 2)
     flores = results.to_json()["models"]["base"]["scores"]["B"]["en"]
     assert flores == {"value": pytest.approx(50), "stderr": pytest.approx(2.5)}
     findings, tables = results.findings(), results.tables()

@@ -1,12 +1,13 @@
 """Routing statistics against routers computed by hand from their input hidden states."""
 
+import dataclasses
 import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from moelpr.evaluate.models import HfModel, load_model
+from moelpr.evaluate.models import hf_model, load_model
 from moelpr.evaluate.routing import BrokenPrior, Routing, broken_priors
 from moelpr.evaluate.scoring import Settings
 
@@ -59,8 +60,8 @@ def test_shares_equal_a_plain_computation_from_hidden_states(score, moe_dir, tex
 def test_first_choices_of_all_original_experts_count_together(score, moe_dir, texts):
     loaded = load_model(moe_dir, device="cpu")
     before = score(loaded, {"en": texts["en"]}, Settings(64, 0))["en"].routing
-    loaded.model.config.num_original_experts = 3  # as in config.json of an export after a second round
-    routing = score(loaded, {"en": texts["en"]}, Settings(64, 0))["en"].routing
+    second_round = dataclasses.replace(loaded, num_original_experts=3)
+    routing = score(second_round, {"en": texts["en"]}, Settings(64, 0))["en"].routing
     assert routing.first_choice_share == before.first_choice_share
     share = routing.original_expert_share["per_layer"]
     assert share == pytest.approx([sum(shares[:3]) for shares in routing.first_choice_share])
@@ -92,7 +93,7 @@ def test_routers_of_the_other_exported_families_are_found(family):
         num_experts_per_tok=2,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
-    loaded = HfModel(Path(), model, None, 0, None)
+    loaded = hf_model(Path(), model, None, 0, None)
     assert {number: tuple(router.weight.shape) for number, router in loaded.routers.items()} == {
         0: (3, 16),
         1: (3, 16),

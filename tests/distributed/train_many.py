@@ -1,6 +1,6 @@
 """Trains several times in the same ranks, which saves about 10 s of start-up each; run under torchrun.
 
-    python -m moelpr.torchrun --standalone --nproc-per-node 2 -m benchmarks.train_many FILE
+    python -m moelpr.torchrun --standalone --nproc-per-node 2 -m tests.distributed.train_many FILE
 
 FILE contains a JSON list of argument lists of moelpr.pretrain.
 """

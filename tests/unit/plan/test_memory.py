@@ -150,11 +150,11 @@ SEQ_LENGTH, MICRO_BATCH_SIZE = 96, 2
 @pytest.mark.parametrize("stage", get_args(MoeStage))
 @pytest.mark.parametrize("recompute", get_args(Recompute))
 def test_bytes_kept_by_autograd_are_within_two_percent_of_the_plan(stage: MoeStage, recompute: Recompute) -> None:
-    """In one process; benchmarks/memory_plan.py does it in full runs. K = E, so that routing has no influence."""
-    from benchmarks.measured_memory import SavedTensors
+    """In one process; tests/distributed/memory_plan.py does it in full runs. K = E: routing has no influence."""
     from moelpr.model.freezing import freeze
     from moelpr.model.loading import build_model
     from moelpr.model.router import LPRLossNormalizer
+    from tests.distributed.measured_memory import SavedTensors
 
     spec = ModelSpec("qwen2", "float32", ACTIVATION_SHAPE, MoeSpec(num_new_experts=1, topk=2, layers=(0, 2)))
     settings: dict[str, object] = {"moe_aux_loss_coeff": 0.01} if stage == "stage1" else {"lpr_loss_coeff": 0.1}

@@ -1,8 +1,8 @@
 """Is the memory plan right? Trains a small random model in several layouts and compares its memory with moelpr.plan.
 
-    python -m benchmarks.memory_plan [--json] [--only NAME …]
+    python -m tests.distributed.memory_plan [--json] [--only NAME …]
 
-Every run is one step of the real trainer on one or two CPU ranks (benchmarks/measured_memory.py). Parameters, gradient
+Every run is one step of the real trainer on one or two CPU ranks (measured_memory.py). Parameters, gradient
 buffers and optimizer state must be predicted to the byte, except padding. What autograd keeps is compared as a ratio,
 with the plan's assumption that every expert is chosen equally often, and with the rows that were routed. The peer of
 the summary is the same model with everything trained (--train-everything).
@@ -112,7 +112,7 @@ def measure(case: Case, material: Path, out: Path) -> list[dict[str, Any]]:
     paths = ["--pretrained-checkpoint", material / case.model, "--data-path", material / "text"]
     ranks, words = case.layout.world_size, (out, *settings, *paths, *case.layout.flags())
     log = out / f"{case.name}, {case.stage}, {case.dtype}.log"
-    common.run_ranks(ranks, "benchmarks.measured_memory", *words, log=log, timeout_s=300)
+    common.run_ranks(ranks, "tests.distributed.measured_memory", *words, log=log, timeout_s=300)
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(ranks)]
 
 

@@ -1,6 +1,6 @@
-"""One rank of a real training run that counts its own bytes; benchmarks/memory_plan.py starts it under torchrun.
+"""One rank of a real training run that counts its own bytes; tests/distributed/memory_plan.py starts it under torchrun.
 
-    python -m moelpr.torchrun … -m benchmarks.measured_memory FOLDER <arguments of moelpr.pretrain>
+    python -m moelpr.torchrun … -m tests.distributed.measured_memory FOLDER <arguments of moelpr.pretrain>
 
 Trains as `moelpr.pretrain` does and writes FOLDER/rank<r>.json when the run has ended.
 """

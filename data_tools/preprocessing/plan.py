@@ -216,7 +216,7 @@ def _encoder(
 ) -> Encoder:
     bits, tagger = _languages(arguments, datasets)
     return Encoder(
-        backend=tokenizer.reference(),
+        backend=tokenizer.backend,
         vocab_size=tokenizer.record.vocab_size,
         prefix=tokenizer.prefix,
         suffix=tokenizer.suffix,

@@ -4,7 +4,6 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
 
 from data_tools.corpus import describe
 from data_tools.corpus_writer import token_dtype
@@ -73,22 +72,6 @@ class Tally:
         self.problems += other.problems[: _PROBLEMS_SHOWN - len(self.problems)]
         for stated, detected in other.audit.items():
             self.audit.setdefault(stated, Counter()).update(detected)
-
-    def as_json(self) -> dict[str, Any]:
-        corpora = {
-            name: {**vars(corpus), "languages": {language: vars(count) for language, count in corpus.languages.items()}}
-            for name, corpus in self.corpora.items()
-        }
-        return {**vars(self), "corpora": corpora}
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Self:
-        corpora = {}
-        for name, corpus in content["corpora"].items():
-            languages = {language: LanguageCount(**count) for language, count in corpus["languages"].items()}
-            corpora[name] = CorpusTally(languages, Counter(corpus["sources"]), corpus["num_empty"])
-        audit = {stated: Counter(detected) for stated, detected in content["audit"].items()}
-        return cls(**{**content, "corpora": corpora, "audit": audit})
 
 
 def why_empty(sources: list[str], tally: Tally) -> str:

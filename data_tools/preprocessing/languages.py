@@ -116,8 +116,7 @@ class LanguageSpans(Tagger):
         spans = document[self.key]
         if not isinstance(spans, list):
             raise BadLine(f'the key "{self.key}" contains {json_type(spans)}, not a list of spans')
-        texts: list[str] = []
-        languages: list[tuple[str, int]] = []
+        texts, languages = [], []
         for number, span in enumerate(spans, 1):
             try:
                 if not isinstance(span, dict):
@@ -180,17 +179,14 @@ class DetectedLanguages(Tagger):
     by_line: bool
 
     def texts(self, document: dict[str, Any], dataset: int, keys: list[str]) -> list[TaggedText]:
-        return [self._tagged(text_of(document, key)) for key in keys]
-
-    def _tagged(self, text: str) -> TaggedText:
-        language = self.detector.language(text)
-        if not self.by_line:
-            return _one_span(text, language)
-        spans = []
-        for line in text.splitlines(keepends=True):
-            found = self.detector.language(line)
-            spans.append((language if found == UNDETECTED else found, len(line)))
-        return TaggedText(text, _merge(spans))
+        tagged = []
+        for text in (text_of(document, key) for key in keys):
+            language = self.detector.language(text)
+            lines = text.splitlines(keepends=True) if self.by_line else []
+            found = [(self.detector.language(line), len(line)) for line in lines]
+            spans = [(language if name == UNDETECTED else name, length) for name, length in found]
+            tagged.append(TaggedText(text, _merge(spans)) if self.by_line else _one_span(text, language))
+        return tagged
 
 
 def _one_span(text: str, language: str) -> TaggedText:

@@ -4,11 +4,13 @@ docs/data-format.md describes the keys.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import types
 import typing
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -20,6 +22,7 @@ from moelpr.errors import UserError
 from moelpr.files import atomic_file
 
 FORMAT_VERSION = 1
+_BLOCK_BYTES = 1 << 22
 _FIX = "rebuild the corpus with data_tools/preprocess_data.py"
 
 
@@ -68,6 +71,16 @@ class FileRecord:
 
     bytes: int
     sha256: str
+
+    @classmethod
+    def of(cls, path: Path, progress: Callable[[int], object] = lambda _: None) -> Self:
+        """Read a file; `progress` is called with the bytes of each block."""
+        checksum = hashlib.sha256()
+        with open(path, "rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                checksum.update(block)
+                progress(len(block))
+        return cls(path.stat().st_size, checksum.hexdigest())
 
 
 @dataclass

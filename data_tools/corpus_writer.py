@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import struct
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.corpus import Corpus, CorpusPaths, describe, run_edges
+from moelpr.data.corpus_index import index_header
 from moelpr.data.language_bits import LanguageBitsWriter
 from moelpr.data.manifest import FileRecord, Manifest, manifest_path
 from moelpr.errors import UserError
@@ -21,8 +21,6 @@ from moelpr.files import fsync_file, refuse_existing, temporary_name
 _CHUNK = 1 << 16  # items of an index held in memory at once
 _BITS_AT_ONCE = 1 << 20
 _LONGEST_SEQUENCE = np.iinfo(np.int32).max
-_INDEX_HEADER = struct.Struct("<9sQBQQ")
-_DTYPE_CODES: dict[np.dtype, int] = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -238,8 +236,7 @@ class CorpusWriter:
     def _write_index(self) -> None:
         _, lengths, ends, _ = self._parts
         with open(self._unfinished.idx, "wb") as index:
-            code = _DTYPE_CODES[self.dtype]
-            index.write(_INDEX_HEADER.pack(b"MMIDIDX\0\0", 1, code, self._at.sequences, self._at.documents + 1))
+            index.write(index_header(self.dtype, self._at.sequences, self._at.documents))
             _copy(lengths, index)
             start = 0
             with open(lengths, "rb") as file:

@@ -217,8 +217,8 @@ def shares_of(sources: list[Source], shard: int, num_shards: int) -> Iterator[Sh
         begin += source.bytes
 
 
-# Content, size in memory, number within the share, and where reading resumes after it.
-_Item = tuple[bytes | FileRange | dict[str, Any], int, int, ReadCursor]
+# Content and its size, and offset, line and documents of the cursor after it. A plain tuple, since every line has one.
+_Item = tuple[bytes | FileRange | dict[str, Any], int, int, int, int]
 
 
 class Reader:
@@ -296,7 +296,7 @@ class Reader:
             offset += size
             documents += 1
             if self._is_chosen(share, documents - 1):
-                yield long_line or content, size, line, ReadCursor(share, offset, line, documents)
+                yield long_line or content, size, offset, line, documents
 
     def _spool_line(self, start: bytes, stream: BinaryIO, name: str) -> FileRange:
         with open(self._spool / name, "wb") as file:
@@ -329,7 +329,7 @@ class Reader:
                 skipped = max(cursor.offset - number, 0)
                 for place, row in enumerate(table[skipped:].to_pylist(), number + skipped):
                     if self._is_chosen(cursor.share, place):
-                        yield row, table.nbytes // len(table), place + 1, cursor._replace(offset=place + 1)
+                        yield row, table.nbytes // len(table), place + 1, place + 1, place + 1
                 number += len(table)
 
 
@@ -340,11 +340,13 @@ def _batches(
     held: list[_Item] = []
     size, last = 0, file_bytes(cursor)
     for item in chain(items, [None]):
-        if held and (item is None or size >= BATCH_BYTES or FileRange in (type(held[0][0]), type(item[0]))):
-            content, _, numbers, places = zip(*held, strict=True)
-            position = file_bytes(places[-1])
+        is_full = item is None or size >= BATCH_BYTES or type(item[0]) is FileRange
+        if held and (is_full or type(held[0][0]) is FileRange):
+            content, _, offsets, lines, documents = zip(*held, strict=True)
+            after = ReadCursor(cursor.share, offsets[-1], lines[-1], documents[-1])
+            position = file_bytes(after)
             parts = content[0] if isinstance(content[0], FileRange) else list(content)
-            yield Batch(share, parts, list(numbers), places[-1], size, position - last)
+            yield Batch(share, parts, list(lines), after, size, position - last)
             held, size, last = [], 0, position
         if item is not None:
             held.append(item)

@@ -28,10 +28,8 @@ class Bits:
     @classmethod
     def from_names(cls, original: str | None, expanded: str | None) -> Self:
         """Parse the values of --original-languages and --expanded-languages."""
-        sets = [
-            frozenset(name.strip() for name in (names or "").split(",") if name.strip())
-            for names in (original, expanded)
-        ]
+        lists = [(names or "").split(",") for names in (original, expanded)]
+        sets = [frozenset(name.strip() for name in names if name.strip()) for names in lists]
         if both := sets[0] & sets[1]:
             raise UserError(f"{', '.join(sorted(both))} can't be in both --original-languages and --expanded-languages")
         return cls(*sets)
@@ -66,7 +64,7 @@ class Tagger:
 
     def columns(self) -> list[str]:
         """Return the keys to read in addition to those of the texts."""
-        return []
+        return [self.key] if hasattr(self, "key") else []
 
 
 @dataclass(frozen=True)
@@ -99,9 +97,6 @@ class LanguageKey(Tagger):
         self.bits.check(name)
         return [_one_span(text_of(document, key), name) for key in keys]
 
-    def columns(self) -> list[str]:
-        return [self.key]
-
 
 @dataclass(frozen=True)
 class LanguageSpans(Tagger):
@@ -129,9 +124,6 @@ class LanguageSpans(Tagger):
             if text:
                 languages.append((name, len(text)))
         return [TaggedText("".join(texts), _merge(languages))]
-
-    def columns(self) -> list[str]:
-        return [self.key]
 
 
 class Detector:

@@ -151,7 +151,7 @@ class GigatokenBackend:
         reference: the library it replaces.
 
     Raises:
-        Exception: gigatoken does not support the tokenizer; it may raise any exception.
+        Exception: gigatoken does not support the tokenizer.
     """
 
     name = "gigatoken"

@@ -69,6 +69,12 @@ class CorpusIndex:
         return cls(dtype, lengths, starts, num_tokens)
 
 
+def index_header(dtype: np.dtype, sequences: int, documents: int) -> bytes:
+    """Return the header of an .idx."""
+    code = next(code for code, known in _DTYPES.items() if known == dtype)
+    return _HEADER.pack(_MAGIC, _VERSION, code, sequences, documents + 1)
+
+
 def _arrays(idx: Path, content: NDArray[np.uint8]) -> tuple[np.dtype, NDArray, NDArray, NDArray]:
     """Return dtype of the token IDs, sequence lengths, sequence pointers and document starts."""
     damaged = UserError(f"{idx} is not a complete Megatron .idx file; {_FIX}")

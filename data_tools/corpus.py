@@ -1,7 +1,6 @@
 """Tokenized corpora: `<prefix>.bin` and `.idx` in Megatron's format and `.lang` in ours, opened and checked."""
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,6 @@ from moelpr.data.language_bits import LanguageBits, language_bits_path, open_lan
 from moelpr.data.manifest import FileRecord, LanguageCount, Manifest, Source, TokenizerRecord, manifest_path
 from moelpr.errors import UserError
 
-_BLOCK_BYTES = 1 << 22
 _FIX = "rebuild the corpus with data_tools/preprocess_data.py"
 
 
@@ -93,7 +91,11 @@ class Corpus:
         size = sum(path.stat().st_size for path in self.paths)
         with tqdm(total=size, desc="verifying", unit="B", unit_scale=True, delay=2, leave=False, disable=None) as bar:
             for path in self.paths:
-                _compare_file(path, manifest.files.get(path.suffix[1:]), bar)
+                if FileRecord.of(path, bar.update) != manifest.files.get(path.suffix[1:]):
+                    raise UserError(
+                        f"{path} is damaged or belongs to another corpus: its size or checksum differs from the "
+                        f"manifest's; {_FIX}"
+                    )
         languages = manifest.languages.values()
         original = sum(language.tokens for language in languages if language.bit == "original")
         for what, found, expected in (
@@ -128,18 +130,6 @@ class Corpus:
         """Return the token IDs and language bits of one document: [tokens] each."""
         start, stop = int(self._document_offsets[index]), int(self._document_offsets[index + 1])
         return self.tokens[start:stop], self.bits.slice(start, stop)
-
-
-def _compare_file(path: Path, record: FileRecord | None, progress: tqdm) -> None:
-    checksum = hashlib.sha256()
-    with open(path, "rb") as content:
-        while block := content.read(_BLOCK_BYTES):
-            checksum.update(block)
-            progress.update(len(block))
-    if record != FileRecord(path.stat().st_size, checksum.hexdigest()):
-        raise UserError(
-            f"{path} is damaged or belongs to another corpus: its size or checksum differs from the manifest's; {_FIX}"
-        )
 
 
 def open_corpora(prefixes: Sequence[str]) -> tuple[list[Corpus], list[Manifest] | None]:
@@ -182,11 +172,11 @@ def _compare_manifests(prefix: str, manifest: Manifest, other_prefix: str, other
             "--append-eod"
         )
     for name in manifest.languages.keys() & other.languages.keys():
-        bits = manifest.languages[name].bit, other.languages[name].bit
-        if bits[0] != bits[1]:
+        bit, other_bit = manifest.languages[name].bit, other.languages[name].bit
+        if bit != other_bit:
             raise UserError(
-                f"{name} is an {bits[0]} language in {prefix}, but an {bits[1]} one in {other_prefix}; preprocess one "
-                "of them again"
+                f"{name} is an {bit} language in {prefix}, but an {other_bit} one in {other_prefix}; preprocess one of "
+                "them again"
             )
 
 
@@ -195,7 +185,7 @@ def merge_manifests(manifests: Sequence[Manifest], files: dict[str, FileRecord])
 
     A source that is in several of them (shards of one job share their input) is listed once.
     """
-    sources: dict[tuple[str, int | None, str | None], Source] = {}
+    sources: dict[object, Source] = {}
     languages: dict[str, LanguageCount] = {}
     for manifest in manifests:
         for source in manifest.sources:

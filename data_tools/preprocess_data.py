@@ -12,7 +12,7 @@ import sys
 import time
 
 from data_tools.preprocessing.arguments import parse_arguments
-from data_tools.preprocessing.job import Job, Journal
+from data_tools.preprocessing.job import Job
 from data_tools.preprocessing.plan import Plan
 from data_tools.preprocessing.summary import print_summary
 from moelpr.errors import run_command
@@ -24,12 +24,13 @@ def main(argv: list[str] | None = None) -> None:
     plan = Plan(arguments)
     for note in plan.notes:
         print(f"note: {note}", file=sys.stderr)
-    with Journal(plan, arguments.resume) as journal:
-        job = Job(plan, journal)
+    with Job(plan, arguments.resume) as job:
         job.write(arguments.workers, arguments.log_interval, arguments.overwrite, arguments.max_bad_share)
         job.commit()
     shows_languages = not arguments.language
-    print_summary(job.manifests, plan.prefixes, job.tally, plan.encoder.bits, plan.skipped_path, shows_languages)
+    print_summary(
+        job.state.manifests, plan.prefixes, job.state.tally, plan.encoder.bits, plan.skipped_path, shows_languages
+    )
     print(f"done in {time.monotonic() - started:.1f} s")
 
 

@@ -95,12 +95,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing corpus P")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args(argv)
-    counts = {f"--{bit}-{unit}": requested(arguments, bit, unit) for bit in BITS for unit in ("documents", "tokens")}
-    given = {flag: count for flag, count in counts.items() if count is not None}
-    if not given:
+    amounts = [f"{bit}-{unit}" for bit in BITS for unit in ("documents", "tokens")]
+    counts = {f"--{amount}": getattr(arguments, amount.replace("-", "_")) for amount in amounts}
+    if set(counts.values()) == {None}:
         raise UserError(f"pass how much to sample: {', '.join(counts)}")
-    for flag, count in given.items():
-        if count < 1:
+    for flag, count in counts.items():
+        if count is not None and count < 1:
             raise UserError(f"{flag} must be at least 1, got {count}")
     if arguments.seed < 0:
         raise UserError(f"--seed must be at least 0, got {arguments.seed}")
@@ -109,11 +109,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if arguments.output_prefix in arguments.input:
         raise UserError(f"--output-prefix {arguments.output_prefix} is one of the inputs; choose another name")
     return arguments
-
-
-def requested(arguments: argparse.Namespace, bit: str, unit: str) -> int | None:
-    count: int | None = getattr(arguments, f"{bit}_{unit}")
-    return count
 
 
 def sample_from(corpus: Corpus, manifest: Manifest | None, arguments: argparse.Namespace) -> Iterator[Sample]:
@@ -127,7 +122,7 @@ def sample_from(corpus: Corpus, manifest: Manifest | None, arguments: argparse.N
     # The group's name stands for languages that no manifest names, and for several languages of the other group.
     names = {bit: found[0] if len(found) == 1 else bit for bit, found in languages.items()}
     for group, bit in enumerate(BITS):
-        documents, tokens = (requested(arguments, bit, unit) for unit in ("documents", "tokens"))
+        documents, tokens = (getattr(arguments, f"{bit}_{unit}") for unit in ("documents", "tokens"))
         if documents is None and tokens is None:
             continue
         if len(languages[bit]) > 1:
@@ -141,7 +136,6 @@ def sample_from(corpus: Corpus, manifest: Manifest | None, arguments: argparse.N
         name = zlib.crc32(Path(corpus.prefix).name.encode())
         order = np.random.default_rng([arguments.seed, name, group]).permutation(available)
         if tokens is None:
-            assert documents is not None
             stop, what = documents, f"{documents:,} documents"
         else:
             # One document more than those that contain fewer tokens than requested.
@@ -168,22 +162,13 @@ def write(samples: list[Sample], writer: CorpusWriter) -> dict[str, LanguageCoun
                 flags, lengths = np.concatenate(bits), np.array([len(document) for document in ids])
                 edges = run_edges(flags)
                 writer.add(Documents(np.concatenate(ids), lengths, flags[edges[:-1]], np.diff(edges)))
-                add_counts(flags, lengths, sample.names, languages)
+                original = np.add.reduceat(flags, np.cumsum(lengths) - lengths, dtype=np.int64)
+                for bit, tokens in zip(BITS, (original, lengths - original), strict=True):
+                    if tokens.any():  # a document of both groups counts for each; the size of its text is unknown
+                        count = languages.setdefault(sample.names[bit], LanguageCount(bit))
+                        count.add(int((tokens > 0).sum()), int(tokens.sum()), 0)
                 bar.update(len(flags))
     return languages
-
-
-def add_counts(
-    bits: NDArray[np.uint8], lengths: NDArray[np.int64], names: dict[Bit, str], languages: dict[str, LanguageCount]
-) -> None:
-    """Count documents, given language bits [tokens] and lengths [documents]; one of both groups counts for each.
-
-    The size of their text in bytes is unknown.
-    """
-    original = np.add.reduceat(bits, np.cumsum(lengths) - lengths, dtype=np.int64)
-    for bit, tokens in zip(BITS, (original, lengths - original), strict=True):
-        if tokens.any():
-            languages.setdefault(names[bit], LanguageCount(bit)).add(int((tokens > 0).sum()), int(tokens.sum()), 0)
 
 
 def manifest_of(

@@ -9,6 +9,7 @@ from moelpr.data.tokenizer import add_tokenizer_arguments
 from moelpr.errors import UserError
 
 REGISTRY_FILE = "dataset_info.json"
+_LANGUAGE_FLAGS = ("--language", "--language-key", "--spans-key", "--detect-language")
 
 
 def parse_arguments(description: str | None, argv: list[str] | None) -> argparse.Namespace:
@@ -18,34 +19,20 @@ def parse_arguments(description: str | None, argv: list[str] | None) -> argparse
         UserError: Options exclude or require each other.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    _add_input(parser)
-    _add_output(parser)
-    _add_tokenizer(parser)
-    _add_languages(parser)
-    _add_execution(parser)
-    arguments = parser.parse_args(argv)
-    _check_input(parser, arguments)
-    _check_languages(parser, arguments)
-    _check_values(arguments)
-    return arguments
-
-
-def _add_input(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("input (files, or datasets of a registry)").add_argument
-    add(
+    group = parser.add_argument_group("input (files, or datasets of a registry)")
+    add, add_source = group.add_argument, group.add_mutually_exclusive_group(required=True).add_argument
+    add_source(
         "--input",
         nargs="+",
         metavar="FILE",
         help="JSON lines (plain, .gz, .zst, .bz2, .xz) or Parquet: files, folders, glob patterns, - for standard input",
     )
-    add("--dataset", metavar="A,B", help="datasets of the registry, read in this order")
+    add_source("--dataset", metavar="A,B", help="datasets of the registry, read in this order")
     add("--dataset-info", type=Path, metavar="FILE", help=f"the registry (default: {REGISTRY_FILE} in --dataset-dir)")
     add("--dataset-dir", type=Path, metavar="DIR", help="folder of the datasets' files (default: the registry's)")
     add("--json-keys", nargs="+", metavar="KEY", help="JSON text keys, one corpus per key (default: text)")
     add("--max-samples", type=int, metavar="N", help="documents to sample per dataset, or of --input (default: all)")
 
-
-def _add_output(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
     add("--output-prefix", required=True, metavar="P", help="write P_<key>_document.bin, .idx and .lang")
     add(
@@ -58,8 +45,6 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=1234, help="random seed of --max-samples and --validation-share (default: 1234)")
     add("--overwrite", action="store_true", help="replace an existing corpus")
 
-
-def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
     add = add_tokenizer_arguments(parser, required=True).add_argument
     add("--append-eod", action="store_true", help="end each document with the end-of-document token")
     add("--eod-token", metavar="TOKEN", help="that token, such as '<|endoftext|>' (default: the tokenizer's)")
@@ -71,19 +56,17 @@ def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
         "gives the same IDs (default: auto)",
     )
 
-
-def _add_languages(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("language bit (--input requires one of the first four; a registry states it)")
-    add = group.add_argument
-    add("--language", choices=("original", "expanded"), help="language group of all documents")
-    add("--language-key", metavar="KEY", help="JSON key of a document's language")
-    add(
+    add, add_language = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    add_language("--language", choices=("original", "expanded"), help="language group of all documents")
+    add_language("--language-key", metavar="KEY", help="JSON key of a document's language")
+    add_language(
         "--spans-key",
         metavar="KEY",
         help='JSON key of a document\'s spans, [{"text": …, "lang": …}, …]; a token has the language of the span that '
         "contains its first byte",
     )
-    add(
+    add_language(
         "--detect-language",
         nargs="?",
         const="document",
@@ -112,8 +95,6 @@ def _add_languages(parser: argparse.ArgumentParser) -> None:
     )
     add("--audit", action="store_true", help="detect languages too, and print them against the stated ones")
 
-
-def _add_execution(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("execution").add_argument
     cores = len(os.sched_getaffinity(0))
     add("--workers", type=int, default=cores, metavar="N", help=f"worker processes (default: one per core, {cores})")
@@ -136,70 +117,68 @@ def _add_execution(parser: argparse.ArgumentParser) -> None:
     )
     add("--debug", action="store_true", help="show the traceback of an error")
 
-
-def _check_input(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    if bool(arguments.input) == bool(arguments.dataset):
-        parser.error("pass exactly one of --input, --dataset")
+    arguments = parser.parse_args(argv)
+    flag = next((flag for flag in _LANGUAGE_FLAGS if getattr(arguments, _name(flag))), None)
+    if arguments.input and flag is None:
+        parser.error(f"--input requires one of {', '.join(_LANGUAGE_FLAGS)}")
+    _check(arguments, flag or "--dataset")
     if arguments.dataset:
-        if arguments.dataset_info is None and arguments.dataset_dir is None:
-            raise UserError("--dataset requires --dataset-info, the registry, or --dataset-dir, its folder")
-        if arguments.json_keys:
-            raise UserError("--json-keys requires --input; a registry states the key of the text")
         arguments.dataset_info = arguments.dataset_info or arguments.dataset_dir / REGISTRY_FILE
         arguments.dataset_dir = arguments.dataset_dir or arguments.dataset_info.parent
-    elif arguments.dataset_info or arguments.dataset_dir:
-        raise UserError("--dataset-info and --dataset-dir require --dataset, the names of datasets")
     arguments.json_keys = arguments.json_keys or ["text"]
-    if len(set(arguments.json_keys)) < len(arguments.json_keys):
-        raise UserError(f"--json-keys {' '.join(arguments.json_keys)} names a key twice")
-    streams = (arguments.input or []).count(STANDARD_INPUT)
-    if streams > 1:
-        raise UserError("--input - (standard input) can be read only once")
-    if streams and (arguments.num_shards > 1 or arguments.max_samples is not None):
-        raise UserError("--input - (standard input) excludes --num-shards and --max-samples; write it to a file first")
-    if arguments.max_samples is not None and arguments.num_shards > 1:
-        raise UserError("--max-samples and --num-shards are mutually exclusive; sample in a single job")
+    return arguments
 
 
-def _check_languages(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    flags = ("--language", "--language-key", "--spans-key", "--detect-language")
-    given = [flag for flag in flags if getattr(arguments, flag[2:].replace("-", "_"))]
-    if arguments.input and len(given) != 1:
-        parser.error(f"pass exactly one of {', '.join(flags)}")
-    if arguments.dataset and given:
-        raise UserError(f"--dataset excludes {given[0]}, as the registry states each dataset's language; remove it")
-    flag = given[0] if given else "--dataset"
-    has_names = flag not in ("--language", "--dataset")
-    if has_names and not arguments.original_languages:
-        raise UserError(f"{flag} requires --original-languages, such as --original-languages en,es,zh")
-    if not has_names and (arguments.original_languages or arguments.expanded_languages):
-        raise UserError(
-            f"{flag} excludes --original-languages and --expanded-languages, which require --language-key, --spans-key "
-            "or --detect-language"
-        )
-    if arguments.undetected != "expanded" and flag != "--detect-language":
-        raise UserError("--undetected requires --detect-language")
-    if arguments.audit and flag == "--detect-language":
-        raise UserError("--audit and --detect-language are mutually exclusive: there are no stated languages to audit")
-    if flag == "--spans-key" and arguments.json_keys != ["text"]:
-        raise UserError("--spans-key and --json-keys are mutually exclusive; remove --json-keys")
+def _name(flag: str) -> str:
+    return flag[2:].replace("-", "_")
 
 
-def _check_values(arguments: argparse.Namespace) -> None:
-    for flag in ("workers", "log_interval", "num_shards", "max_samples"):
-        value = getattr(arguments, flag)
-        if value is not None and value < 1:
-            raise UserError(f"--{flag.replace('_', '-')} must be at least 1, got {value}")
-    for flag in ("validation_share", "max_bad_share", "min_confidence"):
-        value = getattr(arguments, flag)
-        if not 0 <= value <= 1:
-            raise UserError(f"--{flag.replace('_', '-')} must be between 0 and 1, got {value}")
-    if arguments.validation_share == 1:
-        raise UserError("--validation-share must be below 1; nothing would be left to train on")
-    if not 0 <= arguments.seed < 1 << 63:
-        raise UserError(f"--seed must be at least 0 and below 2^63, got {arguments.seed}")
-    last = arguments.num_shards - 1
-    if arguments.shard is None and last:
-        raise UserError(f"--num-shards {arguments.num_shards} requires --shard, 0 to {last}")
-    if arguments.shard is not None and not 0 <= arguments.shard <= last:
-        raise UserError(f"--shard must be 0 to {last} (--num-shards {arguments.num_shards}), got {arguments.shard}")
+def _check(args: argparse.Namespace, language_flag: str) -> None:
+    """Raise an error if options exclude or require each other, or have values out of range."""
+    for flag in ("--workers", "--log-interval", "--num-shards", "--max-samples"):
+        if (value := getattr(args, _name(flag))) is not None and value < 1:
+            raise UserError(f"{flag} must be at least 1, got {value}")
+    for flag in ("--validation-share", "--max-bad-share", "--min-confidence"):
+        if not 0 <= (value := getattr(args, _name(flag))) <= 1:
+            raise UserError(f"{flag} must be between 0 and 1, got {value}")
+    has_names = language_flag not in ("--language", "--dataset")
+    keys, last = args.json_keys or [], args.num_shards - 1
+    streams = (args.input or []).count(STANDARD_INPUT)
+    registry = args.dataset_info or args.dataset_dir
+    rules = {
+        "--dataset requires --dataset-info, the registry, or --dataset-dir, its folder": args.dataset and not registry,
+        "--dataset-info and --dataset-dir require --dataset, the names of datasets": registry and not args.dataset,
+        "--json-keys requires --input; a registry states the key of the text": args.dataset and keys,
+        f"--json-keys {' '.join(keys)} names a key twice": len(set(keys)) < len(keys),
+        "--input - (standard input) can be read only once": streams > 1,
+        "--input - (standard input) excludes --num-shards and --max-samples; write it to a file first": (
+            streams and (last or args.max_samples is not None)
+        ),
+        "--max-samples and --num-shards are mutually exclusive; sample in a single job": (
+            last and args.max_samples is not None
+        ),
+        f"--dataset excludes {language_flag}, as the registry states each dataset's language; remove it": (
+            args.dataset and language_flag != "--dataset"
+        ),
+        f"{language_flag} requires --original-languages, such as --original-languages en,es,zh": (
+            has_names and not args.original_languages
+        ),
+        f"{language_flag} excludes --original-languages and --expanded-languages, which require --language-key, "
+        "--spans-key or --detect-language": not has_names and (args.original_languages or args.expanded_languages),
+        "--undetected requires --detect-language": args.undetected != "expanded" and not args.detect_language,
+        "--audit and --detect-language are mutually exclusive: there are no stated languages to audit": (
+            args.audit and args.detect_language
+        ),
+        "--spans-key and --json-keys are mutually exclusive; remove --json-keys": (
+            args.spans_key and keys not in ([], ["text"])
+        ),
+        "--validation-share must be below 1; nothing would be left to train on": args.validation_share == 1,
+        f"--seed must be at least 0 and below 2^63, got {args.seed}": not 0 <= args.seed < 1 << 63,
+        f"--num-shards {args.num_shards} requires --shard, 0 to {last}": args.shard is None and last,
+        f"--shard must be 0 to {last} (--num-shards {args.num_shards}), got {args.shard}": (
+            args.shard is not None and not 0 <= args.shard <= last
+        ),
+    }
+    for message, is_broken in rules.items():
+        if is_broken:
+            raise UserError(message)

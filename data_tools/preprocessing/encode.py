@@ -8,25 +8,28 @@ import signal
 import threading
 import warnings
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from tempfile import mkstemp
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.corpus import run_edges
 from data_tools.corpus_writer import Documents, TokenFile, as_tokens
+from data_tools.preprocessing import long_documents
 from data_tools.preprocessing.inputs import Batch, FileRange
 from data_tools.preprocessing.languages import UNDETECTED, Bits, Detector, LanguageSpans, TaggedText, Tagger
-from data_tools.preprocessing.long_documents import LongString, Piece, encode_long_text, is_long, without_long_strings
+from data_tools.preprocessing.long_documents import LongString, encode_long_text, without_long_strings
 from data_tools.preprocessing.summary import Tally
-from data_tools.preprocessing.tokenizers import Backend, Encoded, GigatokenBackend
+from data_tools.preprocessing.tokenizers import Backend, Encoded, GigatokenBackend, Piece
 from moelpr.documents import BadLine, parse
 from moelpr.errors import UserError
 
@@ -173,7 +176,7 @@ class Encoder:
         """Encode a text if it is long; raise `BadLine` if that is impossible."""
         if text.on_disk is not None:
             return self._encode_to_file(text, spool)
-        if not is_long(text.tagged.text):
+        if len(text.tagged.text) <= long_documents.LONG_TEXT_CHARACTERS:
             return text
         pieces = list(encode_long_text(self.backend, text.parts()))
         return text._replace(tokens=Piece(*(np.concatenate(arrays) for arrays in zip(*pieces, strict=True))))
@@ -226,20 +229,22 @@ class Encoder:
             encoded = self._wrapped(self.backend.encode([text.tagged.text for text in texts]))
             languages = [text.tagged.spans[0][0] for text in texts]
             bits = np.fromiter((name in self.bits.original for name in languages), np.uint8, len(texts))
-            runs = bits, encoded.lengths
+            run_lengths = encoded.lengths
             for name, text, length in zip(languages, texts, encoded.lengths.tolist(), strict=True):
                 counts.count(name, self.bits).add(1, length, len(text.tagged.text.encode()))
         else:
-            ids, bit_arrays, lengths = zip(*(self._document(text, corpus, tally) for text in texts), strict=True)
-            encoded = Encoded(np.concatenate(ids), np.fromiter(map(len, ids), np.int64, len(ids)))
-            runs = np.concatenate(bit_arrays), np.concatenate(lengths)
+            parts = zip(*(self._document(text, corpus, tally) for text in texts), strict=True)
+            ids, bits, run_lengths, lengths = map(np.concatenate, parts)
+            encoded = Encoded(ids, lengths)
         counts.num_empty += int((encoded.lengths == 0).sum())
-        return Documents(as_tokens(encoded.ids, self.vocab_size), encoded.lengths, *_merge_runs(*runs))
+        firsts = run_edges(bits)[:-1]  # where neighboring runs differ
+        run_lengths = np.add.reduceat(run_lengths, firsts)
+        return Documents(as_tokens(encoded.ids, self.vocab_size), encoded.lengths, bits[firsts], run_lengths)
 
     def _document(
         self, prepared: Text, corpus: str, tally: Tally
-    ) -> tuple[NDArray[np.int32], NDArray[np.uint8], NDArray[np.int64]]:
-        """Encode one long or mixed text: IDs [tokens], and bits and lengths of its runs [runs]."""
+    ) -> tuple[NDArray[np.int32], NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:
+        """Encode one long or mixed text: IDs [tokens], bits and lengths of its runs [runs], and its length [1]."""
         text = prepared.tagged
         if isinstance(prepared.tokens, Piece):
             ids, starts = prepared.tokens
@@ -250,10 +255,10 @@ class Encoder:
             starts = np.zeros(len(ids), np.int64)
         borders = np.cumsum([length for _, length in text.spans])[:-1]
         span = np.searchsorted(borders, starts, side="right")
-        wrapped = self._wrapped(Encoded(ids, np.array([len(ids)], np.int64)))
-        num_after = len(wrapped.ids) - len(ids) - len(self.prefix)
+        wrapped, total = self._wrapped(Encoded(ids, np.array([len(ids)], np.int64)))
+        num_after = len(wrapped) - len(ids) - len(self.prefix)
         # Tokens before a text belong to its first span, tokens after it to the span of its last token.
-        span = np.pad(span, (len(self.prefix), num_after), "edge") if len(ids) else np.zeros(len(wrapped.ids), np.int64)
+        span = np.pad(span, (len(self.prefix), num_after), "edge") if len(ids) else np.zeros(len(wrapped), np.int64)
         tokens = np.bincount(span, minlength=len(text.spans)).tolist()
         position, seen = 0, set()
         for (name, length), num_tokens in zip(text.spans, tokens, strict=True):
@@ -263,7 +268,7 @@ class Encoder:
             position += length
         token_bits = np.array([name in self.bits.original for name, _ in text.spans], np.uint8)[span]
         edges = run_edges(token_bits)
-        return wrapped.ids, token_bits[edges[:-1]], np.diff(edges)
+        return wrapped, token_bits[edges[:-1]], np.diff(edges), total
 
     def _wrapped(self, encoded: Encoded) -> Encoded:
         """Put the tokenizer's own tokens around each text, and the end-of-document token after it."""
@@ -280,10 +285,10 @@ class Encoder:
         def put(places: NDArray[np.int64], id: int) -> None:
             ids[places], is_text[places] = id, False
 
-        for offset, id in enumerate(self.prefix):
-            put(starts + offset, id)
-        for offset, id in enumerate(self.suffix):
-            put(stops - has_eod - num_after + offset, id)
+        ends = stops - has_eod - num_after
+        for first, added in ((starts, self.prefix), (ends, self.suffix)):
+            for offset, id in enumerate(added):
+                put(first + offset, id)
         if self.eod_id is not None:
             put(stops[lengths > 0] - 1, self.eod_id)
         ids[is_text] = encoded.ids
@@ -300,72 +305,59 @@ class Encoder:
             )
 
 
-def _merge_runs(bits: NDArray[np.uint8], lengths: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Merge neighboring runs of the same bit."""
-    firsts = run_edges(bits)[:-1]
-    return bits[firsts], np.add.reduceat(lengths, firsts)
+# Set in each worker, which inherits the encoder with its loaded tokenizer when it is forked.
+_encode: Callable[[Batch], tuple[dict[str, Documents], Tally]]
 
 
-# Set just before the workers are forked, so that they inherit a loaded tokenizer.
-_encoder: Encoder | None = None
-_spool: Path | None = None
-
-
-class EncodingPool:
-    """Worker processes with an encoder each, started with the pool.
+@contextmanager
+def encoding_pool(
+    encoder: Encoder, workers: int, spool: Path
+) -> Iterator[Callable[[Iterator[Batch]], Iterator[tuple[Batch, dict[str, Documents], Tally]]]]:
+    """Start worker processes, and stop them in the end.
 
     Args:
         encoder: what the workers run.
         workers: number of processes.
         spool: folder for what is too long for memory.
+
+    Yields:
+        A function that encodes batches: it yields them with their documents and counts, in order, whatever the number
+        of workers, and raises `UserError` if a worker did or was killed.
     """
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, (encoder, spool))
+    # Python warns of forking beside threads. The only threads here are numpy's, which the workers do not use; those of
+    # pyarrow, which reads, start later.
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+        pool.submit(os.getpid)
+    processes = set(multiprocessing.active_children()) - others
 
-    def __init__(self, encoder: Encoder, workers: int, spool: Path) -> None:
-        global _encoder, _spool
-        _encoder, _spool = encoder, spool
-        self._workers = workers
-        others = set(multiprocessing.active_children())
-        self._pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker)
-        with warnings.catch_warnings():
-            # Python warns of forking beside threads. The only threads here are numpy's, which the workers do not use;
-            # those of pyarrow, which reads, start later.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            self._pool.submit(os.getpid)
-        self._processes = set(multiprocessing.active_children()) - others
-
-    def encode(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, dict[str, Documents], Tally]]:
-        """Yield batches with their documents and counts, in order, whatever the number of workers.
-
-        Raises:
-            UserError: A worker raised it or was killed.
-        """
+    def encode(batches: Iterator[Batch]) -> Iterator[tuple[Batch, dict[str, Documents], Tally]]:
+        submitted = ((batch, pool.submit(_run, batch)) for batch in batches)
         # Enough pending batches that no worker waits, few enough to bound memory.
-        pending = deque((batch, self._submit(batch)) for batch in islice(batches, 4 * self._workers))
+        pending = deque(islice(submitted, 4 * workers))
         try:
             while pending:
                 batch, future = pending.popleft()
                 documents, tally = future.result()
-                pending.extend((batch, self._submit(batch)) for batch in islice(batches, 1))
+                pending.extend(islice(submitted, 1))
                 yield batch, documents, tally
         except BrokenProcessPool as error:
             raise UserError("a worker process was killed, probably out of memory; reduce --workers") from error
 
-    def _submit(self, batch: Batch) -> Future[tuple[dict[str, Documents], Tally]]:
-        return self._pool.submit(_encode, batch)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        global _encoder
-        _encoder = None
-        if error is not None:
-            for worker in self._processes:
-                worker.kill()  # do not wait for a long document
-        self._pool.shutdown(cancel_futures=True)
+    try:
+        yield encode
+    except BaseException:
+        for worker in processes:
+            worker.kill()  # do not wait for a long document
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _start_worker() -> None:
+def _start_worker(encoder: Encoder, spool: Path) -> None:
+    global _encode
+    _encode = partial(encoder.encode, spool=spool)
     # Ctrl-C reaches the entire process group; only the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # --workers sets the number of cores
@@ -380,6 +372,5 @@ def _start_worker() -> None:
     threading.Thread(target=follow_parent, daemon=True).start()
 
 
-def _encode(batch: Batch) -> tuple[dict[str, Documents], Tally]:
-    assert _encoder is not None and _spool is not None
-    return _encoder.encode(batch, _spool)
+def _run(batch: Batch) -> tuple[dict[str, Documents], Tally]:
+    return _encode(batch)

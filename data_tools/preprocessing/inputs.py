@@ -12,8 +12,9 @@ import random
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from enum import StrEnum
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -140,10 +141,7 @@ class Batch(NamedTuple):
             return [self.content]
         with open(self.content.path, "rb") as file:
             file.seek(self.content.start)
-            lines = file.read(self.content.num_bytes).split(b"\n")
-        if not lines[-1]:
-            lines.pop()
-        return lines
+            return file.read(self.content.num_bytes).removesuffix(b"\n").split(b"\n")
 
     def where(self, index: int) -> str:
         """Return file and line number of item `index` for a message; counts the lines before the share to do so."""
@@ -151,9 +149,8 @@ class Batch(NamedTuple):
         number = index + 1 if self.numbers is None else self.numbers[index]
         if source.form is Form.PARQUET:
             return f"{source.path}, row {number}"
-        if source.form is Form.STREAM:
-            return f"standard input:{number}"
-        return f"{source.path}:{number + (_lines_before(source.path, start) if start else 0)}"
+        path = "standard input" if source.form is Form.STREAM else source.path
+        return f"{path}:{number + (_lines_before(path, start) if start else 0)}"
 
 
 def find_files(names: list[str]) -> list[str]:
@@ -167,8 +164,8 @@ def find_files(names: list[str]) -> list[str]:
         if name == STANDARD_INPUT or os.path.isfile(name):
             found.append(name)
         elif os.path.isdir(name):
-            files = sorted(str(path) for path in Path(name).rglob("*") if _is_input(path))
-            if not files:
+            paths = (path for path in Path(name).rglob("[!.]*") if path.name.endswith(_SUFFIXES) and path.is_file())
+            if not (files := sorted(map(str, paths))):
                 types = ", ".join(_TEXT_SUFFIXES)
                 raise UserError(f"the folder {name} contains no {types} (.gz, .zst, .bz2, .xz) or .parquet file")
             found += files
@@ -179,10 +176,6 @@ def find_files(names: list[str]) -> list[str]:
         else:
             found.append(name)  # opening it reports what is wrong
     return found
-
-
-def _is_input(path: Path) -> bool:
-    return path.name.endswith(_SUFFIXES) and not path.name.startswith(".") and path.is_file()
 
 
 def open_source(path: str, dataset: int = 0, sha1: str | None = None) -> Source:
@@ -224,6 +217,10 @@ def shares_of(sources: list[Source], shard: int, num_shards: int) -> Iterator[Sh
         begin += source.bytes
 
 
+# Content and its size, and offset, line and documents of the cursor after it. A plain tuple, since every line has one.
+_Item = tuple[bytes | FileRange | dict[str, Any], int, int, int, int]
+
+
 class Reader:
     """Reads shares in batches, in order, keeping only a few batches in memory.
 
@@ -253,7 +250,7 @@ class Reader:
             start = cursor if index == cursor.share else ReadCursor(index)
             with _name_damaged(share.source):
                 if share.source.form is Form.PARQUET:
-                    yield from self._rows(share, start)
+                    yield from self._table_rows(share, start)
                 elif share.source.form is Form.LINES and self._chosen is None:
                     yield from self._plain_lines(share, start)
                 else:
@@ -281,89 +278,79 @@ class Reader:
                 position = stop
 
     def _stream_lines(self, share: Share, cursor: ReadCursor) -> Iterator[Batch]:
-        index, offset, line, documents = cursor
-        lines: list[bytes] = []
-        numbers: list[int] = []
         with _open_stream(share.source) as (stream, tell):
-            last = tell()
-            _skip(stream, offset)
+            _skip(stream, cursor.offset)
+            yield from _batches(share, cursor, self._lines(stream, cursor), lambda _: tell())
 
-            def batch(content: list[bytes] | FileRange, num_bytes: int) -> Batch:
-                nonlocal last, lines, numbers
-                previous, last = last, tell()
-                after = ReadCursor(index, offset, line, documents)
-                made = Batch(share, content, numbers, after, num_bytes, last - previous)
-                lines, numbers = [], []
-                return made
+    def _lines(self, stream: BinaryIO, cursor: ReadCursor) -> Iterator[_Item]:
+        share, offset, line, documents = cursor
+        while content := stream.readline(LONG_LINE_BYTES):
+            line += 1
+            long_line = None
+            if len(content) == LONG_LINE_BYTES and not content.endswith(b"\n"):
+                long_line = self._spool_line(content, stream, f"line-{share}-{line}")
+            elif content.isspace():
+                offset += len(content)
+                continue
+            size = long_line.num_bytes if long_line else len(content)
+            offset += size
+            documents += 1
+            if self._is_chosen(share, documents - 1):
+                yield long_line or content, size, offset, line, documents
 
-            size = 0
-            while content := stream.readline(LONG_LINE_BYTES):
-                is_long = len(content) == LONG_LINE_BYTES and not content.endswith(b"\n")
-                if (is_long or size >= BATCH_BYTES) and lines:
-                    yield batch(lines, size)
-                    size = 0
-                long_line = self._spool_line(content, stream, index, line) if is_long else None
-                offset += long_line.num_bytes if long_line else len(content)
-                line += 1
-                is_document = is_long or not content.isspace()
-                documents += is_document
-                if is_document and self._is_chosen(index, documents - 1):
-                    numbers.append(line)
-                    if long_line is not None:
-                        yield batch(long_line, long_line.num_bytes)
-                    else:
-                        lines.append(content)
-                        size += len(content)
-            if lines:
-                yield batch(lines, size)
-
-    def _spool_line(self, start: bytes, stream: BinaryIO, share: int, line: int) -> FileRange:
-        path = self._spool / f"line-{share}-{line}"
-        with open(path, "wb") as file:
+    def _spool_line(self, start: bytes, stream: BinaryIO, name: str) -> FileRange:
+        with open(self._spool / name, "wb") as file:
             piece = start
             while piece:
                 file.write(piece)
                 piece = b"" if piece.endswith(b"\n") else stream.readline(_BLOCK_BYTES)
-            return FileRange(str(path), 0, file.tell(), is_temporary=True)
+            return FileRange(file.name, 0, file.tell(), is_temporary=True)
 
-    def _rows(self, share: Share, cursor: ReadCursor) -> Iterator[Batch]:
+    def _table_rows(self, share: Share, cursor: ReadCursor) -> Iterator[Batch]:
         from pyarrow import parquet
 
-        source = share.source
+        source, columns = share.source, self._columns[share.source.dataset]
         with parquet.ParquetFile(source.path) as file:
-            columns = self._columns[source.dataset]
             names = file.schema_arrow.names
             if missing := [name for name in columns if name not in names]:
                 raise UserError(f"{source.path} has no column {missing[0]}; its columns are {', '.join(names)[:200]}")
-            rows: list[dict[str, Any]] = []
-            numbers: list[int] = []
-            size, number, done = 0, 0, cursor.offset
             bytes_per_row = source.bytes / max(file.metadata.num_rows, 1)
+            rows = self._rows(file, columns, cursor)
+            yield from _batches(share, cursor, rows, lambda place: int(place.offset * bytes_per_row))
 
-            def batch() -> Batch:
-                file_bytes = int((number - done) * bytes_per_row)
-                return Batch(share, rows, numbers, cursor._replace(offset=number), size, file_bytes)
+    def _rows(self, file: Any, columns: list[str], cursor: ReadCursor) -> Iterator[_Item]:
+        number = 0
+        for group in range(file.num_row_groups):
+            num_rows = file.metadata.row_group(group).num_rows
+            if number + num_rows <= cursor.offset:
+                number += num_rows
+                continue
+            for table in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=columns, use_threads=False):
+                skipped = max(cursor.offset - number, 0)
+                for place, row in enumerate(table[skipped:].to_pylist(), number + skipped):
+                    if self._is_chosen(cursor.share, place):
+                        yield row, table.nbytes // len(table), place + 1, place + 1, place + 1
+                number += len(table)
 
-            for group in range(file.num_row_groups):
-                num_rows = file.metadata.row_group(group).num_rows
-                if number + num_rows <= cursor.offset:
-                    number += num_rows
-                    continue
-                for table in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=columns, use_threads=False):
-                    if number + len(table) <= cursor.offset:
-                        number += len(table)
-                        continue
-                    for row in table.to_pylist():
-                        number += 1
-                        if number > cursor.offset and self._is_chosen(cursor.share, number - 1):
-                            rows.append(row)
-                            numbers.append(number)
-                    size += table.nbytes
-                    if size >= BATCH_BYTES:
-                        yield batch()
-                        rows, numbers, size, done = [], [], 0, number
-            if rows:
-                yield batch()
+
+def _batches(
+    share: Share, cursor: ReadCursor, items: Iterator[_Item], file_bytes: Callable[[ReadCursor], int]
+) -> Iterator[Batch]:
+    """Batch the items from `cursor` on; `file_bytes` returns how many bytes of the file have been read."""
+    held: list[_Item] = []
+    size, last = 0, file_bytes(cursor)
+    for item in chain(items, [None]):
+        is_full = item is None or size >= BATCH_BYTES or type(item[0]) is FileRange
+        if held and (is_full or type(held[0][0]) is FileRange):
+            content, _, offsets, lines, documents = zip(*held, strict=True)
+            after = ReadCursor(cursor.share, offsets[-1], lines[-1], documents[-1])
+            position = file_bytes(after)
+            parts = content[0] if isinstance(content[0], FileRange) else list(content)
+            yield Batch(share, parts, list(lines), after, size, position - last)
+            held, size, last = [], 0, position
+        if item is not None:
+            held.append(item)
+            size += item[1]
 
 
 def sample_documents(
@@ -416,27 +403,31 @@ def _count_documents(share: Share) -> int:
             return documents
 
 
+def _open_zstd(raw: BinaryIO) -> BinaryIO:
+    import pyarrow  # Python's own zstd comes with 3.14
+
+    native = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd")
+    return cast(BinaryIO, io.BufferedReader(native, _SKIP_BYTES))
+
+
+_OPENERS: dict[Form, Callable[[BinaryIO], Any]] = {
+    Form.LINES: nullcontext,
+    Form.GZIP: gzip.open,
+    Form.BZIP2: bz2.open,
+    Form.XZ: lzma.open,
+    Form.ZSTD: _open_zstd,
+}
+
+
 @contextmanager
 def _open_stream(source: Source) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
     """Yield a source's decompressed lines, and a function that returns how many bytes of the file have been read."""
     if source.form is Form.STREAM:
         yield sys.stdin.buffer, lambda: 0
         return
-    with ExitStack() as stack:
-        raw = stack.enter_context(open(source.path, "rb"))
-        stream: object = raw
-        if source.form is Form.GZIP:
-            stream = stack.enter_context(gzip.GzipFile(fileobj=raw))
-        elif source.form is Form.BZIP2:
-            stream = stack.enter_context(bz2.BZ2File(raw))
-        elif source.form is Form.XZ:
-            stream = stack.enter_context(lzma.LZMAFile(raw))
-        elif source.form is Form.ZSTD:
-            import pyarrow  # Python's own zstd comes with 3.14
-
-            native = stack.enter_context(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd"))
-            stream = io.BufferedReader(native, _SKIP_BYTES)
-        yield cast(BinaryIO, stream), raw.tell
+    with open(source.path, "rb") as raw:
+        with _OPENERS[source.form](raw) as stream:
+            yield stream, raw.tell
 
 
 @contextmanager

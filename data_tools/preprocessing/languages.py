@@ -28,10 +28,8 @@ class Bits:
     @classmethod
     def from_names(cls, original: str | None, expanded: str | None) -> Self:
         """Parse the values of --original-languages and --expanded-languages."""
-        sets = [
-            frozenset(name.strip() for name in (names or "").split(",") if name.strip())
-            for names in (original, expanded)
-        ]
+        lists = [(names or "").split(",") for names in (original, expanded)]
+        sets = [frozenset(name.strip() for name in names if name.strip()) for names in lists]
         if both := sets[0] & sets[1]:
             raise UserError(f"{', '.join(sorted(both))} can't be in both --original-languages and --expanded-languages")
         return cls(*sets)
@@ -66,7 +64,7 @@ class Tagger:
 
     def columns(self) -> list[str]:
         """Return the keys to read in addition to those of the texts."""
-        return []
+        return [self.key] if hasattr(self, "key") else []
 
 
 @dataclass(frozen=True)
@@ -99,9 +97,6 @@ class LanguageKey(Tagger):
         self.bits.check(name)
         return [_one_span(text_of(document, key), name) for key in keys]
 
-    def columns(self) -> list[str]:
-        return [self.key]
-
 
 @dataclass(frozen=True)
 class LanguageSpans(Tagger):
@@ -116,8 +111,7 @@ class LanguageSpans(Tagger):
         spans = document[self.key]
         if not isinstance(spans, list):
             raise BadLine(f'the key "{self.key}" contains {json_type(spans)}, not a list of spans')
-        texts: list[str] = []
-        languages: list[tuple[str, int]] = []
+        texts, languages = [], []
         for number, span in enumerate(spans, 1):
             try:
                 if not isinstance(span, dict):
@@ -130,9 +124,6 @@ class LanguageSpans(Tagger):
             if text:
                 languages.append((name, len(text)))
         return [TaggedText("".join(texts), _merge(languages))]
-
-    def columns(self) -> list[str]:
-        return [self.key]
 
 
 class Detector:
@@ -180,17 +171,14 @@ class DetectedLanguages(Tagger):
     by_line: bool
 
     def texts(self, document: dict[str, Any], dataset: int, keys: list[str]) -> list[TaggedText]:
-        return [self._tagged(text_of(document, key)) for key in keys]
-
-    def _tagged(self, text: str) -> TaggedText:
-        language = self.detector.language(text)
-        if not self.by_line:
-            return _one_span(text, language)
-        spans = []
-        for line in text.splitlines(keepends=True):
-            found = self.detector.language(line)
-            spans.append((language if found == UNDETECTED else found, len(line)))
-        return TaggedText(text, _merge(spans))
+        tagged = []
+        for text in (text_of(document, key) for key in keys):
+            language = self.detector.language(text)
+            lines = text.splitlines(keepends=True) if self.by_line else []
+            found = [(self.detector.language(line), len(line)) for line in lines]
+            spans = [(language if name == UNDETECTED else name, length) for name, length in found]
+            tagged.append(TaggedText(text, _merge(spans)) if self.by_line else _one_span(text, language))
+        return tagged
 
 
 def _one_span(text: str, language: str) -> TaggedText:

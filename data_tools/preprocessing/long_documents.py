@@ -10,15 +10,15 @@ place is rejected.
 import codecs
 import ctypes
 import json
+import mmap
 import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from data_tools.preprocessing.inputs import LONG_LINE_BYTES, FileRange
-from data_tools.preprocessing.tokenizers import Backend
+from data_tools.preprocessing.tokenizers import Backend, Piece
 from moelpr.documents import BadLine
 
 LONG_TEXT_CHARACTERS = 1 << 20
@@ -26,9 +26,9 @@ _WINDOW_CHARACTERS = 1 << 13  # on which two pieces must agree
 _OVERLAP_WINDOWS = 8
 _BLOCK_BYTES = 1 << 20
 _LONG_STRING_BYTES = 1 << 20
-# The content of a string up to its end or the end of the block, never ending inside an escape.
-_INSIDE = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
-# The same for characters, where an escaped surrogate pair counts as one escape.
+# A string, perhaps without an end, or up to a million bytes between strings. Possessive, so it needs no memory.
+_PARTS = re.compile(rb'"(?P<inside>[^"\\]*+(?:\\.[^"\\]*+)*+)(?P<end>"?)|[^"]{1,1048576}', re.DOTALL)
+# What can be decoded on its own; an escaped surrogate pair counts as one escape.
 _HEX = "[0-9a-fA-F]"
 _COMPLETE_ESCAPES = re.compile(
     rf"(?:[^\\]+|\\[^u]|\\u(?![dD][89abAB]){_HEX}{{4}}|\\u[dD][89abAB]{_HEX}{{2}}\\u[dD][c-fC-F]{_HEX}{{2}})*"
@@ -75,84 +75,36 @@ class LongString(NamedTuple):
 
 
 def without_long_strings(line: FileRange) -> tuple[bytes, dict[str, LongString]]:
-    """Replace the long strings of a line's JSON by names.
+    """Replace the long strings of a line's JSON by names, and shorten white space.
 
     Returns:
         The JSON with names, and the strings by name.
 
     Raises:
-        BadLine: The rest is still too long for memory.
+        BadLine: The rest is still too long for memory, or a string has no end.
     """
     kept: list[bytes] = []
     found: dict[str, LongString] = {}
     size = 0
-    for piece in _pieces(line):
-        if isinstance(piece, bytes):
-            kept.append(piece)
-        else:
+    with open(line.path, "rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    for part in _PARTS.finditer(content, line.start, line.stop):
+        start, stop = part.span("inside")
+        if part["end"] is None:
+            kept.append(re.sub(rb"\s+", b" ", part[0]))
+        elif not part["end"]:
+            raise BadLine("not JSON (Unterminated string)")
+        elif stop - start > _LONG_STRING_BYTES:
             name = f"\0long string {len(found)}"
-            found[name] = piece
+            found[name] = LongString(line.path, start, stop)
             kept.append(json.dumps(name).encode())
+        else:
+            kept.append(part[0])
         size += len(kept[-1])
         if size > LONG_LINE_BYTES:
             reason = "NUL bytes" if b"\0" in kept[-1] else "most of which is not a long text"
             raise BadLine(f"a line of {line.num_bytes:,} bytes, {reason}")
     return b"".join(kept), found
-
-
-def _pieces(line: FileRange) -> Iterator[bytes | LongString]:
-    """Yield what is between strings, with white space shortened; short strings with their quotes; and long strings."""
-    with open(line.path, "rb") as file:
-        file.seek(line.start)
-        block_start, left = line.start, line.num_bytes
-        string_start: int | None = None  # in the file, after the opening quote
-        short: list[bytes] = []
-        ahead = b""
-        while left or ahead:
-            block = ahead + file.read(min(_BLOCK_BYTES, left))
-            is_last = block_start + len(block) >= line.stop
-            left = line.stop - block_start - len(block)
-            place = 0
-            while place < len(block):
-                if string_start is None:
-                    quote = block.find(b'"', place)
-                    stop = len(block) if quote < 0 else quote
-                    yield re.sub(rb"\s+", b" ", block[place:stop])
-                    place = stop
-                    if quote >= 0:
-                        place += 1
-                        string_start, short = block_start + place, []
-                    continue
-                inside = _INSIDE.match(block, place)
-                assert inside is not None  # it also matches nothing
-                stop = inside.end()
-                is_long = block_start + stop - string_start > _LONG_STRING_BYTES
-                if not is_long:
-                    short.append(block[place:stop])
-                place = stop
-                if block[place : place + 1] != b'"':
-                    break  # the block ends inside the string, perhaps inside an escape
-                yield LongString(line.path, string_start, block_start + stop) if is_long else b'"%b"' % b"".join(short)
-                string_start = None
-                place += 1
-            ahead = block[place:]
-            block_start += place
-            if is_last:
-                if string_start is not None:
-                    raise BadLine("not JSON (Unterminated string)")
-                return
-
-
-class Piece(NamedTuple):
-    """Tokens of a part of a text: IDs and the characters of the complete text that they begin at, [tokens] each."""
-
-    ids: NDArray[np.int32]
-    starts: NDArray[np.int64]
-
-
-def is_long(text: str) -> bool:
-    """Return whether a text must be encoded in pieces."""
-    return len(text) > LONG_TEXT_CHARACTERS
 
 
 def encode_long_text(backend: Backend, parts: Iterable[str]) -> Iterator[Piece]:
@@ -162,24 +114,18 @@ def encode_long_text(backend: Backend, parts: Iterable[str]) -> Iterator[Piece]:
         BadLine: A part of the text can't be encoded in pieces.
     """
     held, first = None, 0
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)  # not in C libraries other than glibc
     for begin, characters in _overlapping(parts):
-        ids, starts = backend.encode_with_starts(characters)
-        piece = Piece(ids, starts + begin)
+        piece = backend.encode_with_starts(characters)
+        piece = piece._replace(starts=piece.starts + begin)
         if held is not None:
             last, next_first = _handover(held, piece, begin)
             yield Piece(held.ids[first:last], held.starts[first:last])
             first = next_first
         held = piece
-        _return_freed_memory()
+        malloc_trim(0)  # glibc keeps freed memory, in holes that grow from piece to piece
     if held is not None:
         yield Piece(held.ids[first:], held.starts[first:])
-
-
-def _return_freed_memory() -> None:
-    """Return freed memory to the system: glibc keeps it, in holes that grow from piece to piece."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not in other C libraries
-    if trim is not None:
-        trim(0)
 
 
 def _overlapping(parts: Iterable[str]) -> Iterator[tuple[int, str]]:

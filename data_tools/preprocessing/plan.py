@@ -66,22 +66,38 @@ class Plan:
     """
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.output_prefix, *_ = _with_shard(arguments, arguments.output_prefix)
+        self.output_prefix = _with_shard(arguments, arguments.output_prefix)
         self.prefixes = _prefixes(arguments)
         if not (arguments.resume and self.unfinished_folder.exists()):
             paths = [path for prefix in self.prefixes.values() for path in CorpusPaths.of(prefix)]
             refuse_existing(paths, arguments.overwrite)
-        datasets = _datasets(arguments)
+        if arguments.dataset:
+            names = [name.strip() for name in arguments.dataset.split(",") if name.strip()]
+            datasets = _read_registry(arguments.dataset_info, names, arguments.dataset_dir)
+        else:
+            sources = [inputs.open_source(path) for path in inputs.find_files(arguments.input)]
+            datasets = [Dataset("", sources, arguments.language or "", arguments.json_keys[0])]
         self.sources = [source for dataset in datasets for source in dataset.sources]
         self.notes = [
             f"{source.path} is empty" for source in self.sources if not source.bytes and source.form is not Form.STREAM
         ]
         self.shares = list(inputs.shares_of(self.sources, arguments.shard or 0, arguments.num_shards))
         keys = [arguments.json_keys if arguments.input else [dataset.key] for dataset in datasets]
-        self.tokenizer = _tokenizer(arguments)
+        self.tokenizer = load_job_tokenizer(
+            arguments.tokenizer_type,
+            arguments.tokenizer_model,
+            not arguments.tokenizer_hf_no_include_special_tokens,
+            arguments.eod_token,
+        )
+        if arguments.append_eod and self.tokenizer.record.eod_id is None:
+            raise UserError(
+                f"--append-eod requires an end-of-document token, but {arguments.tokenizer_model} has none; name one "
+                "with --eod-token"
+            )
         self.encoder = _encoder(arguments, datasets, keys, self.tokenizer)
         for share in self.shares:
-            _verify_checksum(share.source)
+            if share.source.sha1 is not None:
+                _verify_checksum(share.source)
         self.chosen: list[NDArray[np.int64]] | None = None
         if arguments.max_samples is not None:
             names = [dataset.name for dataset in datasets]
@@ -92,10 +108,10 @@ class Plan:
         if arguments.tokenizer_backend != "reference":
             sample = _sample(self.shares, self.columns, self.encoder)
             is_required = arguments.tokenizer_backend == "gigatoken"
-            backend, reason = choose_backend(self.encoder.backend, self.tokenizer.source, sample, is_required)
-            self.encoder.backend = backend
+            reference, source = self.tokenizer.backend, self.tokenizer.source
+            self.encoder.backend, reason = choose_backend(reference, source, sample, is_required)
             if reason:
-                self.notes.append(f"tokenizing with {backend.name}, not gigatoken: {reason}")
+                self.notes.append(f"tokenizing with {reference.name}, not gigatoken: {reason}")
         self.settings = _settings(arguments, self.sources, self.tokenizer)
         self.needs_text = arguments.num_shards == 1
 
@@ -112,27 +128,15 @@ class Plan:
 
 
 def _prefixes(arguments: argparse.Namespace) -> dict[str, str]:
-    prefixes = {key: f"{arguments.output_prefix}_{key}_document" for key in arguments.json_keys}
+    prefix, keys = arguments.output_prefix, arguments.json_keys
+    prefixes = {key: f"{prefix}_{key}_document" for key in keys}
     if arguments.validation_share:
-        prefixes |= {
-            f"{key} {VALIDATION}": f"{arguments.output_prefix}_{VALIDATION}_{key}_document"
-            for key in arguments.json_keys
-        }
-    return dict(zip(prefixes, _with_shard(arguments, *prefixes.values()), strict=True))
+        prefixes |= {f"{key} {VALIDATION}": f"{prefix}_{VALIDATION}_{key}_document" for key in keys}
+    return {name: _with_shard(arguments, path) for name, path in prefixes.items()}
 
 
-def _with_shard(arguments: argparse.Namespace, *prefixes: str) -> list[str]:
-    if arguments.num_shards == 1:
-        return list(prefixes)
-    return [shard_prefix(prefix, arguments.shard, arguments.num_shards) for prefix in prefixes]
-
-
-def _datasets(arguments: argparse.Namespace) -> list[Dataset]:
-    if arguments.dataset:
-        names = [name.strip() for name in arguments.dataset.split(",") if name.strip()]
-        return _read_registry(arguments.dataset_info, names, arguments.dataset_dir)
-    sources = [inputs.open_source(path) for path in inputs.find_files(arguments.input)]
-    return [Dataset("", sources, arguments.language or "", arguments.json_keys[0])]
+def _with_shard(arguments: argparse.Namespace, prefix: str) -> str:
+    return prefix if arguments.num_shards == 1 else shard_prefix(prefix, arguments.shard, arguments.num_shards)
 
 
 def _read_registry(registry: Path, names: list[str], folder: Path) -> list[Dataset]:
@@ -187,9 +191,7 @@ def _dataset(name: str, entry: Any, folder: Path, index: int) -> Dataset:
 
 
 def _verify_checksum(source: Source) -> None:
-    """Compare a file with the SHA-1 that its registry states, if any."""
-    if source.sha1 is None:
-        return
+    """Compare a file with the SHA-1 that its registry states."""
     with open(source.path, "rb") as file:
         found = hashlib.file_digest(file, "sha1").hexdigest()
     if found != source.sha1:
@@ -198,25 +200,12 @@ def _verify_checksum(source: Source) -> None:
         )
 
 
-def _tokenizer(arguments: argparse.Namespace) -> JobTokenizer:
-    special_tokens = not arguments.tokenizer_hf_no_include_special_tokens
-    tokenizer = load_job_tokenizer(
-        arguments.tokenizer_type, arguments.tokenizer_model, special_tokens, arguments.eod_token
-    )
-    if arguments.append_eod and tokenizer.record.eod_id is None:
-        raise UserError(
-            f"--append-eod requires an end-of-document token, but {arguments.tokenizer_model} has none; name one with "
-            "--eod-token"
-        )
-    return tokenizer
-
-
 def _encoder(
     arguments: argparse.Namespace, datasets: list[Dataset], keys: list[list[str]], tokenizer: JobTokenizer
 ) -> Encoder:
     bits, tagger = _languages(arguments, datasets)
     return Encoder(
-        backend=tokenizer.reference(),
+        backend=tokenizer.backend,
         vocab_size=tokenizer.record.vocab_size,
         prefix=tokenizer.prefix,
         suffix=tokenizer.suffix,
@@ -287,13 +276,10 @@ def _spread(shares: list[Share]) -> list[Share]:
     offsets = [total * index // _SAMPLE_PLACES for index in range(_SAMPLE_PLACES)]
     places, begin = [], 0
     for share in shares:
-        size = share.stop - share.start
-        inside = [offset - begin for offset in offsets if begin <= offset < begin + size]
-        if share.source.form is Form.LINES:
-            places += [share._replace(start=share.start + offset) for offset in inside]
-        elif inside:
-            places.append(share)
-        begin += size
+        starts = [share.start + offset - begin for offset in offsets]
+        inside = [share._replace(start=start) for start in starts if share.start <= start < share.stop]
+        places += inside if share.source.form is Form.LINES else [share] * bool(inside)
+        begin += share.stop - share.start
     return places
 
 

@@ -4,7 +4,6 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
 
 from data_tools.corpus import describe
 from data_tools.corpus_writer import token_dtype
@@ -74,22 +73,6 @@ class Tally:
         for stated, detected in other.audit.items():
             self.audit.setdefault(stated, Counter()).update(detected)
 
-    def as_json(self) -> dict[str, Any]:
-        corpora = {
-            name: {**vars(corpus), "languages": {language: vars(count) for language, count in corpus.languages.items()}}
-            for name, corpus in self.corpora.items()
-        }
-        return {**vars(self), "corpora": corpora}
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Self:
-        corpora = {}
-        for name, corpus in content["corpora"].items():
-            languages = {language: LanguageCount(**count) for language, count in corpus["languages"].items()}
-            corpora[name] = CorpusTally(languages, Counter(corpus["sources"]), corpus["num_empty"])
-        audit = {stated: Counter(detected) for stated, detected in content["audit"].items()}
-        return cls(**{**content, "corpora": corpora, "audit": audit})
-
 
 def why_empty(sources: list[str], tally: Tally) -> str:
     """Return why the input gives no tokens."""
@@ -117,7 +100,11 @@ def print_summary(
         dtype = token_dtype(manifest.tokenizer.vocab_size)
         print(describe(prefixes[name], manifest.documents, manifest.tokens, original, dtype))
         if shows_languages:
-            _print_languages(manifest)
+            print(f"\n  {'language':<16}{'bit':<12}{'documents':>12}{'tokens':>16}{'bytes':>18}")
+            for language, count in sorted(manifest.languages.items(), key=lambda item: -item[1].tokens):
+                numbers = f"{count.documents:>12,}{count.tokens:>16,}{count.bytes:>18,}"
+                print(f"  {language:<16}{count.bit:<12}{numbers}")
+            print()
     if shows_languages:
         found = {language for manifest in manifests.values() for language in manifest.languages}
         for language in sorted((bits.original | bits.expanded) - found):
@@ -127,42 +114,30 @@ def print_summary(
     if tally.num_undetected:
         print(f"note: {tally.num_undetected:,} documents of uncertain language were omitted")
     if tally.audit:
-        _print_audit(tally, bits)
+        _print_audit(tally.audit, bits)
     if tally.num_skipped:
-        _print_skipped(tally, skipped_path)
+        share = tally.num_skipped / tally.num_read
+        print(
+            f"warning: {tally.num_skipped:,} lines were skipped ({share:.2%}), listed in {skipped_path}:",
+            file=sys.stderr,
+        )
+        print(*(f"  {problem}" for problem in tally.problems), sep="\n", file=sys.stderr)
+        if tally.num_skipped > _PROBLEMS_SHOWN:
+            print(f"  and {tally.num_skipped - _PROBLEMS_SHOWN:,} more", file=sys.stderr)
 
 
-def _print_languages(manifest: Manifest) -> None:
-    print(f"\n  {'language':<16}{'bit':<12}{'documents':>12}{'tokens':>16}{'bytes':>18}")
-    for name, count in sorted(manifest.languages.items(), key=lambda item: -item[1].tokens):
-        print(f"  {name:<16}{count.bit:<12}{count.documents:>12,}{count.tokens:>16,}{count.bytes:>18,}")
-    print()
-
-
-def _print_audit(tally: Tally, bits: Bits) -> None:
+def _print_audit(audit: dict[str, Counter[str]], bits: Bits) -> None:
     """Print the number of documents of each stated (rows) and detected (columns) language."""
-    total: Counter[str] = sum(tally.audit.values(), Counter())
+    total: Counter[str] = sum(audit.values(), Counter())
     columns = sorted(total, key=lambda name: (-total[name], name))[:8]
     print("\n  documents by stated language (rows) and detected language (columns)")
     print(f"  {'':<16}" + "".join(f"{name:>10}" for name in columns) + f"{'others':>10}")
-    for stated, detected in sorted(tally.audit.items()):
+    differing = 0
+    for stated, detected in sorted(audit.items()):
         others = detected.total() - sum(detected[name] for name in columns)
         print(f"  {stated:<16}" + "".join(f"{detected[name]:>10,}" for name in columns) + f"{others:>10,}")
-    known = bits.original | bits.expanded
-    differing = sum(
-        documents
-        for stated, detected in tally.audit.items()
-        for name, documents in detected.items()
-        if {stated, name} <= known and (stated in bits.original) != (name in bits.original)
-    )
+        if stated in bits.original | bits.expanded:
+            other_group = bits.expanded if stated in bits.original else bits.original
+            differing += sum(detected[name] for name in other_group)
     share = differing / max(total.total(), 1)
     print(f"  {differing:,} of {total.total():,} documents ({share:.2%}) would have the other bit\n")
-
-
-def _print_skipped(tally: Tally, skipped: Path) -> None:
-    share = tally.num_skipped / tally.num_read
-    print(f"warning: {tally.num_skipped:,} lines were skipped ({share:.2%}), listed in {skipped}:", file=sys.stderr)
-    for problem in tally.problems:
-        print(f"  {problem}", file=sys.stderr)
-    if tally.num_skipped > _PROBLEMS_SHOWN:
-        print(f"  and {tally.num_skipped - _PROBLEMS_SHOWN:,} more", file=sys.stderr)

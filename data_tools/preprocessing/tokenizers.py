@@ -6,10 +6,9 @@ import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import chain, groupby
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,16 +43,29 @@ class Encoded(NamedTuple):
     lengths: NDArray[np.int64]
 
 
+_NOTHING = Encoded(np.zeros(0, np.int32), np.zeros(0, np.int64))
+
+
+class Piece(NamedTuple):
+    """Tokens of a part of a text.
+
+    Attributes:
+        ids: int32 [tokens].
+        starts: the character of the text that contains each token's first byte, int64 [tokens].
+    """
+
+    ids: NDArray[np.int32]
+    starts: NDArray[np.int64]
+
+
 class Backend(Protocol):
-    """A tokenizer library. It does not add the tokens that a tokenizer puts around a text."""
+    """A tokenizer library. It does not add the tokens that a tokenizer puts around a text. Can be pickled."""
 
     name: str
 
     def encode(self, texts: list[str]) -> Encoded: ...
 
-    def encode_with_starts(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Return the IDs of a text and, for each, the character that contains its first byte: [tokens] each."""
-        ...
+    def encode_with_starts(self, text: str) -> Piece: ...
 
 
 class HuggingFaceBackend:
@@ -69,6 +81,7 @@ class HuggingFaceBackend:
     def __init__(self, tokenizer_json: str, splits_special_tokens: bool) -> None:
         from tokenizers import Tokenizer
 
+        self._arguments = tokenizer_json, splits_special_tokens
         self._tokenizer = Tokenizer.from_str(tokenizer_json)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -76,14 +89,17 @@ class HuggingFaceBackend:
         # A post-processor adds tokens around a text, which the encoder does itself, and trims spaces off the offsets.
         self._tokenizer.post_processor = None
 
+    def __reduce__(self) -> tuple[type[Self], tuple[str, bool]]:
+        return type(self), self._arguments
+
     def encode(self, texts: list[str]) -> Encoded:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return _concatenate([encoding.ids for encoding in encodings])
 
-    def encode_with_starts(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    def encode_with_starts(self, text: str) -> Piece:
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         starts = np.fromiter((start for start, _ in encoding.offsets), np.int64, len(encoding.ids))
-        return np.array(encoding.ids, np.int32), starts
+        return Piece(np.array(encoding.ids, np.int32), starts)
 
 
 class SentencePieceBackend:
@@ -101,13 +117,12 @@ class SentencePieceBackend:
 
     def encode(self, texts: list[str]) -> Encoded:
         arrays: list[NDArray[np.int32]] = self._processor.encode(texts, return_type="numpy", num_threads=1)
-        lengths = np.fromiter(map(len, arrays), np.int64, len(arrays))
-        return Encoded(np.concatenate(arrays) if arrays else np.zeros(0, np.int32), lengths)
+        return Encoded(np.concatenate([_NOTHING.ids, *arrays]), np.array([*map(len, arrays)], np.int64))
 
-    def encode_with_starts(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    def encode_with_starts(self, text: str) -> Piece:
         mapping = self._processor.encode(text, return_type="offset_mapping")
         starts = np.fromiter((start for start, _ in mapping["offsets"]), np.int64, len(mapping["ids"]))
-        return np.array(mapping["ids"], np.int32), starts
+        return Piece(np.array(mapping["ids"], np.int32), starts)
 
 
 class SlowHuggingFaceBackend:
@@ -121,7 +136,7 @@ class SlowHuggingFaceBackend:
     def encode(self, texts: list[str]) -> Encoded:
         return _concatenate(self._tokenizer.encode_batch(texts, False) if texts else [])
 
-    def encode_with_starts(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    def encode_with_starts(self, text: str) -> Piece:
         raise UserError(
             "the tokenizer has no tokenizer.json, so token offsets are unavailable; spans and long texts require them, "
             "so convert it to a fast tokenizer"
@@ -136,7 +151,7 @@ class GigatokenBackend:
         reference: the library it replaces.
 
     Raises:
-        Exception: gigatoken does not support the tokenizer; it may raise any exception.
+        Exception: gigatoken does not support the tokenizer.
     """
 
     name = "gigatoken"
@@ -151,13 +166,11 @@ class GigatokenBackend:
         self._unsupported = [*reference.control_tokens, "\x85"] if isinstance(reference, SentencePieceBackend) else []
 
     def encode(self, texts: list[str]) -> Encoded:
-        if not any(token in text for text in texts for token in self._unsupported):
-            return self._encode(texts)
         groups = groupby(texts, lambda text: any(token in text for token in self._unsupported))
         parts = [(self._reference.encode if slow else self._encode)(list(group)) for slow, group in groups]
-        return Encoded(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+        return parts[0] if len(parts) == 1 else Encoded(*map(np.concatenate, zip(_NOTHING, *parts, strict=True)))
 
-    def encode_with_starts(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    def encode_with_starts(self, text: str) -> Piece:
         return self._reference.encode_with_starts(text)
 
     def agrees(self, texts: list[str]) -> bool:
@@ -166,16 +179,14 @@ class GigatokenBackend:
         return np.array_equal(ours.lengths, theirs.lengths) and np.array_equal(ours.ids, theirs.ids)
 
     def _encode(self, texts: list[str]) -> Encoded:
-        resident_bytes = _resident_bytes()
-        if self._full_at_bytes and resident_bytes > self._full_at_bytes:
+        if self._full_at_bytes and _resident_bytes() > self._full_at_bytes:
             self._tokenizer = None  # first, so that there are never two
             self._tokenizer = self._load()
             # Measure again: other memory has grown too (pages no longer shared with the parent) and must not trigger
             # another reload.
             self._full_at_bytes = 0
-            resident_bytes = _resident_bytes()
         if not self._full_at_bytes:
-            self._full_at_bytes = resident_bytes + _CACHE_BYTES
+            self._full_at_bytes = _resident_bytes() + _CACHE_BYTES
         # A worker has one core; the library's own threads did not survive the fork.
         rows = self._tokenizer.encode_batch(texts, parallel=False).layout
         offsets = np.asarray(rows.offsets.data)
@@ -223,33 +234,21 @@ def choose_backend(
     return reference, reason
 
 
-@dataclass
-class JobTokenizer:
+class JobTokenizer(NamedTuple):
     """What a job needs of a tokenizer.
 
     Attributes:
         record: entry of the manifest.
+        backend: the library that the tokenizer was made for.
         source: content of a tokenizer.json (str) or .model file (bytes); None if the tokenizer is of another kind.
-        slow: the tokenizer itself if `source` is None, else None.
-        splits_special_tokens: whether special tokens that occur in a text are encoded as ordinary text.
         prefix, suffix: IDs added before and after each text.
     """
 
     record: TokenizerRecord
+    backend: Backend
     source: str | bytes | None
-    slow: Tokenizer | None
-    splits_special_tokens: bool
     prefix: list[int]
     suffix: list[int]
-
-    def reference(self) -> Backend:
-        """Return the library that the tokenizer was made for."""
-        if isinstance(self.source, str):
-            return HuggingFaceBackend(self.source, self.splits_special_tokens)
-        if isinstance(self.source, bytes):
-            return SentencePieceBackend(self.source)
-        assert self.slow is not None
-        return SlowHuggingFaceBackend(self.slow)
 
 
 def load_job_tokenizer(type: str, model: str, special_tokens: bool, eod_token: str | None) -> JobTokenizer:
@@ -275,20 +274,22 @@ def _load(type: str, model: str, special_tokens: bool, eod_token: str | None) ->
         sys.modules["torch"] = None  # type: ignore[assignment]
         os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # nor the warning that torch is missing
     tokenizer = load_tokenizer(type, model, special_tokens)
-    eod_id = tokenizer.eod_id if eod_token is None else _id_of(eod_token, tokenizer.vocabulary())
+    eod_id = tokenizer.eod_id
+    if eod_token is not None:
+        vocabulary = tokenizer.vocabulary()
+        if eod_token not in vocabulary:
+            near = get_close_matches(eod_token, [name for name in vocabulary if name[:1] in "<[|"], 3, 0.5)
+            hint = f"; similar tokens are {', '.join(near)}" if near else ""
+            raise UserError(f"--eod-token {eod_token} is not in the tokenizer's vocabulary{hint}")
+        eod_id = vocabulary[eod_token]
     record = TokenizerRecord.of(type, model, tokenizer, eod_id, special_tokens)
     source = tokenizer.serialized()
-    prefix, suffix = _added_ids(tokenizer, model)
-    slow = tokenizer if source is None else None
-    return JobTokenizer(record, source, slow, tokenizer.splits_special_tokens, prefix, suffix)
-
-
-def _id_of(token: str, vocabulary: dict[str, int]) -> int:
-    if token in vocabulary:
-        return vocabulary[token]
-    near = get_close_matches(token, [name for name in vocabulary if name[:1] in "<[|"], 3, 0.5)
-    hint = f"; similar tokens are {', '.join(near)}" if near else ""
-    raise UserError(f"--eod-token {token} is not in the tokenizer's vocabulary{hint}")
+    backend: Backend = SlowHuggingFaceBackend(tokenizer)
+    if isinstance(source, str):
+        backend = HuggingFaceBackend(source, tokenizer.splits_special_tokens)
+    elif source is not None:
+        backend = SentencePieceBackend(source)
+    return JobTokenizer(record, backend, source, *_added_ids(tokenizer, model))
 
 
 def _added_ids(tokenizer: Tokenizer, model: str) -> tuple[list[int], list[int]]:

@@ -59,7 +59,7 @@ class BatchReader:
         ).sum(dim=0)
         torch.distributed.all_reduce(counts, group=parallel_state.get_data_parallel_group())
         global_counts = GlobalCounts(*counts.unbind())
-        return [_to_batch(tensors, global_counts) for tensors in raw]
+        return [_to_batch(slice_for_context_parallel(tensors), global_counts) for tensors in raw]
 
 
 def _broadcast(sample: dict[str, Tensor] | None) -> dict[str, Tensor]:
@@ -70,16 +70,8 @@ def _broadcast(sample: dict[str, Tensor] | None) -> dict[str, Tensor]:
 
 
 def _to_batch(tensors: dict[str, Tensor], counts: GlobalCounts) -> Batch:
-    tensors = slice_for_context_parallel(tensors)
-    return Batch(
-        tokens=tensors["tokens"],
-        labels=tensors["labels"],
-        loss_mask=tensors["loss_mask"].float(),
-        position_ids=tensors["position_ids"],
-        is_original=tensors["is_original"].bool(),
-        is_original_label=tensors["is_original_label"].bool(),
-        counts=counts,
-    )
+    dtypes = {"loss_mask": torch.float32, "is_original": torch.bool, "is_original_label": torch.bool}
+    return Batch(**{key: tensors[key].to(dtypes.get(key, torch.int64)) for key in _KEYS}, counts=counts)
 
 
 def slice_for_context_parallel(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

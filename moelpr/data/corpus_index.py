@@ -69,15 +69,21 @@ class CorpusIndex:
         return cls(dtype, lengths, starts, num_tokens)
 
 
+def index_header(dtype: np.dtype, sequences: int, documents: int) -> bytes:
+    """Return the header of an .idx."""
+    code = next(code for code, known in _DTYPES.items() if known == dtype)
+    return _HEADER.pack(_MAGIC, _VERSION, code, sequences, documents + 1)
+
+
 def _arrays(idx: Path, content: NDArray[np.uint8]) -> tuple[np.dtype, NDArray, NDArray, NDArray]:
     """Return dtype of the token IDs, sequence lengths, sequence pointers and document starts."""
     damaged = UserError(f"{idx} is not a complete Megatron .idx file; {_FIX}")
     if len(content) < _HEADER.size:
         raise damaged
     magic, version, code, sequences, starts = _HEADER.unpack_from(content)
-    if magic != _MAGIC or version != _VERSION or code not in _DTYPES:
+    if (magic, version) != (_MAGIC, _VERSION) or code not in _DTYPES or not starts:
         raise damaged
-    if not starts or len(content) != _HEADER.size + 12 * sequences + 8 * starts:
+    if len(content) != _HEADER.size + 12 * sequences + 8 * starts:
         raise damaged
     lengths = np.frombuffer(content, "<i4", sequences, _HEADER.size)
     pointers = np.frombuffer(content, "<i8", sequences, _HEADER.size + 4 * sequences)

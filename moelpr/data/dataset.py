@@ -84,9 +84,9 @@ class TaggedIndexedDataset(IndexedDataset):
         """
         sequences = 0
         for start in range(first, last + 1, _SEQUENCES_AT_ONCE):
-            pointers = self._pointers[start : min(start + _SEQUENCES_AT_ONCE, last + 1)]
-            lengths = self._lengths[start : min(start + _SEQUENCES_AT_ONCE, last + 1)]
-            sequences += int(self.bits.at(pointers[lengths > 0] // self._token_bytes).sum())
+            piece = slice(start, min(start + _SEQUENCES_AT_ONCE, last + 1))
+            pointers = self._pointers[piece][self._lengths[piece] > 0]
+            sequences += int(self.bits.at(pointers // self._token_bytes).sum())
         start = self._pointers.item(first) // self._token_bytes
         stop = self._pointers.item(last) // self._token_bytes + self._lengths.item(last)
         return sequences, self.bits.count(start, stop)

@@ -9,7 +9,7 @@ import os
 import struct
 import zlib
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,17 +26,12 @@ HEADER_BYTES = _FIELDS.size + _HEADER_CHECKSUM.size
 
 _BUFFER_TOKENS = 8 * (1 << 20)
 _RUN_TOKENS = 1 << 20
-_FIX = "rebuild it with data_tools/preprocess_data.py"
+_FIX = "rebuild the corpus with data_tools/preprocess_data.py"
 
 
-class _Header(NamedTuple):
-    payload_checksum: int
-    num_tokens: int
-    num_original: int
-
-    def pack(self) -> bytes:
-        fields = _FIELDS.pack(MAGIC, VERSION, *self)
-        return fields + _HEADER_CHECKSUM.pack(zlib.crc32(fields))
+def _header(payload_checksum: int, num_tokens: int, num_original: int) -> bytes:
+    fields = _FIELDS.pack(MAGIC, VERSION, payload_checksum, num_tokens, num_original)
+    return fields + _HEADER_CHECKSUM.pack(zlib.crc32(fields))
 
 
 def payload_bytes(num_tokens: int) -> int:
@@ -77,7 +72,10 @@ class LanguageBitsWriter:
         while done < len(flags):
             piece = flags[done : done + _BUFFER_TOKENS - self._buffered]
             self.num_original += _language_bits.pack_into(self._buffer, self._buffered, piece)
-            self._advance(len(piece))
+            self._buffered += len(piece)
+            self.num_tokens += len(piece)
+            if self._buffered == _BUFFER_TOKENS:
+                self._flush()
             done += len(piece)
 
     def append_run(self, is_original: bool, count: int) -> None:
@@ -94,24 +92,14 @@ class LanguageBitsWriter:
         """Write the rest and the header, and close the file, which is now complete."""
         self._flush()
         self._file.seek(0)
-        self._file.write(_Header(self._checksum, self.num_tokens, self.num_original).pack())
-        self._file.close()
-
-    def close(self) -> None:
-        """Close the file without a header, so that readers reject it."""
+        self._file.write(_header(self._checksum, self.num_tokens, self.num_original))
         self._file.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _advance(self, tokens: int) -> None:
-        self._buffered += tokens
-        self.num_tokens += tokens
-        if self._buffered == _BUFFER_TOKENS:
-            self._flush()
+        self._file.close()
 
     def _flush(self) -> None:
         # Called with a full buffer or by finalize, so only the last byte of the file can be partial.
@@ -135,16 +123,12 @@ class LanguageBits:
         self.path = Path(path)
         try:
             with open(self.path, "rb") as file:
-                header = file.read(HEADER_BYTES)
-                size = os.fstat(file.fileno()).st_size
-                self._header = self._read_header(header, size)
+                self._read_header(file.read(HEADER_BYTES), os.fstat(file.fileno()).st_size)
                 # A plain array, because np.memmap runs Python code at every slice.
                 payload = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
         except OSError as error:
             raise UserError(f"{self.path} can't be opened ({error.strerror}); {_FIX}") from error
         self._payload = payload[HEADER_BYTES:]
-        self.num_tokens = self._header.num_tokens
-        self.num_original = self._header.num_original
 
     def __len__(self) -> int:
         return self.num_tokens
@@ -204,9 +188,8 @@ class LanguageBits:
             UserError: The checksum or the count differs, or bits after the last token are not zero.
         """
         checksum = zlib.crc32(self._payload)
-        if checksum != self._header.payload_checksum:
-            expected = self._header.payload_checksum
-            raise UserError(f"{self.path} is damaged: its checksum is {checksum:08x}, not {expected:08x}; {_FIX}")
+        if checksum != self._checksum:
+            raise UserError(f"{self.path} is damaged: its checksum is {checksum:08x}, not {self._checksum:08x}; {_FIX}")
         original = self.count(0, self.num_tokens)
         if original != self.num_original:
             raise UserError(
@@ -220,7 +203,7 @@ class LanguageBits:
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens [{start}, {stop}) are outside {self.path}, which contains {self.num_tokens}")
 
-    def _read_header(self, header: bytes, file_bytes: int) -> _Header:
+    def _read_header(self, header: bytes, file_bytes: int) -> None:
         if len(header) < HEADER_BYTES or not any(header):
             raise UserError(f"{self.path} is not a complete .lang file; {_FIX}")
         magic, version, *fields = _FIELDS.unpack_from(header)
@@ -230,16 +213,14 @@ class LanguageBits:
             raise UserError(
                 f"{self.path} has version {version} of the .lang format, but only {VERSION} is supported; {_FIX}"
             )
-        found = _Header(*fields)
-        if found.pack() != header:
+        if _header(*fields) != header:
             raise UserError(f"{self.path} is damaged: its header does not match its own checksum; {_FIX}")
-        expected_bytes = HEADER_BYTES + payload_bytes(found.num_tokens)
-        if file_bytes != expected_bytes:
+        self._checksum, self.num_tokens, self.num_original = fields
+        size = HEADER_BYTES + payload_bytes(self.num_tokens)
+        if file_bytes != size:
             raise UserError(
-                f"{self.path} contains {file_bytes:,} bytes, not {expected_bytes:,} for {found.num_tokens:,} tokens; "
-                f"{_FIX}"
+                f"{self.path} contains {file_bytes:,} bytes, not {size:,} for {self.num_tokens:,} tokens; {_FIX}"
             )
-        return found
 
 
 def language_bits_path(prefix: str | os.PathLike[str]) -> Path:
@@ -257,16 +238,10 @@ def open_language_bits(prefix: str | os.PathLike[str], num_tokens: int) -> Langu
     Raises:
         UserError: The file is missing or unreadable, or covers another number of tokens.
     """
-    path = language_bits_path(prefix)
-    if not path.exists():
-        raise UserError(
-            f"{path} is missing, so the languages of {os.fspath(prefix)}.bin are unknown; "
-            f"rebuild the corpus with data_tools/preprocess_data.py"
-        )
-    bits = LanguageBits(path)
+    bits = LanguageBits(language_bits_path(prefix))
     if bits.num_tokens != num_tokens:
         raise UserError(
-            f"{path} covers {bits.num_tokens:,} tokens, but {os.fspath(prefix)}.bin contains {num_tokens:,}; "
-            f"rebuild both with data_tools/preprocess_data.py"
+            f"{bits.path} covers {bits.num_tokens:,} tokens, but {os.fspath(prefix)}.bin contains {num_tokens:,}; "
+            f"{_FIX}"
         )
     return bits

@@ -4,10 +4,13 @@ docs/data-format.md describes the keys.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import types
 import typing
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -19,6 +22,7 @@ from moelpr.errors import UserError
 from moelpr.files import atomic_file
 
 FORMAT_VERSION = 1
+_BLOCK_BYTES = 1 << 22
 _FIX = "rebuild the corpus with data_tools/preprocess_data.py"
 
 
@@ -67,6 +71,16 @@ class FileRecord:
 
     bytes: int
     sha256: str
+
+    @classmethod
+    def of(cls, path: Path, progress: Callable[[int], object] = lambda _: None) -> Self:
+        """Read a file; `progress` is called with the bytes of each block."""
+        checksum = hashlib.sha256()
+        with open(path, "rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                checksum.update(block)
+                progress(len(block))
+        return cls(path.stat().st_size, checksum.hexdigest())
 
 
 @dataclass
@@ -135,32 +149,21 @@ class Manifest:
         except FileNotFoundError:
             return None
         except (ValueError, RecursionError, OSError) as error:
-            raise UserError(f"{path} can't be read ({_first_line(error)}); {_FIX}, or remove it") from error
-        return cls.from_json(content, str(path))
-
-    @classmethod
-    def from_json(cls, content: Any, name: str = "the manifest") -> Self:
-        """Convert parsed JSON to a manifest.
-
-        Raises:
-            UserError: It is not a manifest.
-        """
+            raise UserError(
+                f"{path} can't be read ({[*str(error).splitlines(), type(error).__name__][0]}); {_FIX}, or remove it"
+            ) from error
         version = content.get("format_version") if isinstance(content, dict) else None
         if version != FORMAT_VERSION:
-            raise UserError(f"{name} has format version {version!r}, but only {FORMAT_VERSION} is supported; {_FIX}")
+            raise UserError(f"{path} has format version {version!r}, but only {FORMAT_VERSION} is supported; {_FIX}")
         try:
-            manifest: Self = _parse(content, cls, "")
+            return from_json(content, cls)
         except ValueError as error:
-            raise UserError(f"{name} is damaged: {error}; {_FIX}, or remove it") from error
-        return manifest
-
-    def as_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+            raise UserError(f"{path} is damaged: {error}; {_FIX}, or remove it") from error
 
     def write(self, prefix: str | os.PathLike[str]) -> None:
         """Write the manifest beside its corpus, atomically."""
         with atomic_file(manifest_path(prefix)) as temporary:
-            temporary.write_text(json.dumps(self.as_json(), indent=2, ensure_ascii=False) + "\n", "utf-8")
+            temporary.write_text(json.dumps(self, default=vars, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def manifest_path(prefix: str | os.PathLike[str]) -> Path:
@@ -203,8 +206,17 @@ def compare_tokenizers(corpus: TokenizerRecord, folder: str | os.PathLike[str]) 
     return match
 
 
+def from_json[T](value: Any, expected: type[T]) -> T:
+    """Convert a JSON value to a dataclass of dataclasses and named tuples; `json.dumps(…, default=vars)` reverses it.
+
+    Raises:
+        ValueError: A key is missing or its value has another type than the annotated one.
+    """
+    parsed: T = _parse(value, expected, "")
+    return parsed
+
+
 def _parse(value: Any, expected: Any, where: str) -> Any:
-    """Convert a JSON value to the annotated type `expected`, or raise a ValueError that names the wrong key."""
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
     if dataclasses.is_dataclass(expected) and isinstance(value, dict):
         hints = typing.get_type_hints(expected)
@@ -215,11 +227,14 @@ def _parse(value: Any, expected: Any, where: str) -> Any:
         return expected(**parsed)  # type: ignore[operator]
     if origin is list and isinstance(value, list):
         return [_parse(item, arguments[0], f"{where}{index}.") for index, item in enumerate(value)]
-    if origin is dict and isinstance(value, dict):
-        return {key: _parse(item, arguments[1], f"{where}{key}.") for key, item in value.items()}
+    if origin in (dict, Counter) and isinstance(value, dict):
+        item_type = arguments[1] if origin is dict else int
+        return origin({key: _parse(item, item_type, f"{where}{key}.") for key, item in value.items()})
+    if isinstance(expected, type) and issubclass(expected, tuple) and isinstance(value, list):
+        return expected(*value)
     if origin is types.UnionType and any(_is(value, option) for option in arguments):
         return value
-    if (origin is Literal and value in arguments) or (origin is None and _is(value, expected)):
+    if expected is Any or (origin is Literal and value in arguments) or (origin is None and _is(value, expected)):
         return value
     raise ValueError(f"{where.removesuffix('.') or 'the file'} can't be {json.dumps(value)[:40]}")
 
@@ -228,7 +243,3 @@ def _is(value: Any, expected: Any) -> bool:
     if expected is int:
         return isinstance(value, int) and not isinstance(value, bool) and value >= 0
     return isinstance(expected, type) and isinstance(value, expected)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

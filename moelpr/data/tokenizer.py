@@ -128,17 +128,14 @@ class _HuggingFaceTokenizer:
         if self._backend is not None:
             encoded = self._backend.encode_batch_fast(texts, add_special_tokens=special_tokens)
             return [encoding.ids for encoding in encoded]
-        ids: list[list[int]] = self._tokenizer(
-            texts, add_special_tokens=special_tokens, return_attention_mask=False, verbose=False
-        )["input_ids"]
-        return ids
+        options = {"add_special_tokens": special_tokens, "return_attention_mask": False, "verbose": False}
+        return list(self._tokenizer(texts, **options)["input_ids"])
 
     def serialized(self) -> str | bytes | None:
         return None if self._backend is None else self._backend.to_str()
 
     def decode(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        return text
+        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     def fingerprint(self) -> str:
         if self._backend is None:
@@ -149,8 +146,7 @@ class _HuggingFaceTokenizer:
         return f"huggingface:{_sha256([parts['normalizer'], parts['pre_tokenizer'], parts['model'], added])}"
 
     def vocabulary(self) -> dict[str, int]:
-        vocabulary: dict[str, int] = self._tokenizer.get_vocab()
-        return vocabulary
+        return dict(self._tokenizer.get_vocab())
 
 
 class _SentencePieceTokenizer:
@@ -170,16 +166,13 @@ class _SentencePieceTokenizer:
         self.splits_special_tokens = True
 
     def serialized(self) -> str | bytes | None:
-        model: bytes = self._processor.serialized_model_proto()
-        return model
+        return bytes(self._processor.serialized_model_proto())
 
     def encode_batch(self, texts: list[str], special_tokens: bool = True) -> list[list[int]]:
-        ids: list[list[int]] = self._processor.encode(texts, out_type=int, num_threads=1)
-        return ids
+        return list(self._processor.encode(texts, out_type=int, num_threads=1))
 
     def decode(self, ids: list[int]) -> str:
-        text: str = self._processor.decode(ids)
-        return text
+        return str(self._processor.decode(ids))
 
     def fingerprint(self) -> str:
         from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]  # made at import

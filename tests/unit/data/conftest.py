@@ -1,10 +1,14 @@
-"""Corpora of random documents, with what they contain known."""
+"""Corpora of random documents, with what they contain known, and small tokenizers."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 
 @pytest.fixture
@@ -28,3 +32,49 @@ def write_corpus(tmp_path: Path) -> Callable[..., tuple[Path, np.ndarray, np.nda
         return tmp_path / name, np.concatenate(tokens), np.concatenate(is_original)
 
     return write
+
+
+def _save_hf(folder: Path, tokenizer: Tokenizer, kind: str = "PreTrainedTokenizerFast", **config: Any) -> Path:
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    words = {"tokenizer_class": kind, "eos_token": "</s>", **config}
+    (folder / "tokenizer_config.json").write_text(json.dumps(words))
+    return folder
+
+
+@pytest.fixture
+def save_hf() -> Callable[..., Any]:
+    return _save_hf
+
+
+def _byte_level_bpe(texts: list[str]) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+@pytest.fixture
+def byte_level_bpe() -> Callable[..., Any]:
+    return _byte_level_bpe
+
+
+def _train_sentencepiece(prefix: Path, text: str, **words: Any) -> Path:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([text] * 5),
+        model_prefix=str(prefix),
+        vocab_size=40,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **words,
+    )
+    return prefix.with_suffix(".model")
+
+
+@pytest.fixture
+def train_sentencepiece() -> Callable[..., Any]:
+    return _train_sentencepiece

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sentencepiece
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from moelpr.data.manifest import (
     FileRecord,
@@ -71,53 +69,12 @@ def test_manifest_that_is_not_a_json_object_is_reported(content: bytes, tmp_path
         Manifest.read(tmp_path / "a")
 
 
-def save_hf(folder: Path, tokenizer: Tokenizer, kind: str = "PreTrainedTokenizerFast", **config: Any) -> Path:
-    folder.mkdir()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    words = {"tokenizer_class": kind, "eos_token": "</s>", **config}
-    (folder / "tokenizer_config.json").write_text(json.dumps(words))
-    return folder
-
-
-def byte_level_bpe(texts: list[str]) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
-
-
 def record(kind: str, path: Path) -> TokenizerRecord:
     tokenizer = load_tokenizer(kind, str(path))
     return TokenizerRecord.of(kind, str(path), tokenizer, tokenizer.eod_id, True)
 
 
-@pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "Qwen2Tokenizer", "GPT2Tokenizer"])
-def test_saving_and_loading_again_keeps_the_fingerprint(kind: str, tmp_path: Path) -> None:
-    """transformers rewrites tokenizer.json for some classes, so the files may differ although the tokenizers do not."""
-    first = save_hf(tmp_path / "first", byte_level_bpe(["turn on the light"] * 5), kind)
-    AutoTokenizer.from_pretrained(first).save_pretrained(tmp_path / "second")
-    AutoTokenizer.from_pretrained(tmp_path / "second").save_pretrained(tmp_path / "third")
-    corpus = record("HuggingFaceTokenizer", first)
-    assert compare_tokenizers(corpus, tmp_path / "second") is TokenizerMatch.SAME
-    assert compare_tokenizers(corpus, tmp_path / "third") is TokenizerMatch.SAME
-
-
-def test_settings_that_do_not_affect_ids_do_not_change_the_fingerprint(tmp_path: Path) -> None:
-    tokenizer = byte_level_bpe(["turn on the light"] * 5)
-    first = save_hf(tmp_path / "first", tokenizer)
-    tokenizer.enable_truncation(4)
-    tokenizer.enable_padding(pad_id=1, pad_token="</s>")
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    second = save_hf(tmp_path / "second", tokenizer, chat_template="{{ messages }}", padding_side="left")
-    kind = "HuggingFaceTokenizer"
-    assert load_tokenizer(kind, str(first)).fingerprint() == load_tokenizer(kind, str(second)).fingerprint()
-
-
-def test_different_tokens_are_distinguished_from_different_splitting(tmp_path: Path) -> None:
+def test_different_tokens_are_distinguished_from_different_splitting(save_hf, byte_level_bpe, tmp_path: Path) -> None:
     corpus = record("HuggingFaceTokenizer", save_hf(tmp_path / "a", byte_level_bpe(["turn on the light"] * 5)))
     other = save_hf(tmp_path / "other", byte_level_bpe(["Ανάψτε το φως"] * 5))
     assert compare_tokenizers(corpus, other) is TokenizerMatch.DIFFERENT
@@ -134,19 +91,7 @@ def test_different_tokens_are_distinguished_from_different_splitting(tmp_path: P
     assert compare_tokenizers(corpus, tmp_path / "none") is TokenizerMatch.UNKNOWN
 
 
-def train_sentencepiece(prefix: Path, text: str, **words: Any) -> Path:
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([text] * 5),
-        model_prefix=str(prefix),
-        vocab_size=40,
-        hard_vocab_limit=False,
-        minloglevel=2,
-        **words,
-    )
-    return prefix.with_suffix(".model")
-
-
-def test_sentencepiece_fingerprint_depends_on_what_affects_ids(tmp_path: Path) -> None:
+def test_sentencepiece_fingerprint_depends_on_what_affects_ids(train_sentencepiece, tmp_path: Path) -> None:
     first = train_sentencepiece(tmp_path / "first", "turn on the light")
     folder = tmp_path / "hf"
     folder.mkdir()
@@ -163,7 +108,9 @@ def test_sentencepiece_fingerprint_depends_on_what_affects_ids(tmp_path: Path) -
     assert compare_tokenizers(corpus, folder) is TokenizerMatch.DIFFERENT
 
 
-def test_sentencepiece_corpus_matches_the_tokenizer_json_made_from_its_model(tmp_path: Path) -> None:
+def test_sentencepiece_corpus_matches_the_tokenizer_json_made_from_its_model(
+    save_hf, train_sentencepiece, tmp_path: Path
+) -> None:
     """The two are different programs; only the tokens of each ID can be compared."""
     first = train_sentencepiece(tmp_path / "first", "turn on the light")
     pieces = [(piece.piece, piece.score) for piece in ModelProto.FromString(first.read_bytes()).pieces]

@@ -52,10 +52,10 @@ def test_contradicting_options_are_reported(flags: str, message: str) -> None:
 @pytest.mark.parametrize(
     "flags, options",
     [
-        ("--input a", "--language, --language-key, --spans-key, --detect-language"),
-        ("--input a --language original --language-key lang --original-languages en", "--language, --language-key"),
-        ("--input a --dataset b --language original", "--input, --dataset"),
-        ("--language original", "--input, --dataset"),
+        ("--input a", "--language --language-key --spans-key --detect-language"),
+        ("--input a --language original --language-key lang --original-languages en", "--language-key --language"),
+        ("--input a --dataset b --language original", "--dataset --input"),
+        ("--language original", "--input --dataset"),
     ],
 )
 def test_exactly_one_input_and_one_language_source_are_required(
@@ -64,7 +64,8 @@ def test_exactly_one_input_and_one_language_source_are_required(
     with pytest.raises(SystemExit) as exit:
         parse(flags)
     assert exit.value.code == 2
-    assert options in capsys.readouterr().err
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert all(option in message for option in options.split())
 
 
 def test_registry_and_its_folder_complete_each_other() -> None:

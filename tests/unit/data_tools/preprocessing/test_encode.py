@@ -2,6 +2,7 @@
 
 import multiprocessing
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_tools.preprocessing.encode import Encoder, EncodingPool, Text
+from data_tools.preprocessing.encode import Encoder, Text, encoding_pool
 from data_tools.preprocessing.languages import Bits, LanguageSpans, TaggedText
 from data_tools.preprocessing.summary import Tally
 from data_tools.preprocessing.tokenizers import Encoded, HuggingFaceBackend, JobTokenizer, load_job_tokenizer
@@ -68,13 +69,17 @@ def test_stopped_job_does_not_wait_for_its_workers(tmp_path: Path) -> None:
     other = multiprocessing.Process(target=time.sleep, args=(100,))  # not the pool's
     other.start()
     before = {child.pid for child in psutil.Process().children()}
-    with pytest.raises(KeyboardInterrupt), EncodingPool(SlowEncoder(), 2, tmp_path) as pool:  # type: ignore[arg-type]
-        for _ in range(4):
-            pool._submit(SimpleNamespace())  # type: ignore[arg-type]
+    workers: list[psutil.Process] = []
+
+    def batches() -> Iterator[Any]:
+        yield from [SimpleNamespace()] * 4
         time.sleep(0.5)
-        workers = [child for child in psutil.Process().children() if child.pid not in before]
+        workers.extend(child for child in psutil.Process().children() if child.pid not in before)
         assert workers
         raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), encoding_pool(SlowEncoder(), 2, tmp_path) as encode:  # type: ignore[arg-type]
+        next(encode(batches()))
     assert time.monotonic() - started < 60
     assert other.is_alive()
     other.kill()

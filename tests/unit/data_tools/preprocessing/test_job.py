@@ -147,7 +147,7 @@ def test_job_killed_after_renaming_its_files_is_complete(
 ) -> None:
     words = ("--input", *input_files, *FLAGS, "--resume")
     with monkeypatch.context() as patched:
-        patched.setattr(job.Journal, "__exit__", lambda self, *_: self._lock.close())
+        patched.setattr(job.Job, "__exit__", lambda self, *_: self._lock.close())
         whole = everything(preprocess(hf_tokenizer, *words))
     del whole[".a.unfinished"]
     assert everything(preprocess(hf_tokenizer, *words)) == whole

@@ -33,7 +33,7 @@ def jobs(hf_tokenizer: Path, sp_tokenizer: Path) -> dict[str, JobTokenizer]:
 
 @pytest.mark.parametrize("kind", ["hf", "sp"])
 def test_gigatoken_supports_both_tokenizer_types(kind: str, jobs: dict[str, JobTokenizer]) -> None:
-    backend, reason = choose_backend(jobs[kind].reference(), jobs[kind].source, ["a text"], is_required=True)
+    backend, reason = choose_backend(jobs[kind].backend, jobs[kind].source, ["a text"], is_required=True)
     assert (backend.name, reason) == ("gigatoken", None)
 
 
@@ -59,7 +59,7 @@ def test_both_libraries_agree_on_any_text(fast_backends: list[GigatokenBackend],
 
 @pytest.fixture(scope="module")
 def fast_backends(jobs: dict[str, JobTokenizer]) -> list[GigatokenBackend]:
-    return [GigatokenBackend(job.source, job.reference()) for job in jobs.values() if job.source is not None]
+    return [GigatokenBackend(job.source, job.backend) for job in jobs.values() if job.source is not None]
 
 
 def test_unsupported_tokenizer_falls_back_with_a_note(
@@ -117,7 +117,7 @@ def test_job_runs_without_gigatoken(
 
 
 def test_cache_is_dropped_when_it_is_full(jobs: dict[str, JobTokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = GigatokenBackend(str(jobs["hf"].source), jobs["hf"].reference())
+    backend = GigatokenBackend(str(jobs["hf"].source), jobs["hf"].backend)
     limit = tokenizers._CACHE_BYTES
     # The third is too much; what is left after forgetting, most of it, is what the next ones are measured by.
     sizes = iter([0, limit, limit + 1, limit - 1, 2 * limit - 1, 2 * limit])

@@ -3,6 +3,8 @@
 Checkpoint keys and shapes are those of Megatron's TEGroupedMLP.
 """
 
+from functools import partial
+
 import torch
 from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedStateDict, ShardedTensor, ShardedTensorFactory
 from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
@@ -108,13 +110,10 @@ class GroupedExperts(MegatronModule):
                 for index, half in enumerate(tensor.chunk(2, dim=1))
             ]
 
-        def join(halves: list[Tensor]) -> Tensor:
-            return torch.cat(halves, dim=1)
-
         fc1_key, fc2_key = (f"{prefix}experts.linear_{name}.weight" for name in ("fc1", "fc2"))
         return {
             f"{prefix}linear_fc1.weight": ShardedTensorFactory(
-                fc1_key, self.linear_fc1.weight, gate_and_up, join, replica_id
+                fc1_key, self.linear_fc1.weight, gate_and_up, partial(torch.cat, dim=1), replica_id
             ),
             f"{prefix}linear_fc2.weight": ShardedTensor.from_rank_offsets(
                 fc2_key, self.linear_fc2.weight, expert_axis, (2, etp_rank, etp_size), replica_id=replica_id

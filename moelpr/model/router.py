@@ -23,10 +23,6 @@ class LPRLossNormalizer:
 
     weight: Tensor | None = None
 
-    @classmethod
-    def set_weight(cls, weight: Tensor) -> None:
-        cls.weight = weight
-
 
 class LPRRouter(TopKRouter):
     """Routes over E = m + N experts; columns 0 to m - 1 are the original experts."""
@@ -39,7 +35,7 @@ class LPRRouter(TopKRouter):
         router_config = copy.copy(config)
         router_config.num_moe_experts = config.num_original_experts + config.num_moe_experts
         super().__init__(config=router_config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
-        self.lpr_coeff = config.lpr_coeff_per_layer
+        self.lpr_coeff = config.lpr_loss_coeff / sum(config.is_moe_layer)  # the loss is a mean over layers
         self.routing_sums: Tensor | None = None  # routing_vector summed over the micro-batches of a step
 
     def forward(self, hidden_SBH: Tensor, language_bits_SB: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ def forward_step(data_iterator: Iterator[dict[str, Tensor]] | None, model: torch
     config = get_model_config(model)
     num_microbatches = get_num_microbatches() if model.training else 1
     batch = _reader.next(data_iterator, num_microbatches, owner=model)
-    LPRLossNormalizer.set_weight(lpr_token_weight(batch.counts, num_microbatches, config.calculate_per_token_loss))
+    LPRLossNormalizer.weight = lpr_token_weight(batch.counts, num_microbatches, config.calculate_per_token_loss)
     output = model(
         batch.tokens,
         batch.position_ids,

@@ -68,8 +68,7 @@ class MetricsTracker(MoEMetricsTracker):
 
     def reduce_routing(self, num_layers: int) -> RoutingSums:
         """Sum over ranks: each has its own layers (pipeline) and its own tokens (tensor, context, data)."""
-        num_experts = get_args().num_original_experts + get_args().num_experts
-        size = RoutingSums.vector_size(num_experts)
+        size = RoutingSums.vector_size(get_args().num_original_experts + get_args().num_experts)
         sums = torch.zeros(num_layers, size, device=torch.cuda.current_device())
         for router in self.routers:
             if router.routing_sums is not None:
@@ -91,7 +90,7 @@ class StepLog:
         self, loss_dict: dict[str, Tensor], learning_rate: float | None, iteration: int, grad_norm: float | None
     ) -> None:
         """Write the record of a step that Megatron has just logged."""
-        peak_memory_gib = _max_over_ranks(_peak_memory_gib())
+        peak_memory_gib = _peak_memory_gib()
         if torch.distributed.get_rank() < torch.distributed.get_world_size() - 1:
             return
         now = time.monotonic()
@@ -127,14 +126,12 @@ class StepLog:
 
 
 def _peak_memory_gib() -> float:
-    """This rank's peak memory so far: tensors on its GPU, or the process's resident memory without a GPU."""
+    """The ranks' highest peak memory so far: tensors on the GPU, or the process's resident memory without a GPU."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
-
-
-def _max_over_ranks(value: float) -> float:
-    maximum = torch.tensor(value, device=torch.cuda.current_device())
+        own = torch.cuda.max_memory_allocated() / 2**30
+    else:
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+    maximum = torch.tensor(own, device=torch.cuda.current_device())
     torch.distributed.all_reduce(maximum, op=torch.distributed.ReduceOp.MAX)
     return round(maximum.item(), 3)
 

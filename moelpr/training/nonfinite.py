@@ -24,17 +24,13 @@ def report_nonfinite_exit(args: argparse.Namespace, run_log: RunLog) -> Iterator
     """
     try:
         yield
+        return
     except SystemExit as error:
         if error.code not in _EXIT_CODES:
             raise
-        _exit(args, run_log)
     except RuntimeError as error:
         if "Unexpected result" not in str(error) or args.debug:
             raise
-        _exit(args, run_log)
-
-
-def _exit(args: argparse.Namespace, run_log: RunLog) -> None:
     step = args.curr_iteration + 1
     message = (
         f"the gradients of step {step} are NaN/Inf even after a retry; step discarded, training stopped; lower --lr, "

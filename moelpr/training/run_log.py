@@ -61,7 +61,11 @@ class RunLog:
             value = result[unit.replace(" ", "_")]
             shown.append(f"{language} {'NaN' if value is None else f'{value:.4f}'} {unit}")
             if value is not None:
-                _write_scalar(f"validation {unit}/{language}", value, iteration)
+                tag = f"validation {unit}/{language}"
+                if (writer := get_tensorboard_writer()) is not None:
+                    writer.add_scalar(tag, value, iteration)
+                if (wandb := get_wandb_writer()) is not None:
+                    wandb.log({tag: value}, iteration)
         self.print(f"{self.stage} step {iteration}, validation: {', '.join(shown)}")
         self.warn(iteration, self.early_warnings.validation(event))
 
@@ -86,8 +90,7 @@ class RunLog:
         save = get_args().save
         if save and self._file is None:
             Path(save).mkdir(parents=True, exist_ok=True)
-            path = Path(save) / METRICS_FILE
-            self._file = open_metrics(path, before_iteration, self.early_warnings.remember)
+            self._file = open_metrics(Path(save) / METRICS_FILE, before_iteration, self.early_warnings.remember)
         if self._file is not None:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
@@ -95,11 +98,9 @@ class RunLog:
     def _show_progress(self, record: dict[str, Any], total: int, log_interval: int) -> None:
         """In addition to Megatron's log: a bar with the time left on a terminal, else a line per log interval."""
         if self._bar is None:
-            done_before = record["iteration"] - 1
-            self._bar = tqdm(
-                total=total, initial=done_before, desc=self.stage, unit="step", dynamic_ncols=True, disable=None
-            )
-            self._steps_before, self._first_time = done_before, time.monotonic() - record["step_time_s"]
+            self._steps_before, self._first_time = record["iteration"] - 1, time.monotonic() - record["step_time_s"]
+            settings = {"desc": self.stage, "unit": "step", "dynamic_ncols": True, "disable": None}
+            self._bar = tqdm(total=total, initial=self._steps_before, **settings)
         keys = {"loss": "lm_loss", "balance": "balance_loss", "LPR": "lpr_loss", "tokens/s": "tokens_per_s"}
         shown = {name: f"{record[key]:.4g}" for name, key in keys.items() if record.get(key) is not None}
         if not self._bar.disable:
@@ -149,14 +150,6 @@ def _write_to_tensorboard(record: dict[str, Any], with_layers: bool) -> None:
         for index, value in np.ndenumerate(np.array([] if record.get(key) is None else record[key], dtype=float)):
             if not math.isnan(value):
                 writer.add_scalar(tag.format(*index), value, record["iteration"])
-
-
-def _write_scalar(tag: str, value: float, step: int) -> None:
-    """Write to TensorBoard, and to Weights & Biases with --wandb-project."""
-    if (writer := get_tensorboard_writer()) is not None:
-        writer.add_scalar(tag, value, step)
-    if (wandb := get_wandb_writer()) is not None:
-        wandb.log({tag: value}, step)
 
 
 def finite(value: Any) -> float | None:

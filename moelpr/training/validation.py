@@ -85,7 +85,8 @@ class Validation:
             return
         self._last_iteration = iteration
         if self._held_out is None:
-            self._held_out = [held_out(self.args, *item) for item in named_prefixes(self.args).items()]
+            prefixes = dict(item.split("=", 1) for item in self.args.validation_data)
+            self._held_out = [held_out(self.args, *item) for item in prefixes.items()]
         results = {}
         for text in self._held_out:
             loss = self._mean_loss(text, forward_step, model, config)
@@ -101,14 +102,9 @@ class Validation:
         """Nats per token, NaN except on the last pipeline stage; None if out of time."""
         size = self.args.eval_micro_batch_size
         batches = [None if text.dataset is None else text.micro_batches(size) for _ in model]
-        losses, _, is_out_of_time = evaluate(
-            forward_step,
-            batches if len(model) > 1 else batches[0],
-            model,
-            None,
-            config,
-            eval_iters=math.ceil(text.num_windows / self.args.eval_global_batch_size),
-        )
+        data = batches if len(model) > 1 else batches[0]
+        num_batches = math.ceil(text.num_windows / self.args.eval_global_batch_size)
+        losses, _, is_out_of_time = evaluate(forward_step, data, model, None, config, eval_iters=num_batches)
         return None if is_out_of_time else float(losses.get("lm loss", math.nan))
 
 
@@ -120,11 +116,6 @@ def result(text: HeldOut, loss: float) -> dict[str, Any]:
     """
     name, tokens = ("bits_per_token", 1.0) if text.bytes_per_token is None else ("bits_per_byte", text.bytes_per_token)
     return {"group": text.group, "lm_loss": finite(loss), name: finite(loss / math.log(2) / tokens)}
-
-
-def named_prefixes(args: argparse.Namespace) -> dict[str, str]:
-    """--validation-data's LANG=PREFIX as language -> prefix."""
-    return {language: prefix for language, _, prefix in (item.partition("=") for item in args.validation_data or [])}
 
 
 def held_out(args: argparse.Namespace, language: str, prefix: str) -> HeldOut:

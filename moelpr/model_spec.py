@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moelpr.errors import UserError
+from moelpr.run_folder import read_versioned
 
 FILE_NAME = "model_spec.json"
 FORMAT_VERSION = 1
@@ -140,18 +141,11 @@ class ModelSpec:
                 f"{folder} has no {FILE_NAME}, so the model's shape is unknown; "
                 "pass a folder written by checkpoint_convert/hf_to_mcore.py or by moelpr's trainer"
             )
-        try:
-            content = json.loads(path.read_text())
-            version = content.pop("format_version", None)
-            if version != FORMAT_VERSION:
-                raise UserError(f"format_version is {version}, this program reads {FORMAT_VERSION}")
-            moe = content.pop("moe", None)
-            if moe is not None:
-                moe = MoeSpec(**{**moe, "layers": tuple(moe["layers"])})
-            spec = cls(**content, moe=moe)
+
+        def build(moe: dict[str, Any] | None = None, **fields: Any) -> ModelSpec:
+            experts = None if moe is None else MoeSpec(**{**moe, "layers": tuple(moe["layers"])})
+            spec = cls(**fields, moe=experts)
             spec.check()
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from error
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{path} is damaged or from another program: {error}") from error
-        return spec
+            return spec
+
+        return read_versioned(path, FORMAT_VERSION, build)

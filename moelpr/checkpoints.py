@@ -188,12 +188,12 @@ def checksum(step_folder: Path) -> str:
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     own = pieces[rank::world]
     total = sum(min(PIECE_BYTES, size - start) for _, size, start, _ in own)
-    with tqdm(
-        total=total, desc=f"checksum of {step_folder}", unit="B", unit_scale=True, delay=2, disable=rank > 0 or None
-    ) as bar:
-        # hashlib releases Python's lock
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            digests_of_ranks = [list(pool.map(lambda piece: _digest(piece[3], piece[2], bar), own))]
+    title, is_hidden = f"checksum of {step_folder}", rank > 0 or None
+    with (
+        tqdm(total=total, desc=title, unit="B", unit_scale=True, delay=2, disable=is_hidden) as bar,
+        ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool,  # hashlib releases Python's lock
+    ):
+        digests_of_ranks = [list(pool.map(lambda piece: _digest(piece[3], piece[2], bar), own))]
     if world > 1:
         own_digests, digests_of_ranks = digests_of_ranks[0], [[] for _ in range(world)]
         torch.distributed.all_gather_object(digests_of_ranks, own_digests)

@@ -16,11 +16,7 @@ LOCK_FILE = ".lock"
 
 
 def refuse_existing(paths: list[Path], overwrite: bool) -> None:
-    """Reject outputs that exist already.
-
-    Raises:
-        UserError: at least one exists, and `overwrite` is False.
-    """
+    """Raise a UserError if an output exists already and `overwrite` is False."""
     found = [str(path) for path in paths if path.exists()]
     if found and not overwrite:
         raise UserError(f"the output {', '.join(found)} already exists; choose another name or pass --overwrite")
@@ -137,11 +133,7 @@ def _replace(path: Path, temporary: Path) -> None:
 
 
 class DurableFile:
-    """A new binary file whose content is on disk once `finish` returns.
-
-    Attributes:
-        name: without its folder.
-    """
+    """A new binary file whose content is on disk once `finish` returns; `name` is without its folder."""
 
     def __init__(self, path: Path) -> None:
         self.name = path.name

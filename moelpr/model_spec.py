@@ -48,11 +48,7 @@ class MoeSpec:
         return self.num_original_experts + self.num_new_experts
 
     def check(self, num_layers: int) -> None:
-        """Check that a model of `num_layers` layers can be trained with these settings.
-
-        Raises:
-            UserError: it can't.
-        """
+        """Raise a UserError if a model of `num_layers` layers can't be trained with these settings."""
         for name in ("num_new_experts", "num_original_experts", "topk"):
             if type(value := getattr(self, name)) is not int:
                 raise UserError(f"moe.{name} must be an integer, got {value!r}")
@@ -99,11 +95,7 @@ class ModelSpec:
         return replace(self, moe=None)
 
     def check(self) -> None:
-        """Check that all fields are present, of the right type, and in range.
-
-        Raises:
-            UserError: they aren't.
-        """
+        """Raise a UserError unless all fields are present, of the right type, and in range."""
         if self.dtype not in DTYPES:
             raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         for kind, names in _REQUIRED_ARGS.items():

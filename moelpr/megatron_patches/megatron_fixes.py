@@ -134,6 +134,7 @@ class GroupStepAdam(torch.optim.Adam):
             if not params:
                 continue
             states = [self._state_of(parameter) for parameter in params]
+            settings = {name: group[name] for name in ("lr", "weight_decay", "eps", "decoupled_weight_decay")}
             adam(
                 params,
                 [parameter.grad for parameter in params],
@@ -143,13 +144,10 @@ class GroupStepAdam(torch.optim.Adam):
                 [torch.tensor(float(steps_before), device=parameter.device) for parameter in params],
                 fused=True,
                 amsgrad=False,
+                maximize=False,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-                decoupled_weight_decay=group["decoupled_weight_decay"],
+                **settings,
             )
 
     def _state_of(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -59,7 +59,11 @@ class SDPACoreAttention(MegatronModule):
 
     def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[batch, heads, sequence, head_dim] in and out."""
-        window = self._window(query)
+        window: Tensor | None = None
+        length, size = query.shape[2], self.config.window_size
+        if size is not None and length > size[0] + 1:
+            # [sequence, sequence], True where a token attends to another
+            window = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(-size[0])
         return torch.nn.functional.scaled_dot_product_attention(
             query,
             key,
@@ -69,14 +73,6 @@ class SDPACoreAttention(MegatronModule):
             scale=self.softmax_scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-
-    def _window(self, query: Tensor) -> Tensor | None:
-        """[sequence, sequence], True where a token attends to another; None if the window contains all before it."""
-        length = query.shape[2]
-        if self.config.window_size is None or length <= self.config.window_size[0] + 1:
-            return None
-        causal = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-        return causal.triu(-self.config.window_size[0])
 
     def _within_documents(self, query: Tensor, key: Tensor, value: Tensor, position_BS: Tensor) -> Tensor:
         """One call per document: less work than one call with a mask, which discards most of the scores.

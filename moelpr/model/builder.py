@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -11,6 +12,7 @@ from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.training.models.gpt import GPTModelConfig
 
@@ -18,8 +20,20 @@ from moelpr.model.attention import SDPACoreAttention
 from moelpr.model.config import MoELPRConfig
 from moelpr.model.experts import GroupedExperts
 from moelpr.model.layer import LPRMoELayer, LPRMoESubmodules
-from moelpr.model.norm import RMSNorm
 from moelpr.model.router import LPRRouter
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm with the constructor of Megatron's norms, for machines without Transformer Engine or Apex.
+
+    Megatron's fallback (WrappedTorchNorm) does not support sequence parallelism, under which the weight's gradient must
+    be summed over the tensor-parallel ranks. Megatron sums it for parameters with the attribute `sequence_parallel`.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        assert config.normalization == "RMSNorm" and not config.layernorm_zero_centered_gamma
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 def block_spec(model_config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:

@@ -38,11 +38,7 @@ class GroupedExperts(MegatronModule):
     """
 
     def __init__(
-        self,
-        num_local_experts: int,
-        config: TransformerConfig,
-        pg_collection: ProcessGroupCollection,
-        name: str | None = None,
+        self, num_local_experts: int, config: TransformerConfig, pg_collection: ProcessGroupCollection, **_: object
     ) -> None:
         super().__init__(config=config)
         assert config.gated_linear_unit and not config.add_bias_linear, "the experts are SwiGLU without bias"
@@ -99,15 +95,11 @@ class GroupedExperts(MegatronModule):
         def gate_and_up(
             key: str, tensor: Tensor, replica_id: ReplicaId, flattened_range: slice | None
         ) -> list[ShardedTensor]:
+            gate, up = (half.contiguous() for half in tensor.chunk(2, dim=1))
+            gate_axis, up_axis = (1, etp_rank, 2 * etp_size), (1, etp_size + etp_rank, 2 * etp_size)
             return [
-                ShardedTensor.from_rank_offsets(
-                    key,
-                    half.contiguous(),
-                    expert_axis,
-                    (1, etp_rank + index * etp_size, 2 * etp_size),
-                    replica_id=replica_id,
-                )
-                for index, half in enumerate(tensor.chunk(2, dim=1))
+                ShardedTensor.from_rank_offsets(key, gate, expert_axis, gate_axis, replica_id=replica_id),
+                ShardedTensor.from_rank_offsets(key, up, expert_axis, up_axis, replica_id=replica_id),
             ]
 
         fc1_key, fc2_key = (f"{prefix}experts.linear_{name}.weight" for name in ("fc1", "fc2"))

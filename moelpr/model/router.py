@@ -53,14 +53,9 @@ class LPRRouter(TopKRouter):
         # Recomputed layers run forward twice, first without gradients; count and attach the loss only once.
         if self.training and torch.is_grad_enabled() and language_bits_SB is not None:
             logits_TE, is_original_T = logits_SBE.flatten(0, 1), language_bits_SB.flatten().bool()
-            lpr_sum = lpr_loss(
-                logits_TE,
-                is_original_T,
-                self.config.num_original_experts,
-                num_original_tokens=1,
-                variant=self.config.lpr_loss,
-            )
-            vector = routing_vector(logits_TE, is_chosen_TE, lpr_sum, is_original_T, self.config.num_original_experts)
+            m, variant = self.config.num_original_experts, self.config.lpr_loss
+            lpr_sum = lpr_loss(logits_TE, is_original_T, m, num_original_tokens=1, variant=variant)
+            vector = routing_vector(logits_TE, is_chosen_TE, lpr_sum, is_original_T, m)
             self.routing_sums = vector if self.routing_sums is None else self.routing_sums + vector
             if self.lpr_coeff > 0:
                 assert LPRLossNormalizer.weight is not None, "forward_step sets the weight before the model runs"

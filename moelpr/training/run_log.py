@@ -119,8 +119,7 @@ def open_metrics(
 ) -> TextIO:
     """Open metrics.jsonl for appending, without the records of steps that a resumed run is about to repeat.
 
-    Args:
-        remember: called with every record that stays.
+    `remember` is called with every record that stays.
     """
     if path.exists():
         kept = []
@@ -138,11 +137,7 @@ def open_metrics(
 
 
 def _write_to_tensorboard(record: dict[str, Any], with_layers: bool) -> None:
-    """Write the scalars that Megatron does not write itself.
-
-    Args:
-        with_layers: whether to write values per layer too, hundreds per step for a large model.
-    """
+    """Write the scalars that Megatron does not; with `with_layers` also per layer, hundreds for a large model."""
     writer = get_tensorboard_writer()
     if writer is None:
         return

@@ -23,10 +23,7 @@ from moelpr.run_folder import BASE_CHECKPOINT_FILE
 
 
 def starting_weights(args: argparse.Namespace) -> Callable[[list[GPTModel]], None]:
-    """Find the checkpoints that this run starts from.
-
-    Returns:
-        A function that loads them into the frozen, not yet wrapped model chunks.
+    """Find the checkpoints that this run starts from; the result loads them into frozen, not yet wrapped chunks.
 
     Raises:
         UserError: a required checkpoint is missing.

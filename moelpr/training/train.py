@@ -28,12 +28,7 @@ from moelpr.training.validation import validates
 
 
 def train(argv: list[str], stop: StopRequest | None = None) -> None:
-    """Train one stage on this rank, to its end or until it is asked to stop.
-
-    Args:
-        argv: the trainer's command line.
-        stop: receives requests to stop; None to ignore them.
-    """
+    """Train one stage on this rank with the command line `argv`, to its end or until `stop` receives a request."""
     args, spec = parse_arguments(argv)
     if clean_stop.is_finished(args):
         clean_stop.report_end(args)

@@ -109,10 +109,9 @@ class Validation:
 
 
 def result(text: HeldOut, loss: float) -> dict[str, Any]:
-    """A language's entry in metrics.jsonl: bits per byte, or bits per token if the number of bytes is unknown.
+    """A language's entry in metrics.jsonl, from its mean loss in nats per token.
 
-    Args:
-        loss: mean, in nats per token.
+    It contains bits per byte, or bits per token if the number of bytes is unknown.
     """
     name, tokens = ("bits_per_token", 1.0) if text.bytes_per_token is None else ("bits_per_byte", text.bytes_per_token)
     return {"group": text.group, "lm_loss": finite(loss), name: finite(loss / math.log(2) / tokens)}
@@ -147,10 +146,7 @@ def held_out(args: argparse.Namespace, language: str, prefix: str) -> HeldOut:
 def bytes_per_token(prefix: str, model_folder: str) -> float | None:
     """UTF-8 bytes per token of a corpus: from its manifest, or by decoding its first tokens with `<model>/hf`.
 
-    An end-of-document token stands for no bytes, but it is predicted, so it counts.
-
-    Returns:
-        None if there is neither a manifest nor a tokenizer.
+    An end-of-document token stands for no bytes, but it is predicted, so it counts. None if there is neither.
     """
     manifest = Manifest.read(prefix)
     if manifest is not None and manifest.tokens:

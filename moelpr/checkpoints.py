@@ -18,9 +18,9 @@ import torch
 from tqdm import tqdm
 
 from moelpr.errors import UserError
-from moelpr.files import write_text
+from moelpr.files import read_versioned, write_text
 from moelpr.model_spec import ModelSpec
-from moelpr.run_folder import BASE_CHECKPOINT_FILE, TRACKER_FILE, read_versioned
+from moelpr.run_folder import BASE_CHECKPOINT_FILE, TRACKER_FILE
 
 FORMAT_VERSION = 1
 RELEASE = "release"

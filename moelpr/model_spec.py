@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moelpr.errors import UserError
-from moelpr.run_folder import read_versioned
+from moelpr.files import read_versioned
 
 FILE_NAME = "model_spec.json"
 FORMAT_VERSION = 1

@@ -12,7 +12,6 @@ STOP, FINISHED                      asks the run to stop; marks a run that has m
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,24 +35,6 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
         return read_mapping(folder / RECIPE_FILE, "recipe")
     except UserError:
         return None
-
-
-def read_versioned[T](path: Path, version: int, build: Callable[..., T]) -> T:
-    """Pass the fields of the JSON object in a file to `build` as keyword arguments, without its format_version.
-
-    Raises:
-        UserError: the file has another version, or `build` rejects the fields.
-    """
-    try:
-        content = json.loads(path.read_text())
-        found = content.pop("format_version", None)
-        if found != version:
-            raise UserError(f"format_version is {found}, this program reads {version}")
-        return build(**content)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is damaged or from another program: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -64,14 +64,9 @@ class SDPACoreAttention(MegatronModule):
         if size is not None and length > size[0] + 1:
             # [sequence, sequence], True where a token attends to another
             window = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(-size[0])
+        is_grouped = query.shape[1] != key.shape[1]
         return torch.nn.functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=window,
-            is_causal=window is None,
-            scale=self.softmax_scale,
-            enable_gqa=query.shape[1] != key.shape[1],
+            query, key, value, window, is_causal=window is None, scale=self.softmax_scale, enable_gqa=is_grouped
         )
 
     def _within_documents(self, query: Tensor, key: Tensor, value: Tensor, position_BS: Tensor) -> Tensor:

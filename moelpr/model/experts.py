@@ -103,11 +103,9 @@ class GroupedExperts(MegatronModule):
             ]
 
         fc1_key, fc2_key = (f"{prefix}experts.linear_{name}.weight" for name in ("fc1", "fc2"))
-        return {
-            f"{prefix}linear_fc1.weight": ShardedTensorFactory(
-                fc1_key, self.linear_fc1.weight, gate_and_up, partial(torch.cat, dim=1), replica_id
-            ),
-            f"{prefix}linear_fc2.weight": ShardedTensor.from_rank_offsets(
-                fc2_key, self.linear_fc2.weight, expert_axis, (2, etp_rank, etp_size), replica_id=replica_id
-            ),
-        }
+        fc1, fc2 = self.linear_fc1.weight, self.linear_fc2.weight
+        down = ShardedTensor.from_rank_offsets(
+            fc2_key, fc2, expert_axis, (2, etp_rank, etp_size), replica_id=replica_id
+        )
+        gate_up = ShardedTensorFactory(fc1_key, fc1, gate_and_up, partial(torch.cat, dim=1), replica_id)
+        return {f"{prefix}linear_fc1.weight": gate_up, f"{prefix}linear_fc2.weight": down}

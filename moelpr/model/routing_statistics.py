@@ -19,9 +19,7 @@ class RoutingSums(NamedTuple):
 
     @classmethod
     def from_vectors(cls, vectors_LV: Tensor) -> "RoutingSums":
-        lpr, original, expanded, of_original, of_expanded = vectors_LV[:, :5].unbind(dim=1)
-        scores, choices = vectors_LV[:, 5:].chunk(2, dim=1)
-        return cls(lpr, original, expanded, of_original, of_expanded, scores, choices)
+        return cls(*vectors_LV[:, :5].unbind(dim=1), *vectors_LV[:, 5:].chunk(2, dim=1))
 
     @staticmethod
     def vector_size(num_experts: int) -> int:

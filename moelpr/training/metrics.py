@@ -38,19 +38,13 @@ def step_log(args: Namespace) -> Iterator["StepLog"]:
 
 
 class MetricsTracker(MoEMetricsTracker):
-    """Megatron's tracker plus what the routers counted. Every rank calls `report` once per step.
-
-    Attributes:
-        routers: this rank's, set by `watch`.
-        routing: sums of the last step over all ranks and micro-batches.
-        balance_loss: of the last step.
-    """
+    """Megatron's tracker plus what the routers counted. Every rank calls `report` once per step."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.routers: list[LPRRouter] = []
-        self.routing: RoutingSums | None = None
-        self.balance_loss: float | None = None
+        self.routers: list[LPRRouter] = []  # this rank's, set by `watch`
+        self.routing: RoutingSums | None = None  # of the last step, over all ranks and micro-batches
+        self.balance_loss: float | None = None  # of the last step
 
     def watch(self, model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
         self.routers = [module for chunk in model_chunks for module in chunk.modules() if isinstance(module, LPRRouter)]

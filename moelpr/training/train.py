@@ -21,7 +21,7 @@ from moelpr.model.vocabulary import mask_padding
 from moelpr.training import clean_stop, metrics
 from moelpr.training.clean_stop import StopRequest
 from moelpr.training.forward_step import forward_step
-from moelpr.training.nonfinite import report_nonfinite_exit
+from moelpr.training.run_log import report_nonfinite_exit
 from moelpr.training.run_records import run_records
 from moelpr.training.starting_weights import starting_weights
 from moelpr.training.validation import validates

@@ -7,7 +7,7 @@ import argparse
 import itertools
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,15 +34,12 @@ from moelpr.training.run_log import finite
 MAX_DECODED_TOKENS = 1_000_000  # decoded to count bytes if there is no manifest; takes two seconds
 
 
-@contextmanager
-def validates(args: argparse.Namespace, step_log: StepLog) -> Iterator[None]:
+def validates(args: argparse.Namespace, step_log: StepLog) -> AbstractContextManager[None]:
     """Score --validation-data, if given, wherever Megatron validates."""
     if not args.validation_data:
-        yield
-        return
+        return nullcontext()
     args.do_valid = True
-    with hooks.validation_by(Validation(args, step_log).run):
-        yield
+    return hooks.validation_by(Validation(args, step_log).run)
 
 
 @dataclass(frozen=True)

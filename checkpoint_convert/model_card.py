@@ -14,7 +14,7 @@ from moelpr.checkpoints import RELEASE, BaseCheckpoint, step_folder
 from moelpr.errors import UserError
 from moelpr.model_spec import ModelSpec
 from moelpr.run_folder import HF_FOLDER, METRICS_FILE, RECIPE_FILE, VERSIONS_FILE, read_json, read_settings
-from moelpr.run_metrics import read_metrics
+from moelpr.run_metrics import read_run_metrics
 from moelpr.stages import Part, trained_parts
 from moelpr.versions import installed_versions
 
@@ -182,7 +182,7 @@ def _has_spec(checkpoint: Path, spec: ModelSpec) -> bool:
 
 def _read_stage(folder: Path, step: int, settings: dict[str, Any]) -> TrainedStage:
     try:
-        records = [record for record in read_metrics(folder / METRICS_FILE) if record["iteration"] <= step]
+        records = [record for record in read_run_metrics(folder / METRICS_FILE).steps if record["iteration"] <= step]
     except UserError:
         records = []
     reaches_step = bool(records) and records[-1]["iteration"] == step

@@ -13,13 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from moelpr.errors import UserError
-from moelpr.files import write_text
+from moelpr.files import read_versioned, write_text
 from moelpr.model_spec import ModelSpec
 from moelpr.run_folder import BASE_CHECKPOINT_FILE, TRACKER_FILE
 
@@ -47,6 +46,12 @@ class BaseCheckpoint:
     step: str
     sha256: str
 
+    def __post_init__(self) -> None:
+        if not all(isinstance(value, str) for value in vars(self).values()):
+            raise UserError("every field must be a string")
+        if self.step != RELEASE and not re.fullmatch(r"iter_\d+", self.step):
+            raise UserError(f"step must be {RELEASE!r} or like 'iter_0000500', got {self.step!r}")
+
     @classmethod
     def of(cls, step_folder: Path, sha256: str, save: Path) -> "BaseCheckpoint":
         """The record of `step_folder` for the run folder `save`."""
@@ -66,30 +71,10 @@ class BaseCheckpoint:
             UserError: the file is invalid.
         """
         path = folder / BASE_CHECKPOINT_FILE
-        if not path.is_file():
-            return None
-        try:
-            content: dict[str, Any] = json.loads(path.read_text())
-            version = content.pop("format_version", None)
-            if version != FORMAT_VERSION:
-                raise UserError(f"format_version is {version}, this program reads {FORMAT_VERSION}")
-            base = cls(**content)
-            if not all(isinstance(value, str) for value in vars(base).values()):
-                raise UserError("every field must be a string")
-            if base.step != RELEASE and not re.fullmatch(r"iter_\d+", base.step):
-                raise UserError(f"step must be {RELEASE!r} or like 'iter_0000500', got {base.step!r}")
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from error
-        except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is damaged or from another program: {error}") from error
-        return base
+        return read_versioned(path, FORMAT_VERSION, cls) if path.is_file() else None
 
     def find(self, folder: Path, override: Path | None = None) -> Path:
-        """The base's step folder.
-
-        Args:
-            folder: the folder of the JSON file.
-            override: a folder to look in first.
+        """The base's step folder: in `override`, or where the JSON file in `folder` says.
 
         Raises:
             UserError: it is in none of these folders.
@@ -113,10 +98,7 @@ def step_name(iteration: int) -> str:
 
 
 def step_folder(folder: Path, iteration: int | None = None) -> Path:
-    """The folder of a saved step.
-
-    Args:
-        iteration: the step; None for the one in the tracker file, the latest.
+    """The folder of a saved step; by default of the latest, which the tracker file names.
 
     Raises:
         UserError: there is no such step.
@@ -206,12 +188,12 @@ def checksum(step_folder: Path) -> str:
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     own = pieces[rank::world]
     total = sum(min(PIECE_BYTES, size - start) for _, size, start, _ in own)
-    with tqdm(
-        total=total, desc=f"checksum of {step_folder}", unit="B", unit_scale=True, delay=2, disable=rank > 0 or None
-    ) as bar:
-        # hashlib releases Python's lock
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            digests_of_ranks = [list(pool.map(lambda piece: _digest(piece[3], piece[2], bar), own))]
+    title, is_hidden = f"checksum of {step_folder}", rank > 0 or None
+    with (
+        tqdm(total=total, desc=title, unit="B", unit_scale=True, delay=2, disable=is_hidden) as bar,
+        ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool,  # hashlib releases Python's lock
+    ):
+        digests_of_ranks = [list(pool.map(lambda piece: _digest(piece[3], piece[2], bar), own))]
     if world > 1:
         own_digests, digests_of_ranks = digests_of_ranks[0], [[] for _ in range(world)]
         torch.distributed.all_gather_object(digests_of_ranks, own_digests)

@@ -15,10 +15,7 @@ class BadLine(Exception):
 
 
 def parse(line: bytes, keys: list[str]) -> dict[str, Any]:
-    """The JSON object of a line.
-
-    Args:
-        keys: the keys that will be read.
+    """The JSON object of a line, of which `keys` will be read.
 
     Raises:
         BadLine: the line is not a JSON object, or contains one of the keys twice.
@@ -71,11 +68,7 @@ def json_type(value: object) -> str:
 
 
 def read_documents(path: Path, json_key: str = "text", max_documents: int | None = None) -> list[str]:
-    """The texts of a file of JSON lines; blank lines are skipped.
-
-    Args:
-        json_key: the key of the text.
-        max_documents: number of documents to read; None for all.
+    """The texts under `json_key` in a file of JSON lines, at most `max_documents`; blank lines are skipped.
 
     Raises:
         UserError: the file is missing or has no documents, or a line is unusable; the message names the line.

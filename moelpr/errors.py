@@ -28,28 +28,27 @@ def run_command(main: Callable[[], None]) -> None:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         main()
-    except UserError as error:
-        if debug:
-            raise
-        # A data loader's worker wraps it in its traceback.
-        _fail(str(error).strip().rsplit("UserError: ", 1)[-1], code=2)
     except BrokenPipeError:
         # The reader (head, less) has closed the pipe, so there is no one to report to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:
-        if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (UserError, OSError, RuntimeError, KeyboardInterrupt) as error:
+        message = _message(error)
+        if debug or message is None:
             raise
-        _fail(f"the disk is full while writing {error.filename or 'the output'}; free space and run it again", code=1)
-    except RuntimeError as error:
-        # Megatron's checkpoint writer runs in other processes and reports their failures as text.
-        if debug or "No space left on device" not in str(error):
-            raise
-        _fail("the disk is full while writing a checkpoint; free space and run it again", code=1)
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        _fail("interrupted", code=1)
+        _fail(message, code=2 if isinstance(error, UserError) else 1)
+
+
+def _message(error: BaseException) -> str | None:
+    """The message for an error that a user can cause; None for a bug."""
+    if isinstance(error, UserError):
+        return str(error).strip().rsplit("UserError: ", 1)[-1]  # a data loader's worker wraps it in its traceback
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full while writing {error.filename or 'the output'}; free space and run it again"
+    # Megatron's checkpoint writer runs in other processes and reports their failures as text.
+    if isinstance(error, RuntimeError) and "No space left on device" in str(error):
+        return "the disk is full while writing a checkpoint; free space and run it again"
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else None
 
 
 def _fail(message: str, code: int) -> None:

@@ -1,8 +1,9 @@
-"""Outputs appear complete or not at all: write under a temporary name, fsync, rename."""
+"""Outputs appear complete or not at all: write under a temporary name, fsync, rename. Reads versioned JSON files."""
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,11 +17,7 @@ LOCK_FILE = ".lock"
 
 
 def refuse_existing(paths: list[Path], overwrite: bool) -> None:
-    """Reject outputs that exist already.
-
-    Raises:
-        UserError: at least one exists, and `overwrite` is False.
-    """
+    """Raise a UserError if an output exists already and `overwrite` is False."""
     found = [str(path) for path in paths if path.exists()]
     if found and not overwrite:
         raise UserError(f"the output {', '.join(found)} already exists; choose another name or pass --overwrite")
@@ -50,6 +47,24 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def read_versioned[T](path: Path, version: int, build: Callable[..., T]) -> T:
+    """Pass the fields of the JSON object in a file to `build` as keyword arguments, without its format_version.
+
+    Raises:
+        UserError: the file has another version, or `build` rejects the fields.
+    """
+    try:
+        content = json.loads(path.read_text())
+        found = content.pop("format_version", None)
+        if found != version:
+            raise UserError(f"format_version is {found}, this program reads {version}")
+        return build(**content)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} is damaged or from another program: {error}") from error
+
+
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary folder; on success it replaces `path`, on failure it is removed."""
@@ -68,11 +83,8 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 def resumable_directory(path: Path, job: str) -> Iterator[Path]:
     """Like `atomic_directory`, but keep what an interrupted run of the same job has written.
 
-    The folder `.<name>.partial` next to `path` stays unless the job succeeds or fails with a UserError. A job with
-    another description starts from an empty folder.
-
-    Args:
-        job: everything that the output depends on, as text.
+    The folder `.<name>.partial` next to `path` stays unless the job succeeds or fails with a UserError. `job` describes
+    everything that the output depends on, as text; a job with another description starts from an empty folder.
 
     Raises:
         UserError: another process is writing to the folder.
@@ -137,11 +149,7 @@ def _replace(path: Path, temporary: Path) -> None:
 
 
 class DurableFile:
-    """A new binary file whose content is on disk once `finish` returns.
-
-    Attributes:
-        name: without its folder.
-    """
+    """A new binary file whose content is on disk once `finish` returns; `name` is without its folder."""
 
     def __init__(self, path: Path) -> None:
         self.name = path.name

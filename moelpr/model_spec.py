@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moelpr.errors import UserError
+from moelpr.files import read_versioned
 
 FILE_NAME = "model_spec.json"
 FORMAT_VERSION = 1
@@ -47,11 +48,7 @@ class MoeSpec:
         return self.num_original_experts + self.num_new_experts
 
     def check(self, num_layers: int) -> None:
-        """Check that a model of `num_layers` layers can be trained with these settings.
-
-        Raises:
-            UserError: it can't.
-        """
+        """Raise a UserError if a model of `num_layers` layers can't be trained with these settings."""
         for name in ("num_new_experts", "num_original_experts", "topk"):
             if type(value := getattr(self, name)) is not int:
                 raise UserError(f"moe.{name} must be an integer, got {value!r}")
@@ -98,11 +95,7 @@ class ModelSpec:
         return replace(self, moe=None)
 
     def check(self) -> None:
-        """Check that all fields are present, of the right type, and in range.
-
-        Raises:
-            UserError: they aren't.
-        """
+        """Raise a UserError unless all fields are present, of the right type, and in range."""
         if self.dtype not in DTYPES:
             raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         for kind, names in _REQUIRED_ARGS.items():
@@ -140,18 +133,11 @@ class ModelSpec:
                 f"{folder} has no {FILE_NAME}, so the model's shape is unknown; "
                 "pass a folder written by checkpoint_convert/hf_to_mcore.py or by moelpr's trainer"
             )
-        try:
-            content = json.loads(path.read_text())
-            version = content.pop("format_version", None)
-            if version != FORMAT_VERSION:
-                raise UserError(f"format_version is {version}, this program reads {FORMAT_VERSION}")
-            moe = content.pop("moe", None)
-            if moe is not None:
-                moe = MoeSpec(**{**moe, "layers": tuple(moe["layers"])})
-            spec = cls(**content, moe=moe)
+
+        def build(moe: dict[str, Any] | None = None, **fields: Any) -> ModelSpec:
+            experts = None if moe is None else MoeSpec(**{**moe, "layers": tuple(moe["layers"])})
+            spec = cls(**fields, moe=experts)
             spec.check()
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from error
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{path} is damaged or from another program: {error}") from error
-        return spec
+            return spec
+
+        return read_versioned(path, FORMAT_VERSION, build)

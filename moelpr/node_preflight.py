@@ -19,14 +19,7 @@ _REPLY_TIMEOUT_S = 5.0  # a slower peer is not a node
 
 
 def node_preflight(nnodes: int, node_rank: int, address: str, port: int, timeout_s: float = JOIN_TIMEOUT_S) -> None:
-    """Return once every node has arrived.
-
-    Args:
-        nnodes: number of nodes.
-        node_rank: this node, 0 to nnodes - 1.
-        address: name or address of node 0.
-        port: a free port of node 0.
-        timeout_s: how long to wait for the other nodes, in seconds.
+    """Return once all `nnodes` nodes have arrived at `address` and `port` of node 0, a free port.
 
     Raises:
         UserError: a node is missing, the port is taken, or the nodes' arguments differ.

@@ -17,22 +17,11 @@ Record = dict[str, Any]
 
 @dataclass
 class RunMetrics:
-    """The records of a run, sorted by `iteration`.
-
-    Attributes:
-        steps: one per training step.
-        validations: one per validation pass.
-        warnings: one per warning.
-    """
+    """The records of a run: one per training step, validation pass and warning, sorted by `iteration`."""
 
     steps: list[Record] = field(default_factory=list)
     validations: list[Record] = field(default_factory=list)
     warnings: list[Record] = field(default_factory=list)
-
-
-def read_metrics(path: Path) -> list[Record]:
-    """The records of training steps; see `read_run_metrics`."""
-    return read_run_metrics(path).steps
 
 
 def read_run_metrics(path: Path, layers_at_ends: int | None = None) -> RunMetrics:
@@ -61,11 +50,7 @@ def read_run_metrics(path: Path, layers_at_ends: int | None = None) -> RunMetric
                 with_layers.append(iteration)
                 if len(with_layers) > layers_at_ends:
                     _keep_means(steps[with_layers.pop(0)])
-    return RunMetrics(
-        [steps[iteration] for iteration in sorted(steps)],
-        [passes[iteration] for iteration in sorted(passes)],
-        warnings,
-    )
+    return RunMetrics([steps[key] for key in sorted(steps)], [passes[key] for key in sorted(passes)], warnings)
 
 
 def _records(path: Path) -> Iterator[Record]:

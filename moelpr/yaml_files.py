@@ -12,10 +12,7 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def read_mapping(path: Path, what: str) -> dict[str, Any]:
-    """Read a file that contains a YAML mapping.
-
-    Args:
-        what: what the file is, for messages, such as "recipe".
+    """Read a file that contains a YAML mapping; messages call it `what`, such as "recipe".
 
     Raises:
         UserError: the file cannot be read, is not YAML, or is not a mapping.
@@ -29,10 +26,7 @@ def read_mapping(path: Path, what: str) -> dict[str, Any]:
 
 
 def parse_mapping(text: str, what: str) -> dict[str, Any]:
-    """Parse a YAML mapping.
-
-    Args:
-        what: where the text is from, for messages.
+    """Parse a YAML mapping; messages call its origin `what`.
 
     Raises:
         UserError: the text is not YAML, or not a mapping.

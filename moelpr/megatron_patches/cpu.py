@@ -5,6 +5,7 @@ one it does nothing. Each patch states its reason; `tests/unit/megatron_patches/
 is gone or a patch is no longer needed.
 """
 
+import collections
 import contextlib
 import functools
 import logging
@@ -98,14 +99,13 @@ def _patch_torch_cuda() -> None:
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
     # The training log reports memory.
-    cuda.memory_stats = lambda device=None: _Zeros()
+    cuda.memory_stats = lambda device=None: collections.defaultdict(int)
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
         setattr(cuda, name, lambda device=None: 0)
     # Newer than any: no architecture-specific restriction or environment setting applies.
     cuda.get_device_capability = lambda device=None: (99, 0)
-    cuda.get_device_properties = lambda device=None: types.SimpleNamespace(
-        major=99, minor=0, name="cpu", total_memory=0
-    )
+    properties = types.SimpleNamespace(major=99, minor=0, name="cpu", total_memory=0)
+    cuda.get_device_properties = lambda device=None: properties
 
 
 def _patch_torch_tensors() -> None:
@@ -210,11 +210,6 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 def _do_nothing(*args: Any, **kwargs: Any) -> None:
     return None
-
-
-class _Zeros(dict[str, int]):
-    def __missing__(self, key: str) -> int:
-        return 0
 
 
 class _InertStream:

@@ -68,11 +68,7 @@ def set_signal_handler(handler: Any) -> None:
 
 @contextmanager
 def _replaced(name: str, replacement: Callable[[Callable[[], Any], dict[str, Any]], Any]) -> Iterator[None]:
-    """Redirect Megatron's calls of a function.
-
-    Args:
-        replacement: gets the original call, ready to run, and its arguments by name.
-    """
+    """Have Megatron call `replacement` with the original call, ready to run, and its arguments by name."""
     original = getattr(megatron_training, name)
     signature = inspect.signature(original)
 

@@ -76,21 +76,18 @@ def _load_optimizers_without_parameters() -> None:
     """
     from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 
-    load_fp32, load_float16 = FP32Optimizer.load_state_dict, Float16OptimizerWithFloat16Params.load_state_dict
+    def with_empty_parts(load: Callable[[Any, dict[str, Any]], None]) -> Callable[[Any, dict[str, Any]], None]:
+        @wraps(load)
+        def load_state(self: Any, state: dict[str, Any]) -> None:
+            if isinstance(self, Float16OptimizerWithFloat16Params):
+                state.setdefault("fp32_from_fp16_params", [])
+            state.get("optimizer", state).setdefault("state", {})
+            load(self, state)
 
-    @wraps(load_fp32)
-    def load_fp32_state(self: FP32Optimizer, state: dict[str, Any]) -> None:
-        state.setdefault("state", {})
-        load_fp32(self, state)
+        return load_state
 
-    @wraps(load_float16)
-    def load_float16_state(self: Float16OptimizerWithFloat16Params, state: dict[str, Any]) -> None:
-        state.setdefault("fp32_from_fp16_params", [])
-        state["optimizer"].setdefault("state", {})
-        load_float16(self, state)
-
-    FP32Optimizer.load_state_dict = load_fp32_state
-    Float16OptimizerWithFloat16Params.load_state_dict = load_float16_state
+    for optimizer in (FP32Optimizer, Float16OptimizerWithFloat16Params):
+        optimizer.load_state_dict = with_empty_parts(optimizer.load_state_dict)
 
 
 def _reduce_metrics_on_stages_without_routers() -> None:
@@ -121,19 +118,8 @@ class GroupStepAdam(torch.optim.Adam):
     Like these, it keeps one step count per parameter group, whereas torch.optim.Adam keeps one per parameter.
     """
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-        adam_w_mode: bool = True,
-        capturable: bool = False,
-    ) -> None:
-        super().__init__(
-            params, lr, betas, eps, weight_decay, decoupled_weight_decay=adam_w_mode, capturable=capturable
-        )
+    def __init__(self, params: Any, adam_w_mode: bool = True, **settings: Any) -> None:
+        super().__init__(params, decoupled_weight_decay=adam_w_mode, **settings)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         torch.optim.Optimizer.__setstate__(self, state)  # Adam's expects a step in every parameter's state
@@ -148,6 +134,7 @@ class GroupStepAdam(torch.optim.Adam):
             if not params:
                 continue
             states = [self._state_of(parameter) for parameter in params]
+            settings = {name: group[name] for name in ("lr", "weight_decay", "eps", "decoupled_weight_decay")}
             adam(
                 params,
                 [parameter.grad for parameter in params],
@@ -157,18 +144,14 @@ class GroupStepAdam(torch.optim.Adam):
                 [torch.tensor(float(steps_before), device=parameter.device) for parameter in params],
                 fused=True,
                 amsgrad=False,
+                maximize=False,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-                decoupled_weight_decay=group["decoupled_weight_decay"],
+                **settings,
             )
 
     def _state_of(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
         state = self.state[parameter]
         if not state:
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
+            state |= {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
         return state

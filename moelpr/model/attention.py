@@ -59,24 +59,15 @@ class SDPACoreAttention(MegatronModule):
 
     def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[batch, heads, sequence, head_dim] in and out."""
-        window = self._window(query)
+        window: Tensor | None = None
+        length, size = query.shape[2], self.config.window_size
+        if size is not None and length > size[0] + 1:
+            # [sequence, sequence], True where a token attends to another
+            window = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(-size[0])
+        is_grouped = query.shape[1] != key.shape[1]
         return torch.nn.functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=window,
-            is_causal=window is None,
-            scale=self.softmax_scale,
-            enable_gqa=query.shape[1] != key.shape[1],
+            query, key, value, window, is_causal=window is None, scale=self.softmax_scale, enable_gqa=is_grouped
         )
-
-    def _window(self, query: Tensor) -> Tensor | None:
-        """[sequence, sequence], True where a token attends to another; None if the window contains all before it."""
-        length = query.shape[2]
-        if self.config.window_size is None or length <= self.config.window_size[0] + 1:
-            return None
-        causal = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-        return causal.triu(-self.config.window_size[0])
 
     def _within_documents(self, query: Tensor, key: Tensor, value: Tensor, position_BS: Tensor) -> Tensor:
         """One call per document: less work than one call with a mask, which discards most of the scores.

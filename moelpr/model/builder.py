@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -11,6 +12,7 @@ from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.training.models.gpt import GPTModelConfig
 
@@ -18,19 +20,29 @@ from moelpr.model.attention import SDPACoreAttention
 from moelpr.model.config import MoELPRConfig
 from moelpr.model.experts import GroupedExperts
 from moelpr.model.layer import LPRMoELayer, LPRMoESubmodules
-from moelpr.model.norm import RMSNorm
 from moelpr.model.router import LPRRouter
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm with the constructor of Megatron's norms, for machines without Transformer Engine or Apex.
+
+    Megatron's fallback (WrappedTorchNorm) does not support sequence parallelism, under which the weight's gradient must
+    be summed over the tensor-parallel ranks. Megatron sums it for parameters with the attribute `sequence_parallel`.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        assert config.normalization == "RMSNorm" and not config.layernorm_zero_centered_gamma
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 def block_spec(model_config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """The specs of the layers of this pipeline stage."""
     config: MoELPRConfig = model_config.transformer
     use_te = config.transformer_impl == "transformer_engine"
-    dense, moe = _dense_layer(config, use_te), None
-    if config.num_moe_experts is not None:
-        moe = _moe_layer(config, use_te)
-    is_moe = _moe_layer_pattern(config)
-    layers = [moe if is_moe[layer] else dense for layer in _local_layers(config, vp_stage)]
+    dense = _dense_layer(config, use_te)
+    moe = None if config.num_moe_experts is None else _moe_layer(config, use_te)
+    layers = [moe if config.is_moe_layer[layer] else dense for layer in _local_layers(config, vp_stage)]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_norm(use_te))
 
 
@@ -38,9 +50,8 @@ def _dense_layer(config: MoELPRConfig, use_te: bool) -> ModuleSpec:
     if use_te:
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
-    layer = spec.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
-    attention = layer.self_attention.submodules
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
+    attention = spec.submodules.self_attention.submodules
     attention.core_attention = SDPACoreAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
@@ -81,14 +92,6 @@ def _norm(use_te: bool) -> type:
     from megatron.core.extensions.transformer_engine import TENorm
 
     return TENorm
-
-
-def _moe_layer_pattern(config: MoELPRConfig) -> list[bool]:
-    if config.num_moe_experts is None:
-        return [False] * config.num_layers
-    if isinstance(config.moe_layer_freq, int):
-        return [layer % config.moe_layer_freq == 0 for layer in range(config.num_layers)]
-    return [bool(flag) for flag in config.moe_layer_freq]
 
 
 def _local_layers(config: MoELPRConfig, vp_stage: int | None) -> list[int]:

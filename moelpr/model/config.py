@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from moelpr.model.losses import LPRVariant, per_layer_lpr_coeff
+from moelpr.model.losses import LPRVariant
 
 
 @dataclass
@@ -29,14 +29,10 @@ class MoELPRConfig(TransformerConfig):
     """Megatron's flag: attention stays within a document (SDPACoreAttention)."""
 
     @property
-    def num_moe_layers(self) -> int:
-        """Number of layers with experts; the others are dense."""
+    def is_moe_layer(self) -> list[bool]:
+        """For each layer of the model, True if it has experts."""
         if self.num_moe_experts is None:
-            return 0
+            return [False] * self.num_layers
         if isinstance(self.moe_layer_freq, int):
-            return len(range(0, self.num_layers, self.moe_layer_freq))
-        return sum(self.moe_layer_freq)
-
-    @property
-    def lpr_coeff_per_layer(self) -> float:
-        return per_layer_lpr_coeff(self.lpr_loss_coeff, self.num_moe_layers)
+            return [layer % self.moe_layer_freq == 0 for layer in range(self.num_layers)]
+        return [bool(flag) for flag in self.moe_layer_freq]

@@ -3,6 +3,8 @@
 Checkpoint keys and shapes are those of Megatron's TEGroupedMLP.
 """
 
+from functools import partial
+
 import torch
 from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedStateDict, ShardedTensor, ShardedTensorFactory
 from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
@@ -36,11 +38,7 @@ class GroupedExperts(MegatronModule):
     """
 
     def __init__(
-        self,
-        num_local_experts: int,
-        config: TransformerConfig,
-        pg_collection: ProcessGroupCollection,
-        name: str | None = None,
+        self, num_local_experts: int, config: TransformerConfig, pg_collection: ProcessGroupCollection, **_: object
     ) -> None:
         super().__init__(config=config)
         assert config.gated_linear_unit and not config.add_bias_linear, "the experts are SwiGLU without bias"
@@ -97,26 +95,17 @@ class GroupedExperts(MegatronModule):
         def gate_and_up(
             key: str, tensor: Tensor, replica_id: ReplicaId, flattened_range: slice | None
         ) -> list[ShardedTensor]:
+            gate, up = (half.contiguous() for half in tensor.chunk(2, dim=1))
+            gate_axis, up_axis = (1, etp_rank, 2 * etp_size), (1, etp_size + etp_rank, 2 * etp_size)
             return [
-                ShardedTensor.from_rank_offsets(
-                    key,
-                    half.contiguous(),
-                    expert_axis,
-                    (1, etp_rank + index * etp_size, 2 * etp_size),
-                    replica_id=replica_id,
-                )
-                for index, half in enumerate(tensor.chunk(2, dim=1))
+                ShardedTensor.from_rank_offsets(key, gate, expert_axis, gate_axis, replica_id=replica_id),
+                ShardedTensor.from_rank_offsets(key, up, expert_axis, up_axis, replica_id=replica_id),
             ]
 
-        def join(halves: list[Tensor]) -> Tensor:
-            return torch.cat(halves, dim=1)
-
         fc1_key, fc2_key = (f"{prefix}experts.linear_{name}.weight" for name in ("fc1", "fc2"))
-        return {
-            f"{prefix}linear_fc1.weight": ShardedTensorFactory(
-                fc1_key, self.linear_fc1.weight, gate_and_up, join, replica_id
-            ),
-            f"{prefix}linear_fc2.weight": ShardedTensor.from_rank_offsets(
-                fc2_key, self.linear_fc2.weight, expert_axis, (2, etp_rank, etp_size), replica_id=replica_id
-            ),
-        }
+        fc1, fc2 = self.linear_fc1.weight, self.linear_fc2.weight
+        down = ShardedTensor.from_rank_offsets(
+            fc2_key, fc2, expert_axis, (2, etp_rank, etp_size), replica_id=replica_id
+        )
+        gate_up = ShardedTensorFactory(fc1_key, fc1, gate_and_up, partial(torch.cat, dim=1), replica_id)
+        return {f"{prefix}linear_fc1.weight": gate_up, f"{prefix}linear_fc2.weight": down}

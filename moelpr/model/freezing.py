@@ -7,13 +7,10 @@ from moelpr.stages import Part, Stage, part_of, trained_parts
 
 
 def freeze(model_chunks: list[GPTModel], stage: Stage, train_everything: bool = False) -> list[GPTModel]:
-    """Disable gradients of the parameters that the stage does not train.
+    """Disable gradients of the parameters that the stage does not train; returns the same chunks.
 
     Call it before the model is wrapped for data parallelism, so that frozen parameters get no gradient buffer and no
     optimizer state.
-
-    Returns:
-        The same chunks.
     """
     trained = trained_parts(stage, train_everything)
     if trained == frozenset(Part):

@@ -1,6 +1,7 @@
 """LPRMoELayer: original experts replicated on every expert-parallel rank, new experts dispatched by Megatron."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
@@ -102,16 +103,10 @@ class LPRMoELayer(MoELayer):
     config: MoELPRConfig
 
     def __init__(
-        self,
-        config: MoELPRConfig,
-        submodules: LPRMoESubmodules,
-        layer_number: int | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
-        is_mtp_layer: bool = False,
-        name: str | None = None,
+        self, config: MoELPRConfig, submodules: LPRMoESubmodules, pg_collection: ProcessGroupCollection, **kwargs: Any
     ) -> None:
-        super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
-        assert pg_collection is not None and submodules.original_experts is not None
+        super().__init__(config, submodules, pg_collection=pg_collection, **kwargs)
+        assert submodules.original_experts is not None
         self.token_dispatcher = NewExpertsDispatcher(
             self.num_local_experts, self.local_expert_indices, config=config, pg_collection=pg_collection
         )

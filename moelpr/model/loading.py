@@ -43,11 +43,7 @@ def single_process(seed: int = 1234) -> Iterator[None]:
 
 
 def transformer_config(spec: ModelSpec, **settings: object) -> MoELPRConfig:
-    """Megatron's config of the model, for one process and without kernels that need a GPU.
-
-    Args:
-        settings: fields of MoELPRConfig to override.
-    """
+    """Megatron's config for one process, without kernels that need a GPU; `settings` override its fields."""
     shape = spec.megatron_args
     fields: dict[str, object] = {name: shape[name] for name in _TRANSFORMER_FIELDS}
     fields |= {

@@ -5,7 +5,6 @@ divided by a count over whatever the caller averages over (a rank, a micro-batch
 does not depend on how a batch is divided.
 """
 
-import math
 from typing import Literal
 
 import torch
@@ -38,7 +37,8 @@ def lpr_loss(
     Returns:
         A scalar; exactly 0, with zero gradient, if no token is original-language text.
     """
-    logits_TE = _at_least_fp32(logits_TE)
+    if logits_TE.dtype != torch.float64:
+        logits_TE = logits_TE.float()
     if variant == "reference":
         logits_TE = torch.softmax(logits_TE, dim=-1)
     originals_T = torch.logsumexp(logits_TE[:, :num_original_experts], dim=-1)
@@ -49,38 +49,9 @@ def lpr_loss(
     return total / torch.as_tensor(num_original_tokens, device=total.device).clamp(min=1)
 
 
-def reference_lpr_floor(num_experts: int, num_original_experts: int = 1) -> float:
-    """The minimum of `lpr_loss(..., variant="reference")`: log(1 + (E-m)/(e+m-1)). That of the paper's loss is 0."""
-    return math.log1p((num_experts - num_original_experts) / (math.e + num_original_experts - 1))
-
-
-def balance_loss(scores_TE: Tensor, is_chosen_TE: Tensor, topk: int) -> Tensor:
-    """Load-balancing loss of one layer over one set of tokens: sum_i f_i P_i.
-
-    f_i = E/(K T) * (tokens that chose expert i), P_i = mean score of expert i (paper section 3.2). Equals 1 under
-    perfect balance. Training uses Megatron's implementation of the same sum; this definition is for testing it.
-
-    Args:
-        scores_TE: softmax of the router logits.
-        is_chosen_TE: bool, True where expert i is among the token's top-k.
-    """
-    num_tokens, num_experts = scores_TE.shape
-    fraction_E = is_chosen_TE.sum(dim=0) * (num_experts / (topk * num_tokens))
-    return (fraction_E * scores_TE.mean(dim=0)).sum()
-
-
 def megatron_balance_coeff(alpha: float, topk: int, num_moe_layers: int) -> float:
     """Megatron's `--moe-aux-loss-coeff` for the paper's alpha.
 
     The paper's code sums f over the K slots and averages over layers; Megatron divides by K and sums over layers.
     """
     return alpha * topk / num_moe_layers
-
-
-def per_layer_lpr_coeff(gamma: float, num_moe_layers: int) -> float:
-    """The paper's gamma divided by the number of layers, because the loss is a mean over layers."""
-    return gamma / num_moe_layers
-
-
-def _at_least_fp32(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()

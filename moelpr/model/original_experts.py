@@ -1,6 +1,8 @@
 """The m original experts of an MoE layer: the dense FFN, then the experts that earlier rounds of languages added."""
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -24,19 +26,12 @@ class OriginalExperts(torch.nn.ModuleList):
     """
 
     def __init__(self, config: MoELPRConfig, submodules: MLPSubmodules, pg_collection: ProcessGroupCollection) -> None:
-        experts = [
-            MLP(
-                config,
-                submodules,
-                is_expert=True,
-                ffn_hidden_size=config.moe_ffn_hidden_size,
-                tp_group=pg_collection.expt_tp,
-            )
-            for _ in range(config.num_original_experts)
-        ]
-        super().__init__(experts)
-        self.etp_group, self.attn_tp_group = pg_collection.expt_tp, pg_collection.tp
-        for parameter in (parameter for expert in experts for parameter in expert.parameters()):
+        etp, size = pg_collection.expt_tp, config.moe_ffn_hidden_size
+        new_expert = partial(MLP, config, submodules, is_expert=True, ffn_hidden_size=size, tp_group=etp)
+        super().__init__(new_expert() for _ in range(config.num_original_experts))
+        self.etp_group, self.attn_tp_group = etp, pg_collection.tp
+        parameter: Any  # Megatron reads attributes of it that torch's types lack
+        for parameter in self.parameters():
             # Replicated, unlike the dispatched experts' parameters; matters only with --train-everything.
             parameter.allreduce = True
             parameter.sequence_parallel = config.sequence_parallel and not self._are_split

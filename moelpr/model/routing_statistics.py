@@ -19,9 +19,7 @@ class RoutingSums(NamedTuple):
 
     @classmethod
     def from_vectors(cls, vectors_LV: Tensor) -> "RoutingSums":
-        lpr, original, expanded, of_original, of_expanded = vectors_LV[:, :5].unbind(dim=1)
-        scores, choices = vectors_LV[:, 5:].chunk(2, dim=1)
-        return cls(lpr, original, expanded, of_original, of_expanded, scores, choices)
+        return cls(*vectors_LV[:, :5].unbind(dim=1), *vectors_LV[:, 5:].chunk(2, dim=1))
 
     @staticmethod
     def vector_size(num_experts: int) -> int:
@@ -67,14 +65,8 @@ def routing_vector(
 ) -> Tensor:
     """`RoutingSums` of one layer as one fp32 vector [5 + 2 E]."""
     original_first_T = logits_TE.argmax(dim=-1) < num_original_experts
-    counts = torch.stack(
-        [
-            is_original_T.sum(),
-            (~is_original_T).sum(),
-            (original_first_T & is_original_T).sum(),
-            (original_first_T & ~is_original_T).sum(),
-        ]
-    )
+    masks = is_original_T, ~is_original_T, original_first_T & is_original_T, original_first_T & ~is_original_T
+    counts = torch.stack([mask_T.sum() for mask_T in masks])
     scores_E = torch.softmax(logits_TE.float(), dim=-1).sum(dim=0)
     choices_E = is_chosen_TE.sum(dim=0)
     return torch.cat([lpr_sum.detach().float().reshape(1), counts.float(), scores_E, choices_E.float()])

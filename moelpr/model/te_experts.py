@@ -19,8 +19,6 @@ class TEGroupedExperts(TEGroupedMLP):
         for parameter in self.parameters():
             parameter.allreduce = False  # as in GroupedExperts, so that optimizer state fits any layout
 
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-    ) -> ShardedStateDict:
-        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> ShardedStateDict:
+        state = super().sharded_state_dict(*args, **kwargs)
         return {name: tensor for name, tensor in state.items() if "_extra_state" not in name}

@@ -51,7 +51,8 @@ def load_weights(
             for index, chunk in enumerate(chunks):
                 chunk.load_state_dict(loaded.get(f"model{index}", {}), strict=False)  # a link may have no tensor of it
         except _LOAD_ERRORS as error:
-            raise UserError(f"the checkpoint {link} does not match its model_spec.json: {_one_line(error)}") from error
+            reason = " ".join(str(error).split())[:500] or type(error).__name__
+            raise UserError(f"the checkpoint {link} does not match its model_spec.json: {reason}") from error
         missing = {
             model: {name: entry for name, entry in entries.items() if _key(entry) not in keys}
             for model, entries in missing.items()
@@ -95,7 +96,3 @@ def _omit_frozen(chunk: GPTModel) -> None:
 
 def _key(entry: Any) -> str:
     return entry.unique_key if isinstance(entry, ShardedObject) else entry.key
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500] or type(error).__name__

@@ -26,16 +26,11 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
 class StopRequest:
-    """Whether any rank was asked to stop. Replaces Megatron's handler, which supports only one signal.
-
-    Attributes:
-        is_received: True after one of `SIGNALS`.
-        file: the stop file, which only rank 0 looks for.
-    """
+    """Whether any rank was asked to stop. Replaces Megatron's handler, which supports only one signal."""
 
     def __init__(self) -> None:
-        self.is_received = False
-        self.file: Path | None = None
+        self.is_received = False  # True after one of `SIGNALS`
+        self.file: Path | None = None  # the stop file, which only rank 0 looks for
         self._previous_handlers = {number: signal.getsignal(number) for number in SIGNALS}
 
     def listen(self) -> None:
@@ -110,9 +105,8 @@ def _end_helpers() -> None:
 
 def is_finished(args: argparse.Namespace) -> bool:
     """True if --save already contains this run's last step."""
-    if args.save is None or not args.is_resumed or args.ckpt_step is not None:
-        return False
-    if Path(args.model_source) != Path(args.save):  # resumed from --load
+    is_new = args.save is None or not args.is_resumed or args.ckpt_step is not None
+    if is_new or Path(args.model_source) != Path(args.save):  # resumed from --load
         return False
     last, saved = _last_step(args), _saved_step(Path(args.save))
     return last is not None and saved is not None and saved >= last

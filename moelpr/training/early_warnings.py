@@ -87,7 +87,7 @@ class EarlyWarnings:
         if not new:
             return []
         shown = ", ".join(f"{language} {rise:+.1%}" for language, rise in rises.items() if language in new)
-        return [self._original_rises(f"the loss on held-out {shown}")]
+        return self._original_rises(f"the loss on held-out {shown}")
 
     def _original_training_loss_rises(self) -> list[EarlyWarning]:
         """The same for training text, if the stage trains on original-language text and nothing is held out."""
@@ -100,18 +100,18 @@ class EarlyWarnings:
         if not self._onsets("original_loss_rises", {"training text"} if rises else set()):
             return []
         change = loss / self._first_original_loss - 1
-        return [self._original_rises(f"the loss on the original languages' training text {change:+.1%}")]
+        return self._original_rises(f"the loss on the original languages' training text {change:+.1%}")
 
     def _has_risen(self, loss: float, first: float) -> bool:
         percent = self.thresholds.original_rise
         return self.stage == "stage1" and percent > 0 and first > 0 and loss > (1 + percent / 100) * first
 
-    def _original_rises(self, what: str) -> EarlyWarning:
-        return EarlyWarning(
-            "original_loss_rises",
+    def _original_rises(self, what: str) -> list[EarlyWarning]:
+        message = (
             f"{what} since the start (threshold +{self.thresholds.original_rise:g}%); stage 2 repairs part of it, "
-            "a lower --lr or fewer steps reduce it",
+            "a lower --lr or fewer steps reduce it"
         )
+        return [EarlyWarning("original_loss_rises", message)]
 
     def _idle_experts(self) -> list[EarlyWarning]:
         shares = [record["token_share"] for record in self._block if record.get("token_share")]

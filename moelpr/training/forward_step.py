@@ -16,15 +16,11 @@ _reader = BatchReader()
 
 
 def forward_step(data_iterator: Iterator[dict[str, Tensor]] | None, model: torch.nn.Module) -> tuple[Tensor, partial]:
-    """Run this pipeline stage on the next micro-batch.
-
-    Returns:
-        The stage's output, and the function that turns the last stage's output into the loss.
-    """
+    """This pipeline stage's output for the next micro-batch, and the function that makes the last stage's the loss."""
     config = get_model_config(model)
     num_microbatches = get_num_microbatches() if model.training else 1
     batch = _reader.next(data_iterator, num_microbatches, owner=model)
-    LPRLossNormalizer.set_weight(lpr_token_weight(batch.counts, num_microbatches, config.calculate_per_token_loss))
+    LPRLossNormalizer.weight = lpr_token_weight(batch.counts, num_microbatches, config.calculate_per_token_loss)
     output = model(
         batch.tokens,
         batch.position_ids,
@@ -54,25 +50,19 @@ def next_token_loss(batch: Batch, losses_BS: Tensor) -> tuple[Tensor, Tensor, di
         return torch.stack([(losses * weight).sum(), (mask * weight).sum()]).detach()
 
     original = is_original.float()
-    return (
-        losses.sum(),
-        num_tokens,
-        {
-            "lm loss": report(torch.ones_like(mask)),
-            "lm loss original": report(original),
-            "lm loss expanded": report(1 - original),
-        },
-    )
+    reports = {
+        "lm loss": report(torch.ones_like(mask)),
+        "lm loss original": report(original),
+        "lm loss expanded": report(1 - original),
+    }
+    return losses.sum(), num_tokens, reports
 
 
 def lpr_token_weight(counts: GlobalCounts, num_microbatches: int, per_token_loss: bool) -> Tensor:
     """The factor of each rank's sum of LPR terms that makes the gradient that of the global batch's mean.
 
     Megatron later divides the gradients of auxiliary losses by micro-batches x data-parallel ranks or, with
-    --calculate-per-token-loss, by the number of loss tokens in the global batch.
-
-    Returns:
-        A scalar; 0 without original-language tokens.
+    --calculate-per-token-loss, by the number of loss tokens in the global batch. 0 without original-language tokens.
     """
     divisor = counts.loss_tokens if per_token_loss else num_microbatches * parallel_state.get_data_parallel_world_size()
     return torch.where(counts.original_tokens > 0, divisor / counts.original_tokens.clamp(min=1), 0.0)

@@ -38,19 +38,13 @@ def step_log(args: Namespace) -> Iterator["StepLog"]:
 
 
 class MetricsTracker(MoEMetricsTracker):
-    """Megatron's tracker plus what the routers counted. Every rank calls `report` once per step.
-
-    Attributes:
-        routers: this rank's, set by `watch`.
-        routing: sums of the last step over all ranks and micro-batches.
-        balance_loss: of the last step.
-    """
+    """Megatron's tracker plus what the routers counted. Every rank calls `report` once per step."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.routers: list[LPRRouter] = []
-        self.routing: RoutingSums | None = None
-        self.balance_loss: float | None = None
+        self.routers: list[LPRRouter] = []  # this rank's, set by `watch`
+        self.routing: RoutingSums | None = None  # of the last step, over all ranks and micro-batches
+        self.balance_loss: float | None = None  # of the last step
 
     def watch(self, model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
         self.routers = [module for chunk in model_chunks for module in chunk.modules() if isinstance(module, LPRRouter)]
@@ -68,8 +62,7 @@ class MetricsTracker(MoEMetricsTracker):
 
     def reduce_routing(self, num_layers: int) -> RoutingSums:
         """Sum over ranks: each has its own layers (pipeline) and its own tokens (tensor, context, data)."""
-        num_experts = get_args().num_original_experts + get_args().num_experts
-        size = RoutingSums.vector_size(num_experts)
+        size = RoutingSums.vector_size(get_args().num_original_experts + get_args().num_experts)
         sums = torch.zeros(num_layers, size, device=torch.cuda.current_device())
         for router in self.routers:
             if router.routing_sums is not None:
@@ -91,7 +84,7 @@ class StepLog:
         self, loss_dict: dict[str, Tensor], learning_rate: float | None, iteration: int, grad_norm: float | None
     ) -> None:
         """Write the record of a step that Megatron has just logged."""
-        peak_memory_gib = _max_over_ranks(_peak_memory_gib())
+        peak_memory_gib = _peak_memory_gib()
         if torch.distributed.get_rank() < torch.distributed.get_world_size() - 1:
             return
         now = time.monotonic()
@@ -127,14 +120,12 @@ class StepLog:
 
 
 def _peak_memory_gib() -> float:
-    """This rank's peak memory so far: tensors on its GPU, or the process's resident memory without a GPU."""
+    """The ranks' highest peak memory so far: tensors on the GPU, or the process's resident memory without a GPU."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
-
-
-def _max_over_ranks(value: float) -> float:
-    maximum = torch.tensor(value, device=torch.cuda.current_device())
+        own = torch.cuda.max_memory_allocated() / 2**30
+    else:
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+    maximum = torch.tensor(own, device=torch.cuda.current_device())
     torch.distributed.all_reduce(maximum, op=torch.distributed.ReduceOp.MAX)
     return round(maximum.item(), 3)
 

@@ -3,15 +3,19 @@
 A record is a training step or an event (a validation pass or a warning). The last rank writes them.
 """
 
+import argparse
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+from megatron.core.rerun_state_machine import EXIT_CODE_FAILED_ON_RESULT_VALIDATION, EXIT_CODE_RESUME_TO_DISAMBIGUATE
 from megatron.training import get_args, get_tensorboard_writer
 from megatron.training.global_vars import get_wandb_writer
 from tqdm import tqdm
@@ -28,6 +32,8 @@ _TAGS = {
     "router_score": "router score, moe layer {}/expert {}",
     "token_share": "token share, moe layer {}/expert {}",
 }
+
+_NONFINITE_EXIT_CODES = (EXIT_CODE_FAILED_ON_RESULT_VALIDATION, EXIT_CODE_RESUME_TO_DISAMBIGUATE)
 
 
 class RunLog:
@@ -61,7 +67,11 @@ class RunLog:
             value = result[unit.replace(" ", "_")]
             shown.append(f"{language} {'NaN' if value is None else f'{value:.4f}'} {unit}")
             if value is not None:
-                _write_scalar(f"validation {unit}/{language}", value, iteration)
+                tag = f"validation {unit}/{language}"
+                if (writer := get_tensorboard_writer()) is not None:
+                    writer.add_scalar(tag, value, iteration)
+                if (wandb := get_wandb_writer()) is not None:
+                    wandb.log({tag: value}, iteration)
         self.print(f"{self.stage} step {iteration}, validation: {', '.join(shown)}")
         self.warn(iteration, self.early_warnings.validation(event))
 
@@ -86,8 +96,7 @@ class RunLog:
         save = get_args().save
         if save and self._file is None:
             Path(save).mkdir(parents=True, exist_ok=True)
-            path = Path(save) / METRICS_FILE
-            self._file = open_metrics(path, before_iteration, self.early_warnings.remember)
+            self._file = open_metrics(Path(save) / METRICS_FILE, before_iteration, self.early_warnings.remember)
         if self._file is not None:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
@@ -95,11 +104,9 @@ class RunLog:
     def _show_progress(self, record: dict[str, Any], total: int, log_interval: int) -> None:
         """In addition to Megatron's log: a bar with the time left on a terminal, else a line per log interval."""
         if self._bar is None:
-            done_before = record["iteration"] - 1
-            self._bar = tqdm(
-                total=total, initial=done_before, desc=self.stage, unit="step", dynamic_ncols=True, disable=None
-            )
-            self._steps_before, self._first_time = done_before, time.monotonic() - record["step_time_s"]
+            self._steps_before, self._first_time = record["iteration"] - 1, time.monotonic() - record["step_time_s"]
+            settings = {"desc": self.stage, "unit": "step", "dynamic_ncols": True, "disable": None}
+            self._bar = tqdm(total=total, initial=self._steps_before, **settings)
         keys = {"loss": "lm_loss", "balance": "balance_loss", "LPR": "lpr_loss", "tokens/s": "tokens_per_s"}
         shown = {name: f"{record[key]:.4g}" for name, key in keys.items() if record.get(key) is not None}
         if not self._bar.disable:
@@ -113,13 +120,43 @@ class RunLog:
             print(f"{self.stage} {record['iteration']}/{total}  {values}  {left} left", file=sys.stderr, flush=True)
 
 
+@contextmanager
+def report_nonfinite_exit(args: argparse.Namespace, run_log: RunLog) -> Iterator[None]:
+    """If the loss or the gradient of a step is NaN or Inf, log the step and its fix, and exit with code 1.
+
+    Megatron retries such a step once, then leaves its training loop through sys.exit with exit codes of its own. With
+    `--rerun-mode disabled` it raises a RuntimeError instead.
+    """
+    try:
+        yield
+        return
+    except SystemExit as error:
+        if error.code not in _NONFINITE_EXIT_CODES:
+            raise
+    except RuntimeError as error:
+        if "Unexpected result" not in str(error) or args.debug:
+            raise
+    step = args.curr_iteration + 1
+    message = (
+        f"the gradients of step {step} are NaN/Inf even after a retry; step discarded, training stopped; lower --lr, "
+        "raise --lr-warmup-iters, or check the data of this step"
+    )
+    rank, last = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")) - 1
+    if rank == last:
+        run_log.warn(step, [EarlyWarning("not_a_number", message)])
+    if rank == 0 and last != 0:
+        print(f"moelpr: error: {message}", file=sys.stderr, flush=True)
+    if rank != last:
+        time.sleep(5)  # the launcher ends all ranks as soon as one has failed, but the last one is still writing
+    sys.exit(1)
+
+
 def open_metrics(
     path: Path, before_iteration: int, remember: Callable[[dict[str, Any]], None] = lambda record: None
 ) -> TextIO:
     """Open metrics.jsonl for appending, without the records of steps that a resumed run is about to repeat.
 
-    Args:
-        remember: called with every record that stays.
+    `remember` is called with every record that stays.
     """
     if path.exists():
         kept = []
@@ -137,11 +174,7 @@ def open_metrics(
 
 
 def _write_to_tensorboard(record: dict[str, Any], with_layers: bool) -> None:
-    """Write the scalars that Megatron does not write itself.
-
-    Args:
-        with_layers: whether to write values per layer too, hundreds per step for a large model.
-    """
+    """Write the scalars that Megatron does not; with `with_layers` also per layer, hundreds for a large model."""
     writer = get_tensorboard_writer()
     if writer is None:
         return
@@ -149,14 +182,6 @@ def _write_to_tensorboard(record: dict[str, Any], with_layers: bool) -> None:
         for index, value in np.ndenumerate(np.array([] if record.get(key) is None else record[key], dtype=float)):
             if not math.isnan(value):
                 writer.add_scalar(tag.format(*index), value, record["iteration"])
-
-
-def _write_scalar(tag: str, value: float, step: int) -> None:
-    """Write to TensorBoard, and to Weights & Biases with --wandb-project."""
-    if (writer := get_tensorboard_writer()) is not None:
-        writer.add_scalar(tag, value, step)
-    if (wandb := get_wandb_writer()) is not None:
-        wandb.log({tag: value}, step)
 
 
 def finite(value: Any) -> float | None:

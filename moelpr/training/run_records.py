@@ -24,9 +24,6 @@ def run_records(args: argparse.Namespace, spec: ModelSpec, argv: list[str]) -> I
 
     While the context is open, every saved step gets a recipe.yaml too: a run may be resumed with other settings, and
     killed before it has saved anything under them.
-
-    Args:
-        argv: the command line as given.
     """
     if args.save is None or int(os.environ.get("RANK", "0")) != 0:
         yield

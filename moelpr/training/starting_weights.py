@@ -6,6 +6,7 @@ and loads only the frozen tensors here that this checkpoint omits.
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,9 @@ from moelpr.errors import UserError
 from moelpr.model.weights import load_weights, save_trained_only
 from moelpr.run_folder import BASE_CHECKPOINT_FILE
 
-LoadHook = Callable[[list[GPTModel]], None]
 
-
-def starting_weights(args: argparse.Namespace) -> LoadHook:
-    """Find the checkpoints that this run starts from.
-
-    Returns:
-        A function that loads them into the frozen, not yet wrapped model chunks.
+def starting_weights(args: argparse.Namespace) -> Callable[[list[GPTModel]], None]:
+    """Find the checkpoints that this run starts from; the result loads them into frozen, not yet wrapped chunks.
 
     Raises:
         UserError: a required checkpoint is missing.
@@ -48,10 +44,10 @@ def starting_weights(args: argparse.Namespace) -> LoadHook:
         if not args.is_resumed:
             args.load = args.pretrained_checkpoint = None  # or Megatron would load them again
             print_rank_0(f"moelpr: weights from {' and '.join(map(str, links))}")
-            load_weights(chunks, links, load=_as_megatron(args))
+            load_weights(chunks, links, load=partial(_load_step, args))
         elif args.save_trained_only:
             print_rank_0(f"moelpr: frozen weights from {' and '.join(map(str, links[1:]))}")
-            load_weights(chunks, links[1:], only_frozen=True, load=_as_megatron(args))
+            load_weights(chunks, links[1:], only_frozen=True, load=partial(_load_step, args))
         if args.save_trained_only:
             save_trained_only(chunks)
         if args.save:
@@ -60,15 +56,11 @@ def starting_weights(args: argparse.Namespace) -> LoadHook:
     return load
 
 
-def _as_megatron(args: argparse.Namespace) -> Callable[[ShardedStateDict, str], dict[str, Any]]:
-    """A loader of one step folder that honors all of Megatron's flags."""
-
-    def load(state: ShardedStateDict, step_folder: str) -> dict[str, Any]:
-        folder, step = Path(step_folder).parent, Path(step_folder).name
-        iteration = 0 if step == RELEASE else int(step.removeprefix("iter_"))
-        return _load_global_dist_base_checkpoint(str(folder), args, False, state, iteration, step == RELEASE)[0]
-
-    return load
+def _load_step(args: argparse.Namespace, state: ShardedStateDict, step_folder: str) -> dict[str, Any]:
+    """Load from one step folder as Megatron does, with all its flags."""
+    folder, step = Path(step_folder).parent, Path(step_folder).name
+    iteration = 0 if step == RELEASE else int(step.removeprefix("iter_"))
+    return _load_global_dist_base_checkpoint(str(folder), args, False, state, iteration, step == RELEASE)[0]
 
 
 def _record_base(save: Path, source: Path, links: list[Path], args: argparse.Namespace) -> None:

@@ -21,19 +21,14 @@ from moelpr.model.vocabulary import mask_padding
 from moelpr.training import clean_stop, metrics
 from moelpr.training.clean_stop import StopRequest
 from moelpr.training.forward_step import forward_step
-from moelpr.training.nonfinite import report_nonfinite_exit
+from moelpr.training.run_log import report_nonfinite_exit
 from moelpr.training.run_records import run_records
-from moelpr.training.starting_weights import LoadHook, starting_weights
+from moelpr.training.starting_weights import starting_weights
 from moelpr.training.validation import validates
 
 
 def train(argv: list[str], stop: StopRequest | None = None) -> None:
-    """Train one stage on this rank, to its end or until it is asked to stop.
-
-    Args:
-        argv: the trainer's command line.
-        stop: receives requests to stop; None to ignore them.
-    """
+    """Train one stage on this rank with the command line `argv`, to its end or until `stop` receives a request."""
     args, spec = parse_arguments(argv)
     if clean_stop.is_finished(args):
         clean_stop.report_end(args)
@@ -49,12 +44,18 @@ def train(argv: list[str], stop: StopRequest | None = None) -> None:
         validates(args, step_log),
         clean_stop.ends_the_run(),
     ):
-        pretrain(
-            pretrain_cfg_container_from_args(args, _prepared(model_config(args), args, load_weights, step_log)),
-            datasets_provider,
-            ModelType.encoder_or_decoder,
-            forward_step,
-        )
+
+        def prepare(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+            freeze(model_chunks, args.stage, args.train_everything)
+            load_weights(model_chunks)
+            mask_padding(model_chunks, args.vocab_size)
+            print_rank_0(parameter_report(model_chunks))
+            return step_log.tracker.watch(model_chunks)
+
+        config = model_config(args)
+        config.pre_wrap_hooks.append(prepare)  # before Megatron wraps the model for data parallelism
+        settings = pretrain_cfg_container_from_args(args, config)
+        pretrain(settings, datasets_provider, ModelType.encoder_or_decoder, forward_step)
     torch.distributed.barrier()
     clean_stop.report_end(args)
 
@@ -71,22 +72,6 @@ def model_config(args: argparse.Namespace) -> GPTModelConfig:
     except (AssertionError, ValueError) as error:
         raise refused_by_megatron(error) from error
     config.transformer_layer_spec = block_spec
-    return config
-
-
-def _prepared(
-    config: GPTModelConfig, args: argparse.Namespace, load_weights: LoadHook, step_log: metrics.StepLog
-) -> GPTModelConfig:
-    """Add to the config what happens to the model before Megatron wraps it."""
-
-    def prepare(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-        freeze(model_chunks, args.stage, args.train_everything)
-        load_weights(model_chunks)
-        mask_padding(model_chunks, args.vocab_size)
-        print_rank_0(parameter_report(model_chunks))
-        return step_log.tracker.watch(model_chunks)
-
-    config.pre_wrap_hooks.append(prepare)
     return config
 
 

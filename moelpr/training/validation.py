@@ -7,7 +7,7 @@ import argparse
 import itertools
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,15 +34,12 @@ from moelpr.training.run_log import finite
 MAX_DECODED_TOKENS = 1_000_000  # decoded to count bytes if there is no manifest; takes two seconds
 
 
-@contextmanager
-def validates(args: argparse.Namespace, step_log: StepLog) -> Iterator[None]:
+def validates(args: argparse.Namespace, step_log: StepLog) -> AbstractContextManager[None]:
     """Score --validation-data, if given, wherever Megatron validates."""
     if not args.validation_data:
-        yield
-        return
+        return nullcontext()
     args.do_valid = True
-    with hooks.validation_by(Validation(args, step_log).run):
-        yield
+    return hooks.validation_by(Validation(args, step_log).run)
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,8 @@ class Validation:
             return
         self._last_iteration = iteration
         if self._held_out is None:
-            self._held_out = [held_out(self.args, *item) for item in named_prefixes(self.args).items()]
+            prefixes = dict(item.split("=", 1) for item in self.args.validation_data)
+            self._held_out = [held_out(self.args, *item) for item in prefixes.items()]
         results = {}
         for text in self._held_out:
             loss = self._mean_loss(text, forward_step, model, config)
@@ -101,30 +99,19 @@ class Validation:
         """Nats per token, NaN except on the last pipeline stage; None if out of time."""
         size = self.args.eval_micro_batch_size
         batches = [None if text.dataset is None else text.micro_batches(size) for _ in model]
-        losses, _, is_out_of_time = evaluate(
-            forward_step,
-            batches if len(model) > 1 else batches[0],
-            model,
-            None,
-            config,
-            eval_iters=math.ceil(text.num_windows / self.args.eval_global_batch_size),
-        )
+        data = batches if len(model) > 1 else batches[0]
+        num_batches = math.ceil(text.num_windows / self.args.eval_global_batch_size)
+        losses, _, is_out_of_time = evaluate(forward_step, data, model, None, config, eval_iters=num_batches)
         return None if is_out_of_time else float(losses.get("lm loss", math.nan))
 
 
 def result(text: HeldOut, loss: float) -> dict[str, Any]:
-    """A language's entry in metrics.jsonl: bits per byte, or bits per token if the number of bytes is unknown.
+    """A language's entry in metrics.jsonl, from its mean loss in nats per token.
 
-    Args:
-        loss: mean, in nats per token.
+    It contains bits per byte, or bits per token if the number of bytes is unknown.
     """
     name, tokens = ("bits_per_token", 1.0) if text.bytes_per_token is None else ("bits_per_byte", text.bytes_per_token)
     return {"group": text.group, "lm_loss": finite(loss), name: finite(loss / math.log(2) / tokens)}
-
-
-def named_prefixes(args: argparse.Namespace) -> dict[str, str]:
-    """--validation-data's LANG=PREFIX as language -> prefix."""
-    return {language: prefix for language, _, prefix in (item.partition("=") for item in args.validation_data or [])}
 
 
 def held_out(args: argparse.Namespace, language: str, prefix: str) -> HeldOut:
@@ -156,10 +143,7 @@ def held_out(args: argparse.Namespace, language: str, prefix: str) -> HeldOut:
 def bytes_per_token(prefix: str, model_folder: str) -> float | None:
     """UTF-8 bytes per token of a corpus: from its manifest, or by decoding its first tokens with `<model>/hf`.
 
-    An end-of-document token stands for no bytes, but it is predicted, so it counts.
-
-    Returns:
-        None if there is neither a manifest nor a tokenizer.
+    An end-of-document token stands for no bytes, but it is predicted, so it counts. None if there is neither.
     """
     manifest = Manifest.read(prefix)
     if manifest is not None and manifest.tokens:

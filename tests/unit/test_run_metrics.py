@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from moelpr.errors import UserError
-from moelpr.run_metrics import mean_of, read_metrics, read_run_metrics
+from moelpr.run_metrics import mean_of, read_run_metrics
 
 
 def write(folder: Path, *records: dict, end: str = "") -> Path:
@@ -25,27 +25,26 @@ def test_records_are_sorted_by_kind(tmp_path: Path) -> None:
         [validation],
         [warning],
     )
-    assert read_metrics(path) == found.steps
 
 
 def test_the_last_record_of_a_repeated_step_counts(tmp_path: Path) -> None:
     records = [{"iteration": step, "run": run} for run, steps in ((1, (1, 2, 3)), (2, (2, 3, 4))) for step in steps]
-    assert [record["run"] for record in read_metrics(write(tmp_path, *records))] == [1, 2, 2, 2]
+    assert [record["run"] for record in read_run_metrics(write(tmp_path, *records)).steps] == [1, 2, 2, 2]
 
 
 def test_an_incomplete_last_line_and_blank_lines_are_ignored(tmp_path: Path) -> None:
-    assert len(read_metrics(write(tmp_path, {"iteration": 1}, end='\n\n{"iteration": 2'))) == 1
+    assert len(read_run_metrics(write(tmp_path, {"iteration": 1}, end='\n\n{"iteration": 2')).steps) == 1
 
 
 @pytest.mark.parametrize("line", ["{}", "[]", "not JSON", '{"iteration": null}'])
 def test_a_malformed_line_is_named(tmp_path: Path, line: str) -> None:
     with pytest.raises(UserError, match=r"metrics.jsonl, line 2 "):
-        read_metrics(write(tmp_path, {"iteration": 1}, end=f"{line}\n"))
+        read_run_metrics(write(tmp_path, {"iteration": 1}, end=f"{line}\n"))
 
 
 def test_a_missing_file_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="metrics.jsonl .No such file"):
-        read_metrics(tmp_path / "metrics.jsonl")
+        read_run_metrics(tmp_path / "metrics.jsonl")
 
 
 def test_values_per_layer_are_kept_at_both_ends_only(tmp_path: Path) -> None:

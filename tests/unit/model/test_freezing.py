@@ -83,7 +83,7 @@ def test_a_frozen_embedding_with_recompute_still_trains(moe_spec: ModelSpec, sta
     tokens = torch.randint(0, 128, (2, 16))
     positions = torch.arange(16).expand(2, 16)
     bits = torch.rand(2, 16) < 0.5
-    LPRLossNormalizer.set_weight(torch.tensor(0.1))
+    LPRLossNormalizer.weight = torch.tensor(0.1)
     models = [build_model(moe_spec, lpr_loss_coeff=0.1, moe_aux_loss_coeff=0.01, **extra) for extra in ({}, recompute)]
     models[1].load_state_dict(models[0].state_dict())
     gradients = []

@@ -139,11 +139,32 @@ def test_an_upcycled_model_equals_the_dense_model_for_any_routing(dense_spec: Mo
     assert difference <= 1e-5
 
 
-def test_the_balance_loss_in_training_is_the_papers(layer) -> None:
-    """Megatron's auxiliary loss, attached with our coefficient, has the gradient of losses.balance_loss."""
-    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+def balance_loss(scores_TE: torch.Tensor, is_chosen_TE: torch.Tensor, topk: int) -> torch.Tensor:
+    """The paper's load-balancing loss (section 3.2): sum_i f_i P_i, 1 under perfect balance.
 
-    from moelpr.model.losses import balance_loss
+    f_i = E/(K T) * (tokens that chose expert i), P_i = mean score of expert i.
+    """
+    num_tokens, num_experts = scores_TE.shape
+    fraction_E = is_chosen_TE.sum(dim=0) * (num_experts / (topk * num_tokens))
+    return (fraction_E * scores_TE.mean(dim=0)).sum()
+
+
+def test_balance_loss_is_one_when_scores_and_choices_are_uniform() -> None:
+    scores = torch.full((4, 4), 0.25)
+    chosen = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1], [1, 0, 0, 1]], dtype=torch.bool)
+    assert balance_loss(scores, chosen, topk=2).item() == pytest.approx(1.0)
+
+
+def test_balance_loss_by_hand() -> None:
+    # Both tokens choose experts 0 and 1 of 3: f = 3/(2*2) * [2, 2, 0] = [1.5, 1.5, 0]; P = [0.5, 0.3, 0.2].
+    scores = torch.tensor([[0.6, 0.3, 0.1], [0.4, 0.3, 0.3]])
+    chosen = torch.tensor([[True, True, False], [True, True, False]])
+    assert balance_loss(scores, chosen, topk=2).item() == pytest.approx(1.5 * 0.5 + 1.5 * 0.3)
+
+
+def test_the_balance_loss_in_training_is_the_papers(layer) -> None:
+    """Megatron's auxiliary loss, attached with our coefficient, has the gradient of balance_loss."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     layer.router.config.moe_aux_loss_coeff = 0.5
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
@@ -171,7 +192,7 @@ def test_the_lpr_gradient_is_that_of_the_mean_over_original_tokens(spec: ModelSp
     is_original[:, 0] = True
     is_original[0, 3] = True
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1) / 2)  # what Megatron sets for two micro-batches
-    LPRLossNormalizer.set_weight(torch.tensor(2.0) / is_original.sum())
+    LPRLossNormalizer.weight = torch.tensor(2.0) / is_original.sum()
     for columns in (slice(0, 2), slice(2, 4)):
         weights, _ = router(hidden[:, columns].contiguous(), is_original[:, columns].contiguous())
         (weights * 0).sum().backward()

@@ -163,7 +163,7 @@ def test_bytes_kept_by_autograd_are_within_two_percent_of_the_plan(stage: MoeSta
     elif recompute == "full":
         settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     (model,) = freeze([build_model(spec, **settings)], stage)
-    LPRLossNormalizer.set_weight(torch.tensor(1.0))
+    LPRLossNormalizer.weight = torch.tensor(1.0)
     tokens = torch.randint(0, 256, (MICRO_BATCH_SIZE, SEQ_LENGTH))
     saved = SavedTensors()
     saved.parameter_storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}

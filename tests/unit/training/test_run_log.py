@@ -5,11 +5,12 @@ import json
 from pathlib import Path
 
 import pytest
+from megatron.core import rerun_state_machine
 
 from moelpr.run_metrics import read_run_metrics
 from moelpr.training import run_log
 from moelpr.training.early_warnings import EarlyWarnings, Thresholds
-from moelpr.training.run_log import RunLog, open_metrics
+from moelpr.training.run_log import RunLog, open_metrics, report_nonfinite_exit
 
 
 class Writer:
@@ -101,3 +102,44 @@ def test_values_per_layer_reach_tensorboard_once_per_log_interval(
         "token share, moe layer 0/expert 1": (0.75, 2),
         "token share, moe layer 0/expert 2": (0.25, 2),
     }
+
+
+ARGS = argparse.Namespace(curr_iteration=6, debug=False)
+
+
+class Log:
+    def __init__(self) -> None:
+        self.warnings: list[tuple[int, str]] = []
+
+    def warn(self, step: int, warnings: list) -> None:
+        self.warnings += [(step, warning.kind) for warning in warnings]
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> Log:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    return Log()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SystemExit(rerun_state_machine.EXIT_CODE_FAILED_ON_RESULT_VALIDATION),
+        SystemExit(rerun_state_machine.EXIT_CODE_RESUME_TO_DISAMBIGUATE),
+        RuntimeError("Unexpected result nan on rank 0 at iteration #7"),
+    ],
+)
+def test_a_nonfinite_step_is_logged_and_exits_with_code_1(log: Log, error: BaseException) -> None:
+    with pytest.raises(SystemExit) as exit_, report_nonfinite_exit(ARGS, log):  # type: ignore[arg-type]
+        raise error
+    assert exit_.value.code == 1
+    assert log.warnings == [(7, "not_a_number")]
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), SystemExit(3), RuntimeError("out of memory")])
+def test_other_exits_stay_as_they_are(log: Log, error: BaseException) -> None:
+    with pytest.raises(type(error)) as raised, report_nonfinite_exit(ARGS, log):  # type: ignore[arg-type]
+        raise error
+    assert raised.value is error
+    assert log.warnings == []

@@ -14,7 +14,7 @@ from moelpr.errors import UserError, run_command
 from moelpr.files import atomic_file
 from moelpr.languages import language_name
 from moelpr.report.page import Table, terminal_table
-from moelpr.report.plots import Interval, change_chart, percent
+from moelpr.report.plots import percent
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE, PAPER = "demo-table", "demo-and-paper"  # names of the parts of the documents that are replaced
@@ -26,13 +26,14 @@ PAPER_SCORES = {
     "stage1": {"expanded": 45.04, "original": 47.14},
     "stage2": {"expanded": 45.07, "original": 52.12},
 }
-# Figure of the evaluation -> figure of docs/evaluation.md.
+# Figure of README.md or docs/evaluation.md -> figure of the evaluation.
 FIGURES = {
-    "change": "evaluation-change",
-    "routing-stage1-original-first-share": "evaluation-prior-stage1",
-    "routing-stage2-original-first-share": "evaluation-prior-stage2",
-    "routing-stage2-experts": "evaluation-experts",
-    "routing-stage2-load-imbalance": "evaluation-load",
+    "demo": "change",
+    "evaluation-change": "change",
+    "evaluation-prior-stage1": "routing-stage1-original-first-share",
+    "evaluation-prior-stage2": "routing-stage2-original-first-share",
+    "evaluation-experts": "routing-stage2-experts",
+    "evaluation-load": "routing-stage2-load-imbalance",
 }
 
 
@@ -45,12 +46,9 @@ def main() -> None:
         raise UserError(f"{args.run} contains no finished demo; run `make demo` first")
     report = json.loads((args.run / "report.json").read_text(encoding="utf-8"))
     replace_between(ROOT / "README.md", TABLE, results(report))
-    replace_between(ROOT / "docs" / "results.md", TABLE, results(report))
     replace_between(ROOT / "docs" / "results.md", PAPER, compared_with_paper(report))
-    images = ROOT / "docs" / "images"
-    (images / "demo.svg").write_text(figure(report), encoding="utf-8")
-    for source, target in FIGURES.items():
-        shutil.copyfile(args.run / "evaluation" / f"{source}.svg", images / f"{target}.svg")
+    for target, source in FIGURES.items():
+        shutil.copyfile(args.run / "evaluation" / f"{source}.svg", ROOT / "docs" / "images" / f"{target}.svg")
 
 
 def replace_between(path: Path, name: str, text: str) -> None:
@@ -84,16 +82,6 @@ def results(report: dict[str, Any]) -> str:
     ]
     items = [f"- {language_name(c['language']) or c['name']}: {c['found']}; claim: {c['claim']}" for c in missed]
     return "\n\n".join(lines + (["\n".join(items)] if items else []))
-
-
-def figure(report: dict[str, Any]) -> str:
-    rows: dict[str, dict[str, Interval | None]] = {}
-    for group in ("expanded", "original"):
-        rows[f"{group.capitalize()} languages"] = {}
-        for language in languages_of(report, group):
-            changes = {title: Interval(**report["change"][model][language]) for model, title in MODELS.items()}
-            rows[language_name(language)] = dict(changes)
-    return change_chart("Change in bits per byte on held-out text", rows, axis="bits per byte against base")
 
 
 def languages_of(report: dict[str, Any], group: str) -> list[str]:

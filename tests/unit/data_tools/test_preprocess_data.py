@@ -367,7 +367,7 @@ def test_full_disk_exits_with_code_1_and_leaves_nothing(
 def test_killed_worker_is_reported_and_leaves_nothing(
     sp_tokenizer: Path, corpus_lines: Callable, preprocess: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encode.Encoder, "encode", lambda *_: os.kill(os.getpid(), 9))
+    monkeypatch.setattr(encode.Encoder, "encode", lambda *_, **__: os.kill(os.getpid(), 9))
     with pytest.raises(UserError, match="killed.*--workers"):
         preprocess(sp_tokenizer, "--input", corpus_lines(), *ONE)
     assert list((tmp_path / "out").iterdir()) == []

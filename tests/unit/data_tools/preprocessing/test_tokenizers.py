@@ -51,6 +51,7 @@ def test_both_libraries_write_the_same_corpus(
 
 @settings(max_examples=150, deadline=None)
 @example(["\x85"])
+@example(["\xa8\u17b4", "\xa8\u17b5"])
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=60), max_size=5))
 def test_both_libraries_agree_on_any_text(fast_backends: list[GigatokenBackend], texts: list[str]) -> None:
     for backend in fast_backends:

@@ -162,10 +162,10 @@ class GigatokenBackend:
         self._tokenizer: Any = self._load()
         self._full_at_bytes = 0
         # gigatoken turns a control token's name in a text into the token, SentencePiece encodes it as text; and
-        # gigatoken 0.10 drops a next-line character at the end of a text, and Khmer's inherent vowels after some others.
-        unsupported = ("\x85", "\u17b4", "\u17b5")
-        is_sentencepiece = isinstance(reference, SentencePieceBackend)
-        self._unsupported = [*reference.control_tokens, *unsupported] if is_sentencepiece else []
+        # gigatoken 0.10 drops a next-line character at a text's end and Khmer's inherent vowels after some characters.
+        self._unsupported: list[str] = []
+        if isinstance(reference, SentencePieceBackend):
+            self._unsupported = [*reference.control_tokens, "\x85", "\u17b4", "\u17b5"]
 
     def encode(self, texts: list[str]) -> Encoded:
         groups = groupby(texts, lambda text: any(token in text for token in self._unsupported))

@@ -71,14 +71,12 @@ def results(report: dict[str, Any]) -> str:
     for language, group in report["languages"].items():
         cells = [f"{bits[m][language]} ({percent(report['change'][m][language]['value'])})" for m in MODELS]
         rows.append([f"{language_name(language)}, {group}", bits["base"][language], *cells])
-    checks = [f"- {claim['claim']}: {claim['found']}." for claim in report["claims"] if not claim["language"]]
-    minutes = sum(report["facts"]["Wall time in seconds"].values()) / 60
+    checks = [f"{claim['claim']}: {claim['found']}." for claim in report["claims"] if not claim["language"]]
     missed = [claim for claim in report["claims"] if not claim["ok"]]
     shown = f"{len(report['claims']) - len(missed)} of {len(report['claims'])} claims"
     lines = [
         terminal_table(Table(["bits per byte, held-out text", "base", *MODELS.values()], rows)),
-        "\n".join(["Checks:", "", *checks]),
-        f"Wall time: {minutes:.0f} minutes on 2 cores. This run shows {shown}.{' Not shown:' if missed else ''}",
+        " ".join([*checks, f"This run shows {shown}.{' Not shown:' if missed else ''}"]),
     ]
     items = [f"- {language_name(c['language']) or c['name']}: {c['found']}; claim: {c['claim']}" for c in missed]
     return "\n\n".join(lines + (["\n".join(items)] if items else []))

@@ -162,7 +162,7 @@ class RunSettings:
 
 
 def _early_arguments(argv: list[str]) -> argparse.Namespace:
-    """The flags that determine where the others come from; problems are reported when all flags are parsed."""
+    """Parse first the flags that locate the other settings; problems are reported when all flags are parsed."""
     parser = Parser(add_help=False)
     for flag in ("--recipe", "--load", "--save", "--pretrained-checkpoint"):
         parser.add_argument(flag)

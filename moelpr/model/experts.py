@@ -19,7 +19,7 @@ from torch import Tensor
 class _Weight(torch.nn.Module):
     """A module for one stacked weight, whose name becomes part of the checkpoint key.
 
-    Call the module to read the weight: Megatron waits for an overlapped parameter gather in a hook of the call.
+    Call the module to read the weight: with --overlap-param-gather, Megatron waits for it in a forward hook.
     """
 
     def __init__(self, weight: torch.nn.Parameter) -> None:

@@ -26,7 +26,7 @@ class NewExpertsDispatcher(MoEAlltoAllTokenDispatcher):
     """All-to-all for the rows of new experts only.
 
     Megatron assumes tokens x top-k routed rows. Without the original experts' rows, the number depends on the routing,
-    as with token dropping.
+    so this uses Megatron's code path for token dropping, which expects a variable number.
     """
 
     def preprocess(self, routing_map: Tensor) -> Tensor:
@@ -53,9 +53,8 @@ class OverlappedOriginalExperts:
     """The original experts' pass over one micro-batch, overlapped with the new experts' dispatch on a side stream.
 
     Megatron calls these methods between the steps of the dispatch, through the dispatcher's shared-expert overlap
-    hooks. The pass is launched after the exchange of rows and before that of weights: if a GPU starts kernels in the
-    order of their launches (CUDA_DEVICE_MAX_CONNECTIONS=1), the second exchange and all later kernels wait for the
-    first exchange.
+    hooks. Launch order matters: with CUDA_DEVICE_MAX_CONNECTIONS=1, a GPU starts kernels in the order of their
+    launches. The pass is launched between the exchange of rows and that of weights, so that it overlaps with the first.
     """
 
     side_stream: torch.cuda.Stream | None = None  # one for all layers

@@ -1,7 +1,7 @@
 """The losses of the method, as pure functions of tensors.
 
 T = tokens, E = experts, of which the first m are the original ones. Every loss is a *sum* over this rank's tokens
-divided by a count over whatever the caller averages over (a rank, a micro-batch, the global batch), so that the result
+divided by a token count that the caller chooses (of the rank, the micro-batch or the global batch), so that the result
 does not depend on how a batch is divided.
 """
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def mask_padding(model_chunks: list[GPTModel], vocab_size: int) -> list[GPTModel]:
-    """Set the logits of IDs from `vocab_size` on to the smallest finite value; returns the same chunks."""
+    """Set the logits of IDs >= `vocab_size` to the smallest finite value; returns the same chunks."""
     for chunk in model_chunks:
         if chunk.post_process:
             _mask_padding_of(chunk.output_layer, vocab_size)

@@ -66,7 +66,7 @@ class StopRequest:
 
 @contextmanager
 def ends_the_run() -> Iterator[None]:
-    """Continue after Megatron's sys.exit(0), by which it leaves its training loop once asked to stop."""
+    """Swallow the sys.exit(0) with which Megatron leaves its training loop after a stop request."""
     try:
         yield
     except SystemExit as error:
@@ -75,7 +75,7 @@ def ends_the_run() -> Iterator[None]:
 
 
 def watch_over_helpers() -> None:
-    """Let the processes in which Megatron writes checkpoints outlive a signal to the job, but not their trainer.
+    """Make checkpoint-writer processes ignore SIGUSR1 and SIGTERM, and end them when the trainer ends.
 
     Called in the trainer. A forked process becomes a helper here, a spawned one when it imports the main module.
     """

@@ -59,7 +59,7 @@ def next_token_loss(batch: Batch, losses_BS: Tensor) -> tuple[Tensor, Tensor, di
 
 
 def lpr_token_weight(counts: GlobalCounts, num_microbatches: int, per_token_loss: bool) -> Tensor:
-    """The factor of each rank's sum of LPR terms that makes the gradient that of the global batch's mean.
+    """Factor for each rank's sum of LPR terms, so that the gradient is that of the mean over the global batch.
 
     Megatron later divides the gradients of auxiliary losses by micro-batches x data-parallel ranks or, with
     --calculate-per-token-loss, by the number of loss tokens in the global batch. 0 without original-language tokens.

@@ -1,7 +1,7 @@
 """The checkpoints that a run's weights come from and, with `--save-trained-only`, where its frozen weights stay.
 
 A new run loads all weights here. A resumed run leaves its own checkpoint to Megatron (weights, optimizer, random state)
-and loads only the frozen tensors here that this checkpoint omits.
+and loads here only the frozen tensors missing from that checkpoint.
 """
 
 import argparse

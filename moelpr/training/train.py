@@ -76,7 +76,7 @@ def model_config(args: argparse.Namespace) -> GPTModelConfig:
 
 
 def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple:
-    """Training, validation and test datasets on tensor rank 0 of *every* pipeline stage: every stage has routers."""
+    """Training, validation and test datasets on tensor rank 0 of *every* pipeline stage: routers read the bits."""
     args = get_args()
     if args.validation_data:  # moelpr.training.validation reads it
         num_samples = [num_samples[0], 0, 0]

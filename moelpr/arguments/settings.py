@@ -295,10 +295,15 @@ def apply_method(args: argparse.Namespace, spec: ModelSpec) -> None:
     is_stage1 = args.stage == "stage1"
     if args.balance_loss_coeff is None:
         args.balance_loss_coeff = 0.01 if is_stage1 else 0.0
-    if args.lpr_loss_coeff is None:
-        args.lpr_loss_coeff = 0.0 if is_stage1 else 0.1
+    args.lpr_loss_coeff = lpr_loss_coeff(args)
     args.moe_aux_loss_coeff = megatron_balance_coeff(args.balance_loss_coeff, spec.moe.topk, len(spec.moe.layers))
     args.moe_router_dtype = args.moe_router_dtype or "fp32"
+
+
+def lpr_loss_coeff(args: argparse.Namespace) -> float:
+    """The LPR loss's weight in an MoE stage."""
+    default = 0.0 if args.stage == "stage1" else 0.1
+    return default if args.lpr_loss_coeff is None else float(args.lpr_loss_coeff)
 
 
 def resolved_settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from moelpr.arguments.settings import RunSettings
+from moelpr.arguments.settings import RunSettings, lpr_loss_coeff
 from moelpr.data.language_bits import LanguageBits, language_bits_path
 from moelpr.data.manifest import Manifest, TokenizerMatch, TokenizerRecord, compare_tokenizers, manifest_path
 from moelpr.errors import UserError
@@ -39,6 +39,26 @@ def check_corpora(run: RunSettings) -> Iterable[str]:
         for prefix, weight in zip(prefixes, weights or (), strict=False):
             if not 0 < weight < float("inf"):
                 yield f"the weight of {prefix} must be above 0, got {weight:g}; change it, or omit the corpus"
+
+
+def check_original_tokens(run: RunSettings) -> Iterable[str]:
+    """The LPR loss has original-language tokens in at least one training corpus."""
+    try:
+        prefixes = [prefix for prefixes, _ in _blends(run)[:1] for prefix in prefixes]
+        if not prefixes or not run.is_moe or not (coeff := lpr_loss_coeff(run.args)) > 0:
+            return
+        if all(map(IndexedDataset.exists, prefixes)) and not any(
+            LanguageBits(language_bits_path(prefix)).num_original for prefix in prefixes
+        ):
+            flag = next(run.flag(name) for name in DATA_FLAGS if name in run.explicit_args)
+            yield (
+                f"{flag} {' '.join(prefixes)} contains no original-language tokens, which --lpr-loss-coeff {coeff:g} "
+                "requires; add original-language text, or pass --lpr-loss-coeff 0"
+            )
+    except UserError as error:
+        yield str(error)
+    except _BLEND_ERRORS:
+        return  # reported by `check_corpora`
 
 
 def check_tokenizers(run: RunSettings) -> Iterable[str]:

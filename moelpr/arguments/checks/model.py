@@ -127,8 +127,8 @@ def note_stage2_without_stage1(run: RunSettings) -> Iterable[str]:
     """Not an error: it is a possible ablation."""
     if run.args.stage == "stage2" and run.record is None:
         yield (
-            f"stage 2 starts from {run.checkpoint}, which has not been trained: it trains only routers, so the new "
-            "experts stay as upcycling made them"
+            f"warning: --pretrained-checkpoint {run.checkpoint} has not been through stage 1, so its new experts are "
+            "untrained copies; pass the --save folder of stage 1"
         )
 
 

@@ -120,7 +120,10 @@ def check_transformer_engine(run: RunSettings) -> Iterable[str]:
         and not settings.is_installed("transformer_engine"),
     }
     for flag in (flag for flag, is_set in flags.items() if is_set):
-        yield f"{flag} requires Transformer Engine; install transformer-engine, or remove the flag"
+        yield (
+            f"{flag} requires Transformer Engine; install it with pip install --constraint constraints.txt "
+            "--no-build-isolation --editable '.[gpu]', or remove the flag"
+        )
 
 
 def note_stage2_without_stage1(run: RunSettings) -> Iterable[str]:

@@ -198,6 +198,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is not a recipe.
     """
+    if not path.exists():
+        raise UserError(f"there is no recipe {path}; pass an existing file, such as launch/recipes/paper-stage1.yaml")
     recipe = read_mapping(path, "recipe")
     if "model_source" in recipe:
         raise UserError(

@@ -17,6 +17,9 @@ from moelpr.model_spec import ModelSpec, MoeSpec
 
 CONFIG_FILE = "config.json"
 
+# transformers has defaults for these, which are another model's.
+_REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+
 # Llama 3's RoPE scaling has four settings; Megatron takes only the factor and hard-codes these.
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -31,13 +34,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     path = folder / CONFIG_FILE
     if not path.is_file():
-        raise UserError(f"{folder} is not a Hugging Face model directory: it has no {CONFIG_FILE}")
+        raise UserError(f"{folder} has no {CONFIG_FILE}; pass the folder that hf download NAME --local-dir DIR made")
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
+        raise UserError(f"{path} is not valid JSON ({error}); download it again") from error
     if not isinstance(config, dict):
-        raise UserError(f"{path} must contain a JSON object, got {type(config).__name__}")
+        raise UserError(f"{path} must contain a JSON object, got {type(config).__name__}; download it again")
     return config
 
 
@@ -309,6 +312,9 @@ def read_base(folder: Path) -> tuple[Family, ModelSpec]:
     family, is_moe = family_of(raw)
     if "quantization_config" in raw:
         raise UserError(f"{folder} is quantized (quantization_config); convert the unquantized model")
+    if missing := [name for name in _REQUIRED if name not in raw]:
+        keys = ", ".join(missing)
+        raise UserError(f"{folder}/config.json lacks {keys}; restore it from the model's original config.json")
     from transformers import AutoConfig
 
     try:

@@ -148,7 +148,7 @@ class RunSettings:
         if recipe is None:
             self.recipe_is_read = False
             return []
-        known = {flag for flag in parser.flags() if flag not in ("--recipe", "--help")}
+        known = {flag for flag in parser.flags() if flag not in ("--recipe", "--help", "--help-all")}
         for flag in (flag for flag in recipe if flag not in known):
             self.problems.append(f"in the recipe {path}, the key {flag[2:]} is not a flag; {suggestion(flag, known)}")
         return recipe_argv({flag: value for flag, value in recipe.items() if flag in known})

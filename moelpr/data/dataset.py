@@ -100,10 +100,6 @@ class TaggedGPTDataset(GPTDataset):
 
     @staticmethod
     def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> TaggedIndexedDataset:
-        if not IndexedDataset.exists(dataset_path):
-            raise UserError(
-                f"{dataset_path}.bin and .idx are not both there; build them with data_tools/preprocess_data.py"
-            )
         if not CorpusIndex.open(dataset_path).num_tokens:
             raise UserError(f"{dataset_path}.bin contains no tokens; remove it from the training data")
         return TaggedIndexedDataset(dataset_path, multimodal=False, mmap=config.mmap_bin_files)

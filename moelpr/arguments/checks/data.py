@@ -43,13 +43,12 @@ def check_corpora(run: RunSettings) -> Iterable[str]:
 
 def check_original_tokens(run: RunSettings) -> Iterable[str]:
     """The LPR loss has original-language tokens in at least one training corpus."""
+    prefixes = [prefix for prefixes, _ in _valid_blends(run)[:1] for prefix in prefixes]
+    coeff = lpr_loss_coeff(run.args)
+    if not run.is_moe or not coeff > 0 or not prefixes or not all(map(IndexedDataset.exists, prefixes)):
+        return
     try:
-        prefixes = [prefix for prefixes, _ in _blends(run)[:1] for prefix in prefixes]
-        if not prefixes or not run.is_moe or not (coeff := lpr_loss_coeff(run.args)) > 0:
-            return
-        if all(map(IndexedDataset.exists, prefixes)) and not any(
-            LanguageBits(language_bits_path(prefix)).num_original for prefix in prefixes
-        ):
+        if not any(LanguageBits(language_bits_path(prefix)).num_original for prefix in prefixes):
             flag = next(run.flag(name) for name in DATA_FLAGS if name in run.explicit_args)
             yield (
                 f"{flag} {' '.join(prefixes)} contains no original-language tokens, which --lpr-loss-coeff {coeff:g} "
@@ -57,8 +56,6 @@ def check_original_tokens(run: RunSettings) -> Iterable[str]:
             )
     except UserError as error:
         yield str(error)
-    except _BLEND_ERRORS:
-        return  # reported by `check_corpora`
 
 
 def check_tokenizers(run: RunSettings) -> Iterable[str]:
@@ -119,6 +116,13 @@ def _blends(run: RunSettings) -> list[tuple[list[str], list[float] | None]]:
     return [part for part in (blend, *(per_split or ())) if part is not None]
 
 
+def _valid_blends(run: RunSettings) -> list[tuple[list[str], list[float] | None]]:
+    try:
+        return _blends(run)
+    except _BLEND_ERRORS:
+        return []  # reported by `check_corpora`
+
+
 def _compare_tokenizers(run: RunSettings) -> Iterable[tuple[bool, str]]:
     """Whether a corpus cannot be used, and a message, for each whose tokenizer may not be the model's.
 
@@ -126,10 +130,7 @@ def _compare_tokenizers(run: RunSettings) -> Iterable[tuple[bool, str]]:
     """
     if run.checkpoint is None or os.environ.get("RANK", "0") != "0":
         return
-    try:
-        prefixes = dict.fromkeys(prefix for prefixes, _ in _blends(run) for prefix in prefixes)
-    except _BLEND_ERRORS:
-        return  # reported by `check_corpora`
+    prefixes = dict.fromkeys(prefix for prefixes, _ in _valid_blends(run) for prefix in prefixes)
     prefixes |= dict.fromkeys(item.partition("=")[2] for item in run.args.validation_data or [])
     hf = run.checkpoint / HF_FOLDER
     for prefix in (prefix for prefix in prefixes if prefix and IndexedDataset.exists(prefix)):

@@ -212,7 +212,7 @@ def test_a_missing_folder_is_reported(tmp_path: Path) -> None:
 
 def test_a_folder_without_config_is_rejected(source: Path, tmp_path: Path) -> None:
     (source / "config.json").unlink()
-    assert_import_fails(source, tmp_path, "source .*config.json; .*hf download")
+    assert_import_fails(source, tmp_path, "source/config.json; .*hf download")
 
 
 def test_a_config_without_its_shape_is_rejected(source: Path, tmp_path: Path) -> None:

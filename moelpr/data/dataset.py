@@ -131,15 +131,11 @@ def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
     """Convert the trainer's arguments to Megatron's dataset configuration.
 
     Raises:
-        UserError: There is no training data, or `--eod-mask-loss` has no end-of-document token.
+        UserError: `--eod-mask-loss` has no end-of-document token.
     """
     from megatron.training.utils import get_blend_and_blend_per_split  # takes seconds, which reading samples need not
 
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    if blend is None and blend_per_split is None:
-        raise UserError(
-            "no training data; name corpora with --data-path PREFIX (built by data_tools/preprocess_data.py)"
-        )
     return GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,

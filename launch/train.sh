@@ -12,8 +12,7 @@
 #   --join-timeout    JOIN_TIMEOUT    timeout for nodes to join, in seconds (default: 45)
 #   --dry-run                         print the command and the variables set here instead of running it
 #
-# Options override environment variables. All other arguments go to the trainer; list them with
-# .venv/bin/python -m moelpr.pretrain --help. Examples are in docs/running.md.
+# Options override environment variables. All other arguments go to the trainer. Examples are in docs/running.md.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -21,6 +20,14 @@ fail() {
     echo "$stage.sh: error: $1" >&2
     exit 2
 }
+
+variables=()
+python=$root/.venv/bin/python
+if [[ ! -x $python ]]; then
+    python=python3 # a container or another environment with the packages of setup.py
+    export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+    variables+=("PYTHONPATH=$PYTHONPATH")
+fi
 
 stage=$1
 shift
@@ -30,7 +37,11 @@ while (($#)); do
     option=${1%%=*}
     case ${option//_/-} in
     --dry-run) dry_run=yes ;;
-    -h | --help) exec sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}" ;;
+    -h | --help)
+        sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"
+        echo
+        exec "$python" -m moelpr.pretrain --help
+        ;;
     --nproc-per-node | --nnodes | --node-rank | --master-addr | --master-port | --join-timeout)
         name=${option#--} name=${name//-/_}
         if [[ $1 != *=* ]]; then
@@ -72,7 +83,6 @@ else
         ${JOIN_TIMEOUT:+--rdzv-conf "timeout=$JOIN_TIMEOUT"})
 fi
 
-variables=()
 # Export variable $1 with the value $2, unless the user has set it.
 default() {
     export "$1=${!1:-$2}"
@@ -100,12 +110,6 @@ else
     # Otherwise glibc returns every large tensor to the system, whose pages are zeroed again in the next step.
     default MALLOC_MMAP_MAX_ 0
     default MALLOC_TRIM_THRESHOLD_ 17179869184
-fi
-python=$root/.venv/bin/python
-if [[ ! -x $python ]]; then
-    python=python3 # a container or another environment with the packages of setup.py
-    export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-    variables+=("PYTHONPATH=$PYTHONPATH")
 fi
 
 command=("$python" -m moelpr.torchrun "${where[@]}" --nproc-per-node "$nproc_per_node"

@@ -155,6 +155,8 @@ def _rank_problems(layout: Layout, world_size: int, has_experts: bool) -> Iterat
         product = math.prod(sizes.values())
         if world_size % product:
             factors = " x ".join(f"{flag} {size}" for flag, size in sizes.items())
+            if _ETP in sizes and layout.etp == layout.tp > 1:
+                factors = factors.replace(" x", f" (by default {_TP}) x", 1)
             yield (
                 f"{factors} = {product} does not divide the number of processes, {world_size}; start a multiple of "
                 f"{product} processes, or choose sizes whose product is {one_of(divisors(world_size))}"

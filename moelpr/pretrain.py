@@ -11,20 +11,28 @@ writer import it again.
 """
 
 import sys
+import warnings
 
 from moelpr.errors import run_command
 from moelpr.training import clean_stop
 
 
 def main() -> None:
+    if {"-h", "--help"} & {*sys.argv[1:]}:
+        from moelpr.arguments.flags import own_arguments
+
+        own_arguments().print_help()
+        return
     stop = clean_stop.StopRequest()
     stop.listen()
     clean_stop.watch_over_helpers()
-    from moelpr.megatron_patches import cpu, megatron_fixes
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of imports, about optional packages
+        from moelpr.megatron_patches import cpu, megatron_fixes
 
-    cpu.install()  # before Megatron is imported; does nothing if there is a GPU
-    megatron_fixes.install()
-    from moelpr.training.train import train
+        cpu.install()  # before Megatron is imported; does nothing if there is a GPU
+        megatron_fixes.install()
+        from moelpr.training.train import train
 
     train(sys.argv[1:], stop)
 

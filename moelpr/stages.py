@@ -7,9 +7,9 @@ Stage = Literal["dense", "stage1", "stage2"]
 MoeStage = Literal["stage1", "stage2"]
 
 STAGE_HELP: dict[Stage, str] = {
-    "dense": "train every parameter of a dense model (a base from scratch, or full fine-tuning)",
-    "stage1": "post-pretrain: train the new experts and the routers on expanded-language text",
-    "stage2": "review: train the routers only, on a little replay text of all languages",
+    "dense": "(full training): train every parameter of a dense model (a base from scratch, or full fine-tuning)",
+    "stage1": "(post-pretraining): train the new experts and the routers on expanded-language text",
+    "stage2": "(review): train the routers only, on a little replay text of all languages",
 }
 
 

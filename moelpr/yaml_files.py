@@ -21,7 +21,7 @@ def read_mapping(path: Path, what: str) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise UserError(f"cannot read the {what} {path}: {reason}") from error
+        raise UserError(f"cannot read the {what} {path}: {reason}; pass an existing file of UTF-8 text") from error
     return parse_mapping(text, f"{what} {path}")
 
 
@@ -34,7 +34,10 @@ def parse_mapping(text: str, what: str) -> dict[str, Any]:
     try:
         content = yaml.load(text, Loader=_LOADER)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise UserError(f"the {what} is not valid YAML: {' '.join(str(error).split())}") from error
+        mark = getattr(error, "problem_mark", None)
+        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"the {what} is not valid YAML{place} ({reason}); fix that line") from error
     if not isinstance(content, dict):
         raise UserError(f"the {what} must be a YAML mapping, got {type(content).__name__}")
     return content

@@ -8,24 +8,22 @@ import re
 from collections.abc import Collection, Iterable
 from typing import Any, NoReturn
 
-from megatron.training.arguments import add_megatron_arguments
-
 from moelpr.errors import UserError
 from moelpr.stages import STAGE_HELP
 
-_SEE_HELP = "see python -m moelpr.pretrain --help"
+_SEE_HELP = "see python -m moelpr.pretrain --help-all"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+def add_arguments[P: argparse.ArgumentParser](parser: P) -> P:
     """Add the MoE-LPR group to `parser`, and return it (Megatron's `extra_args_provider`)."""
     add = parser.add_argument_group(title="MoE-LPR").add_argument
-    stages = "; ".join(f"{stage}: {text}" for stage, text in STAGE_HELP.items())
+    stages = "; ".join(f"{stage} {text}" for stage, text in STAGE_HELP.items())
     # Not "required" for argparse, which would stop there and not report the other flags.
     add("--stage", choices=tuple(STAGE_HELP), help=f"Training stage (required). {stages}.")
     add("--recipe", metavar="FILE", help="YAML file of flags; flags on the command line override it (default: none).")
     add("--num-original-experts", type=int, default=1, metavar="M",
-        help="Number of original experts per MoE layer; must match the checkpoint, as must Megatron's --num-experts, "
-        "here the number of new experts (default: the checkpoint's).")  # fmt: skip
+        help="Number of original experts per MoE layer; must match the checkpoint (default: the checkpoint's). "
+        "Megatron's --num-experts counts only the new experts.")  # fmt: skip
     add("--balance-loss-coeff", type=float, metavar="ALPHA",
         help="Weight of the balance loss, on the paper's scale; 0 disables it (default: 0.01; stage2: 0).")  # fmt: skip
     add("--lpr-loss-coeff", type=float, metavar="GAMMA",
@@ -53,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Number of steps averaged per warning check (default: %(default)s).")  # fmt: skip
     add("--fp32", action="store_true", help="Train in fp32 (default: bf16 on a GPU, fp32 on a CPU).")
     add("--debug", action="store_true", help="Show tracebacks of errors in arguments or input.")
+    add("--help-all", action="help", help="Show Megatron's flags too, and exit.")
     return parser
 
 
@@ -121,15 +120,25 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return f"did you mean {nearest[0]}?" if nearest else _SEE_HELP
 
 
-@functools.cache
-def all_arguments() -> Parser:
-    """The trainer's parser: MoE-LPR flags first, then Megatron's."""
+def own_arguments() -> Parser:
+    """The parser of the MoE-LPR flags, for --help; imports neither torch nor Megatron."""
     parser = Parser(
         prog="python -m moelpr.pretrain",
         usage="python -m moelpr.pretrain --stage STAGE --pretrained-checkpoint DIR --data-path PREFIX --save DIR …",
         description="Train one stage of MoE-LPR. The model's shape comes from the checkpoint's model_spec.json.",
+        epilog="Megatron's flags: --help-all",
     )
-    add_megatron_arguments(add_arguments(parser))
+    return add_arguments(parser)
+
+
+@functools.cache
+def all_arguments() -> Parser:
+    """The trainer's parser: MoE-LPR flags first, then Megatron's."""
+    from megatron.training.arguments import add_megatron_arguments  # takes seconds
+
+    parser = own_arguments()
+    parser.epilog = None
+    add_megatron_arguments(parser)
     for action in parser._actions:
         try:
             _ = (action.help or "") % vars(action)

@@ -148,7 +148,7 @@ class RunSettings:
         if recipe is None:
             self.recipe_is_read = False
             return []
-        known = {flag for flag in parser.flags() if flag not in ("--recipe", "--help")}
+        known = {flag for flag in parser.flags() if flag not in ("--recipe", "--help", "--help-all")}
         for flag in (flag for flag in recipe if flag not in known):
             self.problems.append(f"in the recipe {path}, the key {flag[2:]} is not a flag; {suggestion(flag, known)}")
         return recipe_argv({flag: value for flag, value in recipe.items() if flag in known})
@@ -198,6 +198,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is not a recipe.
     """
+    if not path.exists():
+        raise UserError(f"there is no recipe {path}; pass an existing file, such as launch/recipes/paper-stage1.yaml")
     recipe = read_mapping(path, "recipe")
     if "model_source" in recipe:
         raise UserError(
@@ -295,10 +297,15 @@ def apply_method(args: argparse.Namespace, spec: ModelSpec) -> None:
     is_stage1 = args.stage == "stage1"
     if args.balance_loss_coeff is None:
         args.balance_loss_coeff = 0.01 if is_stage1 else 0.0
-    if args.lpr_loss_coeff is None:
-        args.lpr_loss_coeff = 0.0 if is_stage1 else 0.1
+    args.lpr_loss_coeff = lpr_loss_coeff(args)
     args.moe_aux_loss_coeff = megatron_balance_coeff(args.balance_loss_coeff, spec.moe.topk, len(spec.moe.layers))
     args.moe_router_dtype = args.moe_router_dtype or "fp32"
+
+
+def lpr_loss_coeff(args: argparse.Namespace) -> float:
+    """The LPR loss's weight in an MoE stage."""
+    default = 0.0 if args.stage == "stage1" else 0.1
+    return default if args.lpr_loss_coeff is None else float(args.lpr_loss_coeff)
 
 
 def resolved_settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 from numpy.typing import NDArray
 
 from moelpr.data.corpus_index import CorpusIndex
-from moelpr.data.language_bits import LanguageBits, language_bits_path, open_language_bits
+from moelpr.data.language_bits import open_language_bits
 from moelpr.errors import UserError
 from moelpr.run_folder import HF_FOLDER
 
@@ -100,10 +100,6 @@ class TaggedGPTDataset(GPTDataset):
 
     @staticmethod
     def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> TaggedIndexedDataset:
-        if not IndexedDataset.exists(dataset_path):
-            raise UserError(
-                f"{dataset_path}.bin and .idx are not both there; build them with data_tools/preprocess_data.py"
-            )
         if not CorpusIndex.open(dataset_path).num_tokens:
             raise UserError(f"{dataset_path}.bin contains no tokens; remove it from the training data")
         return TaggedIndexedDataset(dataset_path, multimodal=False, mmap=config.mmap_bin_files)
@@ -135,18 +131,11 @@ def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
     """Convert the trainer's arguments to Megatron's dataset configuration.
 
     Raises:
-        UserError: There is no training data, it has no original-language token for the LPR loss, or `--eod-mask-loss`
-            has no end-of-document token.
+        UserError: `--eod-mask-loss` has no end-of-document token.
     """
     from megatron.training.utils import get_blend_and_blend_per_split  # takes seconds, which reading samples need not
 
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    if blend is None and blend_per_split is None:
-        raise UserError(
-            "no training data; name corpora with --data-path PREFIX (built by data_tools/preprocess_data.py)"
-        )
-    if getattr(args, "lpr_loss_coeff", 0) > 0:
-        _check_original_tokens(blend, blend_per_split)
     return GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
@@ -166,18 +155,6 @@ def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=False,  # attention is causal without it
     )
-
-
-def _check_original_tokens(blend: tuple | None, blend_per_split: list[tuple | None] | None) -> None:
-    train = blend if blend is not None else (blend_per_split or [None])[0]
-    prefixes = train[0] if train is not None else []
-    if not all(language_bits_path(prefix).exists() for prefix in prefixes):
-        return  # the dataset reports it
-    if not any(LanguageBits(language_bits_path(prefix)).num_original for prefix in prefixes):
-        raise UserError(
-            f"--lpr-loss-coeff requires original-language tokens, but {', '.join(prefixes)} contain none; add text of "
-            "the original languages (preprocess_data.py --language original), or pass --lpr-loss-coeff 0"
-        )
 
 
 def _token_ids(args: argparse.Namespace) -> TokenIds:

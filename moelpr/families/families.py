@@ -17,6 +17,9 @@ from moelpr.model_spec import ModelSpec, MoeSpec
 
 CONFIG_FILE = "config.json"
 
+# transformers has defaults for these, which are another model's.
+_REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+
 # Llama 3's RoPE scaling has four settings; Megatron takes only the factor and hard-codes these.
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -25,19 +28,15 @@ _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_p
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Read the folder's config.json; UserError if it is missing or not a JSON object."""
-    if not folder.is_dir():
-        raise UserError(
-            f"there is no folder {folder}; download a Hugging Face model with hf download NAME --local-dir DIR"
-        )
     path = folder / CONFIG_FILE
     if not path.is_file():
-        raise UserError(f"{folder} is not a Hugging Face model directory: it has no {CONFIG_FILE}")
+        raise UserError(f"there is no {path}; pass the folder that hf download NAME --local-dir DIR made")
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
+        raise UserError(f"{path} is not valid JSON ({error}); download it again") from error
     if not isinstance(config, dict):
-        raise UserError(f"{path} must contain a JSON object, got {type(config).__name__}")
+        raise UserError(f"{path} must contain a JSON object, got {type(config).__name__}; download it again")
     return config
 
 
@@ -99,26 +98,6 @@ def _rope_args(config: Any) -> dict[str, Any]:
 # --- Megatron's arguments to config.json
 
 
-def _exported_config(base: dict[str, Any], spec: ModelSpec, architecture: str, dtype: str) -> dict[str, Any]:
-    """config.json of the dense class; the common part of it for MoE classes.
-
-    Keys that transformers 5 renamed are written under both names, as other readers ignore the new names.
-    """
-    args, rope = spec.megatron_args, rope_parameters(spec)
-    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
-    return {
-        **base,
-        "architectures": [architecture],
-        "rope_theta": rope["rope_theta"],
-        "rope_parameters": rope,
-        "rope_scaling": None if rope["rope_type"] == "default" else scaling,
-        "dtype": dtype,
-        "torch_dtype": dtype,
-        "vocab_size": args["vocab_size"],
-        "tie_word_embeddings": not args["untie_embeddings_and_output_weights"],
-    }
-
-
 def rope_parameters(spec: ModelSpec) -> dict[str, Any]:
     """The `rope_parameters` of config.json."""
     args = spec.megatron_args
@@ -170,10 +149,25 @@ class Family:
     may_mix_layers: bool
 
     def export_config(self, base: dict[str, Any], spec: ModelSpec, dtype: str) -> dict[str, Any]:
-        """config.json of the export of a model `spec` whose base has the config.json `base`."""
+        """config.json of the export of a model `spec` whose base has the config.json `base`.
+
+        Keys that transformers 5 renamed are written under both names, as other readers ignore the new names.
+        """
+        args, rope = spec.megatron_args, rope_parameters(spec)
+        scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+        config = {
+            **base,
+            "architectures": [self.architecture if spec.moe is None else self.moe_architecture],
+            "rope_theta": rope["rope_theta"],
+            "rope_parameters": rope,
+            "rope_scaling": None if rope["rope_type"] == "default" else scaling,
+            "dtype": dtype,
+            "torch_dtype": dtype,
+            "vocab_size": args["vocab_size"],
+            "tie_word_embeddings": not args["untie_embeddings_and_output_weights"],
+        }
         if spec.moe is None:
-            return _exported_config(base, spec, self.architecture, dtype)
-        config = _exported_config(base, spec, self.moe_architecture, dtype)
+            return config
         # The last key is ours, for evaluation; stock readers keep unknown keys.
         ours = {"model_type": self.moe_model_type, "num_original_experts": spec.moe.num_original_experts}
         return config | explicit_shape(spec) | self.moe_config(spec, spec.moe) | ours
@@ -309,6 +303,9 @@ def read_base(folder: Path) -> tuple[Family, ModelSpec]:
     family, is_moe = family_of(raw)
     if "quantization_config" in raw:
         raise UserError(f"{folder} is quantized (quantization_config); convert the unquantized model")
+    if missing := [name for name in _REQUIRED if name not in raw]:
+        keys = ", ".join(missing)
+        raise UserError(f"{folder}/config.json lacks {keys}; restore it from the model's original config.json")
     from transformers import AutoConfig
 
     try:

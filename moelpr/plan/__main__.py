@@ -123,8 +123,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--num-new-experts", type=int, required=True, metavar="N", help="new experts per MoE layer (required)")
     add("--gpus", type=count, required=True, metavar="G", help="total number of GPUs (required)")
     add("--gpu-memory-gib", type=gib, required=True, metavar="GIB", help="memory per GPU, in GiB (required)")
-    add("--gpus-per-node", type=count, default=8, metavar="G", help="GPUs per node (default: %(default)s)")
-    add("--reserve-gib", type=gib_or_0, metavar="GIB",
+    add("--gpus-per-node", type=count, default=8, metavar="PER_NODE", help="GPUs per node (default: %(default)s)")
+    add("--reserve-gib", type=gib_or_0, metavar="RESERVE",
         help="memory per GPU, in GiB, left free for what is not counted: CUDA context, NCCL buffers, fragmentation "
         "(default: 10%% of --gpu-memory-gib, an assumption)")  # fmt: skip
     add("--topk", type=int, metavar="K", help="experts per token (default: 2; for an MoE model, its own number)")
@@ -136,11 +136,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--stage", choices=tuple(PAPER_SEQ_LENGTH), default="stage1", help="training stage (default: %(default)s)")
     lengths = ", ".join(f"{length} in {stage}" for stage, length in PAPER_SEQ_LENGTH.items())
     add("--seq-length", type=count, metavar="TOKENS", help=f"tokens per sequence (default: the paper's, {lengths})")
-    add("--micro-batch-size", type=count, default=1, metavar="N", help="sequences per micro-batch (default: 1)")
-    add("--global-batch-size", type=count, default=PAPER_GLOBAL_BATCH_SIZE, metavar="SEQUENCES",
+    add("--micro-batch-size", type=count, default=1, metavar="MICRO", help="sequences per micro-batch (default: 1)")
+    add("--global-batch-size", type=count, default=PAPER_GLOBAL_BATCH_SIZE, metavar="GLOBAL",
         help="sequences per step (default: the paper's, %(default)s)")  # fmt: skip
     add("--dtype", choices=("bf16", "fp32"), default="bf16", help="dtype of the weights (default: %(default)s)")
-    add("--rows", type=count, default=20, metavar="N", help="number of layouts to list (default: %(default)s)")
+    add("--rows", type=count, default=20, metavar="ROWS", help="number of layouts to list (default: %(default)s)")
     add("--all", action="store_true", help="list all layouts that fit")
     add("--json", action="store_true", help="print JSON with all layouts that fit, in bytes and per pipeline stage")
     add("--debug", action="store_true", help="show tracebacks of errors")

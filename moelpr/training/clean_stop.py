@@ -20,7 +20,8 @@ from multiprocessing import util
 from pathlib import Path
 from types import FrameType
 
-from moelpr.run_folder import FINISHED_FILE, STOP_FILE, TRACKER_FILE
+from moelpr.errors import UserError
+from moelpr.run_folder import FINISHED_FILE, STOP_FILE, TRACKER_FILE, read_settings
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
@@ -104,12 +105,28 @@ def _end_helpers() -> None:
 
 
 def is_finished(args: argparse.Namespace) -> bool:
-    """True if --save already contains this run's last step."""
-    is_new = args.save is None or not args.is_resumed or args.ckpt_step is not None
-    if is_new or Path(args.model_source) != Path(args.save):  # resumed from --load
+    """True if --save already contains this run's last step.
+
+    Raises:
+        UserError: it was trained from another checkpoint or on other data, which it would ignore.
+    """
+    if args.save is None or not args.is_resumed or args.ckpt_step is not None:
+        return False
+    if Path(args.model_source) != Path(args.save):  # resumed from --load
         return False
     last, saved = _last_step(args), _saved_step(Path(args.save))
-    return last is not None and saved is not None and saved >= last
+    if last is None or saved is None or saved < last:
+        return False
+    record = read_settings(Path(args.save)) or {}
+    for name, suffix in (("pretrained_checkpoint", ""), ("data_path", ".idx")):
+        before, now = ([Path(f"{item}{suffix}").resolve() for item in _items(value)]
+                       for value in (record.get(name), getattr(args, name)))  # fmt: skip
+        if now and now != before and any(path.exists() for path in before):  # else they were moved
+            raise UserError(
+                f"{args.save} contains a finished run trained with --{name.replace('_', '-')} "
+                f"{' '.join(_items(record[name]))}; choose another --save, or rerun the original command"
+            )
+    return True
 
 
 def report_end(args: argparse.Namespace) -> None:
@@ -131,6 +148,10 @@ def begin(args: argparse.Namespace) -> None:
     """Remove on rank 0 the file FINISHED of a run that is now continued."""
     if args.save is not None and int(os.environ.get("RANK", "0")) == 0:
         (Path(args.save) / FINISHED_FILE).unlink(missing_ok=True)
+
+
+def _items(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else value or []
 
 
 def _last_step(args: argparse.Namespace) -> int | None:

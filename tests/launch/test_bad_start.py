@@ -41,7 +41,7 @@ def test_a_missing_recipe_ends_both_nodes(port: int, tmp_path: Path) -> None:
     nodes = [start(rank, port, *arguments) for rank in (0, 1)]
     for node in nodes:
         error = error_of(node)
-        assert f"{tmp_path}/none.yaml" in error and "No such file or directory" in error
+        assert f"{tmp_path}/none.yaml; pass " in error
 
 
 def needed(folder: Path) -> list[str]:

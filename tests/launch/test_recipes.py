@@ -13,6 +13,7 @@ from moelpr.arguments.checks import find_problems
 from moelpr.arguments.checks.resume import checkpoint_bytes, format_bytes
 from moelpr.arguments.flags import all_arguments
 from moelpr.arguments.settings import RunSettings
+from moelpr.data.language_bits import LanguageBitsWriter
 from moelpr.families.families import read_base, with_new_experts
 from moelpr.plan.__main__ import main as plan
 
@@ -111,8 +112,11 @@ def test_the_trainer_accepts_it_on_the_hardware_it_names(
     (folder / "release").mkdir(parents=True)
     with_new_experts(*read_base(Path(planner_argv[1])), int(planner_argv[3])).write(folder)
     (folder / "latest_checkpointed_iteration.txt").write_text("release")
-    for suffix in ("bin", "idx", "lang"):
+    for suffix in ("bin", "idx"):
         Path(f"corpus.{suffix}").touch()
+    with LanguageBitsWriter(Path("corpus.lang")) as bits:
+        bits.append_run(True, 1)
+        bits.finalize()
     command = shlex.split("--pretrained-checkpoint upcycled --data-path corpus --recipe") + [str(RECIPES / recipe)]
     command += ["--stage", "stage1"] if "stage1" in recipe else ["--stage", "stage2", "--train-iters", "500"]
     monkeypatch.setenv("WORLD_SIZE", planner_argv[5])

@@ -120,7 +120,7 @@ def inherited() -> set[str]:
 def test_without_a_venv_python3_finds_the_repository_on_its_path(root: Path) -> None:
     shutil.rmtree(root / ".venv")
     arguments = shlex.split(launch(root, "--dry-run", PYTHONPATH="/mine").stdout)
-    assert arguments[arguments.index("python3") - 1] == f"PYTHONPATH={root}:/mine"
+    assert f"PYTHONPATH={root}:/mine" in arguments[: arguments.index("python3")]
 
 
 def test_ranks_share_the_cores(root: Path) -> None:
@@ -163,11 +163,11 @@ def test_a_wrong_option_is_named_with_the_values_that_work(root: Path, arguments
     assert error.startswith("stage1.sh: error: ") and option in error and found in error
 
 
-def test_help_lists_the_launchers_options_and_names_the_trainers_help(root: Path) -> None:
+def test_help_lists_the_launchers_options_and_then_shows_the_trainers(root: Path) -> None:
     done = launch(root, "--help")
     assert done.returncode == 0
     assert "--nproc-per-node  NPROC_PER_NODE" in done.stdout
-    assert "moelpr.pretrain --help" in done.stdout
+    assert done.stdout.endswith("-m\nmoelpr.pretrain\n--help\n")
     assert not any(line.startswith(("#", "set ")) for line in done.stdout.splitlines())
 
 

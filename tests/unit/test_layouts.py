@@ -60,6 +60,12 @@ def test_a_layout_is_read_from_parsed_arguments_and_counts_invalid_sizes_as_1() 
     [
         (Layout(tp=2, pp=3, etp=1), 4, "--tensor-model-parallel-size 2 x --pipeline-model-parallel-size 3", "1, 2, 4"),
         (Layout(ep=4), 6, "--expert-tensor-parallel-size 1 x --expert-model-parallel-size 4", "one of 1, 2, 3, 6"),
+        (
+            Layout(tp=3, ep=2, etp=3),
+            3,
+            "--expert-tensor-parallel-size 3 (by default --tensor-model-parallel-size) x",
+            "3",
+        ),
         (Layout(ep=2), 1, "--expert-tensor-parallel-size 1 x --expert-model-parallel-size 2", "product is 1"),
         (Layout(ep=3, dp=3), 3, "--expert-model-parallel-size 3", "one of 1, 2, 4"),
         (Layout(tp=4, etp=2), 4, "--expert-tensor-parallel-size must be 1 or", "one of 1, 4"),

@@ -16,11 +16,16 @@ def test_what_is_dumped_is_read(tmp_path: Path) -> None:
     assert dump(content, sort_keys=True).startswith("a:")
 
 
-@pytest.mark.parametrize("text", ["- a", "", "a: b: c", "[" * 5000, "d: 2020-13-45"])
+@pytest.mark.parametrize("text", ["- a", "", "a: b: c", "[" * 5000, "a: \0", "d: 2020-13-45"])
 def test_anything_but_a_mapping_is_a_user_error_on_one_line(text: str) -> None:
     with pytest.raises(UserError, match="the recipe r.yaml") as error:
         parse_mapping(text, "recipe r.yaml")
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and "<unicode string>" not in str(error.value)
+
+
+def test_the_place_of_a_syntax_error_is_named() -> None:
+    with pytest.raises(UserError, match=r"recipe r.yaml .* line 2, column 5 \(mapping values .*\); fix"):
+        parse_mapping("x: 1\na: b: c", "recipe r.yaml")
 
 
 @pytest.mark.parametrize(("content", "message"), [(None, "No such file"), (b"a: \xff", "not UTF-8")])

@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from moelpr.arguments.settings import RunSettings
+from moelpr.arguments.settings import RunSettings, lpr_loss_coeff
 from moelpr.data.language_bits import LanguageBits, language_bits_path
 from moelpr.data.manifest import Manifest, TokenizerMatch, TokenizerRecord, compare_tokenizers, manifest_path
 from moelpr.errors import UserError
@@ -39,6 +39,23 @@ def check_corpora(run: RunSettings) -> Iterable[str]:
         for prefix, weight in zip(prefixes, weights or (), strict=False):
             if not 0 < weight < float("inf"):
                 yield f"the weight of {prefix} must be above 0, got {weight:g}; change it, or omit the corpus"
+
+
+def check_original_tokens(run: RunSettings) -> Iterable[str]:
+    """The LPR loss has original-language tokens in at least one training corpus."""
+    prefixes = [prefix for prefixes, _ in _valid_blends(run)[:1] for prefix in prefixes]
+    coeff = lpr_loss_coeff(run.args)
+    if not run.is_moe or not coeff > 0 or not prefixes or not all(map(IndexedDataset.exists, prefixes)):
+        return
+    try:
+        if not any(LanguageBits(language_bits_path(prefix)).num_original for prefix in prefixes):
+            flag = next(run.flag(name) for name in DATA_FLAGS if name in run.explicit_args)
+            yield (
+                f"{flag} {' '.join(prefixes)} contains no original-language tokens, which --lpr-loss-coeff {coeff:g} "
+                "requires; add original-language text, or pass --lpr-loss-coeff 0"
+            )
+    except UserError as error:
+        yield str(error)
 
 
 def check_tokenizers(run: RunSettings) -> Iterable[str]:
@@ -99,6 +116,13 @@ def _blends(run: RunSettings) -> list[tuple[list[str], list[float] | None]]:
     return [part for part in (blend, *(per_split or ())) if part is not None]
 
 
+def _valid_blends(run: RunSettings) -> list[tuple[list[str], list[float] | None]]:
+    try:
+        return _blends(run)
+    except _BLEND_ERRORS:
+        return []  # reported by `check_corpora`
+
+
 def _compare_tokenizers(run: RunSettings) -> Iterable[tuple[bool, str]]:
     """Whether a corpus cannot be used, and a message, for each whose tokenizer may not be the model's.
 
@@ -106,10 +130,7 @@ def _compare_tokenizers(run: RunSettings) -> Iterable[tuple[bool, str]]:
     """
     if run.checkpoint is None or os.environ.get("RANK", "0") != "0":
         return
-    try:
-        prefixes = dict.fromkeys(prefix for prefixes, _ in _blends(run) for prefix in prefixes)
-    except _BLEND_ERRORS:
-        return  # reported by `check_corpora`
+    prefixes = dict.fromkeys(prefix for prefixes, _ in _valid_blends(run) for prefix in prefixes)
     prefixes |= dict.fromkeys(item.partition("=")[2] for item in run.args.validation_data or [])
     hf = run.checkpoint / HF_FOLDER
     for prefix in (prefix for prefix in prefixes if prefix and IndexedDataset.exists(prefix)):

@@ -120,15 +120,18 @@ def check_transformer_engine(run: RunSettings) -> Iterable[str]:
         and not settings.is_installed("transformer_engine"),
     }
     for flag in (flag for flag, is_set in flags.items() if is_set):
-        yield f"{flag} requires Transformer Engine; install transformer-engine, or remove the flag"
+        yield (
+            f"{flag} requires Transformer Engine; install it with pip install --constraint constraints.txt "
+            "--no-build-isolation --editable '.[gpu]', or remove the flag"
+        )
 
 
 def note_stage2_without_stage1(run: RunSettings) -> Iterable[str]:
     """Not an error: it is a possible ablation."""
     if run.args.stage == "stage2" and run.record is None:
         yield (
-            f"stage 2 starts from {run.checkpoint}, which has not been trained: it trains only routers, so the new "
-            "experts stay as upcycling made them"
+            f"warning: --pretrained-checkpoint {run.checkpoint} has not been through stage 1, so its new experts are "
+            "untrained copies; pass the --save folder of stage 1"
         )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from moelpr.data.language_bits import LanguageBitsWriter
 from moelpr.errors import UserError
 from moelpr.megatron_patches import cpu, megatron_fixes
 from moelpr.model_spec import ModelSpec
@@ -60,8 +61,11 @@ def dense(make_checkpoint: Callable[..., str], dense_spec: ModelSpec) -> str:
 
 @pytest.fixture
 def data(tmp_path: Path) -> list[str]:
-    for suffix in ("bin", "idx", "lang"):
+    for suffix in ("bin", "idx"):
         (tmp_path / f"corpus.{suffix}").touch()
+    with LanguageBitsWriter(tmp_path / "corpus.lang") as bits:
+        bits.append_run(True, 1)
+        bits.finalize()
     return ["--data-path", str(tmp_path / "corpus")]
 
 

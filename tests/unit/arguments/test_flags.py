@@ -1,5 +1,9 @@
 """All wrong arguments are reported, each with the flag that was most likely meant."""
 
+import re
+import subprocess
+import sys
+
 import pytest
 
 # Imported inside the tests: Megatron may be imported only after the patches are installed (conftest.py).
@@ -73,6 +77,19 @@ def test_arguments_are_split_by_their_flags() -> None:
 
     argv = ["--a", "1", "-2", "--b=3", "--c", "--a=4"]
     assert split_by_flags(argv, {"--a"}) == (["--a", "1", "-2", "--a=4"], ["--b=3", "--c"])
+
+
+def test_help_shows_our_flags_without_megatron_and_help_all_shows_megatrons(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "moelpr.pretrain", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "--stage" in done.stdout and done.stdout.endswith("\nMegatron's flags: --help-all\n")
+    assert not re.search(r"\| +(torch|megatron)\b", done.stderr)
+    with pytest.raises(SystemExit) as end:
+        parse("--help-all")
+    assert end.value.code == 0
+    assert {"--stage", "--micro-batch-size"} <= set(capsys.readouterr().out.split())
 
 
 def test_the_help_of_each_of_our_flags_states_its_default_or_that_it_is_required() -> None:

@@ -104,7 +104,7 @@ def test_token_outside_the_vocabulary_is_rejected(write_corpus: Callable) -> Non
 
 
 def test_missing_corpus_is_reported(tmp_path) -> None:  # noqa: ANN001
-    with pytest.raises(UserError, match=r"nowhere.bin and .idx .*preprocess_data\.py"):
+    with pytest.raises(UserError, match=r"nowhere.bin and .*nowhere.idx are missing; "):
         build(TaggedGPTDataset, [str(tmp_path / "nowhere")])
 
 

@@ -212,13 +212,19 @@ def test_a_missing_folder_is_reported(tmp_path: Path) -> None:
 
 def test_a_folder_without_config_is_rejected(source: Path, tmp_path: Path) -> None:
     (source / "config.json").unlink()
-    assert_import_fails(source, tmp_path, "source .*config.json")
+    assert_import_fails(source, tmp_path, "source/config.json; .*hf download")
+
+
+def test_a_config_without_its_shape_is_rejected(source: Path, tmp_path: Path) -> None:
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({key: config[key] for key in config if key != "hidden_size"}))
+    assert_import_fails(source, tmp_path, "source/config.json lacks hidden_size; restore it")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '"qwen2"'])
 def test_a_config_that_is_not_a_json_object_is_rejected(source: Path, tmp_path: Path, text: str) -> None:
     (source / "config.json").write_text(text)
-    assert_import_fails(source, tmp_path, "config.json .*JSON")
+    assert_import_fails(source, tmp_path, "config.json .*JSON.*download it again")
 
 
 def test_an_unknown_architecture_is_rejected_with_the_known_ones(source: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from moelpr.errors import run_command
-from moelpr.plan.__main__ import PAPER_GLOBAL_BATCH_SIZE, PAPER_SEQ_LENGTH, main
+from moelpr.plan.__main__ import PAPER_GLOBAL_BATCH_SIZE, PAPER_SEQ_LENGTH, _parser, main
 
 Plan = Callable[..., str]
 
@@ -127,6 +127,11 @@ def test_both_suggestions_for_a_model_that_does_not_fit_work(plan: Plan, capsys:
     memory, gpus = fixes.groups()
     assert plan(*argv, "--gpu-memory-gib", memory)
     assert plan(*argv, "--gpus", gpus)
+
+
+def test_metavars_are_distinct() -> None:
+    named = [action.metavar for action in _parser()._actions if action.metavar]
+    assert len(set(named)) == len(named)
 
 
 def test_the_defaults_are_those_of_the_papers_recipes() -> None:

@@ -11,13 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from moelpr.errors import UserError
 from moelpr.training import clean_stop
+from moelpr.yaml_files import dump
 
 
 def settings(save: Path, **changes: object) -> argparse.Namespace:
     values = {
         "stage": "stage1", "save": str(save), "model_source": f"{save}/", "is_resumed": True, "ckpt_step": None,
         "train_iters": 10, "train_samples": None, "global_batch_size": 4, "rampup_batch_size": None,
+        "pretrained_checkpoint": None, "data_path": None,
     }  # fmt: skip
     return argparse.Namespace(**(values | changes))
 
@@ -45,6 +48,20 @@ def test_a_run_is_finished_once_its_last_step_is_saved(
     if saved is not None:
         (tmp_path / "latest_checkpointed_iteration.txt").write_text(saved)
     assert clean_stop.is_finished(settings(tmp_path, **changes)) is finished
+
+
+def test_a_finished_run_rejects_another_base_and_other_data_unless_its_own_have_moved(tmp_path: Path) -> None:
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("10")
+    (tmp_path / "a.idx").touch()
+    own = {"pretrained_checkpoint": str(tmp_path), "data_path": ["0.5", f"{tmp_path}/a"]}
+    (tmp_path / "recipe.yaml").write_text(dump(own))
+    for same in ({}, own, {"pretrained_checkpoint": f"{tmp_path}/x/.."}):
+        assert clean_stop.is_finished(settings(tmp_path, **same))
+    for name, other in (("pretrained_checkpoint", "other"), ("data_path", ["0.5", "b"])):
+        with pytest.raises(UserError, match=f"{tmp_path} .*--{name.replace('_', '-')} .*{tmp_path}.*--save"):
+            clean_stop.is_finished(settings(tmp_path, **{name: other}))
+    (tmp_path / "a.idx").unlink()
+    assert clean_stop.is_finished(settings(tmp_path, data_path=["0.5", "b"]))
 
 
 def test_the_end_of_a_run_is_printed_and_recorded(

@@ -164,6 +164,21 @@ def test_invalid_validation_corpora_are_rejected(upcycled: str, problems, tmp_pa
         assert all(part in found for part in named), found
 
 
+def test_the_lpr_loss_requires_original_language_tokens_in_one_corpus(
+    upcycled: str, problems, accepted, tmp_path: Path
+) -> None:
+    new, old = (write_corpus(tmp_path / name, bit) for name, bit in (("new", False), ("old", True)))
+    (found,) = problems("stage2", upcycled, "--data-path", new, new)
+    assert found.startswith(f"--data-path {new} {new} ") and "pass --lpr-loss-coeff 0" in found
+    (found,) = problems("stage1", upcycled, "--lpr-loss-coeff", "0.2", "--data-path", new)
+    assert "--lpr-loss-coeff 0.2 requires" in found
+    for argv in (["0.9", new, "0.1", old], [new, "--lpr-loss-coeff", "0"]):
+        accepted("stage2", upcycled, "--data-path", *argv)
+    accepted("stage1", upcycled, "--data-path", new)
+    Path(f"{old}.lang").write_bytes(b"")
+    assert problems("stage2", upcycled, "--data-path", old)[0].startswith(f"{old}.lang ")
+
+
 @pytest.mark.parametrize(
     ("argv", "start"),
     [

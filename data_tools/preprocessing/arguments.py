@@ -9,6 +9,8 @@ from moelpr.data.tokenizer import add_tokenizer_arguments
 from moelpr.errors import UserError
 
 REGISTRY_FILE = "dataset_info.json"
+# Of options that require others, which _check must see as they were passed.
+_DEFAULTS = {"json_keys": ["text"], "min_confidence": 0.5, "undetected": "expanded", "max_bad_share": 0.01}
 _LANGUAGE_FLAGS = ("--language", "--language-key", "--spans-key", "--detect-language")
 
 
@@ -82,7 +84,6 @@ def parse_arguments(description: str | None, argv: list[str] | None) -> argparse
     add(
         "--min-confidence",
         type=float,
-        default=0.5,
         metavar="X",
         help="confidence below which a detected language is uncertain, 0 to 1; an uncertain line has the language of "
         "its document (default: 0.5)",
@@ -90,7 +91,6 @@ def parse_arguments(description: str | None, argv: list[str] | None) -> argparse
     add(
         "--undetected",
         choices=("expanded", "original", "skip"),
-        default="expanded",
         help="how to tag documents of uncertain language (default: expanded, which the LPR loss ignores)",
     )
     add("--audit", action="store_true", help="detect languages too, and print them against the stated ones")
@@ -111,7 +111,6 @@ def parse_arguments(description: str | None, argv: list[str] | None) -> argparse
     add(
         "--max-bad-share",
         type=float,
-        default=0.01,
         metavar="X",
         help="with --on-error skip, fail if more than this fraction of the lines is malformed (default: 0.01)",
     )
@@ -125,7 +124,9 @@ def parse_arguments(description: str | None, argv: list[str] | None) -> argparse
     if arguments.dataset:
         arguments.dataset_info = arguments.dataset_info or arguments.dataset_dir / REGISTRY_FILE
         arguments.dataset_dir = arguments.dataset_dir or arguments.dataset_info.parent
-    arguments.json_keys = arguments.json_keys or ["text"]
+    for name, default in _DEFAULTS.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, default)
     return arguments
 
 
@@ -139,7 +140,7 @@ def _check(args: argparse.Namespace, language_flag: str) -> None:
         if (value := getattr(args, _name(flag))) is not None and value < 1:
             raise UserError(f"{flag} must be at least 1, got {value}")
     for flag in ("--validation-share", "--max-bad-share", "--min-confidence"):
-        if not 0 <= (value := getattr(args, _name(flag))) <= 1:
+        if (value := getattr(args, _name(flag))) is not None and not 0 <= value <= 1:
             raise UserError(f"{flag} must be between 0 and 1, got {value}")
     has_names = language_flag not in ("--language", "--dataset")
     keys, last = args.json_keys or [], args.num_shards - 1
@@ -165,7 +166,11 @@ def _check(args: argparse.Namespace, language_flag: str) -> None:
         ),
         f"{language_flag} excludes --original-languages and --expanded-languages, which require --language-key, "
         "--spans-key or --detect-language": not has_names and (args.original_languages or args.expanded_languages),
-        "--undetected requires --detect-language": args.undetected != "expanded" and not args.detect_language,
+        "--undetected requires --detect-language": args.undetected and not args.detect_language,
+        "--min-confidence requires --detect-language or --audit": (
+            args.min_confidence is not None and not args.detect_language and not args.audit
+        ),
+        "--max-bad-share requires --on-error skip": args.max_bad_share is not None and args.on_error != "skip",
         "--audit and --detect-language are mutually exclusive: there are no stated languages to audit": (
             args.audit and args.detect_language
         ),

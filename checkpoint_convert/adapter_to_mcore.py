@@ -8,12 +8,12 @@ Routers and new experts come from the adapter, everything else from the base. We
 from pathlib import Path
 
 from checkpoint_convert.adapter import AdapterConfig, adapter_to_mcore
-from checkpoint_convert.outputs import add_output_options, command_parser
-from moelpr.errors import run_command
+from checkpoint_convert.outputs import add_output_options
+from moelpr.errors import CommandParser, run_command
 
 
 def main() -> None:
-    parser = command_parser(__file__, __doc__)
+    parser = CommandParser(description=__doc__)
     parser.add_argument(
         "--adapter", type=Path, required=True, help="folder with adapter_config.json and adapter_model.safetensors"
     )

@@ -10,15 +10,15 @@ Weights stream from safetensors to the checkpoint, one tensor at a time.
 import argparse
 from pathlib import Path
 
-from checkpoint_convert.outputs import add_output_options, command_parser
+from checkpoint_convert.outputs import add_output_options
 from checkpoint_convert.upcycling import Start, hf_to_mcore
-from moelpr.errors import UserError, run_command
+from moelpr.errors import CommandParser, UserError, run_command
 from moelpr.families.families import layer_list
 from moelpr.model_spec import ModelSpec
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = command_parser(__file__, __doc__)
+    parser = CommandParser(description=__doc__)
     parser.add_argument(
         "--hf-path", type=Path, required=True, help="Hugging Face directory with config.json, safetensors and tokenizer"
     )

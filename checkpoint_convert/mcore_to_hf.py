@@ -10,13 +10,13 @@ import argparse
 import re
 
 from checkpoint_convert.export import DEFAULT_SHARD_BYTES, mcore_to_hf
-from checkpoint_convert.outputs import add_load_options, add_output_options, command_parser
-from moelpr.errors import run_command
+from checkpoint_convert.outputs import add_load_options, add_output_options
+from moelpr.errors import CommandParser, run_command
 from moelpr.families.families import family_named
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = command_parser(__file__, __doc__)
+    parser = CommandParser(description=__doc__)
     add_load_options(parser)
     parser.add_argument(
         "--max-shard-size",

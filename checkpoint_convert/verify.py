@@ -22,14 +22,13 @@ from checkpoint_convert.comparison import (
     compare_on_text,
     largest_difference,
 )
-from checkpoint_convert.outputs import command_parser
-from moelpr.errors import UserError, run_command
+from moelpr.errors import CommandParser, UserError, run_command
 
 SHOWN_ROWS = 20
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = command_parser(__file__, __doc__)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("a", type=Path, metavar="A", help="Hugging Face directory or Megatron checkpoint folder")
     parser.add_argument("b", type=Path, metavar="B", help="Hugging Face directory or Megatron checkpoint folder")
     parser.add_argument(
@@ -64,8 +63,6 @@ def _parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--all", action="store_true", help=f"list all different tensors, not only {SHOWN_ROWS}")
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of tables")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    parser.epilog = "Exit code 0: equal within the tolerances; 1: different; 2: invalid input."
     return parser.parse_args()
 
 

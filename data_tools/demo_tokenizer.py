@@ -5,7 +5,7 @@ from itertools import chain
 from pathlib import Path
 
 from moelpr.documents import read_documents
-from moelpr.errors import UserError, run_command
+from moelpr.errors import CommandParser, UserError, run_command
 from moelpr.files import atomic_directory, refuse_existing
 
 _SMALLEST_VOCABULARY = 257  # the 256 bytes and <|endoftext|>
@@ -41,7 +41,7 @@ def train_demo_tokenizer(inputs: list[Path], output: Path, vocab_size: int, *, o
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description="Train the demo's byte-level BPE tokenizer (Qwen2's rules) on JSON lines.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -49,7 +49,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the tokenizer")
     parser.add_argument("--vocab-size", type=int, default=8192, metavar="N", help="entries, including special tokens")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     train_demo_tokenizer(args.input, args.output, args.vocab_size, overwrite=args.overwrite)
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from data_tools.corpus import Corpus, CorpusPaths, missing_manifests, open_corpora, run_edges
 from data_tools.corpus_writer import CorpusWriter, Documents, smallest_vocab_size
 from moelpr.data.manifest import FileRecord, LanguageCount, Manifest, Source
-from moelpr.errors import UserError, run_command
+from moelpr.errors import CommandParser, UserError, run_command
 from moelpr.files import refuse_existing
 
 Bit = Literal["original", "expanded"]
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--input", nargs="+", required=True, metavar="PREFIX", help="corpora, one per language")
     parser.add_argument("--output-prefix", required=True, metavar="P", help="write P.bin, P.idx and P.lang")
     for bit in BITS:
@@ -93,7 +93,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         )
     parser.add_argument("--seed", type=int, default=1234, help="random seed (default: 1234, as in Megatron)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing corpus P")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args(argv)
     amounts = [f"{bit}-{unit}" for bit in BITS for unit in ("documents", "tokens")]
     counts = {f"--{amount}": getattr(arguments, amount.replace("-", "_")) for amount in amounts}

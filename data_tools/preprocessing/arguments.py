@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data_tools.preprocessing.inputs import STANDARD_INPUT
 from moelpr.data.tokenizer import add_tokenizer_arguments
-from moelpr.errors import UserError
+from moelpr.errors import CommandParser, UserError
 
 REGISTRY_FILE = "dataset_info.json"
 # Of options that require others, which _check must see as they were passed.
@@ -20,7 +20,7 @@ def parse_arguments(description: str | None, argv: list[str] | None) -> argparse
     Raises:
         UserError: Options exclude or require each other.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=description)
     group = parser.add_argument_group("input (files, or datasets of a registry)")
     add, add_source = group.add_argument, group.add_mutually_exclusive_group(required=True).add_argument
     add_source(
@@ -114,7 +114,6 @@ def parse_arguments(description: str | None, argv: list[str] | None) -> argparse
         metavar="X",
         help="with --on-error skip, fail if more than this fraction of the lines is malformed (default: 0.01)",
     )
-    add("--debug", action="store_true", help="show the traceback of an error")
 
     arguments = parser.parse_args(argv)
     flag = next((flag for flag in _LANGUAGE_FLAGS if getattr(arguments, _name(flag))), None)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moelpr.errors import UserError, run_command
+from moelpr.errors import CommandParser, UserError, run_command
 
 if TYPE_CHECKING:
     from moelpr.evaluate.results import Results
@@ -70,11 +70,10 @@ def measure_harness(args: argparse.Namespace) -> "Results":
     return HarnessResults(models, benchmarks, languages, args.original_languages, scores, settings)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def make_parser() -> CommandParser:
+    parser = CommandParser(
         prog="python -m moelpr.evaluate",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="`text` is the default command. `python -m moelpr.evaluate COMMAND --help` lists a command's options.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
@@ -133,10 +132,10 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def text_arguments() -> argparse.ArgumentParser:
+def text_arguments() -> CommandParser:
     """What `text` and `routing` accept."""
     models = "Hugging Face directory or Megatron checkpoint folder; repeat for several; the first is the reference"
-    parser = argparse.ArgumentParser(add_help=False, parents=[common_arguments(models)])
+    parser = CommandParser(add_help=False, parents=[common_arguments(models)])
     add = parser.add_argument
     add(
         "--data", action="append", required=True, metavar="LANG=FILE",
@@ -161,9 +160,9 @@ def text_arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def common_arguments(models: str) -> argparse.ArgumentParser:
+def common_arguments(models: str) -> CommandParser:
     """What all commands accept; `models` describes --model."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = CommandParser(add_help=False)
     add = parser.add_argument
     add("--model", action="append", required=True, metavar="[NAME=]DIR", help=models)
     add("--device", default="auto", help="cpu, cuda, cuda:N or auto: a GPU if any (default: auto)")
@@ -175,7 +174,6 @@ def common_arguments(models: str) -> argparse.ArgumentParser:
         "--output", type=Path, metavar="DIR",
         help="folder for the results as JSON, Markdown, HTML and SVG; rerun the command to resume",
     )  # fmt: skip
-    add("--debug", action="store_true", help="show tracebacks")
     return parser
 
 

@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from moelpr.errors import UserError, run_command
+from moelpr.errors import CommandParser, UserError, run_command
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def follow_run(args: argparse.Namespace) -> None:
 
 
 def report_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m moelpr.report [runs]",
         description="Write report.html, report.md and report.json of one or several runs, running or finished.",
         epilog="To follow a run on a terminal: python -m moelpr.report live RUN (see live --help).",
@@ -62,12 +62,11 @@ def report_parser() -> argparse.ArgumentParser:
     ):
         parser.add_argument(flag, type=Path, metavar="FILE", help=text)
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write to (default: the last RUN)")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
 
 def live_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m moelpr.report live",
         description="Follow a run until it is finished. Ctrl-C leaves; the run continues.",
     )
@@ -76,7 +75,6 @@ def live_parser() -> argparse.ArgumentParser:
         "--interval", type=float, default=2.0, metavar="SECONDS", help="refresh interval in seconds (default: 2)"
     )
     parser.add_argument("--once", action="store_true", help="show the current state and exit")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
 

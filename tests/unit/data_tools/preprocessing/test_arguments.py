@@ -60,14 +60,10 @@ def test_contradicting_options_are_reported(flags: str, message: str) -> None:
         ("--language original", "--input --dataset"),
     ],
 )
-def test_exactly_one_input_and_one_language_source_are_required(
-    flags: str, options: str, capsys: pytest.CaptureFixture
-) -> None:
-    with pytest.raises(SystemExit) as exit:
+def test_exactly_one_input_and_one_language_source_are_required(flags: str, options: str) -> None:
+    with pytest.raises(UserError) as error:
         parse(flags)
-    assert exit.value.code == 2
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert all(option in message for option in options.split())
+    assert all(option in str(error.value) for option in options.split())
 
 
 def test_registry_and_its_folder_complete_each_other() -> None:

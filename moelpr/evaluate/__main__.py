@@ -202,16 +202,17 @@ def check_languages(original: list[str], languages: Collection[str], flag: str) 
 
 
 def named_paths(items: list[str], flag: str) -> dict[str, Path]:
-    """NAME=PATH arguments by name; the name of a bare --model path is that of its last folder."""
+    """NAME=DIR or LANG=FILE arguments by name; the name of a bare --model path is that of its last folder."""
+    form, example = ("NAME=DIR", "base") if flag == "--model" else ("LANG=FILE", "en")
     named: dict[str, Path] = {}
     for item in items:
         name, separator, path = item.partition("=")
         if not separator and flag == "--model":
             name, path = Path(item).resolve().name, item
         if not name or not path:
-            raise UserError(f"{flag} expects NAME=PATH, got {item}")
+            raise UserError(f"{flag} must be {form}, such as {example}={item.strip('=')}, got {item}")
         if name in named:
-            raise UserError(f"{flag} has {name} twice ({named[name]} and {path}); give each its own name as NAME=PATH")
+            raise UserError(f"{flag} has {name} twice ({named[name]} and {path}); give each its own name as {form}")
         named[name] = Path(path)
     return named
 

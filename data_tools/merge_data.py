@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_tools.corpus import CorpusPaths, merge_manifests, missing_manifests, open_corpora, shard_prefix
+from data_tools.corpus import Corpus, CorpusPaths, merge_manifests, missing_manifests, open_corpora, shard_prefix
 from data_tools.corpus_writer import CorpusWriter, smallest_vocab_size
 from moelpr.data.manifest import manifest_path
 from moelpr.errors import CommandParser, UserError, run_command
@@ -24,6 +24,8 @@ def main(argv: list[str] | None = None) -> None:
     prefixes = arguments.input or [
         shard_prefix(output_prefix, shard, arguments.num_shards) for shard in range(arguments.num_shards)
     ]
+    for prefix in prefixes:
+        Corpus(prefix)  # a missing input is reported before an existing output
     refuse_existing(list(CorpusPaths.of(output_prefix)), overwrite)
     corpora, manifests = open_corpora(prefixes)
     if not any(len(corpus.tokens) for corpus in corpora):

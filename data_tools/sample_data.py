@@ -1,6 +1,6 @@
 r"""Sample random documents of tokenized corpora into a new corpus, for example the replay text of stage 2.
 
-    python data_tools/sample_data.py --output-prefix data/review \
+    python data_tools/sample_data.py --output-prefix data/replay \
         --input data/en_text_document data/zh_text_document data/el_text_document data/hu_text_document \
         --original-documents 50000 --expanded-documents 100000
 
@@ -97,7 +97,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     amounts = [f"{bit}-{unit}" for bit in BITS for unit in ("documents", "tokens")]
     counts = {f"--{amount}": getattr(arguments, amount.replace("-", "_")) for amount in amounts}
     if set(counts.values()) == {None}:
-        raise UserError(f"pass how much to sample: {', '.join(counts)}")
+        raise UserError(f"pass at least one of {', '.join(counts)}")
     for flag, count in counts.items():
         if count is not None and count < 1:
             raise UserError(f"{flag} must be at least 1, got {count}")

@@ -148,7 +148,8 @@ def _read_registry(registry: Path, names: list[str], folder: Path) -> list[Datas
     try:
         entries = json.loads(registry.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"can't read the registry {registry} ({error}); pass a JSON file as --dataset-info") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"can't read the registry {registry} ({reason}); pass a JSON file as --dataset-info") from None
     if not isinstance(entries, dict):
         raise UserError(f"the registry {registry} must contain a JSON object of datasets")
     if len(set(names)) < len(names):

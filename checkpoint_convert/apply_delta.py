@@ -15,8 +15,8 @@ from moelpr.errors import CommandParser, run_command
 
 def main() -> None:
     parser = CommandParser(description=__doc__)
-    parser.add_argument("--base", type=Path, required=True, help="Hugging Face directory of the base")
-    parser.add_argument("--delta", type=Path, required=True, help="folder with delta_config.json")
+    parser.add_argument("--base", type=Path, required=True, metavar="DIR", help="Hugging Face directory of the base")
+    parser.add_argument("--delta", type=Path, required=True, metavar="DIR", help="folder with delta_config.json")
     add_output_options(parser, "Hugging Face directory")
     args = parser.parse_args()
     config = apply_delta(args.base, args.delta, args.save, args.overwrite)

@@ -16,7 +16,7 @@ def main() -> None:
     parser.add_argument(
         "--base-model", required=True, metavar="NAME", help="name or path of the dense model, for PEFT to load"
     )
-    add_output_options(parser, "adapter folder", dtype_default="the model's")
+    add_output_options(parser, "adapter folder", dtype_default="that with which --load was converted")
     args = parser.parse_args()
     config = mcore_to_adapter(args.load, args.save, args.base_model, args.iteration, args.dtype, args.overwrite)
     print(

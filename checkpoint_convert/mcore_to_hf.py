@@ -33,7 +33,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--delta", action="store_true", help="write only routers and new experts; apply_delta.py adds the base"
     )
-    add_output_options(parser, "Hugging Face directory", dtype_default="the model's")
+    add_output_options(parser, "Hugging Face directory", dtype_default="that with which --load was converted")
     return parser.parse_args()
 
 

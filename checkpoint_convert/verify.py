@@ -35,6 +35,7 @@ def _parse_arguments() -> argparse.Namespace:
         "--tolerance",
         type=float,
         default=0.0,
+        metavar="X",
         help="largest absolute difference of tensors that counts as equal (default: 0, bitwise identical)",
     )
     parser.add_argument(
@@ -52,13 +53,17 @@ def _parse_arguments() -> argparse.Namespace:
         "--logit-tolerance",
         type=float,
         default=1e-4,
+        metavar="X",
         help="largest absolute difference of logits that counts as equal (default: %(default)s)",
     )
-    parser.add_argument("--num-tokens", type=int, default=1024, help="tokens per text (default: %(default)s)")
+    parser.add_argument(
+        "--num-tokens", type=int, default=1024, metavar="N", help="tokens to compare per FILE (default: %(default)s)"
+    )
     parser.add_argument(
         "--sequence-length",
         type=int,
         default=128,
+        metavar="N",
         help="tokens per sequence, at most a model's context (default: %(default)s)",
     )
     parser.add_argument("--all", action="store_true", help=f"list all different tensors, not only {SHOWN_ROWS}")

@@ -19,7 +19,8 @@ class UserError(ValueError):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A command's parser: it has --debug, keeps the lines of its description, and raises `UserError`."""
+    """A command's parser: it has --debug, marks required flags, keeps the lines of its description, and raises
+    `UserError`."""
 
     def __init__(self, **options: Any) -> None:
         if "\n" in (options.get("description") or ""):
@@ -27,6 +28,12 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(**options)
         if self.add_help:  # a parent of other parsers has neither
             self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def format_help(self) -> str:
+        for action in self._actions:
+            if action.option_strings and action.required and not str(action.help).endswith("(required)"):
+                action.help = f"{action.help} (required)"
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")

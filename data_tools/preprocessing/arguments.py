@@ -33,7 +33,12 @@ def parse_arguments(description: str | None, argv: list[str] | None) -> argparse
     add("--dataset-info", type=Path, metavar="FILE", help=f"the registry (default: {REGISTRY_FILE} in --dataset-dir)")
     add("--dataset-dir", type=Path, metavar="DIR", help="folder of the datasets' files (default: the registry's)")
     add("--json-keys", nargs="+", metavar="KEY", help="JSON text keys, one corpus per key (default: text)")
-    add("--max-samples", type=int, metavar="N", help="documents to sample per dataset, or of --input (default: all)")
+    add(
+        "--max-samples",
+        type=int,
+        metavar="N",
+        help="sample N documents at random, from each --dataset or from all of --input together (default: all)",
+    )
 
     add = parser.add_argument_group("output").add_argument
     add("--output-prefix", required=True, metavar="P", help="write P_<key>_document.bin, .idx and .lang")
@@ -44,7 +49,13 @@ def parse_arguments(description: str | None, argv: list[str] | None) -> argparse
         metavar="X",
         help="fraction of the documents to write to P_validation_<key>_document instead, 0 to 1 (default: 0)",
     )
-    add("--seed", type=int, default=1234, help="random seed of --max-samples and --validation-share (default: 1234)")
+    add(
+        "--seed",
+        type=int,
+        default=1234,
+        metavar="N",
+        help="random seed of --max-samples and --validation-share (default: 1234)",
+    )
     add("--overwrite", action="store_true", help="replace an existing corpus")
 
     add = add_tokenizer_arguments(parser, required=True).add_argument

@@ -84,7 +84,9 @@ def make_parser() -> CommandParser:
         description="Bits per byte (lower is better), perplexity and next-token accuracy per model and language, with "
         "95% confidence intervals, and the changes from the first model.",
     )
-    text.add_argument("--seed", type=int, default=1, help="random seed for bootstrap resampling (default: %(default)s)")
+    text.add_argument(
+        "--seed", type=int, default=1, metavar="N", help="random seed of the bootstrap (default: %(default)s)"
+    )
     text.add_argument(
         "--continuations", type=at_least(0), default=0, metavar="TOKENS",
         help="also continue the first words of a document per language, greedily, by up to TOKENS tokens (default: "
@@ -116,7 +118,10 @@ def make_parser() -> CommandParser:
         "sets come from the Hugging Face hub, or offline (HF_HUB_OFFLINE=1) from its cache or from your own tasks.",
     )
     add = harness.add_argument
-    add("--languages", type=languages, required=True, metavar="en,el,...", help="codes as in the table of tasks")
+    add(
+        "--languages", type=languages, required=True, metavar="en,el,...",
+        help="language codes, as in moelpr/evaluate/paper_tasks.yaml",
+    )  # fmt: skip
     add(
         "--original-languages", type=languages, required=True, metavar="en,...",
         help="all other --languages are expanded languages",
@@ -126,8 +131,8 @@ def make_parser() -> CommandParser:
         help="YAML table of benchmarks, shots and tasks (default: moelpr/evaluate/paper_tasks.yaml)",
     )  # fmt: skip
     add("--include-path", type=Path, metavar="DIR", help="folder with your own task files")
-    add("--limit", type=at_least(1), metavar="N", help="questions per task (default: all)")
-    add("--batch-size", type=at_least(1), default=8, metavar="N", help="questions per batch (default: %(default)s)")
+    add("--limit", type=at_least(1), metavar="N", help="examples per task (default: all)")
+    add("--batch-size", type=at_least(1), default=8, metavar="N", help="examples per batch (default: %(default)s)")
     harness.set_defaults(measure=measure_harness)
     return parser
 

@@ -58,7 +58,7 @@ def report_parser() -> argparse.ArgumentParser:
         parser.add_argument(flag, nargs="+", type=Path, default=[], metavar="FILE", help=text)
     for flag, text in (
         ("--claims", "YAML file of claims to judge by the evaluation (see examples/demo-claims.yaml)"),
-        ("--facts", "YAML or JSON file of other facts to show: title -> name -> value"),
+        ("--facts", "other facts to show: YAML or JSON mapping of title to {name: value}"),
     ):
         parser.add_argument(flag, type=Path, metavar="FILE", help=text)
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write to (default: the last RUN)")

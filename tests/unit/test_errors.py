@@ -49,6 +49,14 @@ def test_a_wrong_command_line_is_reported_in_one_line_like_any_other_error(words
     assert parser.parse_args(["child", "--size", "1", "--debug"]).debug
 
 
+def test_help_marks_required_flags_and_keeps_the_lines_of_the_description() -> None:
+    parser = CommandParser(description="a\nb")
+    parser.add_argument("--size", required=True, help="number")
+    parser.add_argument("--other", help="number")
+    for shown in (parser.format_help(), parser.format_help()):
+        assert "a\nb\n" in shown and shown.count("number (required)\n") == 1 == shown.count("(required)")
+
+
 def test_bugs_keep_their_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         run_command(fail_with(ZeroDivisionError()))

@@ -14,16 +14,10 @@ from moelpr.errors import CommandParser, run_command
 
 def main() -> None:
     parser = CommandParser(description=__doc__)
-    parser.add_argument(
-        "--adapter",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="folder with adapter_config.json and adapter_model.safetensors",
-    )
-    parser.add_argument(
-        "--hf-path", type=Path, required=True, metavar="DIR", help="Hugging Face directory of its dense base model"
-    )
+    parser.add_argument("--adapter", type=Path, required=True, metavar="DIR",
+        help="folder with adapter_config.json and adapter_model.safetensors")  # fmt: skip
+    parser.add_argument("--hf-path", type=Path, required=True, metavar="DIR",
+        help="Hugging Face directory of its dense base model")  # fmt: skip
     add_output_options(parser, "checkpoint folder", dtype_default="that of the tensors of both")
     args = parser.parse_args()
     spec = adapter_to_mcore(args.adapter, args.hf_path, args.save, args.dtype, args.overwrite)

@@ -13,9 +13,8 @@ from moelpr.errors import CommandParser, run_command
 def main() -> None:
     parser = CommandParser(description=__doc__)
     add_load_options(parser)
-    parser.add_argument(
-        "--base-model", required=True, metavar="NAME", help="name or path of the dense model, for PEFT to load"
-    )
+    parser.add_argument("--base-model", required=True, metavar="NAME",
+        help="name or path of the dense model, for PEFT to load")  # fmt: skip
     add_output_options(parser, "adapter folder", dtype_default="that with which --load was converted")
     args = parser.parse_args()
     config = mcore_to_adapter(args.load, args.save, args.base_model, args.iteration, args.dtype, args.overwrite)

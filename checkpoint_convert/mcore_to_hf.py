@@ -18,21 +18,12 @@ from moelpr.families.families import family_named
 def _parse_arguments() -> argparse.Namespace:
     parser = CommandParser(description=__doc__)
     add_load_options(parser)
-    parser.add_argument(
-        "--max-shard-size",
-        type=_size,
-        default=DEFAULT_SHARD_BYTES,
-        metavar="SIZE",
-        help="largest safetensors file, e.g. 500MB or 5GB, 1 GB = 10⁹ bytes (default: 5GB)",
-    )
-    parser.add_argument(
-        "--base-model",
-        metavar="NAME",
-        help="name of the base on the Hub, for the model card (default: the name of its folder)",
-    )
-    parser.add_argument(
-        "--delta", action="store_true", help="write only routers and new experts; apply_delta.py adds the base"
-    )
+    parser.add_argument("--max-shard-size", type=_size, default=DEFAULT_SHARD_BYTES, metavar="SIZE",
+        help="largest safetensors file, e.g. 500MB or 5GB, 1 GB = 10⁹ bytes (default: 5GB)")  # fmt: skip
+    parser.add_argument("--base-model", metavar="NAME",
+        help="name of the base on the Hub, for the model card (default: the name of its folder)")  # fmt: skip
+    parser.add_argument("--delta", action="store_true",
+        help="write only routers and new experts; apply_delta.py adds the base")  # fmt: skip
     add_output_options(parser, "Hugging Face directory", dtype_default="that with which --load was converted")
     return parser.parse_args()
 

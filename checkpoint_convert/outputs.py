@@ -20,9 +20,8 @@ from moelpr.model_spec import DTYPES
 
 def add_load_options(parser: argparse.ArgumentParser) -> None:
     """Add --load and --iteration."""
-    parser.add_argument(
-        "--load", type=Path, required=True, metavar="DIR", help="checkpoint folder of a converter or the trainer"
-    )
+    parser.add_argument("--load", type=Path, required=True, metavar="DIR",
+        help="checkpoint folder of a converter or the trainer")  # fmt: skip
     parser.add_argument("--iteration", type=int, metavar="STEP", help="saved step to read (default: the latest)")
 
 

@@ -206,13 +206,8 @@ def main() -> None:
         description="Build the demo's corpus in en, es, zh (original) and el, hu, tr (expanded languages)."
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for <split>.<lang>.jsonl")
-    parser.add_argument(
-        "--cache",
-        type=Path,
-        default=DEFAULT_CACHE,
-        metavar="DIR",
-        help="folder of the 51 MB wheel (default: %(default)s)",
-    )
+    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, metavar="DIR",
+        help="folder of the 51 MB wheel (default: %(default)s)")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="rebuild an existing corpus")
     args = parser.parse_args()
     manifest = build_demo_corpus(args.output, args.cache.expanduser(), overwrite=args.overwrite)

@@ -91,9 +91,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             metavar="N",
             help=f"tokens per {bit} language: sample documents until they contain N tokens or more (default: none)",
         )
-    parser.add_argument(
-        "--seed", type=int, default=1234, metavar="N", help="random seed (default: 1234, as in Megatron)"
-    )
+    parser.add_argument("--seed", type=int, default=1234, metavar="N",
+        help="random seed (default: 1234, as in Megatron)")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace an existing corpus P")
     arguments = parser.parse_args(argv)
     amounts = [f"{bit}-{unit}" for bit in BITS for unit in ("documents", "tokens")]

@@ -84,14 +84,11 @@ def make_parser() -> CommandParser:
         description="Bits per byte (lower is better), perplexity and next-token accuracy per model and language, with "
         "95% confidence intervals, and the changes from the first model.",
     )
-    text.add_argument(
-        "--seed", type=int, default=1, metavar="N", help="random seed of the bootstrap (default: %(default)s)"
-    )
-    text.add_argument(
-        "--continuations", type=at_least(0), default=0, metavar="TOKENS",
+    text.add_argument("--seed", type=int, default=1, metavar="N",
+        help="random seed of the bootstrap (default: %(default)s)")  # fmt: skip
+    text.add_argument("--continuations", type=at_least(0), default=0, metavar="TOKENS",
         help="also continue the first words of a document per language, greedily, by up to TOKENS tokens (default: "
-        "%(default)s, none; Hugging Face directories only)",
-    )  # fmt: skip
+        "%(default)s, none; Hugging Face directories only)")  # fmt: skip
 
     routing = commands.add_parser(
         "routing",
@@ -103,11 +100,10 @@ def make_parser() -> CommandParser:
         "`python -m moelpr.evaluate`, nothing is measured twice.",
     )
     routing.set_defaults(continuations=0)
-    routing.add_argument(
-        "--threshold", type=fraction, default=0.5, metavar="FRACTION",
+    routing.add_argument("--threshold", type=fraction, default=0.5, metavar="FRACTION",
         help="a layer breaks the prior if more than this fraction of a language's first choices is wrong (original "
-        "languages: a new expert; expanded languages: an original one); at least 0, below 1 (default: %(default)s)",
-    )  # fmt: skip
+        "languages: a new expert; expanded languages: an original one); at least 0, below 1 "
+        "(default: %(default)s)")  # fmt: skip
 
     harness = commands.add_parser(
         "harness",
@@ -118,18 +114,12 @@ def make_parser() -> CommandParser:
         "sets come from the Hugging Face hub, or offline (HF_HUB_OFFLINE=1) from its cache or from your own tasks.",
     )
     add = harness.add_argument
-    add(
-        "--languages", type=languages, required=True, metavar="en,el,...",
-        help="language codes, as in moelpr/evaluate/paper_tasks.yaml",
-    )  # fmt: skip
-    add(
-        "--original-languages", type=languages, required=True, metavar="en,...",
-        help="all other --languages are expanded languages",
-    )  # fmt: skip
-    add(
-        "--tasks", type=Path, metavar="FILE",
-        help="YAML table of benchmarks, shots and tasks (default: moelpr/evaluate/paper_tasks.yaml)",
-    )  # fmt: skip
+    add("--languages", type=languages, required=True, metavar="en,el,...",
+        help="language codes, as in moelpr/evaluate/paper_tasks.yaml")  # fmt: skip
+    add("--original-languages", type=languages, required=True, metavar="en,...",
+        help="all other --languages are expanded languages")  # fmt: skip
+    add("--tasks", type=Path, metavar="FILE",
+        help="YAML table of benchmarks, shots and tasks (default: moelpr/evaluate/paper_tasks.yaml)")  # fmt: skip
     add("--include-path", type=Path, metavar="DIR", help="folder with your own task files")
     add("--limit", type=at_least(1), metavar="N", help="examples per task (default: all)")
     add("--batch-size", type=at_least(1), default=8, metavar="N", help="examples per batch (default: %(default)s)")
@@ -142,24 +132,18 @@ def text_arguments() -> CommandParser:
     models = "Hugging Face directory or Megatron checkpoint folder; repeat for several; the first is the reference"
     parser = CommandParser(add_help=False, parents=[common_arguments(models)])
     add = parser.add_argument
-    add(
-        "--data", action="append", required=True, metavar="LANG=FILE",
-        help="held-out text of a language as JSON lines; repeat for several",
-    )  # fmt: skip
-    add(
-        "--original-languages", type=languages, default=[], metavar="en,es,...",
-        help="languages of --data that the base supports; all others are expanded languages (default: unknown)",
-    )  # fmt: skip
+    add("--data", action="append", required=True, metavar="LANG=FILE",
+        help="held-out text of a language as JSON lines; repeat for several")  # fmt: skip
+    add("--original-languages", type=languages, default=[], metavar="en,es,...",
+        help="languages of --data that the base supports; all others are expanded languages "
+        "(default: unknown)")  # fmt: skip
     add("--json-key", default="text", metavar="KEY", help="key of the text (default: %(default)s)")
     add("--max-documents", type=at_least(1), metavar="N", help="documents per language (default: all)")
-    add(
-        "--sequence-length", type=at_least(1), metavar="N",
-        help="window in tokens (default: 512, or the models' maximum if that is less)",
-    )  # fmt: skip
-    add(
-        "--context", type=int, metavar="N",
-        help="overlap between consecutive windows of a document, in tokens (default: a quarter of the window)",
-    )  # fmt: skip
+    add("--sequence-length", type=at_least(1), metavar="N",
+        help="window in tokens (default: 512, or the models' maximum if that is less)")  # fmt: skip
+    add("--context", type=int, metavar="N",
+        help="overlap between consecutive windows of a document, in tokens (default: a quarter of "
+        "the window)")  # fmt: skip
     add("--batch-size", type=at_least(1), metavar="N", help="full windows per batch (default: what fits in memory)")
     parser.set_defaults(measure=measure_text)
     return parser
@@ -171,14 +155,10 @@ def common_arguments(models: str) -> CommandParser:
     add = parser.add_argument
     add("--model", action="append", required=True, metavar="[NAME=]DIR", help=models)
     add("--device", default="auto", help="cpu, cuda, cuda:N or auto: a GPU if any (default: auto)")
-    add(
-        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-        help="auto: float32 on a CPU, the model's own on a GPU (default: %(default)s)",
-    )  # fmt: skip
-    add(
-        "--output", type=Path, metavar="DIR",
-        help="folder for the results as JSON, Markdown, HTML and SVG; rerun the command to resume",
-    )  # fmt: skip
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+        help="auto: float32 on a CPU, the model's own on a GPU (default: %(default)s)")  # fmt: skip
+    add("--output", type=Path, metavar="DIR",
+        help="folder for the results as JSON, Markdown, HTML and SVG; rerun the command to resume")  # fmt: skip
     return parser
 
 

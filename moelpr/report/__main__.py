@@ -48,9 +48,8 @@ def report_parser() -> argparse.ArgumentParser:
         description="Write report.html, report.md and report.json of one or several runs, running or finished.",
         epilog="To follow a run on a terminal: python -m moelpr.report live RUN (see live --help).",
     )
-    parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="run folder (--save of the trainer), in the order of training"
-    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
+        help="run folder (--save of the trainer), in the order of training")  # fmt: skip
     for flag, text in (
         ("--evaluation", "JSON files of `python -m moelpr.evaluate`: results with intervals and routing, per language"),
         ("--verification", "outputs of `checkpoint_convert/verify.py --json`"),
@@ -71,9 +70,8 @@ def live_parser() -> argparse.ArgumentParser:
         description="Follow a run until it is finished. Ctrl-C leaves; the run continues.",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder (--save of the trainer)")
-    parser.add_argument(
-        "--interval", type=float, default=2.0, metavar="SECONDS", help="refresh interval in seconds (default: 2)"
-    )
+    parser.add_argument("--interval", type=float, default=2.0, metavar="SECONDS",
+        help="refresh interval in seconds (default: 2)")  # fmt: skip
     parser.add_argument("--once", action="store_true", help="show the current state and exit")
     return parser
 

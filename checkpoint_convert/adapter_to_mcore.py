@@ -8,19 +8,17 @@ Routers and new experts come from the adapter, everything else from the base. We
 from pathlib import Path
 
 from checkpoint_convert.adapter import AdapterConfig, adapter_to_mcore
-from checkpoint_convert.outputs import add_output_options, command_parser
-from moelpr.errors import run_command
+from checkpoint_convert.outputs import add_output_options
+from moelpr.errors import CommandParser, run_command
 
 
 def main() -> None:
-    parser = command_parser(__file__, __doc__)
-    parser.add_argument(
-        "--adapter", type=Path, required=True, help="folder with adapter_config.json and adapter_model.safetensors"
-    )
-    parser.add_argument(
-        "--hf-path", type=Path, required=True, help="Hugging Face directory of the dense model it was trained on"
-    )
-    add_output_options(parser, "checkpoint folder", dtype_default="that of the adapter and the model")
+    parser = CommandParser(description=__doc__)
+    parser.add_argument("--adapter", type=Path, required=True, metavar="DIR",
+        help="folder with adapter_config.json and adapter_model.safetensors")  # fmt: skip
+    parser.add_argument("--hf-path", type=Path, required=True, metavar="DIR",
+        help="Hugging Face directory of its dense base model")  # fmt: skip
+    add_output_options(parser, "checkpoint folder", dtype_default="that of the tensors of both")
     args = parser.parse_args()
     spec = adapter_to_mcore(args.adapter, args.hf_path, args.save, args.dtype, args.overwrite)
     assert spec.moe is not None

@@ -9,14 +9,14 @@ checksum that the delta records.
 from pathlib import Path
 
 from checkpoint_convert.export import apply_delta
-from checkpoint_convert.outputs import add_output_options, command_parser
-from moelpr.errors import run_command
+from checkpoint_convert.outputs import add_output_options
+from moelpr.errors import CommandParser, run_command
 
 
 def main() -> None:
-    parser = command_parser(__file__, __doc__)
-    parser.add_argument("--base", type=Path, required=True, help="Hugging Face directory of the base")
-    parser.add_argument("--delta", type=Path, required=True, help="folder with delta_config.json")
+    parser = CommandParser(description=__doc__)
+    parser.add_argument("--base", type=Path, required=True, metavar="DIR", help="Hugging Face directory of the base")
+    parser.add_argument("--delta", type=Path, required=True, metavar="DIR", help="folder with delta_config.json")
     add_output_options(parser, "Hugging Face directory")
     args = parser.parse_args()
     config = apply_delta(args.base, args.delta, args.save, args.overwrite)

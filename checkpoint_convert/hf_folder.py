@@ -178,7 +178,10 @@ def _single_file(folder: Path, stem: str) -> str:
             f"{folder} contains only pickled weights, which could run code when opened; convert them to "
             "safetensors (load with transformers, then save_pretrained)"
         )
-    raise UserError(f"{folder} contains no weights: neither {name} nor {name}.index.json exists")
+    raise UserError(
+        f"{folder} contains no weights: neither {name} nor {name}.index.json exists; download them, or convert .bin "
+        "weights to safetensors"
+    )
 
 
 def common_dtype(tensors: Iterable[tuple[HfReader, str]]) -> str:

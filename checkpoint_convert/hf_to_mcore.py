@@ -10,52 +10,35 @@ Weights stream from safetensors to the checkpoint, one tensor at a time.
 import argparse
 from pathlib import Path
 
-from checkpoint_convert.outputs import add_output_options, command_parser
+from checkpoint_convert.outputs import add_output_options
 from checkpoint_convert.upcycling import Start, hf_to_mcore
-from moelpr.errors import UserError, run_command
+from moelpr.errors import CommandParser, UserError, run_command
 from moelpr.families.families import layer_list
 from moelpr.model_spec import ModelSpec
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = command_parser(__file__, __doc__)
-    parser.add_argument(
-        "--hf-path", type=Path, required=True, help="Hugging Face directory with config.json, safetensors and tokenizer"
-    )
+    parser = CommandParser(description=__doc__)
+    add = parser.add_argument
+    add("--hf-path", type=Path, required=True, metavar="DIR", help="model: config.json, safetensors and tokenizer")
     experts = parser.add_mutually_exclusive_group(required=True)
     experts.add_argument("--num-new-experts", type=int, metavar="N", help="number of experts to add to each MoE layer")
     experts.add_argument("--dense", action="store_true", help="add no experts: write a dense checkpoint")
-    parser.add_argument("--topk", type=int, metavar="K", help="experts per token (default: 2; in an MoE, its own)")
+    add("--topk", type=int, metavar="K", help="experts per token (default: 2; in an MoE, its own)")
     layers = parser.add_mutually_exclusive_group()
-    layers.add_argument(
-        "--moe-layers", type=layer_list, metavar="0,2,5", help="layers to upcycle, 0-based (default: all)"
-    )
+    layers.add_argument("--moe-layers", type=layer_list, metavar="0,2,5",
+        help="layers to upcycle, 0-based (default: all)")  # fmt: skip
     layers.add_argument("--moe-every-k-layers", type=int, metavar="k", help="upcycle layers k, 2k, 3k, …, 1-based")
     start = parser.add_argument_group("initialization of new experts")
-    start.add_argument(
-        "--new-experts",
-        choices=("copied", "random"),
-        default="copied",
-        help="copies of the FFN (in an MoE: of expert 0), or random, an ablation (default: %(default)s)",
-    )
-    start.add_argument(
-        "--expert-noise",
-        type=float,
-        default=0.0,
-        metavar="FRACTION",
-        help="add noise to each copy, as a fraction of the standard deviation of its weights (default: 0)",
-    )
-    start.add_argument(
-        "--reinitialise",
-        type=float,
-        default=0.0,
-        metavar="FRACTION",
-        help="reinitialize this fraction of each copy's FFN dimensions, 0 to 1: Drop-Upcycling (default: 0)",
-    )
-    start.add_argument(
-        "--seed", type=int, default=1234, help="random seed of routers and experts (default: %(default)s)"
-    )
-    add_output_options(parser, "checkpoint folder", dtype_default="the model's")
+    start.add_argument("--new-experts", choices=("copied", "random"), default="copied",
+        help="copies of the FFN (in an MoE: of expert 0), or random, an ablation (default: %(default)s)")  # fmt: skip
+    start.add_argument("--expert-noise", type=float, default=0.0, metavar="FRACTION",
+        help="add noise to each copy, as a fraction of the standard deviation of its weights (default: 0)")  # fmt: skip
+    start.add_argument("--reinitialise", "--reinitialize", type=float, default=0.0, metavar="FRACTION",
+        help="reinitialize this fraction of each copy's FFN dimensions, 0 to 1: Drop-Upcycling "
+        "(default: 0)")  # fmt: skip
+    start.add_argument("--seed", type=int, default=1234, metavar="N", help="random seed (default: %(default)s)")
+    add_output_options(parser, "checkpoint folder", dtype_default="that of the model's tensors")
     return parser.parse_args()
 
 

@@ -6,17 +6,16 @@ The adapter contains routers and new experts; everything else must be the base's
 """
 
 from checkpoint_convert.adapter import mcore_to_adapter
-from checkpoint_convert.outputs import add_load_options, add_output_options, command_parser
-from moelpr.errors import run_command
+from checkpoint_convert.outputs import add_load_options, add_output_options
+from moelpr.errors import CommandParser, run_command
 
 
 def main() -> None:
-    parser = command_parser(__file__, __doc__)
+    parser = CommandParser(description=__doc__)
     add_load_options(parser)
-    parser.add_argument(
-        "--base-model", required=True, metavar="NAME", help="name or path of the dense model, for PEFT to load"
-    )
-    add_output_options(parser, "adapter folder", dtype_default="the model's")
+    parser.add_argument("--base-model", required=True, metavar="NAME",
+        help="name or path of the dense model, for PEFT to load")  # fmt: skip
+    add_output_options(parser, "adapter folder", dtype_default="that with which --load was converted")
     args = parser.parse_args()
     config = mcore_to_adapter(args.load, args.save, args.base_model, args.iteration, args.dtype, args.overwrite)
     print(

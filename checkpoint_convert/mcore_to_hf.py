@@ -10,30 +10,21 @@ import argparse
 import re
 
 from checkpoint_convert.export import DEFAULT_SHARD_BYTES, mcore_to_hf
-from checkpoint_convert.outputs import add_load_options, add_output_options, command_parser
-from moelpr.errors import run_command
+from checkpoint_convert.outputs import add_load_options, add_output_options
+from moelpr.errors import CommandParser, run_command
 from moelpr.families.families import family_named
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = command_parser(__file__, __doc__)
+    parser = CommandParser(description=__doc__)
     add_load_options(parser)
-    parser.add_argument(
-        "--max-shard-size",
-        type=_size,
-        default=DEFAULT_SHARD_BYTES,
-        metavar="SIZE",
-        help="largest safetensors file, e.g. 500MB or 5GB, 1 GB = 10⁹ bytes (default: 5GB)",
-    )
-    parser.add_argument(
-        "--base-model",
-        metavar="NAME",
-        help="name of the base on the Hub, for the model card (default: the name of its folder)",
-    )
-    parser.add_argument(
-        "--delta", action="store_true", help="write only routers and new experts; apply_delta.py adds the base"
-    )
-    add_output_options(parser, "Hugging Face directory", dtype_default="the model's")
+    parser.add_argument("--max-shard-size", type=_size, default=DEFAULT_SHARD_BYTES, metavar="SIZE",
+        help="largest safetensors file, e.g. 500MB or 5GB, 1 GB = 10⁹ bytes (default: 5GB)")  # fmt: skip
+    parser.add_argument("--base-model", metavar="NAME",
+        help="name of the base on the Hub, for the model card (default: the name of its folder)")  # fmt: skip
+    parser.add_argument("--delta", action="store_true",
+        help="write only routers and new experts; apply_delta.py adds the base")  # fmt: skip
+    add_output_options(parser, "Hugging Face directory", dtype_default="that with which --load was converted")
     return parser.parse_args()
 
 

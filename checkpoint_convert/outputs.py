@@ -18,25 +18,20 @@ from moelpr.files import refuse_existing, resumable_directory
 from moelpr.model_spec import DTYPES
 
 
-def command_parser(file: str, doc: str | None) -> argparse.ArgumentParser:
-    """The parser of the command in `file`, described by the first line of its docstring `doc`."""
-    return argparse.ArgumentParser(prog=Path(file).stem, description=(doc or "").partition("\n")[0])
-
-
 def add_load_options(parser: argparse.ArgumentParser) -> None:
     """Add --load and --iteration."""
-    parser.add_argument("--load", type=Path, required=True, help="checkpoint folder of a converter or of the trainer")
-    parser.add_argument("--iteration", type=int, help="saved step to read (default: the latest)")
+    parser.add_argument("--load", type=Path, required=True, metavar="DIR",
+        help="checkpoint folder of a converter or the trainer")  # fmt: skip
+    parser.add_argument("--iteration", type=int, metavar="STEP", help="saved step to read (default: the latest)")
 
 
 def add_output_options(parser: argparse.ArgumentParser, output: str, dtype_default: str | None = None) -> None:
-    """Add --save, --overwrite, --debug and, with a text for its default, --dtype."""
-    parser.add_argument("--save", type=Path, required=True, help=f"{output} to write")
+    """Add --save, --overwrite and, with a text for its default, --dtype."""
+    parser.add_argument("--save", type=Path, required=True, metavar="DIR", help=f"{output} to write")
     if dtype_default:
         parser.add_argument("--dtype", choices=DTYPES, help=f"dtype of the output (default: {dtype_default})")
     parser.add_argument("--overwrite", action="store_true", help=f"replace an existing {output} at --save")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    parser.epilog = "An interrupted command leaves .NAME.partial next to SAVE; rerun it to resume."
+    parser.epilog = "An interrupted command leaves .NAME.partial beside the --save folder; rerun it to resume."
 
 
 def check_output(save: Path, sources: list[Path], overwrite: bool, signs: tuple[str, ...]) -> None:

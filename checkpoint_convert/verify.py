@@ -22,50 +22,29 @@ from checkpoint_convert.comparison import (
     compare_on_text,
     largest_difference,
 )
-from checkpoint_convert.outputs import command_parser
-from moelpr.errors import UserError, run_command
+from moelpr.errors import CommandParser, UserError, run_command
 
 SHOWN_ROWS = 20
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = command_parser(__file__, __doc__)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("a", type=Path, metavar="A", help="Hugging Face directory or Megatron checkpoint folder")
     parser.add_argument("b", type=Path, metavar="B", help="Hugging Face directory or Megatron checkpoint folder")
-    parser.add_argument(
-        "--tolerance",
-        type=float,
-        default=0.0,
-        help="largest absolute difference of tensors that counts as equal (default: 0, bitwise identical)",
-    )
-    parser.add_argument(
-        "--frozen", action="store_true", help="compare base A with the frozen tensors of the upcycled model B"
-    )
-    parser.add_argument(
-        "--text",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help='also compare fp32 logits on these texts: JSON lines with "text" (.jsonl) or plain text',
-    )
-    parser.add_argument(
-        "--logit-tolerance",
-        type=float,
-        default=1e-4,
-        help="largest absolute difference of logits that counts as equal (default: %(default)s)",
-    )
-    parser.add_argument("--num-tokens", type=int, default=1024, help="tokens per text (default: %(default)s)")
-    parser.add_argument(
-        "--sequence-length",
-        type=int,
-        default=128,
-        help="tokens per sequence, at most a model's context (default: %(default)s)",
-    )
+    parser.add_argument("--tolerance", type=float, default=0.0, metavar="X",
+        help="largest absolute difference of tensors that counts as equal (default: 0, bitwise identical)")  # fmt: skip
+    parser.add_argument("--frozen", action="store_true",
+        help="compare base A with the frozen tensors of the upcycled model B")  # fmt: skip
+    parser.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE",
+        help='also compare fp32 logits on these texts: JSON lines with "text" (.jsonl) or plain text')  # fmt: skip
+    parser.add_argument("--logit-tolerance", type=float, default=1e-4, metavar="X",
+        help="largest absolute difference of logits that counts as equal (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--num-tokens", type=int, default=1024, metavar="N",
+        help="tokens to compare per FILE (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--sequence-length", type=int, default=128, metavar="N",
+        help="tokens per sequence, at most a model's context (default: %(default)s)")  # fmt: skip
     parser.add_argument("--all", action="store_true", help=f"list all different tensors, not only {SHOWN_ROWS}")
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of tables")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    parser.epilog = "Exit code 0: equal within the tolerances; 1: different; 2: invalid input."
     return parser.parse_args()
 
 

@@ -6,12 +6,12 @@ It contains only weights, in their dtype. Weights stream, one tensor at a time.
 """
 
 from checkpoint_convert.export import whole_checkpoint
-from checkpoint_convert.outputs import add_load_options, add_output_options, command_parser
-from moelpr.errors import run_command
+from checkpoint_convert.outputs import add_load_options, add_output_options
+from moelpr.errors import CommandParser, run_command
 
 
 def main() -> None:
-    parser = command_parser(__file__, __doc__)
+    parser = CommandParser(description=__doc__)
     add_load_options(parser)
     add_output_options(parser, "checkpoint folder")
     args = parser.parse_args()

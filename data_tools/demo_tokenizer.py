@@ -1,11 +1,10 @@
 """Train the demo's tokenizer: byte-level BPE with Qwen2's rules, saved so that `AutoTokenizer` loads it."""
 
-import argparse
 from itertools import chain
 from pathlib import Path
 
 from moelpr.documents import read_documents
-from moelpr.errors import UserError, run_command
+from moelpr.errors import CommandParser, UserError, run_command
 from moelpr.files import atomic_directory, refuse_existing
 
 _SMALLEST_VOCABULARY = 257  # the 256 bytes and <|endoftext|>
@@ -41,15 +40,12 @@ def train_demo_tokenizer(inputs: list[Path], output: Path, vocab_size: int, *, o
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Train the demo's byte-level BPE tokenizer (Qwen2's rules) on JSON lines.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = CommandParser(description="Train the demo's byte-level BPE tokenizer (Qwen2's rules) on JSON lines.")
     parser.add_argument("--input", type=Path, nargs="+", required=True, metavar="FILE", help='JSON lines with "text"')
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the tokenizer")
-    parser.add_argument("--vocab-size", type=int, default=8192, metavar="N", help="entries, including special tokens")
+    parser.add_argument("--vocab-size", type=int, default=8192, metavar="N",
+        help="entries, including special tokens (default: 8192)")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     train_demo_tokenizer(args.input, args.output, args.vocab_size, overwrite=args.overwrite)
 

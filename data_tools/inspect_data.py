@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from data_tools.corpus import Corpus, run_edges
 from moelpr.data.manifest import Manifest
 from moelpr.data.tokenizer import Tokenizer, add_tokenizer_arguments, load_tokenizer
-from moelpr.errors import UserError, run_command
+from moelpr.errors import CommandParser, UserError, run_command
 
 _CHUNK_TOKENS = 1 << 24  # tokens read at once, so that memory stays small
 _BAR = 40  # characters of the histogram's longest bar
@@ -50,14 +50,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("prefix", metavar="PREFIX", help="path of the corpus without .bin, .idx or .lang")
     parser.add_argument("--documents", type=int, default=3, metavar="N", help="documents to show (default: 3)")
-    parser.add_argument(
-        "--characters", type=int, default=400, metavar="N", help="characters to show of each run (default: 400)"
-    )
+    parser.add_argument("--characters", type=int, default=400, metavar="N",
+        help="characters to show of each run (default: 400)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     add_tokenizer_arguments(parser, required=False)
     arguments = parser.parse_args(argv)
     if bool(arguments.tokenizer_type) != bool(arguments.tokenizer_model):

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_tools.corpus import CorpusPaths, merge_manifests, missing_manifests, open_corpora, shard_prefix
+from data_tools.corpus import Corpus, CorpusPaths, merge_manifests, missing_manifests, open_corpora, shard_prefix
 from data_tools.corpus_writer import CorpusWriter, smallest_vocab_size
 from moelpr.data.manifest import manifest_path
-from moelpr.errors import UserError, run_command
+from moelpr.errors import CommandParser, UserError, run_command
 from moelpr.files import refuse_existing
 
 
@@ -24,6 +24,8 @@ def main(argv: list[str] | None = None) -> None:
     prefixes = arguments.input or [
         shard_prefix(output_prefix, shard, arguments.num_shards) for shard in range(arguments.num_shards)
     ]
+    for prefix in prefixes:
+        Corpus(prefix)  # a missing input is reported before an existing output
     refuse_existing(list(CorpusPaths.of(output_prefix)), overwrite)
     corpora, manifests = open_corpora(prefixes)
     if not any(len(corpus.tokens) for corpus in corpora):
@@ -43,14 +45,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--output-prefix", required=True, metavar="P", help="write P.bin, P.idx and P.lang")
     inputs = parser.add_mutually_exclusive_group(required=True)
     inputs.add_argument("--num-shards", type=int, metavar="N", help="join the N shards of P")
     inputs.add_argument("--input", nargs="+", metavar="PREFIX", help="join these corpora, in this order")
     parser.add_argument("--remove-input", action="store_true", help="delete inputs after a successful merge")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing corpus P")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args(argv)
     if arguments.num_shards is not None and arguments.num_shards < 1:
         raise UserError(f"--num-shards must be at least 1, got {arguments.num_shards}")

@@ -1,6 +1,6 @@
 r"""Sample random documents of tokenized corpora into a new corpus, for example the replay text of stage 2.
 
-    python data_tools/sample_data.py --output-prefix data/review \
+    python data_tools/sample_data.py --output-prefix data/replay \
         --input data/en_text_document data/zh_text_document data/el_text_document data/hu_text_document \
         --original-documents 50000 --expanded-documents 100000
 
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from data_tools.corpus import Corpus, CorpusPaths, missing_manifests, open_corpora, run_edges
 from data_tools.corpus_writer import CorpusWriter, Documents, smallest_vocab_size
 from moelpr.data.manifest import FileRecord, LanguageCount, Manifest, Source
-from moelpr.errors import UserError, run_command
+from moelpr.errors import CommandParser, UserError, run_command
 from moelpr.files import refuse_existing
 
 Bit = Literal["original", "expanded"]
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--input", nargs="+", required=True, metavar="PREFIX", help="corpora, one per language")
     parser.add_argument("--output-prefix", required=True, metavar="P", help="write P.bin, P.idx and P.lang")
     for bit in BITS:
@@ -91,14 +91,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             metavar="N",
             help=f"tokens per {bit} language: sample documents until they contain N tokens or more (default: none)",
         )
-    parser.add_argument("--seed", type=int, default=1234, help="random seed (default: 1234, as in Megatron)")
+    parser.add_argument("--seed", type=int, default=1234, metavar="N",
+        help="random seed (default: 1234, as in Megatron)")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace an existing corpus P")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args(argv)
     amounts = [f"{bit}-{unit}" for bit in BITS for unit in ("documents", "tokens")]
     counts = {f"--{amount}": getattr(arguments, amount.replace("-", "_")) for amount in amounts}
     if set(counts.values()) == {None}:
-        raise UserError(f"pass how much to sample: {', '.join(counts)}")
+        raise UserError(f"pass at least one of {', '.join(counts)}")
     for flag, count in counts.items():
         if count is not None and count < 1:
             raise UserError(f"{flag} must be at least 1, got {count}")

@@ -6,7 +6,6 @@ Every step is a command that you could paste into a shell; it is printed before 
 `<run>/logs/`. Finished steps are skipped, so rerun the demo to resume it.
 """
 
-import argparse
 import json
 import os
 import shlex
@@ -16,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from moelpr.errors import UserError, run_command
+from moelpr.errors import CommandParser, UserError, run_command
 from moelpr.files import atomic_file
 from moelpr.report.page import Table, terminal_table
 from moelpr.yaml_files import dump
@@ -35,11 +34,10 @@ REVIEW_BLEND = {"original": 2, "expanded": 5}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="output folder (default: %(default)s)")
     parser.add_argument("--cache", type=Path, help="folder for the downloaded corpus (default: ~/.cache/moelpr)")
     parser.add_argument("--overwrite", action="store_true", help="delete an existing run and start from scratch")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args()
     os.chdir(ROOT)
     if args.overwrite:

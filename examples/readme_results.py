@@ -3,14 +3,13 @@
 python examples/readme_results.py --run runs/demo
 """
 
-import argparse
 import json
 import shutil
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from moelpr.errors import UserError, run_command
+from moelpr.errors import CommandParser, UserError, run_command
 from moelpr.files import atomic_file
 from moelpr.languages import language_name
 from moelpr.report.page import Table, terminal_table
@@ -38,9 +37,8 @@ FIGURES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of the demo (default: %(default)s)")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args()
     if not (args.run / "report.json").is_file():
         raise UserError(f"{args.run} contains no finished demo; run `make demo` first")

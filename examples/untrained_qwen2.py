@@ -3,13 +3,12 @@
 python examples/untrained_qwen2.py --tokenizer DIR --save DIR --hidden-size 256 --num-layers 6
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
-from moelpr.errors import run_command
+from moelpr.errors import CommandParser, run_command
 from moelpr.files import atomic_directory, refuse_existing
 
 
@@ -50,7 +49,7 @@ def save_untrained_qwen2(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", type=Path, required=True, help="Hugging Face tokenizer directory")
     parser.add_argument("--save", type=Path, required=True, help="directory to write")
     for flag, default in (
@@ -60,7 +59,6 @@ def main() -> None:
         parser.add_argument(flag, type=int, default=default, metavar="N", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=1234, help="seed of the random weights (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --save")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = vars(parser.parse_args())
     args.pop("debug")
     refuse_existing([args["save"]], args.pop("overwrite"))

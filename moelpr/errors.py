@@ -3,6 +3,7 @@
 An error that a user can cause is one sentence: what was expected, what was found, and the fix.
 """
 
+import argparse
 import errno
 import os
 import signal
@@ -10,10 +11,32 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 
 class UserError(ValueError):
     """Wrong arguments or input. Only the message is shown, no traceback."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A command's parser: it has --debug, marks required flags, keeps the lines of its description, and raises
+    `UserError`."""
+
+    def __init__(self, **options: Any) -> None:
+        if "\n" in (options.get("description") or ""):
+            options["formatter_class"] = argparse.RawDescriptionHelpFormatter
+        super().__init__(**options)
+        if self.add_help:  # a parent of other parsers has neither
+            self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def format_help(self) -> str:
+        for action in self._actions:
+            if action.option_strings and action.required and not str(action.help).endswith("(required)"):
+                action.help = f"{action.help} (required)"
+        return super().format_help()
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -53,7 +53,7 @@ class MoeSpec:
             if type(value := getattr(self, name)) is not int:
                 raise UserError(f"moe.{name} must be an integer, got {value!r}")
         if self.num_new_experts < 1:
-            raise UserError(f"{self.num_new_experts} new experts are too few; pass --num-new-experts 1 or more")
+            raise UserError(f"--num-new-experts must be at least 1, got {self.num_new_experts}")
         if self.num_original_experts < 1:
             raise UserError(f"num_original_experts must be at least 1 (the dense FFN), got {self.num_original_experts}")
         if self.topk == 1:

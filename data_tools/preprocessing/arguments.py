@@ -6,9 +6,11 @@ from pathlib import Path
 
 from data_tools.preprocessing.inputs import STANDARD_INPUT
 from moelpr.data.tokenizer import add_tokenizer_arguments
-from moelpr.errors import UserError
+from moelpr.errors import CommandParser, UserError
 
 REGISTRY_FILE = "dataset_info.json"
+# Of options that require others, which _check must see as they were passed.
+_DEFAULTS = {"json_keys": ["text"], "min_confidence": 0.5, "undetected": "expanded", "max_bad_share": 0.01}
 _LANGUAGE_FLAGS = ("--language", "--language-key", "--spans-key", "--detect-language")
 
 
@@ -18,81 +20,54 @@ def parse_arguments(description: str | None, argv: list[str] | None) -> argparse
     Raises:
         UserError: Options exclude or require each other.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=description)
     group = parser.add_argument_group("input (files, or datasets of a registry)")
     add, add_source = group.add_argument, group.add_mutually_exclusive_group(required=True).add_argument
-    add_source(
-        "--input",
-        nargs="+",
-        metavar="FILE",
-        help="JSON lines (plain, .gz, .zst, .bz2, .xz) or Parquet: files, folders, glob patterns, - for standard input",
-    )
+    add_source("--input", nargs="+", metavar="FILE",
+        help="JSON lines (plain, .gz, .zst, .bz2, .xz) or Parquet: files, folders, glob patterns, - "
+        "for standard input")  # fmt: skip
     add_source("--dataset", metavar="A,B", help="datasets of the registry, read in this order")
     add("--dataset-info", type=Path, metavar="FILE", help=f"the registry (default: {REGISTRY_FILE} in --dataset-dir)")
     add("--dataset-dir", type=Path, metavar="DIR", help="folder of the datasets' files (default: the registry's)")
     add("--json-keys", nargs="+", metavar="KEY", help="JSON text keys, one corpus per key (default: text)")
-    add("--max-samples", type=int, metavar="N", help="documents to sample per dataset, or of --input (default: all)")
+    add("--max-samples", type=int, metavar="N",
+        help="sample N documents at random, from each --dataset or from all of --input together "
+        "(default: all)")  # fmt: skip
 
     add = parser.add_argument_group("output").add_argument
     add("--output-prefix", required=True, metavar="P", help="write P_<key>_document.bin, .idx and .lang")
-    add(
-        "--validation-share",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="fraction of the documents to write to P_validation_<key>_document instead, 0 to 1 (default: 0)",
-    )
-    add("--seed", type=int, default=1234, help="random seed of --max-samples and --validation-share (default: 1234)")
+    add("--validation-share", type=float, default=0.0, metavar="X",
+        help="fraction of the documents to write to P_validation_<key>_document instead, 0 to 1 "
+        "(default: 0)")  # fmt: skip
+    add("--seed", type=int, default=1234, metavar="N",
+        help="random seed of --max-samples and --validation-share (default: 1234)")  # fmt: skip
     add("--overwrite", action="store_true", help="replace an existing corpus")
 
     add = add_tokenizer_arguments(parser, required=True).add_argument
     add("--append-eod", action="store_true", help="end each document with the end-of-document token")
     add("--eod-token", metavar="TOKEN", help="that token, such as '<|endoftext|>' (default: the tokenizer's)")
-    add(
-        "--tokenizer-backend",
-        choices=("auto", "reference", "gigatoken"),
-        default="auto",
+    add("--tokenizer-backend", choices=("auto", "reference", "gigatoken"), default="auto",
         help="reference: the tokenizer's own library; gigatoken: a faster one; auto: gigatoken if it is installed and "
-        "gives the same IDs (default: auto)",
-    )
+        "gives the same IDs (default: auto)")  # fmt: skip
 
     group = parser.add_argument_group("language bit (--input requires one of the first four; a registry states it)")
     add, add_language = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add_language("--language", choices=("original", "expanded"), help="language group of all documents")
     add_language("--language-key", metavar="KEY", help="JSON key of a document's language")
-    add_language(
-        "--spans-key",
-        metavar="KEY",
+    add_language("--spans-key", metavar="KEY",
         help='JSON key of a document\'s spans, [{"text": …, "lang": …}, …]; a token has the language of the span that '
-        "contains its first byte",
-    )
-    add_language(
-        "--detect-language",
-        nargs="?",
-        const="document",
-        choices=("document", "line"),
-        help="detect the language with py3langid, per document (default) or per line",
-    )
+        "contains its first byte")  # fmt: skip
+    add_language("--detect-language", nargs="?", const="document", choices=("document", "line"),
+        help="detect the language with py3langid, per document (default) or per line")  # fmt: skip
     add("--original-languages", metavar="A,B", help="languages whose bit is original")
-    add(
-        "--expanded-languages",
-        metavar="C,D",
-        help="expanded languages; any other is an error, and only named languages are detected (default: all others)",
-    )
-    add(
-        "--min-confidence",
-        type=float,
-        default=0.5,
-        metavar="X",
+    add("--expanded-languages", metavar="C,D",
+        help="expanded languages; any other is an error, and only named languages are detected "
+        "(default: all others)")  # fmt: skip
+    add("--min-confidence", type=float, metavar="X",
         help="confidence below which a detected language is uncertain, 0 to 1; an uncertain line has the language of "
-        "its document (default: 0.5)",
-    )
-    add(
-        "--undetected",
-        choices=("expanded", "original", "skip"),
-        default="expanded",
-        help="how to tag documents of uncertain language (default: expanded, which the LPR loss ignores)",
-    )
+        "its document (default: 0.5)")  # fmt: skip
+    add("--undetected", choices=("expanded", "original", "skip"),
+        help="how to tag documents of uncertain language (default: expanded, which the LPR loss ignores)")  # fmt: skip
     add("--audit", action="store_true", help="detect languages too, and print them against the stated ones")
 
     add = parser.add_argument_group("execution").add_argument
@@ -102,20 +77,11 @@ def parse_arguments(description: str | None, argv: list[str] | None) -> argparse
     add("--shard", type=int, metavar="I", help="index of this job, 0 to N - 1; part of its files' names")
     add("--resume", action="store_true", help="resume an interrupted job, or start a new one")
     add("--log-interval", type=int, default=10_000, metavar="N", help="documents between log lines (default: 10000)")
-    add(
-        "--on-error",
-        choices=("stop", "skip"),
-        default="stop",
-        help="stop at a malformed line, or skip it and list it in P.skipped.txt (default: stop)",
-    )
-    add(
-        "--max-bad-share",
-        type=float,
-        default=0.01,
-        metavar="X",
-        help="with --on-error skip, fail if more than this fraction of the lines is malformed (default: 0.01)",
-    )
-    add("--debug", action="store_true", help="show the traceback of an error")
+    add("--on-error", choices=("stop", "skip"), default="stop",
+        help="stop at a malformed line, or skip it and list it in P.skipped.txt (default: stop)")  # fmt: skip
+    add("--max-bad-share", type=float, metavar="X",
+        help="with --on-error skip, fail if more than this fraction of the lines is malformed "
+        "(default: 0.01)")  # fmt: skip
 
     arguments = parser.parse_args(argv)
     flag = next((flag for flag in _LANGUAGE_FLAGS if getattr(arguments, _name(flag))), None)
@@ -125,7 +91,9 @@ def parse_arguments(description: str | None, argv: list[str] | None) -> argparse
     if arguments.dataset:
         arguments.dataset_info = arguments.dataset_info or arguments.dataset_dir / REGISTRY_FILE
         arguments.dataset_dir = arguments.dataset_dir or arguments.dataset_info.parent
-    arguments.json_keys = arguments.json_keys or ["text"]
+    for name, default in _DEFAULTS.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, default)
     return arguments
 
 
@@ -139,7 +107,7 @@ def _check(args: argparse.Namespace, language_flag: str) -> None:
         if (value := getattr(args, _name(flag))) is not None and value < 1:
             raise UserError(f"{flag} must be at least 1, got {value}")
     for flag in ("--validation-share", "--max-bad-share", "--min-confidence"):
-        if not 0 <= (value := getattr(args, _name(flag))) <= 1:
+        if (value := getattr(args, _name(flag))) is not None and not 0 <= value <= 1:
             raise UserError(f"{flag} must be between 0 and 1, got {value}")
     has_names = language_flag not in ("--language", "--dataset")
     keys, last = args.json_keys or [], args.num_shards - 1
@@ -165,7 +133,11 @@ def _check(args: argparse.Namespace, language_flag: str) -> None:
         ),
         f"{language_flag} excludes --original-languages and --expanded-languages, which require --language-key, "
         "--spans-key or --detect-language": not has_names and (args.original_languages or args.expanded_languages),
-        "--undetected requires --detect-language": args.undetected != "expanded" and not args.detect_language,
+        "--undetected requires --detect-language": args.undetected and not args.detect_language,
+        "--min-confidence requires --detect-language or --audit": (
+            args.min_confidence is not None and not args.detect_language and not args.audit
+        ),
+        "--max-bad-share requires --on-error skip": args.max_bad_share is not None and args.on_error != "skip",
         "--audit and --detect-language are mutually exclusive: there are no stated languages to audit": (
             args.audit and args.detect_language
         ),

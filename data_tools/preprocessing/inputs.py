@@ -172,7 +172,7 @@ def find_files(names: list[str]) -> list[str]:
         elif files := sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path)):
             found += files
         elif glob.has_magic(name) and not os.path.lexists(name):
-            raise UserError(f"no file matches --input {name}")
+            raise UserError(f"no file matches --input {name}; check the pattern and the current folder")
         else:
             found.append(name)  # opening it reports what is wrong
     return found

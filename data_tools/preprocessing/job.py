@@ -203,12 +203,12 @@ class Job:
         self.state.file_bytes += batch.file_bytes
 
     def _check_result(self, writers: dict[str, CorpusWriter], max_bad_share: float) -> None:
-        """Raise `UserError` if too many lines are malformed or a corpus has no tokens. A shard may be empty."""
+        """Raise `UserError` if too many lines are malformed, or a corpus lacks tokens or a language."""
         tally = self.state.tally
         empty = [writer for writer in writers.values() if self.plan.needs_text and writer.num_tokens == 0]
         if len(empty) == len(writers):
             sources = [source.path for source in self.plan.sources]
-            raise UserError(f"{why_empty(sources, tally)}; nothing was written")
+            raise UserError(f"{why_empty(sources, tally, self.plan.tokenizer.record.model)}; nothing was written")
         if tally.num_skipped > max_bad_share * tally.num_read:
             raise UserError(
                 f"{tally.num_skipped:,} of {tally.num_read:,} lines are malformed, more than --max-bad-share "
@@ -218,6 +218,12 @@ class Job:
             raise UserError(
                 f"{empty[0].prefix} would contain no text, so nothing was written; check --json-keys and "
                 "--validation-share"
+            )
+        found = {language for corpus in tally.corpora.values() for language in corpus.languages}
+        if missing := self.plan.needed_languages - found:
+            raise UserError(
+                f"no document has the language {', '.join(sorted(missing))} of --original-languages; found: "
+                f"{', '.join(sorted(found))}; correct the name or remove it; nothing was written"
             )
 
     def _manifest(self, name: str, writer: CorpusWriter) -> Manifest:

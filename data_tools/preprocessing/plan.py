@@ -60,6 +60,8 @@ class Plan:
         settings: everything that determines the output's bytes, by flag.
         notes: messages for the user.
         needs_text: whether a corpus without tokens is an error; a shard may be empty.
+        needed_languages: original languages that must occur: after a typo, their documents would be tagged expanded,
+            unless all expanded languages are named. A shard may lack some.
 
     Raises:
         UserError: An input or the tokenizer can't be used, or the output already exists.
@@ -114,6 +116,8 @@ class Plan:
                 self.notes.append(f"tokenizing with {reference.name}, not gigatoken: {reason}")
         self.settings = _settings(arguments, self.sources, self.tokenizer)
         self.needs_text = arguments.num_shards == 1
+        is_certain = arguments.expanded_languages or not self.needs_text
+        self.needed_languages = Bits.from_names(None if is_certain else arguments.original_languages, None).original
 
     @property
     def skipped_path(self) -> Path:
@@ -144,7 +148,8 @@ def _read_registry(registry: Path, names: list[str], folder: Path) -> list[Datas
     try:
         entries = json.loads(registry.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"can't read the registry {registry} ({error}); pass a JSON file as --dataset-info") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"can't read the registry {registry} ({reason}); pass a JSON file as --dataset-info") from None
     if not isinstance(entries, dict):
         raise UserError(f"the registry {registry} must contain a JSON object of datasets")
     if len(set(names)) < len(names):

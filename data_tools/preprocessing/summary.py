@@ -74,10 +74,15 @@ class Tally:
             self.audit.setdefault(stated, Counter()).update(detected)
 
 
-def why_empty(sources: list[str], tally: Tally) -> str:
+def why_empty(sources: list[str], tally: Tally, tokenizer_model: str) -> str:
     """Return why the input gives no tokens."""
     label = ", ".join(sources[:5]) + (f" and {len(sources) - 5:,} more" if len(sources) > 5 else "")
     documents = sum(sum(corpus.sources.values()) for corpus in tally.corpora.values())
+    if any(count.bytes for corpus in tally.corpora.values() for count in corpus.languages.values()):
+        return (
+            f"--tokenizer-model {tokenizer_model} produced no tokens for any of the {documents:,} documents of {label}"
+            "; check that this tokenizer covers their language"
+        )
     if tally.num_skipped:
         first = tally.problems[0]
         return f"{label} contains no usable document, {tally.num_skipped:,} lines were skipped (first: {first})"

@@ -230,7 +230,8 @@ def choose_backend(
     except ImportError:
         reason = "it is not installed (pip install 'moelpr[fast-tokenizer]')"
     except Exception as error:  # gigatoken's own, of many kinds
-        reason = f"it does not support this tokenizer ({' '.join(str(error).split())[:150]})"
+        message, _, _ = str(error).partition("Location:")  # in its source
+        reason = f"it does not support this tokenizer ({' '.join(message.split())[:150]})"
     if is_required:
         raise UserError(f"--tokenizer-backend gigatoken is unavailable: {reason}; remove the flag")
     return reference, reason

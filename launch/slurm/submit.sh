@@ -148,6 +148,9 @@ while [[ $# -gt 0 && $1 != @* ]]; do
 done
 [[ -n $run ]] || fail "--run DIR is required: the folder for data, checkpoints and logs"
 [[ $# -gt 0 ]] || fail "no step given; pass at least one, for example @convert -- --hf-path DIR --num-new-experts 5"
+for word in "$@"; do
+    if [[ $word == @* ]]; then is_done "${word#@}" || true; fi # an unknown step is an error
+done
 command -v sbatch >/dev/null || fail "sbatch is not installed; run this on a login node of the cluster"
 mkdir -p "$run/slurm"
 name=$(basename "$run")

@@ -106,9 +106,10 @@ class _HuggingFaceTokenizer:
                 model, local_files_only=True, use_fast=True, trust_remote_code=False
             )
         except Exception as error:  # transformers may raise any exception on a malformed file
+            hint = "; hub names are not downloaded: run hf download NAME --local-dir DIR first"
             raise UserError(
-                f"can't load a tokenizer from {model}; "
-                "--tokenizer-model must be a folder with tokenizer.json and tokenizer_config.json"
+                f"can't load a tokenizer from {model}; --tokenizer-model must be a folder with tokenizer.json and "
+                f"tokenizer_config.json{'' if Path(model).exists() else hint}"
             ) from error
         self._tokenizer = tokenizer
         self._include_special_tokens = include_special_tokens

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moelpr.errors import UserError, run_command
+from moelpr.errors import CommandParser, UserError, run_command
 
 if TYPE_CHECKING:
     from moelpr.evaluate.results import Results
@@ -70,11 +70,10 @@ def measure_harness(args: argparse.Namespace) -> "Results":
     return HarnessResults(models, benchmarks, languages, args.original_languages, scores, settings)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def make_parser() -> CommandParser:
+    parser = CommandParser(
         prog="python -m moelpr.evaluate",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="`text` is the default command. `python -m moelpr.evaluate COMMAND --help` lists a command's options.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
@@ -85,12 +84,11 @@ def make_parser() -> argparse.ArgumentParser:
         description="Bits per byte (lower is better), perplexity and next-token accuracy per model and language, with "
         "95% confidence intervals, and the changes from the first model.",
     )
-    text.add_argument("--seed", type=int, default=1, help="random seed for bootstrap resampling (default: %(default)s)")
-    text.add_argument(
-        "--continuations", type=at_least(0), default=0, metavar="TOKENS",
+    text.add_argument("--seed", type=int, default=1, metavar="N",
+        help="random seed of the bootstrap (default: %(default)s)")  # fmt: skip
+    text.add_argument("--continuations", type=at_least(0), default=0, metavar="TOKENS",
         help="also continue the first words of a document per language, greedily, by up to TOKENS tokens (default: "
-        "%(default)s, none; Hugging Face directories only)",
-    )  # fmt: skip
+        "%(default)s, none; Hugging Face directories only)")  # fmt: skip
 
     routing = commands.add_parser(
         "routing",
@@ -102,11 +100,10 @@ def make_parser() -> argparse.ArgumentParser:
         "`python -m moelpr.evaluate`, nothing is measured twice.",
     )
     routing.set_defaults(continuations=0)
-    routing.add_argument(
-        "--threshold", type=fraction, default=0.5, metavar="FRACTION",
+    routing.add_argument("--threshold", type=fraction, default=0.5, metavar="FRACTION",
         help="a layer breaks the prior if more than this fraction of a language's first choices is wrong (original "
-        "languages: a new expert; expanded languages: an original one); at least 0, below 1 (default: %(default)s)",
-    )  # fmt: skip
+        "languages: a new expert; expanded languages: an original one); at least 0, below 1 "
+        "(default: %(default)s)")  # fmt: skip
 
     harness = commands.add_parser(
         "harness",
@@ -117,65 +114,51 @@ def make_parser() -> argparse.ArgumentParser:
         "sets come from the Hugging Face hub, or offline (HF_HUB_OFFLINE=1) from its cache or from your own tasks.",
     )
     add = harness.add_argument
-    add("--languages", type=languages, required=True, metavar="en,el,...", help="codes as in the table of tasks")
-    add(
-        "--original-languages", type=languages, required=True, metavar="en,...",
-        help="all other --languages are expanded languages",
-    )  # fmt: skip
-    add(
-        "--tasks", type=Path, metavar="FILE",
-        help="YAML table of benchmarks, shots and tasks (default: moelpr/evaluate/paper_tasks.yaml)",
-    )  # fmt: skip
+    add("--languages", type=languages, required=True, metavar="en,el,...",
+        help="language codes, as in moelpr/evaluate/paper_tasks.yaml")  # fmt: skip
+    add("--original-languages", type=languages, required=True, metavar="en,...",
+        help="all other --languages are expanded languages")  # fmt: skip
+    add("--tasks", type=Path, metavar="FILE",
+        help="YAML table of benchmarks, shots and tasks (default: moelpr/evaluate/paper_tasks.yaml)")  # fmt: skip
     add("--include-path", type=Path, metavar="DIR", help="folder with your own task files")
-    add("--limit", type=at_least(1), metavar="N", help="questions per task (default: all)")
-    add("--batch-size", type=at_least(1), default=8, metavar="N", help="questions per batch (default: %(default)s)")
+    add("--limit", type=at_least(1), metavar="N", help="examples per task (default: all)")
+    add("--batch-size", type=at_least(1), default=8, metavar="N", help="examples per batch (default: %(default)s)")
     harness.set_defaults(measure=measure_harness)
     return parser
 
 
-def text_arguments() -> argparse.ArgumentParser:
+def text_arguments() -> CommandParser:
     """What `text` and `routing` accept."""
     models = "Hugging Face directory or Megatron checkpoint folder; repeat for several; the first is the reference"
-    parser = argparse.ArgumentParser(add_help=False, parents=[common_arguments(models)])
+    parser = CommandParser(add_help=False, parents=[common_arguments(models)])
     add = parser.add_argument
-    add(
-        "--data", action="append", required=True, metavar="LANG=FILE",
-        help="held-out text of a language as JSON lines; repeat for several",
-    )  # fmt: skip
-    add(
-        "--original-languages", type=languages, default=[], metavar="en,es,...",
-        help="languages of --data that the base supports; all others are expanded languages (default: unknown)",
-    )  # fmt: skip
+    add("--data", action="append", required=True, metavar="LANG=FILE",
+        help="held-out text of a language as JSON lines; repeat for several")  # fmt: skip
+    add("--original-languages", type=languages, default=[], metavar="en,es,...",
+        help="languages of --data that the base supports; all others are expanded languages "
+        "(default: unknown)")  # fmt: skip
     add("--json-key", default="text", metavar="KEY", help="key of the text (default: %(default)s)")
     add("--max-documents", type=at_least(1), metavar="N", help="documents per language (default: all)")
-    add(
-        "--sequence-length", type=at_least(1), metavar="N",
-        help="window in tokens (default: 512, or the models' maximum if that is less)",
-    )  # fmt: skip
-    add(
-        "--context", type=int, metavar="N",
-        help="overlap between consecutive windows of a document, in tokens (default: a quarter of the window)",
-    )  # fmt: skip
+    add("--sequence-length", type=at_least(1), metavar="N",
+        help="window in tokens (default: 512, or the models' maximum if that is less)")  # fmt: skip
+    add("--context", type=int, metavar="N",
+        help="overlap between consecutive windows of a document, in tokens (default: a quarter of "
+        "the window)")  # fmt: skip
     add("--batch-size", type=at_least(1), metavar="N", help="full windows per batch (default: what fits in memory)")
     parser.set_defaults(measure=measure_text)
     return parser
 
 
-def common_arguments(models: str) -> argparse.ArgumentParser:
+def common_arguments(models: str) -> CommandParser:
     """What all commands accept; `models` describes --model."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = CommandParser(add_help=False)
     add = parser.add_argument
     add("--model", action="append", required=True, metavar="[NAME=]DIR", help=models)
     add("--device", default="auto", help="cpu, cuda, cuda:N or auto: a GPU if any (default: auto)")
-    add(
-        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-        help="auto: float32 on a CPU, the model's own on a GPU (default: %(default)s)",
-    )  # fmt: skip
-    add(
-        "--output", type=Path, metavar="DIR",
-        help="folder for the results as JSON, Markdown, HTML and SVG; rerun the command to resume",
-    )  # fmt: skip
-    add("--debug", action="store_true", help="show tracebacks")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+        help="auto: float32 on a CPU, the model's own on a GPU (default: %(default)s)")  # fmt: skip
+    add("--output", type=Path, metavar="DIR",
+        help="folder for the results as JSON, Markdown, HTML and SVG; rerun the command to resume")  # fmt: skip
     return parser
 
 
@@ -204,16 +187,17 @@ def check_languages(original: list[str], languages: Collection[str], flag: str) 
 
 
 def named_paths(items: list[str], flag: str) -> dict[str, Path]:
-    """NAME=PATH arguments by name; the name of a bare --model path is that of its last folder."""
+    """NAME=DIR or LANG=FILE arguments by name; the name of a bare --model path is that of its last folder."""
+    form, example = ("NAME=DIR", "base") if flag == "--model" else ("LANG=FILE", "en")
     named: dict[str, Path] = {}
     for item in items:
         name, separator, path = item.partition("=")
         if not separator and flag == "--model":
             name, path = Path(item).resolve().name, item
         if not name or not path:
-            raise UserError(f"{flag} expects NAME=PATH, got {item}")
+            raise UserError(f"{flag} must be {form}, such as {example}={item.strip('=')}, got {item}")
         if name in named:
-            raise UserError(f"{flag} has {name} twice ({named[name]} and {path}); give each its own name as NAME=PATH")
+            raise UserError(f"{flag} has {name} twice ({named[name]} and {path}); give each its own name as {form}")
         named[name] = Path(path)
     return named
 

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moelpr.errors import UserError, run_command
+from moelpr.errors import CommandParser, UserError, run_command
 from moelpr.families.families import layer_list, read_base, with_new_experts
 from moelpr.layouts import neighbors
 from moelpr.plan.candidates import GIB, Candidate, Cluster, bubble, fitting
@@ -113,7 +113,7 @@ def _rank_as_json(rank: RankMemory) -> dict[str, int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m moelpr.plan",
         description=(__doc__ or "").splitlines()[0],
     )
@@ -143,7 +143,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--rows", type=count, default=20, metavar="ROWS", help="number of layouts to list (default: %(default)s)")
     add("--all", action="store_true", help="list all layouts that fit")
     add("--json", action="store_true", help="print JSON with all layouts that fit, in bytes and per pipeline stage")
-    add("--debug", action="store_true", help="show tracebacks of errors")
     return parser
 
 

@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from moelpr.errors import UserError, run_command
+from moelpr.errors import CommandParser, UserError, run_command
 
 
 def main() -> None:
@@ -43,14 +43,13 @@ def follow_run(args: argparse.Namespace) -> None:
 
 
 def report_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m moelpr.report [runs]",
         description="Write report.html, report.md and report.json of one or several runs, running or finished.",
         epilog="To follow a run on a terminal: python -m moelpr.report live RUN (see live --help).",
     )
-    parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="run folder (--save of the trainer), in the order of training"
-    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
+        help="run folder (--save of the trainer), in the order of training")  # fmt: skip
     for flag, text in (
         ("--evaluation", "JSON files of `python -m moelpr.evaluate`: results with intervals and routing, per language"),
         ("--verification", "outputs of `checkpoint_convert/verify.py --json`"),
@@ -58,25 +57,22 @@ def report_parser() -> argparse.ArgumentParser:
         parser.add_argument(flag, nargs="+", type=Path, default=[], metavar="FILE", help=text)
     for flag, text in (
         ("--claims", "YAML file of claims to judge by the evaluation (see examples/demo-claims.yaml)"),
-        ("--facts", "YAML or JSON file of other facts to show: title -> name -> value"),
+        ("--facts", "other facts to show: YAML or JSON mapping of title to {name: value}"),
     ):
         parser.add_argument(flag, type=Path, metavar="FILE", help=text)
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write to (default: the last RUN)")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
 
 def live_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m moelpr.report live",
         description="Follow a run until it is finished. Ctrl-C leaves; the run continues.",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder (--save of the trainer)")
-    parser.add_argument(
-        "--interval", type=float, default=2.0, metavar="SECONDS", help="refresh interval in seconds (default: 2)"
-    )
+    parser.add_argument("--interval", type=float, default=2.0, metavar="SECONDS",
+        help="refresh interval in seconds (default: 2)")  # fmt: skip
     parser.add_argument("--once", action="store_true", help="show the current state and exit")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
 

@@ -95,7 +95,7 @@ def read_run(folder: Path) -> Run:
     """Raises UserError if the folder has no metrics.jsonl, or a damaged one."""
     metrics_file = folder / METRICS_FILE
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; pass the folder of a run, which --save named")
+        raise UserError(f"there is no folder {folder}; pass a run folder (the --save folder of training)")
     if not metrics_file.exists():
         runs = " ".join(sorted(str(path.parent) for path in folder.glob(f"*/{METRICS_FILE}")))
         if runs:
@@ -305,6 +305,10 @@ class Claims:
     def read(cls, path: Path) -> "Claims":
         """Raises UserError for an incomplete claim and for a field that does not exist."""
         content = read_mapping(path, "claims")
+        if unknown := [str(key) for key in content if key not in cls.__dataclass_fields__]:
+            raise UserError(
+                f"--claims {path}: unknown key {', '.join(unknown)}; expected a file like examples/demo-claims.yaml"
+            )
         expected = (
             f"claims with name, claim, languages ({' or '.join(GROUPS)}), one of {', '.join(_MEASURES)} with its "
             "models, and one of at_least, at_most"

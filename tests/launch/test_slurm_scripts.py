@@ -120,7 +120,7 @@ def test_a_second_call_submits_only_steps_that_are_neither_done_nor_active(calls
     [
         ([], ["--run DIR"]),
         (["--run", "RUN"], ["no step", "@convert"]),
-        (["--run", "RUN", "@stage3"], ["@stage3", "@expanded, @review,"]),
+        (["--run", "RUN", "@convert", "@stage3"], ["@stage3", "@expanded, @review,"]),
         (["--run", "RUN", "@stage1"], ["@stage1", "@convert", "RUN"]),
         (["--run", "RUN", "@expanded", "--shards", "many", "--"], ["--shards", "integer", "many"]),
     ],
@@ -131,6 +131,7 @@ def test_a_wrong_chain_is_a_single_error(calls: Calls, tmp_path: Path, arguments
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith("submit.sh: error: ")
     assert all(text.replace("RUN", run) in done.stderr for text in expected), done.stderr
+    assert calls.made == []
     assert calls.made == []
 
 

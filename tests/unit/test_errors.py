@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.errors import UserError, run_command
+from moelpr.errors import CommandParser, UserError, run_command
 
 
 def fail_with(error: BaseException):  # noqa: ANN201
@@ -34,6 +34,27 @@ def test_expected_failures_are_one_line(error, code: int, message: str, capsys) 
     shown = capsys.readouterr().err
     assert message in shown
     assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", ["--size 1", "child --size x"])
+def test_a_wrong_command_line_is_reported_in_one_line_like_any_other_error(words: str, monkeypatch, capsys) -> None:  # noqa: ANN001
+    parser = CommandParser(description="a\nb")
+    parser.add_subparsers(required=True).add_parser("child").add_argument("--size", type=int, required=True)
+    monkeypatch.setattr("sys.argv", ["tools/tool.py", *words.split()])
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: parser.parse_args() and None)
+    shown = capsys.readouterr().err
+    assert (stop.value.code, shown.count("\n")) == (2, 1)
+    assert shown.startswith("tool.py: error: ") and shown.endswith("; see --help\n")
+    assert parser.parse_args(["child", "--size", "1", "--debug"]).debug
+
+
+def test_help_marks_required_flags_and_keeps_the_lines_of_the_description() -> None:
+    parser = CommandParser(description="a\nb")
+    parser.add_argument("--size", required=True, help="number")
+    parser.add_argument("--other", help="number")
+    for shown in (parser.format_help(), parser.format_help()):
+        assert "a\nb\n" in shown and shown.count("number (required)\n") == 1 == shown.count("(required)")
 
 
 def test_bugs_keep_their_traceback() -> None:

@@ -74,6 +74,11 @@ def test_invalid_arguments_exit_with_one_message_and_code_2(
             ("--hf-path", qwen2, "--save", "x", "--num-new-experts", 1, "--moe-layers", "a"),
             "layer numbers",
         ),
+        (
+            importer.main,
+            ("--hf-path", qwen2, "--save", "x", "--num-new-experts", 1, "--reinitialize", 2),
+            "--reinitialise must be between 0 and 1",
+        ),
         (exporter.main, ("--load", tmp_path / "none", "--save", tmp_path / "out"), "none"),
         (exporter.main, ("--load", upcycled, "--save", tmp_path / "out", "--max-shard-size", "big"), "5GB"),
         (verify.main, (tmp_path / "none", qwen2), "none"),

@@ -23,7 +23,7 @@ def test_pickled_weights_are_rejected(source: Path, tmp_path: Path) -> None:
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
     assert_import_fails(source, tmp_path, "source .*pickled.*safetensors")
     (source / "pytorch_model.bin").unlink()
-    assert_import_fails(source, tmp_path, "source .*model.safetensors")
+    assert_import_fails(source, tmp_path, "source contains no weights: .*model.safetensors.*; download them")
 
 
 def test_truncated_weights_are_rejected(source: Path, tmp_path: Path) -> None:

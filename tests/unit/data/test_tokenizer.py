@@ -48,3 +48,10 @@ def test_sentencepiece_fingerprint_ignores_settings_of_training(train_sentencepi
 def test_tokenizer_that_cannot_be_loaded_is_reported(kind: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--tokenizer-(model|type) must be"):
         load_tokenizer(kind, str(tmp_path / "missing"))
+
+
+def test_a_hub_name_is_answered_with_the_command_that_downloads_it(tmp_path: Path) -> None:
+    for model, has_hint in (("nobody/nothing", True), (str(tmp_path), False)):
+        with pytest.raises(UserError) as error:
+            load_tokenizer("HuggingFaceTokenizer", model)
+        assert ("run hf download NAME --local-dir DIR first" in str(error.value)) == has_hint

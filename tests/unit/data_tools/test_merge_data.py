@@ -63,6 +63,8 @@ def test_unmergeable_corpora_are_reported_and_leave_nothing(tmp_path: Path) -> N
             merge(tmp_path / "out", *inputs)
     with pytest.raises(UserError, match="small.bin.*--overwrite"):
         merge(small, large)
+    with pytest.raises(UserError, match="gone.bin and .*gone.idx"):
+        merge(small, tmp_path / "gone")
     with pytest.raises(UserError, match="--output-prefix .*small is one of"):
         merge(small, small, flags=("--overwrite",))
     assert not list(tmp_path.glob("out*"))

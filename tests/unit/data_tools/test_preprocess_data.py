@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 from megatron.core.tokenizers import MegatronTokenizer
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from data_tools import merge_data, preprocess_data
 from data_tools.corpus import Corpus
@@ -130,7 +133,7 @@ def test_each_token_has_its_documents_bit(
     unigram_tokenizer: Path, corpus_lines: Callable, preprocess: Callable, capsys: pytest.CaptureFixture
 ) -> None:
     lines = corpus_lines()
-    prefix = preprocess(unigram_tokenizer, "--input", lines, *KEY, "--original-languages", "en,es,zh,fr")
+    prefix = preprocess(unigram_tokenizer, "--input", lines, *KEY, "--expanded-languages", "el,hu,fr")
     for key in ("text", "title"):
         corpus = Corpus(f"{prefix}_{key}_document")
         corpus.bits.verify()
@@ -215,6 +218,28 @@ def test_useless_corpus_is_rejected(
     with pytest.raises(UserError, match=message):
         preprocess(sp_tokenizer, "--input", tmp_path / "a.jsonl", *ONE, *flags)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_tokenizer_without_tokens_for_any_text_is_named(tmp_path: Path, write_lines, preprocess) -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=RustTokenizer(BPE()))
+    tokenizer.save_pretrained(tmp_path / "tok")
+    lines = write_lines("a.jsonl", [{"text": "β"}, {"text": "γ"}, {"text": ""}])
+    with pytest.raises(
+        UserError, match=r"--tokenizer-model \S*tok .* 3 documents of \S*a\.jsonl; .*nothing was written"
+    ):
+        preprocess(tmp_path / "tok", "--input", lines, "--language", "original")
+
+
+def test_an_original_language_without_documents_is_rejected_except_in_a_shard(
+    hf_tokenizer: Path, write_lines, preprocess, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    lines = write_lines("a.jsonl", [{"text": "a", "lang": "en"}, {"text": "b", "lang": "el"}])
+    flags = ("--input", lines, "--language-key", "lang", "--original-languages", "english,en")
+    with pytest.raises(UserError, match="english of --original-languages; found: el, en;"):
+        preprocess(hf_tokenizer, *flags)
+    assert list((tmp_path / "out").iterdir()) == []
+    preprocess(hf_tokenizer, *flags, "--num-shards", "2", "--shard", "0")
+    assert "note: no document is tagged english" in capsys.readouterr().out
 
 
 def test_white_space_is_text_and_empty_documents_are_kept(tokenizer: Path, write_lines, preprocess) -> None:
@@ -307,7 +332,7 @@ def test_wrong_files_are_reported_before_any_work(
     for folder in (broken, tmp_path / "none"):
         with pytest.raises(UserError, match=rf"{folder.name}.*--tokenizer-model .*tokenizer\.json"):
             preprocess(folder, "--input", lines, *ONE)
-    with pytest.raises(UserError, match=r"output folder \S*a\.jsonl"):
+    with pytest.raises(UserError, match=r"output folder \S*a\.jsonl \("):
         preprocess(sp_tokenizer, "--input", lines, *ONE, out="a.jsonl/a")
 
 

@@ -134,7 +134,7 @@ def test_documents_of_both_groups_keep_their_bits(tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize(
     "words, message",
     [
-        ([], "--original-documents, --original-tokens, --expanded-documents"),
+        ([], "at least one of --original-documents, --original-tokens, --expanded-documents"),
         (["--expanded-documents", "0"], "--expanded-documents must be at least 1"),
         (["--expanded-documents", "1", "--seed", "-1"], "--seed must be at least 0"),
         (["--expanded-documents", "1", "--output-prefix", "en"], "--output-prefix en is one of"),

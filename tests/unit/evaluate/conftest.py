@@ -109,16 +109,13 @@ def evaluate(monkeypatch) -> Callable[..., None]:
 
 
 @pytest.fixture
-def rejected(evaluate, capsys) -> Callable[..., str]:
+def rejected(evaluate) -> Callable[..., str]:
     """Run the command with arguments that it must reject with exit code 2; returns the error message."""
 
     def run(*arguments: object) -> str:
-        with pytest.raises((UserError, SystemExit)) as error:
+        with pytest.raises(UserError) as error:
             evaluate(*arguments)
-        if isinstance(error.value, UserError):
-            assert "\n" not in str(error.value)
-            return str(error.value)
-        assert error.value.code == 2
-        return capsys.readouterr().err.splitlines()[-1]
+        assert "\n" not in str(error.value)
+        return str(error.value)
 
     return run

@@ -106,8 +106,9 @@ def test_bad_arguments_are_rejected_with_the_flag_to_correct(rejected, tmp_path,
     model = ("--model", dense_dir)
     (tmp_path / "there.json").write_text("{}")
     for arguments, expected in [
-        ((*model, "--model", dense_dir, *data), ("--model", "dense", "NAME=PATH")),
-        ((*model, "--data", "en.jsonl"), ("--data", "NAME=PATH")),
+        ((*model, "--model", dense_dir, *data), ("--model", "dense", "NAME=DIR")),
+        ((*model, "--data", "a.jsonl"), ("--data", "LANG=FILE", "such as en=a.jsonl,")),
+        (("--model", "=a", *data), ("--model", "NAME=DIR", "such as base=a,")),
         ((*model, "--data", f"en={tmp_path}/gone.jsonl"), ("gone.jsonl",)),
         ((*model, *data, "--original-languages", "en,fr"), ("--original-languages fr", "--data")),
         ((*model, *data, "--max-documents", 0), ("--max-documents", "at least 1")),

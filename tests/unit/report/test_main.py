@@ -65,7 +65,6 @@ def test_folder_of_runs_is_answered_with_a_command(
 
 
 @pytest.mark.parametrize("arguments", [("live",), (), ("run", "--evaluation")])
-def test_missing_argument_exits_with_code_2(monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]) -> None:
-    with pytest.raises(SystemExit) as exit_:
+def test_missing_argument_is_an_error(monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match="RUN|FILE|argument"):
         call(monkeypatch, *arguments)
-    assert exit_.value.code == 2

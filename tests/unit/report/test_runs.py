@@ -105,7 +105,6 @@ def test_judgment_says_what_was_found(results: Results) -> None:
 @pytest.mark.parametrize(
     "content",
     [
-        "surprise: 1",
         "claims: [{name: a, claim: b, languages: expanded, change: [x, y]}]",  # no bound
         "claims: [{name: a, claim: b, languages: expanded, change: [x], at_most: 0}]",
         "claims: [{name: a, claim: b, languages: klingon, change: [x, y], at_most: 0}]",
@@ -118,6 +117,13 @@ def test_incomplete_claims_are_rejected(tmp_path: Path, content: str) -> None:
     path = tmp_path / "claims.yaml"
     path.write_text(content)
     with pytest.raises(UserError, match=r"claims\.yaml .*at_least, at_most"):
+        Claims.read(path)
+
+
+def test_an_unknown_key_of_claims_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "results.yaml"
+    path.write_text("models: {}\n3: x")
+    with pytest.raises(UserError, match=r"--claims \S*results\.yaml: unknown key models, 3; .*demo-claims\.yaml"):
         Claims.read(path)
 
 
@@ -189,7 +195,7 @@ def test_folder_that_is_not_a_run_is_rejected(tmp_path: Path, content: str | Non
     with pytest.raises(UserError, match=r"metrics\.jsonl") as error:
         read_run(tmp_path)
     assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="nowhere"):
+    with pytest.raises(UserError, match="nowhere; pass a run folder .*--save"):
         read_run(tmp_path / "nowhere")
 
 

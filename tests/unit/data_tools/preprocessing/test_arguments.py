@@ -35,7 +35,9 @@ def parse(flags: str):  # noqa: ANN201
         ("--input a --language original --json-keys text text", "--json-keys text text"),
         ("--input a --language original --original-languages en", "--language excludes --original-languages"),
         ("--input a --language original --expanded-languages el", "--language excludes .*--expanded-languages"),
-        ("--input a --language original --undetected skip", "--undetected requires --detect-language"),
+        ("--input a --language original --undetected expanded", "--undetected requires --detect-language"),
+        ("--input a --language original --min-confidence 0.5", "--min-confidence requires --detect-language"),
+        ("--input a --language original --max-bad-share 0", "--max-bad-share requires --on-error skip"),
         ("--input a --language-key lang", "--language-key requires --original-languages"),
         ("--input a --detect-language", "--detect-language requires --original-languages"),
         ("--input a --detect-language --original-languages en --audit", "--audit and --detect-language"),
@@ -58,14 +60,10 @@ def test_contradicting_options_are_reported(flags: str, message: str) -> None:
         ("--language original", "--input --dataset"),
     ],
 )
-def test_exactly_one_input_and_one_language_source_are_required(
-    flags: str, options: str, capsys: pytest.CaptureFixture
-) -> None:
-    with pytest.raises(SystemExit) as exit:
+def test_exactly_one_input_and_one_language_source_are_required(flags: str, options: str) -> None:
+    with pytest.raises(UserError) as error:
         parse(flags)
-    assert exit.value.code == 2
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert all(option in message for option in options.split())
+    assert all(option in str(error.value) for option in options.split())
 
 
 def test_registry_and_its_folder_complete_each_other() -> None:

@@ -116,7 +116,7 @@ def test_names_folders_and_patterns_expand_in_order(tmp_path: Path, monkeypatch:
         "a[1].jsonl",
     ]
     assert find_files(["**/*.jsonl"]) == ["a[1].jsonl", "b/1.jsonl", "b/2.jsonl"]
-    with pytest.raises(UserError, match=r"no file matches --input nothing-\*"):
+    with pytest.raises(UserError, match=r"no file matches --input nothing-\*; check the pattern"):
         find_files(["nothing-*"])
 
 

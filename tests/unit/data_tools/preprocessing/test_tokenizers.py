@@ -75,6 +75,17 @@ def test_unsupported_tokenizer_falls_back_with_a_note(
         preprocess(unigram_tokenizer, "--input", lines, *flags, out="other/a")
 
 
+def test_the_place_in_gigatokens_source_is_left_out_of_the_reason(
+    jobs: dict[str, JobTokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: GigatokenBackend) -> None:
+        raise RuntimeError("an unknown\n   kind\n\nLocation:\n    src/bpe/mod.rs:88:24")
+
+    monkeypatch.setattr(GigatokenBackend, "_load", fail)
+    _, reason = choose_backend(jobs["hf"].backend, jobs["hf"].source, [], is_required=False)
+    assert reason == "it does not support this tokenizer (an unknown kind)"
+
+
 def differ_on(monkeypatch: pytest.MonkeyPatch, marked: str) -> None:
     """Make gigatoken encode one kind of text wrongly."""
     right = GigatokenBackend.encode

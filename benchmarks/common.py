@@ -58,11 +58,7 @@ def write_json(result: object, file: Path | None) -> None:
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], *names: str) -> None:
-    """Print rows as a table, the first column aligned left and the others right.
-
-    Args:
-        names: keys of the columns (default: all whose values are texts and numbers).
-    """
+    """Print the columns `names` of rows (default: all texts and numbers), the first aligned left, the others right."""
     from rich.console import Console
     from rich.table import Column, Table
 

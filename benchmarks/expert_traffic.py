@@ -40,9 +40,8 @@ ratio_step_time_stage1 ratio_step_time_stage2""".split()
 def main() -> None:
     parser = common.argument_parser(__doc__, new_experts=8, topk=2, hidden=256, ffn=512, rounds=7)
     parser.add_argument("--tokens", type=int, default=1024, help="tokens per rank")
-    parser.add_argument(
-        "--expert-parallel", type=int, nargs="+", default=[2, 4], metavar="EP", help="expert-parallel sizes, in ranks"
-    )
+    parser.add_argument("--expert-parallel", type=int, nargs="+", default=[2, 4], metavar="EP",
+                        help="expert-parallel sizes, in ranks")  # fmt: skip
     common.add_json(parser)
     args = parser.parse_args()
     results = [result for ep in args.expert_parallel for result in run_ranks(args, ep)]

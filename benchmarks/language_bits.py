@@ -86,7 +86,6 @@ def operations(tokens: int) -> dict[str, dict[str, Callable[[], Any]]]:
     lengths = np.diff([0, *range(DOCUMENT_TOKENS, tokens, DOCUMENT_TOKENS), tokens])
     starts = rng.integers(0, stop - lengths)
     edges = np.stack([starts, starts + lengths], axis=1).ravel().tolist()
-
     # Writing the same flags over themselves changes nothing, so every round does the same work.
     found: dict[str, dict[str, Callable[[], Any]]] = {
         name: {"numpy": partial(in_numpy, by_numpy, *arguments), "cpp": partial(in_cpp, packed, *arguments)}

@@ -94,7 +94,6 @@ def logging_of(stage: Any, model: torch.nn.Module, args: argparse.Namespace, fol
     )  # fmt: skip
     tracker = MetricsTracker()
     tracker.watch([model])
-
     run_log = RunLog(stage, EarlyWarnings(stage, Thresholds(), lpr_loss_is_on=stage == "stage2"))
     step_log = StepLog(run_log, tracker)
     steps = iter(range(1, 10**6))

@@ -22,19 +22,14 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 def main() -> None:
     parser = argument_parser(__doc__, rounds=5)
     parser.add_argument("--seq-length", type=int, nargs="+", default=[512, 4096], help="sequence lengths, in tokens")
-    parser.add_argument(
-        "--document-tokens", type=int, nargs="+", default=[100, 1000], help="mean document lengths, in tokens"
-    )
+    parser.add_argument("--document-tokens", type=int, nargs="+", default=[100, 1000],
+                        help="mean document lengths, in tokens")  # fmt: skip
     parser.add_argument("--heads", type=int, default=8, help="number of attention heads of size 64")
     parser.add_argument("--micro-batch-size", type=int, default=2, help="sequences per call")
     args = parser.parse_args()
     install_megatron()
-    rows = [
-        measure((length, args.micro_batch_size, args.heads, 64), mean, args.rounds)
-        for length in args.seq_length
-        for mean in args.document_tokens
-    ]
-    print_table(rows)
+    shapes = [(length, args.micro_batch_size, args.heads, 64) for length in args.seq_length]
+    print_table([measure(shape, mean, args.rounds) for shape in shapes for mean in args.document_tokens])
 
 
 def measure(shape: tuple[int, int, int, int], mean: int, rounds: int) -> dict[str, float]:

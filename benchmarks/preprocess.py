@@ -68,10 +68,8 @@ def main() -> None:
 def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Make missing corpora, and measure all contenders."""
     tokenizer, texts = demo(work, args.cache)
-    corpus, large = (
-        repeated(texts, work / f"{megabytes}.jsonl", megabytes)
-        for megabytes in (args.megabytes, args.megabytes * args.large)
-    )
+    sizes = (args.megabytes, args.megabytes * args.large)
+    corpus, large = (repeated(texts, work / f"{size}.jsonl", size) for size in sizes)
     out = work / "out"
 
     def ours(file: Path, backend: str) -> list[str]:

@@ -25,9 +25,8 @@ def main() -> None:
     parser.add_argument("--data-path", metavar="PREFIX", help="prefix of a corpus (default: random corpora)")
     parser.add_argument("--vocab-size", type=int, help="vocabulary size of the corpus, in tokens")
     parser.add_argument("--seq-length", type=int, nargs="+", default=[512, 4096], help="tokens per sample")
-    parser.add_argument(
-        "--document-tokens", type=int, nargs="+", default=[100, 1000], help="mean tokens per random document"
-    )
+    parser.add_argument("--document-tokens", type=int, nargs="+", default=[100, 1000],
+                        help="mean tokens per random document")  # fmt: skip
     parser.add_argument("--samples", type=int, default=100, help="samples per round")
     args = parser.parse_args()
     if args.data_path and not args.vocab_size:

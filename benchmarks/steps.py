@@ -8,12 +8,9 @@ import itertools
 from typing import Any
 
 import torch
+from megatron.core import num_microbatches_calculator
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.num_microbatches_calculator import (
-    destroy_num_microbatches_calculator,
-    init_num_microbatches_calculator,
-)
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
@@ -61,8 +58,7 @@ def random_batch(spec: ModelSpec, sequences: int) -> dict[str, Tensor]:
 class MegatronStep:
     """Steps of `model`, whose trainable parameters are chosen already, on one micro-batch.
 
-    Args:
-        batch: the tensors a dataset returns (moelpr.data.batch), each [batch, sequence].
+    `batch` are the tensors that a dataset returns (moelpr.data.batch), each [batch, sequence].
     """
 
     def __init__(self, model: GPTModel, batch: dict[str, Tensor]) -> None:
@@ -94,8 +90,8 @@ class MegatronStep:
     def forward_backward(self) -> list[dict[str, Tensor]]:
         """Losses of the step; gradients are then in the parameters' main_grad."""
         size, length = self.batch["tokens"].shape
-        destroy_num_microbatches_calculator()
-        init_num_microbatches_calculator(0, None, size, size, 1)
+        num_microbatches_calculator.destroy_num_microbatches_calculator()
+        num_microbatches_calculator.init_num_microbatches_calculator(0, None, size, size, 1)
         return self.schedule(
             forward_step_func=forward_step, data_iterator=itertools.repeat(self.batch), model=[self.wrapped],
             num_microbatches=1, seq_length=length, micro_batch_size=size, forward_only=False,
@@ -112,8 +108,7 @@ def our_step(spec: ModelSpec, stage: MoeStage, batch: dict[str, Tensor]) -> Mega
 
 def plain_step(spec: ModelSpec, batch: dict[str, Tensor]) -> MegatronStep:
     """Plain Megatron MoE, everything trained, with the balance loss."""
-    model = plain_megatron.build(spec, moe_aux_loss_coeff=_balance_coeff(spec), **_SETTINGS)
-    return MegatronStep(model, batch)
+    return MegatronStep(plain_megatron.build(spec, moe_aux_loss_coeff=_balance_coeff(spec), **_SETTINGS), batch)
 
 
 def _balance_coeff(spec: ModelSpec) -> float:

@@ -26,17 +26,11 @@ def take_turns[Work](
     measure: Callable[[Work], tuple[float, float]] = timed_s,  # type: ignore[assignment]
     warmup: int = 1,
 ) -> tuple[Times, Times]:
-    """Measure every contender once per round, in an order that alternates.
+    """Wall times and CPU times of every contender, measured once per round, in an order that alternates.
 
-    Args:
-        measure: returns the (wall time, CPU time) of a contender in seconds.
-        warmup: unmeasured rounds before the others.
-
-    Returns:
-        Wall times and CPU times.
+    `measure` returns the (wall time, CPU time) of a contender in seconds; `warmup` unmeasured rounds come first.
     """
-    wall: Times = {name: [] for name in contenders}
-    cpu: Times = {name: [] for name in contenders}
+    wall, cpu = ({name: [] for name in contenders} for _ in range(2))
     for number in range(-warmup, rounds):
         for name in list(contenders)[:: -1 if number % 2 else 1]:
             wall_s, cpu_s = measure(contenders[name])

@@ -31,13 +31,9 @@ def counted_traffic() -> Iterator[Traffic]:
     traffic, all_to_all = Traffic(), torch.distributed.all_to_all_single
 
     def counting(
-        output: Tensor,
-        input: Tensor,
-        output_split_sizes: list[int] | None = None,
-        input_split_sizes: list[int] | None = None,
-        group: Any = None,
-        **kwargs: Any,
-    ) -> Any:
+        output: Tensor, input: Tensor, output_split_sizes: list[int] | None = None,
+        input_split_sizes: list[int] | None = None, group: Any = None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
         own, ranks = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
         sent = bytes_to_others(input, input_split_sizes, own, ranks)
         received = bytes_to_others(output, output_split_sizes, own, ranks)

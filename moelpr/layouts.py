@@ -185,11 +185,8 @@ def _expert_problems(layout: Layout, moe: MoeSpec, shape: Mapping[str, Any], tor
 
 def _tensor_problems(tp: int, shape: Mapping[str, Any]) -> Iterator[str]:
     heads, groups = shape["num_attention_heads"], shape["num_query_groups"]
-    counts = {
-        "attention heads": heads,
-        "FFN rows": shape["ffn_hidden_size"],
-        "query, key and value rows": shape["kv_channels"] * (heads + 2 * groups),
-    }
+    qkv_rows = shape["kv_channels"] * (heads + 2 * groups)
+    counts = {"attention heads": heads, "FFN rows": shape["ffn_hidden_size"], "query, key and value rows": qkv_rows}
 
     def indivisible(size: int) -> list[str]:
         wrong = [f"{count} {name}" for name, count in counts.items() if count % size]

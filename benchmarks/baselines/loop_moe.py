@@ -44,13 +44,9 @@ def build(spec: ModelSpec) -> Qwen2ForCausalLM:
     args, moe = spec.megatron_args, spec.moe
     assert moe is not None and len(moe.layers) == args["num_layers"]
     config = Qwen2Config(
-        **explicit_shape(spec),
-        vocab_size=args["vocab_size"],
-        rope_parameters=rope_parameters(spec),
-        tie_word_embeddings=not args["untie_embeddings_and_output_weights"],
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
+        **explicit_shape(spec), vocab_size=args["vocab_size"], rope_parameters=rope_parameters(spec), use_cache=False,
+        tie_word_embeddings=not args["untie_embeddings_and_output_weights"], attn_implementation="sdpa",
+    )  # fmt: skip
     model = Qwen2ForCausalLM(config)
     for layer in model.model.layers:
         layer.mlp = LoopMoE(config, moe.num_experts, moe.topk)
@@ -77,8 +73,7 @@ def loss(
         gamma: weight of the LPR loss, the mean over layers and original-language tokens of -log score of expert 0.
     """
     logits = model(tokens_BS).logits.float()
-    next_token = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels_BS.flatten())
-    total = next_token
+    total = next_token = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels_BS.flatten())
     is_original_T = is_original_BS.flatten()
     layers = [layer.mlp for layer in model.model.layers]
     if alpha:

@@ -85,15 +85,9 @@ class Parser(argparse.ArgumentParser):
     def parse_tolerantly(
         self, argv: list[str], into: argparse.Namespace | None = None, where: str = ""
     ) -> tuple[argparse.Namespace, list[str]]:
-        """Parse what is valid, and report the rest.
+        """Parse what is valid, and report the rest: returns the settings, and one message per invalid argument.
 
-        Args:
-            argv: command-line arguments.
-            into: settings to start from; not modified.
-            where: prefix of the messages that names the source, such as "in recipe.yaml, ".
-
-        Returns:
-            The settings, and one message per invalid argument.
+        Starts from a copy of `into`. `where` is a prefix of the messages that names the source: "in recipe.yaml, ".
         """
         problems: list[str] = []
         while True:

@@ -18,15 +18,10 @@ from moelpr.model_spec import ModelSpec
 
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ModelSpec]:
-    """Parse and check the command line, and register it with Megatron.
+    """Parse and check the command line, and register it with Megatron; returns its arguments and the model's spec.
 
-    All settings are checked before anything is built or a process group is created.
-
-    Args:
-        argv: command-line arguments without the program's name.
-
-    Returns:
-        Megatron's arguments, and the spec of the model to train.
+    All settings are checked before anything is built or a process group is created. `argv` is without the program's
+    name.
 
     Raises:
         UserError: settings are invalid, contradict each other or would be ignored; the message names all of them.

@@ -33,23 +33,13 @@ _DEFAULTS = (
 # Megatron settings that would change the method or be ignored by our layer, with the only value that works. Some of
 # Megatron's defaults differ: only explicit arguments are checked (checks/model.py).
 FIXED_FOR_MOE: dict[str, Any] = {
-    "moe_token_dispatcher_type": "alltoall",
-    "moe_router_load_balancing_type": "aux_loss",
-    "moe_router_score_function": "softmax",
-    "moe_router_pre_softmax": False,
-    "moe_router_topk_scaling_factor": None,
-    "moe_expert_capacity_factor": None,
-    "moe_shared_expert_intermediate_size": None,
-    "moe_router_enable_expert_bias": False,
-    "moe_router_num_groups": None,
-    "moe_router_force_load_balancing": False,
-    "moe_router_force_biased": None,
-    "moe_latent_size": None,
-    "cuda_graph_impl": "none",
-    "overlap_moe_expert_parallel_comm": False,
-    "fp8": None,
-    "fp4": None,
-}
+    "moe_token_dispatcher_type": "alltoall", "moe_router_load_balancing_type": "aux_loss",
+    "moe_router_score_function": "softmax", "moe_router_pre_softmax": False, "moe_router_topk_scaling_factor": None,
+    "moe_expert_capacity_factor": None, "moe_shared_expert_intermediate_size": None,
+    "moe_router_enable_expert_bias": False, "moe_router_num_groups": None, "moe_router_force_load_balancing": False,
+    "moe_router_force_biased": None, "moe_latent_size": None, "cuda_graph_impl": "none",
+    "overlap_moe_expert_parallel_comm": False, "fp8": None, "fp4": None,
+}  # fmt: skip
 
 
 @dataclass
@@ -270,8 +260,7 @@ def apply_machine(args: argparse.Namespace) -> None:
     args.gradient_accumulation_fusion = args.gradient_accumulation_fusion and has_apex
     if args.transformer_impl == "local":
         args.no_persist_layer_norm = True
-        args.apply_rope_fusion = False
-        args.masked_softmax_fusion = False
+        args.apply_rope_fusion = args.masked_softmax_fusion = False
 
 
 def is_installed(module: str) -> bool:
@@ -294,9 +283,8 @@ def apply_method(args: argparse.Namespace, spec: ModelSpec) -> None:
         args.sequence_parallel = True
     for name, value in FIXED_FOR_MOE.items():
         setattr(args, name, value)
-    is_stage1 = args.stage == "stage1"
     if args.balance_loss_coeff is None:
-        args.balance_loss_coeff = 0.01 if is_stage1 else 0.0
+        args.balance_loss_coeff = 0.01 if args.stage == "stage1" else 0.0
     args.lpr_loss_coeff = lpr_loss_coeff(args)
     args.moe_aux_loss_coeff = megatron_balance_coeff(args.balance_loss_coeff, spec.moe.topk, len(spec.moe.layers))
     args.moe_router_dtype = args.moe_router_dtype or "fp32"

@@ -113,10 +113,7 @@ def _rank_as_json(rank: RankMemory) -> dict[str, int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(
-        prog="python -m moelpr.plan",
-        description=(__doc__ or "").splitlines()[0],
-    )
+    parser = CommandParser(prog="python -m moelpr.plan", description=(__doc__ or "").splitlines()[0])
     count, gib, gib_or_0 = _at_least(1, int), _at_least(0.001, float), _at_least(0, float)
     add = parser.add_argument
     add("--hf-path", type=Path, required=True, metavar="DIR", help="directory with the model's config.json (required)")

@@ -12,8 +12,6 @@ from moelpr.plan.memory import WEIGHT_BYTES, Parts, RankMemory, Routing, Workloa
 from moelpr.stages import Part
 
 GIB = 1 << 30
-# Errors suggest clusters of up to this many nodes.
-_MOST_NODES = 64
 _GATE_WEIGHT_BYTES = 4
 
 
@@ -89,9 +87,7 @@ def legal_layouts(spec: ModelSpec, workload: Workload, cluster: Cluster) -> Iter
     Pipeline stages have equally many layers; context parallelism and virtual stages are not planned.
     """
     assert spec.moe is not None
-    for tp in divisors(cluster.gpus):
-        if leaves_node(tp, cluster.gpus, cluster.gpus_per_node):
-            continue
+    for tp in (tp for tp in divisors(cluster.gpus) if not leaves_node(tp, cluster.gpus, cluster.gpus_per_node)):
         for pp in divisors(cluster.gpus // tp):
             for ep, etp in itertools.product(divisors(spec.moe.num_new_experts), sorted({1, tp})):
                 layout = PlannedLayout(tp, pp, ep, etp, dp=cluster.gpus // (tp * pp))
@@ -163,15 +159,9 @@ def preference(layout: PlannedLayout, time: float, gpus_per_node: int, traffic_b
     parallelism, because a pipeline stage sends one tensor where tensor parallelism exchanges one per layer; the fewest
     bytes of expert traffic; the least time.
     """
-    return (
-        round(20 * time),
-        leaves_node(layout.ep * layout.etp, layout.world_size, gpus_per_node),
-        layout.tp * layout.pp,
-        layout.tp,
-        traffic_bytes,
-        layout.ep * layout.etp,
-        time,
-    )
+    expert_ranks = layout.ep * layout.etp
+    leaves = leaves_node(expert_ranks, layout.world_size, gpus_per_node)
+    return round(20 * time), leaves, layout.tp * layout.pp, layout.tp, traffic_bytes, expert_ranks, time
 
 
 def _candidates(spec: ModelSpec, workload: Workload, cluster: Cluster) -> Iterator[Candidate]:
@@ -210,8 +200,8 @@ def _too_little_memory(spec: ModelSpec, workload: Workload, cluster: Cluster, fo
 
 
 def _other_sizes(cluster: Cluster) -> tuple[list[Cluster], list[Cluster]]:
-    """Smaller and larger clusters, nearest first: part of a node, and full nodes."""
+    """Smaller and larger clusters, nearest first: part of a node, and up to 64 full nodes."""
     node = cluster.gpus_per_node
-    sizes = [replace(cluster, gpus=gpus) for gpus in [*range(1, node), *range(node, _MOST_NODES * node + 1, node)]]
+    sizes = [replace(cluster, gpus=gpus) for gpus in [*range(1, node), *range(node, 64 * node + 1, node)]]
     smaller = [size for size in reversed(sizes) if size.gpus < cluster.gpus]
     return smaller, [size for size in sizes if size.gpus > cluster.gpus]

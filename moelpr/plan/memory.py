@@ -160,13 +160,8 @@ def held_on_stage(spec: ModelSpec, parts: Parts, layout: PlannedLayout, pp_rank:
     vocab_size = spec.megatron_args["vocab_size"]
     held: dict[Part, int] = {}
     for (layer, part), numel in parts.items():
-        if layer is not None:
-            is_here = layer in layers
-        elif part is Part.EMBEDDING:
-            is_here = is_first or (is_last and is_tied)
-        else:
-            is_here = is_last
-        if not is_here:
+        is_on_this_end = is_first or (is_last and is_tied) if part is Part.EMBEDDING else is_last
+        if not (is_on_this_end if layer is None else layer in layers):
             continue
         if part in (Part.EMBEDDING, Part.OUTPUT_LAYER):
             numel = numel // vocab_size * padded_vocabulary(vocab_size, layout.tp)
@@ -177,13 +172,9 @@ def held_on_stage(spec: ModelSpec, parts: Parts, layout: PlannedLayout, pp_rank:
 
 def divisor(part: Part, layout: PlannedLayout) -> int:
     """Number of ranks of a pipeline stage over which the tensors of a part are divided."""
-    special = {
-        Part.ORIGINAL_EXPERTS: layout.etp,  # every expert-parallel rank has a copy
-        Part.NEW_EXPERTS: layout.ep * layout.etp,
-        Part.ROUTER: 1,
-        Part.NORM: 1,
-    }
-    return special.get(part, layout.tp)
+    # Every expert-parallel rank has a copy of the original experts.
+    experts = {Part.ORIGINAL_EXPERTS: layout.etp, Part.NEW_EXPERTS: layout.ep * layout.etp}
+    return (experts | {Part.ROUTER: 1, Part.NORM: 1}).get(part, layout.tp)
 
 
 def _layers_of_stage(spec: ModelSpec, layout: PlannedLayout, pp_rank: int) -> range:

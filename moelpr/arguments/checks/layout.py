@@ -66,17 +66,12 @@ def check_ranges(run: RunSettings) -> Iterable[str]:
 
 def check_layout(run: RunSettings) -> Iterable[str]:
     """The rules of moelpr.layouts."""
+    args, spec = run.args, run.spec if run.is_moe or run.spec is None else run.spec.as_dense()
     yield from layout_problems(
-        run.layout,
-        run.world_size,
-        run.spec if run.is_moe or run.spec is None else run.spec.as_dense(),
-        seq_length=run.args.seq_length,
-        micro_batch_size=run.args.micro_batch_size,
-        global_batch_size=run.args.global_batch_size,
-        sequence_parallel=run.args.sequence_parallel,
-        even_pipeline=not _is_uneven(run),
-        torch_grouped_gemm=not cpu.is_needed() and not run.args.moe_grouped_gemm,
-    )
+        run.layout, run.world_size, spec, args.seq_length, args.micro_batch_size, args.global_batch_size,
+        sequence_parallel=args.sequence_parallel, even_pipeline=not _is_uneven(run),
+        torch_grouped_gemm=not cpu.is_needed() and not args.moe_grouped_gemm,
+    )  # fmt: skip
 
 
 def check_virtual_stages(run: RunSettings) -> Iterable[str]:

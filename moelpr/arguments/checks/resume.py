@@ -90,11 +90,10 @@ def checkpoint_bytes(args: argparse.Namespace, spec: ModelSpec) -> int:
     # The distributed optimizer saves a copy of fp32 weights too.
     master = MASTER_BYTES["bf16" if args.use_distributed_optimizer else dtype]
     state = 0 if args.no_save_optim else master + MOMENT_BYTES
-    total = 0
-    for (_, part), numel in model_parts(spec).items():
-        is_saved = part in trained or not args.save_trained_only
-        total += numel * (WEIGHT_BYTES[dtype] * is_saved + state * (part in trained))
-    return total
+    return sum(
+        numel * (WEIGHT_BYTES[dtype] * (part in trained or not args.save_trained_only) + state * (part in trained))
+        for (_, part), numel in model_parts(spec).items()
+    )
 
 
 def format_bytes(number: float) -> str:
@@ -131,8 +130,7 @@ def check_resumed_model(run: RunSettings) -> Iterable[str]:
     except UserError:
         return  # moved or deleted since, and no longer needed
     there, here = ({"family": spec.family} | shape_of(spec) for spec in (other, run.spec))
-    names = [name for name in there | here if there.get(name) != here.get(name)]
-    if names:
+    if names := [name for name in there | here if there.get(name) != here.get(name)]:
         differences = "; ".join(f"{name} {there.get(name)} there, {here.get(name)} in the run" for name in names)
         yield (
             f"{run.checkpoint} is a run of another model than --pretrained-checkpoint {start} ({differences}); change "

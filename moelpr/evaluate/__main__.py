@@ -77,42 +77,33 @@ def make_parser() -> CommandParser:
         epilog="`text` is the default command. `python -m moelpr.evaluate COMMAND --help` lists a command's options.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    text = commands.add_parser(
-        "text",
-        parents=[text_arguments()],
-        help="bits per byte on held-out text (default)",
+    text = commands.add_parser("text", parents=[text_arguments()], help="bits per byte on held-out text (default)",
         description="Bits per byte (lower is better), perplexity and next-token accuracy per model and language, with "
-        "95% confidence intervals, and the changes from the first model.",
-    )
+        "95% confidence intervals, and the changes from the first model.")  # fmt: skip
     text.add_argument("--seed", type=int, default=1, metavar="N",
         help="random seed of the bootstrap (default: %(default)s)")  # fmt: skip
     text.add_argument("--continuations", type=at_least(0), default=0, metavar="TOKENS",
         help="also continue the first words of a document per language, greedily, by up to TOKENS tokens (default: "
         "%(default)s, none; Hugging Face directories only)")  # fmt: skip
 
-    routing = commands.add_parser(
-        "routing",
-        parents=[text_arguments()],
-        help="where each language's tokens go",
+    routing = commands.add_parser("routing", parents=[text_arguments()], help="where each language's tokens go",
         description="Routing of MoE models per layer, expert and language, from their forward pass on held-out text: "
         "first choices, mean scores, entropy, load imbalance, and how often an original expert is among the top K. "
         "With --original-languages, the layers that break the language prior are listed. In the output folder of "
-        "`python -m moelpr.evaluate`, nothing is measured twice.",
-    )
+        "`python -m moelpr.evaluate`, nothing is measured twice.")  # fmt: skip
     routing.set_defaults(continuations=0)
     routing.add_argument("--threshold", type=fraction, default=0.5, metavar="FRACTION",
         help="a layer breaks the prior if more than this fraction of a language's first choices is wrong (original "
         "languages: a new expert; expanded languages: an original one); at least 0, below 1 "
         "(default: %(default)s)")  # fmt: skip
 
-    harness = commands.add_parser(
-        "harness",
-        parents=[common_arguments("Hugging Face directory; repeat for several; the first is the reference")],
+    models = "Hugging Face directory; repeat for several; the first is the reference"
+    harness = commands.add_parser("harness", parents=[common_arguments(models)],
         help="the paper's benchmarks, by lm-evaluation-harness",
         description="Run lm-evaluation-harness with the paper's tasks (ARC, MMLU, HellaSwag, Belebele, FLORES) and "
         "shot counts, and average original and expanded languages as in its Table 1. Requires the extra `eval`. Data "
         "sets come from the Hugging Face hub, or offline (HF_HUB_OFFLINE=1) from its cache or from your own tasks.",
-    )
+    )  # fmt: skip
     add = harness.add_argument
     add("--languages", type=languages, required=True, metavar="en,el,...",
         help="language codes, as in moelpr/evaluate/paper_tasks.yaml")  # fmt: skip

@@ -64,7 +64,6 @@ def compare_models(
     Args:
         models: name -> directory.
         documents: language -> texts.
-        settings: windows and batches.
         continuation_tokens: length of the continuations of a prompt per language, in tokens; 0: none.
         device, dtype: see `moelpr.evaluate.models.load_model`.
         cache: where results are kept, and those of an earlier run are read.
@@ -118,8 +117,7 @@ def compare_models(
 def choose_prompt(documents: Sequence[str]) -> tuple[str, str]:
     """The first words of the first document whose line continues for as long again, or else of the longest one.
 
-    Returns:
-        These words, and the rest of the line as reference.
+    Returns these words, and the rest of the line as reference.
     """
     best = ("", "")
     for document in documents:
@@ -143,11 +141,9 @@ def continue_prompt(loaded: LoadedModel, prompt: str, max_new_tokens: int) -> st
     """
     from transformers import GenerationConfig
 
+    pad_id = loaded.eos_id if loaded.eos_id is not None else loaded.start_id
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=loaded.eos_id,
-        pad_token_id=loaded.eos_id if loaded.eos_id is not None else loaded.start_id,
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=loaded.eos_id, pad_token_id=pad_id
     )
     ids = [loaded.start_id, *loaded.tokenizer(prompt, add_special_tokens=False)["input_ids"]]
     inputs = torch.tensor([ids], device=loaded.device)

@@ -58,8 +58,7 @@ class Benchmark:
 def read_benchmarks(path: Path, languages: Sequence[str]) -> list[Benchmark]:
     """Read a table of tasks (see paper_tasks.yaml), keeping only `languages` and benchmarks that have one of them.
 
-    Raises:
-        UserError: the file is not such a table, or nothing is left.
+    Raises UserError if the file is not such a table, or nothing is left.
     """
     table, benchmarks = read_mapping(path, "table of tasks"), []
     try:
@@ -230,12 +229,13 @@ class HarnessResults(Results):
         return findings
 
     def tables(self) -> dict[str, Table]:
-        tables = {
+        groups = {
             f"{group.capitalize()} languages": self._group_table(group) for group in GROUPS if self._groups[group]
         }
-        for bench in self._benchmarks:
-            tables[f"{bench.name}, {bench.num_fewshot} shots, {bench.metric}"] = self._language_table(bench)
-        return tables
+        return groups | {
+            f"{bench.name}, {bench.num_fewshot} shots, {bench.metric}": self._language_table(bench)
+            for bench in self._benchmarks
+        }
 
     def _group_table(self, group: str) -> Table:
         rows = []
@@ -243,12 +243,9 @@ class HarnessResults(Results):
             cells = ["\u2013" if mean is None else f"{mean:.2f}" for mean in self.means(model, group)]
             rows.append([model, *cells, self._change(model, group)])
         header = [f"{benchmark.name} ({benchmark.num_fewshot})" for benchmark in self._benchmarks]
-        return Table(
-            ["model", *header, "average", f"against {self._reference}"],
-            rows,
-            f"Means over {', '.join(map(language_name, self._groups[group]))}, as far as a benchmark has them; in "
-            "parentheses: shots.",
-        )
+        names = ", ".join(map(language_name, self._groups[group]))
+        note = f"Means over {names}, as far as a benchmark has them; in parentheses: shots."
+        return Table(["model", *header, "average", f"against {self._reference}"], rows, note)
 
     def _language_table(self, benchmark: Benchmark) -> Table:
         rows = [

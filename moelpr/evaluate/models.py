@@ -24,32 +24,21 @@ from moelpr.run_folder import HF_FOLDER, read_json
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A causal language model in evaluation mode, with its tokenizer.
-
-    Attributes:
-        model: a transformers PreTrainedModel with a language-model head, or Megatron's GPTModel with our MoE layers.
-        tokenizer: a transformers PreTrainedTokenizerBase.
-        start_id: the token that precedes every document: BOS, or EOS if the tokenizer has no BOS.
-        vocab_size: number of token embeddings.
-        logits: tokens [batch, sequence] -> logits [batch, sequence, vocabulary] of one forward pass. Padding must be on
-            the right.
-        routers: the router of each MoE layer, by decoder layer number (from 0); empty for a dense model.
-        router_logits: (router, inputs, output) of a forward hook -> logits [T, experts]; T: over batch, then sequence.
-        num_original_experts: m; 1 for a dense model.
-        topk: K; 1 for a dense model.
-    """
+    """A causal language model in evaluation mode, with its tokenizer."""
 
     directory: Path
-    model: Any
-    tokenizer: Any
-    start_id: int
+    model: Any  # a transformers PreTrainedModel with a language-model head, or Megatron's GPTModel with our MoE layers
+    tokenizer: Any  # a transformers PreTrainedTokenizerBase
+    start_id: int  # the token that precedes every document: BOS, or EOS if the tokenizer has no BOS
     eos_id: int | None
-    vocab_size: int
+    vocab_size: int  # number of token embeddings
+    # Tokens [batch, sequence] -> logits [batch, sequence, vocabulary] of one forward pass. Pad on the right.
     logits: Callable[[Tensor], Tensor]
-    routers: dict[int, nn.Module]
+    routers: dict[int, nn.Module]  # of each MoE layer, by decoder layer number (from 0); empty for a dense model
+    # (router, inputs, output) of a forward hook -> logits [T, experts]; T: over batch, then sequence.
     router_logits: Callable[[Any, Any, Any], Tensor]
-    num_original_experts: int
-    topk: int
+    num_original_experts: int  # m; 1 for a dense model
+    topk: int  # K; 1 for a dense model
 
     @property
     def device(self) -> torch.device:
@@ -201,11 +190,7 @@ def load_model(directory: Path, device: str = "auto", dtype: str = "auto") -> Lo
 
 
 def read_max_positions(directory: Path) -> int | None:
-    """The longest input of the model in `directory`, in tokens; None if its configuration has no limit.
-
-    Raises:
-        UserError: `directory` is not a model.
-    """
+    """The model's longest input in tokens; None for no limit. Raises UserError if `directory` is not a model."""
     if is_megatron(directory):
         return ModelSpec.read(directory).megatron_args["max_position_embeddings"]
     _check_directory(directory)
@@ -216,11 +201,7 @@ def read_max_positions(directory: Path) -> int | None:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that --device names; "auto" is a GPU if there is one.
-
-    Raises:
-        UserError: the name is not a device, or there is no such GPU.
-    """
+    """The device that --device names; "auto" is a GPU if any. Raises UserError if there is no such device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -106,13 +106,10 @@ class Results(ABC):
             content = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
             temporary.write_text(content + "\n", encoding="utf-8")
         findings: list[page.Block] = [page.Points(self.findings())] if self.findings() else []
-        sections = [page.Section(title, [table]) for title, table in self.tables().items()]
-        sections = [
-            page.Section("", [*findings, *self.figures()]),
-            *sections,
-            page.Section("Continuations", self.samples()),
-        ]
-        page.write_page(folder, self.name, page.Page(self.title, sections=sections))
+        tables = [page.Section(title, [table]) for title, table in self.tables().items()]
+        overview = page.Section("", [*findings, *self.figures()])
+        continuations = page.Section("Continuations", self.samples())
+        page.write_page(folder, self.name, page.Page(self.title, sections=[overview, *tables, continuations]))
 
 
 class TextResults(Results):

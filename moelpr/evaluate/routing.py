@@ -56,11 +56,7 @@ class RoutingObserver:
 
     @contextmanager
     def observe(self, is_counted: Tensor) -> Iterator[None]:
-        """Count the forward pass inside the `with` block.
-
-        Args:
-            is_counted: bool, the shape of the input tokens [batch, sequence].
-        """
+        """Count the forward pass in the `with` block. `is_counted`: bool, shaped like the tokens [batch, sequence]."""
         weight_T = is_counted.flatten().float()
         self._tokens += int(is_counted.sum())
         with ExitStack() as hooks:
@@ -111,12 +107,9 @@ class BrokenPrior:
 def broken_priors(
     routing: Mapping[str, Routing], original: Collection[str], threshold: float = 0.5
 ) -> list[BrokenPrior]:
-    """Every layer and language with more than `threshold` of the first choices against the language prior.
+    """Every layer and language with more than `threshold` (a fraction) of the first choices against the language prior.
 
-    Args:
-        routing: language -> statistics.
-        original: the original languages; all others are expanded ones.
-        threshold: a fraction, at least 0 and below 1.
+    `routing`: language -> statistics. `original`: the original languages; all others are expanded ones.
     """
     broken = []
     for language, statistics in routing.items():

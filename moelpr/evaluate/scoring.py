@@ -47,11 +47,8 @@ class Settings:
     def resolve(self, max_positions: Mapping[str, int | None]) -> "Settings":
         """The same settings for all models, with only the batch size possibly None.
 
-        Args:
-            max_positions: model -> its longest input in tokens; None for no limit.
-
-        Raises:
-            UserError: a number is out of range.
+        `max_positions`: model -> its longest input in tokens; None for no limit. Raises UserError if a number is out of
+        range.
         """
         limits = [(limit, name) for name, limit in max_positions.items() if limit is not None]
         longest, narrowest = min(limits, default=(sys.maxsize, ""))
@@ -134,7 +131,6 @@ def score_each(
     """Score one language after another, and count an MoE's routing, in one forward pass over its documents.
 
     Args:
-        loaded: the model.
         documents: language -> texts.
         settings: resolved for all models.
         name: the model's name in progress output.

@@ -50,16 +50,14 @@ def report_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
         help="run folder (--save of the trainer), in the order of training")  # fmt: skip
-    for flag, text in (
-        ("--evaluation", "JSON files of `python -m moelpr.evaluate`: results with intervals and routing, per language"),
-        ("--verification", "outputs of `checkpoint_convert/verify.py --json`"),
-    ):
-        parser.add_argument(flag, nargs="+", type=Path, default=[], metavar="FILE", help=text)
-    for flag, text in (
-        ("--claims", "YAML file of claims to judge by the evaluation (see examples/demo-claims.yaml)"),
-        ("--facts", "other facts to show: YAML or JSON mapping of title to {name: value}"),
-    ):
-        parser.add_argument(flag, type=Path, metavar="FILE", help=text)
+    parser.add_argument("--evaluation", nargs="+", type=Path, default=[], metavar="FILE",
+        help="JSON files of `python -m moelpr.evaluate`: results with intervals and routing, per language")  # fmt: skip
+    parser.add_argument("--verification", nargs="+", type=Path, default=[], metavar="FILE",
+        help="outputs of `checkpoint_convert/verify.py --json`")  # fmt: skip
+    parser.add_argument("--claims", type=Path, metavar="FILE",
+        help="YAML file of claims to judge by the evaluation (see examples/demo-claims.yaml)")  # fmt: skip
+    parser.add_argument("--facts", type=Path, metavar="FILE",
+        help="other facts to show: YAML or JSON mapping of title to {name: value}")  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write to (default: the last RUN)")
     return parser
 

@@ -29,45 +29,29 @@ class Points:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A highlighted result.
+    """A highlighted result."""
 
-    Attributes:
-        finding: in bold.
-        details: continues the sentence of `finding`.
-        missed: one item per thing that failed.
-    """
-
-    finding: str
-    details: str = ""
-    missed: Sequence[str] = ()
+    finding: str  # in bold
+    details: str = ""  # continues the sentence of `finding`
+    missed: Sequence[str] = ()  # one item per thing that failed
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table.
-
-    Attributes:
-        below: small text under `text`.
-        change: relative change that tints the cell; negative is better.
-        ok: marks the cell as shown or not shown.
-    """
+    """A cell of a table."""
 
     text: str
-    below: str = ""
-    change: float | None = None
-    ok: bool | None = None
+    below: str = ""  # small text under `text`
+    change: float | None = None  # relative change that tints the cell; negative is better
+    ok: bool | None = None  # marks the cell as shown or not shown
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table, named by its first cell; a cell may have several lines.
-
-    Attributes:
-        kind: "group" is a heading above rows, "mean" a summary of the rows before it.
-    """
+    """A row of a table, named by its first cell; a cell may have several lines."""
 
     cells: Sequence[str | Cell | Sequence[Cell]]
-    kind: Literal["", "group", "mean"] = ""
+    kind: Literal["", "group", "mean"] = ""  # "group": a heading above rows; "mean": a summary of the rows before it
 
     @property
     def lines(self) -> list[list[Cell]]:
@@ -78,15 +62,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; a row of plain strings needs no Row.
-
-    Attributes:
-        text_columns: indices of columns that contain words, besides the first; the others are aligned to the right.
-    """
+    """A table; a row of plain strings needs no Row."""
 
     head: Sequence[str]
     rows: Sequence[Row | Sequence[str]]
     note: str = ""
+    # Indices of columns that contain words, besides the first; the others are aligned to the right.
     text_columns: Sequence[int] = ()
 
     @property
@@ -96,20 +77,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """Charts next to each other.
+    """Charts next to each other."""
 
-    Attributes:
-        svgs: complete SVG documents of `moelpr.report.plots`.
-        table: the same in numbers, for Markdown.
-        name: if given, the only chart is also written as NAME.svg, which Markdown shows.
-        is_grid: charts of equal width in columns.
-    """
-
-    svgs: Sequence[str]
+    svgs: Sequence[str]  # complete SVG documents of `moelpr.report.plots`
     caption: str = ""
-    table: Table | None = None
-    name: str = ""
-    is_grid: bool = False
+    table: Table | None = None  # the same in numbers, for Markdown
+    name: str = ""  # if given, the only chart is also written as NAME.svg, which Markdown shows
+    is_grid: bool = False  # charts of equal width in columns
 
 
 @dataclass(frozen=True)
@@ -168,11 +142,7 @@ class Page:
 
 
 def write_page(folder: Path, name: str, page: Page) -> Path:
-    """Write NAME.html, NAME.md and the figures that have a name into `folder`, replacing existing files.
-
-    Returns:
-        The path of the HTML file.
-    """
+    """Write NAME.html, NAME.md and the figures that have a name into `folder`; returns the path of the HTML file."""
     blocks = [block for section in page.sections for block in section.blocks]
     files = {f"{block.name}.svg": block.svgs[0] for block in blocks if isinstance(block, Figure) and block.name}
     for file, text in (files | {f"{name}.md": to_markdown(page), f"{name}.html": to_html(page)}).items():

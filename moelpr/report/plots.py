@@ -50,16 +50,11 @@ _styled = matplotlib.rc_context(_DEFAULTS | _STYLE)  # whatever the user's matpl
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a chart.
-
-    Attributes:
-        x: training steps, ascending.
-        y: one finite number per step.
-    """
+    """One line of a chart."""
 
     name: str
-    x: Sequence[float]
-    y: Sequence[float]
+    x: Sequence[float]  # training steps, ascending
+    y: Sequence[float]  # one finite number per step
 
 
 class Interval(NamedTuple):
@@ -86,34 +81,24 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Panel:
-    """One heat map.
-
-    Attributes:
-        columns: name -> one number per row; NaN leaves the cell empty.
-        rows: names of the rows.
-        outlined: (column, index of the row) of cells with a frame.
-        split_after: number of columns before a thick line; 0 for no line.
-        column_groups: title -> number of columns below it, from left to right.
-    """
+    """One heat map."""
 
     title: str
-    columns: Mapping[str, Sequence[float]]
-    rows: Sequence[str]
-    outlined: Collection[tuple[str, int]] = ()
-    split_after: int = 0
+    columns: Mapping[str, Sequence[float]]  # name -> one number per row; NaN leaves the cell empty
+    rows: Sequence[str]  # names of the rows
+    outlined: Collection[tuple[str, int]] = ()  # (column, index of the row) of cells with a frame
+    split_after: int = 0  # number of columns before a thick line; 0 for no line
+    # Title -> number of columns below it, from left to right.
     column_groups: Mapping[str, int] = field(default_factory=dict)
 
 
 @_styled
 def line_chart(title: str, curves: Sequence[Curve], *, as_percent: bool = False, smooth: bool = True) -> str:
-    """Curves over training steps.
+    """Curves over training steps as SVG; returns "" if no curve has two points.
 
     Args:
         as_percent: the numbers are fractions, shown as 0% to 100%.
         smooth: draw the running mean, and the steps themselves faintly. Without it, the numbers themselves.
-
-    Returns:
-        The SVG; "" if no curve has two points.
     """
     drawn = [(number, curve, *_thin(curve)) for number, curve in enumerate(curves) if len(curve.y) >= 2]
     if not drawn:

@@ -28,20 +28,13 @@ _SETTINGS = (
 
 @dataclass(frozen=True)
 class Report:
-    """Everything a report is made from; see `moelpr.report.runs`.
+    """Everything a report is made from; see `moelpr.report.runs`."""
 
-    Attributes:
-        runs: in the order in which they were made, such as stage 1 and stage 2.
-        evaluation: results of `python -m moelpr.evaluate`.
-        checks: name -> result of verify.py.
-        facts: title -> name -> value, shown with the settings.
-    """
-
-    runs: Sequence[Run]
-    evaluation: Results = field(default_factory=Results)
-    checks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    runs: Sequence[Run]  # in the order in which they were made, such as stage 1 and stage 2
+    evaluation: Results = field(default_factory=Results)  # of `python -m moelpr.evaluate`
+    checks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name -> result of verify.py
     claims: Claims = field(default_factory=Claims)
-    facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # title -> name -> value, after the settings
 
     def write(self, folder: Path) -> Path:
         """Write report.html, report.md and report.json into `folder`; returns the path of the HTML file."""

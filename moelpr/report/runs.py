@@ -125,26 +125,20 @@ def curve_of(records: Iterable[Mapping[str, Any]], key: str, name: str = "") -> 
 
 @dataclass
 class Results:
-    """Bits per byte of models, in the order in which they were made: from evaluations, or from validation passes.
+    """Bits per byte of models, in the order in which they were made: from evaluations, or from validation passes."""
 
-    Attributes:
-        groups: language -> "original" or "expanded"; "" if the evaluation did not name the original languages.
-        bits: model -> language, "mean original" or "mean expanded" -> bits per byte.
-        changes: the same, relative to the first model; missing ones follow from `bits`.
-        has_start: the first model is the start that changes are measured against.
-        per_token: languages whose number of bytes is unknown, so that `bits` are per token.
-        original_first_shares: model -> language -> fraction of original experts among first choices, per MoE layer.
-        layers: model -> numbers of its MoE layers.
-        continuations: language -> {"prompt", "reference", "by_model": model -> text}.
-    """
-
+    # Language -> "original" or "expanded"; "" if the evaluation did not name the original languages.
     groups: dict[str, str] = field(default_factory=dict)
+    # Model -> language, "mean original" or "mean expanded" -> bits per byte.
     bits: dict[str, dict[str, Interval]] = field(default_factory=dict)
+    # The same, relative to the first model; missing ones follow from `bits`.
     changes: dict[str, dict[str, Interval]] = field(default_factory=dict)
-    has_start: bool = True
-    per_token: set[str] = field(default_factory=set)
+    has_start: bool = True  # the first model is the start that changes are measured against
+    per_token: set[str] = field(default_factory=set)  # languages of unknown size in bytes: their `bits` are per token
+    # Model -> language -> fraction of original experts among first choices, per MoE layer.
     original_first_shares: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    layers: dict[str, list[int]] = field(default_factory=dict)
+    layers: dict[str, list[int]] = field(default_factory=dict)  # model -> numbers of its MoE layers
+    # Language -> {"prompt", "reference", "by_model": model -> text}.
     continuations: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -286,20 +280,14 @@ class Judgment:
 
 @dataclass
 class Claims:
-    """Claims about models, from a YAML file like examples/demo-claims.yaml.
+    """Claims about models, from a YAML file like examples/demo-claims.yaml."""
 
-    Attributes:
-        title: the report's title if every claim is shown.
-        note: a paragraph for the report.
-        claims: each with name, claim (a sentence), languages ("original" or "expanded"), one of `_MEASURES` with its
-            models, and at_least or at_most.
-        checks: name of a verification -> what it compares.
-    """
-
-    title: str = ""
-    note: str = ""
+    title: str = ""  # the report's title if every claim is shown
+    note: str = ""  # a paragraph for the report
+    # Each with name, claim (a sentence), languages ("original" or "expanded"), one of `_MEASURES` with its models, and
+    # at_least or at_most.
     claims: Sequence[Mapping[str, Any]] = ()
-    checks: dict[str, str] = field(default_factory=dict)
+    checks: dict[str, str] = field(default_factory=dict)  # name of a verification -> what it compares
 
     @classmethod
     def read(cls, path: Path) -> "Claims":
@@ -319,19 +307,15 @@ class Claims:
                 (measure,) = _MEASURES.keys() & claim.keys()
                 (bound,) = {"at_least", "at_most"} & claim.keys()
                 is_complete = claim["claim"] and claim["name"] and claim["languages"] in GROUPS
-                if (
-                    not is_complete
-                    or len(claim[measure]) != _MEASURES[measure][0]
-                    or not float(claim[bound]) < math.inf
-                ):
+                has_models = is_complete and len(claim[measure]) == _MEASURES[measure][0]
+                if not has_models or not float(claim[bound]) < math.inf:
                     raise ValueError(claim["name"])
         return claims
 
     def judge(self, results: Results, checks: Mapping[str, Mapping[str, Any]]) -> list[Judgment]:
         """Every claim for every language of its group, then every check. What was not measured is not shown.
 
-        Raises:
-            UserError: a claim is about a model or a group of languages without results.
+        Raises UserError if a claim is about a model or a group of languages without results.
         """
         judgments = [judgment for claim in self.claims for judgment in _judge(claim, results)]
         for name, meaning in self.checks.items():

@@ -58,12 +58,10 @@ class AdapterConfig:
         except (ValueError, TypeError) as error:
             raise UserError(f"{path} is damaged: {error}; copy it again") from error
         layers = content.get("layers_to_transform")
+        is_layer_list = isinstance(layers, list) and all(type(layer) is int for layer in layers)
         checks = {
             "peft_type": (content.get("peft_type") == "MOE", "'MOE' (an adapter of the published MoE-LPR code)"),
-            "layers_to_transform": (
-                isinstance(layers, list) and all(type(layer) is int for layer in layers),
-                "a list of layer numbers",
-            ),
+            "layers_to_transform": (is_layer_list, "a list of layer numbers"),
             "num_experts": (type(content.get("num_experts")) is int, "an integer"),
             # With topk 1 the published code does not renormalize the gate weight, which is another model.
             "topk": (type(content.get("topk")) is int and content["topk"] != 1, "an integer of at least 2"),
@@ -129,11 +127,7 @@ def adapter_to_mcore(
     """Combine an adapter and its dense model to a Megatron checkpoint; an interrupted conversion resumes.
 
     Args:
-        adapter: Adapter folder.
-        hf_path: Hugging Face directory of the dense model.
-        save: Checkpoint folder to write.
         dtype: Dtype of the checkpoint (float32, bfloat16, float16); None for the common one of adapter and model.
-        overwrite: Whether to replace an existing checkpoint.
 
     Raises:
         UserError: the input is invalid; `save` is then unchanged.
@@ -213,12 +207,9 @@ def mcore_to_adapter(
     """Export routers and new experts of a checkpoint as an adapter.
 
     Args:
-        load: Checkpoint folder.
-        save: Adapter folder to write.
         base_model: Name or path of the dense model, for adapter_config.json.
         iteration: Saved step to export; None for the latest.
         dtype: Dtype of the adapter; None for that of the model the checkpoint came from.
-        overwrite: Whether to replace an existing adapter.
 
     Raises:
         UserError: the input is invalid, or no adapter can express the model; `save` is then unchanged.
@@ -235,12 +226,8 @@ def mcore_to_adapter(
     source = MegatronReader(load, iteration)
     assert spec.moe is not None
     config = AdapterConfig(spec.moe.num_experts, spec.moe.topk, spec.moe.layers, base_model)
-    hf_names = {
-        name: hf_name
-        for piece in source.pieces
-        if piece.is_trained
-        for name, hf_name in zip(_trained_names(piece), piece.hf_names, strict=True)
-    }
+    trained = [piece for piece in source.pieces if piece.is_trained]
+    hf_names = dict(pair for piece in trained for pair in zip(_trained_names(piece), piece.hf_names, strict=True))
     tensors = [(name, source.shape(hf_name)) for name, hf_name in hf_names.items()]
     target_dtype: torch.dtype = getattr(torch, dtype or spec.dtype)
     num_bytes = target_dtype.itemsize * sum(math.prod(shape) for _, shape in tensors)

@@ -53,17 +53,11 @@ def mcore_to_hf(
     """Export a checkpoint as a Hugging Face model or a delta; an interrupted export resumes.
 
     Args:
-        load: Checkpoint folder.
-        save: Hugging Face directory to write.
         iteration: Saved step to export; None for the latest.
         dtype: Dtype of the export; None for that of the model the checkpoint came from.
         max_shard_bytes: Largest size of a safetensors file.
-        overwrite: Whether to replace an existing export.
         base_model: Name of the base for the model card; None for the recorded one.
         as_delta: Whether to omit what `apply_delta` takes from the base.
-
-    Returns:
-        The exported model.
 
     Raises:
         UserError: the input is invalid; `save` is then unchanged.
@@ -108,10 +102,8 @@ def whole_checkpoint(load: Path, save: Path, iteration: int | None = None, overw
     """Write the model of a checkpoint, whose steps may hold only what was trained, as a checkpoint that needs no base.
 
     Args:
-        load: Checkpoint folder of a run.
         save: Checkpoint folder to write; tensors keep their dtype.
         iteration: Saved step to read; None for the latest.
-        overwrite: Whether to replace an existing checkpoint.
 
     Raises:
         UserError: the input is invalid; `save` is then unchanged.
@@ -197,12 +189,8 @@ def _complete_delta(
 ) -> None:
     """Write delta_config.json and the model card beside a delta's weights; `config` is config.json of the export."""
     trained, dtype = HfReader(folder, DELTA_STEM), getattr(torch, facts.dtype)
-    in_base = {
-        name: origin
-        for piece in source.pieces
-        if not piece.is_trained
-        for name, origin in zip(piece.hf_names, piece.origin, strict=True)
-    }
+    frozen = [piece for piece in source.pieces if not piece.is_trained]
+    in_base = {name: origin for piece in frozen for name, origin in zip(piece.hf_names, piece.origin, strict=True)}
     tensors = []
     for name in tqdm(source.names, desc="checksums", unit=" tensors", leave=False, disable=None):
         shape = source.shape(name)
@@ -221,12 +209,6 @@ def _complete_delta(
 
 def apply_delta(base: Path, delta: Path, save: Path, overwrite: bool = False) -> DeltaConfig:
     """Combine a base and a delta to the export that the delta was made from; an interrupted call resumes.
-
-    Args:
-        base: Hugging Face directory of the base.
-        delta: Folder with delta_config.json.
-        save: Hugging Face directory to write.
-        overwrite: Whether to replace an existing model.
 
     Raises:
         UserError: the delta is damaged, or `base` is not its base; `save` is then unchanged.

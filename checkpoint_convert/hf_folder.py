@@ -84,10 +84,6 @@ def check_tokenizer(folder: Path, vocab_size: int) -> None:
 class HfReader:
     """The weights in a folder: names, shapes and dtypes from the files' headers, tensors on demand.
 
-    Args:
-        folder: Folder of safetensors files.
-        stem: Stem of their names.
-
     Attributes:
         names: Names of the tensors, file by file.
 
@@ -223,13 +219,11 @@ def write_weights(
     """Write safetensors shards and their index, one tensor at a time; shards of an interrupted call are kept.
 
     Args:
-        folder: Folder to write to.
         tensors: (name, shape) of all tensors, in the order in which they are written.
         dtype: Their dtype in the files.
         max_shard_bytes: Largest size of a shard; a larger tensor gets its own.
         read: Returns the tensor of a name, in any dtype.
         bar: Progress in bytes.
-        stem: Stem of the file names.
     """
     shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
     total_size = filled = 0

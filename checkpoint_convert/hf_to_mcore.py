@@ -14,7 +14,6 @@ from checkpoint_convert.outputs import add_output_options
 from checkpoint_convert.upcycling import Start, hf_to_mcore
 from moelpr.errors import CommandParser, UserError, run_command
 from moelpr.families.families import layer_list
-from moelpr.model_spec import ModelSpec
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -45,34 +44,18 @@ def _parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = _parse_arguments()
     start = Start(args.new_experts, args.expert_noise, args.reinitialise, args.seed)
-    if args.dense and (
-        args.moe_layers is not None
-        or args.moe_every_k_layers is not None
-        or args.topk
-        or start != Start(seed=args.seed)
-    ):
+    layers = args.moe_layers, args.moe_every_k_layers
+    if args.dense and (layers != (None, None) or args.topk or start != Start(seed=args.seed)):
         raise UserError("--dense adds no experts; remove --topk and the options for layers and new experts")
-    spec = hf_to_mcore(
-        args.hf_path,
-        args.save,
-        num_new_experts=args.num_new_experts,  # None with --dense
-        topk=args.topk,
-        moe_layers=args.moe_layers,
-        moe_every_k_layers=args.moe_every_k_layers,
-        start=start,
-        dtype=args.dtype,
-        overwrite=args.overwrite,
-    )
-    print(f"{args.save}: {spec.family}, {spec.dtype}, {_experts(spec)}")
-
-
-def _experts(spec: ModelSpec) -> str:
-    if spec.moe is None:
-        return "dense"
-    return (
-        f"{spec.moe.num_experts} experts ({spec.moe.num_original_experts} original + {spec.moe.num_new_experts} new), "
-        f"top-{spec.moe.topk}, in {len(spec.moe.layers)} of {spec.megatron_args['num_layers']} layers"
-    )
+    experts = args.num_new_experts, args.topk  # the first is None with --dense
+    spec = hf_to_mcore(args.hf_path, args.save, *experts, *layers, start, args.dtype, args.overwrite)
+    layout = "dense"
+    if (moe := spec.moe) is not None:
+        layout = (
+            f"{moe.num_experts} experts ({moe.num_original_experts} original + {moe.num_new_experts} new), "
+            f"top-{moe.topk}, in {len(moe.layers)} of {spec.megatron_args['num_layers']} layers"
+        )
+    print(f"{args.save}: {spec.family}, {spec.dtype}, {layout}")
 
 
 if __name__ == "__main__":

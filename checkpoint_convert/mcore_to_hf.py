@@ -37,16 +37,8 @@ def _size(text: str) -> int:
 
 def main() -> None:
     args = _parse_arguments()
-    spec = mcore_to_hf(
-        args.load,
-        args.save,
-        args.iteration,
-        args.dtype,
-        args.max_shard_size,
-        args.overwrite,
-        args.base_model,
-        args.delta,
-    )
+    settings = args.dtype, args.max_shard_size, args.overwrite, args.base_model, args.delta
+    spec = mcore_to_hf(args.load, args.save, args.iteration, *settings)
     family = family_named(spec.family)
     model = f"{family.architecture}, dense"
     if spec.moe is not None:

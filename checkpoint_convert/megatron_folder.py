@@ -29,7 +29,6 @@ class MegatronReader:
     checksum. Everything else in the checkpoint (optimizer, random state) is ignored.
 
     Args:
-        folder: Checkpoint folder.
         iteration: Saved step to read; None for the latest.
 
     Raises:
@@ -107,9 +106,7 @@ def write_checkpoint(
     """Write a release checkpoint and model_spec.json, or resume an interrupted one; one tensor is in memory at a time.
 
     Args:
-        folder: Checkpoint folder.
         plan: All pieces of the model.
-        spec: The model.
         read: Returns the Megatron tensors of the given pieces, in their order.
         bar: Progress in bytes.
     """

@@ -121,7 +121,6 @@ def read_history(checkpoint: Path, iteration: int | None = None) -> History:
     """The stages that trained the model in `checkpoint`, as far as their folders still exist under the same names.
 
     Args:
-        checkpoint: Checkpoint folder.
         iteration: Saved step; None for the latest.
     """
     spec = ModelSpec.read(checkpoint)
@@ -221,9 +220,7 @@ class CardFacts:
     """What an export's card is written from; unknown details are omitted.
 
     Attributes:
-        source: The checkpoint.
         architecture: Class of the export.
-        dtype: Dtype of the export.
         base_model: Name of the base, on the Hub (owner/name) or of its folder.
     """
 

@@ -67,12 +67,8 @@ def output_folder(
         parent = parent.parent
     if shutil.disk_usage(parent).free < num_bytes:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(save))
-    states = [
-        (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
-        for source in sources
-        for path in sorted(source.rglob("*"))
-        if path.is_file()
-    ]
+    files = [path for source in sources for path in sorted(source.rglob("*")) if path.is_file()]
+    states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     job = json.dumps({"files": states, **settings}, default=str)
     with (
         resumable_directory(save, job) as folder,

@@ -64,13 +64,11 @@ def hf_to_mcore(
 
     Args:
         hf_path: Hugging Face directory of a dense model or a stock MoE.
-        save: Checkpoint folder to write.
         num_new_experts: N; None for a dense checkpoint.
         topk: K; None for 2, or for the MoE's own.
         moe_layers: 0-based layers to upcycle; `moe_every_k_layers`: layers k, 2k, …; neither: all layers.
         start: How new experts and routers start; None for the paper's method.
         dtype: Dtype of the checkpoint (float32, bfloat16, float16); None for the model's.
-        overwrite: Whether to replace an existing checkpoint.
 
     Raises:
         UserError: the input is unsupported; `save` is then unchanged.
@@ -146,11 +144,6 @@ def _starting_tensors(source: HfReader, plan: list[Piece], spec: ModelSpec, star
             yield _changed(tensor, piece, spec, start) if is_new else tensor
 
 
-# In an MoE, a new expert's router row starts as expert 0's row plus this fraction of a random row, which decides which
-# of the equal experts a token goes to.
-_ROW_NOISE = 0.01
-
-
 def _router(source: HfReader, piece: Piece, spec: ModelSpec, seed: int) -> Tensor:
     """Router rows [experts, hidden]: xavier-normal for a dense FFN, as any routing then computes the same.
 
@@ -162,7 +155,8 @@ def _router(source: HfReader, piece: Piece, spec: ModelSpec, seed: int) -> Tenso
         return fresh
     assert spec.moe is not None
     rows = _read(source, piece.origin[0]).float()
-    return torch.cat([rows, rows[:1] + _ROW_NOISE * fresh[spec.moe.num_original_experts :]])
+    # Expert 0's row plus a small random row, which decides which of the equal experts a token goes to.
+    return torch.cat([rows, rows[:1] + 0.01 * fresh[spec.moe.num_original_experts :]])
 
 
 def _read(source: HfReader, name: str) -> Tensor:

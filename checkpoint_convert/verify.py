@@ -45,24 +45,19 @@ def _parse_arguments() -> argparse.Namespace:
         help="tokens per sequence, at most a model's context (default: %(default)s)")  # fmt: skip
     parser.add_argument("--all", action="store_true", help=f"list all different tensors, not only {SHOWN_ROWS}")
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of tables")
-    return parser.parse_args()
-
-
-def _check_arguments(args: argparse.Namespace) -> None:
+    args = parser.parse_args()
     for flag, least in (("tolerance", 0), ("logit_tolerance", 0), ("num_tokens", 1), ("sequence_length", 1)):
         value = getattr(args, flag)
         if not value >= least:  # also a NaN
             raise UserError(f"--{flag.replace('_', '-')} must be at least {least}, got {value}")
+    return args
 
 
 def main() -> None:
     args = _parse_arguments()
-    _check_arguments(args)
     verdicts = list((compare_frozen if args.frozen else compare)(args.a, args.b))
     different = [verdict for verdict in verdicts if verdict.differs(args.tolerance)]
-    texts = []
-    if args.text:
-        texts = compare_on_text(args.a, args.b, args.text, args.num_tokens, args.sequence_length)
+    texts = compare_on_text(args.a, args.b, args.text, args.num_tokens, args.sequence_length) if args.text else []
     is_equal = not different and all(text.max_abs_logit_diff <= args.logit_tolerance for text in texts)
     if args.json:
         print(_as_json(verdicts, different, texts, is_equal))

@@ -27,7 +27,6 @@ RELEASE = "release"
 
 # Files are hashed in pieces of this size, so that ranks and threads share a large one. Part of the format.
 PIECE_BYTES = 256 << 20
-_READ_BYTES = 256 << 10
 
 
 @dataclass(frozen=True)
@@ -210,7 +209,7 @@ def checksum(step_folder: Path) -> str:
 def _digest(path: Path, start: int, bar: "tqdm[None]") -> str | None:
     """The SHA-256 of one piece; None if it can't be read: a single rank must not fail while the others wait for it."""
     digest, left = hashlib.sha256(), PIECE_BYTES
-    buffer = memoryview(bytearray(_READ_BYTES))
+    buffer = memoryview(bytearray(256 << 10))
     try:
         with open(path, "rb", buffering=0) as file:
             file.seek(start)

@@ -96,7 +96,6 @@ class TorchDistWriter:
     count as written (`is_written`); write the others again, in the same order.
 
     Args:
-        folder: Step folder to write.
         max_file_bytes: Size after which a new `.distcp` file begins.
     """
 
@@ -132,11 +131,10 @@ class TorchDistWriter:
         owns_storage = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
         place = self._append(tensor.detach() if owns_storage else tensor.detach().contiguous().clone())
         dtype = str(tensor.dtype).removeprefix("torch.")
-        chunk = {"key": key, "shape": list(tensor.shape), "offsets": list(offsets), "dtype": dtype}
-        self._open_chunks.append(
-            chunk | {"global_shape": list(global_shape), "start": place.offset, "length": place.length}
-        )
-        self._register(self._open_chunks[-1], place)
+        chunk: dict[str, Any] = {"key": key, "shape": list(tensor.shape), "offsets": list(offsets), "dtype": dtype}
+        chunk |= {"global_shape": list(global_shape), "start": place.offset, "length": place.length}
+        self._open_chunks.append(chunk)
+        self._register(chunk, place)
 
     def write_object(self, key: str, value: Any) -> None:
         """Write an object other than a tensor as Megatron writes an unsharded ShardedObject."""
@@ -204,9 +202,6 @@ class TorchDistReader:
 
     Adjacent slices of a stack are mostly in the same chunks, so reading them in order reads each chunk once.
 
-    Args:
-        folder: Step folder in torch_dist format.
-
     Raises:
         UserError: `folder` is not a complete torch_dist checkpoint.
     """
@@ -214,11 +209,8 @@ class TorchDistReader:
     def __init__(self, folder: Path):
         self._folder = folder
         metadata = read_metadata(folder)
-        self._entries = {
-            key: entry
-            for key, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
+        entries = metadata.state_dict_metadata.items()
+        self._entries = {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
         self._places: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
         self._loaded: dict[tuple[str, torch.Size], Tensor] = {}
 

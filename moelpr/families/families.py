@@ -175,9 +175,6 @@ class Family:
 
 # --- Llama, Mistral
 
-# Mixtral routes as the method does: softmax over all experts, top-k, renormalize.
-_MIXTRAL_TABLE = llama_like_table(moe_rows("block_sparse_moe.", gate="w1", up="w3", down="w2"))
-
 
 def _mixtral_config(spec: ModelSpec, moe: MoeSpec) -> dict[str, Any]:
     window = spec.megatron_args.get("window_size")
@@ -194,7 +191,8 @@ LLAMA = Family(
     model_type="llama",
     moe_architecture="MixtralForCausalLM",
     moe_model_type="mixtral",
-    table=_MIXTRAL_TABLE,
+    # Mixtral routes as the method does: softmax over all experts, top-k, renormalize.
+    table=llama_like_table(moe_rows("block_sparse_moe.", gate="w1", up="w3", down="w2")),
     megatron_args=llama_like_args,
     moe_config=_mixtral_config,
     may_mix_layers=False,
@@ -208,7 +206,6 @@ _QWEN_MOE_ROWS = moe_rows("mlp.", gate="gate_proj", up="up_proj", down="down_pro
 
 
 def _qwen_moe_config(spec: ModelSpec, moe: MoeSpec, **settings: Any) -> dict[str, Any]:
-    num_layers = spec.megatron_args["num_layers"]
     return {
         "num_experts": moe.num_experts,
         "num_experts_per_tok": moe.topk,
@@ -216,7 +213,7 @@ def _qwen_moe_config(spec: ModelSpec, moe: MoeSpec, **settings: Any) -> dict[str
         "norm_topk_prob": True,
         "moe_intermediate_size": spec.megatron_args["ffn_hidden_size"],
         "decoder_sparse_step": 1,
-        "mlp_only_layers": [i for i in range(num_layers) if i not in moe.layers],
+        "mlp_only_layers": [i for i in range(spec.megatron_args["num_layers"]) if i not in moe.layers],
         "use_sliding_window": False,
         "sliding_window": None,
         **settings,
@@ -246,7 +243,6 @@ QWEN2 = Family(
     may_mix_layers=True,
 )
 
-
 QWEN3 = Family(
     name="qwen3",
     architecture="Qwen3ForCausalLM",
@@ -272,9 +268,8 @@ def family_of(config: dict[str, Any]) -> tuple[Family, bool]:
     """
     architectures = config.get("architectures") or []
     for family in FAMILIES.values():
-        if family.architecture in architectures or (
-            not architectures and config.get("model_type") == family.model_type
-        ):
+        has_its_type = not architectures and config.get("model_type") == family.model_type
+        if has_its_type or family.architecture in architectures:
             return family, False
         if family.moe_architecture in architectures:
             return family, True

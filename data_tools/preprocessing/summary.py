@@ -86,9 +86,8 @@ def why_empty(sources: list[str], tally: Tally, tokenizer_model: str) -> str:
     if tally.num_skipped:
         first = tally.problems[0]
         return f"{label} contains no usable document, {tally.num_skipped:,} lines were skipped (first: {first})"
-    if not documents:
-        return f"{label} contains no documents"
-    return f"{label} contains {documents:,} documents without any text"
+    found = f"{documents:,} documents without any text" if documents else "no documents"
+    return f"{label} contains {found}"
 
 
 def print_summary(
@@ -122,11 +121,8 @@ def print_summary(
         _print_audit(tally.audit, bits)
     if tally.num_skipped:
         share = tally.num_skipped / tally.num_read
-        print(
-            f"warning: {tally.num_skipped:,} lines were skipped ({share:.2%}), listed in {skipped_path}:",
-            file=sys.stderr,
-        )
-        print(*(f"  {problem}" for problem in tally.problems), sep="\n", file=sys.stderr)
+        warning = f"warning: {tally.num_skipped:,} lines were skipped ({share:.2%}), listed in {skipped_path}:"
+        print(warning, *(f"  {problem}" for problem in tally.problems), sep="\n", file=sys.stderr)
         if tally.num_skipped > _PROBLEMS_SHOWN:
             print(f"  and {tally.num_skipped - _PROBLEMS_SHOWN:,} more", file=sys.stderr)
 

@@ -69,11 +69,9 @@ class Backend(Protocol):
 
 
 class HuggingFaceBackend:
-    """The `tokenizers` library.
+    """The `tokenizers` library, loaded from the content of a tokenizer.json file.
 
-    Args:
-        tokenizer_json: content of a tokenizer.json file.
-        splits_special_tokens: encode special tokens that occur in a text as ordinary text.
+    With `splits_special_tokens`, special tokens that occur in a text are encoded as ordinary text.
     """
 
     name = "tokenizers"
@@ -211,7 +209,6 @@ def choose_backend(
     Args:
         source: what gigatoken can load; None if the tokenizer is of another kind.
         sample: texts of the corpus, on which both libraries must agree.
-        is_required: whether only gigatoken will do.
 
     Returns:
         The backend, and the reason why it is not gigatoken.
@@ -241,7 +238,6 @@ class JobTokenizer(NamedTuple):
     """What a job needs of a tokenizer.
 
     Attributes:
-        record: entry of the manifest.
         backend: the library that the tokenizer was made for.
         source: content of a tokenizer.json (str) or .model file (bytes); None if the tokenizer is of another kind.
         prefix, suffix: IDs added before and after each text.
@@ -260,8 +256,8 @@ def load_job_tokenizer(type: str, model: str, special_tokens: bool, eod_token: s
     Raises:
         UserError: The tokenizer can't be loaded, or has no token `eod_token`.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads, which the child doesn't use
+    # Python warns of forking beside threads, which the child doesn't use.
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
         with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
             try:
                 return pool.submit(_load, type, model, special_tokens, eod_token).result()

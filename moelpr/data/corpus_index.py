@@ -30,7 +30,6 @@ class CorpusIndex:
         dtype: of the token IDs.
         sequence_lengths: tokens of each sequence, int32 [sequences]; sequences are contiguous.
         document_starts: each document's first sequence, and the number of sequences, int64 [documents + 1].
-        num_tokens: number of tokens in the .bin.
     """
 
     dtype: np.dtype

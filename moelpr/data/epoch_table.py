@@ -12,8 +12,6 @@ def epoch_table(train: TaggedGPTDataset | BlendedDataset, num_samples: int, seq_
     """Format the training data as a table: documents, tokens and samples of one epoch, epochs and shares of the run.
 
     Args:
-        train: training dataset as Megatron's builder makes it.
-        num_samples: number of samples that the run takes.
         seq_length: tokens per sample.
 
     Raises:
@@ -38,9 +36,8 @@ def epoch_table(train: TaggedGPTDataset | BlendedDataset, num_samples: int, seq_
         tokens = int(dataset.dataset.sequence_lengths[dataset.indices].sum(dtype=np.int64))
         documents, languages = _languages(dataset, tokens)
         samples, epochs = (tokens - 1) // seq_length, num_samples * share * seq_length / tokens
-        lines.append(
-            f"  {prefix:<{width}}{'':<10}{documents:>13,}{tokens:>18,}{samples:>13,}{epochs:>9.2f}{share:>9.1%}"
-        )
+        counts = f"{documents:>13,}{tokens:>18,}{samples:>13,}"
+        lines.append(f"  {prefix:<{width}}{'':<10}{counts}{epochs:>9.2f}{share:>9.1%}")
         for name, count in sorted(languages, key=lambda item: (item[1].bit != "original", item[0])):
             if count.tokens:
                 part = share * count.tokens / tokens

@@ -148,14 +148,11 @@ class LanguageBits:
         return bits[start - 8 * first : stop - 8 * first]
 
     def of_sample(self, edges: list[int], ids: NDArray[np.int64]) -> tuple[NDArray[np.uint8], int]:
-        """Return the bits of a training sample and its largest token ID, computed in one pass.
+        """Return the bits of a training sample, uint8 [tokens], and its largest token ID, computed in one pass.
 
         Args:
             edges: start and stop of every range of tokens that the sample was read from, flattened.
             ids: the sample's token IDs [tokens]; those after the last range are padding, whose bits are 0.
-
-        Returns:
-            Bits, uint8 [tokens], and the largest ID.
 
         Raises:
             IndexError: A range is outside the file, or the ranges contain more tokens than the sample.
@@ -229,11 +226,9 @@ def language_bits_path(prefix: str | os.PathLike[str]) -> Path:
 
 
 def open_language_bits(prefix: str | os.PathLike[str], num_tokens: int) -> LanguageBits:
-    """Open the .lang file of a corpus and check that it covers the corpus; wrong bits would train the wrong loss.
+    """Open the .lang file of a corpus prefix and check that it covers the `num_tokens` tokens of the .bin.
 
-    Args:
-        prefix: the corpus's path without .bin/.idx/.lang.
-        num_tokens: number of tokens in `<prefix>.bin`.
+    Wrong bits would train the wrong loss.
 
     Raises:
         UserError: The file is missing or unreadable, or covers another number of tokens.

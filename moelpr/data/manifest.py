@@ -90,7 +90,6 @@ class TokenizerRecord:
     Attributes:
         type: Megatron's name of the type.
         model: path or name as given.
-        vocab_size: number of token IDs.
         eod_id: the ID that --append-eod adds after a document; null if the tokenizer has none.
         special_tokens: whether the tokens that the tokenizer adds around each text were kept.
         fingerprint: `Tokenizer.fingerprint`.
@@ -116,11 +115,8 @@ class Manifest:
     """Content of `<prefix>.manifest.json`.
 
     Attributes:
-        tokenizer: the tokenizer.
         append_eod: whether each document ends with the end-of-document token.
-        sources: input files.
         languages: counts by language name.
-        documents, tokens: total counts.
         skipped_lines: number of malformed lines that --on-error skip omitted.
         files: "bin", "idx" and "lang".
     """
@@ -198,8 +194,7 @@ def compare_tokenizers(corpus: TokenizerRecord, folder: str | os.PathLike[str]) 
                 continue
             if type == corpus.type and tokenizer.fingerprint() == corpus.fingerprint:
                 return TokenizerMatch.SAME
-            same = vocabulary_checksum(tokenizer.vocabulary(), corpus.vocab_size) == corpus.vocabulary_sha256
-            if same:
+            if vocabulary_checksum(tokenizer.vocabulary(), corpus.vocab_size) == corpus.vocabulary_sha256:
                 match = TokenizerMatch.SAME_TOKENS
             elif match is TokenizerMatch.UNKNOWN:
                 match = TokenizerMatch.DIFFERENT
@@ -212,8 +207,7 @@ def from_json[T](value: Any, expected: type[T]) -> T:
     Raises:
         ValueError: A key is missing or its value has another type than the annotated one.
     """
-    parsed: T = _parse(value, expected, "")
-    return parsed
+    return _parse(value, expected, "")
 
 
 def _parse(value: Any, expected: Any, where: str) -> Any:

@@ -29,13 +29,11 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, texts: list[str], special_tokens: bool = True) -> list[list[int]]:
         """Return the IDs of each text, with the tokens added around it if requested here and when loading."""
-        ...
 
     def decode(self, ids: list[int]) -> str: ...
 
     def serialized(self) -> str | bytes | None:
         """Return the content of a tokenizer.json or .model file; None for tokenizers of another kind."""
-        ...
 
     def fingerprint(self) -> str:
         """Return a string that is equal for tokenizers of one type that give every text the same IDs.
@@ -43,29 +41,21 @@ class Tokenizer(Protocol):
         It ignores what does not affect IDs (decoder, truncation, padding, training settings) and the tokens added
         around a text, which a corpus may omit. Saving and loading a tokenizer does not change it.
         """
-        ...
 
     def vocabulary(self) -> dict[str, int]:
         """Return the ID of each token, including added tokens."""
-        ...
 
 
 def add_tokenizer_arguments(parser: argparse.ArgumentParser, required: bool) -> argparse._ArgumentGroup:
     """Add the tokenizer flags, with Megatron's names and meaning, and return their group."""
     group = parser.add_argument_group("tokenizer")
     group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, required=required, help="tokenizer library")
-    group.add_argument(
-        "--tokenizer-model",
-        metavar="PATH",
-        required=required,
-        help="a folder with tokenizer.json (HuggingFaceTokenizer) or a .model file (SentencePieceTokenizer)",
-    )
-    group.add_argument(
-        "--tokenizer-hf-no-include-special-tokens",
-        action="store_true",
+    group.add_argument("--tokenizer-model", metavar="PATH", required=required,
+        help="a folder with tokenizer.json (HuggingFaceTokenizer) or a .model file "
+        "(SentencePieceTokenizer)")  # fmt: skip
+    group.add_argument("--tokenizer-hf-no-include-special-tokens", action="store_true",
         help="omit the special tokens that a Hugging Face tokenizer adds around every text (default: keep them, as "
-        "Megatron does; Qwen's tokenizers add none)",
-    )
+        "Megatron does; Qwen's tokenizers add none)")  # fmt: skip
     return group
 
 
@@ -82,7 +72,6 @@ def load_tokenizer(tokenizer_type: str, tokenizer_model: str, include_special_to
     """Load a local tokenizer; nothing is downloaded and none of its code is run.
 
     Args:
-        tokenizer_type: one of TOKENIZER_TYPES.
         tokenizer_model: a folder (or the name of a cached model) or a SentencePiece .model file.
         include_special_tokens: keep the tokens that a Hugging Face tokenizer adds around a text, such as Llama's <s>;
             SentencePiece never adds any.

@@ -106,8 +106,9 @@ def step_folder(folder: Path, iteration: int | None = None) -> Path:
         chosen = folder / step_name(iteration)
         if not chosen.is_dir():
             saved = sorted(int(path.name[5:]) for path in folder.glob("iter_*") if re.fullmatch(r"iter_\d+", path.name))
-            available = ", ".join(map(str, saved)) or "none"
-            raise UserError(f"{folder} has no checkpoint of iteration {iteration}; available: {available}")
+            steps = " or ".join(map(str, saved))
+            fix = f"pass --iteration {steps} (trainer: --ckpt-step)" if saved else "it contains no numbered checkpoints"
+            raise UserError(f"{folder} has no checkpoint of iteration {iteration}; {fix}")
         return chosen
     tracker = folder / TRACKER_FILE
     if not tracker.is_file():

@@ -19,8 +19,7 @@ class UserError(ValueError):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A command's parser: it has --debug, marks required flags, keeps the lines of its description, and raises
-    `UserError`."""
+    """A parser with --debug and marks on required flags, which raises `UserError` for a wrong command line."""
 
     def __init__(self, **options: Any) -> None:
         if "\n" in (options.get("description") or ""):

@@ -176,7 +176,7 @@ def test_a_step_is_chosen_by_the_tracker_or_by_number(runs: Path) -> None:
     (runs / "stage1/iter_0000001").mkdir()
     assert step_folder(runs / "stage1", 1).name == "iter_0000001"
     assert checkpoint_chain(runs / "stage1", 1)[1] == runs / "upcycled/release"
-    with pytest.raises(UserError, match="iteration 2; available: 1, 3"):
+    with pytest.raises(UserError, match="iteration 2; pass --iteration 1 or 3 "):
         step_folder(runs / "stage1", 2)
 
 

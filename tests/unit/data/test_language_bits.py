@@ -4,12 +4,9 @@ test_sanitizers.py runs this file with the C++ part under sanitizers.
 """
 
 import pickle
-import re
 import struct
 import zlib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +17,6 @@ from moelpr.data import _language_bits, language_bits
 from moelpr.data.language_bits import LanguageBits, LanguageBitsWriter, open_language_bits
 from moelpr.errors import UserError
 
-DOCUMENT = Path(__file__).parents[3] / "docs" / "data-format.md"
 # Every example writes files: no deadline, the disk may be busy.
 bit_arrays = st.lists(st.integers(0, 1), max_size=70).map(lambda bits: np.array(bits, np.uint8))
 
@@ -365,28 +361,3 @@ def test_wrong_arrays_are_rejected_not_copied(wrong: object) -> None:
     read_only.flags.writeable = False
     with pytest.raises(ValueError):
         _language_bits.pack_into(read_only, 0, right)
-
-
-@pytest.fixture
-def read_language_bits() -> Callable[[Path], list[int]]:
-    [code] = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text("utf-8"), re.DOTALL)
-    names: dict[str, Any] = {}
-    exec(code, names)
-    return names["read_language_bits"]
-
-
-@pytest.mark.parametrize("num_tokens", [0, 1, 8, 1003])
-def test_the_documented_reader_reads_our_files(
-    num_tokens: int, read_language_bits: Callable[[Path], list[int]], tmp_path: Path
-) -> None:
-    bits = np.random.default_rng(num_tokens).integers(0, 2, num_tokens, dtype=np.uint8)
-    with LanguageBitsWriter(tmp_path / "a.lang") as writer:
-        writer.append(bits)
-        writer.finalize()
-    assert read_language_bits(tmp_path / "a.lang") == bits.tolist()
-    if num_tokens:
-        content = bytearray((tmp_path / "a.lang").read_bytes())
-        content[-1] ^= 1
-        (tmp_path / "a.lang").write_bytes(content)
-        with pytest.raises(AssertionError):
-            read_language_bits(tmp_path / "a.lang")

@@ -170,7 +170,9 @@ def test_a_delta_contains_only_routers_and_new_experts(checkpoint: Path, tmp_pat
     }
     content = json.loads((tmp_path / "delta" / "delta_config.json").read_text())
     assert content["base_model"] == "Base-1B"
-    assert content["experts"] == {"num_new_experts": 3, "topk": 2, "layers": [0, 2], "num_original_experts": 1}
+    assert content["experts"] == {
+        "num_new_experts": 3, "topk": 2, "layers": [0, 2], "num_original_experts": 1, "original_copies": 1
+    }  # fmt: skip
     listed = {tensor["name"]: tensor for tensor in content["tensors"]}
     assert listed["model.layers.0.mlp.experts.0.up_proj.weight"]["base"] == "model.layers.0.mlp.up_proj.weight"
     with safe_open(tmp_path / "delta" / "delta.safetensors", framework="pt") as opened:

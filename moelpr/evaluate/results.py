@@ -239,6 +239,7 @@ class TextResults(Results):
             "bytes": sum(score.document_bytes),
             "unknown_tokens": score.unknown_tokens,
             "original_expert_share": score.routing and score.routing.original_expert_share,
+            "all_original_share": score.routing and score.routing.all_original_share,
         }
 
     def _row_json(self, model: str, row: str) -> dict[str, Any]:

@@ -152,7 +152,7 @@ def test_evaluations_of_several_files_and_versions_are_joined(tmp_path: Path) ->
     assert results.groups == {"en": "original", "el": "expanded"}
     assert results.bits["ours"]["en"] == (2.0, 1.9, 2.1) and results.bits["base"]["el"].value == 3.0
     assert results.change("ours", "en").value == 0.1 and not results.change("ours", "en").has_bounds
-    assert results.layers["ours"] == [1, 3] and results.original_first_shares["ours"]["el"][0] == 0.5
+    assert results.layers["ours"] == [1, 3] and results.routing["original_first_share"]["ours"]["el"][0] == 0.5
     assert results.rows() == {"expanded": ["el"], "original": ["en", "mean original"]}
     assert results.continuations == {"en": {}}
 

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from examples import steps
-from examples.steps import EXPANDED, NUM_NEW_EXPERTS, ORIGINAL, REVIEW_BLEND, ROOT, TOPK, Steps, convert
+from examples.steps import COPIES, EXPANDED, NUM_NEW_EXPERTS, ORIGINAL, REVIEW_BLEND, ROOT, TOPK, Steps, convert
 from moelpr.errors import CommandParser, run_command
 from moelpr.files import atomic_file
 from moelpr.report.page import Table, terminal_table
@@ -85,7 +85,7 @@ def two_stages(demo: Steps) -> None:
     run = demo.run
     base = run / "base-hf"
     held_out = steps.held_out_files(run).values()
-    experts = ("--num-new-experts", str(NUM_NEW_EXPERTS), "--topk", str(TOPK))
+    experts = ("--num-new-experts", str(NUM_NEW_EXPERTS), "--topk", str(TOPK), "--original-copies", str(COPIES))
     demo.step(
         "plan",
         *("-m", "moelpr.plan", "--hf-path", base, *experts, "--gpus", "2", "--gpu-memory-gib", "8"),
@@ -123,7 +123,7 @@ def report(demo: Steps) -> None:
             "vocabulary": VOCABULARY,
             "data of the base": _blend(BASE_BLEND),
             "data of stage 2": _blend(REVIEW_BLEND),
-            "experts": f"{NUM_NEW_EXPERTS} new and the original, top-{TOPK}",
+            "experts": f"{NUM_NEW_EXPERTS} new and {COPIES} copies of the original, top-{TOPK}",
             "evaluation": "windows of 128 tokens, 32 of them context, all held-out documents",
         },
         "Wall time in seconds": demo.wall_times_s(),

@@ -15,7 +15,7 @@ from moelpr.errors import UserError
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = Path("launch/recipes")
 ORIGINAL, EXPANDED = ("en", "es", "zh"), ("el", "hu", "tr")
-NUM_NEW_EXPERTS, TOPK = 4, 2
+NUM_NEW_EXPERTS, TOPK, COPIES = 4, 2, 2
 REVIEW_BLEND = {"original": 2, "expanded": 5}  # parts of the text of each language group
 
 

@@ -58,8 +58,10 @@ def main() -> None:
         )
         if first.exitcode == -signal.SIGKILL:
             fail(killed(rank, memory.of(first.pid), args))
-        if first.exitcode not in (1, 2):
-            fail(f"rank {rank} exited with code {first.exitcode}", max(first.exitcode, 1))
+        if first.exitcode < 0:
+            fail(f"rank {rank} was ended by {signal.Signals(-first.exitcode).name}")
+        if first.exitcode > 2:
+            fail(f"rank {rank} exited with code {first.exitcode}", first.exitcode)
         sys.exit(first.exitcode)
 
 
@@ -101,10 +103,13 @@ class PeakMemory(threading.Thread):
         self._is_over = threading.Event()
 
     def run(self) -> None:
+        ranks: list[int] = []
         while not self._is_over.wait(1):
-            with suppress(psutil.Error):
-                for rank in psutil.Process().children():
-                    self._peaks[rank.pid] = max(self._peaks.get(rank.pid, 0), machine.peak_memory(rank.pid))
+            now = {pid: machine.peak_memory(pid) for pid in ranks}
+            self._peaks |= {pid: peak for pid, peak in now.items() if peak}
+            if not ranks or 0 in now.values():  # none yet, or some have ended: searching takes time on a large machine
+                with suppress(psutil.Error):
+                    ranks = [rank.pid for rank in psutil.Process().children()]
 
     def of(self, pid: int) -> int:
         """Bytes; 0 if unknown."""

@@ -43,9 +43,7 @@ def smaller_settings(run: RunSettings) -> str:
         settings.append("--recompute-granularity selective --recompute-modules moe")
     elif recompute != "full":
         settings.append("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1")
-    return ", ".join(
-        [*settings, "or more ranks" if run.layout.dp > 1 else "or more ranks with --use-distributed-optimizer"]
-    )
+    return ", ".join([*settings, "or more ranks on more machines with --use-distributed-optimizer"])
 
 
 def _recompute(run: RunSettings) -> Recompute:

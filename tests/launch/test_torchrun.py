@@ -13,15 +13,14 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
-RANK = """
+RANK = r"""
 import os, time
 from moelpr.errors import run_command
 from moelpr.training import clean_stop
 
 def main():
     clean_stop.end_with_launcher()
-    clean_stop.StopRequest().listen()
-    print(os.getpid(), os.environ["OMP_NUM_THREADS"], flush=True)
+    os.write(1, f"{os.environ['RANK']} {os.getpid()} {os.environ['OMP_NUM_THREADS']}\n".encode())
     held = bytearray(100 << 20)
     time.sleep(60)
 
@@ -46,8 +45,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
         )  # fmt: skip
         launchers.append(launcher)
         assert launcher.stdout is not None
-        lines = [launcher.stdout.readline().split() for _ in range(2)]
-        return launcher, [int(line[0]) for line in lines], {line[1] for line in lines}
+        lines = sorted(launcher.stdout.readline().split() for _ in range(2))
+        return launcher, [int(line[1]) for line in lines], {line[2] for line in lines}
 
     yield run
     for launcher in launchers:
@@ -76,8 +75,17 @@ def test_ctrl_c_is_one_message(start: Start) -> None:
 
 def test_a_killed_rank_is_named_with_the_memory_it_held(start: Start) -> None:
     launcher, ranks, _ = start()
-    time.sleep(2)  # the launcher notes the memory every second
+    time.sleep(4)  # the launcher notes the memory every second
     os.kill(ranks[1], signal.SIGKILL)
     _, errors = launcher.communicate(timeout=60)
     assert launcher.returncode == 1 and errors.count("\n") == 1
-    assert "killed (signal 9)" in errors and "memory: it held 0.1 GiB, 2 ranks of this machine share" in errors
+    assert (
+        "rank 1 was killed (signal 9)" in errors and "memory: it held 0.1 GiB, 2 ranks of this machine share" in errors
+    )
+
+
+def test_another_signal_is_named(start: Start) -> None:
+    launcher, ranks, _ = start()
+    os.kill(ranks[0], signal.SIGBUS)
+    _, errors = launcher.communicate(timeout=60)
+    assert (launcher.returncode, errors) == (1, "torchrun: error: rank 0 was ended by SIGBUS\n")

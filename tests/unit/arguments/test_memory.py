@@ -53,7 +53,7 @@ def test_settings_that_need_less_are_those_that_the_run_does_not_have(gathered) 
     assert "--use-distributed-optimizer" in first and "--micro-batch-size 3" in first and "selective" in first
     small = "--use-distributed-optimizer --micro-batch-size 1 --recompute-granularity full --recompute-method uniform"
     second = smaller_settings(gathered(*small.split(), ranks=2))
-    assert not any(flag in second for flag in ("--micro-batch-size", "recompute"))
+    assert not any(flag in second for flag in ("--micro-batch-size", "recompute")) and "more ranks" in second
 
 
 @pytest.mark.parametrize(("free_gib", "is_warned"), [(0.9, True), (1.1, False)])

@@ -43,7 +43,7 @@ class Steps:
         shown = settings + shlex.join(word.removeprefix(f"{ROOT}/") for word in words) + f" >{log}"
         self._print(f"{name}\n    {shown}")
         start = time.monotonic()
-        quiet = {"PYTHONWARNINGS": "ignore", "OMP_WAIT_POLICY": "passive"}  # waiting ranks must not occupy a core
+        quiet = {"PYTHONWARNINGS": "ignore"}
         with open(log, "w") as file:
             code = subprocess.run(words, stdout=file, env={**os.environ, **quiet, **variables}).returncode
         if code != 0:

@@ -52,8 +52,8 @@ class MoeSpec:
         for name in ("num_new_experts", "num_original_experts", "topk"):
             if type(value := getattr(self, name)) is not int:
                 raise UserError(f"moe.{name} must be an integer, got {value!r}")
-        if self.num_new_experts < 1:
-            raise UserError(f"--num-new-experts must be at least 1, got {self.num_new_experts}")
+        if not 1 <= self.num_new_experts <= 1024:  # published MoE models have up to 512
+            raise UserError(f"--num-new-experts must be between 1 and 1024, got {self.num_new_experts}")
         if self.num_original_experts < 1:
             raise UserError(f"num_original_experts must be at least 1 (the dense FFN), got {self.num_original_experts}")
         if self.topk == 1:

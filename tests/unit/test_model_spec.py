@@ -22,7 +22,8 @@ def test_original_and_new_experts_together_are_all_experts() -> None:
     ("changes", "message"),
     [
         ({"num_original_experts": 0}, "num_original_experts must be at least 1 .* got 0"),
-        ({"num_new_experts": 0}, "--num-new-experts must be at least 1, got 0"),
+        ({"num_new_experts": 0}, "--num-new-experts must be between 1 and 1024, got 0"),
+        ({"num_new_experts": 10**9}, "--num-new-experts must be between 1 and 1024, got 1000000000"),
         ({"topk": 1}, "K = 1 .*--topk 2"),
         ({"topk": 8}, r"top-8 .* 7 experts \(4 new \+ 3 original\).*--topk between 2 and 7"),
         ({"layers": ()}, "--moe-layers"),

@@ -127,6 +127,19 @@ def _language_problems(item: str, prefix: str) -> Iterable[str]:
         yield f"--validation-data {item} has text of original and of expanded languages; use one corpus per language"
 
 
+def check_split(run: RunSettings) -> Iterable[str]:
+    """The shares of --split; Megatron reads any digits that it finds, so that -1 is 1, and NaN is nothing."""
+    if run.args.split is None:
+        return
+    parts = [part.strip() for part in run.args.split.split(",")]
+    is_number = all(re.fullmatch(r"\d+\.?\d*|\.\d+", part) for part in parts)
+    if not is_number or len(parts) > 3 or float(parts[0]) == 0:
+        yield (
+            f"--split must be up to three comma-separated numbers for training, validation and test data, the first "
+            f"above 0, got {run.args.split}; for example 100,0,0"
+        )
+
+
 def check_validation_flags(run: RunSettings) -> Iterable[str]:
     """No other flag controls validation; a --split without validation data is allowed."""
     for name in _MEGATRON_VALIDATION if run.args.validation_data else ():

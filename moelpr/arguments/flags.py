@@ -24,6 +24,9 @@ def add_arguments[P: argparse.ArgumentParser](parser: P) -> P:
     add("--num-original-experts", type=int, default=1, metavar="M",
         help="Number of original experts per MoE layer; must match the checkpoint (default: the checkpoint's). "
         "Megatron's --num-experts counts only the new experts.")  # fmt: skip
+    add("--original-copies", type=int, default=1, metavar="C",
+        help="Router rows of the dense FFN per MoE layer; must match the checkpoint (default: the "
+        "checkpoint's).")  # fmt: skip
     add("--balance-loss-coeff", type=float, metavar="ALPHA",
         help="Weight of the balance loss, on the paper's scale; 0 disables it (default: 0.01; stage2: 0).")  # fmt: skip
     add("--lpr-loss-coeff", type=float, metavar="GAMMA",

@@ -221,6 +221,7 @@ def shape_of(spec: ModelSpec) -> dict[str, Any]:
         shape |= {
             "num_experts": spec.moe.num_new_experts,
             "num_original_experts": spec.moe.num_original_experts,
+            "original_copies": spec.moe.original_copies,
             "moe_router_topk": spec.moe.topk,
             "moe_ffn_hidden_size": shape["ffn_hidden_size"],
             "moe_layer_freq": str(is_moe).replace(" ", ""),

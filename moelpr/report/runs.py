@@ -125,6 +125,13 @@ def curve_of(records: Iterable[Mapping[str, Any]], key: str, name: str = "") -> 
     return Curve(name, [x for x, _ in known], [y for _, y in known])
 
 
+# Fractions of tokens in evaluations and, by language group, in metrics -> what the tokens do.
+ROUTING_SHARES = {
+    "original_first_share": "first choice is an original expert",
+    "all_original_share": "choices are all original experts",
+}
+
+
 @dataclass
 class Results:
     """Bits per byte of models, in the order in which they were made: from evaluations, or from validation passes."""
@@ -137,8 +144,10 @@ class Results:
     changes: dict[str, dict[str, Interval]] = field(default_factory=dict)
     has_start: bool = True  # the first model is the start that changes are measured against
     per_token: set[str] = field(default_factory=set)  # languages of unknown size in bytes: their `bits` are per token
-    # Model -> language -> fraction of original experts among first choices, per MoE layer.
-    original_first_shares: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    # Name in ROUTING_SHARES -> model -> language -> fraction of tokens, per MoE layer.
+    routing: dict[str, dict[str, dict[str, list[float]]]] = field(
+        default_factory=lambda: {k: {} for k in ROUTING_SHARES}
+    )
     layers: dict[str, list[int]] = field(default_factory=dict)  # model -> numbers of its MoE layers
     # Language -> {"prompt", "reference", "by_model": model -> text}.
     continuations: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -229,9 +238,13 @@ def _add(results: Results, content: Mapping[str, Any]) -> None:
                 results.changes.setdefault(model, {})[row] = _interval(values["change"]["bits_per_byte"])
             share = values.get("original_expert_share") or {}
             if per_layer := values.get("original_first_share") or share.get("per_layer"):
-                results.original_first_shares.setdefault(model, {})[row] = _floats(per_layer)
+                results.routing["original_first_share"].setdefault(model, {})[row] = _floats(per_layer)
                 layers = list(values.get("layers") or share.get("layers") or range(len(per_layer)))
                 if not len(per_layer) == len(layers) == len(results.layers.setdefault(model, layers)):
+                    raise ValueError(f"the layers of {model} on {row} are not those of its other results")
+            if per_layer := values.get("all_original_share"):
+                results.routing["all_original_share"].setdefault(model, {})[row] = _floats(per_layer)
+                if len(per_layer) != len(results.layers.get(model, per_layer)):
                     raise ValueError(f"the layers of {model} on {row} are not those of its other results")
 
 

@@ -344,4 +344,7 @@ def test_a_model_that_an_adapter_cannot_express_is_rejected(qwen2: Path, tmp_pat
     (tmp_path / "lifelong" / "model_spec.json").write_text(json.dumps(spec))
     with pytest.raises(UserError, match="2 original experts.*mcore_to_hf.py"):
         mcore_to_adapter(tmp_path / "lifelong", tmp_path / "out", "base")
+    hf_to_mcore(qwen2, tmp_path / "copies", original_copies=2)
+    with pytest.raises(UserError, match="2 copies.*mcore_to_hf.py"):
+        mcore_to_adapter(tmp_path / "copies", tmp_path / "out", "base")
     assert not (tmp_path / "out").exists()

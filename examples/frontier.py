@@ -12,38 +12,31 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
-from typing import Any
 
 from examples import steps
-from examples.steps import EXPANDED, NUM_NEW_EXPERTS, ORIGINAL, REVIEW_BLEND, ROOT, TOPK, Steps
+from examples.frontier_results import FILE_NAME, frontier_chart, read_evaluation, results_table
+from examples.steps import NUM_NEW_EXPERTS, REVIEW_BLEND, ROOT, TOPK, Steps
 from moelpr.errors import CommandParser, UserError, run_command
 from moelpr.files import write_text
-from moelpr.languages import language_name
-from moelpr.report.page import Table, terminal_table
-from moelpr.report.plots import Series, percent, trade_off_chart
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to train. Settings with the same copies share stage 1 of a seed."""
+    """One way to train. Settings with the same number of copies share stage 1 of a seed."""
 
-    name: str
     copies: int  # C, --original-copies
-    review: tuple[str, ...]  # flags of stage 2
+    gamma: float  # --lpr-loss-coeff
+
+    @property
+    def name(self) -> str:
+        return f"{self.copies}-{'copy' if self.copies == 1 else 'copies'}-gamma-{self.gamma:g}"
 
     @property
     def label(self) -> str:
-        return self.name.replace("-", " ")
+        return f"{copies_label(self.copies)}, \u03b3 {self.gamma:g}"
 
 
-SETTINGS = [
-    Setting(
-        f"{copies}-{'copies' if copies > 1 else 'copy'}-gamma-{gamma:g}", copies, ("--lpr-loss-coeff", f"{gamma:g}")
-    )
-    for copies in (1, TOPK)
-    for gamma in (0.03, 0.1, 0.3)
-]
+SETTINGS = [Setting(copies, gamma) for copies in (1, TOPK) for gamma in (0.03, 0.1, 0.3)]
 
 
 def main() -> None:
@@ -84,12 +77,13 @@ def train_chain(run: Steps, demo: Path, settings: Sequence[Setting], copies: int
     steps.train(run, name, "stage1", start, data, {"expanded": 1}, *seeded, recipe="stage1", ranks=1)
     for setting in settings:
         if setting.copies == copies:
-            options = (*seeded, *setting.review)
-            name = stage2_name(setting, seed)
-            steps.train(
-                run, name, "stage2", run.run / stage1_name(copies, seed), data, REVIEW_BLEND, *options,
-                recipe="stage2", ranks=1,
-            )  # fmt: skip
+            options = (*seeded, "--lpr-loss-coeff", f"{setting.gamma:g}")
+            review = stage2_name(setting, seed)
+            steps.train(run, review, "stage2", run.run / name, data, REVIEW_BLEND, *options, recipe="stage2", ranks=1)
+
+
+def copies_label(copies: int) -> str:
+    return "1 copy (the paper)" if copies == 1 else f"{copies} copies"
 
 
 def stage1_name(copies: int, seed: int) -> str:
@@ -106,77 +100,19 @@ def model_names(settings: Sequence[Setting], seeds: Iterable[int]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-# --- results
-
-
 def write_results(run: Path, settings: Sequence[Setting], seeds: Sequence[int]) -> None:
     """Write frontier.json, frontier.md and frontier.svg."""
-    text = json.loads((run / "evaluation" / "results.json").read_text(encoding="utf-8"))["models"]
-    routing = json.loads((run / "evaluation" / "routing.json").read_text(encoding="utf-8"))["models"]
-    results: dict[str, Any] = {"seeds": list(seeds), "settings": {}}
+    names_of = {}
+    for copies in dict.fromkeys(setting.copies for setting in settings):
+        label = f"{copies_label(copies)}, after stage 1"
+        names_of[f"stage1-{copies}"] = label, [stage1_name(copies, seed) for seed in seeds]
     for setting in settings:
-        for stage, name_of in (("stage1", lambda s, seed: stage1_name(s.copies, seed)), ("stage2", stage2_name)):
-            names = [name_of(setting, seed) for seed in seeds]
-            key = setting.name if stage == "stage2" else f"stage1-{setting.copies}"
-            results["settings"][key] = {
-                "label": setting.label if stage == "stage2" else f"stage 1, {setting.label.split(' gamma')[0]}",
-                "change": {
-                    language: [relative_change(text, name, language) for name in names]
-                    for language in (*ORIGINAL, *EXPANDED)
-                },
-                "all_original_share": {
-                    language: [fmean(routing[name]["languages"][language]["all_original_share"]) for name in names]
-                    for language in (*ORIGINAL, *EXPANDED)
-                },
-            }
-    write_text(run / "frontier.json", json.dumps(results, indent=1) + "\n")
+        names_of[setting.name] = setting.label, [stage2_name(setting, seed) for seed in seeds]
+    results = {"seeds": list(seeds), "settings": read_evaluation(run / "evaluation", names_of)}
+    write_text(run / FILE_NAME, json.dumps(results, indent=1) + "\n")
     write_text(run / "frontier.md", results_table(results) + "\n")
     write_text(run / "frontier.svg", frontier_chart(results) + "\n")
     print(results_table(results))
-
-
-def relative_change(models: dict[str, Any], name: str, language: str) -> float:
-    """Change of bits per byte against base."""
-    value, base = (models[model]["languages"][language]["bits_per_byte"]["value"] for model in (name, "base"))
-    return value / base - 1
-
-
-def group_means(result: dict[str, Any], languages: Sequence[str]) -> list[float]:
-    """The mean change of a group of languages, per seed."""
-    return [fmean(changes) for changes in zip(*(result["change"][language] for language in languages), strict=True)]
-
-
-def results_table(results: dict[str, Any]) -> str:
-    """Markdown: mean over seeds and, below, the lowest and highest of them."""
-    rows = []
-    for result in results["settings"].values():
-        columns = [result["change"][language] for language in (*ORIGINAL, *EXPANDED)]
-        columns += [group_means(result, ORIGINAL), group_means(result, EXPANDED)]
-        kept = fmean(fmean(result["all_original_share"][language]) for language in ORIGINAL)
-        rows.append([result["label"], *(with_range(column) for column in columns), f"{kept:.0%}"])
-    languages = [language_name(language) for language in (*ORIGINAL, *EXPANDED)]
-    head = ["bits per byte against base", *languages, "mean original", "mean expanded", "all choices original"]
-    return terminal_table(Table(head, rows))
-
-
-def with_range(values: Sequence[float]) -> str:
-    return f"{percent(fmean(values))} ({percent(min(values))} to {percent(max(values))})"
-
-
-def frontier_chart(results: dict[str, Any]) -> str:
-    """Forgetting over learning: one mark per seed, one line per number of copies through the means over seeds."""
-    series: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for key, result in results["settings"].items():
-        if not key.startswith("stage1"):
-            copies, gamma = result["label"].split(" gamma ")
-            points = list(zip(group_means(result, EXPANDED), group_means(result, ORIGINAL), strict=True))
-            series.setdefault(copies, {})[f"γ {gamma}"] = points
-    return trade_off_chart(
-        "Learning and forgetting after stage 2",
-        [Series(name, groups) for name, groups in series.items()],
-        x_axis="expanded languages: bits per byte against base",
-        y_axis="original languages",
-    )
 
 
 if __name__ == "__main__":

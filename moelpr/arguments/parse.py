@@ -19,10 +19,12 @@ from moelpr.model_spec import ModelSpec
 
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ModelSpec]:
-    """Parse and check the command line, and register it with Megatron; returns its arguments and the model's spec.
+    """`check_arguments`, then `register_arguments`."""
+    return register_arguments(check_arguments(argv))
 
-    All settings are checked before anything is built or a process group is created. `argv` is without the program's
-    name.
+
+def check_arguments(argv: list[str]) -> RunSettings:
+    """Parse and check the command line, which is without the program's name, before anything is built.
 
     Raises:
         UserError: settings are invalid, contradict each other or would be ignored; the message names all of them.
@@ -36,11 +38,21 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ModelSpec]:
     if os.environ.get("RANK", "0") == "0":
         for note in find_notes(run):
             print(f"moelpr: {note}", file=sys.stderr)
+    run.describe_start(run.args)
+    return run
+
+
+def register_arguments(run: RunSettings) -> tuple[argparse.Namespace, ModelSpec]:
+    """Register checked settings with Megatron, which prints them all; returns its arguments and the model's spec.
+
+    Raises:
+        UserError: Megatron rejects them.
+    """
     assert run.spec is not None, "a checkpoint without a spec is a problem"
     sys.argv[1:] = run.argv
     try:
         args = parse_args(add_arguments)
-        args.model_source, args.ckpt_step, args.is_resumed = str(run.checkpoint), run.step, run.is_resumed
+        run.describe_start(args)
         apply_machine(args)
         apply_method(args, run.spec)
         validate_args(args)

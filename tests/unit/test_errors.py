@@ -123,3 +123,75 @@ def test_a_waiting_rank_ends_without_a_message_when_the_first_has_failed() -> No
     rank.terminate()
     _, errors = rank.communicate(timeout=5)
     assert (rank.returncode, errors) == (-signal.SIGTERM, "")
+
+
+def test_a_rank_that_has_lost_another_waits_for_the_launcher_to_say_why(monkeypatch, capsys) -> None:  # noqa: ANN001
+    monkeypatch.setenv("RANK", "0")
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    lost = RuntimeError("[/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:45971. GLHF!")
+    with pytest.raises(SystemExit) as stop:
+        run_command(fail_with(lost))
+    assert stop.value.code == 1 and waited[0] >= 5
+    shown = capsys.readouterr().err
+    assert "another rank has ended" in shown and shown.count("\n") == 1
+
+
+def test_a_rank_with_a_log_of_its_own_keeps_the_traceback_there(tmp_path: Path, monkeypatch, capsys) -> None:  # noqa: ANN001
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    for has_log in (False, True):
+        if has_log:
+            (tmp_path / "stderr.log").touch()
+        with pytest.raises(SystemExit):
+            run_command(fail_with(RuntimeError("gloo/transport/tcp/pair.cc")))
+        assert ("Traceback" in capsys.readouterr().err) == has_log
+
+
+def test_an_interrupted_rank_leaves_the_message_to_the_launcher(monkeypatch, capsys) -> None:  # noqa: ANN001
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    with pytest.raises(SystemExit) as stop:
+        run_command(fail_with(KeyboardInterrupt()))
+    assert (stop.value.code, capsys.readouterr().err) == (1, "")
+
+
+def run_in_shell(command: str, code: str) -> subprocess.CompletedProcess:
+    """Run Python `code` as `$PROGRAM`, whose output `command` redirects."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "CODE": code}
+    command = command.replace("$PROGRAM", f'{sys.executable} -c "$CODE"')
+    return subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=60)
+
+
+PRINTS = """
+from moelpr.errors import UserError, run_command
+
+def main():
+    print("x" * {})
+{}
+run_command(main)
+"""
+
+
+@pytest.mark.parametrize("size", [1, 10**6])
+@pytest.mark.parametrize("redirection", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", "| head -c 0", "2>&1 | head -c 0"])
+def test_closed_streams_and_pipes_cause_no_traceback(redirection: str, size: int) -> None:
+    for end, code in (("", 0), ("    raise UserError('a')\n", 2)):
+        done = run_in_shell(f"$PROGRAM {redirection}; exit ${{PIPESTATUS[0]}}", PRINTS.format(size, end))
+        assert done.returncode in ((code, 1) if "|" in redirection else (code,))
+        assert done.stderr in ("", "-c: error: a\n")
+
+
+def test_a_file_does_not_get_the_number_of_a_closed_stream(tmp_path: Path) -> None:
+    code = "import moelpr, os, sys\nfile = open(sys.argv[1], 'w')\nos.write(1, b'lost')\nos.system('echo lost')"
+    assert run_in_shell(f"$PROGRAM {tmp_path}/file >&-", code).returncode == 0
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_a_full_disk_behind_stdout_is_one_message() -> None:
+    done = run_in_shell("$PROGRAM >/dev/full", PRINTS.format(1, ""))
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "disk is full" in done.stderr
+
+
+def test_ctrl_c_during_imports_shows_no_traceback() -> None:
+    done = run_in_shell("$PROGRAM", "import moelpr, signal, os\nos.kill(os.getpid(), signal.SIGINT)\n")
+    assert done.returncode != 0 and done.stderr == "-c: error: interrupted\n"

@@ -1,11 +1,15 @@
 """Outputs appear complete or not at all."""
 
 import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import filelock
 import pytest
 
 from moelpr.errors import UserError
@@ -140,10 +144,44 @@ def test_a_lock_is_free_again_after_its_context(tmp_path: Path) -> None:
         pass
 
 
-def test_without_locks_on_the_file_system_nothing_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def acquire(self: filelock.FileLock) -> None:
-        raise NotImplementedError
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_without_locks_on_the_file_system_nothing_is_held_and_nothing_remains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def flock(file: int, how: int) -> None:
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    monkeypatch.setattr(fcntl, "flock", flock)
     with locked(tmp_path / LOCK_FILE, "x"), locked(tmp_path / LOCK_FILE, "x"):
         pass
+    monkeypatch.undo()
+    with locked(tmp_path / LOCK_FILE, "x"):
+        pass
+
+
+def test_a_killed_process_leaves_no_lock_even_if_a_process_it_has_forked_lives_on(tmp_path: Path) -> None:
+    code = """if True:
+        import os, sys, time
+        from moelpr.files import locked
+        with locked(sys.argv[1], "x"):
+            forked = os.fork()
+            if forked:
+                print(forked, flush=True)
+            time.sleep(60)
+    """
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / LOCK_FILE], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert holder.stdout is not None
+    forked = int(holder.stdout.readline())
+    try:
+        with pytest.raises(UserError, match="another process is writing x"), locked(tmp_path / LOCK_FILE, "x"):
+            pass
+        holder.kill()
+        holder.wait()
+        with locked(tmp_path / LOCK_FILE, "x"):
+            pass
+    finally:
+        holder.kill()
+        os.kill(forked, signal.SIGKILL)

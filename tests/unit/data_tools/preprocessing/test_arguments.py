@@ -30,6 +30,7 @@ def parse(flags: str):  # noqa: ANN201
         ("--input a --language original --num-shards 3 --shard 3", "--shard must be 0 to 2 .*got 3"),
         ("--input a --language original --shard 1", "--shard must be 0 to 0 .*got 1"),
         ("--input a --language original --workers 0", "--workers must be at least 1, got 0"),
+        ("--input a --language original --workers 999999", "--workers must be at most .*, got 999999"),
         ("--input a --language original --seed -1", "--seed must be at least 0 .*got -1"),
         ("--input a --language original --validation-share 1", "--validation-share must be below 1"),
         ("--input a --language original --json-keys text text", "--json-keys text text"),

@@ -4,6 +4,7 @@ An error that a user can cause is one sentence: what was expected, what was foun
 """
 
 import argparse
+import difflib
 import errno
 import os
 import signal
@@ -12,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -36,6 +38,17 @@ class CommandParser(argparse.ArgumentParser):
             if action.option_strings and action.required and not str(action.help).endswith("(required)"):
                 action.help = f"{action.help} (required)"
         return super().format_help()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Report an unrecognized flag first; argparse would report the required one that it may be a misspelling of."""
+        words = sys.argv[1:] if args is None else list(args)
+        known = self._option_string_actions
+        for word in takewhile(lambda word: word != "--", words) if self._subparsers is None else ():
+            flag = word.split("=")[0]
+            if flag.startswith("--") and not any(name.startswith(flag) for name in known):
+                nearest = difflib.get_close_matches(flag, known, n=1)
+                self.error(f"unrecognized argument {flag}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")

@@ -59,12 +59,14 @@ class MoeSpec:
         for name in ("num_new_experts", "num_original_experts", "original_copies", "topk"):
             if type(value := getattr(self, name)) is not int:
                 raise UserError(f"moe.{name} must be an integer, got {value!r}")
-        if self.num_new_experts < 1:
-            raise UserError(f"--num-new-experts must be at least 1, got {self.num_new_experts}")
+        if not 1 <= self.num_new_experts <= 1024:  # published MoE models have up to 512
+            raise UserError(f"--num-new-experts must be between 1 and 1024, got {self.num_new_experts}")
         if self.num_original_experts < 1:
             raise UserError(f"num_original_experts must be at least 1 (the dense FFN), got {self.num_original_experts}")
-        if self.original_copies < 1:
-            raise UserError(f"--original-copies must be at least 1 (the dense FFN), got {self.original_copies}")
+        if not 1 <= self.original_copies <= 1024:
+            raise UserError(
+                f"--original-copies must be at least 1 (the dense FFN) and at most 1024, got {self.original_copies}"
+            )
         if self.topk == 1:
             raise UserError("with K = 1 every gate weight is 1, so the router gets no gradient; pass --topk 2 or more")
         if not 2 <= self.topk <= self.num_experts:

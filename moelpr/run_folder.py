@@ -49,6 +49,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file; None if the file is missing or damaged."""
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None

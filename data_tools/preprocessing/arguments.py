@@ -1,6 +1,8 @@
 """The command line of preprocess_data.py, and checks of options that exclude or require each other."""
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
 from data_tools.preprocessing.inputs import STANDARD_INPUT
@@ -125,7 +127,11 @@ def _check(args: argparse.Namespace, language_flag: str) -> None:
         "--dataset-info and --dataset-dir require --dataset, the names of datasets": registry and not args.dataset,
         "--json-keys requires --input; a registry states the key of the text": args.dataset and keys,
         f"--json-keys {' '.join(keys)} names a key twice": len(set(keys)) < len(keys),
+        f"--output-prefix must end in a file name, such as data/el, got {args.output_prefix!r}": (
+            os.path.basename(args.output_prefix) in ("", ".", "..")
+        ),
         "--input - (standard input) can be read only once": streams > 1,
+        "--input - requires standard input, which is closed; redirect or pipe text into it": streams and not sys.stdin,
         "--input - (standard input) excludes --num-shards and --max-samples; write it to a file first": (
             streams and (last or is_sampled)
         ),

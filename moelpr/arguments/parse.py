@@ -10,6 +10,7 @@ from megatron.training.global_vars import set_global_variables
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from moelpr.arguments.checks import find_notes, find_problems
+from moelpr.arguments.checks.data import damaged_corpora
 from moelpr.arguments.flags import add_arguments, all_arguments
 from moelpr.arguments.settings import RunSettings, apply_machine, apply_method
 from moelpr.errors import UserError
@@ -30,7 +31,7 @@ def check_arguments(argv: list[str]) -> RunSettings:
     """
     run = RunSettings.gather(argv, all_arguments())
     apply_machine(run.args)
-    problems = list(dict.fromkeys([*run.problems, *find_problems(run)]))
+    problems = list(dict.fromkeys([*run.problems, *find_problems(run)])) or [*damaged_corpora(run)]
     if problems:
         several = [f"{len(problems)} settings are wrong:"] if len(problems) > 1 else []
         raise UserError("\n- ".join([*several, *problems]))

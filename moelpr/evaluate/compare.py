@@ -19,7 +19,7 @@ from moelpr.checkpoints import checkpoint_chain
 from moelpr.errors import UserError
 from moelpr.evaluate.models import LoadedModel, is_megatron, open_model, read_max_positions, require_hf
 from moelpr.evaluate.scoring import LanguageScore, Settings, score_each
-from moelpr.files import atomic_file
+from moelpr.files import atomic_file, make_folder
 from moelpr.model_spec import FILE_NAME
 from moelpr.run_folder import HF_FOLDER
 
@@ -168,13 +168,15 @@ class ResultCache:
         if folder and folder.is_dir() and any(folder.iterdir()) and not (folder / CACHE_FOLDER).is_dir():
             raise UserError(f"--output {folder} is not an evaluation folder; choose another")
         self._folder = folder and folder / CACHE_FOLDER
+        if self._folder:
+            make_folder(self._folder)  # now, because measuring takes long
 
     def read(self, model: str, name: str, key: Json) -> Json | None:
         """The result computed from exactly `key`, or None."""
         try:
             content = json.loads(self._path(model, name).read_text(encoding="utf-8")) if self._folder else {}
             return content["result"] if content["of"] == {**_VERSION, **key} else None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
     def write(self, model: str, name: str, key: Json, result: Json) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moelpr.data.tokenizer import check_token_ids
 from moelpr.errors import UserError
 from moelpr.megatron_patches import cpu, megatron_fixes
 from moelpr.model_spec import FILE_NAME, ModelSpec
@@ -215,6 +216,7 @@ def choose_device(name: str) -> torch.device:
 
 def _load_tokenizer(directory: Path) -> tuple[Any, int, int | None]:
     """The tokenizer in `directory`, the token that precedes a document, and EOS."""
+    check_token_ids(directory)
     from transformers import AutoTokenizer
 
     try:

@@ -49,6 +49,28 @@ def test_a_wrong_command_line_is_reported_in_one_line_like_any_other_error(words
     assert parser.parse_args(["child", "--size", "1", "--debug"]).debug
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--hf-pth x", "unrecognized argument --hf-pth; did you mean --hf-path?"),
+        ("--hf-pth=x --other 1", "unrecognized argument --hf-pth; did you mean --hf-path?"),
+        ("--nothing-like-it", "unrecognized argument --nothing-like-it; see --help"),
+        ("--other --", "argument --other: expected one argument"),
+        ("--oth 1", "the following arguments are required: --hf-path"),
+    ],
+)
+def test_an_unrecognized_flag_is_reported_before_a_missing_one(words: str, message: str) -> None:
+    for command in ([], ["child"]):
+        parser = CommandParser()
+        child = parser.add_subparsers().add_parser("child") if command else parser
+        child.add_argument("--hf-path", required=True)
+        child.add_argument("--other")
+        with pytest.raises(UserError) as error:
+            parser.parse_args([*command, *words.split()])
+        assert str(error.value).startswith(message)
+    assert child.parse_args(["--other=--x", "--hf-path=--y"]).other == "--x"
+
+
 def test_help_marks_required_flags_and_keeps_the_lines_of_the_description() -> None:
     parser = CommandParser(description="a\nb")
     parser.add_argument("--size", required=True, help="number")

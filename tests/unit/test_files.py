@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,20 @@ def test_a_failed_folder_leaves_the_old_one(tmp_path: Path) -> None:
         raise RuntimeError
     assert [path.name for path in target.iterdir()] == ["old"]
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("write", [atomic_file, atomic_directory, lambda path: resumable_directory(path, "job")])
+def test_an_output_folder_that_cannot_be_written_is_reported(
+    write: Callable[[Path], AbstractContextManager[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "b", tmp_path / ("a" * 300), Path("/proc/b")):
+        with pytest.raises(UserError, match=f"can't write to the folder {folder} "), write(folder / "a"):
+            pass
+    monkeypatch.setattr("os.access", lambda *_: False)  # read-only for anyone but root
+    with pytest.raises(UserError, match=f"can't write to the folder {tmp_path} "), write(tmp_path / "a"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_an_existing_output_is_rejected_unless_overwriting(tmp_path: Path) -> None:

@@ -425,7 +425,7 @@ def test_mixed_and_unsupported_dtypes_are_rejected(source: Path, tmp_path: Path)
         ({"topk": 1}, "K = 1 .*--topk 2"),
         ({"topk": 0}, "top-0 "),
         ({"topk": 6}, "top-6 .* 5"),
-        ({"num_new_experts": 0}, "--num-new-experts must be at least 1, got 0"),
+        ({"num_new_experts": 0}, "--num-new-experts must be between 1 and 1024, got 0"),
         ({"moe_layers": [1, 4]}, "layer 4.* 0 to 3"),
         ({"moe_layers": [-1]}, "layer -1"),
         ({"moe_layers": []}, "--moe-layers"),

@@ -52,6 +52,18 @@ def test_contradicting_options_are_reported(flags: str, message: str) -> None:
         parse(flags)
 
 
+@pytest.mark.parametrize("prefix", ["", ".", "data/", "data/.."])
+def test_the_output_prefix_has_a_file_name(prefix: str) -> None:
+    with pytest.raises(UserError, match="--output-prefix must end in a file name, such as data/el, got"):
+        parse_arguments(None, [*REQUIRED.split(), *"--input a --language original --output-prefix".split(), prefix])
+
+
+def test_a_closed_standard_input_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)  # what Python makes of a closed descriptor
+    with pytest.raises(UserError, match="--input - requires standard input, which is closed"):
+        parse("--input - --language original")
+
+
 @pytest.mark.parametrize(
     "flags, options",
     [

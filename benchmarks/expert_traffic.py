@@ -36,6 +36,7 @@ from benchmarks.traffic import Traffic, counted_traffic
 from moelpr.errors import run_command
 
 COMPARED = {"uniform": "mean_sent", "reviewed": "busiest"}
+MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}  # as launch/train.sh sets them on CPUs
 TABLE = """expert_parallel pattern peer_experts ratio_mean_sent ratio_busiest compared wanted_ratio
 ratio_step_time_stage1 ratio_step_time_stage2""".split()
 
@@ -82,7 +83,7 @@ def experts_of(places: Tensor, num_experts: int, ep: int) -> Tensor:
 def run_ranks(args: argparse.Namespace, ep: int) -> list[dict]:
     """Start `ep` ranks; results of each routing pattern."""
     threads = max(1, torch.get_num_threads() // ep)
-    os.environ |= common.environment(OMP_NUM_THREADS=str(threads))  # inherited by the ranks
+    os.environ |= common.environment(OMP_NUM_THREADS=str(threads), **MALLOC)  # inherited by the ranks
     config = LaunchConfig(1, 1, ep, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="traffic", max_restarts=0)
     return elastic_launch(config, rank_main)(args)[0]
 

@@ -24,6 +24,7 @@ SIZES = {
     "ffn": "hidden size of each expert's FFN",
     "head": "size of each attention head",
     "new_experts": "number of new experts",
+    "original_copies": "places of the dense FFN among the experts",
     "topk": "experts per token",
     "vocabulary": "vocabulary size, in tokens",
     "sequences": "sequences per step",
@@ -110,12 +111,15 @@ def qwen2_config(
     )  # fmt: skip
 
 
-def model_spec(config: Any, new_experts: int, topk: int = 2, dtype: str = "float32") -> "ModelSpec":
+def model_spec(
+    config: Any, new_experts: int, topk: int = 2, dtype: str = "float32", original_copies: int = 1
+) -> "ModelSpec":
     """The spec of a model with the shape of `config` whose layers are all MoE layers with one original expert."""
     from moelpr.families.families import QWEN2
     from moelpr.model_spec import ModelSpec, MoeSpec
 
-    moe = MoeSpec(new_experts, topk, tuple(range(config.num_hidden_layers)))
+    layers = tuple(range(config.num_hidden_layers))
+    moe = MoeSpec(new_experts, topk, layers, original_copies=original_copies)
     return ModelSpec(QWEN2.name, dtype, QWEN2.megatron_args(config), moe)
 
 

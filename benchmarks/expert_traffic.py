@@ -3,24 +3,25 @@
     python -m benchmarks.expert_traffic [--json FILE]
 
 Runs one layer in the middle of a model (its input requires a gradient) forward and backward, in training mode, on gloo
-CPU ranks that this script starts. Ours: LPRMoELayer with N new experts, frozen as in each stage. The peer: Megatron's
-MoELayer with the all-to-all dispatcher and SequentialMLP, everything trained. They take turns in every round on inputs
-whose first columns are the router's logits, so this script sets each token's choices:
+CPU ranks that this script starts. Ours: LPRMoELayer with C copies of the dense FFN and N new experts, frozen as in each
+stage. The peer: Megatron's MoELayer with the all-to-all dispatcher and SequentialMLP, everything trained; a copy is an
+expert like any other. They take turns in every round, and their routers are made to choose:
 
-- uniform: every token chooses K of all experts at random.
-- reviewed: half of the tokens are original-language text and choose expert 0 first, then K - 1 of the new experts; the
-  other half choose as in uniform.
+- uniform: every token chooses K of the E = C + N places at random, and K of the peer's experts, of which there are the
+  multiple of EP nearest to E. Their number does not change the peer's bytes.
+- reviewed: what the routers of the demo's reviewed model chose on held-out text, as many tokens of each language and
+  layer. N, C and K are this model's. The peer makes the same choices; its rank p mod EP holds place p, so that copies
+  are on different ranks, and experts that nobody chooses fill the ranks up.
 
 Bytes are counted where they are sent (torch.distributed.all_to_all_single), without rows for the own rank. Two numbers
 are reported: the mean over ranks of bytes sent, and the busiest rank's, which an all-to-all waits for: the most that
 any rank sends or receives in each all-to-all, summed over the all-to-alls of the step. The limits are for the ratio of
-means (0.9, uniform routing) and for the ratio of busiest ranks (0.5, reviewed routing); both are printed for both.
-
-EP divides N in ours and would have to divide N + 1 in the peer, which is impossible for both if EP > 1: the peer gets
-the nearest number of experts that EP divides. Under uniform routing its bytes depend only on K, not on that number.
+means (0.82, uniform routing) and for the ratio of busiest ranks (reviewed routing: 0.4 with 2 ranks, 0.3 with more);
+both are printed for both. The layer's time should be at most the peer's.
 """
 
 import argparse
+import math
 import os
 from typing import Any
 
@@ -29,21 +30,26 @@ from torch import Tensor
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from benchmarks import common
+from benchmarks.routing import add_demo, impose, recorded_routing
 from benchmarks.timing import median_s, take_turns, time_ratio, timed_s
 from benchmarks.traffic import Traffic, counted_traffic
+from moelpr.errors import run_command
 
-LIMITS = {"uniform": ("mean_sent", 0.9), "reviewed": ("busiest", 0.5)}
+COMPARED = {"uniform": "mean_sent", "reviewed": "busiest"}
+MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}  # as launch/train.sh sets them on CPUs
 TABLE = """expert_parallel pattern peer_experts ratio_mean_sent ratio_busiest compared wanted_ratio
 ratio_step_time_stage1 ratio_step_time_stage2""".split()
 
 
 def main() -> None:
-    parser = common.argument_parser(__doc__, new_experts=8, topk=2, hidden=256, ffn=512, rounds=7)
+    parser = common.argument_parser(__doc__, new_experts=8, original_copies=2, topk=2, hidden=256, ffn=512, rounds=7)
     parser.add_argument("--tokens", type=int, default=1024, help="tokens per rank")
     parser.add_argument("--expert-parallel", type=int, nargs="+", default=[2, 4], metavar="EP",
                         help="expert-parallel sizes, in ranks")  # fmt: skip
+    add_demo(parser)
     common.add_json(parser)
     args = parser.parse_args()
+    args.reviewed = recorded_routing(args.demo, "stage2")
     results = [result for ep in args.expert_parallel for result in run_ranks(args, ep)]
     common.print_table(results, *TABLE)
     run = ("expert_parallel", "pattern")
@@ -52,36 +58,32 @@ def main() -> None:
     common.write_json(results, args.json)
 
 
-def chosen_experts(pattern: str, num_tokens: int, num_experts: int, topk: int, generator: torch.Generator) -> Tensor:
-    """[T, K] experts of each token, first choice first; in `reviewed` the first half of the tokens are original."""
-    choices = torch.rand(num_tokens, num_experts, generator=generator).argsort(dim=1)[:, :topk]
-    if pattern == "reviewed":
-        half = num_tokens // 2
-        new = torch.rand(half, num_experts - 1, generator=generator).argsort(dim=1)[:, : topk - 1] + 1
-        choices[:half] = torch.cat([torch.zeros(half, 1, dtype=new.dtype), new], dim=1)
-    return choices
+def limit(pattern: str, ep: int) -> float:
+    """The largest ratio of bytes that is wanted."""
+    return 0.82 if pattern == "uniform" else 0.4 if ep == 2 else 0.3
 
 
-def impose(hidden_TH: Tensor, choices_TK: Tensor, num_experts: int) -> Tensor:
-    """Hidden states whose first E columns a router with identity weights reads as logits that choose `choices_TK`."""
-    hidden_TH = hidden_TH.clone()
-    topk = choices_TK.shape[1]
-    logits = torch.full((len(hidden_TH), num_experts), -5.0)
-    hidden_TH[:, :num_experts] = logits.scatter(1, choices_TK, torch.arange(topk, 0, -1.0).expand(len(hidden_TH), topk))
-    return hidden_TH
+def uniform_choices(num_tokens: int, num_experts: int, topk: int, generator: torch.Generator) -> Tensor:
+    """[T, K] different experts of each token."""
+    return torch.rand(num_tokens, num_experts, generator=generator).argsort(dim=1)[:, :topk]
 
 
-def peer_experts(new_experts: int, ep: int) -> int:
-    """The multiple of EP nearest to N + 1; the smaller of two equally near ones, as its memory is nearer to ours."""
-    below = (new_experts + 1) // ep * ep
+def nearest_multiple(num_experts: int, ep: int) -> int:
+    """The multiple of EP nearest to E; the smaller of two equally near ones, as its memory is nearer to ours."""
+    below = num_experts // ep * ep
     above = below + ep
-    return below if below and new_experts + 1 - below <= above - new_experts - 1 else above
+    return below if below and num_experts - below <= above - num_experts else above
+
+
+def experts_of(places: Tensor, num_experts: int, ep: int) -> Tensor:
+    """The peer's experts for places: p on rank p mod EP, in Megatron's order, which numbers them rank by rank."""
+    return places % ep * (num_experts // ep) + places // ep
 
 
 def run_ranks(args: argparse.Namespace, ep: int) -> list[dict]:
     """Start `ep` ranks; results of each routing pattern."""
     threads = max(1, torch.get_num_threads() // ep)
-    os.environ |= common.environment(OMP_NUM_THREADS=str(threads))  # inherited by the ranks
+    os.environ |= common.environment(OMP_NUM_THREADS=str(threads), **MALLOC)  # inherited by the ranks
     config = LaunchConfig(1, 1, ep, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="traffic", max_restarts=0)
     return elastic_launch(config, rank_main)(args)[0]
 
@@ -95,7 +97,7 @@ def rank_main(args: argparse.Namespace) -> list[dict]:
     ep = torch.distributed.get_world_size()
     parallel_state.initialize_model_parallel(expert_model_parallel_size=ep)
     model_parallel_cuda_manual_seed(1)
-    results = [compare(args, pattern, ep) for pattern in LIMITS]
+    results = [compare(args, pattern, ep) for pattern in COMPARED]
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     return results
@@ -104,18 +106,13 @@ def rank_main(args: argparse.Namespace) -> list[dict]:
 class _Contender:
     """One MoE layer and this rank's input for it."""
 
-    def __init__(self, model: Any, num_experts: int, pattern: str, args: argparse.Namespace) -> None:
-        generator = torch.Generator().manual_seed(100 + torch.distributed.get_rank())
-        choices = chosen_experts(pattern, args.tokens, num_experts, args.topk, generator)
-        hidden = impose(torch.randn(args.tokens, args.hidden, generator=generator), choices, num_experts)
+    def __init__(self, model: Any, choices_TK: Tensor, hidden: int) -> None:
         self.layer: Any = model.decoder.layers[0].mlp.train()
-        self.hidden = hidden.unsqueeze(1).requires_grad_()
-        router = self.layer.router
-        with torch.no_grad():
-            router.weight.copy_(torch.eye(*router.weight.shape))  # logit e is column e of the hidden state
-        _, is_chosen = router(self.hidden)
-        assert torch.equal(is_chosen.float().sum(dim=1), torch.full((args.tokens,), float(args.topk)))
-        assert is_chosen.gather(1, choices).all(), "the router does not make the imposed choices"
+        self.hidden = torch.randn(len(choices_TK), 1, hidden, requires_grad=True)
+        impose(self.layer.router, choices_TK)
+        _, is_chosen = self.layer.router(self.hidden)
+        assert is_chosen.gather(1, choices_TK).all(), "the router does not make the imposed choices"
+        assert is_chosen.sum() == choices_TK.numel()
 
     def __call__(self, traffic: Traffic | None = None) -> None:
         output = self.layer(self.hidden)[0]
@@ -126,22 +123,35 @@ class _Contender:
         self.hidden.grad = None
 
 
+def choices_of(args: argparse.Namespace, pattern: str, ep: int) -> tuple[dict[str, int], Tensor, int, Tensor]:
+    """(experts of ours, this rank's choices of places; number of the peer's experts, its choices)."""
+    rank = torch.distributed.get_rank()
+    if pattern == "reviewed":
+        experts, places = args.reviewed.experts, args.reviewed.part(rank, args.tokens)
+        peers = math.ceil((experts["new_experts"] + experts["original_copies"]) / ep) * ep
+        return experts, places, peers, experts_of(places, peers, ep)
+    experts = {name: getattr(args, name) for name in ("new_experts", "original_copies", "topk")}
+    num_places = args.new_experts + args.original_copies
+    peers, generator = nearest_multiple(num_places, ep), torch.Generator().manual_seed(100 + rank)
+    places, chosen = (uniform_choices(args.tokens, count, args.topk, generator) for count in (num_places, peers))
+    return experts, places, peers, chosen
+
+
 def compare(args: argparse.Namespace, pattern: str, ep: int) -> dict:
     """Bytes and times of both stages and of the peer on `ep` ranks."""
     from benchmarks.baselines import plain_megatron
     from moelpr.model.freezing import freeze
     from moelpr.model.loading import build_model
 
+    experts, places, peers, chosen = choices_of(args, pattern, ep)
     config = common.qwen2_config(1, args.hidden, args.ffn, vocabulary=128, length=64)
-    new, peers = args.new_experts, peer_experts(args.new_experts, ep)
     contenders: dict[str, _Contender] = {}
     for stage in common.STAGES:
-        model = build_model(common.model_spec(config, new, args.topk), expert_model_parallel_size=ep)
+        model = build_model(common.model_spec(config, **experts), expert_model_parallel_size=ep)
         freeze([model], stage)
-        contenders[stage] = _Contender(model, new + 1, pattern, args)
-    spec = common.model_spec(config, peers - 1, args.topk)
-    plain = plain_megatron.build(spec, expert_model_parallel_size=ep)
-    contenders["peer"] = _Contender(plain, peers, pattern, args)
+        contenders[stage] = _Contender(model, places, args.hidden)
+    plain = plain_megatron.build(common.model_spec(config, peers - 1, experts["topk"]), expert_model_parallel_size=ep)
+    contenders["peer"] = _Contender(plain, chosen, args.hidden)
     traffic = {name: traffic_of(contender) for name, contender in contenders.items()}
 
     def measure(contender: _Contender) -> tuple[float, float]:
@@ -151,19 +161,19 @@ def compare(args: argparse.Namespace, pattern: str, ep: int) -> dict:
     times, _ = take_turns(contenders, args.rounds, measure)
     ours, peer = traffic["stage1"], traffic["peer"]
     assert ours == traffic["stage2"], "the bytes sent do not depend on the stage"
-    compared, limit = LIMITS[pattern]
     medians = median_s(times)
     return {
         "expert_parallel": ep,
         "pattern": pattern,
         "peer_experts": peers,
         "tokens_per_rank": args.tokens,
-        **{name: getattr(args, name) for name in ("new_experts", "hidden", "topk")},
+        "hidden": args.hidden,
+        **experts,
         "ours_bytes": ours,
         "peer_bytes": peer,
         **{f"ratio_{count}": ours[count] / peer[count] for count in ("mean_sent", "busiest")},
-        "compared": compared,
-        "wanted_ratio": limit,
+        "compared": COMPARED[pattern],
+        "wanted_ratio": limit(pattern, ep),
         "step_time_s": {name if name == "peer" else f"ours, {name}": median for name, median in medians.items()},
         **{f"ratio_step_time_{stage}": time_ratio(times, stage, "peer") for stage in common.STAGES},
     }
@@ -187,4 +197,4 @@ def traffic_of(contender: _Contender) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -27,8 +27,8 @@ LIMIT = 0.02
 
 def main() -> None:
     parser = argument_parser(
-        __doc__, layers=6, hidden=256, ffn=768, head=64, new_experts=4, topk=2, vocabulary=4096, sequences=16,
-        length=128, rounds=40,
+        __doc__, layers=6, hidden=256, ffn=768, head=64, new_experts=4, original_copies=1, topk=2, vocabulary=4096,
+        sequences=16, length=128, rounds=40,
     )  # fmt: skip
     add_json(parser)
     args = parser.parse_args()

@@ -36,7 +36,8 @@ def spec_of(args: argparse.Namespace) -> ModelSpec:
     """The model of the sizes in `args` (benchmarks.common.SIZES), in bf16 on a GPU and fp32 on a CPU."""
     heads = args.hidden // args.head
     config = qwen2_config(args.layers, args.hidden, args.ffn, args.vocabulary, args.length, heads, heads // 2)
-    return model_spec(config, args.new_experts, args.topk, "bfloat16" if DEVICE == "cuda" else "float32")
+    dtype = "bfloat16" if DEVICE == "cuda" else "float32"
+    return model_spec(config, args.new_experts, args.topk, dtype, args.original_copies)
 
 
 def random_batch(spec: ModelSpec, sequences: int) -> dict[str, Tensor]:
@@ -76,6 +77,10 @@ class MegatronStep:
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = self.optimizer.scale_loss
         self.schedule = get_forward_backward_func()
+
+    @property
+    def routers(self) -> list[Any]:
+        return [layer.mlp.router for layer in self.model.decoder.layers]
 
     def __call__(self) -> float:
         """Run the step; returns the next-token loss before it."""

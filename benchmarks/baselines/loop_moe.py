@@ -3,7 +3,7 @@
 Does what the published code does on top of a trainer for dense models: the base is frozen with `requires_grad_(False)`,
 each expert runs on the rows `torch.where` finds and is added back with `index_add_`, the losses are computed from the
 router logits of all layers, and AdamW updates the trainable parameters. Uses torch's fused AdamW, the fastest without
-additional packages. Expert 0 is the original one.
+additional packages. The first P experts are the original ones.
 """
 
 import torch
@@ -12,22 +12,26 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 from moelpr.families.families import explicit_shape, rope_parameters
-from moelpr.model_spec import ModelSpec
+from moelpr.model_spec import ModelSpec, MoeSpec
 
 
 class LoopMoE(torch.nn.Module):
     """[batch, sequence, hidden] in and out; keeps its router logits [T, E] in `logits_TE` for the losses."""
 
-    def __init__(self, config: Qwen2Config, num_experts: int, topk: int) -> None:
+    def __init__(self, config: Qwen2Config, moe: MoeSpec) -> None:
         super().__init__()
-        self.topk = topk
-        self.gate = torch.nn.Linear(config.hidden_size, num_experts, bias=False)
-        self.experts = torch.nn.ModuleList(Qwen2MLP(config) for _ in range(num_experts))
+        self.topk, self.num_original = moe.topk, moe.num_original_places
+        self.gate = torch.nn.Linear(config.hidden_size, moe.num_experts, bias=False)
+        self.experts = torch.nn.ModuleList(Qwen2MLP(config) for _ in range(moe.num_experts))
         self.logits_TE: Tensor | None = None
+
+    def gating(self, hidden_TH: Tensor) -> Tensor:
+        """Logits [T, E]."""
+        return torch.nn.functional.linear(hidden_TH.float(), self.gate.weight.float())
 
     def forward(self, hidden_BSH: Tensor) -> Tensor:
         hidden_TH = hidden_BSH.flatten(0, 1)
-        self.logits_TE = torch.nn.functional.linear(hidden_TH.float(), self.gate.weight.float())
+        self.logits_TE = self.gating(hidden_TH)
         scores_TE = torch.softmax(self.logits_TE, dim=-1)
         weights_TK, choices_TK = torch.topk(scores_TE, self.topk, dim=-1)
         weights_TK = (weights_TK / weights_TK.sum(dim=-1, keepdim=True)).to(hidden_TH.dtype)
@@ -49,17 +53,17 @@ def build(spec: ModelSpec) -> Qwen2ForCausalLM:
     )  # fmt: skip
     model = Qwen2ForCausalLM(config)
     for layer in model.model.layers:
-        layer.mlp = LoopMoE(config, moe.num_experts, moe.topk)
+        layer.mlp = LoopMoE(config, moe)
     return model.to(getattr(torch, spec.dtype))
 
 
 def freeze(model: Qwen2ForCausalLM, stage: str) -> None:
-    """stage1: routers and experts 1..N train; stage2: only routers."""
+    """stage1: routers and new experts train; stage2: only routers."""
     model.requires_grad_(False)
     for layer in model.model.layers:
         layer.mlp.gate.requires_grad_(True)
         if stage == "stage1":
-            layer.mlp.experts[1:].requires_grad_(True)
+            layer.mlp.experts[layer.mlp.num_original :].requires_grad_(True)
 
 
 def loss(
@@ -70,7 +74,8 @@ def loss(
     Args:
         alpha: weight of the balance loss, the mean over layers of sum_i (E / T) x (rows of expert i) x (mean score of
             i), as the published code scales it.
-        gamma: weight of the LPR loss, the mean over layers and original-language tokens of -log score of expert 0.
+        gamma: weight of the LPR loss, the mean over layers and original-language tokens of -log score of the original
+            experts.
     """
     logits = model(tokens_BS).logits.float()
     total = next_token = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels_BS.flatten())
@@ -79,9 +84,9 @@ def loss(
     if alpha:
         total = total + alpha / len(layers) * sum(_balance(moe.logits_TE, moe.topk) for moe in layers)
     if gamma:
-        zeros_T = torch.zeros_like(is_original_T[is_original_T], dtype=torch.long)
-        lpr = sum(torch.nn.functional.cross_entropy(moe.logits_TE[is_original_T], zeros_T) for moe in layers)
-        total = total + gamma / len(layers) * lpr
+        total = total + gamma / len(layers) * sum(
+            _lpr(moe.logits_TE[is_original_T], moe.num_original) for moe in layers
+        )
     return total, next_token
 
 
@@ -91,6 +96,10 @@ def _balance(logits_TE: Tensor, topk: int) -> Tensor:
     num_tokens, num_experts = logits_TE.shape
     share_E = torch.nn.functional.one_hot(choices_TK, num_experts).float().sum(dim=(0, 1)) / num_tokens
     return num_experts * (share_E * scores_TE.mean(dim=0)).sum()
+
+
+def _lpr(logits_TE: Tensor, num_original: int) -> Tensor:
+    return (logits_TE.logsumexp(dim=1) - logits_TE[:, :num_original].logsumexp(dim=1)).mean()
 
 
 class LoopStep:
@@ -103,6 +112,10 @@ class LoopStep:
         self.alpha, self.gamma = (0.01, 0.0) if stage == "stage1" else (0.0, 0.1)
         self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trainable, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+    @property
+    def routers(self) -> list[LoopMoE]:
+        return [layer.mlp for layer in self.model.model.layers]
 
     def __call__(self) -> float:
         """Run the step; returns the next-token loss before it."""

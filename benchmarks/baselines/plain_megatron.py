@@ -33,7 +33,7 @@ def plain_block_spec(*args: Any, **kwargs: Any) -> Any:
 
 
 def build(spec: ModelSpec, **settings: object) -> GPTModel:
-    """A model of `spec`'s shape with all E = N + 1 experts in the group."""
+    """A model of `spec`'s shape with all E experts in the group."""
     assert spec.moe is not None
     with patch.object(loading, "block_spec", plain_block_spec):
         return loading.build_model(spec, num_moe_experts=spec.moe.num_experts, **settings)

@@ -1,15 +1,16 @@
-"""A model spec of the sizes that the step benchmarks accept."""
+"""A model spec of the sizes that the step benchmarks accept, and tiny Hugging Face models."""
 
 import argparse
 
 import pytest
 
 from moelpr.model_spec import ModelSpec
+from tests.hf_models import make_model  # noqa: F401
 
 
 @pytest.fixture(scope="package")
 def spec(megatron: None) -> ModelSpec:
     from benchmarks.steps import spec_of
 
-    sizes = {"layers": 2, "hidden": 32, "ffn": 48, "head": 8, "new_experts": 3, "topk": 2, "vocabulary": 64}
-    return spec_of(argparse.Namespace(**sizes, length=16))
+    sizes = {"layers": 2, "hidden": 32, "ffn": 48, "head": 8, "vocabulary": 64, "length": 16}
+    return spec_of(argparse.Namespace(**sizes, new_experts=3, original_copies=1, topk=2))

@@ -1,21 +1,26 @@
-"""The imposed routing and the peer's number of experts, on cases worked out by hand."""
+"""The peer's experts, on cases worked out by hand."""
 
 import pytest
 import torch
 
-from benchmarks.expert_traffic import chosen_experts, impose, peer_experts
+from benchmarks.expert_traffic import experts_of, nearest_multiple, uniform_choices
 
 
-@pytest.mark.parametrize("pattern", ["uniform", "reviewed"])
-def test_a_router_with_identity_weights_makes_the_imposed_choices(pattern: str) -> None:
-    choices = chosen_experts(pattern, 64, 9, 2, torch.Generator().manual_seed(0))
-    hidden = impose(torch.randn(64, 16), choices, 9)
-    assert torch.equal(torch.topk(hidden @ torch.eye(9, 16).T, 2).indices, choices)
-    assert (choices[:, 0] != choices[:, 1]).all()
-    firsts = (choices[:32, 0] == 0).float().mean()
-    assert firsts == 1 if pattern == "reviewed" else firsts < 0.5
+def test_uniform_choices_are_different_and_cover_all_experts() -> None:
+    choices = uniform_choices(1000, 9, 2, torch.Generator().manual_seed(0))
+    assert choices.shape == (1000, 2) and (choices[:, 0] != choices[:, 1]).all()
+    counts = choices.flatten().bincount()
+    assert len(counts) == 9 and counts.min() > 150  # 222 on average
 
 
-@pytest.mark.parametrize(("new", "ep", "experts"), [(8, 2, 8), (8, 4, 8), (7, 4, 8), (3, 4, 4), (10, 4, 12)])
-def test_the_peer_has_the_nearest_number_of_experts_that_ep_divides(new: int, ep: int, experts: int) -> None:
-    assert peer_experts(new, ep) == experts
+@pytest.mark.parametrize(("experts", "ep", "multiple"), [(10, 2, 10), (10, 4, 8), (9, 4, 8), (4, 4, 4), (11, 4, 12)])
+def test_the_peer_has_the_nearest_number_of_experts_that_ep_divides(experts: int, ep: int, multiple: int) -> None:
+    assert nearest_multiple(experts, ep) == multiple
+
+
+def test_places_take_turns_on_the_peers_ranks() -> None:
+    """Six places and two unused experts on four ranks: [0, 4], [1, 5], [2, -], [3, -], in Megatron's order."""
+    places = torch.arange(6).view(3, 2)
+    assert experts_of(places, 8, 4).tolist() == [[0, 2], [4, 6], [1, 3]]
+    assert experts_of(places, 6, 2).tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert torch.equal(experts_of(places, 6, 1), places)

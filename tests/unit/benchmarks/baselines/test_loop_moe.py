@@ -1,5 +1,7 @@
 """The Python loop computes what we compute: same losses and router gradients for the same weights."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -19,15 +21,19 @@ def copy_weights(ours: torch.nn.Module, loop: torch.nn.Module, spec: ModelSpec) 
         name = name.replace("self_attention.linear_qkv_layer_norm_weight", "input_layernorm.weight")
         tensor = state[name] if piece.stack_index is None else state[name][piece.stack_index]
         parts = piece.transform.to_hf(tensor, sizes_of(spec))
-        copied |= {part: value.clone() for part, value in zip(piece.hf_names, parts, strict=True)}
+        for names in piece.places:
+            copied |= {part: value.clone() for part, value in zip(names, parts, strict=True)}
     loop.load_state_dict(copied)
 
 
+@pytest.mark.parametrize("copies", [1, 2])
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_the_loop_has_our_loss_and_our_gradients(spec: ModelSpec, stage: str) -> None:
+def test_the_loop_has_our_loss_and_our_gradients(spec: ModelSpec, stage: str, copies: int) -> None:
     from benchmarks.baselines import loop_moe
     from benchmarks.steps import our_step, random_batch
 
+    assert spec.moe is not None
+    spec = replace(spec, moe=replace(spec.moe, original_copies=copies))
     torch.manual_seed(3)
     batch = random_batch(spec, 4)
     step = our_step(spec, stage, batch)
@@ -48,10 +54,10 @@ def test_the_loop_has_our_loss_and_our_gradients(spec: ModelSpec, stage: str) ->
         assert expected.abs().sum() > 0
         torch.testing.assert_close(ours.mlp.router.weight.main_grad, expected, rtol=1e-4, atol=1e-7)
         for index, expert in enumerate(theirs.mlp.experts):
-            if stage == "stage2" or index == 0:
+            if stage == "stage2" or index < copies:
                 assert expert.down_proj.weight.grad is None
                 continue
-            found = ours.mlp.experts.linear_fc2.weight.main_grad[index - 1]
+            found = ours.mlp.experts.linear_fc2.weight.main_grad[index - copies]
             torch.testing.assert_close(found, expert.down_proj.weight.grad, rtol=1e-4, atol=1e-7)
     trainable = {name for name, parameter in step.model.named_parameters() if parameter.requires_grad}
     num_trained = sum(parameter.numel() for name, parameter in step.model.named_parameters() if name in trainable)

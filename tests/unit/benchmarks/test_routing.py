@@ -1,0 +1,111 @@
+"""Recorded choices against evaluation's statistics, and routers that make imposed choices."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.routing import LENGTH, WINDOWS, RecordedRouting, impose, recorded_routing
+from examples.steps import EXPANDED, ORIGINAL
+from moelpr.errors import UserError
+from moelpr.evaluate.models import load_model
+from moelpr.evaluate.routing import RoutingObserver
+from moelpr.model_spec import ModelSpec
+from moelpr.stages import MoeStage
+
+
+@pytest.fixture(scope="module")
+def demo(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random MoE of six experts, 1 and 2 of them copies, and more documents per language than are read."""
+    folder = tmp_path_factory.mktemp("demo")
+    (folder / "corpus").mkdir()
+    random.seed(0)
+    for number, language in enumerate((*ORIGINAL, *EXPANDED)):
+        weights = (1, number + 1)  # the languages' routing differs
+        texts = ["".join(random.choices("ab", weights, k=2 * LENGTH)) for _ in range(WINDOWS + 2)]
+        lines = [json.dumps({"text": text}) + "\n" for text in ["ab", *texts]]
+        (folder / "corpus" / f"validation.{language}.jsonl").write_text("".join(lines))
+    moe = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "mlp_only_layers": [1]}
+    model = make_model(
+        "Qwen2MoeForCausalLM", tokenizer=True, shared_expert_intermediate_size=0, max_position_embeddings=LENGTH,
+        num_original_experts=2, **moe,
+    )  # fmt: skip
+    for stage in ("stage1", "stage2"):
+        shutil.copytree(model, folder / f"{stage}-hf")
+    return folder
+
+
+@pytest.mark.parametrize(("stage", "languages"), [("stage1", EXPANDED), ("stage2", (*ORIGINAL, *EXPANDED))])
+def test_recorded_choices_are_those_that_evaluation_counts(
+    demo: Path, stage: MoeStage, languages: tuple[str, ...]
+) -> None:
+    routing = recorded_routing(demo, stage)
+    loaded = load_model(demo / "stage2-hf", device="cpu")
+    observer = RoutingObserver(loaded)
+    for language in languages:
+        lines = (demo / "corpus" / f"validation.{language}.jsonl").read_text().splitlines()[1:]
+        documents = [[0, *loaded.tokenizer(json.loads(line)["text"])["input_ids"]] for line in lines]
+        windows = [ids[first : first + LENGTH] for ids in documents for first in range(0, len(ids), LENGTH)]
+        tokens = torch.tensor([window for window in windows if len(window) == LENGTH][:WINDOWS])
+        with torch.no_grad(), observer.observe(torch.ones_like(tokens).bool()):
+            loaded.logits(tokens)
+    counted = observer.result()
+    assert counted is not None and counted.layers == [0, 2, 3]
+    assert routing.experts == {"new_experts": 4, "original_copies": 2, "topk": 2}
+    assert len(routing.choices_TK) == 3 * len(languages) * WINDOWS * LENGTH
+    for choices, expected in [
+        (routing.choices_TK, counted.chosen_share),
+        (routing.choices_TK[:, 0], counted.first_choice_share),
+    ]:
+        shares = choices.flatten().bincount(minlength=6) / len(choices)
+        torch.testing.assert_close(shares, torch.tensor(expected).mean(dim=0), rtol=0, atol=1e-6)
+
+
+def test_a_missing_demo_names_the_file_the_flag_and_make_demo(demo: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{tmp_path}/stage1-hf .*make demo.*--demo"):
+        recorded_routing(tmp_path, "stage1")
+    shutil.copytree(demo / "corpus", tmp_path / "corpus")
+    shutil.copytree(demo / "stage2-hf", tmp_path / "stage2-hf")
+    short = tmp_path / "corpus/validation.zh.jsonl"
+    short.write_text('{"text": "ab"}\n')
+    with pytest.raises(UserError, match=f"{short} .*0 windows"):
+        recorded_routing(tmp_path, "stage2")
+
+
+def test_parts_do_not_overlap_and_end_with_the_recording() -> None:
+    routing = RecordedRouting(torch.arange(20).view(10, 2), new_experts=3, original_copies=2)
+    assert torch.equal(torch.cat([routing.part(0, 5), routing.part(1, 5)]), routing.choices_TK)
+    with pytest.raises(UserError, match="10 tokens, not 12"):
+        routing.part(2, 4)
+
+
+def test_every_kind_of_router_makes_imposed_choices_and_keeps_its_gradient(spec: ModelSpec) -> None:
+    from benchmarks.baselines.loop_moe import LoopStep
+    from benchmarks.steps import our_step, plain_step, random_batch
+
+    batch = random_batch(spec, 2)
+    choices = torch.rand(32, 4).argsort(dim=1)[:, :2]
+    chosen: list[torch.Tensor] = []
+    for step in (our_step(spec, "stage2", batch), plain_step(spec, batch)):
+        for router in step.routers:
+            impose(router, choices)
+            router.register_forward_hook(lambda module, inputs, output: chosen.append(output[1]))
+        step()
+        assert all(router.weight.main_grad.abs().sum() > 0 for router in step.routers)
+    assert len(chosen) == 4
+    for is_chosen in chosen:
+        assert torch.equal(is_chosen.nonzero()[:, 1].view(32, 2), choices.sort(dim=1).values)
+    loop = LoopStep(spec, "stage2", batch)
+    for router in loop.routers:
+        impose(router, choices)
+    before = [router.gate.weight.clone() for router in loop.routers]
+    loop()
+    for router, weight in zip(loop.routers, before, strict=True):
+        logits = router.logits_TE
+        assert logits is not None
+        assert torch.equal(logits.topk(2).indices.sort(dim=1).values, choices.sort(dim=1).values)
+        assert not torch.equal(router.gate.weight, weight)

@@ -29,18 +29,18 @@ class Steps:
         self.logs.mkdir(parents=True, exist_ok=True)
 
     def step(self, name: str, *command: str | Path, **variables: str) -> None:
-        """Run a launcher, or Python with these arguments, unless it is done; UserError if it fails.
+        """Run a launcher, or Python with these arguments, unless this command is done; UserError if it fails.
 
         `variables` are environment variables.
         """
         mark, log = self.logs / f"{name}.json", self.logs / f"{name}.log"
-        if mark.exists():
-            self._print(f"{name}: already done")
-            return
         words = [str(word) for word in command]
         words = words if words[0].endswith(".sh") else [sys.executable, *words]
         settings = " ".join(f"{key}={value} " for key, value in variables.items())
         shown = settings + shlex.join(word.removeprefix(f"{ROOT}/") for word in words) + f" >{log}"
+        if mark.exists() and json.loads(mark.read_text())["command"] == shown:
+            self._print(f"{name}: already done")
+            return
         self._print(f"{name}\n    {shown}")
         start = time.monotonic()
         quiet = {"PYTHONWARNINGS": "ignore"}

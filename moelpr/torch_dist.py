@@ -1,7 +1,7 @@
 """Megatron's `torch_dist` checkpoints (PyTorch's DCP format), one chunk at a time and without a process group.
 
 PyTorch's writer keeps every tensor of a file in memory until the file is closed, and its reader unpickles `.metadata`
-without restrictions. The file format is small: a `.distcp` file is a sequence of `torch.save` archives, and `.metadata`
+without restriction. The file format is small: a `.distcp` file is a sequence of `torch.save` archives, and `.metadata`
 records where each chunk of each tensor is stored. So chunks are written and read here, with PyTorch's metadata classes
 and `torch.save`/`torch.load(weights_only=True)`; PyTorch's and Megatron's loaders read the result.
 """
@@ -39,20 +39,31 @@ JOURNAL_FILE = "written.jsonl"
 def read_metadata(folder: Path) -> Metadata:
     """Read the table of contents of a step folder, without running code that the pickle `.metadata` could contain.
 
-    Megatron's and PyTorch's own loaders unpickle the file without this restriction.
+    The trainer uses this function too, in place of PyTorch's (moelpr/megatron_patches/checkpoint_reading.py).
 
     Raises:
-        UserError: `folder` is not a torch_dist checkpoint, is incomplete, or its `.metadata` is damaged.
+        UserError: `folder` is not a torch_dist checkpoint, is incomplete, or its table of contents is damaged.
     """
+    fix = "copy the checkpoint again, or use another step (--iteration; trainer: --ckpt-step)"
+    for name in (METADATA_FILE, MEGATRON_CONFIG_FILE):  # Megatron writes the second when the step is complete
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} is not a complete torch_dist checkpoint: {name} is missing; {fix}")
     path = folder / METADATA_FILE
-    if not path.is_file():
-        raise UserError(f"{folder} is not a complete torch_dist checkpoint: {METADATA_FILE} is missing")
     try:
         with open(path, "rb") as file:
             metadata = _MetadataUnpickler(file).load()
-        return Metadata(dict(metadata.state_dict_metadata), storage_data=dict(metadata.storage_data))
+        contents, places = dict(metadata.state_dict_metadata), dict(metadata.storage_data)
+        outside = next(
+            (p.relative_path for p in places.values() if Path(p.relative_path).name != p.relative_path), None
+        )
+        if outside is not None:
+            raise ValueError(f"it points outside its folder, to {outside}")
+        path = folder / MEGATRON_CONFIG_FILE
+        if (found := json.loads(path.read_text())["sharded_backend"]) != "torch_dist":
+            raise ValueError(f'"sharded_backend" must be torch_dist, got {found!r}')
     except Exception as error:  # a damaged pickle may raise any exception
-        raise UserError(f"{path} is damaged ({error}); save the checkpoint again") from error
+        raise UserError(f"{path} is damaged ({error}); {fix}") from error
+    return Metadata(contents, storage_data=places)
 
 
 def _slices(lower: list[int], upper: list[int], offsets: Sequence[int]) -> tuple[slice, ...]:
@@ -271,8 +282,6 @@ class TorchDistReader:
         if info is None:
             raise UserError(f"{self._folder} is incomplete: parts of {key} are missing; save the checkpoint again")
         path = self._folder / info.relative_path
-        if path.parent != self._folder:
-            raise UserError(f"{self._folder / METADATA_FILE} points outside its folder, to {info.relative_path}")
         try:
             with open(path, "rb") as file:
                 view = cast(BinaryIO, _create_file_view(file, info.offset, info.length))

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.optim.adam import adam
 
+from moelpr.megatron_patches import checkpoint_reading
+
 
 @cache
 def install() -> None:
@@ -21,6 +23,7 @@ def install() -> None:
     _load_fp32_optimizer_shards()
     _load_optimizers_without_parameters()
     _reduce_metrics_on_stages_without_routers()
+    checkpoint_reading.install()
 
 
 def gpt_config_from_args(args: Namespace, transformer: Any) -> Any:

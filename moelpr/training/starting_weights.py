@@ -20,6 +20,7 @@ from moelpr.checkpoints import RELEASE, BaseCheckpoint, checkpoint_chain, checks
 from moelpr.errors import UserError
 from moelpr.model.weights import load_weights, save_trained_only
 from moelpr.run_folder import BASE_CHECKPOINT_FILE
+from moelpr.torch_dist import read_metadata
 
 
 def starting_weights(args: argparse.Namespace) -> Callable[[list[GPTModel]], None]:
@@ -35,6 +36,9 @@ def starting_weights(args: argparse.Namespace) -> Callable[[list[GPTModel]], Non
         raise UserError(
             f"{source} was saved with --save-trained-only, but its {BASE_CHECKPOINT_FILE} is missing; restore it"
         )
+
+    for link in links:
+        read_metadata(link)  # Megatron ends with exit code 0, or with a traceback, if it can't read this
 
     def load(chunks: list[GPTModel]) -> None:
         verify_chain(links)

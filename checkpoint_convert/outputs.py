@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from moelpr.checksums import NoVerify
 from moelpr.errors import UserError
 from moelpr.files import refuse_existing, resumable_directory
 from moelpr.model_spec import DTYPES
@@ -31,6 +32,7 @@ def add_output_options(parser: argparse.ArgumentParser, output: str, dtype_defau
     if dtype_default:
         parser.add_argument("--dtype", choices=DTYPES, help=f"dtype of the output (default: {dtype_default})")
     parser.add_argument("--overwrite", action="store_true", help=f"replace an existing {output} at --save")
+    parser.add_argument("--no-verify", action=NoVerify)
     parser.epilog = "An interrupted command leaves .NAME.partial beside the --save folder; rerun it to resume."
 
 

@@ -3,7 +3,8 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Buffer, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -149,13 +150,22 @@ def _replace(path: Path, temporary: Path) -> None:
 
 
 class DurableFile:
-    """A new binary file whose content is on disk once `finish` returns; `name` is without its folder."""
+    """A new binary file whose content is on disk once `finish` returns.
+
+    Attributes:
+        name: without its folder.
+        crc32: CRC-32 of what was written.
+    """
 
     def __init__(self, path: Path) -> None:
         self.name = path.name
+        self.crc32 = 0
         self._file = open(path, "wb")
-        self.write, self.flush, self.tell = self._file.write, self._file.flush, self._file.tell
-        self.close = self._file.close
+        self.flush, self.tell, self.close = self._file.flush, self._file.tell, self._file.close
+
+    def write(self, data: Buffer) -> int:
+        self.crc32 = zlib.crc32(data, self.crc32)
+        return self._file.write(data)
 
     def finish(self) -> None:
         """Write everything to disk, then close the file."""

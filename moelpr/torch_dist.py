@@ -26,6 +26,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from moelpr import checksums
+from moelpr.checksums import FileSum, Verifier
 from moelpr.errors import UserError
 from moelpr.files import DurableFile
 
@@ -117,7 +119,7 @@ class TorchDistWriter:
         self._contents: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
         self._file: DurableFile | None = None
-        self._num_files = 0
+        self._sums: dict[str, FileSum] = {}  # of complete files
         self._open_chunks: list[dict[str, Any]] = []  # of the open file, for the journal
         self._read_journal()
 
@@ -154,7 +156,7 @@ class TorchDistWriter:
         self._places[MetadataIndex(key)] = self._append([value])
 
     def finish(self, common_state: dict[str, Any]) -> None:
-        """Write Megatron's non-tensor state and the table of contents."""
+        """Write Megatron's non-tensor state, the table of contents and the checksums."""
         self.write_object("common_state", common_state)
         self._close_file()
         (self._folder / JOURNAL_FILE).unlink(missing_ok=True)
@@ -162,6 +164,8 @@ class TorchDistWriter:
         (self._folder / METADATA_FILE).write_bytes(pickle.dumps(metadata))
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         (self._folder / MEGATRON_CONFIG_FILE).write_text(json.dumps(config))
+        tables = {name: FileSum.of(self._folder / name) for name in (METADATA_FILE, MEGATRON_CONFIG_FILE)}
+        checksums.write(self._folder, self._sums | tables)
 
     def _register(self, chunk: dict[str, Any], place: _StorageInfo) -> None:
         key, dtype, offsets = chunk["key"], getattr(torch, chunk["dtype"]), torch.Size(chunk["offsets"])
@@ -179,24 +183,27 @@ class TorchDistWriter:
         journal.write_text(lines)
         for line in lines.splitlines():
             file = json.loads(line)
+            if "crc32" not in file:
+                break  # an older version's
             for chunk in file["chunks"]:
                 self._register(chunk, _StorageInfo(file["name"], chunk["start"], chunk["length"]))
                 self._written.add((chunk["key"], tuple(chunk["offsets"])))
-            self._num_files += 1
+            self._sums[file["name"]] = FileSum(file["num_bytes"], file["crc32"])
 
     def _close_file(self) -> None:
         if self._file is None:
             return
+        found = FileSum(self._file.tell(), f"{self._file.crc32:08x}")
         self._file.finish()
+        self._sums[self._file.name] = found
         with open(self._folder / JOURNAL_FILE, "a") as journal:
-            journal.write(json.dumps({"name": self._file.name, "chunks": self._open_chunks}) + "\n")
-        self._open_chunks = []
+            journal.write(json.dumps({"name": self._file.name, **vars(found), "chunks": self._open_chunks}) + "\n")
+        self._file, self._open_chunks = None, []
 
     def _append(self, value: Any) -> _StorageInfo:
         if self._file is None or self._file.tell() >= self._max_file_bytes:
             self._close_file()
-            self._file = DurableFile(self._folder / f"__0_{self._num_files}.distcp")
-            self._num_files += 1
+            self._file = DurableFile(self._folder / f"__0_{len(self._sums)}.distcp")
         start = self._file.tell()
         try:
             torch.save(value, cast(BinaryIO, self._file))
@@ -224,6 +231,7 @@ class TorchDistReader:
         self._entries = {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
         self._places: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
         self._loaded: dict[tuple[str, torch.Size], Tensor] = {}
+        self._verifier = Verifier(folder, "copy the checkpoint again, or use another step", is_expected=True)
 
     @property
     def keys(self) -> set[str]:
@@ -283,12 +291,15 @@ class TorchDistReader:
             raise UserError(f"{self._folder} is incomplete: parts of {key} are missing; save the checkpoint again")
         path = self._folder / info.relative_path
         try:
+            self._verifier.verify(info.relative_path)
             with open(path, "rb") as file:
                 view = cast(BinaryIO, _create_file_view(file, info.offset, info.length))
                 # map_location: chunks saved on a GPU must load on a machine without one.
                 tensor = torch.load(view, map_location="cpu", weights_only=True)
         except FileNotFoundError as error:
             raise UserError(f"{self._folder} is incomplete: {info.relative_path} is missing; copy it again") from error
+        except UserError:
+            raise
         except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
             raise UserError(
                 f"{path} is truncated or damaged at {key}; save the checkpoint again or copy it again"

@@ -166,6 +166,7 @@ def edit_tensors(path: Path, change: Callable[[dict[str, Tensor]], object]) -> N
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
+    (file.parent / "checksums.json").unlink(missing_ok=True)  # changed on purpose
 
 
 def copy_of(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:

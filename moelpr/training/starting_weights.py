@@ -16,7 +16,7 @@ from megatron.training import print_rank_0
 from megatron.training.checkpointing import _load_global_dist_base_checkpoint
 from megatron.training.models.gpt import GPTModel
 
-from moelpr.checkpoints import RELEASE, BaseCheckpoint, checkpoint_chain, checksum, verify_chain
+from moelpr.checkpoints import RELEASE, BaseCheckpoint, checkpoint_chain, checksum, verify_chain, verify_files
 from moelpr.errors import UserError
 from moelpr.model.weights import load_weights, save_trained_only
 from moelpr.run_folder import BASE_CHECKPOINT_FILE
@@ -42,6 +42,7 @@ def starting_weights(args: argparse.Namespace) -> Callable[[list[GPTModel]], Non
 
     def load(chunks: list[GPTModel]) -> None:
         verify_chain(links)
+        verify_files(links)
         if not args.use_cpu_initialization:
             for chunk in chunks:
                 chunk.cuda(torch.cuda.current_device())  # as Megatron does next

@@ -18,6 +18,10 @@ class UserError(ValueError):
     """Wrong arguments or input. Only the message is shown, no traceback."""
 
 
+class MachineError(RuntimeError):
+    """A failing machine, such as a disk that can't be written. Only the message is shown; exit code 1."""
+
+
 class CommandParser(argparse.ArgumentParser):
     """A parser with --debug and marks on required flags, which raises `UserError` for a wrong command line."""
 
@@ -63,7 +67,7 @@ def run_command(main: Callable[[], None]) -> None:
 
 def _message(error: BaseException) -> str | None:
     """The message for an error that a user can cause; None for a bug."""
-    if isinstance(error, UserError):
+    if isinstance(error, (UserError, MachineError)):
         return str(error).strip().rsplit("UserError: ", 1)[-1]  # a data loader's worker wraps it in its traceback
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full while writing {error.filename or 'the output'}; free space and run it again"

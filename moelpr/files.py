@@ -80,6 +80,11 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def partial_name(path: Path) -> Path:
+    """The folder in which `resumable_directory` keeps what has been written of `path`."""
+    return path.with_name(f".{path.name}.partial")
+
+
 @contextmanager
 def resumable_directory(path: Path, job: str) -> Iterator[Path]:
     """Like `atomic_directory`, but keep what an interrupted run of the same job has written.
@@ -91,7 +96,7 @@ def resumable_directory(path: Path, job: str) -> Iterator[Path]:
         UserError: another process is writing to the folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_name(path)
     partial.mkdir(exist_ok=True)
     with locked(partial / LOCK_FILE, path):
         description = partial / JOB_FILE

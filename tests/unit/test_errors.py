@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.errors import CommandParser, UserError, run_command
+from moelpr.errors import CommandParser, MachineError, UserError, run_command
 
 
 def fail_with(error: BaseException):  # noqa: ANN201
@@ -24,6 +24,7 @@ def fail_with(error: BaseException):  # noqa: ANN201
     [
         (UserError("expected a, got b; do c"), 2, "error: expected a, got b; do c"),
         (OSError(errno.ENOSPC, "No space left on device", "x.bin"), 1, "the disk is full while writing x.bin"),
+        (MachineError("the disk can't be read"), 1, "error: the disk can't be read"),
         (KeyboardInterrupt(), 1, "interrupted"),
     ],
 )

@@ -1,5 +1,6 @@
 """Outputs appear complete or not at all: write under a temporary name, fsync, rename. Reads versioned JSON files."""
 
+import errno
 import json
 import os
 import shutil
@@ -19,9 +20,25 @@ LOCK_FILE = ".lock"
 
 def refuse_existing(paths: list[Path], overwrite: bool) -> None:
     """Raise a UserError if an output exists already and `overwrite` is False."""
-    found = [str(path) for path in paths if path.exists()]
+    found = [str(path) for path in paths if os.path.exists(path)]  # False if a name is too long
     if found and not overwrite:
         raise UserError(f"the output {', '.join(found)} already exists; choose another name or pass --overwrite")
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder to write to, and its parents.
+
+    Raises:
+        UserError: it can't be created, or is read-only.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"can't write to the folder {folder} ({error.strerror}); choose another") from error
 
 
 def temporary_name(path: Path) -> Path:
@@ -32,7 +49,7 @@ def temporary_name(path: Path) -> Path:
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary file name; on success it is fsynced and renamed to `path`, on failure removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = temporary_name(path)
     try:
         yield temporary
@@ -69,7 +86,7 @@ def read_versioned[T](path: Path, version: int, build: Callable[..., T]) -> T:
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary folder; on success it replaces `path`, on failure it is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = temporary_name(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -95,7 +112,7 @@ def resumable_directory(path: Path, job: str) -> Iterator[Path]:
     Raises:
         UserError: another process is writing to the folder.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     partial = partial_name(path)
     partial.mkdir(exist_ok=True)
     with locked(partial / LOCK_FILE, path):

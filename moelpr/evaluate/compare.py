@@ -19,7 +19,7 @@ from moelpr.checkpoints import checkpoint_chain
 from moelpr.errors import UserError
 from moelpr.evaluate.models import LoadedModel, is_megatron, open_model, read_max_positions, require_hf
 from moelpr.evaluate.scoring import LanguageScore, Settings, score_each
-from moelpr.files import atomic_file
+from moelpr.files import atomic_file, make_folder
 from moelpr.model_spec import FILE_NAME
 from moelpr.run_folder import HF_FOLDER
 
@@ -167,6 +167,8 @@ class ResultCache:
             raise UserError(f"--output {folder} is a file; pass a folder")
         if folder and folder.is_dir() and any(folder.iterdir()) and not (folder / CACHE_FOLDER).is_dir():
             raise UserError(f"--output {folder} is not an evaluation folder; choose another")
+        if folder:
+            make_folder(folder)  # now, and not when the first result is there
         self._folder = folder and folder / CACHE_FOLDER
 
     def read(self, model: str, name: str, key: Json) -> Json | None:

@@ -5,6 +5,7 @@ An error that a user can cause is one sentence: what was expected, what was foun
 
 import argparse
 import errno
+import locale
 import os
 import signal
 import sys
@@ -48,6 +49,7 @@ def run_command(main: Callable[[], None]) -> None:
     A `UserError` exits with code 2 and its message, a full disk or Ctrl-C with code 1 and a message. Anything else is a
     bug and keeps its traceback (code 1). With `--debug` on the command line, every error keeps its traceback.
     """
+    _use_utf8()
     debug = "--debug" in sys.argv
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         # Exit as usual, so that temporary files are removed.
@@ -63,6 +65,13 @@ def run_command(main: Callable[[], None]) -> None:
         if debug or message is None:
             raise
         _fail(message, code=2 if isinstance(error, UserError) else 1)
+
+
+def _use_utf8() -> None:
+    """Start this command again in Python's UTF-8 mode if names and files would be ASCII (PYTHONUTF8=0, LC_ALL=C)."""
+    if not sys.flags.utf8_mode and locale.getencoding().lower() not in ("utf-8", "utf8"):
+        os.environ["PYTHONUTF8"] = "1"  # for its child processes
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
 def _message(error: BaseException) -> str | None:

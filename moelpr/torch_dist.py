@@ -208,8 +208,8 @@ class TorchDistWriter:
         try:
             torch.save(value, cast(BinaryIO, self._file))
         except RuntimeError as error:
-            # torch.save raises its own error in place of the write error (a full disk).
-            if isinstance(error.__context__, OSError):
+            # torch.save raises its own error in place of the write error (a full disk) or of Ctrl-C.
+            if isinstance(error.__context__, (OSError, KeyboardInterrupt)):
                 raise error.__context__ from None
             raise
         return _StorageInfo(self._file.name, start, self._file.tell() - start)

@@ -102,3 +102,14 @@ def test_a_waiting_rank_ends_without_a_message_when_the_first_has_failed() -> No
     rank.terminate()
     _, errors = rank.communicate(timeout=5)
     assert (rank.returncode, errors) == (-signal.SIGTERM, "")
+
+
+def test_names_that_are_not_ascii_are_read_and_written_without_utf8_mode(tmp_path: Path) -> None:
+    script = tmp_path / "tool.py"
+    script.write_text(
+        "import sys\nfrom moelpr.errors import run_command\n"
+        "run_command(lambda: open(sys.argv[1], 'w').write(sys.argv[1]) and None)\n"
+    )
+    environment = {**os.environ, "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, script, "\u00e9\u65e5"], env=environment, cwd=tmp_path, check=True)
+    assert (tmp_path / "\u00e9\u65e5").read_text(encoding="utf-8") == "\u00e9\u65e5"

@@ -1,6 +1,7 @@
 """Checkpoints are read chunk by chunk, and a checkpoint from an untrusted source runs no code."""
 
 import inspect
+import itertools
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from moelpr.errors import UserError
+from moelpr.files import DurableFile
 from moelpr.torch_dist import TorchDistReader, TorchDistWriter, read_metadata
 from tests.hf_models import RunsCode
 
@@ -61,6 +63,24 @@ def test_an_interrupted_writer_resumes_to_the_same_bytes(tmp_path: Path) -> None
     for path in (tmp_path / "unbroken").glob("*.distcp"):
         assert path.read_bytes() == (tmp_path / "broken" / path.name).read_bytes(), path
     assert torch.equal(TorchDistReader(tmp_path / "broken").read("stack")[:, 0], torch.arange(8.0))
+
+
+@pytest.mark.parametrize("num_writes", [1, 2, 5])
+def test_ctrl_c_within_a_tensor_is_not_another_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_writes: int
+) -> None:
+    """torch.save raises an error of its own when it closes the archive that it could not write."""
+    calls = itertools.count(1)
+    write = DurableFile.write
+
+    def interrupted(self: DurableFile, data: bytes) -> int:
+        if next(calls) == num_writes:
+            raise KeyboardInterrupt
+        return write(self, data)
+
+    monkeypatch.setattr(DurableFile, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt), TorchDistWriter(tmp_path) as writer:
+        writer.write("tensor", torch.ones(1000))
 
 
 @pytest.fixture

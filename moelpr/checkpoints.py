@@ -183,7 +183,7 @@ def verify_files(links: list[Path]) -> None:
         UserError: a file is damaged or missing.
     """
     for link in links:
-        fix = "copy the checkpoint again, or use another step (--ckpt-step)"
+        fix = "copy the checkpoint again, or use another step (trainer: --ckpt-step)"
         checksums.verify_folder(link, fix, is_expected=True)
 
 

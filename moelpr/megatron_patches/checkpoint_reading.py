@@ -43,7 +43,7 @@ def install() -> None:
 @contextmanager
 def damage_named(path: Path | str) -> Iterator[None]:
     """Turn what torch.load raises for a damaged or hostile file into a `UserError` that names it."""
-    fix = "copy the checkpoint again, or use another step (--ckpt-step)"
+    fix = "copy the checkpoint again, or use another step (trainer: --ckpt-step)"
     try:
         yield
     except FileNotFoundError as error:

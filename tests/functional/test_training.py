@@ -23,6 +23,7 @@ import yaml
 from moelpr.arguments.checks.resume import checkpoint_bytes
 from moelpr.checksums import verify_folder
 from moelpr.model_spec import ModelSpec
+from tests.hf_models import RunsCode, replace_object
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = "--micro-batch-size 2 --global-batch-size 4 --seq-length 32 --lr 1e-2 --min-lr 1e-3 --lr-decay-style cosine"
@@ -305,6 +306,16 @@ def test_a_changed_base_stops_a_resumed_run_and_the_exporter(material: Path, sta
     assert f"{file} is damaged: its checksum" in done.stderr and "Traceback" not in done.stderr
     with pytest.raises(UserError, match=f"{said}.*checksum"):
         mcore_to_hf(resumed, material / "changed" / "hf")
+
+
+def test_a_hostile_checkpoint_runs_no_code_when_its_run_resumes(material: Path, stage1: Path) -> None:
+    step = cut_back(stage1, material / "hostile") / "iter_0000003"
+    (step / "checksums.json").unlink()
+    replace_object(step, "rng_state", [RunsCode(material / "ran")])
+    done = launch(*stage1_command(material, step.parent), ranks=2)
+    assert done.returncode == 2, done.stderr
+    assert "would run" in done.stderr and "Traceback" not in done.stderr
+    assert not (material / "ran").exists()
 
 
 def test_held_out_text_is_scored_as_transformers_scores_it(material: Path, stage2: Path) -> None:

@@ -1,7 +1,6 @@
 """A checkpoint from an untrusted source runs no code, whatever Megatron loads from it, and a damaged file is named."""
 
 import inspect
-import io
 import os
 import pickle
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 from moelpr.errors import UserError
 from moelpr.torch_dist import TorchDistWriter
-from tests.hf_models import RunsCode
+from tests.hf_models import RunsCode, replace_object
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -48,18 +47,6 @@ def load(step: Path) -> dict[str, Any]:
     from megatron.core import dist_checkpointing
 
     return dist_checkpointing.load(sharded_state(), str(step))
-
-
-def replace_object(step: Path, key: str, value: Any) -> None:
-    """Append the value to the file that contains the object `key`, and point the table of contents to it."""
-    metadata = pickle.loads((step / ".metadata").read_bytes())
-    (info,) = (info for index, info in metadata.storage_data.items() if index.fqn.startswith(key))
-    content = io.BytesIO()
-    torch.save(value, content)
-    with open(step / info.relative_path, "ab") as file:
-        info.offset, info.length = file.tell(), len(content.getvalue())
-        file.write(content.getvalue())
-    (step / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
 def test_torch_and_megatron_still_load_without_restriction() -> None:

@@ -9,7 +9,7 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 16
 
 demo: venv ## real text, base, two stages, export and report in runs/demo
-	.venv/bin/python examples/demo.py
+	.venv/bin/python -m examples.demo
 
 test: venv ## the default test suite: no network, no GPU
 	.venv/bin/python -m pytest

@@ -1,0 +1,1 @@
+import moelpr  # noqa: F401  # prepares the process before torch is imported

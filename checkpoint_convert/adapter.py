@@ -222,6 +222,11 @@ def mcore_to_adapter(
             f"{load} has {spec.moe.num_original_experts} original experts, but the published code supports only one, "
             f"the base's FFN; {instead}"
         )
+    if spec.moe is not None and spec.moe.original_copies > 1:
+        raise UserError(
+            f"{load} has {spec.moe.original_copies} copies of the base's FFN, but the published code supports only "
+            f"one; {instead}"
+        )
     check_separable(load, spec, read_history(load, iteration), "an adapter", instead)
     source = MegatronReader(load, iteration)
     assert spec.moe is not None

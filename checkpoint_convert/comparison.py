@@ -16,6 +16,7 @@ from torch import Tensor
 
 from checkpoint_convert.hf_folder import TOKENIZER_FILES, HfReader, is_unread
 from checkpoint_convert.megatron_folder import MegatronReader
+from moelpr.data.tokenizer import check_token_ids
 from moelpr.documents import read_documents
 from moelpr.errors import UserError
 from moelpr.evaluate.models import is_megatron, open_model
@@ -81,22 +82,30 @@ def compare(a: Path, b: Path) -> Iterator[TensorVerdict]:
 def compare_frozen(base: Path, upcycled: Path) -> Iterator[TensorVerdict]:
     """Compare the base's tensors that training must not change with those they became in the upcycled model."""
     (_, base_spec), (family, spec) = _read_spec(base), _read_spec(upcycled)
-    num_original = base_spec.moe.num_experts if base_spec.moe else 1
-    num_new = (spec.moe.num_experts if spec.moe else 1) - num_original
-    if spec.moe is None or num_new < 1:
+    num_places = base_spec.moe.num_experts if base_spec.moe else 1
+    num_experts = spec.moe.num_experts if spec.moe else 1
+    if spec.moe is None or num_experts <= num_places:
         raise UserError(
-            f"{base} is not the base of {upcycled}: it must have fewer experts, got {num_original} and "
-            f"{num_original + num_new}; with --frozen, pass the base first and the upcycled model second"
+            f"{base} is not the base of {upcycled}: it must have fewer experts, got {num_places} and {num_experts}; "
+            "with --frozen, pass the base first and the upcycled model second"
         )
-    moe = replace(spec.moe, num_original_experts=num_original, num_new_experts=num_new)
+    copies = spec.moe.original_copies if base_spec.moe is None else 1  # every expert of an MoE is in it by its own name
+    num_new = num_experts - copies - (num_places - 1)
+    moe = replace(spec.moe, num_original_experts=num_places, original_copies=copies, num_new_experts=num_new)
     plan = list(pieces(family.table, replace(spec, moe=moe)))
     routers = {name for piece in plan if piece.part is Part.ROUTER for name in piece.hf_names}
     a, b = _open_tensors(base), _open_tensors(upcycled)
-    became = {name: name for name in set(b.names).difference(*(piece.hf_names for piece in plan))}
-    for piece in plan:
-        if not piece.is_trained:
-            became.update(zip(piece.origin, piece.hf_names, strict=True))
+    became = {name: name for name in set(b.names).difference(*(names for piece in plan for names in piece.places))}
+    frozen = [piece for piece in plan if not piece.is_trained]
+    for piece in frozen:
+        became.update(zip(piece.origin, piece.hf_names, strict=True))
     yield from _compare(a, b, became, [name for name in a.names if name not in routers])
+    for copy in range(1, copies):
+        became = dict(
+            pair for piece in frozen if piece.copies for pair in zip(piece.origin, piece.places[copy], strict=True)
+        )
+        for verdict in _compare(a, b, became, list(became)):
+            yield replace(verdict, name=became[verdict.name])
 
 
 def largest_difference(verdicts: Iterable[TensorVerdict]) -> float:
@@ -224,6 +233,7 @@ def _token_ids(a: Path, b: Path, files: list[Path], num_tokens: int) -> list[lis
         folder = model / HF_FOLDER if is_megatron(model) else model
         if not any((folder / name).is_file() for name in TOKENIZER_FILES):
             raise UserError(f"--text requires a tokenizer, but {folder} contains none; copy the base's tokenizer there")
+        check_token_ids(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         ids.append([tokenizer(text, add_special_tokens=False)["input_ids"][:num_tokens] for text in texts])
     if ids[0] != ids[1]:

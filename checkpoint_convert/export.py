@@ -190,7 +190,7 @@ def _complete_delta(
     """Write delta_config.json and the model card beside a delta's weights; `config` is config.json of the export."""
     trained, dtype = HfReader(folder, DELTA_STEM), getattr(torch, facts.dtype)
     frozen = [piece for piece in source.pieces if not piece.is_trained]
-    in_base = {name: origin for piece in frozen for name, origin in zip(piece.hf_names, piece.origin, strict=True)}
+    in_base = dict(pair for piece in frozen for names in piece.places for pair in zip(names, piece.origin, strict=True))
     tensors = []
     for name in tqdm(source.names, desc="checksums", unit=" tensors", leave=False, disable=None):
         shape = source.shape(name)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from moelpr import checksums
 from moelpr.checksums import FileSum, Verifier
+from moelpr.data.tokenizer import check_token_ids
 from moelpr.errors import UserError
 from moelpr.families.families import CONFIG_FILE
 from moelpr.files import DurableFile
@@ -69,6 +70,7 @@ def check_tokenizer(folder: Path, vocab_size: int) -> None:
     """UserError if the folder's tokenizer cannot be read or has more IDs than the embedding has rows."""
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return
+    check_token_ids(folder)
     from transformers import AutoTokenizer
 
     try:

@@ -2,7 +2,8 @@
 
     python -m checkpoint_convert.hf_to_mcore --hf-path DIR --save DIR --num-new-experts 4 --topk 2
 
-Expert 0 is the dense FFN, and experts 1 to N start as its copies, so the model still computes what the dense model did.
+Expert 0 is the dense FFN, and N new experts start as its copies, so the model still computes what the dense model did.
+With --original-copies K, experts 0 to K - 1 are the dense FFN: tokens that choose only these keep the dense output.
 Routers are initialized xavier-normal. A stock MoE, such as an earlier export, keeps its experts and gets N more.
 Weights stream from safetensors to the checkpoint, one tensor at a time.
 """
@@ -24,6 +25,9 @@ def _parse_arguments() -> argparse.Namespace:
     experts.add_argument("--num-new-experts", type=int, metavar="N", help="number of experts to add to each MoE layer")
     experts.add_argument("--dense", action="store_true", help="add no experts: write a dense checkpoint")
     add("--topk", type=int, metavar="K", help="experts per token (default: 2; in an MoE, its own)")
+    add("--original-copies", type=int, metavar="C",
+        help="places of the dense FFN among the experts, 1 (the paper) to K; with K, a token can choose only the dense "
+        "FFN (default: 1; in an MoE, the equal experts that it has)")  # fmt: skip
     layers = parser.add_mutually_exclusive_group()
     layers.add_argument("--moe-layers", type=layer_list, metavar="0,2,5",
         help="layers to upcycle, 0-based (default: all)")  # fmt: skip
@@ -45,14 +49,19 @@ def main() -> None:
     args = _parse_arguments()
     start = Start(args.new_experts, args.expert_noise, args.reinitialise, args.seed)
     layers = args.moe_layers, args.moe_every_k_layers
-    if args.dense and (layers != (None, None) or args.topk or start != Start(seed=args.seed)):
-        raise UserError("--dense adds no experts; remove --topk and the options for layers and new experts")
+    if args.dense and (layers != (None, None) or args.topk or args.original_copies or start != Start(seed=args.seed)):
+        raise UserError(
+            "--dense adds no experts; remove --topk, --original-copies and the options for layers and new experts"
+        )
     experts = args.num_new_experts, args.topk  # the first is None with --dense
-    spec = hf_to_mcore(args.hf_path, args.save, *experts, *layers, start, args.dtype, args.overwrite)
+    spec = hf_to_mcore(
+        args.hf_path, args.save, *experts, *layers, start, args.dtype, args.overwrite, args.original_copies
+    )
     layout = "dense"
     if (moe := spec.moe) is not None:
+        copies = f", {moe.original_copies} of them copies of the dense FFN" if moe.original_copies > 1 else ""
         layout = (
-            f"{moe.num_experts} experts ({moe.num_original_experts} original + {moe.num_new_experts} new), "
+            f"{moe.num_experts} experts ({moe.num_original_places} original{copies} + {moe.num_new_experts} new), "
             f"top-{moe.topk}, in {len(moe.layers)} of {spec.megatron_args['num_layers']} layers"
         )
     print(f"{args.save}: {spec.family}, {spec.dtype}, {layout}")

@@ -53,9 +53,10 @@ class MegatronReader:
         self._shapes: dict[str, tuple[int, ...]] = {}
         for piece in self.pieces:
             self._check_shape(piece)
-            for part, (name, shape) in enumerate(zip(piece.hf_names, piece.hf_shapes, strict=True)):
-                self._places[name] = piece, part
-                self._shapes[name] = shape
+            for names in piece.places:
+                for part, (name, shape) in enumerate(zip(names, piece.hf_shapes, strict=True)):
+                    self._places[name] = piece, part
+                    self._shapes[name] = shape
         self._shapes |= dict(zeros(self.family.table, self.spec))  # only the HF class has these
 
     @property

@@ -239,7 +239,9 @@ def model_card(facts: CardFacts, is_delta: bool = False) -> str:
     num_parameters = num_active = num_elements(facts.source.pieces)
     if spec.moe is not None:
         new = num_elements([piece for piece in facts.source.pieces if piece.part is Part.NEW_EXPERTS])
-        num_active -= new // spec.moe.num_new_experts * (spec.moe.num_experts - spec.moe.topk)
+        one_expert = new // spec.moe.num_new_experts
+        num_parameters += one_expert * (spec.moe.original_copies - 1)
+        num_active = num_parameters - one_expert * (spec.moe.num_experts - spec.moe.topk)
     return _TEMPLATES.get_template("model_card.md").render(
         vars(facts),
         spec=spec,

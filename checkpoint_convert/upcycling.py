@@ -59,6 +59,7 @@ def hf_to_mcore(
     start: Start | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
+    original_copies: int | None = None,
 ) -> ModelSpec:
     """Convert a Hugging Face model to a Megatron checkpoint, upcycling its FFNs; an interrupted conversion resumes.
 
@@ -69,6 +70,7 @@ def hf_to_mcore(
         moe_layers: 0-based layers to upcycle; `moe_every_k_layers`: layers k, 2k, …; neither: all layers.
         start: How new experts and routers start; None for the paper's method.
         dtype: Dtype of the checkpoint (float32, bfloat16, float16); None for the model's.
+        original_copies: C, the places of the dense FFN; None for 1, or for the copies that the MoE has.
 
     Raises:
         UserError: the input is unsupported; `save` is then unchanged.
@@ -78,7 +80,8 @@ def hf_to_mcore(
     check_output(save, [hf_path], overwrite, SIGNS)
     family, base = read_base(hf_path)
     if num_new_experts is not None:
-        spec = with_new_experts(family, base, num_new_experts, topk, moe_layers, moe_every_k_layers)
+        layers = moe_layers, moe_every_k_layers
+        spec = with_new_experts(family, base, num_new_experts, topk, *layers, original_copies)
     elif base.moe is None:
         spec = base
     else:
@@ -86,6 +89,7 @@ def hf_to_mcore(
     spec.check()
     source = HfReader(hf_path)
     names = check_weights(source, family, base)
+    spec = _with_found_copies(source, family, base, spec)
     spec = replace(spec, dtype=dtype or common_dtype((source, name) for name in names))
     check_tokenizer(hf_path, spec.megatron_args["vocab_size"])
 
@@ -102,13 +106,13 @@ def check_weights(source: HfReader, family: Family, base: ModelSpec) -> set[str]
     """Return the names of the model's tensors; UserError if one is missing, misshapen, unknown or of another dtype."""
     known: set[str] = set()
     for piece in pieces(family.table, base):
-        for name, shape in zip(piece.hf_names, piece.hf_shapes, strict=True):
-            known.add(name)
-            if source.shape(name) != shape:
-                raise UserError(
-                    f"{source.folder}: {name} has shape {list(source.shape(name))}, but config.json says {list(shape)}"
-                )
-            source.dtype(name)
+        for names in piece.places:
+            for name, shape in zip(names, piece.hf_shapes, strict=True):
+                known.add(name)
+                if source.shape(name) != shape:
+                    found = list(source.shape(name))
+                    raise UserError(f"{source.folder}: {name} has shape {found}, but config.json says {list(shape)}")
+                source.dtype(name)
     unused = known | {name for name, _ in zeros(family.table, base)}
     for name in source.names:
         if name not in unused and not is_unread(source, name):
@@ -117,6 +121,29 @@ def check_weights(source: HfReader, family: Family, base: ModelSpec) -> set[str]
                 "not have; ignoring it would change the model"
             )
     return known
+
+
+def _with_found_copies(source: HfReader, family: Family, base: ModelSpec, spec: ModelSpec) -> ModelSpec:
+    """The spec of an upcycled MoE with the copies that the base contains: the experts after 0 whose bits equal its own.
+
+    At most K, and not all: an upcycled model without training, whose experts are all equal, is not a dense model.
+    """
+    if base.moe is None or spec.moe is None:
+        return spec
+    moe, places = spec.moe, base.moe.num_experts
+
+    def with_copies(copies: int) -> ModelSpec:
+        return replace(spec, moe=replace(moe, num_original_experts=places - copies + 1, original_copies=copies))
+
+    def equals_expert_0(expert: int) -> bool:
+        dense = [piece for piece in pieces(family.table, with_copies(expert + 1)) if piece.copies]
+        names = ((a, b) for piece in dense for a, b in zip(piece.hf_names, piece.copies[-1], strict=True))
+        return all(torch.equal(source.read(a).view(torch.uint8), source.read(b).view(torch.uint8)) for a, b in names)
+
+    copies = 1
+    while copies < min(moe.topk, places - 1) and equals_expert_0(copies):
+        copies += 1
+    return with_copies(copies)
 
 
 # --- starting values
@@ -156,7 +183,7 @@ def _router(source: HfReader, piece: Piece, spec: ModelSpec, seed: int) -> Tenso
     assert spec.moe is not None
     rows = _read(source, piece.origin[0]).float()
     # Expert 0's row plus a small random row, which decides which of the equal experts a token goes to.
-    return torch.cat([rows, rows[:1] + 0.01 * fresh[spec.moe.num_original_experts :]])
+    return torch.cat([rows, rows[:1] + 0.01 * fresh[spec.moe.num_original_places :]])
 
 
 def _read(source: HfReader, name: str) -> Tensor:

@@ -8,7 +8,6 @@ from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from moelpr.data.corpus_index import CorpusIndex
 from moelpr.data.language_bits import LanguageBits, language_bits_path, open_language_bits
@@ -86,14 +85,7 @@ class Corpus:
         manifest = Manifest.read(self.prefix)
         if manifest is None:
             return None
-        size = sum(path.stat().st_size for path in self.paths)
-        with tqdm(total=size, desc="verifying", unit="B", unit_scale=True, delay=2, leave=False, disable=None) as bar:
-            for path in self.paths:
-                if FileRecord.of(path, bar.update) != manifest.files.get(path.suffix[1:]):
-                    raise UserError(
-                        f"{path} is damaged or belongs to another corpus: its size or checksum differs from the "
-                        f"manifest's; {_FIX}"
-                    )
+        manifest.verify_files(self.prefix)
         languages = manifest.languages.values()
         original = sum(language.tokens for language in languages if language.bit == "original")
         for what, found, expected in (

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Self
@@ -16,10 +16,11 @@ from moelpr.data.corpus_index import index_header
 from moelpr.data.language_bits import LanguageBitsWriter
 from moelpr.data.manifest import FileRecord, Manifest, manifest_path
 from moelpr.errors import UserError
-from moelpr.files import fsync_file, refuse_existing, temporary_name
+from moelpr.files import LOCK_FILE, empty, fsync_file, locked, make_folder, refuse_existing, temporary_name
 
 _CHUNK = 1 << 16  # items of an index held in memory at once
 _BITS_AT_ONCE = 1 << 20
+_LONGEST_NAME_BYTES = 255  # on all usual file systems
 _LONGEST_SEQUENCE = np.iinfo(np.int32).max
 
 
@@ -31,6 +32,22 @@ def token_dtype(vocab_size: int) -> np.dtype:
 def smallest_vocab_size(corpus: Corpus) -> int:
     """Return the smallest vocabulary size whose token IDs have the dtype of this corpus."""
     return 1 if corpus.tokens.dtype.itemsize == 2 else 65_500
+
+
+def check_output(prefix: str, overwrite: bool) -> None:
+    """Check that a corpus can get this name.
+
+    Raises:
+        UserError: The prefix has no file name, or one that is too long; or the corpus exists and `overwrite` is False.
+    """
+    name = os.path.basename(prefix)
+    if name in ("", ".", ".."):
+        raise UserError(f"--output-prefix must end in a file name, such as data/el, got {prefix!r}")
+    longest = os.fsencode(temporary_name(manifest_path(name)))
+    if len(longest) > _LONGEST_NAME_BYTES:
+        excess = len(longest) - _LONGEST_NAME_BYTES
+        raise UserError(f"--output-prefix would give file names that are {excess} bytes too long ({name}); shorten it")
+    refuse_existing(list(CorpusPaths.of(prefix)), overwrite)
 
 
 def as_tokens(ids: NDArray[np.integer], vocab_size: int) -> NDArray[np.integer]:
@@ -101,8 +118,8 @@ class CorpusWriter:
             that was killed since.
 
     Raises:
-        UserError: The corpus exists and `overwrite` is False, its folder can't be created, or the unfinished files are
-            shorter than `position`.
+        UserError: `check_output`, its folder can't be created, another process is writing the corpus, or the unfinished
+            files are shorter than `position`.
     """
 
     def __init__(
@@ -114,13 +131,19 @@ class CorpusWriter:
         position: Position | None = None,
     ) -> None:
         self.prefix = os.fspath(prefix)
-        refuse_existing(list(CorpusPaths.of(prefix)), overwrite)
+        check_output(self.prefix, overwrite)
         self.vocab_size = vocab_size
         self.dtype = token_dtype(vocab_size)
-        self._removes_folder = folder is None
-        self._folder = folder or temporary_name(Path(self.prefix))
-        make_folder(self._folder)
         name = Path(self.prefix).name
+        self._removes_folder = folder is None
+        # A killed process leaves this folder, so the next one uses the same name.
+        self._folder = folder or Path(self.prefix).with_name(f".{name}.partial")
+        make_folder(self._folder.parent)
+        self._folder.mkdir(exist_ok=True)
+        self._lock = ExitStack()
+        if self._removes_folder:
+            self._lock.enter_context(locked(self._folder / LOCK_FILE, self.prefix))
+            empty(self._folder)
         self._unfinished = CorpusPaths.of(self._folder / name)
         self._parts = [self._folder / f"{name}.{part}" for part in ("bin", "lengths", "ends", "runs")]
         self._files: list[BinaryIO] = [open(path, "ab") for path in self._parts]
@@ -232,6 +255,7 @@ class CorpusWriter:
                 file.close()
         if self._removes_folder:
             shutil.rmtree(self._folder, ignore_errors=True)
+        self._lock.close()
 
     def _write_index(self) -> None:
         _, lengths, ends, _ = self._parts
@@ -274,16 +298,6 @@ def commit_corpus(prefix: str | os.PathLike[str], folder: Path, manifest: Manife
     for source, target in ((unfinished.bin, paths.bin), (unfinished.lang, paths.lang), (unfinished.idx, paths.idx)):
         if source.exists():
             os.replace(source, target)
-
-
-def make_folder(folder: Path) -> None:
-    """Create a folder for unfinished files in the output folder, and its parents."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"can't write to the output folder {folder.parent} ({error.strerror}); choose another"
-        ) from error
 
 
 def _runs(bits: NDArray[np.uint8]) -> NDArray[np.int64]:

@@ -12,10 +12,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data_tools.corpus import Corpus, CorpusPaths, merge_manifests, missing_manifests, open_corpora, shard_prefix
-from data_tools.corpus_writer import CorpusWriter, smallest_vocab_size
+from data_tools.corpus_writer import CorpusWriter, check_output, smallest_vocab_size
 from moelpr.data.manifest import manifest_path
 from moelpr.errors import CommandParser, UserError, run_command
-from moelpr.files import refuse_existing
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -24,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     prefixes = arguments.input or [shard_prefix(output_prefix, shard, num_shards) for shard in range(num_shards)]
     for prefix in prefixes:
         Corpus(prefix)  # a missing input is reported before an existing output
-    refuse_existing(list(CorpusPaths.of(output_prefix)), overwrite)
+    check_output(output_prefix, overwrite)
     corpora, manifests = open_corpora(prefixes)
     if not any(len(corpus.tokens) for corpus in corpora):
         raise UserError(f"{', '.join(prefixes)} contain no tokens; nothing was written")

@@ -21,11 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data_tools.corpus import Corpus, CorpusPaths, missing_manifests, open_corpora, run_edges
-from data_tools.corpus_writer import CorpusWriter, Documents, smallest_vocab_size
+from data_tools.corpus import Corpus, missing_manifests, open_corpora, run_edges
+from data_tools.corpus_writer import CorpusWriter, Documents, check_output, smallest_vocab_size
 from moelpr.data.manifest import FileRecord, LanguageCount, Manifest, Source
 from moelpr.errors import CommandParser, UserError, run_command
-from moelpr.files import refuse_existing
 
 Bit = Literal["original", "expanded"]
 BITS: tuple[Bit, Bit] = ("original", "expanded")
@@ -57,7 +56,7 @@ class Sample:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    refuse_existing(list(CorpusPaths.of(arguments.output_prefix)), arguments.overwrite)
+    check_output(arguments.output_prefix, arguments.overwrite)
     corpora, manifests = open_corpora(arguments.input)
     samples: list[Sample] = []
     for number, corpus in enumerate(corpora):

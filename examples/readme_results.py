@@ -1,6 +1,6 @@
-"""Write the numbers and figures of a finished demo into README.md and docs/.
+"""Write the numbers and figures of a finished demo, and of `examples.frontier`, into README.md and docs/.
 
-python examples/readme_results.py --run runs/demo
+python -m examples.readme_results --run runs/demo --frontier runs/frontier
 """
 
 import json
@@ -9,14 +9,19 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from examples.frontier_results import FILE_NAME, frontier_chart, results_table
 from moelpr.errors import CommandParser, UserError, run_command
-from moelpr.files import atomic_file
+from moelpr.files import atomic_file, write_text
 from moelpr.languages import language_name
 from moelpr.report.page import Table, terminal_table
 from moelpr.report.plots import percent
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLE, PAPER = "demo-table", "demo-and-paper"  # names of the parts of the documents that are replaced
+TABLE, PAPER, FRONTIER = (
+    "demo-table",
+    "demo-and-paper",
+    "frontier",
+)  # names of the parts of the documents that are replaced
 MODELS = {"full_finetune": "full fine-tuning", "stage1": "MoE-LPR, stage 1", "stage2": "MoE-LPR, stage 2"}
 # Means over benchmarks of Qwen1.5-1.8B: the paper's Table 1 and, for stage1, its ablation without review.
 PAPER_SCORES = {
@@ -39,6 +44,8 @@ FIGURES = {
 def main() -> None:
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of the demo (default: %(default)s)")
+    parser.add_argument("--frontier", type=Path, metavar="DIR",
+        help="folder of the frontier (default: its results stay as they are)")  # fmt: skip
     args = parser.parse_args()
     if not (args.run / "report.json").is_file():
         raise UserError(f"{args.run} contains no finished demo; run `make demo` first")
@@ -47,6 +54,12 @@ def main() -> None:
     replace_between(ROOT / "docs" / "results.md", PAPER, compared_with_paper(report))
     for target, source in FIGURES.items():
         shutil.copyfile(args.run / "evaluation" / f"{source}.svg", ROOT / "docs" / "images" / f"{target}.svg")
+    if args.frontier:
+        shutil.copyfile(args.frontier / FILE_NAME, ROOT / "docs" / FILE_NAME)
+        frontier = json.loads((args.frontier / FILE_NAME).read_text(encoding="utf-8"))
+        seeds = f"Seeds {', '.join(map(str, frontier['seeds']))}: mean (lowest to highest)."
+        replace_between(ROOT / "docs" / "results.md", FRONTIER, f"{results_table(frontier)}\n\n{seeds}")
+        write_text(ROOT / "docs" / "images" / "frontier.svg", frontier_chart(frontier) + "\n")
 
 
 def replace_between(path: Path, name: str, text: str) -> None:

@@ -93,10 +93,6 @@ default() {
 # overlaps it does not wait for that GEMM. Up to Hopper, Megatron requires this for tensor and context parallelism.
 # Since Blackwell nothing requires it, and --overlap-moe-expert-parallel-comm requires more queues (32) on every GPU.
 default CUDA_DEVICE_MAX_CONNECTIONS 1
-# Ranks share the cores: more threads would wait for each other, and waiting threads must not spin on a core.
-cores=$(($(nproc) / nproc_per_node))
-default OMP_NUM_THREADS $((cores > 1 ? cores : 1))
-default OMP_WAIT_POLICY passive
 # Otherwise each rank warns about optional packages at every import.
 default PYTHONWARNINGS ignore
 if ((gpus > 0)); then

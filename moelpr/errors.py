@@ -4,14 +4,19 @@ An error that a user can cause is one sentence: what was expected, what was foun
 """
 
 import argparse
+import difflib
 import errno
 import locale
 import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NoReturn
 
 
@@ -39,8 +44,29 @@ class CommandParser(argparse.ArgumentParser):
                 action.help = f"{action.help} (required)"
         return super().format_help()
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Report an unrecognized flag first; argparse would report the required one that it may be a misspelling of."""
+        words = sys.argv[1:] if args is None else list(args)
+        known = self._option_string_actions
+        for word in takewhile(lambda word: word != "--", words) if self._subparsers is None else ():
+            flag = word.split("=")[0]
+            if flag.startswith("--") and not any(name.startswith(flag) for name in known):
+                nearest = difflib.get_close_matches(flag, known, n=1)
+                self.error(f"unrecognized argument {flag}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
+        return super().parse_known_args(words, namespace)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
+
+
+def prepare_process() -> None:
+    """Open standard streams that are closed, and show no traceback of a Ctrl-C during imports."""
+    # Otherwise Python sets the stream to None, and the next file that is opened gets its number.
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    sys.stdout, sys.stderr = sys.stdout or open(1, "w"), sys.stderr or open(2, "w")
+    sys.excepthook = _show_exception
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -55,16 +81,37 @@ def run_command(main: Callable[[], None]) -> None:
         # Exit as usual, so that temporary files are removed.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()  # here, because Python itself can't report that it fails
     except BrokenPipeError:
         # The reader (head, less) has closed the pipe, so there is no one to report to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_unwritable()
         sys.exit(1)
     except (UserError, OSError, RuntimeError, KeyboardInterrupt) as error:
         message = _message(error)
         if debug or message is None:
             raise
-        _fail(message, code=2 if isinstance(error, UserError) else 1)
+        if isinstance(error, RuntimeError) and _has_own_log():
+            traceback.print_exc()
+        _fail(message, error)
+
+
+def _show_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt) and "--debug" not in sys.argv:
+        _print_error("interrupted")
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+def _discard_unwritable() -> None:
+    """Connect standard streams that can't be written to /dev/null, or Python would report it when it exits."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _use_utf8() -> None:
@@ -83,16 +130,39 @@ def _message(error: BaseException) -> str | None:
     # Megatron's checkpoint writer runs in other processes and reports their failures as text.
     if isinstance(error, RuntimeError) and "No space left on device" in str(error):
         return "the disk is full while writing a checkpoint; free space and run it again"
+    if _is_lost_connection(error):
+        return "another rank has ended, see its message or its node's log; run the same command again to resume"
     return "interrupted" if isinstance(error, KeyboardInterrupt) else None
 
 
-def _fail(message: str, code: int) -> None:
-    if os.environ.get("RANK", "0") != "0":
-        # Rank 0 most likely prints the same message, and the launcher then ends this rank before it prints it again.
-        # Nothing ends the ranks of another node: there the first one prints it, for those who only see that node's log.
+def _is_lost_connection(error: BaseException) -> bool:
+    """Whether gloo has lost the connection to another rank, which has reported why it ended, or was killed."""
+    return isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+
+
+def _has_own_log() -> bool:
+    """Whether this rank writes stderr to a file of its own (torchrun's --redirects and --tee)."""
+    folder = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return folder is not None and Path(folder).with_name("stderr.log").exists()
+
+
+def _fail(message: str, error: BaseException) -> NoReturn:
+    rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
+    if isinstance(error, KeyboardInterrupt) and "TORCHELASTIC_RUN_ID" in os.environ:
+        sys.exit(1)  # the launcher reports it
+    if rank != "0" or _is_lost_connection(error):
+        # Rank 0 most likely prints the same message, or the launcher why another rank has ended, and the launcher then
+        # ends this rank before it prints it again. Nothing ends the ranks of another node: there the first one prints
+        # it, for those who only see that node's log.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the trainer's handler would only set a flag
-        time.sleep(10 if os.environ.get("LOCAL_RANK", "0") == "0" else 20)
+        time.sleep(10 if local_rank == "0" else 20)
+    _discard_unwritable()
+    _print_error(message)
+    sys.exit(2 if isinstance(error, UserError) else 1)
+
+
+def _print_error(message: str) -> None:
     program = Path(sys.argv[0])
     name = program.parent.name if program.name == "__main__.py" else program.name
-    print(f"{name}: error: {message}", file=sys.stderr, flush=True)
-    sys.exit(code)
+    with suppress(OSError):  # stderr may be a pipe that its reader has closed
+        print(f"{name}: error: {message}", file=sys.stderr, flush=True)

@@ -134,16 +134,20 @@ def resumable_directory(path: Path, job: str) -> Iterator[Path]:
 def locked(lock_file: Path, output: Path | str) -> Iterator[None]:
     """Hold the lock in `lock_file`; on a file system without locks, hold nothing.
 
+    The kernel releases it when this process ends, however that happens; forked processes do not hold it.
+
     Raises:
         UserError: another process holds it, so it is writing `output`.
     """
-    lock = filelock.FileLock(lock_file, timeout=0)
+    # The fallback is a file that would remain if this process is killed.
+    lock = filelock.FileLock(lock_file, timeout=0, fallback_to_soft=False)
     try:
         lock.acquire()
     except filelock.Timeout:
         raise UserError(f"another process is writing {output}; wait for it, or choose another name") from None
-    except NotImplementedError:
-        pass
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
     try:
         yield
     finally:

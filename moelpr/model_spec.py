@@ -30,38 +30,54 @@ class MoeSpec:
     """Which layers are MoE layers, and their experts.
 
     Attributes:
-        num_new_experts: N, the experts of this round; every MoE layer has E = m + N experts.
+        num_new_experts: N, the experts of this round.
         topk: K, experts per token.
         layers: 0-based numbers of the MoE layers, ascending; the others stay dense.
-        num_original_experts: m; experts 0 to m - 1 exist before this round and don't change: the dense FFN, then the
-            groups of earlier rounds in order.
+        num_original_experts: m; they exist before this round and don't change: the dense FFN, then the groups of
+            earlier rounds in order.
+        original_copies: C, the places of the dense FFN: the router has C rows for it, and an export C equal experts.
     """
 
     num_new_experts: int
     topk: int
     layers: tuple[int, ...]
     num_original_experts: int = 1
+    original_copies: int = 1
+
+    @property
+    def num_original_places(self) -> int:
+        """P = C + m - 1: places 0 to C - 1 are the dense FFN, C to P - 1 the other original experts."""
+        return self.original_copies + self.num_original_experts - 1
 
     @property
     def num_experts(self) -> int:
-        """E."""
-        return self.num_original_experts + self.num_new_experts
+        """E = P + N, the places of an MoE layer."""
+        return self.num_original_places + self.num_new_experts
 
     def check(self, num_layers: int) -> None:
         """Raise a UserError if a model of `num_layers` layers can't be trained with these settings."""
-        for name in ("num_new_experts", "num_original_experts", "topk"):
+        for name in ("num_new_experts", "num_original_experts", "original_copies", "topk"):
             if type(value := getattr(self, name)) is not int:
                 raise UserError(f"moe.{name} must be an integer, got {value!r}")
-        if self.num_new_experts < 1:
-            raise UserError(f"--num-new-experts must be at least 1, got {self.num_new_experts}")
+        if not 1 <= self.num_new_experts <= 1024:  # published MoE models have up to 512
+            raise UserError(f"--num-new-experts must be between 1 and 1024, got {self.num_new_experts}")
         if self.num_original_experts < 1:
             raise UserError(f"num_original_experts must be at least 1 (the dense FFN), got {self.num_original_experts}")
+        if not 1 <= self.original_copies <= 1024:
+            raise UserError(
+                f"--original-copies must be at least 1 (the dense FFN) and at most 1024, got {self.original_copies}"
+            )
         if self.topk == 1:
             raise UserError("with K = 1 every gate weight is 1, so the router gets no gradient; pass --topk 2 or more")
         if not 2 <= self.topk <= self.num_experts:
             raise UserError(
                 f"top-{self.topk} routing is impossible with {self.num_experts} experts ({self.num_new_experts} new + "
-                f"{self.num_original_experts} original); pass --topk between 2 and {self.num_experts}"
+                f"{self.num_original_places} original); pass --topk between 2 and {self.num_experts}"
+            )
+        if self.original_copies > self.topk:
+            raise UserError(
+                f"--original-copies must be at most --topk, got {self.original_copies} and {self.topk}: with "
+                f"{self.topk} copies, all choices of a token can be the dense FFN, and more copies add nothing"
             )
         if not self.layers:
             raise UserError("no layer would become an MoE layer; name at least one (--moe-layers 0,1,…) or use --dense")

@@ -23,6 +23,7 @@ def main() -> None:
 
         own_arguments().print_help()
         return
+    clean_stop.end_with_launcher()
     stop = clean_stop.StopRequest()
     stop.listen()
     clean_stop.watch_over_helpers()

@@ -9,6 +9,7 @@ recipe.yaml                         every flag with its final value; also inside
 command.json, versions.json         command line and package versions of the last start
 metrics.jsonl                       one record per training step (moelpr.run_metrics)
 STOP, FINISHED                      asks the run to stop; marks a run that has made all its steps
+.lock                               locked while a run writes to the folder (moelpr.training.run_lock)
 """
 
 import json
@@ -37,10 +38,17 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
         return None
 
 
+def saved_step(folder: Path) -> int | None:
+    """The last step that was saved in `folder`; None if there is none."""
+    tracker = folder / TRACKER_FILE
+    text = tracker.read_text().strip() if tracker.is_file() else ""
+    return int(text) if text.isdecimal() else None
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file; None if the file is missing or damaged."""
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None

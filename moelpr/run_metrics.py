@@ -13,6 +13,13 @@ from typing import Any
 from moelpr.errors import UserError
 
 Record = dict[str, Any]
+# What readers use of a training step: a number each, or one per layer.
+_NUMBERS = frozenset(
+    "lm_loss lm_loss_original lm_loss_expanded balance_loss lpr_loss grad_norm learning_rate step_time_s tokens_per_s "
+    "peak_memory_gib consumed_tokens".split()
+)
+_PER_LAYER = frozenset(("original_first_share_original", "original_first_share_expanded"))
+_LARGEST = 1e30
 
 
 @dataclass
@@ -60,15 +67,54 @@ def _records(path: Path) -> Iterator[Record]:
                 if not line.strip():
                     continue
                 try:
-                    record = json.loads(line)
-                    int(record["iteration"])
-                except (ValueError, TypeError, KeyError) as error:
+                    record = parse_record(line)
+                except ValueError as error:
                     if not line.endswith(b"\n"):  # still being written
                         return
-                    raise UserError(f"{path}, line {number} is not a metrics record; remove the line") from error
+                    raise UserError(f"{path}, line {number} is not a metrics record ({error}); remove it") from error
                 yield record
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}); pass a run that has written metrics") from error
+
+
+def parse_record(line: bytes) -> Record:
+    """The record in a line; NaN and infinity become None.
+
+    Raises:
+        ValueError: it is not a record, or what readers use of it has the wrong type.
+    """
+    try:
+        record = json.loads(line, parse_constant=lambda _: None, parse_int=_number, parse_float=_number)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(record, dict):
+        raise ValueError("not an object")
+    if type(record.get("iteration")) is not int:
+        raise ValueError("no iteration")
+    event = record.get("event")
+    used = {name: record[name] for name in _NUMBERS & record.keys()} if event is None else {}
+    for name in _PER_LAYER & record.keys() if event is None else ():
+        shares = record[name]
+        used |= {
+            f"{name}.{layer}": share for layer, share in enumerate(shares if isinstance(shares, list) else [shares])
+        }
+    if event == "validation":
+        if not isinstance(languages := record.get("languages"), dict):
+            raise ValueError("no languages")
+        for language, result in languages.items():
+            if not isinstance(result, dict) or result.get("group", "original") not in ("original", "expanded"):
+                raise ValueError(f"no result of {language}")
+            used |= {f"{language}.{unit}": result.get(unit) for unit in ("bits_per_byte", "bits_per_token")}
+    for name, value in used.items():
+        if value is not None and not isinstance(value, int | float):
+            raise ValueError(f"{name} is not a number")
+    return record
+
+
+def _number(digits: str) -> int | float | None:
+    """A number; None if it is too large to be computed with."""
+    value = float(digits)
+    return (int(digits) if digits.lstrip("-").isdigit() else value) if abs(value) < _LARGEST else None
 
 
 def _keep_means(record: Record) -> None:

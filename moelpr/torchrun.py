@@ -4,44 +4,75 @@
 
 takes every option of torchrun. Plain `torchrun` works too, but then a wrong argument ends in twenty lines of traceback
 and exit code 1 instead of one message and exit code 2, a run that SIGTERM stops cleanly exits with code 1, SIGUSR1
-kills the launcher, and a missing node or an occupied port blocks for ten minutes or indefinitely
-(moelpr/node_preflight.py).
+kills the launcher, a killed rank is reported by a C++ traceback of another one, and a missing node or an occupied port
+blocks for ten minutes or indefinitely (moelpr/node_preflight.py).
 """
 
+import argparse
 import logging
+import os
 import signal
 import sys
+import threading
+import warnings
+from contextlib import suppress
 from types import FrameType
+from typing import NoReturn
 
 import psutil
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+from torch.distributed.run import determine_local_world_size, parse_args
 from torch.distributed.run import main as torchrun
-from torch.distributed.run import parse_args
 
+from moelpr import machine
 from moelpr.errors import run_command
 from moelpr.node_preflight import JOIN_TIMEOUT_S, node_preflight
+from moelpr.training.clean_stop import LAUNCHER_VARIABLE
 
 
 def main() -> None:
     # The ranks inherit this, so that a SIGUSR1 to all processes of a job spares those that have no handler yet.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    run_command(wait_for_nodes)
+    args = parse_args(sys.argv[1:])
+    run_command(lambda: wait_for_nodes(args))
+    with suppress(ValueError, RuntimeError):  # torchrun reports a wrong number
+        machine.share_threads(determine_local_world_size(args.nproc_per_node))
     signal.signal(signal.SIGTERM, forward_signal)
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    for name in ("multiprocessing.api", "agent.server.api"):
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
+    os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
+    memory = PeakMemory()
+    memory.start()
     try:
         # Not SIGTERM: torchrun would exit with an error even if the ranks stop cleanly.
         torchrun(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *sys.argv[1:]])
+    except SignalException as received:
+        number = signal.Signals(received.sigval)
+        fail("interrupted" if number == signal.SIGINT else f"ended by {number.name}")
     except ChildFailedError as failure:
-        first = min(failure.failures.values(), key=lambda one: one.timestamp)
-        if first.exitcode not in (1, 2):
-            print(f"torchrun: rank {failure.get_first_failure()[0]} exited with code {first.exitcode}", file=sys.stderr)
-        sys.exit(first.exitcode if first.exitcode > 0 else 1)
+        # Times are full seconds; torchrun kills the other ranks only half a minute after the first failure.
+        rank, first = min(
+            failure.failures.items(), key=lambda one: (one[1].timestamp, one[1].exitcode != -signal.SIGKILL)
+        )
+        if first.exitcode == -signal.SIGKILL:
+            fail(killed(rank, memory.of(first.pid), args))
+        if first.exitcode < 0:
+            fail(f"rank {rank} was ended by {signal.Signals(-first.exitcode).name}")
+        if first.exitcode > 2:
+            fail(f"rank {rank} exited with code {first.exitcode}", first.exitcode)
+        sys.exit(first.exitcode)
 
 
-def wait_for_nodes() -> None:
+def fail(message: str, code: int = 1) -> NoReturn:
+    with suppress(OSError):  # stderr may be a pipe that its reader has closed
+        print(f"torchrun: error: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def wait_for_nodes(args: argparse.Namespace) -> None:
     """Run the preflight if the nodes are given; nodes of other rendezvous backends (--standalone) find each other."""
-    args = parse_args(sys.argv[1:])
     if args.standalone or args.rdzv_backend != "static" or (args.master_port is None and args.nnodes == "1"):
         return
     endpoint = args.rdzv_endpoint or f"{args.master_addr}:{args.master_port or 29500}"
@@ -61,6 +92,59 @@ def forward_signal(number: int, frame: FrameType | None) -> None:
             rank.send_signal(number)
         except psutil.NoSuchProcess:
             continue
+
+
+class PeakMemory(threading.Thread):
+    """Notes the peak memory of all ranks of this node every second, because a killed one cannot be asked."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._peaks: dict[int, int] = {}
+        self._is_over = threading.Event()
+
+    def run(self) -> None:
+        ranks: list[int] = []
+        while not self._is_over.wait(1):
+            now = {pid: machine.peak_memory(pid) for pid in ranks}
+            self._peaks |= {pid: peak for pid, peak in now.items() if peak}
+            if not ranks or 0 in now.values():  # none yet, or some have ended: searching takes time on a large machine
+                with suppress(psutil.Error):
+                    ranks = [rank.pid for rank in psutil.Process().children()]
+
+    def of(self, pid: int) -> int:
+        """Bytes; 0 if unknown."""
+        self._is_over.set()
+        return self._peaks.get(pid, 0)
+
+
+def killed(rank: int, peak: int, args: argparse.Namespace) -> str:
+    """Why a rank was most likely killed, what it needed, and what would need less."""
+    ranks = determine_local_world_size(args.nproc_per_node)
+    facts = [f"it held {machine.as_gib(peak)}"] if peak else []
+    fix = "use fewer ranks or a smaller --micro-batch-size"
+    if args.training_script == "moelpr.pretrain":
+        # Whatever is wrong, the message matters more than what the planner can add to it.
+        with suppress(Exception), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from moelpr.megatron_patches import cpu  # only now, because Megatron takes seconds to import
+
+            cpu.install()
+            from moelpr.arguments.flags import all_arguments
+            from moelpr.arguments.memory import expected_memory, smaller_settings
+            from moelpr.arguments.settings import RunSettings, apply_machine
+
+            run = RunSettings.gather(args.training_script_args, all_arguments())
+            run.world_size = ranks * int(args.nnodes.split(":")[-1])
+            apply_machine(run.args)
+            if expected := expected_memory(run):
+                facts.append(f"the planner expects {machine.as_gib(expected)} per rank")
+            fix = f"use {smaller_settings(run)}"
+    whose = f"{ranks} ranks of this machine share" if ranks > 1 else "this machine has"
+    facts.append(f"{whose} {machine.as_gib(machine.total_memory())}")
+    return (
+        f"rank {rank} was killed (signal 9), most likely for lack of memory: {', '.join(facts)}; run the same command "
+        f"again to resume, and if it is killed again, {fix}"
+    )
 
 
 if __name__ == "__main__":

@@ -2,15 +2,18 @@
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from data_tools.preprocessing.inputs import STANDARD_INPUT
 from moelpr.data.tokenizer import add_tokenizer_arguments
 from moelpr.errors import CommandParser, UserError
+from moelpr.machine import available_cpus
 
 REGISTRY_FILE = "dataset_info.json"
 # Of options that require others, which _check must see as they were passed.
 _DEFAULTS = {"json_keys": ["text"], "min_confidence": 0.5, "undetected": "expanded", "max_bad_share": 0.01}
+_WORKERS_PER_CPU = 8
 _LANGUAGE_FLAGS = ("--language", "--language-key", "--spans-key", "--detect-language")
 
 
@@ -71,7 +74,7 @@ def parse_arguments(description: str | None, argv: list[str] | None) -> argparse
     add("--audit", action="store_true", help="detect languages too, and print them against the stated ones")
 
     add = parser.add_argument_group("execution").add_argument
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cpus()
     add("--workers", type=int, default=cores, metavar="N", help=f"worker processes (default: one per core, {cores})")
     add("--num-shards", type=int, default=1, metavar="N", help="number of jobs that share the input (default: 1)")
     add("--shard", type=int, metavar="I", help="index of this job, 0 to N - 1; part of its files' names")
@@ -106,6 +109,12 @@ def _check(args: argparse.Namespace, language_flag: str) -> None:
     for flag in ("--workers", "--log-interval", "--num-shards", "--max-samples"):
         if (value := getattr(args, _name(flag))) is not None and value < 1:
             raise UserError(f"{flag} must be at least 1, got {value}")
+    cpus = available_cpus()
+    if args.workers > (most := _WORKERS_PER_CPU * cpus):
+        raise UserError(
+            f"--workers must be at most {most}, {_WORKERS_PER_CPU} per CPU of the {cpus} available, got "
+            f"{args.workers}; use {cpus}, because more are not faster, and each needs memory"
+        )
     for flag in ("--validation-share", "--max-bad-share", "--min-confidence"):
         if (value := getattr(args, _name(flag))) is not None and not 0 <= value <= 1:
             raise UserError(f"{flag} must be between 0 and 1, got {value}")
@@ -118,7 +127,11 @@ def _check(args: argparse.Namespace, language_flag: str) -> None:
         "--dataset-info and --dataset-dir require --dataset, the names of datasets": registry and not args.dataset,
         "--json-keys requires --input; a registry states the key of the text": args.dataset and keys,
         f"--json-keys {' '.join(keys)} names a key twice": len(set(keys)) < len(keys),
+        f"--output-prefix must end in a file name, such as data/el, got {args.output_prefix!r}": (
+            os.path.basename(args.output_prefix) in ("", ".", "..")
+        ),
         "--input - (standard input) can be read only once": streams > 1,
+        "--input - requires standard input, which is closed; redirect or pipe text into it": streams and not sys.stdin,
         "--input - (standard input) excludes --num-shards and --max-samples; write it to a file first": (
             streams and (last or is_sampled)
         ),

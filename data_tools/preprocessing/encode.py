@@ -108,6 +108,8 @@ class Encoder:
             groups |= {f"{name} {VALIDATION}": [] for name in self.corpora}
         num_encoded = 0
         for index, item in enumerate(batch.items()):
+            if not item:  # a file may consist of empty lines
+                continue
             try:
                 texts = self.texts(item, source.dataset)
                 if texts is None:

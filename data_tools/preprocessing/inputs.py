@@ -293,7 +293,9 @@ class Reader:
             if len(content) == LONG_LINE_BYTES and not content.endswith(b"\n"):
                 long_line = self._spool_line(content, stream, f"line-{share}-{line}")
             elif content.isspace():
-                offset += len(content)
+                num_bytes, num_lines = _skip_blank_lines(stream)
+                offset += len(content) + num_bytes
+                line += num_lines
                 continue
             size = long_line.num_bytes if long_line else len(content)
             offset += size
@@ -313,7 +315,7 @@ class Reader:
         from pyarrow import parquet
 
         source, columns = share.source, self._columns[share.source.dataset]
-        with parquet.ParquetFile(source.path) as file:
+        with parquet.ParquetFile(source.path, page_checksum_verification=True) as file:
             names = file.schema_arrow.names
             if missing := [name for name in columns if name not in names]:
                 raise UserError(f"{source.path} has no column {missing[0]}; its columns are {', '.join(names)[:200]}")
@@ -398,16 +400,30 @@ def _count_documents(share: Share) -> int:
         with _open_stream(share.source) as (stream, _):
             documents, at_line_start = 0, True
             while piece := stream.readline(_BLOCK_BYTES):
-                documents += at_line_start and not piece.isspace()
+                is_blank = piece.isspace()
+                documents += at_line_start and not is_blank
                 at_line_start = piece.endswith(b"\n")
+                if is_blank and at_line_start:
+                    _skip_blank_lines(stream)
             return documents
+
+
+def _skip_blank_lines(stream: Any) -> tuple[int, int]:
+    """Skip the blank lines that are in the stream's buffer; returns their bytes and their number.
+
+    An archive of a few kilobytes may contain a billion of them.
+    """
+    buffered = stream.peek(1)
+    end = buffered.rfind(b"\n", 0, len(buffered) - len(buffered.lstrip())) + 1
+    stream.read(end)
+    return end, buffered.count(b"\n", 0, end)
 
 
 def _open_zstd(raw: BinaryIO) -> BinaryIO:
     import pyarrow  # Python's own zstd comes with 3.14
 
     native = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd")
-    return cast(BinaryIO, io.BufferedReader(native, _SKIP_BYTES))
+    return cast(BinaryIO, io.BufferedReader(native, _BLOCK_BYTES))
 
 
 _OPENERS: dict[Form, Callable[[BinaryIO], Any]] = {

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from data_tools.corpus_writer import CorpusWriter, Documents, Position, commit_corpus, make_folder
+from data_tools.corpus_writer import CorpusWriter, Documents, Position, commit_corpus
 from data_tools.preprocessing.encode import encoding_pool
 from data_tools.preprocessing.inputs import Batch, ReadCursor, Reader
 from data_tools.preprocessing.plan import Plan
@@ -21,7 +21,7 @@ from data_tools.preprocessing.summary import Tally, why_empty
 from moelpr.data.manifest import Manifest, from_json
 from moelpr.data.manifest import Source as ManifestSource
 from moelpr.errors import UserError
-from moelpr.files import LOCK_FILE, atomic_file, empty, locked
+from moelpr.files import LOCK_FILE, atomic_file, empty, locked, make_folder
 
 # A resumed job repeats what the interrupted one did after it last saved.
 SAVE_EVERY_S = 30.0
@@ -96,7 +96,8 @@ class Job:
     def __init__(self, plan: Plan, resume: bool) -> None:
         self.plan = plan
         self._folder = plan.unfinished_folder
-        make_folder(self._folder)
+        make_folder(self._folder.parent)
+        self._folder.mkdir(exist_ok=True)
         self._lock = ExitStack()
         self._lock.enter_context(locked(self._folder / LOCK_FILE, plan.output_prefix))
         self._keep = resume

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.corpus import CorpusPaths, shard_prefix
+from data_tools.corpus import shard_prefix
+from data_tools.corpus_writer import check_output
 from data_tools.preprocessing import inputs, languages
 from data_tools.preprocessing.encode import VALIDATION, Encoder
 from data_tools.preprocessing.inputs import Form, ReadCursor, Reader, Share, Source
@@ -21,7 +22,6 @@ from data_tools.preprocessing.languages import UNDETECTED, Bits, Detector, Tagge
 from data_tools.preprocessing.tokenizers import JobTokenizer, choose_backend, load_job_tokenizer
 from moelpr.documents import BadLine
 from moelpr.errors import UserError
-from moelpr.files import refuse_existing
 
 _LANGUAGES = {"old": "original", "original": "original", "new": "expanded", "expanded": "expanded"}
 _SAMPLE_PLACES = 16
@@ -67,9 +67,8 @@ class Plan:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.output_prefix = _with_shard(arguments, arguments.output_prefix)
         self.prefixes = _prefixes(arguments)
-        if not (arguments.resume and self.unfinished_folder.exists()):
-            paths = [path for prefix in self.prefixes.values() for path in CorpusPaths.of(prefix)]
-            refuse_existing(paths, arguments.overwrite)
+        for prefix in self.prefixes.values():
+            check_output(prefix, arguments.overwrite or (arguments.resume and os.path.exists(self.unfinished_folder)))
         if arguments.dataset:
             names = [name.strip() for name in arguments.dataset.split(",") if name.strip()]
             datasets = _read_registry(arguments.dataset_info, names, arguments.dataset_dir)

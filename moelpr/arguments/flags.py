@@ -25,6 +25,9 @@ def add_arguments[P: argparse.ArgumentParser](parser: P) -> P:
     add("--num-original-experts", type=int, default=1, metavar="M",
         help="Number of original experts per MoE layer; must match the checkpoint (default: the checkpoint's). "
         "Megatron's --num-experts counts only the new experts.")  # fmt: skip
+    add("--original-copies", type=int, default=1, metavar="C",
+        help="Router rows of the dense FFN per MoE layer; must match the checkpoint (default: the "
+        "checkpoint's).")  # fmt: skip
     add("--balance-loss-coeff", type=float, metavar="ALPHA",
         help="Weight of the balance loss, on the paper's scale; 0 disables it (default: 0.01; stage2: 0).")  # fmt: skip
     add("--lpr-loss-coeff", type=float, metavar="GAMMA",
@@ -41,6 +44,9 @@ def add_arguments[P: argparse.ArgumentParser](parser: P) -> P:
         help="Held-out corpora, one per language. Bits per byte of each are logged before the first step, every "
         "--eval-interval steps, and at the end; --eval-iters N limits each evaluation to N global batches per corpus "
         "(default: the full corpus).")  # fmt: skip
+    add("--verify-corpus", choices=("sampled", "full", "none"), default="sampled",
+        help="What to compare with the corpora's checksums before the start: .idx, .lang and a random sample of .bin; "
+        "everything (about 1 s per GB); or nothing (default: %(default)s).")  # fmt: skip
     add("--warn-original-rise", type=float, default=10.0, metavar="PERCENT",
         help="Warn if the stage1 loss on original-language text rises by more than PERCENT since the start; 0 never "
         "warns (default: %(default)s).")  # fmt: skip

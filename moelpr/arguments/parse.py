@@ -10,6 +10,7 @@ from megatron.training.global_vars import set_global_variables
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from moelpr.arguments.checks import find_notes, find_problems
+from moelpr.arguments.checks.data import damaged_corpora
 from moelpr.arguments.flags import add_arguments, all_arguments
 from moelpr.arguments.settings import RunSettings, apply_machine, apply_method
 from moelpr.errors import UserError
@@ -18,28 +19,40 @@ from moelpr.model_spec import ModelSpec
 
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ModelSpec]:
-    """Parse and check the command line, and register it with Megatron; returns its arguments and the model's spec.
+    """`check_arguments`, then `register_arguments`."""
+    return register_arguments(check_arguments(argv))
 
-    All settings are checked before anything is built or a process group is created. `argv` is without the program's
-    name.
+
+def check_arguments(argv: list[str]) -> RunSettings:
+    """Parse and check the command line, which is without the program's name, before anything is built.
 
     Raises:
         UserError: settings are invalid, contradict each other or would be ignored; the message names all of them.
     """
     run = RunSettings.gather(argv, all_arguments())
     apply_machine(run.args)
-    problems = list(dict.fromkeys([*run.problems, *find_problems(run)]))
+    problems = list(dict.fromkeys([*run.problems, *find_problems(run)])) or [*damaged_corpora(run)]
     if problems:
         several = [f"{len(problems)} settings are wrong:"] if len(problems) > 1 else []
         raise UserError("\n- ".join([*several, *problems]))
     if os.environ.get("RANK", "0") == "0":
         for note in find_notes(run):
             print(f"moelpr: {note}", file=sys.stderr)
+    run.describe_start(run.args)
+    return run
+
+
+def register_arguments(run: RunSettings) -> tuple[argparse.Namespace, ModelSpec]:
+    """Register checked settings with Megatron, which prints them all; returns its arguments and the model's spec.
+
+    Raises:
+        UserError: Megatron rejects them.
+    """
     assert run.spec is not None, "a checkpoint without a spec is a problem"
     sys.argv[1:] = run.argv
     try:
         args = parse_args(add_arguments)
-        args.model_source, args.ckpt_step, args.is_resumed = str(run.checkpoint), run.step, run.is_resumed
+        run.describe_start(args)
         apply_machine(args)
         apply_method(args, run.spec)
         validate_args(args)

@@ -20,7 +20,7 @@ from moelpr.layouts import Layout
 from moelpr.megatron_patches import cpu
 from moelpr.model.losses import megatron_balance_coeff
 from moelpr.model_spec import ModelSpec
-from moelpr.run_folder import RECIPE_FILE, TRACKER_FILE
+from moelpr.run_folder import RECIPE_FILE, TRACKER_FILE, saved_step
 from moelpr.yaml_files import read_mapping
 
 MOE_STAGES = ("stage1", "stage2")
@@ -58,6 +58,7 @@ class RunSettings:
         recipe_is_read: False if the recipe cannot be read, so that missing flags may be in it.
         problems: one message per problem with the sources.
         world_size: number of ranks.
+        saved_step: the last step in --save when the settings were read; None if there is none.
     """
 
     args: argparse.Namespace = field(default_factory=argparse.Namespace)
@@ -71,6 +72,7 @@ class RunSettings:
     recipe_is_read: bool = True
     problems: list[str] = field(default_factory=list)
     world_size: int = 1
+    saved_step: int | None = None
 
     @classmethod
     def gather(cls, argv: list[str], parser: Parser) -> "RunSettings":
@@ -78,6 +80,7 @@ class RunSettings:
         run = cls(world_size=int(os.environ.get("WORLD_SIZE", "1")))
         recipe = run._recipe(_early_arguments(argv).recipe, parser)
         early = _early_arguments([*recipe, *argv])
+        run.saved_step = saved_step(Path(early.save)) if early.save else None
         run.checkpoint = run._try(_checkpoint_folder, early)
         run._add("", [*_DEFAULTS], parser)
         if run.checkpoint is not None:
@@ -103,6 +106,10 @@ class RunSettings:
         """Whether the checkpoint is this run's own, so that its optimizer state, data position and step are loaded."""
         own = {Path(folder) for folder in (self.args.load, self.args.save) if folder}
         return self.checkpoint in own and not self.args.finetune
+
+    def describe_start(self, args: argparse.Namespace) -> None:
+        """Write to `args` where the run starts or resumes."""
+        args.model_source, args.ckpt_step, args.is_resumed = str(self.checkpoint), self.step, self.is_resumed
 
     @property
     def layout(self) -> Layout:
@@ -221,6 +228,7 @@ def shape_of(spec: ModelSpec) -> dict[str, Any]:
         shape |= {
             "num_experts": spec.moe.num_new_experts,
             "num_original_experts": spec.moe.num_original_experts,
+            "original_copies": spec.moe.original_copies,
             "moe_router_topk": spec.moe.topk,
             "moe_ffn_hidden_size": shape["ffn_hidden_size"],
             "moe_layer_freq": str(is_moe).replace(" ", ""),

@@ -7,14 +7,18 @@ import dataclasses
 import hashlib
 import json
 import os
+import random
 import types
 import typing
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, Self
+
+from tqdm import tqdm
 
 import moelpr
 from moelpr.data.tokenizer import Tokenizer, load_tokenizer, vocabulary_checksum
@@ -23,6 +27,7 @@ from moelpr.files import atomic_file
 
 FORMAT_VERSION = 1
 _BLOCK_BYTES = 1 << 22
+SAMPLED_BLOCKS = 64
 _FIX = "rebuild the corpus with data_tools/preprocess_data.py"
 
 
@@ -67,20 +72,57 @@ class LanguageCount:
 
 @dataclass
 class FileRecord:
-    """Size and checksum of a file."""
+    """Size and checksums of a file.
+
+    Attributes:
+        block_crc32: CRC-32 of each 4 MiB, 8 hexadecimal digits each; None in older manifests.
+    """
 
     bytes: int
     sha256: str
+    block_crc32: str | None = None
 
     @classmethod
     def of(cls, path: Path, progress: Callable[[int], object] = lambda _: None) -> Self:
         """Read a file; `progress` is called with the bytes of each block."""
-        checksum = hashlib.sha256()
+        checksum, blocks = hashlib.sha256(), []
         with open(path, "rb") as file:
             while block := file.read(_BLOCK_BYTES):
                 checksum.update(block)
+                blocks.append(_block_checksum(block))
                 progress(len(block))
-        return cls(path.stat().st_size, checksum.hexdigest())
+        return cls(path.stat().st_size, checksum.hexdigest(), "".join(blocks))
+
+    @property
+    def can_be_sampled(self) -> bool:
+        """Whether `matches_sample` reads anything."""
+        return self.block_crc32 is not None or self.bytes <= SAMPLED_BLOCKS * _BLOCK_BYTES
+
+    def matches(self, path: Path, progress: Callable[[int], object] = lambda _: None) -> bool:
+        """Read all of a file and compare it with the checksums."""
+        if path.stat().st_size != self.bytes:
+            return False
+        found = FileRecord.of(path, progress)
+        return found.sha256 == self.sha256 and self.block_crc32 in (None, found.block_crc32)
+
+    def matches_sample(self, path: Path) -> bool:
+        """Compare a file's size and `SAMPLED_BLOCKS` random blocks, other ones at each call.
+
+        A short file is read completely.
+        """
+        if self.bytes <= SAMPLED_BLOCKS * _BLOCK_BYTES:
+            return self.matches(path)
+        if path.stat().st_size != self.bytes:
+            return False
+        if self.block_crc32 is None:
+            return True
+        num_blocks = -(-self.bytes // _BLOCK_BYTES)
+        with open(path, "rb") as file:
+            for block in random.SystemRandom().sample(range(num_blocks), SAMPLED_BLOCKS):
+                file.seek(block * _BLOCK_BYTES)
+                if _block_checksum(file.read(_BLOCK_BYTES)) != self.block_crc32[8 * block : 8 * block + 8]:
+                    return False
+        return True
 
 
 @dataclass
@@ -156,10 +198,40 @@ class Manifest:
         except ValueError as error:
             raise UserError(f"{path} is damaged: {error}; {_FIX}, or remove it") from error
 
+    def verify_files(self, prefix: str | os.PathLike[str], sampled: bool = False) -> None:
+        """Compare the corpus's files with their checksums.
+
+        Args:
+            sampled: read only a sample of the .bin.
+
+        Raises:
+            UserError: A file can't be read, is damaged or belongs to another corpus.
+        """
+        size = sum(record.bytes for record in self.files.values())
+        with tqdm(total=size, desc="verifying", unit="B", unit_scale=True, delay=2, leave=False, disable=None) as bar:
+            for name in ("idx", "lang", "bin"):
+                path, record = Path(f"{os.fspath(prefix)}.{name}"), self.files.get(name)
+                try:
+                    if sampled and name == "bin":
+                        is_same = record is not None and record.matches_sample(path)
+                    else:
+                        is_same = record is not None and record.matches(path, bar.update)
+                except OSError as error:
+                    raise UserError(f"{path} can't be read ({error.strerror}); {_FIX}") from error
+                if not is_same:
+                    raise UserError(
+                        f"{path} is damaged or belongs to another corpus: its size or checksum differs from the "
+                        f"manifest's; {_FIX}"
+                    )
+
     def write(self, prefix: str | os.PathLike[str]) -> None:
         """Write the manifest beside its corpus, atomically."""
         with atomic_file(manifest_path(prefix)) as temporary:
             temporary.write_text(json.dumps(self, default=vars, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _block_checksum(block: bytes) -> str:
+    return f"{zlib.crc32(block):08x}"
 
 
 def manifest_path(prefix: str | os.PathLike[str]) -> Path:
@@ -214,10 +286,11 @@ def _parse(value: Any, expected: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
     if dataclasses.is_dataclass(expected) and isinstance(value, dict):
         hints = typing.get_type_hints(expected)
-        if missing := sorted(hints.keys() - value.keys()):
+        optional = {field.name for field in dataclasses.fields(expected) if field.default is None}
+        if missing := sorted(hints.keys() - value.keys() - optional):
             raise ValueError(f"{where}{missing[0]} is missing")
         # Unknown keys, of later versions of the same format, are ignored.
-        parsed = {name: _parse(value[name], hint, f"{where}{name}.") for name, hint in hints.items()}
+        parsed = {name: _parse(value[name], hints[name], f"{where}{name}.") for name in hints if name in value}
         return expected(**parsed)  # type: ignore[operator]
     if origin is list and isinstance(value, list):
         return [_parse(item, arguments[0], f"{where}{index}.") for index, item in enumerate(value)]

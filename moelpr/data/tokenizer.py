@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,6 +45,30 @@ class Tokenizer(Protocol):
 
     def vocabulary(self) -> dict[str, int]:
         """Return the ID of each token, including added tokens."""
+
+
+_MAX_IDS = 10_000_000  # the largest published vocabularies have a million
+
+
+def check_token_ids(folder: str | os.PathLike[str]) -> None:
+    """Check that the IDs in a folder's tokenizer.json or vocab.json are small, because libraries count up to them.
+
+    Raises:
+        UserError: A token's ID would take gigabytes and minutes.
+    """
+    for name in ("tokenizer.json", "vocab.json"):
+        path = Path(folder) / name
+        try:
+            content = json.loads(path.read_bytes())
+            vocabulary = content["model"]["vocab"] if name == "tokenizer.json" else content
+            token, id = max(vocabulary.items(), key=lambda item: item[1])
+            is_small = id < _MAX_IDS
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            continue  # loading the tokenizer reports what is wrong; a unigram model's list has no IDs
+        if not is_small:
+            raise UserError(
+                f"{path} gives {token!r} the ID {id:,}; expected IDs below {_MAX_IDS:,}; download the tokenizer again"
+            )
 
 
 def add_tokenizer_arguments(parser: argparse.ArgumentParser, required: bool) -> argparse._ArgumentGroup:
@@ -88,6 +113,7 @@ def load_tokenizer(tokenizer_type: str, tokenizer_model: str, include_special_to
 
 class _HuggingFaceTokenizer:
     def __init__(self, model: str, include_special_tokens: bool) -> None:
+        check_token_ids(model)
         from transformers import AutoTokenizer  # takes two seconds, which SentencePiece does not need
 
         try:

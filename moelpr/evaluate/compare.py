@@ -170,13 +170,15 @@ class ResultCache:
         if folder:
             make_folder(folder)  # now, and not when the first result is there
         self._folder = folder and folder / CACHE_FOLDER
+        if self._folder:
+            make_folder(self._folder)  # now, because measuring takes long
 
     def read(self, model: str, name: str, key: Json) -> Json | None:
         """The result computed from exactly `key`, or None."""
         try:
             content = json.loads(self._path(model, name).read_text(encoding="utf-8")) if self._folder else {}
             return content["result"] if content["of"] == {**_VERSION, **key} else None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
     def write(self, model: str, name: str, key: Json, result: Json) -> None:

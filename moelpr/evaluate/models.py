@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moelpr import checksums
+from moelpr.data.tokenizer import check_token_ids
 from moelpr.errors import UserError
 from moelpr.megatron_patches import cpu, megatron_fixes
 from moelpr.model_spec import FILE_NAME, ModelSpec
@@ -38,7 +39,7 @@ class LoadedModel:
     routers: dict[int, nn.Module]  # of each MoE layer, by decoder layer number (from 0); empty for a dense model
     # (router, inputs, output) of a forward hook -> logits [T, experts]; T: over batch, then sequence.
     router_logits: Callable[[Any, Any, Any], Tensor]
-    num_original_experts: int  # m; 1 for a dense model
+    num_original_places: int  # P, the first experts of a router; 1 for a dense model
     topk: int  # K; 1 for a dense model
 
     @property
@@ -75,7 +76,7 @@ def hf_model(directory: Path, model: Any, tokenizer: Any, start_id: int, eos_id:
         },
         router_logits=router_logits,
         # Our exports record it in config.json; transformers keeps fields that it does not use.
-        num_original_experts=getattr(config, "num_original_experts", 1),
+        num_original_places=getattr(config, "num_original_experts", 1),
         topk=getattr(config, "num_experts_per_tok", None) or 1,
     )  # fmt: skip
 
@@ -141,7 +142,7 @@ def open_model(directory: Path, device: str = "auto", dtype: str = "auto") -> It
             routers={number: layer.mlp.router for number, layer in layers if hasattr(layer.mlp, "router")},
             # The router returns only its choices, so its linear map is applied again to its input [S, B, H].
             router_logits=lambda router, inputs, output: router.gating(inputs[0]).transpose(0, 1).flatten(0, 1),
-            num_original_experts=spec.moe.num_original_experts if spec.moe else 1,
+            num_original_places=spec.moe.num_original_places if spec.moe else 1,
             topk=spec.moe.topk if spec.moe else 1,
         )  # fmt: skip
 
@@ -217,6 +218,7 @@ def choose_device(name: str) -> torch.device:
 
 def _load_tokenizer(directory: Path) -> tuple[Any, int, int | None]:
     """The tokenizer in `directory`, the token that precedes a document, and EOS."""
+    check_token_ids(directory)
     from transformers import AutoTokenizer
 
     try:

@@ -239,6 +239,7 @@ class TextResults(Results):
             "bytes": sum(score.document_bytes),
             "unknown_tokens": score.unknown_tokens,
             "original_expert_share": score.routing and score.routing.original_expert_share,
+            "all_original_share": score.routing and score.routing.all_original_share,
         }
 
     def _row_json(self, model: str, row: str) -> dict[str, Any]:
@@ -256,6 +257,10 @@ LAYER_NUMBERS = {
     "original_chosen_share": (
         "Fraction of tokens with an original expert among their top K",
         "1: the original experts still process every token.",
+    ),
+    "all_original_share": (
+        "Fraction of tokens whose top K are all original experts",
+        "In these layers they get exactly what the base would compute.",
     ),
     "load_imbalance": (
         "Load imbalance: busiest expert divided by the mean",
@@ -348,7 +353,7 @@ class RoutingResults(Results):
         for language, routing in statistics.items():
             by_layer = routing.first_choice_share
             columns = {str(expert): [shares[expert] for shares in by_layer] for expert in range(len(by_layer[0]))}
-            experts.append(Panel(language_name(language), columns, rows, split_after=routing.num_original_experts))
+            experts.append(Panel(language_name(language), columns, rows, split_after=routing.num_original_places))
         title = "Fraction of first choices per layer (rows), expert (columns) and language"
         svg = heat_maps(f"{title}: {model}", experts, form="{:.2f}", corner="layer", cell_width=30)
         return [*figures, page.Figure([svg], f"{model}: {title}.", name=f"routing-{file_name}-experts")]

@@ -1,6 +1,6 @@
 """Routing statistics: what every router of a model decides during the model's own forward pass.
 
-T = tokens of a batch, E = experts, of which the first m are the original ones, K = experts per token.
+T = tokens of a batch, E = experts, of which the first P are original, K = experts per token.
 """
 
 import math
@@ -27,12 +27,13 @@ class Routing:
     mean_score: list[list[float]]  # mean softmax score
     entropy: list[float]  # of a token's router scores, mean over tokens, in nats; at most ln E
     original_chosen_share: list[float]  # fraction of tokens with at least one original expert among their K
-    num_original_experts: int = 1  # m
+    all_original_share: list[float]  # fraction of tokens whose K choices are all original
+    num_original_places: int = 1  # P
 
     @property
     def original_first_share(self) -> list[float]:
         """Fraction of first choices that are an original expert, per layer."""
-        return [sum(shares[: self.num_original_experts]) for shares in self.first_choice_share]
+        return [sum(shares[: self.num_original_places]) for shares in self.first_choice_share]
 
     @property
     def original_expert_share(self) -> dict[str, Any]:
@@ -52,7 +53,7 @@ class RoutingObserver:
     def __init__(self, loaded: LoadedModel):
         self._loaded = loaded
         self._tokens = 0
-        self._sums: dict[int, Tensor] = {}  # layer -> [3 E + 2], see `_add`
+        self._sums: dict[int, Tensor] = {}  # layer -> [3 E + 3], see `_add`
 
     @contextmanager
     def observe(self, is_counted: Tensor) -> Iterator[None]:
@@ -66,7 +67,7 @@ class RoutingObserver:
             yield
 
     def _add(self, number: int, weight_T: Tensor, router: nn.Module, inputs: Any, output: Any) -> None:
-        """Add the sums over counted tokens: first choices [E], choices [E], scores [E], entropy, original among K."""
+        """Add sums over counted tokens: first choices [E], choices [E], scores [E], entropy, any and all original."""
         logits_TE = self._loaded.router_logits(router, inputs, output).float()
         log_scores_TE = logits_TE.log_softmax(dim=-1)
         scores_TE = log_scores_TE.exp()
@@ -75,8 +76,9 @@ class RoutingObserver:
         is_first_TE.scatter_(1, choices_TK[:, :1], 1.0)
         is_chosen_TE.scatter_(1, choices_TK, 1.0)
         entropy_T = -(scores_TE * log_scores_TE).sum(dim=-1, keepdim=True)
-        has_original_T = is_chosen_TE[:, : self._loaded.num_original_experts].amax(dim=-1, keepdim=True)
-        columns = torch.cat([is_first_TE, is_chosen_TE, scores_TE, entropy_T, has_original_T], dim=-1)
+        num_original_T1 = is_chosen_TE[:, : self._loaded.num_original_places].sum(dim=-1, keepdim=True)
+        has_original_T, all_original_T = num_original_T1.clamp(max=1), (num_original_T1 == self._loaded.topk).float()
+        columns = torch.cat([is_first_TE, is_chosen_TE, scores_TE, entropy_T, has_original_T, all_original_T], dim=-1)
         sums = (weight_T @ columns).double()  # a batch's counts are exact in float32
         self._sums[number] = self._sums.get(number, 0) + sums
 
@@ -86,12 +88,11 @@ class RoutingObserver:
             return None
         layers = sorted(self._sums)
         means = torch.stack([self._sums[layer] for layer in layers]) / self._tokens
-        num_experts = means.shape[1] // 3
-        first, chosen, score, rest = (part.tolist() for part in means.split([num_experts] * 3 + [2], dim=1))
-        entropy, original_chosen = map(list, zip(*rest, strict=True))
-        return Routing(
-            layers, self._tokens, first, chosen, score, entropy, original_chosen, self._loaded.num_original_experts
-        )
+        num_experts = (means.shape[1] - 3) // 3
+        first, chosen, score, rest = (part.tolist() for part in means.split([num_experts] * 3 + [3], dim=1))
+        entropy, any_original, all_original = map(list, zip(*rest, strict=True))
+        places = self._loaded.num_original_places
+        return Routing(layers, self._tokens, first, chosen, score, entropy, any_original, all_original, places)
 
 
 @dataclass(frozen=True)

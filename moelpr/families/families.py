@@ -17,6 +17,9 @@ from moelpr.model_spec import ModelSpec, MoeSpec
 
 CONFIG_FILE = "config.json"
 
+# Key of an export's config.json: how many of its experts, from the first, are copies of the dense FFN; none means 1.
+COPIES_KEY = "original_copies"
+
 # transformers has defaults for these, which are another model's.
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
@@ -168,8 +171,11 @@ class Family:
         }
         if spec.moe is None:
             return config
-        # The last key is ours, for evaluation; stock readers keep unknown keys.
-        ours = {"model_type": self.moe_model_type, "num_original_experts": spec.moe.num_original_experts}
+        ours: dict[str, Any] = {"model_type": self.moe_model_type}
+        # Stock readers keep unknown keys: the experts that are original, for evaluation, and the equal ones among them.
+        ours["num_original_experts"] = spec.moe.num_original_places
+        if spec.moe.original_copies > 1:
+            ours[COPIES_KEY] = spec.moe.original_copies
         return config | explicit_shape(spec) | self.moe_config(spec, spec.moe) | ours
 
 
@@ -294,7 +300,8 @@ def family_named(name: str) -> Family:
 def read_base(folder: Path) -> tuple[Family, ModelSpec]:
     """Read the family and shape of a Hugging Face model from its config.json; UserError if it is unsupported.
 
-    The experts of the spec are all original; its dtype is a placeholder, as only the weights have it.
+    The experts of the spec are all original, and copies of each other as config.json says; its dtype is a placeholder,
+    as only the weights have it.
     """
     raw = read_config(folder)
     family, is_moe = family_of(raw)
@@ -329,10 +336,12 @@ def with_new_experts(
     topk: int | None = None,
     moe_layers: list[int] | None = None,
     moe_every_k_layers: int | None = None,
+    original_copies: int | None = None,
 ) -> ModelSpec:
     """Add N new experts to the FFN of a dense model, or to the experts of an MoE.
 
     Args:
+        original_copies: C, the places of the FFN, at most K; None for 1, or for the MoE's own.
         topk: K; None for 2, or for the MoE's own.
         moe_layers: 0-based layers to upcycle; `moe_every_k_layers`: layers k, 2k, …; neither: all layers.
 
@@ -341,8 +350,17 @@ def with_new_experts(
     """
     layers = _choose_layers(base, moe_layers, moe_every_k_layers)
     num_layers = base.megatron_args["num_layers"]
-    default_topk, num_original = (2, 1) if base.moe is None else (base.moe.topk, base.moe.num_experts)
-    spec = replace(base, moe=MoeSpec(num_new_experts, default_topk if topk is None else topk, layers, num_original))
+    if base.moe is None:
+        copies = 1 if original_copies is None else original_copies
+        moe = MoeSpec(num_new_experts, 2 if topk is None else topk, layers, original_copies=copies)
+    elif original_copies is None:
+        moe = replace(base.moe, num_new_experts=num_new_experts, topk=base.moe.topk if topk is None else topk)
+    else:
+        raise UserError(
+            f"--original-copies does not apply to an MoE: its {base.moe.num_experts} experts are all original, so a "
+            f"token's {base.moe.topk} choices can be original without copies; remove it"
+        )
+    spec = replace(base, moe=moe)
     spec.check()
     if not family.may_mix_layers and len(layers) < num_layers:
         raise UserError(
@@ -385,7 +403,10 @@ def _original_experts(config: Any, family: Family, args: dict[str, Any], raw: di
         )
     args["ffn_hidden_size"] = expert_ffn
     num_experts = next(getattr(config, name) for name in ("num_experts", "num_local_experts") if hasattr(config, name))
-    moe = MoeSpec(0, config.num_experts_per_tok, layers, num_experts)
+    copies = raw.get(COPIES_KEY, 1)
+    if type(copies) is not int or not 1 <= copies < max(num_experts, 2):
+        raise UserError(f"{COPIES_KEY} must be an integer from 1 to {num_experts - 1}, got {copies!r}; remove it")
+    moe = MoeSpec(0, config.num_experts_per_tok, layers, num_experts - copies + 1, copies)
     for name, expected in family.moe_config(ModelSpec(family.name, "float32", args), moe).items():
         found = getattr(config, name, raw.get(name, expected))
         if found != expected and (found or expected):  # 0, [] and null are equivalent

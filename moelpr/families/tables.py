@@ -182,6 +182,7 @@ class Piece:
         key: Name of the tensor in the checkpoint.
         stack_index: Index of the slice; None for a complete tensor.
         expert: The expert's number in the HF class; None outside experts.
+        copies: HF names of the parts in the other places of the dense FFN, one tuple per place.
         origin: HF names of the source tensors in the model that is upcycled: its own if frozen, those of expert 0 for a
             new expert, those of the previous router for a router; () for the router of a dense model's layer.
     """
@@ -193,10 +194,16 @@ class Piece:
     transform: Transform
     expert: int | None
     origin: tuple[str, ...]
+    copies: tuple[tuple[str, ...], ...] = ()
 
     @property
     def part(self) -> Part:
         return part_of(self.key)
+
+    @property
+    def places(self) -> tuple[tuple[str, ...], ...]:
+        """HF names of the parts in every place that has them; the first is `hf_names`."""
+        return self.hf_names, *self.copies
 
     @property
     def is_trained(self) -> bool:
@@ -245,14 +252,16 @@ def _expanded(row: Row, spec: ModelSpec, sizes: dict[str, int], i: int | None = 
         yield Piece(row.megatron.format(i=i), None, names, shapes, row.transform, None, names if base_has_it else ())
         return
     is_new = row.part is Part.NEW_EXPERTS
-    for j in range(moe.num_original_experts, moe.num_experts) if is_new else range(moe.num_original_experts):
-        names = tuple(name.format(i=i, j=j) for name, _ in row.parts)
+    first_place = moe.num_original_places if is_new else moe.original_copies - 1
+    for j in range(moe.num_new_experts if is_new else moe.num_original_experts):
+        places = range(moe.original_copies) if j == 0 and not is_new else [first_place + j]
+        names, *copies = (tuple(name.format(i=i, j=place) for name, _ in row.parts) for place in places)
         if moe.num_original_experts == 1:
             origin = tuple(name.format(i=i) for name in row.dense)
         else:
-            origin = tuple(name.format(i=i, j=0 if is_new else j) for name, _ in row.parts)
-        stack_index = j - moe.num_original_experts if is_new else None
-        yield Piece(row.megatron.format(i=i, j=j), stack_index, names, shapes, row.transform, j, origin)
+            origin = tuple(name.format(i=i, j=0 if is_new else places[0]) for name, _ in row.parts)
+        key, stack_index = row.megatron.format(i=i, j=j), j if is_new else None
+        yield Piece(key, stack_index, names, shapes, row.transform, places[0], origin, tuple(copies))
 
 
 def _shape(names: str, sizes: dict[str, int]) -> tuple[int, ...]:

@@ -11,11 +11,14 @@ from moelpr.model.losses import LPRVariant
 class MoELPRConfig(TransformerConfig):
     """`num_moe_experts` is N, the number of *new* experts, because Megatron dispatches them and divides them over EP.
 
-    The router scores E = m + N experts; the original experts are separate modules (docs/design/original-expert.md).
+    The router scores E = P + N places; the original experts are separate modules (docs/design/original-expert.md).
     """
 
     num_original_experts: int = 1
     """m; more than 1 in a later round of languages, in which the experts of earlier rounds are original experts."""
+
+    original_copies: int = 1
+    """C, the router rows of the dense FFN, which a rank holds and computes once."""
 
     lpr_loss_coeff: float = 0.0
     """The paper's gamma; 0 disables the loss."""
@@ -27,6 +30,11 @@ class MoELPRConfig(TransformerConfig):
 
     dataloader_inter_document_masking: bool = False
     """Megatron's flag: attention stays within a document (SDPACoreAttention)."""
+
+    @property
+    def num_original_places(self) -> int:
+        """P = C + m - 1, the router's rows of original experts: the first ones."""
+        return self.original_copies + self.num_original_experts - 1
 
     @property
     def is_moe_layer(self) -> list[bool]:

@@ -92,7 +92,7 @@ class OverlappedOriginalExperts:
 
 
 class LPRMoELayer(MoELayer):
-    """Mixture of m frozen original experts (the router's first m columns) and N new experts (the other columns).
+    """Mixture of m frozen original experts (the router's first P columns) and N new experts (the other columns).
 
     Every expert-parallel rank has copies of the original experts. Because they are frozen, the copies cannot diverge
     and need no gradient, optimizer state or communication. On a GPU they run while the new experts' rows are exchanged,
@@ -132,13 +132,23 @@ class LPRMoELayer(MoELayer):
 
     def _mixture(self, hidden_SBH: Tensor, bits_SB: Tensor | None) -> Tensor:
         gate_weights_TE, is_chosen_TE = self.route(hidden_SBH, bits_SB)
-        m = self.config.num_original_experts
-        original_weights = self.original_experts.gathered(gate_weights_TE[:, :m])
+        p = self.config.num_original_places
+        original_weights = self.original_experts.gathered(self._original_weights(gate_weights_TE, is_chosen_TE))
         self.token_dispatcher.shared_experts = OverlappedOriginalExperts(self.original_experts, original_weights)
-        new_weights, new_choices = gate_weights_TE[:, m:].contiguous(), is_chosen_TE[:, m:].contiguous()
+        new_weights, new_choices = gate_weights_TE[:, p:].contiguous(), is_chosen_TE[:, p:].contiguous()
         rows, row_weights = self.preprocess(hidden_SBH, new_weights, new_choices)
         rows, row_weights = self.dispatch(rows, row_weights)
         output, _ = self.routed_experts_compute(rows, row_weights)
         output = self.token_dispatcher.combine_postprocess(self.combine(output))
         self.token_dispatcher.shared_experts = None  # or it would keep this micro-batch alive
         return output
+
+    def _original_weights(self, gate_weights_TE: Tensor, is_chosen_TE: Tensor) -> Tensor:
+        """Gate weights [T, m] of the original experts; the dense FFN's is the sum over its C copies."""
+        c, p = self.config.original_copies, self.config.num_original_places
+        if c == 1:
+            return gate_weights_TE[:, :p]
+        dense_T1 = gate_weights_TE[:, :c].sum(dim=1, keepdim=True)
+        # A token's gate weights sum to 1 only up to rounding; exactly 1 gives exactly the dense model's output.
+        has_only_copies_T1 = ~is_chosen_TE[:, c:].any(dim=1, keepdim=True)
+        return torch.cat([dense_T1.masked_fill(has_only_copies_T1, 1.0), gate_weights_TE[:, c:p]], dim=1)

@@ -66,6 +66,7 @@ def transformer_config(spec: ModelSpec, **settings: object) -> MoELPRConfig:
         fields |= {
             "num_moe_experts": spec.moe.num_new_experts,
             "num_original_experts": spec.moe.num_original_experts,
+            "original_copies": spec.moe.original_copies,
             "moe_router_topk": spec.moe.topk,
             "moe_ffn_hidden_size": shape["ffn_hidden_size"],
             "moe_layer_freq": [int(spec.is_moe_layer(layer)) for layer in range(shape["num_layers"])],

@@ -1,6 +1,6 @@
 """The losses of the method, as pure functions of tensors.
 
-T = tokens, E = experts, of which the first m are the original ones. Every loss is a *sum* over this rank's tokens
+T = tokens, E = places of experts, of which the first P are original. Every loss is a *sum* over this rank's tokens
 divided by a token count that the caller chooses (of the rank, the micro-batch or the global batch), so that the result
 does not depend on how a batch is divided.
 """
@@ -16,23 +16,23 @@ LPRVariant = Literal["paper", "reference"]
 def lpr_loss(
     logits_TE: Tensor,
     is_original_T: Tensor,
-    num_original_experts: int = 1,
+    num_original_places: int = 1,
     num_original_tokens: Tensor | int | None = None,
     variant: LPRVariant = "paper",
 ) -> Tensor:
     """Language-priors-routing loss: mean negative log-score of the original experts over original-language tokens.
 
-    -sum_t F(t) log sum_{i<m} G_i(t), where F(t) is the language bit, G the softmax over all E experts, and m the number
-    of original experts. With m = 1 it is the loss of the paper, section 3.3. It does not depend on which of several
-    original experts a token chooses.
+    -sum_t F(t) log sum_{i<P} G_i(t), where F(t) is the language bit, G the softmax over all E places, and P the number
+    of original ones. With P = 1 it is the loss of the paper, section 3.3. It does not depend on which of several
+    original places a token chooses.
 
     Args:
         logits_TE: router logits, any float type; computed in at least fp32.
         is_original_T: bool, True where the token is original-language text.
-        num_original_experts: m, at least 1 and below E.
+        num_original_places: P, at least 1 and below E.
         num_original_tokens: number of original-language tokens to average over; default: those in `is_original_T`.
         variant: `paper` is as above; `reference` applies the softmax twice (cross-entropy of already softmaxed scores),
-            as the published code does, which supports only m = 1. For comparison.
+            as the published code does, which supports only P = 1. For comparison.
 
     Returns:
         A scalar; exactly 0, with zero gradient, if no token is original-language text.
@@ -41,7 +41,7 @@ def lpr_loss(
         logits_TE = logits_TE.float()
     if variant == "reference":
         logits_TE = torch.softmax(logits_TE, dim=-1)
-    originals_T = torch.logsumexp(logits_TE[:, :num_original_experts], dim=-1)
+    originals_T = torch.logsumexp(logits_TE[:, :num_original_places], dim=-1)
     negative_log_score_T = torch.logsumexp(logits_TE, dim=-1) - originals_T
     total = torch.where(is_original_T, negative_log_score_T, 0.0).sum()
     if num_original_tokens is None:

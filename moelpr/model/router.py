@@ -25,7 +25,7 @@ class LPRLossNormalizer:
 
 
 class LPRRouter(TopKRouter):
-    """Routes over E = m + N experts; columns 0 to m - 1 are the original experts."""
+    """Routes over E = P + N places; columns 0 to P - 1 are those of the original experts."""
 
     config: MoELPRConfig
 
@@ -33,7 +33,7 @@ class LPRRouter(TopKRouter):
         self, config: MoELPRConfig, pg_collection: ProcessGroupCollection | None = None, is_mtp_layer: bool = False
     ) -> None:
         router_config = copy.copy(config)
-        router_config.num_moe_experts = config.num_original_experts + config.num_moe_experts
+        router_config.num_moe_experts = config.num_original_places + config.num_moe_experts
         super().__init__(config=router_config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.lpr_coeff = config.lpr_loss_coeff / sum(config.is_moe_layer)  # the loss is a mean over layers
         self.routing_sums: Tensor | None = None  # routing_vector summed over the micro-batches of a step
@@ -53,9 +53,9 @@ class LPRRouter(TopKRouter):
         # Recomputed layers run forward twice, first without gradients; count and attach the loss only once.
         if self.training and torch.is_grad_enabled() and language_bits_SB is not None:
             logits_TE, is_original_T = logits_SBE.flatten(0, 1), language_bits_SB.flatten().bool()
-            m, variant = self.config.num_original_experts, self.config.lpr_loss
-            lpr_sum = lpr_loss(logits_TE, is_original_T, m, num_original_tokens=1, variant=variant)
-            vector = routing_vector(logits_TE, is_chosen_TE, lpr_sum, is_original_T, m)
+            p, variant = self.config.num_original_places, self.config.lpr_loss
+            lpr_sum = lpr_loss(logits_TE, is_original_T, p, num_original_tokens=1, variant=variant)
+            vector = routing_vector(logits_TE, is_chosen_TE, lpr_sum, is_original_T, p)
             self.routing_sums = vector if self.routing_sums is None else self.routing_sums + vector
             if self.lpr_coeff > 0:
                 assert LPRLossNormalizer.weight is not None, "forward_step sets the weight before the model runs"

@@ -35,8 +35,8 @@ def main() -> None:
     seq_length = args.seq_length or PAPER_SEQ_LENGTH[args.stage]
     workload = Workload(args.stage, seq_length, args.micro_batch_size, args.global_batch_size, args.dtype)
     cluster = _cluster(args)
-    layers = args.moe_layers, args.moe_every_k_layers
-    spec = with_new_experts(*read_base(args.hf_path), args.num_new_experts, args.topk, *layers)
+    experts = args.num_new_experts, args.topk, args.moe_layers, args.moe_every_k_layers, args.original_copies
+    spec = with_new_experts(*read_base(args.hf_path), *experts)
     found = fitting(spec, workload, cluster)
     if args.json:
         print(json.dumps(_as_json(found, workload, cluster), indent=2))
@@ -125,6 +125,8 @@ def _parser() -> argparse.ArgumentParser:
         help="memory per GPU, in GiB, left free for what is not counted: CUDA context, NCCL buffers, fragmentation "
         "(default: 10%% of --gpu-memory-gib, an assumption)")  # fmt: skip
     add("--topk", type=int, metavar="K", help="experts per token (default: 2; for an MoE model, its own number)")
+    add("--original-copies", type=int, metavar="C",
+        help="places of the dense FFN among the experts, as in hf_to_mcore.py (default: 1)")  # fmt: skip
     layers = parser.add_mutually_exclusive_group()
     layers.add_argument("--moe-layers", type=layer_list, metavar="0,2,5",
                         help="MoE layers, counted from 0, as in hf_to_mcore.py (default: all layers)")  # fmt: skip

@@ -116,8 +116,9 @@ def relative_time(spec: ModelSpec, parts: Parts, layout: PlannedLayout, workload
     for (_, part), part_numel in parts.items():
         numel[part] += part_numel
     one_expert = numel[Part.ORIGINAL_EXPERTS] / spec.moe.num_original_experts  # summed over the MoE layers
-    experts = spec.moe.topk * one_expert  # all experts have the same size, and every token passes through K of them
-    new_experts = experts * spec.moe.num_new_experts / spec.moe.num_experts
+    rows = Routing.uniform(spec.moe)
+    experts = (rows.original_rows + rows.new_rows) * one_expert
+    new_experts = rows.new_rows * one_expert
     others = numel[Part.ATTENTION] + numel[Part.DENSE_FFN]
     output = numel[Part.OUTPUT_LAYER] or numel[Part.EMBEDDING]
     once = 2 * (experts + others + output) + (new_experts if workload.stage == "stage1" else 0)

@@ -53,7 +53,7 @@ CPU = Kernels(fp32_norm_input=True, norm_output=False, fused_swiglu=False)
 
 @dataclass(frozen=True)
 class Routing:
-    """Rows per token of a rank that go to the original experts and to the new experts; K in total if balanced."""
+    """Rows per token of a rank that go to the original experts and to the new experts."""
 
     original_rows: float
     new_rows: float
@@ -62,7 +62,9 @@ class Routing:
     def uniform(cls, moe: MoeSpec) -> "Routing":
         """All experts are chosen equally often, on every rank."""
         rows, experts = moe.topk, moe.num_experts
-        return cls(rows * moe.num_original_experts / experts, rows * moe.num_new_experts / experts)
+        # A token that chose several copies of the dense FFN is one row of it.
+        dense = 1 - math.comb(experts - moe.original_copies, rows) / math.comb(experts, rows)
+        return cls(dense + rows * (moe.num_original_experts - 1) / experts, rows * moe.num_new_experts / experts)
 
 
 @dataclass(frozen=True)

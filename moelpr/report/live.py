@@ -3,7 +3,6 @@
 It only reads, so it can start and stop while the run trains, on any machine that sees the run's folder.
 """
 
-import json
 import math
 import os
 import time
@@ -20,7 +19,7 @@ from rich.text import Text
 
 from moelpr.report.runs import Run, read_run
 from moelpr.run_folder import FINISHED_FILE, METRICS_FILE
-from moelpr.run_metrics import Record
+from moelpr.run_metrics import Record, parse_record
 
 _BARS = "▁▂▃▄▅▆▇█"
 _VALUES = {
@@ -159,7 +158,5 @@ def follow(folder: Path, interval_s: float) -> Iterator[tuple[Run, list[Record]]
 def _new_records(file: BinaryIO) -> Iterator[Record]:
     while (text := file.readline()).endswith(b"\n"):
         with suppress(ValueError):
-            record = json.loads(text)
-            if isinstance(record, dict) and "iteration" in record:
-                yield record
+            yield parse_record(text)
     file.seek(-len(text), os.SEEK_CUR)  # still being written

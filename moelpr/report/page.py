@@ -202,5 +202,7 @@ def _escape(text: str) -> str:
     """Text of models and languages must not become markup; a bracket that opens no link stays readable."""
     if isinstance(text, Markup):
         return text
-    text = re.sub(r"([\\`*_<#|])", r"\\\1", text.replace("\n", " "))
+    text = re.sub(r"([\\`*_#|])", r"\\\1", re.sub(r"[\r\n]", " ", text))
+    # An entity, because not every viewer of Markdown knows a backslash before "<".
+    text = re.sub(r"&(?=#?\w+;)", "&amp;", text).replace("<", "&lt;")
     return re.sub(r"\](?=[(\[:])", r"\\]", text)

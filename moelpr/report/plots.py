@@ -1,4 +1,4 @@
-"""Charts as SVG, drawn by matplotlib: lines over training steps, changes with intervals, heat maps.
+"""Charts as SVG, drawn by matplotlib: lines over training steps, changes with intervals, heat maps, trade-offs.
 
 Every function returns one self-contained SVG document, which can also be pasted into a page. Text stays text,
 colors are CSS variables of the page (templates/style.css) with their light value as fallback, and no chart needs color
@@ -90,6 +90,14 @@ class Panel:
     split_after: int = 0  # number of columns before a thick line; 0 for no line
     # Title -> number of columns below it, from left to right.
     column_groups: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a trade-off: label of a setting -> its repetitions, as pairs of relative changes (x, y)."""
+
+    name: str
+    settings: Mapping[str, Sequence[tuple[float, float]]]
 
 
 @_styled
@@ -204,6 +212,35 @@ def _draw_change(axes: Axes, y: float, change: Interval, color: str) -> Artist:
     shift, ha = (-5, "right") if change.value < 0 else (5, "left")
     _label(axes, percent(change.value), (end, y), (shift, 0), from_left=False, fontsize=12, ha=ha)
     return bar
+
+
+@_styled
+def trade_off_chart(title: str, series: Sequence[Series], *, x_axis: str, y_axis: str) -> str:
+    """Settings of which each has two relative changes: a line through the means, and a faint mark per repetition."""
+    figure, axes = _axes(400, 260)
+    axes.set_title(title, pad=14 + 18 * math.ceil(len(series) / 2))
+    described = []
+    for number, one in enumerate(series):
+        color, marker = SERIES[number % len(SERIES)], _MARKERS[number % len(_MARKERS)]
+        means = [
+            (finite_mean(x for x, _ in points), finite_mean(y for _, y in points)) for points in one.settings.values()
+        ]
+        axes.plot(
+            *zip(*means, strict=True), color=color, linestyle=_DASHES[number % len(_DASHES)], linewidth=2,
+            marker=marker, markersize=8, label=one.name,
+        )  # fmt: skip
+        for (label, points), mean in zip(one.settings.items(), means, strict=True):
+            axes.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=4, alpha=0.5, linestyle="")
+            _label(axes, label, mean, (9, 9), from_left=False, fontsize=12)
+            described.append(f"{one.name}, {label}: {percent(mean[0])} and {percent(mean[1])}")
+    axes.axhline(0, color=INK, linewidth=1.2)
+    axes.grid()
+    axes.set(xlabel=x_axis, ylabel=y_axis)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(6))
+        axis.set_major_formatter(lambda value, _: percent(value) if round(value, 9) else "0")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.3)
+    return _to_svg(figure, title, "; ".join(described), bbox_inches="tight")
 
 
 @_styled

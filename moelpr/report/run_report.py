@@ -14,15 +14,26 @@ from moelpr.files import atomic_file
 from moelpr.languages import language_name
 from moelpr.report import page, plots
 from moelpr.report.page import Block, Cell, Row, Section, Table, Text
-from moelpr.report.runs import ENDS, Claims, Judgment, Results, Run, check_result, curve_of, held_out_results
+from moelpr.report.runs import (
+    ENDS,
+    ROUTING_SHARES,
+    Claims,
+    Judgment,
+    Results,
+    Run,
+    check_result,
+    curve_of,
+    held_out_results,
+)
 
 MAX_WARNINGS = 30
 GROUP_NAMES = {"original": "original languages", "expanded": "expanded languages"}
 # Flags that say how a run was made; its recipe.yaml has all of them.
 _SETTINGS = (
     "micro_batch_size", "global_batch_size", "seq_length", "lr", "lr_decay_style", "balance_loss_coeff",
-    "lpr_loss_coeff", "num_original_experts", "num_experts", "moe_router_topk", "data_path", "validation_data",
-    "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size", "world_size", "seed",
+    "lpr_loss_coeff", "num_original_experts", "original_copies", "num_experts", "moe_router_topk", "data_path",
+    "validation_data", "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
+    "world_size", "seed",
 )  # fmt: skip
 
 
@@ -245,12 +256,13 @@ def _charts_of(run: Run) -> Iterator[tuple[str, list[plots.Curve], bool, bool]]:
             yield f"held-out text, {title} (bits per {unit})", curves, False, False
     steps = run.metrics.steps
     losses = [curve_of(steps, f"lm_loss_{group}", name) for group, name in GROUP_NAMES.items()]
-    shares = [curve_of(steps, f"original_first_share_{group}", name) for group, name in GROUP_NAMES.items()]
     has_losses = all(curve.y for curve in losses)
     yield "next-token loss (nats per token)", losses if has_losses else [curve_of(steps, "lm_loss")], False, True
     yield "balance loss", [curve_of(steps, "balance_loss")], False, True
     yield "LPR loss (nats)", [curve_of(steps, "lpr_loss")], False, True
-    yield "first choices that are an original expert", [share for share in shares if share.y], True, True
+    for share, title in ROUTING_SHARES.items():
+        curves = [curve_of(steps, f"{share}_{group}", name) for group, name in GROUP_NAMES.items()]
+        yield f"tokens whose {title}", [curve for curve in curves if any(curve.y)], True, True
     yield "gradient norm", [curve_of(steps, "grad_norm")], False, True
     yield "learning rate", [curve_of(steps, "learning_rate")], False, False
     yield "tokens per second", [curve_of(steps[1:], "tokens_per_s")], False, True
@@ -271,22 +283,28 @@ def _curves_table(runs: Sequence[Run], num_rows: int = 8) -> Table:
 
 def _routing(runs: Sequence[Run], evaluation: Results) -> list[Block]:
     """Of evaluated models, per language of the held-out text; before and after review, on the training text."""
-    evaluated = []
-    for model, shares in evaluation.original_first_shares.items():
-        languages = [name for name in evaluation.languages("original", "expanded", "") if name in shares]
-        columns = {language_name(name): [*shares[name], plots.finite_mean(shares[name])] for name in languages}
-        rows = [f"layer {layer}" for layer in evaluation.layers[model]]
-        evaluated.append(plots.Panel(model, columns, [*rows, "mean"]))
-    captions = (
-        "Fraction of held-out tokens whose first choice is an original expert, per MoE layer and language.",
-        "Fraction of training tokens whose first choice is an original expert, per MoE layer and language group, "
-        f"over at most {ENDS} steps. Review (stage 2) teaches the routers to send original-language text there.",
-    )
-    all_panels = evaluated, [panel for run in runs for panel in _run_panels(run)]
-    return [_heat_map_figure(panels, text) for panels, text in zip(all_panels, captions, strict=True) if panels]
+    figures: list[Block] = []
+    for share, title in ROUTING_SHARES.items():
+        evaluated = []
+        for model, shares in evaluation.routing[share].items():
+            languages = [name for name in evaluation.languages("original", "expanded", "") if name in shares]
+            columns = {language_name(name): [*shares[name], plots.finite_mean(shares[name])] for name in languages}
+            rows = [f"layer {layer}" for layer in evaluation.layers[model]]
+            evaluated.append(plots.Panel(model, columns, [*rows, "mean"]))
+        captions = (
+            f"Fraction of held-out tokens whose {title}, per MoE layer and language.",
+            f"Fraction of training tokens whose {title}, per MoE layer and language group, over at most {ENDS} steps. "
+            "Review (stage 2) teaches the routers to send original-language text there.",
+        )
+        for panels, text in zip(
+            (evaluated, [p for run in runs for p in _run_panels(run, share)]), captions, strict=True
+        ):
+            if any(value > 0 for panel in panels for column in panel.columns.values() for value in column):
+                figures.append(_heat_map_figure(panels, text, title))
+    return figures
 
 
-def _run_panels(run: Run) -> Iterator[plots.Panel]:
+def _run_panels(run: Run, share: str) -> Iterator[plots.Panel]:
     steps = run.metrics.steps
     middle = len(steps) // 2
     parts = {"first steps": steps[:ENDS], "last steps": steps[-ENDS:]}
@@ -295,7 +313,7 @@ def _run_panels(run: Run) -> Iterator[plots.Panel]:
     for title, part in parts.items():
         columns: dict[str, list[float]] = {}
         for group, name in GROUP_NAMES.items():
-            per_step = [record.get(f"original_first_share_{group}") for record in part]
+            per_step = [record.get(f"{share}_{group}") for record in part]
             lists = [shares for shares in per_step if isinstance(shares, list)]
             means = [plots.finite_mean(layer) for layer in zip(*lists, strict=False)]
             columns |= {name: means} if any(map(math.isfinite, means)) else {}
@@ -304,17 +322,17 @@ def _run_panels(run: Run) -> Iterator[plots.Panel]:
             yield plots.Panel(f"{run.name}, {title}", columns, rows)
 
 
-def _heat_map_figure(panels: Sequence[plots.Panel], caption: str) -> page.Figure:
+def _heat_map_figure(panels: Sequence[plots.Panel], caption: str, title: str) -> page.Figure:
     widest_first = sorted(panels, key=lambda panel: -len(panel.columns))
     names = list(dict.fromkeys(name for panel in widest_first for name in panel.columns))
     rows: list[Row | Sequence[str]] = []
     for panel in panels:
         rows.append(Row([panel.title], "group"))
-        for row, title in enumerate(panel.rows):
+        for row, layer in enumerate(panel.rows):
             values = [panel.columns[name][row] if name in panel.columns else math.nan for name in names]
-            rows.append([title, *(_number(value, "{:.0%}") for value in values)])
-    maps = [plots.heat_maps(f"{panel.title}: original expert first", [panel]) for panel in panels]
-    return page.Figure(maps, caption, Table(["first choice is an original expert", *names], rows))
+            rows.append([layer, *(_number(value, "{:.0%}") for value in values)])
+    maps = [plots.heat_maps(f"{panel.title}: {title}", [panel]) for panel in panels]
+    return page.Figure(maps, caption, Table([title, *names], rows))
 
 
 def _cost_table(runs: Sequence[Run]) -> Table:
@@ -366,14 +384,15 @@ def _numbers(report: Report, title: str, judgments: Sequence[Judgment], held_out
     evaluation = report.evaluation
     shares = {
         model: {name: {"overall": plots.finite_mean(values), "per_layer": values} for name, values in by_name.items()}
-        for model, by_name in evaluation.original_first_shares.items()
+        for model, by_name in evaluation.routing["original_first_share"].items()
     }
     return {
         "title": title,
         "languages": evaluation.groups,
         "bits_per_byte": _by_model(evaluation, evaluation.value),
         "change": _by_model(evaluation, evaluation.change),
-        "routing": {"layers": evaluation.layers, "original_expert_share": shares},
+        "routing": {"layers": evaluation.layers, "original_expert_share": shares}
+        | {"all_original_share": evaluation.routing["all_original_share"]},
         "claims": [asdict(judgment) for judgment in judgments],
         "checks": report.checks,
         "held_out": _by_model(held_out, held_out.value),

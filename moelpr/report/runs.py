@@ -54,7 +54,8 @@ class Run:
     @property
     def num_steps(self) -> int | None:
         """Steps when the run is finished; None if unknown."""
-        return self.settings.get("train_iters")
+        steps = self.settings.get("train_iters")
+        return steps if isinstance(steps, int) else None
 
     @property
     def progress(self) -> str:
@@ -104,13 +105,14 @@ def read_run(folder: Path) -> Run:
             )
         raise UserError(f"{folder} contains no {METRICS_FILE}; pass the folder of a run that has made a step")
     command = read_json(folder / COMMAND_FILE) or {}
+    arguments, num_ranks = command.get("arguments"), command.get("num_ranks")
     return Run(
         folder,
         read_run_metrics(metrics_file, layers_at_ends=ENDS),
         settings=read_settings(folder) or {},
         versions=read_json(folder / VERSIONS_FILE) or {},
-        arguments=[str(argument) for argument in command.get("arguments", [])],
-        num_ranks=command.get("num_ranks"),
+        arguments=[str(argument) for argument in arguments] if isinstance(arguments, list) else [],
+        num_ranks=num_ranks if isinstance(num_ranks, int) else None,
         is_finished=(folder / FINISHED_FILE).exists(),
         last_record_age_s=time.time() - metrics_file.stat().st_mtime,
     )
@@ -121,6 +123,13 @@ def curve_of(records: Iterable[Mapping[str, Any]], key: str, name: str = "") -> 
     points = [(record["iteration"], mean_of(record.get(key))) for record in records]
     known = [(x, y) for x, y in points if y is not None and math.isfinite(y)]
     return Curve(name, [x for x, _ in known], [y for _, y in known])
+
+
+# Fractions of tokens in evaluations and, by language group, in metrics -> what the tokens do.
+ROUTING_SHARES = {
+    "original_first_share": "first choice is an original expert",
+    "all_original_share": "choices are all original experts",
+}
 
 
 @dataclass
@@ -135,8 +144,10 @@ class Results:
     changes: dict[str, dict[str, Interval]] = field(default_factory=dict)
     has_start: bool = True  # the first model is the start that changes are measured against
     per_token: set[str] = field(default_factory=set)  # languages of unknown size in bytes: their `bits` are per token
-    # Model -> language -> fraction of original experts among first choices, per MoE layer.
-    original_first_shares: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    # Name in ROUTING_SHARES -> model -> language -> fraction of tokens, per MoE layer.
+    routing: dict[str, dict[str, dict[str, list[float]]]] = field(
+        default_factory=lambda: {k: {} for k in ROUTING_SHARES}
+    )
     layers: dict[str, list[int]] = field(default_factory=dict)  # model -> numbers of its MoE layers
     # Language -> {"prompt", "reference", "by_model": model -> text}.
     continuations: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -206,13 +217,17 @@ def _named(flag: str, path: Path, expected: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{flag} {path} cannot be read: {error.strerror}") from error
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         raise UserError(f"{flag} {path} must be {expected} ({error})") from error
 
 
 def _add(results: Results, content: Mapping[str, Any]) -> None:
-    original = content.get("original_languages") or []
-    results.continuations |= content.get("continuations") or {}
+    original = list(content.get("original_languages") or [])
+    for language, sample in (content.get("continuations") or {}).items():
+        texts = sample["prompt"], sample["reference"], *sample["by_model"].values()
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"the continuation of {language} is not text")
+        results.continuations[language] = sample
     for model, result in content["models"].items():
         for language in result["languages"]:
             results.groups[language] = GROUPS[language in original] if original else results.groups.get(language, "")
@@ -223,8 +238,14 @@ def _add(results: Results, content: Mapping[str, Any]) -> None:
                 results.changes.setdefault(model, {})[row] = _interval(values["change"]["bits_per_byte"])
             share = values.get("original_expert_share") or {}
             if per_layer := values.get("original_first_share") or share.get("per_layer"):
-                results.original_first_shares.setdefault(model, {})[row] = _floats(per_layer)
-                results.layers[model] = list(values.get("layers") or share.get("layers") or range(len(per_layer)))
+                results.routing["original_first_share"].setdefault(model, {})[row] = _floats(per_layer)
+                layers = list(values.get("layers") or share.get("layers") or range(len(per_layer)))
+                if not len(per_layer) == len(layers) == len(results.layers.setdefault(model, layers)):
+                    raise ValueError(f"the layers of {model} on {row} are not those of its other results")
+            if per_layer := values.get("all_original_share"):
+                results.routing["all_original_share"].setdefault(model, {})[row] = _floats(per_layer)
+                if len(per_layer) != len(results.layers.get(model, per_layer)):
+                    raise ValueError(f"the layers of {model} on {row} are not those of its other results")
 
 
 def _interval(content: Any) -> Interval:
@@ -234,7 +255,8 @@ def _interval(content: Any) -> Interval:
 
 
 def _floats(values: Iterable[float | None]) -> list[float]:
-    return [math.nan if value is None else float(value) for value in values]
+    numbers = [math.nan if value is None else float(value) for value in values]
+    return [number if math.isfinite(number) else math.nan for number in numbers]
 
 
 def read_verifications(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
@@ -244,6 +266,8 @@ def read_verifications(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
         with _named("--verification", path, "the output of `checkpoint_convert/verify.py A B --json`"):
             lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("{")]
             check = json.loads(lines[-1])
+            names = ("same_next_token", "max_abs_diff", "max_abs_logit_diff")
+            check |= {name: float(check[name]) for name in names if check.get(name) is not None}
             checks[path.stem] = {**check, "equal": bool(check["equal"]), "num_tensors": int(check["num_tensors"])}
     return checks
 

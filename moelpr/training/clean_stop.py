@@ -8,6 +8,7 @@ Imported before Megatron and torch, whose imports take seconds, so that no signa
 
 import argparse
 import atexit
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -21,9 +22,12 @@ from pathlib import Path
 from types import FrameType
 
 from moelpr.errors import UserError
-from moelpr.run_folder import FINISHED_FILE, STOP_FILE, TRACKER_FILE, read_settings
+from moelpr.run_folder import FINISHED_FILE, STOP_FILE, read_settings, saved_step
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+# Environment variable that moelpr.torchrun sets to its process number.
+LAUNCHER_VARIABLE = "MOELPR_LAUNCHER"
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class StopRequest:
@@ -84,6 +88,20 @@ def ends_the_run() -> Iterator[None]:
             raise
 
 
+def end_with_launcher() -> None:
+    """Have the kernel kill this rank when torchrun is gone: it would train on, beside the run's next start.
+
+    Other launchers (srun, mpirun) end their ranks themselves, and a rank started by hand may outlive its shell.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    try:
+        os.kill(int(os.environ.get(LAUNCHER_VARIABLE, os.getppid())), 0)
+    except ProcessLookupError:  # it was gone before
+        sys.exit(1)
+
+
 def watch_over_helpers() -> None:
     """Make checkpoint-writer processes ignore SIGUSR1 and SIGTERM, and end them when the trainer ends.
 
@@ -123,7 +141,7 @@ def is_finished(args: argparse.Namespace) -> bool:
         return False
     if Path(args.model_source) != Path(args.save):  # resumed from --load
         return False
-    last, saved = _last_step(args), _saved_step(Path(args.save))
+    last, saved = _last_step(args), saved_step(Path(args.save))
     if last is None or saved is None or saved < last:
         return False
     record = read_settings(Path(args.save)) or {}
@@ -144,7 +162,7 @@ def report_end(args: argparse.Namespace) -> None:
         return
     save = Path(args.save)
     (save / STOP_FILE).unlink(missing_ok=True)
-    saved, last = _saved_step(save), _last_step(args)
+    saved, last = saved_step(save), _last_step(args)
     if saved is not None and last is not None and saved >= last:
         (save / FINISHED_FILE).write_text(f"{saved}\n")
         print(f"moelpr: {args.stage} is finished, step {saved} of {last} is in {save}")
@@ -170,9 +188,3 @@ def _last_step(args: argparse.Namespace) -> int | None:
     if args.train_samples and args.global_batch_size and not args.rampup_batch_size:
         return int(args.train_samples // args.global_batch_size)
     return None
-
-
-def _saved_step(save: Path) -> int | None:
-    tracker = save / TRACKER_FILE
-    text = tracker.read_text().strip() if tracker.is_file() else ""
-    return int(text) if text.isdecimal() else None

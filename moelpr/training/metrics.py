@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moelpr.megatron_patches import hooks
 from moelpr.model.router import LPRRouter
-from moelpr.model.routing_statistics import RoutingSums
+from moelpr.model.routing_statistics import NUM_COUNTS, RoutingSums
 from moelpr.training.early_warnings import EarlyWarnings, Thresholds
 from moelpr.training.run_log import RunLog, finite
 
@@ -62,14 +62,16 @@ class MetricsTracker(MoEMetricsTracker):
 
     def reduce_routing(self, num_layers: int) -> RoutingSums:
         """Sum over ranks: each has its own layers (pipeline) and its own tokens (tensor, context, data)."""
-        size = RoutingSums.vector_size(get_args().num_original_experts + get_args().num_experts)
+        size = RoutingSums.vector_size(
+            get_args().num_original_experts + get_args().original_copies - 1 + get_args().num_experts
+        )
         sums = torch.zeros(num_layers, size, device=torch.cuda.current_device())
         for router in self.routers:
             if router.routing_sums is not None:
                 sums[router.layer_number - 1] += router.routing_sums
                 router.routing_sums = None
         torch.distributed.all_reduce(sums)
-        has_router = sums[:, 5:].sum(dim=1) > 0
+        has_router = sums[:, NUM_COUNTS:].sum(dim=1) > 0
         return RoutingSums.from_vectors(sums[has_router])
 
 
@@ -111,6 +113,8 @@ class StepLog:
                 "token_share": _rounded(routing.token_shares()),
                 "original_first_share_original": _rounded(routing.original_first_share_of_original()),
                 "original_first_share_expanded": _rounded(routing.original_first_share_of_expanded()),
+                "all_original_share_original": _rounded(routing.all_original_share_of_original()),
+                "all_original_share_expanded": _rounded(routing.all_original_share_of_expanded()),
             }
         self.run_log.step(record | {"peak_memory_gib": peak_memory_gib})
 

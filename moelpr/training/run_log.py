@@ -29,6 +29,8 @@ _TAGS = {
     "lpr_loss": "lpr loss",
     "original_first_share_original": "original_first_share_original/moe layer {}",
     "original_first_share_expanded": "original_first_share_expanded/moe layer {}",
+    "all_original_share_original": "all_original_share_original/moe layer {}",
+    "all_original_share_expanded": "all_original_share_expanded/moe layer {}",
     "router_score": "router score, moe layer {}/expert {}",
     "token_share": "token share, moe layer {}/expert {}",
 }
@@ -88,6 +90,8 @@ class RunLog:
         sys.stderr.flush()
 
     def close(self) -> None:
+        if (writer := get_tensorboard_writer()) is not None:
+            writer.flush()  # Megatron does before the last validation, and a thread of the writer may not get to it
         for output in (self._file, self._bar):
             if output is not None:
                 output.close()

@@ -10,7 +10,7 @@ from megatron.training import get_args, pretrain, print_rank_0
 from megatron.training.argument_utils import core_transformer_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.models.gpt import GPTModelConfig
 
-from moelpr.arguments.parse import parse_arguments, refused_by_megatron
+from moelpr.arguments.parse import check_arguments, refused_by_megatron, register_arguments
 from moelpr.checkpoints import write_checksums
 from moelpr.data.dataset import TaggedGPTDataset, dataset_config
 from moelpr.data.epoch_table import epoch_table
@@ -19,9 +19,11 @@ from moelpr.model.builder import block_spec
 from moelpr.model.config import MoELPRConfig
 from moelpr.model.freezing import freeze, parameter_report
 from moelpr.model.vocabulary import mask_padding
+from moelpr.model_spec import ModelSpec
 from moelpr.training import clean_stop, metrics
 from moelpr.training.clean_stop import StopRequest
 from moelpr.training.forward_step import forward_step
+from moelpr.training.run_lock import run_lock
 from moelpr.training.run_log import report_nonfinite_exit
 from moelpr.training.run_records import run_records
 from moelpr.training.starting_weights import starting_weights
@@ -30,10 +32,15 @@ from moelpr.training.validation import validates
 
 def train(argv: list[str], stop: StopRequest | None = None) -> None:
     """Train one stage on this rank with the command line `argv`, to its end or until `stop` receives a request."""
-    args, spec = parse_arguments(argv)
-    if clean_stop.is_finished(args):
-        clean_stop.report_end(args)
-        return
+    run = check_arguments(argv)
+    with run_lock(run):
+        if clean_stop.is_finished(run.args):
+            clean_stop.report_end(run.args)
+        else:
+            _train(*register_arguments(run), argv, stop)
+
+
+def _train(args: argparse.Namespace, spec: ModelSpec, argv: list[str], stop: StopRequest | None) -> None:
     if stop is not None:
         stop.enter_megatron(args)
     clean_stop.begin(args)

@@ -127,10 +127,10 @@ class Difference:
 def make_material(folder: Path) -> None:
     """Random models `all-moe` and `edges` as Megatron checkpoints; corpora `original`, `expanded` and held-out ones.
 
-    `all-moe` is at the start of a second round of languages: it has two original experts.
+    `all-moe` is at the start of a second round of languages: it has two original experts, one of them in two places.
     """
     # Random experts differ, so every choice of a router matters.
-    first = common.upcycle(_dense_model(folder, tied=False), folder / "first-round", 1, random=True)
+    first = common.upcycle(_dense_model(folder, tied=False), folder / "first-round", 1, random=True, original_copies=2)
     common.upcycle(common.export(first, folder / "first-round-hf"), folder / "all-moe", 4, random=True)
     with patch("torch.nn.init.xavier_normal_", _half_of_the_experts_win):  # initializes the routers
         common.upcycle(_dense_model(folder, tied=True), folder / "edges", 8, random=True, moe_layers=[0, 1])

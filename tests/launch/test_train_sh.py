@@ -19,7 +19,7 @@ SET_HERE = (
     "JOIN_TIMEOUT",
     "CUDA_VISIBLE_DEVICES",
 )
-DEFAULTS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "PYTHONWARNINGS", "CUDA_DEVICE_MAX_CONNECTIONS", "PYTHONPATH")
+DEFAULTS = ("PYTHONWARNINGS", "CUDA_DEVICE_MAX_CONNECTIONS", "PYTHONPATH")
 
 
 @pytest.fixture
@@ -123,15 +123,9 @@ def test_without_a_venv_python3_finds_the_repository_on_its_path(root: Path) -> 
     assert f"PYTHONPATH={root}:/mine" in arguments[: arguments.index("python3")]
 
 
-def test_ranks_share_the_cores(root: Path) -> None:
-    cores = len(os.sched_getaffinity(0))
-    assert started(root, "--nproc-per-node", "1")[0]["OMP_NUM_THREADS"] == str(cores)
-    assert started(root, "--nproc-per-node", str(cores + 1))[0]["OMP_NUM_THREADS"] == "1"
-
-
 def test_variables_that_are_set_are_kept(root: Path) -> None:
-    found, _, _ = started(root, OMP_NUM_THREADS="7", CUDA_DEVICE_MAX_CONNECTIONS="32", NCCL_DEBUG="INFO")
-    assert (found["OMP_NUM_THREADS"], found["CUDA_DEVICE_MAX_CONNECTIONS"]) == ("7", "32")
+    found, _, _ = started(root, PYTHONWARNINGS="default", CUDA_DEVICE_MAX_CONNECTIONS="32", NCCL_DEBUG="INFO")
+    assert (found["PYTHONWARNINGS"], found["CUDA_DEVICE_MAX_CONNECTIONS"]) == ("default", "32")
     assert found["NCCL_DEBUG"] == "INFO"
 
 

@@ -50,6 +50,28 @@ def test_a_wrong_command_line_is_reported_in_one_line_like_any_other_error(words
     assert parser.parse_args(["child", "--size", "1", "--debug"]).debug
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--hf-pth x", "unrecognized argument --hf-pth; did you mean --hf-path?"),
+        ("--hf-pth=x --other 1", "unrecognized argument --hf-pth; did you mean --hf-path?"),
+        ("--nothing-like-it", "unrecognized argument --nothing-like-it; see --help"),
+        ("--other --", "argument --other: expected one argument"),
+        ("--oth 1", "the following arguments are required: --hf-path"),
+    ],
+)
+def test_an_unrecognized_flag_is_reported_before_a_missing_one(words: str, message: str) -> None:
+    for command in ([], ["child"]):
+        parser = CommandParser()
+        child = parser.add_subparsers().add_parser("child") if command else parser
+        child.add_argument("--hf-path", required=True)
+        child.add_argument("--other")
+        with pytest.raises(UserError) as error:
+            parser.parse_args([*command, *words.split()])
+        assert str(error.value).startswith(message)
+    assert child.parse_args(["--other=--x", "--hf-path=--y"]).other == "--x"
+
+
 def test_help_marks_required_flags_and_keeps_the_lines_of_the_description() -> None:
     parser = CommandParser(description="a\nb")
     parser.add_argument("--size", required=True, help="number")
@@ -113,3 +135,75 @@ def test_names_that_are_not_ascii_are_read_and_written_without_utf8_mode(tmp_pat
     environment = {**os.environ, "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
     subprocess.run([sys.executable, script, "\u00e9\u65e5"], env=environment, cwd=tmp_path, check=True)
     assert (tmp_path / "\u00e9\u65e5").read_text(encoding="utf-8") == "\u00e9\u65e5"
+
+
+def test_a_rank_that_has_lost_another_waits_for_the_launcher_to_say_why(monkeypatch, capsys) -> None:  # noqa: ANN001
+    monkeypatch.setenv("RANK", "0")
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    lost = RuntimeError("[/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:45971. GLHF!")
+    with pytest.raises(SystemExit) as stop:
+        run_command(fail_with(lost))
+    assert stop.value.code == 1 and waited[0] >= 5
+    shown = capsys.readouterr().err
+    assert "another rank has ended" in shown and shown.count("\n") == 1
+
+
+def test_a_rank_with_a_log_of_its_own_keeps_the_traceback_there(tmp_path: Path, monkeypatch, capsys) -> None:  # noqa: ANN001
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    for has_log in (False, True):
+        if has_log:
+            (tmp_path / "stderr.log").touch()
+        with pytest.raises(SystemExit):
+            run_command(fail_with(RuntimeError("gloo/transport/tcp/pair.cc")))
+        assert ("Traceback" in capsys.readouterr().err) == has_log
+
+
+def test_an_interrupted_rank_leaves_the_message_to_the_launcher(monkeypatch, capsys) -> None:  # noqa: ANN001
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    with pytest.raises(SystemExit) as stop:
+        run_command(fail_with(KeyboardInterrupt()))
+    assert (stop.value.code, capsys.readouterr().err) == (1, "")
+
+
+def run_in_shell(command: str, code: str) -> subprocess.CompletedProcess:
+    """Run Python `code` as `$PROGRAM`, whose output `command` redirects."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "CODE": code}
+    command = command.replace("$PROGRAM", f'{sys.executable} -c "$CODE"')
+    return subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=60)
+
+
+PRINTS = """
+from moelpr.errors import UserError, run_command
+
+def main():
+    print("x" * {})
+{}
+run_command(main)
+"""
+
+
+@pytest.mark.parametrize("size", [1, 10**6])
+@pytest.mark.parametrize("redirection", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", "| head -c 0", "2>&1 | head -c 0"])
+def test_closed_streams_and_pipes_cause_no_traceback(redirection: str, size: int) -> None:
+    for end, code in (("", 0), ("    raise UserError('a')\n", 2)):
+        done = run_in_shell(f"$PROGRAM {redirection}; exit ${{PIPESTATUS[0]}}", PRINTS.format(size, end))
+        assert done.returncode in ((code, 1) if "|" in redirection else (code,))
+        assert done.stderr in ("", "-c: error: a\n")
+
+
+def test_a_file_does_not_get_the_number_of_a_closed_stream(tmp_path: Path) -> None:
+    code = "import moelpr, os, sys\nfile = open(sys.argv[1], 'w')\nos.write(1, b'lost')\nos.system('echo lost')"
+    assert run_in_shell(f"$PROGRAM {tmp_path}/file >&-", code).returncode == 0
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_a_full_disk_behind_stdout_is_one_message() -> None:
+    done = run_in_shell("$PROGRAM >/dev/full", PRINTS.format(1, ""))
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "disk is full" in done.stderr
+
+
+def test_ctrl_c_during_imports_shows_no_traceback() -> None:
+    done = run_in_shell("$PROGRAM", "import moelpr, signal, os\nos.kill(os.getpid(), signal.SIGINT)\n")
+    assert done.returncode != 0 and done.stderr == "-c: error: interrupted\n"

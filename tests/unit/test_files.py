@@ -1,9 +1,15 @@
 """Outputs appear complete or not at all."""
 
 import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-import filelock
 import pytest
 
 from moelpr.errors import UserError
@@ -45,6 +51,20 @@ def test_a_failed_folder_leaves_the_old_one(tmp_path: Path) -> None:
         raise RuntimeError
     assert [path.name for path in target.iterdir()] == ["old"]
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("write", [atomic_file, atomic_directory, lambda path: resumable_directory(path, "job")])
+def test_an_output_folder_that_cannot_be_written_is_reported(
+    write: Callable[[Path], AbstractContextManager[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "b", tmp_path / ("a" * 300), Path("/proc/b")):
+        with pytest.raises(UserError, match=f"can't write to the folder {folder} "), write(folder / "a"):
+            pass
+    monkeypatch.setattr("os.access", lambda *_: False)  # read-only for anyone but root
+    with pytest.raises(UserError, match=f"can't write to the folder {tmp_path} "), write(tmp_path / "a"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_an_existing_output_is_rejected_unless_overwriting(tmp_path: Path) -> None:
@@ -124,10 +144,44 @@ def test_a_lock_is_free_again_after_its_context(tmp_path: Path) -> None:
         pass
 
 
-def test_without_locks_on_the_file_system_nothing_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def acquire(self: filelock.FileLock) -> None:
-        raise NotImplementedError
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_without_locks_on_the_file_system_nothing_is_held_and_nothing_remains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def flock(file: int, how: int) -> None:
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    monkeypatch.setattr(fcntl, "flock", flock)
     with locked(tmp_path / LOCK_FILE, "x"), locked(tmp_path / LOCK_FILE, "x"):
         pass
+    monkeypatch.undo()
+    with locked(tmp_path / LOCK_FILE, "x"):
+        pass
+
+
+def test_a_killed_process_leaves_no_lock_even_if_a_process_it_has_forked_lives_on(tmp_path: Path) -> None:
+    code = """if True:
+        import os, sys, time
+        from moelpr.files import locked
+        with locked(sys.argv[1], "x"):
+            forked = os.fork()
+            if forked:
+                print(forked, flush=True)
+            time.sleep(60)
+    """
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / LOCK_FILE], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert holder.stdout is not None
+    forked = int(holder.stdout.readline())
+    try:
+        with pytest.raises(UserError, match="another process is writing x"), locked(tmp_path / LOCK_FILE, "x"):
+            pass
+        holder.kill()
+        holder.wait()
+        with locked(tmp_path / LOCK_FILE, "x"):
+            pass
+    finally:
+        holder.kill()
+        os.kill(forked, signal.SIGKILL)

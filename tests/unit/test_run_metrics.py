@@ -16,7 +16,7 @@ def write(folder: Path, *records: dict, end: str = "") -> Path:
 
 
 def test_records_are_sorted_by_kind(tmp_path: Path) -> None:
-    validation, warning = {"iteration": 0, "event": "validation"}, {"iteration": 1, "event": "warning"}
+    validation, warning = {"iteration": 0, "event": "validation", "languages": {}}, {"iteration": 1, "event": "warning"}
     unknown = {"iteration": 1, "event": "of a later version"}
     path = write(tmp_path, validation, {"iteration": 1}, warning, unknown, {"iteration": 2})
     found = read_run_metrics(path)
@@ -36,10 +36,28 @@ def test_an_incomplete_last_line_and_blank_lines_are_ignored(tmp_path: Path) -> 
     assert len(read_run_metrics(write(tmp_path, {"iteration": 1}, end='\n\n{"iteration": 2')).steps) == 1
 
 
-@pytest.mark.parametrize("line", ["{}", "[]", "not JSON", '{"iteration": null}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("{}", "[]", "not JSON", '{"iteration": null}', '{"iteration": true}', '{"iteration": 1.5}', "[" * 100_000),
+        '{"iteration": 1, "lm_loss": "abc"}',
+        '{"iteration": 1, "step_time_s": [1]}',
+        '{"iteration": 1, "original_first_share_original": [0.5, [0.5]]}',
+        '{"iteration": 1, "event": "validation"}',
+        '{"iteration": 1, "event": "validation", "languages": {"en": 2.0}}',
+        '{"iteration": 1, "event": "validation", "languages": {"en": {"group": "new", "bits_per_byte": 2.0}}}',
+        '{"iteration": 1, "event": "validation", "languages": {"en": {"bits_per_byte": {}}}}',
+    ],
+)
 def test_a_malformed_line_is_named(tmp_path: Path, line: str) -> None:
     with pytest.raises(UserError, match=r"metrics.jsonl, line 2 "):
         read_run_metrics(write(tmp_path, {"iteration": 1}, end=f"{line}\n"))
+
+
+def test_numbers_that_cannot_be_computed_with_are_missing(tmp_path: Path) -> None:
+    line = '{"iteration": 1, "lm_loss": NaN, "grad_norm": -Infinity, "lpr_loss": 1e999, "tokens_per_s": 1%s}\n'
+    [step] = read_run_metrics(write(tmp_path, end=line % ("0" * 400))).steps
+    assert step == {"iteration": 1, "lm_loss": None, "grad_norm": None, "lpr_loss": None, "tokens_per_s": None}
 
 
 def test_a_missing_file_is_a_user_error(tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ def test_what_is_dumped_is_read(tmp_path: Path) -> None:
     assert dump(content, sort_keys=True).startswith("a:")
 
 
-@pytest.mark.parametrize("text", ["- a", "", "a: b: c", "[" * 5000, "a: \0", "d: 2020-13-45"])
+@pytest.mark.parametrize(
+    "text", ["- a", "", "a: b: c", "[" * 5000, "a: " + "[" * 10000 + "]" * 10000, "a: \0", "d: 2020-13-45"]
+)
 def test_anything_but_a_mapping_is_a_user_error_on_one_line(text: str) -> None:
     with pytest.raises(UserError, match="the recipe r.yaml") as error:
         parse_mapping(text, "recipe r.yaml")
@@ -39,3 +41,17 @@ def test_an_unreadable_file_is_named(tmp_path: Path, content: bytes | None, mess
 def test_no_object_is_constructed_from_yaml() -> None:
     with pytest.raises(UserError):
         parse_mapping("a: !!python/object/apply:os.getpid []", "recipe")
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "line"),
+    [("lr: 1\nseed: 2\nlr: 1", "lr", 3), ("a: {b: 1,\n b: 2}", "b", 2), ("a:\n- 1: x\n  1: y", "1", 3)],
+)
+def test_a_key_that_is_there_twice_is_named_with_its_line(text: str, key: str, line: int) -> None:
+    with pytest.raises(UserError, match=rf"line {line}, .*key {key} "):
+        parse_mapping(text, "recipe r.yaml")
+
+
+def test_keys_of_other_mappings_and_merged_keys_may_be_equal() -> None:
+    content = parse_mapping("a: &a {b: 1}\nc: {<<: *a, b: 2}\nd: {b: 3}", "recipe r.yaml")
+    assert content == {"a": {"b": 1}, "c": {"b": 2}, "d": {"b": 3}}

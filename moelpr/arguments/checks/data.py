@@ -68,6 +68,37 @@ def note_tokenizers(run: RunSettings) -> Iterable[str]:
     yield from (message for is_wrong, message in _compare_tokenizers(run) if not is_wrong)
 
 
+def damaged_corpora(run: RunSettings) -> Iterable[str]:
+    """A message for each corpus that differs from its checksums. Not a check: it is for a run without other problems.
+
+    One rank of each node reads, because nodes may have their own copies.
+    """
+    if run.args.verify_corpus == "none" or os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    for prefix in _existing_corpora(run):
+        try:
+            LanguageBits(language_bits_path(prefix)).verify()
+            if manifest := Manifest.read(prefix):
+                manifest.verify_files(prefix, sampled=run.args.verify_corpus == "sampled")
+        except UserError as error:
+            yield str(error)
+
+
+def note_unverified_corpora(run: RunSettings) -> Iterable[str]:
+    """Corpora whose token IDs are not compared with a checksum."""
+    if run.args.verify_corpus != "sampled":
+        return
+    manifests = {prefix: Manifest.read(prefix) for prefix in _existing_corpora(run)}
+    unknown = [
+        prefix for prefix, manifest in manifests.items() if manifest and not manifest.files["bin"].can_be_sampled
+    ]
+    if unknown:
+        yield (
+            f"only the size of {'.bin, '.join(unknown)}.bin is verified, because an older version wrote the manifest; "
+            "pass --verify-corpus full to read all of it"
+        )
+
+
 def check_validation_data(run: RunSettings) -> Iterable[str]:
     """Validation corpora exist, one per language."""
     seen = set()
@@ -94,6 +125,19 @@ def _language_problems(item: str, prefix: str) -> Iterable[str]:
         yield f"--validation-data {item} must have at least 2 tokens, got {len(bits)}; use a corpus with text"
     elif 0 < bits.num_original < len(bits):
         yield f"--validation-data {item} has text of original and of expanded languages; use one corpus per language"
+
+
+def check_split(run: RunSettings) -> Iterable[str]:
+    """The shares of --split; Megatron reads any digits that it finds, so that -1 is 1, and NaN is nothing."""
+    if run.args.split is None:
+        return
+    parts = [part.strip() for part in run.args.split.split(",")]
+    is_number = all(re.fullmatch(r"\d+\.?\d*|\.\d+", part) for part in parts)
+    if not is_number or len(parts) > 3 or float(parts[0]) == 0:
+        yield (
+            f"--split must be up to three comma-separated numbers for training, validation and test data, the first "
+            f"above 0, got {run.args.split}; for example 100,0,0"
+        )
 
 
 def check_validation_flags(run: RunSettings) -> Iterable[str]:
@@ -123,6 +167,13 @@ def _valid_blends(run: RunSettings) -> list[tuple[list[str], list[float] | None]
         return []  # reported by `check_corpora`
 
 
+def _existing_corpora(run: RunSettings) -> list[str]:
+    """Prefixes of all corpora, each once."""
+    prefixes = dict.fromkeys(prefix for prefixes, _ in _valid_blends(run) for prefix in prefixes)
+    prefixes |= dict.fromkeys(item.partition("=")[2] for item in run.args.validation_data or [])
+    return [prefix for prefix in prefixes if prefix and IndexedDataset.exists(prefix)]
+
+
 def _compare_tokenizers(run: RunSettings) -> Iterable[tuple[bool, str]]:
     """Whether a corpus cannot be used, and a message, for each whose tokenizer may not be the model's.
 
@@ -130,17 +181,15 @@ def _compare_tokenizers(run: RunSettings) -> Iterable[tuple[bool, str]]:
     """
     if run.checkpoint is None or os.environ.get("RANK", "0") != "0":
         return
-    prefixes = dict.fromkeys(prefix for prefixes, _ in _valid_blends(run) for prefix in prefixes)
-    prefixes |= dict.fromkeys(item.partition("=")[2] for item in run.args.validation_data or [])
     hf = run.checkpoint / HF_FOLDER
-    for prefix in (prefix for prefix in prefixes if prefix and IndexedDataset.exists(prefix)):
+    for prefix in _existing_corpora(run):
         try:
             manifest = Manifest.read(prefix)
         except UserError as error:
             yield True, str(error)
             continue
         messages = {
-            None: f"the tokenizer of {prefix} is unknown: {manifest_path(prefix)} is missing",
+            None: f"{manifest_path(prefix)} is missing, so the tokenizer and the token IDs of {prefix} are unverified",
             TokenizerMatch.SAME_TOKENS: f"the tokenizer of {prefix} is not the model's, but its token IDs are the same",
             TokenizerMatch.UNKNOWN: f"cannot compare the tokenizer of {prefix} with the model's: {hf} has no tokenizer",
             TokenizerMatch.DIFFERENT: f"the token IDs of {prefix} are not the model's (see {manifest_path(prefix)} "

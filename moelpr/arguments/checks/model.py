@@ -13,9 +13,9 @@ _LAYERS = {"normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False,
 
 # Flags that a dense model or its stage would ignore.
 _EXPERT_FLAGS = (
-    "num_experts", "num_original_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_layer_freq",
-    "balance_loss_coeff", "lpr_loss_coeff", "train_everything", "save_trained_only", "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
+    "num_experts", "num_original_experts", "original_copies", "moe_router_topk", "moe_ffn_hidden_size",
+    "moe_layer_freq", "balance_loss_coeff", "lpr_loss_coeff", "train_everything", "save_trained_only",
+    "expert_model_parallel_size", "expert_tensor_parallel_size",
 )  # fmt: skip
 
 # Unsupported flags: the reason, and what to do instead.

@@ -243,7 +243,7 @@ ROUTER, EXPERT = f"{PREFIX}.3.mlp.moe_router_embedding.weight", f"{PREFIX}.1.mlp
         (random_tensors() | {EXPERT: torch.zeros(HIDDEN, FFN, dtype=torch.int8)}, {}, "I8"),
         (None, {"num_experts": 3}, r"router_embedding.weight.*\[4, 32\].*\[3, 32\]"),
         (None, {"num_experts": 5}, r"router_embedding.weight.*\[4, 32\].*\[5, 32\]"),
-        (None, {"num_experts": 1}, "adapter_config.json.*--num-new-experts must be at least 1, got 0"),
+        (None, {"num_experts": 1}, "adapter_config.json.*--num-new-experts must be between 1 and 1024, got 0"),
         (None, {"num_experts": "4"}, "num_experts .*'4'"),
         (None, {"layers_to_transform": [1]}, "layers.3.*adapter_config.json"),
         (None, {"layers_to_transform": [1, 3, 4]}, "adapter_config.json.* 4"),
@@ -344,4 +344,7 @@ def test_a_model_that_an_adapter_cannot_express_is_rejected(qwen2: Path, tmp_pat
     (tmp_path / "lifelong" / "model_spec.json").write_text(json.dumps(spec))
     with pytest.raises(UserError, match="2 original experts.*mcore_to_hf.py"):
         mcore_to_adapter(tmp_path / "lifelong", tmp_path / "out", "base")
+    hf_to_mcore(qwen2, tmp_path / "copies", original_copies=2)
+    with pytest.raises(UserError, match="2 copies.*mcore_to_hf.py"):
+        mcore_to_adapter(tmp_path / "copies", tmp_path / "out", "base")
     assert not (tmp_path / "out").exists()

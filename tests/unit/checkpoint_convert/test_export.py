@@ -108,6 +108,17 @@ def test_base_and_delta_give_the_bytes_of_the_full_export(
     mcore_to_hf(checkpoint, tmp_path / "delta", as_delta=True, **options)
     apply_delta(base, tmp_path / "delta", tmp_path / "whole")
     assert files_of(tmp_path / "full") == files_of(tmp_path / "whole")
+
+
+def test_a_delta_has_no_copies_of_the_ffn(base: Path, tmp_path: Path) -> None:
+    """They come from the base, in every place."""
+    hf_to_mcore(base, tmp_path / "megatron", 1, start=Start("random"), original_copies=2)
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "full")
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "delta", as_delta=True)
+    names = load_file(tmp_path / "delta" / "delta.safetensors")
+    assert all(".experts.2." in name or name.endswith("mlp.gate.weight") for name in names)
+    apply_delta(base, tmp_path / "delta", tmp_path / "whole")
+    assert files_of(tmp_path / "full") == files_of(tmp_path / "whole")
     assert (tmp_path / "whole" / "README-base.md").read_text().endswith("The base.\n")
 
 
@@ -170,7 +181,9 @@ def test_a_delta_contains_only_routers_and_new_experts(checkpoint: Path, tmp_pat
     }
     content = json.loads((tmp_path / "delta" / "delta_config.json").read_text())
     assert content["base_model"] == "Base-1B"
-    assert content["experts"] == {"num_new_experts": 3, "topk": 2, "layers": [0, 2], "num_original_experts": 1}
+    assert content["experts"] == {
+        "num_new_experts": 3, "topk": 2, "layers": [0, 2], "num_original_experts": 1, "original_copies": 1
+    }  # fmt: skip
     listed = {tensor["name"]: tensor for tensor in content["tensors"]}
     assert listed["model.layers.0.mlp.experts.0.up_proj.weight"]["base"] == "model.layers.0.mlp.up_proj.weight"
     with safe_open(tmp_path / "delta" / "delta.safetensors", framework="pt") as opened:

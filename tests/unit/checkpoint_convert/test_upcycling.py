@@ -311,6 +311,81 @@ def test_layers_without_experts_stay_without(make_model: Callable[..., Path], tm
             hf_to_mcore(folder, tmp_path / "other", num_new_experts=1, **layers)
 
 
+# --- copies of the dense FFN
+
+
+def test_a_checkpoint_holds_the_ffn_once_and_an_export_has_it_in_every_place(
+    make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Experts 0 and 1 of the export equal the dense FFN, each with its own router row."""
+    dense = make_model("Qwen2ForCausalLM")
+    spec = hf_to_mcore(dense, tmp_path / "one", start=Start(noise=0.5))
+    assert spec.moe == MoeSpec(4, 2, (0, 1, 2, 3))
+    spec = hf_to_mcore(dense, tmp_path / "two", start=Start(noise=0.5), original_copies=2)
+    assert spec.moe == MoeSpec(4, 2, (0, 1, 2, 3), original_copies=2)
+    keys = [TorchDistReader(tmp_path / name / "release").keys for name in ("one", "two")]
+    assert set(keys[0]) == set(keys[1])
+    mcore_to_hf(tmp_path / "two", tmp_path / "hf")
+    before, after = (load_file(folder / "model.safetensors") for folder in (dense, tmp_path / "hf"))
+    for name in (name for name in before if ".mlp." in name):
+        copies = [name.replace("mlp.", f"mlp.experts.{place}.") for place in (0, 1, 2)]
+        assert [torch.equal(after[copy], before[name]) for copy in copies] == [True, True, False]
+    router = after["model.layers.0.mlp.gate.weight"]
+    assert router.shape[0] == 6 and not torch.equal(router[0], router[1])
+    assert (our_logits(tmp_path / "two") - stock_logits(tmp_path / "hf")).abs().max() <= 5e-5
+    assert (our_logits(tmp_path / "two") - stock_logits(dense)).abs().max() > 1e-3  # its new experts differ
+
+
+def test_an_import_holds_copies_once_again(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Equal experts are found by their bits, with or without the key of config.json."""
+    folder = export_first_round(make_model("LlamaForCausalLM"), tmp_path, original_copies=2)
+    config = json.loads((folder / "config.json").read_text())
+    assert (config.pop("original_copies"), config["num_original_experts"], config["num_local_experts"]) == (2, 2, 4)
+    (folder / "config.json").write_text(json.dumps(config))
+    spec = hf_to_mcore(folder, tmp_path / "second", num_new_experts=1, start=Start(noise=0.5))
+    assert spec.moe == MoeSpec(1, 2, (0, 1, 2, 3), num_original_experts=3, original_copies=2)
+    mcore_to_hf(tmp_path / "second", tmp_path / "second-hf")
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "second-hf"))
+    for name, tensor in before.items():
+        assert torch.equal(after[name][:4] if name.endswith(ROUTERS) else after[name], tensor), name
+    assert (our_logits(tmp_path / "second") - stock_logits(tmp_path / "second-hf")).abs().max() <= 5e-5
+
+
+def test_experts_that_differ_in_one_bit_are_not_copies(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    folder = export_first_round(make_model("LlamaForCausalLM"), tmp_path, original_copies=2)
+    name = "model.layers.3.block_sparse_moe.experts.1.w2.weight"
+    edit_tensors(folder, lambda tensors: tensors[name].view(torch.uint8)[0, 0].bitwise_xor_(1))
+    spec = hf_to_mcore(folder, tmp_path / "second", num_new_experts=1)
+    assert spec.moe == MoeSpec(1, 2, (0, 1, 2, 3), num_original_experts=4)
+
+
+def test_an_upcycled_model_without_training_is_not_dense(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    """All its experts are equal; at most K count as copies, and never all."""
+    hf_to_mcore(make_model("LlamaForCausalLM"), tmp_path / "first", num_new_experts=1)
+    mcore_to_hf(tmp_path / "first", tmp_path / "first-hf")
+    spec = hf_to_mcore(tmp_path / "first-hf", tmp_path / "second", num_new_experts=4)
+    assert spec.moe == MoeSpec(4, 2, (0, 1, 2, 3), num_original_experts=2)
+    mcore_to_hf(tmp_path / "second", tmp_path / "second-hf")
+    spec = hf_to_mcore(tmp_path / "second-hf", tmp_path / "third", num_new_experts=1)
+    assert spec.moe == MoeSpec(1, 2, (0, 1, 2, 3), num_original_experts=5, original_copies=2)
+
+
+@pytest.mark.parametrize(
+    ("copies", "topk", "named"), [(3, 2, "got 3 and 2"), (0, 2, "at least 1"), (-1, 2, "at least 1"), (4, 3, "4 and 3")]
+)
+def test_invalid_numbers_of_copies_are_rejected(
+    make_model: Callable[..., Path], tmp_path: Path, copies: int, topk: int, named: str
+) -> None:
+    with pytest.raises(UserError, match=f"--original-copies.*{named}"):
+        hf_to_mcore(make_model("LlamaForCausalLM"), tmp_path / "out", topk=topk, original_copies=copies)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_further_round_needs_no_copies(first_round: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--original-copies does not apply.*3 experts are all original.*remove it"):
+        hf_to_mcore(first_round, tmp_path / "out", num_new_experts=1, original_copies=2)
+
+
 # --- invalid input
 
 
@@ -351,7 +426,7 @@ def test_mixed_and_unsupported_dtypes_are_rejected(source: Path, tmp_path: Path)
         ({"topk": 1}, "K = 1 .*--topk 2"),
         ({"topk": 0}, "top-0 "),
         ({"topk": 6}, "top-6 .* 5"),
-        ({"num_new_experts": 0}, "--num-new-experts must be at least 1, got 0"),
+        ({"num_new_experts": 0}, "--num-new-experts must be between 1 and 1024, got 0"),
         ({"moe_layers": [1, 4]}, "layer 4.* 0 to 3"),
         ({"moe_layers": [-1]}, "layer -1"),
         ({"moe_layers": []}, "--moe-layers"),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from checkpoint_convert import comparison
 from checkpoint_convert.comparison import compare, compare_frozen, largest_difference
 from checkpoint_convert.export import mcore_to_hf
-from checkpoint_convert.upcycling import hf_to_mcore
+from checkpoint_convert.upcycling import Start, hf_to_mcore
 from checkpoint_convert.verify import main
 from moelpr.errors import run_command
 from tests.hf_models import (
@@ -141,6 +141,18 @@ def test_frozen_tensors_are_compared_with_the_base(qwen2: Path, export: Path, tm
         original = tensors_of(qwen2)[name.replace("experts.0.", "")]
         edit_tensors(export, lambda tensors, name=name, original=original: tensors[name].copy_(original))
         assert largest_difference(compare_frozen(qwen2, export)) == 0.0
+
+
+def test_every_copy_of_the_ffn_is_frozen(qwen2: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    hf_to_mcore(qwen2, tmp_path / "megatron", original_copies=2, start=Start("random"))
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    for upcycled in (tmp_path / "megatron", tmp_path / "hf"):
+        assert verify(monkeypatch, "--frozen", qwen2, upcycled) == 0
+    assert verify(monkeypatch, tmp_path / "megatron", tmp_path / "hf") == 0
+    name = "model.layers.2.mlp.experts.1.up_proj.weight"
+    edit_tensors(tmp_path / "hf", lambda tensors: tensors[name].add_(0.5))
+    assert verify(monkeypatch, "--frozen", qwen2, tmp_path / "hf") == 1
+    assert name in capsys.readouterr().out
 
 
 def test_all_experts_of_an_moe_base_are_frozen_and_its_routers_are_not(

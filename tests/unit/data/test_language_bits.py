@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from moelpr.data import _language_bits, language_bits
 from moelpr.data.language_bits import LanguageBits, LanguageBitsWriter, open_language_bits
 from moelpr.errors import UserError
+from tests.mutations import mutated
 
 # Every example writes files: no deadline, the disk may be busy.
 bit_arrays = st.lists(st.integers(0, 1), max_size=70).map(lambda bits: np.array(bits, np.uint8))
@@ -243,27 +244,6 @@ def test_lang_file_that_does_not_cover_its_bin_is_rejected(tmp_path: Path) -> No
         open_language_bits(str(tmp_path / "zh"), 4096)
     with pytest.raises(UserError, match=r"es\.lang .*No such file"):
         open_language_bits(tmp_path / "es", 4096)
-
-
-@st.composite
-def mutated(draw: st.DrawFn, content: bytes) -> bytes:
-    """Content with a few bytes changed, cut out, put in, or doubled; it may be the same again."""
-    changed = bytearray(content)
-    for _ in range(draw(st.integers(1, 4))):
-        start = draw(st.integers(0, len(changed)))
-        stop = draw(st.integers(start, min(len(changed), start + 16)))
-        way = draw(st.sampled_from(["flip", "overwrite", "cut", "cut to the end", "double"]))
-        if way == "flip" and start < len(changed):
-            changed[start] ^= 1 << draw(st.integers(0, 7))
-        elif way == "overwrite":
-            changed[start:stop] = draw(st.binary(max_size=16))
-        elif way == "cut":
-            del changed[start:stop]
-        elif way == "cut to the end":
-            del changed[start:]
-        elif way == "double":
-            changed[start:start] = changed[start:stop]
-    return bytes(changed)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import pytest
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
+from moelpr.data import manifest
 from moelpr.data.manifest import (
     FileRecord,
     LanguageCount,
@@ -67,6 +68,65 @@ def test_manifest_that_is_not_a_json_object_is_reported(content: bytes, tmp_path
     manifest_path(tmp_path / "a").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.manifest\.json "):
         Manifest.read(tmp_path / "a")
+
+
+def test_older_manifest_without_checksums_of_blocks_is_read(tmp_path: Path) -> None:
+    content = dataclasses.asdict(MANIFEST)
+    for file in content["files"].values():
+        del file["block_crc32"]
+    manifest_path(tmp_path / "a").write_text(json.dumps(content))
+    assert Manifest.read(tmp_path / "a") == MANIFEST
+
+
+@pytest.fixture
+def long_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """200 blocks, the last one partial; 4 of them are a sample."""
+    monkeypatch.setattr(manifest, "_BLOCK_BYTES", 16)
+    monkeypatch.setattr(manifest, "SAMPLED_BLOCKS", 4)
+    (tmp_path / "a.bin").write_bytes(bytes(range(256)) * 12 + bytes(range(120)))
+    return tmp_path / "a.bin"
+
+
+def test_a_sample_reads_other_blocks_at_each_call_and_no_more(long_file: Path) -> None:
+    found = FileRecord.of(long_file)
+    assert found.block_crc32 is not None and len(found.block_crc32) == 8 * 200
+    content = long_file.read_bytes()
+    noticed = 0
+    for _ in range(400):
+        assert found.matches_sample(long_file)
+    long_file.write_bytes(content[:400] + bytes(64) + content[464:])  # 4 blocks of 200
+    for _ in range(400):
+        noticed += not found.matches_sample(long_file)
+    # 1 - (196/200 · 195/199 · 194/198 · 193/197) = 7.8%; the bounds are 5 standard deviations away.
+    assert 4 < noticed < 59
+    assert not found.matches(long_file)
+    long_file.write_bytes(bytes(len(content)))
+    assert not found.matches_sample(long_file)
+    for other in (content[:-1], content + b"a"):
+        long_file.write_bytes(other)
+        assert not found.matches_sample(long_file)
+
+
+def test_every_block_is_sampled_in_time(long_file: Path) -> None:
+    found, content = FileRecord.of(long_file), long_file.read_bytes()
+    for start in (0, 1600, len(content) - 1):
+        long_file.write_bytes(content[:start] + bytes([content[start] ^ 1]) + content[start + 1 :])
+        assert not all(found.matches_sample(long_file) for _ in range(1000))  # all pass with probability 2e-9
+
+
+def test_a_short_file_is_read_completely(long_file: Path) -> None:
+    long_file.write_bytes(bytes(64))
+    for found in (FileRecord.of(long_file), dataclasses.replace(FileRecord.of(long_file), block_crc32=None)):
+        assert found.can_be_sampled and found.matches_sample(long_file)
+    long_file.write_bytes(bytes(63) + b"a")
+    assert not found.matches_sample(long_file)
+
+
+def test_wrong_checksums_of_blocks_are_noticed(long_file: Path) -> None:
+    found = FileRecord.of(long_file)
+    for wrong in ("", "x", found.block_crc32[:-8], found.block_crc32[8:]):
+        record = dataclasses.replace(found, block_crc32=wrong)
+        assert not record.matches(long_file)
 
 
 def record(kind: str, path: Path) -> TokenizerRecord:

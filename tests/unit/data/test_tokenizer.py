@@ -1,5 +1,6 @@
 """A fingerprint depends on what affects IDs and on nothing else."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,19 @@ def test_sentencepiece_fingerprint_ignores_settings_of_training(train_sentencepi
 def test_tokenizer_that_cannot_be_loaded_is_reported(kind: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--tokenizer-(model|type) must be"):
         load_tokenizer(kind, str(tmp_path / "missing"))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json"])
+def test_an_id_of_a_billion_is_reported_at_once(save_hf, byte_level_bpe, name: str, tmp_path: Path) -> None:
+    folder = save_hf(tmp_path / "hf", byte_level_bpe(["turn on the light"] * 5))
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"]["a"] = 10**9
+    if name == "vocab.json":
+        (folder / "tokenizer.json").unlink()
+        content = content["model"]["vocab"]
+    (folder / name).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"{name} .*'a' .* 1,000,000,000; expected IDs below"):
+        load_tokenizer("HuggingFaceTokenizer", str(folder))
 
 
 def test_a_hub_name_is_answered_with_the_command_that_downloads_it(tmp_path: Path) -> None:

@@ -22,38 +22,9 @@ from megatron.core.datasets.gpt_dataset import GPTDatasetConfig  # noqa: E402
 from megatron.core.datasets.utils import Split  # noqa: E402
 
 from moelpr.data.dataset import TaggedGPTDataset, TokenIds  # noqa: E402
+from tests.mutations import mutated  # noqa: E402
 
 FILES = ("bin", "idx", "lang", "manifest.json")
-INDEX_HEADER = 34
-# What a hostile or broken .idx may hold in the place of a number.
-NUMBERS = st.sampled_from([0, 1, -1, 2, 7, 2**31 - 1, -(2**31), 2**32, 2**62, 2**63 - 1, -(2**63)])
-
-
-@st.composite
-def mutated(draw: st.DrawFn, content: bytes) -> bytes:
-    """Content with bytes changed, cut out, put in, or doubled, or with a number written over some of it."""
-    changed = bytearray(content)
-    for _ in range(draw(st.integers(1, 3))):
-        start = draw(st.one_of(st.integers(0, min(len(changed), INDEX_HEADER + 20)), st.integers(0, len(changed))))
-        stop = draw(st.integers(start, min(len(changed), start + 16)))
-        way = draw(st.sampled_from(["flip", "overwrite", "number", "cut", "cut to the end", "double"]))
-        if way == "flip" and start < len(changed):
-            changed[start] ^= 1 << draw(st.integers(0, 7))
-        elif way == "overwrite":
-            changed[start:stop] = draw(st.binary(max_size=16))
-        elif way == "number":
-            # At the place of a length, an offset or a count, if it is an .idx.
-            place = draw(st.sampled_from([18, 26, *range(INDEX_HEADER, max(len(changed) - 8, INDEX_HEADER + 1), 4)]))
-            width = draw(st.sampled_from([4, 8]))
-            number = draw(NUMBERS) % 2 ** (8 * width)
-            changed[place : place + width] = number.to_bytes(width, "little")
-        elif way == "cut":
-            del changed[start:stop]
-        elif way == "cut to the end":
-            del changed[start:]
-        elif way == "double":
-            changed[start:start] = changed[start:stop]
-    return bytes(changed)
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +59,16 @@ def test_every_change_of_a_corpus_is_noticed(whole: Path, copy: Callable[..., Pa
     content = Path(f"{whole}.{name}").read_bytes()
     changed = data.draw(mutated(content))
     prefix = copy(name, changed)
+    manifest = Manifest.read(prefix)
+    assert manifest is not None
     if changed == content:
-        assert Corpus(prefix).verify() is not None
+        assert Corpus(prefix).verify() == manifest
+        manifest.verify_files(prefix, sampled=True)
     else:
         with pytest.raises(UserError):
             Corpus(prefix).verify()
+        with pytest.raises(UserError, match=rf"{prefix}\.{name} "):  # what the trainer does
+            manifest.verify_files(prefix, sampled=True)
     # Without a manifest some changes are as good as the truth; what is opened then can be read to its end.
     manifest_path(prefix).unlink()
     try:

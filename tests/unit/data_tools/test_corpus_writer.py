@@ -1,5 +1,6 @@
 """The writer writes the bytes of Megatron's builder for any documents, also after an interruption."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,64 @@ def test_any_documents_become_megatrons_bytes_and_their_bits(
         "ours.idx",
         "ours.lang",
     ]
+
+
+def write(prefix: Path, overwrite: bool = False) -> CorpusWriter:
+    writer = CorpusWriter(prefix, 300, overwrite)
+    writer.add_document(np.arange(9), True)
+    return writer
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_one(tmp_path: Path) -> None:
+    if not (child := os.fork()):
+        write(tmp_path / "a").flush()
+        os._exit(9)
+    os.waitpid(child, 0)
+    assert [path.name for path in tmp_path.iterdir()] != []
+    with write(tmp_path / "a") as writer:
+        writer.finalize()
+        writer.commit()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx", "a.lang"]
+    assert Corpus(tmp_path / "a").num_documents == 1
+
+
+def test_two_writers_of_one_corpus_exclude_each_other(tmp_path: Path) -> None:
+    with write(tmp_path / "a") as writer:
+        with pytest.raises(UserError, match=f"another process is writing {tmp_path}/a;"):
+            write(tmp_path / "a")
+        writer.finalize()
+        writer.commit()
+    assert Corpus(tmp_path / "a").num_documents == 1
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("", "--output-prefix must end in a file name, such as data/el, got ''"),
+        ("data/", "--output-prefix must end in a file name"),
+        ("data/..", "--output-prefix must end in a file name"),
+        ("é" * 120, "--output-prefix .* [0-9]+ bytes too long"),
+        ("a" * 300, "--output-prefix .* bytes too long"),
+        ("a" * 300 + "/b", r"can't write to the folder a+ \(File name too long\)"),
+        ("a.txt/b", r"can't write to the folder a\.txt \("),
+    ],
+)
+def test_output_names_that_are_impossible_are_reported(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").touch()
+    with pytest.raises(UserError, match=message):
+        CorpusWriter(name, 300)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_the_longest_name_is_accepted(tmp_path: Path) -> None:
+    name = "a" * (255 - len(f"..manifest.json.tmp-{os.getpid()}"))
+    with write(tmp_path / name) as writer:
+        writer.finalize()
+        writer.commit()
+    assert Corpus(tmp_path / name).num_documents == 1
 
 
 def test_writer_resumes_where_it_was_flushed(tmp_path: Path) -> None:

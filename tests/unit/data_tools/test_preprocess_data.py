@@ -332,7 +332,7 @@ def test_wrong_files_are_reported_before_any_work(
     for folder in (broken, tmp_path / "none"):
         with pytest.raises(UserError, match=rf"{folder.name}.*--tokenizer-model .*tokenizer\.json"):
             preprocess(folder, "--input", lines, *ONE)
-    with pytest.raises(UserError, match=r"output folder \S*a\.jsonl \("):
+    with pytest.raises(UserError, match=r"write to the folder \S*a\.jsonl \("):
         preprocess(sp_tokenizer, "--input", lines, *ONE, out="a.jsonl/a")
 
 

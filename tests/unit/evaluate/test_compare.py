@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -135,3 +136,13 @@ def test_a_prompt_is_the_first_words_of_a_document_that_continues():
     chinese, _ = choose_prompt(["有人晚回家时开灯早上再关掉,这样家里就不会太暗。"])
     assert chinese == "有人晚回家时开灯早上"
     assert choose_prompt(["Too short"]) == ("Too short", "")
+
+
+def test_an_output_that_cannot_be_written_is_reported_before_measuring(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "b", Path("/proc/b")):
+        with pytest.raises(UserError, match=f"{folder}"):
+            ResultCache(folder)
+    (tmp_path / "new" / "parts" / "m").mkdir(parents=True)
+    (tmp_path / "new" / "parts" / "m" / "en.json").write_text("[" * 100_000)
+    assert ResultCache(tmp_path / "new").read("m", "en", {}) is None

@@ -97,7 +97,7 @@ def test_routing_lists_the_layers_that_break_the_prior(
     printed, page = capsys.readouterr().out, (output / "routing.html").read_text()
     for language, layer in broken:
         assert re.search(rf"moe: {language_name(language)} .*\b{layer} \(", printed)
-    assert page.count("<svg xmlns") == 5 and "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
+    assert page.count("<svg xmlns") == 6 and "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
     figures = ("original-first-share", "original-chosen-share", "load-imbalance", "entropy", "experts")
     assert all((output / f"routing-moe-{figure}.svg").is_file() for figure in figures)
 

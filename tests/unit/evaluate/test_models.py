@@ -47,7 +47,7 @@ def test_a_checkpoint_and_its_export_have_equal_scores_and_routing(both, texts):
                 for found, expected in zip(astuple(ours.routing), astuple(theirs.routing), strict=True):
                     found, expected = torch.tensor(found).double(), torch.tensor(expected).double()
                     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    assert scores["second-hf"]["en"].routing.num_original_experts == 4
+    assert scores["second-hf"]["en"].routing.num_original_places == 4
     assert scores["dense"]["en"].metrics["bits_per_byte"] != pytest.approx(
         scores["moe"]["en"].metrics["bits_per_byte"], rel=1e-3
     )

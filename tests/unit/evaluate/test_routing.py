@@ -49,6 +49,7 @@ def test_shares_equal_a_plain_computation_from_hidden_states(score, moe_dir, tex
             assert routing.chosen_share[index] == pytest.approx(loads)
             assert routing.load_imbalance[index] == pytest.approx(max(loads) / (sum(loads) / 4))
             assert routing.original_chosen_share[index] == pytest.approx(loads[0])
+            assert routing.all_original_share[index] == 0  # one of a token's two experts is always new
             entropies = [-sum(score * math.log(score) for score in row) for row in probabilities.tolist()]
             assert routing.entropy[index] == pytest.approx(sum(entropies) / len(entropies), abs=1e-5)
         share = routing.original_expert_share
@@ -60,7 +61,7 @@ def test_shares_equal_a_plain_computation_from_hidden_states(score, moe_dir, tex
 def test_first_choices_of_all_original_experts_count_together(score, moe_dir, texts):
     loaded = load_model(moe_dir, device="cpu")
     before = score(loaded, {"en": texts["en"]}, Settings(64, 0))["en"].routing
-    second_round = dataclasses.replace(loaded, num_original_experts=3)
+    second_round = dataclasses.replace(loaded, num_original_places=3)
     routing = score(second_round, {"en": texts["en"]}, Settings(64, 0))["en"].routing
     assert routing.first_choice_share == before.first_choice_share
     share = routing.original_expert_share["per_layer"]
@@ -68,6 +69,8 @@ def test_first_choices_of_all_original_experts_count_together(score, moe_dir, te
     assert share != before.original_expert_share["per_layer"]
     assert routing.original_chosen_share == pytest.approx([1.0, 1.0])  # of 4 experts 1 is new, and each token has 2
     assert before.original_chosen_share != routing.original_chosen_share
+    new_chosen = [shares[3] for shares in routing.chosen_share]
+    assert routing.all_original_share == pytest.approx([1 - share for share in new_chosen])
 
 
 def test_context_tokens_are_counted_once(score, moe_dir, texts):
@@ -104,7 +107,7 @@ def routing_with(*original_first_shares: float) -> Routing:
     """Layers 1, 3, … of two experts, the first of them original."""
     shares = [[share, 1 - share] for share in original_first_shares]
     layers = [2 * index + 1 for index in range(len(shares))]
-    return Routing(layers, 10, shares, shares, shares, [0.0] * len(shares), list(original_first_shares))
+    return Routing(layers, 10, shares, shares, shares, [0.0] * len(shares), list(original_first_shares), [0.0])
 
 
 def test_a_layer_breaks_the_prior_if_most_first_choices_are_wrong():

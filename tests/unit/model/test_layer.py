@@ -10,10 +10,11 @@ from moelpr.model_spec import ModelSpec, MoeSpec
 pytestmark = pytest.mark.usefixtures("megatron")
 
 
-@pytest.fixture(params=[1, 3], ids="m={}".format)
+@pytest.fixture(params=[(1, 1), (3, 1), (1, 2), (3, 2)], ids=lambda param: "m={},C={}".format(*param))
 def spec(request, moe_spec: ModelSpec) -> ModelSpec:
-    """A first round of languages, and a later one in which the experts of the first are original experts."""
-    return replace(moe_spec, moe=replace(moe_spec.moe, num_original_experts=request.param))
+    """First rounds of languages, and later ones in which the experts of the first are original experts."""
+    m, copies = request.param
+    return replace(moe_spec, moe=replace(moe_spec.moe, num_original_experts=m, original_copies=copies))
 
 
 @pytest.fixture
@@ -35,9 +36,11 @@ def first_layer(spec: ModelSpec):
 
 
 def plain_loop(layer, hidden_TH: torch.Tensor) -> torch.Tensor:
-    """sum over the two best experts of softmax over their two logits times the expert's output, token by token."""
+    """sum over the two best places of softmax over their two logits times the expert's output, token by token."""
+    dense, *others = layer.original_experts
+    original = [*[dense] * layer.config.original_copies, *others]
     fc1, fc2 = (
-        torch.stack([*(getattr(expert, name).weight for expert in layer.original_experts), *stack.weight])
+        torch.stack([*(getattr(expert, name).weight for expert in original), *stack.weight])
         for name, stack in (("linear_fc1", layer.experts.linear_fc1), ("linear_fc2", layer.experts.linear_fc2))
     )
     outputs = []
@@ -71,7 +74,7 @@ def test_output_and_gradients_equal_a_plain_loop_over_experts(layer) -> None:
 @pytest.mark.parametrize("favorite", [0, 3])
 def test_all_tokens_may_choose_the_same_two_experts(layer, favorite: int) -> None:
     """New experts without tokens get a gradient of zero."""
-    m, num_experts = len(layer.original_experts), len(layer.router.weight)
+    p, num_experts = layer.config.num_original_places, len(layer.router.weight)
     chosen = (favorite, (favorite + 1) % num_experts)
     with torch.no_grad():
         layer.router.weight.zero_()
@@ -81,8 +84,8 @@ def test_all_tokens_may_choose_the_same_two_experts(layer, favorite: int) -> Non
     output = layer(hidden)[0]
     output.sum().backward()
     torch.testing.assert_close(output.flatten(0, 1), plain_loop(layer, hidden.flatten(0, 1)), rtol=1e-5, atol=1e-6)
-    for expert in (expert for expert in range(m, num_experts) if expert not in chosen):
-        assert torch.equal(layer.experts.linear_fc1.weight.grad[expert - m], torch.zeros(96, 32))
+    for expert in (expert for expert in range(p, num_experts) if expert not in chosen):
+        assert torch.equal(layer.experts.linear_fc1.weight.grad[expert - p], torch.zeros(96, 32))
 
 
 def test_experts_compute_the_same_as_original_experts_of_a_later_round(moe_spec: ModelSpec) -> None:
@@ -116,14 +119,26 @@ def test_experts_compute_the_same_as_original_experts_of_a_later_round(moe_spec:
         MoeSpec(2, 3, (1,)),
         MoeSpec(1, 2, (0, 2)),
         MoeSpec(2, 3, (0, 2), num_original_experts=3),
+        MoeSpec(4, 2, (0, 1, 2), original_copies=2),
+        MoeSpec(2, 3, (0, 2), num_original_experts=2, original_copies=3),
     ],
 )
 def test_an_upcycled_model_equals_the_dense_model_for_any_routing(dense_spec: ModelSpec, moe: MoeSpec) -> None:
-    from moelpr.model.loading import build_model, logits
+    from moelpr.model.loading import logits
+
+    dense, upcycled = dense_and_upcycled(dense_spec, moe)
+    tokens = torch.randint(0, 128, (2, 48))
+    difference = (logits(upcycled, tokens) - logits(dense, tokens)).abs().max().item()
+    assert difference <= 1e-5
+
+
+def dense_and_upcycled(dense_spec: ModelSpec, moe: MoeSpec) -> tuple:
+    """A random dense model, and a model with copies of its FFNs and random routers."""
+    from moelpr.model.loading import build_model
 
     torch.manual_seed(1)
     dense = build_model(dense_spec)
-    upcycled = build_model(ModelSpec(dense_spec.family, dense_spec.dtype, dense_spec.megatron_args, moe))
+    upcycled = build_model(replace(dense_spec, moe=moe))
     state = dict(dense.state_dict())
     for layer in moe.layers:
         prefix = f"decoder.layers.{layer}.mlp."
@@ -134,9 +149,23 @@ def test_an_upcycled_model_equals_the_dense_model_for_any_routing(dense_spec: Mo
         state[f"{prefix}router.weight"] = torch.randn(moe.num_experts, 32)
     unknown = upcycled.load_state_dict(state, strict=False)
     assert not [key for key in (*unknown.missing_keys, *unknown.unexpected_keys) if "_extra_state" not in key]
+    return dense, upcycled
+
+
+@pytest.mark.parametrize("topk", [2, 3])
+def test_tokens_that_choose_only_copies_get_the_dense_models_logits_bit_for_bit(
+    dense_spec: ModelSpec, topk: int
+) -> None:
+    """Whatever the new experts compute, and however the token's weight is divided over the copies."""
+    from moelpr.model.loading import logits
+
+    dense, upcycled = dense_and_upcycled(dense_spec, MoeSpec(4, topk, (0, 1, 2), original_copies=topk))
+    prefers_copies = torch.tensor([100.0] * topk + [0.0] * 4)
+    for layer in upcycled.decoder.layers:
+        layer.mlp.router.gating = lambda hidden: torch.randn(*hidden.shape[:2], topk + 4) + prefers_copies
+        torch.nn.init.normal_(layer.mlp.experts.linear_fc1.weight)
     tokens = torch.randint(0, 128, (2, 48))
-    difference = (logits(upcycled, tokens) - logits(dense, tokens)).abs().max().item()
-    assert difference <= 1e-5
+    assert torch.equal(logits(upcycled, tokens), logits(dense, tokens))
 
 
 def balance_loss(scores_TE: torch.Tensor, is_chosen_TE: torch.Tensor, topk: int) -> torch.Tensor:
@@ -200,7 +229,7 @@ def test_the_lpr_gradient_is_that_of_the_mean_over_original_tokens(spec: ModelSp
     router.zero_grad()
     per_layer = 0.3 / 3
     logits = hidden.flatten(0, 1) @ router.weight.T
-    (per_layer * lpr_loss(logits, is_original.flatten(), spec.moe.num_original_experts)).backward()
+    (per_layer * lpr_loss(logits, is_original.flatten(), spec.moe.num_original_places)).backward()
     torch.testing.assert_close(found, router.weight.grad, rtol=1e-4, atol=1e-7)
 
 
@@ -212,13 +241,17 @@ def test_routing_sums_count_first_choices_by_language(layer) -> None:
     is_original = torch.rand(5, 2) < 0.5
     layer.router(hidden, is_original)
     sums = RoutingSums.from_vectors(layer.router.routing_sums[None])
-    first_is_original = (hidden @ layer.router.weight.T).argmax(dim=-1) < len(layer.original_experts)
+    p = layer.config.num_original_places
+    first_is_original = (hidden @ layer.router.weight.T).argmax(dim=-1) < p
     assert sums.original_tokens.item() == is_original.sum().item()
     assert sums.expanded_tokens.item() == 10 - is_original.sum().item()
     assert sums.original_first_choices_of_original.item() == (first_is_original & is_original).sum().item()
     assert sums.original_first_choices_of_expanded.item() == (first_is_original & ~is_original).sum().item()
     torch.testing.assert_close(sums.scores.sum(), torch.tensor(10.0))
     _, is_chosen = layer.router(hidden, is_original)
+    has_only_original = ~is_chosen[:, p:].any(dim=1).view(5, 2)
+    assert sums.all_original_of_original.item() == (has_only_original & is_original).sum().item()
+    assert sums.all_original_of_expanded.item() == (has_only_original & ~is_original).sum().item()
     assert torch.equal(sums.choices[0], is_chosen.sum(dim=0).float())
     assert sums.token_shares().sum().item() == pytest.approx(is_chosen.sum().item() / 10)
 
@@ -244,7 +277,7 @@ def test_checkpoint_keys_match_the_format(spec: ModelSpec) -> None:
     assert f"{layer}mlp.original_experts.{m}.linear_fc1.weight" not in keys
     assert keys[f"{layer}mlp.experts.experts.linear_fc1.weight"] == (4, 96, 32)
     assert keys[f"{layer}mlp.experts.experts.linear_fc2.weight"] == (4, 32, 48)
-    assert keys[f"{layer}mlp.router.weight"] == (m + 4, 32)
+    assert keys[f"{layer}mlp.router.weight"] == (spec.moe.num_original_places + 4, 32)
     assert keys[f"{layer}pre_mlp_layernorm.weight"] == (32,)
 
 

@@ -23,7 +23,7 @@ def test_lpr_loss_of_two_original_experts_is_that_of_the_sum_of_their_scores() -
     # Weights 2, 1 of the original experts and 3, 4 of the new ones: scores 0.2, 0.1, 0.3, 0.4; together 0.3.
     logits = torch.tensor([[2.0, 1.0, 3.0, 4.0], [1.0, 1.0, 1.0, 1.0]]).log().requires_grad_()
     is_original = torch.tensor([True, False])
-    loss = lpr_loss(logits, is_original, num_original_experts=2)
+    loss = lpr_loss(logits, is_original, num_original_places=2)
     assert loss.item() == pytest.approx(-math.log(0.3), rel=1e-6)
     loss.backward()
     # G_i - G_i / (G_0 + G_1) for the original experts, in proportion to their scores; G_i for the new ones.
@@ -35,7 +35,7 @@ def test_lpr_loss_of_two_original_experts_is_that_of_the_sum_of_their_scores() -
 def test_lpr_loss_of_several_original_experts_is_finite_for_extreme_logits(variant: LPRVariant) -> None:
     logits = torch.tensor([[-200.0, -200.0, 300.0], [300.0, -200.0, -200.0]], requires_grad=True)
     is_original = torch.tensor([True, True])
-    loss = lpr_loss(logits, is_original, num_original_experts=2, variant=variant)
+    loss = lpr_loss(logits, is_original, num_original_places=2, variant=variant)
     loss.backward()
     if variant == "paper":
         assert loss.item() == pytest.approx((500 - math.log(2)) / 2)
@@ -49,14 +49,14 @@ def test_lpr_loss_of_one_original_expert_is_the_cross_entropy_of_column_0(seed: 
     logits = torch.randn(7, 4, dtype=torch.float64)
     scores = logits if variant == "paper" else torch.softmax(logits, dim=-1)
     expected = torch.nn.functional.cross_entropy(scores, torch.zeros(7, dtype=torch.long))
-    found = lpr_loss(logits, torch.ones(7, dtype=torch.bool), num_original_experts=1, variant=variant)
+    found = lpr_loss(logits, torch.ones(7, dtype=torch.bool), num_original_places=1, variant=variant)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("m", [1, 2])
 def test_lpr_loss_and_its_gradient_are_exactly_zero_without_original_tokens(m: int) -> None:
     logits = torch.randn(5, 3, requires_grad=True)
-    loss = lpr_loss(logits, torch.zeros(5, dtype=torch.bool), num_original_experts=m)
+    loss = lpr_loss(logits, torch.zeros(5, dtype=torch.bool), num_original_places=m)
     loss.backward()
     assert loss.item() == 0.0
     assert torch.equal(logits.grad, torch.zeros(5, 3))
@@ -97,7 +97,7 @@ def test_reference_variant_has_a_floor_but_the_papers_loss_reaches_zero() -> Non
     floor = lpr_loss(certain, is_original, variant="reference").item()
     assert floor == pytest.approx(math.log(1 + 3 / math.e), rel=1e-6)
     assert lpr_loss(certain, is_original).item() == pytest.approx(0.0, abs=1e-6)
-    floor = lpr_loss(certain, is_original, num_original_experts=2, variant="reference").item()
+    floor = lpr_loss(certain, is_original, num_original_places=2, variant="reference").item()
     assert floor == pytest.approx(math.log(1 + 2 / (math.e + 1)), rel=1e-6)
 
 

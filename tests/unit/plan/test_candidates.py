@@ -48,6 +48,15 @@ def test_a_token_passes_through_k_experts_for_every_number_of_experts() -> None:
     assert selective == pytest.approx(1 + experts / once)
 
 
+def test_a_token_that_chose_two_copies_passes_through_the_ffn_once() -> None:
+    spec = replace(SPEC, moe=replace(SPEC.moe, original_copies=2))
+    rows, new = 1 - (3 * 2) / (5 * 4) + 2 * 3 / 5, 2 * 3 / 5  # of 5 places, 3 are new experts
+    experts, others, output = rows * 2 * EXPERT, 2 * ATTENTION, 100 * 8
+    once = 2 * (experts + others + output) + new * 2 * EXPERT
+    selective = relative_time(spec, model_parts(spec), PlannedLayout(recompute="selective"), WORKLOAD)
+    assert selective == pytest.approx(1 + experts / once)
+
+
 def test_a_pipeline_waits_for_its_first_and_last_micro_batch() -> None:
     assert bubble(PlannedLayout(pp=4), num_microbatches=12) == pytest.approx(3 / 15)
     assert relative_time(SPEC, PARTS, PlannedLayout(pp=2), WORKLOAD) == pytest.approx(17 / 16)
@@ -157,7 +166,7 @@ def test_the_trainer_accepts_the_flags_of_every_kind_of_layout(
     monkeypatch.setattr(parse, "set_global_variables", lambda *args, **kwargs: None)
     argv = ["--stage", "stage1", "--pretrained-checkpoint", str(tmp_path), "--lr", "1e-3", "--train-iters", "2"]
     argv += ["--micro-batch-size", "1", "--global-batch-size", "8", "--seq-length", "32"]
-    argv += ["--data-path", str(tmp_path / "corpus")]
+    argv += ["--data-path", str(tmp_path / "corpus"), "--verify-corpus", "none"]
     for layout in layouts_of(gpus)[:: 1 if gpus < 8 else 7]:
         args, _ = parse.parse_arguments([*argv, *layout.flags()])
         found = (

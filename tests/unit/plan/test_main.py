@@ -81,7 +81,7 @@ def failure(plan: Plan, capsys: pytest.CaptureFixture[str], *argv: str, **change
     [
         (["--gpus", "12"], "--gpus must be a multiple of --gpus-per-node 8, got 12; use --gpus 8 or 16"),
         (["--gpus", "7"], "7 GPUs; use --gpus 4 or 8"),
-        (["--num-new-experts", "0"], "--num-new-experts must be at least 1, got 0"),
+        (["--num-new-experts", "0"], "--num-new-experts must be between 1 and 1024, got 0"),
         (["--topk", "1"], "--topk 2"),
         (["--topk", "9"], "--topk between 2 and 5"),
         (["--moe-layers", "7"], "no layer 7"),

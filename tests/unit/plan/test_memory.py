@@ -87,6 +87,17 @@ def test_all_experts_get_equally_many_rows_unless_told_otherwise() -> None:
     assert Routing.uniform(moe) == Routing(original_rows=0.8, new_rows=1.2)
 
 
+def test_copies_of_the_ffn_add_only_router_rows_and_fewer_rows_to_compute() -> None:
+    """Of 6 places, 2 are the FFN: with K = 2, 1 - 4/6 * 3/5 of the tokens choose at least one of them."""
+    two = replace(SPEC, moe=replace(SPEC.moe, original_copies=2))
+    rows = two.moe.num_experts * 8 * 2
+    sizes = [sum(model_parts(spec).values()) for spec in (SPEC, two)]
+    assert sizes[1] - sizes[0] == rows - SPEC.moe.num_experts * 8 * 2 == 2 * 8
+    uniform = Routing.uniform(MoeSpec(num_new_experts=4, topk=2, layers=(0,), original_copies=2))
+    assert uniform.original_rows == pytest.approx(0.6)
+    assert uniform.new_rows == pytest.approx(2 * 4 / 6)
+
+
 def test_the_distributed_optimizer_divides_over_the_ranks_with_the_same_parameter() -> None:
     """Four ranks, EP 2: a new expert is on two of them, a router on all four."""
     rank = memory(PlannedLayout(ep=2, dp=4))

@@ -23,7 +23,7 @@ from moelpr.report.page import (
 )
 
 SVG = '<svg xmlns="http://www.w3.org/2000/svg"><title>t</title></svg>'
-EVIL = '<script>x</script> & "[a](http://e.org)" `*_|#'
+EVIL = '<script>x</script> & "[a](http://e.org)" `*_|#\r&lt;b>'
 TABLE = Table(
     ["language", "base", "new"],
     [
@@ -47,7 +47,8 @@ def test_no_name_becomes_markup_anywhere() -> None:
     page = Page(EVIL, EVIL, [Section(EVIL, blocks)])
     html, markdown = to_html(page), to_markdown(page)
     assert "<script" not in html and 'onload="' not in html and html.count("&lt;script&gt;") > 15
-    assert not re.search(r"(?<!\\)<script|(?<!\\)\]\(|(?<!\\)`|(?<!\\)\*_", markdown.removesuffix("```\nx\n```\n"))
+    assert "<script" not in markdown and markdown.count("&lt;script>") > 15 and "\r" not in markdown
+    assert not re.search(r"(?<!\\)\]\(|(?<!\\)`|(?<!\\)\*_", markdown.removesuffix("```\nx\n```\n"))
     rows = [line for line in markdown.splitlines() if line.startswith("| ")]
     assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows)
 

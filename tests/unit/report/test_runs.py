@@ -34,8 +34,8 @@ def results() -> Results:
     bits = {
         "base": {"en": 2.0, "zh": 2.0, "el": 2.0},
         "full_finetune": {"en": 3.0, "zh": 2.8, "el": 1.6},
-        "stage1": {"en": 2.4, "zh": 2.2, "el": 1.8},
-        "stage2": {"en": 2.02, "zh": 1.98, "el": 1.82},
+        "stage1": {"en": 2.4, "zh": 2.4, "el": 1.8},
+        "stage2": {"en": 2.01, "zh": 1.98, "el": 1.82},
     }
     groups = {"en": "original", "zh": "original", "el": "expanded"}
     return Results(groups, {m: {name: Interval(v) for name, v in values.items()} for m, values in bits.items()})
@@ -51,11 +51,11 @@ def missed(results: Results) -> set[tuple[str, str]]:
     ("model", "language", "bits", "broken"),
     [
         ("stage1", "el", 1.91, "learned"),  # 4.5% fewer than 2.0; 5% are claimed
-        ("stage2", "el", 1.84, "kept_by_review"),  # 2.2% more than 1.8
-        ("stage2", "zh", 2.05, "preserved"),  # 2.5% more than 2.0, yet half of stage 1's +10% is undone
-        ("stage1", "en", 2.03, "repaired"),  # stage 2's +1% is more than half of +1.5%
+        ("stage2", "el", 1.92, "kept_by_review"),  # 4% fewer than 2.0; 4.5% are claimed
+        ("stage2", "zh", 2.03, "preserved"),  # 1.5% more than 2.0, yet 90% of stage 1's +20% are undone
+        ("stage1", "en", 2.05, "repaired"),  # stage 2's +0.5% is a fifth of +2.5%
         ("stage1", "en", 1.99, "repaired"),  # nothing was lost, so nothing could be undone
-        ("full_finetune", "en", 2.2, "better_than_full_finetune"),  # +10% against +1% is 9 points
+        ("full_finetune", "en", 2.2, "better_than_full_finetune"),  # +10% against +0.5% is 9.5 points
     ],
 )
 def test_each_claim_fails_alone_if_its_number_misses(
@@ -68,7 +68,7 @@ def test_each_claim_fails_alone_if_its_number_misses(
 
 @pytest.mark.parametrize(
     ("model", "language", "bits"),
-    [("stage1", "el", 1.8999), ("stage2", "el", 1.8359), ("stage2", "zh", 2.0399), ("full_finetune", "en", 2.2201)],
+    [("stage1", "el", 1.8999), ("stage2", "el", 1.9099), ("stage2", "zh", 2.0199), ("full_finetune", "en", 2.2101)],
 )
 def test_number_just_within_its_limit_is_shown(results: Results, model: str, language: str, bits: float) -> None:
     results.bits[model][language] = Interval(bits)
@@ -144,7 +144,8 @@ def test_evaluations_of_several_files_and_versions_are_joined(tmp_path: Path) ->
     interval = {"value": 2.0, "low": 1.9, "high": 2.1}
     english = {"bits_per_byte": interval, "change": {"bits_per_byte": {"value": 0.1, "low": None, "high": None}}}
     models = {"ours": {"languages": {"en": english}, "means": {"mean original": {"bits_per_byte": interval}}}}
-    first.write_text(json.dumps({"original_languages": ["en"], "models": models, "continuations": {"en": {}}}))
+    sample = {"prompt": "Turn", "reference": "on", "by_model": {"ours": "off"}}
+    first.write_text(json.dumps({"original_languages": ["en"], "models": models, "continuations": {"en": sample}}))
     routing = {"original_first_share": [0.5, None], "layers": [1, 3]}
     second.write_text(json.dumps({"original_languages": ["en"], "models": {"ours": {"languages": {"el": routing}}}}))
     old.write_text(json.dumps({"models": {"base": {"languages": {"el": {"bits_per_byte": 3.0}}}}}))
@@ -152,18 +153,66 @@ def test_evaluations_of_several_files_and_versions_are_joined(tmp_path: Path) ->
     assert results.groups == {"en": "original", "el": "expanded"}
     assert results.bits["ours"]["en"] == (2.0, 1.9, 2.1) and results.bits["base"]["el"].value == 3.0
     assert results.change("ours", "en").value == 0.1 and not results.change("ours", "en").has_bounds
-    assert results.layers["ours"] == [1, 3] and results.original_first_shares["ours"]["el"][0] == 0.5
+    assert results.layers["ours"] == [1, 3] and results.routing["original_first_share"]["ours"]["el"][0] == 0.5
     assert results.rows() == {"expanded": ["el"], "original": ["en", "mean original"]}
-    assert results.continuations == {"en": {}}
+    assert results.continuations == {"en": sample}
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"models": 3}', '{"models": {"a": {}}}'])
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"models": 3}', '{"models": {"a": {}}}', "[" * 100_000])
 def test_file_that_is_not_an_evaluation_is_rejected(tmp_path: Path, content: str | None) -> None:
     path = tmp_path / "results.json"
     if content is not None:
         path.write_text(content)
     with pytest.raises(UserError, match=r"--evaluation .*results\.json"):
         read_evaluations([path])
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda content: content.update(original_languages=3),
+        lambda content: content.update(continuations=[1]),
+        lambda content: content["continuations"]["en"].update(reference=1),
+        lambda content: content["continuations"]["en"].update(by_model="a"),
+        lambda content: content["models"]["a"]["languages"]["en"].update(bits_per_byte="b"),
+        lambda content: content["models"]["a"]["languages"]["en"].update(bits_per_byte=10**400),
+        lambda content: content["models"]["a"]["languages"]["en"].update(layers=[0]),
+        lambda content: content["models"]["a"]["languages"]["en"].update(original_first_share=[[0.5], 0.5]),
+    ],
+)
+def test_evaluation_with_a_wrong_type_is_rejected(tmp_path: Path, spoil: Callable[[dict[str, Any]], None]) -> None:
+    sample = {"prompt": "a", "reference": "b", "by_model": {"a": "c"}}
+    english = {"bits_per_byte": 2.0, "layers": [0, 1], "original_first_share": [0.5, math.nan]}
+    content = {"models": {"a": {"languages": {"en": english}}}, "continuations": {"en": sample}}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(content))
+    read_evaluations([path])
+    spoil(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"--evaluation .*results\.json"):
+        read_evaluations([path])
+
+
+@pytest.mark.parametrize("name", ["same_next_token", "max_abs_diff", "num_tensors"])
+def test_verification_with_a_wrong_type_is_rejected(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "check.json"
+    for value, is_valid in ((1, True), ({}, False), ("x", False)):
+        path.write_text(json.dumps({"equal": True, "num_tensors": 1} | {name: value}))
+        if is_valid:
+            assert read_verifications([path])["check"][name] == 1
+        else:
+            with pytest.raises(UserError, match=r"--verification .*check\.json"):
+                read_verifications([path])
+
+
+@pytest.mark.parametrize("value", ["x", 3, {"a": 1}, [[1]], math.nan])
+def test_records_of_the_start_with_a_wrong_type_are_left_out(tmp_path: Path, value: object) -> None:
+    folder = make_run(tmp_path / "run", "stage1", 3, languages={})
+    (folder / "command.json").write_text(json.dumps({"arguments": value, "num_ranks": value}))
+    (folder / "versions.json").write_text("[" * 100_000)
+    run = read_run(folder)
+    assert run.arguments == (["[1]"] if isinstance(value, list) else []) and run.versions == {}
+    assert run.num_ranks == (3 if value == 3 else None)
 
 
 def test_start_is_a_pass_before_the_first_step(tmp_path: Path) -> None:

@@ -156,3 +156,50 @@ def test_only_the_exit_after_a_stop_request_is_a_success() -> None:
         sys.exit()  # Megatron, where it can't load a checkpoint
     with pytest.raises(SystemExit), clean_stop.ends_the_run():
         sys.exit(1)
+
+
+LAUNCHER = """
+import os, subprocess, sys, time
+
+rank = subprocess.Popen([sys.executable, "-c", sys.argv[1]], start_new_session=True, stdout=subprocess.PIPE)
+rank.stdout.readline()
+print(rank.pid, flush=True)
+time.sleep(60)
+"""
+RANK = """
+import time
+from moelpr.training import clean_stop
+
+clean_stop.end_with_launcher()
+print(flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("is_under_torchrun", [True, False])
+def test_a_rank_ends_with_torchrun_but_not_with_a_shell(is_under_torchrun: bool) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    environment |= {"TORCHELASTIC_RUN_ID": "x"} if is_under_torchrun else {}
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, RANK], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert launcher.stdout is not None
+    rank = int(launcher.stdout.readline())
+    rank_ended = os.pidfd_open(rank)
+    try:
+        launcher.kill()
+        launcher.wait()
+        ended = select.select([rank_ended], [], [], 5 if is_under_torchrun else 0.5)[0]
+        assert bool(ended) == is_under_torchrun
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rank, signal.SIGKILL)
+        os.close(rank_ended)
+
+
+def test_a_rank_whose_launcher_has_ended_before_does_not_start() -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "TORCHELASTIC_RUN_ID": "x"}
+    environment[clean_stop.LAUNCHER_VARIABLE] = str(gone.pid)
+    assert subprocess.run([sys.executable, "-c", RANK], env=environment, timeout=30).returncode == 1

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +100,7 @@ def write_manifest(prefix: str, folder: Path) -> None:
         documents=1,
         tokens=1,
         skipped_lines=0,
-        files={name: FileRecord(1, "0") for name in ("bin", "idx", "lang")},
+        files={name: FileRecord.of(Path(f"{prefix}.{name}")) for name in ("bin", "idx", "lang")},
     ).write(prefix)
 
 
@@ -132,6 +133,71 @@ def test_a_corpus_of_another_tokenizer_is_rejected(
     manifest_path(prefix).write_text("{}")
     (found,) = problems("stage1", upcycled)
     assert f"{prefix}.manifest.json" in found
+
+
+def damage(path: Path, change: Callable[[bytes], bytes]) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:64] + change(content[64:]))
+    assert path.read_bytes() != content
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "bin": lambda content: bytes(len(content)),
+    "idx": lambda content: content[:-1] + b"\1",
+    "lang": lambda content: bytes(byte ^ 255 for byte in content),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+@pytest.mark.parametrize("use", ["--data-path", "--validation-data"])
+def test_a_damaged_corpus_does_not_start(
+    upcycled: str, problems, accepted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, use: str
+) -> None:
+    prefix = write_corpus(tmp_path / "en", True, True)
+    write_manifest(prefix, save_tokenizer(Path(upcycled) / "hf", ["a", "b", "c"]))
+    command = ["stage1", upcycled, use, prefix if use == "--data-path" else f"en={prefix}"]
+    accepted(*command)
+    damage(Path(f"{prefix}.{name}"), DAMAGE[name])
+    for extent in ([], ["--verify-corpus", "full"]):
+        (found,) = problems(*command, *extent)
+        assert found.startswith(f"{prefix}.{name} ") and "damaged" in found and "preprocess_data.py" in found
+    accepted(*command, "--verify-corpus", "none")
+    monkeypatch.setenv("LOCAL_RANK", "1")  # one rank per node reads
+    accepted(*command)
+
+
+def test_language_bits_are_verified_without_a_manifest(upcycled: str, problems, tmp_path: Path) -> None:
+    prefix = write_corpus(tmp_path / "en", True, True)
+    damage(Path(f"{prefix}.lang"), DAMAGE["lang"])
+    (found,) = problems("stage1", upcycled, "--data-path", prefix)
+    assert found.startswith(f"{prefix}.lang is damaged")
+
+
+def test_a_manifest_of_an_older_version_gives_one_note(
+    upcycled: str, accepted, problems, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moelpr.data import manifest
+
+    monkeypatch.setattr(manifest, "_BLOCK_BYTES", 1)  # so that the corpora are long
+    hf = save_tokenizer(Path(upcycled) / "hf", ["a", "b", "c"])
+    prefixes = [write_corpus(tmp_path / name, True, tokens=200) for name in ("en", "es")]
+    for prefix in prefixes:
+        write_manifest(prefix, hf)
+    command = ["stage1", upcycled, "--data-path", *prefixes]
+    accepted(*command)
+    assert "--verify-corpus" not in capfd.readouterr().err
+    for prefix in prefixes:
+        content = json.loads(manifest_path(prefix).read_text())
+        for record in content["files"].values():
+            del record["block_crc32"]
+        manifest_path(prefix).write_text(json.dumps(content))
+    accepted(*command)
+    (note,) = (line for line in capfd.readouterr().err.splitlines() if "--verify-corpus full" in line)
+    assert all(f"{prefix}.bin" in note for prefix in prefixes)
+    damage(Path(f"{prefixes[1]}.bin"), DAMAGE["bin"])
+    accepted(*command)
+    (found,) = problems(*command, "--verify-corpus", "full")
+    assert found.startswith(f"{prefixes[1]}.bin is damaged")
 
 
 def write_corpus(prefix: Path, *is_original: bool, tokens: int = 20) -> str:

@@ -30,6 +30,7 @@ def parse(flags: str):  # noqa: ANN201
         ("--input a --language original --num-shards 3 --shard 3", "--shard must be 0 to 2 .*got 3"),
         ("--input a --language original --shard 1", "--shard must be 0 to 0 .*got 1"),
         ("--input a --language original --workers 0", "--workers must be at least 1, got 0"),
+        ("--input a --language original --workers 999999", "--workers must be at most .*, got 999999"),
         ("--input a --language original --seed -1", "--seed must be at least 0 .*got -1"),
         ("--input a --language original --validation-share 1", "--validation-share must be below 1"),
         ("--input a --language original --json-keys text text", "--json-keys text text"),
@@ -49,6 +50,18 @@ def parse(flags: str):  # noqa: ANN201
 def test_contradicting_options_are_reported(flags: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse(flags)
+
+
+@pytest.mark.parametrize("prefix", ["", ".", "data/", "data/.."])
+def test_the_output_prefix_has_a_file_name(prefix: str) -> None:
+    with pytest.raises(UserError, match="--output-prefix must end in a file name, such as data/el, got"):
+        parse_arguments(None, [*REQUIRED.split(), *"--input a --language original --output-prefix".split(), prefix])
+
+
+def test_a_closed_standard_input_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)  # what Python makes of a closed descriptor
+    with pytest.raises(UserError, match="--input - requires standard input, which is closed"):
+        parse("--input - --language original")
 
 
 @pytest.mark.parametrize(

@@ -206,6 +206,82 @@ def test_bad_line_of_an_archive_is_reported_by_number(
         preprocess(hf_tokenizer, "--input", tmp_path / "a.gz", *FLAGS)
 
 
+BLANK = b"\n \t\r\n" * 100_000
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, zstd, bz2.compress, lzma.compress])
+def test_lines_after_many_blank_ones_are_found_and_counted(
+    pack: Callable[[bytes], bytes], rows, expected, preprocess, hf_tokenizer, corpus_bytes, tmp_path: Path
+) -> None:
+    plain = (tmp_path / "plain.jsonl").read_bytes()
+    middle = plain.index(b"\n") + 1
+    path = tmp_path / "blank"
+    path.write_bytes(pack(BLANK + plain[:middle] + BLANK + plain[middle:] + BLANK))
+    prefix = preprocess(hf_tokenizer, "--input", path, *FLAGS)
+    assert corpus_bytes(f"{prefix}_text_document") == expected
+    source = open_source(str(path))
+    chosen, _ = sample_documents([Share(source, 0, source.bytes)], [""], 61, 0)
+    assert chosen[0].tolist() == list(range(61))
+    path.write_bytes(pack(BLANK + plain[:middle] + BLANK + b"oops\n"))
+    with pytest.raises(UserError, match="blank:400002: not JSON"):
+        preprocess(hf_tokenizer, "--input", path, *FLAGS, out="bad/a")
+
+
+def test_blank_lines_are_not_read_one_by_one(tmp_path: Path) -> None:
+    """16 kB of zstd contain 512 million of them, which took minutes."""
+
+    class Counted(io.BufferedReader):
+        calls = 0
+
+        def readline(self, size: int | None = -1) -> bytes:
+            Counted.calls += 1
+            return super().readline(size)
+
+    reader = inputs.Reader([], [], None, tmp_path)
+    found = list(reader._lines(Counted(io.BytesIO(BLANK + b"{}\n" + BLANK)), inputs.ReadCursor()))
+    assert [(content, line) for content, _, _, line, _ in found] == [(b"{}\n", 200_001)]
+    assert Counted.calls < 1000
+
+
+def test_a_resumed_job_skips_the_blank_lines_it_has_read(tmp_path: Path) -> None:
+    (tmp_path / "a.gz").write_bytes(gzip.compress(b"1\n" + BLANK + b"2\n" + BLANK + b"3\n"))
+    reader = inputs.Reader([Share(open_source(str(tmp_path / "a.gz")), 0, 1)], [], None, tmp_path)
+    with gzip.open(tmp_path / "a.gz") as stream:
+        cursors = [inputs.ReadCursor(0, *item[2:]) for item in reader._lines(stream, inputs.ReadCursor())]
+    for index, cursor in enumerate(cursors):
+        items = [line for batch in reader.batches(cursor) for line in batch.content]
+        assert items == [b"1\n", b"2\n", b"3\n"][index + 1 :]
+
+
+def test_a_changed_page_of_a_table_is_noticed(preprocess, hf_tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    rows = pyarrow.Table.from_pylist([{"text": "Turn on the light", "lang": "en"}])
+    parquet.write_table(
+        rows, path, compression="none", use_dictionary=False, write_statistics=False, write_page_checksum=True
+    )
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"Turn on the", b"Turn in the", 1))
+    with pytest.raises(UserError, match=r"a\.parquet \(Parquet\) is damaged .*CRC"):
+        preprocess(hf_tokenizer, "--input", path, *FLAGS)
+
+
+def test_zstd_cut_at_a_block_is_noticed(preprocess, hf_tokenizer, tmp_path: Path) -> None:
+    """The library keeps to the frame's end, also where a block ends: only whole frames can be lost without a trace."""
+    lines = b"".join(
+        json.dumps({"text": f"{number} {number**7}", "lang": "en"}).encode() + b"\n" for number in range(20_000)
+    )
+    packed = zstd(lines)
+    start, borders = 9 + (not packed[4] & 32), []  # after a header with 4 bytes of content size
+    while start < len(packed):
+        borders.append(start)
+        start += 3 + (int.from_bytes(packed[start : start + 3], "little") >> 3)
+    assert start == len(packed) and len(borders) > 2
+    for border in borders:
+        (tmp_path / "a.zst").write_bytes(packed[:border])
+        with pytest.raises(UserError, match=r"a\.zst \(zstd\) is damaged or truncated"):
+            preprocess(hf_tokenizer, "--input", tmp_path / "a.zst", *FLAGS)
+
+
 def test_form_is_detected_by_content(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(gzip.compress(b"{}"))
     assert open_source(str(tmp_path / "a.jsonl")).form is Form.GZIP

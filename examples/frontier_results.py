@@ -1,0 +1,85 @@
+"""Results of `examples.frontier`: changes of bits per byte per setting, language and seed, as a table and a chart.
+
+`frontier.json` has the seeds and, under `settings`, for each setting its `label` and, per language and seed, the
+relative `change` of bits per byte against the base and the `all_original_share` (fraction, mean over MoE layers).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from examples.steps import EXPANDED, ORIGINAL
+from moelpr.languages import language_name
+from moelpr.report.page import Table, terminal_table
+from moelpr.report.plots import Series, percent, trade_off_chart
+
+FILE_NAME = "frontier.json"
+LANGUAGES = (*ORIGINAL, *EXPANDED)
+
+
+def read_evaluation(folder: Path, names_of: Mapping[str, tuple[str, Sequence[str]]]) -> dict[str, Any]:
+    """The settings of frontier.json from results.json and routing.json of an evaluation.
+
+    Args:
+        names_of: setting -> its label, and the names of its models, one per seed.
+    """
+    text, routing = (
+        json.loads((folder / name).read_text(encoding="utf-8"))["models"] for name in ("results.json", "routing.json")
+    )
+
+    def change(model: str, language: str) -> float:
+        value, base = (text[name]["languages"][language]["bits_per_byte"]["value"] for name in (model, "base"))
+        return value / base - 1
+
+    def share(model: str, language: str) -> float:
+        return fmean(routing[model]["languages"][language]["all_original_share"])
+
+    return {
+        setting: {"label": label}
+        | {
+            title: {language: [measure(name, language) for name in names] for language in LANGUAGES}
+            for title, measure in (("change", change), ("all_original_share", share))
+        }
+        for setting, (label, names) in names_of.items()
+    }
+
+
+def group_means(setting: Mapping[str, Any], languages: Sequence[str]) -> list[float]:
+    """The mean change over languages, per seed."""
+    return [fmean(changes) for changes in zip(*(setting["change"][language] for language in languages), strict=True)]
+
+
+def results_table(results: Mapping[str, Any]) -> str:
+    """Markdown: means over seeds, with the lowest and the highest."""
+    rows = []
+    for setting in results["settings"].values():
+        columns = [setting["change"][language] for language in LANGUAGES]
+        columns += [group_means(setting, ORIGINAL), group_means(setting, EXPANDED)]
+        kept = fmean(fmean(setting["all_original_share"][language]) for language in ORIGINAL)
+        means = [f"{percent(fmean(column))} ({value_range(column)})" for column in columns]
+        rows.append([setting["label"], *means, f"{kept:.0%}"])
+    languages = [language_name(language) for language in LANGUAGES]
+    return terminal_table(Table(["", *languages, "mean original", "mean expanded", "all choices original"], rows))
+
+
+def value_range(values: Sequence[float]) -> str:
+    """ "−5.8% to −5.2%"."""
+    return f"{percent(min(values))} to {percent(max(values))}"
+
+
+def frontier_chart(results: Mapping[str, Any]) -> str:
+    """Forgetting over learning after stage 2; one line per number of copies, over the values of gamma."""
+    series: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for setting in results["settings"].values():
+        copies, _, gamma = setting["label"].partition(", \u03b3 ")
+        if gamma:
+            points = list(zip(group_means(setting, EXPANDED), group_means(setting, ORIGINAL), strict=True))
+            series.setdefault(copies, {})[f"\u03b3 {gamma}"] = points
+    return trade_off_chart(
+        "Learning and forgetting after stage 2",
+        [Series(name, settings) for name, settings in series.items()],
+        x_axis="expanded languages: bits per byte against base",
+        y_axis="original languages",
+    )

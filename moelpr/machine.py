@@ -1,0 +1,100 @@
+"""What this process may use of the machine, also inside a container or a batch job: CPUs and memory.
+
+`moelpr/__init__.py` calls `limit_threads`, because OpenMP reads its settings when torch is imported.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+_CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_THREADS = "OMP_NUM_THREADS"
+_user_threads = os.environ.get(_THREADS)
+
+
+def limit_threads() -> None:
+    """Let waiting threads sleep, and use no more threads than CPUs, unless the user has set these variables.
+
+    Spinning threads take the cores from other processes. OpenMP respects the CPU affinity by itself, but not the limits
+    of a control group.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if (cpus := available_cpus()) < len(os.sched_getaffinity(0)):
+        os.environ.setdefault(_THREADS, str(cpus))
+
+
+def share_threads(num_processes: int) -> None:
+    """Divide the CPUs among the processes that this one is about to start, unless the user has set the variable."""
+    if _user_threads is None:
+        os.environ[_THREADS] = str(max(1, available_cpus() // num_processes))
+
+
+def available_cpus() -> int:
+    """CPUs that the affinity and the control groups of this process allow; a part of a CPU counts only if alone."""
+    limits = [float(len(os.sched_getaffinity(0)))]
+    for folder in _cgroup_folders("cpu"):
+        with suppress(OSError, ValueError):  # no such file, or "max": no limit
+            if (folder / "cpu.max").exists():
+                quota, period = map(int, (folder / "cpu.max").read_text().split())
+            else:
+                quota, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+            if quota > 0 and period > 0:  # -1: no limit
+                limits.append(quota / period)
+    return max(1, int(min(limits)))
+
+
+def total_memory() -> int:
+    """Bytes of memory that this process and those it shares a control group with may use."""
+    return min([_meminfo("MemTotal"), *(limit for limit, _ in _memory_limits())])
+
+
+def free_memory() -> int:
+    """Bytes of `total_memory` that are free, or can be freed."""
+    return max(0, min([_meminfo("MemAvailable"), *(limit - used for limit, used in _memory_limits())]))
+
+
+def peak_memory(pid: int) -> int:
+    """The most bytes of memory that a running process has occupied; 0 if it has ended."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def as_gib(size: int) -> str:
+    """A number of bytes as "1.2 GiB"."""
+    return f"{size / 2**30:.1f} GiB"
+
+
+def _meminfo(name: str) -> int:
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(lines[name].split()[0]) * 1024
+
+
+def _memory_limits() -> Iterator[tuple[int, int]]:
+    """(limit, bytes in use without what can be freed) of each control group with a limit."""
+    for folder in _cgroup_folders("memory"):
+        limit, used = (
+            ("memory.max", "memory.current")
+            if (folder / "memory.max").exists()
+            else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        )
+        with suppress(OSError, ValueError):  # no such file, or "max": no limit
+            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            freeable = int(statistics.get("total_inactive_file", statistics.get("inactive_file", 0)))
+            yield int((folder / limit).read_text()), int((folder / used).read_text()) - freeable
+
+
+def _cgroup_folders(controller: str) -> list[Path]:
+    """The folders of this process's control group and of those around it, of version 1 or 2."""
+    folders = []
+    with suppress(OSError):
+        for line in _OWN_CGROUPS.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "" or controller in controllers.split(","):
+                root = _CGROUPS / controller if controllers else _CGROUPS
+                # In a container the path may be the host's, of which only the root is visible.
+                folders += [root / part.relative_to("/") for part in (Path(path), *Path(path).parents)]
+    return folders

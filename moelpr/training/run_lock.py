@@ -1,0 +1,55 @@
+"""One run per folder: two would write the same steps, and each would load the other's."""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from torch.distributed import TCPStore
+
+from moelpr.arguments.settings import RunSettings
+from moelpr.errors import UserError
+from moelpr.files import LOCK_FILE, locked
+from moelpr.run_folder import saved_step
+
+
+@contextmanager
+def run_lock(run: RunSettings) -> Iterator[None]:
+    """Rank 0 holds the lock of --save.
+
+    Raises:
+        UserError: another run holds it, or has saved a step since the settings of this run were checked.
+    """
+    if run.args.save is None:
+        yield
+        return
+    with ExitStack() as stack:
+        refusal = ""
+        if os.environ.get("RANK", "0") == "0":
+            try:
+                stack.enter_context(_locked_folder(Path(run.args.save), run.saved_step))
+            except UserError as error:
+                refusal = str(error)
+        if refusal := _word_of_rank_0(refusal):
+            raise UserError(refusal)
+        yield
+
+
+@contextmanager
+def _locked_folder(save: Path, expected_step: int | None) -> Iterator[None]:
+    save.mkdir(parents=True, exist_ok=True)
+    with locked(save / LOCK_FILE, f"--save {save}"):
+        if saved_step(save) != expected_step:
+            raise UserError(f"another run has just saved a step in --save {save}; run the command again to resume it")
+        yield
+
+
+def _word_of_rank_0(word: str) -> str:
+    """What rank 0 passes, on every rank: otherwise the others would wait for it, on other nodes for ten minutes."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return word  # no torchrun, so there is no store before Megatron makes one
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    key = f"moelpr/run_lock/{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    if os.environ["RANK"] == "0":
+        store.set(key, word)
+    return store.get(key).decode()

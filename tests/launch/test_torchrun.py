@@ -1,0 +1,91 @@
+"""moelpr.torchrun: how a run ends that is not stopped as usual, with ranks that only wait."""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RANK = r"""
+import os, time
+from moelpr.errors import run_command
+from moelpr.training import clean_stop
+
+def main():
+    clean_stop.end_with_launcher()
+    os.write(1, f"{os.environ['RANK']} {os.getpid()} {os.environ['OMP_NUM_THREADS']}\n".encode())
+    held = bytearray(100 << 20)
+    time.sleep(60)
+
+run_command(main)
+"""
+
+Start = Callable[..., tuple[subprocess.Popen, list[int], set[str]]]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start two ranks; returns the launcher, their process numbers, and their OMP_NUM_THREADS."""
+    launchers: list[subprocess.Popen] = []
+
+    def run(*options: str) -> tuple[subprocess.Popen, list[int], set[str]]:
+        (tmp_path / "rank.py").write_text(RANK)
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+        command = [sys.executable, "-m", "moelpr.torchrun", "--standalone", "--nproc-per-node", "2", *options]
+        launcher = subprocess.Popen(
+            [*command, tmp_path / "rank.py"], env={**environment, "PYTHONPATH": str(ROOT)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        launchers.append(launcher)
+        assert launcher.stdout is not None
+        lines = sorted(launcher.stdout.readline().split() for _ in range(2))
+        return launcher, [int(line[1]) for line in lines], {line[2] for line in lines}
+
+    yield run
+    for launcher in launchers:
+        for process in psutil.Process(launcher.pid).children() if launcher.poll() is None else []:
+            process.kill()
+        launcher.kill()
+        launcher.communicate()
+
+
+def test_ranks_end_with_a_killed_launcher_and_have_shared_its_cores(start: Start) -> None:
+    launcher, ranks, threads = start()
+    ends = [os.pidfd_open(rank) for rank in ranks]
+    launcher.kill()
+    for end in ends:
+        assert select.select([end], [], [], 10)[0]
+        os.close(end)
+    assert threads == {str(max(1, len(os.sched_getaffinity(0)) // 2))}
+
+
+def test_ctrl_c_is_one_message(start: Start) -> None:
+    launcher, _, _ = start()
+    launcher.send_signal(signal.SIGINT)
+    _, errors = launcher.communicate(timeout=30)
+    assert (launcher.returncode, errors) == (1, "torchrun: error: interrupted\n")
+
+
+def test_a_killed_rank_is_named_with_the_memory_it_held(start: Start) -> None:
+    launcher, ranks, _ = start()
+    time.sleep(4)  # the launcher notes the memory every second
+    os.kill(ranks[1], signal.SIGKILL)
+    _, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode == 1 and errors.count("\n") == 1
+    assert (
+        "rank 1 was killed (signal 9)" in errors and "memory: it held 0.1 GiB, 2 ranks of this machine share" in errors
+    )
+
+
+def test_another_signal_is_named(start: Start) -> None:
+    launcher, ranks, _ = start()
+    os.kill(ranks[0], signal.SIGBUS)
+    _, errors = launcher.communicate(timeout=60)
+    assert (launcher.returncode, errors) == (1, "torchrun: error: rank 0 was ended by SIGBUS\n")

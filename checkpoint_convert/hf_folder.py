@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from moelpr import checksums
+from moelpr.checksums import FileSum, Verifier
 from moelpr.data.tokenizer import check_token_ids
 from moelpr.errors import UserError
 from moelpr.families.families import CONFIG_FILE
@@ -99,6 +101,7 @@ class HfReader:
         self._open_name: str | None = None
         self._open_file: Any = None
         self._mapped_bytes = 0
+        self._verifier = Verifier(folder, "copy or download it again")
         index_file = folder / f"{stem}.safetensors.index.json"
         weight_map = _read_index(index_file)
         for file_name in sorted(set(weight_map.values())) or [_single_file(folder, stem)]:
@@ -131,7 +134,9 @@ class HfReader:
     def read(self, name: str) -> Tensor:
         if self._mapped_bytes > MAX_MAPPED_BYTES:
             self._open_name = None
-        tensor: Tensor = self._open(self._header(name)[0]).get_tensor(name)
+        file_name = self._header(name)[0]
+        self._verifier.verify(file_name)
+        tensor: Tensor = self._open(file_name).get_tensor(name)
         self._mapped_bytes += tensor.nbytes
         return tensor
 
@@ -218,7 +223,7 @@ def write_weights(
     bar: "tqdm[None]",
     stem: str = MODEL_STEM,
 ) -> None:
-    """Write safetensors shards and their index, one tensor at a time; shards of an interrupted call are kept.
+    """Write safetensors shards, index and checksums, one tensor at a time; shards of an interrupted call are kept.
 
     Args:
         tensors: (name, shape) of all tensors, in the order in which they are written.
@@ -238,14 +243,17 @@ def write_weights(
         filled += nbytes
         total_size += nbytes
     weight_map: dict[str, str] = {}
+    sums = checksums.read(folder) or {}
     for number, shard in enumerate(shards, start=1):
         suffix = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
         path = folder / f"{stem}{suffix}.safetensors"
         weight_map |= {name: path.name for name, _ in shard}
         if path.is_file():
             bar.update(sum(math.prod(shape) for _, shape in shard) * dtype.itemsize)
+            sums.setdefault(path.name, FileSum.of(path))
         else:
-            _write_shard(path, shard, dtype, read, bar)
+            sums[path.name] = _write_shard(path, shard, dtype, read, bar)
+        checksums.write(folder, sums)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
@@ -257,8 +265,8 @@ def _write_shard(
     dtype: torch.dtype,
     read: Callable[[str], Tensor],
     bar: "tqdm[None]",
-) -> None:
-    """Stream one file, which gets its name once complete.
+) -> FileSum:
+    """Stream one file, which gets its name once complete; returns its checksum.
 
     The safetensors library needs all tensors of a file at once. But a file is a JSON header followed by the bytes, so
     tensors can be streamed if their names, shapes and dtype are known first.
@@ -278,8 +286,10 @@ def _write_shard(
             assert tensor.shape == shape, (name, tensor.shape, shape)
             bar.update(file.write(raw_bytes(tensor)))
             del tensor  # one in memory
+        found = FileSum(file.tell(), f"{file.crc32:08x}")
         file.finish()
     os.replace(unfinished, path)
+    return found
 
 
 def _first_line(error: Exception) -> str:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from moelpr.checksums import NoVerify
 from moelpr.errors import UserError
-from moelpr.files import refuse_existing, resumable_directory
+from moelpr.files import partial_name, refuse_existing, resumable_directory
 from moelpr.model_spec import DTYPES
 
 
@@ -31,6 +32,7 @@ def add_output_options(parser: argparse.ArgumentParser, output: str, dtype_defau
     if dtype_default:
         parser.add_argument("--dtype", choices=DTYPES, help=f"dtype of the output (default: {dtype_default})")
     parser.add_argument("--overwrite", action="store_true", help=f"replace an existing {output} at --save")
+    parser.add_argument("--no-verify", action=NoVerify)
     parser.epilog = "An interrupted command leaves .NAME.partial beside the --save folder; rerun it to resume."
 
 
@@ -59,13 +61,15 @@ def output_folder(
     """Yield a temporary folder that becomes `save` on success, and a progress bar in bytes (on a terminal only).
 
     Args:
-        num_bytes: Size of the weights to be written; if the disk has less space, nothing is written.
+        num_bytes: Size of the weights; if the disk has less space than is missing, nothing is written.
         sources: Input folders; an interrupted conversion resumes if their files and `settings` are unchanged.
     """
     parent = save.resolve().parent
     while not parent.exists():
         parent = parent.parent
-    if shutil.disk_usage(parent).free < num_bytes:
+    # What an interrupted conversion left is kept or replaced.
+    left = sum(path.stat().st_size for path in partial_name(save).rglob("*") if path.is_file())
+    if shutil.disk_usage(parent).free < num_bytes - left:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(save))
     files = [path for source in sources for path in sorted(source.rglob("*")) if path.is_file()]
     states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]

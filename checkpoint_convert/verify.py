@@ -22,6 +22,7 @@ from checkpoint_convert.comparison import (
     compare_on_text,
     largest_difference,
 )
+from moelpr.checksums import NoVerify
 from moelpr.errors import CommandParser, UserError, run_command
 
 SHOWN_ROWS = 20
@@ -44,6 +45,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sequence-length", type=int, default=128, metavar="N",
         help="tokens per sequence, at most a model's context (default: %(default)s)")  # fmt: skip
     parser.add_argument("--all", action="store_true", help=f"list all different tensors, not only {SHOWN_ROWS}")
+    parser.add_argument("--no-verify", action=NoVerify)
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of tables")
     args = parser.parse_args()
     for flag, least in (("tolerance", 0), ("logit_tolerance", 0), ("num_tokens", 1), ("sequence_length", 1)):

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
+from moelpr import checksums
 from moelpr.errors import UserError
 from moelpr.files import read_versioned, write_text
 from moelpr.model_spec import ModelSpec
@@ -27,6 +27,9 @@ RELEASE = "release"
 
 # Files are hashed in pieces of this size, so that ranks and threads share a large one. Part of the format.
 PIECE_BYTES = 256 << 20
+
+# The files of a step beside its .distcp files.
+TABLE_FILES = (".metadata", "metadata.json")
 
 
 @dataclass(frozen=True)
@@ -154,12 +157,15 @@ def checkpoint_chain(folder: Path, iteration: int | None = None, base: Path | No
 def verify_chain(links: list[Path]) -> None:
     """Compare every base in the chain with the checksum that its successor recorded.
 
-    Reads the bases completely. If torch.distributed is initialized, every rank must call this; they share the work.
+    Reads those bases completely that have no checksums.json. If torch.distributed is initialized, every rank must call
+    this; they share the work.
 
     Raises:
         UserError: a base has changed.
     """
     for link, base in zip(links, links[1:], strict=False):
+        if not checksums.is_verifying and not (base / checksums.FILE_NAME).is_file():
+            continue
         record = BaseCheckpoint.read(link.parent)
         if record is None or checksum(base) != record.sha256:
             raise UserError(
@@ -168,14 +174,55 @@ def verify_chain(links: list[Path]) -> None:
             )
 
 
-def checksum(step_folder: Path) -> str:
-    """SHA-256 over names, sizes and contents of a step folder's files, and over its own base's checksum if it has one.
+def verify_files(links: list[Path]) -> None:
+    """Compare all files of the step folders with their checksums.json.
 
     If torch.distributed is initialized, every rank must call this; they share the work.
 
     Raises:
+        UserError: a file is damaged or missing.
+    """
+    for link in links:
+        fix = "copy the checkpoint again, or use another step (trainer: --ckpt-step)"
+        checksums.verify_folder(link, fix, is_expected=True)
+
+
+def write_checksums(step_folder: Path) -> None:
+    """Write checksums.json of a step that all ranks have saved. Every rank must call this.
+
+    Each rank reads the files that it wrote, which its machine still has in memory.
+
+    Raises:
+        OSError: a file can't be read.
+    """
+    rank, world = checksums.rank_and_world()
+    names = [path.name for path in step_folder.iterdir() if path.suffix == ".distcp" or path.name in TABLE_FILES]
+    writers = {name: int(found[1]) for name in names if (found := re.match(r"__(\d+)_", name))}
+    own = [name for name in names if (writers[name] if writers.get(name, world) < world else 0) == rank]
+    sums = {
+        name: found for part in checksums.gather(checksums.sums_of(step_folder, own)) for name, found in part.items()
+    }
+    complete = {name: found for name, found in sums.items() if found is not None}
+    if unread := sums.keys() - complete.keys():
+        raise OSError(f"{step_folder / min(unread)} can't be read although it was just saved; check the disk")
+    if rank == 0:
+        checksums.write(step_folder, complete)
+
+
+def checksum(step_folder: Path) -> str:
+    """SHA-256 over a step folder's checksums.json, and over its own base's checksum if it has one.
+
+    In a step folder without that file, over names, sizes and contents of all files. If torch.distributed is
+    initialized, every rank must call this; they share the work.
+
+    Raises:
         UserError: a file can't be read.
     """
+    record = BaseCheckpoint.read(step_folder.parent)
+    overall = hashlib.sha256((record.sha256 if record else "").encode())
+    if (sums := step_folder / checksums.FILE_NAME).is_file():
+        overall.update(sums.read_bytes())
+        return overall.hexdigest()
     files = sorted((path.relative_to(step_folder).as_posix(), path) for path in step_folder.rglob("*"))
     pieces = [
         (name, path.stat().st_size, start, path)
@@ -183,9 +230,7 @@ def checksum(step_folder: Path) -> str:
         if path.is_file()
         for start in range(0, max(path.stat().st_size, 1), PIECE_BYTES)
     ]
-    rank, world = 0, 1
-    if torch.distributed.is_initialized():
-        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    rank, world = checksums.rank_and_world()
     own = pieces[rank::world]
     total = sum(min(PIECE_BYTES, size - start) for _, size, start, _ in own)
     title, is_hidden = f"checksum of {step_folder}", rank > 0 or None
@@ -193,13 +238,8 @@ def checksum(step_folder: Path) -> str:
         tqdm(total=total, desc=title, unit="B", unit_scale=True, delay=2, disable=is_hidden) as bar,
         ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool,  # hashlib releases Python's lock
     ):
-        digests_of_ranks = [list(pool.map(lambda piece: _digest(piece[3], piece[2], bar), own))]
-    if world > 1:
-        own_digests, digests_of_ranks = digests_of_ranks[0], [[] for _ in range(world)]
-        torch.distributed.all_gather_object(digests_of_ranks, own_digests)
+        digests_of_ranks = checksums.gather(list(pool.map(lambda piece: _digest(piece[3], piece[2], bar), own)))
     digests = chain.from_iterable(zip_longest(*digests_of_ranks))  # piece i was hashed by rank i % world
-    record = BaseCheckpoint.read(step_folder.parent)
-    overall = hashlib.sha256((record.sha256 if record else "").encode())
     for (name, size, start, path), digest in zip(pieces, digests, strict=False):
         if digest is None:
             raise UserError(f"cannot read {path}; check the disk and the file's permissions")

@@ -6,6 +6,7 @@ An error that a user can cause is one sentence: what was expected, what was foun
 import argparse
 import difflib
 import errno
+import locale
 import os
 import signal
 import sys
@@ -21,6 +22,10 @@ from typing import Any, NoReturn
 
 class UserError(ValueError):
     """Wrong arguments or input. Only the message is shown, no traceback."""
+
+
+class MachineError(RuntimeError):
+    """A failing machine, such as a disk that can't be written. Only the message is shown; exit code 1."""
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -70,6 +75,7 @@ def run_command(main: Callable[[], None]) -> None:
     A `UserError` exits with code 2 and its message, a full disk or Ctrl-C with code 1 and a message. Anything else is a
     bug and keeps its traceback (code 1). With `--debug` on the command line, every error keeps its traceback.
     """
+    _use_utf8()
     debug = "--debug" in sys.argv
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         # Exit as usual, so that temporary files are removed.
@@ -108,9 +114,16 @@ def _discard_unwritable() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def _use_utf8() -> None:
+    """Start this command again in Python's UTF-8 mode if names and files would be ASCII (PYTHONUTF8=0, LC_ALL=C)."""
+    if not sys.flags.utf8_mode and locale.getencoding().lower() not in ("utf-8", "utf8"):
+        os.environ["PYTHONUTF8"] = "1"  # for its child processes
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
 def _message(error: BaseException) -> str | None:
     """The message for an error that a user can cause; None for a bug."""
-    if isinstance(error, UserError):
+    if isinstance(error, (UserError, MachineError)):
         return str(error).strip().rsplit("UserError: ", 1)[-1]  # a data loader's worker wraps it in its traceback
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full while writing {error.filename or 'the output'}; free space and run it again"

@@ -4,7 +4,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Buffer, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -96,6 +97,11 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def partial_name(path: Path) -> Path:
+    """The folder in which `resumable_directory` keeps what has been written of `path`."""
+    return path.with_name(f".{path.name}.partial")
+
+
 @contextmanager
 def resumable_directory(path: Path, job: str) -> Iterator[Path]:
     """Like `atomic_directory`, but keep what an interrupted run of the same job has written.
@@ -107,7 +113,7 @@ def resumable_directory(path: Path, job: str) -> Iterator[Path]:
         UserError: another process is writing to the folder.
     """
     make_folder(path.parent)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_name(path)
     partial.mkdir(exist_ok=True)
     with locked(partial / LOCK_FILE, path):
         description = partial / JOB_FILE
@@ -170,13 +176,22 @@ def _replace(path: Path, temporary: Path) -> None:
 
 
 class DurableFile:
-    """A new binary file whose content is on disk once `finish` returns; `name` is without its folder."""
+    """A new binary file whose content is on disk once `finish` returns.
+
+    Attributes:
+        name: without its folder.
+        crc32: CRC-32 of what was written.
+    """
 
     def __init__(self, path: Path) -> None:
         self.name = path.name
+        self.crc32 = 0
         self._file = open(path, "wb")
-        self.write, self.flush, self.tell = self._file.write, self._file.flush, self._file.tell
-        self.close = self._file.close
+        self.flush, self.tell, self.close = self._file.flush, self._file.tell, self._file.close
+
+    def write(self, data: Buffer) -> int:
+        self.crc32 = zlib.crc32(data, self.crc32)
+        return self._file.write(data)
 
     def finish(self) -> None:
         """Write everything to disk, then close the file."""

@@ -122,8 +122,11 @@ class ModelSpec:
                 # bool is a subclass of int, but `num_layers: true` is a mistake.
                 if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
                     raise UserError(f"megatron_args.{name} has the wrong type: {value!r}")
-                if kind is int and value < 1:
-                    raise UserError(f"megatron_args.{name} must be at least 1, got {value}")
+                if kind is int and not 1 <= value < 1 << 31:
+                    limit = "at least 1" if value < 1 else "below 2^31"
+                    raise UserError(f"megatron_args.{name} must be {limit}, got {value}")
+        if not 0 < self.megatron_args["norm_epsilon"] < 1:
+            raise UserError(f"norm_epsilon must be above 0 and below 1, got {self.megatron_args['norm_epsilon']}")
         heads, groups = self.megatron_args["num_attention_heads"], self.megatron_args["num_query_groups"]
         if heads % groups:
             raise UserError(f"num_attention_heads ({heads}) must be a multiple of num_query_groups ({groups})")

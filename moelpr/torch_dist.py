@@ -1,7 +1,7 @@
 """Megatron's `torch_dist` checkpoints (PyTorch's DCP format), one chunk at a time and without a process group.
 
 PyTorch's writer keeps every tensor of a file in memory until the file is closed, and its reader unpickles `.metadata`
-without restrictions. The file format is small: a `.distcp` file is a sequence of `torch.save` archives, and `.metadata`
+without restriction. The file format is small: a `.distcp` file is a sequence of `torch.save` archives, and `.metadata`
 records where each chunk of each tensor is stored. So chunks are written and read here, with PyTorch's metadata classes
 and `torch.save`/`torch.load(weights_only=True)`; PyTorch's and Megatron's loaders read the result.
 """
@@ -26,6 +26,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from moelpr import checksums
+from moelpr.checksums import FileSum, Verifier
 from moelpr.errors import UserError
 from moelpr.files import DurableFile
 
@@ -39,20 +41,31 @@ JOURNAL_FILE = "written.jsonl"
 def read_metadata(folder: Path) -> Metadata:
     """Read the table of contents of a step folder, without running code that the pickle `.metadata` could contain.
 
-    Megatron's and PyTorch's own loaders unpickle the file without this restriction.
+    The trainer uses this function too, in place of PyTorch's (moelpr/megatron_patches/checkpoint_reading.py).
 
     Raises:
-        UserError: `folder` is not a torch_dist checkpoint, is incomplete, or its `.metadata` is damaged.
+        UserError: `folder` is not a torch_dist checkpoint, is incomplete, or its table of contents is damaged.
     """
+    fix = "copy the checkpoint again, or use another step (--iteration; trainer: --ckpt-step)"
+    for name in (METADATA_FILE, MEGATRON_CONFIG_FILE):  # Megatron writes the second when the step is complete
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} is not a complete torch_dist checkpoint: {name} is missing; {fix}")
     path = folder / METADATA_FILE
-    if not path.is_file():
-        raise UserError(f"{folder} is not a complete torch_dist checkpoint: {METADATA_FILE} is missing")
     try:
         with open(path, "rb") as file:
             metadata = _MetadataUnpickler(file).load()
-        return Metadata(dict(metadata.state_dict_metadata), storage_data=dict(metadata.storage_data))
+        contents, places = dict(metadata.state_dict_metadata), dict(metadata.storage_data)
+        outside = next(
+            (p.relative_path for p in places.values() if Path(p.relative_path).name != p.relative_path), None
+        )
+        if outside is not None:
+            raise ValueError(f"it points outside its folder, to {outside}")
+        path = folder / MEGATRON_CONFIG_FILE
+        if (found := json.loads(path.read_text())["sharded_backend"]) != "torch_dist":
+            raise ValueError(f'"sharded_backend" must be torch_dist, got {found!r}')
     except Exception as error:  # a damaged pickle may raise any exception
-        raise UserError(f"{path} is damaged ({error}); save the checkpoint again") from error
+        raise UserError(f"{path} is damaged ({error}); {fix}") from error
+    return Metadata(contents, storage_data=places)
 
 
 def _slices(lower: list[int], upper: list[int], offsets: Sequence[int]) -> tuple[slice, ...]:
@@ -106,7 +119,7 @@ class TorchDistWriter:
         self._contents: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
         self._file: DurableFile | None = None
-        self._num_files = 0
+        self._sums: dict[str, FileSum] = {}  # of complete files
         self._open_chunks: list[dict[str, Any]] = []  # of the open file, for the journal
         self._read_journal()
 
@@ -143,7 +156,7 @@ class TorchDistWriter:
         self._places[MetadataIndex(key)] = self._append([value])
 
     def finish(self, common_state: dict[str, Any]) -> None:
-        """Write Megatron's non-tensor state and the table of contents."""
+        """Write Megatron's non-tensor state, the table of contents and the checksums."""
         self.write_object("common_state", common_state)
         self._close_file()
         (self._folder / JOURNAL_FILE).unlink(missing_ok=True)
@@ -151,6 +164,8 @@ class TorchDistWriter:
         (self._folder / METADATA_FILE).write_bytes(pickle.dumps(metadata))
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         (self._folder / MEGATRON_CONFIG_FILE).write_text(json.dumps(config))
+        tables = {name: FileSum.of(self._folder / name) for name in (METADATA_FILE, MEGATRON_CONFIG_FILE)}
+        checksums.write(self._folder, self._sums | tables)
 
     def _register(self, chunk: dict[str, Any], place: _StorageInfo) -> None:
         key, dtype, offsets = chunk["key"], getattr(torch, chunk["dtype"]), torch.Size(chunk["offsets"])
@@ -168,30 +183,33 @@ class TorchDistWriter:
         journal.write_text(lines)
         for line in lines.splitlines():
             file = json.loads(line)
+            if "crc32" not in file:
+                break  # an older version's
             for chunk in file["chunks"]:
                 self._register(chunk, _StorageInfo(file["name"], chunk["start"], chunk["length"]))
                 self._written.add((chunk["key"], tuple(chunk["offsets"])))
-            self._num_files += 1
+            self._sums[file["name"]] = FileSum(file["num_bytes"], file["crc32"])
 
     def _close_file(self) -> None:
         if self._file is None:
             return
+        found = FileSum(self._file.tell(), f"{self._file.crc32:08x}")
         self._file.finish()
+        self._sums[self._file.name] = found
         with open(self._folder / JOURNAL_FILE, "a") as journal:
-            journal.write(json.dumps({"name": self._file.name, "chunks": self._open_chunks}) + "\n")
-        self._open_chunks = []
+            journal.write(json.dumps({"name": self._file.name, **vars(found), "chunks": self._open_chunks}) + "\n")
+        self._file, self._open_chunks = None, []
 
     def _append(self, value: Any) -> _StorageInfo:
         if self._file is None or self._file.tell() >= self._max_file_bytes:
             self._close_file()
-            self._file = DurableFile(self._folder / f"__0_{self._num_files}.distcp")
-            self._num_files += 1
+            self._file = DurableFile(self._folder / f"__0_{len(self._sums)}.distcp")
         start = self._file.tell()
         try:
             torch.save(value, cast(BinaryIO, self._file))
         except RuntimeError as error:
-            # torch.save raises its own error in place of the write error (a full disk).
-            if isinstance(error.__context__, OSError):
+            # torch.save raises its own error in place of the write error (a full disk) or of Ctrl-C.
+            if isinstance(error.__context__, (OSError, KeyboardInterrupt)):
                 raise error.__context__ from None
             raise
         return _StorageInfo(self._file.name, start, self._file.tell() - start)
@@ -213,6 +231,7 @@ class TorchDistReader:
         self._entries = {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
         self._places: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
         self._loaded: dict[tuple[str, torch.Size], Tensor] = {}
+        self._verifier = Verifier(folder, "copy the checkpoint again, or use another step", is_expected=True)
 
     @property
     def keys(self) -> set[str]:
@@ -271,15 +290,16 @@ class TorchDistReader:
         if info is None:
             raise UserError(f"{self._folder} is incomplete: parts of {key} are missing; save the checkpoint again")
         path = self._folder / info.relative_path
-        if path.parent != self._folder:
-            raise UserError(f"{self._folder / METADATA_FILE} points outside its folder, to {info.relative_path}")
         try:
+            self._verifier.verify(info.relative_path)
             with open(path, "rb") as file:
                 view = cast(BinaryIO, _create_file_view(file, info.offset, info.length))
                 # map_location: chunks saved on a GPU must load on a machine without one.
                 tensor = torch.load(view, map_location="cpu", weights_only=True)
         except FileNotFoundError as error:
             raise UserError(f"{self._folder} is incomplete: {info.relative_path} is missing; copy it again") from error
+        except UserError:
+            raise
         except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
             raise UserError(
                 f"{path} is truncated or damaged at {key}; save the checkpoint again or copy it again"

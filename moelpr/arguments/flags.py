@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection, Iterable
 from typing import Any, NoReturn
 
+from moelpr.checksums import NoVerify
 from moelpr.errors import UserError
 from moelpr.stages import STAGE_HELP
 
@@ -38,6 +39,7 @@ def add_arguments[P: argparse.ArgumentParser](parser: P) -> P:
         help="Freeze nothing: the paper's plain-MoE ablation, which loses the original languages.")  # fmt: skip
     add("--save-trained-only", action="store_true",
         help="Omit frozen tensors from checkpoints and record where to find them (docs/checkpoints.md).")  # fmt: skip
+    add("--no-verify", action=NoVerify, help="Do not compare checkpoints with their checksums before they are loaded.")
     add("--validation-data", nargs="+", metavar="LANG=PREFIX",
         help="Held-out corpora, one per language. Bits per byte of each are logged before the first step, every "
         "--eval-interval steps, and at the end; --eval-iters N limits each evaluation to N global batches per corpus "

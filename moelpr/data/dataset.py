@@ -5,7 +5,6 @@ the GPT dataset looks up the bits of all these ranges at once.
 """
 
 import argparse
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from moelpr.data.corpus_index import CorpusIndex
 from moelpr.data.language_bits import open_language_bits
 from moelpr.errors import UserError
+from moelpr.families.families import read_config
 from moelpr.run_folder import HF_FOLDER
 
 _SEQUENCES_AT_ONCE = 1 << 20
@@ -160,7 +160,7 @@ def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
 def _token_ids(args: argparse.Namespace) -> TokenIds:
     """Return the model's vocabulary; only --eod-mask-loss needs the end-of-document ID."""
     config_file = Path(args.model_source) / HF_FOLDER / "config.json"
-    eod = json.loads(config_file.read_text()).get("eos_token_id") if config_file.is_file() else None
+    eod = read_config(config_file.parent).get("eos_token_id") if config_file.is_file() else None
     eod = eod[0] if isinstance(eod, list) else eod
     if args.eod_mask_loss and eod is None:
         raise UserError(

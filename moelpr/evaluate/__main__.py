@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moelpr.checksums import NoVerify
 from moelpr.errors import CommandParser, UserError, run_command
 
 if TYPE_CHECKING:
@@ -150,6 +151,7 @@ def common_arguments(models: str) -> CommandParser:
         help="auto: float32 on a CPU, the model's own on a GPU (default: %(default)s)")  # fmt: skip
     add("--output", type=Path, metavar="DIR",
         help="folder for the results as JSON, Markdown, HTML and SVG; rerun the command to resume")  # fmt: skip
+    add("--no-verify", action=NoVerify)
     return parser
 
 

@@ -167,6 +167,8 @@ class ResultCache:
             raise UserError(f"--output {folder} is a file; pass a folder")
         if folder and folder.is_dir() and any(folder.iterdir()) and not (folder / CACHE_FOLDER).is_dir():
             raise UserError(f"--output {folder} is not an evaluation folder; choose another")
+        if folder:
+            make_folder(folder)  # now, and not when the first result is there
         self._folder = folder and folder / CACHE_FOLDER
         if self._folder:
             make_folder(self._folder)  # now, because measuring takes long

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moelpr import checksums
 from moelpr.data.tokenizer import check_token_ids
 from moelpr.errors import UserError
 from moelpr.megatron_patches import cpu, megatron_fixes
@@ -159,6 +160,7 @@ def load_model(directory: Path, device: str = "auto", dtype: str = "auto") -> Lo
     """
     _check_directory(directory)
     torch_device = choose_device(device)
+    checksums.verify_folder(directory, "copy or download it again")
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 

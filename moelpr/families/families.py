@@ -36,7 +36,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"there is no {path}; pass the folder that hf download NAME --local-dir DIR made")
     try:
         config = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); download it again") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} must contain a JSON object, got {type(config).__name__}; download it again")
@@ -273,6 +273,8 @@ def family_of(config: dict[str, Any]) -> tuple[Family, bool]:
     Llama and Mistral share their MoE class and their table.
     """
     architectures = config.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise UserError(f"architectures must be a list of class names, got {architectures!r}; restore config.json")
     for family in FAMILIES.values():
         has_its_type = not architectures and config.get("model_type") == family.model_type
         if has_its_type or family.architecture in architectures:
@@ -281,7 +283,7 @@ def family_of(config: dict[str, Any]) -> tuple[Family, bool]:
             return family, True
     known = [family.architecture for family in FAMILIES.values()]
     known += dict.fromkeys(family.moe_architecture for family in FAMILIES.values())
-    found = ", ".join(architectures) or config.get("model_type") or "none"
+    found = ", ".join(map(str, architectures)) or config.get("model_type") or "none"
     raise UserError(f"architecture must be one of {', '.join(known)}, got {found}")
 
 
@@ -315,10 +317,15 @@ def read_base(folder: Path) -> tuple[Family, ModelSpec]:
     except Exception as error:  # a damaged config may raise any exception
         raise UserError(f"transformers cannot read {folder}/config.json: {' '.join(str(error).split())}") from error
     try:
+        for name in ("rms_norm_eps", "initializer_range", "attention_dropout"):
+            if not 0 <= (value := getattr(config, name, 0) or 0) < 1:  # NaN is in no range
+                raise UserError(f"{name} must be at least 0 and below 1, got {value}")
         args = family.megatron_args(config)
         moe = _original_experts(config, family, args, raw) if is_moe else None
     except UserError as error:
         raise UserError(f"{folder}/config.json: {error}") from error
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"{folder}/config.json has a value of the wrong type or size ({error}); restore it") from error
     return family, ModelSpec(family.name, "float32", args, moe)
 
 

@@ -1,6 +1,6 @@
 """Callbacks at points of Megatron's training loop where `pretrain()` offers none. Checked against Megatron Core 0.19.2.
 
-Each hook replaces a function of `megatron.training.training` while its context is open. Arguments are passed by their
+Each hook replaces a function of Megatron while its context is open. Arguments are passed by their
 names in Megatron's signatures; `tests/unit/megatron_patches/test_hooks.py` fails when a function or a name is gone.
 """
 
@@ -8,9 +8,11 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial, wraps
+from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import dist_checkpointing
 from megatron.training import get_args, global_vars
 from megatron.training import training as megatron_training
 from torch import Tensor
@@ -40,6 +42,30 @@ def after_save_checkpoint(callback: Callable[[int], None]) -> AbstractContextMan
         callback(named["iteration"])
 
     return _replaced("save_checkpoint", save_checkpoint)
+
+
+@contextmanager
+def after_step_is_written(callback: Callable[[Path], None]) -> Iterator[None]:
+    """Call `callback(step_folder)` on every rank when a step's files are written, before the tracker file names it.
+
+    With --async-save too: then in the trainer's process, when the helper has finished.
+    """
+    save = dist_checkpointing.save
+
+    @wraps(save)
+    def save_and_call(state: Any, checkpoint_dir: str, *args: Any, **kwargs: Any) -> Any:
+        request = save(state, checkpoint_dir, *args, **kwargs)
+        if request is None:
+            callback(Path(checkpoint_dir))
+        else:
+            request.add_finalize_fn(partial(callback, Path(checkpoint_dir)))
+        return request
+
+    dist_checkpointing.save = save_and_call
+    try:
+        yield
+    finally:
+        dist_checkpointing.save = save
 
 
 @contextmanager

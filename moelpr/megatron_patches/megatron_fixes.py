@@ -3,14 +3,22 @@
 `tests/unit/megatron_patches/test_megatron_fixes.py` fails once a fix is no longer needed.
 """
 
+import errno
 import importlib.util
+import os
+import shutil
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim.adam import adam
+
+from moelpr.errors import MachineError
+from moelpr.megatron_patches import checkpoint_reading
 
 
 @cache
@@ -21,6 +29,8 @@ def install() -> None:
     _load_fp32_optimizer_shards()
     _load_optimizers_without_parameters()
     _reduce_metrics_on_stages_without_routers()
+    _say_why_a_step_was_not_saved()
+    checkpoint_reading.install()
 
 
 def gpt_config_from_args(args: Namespace, transformer: Any) -> Any:
@@ -110,6 +120,33 @@ def _reduce_metrics_on_stages_without_routers() -> None:
             setattr(self._metrics[name], kind, parallel_state.get_tensor_and_context_parallel_group())
 
     MoEMetricsTracker.ensure_initialized = ensure_initialized_with_group
+
+
+def _say_why_a_step_was_not_saved() -> None:
+    """A full disk is a CheckpointException around a list of tracebacks without the reason."""
+    from megatron.core.dist_checkpointing.strategies import state_dict_saver
+
+    finalize = state_dict_saver.save_state_dict_async_finalize
+
+    @wraps(finalize)
+    def finalize_with_reason(storage_writer: Any, *args: Any) -> None:
+        try:
+            finalize(storage_writer, *args)
+        except (CheckpointException, OSError) as error:
+            sys.unraisablehook = lambda _: None  # Python reports the streams that the failed writers left
+            folder = storage_writer.checkpoint_dir
+            tensors = [tensor for bucket in storage_writer.write_buckets for _, tensor in bucket[2][1]]
+            free = shutil.disk_usage(folder).free
+            if free < sum(tensor.nbytes for tensor in tensors):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+            failures = error.failures if isinstance(error, CheckpointException) else {0: (error,)}
+            reason = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in failures.items()) or "see rank 0"
+            raise MachineError(
+                f"{folder} could not be saved ({reason}), with {free / 1e9:,.1f} GB free on its disk; check the disk, "
+                "and run the same command again to resume from the step before"
+            ) from error
+
+    state_dict_saver.save_state_dict_async_finalize = finalize_with_reason
 
 
 class GroupStepAdam(torch.optim.Adam):

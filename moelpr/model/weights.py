@@ -50,6 +50,8 @@ def load_weights(
             loaded = load(here, str(link))
             for index, chunk in enumerate(chunks):
                 chunk.load_state_dict(loaded.get(f"model{index}", {}), strict=False)  # a link may have no tensor of it
+        except UserError:  # about a damaged file, which it names
+            raise
         except _LOAD_ERRORS as error:
             reason = " ".join(str(error).split())[:500] or type(error).__name__
             raise UserError(f"the checkpoint {link} does not match its model_spec.json: {reason}") from error

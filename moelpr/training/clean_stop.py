@@ -71,10 +71,19 @@ class StopRequest:
 
 @contextmanager
 def ends_the_run() -> Iterator[None]:
-    """Swallow the sys.exit(0) with which Megatron leaves its training loop after a stop request."""
+    """Swallow the sys.exit(0) with which Megatron leaves its training loop after a stop request.
+
+    Raises:
+        UserError: Megatron called sys.exit() instead, as where it can't load a checkpoint: that is exit code 0 too.
+    """
     try:
         yield
     except SystemExit as error:
+        if error.code is None:
+            raise UserError(
+                "Megatron could not load the checkpoint, as its last message above says; copy the checkpoint again, or "
+                "use another step (--ckpt-step)"
+            ) from error
         if error.code != 0:
             raise
 

@@ -90,6 +90,8 @@ class RunLog:
         sys.stderr.flush()
 
     def close(self) -> None:
+        if (writer := get_tensorboard_writer()) is not None:
+            writer.flush()  # Megatron does before the last validation, and a thread of the writer may not get to it
         for output in (self._file, self._bar):
             if output is not None:
                 output.close()

@@ -11,7 +11,7 @@ from pathlib import Path
 from moelpr import yaml_files
 from moelpr.arguments.settings import resolved_settings
 from moelpr.checkpoints import step_name
-from moelpr.files import write_text
+from moelpr.files import make_folder, write_text
 from moelpr.megatron_patches import hooks
 from moelpr.model_spec import ModelSpec
 from moelpr.run_folder import COMMAND_FILE, HF_FOLDER, RECIPE_FILE, VERSIONS_FILE
@@ -29,7 +29,7 @@ def run_records(args: argparse.Namespace, spec: ModelSpec, argv: list[str]) -> I
         yield
         return
     save, source = Path(args.save), Path(args.model_source)
-    save.mkdir(parents=True, exist_ok=True)
+    make_folder(save)
     if source.resolve() != save.resolve():  # a resumed run has them, and other ranks may be reading them now
         spec.write(save)
         if (source / HF_FOLDER).is_dir():

@@ -16,10 +16,11 @@ from megatron.training import print_rank_0
 from megatron.training.checkpointing import _load_global_dist_base_checkpoint
 from megatron.training.models.gpt import GPTModel
 
-from moelpr.checkpoints import RELEASE, BaseCheckpoint, checkpoint_chain, checksum, verify_chain
+from moelpr.checkpoints import RELEASE, BaseCheckpoint, checkpoint_chain, checksum, verify_chain, verify_files
 from moelpr.errors import UserError
 from moelpr.model.weights import load_weights, save_trained_only
 from moelpr.run_folder import BASE_CHECKPOINT_FILE
+from moelpr.torch_dist import read_metadata
 
 
 def starting_weights(args: argparse.Namespace) -> Callable[[list[GPTModel]], None]:
@@ -36,8 +37,12 @@ def starting_weights(args: argparse.Namespace) -> Callable[[list[GPTModel]], Non
             f"{source} was saved with --save-trained-only, but its {BASE_CHECKPOINT_FILE} is missing; restore it"
         )
 
+    for link in links:
+        read_metadata(link)  # Megatron ends with exit code 0, or with a traceback, if it can't read this
+
     def load(chunks: list[GPTModel]) -> None:
         verify_chain(links)
+        verify_files(links)
         if not args.use_cpu_initialization:
             for chunk in chunks:
                 chunk.cuda(torch.cuda.current_device())  # as Megatron does next

@@ -11,9 +11,10 @@ from megatron.training.argument_utils import core_transformer_config_from_args, 
 from megatron.training.models.gpt import GPTModelConfig
 
 from moelpr.arguments.parse import check_arguments, refused_by_megatron, register_arguments
+from moelpr.checkpoints import write_checksums
 from moelpr.data.dataset import TaggedGPTDataset, dataset_config
 from moelpr.data.epoch_table import epoch_table
-from moelpr.megatron_patches import megatron_fixes
+from moelpr.megatron_patches import hooks, megatron_fixes
 from moelpr.model.builder import block_spec
 from moelpr.model.config import MoELPRConfig
 from moelpr.model.freezing import freeze, parameter_report
@@ -46,6 +47,7 @@ def _train(args: argparse.Namespace, spec: ModelSpec, argv: list[str], stop: Sto
     load_weights = starting_weights(args)
     with (
         run_records(args, spec, argv),
+        hooks.after_step_is_written(write_checksums),
         metrics.step_log(args) as step_log,
         report_nonfinite_exit(args, step_log.run_log),
         validates(args, step_log),

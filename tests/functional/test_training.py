@@ -21,7 +21,9 @@ import torch
 import yaml
 
 from moelpr.arguments.checks.resume import checkpoint_bytes
+from moelpr.checksums import verify_folder
 from moelpr.model_spec import ModelSpec
+from tests.hf_models import RunsCode, replace_object
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = "--micro-batch-size 2 --global-batch-size 4 --seq-length 32 --lr 1e-2 --min-lr 1e-3 --lr-decay-style cosine"
@@ -315,8 +317,24 @@ def test_a_changed_base_stops_a_resumed_run_and_the_exporter(material: Path, sta
     said = "stage1/iter_0000006"
     assert said in done.stderr and "checksum" in done.stderr
     assert "Traceback" not in done.stderr
+    trained = cut_back(stage1, material / "changed" / "resumed-stage1") / "iter_0000003"
+    file = trained / "__1_0.distcp"
+    file.write_bytes(file.read_bytes()[:9000] + b"?" + file.read_bytes()[9001:])
+    done = launch(*stage1_command(material, trained.parent), ranks=2)
+    assert done.returncode == 2, done.stderr
+    assert f"{file} is damaged: its checksum" in done.stderr and "Traceback" not in done.stderr
     with pytest.raises(UserError, match=f"{said}.*checksum"):
         mcore_to_hf(resumed, material / "changed" / "hf")
+
+
+def test_a_hostile_checkpoint_runs_no_code_when_its_run_resumes(material: Path, stage1: Path) -> None:
+    step = cut_back(stage1, material / "hostile") / "iter_0000003"
+    (step / "checksums.json").unlink()
+    replace_object(step, "rng_state", [RunsCode(material / "ran")])
+    done = launch(*stage1_command(material, step.parent), ranks=2)
+    assert done.returncode == 2, done.stderr
+    assert "would run" in done.stderr and "Traceback" not in done.stderr
+    assert not (material / "ran").exists()
 
 
 def test_held_out_text_is_scored_as_transformers_scores_it(material: Path, stage2: Path) -> None:
@@ -367,13 +385,17 @@ def test_stage2_starts_at_step_1_and_learns_to_route_original_tokens(stage2: Pat
     assert records[0]["lm_loss_expanded"] is not None
 
 
-def test_a_run_folder_contains_its_settings_and_model(stage2: Path) -> None:
+def test_a_run_folder_contains_its_settings_and_model(stage1: Path, stage2: Path) -> None:
     import yaml
 
     from moelpr.model_spec import ModelSpec
 
     recipe = yaml.safe_load((stage2 / "recipe.yaml").read_text())
     assert recipe["stage"] == "stage2"
+    for step in (stage1 / "iter_0000006", stage2 / "iter_0000003"):  # of two ranks; saved asynchronously
+        names = {path.name for path in step.iterdir()} - {"recipe.yaml", "checksums.json"}
+        assert json.loads((step / "checksums.json").read_text())["files"].keys() == names
+        verify_folder(step, "")
     for step in ("iter_0000003", "iter_0000006"):
         assert yaml.safe_load((stage2 / step / "recipe.yaml").read_text()) == recipe
     assert recipe["lpr_loss_coeff"] == 0.1

@@ -13,7 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moelpr import checkpoints
-from moelpr.checkpoints import BaseCheckpoint, checkpoint_chain, checksum, step_folder, verify_chain
+from moelpr.checkpoints import (
+    BaseCheckpoint,
+    checkpoint_chain,
+    checksum,
+    step_folder,
+    verify_chain,
+    verify_files,
+    write_checksums,
+)
 from moelpr.errors import UserError
 from moelpr.model_spec import ModelSpec
 
@@ -82,6 +90,22 @@ def test_any_changed_byte_in_a_base_is_detected(runs: Path, link: str, data: st.
         verify_chain(checkpoint_chain(runs / "stage2"))
     file.write_bytes(before)
     verify_chain(checkpoint_chain(runs / "stage2"))
+
+
+def test_a_base_with_checksums_is_identified_by_them(tmp_path: Path, moe_spec: ModelSpec) -> None:
+    """So it is read once, for its contents."""
+    base = write_checkpoint(tmp_path / "upcycled", moe_spec, {".metadata": b"table", "__0_0.distcp": b"0123456789"})
+    write_checksums(base)
+    links = [write_checkpoint(tmp_path / "stage1", moe_spec, {"__0_0.distcp": b"experts"}, base), base]
+    (base / "recipe.yaml").touch()  # not part of it
+    verify_chain(links)
+    verify_files(links)
+    (base / "__0_0.distcp").write_bytes(b"0123456780")
+    with pytest.raises(UserError, match="upcycled/release/__0_0.distcp is damaged"):
+        verify_files(links)
+    write_checksums(base)  # another model, consistent in itself
+    with pytest.raises(UserError, match="upcycled/release is not what .*stage1 were trained on"):
+        verify_chain(links)
 
 
 def test_files_added_missing_or_renamed_change_the_checksum(runs: Path) -> None:

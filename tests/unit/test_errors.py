@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.errors import CommandParser, UserError, run_command
+from moelpr.errors import CommandParser, MachineError, UserError, run_command
 
 
 def fail_with(error: BaseException):  # noqa: ANN201
@@ -24,6 +24,7 @@ def fail_with(error: BaseException):  # noqa: ANN201
     [
         (UserError("expected a, got b; do c"), 2, "error: expected a, got b; do c"),
         (OSError(errno.ENOSPC, "No space left on device", "x.bin"), 1, "the disk is full while writing x.bin"),
+        (MachineError("the disk can't be read"), 1, "error: the disk can't be read"),
         (KeyboardInterrupt(), 1, "interrupted"),
     ],
 )
@@ -123,6 +124,17 @@ def test_a_waiting_rank_ends_without_a_message_when_the_first_has_failed() -> No
     rank.terminate()
     _, errors = rank.communicate(timeout=5)
     assert (rank.returncode, errors) == (-signal.SIGTERM, "")
+
+
+def test_names_that_are_not_ascii_are_read_and_written_without_utf8_mode(tmp_path: Path) -> None:
+    script = tmp_path / "tool.py"
+    script.write_text(
+        "import sys\nfrom moelpr.errors import run_command\n"
+        "run_command(lambda: open(sys.argv[1], 'w').write(sys.argv[1]) and None)\n"
+    )
+    environment = {**os.environ, "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, script, "\u00e9\u65e5"], env=environment, cwd=tmp_path, check=True)
+    assert (tmp_path / "\u00e9\u65e5").read_text(encoding="utf-8") == "\u00e9\u65e5"
 
 
 def test_a_rank_that_has_lost_another_waits_for_the_launcher_to_say_why(monkeypatch, capsys) -> None:  # noqa: ANN001

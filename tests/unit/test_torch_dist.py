@@ -1,5 +1,7 @@
 """Checkpoints are read chunk by chunk, and a checkpoint from an untrusted source runs no code."""
 
+import inspect
+import itertools
 import pickle
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from moelpr.errors import UserError
+from moelpr.files import DurableFile
 from moelpr.torch_dist import TorchDistReader, TorchDistWriter, read_metadata
 from tests.hf_models import RunsCode
 
@@ -62,6 +65,24 @@ def test_an_interrupted_writer_resumes_to_the_same_bytes(tmp_path: Path) -> None
     assert torch.equal(TorchDistReader(tmp_path / "broken").read("stack")[:, 0], torch.arange(8.0))
 
 
+@pytest.mark.parametrize("num_writes", [1, 2, 5])
+def test_ctrl_c_within_a_tensor_is_not_another_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_writes: int
+) -> None:
+    """torch.save raises an error of its own when it closes the archive that it could not write."""
+    calls = itertools.count(1)
+    write = DurableFile.write
+
+    def interrupted(self: DurableFile, data: bytes) -> int:
+        if next(calls) == num_writes:
+            raise KeyboardInterrupt
+        return write(self, data)
+
+    monkeypatch.setattr(DurableFile, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt), TorchDistWriter(tmp_path) as writer:
+        writer.write("tensor", torch.ones(1000))
+
+
 @pytest.fixture
 def step(tmp_path: Path) -> Path:
     folder = tmp_path / "iter_0000001"
@@ -80,7 +101,7 @@ def edit_metadata(step: Path, **changes: Any) -> None:
 
 
 def test_metadata_has_the_entries_that_torch_reads(step: Path) -> None:
-    ours, torchs = read_metadata(step), dcp.FileSystemReader(step).read_metadata()
+    ours, torchs = read_metadata(step), inspect.unwrap(dcp.FileSystemReader.read_metadata)(dcp.FileSystemReader(step))
     assert ours.state_dict_metadata == torchs.state_dict_metadata
     assert ours.storage_data == torchs.storage_data
 
@@ -92,7 +113,7 @@ def test_metadata_of_an_untrusted_checkpoint_runs_no_code(step: Path, tmp_path: 
     assert set(read_metadata(step).state_dict_metadata) == keys
     assert torch.equal(TorchDistReader(step).read("tensor"), torch.ones(3))
     assert not trap.exists()
-    dcp.FileSystemReader(step).read_metadata()
+    inspect.unwrap(dcp.FileSystemReader.read_metadata)(dcp.FileSystemReader(step))
     assert trap.exists()  # an unrestricted reader runs it
 
 

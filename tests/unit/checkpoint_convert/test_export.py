@@ -172,7 +172,7 @@ def test_few_tensors_of_a_delta_are_held_at_a_time(make_qwen2: Callable[..., Pat
 def test_a_delta_contains_only_routers_and_new_experts(checkpoint: Path, tmp_path: Path) -> None:
     mcore_to_hf(checkpoint, tmp_path / "delta", as_delta=True)
     assert {path.name for path in (tmp_path / "delta").iterdir()} == {
-        "README.md", "delta.safetensors", "delta_config.json",
+        "README.md", "checksums.json", "delta.safetensors", "delta_config.json",
     }  # fmt: skip
     names = set(load_file(tmp_path / "delta" / "delta.safetensors"))
     mlp = [f"model.layers.{i}.mlp" for i in (0, 2)]

@@ -4,11 +4,14 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors import safe_open
 
+from checkpoint_convert.comparison import compare
 from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.upcycling import hf_to_mcore
+from moelpr.errors import UserError
 from tests.hf_models import (
     assert_import_fails,
     assert_same,
@@ -81,3 +84,29 @@ def test_large_exports_are_sharded_with_an_index(qwen2: Path, tmp_path: Path) ->
         stock_logits(load_stock(tmp_path / "many", "Qwen2MoeForCausalLM")),
         stock_logits(load_stock(tmp_path / "one", "Qwen2MoeForCausalLM")),
     )
+
+
+def test_a_flipped_bit_in_the_weights_stops_every_reader(qwen2: Path, tmp_path: Path) -> None:
+    """Of a checkpoint and of an export; without their checksums, nothing else notices it."""
+    from moelpr.evaluate.models import load_model
+
+    hf_to_mcore(qwen2, tmp_path / "megatron", num_new_experts=2)
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", max_shard_bytes=40_000)
+    for folder, pattern in ((tmp_path / "megatron" / "release", "__0_0.distcp"), (tmp_path / "hf", "*-00002-of-*")):
+        (file,) = folder.glob(pattern)
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2 // 64 * 64] ^= 4
+        file.write_bytes(content)
+        said = f"{file.name} is damaged: its checksum"
+        if folder.name == "release":
+            with pytest.raises(UserError, match=said):
+                mcore_to_hf(tmp_path / "megatron", tmp_path / "out")
+        else:
+            assert_import_fails(folder, tmp_path, said, num_new_experts=2)
+            with pytest.raises(UserError, match=said):
+                load_model(folder)
+            with pytest.raises(UserError, match=said):
+                list(compare(folder, folder))
+        (folder / "checksums.json").unlink()
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "unnoticed")
+    hf_to_mcore(tmp_path / "hf", tmp_path / "unnoticed too", num_new_experts=2)

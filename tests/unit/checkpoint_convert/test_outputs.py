@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,9 @@ def conversions(qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "base and delta": lambda save: apply_delta(qwen2, tmp_path / "delta", save),
         "adapter": lambda save: adapter_to_mcore(tmp_path / "adapter", qwen2, save),
     }
+
+
+WEIGHTS = (".distcp", ".safetensors")
 
 
 @contextmanager
@@ -77,6 +81,26 @@ def test_an_interrupted_conversion_resumes_to_the_same_bytes(
     assert 0 < len(reads) <= len(all_reads) - 20
     assert files_of(tmp_path / "broken") == files_of(tmp_path / "unbroken")
     assert not partial.exists()
+
+
+@pytest.mark.parametrize("direction", ["import", "export"])
+def test_a_conversion_resumes_on_a_disk_with_room_for_what_is_missing(
+    conversions: dict[str, Convert], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direction: str
+) -> None:
+    conversions[direction](tmp_path / "unbroken")
+    whole = sum(path.stat().st_size for path in tmp_path.glob("unbroken/**/*.*") if path.suffix in WEIGHTS)
+    with interrupted_after(30), pytest.raises(KeyboardInterrupt):
+        conversions[direction](tmp_path / "out")
+    written = sum(path.stat().st_size for path in tmp_path.glob(".out.partial/**/*.*") if path.suffix in WEIGHTS)
+    assert written > whole / 8
+    for free, has_room in ((1000, False), (whole - written, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: shutil._ntuple_diskusage(whole, 0, free))
+        if has_room:
+            conversions[direction](tmp_path / "out")
+        else:
+            with pytest.raises(OSError, match="No space left"):
+                conversions[direction](tmp_path / "out")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "unbroken")
 
 
 def test_only_the_same_job_resumes(conversions: dict[str, Convert], qwen2: Path, tmp_path: Path) -> None:

@@ -227,6 +227,30 @@ def test_a_config_that_is_not_a_json_object_is_rejected(source: Path, tmp_path: 
     assert_import_fails(source, tmp_path, "config.json .*JSON.*download it again")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rms_norm_eps", float("nan")),
+        ("rms_norm_eps", 0),
+        ("attention_dropout", 3),
+        ("initializer_range", float("inf")),
+        ("num_attention_heads", 0),
+        ("num_hidden_layers", "4"),
+        ("max_position_embeddings", 10**30),
+        ("architectures", 7),
+    ],
+)
+def test_a_config_with_impossible_values_is_rejected(source: Path, tmp_path: Path, key: str, value: object) -> None:
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {key: value}))
+    assert_import_fails(source, tmp_path, "config|epsilon|max_position")
+
+
+def test_a_very_deep_config_is_rejected(source: Path, tmp_path: Path) -> None:
+    (source / "config.json").write_text("[" * 200_000)
+    assert_import_fails(source, tmp_path, "config.json is not valid JSON")
+
+
 def test_an_unknown_architecture_is_rejected_with_the_known_ones(source: Path, tmp_path: Path) -> None:
     edit_json(source / "config.json", architectures=["BloomForCausalLM"], model_type="bloom")
     assert_import_fails(source, tmp_path, "LlamaForCausalLM, .*Qwen3ForCausalLM.*MixtralForCausalLM.*BloomForCausalLM")

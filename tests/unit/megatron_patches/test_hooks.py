@@ -167,3 +167,32 @@ def test_megatron_and_torch_are_patched_only_in_this_package() -> None:
 )
 def test_a_patch_elsewhere_would_be_found(source: str) -> None:
     assert len(patches_in(source)) == 1
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_written_step_is_followed_by_the_callback(megatron: None, tmp_path: Path, is_async: bool) -> None:
+    """Before the caller of an asynchronous save, which writes the tracker file, is called back."""
+    import torch
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    from moelpr.megatron_patches import hooks
+
+    seen: list[Any] = []
+    state = {"weight": ShardedTensor.from_rank_offsets("weight", torch.ones(3))}
+    options = {"async_sharded_save": is_async, "async_strategy": "mcore"}
+    original = dist_checkpointing.save
+    with hooks.after_step_is_written(lambda step: seen.append(sorted(path.name for path in step.iterdir()))):
+        request = dist_checkpointing.save(state, str(tmp_path), **options)
+    assert dist_checkpointing.save is original
+    if is_async:
+        assert not seen
+        request.add_finalize_fn(lambda: seen.append("tracker"))
+        request.execute_sync()
+    assert seen == [[".metadata", "__0_0.distcp", "metadata.json"], *(["tracker"] if is_async else [])]
+
+
+def test_megatron_still_saves_steps_through_the_wrapped_function(megatron: None) -> None:
+    from megatron.training import checkpointing
+
+    assert "dist_checkpointing.save(" in inspect.getsource(checkpointing.save_checkpoint)

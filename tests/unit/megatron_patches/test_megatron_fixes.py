@@ -2,12 +2,16 @@
 
 import argparse
 import inspect
+import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 import megatron.core
 import pytest
 import torch
 
+from moelpr.errors import MachineError
 from moelpr.megatron_patches import megatron_fixes
 from moelpr.megatron_patches.megatron_fixes import GroupStepAdam
 
@@ -118,3 +122,26 @@ def test_a_group_without_parameters_counts_its_steps_too() -> None:
     )  # fmt: skip
     adam.step()
     assert [group["step"] for group in adam.param_groups] == [1, 1]
+
+
+@pytest.mark.usefixtures("megatron")
+def test_a_step_that_cannot_be_saved_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/dev/full rejects every write like a full disk; Megatron's own error is a list of tracebacks."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    real_open = open
+
+    def open_full(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        return real_open("/dev/full" if str(path).endswith(".distcp") else path, mode, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", open_full)
+    monkeypatch.setattr("sys.unraisablehook", sys.unraisablehook)
+    state = {"weight": ShardedTensor.from_rank_offsets("weight", torch.ones(30))}
+    with pytest.raises(MachineError, match=f"{tmp_path} could not be saved .*GB free") as raised:
+        dist_checkpointing.save(dict(state), str(tmp_path), async_strategy="mcore")
+    assert "Traceback" not in str(raised.value)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 900, 100))
+    with pytest.raises(OSError, match="No space left") as full:
+        dist_checkpointing.save(dict(state), str(tmp_path), async_strategy="mcore")
+    assert full.value.filename == str(tmp_path)

@@ -149,6 +149,15 @@ def test_a_helper_outlives_signals_but_not_its_trainer(tmp_path: Path, how: str,
         os.close(helper_ended)
 
 
+def test_only_the_exit_after_a_stop_request_is_a_success() -> None:
+    with clean_stop.ends_the_run():
+        sys.exit(0)
+    with pytest.raises(UserError, match="could not load"), clean_stop.ends_the_run():
+        sys.exit()  # Megatron, where it can't load a checkpoint
+    with pytest.raises(SystemExit), clean_stop.ends_the_run():
+        sys.exit(1)
+
+
 LAUNCHER = """
 import os, subprocess, sys, time
 

@@ -22,6 +22,9 @@ class Writer:
     def add_scalar(self, tag: str, value: float, step: int) -> None:
         self.written[tag] = (value, step)
 
+    def flush(self) -> None:
+        self.num_flushed = len(self.written)
+
     def log(self, values: dict[str, float], step: int) -> None:
         self.written |= {tag: (value, step) for tag, value in values.items()}
 
@@ -50,7 +53,7 @@ def test_a_validation_pass_and_its_warning_reach_file_log_and_both_boards(
     found = read_run_metrics(tmp_path / "metrics.jsonl")
     assert [record["iteration"] for record in found.validations] == [0, 1]
     assert [record["kind"] for record in found.warnings] == ["original_loss_rises"]
-    assert board.written["validation bits per byte/en"] == (2.5, 1)
+    assert board.written["validation bits per byte/en"] == (2.5, 1) and board.num_flushed == len(board.written)
     assert wandb.written == {"validation bits per byte/en": (2.5, 1)}
     printed = capsys.readouterr().err
     assert "stage1 step 0, validation: en 2.0000 bits per byte" in printed

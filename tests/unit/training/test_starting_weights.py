@@ -1,0 +1,60 @@
+"""A step that can't be loaded is one message before anything is built."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from moelpr.errors import UserError
+from moelpr.model_spec import ModelSpec
+from moelpr.torch_dist import TorchDistWriter
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+
+@pytest.fixture
+def run(tmp_path: Path, moe_spec: ModelSpec) -> Path:
+    with TorchDistWriter(tmp_path / "iter_0000003") as writer:
+        writer.finish({"iteration": 3})
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
+    moe_spec.write(tmp_path)
+    return tmp_path
+
+
+def arguments(run: Path, is_resumed: bool) -> argparse.Namespace:
+    return argparse.Namespace(
+        model_source=str(run),
+        ckpt_step=None,
+        is_resumed=is_resumed,
+        pretrained_checkpoint=None,
+        save_trained_only=False,
+    )
+
+
+def legacy(step: Path) -> None:
+    """Megatron prints that it could not load this, and exits with code 0."""
+    for path in step.iterdir():
+        path.unlink()
+    (step / "mp_rank_00").mkdir()
+    (step / "mp_rank_00" / "model_optim_rng.pt").write_bytes(b"unreadable")
+
+
+@pytest.mark.parametrize("is_resumed", [False, True])
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (legacy, "not a complete torch_dist checkpoint"),
+        (lambda step: (step / ".metadata").unlink(), ".metadata is missing"),
+        (lambda step: (step / ".metadata").write_bytes((step / ".metadata").read_bytes()[:50]), ".metadata is damaged"),
+        (lambda step: (step / "metadata.json").unlink(), "metadata.json is missing"),
+        (lambda step: (step / "metadata.json").write_text("{"), "metadata.json is damaged"),
+        (lambda step: (step / "metadata.json").write_text('{"sharded_backend": "zarr"}'), "must be torch_dist"),
+    ],
+)
+def test_an_unreadable_step_is_named_at_start_and_on_resume(run: Path, is_resumed: bool, damage, named: str) -> None:  # noqa: ANN001
+    from moelpr.training.starting_weights import starting_weights
+
+    starting_weights(arguments(run, is_resumed))
+    damage(run / "iter_0000003")
+    with pytest.raises(UserError, match=f"iter_0000003.*{named}"):
+        starting_weights(arguments(run, is_resumed))

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OSError
+
 
 class UserError(ValueError):
     """Wrong arguments or input. Only the message is shown, no traceback."""
@@ -125,7 +127,9 @@ def _message(error: BaseException) -> str | None:
     """The message for an error that a user can cause; None for a bug."""
     if isinstance(error, (UserError, MachineError)):
         return str(error).strip().rsplit("UserError: ", 1)[-1]  # a data loader's worker wraps it in its traceback
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno == errno.EFBIG:
+        return f"{error.filename or 'the output'} exceeds the limit of a file's size; raise it with ulimit -f unlimited"
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
         return f"the disk is full while writing {error.filename or 'the output'}; free space and run it again"
     # Megatron's checkpoint writer runs in other processes and reports their failures as text.
     if isinstance(error, RuntimeError) and "No space left on device" in str(error):

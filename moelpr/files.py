@@ -11,7 +11,7 @@ from pathlib import Path
 
 import filelock
 
-from moelpr.errors import UserError
+from moelpr.errors import DISK_FULL, UserError
 
 # In a partial folder: the description of the job that writes it.
 JOB_FILE = ".job"
@@ -36,7 +36,7 @@ def make_folder(folder: Path) -> None:
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in DISK_FULL:
             raise
         raise UserError(f"can't write to the folder {folder} ({error.strerror}); choose another") from error
 

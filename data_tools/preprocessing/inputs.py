@@ -1,7 +1,6 @@
 """Input files: which ones to read, which part of them belongs to this job, and batches of their lines or rows."""
 
 import bz2
-import errno
 import functools
 import glob
 import gzip
@@ -21,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from moelpr.errors import UserError
+from moelpr.errors import DISK_FULL, UserError
 
 STANDARD_INPUT = "-"
 # Files to look for in a folder; a file that is named explicitly may have any name.
@@ -457,7 +456,7 @@ def _name_damaged(source: Source) -> Iterator[None]:
     except UserError:
         raise
     except (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:  # pyarrow's are OSError or ValueError
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise
         reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         raise UserError(

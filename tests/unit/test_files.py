@@ -164,9 +164,8 @@ def test_a_killed_process_leaves_no_lock_even_if_a_process_it_has_forked_lives_o
         import os, sys, time
         from moelpr.files import locked
         with locked(sys.argv[1], "x"):
-            forked = os.fork()
-            if forked:
-                print(forked, flush=True)
+            if os.fork() == 0:
+                print(os.getpid(), flush=True)  # it runs, so it has closed what it inherited
             time.sleep(60)
     """
     holder = subprocess.Popen(

@@ -237,7 +237,7 @@ def trade_off_chart(title: str, series: Sequence[Series], *, x_axis: str, y_axis
     axes.grid()
     axes.set(xlabel=x_axis, ylabel=y_axis)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(6))
+        axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))  # as fine as the tenths of a percent of the labels
         axis.set_major_formatter(lambda value, _: percent(value) if round(value, 9) else "0")
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.3)
     return _to_svg(figure, title, "; ".join(described), bbox_inches="tight")

@@ -10,6 +10,8 @@ from moelpr.torch_dist import TorchDistReader
 from tests.distributed import layout_runs as layouts
 from tests.distributed.layout_runs import LAYOUTS, STAGES
 
+pytestmark = pytest.mark.timeout(900)  # the first test waits for all runs: two minutes on two free cores
+
 PAIRS = (
     "TP2+SP ETP2 EP2 distributed optimizer, selective recompute",
     "TP2+SP ETP2 PP2 VPP2 overlapped, full recompute",

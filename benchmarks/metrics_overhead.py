@@ -90,7 +90,6 @@ def logging_of(stage: Any, model: torch.nn.Module, args: argparse.Namespace, fol
     settings = argparse.Namespace(
         stage=stage, save=str(folder), train_iters=10**6, log_interval=10, micro_batch_size=args.sequences,
         data_parallel_size=1, seq_length=args.length, consumed_train_samples=0, balance_loss_coeff=0.01,
-        num_original_experts=1, num_experts=args.new_experts,
     )  # fmt: skip
     tracker = MetricsTracker()
     tracker.watch([model])

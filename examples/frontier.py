@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from examples import steps
-from examples.frontier_results import FILE_NAME, frontier_chart, read_evaluation, results_table
+from examples.frontier_results import FILE_NAME, frontier_chart, read_evaluation, results_tables
 from examples.steps import NUM_NEW_EXPERTS, REVIEW_BLEND, ROOT, TOPK, Steps
 from moelpr.errors import CommandParser, UserError, run_command
 from moelpr.files import write_text
@@ -110,9 +110,9 @@ def write_results(run: Path, settings: Sequence[Setting], seeds: Sequence[int]) 
         names_of[setting.name] = setting.label, [stage2_name(setting, seed) for seed in seeds]
     results = {"seeds": list(seeds), "settings": read_evaluation(run / "evaluation", names_of)}
     write_text(run / FILE_NAME, json.dumps(results, indent=1) + "\n")
-    write_text(run / "frontier.md", results_table(results) + "\n")
+    write_text(run / "frontier.md", results_tables(results) + "\n")
     write_text(run / "frontier.svg", frontier_chart(results) + "\n")
-    print(results_table(results))
+    print(results_tables(results))
 
 
 if __name__ == "__main__":

@@ -51,17 +51,26 @@ def group_means(setting: Mapping[str, Any], languages: Sequence[str]) -> list[fl
     return [fmean(changes) for changes in zip(*(setting["change"][language] for language in languages), strict=True)]
 
 
-def results_table(results: Mapping[str, Any]) -> str:
-    """Markdown: means over seeds, with the lowest and the highest."""
-    rows = []
+def results_tables(results: Mapping[str, Any]) -> str:
+    """Markdown: means over languages with their range over seeds, then each language with its range."""
+    means, languages = [], []
     for setting in results["settings"].values():
-        columns = [setting["change"][language] for language in LANGUAGES]
-        columns += [group_means(setting, ORIGINAL), group_means(setting, EXPANDED)]
+        groups = [changes_of_seeds(group_means(setting, group)) for group in (ORIGINAL, EXPANDED)]
         kept = fmean(fmean(setting["all_original_share"][language]) for language in ORIGINAL)
-        means = [f"{percent(fmean(column))} ({value_range(column)})" for column in columns]
-        rows.append([setting["label"], *means, f"{kept:.0%}"])
-    languages = [language_name(language) for language in LANGUAGES]
-    return terminal_table(Table(["", *languages, "mean original", "mean expanded", "all choices original"], rows))
+        means.append([setting["label"], *groups, f"{kept:.0%}"])
+        ranges = [value_range(setting["change"][language]) for language in LANGUAGES]
+        languages.append([setting["label"], *ranges])
+    titles = [language_name(language) for language in LANGUAGES]
+    tables = (
+        Table(["", "mean original", "mean expanded", "all choices original"], means),
+        Table(["lowest to highest", *titles], languages),
+    )
+    return "\n\n".join(map(terminal_table, tables))
+
+
+def changes_of_seeds(values: Sequence[float]) -> str:
+    """The mean over seeds, with the lowest and the highest."""
+    return f"{percent(fmean(values))} ({value_range(values)})"
 
 
 def value_range(values: Sequence[float]) -> str:

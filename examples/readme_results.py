@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from examples.frontier_results import FILE_NAME, frontier_chart, results_table
+from examples.frontier_results import FILE_NAME, frontier_chart, results_tables
 from moelpr.errors import CommandParser, UserError, run_command
 from moelpr.files import atomic_file, write_text
 from moelpr.languages import language_name
@@ -58,7 +58,7 @@ def main() -> None:
         shutil.copyfile(args.frontier / FILE_NAME, ROOT / "docs" / FILE_NAME)
         frontier = json.loads((args.frontier / FILE_NAME).read_text(encoding="utf-8"))
         seeds = f"Seeds {', '.join(map(str, frontier['seeds']))}: mean (lowest to highest)."
-        replace_between(ROOT / "docs" / "results.md", FRONTIER, f"{results_table(frontier)}\n\n{seeds}")
+        replace_between(ROOT / "docs" / "results.md", FRONTIER, f"{results_tables(frontier)}\n\n{seeds}")
         write_text(ROOT / "docs" / "images" / "frontier.svg", frontier_chart(frontier) + "\n")
 
 

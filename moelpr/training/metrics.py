@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker, set_moe_metrics_tracker
+from megatron.core.utils import get_model_config
 from megatron.training import get_args
 from torch import Tensor
 
@@ -43,11 +44,15 @@ class MetricsTracker(MoEMetricsTracker):
     def __init__(self) -> None:
         super().__init__()
         self.routers: list[LPRRouter] = []  # this rank's, set by `watch`
+        self.num_places = 0  # E, the router's rows, set by `watch`
         self.routing: RoutingSums | None = None  # of the last step, over all ranks and micro-batches
         self.balance_loss: float | None = None  # of the last step
 
     def watch(self, model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
         self.routers = [module for chunk in model_chunks for module in chunk.modules() if isinstance(module, LPRRouter)]
+        config = get_model_config(model_chunks[0])
+        if config.num_moe_experts is not None:
+            self.num_places = config.num_original_places + config.num_moe_experts
         return model_chunks
 
     def report(self, *args: Any, **kwargs: Any) -> str:
@@ -62,9 +67,7 @@ class MetricsTracker(MoEMetricsTracker):
 
     def reduce_routing(self, num_layers: int) -> RoutingSums:
         """Sum over ranks: each has its own layers (pipeline) and its own tokens (tensor, context, data)."""
-        size = RoutingSums.vector_size(
-            get_args().num_original_experts + get_args().original_copies - 1 + get_args().num_experts
-        )
+        size = RoutingSums.vector_size(self.num_places)
         sums = torch.zeros(num_layers, size, device=torch.cuda.current_device())
         for router in self.routers:
             if router.routing_sums is not None:

@@ -9,11 +9,13 @@ import collections
 import contextlib
 import functools
 import logging
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 
@@ -50,11 +52,18 @@ def install() -> None:
     _installed = True
     # Warns at every import that there is no CUDA device.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    torch.compiler.set_stance("force_eager")  # jit_fuser compiles with inductor: minutes of C++ on a 2-core machine
+    torch.compile = _leave_eager
+    if "torch._dynamo" in sys.modules:  # something may be compiled already
+        torch.compiler.set_stance("force_eager")
     _patch_torch_cuda()
     _patch_torch_tensors()
     _patch_gloo()
     _patch_megatron()
+
+
+def _leave_eager(function: Any = None, **_: Any) -> Any:
+    """torch.compile without the compiler, which takes 2 s to import and would run a C++ compiler for minutes."""
+    return function or _leave_eager
 
 
 def async_save_worker(*args: Any, **kwargs: Any) -> None:
@@ -110,7 +119,7 @@ def _patch_torch_cuda() -> None:
 
 def _patch_torch_tensors() -> None:
     # `with torch.device("meta")` compares factories by identity; it looks them up at first use, so before wrapping.
-    torch.utils._device._device_constructors()
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]

@@ -1,6 +1,8 @@
 """Each patched name still exists, and Megatron still needs each patch."""
 
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import megatron.core
@@ -67,6 +69,26 @@ def test_tensors_requested_on_cuda_are_created_on_the_cpu() -> None:
         assert tensor.device.type == "cpu"
     assert torch.zeros(2, device="meta").device.type == "meta"
     assert torch.zeros(2).type() == "torch.cuda.FloatTensor"
+
+
+@pytest.mark.usefixtures("installed")
+def test_nothing_is_compiled() -> None:
+    def plus_one(number: int) -> int:
+        return number + 1
+
+    assert torch.compile(plus_one) is plus_one
+    assert torch.compile(mode="max-autotune")(plus_one) is plus_one
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Megatron compiles on a GPU")
+def test_the_trainer_starts_without_the_compiler() -> None:
+    """Its import takes seconds, in every rank."""
+    script = (
+        "import sys; from moelpr.megatron_patches import cpu; cpu.install(); import moelpr.training.train; "
+        "print([name for name in ('torch._dynamo', 'torch._inductor') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "[]\n", done.stderr
 
 
 @pytest.mark.usefixtures("installed")

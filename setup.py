@@ -31,6 +31,7 @@ setup(
         "psutil",
         "numpy",
         "transformers>=5",
+        "huggingface-hub",
         "safetensors",
         "tokenizers",
         "sentencepiece",

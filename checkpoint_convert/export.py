@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from checkpoint_convert.card_metadata import CARD_FILE
 from checkpoint_convert.hf_folder import MODEL_STEM, HfReader, copy_companions, raw_bytes, write_weights
 from checkpoint_convert.megatron_folder import SIGNS, MegatronReader, write_checkpoint
 from checkpoint_convert.model_card import (
     BASE_CARD_FILE,
-    CARD_FILE,
     CardFacts,
     Origin,
     check_separable,

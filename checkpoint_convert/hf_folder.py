@@ -181,6 +181,8 @@ def _single_file(folder: Path, stem: str) -> str:
             f"{folder} contains only pickled weights, which could run code when opened; convert them to "
             "safetensors (load with transformers, then save_pretrained)"
         )
+    if any(folder.glob("*.gguf")):
+        raise UserError(f"{folder} contains only GGUF weights; pass the safetensors that they were made from")
     raise UserError(
         f"{folder} contains no weights: neither {name} nor {name}.index.json exists; download them, or convert .bin "
         "weights to safetensors"

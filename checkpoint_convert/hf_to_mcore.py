@@ -11,6 +11,7 @@ Weights stream from safetensors to the checkpoint, one tensor at a time.
 import argparse
 from pathlib import Path
 
+from checkpoint_convert.hub import find_model
 from checkpoint_convert.outputs import add_output_options
 from checkpoint_convert.upcycling import Start, hf_to_mcore
 from moelpr.errors import CommandParser, UserError, run_command
@@ -20,7 +21,10 @@ from moelpr.families.families import layer_list
 def _parse_arguments() -> argparse.Namespace:
     parser = CommandParser(description=__doc__)
     add = parser.add_argument
-    add("--hf-path", type=Path, required=True, metavar="DIR", help="model: config.json, safetensors and tokenizer")
+    add("--hf-path", type=Path, required=True, metavar="DIR",
+        help="model: config.json, safetensors and tokenizer; or OWNER/NAME on the Hugging Face Hub, downloaded to "
+        "its cache")  # fmt: skip
+    add("--revision", metavar="NAME", help="branch, tag or commit on the Hub (default: main; its commit is recorded)")
     experts = parser.add_mutually_exclusive_group(required=True)
     experts.add_argument("--num-new-experts", type=int, metavar="N", help="number of experts to add to each MoE layer")
     experts.add_argument("--dense", action="store_true", help="add no experts: write a dense checkpoint")
@@ -54,8 +58,9 @@ def main() -> None:
             "--dense adds no experts; remove --topk, --original-copies and the options for layers and new experts"
         )
     experts = args.num_new_experts, args.topk  # the first is None with --dense
+    model = find_model(args.hf_path, args.revision)
     spec = hf_to_mcore(
-        args.hf_path, args.save, *experts, *layers, start, args.dtype, args.overwrite, args.original_copies
+        model.folder, args.save, *experts, *layers, start, args.dtype, args.overwrite, args.original_copies, model
     )
     layout = "dense"
     if (moe := spec.moe) is not None:

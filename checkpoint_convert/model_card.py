@@ -8,6 +8,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
+from checkpoint_convert.card_metadata import read_card, split_card
+from checkpoint_convert.hub import is_hub_name
 from checkpoint_convert.megatron_folder import MegatronReader, num_elements
 from moelpr import yaml_files
 from moelpr.checkpoints import RELEASE, BaseCheckpoint, step_folder
@@ -18,7 +20,6 @@ from moelpr.run_metrics import read_run_metrics
 from moelpr.stages import Part, trained_parts
 from moelpr.versions import installed_versions
 
-CARD_FILE = "README.md"
 # An export contains the card of the base model under this name.
 BASE_CARD_FILE = "README-base.md"
 # In a checkpoint's hf/, which the trainer copies.
@@ -32,16 +33,18 @@ class Origin:
     """What a converter made a checkpoint from; None for what is unknown, not recorded or does not apply.
 
     Attributes:
-        base_model: Name of the model's folder, or of the base in an adapter.
+        base_model: Name of the model's folder or on the Hub, or of the base in an adapter.
         settings: How new experts started (`upcycling.Start`).
         adapter: Name of the adapter that the experts come from.
         copy_of: Step folder whose weights the checkpoint has.
+        revision: Commit of the base on the Hub.
     """
 
     base_model: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     adapter: str | None = None
     copy_of: str | None = None
+    revision: str | None = None
 
     def write(self, checkpoint: Path) -> None:
         (checkpoint / HF_FOLDER).mkdir(exist_ok=True)
@@ -50,7 +53,7 @@ class Origin:
     @classmethod
     def read(cls, checkpoint: Path) -> "Origin":
         content = read_json(checkpoint / HF_FOLDER / ORIGIN_FILE) or {}
-        kinds = {"base_model": str, "settings": dict, "adapter": str, "copy_of": str}
+        kinds = {"base_model": str, "settings": dict, "adapter": str, "copy_of": str, "revision": str}
         return cls(**{key: content[key] for key, kind in kinds.items() if isinstance(content.get(key), kind)})
 
 
@@ -209,8 +212,9 @@ def check_separable(model: Path, spec: ModelSpec, history: History, output: str,
 # --- card
 
 # Keys in the front matter of the base's card that also apply to the export.
-_INHERITED = ("language", "license", "license_name", "license_link")
-_TEMPLATES = Environment(
+LICENSE_KEYS = ("license", "license_name", "license_link")
+_INHERITED = ("language", *LICENSE_KEYS)
+TEMPLATES = Environment(
     loader=PackageLoader("checkpoint_convert"), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
 )
 
@@ -234,15 +238,14 @@ class CardFacts:
 
 def model_card(facts: CardFacts, is_delta: bool = False) -> str:
     """README.md of an export, or of a delta: front matter for the Hugging Face Hub, then Markdown."""
-    path, spec = facts.source.folder / HF_FOLDER / CARD_FILE, facts.source.spec
-    base_card = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+    base_card, spec = read_card(facts.source.folder / HF_FOLDER), facts.source.spec
     num_parameters = num_active = num_elements(facts.source.pieces)
     if spec.moe is not None:
         new = num_elements([piece for piece in facts.source.pieces if piece.part is Part.NEW_EXPERTS])
         one_expert = new // spec.moe.num_new_experts
         num_parameters += one_expert * (spec.moe.original_copies - 1)
         num_active = num_parameters - one_expert * (spec.moe.num_experts - spec.moe.topk)
-    return _TEMPLATES.get_template("model_card.md").render(
+    return TEMPLATES.get_template("model_card.md").render(
         vars(facts),
         spec=spec,
         front_matter=_front_matter(facts, base_card or ""),
@@ -255,14 +258,10 @@ def model_card(facts: CardFacts, is_delta: bool = False) -> str:
 
 
 def _front_matter(facts: CardFacts, base_card: str) -> str:
-    match = re.match(r"---\r?\n(.*?)\n---\r?\n", base_card, re.DOTALL)
-    try:
-        base = yaml_files.parse_mapping(match[1], "front matter of the model card") if match else {}
-    except UserError:
-        base = {}
+    base, _ = split_card(base_card)
     content: dict[str, Any] = {name: base[name] for name in _INHERITED if name in base}
     content |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if facts.base_model and re.fullmatch(r"[\w.-]+/[\w.-]+", facts.base_model):
+    if facts.base_model and is_hub_name(facts.base_model):
         content["base_model"] = facts.base_model
     content["tags"] = ["moe", "moe-lpr"] if facts.source.spec.moe else ["moe-lpr"]
     return yaml_files.dump(content)

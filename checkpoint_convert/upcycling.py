@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from checkpoint_convert.hf_folder import HfReader, check_tokenizer, common_dtype, copy_companions, is_unread
+from checkpoint_convert.hub import Model
 from checkpoint_convert.megatron_folder import SIGNS, num_elements, write_checkpoint
 from checkpoint_convert.model_card import Origin
 from checkpoint_convert.outputs import check_finite, check_output, output_folder
@@ -60,6 +61,7 @@ def hf_to_mcore(
     dtype: str | None = None,
     overwrite: bool = False,
     original_copies: int | None = None,
+    recorded: Model | None = None,
 ) -> ModelSpec:
     """Convert a Hugging Face model to a Megatron checkpoint, upcycling its FFNs; an interrupted conversion resumes.
 
@@ -71,6 +73,7 @@ def hf_to_mcore(
         start: How new experts and routers start; None for the paper's method.
         dtype: Dtype of the checkpoint (float32, bfloat16, float16); None for the model's.
         original_copies: C, the places of the dense FFN; None for 1, or for the copies that the MoE has.
+        recorded: Where the model at `hf_path` comes from, for the record; None for this folder.
 
     Raises:
         UserError: the input is unsupported; `save` is then unchanged.
@@ -98,7 +101,8 @@ def hf_to_mcore(
     with output_folder(save, num_bytes, [hf_path], spec=asdict(spec), start=asdict(start)) as (folder, bar):
         write_checkpoint(folder, plan, spec, lambda todo: _starting_tensors(source, todo, spec, start), bar)
         copy_companions(hf_path, folder / HF_FOLDER)
-        Origin(hf_path.resolve().name, asdict(start) if spec.moe else {}).write(folder)
+        recorded = recorded or Model(hf_path, hf_path.resolve().name)
+        Origin(recorded.name, asdict(start) if spec.moe else {}, revision=recorded.revision).write(folder)
     return spec
 
 

@@ -6,6 +6,7 @@ python -m moelpr.evaluate harness --model base=DIR --model stage2=DIR --language
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -24,7 +25,10 @@ def main() -> None:
         arguments = ["text", *arguments]  # the default command
     args = make_parser().parse_args(arguments)
     results: Results = args.measure(args)
-    results.print()
+    if args.json:
+        print(json.dumps(results.to_json(), ensure_ascii=False, allow_nan=False))
+    else:
+        results.print()
     if args.output:
         results.write(args.output)
 
@@ -115,7 +119,7 @@ def make_parser() -> CommandParser:
     add("--include-path", type=Path, metavar="DIR", help="folder with your own task files")
     add("--limit", type=at_least(1), metavar="N", help="examples per task (default: all)")
     add("--batch-size", type=at_least(1), default=8, metavar="N", help="examples per batch (default: %(default)s)")
-    harness.set_defaults(measure=measure_harness)
+    harness.set_defaults(measure=measure_harness, json=False)  # lm_eval prints on stdout too
     return parser
 
 
@@ -137,6 +141,7 @@ def text_arguments() -> CommandParser:
         help="overlap between consecutive windows of a document, in tokens (default: a quarter of "
         "the window)")  # fmt: skip
     add("--batch-size", type=at_least(1), metavar="N", help="full windows per batch (default: what fits in memory)")
+    add("--json", action="store_true", help="print one line of JSON instead of tables")
     parser.set_defaults(measure=measure_text)
     return parser
 

@@ -32,6 +32,8 @@ _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_p
 def read_config(folder: Path) -> dict[str, Any]:
     """Read the folder's config.json; UserError if it is missing or not a JSON object."""
     path = folder / CONFIG_FILE
+    if folder.suffix == ".gguf" or (folder.is_dir() and not path.is_file() and any(folder.glob("*.gguf"))):
+        raise UserError(f"{folder} is a GGUF model; pass the unquantized safetensors that it was made from")
     if not path.is_file():
         raise UserError(f"there is no {path}; pass the folder that hf download NAME --local-dir DIR made")
     try:
@@ -305,8 +307,8 @@ def read_base(folder: Path) -> tuple[Family, ModelSpec]:
     """
     raw = read_config(folder)
     family, is_moe = family_of(raw)
-    if "quantization_config" in raw:
-        raise UserError(f"{folder} is quantized (quantization_config); convert the unquantized model")
+    if found := [key for key in ("quantization_config", "quantization") if key in raw]:  # the latter is MLX's
+        raise UserError(f"{folder} is quantized ({found[0]}); convert the unquantized model")
     if missing := [name for name in _REQUIRED if name not in raw]:
         keys = ", ".join(missing)
         raise UserError(f"{folder}/config.json lacks {keys}; restore it from the model's original config.json")

@@ -1,0 +1,48 @@
+"""Complete the model card of an export with evaluation results and metadata, so that it can be uploaded as it is.
+
+    python -m checkpoint_convert.update_card DIR --results runs/evaluation/results.json
+
+The results become the card's model-index, and their languages the model's. `hf upload OWNER/NAME DIR` uploads it.
+"""
+
+import argparse
+from pathlib import Path
+
+from checkpoint_convert.card_metadata import CARD_FILE, update_card
+from moelpr.errors import CommandParser, UserError, run_command
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = CommandParser(description=__doc__)
+    add = parser.add_argument
+    add("folder", type=Path, metavar="DIR", help="folder written by mcore_to_hf.py, apply_delta.py or graft.py")
+    add("--results", type=Path, nargs="+", default=[], metavar="FILE",
+        help="JSON of moelpr.evaluate, of held-out text or of the harness")  # fmt: skip
+    add("--evaluated", metavar="NAME", help="the model's name in the results (default: the one evaluated from DIR)")
+    add("--base-model", metavar="OWNER/NAME", help="base on the Hugging Face Hub")
+    add("--languages", type=_names, metavar="en,el,...", help="codes of languages to add")
+    add("--license", metavar="ID", help="license, as the Hugging Face Hub names it, for example apache-2.0")
+    add("--tags", type=_names, metavar="A,B,...", help="tags to add")
+    return parser.parse_args()
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def main() -> None:
+    args = _parse_arguments()
+    changes = vars(args).keys() - {"folder", "debug"}
+    if not any(getattr(args, name) for name in changes):
+        raise UserError("nothing to add; pass --results, --base-model, --languages, --license or --tags")
+    metadata = update_card(
+        args.folder, args.results, args.evaluated, args.base_model, args.languages, args.license, args.tags
+    )
+    results = [result for model in metadata.get("model-index", []) for result in model["results"]]
+    missing = [key for key in ("base_model", "language", "license") if key not in metadata]
+    note = f"; without {', '.join(missing)}" if missing else ""
+    print(f"{args.folder / CARD_FILE}: results on {len(results)} data sets{note}")
+
+
+if __name__ == "__main__":
+    run_command(main)

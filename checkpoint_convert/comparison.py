@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from moelpr.documents import read_documents
 from moelpr.errors import UserError
 from moelpr.evaluate.models import is_megatron, open_model
 from moelpr.families.families import Family, family_named, read_base, read_config
-from moelpr.families.tables import pieces
+from moelpr.families.tables import Piece, pieces
 from moelpr.model_spec import ModelSpec
 from moelpr.run_folder import HF_FOLDER
 from moelpr.stages import Part
@@ -59,7 +59,18 @@ class TensorVerdict:
         return self.max_abs > tolerance if tolerance else self.num_different > 0
 
 
-def _open_tensors(model: Path) -> HfReader | MegatronReader:
+class Reader(Protocol):
+    """The tensors of a model under their Hugging Face names."""
+
+    @property
+    def names(self) -> list[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str) -> Tensor: ...
+
+
+def open_tensors(model: Path) -> HfReader | MegatronReader:
     """A reader of the model, without the tensors that readers ignore."""
     if is_megatron(model):
         return MegatronReader(model)
@@ -73,38 +84,47 @@ def _open_tensors(model: Path) -> HfReader | MegatronReader:
 
 def compare(a: Path, b: Path) -> Iterator[TensorVerdict]:
     """Compare all tensors of two models, each a Hugging Face model or a Megatron checkpoint."""
-    in_a, in_b = _open_tensors(a), _open_tensors(b)
-    yield from _compare(in_a, in_b, {name: name for name in in_a.names}, in_a.names)
+    in_a, in_b = open_tensors(a), open_tensors(b)
+    yield from compare_tensors(in_a, in_b, {name: name for name in in_a.names}, in_a.names)
     for name in sorted(set(in_b.names) - set(in_a.names)):
         yield TensorVerdict(name, "extra")
 
 
-def compare_frozen(base: Path, upcycled: Path) -> Iterator[TensorVerdict]:
-    """Compare the base's tensors that training must not change with those they became in the upcycled model."""
+def pieces_since(base: Path, upcycled: Path) -> list[Piece]:
+    """The pieces of an upcycled model; what was made of the base, in one round or several, has its origin there.
+
+    Raises:
+        UserError: the base has no fewer experts.
+    """
     (_, base_spec), (family, spec) = _read_spec(base), _read_spec(upcycled)
     num_places = base_spec.moe.num_experts if base_spec.moe else 1
     num_experts = spec.moe.num_experts if spec.moe else 1
     if spec.moe is None or num_experts <= num_places:
         raise UserError(
             f"{base} is not the base of {upcycled}: it must have fewer experts, got {num_places} and {num_experts}; "
-            "with --frozen, pass the base first and the upcycled model second"
+            "pass the base first and the upcycled model second"
         )
     copies = spec.moe.original_copies if base_spec.moe is None else 1  # every expert of an MoE is in it by its own name
     num_new = num_experts - copies - (num_places - 1)
     moe = replace(spec.moe, num_original_experts=num_places, original_copies=copies, num_new_experts=num_new)
-    plan = list(pieces(family.table, replace(spec, moe=moe)))
+    return list(pieces(family.table, replace(spec, moe=moe)))
+
+
+def compare_frozen(base: Path, upcycled: Path) -> Iterator[TensorVerdict]:
+    """Compare the base's tensors that training must not change with those they became in the upcycled model."""
+    plan = pieces_since(base, upcycled)
     routers = {name for piece in plan if piece.part is Part.ROUTER for name in piece.hf_names}
-    a, b = _open_tensors(base), _open_tensors(upcycled)
+    a, b = open_tensors(base), open_tensors(upcycled)
     became = {name: name for name in set(b.names).difference(*(names for piece in plan for names in piece.places))}
     frozen = [piece for piece in plan if not piece.is_trained]
     for piece in frozen:
         became.update(zip(piece.origin, piece.hf_names, strict=True))
-    yield from _compare(a, b, became, [name for name in a.names if name not in routers])
-    for copy in range(1, copies):
+    yield from compare_tensors(a, b, became, [name for name in a.names if name not in routers])
+    for copy in range(1, max(len(piece.places) for piece in frozen)):
         became = dict(
             pair for piece in frozen if piece.copies for pair in zip(piece.origin, piece.places[copy], strict=True)
         )
-        for verdict in _compare(a, b, became, list(became)):
+        for verdict in compare_tensors(a, b, became, list(became)):
             yield replace(verdict, name=became[verdict.name])
 
 
@@ -120,9 +140,7 @@ def _read_spec(model: Path) -> tuple[Family, ModelSpec]:
     return read_base(model)
 
 
-def _compare(
-    a: HfReader | MegatronReader, b: HfReader | MegatronReader, name_in_b: dict[str, str], names: list[str]
-) -> Iterator[TensorVerdict]:
+def compare_tensors(a: Reader, b: Reader, name_in_b: dict[str, str], names: list[str]) -> Iterator[TensorVerdict]:
     """Compare A's `names`, in the order in which a Megatron checkpoint reads each chunk once."""
     in_a, in_b = set(names), set(b.names)
     if isinstance(b, MegatronReader) and not isinstance(a, MegatronReader):

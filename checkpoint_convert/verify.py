@@ -2,10 +2,12 @@
 
     python -m checkpoint_convert.verify A B [--text FILE …]
     python -m checkpoint_convert.verify --frozen BASE UPCYCLED [--text FILE …]
+    python -m checkpoint_convert.verify --graft BASE INSTRUCT MODEL GRAFT [--text FILE …]
 
 Exit code 0 if they are equal within the tolerances, 1 if they differ, 2 for invalid input. With --frozen, every tensor
 of the base is compared with the tensor of the upcycled model that must equal it (attention, norms, embeddings,
-original experts); routers and new experts are ignored.
+original experts); routers and new experts are ignored. BASE may also be the instruct model of a graft. With --graft,
+every tensor of a graft is compared with what it is made of.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from checkpoint_convert.comparison import (
     compare_on_text,
     largest_difference,
 )
+from checkpoint_convert.grafting import compare_graft
 from moelpr.checksums import NoVerify
 from moelpr.errors import CommandParser, UserError, run_command
 
@@ -34,8 +37,11 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("b", type=Path, metavar="B", help="Hugging Face directory or Megatron checkpoint folder")
     parser.add_argument("--tolerance", type=float, default=0.0, metavar="X",
         help="largest absolute difference of tensors that counts as equal (default: 0, bitwise identical)")  # fmt: skip
-    parser.add_argument("--frozen", action="store_true",
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--frozen", action="store_true",
         help="compare base A with the frozen tensors of the upcycled model B")  # fmt: skip
+    kind.add_argument("--graft", type=Path, nargs=2, metavar=("BASE", "INSTRUCT"),
+        help="compare A plus the difference of INSTRUCT and BASE with B, which graft.py wrote")  # fmt: skip
     parser.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE",
         help='also compare fp32 logits on these texts: JSON lines with "text" (.jsonl) or plain text')  # fmt: skip
     parser.add_argument("--logit-tolerance", type=float, default=1e-4, metavar="X",
@@ -57,7 +63,11 @@ def _parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = _parse_arguments()
-    verdicts = list((compare_frozen if args.frozen else compare)(args.a, args.b))
+    if args.graft:
+        base, instruct = args.graft
+        verdicts = list(compare_graft(base, instruct, args.a, args.b))
+    else:
+        verdicts = list((compare_frozen if args.frozen else compare)(args.a, args.b))
     different = [verdict for verdict in verdicts if verdict.differs(args.tolerance)]
     texts = compare_on_text(args.a, args.b, args.text, args.num_tokens, args.sequence_length) if args.text else []
     is_equal = not different and all(text.max_abs_logit_diff <= args.logit_tolerance for text in texts)

@@ -7,6 +7,7 @@ import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -145,8 +146,8 @@ def stock_logits(model) -> Tensor:
     return (load_stock(model) if isinstance(model, Path) else model)(TOKENS).logits
 
 
-def our_logits(folder: Path) -> Tensor:
-    """Logits of TOKENS from the trainer's model code."""
+def our_logits(folder: Path, tokens: Tensor = TOKENS, change: Callable[[Any], object] = id) -> Tensor:
+    """Logits from the trainer's model code, after a change of the loaded model."""
     from moelpr.megatron_patches import cpu, megatron_fixes
 
     cpu.install()
@@ -154,7 +155,10 @@ def our_logits(folder: Path) -> Tensor:
     from moelpr.model import loading
 
     with loading.single_process():
-        return loading.logits(loading.load_model(folder), TOKENS)
+        model = loading.load_model(folder)
+        with torch.no_grad():
+            change(model)
+        return loading.logits(model, tokens)
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:

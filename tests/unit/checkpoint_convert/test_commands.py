@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from checkpoint_convert import apply_delta as apply_delta_module
+from checkpoint_convert import graft as grafter
 from checkpoint_convert import hf_to_mcore as importer
 from checkpoint_convert import mcore_to_hf as exporter
 from checkpoint_convert import verify
@@ -36,10 +37,12 @@ def test_a_full_disk_exits_with_one_message_and_code_1(qwen2: Path, tmp_path: Pa
         return real_open("/dev/full" if full else path, mode, *args, **kwargs)
 
     hf_to_mcore(qwen2, tmp_path / "megatron")
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "export")
     monkeypatch.setattr("builtins.open", open_full)
     for main, arguments in (
         (importer.main, ("--hf-path", qwen2, "--num-new-experts", 4)),
         (exporter.main, ("--load", tmp_path / "megatron")),
+        (grafter.main, ("--base", qwen2, "--instruct", qwen2, "--model", tmp_path / "export")),
     ):
         assert exit_code(monkeypatch, main, *arguments, "--save", tmp_path / "out") == 1
         assert "the disk is full" in capsys.readouterr().err
@@ -82,6 +85,7 @@ def test_invalid_arguments_exit_with_one_message_and_code_2(
         (exporter.main, ("--load", tmp_path / "none", "--save", tmp_path / "out"), "none"),
         (exporter.main, ("--load", upcycled, "--save", tmp_path / "out", "--max-shard-size", "big"), "5GB"),
         (verify.main, (tmp_path / "none", qwen2), "none"),
+        (grafter.main, ("--base", qwen2, "--model", upcycled, "--save", "x"), "--instruct"),
     ):
         assert exit_code(monkeypatch, main, *arguments) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from checkpoint_convert.adapter import adapter_to_mcore, mcore_to_adapter
 from checkpoint_convert.export import apply_delta, mcore_to_hf
+from checkpoint_convert.grafting import graft
 from checkpoint_convert.hf_folder import HfReader
+from checkpoint_convert.hub import Model
 from checkpoint_convert.megatron_folder import MegatronReader
 from checkpoint_convert.upcycling import Start, hf_to_mcore
 from moelpr.errors import UserError
@@ -33,11 +35,14 @@ def conversions(qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     hf_to_mcore(qwen2, tmp_path / "source")
     mcore_to_hf(tmp_path / "source", tmp_path / "delta", max_shard_bytes=30_000, as_delta=True)
     mcore_to_adapter(tmp_path / "source", tmp_path / "adapter", "base")
+    mcore_to_hf(tmp_path / "source", tmp_path / "export")
+    models = [Model(folder, folder.name) for folder in (qwen2, qwen2, tmp_path / "export")]
     return {
         "import": lambda save: hf_to_mcore(qwen2, save, start=Start(noise=0.1)),
         "export": lambda save: mcore_to_hf(tmp_path / "source", save, max_shard_bytes=30_000),
         "base and delta": lambda save: apply_delta(qwen2, tmp_path / "delta", save),
         "adapter": lambda save: adapter_to_mcore(tmp_path / "adapter", qwen2, save),
+        "graft": lambda save: graft(*models, save, max_shard_bytes=9_000),
     }
 
 
@@ -61,7 +66,7 @@ def interrupted_after(num_reads: int) -> Iterator[list[str]]:
         yield reads
 
 
-@pytest.mark.parametrize("direction", ["import", "export", "base and delta", "adapter"])
+@pytest.mark.parametrize("direction", ["import", "export", "base and delta", "adapter", "graft"])
 def test_an_interrupted_conversion_resumes_to_the_same_bytes(
     conversions: dict[str, Convert], tmp_path: Path, direction: str
 ) -> None:

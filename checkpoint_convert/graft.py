@@ -1,0 +1,44 @@
+"""Add what post-training changed in a base to a model that was upcycled from this base, so that it can chat.
+
+    python -m checkpoint_convert.graft --base DIR --instruct DIR --model DIR --save DIR
+
+Every tensor becomes MODEL + SCALE * (INSTRUCT - BASE), every expert with the difference of the FFN; routers are
+unchanged. Tokenizer, chat template and generation settings come from the instruct model. Nothing is trained.
+Weights stream, one tensor at a time.
+"""
+
+import argparse
+from pathlib import Path
+
+from checkpoint_convert.grafting import PARTS, graft
+from checkpoint_convert.hub import find_model
+from checkpoint_convert.outputs import add_output_options
+from moelpr.errors import CommandParser, run_command
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = CommandParser(description=__doc__)
+    add = parser.add_argument
+    dense = "Hugging Face directory, or OWNER/NAME on the Hub"
+    add("--base", type=Path, required=True, metavar="DIR", help=f"the dense base: {dense}")
+    add("--instruct", type=Path, required=True, metavar="DIR", help=f"the base after its post-training: {dense}")
+    add("--model", type=Path, required=True, metavar="DIR",
+        help="export of the model that was upcycled from the base (mcore_to_hf.py)")  # fmt: skip
+    add("--scale", type=float, default=1.0, metavar="X", help="factor of the difference (default: 1)")
+    add("--only", choices=PARTS, default="all",
+        help="add it to the attention's projections, to the FFNs, or to everything, which includes norms, embeddings "
+        "and output layer (default: all)")  # fmt: skip
+    add_output_options(parser, "Hugging Face directory", dtype_default="that of --model")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = _parse_arguments()
+    base, instruct, model = map(find_model, (args.base, args.instruct, args.model))
+    reader = graft(base, instruct, model, args.save, args.scale, args.only, args.dtype, overwrite=args.overwrite)
+    added = f"{args.scale:g} * ({args.instruct} - {args.base})"
+    print(f"{args.save}: {args.model} + {added}, {args.only}, {reader.dtype}")
+
+
+if __name__ == "__main__":
+    run_command(main)

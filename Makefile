@@ -3,7 +3,7 @@
 SHELL_SCRIPTS := .ci/run $(shell find launch tests -name '*.sh' -o -name '*.sbatch')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slurm test-browser check format venv clean
+.PHONY: help demo test test-slurm test-browser test-mergekit check format venv clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -21,6 +21,10 @@ test-slurm: venv ## two pretend nodes of a real Slurm on this machine; as root, 
 test-browser: venv ## reports in a real Chromium; as root, installs Debian's packages
 	@tests/browser/install.sh
 	.venv/bin/python -m pytest -m browser tests/browser
+
+test-mergekit: venv ## upcycling against mergekit, which is installed into .cache
+	@tests/mergekit/install.sh
+	.venv/bin/python -m pytest -m mergekit tests/mergekit
 
 check: venv ## format, lint, types and imports
 	.venv/bin/python -m ruff format --check .

@@ -22,7 +22,7 @@ test-browser: venv ## reports in a real Chromium; as root, installs Debian's pac
 	@tests/browser/install.sh
 	.venv/bin/python -m pytest -m browser tests/browser
 
-test-mergekit: venv ## upcycling against mergekit, which is installed into .cache
+test-mergekit: venv ## upcycling against mergekit, which is installed into .venv-mergekit
 	@tests/mergekit/install.sh
 	.venv/bin/python -m pytest -m mergekit tests/mergekit
 

@@ -32,9 +32,11 @@ _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_p
 def read_config(folder: Path) -> dict[str, Any]:
     """Read the folder's config.json; UserError if it is missing or not a JSON object."""
     path = folder / CONFIG_FILE
-    if folder.suffix == ".gguf" or (folder.is_dir() and not path.is_file() and any(folder.glob("*.gguf"))):
-        raise UserError(f"{folder} is a GGUF model; pass the unquantized safetensors that it was made from")
     if not path.is_file():
+        if folder.suffix == ".gguf" or any(folder.glob("*.gguf")):
+            raise UserError(
+                f"{folder} is a GGUF, which only llama.cpp reads; pass the Hugging Face directory that it was made from"
+            )
         raise UserError(f"there is no {path}; pass the folder that hf download NAME --local-dir DIR made")
     try:
         config = json.loads(path.read_text())
@@ -307,8 +309,9 @@ def read_base(folder: Path) -> tuple[Family, ModelSpec]:
     """
     raw = read_config(folder)
     family, is_moe = family_of(raw)
-    if found := [key for key in ("quantization_config", "quantization") if key in raw]:  # the latter is MLX's
-        raise UserError(f"{folder} is quantized ({found[0]}); convert the unquantized model")
+    for key in ("quantization_config", "quantization"):  # of transformers and of MLX
+        if key in raw:
+            raise UserError(f"{folder} is quantized ({key}); convert the unquantized model")
     if missing := [name for name in _REQUIRED if name not in raw]:
         keys = ", ".join(missing)
         raise UserError(f"{folder}/config.json lacks {keys}; restore it from the model's original config.json")

@@ -3,7 +3,7 @@
 # Does nothing if it is installed; exits with code 1 and a message if it is unavailable.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-venv=.cache/mergekit
+venv=.venv-mergekit
 
 fail() {
     echo "install.sh: error: $1" >&2

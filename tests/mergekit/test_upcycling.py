@@ -15,7 +15,7 @@ from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.upcycling import hf_to_mcore
 from tests.hf_models import load_stock, make_model  # noqa: F401
 
-MERGEKIT = Path(__file__).parents[2] / ".cache/mergekit/bin/mergekit-moe"
+MERGEKIT = Path(__file__).parents[2] / ".venv-mergekit/bin/mergekit-moe"
 NUM_EXPERTS = 4
 
 

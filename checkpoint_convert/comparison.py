@@ -21,6 +21,7 @@ from moelpr.documents import read_documents
 from moelpr.errors import UserError
 from moelpr.evaluate.models import is_megatron, open_model
 from moelpr.families.families import Family, family_named, read_base, read_config
+from moelpr.families.moe_classes import MOE_CLASSES, MoeClass
 from moelpr.families.tables import pieces
 from moelpr.model_spec import ModelSpec
 from moelpr.run_folder import HF_FOLDER
@@ -59,10 +60,15 @@ class TensorVerdict:
         return self.max_abs > tolerance if tolerance else self.num_different > 0
 
 
-def _open_tensors(model: Path) -> HfReader | MegatronReader:
-    """A reader of the model, without the tensors that readers ignore."""
+def _open_tensors(model: Path, moe_class: MoeClass | None = None) -> HfReader | MegatronReader:
+    """A reader of the model, without the tensors that readers ignore.
+
+    Args:
+        moe_class: Whose names the tensors of a checkpoint get, if it can hold them.
+    """
     if is_megatron(model):
-        return MegatronReader(model)
+        is_held = moe_class is not None and moe_class.misfit(ModelSpec.read(model)) is None
+        return MegatronReader(model, moe_class=moe_class if is_held else None)
     is_tied = read_config(model).get("tie_word_embeddings", False)
     reader = HfReader(model)
     reader.names = [
@@ -71,9 +77,18 @@ def _open_tensors(model: Path) -> HfReader | MegatronReader:
     return reader
 
 
+def _moe_class(model: Path) -> MoeClass | None:
+    """The MoE class of a Hugging Face directory; None for a dense model or a checkpoint."""
+    architectures = [] if is_megatron(model) else read_config(model).get("architectures")
+    return next((kind for kind in MOE_CLASSES.values() if [kind.architecture] == architectures), None)
+
+
 def compare(a: Path, b: Path) -> Iterator[TensorVerdict]:
     """Compare all tensors of two models, each a Hugging Face model or a Megatron checkpoint."""
-    in_a, in_b = _open_tensors(a), _open_tensors(b)
+    in_a, in_b = _open_tensors(a, _moe_class(b)), _open_tensors(b, _moe_class(a))
+    for reader, other in ((in_a, in_b), (in_b, in_a)):
+        if isinstance(reader, HfReader):
+            reader.list_parts(other.names)
     yield from _compare(in_a, in_b, {name: name for name in in_a.names}, in_a.names)
     for name in sorted(set(in_b.names) - set(in_a.names)):
         yield TensorVerdict(name, "extra")
@@ -81,7 +96,9 @@ def compare(a: Path, b: Path) -> Iterator[TensorVerdict]:
 
 def compare_frozen(base: Path, upcycled: Path) -> Iterator[TensorVerdict]:
     """Compare the base's tensors that training must not change with those they became in the upcycled model."""
-    (_, base_spec), (family, spec) = _read_spec(base), _read_spec(upcycled)
+    (base_family, base_spec), (family, spec) = _read_spec(base), _read_spec(upcycled)
+    if is_megatron(upcycled) and base_spec.moe is not None:
+        family = family.written_as(base_family.moe_class)  # the checkpoint takes the base's names
     num_places = base_spec.moe.num_experts if base_spec.moe else 1
     num_experts = spec.moe.num_experts if spec.moe else 1
     if spec.moe is None or num_experts <= num_places:
@@ -94,7 +111,13 @@ def compare_frozen(base: Path, upcycled: Path) -> Iterator[TensorVerdict]:
     moe = replace(spec.moe, num_original_experts=num_places, original_copies=copies, num_new_experts=num_new)
     plan = list(pieces(family.table, replace(spec, moe=moe)))
     routers = {name for piece in plan if piece.part is Part.ROUTER for name in piece.hf_names}
-    a, b = _open_tensors(base), _open_tensors(upcycled)
+    a, b = _open_tensors(base, family.moe_class), _open_tensors(upcycled, family.moe_class)
+    for reader, names in (
+        (a, (name for piece in plan for name in piece.origin)),
+        (b, (name for piece in plan for place in piece.places for name in place)),
+    ):
+        if isinstance(reader, HfReader):
+            reader.list_parts(names)
     became = {name: name for name in set(b.names).difference(*(names for piece in plan for names in piece.places))}
     frozen = [piece for piece in plan if not piece.is_trained]
     for piece in frozen:

@@ -33,6 +33,8 @@ LLAMA3_ROPE = {
 }
 
 
+# The classes that are not the default of a family, and their names in --as.
+CHOSEN = {"GraniteMoeForCausalLM": "granitemoe"}
 # Settings of published models of each family, and the class of their export.
 MODELS = {
     "llama": ("LlamaForCausalLM", {}, "MixtralForCausalLM"),
@@ -47,6 +49,14 @@ MODELS = {
     "mistral 0.3": ("MistralForCausalLM", {"sliding_window": None, "head_dim": 16}, "MixtralForCausalLM"),
     "qwen2": ("Qwen2ForCausalLM", {}, "Qwen2MoeForCausalLM"),
     "qwen2, tied": ("Qwen2ForCausalLM", {"tie_word_embeddings": True}, "Qwen2MoeForCausalLM"),
+    "llama as granitemoe": ("LlamaForCausalLM", {}, "GraniteMoeForCausalLM"),
+    "llama 3.2 as granitemoe": (
+        "LlamaForCausalLM",
+        {"rope_parameters": LLAMA3_ROPE | {"factor": 32.0}, "tie_word_embeddings": True},
+        "GraniteMoeForCausalLM",
+    ),
+    "qwen2 as granitemoe": ("Qwen2ForCausalLM", {}, "GraniteMoeForCausalLM"),
+    "qwen2, tied, as granitemoe": ("Qwen2ForCausalLM", {"tie_word_embeddings": True}, "GraniteMoeForCausalLM"),
     "qwen3": ("Qwen3ForCausalLM", {"head_dim": 16}, "Qwen3MoeForCausalLM"),
     "qwen3, tied": ("Qwen3ForCausalLM", {"head_dim": 8, "tie_word_embeddings": True}, "Qwen3MoeForCausalLM"),
 }
@@ -92,7 +102,7 @@ def test_the_export_is_a_stock_moe_that_computes_what_our_model_does(
 ) -> None:
     source, architecture, moe_architecture = model
     hf_to_mcore(source, tmp_path / "megatron", num_new_experts=3)
-    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", as_class=CHOSEN.get(moe_architecture))
     assert largest_difference(compare(tmp_path / "megatron", tmp_path / "hf")) == 0.0
     dense, exported = load_stock(source, architecture), load_stock(tmp_path / "hf", moe_architecture)
     assert (stock_logits(exported) - stock_logits(dense)).abs().max() <= 2e-5
@@ -108,7 +118,7 @@ def test_a_trained_model_computes_the_same_in_both(model: tuple[Path, str, str],
 
     source, architecture, moe_architecture = model
     hf_to_mcore(source, tmp_path / "megatron", num_new_experts=3, start=Start(noise=0.5))
-    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", as_class=CHOSEN.get(moe_architecture))
     exported = load_stock(tmp_path / "hf", moe_architecture)
     ours = our_logits(tmp_path / "megatron")
     assert (ours - stock_logits(exported)).abs().max() <= 5e-5
@@ -119,7 +129,7 @@ def test_the_exported_config_has_old_and_new_names(model: tuple[Path, str, str],
     """Readers other than transformers 5 read only the old keys, and all have their own defaults."""
     source, _, moe_architecture = model
     hf_to_mcore(source, tmp_path / "megatron", num_new_experts=3, topk=3)
-    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", as_class=CHOSEN.get(moe_architecture))
     base, config = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "hf"))
     rope = base["rope_parameters"]
     assert config["architectures"] == [moe_architecture]
@@ -140,6 +150,7 @@ def test_the_exported_config_has_old_and_new_names(model: tuple[Path, str, str],
         experts
         == {
             "MixtralForCausalLM": {"num_local_experts": 4},
+            "GraniteMoeForCausalLM": {"num_local_experts": 4},
             "Qwen2MoeForCausalLM": {"num_experts": 4},
             "Qwen3MoeForCausalLM": {"num_experts": 4, "num_local_experts": 4},
         }[moe_architecture]
@@ -147,6 +158,9 @@ def test_the_exported_config_has_old_and_new_names(model: tuple[Path, str, str],
     assert config["num_experts_per_tok"] == 3
     if moe_architecture == "MixtralForCausalLM":
         assert config["sliding_window"] == base.get("sliding_window")
+    elif moe_architecture == "GraniteMoeForCausalLM":
+        assert config["attention_bias"] == (base["model_type"] == "qwen2")
+        assert "layer_types" not in config  # vLLM would conclude that there are attention sinks
     else:
         assert config["norm_topk_prob"] is True and config["mlp_only_layers"] == []
         assert config["sliding_window"] is None and config["use_sliding_window"] is False

@@ -1,0 +1,72 @@
+"""Which programs run an export as transformers does, from its config.json. docs/serving.md shows where this was seen.
+
+A program that cannot load an export says so. One that ignores a setting computes another model and says nothing.
+"""
+
+from typing import Any
+
+from moelpr.families.families import Family
+from moelpr.families.moe_classes import GRANITE_MOE, MIXTRAL, MOE_CLASSES, QWEN2_MOE, QWEN3_MOE
+from moelpr.model_spec import ModelSpec
+
+# Name on the command line → name in sentences.
+READERS = {
+    "transformers": "transformers",
+    "vllm": "vLLM",
+    "llama.cpp": "llama.cpp (Ollama, LM Studio)",
+    "mlx": "MLX",
+}
+
+
+def obstacle(reader: str, config: dict[str, Any]) -> str | None:
+    """What keeps the reader from computing an export with this config.json as transformers does; None if nothing."""
+    window = config.get("sliding_window")
+    ignores_window = window is not None and window < config["max_position_embeddings"]
+    head_dim = config.get("head_dim")
+    derives_head_dim = head_dim not in (None, config["hidden_size"] // config["num_attention_heads"])
+    is_scaled = config.get("rope_scaling") is not None
+    obstacles = {
+        ("vllm", QWEN2_MOE): {f"it assumes that heads are not {head_dim} wide": derives_head_dim},
+        ("vllm", GRANITE_MOE): {"it has no biases in this class": config.get("attention_bias")},
+        ("llama.cpp", MIXTRAL): {f"it ignores the sliding window of {window} tokens": ignores_window},
+        ("llama.cpp", QWEN2_MOE): {"it requires a shared expert and does not normalize top-k weights": True},
+        ("llama.cpp", QWEN3_MOE): {
+            "it requires experts in every layer": config.get("mlp_only_layers"),
+            "it ignores RoPE scaling": is_scaled,
+        },
+        ("llama.cpp", GRANITE_MOE): {"its converter has no RoPE scaling in this class": is_scaled},
+        ("mlx", MIXTRAL): {
+            f"it ignores the sliding window of {window} tokens": ignores_window,
+            "it ignores RoPE scaling": is_scaled,
+            f"it assumes that heads are not {head_dim} wide": derives_head_dim,
+        },
+        ("mlx", QWEN2_MOE): {"it requires a shared expert and does not normalize top-k weights": True},
+        ("mlx", QWEN3_MOE): {"it ignores RoPE scaling": is_scaled},
+    }
+    found = {kind.architecture: reasons for (name, kind), reasons in obstacles.items() if name == reader}
+    return next((reason for reason, applies in found.get(config["architectures"][0], {}).items() if applies), None)
+
+
+def readers_sentence(family: Family, spec: ModelSpec, config: dict[str, Any]) -> str:
+    """Which readers run the export with this config.json, and which --as of mcore_to_hf.py to take for the others."""
+    if spec.moe is None:
+        return "Runs wherever its base runs."
+    others: dict[str, list[str]] = {}
+    for reader, name in READERS.items():
+        if (reason := obstacle(reader, config)) is not None:
+            fitting = [
+                kind.name
+                for kind in MOE_CLASSES.values()
+                if kind.misfit(spec) is None
+                and obstacle(reader, family.written_as(kind).export_config({}, spec, spec.dtype)) is None
+            ]
+            remedy = f"export with --as {' or '.join(fitting)}" if fitting else f"no class will do, as {reason}"
+            others.setdefault(remedy, []).append(name)
+    running = [name for reader, name in READERS.items() if obstacle(reader, config) is None]
+    sentences = [f"Runs in {_listed(running)}."]
+    sentences += [f"For {_listed(names)}, {remedy}." for remedy, names in others.items()]
+    return " ".join(sentences)
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))

@@ -20,31 +20,31 @@ READERS = {
 
 def obstacle(reader: str, config: dict[str, Any]) -> str | None:
     """What keeps the reader from computing an export with this config.json as transformers does; None if nothing."""
-    window = config.get("sliding_window")
-    ignores_window = window is not None and window < config["max_position_embeddings"]
-    head_dim = config.get("head_dim")
-    derives_head_dim = head_dim not in (None, config["hidden_size"] // config["num_attention_heads"])
+    window, head_dim = config.get("sliding_window"), config.get("head_dim")
+    is_windowed = window is not None and window < config["max_position_embeddings"]
     is_scaled = config.get("rope_scaling") is not None
-    obstacles = {
-        ("vllm", QWEN2_MOE): {f"it assumes that heads are not {head_dim} wide": derives_head_dim},
-        ("vllm", GRANITE_MOE): {"it has no biases in this class": config.get("attention_bias")},
-        ("llama.cpp", MIXTRAL): {f"it ignores the sliding window of {window} tokens": ignores_window},
-        ("llama.cpp", QWEN2_MOE): {"it requires a shared expert and does not normalize top-k weights": True},
-        ("llama.cpp", QWEN3_MOE): {
-            "it requires experts in every layer": config.get("mlp_only_layers"),
-            "it ignores RoPE scaling": is_scaled,
-        },
-        ("llama.cpp", GRANITE_MOE): {"its converter has no RoPE scaling in this class": is_scaled},
-        ("mlx", MIXTRAL): {
-            f"it ignores the sliding window of {window} tokens": ignores_window,
-            "it ignores RoPE scaling": is_scaled,
-            f"it assumes that heads are not {head_dim} wide": derives_head_dim,
-        },
-        ("mlx", QWEN2_MOE): {"it requires a shared expert and does not normalize top-k weights": True},
-        ("mlx", QWEN3_MOE): {"it ignores RoPE scaling": is_scaled},
-    }
-    found = {kind.architecture: reasons for (name, kind), reasons in obstacles.items() if name == reader}
-    return next((reason for reason, applies in found.get(config["architectures"][0], {}).items() if applies), None)
+    has_own_head_dim = head_dim not in (None, config["hidden_size"] // config["num_attention_heads"])
+    shared_expert = "it requires a shared expert and does not normalize top-k weights"
+    other_head_dim = f"it assumes that heads are not {head_dim} wide"
+    no_window = f"it ignores the sliding window of {window} tokens"
+    rules = (
+        ("vllm", QWEN2_MOE, has_own_head_dim, other_head_dim),
+        ("vllm", GRANITE_MOE, config.get("attention_bias"), "it has no biases in this class"),
+        ("llama.cpp", MIXTRAL, is_windowed, no_window),
+        ("llama.cpp", QWEN2_MOE, True, shared_expert),
+        ("llama.cpp", QWEN3_MOE, config.get("mlp_only_layers"), "it requires experts in every layer"),
+        ("llama.cpp", QWEN3_MOE, is_scaled, "it ignores RoPE scaling"),
+        ("llama.cpp", GRANITE_MOE, is_scaled, "its converter has no RoPE scaling in this class"),
+        ("mlx", MIXTRAL, is_windowed, no_window),
+        ("mlx", MIXTRAL, is_scaled, "it ignores RoPE scaling"),
+        ("mlx", MIXTRAL, has_own_head_dim, other_head_dim),
+        ("mlx", QWEN2_MOE, True, shared_expert),
+        ("mlx", QWEN3_MOE, is_scaled, "it ignores RoPE scaling"),
+    )
+    for name, kind, applies, reason in rules:
+        if name == reader and [kind.architecture] == config["architectures"] and applies:
+            return reason
+    return None
 
 
 def readers_sentence(family: Family, spec: ModelSpec, config: dict[str, Any]) -> str:

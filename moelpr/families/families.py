@@ -230,7 +230,8 @@ def family_of(config: dict[str, Any]) -> tuple[Family, bool]:
             attention = has_bias, moe_class.has_qk_norm
             family = next(f for f in FAMILIES.values() if (f.qkv_bias, f.qk_norm) == attention)
             return family.written_as(moe_class), True
-    known = [kind.architecture for kind in (*FAMILIES.values(), *MOE_CLASSES.values())]
+    known = [family.architecture for family in FAMILIES.values()]
+    known += [moe_class.architecture for moe_class in MOE_CLASSES.values()]
     found = ", ".join(map(str, architectures)) or config.get("model_type") or "none"
     raise UserError(f"architecture must be one of {', '.join(known)}, got {found}")
 

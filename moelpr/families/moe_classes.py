@@ -140,7 +140,7 @@ GRANITE_MOE = MoeClass(
     # The softmax of the top-k logits, which is the renormalized softmax of all.
     ffn=moe_rows(
         router="block_sparse_moe.router.layer.weight",
-        fc1=tuple(f"block_sparse_moe.input_linear.weight[{{j}},{rows}]" for rows in (":{ffn}", "{ffn}:")),
+        fc1=("block_sparse_moe.input_linear.weight[{j},:{ffn}]", "block_sparse_moe.input_linear.weight[{j},{ffn}:]"),
         fc2="block_sparse_moe.output_linear.weight[{j}]",
     ),
     config=_granite_moe_config,

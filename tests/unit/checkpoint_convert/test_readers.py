@@ -18,7 +18,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from checkpoint_convert.export import mcore_to_hf
+from checkpoint_convert.readers import readers_sentence
 from checkpoint_convert.upcycling import Start, hf_to_mcore
+from moelpr.families.families import FAMILIES
+from moelpr.families.moe_classes import MOE_CLASSES
+from moelpr.model_spec import ModelSpec, MoeSpec
 
 MIXTRAL = tuple(f"block_sparse_moe.experts.{{j}}.{name}.weight" for name in ("w1", "w3", "w2"))
 QWEN = tuple(f"mlp.experts.{{j}}.{name}_proj.weight" for name in ("gate", "up", "down"))
@@ -90,6 +94,63 @@ def test_the_files_have_the_tensors_that_loaders_request(export: Path, name: str
     assert ("lm_head.weight" in tensors) == (not settings.get("tie_word_embeddings", False))
     assert tensors["model.embed_tokens.weight"].shape[0] == config["vocab_size"] == 99
     assert "auto_map" not in config and "quantization_config" not in config
+
+
+DEFAULTS = {"attention_dropout": 0.0, "init_method_std": 0.02}
+LLAMA = {"add_qkv_bias": False}
+SCALED = LLAMA | {"use_rope_scaling": True, "rope_scaling_factor": 8.0}
+WIDE = "it assumes that heads are not 16 wide"
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "moe_class", "sentence"),
+    [
+        ("llama", LLAMA, "mixtral", "Runs in transformers, vLLM, llama.cpp (Ollama, LM Studio) and MLX."),
+        (
+            "llama",
+            SCALED,
+            "mixtral",
+            "Runs in transformers, vLLM and llama.cpp (Ollama, LM Studio). For MLX, export with --as granitemoe.",
+        ),
+        (
+            "llama",
+            SCALED,
+            "granitemoe",
+            "Runs in transformers, vLLM and MLX. For llama.cpp (Ollama, LM Studio), export with --as mixtral.",
+        ),
+        (
+            "mistral",
+            LLAMA | {"window_size": [30, 0]},
+            "mixtral",
+            "Runs in transformers and vLLM. For llama.cpp (Ollama, LM Studio) and MLX, no class will do, as it ignores "
+            "the sliding window of 31 tokens.",
+        ),
+        (
+            "mistral",
+            LLAMA | {"kv_channels": 16},
+            "mixtral",
+            f"Runs in transformers, vLLM and llama.cpp (Ollama, LM Studio). For MLX, no class will do, as {WIDE}.",
+        ),
+        (
+            "qwen2",
+            {},
+            "qwen2_moe",
+            "Runs in transformers and vLLM. For llama.cpp (Ollama, LM Studio) and MLX, export with --as granitemoe.",
+        ),
+        (
+            "qwen2",
+            {},
+            "granitemoe",
+            "Runs in transformers, llama.cpp (Ollama, LM Studio) and MLX. For vLLM, export with --as qwen2_moe.",
+        ),
+    ],
+)
+def test_a_sentence_says_who_runs_an_export_and_which_class_the_others_need(
+    dense_spec: ModelSpec, family: str, changes: dict, moe_class: str, sentence: str
+) -> None:
+    spec = ModelSpec(family, "float32", dense_spec.megatron_args | DEFAULTS | changes, MoeSpec(4, 2, (0, 1, 2)))
+    written = FAMILIES[family].written_as(MOE_CLASSES[moe_class])
+    assert readers_sentence(written, spec, written.export_config({}, spec, "float32")) == sentence
 
 
 @contextmanager

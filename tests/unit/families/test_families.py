@@ -229,6 +229,13 @@ def test_a_folder_without_config_is_rejected(source: Path, tmp_path: Path) -> No
     assert_import_fails(source, tmp_path, "source/config.json; .*hf download")
 
 
+def test_a_gguf_is_rejected_as_one(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "Q4.gguf").touch()
+    for given in (tmp_path / "model", tmp_path / "model" / "Q4.gguf"):
+        assert_import_fails(given, tmp_path, "is a GGUF.*pass the Hugging Face directory")
+
+
 def test_a_config_without_its_shape_is_rejected(source: Path, tmp_path: Path) -> None:
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({key: config[key] for key in config if key != "hidden_size"}))
@@ -285,7 +292,8 @@ def test_a_classifier_of_a_known_family_is_rejected(source: Path, tmp_path: Path
             "'llama3'.*'dynamic'",
         ),
         ({"hidden_act": "gelu"}, "hidden_act.*'silu'.*'gelu'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "is quantized \\(quantization_config\\)"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "is quantized \\(quantization\\)"),
         ({"num_hidden_layers": "four"}, "config.json.*num_hidden_layers"),
         ({"rope_parameters": {"rope_theta": 1000.5, "rope_type": "default"}}, "rope_theta.*1000.5"),
     ],

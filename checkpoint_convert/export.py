@@ -83,8 +83,10 @@ def mcore_to_hf(
     tensors = [(name, source.shape(name)) for name in source.names if name in trained or not as_delta]
     num_bytes = target_dtype.itemsize * sum(math.prod(shape) for _, shape in tensors)
     settings = {"spec": asdict(spec), "dtype": dtype, "max_shard_bytes": max_shard_bytes, "delta": as_delta}
-    settings["class"] = facts.architecture
-    with output_folder(save, num_bytes, [source.step_folder], **settings) as (folder, bar):
+    with output_folder(save, num_bytes, [source.step_folder], architecture=facts.architecture, **settings) as (
+        folder,
+        bar,
+    ):
         stem = DELTA_STEM if as_delta else MODEL_STEM
         write_weights(folder, tensors, target_dtype, max_shard_bytes, source.read_finite, bar, stem, not as_delta)
         if as_delta:

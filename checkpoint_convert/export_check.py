@@ -7,6 +7,7 @@ from checkpoint_convert.readers import READERS, obstacle
 from checkpoint_convert.upcycling import check_weights
 from moelpr.errors import UserError
 from moelpr.families.families import read_base, read_config
+from moelpr.families.tables import zeros
 
 # Keys that transformers 5 has renamed. It writes only the new names if it saves the model, MLX reads only the old ones.
 _RENAMED = ("rope_theta", "rope_scaling", "num_experts")
@@ -37,7 +38,9 @@ def unmet_requirements(folder: Path, reader: str) -> list[str]:
     if reader != "transformers" and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         found.append("there is no tokenizer")
     try:
-        check_weights(HfReader(folder), family, spec)
+        weights = HfReader(folder)
+        check_weights(weights, family, spec)
+        found += [f"there is no {name}" for name, _ in zeros(family.table, spec) if name not in weights]
     except UserError as error:
         found.append(str(error))
     return found

@@ -60,7 +60,11 @@ def readers_sentence(family: Family, spec: ModelSpec, config: dict[str, Any]) ->
                 if kind.misfit(spec) is None
                 and obstacle(reader, family.written_as(kind).export_config({}, spec, spec.dtype)) is None
             ]
-            remedy = f"export with --as {' or '.join(fitting)}" if fitting else f"no class will do, as {reason}"
+            remedy = (
+                f"export with mcore_to_hf.py --as {' or '.join(fitting)}"
+                if fitting
+                else f"no class will do, as {reason}"
+            )
             others.setdefault(remedy, []).append(name)
     running = [name for reader, name in READERS.items() if obstacle(reader, config) is None]
     sentences = [f"Runs in {_listed(running)}."]

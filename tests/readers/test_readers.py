@@ -84,9 +84,13 @@ def export(case: Case, make_model: Callable[..., Path], tmp_path_factory: pytest
     return folder / "hf"
 
 
+def prompt_of(length: int) -> list[int]:
+    return (torch.arange(length) * 7 % VOCAB).tolist()
+
+
 @pytest.fixture(scope="module")
 def prompt(case: Case) -> list[int]:
-    return (torch.arange(case.prompt_length) * 7 % VOCAB).tolist()
+    return prompt_of(case.prompt_length)
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +143,18 @@ def test_a_reader_computes_what_transformers_does_unless_an_obstacle_is_named(
         assert (found - log_probs).abs().max() <= TOLERANCE
     else:
         assert (found[0] - log_probs[0]).abs().max() > 100 * TOLERANCE
+
+
+def test_8_bits_change_little(make_model: Callable[..., Path], tmp_path: Path) -> None:  # noqa: F811
+    """Q8_0 divides rows into blocks of 32, and leaves narrower tensors as they are."""
+    dense = make_model("Qwen2ForCausalLM", tokenizer=True, hidden_size=64, intermediate_size=96)
+    hf_to_mcore(dense, tmp_path / "megatron", 3, start=Start(noise=0.5))
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", as_class="granitemoe")
+    llama_cpp.convert(tmp_path / "hf", tmp_path / "model.gguf", "q8_0")
+    prompt = prompt_of(24)
+    _, expected = in_transformers(tmp_path / "hf", prompt)
+    _, found = llama_cpp.generate(tmp_path / "model.gguf", prompt, NUM_TOKENS, VOCAB)
+    assert 1e-4 < (found[0] - expected[0]).abs().max() <= 0.1
 
 
 @pytest.mark.parametrize("case", ["llama", "qwen2-granitemoe"], indirect=True)

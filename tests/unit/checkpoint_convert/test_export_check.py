@@ -45,6 +45,9 @@ def test_qwen2_moe_and_granitemoe_run_in_different_programs(qwen2: Path, tmp_pat
         "llama.cpp": f"llama.cpp (Ollama, LM Studio): {shared}", "mlx": f"MLX: {shared}",
     }  # fmt: skip
     assert found(tmp_path / "granite") == {"vllm": "vLLM: it has no biases in this class"}
+    zero = "model.layers.0.self_attn.o_proj.bias"
+    edit_tensors(tmp_path / "granite", lambda tensors: tensors.pop(zero))
+    assert unmet_requirements(tmp_path / "granite", "llama.cpp") == [f"there is no {zero}"]
 
 
 def test_layers_without_experts_and_a_missing_tokenizer_are_found(make_model: Callable[..., Path], tmp_path: Path):

@@ -99,6 +99,7 @@ def test_the_files_have_the_tensors_that_loaders_request(export: Path, name: str
 DEFAULTS = {"attention_dropout": 0.0, "init_method_std": 0.02}
 LLAMA = {"add_qkv_bias": False}
 SCALED = LLAMA | {"use_rope_scaling": True, "rope_scaling_factor": 8.0}
+EXPORT = "export with mcore_to_hf.py"
 WIDE = "it assumes that heads are not 16 wide"
 
 
@@ -110,13 +111,13 @@ WIDE = "it assumes that heads are not 16 wide"
             "llama",
             SCALED,
             "mixtral",
-            "Runs in transformers, vLLM and llama.cpp (Ollama, LM Studio). For MLX, export with --as granitemoe.",
+            f"Runs in transformers, vLLM and llama.cpp (Ollama, LM Studio). For MLX, {EXPORT} --as granitemoe.",
         ),
         (
             "llama",
             SCALED,
             "granitemoe",
-            "Runs in transformers, vLLM and MLX. For llama.cpp (Ollama, LM Studio), export with --as mixtral.",
+            f"Runs in transformers, vLLM and MLX. For llama.cpp (Ollama, LM Studio), {EXPORT} --as mixtral.",
         ),
         (
             "mistral",
@@ -135,13 +136,13 @@ WIDE = "it assumes that heads are not 16 wide"
             "qwen2",
             {},
             "qwen2_moe",
-            "Runs in transformers and vLLM. For llama.cpp (Ollama, LM Studio) and MLX, export with --as granitemoe.",
+            f"Runs in transformers and vLLM. For llama.cpp (Ollama, LM Studio) and MLX, {EXPORT} --as granitemoe.",
         ),
         (
             "qwen2",
             {},
             "granitemoe",
-            "Runs in transformers, llama.cpp (Ollama, LM Studio) and MLX. For vLLM, export with --as qwen2_moe.",
+            f"Runs in transformers, llama.cpp (Ollama, LM Studio) and MLX. For vLLM, {EXPORT} --as qwen2_moe.",
         ),
     ],
 )

@@ -63,9 +63,14 @@ def test_a_dense_model_has_no_class_to_choose(qwen2: Path, tmp_path: Path) -> No
         mcore_to_hf(tmp_path / "megatron", tmp_path / "out", as_class="mixtral")
 
 
-@pytest.fixture(params=["LlamaForCausalLM", "Qwen2ForCausalLM"])
+@pytest.fixture
 def dense(request: pytest.FixtureRequest, make_model: Callable[..., Path]) -> Path:
-    return make_model(request.param, tie_word_embeddings=request.param == "Qwen2ForCausalLM")
+    """A tied Qwen2, or what a test asks for."""
+    architecture = getattr(request, "param", "Qwen2ForCausalLM")
+    return make_model(architecture, tie_word_embeddings=architecture == "Qwen2ForCausalLM")
+
+
+both = pytest.mark.parametrize("dense", ["LlamaForCausalLM", "Qwen2ForCausalLM"], indirect=True)
 
 
 @pytest.fixture
@@ -76,6 +81,7 @@ def granite(dense: Path, tmp_path: Path) -> Path:
     return tmp_path / "granite"
 
 
+@both
 def test_a_granitemoe_export_has_the_tensors_of_the_checkpoint_and_of_its_base(
     granite: Path, dense: Path, tmp_path: Path
 ) -> None:
@@ -90,6 +96,7 @@ def test_a_granitemoe_export_has_the_tensors_of_the_checkpoint_and_of_its_base(
     assert changed == ["model.layers.1.block_sparse_moe.input_linear.weight[1,:48]"]
 
 
+@both
 def test_a_granitemoe_is_extended_like_any_moe(granite: Path, tmp_path: Path) -> None:
     spec = hf_to_mcore(granite, tmp_path / "second", num_new_experts=2, start=Start(noise=0.5))
     assert spec.moe is not None

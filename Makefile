@@ -3,7 +3,7 @@
 SHELL_SCRIPTS := .ci/run $(shell find launch tests -name '*.sh' -o -name '*.sbatch')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slurm test-browser test-mergekit check format venv clean
+.PHONY: help demo test test-slurm test-browser test-mergekit test-readers check format venv clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -26,6 +26,10 @@ test-mergekit: venv ## upcycling against mergekit, which is installed into .venv
 	@tests/mergekit/install.sh
 	.venv/bin/python -m pytest -m mergekit tests/mergekit
 
+test-readers: venv ## exports in llama.cpp and MLX; downloads both (100 MB)
+	@tests/readers/install.sh
+	.venv-readers/bin/python -m pytest -m readers tests/readers
+
 check: venv ## format, lint, types and imports
 	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m ruff check .
@@ -43,6 +47,6 @@ format: venv ## format, and repair what lint can
 venv: ## make .venv, or bring it up to date
 	@launch/make_venv.sh
 
-clean: ## remove caches and build leftovers; .venv and runs/ stay
+clean: ## remove caches and build leftovers; virtual environments and runs/ stay
 	rm -rf build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
-	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -name __pycache__ -prune -exec rm -rf {} +

@@ -21,6 +21,7 @@ from moelpr.documents import read_documents
 from moelpr.errors import UserError
 from moelpr.evaluate.models import is_megatron, open_model
 from moelpr.families.families import Family, family_named, read_base, read_config
+from moelpr.families.moe_classes import MOE_CLASSES, MoeClass
 from moelpr.families.tables import Piece, pieces
 from moelpr.model_spec import ModelSpec
 from moelpr.run_folder import HF_FOLDER
@@ -70,10 +71,15 @@ class Reader(Protocol):
     def read(self, name: str) -> Tensor: ...
 
 
-def open_tensors(model: Path) -> HfReader | MegatronReader:
-    """A reader of the model, without the tensors that readers ignore."""
+def open_tensors(model: Path, moe_class: MoeClass | None = None) -> HfReader | MegatronReader:
+    """A reader of the model, without the tensors that readers ignore.
+
+    Args:
+        moe_class: Whose names the tensors of a checkpoint get, if it can hold them.
+    """
     if is_megatron(model):
-        return MegatronReader(model)
+        is_held = moe_class is not None and moe_class.misfit(ModelSpec.read(model)) is None
+        return MegatronReader(model, moe_class=moe_class if is_held else None)
     is_tied = read_config(model).get("tie_word_embeddings", False)
     reader = HfReader(model)
     reader.names = [
@@ -82,21 +88,35 @@ def open_tensors(model: Path) -> HfReader | MegatronReader:
     return reader
 
 
+def _moe_class(model: Path) -> MoeClass | None:
+    """The MoE class of a Hugging Face directory; None for a dense model or a checkpoint."""
+    architectures = [] if is_megatron(model) else read_config(model).get("architectures")
+    return next((kind for kind in MOE_CLASSES.values() if [kind.architecture] == architectures), None)
+
+
 def compare(a: Path, b: Path) -> Iterator[TensorVerdict]:
     """Compare all tensors of two models, each a Hugging Face model or a Megatron checkpoint."""
-    in_a, in_b = open_tensors(a), open_tensors(b)
+    in_a, in_b = open_tensors(a, _moe_class(b)), open_tensors(b, _moe_class(a))
+    for reader, other in ((in_a, in_b), (in_b, in_a)):
+        if isinstance(reader, HfReader):
+            reader.list_parts(other.names)
     yield from compare_tensors(in_a, in_b, {name: name for name in in_a.names}, in_a.names)
     for name in sorted(set(in_b.names) - set(in_a.names)):
         yield TensorVerdict(name, "extra")
 
 
-def pieces_since(base: Path, upcycled: Path) -> list[Piece]:
+def pieces_since(base: Path, upcycled: Path) -> tuple[MoeClass, list[Piece]]:
     """The pieces of an upcycled model; what was made of the base, in one round or several, has its origin there.
+
+    Returns:
+        The MoE class whose names the pieces have, and the pieces.
 
     Raises:
         UserError: the base has no fewer experts.
     """
-    (_, base_spec), (family, spec) = _read_spec(base), _read_spec(upcycled)
+    (base_family, base_spec), (family, spec) = _read_spec(base), _read_spec(upcycled)
+    if is_megatron(upcycled) and base_spec.moe is not None:
+        family = family.written_as(base_family.moe_class)  # the checkpoint takes the base's names
     num_places = base_spec.moe.num_experts if base_spec.moe else 1
     num_experts = spec.moe.num_experts if spec.moe else 1
     if spec.moe is None or num_experts <= num_places:
@@ -107,14 +127,20 @@ def pieces_since(base: Path, upcycled: Path) -> list[Piece]:
     copies = spec.moe.original_copies if base_spec.moe is None else 1  # every expert of an MoE is in it by its own name
     num_new = num_experts - copies - (num_places - 1)
     moe = replace(spec.moe, num_original_experts=num_places, original_copies=copies, num_new_experts=num_new)
-    return list(pieces(family.table, replace(spec, moe=moe)))
+    return family.moe_class, list(pieces(family.table, replace(spec, moe=moe)))
 
 
 def compare_frozen(base: Path, upcycled: Path) -> Iterator[TensorVerdict]:
     """Compare the base's tensors that training must not change with those they became in the upcycled model."""
-    plan = pieces_since(base, upcycled)
+    moe_class, plan = pieces_since(base, upcycled)
     routers = {name for piece in plan if piece.part is Part.ROUTER for name in piece.hf_names}
-    a, b = open_tensors(base), open_tensors(upcycled)
+    a, b = open_tensors(base, moe_class), open_tensors(upcycled, moe_class)
+    for reader, names in (
+        (a, (name for piece in plan for name in piece.origin)),
+        (b, (name for piece in plan for place in piece.places for name in place)),
+    ):
+        if isinstance(reader, HfReader):
+            reader.list_parts(names)
     became = {name: name for name in set(b.names).difference(*(names for piece in plan for names in piece.places))}
     frozen = [piece for piece in plan if not piece.is_trained]
     for piece in frozen:

@@ -31,6 +31,7 @@ from checkpoint_convert.model_card import (
 from checkpoint_convert.outputs import check_output, output_folder
 from moelpr.errors import UserError
 from moelpr.families.families import CONFIG_FILE, read_config
+from moelpr.families.moe_classes import MOE_CLASSES, MoeClass
 from moelpr.model_spec import DTYPES, ModelSpec
 from moelpr.run_folder import HF_FOLDER
 
@@ -49,8 +50,11 @@ def mcore_to_hf(
     overwrite: bool = False,
     base_model: str | None = None,
     as_delta: bool = False,
-) -> ModelSpec:
+    as_class: str | None = None,
+) -> CardFacts:
     """Export a checkpoint as a Hugging Face model or a delta; an interrupted export resumes.
+
+    Returns what its model card states.
 
     Args:
         iteration: Saved step to export; None for the latest.
@@ -58,18 +62,18 @@ def mcore_to_hf(
         max_shard_bytes: Largest size of a safetensors file.
         base_model: Name of the base for the model card; None for the recorded one.
         as_delta: Whether to omit what `apply_delta` takes from the base.
+        as_class: Name of the MoE class to write, a key of MOE_CLASSES; None for the family's default.
 
     Raises:
         UserError: the input is invalid; `save` is then unchanged.
     """
     check_output(save, [load], overwrite, (CONFIG_FILE, DELTA_FILE))
-    source = MegatronReader(load, iteration)
+    source = MegatronReader(load, iteration, None if as_class is None else _class_for(load, as_class))
     spec, dtype_name = source.spec, dtype or source.spec.dtype
     target_dtype: torch.dtype = getattr(torch, dtype_name)
     config = source.family.export_config(read_config(load / HF_FOLDER), spec, dtype_name)
     origin, history = Origin.read(load), read_history(load, iteration)
-    architecture = config["architectures"][0]
-    facts = CardFacts(source, architecture, dtype_name, base_model or origin.base_model, origin, history)
+    facts = CardFacts(source, config, dtype_name, base_model or origin.base_model, origin, history)
     if as_delta:
         check_separable(load, spec, history, "a delta", "export it without --delta")
         if facts.base_model is None:
@@ -79,14 +83,28 @@ def mcore_to_hf(
     tensors = [(name, source.shape(name)) for name in source.names if name in trained or not as_delta]
     num_bytes = target_dtype.itemsize * sum(math.prod(shape) for _, shape in tensors)
     settings = {"spec": asdict(spec), "dtype": dtype, "max_shard_bytes": max_shard_bytes, "delta": as_delta}
-    with output_folder(save, num_bytes, [source.step_folder], **settings) as (folder, bar):
+    with output_folder(save, num_bytes, [source.step_folder], architecture=facts.architecture, **settings) as (
+        folder,
+        bar,
+    ):
         stem = DELTA_STEM if as_delta else MODEL_STEM
-        write_weights(folder, tensors, target_dtype, max_shard_bytes, source.read_finite, bar, stem)
+        write_weights(folder, tensors, target_dtype, max_shard_bytes, source.read_finite, bar, stem, not as_delta)
         if as_delta:
-            _complete_delta(folder, source, facts, config, max_shard_bytes)
+            _complete_delta(folder, facts, max_shard_bytes)
         else:
             _write_companions(folder, load / HF_FOLDER, config, model_card(facts))
-    return spec
+    return facts
+
+
+def _class_for(load: Path, name: str) -> MoeClass:
+    """The class of this name; UserError if it cannot hold the model exactly."""
+    spec, moe_class = ModelSpec.read(load), MOE_CLASSES[name]
+    if spec.moe is None:
+        raise UserError(f"--as chooses the class of an upcycled model, but {load} is dense; remove --as")
+    if (misfit := moe_class.misfit(spec)) is not None:
+        fitting = " or ".join(kind.name for kind in MOE_CLASSES.values() if kind.misfit(spec) is None)
+        raise UserError(f"{load} cannot be written as {moe_class.architecture}: {misfit}; pass --as {fitting}")
+    return moe_class
 
 
 def _write_companions(folder: Path, base: Path, config: dict[str, Any], card: str) -> None:
@@ -184,10 +202,9 @@ class DeltaConfig:
         return delta
 
 
-def _complete_delta(
-    folder: Path, source: MegatronReader, facts: CardFacts, config: dict[str, Any], max_shard_bytes: int
-) -> None:
-    """Write delta_config.json and the model card beside a delta's weights; `config` is config.json of the export."""
+def _complete_delta(folder: Path, facts: CardFacts, max_shard_bytes: int) -> None:
+    """Write delta_config.json and the model card beside a delta's weights."""
+    source = facts.source
     trained, dtype = HfReader(folder, DELTA_STEM), getattr(torch, facts.dtype)
     frozen = [piece for piece in source.pieces if not piece.is_trained]
     in_base = dict(pair for piece in frozen for names in piece.places for pair in zip(names, piece.origin, strict=True))
@@ -201,9 +218,10 @@ def _complete_delta(
             tensors.append(DeltaTensor(name, shape, "base", in_base[name], sha256))
         else:
             tensors.append(DeltaTensor(name, shape, "zeros"))
-    assert facts.base_model is not None and facts.source.spec.moe is not None
-    card, experts = model_card(facts), asdict(facts.source.spec.moe)
-    DeltaConfig(facts.base_model, facts.dtype, max_shard_bytes, experts, config, card, tuple(tensors)).write(folder)
+    assert facts.base_model is not None and source.spec.moe is not None
+    card, experts = model_card(facts), asdict(source.spec.moe)
+    content = facts.base_model, facts.dtype, max_shard_bytes, experts, facts.config, card, tuple(tensors)
+    DeltaConfig(*content).write(folder)
     (folder / CARD_FILE).write_text(model_card(facts, is_delta=True), encoding="utf-8")
 
 

@@ -132,10 +132,12 @@ class GraftReader:
         for reader, dense in ((self._base, base_spec), (self._instruct, instruct_spec)):
             if dense.moe is not None:
                 raise UserError(f"{reader.folder} is an MoE; pass the dense model that {model} was upcycled from")
+        _, plan = pieces_since(base, model)
+        self._model.list_parts(name for piece in plan for names in piece.places for name in names)
         self.names = self._model.names
         # Name in the model → name in base and instruct model, and the piece that it belongs to.
         self._sources: dict[str, tuple[str, Piece]] = {}
-        for piece in pieces_since(base, model):
+        for piece in plan:
             for names in piece.places if piece.origin else ():
                 self._sources.update(zip(names, ((origin, piece) for origin in piece.origin), strict=True))
         self._check_shapes()
@@ -262,6 +264,7 @@ def compare_graft(base: Path, instruct: Path, model: Path, grafted: Path) -> Ite
     assert isinstance(found, HfReader)
     dtype = common_dtype((found, name) for name in found.names)
     expected = GraftReader(base, instruct, model, record.scale, record.only, dtype)
+    found.list_parts(expected.names)
     yield from compare_tensors(expected, found, {name: name for name in expected.names}, expected.names)
     for name in sorted(set(found.names) - set(expected.names)):
         yield TensorVerdict(name, "extra")

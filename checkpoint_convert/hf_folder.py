@@ -6,6 +6,8 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import closing
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from moelpr.checksums import FileSum, Verifier
 from moelpr.data.tokenizer import check_token_ids
 from moelpr.errors import UserError
 from moelpr.families.families import CONFIG_FILE
+from moelpr.families.tables import stacked_part
 from moelpr.files import DurableFile
 
 # Weight files are STEM.safetensors, or STEM-00001-of-00002.safetensors, … with STEM.safetensors.index.json.
@@ -88,6 +91,8 @@ def check_tokenizer(folder: Path, vocab_size: int) -> None:
 class HfReader:
     """The weights in a folder: names, shapes and dtypes from the files' headers, tensors on demand.
 
+    Parts of stacked experts are tensors too, under the names of `stacked_part`.
+
     Attributes:
         names: Names of the tensors, file by file.
 
@@ -117,10 +122,20 @@ class HfReader:
         self.names = list(self._headers)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._headers
+        return name in self._headers or stacked_part(name)[0] in self._headers
+
+    def list_parts(self, parts: Iterable[str]) -> None:
+        """In `names`, replace every stacked tensor that one of `parts` is in by its parts."""
+        parts_of: dict[str, list[str]] = {}
+        for part in parts:
+            stack, index = stacked_part(part)
+            if index:
+                parts_of.setdefault(stack, []).append(part)
+        self.names = [part for name in self.names for part in parts_of.get(name, [name])]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._header(name)[2]
+        shape, (_, index) = self._header(name)[2], self._stored(name)
+        return tuple(torch.empty(shape, device="meta")[index].shape)
 
     def dtype(self, name: str) -> torch.dtype:
         kind = self._header(name)[1]
@@ -136,14 +151,24 @@ class HfReader:
             self._open_name = None
         file_name = self._header(name)[0]
         self._verifier.verify(file_name)
-        tensor: Tensor = self._open(file_name).get_tensor(name)
+        stored, index = self._stored(name)
+        file = self._open(file_name)
+        # Without the copy, a slice would keep its whole stack mapped.
+        tensor: Tensor = file.get_slice(stored)[index].clone() if index else file.get_tensor(stored)
         self._mapped_bytes += tensor.nbytes
         return tensor
 
+    def _stored(self, name: str) -> tuple[str, tuple[Any, ...]]:
+        """The stored tensor that `name` is in, and its index; a delta stores parts by themselves."""
+        return (name, ()) if name in self._headers else stacked_part(name)
+
     def _header(self, name: str) -> tuple[str, str, tuple[int, ...]]:
-        if name not in self._headers:
+        """Of the tensor, or of the stacked one that it is a part of."""
+        stored, index = self._stored(name)
+        header = self._headers.get(stored)
+        if header is None or (index and header[2][:1] <= index[:1]):  # fewer experts
             raise UserError(f"{self.folder} lacks the tensor {name}; download the model again")
-        return self._headers[name]
+        return header
 
     def _open(self, name: str) -> Any:
         if self._open_name != name:
@@ -216,6 +241,33 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")
 
 
+@dataclass(frozen=True)
+class _StoredTensor:
+    """A tensor of a safetensors file, and the tensors (name, shape) whose bytes it consists of."""
+
+    name: str
+    shape: tuple[int, ...]
+    parts: list[tuple[str, tuple[int, ...]]]
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+
+def _stored_tensors(tensors: Iterable[tuple[str, tuple[int, ...]]], stack: bool) -> list[_StoredTensor]:
+    """Join the parts of stacked experts, unless they are to be stored by themselves."""
+    stored = []
+    for name, group in groupby(tensors, key=lambda tensor: stacked_part(tensor[0])[0] if stack else tensor[0]):
+        parts = list(group)
+        shape = parts[0][1]
+        if parts[0][0] != name:
+            experts = [stacked_part(part)[1][0] for part, _ in parts]
+            rows = sum(part_shape[0] for _, part_shape in parts) // len(set(experts))
+            shape = (len(set(experts)), rows, *shape[1:])
+        stored.append(_StoredTensor(name, shape, parts))
+    return stored
+
+
 def write_weights(
     folder: Path,
     tensors: Iterable[tuple[str, tuple[int, ...]]],
@@ -224,6 +276,7 @@ def write_weights(
     read: Callable[[str], Tensor],
     bar: "tqdm[None]",
     stem: str = MODEL_STEM,
+    stack: bool = True,
 ) -> None:
     """Write safetensors shards, index and checksums, one tensor at a time; shards of an interrupted call are kept.
 
@@ -233,15 +286,16 @@ def write_weights(
         max_shard_bytes: Largest size of a shard; a larger tensor gets its own.
         read: Returns the tensor of a name, in any dtype.
         bar: Progress in bytes.
+        stack: Whether parts of stacked experts become one tensor; if so, all of them follow one another.
     """
-    shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
+    shards: list[list[_StoredTensor]] = [[]]
     total_size = filled = 0
-    for name, shape in tensors:
-        nbytes = math.prod(shape) * dtype.itemsize
+    for tensor in _stored_tensors(tensors, stack):
+        nbytes = tensor.num_elements * dtype.itemsize
         if shards[-1] and filled + nbytes > max_shard_bytes:
             shards.append([])
             filled = 0
-        shards[-1].append((name, shape))
+        shards[-1].append(tensor)
         filled += nbytes
         total_size += nbytes
     weight_map: dict[str, str] = {}
@@ -249,9 +303,9 @@ def write_weights(
     for number, shard in enumerate(shards, start=1):
         suffix = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
         path = folder / f"{stem}{suffix}.safetensors"
-        weight_map |= {name: path.name for name, _ in shard}
+        weight_map |= {tensor.name: path.name for tensor in shard}
         if path.is_file():
-            bar.update(sum(math.prod(shape) for _, shape in shard) * dtype.itemsize)
+            bar.update(sum(tensor.num_elements for tensor in shard) * dtype.itemsize)
             sums.setdefault(path.name, FileSum.of(path))
         else:
             sums[path.name] = _write_shard(path, shard, dtype, read, bar)
@@ -262,11 +316,7 @@ def write_weights(
 
 
 def _write_shard(
-    path: Path,
-    shard: list[tuple[str, tuple[int, ...]]],
-    dtype: torch.dtype,
-    read: Callable[[str], Tensor],
-    bar: "tqdm[None]",
+    path: Path, shard: list[_StoredTensor], dtype: torch.dtype, read: Callable[[str], Tensor], bar: "tqdm[None]"
 ) -> FileSum:
     """Stream one file, which gets its name once complete; returns its checksum.
 
@@ -275,15 +325,17 @@ def _write_shard(
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, shape in shard:
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    for stored in shard:
+        start, end = end, end + stored.num_elements * dtype.itemsize
+        header[stored.name] = {
+            "dtype": _DTYPE_NAMES[dtype], "shape": list(stored.shape), "data_offsets": [start, end]
+        }  # fmt: skip
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
     unfinished = path.with_name(path.name + ".unfinished")
     with closing(DurableFile(unfinished)) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name, shape in shard:
+        for name, shape in (part for stored in shard for part in stored.parts):
             tensor = read(name).to(dtype)
             assert tensor.shape == shape, (name, tensor.shape, shape)
             bar.update(file.write(raw_bytes(tensor)))

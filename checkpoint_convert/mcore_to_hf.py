@@ -2,7 +2,8 @@
 
     python -m checkpoint_convert.mcore_to_hf --load DIR --save DIR
 
-A dense model is exported as its own class, an upcycled one as the stock MoE class of its family.
+A dense model is exported as its own class, an upcycled one as the stock MoE class of its family or as another that can
+hold it (--as): docs/serving.md lists which programs run which class.
 Weights stream from the checkpoint to safetensors, one tensor at a time.
 """
 
@@ -12,7 +13,7 @@ import re
 from checkpoint_convert.export import DEFAULT_SHARD_BYTES, mcore_to_hf
 from checkpoint_convert.outputs import add_load_options, add_output_options
 from moelpr.errors import CommandParser, run_command
-from moelpr.families.families import family_named
+from moelpr.families.moe_classes import MOE_CLASSES
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -22,6 +23,9 @@ def _parse_arguments() -> argparse.Namespace:
         help="largest safetensors file, e.g. 500MB or 5GB, 1 GB = 10⁹ bytes (default: 5GB)")  # fmt: skip
     parser.add_argument("--base-model", metavar="NAME",
         help="name of the base on the Hub, for the model card (default: the name of its folder)")  # fmt: skip
+    parser.add_argument("--as", dest="as_class", choices=MOE_CLASSES,
+        help="stock MoE class to write (default: mixtral for Llama and Mistral, qwen2_moe or qwen3_moe for a "
+        "Qwen)")  # fmt: skip
     parser.add_argument("--delta", action="store_true",
         help="write only routers and new experts; apply_delta.py adds the base")  # fmt: skip
     add_output_options(parser, "Hugging Face directory", dtype_default="that with which --load was converted")
@@ -37,13 +41,12 @@ def _size(text: str) -> int:
 
 def main() -> None:
     args = _parse_arguments()
-    settings = args.dtype, args.max_shard_size, args.overwrite, args.base_model, args.delta
-    spec = mcore_to_hf(args.load, args.save, args.iteration, *settings)
-    family = family_named(spec.family)
-    model = f"{family.architecture}, dense"
-    if spec.moe is not None:
-        model = f"{family.moe_architecture}, {spec.moe.num_experts} experts, top-{spec.moe.topk}"
-    print(f"{args.save}: {'delta of ' if args.delta else ''}{model}, {args.dtype or spec.dtype}")
+    settings = args.dtype, args.max_shard_size, args.overwrite, args.base_model, args.delta, args.as_class
+    facts = mcore_to_hf(args.load, args.save, args.iteration, *settings)
+    moe = facts.source.spec.moe
+    experts = "dense" if moe is None else f"{moe.num_experts} experts, top-{moe.topk}"
+    print(f"{args.save}: {'delta of ' if args.delta else ''}{facts.architecture}, {experts}, {facts.dtype}")
+    print(facts.readers)
 
 
 if __name__ == "__main__":

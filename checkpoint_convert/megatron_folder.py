@@ -13,6 +13,7 @@ from checkpoint_convert.outputs import check_finite
 from moelpr.checkpoints import RELEASE, checkpoint_chain, verify_chain
 from moelpr.errors import UserError
 from moelpr.families.families import family_named
+from moelpr.families.moe_classes import MoeClass
 from moelpr.families.tables import Piece, megatron_shape, pieces, sizes_of, zeros
 from moelpr.model_spec import FILE_NAME, ModelSpec
 from moelpr.run_folder import TRACKER_FILE
@@ -30,17 +31,20 @@ class MegatronReader:
 
     Args:
         iteration: Saved step to read; None for the latest.
+        moe_class: Whose tensor names an upcycled model gets; None for the family's default.
 
     Raises:
         UserError: `folder` is not a checkpoint, a base is missing or has changed, or a tensor is missing or misshapen.
     """
 
-    def __init__(self, folder: Path, iteration: int | None = None):
+    def __init__(self, folder: Path, iteration: int | None = None, moe_class: MoeClass | None = None):
         if not folder.is_dir():
             raise UserError(f"there is no folder {folder}; pass an existing checkpoint folder")
         self.folder = folder
         self.spec = ModelSpec.read(folder)
         self.family = family_named(self.spec.family)
+        if moe_class is not None:
+            self.family = self.family.written_as(moe_class)
         links = checkpoint_chain(folder, iteration)
         self.step_folder = links[0]
         verify_chain(links)

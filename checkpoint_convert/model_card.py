@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader
 from checkpoint_convert.card_metadata import read_card, split_card
 from checkpoint_convert.hub import is_hub_name
 from checkpoint_convert.megatron_folder import MegatronReader, num_elements
+from checkpoint_convert.readers import obstacle, readers_sentence
 from moelpr import yaml_files
 from moelpr.checkpoints import RELEASE, BaseCheckpoint, step_folder
 from moelpr.errors import UserError
@@ -224,16 +225,26 @@ class CardFacts:
     """What an export's card is written from; unknown details are omitted.
 
     Attributes:
-        architecture: Class of the export.
+        config: config.json of the export.
         base_model: Name of the base, on the Hub (owner/name) or of its folder.
     """
 
     source: MegatronReader
-    architecture: str
+    config: dict[str, Any]
     dtype: str
     base_model: str | None
     origin: Origin
     history: History
+
+    @property
+    def architecture(self) -> str:
+        """Class of the export."""
+        return self.config["architectures"][0]
+
+    @property
+    def readers(self) -> str:
+        """Which readers run the export, and how to export it for the others."""
+        return readers_sentence(self.source.family, self.source.spec, self.config)
 
 
 def model_card(facts: CardFacts, is_delta: bool = False) -> str:
@@ -247,6 +258,9 @@ def model_card(facts: CardFacts, is_delta: bool = False) -> str:
         num_active = num_parameters - one_expert * (spec.moe.num_experts - spec.moe.topk)
     return TEMPLATES.get_template("model_card.md").render(
         vars(facts),
+        architecture=facts.architecture,
+        readers=facts.readers,
+        is_read_by_vllm=obstacle("vllm", facts.config) is None,
         spec=spec,
         front_matter=_front_matter(facts, base_card or ""),
         base_card=None if base_card is None else BASE_CARD_FILE,

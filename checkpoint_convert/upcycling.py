@@ -1,6 +1,8 @@
 """Converts a Hugging Face model to a Megatron checkpoint, dense or upcycled."""
 
 import hashlib
+import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from checkpoint_convert.model_card import Origin
 from checkpoint_convert.outputs import check_finite, check_output, output_folder
 from moelpr.errors import UserError
 from moelpr.families.families import Family, read_base, with_new_experts
-from moelpr.families.tables import Piece, megatron_shape, pieces, sizes_of, zeros
+from moelpr.families.tables import Piece, megatron_shape, pieces, sizes_of, stacked_part, zeros
 from moelpr.model_spec import ModelSpec
 from moelpr.run_folder import HF_FOLDER
 from moelpr.stages import Part
@@ -109,20 +111,24 @@ def hf_to_mcore(
 def check_weights(source: HfReader, family: Family, base: ModelSpec) -> set[str]:
     """Return the names of the model's tensors; UserError if one is missing, misshapen, unknown or of another dtype."""
     known: set[str] = set()
+    num_known: Counter[str] = Counter()  # elements of a stored tensor that are known
     for piece in pieces(family.table, base):
         for names in piece.places:
             for name, shape in zip(names, piece.hf_shapes, strict=True):
                 known.add(name)
+                num_known[stacked_part(name)[0]] += math.prod(shape)
                 if source.shape(name) != shape:
                     found = list(source.shape(name))
                     raise UserError(f"{source.folder}: {name} has shape {found}, but config.json says {list(shape)}")
                 source.dtype(name)
-    unused = known | {name for name, _ in zeros(family.table, base)}
+    must_be_zero = {name for name, _ in zeros(family.table, base)}
     for name in source.names:
-        if name not in unused and not is_unread(source, name):
+        if name in must_be_zero and source.read(name).any():
+            raise UserError(f"{source.folder}: {name} must be zero, as a {family.name} model does not have it")
+        if name not in must_be_zero and num_known[name] < math.prod(source.shape(name)) and not is_unread(source, name):
             raise UserError(
                 f"{source.folder} contains the tensor {name}, which a {family.name} model with this config.json does "
-                "not have; ignoring it would change the model"
+                "not have, or not in this size; ignoring it would change the model"
             )
     return known
 

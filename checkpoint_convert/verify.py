@@ -3,11 +3,13 @@
     python -m checkpoint_convert.verify A B [--text FILE …]
     python -m checkpoint_convert.verify --frozen BASE UPCYCLED [--text FILE …]
     python -m checkpoint_convert.verify --graft BASE INSTRUCT MODEL GRAFT [--text FILE …]
+    python -m checkpoint_convert.verify EXPORT --reader llama.cpp
 
 Exit code 0 if they are equal within the tolerances, 1 if they differ, 2 for invalid input. With --frozen, every tensor
 of the base is compared with the tensor of the upcycled model that must equal it (attention, norms, embeddings,
 original experts); routers and new experts are ignored. BASE may also be the instruct model of a graft. With --graft,
-every tensor of a graft is compared with what it is made of.
+every tensor of a graft is compared with what it is made of. With --reader, one export is checked against what a program
+requires that is to run it (exit code 1 if it will not run as in transformers); the program need not be installed.
 """
 
 import argparse
@@ -24,7 +26,9 @@ from checkpoint_convert.comparison import (
     compare_on_text,
     largest_difference,
 )
+from checkpoint_convert.export_check import unmet_requirements
 from checkpoint_convert.grafting import compare_graft
+from checkpoint_convert.readers import READERS
 from moelpr.checksums import NoVerify
 from moelpr.errors import CommandParser, UserError, run_command
 
@@ -34,7 +38,10 @@ SHOWN_ROWS = 20
 def _parse_arguments() -> argparse.Namespace:
     parser = CommandParser(description=__doc__)
     parser.add_argument("a", type=Path, metavar="A", help="Hugging Face directory or Megatron checkpoint folder")
-    parser.add_argument("b", type=Path, metavar="B", help="Hugging Face directory or Megatron checkpoint folder")
+    parser.add_argument(
+        "b", type=Path, metavar="B", nargs="?", help="Hugging Face directory or Megatron checkpoint folder"
+    )
+    parser.add_argument("--reader", choices=READERS, help="check whether this program runs the export A")
     parser.add_argument("--tolerance", type=float, default=0.0, metavar="X",
         help="largest absolute difference of tensors that counts as equal (default: 0, bitwise identical)")  # fmt: skip
     kind = parser.add_mutually_exclusive_group()
@@ -54,6 +61,10 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no-verify", action=NoVerify)
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of tables")
     args = parser.parse_args()
+    if (args.b is None) != (args.reader is not None) or (args.reader and (args.frozen or args.graft or args.text)):
+        raise UserError(
+            "pass two models to compare them, or one export and --reader, without --frozen, --graft and --text"
+        )
     for flag, least in (("tolerance", 0), ("logit_tolerance", 0), ("num_tokens", 1), ("sequence_length", 1)):
         value = getattr(args, flag)
         if not value >= least:  # also a NaN
@@ -63,6 +74,9 @@ def _parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = _parse_arguments()
+    if args.reader:
+        _check_for_reader(args.a, args.reader, args.json)
+        return
     if args.graft:
         base, instruct = args.graft
         verdicts = list(compare_graft(base, instruct, args.a, args.b))
@@ -76,6 +90,16 @@ def main() -> None:
     else:
         _print_report(verdicts, different, texts, len(different) if args.all else SHOWN_ROWS)
     if not is_equal:
+        sys.exit(1)
+
+
+def _check_for_reader(export: Path, reader: str, as_json: bool) -> None:
+    unmet = unmet_requirements(export, reader)
+    if as_json:
+        print(json.dumps({"reader": reader, "runs": not unmet, "unmet": unmet}))
+    else:
+        print("\n".join(unmet) if unmet else f"{export} meets what {READERS[reader]} requires")
+    if unmet:
         sys.exit(1)
 
 

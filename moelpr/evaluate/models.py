@@ -68,11 +68,11 @@ def hf_model(directory: Path, model: Any, tokenizer: Any, start_id: int, eos_id:
         vocab_size=model.get_input_embeddings().weight.shape[0],
         # No attention mask: padding is on the right, which the tokens of a causal model do not attend to.
         logits=lambda tokens_BS: model(input_ids=tokens_BS, use_cache=False).logits,
-        routers={  # Mixtral, Qwen2Moe and Qwen3Moe all name their routers `gate`, with a weight [E, hidden].
+        routers={  # Mixtral and Qwen name their routers `gate`, GraniteMoe `router`; the weight is [E, hidden].
             number: module
             for number, layer in enumerate(layers)
             for name, module in layer.named_modules()
-            if name.rsplit(".", 1)[-1] == "gate" and module.weight.shape[0] == num_experts
+            if name.rsplit(".", 1)[-1] in ("gate", "router") and module.weight.shape[0] == num_experts
         },
         router_logits=router_logits,
         # Our exports record it in config.json; transformers keeps fields that it does not use.

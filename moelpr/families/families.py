@@ -1,18 +1,19 @@
-"""Model families: the name table, the config.json and the stock MoE class of each, and the models they can upcycle.
+"""Model families: the name table, the config.json and the stock MoE classes of each, and the models they can upcycle.
 
-To add a family, write its entry and add it to FAMILIES; docs/design/families.md works through an example.
+To add a family, write its entry and add it to FAMILIES; docs/design/families.md works through an example. The MoE
+classes are in moe_classes.py.
 """
 
 import argparse
 import json
-from collections.abc import Callable
+import math
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moelpr.errors import UserError
-from moelpr.families.tables import HF_LAYER, NameTable, llama_like_table, moe_rows
+from moelpr.families.moe_classes import GRANITE_MOE, MIXTRAL, MOE_CLASSES, QWEN2_MOE, QWEN3_MOE, MoeClass
+from moelpr.families.tables import NameTable, llama_like_table
 from moelpr.model_spec import ModelSpec, MoeSpec
 
 CONFIG_FILE = "config.json"
@@ -47,12 +48,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def llama_like_args(config: Any) -> dict[str, Any]:
+def llama_like_args(config: Any, qkv_bias: bool, qk_norm: bool) -> dict[str, Any]:
     """Megatron's arguments for a Llama-like decoder; UserError if Megatron would compute something else."""
     if config.hidden_act != "silu":
         raise UserError(f"hidden_act must be 'silu' (SwiGLU), got {config.hidden_act!r}")
+    if getattr(config, "use_sliding_window", False):  # Megatron has one window for all layers
+        raise UserError("use_sliding_window: true is unsupported: only some layers have a sliding window")
     for name in ("attention_bias", "mlp_bias"):
-        if getattr(config, name, False):
+        # GraniteMoe's attention_bias is read as a family's biases on queries, keys and values; its fourth must be zero.
+        if getattr(config, name, False) and not (config.model_type == GRANITE_MOE.name and name == "attention_bias"):
             raise UserError(f"{name}: true is unsupported: no stock MoE class has these biases")
     heads, window = config.num_attention_heads, getattr(config, "sliding_window", None)
     return {
@@ -72,8 +76,8 @@ def llama_like_args(config: Any) -> dict[str, Any]:
         "norm_epsilon": config.rms_norm_eps,
         "swiglu": True,
         "add_bias_linear": False,
-        "add_qkv_bias": False,
-        "qk_layernorm": False,
+        "add_qkv_bias": qkv_bias,
+        "qk_layernorm": qk_norm,
         "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
         "vocab_size": config.vocab_size,
         # Megatron's defaults are 0.1.
@@ -137,23 +141,33 @@ def explicit_shape(spec: ModelSpec) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Family:
-    """A supported dense architecture and the stock MoE architecture it is exported as.
+    """A supported dense architecture, and the stock MoE class that its upcycled models are read and written as.
 
     Attributes:
-        megatron_args: Maps transformers' config of either class to Megatron's arguments; UserError if unsupported.
-        moe_config: Maps a spec to the MoE class's own keys of config.json; an imported MoE must have these values.
-        may_mix_layers: Whether the MoE class supports layers without experts.
+        qkv_bias: Whether queries, keys and values have biases.
+        qk_norm: Whether attention normalizes queries and keys.
     """
 
     name: str
     architecture: str
     model_type: str
-    moe_architecture: str
-    moe_model_type: str
-    table: NameTable
-    megatron_args: Callable[[Any], dict[str, Any]]
-    moe_config: Callable[[ModelSpec, MoeSpec], dict[str, Any]]
-    may_mix_layers: bool
+    moe_class: MoeClass
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+    @property
+    def table(self) -> NameTable:
+        """The names of dense models, and of upcycled ones in `moe_class`."""
+        zeros = self.moe_class.zeros + (self.moe_class.bias_zeros if self.qkv_bias else ())
+        return llama_like_table(self.moe_class.ffn, self.qkv_bias, self.qk_norm, zeros)
+
+    def megatron_args(self, config: Any) -> dict[str, Any]:
+        """Megatron's arguments for transformers' config of the dense or the MoE class; UserError if unsupported."""
+        return llama_like_args(config, self.qkv_bias, self.qk_norm)
+
+    def written_as(self, moe_class: MoeClass) -> "Family":
+        """The family with another MoE class than its default; see `MoeClass.misfit`."""
+        return replace(self, moe_class=moe_class)
 
     def export_config(self, base: dict[str, Any], spec: ModelSpec, dtype: str) -> dict[str, Any]:
         """config.json of the export of a model `spec` whose base has the config.json `base`.
@@ -164,7 +178,7 @@ class Family:
         scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
         config = {
             **base,
-            "architectures": [self.architecture if spec.moe is None else self.moe_architecture],
+            "architectures": [self.architecture if spec.moe is None else self.moe_class.architecture],
             "rope_theta": rope["rope_theta"],
             "rope_parameters": rope,
             "rope_scaling": None if rope["rope_type"] == "default" else scaling,
@@ -175,96 +189,23 @@ class Family:
         }
         if spec.moe is None:
             return config
-        ours: dict[str, Any] = {"model_type": self.moe_model_type}
+        # A base that is an MoE has its class's keys. From transformers 5's layer_types, vLLM would conclude that a
+        # GraniteMoe has attention sinks.
+        for kind in MOE_CLASSES.values():
+            for key in (*kind.config(spec, spec.moe), COPIES_KEY, "layer_types"):
+                config.pop(key, None)
+        ours: dict[str, Any] = {"model_type": self.moe_class.name}
         # Stock readers keep unknown keys: the experts that are original, for evaluation, and the equal ones among them.
         ours["num_original_experts"] = spec.moe.num_original_places
         if spec.moe.original_copies > 1:
             ours[COPIES_KEY] = spec.moe.original_copies
-        return config | explicit_shape(spec) | self.moe_config(spec, spec.moe) | ours
+        return config | explicit_shape(spec) | self.moe_class.config(spec, spec.moe) | ours
 
 
-# --- Llama, Mistral
-
-
-def _mixtral_config(spec: ModelSpec, moe: MoeSpec) -> dict[str, Any]:
-    window = spec.megatron_args.get("window_size")
-    return {
-        "num_local_experts": moe.num_experts,
-        "num_experts_per_tok": moe.topk,
-        "sliding_window": None if window is None else window[0] + 1,
-    }
-
-
-LLAMA = Family(
-    name="llama",
-    architecture="LlamaForCausalLM",
-    model_type="llama",
-    moe_architecture="MixtralForCausalLM",
-    moe_model_type="mixtral",
-    # Mixtral routes as the method does: softmax over all experts, top-k, renormalize.
-    table=llama_like_table(moe_rows("block_sparse_moe.", gate="w1", up="w3", down="w2")),
-    megatron_args=llama_like_args,
-    moe_config=_mixtral_config,
-    may_mix_layers=False,
-)
-
-MISTRAL = replace(LLAMA, name="mistral", architecture="MistralForCausalLM", model_type="mistral")
-
-# --- Qwen
-
-_QWEN_MOE_ROWS = moe_rows("mlp.", gate="gate_proj", up="up_proj", down="down_proj")
-
-
-def _qwen_moe_config(spec: ModelSpec, moe: MoeSpec, **settings: Any) -> dict[str, Any]:
-    return {
-        "num_experts": moe.num_experts,
-        "num_experts_per_tok": moe.topk,
-        # The classes default to false, which is another model.
-        "norm_topk_prob": True,
-        "moe_intermediate_size": spec.megatron_args["ffn_hidden_size"],
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [i for i in range(spec.megatron_args["num_layers"]) if i not in moe.layers],
-        "use_sliding_window": False,
-        "sliding_window": None,
-        **settings,
-    }
-
-
-def _qwen_args(config: Any, **settings: bool) -> dict[str, Any]:
-    if getattr(config, "use_sliding_window", False):  # Megatron has one window for all layers
-        raise UserError("use_sliding_window: true is unsupported: only some layers have a sliding window")
-    return llama_like_args(config) | settings
-
-
-QWEN2 = Family(
-    name="qwen2",
-    architecture="Qwen2ForCausalLM",
-    model_type="qwen2",
-    moe_architecture="Qwen2MoeForCausalLM",
-    moe_model_type="qwen2_moe",
-    table=llama_like_table(
-        _QWEN_MOE_ROWS,
-        qkv_bias=True,
-        # Readers expect the shared expert's gate even if the shared expert has width 0.
-        moe_zeros=((HF_LAYER + "mlp.shared_expert_gate.weight", "one hidden"),),
-    ),
-    megatron_args=partial(_qwen_args, add_qkv_bias=True),
-    moe_config=partial(_qwen_moe_config, shared_expert_intermediate_size=0, qkv_bias=True),
-    may_mix_layers=True,
-)
-
-QWEN3 = Family(
-    name="qwen3",
-    architecture="Qwen3ForCausalLM",
-    model_type="qwen3",
-    moe_architecture="Qwen3MoeForCausalLM",
-    moe_model_type="qwen3_moe",
-    table=llama_like_table(_QWEN_MOE_ROWS, qk_norm=True),
-    megatron_args=partial(_qwen_args, qk_layernorm=True),
-    # transformers 5 reads and writes num_local_experts, older readers only num_experts.
-    moe_config=lambda spec, moe: _qwen_moe_config(spec, moe, num_local_experts=moe.num_experts),
-    may_mix_layers=True,
-)
+LLAMA = Family("llama", "LlamaForCausalLM", "llama", MIXTRAL)
+MISTRAL = Family("mistral", "MistralForCausalLM", "mistral", MIXTRAL)
+QWEN2 = Family("qwen2", "Qwen2ForCausalLM", "qwen2", QWEN2_MOE, qkv_bias=True)
+QWEN3 = Family("qwen3", "Qwen3ForCausalLM", "qwen3", QWEN3_MOE, qk_norm=True)
 
 # --- lookup
 
@@ -272,9 +213,9 @@ FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
 
 
 def family_of(config: dict[str, Any]) -> tuple[Family, bool]:
-    """The family of a config.json, and whether it is the MoE class; UserError if there is none.
+    """The family of a config.json, and whether it is an MoE, whose class the family then has; UserError if none fits.
 
-    Llama and Mistral share their MoE class and their table.
+    Llama and Mistral share their MoE classes and their table.
     """
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list):
@@ -283,10 +224,14 @@ def family_of(config: dict[str, Any]) -> tuple[Family, bool]:
         has_its_type = not architectures and config.get("model_type") == family.model_type
         if has_its_type or family.architecture in architectures:
             return family, False
-        if family.moe_architecture in architectures:
-            return family, True
+    for moe_class in MOE_CLASSES.values():
+        if moe_class.architecture in architectures:
+            has_bias = bool(config.get("attention_bias")) if moe_class.has_qkv_bias is None else moe_class.has_qkv_bias
+            attention = has_bias, moe_class.has_qk_norm
+            family = next(f for f in FAMILIES.values() if (f.qkv_bias, f.qk_norm) == attention)
+            return family.written_as(moe_class), True
     known = [family.architecture for family in FAMILIES.values()]
-    known += dict.fromkeys(family.moe_architecture for family in FAMILIES.values())
+    known += [moe_class.architecture for moe_class in MOE_CLASSES.values()]
     found = ", ".join(map(str, architectures)) or config.get("model_type") or "none"
     raise UserError(f"architecture must be one of {', '.join(known)}, got {found}")
 
@@ -367,10 +312,10 @@ def with_new_experts(
         )
     spec = replace(base, moe=moe)
     spec.check()
-    if not family.may_mix_layers and len(layers) < num_layers:
+    if not family.moe_class.may_mix_layers and len(layers) < num_layers:
         raise UserError(
-            f"{family.architecture} is exported as {family.moe_architecture}, which has experts in every layer, got "
-            f"{len(layers)} of {num_layers} layers; without --moe-layers and --moe-every-k-layers, all get experts"
+            f"{family.architecture} is exported as {family.moe_class.architecture}, which has experts in every layer, "
+            f"got {len(layers)} of {num_layers} layers; without --moe-layers and --moe-every-k-layers, all get experts"
         )
     return spec
 
@@ -412,10 +357,13 @@ def _original_experts(config: Any, family: Family, args: dict[str, Any], raw: di
     if type(copies) is not int or not 1 <= copies < max(num_experts, 2):
         raise UserError(f"{COPIES_KEY} must be an integer from 1 to {num_experts - 1}, got {copies!r}; remove it")
     moe = MoeSpec(0, config.num_experts_per_tok, layers, num_experts - copies + 1, copies)
-    for name, expected in family.moe_config(ModelSpec(family.name, "float32", args), moe).items():
+    for name, expected in family.moe_class.config(ModelSpec(family.name, "float32", args), moe).items():
         found = getattr(config, name, raw.get(name, expected))
-        if found != expected and (found or expected):  # 0, [] and null are equivalent
-            raise UserError(f"{name} must be {expected} to add experts to a {family.moe_architecture}, got {found}")
+        is_close = isinstance(expected, float) and isinstance(found, int | float) and math.isclose(found, expected)
+        if found != expected and not is_close and (found or expected):  # 0, [] and null are equivalent
+            raise UserError(
+                f"{name} must be {expected} to add experts to a {family.moe_class.architecture}, got {found}"
+            )
     return moe
 
 

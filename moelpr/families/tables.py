@@ -1,11 +1,14 @@
 """Name tables: which Megatron tensor consists of which Hugging Face tensors, with the transform and the shapes.
 
 A table is read from left to right for import and from right to left for export. `pieces` expands it for one model:
-every tensor once, in the best order for streaming. The tables of the families are in families.py.
+every tensor once, in the best order for streaming. The tables of the families are in families.py, the rows of the MoE
+classes in moe_classes.py.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +79,7 @@ _TRAINED = trained_parts("stage1")
 
 @dataclass(frozen=True)
 class Row:
-    """One Megatron tensor and its parts; {i} is the layer, {j} the expert.
+    """One Megatron tensor and its parts; {i} is the layer, {j} the expert, {ffn} the FFN's size.
 
     Attributes:
         megatron: Megatron's name. A row with new experts covers all of them: they are slices of one stack.
@@ -117,21 +120,44 @@ HF_LAYER = "model.layers.{i}."
 MEGATRON_LAYER = "decoder.layers.{i}."
 
 
-def moe_rows(module: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
-    """Rows of an MoE layer's FFN, from the names of the MoE module and of an expert's matrices in the stock class."""
+# A class may stack its experts in one HF tensor, whose parts are then named like slices of NumPy: with gates and up
+# projections of 768 rows, "NAME[3,:768]" is the gate of expert 3 and "NAME[3,768:]" its up projection. In a table, the
+# parts follow one another, so that they can be streamed into a file.
+_PART_OF_STACK = re.compile(r"(.+)\[(\d+)(?:,(\d*):(\d*))?\]")
+
+
+def stacked_part(name: str) -> tuple[str, tuple[Any, ...]]:
+    """The HF tensor that `name` is in, and its index there; () for a complete tensor."""
+    if (match := _PART_OF_STACK.fullmatch(name)) is None:
+        return name, ()
+    stack, expert, first, end = match.groups()
+    if first is None:
+        return stack, (int(expert),)
+    return stack, (int(expert), slice(*(int(row) if row else None for row in (first, end))))
+
+
+def moe_rows(router: str, fc1: tuple[str, str], fc2: str) -> tuple[Row, ...]:
+    """Rows of an MoE layer's FFN, from the stock class's names.
+
+    Args:
+        router: Of the router's weight, without the prefix of the layer.
+        fc1: Of gate and up projection; {j} is the expert, {ffn} the FFN's size.
+        fc2: Of the down projection.
+    """
     mlp = MEGATRON_LAYER + "mlp."
     dense_gate, dense_up, dense_down = (HF_LAYER + f"mlp.{name}_proj.weight" for name in ("gate", "up", "down"))
-    expert = HF_LAYER + module + "experts.{j}."
-    fc1 = ((f"{expert}{gate}.weight", "ffn hidden"), (f"{expert}{up}.weight", "ffn hidden"))
-    fc2 = ((f"{expert}{down}.weight", "hidden ffn"),)
+    gate_up = tuple((HF_LAYER + name, "ffn hidden") for name in fc1)
     norm = HF_LAYER + "post_attention_layernorm.weight"
     # Copies follow their origin, so that it is read only once.
     experts = ("original_experts.{j}", "experts.experts")
     return (
         Row(MEGATRON_LAYER + "pre_mlp_layernorm.weight", ((norm, "hidden"),)),
-        Row(mlp + "router.weight", ((HF_LAYER + module + "gate.weight", "experts hidden"),)),
-        *(Row(f"{mlp}{name}.linear_fc1.weight", fc1, GateUp(), (dense_gate, dense_up)) for name in experts),
-        *(Row(f"{mlp}{name}.linear_fc2.weight", fc2, dense=(dense_down,)) for name in experts),
+        Row(mlp + "router.weight", ((HF_LAYER + router, "experts hidden"),)),
+        *(Row(f"{mlp}{name}.linear_fc1.weight", gate_up, GateUp(), (dense_gate, dense_up)) for name in experts),
+        *(
+            Row(f"{mlp}{name}.linear_fc2.weight", ((HF_LAYER + fc2, "hidden ffn"),), dense=(dense_down,))
+            for name in experts
+        ),
     )
 
 
@@ -255,11 +281,12 @@ def _expanded(row: Row, spec: ModelSpec, sizes: dict[str, int], i: int | None = 
     first_place = moe.num_original_places if is_new else moe.original_copies - 1
     for j in range(moe.num_new_experts if is_new else moe.num_original_experts):
         places = range(moe.original_copies) if j == 0 and not is_new else [first_place + j]
-        names, *copies = (tuple(name.format(i=i, j=place) for name, _ in row.parts) for place in places)
+        names, *copies = (tuple(name.format(i=i, j=place, **sizes) for name, _ in row.parts) for place in places)
         if moe.num_original_experts == 1:
             origin = tuple(name.format(i=i) for name in row.dense)
         else:
-            origin = tuple(name.format(i=i, j=0 if is_new else places[0]) for name, _ in row.parts)
+            first = 0 if is_new else places[0]
+            origin = tuple(name.format(i=i, j=first, **sizes) for name, _ in row.parts)
         key, stack_index = row.megatron.format(i=i, j=j), j if is_new else None
         yield Piece(key, stack_index, names, shapes, row.transform, places[0], origin, tuple(copies))
 

@@ -41,6 +41,7 @@ def test_a_full_disk_exits_with_one_message_and_code_1(qwen2: Path, tmp_path: Pa
     monkeypatch.setattr("builtins.open", open_full)
     for main, arguments in (
         (importer.main, ("--hf-path", qwen2, "--num-new-experts", 4)),
+        (exporter.main, ("--load", tmp_path / "megatron", "--as", "granitemoe")),
         (exporter.main, ("--load", tmp_path / "megatron")),
         (grafter.main, ("--base", qwen2, "--instruct", qwen2, "--model", tmp_path / "export")),
     ):
@@ -84,12 +85,49 @@ def test_invalid_arguments_exit_with_one_message_and_code_2(
         ),
         (exporter.main, ("--load", tmp_path / "none", "--save", tmp_path / "out"), "none"),
         (exporter.main, ("--load", upcycled, "--save", tmp_path / "out", "--max-shard-size", "big"), "5GB"),
+        (
+            exporter.main,
+            ("--load", upcycled, "--save", tmp_path / "out", "--as", "mixtral"),
+            "--as qwen2_moe or granitemoe",
+        ),
+        (exporter.main, ("--load", upcycled, "--save", tmp_path / "out", "--as", "llama"), "--as"),
         (verify.main, (tmp_path / "none", qwen2), "none"),
         (grafter.main, ("--base", qwen2, "--model", upcycled, "--save", "x"), "--instruct"),
+        (verify.main, (qwen2,), "--reader"),
+        (verify.main, (qwen2, qwen2, "--reader", "vllm"), "--reader"),
+        (verify.main, (qwen2, "--reader", "vllm", "--frozen"), "--frozen"),
+        (verify.main, (tmp_path / "none", "--reader", "vllm"), "none"),
     ):
         assert exit_code(monkeypatch, main, *arguments) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
         assert_nothing_left(tmp_path)
+
+
+def test_the_last_line_and_the_card_say_which_programs_run_an_export(
+    upcycled: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["export", "--load", str(upcycled), "--save", str(tmp_path / "out")])
+    exporter.main()
+    *_, line = capsys.readouterr().out.splitlines()
+    assert line.endswith("For llama.cpp (Ollama, LM Studio) and MLX, export with mcore_to_hf.py --as granitemoe.")
+    assert line in (tmp_path / "out" / "README.md").read_text()
+    sys.argv += ["--as", "granitemoe", "--overwrite"]
+    exporter.main()
+    first, line = capsys.readouterr().out.splitlines()
+    assert first == f"{tmp_path / 'out'}: GraniteMoeForCausalLM, 5 experts, top-2, float32"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert line in card and "vllm serve" not in card
+    for reader, code, message in (
+        ("llama.cpp", 0, f"{tmp_path / 'out'} meets what llama.cpp (Ollama, LM Studio) requires"),
+        ("vllm", 1, "vLLM: it has no biases in this class"),
+    ):
+        sys.argv = ["verify", str(tmp_path / "out"), "--reader", reader]
+        try:
+            verify.main()
+            assert code == 0
+        except SystemExit as exit:
+            assert exit.code == code
+        assert capsys.readouterr().out == message + "\n"
 
 
 def test_a_delta_is_made_and_applied_by_commands(base: Path, tmp_path: Path, monkeypatch, capsys) -> None:

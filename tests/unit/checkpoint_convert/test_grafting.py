@@ -19,7 +19,7 @@ from checkpoint_convert import hf_to_mcore as importer
 from checkpoint_convert import mcore_to_hf as exporter
 from checkpoint_convert import verify as verifier
 from checkpoint_convert.export import mcore_to_hf
-from checkpoint_convert.grafting import add_difference, graft
+from checkpoint_convert.grafting import add_difference, compare_graft, graft
 from checkpoint_convert.hub import Model, find_model
 from checkpoint_convert.upcycling import Start, hf_to_mcore
 from moelpr.errors import run_command
@@ -112,6 +112,25 @@ def test_every_tensor_is_the_model_plus_the_difference(
         assert not torch.equal(tensor, own), name
     assert num_new == 4 * 2 * 3  # layers, new experts, matrices
     load_stock(tmp_path / "out")
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM"])
+def test_a_model_whose_experts_are_stored_as_one_tensor_gets_the_same_difference(
+    architecture: str, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """GraniteMoe stores all experts of a layer as one tensor, with gate and up projection together."""
+    base = make_model(architecture, tokenizer=True)
+    instruct = instruct_of(base, tmp_path / "instruct")
+    model = upcycle(base, tmp_path, original_copies=2)
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "granite", as_class="granitemoe")
+    logits = [
+        load_stock(run((base, instruct, export), tmp_path / f"{export.name}-graft"))(TOKENS).logits
+        for export in (model, tmp_path / "granite")
+    ]
+    assert torch.allclose(*logits, atol=1e-5)
+    assert not torch.allclose(logits[0], load_stock(model)(TOKENS).logits, atol=1e-3)
+    verdicts = compare_graft(base, instruct, tmp_path / "granite", tmp_path / "granite-graft")
+    assert not any(verdict.differs(0) for verdict in verdicts)
 
 
 def test_the_sum_is_exact_to_the_last_bit_and_the_instruct_models_where_the_model_is_the_base() -> None:

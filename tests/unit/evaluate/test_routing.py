@@ -86,7 +86,7 @@ def test_dense_model_has_no_routing(score, dense_dir, texts):
     assert score(loaded, texts)["en"].routing is None
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "granitemoe"])
 def test_routers_of_the_other_exported_families_are_found(family):
     from transformers import AutoConfig, AutoModelForCausalLM
 

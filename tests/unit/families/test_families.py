@@ -33,6 +33,8 @@ LLAMA3_ROPE = {
 }
 
 
+# The classes that are not the default of a family, and their names in --as.
+CHOSEN = {"GraniteMoeForCausalLM": "granitemoe"}
 # Settings of published models of each family, and the class of their export.
 MODELS = {
     "llama": ("LlamaForCausalLM", {}, "MixtralForCausalLM"),
@@ -47,9 +49,20 @@ MODELS = {
     "mistral 0.3": ("MistralForCausalLM", {"sliding_window": None, "head_dim": 16}, "MixtralForCausalLM"),
     "qwen2": ("Qwen2ForCausalLM", {}, "Qwen2MoeForCausalLM"),
     "qwen2, tied": ("Qwen2ForCausalLM", {"tie_word_embeddings": True}, "Qwen2MoeForCausalLM"),
+    "llama as granitemoe": ("LlamaForCausalLM", {}, "GraniteMoeForCausalLM"),
+    "llama 3.2 as granitemoe": (
+        "LlamaForCausalLM",
+        {"rope_parameters": LLAMA3_ROPE | {"factor": 32.0}, "tie_word_embeddings": True},
+        "GraniteMoeForCausalLM",
+    ),
+    "qwen2 as granitemoe": ("Qwen2ForCausalLM", {}, "GraniteMoeForCausalLM"),
+    "qwen2, tied, as granitemoe": ("Qwen2ForCausalLM", {"tie_word_embeddings": True}, "GraniteMoeForCausalLM"),
     "qwen3": ("Qwen3ForCausalLM", {"head_dim": 16}, "Qwen3MoeForCausalLM"),
     "qwen3, tied": ("Qwen3ForCausalLM", {"head_dim": 8, "tie_word_embeddings": True}, "Qwen3MoeForCausalLM"),
 }
+
+
+DENSE = [name for name, (_, _, moe_architecture) in MODELS.items() if moe_architecture not in CHOSEN]
 
 
 @pytest.fixture(params=MODELS, ids=lambda name: name.replace(" ", "-"))
@@ -63,7 +76,7 @@ def test_every_family_is_tested() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", MODELS, ids=lambda name: name.replace(" ", "-"))
+@pytest.mark.parametrize("name", DENSE, ids=lambda name: name.replace(" ", "-"))
 def test_dense_models_return_bitwise_identical(
     make_model: Callable[..., Path], tmp_path: Path, name: str, dtype: torch.dtype
 ) -> None:
@@ -80,6 +93,7 @@ def test_dense_models_return_bitwise_identical(
     )
 
 
+@pytest.mark.parametrize("model", DENSE, ids=lambda name: name.replace(" ", "-"), indirect=True)
 def test_our_model_computes_what_transformers_computes(model: tuple[Path, str, str], tmp_path: Path) -> None:
     source, architecture, _ = model
     hf_to_mcore(source, tmp_path / "dense", num_new_experts=None)
@@ -92,7 +106,7 @@ def test_the_export_is_a_stock_moe_that_computes_what_our_model_does(
 ) -> None:
     source, architecture, moe_architecture = model
     hf_to_mcore(source, tmp_path / "megatron", num_new_experts=3)
-    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", as_class=CHOSEN.get(moe_architecture))
     assert largest_difference(compare(tmp_path / "megatron", tmp_path / "hf")) == 0.0
     dense, exported = load_stock(source, architecture), load_stock(tmp_path / "hf", moe_architecture)
     assert (stock_logits(exported) - stock_logits(dense)).abs().max() <= 2e-5
@@ -108,7 +122,7 @@ def test_a_trained_model_computes_the_same_in_both(model: tuple[Path, str, str],
 
     source, architecture, moe_architecture = model
     hf_to_mcore(source, tmp_path / "megatron", num_new_experts=3, start=Start(noise=0.5))
-    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", as_class=CHOSEN.get(moe_architecture))
     exported = load_stock(tmp_path / "hf", moe_architecture)
     ours = our_logits(tmp_path / "megatron")
     assert (ours - stock_logits(exported)).abs().max() <= 5e-5
@@ -119,7 +133,7 @@ def test_the_exported_config_has_old_and_new_names(model: tuple[Path, str, str],
     """Readers other than transformers 5 read only the old keys, and all have their own defaults."""
     source, _, moe_architecture = model
     hf_to_mcore(source, tmp_path / "megatron", num_new_experts=3, topk=3)
-    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", as_class=CHOSEN.get(moe_architecture))
     base, config = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "hf"))
     rope = base["rope_parameters"]
     assert config["architectures"] == [moe_architecture]
@@ -140,6 +154,7 @@ def test_the_exported_config_has_old_and_new_names(model: tuple[Path, str, str],
         experts
         == {
             "MixtralForCausalLM": {"num_local_experts": 4},
+            "GraniteMoeForCausalLM": {"num_local_experts": 4},
             "Qwen2MoeForCausalLM": {"num_experts": 4},
             "Qwen3MoeForCausalLM": {"num_experts": 4, "num_local_experts": 4},
         }[moe_architecture]
@@ -147,6 +162,9 @@ def test_the_exported_config_has_old_and_new_names(model: tuple[Path, str, str],
     assert config["num_experts_per_tok"] == 3
     if moe_architecture == "MixtralForCausalLM":
         assert config["sliding_window"] == base.get("sliding_window")
+    elif moe_architecture == "GraniteMoeForCausalLM":
+        assert config["attention_bias"] == (base["model_type"] == "qwen2")
+        assert "layer_types" not in config  # vLLM would conclude that there are attention sinks
     else:
         assert config["norm_topk_prob"] is True and config["mlp_only_layers"] == []
         assert config["sliding_window"] is None and config["use_sliding_window"] is False
@@ -215,6 +233,13 @@ def test_a_folder_without_config_is_rejected(source: Path, tmp_path: Path) -> No
     assert_import_fails(source, tmp_path, "source/config.json; .*hf download")
 
 
+def test_a_gguf_is_rejected_as_one(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "Q4.gguf").touch()
+    for given in (tmp_path / "model", tmp_path / "model" / "Q4.gguf"):
+        assert_import_fails(given, tmp_path, "is a GGUF.*pass the Hugging Face directory")
+
+
 def test_a_config_without_its_shape_is_rejected(source: Path, tmp_path: Path) -> None:
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({key: config[key] for key in config if key != "hidden_size"}))
@@ -271,7 +296,8 @@ def test_a_classifier_of_a_known_family_is_rejected(source: Path, tmp_path: Path
             "'llama3'.*'dynamic'",
         ),
         ({"hidden_act": "gelu"}, "hidden_act.*'silu'.*'gelu'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "is quantized \\(quantization_config\\)"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "is quantized \\(quantization\\)"),
         ({"num_hidden_layers": "four"}, "config.json.*num_hidden_layers"),
         ({"rope_parameters": {"rope_theta": 1000.5, "rope_type": "default"}}, "rope_theta.*1000.5"),
     ],

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from checkpoint_convert.upcycling import hf_to_mcore
 from moelpr.families.families import FAMILIES
-from moelpr.families.tables import pieces
+from moelpr.families.moe_classes import GRANITE_MOE
+from moelpr.families.tables import pieces, stacked_part
 from moelpr.model_spec import ModelSpec, MoeSpec
 from moelpr.stages import part_of, trained_parts
 from moelpr.torch_dist import TorchDistReader
@@ -84,3 +85,24 @@ def test_every_piece_starts_from_tensors_of_the_base(family: str, dense_spec: Mo
             assert set(piece.origin) <= in_base, piece
             if piece.is_trained and piece.expert is not None and base.moe is not None:
                 assert all(re.search(r"experts\.0\.", name) for name in piece.origin)
+
+
+def test_parts_of_stacked_experts_are_slices_in_the_order_of_the_stack(dense_spec: ModelSpec) -> None:
+    spec = ModelSpec("qwen2", "float32", dense_spec.megatron_args, MoeSpec(2, 2, (0, 1, 2), original_copies=2))
+    table = FAMILIES["qwen2"].written_as(GRANITE_MOE).table
+    parts: dict[str, list[Tensor]] = {}
+    for piece in pieces(table, spec):
+        for names in piece.places:
+            for name, shape in zip(names, piece.hf_shapes, strict=True):
+                stack, index = stacked_part(name)
+                if index:
+                    parts.setdefault(stack, []).append(torch.zeros(shape))
+                    expected = torch.zeros(4, 96, 32) if "input_linear" in stack else torch.zeros(4, 32, 48)
+                    assert expected[index].shape == shape
+                    expected.view(-1)[sum(part.numel() for part in parts[stack][:-1])] = 1
+                    assert expected[index].view(-1)[0] == 1, name  # where the bytes of the parts before it end
+    assert len(parts) == 6
+    assert {stack: len(found) for stack, found in parts.items() if ".0." in stack} == {
+        "model.layers.0.block_sparse_moe.input_linear.weight": 8,
+        "model.layers.0.block_sparse_moe.output_linear.weight": 4,
+    }

@@ -1,0 +1,76 @@
+"""Which programs run an export as transformers does, from its config.json. docs/serving.md shows where this was seen.
+
+A program that cannot load an export says so. One that ignores a setting computes another model and says nothing.
+"""
+
+from typing import Any
+
+from moelpr.families.families import Family
+from moelpr.families.moe_classes import GRANITE_MOE, MIXTRAL, MOE_CLASSES, QWEN2_MOE, QWEN3_MOE
+from moelpr.model_spec import ModelSpec
+
+# Name on the command line → name in sentences.
+READERS = {
+    "transformers": "transformers",
+    "vllm": "vLLM",
+    "llama.cpp": "llama.cpp (Ollama, LM Studio)",
+    "mlx": "MLX",
+}
+
+
+def obstacle(reader: str, config: dict[str, Any]) -> str | None:
+    """What keeps the reader from computing an export with this config.json as transformers does; None if nothing."""
+    window, head_dim = config.get("sliding_window"), config.get("head_dim")
+    is_windowed = window is not None and window < config["max_position_embeddings"]
+    is_scaled = config.get("rope_scaling") is not None
+    has_own_head_dim = head_dim not in (None, config["hidden_size"] // config["num_attention_heads"])
+    shared_expert = "it requires a shared expert and does not normalize top-k weights"
+    other_head_dim = f"it assumes that heads are not {head_dim} wide"
+    no_window = f"it ignores the sliding window of {window} tokens"
+    rules = (
+        ("vllm", QWEN2_MOE, has_own_head_dim, other_head_dim),
+        ("vllm", GRANITE_MOE, config.get("attention_bias"), "it has no biases in this class"),
+        ("llama.cpp", MIXTRAL, is_windowed, no_window),
+        ("llama.cpp", QWEN2_MOE, True, shared_expert),
+        ("llama.cpp", QWEN3_MOE, config.get("mlp_only_layers"), "it requires experts in every layer"),
+        ("llama.cpp", QWEN3_MOE, is_scaled, "it ignores RoPE scaling"),
+        ("llama.cpp", GRANITE_MOE, is_scaled, "its converter has no RoPE scaling in this class"),
+        ("mlx", MIXTRAL, is_windowed, no_window),
+        ("mlx", MIXTRAL, is_scaled, "it ignores RoPE scaling"),
+        ("mlx", MIXTRAL, has_own_head_dim, other_head_dim),
+        ("mlx", QWEN2_MOE, True, shared_expert),
+        ("mlx", QWEN3_MOE, is_scaled, "it ignores RoPE scaling"),
+    )
+    for name, kind, applies, reason in rules:
+        if name == reader and [kind.architecture] == config["architectures"] and applies:
+            return reason
+    return None
+
+
+def readers_sentence(family: Family, spec: ModelSpec, config: dict[str, Any]) -> str:
+    """Which readers run the export with this config.json, and which --as of mcore_to_hf.py to take for the others."""
+    if spec.moe is None:
+        return "Runs wherever its base runs."
+    others: dict[str, list[str]] = {}
+    for reader, name in READERS.items():
+        if (reason := obstacle(reader, config)) is not None:
+            fitting = [
+                kind.name
+                for kind in MOE_CLASSES.values()
+                if kind.misfit(spec) is None
+                and obstacle(reader, family.written_as(kind).export_config({}, spec, spec.dtype)) is None
+            ]
+            remedy = (
+                f"export with mcore_to_hf.py --as {' or '.join(fitting)}"
+                if fitting
+                else f"no class will do, as {reason}"
+            )
+            others.setdefault(remedy, []).append(name)
+    running = [name for reader, name in READERS.items() if obstacle(reader, config) is None]
+    sentences = [f"Runs in {_listed(running)}."]
+    sentences += [f"For {_listed(names)}, {remedy}." for remedy, names in others.items()]
+    return " ".join(sentences)
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))

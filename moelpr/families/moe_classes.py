@@ -1,0 +1,153 @@
+"""Stock MoE classes of transformers: how each names an MoE layer's tensors, its config.json, and what it can hold."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from moelpr.families.tables import HF_LAYER, Row, moe_rows
+from moelpr.model_spec import ModelSpec, MoeSpec
+
+
+@dataclass(frozen=True)
+class MoeClass:
+    """A class that upcycled models are exported as.
+
+    Attributes:
+        name: Its `model_type`, which is also its name on the command line.
+        ffn: Rows of an MoE layer's FFN.
+        config: Maps a spec to the class's own keys of config.json; an imported MoE must have these values.
+        zeros: (HF name, shape) of tensors of an MoE layer that only the class has; they are written as zeros.
+        bias_zeros: More of them, in a model with biases on queries, keys and values.
+        has_qkv_bias: Whether its attention has these biases; None if config.json decides.
+        has_qk_norm: Whether its attention normalizes queries and keys.
+        may_mix_layers: Whether it supports layers without experts.
+        may_have_window: Whether it supports a sliding window in all layers.
+        may_set_head_dim: Whether heads may be of another width than hidden_size / num_attention_heads.
+    """
+
+    name: str
+    architecture: str
+    ffn: tuple[Row, ...]
+    config: Callable[[ModelSpec, MoeSpec], dict[str, Any]]
+    zeros: tuple[tuple[str, str], ...] = ()
+    bias_zeros: tuple[tuple[str, str], ...] = ()
+    has_qkv_bias: bool | None = False
+    has_qk_norm: bool = False
+    may_mix_layers: bool = False
+    may_have_window: bool = False
+    may_set_head_dim: bool = True
+
+    def misfit(self, spec: ModelSpec) -> str | None:
+        """Why the class cannot hold this model exactly; None if it can."""
+        args = spec.megatron_args
+        head_dim, window = args["kv_channels"], args.get("window_size")
+        if self.has_qk_norm != args["qk_layernorm"]:
+            return "it normalizes queries and keys" if self.has_qk_norm else "it cannot normalize queries and keys"
+        if self.has_qkv_bias not in (None, args["add_qkv_bias"]):
+            return f"its attention has {'' if self.has_qkv_bias else 'no '}biases"
+        if spec.moe is not None and len(spec.moe.layers) < args["num_layers"] and not self.may_mix_layers:
+            return "it has experts in every layer"
+        if window is not None and not self.may_have_window:
+            return "it has no sliding window"
+        if not self.may_set_head_dim and head_dim * args["num_attention_heads"] != args["hidden_size"]:
+            return f"its heads are hidden_size / num_attention_heads wide, not {head_dim}"
+        return None
+
+
+def _mixtral_config(spec: ModelSpec, moe: MoeSpec) -> dict[str, Any]:
+    window = spec.megatron_args.get("window_size")
+    return {
+        "num_local_experts": moe.num_experts,
+        "num_experts_per_tok": moe.topk,
+        "sliding_window": None if window is None else window[0] + 1,
+    }
+
+
+MIXTRAL = MoeClass(
+    name="mixtral",
+    architecture="MixtralForCausalLM",
+    # Mixtral routes as the method does: softmax over all experts, top-k, renormalize.
+    ffn=moe_rows(
+        router="block_sparse_moe.gate.weight",
+        fc1=("block_sparse_moe.experts.{j}.w1.weight", "block_sparse_moe.experts.{j}.w3.weight"),
+        fc2="block_sparse_moe.experts.{j}.w2.weight",
+    ),
+    config=_mixtral_config,
+    may_have_window=True,
+)
+
+
+def _qwen_moe_config(spec: ModelSpec, moe: MoeSpec, **settings: Any) -> dict[str, Any]:
+    return {
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.topk,
+        # The classes default to false, which is another model.
+        "norm_topk_prob": True,
+        "moe_intermediate_size": spec.megatron_args["ffn_hidden_size"],
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [i for i in range(spec.megatron_args["num_layers"]) if i not in moe.layers],
+        "use_sliding_window": False,
+        "sliding_window": None,
+        **settings,
+    }
+
+
+_QWEN_MOE_ROWS = moe_rows(
+    router="mlp.gate.weight",
+    fc1=("mlp.experts.{j}.gate_proj.weight", "mlp.experts.{j}.up_proj.weight"),
+    fc2="mlp.experts.{j}.down_proj.weight",
+)
+
+QWEN2_MOE = MoeClass(
+    name="qwen2_moe",
+    architecture="Qwen2MoeForCausalLM",
+    ffn=_QWEN_MOE_ROWS,
+    config=partial(_qwen_moe_config, shared_expert_intermediate_size=0, qkv_bias=True),
+    # Readers expect the shared expert's gate even if the shared expert has width 0.
+    zeros=((HF_LAYER + "mlp.shared_expert_gate.weight", "one hidden"),),
+    has_qkv_bias=True,
+    may_mix_layers=True,
+)
+
+QWEN3_MOE = MoeClass(
+    name="qwen3_moe",
+    architecture="Qwen3MoeForCausalLM",
+    ffn=_QWEN_MOE_ROWS,
+    # transformers 5 reads and writes num_local_experts, older readers only num_experts.
+    config=lambda spec, moe: _qwen_moe_config(spec, moe, num_local_experts=moe.num_experts),
+    has_qk_norm=True,
+    may_mix_layers=True,
+)
+
+
+def _granite_moe_config(spec: ModelSpec, moe: MoeSpec) -> dict[str, Any]:
+    return {
+        "num_local_experts": moe.num_experts,
+        "num_experts_per_tok": moe.topk,
+        "attention_bias": spec.megatron_args["add_qkv_bias"],
+        # With these, Granite's four multipliers compute what other classes do.
+        "attention_multiplier": spec.megatron_args["kv_channels"] ** -0.5,
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "logits_scaling": 1.0,
+    }
+
+
+GRANITE_MOE = MoeClass(
+    name="granitemoe",
+    architecture="GraniteMoeForCausalLM",
+    # The softmax of the top-k logits, which is the renormalized softmax of all.
+    ffn=moe_rows(
+        router="block_sparse_moe.router.layer.weight",
+        fc1=("block_sparse_moe.input_linear.weight[{j},:{ffn}]", "block_sparse_moe.input_linear.weight[{j},{ffn}:]"),
+        fc2="block_sparse_moe.output_linear.weight[{j}]",
+    ),
+    config=_granite_moe_config,
+    # One setting gives biases to all four projections, but Qwen2's attention output has none.
+    bias_zeros=((HF_LAYER + "self_attn.o_proj.bias", "hidden"),),
+    has_qkv_bias=None,
+    may_set_head_dim=False,
+)
+
+MOE_CLASSES = {moe_class.name: moe_class for moe_class in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, GRANITE_MOE)}

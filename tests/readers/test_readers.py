@@ -1,0 +1,206 @@
+"""Every line of the table in docs/serving.md in llama.cpp and MLX: greedy text and log-probabilities.
+
+The other way round too: where `obstacle` names a reason, the program fails or computes something else.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from checkpoint_convert.export import mcore_to_hf
+from checkpoint_convert.export_check import unmet_requirements
+from checkpoint_convert.readers import obstacle
+from checkpoint_convert.upcycling import Start, hf_to_mcore
+from moelpr.families.families import read_config
+from tests.hf_models import edit_tensors, load_stock, make_model, save_tokenizer  # noqa: F401
+from tests.readers import llama_cpp, mlx
+
+pytestmark = pytest.mark.readers
+
+VOCAB = 99
+NUM_TOKENS = 12
+TOLERANCE = 1e-4
+
+LLAMA3_ROPE = {
+    "rope_theta": 10000.0, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """An export: the dense model, how it is upcycled, and as what it is written."""
+
+    architecture: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    as_class: str | None = None
+    upcycling: dict[str, Any] = field(default_factory=dict)
+    prompt_length: int = 24
+
+
+TIED = {"tie_word_embeddings": True}
+COPIES = {"original_copies": 2}
+# Its scaling shows at large distances only.
+SCALED = {"rope_parameters": LLAMA3_ROPE, "max_position_embeddings": 2048}
+CASES = {
+    "llama": Case("LlamaForCausalLM"),
+    "llama-tied-copies": Case("LlamaForCausalLM", TIED, upcycling=COPIES),
+    "llama-scaled": Case("LlamaForCausalLM", SCALED, prompt_length=1500),
+    "llama-granitemoe": Case("LlamaForCausalLM", as_class="granitemoe", upcycling=COPIES),
+    "llama-scaled-tied-granitemoe": Case("LlamaForCausalLM", SCALED | TIED, "granitemoe", prompt_length=1500),
+    "mistral": Case("MistralForCausalLM", {"sliding_window": None}),
+    "mistral-granitemoe": Case("MistralForCausalLM", {"sliding_window": None}, "granitemoe"),
+    "mistral-window": Case("MistralForCausalLM", {"sliding_window": 6}),
+    "mistral-wide-heads": Case("MistralForCausalLM", {"sliding_window": None, "head_dim": 16}),
+    "qwen2": Case("Qwen2ForCausalLM"),
+    "qwen2-tied": Case("Qwen2ForCausalLM", TIED),
+    "qwen2-granitemoe": Case("Qwen2ForCausalLM", as_class="granitemoe"),
+    "qwen2-tied-copies-granitemoe": Case("Qwen2ForCausalLM", TIED, "granitemoe", COPIES),
+    "qwen3": Case("Qwen3ForCausalLM", {"head_dim": 16}, upcycling=COPIES),
+    "qwen3-tied": Case("Qwen3ForCausalLM", TIED | {"head_dim": 8}),
+    "qwen3-dense-layers": Case("Qwen3ForCausalLM", {"head_dim": 8}, upcycling={"moe_layers": [1, 3]}),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+@pytest.fixture(scope="module")
+def export(case: Case, make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """Experts that differ as after training, in fp32."""
+    folder = tmp_path_factory.mktemp("export")
+    dense = make_model(case.architecture, tokenizer=True, **case.changes)
+    hf_to_mcore(dense, folder / "megatron", 3, start=Start(noise=0.5), **case.upcycling)
+    mcore_to_hf(folder / "megatron", folder / "hf", as_class=case.as_class)
+    return folder / "hf"
+
+
+def prompt_of(length: int) -> list[int]:
+    return (torch.arange(length) * 7 % VOCAB).tolist()
+
+
+@pytest.fixture(scope="module")
+def prompt(case: Case) -> list[int]:
+    return prompt_of(case.prompt_length)
+
+
+@pytest.fixture(scope="module")
+def expected(export: Path, prompt: list[int]) -> tuple[list[int], Tensor]:
+    return in_transformers(export, prompt)
+
+
+@torch.no_grad()
+def in_transformers(folder: Path, prompt: list[int]) -> tuple[list[int], Tensor]:
+    """Greedy tokens, and the log-probabilities [NUM_TOKENS, VOCAB] before each."""
+    model, tokens = load_stock(folder), list(prompt)
+    log_probs = []
+    for _ in range(NUM_TOKENS):
+        log_probs.append(model(torch.tensor([tokens])).logits[0, -1].log_softmax(dim=-1))
+        tokens.append(int(log_probs[-1].argmax()))
+    return tokens[len(prompt) :], torch.stack(log_probs)
+
+
+def in_llama_cpp(folder: Path, prompt: list[int], tmp_path: Path) -> tuple[list[int], Tensor]:
+    llama_cpp.convert(folder, tmp_path / "model.gguf")
+    return llama_cpp.generate(tmp_path / "model.gguf", prompt, NUM_TOKENS, VOCAB)
+
+
+def in_mlx(folder: Path, prompt: list[int], tmp_path: Path) -> tuple[list[int], Tensor]:
+    return mlx.generate(folder, prompt, NUM_TOKENS, VOCAB)
+
+
+# What they raise if a directory cannot be loaded.
+LOAD_ERRORS: dict[str, tuple[type[Exception], ...]] = {
+    "llama.cpp": (ValueError, RuntimeError),
+    "mlx": (ValueError, ZeroDivisionError, TypeError),
+}
+RUN = {"llama.cpp": in_llama_cpp, "mlx": in_mlx}
+
+
+@pytest.mark.parametrize("reader", RUN)
+def test_a_reader_computes_what_transformers_does_unless_an_obstacle_is_named(
+    export: Path, prompt: list[int], expected: tuple[list[int], Tensor], reader: str, tmp_path: Path
+) -> None:
+    tokens, log_probs = expected
+    reason = obstacle(reader, read_config(export))
+    assert [unmet.split(": ")[-1] for unmet in unmet_requirements(export, reader)] == ([reason] if reason else [])
+    try:
+        found_tokens, found = RUN[reader](export, prompt, tmp_path)
+    except LOAD_ERRORS[reader]:
+        assert reason is not None
+        return
+    if reason is None:
+        assert found_tokens == tokens
+        assert (found - log_probs).abs().max() <= TOLERANCE
+    else:
+        assert (found[0] - log_probs[0]).abs().max() > 100 * TOLERANCE
+
+
+def test_8_bits_change_little(make_model: Callable[..., Path], tmp_path: Path) -> None:  # noqa: F811
+    """Q8_0 divides rows into blocks of 32, and leaves narrower tensors as they are."""
+    dense = make_model("Qwen2ForCausalLM", tokenizer=True, hidden_size=64, intermediate_size=96)
+    hf_to_mcore(dense, tmp_path / "megatron", 3, start=Start(noise=0.5))
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", as_class="granitemoe")
+    llama_cpp.convert(tmp_path / "hf", tmp_path / "model.gguf", "q8_0")
+    prompt = prompt_of(24)
+    _, expected = in_transformers(tmp_path / "hf", prompt)
+    _, found = llama_cpp.generate(tmp_path / "model.gguf", prompt, NUM_TOKENS, VOCAB)
+    assert 1e-4 < (found[0] - expected[0]).abs().max() <= 0.1
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen2-granitemoe"], indirect=True)
+def test_what_transformers_saves_again_runs_in_llama_cpp_only(
+    export: Path, prompt: list[int], expected: tuple[list[int], Tensor], tmp_path: Path
+) -> None:
+    """transformers 5 renames keys of config.json, and MLX then takes its own default or none; `verify.py` sees it."""
+    again = tmp_path / "again"
+    shutil.copytree(export, again, ignore=shutil.ignore_patterns("*.safetensors", "checksums.json"))
+    load_stock(export).save_pretrained(again)
+    tokens, found = in_llama_cpp(again, prompt, tmp_path)
+    assert tokens == expected[0] and (found - expected[1]).abs().max() <= TOLERANCE
+    assert unmet_requirements(again, "llama.cpp") == []
+    (reason,) = unmet_requirements(again, "mlx")
+    assert "rope_theta" in reason
+    try:
+        _, found = in_mlx(again, prompt, tmp_path)
+    except LOAD_ERRORS["mlx"]:
+        return
+    assert (found[0] - expected[1][0]).abs().max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("reader", RUN)
+@pytest.mark.parametrize("case", ["qwen2"], indirect=True)
+def test_an_empty_shared_expert_makes_a_qwen2_moe_load_as_another_model(
+    export: Path, prompt: list[int], expected: tuple[list[int], Tensor], reader: str, tmp_path: Path
+) -> None:
+    """Computed exactly as if top-k weights were not normalized: by whoever adds zeros until there is no error."""
+    dummy = Path(shutil.copytree(export, tmp_path / "dummy"))
+    path = dummy / "config.json"
+    config = json.loads(path.read_text()) | {"shared_expert_intermediate_size": 48, "norm_topk_prob": False}
+    path.write_text(json.dumps(config))
+
+    def add_zeros(tensors: dict[str, Tensor]) -> None:
+        for layer in range(4):
+            for name, shape in (("gate", (48, 32)), ("up", (48, 32)), ("down", (32, 48))):
+                tensors[f"model.layers.{layer}.mlp.shared_expert.{name}_proj.weight"] = torch.zeros(shape)
+            # Its weight does not matter, but llama.cpp divides by the gate's logit.
+            tensors[f"model.layers.{layer}.mlp.shared_expert_gate.weight"].fill_(1)
+
+    edit_tensors(dummy, add_zeros)
+    unnormalized_tokens, unnormalized = in_transformers(dummy, prompt)
+    path.write_text(json.dumps(config | {"norm_topk_prob": True}))
+    _, normalized = in_transformers(dummy, prompt)
+    assert (normalized - expected[1]).abs().max() <= TOLERANCE
+    tokens, found = RUN[reader](dummy, prompt, tmp_path)
+    assert tokens == unnormalized_tokens
+    assert (found - unnormalized).abs().max() <= TOLERANCE
+    assert (unnormalized[0] - normalized[0]).abs().max() > 100 * TOLERANCE

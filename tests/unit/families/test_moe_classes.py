@@ -1,0 +1,177 @@
+"""Each stock class holds the models that it can hold exactly, and the others are refused with the reason."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint_convert.comparison import compare, compare_frozen, largest_difference
+from checkpoint_convert.export import apply_delta, mcore_to_hf
+from checkpoint_convert.upcycling import Start, hf_to_mcore
+from moelpr.errors import UserError
+from tests.hf_models import (
+    assert_import_fails,
+    assert_nothing_left,
+    edit_tensors,
+    files_of,
+    load_stock,
+    our_logits,
+    stock_logits,
+    tensors_of,
+)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "moe_class", "message"),
+    [
+        ("LlamaForCausalLM", {}, "qwen2_moe", "its attention has biases; pass --as mixtral or granitemoe"),
+        ("LlamaForCausalLM", {}, "qwen3_moe", "it normalizes queries and keys; pass --as mixtral or granitemoe"),
+        ("MistralForCausalLM", {"sliding_window": 6}, "granitemoe", "it has no sliding window; pass --as mixtral"),
+        (
+            "MistralForCausalLM",
+            {"sliding_window": None, "head_dim": 16},
+            "granitemoe",
+            "its heads are .* wide, not 16; pass --as mixtral",
+        ),
+        ("Qwen2ForCausalLM", {}, "mixtral", "its attention has no biases; pass --as qwen2_moe or granitemoe"),
+        ("Qwen2ForCausalLM", {}, "qwen3_moe", "it normalizes queries and keys"),
+        ("Qwen3ForCausalLM", {"head_dim": 8}, "mixtral", "it cannot normalize queries and keys; pass --as qwen3_moe"),
+        ("Qwen3ForCausalLM", {"head_dim": 8}, "granitemoe", "it cannot normalize queries and keys"),
+    ],
+)
+def test_a_class_that_cannot_hold_a_model_is_refused(
+    make_model: Callable[..., Path], tmp_path: Path, architecture: str, changes: dict, moe_class: str, message: str
+) -> None:
+    hf_to_mcore(make_model(architecture, **changes), tmp_path / "megatron", num_new_experts=1)
+    with pytest.raises(UserError, match=f"megatron cannot be written as .*{message}"):
+        mcore_to_hf(tmp_path / "megatron", tmp_path / "out", as_class=moe_class)
+    assert not (tmp_path / "out").exists()
+    assert_nothing_left(tmp_path)
+
+
+def test_granitemoe_has_experts_in_every_layer(qwen2: Path, tmp_path: Path) -> None:
+    hf_to_mcore(qwen2, tmp_path / "megatron", num_new_experts=1, moe_layers=[0, 2])
+    with pytest.raises(UserError, match="it has experts in every layer; pass --as qwen2_moe$"):
+        mcore_to_hf(tmp_path / "megatron", tmp_path / "out", as_class="granitemoe")
+
+
+def test_a_dense_model_has_no_class_to_choose(qwen2: Path, tmp_path: Path) -> None:
+    hf_to_mcore(qwen2, tmp_path / "megatron", num_new_experts=None)
+    with pytest.raises(UserError, match="is dense; remove --as"):
+        mcore_to_hf(tmp_path / "megatron", tmp_path / "out", as_class="mixtral")
+
+
+@pytest.fixture
+def dense(request: pytest.FixtureRequest, make_model: Callable[..., Path]) -> Path:
+    """A tied Qwen2, or what a test asks for."""
+    architecture = getattr(request, "param", "Qwen2ForCausalLM")
+    return make_model(architecture, tie_word_embeddings=architecture == "Qwen2ForCausalLM")
+
+
+both = pytest.mark.parametrize("dense", ["LlamaForCausalLM", "Qwen2ForCausalLM"], indirect=True)
+
+
+@pytest.fixture
+def granite(dense: Path, tmp_path: Path) -> Path:
+    """An export as GraniteMoe of the checkpoint tmp_path/megatron, which has two copies of the FFN."""
+    hf_to_mcore(dense, tmp_path / "megatron", num_new_experts=3, start=Start(noise=0.5), original_copies=2)
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "granite", as_class="granitemoe")
+    return tmp_path / "granite"
+
+
+@both
+def test_a_granitemoe_export_has_the_tensors_of_the_checkpoint_and_of_its_base(
+    granite: Path, dense: Path, tmp_path: Path
+) -> None:
+    for a, b in ((granite, tmp_path / "megatron"), (tmp_path / "megatron", granite)):
+        verdicts = list(compare(a, b))
+        # In each layer: gate, up and down of 5 experts, and the router.
+        assert sum("block_sparse_moe" in verdict.name for verdict in verdicts) == 4 * 16
+        assert largest_difference(verdicts) == 0.0
+    assert largest_difference(compare_frozen(dense, granite)) == 0.0
+    edit_tensors(granite, lambda t: t["model.layers.1.block_sparse_moe.input_linear.weight"][1, 3, 5].add_(1))
+    changed = [verdict.name for verdict in compare_frozen(dense, granite) if verdict.differs(0)]
+    assert changed == ["model.layers.1.block_sparse_moe.input_linear.weight[1,:48]"]
+
+
+@both
+def test_a_granitemoe_is_extended_like_any_moe(granite: Path, tmp_path: Path) -> None:
+    spec = hf_to_mcore(granite, tmp_path / "second", num_new_experts=2, start=Start(noise=0.5))
+    assert spec.moe is not None
+    assert (spec.moe.original_copies, spec.moe.num_original_experts, spec.moe.num_experts) == (2, 4, 7)
+    assert largest_difference(compare_frozen(granite, tmp_path / "second")) == 0.0
+    # In its own class again, in the default of its family, and in the trainer.
+    logits = []
+    for name in (None, "granitemoe"):
+        mcore_to_hf(tmp_path / "second", tmp_path / f"hf-{name}", as_class=name)
+        logits.append(stock_logits(load_stock(tmp_path / f"hf-{name}")))
+        config = json.loads((tmp_path / f"hf-{name}" / "config.json").read_text())
+        assert config["original_copies"] == 2
+        assert ("attention_multiplier" in config) == (name == "granitemoe")
+    assert (logits[0] - logits[1]).abs().max() <= 5e-5
+    assert (our_logits(tmp_path / "second") - logits[1]).abs().max() <= 5e-5
+
+
+def test_base_and_delta_give_the_bytes_of_a_granitemoe(granite: Path, dense: Path, tmp_path: Path) -> None:
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "delta", as_delta=True, as_class="granitemoe")
+    names = tensors_of(tmp_path / "delta")
+    assert {name.rsplit("[")[-1] for name in names if "output_linear" in name} == {"2]", "3]", "4]"}
+    apply_delta(dense, tmp_path / "delta", tmp_path / "whole")
+    assert files_of(granite) == files_of(tmp_path / "whole")
+
+
+def test_shards_do_not_divide_stacked_experts(granite: Path, tmp_path: Path) -> None:
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "many", as_class="granitemoe", max_shard_bytes=40_000)
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 4
+    assert (stock_logits(tmp_path / "many") - stock_logits(granite)).abs().max() <= 1e-5
+    assert largest_difference(compare(tmp_path / "many", granite)) == 0.0
+
+
+def test_few_parts_are_held_at_a_time(granite: Path, tmp_path: Path, held_bytes) -> None:
+    largest = 99 * 32 * 4  # the embedding; a stack of experts has 61,440 bytes
+    held_bytes.take_peak()
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "again", as_class="granitemoe")
+    assert 0 < held_bytes.take_peak() <= 3 * largest
+    hf_to_mcore(granite, tmp_path / "second", num_new_experts=2)
+    assert 0 < held_bytes.take_peak() <= 3 * largest
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("attention_multiplier", 0.5, "attention_multiplier must be 0.35.* GraniteMoeForCausalLM, got 0.5"),
+        ("residual_multiplier", 0.22, "residual_multiplier must be 1.0"),
+        ("embedding_multiplier", 12.0, "embedding_multiplier must be 1.0"),
+        ("logits_scaling", 6.0, "logits_scaling must be 1.0"),
+    ],
+)
+def test_a_granitemoe_that_computes_something_else_is_rejected(
+    granite: Path, tmp_path: Path, key: str, value: object, message: str
+) -> None:
+    config = json.loads((granite / "config.json").read_text())
+    (granite / "config.json").write_text(json.dumps(config | {key: value}))
+    assert_import_fails(granite, tmp_path, message, num_new_experts=1)
+
+
+def test_a_bias_that_qwen2_lacks_is_rejected(qwen2: Path, tmp_path: Path) -> None:
+    hf_to_mcore(qwen2, tmp_path / "megatron", num_new_experts=1)
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", as_class="granitemoe")
+    edit_tensors(tmp_path / "hf", lambda tensors: tensors["model.layers.2.self_attn.o_proj.bias"][7].add_(1))
+    assert_import_fails(tmp_path / "hf", tmp_path, "layers.2.self_attn.o_proj.bias must be zero", num_new_experts=1)
+
+
+@pytest.mark.parametrize(("experts", "message"), [(4, r"lacks the tensor .*\[4,:48\]"), (6, "not in this size")])
+def test_a_stack_with_another_number_of_experts_is_rejected(
+    qwen2: Path, tmp_path: Path, experts: int, message: str
+) -> None:
+    hf_to_mcore(qwen2, tmp_path / "megatron", num_new_experts=4)
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", as_class="granitemoe")
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        name = "model.layers.0.block_sparse_moe.input_linear.weight"
+        tensors[name] = tensors[name][torch.arange(experts) % 5].clone()
+
+    edit_tensors(tmp_path / "hf", change)
+    assert_import_fails(tmp_path / "hf", tmp_path, message, num_new_experts=1)

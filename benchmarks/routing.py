@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from examples.steps import EXPANDED, held_out_files
+from examples.steps import COPIES, EXPANDED, NUM_NEW_EXPERTS, TOPK, held_out_files
 from moelpr.documents import read_documents
 from moelpr.errors import UserError
 from moelpr.evaluate.models import load_model
 from moelpr.stages import MoeStage
 
 LENGTH, WINDOWS = 128, 16  # tokens that the demo trains on at a time; such windows of each language
-DEMO_NEW_EXPERTS, DEMO_COPIES = 4, 2
 MARGIN = 20.0  # far above the differences between the logits of a router that has just been initialized
 
 
@@ -64,8 +63,8 @@ def recorded_routing(demo: Path | None, stage: MoeStage) -> RecordedRouting:
         UserError: the demo is missing or incomplete.
     """
     if demo is None:
-        choices_TK = uniform_choices(1 << 18, DEMO_NEW_EXPERTS + DEMO_COPIES, 2, torch.Generator().manual_seed(0))
-        return RecordedRouting(choices_TK, DEMO_NEW_EXPERTS, DEMO_COPIES)
+        choices_TK = uniform_choices(1 << 18, NUM_NEW_EXPERTS + COPIES, TOPK, torch.Generator().manual_seed(0))
+        return RecordedRouting(choices_TK, NUM_NEW_EXPERTS, COPIES)
     model = demo / f"{stage}-hf"
     files = [path for name, path in held_out_files(demo).items() if stage == "stage2" or name in EXPANDED]
     if missing := [path for path in (model, *files) if not path.exists()]:

@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
-# Try moelpr on a GPU machine that it has never run on: tests, benchmarks and short runs of the trainer on all visible
-# GPUs, with random weights and text. Takes at most ten minutes, prints one table, and writes it to a file.
+# Check a GPU machine: tests, benchmarks and short runs of the trainer on all visible GPUs, in at most ten minutes.
 #
-#   launch/first_contact.sh [--output DIR] [--dry-run [--ranks N]] …
+#   launch/first_contact.sh [--output DIR] [--dry-run [--ranks N]]
 #
-# --dry-run tries the same on CPU ranks with tiny sizes. --help lists all options.
+# Needs neither a model nor text, prints a table, and writes it to DIR/log.md. --dry-run tries it on CPU ranks.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 

@@ -48,6 +48,10 @@ def test_runs_use_all_gpus_and_expert_parallelism_where_experts_can_be_divided()
     assert {run.predicted_tokens_per_s for run in trainer_runs(Machine("NVIDIA L40S", 8, 44.4))[1]} == {None}
 
 
+def test_all_parts_together_take_at_most_ten_minutes() -> None:
+    assert sum(first_contact.LIMITS_S.values()) < 600
+
+
 def test_too_small_gpus_are_named() -> None:
     with pytest.raises(UserError, match="L4 has 4 GiB"):
         trainer_runs(Machine("L4", 1, 4))
@@ -56,12 +60,18 @@ def test_too_small_gpus_are_named() -> None:
 def test_without_a_gpu_the_dry_run_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(first_contact, "visible_gpus", list)
     with pytest.raises(UserError, match="--dry-run"):
-        find_machine(argparse.Namespace(dry_run=False))
+        find_machine(argparse.Namespace(dry_run=False, ranks=None))
+
+
+@pytest.mark.parametrize(("dry_run", "ranks"), [(False, 2), (True, 0)])
+def test_ranks_belong_to_a_dry_run(dry_run: bool, ranks: int) -> None:
+    with pytest.raises(UserError, match="--ranks"):
+        find_machine(argparse.Namespace(dry_run=dry_run, ranks=ranks))
 
 
 def test_mixed_gpus_are_all_named_and_the_smallest_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(first_contact, "visible_gpus", lambda: [("B", 80.0), ("A", 95.0), ("B", 80.0)])
-    assert find_machine(argparse.Namespace(dry_run=False)) == Machine("A and B", 3, 80.0)
+    assert find_machine(argparse.Namespace(dry_run=False, ranks=None)) == Machine("A and B", 3, 80.0)
 
 
 def test_the_table_has_measured_and_predicted_numbers_and_the_share_of_the_matmul_rate() -> None:

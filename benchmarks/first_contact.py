@@ -2,8 +2,8 @@
 
     python -m benchmarks.first_contact [--output DIR] [--dry-run [--ranks N]]
 
-or launch/first_contact.sh, which also works in the container. Runs these parts one after the other, each with a time limit and in processes of its own, so that one that fails or
-hangs costs only its own line:
+or launch/first_contact.sh, which also works in the container. Runs these parts one after the other, each with a time
+limit and in processes of its own, so that one that fails or hangs costs only its own line:
 
 - tests/gpu;
 - the trainer, with random weights and text, on all GPUs: a model of Qwen1.5-1.8B's shape with 8 new experts and as

@@ -32,10 +32,14 @@ RUN useradd --no-log-init --create-home --uid 10001 moelpr \
     && python3 constraints_beside.py constraints.txt >constraints_here.txt \
     && python3 -m venv --without-pip --system-site-packages .venv \
     && PIP_CONSTRAINT=/opt/moelpr/constraints_here.txt python3 -m pip --python .venv/bin/python install \
-        --no-cache-dir --requirement requirements.txt
+        --no-cache-dir --requirement requirements.txt pytest
 COPY --from=wheel /build/dist dist
 RUN python3 -m pip --python .venv/bin/python install --no-cache-dir --no-deps dist/*.whl
 COPY LICENSE ./
+# What launch/first_contact.sh runs.
+COPY benchmarks benchmarks
+COPY examples/steps.py examples/
+COPY tests/gpu tests/gpu
 COPY launch launch
 
 # For any other user too (docker run --user): caches of compiled kernels require a home and a name.

@@ -3,7 +3,7 @@
 SHELL_SCRIPTS := .ci/run $(shell find launch tests -name '*.sh' -o -name '*.sbatch')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slurm test-browser test-mergekit test-readers check format venv clean
+.PHONY: help demo test test-slurm test-browser test-mergekit test-readers gpu-check check format venv clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -29,6 +29,9 @@ test-mergekit: venv ## upcycling against mergekit, which is installed into .venv
 test-readers: venv ## exports in llama.cpp and MLX; downloads both (100 MB)
 	@tests/readers/install.sh
 	.venv-readers/bin/python -m pytest -m readers tests/readers
+
+gpu-check: venv ## try tests, benchmarks and trainer on all GPUs of this machine, in ten minutes
+	launch/first_contact.sh
 
 check: venv ## format, lint, types and imports
 	.venv/bin/python -m ruff format --check .

@@ -2,16 +2,17 @@
 
     python -m benchmarks.expert_traffic [--json FILE]
 
-Runs one layer in the middle of a model (its input requires a gradient) forward and backward, in training mode, on gloo
-CPU ranks that this script starts. Ours: LPRMoELayer with C copies of the dense FFN and N new experts, frozen as in each
-stage. The peer: Megatron's MoELayer with the all-to-all dispatcher and SequentialMLP, everything trained; a copy is an
-expert like any other. They take turns in every round, and their routers are made to choose:
+Runs one layer in the middle of a model (its input requires a gradient) forward and backward, in training mode, on ranks
+that this script starts: one per GPU, in bf16, or without a GPU on gloo CPU ranks. Ours: LPRMoELayer with C copies of
+the dense FFN and N new experts, frozen as in each stage. The peer: Megatron's MoELayer with the all-to-all dispatcher
+and SequentialMLP, everything trained; a copy is an expert like any other. They take turns in every round, and their
+routers are made to choose:
 
 - uniform: every token chooses K of the E = C + N places at random, and K of the peer's experts, of which there are the
   multiple of EP nearest to E. Their number does not change the peer's bytes.
 - reviewed: what the routers of the demo's reviewed model chose on held-out text, as many tokens of each language and
   layer. N, C and K are this model's. The peer makes the same choices; its rank p mod EP holds place p, so that copies
-  are on different ranks, and experts that nobody chooses fill the ranks up.
+  are on different ranks, and experts that nobody chooses fill the ranks up. Left out with `--demo none`.
 
 Bytes are counted where they are sent (torch.distributed.all_to_all_single), without rows for the own rank. Two numbers
 are reported: the mean over ranks of bytes sent, and the busiest rank's, which an all-to-all waits for: the most that
@@ -30,10 +31,11 @@ from torch import Tensor
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from benchmarks import common
-from benchmarks.routing import add_demo, impose, recorded_routing
+from benchmarks.routing import add_demo, impose, recorded_routing, uniform_choices
 from benchmarks.timing import median_s, take_turns, time_ratio, timed_s
 from benchmarks.traffic import Traffic, counted_traffic
 from moelpr.errors import run_command
+from moelpr.megatron_patches import cpu
 
 COMPARED = {"uniform": "mean_sent", "reviewed": "busiest"}
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}  # as launch/train.sh sets them on CPUs
@@ -49,7 +51,7 @@ def main() -> None:
     add_demo(parser)
     common.add_json(parser)
     args = parser.parse_args()
-    args.reviewed = recorded_routing(args.demo, "stage2")
+    args.reviewed = recorded_routing(args.demo, "stage2") if args.demo else None
     results = [result for ep in args.expert_parallel for result in run_ranks(args, ep)]
     common.print_table(results, *TABLE)
     run = ("expert_parallel", "pattern")
@@ -61,11 +63,6 @@ def main() -> None:
 def limit(pattern: str, ep: int) -> float:
     """The largest ratio of bytes that is wanted."""
     return 0.82 if pattern == "uniform" else 0.4 if ep == 2 else 0.3
-
-
-def uniform_choices(num_tokens: int, num_experts: int, topk: int, generator: torch.Generator) -> Tensor:
-    """[T, K] different experts of each token."""
-    return torch.rand(num_tokens, num_experts, generator=generator).argsort(dim=1)[:, :topk]
 
 
 def nearest_multiple(num_experts: int, ep: int) -> int:
@@ -93,11 +90,13 @@ def rank_main(args: argparse.Namespace) -> list[dict]:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    torch.distributed.init_process_group("gloo")
+    if not cpu.is_needed():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("gloo" if cpu.is_needed() else "nccl")
     ep = torch.distributed.get_world_size()
     parallel_state.initialize_model_parallel(expert_model_parallel_size=ep)
     model_parallel_cuda_manual_seed(1)
-    results = [compare(args, pattern, ep) for pattern in COMPARED]
+    results = [compare(args, pattern, ep) for pattern in COMPARED if args.reviewed or pattern == "uniform"]
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     return results
@@ -108,7 +107,9 @@ class _Contender:
 
     def __init__(self, model: Any, choices_TK: Tensor, hidden: int) -> None:
         self.layer: Any = model.decoder.layers[0].mlp.train()
-        self.hidden = torch.randn(len(choices_TK), 1, hidden, requires_grad=True)
+        device, dtype = torch.cuda.current_device(), model.config.params_dtype
+        choices_TK = choices_TK.to(device)
+        self.hidden = torch.randn(len(choices_TK), 1, hidden, device=device, dtype=dtype, requires_grad=True)
         impose(self.layer.router, choices_TK)
         _, is_chosen = self.layer.router(self.hidden)
         assert is_chosen.gather(1, choices_TK).all(), "the router does not make the imposed choices"
@@ -145,12 +146,14 @@ def compare(args: argparse.Namespace, pattern: str, ep: int) -> dict:
 
     experts, places, peers, chosen = choices_of(args, pattern, ep)
     config = common.qwen2_config(1, args.hidden, args.ffn, vocabulary=128, length=64)
+    settings: dict[str, Any] = {"expert_model_parallel_size": ep}
+    settings |= {} if cpu.is_needed() else {"bf16": True, "params_dtype": torch.bfloat16}
     contenders: dict[str, _Contender] = {}
     for stage in common.STAGES:
-        model = build_model(common.model_spec(config, **experts), expert_model_parallel_size=ep)
+        model = build_model(common.model_spec(config, **experts), **settings)
         freeze([model], stage)
         contenders[stage] = _Contender(model, places, args.hidden)
-    plain = plain_megatron.build(common.model_spec(config, peers - 1, experts["topk"]), expert_model_parallel_size=ep)
+    plain = plain_megatron.build(common.model_spec(config, peers - 1, experts["topk"]), **settings)
     contenders["peer"] = _Contender(plain, chosen, args.hidden)
     traffic = {name: traffic_of(contender) for name, contender in contenders.items()}
 
@@ -163,6 +166,7 @@ def compare(args: argparse.Namespace, pattern: str, ep: int) -> dict:
     assert ours == traffic["stage2"], "the bytes sent do not depend on the stage"
     medians = median_s(times)
     return {
+        "device": "cpu" if cpu.is_needed() else torch.cuda.get_device_name(),
         "expert_parallel": ep,
         "pattern": pattern,
         "peer_experts": peers,
@@ -184,6 +188,7 @@ def traffic_of(contender: _Contender) -> dict[str, float]:
     with counted_traffic() as traffic:
         contender(traffic)
     mine = torch.tensor([traffic.sent("forward"), traffic.sent("backward"), *traffic.busier_directions()])
+    mine = mine.to(torch.cuda.current_device())
     everyone = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(everyone, mine)
     by_rank = torch.stack(everyone).double()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from examples.steps import EXPANDED, held_out_files
+from examples.steps import COPIES, EXPANDED, NUM_NEW_EXPERTS, TOPK, held_out_files
 from moelpr.documents import read_documents
 from moelpr.errors import UserError
 from moelpr.evaluate.models import load_model
@@ -42,19 +42,29 @@ class RecordedRouting:
 
 
 def add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--demo", type=Path, default=Path("runs/demo"), metavar="DIR",
-                        help="folder of `make demo`, whose models' routing is used")  # fmt: skip
+    parser.add_argument("--demo", type=lambda text: None if text == "none" else Path(text), default=Path("runs/demo"),
+                        metavar="DIR", help="folder of `make demo`, whose models' routing is used; `none`: tokens "
+                        "choose at random")  # fmt: skip
+
+
+def uniform_choices(num_tokens: int, num_experts: int, topk: int, generator: torch.Generator) -> Tensor:
+    """[T, K] different experts of each token."""
+    return torch.rand(num_tokens, num_experts, generator=generator).argsort(dim=1)[:, :topk]
 
 
 @torch.no_grad()
-def recorded_routing(demo: Path, stage: MoeStage) -> RecordedRouting:
+def recorded_routing(demo: Path | None, stage: MoeStage) -> RecordedRouting:
     """What the routers of the model after `stage` choose on held-out text of the languages that the stage trains on.
 
-    These are the expanded languages, in stage 2 all of them, each with the same number of tokens.
+    These are the expanded languages, in stage 2 all of them, each with the same number of tokens. Without a demo, the
+    choices are random, among as many experts.
 
     Raises:
         UserError: the demo is missing or incomplete.
     """
+    if demo is None:
+        choices_TK = uniform_choices(1 << 18, NUM_NEW_EXPERTS + COPIES, TOPK, torch.Generator().manual_seed(0))
+        return RecordedRouting(choices_TK, NUM_NEW_EXPERTS, COPIES)
     model = demo / f"{stage}-hf"
     files = [path for name, path in held_out_files(demo).items() if stage == "stage2" or name in EXPANDED]
     if missing := [path for path in (model, *files) if not path.exists()]:

@@ -112,6 +112,9 @@ expect '/opt/moelpr/.venv/bin/python -m moelpr.torchrun --standalone' run stage1
 expect 'stub of the NVIDIA entry point' run stage1 --dry-run
 expect 'stage1.yaml' run ls /opt/moelpr/launch/recipes
 
+section "first contact"
+expect 'tests/gpu ran' run first_contact --dry-run --ranks 1 --output /tmp/first-contact
+
 section "a model, a corpus and two steps of stage 1 in the image"
 run bash -eu -c '
 cd /tmp && rm -rf trial && mkdir trial && cd trial

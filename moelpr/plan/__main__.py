@@ -1,8 +1,8 @@
-"""List the layouts of an upcycled model that fit on a cluster, with memory per rank, and recommend one.
+"""List the layouts of an upcycled model that fit on a cluster, with memory per rank and step time, and recommend one.
 
-    python -m moelpr.plan --hf-path DIR --num-new-experts 5 --gpus 8 --gpu-memory-gib 80
+    python -m moelpr.plan --hf-path DIR --num-new-experts 5 --gpus 8 --gpu h100-80
 
-Reads only config.json. moelpr/plan/memory.py and docs/design/memory-plan.md explain how memory is computed.
+Reads only config.json. docs/design/planner.md explains how memory and time are computed.
 """
 
 import argparse
@@ -16,8 +16,10 @@ from typing import Any
 from moelpr.errors import CommandParser, UserError, run_command
 from moelpr.families.families import layer_list, read_base, with_new_experts
 from moelpr.layouts import neighbors
-from moelpr.plan.candidates import GIB, Candidate, Cluster, bubble, fitting
+from moelpr.plan.candidates import Candidate, fitting
+from moelpr.plan.machines import GIB, GPUS, Cluster
 from moelpr.plan.memory import RankMemory, Workload
+from moelpr.plan.step_time import PREDICTION_ERROR, bubble
 
 # Of the paper's recipes, launch/recipes/paper-stage1.yaml and paper-stage2.yaml.
 PAPER_SEQ_LENGTH = {"stage1": 1024, "stage2": 512}
@@ -26,7 +28,7 @@ RESERVED_FRACTION = 0.1
 
 _TABLE_HEADER = (
     f"{'TP':>3}{'PP':>4}{'EP':>4}{'ETP':>4}{'DP':>5}  {'recompute':<10}{'parameters':>11}{'gradients':>10}"
-    f"{'optimizer':>10}{'activations':>12}{'working':>8}{'total':>8}{'all-to-all':>12}{'gathers':>9}{'bubble':>8}{'time':>6}"
+    f"{'optimizer':>10}{'activations':>12}{'working':>8}{'total':>8}{'all-to-all':>12}{'gathers':>9}{'bubble':>8}"
 )
 
 
@@ -50,37 +52,62 @@ def _cluster(args: argparse.Namespace) -> Cluster:
             f"--gpus must be a multiple of --gpus-per-node {args.gpus_per_node}, got {args.gpus}; use --gpus "
             f"{neighbors(args.gpus, args.gpus_per_node)}, or change --gpus-per-node"
         )
-    reserve = args.gpu_memory_gib * RESERVED_FRACTION if args.reserve_gib is None else args.reserve_gib
-    if reserve >= args.gpu_memory_gib:
+    gpu = GPUS.get(args.gpu)
+    if gpu is not None and args.dtype != "bf16":
+        raise UserError(f"--gpu predicts the time of bf16, got --dtype {args.dtype}; use --gpu-memory-gib instead")
+    memory_gib = args.gpu_memory_gib or (gpu.memory_gib if gpu else None)
+    if memory_gib is None:
+        raise UserError(f"the GPUs are unknown; pass --gpu {'|'.join(GPUS)}, or --gpu-memory-gib for others")
+    reserve_gib = memory_gib * RESERVED_FRACTION if args.reserve_gib is None else args.reserve_gib
+    if reserve_gib >= memory_gib:
         raise UserError(
-            f"--reserve-gib must be less than --gpu-memory-gib {args.gpu_memory_gib:g}, got {reserve:g}; use "
-            f"--reserve-gib {args.gpu_memory_gib * RESERVED_FRACTION:g}"
+            f"--reserve-gib must be less than the memory per GPU, {memory_gib:g} GiB, got {reserve_gib:g}; use "
+            f"--reserve-gib {memory_gib * RESERVED_FRACTION:g}"
         )
-    return Cluster(args.gpus, args.gpus_per_node, args.gpu_memory_gib, reserve)
+    return Cluster(args.gpus, args.gpus_per_node, memory_gib, reserve_gib, gpu)
 
 
 def _table(found: list[Candidate], workload: Workload, cluster: Cluster, rows: int) -> str:
+    time = (
+        "step, tokens/s: predicted seconds of a step, exchanges included, and tokens per second and GPU."
+        if cluster.gpu
+        else "time: compute time of a step with recompute and bubble, relative to one without; excludes communication."
+    )
     lines = [
         f"{workload.stage}, {workload.dtype}: {workload.global_batch_size} sequences of {workload.seq_length} tokens "
         f"per step, {workload.micro_batch_size} per micro-batch; {cluster.gpus} GPUs of {cluster.gpu_memory_gib:g} "
         f"GiB, {cluster.reserve_gib:g} GiB of them reserved.",
         "Memory: GiB on the highest-memory rank. all-to-all, gathers: GiB that experts exchange per rank and step over",
         "EP and over ETP, if all experts are chosen equally often; rows of original experts need no all-to-all.",
-        "time: compute time of a step with recompute and bubble, relative to one without; excludes communication.",
+        time,
         "",
-        _TABLE_HEADER,
+        _TABLE_HEADER + (f"{'step':>8}{'tokens/s':>12}" if cluster.gpu else f"{'time':>6}"),
     ]
     for one in found[:rows]:
         layout, rank = one.layout, one.peak
-        lines.append(
+        row = (
             f"{layout.tp:>3}{layout.pp:>4}{layout.ep:>4}{layout.etp:>4}{layout.dp:>5}  {layout.recompute:<10}"
             f"{rank.parameter_bytes / GIB:>11.2f}{rank.gradient_bytes / GIB:>10.2f}{rank.optimizer_bytes / GIB:>10.2f}"
             f"{rank.activation_bytes / GIB:>12.2f}{rank.working_bytes / GIB:>8.2f}{rank.total_bytes / GIB:>8.2f}"
             f"{one.traffic.all_to_all / GIB:>12.2f}{one.traffic.expert_tensor / GIB:>9.2f}"
-            f"{bubble(layout, workload.num_microbatches(layout)):>8.1%}{one.relative_time:>6.2f}"
+            f"{bubble(layout, workload.num_microbatches(layout)):>8.1%}"
         )
+        if one.step_time:
+            row += f"{one.step_time.total_s:>8.2f}{one.step_time.tokens_per_s(workload, cluster):>12,.0f}"
+        else:
+            row += f"{one.relative_time:>6.2f}"
+        lines.append(row)
     if rows < len(found):
         lines.append(f"… and {len(found) - rows} more (--all)")
+    if step := found[0].step_time:
+        shares = (f"{name.removesuffix('_s')} {seconds / step.total_s:.0%}" for name, seconds in asdict(step).items())
+        least, most = PREDICTION_ERROR
+        lines += [
+            "",
+            f"The first layout's step: {', '.join(shares)}.",
+            f"Predictions of published runs of similar models are {least:+.0%} to {most:+.0%} off in tokens/s; none",
+            "has been compared with a run of moelpr (docs/design/planner.md).",
+        ]
     lines += ["", f"Recommended arguments for launch/{workload.stage}.sh:", f"  {shlex.join(found[0].flags(workload))}"]
     return "\n".join(lines)
 
@@ -95,6 +122,7 @@ def _as_json(found: list[Candidate], workload: Workload, cluster: Cluster) -> di
             "expert_tensor_bytes_per_step": one.traffic.expert_tensor,
             "bubble": bubble(one.layout, workload.num_microbatches(one.layout)),
             "relative_time": one.relative_time,
+            "predicted": _time_as_json(one, workload, cluster),
             "flags": one.flags(workload),
         }
         for one in found
@@ -108,6 +136,13 @@ def _as_json(found: list[Candidate], workload: Workload, cluster: Cluster) -> di
     }
 
 
+def _time_as_json(one: Candidate, workload: Workload, cluster: Cluster) -> dict[str, float] | None:
+    if one.step_time is None:
+        return None
+    tokens_per_s = one.step_time.tokens_per_s(workload, cluster)
+    return {"step_time_s": one.step_time.total_s, "tokens_per_s_and_gpu": tokens_per_s, **asdict(one.step_time)}
+
+
 def _rank_as_json(rank: RankMemory) -> dict[str, int]:
     return {**asdict(rank), "total_bytes": rank.total_bytes}
 
@@ -119,11 +154,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--hf-path", type=Path, required=True, metavar="DIR", help="directory with the model's config.json (required)")
     add("--num-new-experts", type=int, required=True, metavar="N", help="new experts per MoE layer (required)")
     add("--gpus", type=count, required=True, metavar="G", help="total number of GPUs (required)")
-    add("--gpu-memory-gib", type=gib, required=True, metavar="GIB", help="memory per GPU, in GiB (required)")
+    add("--gpu", choices=tuple(GPUS), help="the GPUs, whose step time is predicted")
+    add("--gpu-memory-gib", type=gib, metavar="GIB", help="memory per GPU, in GiB (default: that of --gpu)")
     add("--gpus-per-node", type=count, default=8, metavar="PER_NODE", help="GPUs per node (default: %(default)s)")
     add("--reserve-gib", type=gib_or_0, metavar="RESERVE",
         help="memory per GPU, in GiB, left free for what is not counted: CUDA context, NCCL buffers, fragmentation "
-        "(default: 10%% of --gpu-memory-gib, an assumption)")  # fmt: skip
+        "(default: 10%% of the memory, an assumption)")  # fmt: skip
     add("--topk", type=int, metavar="K", help="experts per token (default: 2; for an MoE model, its own number)")
     add("--original-copies", type=int, metavar="C",
         help="places of the dense FFN among the experts, as in hf_to_mcore.py (default: 1)")  # fmt: skip

@@ -3,42 +3,13 @@
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from moelpr.errors import UserError
 from moelpr.layouts import RECOMPUTES, Layout, PlannedLayout, divisors, layout_problems
 from moelpr.model_spec import ModelSpec
-from moelpr.plan.memory import WEIGHT_BYTES, Parts, RankMemory, Routing, Workload, model_parts, stage_memories
-from moelpr.stages import Part
-
-GIB = 1 << 30
-_GATE_WEIGHT_BYTES = 4
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """The GPUs to plan for; `reserve_gib` of the memory per GPU stay free."""
-
-    gpus: int
-    gpus_per_node: int
-    gpu_memory_gib: float
-    reserve_gib: float
-
-    @property
-    def usable_bytes(self) -> float:
-        return (self.gpu_memory_gib - self.reserve_gib) * GIB
-
-
-class Traffic(NamedTuple):
-    """Expert traffic, in bytes per rank and step.
-
-    Attributes:
-        all_to_all: rows of new experts sent to other expert-parallel ranks and back, forward and backward.
-        expert_tensor: rows received from, and partial results sent to, the other expert-tensor-parallel ranks.
-    """
-
-    all_to_all: int
-    expert_tensor: int
+from moelpr.plan.machines import GIB, Cluster
+from moelpr.plan.memory import RankMemory, Workload, model_parts, stage_memories
+from moelpr.plan.step_time import StepTime, Traffic, expert_traffic, relative_time, step_time
 
 
 @dataclass(frozen=True)
@@ -49,6 +20,7 @@ class Candidate:
     stages: list[RankMemory]  # of one rank per pipeline stage
     traffic: Traffic
     relative_time: float
+    step_time: StepTime | None  # None for GPUs that the planner does not know
 
     @property
     def peak(self) -> RankMemory:
@@ -76,9 +48,13 @@ def fitting(spec: ModelSpec, workload: Workload, cluster: Cluster) -> list[Candi
     fits = [candidate for candidate in found if candidate.peak.total_bytes <= cluster.usable_bytes]
     if not fits:
         raise UserError(_too_little_memory(spec, workload, cluster, found))
-    return sorted(
-        fits, key=lambda one: preference(one.layout, one.relative_time, cluster.gpus_per_node, sum(one.traffic))
-    )
+    fastest_s = min(one.step_time.total_s if one.step_time else 1 for one in fits)
+
+    def key(one: Candidate) -> tuple[float, ...]:
+        time = one.step_time.total_s / fastest_s if one.step_time else one.relative_time
+        return preference(one.layout, time, cluster, sum(one.traffic))
+
+    return sorted(fits, key=key)
 
 
 def legal_layouts(spec: ModelSpec, workload: Workload, cluster: Cluster) -> Iterator[PlannedLayout]:
@@ -87,7 +63,7 @@ def legal_layouts(spec: ModelSpec, workload: Workload, cluster: Cluster) -> Iter
     Pipeline stages have equally many layers; context parallelism and virtual stages are not planned.
     """
     assert spec.moe is not None
-    for tp in (tp for tp in divisors(cluster.gpus) if not leaves_node(tp, cluster.gpus, cluster.gpus_per_node)):
+    for tp in (tp for tp in divisors(cluster.gpus) if not cluster.leaves_node(tp)):
         for pp in divisors(cluster.gpus // tp):
             for ep, etp in itertools.product(divisors(spec.moe.num_new_experts), sorted({1, tp})):
                 layout = PlannedLayout(tp, pp, ep, etp, dp=cluster.gpus // (tp * pp))
@@ -95,81 +71,30 @@ def legal_layouts(spec: ModelSpec, workload: Workload, cluster: Cluster) -> Iter
                     yield from (replace(layout, recompute=each) for each in RECOMPUTES)
 
 
-def leaves_node(group: int, gpus: int, gpus_per_node: int) -> bool:
-    """Whether groups of that many neighboring ranks span several nodes."""
-    return gpus > gpus_per_node and gpus_per_node % group != 0
-
-
-def bubble(layout: PlannedLayout, num_microbatches: int) -> float:
-    """Fraction of a step that a pipeline stage waits, with the 1F1B schedule."""
-    return (layout.pp - 1) / (num_microbatches + layout.pp - 1)
-
-
-def relative_time(spec: ModelSpec, parts: Parts, layout: PlannedLayout, workload: Workload) -> float:
-    """Compute time of a step, relative to the same step without recompute and bubble; communication is not counted.
-
-    Counts multiplications by weights: the forward pass, the gradients of inputs, and the gradients of the weights that
-    train (new experts in stage 1; routers are negligible).
-    """
-    assert spec.moe is not None
-    numel = dict.fromkeys(Part, 0)
-    for (_, part), part_numel in parts.items():
-        numel[part] += part_numel
-    one_expert = numel[Part.ORIGINAL_EXPERTS] / spec.moe.num_original_experts  # summed over the MoE layers
-    rows = Routing.uniform(spec.moe)
-    experts = (rows.original_rows + rows.new_rows) * one_expert
-    new_experts = rows.new_rows * one_expert
-    others = numel[Part.ATTENTION] + numel[Part.DENSE_FFN]
-    output = numel[Part.OUTPUT_LAYER] or numel[Part.EMBEDDING]
-    once = 2 * (experts + others + output) + (new_experts if workload.stage == "stage1" else 0)
-    again = {"none": 0, "selective": experts, "full": experts + others}[layout.recompute]
-    return (once + again) / once / (1 - bubble(layout, workload.num_microbatches(layout)))
-
-
-def expert_traffic(
-    spec: ModelSpec, layout: PlannedLayout, workload: Workload, routing: Routing | None = None
-) -> Traffic:
-    """The traffic of a rank on the pipeline stage with the most MoE layers.
-
-    A fraction (EP - 1)/EP of the rows of new experts leaves the rank (new experts are chosen equally often). Each row
-    is sent with its gate weight in fp32 and returned as a row; the backward pass does the same, and a recomputed MoE
-    layer repeats the forward pass. With ETP > 1 each rank gathers the rows of ETP ranks (for the original experts each
-    token once, with its m gate weights) and scatters the sums. `routing` is `Routing.uniform` by default.
-    """
-    assert spec.moe is not None
-    routing = routing or Routing.uniform(spec.moe)
-    row = spec.megatron_args["hidden_size"] * WEIGHT_BYTES[workload.dtype]
-    layers_per_stage = spec.megatron_args["num_layers"] // layout.pp
-    moe_layers = max(sum(layer // layers_per_stage == stage for layer in spec.moe.layers) for stage in range(layout.pp))
-    passes = 2 if layout.recompute == "none" else 3
-    times = workload.num_microbatches(layout) * moe_layers * passes
-    tokens = workload.seq_length * workload.micro_batch_size / layout.tp
-    new = tokens * routing.new_rows * (row + _GATE_WEIGHT_BYTES + row)
-    original = tokens * (row + spec.moe.num_original_experts * _GATE_WEIGHT_BYTES + row)
-    return Traffic(
-        all_to_all=round(times * new * (layout.ep - 1) / layout.ep),
-        expert_tensor=round(times * (new + original) * (layout.etp - 1)),
-    )
-
-
-def preference(layout: PlannedLayout, time: float, gpus_per_node: int, traffic_bytes: float) -> tuple[float, ...]:
+def preference(layout: PlannedLayout, time: float, cluster: Cluster, traffic_bytes: float) -> tuple[float, ...]:
     """Sort key among layouts that fit; the smallest is recommended. A rule of thumb, not a measurement.
 
-    In this order: the smallest `relative_time` in steps of 1/20 (smaller differences are decided by communication);
-    experts exchanged inside a node; the model divided over as few ranks as possible; pipeline before tensor
-    parallelism, because a pipeline stage sends one tensor where tensor parallelism exchanges one per layer; the fewest
-    bytes of expert traffic; the least time.
+    In this order: the smallest `time`, predicted or of compute alone, in steps of 1/20 (smaller differences are below
+    the error of predictions, or decided by communication); experts exchanged inside a node; the model divided over as
+    few ranks as possible; pipeline before tensor parallelism, because a pipeline stage sends one tensor where tensor
+    parallelism exchanges one per layer; the fewest bytes of expert traffic; the least time.
     """
     expert_ranks = layout.ep * layout.etp
-    leaves = leaves_node(expert_ranks, layout.world_size, gpus_per_node)
+    leaves = cluster.leaves_node(expert_ranks)
     return round(20 * time), leaves, layout.tp * layout.pp, layout.tp, traffic_bytes, expert_ranks, time
 
 
 def _candidates(spec: ModelSpec, workload: Workload, cluster: Cluster) -> Iterator[Candidate]:
     parts = model_parts(spec)
     for layout in legal_layouts(spec, workload, cluster):
-        memories, traffic = stage_memories(spec, parts, layout, workload), expert_traffic(spec, layout, workload)
-        yield Candidate(layout, memories, traffic, relative_time(spec, parts, layout, workload))
+        memories = stage_memories(spec, parts, layout, workload)
+        yield Candidate(
+            layout,
+            memories,
+            expert_traffic(spec, layout, workload),
+            relative_time(spec, parts, layout, workload),
+            step_time(spec, parts, layout, workload, cluster, memories) if cluster.gpu else None,
+        )
 
 
 def _no_layout(spec: ModelSpec, workload: Workload, cluster: Cluster) -> str:

@@ -129,7 +129,7 @@ def stage_memories(
 
     `parts` are the model's `model_parts`; `routing` is `Routing.uniform` by default.
     """
-    activations = _Activations(spec, layout, workload, routing)
+    activations = Activations(spec, layout, workload, routing)
     memories = []
     for pp_rank in range(layout.pp):
         held = held_on_stage(spec, parts, layout, pp_rank)
@@ -158,7 +158,7 @@ def held_on_stage(spec: ModelSpec, parts: Parts, layout: PlannedLayout, pp_rank:
     """Parameters on one rank of a pipeline stage, by part, with the vocabulary padded as in the trainer."""
     is_tied = not spec.megatron_args["untie_embeddings_and_output_weights"]
     is_first, is_last = pp_rank == 0, pp_rank == layout.pp - 1
-    layers = _layers_of_stage(spec, layout, pp_rank)
+    layers = layers_of_stage(spec, layout, pp_rank)
     vocab_size = spec.megatron_args["vocab_size"]
     held: dict[Part, int] = {}
     for (layer, part), numel in parts.items():
@@ -179,12 +179,23 @@ def divisor(part: Part, layout: PlannedLayout) -> int:
     return (experts | {Part.ROUTER: 1, Part.NORM: 1}).get(part, layout.tp)
 
 
-def _layers_of_stage(spec: ModelSpec, layout: PlannedLayout, pp_rank: int) -> range:
+def layers_of_stage(spec: ModelSpec, layout: PlannedLayout, pp_rank: int) -> range:
+    """The layers of a pipeline stage, counted from 0."""
     per_stage = spec.megatron_args["num_layers"] // layout.pp
     return range(pp_rank * per_stage, (pp_rank + 1) * per_stage)
 
 
-class _Activations:
+def needs_input_gradient(spec: ModelSpec, layout: PlannedLayout, layer: int, pp_rank: int) -> bool:
+    """Whether the backward pass continues below the FFN of `layer`.
+
+    It ends at the first MoE layer, except that an input from another pipeline stage, and with recompute the embedding's
+    output, always require a gradient.
+    """
+    assert spec.moe is not None
+    return pp_rank > 0 or layout.recompute != "none" or layer > spec.moe.layers[0]
+
+
+class Activations:
     """Bytes that autograd keeps on a rank (docs/design/memory-plan.md); attributes are sizes on one rank."""
 
     def __init__(self, spec: ModelSpec, layout: PlannedLayout, workload: Workload, routing: Routing | None) -> None:
@@ -207,16 +218,15 @@ class _Activations:
         self.original_rows = self.tokens * layout.etp * self.routing.original_rows
         self.new_rows = self.tokens * layout.etp * self.routing.new_rows
 
+    def layers(self, pp_rank: int) -> list[tuple[float, float]]:
+        """Of each layer, the bytes kept from the forward pass, and those allocated only while it is recomputed."""
+        layers = layers_of_stage(self.spec, self.layout, pp_rank)
+        return [self._layer(one, needs_input_gradient(self.spec, self.layout, one, pp_rank)) for one in layers]
+
     def peak(self, pp_rank: int) -> float:
-        kept, inside = 0.0, 0.0
-        for layer in _layers_of_stage(self.spec, self.layout, pp_rank):
-            # An input from another pipeline stage always needs a gradient.
-            needs_gradient = pp_rank > 0 or self.layout.recompute != "none" or layer > self.moe.layers[0]
-            layer_kept, layer_inside = self._layer(layer, needs_gradient)
-            kept, inside = kept + layer_kept, max(inside, layer_inside)
+        kept, inside = zip(*self.layers(pp_rank), strict=True)
         in_flight = min(self.layout.pp - pp_rank, self.workload.num_microbatches(self.layout))
-        is_last = pp_rank == self.layout.pp - 1
-        return in_flight * kept + max(self._head() if is_last else 0, inside)
+        return in_flight * sum(kept) + max(self.loss(pp_rank), *inside)
 
     def working(self, pp_rank: int) -> float:
         new = self.new_rows * (3 * self.expert_ffn + self.hidden)
@@ -226,7 +236,6 @@ class _Activations:
         return max(new + original, logits) * self.element
 
     def _layer(self, layer: int, needs_gradient: bool) -> tuple[float, float]:
-        """Bytes kept from the forward pass, and bytes allocated only while this layer is recomputed."""
         hidden = self.tokens * self.hidden * self.element
         outside = self._norm() + self._attention() + self._norm() if needs_gradient else 0.0
         if needs_gradient and self.workload.kernels.norm_output:
@@ -267,6 +276,9 @@ class _Activations:
         new = (2 * self.expert_ffn + inputs) * self.element + _INT64 + _FP32
         return self.tokens * choices + self.original_rows * original + self.new_rows * new
 
-    def _head(self) -> float:
+    def loss(self, pp_rank: int) -> float:
+        """Bytes kept after the last layer, on the last pipeline stage."""
+        if pp_rank < self.layout.pp - 1:
+            return 0.0
         # Softmax, target mask, targets, and the loss masks used for logging.
         return self._norm() + self.all_tokens * (self.vocabulary * _FP32 + _BOOL + _INT64 + 4 * _FP32)

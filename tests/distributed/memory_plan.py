@@ -17,8 +17,8 @@ from typing import Any, Literal
 from benchmarks import common
 from moelpr.layouts import PlannedLayout
 from moelpr.model_spec import ModelSpec
-from moelpr.plan.candidates import expert_traffic
 from moelpr.plan.memory import CPU, Routing, Workload, model_parts, stage_memories
+from moelpr.plan.step_time import expert_traffic
 from moelpr.stages import MoeStage
 
 SEQ_LENGTH, MICRO_BATCH_SIZE, GLOBAL_BATCH_SIZE = 256, 2, 8

@@ -109,3 +109,10 @@ def test_every_kind_of_router_makes_imposed_choices_and_keeps_its_gradient(spec:
         assert logits is not None
         assert torch.equal(logits.topk(2).indices.sort(dim=1).values, choices.sort(dim=1).values)
         assert not torch.equal(router.gate.weight, weight)
+
+
+def test_without_a_demo_all_places_are_chosen_equally_often() -> None:
+    routing = recorded_routing(None, "stage2")
+    assert routing.experts == {"new_experts": 4, "original_copies": 2, "topk": 2}
+    counts = routing.part(3, 6000).flatten().bincount(minlength=6)
+    assert counts.sum() == 12_000 and (counts - 2000).abs().max() < 200

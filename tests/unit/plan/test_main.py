@@ -11,6 +11,7 @@ import yaml
 
 from moelpr.errors import run_command
 from moelpr.plan.__main__ import PAPER_GLOBAL_BATCH_SIZE, PAPER_SEQ_LENGTH, _parser, main
+from moelpr.plan.step_time import PREDICTION_ERROR
 
 Plan = Callable[..., str]
 
@@ -67,6 +68,38 @@ def test_stage2_needs_no_more_than_stage1(plan: Plan) -> None:
         assert one["fullest_rank"]["optimizer_bytes"] < of_stage1[tuple(one[name] for name in names)]["optimizer_bytes"]
 
 
+def test_known_gpus_have_predicted_times_and_their_memory(plan: Plan) -> None:
+    found = json.loads(plan("--json", "--gpu", "h200-141"))
+    assert found["cluster"]["gpu_memory_gib"] == 1  # the command line overrides the data sheet
+    for layout in found["layouts"]:
+        predicted = layout["predicted"]
+        parts = [seconds for name, seconds in predicted.items() if name.endswith("_s") and name != "step_time_s"]
+        assert predicted["step_time_s"] == pytest.approx(sum(parts)) and len(parts) == 6
+        tokens_per_s = 512 * 1024 / 8 / predicted["step_time_s"]
+        assert predicted["tokens_per_s_and_gpu"] == pytest.approx(tokens_per_s)
+    assert json.loads(plan("--json"))["recommended"]["predicted"] is None
+
+
+def test_the_table_of_known_gpus_has_the_predictions_and_their_error(plan: Plan) -> None:
+    shown = plan("--gpu", "h100-80", "--rows", "1")
+    header, first_row = (line for line in shown.splitlines() if re.match(r" +(TP|1 ) ", line))
+    assert header.split()[-2:] == ["step", "tokens/s"]
+    predicted = json.loads(plan("--gpu", "h100-80", "--json"))["recommended"]["predicted"]
+    assert first_row.split()[-2:] == [f"{predicted['step_time_s']:.2f}", f"{predicted['tokens_per_s_and_gpu']:,.0f}"]
+    least, most = PREDICTION_ERROR
+    assert f"{least:+.0%} to {most:+.0%} off" in shown
+
+
+def test_the_gpus_are_required(plan: Plan, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moelpr.plan.__main__.GPUS", {"x-1": None})
+    argv = ["plan", "--hf-path", "DIR", "--num-new-experts", "4", "--gpus", "8"]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as stop:
+        run_command(main)
+    assert stop.value.code == 2
+    assert "pass --gpu x-1, or --gpu-memory-gib" in capsys.readouterr().err
+
+
 def failure(plan: Plan, capsys: pytest.CaptureFixture[str], *argv: str, **changes: object) -> str:
     with pytest.raises(SystemExit) as stop:
         run_command(lambda: plan(*argv, **changes) and None)
@@ -88,7 +121,8 @@ def failure(plan: Plan, capsys: pytest.CaptureFixture[str], *argv: str, **change
         (["--hf-path", "nowhere"], "nowhere"),
         (["--seq-length", "5000"], "--seq-length must be at most 4096,.* got 5000"),
         (["--micro-batch-size", "3"], "--global-batch-size 512 .* --micro-batch-size 3"),
-        (["--reserve-gib", "1"], "--reserve-gib must be less than --gpu-memory-gib 1, got 1"),
+        (["--reserve-gib", "1"], "--reserve-gib must be less than the memory per GPU, 1 GiB, got 1"),
+        (["--gpu", "h100-80", "--dtype", "fp32"], "--dtype fp32; use --gpu-memory-gib"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(

@@ -1,0 +1,375 @@
+"""First contact with a machine: GPU tests, benchmarks, and the trainer against the planner, on all GPUs in ten minutes.
+
+    python -m benchmarks.first_contact [--output DIR] [--dry-run [--ranks N]]
+
+or launch/first_contact.sh, which also works in the container. Runs these parts one after the other, each with a time
+limit and in processes of its own, so that one that fails or hangs costs only its own line:
+
+- tests/gpu;
+- the trainer, with random weights and text, on all GPUs: a model of Qwen1.5-1.8B's shape with 8 new experts and as
+  many of its 24 layers as fit, in stage 1 with data parallelism alone and with expert parallelism, and in stage 2.
+  Memory and tokens/s are compared with the planner's, the work that a step needs with the rate of a large product;
+- benchmarks.train_step on one GPU, with random routing;
+- benchmarks.expert_traffic on all GPUs, with random routing.
+
+DIR gets log.md, a table to paste into docs/LOG.md; results.json, all numbers; and the output of each part. The exit
+code is 1 if a part failed. With --dry-run everything is tiny and on CPU ranks, and the numbers mean nothing.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import date
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import psutil
+
+from benchmarks import common
+from moelpr.checkpoints import RELEASE
+from moelpr.errors import CommandParser, UserError, run_command
+from moelpr.files import write_text
+from moelpr.layouts import PlannedLayout
+from moelpr.model_spec import ModelSpec
+from moelpr.plan.machines import GIB, Cluster, gpu_named
+from moelpr.plan.memory import CPU, Kernels, Workload, model_parts, stage_memories
+from moelpr.plan.step_time import stage_flops, step_time
+from moelpr.run_folder import TRACKER_FILE
+from moelpr.versions import installed_versions
+
+WARMUP_STEPS, STEPS = 2, 6  # the first ones compile kernels and allocate buffers
+LIMITS_S = {"tests/gpu": 130, "trainer": 240, "train_step": 110, "expert_traffic": 110}
+USABLE = 0.9  # of a GPU's memory
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is run. `layers`: numbers to choose from, descending; the last two are options of the benchmarks."""
+
+    hidden: int
+    ffn: int
+    heads: int
+    vocabulary: int
+    layers: tuple[int, ...]
+    new_experts: int
+    seq_length: int
+    micro_batch_size: int
+    micro_batches: int
+    train_step: str
+    expert_traffic: str
+
+
+GPU_SIZES = Sizes(
+    2048, 5504, 16, 151936, (24, 16, 12, 8, 6, 4, 3, 2), 8, 1024, 8, 4,
+    "--layers 3 --hidden 2048 --ffn 5504 --head 128 --vocabulary 32768 --sequences 8 --length 1024",
+    "--hidden 2048 --ffn 5504 --new-experts 8 --tokens 8192",
+)  # fmt: skip
+DRY_SIZES = Sizes(
+    32, 64, 4, 256, (2,), 4, 16, 2, 2,
+    "--layers 2 --hidden 32 --ffn 64 --head 8 --vocabulary 256 --sequences 2 --length 16 --rounds 1",
+    "--hidden 32 --ffn 64 --new-experts 4 --tokens 64 --rounds 1",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The GPUs of this machine, or the CPU ranks of a dry run."""
+
+    name: str
+    ranks: int
+    memory_gib: float
+    is_dry_run: bool = False
+
+    @property
+    def sizes(self) -> Sizes:
+        return DRY_SIZES if self.is_dry_run else GPU_SIZES
+
+    @property
+    def cluster(self) -> Cluster:
+        return Cluster(self.ranks, self.ranks, self.memory_gib, 0, gpu_named(self.name, self.memory_gib))
+
+
+@dataclass
+class Part:
+    """What became of a part; `results` is None if it failed."""
+
+    name: str
+    outcome: str
+    seconds: float
+    results: Any = None
+
+
+@dataclass(frozen=True)
+class TrainerRun:
+    """A run of the trainer, with what the planner says about it: bytes, tokens/s per GPU (None if unknown)."""
+
+    name: str
+    layout: PlannedLayout
+    workload: Workload
+    planned_bytes: int
+    predicted_tokens_per_s: float | None
+    flops_per_token: float
+
+
+def main() -> None:
+    args = _parser().parse_args()
+    machine, folder = find_machine(args), args.output.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    spec, runs = trainer_runs(machine)
+    parts = [
+        run_tests(folder),
+        run_trainer(machine, spec, runs, folder),
+        run_benchmark("train_step", machine.sizes.train_step, folder),
+        run_expert_traffic(machine, folder),
+    ]
+    text = as_markdown(machine, spec, runs, parts)
+    write_text(folder / "log.md", text)
+    everything = {
+        "machine": vars(machine),
+        "runs": [asdict(run) for run in runs],
+        "parts": [vars(part) for part in parts],
+    }
+    write_text(folder / "results.json", json.dumps(everything, indent=2) + "\n")
+    print(f"\n{text}\nwritten to {folder / 'log.md'}")
+    sys.exit(int(any(part.results is None for part in parts)))
+
+
+def find_machine(args: argparse.Namespace) -> Machine:
+    if args.ranks is not None and (not args.dry_run or args.ranks < 1):
+        raise UserError(f"--ranks is the number of CPU ranks of a --dry-run, at least 1, got {args.ranks}")
+    if args.dry_run:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the parts inherit it
+        return Machine("CPU", args.ranks or 2, 0, is_dry_run=True)
+    if not (gpus := visible_gpus()):
+        raise UserError("torch sees no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES, or try it with --dry-run")
+    names, sizes = zip(*gpus, strict=True)
+    return Machine(" and ".join(sorted(set(names))), len(gpus), min(sizes))
+
+
+def visible_gpus() -> list[tuple[str, float]]:
+    """(name, GiB) of each GPU, from a process of its own, as CUDA occupies memory of a GPU until its process ends."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_torch_gpus).result()
+
+
+def _torch_gpus() -> list[tuple[str, float]]:
+    import torch
+
+    properties = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [(gpu.name, gpu.total_memory / GIB) for gpu in properties]
+
+
+def trainer_runs(machine: Machine) -> tuple[ModelSpec, list[TrainerRun]]:
+    """The largest model that fits, and the trainer's runs.
+
+    Raises:
+        UserError: not even the smallest one fits.
+    """
+    sizes, dtype = machine.sizes, "float32" if machine.is_dry_run else "bfloat16"
+    for layers in sizes.layers:
+        config = common.qwen2_config(
+            layers, sizes.hidden, sizes.ffn, sizes.vocabulary, sizes.seq_length, sizes.heads, sizes.heads
+        )
+        spec = common.model_spec(config, sizes.new_experts, dtype=dtype)
+        runs = [_planned(machine, spec, name, *run) for name, run in _layouts(machine).items()]
+        if machine.is_dry_run or max(run.planned_bytes for run in runs) <= USABLE * machine.memory_gib * GIB:
+            return spec, runs
+    raise UserError(
+        f"{machine.name} has {machine.memory_gib:.0f} GiB, and the smallest model of this check needs "
+        f"{max(run.planned_bytes for run in runs) / USABLE / GIB:.0f}; use GPUs with more memory"
+    )
+
+
+def _layouts(machine: Machine) -> dict[str, tuple[str, PlannedLayout]]:
+    """Name → stage and layout of the trainer's runs."""
+    ranks, ep = machine.ranks, math.gcd(machine.ranks, machine.sizes.new_experts)
+    alone = PlannedLayout(dp=ranks, distributed_optimizer=ranks > 1)
+    runs = {f"stage 1, DP {ranks}": ("stage1", alone), f"stage 2, DP {ranks}": ("stage2", alone)}
+    if ep > 1:
+        runs[f"stage 1, DP {ranks}, EP {ep}"] = ("stage1", PlannedLayout(ep=ep, dp=ranks))
+    return dict(sorted(runs.items()))
+
+
+def _planned(machine: Machine, spec: ModelSpec, name: str, stage: Any, layout: PlannedLayout) -> TrainerRun:
+    sizes, parts = machine.sizes, model_parts(spec)
+    batch = sizes.micro_batch_size * sizes.micro_batches * machine.ranks
+    kernels, dtype = (CPU, "fp32") if machine.is_dry_run else (Kernels(), "bf16")
+    workload = Workload(stage, sizes.seq_length, sizes.micro_batch_size, batch, dtype, kernels)
+    memories = stage_memories(spec, parts, layout, workload)
+    tokens_per_s = None
+    if machine.cluster.gpu:
+        predicted = step_time(spec, parts, layout, workload, machine.cluster, memories)
+        tokens_per_s = predicted.tokens_per_s(workload, machine.cluster)
+    flops = stage_flops(spec, parts, layout, workload, 0).once / (sizes.seq_length * sizes.micro_batch_size)
+    return TrainerRun(name, layout, workload, memories[0].total_bytes, tokens_per_s, flops)
+
+
+def run_tests(folder: Path) -> Part:
+    report = folder / "tests-gpu.xml"
+    words = ["pytest", "tests/gpu", "-q", "-p", "no:cacheprovider", f"--junit-xml={report}"]
+
+    def read() -> dict[str, int]:
+        suite = ElementTree.parse(report).getroot()[0].attrib
+        return {"passed": int(suite["tests"]) - int(suite["skipped"]), "skipped": int(suite["skipped"])}
+
+    return run_part("tests/gpu", words, folder, read)
+
+
+def run_trainer(machine: Machine, spec: ModelSpec, runs: list[TrainerRun], folder: Path) -> Part:
+    """`results`: name → tokens_per_s (per GPU), memory_gib, share_of_matmul_rate; and matmul_flops of each GPU."""
+    work = folder / "trainer"
+    shutil.rmtree(work, ignore_errors=True)  # of an earlier check
+    (work / "checkpoint" / RELEASE).mkdir(parents=True, exist_ok=True)
+    (work / "checkpoint" / TRACKER_FILE).write_text(RELEASE)
+    spec.write(work / "checkpoint")
+    random = np.random.default_rng(0)
+    vocabulary, length = machine.sizes.vocabulary, machine.sizes.seq_length
+    documents = ((random.integers(0, vocabulary, length), number % 2 == 0) for number in range(256))
+    common.write_corpus(work / "text", vocabulary, documents)
+    write_text(work / "runs.json", json.dumps({run.name: _arguments(run, work) for run in runs}))
+    words = f"moelpr.torchrun --standalone --nproc-per-node {machine.ranks} -m benchmarks.trainer_steps".split()
+
+    def read() -> dict[str, Any]:
+        ranks = [json.loads((work / f"rank{rank}.json").read_text()) for rank in range(machine.ranks)]
+        rates = [rank["matmul_flops"] for rank in ranks]
+        return {"matmul_flops": rates, **{run.name: _measured(run, ranks[-1], min(rates)) for run in runs}}
+
+    return run_part("trainer", [*words, str(work)], folder, read)
+
+
+def _arguments(run: TrainerRun, work: Path) -> list[str]:
+    load, steps = run.workload, WARMUP_STEPS + STEPS
+    words = (
+        f"--stage {load.stage} --{load.dtype} --micro-batch-size {load.micro_batch_size} --global-batch-size "
+        f"{load.global_batch_size} --seq-length {load.seq_length} --lr 1e-5 --train-iters {steps} "
+        "--no-save-optim"  # nothing is saved, but torch's Adam requires it with the distributed optimizer
+    ).split()
+    if run.layout.distributed_optimizer:
+        words += ["--overlap-grad-reduce", "--overlap-param-gather"]  # as in the recipes
+    paths = ["--pretrained-checkpoint", str(work / "checkpoint"), "--data-path", str(work / "text")]
+    return [*words, *paths, *run.layout.flags()]
+
+
+def _measured(run: TrainerRun, last_rank: dict[str, Any], matmul_flops: float) -> dict[str, float]:
+    found = last_rank["runs"][run.name]
+    tokens_per_s = statistics.median(step["tokens_per_s"] for step in found["steps"][WARMUP_STEPS:])
+    tokens_per_s /= run.layout.world_size
+    return {
+        "tokens_per_s": tokens_per_s,
+        "memory_gib": found["steps"][-1]["peak_memory_gib"] - found["held_gib"],
+        "share_of_matmul_rate": tokens_per_s * run.flops_per_token / matmul_flops,
+    }
+
+
+def run_benchmark(name: str, options: str, folder: Path) -> Part:
+    report = folder / f"{name}.json"
+    words = [f"benchmarks.{name}", *options.split(), "--demo", "none", "--json", str(report)]
+    return run_part(name, words, folder, lambda: json.loads(report.read_text()))
+
+
+def run_expert_traffic(machine: Machine, folder: Path) -> Part:
+    ep = math.gcd(machine.ranks, machine.sizes.new_experts)
+    if ep == 1:
+        return Part("expert_traffic", "not run: no expert parallelism on one GPU", 0, [])
+    return run_benchmark("expert_traffic", f"{machine.sizes.expert_traffic} --expert-parallel {ep}", folder)
+
+
+def run_part(name: str, words: list[str], folder: Path, read: Callable[[], Any]) -> Part:
+    """Run `python -m words…`, then `read` its results. All processes that it started end with it."""
+    log, limit_s, started = folder / f"{name.replace('/', '-')}.log", LIMITS_S[name], time.monotonic()
+    print(f"{name} … (at most {limit_s} s, output in {log})", flush=True)
+    variables = common.environment(CUDA_DEVICE_MAX_CONNECTIONS="1")  # as launch/train.sh
+    with open(log, "w") as output:
+        process = psutil.Popen(
+            [sys.executable, "-m", *words], cwd=common.ROOT, env=variables, stdout=output, stderr=subprocess.STDOUT
+        )
+        try:
+            code: int | None = process.wait(limit_s)
+        except psutil.TimeoutExpired:
+            code = None
+            for one in [*process.children(recursive=True), process]:  # ranks have sessions of their own
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
+            process.wait()
+    seconds = time.monotonic() - started
+    if code is None:
+        return Part(name, f"stopped after {limit_s} s (see {log.name})", seconds)
+    if code:
+        return Part(name, f"failed with exit code {code} (see {log.name})", seconds)
+    return Part(name, "ran", seconds, read())
+
+
+def as_markdown(machine: Machine, spec: ModelSpec, runs: list[TrainerRun], parts: list[Part]) -> str:
+    """A section of docs/LOG.md."""
+    tests, trainer, steps, traffic = parts
+    shape, sizes = spec.megatron_args, machine.sizes
+    versions = ", ".join(f"{name} {version}" for name, version in installed_versions().items())
+    kind = " (dry run: the numbers mean nothing)" if machine.is_dry_run else ""
+    lines = [
+        f"## {date.today()}: first contact with {machine.ranks} × {machine.name}{kind}",
+        "",
+        f"`launch/first_contact.sh`; {versions}. Trainer: {shape['num_layers']} layers of hidden size "
+        f"{shape['hidden_size']}, {sizes.new_experts} new experts, top-2, micro-batches of {sizes.micro_batch_size} × "
+        f"{sizes.seq_length} tokens, random weights and text; medians of {STEPS} steps.",
+        "",
+        f"| {machine.name} | tokens/s per GPU | predicted | share of matmul rate | memory, GiB | planned |",
+        "|---|---|---|---|---|---|",
+    ]
+    for run in runs:
+        found = (trainer.results or {}).get(run.name)
+        lines.append(
+            f"| trainer, {run.name} | {_number(found, 'tokens_per_s', ',.0f')} | "
+            f"{'–' if run.predicted_tokens_per_s is None else f'{run.predicted_tokens_per_s:,.0f}'} | "
+            f"{_number(found, 'share_of_matmul_rate', '.0%')} | {_number(found, 'memory_gib', '.2f')} | "
+            f"{run.planned_bytes / GIB:.2f} |"
+        )
+    for name, found in (steps.results or {"contenders": {}})["contenders"].items():
+        lines.append(
+            f"| train_step, one GPU: {name} | {_number(found, 'tokens_per_s', ',.0f')} | – | "
+            f"{_number(found, 'share_of_matmul_rate', '.0%')} | – | – |"
+        )
+    lines.append("")
+    if trainer.results:
+        rates = [rate / 1e12 for rate in trainer.results["matmul_flops"]]
+        sheet = f", data sheet {machine.cluster.gpu.flops / 1e12:.0f}" if machine.cluster.gpu else ""
+        lines.append(f"- Matmul rate: {min(rates):.3g} to {max(rates):.3g} TFLOP/s{sheet}.")
+    for one in traffic.results or []:
+        lines.append(
+            f"- Expert traffic, EP {one['expert_parallel']}, in times of plain Megatron's: bytes "
+            f"{one['ratio_mean_sent']:.2f} (wanted {one['wanted_ratio']}), the layer's time "
+            f"{one['ratio_step_time_stage1']:.2f} in stage 1, {one['ratio_step_time_stage2']:.2f} in stage 2."
+        )
+    if tests.results:
+        lines.append(f"- tests/gpu: {tests.results['passed']} passed, {tests.results['skipped']} skipped.")
+    outcomes = (f"{part.name} {part.outcome} ({part.seconds:.0f} s)" for part in parts)
+    return "\n".join([*lines, f"- {'; '.join(outcomes)}."]) + "\n"
+
+
+def _number(found: dict[str, Any] | None, key: str, form: str) -> str:
+    return format(found[key], form) if found and key in found else "–"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = CommandParser(prog="launch/first_contact.sh", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("runs/first-contact"), metavar="DIR",
+                        help="folder for the table, results and logs (default: runs/first-contact)")  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="try it with tiny sizes on CPU ranks")
+    parser.add_argument("--ranks", type=int, metavar="N", help="CPU ranks of a dry run (default: 2)")
+    return parser
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,79 @@
+"""One rank of the real trainer with random weights: the steps of several runs, one after the other.
+
+    python -m moelpr.torchrun --standalone --nproc-per-node 8 -m benchmarks.trainer_steps FOLDER
+
+FOLDER/runs.json maps names of runs to arguments of moelpr.pretrain; their checkpoint needs no weights. Each rank writes
+FOLDER/rank<r>.json with its device and the rate of a large matrix product; the last rank also the records of the steps,
+and how much memory was still occupied by the run before.
+"""
+
+import argparse
+import gc
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from benchmarks.common import install_megatron
+
+MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
+
+
+def main() -> None:
+    install_megatron()
+    import torch
+    from megatron.training.training import destroy_global_state
+
+    from moelpr.megatron_patches import cpu
+    from moelpr.training import train as training
+
+    rank, folder = int(os.environ["RANK"]), Path(sys.argv[1])
+    has_gpu = not cpu.is_needed()
+    if has_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if has_gpu else "gloo")
+    device = torch.cuda.get_device_name() if has_gpu else "CPU"
+    report: dict[str, Any] = {"device": device, "matmul_flops": matmul_flops(has_gpu), "runs": {}}
+    for name, arguments in json.loads((folder / "runs.json").read_text()).items():
+        steps: list[dict[str, Any]] = []
+        gc.collect()  # models of the run before are parts of reference cycles
+        if has_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        report["runs"][name] = {"held_gib": torch.cuda.memory_allocated() / 2**30, "steps": steps}
+        with (
+            patch.object(training, "starting_weights", random_weights),
+            patch("moelpr.training.run_log.RunLog.step", lambda log, record: steps.append(record)),  # noqa: B023
+        ):
+            training.train(arguments)
+        (folder / f"rank{rank}.json").write_text(json.dumps(report))
+        destroy_global_state()
+    torch.distributed.destroy_process_group()
+
+
+def random_weights(args: argparse.Namespace) -> Callable[[list[Any]], None]:
+    """In the place of moelpr's `starting_weights`: the model keeps what Megatron initialized it with."""
+
+    def load(chunks: list[Any]) -> None:
+        args.load = args.pretrained_checkpoint = None  # or Megatron would load them
+
+    return load
+
+
+def matmul_flops(has_gpu: bool) -> float:
+    """Operations per second of a large product, in bf16 on a GPU and fp32 on a CPU; the fastest of ten."""
+    import torch
+
+    from benchmarks.timing import timed_s
+
+    kind, dtype = ("cuda", torch.bfloat16) if has_gpu else ("cpu", torch.float32)
+    size, device = MATMUL_SIZE[kind], torch.cuda.current_device()
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / min(timed_s(lambda: left @ right)[0] for _ in range(10))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""The GPUs that the planner knows, and clusters of them. The numbers' sources are in docs/design/planner.md."""
+
+import re
+from dataclasses import dataclass
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU by its data sheet, in a node where each GPU has its own network adapter.
+
+    Attributes:
+        memory_gib: data sheets say GB, but mean GiB within 1%.
+        flops: operations per second of bf16 matrix products, without sparsity.
+        memory_bandwidth: bytes per second.
+        node_bandwidth: bytes per second to the GPUs of the same node, in one direction (data sheets add up both).
+        network_bandwidth: bytes per second to other nodes, in one direction.
+    """
+
+    memory_gib: float
+    flops: float
+    memory_bandwidth: float
+    node_bandwidth: float
+    network_bandwidth: float
+
+
+GPUS = {
+    "a800-80": Gpu(80, 312e12, 2.039e12, 200e9, 25e9),
+    "a100-80": Gpu(80, 312e12, 2.039e12, 300e9, 25e9),
+    "h100-80": Gpu(80, 989e12, 3.35e12, 450e9, 50e9),
+    "h200-141": Gpu(141, 989e12, 4.8e12, 450e9, 50e9),
+    "b200-192": Gpu(180, 2250e12, 8e12, 900e9, 50e9),  # of 192 GB, a DGX B200 offers 180
+}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The GPUs to plan for; `reserve_gib` of the memory per GPU stay free. Without `gpu` no time is predicted."""
+
+    gpus: int
+    gpus_per_node: int
+    gpu_memory_gib: float
+    reserve_gib: float
+    gpu: Gpu | None = None
+
+    @property
+    def usable_bytes(self) -> float:
+        return (self.gpu_memory_gib - self.reserve_gib) * GIB
+
+    def leaves_node(self, group: int) -> bool:
+        """Whether groups of that many neighboring ranks span several nodes."""
+        return self.gpus > self.gpus_per_node and self.gpus_per_node % group != 0
+
+
+def gpu_named(name: str, memory_gib: float) -> Gpu | None:
+    """The GPU by the name and the memory that torch reports; None if it is unknown, as PCIe cards are."""
+    if re.search("PCIe|NVL", name):
+        return None
+    for key, gpu in GPUS.items():
+        if re.search(rf"\b{key.split('-')[0]}\b", name, re.IGNORECASE) and abs(memory_gib / gpu.memory_gib - 1) < 0.1:
+            return gpu
+    return None

@@ -1,0 +1,263 @@
+"""What a training step costs in a layout: operations, bytes that ranks exchange, and on known GPUs the predicted time.
+
+docs/design/planner.md gives the equations, the assumptions and how far the predictions are off.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from moelpr.layouts import PlannedLayout
+from moelpr.model_spec import ModelSpec
+from moelpr.plan.machines import Cluster
+from moelpr.plan.memory import (
+    GRADIENT_BYTES,
+    WEIGHT_BYTES,
+    Activations,
+    Parts,
+    RankMemory,
+    Routing,
+    Workload,
+    held_on_stage,
+    layers_of_stage,
+    needs_input_gradient,
+    padded_vocabulary,
+)  # fmt: skip
+from moelpr.stages import Part, trained_parts
+
+# Fractions of the data sheets' rates that large matrix products, other kernels, and collectives reach.
+MATMUL_EFFICIENCY = 0.5
+MEMORY_EFFICIENCY = 0.6
+LINK_EFFICIENCY = 0.6
+# Predicted tokens/s of published runs were off by these, from and to (tests/unit/plan/test_published.py).
+PREDICTION_ERROR = (-0.1, 0.15)
+
+_GATE_WEIGHT_BYTES = 4
+# Accesses to each byte of an activation: written forward and read backward; its gradient written and read.
+_ACCESSES = 4
+
+
+class Flops(NamedTuple):
+    """Operations of one micro-batch on a rank, multiply and add counting as two: once, and repeated by recompute."""
+
+    once: float
+    again: float
+
+
+class Traffic(NamedTuple):
+    """Expert traffic, in bytes per rank and step.
+
+    Attributes:
+        all_to_all: rows of new experts sent to other expert-parallel ranks and back, forward and backward.
+        expert_tensor: rows received from, and partial results sent to, the other expert-tensor-parallel ranks.
+    """
+
+    all_to_all: int
+    expert_tensor: int
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Predicted seconds of a step, on the slowest pipeline stage.
+
+    Attributes:
+        products_s: matrix products.
+        memory_s: kernels limited by memory bandwidth, and the optimizer.
+        experts_s: expert traffic.
+        layers_s: exchanges of tensor-parallel ranks and of pipeline stages.
+        gradients_s: reducing gradients and gathering weights, beyond what overlaps with the work of a micro-batch.
+        bubble_s: waiting for the first and the last micro-batch of a pipeline.
+    """
+
+    products_s: float
+    memory_s: float
+    experts_s: float
+    layers_s: float
+    gradients_s: float
+    bubble_s: float
+
+    @property
+    def total_s(self) -> float:
+        work_s = self.products_s + self.memory_s + self.experts_s + self.layers_s
+        return work_s + self.gradients_s + self.bubble_s
+
+    def tokens_per_s(self, workload: Workload, cluster: Cluster) -> float:
+        """Tokens per second and GPU."""
+        return workload.global_batch_size * workload.seq_length / self.total_s / cluster.gpus
+
+
+def stage_flops(
+    spec: ModelSpec,
+    parts: Parts,
+    layout: PlannedLayout,
+    workload: Workload,
+    pp_rank: int,
+    routing: Routing | None = None,
+    trained: frozenset[Part] | None = None,
+) -> Flops:
+    """The matrix products of a micro-batch on a rank of a pipeline stage; norms and softmax are none.
+
+    Forward, each weight is multiplied once per token or row, and attention computes the causal half of its scores and
+    values. Backward, a product costs as much again for the gradient of its weight if that trains, and for the gradient
+    of its input (attention: of both) if something trained is below. In the first MoE layer nothing is, and its new
+    experts need only the gradient of their hidden rows, a third. `trained` is what the stage trains by default.
+    """
+    assert spec.moe is not None
+    trained = trained_parts(workload.stage) if trained is None else trained
+    routing = routing or Routing.uniform(spec.moe)
+    shape = spec.megatron_args
+    tokens = workload.seq_length * workload.micro_batch_size / layout.tp
+    core = 2 * tokens * workload.seq_length * shape["num_attention_heads"] * shape["kv_channels"]
+    rows = {  # per token and expert
+        Part.ORIGINAL_EXPERTS: routing.original_rows / spec.moe.num_original_experts,
+        Part.NEW_EXPERTS: routing.new_rows / spec.moe.num_new_experts,
+        Part.NORM: 0,
+    }
+    once = again = 0.0
+    for layer in layers_of_stage(spec, layout, pp_rank):
+        products = {part: 2 * tokens * rows.get(part, 1) * parts.get((layer, part), 0) for part in Part}
+        forward = sum(products.values()) + core
+        once += forward + sum(products[part] for part in trained)
+        if needs_input_gradient(spec, layout, layer, pp_rank) or Part.EMBEDDING in trained:
+            once += forward + core
+        elif Part.NEW_EXPERTS in trained:
+            once += products[Part.NEW_EXPERTS] / 3
+        if layout.recompute == "full":
+            again += forward
+        elif layout.recompute == "selective" and spec.is_moe_layer(layer):
+            again += forward - core - products[Part.ATTENTION]
+    if pp_rank == layout.pp - 1:
+        output = 2 * tokens * padded_vocabulary(shape["vocab_size"], layout.tp) * shape["hidden_size"]
+        once += output * (3 if Part.OUTPUT_LAYER in trained else 2)
+    return Flops(once, again)
+
+
+def bubble(layout: PlannedLayout, num_microbatches: int) -> float:
+    """Fraction of a step that a pipeline stage waits, with the 1F1B schedule."""
+    return (layout.pp - 1) / (num_microbatches + layout.pp - 1)
+
+
+def relative_time(spec: ModelSpec, parts: Parts, layout: PlannedLayout, workload: Workload) -> float:
+    """Operations of a step, relative to the same step without recompute and bubble; exchanges are not counted."""
+    flops = [stage_flops(spec, parts, layout, workload, stage) for stage in range(layout.pp)]
+    once = sum(stage.once for stage in flops)
+    return sum(map(sum, flops)) / once / (1 - bubble(layout, workload.num_microbatches(layout)))
+
+
+def expert_traffic(
+    spec: ModelSpec, layout: PlannedLayout, workload: Workload, routing: Routing | None = None
+) -> Traffic:
+    """The traffic of a rank on the pipeline stage with the most MoE layers.
+
+    A fraction (EP - 1)/EP of the rows of new experts leaves the rank (new experts are chosen equally often). Each row
+    is sent with its gate weight in fp32 and returned as a row; the backward pass does the same, and a recomputed MoE
+    layer repeats the forward pass. With ETP > 1 each rank gathers the rows of ETP ranks (for the original experts each
+    token once, with its m gate weights) and scatters the sums. `routing` is `Routing.uniform` by default.
+    """
+    assert spec.moe is not None
+    routing = routing or Routing.uniform(spec.moe)
+    row = spec.megatron_args["hidden_size"] * WEIGHT_BYTES[workload.dtype]
+    stages = (layers_of_stage(spec, layout, stage) for stage in range(layout.pp))
+    moe_layers = max(sum(map(spec.is_moe_layer, layers)) for layers in stages)
+    passes = 2 if layout.recompute == "none" else 3
+    times = workload.num_microbatches(layout) * moe_layers * passes
+    tokens = workload.seq_length * workload.micro_batch_size / layout.tp
+    new = tokens * routing.new_rows * (row + _GATE_WEIGHT_BYTES + row)
+    original = tokens * (row + spec.moe.num_original_experts * _GATE_WEIGHT_BYTES + row)
+    return Traffic(
+        all_to_all=round(times * new * (layout.ep - 1) / layout.ep),
+        expert_tensor=round(times * (new + original) * (layout.etp - 1)),
+    )
+
+
+def step_time(
+    spec: ModelSpec,
+    parts: Parts,
+    layout: PlannedLayout,
+    workload: Workload,
+    cluster: Cluster,
+    memories: list[RankMemory],
+    routing: Routing | None = None,
+    trained: frozenset[Part] | None = None,
+) -> StepTime:
+    """The predicted time of a step on GPUs that the planner knows.
+
+    `memories` are the layout's `stage_memories`; the other arguments are those of `stage_flops`.
+    """
+    links = _Links(layout, cluster)
+    num_microbatches = workload.num_microbatches(layout)
+    traffic = expert_traffic(spec, layout, workload, routing)
+    experts_s = links.all_to_all_s(traffic.all_to_all) + links.node_s(traffic.expert_tensor)
+    activations = Activations(spec, layout, workload, routing)
+    tokens = workload.seq_length * workload.micro_batch_size / layout.tp
+    hidden_bytes = tokens * spec.megatron_args["hidden_size"] * WEIGHT_BYTES[workload.dtype]
+
+    def of_stage(pp_rank: int) -> StepTime:
+        memory = memories[pp_rank]
+        flops = stage_flops(spec, parts, layout, workload, pp_rank, routing, trained)
+        products_s = sum(flops) / (links.gpu.flops * MATMUL_EFFICIENCY)
+        # Weights are read forward and backward; each micro-batch adds to the gradients.
+        accessed = 2 * memory.parameter_bytes + 2 * memory.gradient_bytes + _ACCESSES * activations.loss(pp_rank)
+        accessed += sum(_ACCESSES * kept + 1.5 * _ACCESSES * inside for kept, inside in activations.layers(pp_rank))
+        # Adam reads and writes its state; gradients are set to 0, read for their norm, and read again.
+        update = 2 * memory.optimizer_bytes + 3 * memory.gradient_bytes
+        # Sequence parallelism gathers and scatters around attention and dense FFNs, forward and backward.
+        layers = layers_of_stage(spec, layout, pp_rank)
+        exchanges = len(layers) + sum(not spec.is_moe_layer(layer) for layer in layers)
+        collectives = exchanges * (6 if layout.recompute == "full" else 4)
+        layers_s = links.node_s(collectives * hidden_bytes * (layout.tp - 1))
+        layers_s += links.pipeline_s(2 * hidden_bytes) if layout.pp > 1 else 0
+        memory_s = links.memory_s(accessed)
+        new_experts = held_on_stage(spec, parts, layout, pp_rank).get(Part.NEW_EXPERTS, 0)
+        new_experts *= workload.stage == "stage1"
+        gathered = WEIGHT_BYTES[workload.dtype] if layout.distributed_optimizer else GRADIENT_BYTES
+        reduce_s = links.expert_data_s(new_experts * (GRADIENT_BYTES + gathered))
+        return StepTime(
+            products_s=num_microbatches * products_s,
+            memory_s=num_microbatches * memory_s + links.memory_s(update),
+            experts_s=experts_s,
+            layers_s=num_microbatches * layers_s,
+            gradients_s=max(0.0, reduce_s - products_s - memory_s),
+            bubble_s=(layout.pp - 1) * (products_s + memory_s + layers_s + experts_s / num_microbatches),
+        )
+
+    return max(map(of_stage, range(layout.pp)), key=lambda stage: stage.total_s)
+
+
+class _Links:
+    """Seconds for bytes of a rank, by who exchanges them. Ranks are numbered TP or ETP, EP, DP, PP, innermost first."""
+
+    def __init__(self, layout: PlannedLayout, cluster: Cluster) -> None:
+        assert cluster.gpu is not None
+        self.layout, self.cluster, self.gpu = layout, cluster, cluster.gpu
+
+    def memory_s(self, num_bytes: float) -> float:
+        return num_bytes / (self.gpu.memory_bandwidth * MEMORY_EFFICIENCY)
+
+    def node_s(self, num_bytes: float) -> float:
+        return num_bytes / (self.gpu.node_bandwidth * LINK_EFFICIENCY)
+
+    def network_s(self, num_bytes: float) -> float:
+        return num_bytes / (self.gpu.network_bandwidth * LINK_EFFICIENCY)
+
+    def pipeline_s(self, num_bytes: float) -> float:
+        is_one_node = self.cluster.gpus <= self.cluster.gpus_per_node
+        return self.node_s(num_bytes) if is_one_node else self.network_s(num_bytes)
+
+    def all_to_all_s(self, num_bytes: float) -> float:
+        """Both networks work at the same time."""
+        size = self.layout.ep
+        if size == 1:
+            return 0.0
+        outside = (size - self._ranks_in_node(size, self.layout.etp)) / (size - 1)
+        return max(self.node_s(num_bytes * (1 - outside)), self.network_s(num_bytes * outside))
+
+    def expert_data_s(self, num_bytes: float) -> float:
+        """A ring over the ranks that hold the same new experts; it leaves a node through all its ranks' adapters."""
+        size = self.layout.expert_dp
+        in_node = self._ranks_in_node(size, self.layout.ep * self.layout.etp)
+        moved = num_bytes * (size - 1) / size
+        return self.node_s(moved) if in_node == size else max(self.node_s(moved), self.network_s(moved / in_node))
+
+    def _ranks_in_node(self, size: int, stride: int) -> int:
+        """How many ranks of a group of `size` that are `stride` apart share a node."""
+        return size if not self.cluster.leaves_node(size * stride) else max(1, self.cluster.gpus_per_node // stride)

@@ -1,0 +1,147 @@
+"""What first contact runs on which GPUs, what it makes of the results, and parts that fail or hang."""
+
+import argparse
+import json
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from benchmarks import first_contact
+from benchmarks.first_contact import USABLE, Machine, Part, as_markdown, find_machine, run_part, trainer_runs
+from moelpr.errors import UserError
+from moelpr.plan.machines import GIB
+
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+@pytest.mark.parametrize(("ranks", "memory_gib"), [(8, 79.2), (1, 79.2), (1, 23.6), (6, 79.2)])
+def test_the_model_is_the_largest_that_fits(ranks: int, memory_gib: float) -> None:
+    spec, runs = trainer_runs(Machine(H100, ranks, memory_gib))
+    layers = first_contact.GPU_SIZES.layers
+    assert max(run.planned_bytes for run in runs) <= USABLE * memory_gib * GIB
+    place = layers.index(spec.megatron_args["num_layers"])
+    if place:
+        larger = [*layers[:place]][-1:]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(first_contact, "GPU_SIZES", vary(first_contact.GPU_SIZES, layers=tuple(larger)))
+            with pytest.raises(UserError, match="memory"):
+                trainer_runs(Machine(H100, ranks, memory_gib))
+
+
+def vary(sizes: first_contact.Sizes, **changes: object) -> first_contact.Sizes:
+    return first_contact.Sizes(**vars(sizes) | changes)  # type: ignore[arg-type]
+
+
+def test_runs_use_all_gpus_and_expert_parallelism_where_experts_can_be_divided() -> None:
+    names = {ranks: [run.name for run in trainer_runs(Machine(H100, ranks, 79.2))[1]] for ranks in (1, 6, 8)}
+    assert names == {
+        1: ["stage 1, DP 1", "stage 2, DP 1"],
+        6: ["stage 1, DP 6", "stage 1, DP 6, EP 2", "stage 2, DP 6"],
+        8: ["stage 1, DP 8", "stage 1, DP 8, EP 8", "stage 2, DP 8"],
+    }
+    for run in trainer_runs(Machine(H100, 8, 79.2))[1]:
+        assert run.layout.world_size == 8
+        assert run.predicted_tokens_per_s and 1e3 < run.predicted_tokens_per_s < 1e6
+    assert {run.predicted_tokens_per_s for run in trainer_runs(Machine("NVIDIA L40S", 8, 44.4))[1]} == {None}
+
+
+def test_all_parts_together_take_at_most_ten_minutes() -> None:
+    assert sum(first_contact.LIMITS_S.values()) < 600
+
+
+def test_too_small_gpus_are_named() -> None:
+    with pytest.raises(UserError, match="L4 has 4 GiB"):
+        trainer_runs(Machine("L4", 1, 4))
+
+
+def test_without_a_gpu_the_dry_run_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_contact, "visible_gpus", list)
+    with pytest.raises(UserError, match="--dry-run"):
+        find_machine(argparse.Namespace(dry_run=False, ranks=None))
+
+
+@pytest.mark.parametrize(("dry_run", "ranks"), [(False, 2), (True, 0)])
+def test_ranks_belong_to_a_dry_run(dry_run: bool, ranks: int) -> None:
+    with pytest.raises(UserError, match="--ranks"):
+        find_machine(argparse.Namespace(dry_run=dry_run, ranks=ranks))
+
+
+def test_mixed_gpus_are_all_named_and_the_smallest_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_contact, "visible_gpus", lambda: [("B", 80.0), ("A", 95.0), ("B", 80.0)])
+    assert find_machine(argparse.Namespace(dry_run=False, ranks=None)) == Machine("A and B", 3, 80.0)
+
+
+def test_the_table_has_measured_and_predicted_numbers_and_the_share_of_the_matmul_rate() -> None:
+    machine = Machine(H100, 8, 79.2)
+    spec, runs = trainer_runs(machine)
+    steps = [{"tokens_per_s": tokens, "peak_memory_gib": 41.5} for tokens in (1.0, 1.0, 80_000.0, 88_000.0, 96_000.0)]
+    last_rank = {"runs": {run.name: {"held_gib": 0.5, "steps": steps} for run in runs}}
+    rates = [600e12, 650e12]
+    found = {run.name: first_contact._measured(run, last_rank, min(rates)) for run in runs}
+    assert found[runs[0].name] == {
+        "tokens_per_s": 11_000, "memory_gib": 41.0,
+        "share_of_matmul_rate": pytest.approx(11_000 * runs[0].flops_per_token / 600e12),
+    }  # fmt: skip
+    contenders = {"ours, stage1": {"tokens_per_s": 9e3, "share_of_matmul_rate": 0.4}, "peer": {"tokens_per_s": 7e3}}
+    traffic = {
+        "expert_parallel": 8, "ratio_mean_sent": 0.8, "wanted_ratio": 0.82, "ratio_step_time_stage1": 0.7,
+        "ratio_step_time_stage2": 0.5,
+    }  # fmt: skip
+    parts = [
+        Part("tests/gpu", "ran", 60, {"passed": 14, "skipped": 2}),
+        Part("trainer", "ran", 200, {"matmul_flops": rates, **found}),
+        Part("train_step", "ran", 50, {"contenders": contenders}),
+        Part("expert_traffic", "ran", 40, [traffic]),
+    ]
+    text = as_markdown(machine, spec, runs, parts)
+    (row,) = (line for line in text.splitlines() if line.startswith("| trainer, stage 1, DP 8 |"))
+    assert row.strip("| ").split(" | ") == [
+        "trainer, stage 1, DP 8", "11,000", f"{runs[0].predicted_tokens_per_s:,.0f}",
+        f"{found[runs[0].name]['share_of_matmul_rate']:.0%}", "41.00", f"{runs[0].planned_bytes / GIB:.2f}",
+    ]  # fmt: skip
+    assert "first contact with 8 × NVIDIA H100 80GB HBM3" in text.splitlines()[0]
+    assert "| train_step, one GPU: ours, stage1 | 9,000 | – | 40% |" in text
+    assert "Matmul rate: 600 to 650 TFLOP/s, data sheet 989" in text
+    assert "bytes 0.80 (wanted 0.82)" in text and "14 passed, 2 skipped" in text
+
+
+def test_the_table_of_parts_that_failed_has_no_numbers_but_says_so() -> None:
+    machine = Machine(H100, 1, 79.2)
+    spec, runs = trainer_runs(machine)
+    parts = [Part(name, f"failed with exit code 1 (see {name}.log)", 3) for name in first_contact.LIMITS_S]
+    text = as_markdown(machine, spec, runs, parts)
+    assert all(f"{part.name} failed with exit code 1" in text for part in parts)
+    assert f"| trainer, stage 1, DP 1 | – | {runs[0].predicted_tokens_per_s:,.0f} | – | – |" in text
+
+
+@pytest.fixture
+def limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(first_contact.LIMITS_S, "part", 3)
+
+
+def test_a_part_that_fails_or_hangs_is_reported_and_leaves_no_process(limit: None, tmp_path: Path) -> None:
+    def run(statement: str) -> Part:
+        return run_part("part", ["timeit", "-n1", "-r1", statement], tmp_path, lambda: "read")
+
+    done, failed = run("pass"), run("raise ValueError('the reason')")
+    assert (done.outcome, done.results) == ("ran", "read")
+    assert failed.outcome == "failed with exit code 1 (see part.log)" and failed.results is None
+    assert "the reason" in (tmp_path / "part.log").read_text()
+    started = time.monotonic()
+    start = "subprocess.Popen(['sleep', '99'], start_new_session=True)"
+    hung = run(f"import subprocess; p = {start}; print(p.pid, flush=True); p.wait()")
+    assert hung.outcome == "stopped after 3 s (see part.log)" and hung.results is None
+    assert time.monotonic() - started < 20
+    sleeper = int((tmp_path / "part.log").read_text().split()[0])
+    with suppress(psutil.NoSuchProcess):
+        while psutil.Process(sleeper).status() != psutil.STATUS_ZOMBIE:  # nobody may ask for its exit code
+            assert time.monotonic() - started < 20
+            time.sleep(0.1)
+
+
+def test_results_can_be_written_as_json() -> None:
+    _, runs = trainer_runs(Machine(H100, 8, 79.2))
+    assert json.loads(json.dumps([first_contact.asdict(run) for run in runs]))[0]["layout"]["dp"] == 8

@@ -1,0 +1,109 @@
+"""Predicted against published tokens/s, which docs/design/planner.md lists; none of these runs is moelpr's."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from moelpr.layouts import PlannedLayout
+from moelpr.model_spec import ModelSpec, MoeSpec
+from moelpr.plan.machines import GPUS, Cluster
+from moelpr.plan.memory import Routing, Workload, model_parts, stage_memories
+from moelpr.plan.step_time import PREDICTION_ERROR, step_time
+from moelpr.stages import Part
+from tests.unit.conftest import SHAPE
+
+PAGE = Path(__file__).parents[3] / "docs/design/planner.md"
+EVERYTHING = frozenset(Part)
+DENSE = Routing(1, 0)  # one row per token through the original expert
+
+
+def model(
+    family: str, hidden: int, ffn: int, layers: int, heads: int, groups: int, head: int, vocabulary: int,
+    new_experts: int, topk: int,
+) -> ModelSpec:  # fmt: skip
+    shape = SHAPE | {
+        "hidden_size": hidden, "ffn_hidden_size": ffn, "num_layers": layers, "num_attention_heads": heads,
+        "num_query_groups": groups, "kv_channels": head, "vocab_size": vocabulary, "max_position_embeddings": 8192,
+        "untie_embeddings_and_output_weights": True, "add_qkv_bias": family == "qwen2",
+        "qk_layernorm": family == "qwen3",
+    }  # fmt: skip
+    return ModelSpec(family, "bfloat16", shape, MoeSpec(new_experts, topk, tuple(range(layers))))
+
+
+@dataclass(frozen=True)
+class Published:
+    """A run: model, layout and batch (sequence length, micro-batch, global batch), and its tokens/s per GPU.
+
+    A dense model is one whose tokens all choose the original expert; a published MoE one without an original expert.
+    """
+
+    name: str
+    spec: ModelSpec
+    gpu: str
+    layout: PlannedLayout
+    batch: tuple[int, int, int]
+    tokens_per_s: float
+    routing: Routing | None = None
+    trained: frozenset[Part] | None = None
+    stage: str = "stage1"
+
+    @property
+    def predicted(self) -> float:
+        workload, parts = Workload(self.stage, *self.batch), model_parts(self.spec)  # type: ignore[arg-type]
+        gpu = GPUS[self.gpu]
+        cluster = Cluster(self.layout.world_size, 8, gpu.memory_gib, 0, gpu)
+        memories = stage_memories(self.spec, parts, self.layout, workload, self.routing)
+        time = step_time(self.spec, parts, self.layout, workload, cluster, memories, self.routing, self.trained)
+        return time.tokens_per_s(workload, cluster)
+
+    @property
+    def row(self) -> str:
+        predicted = self.predicted
+        return (
+            f"| {self.name} | {self.layout.world_size} × {self.gpu} | {self.tokens_per_s:,.0f} | {predicted:,.0f} | "
+            f"{predicted / self.tokens_per_s - 1:+.0%} |"
+        )
+
+
+QWEN3_30B = model("qwen3", 2048, 768, 48, 32, 4, 128, 151936, 128, 8)
+GPT_OSS_120B = model("llama", 2880, 2880, 36, 64, 8, 64, 201088, 128, 4)
+LLAMA3_8B = model("llama", 4096, 14336, 32, 32, 8, 128, 128256, 1, 2)
+QWEN25_7B = model("qwen2", 3584, 18944, 28, 28, 4, 128, 152064, 1, 2)
+QWEN25_32B = model("qwen2", 5120, 27648, 64, 40, 8, 128, 152064, 1, 2)
+PAPER = Published(
+    "the paper: Qwen1.5-1.8B, 5 new experts, stage 1", model("qwen2", 2048, 5504, 24, 16, 16, 128, 151936, 5, 2),
+    "a800-80", PlannedLayout(dp=8), (1024, 8, 512), 45856 * 512 * 1024 / (848 * 3600),
+)  # fmt: skip
+COMPARABLE = [
+    Published("Megatron-Bridge: Qwen3-30B-A3B, EP 16, all-to-all", QWEN3_30B, "h100-80", PlannedLayout(ep=16, dp=16),
+              (4096, 1, 1024), 1024 * 4096 / 45.65 / 16, Routing(0, 8), EVERYTHING),
+    Published("Megatron-Bridge: GPT-OSS-120B, PP 4, EP 8", GPT_OSS_120B, "h100-80", PlannedLayout(pp=4, ep=8, dp=16),
+              (4096, 1, 1280), 5824, Routing(0, 4), EVERYTHING),
+    Published("Megatron-Bridge: GPT-OSS-120B, EP 8", GPT_OSS_120B, "b200-192", PlannedLayout(ep=8, dp=64),
+              (4096, 4, 1280), 13568, Routing(0, 4), EVERYTHING),
+    Published("AutoModel: Qwen3-30B-A3B, EP 8", QWEN3_30B, "h100-80", PlannedLayout(ep=8, dp=8), (4096, 4, 512),
+              12040, Routing(0, 8), EVERYTHING),
+    Published("AutoModel: Llama-3-8B, LoRA", LLAMA3_8B, "h100-80", PlannedLayout(), (4096, 2, 32), 12473, DENSE,
+              stage="stage2"),
+    Published("AutoModel: Qwen2.5-7B, LoRA", QWEN25_7B, "h100-80", PlannedLayout(), (4096, 2, 32), 14110, DENSE,
+              stage="stage2"),
+]  # fmt: skip
+# Another dispatcher, which sends a token once per node and overlaps with compute; weights that are gathered (FSDP).
+DIFFERENT = [
+    Published("Megatron-Bridge: Qwen3-30B-A3B, EP 16, HybridEP", QWEN3_30B, "h100-80", PlannedLayout(ep=16, dp=16),
+              (4096, 1, 1024), 1024 * 4096 / 20.147 / 16, Routing(0, 8), EVERYTHING),
+    Published("AutoModel: Qwen2.5-32B, LoRA, TP 2, FSDP", QWEN25_32B, "h100-80", PlannedLayout(tp=2, dp=4),
+              (4096, 2, 32), 2250, DENSE, stage="stage2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("run", COMPARABLE, ids=lambda run: run.name)
+def test_predictions_are_off_by_what_the_planner_says(run: Published) -> None:
+    least, most = PREDICTION_ERROR
+    assert least <= run.predicted / run.tokens_per_s - 1 <= most
+
+
+@pytest.mark.parametrize("run", [PAPER, *COMPARABLE, *DIFFERENT], ids=lambda run: run.name)
+def test_the_design_page_lists_the_prediction(run: Published) -> None:
+    assert run.row in PAGE.read_text("utf-8")

@@ -1,0 +1,216 @@
+"""Operations and exchanges by hand and by another program, and what makes a step faster or slower."""
+
+from dataclasses import fields, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moelpr.layouts import RECOMPUTES, PlannedLayout
+from moelpr.model_spec import ModelSpec, MoeSpec
+from moelpr.plan.candidates import fitting
+from moelpr.plan.machines import GPUS, Cluster, Gpu
+from moelpr.plan.memory import Routing, Workload, model_parts, stage_memories
+from moelpr.plan.step_time import (
+    LINK_EFFICIENCY,
+    MATMUL_EFFICIENCY,
+    MEMORY_EFFICIENCY,
+    StepTime,
+    bubble,
+    expert_traffic,
+    relative_time,
+    stage_flops,
+    step_time,
+)  # fmt: skip
+from tests.unit.conftest import SHAPE
+from tests.unit.plan.conftest import ROUTING, SPEC, WORKLOAD
+
+PARTS = model_parts(SPEC)
+# Of a layer with 4 tokens: an original row for half of them, a new one for all and a second one for half.
+EXPERT = 3 * 8 * 16
+ATTENTION, ROUTER = 2 * 4 * (16 * 8 + 16 + 8 * 8), 2 * 4 * 3 * 8
+ORIGINAL, NEW = 2 * 2 * EXPERT, 2 * 6 * EXPERT
+CORE = 2 * 4 * 4 * 8
+FORWARD = ATTENTION + ROUTER + ORIGINAL + NEW + CORE
+OUTPUT = 2 * 4 * 128 * 8  # the vocabulary of 100 is padded to 128
+
+
+def flops(layout: PlannedLayout = PlannedLayout(), workload: Workload = WORKLOAD, pp_rank: int = 0):  # noqa: B008
+    return stage_flops(SPEC, PARTS, layout, workload, pp_rank, ROUTING)
+
+
+def test_operations_of_stage1() -> None:
+    first = FORWARD + ROUTER + NEW + NEW / 3  # nothing trains below; the down projection's input gradient is needed
+    second = FORWARD + (FORWARD + CORE) + ROUTER + NEW
+    assert flops() == (pytest.approx(first + second + 2 * OUTPUT), 0)
+
+
+def test_operations_of_stage2() -> None:
+    first, second = FORWARD + ROUTER, FORWARD + (FORWARD + CORE) + ROUTER
+    assert flops(workload=replace(WORKLOAD, stage="stage2")) == (first + second + 2 * OUTPUT, 0)
+
+
+def test_recompute_repeats_the_forward_pass_of_experts_or_layers() -> None:
+    once = 2 * (FORWARD + (FORWARD + CORE) + ROUTER + NEW) + 2 * OUTPUT  # the embedding's output requires a gradient
+    assert flops(PlannedLayout(recompute="selective")) == (once, 2 * (ROUTER + ORIGINAL + NEW))
+    assert flops(PlannedLayout(recompute="full")) == (once, 2 * FORWARD)
+
+
+def test_a_pipeline_divides_the_layers_and_a_tensor_parallel_rank_the_products() -> None:
+    stages = [flops(PlannedLayout(pp=2), pp_rank=rank).once for rank in (0, 1)]
+    assert sum(stages) == pytest.approx(flops().once)
+    assert stages[1] == pytest.approx(FORWARD + (FORWARD + CORE) + ROUTER + NEW + 2 * OUTPUT)
+    padded = replace(SPEC, megatron_args=SPEC.megatron_args | {"vocab_size": 256})
+    whole, half = (
+        stage_flops(padded, model_parts(padded), PlannedLayout(tp=tp), WORKLOAD, 0, ROUTING) for tp in (1, 2)
+    )
+    assert half.once == pytest.approx(whole.once / 2)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_the_step_benchmark_counts_the_same_operations(stage: str) -> None:
+    from benchmarks.train_step import needed_flops
+
+    shape = SHAPE | {"add_qkv_bias": False, "max_position_embeddings": 32, "vocab_size": 256}
+    spec = ModelSpec("llama", "bfloat16", shape, MoeSpec(4, 2, (0, 1, 2)))
+    rows = [(20, 108)] * 3  # of 64 tokens
+    expected = needed_flops(spec, stage, 2, rows)
+    workload = Workload(stage, seq_length=32, micro_batch_size=2, global_batch_size=2)
+    counted = stage_flops(spec, model_parts(spec), PlannedLayout(), workload, 0, Routing(20 / 64, 108 / 64))
+    assert counted == (pytest.approx(expected), 0)
+
+
+def test_a_pipeline_waits_for_its_first_and_last_micro_batch() -> None:
+    assert bubble(PlannedLayout(pp=4), num_microbatches=12) == pytest.approx(3 / 15)
+    assert relative_time(SPEC, PARTS, PlannedLayout(), WORKLOAD) == 1
+    assert relative_time(SPEC, PARTS, PlannedLayout(pp=2), WORKLOAD) == pytest.approx(5 / 4)
+
+
+def test_expert_traffic_by_hand() -> None:
+    """3 of 6 rows leave the rank, out (16 + 4 bytes) and back (16), forward and backward, 2 layers, 2 micro-batches."""
+    layout = PlannedLayout(ep=2, dp=2)
+    assert expert_traffic(SPEC, layout, WORKLOAD, ROUTING).all_to_all == 3 * (16 + 4 + 16) * 2 * 2 * 2
+    recomputed = replace(layout, recompute="full")
+    assert expert_traffic(SPEC, recomputed, WORKLOAD, ROUTING).all_to_all == 3 * (16 + 4 + 16) * 3 * 2 * 2
+    assert expert_traffic(SPEC, layout, WORKLOAD, ROUTING).expert_tensor == 0
+
+
+def test_expert_tensor_parallel_ranks_gather_new_rows_and_every_token() -> None:
+    """2 tokens per rank: it receives the other rank's 3 rows and 2 tokens; 4 micro-batches, 2 layers."""
+    traffic = expert_traffic(SPEC, PlannedLayout(tp=2, etp=2), WORKLOAD, ROUTING)
+    assert traffic.expert_tensor == (3 + 2) * (16 + 4 + 16) * 2 * 2 * 4
+    assert traffic.all_to_all == 0
+    spec = replace(SPEC, moe=replace(SPEC.moe, num_original_experts=3))
+    more_weights = 2 * 2 * 4  # two tokens, two more original experts
+    gathered = (expert_traffic(spec, PlannedLayout(tp=2, etp=2), WORKLOAD, ROUTING), traffic)
+    assert gathered[0].expert_tensor - gathered[1].expert_tensor == more_weights * 2 * 2 * 4
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.25, 1.0])
+def test_rows_of_the_original_expert_never_leave_the_rank(fraction: float) -> None:
+    all_new = expert_traffic(SPEC, PlannedLayout(ep=2, dp=2), WORKLOAD, Routing(0, 2)).all_to_all
+    some = expert_traffic(
+        SPEC, PlannedLayout(ep=2, dp=2), WORKLOAD, Routing(2 * fraction, 2 * (1 - fraction))
+    ).all_to_all
+    assert some == all_new * (1 - fraction)
+
+
+# A GPU whose parts are so slow that each has its own digit.
+SLOW = Gpu(1, flops=1e6 / MATMUL_EFFICIENCY, memory_bandwidth=1e12, node_bandwidth=1e3 / LINK_EFFICIENCY,
+           network_bandwidth=1e2 / LINK_EFFICIENCY)  # fmt: skip
+
+
+def predict(layout: PlannedLayout, cluster: Cluster, workload: Workload = WORKLOAD) -> StepTime:
+    return step_time(
+        SPEC, PARTS, layout, workload, cluster, stage_memories(SPEC, PARTS, layout, workload, ROUTING), ROUTING
+    )
+
+
+def test_a_step_on_one_gpu_is_its_products_and_its_memory_accesses() -> None:
+    found = predict(PlannedLayout(), Cluster(1, 8, 1, 0, SLOW))
+    assert found.products_s == pytest.approx(4 * flops().once / 1e6)
+    assert (found.experts_s, found.layers_s, found.gradients_s, found.bubble_s) == (0, 0, 0, 0)
+    assert found.total_s == found.products_s + found.memory_s
+    assert found.tokens_per_s(WORKLOAD, Cluster(1, 8, 1, 0, SLOW)) == pytest.approx(16 / found.total_s)
+    twice = predict(PlannedLayout(), Cluster(1, 8, 1, 0, replace(SLOW, memory_bandwidth=2e12)))
+    assert found.memory_s == pytest.approx(2 * twice.memory_s)
+    (memory,) = stage_memories(SPEC, PARTS, PlannedLayout(), WORKLOAD, ROUTING)
+    kept = memory.activation_bytes
+    per_micro_batch = 2 * memory.parameter_bytes + 2 * memory.gradient_bytes + 4 * kept
+    update = 2 * memory.optimizer_bytes + 3 * memory.gradient_bytes
+    assert found.memory_s * 1e12 * MEMORY_EFFICIENCY == pytest.approx(4 * per_micro_batch + update)
+
+
+def test_experts_exchange_through_the_slower_of_two_networks() -> None:
+    layout = PlannedLayout(ep=2, dp=2)
+    sent = expert_traffic(SPEC, layout, WORKLOAD, ROUTING).all_to_all
+    assert predict(layout, Cluster(2, 2, 1, 0, SLOW)).experts_s == pytest.approx(sent / 1e3)
+    assert predict(layout, Cluster(2, 1, 1, 0, SLOW)).experts_s == pytest.approx(sent / 1e2)
+
+
+def test_only_what_a_micro_batch_does_not_hide_of_the_reduction_counts() -> None:
+    """Two ranks: half of the new experts' gradients (4 bytes) and weights (2) is exchanged."""
+    new_experts = 2 * 2 * EXPERT
+    found = predict(PlannedLayout(dp=2), Cluster(2, 2, 1, 0, SLOW))
+    hidden_s = found.products_s / 2 + predict(PlannedLayout(dp=2), Cluster(2, 2, 1, 0, SLOW)).memory_s / 2
+    assert found.gradients_s == pytest.approx(new_experts * 6 / 2 / 1e3 - hidden_s, rel=1e-3)
+    assert predict(PlannedLayout(dp=2), Cluster(2, 2, 1, 0, replace(SLOW, node_bandwidth=1e9))).gradients_s == 0
+    assert predict(PlannedLayout(dp=2), Cluster(2, 2, 1, 0, SLOW), replace(WORKLOAD, stage="stage2")).gradients_s == 0
+
+
+SIX_LAYERS = ModelSpec(
+    "qwen2", "bfloat16",
+    SHAPE | {"num_layers": 6, "hidden_size": 512, "ffn_hidden_size": 1024, "num_attention_heads": 8,
+             "num_query_groups": 4, "kv_channels": 64, "max_position_embeddings": 4096, "vocab_size": 32000},
+    MoeSpec(4, 2, (0, 1, 2, 3, 4, 5)),
+)  # fmt: skip
+SIX_PARTS = model_parts(SIX_LAYERS)
+# Sixteen ranks on nodes of four.
+layouts = st.sampled_from([
+    PlannedLayout(tp, pp, ep, etp, 16 // (tp * pp), recompute=recompute)
+    for tp in (1, 2, 4) for pp in (1, 2) for ep in (1, 2, 4) for etp in {1, tp} for recompute in RECOMPUTES
+    if 16 % (pp * ep * etp) == 0
+])  # fmt: skip
+workloads = st.builds(
+    Workload, stage=st.sampled_from(["stage1", "stage2"]), seq_length=st.sampled_from([256, 4096]),
+    micro_batch_size=st.sampled_from([1, 4]), global_batch_size=st.sampled_from([64, 512]),
+)  # fmt: skip
+
+
+def six_layers_s(layout: PlannedLayout, workload: Workload, gpu: Gpu) -> float:
+    memories = stage_memories(SIX_LAYERS, SIX_PARTS, layout, workload)
+    cluster = Cluster(layout.world_size, 4, 80, 8, gpu)
+    return step_time(SIX_LAYERS, SIX_PARTS, layout, workload, cluster, memories).total_s
+
+
+@given(
+    layout=layouts, workload=workloads, gpu=st.sampled_from(list(GPUS.values())), factor=st.floats(1, 100),
+    part=st.sampled_from([field.name for field in fields(Gpu) if field.name != "memory_gib"]),
+)  # fmt: skip
+@settings(max_examples=150, deadline=None)
+def test_no_step_is_slower_on_a_faster_gpu(
+    layout: PlannedLayout, workload: Workload, gpu: Gpu, factor: float, part: str
+) -> None:
+    faster = replace(gpu, **{part: getattr(gpu, part) * factor})
+    assert 0 < six_layers_s(layout, workload, faster) <= six_layers_s(layout, workload, gpu) * (1 + 1e-9)
+
+
+@given(layout=layouts, workload=workloads, gpu=st.sampled_from(list(GPUS.values())))
+@settings(max_examples=100, deadline=None)
+def test_recompute_costs_time_and_stage2_saves_it(layout: PlannedLayout, workload: Workload, gpu: Gpu) -> None:
+    plain = replace(layout, recompute="none")
+    assert six_layers_s(plain, workload, gpu) <= six_layers_s(layout, workload, gpu)
+    first, second = (six_layers_s(layout, replace(workload, stage=stage), gpu) for stage in ("stage1", "stage2"))
+    assert second < first
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+@pytest.mark.parametrize("name", GPUS)
+def test_a_run_is_never_slower_on_more_gpus(name: str, stage: str) -> None:
+    """The best layout with the paper's batch; with tiny ones exchanges would outweigh the work that is divided."""
+    workload = Workload(stage, 1024, 1, 512)
+    best = [
+        min(one.step_time.total_s for one in fitting(SIX_LAYERS, workload, Cluster(gpus, 8, 80, 8, GPUS[name])))
+        for gpus in (1, 2, 4, 8, 16, 32, 64)
+    ]
+    assert best == sorted(best, reverse=True)

@@ -1,4 +1,4 @@
-"""Runs the trainer's forward step on fake CUDA tensors, for every case, and prints what happened as JSON.
+"""Runs the trainer's forward step on fake CUDA tensors, for every case, and an optimizer step; prints JSON.
 
     python -m tests.fake_gpu.forwards
 """
@@ -62,7 +62,7 @@ def main() -> None:
 
     fake_cuda.install(DEVICES)
     fake_cuda.route_uniformly(ROWS)
-    print(json.dumps({name: _outcome(case) for name, case in CASES.items()}))
+    print(json.dumps({name: _outcome(case) for name, case in CASES.items()} | {"optimizer": optimizer_step()}))
 
 
 def _outcome(case: Case) -> dict[str, Any]:
@@ -123,6 +123,23 @@ def run(case: Case) -> dict[str, Any]:
     inside = [syncs.places[start:stop] for start, stop in layers]
     outside = [place for number, place in enumerate(syncs.places) if not any(a <= number < b for a, b in layers)]
     return {"loss": f"{loss.dtype} {loss.device}", "output": list(output.shape), "layers": inside, "outside": outside}
+
+
+def optimizer_step() -> dict[str, Any]:
+    """The host's waits in a step of the optimizer that the trainer has without Transformer Engine and Apex."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from moelpr.megatron_patches.megatron_fixes import GroupStepAdam
+    from tests.fake_gpu.fake_cuda import DEVICE, HostSyncs
+
+    with FakeTensorMode():
+        parameters = [torch.nn.Parameter(torch.empty(8, device=DEVICE)) for _ in range(2)]
+        for parameter in parameters:
+            parameter.grad = torch.empty_like(parameter)
+        with HostSyncs(number=1) as syncs:
+            GroupStepAdam(parameters, lr=1e-3).step()
+    return {"outside": syncs.places}
 
 
 if __name__ == "__main__":

@@ -34,3 +34,7 @@ def test_the_forward_step_runs_on_a_gpu_and_waits_once_per_moe_layer(outcomes: d
     assert outcome["output"] == [BATCH, SEQUENCE]
     assert outcome["layers"] == [DISPATCHER, DISPATCHER]
     assert outcome["outside"] == (DOCUMENT_EDGES if "dataloader_inter_document_masking" in case.settings else [])
+
+
+def test_the_optimizer_does_not_wait(outcomes: dict) -> None:
+    assert outcomes["optimizer"]["outside"] == []

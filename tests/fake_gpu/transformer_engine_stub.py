@@ -179,6 +179,13 @@ class DotProductAttention(_Module):
         super().__init__()
         assert qkv_format == "sbhd" and attention_dropout == 0 and window_size is None, "not needed"
         self.softmax_scale = softmax_scale
+        self.register_load_state_dict_post_hook(self._do_not_miss_the_extra_state)
+
+    @staticmethod
+    def _do_not_miss_the_extra_state(module: torch.nn.Module, incompatible_keys: Any) -> None:
+        """Older checkpoints have none of this module; nor do Megatron's."""
+        missing = incompatible_keys.missing_keys
+        missing[:] = [key for key in missing if "core_attention._extra_state" not in key]
 
     def forward(
         self, query_layer: Tensor | None = None, key_layer: Tensor | None = None, value_layer: Tensor | None = None,
@@ -268,7 +275,7 @@ class FusedAdam(GroupStepAdam):
 
     def __init__(
         self, params: Iterable, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-        weight_decay: float = 0.0, *, adam_w_mode: bool = True,
+        weight_decay: float = 0.0, *, adam_w_mode: bool = True, capturable: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(params, adam_w_mode, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 

@@ -28,7 +28,7 @@ _UNSUPPORTED = {
     "init_model_with_meta_device": "weights are loaded before the model's memory is allocated; remove it",
     "load_main_params_from_ckpt": "main parameters start as copies of the model's; remove it",
     "moe_use_upcycling": "use checkpoint_convert/hf_to_mcore.py --num-new-experts N instead",
-    "moe_enable_deepep": "DeepEP needs the flex dispatcher, which sends rows of original experts too; remove it",
+    "moe_enable_deepep": "it needs the flex dispatcher, see docs/design/gpu.md; remove it",
     "checkpoint_activations": "Megatron replaced it; use --recompute-activations",
     "moe_aux_loss_coeff": "it is computed from --balance-loss-coeff; use that",
     "mock_data": "it has no language bits; use --data-path PREFIX",
@@ -47,8 +47,8 @@ _UNSUPPORTED = {
 
 # Why some settings are fixed, and until when.
 _WHY_FIXED = {
-    "moe_token_dispatcher_type": "the flex dispatcher, with DeepEP or HybridEP, sends K rows of every token; it will be "
-    "supported when it can leave out those of original experts, see docs/design/gpu.md",
+    "moe_token_dispatcher_type": "the flex dispatcher has not been tested with original experts, whose rows DeepEP would "
+    "send too; it will be supported when tests/gpu covers it, see docs/design/gpu.md",
     "cuda_graph_impl": "the number of rows differs from step to step, see docs/design/gpu.md",
     "fp8": "new experts are not tested with it, see docs/design/gpu.md",
     "mlp_chunks_for_training": "Megatron does not pass language bits to the chunks",

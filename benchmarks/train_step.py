@@ -133,7 +133,9 @@ def measure(spec: ModelSpec, sequences: int, rounds: int, routing: dict[MoeStage
     choices = {stage: [routing[stage].part(layer, tokens) for layer in layers] for stage in STAGES}
     rows = {stage: [rows_of(part, routing[stage].original_copies) for part in choices[stage]] for stage in STAGES}
     flops = {stage: needed_flops(spec, stage, sequences, rows[stage]) for stage in STAGES}
-    steps: dict[str, MegatronStep | LoopStep | StockStep] = {f"ours, {stage}": our_step(spec, stage, batch) for stage in STAGES}
+    steps: dict[str, MegatronStep | LoopStep | StockStep] = {
+        f"ours, {stage}": our_step(spec, stage, batch) for stage in STAGES
+    }
     steps["plain Megatron"] = plain_step(spec, batch)
     steps |= {f"Python loop, {stage}": LoopStep(spec, stage, batch) for stage in STAGES}
     steps |= {f"stock transformers, {stage}": StockStep(spec, stage, batch) for stage in STAGES}

@@ -45,7 +45,7 @@ def grouped_mm_is_fast(args: argparse.Namespace) -> bool:
 
 def describe_kernels(args: argparse.Namespace) -> str:
     """One line: which kernels the run uses, and what faster ones would need."""
-    uses_te, is_cpu, has_experts = args.transformer_impl == "transformer_engine", cpu.is_needed(), bool(args.num_experts)
+    is_cpu, has_experts, uses_te = cpu.is_needed(), bool(args.num_experts), args.transformer_impl != "local"
     is_slow = has_experts and not is_cpu and not args.moe_grouped_gemm and not grouped_mm_is_fast(args)
     uses_varlen = args.dataloader_inter_document_masking and args.bf16 and not is_cpu
     te_experts, torch_experts = "Transformer Engine's grouped linear layers", "torch grouped_mm"

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from moelpr.arguments.kernels import choose_kernels, is_installed
 from moelpr.arguments.flags import Parser, split_by_flags, suggestion
+from moelpr.arguments.kernels import choose_kernels, is_installed
 from moelpr.checkpoints import step_folder
 from moelpr.errors import UserError
 from moelpr.layouts import Layout

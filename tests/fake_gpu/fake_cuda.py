@@ -111,7 +111,7 @@ def install(devices: int) -> None:
     cuda.current_device = lambda: 0
     cuda.get_device_capability = lambda device=None: (9, 0)
     cuda.is_current_stream_capturing = lambda: False
-    for name in ("set_device", "synchronize", "empty_cache", "set_stream", "manual_seed", "manual_seed_all", "_lazy_init"):
+    for name in "set_device synchronize empty_cache set_stream manual_seed manual_seed_all _lazy_init".split():
         setattr(cuda, name, lambda *args, **kwargs: None)
     cuda.Stream, cuda.Event = FakeStream, FakeEvent
     cuda.current_stream = cuda.default_stream = lambda device=None: FakeStream()

@@ -1,6 +1,8 @@
-"""Runs the trainer's forward step on fake CUDA tensors, for every case, and an optimizer step; prints JSON.
+"""Runs the trainer's forward step on fake CUDA tensors, for every case, and an optimizer step.
 
     python -m tests.fake_gpu.forwards
+
+prints, as JSON, the loss's type and the places where the host waits for the GPU.
 """
 
 import json
@@ -98,7 +100,8 @@ def run(case: Case) -> dict[str, Any]:
     moe = MoeSpec(NEW_EXPERTS, TOPK, (0, 1), case.originals, case.copies)
     settings = {
         "bf16": True, "params_dtype": torch.bfloat16, "lpr_loss_coeff": 0.1, "moe_aux_loss_coeff": 1e-3,
-        "perform_initialization": False, "use_cpu_initialization": False, "tensor_model_parallel_size": case.tp, "sequence_parallel": case.tp > 1,
+        "perform_initialization": False, "use_cpu_initialization": False,
+        "tensor_model_parallel_size": case.tp, "sequence_parallel": case.tp > 1,
         "expert_model_parallel_size": case.ep, "expert_tensor_parallel_size": case.etp, **case.settings,
     }  # fmt: skip
     with FakeTensorMode(allow_non_fake_inputs=True):

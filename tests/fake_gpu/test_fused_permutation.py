@@ -20,7 +20,7 @@ def build(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     from moelpr.model.loading import build_model, single_process
 
-    for name in ("permute", "permute_with_probs", "unpermute", "sort_chunks_by_index", "sort_chunks_by_index_with_probs"):
+    for name in ("permute_with_probs", "unpermute", "sort_chunks_by_index", "sort_chunks_by_index_with_probs"):
         monkeypatch.setattr(moe_utils, f"fused_{name}", getattr(te, f"moe_{name}"))
     monkeypatch.setattr(moe_utils, "HAVE_TE", True)
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from benchmarks import common
 from moelpr.torch_dist import TorchDistReader
@@ -57,6 +58,8 @@ def test_the_runs_used_the_kernels(folder: Path) -> None:
         "dispatcher: all-to-all with Transformer Engine's permutation": 3,
     }.items():
         assert log.count(line) == number, line
+    settings = yaml.safe_load((folder / "all fused, data workers" / "recipe.yaml").read_text())
+    assert settings["fuse_expert_gradients"] and settings["num_workers"] == 2
 
 
 def test_every_checkpoint_was_loaded_strictly(folder: Path) -> None:
@@ -65,7 +68,9 @@ def test_every_checkpoint_was_loaded_strictly(folder: Path) -> None:
 
 
 def test_all_kernels_save_the_same_tensors(folder: Path) -> None:
-    keys = {name: TorchDistReader(folder / name / f"iter_{STEPS:07d}").keys for name in ("local", "all fused, data workers")}
-    model = {name: {key for key in found if "optimizer." not in key} for name, found in keys.items()}
-    assert model["all fused, data workers"] == model["local"]
-    assert not any("_extra_state" in key for key in model["local"])
+    plain, fused = (
+        {key for key in TorchDistReader(folder / name / f"iter_{STEPS:07d}").keys if "optimizer." not in key}
+        for name in ("local", "all fused, data workers")
+    )
+    assert fused == plain
+    assert not any("_extra_state" in key for key in plain)

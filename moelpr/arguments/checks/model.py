@@ -47,8 +47,8 @@ _UNSUPPORTED = {
 
 # Why some settings are fixed, and until when.
 _WHY_FIXED = {
-    "moe_token_dispatcher_type": "the flex dispatcher has not been tested with original experts, whose rows DeepEP would "
-    "send too; it will be supported when tests/gpu covers it, see docs/design/gpu.md",
+    "moe_token_dispatcher_type": "the flex dispatcher, whose DeepEP would also send rows of original experts, will be "
+    "supported when tests/gpu covers it, see docs/design/gpu.md",
     "cuda_graph_impl": "the number of rows differs from step to step, see docs/design/gpu.md",
     "fp8": "new experts are not tested with it, see docs/design/gpu.md",
     "mlp_chunks_for_training": "Megatron does not pass language bits to the chunks",

@@ -36,7 +36,7 @@ def measure(shape: tuple[int, int, int, int], mean: int, rounds: int) -> dict[st
     """Milliseconds of each contender, and speed relative to causal; shape is [sequence, batch, heads, head size]."""
     from megatron.core.transformer.enums import AttnMaskType
 
-    from moelpr.model.attention import SDPACoreAttention
+    from moelpr.model.attention import SDPACoreAttention, document_edges
     from moelpr.model.config import MoELPRConfig
 
     length, batch, heads, size = shape
@@ -47,7 +47,7 @@ def measure(shape: tuple[int, int, int, int], mean: int, rounds: int) -> dict[st
     contenders: dict[str, Callable[[], Tensor]] = {
         "causal": partial(attend, *inputs, None),
         "with_mask": partial(with_a_mask(positions), *inputs),
-        "call_per_document": partial(attend, *inputs, positions),
+        "call_per_document": partial(attend, *inputs, document_edges(positions)),
     }
     torch.testing.assert_close(contenders["with_mask"](), contenders["call_per_document"](), rtol=1e-4, atol=1e-5)
     steps = {name: lambda one=one: one().sum().backward() for name, one in contenders.items()}

@@ -1,4 +1,4 @@
-"""Tokens per second of a stage-1 and a stage-2 step in one process, against two peers and the rate of a large matmul.
+"""Tokens per second of a stage-1 and a stage-2 step in one process, against three peers and the rate of a large matmul.
 
     python -m benchmarks.train_step [--json FILE]
 
@@ -13,6 +13,7 @@ the six languages. Stage 2 should be at least 1.5 times as fast as stage 1.
 - plain Megatron: the same with Megatron's MoELayer and SequentialMLP over all E experts, every parameter trained,
   routed as in stage 2 (it computes K rows per token with any routing).
 - Python loop: transformers' Qwen2 with a loop over experts and the same two stages (baselines/loop_moe.py).
+- stock transformers: Qwen2Moe with grouped_mm and a masked gradient, the same two stages (baselines/stock_moe.py).
 
 The peers hold and compute each copy of the dense FFN as an expert like any other.
 
@@ -39,6 +40,8 @@ RATIOS = {  # slower, faster
     "stage2 to plain Megatron": ("plain Megatron", "ours, stage2"),
     "stage1 to Python loop": ("Python loop, stage1", "ours, stage1"),
     "stage2 to Python loop": ("Python loop, stage2", "ours, stage2"),
+    "stage1 to stock transformers": ("stock transformers, stage1", "ours, stage1"),
+    "stage2 to stock transformers": ("stock transformers, stage2", "ours, stage2"),
     "stage2 to stage1": ("ours, stage1", "ours, stage2"),
 }
 LIMITS = {"stage2 to stage1": 1.5}  # at least
@@ -119,6 +122,7 @@ def rows_of(choices_TK: Tensor, original_copies: int) -> tuple[int, int]:
 def measure(spec: ModelSpec, sequences: int, rounds: int, routing: dict[MoeStage, RecordedRouting]) -> dict:
     """Times, rates and ratios of all contenders, as written to JSON."""
     from benchmarks.baselines.loop_moe import LoopStep
+    from benchmarks.baselines.stock_moe import StockStep
     from benchmarks.steps import DEVICE, MegatronStep, our_step, plain_step, random_batch
 
     torch.manual_seed(1)
@@ -129,9 +133,12 @@ def measure(spec: ModelSpec, sequences: int, rounds: int, routing: dict[MoeStage
     choices = {stage: [routing[stage].part(layer, tokens) for layer in layers] for stage in STAGES}
     rows = {stage: [rows_of(part, routing[stage].original_copies) for part in choices[stage]] for stage in STAGES}
     flops = {stage: needed_flops(spec, stage, sequences, rows[stage]) for stage in STAGES}
-    steps: dict[str, MegatronStep | LoopStep] = {f"ours, {stage}": our_step(spec, stage, batch) for stage in STAGES}
+    steps: dict[str, MegatronStep | LoopStep | StockStep] = {
+        f"ours, {stage}": our_step(spec, stage, batch) for stage in STAGES
+    }
     steps["plain Megatron"] = plain_step(spec, batch)
     steps |= {f"Python loop, {stage}": LoopStep(spec, stage, batch) for stage in STAGES}
+    steps |= {f"stock transformers, {stage}": StockStep(spec, stage, batch) for stage in STAGES}
     for name, step in steps.items():
         for router, part in zip(step.routers, choices["stage1" if "stage1" in name else "stage2"], strict=True):
             impose(router, part.to(DEVICE))

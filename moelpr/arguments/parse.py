@@ -12,6 +12,7 @@ from megatron.training.vocab_utils import calculate_padded_vocab_size
 from moelpr.arguments.checks import find_notes, find_problems
 from moelpr.arguments.checks.data import damaged_corpora
 from moelpr.arguments.flags import add_arguments, all_arguments
+from moelpr.arguments.kernels import describe_kernels
 from moelpr.arguments.settings import RunSettings, apply_machine, apply_method
 from moelpr.errors import UserError
 from moelpr.model.config import MoELPRConfig
@@ -30,7 +31,7 @@ def check_arguments(argv: list[str]) -> RunSettings:
         UserError: settings are invalid, contradict each other or would be ignored; the message names all of them.
     """
     run = RunSettings.gather(argv, all_arguments())
-    apply_machine(run.args)
+    apply_machine(run.args, run.record if run.is_resumed else None)
     problems = list(dict.fromkeys([*run.problems, *find_problems(run)])) or [*damaged_corpora(run)]
     if problems:
         several = [f"{len(problems)} settings are wrong:"] if len(problems) > 1 else []
@@ -38,6 +39,7 @@ def check_arguments(argv: list[str]) -> RunSettings:
     if os.environ.get("RANK", "0") == "0":
         for note in find_notes(run):
             print(f"moelpr: {note}", file=sys.stderr)
+        print(f"moelpr: {describe_kernels(run.args)}", file=sys.stderr)
     run.describe_start(run.args)
     return run
 
@@ -53,7 +55,7 @@ def register_arguments(run: RunSettings) -> tuple[argparse.Namespace, ModelSpec]
     try:
         args = parse_args(add_arguments)
         run.describe_start(args)
-        apply_machine(args)
+        apply_machine(args, run.record if run.is_resumed else None)
         apply_method(args, run.spec)
         validate_args(args)
         core_transformer_config_from_args(args, config_class=MoELPRConfig)  # for its checks; the result is not used

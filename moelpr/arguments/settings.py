@@ -4,9 +4,8 @@ Errors in one source are collected, so that the others are still read.
 """
 
 import argparse
-import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from moelpr.arguments.flags import Parser, split_by_flags, suggestion
+from moelpr.arguments.kernels import choose_kernels, is_installed
 from moelpr.checkpoints import step_folder
 from moelpr.errors import UserError
 from moelpr.layouts import Layout
@@ -38,7 +38,8 @@ FIXED_FOR_MOE: dict[str, Any] = {
     "moe_expert_capacity_factor": None, "moe_shared_expert_intermediate_size": None,
     "moe_router_enable_expert_bias": False, "moe_router_num_groups": None, "moe_router_force_load_balancing": False,
     "moe_router_force_biased": None, "moe_latent_size": None, "cuda_graph_impl": "none",
-    "overlap_moe_expert_parallel_comm": False, "fp8": None, "fp4": None,
+    "overlap_moe_expert_parallel_comm": False, "fp8": None, "fp4": None, "mlp_chunks_for_training": 1,
+    "use_te_activation_func": False,
 }  # fmt: skip
 
 
@@ -250,8 +251,11 @@ def _shape_flags(spec: ModelSpec, parser: Parser) -> list[str]:
     return argv
 
 
-def apply_machine(args: argparse.Namespace) -> None:
-    """Set what the machine requires: NCCL, bf16 and Transformer Engine if available, else gloo, fp32 and PyTorch."""
+def apply_machine(args: argparse.Namespace, record: Mapping[str, Any] | None = None) -> None:
+    """Set what the machine requires: NCCL, bf16 and Transformer Engine if available, else gloo, fp32 and PyTorch.
+
+    `record` are the settings of the run that is resumed.
+    """
     if cpu.is_needed():
         for name, value in cpu.CPU_ARGUMENTS.items():
             setattr(args, name, value)
@@ -261,19 +265,7 @@ def apply_machine(args: argparse.Namespace) -> None:
         args.use_persistent_ckpt_worker = True  # without it Megatron ignores --async-save
         if cpu.is_needed() or not is_installed("nvidia_resiliency_ext"):
             args.async_strategy = "mcore"
-    if args.transformer_impl == "transformer_engine" and not is_installed("transformer_engine"):
-        args.transformer_impl = "local"
-    # Megatron's own linear layers (original experts, output layer) need Apex for it, even with Transformer Engine.
-    has_apex = is_installed("fused_weight_gradient_mlp_cuda")
-    args.gradient_accumulation_fusion = args.gradient_accumulation_fusion and has_apex
-    if args.transformer_impl == "local":
-        args.no_persist_layer_norm = True
-        args.apply_rope_fusion = args.masked_softmax_fusion = False
-
-
-def is_installed(module: str) -> bool:
-    """Whether a Python module can be imported."""
-    return importlib.util.find_spec(module) is not None
+    choose_kernels(args, record)
 
 
 def apply_method(args: argparse.Namespace, spec: ModelSpec) -> None:

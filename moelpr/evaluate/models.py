@@ -204,16 +204,22 @@ def read_max_positions(directory: Path) -> int | None:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that --device names; "auto" is a GPU if any. Raises UserError if there is no such device."""
+    """The device that --device names; "auto" is a GPU if any. Raises UserError if there is no such device.
+
+    A GPU has an index, without which torch.cuda.set_device does not accept it.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {name}") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type != "cuda":
+        return device
+    index = device.index or 0
+    if index >= torch.cuda.device_count():
         raise UserError(f"--device {name} is unavailable, {torch.cuda.device_count()} GPUs are visible; use cpu")
-    return device
+    return torch.device("cuda", index)
 
 
 def _load_tokenizer(directory: Path) -> tuple[Any, int, int | None]:

@@ -178,7 +178,8 @@ class GroupStepAdam(torch.optim.Adam):
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
                 [],
-                [torch.tensor(float(steps_before), device=parameter.device) for parameter in params],
+                # One each, because adam counts in place; filled on the device, to which a copy would have to wait.
+                [torch.full((), float(steps_before), device=parameter.device) for parameter in params],
                 fused=True,
                 amsgrad=False,
                 maximize=False,

@@ -4,6 +4,7 @@ Megatron's local attention materializes the score matrix of every head. This one
 does not repeat keys for grouped queries. It can restrict attention to the documents of a packed sequence.
 """
 
+import inspect
 import math
 
 import torch
@@ -11,6 +12,25 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+# Before torch 2.12 it has neither grouped queries nor windows.
+_VARLEN_IS_COMPLETE = {"enable_gqa", "scale", "window_size"} <= inspect.signature(varlen_attn).parameters.keys()
+
+
+def document_edges(position_BS: Tensor) -> Tensor:
+    """Where the documents of a micro-batch start, and its end: int32 [documents + 1], counted along its sequences.
+
+    A sequence starts with the rest of a document. On a GPU this waits for the positions, so call it once per
+    micro-batch and not in every layer.
+
+    Args:
+        position_BS: each token's position in its document.
+    """
+    is_start_BS = position_BS == 0
+    is_start_BS[:, 0] = True
+    starts = is_start_BS.flatten().nonzero().flatten()
+    return torch.nn.functional.pad(starts, (0, 1), value=position_BS.numel()).to(torch.int32)
 
 
 class SDPACoreAttention(MegatronModule):
@@ -45,8 +65,8 @@ class SDPACoreAttention(MegatronModule):
 
         Args:
             query, key, value: [sequence, batch, heads, head_dim].
-            attention_mask: [batch, sequence], each token's position in its document; tokens attend within documents.
-                None: they attend to all earlier tokens. (Megatron passes this argument to every layer.)
+            attention_mask: `document_edges` of the micro-batch; tokens attend within documents. None: they attend to
+                all earlier tokens. (Megatron passes this argument to every layer.)
 
         Returns:
             [sequence, batch, heads * head_dim].
@@ -69,20 +89,28 @@ class SDPACoreAttention(MegatronModule):
             query, key, value, window, is_causal=window is None, scale=self.softmax_scale, enable_gqa=is_grouped
         )
 
-    def _within_documents(self, query: Tensor, key: Tensor, value: Tensor, position_BS: Tensor) -> Tensor:
-        """One call per document: less work than one call with a mask, which discards most of the scores.
+    def _within_documents(self, query: Tensor, key: Tensor, value: Tensor, edges: Tensor) -> Tensor:
+        """Rotary positions count from the sequence's start, but attention depends only on their differences."""
+        length, batch = query.shape[:2]
+        # [batch x sequence, heads, head_dim]
+        query, key, value = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
+        if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and _VARLEN_IS_COMPLETE:
+            window = -1 if self.config.window_size is None else self.config.window_size[0]
+            context = varlen_attn(
+                query, key, value, edges, edges, length, length,
+                scale=self.softmax_scale, window_size=(window, 0), enable_gqa=query.shape[1] != key.shape[1],
+            )  # fmt: skip
+            assert isinstance(context, Tensor)  # a tuple only with return_aux
+        else:
+            context = self._document_by_document(query, key, value, edges.diff().tolist())
+        return context.unflatten(0, (batch, length)).transpose(0, 1).flatten(start_dim=2)
 
-        Rotary positions count from the sequence's start, but attention depends only on their differences.
-        """
-        starts = (position_BS == 0).index_fill(1, torch.zeros(1, dtype=torch.long, device=position_BS.device), True)
-        edges = [*starts.flatten().nonzero().flatten().tolist(), starts.numel()]
-        lengths = [stop - start for start, stop in zip(edges[:-1], edges[1:], strict=True)]
-        # [batch x sequence, heads, head_dim]; split's gradient is one concatenation.
-        parts = (tensor.transpose(0, 1).flatten(0, 1).split(lengths) for tensor in (query, key, value))
-        context = torch.cat(
+    def _document_by_document(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
+        """One call per document: less work than one call with a mask, which discards most of the scores."""
+        parts = (tensor.split(lengths) for tensor in (query, key, value))  # its gradient is one concatenation
+        return torch.cat(
             [
                 self._causal(*(part.transpose(0, 1).unsqueeze(0) for part in document)).squeeze(0).transpose(0, 1)
                 for document in zip(*parts, strict=True)
             ]
         )
-        return context.unflatten(0, position_BS.shape).transpose(0, 1).flatten(start_dim=2)

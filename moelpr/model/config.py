@@ -28,6 +28,9 @@ class MoELPRConfig(TransformerConfig):
     train_everything: bool = False
     """The paper's plain-MoE ablation: nothing is frozen, including the original experts."""
 
+    fuse_expert_gradients: bool = False
+    """Transformer Engine adds the gradients of new experts to their fp32 sums in the matrix product itself."""
+
     dataloader_inter_document_masking: bool = False
     """Megatron's flag: attention stays within a document (SDPACoreAttention)."""
 

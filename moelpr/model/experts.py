@@ -4,6 +4,7 @@ Checkpoint keys and shapes are those of Megatron's TEGroupedMLP.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedStateDict, ShardedTensor, ShardedTensorFactory
@@ -28,6 +29,24 @@ class _Weight(torch.nn.Module):
 
     def forward(self) -> Tensor:
         return self.weight
+
+
+class _ZeroGradientOfIdleExperts(torch.autograd.Function):
+    """The weights [n, …] unchanged; in the backward pass, sets the gradient of each expert without rows to 0.
+
+    On some GPUs, grouped_mm leaves it unwritten (PyTorch issue 172439).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, idle_experts: list[int]) -> Tensor:
+        ctx.idle_experts = idle_experts
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        for expert in ctx.idle_experts:
+            gradient[expert].zero_()
+        return gradient, None
 
 
 class GroupedExperts(MegatronModule):
@@ -67,18 +86,28 @@ class GroupedExperts(MegatronModule):
 
         Args:
             hidden_TH: the T rows routed to this rank's experts, sorted by expert.
-            tokens_per_expert: number of rows of each local expert; sums to T.
+            tokens_per_expert: number of rows of each local expert, on the host; sums to T.
             gate_weight_T: gate weight of each row.
 
         Returns:
             The experts' outputs times the gate weights [T, H], in the same order; and no bias.
         """
+        fc1, fc2 = self.linear_fc1(), self.linear_fc2()
+        if idle_experts := [expert for expert, number in enumerate(tokens_per_expert.tolist()) if number == 0]:
+            fc1, fc2 = (_ZeroGradientOfIdleExperts.apply(weight, idle_experts) for weight in (fc1, fc2))
         ends = tokens_per_expert.to(hidden_TH.device, non_blocking=True).cumsum(0).to(torch.int32)
-        grouped_mm = torch.nn.functional.grouped_mm
-        gate_up = grouped_mm(hidden_TH, self.linear_fc1().transpose(1, 2), offs=ends)
+
+        def product(rows: Tensor, weight: Tensor) -> Tensor:
+            """[T, in] times [n, out, in] of each row's expert."""
+            weight = weight.transpose(1, 2)  # no copy: the layout that grouped_mm is tested with on GPUs
+            if not len(rows):
+                return rows @ weight[0]  # none for any expert, which nobody tests grouped_mm with on GPUs
+            return torch.nn.functional.grouped_mm(rows, weight, offs=ends)
+
+        gate_up = product(hidden_TH, fc1)
         # Computes in fp32, so that bf16 runs keep the routers' gradient; saves only gate_up for the backward pass.
         activated = weighted_bias_swiglu_impl(gate_up, None, gate_weight_T.unsqueeze(-1))
-        return grouped_mm(activated, self.linear_fc2().transpose(1, 2), offs=ends), None
+        return product(activated, fc2), None
 
     def backward_dw(self) -> None:
         """Called by Megatron; weight gradients are never delayed here."""

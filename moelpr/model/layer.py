@@ -1,5 +1,6 @@
 """LPRMoELayer: original experts replicated on every expert-parallel rank, new experts dispatched by Megatron."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,10 +30,22 @@ class NewExpertsDispatcher(MoEAlltoAllTokenDispatcher):
     so this uses Megatron's code path for token dropping, which expects a variable number.
     """
 
+    def __init__(self, *args: Any, config: MoELPRConfig, **kwargs: Any) -> None:
+        super().__init__(*args, config=copy.copy(config), **kwargs)  # its own: see _maybe_dtoh_and_synchronize
+        self._fuses_permutation = config.moe_permute_fusion
+
     def preprocess(self, routing_map: Tensor) -> Tensor:
+        self.config.moe_permute_fusion = self._fuses_permutation
         tokens_per_expert = super().preprocess(routing_map)
         self.num_out_tokens = routing_map.sum()
         self._maybe_update_cuda_sync_point("before_permutation_1")
+        return tokens_per_expert
+
+    def _maybe_dtoh_and_synchronize(self, point: str, tokens_per_expert: Tensor | None = None) -> Tensor:
+        tokens_per_expert = super()._maybe_dtoh_and_synchronize(point, tokens_per_expert)
+        if point == "before_permutation_1" and int(self.num_out_tokens) == 0:  # it is on the host now
+            # All choices of all tokens are original; Transformer Engine's kernels do not support zero rows.
+            self.config.moe_permute_fusion = False
         return tokens_per_expert
 
     def dispatch_postprocess(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,13 +75,17 @@ class OverlappedOriginalExperts:
     def __init__(self, experts: OriginalExperts, gate_weights_TM: Tensor) -> None:
         if OverlappedOriginalExperts.side_stream is None:
             OverlappedOriginalExperts.side_stream = torch.cuda.Stream()
-        self._stream, self._experts = OverlappedOriginalExperts.side_stream, experts
-        self._gate_weights_TM = gate_weights_TM
+        # Split experts communicate in the group in which the dispatcher does, so not at the same time.
+        self._stream = torch.cuda.current_stream() if experts.are_split else OverlappedOriginalExperts.side_stream
+        self._experts, self._gate_weights_TM = experts, gate_weights_TM
 
     def pre_forward_comm(self, hidden_SBH: Tensor) -> None:
-        """Find the tokens, which synchronizes with the routing, while the side stream is still empty."""
+        """Start to copy each expert's number of tokens to the host.
+
+        The dispatcher then waits for its own numbers, and with them for these: the layer's only wait for the GPU.
+        """
         self._hidden_SBH = hidden_SBH
-        self._chosen = [gate_weight_T.nonzero().squeeze(1) for gate_weight_T in self._gate_weights_TM.unbind(1)]
+        self._num_chosen_M = self._gate_weights_TM.count_nonzero(dim=0).to("cpu", non_blocking=True)
 
     def wait_current_stream(self) -> None:
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -76,8 +93,14 @@ class OverlappedOriginalExperts:
     def linear_fc1_forward_and_act(self, rows_under_way: Tensor) -> None:
         """Run the pass. Autograd runs its backward on the same stream and synchronizes the streams."""
         with torch.cuda.stream(self._stream):
-            self._output = self._experts(self._hidden_SBH, self._gate_weights_TM, self._chosen)
-        for tensor in (self._hidden_SBH, self._gate_weights_TM, *self._chosen):
+            chosen = [
+                gate_weight_T.nonzero_static(size=number).squeeze(1)  # nonzero would wait for the GPU
+                for gate_weight_T, number in zip(
+                    self._gate_weights_TM.unbind(1), self._num_chosen_M.tolist(), strict=True
+                )
+            ]
+            self._output = self._experts(self._hidden_SBH, self._gate_weights_TM, chosen)
+        for tensor in (self._hidden_SBH, self._gate_weights_TM):
             tensor.record_stream(self._stream)
 
     def linear_fc2_forward(self, rows_under_way: Tensor) -> None:

@@ -44,9 +44,11 @@ def lpr_loss(
     originals_T = torch.logsumexp(logits_TE[:, :num_original_places], dim=-1)
     negative_log_score_T = torch.logsumexp(logits_TE, dim=-1) - originals_T
     total = torch.where(is_original_T, negative_log_score_T, 0.0).sum()
+    if isinstance(num_original_tokens, int):
+        return total / max(1, num_original_tokens)  # as a tensor it would have to wait for the GPU
     if num_original_tokens is None:
         num_original_tokens = is_original_T.sum()
-    return total / torch.as_tensor(num_original_tokens, device=total.device).clamp(min=1)
+    return total / num_original_tokens.clamp(min=1)
 
 
 def megatron_balance_coeff(alpha: float, topk: int, num_moe_layers: int) -> float:

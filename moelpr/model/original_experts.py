@@ -34,16 +34,17 @@ class OriginalExperts(torch.nn.ModuleList):
         for parameter in self.parameters():
             # Replicated, unlike the dispatched experts' parameters; matters only with --train-everything.
             parameter.allreduce = True
-            parameter.sequence_parallel = config.sequence_parallel and not self._are_split
-            parameter.tensor_model_parallel = self._are_split
+            parameter.sequence_parallel = config.sequence_parallel and not self.are_split
+            parameter.tensor_model_parallel = self.are_split
 
     @property
-    def _are_split(self) -> bool:
+    def are_split(self) -> bool:
+        """Whether expert tensor parallelism divides each expert."""
         return self.etp_group.size() > 1
 
     def gathered(self, per_token: Tensor) -> Tensor:
         """Gather a tensor of this rank's tokens to one of the T tokens, along its first dimension."""
-        return gather_from_sequence_parallel_region(per_token, group=self.etp_group) if self._are_split else per_token
+        return gather_from_sequence_parallel_region(per_token, group=self.etp_group) if self.are_split else per_token
 
     def forward(self, hidden_SBH: Tensor, gate_weights_TM: Tensor, chosen: Sequence[Tensor]) -> Tensor:
         """Sum the experts' outputs times their gate weights.
@@ -59,9 +60,11 @@ class OriginalExperts(torch.nn.ModuleList):
         hidden_TH = self.gathered(hidden_SBH.flatten(0, 1))
         output_TH = torch.zeros_like(hidden_TH)
         for expert, gate_weight_T, tokens in zip(self, gate_weights_TM.unbind(1), chosen, strict=True):
-            rows, _ = expert(hidden_TH[tokens], per_token_scale=gate_weight_T[tokens])
+            # Not hidden_TH[tokens], whose backward pass sorts the tokens on a GPU.
+            scale_T = gate_weight_T.index_select(0, tokens)
+            rows, _ = expert(hidden_TH.index_select(0, tokens), per_token_scale=scale_T)
             output_TH.index_add_(0, tokens, rows.to(hidden_TH.dtype))
-        if self._are_split:
+        if self.are_split:
             output_TH = reduce_scatter_to_sequence_parallel_region(output_TH, group=self.etp_group)
         return output_TH.view_as(hidden_SBH)
 
@@ -73,7 +76,7 @@ class OriginalExperts(torch.nn.ModuleList):
         for number, expert in enumerate(self):
             assert isinstance(expert, MLP)
             state |= expert.sharded_state_dict(f"{prefix}{number}.", sharded_offsets, metadata)
-        if not self._are_split:
+        if not self.are_split:
             # Every tensor-parallel rank has the complete expert; one of them writes it.
             for tensor in state.values():
                 pp, _, dp = tensor.replica_id

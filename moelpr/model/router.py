@@ -43,11 +43,13 @@ class LPRRouter(TopKRouter):
 
         Args:
             hidden_SBH: input of the MoE layer.
-            language_bits_SB: 1 for original-language text; None if unknown: no LPR loss and no statistics.
+            language_bits_SB: 1 for original-language text; None if unknown: no statistics, and an error if the layer
+                trains with the LPR loss.
 
         Returns:
             Gate weights [T, E], 0 for experts that are not chosen, and choices [T, E] (bool).
         """
+        assert language_bits_SB is not None or not self.training or self.lpr_coeff == 0, "lost the language bits"
         logits_SBE = self.gating(self.apply_input_jitter(hidden_SBH))
         gate_weights_TE, is_chosen_TE = self.routing(logits_SBE)
         # Recomputed layers run forward twice, first without gradients; count and attach the loss only once.

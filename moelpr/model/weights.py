@@ -60,12 +60,23 @@ def load_weights(
             for model, entries in missing.items()
         }
     # FP8 scales exist only if FP8 was used.
-    names = [name for entries in missing.values() for name in entries if not name.endswith("_extra_state")]
+    names = [name for entries in missing.values() for name in entries if "_extra_state" not in name]
     if names:
         raise UserError(
             f"the checkpoint {' with '.join(map(str, links))} lacks {names[0]}"
             f"{f' and {len(names) - 1} more tensors' if names[1:] else ''}; copy it or convert the model again"
         )
+
+
+def omit_extra_state(chunks: list[GPTModel]) -> None:
+    """Keep the `_extra_state` of Transformer Engine's modules, which is empty without FP8, out of checkpoints.
+
+    A run can then resume with and without Transformer Engine. Loading is still strict, because every module gets its
+    own empty state back.
+    """
+    for chunk in chunks:
+        if not chunk.config.fp8:
+            _omit_extra_state(chunk)
 
 
 def save_trained_only(chunks: list[GPTModel]) -> None:
@@ -79,6 +90,18 @@ def trained_entries(chunk: GPTModel) -> Callable[[str], bool]:
     trains = {name: parameter.requires_grad for name, parameter in chunk.named_parameters()}
     modules = {name.rpartition(".")[0] for name, is_trained in trains.items() if is_trained}
     return lambda name: trains.get(name, name.rpartition(".")[0] in modules)
+
+
+def _omit_extra_state(chunk: GPTModel) -> None:
+    full_state = chunk.sharded_state_dict
+
+    def state_without_extra(*args: Any, **kwargs: Any) -> ShardedStateDict:
+        return {
+            name: LocalNonpersistentObject(entry.data) if "_extra_state" in name else entry
+            for name, entry in full_state(*args, **kwargs).items()
+        }
+
+    chunk.sharded_state_dict = state_without_extra
 
 
 def _omit_frozen(chunk: GPTModel) -> None:

@@ -10,6 +10,7 @@ from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor
 
 from moelpr.data.batch import Batch, BatchReader, GlobalCounts
+from moelpr.model.attention import document_edges
 from moelpr.model.router import LPRLossNormalizer
 
 _reader = BatchReader()
@@ -25,7 +26,7 @@ def forward_step(data_iterator: Iterator[dict[str, Tensor]] | None, model: torch
         batch.tokens,
         batch.position_ids,
         # Restricts attention to documents; without it, SDPACoreAttention is causal.
-        attention_mask=batch.position_ids if config.dataloader_inter_document_masking else None,
+        attention_mask=document_edges(batch.position_ids) if config.dataloader_inter_document_masking else None,
         labels=batch.labels,
         padding_mask=_bits_for_this_stage(batch, model),
     )

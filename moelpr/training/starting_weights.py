@@ -18,7 +18,7 @@ from megatron.training.models.gpt import GPTModel
 
 from moelpr.checkpoints import RELEASE, BaseCheckpoint, checkpoint_chain, checksum, verify_chain, verify_files
 from moelpr.errors import UserError
-from moelpr.model.weights import load_weights, save_trained_only
+from moelpr.model.weights import load_weights, omit_extra_state, save_trained_only
 from moelpr.run_folder import BASE_CHECKPOINT_FILE
 from moelpr.torch_dist import read_metadata
 
@@ -53,6 +53,7 @@ def starting_weights(args: argparse.Namespace) -> Callable[[list[GPTModel]], Non
         elif args.save_trained_only:
             print_rank_0(f"moelpr: frozen weights from {' and '.join(map(str, links[1:]))}")
             load_weights(chunks, links[1:], only_frozen=True, load=partial(_load_step, args))
+        omit_extra_state(chunks)
         if args.save_trained_only:
             save_trained_only(chunks)
         if args.save:

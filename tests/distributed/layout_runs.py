@@ -134,6 +134,10 @@ def make_material(folder: Path) -> None:
     common.upcycle(common.export(first, folder / "first-round-hf"), folder / "all-moe", 4, random=True)
     with patch("torch.nn.init.xavier_normal_", _half_of_the_experts_win):  # initializes the routers
         common.upcycle(_dense_model(folder, tied=True), folder / "edges", 8, random=True, moe_layers=[0, 1])
+    make_corpora(folder)
+
+
+def make_corpora(folder: Path) -> None:
     random = np.random.default_rng(0)
     # Held-out text does not fill a multiple of the global batch.
     for name, count in {"original": 80, "expanded": 80, "held-out-original": 12, "held-out-expanded": 12}.items():

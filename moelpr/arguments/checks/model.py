@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 
-from moelpr.arguments import settings
+from moelpr.arguments import kernels
+from moelpr.arguments.kernels import INSTALL
 from moelpr.arguments.settings import FIXED_FOR_MOE, MOE_STAGES, RunSettings
 
 # Parts of the model's description that training may change.
@@ -27,6 +28,7 @@ _UNSUPPORTED = {
     "init_model_with_meta_device": "weights are loaded before the model's memory is allocated; remove it",
     "load_main_params_from_ckpt": "main parameters start as copies of the model's; remove it",
     "moe_use_upcycling": "use checkpoint_convert/hf_to_mcore.py --num-new-experts N instead",
+    "moe_enable_deepep": "it needs the flex dispatcher, see docs/design/gpu.md; remove it",
     "checkpoint_activations": "Megatron replaced it; use --recompute-activations",
     "moe_aux_loss_coeff": "it is computed from --balance-loss-coeff; use that",
     "mock_data": "it has no language bits; use --data-path PREFIX",
@@ -42,6 +44,15 @@ _UNSUPPORTED = {
         "this trainer does not read it; remove it",
     ),
 }  # fmt: skip
+
+# Why some settings are fixed, and until when.
+_WHY_FIXED = {
+    "moe_token_dispatcher_type": "the flex dispatcher, whose DeepEP would also send rows of original experts, will be "
+    "supported when tests/gpu covers it, see docs/design/gpu.md",
+    "cuda_graph_impl": "the number of rows differs from step to step, see docs/design/gpu.md",
+    "fp8": "new experts are not tested with it, see docs/design/gpu.md",
+    "mlp_chunks_for_training": "Megatron does not pass language bits to the chunks",
+}
 
 
 def check_checkpoint_kind(run: RunSettings) -> Iterable[str]:
@@ -101,7 +112,8 @@ def check_method(run: RunSettings) -> Iterable[str]:
         found = getattr(args, name)
         found = ", ".join(found) if isinstance(found, list) else found
         if name in explicit and found != value:
-            yield f"{run.flag(name)} must be {value} for this trainer, got {found}; remove it"
+            why = f" ({_WHY_FIXED[name]})" if name in _WHY_FIXED else ""
+            yield f"{run.flag(name)} must be {value} for this trainer, got {found}{why}; remove it"
     if run.is_moe and args.save_trained_only and args.train_everything:
         yield "--save-trained-only has no effect with --train-everything, which freezes nothing; remove one of them"
 
@@ -116,14 +128,13 @@ def check_transformer_engine(run: RunSettings) -> Iterable[str]:
         "--context-parallel-size": is_local and args.context_parallel_size > 1,
         "--attention-dropout": is_local and args.attention_dropout > 0,
         "--moe-grouped-gemm": is_local and run.is_moe and args.moe_grouped_gemm,
+        "--moe-permute-fusion": is_local and run.is_moe and args.moe_permute_fusion,
+        "--moe-router-fusion": is_local and run.is_moe and args.moe_router_fusion,
         "--use-precision-aware-optimizer": args.use_precision_aware_optimizer
-        and not settings.is_installed("transformer_engine"),
+        and not kernels.is_installed("transformer_engine"),
     }
     for flag in (flag for flag, is_set in flags.items() if is_set):
-        yield (
-            f"{flag} requires Transformer Engine; install it with pip install --constraint constraints.txt "
-            "--no-build-isolation --editable '.[gpu]', or remove the flag"
-        )
+        yield f"{flag} requires Transformer Engine; install it with {INSTALL}, or remove the flag"
 
 
 def note_stage2_without_stage1(run: RunSettings) -> Iterable[str]:

@@ -26,7 +26,8 @@ from moelpr.stages import trained_parts
 _ALWAYS = ("optimizer", "use_distributed_optimizer", "bf16", "fp16", "train_everything")
 _FOR_BUFFERS = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank",
-    "expert_model_parallel_size", "expert_tensor_parallel_size", "overlap_grad_reduce",
+    "expert_model_parallel_size", "expert_tensor_parallel_size", "overlap_grad_reduce", "moe_grouped_gemm",
+    "transformer_impl",
 )  # fmt: skip
 
 # Settings of Megatron's learning-rate schedule, which it does not load with other values.
@@ -158,8 +159,12 @@ def check_optimizer_state(run: RunSettings) -> Iterable[str]:
 
 def _optimizer_settings(settings: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     trains_experts = settings.get("stage") == "stage1" or bool(settings.get("train_everything"))
+    trains_all = settings.get("stage") == "dense" or bool(settings.get("train_everything"))
     names = ("use_distributed_optimizer", "bf16", "fp16", "train_everything", "overlap_grad_reduce")
     return {
+        # Transformer Engine's layers order and divide the same weights differently.
+        "moe_grouped_gemm": bool(settings.get("moe_grouped_gemm")) and trains_experts,
+        "transformer_impl": settings.get("transformer_impl", "local") if trains_all else "local",
         "optimizer": settings.get("optimizer", "adam"),
         **{name: bool(settings.get(name)) for name in names},
         "tensor_model_parallel_size": layout.tp,

@@ -12,7 +12,7 @@ from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.upcycling import Start, hf_to_mcore
 from moelpr.errors import UserError
 from moelpr.evaluate.compare import compare_models
-from moelpr.evaluate.models import load_model, open_model
+from moelpr.evaluate.models import choose_device, load_model, open_model
 from moelpr.evaluate.scoring import Settings
 
 
@@ -63,6 +63,14 @@ def test_a_checkpoint_in_bfloat16_is_close_to_its_export_in_bfloat16(both, texts
 
 
 @pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize(("name", "index"), [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
+def test_a_gpu_has_the_index_that_torch_needs_to_select_it(monkeypatch, name: str, index: int):
+    """torch.cuda.set_device, which this is the first part of, does not accept torch.device("cuda")."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert torch.cuda._utils._get_device_index(choose_device(name)) == index
+
+
 def test_a_checkpoint_without_a_tokenizer_is_rejected(both, tmp_path):
     for file in both["dense"].iterdir():
         if file.name != "hf":

@@ -63,11 +63,15 @@ def test_no_score_matrix_is_saved_for_the_backward_pass(attentions) -> None:
 
 
 def test_tokens_attend_within_their_document_only(attentions) -> None:
+    from moelpr.model.attention import document_edges
+
     ours, _ = attentions
     inputs, same = query_key_value(), query_key_value()
     lengths = [[40], [1, 30, 9], [13, 13, 13, 1]]  # of the documents in each sequence of the batch
     positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
-    found = ours(*inputs, positions)
+    edges = document_edges(positions)
+    assert edges.tolist() == [0, 40, 41, 71, 80, 93, 106, 119, 120]
+    found = ours(*inputs, edges)
     for row, documents in enumerate(lengths):
         start = 0
         for length in documents:
@@ -86,7 +90,7 @@ def test_a_window_is_a_number_of_previous_tokens(dense_spec: ModelSpec, window: 
     """Megatron's window counts the tokens before the token itself."""
     from megatron.core.transformer.enums import AttnMaskType
 
-    from moelpr.model.attention import SDPACoreAttention
+    from moelpr.model.attention import SDPACoreAttention, document_edges
     from moelpr.model.loading import transformer_config
 
     config = transformer_config(dense_spec, window_size=(window, 0))
@@ -99,5 +103,5 @@ def test_a_window_is_a_number_of_previous_tokens(dense_spec: ModelSpec, window: 
     scores = torch.einsum("sbhd,tbhd->bhst", query, key.repeat_interleave(2, dim=2)) / HEAD_DIM**0.5
     weights = scores.masked_fill(~is_seen, -torch.inf).softmax(-1)
     expected = torch.einsum("bhst,tbhd->sbhd", weights, value.repeat_interleave(2, dim=2)).flatten(2)
-    found = ours(query, key, value, positions.expand(BATCH, -1) if apart else None)
+    found = ours(query, key, value, document_edges(positions.expand(BATCH, -1)) if apart else None)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

@@ -62,7 +62,7 @@ def test_document_masking_requires_our_attention(
 ) -> None:
     from megatron.training.argument_utils import core_transformer_config_from_args
 
-    from moelpr.arguments import settings
+    from moelpr.arguments import kernels
     from moelpr.data.dataset import dataset_config
     from moelpr.megatron_patches import cpu
     from moelpr.model.config import MoELPRConfig
@@ -72,7 +72,7 @@ def test_document_masking_requires_our_attention(
         assert dataset_config(args).inter_document_masking == is_on
         config = core_transformer_config_from_args(args, config_class=MoELPRConfig)
         assert config.dataloader_inter_document_masking == is_on
-    monkeypatch.setattr(settings, "is_installed", lambda module: module == "transformer_engine")
+    monkeypatch.setattr(kernels, "is_installed", lambda module: module == "transformer_engine")
     with monkeypatch.context() as gpu:
         gpu.setattr(cpu, "is_needed", lambda: False)
         (found,) = problems("stage1", upcycled, MASKING)

@@ -94,9 +94,13 @@ def test_stage_2_without_stage_1_is_logged_and_not_rejected(upcycled: str, make_
     [
         (["--moe-router-load-balancing-type", "sinkhorn"], "--moe-router-load-balancing-type must be aux_loss", ""),
         (["--moe-token-dispatcher-type", "allgather"], "--moe-token-dispatcher-type must be alltoall", "remove"),
-        (["--moe-token-dispatcher-type=flex"], "--moe-token-dispatcher-type must be alltoall", "remove"),
         (["--moe-router-pre-softmax"], "--moe-router-pre-softmax must be False", "remove"),
         (["--moe-aux-loss-coeff=0.5"], "--moe-aux-loss-coeff", "--balance-loss-coeff"),
+        (["--moe-token-dispatcher-type=flex"], "--moe-token-dispatcher-type must be alltoall", "will be"),
+        (["--moe-enable-deepep"], "--moe-enable-deepep", "remove"),
+        (["--mlp-chunks-for-training", "2"], "--mlp-chunks-for-training must be 1", "language bits"),
+        (["--use-te-activation-func"], "--use-te-activation-func must be False", "remove"),
+        (["--cuda-graph-impl", "local"], "--cuda-graph-impl must be none", "docs/design/gpu.md"),
         (["--fp8-format", "hybrid"], "--fp8-format", "remove"),
         (["--fp4-format", "e2m1"], "--fp4-format", "remove"),
         (["--lpr-loss-coeff", "-0.1"], "--lpr-loss-coeff must be at least 0, got -0.1", "0"),
@@ -143,15 +147,17 @@ def test_both_losses_can_be_combined(upcycled: str, accepted) -> None:
     [
         ["--context-parallel-size", "--attention-dropout"],
         ["--moe-grouped-gemm"],
+        ["--moe-permute-fusion"],
+        ["--moe-router-fusion"],
         ["--use-precision-aware-optimizer", "--use-distributed-optimizer"],
     ],
 )
 def test_flags_that_need_transformer_engine_are_rejected_without_it(
     upcycled: str, problems, monkeypatch: pytest.MonkeyPatch, flags: list[str]
 ) -> None:
-    from moelpr.arguments import settings
+    from moelpr.arguments import kernels
 
-    monkeypatch.setattr(settings, "is_installed", lambda module: False)
+    monkeypatch.setattr(kernels, "is_installed", lambda module: False)
     values = {"--context-parallel-size": ["2"], "--attention-dropout": ["0.1"]}
     argv = [item for flag in flags for item in (flag, *values.get(flag, []))]
     found = problems("stage1", upcycled, *argv, ranks=2 if len(flags) == 2 and flags[0] in values else 1)

@@ -112,6 +112,19 @@ TABLE = {
     "flat buffers, overlap": (
         FLAT, ["--use-distributed-optimizer", "--overlap-grad-reduce"], 1, "no --overlap-grad-reduce",
     ),
+    "flat buffers, another kernel of the experts": (
+        {**FLAT, "moe_grouped_gemm": True}, ["--use-distributed-optimizer"], 1, "--moe-grouped-gemm",
+    ),
+    "reshardable, another kernel of the experts": (
+        {**RESHARDABLE, "moe_grouped_gemm": True}, ["--use-distributed-optimizer"], 1, None,
+    ),
+    "flat buffers, another implementation of what is frozen": (
+        {**FLAT, "transformer_impl": "transformer_engine"}, ["--use-distributed-optimizer"], 1, None,
+    ),
+    "flat buffers, another implementation of what trains": (
+        {**FLAT, "transformer_impl": "transformer_engine", "train_everything": True},
+        ["--use-distributed-optimizer", "--train-everything"], 1, "--transformer-impl transformer_engine",
+    ),
     "reshardable, a pipeline": (RESHARDABLE, ["--use-distributed-optimizer", PP, "3"], 3, None),
     "reshardable, experts spread out": (RESHARDABLE, ["--use-distributed-optimizer", EP, "2"], 2, None),
     "another optimizer": ({}, ["--use-distributed-optimizer"], 1, "no --use-distributed-optimizer"),

@@ -1,0 +1,99 @@
+"""MoE-LPR in stock transformers: Qwen2Moe with grouped_mm, and a mask for the gradient of the original experts.
+
+What a user can do with `transformers` alone: freeze everything but routers and experts, and set the gradient of the
+first P experts, which are stacked with the others, to zero. The balance loss is that of transformers, which pools the
+layers. Without weight decay, which would move the masked experts.
+"""
+
+import warnings
+
+import torch
+from torch import Tensor
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
+
+from moelpr.families.families import family_named
+from moelpr.model_spec import ModelSpec
+
+
+class Router(Qwen2MoeTopKRouter):
+    """The stock router, whose linear map is a method so that `benchmarks.routing.impose` can replace it."""
+
+    def gating(self, hidden_TH: Tensor) -> Tensor:
+        """Logits [T, E]."""
+        return torch.nn.functional.linear(hidden_TH, self.weight)
+
+    def forward(self, hidden_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits_TE = self.gating(hidden_TH)
+        scores_TE = torch.softmax(logits_TE, dim=-1, dtype=torch.float)
+        weights_TK, choices_TK = torch.topk(scores_TE, self.top_k, dim=-1)
+        weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+        return logits_TE, weights_TK.to(logits_TE.dtype), choices_TK
+
+
+def build(spec: ModelSpec) -> Qwen2MoeForCausalLM:
+    """A randomly initialized model of `spec`'s shape, every layer an MoE layer, in spec.dtype."""
+    config = Qwen2MoeConfig(**family_named(spec.family).export_config({}, spec, spec.dtype), use_cache=False)
+    config._attn_implementation, config._experts_implementation = "sdpa", "grouped_mm"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # the shared expert has size 0
+        model = Qwen2MoeForCausalLM(config)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.mlp.gate.weight, std=config.initializer_range)
+        layer.mlp.gate.__class__ = Router
+    return model.to(getattr(torch, spec.dtype))
+
+
+def freeze(model: Qwen2MoeForCausalLM, stage: str, num_original: int) -> None:
+    """stage1: routers and new experts train; stage2: only routers."""
+
+    def mask(gradient: Tensor) -> Tensor:
+        gradient[:num_original].zero_()
+        return gradient
+
+    model.requires_grad_(False)
+    for layer in model.model.layers:
+        layer.mlp.gate.requires_grad_(True)
+        if stage == "stage1":
+            for weight in (layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj):
+                weight.requires_grad_(True)
+                weight.register_hook(mask)
+
+
+class StockStep:
+    """One training step: forward, backward, clip at norm 1, AdamW."""
+
+    def __init__(self, spec: ModelSpec, stage: str, batch: dict[str, Tensor]) -> None:
+        assert spec.moe is not None and len(spec.moe.layers) == spec.megatron_args["num_layers"]
+        self.num_original, self.batch = spec.moe.num_original_places, batch
+        self.model = build(spec).to(batch["tokens"].device).train()
+        freeze(self.model, stage, self.num_original)
+        self.alpha, self.gamma = (0.01, 0.0) if stage == "stage1" else (0.0, 0.1)
+        self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trainable, lr=1e-5, betas=(0.9, 0.95), weight_decay=0, fused=True)
+
+    @property
+    def routers(self) -> list[Router]:
+        return [layer.mlp.gate for layer in self.model.model.layers]
+
+    def loss(self) -> tuple[Tensor, Tensor]:
+        """(what is minimized, its next-token part)."""
+        output = self.model(self.batch["tokens"], output_router_logits=True)
+        next_token = torch.nn.functional.cross_entropy(
+            output.logits.float().flatten(0, 1), self.batch["labels"].flatten()
+        )
+        if self.alpha:
+            return next_token + self.alpha * output.aux_loss, next_token
+        is_original_T = self.batch["is_original"].bool().flatten()
+        logits_LTE = torch.stack(output.router_logits)[:, is_original_T].float()
+        lpr = logits_LTE.logsumexp(-1) - logits_LTE[..., : self.num_original].logsumexp(-1)
+        return next_token + self.gamma * lpr.mean(), next_token
+
+    def __call__(self) -> float:
+        """Run the step; returns the next-token loss before it."""
+        total, next_token = self.loss()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(self.trainable, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return next_token.item()

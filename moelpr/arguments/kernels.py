@@ -1,0 +1,83 @@
+"""The kernels of a run: the fastest that this machine has, and one line that names them (docs/design/gpu.md)."""
+
+import argparse
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from moelpr.megatron_patches import cpu
+
+_DENSE = ("attention", "optimizer")  # parts of a model without experts
+INSTALL = "pip install --constraint constraints.txt --no-build-isolation --editable '.[gpu]'"
+
+
+def choose_kernels(args: argparse.Namespace, record: Mapping[str, Any] | None = None) -> None:
+    """Replace defaults by what is faster on this machine.
+
+    Args:
+        args: the settings, whose dtype is final.
+        record: those of the run that is resumed, whose optimizer state may depend on the experts' kernel.
+    """
+    if args.transformer_impl == "transformer_engine" and not is_installed("transformer_engine"):
+        args.transformer_impl = "local"
+    wants_fused_gradients = args.gradient_accumulation_fusion
+    # Megatron's own linear layers (original experts, output layer) need Apex for it, even with Transformer Engine.
+    args.gradient_accumulation_fusion = wants_fused_gradients and is_installed("fused_weight_gradient_mlp_cuda")
+    if args.transformer_impl == "local":
+        args.no_persist_layer_norm = True
+        args.apply_rope_fusion = args.masked_softmax_fusion = False
+    elif args.num_experts and not cpu.is_needed():
+        args.moe_permute_fusion |= _fuses_permutation()
+        prefers_te = not grouped_mm_is_fast(args) if record is None else bool(record.get("moe_grouped_gemm"))
+        args.moe_grouped_gemm |= prefers_te
+    args.fuse_expert_gradients = wants_fused_gradients and args.moe_grouped_gemm
+
+
+def grouped_mm_is_fast(args: argparse.Namespace) -> bool:
+    """Whether torch computes grouped_mm in one kernel; otherwise it waits for the GPU and calls one per expert.
+
+    As of torch 2.15: for bf16 on Hopper and on the data center GPUs of Blackwell.
+    """
+    return bool(args.bf16) and torch.cuda.get_device_capability()[0] in (9, 10)
+
+
+def describe_kernels(args: argparse.Namespace) -> str:
+    """One line: which kernels the run uses, and what faster ones would need."""
+    is_cpu, has_experts, uses_te = cpu.is_needed(), bool(args.num_experts), args.transformer_impl != "local"
+    is_slow = has_experts and not is_cpu and not args.moe_grouped_gemm and not grouped_mm_is_fast(args)
+    uses_varlen = args.dataloader_inter_document_masking and args.bf16 and not is_cpu
+    te_experts, torch_experts = "Transformer Engine's grouped linear layers", "torch grouped_mm"
+    parts = {
+        "experts": te_experts if args.moe_grouped_gemm else torch_experts + " in a loop" * is_slow,
+        "attention": "Transformer Engine" if uses_te else "torch varlen" if uses_varlen else "torch scaled dot product",
+        "optimizer": _optimizer(args),
+        "dispatcher": f"all-to-all with {'Transformer Engine' if args.moe_permute_fusion else 'torch'}'s permutation",
+    }
+    line = "; ".join(f"{part}: {kernel}" for part, kernel in parts.items() if has_experts or part in _DENSE)
+    if is_cpu:
+        return f"{line}; faster: a GPU"
+    if not uses_te:
+        how = "remove --transformer-impl local" if is_installed("transformer_engine") else INSTALL
+        return f"{line}; faster: Transformer Engine{' also for the experts on this GPU' * is_slow} ({how})"
+    return f"{line}; faster: --moe-grouped-gemm, with --no-load-optim" if is_slow else line
+
+
+def is_installed(module: str) -> bool:
+    """Whether a Python module can be imported."""
+    return importlib.util.find_spec(module) is not None
+
+
+def _fuses_permutation() -> bool:
+    from megatron.core.utils import is_te_min_version
+
+    return is_te_min_version("2.1.0")
+
+
+def _optimizer(args: argparse.Namespace) -> str:
+    """Megatron takes the first fused Adam that is installed."""
+    if args.optimizer != "adam":
+        return args.optimizer
+    owners = {"transformer_engine": "Transformer Engine", "apex": "Apex"}
+    return f"{next((owner for module, owner in owners.items() if is_installed(module)), 'torch')}'s fused Adam"

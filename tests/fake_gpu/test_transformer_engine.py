@@ -1,0 +1,76 @@
+"""The trainer with Transformer Engine's layers (a stand-in) trains what it trains without, and resumes either way."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from benchmarks import common
+from moelpr.torch_dist import TorchDistReader
+from tests.distributed import layout_runs
+from tests.distributed.layout_runs import LAYOUTS, OPTIMIZER, STEPS, TOLERANCE
+
+LOCAL = "--transformer-impl local"
+TE = "--transformer-impl transformer_engine"
+FUSED = f"{TE} --moe-grouped-gemm --moe-permute-fusion --moe-router-fusion"
+RESHARDABLE = f"{OPTIMIZER} --dist-ckpt-optim-fully-reshardable"
+HALF = f"--exit-interval {STEPS - 1}"
+
+# Run → flags of each start, of which all but the last stop before the last step. The CPU path has no data workers.
+RUNS = {
+    "local": [LOCAL],
+    "all fused, data workers": [f"{FUSED} {OPTIMIZER} --num-workers 2"],
+    "local, then all fused": [f"{LOCAL} {RESHARDABLE} {HALF}", f"{FUSED} {RESHARDABLE}"],
+    "all fused, then local": [f"{FUSED} {HALF}", LOCAL],
+    "Transformer Engine, then local": [f"{TE} {HALF}", LOCAL],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("transformer-engine")
+    config = common.qwen2_config(4, 32, 48, layout_runs.VOCAB_SIZE, length=64)
+    dense = common.save_random_model(config, folder / "dense")
+    common.upcycle(dense, folder / LAYOUTS["1"].model, 4, random=True, original_copies=2)
+    layout_runs.make_corpora(folder)
+    commands = [
+        [*layout_runs.trainer_arguments(folder, LAYOUTS["1"], "stage1", folder / name), "--num-workers", "0", *words]
+        for name, starts in RUNS.items()
+        for words in map(str.split, starts)
+    ]
+    plan = folder / "commands.json"
+    common.write_json(commands, plan)
+    common.run_ranks(1, "tests.fake_gpu.train_with_stub", plan, log=folder / "log", timeout_s=280)
+    return folder
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "local"])
+def test_every_kernel_trains_the_same_model(folder: Path, name: str) -> None:
+    """Losses, gradient norms and weights; also if the run was stopped and resumed with other kernels."""
+    assert layout_runs.difference(folder / name, folder / "local").worst <= TOLERANCE
+
+
+def test_the_runs_used_the_kernels(folder: Path) -> None:
+    log = (folder / "log").read_text()
+    for line, number in {
+        "experts: Transformer Engine's grouped linear layers; attention: Transformer Engine; ": 3,
+        "experts: torch grouped_mm; attention: Transformer Engine; ": 1,
+        "dispatcher: all-to-all with Transformer Engine's permutation": 3,
+    }.items():
+        assert log.count(line) == number, line
+    settings = yaml.safe_load((folder / "all fused, data workers" / "recipe.yaml").read_text())
+    assert settings["fuse_expert_gradients"] and settings["num_workers"] == 2
+
+
+def test_every_checkpoint_was_loaded_strictly(folder: Path) -> None:
+    """Megatron prints this if it has loaded a model laxly, which hides keys that do not match."""
+    assert "load_return" not in (folder / "log").read_text()
+
+
+def test_all_kernels_save_the_same_tensors(folder: Path) -> None:
+    plain, fused = (
+        {key for key in TorchDistReader(folder / name / f"iter_{STEPS:07d}").keys if "optimizer." not in key}
+        for name in ("local", "all fused, data workers")
+    )
+    assert fused == plain
+    assert not any("_extra_state" in key for key in plain)

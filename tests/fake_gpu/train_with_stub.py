@@ -1,0 +1,13 @@
+"""tests.distributed.train_many with the stand-in for Transformer Engine, and with what else only GPU machines use."""
+
+from moelpr.megatron_patches import cpu
+from tests.fake_gpu import transformer_engine_stub
+
+transformer_engine_stub.install()  # before Megatron is imported
+for name in ("transformer_impl", "gradient_accumulation_fusion", "num_workers"):
+    del cpu.CPU_ARGUMENTS[name]
+
+if __name__ == "__main__":
+    from tests.distributed.train_many import main
+
+    main()

@@ -3,7 +3,7 @@
 SHELL_SCRIPTS := .ci/run $(shell find launch tests -name '*.sh' -o -name '*.sbatch')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slurm test-browser check format venv clean
+.PHONY: help demo test test-slurm test-browser test-faults check format venv clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -21,6 +21,9 @@ test-slurm: venv ## two pretend nodes of a real Slurm on this machine; as root, 
 test-browser: venv ## reports in a real Chromium; as root, installs Debian's packages
 	@tests/browser/install.sh
 	.venv/bin/python -m pytest -m browser tests/browser
+
+test-faults: venv ## kills, damaged and hostile files, full disks; FAULTS="--seed 2 --minutes 60" for a longer one
+	.venv/bin/python -m tests.faults $(FAULTS)
 
 check: venv ## format, lint, types and imports
 	.venv/bin/python -m ruff format --check .

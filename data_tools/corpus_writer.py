@@ -143,6 +143,7 @@ class CorpusWriter:
         self._lock = ExitStack()
         if self._removes_folder:
             self._lock.enter_context(locked(self._folder / LOCK_FILE, self.prefix))
+            refuse_existing(list(CorpusPaths.of(prefix)), overwrite)  # again: another writer may just have ended
             empty(self._folder)
         self._unfinished = CorpusPaths.of(self._folder / name)
         self._parts = [self._folder / f"{name}.{part}" for part in ("bin", "lengths", "ends", "runs")]

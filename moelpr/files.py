@@ -145,6 +145,8 @@ def locked(lock_file: Path, output: Path | str) -> Iterator[None]:
         lock.acquire()
     except filelock.Timeout:
         raise UserError(f"another process is writing {output}; wait for it, or choose another name") from None
+    except FileNotFoundError:  # it has just removed its folder
+        raise UserError(f"another process has just written {output}; use that, or choose another name") from None
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             raise

@@ -79,7 +79,7 @@ def read_versioned[T](path: Path, version: int, build: Callable[..., T]) -> T:
         return build(**content)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path} is damaged or from another program: {error}") from error
 
 

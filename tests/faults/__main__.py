@@ -11,27 +11,25 @@ started as usual. docs/reliability.md has the counts of the last long campaign.
 
 import os
 
-# Set before torch is imported: a fork has only one thread.
+# Set before torch is imported, as a fork has only one thread.
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"  # the other one has a thread
 
 import argparse
 import gc
-import json
 import shutil
 import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks.common import install_megatron, print_table
 from moelpr.errors import UserError, run_command
 from moelpr.machine import available_cpus
-
-Counts = dict[str, Counter[str]]  # kind -> outcome -> number of cases
 
 
 def main() -> None:
@@ -64,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--seed", type=int, default=1, metavar="N", help="of all random choices (default: %(default)s)")
-    add("--minutes", type=float, default=9.0, metavar="X", help="time for new cases to start (default: %(default)s)")
+    add("--minutes", type=float, default=8.0, metavar="X", help="time for new cases to start (default: %(default)s)")
     add("--kinds", nargs="+", metavar="KIND", help="kinds of cases (default: all)")
     add("--case", type=kind_and_number, metavar="KIND:NUMBER", help="repeat one case of this --seed")
     add("--first", type=int, default=0, metavar="N", help="number of each kind's first case (default: %(default)s)")
@@ -80,13 +78,12 @@ def kind_and_number(text: str) -> tuple[str, int]:
 
 def import_everything() -> None:
     """What the commands import, so that their forks start at once."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about optional packages
-        install_megatron()
-        from tests.faults.commands import COMMANDS
+    warnings.simplefilter("ignore")  # about optional packages, and forks beside a thread of pyarrow's allocator
+    install_megatron()
+    from tests.faults.commands import COMMANDS
 
-        for module in (*(command.module for command in COMMANDS.values() if command.module), *_IMPORTED_LATER):
-            import_module(module)
+    for module in (*(command.module for command in COMMANDS.values() if command.module), *_IMPORTED_LATER):
+        import_module(module)
     gc.collect()
     gc.freeze()  # the collector would copy all pages of a fork
 
@@ -100,7 +97,7 @@ _IMPORTED_LATER = (
 
 
 class Campaign:
-    """Cases of several kinds, each in a fork of this process."""
+    """Cases of several kinds, in forks of this process."""
 
     def __init__(self, folder: Path, seed: int, kinds: list[str] | None) -> None:
         from tests.faults.cases import KINDS, why_no_disk
@@ -112,60 +109,46 @@ class Campaign:
             print(f"full disks are left out: {why}")
             del self._kinds["full disks"]
         self._folder, self._seed = folder, seed
-        self._counts: Counts = {name: Counter() for name in self._kinds}
+        self._counts: dict[str, Counter[str]] = {name: Counter() for name in self._kinds}
         self._spent_s: Counter[str] = Counter()
-        self._running: dict[int, tuple[str, int, float]] = {}  # process -> kind, number, start
+        self._running: dict[Future[tuple[str, str]], tuple[str, int, float]] = {}  # kind, number, start
 
     def run(self, end_s: float, workers: int, first: int) -> int:
         """Start cases until `end_s` (of the monotonic clock); returns the number of failures."""
         next_number = dict.fromkeys(self._kinds, first)
-        while time.monotonic() < end_s or self._running:
-            if time.monotonic() < end_s and len(self._running) < workers:
-                # The kind that has had the least time of what it should have.
-                kind = min(self._kinds, key=lambda name: self._time_of(name) / self._kinds[name].weight)
-                self._start(kind, next_number[kind])
-                next_number[kind] += 1
-            else:
-                self._wait()
+        with ProcessPoolExecutor(workers, get_context("fork")) as pool:
+            while time.monotonic() < end_s or self._running:
+                if time.monotonic() < end_s and len(self._running) < workers:
+                    # The kind that has had the least time of what it should have.
+                    kind = min(self._kinds, key=lambda name: self._time_of(name) / self._kinds[name].weight)
+                    self._start(pool, kind, next_number[kind])
+                    next_number[kind] += 1
+                else:
+                    self._finish_one()
         return sum(counts["failed"] for counts in self._counts.values())
 
     def repeat(self, kind: str, number: int) -> int:
-        self._start(kind, number)
-        self._wait()
-        print(*(f"{kind}: {outcome}" for outcome in self._counts[kind]))
+        with ProcessPoolExecutor(1, get_context("fork")) as pool:
+            self._start(pool, kind, number)
+            self._finish_one()
+        print(f"{kind}: {', '.join(self._counts[kind])}")
         return self._counts[kind]["failed"]
 
     def _time_of(self, kind: str) -> float:
         now = time.monotonic()
         return self._spent_s[kind] + sum(now - start for name, _, start in self._running.values() if name == kind)
 
-    def _start(self, kind: str, number: int) -> None:
-        if (pid := os.fork()) == 0:
-            self._become_case(kind, number)
-        self._running[pid] = kind, number, time.monotonic()
-
-    def _become_case(self, kind: str, number: int) -> None:
-        """Try a case in this fork, and write how it ended to a file."""
+    def _start(self, pool: ProcessPoolExecutor, kind: str, number: int) -> None:
         from tests.faults.cases import Case, try_case
 
-        try:
-            folder = self._folder / f"{kind}-{number}".replace(" ", "-")
-            folder.mkdir()
-            outcome, words = try_case(Case(kind, self._seed, number, folder, self._folder / "material"))
-            folder.with_suffix(".json").write_text(json.dumps([outcome, words]))
-        except BaseException:
-            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
-        finally:
-            os._exit(0)
+        case = Case(kind, self._seed, number, self._folder / f"{kind} {number}", self._folder / "material")
+        self._running[pool.submit(try_case, case)] = kind, number, time.monotonic()
 
-    def _wait(self) -> None:
-        """For the end of any case."""
-        pid, _ = os.wait()
-        kind, number, start = self._running.pop(pid)
+    def _finish_one(self) -> None:
+        done = wait(self._running, return_when=FIRST_COMPLETED).done.pop()
+        kind, number, start = self._running.pop(done)
         self._spent_s[kind] += time.monotonic() - start
-        report = self._folder / f"{kind}-{number}.json".replace(" ", "-")
-        outcome, words = json.loads(report.read_text()) if report.exists() else ("failed", "the campaign itself failed")
-        report.unlink(missing_ok=True)
+        outcome, words = done.result()
         self._counts[kind][outcome] += 1
         if outcome == "failed":
             again = f'.venv/bin/python -m tests.faults --seed {self._seed} --case "{kind}:{number}"'

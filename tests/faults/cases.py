@@ -4,12 +4,12 @@ A case is a kind, a seed and a number, and can be repeated from these three. It 
 sentence with exit code 1 or 2, or raises `Failure`.
 """
 
-import os
 import re
 import shutil
 import signal
 import subprocess
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -49,7 +49,7 @@ class Outcome(StrEnum):
 
 @dataclass
 class Case:
-    """One case, and its folder, which is empty.
+    """One case, and its folder.
 
     Attributes:
         notes: what was done, to be printed if the case fails.
@@ -203,20 +203,20 @@ def wrong_arguments(case: Case) -> Outcome:
     slow = ("evaluate", "report", "train", "resume")
     name = case.random.choices(names, [0.1 if candidate.startswith(slow) else 1 for candidate in names])[0]
     case.prepare(name)
-    flags = re.findall(r"(?<![\w-])--[a-z][\w-]+", help_of(name, case.material))
+    flags = re.findall(r"(?<![\w-])--[a-z][\w-]+", help_of(name, case))
     words, how = change_words(COMMANDS[name].words, sorted({*flags} - {"--debug"}), case.random)
     case.notes.append(how)
     ended = run(COMMANDS[name], case.box, words)
     return case.judge(ended, anything, case.box)
 
 
-def help_of(name: str, material: Path) -> str:
-    file = material / f"help of {COMMANDS[name].module}"
+def help_of(name: str, case: Case) -> str:
+    """What --help prints, which names all flags; it is asked for once."""
+    file = case.material / f"help of {COMMANDS[name].module}"
     if not file.exists():
-        box = material / f"help-{os.getpid()}" / "box"
+        box = case.folder / "help" / "box"
         box.mkdir(parents=True)
-        text = run(COMMANDS[name], box, ["--help"]).output
-        file.write_text(text)
+        file.write_text(run(COMMANDS[name], box, ["--help"]).output)
     return file.read_text()
 
 
@@ -395,10 +395,13 @@ KINDS = {
 
 def try_case(case: Case) -> tuple[Outcome, str]:
     """How a case ended, and what there is to say about it."""
+    case.folder.mkdir()
     try:
         return KINDS[case.kind].try_case(case), ""
     except Failure as failure:
         return Outcome.FAILED, f"{'; '.join(case.notes)}\n    {failure}"
+    except Exception:
+        return Outcome.FAILED, f"{'; '.join(case.notes)}\n    the campaign itself failed: {traceback.format_exc()}"
     finally:
         shutil.rmtree(case.folder, ignore_errors=True)
 

@@ -6,7 +6,6 @@ below `out`.
 
 import hashlib
 import json
-import os
 import shutil
 import socket
 import sys
@@ -19,7 +18,7 @@ from benchmarks.common import ROOT
 from tests.faults.processes import Ended, Running
 
 _PREPROCESS = (
-    "--input {} --language-key lang --original-languages en --output-prefix out/a --append-eod --workers 2 "
+    "--input {} --language-key lang --original-languages en --output-prefix out/a --append-eod --workers 1 "
     "--tokenizer-type HuggingFaceTokenizer --tokenizer-model hf"
 )
 _TRAIN = (
@@ -53,7 +52,7 @@ class Command:
 COMMANDS = {
     "preprocess": Command("data_tools.preprocess_data", _PREPROCESS.format("text/text.jsonl"), "text hf"),
     "preprocess a large file": Command(
-        "data_tools.preprocess_data", _PREPROCESS.format("large.jsonl"), "large.jsonl hf"
+        "data_tools.preprocess_data", f"{_PREPROCESS.format('large.jsonl')} --workers 2", "large.jsonl hf"
     ),
     "sentencepiece": Command(
         "data_tools.preprocess_data",
@@ -150,9 +149,7 @@ def start(command: Command, box: Path, words: list[str] | None = None, name: str
     words = command.words if words is None else words
     if command.script:
         return launch(command, box, words)
-    if command.arguments == _TRAIN:
-        _become_rank()
-    return Running.forked(command.module, words, box, name)
+    return Running.forked(command.module, words, box, name, _single_rank() if command.arguments == _TRAIN else {})
 
 
 def launch(command: Command, box: Path, words: list[str]) -> Running:
@@ -166,12 +163,11 @@ def run(command: Command, box: Path, words: list[str] | None = None) -> Ended:
     return start(command, box, words).wait()
 
 
-def _become_rank() -> None:
-    """Set what torchrun would set for a single rank."""
+def _single_rank() -> dict[str, str]:
+    """The variables that torchrun would set."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    os.environ["MASTER_PORT"] = str(port)
+    return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def digests(folder: Path) -> dict[str, str]:

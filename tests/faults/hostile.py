@@ -63,11 +63,13 @@ def _pickle(path: Path, code: RunsCode, ran: Path, random: Random) -> None:
 
 
 def _torch(path: Path, code: RunsCode, ran: Path, random: Random) -> None:
-    torch.save({"weight": code}, path)
+    with path.open("wb") as file:  # torch refuses some names
+        torch.save({"weight": code}, file)
 
 
 def _torch_legacy(path: Path, code: RunsCode, ran: Path, random: Random) -> None:
-    torch.save([code], path, _use_new_zipfile_serialization=False)
+    with path.open("wb") as file:
+        torch.save([code], file, _use_new_zipfile_serialization=False)
 
 
 def _numpy(path: Path, code: RunsCode, ran: Path, random: Random) -> None:

@@ -7,7 +7,7 @@ import lzma
 from pathlib import Path
 from typing import Any
 
-from tests.faults.commands import Judge, same_print
+from tests.faults.commands import Judge, same_corpus, same_print
 
 
 def right_text(file: str) -> Judge:
@@ -16,6 +16,8 @@ def right_text(file: str) -> Judge:
     def is_right(box: Path, other: Path) -> bool:
         from tokenizers import Tokenizer
 
+        if any((box / file).read_bytes() == archive.read_bytes() for archive in (other / "text").iterdir()):
+            return same_corpus(box, other)  # another archive of the same lines: readers don't go by the name
         rows = documents(box / file)
         if rows is None or not all(isinstance(language, str) for _, language in rows):
             return False  # it should have been refused

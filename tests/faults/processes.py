@@ -8,7 +8,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -87,9 +87,11 @@ class Running:
         self._end = os.pidfd_open(self.pid)
 
     @classmethod
-    def forked(cls, module: str, words: Iterable[str], box: Path, name: str = "") -> "Running":
+    def forked(
+        cls, module: str, words: Iterable[str], box: Path, name: str = "", variables: Mapping[str, str] | None = None
+    ) -> "Running":
         """`main` of a module in a copy of this process, which has imported everything: starts within milliseconds."""
-        return cls(lambda: _run_main(module, list(words)), box, name)
+        return cls(lambda: _run_main(module, list(words), variables or {}), box, name)
 
     @classmethod
     def launched(cls, command: Iterable[str | Path], box: Path, **variables: str) -> "Running":
@@ -164,13 +166,14 @@ def _command_line(pid: int) -> str:
     return "ended meanwhile"
 
 
-def _run_main(module: str, words: list[str]) -> NoReturn:
+def _run_main(module: str, words: list[str], variables: Mapping[str, str]) -> NoReturn:
     """Turn this forked process into a command with limits; does not return."""
     sys.stdin, sys.stdout, sys.stderr = open(0, closefd=False), open(1, "w"), open(2, "w", 1)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, used + MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S))
     faulthandler.register(signal.SIGUSR2, file=2)
+    os.environ |= variables
     sys.argv[:] = [module.rsplit(".", 1)[-1], *words]
     os._exit(_exit_code(import_module(module).main))
 

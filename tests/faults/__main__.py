@@ -150,6 +150,8 @@ class Campaign:
         self._spent_s[kind] += time.monotonic() - start
         outcome, words = done.result()
         self._counts[kind][outcome] += 1
+        if (total := sum(counts.total() for counts in self._counts.values())) % 200 == 0:
+            print(f"{total:,} cases", flush=True)
         if outcome == "failed":
             again = f'.venv/bin/python -m tests.faults --seed {self._seed} --case "{kind}:{number}"'
             print(f"\nFAILED {kind} {number}: {words}\n    {again}", flush=True)

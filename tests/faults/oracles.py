@@ -14,14 +14,12 @@ def right_text(file: str) -> Judge:
     """The corpus has the lines of the file as Python's json reads them."""
 
     def is_right(box: Path, other: Path) -> bool:
-        from tokenizers import Tokenizer
-
         if any((box / file).read_bytes() == archive.read_bytes() for archive in (other / "text").iterdir()):
             return same_corpus(box, other)  # another archive of the same lines: readers don't go by the name
         rows = documents(box / file)
         if rows is None or not all(isinstance(language, str) for _, language in rows):
             return False  # it should have been refused
-        return corpus(box) == expected_corpus(Tokenizer.from_file(str(box / "hf/tokenizer.json")), rows)
+        return corpus(box) == expected_corpus(box, rows)
 
     return is_right
 
@@ -36,18 +34,15 @@ def right_scores(box: Path, other: Path) -> bool:
 
 
 def right_tokens(box: Path, other: Path) -> bool:
-    """The tokens are those of the tokenizers library, except for the end of a document, which other files define."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(box / "hf/tokenizer.json"))
-    expected = expected_corpus(tokenizer, documents(box / "text/text.jsonl"))
-    return [(ids[:-1], bit) for ids, bit in corpus(box)] == [(ids[:-1], bit) for ids, bit in expected]
+    """The corpus has the tokens that transformers finds in its text, one at a time."""
+    return corpus(box) == expected_corpus(box, documents(box / "text/text.jsonl") or [])
 
 
-def expected_corpus(tokenizer: Any, rows: list[tuple[str, str]] | None) -> list[tuple[list[int], bool]]:
-    end = tokenizer.token_to_id("<|endoftext|>")
-    ids = [[*tokenizer.encode(text, add_special_tokens=False).ids, end] for text, _ in rows or []]
-    return [(tokens, language == "en") for tokens, (_, language) in zip(ids, rows or [], strict=True)]
+def expected_corpus(box: Path, rows: list[tuple[str, Any]]) -> list[tuple[list[int], bool]]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(box / "hf")
+    return [([*tokenizer(text)["input_ids"], tokenizer.eos_token_id], language == "en") for text, language in rows]
 
 
 def corpus(box: Path) -> list[tuple[list[int], bool]]:

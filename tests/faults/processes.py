@@ -19,11 +19,12 @@ from typing import NoReturn
 
 from benchmarks.common import environment
 from moelpr.errors import run_command
+from moelpr.machine import available_cpus
 
 # More than any case needs; a command that takes more has read a size from a damaged file.
 MEMORY_BYTES = 4 << 30
 CPU_S = 60
-HANGS_AFTER_S = 150
+HANGS_AFTER_S = 150  # on a machine with a CPU for each process that wants one
 # Within which what belongs to a killed command must have ended (docs/reliability.md).
 ORPHANS_AFTER_S = 10
 
@@ -104,8 +105,9 @@ class Running:
     def is_over(self, timeout_s: float = 0) -> bool:
         return bool(select.select([self._end], [], [], timeout_s)[0])
 
-    def wait(self, timeout_s: float = HANGS_AFTER_S) -> Ended:
+    def wait(self) -> Ended:
         """Raises `Failure` if it hangs, or if one of its processes outlives it."""
+        timeout_s = HANGS_AFTER_S * max(1, os.getloadavg()[0] / available_cpus())
         if not self.is_over(timeout_s):
             where = self._stack()
             self.kill_all()

@@ -164,7 +164,7 @@ def adapter_to_mcore(
             yield piece.transform.to_megatron(read, sizes_of(spec)).to(target_dtype)
 
     num_bytes = target_dtype.itemsize * num_elements(plan)
-    with output_folder(save, num_bytes, [adapter, hf_path], spec=asdict(spec)) as (folder, bar):
+    with output_folder(save, overwrite, num_bytes, [adapter, hf_path], spec=asdict(spec)) as (folder, bar):
         write_checkpoint(folder, plan, spec, tensors, bar)
         copy_companions(hf_path, folder / HF_FOLDER)
         Origin(config.base_model or hf_path.resolve().name, adapter=adapter.resolve().name).write(folder)
@@ -236,7 +236,10 @@ def mcore_to_adapter(
     tensors = [(name, source.shape(hf_name)) for name, hf_name in hf_names.items()]
     target_dtype: torch.dtype = getattr(torch, dtype or spec.dtype)
     num_bytes = target_dtype.itemsize * sum(math.prod(shape) for _, shape in tensors)
-    with output_folder(save, num_bytes, [source.step_folder], adapter=vars(config), dtype=dtype) as (folder, bar):
+    with output_folder(save, overwrite, num_bytes, [source.step_folder], adapter=vars(config), dtype=dtype) as (
+        folder,
+        bar,
+    ):
         # PEFT reads a single file.
         write_weights(
             folder, tensors, target_dtype, math.inf, lambda name: source.read_finite(hf_names[name]), bar, STEM

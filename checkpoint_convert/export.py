@@ -83,10 +83,8 @@ def mcore_to_hf(
     tensors = [(name, source.shape(name)) for name in source.names if name in trained or not as_delta]
     num_bytes = target_dtype.itemsize * sum(math.prod(shape) for _, shape in tensors)
     settings = {"spec": asdict(spec), "dtype": dtype, "max_shard_bytes": max_shard_bytes, "delta": as_delta}
-    with output_folder(save, num_bytes, [source.step_folder], architecture=facts.architecture, **settings) as (
-        folder,
-        bar,
-    ):
+    settings["architecture"] = facts.architecture
+    with output_folder(save, overwrite, num_bytes, [source.step_folder], **settings) as (folder, bar):
         stem = DELTA_STEM if as_delta else MODEL_STEM
         write_weights(folder, tensors, target_dtype, max_shard_bytes, source.read_finite, bar, stem, not as_delta)
         if as_delta:
@@ -129,7 +127,7 @@ def whole_checkpoint(load: Path, save: Path, iteration: int | None = None, overw
     check_output(save, [load], overwrite, SIGNS)
     source = MegatronReader(load, iteration)
     num_bytes = sum(source.num_bytes(piece) for piece in source.pieces)
-    with output_folder(save, num_bytes, [source.step_folder]) as (folder, bar):
+    with output_folder(save, overwrite, num_bytes, [source.step_folder]) as (folder, bar):
         write_checkpoint(folder, source.pieces, source.spec, lambda todo: map(source.read_piece, todo), bar)
         if (load / HF_FOLDER).is_dir():
             shutil.copytree(load / HF_FOLDER, folder / HF_FOLDER)
@@ -262,7 +260,7 @@ def apply_delta(base: Path, delta: Path, save: Path, overwrite: bool = False) ->
                 raise fail(tensor, "is missing or has another shape")
     shapes = [(tensor.name, tensor.shape) for tensor in config.tensors]
     num_bytes = dtype.itemsize * sum(math.prod(shape) for _, shape in shapes)
-    with output_folder(save, num_bytes, [base, delta]) as (folder, bar):
+    with output_folder(save, overwrite, num_bytes, [base, delta]) as (folder, bar):
         write_weights(folder, shapes, dtype, config.max_shard_bytes, read, bar)
         _write_companions(folder, base, config.config, config.card)
     return config

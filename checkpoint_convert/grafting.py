@@ -249,7 +249,7 @@ def graft(
     target: torch.dtype = getattr(torch, reader.dtype)
     num_bytes = target.itemsize * sum(math.prod(shape) for _, shape in tensors)
     settings = {**asdict(record), "dtype": reader.dtype, "max_shard_bytes": max_shard_bytes}
-    with output_folder(save, num_bytes, list(sources), **settings) as (folder, bar):
+    with output_folder(save, overwrite, num_bytes, list(sources), **settings) as (folder, bar):
         write_weights(folder, tensors, target, max_shard_bytes, reader.read, bar)
         copy_companions(instruct.folder, folder, skip=(CONFIG_FILE, CARD_FILE))
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")

@@ -56,11 +56,12 @@ def check_output(save: Path, sources: list[Path], overwrite: bool, signs: tuple[
 
 @contextmanager
 def output_folder(
-    save: Path, num_bytes: int, sources: list[Path], **settings: object
+    save: Path, overwrite: bool, num_bytes: int, sources: list[Path], **settings: object
 ) -> Iterator[tuple[Path, "tqdm[None]"]]:
     """Yield a temporary folder that becomes `save` on success, and a progress bar in bytes (on a terminal only).
 
     Args:
+        overwrite: Whether it may replace an existing folder.
         num_bytes: Size of the weights; if the disk has less space than is missing, nothing is written.
         sources: Input folders; an interrupted conversion resumes if their files and `settings` are unchanged.
     """
@@ -78,6 +79,7 @@ def output_folder(
         resumable_directory(save, job) as folder,
         tqdm(total=num_bytes, desc=save.name, unit="B", unit_scale=True, disable=None) as bar,
     ):
+        refuse_existing([save], overwrite)  # again: a job that started before may just have ended
         yield folder, bar
 
 

@@ -100,7 +100,7 @@ def hf_to_mcore(
 
     plan = list(pieces(family.table, spec))
     num_bytes = getattr(torch, spec.dtype).itemsize * num_elements(plan)
-    with output_folder(save, num_bytes, [hf_path], spec=asdict(spec), start=asdict(start)) as (folder, bar):
+    with output_folder(save, overwrite, num_bytes, [hf_path], spec=asdict(spec), start=asdict(start)) as (folder, bar):
         write_checkpoint(folder, plan, spec, lambda todo: _starting_tensors(source, todo, spec, start), bar)
         copy_companions(hf_path, folder / HF_FOLDER)
         recorded = recorded or Model(hf_path, hf_path.resolve().name)

@@ -1,5 +1,6 @@
 """Writing a corpus: .bin and .idx in Megatron's format and .lang in ours, in constant memory."""
 
+import glob
 import os
 import shutil
 from collections.abc import Iterable
@@ -16,7 +17,16 @@ from moelpr.data.corpus_index import index_header
 from moelpr.data.language_bits import LanguageBitsWriter
 from moelpr.data.manifest import FileRecord, Manifest, manifest_path
 from moelpr.errors import UserError
-from moelpr.files import LOCK_FILE, empty, fsync_file, locked, make_folder, refuse_existing, temporary_name
+from moelpr.files import (
+    LOCK_FILE,
+    empty,
+    fsync_file,
+    locked,
+    make_folder,
+    refuse_existing,
+    remove_temporaries,
+    temporary_name,
+)
 
 _CHUNK = 1 << 16  # items of an index held in memory at once
 _BITS_AT_ONCE = 1 << 20
@@ -143,6 +153,7 @@ class CorpusWriter:
         self._lock = ExitStack()
         if self._removes_folder:
             self._lock.enter_context(locked(self._folder / LOCK_FILE, self.prefix))
+            refuse_existing(list(CorpusPaths.of(prefix)), overwrite)  # again: another writer may just have ended
             empty(self._folder)
         self._unfinished = CorpusPaths.of(self._folder / name)
         self._parts = [self._folder / f"{name}.{part}" for part in ("bin", "lengths", "ends", "runs")]
@@ -294,6 +305,7 @@ def commit_corpus(prefix: str | os.PathLike[str], folder: Path, manifest: Manife
         # Megatron caches sample indices beside the corpus by name and length, not by content.
         shutil.rmtree(paths.bin.with_suffix("") / "cache", ignore_errors=True)
     if manifest is not None:
+        remove_temporaries(paths.bin.parent, f".{glob.escape(manifest_path(prefix).name)}.tmp-*")
         manifest.write(prefix)
     for source, target in ((unfinished.bin, paths.bin), (unfinished.lang, paths.lang), (unfinished.idx, paths.idx)):
         if source.exists():

@@ -116,7 +116,7 @@ def step_folder(folder: Path, iteration: int | None = None) -> Path:
     tracker = folder / TRACKER_FILE
     if not tracker.is_file():
         raise UserError(f"{folder} is not a complete Megatron checkpoint: {TRACKER_FILE} is missing")
-    text = tracker.read_text().strip()
+    text = tracker.read_text(errors="replace").strip()
     if text != RELEASE and not text.isdecimal():
         raise UserError(f"{tracker} must contain an iteration or '{RELEASE}', got {text!r}")
     chosen = folder / (RELEASE if text == RELEASE else step_name(int(text)))

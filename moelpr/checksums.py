@@ -54,6 +54,10 @@ class FileSum:
     num_bytes: int
     crc32: str
 
+    def __post_init__(self) -> None:
+        if type(self.num_bytes) is not int or not isinstance(self.crc32, str):
+            raise ValueError(f"a file must have num_bytes and crc32, got {self.num_bytes!r} and {self.crc32!r}")
+
     @classmethod
     def of(cls, path: Path, bar: "tqdm[None] | None" = None) -> "FileSum":
         """Read the file. Does not keep Python's lock, so several threads read several files."""
@@ -111,7 +115,7 @@ class Verifier:
         """
         expected = self._unverified.pop(name, None)
         if expected is not None:
-            _compare(self._folder / name, FileSum.of(self._folder / name), expected, self._fix)
+            _compare(self._folder / name, _try_file(self._folder / name), expected, self._fix)
 
 
 def verify_folder(folder: Path, fix: str, is_expected: bool = False) -> None:
@@ -139,18 +143,18 @@ def sums_of(folder: Path, names: Iterable[str]) -> dict[str, FileSum | None]:
     total = sum((folder / name).stat().st_size for name in names if (folder / name).is_file())
     is_hidden = rank_and_world()[0] > 0 or None
     title = f"checksums of {folder}"
-
-    def try_file(name: str) -> FileSum | None:
-        try:
-            return FileSum.of(folder / name, bar)
-        except OSError:
-            return None
-
     with (
         tqdm(total=total, desc=title, unit="B", unit_scale=True, delay=2, disable=is_hidden) as bar,
         ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool,
     ):
-        return dict(zip(names, pool.map(try_file, names), strict=True))
+        return dict(zip(names, pool.map(lambda name: _try_file(folder / name, bar), names), strict=True))
+
+
+def _try_file(path: Path, bar: "tqdm[None] | None" = None) -> FileSum | None:
+    try:
+        return FileSum.of(path, bar)
+    except OSError:
+        return None
 
 
 def rank_and_world() -> tuple[int, int]:

@@ -55,8 +55,16 @@ def atomic_file(path: Path) -> Iterator[Path]:
         yield temporary
         fsync_file(temporary)
         os.replace(temporary, path)
+    except IsADirectoryError as error:
+        raise UserError(f"{path} is a folder, but a file is to be written there; remove it") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: Path, pattern: str = "**/.*.tmp-*") -> None:
+    """Remove what killed processes have left of atomic files; call it if no other process can be writing them."""
+    for path in folder.glob(pattern):
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -79,7 +87,7 @@ def read_versioned[T](path: Path, version: int, build: Callable[..., T]) -> T:
         return build(**content)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path} is damaged or from another program: {error}") from error
 
 
@@ -120,14 +128,15 @@ def resumable_directory(path: Path, job: str) -> Iterator[Path]:
         if not description.is_file() or description.read_text() != job:
             empty(partial)
             write_text(description, job)
+        remove_temporaries(partial)
         try:
             yield partial
         except UserError:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         description.unlink()
-        (partial / LOCK_FILE).unlink(missing_ok=True)
         _replace(path, partial)
+        (path / LOCK_FILE).unlink(missing_ok=True)  # not before: another job would lock and empty the folder
 
 
 @contextmanager
@@ -145,6 +154,8 @@ def locked(lock_file: Path, output: Path | str) -> Iterator[None]:
         lock.acquire()
     except filelock.Timeout:
         raise UserError(f"another process is writing {output}; wait for it, or choose another name") from None
+    except FileNotFoundError:  # it has just removed its folder
+        raise UserError(f"another process has just written {output}; use that, or choose another name") from None
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             raise

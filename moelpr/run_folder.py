@@ -41,7 +41,7 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
 def saved_step(folder: Path) -> int | None:
     """The last step that was saved in `folder`; None if there is none."""
     tracker = folder / TRACKER_FILE
-    text = tracker.read_text().strip() if tracker.is_file() else ""
+    text = tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
     return int(text) if text.isdecimal() else None
 
 

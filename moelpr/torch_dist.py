@@ -9,7 +9,9 @@ and `torch.save`/`torch.load(weights_only=True)`; PyTorch's and Megatron's loade
 import json
 import math
 import pickle
+import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -53,7 +55,8 @@ def read_metadata(folder: Path) -> Metadata:
     path = folder / METADATA_FILE
     try:
         with open(path, "rb") as file:
-            metadata = _MetadataUnpickler(file).load()
+            unpickler = _MetadataUnpickler(file)
+            metadata = unpickler.load()
         contents, places = dict(metadata.state_dict_metadata), dict(metadata.storage_data)
         outside = next(
             (p.relative_path for p in places.values() if Path(p.relative_path).name != p.relative_path), None
@@ -65,7 +68,15 @@ def read_metadata(folder: Path) -> Metadata:
             raise ValueError(f'"sharded_backend" must be torch_dist, got {found!r}')
     except Exception as error:  # a damaged pickle may raise any exception
         raise UserError(f"{path} is damaged ({error}); {fix}") from error
+    if unpickler.foreign:
+        _note_foreign(folder / METADATA_FILE, ", ".join(sorted(unpickler.foreign)))
     return Metadata(contents, storage_data=places)
+
+
+@cache
+def _note_foreign(path: Path, names: str) -> None:
+    if checksums.rank_and_world()[0] == 0:
+        print(f"moelpr: {path} names {names}, which is not part of a checkpoint and was not run", file=sys.stderr)
 
 
 def _slices(lower: list[int], upper: list[int], offsets: Sequence[int]) -> tuple[slice, ...]:
@@ -85,7 +96,11 @@ class _Ignored:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Unpickles the table of contents only: a checkpoint from an untrusted source must not run code."""
+    """Unpickles the table of contents only: a checkpoint from an untrusted source must not run code.
+
+    Attributes:
+        foreign: what else the file names, except for classes of torch and Megatron.
+    """
 
     _ALLOWED = {
         "torch": "Size",
@@ -95,10 +110,16 @@ class _MetadataUnpickler(pickle.Unpickler):
         "ChunkStorageMetadata TensorProperties _MEM_FORMAT_ENCODING",
     }
 
+    def __init__(self, file: BinaryIO):
+        super().__init__(file)
+        self.foreign: set[str] = set()
+
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or name in self._ALLOWED.get(module, "").split():
             return super().find_class(module, name)
+        if not module.startswith(("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.", "collections")):
+            self.foreign.add(f"{module}.{name}")
         return _Ignored
 
 

@@ -86,7 +86,7 @@ class LanguageKey(Tagger):
             value = json.dumps(name, default=str)[:40]
             found = f"contains {value}, not a language" if self.key in document else "is missing"
             raise BadLine(f'the language key "{self.key}" {found}')
-        self.bits.check(name)
+        self.bits.check(text_of(document, self.key))
         return [_one_span(text_of(document, key), name) for key in keys]
 
 

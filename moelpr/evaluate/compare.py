@@ -6,6 +6,7 @@ Besides their scores, there are continuations: a prompt from each language's tex
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,7 +26,7 @@ from moelpr.run_folder import HF_FOLDER
 
 Json = dict[str, Any]
 
-_VERSION = {"format_version": 1}
+_VERSION = {"format_version": 2}
 CACHE_FOLDER = "parts"
 PROMPT_WORDS = 7
 PROMPT_CHARACTERS = 10  # in scripts without spaces between words
@@ -158,7 +159,8 @@ def continue_prompt(loaded: LoadedModel, prompt: str, max_new_tokens: int) -> st
 class ResultCache:
     """Results in an evaluation's folder, one file each (`parts/MODEL/NAME.json`), so that a rerun resumes.
 
-    Each file records what it was computed from. A result with a different key is not used, but computed again.
+    Each file records what it was computed from, and a checksum. A result with a different key or checksum is not used,
+    but computed again.
     """
 
     def __init__(self, folder: Path | None):
@@ -174,17 +176,18 @@ class ResultCache:
             make_folder(self._folder)  # now, because measuring takes long
 
     def read(self, model: str, name: str, key: Json) -> Json | None:
-        """The result computed from exactly `key`, or None."""
+        """The result computed from exactly `key`, or None, also if the file is damaged."""
         try:
             content = json.loads(self._path(model, name).read_text(encoding="utf-8")) if self._folder else {}
-            return content["result"] if content["of"] == {**_VERSION, **key} else None
+            is_wanted = content["of"] == {**_VERSION, **key} and content["crc32"] == _checksum(content["result"])
+            return content["result"] if is_wanted else None
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
     def write(self, model: str, name: str, key: Json, result: Json) -> None:
         if self._folder:
             with atomic_file(self._path(model, name)) as temporary:
-                content = {"of": {**_VERSION, **key}, "result": result}
+                content = {"of": {**_VERSION, **key}, "result": result, "crc32": _checksum(result)}
                 temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
     def complete(
@@ -206,6 +209,10 @@ class ResultCache:
     def _path(self, model: str, name: str) -> Path:
         assert self._folder
         return self._folder / quote(model, safe="") / f"{quote(name, safe='')}.json"
+
+
+def _checksum(result: Json) -> str:
+    return f"{zlib.crc32(json.dumps(result).encode()):08x}"
 
 
 def fingerprint_model(directory: Path) -> str:

@@ -24,6 +24,8 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from moelpr.errors import UserError
 from moelpr.torch_dist import read_metadata
 
+_FIX = "copy the checkpoint again, or use another step (trainer: --ckpt-step)"
+
 
 @cache
 def install() -> None:
@@ -38,24 +40,24 @@ def install() -> None:
     DefaultLoadPlanner.load_bytes = _check_module_states(DefaultLoadPlanner.load_bytes)  # type: ignore[method-assign]
     checkpoint.load = _one_error(checkpoint.load)
     _name_damaged_common_state()
+    _refuse_other_formats()
 
 
 @contextmanager
 def damage_named(path: Path | str) -> Iterator[None]:
     """Turn what torch.load raises for a damaged or hostile file into a `UserError` that names it."""
-    fix = "copy the checkpoint again, or use another step (trainer: --ckpt-step)"
     try:
         yield
     except FileNotFoundError as error:
-        raise UserError(f"{error.filename or path} is missing; {fix}") from error
+        raise UserError(f"{error.filename or path} is missing; {_FIX}") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         if found := re.search(r"(?:GLOBAL|class) '?([\w.]+)", str(error)):
             raise UserError(
-                f"{path} is damaged or not a checkpoint: loading it would run {found[1]}, so it is not loaded; {fix}"
+                f"{path} is damaged or not a checkpoint: loading it would run {found[1]}, so it is not loaded; {_FIX}"
             ) from error
-        raise UserError(f"{path} is truncated or damaged ({_first_line(error)}); {fix}") from error
+        raise UserError(f"{path} is truncated or damaged ({_first_line(error)}); {_FIX}") from error
 
 
 def _restricted(read: Callable[..., Metadata]) -> Callable[..., Metadata]:
@@ -147,6 +149,23 @@ def _name_damaged_common_state() -> None:
             return load_common(checkpoint_dir)
 
     serialization.load_common = load
+
+
+def _refuse_other_formats() -> None:
+    """Megatron's error, if a step folder looks like one of an older version, has a traceback."""
+    from megatron.core.dist_checkpointing import serialization
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+
+    verify = serialization.verify_checkpoint
+
+    @wraps(verify)
+    def verify_checkpoint(checkpoint_dir: str) -> Any:
+        try:
+            return verify(checkpoint_dir)
+        except CheckpointingException as error:
+            raise UserError(f"{_first_line(error)}; {_FIX}") from error
+
+    serialization.verify_checkpoint = verify_checkpoint
 
 
 def _first_line(error: Exception) -> str:

@@ -5,6 +5,7 @@
 
 import errno
 import importlib.util
+import logging
 import os
 import shutil
 import sys
@@ -124,8 +125,9 @@ def _reduce_metrics_on_stages_without_routers() -> None:
 
 def _say_why_a_step_was_not_saved() -> None:
     """A full disk is a CheckpointException around a list of tracebacks without the reason."""
-    from megatron.core.dist_checkpointing.strategies import state_dict_saver
+    from megatron.core.dist_checkpointing.strategies import filesystem_async, state_dict_saver
 
+    logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)  # it logs what is raised here
     finalize = state_dict_saver.save_state_dict_async_finalize
 
     @wraps(finalize)

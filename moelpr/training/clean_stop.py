@@ -16,10 +16,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import util
 from pathlib import Path
 from types import FrameType
+
+import psutil
 
 from moelpr.errors import UserError
 from moelpr.run_folder import FINISHED_FILE, STOP_FILE, read_settings, saved_step
@@ -89,17 +91,26 @@ def ends_the_run() -> Iterator[None]:
 
 
 def end_with_launcher() -> None:
-    """Have the kernel kill this rank when torchrun is gone: it would train on, beside the run's next start.
+    """Kill this rank when torchrun is gone: it would train on, beside the run's next start.
 
+    The kernel does so at once if torchrun is this process's parent; with a script between them, a thread does.
     Other launchers (srun, mpirun) end their ranks themselves, and a rank started by hand may outlive its shell.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
-        os.kill(int(os.environ.get(LAUNCHER_VARIABLE, os.getppid())), 0)
-    except ProcessLookupError:  # it was gone before
+        launcher = psutil.Process(int(os.environ.get(LAUNCHER_VARIABLE, os.getppid())))
+    except psutil.NoSuchProcess:  # it was gone before
         sys.exit(1)
+    threading.Thread(target=_end_with, args=(launcher,), daemon=True).start()
+
+
+def _end_with(launcher: psutil.Process) -> None:
+    with suppress(psutil.NoSuchProcess):
+        while launcher.is_running() and launcher.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(1)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def watch_over_helpers() -> None:

@@ -9,7 +9,7 @@ from torch.distributed import TCPStore
 
 from moelpr.arguments.settings import RunSettings
 from moelpr.errors import UserError
-from moelpr.files import LOCK_FILE, locked
+from moelpr.files import LOCK_FILE, locked, remove_temporaries
 from moelpr.run_folder import saved_step
 
 
@@ -41,6 +41,7 @@ def _locked_folder(save: Path, expected_step: int | None) -> Iterator[None]:
     with locked(save / LOCK_FILE, f"--save {save}"):
         if saved_step(save) != expected_step:
             raise UserError(f"another run has just saved a step in --save {save}; run the command again to resume it")
+        remove_temporaries(save)
         yield
 
 

@@ -37,10 +37,13 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
     def run(*options: str) -> tuple[subprocess.Popen, list[int], set[str]]:
         (tmp_path / "rank.py").write_text(RANK)
+        (tmp_path / "wrapper").write_text(f"#!/bin/sh\n{sys.executable} {tmp_path}/rank.py\nexit 1\n")
+        (tmp_path / "wrapper").chmod(0o755)
+        script = tmp_path / ("wrapper" if "--no-python" in options else "rank.py")
         environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
         command = [sys.executable, "-m", "moelpr.torchrun", "--standalone", "--nproc-per-node", "2", *options]
         launcher = subprocess.Popen(
-            [*command, tmp_path / "rank.py"], env={**environment, "PYTHONPATH": str(ROOT)}, text=True,
+            [*command, script], env={**environment, "PYTHONPATH": str(ROOT)}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         launchers.append(launcher)
@@ -56,8 +59,10 @@ def start(tmp_path: Path) -> Iterator[Start]:
         launcher.communicate()
 
 
-def test_ranks_end_with_a_killed_launcher_and_have_shared_its_cores(start: Start) -> None:
-    launcher, ranks, threads = start()
+@pytest.mark.parametrize("options", [[], ["--no-python"]])
+def test_ranks_end_with_a_killed_launcher_and_have_shared_its_cores(start: Start, options: list[str]) -> None:
+    """Also behind a script."""
+    launcher, ranks, threads = start(*options)
     ends = [os.pidfd_open(rank) for rank in ranks]
     launcher.kill()
     for end in ends:

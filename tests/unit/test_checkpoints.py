@@ -202,6 +202,9 @@ def test_a_step_is_chosen_by_the_tracker_or_by_number(runs: Path) -> None:
     assert checkpoint_chain(runs / "stage1", 1)[1] == runs / "upcycled/release"
     with pytest.raises(UserError, match="iteration 2; pass --iteration 1 or 3 "):
         step_folder(runs / "stage1", 2)
+    (runs / "stage1/latest_checkpointed_iteration.txt").write_bytes(b"\xf9")
+    with pytest.raises(UserError, match="latest_checkpointed_iteration.txt must contain"):
+        step_folder(runs / "stage1")
 
 
 def test_an_unreadable_file_is_a_user_error(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

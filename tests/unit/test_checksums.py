@@ -69,6 +69,14 @@ def test_a_missing_file_is_named(step: Path) -> None:
         verify_folder(step, "copy it again")
 
 
+def test_a_folder_in_the_place_of_a_file_is_named(step: Path) -> None:
+    (step / "__0_0.distcp").unlink()
+    (step / "__0_0.distcp").mkdir()
+    for verify in (verify_lazily, lambda folder: verify_folder(folder, "copy it again")):
+        with pytest.raises(UserError, match="__0_0.distcp is missing or can't be read"):
+            verify(step)
+
+
 def test_a_file_is_read_once(step: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     verifier = Verifier(step, "copy it again")
     verifier.verify(".metadata")
@@ -77,7 +85,17 @@ def test_a_file_is_read_once(step: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     verifier.verify("not listed")
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"format_version": 9}', '{"format_version": 1, "files": {"a": {}}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '{"format_version": 9}',
+        '{"format_version": 1, "files": {"a": {}}}',
+        '{"format_version": 1, "files": {"__0_0.distcp": {"num_bytes": [], "crc32": ""}}}',
+        "[" * 100_000,
+    ],
+)
 def test_a_damaged_list_is_a_user_error(step: Path, content: str) -> None:
     (step / FILE_NAME).write_text(content)
     with pytest.raises(UserError, match=f"{FILE_NAME}"):

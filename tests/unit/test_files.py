@@ -110,6 +110,7 @@ def test_an_interrupted_job_is_resumed_by_the_same_job_only(tmp_path: Path, job:
     target = tmp_path / "out"
     with pytest.raises(Killed), resumable_directory(target, "copy a") as folder:
         (folder / "part").touch()
+        (folder / ".part.tmp-1").touch()
         raise Killed
     assert not target.exists()
     with resumable_directory(target, job) as folder:
@@ -117,6 +118,13 @@ def test_an_interrupted_job_is_resumed_by_the_same_job_only(tmp_path: Path, job:
         (folder / "rest").touch()
     assert {path.name for path in target.iterdir()} == ({"part", "rest"} if kept else {"rest"})
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_in_the_place_of_a_file_is_a_user_error(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match=f"{tmp_path}/out is a folder"):
+        write_text(tmp_path / "out", "text")
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
 def test_a_job_that_fails_with_a_user_error_leaves_nothing(tmp_path: Path) -> None:

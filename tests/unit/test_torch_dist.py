@@ -106,11 +106,15 @@ def test_metadata_has_the_entries_that_torch_reads(step: Path) -> None:
     assert ours.storage_data == torchs.storage_data
 
 
-def test_metadata_of_an_untrusted_checkpoint_runs_no_code(step: Path, tmp_path: Path) -> None:
+def test_metadata_of_an_untrusted_checkpoint_runs_no_code_and_is_noted(
+    step: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     trap = tmp_path / "ran"
     keys = set(read_metadata(step).state_dict_metadata)
+    assert capsys.readouterr().err == ""
     edit_metadata(step, planner_data=RunsCode(trap))
     assert set(read_metadata(step).state_dict_metadata) == keys
+    assert f"{step}/.metadata names pathlib" in capsys.readouterr().err
     assert torch.equal(TorchDistReader(step).read("tensor"), torch.ones(3))
     assert not trap.exists()
     inspect.unwrap(dcp.FileSystemReader.read_metadata)(dcp.FileSystemReader(step))

@@ -134,6 +134,21 @@ def test_two_conversions_into_one_folder_do_not_mix(conversions: dict[str, Conve
     conversions["import"](tmp_path / "out")
 
 
+def test_an_output_that_another_job_has_just_finished_is_not_replaced(
+    conversions: dict[str, Convert], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk_usage = shutil.disk_usage
+
+    def finish_another_job(folder: Path) -> object:  # after the first check of the output
+        (tmp_path / "out").mkdir()
+        return disk_usage(folder)
+
+    monkeypatch.setattr(shutil, "disk_usage", finish_another_job)
+    with pytest.raises(UserError, match="already exists"):
+        conversions["import"](tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == [] and not (tmp_path / ".out.partial").exists()
+
+
 def test_existing_output_is_replaced_only_with_overwrite(qwen2: Path, tmp_path: Path) -> None:
     hf_to_mcore(qwen2, tmp_path / "megatron")
     before = (tmp_path / "megatron" / "model_spec.json").read_text()

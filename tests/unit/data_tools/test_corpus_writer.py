@@ -1,6 +1,7 @@
 """The writer writes the bytes of Megatron's builder for any documents, also after an interruption."""
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
+from data_tools import corpus_writer
 from data_tools.corpus import Corpus, CorpusPaths
 from data_tools.corpus_writer import CorpusWriter, Documents, token_dtype
 from moelpr.errors import UserError
@@ -81,6 +83,21 @@ def test_two_writers_of_one_corpus_exclude_each_other(tmp_path: Path) -> None:
             write(tmp_path / "a")
         writer.finalize()
         writer.commit()
+    assert Corpus(tmp_path / "a").num_documents == 1
+
+
+def test_a_corpus_that_another_writer_has_just_finished_is_not_replaced(tmp_path: Path, monkeypatch) -> None:
+    with write(tmp_path / "a") as first:
+        first.finalize()
+
+        @contextmanager
+        def locked_after_first(*_: object):  # noqa: ANN202
+            first.commit()
+            yield
+
+        monkeypatch.setattr(corpus_writer, "locked", locked_after_first)
+        with pytest.raises(UserError, match="already exists"):
+            write(tmp_path / "a")
     assert Corpus(tmp_path / "a").num_documents == 1
 
 

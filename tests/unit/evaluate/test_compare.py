@@ -1,5 +1,6 @@
 """Several models on the same windows, continuations against a plain loop, and results that are kept for a rerun."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -84,6 +85,20 @@ def test_continuations_are_kept_until_their_length_changes(measured, tmp_path, d
     assert [prompt for _, prompt in measured] == [
         continuation["prompt"] for continuation in first.continuations.values()
     ]
+
+
+def test_a_damaged_result_is_measured_again(measured, tmp_path, dense_dir, texts):
+    cache = ResultCache(tmp_path)
+    first = compare_models({"dense": dense_dir}, texts, device="cpu", cache=cache)
+    measured.clear()
+    file = tmp_path / "parts/dense/en.json"
+    content = json.loads(file.read_text())
+    content["result"]["document_bits"][0] += 1
+    for damaged in (json.dumps(content), json.dumps(content | {"result": {}}), json.dumps([]), ""):
+        file.write_text(damaged)
+        assert compare_models({"dense": dense_dir}, texts, device="cpu", cache=cache) == first
+        assert measured == [("dense", "en")]
+        measured.clear()
 
 
 def test_without_a_folder_nothing_is_kept(dense_dir, texts):

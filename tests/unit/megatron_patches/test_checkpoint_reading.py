@@ -115,6 +115,11 @@ def test_the_common_state_of_older_versions_runs_no_code(step: Path, tmp_path: P
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_step_that_looks_like_an_older_versions_is_refused(step: Path) -> None:
+    with pytest.raises(UserError, match="model_optim_rng.pt does not exist; copy the checkpoint again"):
+        load(step / "mp_rank_00/model_optim_rng.pt")
+
+
 def test_unrestricted_loading_cannot_be_asked_for(tmp_path: Path) -> None:
     torch.save(RunsCode(tmp_path / "ran"), tmp_path / "file.pt")
     with pytest.raises(pickle.UnpicklingError):

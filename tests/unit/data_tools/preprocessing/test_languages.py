@@ -109,6 +109,13 @@ def test_bad_spans_are_reported(document: Any, message: str, hf_tokenizer: Path,
         preprocess(hf_tokenizer, "--input", write_lines("a.jsonl", [document]), *flags)
 
 
+def test_a_language_that_is_not_text_is_reported(hf_tokenizer: Path, write_lines, preprocess) -> None:
+    document = {"text": "a", "lang": "\ud800"}
+    with pytest.raises(UserError, match=r'a\.jsonl:1: the key "lang" contains half a surrogate pair'):
+        flags = ("--language-key", "lang", *LANGUAGES)
+        preprocess(hf_tokenizer, "--input", write_lines("a.jsonl", [document]), *flags)
+
+
 def test_language_of_documents_is_detected(sentences, write_lines, preprocess, hf_tokenizer, capsys) -> None:
     documents = [{"text": sentences[name]} for name in ("en", "el", "zh", "hu", "es")] + [{"text": "12 34 — 56"}]
     flags = ("--detect-language", *LANGUAGES)

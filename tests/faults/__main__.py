@@ -1,0 +1,178 @@
+"""A campaign of faults against all commands: kills, damaged and hostile input, full disks, two jobs on one output.
+
+    python -m tests.faults --seed 1 --minutes 10
+    python -m tests.faults --seed 1 --case corpora:17
+
+Every case must end in the right result, or in one sentence with exit code 1 or 2, and leave no process and no temporary
+file. Anything else is printed with the command that repeats it, and the campaign exits with code 1. Cases run in forks
+of this process, which imports everything once, each with a limit of memory and time; kills also hit commands that are
+started as usual. docs/reliability.md has the counts of the last long campaign.
+"""
+
+import os
+
+# Set before torch is imported, as a fork has only one thread.
+os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+import argparse
+import gc
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from importlib import import_module
+from multiprocessing import get_context
+from pathlib import Path
+
+from benchmarks.common import install_megatron, print_table
+from moelpr.errors import UserError, run_command
+from moelpr.machine import available_cpus
+
+
+def main() -> None:
+    args = parse_arguments()
+    sys.argv[1:] = []
+    folder = Path(tempfile.mkdtemp(prefix="moelpr-faults-", dir=args.folder))
+    me = os.getpid()
+    try:
+        start_s = time.monotonic()
+        import_everything()
+        from tests.faults import material
+
+        material.make(folder / "material")
+        print(f"material made in {time.monotonic() - start_s:.0f} s", flush=True)
+        campaign = Campaign(folder, args.seed, args.kinds)
+        if args.case:
+            failures = campaign.repeat(*args.case)
+        else:
+            failures = campaign.run(start_s + 60 * args.minutes, args.workers, args.first)
+            campaign.print_counts()
+    finally:
+        if os.getpid() == me:
+            gc.unfreeze()
+            shutil.rmtree(folder, ignore_errors=True)
+    if failures:
+        sys.exit(1)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--seed", type=int, default=1, metavar="N", help="of all random choices (default: %(default)s)")
+    add("--minutes", type=float, default=8.0, metavar="X", help="time for new cases to start (default: %(default)s)")
+    add("--kinds", nargs="+", metavar="KIND", help="kinds of cases (default: all)")
+    add("--case", type=kind_and_number, metavar="KIND:NUMBER", help="repeat one case of this --seed")
+    add("--first", type=int, default=0, metavar="N", help="number of each kind's first case (default: %(default)s)")
+    add("--workers", type=int, default=available_cpus(), metavar="N", help="cases at once (default: one per CPU)")
+    add("--folder", type=Path, metavar="DIR", help="where to make a temporary folder (default: $TMPDIR or /tmp)")
+    return parser.parse_args()
+
+
+def kind_and_number(text: str) -> tuple[str, int]:
+    kind, _, number = text.rpartition(":")
+    return kind, int(number)
+
+
+def import_everything() -> None:
+    """What the commands import, so that their forks start at once."""
+    warnings.simplefilter("ignore")  # about optional packages, and forks beside a thread of pyarrow's allocator
+    install_megatron()
+    from tests.faults.commands import COMMANDS
+
+    for module in (*(command.module for command in COMMANDS.values() if command.module), *_IMPORTED_LATER):
+        import_module(module)
+    gc.collect()
+    gc.freeze()  # the collector would copy all pages of a fork
+
+
+_IMPORTED_LATER = (
+    "moelpr.training.train", "moelpr.model.loading", "moelpr.evaluate.compare", "moelpr.evaluate.results",
+    "moelpr.report.run_report", "moelpr.report.live", "tests.faults.cases", "pyarrow.parquet", "sentencepiece",
+    "torch.utils.tensorboard", "transformers.models.auto.modeling_auto", "transformers.models.qwen2.modeling_qwen2",
+    "transformers.models.qwen2_moe.modeling_qwen2_moe", "transformers.models.qwen2.tokenization_qwen2",
+)  # fmt: skip
+
+
+class Campaign:
+    """Cases of several kinds, in forks of this process."""
+
+    def __init__(self, folder: Path, seed: int, kinds: list[str] | None) -> None:
+        from tests.faults.cases import KINDS, why_no_disk
+
+        if unknown := set(kinds or ()) - KINDS.keys():
+            raise UserError(f"unknown --kinds {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
+        self._kinds = {name: KINDS[name] for name in kinds or KINDS}
+        if "full disks" in self._kinds and (why := why_no_disk(folder / "disk")):
+            print(f"full disks are left out: {why}")
+            del self._kinds["full disks"]
+        self._folder, self._seed = folder, seed
+        self._counts: dict[str, Counter[str]] = {name: Counter() for name in self._kinds}
+        self._spent_s: Counter[str] = Counter()
+        self._running: dict[Future[tuple[str, str]], tuple[str, int, float]] = {}  # kind, number, start
+
+    def run(self, end_s: float, workers: int, first: int) -> int:
+        """Start cases until `end_s` (of the monotonic clock); returns the number of failures."""
+        next_number = dict.fromkeys(self._kinds, first)
+        with ProcessPoolExecutor(workers, get_context("fork")) as pool:
+            while time.monotonic() < end_s or self._running:
+                if time.monotonic() < end_s and len(self._running) < workers:
+                    # The kind that has had the least time of what it should have.
+                    kind = min(self._kinds, key=lambda name: self._time_of(name) / self._kinds[name].weight)
+                    self._start(pool, kind, next_number[kind])
+                    next_number[kind] += 1
+                else:
+                    self._finish_one()
+        return sum(counts["failed"] for counts in self._counts.values())
+
+    def repeat(self, kind: str, number: int) -> int:
+        with ProcessPoolExecutor(1, get_context("fork")) as pool:
+            self._start(pool, kind, number)
+            self._finish_one()
+        print(f"{kind}: {', '.join(self._counts[kind])}")
+        return self._counts[kind]["failed"]
+
+    def _time_of(self, kind: str) -> float:
+        now = time.monotonic()
+        return self._spent_s[kind] + sum(now - start for name, _, start in self._running.values() if name == kind)
+
+    def _start(self, pool: ProcessPoolExecutor, kind: str, number: int) -> None:
+        from tests.faults.cases import Case, try_case
+
+        case = Case(kind, self._seed, number, self._folder / f"{kind} {number}", self._folder / "material")
+        self._running[pool.submit(try_case, case)] = kind, number, time.monotonic()
+
+    def _finish_one(self) -> None:
+        done = wait(self._running, return_when=FIRST_COMPLETED).done.pop()
+        kind, number, start = self._running.pop(done)
+        self._spent_s[kind] += time.monotonic() - start
+        outcome, words = done.result()
+        self._counts[kind][outcome] += 1
+        if (total := sum(counts.total() for counts in self._counts.values())) % 200 == 0:
+            print(f"{total:,} cases", flush=True)
+        if outcome == "failed":
+            again = f'.venv/bin/python -m tests.faults --seed {self._seed} --case "{kind}:{number}"'
+            print(f"\nFAILED {kind} {number}: {words}\n    {again}", flush=True)
+
+    def print_counts(self) -> None:
+        """Cases by kind and outcome."""
+        from tests.faults.cases import Outcome
+
+        rows = []
+        for kind, counts in self._counts.items():
+            row = {"kind": kind, "seed": str(self._seed), "cases": counts.total()}
+            rows.append(
+                row | {str(outcome): counts[outcome] for outcome in Outcome} | {"s": round(self._spent_s[kind])}
+            )
+        groups: Counter[str] = Counter()
+        for kind, counts in self._counts.items():
+            groups[self._kinds[kind].group] += counts.total()
+        print()
+        print_table(rows)
+        print(", ".join(f"{number:,} × {group}" for group, number in groups.items()))
+
+
+if __name__ == "__main__":
+    run_command(main)

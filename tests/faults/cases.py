@@ -1,0 +1,409 @@
+"""The table of what is tried: how a case of each kind is made, run and judged.
+
+A case is a kind, a seed and a number, and can be repeated from these three. It ends in the right result, in one
+sentence with exit code 1 or 2, or raises `Failure`.
+"""
+
+import re
+import shutil
+import signal
+import subprocess
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
+from pathlib import Path
+from random import Random
+
+from tests.faults import commands, hostile
+from tests.faults.commands import (
+    COMMANDS,
+    Judge,
+    anything,
+    digests,
+    fill,
+    launch,
+    run,
+    same_corpus,
+    same_files,
+    same_print,
+    same_run,
+    same_settings,
+    same_tensors,
+    start,
+)
+from tests.faults.damage import change_words, damage
+from tests.faults.material import seconds, undisturbed
+from tests.faults.oracles import recipe_holds, right_scores, right_text, right_tokens
+from tests.faults.processes import Ended, Failure, Running
+
+
+class Outcome(StrEnum):
+    RIGHT = "right result"
+    REFUSED = "one sentence"
+    FAILED = "failed"
+
+
+@dataclass
+class Case:
+    """One case, and its folder.
+
+    Attributes:
+        notes: what was done, to be printed if the case fails.
+    """
+
+    kind: str
+    seed: int
+    number: int
+    folder: Path
+    material: Path
+    notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def random(self) -> Random:
+        return Random(f"{self.kind} {self.seed} {self.number}")
+
+    @property
+    def box(self) -> Path:
+        return self.folder / "box"
+
+    def prepare(self, name: str) -> Path:
+        """Fill the box for a command; returns the box of the undisturbed run."""
+        self.notes.append(name)
+        other = undisturbed(name, self.material)
+        fill(self.box, COMMANDS[name], self.material)
+        return other
+
+    def judge(self, ended: Ended, is_right: Judge, other: Path) -> Outcome:
+        """Raise `Failure` unless the command ended well."""
+        ended.require_clean()
+        if left := [name for name in digests(self.box) if re.search(r"/\.[^/]*\.(tmp-\d+|partial|unfinished)$", name)]:
+            raise Failure(f"left behind: {', '.join(left)}")
+        if ended.code:
+            return Outcome.REFUSED
+        if not is_right(self.box, other):
+            raise Failure(f"exit code 0 and a wrong result: {difference(self.box, other)}")
+        return Outcome.RIGHT
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Files that a command reads, and when its result is right although one of them is damaged.
+
+    Attributes:
+        files: patterns, relative to the box.
+        weight: how often, compared with other readings: less for commands that take seconds.
+    """
+
+    command: str
+    files: str
+    is_right: Judge
+    weight: float = 1.0
+
+    def paths(self, box: Path) -> list[Path]:
+        found = sorted({path for pattern in self.files.split() for path in box.glob(pattern) if path.is_file()})
+        assert found, f"{self.files}: no such files"
+        return found
+
+
+def inside(folder: str, names: str) -> str:
+    return " ".join(f"{folder}/{name}" for name in names.split())
+
+
+CORPUS = inside("corpus", "*.bin *.idx *.lang")
+STEP = "*.distcp .metadata metadata.json checksums.json"
+START, LAST, HALF = "checkpoint/release", "stage1/iter_0000002", "out/run/iter_0000001"
+RUN = inside("stage1", "metrics.jsonl recipe.yaml iter_0000002/recipe.yaml command.json versions.json")
+
+DAMAGED: dict[str, tuple[Reading, ...]] = {
+    "corpora": (
+        Reading("merge", CORPUS, same_files),
+        Reading("merge", "corpus/*.json", same_corpus),
+        Reading("sample", CORPUS, same_files),
+        Reading("sample", "corpus/*.json", same_corpus),
+        Reading("inspect", "corpus/en*.bin corpus/en*.idx corpus/en*.lang", same_print),
+        Reading("inspect", "corpus/en*.json", anything),
+        Reading("settings", f"{CORPUS} corpus/*.json", same_settings, 0.3),
+        Reading("train", f"{CORPUS} corpus/*.json", same_run, 0.03),
+    ),
+    "text": (
+        Reading("preprocess", "text/text.jsonl", right_text("text/text.jsonl"), 4),
+        *(Reading(form, f"text/text.{form}", same_corpus) for form in ("jsonl.gz", "jsonl.bz2", "jsonl.xz", "parquet")),
+        Reading("jsonl.zst", "text/text.jsonl.zst", right_text("text/text.jsonl.zst")),
+        Reading("sentencepiece", "text/text.jsonl", anything),
+    ),
+    "tokenizers": (
+        Reading("preprocess", "hf/tokenizer*.json", right_tokens),
+        Reading("sentencepiece", "words.model", anything),
+        Reading("hf_to_mcore", "hf/tokenizer*.json", same_tensors),
+        Reading("mcore_to_hf", "checkpoint/hf/tokenizer*.json", same_tensors),
+        Reading("settings", "checkpoint/hf/tokenizer*.json", same_settings, 0.3),
+        Reading("evaluate", "hf/tokenizer*.json", anything, 0.2),
+    ),
+    "configs": (
+        Reading("hf_to_mcore", "hf/config.json hf/generation_config.json", same_tensors),
+        Reading("another round", "export/config.json export/generation_config.json", same_tensors),
+        Reading("mcore_to_hf", "checkpoint/hf/*config.json checkpoint/model_spec.json", same_tensors),
+        Reading("apply_delta", "delta/*.json hf/config.json", same_tensors),
+        Reading("adapter_to_mcore", "adapter/*.json hf/config.json", same_tensors),
+        Reading("settings", "checkpoint/hf/config.json checkpoint/model_spec.json", anything, 0.3),
+        Reading("plan", "hf/config.json", anything),
+        Reading("evaluate", "hf/*config.json", anything, 0.2),
+        Reading("evaluate a checkpoint", "stage1/hf/config.json stage1/model_spec.json", anything, 0.1),
+        Reading("train", "checkpoint/hf/config.json checkpoint/model_spec.json", anything, 0.03),
+    ),
+    "weights": (
+        Reading("hf_to_mcore", "hf/*.safetensors", anything),  # downloaded, without checksums
+        Reading("another round", "export/*.safetensors export/checksums.json", same_files),
+        Reading("apply_delta", "delta/*.safetensors delta/checksums.json hf/*.safetensors", same_files),
+        Reading("adapter_to_mcore", "adapter/*.safetensors", anything),
+        Reading("evaluate an export", "export/*.safetensors export/checksums.json", same_print, 0.2),
+    ),
+    "checkpoints": (
+        Reading("mcore_to_hf", f"{inside(START, STEP)} checkpoint/*.txt", same_files),
+        Reading("export a run", inside(LAST, STEP), same_files),
+        Reading("export a run", "stage1/*.txt", same_tensors),
+        Reading("delta", inside(LAST, STEP), same_files),
+        Reading("mcore_to_adapter", inside(START, STEP), same_files),
+        Reading("evaluate a checkpoint", inside(LAST, STEP), same_print, 0.2),
+        Reading("train", f"{inside(START, STEP)} checkpoint/*.txt", same_run, 0.1),
+        Reading("resume", f"{inside(HALF, STEP)} out/run/*.txt", same_run, 0.1),
+        Reading("resume", "out/run/*.json out/run/*.yaml out/run/iter_*/*.yaml out/run/metrics.jsonl", anything, 0.05),
+    ),
+    "recipes": (Reading("settings", "recipe.yaml", recipe_holds),),
+    "metrics": (
+        Reading("live", RUN, anything, 1),
+        Reading("report", RUN, anything, 0.3),
+        Reading("export a run", RUN, same_tensors, 0.5),
+    ),
+    "evaluation data": (
+        Reading("evaluate", "text/*.jsonl", right_scores),
+        Reading("evaluate again", "out/evaluation/parts/*/*.json", same_print, 0.5),
+    ),
+}
+
+
+def damaged_input(case: Case) -> Outcome:
+    """One file that a command reads is damaged."""
+    readings = DAMAGED[case.kind]
+    reading = case.random.choices(readings, [reading.weight for reading in readings])[0]
+    other = case.prepare(reading.command)
+    path = case.random.choice(reading.paths(case.box))
+    case.notes.append(f"{path.relative_to(case.box)}: {damage(path, case.random)}")
+    return case.judge(run(COMMANDS[reading.command], case.box), reading.is_right, other)
+
+
+def wrong_arguments(case: Case) -> Outcome:
+    """A command line with wrong, missing and additional arguments."""
+    # Few of those that take seconds.
+    names = [name for name in COMMANDS if not COMMANDS[name].script and "large" not in name]
+    slow = ("evaluate", "report", "train", "resume")
+    name = case.random.choices(names, [0.1 if candidate.startswith(slow) else 1 for candidate in names])[0]
+    case.prepare(name)
+    flags = re.findall(r"(?<![\w-])--[a-z][\w-]+", help_of(name, case))
+    words, how = change_words(COMMANDS[name].words, sorted({*flags} - {"--debug"}), case.random)
+    case.notes.append(how)
+    ended = run(COMMANDS[name], case.box, words)
+    return case.judge(ended, anything, case.box)
+
+
+def help_of(name: str, case: Case) -> str:
+    """What --help prints, which names all flags; it is asked for once."""
+    file = case.material / f"help of {COMMANDS[name].module}"
+    if not file.exists():
+        box = case.folder / "help" / "box"
+        box.mkdir(parents=True)
+        file.write_text(run(COMMANDS[name], box, ["--help"]).output)
+    return file.read_text()
+
+
+def hostile_file(case: Case) -> Outcome:
+    """One file that a command reads would run code if it were unpickled, or imported."""
+    name, file, payload = hostile.choose(case.seed, case.number, case.material)
+    other = case.prepare(name)
+    case.notes.append(f"{file}: {payload}")
+    ran = case.folder / "ran"
+    hostile.place(payload, case.box / file, ran, case.random)
+    ended = run(COMMANDS[name], case.box)
+    if ran.exists():
+        raise Failure(f"code from {file} was run")
+    return case.judge(ended, anything, other)
+
+
+# What is killed, written to a full disk, and run twice at once: the command, options for resuming, and the judge.
+WRITERS: dict[str, tuple[str, Judge]] = {
+    "preprocess a large file": ("--resume", same_files),
+    "merge large corpora": ("", same_files),
+    "sample a large corpus": ("", same_files),
+    "hf_to_mcore": ("", same_files),
+    "mcore_to_hf": ("", same_files),
+    "apply_delta": ("", same_files),
+    "adapter_to_mcore": ("", same_files),
+    "train": ("", same_run),
+}
+SIGNALS = [signal.SIGKILL] * 6 + [signal.SIGTERM, signal.SIGINT]
+
+
+def killed_fork(case: Case) -> Outcome:
+    """A signal to a forked command at any moment of its work, and the same command again."""
+    name = case.random.choices([*WRITERS], [0.2 if name == "train" else 1 for name in WRITERS])[0]
+    return killed(case, name, is_forked=True)
+
+
+def killed_command(case: Case) -> Outcome:
+    """The same with a command that was started as a user does."""
+    return killed(case, case.random.choice([name for name in WRITERS if name != "train"]))
+
+
+def killed_training(case: Case) -> Outcome:
+    """The same with a launcher and two ranks."""
+    return killed(case, "train on two ranks")
+
+
+def killed(case: Case, name: str, is_forked: bool = False) -> Outcome:
+    options, is_right = WRITERS.get(name, ("", same_run))
+    command, other = COMMANDS[name], case.prepare(name)
+    words = [*command.words, *options.split()]
+    for _ in range(case.random.choice([1, 1, 2])):
+        running = start(command, case.box, words) if is_forked else launch(command, case.box, words)
+        wait_for_a_moment(case, running, name, is_forked)
+        number, whom = case.random.choice(SIGNALS), case.random.choice(["group", "launcher", "one"])
+        case.notes.append(f"{number.name} to {whom}")
+        running.send(number, whom, case.random)
+        ended = running.wait()
+        if ended.code not in (-number, 128 + number):
+            ended.require_clean()
+    ended = (start(command, case.box, words) if is_forked else launch(command, case.box, words)).wait()
+    ended.require_clean()
+    if ended.code and "already exists" not in ended.errors:  # it was complete
+        raise Failure(f"it does not resume:\n{ended.last_words()}")
+    if not is_right(case.box, other):
+        raise Failure(f"another result than without a kill: {difference(case.box, other)}")
+    return Outcome.RIGHT
+
+
+def wait_for_a_moment(case: Case, running: Running, name: str, is_forked: bool) -> None:
+    """Any moment of a command's life; mostly, for a started one, after it has begun to write."""
+    seconds_alone = seconds(name, case.material)
+    if not is_forked and case.random.random() < 0.75:
+        begun = "*/run/iter_*" if case.random.random() < 0.5 else "*/run/metrics.jsonl"
+        pattern, seconds_alone = (f"{begun}", 3.0) if COMMANDS[name].script else ("out/*", seconds_alone)
+        deadline = time.monotonic() + 100
+        while not any(case.box.glob(pattern)) and time.monotonic() < deadline and not running.is_over(0.003):
+            pass
+    elif not is_forked and not COMMANDS[name].script:
+        seconds_alone += 5  # imports
+    running.is_over(case.random.uniform(0, seconds_alone * 1.1))
+
+
+def difference(box: Path, other: Path) -> str:
+    """The names of files that are not the same."""
+    one, two = digests(box / "out"), digests(other / "out")
+    return ", ".join(sorted(name for name in one.keys() | two.keys() if one.get(name) != two.get(name))[:5])
+
+
+def full_disk(case: Case) -> Outcome:
+    """The output is on a disk that fills; with more room, the same command completes it."""
+    name = case.random.choices([*WRITERS], [0.2 if name == "train" else 1 for name in WRITERS])[0]
+    options, is_right = WRITERS[name]
+    other = case.prepare(name)
+    size = sum(path.stat().st_size for path in (other / "out").rglob("*") if path.is_file())
+    room = case.random.randint(1, max(2, size * 5 // 4 // 4096)) * 4096
+    case.notes.append(f"{room} bytes for {size}")
+    words = [*COMMANDS[name].words, *options.split()]
+    with small_disk(case.box / "out", room):
+        ended = run(COMMANDS[name], case.box, words)
+        ended.require_clean()
+        if ended.code:
+            subprocess.run(["mount", "-o", "remount,size=256m", case.box / "out"], check=True)
+            again = run(COMMANDS[name], case.box, words)
+            if again.code:
+                raise Failure(f"with enough room, code {again.code}:\n{again.last_words()}")
+        if not is_right(case.box, other):
+            raise Failure(f"another result than on an empty disk: {difference(case.box, other)}")
+    return Outcome.REFUSED if ended.code else Outcome.RIGHT
+
+
+@contextmanager
+def small_disk(folder: Path, room: int):  # noqa: ANN201 — a context manager
+    """Mount a file system in memory."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", folder], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def why_no_disk(folder: Path) -> str:
+    """Why `full_disk` can't be tried on this machine; "" if it can."""
+    folder.mkdir()
+    try:
+        with small_disk(folder, 4096):
+            return ""
+    except (OSError, subprocess.CalledProcessError):
+        return "a tmpfs can't be mounted here (it needs root)"
+
+
+def two_at_once(case: Case) -> Outcome:
+    """Two jobs with one output: one writes it, the other is refused, or the first has finished."""
+    name = case.random.choices([*WRITERS], [0.3 if name == "train" else 1 for name in WRITERS])[0]
+    is_right = WRITERS[name][1]
+    other = case.prepare(name)
+    first = start(COMMANDS[name], case.box, name="first-")
+    first.is_over(case.random.choice([0, case.random.uniform(0, seconds(name, case.material))]))
+    second = start(COMMANDS[name], case.box, name="second-")
+    ends = [first.wait(), second.wait()]
+    for ended in ends:
+        ended.require_clean()
+    codes = sorted(ended.code for ended in ends)
+    is_finished = any("is finished, step" in ended.output for ended in ends)  # training that has nothing left to do
+    if codes != [0, 2] and not (codes == [0, 0] and is_finished):
+        raise Failure(f"exit codes {codes}:\n{ends[0].last_words()}\n{ends[1].last_words()}")
+    if not is_right(case.box, other):
+        raise Failure(f"another result than alone: {difference(case.box, other)}")
+    return Outcome.RIGHT
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of cases.
+
+    Attributes:
+        weight: its share of the time, before it is divided by the sum of all.
+        group: of the table of counts.
+    """
+
+    try_case: Callable[[Case], Outcome]
+    weight: float
+    group: str = "mutated input"
+
+
+KINDS = {
+    **{name: Kind(damaged_input, 4) for name in DAMAGED},
+    "arguments": Kind(wrong_arguments, 4),
+    "hostile files": Kind(hostile_file, 6, "hostile file"),
+    "kills of forks": Kind(killed_fork, 5, "kill"),
+    "kills of commands": Kind(killed_command, 5, "kill"),
+    "kills of training": Kind(killed_training, 8, "kill"),
+    "full disks": Kind(full_disk, 4, "full disk"),
+    "two at once": Kind(two_at_once, 3, "two jobs"),
+}
+
+
+def try_case(case: Case) -> tuple[Outcome, str]:
+    """How a case ended, and what there is to say about it."""
+    case.folder.mkdir()
+    try:
+        return KINDS[case.kind].try_case(case), ""
+    except Failure as failure:
+        return Outcome.FAILED, f"{'; '.join(case.notes)}\n    {failure}"
+    except Exception:
+        return Outcome.FAILED, f"{'; '.join(case.notes)}\n    the campaign itself failed: {traceback.format_exc()}"
+    finally:
+        shutil.rmtree(case.folder, ignore_errors=True)
+
+
+__all__ = ["KINDS", "Case", "Outcome", "commands", "try_case", "why_no_disk"]

@@ -1,0 +1,252 @@
+"""The commands under test, as the cases call them, and how two results are compared.
+
+A case has a folder `box` of its own: the current folder of its commands, with copies of what they read. They write
+below `out`.
+"""
+
+import hashlib
+import json
+import shutil
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import ROOT
+from tests.faults.processes import Ended, Running
+
+_PREPROCESS = (
+    "--input {} --language-key lang --original-languages en --output-prefix out/a --append-eod --workers 1 "
+    "--tokenizer-type HuggingFaceTokenizer --tokenizer-model hf"
+)
+_TRAIN = (
+    "--stage stage1 --recipe recipe.yaml --pretrained-checkpoint checkpoint "
+    "--data-path 2 corpus/el_text_document 1 corpus/en_text_document --save out/run"
+)
+_CORPORA = "corpus/en_text_document corpus/el_text_document"
+# Beside a corpus, Megatron keeps the indices of its samples.
+_CACHES = shutil.ignore_patterns("cache")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: the module with its `main`, its arguments, and what it reads.
+
+    Attributes:
+        reads: files and folders of the material; "a:b" is a, copied to b.
+        script: the shell script to start instead, with two ranks; such a command can't be forked.
+    """
+
+    module: str
+    arguments: str
+    reads: str
+    script: str = ""
+
+    @property
+    def words(self) -> list[str]:
+        return self.arguments.split()
+
+
+COMMANDS = {
+    "preprocess": Command("data_tools.preprocess_data", _PREPROCESS.format("text/text.jsonl"), "text hf"),
+    "preprocess a large file": Command(
+        "data_tools.preprocess_data", f"{_PREPROCESS.format('large.jsonl')} --workers 2", "large.jsonl hf"
+    ),
+    "sentencepiece": Command(
+        "data_tools.preprocess_data",
+        "--input text/text.jsonl --language expanded --output-prefix out/a --workers 1 --tokenizer-type "
+        "SentencePieceTokenizer --tokenizer-model words.model", "text words.model",
+    ),
+    **{
+        suffix: Command("data_tools.preprocess_data", _PREPROCESS.format(f"text/text.{suffix}"), "text hf")
+        for suffix in ("jsonl.gz", "jsonl.bz2", "jsonl.xz", "jsonl.zst", "parquet")
+    },
+    "merge": Command("data_tools.merge_data", f"--output-prefix out/all --input {_CORPORA}", "corpus"),
+    "merge large corpora": Command(
+        "data_tools.merge_data", f"--output-prefix out/all --input {' '.join(['large/a_text_document'] * 8)}", "large"
+    ),
+    "sample": Command(
+        "data_tools.sample_data",
+        f"--output-prefix out/replay --input {_CORPORA} --original-documents 9 --expanded-tokens 300", "corpus",
+    ),
+    "sample a large corpus": Command(
+        "data_tools.sample_data",
+        "--output-prefix out/replay --input large/a_text_document --original-documents 3000 --expanded-documents 3000",
+        "large",
+    ),
+    "inspect": Command("data_tools.inspect_data", "corpus/en_text_document", "corpus"),
+    "hf_to_mcore": Command(
+        "checkpoint_convert.hf_to_mcore", "--hf-path hf --save out/checkpoint --num-new-experts 4 --topk 2", "hf"
+    ),
+    "another round": Command(
+        "checkpoint_convert.hf_to_mcore", "--hf-path export --save out/checkpoint --num-new-experts 2", "export"
+    ),
+    "mcore_to_hf": Command(
+        "checkpoint_convert.mcore_to_hf", "--load checkpoint --save out/hf --max-shard-size 100KB", "checkpoint"
+    ),
+    "export a run": Command(
+        "checkpoint_convert.mcore_to_hf", "--load stage1 --save out/hf --base-model base", "stage1 checkpoint"
+    ),
+    "delta": Command("checkpoint_convert.mcore_to_hf", "--load stage1 --save out/delta --delta", "stage1 checkpoint"),
+    "apply_delta": Command("checkpoint_convert.apply_delta", "--base hf --delta delta --save out/hf", "hf delta"),
+    "mcore_to_adapter": Command(
+        "checkpoint_convert.mcore_to_adapter", "--load checkpoint --save out/adapter --base-model base", "checkpoint"
+    ),
+    "adapter_to_mcore": Command(
+        "checkpoint_convert.adapter_to_mcore", "--adapter adapter --hf-path hf --save out/checkpoint", "adapter hf"
+    ),
+    "settings": Command("tests.faults.settings", _TRAIN, "recipe.yaml checkpoint corpus"),
+    "train on two ranks": Command(
+        "",
+        f"{_TRAIN.removeprefix('--stage stage1')} --train-iters 6 --save-interval 2 --expert-model-parallel-size 2 "
+        "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable",
+        "recipe.yaml checkpoint corpus", "launch/stage1.sh",
+    ),
+    "train": Command("moelpr.pretrain", _TRAIN, "recipe.yaml checkpoint corpus"),
+    "resume": Command("moelpr.pretrain", _TRAIN, "recipe.yaml checkpoint corpus half:out/run"),
+    "evaluate": Command(
+        "moelpr.evaluate.__main__", "--model base=hf --data en=text/en.jsonl --data el=text/el.jsonl", "hf text"
+    ),
+    "evaluate an export": Command(
+        "moelpr.evaluate.__main__",
+        "routing --model x=export --data en=text/en.jsonl --data el=text/el.jsonl --original-languages en",
+        "export text",
+    ),
+    "evaluate a checkpoint": Command(
+        "moelpr.evaluate.__main__", "--model x=stage1 --data en=text/en.jsonl", "stage1 checkpoint text"
+    ),
+    "evaluate again": Command(
+        "moelpr.evaluate.__main__",
+        "--model base=hf --data en=text/en.jsonl --data el=text/el.jsonl --output out/evaluation",
+        "hf text evaluation:out/evaluation",
+    ),
+    "report": Command("moelpr.report.__main__", "stage1 --output out/report", "stage1"),
+    "live": Command("moelpr.report.__main__", "live stage1 --once", "stage1"),
+    "plan": Command(
+        "moelpr.plan.__main__", "--hf-path hf --num-new-experts 3 --gpus 8 --gpu-memory-gib 80 --seq-length 64",
+        "hf/config.json:hf/config.json",
+    ),
+}  # fmt: skip
+
+
+def fill(box: Path, command: Command, material: Path) -> None:
+    """Copy what a command reads into a new box. Times are kept: caches and resumed jobs compare them."""
+    (box / "out").mkdir(parents=True)
+    for item in command.reads.split():
+        source, _, target = item.partition(":")
+        path = box / (target or source)
+        if (material / source).is_dir():
+            shutil.copytree(material / source, path, symlinks=True, ignore=_CACHES, dirs_exist_ok=True)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(material / source, path)
+
+
+def start(command: Command, box: Path, words: list[str] | None = None, name: str = "") -> Running:
+    """Fork this process, which has imported everything, into the command."""
+    words = command.words if words is None else words
+    if command.script:
+        return launch(command, box, words)
+    return Running.forked(command.module, words, box, name, _single_rank() if command.arguments == _TRAIN else {})
+
+
+def launch(command: Command, box: Path, words: list[str]) -> Running:
+    """Start the command as a user does."""
+    if command.script:
+        return Running.launched([ROOT / command.script, *words], box, NPROC_PER_NODE="2")
+    return Running.launched([sys.executable, "-m", command.module.removesuffix(".__main__"), *words], box)
+
+
+def run(command: Command, box: Path, words: list[str] | None = None) -> Ended:
+    return start(command, box, words).wait()
+
+
+def _single_rank() -> dict[str, str]:
+    """The variables that torchrun would set."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Relative path -> SHA-256 of each file; "" for a folder. A lock may stay."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        for path in sorted(folder.rglob("*"))
+        if path.name != ".lock"
+    }
+
+
+def same_files(box: Path, other: Path) -> bool:
+    """All outputs are equal."""
+    return digests(box / "out") == digests(other / "out")
+
+
+def same_corpus(box: Path, other: Path) -> bool:
+    """Tokens and language bits are equal; a manifest copies texts of its inputs' manifests."""
+
+    def corpus(folder: Path) -> dict[str, str]:
+        return {name: digest for name, digest in digests(folder / "out").items() if not name.endswith(".json")}
+
+    return corpus(box) == corpus(other)
+
+
+def same_tensors(box: Path, other: Path) -> bool:
+    """The weights are equal; settings and tokenizer are copied from the input, which has no checksum of them."""
+    return tensors(box / "out") == tensors(other / "out")
+
+
+def same_run(box: Path, other: Path) -> bool:
+    """The last step's tensors and all metrics, except times and memory."""
+    return tensors(box / "out") == tensors(other / "out") and records(box / "out/run") == records(other / "out/run")
+
+
+def same_print(box: Path, other: Path) -> bool:
+    """What was printed."""
+    return box.with_name("stdout").read_bytes() == other.with_name("stdout").read_bytes()
+
+
+def same_settings(box: Path, other: Path) -> bool:
+    """All flags with their final values."""
+    return (box / "out/settings.yaml").read_bytes() == (other / "out/settings.yaml").read_bytes()
+
+
+def anything(box: Path, other: Path) -> bool:
+    """The input has no right result, or none that could be known."""
+    return True
+
+
+def tensors(folder: Path) -> dict[str, tuple[str, str]]:
+    """Name -> dtype and digest, of all exports and of the last step of each checkpoint."""
+    from safetensors.torch import load_file
+
+    from moelpr.checkpoints import step_folder
+    from moelpr.run_folder import TRACKER_FILE
+    from moelpr.torch_dist import TorchDistReader
+
+    found: dict[str, Any] = {}
+    for file in sorted(folder.rglob("*.safetensors")):
+        found |= load_file(file)
+    for tracker in sorted(folder.rglob(TRACKER_FILE)):
+        reader = TorchDistReader(step_folder(tracker.parent))
+        found |= {key: reader.read(key) for key in reader.keys}
+    return {name: (str(value.dtype), _digest(value)) for name, value in found.items()}
+
+
+def _digest(tensor: Any) -> str:
+    import torch
+
+    content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    return f"{tuple(tensor.shape)} {hashlib.sha256(content).hexdigest()}"
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what is measured."""
+    measured = ("step_time_s", "tokens_per_s", "peak_memory_gib")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in measured} for line in lines]
+
+
+Judge = Callable[[Path, Path], bool]

@@ -1,0 +1,139 @@
+"""Files that run code in a reader that unpickles, imports or evaluates what it reads."""
+
+import io
+import json
+import pickle
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+
+from tests.faults.commands import COMMANDS
+from tests.hf_models import RunsCode, replace_object
+
+# Commands that read the same files with the same code, or more of them, are left out.
+_READERS = (
+    "preprocess", "sentencepiece", "jsonl.zst", "parquet", "merge", "sample", "inspect", "hf_to_mcore", "another round",
+    "mcore_to_hf", "export a run", "apply_delta", "adapter_to_mcore", "settings", "train", "resume", "evaluate",
+    "evaluate an export", "evaluate a checkpoint", "evaluate again", "report", "live", "plan",
+)  # fmt: skip
+
+
+@cache
+def all_files(material: Path) -> list[tuple[str, str]]:
+    """(command, file in its box)."""
+    return [(name, file) for name in _READERS for file in _files_read(name, material)]
+
+
+def _files_read(name: str, material: Path) -> Iterator[str]:
+    for item in COMMANDS[name].reads.split():
+        source, _, target = item.partition(":")
+        paths = sorted((material / source).rglob("*")) if (material / source).is_dir() else [material / source]
+        for path in paths:
+            if path.is_file() and "cache" not in path.parts:
+                yield str(Path(target or source) / path.relative_to(material / source))
+
+
+def choose(seed: int, number: int, material: Path) -> tuple[str, str, str]:
+    """Command, file and payload: every pair of the first two once before any of them again."""
+    pairs = list(all_files(material))
+    Random(seed).shuffle(pairs)
+    name, file = pairs[number % len(pairs)]
+    random = Random(f"{seed} {number}")
+    suffix = Path(file).suffix or Path(file).name
+    return name, file, random.choice([*_IN_ITS_PLACE, *_OF_SUFFIX.get(suffix, {})])
+
+
+def place(payload: str, path: Path, ran: Path, random: Random) -> None:
+    """Write a file that creates `ran` if its code is run."""
+    suffix = path.suffix or path.name
+    if path.name != "checksums.json":  # which would show the change; an attacker would write a right one
+        (path.parent / "checksums.json").unlink(missing_ok=True)
+    ({**_IN_ITS_PLACE, **_OF_SUFFIX.get(suffix, {})})[payload](path, RunsCode(ran), ran, random)
+
+
+Place = Callable[[Path, RunsCode, Path, Random], None]
+
+
+def _pickle(path: Path, code: RunsCode, ran: Path, random: Random) -> None:
+    path.write_bytes(pickle.dumps(code, protocol=random.choice([0, 2, 4])))
+
+
+def _torch(path: Path, code: RunsCode, ran: Path, random: Random) -> None:
+    with path.open("wb") as file:  # torch refuses some names
+        torch.save({"weight": code}, file)
+
+
+def _torch_legacy(path: Path, code: RunsCode, ran: Path, random: Random) -> None:
+    with path.open("wb") as file:
+        torch.save([code], file, _use_new_zipfile_serialization=False)
+
+
+def _numpy(path: Path, code: RunsCode, ran: Path, random: Random) -> None:
+    content = io.BytesIO()
+    np.save(content, np.array([code], dtype=object), allow_pickle=True)
+    path.write_bytes(content.getvalue())
+
+
+def _yaml_tag(path: Path, code: RunsCode, ran: Path, random: Random) -> None:
+    with path.open("a") as file:
+        file.write(f"\nmin-lr: !!python/object/apply:os.system ['touch {ran}']\n")
+
+
+def _pickles_beside(path: Path, code: RunsCode, ran: Path, random: Random) -> None:
+    """Names that Megatron, transformers and PEFT know, in the folder of the file."""
+    names = ("common.pt", "pytorch_model.bin", "model.pt", "adapter_model.bin", "mp_rank_00/model_optim_rng.pt")
+    for name in names:
+        (path.parent / name).parent.mkdir(exist_ok=True)
+        torch.save({"iteration": code}, path.parent / name)
+
+
+def _true_table(path: Path, code: RunsCode, ran: Path, random: Random) -> None:
+    """A table of contents that is right, beside code."""
+    metadata = pickle.loads(path.read_bytes())
+    setattr(metadata, random.choice(["planner_data", "storage_meta", "version"]), code)
+    path.write_bytes(pickle.dumps(metadata))
+
+
+def _table_of_code(path: Path, code: RunsCode, ran: Path, random: Random) -> None:
+    metadata = pickle.loads(path.read_bytes())
+    setattr(metadata, random.choice(["state_dict_metadata", "storage_data"]), code)
+    path.write_bytes(pickle.dumps(metadata))
+
+
+def _entry(path: Path, code: RunsCode, ran: Path, random: Random) -> None:
+    """Code in the place of an object or a tensor of the step."""
+    metadata = pickle.loads((path.parent / ".metadata").read_bytes())
+    replace_object(path.parent, random.choice(sorted({index.fqn for index in metadata.storage_data})), [code])
+
+
+def _own_module(path: Path, code: RunsCode, ran: Path, random: Random) -> None:
+    """Settings that name a class of a file beside them."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError:
+        content = {}
+    module = f"open({str(ran)!r}, 'w')\nfrom transformers import Qwen2Config as Own, Qwen2ForCausalLM as Model\n"
+    (path.parent / "own.py").write_text(module)
+    names = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Model", "AutoTokenizer": ["own.Own", "own.Own"]}
+    content |= {"auto_map": names, "tokenizer_class": "Own", "model_type": random.choice(["own", "qwen2"])}
+    path.write_text(json.dumps(content))
+
+
+# Payload -> how it is written, in the place of any file, or beside it; and for files of one suffix, or name.
+_IN_ITS_PLACE: dict[str, Place] = {
+    "pickle": _pickle,
+    "torch archive": _torch,
+    "old torch archive": _torch_legacy,
+    "numpy objects": _numpy,
+    "pickles beside it": _pickles_beside,
+}
+_OF_SUFFIX: dict[str, dict[str, Place]] = {
+    ".yaml": {"a YAML tag": _yaml_tag, "a second YAML tag": _yaml_tag},
+    ".metadata": {"code beside the true table": _true_table, "code in the table": _table_of_code},
+    ".distcp": {"code as an entry": _entry, "code as another entry": _entry},
+    ".json": {"a module of its own": _own_module},
+}

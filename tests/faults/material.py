@@ -1,0 +1,181 @@
+"""What the cases start from: a tiny model, text, and what the commands make of them, undisturbed."""
+
+import bz2
+import gzip
+import json
+import lzma
+import os
+import random
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from filelock import FileLock
+
+from tests.faults.commands import COMMANDS, Command, fill, run
+from tests.faults.processes import Failure
+
+WORDS = {
+    "en": "the door is open and somebody comes home late in the morning with a light on every day".split(),
+    "el": "η πόρτα είναι ανοιχτή και κάποιος γυρίζει αργά στο σπίτι με το φως κάθε πρωί".split(),
+}
+RECIPE = """\
+# Two steps of a tiny model.
+micro-batch-size: 2
+global-batch-size: 4
+seq-length: 32
+lr: 1.0e-2
+min-lr: 1.0e-3
+lr-decay-style: cosine
+lr-warmup-iters: 1
+train-iters: 2
+save-interval: 1
+log-interval: 1
+"""
+UNDISTURBED = "undisturbed"  # folder of the material: per command, its box and what it printed
+
+
+def make(folder: Path) -> None:
+    """Write all material to `folder`."""
+    in_child(lambda: write_sources(folder))
+    write_corpora(folder)
+    for name, source, target in (
+        ("hf_to_mcore", "checkpoint", "checkpoint"),
+        ("mcore_to_hf", "hf", "export"),
+        ("mcore_to_adapter", "adapter", "adapter"),
+        ("train", "run", "stage1"),
+        ("delta", "delta", "delta"),
+        ("preprocess a large file", ".", "large"),
+    ):
+        box = undisturbed(name, folder)
+        shutil.copytree(box / "out" / source, folder / target, symlinks=True)
+    half_a_run(folder / "stage1", folder / "half")
+    (folder / "evaluation").mkdir()
+    first = undisturbed("evaluate again", folder)
+    shutil.rmtree(folder / "evaluation")
+    shutil.copytree(first / "out/evaluation", folder / "evaluation")
+    shutil.rmtree(first.parent)
+
+
+def in_child(call: Callable[[], None]) -> None:
+    """Call it in a fork, as it starts threads that later forks of this process would lack."""
+    if (pid := os.fork()) == 0:
+        try:
+            call()
+            os._exit(0)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        finally:
+            os._exit(1)
+    if os.waitpid(pid, 0)[1]:
+        raise Failure("the material can't be made")
+
+
+def undisturbed(name: str, folder: Path) -> Path:
+    """The box of a command that ran without any fault; it is run once, by the case that needs it first."""
+    box = folder / UNDISTURBED / name / "box"
+    box.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(box.with_name("lock")):
+        if not box.with_name("seconds").exists():
+            shutil.rmtree(box, ignore_errors=True)
+            fill(box, COMMANDS[name], folder)
+            started = time.monotonic()
+            ended = run(COMMANDS[name], box)
+            if ended.code:
+                raise Failure(f"{name} fails without any fault:\n{ended.last_words()}")
+            box.with_name("seconds").write_text(str(time.monotonic() - started))
+    return box
+
+
+def seconds(name: str, folder: Path) -> float:
+    """How long a command takes without any fault."""
+    return float((folder / UNDISTURBED / name / "seconds").read_text())
+
+
+def write_sources(folder: Path) -> None:
+    """The model and the text."""
+    from benchmarks.common import qwen2_config, save_random_model
+
+    write_text(folder)
+    tokenizer = byte_level_tokenizer(folder)
+    config = qwen2_config(2, 32, 48, len(tokenizer), 64, tie_word_embeddings=True)
+    tokenizer.save_pretrained(save_random_model(config, folder / "hf"))
+    (folder / "recipe.yaml").write_text(RECIPE)
+
+
+def write_text(folder: Path) -> None:
+    """JSON lines in two languages, the same in all archives, and one file per language."""
+    from pyarrow import Table, compress, parquet
+
+    rng = random.Random(0)
+    rows = [{"text": sentence(rng, language), "lang": language} for _ in range(20) for language in WORDS]
+    text = folder / "text"
+    text.mkdir(parents=True)
+    lines = as_lines(rows)
+    (text / "text.jsonl").write_bytes(lines)
+    (text / "text.jsonl.gz").write_bytes(gzip.compress(lines, mtime=0))
+    (text / "text.jsonl.bz2").write_bytes(bz2.compress(lines))
+    (text / "text.jsonl.xz").write_bytes(lzma.compress(lines))
+    (text / "text.jsonl.zst").write_bytes(compress(lines, "zstd", asbytes=True))
+    parquet.write_table(Table.from_pylist(rows), text / "text.parquet", row_group_size=9, write_page_checksum=True)
+    for language in WORDS:
+        (text / f"{language}.jsonl").write_bytes(as_lines(row for row in rows[:16] if row["lang"] == language))
+    large = ({"text": sentence(rng, language), "lang": language} for _ in range(6000) for language in WORDS)
+    (folder / "large.jsonl").write_bytes(as_lines(large))
+
+
+def as_lines(rows: Iterable[dict[str, str]]) -> bytes:
+    return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+
+
+def sentence(rng: random.Random, language: str) -> str:
+    return " ".join(rng.choices(WORDS[language], k=rng.randint(3, 20)))
+
+
+def byte_level_tokenizer(folder: Path):  # noqa: ANN201 — transformers' class
+    """A tokenizer of any text; and words.model, SentencePiece's."""
+    import sentencepiece
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    texts = [" ".join(words) for words in WORDS.values()]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=320, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts * 5), model_prefix=str(folder / "words"), vocab_size=60,
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    (folder / "words.vocab").unlink()
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
+
+
+def write_corpora(folder: Path) -> None:
+    """One corpus per language, with manifests."""
+    for language, group in (("en", "original"), ("el", "expanded")):
+        words = f"--input text/{language}.jsonl --language {group} --output-prefix out/{language} --append-eod"
+        words += " --workers 1 --tokenizer-type HuggingFaceTokenizer --tokenizer-model hf"
+        box = folder / UNDISTURBED / f"corpus of {language}" / "box"
+        command = Command("data_tools.preprocess_data", words, "text hf")
+        fill(box, command, folder)
+        if (ended := run(command, box)).code:
+            raise Failure(f"preprocess fails without any fault:\n{ended.last_words()}")
+        shutil.copytree(box / "out", folder / "corpus", dirs_exist_ok=True)
+
+
+def half_a_run(run_folder: Path, target: Path) -> None:
+    """A run of two steps as it was after the first."""
+    shutil.copytree(run_folder, target, symlinks=True)
+    shutil.rmtree(target / "iter_0000002")
+    (target / "latest_checkpointed_iteration.txt").write_text("1")
+    (target / "FINISHED").unlink()
+    lines = (target / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (target / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["iteration"] < 2))

@@ -1,0 +1,99 @@
+"""What the right result of a changed input is, found without the code under test."""
+
+import bz2
+import gzip
+import json
+import lzma
+from pathlib import Path
+from typing import Any
+
+from tests.faults.commands import Judge, same_corpus, same_print
+
+
+def right_text(file: str) -> Judge:
+    """The corpus has the lines of the file as Python's json reads them."""
+
+    def is_right(box: Path, other: Path) -> bool:
+        if any((box / file).read_bytes() == archive.read_bytes() for archive in (other / "text").iterdir()):
+            return same_corpus(box, other)  # another archive of the same lines: readers don't go by the name
+        rows = documents(box / file)
+        if rows is None or not all(isinstance(language, str) for _, language in rows):
+            return False  # it should have been refused
+        return corpus(box) == expected_corpus(box, rows)
+
+    return is_right
+
+
+def right_scores(box: Path, other: Path) -> bool:
+    """An evaluation of the same texts prints the same; that of other texts has no known result."""
+    now, before = ([documents(folder / f"text/{name}.jsonl") for name in ("en", "el")] for folder in (box, other))
+    if None in now:
+        return False  # it should have been refused
+    texts_now, texts_before = ([[text for text, _ in rows or []] for rows in found] for found in (now, before))
+    return texts_now != texts_before or same_print(box, other)
+
+
+def right_tokens(box: Path, other: Path) -> bool:
+    """The corpus has the tokens that transformers finds in its text, one at a time."""
+    return corpus(box) == expected_corpus(box, documents(box / "text/text.jsonl") or [])
+
+
+def expected_corpus(box: Path, rows: list[tuple[str, Any]]) -> list[tuple[list[int], bool]]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(box / "hf")
+    return [([*tokenizer(text)["input_ids"], tokenizer.eos_token_id], language == "en") for text, language in rows]
+
+
+def corpus(box: Path) -> list[tuple[list[int], bool]]:
+    """Token IDs and the language bit of each document in out/a_text_document."""
+    from data_tools.corpus import Corpus
+
+    found = Corpus(box / "out/a_text_document")
+    rows = (found.document(index) for index in range(found.num_documents))
+    return [(ids.tolist(), bool(bits[0])) for ids, bits in rows]
+
+
+def documents(path: Path) -> list[tuple[str, Any]] | None:
+    """(text, language or None) of each line; None if a line is not a document."""
+    try:
+        content = _unpacked(path)
+        rows = [json.loads(line.decode("utf-8-sig")) for line in content.split(b"\n") if line.strip()]
+        found = [(row["text"], row.get("lang")) for row in rows]
+        "".join(text for text, _ in found).encode()
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError, lzma.LZMAError):
+        return None
+    return found
+
+
+def _unpacked(path: Path) -> bytes:
+    import pyarrow
+
+    def unpack_zstd(content: bytes) -> bytes:
+        return pyarrow.CompressedInputStream(pyarrow.BufferReader(content), "zstd").read()
+
+    content = path.read_bytes()
+    forms = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ": lzma.decompress}
+    forms[b"\x28\xb5\x2f\xfd"] = unpack_zstd
+    unpack = next((unpack for start, unpack in forms.items() if content.startswith(start)), bytes)
+    return unpack(content)
+
+
+def recipe_holds(box: Path, other: Path) -> bool:
+    """Every key of the recipe, as PyYAML reads it, has its value in the settings, and no other setting has changed."""
+    import yaml
+
+    recipe, before = (yaml.safe_load((folder / "recipe.yaml").read_text()) for folder in (box, other))
+    settings, undisturbed = (yaml.safe_load((folder / "out/settings.yaml").read_text()) for folder in (box, other))
+
+    def is_set(key: str, value: Any) -> bool:
+        found = settings.get(key.replace("-", "_"), value)
+        if value is None or value is False or isinstance(value, list):
+            return True
+        return found == value or str(found) == str(value) or (isinstance(found, float) and found == float(value))
+
+    if not all(is_set(str(key), value) for key, value in recipe.items()):
+        return False
+    if recipe.keys() != before.keys() or any(type(recipe[key]) is not type(before[key]) for key in recipe):
+        return True  # other settings may follow from a key that is new or gone
+    return settings.keys() == undisturbed.keys()

@@ -1,0 +1,199 @@
+"""Commands as processes that can be limited, killed and searched for what they leave behind."""
+
+import faulthandler
+import os
+import re
+import resource
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing import util
+from pathlib import Path
+from random import Random
+from typing import NoReturn
+
+from benchmarks.common import environment
+from moelpr.errors import run_command
+from moelpr.machine import available_cpus
+
+# More than any case needs; a command that takes more has read a size from a damaged file.
+MEMORY_BYTES = 4 << 30
+CPU_S = 60
+HANGS_AFTER_S = 150  # on a machine with a CPU for each process that wants one
+# Within which what belongs to a killed command must have ended (docs/reliability.md).
+ORPHANS_AFTER_S = 10
+
+
+class Failure(Exception):
+    """A case did not end as it must; its text says how."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended: its exit code (−N: signal N), and what it printed."""
+
+    code: int
+    output: str
+    errors: str
+
+    def require_clean(self) -> None:
+        """Raise `Failure` unless it succeeded, or failed with code 1 or 2 and one sentence."""
+        if "Traceback (most recent call last)" in self.errors or "panicked at" in self.errors:
+            raise Failure(f"a traceback:\n{self.last_words()}")
+        if self.code not in (0, 1, 2):
+            raise Failure(f"exit code {self.code}:\n{self.last_words()}")
+        if self.code:
+            self.require_sentence()
+
+    def require_sentence(self) -> None:
+        """Raise `Failure` unless the last that it printed is one error, perhaps a list of wrong settings."""
+        found = re.search(r"^[\w.-]+: error: (.+)\n?((?:.*\n?)*)\Z", self.errors, re.MULTILINE)
+        if not found or any(not line.startswith("- ") for line in found[2].splitlines()):
+            raise Failure(f"exit code {self.code} without one sentence:\n{self.last_words()}")
+
+    def last_words(self) -> str:
+        return "\n".join(f"    {line[:300]}" for line in self.errors.splitlines()[-8:])
+
+
+class Running:
+    """A command in a session of its own, with the current folder `box`; its output is beside that folder.
+
+    Args:
+        become: turns a fork of this process into the command, and does not return.
+        name: of the output's files.
+        mark: in the environment of all its processes, if some leave the session.
+    """
+
+    def __init__(self, become: Callable[[], object], box: Path, name: str = "", mark: str = "") -> None:
+        self._mark = mark.encode()
+        self._paths = [box.with_name(f"{name}{stream}") for stream in ("stdout", "stderr")]
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                os.setsid()
+                os.chdir(box)
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                streams = [os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for path in self._paths]
+                for number, stream in enumerate((os.open(os.devnull, os.O_RDONLY), *streams)):
+                    os.dup2(stream, number)
+                become()
+            finally:
+                os._exit(1)
+        self._end = os.pidfd_open(self.pid)
+
+    @classmethod
+    def forked(
+        cls, module: str, words: Iterable[str], box: Path, name: str = "", variables: Mapping[str, str] | None = None
+    ) -> "Running":
+        """`main` of a module in a copy of this process, which has imported everything: starts within milliseconds."""
+        return cls(lambda: _run_main(module, list(words), variables or {}), box, name)
+
+    @classmethod
+    def launched(cls, command: Iterable[str | Path], box: Path, **variables: str) -> "Running":
+        """Any command, as from a shell."""
+        words = list(map(str, command))
+        all_variables = environment(OMP_NUM_THREADS="1", MOELPR_FAULTS_BOX=str(box), **variables)
+        mark = f"MOELPR_FAULTS_BOX={box}"
+        return cls(lambda: os.execve(words[0], words, all_variables), box, mark=mark)
+
+    def is_over(self, timeout_s: float = 0) -> bool:
+        return bool(select.select([self._end], [], [], timeout_s)[0])
+
+    def wait(self) -> Ended:
+        """Raises `Failure` if it hangs, or if one of its processes outlives it."""
+        timeout_s = HANGS_AFTER_S * max(1, os.getloadavg()[0] / available_cpus())
+        if not self.is_over(timeout_s):
+            where = self._stack()
+            self.kill_all()
+            raise Failure(f"hangs: no end after {timeout_s:.0f} s{where}")
+        _, status = os.waitpid(self.pid, 0)
+        os.close(self._end)
+        deadline = time.monotonic() + ORPHANS_AFTER_S
+        while left := self._family():
+            if time.monotonic() > deadline:
+                names = ", ".join(map(_command_line, left))
+                self.kill_all()
+                raise Failure(f"{len(left)} processes still run {ORPHANS_AFTER_S} s after the command: {names}")
+            time.sleep(0.05)
+        output, errors = (path.read_text(errors="replace") for path in self._paths)
+        return Ended(os.waitstatus_to_exitcode(status), output, errors)
+
+    def send(self, number: int, whom: str, random: Random) -> None:
+        """Send a signal to the "group", to the "launcher" alone, or to "one" of the processes that it started."""
+        with suppress(ProcessLookupError):
+            if whom == "group":
+                os.killpg(self.pid, number)
+            else:
+                others = [pid for pid in self._family() if pid != self.pid]
+                os.kill(random.choice(others) if whom == "one" and others else self.pid, number)
+
+    def kill_all(self) -> None:
+        for pid in self._family():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _family(self) -> list[int]:
+        """All processes that belong to the command and have not ended."""
+        pids = (int(name) for name in os.listdir("/proc") if name.isdigit())
+        return [pid for pid in pids if self._owns(pid)]
+
+    def _owns(self, pid: int) -> bool:
+        with suppress(OSError):
+            # torchrun's ranks have sessions of their own.
+            is_marked = bool(self._mark) and self._mark in Path(f"/proc/{pid}/environ").read_bytes()
+            if is_marked or os.getsid(pid) == self.pid:
+                return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        return False
+
+    def _stack(self) -> str:
+        """Where a forked command hangs: it prints its stacks on SIGUSR2."""
+        if self._mark:
+            return ""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGUSR2)
+            time.sleep(1)
+        lines = self._paths[1].read_text(errors="replace").splitlines()[-12:]
+        return "\n" + "\n".join(f"    {line[:200]}" for line in lines)
+
+
+def _command_line(pid: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:100]
+    return "ended meanwhile"
+
+
+def _run_main(module: str, words: list[str], variables: Mapping[str, str]) -> NoReturn:
+    """Turn this forked process into a command with limits; does not return."""
+    sys.stdin, sys.stdout, sys.stderr = open(0, closefd=False), open(1, "w"), open(2, "w", 1)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, used + MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S))
+    faulthandler.register(signal.SIGUSR2, file=2)
+    os.environ |= variables
+    sys.argv[:] = [module.rsplit(".", 1)[-1], *words]
+    os._exit(_exit_code(import_module(module).main))
+
+
+def _exit_code(main: Callable[[], None]) -> int:
+    """Of a command, whose error is printed as Python would print it."""
+    code: object = 0
+    try:
+        run_command(main)
+    except SystemExit as end:
+        code = end.code or 0
+        if not isinstance(code, int):
+            print(code, file=sys.stderr)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        code = 1
+    util._exit_function()  # as at the end of a process: multiprocessing's children
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return code if isinstance(code, int) else 1

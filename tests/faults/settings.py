@@ -1,0 +1,16 @@
+"""A command that reads the settings of a run as the trainer does, checks them, and writes them to out/settings.yaml."""
+
+import sys
+import warnings
+from pathlib import Path
+
+
+def main() -> None:
+    from moelpr import yaml_files
+    from moelpr.arguments.parse import parse_arguments
+    from moelpr.arguments.settings import resolved_settings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        args, _ = parse_arguments(sys.argv[1:])
+    Path("out/settings.yaml").write_text(yaml_files.dump(resolved_settings(args)))

@@ -149,22 +149,25 @@ def start(command: Command, box: Path, words: list[str] | None = None, name: str
     words = command.words if words is None else words
     if command.script:
         return launch(command, box, words)
-    return Running.forked(command.module, words, box, name, _single_rank() if command.arguments == _TRAIN else {})
+    return Running.forked(command.module, words, box, name, _variables(command))
 
 
 def launch(command: Command, box: Path, words: list[str]) -> Running:
     """Start the command as a user does."""
     if command.script:
         return Running.launched([ROOT / command.script, *words], box, NPROC_PER_NODE="2")
-    return Running.launched([sys.executable, "-m", command.module.removesuffix(".__main__"), *words], box)
+    module = command.module.removesuffix(".__main__")
+    return Running.launched([sys.executable, "-m", module, *words], box, **_variables(command))
 
 
 def run(command: Command, box: Path, words: list[str] | None = None) -> Ended:
     return start(command, box, words).wait()
 
 
-def _single_rank() -> dict[str, str]:
-    """The variables that torchrun would set."""
+def _variables(command: Command) -> dict[str, str]:
+    """What torchrun would set for a single rank, if the command trains."""
+    if command.arguments != _TRAIN:
+        return {}
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -4,6 +4,8 @@ import sys
 import warnings
 from pathlib import Path
 
+from moelpr.errors import run_command
+
 
 def main() -> None:
     from moelpr import yaml_files
@@ -14,3 +16,7 @@ def main() -> None:
         warnings.simplefilter("ignore")
         args, _ = parse_arguments(sys.argv[1:])
     Path("out/settings.yaml").write_text(yaml_files.dump(resolved_settings(args)))
+
+
+if __name__ == "__main__":
+    run_command(main)

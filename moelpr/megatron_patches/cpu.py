@@ -77,7 +77,7 @@ def async_save_worker(*args: Any, **kwargs: Any) -> None:
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
     torch.cuda.device_count = lambda: 1
-    torch.cuda.set_device = torch.cuda.synchronize = _do_nothing
+    torch.cuda.set_device = torch.cuda.synchronize = _doing_nothing()
     share = FileSystemWriterAsync.preload_tensors
 
     def copy(buckets: list[Any], non_blocking: bool = True) -> list[Any]:
@@ -96,15 +96,15 @@ def _patch_torch_cuda() -> None:
     cuda.device_count = lambda: 1
     cuda.current_device = lambda: CPU
     for name in ("set_device", "synchronize", "empty_cache", "set_stream", "ipc_collect"):
-        setattr(cuda, name, _do_nothing)
+        setattr(cuda, name, _doing_nothing())
     cuda.Stream = cuda.Event = _InertStream
     cuda.current_stream = cuda.default_stream = lambda device=None: _InertStream()
     cuda.stream = lambda stream=None: contextlib.nullcontext()
     cuda.is_current_stream_capturing = lambda: False
-    cuda.nvtx.range_push = cuda.nvtx.range_pop = _do_nothing
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = _doing_nothing()
     # Random numbers come from the CPU generator. Otherwise dropout and initialization silently use a wrong state.
     cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
-    cuda.manual_seed_all = _do_nothing  # torch.manual_seed calls it after seeding the CPU generator
+    cuda.manual_seed_all = _doing_nothing()  # torch.manual_seed calls it after seeding the CPU generator
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
     # The training log reports memory.
@@ -123,7 +123,7 @@ def _patch_torch_tensors() -> None:
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
-    torch.Tensor.record_stream = _do_nothing  # type: ignore[method-assign, assignment]
+    torch.Tensor.record_stream = _doing_nothing()  # type: ignore[method-assign, assignment]
     torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign, assignment]
     # The distributed optimizer groups parameters by .type() and supports only torch.cuda.*Tensor.
     tensor_type = torch.Tensor.type
@@ -185,7 +185,7 @@ def _patch_megatron() -> None:
     # asserts torch.cuda.is_available() by default
     training.initialize_megatron = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
     # warms up fused kernels on a CUDA device
-    training.set_jit_fusion_options = _do_nothing
+    training.set_jit_fusion_options = _doing_nothing()
     # writes the CUDA generator's state directly
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     # returns CPU tensors unchanged even when asked for numpy, and the caller then calls numpy methods
@@ -203,7 +203,7 @@ def _patch_megatron() -> None:
     # runs in a helper process, which is not patched and finds the function by its name
     async_utils.PersistentAsyncCaller.async_loop = staticmethod(async_save_worker)
     # reads the memory counters of a CUDA device
-    common_utils.report_memory = training.report_memory = _do_nothing
+    common_utils.report_memory = training.report_memory = _doing_nothing()
 
 
 def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -217,8 +217,9 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
     return create
 
 
-def _do_nothing(*args: Any, **kwargs: Any) -> None:
-    return None
+def _doing_nothing() -> Callable[..., None]:
+    """A new function each time: torch's compiler, which other libraries may import, has one rule per function."""
+    return lambda *args, **kwargs: None
 
 
 class _InertStream:

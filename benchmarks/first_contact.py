@@ -1,6 +1,6 @@
 """First contact with a machine: GPU tests, benchmarks, and the trainer against the planner, on all GPUs in ten minutes.
 
-    python -m benchmarks.first_contact [--output DIR] [--dry-run [--ranks N]]
+    python -m benchmarks.first_contact [--output DIR] [--parts PART …] [--dry-run [--ranks N]]
 
 or launch/first_contact.sh, which also works in the container. Runs these parts one after the other, each with a time
 limit and in processes of its own, so that one that fails or hangs costs only its own line:
@@ -129,12 +129,13 @@ def main() -> None:
     machine, folder = find_machine(args), args.output.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     spec, runs = trainer_runs(machine)
-    parts = [
-        run_tests(folder),
-        run_trainer(machine, spec, runs, folder),
-        run_benchmark("train_step", machine.sizes.train_step, folder),
-        run_expert_traffic(machine, folder),
-    ]
+    run: dict[str, Callable[[], Part]] = {
+        "tests/gpu": lambda: run_tests(folder),
+        "trainer": lambda: run_trainer(machine, spec, runs, folder),
+        "train_step": lambda: run_benchmark("train_step", machine.sizes.train_step, folder),
+        "expert_traffic": lambda: run_expert_traffic(machine, folder),
+    }
+    parts = [run[name]() if name in args.parts else Part(name, "not chosen", 0, {}) for name in run]
     text = as_markdown(machine, spec, runs, parts)
     write_text(folder / "log.md", text)
     everything = {
@@ -336,7 +337,7 @@ def as_markdown(machine: Machine, spec: ModelSpec, runs: list[TrainerRun], parts
             f"{_number(found, 'share_of_matmul_rate', '.0%')} | {_number(found, 'memory_gib', '.2f')} | "
             f"{run.planned_bytes / GIB:.2f} |"
         )
-    for name, found in (steps.results or {"contenders": {}})["contenders"].items():
+    for name, found in (steps.results or {}).get("contenders", {}).items():
         lines.append(
             f"| train_step, one GPU: {name} | {_number(found, 'tokens_per_s', ',.0f')} | – | "
             f"{_number(found, 'share_of_matmul_rate', '.0%')} | – | – |"
@@ -366,6 +367,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(prog="launch/first_contact.sh", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/first-contact"), metavar="DIR",
                         help="folder for the table, results and logs (default: runs/first-contact)")  # fmt: skip
+    parser.add_argument("--parts", nargs="+", choices=LIMITS_S, default=list(LIMITS_S), metavar="PART",
+                        help=f"what to run (default: all of {', '.join(LIMITS_S)})")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="try it with tiny sizes on CPU ranks")
     parser.add_argument("--ranks", type=int, metavar="N", help="CPU ranks of a dry run (default: 2)")
     return parser

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Check a GPU machine: tests, benchmarks and short runs of the trainer on all visible GPUs, in at most ten minutes.
 #
-#   launch/first_contact.sh [--output DIR] [--dry-run [--ranks N]]
+#   launch/first_contact.sh [--output DIR] [--parts PART …] [--dry-run [--ranks N]]
 #
 # Needs neither a model nor text, prints a table, and writes it to DIR/log.md. --dry-run tries it on CPU ranks.
 set -euo pipefail

@@ -5,6 +5,8 @@ first P experts, which are stacked with the others, to zero. The balance loss is
 layers. Without weight decay, which would move the masked experts.
 """
 
+import warnings
+
 import torch
 from torch import Tensor
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
@@ -33,7 +35,9 @@ def build(spec: ModelSpec) -> Qwen2MoeForCausalLM:
     """A randomly initialized model of `spec`'s shape, every layer an MoE layer, in spec.dtype."""
     config = Qwen2MoeConfig(**family_named(spec.family).export_config({}, spec, spec.dtype), use_cache=False)
     config._attn_implementation, config._experts_implementation = "sdpa", "grouped_mm"
-    model = Qwen2MoeForCausalLM(config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # the shared expert has size 0
+        model = Qwen2MoeForCausalLM(config)
     for layer in model.model.layers:
         torch.nn.init.normal_(layer.mlp.gate.weight, std=config.initializer_range)
         layer.mlp.gate.__class__ = Router

@@ -100,6 +100,7 @@ class SDPACoreAttention(MegatronModule):
                 query, key, value, edges, edges, length, length,
                 scale=self.softmax_scale, window_size=(window, 0), enable_gqa=query.shape[1] != key.shape[1],
             )  # fmt: skip
+            assert isinstance(context, Tensor)  # a tuple only with return_aux
         else:
             context = self._document_by_document(query, key, value, edges.diff().tolist())
         return context.unflatten(0, (batch, length)).transpose(0, 1).flatten(start_dim=2)

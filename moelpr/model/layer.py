@@ -35,6 +35,7 @@ class NewExpertsDispatcher(MoEAlltoAllTokenDispatcher):
         self._fuses_permutation = config.moe_permute_fusion
 
     def preprocess(self, routing_map: Tensor) -> Tensor:
+        self.config.moe_permute_fusion = self._fuses_permutation
         tokens_per_expert = super().preprocess(routing_map)
         self.num_out_tokens = routing_map.sum()
         self._maybe_update_cuda_sync_point("before_permutation_1")
@@ -42,10 +43,9 @@ class NewExpertsDispatcher(MoEAlltoAllTokenDispatcher):
 
     def _maybe_dtoh_and_synchronize(self, point: str, tokens_per_expert: Tensor | None = None) -> Tensor:
         tokens_per_expert = super()._maybe_dtoh_and_synchronize(point, tokens_per_expert)
-        if point == "before_permutation_1":
-            # The row counts are on the host now. Transformer Engine's kernels do not support zero rows, which occur if
-            # all choices of all tokens are original.
-            self.config.moe_permute_fusion = self._fuses_permutation and int(self.num_out_tokens) > 0
+        if point == "before_permutation_1" and int(self.num_out_tokens) == 0:  # it is on the host now
+            # All choices of all tokens are original; Transformer Engine's kernels do not support zero rows.
+            self.config.moe_permute_fusion = False
         return tokens_per_expert
 
     def dispatch_postprocess(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -139,6 +139,23 @@ def test_transformer_engines_experts_compute_what_ours_do() -> None:
 
 
 @needs_transformer_engine
+@pytest.mark.parametrize("settings", [{"moe_permute_fusion": True}, {"moe_router_fusion": True}])
+@pytest.mark.parametrize("only_original", [False, True])
+def test_transformer_engines_fusions_change_no_result(settings: dict[str, bool], only_original: bool) -> None:
+    """Also if no token chooses a new expert."""
+    hidden, results = torch.randn(64, 4, 256, device="cuda", dtype=torch.bfloat16), []
+    for fusions in ({}, settings):
+        layer = moe_layer(torch.bfloat16, num_original_experts=2, **fusions)
+        if only_original:
+            hidden[..., 0] = 1.0
+            with torch.no_grad():
+                layer.router.weight[:2, 0] = 100.0
+        results.append(output_and_gradients(layer, hidden))
+    for a, b in zip(*results, strict=True):
+        assert (a - b).float().norm() <= 0.02 * b.float().norm()
+
+
+@needs_transformer_engine
 def test_both_kinds_of_experts_have_the_same_checkpoint_keys() -> None:
     from megatron.core import parallel_state
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories

@@ -3,7 +3,7 @@
 SHELL_SCRIPTS := .ci/run $(shell find launch tests -name '*.sh' -o -name '*.sbatch')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slurm test-browser test-mergekit test-readers gpu-check test-faults check format venv clean
+.PHONY: help demo test test-faults test-slurm test-browser test-mergekit test-readers gpu-check check format venv clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -31,6 +31,9 @@ test-readers: venv ## exports in llama.cpp and MLX; downloads both (100 MB)
 	.venv-readers/bin/python -m pytest -m readers tests/readers
 
 gpu-check: venv ## try tests, benchmarks and trainer on all GPUs of this machine, in ten minutes
+	launch/first_contact.sh
+
+check: venv ## try tests, benchmarks and trainer on all GPUs of this machine, in ten minutes
 	launch/first_contact.sh
 
 test-faults: venv ## kills, damaged and hostile files, full disks; FAULTS="--seed 2 --minutes 60" for a longer one

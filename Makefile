@@ -14,6 +14,9 @@ demo: venv ## real text, base, two stages, export and report in runs/demo
 test: venv ## the default test suite: no network, no GPU
 	.venv/bin/python -m pytest
 
+test-faults: venv ## kills, damaged and hostile files, full disks; FAULTS="--seed 2 --minutes 60" for a longer one
+	.venv/bin/python -m tests.faults $(FAULTS)
+
 test-slurm: venv ## two pretend nodes of a real Slurm on this machine; as root, installs Debian's packages
 	@tests/slurm/install.sh
 	.venv/bin/python -m pytest -m slurm tests/slurm
@@ -32,12 +35,6 @@ test-readers: venv ## exports in llama.cpp and MLX; downloads both (100 MB)
 
 gpu-check: venv ## try tests, benchmarks and trainer on all GPUs of this machine, in ten minutes
 	launch/first_contact.sh
-
-check: venv ## try tests, benchmarks and trainer on all GPUs of this machine, in ten minutes
-	launch/first_contact.sh
-
-test-faults: venv ## kills, damaged and hostile files, full disks; FAULTS="--seed 2 --minutes 60" for a longer one
-	.venv/bin/python -m tests.faults $(FAULTS)
 
 check: venv ## format, lint, types and imports
 	.venv/bin/python -m ruff format --check .

@@ -15,7 +15,7 @@ from checkpoint_convert.hub import find_model
 from checkpoint_convert.outputs import add_output_options
 from checkpoint_convert.upcycling import Start, hf_to_mcore
 from moelpr.errors import CommandParser, UserError, run_command
-from moelpr.families.families import layer_list
+from moelpr.families.families import layer_list, read_base, recommended_copies
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -31,7 +31,7 @@ def _parse_arguments() -> argparse.Namespace:
     add("--topk", type=int, metavar="K", help="experts per token (default: 2; in an MoE, its own)")
     add("--original-copies", type=int, metavar="C",
         help="places of the dense FFN among the experts, 1 (the paper) to K; with K, a token can choose only the dense "
-        "FFN (default: 1; in an MoE, the equal experts that it has)")  # fmt: skip
+        "FFN (default: K; in an MoE, the equal experts that it has)")  # fmt: skip
     layers = parser.add_mutually_exclusive_group()
     layers.add_argument("--moe-layers", type=layer_list, metavar="0,2,5",
         help="layers to upcycle, 0-based (default: all)")  # fmt: skip
@@ -58,10 +58,10 @@ def main() -> None:
             "--dense adds no experts; remove --topk, --original-copies and the options for layers and new experts"
         )
     experts = args.num_new_experts, args.topk  # the first is None with --dense
-    model = find_model(args.hf_path, args.revision)
-    spec = hf_to_mcore(
-        model.folder, args.save, *experts, *layers, start, args.dtype, args.overwrite, args.original_copies, model
-    )
+    model, copies = find_model(args.hf_path, args.revision), args.original_copies
+    if copies is None and not args.dense:
+        copies = recommended_copies(read_base(model.folder)[1], args.topk)
+    spec = hf_to_mcore(model.folder, args.save, *experts, *layers, start, args.dtype, args.overwrite, copies, model)
     layout = "dense"
     if (moe := spec.moe) is not None:
         copies = f", {moe.original_copies} of them copies of the dense FFN" if moe.original_copies > 1 else ""

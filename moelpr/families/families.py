@@ -18,6 +18,8 @@ from moelpr.model_spec import ModelSpec, MoeSpec
 
 CONFIG_FILE = "config.json"
 
+_TOPK = 2  # K of the paper
+
 # Key of an export's config.json: how many of its experts, from the first, are copies of the dense FFN; none means 1.
 COPIES_KEY = "original_copies"
 
@@ -279,6 +281,11 @@ def read_base(folder: Path) -> tuple[Family, ModelSpec]:
     return family, ModelSpec(family.name, "float32", args, moe)
 
 
+def recommended_copies(base: ModelSpec, topk: int | None) -> int | None:
+    """C for users who pass none: K for a dense base (evidence: docs/results.md), None for an MoE, which has its own."""
+    return None if base.moe is not None else max(topk or _TOPK, 1)
+
+
 def with_new_experts(
     family: Family,
     base: ModelSpec,
@@ -302,7 +309,7 @@ def with_new_experts(
     num_layers = base.megatron_args["num_layers"]
     if base.moe is None:
         copies = 1 if original_copies is None else original_copies
-        moe = MoeSpec(num_new_experts, 2 if topk is None else topk, layers, original_copies=copies)
+        moe = MoeSpec(num_new_experts, _TOPK if topk is None else topk, layers, original_copies=copies)
     elif original_copies is None:
         moe = replace(base.moe, num_new_experts=num_new_experts, topk=base.moe.topk if topk is None else topk)
     else:

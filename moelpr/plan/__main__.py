@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moelpr.errors import CommandParser, UserError, run_command
-from moelpr.families.families import layer_list, read_base, with_new_experts
+from moelpr.families.families import layer_list, read_base, recommended_copies, with_new_experts
 from moelpr.layouts import neighbors
 from moelpr.plan.candidates import Candidate, fitting
 from moelpr.plan.machines import GIB, GPUS, Cluster
@@ -37,8 +37,10 @@ def main() -> None:
     seq_length = args.seq_length or PAPER_SEQ_LENGTH[args.stage]
     workload = Workload(args.stage, seq_length, args.micro_batch_size, args.global_batch_size, args.dtype)
     cluster = _cluster(args)
-    experts = args.num_new_experts, args.topk, args.moe_layers, args.moe_every_k_layers, args.original_copies
-    spec = with_new_experts(*read_base(args.hf_path), *experts)
+    family, base = read_base(args.hf_path)
+    copies = recommended_copies(base, args.topk) if args.original_copies is None else args.original_copies
+    layers = args.moe_layers, args.moe_every_k_layers
+    spec = with_new_experts(family, base, args.num_new_experts, args.topk, *layers, copies)
     found = fitting(spec, workload, cluster)
     if args.json:
         print(json.dumps(_as_json(found, workload, cluster), indent=2))
@@ -162,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
         "(default: 10%% of the memory, an assumption)")  # fmt: skip
     add("--topk", type=int, metavar="K", help="experts per token (default: 2; for an MoE model, its own number)")
     add("--original-copies", type=int, metavar="C",
-        help="places of the dense FFN among the experts, as in hf_to_mcore.py (default: 1)")  # fmt: skip
+        help="places of the dense FFN among the experts, as in hf_to_mcore.py (default: K)")  # fmt: skip
     layers = parser.add_mutually_exclusive_group()
     layers.add_argument("--moe-layers", type=layer_list, metavar="0,2,5",
                         help="MoE layers, counted from 0, as in hf_to_mcore.py (default: all layers)")  # fmt: skip

@@ -16,6 +16,7 @@ from checkpoint_convert.comparison import compare, largest_difference
 from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.upcycling import hf_to_mcore
 from moelpr.errors import run_command
+from moelpr.model_spec import ModelSpec
 from tests.hf_models import (
     assert_nothing_left,
 )
@@ -53,6 +54,23 @@ def test_a_full_disk_exits_with_one_message_and_code_1(qwen2: Path, tmp_path: Pa
     mcore_to_hf(tmp_path / "megatron", tmp_path / "out")
     assert largest_difference(compare(tmp_path / "megatron", tmp_path / "out")) == 0
     assert_nothing_left(tmp_path)
+
+
+def test_the_dense_ffn_gets_k_places_unless_the_user_or_an_moe_says_otherwise(
+    qwen2: Path, tmp_path: Path, monkeypatch
+) -> None:
+    for name, words, places in (
+        ("default", ("--hf-path", qwen2, "--topk", 3), (3, 3)),
+        ("paper", ("--hf-path", qwen2, "--original-copies", 1), (1, 1)),
+        ("second-round", ("--hf-path", tmp_path / "paper-hf"), (1, 2)),
+    ):
+        arguments = (*words, "--num-new-experts", 1, "--save", tmp_path / name)
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        importer.main()
+        moe = ModelSpec.read(tmp_path / name).moe
+        assert moe is not None and (moe.original_copies, moe.num_original_places) == places
+        if name == "paper":
+            mcore_to_hf(tmp_path / name, tmp_path / "paper-hf")
 
 
 def test_insufficient_disk_space_is_detected_before_writing(qwen2: Path, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -116,7 +116,7 @@ def failure(plan: Plan, capsys: pytest.CaptureFixture[str], *argv: str, **change
         (["--gpus", "7"], "7 GPUs; use --gpus 4 or 8"),
         (["--num-new-experts", "0"], "--num-new-experts must be between 1 and 1024, got 0"),
         (["--topk", "1"], "--topk 2"),
-        (["--topk", "9"], "--topk between 2 and 5"),
+        (["--topk", "9", "--original-copies", "1"], "--topk between 2 and 5"),
         (["--moe-layers", "7"], "no layer 7"),
         (["--hf-path", "nowhere"], "nowhere"),
         (["--seq-length", "5000"], "--seq-length must be at most 4096,.* got 5000"),
@@ -174,6 +174,6 @@ def test_the_defaults_are_those_of_the_papers_recipes() -> None:
 def test_the_model_is_the_one_the_converter_would_write(plan: Plan) -> None:
     every_layer, every_second = (json.loads(plan("--json", "--topk", "2", *layers))["recommended"]["fullest_rank"]
                                  for layers in ([], ["--moe-every-k-layers", "2"]))  # fmt: skip
-    new_experts_and_routers = 4 * 3 * 64 * 96 + 5 * 64
+    new_experts_and_routers = 4 * 3 * 64 * 96 + 6 * 64  # two copies
     assert every_layer["trainable"] == 4 * new_experts_and_routers
     assert every_second["trainable"] == 2 * new_experts_and_routers

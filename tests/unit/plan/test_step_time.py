@@ -199,7 +199,7 @@ def test_no_step_is_slower_on_a_faster_gpu(
 @settings(max_examples=100, deadline=None)
 def test_recompute_costs_time_and_stage2_saves_it(layout: PlannedLayout, workload: Workload, gpu: Gpu) -> None:
     plain = replace(layout, recompute="none")
-    assert six_layers_s(plain, workload, gpu) <= six_layers_s(layout, workload, gpu)
+    assert six_layers_s(plain, workload, gpu) <= six_layers_s(layout, workload, gpu) * (1 + 1e-9)
     first, second = (six_layers_s(layout, replace(workload, stage=stage), gpu) for stage in ("stage1", "stage2"))
     assert second < first
 

@@ -57,7 +57,7 @@ def main() -> None:
     if args.frontier:
         shutil.copyfile(args.frontier / FILE_NAME, ROOT / "docs" / FILE_NAME)
         frontier = json.loads((args.frontier / FILE_NAME).read_text(encoding="utf-8"))
-        seeds = f"Seeds {', '.join(map(str, frontier['seeds']))}: mean (lowest to highest)."
+        seeds = f"Seeds: {', '.join(map(str, frontier['seeds']))}."
         replace_between(ROOT / "docs" / "results.md", FRONTIER, f"{results_tables(frontier)}\n\n{seeds}")
         write_text(ROOT / "docs" / "images" / "frontier.svg", frontier_chart(frontier) + "\n")
 

@@ -129,6 +129,8 @@ def _message(error: BaseException) -> str | None:
         return str(error).strip().rsplit("UserError: ", 1)[-1]  # a data loader's worker wraps it in its traceback
     if isinstance(error, OSError) and error.errno == errno.EFBIG:
         return f"{error.filename or 'the output'} exceeds the limit of a file's size; raise it with ulimit -f unlimited"
+    if _is_long_name(error):
+        return f"{str(error.filename)[:40]}… is too long for the name of a file; pass a shorter one"  # type: ignore[attr-defined]
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return f"the disk is full while writing {error.filename or 'the output'}; free space and run it again"
     # Megatron's checkpoint writer runs in other processes and reports their failures as text.
@@ -137,6 +139,10 @@ def _message(error: BaseException) -> str | None:
     if _is_lost_connection(error):
         return "another rank has ended, see its message or its node's log; run the same command again to resume"
     return "interrupted" if isinstance(error, KeyboardInterrupt) else None
+
+
+def _is_long_name(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
 
 
 def _is_lost_connection(error: BaseException) -> bool:
@@ -162,7 +168,7 @@ def _fail(message: str, error: BaseException) -> NoReturn:
         time.sleep(10 if local_rank == "0" else 20)
     _discard_unwritable()
     _print_error(message)
-    sys.exit(2 if isinstance(error, UserError) else 1)
+    sys.exit(2 if isinstance(error, UserError) or _is_long_name(error) else 1)
 
 
 def _print_error(message: str) -> None:

@@ -58,11 +58,10 @@ def read_metadata(folder: Path) -> Metadata:
             unpickler = _MetadataUnpickler(file)
             metadata = unpickler.load()
         contents, places = dict(metadata.state_dict_metadata), dict(metadata.storage_data)
-        outside = next(
-            (p.relative_path for p in places.values() if Path(p.relative_path).name != p.relative_path), None
-        )
-        if outside is not None:
-            raise ValueError(f"it points outside its folder, to {outside}")
+        for place in places.values():
+            if Path(place.relative_path).name != place.relative_path:
+                raise ValueError(f"it points outside its folder, to {place.relative_path}")
+            range(place.offset, place.offset + place.length)  # both are there, and integers
         path = folder / MEGATRON_CONFIG_FILE
         if (found := json.loads(path.read_text())["sharded_backend"]) != "torch_dist":
             raise ValueError(f'"sharded_backend" must be torch_dist, got {found!r}')

@@ -4,18 +4,26 @@ Megatron's local attention materializes the score matrix of every head. This one
 does not repeat keys for grouped queries. It can restrict attention to the documents of a packed sequence.
 """
 
+import functools
 import inspect
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
-# Before torch 2.12 it has neither grouped queries nor windows.
-_VARLEN_IS_COMPLETE = {"enable_gqa", "scale", "window_size"} <= inspect.signature(varlen_attn).parameters.keys()
+
+@functools.cache
+def _varlen_attention() -> Callable[..., Any] | None:
+    """torch's attention within documents on GPUs; None before torch 2.12: no grouped queries, no windows."""
+    from torch.nn.attention.varlen import varlen_attn  # imports torch's compiler, which takes seconds
+
+    is_complete = {"enable_gqa", "scale", "window_size"} <= inspect.signature(varlen_attn).parameters.keys()
+    return varlen_attn if is_complete else None
 
 
 def document_edges(position_BS: Tensor) -> Tensor:
@@ -94,9 +102,11 @@ class SDPACoreAttention(MegatronModule):
         length, batch = query.shape[:2]
         # [batch x sequence, heads, head_dim]
         query, key, value = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
-        if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and _VARLEN_IS_COMPLETE:
+        is_half = query.dtype in (torch.bfloat16, torch.float16)
+        varlen_attention = _varlen_attention() if query.is_cuda and is_half else None
+        if varlen_attention is not None:
             window = -1 if self.config.window_size is None else self.config.window_size[0]
-            context = varlen_attn(
+            context = varlen_attention(
                 query, key, value, edges, edges, length, length,
                 scale=self.softmax_scale, window_size=(window, 0), enable_gqa=query.shape[1] != key.shape[1],
             )  # fmt: skip

@@ -121,7 +121,8 @@ class Running:
                 self.kill_all()
                 raise Failure(f"{len(left)} processes still run {ORPHANS_AFTER_S} s after the command: {names}")
             time.sleep(0.05)
-        output, errors = (path.read_text(errors="replace") for path in self._paths)
+        # A fork that was killed at once has not opened them.
+        output, errors = (path.read_text(errors="replace") if path.exists() else "" for path in self._paths)
         return Ended(os.waitstatus_to_exitcode(status), output, errors)
 
     def send(self, number: int, whom: str, random: Random) -> None:

@@ -25,6 +25,7 @@ def fail_with(error: BaseException):  # noqa: ANN201
         (UserError("expected a, got b; do c"), 2, "error: expected a, got b; do c"),
         (OSError(errno.ENOSPC, "No space left on device", "x.bin"), 1, "the disk is full while writing x.bin"),
         (OSError(errno.EFBIG, "File too large", "x.bin"), 1, "x.bin exceeds the limit of a file's size"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300), 2, "x… is too long for the name of a file"),
         (UserError("no file a\nb\x1b[31m\ud800"), 2, r"error: no file a\nb\x1b[31m\ud800"),
         (MachineError("the disk can't be read"), 1, "error: the disk can't be read"),
         (KeyboardInterrupt(), 1, "interrupted"),

@@ -130,8 +130,12 @@ def test_a_table_of_contents_that_is_code_is_rejected(step: Path, tmp_path: Path
 
 
 def test_missing_and_damaged_metadata_are_reported(step: Path) -> None:
+    intact = (step / ".metadata").read_bytes()
     (step / ".metadata").write_bytes(b"\x80\x04nonsense")
     with pytest.raises(UserError, match="iter_0000001/.metadata is damaged"):
+        read_metadata(step)
+    (step / ".metadata").write_bytes(intact.replace(b"offset", b"offseu"))  # a flipped bit in an attribute's name
+    with pytest.raises(UserError, match="iter_0000001/.metadata is damaged .*offset"):
         read_metadata(step)
     (step / ".metadata").unlink()
     with pytest.raises(UserError, match="iter_0000001 .*.metadata is missing"):

@@ -1,5 +1,6 @@
 """A token has the bit of the span that contains its first byte; languages are stated or detected, and audited."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +110,12 @@ def test_bad_spans_are_reported(document: Any, message: str, hf_tokenizer: Path,
         preprocess(hf_tokenizer, "--input", write_lines("a.jsonl", [document]), *flags)
 
 
-def test_a_language_that_is_not_text_is_reported(hf_tokenizer: Path, write_lines, preprocess) -> None:
-    document = {"text": "a", "lang": "\ud800"}
+def test_a_language_that_is_not_text_is_reported(hf_tokenizer: Path, tmp_path: Path, preprocess) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "a", "lang": "\ud800"}))
     with pytest.raises(UserError, match=r'a\.jsonl:1: the key "lang" contains half a surrogate pair'):
         flags = ("--language-key", "lang", *LANGUAGES)
-        preprocess(hf_tokenizer, "--input", write_lines("a.jsonl", [document]), *flags)
+        preprocess(hf_tokenizer, "--input", path, *flags)
 
 
 def test_language_of_documents_is_detected(sentences, write_lines, preprocess, hf_tokenizer, capsys) -> None:

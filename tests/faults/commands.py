@@ -78,7 +78,9 @@ COMMANDS = {
     ),
     "inspect": Command("data_tools.inspect_data", "corpus/en_text_document", "corpus"),
     "hf_to_mcore": Command(
-        "checkpoint_convert.hf_to_mcore", "--hf-path hf --save out/checkpoint --num-new-experts 4 --topk 2", "hf"
+        "checkpoint_convert.hf_to_mcore",
+        "--hf-path hf --save out/checkpoint --num-new-experts 4 --topk 2 --original-copies 1",  # an adapter has one
+        "hf",
     ),
     "another round": Command(
         "checkpoint_convert.hf_to_mcore", "--hf-path export --save out/checkpoint --num-new-experts 2", "export"

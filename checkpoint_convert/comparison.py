@@ -16,7 +16,7 @@ from torch import Tensor
 
 from checkpoint_convert.hf_folder import TOKENIZER_FILES, HfReader, is_unread
 from checkpoint_convert.megatron_folder import MegatronReader
-from moelpr.data.tokenizer import check_token_ids
+from moelpr.data.tokenizer import check_tokenizer_files
 from moelpr.documents import read_documents
 from moelpr.errors import UserError
 from moelpr.evaluate.models import is_megatron, open_model
@@ -277,7 +277,7 @@ def _token_ids(a: Path, b: Path, files: list[Path], num_tokens: int) -> list[lis
         folder = model / HF_FOLDER if is_megatron(model) else model
         if not any((folder / name).is_file() for name in TOKENIZER_FILES):
             raise UserError(f"--text requires a tokenizer, but {folder} contains none; copy the base's tokenizer there")
-        check_token_ids(folder)
+        check_tokenizer_files(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         ids.append([tokenizer(text, add_special_tokens=False)["input_ids"][:num_tokens] for text in texts])
     if ids[0] != ids[1]:

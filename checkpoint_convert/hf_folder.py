@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from moelpr import checksums
 from moelpr.checksums import FileSum, Verifier
-from moelpr.data.tokenizer import check_token_ids
+from moelpr.data.tokenizer import check_tokenizer_files
 from moelpr.errors import UserError
 from moelpr.families.families import CONFIG_FILE
 from moelpr.families.tables import stacked_part
@@ -73,7 +73,7 @@ def check_tokenizer(folder: Path, vocab_size: int) -> None:
     """UserError if the folder's tokenizer cannot be read or has more IDs than the embedding has rows."""
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return
-    check_token_ids(folder)
+    check_tokenizer_files(folder)
     from transformers import AutoTokenizer
 
     try:

@@ -50,12 +50,14 @@ class Tokenizer(Protocol):
 _MAX_IDS = 10_000_000  # the largest published vocabularies have a million
 
 
-def check_token_ids(folder: str | os.PathLike[str]) -> None:
-    """Check that the IDs in a folder's tokenizer.json or vocab.json are small, because libraries count up to them.
+def check_tokenizer_files(folder: str | os.PathLike[str]) -> None:
+    """Check what libraries take from a folder's files unchecked.
 
     Raises:
-        UserError: A token's ID would take gigabytes and minutes.
+        UserError: A token's ID would take gigabytes and minutes, because libraries count up to it; or the largest
+            length is no number.
     """
+    _check_max_length(Path(folder) / "tokenizer_config.json")
     for name in ("tokenizer.json", "vocab.json"):
         path = Path(folder) / name
         try:
@@ -69,6 +71,15 @@ def check_token_ids(folder: str | os.PathLike[str]) -> None:
             raise UserError(
                 f"{path} gives {token!r} the ID {id:,}; expected IDs below {_MAX_IDS:,}; download the tokenizer again"
             )
+
+
+def _check_max_length(path: Path) -> None:
+    try:
+        length = json.loads(path.read_bytes()).get("model_max_length", 0)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return  # loading the tokenizer reports what is wrong
+    if length is not None and type(length) not in (int, float):
+        raise UserError(f"{path}: model_max_length must be a number, got {length!r}; download the tokenizer again")
 
 
 def add_tokenizer_arguments(parser: argparse.ArgumentParser, required: bool) -> argparse._ArgumentGroup:
@@ -113,7 +124,7 @@ def load_tokenizer(tokenizer_type: str, tokenizer_model: str, include_special_to
 
 class _HuggingFaceTokenizer:
     def __init__(self, model: str, include_special_tokens: bool) -> None:
-        check_token_ids(model)
+        check_tokenizer_files(model)
         from transformers import AutoTokenizer  # takes two seconds, which SentencePiece does not need
 
         try:

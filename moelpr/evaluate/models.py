@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moelpr import checksums
-from moelpr.data.tokenizer import check_token_ids
+from moelpr.data.tokenizer import check_tokenizer_files
 from moelpr.errors import UserError
 from moelpr.megatron_patches import cpu, megatron_fixes
 from moelpr.model_spec import FILE_NAME, ModelSpec
@@ -224,7 +224,7 @@ def choose_device(name: str) -> torch.device:
 
 def _load_tokenizer(directory: Path) -> tuple[Any, int, int | None]:
     """The tokenizer in `directory`, the token that precedes a document, and EOS."""
-    check_token_ids(directory)
+    check_tokenizer_files(directory)
     from transformers import AutoTokenizer
 
     try:

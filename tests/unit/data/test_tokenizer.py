@@ -8,7 +8,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from moelpr.data.tokenizer import load_tokenizer
+from moelpr.data.tokenizer import check_tokenizer_files, load_tokenizer
 from moelpr.errors import UserError
 
 
@@ -69,3 +69,10 @@ def test_a_hub_name_is_answered_with_the_command_that_downloads_it(tmp_path: Pat
         with pytest.raises(UserError) as error:
             load_tokenizer("HuggingFaceTokenizer", model)
         assert ("run hf download NAME --local-dir DIR first" in str(error.value)) == has_hint
+
+
+@pytest.mark.parametrize("length", ['"512"', "{}", "true"])
+def test_a_largest_length_that_is_no_number_is_reported(length: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(f'{{"model_max_length": {length}}}')
+    with pytest.raises(UserError, match="model_max_length must be a number, got"):
+        check_tokenizer_files(tmp_path)

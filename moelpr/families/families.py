@@ -259,7 +259,8 @@ def read_base(folder: Path) -> tuple[Family, ModelSpec]:
     for key in ("quantization_config", "quantization"):  # of transformers and of MLX
         if key in raw:
             raise UserError(f"{folder} is quantized ({key}); convert the unquantized model")
-    if missing := [name for name in _REQUIRED if name not in raw]:
+    required = _REQUIRED + (family.moe_class.required if is_moe else ())
+    if missing := [name for name in required if not raw.keys() & set(name.split(" or "))]:
         keys = ", ".join(missing)
         raise UserError(f"{folder}/config.json lacks {keys}; restore it from the model's original config.json")
     from transformers import AutoConfig

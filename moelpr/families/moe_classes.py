@@ -17,6 +17,7 @@ class MoeClass:
         name: Its `model_type`, which is also its name on the command line.
         ffn: Rows of an MoE layer's FFN.
         config: Maps a spec to the class's own keys of config.json; an imported MoE must have these values.
+        required: Keys that an imported MoE's config.json must have; "a or b" is a key of two names.
         zeros: (HF name, shape) of tensors of an MoE layer that only the class has; they are written as zeros.
         bias_zeros: More of them, in a model with biases on queries, keys and values.
         has_qkv_bias: Whether its attention has these biases; None if config.json decides.
@@ -30,6 +31,7 @@ class MoeClass:
     architecture: str
     ffn: tuple[Row, ...]
     config: Callable[[ModelSpec, MoeSpec], dict[str, Any]]
+    required: tuple[str, ...]
     zeros: tuple[tuple[str, str], ...] = ()
     bias_zeros: tuple[tuple[str, str], ...] = ()
     has_qkv_bias: bool | None = False
@@ -74,6 +76,7 @@ MIXTRAL = MoeClass(
         fc2="block_sparse_moe.experts.{j}.w2.weight",
     ),
     config=_mixtral_config,
+    required=("num_local_experts", "num_experts_per_tok"),
     may_have_window=True,
 )
 
@@ -104,6 +107,7 @@ QWEN2_MOE = MoeClass(
     architecture="Qwen2MoeForCausalLM",
     ffn=_QWEN_MOE_ROWS,
     config=partial(_qwen_moe_config, shared_expert_intermediate_size=0, qkv_bias=True),
+    required=("num_experts", "num_experts_per_tok", "moe_intermediate_size"),
     # Readers expect the shared expert's gate even if the shared expert has width 0.
     zeros=((HF_LAYER + "mlp.shared_expert_gate.weight", "one hidden"),),
     has_qkv_bias=True,
@@ -116,6 +120,7 @@ QWEN3_MOE = MoeClass(
     ffn=_QWEN_MOE_ROWS,
     # transformers 5 reads and writes num_local_experts, older readers only num_experts.
     config=lambda spec, moe: _qwen_moe_config(spec, moe, num_local_experts=moe.num_experts),
+    required=("num_experts or num_local_experts", "num_experts_per_tok", "moe_intermediate_size"),
     has_qk_norm=True,
     may_mix_layers=True,
 )
@@ -144,6 +149,7 @@ GRANITE_MOE = MoeClass(
         fc2="block_sparse_moe.output_linear.weight[{j}]",
     ),
     config=_granite_moe_config,
+    required=("num_local_experts", "num_experts_per_tok"),
     # One setting gives biases to all four projections, but Qwen2's attention output has none.
     bias_zeros=((HF_LAYER + "self_attn.o_proj.bias", "hidden"),),
     has_qkv_bias=None,

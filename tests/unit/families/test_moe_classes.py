@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING
 
 from checkpoint_convert.comparison import compare, compare_frozen, largest_difference
 from checkpoint_convert.export import apply_delta, mcore_to_hf
 from checkpoint_convert.upcycling import Start, hf_to_mcore
 from moelpr.errors import UserError
+from moelpr.families.families import read_base
+from moelpr.families.moe_classes import MOE_CLASSES, MoeClass
 from tests.hf_models import (
     assert_import_fails,
     assert_nothing_left,
@@ -175,3 +178,13 @@ def test_a_stack_with_another_number_of_experts_is_rejected(
 
     edit_tensors(tmp_path / "hf", change)
     assert_import_fails(tmp_path / "hf", tmp_path, message, num_new_experts=1)
+
+
+@pytest.mark.parametrize("moe_class", MOE_CLASSES.values(), ids=lambda moe_class: moe_class.name)
+def test_a_key_without_which_transformers_assumes_another_model_is_required(moe_class: MoeClass, tmp_path: Path) -> None:
+    config = CONFIG_MAPPING[moe_class.name]().to_dict() | {"architectures": [moe_class.architecture]}
+    for required in ("num_experts_per_tok", *moe_class.required):
+        left = {key: value for key, value in config.items() if key not in required.split(" or ")}
+        (tmp_path / "config.json").write_text(json.dumps(left))
+        with pytest.raises(UserError, match=f"config.json lacks {required}; restore it"):
+            read_base(tmp_path)

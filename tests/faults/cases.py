@@ -135,8 +135,10 @@ DAMAGED: dict[str, tuple[Reading, ...]] = {
     ),
     "text": (
         Reading("preprocess", "text/text.jsonl", right_text("text/text.jsonl"), 4),
-        *(Reading(form, f"text/text.{form}", same_corpus) for form in ("jsonl.gz", "jsonl.bz2", "jsonl.xz", "parquet")),
-        Reading("jsonl.zst", "text/text.jsonl.zst", right_text("text/text.jsonl.zst")),
+        *(
+            Reading(form, f"text/text.{form}", right_text(f"text/text.{form}"))
+            for form in ("jsonl.gz", "jsonl.bz2", "jsonl.xz", "jsonl.zst", "parquet")
+        ),
         Reading("sentencepiece", "text/text.jsonl", anything),
     ),
     "tokenizers": (

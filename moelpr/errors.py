@@ -10,13 +10,14 @@ import locale
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OSError
@@ -62,13 +63,14 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def prepare_process() -> None:
-    """Open standard streams that are closed, and show no traceback of a Ctrl-C during imports."""
+    """Open standard streams that are closed, and show no traceback of a signal or of a stream that failed."""
     # Otherwise Python sets the stream to None, and the next file that is opened gets its number.
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
     os.close(number)
     sys.stdout, sys.stderr = sys.stdout or open(1, "w"), sys.stderr or open(2, "w")
     sys.excepthook = _show_exception
+    sys.unraisablehook = show_unraisable
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -80,8 +82,7 @@ def run_command(main: Callable[[], None]) -> None:
     _use_utf8()
     debug = "--debug" in sys.argv
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        # Exit as usual, so that temporary files are removed.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        signal.signal(signal.SIGTERM, _exit_by_signal)
     try:
         try:
             main()
@@ -98,6 +99,16 @@ def run_command(main: Callable[[], None]) -> None:
         if isinstance(error, RuntimeError) and _has_own_log():
             traceback.print_exc()
         _fail(message, error)
+    finally:
+        # While Python shuts down, an exception from a signal would be a traceback.
+        for number, handler in ((signal.SIGTERM, _exit_by_signal), (signal.SIGINT, signal.default_int_handler)):
+            if signal.getsignal(number) is handler:
+                signal.signal(number, signal.SIG_DFL)
+
+
+def _exit_by_signal(number: int, _: FrameType | None) -> NoReturn:
+    """Exit as usual, so that temporary files are removed."""
+    sys.exit(128 + number)
 
 
 def _show_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -105,6 +116,19 @@ def _show_exception(kind: type[BaseException], error: BaseException, trace: Trac
         _print_error("interrupted")
     else:
         sys.__excepthook__(kind, error, trace)
+
+
+def show_unraisable(found: Any) -> None:
+    """Report an exception that Python can't raise, as it came from a destructor or a callback."""
+    is_interrupt = isinstance(found.exc_value, KeyboardInterrupt)
+    if is_interrupt or (isinstance(found.exc_value, SystemExit) and found.exc_value.code == 128 + signal.SIGTERM):
+        number = signal.SIGINT if is_interrupt else signal.SIGTERM
+        again = threading.Timer(0.01, os.kill, (os.getpid(), number))  # when it can be raised
+        again.daemon = True
+        again.start()
+    elif not (isinstance(found.exc_value, ValueError) and "closed file" in str(found.exc_value)):
+        # That would be a stream above a file whose writing failed, which is reported: torch's, of checkpoints.
+        sys.__unraisablehook__(found)
 
 
 def _discard_unwritable() -> None:

@@ -212,3 +212,51 @@ def test_ctrl_c_during_imports_shows_no_traceback() -> None:
     heed = "signal.signal(signal.SIGINT, signal.default_int_handler)"
     done = run_in_shell("$PROGRAM", f"import moelpr, signal, os\n{heed}\nos.kill(os.getpid(), signal.SIGINT)\n")
     assert done.returncode != 0 and done.stderr == "-c: error: interrupted\n"
+
+
+SIGNALLED = """
+import moelpr, signal, sys, time
+from moelpr.errors import run_command
+
+class Destroyed:
+    def __del__(self):
+        signal.raise_signal(signal.{0})
+        time.sleep(0)
+
+def main():
+    if "{1}" == "at exit":
+        main.left = Destroyed()
+        return
+    Destroyed()
+    time.sleep(9)
+    print("goes on")
+signal.signal(signal.SIGINT, signal.default_int_handler)
+run_command(main)
+"""
+
+
+@pytest.mark.parametrize("moment", ["at work", "at exit"])
+@pytest.mark.parametrize(("name", "code", "words"), [("SIGTERM", 143, ""), ("SIGINT", 1, "-c: error: interrupted\n")])
+def test_a_signal_in_a_destructor_ends_the_command_without_a_traceback(
+    moment: str, name: str, code: int, words: str
+) -> None:
+    done = run_in_shell("exec $PROGRAM", SIGNALLED.format(name, moment))
+    expected = (-signal.Signals[name], "") if moment == "at exit" else (code, words)
+    assert (done.returncode, done.stderr) == expected and done.stdout == ""
+
+
+def test_a_stream_above_a_failed_file_is_not_reported_again() -> None:
+    code = """
+import io, moelpr
+
+class Above(io.IOBase):
+    def close(self):
+        self.raw.flush()
+
+above = Above()
+above.raw = open("/dev/null", "wb")
+above.raw.close()
+del above
+"""
+    done = run_in_shell("$PROGRAM", code)
+    assert (done.returncode, done.stderr) == (0, "")

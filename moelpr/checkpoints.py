@@ -20,7 +20,7 @@ from moelpr import checksums
 from moelpr.errors import UserError
 from moelpr.files import read_versioned, write_text
 from moelpr.model_spec import ModelSpec
-from moelpr.run_folder import BASE_CHECKPOINT_FILE, TRACKER_FILE
+from moelpr.run_folder import BASE_CHECKPOINT_FILE, TRACKER_FILE, as_step
 
 FORMAT_VERSION = 1
 RELEASE = "release"
@@ -117,9 +117,10 @@ def step_folder(folder: Path, iteration: int | None = None) -> Path:
     if not tracker.is_file():
         raise UserError(f"{folder} is not a complete Megatron checkpoint: {TRACKER_FILE} is missing")
     text = tracker.read_text(errors="replace").strip()
-    if text != RELEASE and not text.isdecimal():
-        raise UserError(f"{tracker} must contain an iteration or '{RELEASE}', got {text!r}")
-    chosen = folder / (RELEASE if text == RELEASE else step_name(int(text)))
+    step = as_step(text)
+    if text != RELEASE and step is None:
+        raise UserError(f"{tracker} must contain an iteration or '{RELEASE}', got {text[:40]!r}")
+    chosen = folder / (RELEASE if step is None else step_name(step))
     if not chosen.is_dir():
         raise UserError(
             f"{tracker} names {chosen.name}, which is missing; choose a step with --iteration (trainer: --ckpt-step)"

@@ -41,8 +41,12 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
 def saved_step(folder: Path) -> int | None:
     """The last step that was saved in `folder`; None if there is none."""
     tracker = folder / TRACKER_FILE
-    text = tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
-    return int(text) if text.isdecimal() else None
+    return as_step(tracker.read_text(errors="replace").strip()) if tracker.is_file() else None
+
+
+def as_step(text: str) -> int | None:
+    """The step that a tracker file names with `text`; None if that is no number of a step."""
+    return int(text) if text.isdecimal() and len(text) < 19 else None  # int() refuses more than 4,300 digits
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

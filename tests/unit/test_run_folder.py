@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.run_folder import read_json, read_settings
+from moelpr.run_folder import TRACKER_FILE, read_json, read_settings, saved_step
 
 
 def test_settings_are_those_of_recipe_yaml(tmp_path: Path) -> None:
@@ -26,3 +26,11 @@ def test_a_json_file_is_an_object_or_none(tmp_path: Path, content: bytes, expect
     (tmp_path / "versions.json").write_bytes(content)
     assert read_json(tmp_path / "versions.json") == expected
     assert read_json(tmp_path / "missing.json") is None
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"), [("12\n", 12), ("", None), ("release", None), ("-1", None), ("1" * 5000, None)]
+)
+def test_a_saved_step_is_a_number_that_can_be_one(tmp_path: Path, content: str, expected: int | None) -> None:
+    (tmp_path / TRACKER_FILE).write_text(content)
+    assert saved_step(tmp_path) == expected

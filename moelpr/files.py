@@ -1,6 +1,7 @@
 """Outputs appear complete or not at all: write under a temporary name, fsync, rename. Reads versioned JSON files."""
 
 import errno
+import glob
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import filelock
+import psutil
 
 from moelpr.errors import DISK_FULL, UserError
 
@@ -51,6 +53,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary file name; on success it is fsynced and renamed to `path`, on failure removed."""
     make_folder(path.parent)
     temporary = temporary_name(path)
+    _remove_leftovers(path)
     try:
         yield temporary
         fsync_file(temporary)
@@ -59,6 +62,22 @@ def atomic_file(path: Path) -> Iterator[Path]:
         raise UserError(f"{path} is a folder, but a file is to be written there; remove it") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what killed processes of this machine have left of `path` under its temporary names."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.tmp-*"):
+        number = left.name.rpartition("-")[2]
+        if number.isdecimal() and len(number) < 10 and not psutil.pid_exists(int(number)):
+            remove(left)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with its content; another process may be doing the same."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_temporaries(folder: Path, pattern: str = "**/.*.tmp-*") -> None:
@@ -96,6 +115,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary folder; on success it replaces `path`, on failure it is removed."""
     make_folder(path.parent)
     temporary = temporary_name(path)
+    _remove_leftovers(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -168,12 +188,8 @@ def locked(lock_file: Path, output: Path | str) -> Iterator[None]:
 def empty(folder: Path) -> None:
     """Remove what is in `folder`, except its lock."""
     for path in folder.iterdir():
-        if path.name == LOCK_FILE:
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        if path.name != LOCK_FILE:
+            remove(path)
 
 
 def _replace(path: Path, temporary: Path) -> None:

@@ -192,3 +192,17 @@ def test_a_killed_process_leaves_no_lock_even_if_a_process_it_has_forked_lives_o
     finally:
         holder.kill()
         os.kill(forked, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("write", [atomic_file, atomic_directory])
+def test_what_a_killed_process_has_left_is_removed_by_the_next_one(
+    write: Callable[[Path], AbstractContextManager[Path]], tmp_path: Path
+) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    others = [tmp_path / name for name in (f".a.tmp-{os.getppid()}", ".a.tmp-x", f".b.tmp-{ended.pid}")]
+    for path in (tmp_path / f".a.tmp-{ended.pid}", *others):
+        path.touch()
+    with write(tmp_path / "a") as temporary:
+        (temporary / "file" if temporary.is_dir() else temporary).touch()
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "a", *others])

@@ -8,18 +8,21 @@ import importlib.util
 import logging
 import os
 import shutil
-import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, wraps
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim.adam import adam
 
 from moelpr.errors import MachineError
+from moelpr.files import atomic_file
 from moelpr.megatron_patches import checkpoint_reading
+from moelpr.run_folder import TRACKER_FILE
 
 
 @cache
@@ -31,6 +34,7 @@ def install() -> None:
     _load_optimizers_without_parameters()
     _reduce_metrics_on_stages_without_routers()
     _say_why_a_step_was_not_saved()
+    _replace_the_tracker_file_at_once()
     checkpoint_reading.install()
 
 
@@ -135,7 +139,6 @@ def _say_why_a_step_was_not_saved() -> None:
         try:
             finalize(storage_writer, *args)
         except (CheckpointException, OSError) as error:
-            sys.unraisablehook = lambda _: None  # Python reports the streams that the failed writers left
             folder = storage_writer.checkpoint_dir
             tensors = [tensor for bucket in storage_writer.write_buckets for _, tensor in bucket[2][1]]
             free = shutil.disk_usage(folder).free
@@ -149,6 +152,23 @@ def _say_why_a_step_was_not_saved() -> None:
             ) from error
 
     state_dict_saver.save_state_dict_async_finalize = finalize_with_reason
+
+
+def _replace_the_tracker_file_at_once() -> None:
+    """Megatron empties the tracker file before it writes to it: a full disk or a kill would leave no step to resume."""
+    from megatron.core.msc_utils import MultiStorageClientFeature, maybe_msc
+
+    @contextmanager
+    def open_temporary(path: Path) -> Iterator[TextIO]:
+        with atomic_file(path) as temporary, open(temporary, "w") as file:
+            yield file
+
+    def open_file(path: str, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if mode != "w" or Path(path).name != TRACKER_FILE or MultiStorageClientFeature.is_enabled():
+            return type(maybe_msc).__getattr__(maybe_msc, "open")(path, mode, *args, **kwargs)
+        return open_temporary(Path(path))
+
+    maybe_msc.open = open_file
 
 
 class GroupStepAdam(torch.optim.Adam):

@@ -181,7 +181,9 @@ def test_a_stack_with_another_number_of_experts_is_rejected(
 
 
 @pytest.mark.parametrize("moe_class", MOE_CLASSES.values(), ids=lambda moe_class: moe_class.name)
-def test_a_key_without_which_transformers_assumes_another_model_is_required(moe_class: MoeClass, tmp_path: Path) -> None:
+def test_a_key_without_which_transformers_assumes_another_model_is_required(
+    moe_class: MoeClass, tmp_path: Path
+) -> None:
     config = CONFIG_MAPPING[moe_class.name]().to_dict() | {"architectures": [moe_class.architecture]}
     for required in ("num_experts_per_tok", *moe_class.required):
         left = {key: value for key, value in config.items() if key not in required.split(" or ")}

@@ -1,9 +1,9 @@
 """Each fix works, and Megatron still needs it."""
 
 import argparse
+import gc
 import inspect
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import megatron.core
 import pytest
 import torch
 
+from moelpr import errors
 from moelpr.errors import MachineError
 from moelpr.megatron_patches import megatron_fixes
 from moelpr.megatron_patches.megatron_fixes import GroupStepAdam
@@ -125,7 +126,7 @@ def test_a_group_without_parameters_counts_its_steps_too() -> None:
 
 
 @pytest.mark.usefixtures("megatron")
-def test_a_step_that_cannot_be_saved_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_cannot_be_saved_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:  # noqa: ANN001
     """/dev/full rejects every write like a full disk; Megatron's own error is a list of tracebacks."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import ShardedTensor
@@ -136,7 +137,7 @@ def test_a_step_that_cannot_be_saved_is_one_sentence(tmp_path: Path, monkeypatch
         return real_open("/dev/full" if str(path).endswith(".distcp") else path, mode, *args, **kwargs)
 
     monkeypatch.setattr("builtins.open", open_full)
-    monkeypatch.setattr("sys.unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr("sys.unraisablehook", errors.show_unraisable)  # pytest has replaced it
     state = {"weight": ShardedTensor.from_rank_offsets("weight", torch.ones(30))}
     with pytest.raises(MachineError, match=f"{tmp_path} could not be saved .*GB free") as raised:
         dist_checkpointing.save(dict(state), str(tmp_path), async_strategy="mcore")
@@ -145,3 +146,27 @@ def test_a_step_that_cannot_be_saved_is_one_sentence(tmp_path: Path, monkeypatch
     with pytest.raises(OSError, match="No space left") as full:
         dist_checkpointing.save(dict(state), str(tmp_path), async_strategy="mcore")
     assert full.value.filename == str(tmp_path)
+    del raised, full
+    gc.collect()  # the streams that the failed writers left
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_megatron_still_empties_the_tracker_file_before_it_writes() -> None:
+    from megatron.training import checkpointing
+
+    assert "with maybe_msc.open(tracker_filename, 'w') as f:" in inspect.getsource(checkpointing.save_checkpoint)
+
+
+@pytest.mark.usefixtures("megatron")
+def test_a_tracker_file_that_cannot_be_written_names_the_step_before(tmp_path: Path) -> None:
+    from megatron.training.checkpointing import maybe_msc
+
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    for step in ("1", "2"):
+        with maybe_msc.open(str(tracker), "w") as file:
+            file.write(step)
+        assert tracker.read_text() == step
+    with pytest.raises(OSError, match="full"), maybe_msc.open(str(tracker), "w") as file:
+        file.write("3")
+        raise OSError("full")
+    assert [(path, path.read_text()) for path in tmp_path.iterdir()] == [(tracker, "2")]

@@ -4,6 +4,7 @@ An error that a user can cause is one sentence: what was expected, what was foun
 """
 
 import argparse
+import atexit
 import difflib
 import errno
 import locale
@@ -83,6 +84,7 @@ def run_command(main: Callable[[], None]) -> None:
     debug = "--debug" in sys.argv
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _exit_by_signal)
+    atexit.register(_raise_no_signals)
     try:
         try:
             main()
@@ -99,16 +101,18 @@ def run_command(main: Callable[[], None]) -> None:
         if isinstance(error, RuntimeError) and _has_own_log():
             traceback.print_exc()
         _fail(message, error)
-    finally:
-        # While Python shuts down, an exception from a signal would be a traceback.
-        for number, handler in ((signal.SIGTERM, _exit_by_signal), (signal.SIGINT, signal.default_int_handler)):
-            if signal.getsignal(number) is handler:
-                signal.signal(number, signal.SIG_DFL)
 
 
 def _exit_by_signal(number: int, _: FrameType | None) -> NoReturn:
     """Exit as usual, so that temporary files are removed."""
     sys.exit(128 + number)
+
+
+def _raise_no_signals() -> None:
+    """Give signals their default effect: while Python shuts down, their exceptions would be tracebacks."""
+    for number, handler in ((signal.SIGTERM, _exit_by_signal), (signal.SIGINT, signal.default_int_handler)):
+        if signal.getsignal(number) is handler:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _show_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -175,7 +176,8 @@ def change(content: Any, random: Random, mark: str) -> tuple[Any, str]:
             other, other_key = random.choice(places)
             holder[key] = json.loads(json.dumps(other[other_key]))
         else:
-            holder[key] = mark if kind == "mark" else random.choice(VALUES)
+            # A copy: a later change inside it must not change the table, or put it into itself.
+            holder[key] = mark if kind == "mark" else deepcopy(random.choice(VALUES))
     return content, ", ".join(way)
 
 

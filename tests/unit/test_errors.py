@@ -215,7 +215,7 @@ def test_ctrl_c_during_imports_shows_no_traceback() -> None:
 
 
 SIGNALLED = """
-import moelpr, signal, sys, time
+import atexit, moelpr, signal, sys, time
 from moelpr.errors import run_command
 
 class Destroyed:
@@ -224,20 +224,20 @@ class Destroyed:
         time.sleep(0)
 
 def main():
-    if "{1}" == "at exit":
-        main.left = Destroyed()
-        return
-    Destroyed()
-    time.sleep(9)
-    print("goes on")
+    if "{1}" == "at work":
+        Destroyed()
+        time.sleep(9)
+        print("goes on")
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if "{1}" == "at exit":
+    atexit.register(lambda: signal.raise_signal(signal.{0}))
 run_command(main)
 """
 
 
 @pytest.mark.parametrize("moment", ["at work", "at exit"])
 @pytest.mark.parametrize(("name", "code", "words"), [("SIGTERM", 143, ""), ("SIGINT", 1, "-c: error: interrupted\n")])
-def test_a_signal_in_a_destructor_ends_the_command_without_a_traceback(
+def test_a_signal_in_a_destructor_or_at_exit_ends_the_command_without_a_traceback(
     moment: str, name: str, code: int, words: str
 ) -> None:
     done = run_in_shell("exec $PROGRAM", SIGNALLED.format(name, moment))

@@ -29,6 +29,8 @@ from checkpoint_convert.model_card import (
     read_history,
 )
 from checkpoint_convert.outputs import check_output, output_folder
+from moelpr import checksums
+from moelpr.checksums import FileSum
 from moelpr.errors import UserError
 from moelpr.families.families import CONFIG_FILE, read_config
 from moelpr.families.moe_classes import MOE_CLASSES, MoeClass
@@ -184,6 +186,7 @@ class DeltaConfig:
         path = folder / DELTA_FILE
         if not path.is_file():
             raise UserError(f"{folder} is not a delta: it has no {DELTA_FILE}; mcore_to_hf.py --delta writes one")
+        checksums.Verifier(folder, "copy the delta again").verify(DELTA_FILE)
         try:
             content = json.loads(path.read_text())
             version = content.pop("format_version", None)
@@ -193,11 +196,21 @@ class DeltaConfig:
             delta = cls(**content, tensors=tensors)
             if delta.dtype not in DTYPES or not all(t.source in ("base", "delta", "zeros") for t in tensors):
                 raise ValueError("unknown dtype or source")
+            delta._check_types()
         except UserError:
             raise
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} is damaged ({error}); copy the delta again") from error
         return delta
+
+    def _check_types(self) -> None:
+        texts = [self.base_model, self.card, self.config["architectures"][0]]
+        texts += [text for tensor in self.tensors for text in (tensor.name, tensor.base, tensor.sha256)]
+        sizes = [self.max_shard_bytes, *(size for tensor in self.tensors for size in tensor.shape)]
+        if not all(isinstance(text, str) for text in texts) or any(type(size) is not int or size < 0 for size in sizes):
+            raise TypeError("a value has the wrong type")
+        if len({tensor.name for tensor in self.tensors}) < len(self.tensors):
+            raise ValueError("a tensor is listed twice")
 
 
 def _complete_delta(folder: Path, facts: CardFacts, max_shard_bytes: int) -> None:
@@ -220,6 +233,8 @@ def _complete_delta(folder: Path, facts: CardFacts, max_shard_bytes: int) -> Non
     card, experts = model_card(facts), asdict(source.spec.moe)
     content = facts.base_model, facts.dtype, max_shard_bytes, experts, facts.config, card, tuple(tensors)
     DeltaConfig(*content).write(folder)
+    sums = checksums.read(folder) or {}
+    checksums.write(folder, sums | {DELTA_FILE: FileSum.of(folder / DELTA_FILE)})  # it says what the export contains
     (folder / CARD_FILE).write_text(model_card(facts, is_delta=True), encoding="utf-8")
 
 

@@ -216,6 +216,10 @@ def test_a_wrong_base_is_rejected_by_name(base: Path, checkpoint: Path, make_qwe
 def test_a_damaged_delta_is_rejected(base: Path, checkpoint: Path, tmp_path: Path) -> None:
     delta, out = tmp_path / "delta", tmp_path / "out"
     mcore_to_hf(checkpoint, delta, as_delta=True)
+    text = (delta / "delta_config.json").read_text()
+    (delta / "delta_config.json").write_text(text.replace('"model.norm.weight"', '"model.norm.weighs"', 1))
+    assert_apply_fails(base, delta, out, "delta_config.json is damaged: its checksum differs")
+    (delta / "delta_config.json").write_text(text)
     edit_tensors(
         delta / "delta.safetensors", lambda tensors: tensors["model.layers.2.mlp.gate.weight"].view(-1)[0].add_(1)
     )
@@ -224,8 +228,13 @@ def test_a_damaged_delta_is_rejected(base: Path, checkpoint: Path, tmp_path: Pat
     assert_apply_fails(base, delta, out, "model.layers.2.mlp.gate.weight")
     (delta / "delta.safetensors").unlink()
     assert_apply_fails(base, delta, out, "delta.safetensors")
-    text = (delta / "delta_config.json").read_text()
-    for damaged in (text[:-50], text.replace('"bfloat16"', '"int8"', 1), text.replace('"base"', '"nowhere"', 1), "[]"):
+    damages = [text[:-50], text.replace('"bfloat16"', '"int8"', 1), text.replace('"base"', '"nowhere"', 1), "[]"]
+    content = json.loads(text)
+    for key, value in (("base", 0.5), ("sha256", None), ("shape", [-1]), ("shape", ["1"])):
+        damages.append(json.dumps(content | {"tensors": [content["tensors"][0] | {key: value}]}))
+    damages.append(json.dumps(content | {"tensors": content["tensors"][:1] * 2}))
+    damages += [json.dumps(content | changed) for changed in ({"card": None}, {"config": {}}, {"max_shard_bytes": "1"})]
+    for damaged in damages:
         (delta / "delta_config.json").write_text(damaged)
         assert_apply_fails(base, delta, out, "delta_config.json")
     (delta / "delta_config.json").write_text(text.replace('"format_version": 1', '"format_version": 2'))

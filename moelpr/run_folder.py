@@ -53,6 +53,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file; None if the file is missing or damaged."""
     try:
         content = json.loads(path.read_text())
+        json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair could not be written again
     except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None

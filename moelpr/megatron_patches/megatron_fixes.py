@@ -7,6 +7,7 @@ import errno
 import importlib.util
 import logging
 import os
+import queue
 import shutil
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -35,6 +36,7 @@ def install() -> None:
     _reduce_metrics_on_stages_without_routers()
     _say_why_a_step_was_not_saved()
     _replace_the_tracker_file_at_once()
+    _collect_write_results_in_this_process()
     checkpoint_reading.install()
 
 
@@ -169,6 +171,24 @@ def _replace_the_tracker_file_at_once() -> None:
         return open_temporary(Path(path))
 
     maybe_msc.open = open_file
+
+
+def _collect_write_results_in_this_process() -> None:
+    """Without --async-save, a rank passes the results of its own writes to itself, through a process made for that.
+
+    The process costs memory and a start, and a rank whose process is killed ends with a traceback.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.training import global_vars
+
+    through_process, in_this_process = filesystem_async.get_write_results_queue, queue.Queue[Any]()
+
+    @wraps(through_process)
+    def results_queue(mp_mode: str = "spawn") -> Any:
+        is_async = getattr(global_vars._GLOBAL_ARGS, "async_save", False)
+        return through_process(mp_mode) if is_async else in_this_process
+
+    filesystem_async.get_write_results_queue = results_queue
 
 
 class GroupStepAdam(torch.optim.Adam):

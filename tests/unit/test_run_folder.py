@@ -20,7 +20,14 @@ def test_a_missing_or_damaged_recipe_is_none(tmp_path: Path, content: str | None
 
 
 @pytest.mark.parametrize(
-    ("content", "expected"), [(b'{"torch": "2.15"}', {"torch": "2.15"}), (b"[]", None), (b"{", None), (b"\xff", None)]
+    ("content", "expected"),
+    [
+        (b'{"torch": "2.15"}', {"torch": "2.15"}),
+        (b"[]", None),
+        (b"{", None),
+        (b"\xff", None),
+        (b'{"a": "\\ud800"}', None),
+    ],
 )
 def test_a_json_file_is_an_object_or_none(tmp_path: Path, content: bytes, expected: dict | None) -> None:
     (tmp_path / "versions.json").write_bytes(content)

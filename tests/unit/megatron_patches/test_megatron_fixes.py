@@ -3,9 +3,11 @@
 import argparse
 import gc
 import inspect
+import queue
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import megatron.core
 import pytest
@@ -170,3 +172,17 @@ def test_a_tracker_file_that_cannot_be_written_names_the_step_before(tmp_path: P
         file.write("3")
         raise OSError("full")
     assert [(path, path.read_text()) for path in tmp_path.iterdir()] == [(tracker, "2")]
+
+
+def test_a_synchronous_save_starts_no_process_for_its_results(megatron: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.training import global_vars
+
+    results = filesystem_async.get_write_results_queue()
+    assert type(results) is queue.Queue and results is filesystem_async.get_write_results_queue()
+    started = []
+    monkeypatch.setattr(filesystem_async.mp, "get_context", lambda mode: started.append(mode) or MagicMock())
+    monkeypatch.setattr(filesystem_async, "_results_queue", None)
+    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", argparse.Namespace(async_save=True))
+    filesystem_async.get_write_results_queue("fork")
+    assert started == ["fork"]

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from itertools import groupby
 
 from tokenizers import Regex, Tokenizer
-from tokenizers.pre_tokenizers import ByteLevel, Split
+from tokenizers.pre_tokenizers import Split
 
 from data_tools.vocabulary.merges import Character, NewToken
 from moelpr.errors import UserError
@@ -57,12 +57,10 @@ class BpeTokenizer:
         self._symbol_of: dict[str, int] = {}
         # A word that is a token is taken as a whole, even if merges do not lead to it.
         self._ignores_merges = bool(model.get("ignore_merges"))
-        names = [f"<0x{byte:02X}>" for byte in range(256)] if self._has_byte_fallback else ByteLevel.alphabet()
-        if missing := [name for name in names if name not in model["vocab"]]:
-            raise UserError(
-                f"the tokenizer {name} has no token for {len(missing)} of the 256 bytes; expected {expected}"
-            )
-        self._byte_of = {model["vocab"][name]: byte for byte, name in enumerate(names)}  # of byte fallback
+        bytes_of = {model["vocab"].get(f"<0x{byte:02X}>"): byte for byte in range(256)}
+        if self._has_byte_fallback and len(bytes_of.keys() - {None}) < 256:
+            raise UserError(f"the tokenizer {name} lacks tokens for some of the 256 bytes; expected {expected}")
+        self._byte_of: dict[int, int] = bytes_of  # tokens of byte fallback
         self._tokenizer = Tokenizer.from_str(source)
 
     def words(self, text: str) -> list[str]:
@@ -81,10 +79,11 @@ class BpeTokenizer:
         return self._normalized(text) if self._has_byte_fallback else ()
 
     def symbols(self, word: str) -> list[int]:
-        """Encode a word: IDs of tokens, and a negative symbol for each character that has none."""
+        """Encode a word: IDs of tokens, and a negative symbol for each character that has none; [] if it can't be."""
         ids = [token.id for token in self._tokenizer.model.tokenize(word)]
         if not self._has_byte_fallback:
-            return ids
+            # Some vocabularies lack a few bytes, which the library leaves out: what is left are no neighbors.
+            return ids if sum(len(self.texts[id]) for id in ids) == len(word) else []
         symbols: list[int] = []
         for is_bytes, run in groupby(ids, self._byte_of.__contains__):
             if is_bytes:

@@ -30,8 +30,8 @@ _SLOW_TOKENIZERS = ("tokenizer.model", "spiece.model")
 class OriginalTextGuard:
     """Refuses new tokens that would change how original-language text is tokenized.
 
-    A new merge comes after all old ones. So it changes a text exactly if its two tokens are neighbors in the text as the
-    old tokenizer encodes it, and no other new merge has changed that. A pair with another new token occurs only in
+    A new merge comes after all old ones. So it changes a text exactly if its two tokens are neighbors in the text as
+    the old tokenizer encodes it, and no other new merge has changed that. A pair with another new token occurs only in
     texts that have changed already.
 
     Args:
@@ -101,8 +101,8 @@ def choose_tokens(
                 return new
     smallest = min(texts, key=lambda language: texts[language].bytes)
     raise UserError(
-        f"the text of {', '.join(texts)} gives only {len(new):,} new tokens, but --num-new-tokens is {number:,}; lower it "
-        f"or add text, {smallest} first, of which there are {texts[smallest].bytes / 1e6:,.1f} MB"
+        f"the text of {', '.join(texts)} gives only {len(new):,} new tokens, but --num-new-tokens is {number:,}; lower "
+        f"it or add text, {smallest} first, of which there are {texts[smallest].bytes / 1e6:,.1f} MB"
     )
 
 

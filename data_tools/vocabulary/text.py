@@ -46,10 +46,8 @@ class TextFiles:
     key: str
     held_out_share: float
 
-    def process[T](
-        self, work: Callable[[Batch, "DocumentReader"], T], backend: Backend, workers: int, label: str
-    ) -> Iterator[tuple[int, T]]:
-        """Yield the result of each batch with the index of its language, in order, and show progress."""
+    def process[T](self, work: Callable[..., T], backend: Backend, workers: int, label: str) -> Iterator[tuple[int, T]]:
+        """Yield `work(batch, reader=…)` of each batch with the index of its language, in order, and show progress."""
         shares = list(shares_of(self.sources, 0, 1))
         columns = [[self.key]] * len(self.languages)
         total = sum(source.bytes for source in self.sources)

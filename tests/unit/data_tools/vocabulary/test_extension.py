@@ -36,10 +36,3 @@ def test_words_and_characters_that_are_taken_whole_are_refused() -> None:
 def test_a_share_of_documents_may_change_in_total() -> None:
     guard = OriginalTextGuard(FIRST_NEW, original({(1, 2): 2, (3, 4): 2, (5, 6): 1}), original({}), 0.15)
     assert [guard.allows(pair, "") for pair in ((1, 2), (3, 4), (5, 6))] == [True, False, True]
-
-
-def test_pair_counts_add_up_over_batches() -> None:
-    counts = PairCounts(FIRST_NEW)
-    for _ in range(3):
-        counts.add(np.array([102, 509, 709]), np.array([1, 2, 3]))
-    assert [counts.documents_with(*pair) for pair in ((1, 2), (5, 9), (7, 9), (9, 9), (0, 0))] == [3, 6, 9, 0, 0]

@@ -212,7 +212,7 @@ def _uses(batch: Batch, reader: DocumentReader, tokenizer: BpeTokenizer, backend
         groups[is_held_out].append(text)
     found = []
     for texts in groups:
-        keys = [pair_keys(ids, tokenizer.first_new_id) for ids in token_ids(backend, texts)]
+        keys = [distinct_pairs(ids, tokenizer.first_new_id) for ids in token_ids(backend, texts)]
         pair_keys, pair_documents = np.unique(np.concatenate([np.zeros(0, np.int64), *keys]), return_counts=True)
         whole: Counter[str] = Counter()
         for text in texts:
@@ -221,7 +221,7 @@ def _uses(batch: Batch, reader: DocumentReader, tokenizer: BpeTokenizer, backend
     return found
 
 
-def pair_keys(pieces: Iterable[NDArray[np.int32]], vocab_size: int) -> NDArray[np.int64]:
+def distinct_pairs(pieces: Iterable[NDArray[np.int32]], vocab_size: int) -> NDArray[np.int64]:
     """Return the distinct pairs of neighboring tokens of a text that comes in pieces."""
     found, last = np.zeros(0, np.int64), np.zeros(0, np.int64)
     for ids in pieces:

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from data_tools.vocabulary import text
-from data_tools.vocabulary.text import NewText, PairCounts, pair_keys
+from data_tools.vocabulary.text import NewText, PairCounts, distinct_pairs
 
 
 def test_pairs_of_a_long_text_include_those_across_its_pieces() -> None:
     pieces = [np.array(ids, np.int32) for ids in ([1, 2, 1, 2], [], [3], [4])]
-    assert pair_keys(pieces, 10).tolist() == [12, 21, 23, 34]
-    assert not len(pair_keys([], 10))
+    assert distinct_pairs(pieces, 10).tolist() == [12, 21, 23, 34]
+    assert not len(distinct_pairs([], 10))
 
 
 def test_the_rarest_words_are_forgotten_beyond_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:

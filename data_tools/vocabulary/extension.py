@@ -16,7 +16,7 @@ from moelpr.data.tokenizer import vocabulary_checksum
 from moelpr.errors import UserError
 from moelpr.vocabulary_extension import VocabularyExtension
 
-# A token must occur twice in the smallest language's text, or as often relative to its bytes in another's.
+# A token must occur twice in the smallest language's text, or as often relative to its tokens in another's.
 _MIN_OCCURRENCES = 2
 _WEIGHT_OF_LARGEST = 1 << 8  # weights are whole numbers, so that sums do not depend on their order
 # What a tokenizer's folder contains besides its vocabulary.
@@ -73,21 +73,24 @@ class OriginalTextGuard:
 def choose_tokens(
     tokenizer: BpeTokenizer, texts: dict[str, NewText], number: int, guard: OriginalTextGuard
 ) -> list[NewToken]:
-    """Choose new tokens for the words of several languages, of which each counts the same, whatever its bytes.
+    """Choose new tokens for the words of several languages, of which each counts the same, however much text it has.
 
     Raises:
         UserError: The text gives fewer tokens.
     """
-    largest = max(text.bytes for text in texts.values())
-    weights = {language: largest * _WEIGHT_OF_LARGEST // text.bytes for language, text in texts.items()}
+    symbols = {
+        word: tokenizer.symbols(word) for word in sorted({word for text in texts.values() for word in text.words})
+    }
+    sizes = [sum(count * len(symbols[word]) for word, count in text.words.items()) for text in texts.values()]
+    weights = [max(sizes) * _WEIGHT_OF_LARGEST // max(size, 1) for size in sizes]
     counts: Counter[str] = Counter()
-    for language, text in texts.items():
+    for text, weight in zip(texts.values(), weights, strict=True):
         for word, count in text.words.items():
-            counts[word] += count * weights[language]
-    words = Words((tokenizer.symbols(word), counts[word]) for word in sorted(counts))
+            counts[word] += count * weight
+    words = Words((found, counts[word]) for word, found in symbols.items())
     tokens = continue_merges(
         words, tokenizer.texts, tokenizer.characters, tokenizer.first_new_id,
-        _MIN_OCCURRENCES * max(weights.values()), guard.allows,
+        _MIN_OCCURRENCES * max(weights), guard.allows,
     )  # fmt: skip
     label = "choosing new tokens"
     with tqdm(total=number, desc=label, unit="token", leave=False, disable=None) as bar:

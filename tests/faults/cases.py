@@ -140,10 +140,12 @@ DAMAGED: dict[str, tuple[Reading, ...]] = {
             for form in ("jsonl.gz", "jsonl.bz2", "jsonl.xz", "jsonl.zst", "parquet")
         ),
         Reading("sentencepiece", "text/text.jsonl", anything),
+        Reading("extend", "text/el.jsonl text/en.jsonl", anything),
     ),
     "tokenizers": (
         Reading("preprocess", "hf/tokenizer*.json", right_tokens),
         Reading("sentencepiece", "words.model", anything),
+        Reading("extend", "hf/tokenizer*.json", anything),
         Reading("hf_to_mcore", "hf/tokenizer*.json", same_tensors),
         Reading("mcore_to_hf", "checkpoint/hf/tokenizer*.json", same_tensors),
         Reading("settings", "checkpoint/hf/tokenizer*.json", same_settings, 0.3),

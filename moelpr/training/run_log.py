@@ -164,15 +164,16 @@ def open_metrics(
     """
     if path.exists():
         kept = []
-        for line in path.read_text().splitlines():
+        for line in path.read_bytes().splitlines():
             try:
-                record = json.loads(line)
+                text = line.decode()
+                record = json.loads(text)
                 if record["iteration"] >= before_iteration:
                     break
-            except (ValueError, TypeError, KeyError):
-                break  # incomplete line of a killed run
+            except (ValueError, TypeError, KeyError, RecursionError):
+                break  # incomplete line of a killed run, or damage
             remember(record)
-            kept.append(line + "\n")
+            kept.append(text + "\n")
         write_text(path, "".join(kept))
     return open(path, "a")
 

@@ -81,9 +81,10 @@ def test_a_resumed_run_keeps_earlier_records_and_repeats_no_warning(
     assert len(found.warnings) == 1
 
 
-def test_a_malformed_line_ends_the_records_that_are_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", [b"[]", b"PK\x80", b"[" * 100_000])
+def test_a_malformed_line_ends_the_records_that_are_kept(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"iteration": 1}\n[]\n{"iteration": 2}\n')
+    path.write_bytes(b'{"iteration": 1}\n' + line + b'\n{"iteration": 2}\n')
     open_metrics(path, before_iteration=9).close()
     assert [json.loads(line) for line in path.read_text().splitlines()] == [{"iteration": 1}]
 

@@ -115,16 +115,32 @@ def held_bytes(monkeypatch: pytest.MonkeyPatch) -> HeldBytes:
     return held
 
 
-def save_tokenizer(folder: Path, num_ids: int) -> None:
-    """A byte-level BPE whose tokens are a, b and runs of a."""
+def save_tokenizer(folder: Path, num_ids: int, num_new: int = 0) -> None:
+    """A byte-level BPE whose tokens are a, b and runs of a, then `num_new` runs of b."""
     from transformers import Qwen2Tokenizer
 
-    words = ["a", "b"] + ["a" * n for n in range(2, num_ids - 1)]
+    words = ["a", "b"] + ["a" * n for n in range(2, num_ids - 1)] + ["b" * n for n in range(2, num_new + 2)]
     vocab = {"<|endoftext|>": 0} | {word: k for k, word in enumerate(words, start=1)}
-    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[("a", "a" * n) for n in range(1, num_ids - 2)])
-    assert len(tokenizer) == num_ids
+    merges = [("a", "a" * n) for n in range(1, num_ids - 2)] + [("b", "b" * n) for n in range(1, num_new + 1)]
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges)
+    assert len(tokenizer) == num_ids + num_new
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     tokenizer.save_pretrained(folder)
+
+
+def extend_tokenizer(model: Path, folder: Path, num_new: int) -> Path:
+    """The tokenizer of `save_tokenizer` in a model's folder, with `num_new` runs of b as new tokens."""
+    from moelpr.data.tokenizer import load_tokenizer, vocabulary_checksum
+    from moelpr.vocabulary_extension import VocabularyExtension
+
+    old = load_tokenizer("HuggingFaceTokenizer", str(model))
+    ids = old.vocabulary()
+    save_tokenizer(folder, len(ids), num_new)
+    # Those that wrote b, bb, and so on before: one of them each.
+    replaces = [[ids["b"]] * (n + 2) for n in range(num_new)]
+    checksum = vocabulary_checksum(ids, len(ids))
+    VocabularyExtension(len(ids), replaces, old.fingerprint(), checksum).write(folder)
+    return folder
 
 
 def load_stock(folder: Path, architecture: str | None = None):

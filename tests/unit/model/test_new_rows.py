@@ -59,6 +59,32 @@ def test_old_rows_lose_their_gradient_after_megatron_has_finalized_it(model, mon
             assert parameter.main_grad.all()
 
 
+def test_gradients_of_new_rows_and_of_all_others_are_those_of_autograd(model) -> None:
+    """Also of what trains below, with padding masked in place, in two micro-batches."""
+    from moelpr.model.freezing import freeze
+    from moelpr.model.vocabulary import mask_padding
+
+    mask_padding([model], TOKENS.end - 3)
+    positions = torch.arange(16).expand(2, 16)
+    gradients = []
+    for only_new in (False, True):
+        freeze([model], "stage1", train_everything=not only_new, train_new_embeddings=only_new, new_tokens=TOKENS)
+        model.train().zero_grad()
+        for seed in (0, 1):
+            tokens = torch.randint(0, TOKENS.end - 3, (2, 16), generator=torch.Generator().manual_seed(seed))
+            model(tokens, positions, attention_mask=None, labels=tokens.flip(1)).mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    expected, found = gradients
+    assert len(found) == (9 + 1 if model.share_embeddings_and_output_weights else 9 + 2)
+    for name, gradient in found.items():
+        rows = slice(TOKENS.first, TOKENS.end) if gradient.dim() == 2 and len(gradient) == 120 else slice(None)
+        assert gradient[rows].any()
+        torch.testing.assert_close(gradient[rows], expected[name][rows], rtol=1e-5, atol=1e-8)
+    if not model.share_embeddings_and_output_weights:
+        assert not found["output_layer.weight"][: TOKENS.first].any()
+        assert expected["output_layer.weight"][: TOKENS.first].any()
+
+
 def test_the_report_counts_only_new_rows_as_trainable(model) -> None:
     from moelpr.model.freezing import freeze, parameter_report
 

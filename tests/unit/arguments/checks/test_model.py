@@ -111,6 +111,7 @@ def test_only_stage_1_has_new_embeddings_as_an_option(grown: str, problems, stag
         ("stage0", ["--balance-loss-coeff", "0.01"]),
         ("stage0", ["--lpr-loss-coeff", "0.1"]),
         ("stage0", ["--train-everything"]),
+        ("stage0", ["--defer-embedding-wgrad-compute"]),
         ("stage1", ["--train-everything", "--train-new-embeddings"]),
     ],
 )

@@ -1,6 +1,7 @@
 """Tiny random Hugging Face models of every family, made by stock transformers, and what tests do with them."""
 
 import io
+import json
 import os
 import pickle
 import shutil
@@ -14,7 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from checkpoint_convert.hf_folder import TOKENIZER_FILES
+from moelpr.data.tokenizer import load_tokenizer, vocabulary_checksum
 from moelpr.errors import UserError
+from moelpr.vocabulary_extension import VocabularyExtension
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -115,31 +119,36 @@ def held_bytes(monkeypatch: pytest.MonkeyPatch) -> HeldBytes:
     return held
 
 
-def save_tokenizer(folder: Path, num_ids: int, num_new: int = 0) -> None:
-    """A byte-level BPE whose tokens are a, b and runs of a, then `num_new` runs of b."""
+def save_tokenizer(folder: Path, num_ids: int) -> None:
+    """A byte-level BPE whose tokens are a, b and runs of a."""
     from transformers import Qwen2Tokenizer
 
-    words = ["a", "b"] + ["a" * n for n in range(2, num_ids - 1)] + ["b" * n for n in range(2, num_new + 2)]
+    words = ["a", "b"] + ["a" * n for n in range(2, num_ids - 1)]
     vocab = {"<|endoftext|>": 0} | {word: k for k, word in enumerate(words, start=1)}
-    merges = [("a", "a" * n) for n in range(1, num_ids - 2)] + [("b", "b" * n) for n in range(1, num_new + 1)]
-    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges)
-    assert len(tokenizer) == num_ids + num_new
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[("a", "a" * n) for n in range(1, num_ids - 2)])
+    assert len(tokenizer) == num_ids
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     tokenizer.save_pretrained(folder)
 
 
-def extend_tokenizer(model: Path, folder: Path, num_new: int) -> Path:
-    """The tokenizer of `save_tokenizer` in a model's folder, with `num_new` runs of b as new tokens."""
-    from moelpr.data.tokenizer import load_tokenizer, vocabulary_checksum
-    from moelpr.vocabulary_extension import VocabularyExtension
-
-    old = load_tokenizer("HuggingFaceTokenizer", str(model))
-    ids = old.vocabulary()
-    save_tokenizer(folder, len(ids), num_new)
-    # Those that wrote b, bb, and so on before: one of them each.
-    replaces = [[ids["b"]] * (n + 2) for n in range(num_new)]
-    checksum = vocabulary_checksum(ids, len(ids))
-    VocabularyExtension(len(ids), replaces, old.fingerprint(), checksum).write(folder)
+def save_extended_tokenizer(old: Path, folder: Path, new: list[tuple[str, str]]) -> Path:
+    """The BPE tokenizer in `old` with more merges, and vocabulary_extension.json, as extend_tokenizer.py writes it."""
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", str(old))
+    content = json.loads((old / "tokenizer.json").read_text())
+    vocabulary, first = content["model"]["vocab"], tokenizer.vocab_size
+    replaced = {token: [id] for token, id in vocabulary.items()}
+    for id, (left, right) in enumerate(new, start=first):
+        vocabulary[left + right] = id
+        content["model"]["merges"].append([left, right])
+        replaced[left + right] = replaced[left] + replaced[right]
+    folder.mkdir(parents=True)
+    for file in old.iterdir():
+        if file.name in TOKENIZER_FILES or file.name == "chat_template.jinja":
+            shutil.copyfile(file, folder / file.name)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    replaces = [replaced[left + right] for left, right in new]
+    checksum = vocabulary_checksum(tokenizer.vocabulary(), first)
+    VocabularyExtension(first, replaces, tokenizer.fingerprint(), checksum).write(folder)
     return folder
 
 

@@ -18,16 +18,21 @@ from moelpr.vocabulary_extension import VocabularyExtension
 from tests.hf_models import (
     TOKENS,
     assert_import_fails,
-    extend_tokenizer,
     files_of,
     load_stock,
     our_logits,
+    save_extended_tokenizer,
     save_tokenizer,
     tensors_of,
 )
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 OLD_TEXT = TOKENS % 60  # the tests' tokenizer has 60 IDs, and its models 99 rows
+
+
+def extend_tokenizer(model: Path, folder: Path, number: int, first: int = 2) -> Path:
+    """New tokens are runs of b, the first of which has the length `first`."""
+    return save_extended_tokenizer(model, folder, [("b", "b" * n) for n in range(first - 1, first - 1 + number)])
 
 
 @pytest.fixture
@@ -116,20 +121,11 @@ def test_in_the_next_round_the_tokens_of_the_last_one_are_old(qwen2: Path, exten
     assert spec.new_tokens is None and spec.megatron_args["vocab_size"] == 105
     rows = [MegatronReader(tmp_path / name).read(EMBEDDING) for name in ("first", "second")]
     assert torch.equal(*rows)
-    again = extend_tokenizer_again(tmp_path / "export", tmp_path / "again")
+    again = extend_tokenizer(tmp_path / "export", tmp_path / "again", 1, first=47)
     spec = hf_to_mcore(tmp_path / "export", tmp_path / "third", 2, extended_tokenizer=again)
     assert spec.new_tokens == NewTokens(first=105, number=1, base_vocab_size=105)
-    assert torch.equal(MegatronReader(tmp_path / "third").read(EMBEDDING)[105], rows[0][60])  # bb
-
-
-def extend_tokenizer_again(model: Path, folder: Path) -> Path:
-    """One more run of b, as if the tokens before had been there from the start."""
-    from moelpr.data.tokenizer import load_tokenizer
-
-    save_tokenizer(folder, 60, 46)
-    fingerprint = load_tokenizer("HuggingFaceTokenizer", str(model)).fingerprint()
-    VocabularyExtension(105, [[60]], fingerprint, "").write(folder)
-    return folder
+    b, last = rows[0][2], rows[0][104]
+    torch.testing.assert_close(MegatronReader(tmp_path / "third").read(EMBEDDING)[105], (b + last) / 2)
 
 
 def test_an_interrupted_conversion_does_not_resume_with_another_extension(

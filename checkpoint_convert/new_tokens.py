@@ -22,7 +22,7 @@ def read_extension(extended: Path, model: Path) -> VocabularyExtension:
     old, new = (load_tokenizer("HuggingFaceTokenizer", str(folder)) for folder in (model, extended))
     old_ids, new_ids = old.vocabulary(), new.vocabulary()
     first, end = extension.first_new_id, extension.first_new_id + extension.number
-    if old.fingerprint() != extension.old_fingerprint or max(old_ids.values()) + 1 != first:
+    if old.fingerprint() != extension.old_fingerprint or max(old_ids.values(), default=0) + 1 != first:
         raise UserError(
             f"{extended} extends another tokenizer than that of {model}; extend the model's own with "
             f"data_tools/extend_tokenizer.py --tokenizer {model}"

@@ -9,7 +9,7 @@ import torch
 from moelpr.checkpoints import step_folder
 from moelpr.torch_dist import TorchDistReader
 from tests.distributed import layout_runs as layouts
-from tests.distributed.layout_runs import LAYOUTS, STAGES
+from tests.distributed.layout_runs import LAYOUTS, STAGES, Layout
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all runs: two minutes on two free cores
 
@@ -173,7 +173,7 @@ def resumed(folder: Path) -> dict[str, Path]:
     rows = {name: folder / f"resumed-rows-{name}" for name in ("stage0", "whole", "broken")}
     for name, stop in (("stage0", []), ("whole", []), ("broken", ["--exit-interval", "2"]), ("broken", [])):
         stage = "stage0" if name == "stage0" else "stage1"
-        command = layouts.trainer_arguments(folder, LAYOUTS["rows PP2 VPP2"], stage, rows[name])
+        command = layouts.trainer_arguments(folder, Layout(2, layouts.PP2, model="rows"), stage, rows[name])
         start = [] if name == "stage0" else ["--pretrained-checkpoint", str(rows["stage0"])]
         commands.append([*command, *start, "--save-trained-only", "--use-distributed-optimizer", *stop])
     layouts.launch(folder, 2, commands, "resumed")

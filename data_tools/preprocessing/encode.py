@@ -1,20 +1,11 @@
-"""Batches of lines become token IDs, language bits and counts, in worker processes."""
+"""Batches of lines become token IDs, language bits and counts."""
 
 import hashlib
-import multiprocessing
-import multiprocessing.connection
 import os
-import signal
-import threading
-import warnings
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from tempfile import mkstemp
 from typing import Any, NamedTuple
@@ -125,7 +116,7 @@ class Encoder:
                 tally.problems.append(problem)
                 continue
             num_encoded += 1
-            split = self._split_of(texts[0].parts())
+            split = f" {VALIDATION}" if self.is_validation(texts[0].parts()) else ""
             for name, text in zip(self.corpora, texts, strict=True):
                 groups[name + split].append(text)
             if self.auditor is not None:
@@ -202,18 +193,17 @@ class Encoder:
             raise
         return text._replace(tokens=TokenFile(tokens_path, num_tokens), num_bytes=num_bytes)
 
-    def _split_of(self, text: Iterable[str]) -> str:
-        """Return what a document's text, which comes in parts, adds to the name of its corpus.
+    def is_validation(self, text: Iterable[str]) -> bool:
+        """Whether a document, whose text comes in parts, is for validation.
 
         Only the text decides, so the order and the number of jobs do not matter, and copies stay in one split.
         """
         if not self.validation_share:
-            return ""
+            return False
         digest = hashlib.blake2b(digest_size=8, salt=self.seed.to_bytes(16, "little"))
         for characters in text:
             digest.update(characters.encode())
-        is_validation = int.from_bytes(digest.digest(), "little") < self.validation_share * (1 << 64)
-        return f" {VALIDATION}" if is_validation else ""
+        return int.from_bytes(digest.digest(), "little") < self.validation_share * (1 << 64)
 
     def documents(self, texts: list[Text], corpus: str, tally: Tally) -> Documents:
         """Encode texts that go into one corpus, and count them."""
@@ -301,69 +291,3 @@ class Encoder:
                 f"gigatoken and the tokenizer give different IDs for a text ({text[:60]!r}…); nothing was written, "
                 "pass --tokenizer-backend reference"
             )
-
-
-# Set in each worker, which inherits the encoder with its loaded tokenizer when it is forked.
-_encode: Callable[[Batch], tuple[dict[str, Documents], Tally]]
-
-
-@contextmanager
-def encoding_pool(
-    encoder: Encoder, workers: int, spool: Path
-) -> Iterator[Callable[[Iterator[Batch]], Iterator[tuple[Batch, dict[str, Documents], Tally]]]]:
-    """Start worker processes, and stop them in the end. `spool` is a folder for what is too long for memory.
-
-    Yields:
-        A function that encodes batches: it yields them with their documents and counts, in order, whatever the number
-        of workers, and raises `UserError` if a worker did or was killed.
-    """
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, (encoder, spool))
-    # Python warns of forking beside threads. The only threads here are numpy's, which the workers do not use; those of
-    # pyarrow, which reads, start later.
-    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
-        pool.submit(os.getpid)
-    processes = set(multiprocessing.active_children()) - others
-
-    def encode(batches: Iterator[Batch]) -> Iterator[tuple[Batch, dict[str, Documents], Tally]]:
-        submitted = ((batch, pool.submit(_run, batch)) for batch in batches)
-        # Enough pending batches that no worker waits, few enough to bound memory.
-        pending = deque(islice(submitted, 4 * workers))
-        try:
-            while pending:
-                batch, future = pending.popleft()
-                documents, tally = future.result()
-                pending.extend(islice(submitted, 1))
-                yield batch, documents, tally
-        except BrokenProcessPool as error:
-            raise UserError("a worker process was killed, probably out of memory; reduce --workers") from error
-
-    try:
-        yield encode
-    except BaseException:
-        for worker in processes:
-            worker.kill()  # do not wait for a long document
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_worker(encoder: Encoder, spool: Path) -> None:
-    global _encode
-    _encode = partial(encoder.encode, spool=spool)
-    # Ctrl-C reaches the entire process group; only the parent handles it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # --workers sets the number of cores
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow_parent() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-    # A parent that is killed can't stop its workers, which would wait indefinitely.
-    threading.Thread(target=follow_parent, daemon=True).start()
-
-
-def _run(batch: Batch) -> tuple[dict[str, Documents], Tally]:
-    return _encode(batch)

@@ -9,15 +9,16 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Self
 
 from tqdm import tqdm
 
 from data_tools.corpus_writer import CorpusWriter, Documents, Position, commit_corpus
-from data_tools.preprocessing.encode import encoding_pool
 from data_tools.preprocessing.inputs import Batch, ReadCursor, Reader
 from data_tools.preprocessing.plan import Plan
 from data_tools.preprocessing.summary import Tally, why_empty
+from data_tools.preprocessing.workers import worker_pool
 from moelpr.data.manifest import Manifest, from_json
 from moelpr.data.manifest import Source as ManifestSource
 from moelpr.errors import UserError
@@ -134,7 +135,8 @@ class Job:
         reader = Reader(plan.shares, plan.columns, plan.chosen, self._spool)
         total_bytes = sum(share.stop - share.start for share in plan.shares)
         with ExitStack() as stack:
-            encode = stack.enter_context(encoding_pool(plan.encoder, workers, self._spool))
+            work = partial(plan.encoder.encode, spool=self._spool)
+            encode = stack.enter_context(worker_pool(work, workers))
             writers = {
                 name: stack.enter_context(
                     CorpusWriter(prefix, plan.encoder.vocab_size, overwrite, self._folder, state.positions.get(name))
@@ -143,7 +145,7 @@ class Job:
             }
             progress = stack.enter_context(Progress(total_bytes, state.file_bytes, log_interval))
             saved = time.monotonic()
-            for batch, documents, tally in encode(reader.batches(state.cursor)):
+            for batch, (documents, tally) in encode(reader.batches(state.cursor)):
                 self._write_batch(batch, documents, tally, writers)
                 progress.advance(batch, documents)
                 if time.monotonic() - saved >= SAVE_EVERY_S:

@@ -138,10 +138,12 @@ DAMAGED: dict[str, tuple[Reading, ...]] = {
         *(Reading(form, f"text/text.{form}", same_corpus) for form in ("jsonl.gz", "jsonl.bz2", "jsonl.xz", "parquet")),
         Reading("jsonl.zst", "text/text.jsonl.zst", right_text("text/text.jsonl.zst")),
         Reading("sentencepiece", "text/text.jsonl", anything),
+        Reading("extend", "text/el.jsonl text/en.jsonl", anything),
     ),
     "tokenizers": (
         Reading("preprocess", "hf/tokenizer*.json", right_tokens),
         Reading("sentencepiece", "words.model", anything),
+        Reading("extend", "hf/tokenizer*.json", anything),
         Reading("hf_to_mcore", "hf/tokenizer*.json", same_tensors),
         Reading("new tokens", "extended/*.json", anything),  # a damaged ID of an old token may be that of another
         Reading("mcore_to_hf", "checkpoint/hf/tokenizer*.json", same_tensors),

@@ -77,6 +77,11 @@ COMMANDS = {
         "large",
     ),
     "inspect": Command("data_tools.inspect_data", "corpus/en_text_document", "corpus"),
+    "extend": Command(
+        "data_tools.extend_tokenizer",
+        "--tokenizer hf --input el=text/el.jsonl --original en=text/en.jsonl --num-new-tokens 5 --held-out-share 0.4 "
+        "--save out/tokenizer --workers 1", "text hf",
+    ),
     "hf_to_mcore": Command(
         "checkpoint_convert.hf_to_mcore",
         "--hf-path hf --save out/checkpoint --num-new-experts 4 --topk 2 --original-copies 1",  # an adapter has one

@@ -16,9 +16,9 @@ from tests.hf_models import RunsCode, replace_object
 
 # Commands that read the same files with the same code, or more of them, are left out.
 _READERS = (
-    "preprocess", "sentencepiece", "jsonl.zst", "parquet", "merge", "sample", "inspect", "hf_to_mcore", "another round",
-    "mcore_to_hf", "export a run", "apply_delta", "adapter_to_mcore", "settings", "train", "resume", "evaluate",
-    "evaluate an export", "evaluate a checkpoint", "evaluate again", "report", "live", "plan",
+    "preprocess", "sentencepiece", "jsonl.zst", "parquet", "merge", "sample", "inspect", "extend", "hf_to_mcore",
+    "another round", "mcore_to_hf", "export a run", "apply_delta", "adapter_to_mcore", "settings", "train", "resume",
+    "evaluate", "evaluate an export", "evaluate a checkpoint", "evaluate again", "report", "live", "plan",
 )  # fmt: skip
 
 

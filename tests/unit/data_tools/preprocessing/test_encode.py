@@ -1,19 +1,14 @@
 """Every token of a text gets one bit, and the workers end with the job."""
 
-import multiprocessing
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_tools.preprocessing.encode import Encoder, Text, encoding_pool
+from data_tools.preprocessing.encode import Encoder, Text
 from data_tools.preprocessing.languages import Bits, LanguageSpans, TaggedText
 from data_tools.preprocessing.summary import Tally
 from data_tools.preprocessing.tokenizers import Encoded, HuggingFaceBackend, JobTokenizer, load_job_tokenizer
@@ -57,30 +52,3 @@ def test_added_tokens_are_where_the_tokenizer_puts_them() -> None:
     encoder.prefix, encoder.suffix = [], []
     wrapped = encoder._wrapped(Encoded(np.array([100, 101, 102], np.int32), np.array([2, 0, 1])))
     assert wrapped.ids.tolist() == [100, 101, 1, 102, 1] and wrapped.lengths.tolist() == [3, 0, 2]
-
-
-class SlowEncoder:
-    def encode(self, batch: object, spool: Path) -> None:
-        time.sleep(120)
-
-
-def test_stopped_job_does_not_wait_for_its_workers(tmp_path: Path) -> None:
-    started = time.monotonic()
-    other = multiprocessing.Process(target=time.sleep, args=(100,))  # not the pool's
-    other.start()
-    before = {child.pid for child in psutil.Process().children()}
-    workers: list[psutil.Process] = []
-
-    def batches() -> Iterator[Any]:
-        yield from [SimpleNamespace()] * 4
-        time.sleep(0.5)
-        workers.extend(child for child in psutil.Process().children() if child.pid not in before)
-        assert workers
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt), encoding_pool(SlowEncoder(), 2, tmp_path) as encode:  # type: ignore[arg-type]
-        next(encode(batches()))
-    assert time.monotonic() - started < 60
-    assert other.is_alive()
-    other.kill()
-    assert not [worker for worker in workers if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE]

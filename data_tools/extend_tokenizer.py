@@ -1,0 +1,128 @@
+"""Extend a tokenizer by tokens for new languages: continue its merges on their text.
+
+The old tokens keep their IDs. Original-language text is tokenized as before: a merge that would change a document of
+--original is refused. Byte-level BPE (Qwen, Llama 3) and SentencePiece BPE with byte fallback (Llama 2, Mistral) are
+supported; the result is a Hugging Face fast tokenizer with vocabulary_extension.json, for checkpoint_convert/
+hf_to_mcore.py --extended-tokenizer. docs/vocabulary.md has examples.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from data_tools.preprocessing.inputs import STANDARD_INPUT, find_files, open_source
+from data_tools.preprocessing.tokenizers import load_job_tokenizer
+from data_tools.vocabulary.bpe_tokenizer import BpeTokenizer
+from data_tools.vocabulary.extension import OriginalTextGuard, choose_tokens, load_extended, write_tokenizer
+from data_tools.vocabulary.text import Comparison, TextFiles, compare, count_words, find_uses
+from moelpr.errors import CommandParser, UserError, run_command
+from moelpr.files import atomic_directory, refuse_existing
+from moelpr.machine import available_cpus
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    new_files = text_files(args.input, args, "--input")
+    original_files = text_files(args.original, args, "--original")
+    if both := set(new_files.languages) & set(original_files.languages):
+        raise UserError(f"--input and --original both have {', '.join(sorted(both))}; a language is one or the other")
+    old = load_job_tokenizer("HuggingFaceTokenizer", str(args.tokenizer), False, None)
+    if not isinstance(old.source, str):
+        raise UserError(f"the tokenizer {args.tokenizer} has no tokenizer.json; convert it to a fast tokenizer")
+    tokenizer = BpeTokenizer(old.source, str(args.tokenizer))
+    counted = dict(zip(new_files.languages, count_words(new_files, tokenizer, old.backend, args.workers), strict=True))
+    for language, text in counted.items():
+        if not text.bytes or not text.held_out:
+            raise UserError(
+                f"--input {language} has too little text to learn from and to hold out documents from; add documents"
+            )
+    uses = find_uses(original_files, tokenizer, old.backend, args.workers)
+    guard = OriginalTextGuard(tokenizer.first_new_id, *uses, args.max_changed_share)
+    new = choose_tokens(tokenizer, counted, args.num_new_tokens, guard)
+    with atomic_directory(args.save) as folder:
+        notes = write_tokenizer(folder, args.tokenizer, old, tokenizer, new)
+        extended = load_extended(folder, old, tokenizer.extended(new))
+        expanded = compare(new_files, old.backend, extended.backend, True, args.workers)
+        original = compare(original_files, old.backend, extended.backend, False, args.workers)
+        print_comparison("expanded, held out", new_files.languages, expanded)
+        print_comparison("original", original_files.languages, original)
+        changed, documents = (sum(getattr(part, name) for part in original) for name in ("changed", "documents"))
+        print(f"\noriginal text: {changed:,} of {documents:,} documents are tokenized differently")
+        print(
+            f"text that was not given: {guard.unforeseen:,} of {uses[1].documents:,} held-out documents would be "
+            "tokenized differently if their merges had not been refused too"
+        )
+        if changed > args.max_changed_share * documents:
+            raise UserError(
+                f"{changed:,} of {documents:,} original documents would be tokenized differently, more than "
+                f"--max-changed-share {args.max_changed_share:g}; nothing was written"
+            )
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    last = tokenizer.first_new_id + len(new) - 1
+    print(f"wrote {args.save} with {len(new):,} new tokens, IDs {tokenizer.first_new_id:,} to {last:,}")
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = CommandParser(description=__doc__)
+    add = parser.add_argument
+    add("--tokenizer", type=Path, required=True, metavar="DIR", help="folder of the tokenizer to extend")
+    add("--input", nargs="+", required=True, metavar="LANG=FILE",
+        help="text of the expanded languages: JSON lines (plain, .gz, .zst, .bz2, .xz) or Parquet; a file, folder or "
+        "glob pattern, a language may be repeated")  # fmt: skip
+    add("--original", nargs="+", required=True, metavar="LANG=FILE",
+        help="text of the original languages, which must stay tokenized as it is; the more and the more varied, the "
+        "safer is other text")  # fmt: skip
+    add("--num-new-tokens", type=int, required=True, metavar="N", help="number of tokens to add")
+    add("--save", type=Path, required=True, metavar="DIR", help="folder to write the extended tokenizer to")
+    add("--max-changed-share", type=float, default=0.0, metavar="X",
+        help="fraction of the original documents that may be tokenized differently, 0 to 1 (default: 0)")  # fmt: skip
+    add("--held-out-share", type=float, default=0.05, metavar="X",
+        help="fraction of the documents to measure on instead of learning from them, above 0 and below 1 "
+        "(default: 0.05)")  # fmt: skip
+    add("--json-key", default="text", metavar="KEY", help="JSON key of the text (default: text)")
+    cores = available_cpus()
+    add("--workers", type=int, default=cores, metavar="N", help=f"worker processes (default: one per core, {cores})")
+    add("--overwrite", action="store_true", help="replace an existing folder --save")
+    args = parser.parse_args(argv)
+    for flag in ("num_new_tokens", "workers"):
+        if (value := getattr(args, flag)) < 1:
+            raise UserError(f"--{flag.replace('_', '-')} must be at least 1, got {value}")
+    if not 0 <= args.max_changed_share <= 1:
+        raise UserError(f"--max-changed-share must be between 0 and 1, got {args.max_changed_share}")
+    if not 0 < args.held_out_share < 1:
+        raise UserError(f"--held-out-share must be above 0 and below 1, got {args.held_out_share}")
+    if not args.tokenizer.is_dir():
+        raise UserError(f"--tokenizer {args.tokenizer} is not a folder; pass one with tokenizer.json")
+    if args.save.resolve() == args.tokenizer.resolve():
+        raise UserError("--save is the folder of --tokenizer, which would be replaced; choose another")
+    refuse_existing([args.save], args.overwrite)
+    return args
+
+
+def text_files(items: list[str], args: argparse.Namespace, flag: str) -> TextFiles:
+    """Return the files of LANG=FILE arguments."""
+    languages: list[str] = []
+    sources = []
+    for item in items:
+        language, _, path = item.partition("=")
+        if not language or not path:
+            raise UserError(f"{flag} must be LANG=FILE, such as el=el.jsonl, got {item}")
+        if path == STANDARD_INPUT:
+            raise UserError(f"{flag} is read twice, so it can't be standard input; write it to a file first")
+        if language not in languages:
+            languages.append(language)
+        sources += [open_source(file, languages.index(language)) for file in find_files([path])]
+    return TextFiles(languages, sources, args.json_key, args.held_out_share)
+
+
+def print_comparison(title: str, languages: list[str], compared: list[Comparison]) -> None:
+    print(f"\n  {title:<20}{'documents':>11}{'bytes':>15}   bytes per token: before    after    ratio")
+    for language, found in zip(languages, compared, strict=True):
+        before, after = (found.bytes / max(tokens, 1) for tokens in (found.before, found.after))
+        counts = f"{found.documents:>11,}{found.bytes:>15,}"
+        print(f"  {language:<20}{counts}{before:>26.3f}{after:>9.3f}{after / max(before, 1e-9):>9.2f}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,83 @@
+"""Worker processes that each turn batches of lines into a result, in order."""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+from data_tools.preprocessing.inputs import Batch
+from moelpr.errors import UserError
+
+# Set in each worker, which inherits the function with its loaded tokenizer when it is forked.
+_work: Callable[[Batch], Any]
+
+
+@contextmanager
+def worker_pool[T](
+    work: Callable[[Batch], T], workers: int
+) -> Iterator[Callable[[Iterator[Batch]], Iterator[tuple[Batch, T]]]]:
+    """Start worker processes that call `work`, and stop them in the end.
+
+    Yields:
+        A function that yields batches with the results of `work`, in order, whatever the number of workers, and raises
+        `UserError` if a worker did or was killed.
+    """
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, (work,))
+    # Python warns of forking beside threads. The only threads here are numpy's, which the workers do not use; those of
+    # pyarrow, which reads, start later.
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+        pool.submit(os.getpid)
+    processes = set(multiprocessing.active_children()) - others
+
+    def run(batches: Iterator[Batch]) -> Iterator[tuple[Batch, T]]:
+        submitted = ((batch, pool.submit(_run, batch)) for batch in batches)
+        # Enough pending batches that no worker waits, few enough to bound memory.
+        pending = deque(islice(submitted, 4 * workers))
+        try:
+            while pending:
+                batch, future = pending.popleft()
+                result = future.result()
+                pending.extend(islice(submitted, 1))
+                yield batch, result
+        except BrokenProcessPool as error:
+            raise UserError("a worker process was killed, probably out of memory; reduce --workers") from error
+
+    try:
+        yield run
+    except BaseException:
+        for worker in processes:
+            worker.kill()  # do not wait for a long document
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(work: Callable[[Batch], Any]) -> None:
+    global _work
+    _work = work
+    # Ctrl-C reaches the entire process group; only the parent handles it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # --workers sets the number of cores
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow_parent() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    # A parent that is killed can't stop its workers, which would wait indefinitely.
+    threading.Thread(target=follow_parent, daemon=True).start()
+
+
+def _run(batch: Batch) -> Any:
+    return _work(batch)

@@ -1,0 +1,149 @@
+"""New tokens for new languages: which ones, and the tokenizer with them as a folder."""
+
+import json
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data_tools.preprocessing.tokenizers import JobTokenizer, load_job_tokenizer
+from data_tools.vocabulary.bpe_tokenizer import BpeTokenizer
+from data_tools.vocabulary.merges import Candidate, NewToken, Words, continue_merges
+from data_tools.vocabulary.text import NewText, OriginalText
+from moelpr.data.tokenizer import vocabulary_checksum
+from moelpr.errors import UserError
+from moelpr.vocabulary_extension import VocabularyExtension
+
+# A token must occur twice in the smallest language's text, or as often relative to its tokens in another's.
+_MIN_OCCURRENCES = 2
+_WEIGHT_OF_LARGEST = 1 << 8  # weights are whole numbers, so that sums do not depend on their order
+# What a tokenizer's folder contains besides its vocabulary.
+_COMPANIONS = (
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("chat_template.json", "additional_chat_templates"),
+)  # fmt: skip
+_SLOW_TOKENIZERS = ("tokenizer.model", "spiece.model")
+
+
+class OriginalTextGuard:
+    """Refuses new tokens that would change how original-language text is tokenized.
+
+    A new merge comes after all old ones. So it changes a text exactly if its two tokens are neighbors in the text as
+    the old tokenizer encodes it, and no other new merge has changed that. A pair with another new token occurs only in
+    texts that have changed already.
+
+    Args:
+        checked, held_out: the original text in two parts. Both are protected; what only the held-out part refuses shows
+            how often text that was not given would change.
+        max_changed_share: fraction of all documents that may change.
+
+    Attributes:
+        refused: number of refused candidates.
+        unforeseen: number of held-out documents, copies counted, that tokens would have changed that do not occur in
+            the checked part.
+    """
+
+    def __init__(
+        self, first_new_id: int, checked: OriginalText, held_out: OriginalText, max_changed_share: float
+    ) -> None:
+        self.refused = self.unforeseen = 0
+        self._first_new_id = first_new_id
+        self._parts = checked, held_out
+        self._may_change = int(max_changed_share * (checked.documents + held_out.documents))
+
+    def allows(self, candidate: Candidate, text: str) -> bool:
+        checked, held_out = (self._documents_with(part, candidate, text) for part in self._parts)
+        if checked + held_out > self._may_change:
+            self.refused += 1
+            self.unforeseen += held_out if not checked else 0
+            return False
+        self._may_change -= checked + held_out
+        return True
+
+    def _documents_with(self, part: OriginalText, candidate: Candidate, text: str) -> int:
+        """At most in how many documents a new token would change something."""
+        found = part.whole[text]
+        if len(candidate) == 2 and 0 <= min(candidate) and max(candidate) < self._first_new_id:
+            found += part.pairs.documents_with(*candidate)
+        return found
+
+
+def choose_tokens(
+    tokenizer: BpeTokenizer, texts: dict[str, NewText], number: int, guard: OriginalTextGuard
+) -> list[NewToken]:
+    """Choose new tokens for the words of several languages, of which each counts the same, however much text it has.
+
+    Raises:
+        UserError: The text gives fewer tokens.
+    """
+    symbols = {
+        word: tokenizer.symbols(word) for word in sorted({word for text in texts.values() for word in text.words})
+    }
+    sizes = [sum(count * len(symbols[word]) for word, count in text.words.items()) for text in texts.values()]
+    weights = [max(sizes) * _WEIGHT_OF_LARGEST // max(size, 1) for size in sizes]
+    counts: Counter[str] = Counter()
+    for text, weight in zip(texts.values(), weights, strict=True):
+        for word, count in text.words.items():
+            counts[word] += count * weight
+    words = Words((found, counts[word]) for word, found in symbols.items())
+    tokens = continue_merges(
+        words, tokenizer.texts, tokenizer.characters, tokenizer.first_new_id,
+        _MIN_OCCURRENCES * max(weights), guard.allows,
+    )  # fmt: skip
+    label = "choosing new tokens"
+    with tqdm(total=number, desc=label, unit="token", leave=False, disable=None) as bar:
+        if bar.disable:
+            print(f"{label} from {len(counts):,} distinct words", file=sys.stderr, flush=True)
+        new: list[NewToken] = []
+        for token in tokens:
+            new.append(token)
+            bar.update()
+            if len(new) == number:
+                return new
+    smallest = min(texts, key=lambda language: texts[language].bytes)
+    raise UserError(
+        f"the text of {', '.join(texts)} gives only {len(new):,} new tokens, but --num-new-tokens is {number:,}; lower "
+        f"it or add text, {smallest} first, of which there are {texts[smallest].bytes / 1e6:,.1f} MB"
+    )
+
+
+def write_tokenizer(
+    folder: Path, old_folder: Path, old: JobTokenizer, tokenizer: BpeTokenizer, new: list[NewToken]
+) -> list[str]:
+    """Write the extended tokenizer and vocabulary_extension.json into a folder, and return notes for the user."""
+    for name in _COMPANIONS:
+        source = old_folder / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name)
+        elif source.is_file():
+            shutil.copyfile(source, folder / name)
+    (folder / "tokenizer.json").write_text(tokenizer.extended(new), encoding="utf-8")
+    VocabularyExtension(
+        first_new_id=tokenizer.first_new_id,
+        replaces=[token.replaces for token in new],
+        old_fingerprint=old.record.fingerprint,
+        old_vocabulary_sha256=vocabulary_checksum(
+            {text: id for id, text in tokenizer.texts.items()}, tokenizer.first_new_id
+        ),
+    ).write(folder)
+    slow = [name for name in _SLOW_TOKENIZERS if (old_folder / name).is_file()]
+    return [f"{name} is left out: the new tokens are only in tokenizer.json" for name in slow]
+
+
+def load_extended(folder: Path, old: JobTokenizer, expected: str) -> JobTokenizer:
+    """Load the extended tokenizer as training will, and check that it is what was written.
+
+    Raises:
+        UserError: transformers changes it.
+    """
+    loaded = load_job_tokenizer("HuggingFaceTokenizer", str(folder), False, None)
+    found, wanted = json.loads(loaded.source or "{}"), json.loads(expected)
+    for part in ("model", "added_tokens", "normalizer", "pre_tokenizer"):
+        if found.get(part) != wanted[part]:
+            raise UserError(
+                f"transformers changes the {part} of the extended tokenizer when it loads it; save the old tokenizer "
+                f"anew with AutoTokenizer and save_pretrained, and extend that"
+            )
+    return loaded

@@ -1,0 +1,288 @@
+"""What is counted in text: words of new text, uses of token pairs in original text, and tokens before and after.
+
+Workers count batches of documents; the results are added in order, so they do not depend on the number of workers. One
+document in many is held out, chosen by a hash of its text: from the words that merges are learned from, and from the
+original text that they are tried on first.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from data_tools.preprocessing.encode import Encoder, Text
+from data_tools.preprocessing.inputs import Batch, ReadCursor, Reader, Source, shares_of
+from data_tools.preprocessing.languages import Bits, OneLanguage
+from data_tools.preprocessing.long_documents import LONG_TEXT_CHARACTERS, encode_long_text
+from data_tools.preprocessing.tokenizers import Backend
+from data_tools.preprocessing.workers import worker_pool
+from data_tools.vocabulary.bpe_tokenizer import BpeTokenizer
+from moelpr.documents import BadLine
+from moelpr.errors import UserError
+
+# Distinct words of a language beyond this number are forgotten, the rarest first.
+MAX_WORDS = 1_000_000
+
+
+@dataclass
+class TextFiles:
+    """Files of several languages.
+
+    Attributes:
+        sources: the dataset of each is the index of its language.
+        key: JSON key of the text.
+        held_out_share: fraction of the documents that is held out.
+    """
+
+    languages: list[str]
+    sources: list[Source]
+    key: str
+    held_out_share: float
+
+    def process[T](self, work: Callable[..., T], backend: Backend, workers: int, label: str) -> Iterator[tuple[int, T]]:
+        """Yield `work(batch, reader=…)` of each batch with the index of its language, in order, and show progress."""
+        shares = list(shares_of(self.sources, 0, 1))
+        columns = [[self.key]] * len(self.languages)
+        total = sum(source.bytes for source in self.sources)
+        documents = DocumentReader(self, backend)
+        with (
+            TemporaryDirectory() as spool,
+            worker_pool(partial(work, reader=documents), workers) as run,
+            tqdm(total=total, desc=label, unit="B", unit_scale=True, leave=False, disable=None) as bar,
+        ):
+            if bar.disable:
+                print(f"{label}: {total / 1e6:,.1f} MB", file=sys.stderr, flush=True)
+            for batch, result in run(Reader(shares, columns, None, Path(spool)).batches(ReadCursor())):
+                yield batch.share.source.dataset, result
+                bar.update(batch.file_bytes)
+
+
+class DocumentReader:
+    """Reads the documents of batches as `preprocess_data.py` does."""
+
+    def __init__(self, files: TextFiles, backend: Backend) -> None:
+        names = files.languages
+        self._encoder = Encoder(
+            backend=backend, vocab_size=0, prefix=[], suffix=[], eod_id=None, tagger=OneLanguage(names),
+            bits=Bits(frozenset(), frozenset(names)), keys=[[files.key]] * len(names), corpora=["text"],
+            validation_share=files.held_out_share,
+        )  # fmt: skip
+
+    def documents(self, batch: Batch) -> Iterator[tuple[Text, bool]]:
+        """Yield each document that has text, and whether it is held out."""
+        for index, item in enumerate(batch.items()):
+            if not item:  # a blank line
+                continue
+            try:
+                for text in self._encoder.texts(item, batch.share.source.dataset) or ():
+                    if text.tagged.text:
+                        yield text, self._encoder.is_validation(text.parts())
+            except BadLine as error:
+                raise UserError(f"{batch.where(index)}: {error}; fix or remove the line") from None
+
+
+@dataclass
+class NewText:
+    """Words of one expanded language, without held-out documents.
+
+    Attributes:
+        words: number of occurrences of each.
+        bytes: UTF-8 bytes of the text.
+        held_out: number of documents held out.
+    """
+
+    words: Counter[str] = field(default_factory=Counter)
+    bytes: int = 0
+    held_out: int = 0
+
+    def add(self, other: "NewText") -> None:
+        self.words.update(other.words)
+        self.bytes += other.bytes
+        self.held_out += other.held_out
+        limit = 1
+        while len(self.words) > MAX_WORDS:
+            limit += 1
+            self.words = Counter({word: count for word, count in self.words.items() if count >= limit})
+
+
+def count_words(files: TextFiles, tokenizer: BpeTokenizer, backend: Backend, workers: int) -> list[NewText]:
+    """Count the words of each language of `files`."""
+    counted = [NewText() for _ in files.languages]
+    work = partial(_words, tokenizer=tokenizer)
+    for language, found in files.process(work, backend, workers, "counting words of expanded languages"):
+        counted[language].add(found)
+    return counted
+
+
+def _words(batch: Batch, reader: DocumentReader, tokenizer: BpeTokenizer) -> NewText:
+    found = NewText()
+    for text, is_held_out in reader.documents(batch):
+        if is_held_out:
+            found.held_out += 1
+            continue
+        for part in text.parts():
+            found.words.update(tokenizer.words(part))
+            found.bytes += len(part.encode())
+    return found
+
+
+class PairCounts:
+    """In how many documents each pair of neighboring tokens occurs: 16 bytes of memory per pair.
+
+    It counts neighbors in a text, also across the boundaries of words, where no merge applies. That is cautious, and
+    almost free, for tokens on both sides of a boundary are rarely neighbors inside a word.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._keys, self._counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        self._pending: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
+        self._num_pending = 0
+
+    def add(self, keys: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
+        self._pending.append((keys, counts))
+        self._num_pending += len(keys)
+        if self._num_pending > len(self._keys) + (1 << 20):
+            self._merge()
+
+    def documents_with(self, left: int, right: int) -> int:
+        if self._pending:
+            self._merge()
+        key = left * self._vocab_size + right
+        place = int(np.searchsorted(self._keys, key))
+        return int(self._counts[place]) if place < len(self._keys) and self._keys[place] == key else 0
+
+    def _merge(self) -> None:
+        keys, counts = (
+            np.concatenate(arrays) for arrays in zip((self._keys, self._counts), *self._pending, strict=True)
+        )
+        order = np.argsort(keys, kind="stable")
+        keys, counts = keys[order], counts[order]
+        firsts = np.flatnonzero(np.diff(keys, prepend=-1))
+        self._keys, self._counts = keys[firsts], np.add.reduceat(counts, firsts) if len(firsts) else counts
+        self._pending, self._num_pending = [], 0
+
+
+@dataclass
+class OriginalText:
+    """What original-language text contains that a new token might change.
+
+    Attributes:
+        pairs: pairs of neighboring tokens.
+        whole: number of documents with what would be taken whole (`BpeTokenizer.taken_whole`).
+    """
+
+    pairs: PairCounts
+    whole: Counter[str] = field(default_factory=Counter)
+    documents: int = 0
+
+
+@dataclass
+class _Uses:
+    pair_keys: NDArray[np.int64]
+    pair_documents: NDArray[np.int64]
+    whole: Counter[str]
+    documents: int
+
+
+def find_uses(
+    files: TextFiles, tokenizer: BpeTokenizer, backend: Backend, workers: int
+) -> tuple[OriginalText, OriginalText]:
+    """Return what the documents of `files` contain: those that are not held out, and those that are."""
+    found = tuple(OriginalText(PairCounts(tokenizer.first_new_id)) for _ in range(2))
+    work = partial(_uses, tokenizer=tokenizer, backend=backend)
+    for _, parts in files.process(work, backend, workers, "reading original languages"):
+        for text, uses in zip(found, parts, strict=True):
+            text.pairs.add(uses.pair_keys, uses.pair_documents)
+            text.whole.update(uses.whole)
+            text.documents += uses.documents
+    return found[0], found[1]
+
+
+def _uses(batch: Batch, reader: DocumentReader, tokenizer: BpeTokenizer, backend: Backend) -> list[_Uses]:
+    groups: tuple[list[Text], list[Text]] = ([], [])
+    for text, is_held_out in reader.documents(batch):
+        groups[is_held_out].append(text)
+    found = []
+    for texts in groups:
+        keys = [distinct_pairs(ids, tokenizer.first_new_id) for ids in token_ids(backend, texts)]
+        pair_keys, pair_documents = np.unique(np.concatenate([np.zeros(0, np.int64), *keys]), return_counts=True)
+        whole: Counter[str] = Counter()
+        for text in texts:
+            whole.update({unit for part in text.parts() for unit in tokenizer.taken_whole(part)})
+        found.append(_Uses(pair_keys, pair_documents, whole, len(texts)))
+    return found
+
+
+def distinct_pairs(pieces: Iterable[NDArray[np.int32]], vocab_size: int) -> NDArray[np.int64]:
+    """Return the distinct pairs of neighboring tokens of a text that comes in pieces."""
+    found, last = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    for ids in pieces:
+        tokens = np.concatenate([last, ids])
+        found = np.unique(np.concatenate([found, tokens[:-1] * vocab_size + tokens[1:]]))
+        last = tokens[-1:]
+    return found
+
+
+def token_ids(backend: Backend, texts: list[Text]) -> Iterator[Iterable[NDArray[np.int32]]]:
+    """Yield the tokens of each text, in pieces."""
+    is_long = [text.on_disk is not None or len(text.tagged.text) > LONG_TEXT_CHARACTERS for text in texts]
+    encoded = backend.encode([text.tagged.text for text, long in zip(texts, is_long, strict=True) if not long])
+    short = iter(np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1]))
+    for text, long in zip(texts, is_long, strict=True):
+        yield _long_token_ids(backend, text) if long else [next(short)]
+
+
+def _long_token_ids(backend: Backend, text: Text) -> Iterator[NDArray[np.int32]]:
+    try:
+        yield from (piece.ids for piece in encode_long_text(backend, text.parts()))
+    except BadLine as error:
+        raise UserError(f"the document that begins with {text.tagged.text[:40]!r} can't be used: {error}") from None
+
+
+@dataclass
+class Comparison:
+    """How a language's documents are tokenized before and after.
+
+    Attributes:
+        before, after: numbers of tokens.
+        changed: number of documents that are tokenized differently.
+    """
+
+    documents: int = 0
+    bytes: int = 0
+    before: int = 0
+    after: int = 0
+    changed: int = 0
+
+    def add(self, other: "Comparison") -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+
+def compare(files: TextFiles, before: Backend, after: Backend, only_held_out: bool, workers: int) -> list[Comparison]:
+    """Tokenize the documents of each language with both tokenizers."""
+    compared = [Comparison() for _ in files.languages]
+    work = partial(_compare, before=before, after=after, only_held_out=only_held_out)
+    label = f"tokenizing {'held-out text of expanded' if only_held_out else 'original'} languages"
+    for language, found in files.process(work, before, workers, label):
+        compared[language].add(found)
+    return compared
+
+
+def _compare(batch: Batch, reader: DocumentReader, before: Backend, after: Backend, only_held_out: bool) -> Comparison:
+    texts = [text for text, is_held_out in reader.documents(batch) if is_held_out or not only_held_out]
+    found = Comparison(len(texts), sum(len(part.encode()) for text in texts for part in text.parts()))
+    for old, new in zip(token_ids(before, texts), token_ids(after, texts), strict=True):
+        old_ids, new_ids = np.concatenate(list(old)), np.concatenate(list(new))
+        found.before += len(old_ids)
+        found.after += len(new_ids)
+        found.changed += not np.array_equal(old_ids, new_ids)
+    return found

@@ -1,0 +1,75 @@
+"""Small tokenizers of the kinds that can be extended, and text in two original and two expanded languages."""
+
+import json
+import random
+from pathlib import Path
+
+import sentencepiece
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+STEMS = {
+    "en": "light kitchen door house water window morning garden letter open close bring under between",
+    "es": "luz cocina puerta casa agua ventana mañana jardín carta abrir cerrar traer bajo entre",
+    "el": "φως κουζίνα πόρτα σπίτι νερό παράθυρο πρωί κήπος γράμμα ανοίγω κλείνω φέρνω κάτω ανάμεσα",
+    "hu": "fény konyha ajtó ház víz ablak reggel kert levél nyitni csukni hozni alatt között",
+}
+ENDINGS = {"en": ["", "s", "ing"], "es": ["", "s", "ando"], "el": ["", "ς", "ου", "ων"], "hu": ["", "ban", "hoz", "ől"]}
+CHAT_TEMPLATE = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}"
+
+
+def documents_in(language: str, number: int, seed: int = 0) -> list[str]:
+    draw = random.Random(f"{seed} {language}")
+    words = [stem + ending for stem in STEMS[language].split() for ending in ENDINGS[language]]
+    sentences = [[" ".join(draw.choices(words, k=7)).capitalize() for _ in range(4)] for _ in range(number)]
+    return [". ".join(parts) + f".\n{draw.randrange(1000)}" for parts in sentences]
+
+
+ORIGINAL = {language: documents_in(language, 150) for language in ("en", "es")}
+EXPANDED = {language: documents_in(language, 150) for language in ("el", "hu")}
+
+
+def save_qwen(folder: Path) -> None:
+    from transformers import Qwen2Tokenizer
+
+    texts = [text for documents in ORIGINAL.values() for text in documents]
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(texts, 500, show_progress=False)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+
+
+def save_llama3(folder: Path) -> None:
+    """Words that are tokens need no merges, and special tokens stand above the model's vocabulary."""
+    tokenizer = Tokenizer(models.BPE(ignore_merges=True))
+    pattern = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(pattern, "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator((text for documents in ORIGINAL.values() for text in documents), trainer)
+    tokenizer.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", "<|user|>"])
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>",
+        "eos_token": "<|end_of_text|>", "chat_template": CHAT_TEMPLATE}  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def save_llama2(folder: Path) -> None:
+    from transformers import LlamaTokenizer
+
+    folder.mkdir()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for documents in ORIGINAL.values() for text in documents for line in text.split("\n")),
+        model_prefix=str(folder / "tokenizer"), model_type="bpe", byte_fallback=True, vocab_size=500,
+        hard_vocab_limit=False, minloglevel=2, normalization_rule_name="identity", remove_extra_whitespaces=False,
+    )  # fmt: skip
+    tokenizer = LlamaTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+
+
+KINDS = {"qwen": save_qwen, "llama3": save_llama3, "llama2": save_llama2}

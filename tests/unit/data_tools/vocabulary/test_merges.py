@@ -1,0 +1,102 @@
+"""Merges against a trainer that counts everything again for every token."""
+
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from data_tools.vocabulary.merges import Candidate, Character, NewToken, Words, continue_merges
+
+TEXTS = {0: "a", 1: "b", 2: "c", 3: "ab"}
+CHARACTERS = {-2: Character("λ", [4, 5]), -3: Character("ア", [6, 7, 8])}
+Word = tuple[list[int], int]
+
+words_and_weights = st.lists(
+    st.tuples(st.lists(st.sampled_from([*TEXTS, *CHARACTERS]), max_size=9), st.integers(1, 4)), max_size=8
+)
+refused_texts = st.sets(st.text("abcλア", min_size=1, max_size=3), max_size=6)
+
+
+def join(symbols: list[int], pair: Candidate, joined: int) -> list[int]:
+    result, place = [], 0
+    while place < len(symbols):
+        if tuple(symbols[place : place + 2]) == pair:
+            result.append(joined)
+            place += 2
+        else:
+            result.append(symbols[place])
+            place += 1
+    return result
+
+
+def naive_merges(words: list[Word], min_count: int, refused: set[str]) -> list[NewToken]:
+    texts, replaces, found = dict(TEXTS), {id: [id] for id in TEXTS}, []
+    while True:
+        counts: Counter[Candidate] = Counter()
+        for symbols, weight in words:
+            for pair in pairwise(symbols):
+                counts[pair] += weight
+            for symbol in symbols:
+                if symbol not in texts:
+                    counts[symbol,] += weight
+        options = []
+        for candidate, count in counts.items():
+            if len(candidate) == 1:
+                text, old = CHARACTERS[candidate[0]]
+                gain = count * (len(old) - 1)
+            elif all(symbol in texts for symbol in candidate):
+                text, gain = "".join(texts[symbol] for symbol in candidate), count
+            else:
+                continue
+            if count >= min_count and text not in refused and text not in texts.values():
+                options.append((-gain, candidate, text))
+        if not options:
+            return found
+        _, candidate, text = min(options)
+        if len(candidate) == 1:
+            texts[candidate[0]], replaces[candidate[0]] = CHARACTERS[candidate[0]]
+            found.append(NewToken(text, None, replaces[candidate[0]]))
+            continue
+        id = 10 + len(found)
+        merge = texts[candidate[0]], texts[candidate[1]]
+        texts[id], replaces[id] = text, [*replaces[candidate[0]], *replaces[candidate[1]]]
+        found.append(NewToken(text, merge, replaces[id]))
+        words = [(join(symbols, candidate, id), weight) for symbols, weight in words]
+
+
+@given(words_and_weights, st.integers(1, 3), refused_texts)
+def test_merges_are_those_of_the_naive_trainer(words: list[Word], min_count: int, refused: set[str]) -> None:
+    found = continue_merges(Words(words), TEXTS, CHARACTERS, 10, min_count, lambda _, text: text not in refused)
+    assert list(found) == naive_merges(words, min_count, refused)
+
+
+def test_merges_from_bytes_are_those_of_the_tokenizers_library() -> None:
+    text = {"λόγος": 64, "λόγου": 37, "λέγω": 29, "φως": 21, "φωτός": 13, "κόσμος": 7}
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=256 + 12, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([f"{word} " * count for word, count in text.items()], trainer)
+    vocabulary = tokenizer.get_vocab()
+    expected = [token for token, id in sorted(vocabulary.items(), key=lambda item: item[1]) if id >= 256]
+
+    splitter = pre_tokenizers.ByteLevel(False, use_regex=False)
+    spelled = {splitter.pre_tokenize_str(word)[0][0]: count for word, count in text.items()}
+    words = Words(([vocabulary[letter] for letter in word], count) for word, count in spelled.items())
+    texts = {vocabulary[letter]: letter for letter in alphabet}
+    merges = continue_merges(words, texts, {}, 256, 1, lambda *_: True)
+    assert [token.text for _, token in zip(range(12), merges, strict=False)] == expected
+
+
+@pytest.mark.parametrize("repeats", [2, 3, 4, 5])
+def test_a_run_of_one_token_is_joined_from_the_left(repeats: int) -> None:
+    words = Words([([0] * repeats, 1)])
+    created = words.join((0, 0), 10)
+    assert created == {2: set(), 3: {(10, 0)}, 4: {(10, 0), (10, 10)}, 5: {(10, 0), (10, 10)}}[repeats]
+    assert words.counts[10, 10] == (repeats >= 4)
+    assert words.counts[10, 0] == repeats % 2

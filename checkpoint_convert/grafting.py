@@ -362,6 +362,7 @@ def _write_extended_tokenizer(folder: Path, instruct: Path, model: Path) -> None
     for name in TOKENIZER_FILES:
         (folder / name).unlink(missing_ok=True)
     ours.save_pretrained(folder)
+    shutil.copyfile(model / "tokenizer.json", folder / "tokenizer.json")  # so that not a token is written differently
     VocabularyExtension.read(model).write(folder)
 
 

@@ -53,8 +53,9 @@ def _finalize_and_zero_old_rows(model: list[torch.nn.Module], *args: Any, **kwar
         for parameter in chunk.parameters():
             if (rows := getattr(parameter, ROWS, None)) is not None:
                 # Under the distributed optimizer, this rank's shard is what counts; the rest is no longer needed.
-                parameter.main_grad[: rows.start].zero_()
-                parameter.main_grad[rows.stop :].zero_()
+                gradient: Tensor = parameter.main_grad  # type: ignore[attr-defined]
+                gradient[: rows.start].zero_()
+                gradient[rows.stop :].zero_()
 
 
 def _linear_with_new_rows(

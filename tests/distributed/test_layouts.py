@@ -175,6 +175,8 @@ def resumed(folder: Path) -> dict[str, Path]:
         stage = "stage0" if name == "stage0" else "stage1"
         command = layouts.trainer_arguments(folder, Layout(2, layouts.PP2, model="rows"), stage, rows[name])
         start = [] if name == "stage0" else ["--pretrained-checkpoint", str(rows["stage0"])]
-        commands.append([*command, *start, "--save-trained-only", "--use-distributed-optimizer", *stop])
+        # Without this format, checkpoints contain the padding of buffers, which is not initialized.
+        options = ["--save-trained-only", "--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"]
+        commands.append([*command, *start, *options, *stop])
     layouts.launch(folder, 2, commands, "resumed")
     return runs | rows

@@ -49,8 +49,8 @@ def main(argv: list[str] | None = None) -> None:
         changed, documents = (sum(getattr(part, name) for part in original) for name in ("changed", "documents"))
         print(f"\noriginal text: {changed:,} of {documents:,} documents are tokenized differently")
         print(
-            f"text that was not given: {guard.unforeseen:,} of {uses[1].documents:,} held-out documents would be "
-            "tokenized differently if their merges had not been refused too"
+            f"other original text, estimated: merges found without the {uses[1].documents:,} held-out documents would "
+            f"change {guard.unforeseen:,} of them (refused too)"
         )
         if changed > args.max_changed_share * documents:
             raise UserError(

@@ -22,7 +22,7 @@ from moelpr.model.freezing import freeze
 from moelpr.model.loading import build_model
 from moelpr.model.losses import megatron_balance_coeff
 from moelpr.model_spec import ModelSpec
-from moelpr.stages import MoeStage
+from moelpr.stages import Stage
 from moelpr.training.forward_step import forward_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -74,7 +74,7 @@ class MegatronStep:
             params_dtype=config.params_dtype,
         )  # fmt: skip
         self.optimizer = get_megatron_optimizer(optimizer_config, [self.wrapped])
-        config.finalize_model_grads_func = finalize_model_grads
+        config.finalize_model_grads_func = config.finalize_model_grads_func or finalize_model_grads
         config.grad_scale_func = self.optimizer.scale_loss
         self.schedule = get_forward_backward_func()
 
@@ -103,11 +103,13 @@ class MegatronStep:
         )  # fmt: skip
 
 
-def our_step(spec: ModelSpec, stage: MoeStage, batch: dict[str, Tensor]) -> MegatronStep:
+def our_step(
+    spec: ModelSpec, stage: Stage, batch: dict[str, Tensor], train_new_embeddings: bool = False
+) -> MegatronStep:
     """The trainer's model in `stage` with the stage's default losses."""
-    losses = {"moe_aux_loss_coeff": _balance_coeff(spec)} if stage == "stage1" else {"lpr_loss_coeff": LPR_COEFF}
-    model = build_model(spec, **losses, **_SETTINGS)
-    freeze([model], stage)
+    balance, lpr = {"moe_aux_loss_coeff": _balance_coeff(spec)}, {"lpr_loss_coeff": LPR_COEFF}
+    model = build_model(spec, **{"stage1": balance, "stage2": lpr}.get(stage, {}), **_SETTINGS)
+    freeze([model], stage, False, train_new_embeddings, spec.new_tokens)
     return MegatronStep(model, batch)
 
 

@@ -227,6 +227,11 @@ def mcore_to_adapter(
             f"{load} has {spec.moe.original_copies} copies of the base's FFN, but the published code supports only "
             f"one; {instead}"
         )
+    if spec.new_tokens is not None:
+        raise UserError(
+            f"{load} has {spec.new_tokens.number:,} new tokens, but the published code supports only the base's "
+            f"vocabulary; {instead}"
+        )
     check_separable(load, spec, read_history(load, iteration), "an adapter", instead)
     source = MegatronReader(load, iteration)
     assert spec.moe is not None

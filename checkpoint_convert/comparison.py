@@ -6,7 +6,7 @@ Megatron checkpoint; one model is in memory at a time, and the logits of the fir
 
 import math
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from checkpoint_convert.hf_folder import TOKENIZER_FILES, HfReader, is_unread
 from checkpoint_convert.megatron_folder import MegatronReader
+from checkpoint_convert.new_rows import VOCABULARY_PARTS, new_rows, shape_without, tokenizer_folder, without_rows
 from moelpr.data.tokenizer import check_tokenizer_files
 from moelpr.documents import read_documents
 from moelpr.errors import UserError
@@ -24,7 +25,6 @@ from moelpr.families.families import Family, family_named, read_base, read_confi
 from moelpr.families.moe_classes import MOE_CLASSES, MoeClass
 from moelpr.families.tables import Piece, pieces
 from moelpr.model_spec import ModelSpec
-from moelpr.run_folder import HF_FOLDER
 from moelpr.stages import Part
 
 # Elements that are compared at a time, to bound the memory of fp32 copies.
@@ -44,6 +44,7 @@ class TensorVerdict:
         max_abs: Largest absolute difference; inf if one of them is NaN or Inf.
         num_different: Number of elements whose bits differ, of `num_elements`.
         detail: Both shapes, for kind "shape".
+        num_ignored_rows: Rows of new tokens, which were not compared.
     """
 
     name: str
@@ -52,6 +53,7 @@ class TensorVerdict:
     num_different: int = 0
     num_elements: int = 0
     detail: str = ""
+    num_ignored_rows: int = 0
 
     def differs(self, tolerance: float) -> bool:
         """Whether the tensors differ; with tolerance 0 every bit counts, including the sign of a zero."""
@@ -131,8 +133,13 @@ def pieces_since(base: Path, upcycled: Path) -> tuple[MoeClass, list[Piece]]:
 
 
 def compare_frozen(base: Path, upcycled: Path) -> Iterator[TensorVerdict]:
-    """Compare the base's tensors that training must not change with those they became in the upcycled model."""
+    """Compare the base's tensors that training must not change with those they became in the upcycled model.
+
+    Of embedding and output layer, the rows of tokens that the base lacks are ignored.
+    """
     moe_class, plan = pieces_since(base, upcycled)
+    rows = new_rows(base, upcycled)
+    ignored = {name: rows for piece in plan if piece.part in VOCABULARY_PARTS for name in piece.origin}
     routers = {name for piece in plan if piece.part is Part.ROUTER for name in piece.hf_names}
     a, b = open_tensors(base, moe_class), open_tensors(upcycled, moe_class)
     for reader, names in (
@@ -145,7 +152,7 @@ def compare_frozen(base: Path, upcycled: Path) -> Iterator[TensorVerdict]:
     frozen = [piece for piece in plan if not piece.is_trained]
     for piece in frozen:
         became.update(zip(piece.origin, piece.hf_names, strict=True))
-    yield from compare_tensors(a, b, became, [name for name in a.names if name not in routers])
+    yield from compare_tensors(a, b, became, [name for name in a.names if name not in routers], ignored)
     for copy in range(1, max(len(piece.places) for piece in frozen)):
         became = dict(
             pair for piece in frozen if piece.copies for pair in zip(piece.origin, piece.places[copy], strict=True)
@@ -166,21 +173,28 @@ def _read_spec(model: Path) -> tuple[Family, ModelSpec]:
     return read_base(model)
 
 
-def compare_tensors(a: Reader, b: Reader, name_in_b: dict[str, str], names: list[str]) -> Iterator[TensorVerdict]:
-    """Compare A's `names`, in the order in which a Megatron checkpoint reads each chunk once."""
+def compare_tensors(
+    a: Reader, b: Reader, name_in_b: dict[str, str], names: list[str], ignored: Mapping[str, range] | None = None
+) -> Iterator[TensorVerdict]:
+    """Compare A's `names`, in the order in which a Megatron checkpoint reads each chunk once.
+
+    Args:
+        ignored: Rows of A's tensors, and of those that they are compared with, that may differ or be missing.
+    """
     in_a, in_b = set(names), set(b.names)
     if isinstance(b, MegatronReader) and not isinstance(a, MegatronReader):
         name_in_a = {other: name for name, other in name_in_b.items()}
         names = [name_in_a[other] for other in b.names if name_in_a.get(other) in in_a]
         names += sorted(in_a - set(names))
     for name in names:
-        other = name_in_b.get(name)
+        other, rows = name_in_b.get(name), (ignored or {}).get(name, range(0))
         if other is None or other not in in_b:
             yield TensorVerdict(name, "missing")
-        elif a.shape(name) != b.shape(other):
+        elif shape_without(a.shape(name), rows) != shape_without(b.shape(other), rows):
             yield TensorVerdict(name, "shape", detail=f"{list(a.shape(name))} and {list(b.shape(other))}")
         else:
-            yield _compare_values(name, a.read(name), b.read(other))
+            values = (without_rows(tensor, rows) for tensor in (a.read(name), b.read(other)))
+            yield replace(_compare_values(name, *values), num_ignored_rows=len(rows))
 
 
 def _compare_values(name: str, a: Tensor, b: Tensor) -> TensorVerdict:
@@ -217,7 +231,7 @@ class TextVerdict:
 def compare_on_text(
     a: Path, b: Path, files: list[Path], num_tokens: int = 1024, sequence_length: int = 128
 ) -> list[TextVerdict]:
-    """Compare both models' logits on text.
+    """Compare both models' logits on text; of two vocabularies, one an extension of the other, those of the old tokens.
 
     Args:
         a: Hugging Face model or Megatron checkpoint; so is `b`.
@@ -226,11 +240,13 @@ def compare_on_text(
         sequence_length: Length of a sequence in tokens; a model with a shorter context shortens it.
 
     Raises:
-        UserError: a file has no text, or the vocabularies or tokenizers of the models differ.
+        UserError: a file has no text, the vocabularies of the models differ in another way, or their tokenizers give
+            the text different tokens.
     """
     shape_a, shape_b = _shape(a), _shape(b)
-    vocab_size = shape_a["vocab_size"]
-    if vocab_size != shape_b["vocab_size"]:
+    added = new_rows(a, b) or new_rows(b, a)
+    vocab_size = added.start if added else shape_a["vocab_size"]
+    if not added and vocab_size != shape_b["vocab_size"]:
         raise UserError(
             f"--text requires two models with the same vocabulary, got {vocab_size} tokens in {a} and "
             f"{shape_b['vocab_size']} in {b}; remove --text"
@@ -238,7 +254,7 @@ def compare_on_text(
     length = min(sequence_length, shape_a["max_position_embeddings"], shape_b["max_position_embeddings"])
     sequences = [
         (file, sequence)
-        for file, ids in zip(files, _token_ids(a, b, files, num_tokens), strict=True)
+        for file, ids in zip(files, _token_ids(a, b, files, num_tokens, bool(added)), strict=True)
         for sequence in torch.tensor(ids).split(length)
     ]
     tokens = [sequence for _, sequence in sequences]
@@ -267,23 +283,24 @@ def _shape(model: Path) -> dict[str, Any]:
     return config
 
 
-def _token_ids(a: Path, b: Path, files: list[Path], num_tokens: int) -> list[list[int]]:
+def _token_ids(a: Path, b: Path, files: list[Path], num_tokens: int, is_extended: bool) -> list[list[int]]:
     """The first `num_tokens` of each file with the models' tokenizers, which must agree."""
     from transformers import AutoTokenizer
 
     texts = [_read_text(file, num_tokens) for file in files]
     ids = []
     for model in (a, b):
-        folder = model / HF_FOLDER if is_megatron(model) else model
+        folder = tokenizer_folder(model)
         if not any((folder / name).is_file() for name in TOKENIZER_FILES):
             raise UserError(f"--text requires a tokenizer, but {folder} contains none; copy the base's tokenizer there")
         check_tokenizer_files(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         ids.append([tokenizer(text, add_special_tokens=False)["input_ids"][:num_tokens] for text in texts])
     if ids[0] != ids[1]:
+        fix = "pass text of the original languages, which has no new tokens, or remove --text"
         raise UserError(
-            f"--text requires two models with the same tokenizer, but those of {a} and {b} tokenize the text "
-            "differently; remove --text"
+            f"--text requires text that both tokenizers tokenize alike, but those of {a} and {b} tokenize this text "
+            f"differently; {fix if is_extended else 'remove --text'}"
         )
     return ids[0]
 

@@ -1,7 +1,8 @@
 """What a Megatron checkpoint is exported as: a stock Hugging Face model, a delta to its base, a complete checkpoint.
 
-A delta contains the routers and new experts of an export. Its `delta_config.json` lists the export's tensors in order:
-each comes from the base or from the delta's safetensors, with the SHA-256 of its bytes, or is zero. So `apply_delta`
+A delta contains the routers and new experts of an export, and with an extended vocabulary the rows of new tokens and
+the tokenizer. Its `delta_config.json` lists the export's tensors in order: each comes from the base or from the delta's
+safetensors, with the SHA-256 of its bytes, or is zero; a base's tensor may grow by rows of the delta. So `apply_delta`
 needs no knowledge of the model's family.
 """
 
@@ -28,6 +29,7 @@ from checkpoint_convert.model_card import (
     model_card,
     read_history,
 )
+from checkpoint_convert.new_rows import VOCABULARY_PARTS, grow, shape_without
 from checkpoint_convert.outputs import check_output, output_folder
 from moelpr import checksums
 from moelpr.checksums import FileSum
@@ -82,17 +84,28 @@ def mcore_to_hf(
             raise UserError("the model that this one was upcycled from is not recorded; name it with --base-model")
 
     trained = {name for piece in source.pieces if piece.is_trained for name in piece.hf_names}
-    tensors = [(name, source.shape(name)) for name in source.names if name in trained or not as_delta]
+    grown = _grown(source) if as_delta else {}
+
+    def read(name: str) -> Tensor:
+        tensor = source.read_finite(name)
+        return tensor[grown[name].start : grown[name].stop] if name in grown else tensor
+
+    tensors = [
+        (name, (len(grown[name]), *source.shape(name)[1:]) if name in grown else source.shape(name))
+        for name in source.names
+        if name in trained or name in grown or not as_delta
+    ]
     num_bytes = target_dtype.itemsize * sum(math.prod(shape) for _, shape in tensors)
     settings = {"spec": asdict(spec), "dtype": dtype, "max_shard_bytes": max_shard_bytes, "delta": as_delta}
     settings["architecture"] = facts.architecture
     with output_folder(save, overwrite, num_bytes, [source.step_folder], **settings) as (folder, bar):
         stem = DELTA_STEM if as_delta else MODEL_STEM
-        write_weights(folder, tensors, target_dtype, max_shard_bytes, source.read_finite, bar, stem, not as_delta)
+        write_weights(folder, tensors, target_dtype, max_shard_bytes, read, bar, stem, not as_delta)
         if as_delta:
             _complete_delta(folder, facts, max_shard_bytes)
         else:
-            _write_companions(folder, load / HF_FOLDER, config, model_card(facts))
+            hf = load / HF_FOLDER
+            _write_companions(folder, hf, hf, config, model_card(facts))
     return facts
 
 
@@ -107,9 +120,21 @@ def _class_for(load: Path, name: str) -> MoeClass:
     return moe_class
 
 
-def _write_companions(folder: Path, base: Path, config: dict[str, Any], card: str) -> None:
-    """Write everything of an export except its weights; `base` has the tokenizer."""
-    copy_companions(base, folder, skip=(CONFIG_FILE, CARD_FILE))
+def _grown(source: MegatronReader) -> dict[str, range]:
+    """The tensors that have rows of new tokens, and these rows."""
+    if (tokens := source.spec.new_tokens) is None:
+        return {}
+    rows = range(tokens.first, tokens.end)
+    return {name: rows for piece in source.pieces if piece.part in VOCABULARY_PARTS for name in piece.hf_names}
+
+
+def _write_companions(folder: Path, tokenizer: Path, base: Path, config: dict[str, Any], card: str) -> None:
+    """Write everything of an export except its weights.
+
+    Args:
+        tokenizer: Folder with the tokenizer and all other companions but the base's card, which is in `base`.
+    """
+    copy_companions(tokenizer, folder, skip=(CONFIG_FILE, CARD_FILE))
     if (base / CARD_FILE).is_file():
         shutil.copyfile(base / CARD_FILE, folder / BASE_CARD_FILE)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
@@ -147,6 +172,7 @@ class DeltaTensor:
         source: "base", "delta" or "zeros".
         base: Its name in the base.
         sha256: Of its bytes in the export; "" for zeros.
+        new_rows: First row, and the one after the last, that the delta has of a tensor of the base; None for no row.
     """
 
     name: str
@@ -154,6 +180,13 @@ class DeltaTensor:
     source: str
     base: str = ""
     sha256: str = ""
+    new_rows: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.new_rows is not None:
+            first, end = self.new_rows
+            if not (type(first) is type(end) is int and 0 < first < end):
+                raise ValueError(f"new_rows of {self.name} can't be {self.new_rows!r}")
 
 
 @dataclass(frozen=True)
@@ -177,7 +210,9 @@ class DeltaConfig:
 
     def write(self, folder: Path) -> None:
         content = {"format_version": FORMAT_VERSION, **vars(self)}
-        content["tensors"] = [{key: value for key, value in vars(t).items() if value != ""} for t in self.tensors]
+        content["tensors"] = [
+            {key: value for key, value in vars(t).items() if value not in ("", None)} for t in self.tensors
+        ]
         (folder / DELTA_FILE).write_text(json.dumps(content, indent=1) + "\n")
 
     @classmethod
@@ -192,7 +227,12 @@ class DeltaConfig:
             version = content.pop("format_version", None)
             if version != FORMAT_VERSION:
                 raise UserError(f"{path}: format_version must be {FORMAT_VERSION}, got {version}")
-            tensors = tuple(DeltaTensor(**{**t, "shape": tuple(t["shape"])}) for t in content.pop("tensors"))
+            tensors = tuple(
+                DeltaTensor(
+                    **{**t, "shape": tuple(t["shape"]), "new_rows": tuple(t["new_rows"]) if "new_rows" in t else None}
+                )
+                for t in content.pop("tensors")
+            )
             delta = cls(**content, tensors=tensors)
             if delta.dtype not in DTYPES or not all(t.source in ("base", "delta", "zeros") for t in tensors):
                 raise ValueError("unknown dtype or source")
@@ -219,14 +259,16 @@ def _complete_delta(folder: Path, facts: CardFacts, max_shard_bytes: int) -> Non
     trained, dtype = HfReader(folder, DELTA_STEM), getattr(torch, facts.dtype)
     frozen = [piece for piece in source.pieces if not piece.is_trained]
     in_base = dict(pair for piece in frozen for names in piece.places for pair in zip(names, piece.origin, strict=True))
+    grown = _grown(source)
     tensors = []
     for name in tqdm(source.names, desc="checksums", unit=" tensors", leave=False, disable=None):
         shape = source.shape(name)
-        if name in trained:
+        if name in trained and name not in grown:
             tensors.append(DeltaTensor(name, shape, "delta", sha256=_checksum(trained.read(name))))
         elif name in in_base:
             sha256 = _checksum(source.read_finite(name).to(dtype))
-            tensors.append(DeltaTensor(name, shape, "base", in_base[name], sha256))
+            rows = (grown[name].start, grown[name].stop) if name in grown else None
+            tensors.append(DeltaTensor(name, shape, "base", in_base[name], sha256, rows))
         else:
             tensors.append(DeltaTensor(name, shape, "zeros"))
     assert facts.base_model is not None and source.spec.moe is not None
@@ -235,6 +277,8 @@ def _complete_delta(folder: Path, facts: CardFacts, max_shard_bytes: int) -> Non
     DeltaConfig(*content).write(folder)
     sums = checksums.read(folder) or {}
     checksums.write(folder, sums | {DELTA_FILE: FileSum.of(folder / DELTA_FILE)})  # it says what the export contains
+    if grown:
+        copy_companions(source.folder / HF_FOLDER, folder, skip=(CONFIG_FILE, CARD_FILE))
     (folder / CARD_FILE).write_text(model_card(facts, is_delta=True), encoding="utf-8")
 
 
@@ -264,6 +308,8 @@ def apply_delta(base: Path, delta: Path, save: Path, overwrite: bool = False) ->
         if tensor.source == "zeros":
             return torch.zeros(tensor.shape, dtype=dtype)
         found = readers[tensor.source].read(tensor.base or name).to(dtype)
+        if tensor.new_rows is not None:
+            found = grow(found, readers["delta"].read(name).to(dtype), range(*tensor.new_rows))
         if _checksum(found) != tensor.sha256:
             raise fail(tensor, "has another checksum")
         return found
@@ -271,13 +317,17 @@ def apply_delta(base: Path, delta: Path, save: Path, overwrite: bool = False) ->
     for tensor in config.tensors:
         if tensor.source != "zeros":
             reader, name = readers[tensor.source], tensor.base or tensor.name
-            if name not in reader or reader.shape(name) != tensor.shape:
+            rows = range(*tensor.new_rows or (0, 0))
+            if name not in reader or shape_without(reader.shape(name), rows) != shape_without(tensor.shape, rows):
                 raise fail(tensor, "is missing or has another shape")
+            if rows and (tensor.name not in readers["delta"] or len(rows) != readers["delta"].shape(tensor.name)[0]):
+                raise fail(replace(tensor, source="delta"), "is missing or has another shape")
     shapes = [(tensor.name, tensor.shape) for tensor in config.tensors]
     num_bytes = dtype.itemsize * sum(math.prod(shape) for _, shape in shapes)
     with output_folder(save, overwrite, num_bytes, [base, delta]) as (folder, bar):
         write_weights(folder, shapes, dtype, config.max_shard_bytes, read, bar)
-        _write_companions(folder, base, config.config, config.card)
+        is_extended = any(tensor.new_rows is not None for tensor in config.tensors)
+        _write_companions(folder, delta if is_extended else base, base, config.config, config.card)
     return config
 
 

@@ -6,14 +6,14 @@ for the model M, its dense base B, the instruct model I that someone made of B, 
 difference of the FFN. Routers, which B and I lack, stay as they are.
 
 Training left everything but routers and new experts as it is in B, so there θ = θ_I with s = 1: the path through the
-original expert becomes the instruct model.
+original expert becomes the instruct model. Rows of new tokens, which B and I lack, also stay as they are.
 """
 
 import json
 import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from checkpoint_convert.hf_folder import (
 )
 from checkpoint_convert.hub import Model, is_hub_name
 from checkpoint_convert.model_card import BASE_CARD_FILE, LICENSE_KEYS, TEMPLATES
+from checkpoint_convert.new_rows import VOCABULARY_PARTS, grow, new_rows, shape_without
 from checkpoint_convert.outputs import check_finite, check_output, output_folder
 from checkpoint_convert.upcycling import check_weights
 from moelpr import yaml_files
@@ -50,6 +51,7 @@ from moelpr.families.tables import Piece
 from moelpr.files import read_versioned
 from moelpr.model_spec import ModelSpec
 from moelpr.stages import Part
+from moelpr.vocabulary_extension import VocabularyExtension
 
 RECORD_FILE = "graft.json"
 FORMAT_VERSION = 1
@@ -115,6 +117,7 @@ class GraftReader:
 
     Attributes:
         names: Names of the model's tensors, in its order.
+        new_rows: Those of new tokens in embedding and output layer.
 
     Raises:
         UserError: the models do not fit each other; on access also, if a tensor that training leaves as it is differs
@@ -133,6 +136,7 @@ class GraftReader:
             if dense.moe is not None:
                 raise UserError(f"{reader.folder} is an MoE; pass the dense model that {model} was upcycled from")
         _, plan = pieces_since(base, model)
+        self.new_rows = new_rows(base, model)
         self._model.list_parts(name for piece in plan for names in piece.places for name in names)
         self.names = self._model.names
         # Name in the model → name in base and instruct model, and the piece that it belongs to.
@@ -142,7 +146,9 @@ class GraftReader:
                 self._sources.update(zip(names, ((origin, piece) for origin in piece.origin), strict=True))
         self._check_shapes()
         _check_settings(self._base.folder, base_spec, instruct, instruct_spec)
-        _check_settings(self._base.folder, base_spec, model, spec)
+        # The shapes show whether the vocabulary has grown by the new tokens.
+        shape = spec.megatron_args | {"vocab_size": base_spec.megatron_args["vocab_size"]}
+        _check_settings(self._base.folder, base_spec, model, replace(spec, megatron_args=shape))
         self._scale, self._parts = scale, PARTS[only]
         self.dtype = dtype or common_dtype((self._model, name) for name in self.names)
 
@@ -159,7 +165,7 @@ class GraftReader:
         is_grafted = piece.part in self._parts
         if piece.is_trained and not is_grafted:
             return tensor.to(dtype)
-        base = _read(self._base, origin)
+        base = self._read_dense(self._base, origin, tensor, piece)
         if not piece.is_trained and not torch.equal(base.to(tensor.dtype), tensor):
             raise UserError(
                 f"{self._base.folder} is not the base of {self._model.folder}: its {origin} differs from {name}, which "
@@ -167,11 +173,20 @@ class GraftReader:
             )
         if not is_grafted:
             return tensor.to(dtype)
-        instruct = _read(self._instruct, origin)
+        instruct = self._read_dense(self._instruct, origin, tensor, piece)
         if not piece.is_trained and instruct.ndim == 2:
             self._check_related(origin, base, instruct)
         grafted = add_difference(tensor, base, instruct, self._scale, dtype)
         return check_finite(grafted, f"{name} with the difference", f"{self.dtype} is too narrow; pass another --dtype")
+
+    def _rows(self, piece: Piece) -> range:
+        """The rows of the piece that base and instruct model lack."""
+        return self.new_rows if piece.part in VOCABULARY_PARTS else range(0)
+
+    def _read_dense(self, reader: HfReader, name: str, model: Tensor, piece: Piece) -> Tensor:
+        """A tensor of base or instruct model; rows of new tokens are the model's own, so that their difference is 0."""
+        tensor, rows = _read(reader, name), self._rows(piece)
+        return grow(tensor, model[rows.start : rows.stop], rows) if rows else tensor
 
     def _check_related(self, name: str, base: Tensor, instruct: Tensor) -> None:
         """Post-training moves a matrix by a small part of its norm; two unrelated ones are √2 norms apart."""
@@ -190,8 +205,9 @@ class GraftReader:
                     f"{name} has shape {list(base.shape(name))} in {base.folder}, but is {found} in {instruct.folder}; "
                     "pass the base's own instruct model, with the same vocabulary"
                 )
-        for name, (origin, _) in self._sources.items():
-            if origin not in base or base.shape(origin) != model.shape(name):
+        for name, (origin, piece) in self._sources.items():
+            rows = self._rows(piece)
+            if origin not in base or shape_without(base.shape(origin), rows) != shape_without(model.shape(name), rows):
                 found = list(base.shape(origin)) if origin in base else "missing"
                 raise UserError(
                     f"{name} has shape {list(model.shape(name))} in {model.folder}, but the {origin} that it comes "
@@ -241,7 +257,7 @@ def graft(
     sources = base.folder, instruct.folder, model.folder
     check_output(save, list(sources), overwrite, (RECORD_FILE,))
     reader = GraftReader(*sources, scale, only, dtype)
-    _check_tokenizers(*sources, reader.shape("model.embed_tokens.weight")[0])
+    _check_tokenizers(*sources, reader.shape("model.embed_tokens.weight")[0], reader.new_rows)
     config, instruct_config = read_config(model.folder), read_config(instruct.folder)
     config |= {key: instruct_config[key] for key in _TOKEN_KEYS if key in instruct_config}
     config |= {"dtype": reader.dtype, "torch_dtype": reader.dtype}
@@ -252,8 +268,10 @@ def graft(
     with output_folder(save, overwrite, num_bytes, list(sources), **settings) as (folder, bar):
         write_weights(folder, tensors, target, max_shard_bytes, reader.read, bar)
         copy_companions(instruct.folder, folder, skip=(CONFIG_FILE, CARD_FILE))
+        if reader.new_rows:
+            _write_extended_tokenizer(folder, instruct.folder, model.folder)
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-        _write_cards(folder, record, instruct.folder, model.folder)
+        _write_cards(folder, record, instruct.folder, model.folder, len(reader.new_rows))
         record.write(folder)
     return reader
 
@@ -270,7 +288,7 @@ def compare_graft(base: Path, instruct: Path, model: Path, grafted: Path) -> Ite
         yield TensorVerdict(name, "extra")
 
 
-def _write_cards(folder: Path, record: Graft, instruct: Path, model: Path) -> None:
+def _write_cards(folder: Path, record: Graft, instruct: Path, model: Path, num_new_tokens: int) -> None:
     """Write the graft's card, and beside it those that it links to."""
     cards = ((model, CARD_FILE, MODEL_CARD_FILE), (model, BASE_CARD_FILE, BASE_CARD_FILE))
     for source, name, kept in (*cards, (instruct, CARD_FILE, INSTRUCT_CARD_FILE)):
@@ -286,6 +304,7 @@ def _write_cards(folder: Path, record: Graft, instruct: Path, model: Path) -> No
     card = TEMPLATES.get_template("graft_card.md").render(
         asdict(record),
         front_matter=yaml_files.dump(metadata),
+        num_new_tokens=num_new_tokens,
         has_model_card=(folder / MODEL_CARD_FILE).is_file(),
         has_instruct_card=(folder / INSTRUCT_CARD_FILE).is_file(),
     )
@@ -332,8 +351,23 @@ def _check_settings(a: Path, a_spec: ModelSpec, b: Path, b_spec: ModelSpec) -> N
             )
 
 
-def _check_tokenizers(base: Path, instruct: Path, model: Path, vocab_size: int) -> None:
-    """UserError unless all three give every text the same IDs."""
+def _write_extended_tokenizer(folder: Path, instruct: Path, model: Path) -> None:
+    """The model's tokenizer with the instruct model's special tokens and chat template."""
+    from transformers import AutoTokenizer
+
+    ours, theirs = (AutoTokenizer.from_pretrained(source, local_files_only=True) for source in (model, instruct))
+    for name, token in theirs.special_tokens_map.items():
+        setattr(ours, name, token)
+    ours.chat_template = theirs.chat_template
+    for name in TOKENIZER_FILES:
+        (folder / name).unlink(missing_ok=True)
+    ours.save_pretrained(folder)
+    shutil.copyfile(model / "tokenizer.json", folder / "tokenizer.json")  # so that not a token is written differently
+    VocabularyExtension.read(model).write(folder)
+
+
+def _check_tokenizers(base: Path, instruct: Path, model: Path, vocab_size: int, new: range) -> None:
+    """UserError unless all three give every text the same IDs, or the model's extends the others' by the IDs `new`."""
     tokenizers = []
     for folder in (base, instruct, model):
         if not any((folder / name).is_file() for name in TOKENIZER_FILES):
@@ -344,6 +378,8 @@ def _check_tokenizers(base: Path, instruct: Path, model: Path, vocab_size: int) 
         if tokenizer.fingerprint() == tokenizers[0].fingerprint():
             continue
         ours, theirs = ({id: token for token, id in t.vocabulary().items()} for t in (tokenizers[0], tokenizer))
+        if folder == model and ours == {id: token for id, token in theirs.items() if id not in new}:
+            continue
         different = [id for id in sorted(ours.keys() | theirs.keys()) if ours.get(id) != theirs.get(id)]
         reason = "they split text differently"
         if different:

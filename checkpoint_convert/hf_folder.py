@@ -23,6 +23,7 @@ from moelpr.errors import UserError
 from moelpr.families.families import CONFIG_FILE
 from moelpr.families.tables import stacked_part
 from moelpr.files import DurableFile
+from moelpr.vocabulary_extension import VOCABULARY_EXTENSION_FILE
 
 # Weight files are STEM.safetensors, or STEM-00001-of-00002.safetensors, … with STEM.safetensors.index.json.
 MODEL_STEM = "model"
@@ -39,12 +40,12 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+# What replaces the model's own if its tokenizer is extended.
+EXTENDED_FILES = (*TOKENIZER_FILES, VOCABULARY_EXTENSION_FILE, "chat_template.jinja", "chat_template.json")
 COMPANION_FILES = (
     CONFIG_FILE,
     "generation_config.json",
-    *TOKENIZER_FILES,
-    "chat_template.jinja",
-    "chat_template.json",
+    *EXTENDED_FILES,
     "README.md",
     "LICENSE",
     "NOTICE",
@@ -58,10 +59,12 @@ _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-def copy_companions(source: Path, target: Path, skip: tuple[str, ...] = ()) -> None:
-    """Copy config, tokenizer, chat template and model card, but no weights."""
+def copy_companions(
+    source: Path, target: Path, skip: tuple[str, ...] = (), files: tuple[str, ...] = COMPANION_FILES
+) -> None:
+    """Copy config, tokenizer, chat template and model card, or those of them that `files` names, but no weights."""
     target.mkdir(parents=True, exist_ok=True)
-    for name in COMPANION_FILES:
+    for name in files:
         if name not in skip and (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     for name in COMPANION_FOLDERS:

@@ -4,6 +4,7 @@
 
 Expert 0 is the dense FFN, and N new experts start as its copies, so the model still computes what the dense model did.
 With --original-copies K, experts 0 to K - 1 are the dense FFN: tokens that choose only these keep the dense output.
+With --extended-tokenizer DIR the vocabulary grows; logits of old tokens stay as they are on text without new ones.
 Routers are initialized xavier-normal. A stock MoE, such as an earlier export, keeps its experts and gets N more.
 Weights stream from safetensors to the checkpoint, one tensor at a time.
 """
@@ -28,6 +29,10 @@ def _parse_arguments() -> argparse.Namespace:
     experts = parser.add_mutually_exclusive_group(required=True)
     experts.add_argument("--num-new-experts", type=int, metavar="N", help="number of experts to add to each MoE layer")
     experts.add_argument("--dense", action="store_true", help="add no experts: write a dense checkpoint")
+    add("--extended-tokenizer", type=Path, metavar="DIR",
+        help="a tokenizer that data_tools/extend_tokenizer.py made from the model's: each new token gets a row of the "
+        "embedding and the output layer, the mean of those of the tokens that it replaces (default: the model's "
+        "tokenizer)")  # fmt: skip
     add("--topk", type=int, metavar="K", help="experts per token (default: 2; in an MoE, its own)")
     add("--original-copies", type=int, metavar="C",
         help="places of the dense FFN among the experts, 1 (the paper) to K; with K, a token can choose only the dense "
@@ -61,7 +66,10 @@ def main() -> None:
     model, copies = find_model(args.hf_path, args.revision), args.original_copies
     if copies is None and not args.dense:
         copies = recommended_copies(read_base(model.folder)[1], args.topk)
-    spec = hf_to_mcore(model.folder, args.save, *experts, *layers, start, args.dtype, args.overwrite, copies, model)
+    spec = hf_to_mcore(
+        model.folder, args.save, *experts, *layers, start, args.dtype, args.overwrite, copies, model,
+        args.extended_tokenizer,
+    )  # fmt: skip
     layout = "dense"
     if (moe := spec.moe) is not None:
         copies = f", {moe.original_copies} of them copies of the dense FFN" if moe.original_copies > 1 else ""
@@ -69,6 +77,8 @@ def main() -> None:
             f"{moe.num_experts} experts ({moe.num_original_places} original{copies} + {moe.num_new_experts} new), "
             f"top-{moe.topk}, in {len(moe.layers)} of {spec.megatron_args['num_layers']} layers"
         )
+    if spec.new_tokens is not None:
+        layout += f", {spec.new_tokens.number} new tokens"
     print(f"{args.save}: {spec.family}, {spec.dtype}, {layout}")
 
 

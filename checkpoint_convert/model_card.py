@@ -18,8 +18,9 @@ from moelpr.errors import UserError
 from moelpr.model_spec import ModelSpec
 from moelpr.run_folder import HF_FOLDER, METRICS_FILE, RECIPE_FILE, VERSIONS_FILE, read_json, read_settings
 from moelpr.run_metrics import read_run_metrics
-from moelpr.stages import Part, trained_parts
+from moelpr.stages import Part, trained_parts, trains_new_rows_only
 from moelpr.versions import installed_versions
+from moelpr.vocabulary_extension import VocabularyExtension
 
 # An export contains the card of the base model under this name.
 BASE_CARD_FILE = "README-base.md"
@@ -79,10 +80,20 @@ class TrainedStage:
     def trained(self) -> frozenset[Part]:
         """The parts that it trained; empty for an unknown stage."""
         stage: Any = self.settings.get("stage")
+        flags = (bool(self.settings.get(name)) for name in ("train_everything", "train_new_embeddings"))
         try:
-            return trained_parts(stage, bool(self.settings.get("train_everything")))
+            return trained_parts(stage, *flags)
         except KeyError:
             return frozenset()
+
+    @property
+    def trained_names(self) -> list[str]:
+        """The parts that it trained, for readers."""
+        names = {part.value for part in self.trained}
+        stage: Any = self.settings.get("stage")
+        if trains_new_rows_only(stage, bool(self.settings.get("train_new_embeddings"))):
+            names = names - {Part.EMBEDDING.value, Part.OUTPUT_LAYER.value} | {"rows of new tokens"}
+        return sorted(names)
 
     @property
     def trained_everything(self) -> bool:
@@ -268,6 +279,19 @@ def model_card(facts: CardFacts, is_delta: bool = False) -> str:
         num_active=num_active,
         installed=installed_versions(),
         is_delta=is_delta,
+        new_tokens=_new_tokens(facts.source),
+    )
+
+
+def _new_tokens(source: MegatronReader) -> str:
+    """How the vocabulary was extended; "" if it was not."""
+    if (tokens := source.spec.new_tokens) is None:
+        return ""
+    replaces = VocabularyExtension.read(source.folder / HF_FOLDER).replaces
+    return (
+        f"extended by {tokens.number:,} tokens (IDs {tokens.first:,} to {tokens.end - 1:,}), each in place of "
+        f"{sum(map(len, replaces)) / len(replaces):.1f} of the base's on average; their rows in embedding and output "
+        "layer started as the mean of those"
     )
 
 

@@ -1,6 +1,7 @@
 """Converts a Hugging Face model to a Megatron checkpoint, dense or upcycled."""
 
 import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -11,17 +12,27 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from checkpoint_convert.hf_folder import HfReader, check_tokenizer, common_dtype, copy_companions, is_unread
+from checkpoint_convert.hf_folder import (
+    EXTENDED_FILES,
+    TOKENIZER_FILES,
+    HfReader,
+    check_tokenizer,
+    common_dtype,
+    copy_companions,
+    is_unread,
+)
 from checkpoint_convert.hub import Model
 from checkpoint_convert.megatron_folder import SIGNS, num_elements, write_checkpoint
 from checkpoint_convert.model_card import Origin
+from checkpoint_convert.new_tokens import grown, read_extension, with_new_rows
 from checkpoint_convert.outputs import check_finite, check_output, output_folder
 from moelpr.errors import UserError
-from moelpr.families.families import Family, read_base, with_new_experts
+from moelpr.families.families import CONFIG_FILE, Family, read_base, read_config, with_new_experts
 from moelpr.families.tables import Piece, megatron_shape, pieces, sizes_of, stacked_part, zeros
 from moelpr.model_spec import ModelSpec
 from moelpr.run_folder import HF_FOLDER
 from moelpr.stages import Part
+from moelpr.vocabulary_extension import VocabularyExtension
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,7 @@ def hf_to_mcore(
     overwrite: bool = False,
     original_copies: int | None = None,
     recorded: Model | None = None,
+    extended_tokenizer: Path | None = None,
 ) -> ModelSpec:
     """Convert a Hugging Face model to a Megatron checkpoint, upcycling its FFNs; an interrupted conversion resumes.
 
@@ -76,13 +88,16 @@ def hf_to_mcore(
         dtype: Dtype of the checkpoint (float32, bfloat16, float16); None for the model's.
         original_copies: C, the places of the dense FFN; None for 1, or for the copies that the MoE has.
         recorded: Where the model at `hf_path` comes from, for the record; None for this folder.
+        extended_tokenizer: Folder of a tokenizer that extends the model's: its new tokens get rows of the embedding and
+            the output layer. None for the model's own tokenizer.
 
     Raises:
         UserError: the input is unsupported; `save` is then unchanged.
     """
     start = start or Start()
     start.check()
-    check_output(save, [hf_path], overwrite, SIGNS)
+    sources = [hf_path] if extended_tokenizer is None else [hf_path, extended_tokenizer]
+    check_output(save, sources, overwrite, SIGNS)
     family, base = read_base(hf_path)
     if num_new_experts is not None:
         layers = moe_layers, moe_every_k_layers
@@ -97,12 +112,21 @@ def hf_to_mcore(
     spec = _with_found_copies(source, family, base, spec)
     spec = replace(spec, dtype=dtype or common_dtype((source, name) for name in names))
     check_tokenizer(hf_path, spec.megatron_args["vocab_size"])
+    extension = None
+    if extended_tokenizer is not None:
+        extension = read_extension(extended_tokenizer, hf_path)
+        spec = grown(spec, extension)
+        spec.check()
 
     plan = list(pieces(family.table, spec))
     num_bytes = getattr(torch, spec.dtype).itemsize * num_elements(plan)
-    with output_folder(save, overwrite, num_bytes, [hf_path], spec=asdict(spec), start=asdict(start)) as (folder, bar):
-        write_checkpoint(folder, plan, spec, lambda todo: _starting_tensors(source, todo, spec, start), bar)
-        copy_companions(hf_path, folder / HF_FOLDER)
+    with output_folder(save, overwrite, num_bytes, sources, spec=asdict(spec), start=asdict(start)) as (folder, bar):
+        write_checkpoint(folder, plan, spec, lambda todo: _starting_tensors(source, todo, spec, start, extension), bar)
+        copy_companions(hf_path, folder / HF_FOLDER, skip=TOKENIZER_FILES if extended_tokenizer else ())
+        if extended_tokenizer is not None:
+            copy_companions(extended_tokenizer, folder / HF_FOLDER, files=EXTENDED_FILES)
+            config = read_config(hf_path) | {"vocab_size": spec.megatron_args["vocab_size"]}
+            (folder / HF_FOLDER / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         recorded = recorded or Model(hf_path, hf_path.resolve().name)
         Origin(recorded.name, asdict(start) if spec.moe else {}, revision=recorded.revision).write(folder)
     return spec
@@ -159,7 +183,9 @@ def _with_found_copies(source: HfReader, family: Family, base: ModelSpec, spec: 
 # --- starting values
 
 
-def _starting_tensors(source: HfReader, plan: list[Piece], spec: ModelSpec, start: Start) -> Iterator[Tensor]:
+def _starting_tensors(
+    source: HfReader, plan: list[Piece], spec: ModelSpec, start: Start, extension: VocabularyExtension | None
+) -> Iterator[Tensor]:
     """The Megatron tensor of every piece in the spec's dtype; an FFN is read once for all its copies."""
     dtype = getattr(torch, spec.dtype)
     read_origin: tuple[str, ...] = ()
@@ -175,6 +201,8 @@ def _starting_tensors(source: HfReader, plan: list[Piece], spec: ModelSpec, star
             if piece.origin != read_origin:
                 del tensor  # one in memory
                 parts = [_read(source, name) for name in piece.origin]
+                if extension is not None and piece.part in (Part.EMBEDDING, Part.OUTPUT_LAYER):
+                    parts = [with_new_rows(parts.pop(), extension, spec.megatron_args["vocab_size"], dtype)]
                 tensor = piece.transform.to_megatron(parts, sizes_of(spec)).to(dtype)
                 del parts
                 read_origin = piece.origin

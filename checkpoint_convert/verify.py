@@ -7,9 +7,10 @@
 
 Exit code 0 if they are equal within the tolerances, 1 if they differ, 2 for invalid input. With --frozen, every tensor
 of the base is compared with the tensor of the upcycled model that must equal it (attention, norms, embeddings,
-original experts); routers and new experts are ignored. BASE may also be the instruct model of a graft. With --graft,
-every tensor of a graft is compared with what it is made of. With --reader, one export is checked against what a program
-requires that is to run it (exit code 1 if it will not run as in transformers); the program need not be installed.
+original experts); routers, new experts and the rows of new tokens are ignored. BASE may also be the instruct model of a
+graft. With --graft, every tensor of a graft is compared with what it is made of. With --reader, one export is checked
+against what a program requires that is to run it (exit code 1 if it will not run as in transformers); the program need
+not be installed.
 """
 
 import argparse
@@ -50,7 +51,8 @@ def _parse_arguments() -> argparse.Namespace:
     kind.add_argument("--graft", type=Path, nargs=2, metavar=("BASE", "INSTRUCT"),
         help="compare A plus the difference of INSTRUCT and BASE with B, which graft.py wrote")  # fmt: skip
     parser.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE",
-        help='also compare fp32 logits on these texts: JSON lines with "text" (.jsonl) or plain text')  # fmt: skip
+        help='also compare fp32 logits on these texts: JSON lines with "text" (.jsonl) or plain text; if one model has '
+        "new tokens, texts without them, and the logits of all other tokens")  # fmt: skip
     parser.add_argument("--logit-tolerance", type=float, default=1e-4, metavar="X",
         help="largest absolute difference of logits that counts as equal (default: %(default)s)")  # fmt: skip
     parser.add_argument("--num-tokens", type=int, default=1024, metavar="N",
@@ -124,6 +126,12 @@ def _print_report(
         print()
     largest = max((v.max_abs for v in verdicts if v.kind == "value"), default=0.0)
     print(f"{len(verdicts):,} tensors, {len(different):,} differ, largest absolute difference {largest:.3e}")
+    if ignored := _num_ignored_rows(verdicts):
+        print(f"ignored: the rows of {ignored:,} new tokens, in embedding and output layer")
+
+
+def _num_ignored_rows(verdicts: list[TensorVerdict]) -> int:
+    return max((verdict.num_ignored_rows for verdict in verdicts), default=0)
 
 
 def _print_table(rows: list[list[str]]) -> None:
@@ -143,6 +151,7 @@ def _as_json(
         "num_tensors": len(verdicts),
         "different_tensors": [v.name for v in different],
         "max_abs_diff": finite(largest_difference(verdicts)),
+        "num_ignored_rows": _num_ignored_rows(verdicts),
     }
     if texts:
         num_tokens = sum(t.num_tokens for t in texts)

@@ -89,20 +89,62 @@ class MoeSpec:
 
 
 @dataclass(frozen=True)
+class NewTokens:
+    """The tokens that an extended tokenizer adds: their rows of the embedding and of the output layer are the new rows.
+
+    All other rows are old rows and never change, including those that no token uses.
+
+    Attributes:
+        first: ID of the first new token, which is the number of IDs of the base's tokenizer.
+        number: how many there are; their IDs are contiguous.
+        base_vocab_size: rows of the base's embedding. If they are more than `first`, new tokens take the spare ones.
+    """
+
+    first: int
+    number: int
+    base_vocab_size: int
+
+    @property
+    def end(self) -> int:
+        """The ID after the last new token."""
+        return self.first + self.number
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the grown embedding, without padding."""
+        return max(self.base_vocab_size, self.end)
+
+    def check(self, vocab_size: int) -> None:
+        """Raise a UserError unless a model of `vocab_size` rows can have these new tokens."""
+        for name, value in asdict(self).items():
+            if type(value) is not int or not 1 <= value < 1 << 31:
+                raise UserError(f"new_tokens.{name} must be an integer from 1 to 2^31 - 1, got {value!r}")
+        if self.first > self.base_vocab_size:
+            raise UserError(
+                f"new_tokens.first must be at most base_vocab_size ({self.base_vocab_size}), got {self.first}: "
+                "old tokens would have no rows"
+            )
+        if vocab_size != self.vocab_size:
+            raise UserError(f"with these new_tokens, vocab_size must be {self.vocab_size}, got {vocab_size}")
+
+
+@dataclass(frozen=True)
 class ModelSpec:
-    """A model: its family, its shape in Megatron's terms, and its experts.
+    """A model: its family, its shape in Megatron's terms, its experts and its new tokens.
 
     Attributes:
         family: key of moelpr.families.families.FAMILIES, for example "qwen2".
         dtype: dtype of the weights it was converted from, one of DTYPES.
         megatron_args: Megatron argument (dest name) → value; `vocab_size` is the embedding's rows without padding.
         moe: None for a dense model.
+        new_tokens: None if the vocabulary is the base's.
     """
 
     family: str
     dtype: str
     megatron_args: dict[str, Any]
     moe: MoeSpec | None = None
+    new_tokens: NewTokens | None = None
 
     def is_moe_layer(self, layer: int) -> bool:
         return self.moe is not None and layer in self.moe.layers
@@ -132,11 +174,15 @@ class ModelSpec:
             raise UserError(f"num_attention_heads ({heads}) must be a multiple of num_query_groups ({groups})")
         if self.moe is not None:
             self.moe.check(self.megatron_args["num_layers"])
+        if self.new_tokens is not None:
+            self.new_tokens.check(self.megatron_args["vocab_size"])
 
     def write(self, folder: Path) -> None:
         """Write `folder`/model_spec.json."""
         self.check()
         content = {"format_version": FORMAT_VERSION, **asdict(self)}
+        if self.new_tokens is None:
+            del content["new_tokens"]  # so that earlier versions of moelpr read the file
         (folder / FILE_NAME).write_text(json.dumps(content, indent=2) + "\n")
 
     @classmethod
@@ -153,9 +199,12 @@ class ModelSpec:
                 "pass a folder written by checkpoint_convert/hf_to_mcore.py or by moelpr's trainer"
             )
 
-        def build(moe: dict[str, Any] | None = None, **fields: Any) -> ModelSpec:
+        def build(
+            moe: dict[str, Any] | None = None, new_tokens: dict[str, Any] | None = None, **fields: Any
+        ) -> ModelSpec:
             experts = None if moe is None else MoeSpec(**{**moe, "layers": tuple(moe["layers"])})
-            spec = cls(**fields, moe=experts)
+            tokens = None if new_tokens is None else NewTokens(**new_tokens)
+            spec = cls(**fields, moe=experts, new_tokens=tokens)
             spec.check()
             return spec
 

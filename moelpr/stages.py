@@ -3,11 +3,12 @@
 from enum import Enum
 from typing import Literal
 
-Stage = Literal["dense", "stage1", "stage2"]
+Stage = Literal["dense", "stage0", "stage1", "stage2"]
 MoeStage = Literal["stage1", "stage2"]
 
 STAGE_HELP: dict[Stage, str] = {
     "dense": "(full training): train every parameter of a dense model (a base from scratch, or full fine-tuning)",
+    "stage0": "(new tokens): train only the embedding and output rows of new tokens on expanded-language text",
     "stage1": "(post-pretraining): train the new experts and the routers on expanded-language text",
     "stage2": "(review): train the routers only, on a little replay text of all languages",
 }
@@ -40,6 +41,7 @@ _PATTERNS = {
 
 _TRAINED: dict[Stage, frozenset[Part]] = {
     "dense": frozenset(Part),
+    "stage0": frozenset({Part.EMBEDDING, Part.OUTPUT_LAYER}),
     "stage1": frozenset({Part.NEW_EXPERTS, Part.ROUTER}),
     "stage2": frozenset({Part.ROUTER}),
 }
@@ -50,6 +52,16 @@ def part_of(name: str) -> Part:
     return next((part for pattern, part in _PATTERNS.items() if pattern in name), Part.DENSE_FFN)
 
 
-def trained_parts(stage: Stage, train_everything: bool = False) -> frozenset[Part]:
-    """The parts that a stage trains; everything else is frozen (paper, sections 3.2 and 3.3)."""
-    return frozenset(Part) if train_everything else _TRAINED[stage]
+def trained_parts(stage: Stage, train_everything: bool = False, train_new_embeddings: bool = False) -> frozenset[Part]:
+    """The parts that a stage trains; everything else is frozen (paper, sections 3.2 and 3.3).
+
+    Of embedding and output layer, stage 0 and `train_new_embeddings` train only the rows of new tokens.
+    """
+    if train_everything:
+        return frozenset(Part)
+    return _TRAINED[stage] | (_TRAINED["stage0"] if train_new_embeddings else frozenset())
+
+
+def trains_new_rows_only(stage: Stage, train_new_embeddings: bool = False) -> bool:
+    """Whether embedding and output layer train, but only in the rows of new tokens."""
+    return stage == "stage0" or train_new_embeddings

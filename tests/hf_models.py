@@ -1,6 +1,7 @@
 """Tiny random Hugging Face models of every family, made by stock transformers, and what tests do with them."""
 
 import io
+import json
 import os
 import pickle
 import shutil
@@ -14,7 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from checkpoint_convert.hf_folder import TOKENIZER_FILES
+from moelpr.data.tokenizer import load_tokenizer, vocabulary_checksum
 from moelpr.errors import UserError
+from moelpr.vocabulary_extension import VocabularyExtension
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -125,6 +129,27 @@ def save_tokenizer(folder: Path, num_ids: int) -> None:
     assert len(tokenizer) == num_ids
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     tokenizer.save_pretrained(folder)
+
+
+def save_extended_tokenizer(old: Path, folder: Path, new: list[tuple[str, str]]) -> Path:
+    """The BPE tokenizer in `old` with more merges, and vocabulary_extension.json, as extend_tokenizer.py writes it."""
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", str(old))
+    content = json.loads((old / "tokenizer.json").read_text())
+    vocabulary, first = content["model"]["vocab"], tokenizer.vocab_size
+    replaced = {token: [id] for token, id in vocabulary.items()}
+    for id, (left, right) in enumerate(new, start=first):
+        vocabulary[left + right] = id
+        content["model"]["merges"].append([left, right])
+        replaced[left + right] = replaced[left] + replaced[right]
+    folder.mkdir(parents=True)
+    for file in old.iterdir():
+        if file.name in TOKENIZER_FILES or file.name == "chat_template.jinja":
+            shutil.copyfile(file, folder / file.name)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    replaces = [replaced[left + right] for left, right in new]
+    checksum = vocabulary_checksum(tokenizer.vocabulary(), first)
+    VocabularyExtension(first, replaces, tokenizer.fingerprint(), checksum).write(folder)
+    return folder
 
 
 def load_stock(folder: Path, architecture: str | None = None):

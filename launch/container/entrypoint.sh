@@ -10,7 +10,7 @@ python=$root/.venv/bin/python
 packages=$("$python" -c 'import os, moelpr; print(os.path.dirname(moelpr.__path__[0]))')
 
 # The files that are tools, named after themselves or, for __main__.py, after their folder.
-tools=("$root"/launch/{dense,first_contact,stage1,stage2}.sh)
+tools=("$root"/launch/{dense,first_contact,stage0,stage1,stage2}.sh)
 mapfile -O "${#tools[@]}" -t tools < <(grep -lx 'if __name__ == "__main__":' \
     "$packages"/{data_tools,checkpoint_convert,moelpr}/*.py "$packages"/moelpr/*/__main__.py)
 name_of() {

@@ -12,6 +12,7 @@
 #   @expanded, @review   corpora of stage 1 and stage 2 (data_tools/preprocess_data.py); with --shards N before the --,
 #                        an array of N jobs and a job that merges their outputs (default: one job)
 #   @convert             upcycling (checkpoint_convert/hf_to_mcore.py)
+#   @stage0              training of new tokens, if @convert has an --extended-tokenizer; @stage1 then starts from it
 #   @stage1, @stage2     training
 #   @export, @evaluate   a Hugging Face model (DIR/hf), and its bits per byte (DIR/evaluation/)
 # Prints the job IDs. Rerun the same command to resume a broken chain: it submits the steps that are neither done nor
@@ -31,10 +32,10 @@ is_done() {
     case $1 in
     expanded | review) [[ -e $run/data/$1_text_document.idx ]] ;;
     convert) [[ -e $run/upcycled/latest_checkpointed_iteration.txt ]] ;;
-    stage1 | stage2) [[ -e $run/$1/FINISHED ]] ;;
+    stage0 | stage1 | stage2) [[ -e $run/$1/FINISHED ]] ;;
     export) [[ -e $run/hf/config.json ]] ;;
     evaluate) [[ -e $run/evaluation/results.json ]] ;;
-    *) fail "unknown step @$1; the steps are @expanded, @review, @convert, @stage1, @stage2, @export, @evaluate" ;;
+    *) fail "unknown step @$1; the steps are @expanded, @review, @convert, @stage0, @stage1, @stage2, @export, @evaluate" ;;
     esac
 }
 
@@ -80,7 +81,7 @@ preprocess() {
 
 # step STEP SBATCH… [-- ARGUMENTS…]: submit a step unless it is done.
 step() {
-    local step=$1 needs="" need id shards="" options=() flags=()
+    local step=$1 start=upcycled needs="" need id shards="" options=() flags=()
     shift
     if is_done "$step"; then
         echo "$step: done"
@@ -103,7 +104,11 @@ step() {
         return
     fi
     case $step in
-    stage1) needs="convert expanded" ;;
+    stage0) needs="convert expanded" ;;
+    stage1)
+        needs="convert expanded"
+        if [[ -e $run/stage0 || -e $run/slurm/stage0.job ]]; then start=stage0 needs="stage0 expanded"; fi
+        ;;
     stage2) needs="stage1 review" ;;
     export) needs=stage2 ;;
     evaluate) needs="export" ;;
@@ -119,8 +124,8 @@ step() {
     case $step in
     expanded | review) preprocess "$step" "$shards" "${flags[@]}" ;;
     convert) submit "$step" "" "${tool[@]}" checkpoint_convert/hf_to_mcore.py --save "$run/upcycled" "${flags[@]}" ;;
-    stage1)
-        submit "$step" "$needs" "${stage[@]}" --pretrained-checkpoint "$run/upcycled" \
+    stage0 | stage1)
+        submit "$step" "$needs" "${stage[@]}" --pretrained-checkpoint "$run/$start" \
             --data-path "$run/data/expanded_text_document" "${flags[@]}"
         ;;
     stage2)

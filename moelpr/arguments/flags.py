@@ -29,14 +29,17 @@ def add_arguments[P: argparse.ArgumentParser](parser: P) -> P:
         help="Router rows of the dense FFN per MoE layer; must match the checkpoint (default: the "
         "checkpoint's).")  # fmt: skip
     add("--balance-loss-coeff", type=float, metavar="ALPHA",
-        help="Weight of the balance loss, on the paper's scale; 0 disables it (default: 0.01; stage2: 0).")  # fmt: skip
+        help="Weight of the balance loss, on the paper's scale; 0 disables it (default: 0.01 in stage1, "
+        "0 in other stages).")  # fmt: skip
     add("--lpr-loss-coeff", type=float, metavar="GAMMA",
         help="Weight of the LPR (language priors routing) loss; 0 disables it. With both losses, stage1 is the paper's "
-        "one-stage ablation (default: 0 in stage1, 0.1 in stage2).")  # fmt: skip
+        "one-stage ablation (default: 0.1 in stage2, 0 in other stages).")  # fmt: skip
     add("--lpr-loss", choices=("paper", "reference"), default="paper",
         help="LPR loss of the paper, or of the published code: a double softmax (default: %(default)s).")  # fmt: skip
     add("--train-everything", action="store_true",
         help="Freeze nothing: the paper's plain-MoE ablation, which loses the original languages.")  # fmt: skip
+    add("--train-new-embeddings", action="store_true",
+        help="In stage1, train the embedding and output rows of new tokens too.")  # fmt: skip
     add("--save-trained-only", action="store_true",
         help="Omit frozen tensors from checkpoints and record where to find them (docs/checkpoints.md).")  # fmt: skip
     add("--no-verify", action=NoVerify, help="Do not compare checkpoints with their checksums before they are loaded.")

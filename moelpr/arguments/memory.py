@@ -1,9 +1,9 @@
 """What the planner expects a run to need per rank, and settings that need less."""
 
-from moelpr.arguments.settings import MOE_STAGES, RunSettings
+from moelpr.arguments.settings import RunSettings
 from moelpr.layouts import PlannedLayout, Recompute, divisors, layout_problems
 from moelpr.megatron_patches import cpu
-from moelpr.plan.memory import CPU, Dtype, Kernels, Workload, model_parts, stage_memories
+from moelpr.plan.memory import CPU, PLANNED_STAGES, Dtype, Kernels, Workload, model_parts, stage_memories
 
 # What torch, Megatron and Python occupy in a rank without a GPU, in addition to the code that all ranks share.
 PROCESS_BYTES = 450 << 20
@@ -12,7 +12,7 @@ PROCESS_BYTES = 450 << 20
 def expected_memory(run: RunSettings) -> int | None:
     """Bytes of the rank that needs the most; None for invalid settings and for what moelpr.plan does not support."""
     args, layout, spec = run.args, run.layout, run.spec
-    if spec is None or args.stage not in MOE_STAGES or args.train_everything or layout.cp * layout.vpp > 1:
+    if spec is None or args.stage not in PLANNED_STAGES or args.train_everything or layout.cp * layout.vpp > 1:
         return None
     global_batch_size = args.global_batch_size or (args.micro_batch_size or 0) * layout.dp
     sizes = args.seq_length, args.micro_batch_size, global_batch_size
@@ -28,7 +28,7 @@ def expected_memory(run: RunSettings) -> int | None:
     )  # fmt: skip
     dtype: Dtype = "bf16" if args.bf16 or args.fp16 else "fp32"
     kernels = CPU if cpu.is_needed() else Kernels()
-    workload = Workload(args.stage, *sizes, dtype, kernels)
+    workload = Workload(args.stage, *sizes, dtype, kernels, args.train_new_embeddings)
     ranks = stage_memories(spec, model_parts(spec), planned, workload)
     return max(rank.total_bytes for rank in ranks) + (PROCESS_BYTES if cpu.is_needed() else 0)
 

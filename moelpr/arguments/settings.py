@@ -292,7 +292,7 @@ def apply_method(args: argparse.Namespace, spec: ModelSpec) -> None:
 
 def lpr_loss_coeff(args: argparse.Namespace) -> float:
     """The LPR loss's weight in an MoE stage."""
-    default = 0.0 if args.stage == "stage1" else 0.1
+    default = 0.1 if args.stage == "stage2" else 0.0
     return default if args.lpr_loss_coeff is None else float(args.lpr_loss_coeff)
 
 

@@ -24,6 +24,7 @@ import moelpr
 from moelpr.data.tokenizer import Tokenizer, load_tokenizer, vocabulary_checksum
 from moelpr.errors import UserError
 from moelpr.files import atomic_file
+from moelpr.vocabulary_extension import VOCABULARY_EXTENSION_FILE, VocabularyExtension
 
 FORMAT_VERSION = 1
 _BLOCK_BYTES = 1 << 22
@@ -244,6 +245,7 @@ class TokenizerMatch(StrEnum):
 
     SAME = "same"  # every text gets the same IDs
     SAME_TOKENS = "same tokens"  # every ID is the same token, but a text may be split differently
+    NOT_EXTENDED = "not extended"  # every ID is the same token, but the model's new tokens are missing
     DIFFERENT = "different"  # an ID may be a different token
     UNKNOWN = "unknown"  # the model's folder has no tokenizer that can be loaded
 
@@ -252,8 +254,13 @@ def compare_tokenizers(corpus: TokenizerRecord, folder: str | os.PathLike[str]) 
     """Compare a corpus's tokenizer with the one in a Hugging Face folder, such as a checkpoint's `hf/`.
 
     Tokenizers of one type are the same if their fingerprints are. Otherwise, also between a .model file and the
-    tokenizer.json made from it, the tokens of the corpus's IDs are compared.
+    tokenizer.json made from it, the tokens of the corpus's IDs are compared. An extended tokenizer keeps all old IDs,
+    but would write the text of the corpus with its new tokens, which a model then never sees.
     """
+    lacks_new_tokens = (
+        Path(folder, VOCABULARY_EXTENSION_FILE).is_file()
+        and corpus.vocab_size <= VocabularyExtension.read(Path(folder)).first_new_id
+    )
     candidates = {"HuggingFaceTokenizer": [Path(folder)]} | {
         "SentencePieceTokenizer": [Path(folder) / name for name in ("tokenizer.model", "spiece.model")]
     }
@@ -267,7 +274,7 @@ def compare_tokenizers(corpus: TokenizerRecord, folder: str | os.PathLike[str]) 
             if type == corpus.type and tokenizer.fingerprint() == corpus.fingerprint:
                 return TokenizerMatch.SAME
             if vocabulary_checksum(tokenizer.vocabulary(), corpus.vocab_size) == corpus.vocabulary_sha256:
-                match = TokenizerMatch.SAME_TOKENS
+                match = TokenizerMatch.NOT_EXTENDED if lacks_new_tokens else TokenizerMatch.SAME_TOKENS
             elif match is TokenizerMatch.UNKNOWN:
                 match = TokenizerMatch.DIFFERENT
     return match

@@ -27,7 +27,9 @@ from moelpr.report import page
 from moelpr.report.plots import Interval, Panel, change_chart, heat_maps, percent
 
 NUM_SAMPLES = 1000
-METRICS = ("bits_per_byte", "perplexity", "accuracy")
+METRICS = ("bits_per_byte", "perplexity", "accuracy", "bytes_per_token")
+# Of models with different tokenizers, these can be compared.
+ANY_TOKENIZER = ("bits_per_byte", "bytes_per_token")
 MEANS = {"mean original": "Original languages", "mean expanded": "Expanded languages"}
 # [1 + NUM_SAMPLES]: a number, then what it is in each bootstrap sample of the documents.
 Estimate = NDArray[np.float64]
@@ -115,8 +117,8 @@ class Results(ABC):
 class TextResults(Results):
     """Estimates for every model on every language, then for the means of original and expanded languages.
 
-    A change is relative to the first model; that of accuracy is the difference. Changes of numbers per token exist only
-    for models with the first model's tokens.
+    A change is relative to the first model; that of accuracy is the difference. Changes of perplexity and accuracy
+    exist only for models with the first model's tokens.
     """
 
     name, title = "results", "Held-out text"
@@ -143,7 +145,7 @@ class TextResults(Results):
         }
 
     def _change(self, ours: dict[str, Estimate], theirs: dict[str, Estimate], model: str) -> dict[str, Interval]:
-        names = METRICS if self._has_same_tokens[model] else ("bits_per_byte",)
+        names = METRICS if self._has_same_tokens[model] else ANY_TOKENIZER
         return {m: interval_of(ours[m] - theirs[m] if m == "accuracy" else ours[m] / theirs[m] - 1) for m in names}
 
     def findings(self) -> list[str]:
@@ -155,15 +157,40 @@ class TextResults(Results):
                     verdict = f"no clear change from {self._first} to {model}"
                 number = _with_interval(change, percent)
                 findings.append(f"{MEANS.get(row, language_name(row))}: {verdict} ({number} bits per byte).")
-        return findings + [
+        findings += [
             f"{warning}."
             for language in self._data
             for model, score in self._comparison.scores_on(language).items()
             if (warning := score.warning(model, language_name(language)))
         ]
+        return findings + self._unequal_contexts()
+
+    def _unequal_contexts(self) -> list[str]:
+        """With different tokenizers, windows of equally many tokens are more text, and so more context, for one."""
+        if all(self._has_same_tokens.values()):
+            return []
+        length = self._comparison.settings.sequence_length
+        assert length is not None
+        longest = [  # tokens of each document, with the tokenizer that needs the most
+            max(tokens)
+            for language in self._data
+            for tokens in zip(*(s.document_tokens for s in self._comparison.scores_on(language).values()), strict=True)
+        ]
+        cut = sum(tokens > length for tokens in longest)
+        if cut == 0:
+            return []
+        return [
+            f"{cut:,} of {len(longest):,} documents are longer than a window of {length:,} tokens, in which a model "
+            "with more bytes per token sees more text; for equal contexts, raise --sequence-length (the longest "
+            f"document has {max(longest):,} tokens)."
+        ]
 
     def tables(self) -> dict[str, page.Table]:
-        intervals = "In brackets: 95% confidence intervals, bootstrap over documents."
+        intervals = (
+            "Per byte of text: comparable between models with different tokenizers, unlike numbers per token. In "
+            "brackets: 95% confidence intervals, bootstrap over documents."
+        )
+        tokenizers = "How the tokenizers split the text: twice the bytes per token is half the tokens to compute."
         unclear = "A change is unclear if its interval contains 0: with other documents it could be the opposite."
         per_token = (
             "Per token: comparable only between models with the same tokenizer."
@@ -178,6 +205,7 @@ class TextResults(Results):
         perplexity = {row: cells for row, cells in self._cells("perplexity", "{:.4g}").items() if row in self._data}
         tables = {
             "Bits per byte (lower is better)": self._table(self._cells("bits_per_byte", "{:.3f}"), intervals),
+            "Bytes per token (higher is better)": self._table(self._cells("bytes_per_token", "{:.2f}"), tokenizers),
             f"Bits per byte against {self._first}": self._table(changes, unclear),
             "Next-token accuracy (higher is better)": self._table(self._cells("accuracy", "{:.2%}"), per_token),
             "Perplexity per token (lower is better)": self._table(perplexity, per_token),

@@ -67,7 +67,8 @@ def metrics(bits: Any, size: Any, tokens: Any, correct: Any) -> dict[str, Any]:
     Perplexity and accuracy (fraction of tokens that were the most likely next token) are per token, so they cannot be
     compared between models with different tokenizers.
     """
-    return {"bits_per_byte": bits / size, "perplexity": 2 ** (bits / tokens), "accuracy": correct / tokens}
+    per_token = {"perplexity": 2 ** (bits / tokens), "accuracy": correct / tokens, "bytes_per_token": size / tokens}
+    return {"bits_per_byte": bits / size} | per_token
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.optimizer import ParamKey
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.training import get_args, global_vars
 from megatron.training import training as megatron_training
 from torch import Tensor
@@ -85,6 +87,16 @@ def validation_by(validate: Validate) -> Iterator[None]:
 
     with _replaced("train", train), _replaced("evaluate_and_print_results", evaluate_and_print_results):
         yield
+
+
+def without_weight_decay(attribute: str) -> AbstractContextManager[None]:
+    """Have the optimizer not decay the parameters that have an attribute of this name."""
+
+    def get_megatron_optimizer_config(call: Callable[[], Any], named: dict[str, Any]) -> Any:
+        config, overrides = call()
+        return config, {**(overrides or {}), ParamKey(attr=attribute): ParamGroupOverride(wd_mult=0.0)}
+
+    return _replaced("get_megatron_optimizer_config", get_megatron_optimizer_config)
 
 
 def set_signal_handler(handler: Any) -> None:

@@ -3,16 +3,24 @@
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from moelpr.stages import Part, Stage, part_of, trained_parts
+from moelpr.model.new_rows import rows_that_train, train_new_rows_only
+from moelpr.model_spec import NewTokens
+from moelpr.stages import Part, Stage, part_of, trained_parts, trains_new_rows_only
 
 
-def freeze(model_chunks: list[GPTModel], stage: Stage, train_everything: bool = False) -> list[GPTModel]:
+def freeze(
+    model_chunks: list[GPTModel],
+    stage: Stage,
+    train_everything: bool = False,
+    train_new_embeddings: bool = False,
+    new_tokens: NewTokens | None = None,
+) -> list[GPTModel]:
     """Disable gradients of the parameters that the stage does not train; returns the same chunks.
 
     Call it before the model is wrapped for data parallelism, so that frozen parameters get no gradient buffer and no
-    optimizer state.
+    optimizer state. The embedding and the output layer train whole or only in the rows of `new_tokens`.
     """
-    trained = trained_parts(stage, train_everything)
+    trained = trained_parts(stage, train_everything, train_new_embeddings)
     if trained == frozenset(Part):
         return model_chunks
     for chunk in model_chunks:
@@ -24,6 +32,9 @@ def freeze(model_chunks: list[GPTModel], stage: Stage, train_everything: bool = 
             embedding.register_forward_hook(
                 lambda module, inputs, output: output.requires_grad_(torch.is_grad_enabled())
             )
+    if trains_new_rows_only(stage, train_new_embeddings):
+        assert new_tokens is not None, "checked with the arguments"
+        train_new_rows_only(model_chunks, new_tokens)
     return model_chunks
 
 
@@ -32,7 +43,10 @@ def parameter_report(model_chunks: list[GPTModel]) -> str:
     counts: dict[Part, list[int]] = {}
     for chunk in model_chunks:
         for name, parameter in chunk.named_parameters():
-            counts.setdefault(part_of(name), [0, 0])[0 if parameter.requires_grad else 1] += parameter.numel()
+            trainable = parameter[rows_that_train(parameter)].numel() if parameter.requires_grad else 0
+            count = counts.setdefault(part_of(name), [0, 0])
+            count[0] += trainable
+            count[1] += parameter.numel() - trainable
     rows = [f"{'part':<16}{'trainable':>16}{'frozen':>16}"]
     rows += [f"{part.value:<16}{trainable:>16,}{frozen:>16,}" for part, (trainable, frozen) in counts.items()]
     total = [sum(column) for column in zip(*counts.values(), strict=True)]

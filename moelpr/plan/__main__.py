@@ -9,17 +9,19 @@ import argparse
 import json
 import shlex
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from moelpr.errors import CommandParser, UserError, run_command
 from moelpr.families.families import layer_list, read_base, recommended_copies, with_new_experts
 from moelpr.layouts import neighbors
+from moelpr.model_spec import ModelSpec, NewTokens
 from moelpr.plan.candidates import Candidate, fitting
 from moelpr.plan.machines import GIB, GPUS, Cluster
-from moelpr.plan.memory import RankMemory, Workload
+from moelpr.plan.memory import PLANNED_STAGES, RankMemory, Workload
 from moelpr.plan.step_time import PREDICTION_ERROR, bubble
+from moelpr.vocabulary_extension import VocabularyExtension
 
 # Of the paper's recipes, launch/recipes/paper-stage1.yaml and paper-stage2.yaml.
 PAPER_SEQ_LENGTH = {"stage1": 1024, "stage2": 512}
@@ -34,18 +36,42 @@ _TABLE_HEADER = (
 
 def main() -> None:
     args = _parser().parse_args()
-    seq_length = args.seq_length or PAPER_SEQ_LENGTH[args.stage]
-    workload = Workload(args.stage, seq_length, args.micro_batch_size, args.global_batch_size, args.dtype)
+    seq_length = args.seq_length or PAPER_SEQ_LENGTH.get(args.stage, PAPER_SEQ_LENGTH["stage1"])
+    sizes = seq_length, args.micro_batch_size, args.global_batch_size
+    workload = Workload(args.stage, *sizes, args.dtype, new_embeddings=args.train_new_embeddings)
     cluster = _cluster(args)
     family, base = read_base(args.hf_path)
     copies = recommended_copies(base, args.topk) if args.original_copies is None else args.original_copies
     layers = args.moe_layers, args.moe_every_k_layers
-    spec = with_new_experts(family, base, args.num_new_experts, args.topk, *layers, copies)
+    spec = _with_new_tokens(with_new_experts(family, base, args.num_new_experts, args.topk, *layers, copies), args)
     found = fitting(spec, workload, cluster)
     if args.json:
-        print(json.dumps(_as_json(found, workload, cluster), indent=2))
+        print(json.dumps(_as_json(found, spec, workload, cluster), indent=2))
     else:
-        print(_table(found, workload, cluster, len(found) if args.all else args.rows))
+        print(_table(found, spec, workload, cluster, len(found) if args.all else args.rows))
+
+
+def _with_new_tokens(spec: ModelSpec, args: argparse.Namespace) -> ModelSpec:
+    """The model with the rows of new tokens, which stage 0 and --train-new-embeddings require."""
+    if args.train_new_embeddings and args.stage != "stage1":
+        raise UserError(f"--train-new-embeddings applies to --stage stage1, got {args.stage}; remove it")
+    rows = spec.megatron_args["vocab_size"]
+    if args.extended_tokenizer is not None:
+        extension = VocabularyExtension.read(args.extended_tokenizer)
+        tokens = NewTokens(extension.first_new_id, extension.number, rows)
+    elif args.num_new_tokens is not None:
+        tokens = NewTokens(rows, args.num_new_tokens, rows)
+    elif args.stage == "stage0" or args.train_new_embeddings:
+        what = "--stage stage0" if args.stage == "stage0" else "--train-new-embeddings"
+        raise UserError(f"{what} trains rows of new tokens, got none; pass --extended-tokenizer or --num-new-tokens")
+    else:
+        return spec
+    if tokens.first > rows:
+        raise UserError(
+            f"{args.extended_tokenizer} extends a tokenizer of {tokens.first:,} tokens, but {args.hf_path} has "
+            f"{rows:,} rows in its embedding; pass a tokenizer that extends the model's"
+        )
+    return replace(spec, megatron_args=spec.megatron_args | {"vocab_size": tokens.vocab_size}, new_tokens=tokens)
 
 
 def _cluster(args: argparse.Namespace) -> Cluster:
@@ -69,16 +95,18 @@ def _cluster(args: argparse.Namespace) -> Cluster:
     return Cluster(args.gpus, args.gpus_per_node, memory_gib, reserve_gib, gpu)
 
 
-def _table(found: list[Candidate], workload: Workload, cluster: Cluster, rows: int) -> str:
+def _table(found: list[Candidate], spec: ModelSpec, workload: Workload, cluster: Cluster, rows: int) -> str:
     time = (
         "step, tokens/s: predicted seconds of a step, exchanges included, and tokens per second and GPU."
         if cluster.gpu
         else "time: compute time of a step with recompute and bubble, relative to one without; excludes communication."
     )
+    tokens = spec.new_tokens
     lines = [
         f"{workload.stage}, {workload.dtype}: {workload.global_batch_size} sequences of {workload.seq_length} tokens "
         f"per step, {workload.micro_batch_size} per micro-batch; {cluster.gpus} GPUs of {cluster.gpu_memory_gib:g} "
         f"GiB, {cluster.reserve_gib:g} GiB of them reserved.",
+        *([f"{tokens.number:,} new tokens: {tokens.vocab_size:,} rows of the vocabulary."] if tokens else []),
         "Memory: GiB on the highest-memory rank. all-to-all, gathers: GiB that experts exchange per rank and step over",
         "EP and over ETP, if all experts are chosen equally often; rows of original experts need no all-to-all.",
         time,
@@ -114,7 +142,7 @@ def _table(found: list[Candidate], workload: Workload, cluster: Cluster, rows: i
     return "\n".join(lines)
 
 
-def _as_json(found: list[Candidate], workload: Workload, cluster: Cluster) -> dict[str, Any]:
+def _as_json(found: list[Candidate], spec: ModelSpec, workload: Workload, cluster: Cluster) -> dict[str, Any]:
     described = [
         {
             **{name: size for name, size in asdict(one.layout).items() if name not in ("cp", "vpp")},
@@ -131,6 +159,7 @@ def _as_json(found: list[Candidate], workload: Workload, cluster: Cluster) -> di
     ]
     return {
         "run": asdict(workload),
+        "vocab_size": spec.megatron_args["vocab_size"],
         "cluster": asdict(cluster),
         "assumptions": ["every expert is chosen equally often", "working_bytes is an estimate"],
         "recommended": described[0],
@@ -170,9 +199,16 @@ def _parser() -> argparse.ArgumentParser:
                         help="MoE layers, counted from 0, as in hf_to_mcore.py (default: all layers)")  # fmt: skip
     layers.add_argument("--moe-every-k-layers", type=int, metavar="k",
                         help="make layers k, 2k, 3k, …, counted from 1, MoE layers, as in hf_to_mcore.py")  # fmt: skip
-    add("--stage", choices=tuple(PAPER_SEQ_LENGTH), default="stage1", help="training stage (default: %(default)s)")
+    tokens = parser.add_mutually_exclusive_group()
+    tokens.add_argument("--extended-tokenizer", type=Path, metavar="EXTENDED",
+        help="tokenizer with new tokens, as in hf_to_mcore.py (default: the model's)")  # fmt: skip
+    tokens.add_argument("--num-new-tokens", type=count, metavar="NEW",
+        help="number of new tokens of a tokenizer that does not exist yet; each gets a further row")  # fmt: skip
+    add("--stage", choices=PLANNED_STAGES, default="stage1", help="training stage (default: %(default)s)")
+    add("--train-new-embeddings", action="store_true", help="in stage1, train the rows of new tokens too")
     lengths = ", ".join(f"{length} in {stage}" for stage, length in PAPER_SEQ_LENGTH.items())
-    add("--seq-length", type=count, metavar="TOKENS", help=f"tokens per sequence (default: the paper's, {lengths})")
+    add("--seq-length", type=count, metavar="TOKENS",
+        help=f"tokens per sequence (default: the paper's, {lengths}; in stage0 that of stage1)")  # fmt: skip
     add("--micro-batch-size", type=count, default=1, metavar="MICRO", help="sequences per micro-batch (default: 1)")
     add("--global-batch-size", type=count, default=PAPER_GLOBAL_BATCH_SIZE, metavar="GLOBAL",
         help="sequences per step (default: the paper's, %(default)s)")  # fmt: skip

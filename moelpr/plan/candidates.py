@@ -28,9 +28,10 @@ class Candidate:
         return max(self.stages, key=lambda rank: rank.total_bytes)
 
     def flags(self, workload: Workload) -> list[str]:
-        """Command-line arguments for launch/stage1.sh or stage2.sh: the layout, and the batch it was planned for."""
+        """Command-line arguments for the stage's launcher: the layout, and the batch it was planned for."""
         argv = [*self.layout.flags(), "--micro-batch-size", str(workload.micro_batch_size)]
         argv += ["--global-batch-size", str(workload.global_batch_size), "--seq-length", str(workload.seq_length)]
+        argv += ["--train-new-embeddings"] if workload.new_embeddings else []
         return [*argv, "--fp32"] if workload.dtype == "fp32" else argv
 
 

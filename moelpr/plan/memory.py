@@ -8,13 +8,13 @@ new expert the expert-data-parallel ranks. `tests/distributed/memory_plan.py` co
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from moelpr.families.families import family_named
 from moelpr.families.tables import pieces
 from moelpr.layouts import PlannedLayout
 from moelpr.model_spec import ModelSpec, MoeSpec
-from moelpr.stages import MoeStage, Part, part_of, trained_parts
+from moelpr.stages import Part, part_of, trained_parts
 
 # Per parameter.
 WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
@@ -28,6 +28,8 @@ VOCABULARY_MULTIPLE = 128
 _FP32, _INT64, _BOOL = 4, 8, 1
 
 Dtype = Literal["bf16", "fp32"]
+PlannedStage = Literal["stage0", "stage1", "stage2"]
+PLANNED_STAGES: tuple[PlannedStage, ...] = get_args(PlannedStage)
 # Layer (0-based; None for embedding, final norm and output layer) and part → number of parameters in the full model.
 Parts = Mapping[tuple[int | None, Part], int]
 
@@ -69,14 +71,24 @@ class Routing:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained, in which dtype, and how much at a time: `seq_length` in tokens, batch sizes in sequences."""
+    """What is trained, in which dtype, and how much at a time: `seq_length` in tokens, batch sizes in sequences.
 
-    stage: MoeStage
+    Attributes:
+        new_embeddings: whether stage 1 also trains rows of new tokens.
+    """
+
+    stage: PlannedStage
     seq_length: int
     micro_batch_size: int
     global_batch_size: int
     dtype: Dtype = "bf16"
     kernels: Kernels = Kernels()
+    new_embeddings: bool = False
+
+    @property
+    def trained(self) -> frozenset[Part]:
+        """The parts with gradients and optimizer state, in embedding and output layer for all rows."""
+        return trained_parts(self.stage, train_new_embeddings=self.new_embeddings)
 
     @property
     def lengths(self) -> tuple[int, int, int]:
@@ -133,7 +145,7 @@ def stage_memories(
     memories = []
     for pp_rank in range(layout.pp):
         held = held_on_stage(spec, parts, layout, pp_rank)
-        trained = {part: numel for part, numel in held.items() if part in trained_parts(workload.stage)}
+        trained = {part: numel for part, numel in held.items() if part in workload.trained}
         trainable = sum(trained.values())
         optimizer_bytes = 0
         for part, numel in trained.items():
@@ -185,14 +197,23 @@ def layers_of_stage(spec: ModelSpec, layout: PlannedLayout, pp_rank: int) -> ran
     return range(pp_rank * per_stage, (pp_rank + 1) * per_stage)
 
 
-def needs_input_gradient(spec: ModelSpec, layout: PlannedLayout, layer: int, pp_rank: int) -> bool:
+def needs_input_gradient(
+    spec: ModelSpec, layout: PlannedLayout, layer: int, pp_rank: int, trained: frozenset[Part]
+) -> bool:
     """Whether the backward pass continues below the FFN of `layer`.
 
-    It ends at the first MoE layer, except that an input from another pipeline stage, and with recompute the embedding's
-    output, always require a gradient.
+    It ends at the first MoE layer unless the embedding trains, except that an input from another pipeline stage, and
+    with recompute the embedding's output, always require a gradient.
     """
     assert spec.moe is not None
-    return pp_rank > 0 or layout.recompute != "none" or layer > spec.moe.layers[0]
+    is_above = pp_rank > 0 or layout.recompute != "none" or layer > spec.moe.layers[0]
+    return is_above or Part.EMBEDDING in trained
+
+
+def trains_output(spec: ModelSpec, trained: frozenset[Part]) -> bool:
+    """Whether the weights of the output layer, which may be the embedding's, train."""
+    is_untied = spec.megatron_args["untie_embeddings_and_output_weights"]
+    return (Part.OUTPUT_LAYER if is_untied else Part.EMBEDDING) in trained
 
 
 class Activations:
@@ -221,7 +242,8 @@ class Activations:
     def layers(self, pp_rank: int) -> list[tuple[float, float]]:
         """Of each layer, the bytes kept from the forward pass, and those allocated only while it is recomputed."""
         layers = layers_of_stage(self.spec, self.layout, pp_rank)
-        return [self._layer(one, needs_input_gradient(self.spec, self.layout, one, pp_rank)) for one in layers]
+        trained = self.workload.trained
+        return [self._layer(one, needs_input_gradient(self.spec, self.layout, one, pp_rank, trained)) for one in layers]
 
     def peak(self, pp_rank: int) -> float:
         kept, inside = zip(*self.layers(pp_rank), strict=True)
@@ -233,7 +255,9 @@ class Activations:
         original = self.original_rows * (2 * self.expert_ffn + self.hidden)
         is_last = pp_rank == self.layout.pp - 1
         logits = self.all_tokens * self.vocabulary if is_last and self.workload.dtype != "fp32" else 0
-        return max(new + original, logits) * self.element
+        trained = self.workload.trained
+        has_gradient = (pp_rank == 0 and Part.EMBEDDING in trained) or (is_last and trains_output(self.spec, trained))
+        return max(new + original, logits, self.vocabulary * self.hidden * has_gradient) * self.element
 
     def _layer(self, layer: int, needs_gradient: bool) -> tuple[float, float]:
         hidden = self.tokens * self.hidden * self.element
@@ -241,7 +265,7 @@ class Activations:
         if needs_gradient and self.workload.kernels.norm_output:
             outside += hidden if self.spec.is_moe_layer(layer) else 2 * hidden
         if self.spec.is_moe_layer(layer):
-            outside += hidden  # the router's input
+            outside += hidden  # the router's input, which Megatron keeps even if the router is frozen
             inside = self._experts()
         else:
             values = 2 if self.workload.kernels.fused_swiglu else 3  # gate, up and silu(gate)
@@ -266,13 +290,13 @@ class Activations:
         return elements * self.element + log_sums + qk_norm
 
     def _experts(self) -> float:
-        is_stage1 = self.workload.stage == "stage1"
+        stage = self.workload.stage
         # Per token: K choices with weights, E router scores, and the sort order of the N new experts' columns.
         choices = self.moe.topk * (_INT64 + _FP32) + self.moe.num_experts * _FP32 + self.moe.num_new_experts * _INT64
         # The balance loss keeps the choices; the LPR loss keeps two logarithms and the language bit.
-        choices += self.moe.topk * _INT64 if is_stage1 else 2 * _FP32 + _BOOL
+        choices += {"stage0": 0, "stage1": self.moe.topk * _INT64, "stage2": 2 * _FP32 + _BOOL}[stage]
         original = (2 * self.expert_ffn + self.hidden) * self.element + _INT64 + _FP32
-        inputs = self.hidden + self.expert_ffn if is_stage1 else 0  # of the weights that need a gradient
+        inputs = self.hidden + self.expert_ffn if stage == "stage1" else 0  # of the weights that need a gradient
         new = (2 * self.expert_ffn + inputs) * self.element + _INT64 + _FP32
         return self.tokens * choices + self.original_rows * original + self.new_rows * new
 
@@ -280,5 +304,6 @@ class Activations:
         """Bytes kept after the last layer, on the last pipeline stage."""
         if pp_rank < self.layout.pp - 1:
             return 0.0
-        # Softmax, target mask, targets, and the loss masks used for logging.
-        return self._norm() + self.all_tokens * (self.vocabulary * _FP32 + _BOOL + _INT64 + 4 * _FP32)
+        # The input of an output layer that trains; softmax, target mask, targets, and the loss masks used for logging.
+        inputs = self.tokens * self.hidden * self.element if trains_output(self.spec, self.workload.trained) else 0.0
+        return self._norm() + inputs + self.all_tokens * (self.vocabulary * _FP32 + _BOOL + _INT64 + 4 * _FP32)

@@ -21,8 +21,9 @@ from moelpr.plan.memory import (
     layers_of_stage,
     needs_input_gradient,
     padded_vocabulary,
+    trains_output,
 )  # fmt: skip
-from moelpr.stages import Part, trained_parts
+from moelpr.stages import Part
 
 # Fractions of the data sheets' rates that large matrix products, other kernels, and collectives reach.
 MATMUL_EFFICIENCY = 0.5
@@ -102,7 +103,7 @@ def stage_flops(
     experts need only the gradient of their hidden rows, a third. `trained` is what the stage trains by default.
     """
     assert spec.moe is not None
-    trained = trained_parts(workload.stage) if trained is None else trained
+    trained = workload.trained if trained is None else trained
     routing = routing or Routing.uniform(spec.moe)
     shape = spec.megatron_args
     tokens = workload.seq_length * workload.micro_batch_size / layout.tp
@@ -117,7 +118,7 @@ def stage_flops(
         products = {part: 2 * tokens * rows.get(part, 1) * parts.get((layer, part), 0) for part in Part}
         forward = sum(products.values()) + core
         once += forward + sum(products[part] for part in trained)
-        if needs_input_gradient(spec, layout, layer, pp_rank) or Part.EMBEDDING in trained:
+        if needs_input_gradient(spec, layout, layer, pp_rank, trained):
             once += forward + core
         elif Part.NEW_EXPERTS in trained:
             once += products[Part.NEW_EXPERTS] / 3
@@ -126,8 +127,11 @@ def stage_flops(
         elif layout.recompute == "selective" and spec.is_moe_layer(layer):
             again += forward - core - products[Part.ATTENTION]
     if pp_rank == layout.pp - 1:
-        output = 2 * tokens * padded_vocabulary(shape["vocab_size"], layout.tp) * shape["hidden_size"]
-        once += output * (3 if Part.OUTPUT_LAYER in trained else 2)
+        num_rows = padded_vocabulary(shape["vocab_size"], layout.tp) / layout.tp
+        # Of new tokens, whose rows may all be on one rank, only these get a gradient.
+        trained_rows = min(spec.new_tokens.number, num_rows) if spec.new_tokens else num_rows
+        rows_per_token = 2 * num_rows + (trained_rows if trains_output(spec, trained) else 0)
+        once += 2 * tokens * layout.tp * shape["hidden_size"] * rows_per_token
     return Flops(once, again)
 
 
@@ -207,10 +211,11 @@ def step_time(
         layers_s = links.node_s(collectives * hidden_bytes * (layout.tp - 1))
         layers_s += links.pipeline_s(2 * hidden_bytes) if layout.pp > 1 else 0
         memory_s = links.memory_s(accessed)
-        new_experts = held_on_stage(spec, parts, layout, pp_rank).get(Part.NEW_EXPERTS, 0)
-        new_experts *= workload.stage == "stage1"
+        held = held_on_stage(spec, parts, layout, pp_rank)
         gathered = WEIGHT_BYTES[workload.dtype] if layout.distributed_optimizer else GRADIENT_BYTES
-        reduce_s = links.expert_data_s(new_experts * (GRADIENT_BYTES + gathered))
+        reduce_s = 0.0
+        for part in workload.trained & {Part.NEW_EXPERTS, Part.EMBEDDING, Part.OUTPUT_LAYER}:
+            reduce_s += links.data_s(held.get(part, 0) * (GRADIENT_BYTES + gathered), part is Part.NEW_EXPERTS)
         return StepTime(
             products_s=num_microbatches * products_s,
             memory_s=num_microbatches * memory_s + links.memory_s(update),
@@ -251,10 +256,11 @@ class _Links:
         outside = (size - self._ranks_in_node(size, self.layout.etp)) / (size - 1)
         return max(self.node_s(num_bytes * (1 - outside)), self.network_s(num_bytes * outside))
 
-    def expert_data_s(self, num_bytes: float) -> float:
-        """A ring over the ranks that hold the same new experts; it leaves a node through all its ranks' adapters."""
-        size = self.layout.expert_dp
-        in_node = self._ranks_in_node(size, self.layout.ep * self.layout.etp)
+    def data_s(self, num_bytes: float, is_expert: bool) -> float:
+        """A ring over the ranks that hold the same parameters; it leaves a node through all its ranks' adapters."""
+        layout = self.layout
+        size, stride = (layout.expert_dp, layout.ep * layout.etp) if is_expert else (layout.dp, layout.tp)
+        in_node = self._ranks_in_node(size, stride)
         moved = num_bytes * (size - 1) / size
         return self.node_s(moved) if in_node == size else max(self.node_s(moved), self.network_s(moved / in_node))
 

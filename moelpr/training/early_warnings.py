@@ -115,7 +115,7 @@ class EarlyWarnings:
 
     def _idle_experts(self) -> list[EarlyWarning]:
         shares = [record["token_share"] for record in self._block if record.get("token_share")]
-        if not shares or self.thresholds.expert_share <= 0:
+        if not shares or self.thresholds.expert_share <= 0 or self.stage == "stage0":  # its routers are untrained
             return []
         share_LE = np.array(shares, dtype=float).mean(axis=0)
         idle = np.argwhere(share_LE < self.thresholds.expert_share / 100).tolist()

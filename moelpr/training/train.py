@@ -18,6 +18,7 @@ from moelpr.megatron_patches import hooks, megatron_fixes
 from moelpr.model.builder import block_spec
 from moelpr.model.config import MoELPRConfig
 from moelpr.model.freezing import freeze, parameter_report
+from moelpr.model.new_rows import ROWS
 from moelpr.model.vocabulary import mask_padding
 from moelpr.model_spec import ModelSpec
 from moelpr.training import clean_stop, metrics
@@ -48,6 +49,7 @@ def _train(args: argparse.Namespace, spec: ModelSpec, argv: list[str], stop: Sto
     with (
         run_records(args, spec, argv),
         hooks.after_step_is_written(write_checksums),
+        hooks.without_weight_decay(ROWS),
         metrics.step_log(args) as step_log,
         report_nonfinite_exit(args, step_log.run_log),
         validates(args, step_log),
@@ -55,7 +57,7 @@ def _train(args: argparse.Namespace, spec: ModelSpec, argv: list[str], stop: Sto
     ):
 
         def prepare(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-            freeze(model_chunks, args.stage, args.train_everything)
+            freeze(model_chunks, args.stage, args.train_everything, args.train_new_embeddings, spec.new_tokens)
             load_weights(model_chunks)
             mask_padding(model_chunks, args.vocab_size)
             print_rank_0(parameter_report(model_chunks))

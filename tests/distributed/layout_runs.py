@@ -5,7 +5,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,6 +16,7 @@ import torch
 from benchmarks import common
 from benchmarks.common import STAGES
 from moelpr.checkpoints import step_folder
+from moelpr.model_spec import ModelSpec, NewTokens
 from moelpr.run_folder import METRICS_FILE
 from moelpr.run_metrics import Record, read_run_metrics
 
@@ -23,12 +24,18 @@ TOLERANCE = 1e-5
 STEPS = 3
 LOSSES = ("lm_loss", "lm_loss_original", "lm_loss_expanded", "balance_loss", "lpr_loss")
 VOCAB_SIZE = 300  # padded to 384 in one process, to 512 over two tensor-parallel ranks
+NEW_TOKENS = NewTokens(220, 60, VOCAB_SIZE)  # two tensor-parallel ranks have 36 and 24 of them
 
 # Adam moves an element whose gradient is only rounding by a full step, unless its epsilon exceeds the rounding.
 SETTINGS = (
     f"--micro-batch-size 2 --global-batch-size 8 --seq-length 32 --lr 3e-3 --train-iters {STEPS} --log-interval 1 "
-    "--lpr-loss-coeff 0.1 --balance-loss-coeff 0.01 --adam-eps 1e-4 --weight-decay 0 --save-interval 100"
+    "--adam-eps 1e-4 --weight-decay 0 --save-interval 100"
 )
+BOTH_LOSSES = "--lpr-loss-coeff 0.1 --balance-loss-coeff 0.01"
+# Weight decay must not change old rows.
+NEW_ROWS_TOO = f"{BOTH_LOSSES} --train-new-embeddings --weight-decay 0.1"
+
+ROWS_STAGES = ("stage0", "stage1")
 
 TP2 = "--tensor-model-parallel-size 2"  # with sequence parallelism; the experts are split too (ETP 2)
 TP2_ETP1 = f"{TP2} --expert-tensor-parallel-size 1"
@@ -45,12 +52,13 @@ PER_TOKEN = "--calculate-per-token-loss --eod-mask-loss"
 
 @dataclass(frozen=True)
 class Layout:
-    """Ranks and flags of a training, the layout it must agree with, and its model."""
+    """Ranks and flags of a training, the layout it must agree with, its model, and the stages that are compared."""
 
     ranks: int
     flags: str
     reference: str = "1"
     model: str = "all-moe"
+    stages: tuple[str, ...] = STAGES
 
 
 LAYOUTS: dict[str, Layout] = {
@@ -108,6 +116,16 @@ LAYOUTS: dict[str, Layout] = {
     "edges PP2 overlapped, full recompute": Layout(2, f"{PP2} {OVERLAP} {FULL}", "edges 1", "edges"),
     "edges TP2+SP PP2": Layout(4, f"{TP2_ETP1} {PP2}", "edges 1", "edges"),
     "edges PP2 EP2 distributed optimizer": Layout(4, f"{PP2} {EP2} {OPTIMIZER}", "edges 1", "edges"),
+    # Rows of new tokens train: alone in stage 0, beside experts in stage 1. Tied embeddings.
+    "rows 1": Layout(1, "", "rows 1", "rows", ROWS_STAGES),
+    "rows 1 full recompute": Layout(1, FULL, "rows 1", "rows", ROWS_STAGES),
+    "rows DP2 overlapped": Layout(2, OVERLAP, "rows 1", "rows", ROWS_STAGES),
+    "rows TP2+SP ETP2": Layout(2, TP2, "rows 1", "rows", ROWS_STAGES),
+    "rows PP2 VPP2": Layout(2, f"{PP2} {VPP2}", "rows 1", "rows", ROWS_STAGES),
+    "rows TP2+SP PP2, full recompute": Layout(4, f"{TP2_ETP1} {PP2} {FULL}", "rows 1", "rows", ("stage0",)),
+    "rows PP2 DP2 overlapped": Layout(4, f"{PP2} {OVERLAP}", "rows 1", "rows", ("stage1",)),
+    "rows untied 1": Layout(1, "", "rows untied 1", "rows-untied", ROWS_STAGES),
+    "rows untied TP2+SP PP2": Layout(4, f"{TP2} {PP2}", "rows untied 1", "rows-untied", ROWS_STAGES),
 }
 
 
@@ -125,15 +143,19 @@ class Difference:
 
 
 def make_material(folder: Path) -> None:
-    """Random models `all-moe` and `edges` as Megatron checkpoints; corpora `original`, `expanded` and held-out ones.
+    """Random models as Megatron checkpoints; corpora `original`, `expanded` and held-out ones.
 
     `all-moe` is at the start of a second round of languages: it has two original experts, one of them in two places.
+    For `edges` and `rows`, see LAYOUTS.
     """
     # Random experts differ, so every choice of a router matters.
     first = common.upcycle(_dense_model(folder, tied=False), folder / "first-round", 1, random=True, original_copies=2)
     common.upcycle(common.export(first, folder / "first-round-hf"), folder / "all-moe", 4, random=True)
     with patch("torch.nn.init.xavier_normal_", _half_of_the_experts_win):  # initializes the routers
         common.upcycle(_dense_model(folder, tied=True), folder / "edges", 8, random=True, moe_layers=[0, 1])
+    for name, tied in {"rows": True, "rows-untied": False}.items():
+        rows = common.upcycle(_dense_model(folder, tied=tied), folder / name, 4, random=True)
+        replace(ModelSpec.read(rows), new_tokens=NEW_TOKENS).write(rows)
     make_corpora(folder)
 
 
@@ -166,18 +188,19 @@ def _half_of_the_experts_win(router: torch.Tensor, **_: object) -> torch.Tensor:
 
 
 def trainer_arguments(folder: Path, layout: Layout, stage: str, save: Path) -> list[str]:
-    weight = "1" if layout.model == "all-moe" else "40"
+    weight = "40" if layout.model == "edges" else "1"
+    losses = {"stage0": "", "stage1": NEW_ROWS_TOO if layout.model.startswith("rows") else BOTH_LOSSES}
     data = ["1", str(folder / "original"), weight, str(folder / "expanded")]
     words = ["--stage", stage, "--pretrained-checkpoint", str(folder / layout.model), "--data-path", *data]
     words += ["--validation-data", f"en={folder / 'held-out-original'}", f"el={folder / 'held-out-expanded'}"]
-    return [*words, "--save", str(save), *SETTINGS.split(), *layout.flags.split()]
+    return [*words, "--save", str(save), *f"{SETTINGS} {losses.get(stage, BOTH_LOSSES)} {layout.flags}".split()]
 
 
 def run_folder(folder: Path, name: str, stage: str) -> Path:
     return folder / "runs" / re.sub(r"[^A-Za-z0-9+]+", "-", name) / stage
 
 
-def run_layouts(folder: Path, names: list[str], stages: tuple[str, ...] = STAGES) -> None:
+def run_layouts(folder: Path, names: list[str]) -> None:
     """Train every named layout; all that have the same number of ranks share one launch."""
     shutil.rmtree(folder / "runs", ignore_errors=True)
     for ranks in sorted({LAYOUTS[name].ranks for name in names}):
@@ -185,7 +208,7 @@ def run_layouts(folder: Path, names: list[str], stages: tuple[str, ...] = STAGES
             trainer_arguments(folder, LAYOUTS[name], stage, run_folder(folder, name, stage))
             for name in names
             if LAYOUTS[name].ranks == ranks
-            for stage in stages
+            for stage in LAYOUTS[name].stages
         ]
         launch(folder, ranks, commands, f"layouts-{ranks}")
 

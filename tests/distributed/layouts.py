@@ -2,15 +2,15 @@
 
     python -m tests.distributed.layouts [--only REGEX] [--json FILE]
 
-Trains both stages for a few steps under every layout of layout_runs.py, on CPU ranks with gloo in fp32, and compares
-losses, gradient norms and updated weights with those of one process. Both stages train with both losses, so that every
+Trains stages for a few steps under every layout of layout_runs.py, on CPU ranks with gloo in fp32, and compares losses,
+gradient norms and updated weights with those of one process. Stages 1 and 2 train with both losses, so that every
 layout is tested with every loss. Exits with code 1 if a layout is off by more than 1e-5.
 """
 
 import re
 from pathlib import Path
 
-from tests.distributed.layout_runs import LAYOUTS, STAGES, STEPS, compare, measure_and_report, run_layouts
+from tests.distributed.layout_runs import LAYOUTS, STEPS, compare, measure_and_report, run_layouts
 
 
 def measure(folder: Path, only: str) -> list[dict]:
@@ -25,7 +25,7 @@ def measure(folder: Path, only: str) -> list[dict]:
             **vars(compare(folder, name, stage)),
         }
         for name in chosen
-        for stage in STAGES
+        for stage in LAYOUTS[name].stages
     ]
 
 

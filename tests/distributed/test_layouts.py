@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from moelpr.checkpoints import step_folder
 from moelpr.torch_dist import TorchDistReader
 from tests.distributed import layout_runs as layouts
-from tests.distributed.layout_runs import LAYOUTS, STAGES
+from tests.distributed.layout_runs import LAYOUTS, STAGES, Layout
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all runs: two minutes on two free cores
 
@@ -21,7 +22,8 @@ PAIRS = (
 EDGES = ("edges TP2+SP PP2", "edges PP2 EP2 distributed optimizer")
 ONE_PROCESS = ("1 accumulation",)
 APART = ("TP2+SP ETP2 PP2 VPP2 documents apart, selective recompute",)
-SUITE = (*ONE_PROCESS, *PAIRS, *EDGES, *APART)
+NEW_ROWS = ("rows TP2+SP PP2, full recompute", "rows PP2 DP2 overlapped")
+SUITE = (*ONE_PROCESS, *PAIRS, *EDGES, *APART, *NEW_ROWS)
 
 FEATURES = {
     "tensor and sequence parallel": lambda flags: "--tensor-model-parallel-size 2" in flags,
@@ -48,8 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("name", SUITE)
+@pytest.mark.parametrize(("name", "stage"), [(name, stage) for name in SUITE for stage in LAYOUTS[name].stages])
 def test_layout_equals_one_process(folder: Path, name: str, stage: str) -> None:
     assert layouts.compare(folder, name, stage).worst <= layouts.TOLERANCE
 
@@ -57,7 +58,7 @@ def test_layout_equals_one_process(folder: Path, name: str, stage: str) -> None:
 def test_held_out_text_is_scored_before_the_first_step_and_after_the_last(folder: Path) -> None:
     """`layouts.compare` compares the scores."""
     for name in SUITE:
-        passes = layouts.validations(layouts.run_folder(folder, name, "stage1"))
+        passes = layouts.validations(layouts.run_folder(folder, name, LAYOUTS[name].stages[-1]))
         assert len(passes) == 2 and passes[0] != passes[1]
         assert all(result["lm_loss"] > 0 for result in passes[0].values())
 
@@ -83,6 +84,34 @@ def test_original_experts_are_bitwise_identical_after_training(folder: Path, nam
         before = start.read(key)
         moves = ".mlp.router." in key or (stage == "stage1" and ".mlp.experts." in key)
         assert torch.equal(weight[: len(before)], before) != moves, key  # the run has padded the vocabulary
+
+
+@pytest.mark.parametrize(("name", "stage"), [(name, s) for name in ("rows 1", *NEW_ROWS) for s in LAYOUTS[name].stages])
+def test_of_the_vocabulary_only_rows_of_new_tokens_train(folder: Path, name: str, stage: str) -> None:
+    """Under weight decay too; with tensor parallelism, both ranks have new rows."""
+    start = TorchDistReader(folder / "rows" / "release")
+    key, first, end = "embedding.word_embeddings.weight", layouts.NEW_TOKENS.first, layouts.NEW_TOKENS.end
+    before = start.read(key)
+    for run_key, weight in layouts.weights(layouts.run_folder(folder, name, stage)).items():
+        if run_key == key:
+            assert (weight[first:end] != before[first:end]).any(dim=1).all()
+            assert torch.equal(weight[:first], before[:first]) and torch.equal(weight[end : len(before)], before[end:])
+            assert len(weight) > len(before) and not weight[len(before) :].any()  # padding
+        else:
+            moves = stage == "stage1" and (".mlp.router." in run_key or ".mlp.experts." in run_key)
+            assert torch.equal(weight, start.read(run_key)) != moves, run_key
+
+
+def test_new_rows_resume_bit_for_bit_from_what_two_stages_saved(resumed: dict[str, Path]) -> None:
+    """Both stages save trained tensors only: stage 1's base is stage 0, whose base is the converted model."""
+    whole, broken = (TorchDistReader(step_folder(resumed[name])) for name in ("whole", "broken"))
+    assert whole.keys == broken.keys
+    model = {key for key in whole.keys if not key.startswith("optimizer.")}
+    assert {key.split(".")[0] for key in model} == {"embedding", "decoder"}
+    for key in whole.keys:
+        assert torch.equal(whole.read(key), broken.read(key)), key
+    alone = TorchDistReader(step_folder(resumed["stage0"]))
+    assert {key for key in alone.keys if not key.startswith("optimizer.")} == {"embedding.word_embeddings.weight"}
 
 
 def test_a_layout_that_trains_differently_is_detected(folder: Path) -> None:
@@ -131,12 +160,23 @@ def test_a_run_whose_last_pipeline_stage_trains_nothing_can_be_resumed(
 
 @pytest.fixture(scope="module")
 def resumed(folder: Path) -> dict[str, Path]:
-    """The edge model in stage 1 on two pipeline stages, stopped before its last step and resumed."""
+    """Runs on two pipeline stages, some of them stopped before their last step and resumed.
+
+    Stage 1 of the edge model; and of the one with new tokens, from its stage 0: `whole`, and the same `broken`.
+    """
     runs = {saves: folder / f"resumed{saves.split()[0]}" for saves in ("--save-interval 100", "--save-trained-only")}
     commands = [
         [*layouts.trainer_arguments(folder, LAYOUTS["edges PP2"], "stage1", save), *saves.split(), *stop]
         for saves, save in runs.items()
         for stop in (["--exit-interval", str(layouts.STEPS - 1)], [])
     ]
+    rows = {name: folder / f"resumed-rows-{name}" for name in ("stage0", "whole", "broken")}
+    for name, stop in (("stage0", []), ("whole", []), ("broken", ["--exit-interval", "2"]), ("broken", [])):
+        stage = "stage0" if name == "stage0" else "stage1"
+        command = layouts.trainer_arguments(folder, Layout(2, layouts.PP2, model="rows"), stage, rows[name])
+        start = [] if name == "stage0" else ["--pretrained-checkpoint", str(rows["stage0"])]
+        # Without this format, checkpoints contain the padding of buffers, which is not initialized.
+        options = ["--save-trained-only", "--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"]
+        commands.append([*command, *start, *options, *stop])
     layouts.launch(folder, 2, commands, "resumed")
-    return runs
+    return runs | rows

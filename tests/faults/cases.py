@@ -147,6 +147,7 @@ DAMAGED: dict[str, tuple[Reading, ...]] = {
         Reading("sentencepiece", "words.model", anything),
         Reading("extend", "hf/tokenizer*.json", anything),
         Reading("hf_to_mcore", "hf/tokenizer*.json", same_tensors),
+        Reading("new tokens", "extended/*.json", anything),  # a damaged ID of an old token may be that of another
         Reading("mcore_to_hf", "checkpoint/hf/tokenizer*.json", same_tensors),
         Reading("settings", "checkpoint/hf/tokenizer*.json", same_settings, 0.3),
         Reading("evaluate", "hf/tokenizer*.json", anything, 0.2),

@@ -87,6 +87,10 @@ COMMANDS = {
         "--hf-path hf --save out/checkpoint --num-new-experts 4 --topk 2 --original-copies 1",  # an adapter has one
         "hf",
     ),
+    "new tokens": Command(
+        "checkpoint_convert.hf_to_mcore",
+        "--hf-path hf --extended-tokenizer extended --save out/checkpoint --num-new-experts 2", "hf extended",
+    ),
     "another round": Command(
         "checkpoint_convert.hf_to_mcore", "--hf-path export --save out/checkpoint --num-new-experts 2", "export"
     ),

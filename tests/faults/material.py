@@ -97,11 +97,13 @@ def seconds(name: str, folder: Path) -> float:
 def write_sources(folder: Path) -> None:
     """The model and the text."""
     from benchmarks.common import qwen2_config, save_random_model
+    from tests.hf_models import save_extended_tokenizer
 
     write_text(folder)
     tokenizer = byte_level_tokenizer(folder)
     config = qwen2_config(2, 32, 48, len(tokenizer), 64, tie_word_embeddings=True)
     tokenizer.save_pretrained(save_random_model(config, folder / "hf"))
+    save_extended_tokenizer(folder / "hf", folder / "extended", [("q", "q"), ("qq", "q")])
     (folder / "recipe.yaml").write_text(RECIPE)
 
 

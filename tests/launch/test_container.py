@@ -22,7 +22,7 @@ def test_help_lists_every_tool_with_its_purpose() -> None:
     listed = dict(re.findall(r"^  (\w+) +(.+)$", entrypoint().stdout, re.MULTILINE))
     files = [*(ROOT / "data_tools").glob("*.py"), *(ROOT / "checkpoint_convert").glob("*.py")]
     tools = {file.stem for file in files if "run_command(main)" in file.read_text()}
-    launchers = {"stage1", "stage2", "dense", "first_contact"}
+    launchers = {"stage0", "stage1", "stage2", "dense", "first_contact"}
     assert tools and tools | launchers | {"plan", "evaluate", "report", "pretrain", "torchrun"} == set(listed)
     assert listed["stage2"].startswith("Stage 2, review")
 

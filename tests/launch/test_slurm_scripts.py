@@ -115,6 +115,20 @@ def test_a_second_call_submits_only_steps_that_are_neither_done_nor_active(calls
     assert "scancel 9" in busy.stderr
 
 
+def test_stage_1_starts_from_stage_0_if_the_chain_has_one(calls: Calls, tmp_path: Path) -> None:
+    run = tmp_path / "greek"
+    words = chain(run)
+    before = words.index("@stage1")
+    assert calls(*words[:before], "@stage0", "--", "--recipe", "r0.yaml").returncode == 0
+    assert "[--job-name] [greek-stage0]" in calls.made[-1]
+    assert f"[--pretrained-checkpoint] [{run}/upcycled] [--data-path] [{run}/data/expanded_text" in calls.made[-1]
+    forgotten = calls(*words, IN_QUEUE="2 4 5")
+    assert forgotten.returncode == 2 and "@stage1 requires @stage0" in forgotten.stderr
+    done = calls(*words[:before], "@stage0", *words[before:], IN_QUEUE="2 4 5")
+    assert "stage1: job 8, after 5:2" in done.stdout.splitlines(), done.stdout
+    assert f"[--pretrained-checkpoint] [{run}/stage0] [--data-path] [{run}/data/expanded_text" in calls.made[7]
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -138,7 +152,9 @@ def test_a_wrong_chain_is_a_single_error(calls: Calls, tmp_path: Path, arguments
 def test_help_lists_the_steps(calls: Calls) -> None:
     done = calls("launch/slurm/submit.sh", "--help")
     assert done.returncode == 0
-    assert all(f"@{step}" in done.stdout for step in "expanded review convert stage1 stage2 export evaluate".split())
+    assert all(
+        f"@{step}" in done.stdout for step in "expanded review convert stage0 stage1 stage2 export evaluate".split()
+    )
     assert "--run DIR" in done.stdout and "#" not in done.stdout and "set -" not in done.stdout
 
 
@@ -190,7 +206,7 @@ def test_in_a_container_the_images_code_is_run(calls: Calls, tmp_path: Path, fla
 @pytest.mark.parametrize(
     ("arguments", "variables", "expected"),
     [
-        (["stage3"], {}, ["stage1, stage2 or dense", "'stage3'"]),
+        (["stage3"], {}, ["stage0, stage1, stage2 or dense", "'stage3'"]),
         (["stage1", "--lr", "1"], {}, ["--save DIR"]),
         (["--apptainer"], {}, ["--apptainer"]),
         (["--container-mounts", "a:b", *STAGE], {}, ["--container-mounts", "--container-image or --apptainer"]),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moelpr.errors import UserError
-from moelpr.model_spec import FILE_NAME, ModelSpec, MoeSpec
+from moelpr.model_spec import FILE_NAME, ModelSpec, MoeSpec, NewTokens
 
 
 def test_original_and_new_experts_together_are_all_experts() -> None:
@@ -53,6 +53,46 @@ def test_the_number_of_original_experts_is_written_and_read(tmp_path: Path, moe_
     spec = replace(moe_spec, moe=replace(moe_spec.moe, num_original_experts=3))
     spec.write(tmp_path)
     assert ModelSpec.read(tmp_path) == spec
+
+
+def _grown(spec: ModelSpec, tokens: NewTokens) -> ModelSpec:
+    return replace(spec, megatron_args=spec.megatron_args | {"vocab_size": tokens.vocab_size}, new_tokens=tokens)
+
+
+def test_new_tokens_take_spare_rows_first(moe_spec: ModelSpec) -> None:
+    rows = moe_spec.megatron_args["vocab_size"]
+    assert NewTokens(first=rows - 5, number=8, base_vocab_size=rows).vocab_size == rows + 3
+    assert NewTokens(first=rows - 5, number=3, base_vocab_size=rows).vocab_size == rows
+    _grown(moe_spec, NewTokens(first=rows, number=1, base_vocab_size=rows)).check()
+
+
+def test_only_a_model_with_new_tokens_has_them_in_its_file(tmp_path: Path, moe_spec: ModelSpec) -> None:
+    moe_spec.write(tmp_path)
+    assert "new_tokens" not in json.loads((tmp_path / FILE_NAME).read_text())
+    spec = _grown(moe_spec, NewTokens(first=90, number=20, base_vocab_size=moe_spec.megatron_args["vocab_size"]))
+    spec.write(tmp_path)
+    assert ModelSpec.read(tmp_path) == spec
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"number": 0}, "new_tokens.number must be an integer from 1"),
+        ({"first": "90"}, "new_tokens.first must be an integer from 1 .* got '90'"),
+        ({"first": 10**6}, "new_tokens.first must be at most base_vocab_size"),
+        ({"number": 10**6}, "vocab_size must be 1000090, got"),
+        ({"surprise": 1}, "damaged"),
+    ],
+)
+def test_new_tokens_that_do_not_fit_are_a_user_error(
+    tmp_path: Path, moe_spec: ModelSpec, change: dict, message: str
+) -> None:
+    _grown(moe_spec, NewTokens(first=90, number=20, base_vocab_size=96)).write(tmp_path)
+    content = json.loads((tmp_path / FILE_NAME).read_text())
+    content["new_tokens"].update(change)
+    (tmp_path / FILE_NAME).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"{FILE_NAME}.*{message}"):
+        ModelSpec.read(tmp_path)
 
 
 @pytest.mark.parametrize("number", ["2", 2.5, None, True])

@@ -16,6 +16,7 @@ from moelpr.data.language_bits import LanguageBits, language_bits_path
 from moelpr.data.manifest import Manifest, TokenizerMatch, TokenizerRecord, compare_tokenizers, manifest_path
 from moelpr.errors import UserError
 from moelpr.run_folder import HF_FOLDER
+from moelpr.vocabulary_extension import VOCABULARY_EXTENSION_FILE
 
 DATA_FLAGS = ("data_path", "data_args_path", "train_data_path", "per_split_data_args_path")
 
@@ -182,9 +183,11 @@ def _compare_tokenizers(run: RunSettings) -> Iterable[tuple[bool, str]]:
     if run.checkpoint is None or os.environ.get("RANK", "0") != "0":
         return
     hf = run.checkpoint / HF_FOLDER
+    again = f"tokenize the text again with --tokenizer-type HuggingFaceTokenizer --tokenizer-model {hf}"
     for prefix in _existing_corpora(run):
         try:
             manifest = Manifest.read(prefix)
+            match = None if manifest is None else _compare(json.dumps(asdict(manifest.tokenizer)), hf)
         except UserError as error:
             yield True, str(error)
             continue
@@ -192,13 +195,13 @@ def _compare_tokenizers(run: RunSettings) -> Iterable[tuple[bool, str]]:
             None: f"{manifest_path(prefix)} is missing, so the tokenizer and the token IDs of {prefix} are unverified",
             TokenizerMatch.SAME_TOKENS: f"the tokenizer of {prefix} is not the model's, but its token IDs are the same",
             TokenizerMatch.UNKNOWN: f"cannot compare the tokenizer of {prefix} with the model's: {hf} has no tokenizer",
+            TokenizerMatch.NOT_EXTENDED: f"{prefix} was made with the tokenizer before its extension, so it has none "
+            f"of the model's new tokens (see {hf / VOCABULARY_EXTENSION_FILE}); {again}",
             TokenizerMatch.DIFFERENT: f"the token IDs of {prefix} are not the model's (see {manifest_path(prefix)} "
-            f"and {hf}); tokenize the text again with --tokenizer-type HuggingFaceTokenizer "
-            f"--tokenizer-model {hf}",
+            f"and {hf}); {again}",
         }
-        match = None if manifest is None else _compare(json.dumps(asdict(manifest.tokenizer)), hf)
         if match in messages:
-            yield match is TokenizerMatch.DIFFERENT, messages[match]
+            yield match in (TokenizerMatch.NOT_EXTENDED, TokenizerMatch.DIFFERENT), messages[match]
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from moelpr.megatron_patches import cpu
 
 # What to pass if none of the arguments is given.
 _REQUIRED = {
-    "--stage stage1 (or dense, stage2)": ("stage",),
+    "--stage stage1 (or stage0, stage2, dense)": ("stage",),
     "--micro-batch-size SEQUENCES": ("micro_batch_size",),
     "--seq-length TOKENS": ("seq_length",),
     "--lr RATE": ("lr",),

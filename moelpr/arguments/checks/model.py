@@ -19,6 +19,10 @@ _EXPERT_FLAGS = (
     "expert_model_parallel_size", "expert_tensor_parallel_size",
 )  # fmt: skip
 
+# Flags that stage 0 would ignore if they are not 0: it trains no routers, and decaying rows without gradient is not
+# training them.
+_NOT_IN_STAGE_0 = ("balance_loss_coeff", "lpr_loss_coeff", "weight_decay", "train_everything")
+
 # Unsupported flags: the reason, and what to do instead.
 _UNSUPPORTED = {
     "yaml_cfg": "its file would replace all other settings; use --recipe",
@@ -118,6 +122,27 @@ def check_method(run: RunSettings) -> Iterable[str]:
         yield "--save-trained-only has no effect with --train-everything, which freezes nothing; remove one of them"
 
 
+def check_new_tokens(run: RunSettings) -> Iterable[str]:
+    """Rows of new tokens train where there are some, and in a stage that can train them."""
+    args = run.args
+    trains = "--stage stage0" if args.stage == "stage0" else "--train-new-embeddings"
+    if (args.stage == "stage0" or args.train_new_embeddings) and run.spec is not None and run.spec.new_tokens is None:
+        yield (
+            f"{trains} requires a model with new tokens, but {run.checkpoint} has none; convert the model with "
+            "checkpoint_convert/hf_to_mcore.py --extended-tokenizer DIR"
+        )
+    if args.train_new_embeddings and args.stage not in ("stage1", None):
+        does = "trains them anyway" if args.stage in ("stage0", "dense") else "trains only routers"
+        yield f"--train-new-embeddings applies to --stage stage1, and --stage {args.stage} {does}; remove it"
+    if args.train_new_embeddings and args.train_everything:
+        yield "--train-new-embeddings has no effect with --train-everything, which freezes nothing; remove one of them"
+    if (args.stage == "stage0" or args.train_new_embeddings) and args.defer_embedding_wgrad_compute:
+        yield f"--defer-embedding-wgrad-compute does not support {trains}; remove it"
+    for name in _NOT_IN_STAGE_0 if args.stage == "stage0" else ():
+        if name in run.explicit_args and getattr(args, name):
+            yield f"{run.flag(name)} does not apply to --stage stage0, which trains only rows of new tokens; remove it"
+
+
 def check_transformer_engine(run: RunSettings) -> Iterable[str]:
     """Flags that need Transformer Engine, or PyTorch's attention in place of it."""
     args = run.args
@@ -143,6 +168,16 @@ def note_stage2_without_stage1(run: RunSettings) -> Iterable[str]:
         yield (
             f"warning: --pretrained-checkpoint {run.checkpoint} has not been through stage 1, so its new experts are "
             "untrained copies; pass the --save folder of stage 1"
+        )
+
+
+def note_untrained_new_rows(run: RunSettings) -> Iterable[str]:
+    """Not an error: stage 1 of a model whose new tokens keep the means they started as."""
+    is_untrained = run.spec is not None and run.spec.new_tokens is not None and run.record is None
+    if is_untrained and run.args.stage == "stage1" and not run.args.train_new_embeddings:
+        yield (
+            f"warning: the rows of new tokens in {run.checkpoint} are untrained means, and stay so; run stage0 first, "
+            "or add --train-new-embeddings"
         )
 
 

@@ -87,7 +87,7 @@ def check_save_disk(run: RunSettings) -> Iterable[str]:
 def checkpoint_bytes(args: argparse.Namespace, spec: ModelSpec) -> int:
     """Bytes of the tensors in one checkpoint: the weights, and the optimizer state of what is trained."""
     dtype = "bf16" if args.bf16 or args.fp16 else "fp32"
-    trained = trained_parts(args.stage or "dense", args.train_everything)
+    trained = trained_parts(args.stage or "dense", args.train_everything, args.train_new_embeddings)
     # The distributed optimizer saves a copy of fp32 weights too.
     master = MASTER_BYTES["bf16" if args.use_distributed_optimizer else dtype]
     state = 0 if args.no_save_optim else master + MOMENT_BYTES
@@ -113,12 +113,13 @@ def check_resumed_run(run: RunSettings) -> Iterable[str]:
     before = run.record.get("stage")
     if run.args.stage is not None and before != run.args.stage:
         yield f"{run.checkpoint} is a run of --stage {before}, which --stage {run.args.stage} cannot resume; {_NEW_RUN}"
-    trained_only = bool(run.record.get("save_trained_only"))
-    if before == run.args.stage and trained_only != bool(run.args.save_trained_only):
-        yield (
-            f"{run.checkpoint} was saved {'with' if trained_only else 'without'} --save-trained-only and must be "
-            f"resumed the same way; {_NEW_RUN}"
-        )
+    for name in ("save_trained_only", "train_new_embeddings"):
+        had_it = bool(run.record.get(name))
+        if before == run.args.stage and had_it != bool(getattr(run.args, name)):
+            yield (
+                f"{run.checkpoint} was started {'with' if had_it else 'without'} {run.flag(name)} and must be resumed "
+                f"the same way; {_NEW_RUN}"
+            )
 
 
 def check_resumed_model(run: RunSettings) -> Iterable[str]:

@@ -39,6 +39,19 @@ def test_the_expected_memory_is_the_planners_plus_the_process(gathered, upcycled
         assert expected_memory(gathered(*argv, ranks=2)) == planned.total_bytes + PROCESS_BYTES
 
 
+@pytest.mark.parametrize(("stage", "argv"), [("stage0", []), ("stage1", ["--train-new-embeddings"])])
+def test_training_rows_of_new_tokens_is_expected_to_need_what_the_planner_says(
+    gathered, upcycled: str, stage: str, argv: list[str]
+) -> None:
+    from moelpr.arguments.memory import PROCESS_BYTES, expected_memory
+    from moelpr.layouts import PlannedLayout
+
+    spec, layout = ModelSpec.read(Path(upcycled)), PlannedLayout(distributed_optimizer=False)
+    workload = Workload(stage, 32, 6, 12, "fp32", CPU, new_embeddings=bool(argv))
+    (planned,) = stage_memories(spec, model_parts(spec), layout, workload)
+    assert expected_memory(gathered(*argv, stage=stage)) == planned.total_bytes + PROCESS_BYTES
+
+
 def test_nothing_is_expected_of_what_the_planner_does_not_support(gathered, dense: str) -> None:
     from moelpr.arguments.memory import expected_memory
 

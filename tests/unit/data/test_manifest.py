@@ -23,6 +23,7 @@ from moelpr.data.manifest import (
 )
 from moelpr.data.tokenizer import load_tokenizer
 from moelpr.errors import UserError
+from tests.hf_models import save_extended_tokenizer, save_tokenizer
 
 MANIFEST = Manifest(
     tokenizer=TokenizerRecord("SentencePieceTokenizer", "τ.model", 100, None, False, "sentencepiece:1", "2"),
@@ -149,6 +150,20 @@ def test_different_tokens_are_distinguished_from_different_splitting(save_hf, by
     (tmp_path / "empty").mkdir()
     assert compare_tokenizers(corpus, tmp_path / "empty") is TokenizerMatch.UNKNOWN
     assert compare_tokenizers(corpus, tmp_path / "none") is TokenizerMatch.UNKNOWN
+
+
+def test_a_corpus_of_the_tokenizer_before_its_extension_is_not_one_with_the_same_tokens(tmp_path: Path) -> None:
+    """Its IDs are all in the extended tokenizer, but it has none of the new ones."""
+    save_tokenizer(old := tmp_path / "old", num_ids=20)
+    corpus = record("HuggingFaceTokenizer", old)
+    new = save_extended_tokenizer(old, tmp_path / "new", [("b", "b"), ("bb", "a")])
+    assert compare_tokenizers(corpus, new) is TokenizerMatch.NOT_EXTENDED
+    assert compare_tokenizers(record("HuggingFaceTokenizer", new), new) is TokenizerMatch.SAME
+    assert compare_tokenizers(record("HuggingFaceTokenizer", new), old) is TokenizerMatch.DIFFERENT
+    # Extended once more, with a corpus of each earlier tokenizer.
+    third = save_extended_tokenizer(new, tmp_path / "third", [("b", "a")])
+    for earlier in (old, new):
+        assert compare_tokenizers(record("HuggingFaceTokenizer", earlier), third) is TokenizerMatch.NOT_EXTENDED
 
 
 def test_sentencepiece_fingerprint_depends_on_what_affects_ids(train_sentencepiece, tmp_path: Path) -> None:

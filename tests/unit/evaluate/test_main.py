@@ -26,7 +26,7 @@ def test_text_prints_tables_and_writes_json_markdown_and_html(
     base, moe = content["models"]["base"], content["models"]["moe"]
     for language in texts:
         found = base["languages"][language]
-        for metric in ("bits_per_byte", "perplexity", "accuracy"):
+        for metric in ("bits_per_byte", "perplexity", "accuracy", "bytes_per_token"):
             assert found[metric]["value"] == pytest.approx(expected[language].metrics[metric])
             assert found[metric]["low"] <= found[metric]["value"] <= found[metric]["high"]
         assert found["documents"] == 2

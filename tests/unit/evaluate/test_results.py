@@ -70,20 +70,35 @@ def test_one_document_has_no_interval():
     assert change == {"value": pytest.approx(-1 / 3), "low": None, "high": None, "is_clear": False}
 
 
-def text_results(scores: dict[str, LanguageScore]) -> TextResults:
+def text_results(scores: dict[str, LanguageScore], window: int = 64) -> TextResults:
     """Of models on English as an original language."""
     models = {model: Path(model) for model in scores}
     by_model = {model: {"en": score} for model, score in scores.items()}
-    return TextResults(Comparison(models, Settings(64, 16), by_model, 0, {}), {"en": Path("en.jsonl")}, ["en"], seed=1)
+    return TextResults(
+        Comparison(models, Settings(window, window // 4), by_model, 0, {}), {"en": Path("en.jsonl")}, ["en"], seed=1
+    )
 
 
-def test_models_with_different_tokens_are_compared_in_bits_per_byte_only():
-    base = score_of([1, 2, 3])
-    other = LanguageScore([1, 2, 4], [1, 1, 1], [2, 2, 2], [1, 1, 1], unknown_tokens=0, routing=None)
-    changes = text_results({"base": base, "same": base, "other": other}).to_json()["models"]
-    assert changes["same"]["languages"]["en"]["change"].keys() == {"bits_per_byte", "perplexity", "accuracy"}
-    assert changes["other"]["languages"]["en"]["change"].keys() == {"bits_per_byte"}
-    assert changes["other"]["languages"]["en"]["change"]["bits_per_byte"]["value"] == pytest.approx(1 / 6)
+def test_models_with_different_tokenizers_are_compared_in_what_does_not_depend_on_tokens():
+    base = LanguageScore([1, 2, 3], [2, 2, 4], [2, 2, 4], [1, 1, 1], unknown_tokens=0, routing=None)
+    fewer = LanguageScore([1, 2, 4], [2, 2, 4], [1, 1, 2], [1, 1, 1], unknown_tokens=0, routing=None)
+    scores = {"base": base, "same": base, "fewer": fewer}
+    found = text_results(scores)
+    models = {name: model["languages"]["en"] for name, model in found.to_json()["models"].items()}
+    everything = {"bits_per_byte", "perplexity", "accuracy", "bytes_per_token"}
+    assert models["same"]["change"].keys() == everything
+    assert models["fewer"]["change"].keys() == {"bits_per_byte", "bytes_per_token"}
+    assert models["fewer"]["change"]["bits_per_byte"]["value"] == pytest.approx(1 / 6)
+    assert [model["bytes_per_token"]["value"] for model in models.values()] == [1, 1, 2]
+    assert models["fewer"]["change"]["bytes_per_token"] == {"value": 1, "low": 1, "high": 1, "is_clear": True}
+    table = found.tables()["Bytes per token (higher is better)"]
+    assert [row.cells[0] for row in table.rows] == ["en", "mean original"]
+    assert [cell.split()[0] for cell in table.rows[0].cells[1:]] == ["1.00", "1.00", "2.00"]
+    # Each document fits the window of 64 tokens; of 3, one does not.
+    assert not any("window" in finding for finding in found.findings())
+    (finding,) = [text for text in text_results(scores, window=3).findings() if "window" in text]
+    assert "1 of 3 documents" in finding and "window of 3 tokens" in finding and "has 4 tokens" in finding
+    assert not any("window" in text for text in text_results({"base": base, "same": base}, window=3).findings())
 
 
 def test_findings_name_the_better_model_and_text_that_a_tokenizer_cannot_encode():

@@ -17,6 +17,7 @@ READ_ARGUMENTS = {
     "save_checkpoint": {"iteration"},
     "train": {"forward_step_func", "model", "config"},
     "evaluate_and_print_results": {"forward_step_func", "model", "config", "iteration"},
+    "get_megatron_optimizer_config": set(),
 }
 
 
@@ -67,6 +68,25 @@ def test_a_saved_checkpoint_is_followed_by_the_callback(training: ModuleType, mo
         training.save_checkpoint(3, "model")
     training.save_checkpoint(4, "model")
     assert events == ["megatron", 3, "megatron"]
+
+
+def test_parameters_with_the_attribute_do_not_decay(training: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else Megatron's configuration says about them."""
+    import torch
+    from megatron.core.optimizer import OptimizerConfig, ParamKey, _get_param_groups
+
+    from moelpr.megatron_patches import hooks
+
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2, bias=False) for name in ("embedding", "router")})
+    model["embedding"].weight.marked = slice(0, 0)  # an empty slice marks too
+    config = OptimizerConfig(lr=1e-3, weight_decay=0.1)
+    other = {ParamKey(name="embedding.*"): {"max_lr": 1.0}}
+    monkeypatch.setattr(training, "get_megatron_optimizer_config", lambda args: (config, other))
+    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda gathered, mine: gathered.__setitem__(0, mine))
+    with hooks.without_weight_decay("marked"):
+        found, overrides = training.get_megatron_optimizer_config(None)
+    groups = _get_param_groups([model], found, overrides)
+    assert [(group["wd_mult"], group["max_lr"], len(group["params"])) for group in groups] == [(1, 1e-3, 1), (0, 1, 1)]
 
 
 @pytest.mark.parametrize(("resumed_at", "expected"), [(0, [0, "train", 4]), (2, ["train", 4])])

@@ -12,6 +12,7 @@ import yaml
 from moelpr.errors import run_command
 from moelpr.plan.__main__ import PAPER_GLOBAL_BATCH_SIZE, PAPER_SEQ_LENGTH, _parser, main
 from moelpr.plan.step_time import PREDICTION_ERROR
+from moelpr.vocabulary_extension import VocabularyExtension
 
 Plan = Callable[..., str]
 
@@ -90,6 +91,28 @@ def test_the_table_of_known_gpus_has_the_predictions_and_their_error(plan: Plan)
     assert f"{least:+.0%} to {most:+.0%} off" in shown
 
 
+def test_new_tokens_are_rows_of_the_vocabulary(plan: Plan, tmp_path: Path) -> None:
+    """The small model has 1,000 rows, of which a tokenizer of 990 IDs leaves 10 for new tokens."""
+    VocabularyExtension(990, [[1, 2]] * 400, "", "").write(tmp_path)
+    found = {
+        name: json.loads(plan("--json", "--train-new-embeddings", *argv))
+        for name, argv in {
+            "extended": ["--extended-tokenizer", str(tmp_path)],
+            "number": ["--num-new-tokens", "390"],
+            "more": ["--num-new-tokens", "2000"],
+        }.items()
+    }
+    assert found["extended"]["vocab_size"] == found["number"]["vocab_size"] == 1390
+    extended, few, many = (found[name]["recommended"]["fullest_rank"] for name in ("extended", "number", "more"))
+    assert extended == few
+    assert many["trainable"] - few["trainable"] == 2 * (3072 - 1408) * 64  # padded to multiples of 128
+    assert found["number"]["recommended"]["flags"][-1] == "--train-new-embeddings"
+    frozen = json.loads(plan("--json", "--num-new-tokens", "390"))["recommended"]["fullest_rank"]
+    assert few["trainable"] - frozen["trainable"] == 2 * 1408 * 64
+    shown = plan("--extended-tokenizer", str(tmp_path), "--stage", "stage0")
+    assert "400 new tokens: 1,390 rows of the vocabulary." in shown and "for launch/stage0.sh:" in shown
+
+
 def test_the_gpus_are_required(plan: Plan, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moelpr.plan.__main__.GPUS", {"x-1": None})
     argv = ["plan", "--hf-path", "DIR", "--num-new-experts", "4", "--gpus", "8"]
@@ -123,6 +146,10 @@ def failure(plan: Plan, capsys: pytest.CaptureFixture[str], *argv: str, **change
         (["--micro-batch-size", "3"], "--global-batch-size 512 .* --micro-batch-size 3"),
         (["--reserve-gib", "1"], "--reserve-gib must be less than the memory per GPU, 1 GiB, got 1"),
         (["--gpu", "h100-80", "--dtype", "fp32"], "--dtype fp32; use --gpu-memory-gib"),
+        (["--stage", "stage0"], "--stage stage0 .* got none; pass --extended-tokenizer or --num-new-tokens"),
+        (["--train-new-embeddings"], "--train-new-embeddings .* got none; pass --extended-tokenizer"),
+        (["--stage", "stage2", "--train-new-embeddings", "--num-new-tokens", "9"], "applies to --stage stage1, got"),
+        (["--extended-tokenizer", "nowhere"], "nowhere has no vocabulary_extension.json"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(
@@ -144,6 +171,13 @@ def test_numbers_out_of_range_exit_with_code_2_and_name_the_flag(
     plan: Plan, capsys: pytest.CaptureFixture[str], argv: list[str]
 ) -> None:
     assert f"argument {argv[0]}: must be " in failure(plan, capsys, *argv)
+
+
+def test_a_tokenizer_that_extends_a_larger_one_is_rejected(
+    plan: Plan, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    VocabularyExtension(1001, [[1, 2]], "", "").write(tmp_path)
+    assert "1,001 tokens, but" in failure(plan, capsys, "--extended-tokenizer", str(tmp_path))
 
 
 def test_an_unsupported_architecture_is_named(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moelpr.layouts import PlannedLayout, Recompute
-from moelpr.model_spec import ModelSpec, MoeSpec
+from moelpr.model_spec import ModelSpec, MoeSpec, NewTokens
 from moelpr.plan.memory import (
     CPU,
+    PLANNED_STAGES,
     Kernels,
+    PlannedStage,
     Routing,
     Workload,
     divisor,
@@ -21,10 +23,11 @@ from moelpr.plan.memory import (
     padded_vocabulary,
     stage_memories,
 )  # fmt: skip
-from moelpr.stages import MoeStage, Part
+from moelpr.stages import Part
 from tests.unit.conftest import SHAPE
-from tests.unit.plan.conftest import ROUTING, SPEC, WORKLOAD
+from tests.unit.plan.conftest import ROUTING, SMALL_SHAPE, SPEC, WORKLOAD
 
+TRAININGS = [*((stage, False) for stage in PLANNED_STAGES), ("stage1", True)]
 PARTS = model_parts(SPEC)
 ALONE = PlannedLayout(distributed_optimizer=False)
 
@@ -151,6 +154,34 @@ def test_outputs_that_transformer_engine_may_keep_are_counted_by_default() -> No
     assert memory(workload=replace(WORKLOAD, kernels=CPU)).activation_bytes > memory().activation_bytes
 
 
+def test_stage_0_needs_gradients_and_optimizer_state_of_all_rows_of_the_vocabulary() -> None:
+    """Old rows get gradients too, which are then set to zero; only the padded embedding and output layer train."""
+    vocabulary = 128 * 8
+    rank = memory(workload=replace(WORKLOAD, stage="stage0"))
+    assert (rank.gradient_bytes, rank.optimizer_bytes) == (4 * 2 * vocabulary, 12 * 2 * vocabulary)
+    assert rank.trainable + rank.frozen == FROZEN + NEW_EXPERTS + ROUTERS
+    one, both = memory(), memory(workload=replace(WORKLOAD, new_embeddings=True))
+    assert both.optimizer_bytes == one.optimizer_bytes + rank.optimizer_bytes
+    assert both.parameter_bytes == one.parameter_bytes
+    # Each end of a pipeline holds its matrix, or if tied, both hold the same one.
+    for is_untied in (True, False):
+        shape = SMALL_SHAPE | {"untie_embeddings_and_output_weights": is_untied}
+        spec = replace(SPEC, megatron_args=shape)
+        ends = stage_memories(spec, model_parts(spec), PlannedLayout(pp=2), replace(WORKLOAD, stage="stage0"))
+        assert [end.gradient_bytes for end in ends] == [4 * vocabulary] * 2
+
+
+def test_a_trained_embedding_keeps_the_activations_of_all_layers_and_the_input_of_the_output_layer() -> None:
+    layer = 2 * NORM + ATTENTION_KEPT + MOE_INPUT + MOE_INSIDE
+    output_input = 4 * 8 * 2
+    found = memory(workload=replace(WORKLOAD, new_embeddings=True)).activation_bytes
+    assert found == 2 * layer + HEAD + output_input
+    # Stage 0 has no loss of the routers, and new experts do not keep the inputs of their weights.
+    kept_in_stage1 = 6 * (8 + 16) * 2 + 4 * 2 * 8
+    stage0 = memory(workload=replace(WORKLOAD, stage="stage0")).activation_bytes
+    assert stage0 == found - 2 * kept_in_stage1
+
+
 ACTIVATION_SHAPE = SHAPE | {
     "hidden_size": 64, "ffn_hidden_size": 160, "kv_channels": 16, "max_position_embeddings": 128, "vocab_size": 256,
 }  # fmt: skip
@@ -158,22 +189,26 @@ SEQ_LENGTH, MICRO_BATCH_SIZE = 96, 2
 
 
 @pytest.mark.usefixtures("megatron")
-@pytest.mark.parametrize("stage", get_args(MoeStage))
+@pytest.mark.parametrize(("stage", "new_embeddings"), TRAININGS)
 @pytest.mark.parametrize("recompute", get_args(Recompute))
-def test_bytes_kept_by_autograd_are_within_two_percent_of_the_plan(stage: MoeStage, recompute: Recompute) -> None:
+def test_bytes_kept_by_autograd_are_within_two_percent_of_the_plan(
+    stage: PlannedStage, new_embeddings: bool, recompute: Recompute
+) -> None:
     """In one process; tests/distributed/memory_plan.py does it in full runs. K = E: routing has no influence."""
     from moelpr.model.freezing import freeze
     from moelpr.model.loading import build_model
     from moelpr.model.router import LPRLossNormalizer
     from tests.distributed.measured_memory import SavedTensors
 
-    spec = ModelSpec("qwen2", "float32", ACTIVATION_SHAPE, MoeSpec(num_new_experts=1, topk=2, layers=(0, 2)))
-    settings: dict[str, object] = {"moe_aux_loss_coeff": 0.01} if stage == "stage1" else {"lpr_loss_coeff": 0.1}
+    moe, new_tokens = MoeSpec(num_new_experts=1, topk=2, layers=(0, 2)), NewTokens(200, 56, 230)
+    spec = ModelSpec("qwen2", "float32", ACTIVATION_SHAPE, moe, new_tokens)
+    losses = {"stage0": {}, "stage1": {"moe_aux_loss_coeff": 0.01}, "stage2": {"lpr_loss_coeff": 0.1}}
+    settings: dict[str, object] = losses[stage]
     if recompute == "selective":
         settings |= {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
     elif recompute == "full":
         settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    (model,) = freeze([build_model(spec, **settings)], stage)
+    (model,) = freeze([build_model(spec, **settings)], stage, False, new_embeddings, new_tokens)
     LPRLossNormalizer.weight = torch.tensor(1.0)
     tokens = torch.randint(0, 256, (MICRO_BATCH_SIZE, SEQ_LENGTH))
     saved = SavedTensors()
@@ -187,7 +222,7 @@ def test_bytes_kept_by_autograd_are_within_two_percent_of_the_plan(stage: MoeSta
             padding_mask=torch.ones_like(tokens, dtype=torch.uint8),
         )
         loss.sum().backward()
-    workload = Workload(stage, SEQ_LENGTH, MICRO_BATCH_SIZE, MICRO_BATCH_SIZE, "fp32", CPU)
+    workload = Workload(stage, SEQ_LENGTH, MICRO_BATCH_SIZE, MICRO_BATCH_SIZE, "fp32", CPU, new_embeddings)
     layout = PlannedLayout(recompute=recompute, distributed_optimizer=False)
     planned = stage_memories(spec, model_parts(spec), layout, workload)[0].activation_bytes
     assert saved.peak == pytest.approx(planned, rel=0.02)
@@ -206,14 +241,17 @@ def spec_of(layers: tuple[int, ...] = (0, 1, 2, 3), num_original_experts: int = 
 @pytest.mark.parametrize("is_untied", [False, True])
 @pytest.mark.parametrize("layers", [(0, 1, 2, 3), (1, 3)])
 @pytest.mark.parametrize("m", [1, 2])
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_counts_equal_those_of_a_built_model(is_untied: bool, layers: tuple[int, ...], m: int, stage: str) -> None:
+@pytest.mark.parametrize(("stage", "new_embeddings"), TRAININGS)
+def test_counts_equal_those_of_a_built_model(
+    is_untied: bool, layers: tuple[int, ...], m: int, stage: PlannedStage, new_embeddings: bool
+) -> None:
     from moelpr.model.freezing import freeze
     from moelpr.model.loading import build_model
 
     spec = spec_of(layers, m, untie_embeddings_and_output_weights=is_untied)
-    (model,) = freeze([build_model(spec)], stage)
-    rank = stage_memories(spec, model_parts(spec), PlannedLayout(), Workload(stage, 64, 1, 1))[0]
+    (model,) = freeze([build_model(spec)], stage, False, new_embeddings, NewTokens(100, 28, 110))
+    workload = Workload(stage, 64, 1, 1, new_embeddings=new_embeddings)
+    rank = stage_memories(spec, model_parts(spec), PlannedLayout(), workload)[0]
     assert rank.trainable == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert rank.frozen == sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moelpr.layouts import RECOMPUTES, PlannedLayout
-from moelpr.model_spec import ModelSpec, MoeSpec
+from moelpr.model_spec import ModelSpec, MoeSpec, NewTokens
 from moelpr.plan.candidates import fitting
 from moelpr.plan.machines import GPUS, Cluster, Gpu
 from moelpr.plan.memory import Routing, Workload, model_parts, stage_memories
@@ -48,6 +48,25 @@ def test_operations_of_stage1() -> None:
 def test_operations_of_stage2() -> None:
     first, second = FORWARD + ROUTER, FORWARD + (FORWARD + CORE) + ROUTER
     assert flops(workload=replace(WORKLOAD, stage="stage2")) == (first + second + 2 * OUTPUT, 0)
+
+
+def test_operations_of_new_tokens_rows() -> None:
+    """The embedding's gradient requires that of every layer's input, the output layer's one more product."""
+    layout, tokens = PlannedLayout(), NewTokens(first=70, number=30, base_vocab_size=100)
+    stage0 = 2 * (FORWARD + (FORWARD + CORE)) + 2 * OUTPUT + 2 * 4 * 30 * 8
+    stage1 = stage0 + 2 * (ROUTER + NEW)
+    for is_untied in (True, False):
+        shape = SPEC.megatron_args | {"untie_embeddings_and_output_weights": is_untied}
+        spec = replace(SPEC, megatron_args=shape, new_tokens=tokens)
+        for changes, expected in (({"stage": "stage0"}, stage0), ({"new_embeddings": True}, stage1)):
+            workload = replace(WORKLOAD, **changes)
+            assert stage_flops(spec, model_parts(spec), layout, workload, 0, ROUTING) == (expected, 0)
+        # The first of two ranks has 128 rows and computes all 30; a rank has no more rows than these.
+        split = stage_flops(spec, model_parts(spec), PlannedLayout(tp=2), replace(WORKLOAD, stage="stage0"), 0, ROUTING)
+        assert split.once == pytest.approx((FORWARD + (FORWARD + CORE)) + 2 * OUTPUT + 2 * 4 * 30 * 8)
+    more = replace(SPEC, megatron_args=SPEC.megatron_args | {"vocab_size": 101 + 128})
+    grown = stage_flops(more, model_parts(more), layout, WORKLOAD, 0, ROUTING)
+    assert grown.once == pytest.approx(flops().once + 2 * OUTPUT)
 
 
 def test_recompute_repeats_the_forward_pass_of_experts_or_layers() -> None:

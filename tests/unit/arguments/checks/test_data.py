@@ -12,6 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from data_tools.corpus_writer import CorpusWriter
 from moelpr.data.manifest import FileRecord, LanguageCount, Manifest, TokenizerRecord, manifest_path
 from moelpr.data.tokenizer import load_tokenizer
+from moelpr.vocabulary_extension import VOCABULARY_EXTENSION_FILE
+from tests.hf_models import save_extended_tokenizer, save_tokenizer
 
 MASKING = "--dataloader-inter-document-masking"
 
@@ -81,7 +83,7 @@ def test_document_masking_requires_our_attention(
     assert other.startswith("--mock-data")
 
 
-def save_tokenizer(folder: Path, vocabulary: list[str]) -> Path:
+def save_words(folder: Path, vocabulary: list[str]) -> Path:
     folder.mkdir()
     tokenizer = Tokenizer(models.WordLevel({word: id for id, word in enumerate(vocabulary)}, unk_token=vocabulary[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -114,11 +116,11 @@ def test_a_corpus_of_another_tokenizer_is_rejected(
     assert accepted("stage1", upcycled)
     assert f"{prefix}.manifest.json is missing" in capfd.readouterr().err
 
-    write_manifest(prefix, save_tokenizer(tmp_path / "theirs", ["a", "b", "c"]))
+    write_manifest(prefix, save_words(tmp_path / "theirs", ["a", "b", "c"]))
     assert accepted("stage1", upcycled)
     assert f"{hf} has no tokenizer" in capfd.readouterr().err
 
-    save_tokenizer(hf, ["a", "c", "b"])
+    save_words(hf, ["a", "c", "b"])
     checks._compare.cache_clear()
     (found,) = problems("stage1", upcycled, "--seed", "1")
     assert prefix in found and f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {hf}" in found
@@ -133,6 +135,28 @@ def test_a_corpus_of_another_tokenizer_is_rejected(
     manifest_path(prefix).write_text("{}")
     (found,) = problems("stage1", upcycled)
     assert f"{prefix}.manifest.json" in found
+
+
+def test_a_corpus_of_the_tokenizer_before_its_extension_is_rejected(
+    upcycled: str, problems, accepted, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    from moelpr.arguments.checks import data as checks
+
+    prefix, old, hf = write_corpus(tmp_path / "en", True, True), tmp_path / "old", Path(upcycled) / "hf"
+    save_tokenizer(old, num_ids=20)
+    save_extended_tokenizer(old, hf, [("b", "b"), ("bb", "a")])
+    write_manifest(prefix, old)
+    for use in ("--data-path", "--validation-data"):
+        (found,) = problems("stage1", upcycled, use, prefix if use == "--data-path" else f"en={prefix}")
+        assert "\n" not in found and found.startswith(f"{prefix} was made with the tokenizer before its extension")
+        assert found.endswith(f"again with --tokenizer-type HuggingFaceTokenizer --tokenizer-model {hf}")
+    write_manifest(prefix, hf)
+    assert accepted("stage1", upcycled, "--data-path", prefix)
+    assert "tokenizer" not in capfd.readouterr().err
+    (hf / VOCABULARY_EXTENSION_FILE).write_text("{}")
+    checks._compare.cache_clear()
+    (found,) = problems("stage1", upcycled, "--data-path", prefix)
+    assert VOCABULARY_EXTENSION_FILE in found
 
 
 def damage(path: Path, change: Callable[[bytes], bytes]) -> None:
@@ -154,7 +178,7 @@ def test_a_damaged_corpus_does_not_start(
     upcycled: str, problems, accepted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, use: str
 ) -> None:
     prefix = write_corpus(tmp_path / "en", True, True)
-    write_manifest(prefix, save_tokenizer(Path(upcycled) / "hf", ["a", "b", "c"]))
+    write_manifest(prefix, save_words(Path(upcycled) / "hf", ["a", "b", "c"]))
     command = ["stage1", upcycled, use, prefix if use == "--data-path" else f"en={prefix}"]
     accepted(*command)
     damage(Path(f"{prefix}.{name}"), DAMAGE[name])
@@ -179,7 +203,7 @@ def test_a_manifest_of_an_older_version_gives_one_note(
     from moelpr.data import manifest
 
     monkeypatch.setattr(manifest, "_BLOCK_BYTES", 1)  # so that the corpora are long
-    hf = save_tokenizer(Path(upcycled) / "hf", ["a", "b", "c"])
+    hf = save_words(Path(upcycled) / "hf", ["a", "b", "c"])
     prefixes = [write_corpus(tmp_path / name, True, tokens=200) for name in ("en", "es")]
     for prefix in prefixes:
         write_manifest(prefix, hf)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.model_spec import ModelSpec
+from moelpr.model_spec import ModelSpec, NewTokens
 
 
 def test_each_stage_requires_the_right_kind_of_checkpoint(upcycled: str, dense: str, problems) -> None:
@@ -78,6 +78,56 @@ def test_missing_weights_are_reported_before_anything_is_built(upcycled: str, pr
     assert str(tracker) in found and "'soon'" in found
     (found,) = problems("stage1", upcycled, "--ckpt-step", "3")
     assert upcycled in found and "iteration 3" in found
+
+
+@pytest.fixture
+def grown(make_checkpoint, moe_spec: ModelSpec) -> str:
+    tokens = NewTokens(first=120, number=20, base_vocab_size=128)
+    spec = replace(moe_spec, megatron_args=moe_spec.megatron_args | {"vocab_size": 140}, new_tokens=tokens)
+    return make_checkpoint("grown", spec)
+
+
+@pytest.mark.parametrize(("stage", "argv"), [("stage0", []), ("stage1", ["--train-new-embeddings"])])
+def test_rows_of_new_tokens_train_only_if_there_are_some(
+    upcycled: str, grown: str, problems, accepted, stage: str, argv: list[str]
+) -> None:
+    (found,) = problems(stage, upcycled, *argv)
+    assert found.startswith((argv or ["--stage stage0"])[0]) and upcycled in found and "--extended-tokenizer" in found
+    settings = accepted(stage, grown, *argv)
+    assert settings["vocab_size"] == 140 and settings["lpr_loss_coeff"] == 0
+    assert settings["balance_loss_coeff"] == (0.01 if stage == "stage1" else 0)
+
+
+@pytest.mark.parametrize("stage", ["stage0", "stage2"])
+def test_only_stage_1_has_new_embeddings_as_an_option(grown: str, problems, stage: str) -> None:
+    (found,) = problems(stage, grown, "--train-new-embeddings")
+    assert found.startswith("--train-new-embeddings applies to --stage stage1") and stage in found
+
+
+@pytest.mark.parametrize(
+    ("stage", "argv"),
+    [
+        ("stage0", ["--weight-decay", "0.1"]),
+        ("stage0", ["--balance-loss-coeff", "0.01"]),
+        ("stage0", ["--lpr-loss-coeff", "0.1"]),
+        ("stage0", ["--train-everything"]),
+        ("stage0", ["--defer-embedding-wgrad-compute"]),
+        ("stage1", ["--train-everything", "--train-new-embeddings"]),
+    ],
+)
+def test_flags_that_new_rows_would_ignore_are_rejected(grown: str, problems, stage: str, argv: list[str]) -> None:
+    (found,) = problems(stage, grown, *argv)
+    assert argv[0] in found and argv[-1 if stage == "stage1" else 0] in found and "remove" in found
+
+
+def test_a_stage_1_that_leaves_new_rows_untrained_is_logged(
+    grown: str, make_checkpoint, moe_spec: ModelSpec, accepted, capsys
+) -> None:
+    accepted("stage1", grown)
+    assert f"the rows of new tokens in {grown} are untrained" in capsys.readouterr().err
+    accepted("stage1", grown, "--train-new-embeddings")
+    accepted("stage0", grown, "--weight-decay", "0")
+    assert "untrained" not in capsys.readouterr().err
 
 
 def test_stage_2_without_stage_1_is_logged_and_not_rejected(upcycled: str, make_checkpoint, accepted, capsys) -> None:

@@ -5,11 +5,12 @@ import shutil
 import subprocess
 from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from moelpr.model_spec import ModelSpec, MoeSpec
+from moelpr.model_spec import ModelSpec, MoeSpec, NewTokens
 
 TP, PP, EP, ETP = (
     f"--{name}-parallel-size" for name in ("tensor-model", "pipeline-model", "expert-model", "expert-tensor")
@@ -48,11 +49,15 @@ def test_a_run_of_another_model_is_not_resumed(make_checkpoint, dense_spec: Mode
         assert f"{name} {there} there, {here} in the run" in found
 
 
-@pytest.mark.parametrize(("before", "now"), [(True, []), (False, ["--save-trained-only"])])
-def test_a_run_keeps_saving_the_same_tensors(make_checkpoint, problems, before: bool, now: list[str]) -> None:
-    run = make_checkpoint("run", stage="stage1", save_trained_only=before)
-    (found,) = problems("stage1", None, "--save", run, *now)
-    assert found.startswith(f"{run} was saved {'with' if before else 'without'} --save-trained-only")
+@pytest.mark.parametrize("flag", ["--save-trained-only", "--train-new-embeddings"])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_run_keeps_training_and_saving_the_same_tensors(
+    make_checkpoint, moe_spec: ModelSpec, problems, flag: str, before: bool
+) -> None:
+    spec = replace(moe_spec, new_tokens=NewTokens(100, 28, 128))
+    run = make_checkpoint("run", spec, stage="stage1", **{flag[2:].replace("-", "_"): before})
+    (found,) = problems("stage1", None, "--save", run, *([] if before else [flag]))
+    assert found.startswith(f"{run} was started {'with' if before else 'without'} {flag}")
 
 
 def test_the_first_start_may_have_been_deleted(make_checkpoint, accepted, tmp_path: Path) -> None:
@@ -224,7 +229,8 @@ def test_a_checkpoint_contains_the_weights_and_the_optimizer_state_of_what_is_tr
     full = 128 * 32 + experts + routers + attention + norms
 
     def size(stage: str, bf16: bool = True, **others: bool) -> int:
-        names = ("fp16", "train_everything", "save_trained_only", "no_save_optim", "use_distributed_optimizer")
+        names = ("fp16", "train_everything", "train_new_embeddings", "save_trained_only", "no_save_optim")
+        names += ("use_distributed_optimizer",)
         flags = dict.fromkeys(names, False) | others
         return checkpoint_bytes(Namespace(stage=stage, bf16=bf16, **flags), moe_spec)
 
@@ -235,3 +241,5 @@ def test_a_checkpoint_contains_the_weights_and_the_optimizer_state_of_what_is_tr
     assert size("stage2", save_trained_only=True) == routers * 14
     assert size("stage2", no_save_optim=True) == full * 2
     assert size("stage1", train_everything=True) == full * 14
+    assert size("stage0", save_trained_only=True) == 128 * 32 * 14
+    assert size("stage1", train_new_embeddings=True) == full * 2 + (new + routers + 128 * 32) * 12

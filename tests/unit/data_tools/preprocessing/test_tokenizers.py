@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from data_tools.corpus import Corpus
 from data_tools.preprocessing import tokenizers
@@ -18,7 +19,9 @@ from data_tools.preprocessing.tokenizers import (
     choose_backend,
     load_job_tokenizer,
 )
+from moelpr.data.manifest import Manifest, TokenizerMatch, compare_tokenizers
 from moelpr.errors import UserError
+from tests.hf_models import save_extended_tokenizer
 
 FLAGS = ("--language", "original", "--append-eod")
 
@@ -47,6 +50,27 @@ def test_both_libraries_write_the_same_corpus(
     fast = preprocess(tokenizer, "--input", lines, *FLAGS, "--tokenizer-backend", "gigatoken", out="fast/a")
     slow = preprocess(tokenizer, "--input", lines, *FLAGS, "--tokenizer-backend", "reference", out="slow/a")
     assert corpus_bytes(f"{fast}_text_document") == corpus_bytes(f"{slow}_text_document")
+
+
+def test_an_extended_tokenizer_needs_nothing_new(
+    hf_tokenizer: Path, sentences, write_lines, preprocess, corpus_bytes, tmp_path: Path
+) -> None:
+    old = Tokenizer.from_file(str(hf_tokenizer / "tokenizer.json"))
+    old.no_truncation()
+    tokens = old.encode("θάλασσα", add_special_tokens=False).tokens
+    new = [("".join(tokens[:n]), tokens[n]) for n in range(1, len(tokens))]
+    extended = save_extended_tokenizer(hf_tokenizer, tmp_path / "extended", new)
+    texts = [*tokenizers.PROBES, *sentences.values(), "θάλασσα", "θάλασσα, θάλασσα!", "a</s>b <s>"]
+    lines = write_lines("a.jsonl", [{"text": text} for text in texts])
+    given = ("--input", lines, *FLAGS, "--tokenizer-backend")
+    fast = preprocess(extended, *given, "gigatoken", out="fast/a")
+    slow = preprocess(extended, *given, "reference", out="slow/a")
+    before = preprocess(hf_tokenizer, *given, "reference", out="before/a")
+    assert corpus_bytes(f"{fast}_text_document") == corpus_bytes(f"{slow}_text_document")
+    manifests = [Manifest.read(f"{prefix}_text_document") for prefix in (fast, before)]
+    assert manifests[1].tokens - manifests[0].tokens == 3 * (len(tokens) - 1)
+    matches = [compare_tokenizers(manifest.tokenizer, extended) for manifest in manifests]
+    assert matches == [TokenizerMatch.SAME, TokenizerMatch.NOT_EXTENDED]
 
 
 @settings(max_examples=150, deadline=None)

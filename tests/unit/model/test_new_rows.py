@@ -1,0 +1,107 @@
+"""Only rows of new tokens train, whichever tensor-parallel rank has them (tests/distributed covers whole runs)."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from moelpr.model_spec import ModelSpec, NewTokens
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+TOKENS = NewTokens(first=100, number=20, base_vocab_size=110)
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def model(request, moe_spec: ModelSpec):
+    from moelpr.model.loading import build_model
+
+    changes = {"untie_embeddings_and_output_weights": not request.param, "vocab_size": TOKENS.vocab_size}
+    return build_model(replace(moe_spec, megatron_args=moe_spec.megatron_args | changes))
+
+
+@pytest.mark.parametrize(
+    ("rank", "expected"), [(0, slice(120, 120)), (1, slice(80, 120)), (2, slice(0, 60)), (3, slice(0, 0))]
+)
+def test_each_tensor_parallel_rank_trains_its_part_of_the_new_rows(
+    model, monkeypatch: pytest.MonkeyPatch, rank: int, expected: slice
+) -> None:
+    from moelpr.model.new_rows import rows_that_train, train_new_rows_only
+
+    monkeypatch.setattr("megatron.core.parallel_state.get_tensor_model_parallel_rank", lambda: rank)
+    train_new_rows_only([model], NewTokens(first=200, number=100, base_vocab_size=250))
+    assert len(model.embedding.word_embeddings.weight) == 120
+    assert rows_that_train(model.embedding.word_embeddings.weight) == expected
+    assert rows_that_train(model.decoder.layers[0].mlp.router.weight) == slice(None)
+
+
+def test_old_rows_lose_their_gradient_after_megatron_has_finalized_it(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moelpr.model import new_rows
+    from moelpr.model.freezing import freeze
+
+    freeze([model], "stage1", train_new_embeddings=True, new_tokens=TOKENS)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    order = []
+
+    def finalize(chunks, num_tokens, **options) -> None:
+        order.append((num_tokens, options))
+        for parameter in trained:
+            parameter.main_grad = torch.full_like(parameter, torch.nan if parameter.dim() == 2 else 1.0)
+
+    monkeypatch.setattr(new_rows, "finalize_model_grads", finalize)
+    model.config.finalize_model_grads_func([model], None, force_all_reduce=False)
+    assert order == [(None, {"force_all_reduce": False})]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ("embedding" in name or "output_layer" in name):
+            assert not parameter.main_grad[:100].any() and not parameter.main_grad[120:].any()
+            assert parameter.main_grad[100:120].isnan().all()
+        elif parameter.requires_grad:
+            assert parameter.main_grad.all()
+
+
+def test_gradients_of_new_rows_and_of_all_others_are_those_of_autograd(model) -> None:
+    """Also of what trains below, with padding masked in place, in two micro-batches."""
+    from moelpr.model.freezing import freeze
+    from moelpr.model.vocabulary import mask_padding
+
+    mask_padding([model], TOKENS.end - 3)
+    positions = torch.arange(16).expand(2, 16)
+    gradients = []
+    for only_new in (False, True):
+        freeze([model], "stage1", train_everything=not only_new, train_new_embeddings=only_new, new_tokens=TOKENS)
+        model.train().zero_grad()
+        for seed in (0, 1):
+            tokens = torch.randint(0, TOKENS.end - 3, (2, 16), generator=torch.Generator().manual_seed(seed))
+            model(tokens, positions, attention_mask=None, labels=tokens.flip(1)).mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    expected, found = gradients
+    assert len(found) == (9 + 1 if model.share_embeddings_and_output_weights else 9 + 2)
+    for name, gradient in found.items():
+        rows = slice(TOKENS.first, TOKENS.end) if gradient.dim() == 2 and len(gradient) == 120 else slice(None)
+        assert gradient[rows].any()
+        torch.testing.assert_close(gradient[rows], expected[name][rows], rtol=1e-5, atol=1e-8)
+    if not model.share_embeddings_and_output_weights:
+        assert not found["output_layer.weight"][: TOKENS.first].any()
+        assert expected["output_layer.weight"][: TOKENS.first].any()
+
+
+def test_the_report_counts_only_new_rows_as_trainable(model) -> None:
+    from moelpr.model.freezing import freeze, parameter_report
+
+    matrices = 1 if model.share_embeddings_and_output_weights else 2
+    total = sum(parameter.numel() for parameter in model.parameters())
+    new = matrices * 20 * 32
+    freeze([model], "stage0", new_tokens=TOKENS)
+    report = parameter_report([model]).splitlines()
+    assert report[-1].split() == ["all", f"{new:,}", f"{total - new:,}"]
+    assert ["embedding", f"{20 * 32}", f"{100 * 32:,}"] in [line.split() for line in report]
+
+
+def test_other_stages_train_the_vocabulary_wholly_or_not_at_all(model) -> None:
+    from moelpr.model.freezing import freeze
+    from moelpr.model.new_rows import rows_that_train
+
+    for stage in ("stage1", "stage2", "dense"):
+        freeze([model], stage, new_tokens=TOKENS)
+        assert rows_that_train(model.embedding.word_embeddings.weight) == slice(None)
+        assert model.config.finalize_model_grads_func is None

@@ -9,7 +9,10 @@ the rounds' ratios. `stage 0` is reported without a limit: without new tokens th
 
 from dataclasses import replace
 
+import torch
+
 from benchmarks.common import add_json, argument_parser, install_megatron, print_table, write_json
+from benchmarks.routing import impose
 from benchmarks.timing import median_s, take_turns, time_ratio
 from moelpr.errors import run_command
 from moelpr.model_spec import NewTokens
@@ -26,7 +29,7 @@ def main() -> None:
     add_json(parser)
     args = parser.parse_args()
     install_megatron()
-    from benchmarks.steps import our_step, random_batch, spec_of
+    from benchmarks.steps import DEVICE, our_step, random_batch, spec_of
     from moelpr.model.loading import single_process
 
     with single_process():
@@ -42,6 +45,10 @@ def main() -> None:
             "stage 1, new tokens that train": our_step(grown, "stage1", grown_batch, train_new_embeddings=True),
             "stage 0": our_step(grown, "stage0", grown_batch),
         }
+        for layer in range(args.layers):  # the same work for all
+            places = torch.rand(batch["tokens"].numel(), args.new_experts + args.original_copies)
+            for step in steps.values():
+                impose(step.routers[layer], places.topk(args.topk).indices.to(DEVICE))
         wall, cpu = take_turns(steps, args.rounds)
     rows = [
         {

@@ -21,7 +21,12 @@ _REQUIRED_ARGS: dict[Any, str] = {
     "max_position_embeddings rotary_base vocab_size",
     bool: "group_query_attention swiglu add_bias_linear add_qkv_bias qk_layernorm untie_embeddings_and_output_weights",
     str: "position_embedding_type normalization",
-    (int, float): "norm_epsilon",
+    (int, float): "norm_epsilon attention_dropout hidden_dropout init_method_std rotary_percent",
+}
+_OPTIONAL_ARGS: dict[Any, str] = {
+    list: "window_size",
+    bool: "use_rope_scaling",
+    (int, float): "rope_scaling_factor",
 }
 
 
@@ -156,17 +161,18 @@ class ModelSpec:
         """Raise a UserError unless all fields are present, of the right type, and in range."""
         if self.dtype not in DTYPES:
             raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        for kind, names in _REQUIRED_ARGS.items():
-            for name in names.split():
-                if name not in self.megatron_args:
-                    raise UserError(f"megatron_args lacks {name}")
-                value = self.megatron_args[name]
-                # bool is a subclass of int, but `num_layers: true` is a mistake.
-                if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-                    raise UserError(f"megatron_args.{name} has the wrong type: {value!r}")
-                if kind is int and not 1 <= value < 1 << 31:
-                    limit = "at least 1" if value < 1 else "below 2^31"
-                    raise UserError(f"megatron_args.{name} must be {limit}, got {value}")
+        args = dict(self.megatron_args)
+        for kinds, is_required in ((_REQUIRED_ARGS, True), (_OPTIONAL_ARGS, False)):
+            for kind, names in kinds.items():
+                for name in names.split():
+                    if name in args:
+                        _check_argument(name, args.pop(name), kind)
+                    elif is_required:
+                        raise UserError(f"megatron_args lacks {name}")
+        if args:
+            raise UserError(f"megatron_args has the unknown name {min(args)}")
+        if self.megatron_args.get("use_rope_scaling") and "rope_scaling_factor" not in self.megatron_args:
+            raise UserError("megatron_args lacks rope_scaling_factor, which use_rope_scaling requires")
         if not 0 < self.megatron_args["norm_epsilon"] < 1:
             raise UserError(f"norm_epsilon must be above 0 and below 1, got {self.megatron_args['norm_epsilon']}")
         heads, groups = self.megatron_args["num_attention_heads"], self.megatron_args["num_query_groups"]
@@ -209,3 +215,12 @@ class ModelSpec:
             return spec
 
         return read_versioned(path, FORMAT_VERSION, build)
+
+
+def _check_argument(name: str, value: Any, kind: Any) -> None:
+    # bool is a subclass of int, but `num_layers: true` is a mistake.
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise UserError(f"megatron_args.{name} has the wrong type: {value!r}")
+    if kind is int and not 1 <= value < 1 << 31:
+        limit = "at least 1" if value < 1 else "below 2^31"
+        raise UserError(f"megatron_args.{name} must be {limit}, got {value}")

@@ -25,6 +25,7 @@ SHAPE = {
     "position_embedding_type": "rope", "rotary_base": 10000, "normalization": "RMSNorm", "norm_epsilon": 1e-6,
     "swiglu": True, "add_bias_linear": False, "add_qkv_bias": True, "qk_layernorm": False,
     "untie_embeddings_and_output_weights": False, "vocab_size": 512,
+    "rotary_percent": 1.0, "attention_dropout": 0.0, "hidden_dropout": 0.0, "init_method_std": 0.02,
 }  # fmt: skip
 
 

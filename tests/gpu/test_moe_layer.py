@@ -21,6 +21,7 @@ SHAPE = {
     "group_query_attention": True, "kv_channels": 64, "max_position_embeddings": 128, "position_embedding_type": "rope",
     "rotary_base": 10000, "normalization": "RMSNorm", "norm_epsilon": 1e-6, "swiglu": True, "add_bias_linear": False,
     "add_qkv_bias": True, "qk_layernorm": False, "untie_embeddings_and_output_weights": False, "vocab_size": 512,
+    "rotary_percent": 1.0, "attention_dropout": 0.0, "hidden_dropout": 0.0, "init_method_std": 0.02,
 }  # fmt: skip
 SPEC = ModelSpec("qwen2", "bfloat16", SHAPE, MoeSpec(num_new_experts=4, topk=2, layers=(0, 1)))
 

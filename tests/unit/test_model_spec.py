@@ -117,6 +117,10 @@ def test_a_number_of_experts_that_is_not_an_integer_is_rejected(
         (lambda content: content["megatron_args"].update(num_layers=True), "megatron_args.num_layers .*True"),
         (lambda content: content["megatron_args"].update(num_layers=0), "num_layers must be at least 1, got 0"),
         (lambda content: content["megatron_args"].update(num_query_groups=3), "multiple of num_query_groups"),
+        (lambda content: content["megatron_args"].pop("attention_dropout"), "lacks attention_dropout"),
+        (lambda content: content["megatron_args"].update(window_sjze=[7, 0]), "unknown name window_sjze"),
+        (lambda content: content["megatron_args"].update(window_size=7), "window_size has the wrong type: 7"),
+        (lambda content: content["megatron_args"].update(use_rope_scaling=True), "lacks rope_scaling_factor"),
     ],
 )
 def test_an_invalid_file_is_a_user_error(

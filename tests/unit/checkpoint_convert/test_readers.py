@@ -96,7 +96,6 @@ def test_the_files_have_the_tensors_that_loaders_request(export: Path, name: str
     assert "auto_map" not in config and "quantization_config" not in config
 
 
-DEFAULTS = {"attention_dropout": 0.0, "init_method_std": 0.02}
 LLAMA = {"add_qkv_bias": False}
 SCALED = LLAMA | {"use_rope_scaling": True, "rope_scaling_factor": 8.0}
 EXPORT = "export with mcore_to_hf.py"
@@ -149,7 +148,7 @@ WIDE = "it assumes that heads are not 16 wide"
 def test_a_sentence_says_who_runs_an_export_and_which_class_the_others_need(
     dense_spec: ModelSpec, family: str, changes: dict, moe_class: str, sentence: str
 ) -> None:
-    spec = ModelSpec(family, "float32", dense_spec.megatron_args | DEFAULTS | changes, MoeSpec(4, 2, (0, 1, 2)))
+    spec = ModelSpec(family, "float32", dense_spec.megatron_args | changes, MoeSpec(4, 2, (0, 1, 2)))
     written = FAMILIES[family].written_as(MOE_CLASSES[moe_class])
     assert readers_sentence(written, spec, written.export_config({}, spec, "float32")) == sentence
 

@@ -60,7 +60,7 @@ def main() -> None:
         help="output folder (default: %(default)s)")  # fmt: skip
     parser.add_argument("--tokens", type=int, default=40 * STEP_TOKENS, metavar="N",
         help=f"tokens of stage 1 per setting, in steps of {STEP_TOKENS:,} (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--documents", type=int, default=8, metavar="N",
+    parser.add_argument("--documents", type=int, default=6, metavar="N",
         help="held-out documents per language and kind of text (default: %(default)s)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=1, metavar="N",
         help="seed of routers and of the order of the text (default: %(default)s)")  # fmt: skip
@@ -120,7 +120,7 @@ def choose_settings(run: Steps, corpus: Path, base: Path) -> list[Setting]:
         settings.append(Setting(f"{name}-measured", f"{number} measured", chosen))
         settings.append(Setting(f"{name}-even", f"{number} evenly spaced", evenly_spaced(total, number)))
         for draw in range(1, NUM_RANDOM + 1):
-            layers = sorted(random.Random(draw).sample(range(total), number))
+            layers = sorted(random.Random(1000 * number + draw).sample(range(total), number))
             settings.append(Setting(f"{name}-random-{draw}", f"{number} random, draw {draw}", layers))
     return settings
 
@@ -130,9 +130,7 @@ def evenly_spaced(total: int, number: int) -> list[int]:
     return [(part + 1) * total // number - 1 for part in range(number)]
 
 
-def try_setting(
-    run: Steps, corpus: Path, base: Path, setting: Setting, tokens: int, documents: int, seed: int
-) -> None:
+def try_setting(run: Steps, corpus: Path, base: Path, setting: Setting, tokens: int, documents: int, seed: int) -> None:
     """Upcycling, stage 1 and evaluation; its checkpoints take gigabytes and are deleted."""
     start, trained = run.run / f"upcycled-{setting.name}", run.run / setting.name
     seeded = ("--seed", str(seed))

@@ -1,4 +1,4 @@
-"""The similarity of languages per layer, against loops over pairs of tokens and a model whose similarities are known."""
+"""The similarity of languages per layer, against loops over pairs of tokens and a model with known similarities."""
 
 import json
 import math

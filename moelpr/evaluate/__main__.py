@@ -8,12 +8,13 @@ python -m moelpr.evaluate harness --model base=DIR --model stage2=DIR --language
 import argparse
 import json
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moelpr.checksums import NoVerify
-from moelpr.errors import CommandParser, UserError, run_command
+from moelpr.errors import CommandParser, run_command
+from moelpr.evaluate.arguments import check_languages, languages, named_paths
 
 if TYPE_CHECKING:
     from moelpr.evaluate.results import Results
@@ -173,31 +174,6 @@ def fraction(value: str) -> float:
     if not 0 <= float(value) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, got {value}")
     return float(value)
-
-
-def languages(value: str) -> list[str]:
-    return [language.strip() for language in value.split(",") if language.strip()]
-
-
-def check_languages(original: list[str], languages: Collection[str], flag: str) -> None:
-    if unknown := [language for language in original if language not in languages]:
-        raise UserError(f"--original-languages {','.join(unknown)} must be among {flag} ({', '.join(languages)})")
-
-
-def named_paths(items: list[str], flag: str) -> dict[str, Path]:
-    """NAME=DIR or LANG=FILE arguments by name; the name of a bare --model path is that of its last folder."""
-    form, example = ("NAME=DIR", "base") if flag == "--model" else ("LANG=FILE", "en")
-    named: dict[str, Path] = {}
-    for item in items:
-        name, separator, path = item.partition("=")
-        if not separator and flag == "--model":
-            name, path = Path(item).resolve().name, item
-        if not name or not path:
-            raise UserError(f"{flag} must be {form}, such as {example}={item.strip('=')}, got {item}")
-        if name in named:
-            raise UserError(f"{flag} has {name} twice ({named[name]} and {path}); give each its own name as {form}")
-        named[name] = Path(path)
-    return named
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def score_each(
     Raises:
         UserError: the tokenizer returns IDs without an embedding, no tokens for a document, or omits text.
     """
-    tokens = {language: _tokenize(loaded, language, texts) for language, texts in documents.items()}
+    tokens = {language: tokenize(loaded, language, texts) for language, texts in documents.items()}
     unknown_id = loaded.unknown_id
     with tqdm(
         total=sum(len(ids) for documents in tokens.values() for ids in documents), desc=name, unit=" tokens",
@@ -165,7 +165,8 @@ def score_each(
             yield language, result
 
 
-def _tokenize(loaded: LoadedModel, language: str, texts: Sequence[str]) -> list[list[int]]:
+def tokenize(loaded: LoadedModel, language: str, texts: Sequence[str]) -> list[list[int]]:
+    """The token IDs of each text; UserError if the model or its tokenizer does not support them."""
     encoded = loaded.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
     documents = encoded["input_ids"]
     if empty := [number for number, ids in enumerate(documents, start=1) if not ids]:

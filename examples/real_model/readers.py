@@ -9,7 +9,6 @@ import html
 import io
 import re
 import tarfile
-import zipfile
 from collections.abc import Iterable, Mapping
 from html.parser import HTMLParser
 from pathlib import Path, PurePosixPath

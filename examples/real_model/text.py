@@ -1,0 +1,187 @@
+"""Training and held-out text in six languages: two kinds to train on, one that is never trained on.
+
+    python -m examples.real_model.text --run runs/real-model
+
+A hash of a document's ID decides whether it is held out, in every language. Writes into RUN/corpus, of JSON lines with
+the keys text, id and kind:
+
+- `train.<lang>.jsonl`;
+- `held-out.<kind>.<lang>.jsonl`, some of the documents held out, for bits per byte;
+- `unseen.<lang>.jsonl`, all documents held out, for the cloze task;
+- `facts.json`: sources with their licences, sizes, and how much of the held-out text is in the training text.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from data_tools.demo_corpus import LANGUAGES
+from examples.real_model.downloads import fetch_all, read_sources, require_space
+from examples.real_model.readers import Documents, read_help, read_interface, read_stories
+from moelpr.errors import CommandParser, run_command
+from moelpr.files import atomic_directory
+
+Reader = Callable[[Mapping[str, Path]], Documents]
+TRAINED: dict[str, Reader] = {"help": read_help, "stories": read_stories}
+UNTRAINED: dict[str, Reader] = {"interface": read_interface}
+# At most so much of each kind per language: less than LibreOffice's help has in any language, about what the stories
+# have in Hungarian.
+TRAIN_BYTES = {"help": 700_000, "stories": 400_000}
+HELD_OUT_ONE_IN = 6
+HELD_OUT_DOCUMENTS = 32  # per kind and language, for bits per byte: evaluation takes minutes, intervals need 30
+HELD_OUT_CHARACTERS = (200, 800)  # of such a document, in Chinese a third
+NGRAM = 13
+DISK = 100_000_000  # bytes of the corpus and of what is read for it
+
+Lines = list[dict[str, str]]
+
+
+def build_corpus(output: Path, cache: Path) -> dict[str, Any]:
+    """Write the corpus unless `output` contains one, and return its facts.
+
+    Args:
+        cache: folder of downloads.
+    """
+    path = output / "facts.json"
+    if path.exists():
+        return json.loads(path.read_bytes())
+    require_space(output, DISK, "the text")
+    sources = {name: source for name, source in read_sources().items() if source.kind in {**TRAINED, **UNTRAINED}}
+    packages = fetch_all(sources.values(), cache)
+    documents = {kind: read(packages) for kind, read in {**TRAINED, **UNTRAINED}.items()}
+    with atomic_directory(output) as folder:
+        facts = {
+            "sources": {name: asdict(source) for name, source in sources.items()},
+            "trained": [*TRAINED],
+            "untrained": [*UNTRAINED],
+            "languages": {
+                language: write_language(folder, language, {kind: found[language] for kind, found in documents.items()})
+                for language in LANGUAGES
+            },
+        }
+        (folder / path.name).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return facts
+
+
+def write_language(folder: Path, language: str, documents: Mapping[str, Mapping[str, list[str]]]) -> dict[str, Any]:
+    """Write the files of a language, and return their sizes and overlaps.
+
+    Args:
+        documents: kind -> document ID -> paragraphs.
+    """
+    unseen = {kind: unseen_lines(found, kind) for kind, found in documents.items()}
+    held_out = {kind: choose_held_out(lines, language) for kind, lines in unseen.items()}
+    unseen_grams = {gram for lines in unseen.values() for gram in grams_of(lines, language)}
+    train, removed = [], []
+    for kind in TRAINED:
+        kept, left_out = choose_train(documents[kind], kind, language, unseen_grams)
+        train += kept
+        removed += left_out
+    train.sort(key=lambda line: hash_of(line["id"]))
+    write_lines(folder / f"train.{language}.jsonl", train)
+    write_lines(folder / f"unseen.{language}.jsonl", [line for lines in unseen.values() for line in lines])
+    for kind, lines in held_out.items():
+        write_lines(folder / f"held-out.{kind}.{language}.jsonl", lines)
+    after = set(grams_of(train, language))
+    before = after | set(grams_of(removed, language))
+    return {
+        "train": {kind: sizes([line for line in train if line["kind"] == kind]) for kind in TRAINED},
+        "removed_from_train": sizes(removed),
+        "held_out": {kind: sizes(lines) for kind, lines in held_out.items()},
+        "unseen": {kind: sizes(lines) for kind, lines in unseen.items()},
+        # Fraction of the held-out text's 13-grams that are in the training text.
+        "overlap_13_grams": {
+            kind: {"before_removal": share(lines, language, before), "after": share(lines, language, after)}
+            for kind, lines in held_out.items()
+        },
+    }
+
+
+def hash_of(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest())
+
+
+def is_held_out(document: str) -> bool:
+    return hash_of(document) % HELD_OUT_ONE_IN == 0
+
+
+def unseen_lines(documents: Mapping[str, list[str]], kind: str) -> Lines:
+    """The documents that are held out, in an order that is the same for all languages."""
+    return [as_line(documents[name], kind, name) for name in sorted(documents, key=hash_of) if is_held_out(name)]
+
+
+def choose_held_out(lines: Lines, language: str) -> Lines:
+    """The first HELD_OUT_DOCUMENTS of suitable length."""
+    low, high = (length // 3 if language == "zh" else length for length in HELD_OUT_CHARACTERS)
+    return [line for line in lines if low <= len(line["text"]) <= high][:HELD_OUT_DOCUMENTS]
+
+
+def choose_train(
+    documents: Mapping[str, list[str]], kind: str, language: str, unseen_grams: set[Any]
+) -> tuple[Lines, Lines]:
+    """TRAIN_BYTES of the other documents, and the paragraphs left out because they share an n-gram with unseen text."""
+    lines: Lines = []
+    removed: Lines = []
+    size = 0
+    for name in sorted(documents, key=hash_of):
+        if is_held_out(name) or size >= TRAIN_BYTES[kind]:
+            continue
+        shared = [not unseen_grams.isdisjoint(ngrams(text, language)) for text in documents[name]]
+        for is_removed, target in ((False, lines), (True, removed)):
+            paragraphs = [text for text, found in zip(documents[name], shared, strict=True) if found == is_removed]
+            if paragraphs:
+                target.append(as_line(paragraphs, kind, name))
+                size += 0 if is_removed else len(target[-1]["text"].encode())
+    return lines, removed
+
+
+def as_line(paragraphs: Iterable[str], kind: str, name: str) -> dict[str, str]:
+    return {"text": "\n".join(paragraphs), "id": f"{kind}/{name}", "kind": kind}
+
+
+def ngrams(text: str, language: str) -> Iterator[Any]:
+    """Runs of NGRAM words (characters in Chinese) of each paragraph, in lower case and without punctuation."""
+    for paragraph in text.lower().split("\n"):
+        spaced = "".join(character if character.isalnum() else " " for character in paragraph)
+        words: Any = spaced.replace(" ", "") if language == "zh" else tuple(spaced.split())
+        for start in range(len(words) - NGRAM + 1):
+            yield words[start : start + NGRAM]
+
+
+def grams_of(lines: Lines, language: str) -> Iterator[Any]:
+    return (gram for line in lines for gram in ngrams(line["text"], language))
+
+
+def share(lines: Lines, language: str, others: set[Any]) -> float:
+    """Fraction of the n-grams of `lines` that are among `others`."""
+    found = [gram in others for gram in grams_of(lines, language)]
+    return sum(found) / max(1, len(found))
+
+
+def sizes(lines: Lines) -> dict[str, int]:
+    texts = [line["text"] for line in lines]
+    return {"documents": len(texts), "bytes": sum(len(text.encode()) for text in texts)}
+
+
+def write_lines(path: Path, lines: Lines) -> None:
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8", newline="\n")
+
+
+def main() -> None:
+    parser = CommandParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--run", type=Path, default=Path("runs/real-model"), metavar="DIR", help="output folder (default: %(default)s)")
+    add("--cache", type=Path, metavar="DIR", help="folder of downloads (default: RUN/downloads)")
+    args = parser.parse_args()
+    facts = build_corpus(args.run / "corpus", args.cache or args.run / "downloads")
+    for language, found in facts["languages"].items():
+        train = sum(kind["bytes"] for kind in found["train"].values())
+        held_out = ", ".join(f"{kind} {size['bytes']:,}" for kind, size in found["held_out"].items())
+        print(f"{language}: {train:,} bytes to train on; held out: {held_out}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,118 @@
+"""Downloads with the real pip from a folder, and with a stand-in for apt-get; no network."""
+
+import hashlib
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from data_tools import demo_corpus
+from examples.real_model import downloads
+from examples.real_model.downloads import Source, fetch_all, read_sources
+from moelpr.errors import MachineError, UserError
+
+DEB = b"!<arch>\nnot really"
+
+
+def source_of(content: bytes, registry: str, name: str, package: str, version: str) -> Source:
+    digest = hashlib.sha256(content).hexdigest()
+    return Source(package, registry, version, name, digest, len(content), "help", "CC0-1.0", "a test")
+
+
+@pytest.fixture
+def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
+    """A wheel in the only folder where pip may look."""
+    name = "texts-1.0-py3-none-any.whl"
+    (tmp_path / "index").mkdir()
+    with zipfile.ZipFile(tmp_path / "index" / name, "w") as archive:
+        archive.writestr("texts-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: texts\nVersion: 1.0\n")
+        archive.writestr("texts-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr("texts-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    return source_of((tmp_path / "index" / name).read_bytes(), "pypi", name, "texts", "1.0")
+
+
+@pytest.fixture
+def deb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
+    """A package that a stand-in for apt-get copies; it writes its arguments into the file `calls`."""
+    name, programs = "manual_1%3a2.0_all.deb", tmp_path / "bin"
+    programs.mkdir()
+    (tmp_path / name).write_bytes(DEB)
+    script = programs / "apt-get"
+    script.write_text(f"#!/bin/sh\necho $@ >>{tmp_path}/calls\ncp {tmp_path}/{name} . && exit ${{APT_CODE:-0}}\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    return source_of(DEB, "debian", name, "manual", "1:2.0")
+
+
+def test_packages_of_both_registries_come_once(wheel: Source, deb: Source, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    found = fetch_all([wheel, deb], cache)
+    assert found == {"texts": cache / wheel.file, "manual": cache / deb.file}
+    assert (tmp_path / "calls").read_text() == "download manual=1:2.0\n"
+    shutil.rmtree(tmp_path / "index")
+    assert fetch_all([wheel, deb], cache) == found
+    assert (tmp_path / "calls").read_text().count("\n") == 1
+
+
+def test_no_network_and_no_cache(wheel: Source, tmp_path: Path) -> None:
+    (tmp_path / "index" / wheel.file).unlink()
+    with pytest.raises(UserError, match=rf"{wheel.file} could not be downloaded .*texts==1\.0.*{tmp_path}/cache"):
+        fetch_all([wheel], tmp_path / "cache")
+
+
+def test_no_apt(deb: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="there is no apt-get.*copy the file"):
+        fetch_all([deb], tmp_path / "cache")
+
+
+@pytest.mark.parametrize("is_cached", [True, False])
+def test_another_checksum(deb: Source, tmp_path: Path, is_cached: bool) -> None:
+    cache, other = tmp_path / "cache", DEB[:-1]
+    (tmp_path / deb.file).write_bytes(other)
+    if is_cached:
+        cache.mkdir()
+        (cache / deb.file).write_bytes(other)
+    with pytest.raises(UserError, match=f"SHA-256 {hashlib.sha256(other).hexdigest()}, but {deb.sha256}"):
+        fetch_all([deb], cache)
+    assert not (cache / deb.file).exists()
+    (tmp_path / deb.file).write_bytes(DEB)
+    assert fetch_all([deb], cache)["manual"].read_bytes() == DEB
+
+
+def test_an_interrupted_download_starts_over(deb: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("APT_CODE", "100")
+    with pytest.raises(UserError, match="could not be downloaded"):
+        fetch_all([deb], cache)
+    # What a killed process leaves.
+    (cache / downloads.DOWNLOAD / "half").write_bytes(DEB[:3])
+    assert not (cache / deb.file).exists()
+    monkeypatch.delenv("APT_CODE")
+    assert fetch_all([deb], cache)["manual"].read_bytes() == DEB
+
+
+def test_too_little_disk_is_said_before_the_first_download(
+    deb: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=len(DEB)))
+    with pytest.raises(MachineError, match="GiB of disk"):
+        fetch_all([deb], tmp_path / "cache")
+    assert not (tmp_path / "calls").exists()
+
+
+def test_every_download_is_pinned() -> None:
+    sources = read_sources()
+    assert {source.kind for source in sources.values()} == {"base", "help", "stories", "interface"}
+    for source in sources.values():
+        assert len(source.sha256) == 64 and source.bytes > 1e6 and source.licence
+        separator = "-" if source.registry == "pypi" else "_"
+        name = source.package.replace("-", "_") if source.registry == "pypi" else source.package
+        assert source.file.startswith(f"{name}{separator}{source.version.replace(':', '%3a')}{separator}")
+    demo = sources["homeassistant"]
+    assert (demo.file, demo.sha256) == (demo_corpus.WHEEL_NAME, demo_corpus.WHEEL_SHA256)

@@ -88,6 +88,11 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         try:
             main()
+        except SystemError as error:
+            # C code during which a signal's handler raised.
+            if isinstance(error.__cause__, KeyboardInterrupt | SystemExit):
+                raise error.__cause__ from None
+            raise
         finally:
             sys.stdout.flush()  # here, because Python itself can't report that it fails
     except BrokenPipeError:

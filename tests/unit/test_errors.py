@@ -19,6 +19,13 @@ def fail_with(error: BaseException):  # noqa: ANN201
     return main
 
 
+def raised_in_c(error: BaseException) -> SystemError:
+    """What C code raises if a signal's handler has raised `error` during it."""
+    found = SystemError("returned a result with an exception set")
+    found.__cause__ = error
+    return found
+
+
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
@@ -29,6 +36,7 @@ def fail_with(error: BaseException):  # noqa: ANN201
         (UserError("no file a\nb\x1b[31m\ud800"), 2, r"error: no file a\nb\x1b[31m\ud800"),
         (MachineError("the disk can't be read"), 1, "error: the disk can't be read"),
         (KeyboardInterrupt(), 1, "interrupted"),
+        (raised_in_c(KeyboardInterrupt()), 1, "interrupted"),
     ],
 )
 def test_expected_failures_are_one_line(error, code: int, message: str, capsys) -> None:  # noqa: ANN001

@@ -22,6 +22,7 @@ from checkpoint_convert.upcycling import check_weights
 from moelpr.errors import UserError
 from moelpr.families.families import read_base, with_new_experts
 from moelpr.families.tables import Piece, pieces, sizes_of
+from moelpr.files import parse_json
 from moelpr.model_spec import ModelSpec
 from moelpr.run_folder import HF_FOLDER
 from moelpr.stages import Part
@@ -54,7 +55,7 @@ class AdapterConfig:
         if not path.is_file():
             raise UserError(f"{folder} is not an adapter: it has no {CONFIG_FILE}; pass the folder that PEFT saved")
         try:
-            content = dict(json.loads(path.read_text()))
+            content = dict(parse_json(path.read_text()))
         except (ValueError, TypeError) as error:
             raise UserError(f"{path} is damaged: {error}; copy it again") from error
         layers = content.get("layers_to_transform")

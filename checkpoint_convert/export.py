@@ -36,6 +36,7 @@ from moelpr.checksums import FileSum
 from moelpr.errors import UserError
 from moelpr.families.families import CONFIG_FILE, read_config
 from moelpr.families.moe_classes import MOE_CLASSES, MoeClass
+from moelpr.files import parse_json
 from moelpr.model_spec import DTYPES, ModelSpec
 from moelpr.run_folder import HF_FOLDER
 
@@ -223,7 +224,7 @@ class DeltaConfig:
             raise UserError(f"{folder} is not a delta: it has no {DELTA_FILE}; mcore_to_hf.py --delta writes one")
         checksums.Verifier(folder, "copy the delta again").verify(DELTA_FILE)
         try:
-            content = json.loads(path.read_text())
+            content = parse_json(path.read_text())
             version = content.pop("format_version", None)
             if version != FORMAT_VERSION:
                 raise UserError(f"{path}: format_version must be {FORMAT_VERSION}, got {version}")

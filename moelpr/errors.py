@@ -14,10 +14,11 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
+from signal import SIGINT, SIGTERM
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
@@ -82,8 +83,8 @@ def run_command(main: Callable[[], None]) -> None:
     """
     _use_utf8()
     debug = "--debug" in sys.argv
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _exit_by_signal)
+    if signal.getsignal(SIGTERM) is signal.SIG_DFL:
+        signal.signal(SIGTERM, _exit_by_signal)
     atexit.register(_raise_no_signals)
     try:
         try:
@@ -113,9 +114,29 @@ def _exit_by_signal(number: int, _: FrameType | None) -> NoReturn:
     sys.exit(128 + number)
 
 
+@contextmanager
+def deferred_signals() -> Iterator[None]:
+    """Handle SIGTERM and Ctrl-C after the block: compiled code that calls Python must not see their exceptions.
+
+    Only in the main thread, which handles signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    before = {n: signal.signal(n, lambda n, _: arrived.append(n)) for n in (SIGTERM, SIGINT)}
+    try:
+        yield
+    finally:
+        for deferred, handler in before.items():
+            signal.signal(deferred, handler)
+        for number in arrived[:1]:
+            signal.raise_signal(number)
+
+
 def _raise_no_signals() -> None:
     """Give signals their default effect: while Python shuts down, their exceptions would be tracebacks."""
-    for number, handler in ((signal.SIGTERM, _exit_by_signal), (signal.SIGINT, signal.default_int_handler)):
+    for number, handler in ((SIGTERM, _exit_by_signal), (SIGINT, signal.default_int_handler)):
         if signal.getsignal(number) is handler:
             signal.signal(number, signal.SIG_DFL)
 
@@ -130,8 +151,8 @@ def _show_exception(kind: type[BaseException], error: BaseException, trace: Trac
 def show_unraisable(found: Any) -> None:
     """Report an exception that Python can't raise, as it came from a destructor or a callback."""
     is_interrupt = isinstance(found.exc_value, KeyboardInterrupt)
-    if is_interrupt or (isinstance(found.exc_value, SystemExit) and found.exc_value.code == 128 + signal.SIGTERM):
-        number = signal.SIGINT if is_interrupt else signal.SIGTERM
+    if is_interrupt or (isinstance(found.exc_value, SystemExit) and found.exc_value.code == 128 + SIGTERM):
+        number = SIGINT if is_interrupt else SIGTERM
         again = threading.Timer(0.01, os.kill, (os.getpid(), number))  # when it can be raised
         again.daemon = True
         again.start()
@@ -197,7 +218,7 @@ def _fail(message: str, error: BaseException) -> NoReturn:
         # Rank 0 most likely prints the same message, or the launcher why another rank has ended, and the launcher then
         # ends this rank before it prints it again. Nothing ends the ranks of another node: there the first one prints
         # it, for those who only see that node's log.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the trainer's handler would only set a flag
+        signal.signal(SIGTERM, signal.SIG_DFL)  # the trainer's handler would only set a flag
         time.sleep(10 if local_rank == "0" else 20)
     _discard_unwritable()
     _print_error(message)

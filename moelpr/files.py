@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Buffer, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import filelock
 import psutil
@@ -92,6 +93,13 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Like json.loads, but half a surrogate pair is a ValueError too: text that contains it can't be written."""
+    content = json.loads(text)
+    json.dumps(content, ensure_ascii=False).encode()
+    return content
+
+
 def read_versioned[T](path: Path, version: int, build: Callable[..., T]) -> T:
     """Pass the fields of the JSON object in a file to `build` as keyword arguments, without its format_version.
 
@@ -99,7 +107,7 @@ def read_versioned[T](path: Path, version: int, build: Callable[..., T]) -> T:
         UserError: the file has another version, or `build` rejects the fields.
     """
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_text())
         found = content.pop("format_version", None)
         if found != version:
             raise UserError(f"format_version is {found}, this program reads {version}")

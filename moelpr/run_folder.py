@@ -12,11 +12,11 @@ STOP, FINISHED                      asks the run to stop; marks a run that has m
 .lock                               locked while a run writes to the folder (moelpr.training.run_lock)
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from moelpr.errors import UserError
+from moelpr.files import parse_json
 from moelpr.yaml_files import read_mapping
 
 HF_FOLDER = "hf"
@@ -52,8 +52,7 @@ def as_step(text: str) -> int | None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file; None if the file is missing or damaged."""
     try:
-        content = json.loads(path.read_text())
-        json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair could not be written again
+        content = parse_json(path.read_text())
     except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None

@@ -240,7 +240,7 @@ class RunsCode:
 def replace_object(step: Path, key: str, value: object) -> None:
     """Append the value to the file that contains the object `key`, and point the table of contents to it."""
     metadata = pickle.loads((step / ".metadata").read_bytes())
-    (info,) = (info for index, info in metadata.storage_data.items() if index.fqn.startswith(key))
+    info = next(info for index, info in metadata.storage_data.items() if index.fqn.startswith(key))
     content = io.BytesIO()
     torch.save(value, content)
     with open(step / info.relative_path, "ab") as file:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from moelpr.data.manifest import TokenizerRecord
 from moelpr.data.tokenizer import Tokenizer, load_tokenizer
-from moelpr.errors import UserError
+from moelpr.errors import UserError, deferred_signals
 
 # gigatoken caches every word it has seen; above this size a worker drops its cache.
 _CACHE_BYTES = 64 << 20
@@ -188,7 +188,8 @@ class GigatokenBackend:
         if not self._full_at_bytes:
             self._full_at_bytes = _resident_bytes() + _CACHE_BYTES
         # A worker has one core; the library's own threads did not survive the fork.
-        rows = self._tokenizer.encode_batch(texts, parallel=False).layout
+        with deferred_signals():  # the library calls Python, and panics at its exceptions
+            rows = self._tokenizer.encode_batch(texts, parallel=False).layout
         offsets = np.asarray(rows.offsets.data)
         ids = np.asarray(rows.content.data)[: offsets[-1]]
         return Encoded(ids.astype(np.int32), np.diff(offsets).astype(np.int64))

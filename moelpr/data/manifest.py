@@ -23,7 +23,7 @@ from tqdm import tqdm
 import moelpr
 from moelpr.data.tokenizer import Tokenizer, load_tokenizer, vocabulary_checksum
 from moelpr.errors import UserError
-from moelpr.files import atomic_file
+from moelpr.files import atomic_file, parse_json
 from moelpr.vocabulary_extension import VOCABULARY_EXTENSION_FILE, VocabularyExtension
 
 FORMAT_VERSION = 1
@@ -184,7 +184,7 @@ class Manifest:
         """
         path = manifest_path(prefix)
         try:
-            content = json.loads(path.read_bytes())
+            content = parse_json(path.read_bytes())
         except FileNotFoundError:
             return None
         except (ValueError, RecursionError, OSError) as error:

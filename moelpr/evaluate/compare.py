@@ -20,7 +20,7 @@ from moelpr.checkpoints import checkpoint_chain
 from moelpr.errors import UserError
 from moelpr.evaluate.models import LoadedModel, is_megatron, open_model, read_max_positions, require_hf
 from moelpr.evaluate.scoring import LanguageScore, Settings, score_each
-from moelpr.files import atomic_file, make_folder
+from moelpr.files import atomic_file, make_folder, parse_json
 from moelpr.model_spec import FILE_NAME
 from moelpr.run_folder import HF_FOLDER
 
@@ -178,7 +178,7 @@ class ResultCache:
     def read(self, model: str, name: str, key: Json) -> Json | None:
         """The result computed from exactly `key`, or None, also if the file is damaged."""
         try:
-            content = json.loads(self._path(model, name).read_text(encoding="utf-8")) if self._folder else {}
+            content = parse_json(self._path(model, name).read_bytes()) if self._folder else {}
             is_wanted = content["of"] == {**_VERSION, **key} and content["crc32"] == _checksum(content["result"])
             return content["result"] if is_wanted else None
         except (OSError, ValueError, KeyError, TypeError, RecursionError):

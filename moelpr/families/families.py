@@ -5,7 +5,6 @@ classes are in moe_classes.py.
 """
 
 import argparse
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from moelpr.errors import UserError
 from moelpr.families.moe_classes import GRANITE_MOE, MIXTRAL, MOE_CLASSES, QWEN2_MOE, QWEN3_MOE, MoeClass
 from moelpr.families.tables import NameTable, llama_like_table
+from moelpr.files import parse_json
 from moelpr.model_spec import ModelSpec, MoeSpec
 
 CONFIG_FILE = "config.json"
@@ -42,7 +42,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             )
         raise UserError(f"there is no {path}; pass the folder that hf download NAME --local-dir DIR made")
     try:
-        config = json.loads(path.read_text())
+        config = parse_json(path.read_text())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); download it again") from error
     if not isinstance(config, dict):

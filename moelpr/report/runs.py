@@ -1,6 +1,5 @@
 """What a report is made from: run folders, results per language, verified conversions, and claims."""
 
-import json
 import math
 import statistics
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moelpr.errors import UserError
+from moelpr.files import parse_json
 from moelpr.report.plots import Curve, Interval, percent
 from moelpr.run_folder import COMMAND_FILE, FINISHED_FILE, METRICS_FILE, VERSIONS_FILE, read_json, read_settings
 from moelpr.run_metrics import Record, RunMetrics, mean_of, read_run_metrics
@@ -206,7 +206,7 @@ def read_evaluations(paths: Iterable[Path]) -> Results:
     results = Results()
     for path in paths:
         with _named("--evaluation", path, "a JSON file that `python -m moelpr.evaluate` wrote"):
-            _add(results, json.loads(path.read_text(encoding="utf-8")))
+            _add(results, parse_json(path.read_bytes()))
     return results
 
 
@@ -265,7 +265,7 @@ def read_verifications(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
     for path in paths:
         with _named("--verification", path, "the output of `checkpoint_convert/verify.py A B --json`"):
             lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("{")]
-            check = json.loads(lines[-1])
+            check = parse_json(lines[-1])
             names = ("same_next_token", "max_abs_diff", "max_abs_logit_diff")
             check |= {name: float(check[name]) for name in names if check.get(name) is not None}
             checks[path.stem] = {**check, "equal": bool(check["equal"]), "num_tensors": int(check["num_tensors"])}

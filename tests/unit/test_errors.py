@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.errors import CommandParser, MachineError, UserError, run_command
+from moelpr.errors import CommandParser, MachineError, UserError, deferred_signals, run_command
 
 
 def fail_with(error: BaseException):  # noqa: ANN201
@@ -268,3 +268,17 @@ del above
 """
     done = run_in_shell("$PROGRAM", code)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_deferred_signal_is_handled_after_the_block(number: int) -> None:
+    reached = []
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else ZeroDivisionError):
+        before = signal.signal(signal.SIGTERM, lambda *_: 1 // 0)
+        try:
+            with deferred_signals():
+                signal.raise_signal(number)
+                reached.append(number)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    assert reached == [number]

@@ -98,6 +98,7 @@ class Series:
 
     name: str
     settings: Mapping[str, Sequence[tuple[float, float]]]
+    is_joined: bool = True  # by a line through the means
 
 
 @_styled
@@ -226,7 +227,8 @@ def trade_off_chart(title: str, series: Sequence[Series], *, x_axis: str, y_axis
             (finite_mean(x for x, _ in points), finite_mean(y for _, y in points)) for points in one.settings.values()
         ]
         axes.plot(
-            *zip(*means, strict=True), color=color, linestyle=_DASHES[number % len(_DASHES)], linewidth=2,
+            *zip(*means, strict=True), color=color, linewidth=2,
+            linestyle=_DASHES[number % len(_DASHES)] if one.is_joined else "",
             marker=marker, markersize=8, label=one.name,
         )  # fmt: skip
         for (label, points), mean in zip(one.settings.items(), means, strict=True):

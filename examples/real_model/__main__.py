@@ -29,16 +29,15 @@ def main() -> None:
     parser = CommandParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--run", type=Path, default=Path("runs/real-model"), metavar="DIR", help="output folder (default: %(default)s)")
-    add("--base", type=Path, metavar="DIR", help="Hugging Face directory (default: SmolLM2-135M, downloaded)")
+    add("--base", type=Path, metavar="DIR", help="Hugging Face directory (default: SmolLM2-135M, which is downloaded)")
     tokens = "tokens of stage 1, full fine-tuning and LoRA; other steps in proportion (default: %(default)s)"
     add("--tokens", type=int, default=TOKENS, metavar="N", help=tokens)
     add("--only", nargs="+", choices=list(SETTINGS), metavar="NAME",
         help=f"settings to train (default: all: {', '.join(SETTINGS)})")  # fmt: skip
-    add("--cache", type=Path, metavar="DIR", help="folder for downloads (default: ~/.cache/moelpr)")
     add("--list", action="store_true", help="list the steps, whether they are done, and their time; start nothing")
     args = parser.parse_args()
     os.chdir(ROOT)
-    tasks = Tasks(args.run, args.base or args.run / "base-hf", args.tokens, args.cache)
+    tasks = Tasks(args.run, args.base, args.tokens)
     chosen = [task for task in tasks.all() if not args.only or task.settings & set(args.only)]
     run = Steps(args.run)
     if args.list:

@@ -70,10 +70,11 @@ class Task:
 
 
 class Tasks:
-    """All tasks, for a run folder that contains the text."""
+    """All tasks of a run folder."""
 
-    def __init__(self, run: Path, base: Path, tokens: int = TOKENS, cache: Path | None = None) -> None:
-        self.run, self.base, self.tokens, self.cache = run, base, tokens, cache
+    def __init__(self, run: Path, base: Path | None = None, tokens: int = TOKENS) -> None:
+        """`base`: Hugging Face directory; by default SmolLM2-135M, which is downloaded."""
+        self.run, self.base, self.tokens = run, base or run / "base-hf", tokens
         self.corpus, self.text, self.data = run / "corpus", run / "text", run / "data"
 
     def all(self) -> list[Task]:
@@ -101,10 +102,11 @@ class Tasks:
         return tasks
 
     def _text(self) -> list[Task]:
-        """Validation part and prompts, and one corpus per language group."""
+        """Base and text, the validation part and prompts, and one corpus per language group."""
         everyone = frozenset(SETTINGS)
         tasks = [
-            Task("split", everyone, lambda: ["-m", "examples.real_model.split", "--run", self.run, "--overwrite"], 0.2)
+            Task("text", everyone, lambda: ["-m", "examples.real_model.text", self.run], 3, 2, 1.2),
+            Task("split", everyone, lambda: ["-m", "examples.real_model.split", "--run", self.run, "--overwrite"], 0.2),
         ]
         for group, languages in (("original", ORIGINAL), ("expanded", EXPANDED)):
             command: Command = [

@@ -105,9 +105,12 @@ class Tasks:
         """Base and text, the validation part and prompts, and one corpus per language group."""
         everyone = frozenset(SETTINGS)
         tasks = [
-            Task("text", everyone, lambda: ["-m", "examples.real_model.text", self.run], 3, 2, 1.2),
+            Task("text", everyone, lambda: ["-m", "examples.real_model.text", "--run", self.run], 3, 2, 0.3),
             Task("split", everyone, lambda: ["-m", "examples.real_model.split", "--run", self.run, "--overwrite"], 0.2),
         ]
+        if self.base == self.run / "base-hf":
+            download: Command = ["-m", "examples.real_model.base", "--run", self.run]
+            tasks.insert(0, Task("base", everyone, lambda: download, 1, 2, 1))
         for group, languages in (("original", ORIGINAL), ("expanded", EXPANDED)):
             command: Command = [
                 *("data_tools/preprocess_data.py", "--input", *(self.text / f"train.{x}.jsonl" for x in languages)),

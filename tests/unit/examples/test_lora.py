@@ -1,0 +1,69 @@
+"""LoRA on the trainer's samples: an interrupted run continues where it was, and only adapters change."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+pytest.importorskip("peft", reason="peft is not installed: examples/real_model/install.sh")
+
+from examples.real_model import lora
+from moelpr.run_metrics import read_run_metrics
+
+STEPS = 4
+
+
+class Samples(torch.utils.data.Dataset):
+    """Random tokens; reading sample `breaks_at` fails."""
+
+    def __init__(self, breaks_at: int = -1) -> None:
+        self.tokens = torch.randint(64, (STEPS * lora.BATCH, 17), generator=torch.Generator().manual_seed(0))
+        self.breaks_at = breaks_at
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if index == self.breaks_at:
+            raise KeyboardInterrupt
+        return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=64, num_key_value_heads=2, tie_word_embeddings=True, **shape)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def trained(base: Path, run: Path, samples: Samples) -> dict[str, torch.Tensor]:
+    model = lora.add_adapters(base, None, seed=1)
+    lora.train(model, samples, run, STEPS, 1e-2, seed=1)
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_an_interrupted_run_ends_with_the_same_bits(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lora, "SAVE_INTERVAL", 2)
+    whole = trained(base, tmp_path / "whole", Samples())
+    # The smallest dimension of a layer is that of keys and values, 16.
+    assert "rank 16, " in capsys.readouterr().out
+    with pytest.raises(KeyboardInterrupt):
+        trained(base, tmp_path / "run", Samples(breaks_at=3 * lora.BATCH))
+    resumed = trained(base, tmp_path / "run", Samples())
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+    steps = [read_run_metrics(tmp_path / name / "metrics.jsonl").steps for name in ("whole", "run")]
+    assert [step["iteration"] for step in steps[1]] == [1, 2, 3, 4]
+    assert [step["lm_loss"] for step in steps[0]] == [step["lm_loss"] for step in steps[1]]
+
+    start = LlamaForCausalLM.from_pretrained(base).state_dict()
+    for name, tensor in whole.items():
+        if "lora_" in name:
+            assert tensor.abs().max() > 0
+        else:
+            plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            assert torch.equal(tensor, start[plain]), name

@@ -8,7 +8,7 @@ documents, paired with base.
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from examples.real_model.settings import (
 )
 from examples.real_model.tasks import best_rate, searched_changes
 from moelpr.errors import UserError
+from moelpr.evaluate.harness import Benchmark
 from moelpr.evaluate.results import Estimate, estimates, interval_of, mean
 from moelpr.evaluate.scoring import LanguageScore
 from moelpr.run_metrics import read_run_metrics
@@ -78,7 +79,7 @@ def collect(run: Path) -> Json:
             results["missing"].append(f"{setting.label}: {left}")
     results["routing"] = routing(run, kinds["out"])
     results["continuations"] = _json(run / "continuations" / "results.json").get("continuations", {})
-    results["cloze"] = cloze(_json(run / "cloze" / "harness.json"))
+    results["cloze"] = cloze(_json(run / "scores" / "harness.json"))
     return results
 
 
@@ -164,14 +165,16 @@ def routing(run: Path, kinds: list[str]) -> Json:
 
 
 def cloze(harness: Json) -> Json:
-    """Model -> language -> [accuracy, standard error], in percent."""
-    return {model: dict(_accuracies(found["scores"])) for model, found in harness.get("models", {}).items()}
-
-
-def _accuracies(scores: Mapping[str, Mapping[str, float]]) -> Iterator[tuple[str, list[float]]]:
-    for task, metrics in sorted(scores.items()):
-        metric = "acc" if "acc" in metrics else "acc_norm"
-        yield task, [round(100 * metrics[metric], 2), round(100 * metrics.get(f"{metric}_stderr", 0.0), 2)]
+    """Model -> benchmark -> language -> [score, standard error], in percent."""
+    found: Json = {}
+    for model, result in harness.get("models", {}).items():
+        for name, benchmark in harness["benchmarks"].items():
+            read = Benchmark(name, benchmark["num_fewshot"], benchmark["metric"], benchmark["tasks"])
+            for language in benchmark["tasks"]:
+                score = read.score(language, result["scores"])
+                row = found.setdefault(model, {}).setdefault(name, {})
+                row[language] = [round(score["value"], 2), round(score["stderr"], 2)]
+    return found
 
 
 def _routed(scores: Mapping[str, LanguageScore], language: str, kind: str) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 from examples.frontier_results import value_range
 from examples.real_model.measurements import GROUPS, collect
-from examples.real_model.settings import EXPANDED, LANGUAGES, ORIGINAL, SETTINGS
+from examples.real_model.settings import LANGUAGES, SETTINGS
 from examples.real_model.signs import change, signs
 from moelpr.files import write_text
 from moelpr.languages import language_name
@@ -84,7 +84,6 @@ def routing_chart(results: Json) -> str:
             SETTINGS[name].label,
             {language_name(x): found["original_first_share"][x] for x in LANGUAGES},
             [str(layer) for layer in found["layers"]],
-            column_groups={"original": len(ORIGINAL), "expanded": len(EXPANDED)},
         )
         for name, found in results["routing"].items()
     ]
@@ -198,16 +197,16 @@ def _rates(results: Json) -> str:
 
 
 def _cloze(results: Json) -> str:
-    """Scores of the multiple-choice task."""
-    if not results["cloze"]:
-        return ""
-    tasks = list(dict.fromkeys(task for scores in results["cloze"].values() for task in scores))
-    rows = [
-        [CONTINUED.get(model, model), *(f"{scores[task][0]:.1f} ± {scores[task][1]:.1f}" for task in tasks)]
-        for model, scores in results["cloze"].items()
-    ]
-    table = terminal_table(Table(["cloze, % right ± standard error", *tasks], rows))
-    return f"{table}\n\nThe right continuation of a held-out text among four; guessing gives 25%."
+    """Scores of the multiple-choice task, a table per benchmark."""
+    tables = []
+    for name in dict.fromkeys(name for scores in results["cloze"].values() for name in scores):
+        rows = [
+            [CONTINUED.get(model, model), *(f"{scores[name][x][0]:.1f} ± {scores[name][x][1]:.1f}" for x in LANGUAGES)]
+            for model, scores in results["cloze"].items()
+        ]
+        tables.append(terminal_table(Table([f"{name}, % right", *map(language_name, LANGUAGES)], rows)))
+    note = "The right continuation of a held-out text among four, ± standard error; guessing gives 25%."
+    return "\n\n".join([*tables, note]) if tables else ""
 
 
 def _continuations(results: Json) -> str:

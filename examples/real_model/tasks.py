@@ -45,7 +45,7 @@ PROMPTS = 3  # per language
 CONTINUED = (BASE, "copies-seed-1", "full", "lora")  # models whose continuations and cloze scores are shown
 # Tokens per second on two cores of a Xeon with AVX-512 and bf16 matrix products.
 RATE_OF = {"stage1": 155, "stage2": 200, "dense": 250, "lora": 250, "plain": 130, "evaluate": 320, "cloze": 500}
-EVALUATION_TOKENS, CLOZE_TOKENS = 150_000, 500 * 6 * 4 * 60
+EVALUATION_TOKENS, CLOZE_TOKENS = 150_000, 500 * 6 * 4 * 60  # of a model
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ class Tasks:
             *self._stage2("random", first),
             *self._stage2("reference", first),
             *self._plain(),
+            *self._cloze(),
             *(task for seed in rest for name in ("copies", "one-copy", "no-lpr") for task in self._stage2(name, seed)),
             *(task for seed in rest for name in ("random", "reference") for task in self._stage2(name, seed)),
             *self._searched("lora-16"),
@@ -193,6 +194,26 @@ class Tasks:
             return ["-m", "moelpr.evaluate", *self._exports(), *data, *options]
 
         return [*tasks, Task("continuations", frozenset({"copies", "full", "lora"}), command, 5, blocks=False)]
+
+    def _cloze(self) -> list[Task]:
+        """The multiple-choice task, and up to four models' scores on it."""
+        users = frozenset({"copies", "full", "lora"})
+        write: Command = ["-m", "examples.real_model.cloze", "--run", self.run]
+        folder = self.run / "cloze"
+
+        def command() -> Command:
+            return [
+                *("-m", "moelpr.evaluate", "harness", *self._exports(), "--tasks", folder / "tasks.yaml"),
+                *("--include-path", folder / "tasks", "--languages", ",".join(LANGUAGES)),
+                *("--original-languages", ",".join(ORIGINAL), "--dtype", "bfloat16", "--batch-size", "16"),
+                *("--output", self.run / "scores"),
+            ]
+
+        minutes = len(CONTINUED) * CLOZE_TOKENS / RATE_OF["cloze"] / 60
+        return [
+            Task("cloze", users, lambda: write, 0.2, blocks=False),
+            Task("evaluate-cloze", users, command, minutes, blocks=False, variables={"HF_HUB_OFFLINE": "1"}),
+        ]
 
     def _exports(self) -> Command:
         """The models of CONTINUED that are there."""

@@ -60,10 +60,21 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     assert [step["iteration"] for step in steps[1]] == [1, 2, 3, 4]
     assert [step["lm_loss"] for step in steps[0]] == [step["lm_loss"] for step in steps[1]]
 
+
+def test_only_adapters_change_and_the_merged_model_is_the_base_plus_their_product(base: Path, tmp_path: Path) -> None:
+    model = lora.add_adapters(base, 3, seed=1)
+    lora.train(model, Samples(), tmp_path / "run", STEPS, 1e-2, seed=1)
+    model.save_pretrained(tmp_path / "adapter")
+    lora.save_merged(base, tmp_path / "adapter", tmp_path / "merged")
     start = LlamaForCausalLM.from_pretrained(base).state_dict()
-    for name, tensor in whole.items():
-        if "lora_" in name:
-            assert tensor.abs().max() > 0
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    parts = {name.removeprefix("base_model.model."): tensor for name, tensor in model.state_dict().items()}
+    for name, tensor in start.items():
+        layer = name.removesuffix(".weight")
+        if f"{layer}.lora_A.default.weight" in parts:
+            product = parts[f"{layer}.lora_B.default.weight"] @ parts[f"{layer}.lora_A.default.weight"]
+            assert product.abs().max() > 0
+            torch.testing.assert_close(merged[name], tensor + 2 * product, rtol=0, atol=1e-6)
+            assert torch.equal(parts[f"{layer}.base_layer.weight"], tensor.bfloat16())
         else:
-            plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
-            assert torch.equal(tensor, start[plain]), name
+            assert torch.equal(merged[name], tensor), name

@@ -33,12 +33,13 @@ def main() -> None:
     tokens = "tokens of stage 1, full fine-tuning and LoRA; other steps in proportion (default: %(default)s)"
     add("--tokens", type=int, default=TOKENS, metavar="N", help=tokens)
     add("--only", nargs="+", choices=list(SETTINGS), metavar="NAME",
-        help=f"settings to train (default: all: {', '.join(SETTINGS)})")  # fmt: skip
+        help=f"settings to train (default: all but lora-16: {', '.join(SETTINGS)})")  # fmt: skip
     add("--list", action="store_true", help="list the steps, whether they are done, and their time; start nothing")
     args = parser.parse_args()
     os.chdir(ROOT)
     tasks = Tasks(args.run, args.base, args.tokens)
-    chosen = [task for task in tasks.all() if not args.only or task.settings & set(args.only)]
+    names = set(args.only or [setting.name for setting in SETTINGS.values() if not setting.is_extra])
+    chosen = [task for task in tasks.all() if task.settings & names]
     run = Steps(args.run)
     if args.list:
         print(list_of(chosen, run))

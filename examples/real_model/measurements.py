@@ -67,7 +67,7 @@ def collect(run: Path) -> Json:
         if setting.name == BASE:
             continue
         if not done:
-            results["missing"].append(setting.label)
+            results["missing"] += [] if setting.is_extra else [setting.label]
             continue
         results["settings"][setting.name] = {
             "label": setting.label,

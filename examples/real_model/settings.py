@@ -34,12 +34,14 @@ class Setting:
     Attributes:
         stage1: the run that its models started from; "" if they started from the base.
         seeds: number of models, which differ in the order of the text.
+        is_extra: only trained if --only names it.
     """
 
     name: str
     label: str
     stage1: str = ""
     seeds: int = 1
+    is_extra: bool = False
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -63,10 +65,10 @@ SETTINGS = {
         Setting("one-copy-stage1", "MoE-LPR, 1 copy (the paper), stage 1"),
         Setting("one-copy", "MoE-LPR, 1 copy (the paper)", "one-copy-stage1", len(SEEDS)),
         Setting("no-lpr", "1 copy, no LPR loss", "one-copy-stage1", len(SEEDS)),
-        Setting("random", "1 copy, new experts random", "random-stage1", len(SEEDS)),
+        Setting("random", "1 copy, new experts random", "random-stage1"),
         Setting("reference", "1 copy, reference LPR loss", "one-copy-stage1", len(SEEDS)),
         Setting("plain", "plain MoE, everything trained"),
-        Setting("lora-16", f"LoRA, rank {LORA_16}"),
+        Setting("lora-16", f"LoRA, rank {LORA_16}", is_extra=True),
     )
 }
 

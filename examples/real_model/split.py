@@ -14,7 +14,7 @@ from moelpr.errors import CommandParser, UserError, run_command
 from moelpr.files import atomic_directory, refuse_existing
 
 EVERY = 50  # documents; one of them is set aside
-MOST = 60  # documents of the validation part, per language
+MOST = 24  # documents of the validation part, per language
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ pytest.importorskip("peft", reason="peft is not installed: examples/real_model/i
 
 from examples.real_model import lora
 from moelpr.run_metrics import read_run_metrics
+from tests.hf_models import save_tokenizer
 
 STEPS = 4
 
@@ -36,6 +37,7 @@ def base(tmp_path: Path) -> Path:
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=64, num_key_value_heads=2, tie_word_embeddings=True, **shape)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base", 64)
     return tmp_path / "base"
 
 

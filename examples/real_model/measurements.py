@@ -29,7 +29,6 @@ from examples.real_model.settings import (
 )
 from examples.real_model.tasks import best_rate, searched_changes
 from moelpr.errors import UserError
-from moelpr.evaluate.harness import Benchmark
 from moelpr.evaluate.results import Estimate, estimates, interval_of, mean
 from moelpr.evaluate.scoring import LanguageScore
 from moelpr.run_metrics import read_run_metrics
@@ -166,15 +165,13 @@ def routing(run: Path, kinds: list[str]) -> Json:
 
 def cloze(harness: Json) -> Json:
     """Model -> benchmark -> language -> [score, standard error], in percent."""
-    found: Json = {}
-    for model, result in harness.get("models", {}).items():
-        for name, benchmark in harness["benchmarks"].items():
-            read = Benchmark(name, benchmark["num_fewshot"], benchmark["metric"], benchmark["tasks"])
-            for language in benchmark["tasks"]:
-                score = read.score(language, result["scores"])
-                row = found.setdefault(model, {}).setdefault(name, {})
-                row[language] = [round(score["value"], 2), round(score["stderr"], 2)]
-    return found
+    return {
+        model: {
+            name: {x: [round(score["value"], 2), round(score["stderr"], 2)] for x, score in by_language.items()}
+            for name, by_language in result["scores"].items()
+        }
+        for model, result in harness.get("models", {}).items()
+    }
 
 
 def _routed(scores: Mapping[str, LanguageScore], language: str, kind: str) -> Any:

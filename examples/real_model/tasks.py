@@ -147,7 +147,7 @@ class Tasks:
         return [train, self._evaluate(model)]
 
     def _plain(self) -> list[Task]:
-        """Stage 1 with everything trained; two ranks share the optimizer, whose states would take 9 GiB on one."""
+        """Stage 1 with everything trained; the ranks share the optimizer and take a sequence at a time, for memory."""
         options = ("--train-everything", "--use-distributed-optimizer")
         train = self._train(
             *("plain", "stage1", self.run / "upcycled-one-copy", {"expanded": 1}, steps_of(self.tokens), STAGE1_RATE),
@@ -242,7 +242,8 @@ class Tasks:
                 *(f"launch/{stage}.sh", "--pretrained-checkpoint", start, "--data-path", *parts),
                 *("--save", self.run / model, "--train-iters", str(steps), "--seed", str(seed), "--bf16"),
                 *("--seq-length", str(SEQUENCE_LENGTH), "--global-batch-size", str(BATCH)),
-                *("--micro-batch-size", str(MICRO_BATCH), "--lr", f"{value:g}", "--min-lr", f"{minimum_rate(value):g}"),
+                *("--micro-batch-size", str(MICRO_BATCH // ranks), "--lr", f"{value:g}"),
+                *("--min-lr", f"{minimum_rate(value):g}"),
                 *("--lr-decay-style", "cosine", "--lr-warmup-iters", str(warmup_steps(steps))),
                 *("--weight-decay", "0", "--adam-beta2", str(BETA2), "--log-interval", "10"),
                 # No saved step but the last is kept.

@@ -219,6 +219,14 @@ def test_the_page_shows_ranges_over_seeds_and_names_what_is_missing(run: Path) -
     assert "stage 2: −38.0% and +0.2%" in svg.replace("\n", " ")
 
 
+def test_scores_of_the_cloze_task_stand_on_the_page(run: Path) -> None:
+    by_language = {language: {"value": 50.0 + number, "stderr": 2.5} for number, language in enumerate(LANGUAGES)}
+    (run / "scores").mkdir()
+    (run / "scores" / "harness.json").write_text(json.dumps({"models": {"full": {"scores": {"Cloze": by_language}}}}))
+    row = next(line for line in section(collect(run)).splitlines() if "51.0 ± 2.5" in line)
+    assert row.startswith("| full fine-tuning") and row.count("±") == len(LANGUAGES)
+
+
 def test_parameters_are_those_a_run_printed() -> None:
     assert parameters("x\nall        238,965,120     134,515,008\n") == (238_965_120, 373_480_128)
     assert parameters("rank 192, 58,613,760 trained parameters of 134,515,008\n") == (58_613_760, 134_515_008)

@@ -1,15 +1,19 @@
 # Needs git, make, a C++ compiler and Python 3.12 or 3.13 somewhere on PATH; .venv is made on the way.
 
-SHELL_SCRIPTS := .ci/run $(shell find launch tests -name '*.sh' -o -name '*.sbatch')
+SHELL_SCRIPTS := .ci/run $(shell find examples launch tests -name '*.sh' -o -name '*.sbatch')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults test-slurm test-browser test-mergekit test-readers gpu-check check format venv clean
+.PHONY: help demo results test test-faults test-slurm test-browser test-mergekit test-readers gpu-check check format venv clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 16
 
 demo: venv ## real text, base, two stages, export and report in runs/demo
 	.venv/bin/python -m examples.demo
+
+results: venv ## all settings on a real pretrained model, up to ten hours on 2 cores; RESULTS="--only copies full" for fewer
+	examples/real_model/install.sh
+	.venv-real-model/bin/python -m examples.real_model $(RESULTS)
 
 test: venv ## the default test suite: no network, no GPU
 	.venv/bin/python -m pytest

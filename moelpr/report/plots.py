@@ -98,6 +98,7 @@ class Series:
 
     name: str
     settings: Mapping[str, Sequence[tuple[float, float]]]
+    is_joined: bool = True  # by a line through the means
 
 
 @_styled
@@ -219,19 +220,21 @@ def trade_off_chart(title: str, series: Sequence[Series], *, x_axis: str, y_axis
     """Settings of which each has two relative changes: a line through the means, and a faint mark per repetition."""
     figure, axes = _axes(400, 260)
     axes.set_title(title, pad=14 + 18 * math.ceil(len(series) / 2))
-    described = []
+    described: list[str] = []
+    labels: list[tuple[str, tuple[float, float]]] = []
     for number, one in enumerate(series):
         color, marker = SERIES[number % len(SERIES)], _MARKERS[number % len(_MARKERS)]
         means = [
             (finite_mean(x for x, _ in points), finite_mean(y for _, y in points)) for points in one.settings.values()
         ]
         axes.plot(
-            *zip(*means, strict=True), color=color, linestyle=_DASHES[number % len(_DASHES)], linewidth=2,
+            *zip(*means, strict=True), color=color, linewidth=2,
+            linestyle=_DASHES[number % len(_DASHES)] if one.is_joined else "",
             marker=marker, markersize=8, label=one.name,
         )  # fmt: skip
         for (label, points), mean in zip(one.settings.items(), means, strict=True):
             axes.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=4, alpha=0.5, linestyle="")
-            _label(axes, label, mean, (9, 9), from_left=False, fontsize=12)
+            labels.append((label, mean))
             described.append(f"{one.name}, {label}: {percent(mean[0])} and {percent(mean[1])}")
     axes.axhline(0, color=INK, linewidth=1.2)
     axes.grid()
@@ -240,7 +243,27 @@ def trade_off_chart(title: str, series: Sequence[Series], *, x_axis: str, y_axis
         axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))  # as fine as the tenths of a percent of the labels
         axis.set_major_formatter(lambda value, _: percent(value) if round(value, 9) else "0")
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.3)
+    _label_points(axes, labels)
     return _to_svg(figure, title, "; ".join(described), bbox_inches="tight")
+
+
+def _label_points(axes: Axes, labels: Sequence[tuple[str, tuple[float, float]]]) -> None:
+    """Write each label beside its point (x, y), where it covers no other; a line leads to one that is far off."""
+    axes.get_xlim(), axes.get_ylim()  # they make matplotlib choose the limits, which the positions depend on
+    points = [axes.transData.transform(place) * 72 / axes.figure.dpi for _, place in labels]
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in points]  # left, low, right, high in pixels
+    shifts = [(side * 9, up * far) for far in range(9, 120, 15) for side in (1, -1) for up in (1, -1)]
+    for (text, place), (x, y) in zip(labels, points, strict=True):
+        width = _width([text], 12)
+        for across, up in shifts:
+            left = x + across - (width if across < 0 else 0)
+            box = (left, y + up - 8, left + width, y + up + 8)
+            if not any(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in taken):
+                break
+        taken.append(box)
+        line = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.7, "shrinkB": 4} if abs(up) > 9 else None
+        style = {"ha": "right" if across < 0 else "left", "arrowprops": line}
+        _label(axes, text, place, (across, up), from_left=False, fontsize=12, **style)
 
 
 @_styled

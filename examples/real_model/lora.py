@@ -1,0 +1,187 @@
+"""LoRA by peft, on the samples of a corpus in the trainer's order: what most people would do instead.
+
+python -m examples.real_model.lora --base DIR --data-path PREFIX --run DIR --save DIR --train-iters 160 --lr 1e-3
+
+Adapters on all linear layers but the output layer, with alpha = 2 rank. The default rank is the smallest dimension of
+these layers, beyond which an adapter no longer restricts anything. --run gets checkpoints, from which a rerun
+continues, metrics.jsonl and the adapter; --save the base with the adapter merged into it, as a Hugging Face directory.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from examples.real_model.settings import BATCH, BETA2, MICRO_BATCH, SEQUENCE_LENGTH, minimum_rate, warmup_steps
+from moelpr import machine
+from moelpr.data.manifest import Manifest
+from moelpr.errors import CommandParser, UserError, run_command
+from moelpr.files import atomic_directory, make_folder, write_text
+
+SAVE_INTERVAL = 40  # steps
+
+
+def main() -> None:
+    parser = CommandParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--base", type=Path, required=True, metavar="DIR", help="Hugging Face directory")
+    add("--data-path", type=Path, required=True, metavar="PREFIX", help="corpus, as of the trainer")
+    add("--run", type=Path, required=True, metavar="DIR", help="folder for checkpoints, metrics and the adapter")
+    add("--save", type=Path, required=True, metavar="DIR", help="Hugging Face directory to write")
+    add("--train-iters", type=int, required=True, metavar="N", help="optimizer steps")
+    add("--lr", type=float, required=True, metavar="RATE", help="learning rate")
+    add("--rank", type=int, metavar="R", help="rank of the adapters (default: the smallest dimension of a layer)")
+    add("--seed", type=int, default=1, metavar="N", help="of the adapters and of the order (default: %(default)s)")
+    args = parser.parse_args()
+    if Manifest.read(str(args.data_path)) is None:
+        raise UserError(f"--data-path {args.data_path} is not a corpus; make one with data_tools/preprocess_data.py")
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise UserError("peft is not installed; run examples/real_model/install.sh") from error
+    model = add_adapters(args.base, args.rank, args.seed)
+    samples = PackedSamples(args.data_path, args.train_iters * BATCH, args.seed, model.config.vocab_size)
+    train(model, samples, args.run, args.train_iters, args.lr, args.seed)
+    model.save_pretrained(args.run / "adapter")
+    save_merged(args.base, args.run / "adapter", args.save)
+
+
+class PackedSamples(Dataset):
+    """The trainer's samples of a corpus, in its order: those that stage 1 with the same seed reads.
+
+    A sample has a token more than its length, because transformers shifts the labels itself.
+    """
+
+    def __init__(self, prefix: Path, number: int, seed: int, vocab_size: int) -> None:
+        from moelpr.megatron_patches import cpu
+
+        cpu.install()  # before Megatron is imported; does nothing if there is a GPU
+        from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+        from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+
+        from moelpr.data.dataset import TaggedGPTDataset, TokenIds
+
+        config = GPTDatasetConfig(
+            random_seed=seed,
+            sequence_length=SEQUENCE_LENGTH,
+            blend=([str(prefix)], None),
+            split="100,0,0",
+            tokenizer=TokenIds(vocab_size=vocab_size),
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        )
+        self.number = number
+        self._samples, *_ = BlendedMegatronDatasetBuilder(
+            TaggedGPTDataset, [number, 0, 0], lambda: True, config
+        ).build()
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        sample = self._samples[index]
+        tokens = torch.cat([sample["tokens"], sample["labels"][-1:]])
+        return {"input_ids": tokens, "labels": tokens}
+
+
+def add_adapters(base: Path, rank: int | None, seed: int) -> Any:
+    """The base in bf16, which costs a CPU half as much as casting it in every step, with adapters in fp32.
+
+    Prints their rank and number of parameters.
+    """
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, local_files_only=True)
+    output = model.get_output_embeddings()
+    linear = [part for part in model.modules() if isinstance(part, torch.nn.Linear) and part is not output]
+    rank = rank or min(min(part.in_features, part.out_features) for part in linear)
+    torch.manual_seed(seed)
+    whole = model.num_parameters()
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
+    adapted = get_peft_model(model, config)
+    print(f"rank {rank}, {adapted.get_nb_trainable_parameters()[0]:,} trained parameters of {whole:,}", flush=True)
+    return adapted
+
+
+def train(model: Any, samples: PackedSamples, run: Path, steps: int, rate: float, seed: int) -> None:
+    """Train `model` in place, with the trainer's optimizer and schedule, in bf16; continues from a checkpoint."""
+    from transformers import Trainer, TrainingArguments
+
+    make_folder(run)
+    arguments = TrainingArguments(
+        output_dir=str(run),
+        max_steps=steps,
+        per_device_train_batch_size=MICRO_BATCH,
+        gradient_accumulation_steps=BATCH // MICRO_BATCH,
+        learning_rate=rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr": minimum_rate(rate)},
+        warmup_steps=warmup_steps(steps),
+        weight_decay=0.0,
+        adam_beta2=BETA2,
+        max_grad_norm=1.0,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        seed=seed,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        logging_steps=1,
+        save_steps=SAVE_INTERVAL,
+        save_total_limit=1,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    trainer = Trainer(model, arguments, train_dataset=samples, callbacks=[_metrics_writer(run / "metrics.jsonl")])
+    trainer.train(resume_from_checkpoint=any(run.glob("checkpoint-*")))
+    write_text(run / "FINISHED", f"{steps}\n")
+
+
+def save_merged(base: Path, adapter: Path, save: Path) -> None:
+    """Write the base, in its own dtype, with the adapter merged into it."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", local_files_only=True)
+    with atomic_directory(save) as temporary:
+        PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(base, local_files_only=True).save_pretrained(temporary)
+
+
+def _metrics_writer(path: Path) -> Any:
+    """A callback that writes a line per step, as the trainer does."""
+    from transformers import TrainerCallback
+
+    class Writer(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.last = time.monotonic()
+
+        def on_log(self, _: Any, state: Any, __: Any, logs: dict[str, float], **___: Any) -> None:
+            if "loss" not in logs:
+                return
+            now = time.monotonic()
+            peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else machine.peak_memory(os.getpid())
+            record = {
+                "iteration": state.global_step,
+                "lm_loss": logs["loss"],
+                "learning_rate": logs["learning_rate"],
+                "grad_norm": logs["grad_norm"],
+                "step_time_s": now - self.last,
+                "consumed_tokens": state.global_step * BATCH * SEQUENCE_LENGTH,
+                "peak_memory_gib": peak / 2**30,
+            }
+            self.last = now
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+    return Writer()
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,239 @@
+"""The page of the real model as Markdown and charts, from the numbers of `examples.real_model.measurements`."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from examples.frontier_results import value_range
+from examples.real_model.measurements import GROUPS, collect
+from examples.real_model.settings import LANGUAGES, SETTINGS
+from examples.real_model.signs import change, signs
+from moelpr.files import write_text
+from moelpr.languages import language_name
+from moelpr.report.page import Row, Table, terminal_table
+from moelpr.report.plots import Interval, Panel, Series, heat_maps, percent, trade_off_chart
+
+Json = Mapping[str, Any]
+NAME = "real-model"
+PARTS = {"in": "trained kinds", "out": "other kinds"}
+CONTINUED = {"base": "base", "copies-seed-1": "MoE-LPR, K copies", "full": "full fine-tuning", "lora": "LoRA"}
+# Line of the chart -> its settings; only stages of the same training are joined.
+CHART = {
+    "MoE-LPR, K copies": {"stage 1": "copies-stage1", "stage 2": "copies"},
+    "MoE-LPR, 1 copy (the paper)": {"stage 1": "one-copy-stage1", "stage 2": "one-copy"},
+    "1 copy, changed": {"no LPR loss": "no-lpr", "random experts": "random", "reference loss": "reference"},
+    "no frozen original": {"full fine-tuning": "full", "plain MoE": "plain"},
+    "LoRA": {"largest rank": "lora", "rank 16": "lora-16"},
+}
+JOINED = 2  # of these
+_NUMBERS = re.compile(r"\[\s+(-?[\d.e-]+(?:,\s+-?[\d.e-]+)*)\s+\]")  # a list of numbers over several lines
+
+
+def write_results(run: Path) -> None:
+    """Write what is done as real-model.json, .md and .svg into the queue's folder."""
+    results = collect(run)
+    write_text(run / f"{NAME}.json", dump(results))
+    write_text(run / f"{NAME}.md", section(results) + "\n")
+    for name, svg in charts(results).items():
+        write_text(run / f"{name}.svg", svg + "\n")
+
+
+def dump(results: Json) -> str:
+    """JSON with one line per list of numbers."""
+    text = json.dumps(results, indent=1, ensure_ascii=False)
+    return (
+        re.sub(r"\[\s+(-?[\d.e-]+(?:,\s+-?[\d.e-]+)*)\s+\]", lambda m: "[" + " ".join(m[1].split()) + "]", text) + "\n"
+    )
+
+
+def charts(results: Json) -> dict[str, str]:
+    """File name -> SVG."""
+    found = {NAME: trade_off(results)} if results["settings"] else {}
+    return found | ({f"{NAME}-routing": routing_chart(results)} if results["routing"] else {})
+
+
+def trade_off(results: Json) -> str:
+    """Learning on trained kinds against forgetting on kinds never trained on, per setting and seed."""
+    series = []
+    for number, (name, members) in enumerate(CHART.items()):
+        points = {
+            label: [
+                (model["means"]["in"]["expanded"][0], model["means"]["out"]["original"][0])
+                for model in results["settings"][setting]["models"].values()
+            ]
+            for label, setting in members.items()
+            if setting in results["settings"]
+        }
+        if points:
+            series.append(Series(name, points, is_joined=number < JOINED))
+    return trade_off_chart(
+        "Learning and forgetting on a real model",
+        series,
+        x_axis="expanded languages, trained kinds of text: bits per byte against base",
+        y_axis="original languages, other kinds",
+    )
+
+
+def routing_chart(results: Json) -> str:
+    """First choices that are an original expert, per layer and language, after stage 1 and 2."""
+    panels = [
+        Panel(
+            SETTINGS[name].label,
+            {language_name(x): found["original_first_share"][x] for x in LANGUAGES},
+            [str(layer) for layer in found["layers"]],
+        )
+        for name, found in results["routing"].items()
+    ]
+    title = "Fraction of first choices that are an original expert, kinds never trained on"
+    return heat_maps(title, panels, form="{:.2f}", corner="layer")
+
+
+def section(results: Json) -> str:
+    """Markdown: predictions, then tables, continuations and what is missing."""
+    parts = [_predictions(results), _means(results), _languages(results), _costs(results), _rates(results)]
+    parts += [_cloze(results), _continuations(results), _missing(results)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def readme_line(results: Json) -> str:
+    """One sentence with the means of MoE-LPR and of what it is compared with."""
+    clauses = []
+    for name, label in (("copies", "MoE-LPR"), ("full", "full fine-tuning"), ("lora", "LoRA")):
+        learned, kept = change(results, name, "in", "expanded"), change(results, name, "out", "original")
+        if learned is not None and kept is not None:
+            clauses.append(f"{label}: {percent(learned)} and {percent(kept)}")
+    return (
+        "SmolLM2-135M, bits per byte against base: expanded languages on held-out text of the trained kinds, original "
+        f"languages on kinds never trained on. {'; '.join(clauses)}."
+    )
+
+
+def _predictions(results: Json) -> str:
+    items = [f"- {sign.text}: {sign.verdict} ({sign.numbers})." for sign in signs(results)]
+    return "\n".join(["What the paper would predict, and the bars of this comparison:", "", *items])
+
+
+def _means(results: Json) -> str:
+    columns = [(part, group) for part in PARTS for group in GROUPS]
+    rows = [
+        [
+            setting["label"],
+            *(_over_seeds([model["means"][p][g] for model in setting["models"].values()]) for p, g in columns),
+        ]
+        for setting in results["settings"].values()
+    ]
+    head = ["change against base", *(f"{group}, {PARTS[part]}" for part, group in columns)]
+    kinds = results["kinds"]
+    note = (
+        f"Trained kinds of text: {', '.join(kinds['in'])}; other kinds: {', '.join(kinds['out'])}. In brackets: 95% "
+        "intervals over documents, paired with base, or for several seeds the lowest and highest of their means."
+    )
+    return f"{terminal_table(Table(head, rows))}\n\n{note}"
+
+
+def _over_seeds(intervals: Sequence[Sequence[float]]) -> str:
+    """One seed: the change with its interval. Several: their mean, lowest and highest."""
+    if len(intervals) == 1:
+        return Interval(*intervals[0]).text(percent)
+    values = [value for value, *_ in intervals]
+    return f"{percent(fmean(values))} ({value_range(values)})"
+
+
+def _languages(results: Json) -> str:
+    """A table per kind of text: bits per byte of base, and each setting's change."""
+    tables = []
+    for part, kinds in results["kinds"].items():
+        for kind in kinds:
+            rows: list[list[str]] = [["base, bits per byte"]]
+            rows[0] += [f"{results['base'][f'{x}.{kind}'][0]:.3f}" for x in LANGUAGES]
+            for setting in results["settings"].values():
+                models = setting["models"].values()
+                cells = [_over_seeds([model["change"][f"{x}.{kind}"] for model in models]) for x in LANGUAGES]
+                rows.append([setting["label"], *cells])
+            where = "trained" if part == "in" else "never trained on"
+            head = [f"{kind} ({where})", *map(language_name, LANGUAGES)]
+            tables.append(terminal_table(Table(head, rows)))
+    return "\n\n".join(tables)
+
+
+def _costs(results: Json) -> str:
+    head = [
+        "cost",
+        "trained parameters",
+        "differs from base, bf16",
+        "tokens",
+        "training",
+        "peak memory",
+        "learning rate",
+    ]
+    rows = []
+    for setting in results["settings"].values():
+        cost, millions = setting["cost"], setting["cost"]["trained_parameters"] / 1e6
+        rows.append([
+            setting["label"], f"{millions:.1f}M", f"{2 * millions:,.0f} MB", f"{cost['tokens']:,}",
+            f"{cost['minutes']:.0f} min", f"{cost['peak_memory_gib']:.1f} GiB",
+            ", ".join(f"{rate:g}" for rate in cost["rates"]),
+        ])  # fmt: skip
+    note = "Training of the first seed, stage 1 included, on two cores, without starts, saves and searches."
+    return f"{terminal_table(Table(head, rows))}\n\n{note}"
+
+
+def _rates(results: Json) -> str:
+    """The searches for learning rates."""
+    items = []
+    for setting in results["settings"].values():
+        cost = setting["cost"]
+        if "searched" in cost:
+            tried = ", ".join(f"{rate} {percent(change)}" for rate, change in cost["searched"].items())
+            edge = "; the best is at the edge of what was tried" if cost["is_at_edge"] else ""
+            items.append(f"- {setting['label']}: {tried}{edge}.")
+    title = (
+        "Learning rates, each tried on a quarter of the tokens (mean change of the expanded languages on a validation "
+    )
+    return "\n".join([title + "part of the training text):", "", *items]) if items else ""
+
+
+def _cloze(results: Json) -> str:
+    """Scores of the multiple-choice task, a table per benchmark."""
+    tables = []
+    for name in dict.fromkeys(name for scores in results["cloze"].values() for name in scores):
+        rows = [
+            [CONTINUED.get(model, model), *(f"{scores[name][x][0]:.1f} ± {scores[name][x][1]:.1f}" for x in LANGUAGES)]
+            for model, scores in results["cloze"].items()
+        ]
+        tables.append(terminal_table(Table([f"{name}, % right", *map(language_name, LANGUAGES)], rows)))
+    note = "The right continuation of a held-out text among four, ± standard error; guessing gives 25%."
+    return "\n\n".join([*tables, note]) if tables else ""
+
+
+def _continuations(results: Json) -> str:
+    """Per language, the prompts with each model's continuation side by side."""
+    if not results["continuations"]:
+        return ""
+    models = list(next(iter(results["continuations"].values()))["by_model"])
+    tables = []
+    for language in LANGUAGES:
+        rows = [
+            Row([_cell(found["prompt"]), *(_cell(found["by_model"][model]) for model in models)])
+            for name, found in results["continuations"].items()
+            if name.split(".")[0] == language
+        ]
+        head = [f"{language_name(language)}: first words", *(CONTINUED.get(model, model) for model in models)]
+        tables.append(terminal_table(Table(head, rows, text_columns=range(1, len(head)))))
+    note = "Greedy continuations of held-out documents, up to 40 tokens. A few samples do not show quality."
+    return "\n\n".join(["<details><summary>Continuations</summary>", note, *tables, "</details>"])
+
+
+def _cell(text: str) -> str:
+    """Text that can stand in a Markdown table."""
+    shown = " ".join(text.split())
+    for character in "\\`*_<>|[]":
+        shown = shown.replace(character, f"\\{character}")
+    return shown
+
+
+def _missing(results: Json) -> str:
+    return f"Not done yet: {'; '.join(results['missing'])}." if results["missing"] else ""

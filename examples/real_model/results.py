@@ -1,0 +1,38 @@
+"""Put what the queue has measured into the documentation.
+
+    python -m examples.real_model.results --run runs/real-model
+
+Writes docs/real-model.json, docs/images/real-model.svg and real-model-routing.svg, the section of docs/results.md and
+the line of README.md between their marks. Settings that are not done are left out and named.
+"""
+
+from pathlib import Path
+
+from examples.readme_results import replace_between
+from examples.real_model.measurements import collect
+from examples.real_model.page import NAME, charts, dump, readme_line, section
+from examples.steps import ROOT
+from moelpr.errors import CommandParser, UserError, run_command
+from moelpr.files import write_text
+
+
+def main() -> None:
+    parser = CommandParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, default=Path("runs/real-model"), metavar="DIR",
+        help="folder of the queue (default: %(default)s)")  # fmt: skip
+    args = parser.parse_args()
+    if not (args.run / "corpus" / "facts.json").is_file():
+        raise UserError(f"--run {args.run} contains no text; start the queue first: python -m examples.real_model")
+    results = collect(args.run)
+    if "copies" not in results["settings"]:
+        raise UserError(f"--run {args.run} has no finished MoE-LPR yet; rerun python -m examples.real_model")
+    write_text(ROOT / "docs" / f"{NAME}.json", dump(results))
+    for name, svg in charts(results).items():
+        write_text(ROOT / "docs" / "images" / f"{name}.svg", svg + "\n")
+    replace_between(ROOT / "docs" / "results.md", NAME, section(results))
+    line = f"![Learning and forgetting of every setting](docs/images/{NAME}.svg)\n\n{readme_line(results)}"
+    replace_between(ROOT / "README.md", NAME, line)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,91 @@
+"""What is compared on the real model, and how each setting is trained.
+
+A setting is one way to train, and has one model per seed. All settings read the same text in the same order, in steps
+of 2,048 tokens: TOKENS in stage 1, full fine-tuning and LoRA, REVIEW_SHARE of that in stage 2.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+ORIGINAL, EXPANDED = ("en", "es", "zh"), ("el", "hu", "tr")
+LANGUAGES = (*ORIGINAL, *EXPANDED)
+
+SEQUENCE_LENGTH = 512
+BATCH, MICRO_BATCH = 4, 2  # sequences
+STEP_TOKENS = BATCH * SEQUENCE_LENGTH
+TOKENS = 327_680
+REVIEW_SHARE, SEARCH_SHARE = 0.375, 0.25  # of TOKENS: stage 2, and each run of a search for a learning rate
+NUM_NEW_EXPERTS, TOPK = 3, 2
+REVIEW_BLEND = {"original": 1, "expanded": 2}  # parts of the text of each group, as in the paper
+STAGE1_RATE, STAGE2_RATE = 3e-4, 2e-3
+# Full fine-tuning and LoRA get the rate that is best for the expanded languages on a validation part of the text.
+RATES = {"full": (1e-4, 3e-4, 1e-3), "lora": (1e-4, 3e-4, 1e-3)}
+BETA2 = 0.95
+SEEDS = (1, 2, 3)
+LORA_16 = 16  # a rank that users of peft choose; the setting "lora" has the largest one that makes sense
+
+BASE, STAGE1_OF = "base", {"copies": "copies-stage1", "one-copy": "one-copy-stage1", "random": "random-stage1"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to train.
+
+    Attributes:
+        stage1: the run that its models started from; "" if they started from the base.
+        seeds: number of models, which differ in the order of the text.
+        is_extra: only trained if --only names it.
+    """
+
+    name: str
+    label: str
+    stage1: str = ""
+    seeds: int = 1
+    is_extra: bool = False
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names of its models, of their run folders and of their results."""
+        return tuple(f"{self.name}-seed-{seed}" for seed in SEEDS[: self.seeds]) if self.seeds > 1 else (self.name,)
+
+    @property
+    def runs(self) -> tuple[str, ...]:
+        """The runs that its first model took."""
+        return tuple(name for name in (self.stage1, self.models[0]) if name not in ("", BASE))
+
+
+SETTINGS = {
+    setting.name: setting
+    for setting in (
+        Setting(BASE, "base"),
+        Setting("copies-stage1", "MoE-LPR, K copies, stage 1"),
+        Setting("copies", "MoE-LPR, K copies", "copies-stage1", len(SEEDS)),
+        Setting("full", "full fine-tuning"),
+        Setting("lora", "LoRA, largest rank"),
+        Setting("one-copy-stage1", "MoE-LPR, 1 copy (the paper), stage 1"),
+        Setting("one-copy", "MoE-LPR, 1 copy (the paper)", "one-copy-stage1", len(SEEDS)),
+        Setting("no-lpr", "1 copy, no LPR loss", "one-copy-stage1", len(SEEDS)),
+        Setting("random", "1 copy, new experts random", "random-stage1"),
+        Setting("reference", "1 copy, reference LPR loss", "one-copy-stage1", len(SEEDS)),
+        Setting("plain", "plain MoE, everything trained"),
+        Setting("lora-16", f"LoRA, rank {LORA_16}", is_extra=True),
+    )
+}
+
+
+def steps_of(tokens: float) -> int:
+    return max(2, round(tokens / STEP_TOKENS))
+
+
+def warmup_steps(steps: int) -> int:
+    return max(1, steps // 16)
+
+
+def minimum_rate(rate: float) -> float:
+    """At the end of the cosine."""
+    return rate / 10
+
+
+def model_folder(run: Path, base: Path, model: str) -> Path:
+    """What is evaluated: a Hugging Face directory of dense models that the trainer hasn't made, else a checkpoint."""
+    return base if model == BASE else run / f"{model}-hf" if model.startswith(("lora", "search-lora")) else run / model

@@ -1,0 +1,106 @@
+"""What the paper would predict and how good the result should be, each compared with the numbers of the page."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from moelpr.report.plots import percent
+
+Json = Mapping[str, Any]
+COMPARABLE = 0.8  # fraction of full fine-tuning's learning that counts as comparable
+FAR_LESS = 0.2  # fraction of another's forgetting that counts as far less
+VISIBLE = 0.02  # rise of bits per byte that counts as visible forgetting
+
+
+@dataclass(frozen=True)
+class Sign:
+    """A prediction.
+
+    Attributes:
+        seen: None if a setting that it needs is not done.
+        numbers: what was found.
+    """
+
+    text: str
+    seen: bool | None
+    numbers: str
+
+    @property
+    def verdict(self) -> str:
+        return "not measured yet" if self.seen is None else "seen" if self.seen else "**not seen**"
+
+
+def change(results: Json, setting: str, part: str, group: str) -> float | None:
+    """Mean change of bits per byte against base over kinds, languages and seeds; None if the setting is not done."""
+    found = results["settings"].get(setting)
+    return found and fmean(model["means"][part][group][0] for model in found["models"].values())
+
+
+def signs(results: Json) -> list[Sign]:
+    """What the paper predicts, then the bars of this project."""
+    return [*_of_the_paper(results), *_how_good(results)]
+
+
+def _of_the_paper(results: Json) -> list[Sign]:
+    found = []
+    for stage1, stage2, label in (
+        ("copies-stage1", "copies", "K copies"), ("one-copy-stage1", "one-copy", "1 copy"),
+    ):  # fmt: skip
+        text = f"review repairs forgetting of stage 1 ({label}): original languages, kinds never trained on"
+        found.append(_less(results, text, stage2, stage1, "out", "original"))
+    text = "the LPR loss keeps the original languages better than review without it (1 copy), kinds never trained on"
+    found.append(_less(results, text, "one-copy", "no-lpr", "out", "original"))
+    for group in ("expanded", "original"):
+        text = f"copied new experts are better than random ones (1 copy): {group} languages, kinds never trained on"
+        found.append(_less(results, text, "one-copy", "random", "out", group))
+    text = "MoE-LPR keeps the original languages better than plain MoE (1 copy), kinds never trained on"
+    found.append(_less(results, text, "one-copy", "plain", "out", "original"))
+    values = [change(results, name, "in", "expanded") for name in ("copies", "full")]
+    text = f"MoE-LPR learns comparably to full fine-tuning: at least {COMPARABLE:.0%} of its gain, trained kinds"
+    is_seen = None if None in values else values[0] <= COMPARABLE * values[1]
+    return [*found, Sign(text, is_seen, _numbers(["MoE-LPR, K copies", "full fine-tuning"], values))]
+
+
+def _how_good(results: Json) -> list[Sign]:
+    found = []
+    for part, where, bar in (("in", "trained kinds", -0.35), ("out", "kinds never trained on", -0.15)):
+        value = change(results, "copies", part, "expanded")
+        text = f"expanded languages at least {-bar:.0%} better than base, {where}"
+        found.append(Sign(text, None if value is None else value <= bar, _numbers(["MoE-LPR, K copies"], [value])))
+    done = results["settings"].get("copies")
+    text = "each original language within 1% of base, or better, on every kind never trained on"
+    if done is None:
+        found.append(Sign(text, None, _numbers(["MoE-LPR, K copies"], [None])))
+    else:
+        by_text = {
+            name: fmean(model["change"][name][0] for model in done["models"].values())
+            for name in next(iter(done["models"].values()))["change"]
+            if name.split(".")[0] in ("en", "es", "zh") and name.split(".")[1] in results["kinds"]["out"]
+        }
+        worst = max(by_text, key=lambda name: by_text[name])
+        found.append(Sign(text, by_text[worst] <= 0.01, f"worst: {worst.split('.')[0]} {percent(by_text[worst])}"))
+    kept = change(results, "copies", "out", "original")
+    for name, label in (("full", "full fine-tuning"), ("lora", "LoRA")):
+        value = change(results, name, "out", "original")
+        text = f"{label}, at the learning rate that serves the expanded languages best, forgets visibly (at least "
+        text += f"{VISIBLE:.0%} on kinds never trained on)"
+        found.append(Sign(text, None if value is None else value >= VISIBLE, _numbers([label], [value])))
+        text = f"MoE-LPR forgets at most a fifth of what {label} does, kinds never trained on"
+        is_seen = None if value is None or kept is None else value > 0 and kept <= FAR_LESS * value
+        found.append(Sign(text, is_seen, _numbers(["MoE-LPR, K copies", label], [kept, value])))
+    return found
+
+
+def _less(results: Json, text: str, better: str, worse: str, part: str, group: str) -> Sign:
+    """A sign that is seen if one setting's bits per byte are lower than another's."""
+    from examples.real_model.settings import SETTINGS
+
+    values = [change(results, name, part, group) for name in (better, worse)]
+    is_seen = None if None in values else values[0] < values[1]
+    return Sign(text, is_seen, _numbers([SETTINGS[name].label for name in (better, worse)], values))
+
+
+def _numbers(labels: list[str], values: list[float | None]) -> str:
+    pairs = zip(labels, values, strict=True)
+    return "; ".join(f"{label} {'not done' if value is None else percent(value)}" for label, value in pairs)

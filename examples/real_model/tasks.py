@@ -1,0 +1,348 @@
+"""The tasks of the queue in their order: a believable page early, further seeds last.
+
+A task is one command, made when its turn comes, because learning rates depend on the results of earlier tasks.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+
+from examples.real_model.settings import (
+    BASE,
+    BATCH,
+    BETA2,
+    EXPANDED,
+    LANGUAGES,
+    LORA_16,
+    MICRO_BATCH,
+    NUM_NEW_EXPERTS,
+    ORIGINAL,
+    RATES,
+    REVIEW_BLEND,
+    REVIEW_SHARE,
+    SEARCH_SHARE,
+    SEEDS,
+    SEQUENCE_LENGTH,
+    SETTINGS,
+    STAGE1_OF,
+    STAGE1_RATE,
+    STAGE2_RATE,
+    STEP_TOKENS,
+    TOKENS,
+    TOPK,
+    minimum_rate,
+    model_folder,
+    steps_of,
+    warmup_steps,
+)
+from moelpr.errors import UserError
+
+Command = list[str | Path]
+SAVE_INTERVAL = 40  # steps
+PROMPTS = 3  # per language
+CONTINUED = (BASE, "copies-seed-1", "full", "lora")  # models whose continuations and cloze scores are shown
+# Tokens per second on two cores of a Xeon with AVX-512 and bf16 matrix products.
+RATE_OF = {"stage1": 155, "stage2": 190, "dense": 235, "lora": 218, "plain": 130, "evaluate": 400, "cloze": 500}
+EVALUATION_TOKENS, CLOZE_TOKENS = 125_000, 500 * 6 * 4 * 50  # of a model
+
+
+@dataclass(frozen=True)
+class Task:
+    """One step of the queue.
+
+    Attributes:
+        settings: names of the settings that need it.
+        blocks: whether the later tasks of its settings are left out if it fails.
+        minutes: expected on two cores, with the default base.
+        memory_gib, disk_gib: needed while it runs, and what it leaves, with the default base.
+    """
+
+    name: str
+    settings: frozenset[str]
+    command: Callable[[], Command]
+    minutes: float = 1.0
+    memory_gib: float = 4.0
+    disk_gib: float = 0.0
+    variables: Mapping[str, str] = field(default_factory=dict)
+    blocks: bool = True
+
+
+class Tasks:
+    """All tasks of a run folder."""
+
+    def __init__(self, run: Path, base: Path | None = None, tokens: int = TOKENS) -> None:
+        """`base`: Hugging Face directory; by default SmolLM2-135M, which is downloaded."""
+        self.run, self.base, self.tokens = run, base or run / "base-hf", tokens
+        self.corpus, self.text, self.data = run / "corpus", run / "text", run / "data"
+
+    def all(self) -> list[Task]:
+        """In the order in which they run."""
+        first, rest = SEEDS[0], SEEDS[1:]
+        tasks = [
+            *self._text(),
+            self._evaluate(BASE),
+            *self._stage1("copies"),
+            *self._stage2("copies", first),
+            *self._searched("full"),
+            *self._searched("lora"),
+            *self._continuations(),
+            *self._stage1("one-copy"),
+            *self._stage2("one-copy", first),
+            *self._stage2("no-lpr", first),
+            *self._stage1("random"),
+            *self._stage2("random", first),
+            *self._stage2("reference", first),
+            *self._plain(),
+            *self._cloze(),
+            *(task for seed in rest for name in ("copies", "one-copy", "no-lpr") for task in self._stage2(name, seed)),
+            *(task for seed in rest for task in self._stage2("reference", seed)),
+            *self._searched("lora-16"),
+        ]
+        return tasks
+
+    def _text(self) -> list[Task]:
+        """Base and text, the validation part and prompts, and one corpus per language group."""
+        everyone = frozenset(SETTINGS)
+        tasks = [
+            Task("text", everyone, lambda: ["-m", "examples.real_model.text", "--run", self.run], 3, 2, 0.3),
+            Task("split", everyone, lambda: ["-m", "examples.real_model.split", "--run", self.run, "--overwrite"], 0.2),
+        ]
+        if self.base == self.run / "base-hf":
+            download: Command = ["-m", "examples.real_model.base", "--run", self.run]
+            tasks.insert(0, Task("base", everyone, lambda: download, 1, 2, 1))
+        for group, languages in (("original", ORIGINAL), ("expanded", EXPANDED)):
+            command: Command = [
+                *("data_tools/preprocess_data.py", "--input", *(self.text / f"train.{x}.jsonl" for x in languages)),
+                *("--output-prefix", self.data / group, "--tokenizer-type", "HuggingFaceTokenizer"),
+                *("--tokenizer-model", self.base, "--append-eod", "--language", group, "--overwrite"),
+            ]
+            tasks.append(Task(f"preprocess-{group}", everyone, lambda command=command: command, 0.2))
+        return tasks
+
+    def _stage1(self, name: str) -> list[Task]:
+        """Upcycling and stage 1, for all settings that start from it."""
+        run = STAGE1_OF[name]
+        start = self.run / f"upcycled-{name}"
+        users = frozenset({s.name for s in SETTINGS.values() if s.stage1 == run or s.name == run})
+        users |= {"plain"} if name == "one-copy" else set()
+        tasks = [self._convert(start, users, *moe_options(name))]
+        if name == "one-copy":
+            users -= {"plain"}
+        steps = steps_of(self.tokens)
+        tasks.append(self._train(run, "stage1", start, {"expanded": 1}, steps, STAGE1_RATE, users, trained_only=True))
+        if run in SETTINGS:
+            tasks.append(self._evaluate(run))
+        return tasks
+
+    def _stage2(self, name: str, seed: int) -> list[Task]:
+        setting = SETTINGS[name]
+        options = {"no-lpr": ["--lpr-loss-coeff", "0"], "reference": ["--lpr-loss", "reference"]}.get(name, [])
+        model, steps = setting.models[SEEDS.index(seed)], steps_of(self.tokens * REVIEW_SHARE)
+        start, users = self.run / setting.stage1, frozenset({name})
+        train = self._train(
+            model, "stage2", start, REVIEW_BLEND, steps, STAGE2_RATE, users, *options, trained_only=True, seed=seed
+        )
+        return [train, self._evaluate(model)]
+
+    def _plain(self) -> list[Task]:
+        """Stage 1 with everything trained; the ranks share the optimizer and take a sequence at a time, for memory."""
+        options = ("--train-everything", "--use-distributed-optimizer")
+        train = self._train(
+            *("plain", "stage1", self.run / "upcycled-one-copy", {"expanded": 1}, steps_of(self.tokens), STAGE1_RATE),
+            *(frozenset({"plain"}), *options),
+            ranks=2,
+        )
+        return [train, self._evaluate("plain")]
+
+    def _searched(self, name: str) -> list[Task]:
+        """A short run per learning rate, then the whole run at the best."""
+        users, tasks = frozenset({name}), []
+        is_full = name == "full"
+        dense = self.run / "dense"
+        if is_full:
+            tasks.append(self._convert(dense, users, "--dense"))
+        family = "full" if is_full else "lora"
+
+        def train(model: str, steps: int, rate: Callable[[], float]) -> Task:
+            if is_full:
+                return self._train(model, "dense", dense, {"expanded": 1}, steps, rate, users)
+            return self._lora(model, steps, rate, users, LORA_16 if name == "lora-16" else None)
+
+        for rate in RATES[family]:
+            model = search_name(name, rate)
+            tasks.append(train(model, steps_of(self.tokens * SEARCH_SHARE), lambda rate=rate: rate))
+            tasks.append(self._evaluate(model, users, validation=True))
+        tasks.append(train(name, steps_of(self.tokens), lambda: best_rate(self.run, name)))
+        return [*tasks, self._evaluate(name)]
+
+    def _continuations(self) -> list[Task]:
+        """Exports, and what up to four models write after the same words."""
+        tasks = []
+        for model, setting in (("copies-seed-1", "copies"), ("full", "full")):
+            words: Command = [
+                *("checkpoint_convert/mcore_to_hf.py", "--load", self.run / model),
+                *("--save", self.run / f"{model}-hf", "--overwrite"),
+            ]
+            tasks.append(Task(f"export-{model}", frozenset({setting}), lambda words=words: words, 1, 4, 2))
+        names = [f"{language}.{number}" for language in LANGUAGES for number in range(1, PROMPTS + 1)]
+        data: Command = [word for x in names for word in ("--data", f"{x}={self.text / f'prompt.{x}.jsonl'}")]
+
+        def command() -> Command:
+            options = ("--continuations", "40", "--dtype", "bfloat16", "--output", self.run / "continuations")
+            return ["-m", "moelpr.evaluate", *self._exports(), *data, *options]
+
+        return [*tasks, Task("continuations", frozenset({"copies", "full", "lora"}), command, 5, blocks=False)]
+
+    def _cloze(self) -> list[Task]:
+        """The multiple-choice task, and up to four models' scores on it."""
+        users = frozenset({"copies", "full", "lora"})
+        write: Command = ["-m", "examples.real_model.cloze", "--run", self.run]
+        folder = self.run / "cloze"
+
+        def command() -> Command:
+            return [
+                *("-m", "moelpr.evaluate", "harness", *self._exports(), "--tasks", folder / "tasks.yaml"),
+                *("--include-path", folder / "tasks", "--languages", ",".join(LANGUAGES)),
+                *("--original-languages", ",".join(ORIGINAL), "--dtype", "bfloat16", "--batch-size", "16"),
+                *("--output", self.run / "scores"),
+            ]
+
+        minutes = len(CONTINUED) * CLOZE_TOKENS / RATE_OF["cloze"] / 60
+        return [
+            Task("cloze", users, lambda: write, 0.2, blocks=False),
+            Task("evaluate-cloze", users, command, minutes, blocks=False, variables={"HF_HUB_OFFLINE": "1"}),
+        ]
+
+    def _exports(self) -> Command:
+        """The models of CONTINUED that are there."""
+        folders = {name: self.base if name == BASE else self.run / f"{name}-hf" for name in CONTINUED}
+        found = {name: folder for name, folder in folders.items() if folder.is_dir()}
+        return [word for name, folder in found.items() for word in ("--model", f"{name}={folder}")]
+
+    def _convert(self, save: Path, settings: frozenset[str], *options: str) -> Task:
+        command: Command = ["checkpoint_convert/hf_to_mcore.py", "--hf-path", self.base, "--save", save]
+        command += [*options, "--seed", str(SEEDS[0]), "--overwrite"]
+        return Task(save.name, settings, lambda: command, 0.5, 4, 1.4)
+
+    def _train(
+        self, model: str, stage: str, start: Path, blend: Mapping[str, float], steps: int,
+        rate: float | Callable[[], float], settings: frozenset[str], *options: str, trained_only: bool = False,
+        ranks: int = 1, seed: int = SEEDS[0],
+    ) -> Task:  # fmt: skip
+        is_search = model.startswith("search-")
+
+        def command() -> Command:
+            value = rate() if callable(rate) else rate
+            parts: Command = [self.data / f"{group}_text_document" for group in blend]
+            if len(blend) > 1:
+                parts = [word for pair in zip(map(str, blend.values()), parts, strict=True) for word in pair]
+            return [
+                *(f"launch/{stage}.sh", "--pretrained-checkpoint", start, "--data-path", *parts),
+                *("--save", self.run / model, "--train-iters", str(steps), "--seed", str(seed), "--bf16"),
+                *("--seq-length", str(SEQUENCE_LENGTH), "--global-batch-size", str(BATCH)),
+                *("--micro-batch-size", str(MICRO_BATCH // ranks), "--lr", f"{value:g}"),
+                *("--min-lr", f"{minimum_rate(value):g}"),
+                *("--lr-decay-style", "cosine", "--lr-warmup-iters", str(warmup_steps(steps))),
+                *("--weight-decay", "0", "--adam-beta2", str(BETA2), "--log-interval", "10"),
+                # No saved step but the last is kept.
+                *("--save-interval", str(SAVE_INTERVAL), "--save-retain-interval", str(SAVE_INTERVAL * 1000)),
+                *(["--save-trained-only"] if trained_only else []),
+                *(["--no-save-optim"] if is_search else []),
+                *options,
+            ]
+
+        kind = "plain" if model == "plain" else stage
+        disk = {"stage1": 3.4, "stage2": 0.1, "dense": 0.3 if is_search else 2.0, "plain": 5.3}[kind]
+        minutes = 1.5 + steps * STEP_TOKENS / RATE_OF[kind] / 60
+        memory = 14.0 if ranks == 2 else 8.5
+        return Task(model, settings, command, minutes, memory, disk, {"NPROC_PER_NODE": str(ranks)})
+
+    def _lora(
+        self, model: str, steps: int, rate: Callable[[], float], settings: frozenset[str], rank: int | None
+    ) -> Task:
+        def command() -> Command:
+            return [
+                *("-m", "examples.real_model.lora", "--base", self.base, "--run", self.run / model),
+                *("--data-path", self.data / "expanded_text_document", "--save", self.run / f"{model}-hf"),
+                *("--train-iters", str(steps), "--lr", f"{rate():g}", "--seed", str(SEEDS[0])),
+                *(["--rank", str(rank)] if rank else []),
+            ]
+
+        return Task(model, settings, command, 1 + steps * STEP_TOKENS / RATE_OF["lora"] / 60, 8, 1.5)
+
+    def _evaluate(self, model: str, settings: frozenset[str] | None = None, *, validation: bool = False) -> Task:
+        """Bits per byte and routing of a model on all held-out text, or on the validation part."""
+
+        def command() -> Command:
+            files = self._validation_files() if validation else held_out_files(self.corpus)
+            folder = self.run / ("validation" if validation else "evaluation")
+            models = dict.fromkeys([BASE, model])
+            original = [name for name in files if name.split(".")[0] in ORIGINAL]
+            return [
+                *("-m", "moelpr.evaluate"),
+                *(w for x in models for w in ("--model", f"{x}={model_folder(self.run, self.base, x)}")),
+                *(w for name, path in files.items() for w in ("--data", f"{name}={path}")),
+                *(["--original-languages", ",".join(original)] if original else []),
+                *("--dtype", "bfloat16", "--sequence-length", str(SEQUENCE_LENGTH), "--output", folder),
+            ]
+
+        tokens = EVALUATION_TOKENS / (6 if validation else 1)
+        owners = next((frozenset({s.name}) for s in SETTINGS.values() if model in s.models), frozenset[str]())
+        if model == BASE:
+            owners = frozenset(SETTINGS)
+        minutes = 0.5 + tokens / RATE_OF["evaluate"] / 60
+        return Task(f"evaluate-{model}", settings or owners, command, minutes, blocks=model == BASE or validation)
+
+    def _validation_files(self) -> dict[str, Path]:
+        return {language: self.text / f"validation.{language}.jsonl" for language in EXPANDED}
+
+
+def moe_options(name: str) -> list[str]:
+    copies = TOPK if name == "copies" else 1
+    options = ["--num-new-experts", str(NUM_NEW_EXPERTS), "--topk", str(TOPK), "--original-copies", str(copies)]
+    return options + (["--new-experts", "random"] if name == "random" else [])
+
+
+def held_out_files(corpus: Path) -> dict[str, Path]:
+    """ "el.manuals" -> held-out text of that language and kind, languages in our order."""
+    names = [path.name.split(".")[1:3] for path in sorted(corpus.glob("held-out.*.*.jsonl"))]
+    kinds = list(dict.fromkeys(kind for kind, _ in names))
+    if not kinds or sorted(names) != sorted([kind, language] for kind in kinds for language in LANGUAGES):
+        raise UserError(
+            f"{corpus} must contain held-out.KIND.LANG.jsonl for each kind and language ({', '.join(LANGUAGES)})"
+        )
+    return {f"{x}.{kind}": corpus / f"held-out.{kind}.{x}.jsonl" for kind in kinds for x in LANGUAGES}
+
+
+def search_name(setting: str, rate: float) -> str:
+    return f"search-{setting}-{rate:g}"
+
+
+def searched_changes(run: Path, setting: str) -> dict[float, float]:
+    """Learning rate -> mean change of the expanded languages against base on the validation part, of those measured."""
+    changes = {}
+    for rate in RATES["full" if setting == "full" else "lora"]:
+        bits = [bits_per_byte(run / "validation", model) for model in (BASE, search_name(setting, rate))]
+        if all(bits):
+            changes[rate] = fmean(bits[1][language] / bits[0][language] - 1 for language in EXPANDED)
+    return changes
+
+
+def bits_per_byte(folder: Path, model: str) -> dict[str, float]:
+    """Of each text that a model was evaluated on; {} if it was not."""
+    results = {}
+    for path in sorted((folder / "parts" / model).glob("*.json")):
+        score = json.loads(path.read_text(encoding="utf-8"))["result"]
+        if "document_bits" in score:
+            results[path.stem] = sum(score["document_bits"]) / sum(score["document_bytes"])
+    return results
+
+
+def best_rate(run: Path, setting: str) -> float:
+    """The rate with the lowest bits per byte; one that diverged is never the best."""
+    changes = searched_changes(run, setting)
+    if not changes:
+        raise UserError(f"{run}/validation has no results of the search of {setting}; run its search first")
+    return min(changes, key=lambda rate: changes[rate] if changes[rate] == changes[rate] else float("inf"))

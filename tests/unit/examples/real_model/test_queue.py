@@ -1,0 +1,234 @@
+"""The queue of the real model runs what it should, in order, past failures; its page shows the evaluation's numbers."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from examples.real_model import __main__ as queue
+from examples.real_model.measurements import collect, parameters
+from examples.real_model.page import dump, section, trade_off
+from examples.real_model.settings import BASE, EXPANDED, LANGUAGES, ORIGINAL, RATES, SETTINGS
+from examples.real_model.signs import signs
+from examples.real_model.split import split_training_text
+from examples.real_model.tasks import Tasks, best_rate, search_name
+from examples.steps import Steps
+from moelpr.errors import MachineError, UserError
+from moelpr.evaluate.routing import Routing
+from moelpr.evaluate.scoring import LanguageScore
+
+# Bits per byte against base: (expanded, original) on trained kinds, then on the others.
+CHANGES = {
+    "copies-stage1": (0.60, 1.00, 0.80, 1.02), "copies-seed-1": (0.62, 0.98, 0.82, 1.001),
+    "copies-seed-2": (0.62, 0.98, 0.82, 1.003), "full": (0.55, 1.10, 0.75, 1.20),
+    "one-copy-stage1": (0.60, 1.10, 0.80, 1.05), "one-copy-seed-1": (0.61, 1.00, 0.81, 1.06),
+}  # fmt: skip
+KINDS = ("help", "interface")
+
+
+def write_score(folder: Path, model: str, text: str, bits_per_byte: float) -> None:
+    """As moelpr.evaluate keeps it: ten documents of 100 bytes."""
+    path = folder / "parts" / model / f"{text}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    choice = Routing(
+        [0, 1], 10, [[0.5, 0.3, 0.2]] * 2, [[1.0, 0.5, 0.5]] * 2, [[0.5, 0.3, 0.2]] * 2, [1, 1], [1, 1], [0, 0], 2
+    )
+    score = LanguageScore([100 * bits_per_byte] * 10, [100] * 10, [50] * 10, [5] * 10, 0, choice)
+    path.write_text(json.dumps({"of": {}, "result": asdict(score), "crc32": ""}))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A queue's folder after full fine-tuning, of which the search has been done, and stages with two seeds."""
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "logs").mkdir()
+    facts = {"trained": ["help"], "untrained": ["interface"], "languages": {}, "sources": {}}
+    (tmp_path / "corpus" / "facts.json").write_text(json.dumps(facts))
+    for kind in KINDS:
+        for language in LANGUAGES:
+            (tmp_path / "corpus" / f"held-out.{kind}.{language}.jsonl").write_text('{"text": "a"}\n')
+    for model, changes in {BASE: (1, 1, 1, 1), **CHANGES}.items():
+        for number, kind in enumerate(KINDS):
+            for language in LANGUAGES:
+                change = changes[2 * number + (language in ORIGINAL)]
+                write_score(tmp_path / "evaluation", model, f"{language}.{kind}", 2 * change)
+        if model == BASE:
+            continue
+        (tmp_path / model).mkdir()
+        steps = [{"iteration": n, "step_time_s": 30.0, "peak_memory_gib": 2.0 + n} for n in (1, 2)]
+        (tmp_path / model / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+        trained = 1000 if model.endswith(("stage1", "full")) else 10
+        (tmp_path / "logs" / f"{model}.log").write_text(f"all    {trained:,}    500\n")
+    for rate, bits in zip(RATES["full"], (1.9, 1.8, float("nan")), strict=True):
+        for language in EXPANDED:
+            write_score(tmp_path / "validation", search_name("full", rate), language, bits)
+            write_score(tmp_path / "validation", BASE, language, 2.0)
+    return tmp_path
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """Name of each step that was started -> its command; nothing runs."""
+    started: dict[str, list[str]] = {}
+
+    def step(self: Steps, name: str, *command: Any, **variables: str) -> None:
+        started[name] = [str(word) for word in command]
+
+    monkeypatch.setattr(Steps, "step", step)
+    monkeypatch.setattr("examples.real_model.tasks.best_rate", lambda run, setting: 5e-4)
+    return started
+
+
+def test_what_a_step_reads_was_written_by_an_earlier_one(run: Path, commands: dict[str, list[str]]) -> None:
+    queue.run_tasks(Tasks(run).all(), Steps(run))
+    written = {str(run / name) for name in ("base-hf", "corpus", "text", "data")}
+    for name, command in commands.items():
+        for flag, value in zip(command, command[1:], strict=False):
+            path = value.split("=")[-1]
+            if flag in ("--pretrained-checkpoint", "--load", "--hf-path", "--model", "--base"):
+                assert path in written, f"{name} reads {path}"
+            if flag in ("--save", "--run"):
+                written.add(path)
+    assert {f"evaluate-{model}" for s in SETTINGS.values() for model in s.models if s.name != "random-stage1"} <= set(
+        commands
+    )
+
+
+def test_a_believable_page_comes_early(run: Path) -> None:
+    names = [task.name for task in Tasks(run).all()]
+    order = ["evaluate-base", "evaluate-copies-seed-1", "evaluate-full", "evaluate-lora", "evaluate-one-copy-seed-1",
+             "evaluate-no-lpr-seed-1", "evaluate-plain", "evaluate-copies-seed-2"]  # fmt: skip
+    assert [names.index(name) for name in order] == sorted(names.index(name) for name in order)
+    assert len(names) == len(set(names))
+
+
+def test_settings_read_the_same_text_for_as_many_steps_and_baselines_use_the_best_rate(
+    run: Path, commands: dict[str, list[str]]
+) -> None:
+    queue.run_tasks(Tasks(run, tokens=40 * 2048).all(), Steps(run))
+
+    def values(step: str, *flags: str) -> list[str]:
+        return [commands[step][commands[step].index(flag) + 1] for flag in flags]
+
+    trainings = ("copies-stage1", "one-copy-stage1", "random-stage1", "plain", "full", "lora")
+    same = [values(step, "--data-path", "--train-iters", "--seed") for step in trainings]
+    assert same == [[str(run / "data" / "expanded_text_document"), "40", "1"]] * len(trainings)
+    assert values("full", "--lr") == values("lora", "--lr") == ["0.0005"]
+    assert values("search-full-0.0003", "--train-iters", "--lr") == ["10", "0.0003"]
+    assert values("copies-seed-3", "--seed", "--train-iters") == ["3", "15"]
+    assert values("no-lpr-seed-1", "--lpr-loss-coeff") == ["0"]
+
+
+def test_a_failed_setting_leaves_the_others_alone(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    def step(self: Steps, name: str, *command: Any, **variables: str) -> None:
+        started.append(name)
+        if name == "one-copy-stage1":
+            raise UserError("step one-copy-stage1 exited with code 1")
+
+    monkeypatch.setattr(Steps, "step", step)
+    monkeypatch.setattr("examples.real_model.tasks.best_rate", lambda run, setting: 5e-4)
+    messages = queue.run_tasks(Tasks(run).all(), Steps(run))
+    assert messages == ["step one-copy-stage1 exited with code 1"]
+    assert not {"one-copy-seed-1", "no-lpr-seed-1", "reference-seed-2"} & set(started)
+    assert {"copies-seed-3", "random", "plain", "lora"} <= set(started)
+
+
+def test_the_best_rate_has_the_lowest_bits_per_byte_and_has_not_diverged(run: Path) -> None:
+    assert best_rate(run, "full") == 3e-4
+    with pytest.raises(UserError, match="lora"):
+        best_rate(run, "lora")
+
+
+def test_the_list_names_what_is_done(run: Path) -> None:
+    (run / "logs" / "evaluate-base.json").write_text(json.dumps({"command": "", "wall_s": 90}))
+    lines = queue.list_of(Tasks(run).all(), Steps(run)).splitlines()
+    assert next(line for line in lines if "evaluate-base" in line).split("|")[2].strip() == "done"
+    assert next(line for line in lines if "copies-stage1" in line).split("|")[2].strip() == ""
+
+
+def test_a_folder_belongs_to_one_number_of_tokens(run: Path) -> None:
+    queue.check_same_settings(run, Tasks(run, tokens=4096))
+    queue.check_same_settings(run, Tasks(run, tokens=4096))
+    with pytest.raises(UserError, match="--tokens 4096"):
+        queue.check_same_settings(run, Tasks(run, tokens=8192))
+
+
+def test_too_little_disk_or_memory_is_said_before_anything_starts(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = Tasks(run).all()
+    monkeypatch.setattr("moelpr.machine.free_memory", lambda: 64 << 30)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 2 << 30}))
+    with pytest.raises(MachineError, match=r"2.0 GiB free"):
+        queue.check_machine(tasks, run / "base-hf", run)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 500 << 30}))
+    queue.check_machine(tasks, run / "base-hf", run)
+    monkeypatch.setattr("moelpr.machine.free_memory", lambda: 3 << 30)
+    with pytest.raises(UserError, match=r"3.0 GiB of memory .* step plain"):
+        queue.check_machine(tasks, run / "base-hf", run)
+
+
+def test_the_validation_part_is_not_trained_on(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": str(number)}) + "\n" for number in range(500)]
+    (tmp_path / "source.jsonl").write_text("".join(lines))
+    split_training_text(tmp_path / "source.jsonl", tmp_path, "el")
+    parts = [(tmp_path / f"{name}.el.jsonl").read_text().splitlines(keepends=True) for name in ("train", "validation")]
+    assert sorted(parts[0] + parts[1]) == sorted(lines)
+    assert len(parts[1]) == 10
+
+
+def test_numbers_are_changes_against_base_by_kind_and_group(run: Path) -> None:
+    results = collect(run)
+    copies = results["settings"]["copies"]
+    assert [model["means"]["out"]["original"][0] for model in copies["models"].values()] == [0.001, 0.003]
+    assert copies["models"]["copies-seed-1"]["change"]["el.help"] == pytest.approx([-0.38] * 3)
+    # Stage 1 and stage 2 of the first seed, two steps of 30 s each; the larger of both is the number of parameters.
+    cost = copies["cost"]
+    assert (cost["tokens"], cost["minutes"], cost["trained_parameters"]) == (4 * 2048, 2.0, 1000)
+    assert results["settings"]["full"]["cost"]["rates"] == [3e-4]
+    assert "LoRA, largest rank" in results["missing"] and "MoE-LPR, K copies: 1 of 3 seeds" in results["missing"]
+    assert results["routing"]["copies"]["original_first_share"]["en"] == [0.8, 0.8]
+    assert json.loads(dump(results)) == json.loads(json.dumps(results))
+
+
+def test_predictions_are_marked_by_the_numbers(run: Path) -> None:
+    found = {sign.text: sign for sign in signs(collect(run))}
+
+    def seen(start: str) -> list[bool | None]:
+        return [sign.seen for text, sign in found.items() if text.startswith(start)]
+
+    assert seen("review repairs forgetting of stage 1 (K copies)") == [True]
+    assert seen("review repairs forgetting of stage 1 (1 copy)") == [False]  # +6% after +5%
+    assert seen("the LPR loss keeps") == [None]
+    assert seen("expanded languages at least") == [True, True]
+    assert seen("each original language within 1%") == [True]
+    assert seen("MoE-LPR forgets at most a fifth of what full") == [True]
+    assert seen("MoE-LPR learns comparably") == [True]  # 38% of 45%
+
+
+def test_the_page_shows_ranges_over_seeds_and_names_what_is_missing(run: Path) -> None:
+    page = section(collect(run))
+    row = next(line for line in page.splitlines() if line.startswith("| MoE-LPR, K copies  "))
+    assert "+0.2% (+0.1% to +0.3%)" in row and "−38.0%" in row
+    assert "Not done yet: MoE-LPR, K copies: 1 of 3 seeds" in page
+    assert "0.0001 −5.0%, 0.0003 −10.0%" in page
+    assert page.index("not seen") < page.index("| change against base")
+    svg = trade_off(collect(run))
+    assert "stage 2: −38.0% and +0.2%" in svg.replace("\n", " ")
+
+
+def test_scores_of_the_cloze_task_stand_on_the_page(run: Path) -> None:
+    by_language = {language: {"value": 50.0 + number, "stderr": 2.5} for number, language in enumerate(LANGUAGES)}
+    (run / "scores").mkdir()
+    (run / "scores" / "harness.json").write_text(json.dumps({"models": {"full": {"scores": {"Cloze": by_language}}}}))
+    row = next(line for line in section(collect(run)).splitlines() if "51.0 ± 2.5" in line)
+    assert row.startswith("| full fine-tuning") and row.count("±") == len(LANGUAGES)
+
+
+def test_parameters_are_those_a_run_printed() -> None:
+    assert parameters("x\nall        238,965,120     134,515,008\n") == (238_965_120, 373_480_128)
+    assert parameters("rank 192, 58,613,760 trained parameters of 134,515,008\n") == (58_613_760, 134_515_008)
+    with pytest.raises(UserError, match="parameters"):
+        parameters("nothing")

@@ -159,7 +159,7 @@ class Running:
         with suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGUSR2)
             time.sleep(1)
-        lines = self._paths[1].read_text(errors="replace").splitlines()[-12:]
+        lines = self._paths[1].read_text(errors="replace").splitlines()[-60:]
         return "\n" + "\n".join(f"    {line[:200]}" for line in lines)
 
 

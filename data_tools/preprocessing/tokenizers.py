@@ -1,10 +1,8 @@
 """The tokenizer of a preprocessing job: loaded once, and run by its own library or by gigatoken."""
 
-import multiprocessing
 import os
 import sys
 import warnings
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from difflib import get_close_matches
 from itertools import chain, groupby
@@ -13,6 +11,7 @@ from typing import Any, NamedTuple, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.preprocessing.workers import started_pool
 from moelpr.data.manifest import TokenizerRecord
 from moelpr.data.tokenizer import Tokenizer, load_tokenizer
 from moelpr.errors import UserError, deferred_signals
@@ -257,15 +256,13 @@ def load_job_tokenizer(type: str, model: str, special_tokens: bool, eod_token: s
     Raises:
         UserError: The tokenizer can't be loaded, or has no token `eod_token`.
     """
-    # Python warns of forking beside threads, which the child doesn't use.
-    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
-        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-            try:
-                return pool.submit(_load, type, model, special_tokens, eod_token).result()
-            except BrokenProcessPool as error:
-                raise UserError(
-                    f"the process that loads the tokenizer {model} was killed, probably out of memory; free some memory"
-                ) from error
+    with started_pool(1) as pool:
+        try:
+            return pool.submit(_load, type, model, special_tokens, eod_token).result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"the process that loads the tokenizer {model} was killed, probably out of memory; free some memory"
+            ) from error
 
 
 def _load(type: str, model: str, special_tokens: bool, eod_token: str | None) -> JobTokenizer:

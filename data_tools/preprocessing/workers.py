@@ -32,11 +32,7 @@ def worker_pool[T](
         `UserError` if a worker did or was killed.
     """
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, (work,))
-    # Python warns of forking beside threads. The only threads here are numpy's, which the workers do not use; those of
-    # pyarrow, which reads, start later.
-    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
-        pool.submit(os.getpid)
+    pool = started_pool(workers, _start_worker, (work,))
     processes = set(multiprocessing.active_children()) - others
 
     def run(batches: Iterator[Batch]) -> Iterator[tuple[Batch, T]]:
@@ -60,6 +56,21 @@ def worker_pool[T](
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def started_pool(workers: int, initializer: Callable[..., None] | None = None, initargs: tuple = ()) -> Any:
+    """An executor whose worker processes are forked now.
+
+    A worker may be killed while it sends a result. The executor would wait for the rest of it indefinitely, because
+    this process could still send it: it holds the sending end of that pipe too.
+    """
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), initializer, initargs)
+    # Python warns of forking beside threads. The only threads here are numpy's, which the workers do not use; those of
+    # pyarrow, which reads, start later.
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+        pool.submit(os.getpid)
+    pool._result_queue._writer.close()  # type: ignore[attr-defined]
+    return pool
 
 
 def _start_worker(work: Callable[[Batch], Any]) -> None:

@@ -7,6 +7,7 @@ import resource
 import select
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -193,7 +194,9 @@ def _exit_code(main: Callable[[], None]) -> int:
     except BaseException:
         sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
         code = 1
-    util._exit_function()  # as at the end of a process: multiprocessing's children
+    # As at the end of a process: threads that end executors, then multiprocessing's children.
+    threading._shutdown()  # type: ignore[attr-defined]
+    util._exit_function()
     with suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()

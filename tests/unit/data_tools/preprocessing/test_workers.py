@@ -1,4 +1,5 @@
 import multiprocessing
+import threading
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -30,3 +31,19 @@ def test_stopped_job_does_not_wait_for_its_workers() -> None:
     assert other.is_alive()
     other.kill()
     assert not [worker for worker in workers if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_job_ends_whose_workers_are_killed_while_they_send_a_result() -> None:
+    ended = []
+
+    def job() -> None:
+        with pytest.raises(KeyboardInterrupt), worker_pool(lambda _: bytes(64 << 20), 2) as run:
+            next(run(iter([SimpleNamespace()] * 8)))
+            raise KeyboardInterrupt  # the other results are on their way
+        ended.append(True)
+
+    for count in range(1, 4):
+        thread = threading.Thread(target=job, daemon=True)
+        thread.start()
+        thread.join(30)
+        assert len(ended) == count

@@ -20,6 +20,7 @@ from megatron.training import get_args, get_tensorboard_writer
 from megatron.training.global_vars import get_wandb_writer
 from tqdm import tqdm
 
+from moelpr.errors import UserError
 from moelpr.files import write_text
 from moelpr.run_folder import METRICS_FILE
 from moelpr.training.early_warnings import EarlyWarning, EarlyWarnings
@@ -162,6 +163,8 @@ def open_metrics(
 
     `remember` is called with every record that stays.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, but the run's metrics are written to a file of this name; move it away")
     if path.exists():
         kept = []
         for line in path.read_bytes().splitlines():

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from megatron.core import rerun_state_machine
 
+from moelpr.errors import UserError
 from moelpr.run_metrics import read_run_metrics
 from moelpr.training import run_log
 from moelpr.training.early_warnings import EarlyWarnings, Thresholds
@@ -147,3 +148,9 @@ def test_other_exits_stay_as_they_are(log: Log, error: BaseException) -> None:
         raise error
     assert raised.value is error
     assert log.warnings == []
+
+
+def test_a_folder_in_the_place_of_the_metrics_is_a_user_error(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match="is a folder"):
+        open_metrics(tmp_path / "metrics.jsonl", before_iteration=1)

@@ -97,7 +97,8 @@ def test_a_checkpoint_has_the_size_in_the_comment(recipe: str, models: None) -> 
     comment, stage = comment_of(recipe), recipe.removesuffix(".yaml").rsplit("-", 1)[1]
     argv = command_in(comment)
     spec = with_new_experts(*read_base(Path(argv[1])), int(argv[3]))
-    args = Namespace(stage=stage, bf16=True, fp16=False, train_everything=False, no_save_optim=None)
+    args = Namespace(stage=stage, bf16=True, fp16=False, train_everything=False, train_new_embeddings=False)
+    args.no_save_optim = None
     args.save_trained_only = yaml.safe_load((RECIPES / recipe).read_text()).get("save-trained-only", False)
     args.use_distributed_optimizer = True
     assert f"A checkpoint takes {format_bytes(checkpoint_bytes(args, spec))}" in comment

@@ -1,6 +1,5 @@
 """Grows a model's vocabulary by the new tokens of an extended tokenizer, when it is converted."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,7 +7,6 @@ from torch import Tensor
 
 from moelpr.data.tokenizer import load_tokenizer
 from moelpr.errors import UserError
-from moelpr.model_spec import ModelSpec, NewTokens
 from moelpr.vocabulary_extension import VOCABULARY_EXTENSION_FILE, VocabularyExtension
 
 
@@ -35,12 +33,6 @@ def read_extension(extended: Path, model: Path) -> VocabularyExtension:
             f"{end - 1}; extend it again"
         )
     return extension
-
-
-def grown(spec: ModelSpec, extension: VocabularyExtension) -> ModelSpec:
-    """The model with a row for each new token."""
-    tokens = NewTokens(extension.first_new_id, extension.number, spec.megatron_args["vocab_size"])
-    return replace(spec, megatron_args=spec.megatron_args | {"vocab_size": tokens.vocab_size}, new_tokens=tokens)
 
 
 def with_new_rows(rows_VH: Tensor, extension: VocabularyExtension, vocab_size: int, dtype: torch.dtype) -> Tensor:

@@ -24,7 +24,7 @@ from checkpoint_convert.hf_folder import (
 from checkpoint_convert.hub import Model
 from checkpoint_convert.megatron_folder import SIGNS, num_elements, write_checkpoint
 from checkpoint_convert.model_card import Origin
-from checkpoint_convert.new_tokens import grown, read_extension, with_new_rows
+from checkpoint_convert.new_tokens import read_extension, with_new_rows
 from checkpoint_convert.outputs import check_finite, check_output, output_folder
 from moelpr.errors import UserError
 from moelpr.families.families import CONFIG_FILE, Family, read_base, read_config, with_new_experts
@@ -115,7 +115,7 @@ def hf_to_mcore(
     extension = None
     if extended_tokenizer is not None:
         extension = read_extension(extended_tokenizer, hf_path)
-        spec = grown(spec, extension)
+        spec = spec.with_new_tokens(extension.first_new_id, extension.number)
         spec.check()
 
     plan = list(pieces(family.table, spec))

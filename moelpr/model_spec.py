@@ -157,6 +157,12 @@ class ModelSpec:
     def as_dense(self) -> "ModelSpec":
         return replace(self, moe=None)
 
+    def with_new_tokens(self, first: int, number: int) -> "ModelSpec":
+        """The model with a row for each of `number` new tokens, whose IDs begin at `first`."""
+        tokens = NewTokens(first, number, self.megatron_args["vocab_size"])
+        args = self.megatron_args | {"vocab_size": tokens.vocab_size}
+        return replace(self, megatron_args=args, new_tokens=tokens)
+
     def check(self) -> None:
         """Raise a UserError unless all fields are present, of the right type, and in range."""
         if self.dtype not in DTYPES:

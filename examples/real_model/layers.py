@@ -18,6 +18,17 @@ from statistics import fmean
 from typing import Any
 
 from examples import steps
+from examples.real_model.settings import (
+    BATCH,
+    BETA2,
+    MICRO_BATCH,
+    NUM_NEW_EXPERTS,
+    SEQUENCE_LENGTH,
+    STAGE1_RATE,
+    STEP_TOKENS,
+    TOPK,
+    minimum_rate,
+)
 from examples.steps import EXPANDED, ORIGINAL, ROOT, Steps
 from moelpr.errors import CommandParser, UserError, run_command
 from moelpr.evaluate.layers import LayerSimilarity, least_similar
@@ -33,12 +44,11 @@ SHARES = {"third": 1 / 3, "half": 1 / 2}
 NUM_RANDOM = 2
 # The rule: by how much the measured layers must beat evenly spaced ones, as a fraction of the base's bits per byte.
 MARGIN = 0.005
-EXPERTS = ("--num-new-experts", "3", "--topk", "2")
-SEQUENCE_LENGTH, BATCH = 512, 4
-STEP_TOKENS = SEQUENCE_LENGTH * BATCH
+EXPERTS = ("--num-new-experts", str(NUM_NEW_EXPERTS), "--topk", str(TOPK))
 TRAINING = (
-    "--seq-length", str(SEQUENCE_LENGTH), "--global-batch-size", str(BATCH), "--micro-batch-size", "2", "--bf16",
-    "--lr", "3e-4", "--min-lr", "3e-5", "--lr-decay-style", "cosine", "--weight-decay", "0", "--adam-beta2", "0.95",
+    "--seq-length", str(SEQUENCE_LENGTH), "--global-batch-size", str(BATCH), "--micro-batch-size", str(MICRO_BATCH),
+    "--bf16", "--lr", f"{STAGE1_RATE:g}", "--min-lr", f"{minimum_rate(STAGE1_RATE):g}", "--lr-decay-style", "cosine",
+    "--weight-decay", "0", "--adam-beta2", str(BETA2),
     "--log-interval", "5", "--save-interval", "20", "--save-retain-interval", "20000",
 )  # fmt: skip
 

@@ -12,7 +12,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from moelpr.errors import CommandParser, UserError, run_command
 from moelpr.evaluate.arguments import check_languages, languages, named_paths
 from moelpr.families.families import layer_list, read_base, recommended_copies, with_new_experts
 from moelpr.layouts import neighbors
-from moelpr.model_spec import ModelSpec, NewTokens
+from moelpr.model_spec import ModelSpec
 from moelpr.plan.candidates import Candidate, fitting
 from moelpr.plan.machines import GIB, GPUS, Cluster
 from moelpr.plan.memory import PLANNED_STAGES, RankMemory, Workload
@@ -70,20 +70,20 @@ def _with_new_tokens(spec: ModelSpec, args: argparse.Namespace) -> ModelSpec:
     rows = spec.megatron_args["vocab_size"]
     if args.extended_tokenizer is not None:
         extension = VocabularyExtension.read(args.extended_tokenizer)
-        tokens = NewTokens(extension.first_new_id, extension.number, rows)
+        first, number = extension.first_new_id, extension.number
     elif args.num_new_tokens is not None:
-        tokens = NewTokens(rows, args.num_new_tokens, rows)
+        first, number = rows, args.num_new_tokens
     elif args.stage == "stage0" or args.train_new_embeddings:
         what = "--stage stage0" if args.stage == "stage0" else "--train-new-embeddings"
         raise UserError(f"{what} trains rows of new tokens, got none; pass --extended-tokenizer or --num-new-tokens")
     else:
         return spec
-    if tokens.first > rows:
+    if first > rows:
         raise UserError(
-            f"{args.extended_tokenizer} extends a tokenizer of {tokens.first:,} tokens, but {args.hf_path} has "
+            f"{args.extended_tokenizer} extends a tokenizer of {first:,} tokens, but {args.hf_path} has "
             f"{rows:,} rows in its embedding; pass a tokenizer that extends the model's"
         )
-    return replace(spec, megatron_args=spec.megatron_args | {"vocab_size": tokens.vocab_size}, new_tokens=tokens)
+    return spec.with_new_tokens(first, number)
 
 
 def choose_layers(args: argparse.Namespace) -> None:

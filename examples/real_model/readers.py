@@ -8,14 +8,13 @@ import gettext
 import html
 import io
 import re
-import tarfile
 from collections.abc import Iterable, Mapping
 from html.parser import HTMLParser
 from pathlib import Path, PurePosixPath
 
 from data_tools import demo_corpus
 from data_tools.demo_corpus import LANGUAGES
-from moelpr.errors import UserError
+from examples.real_model.debian_package import read_deb
 
 # language -> document ID -> paragraphs
 Documents = dict[str, dict[str, list[str]]]
@@ -97,32 +96,6 @@ def is_sentence(text: str, language: str) -> bool:
     in_script = sum(script[0] <= character <= script[1] for character in letters)
     is_english = language != "en" and len(ENGLISH_WORDS & set(text.lower().split())) > 1
     return is_long and not is_english and in_script > 0.6 * len(letters) > 0 and not MARKUP.search(text)
-
-
-def read_deb(path: Path, prefix: str, suffix: str | tuple[str, ...]) -> dict[str, bytes]:
-    """Name -> content of the files of a Debian package under `prefix`, sorted.
-
-    The package is an ar archive, one of whose members is a tar archive of the files.
-
-    Raises:
-        UserError: it is not such a package.
-    """
-    with open(path, "rb") as package:
-        if package.read(8) != b"!<arch>\n":
-            raise UserError(f"{path} is not a Debian package; remove it and run it again")
-        while header := package.read(60):
-            name, size = header[:16].decode().strip(), int(header[48:58])
-            if name.startswith("data.tar"):
-                with tarfile.open(fileobj=io.BytesIO(package.read(size))) as archive:
-                    found = {
-                        member.name.removeprefix("./"): archive.extractfile(member).read()
-                        for member in archive
-                        if member.isfile() and member.name.removeprefix("./").startswith(prefix)
-                        and member.name.endswith(suffix)
-                    }  # fmt: skip
-                return dict(sorted(found.items()))
-            package.seek(size + size % 2, io.SEEK_CUR)
-    raise UserError(f"{path} is not a Debian package; remove it and run it again")
 
 
 class _HelpPage(HTMLParser):

@@ -1,7 +1,7 @@
 """What is compared on the real model, and how each setting is trained.
 
 A setting is one way to train, and has one model per seed. All settings read the same text in the same order, in steps
-of 2,048 tokens: TOKENS in stage 1, full fine-tuning and LoRA, REVIEW_SHARE of that in stage 2.
+of 1,024 tokens: TOKENS in stage 1, full fine-tuning and LoRA, REVIEW_SHARE of that in stage 2.
 """
 
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ ORIGINAL, EXPANDED = ("en", "es", "zh"), ("el", "hu", "tr")
 LANGUAGES = (*ORIGINAL, *EXPANDED)
 
 SEQUENCE_LENGTH = 512
-BATCH, MICRO_BATCH = 4, 2  # sequences
+BATCH, MICRO_BATCH = 2, 2  # sequences
 STEP_TOKENS = BATCH * SEQUENCE_LENGTH
-TOKENS = 327_680
+TOKENS = 163_840
 REVIEW_SHARE, SEARCH_SHARE = 0.375, 0.25  # of TOKENS: stage 2, and each run of a search for a learning rate
 NUM_NEW_EXPERTS, TOPK = 3, 2
 REVIEW_BLEND = {"original": 1, "expanded": 2}  # parts of the text of each group, as in the paper

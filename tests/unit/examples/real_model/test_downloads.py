@@ -4,21 +4,30 @@ import hashlib
 import os
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from data_tools import demo_corpus
 from examples.real_model import downloads
+from examples.real_model.debian_package import digest_of
 from examples.real_model.downloads import Source, fetch_all, read_sources
 from moelpr.errors import MachineError, UserError
+from tests.debian_packages import write_deb
 
-DEB = b"!<arch>\nnot really"
+PAGES = {"usr/share/pages/a.html": b"first", "usr/share/pages/b.html": b"second"}
+CHANGES = "usr/share/doc/changes"  # a file that nobody reads
 
 
 def source_of(content: bytes, registry: str, name: str, package: str, version: str) -> Source:
     digest = hashlib.sha256(content).hexdigest()
     return Source(package, registry, version, name, digest, len(content), "help", "CC0-1.0", "a test")
+
+
+def package_of(folder: Path, files: dict[str, bytes]) -> bytes:
+    write_deb(folder / "written.deb", files)
+    return (folder / "written.deb").read_bytes()
 
 
 @pytest.fixture
@@ -38,21 +47,30 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
 @pytest.fixture
 def deb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
     """A package that a stand-in for apt-get copies; it writes its arguments into the file `calls`."""
-    name, programs = "manual_1%3a2.0_all.deb", tmp_path / "bin"
+    name, programs = "manual_1%3a2.0-1_all.deb", tmp_path / "bin"
     programs.mkdir()
-    (tmp_path / name).write_bytes(DEB)
+    (tmp_path / name).write_bytes(package_of(tmp_path, {**PAGES, CHANGES: b"1"}))
     script = programs / "apt-get"
     script.write_text(f"#!/bin/sh\necho $@ >>{tmp_path}/calls\ncp {tmp_path}/{name} . && exit ${{APT_CODE:-0}}\n")
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
-    return source_of(DEB, "debian", name, "manual", "1:2.0")
+    source = source_of((tmp_path / name).read_bytes(), "debian", "manual.deb", "manual", "1:2.0-1*")
+    folder = "usr/share/pages/"
+    return replace(source, folder=folder, sha256=digest_of(tmp_path / name, folder))
+
+
+def change(tmp_path: Path, files: dict[str, bytes]) -> bytes:
+    """Replace the package that the registry has."""
+    content = package_of(tmp_path, files)
+    next(tmp_path.glob("manual_*.deb")).write_bytes(content)
+    return content
 
 
 def test_packages_of_both_registries_come_once(wheel: Source, deb: Source, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     found = fetch_all([wheel, deb], cache)
     assert found == {"texts": cache / wheel.file, "manual": cache / deb.file}
-    assert (tmp_path / "calls").read_text() == "download manual=1:2.0\n"
+    assert (tmp_path / "calls").read_text() == "download manual=1:2.0-1*\n"
     shutil.rmtree(tmp_path / "index")
     assert fetch_all([wheel, deb], cache) == found
     assert (tmp_path / "calls").read_text().count("\n") == 1
@@ -72,35 +90,63 @@ def test_no_apt(deb: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("is_cached", [True, False])
 def test_another_checksum(deb: Source, tmp_path: Path, is_cached: bool) -> None:
-    cache, other = tmp_path / "cache", DEB[:-1]
-    (tmp_path / deb.file).write_bytes(other)
+    cache, good = tmp_path / "cache", next(tmp_path.glob("manual_*.deb")).read_bytes()
+    other = change(tmp_path, {**PAGES, "usr/share/pages/b.html": b"changed"})
     if is_cached:
         cache.mkdir()
         (cache / deb.file).write_bytes(other)
-    with pytest.raises(UserError, match=f"SHA-256 {hashlib.sha256(other).hexdigest()}, but {deb.sha256}"):
+    with pytest.raises(UserError, match=f"usr/share/pages/ in .* has SHA-256 [0-9a-f]{{64}}, but {deb.sha256}"):
         fetch_all([deb], cache)
     assert not (cache / deb.file).exists()
-    (tmp_path / deb.file).write_bytes(DEB)
-    assert fetch_all([deb], cache)["manual"].read_bytes() == DEB
+    next(tmp_path.glob("manual_*.deb")).write_bytes(good)
+    assert fetch_all([deb], cache)["manual"].read_bytes() == good
+
+
+def test_a_newer_revision_with_the_same_pages_is_taken(deb: Source, tmp_path: Path) -> None:
+    newer = change(tmp_path, {**PAGES, CHANGES: b"2"})
+    assert fetch_all([deb], tmp_path / "cache")["manual"].read_bytes() == newer
+
+
+@pytest.mark.parametrize("files", [{"usr/share/pages/a.html": b"firstsecond"}, {**PAGES, "usr/share/pages/c": b""}])
+def test_the_checksum_is_of_names_and_contents(deb: Source, tmp_path: Path, files: dict[str, bytes]) -> None:
+    change(tmp_path, files)
+    with pytest.raises(UserError, match="is pinned"):
+        fetch_all([deb], tmp_path / "cache")
+
+
+@pytest.mark.parametrize("content", [b"<html>", b"!<arch>\nnot really", b"!<arch>\n" + b"data.tar".ljust(60)])
+def test_something_that_is_no_package(tmp_path: Path, deb: Source, content: bytes) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / deb.file).write_bytes(content)
+    with pytest.raises(UserError, match="manual.deb is not a Debian package"):
+        fetch_all([deb], tmp_path / "cache")
+
+
+def test_a_cut_package(tmp_path: Path, deb: Source) -> None:
+    content = next(tmp_path.glob("manual_*.deb")).read_bytes()
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / deb.file).write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="manual.deb is not a Debian package"):
+        fetch_all([deb], tmp_path / "cache")
 
 
 def test_an_interrupted_download_starts_over(deb: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path / "cache"
     monkeypatch.setenv("APT_CODE", "100")
-    with pytest.raises(UserError, match="could not be downloaded"):
+    with pytest.raises(UserError, match="could not be downloaded .*apt-get update"):
         fetch_all([deb], cache)
     # What a killed process leaves.
-    (cache / downloads.DOWNLOAD / "half").write_bytes(DEB[:3])
+    (cache / downloads.DOWNLOAD / "half").write_bytes(b"!<a")
     assert not (cache / deb.file).exists()
     monkeypatch.delenv("APT_CODE")
-    assert fetch_all([deb], cache)["manual"].read_bytes() == DEB
+    assert fetch_all([deb], cache)["manual"].exists()
 
 
 def test_too_little_disk_is_said_before_the_first_download(
     deb: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=len(DEB)))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=deb.bytes))
     with pytest.raises(MachineError, match="GiB of disk"):
         fetch_all([deb], tmp_path / "cache")
     assert not (tmp_path / "calls").exists()
@@ -111,8 +157,9 @@ def test_every_download_is_pinned() -> None:
     assert {source.kind for source in sources.values()} == {"base", "help", "stories", "interface"}
     for source in sources.values():
         assert len(source.sha256) == 64 and source.bytes > 1e6 and source.licence
-        separator = "-" if source.registry == "pypi" else "_"
-        name = source.package.replace("-", "_") if source.registry == "pypi" else source.package
-        assert source.file.startswith(f"{name}{separator}{source.version.replace(':', '%3a')}{separator}")
+        if source.registry == "debian":
+            assert source.file == f"{source.package}.deb" and source.version.endswith("*") and source.folder
+        else:
+            assert source.file.startswith(f"{source.package.replace('-', '_')}-{source.version}-") and not source.folder
     demo = sources["homeassistant"]
     assert (demo.file, demo.sha256) == (demo_corpus.WHEEL_NAME, demo_corpus.WHEEL_SHA256)

@@ -1,9 +1,7 @@
 """The text of the real model, from tiny packages of the same layout as the real ones."""
 
-import io
 import json
 import struct
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -12,10 +10,10 @@ import yaml
 
 from data_tools.demo_corpus import LANGUAGES
 from examples.real_model import cloze, readers, text
-from examples.real_model.readers import CAMPAIGNS, HELP_CODES, _scenes, clean, is_sentence, read_deb, read_stories
+from examples.real_model.readers import CAMPAIGNS, HELP_CODES, _scenes, clean, is_sentence, read_stories
 from examples.real_model.text import TRAINED, build_corpus, hash_of, is_held_out, ngrams
-from moelpr.errors import UserError
 from moelpr.evaluate.harness import read_benchmarks
+from tests.debian_packages import write_deb
 
 # A sentence of each language about a number, long enough for n-grams and for the cloze task.
 SENTENCES = {
@@ -32,21 +30,6 @@ PAGES, PARAGRAPHS = 60, 4
 
 def paragraph(language: str, page: int, place: int) -> str:
     return SENTENCES[language].format(f"{page}x", f"{place}y{page}")
-
-
-def write_deb(path: Path, files: dict[str, bytes]) -> None:
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w:xz") as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(f"./{name}")
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    members = {"debian-binary": b"2.0\n", "control.tar.xz": b"odd", "data.tar.xz": packed.getvalue()}
-    content = b"!<arch>\n"
-    for name, data in members.items():
-        header = f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(data):<10}`\n"
-        content += header.encode() + data + b"\n" * (len(data) % 2)
-    path.write_bytes(content)
 
 
 def catalog(messages: dict[str, str]) -> bytes:
@@ -209,12 +192,6 @@ def test_sentences() -> None:
     assert not is_sentence("Pencereyi açmak için <b>buna</b> basın", "tr")
     assert not is_sentence("Yalnızca dört kısa sözcük", "tr")
     assert clean({language: {"a": ["Same in all of the languages"]} for language in LANGUAGES})["hu"] == {}
-
-
-def test_something_that_is_no_package(tmp_path: Path) -> None:
-    (tmp_path / "a.deb").write_bytes(b"<html>")
-    with pytest.raises(UserError, match="a.deb is not a Debian package"):
-        read_deb(tmp_path / "a.deb", "", "")
 
 
 def test_questions_are_answered_by_the_text(corpus: Path, tmp_path: Path) -> None:

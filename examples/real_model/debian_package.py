@@ -1,0 +1,54 @@
+"""Files of a Debian package, without installing it."""
+
+import hashlib
+import io
+import lzma
+import tarfile
+from pathlib import Path
+
+from moelpr.errors import UserError
+
+
+def read_deb(path: Path, folder: str, suffix: str | tuple[str, ...] = "") -> dict[str, bytes]:
+    """Name -> content of the files of a Debian package under `folder`, sorted.
+
+    The package is an ar archive, one of whose members is a tar archive of the files.
+
+    Raises:
+        UserError: it is not such a package.
+    """
+    try:
+        return _read(path, folder, suffix)
+    except (ValueError, EOFError, tarfile.TarError, lzma.LZMAError):
+        raise UserError(f"{path} is not a Debian package; remove it and run it again") from None
+
+
+def _read(path: Path, folder: str, suffix: str | tuple[str, ...]) -> dict[str, bytes]:
+    with open(path, "rb") as package:
+        if package.read(8) != b"!<arch>\n":
+            raise ValueError("not an ar archive")
+        while header := package.read(60):
+            name, size = header[:16].decode().strip(), int(header[48:58])
+            if name.startswith("data.tar"):
+                with tarfile.open(fileobj=io.BytesIO(package.read(size))) as archive:
+                    found = {
+                        member.name.removeprefix("./"): archive.extractfile(member).read()
+                        for member in archive
+                        if member.isfile() and member.name.removeprefix("./").startswith(folder)
+                        and member.name.endswith(suffix)
+                    }  # fmt: skip
+                return dict(sorted(found.items()))
+            package.seek(size + size % 2, io.SEEK_CUR)
+    raise ValueError("no files")
+
+
+def digest_of(path: Path, folder: str) -> str:
+    """SHA-256 over the names, sizes and contents of a package's files under `folder`.
+
+    Revisions of a package differ as files, but not in this if upstream's files are the same.
+    """
+    digest = hashlib.sha256()
+    for name, content in read_deb(path, folder).items():
+        digest.update(f"{name} {len(content)}\n".encode())
+        digest.update(content)
+    return digest.hexdigest()

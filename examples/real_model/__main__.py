@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from examples.real_model.page import write_results
-from examples.real_model.settings import SETTINGS, TOKENS
+from examples.real_model.settings import ALL, TOKENS
 from examples.real_model.tasks import Task, Tasks
 from examples.steps import ROOT, Steps
 from moelpr import machine
@@ -32,13 +32,13 @@ def main() -> None:
     add("--base", type=Path, metavar="DIR", help="Hugging Face directory (default: SmolLM2-135M, which is downloaded)")
     tokens = "tokens of stage 1, full fine-tuning and LoRA; other steps in proportion (default: %(default)s)"
     add("--tokens", type=int, default=TOKENS, metavar="N", help=tokens)
-    add("--only", nargs="+", choices=list(SETTINGS), metavar="NAME",
-        help=f"settings to train (default: all but lora-16: {', '.join(SETTINGS)})")  # fmt: skip
+    add("--only", nargs="+", choices=list(ALL), metavar="NAME",
+        help=f"settings to train (default: all but lora-16: {', '.join(ALL)})")  # fmt: skip
     add("--list", action="store_true", help="list the steps, whether they are done, and their time; start nothing")
     args = parser.parse_args()
     os.chdir(ROOT)
     tasks = Tasks(args.run, args.base, args.tokens)
-    names = set(args.only or [setting.name for setting in SETTINGS.values() if not setting.is_extra])
+    names = set(args.only or [setting.name for setting in ALL.values() if not setting.is_extra])
     chosen = [task for task in tasks.all() if task.settings & names]
     run = Steps(args.run)
     if args.list:

@@ -1,12 +1,16 @@
 """From the queue's folder to the numbers of the page, `real-model.json`.
 
-Under `settings`, each setting that is done has its `label`, its `cost`, and an entry per seed in `models`: the `change`
-of bits per byte against base per text ("el.help": language and kind) and, in `means`, per group of languages, on kinds
-of text that were trained on ("in") and on the others ("out"). All are [value, low, high], with 95% intervals over
-documents, paired with base.
+Under `settings` and `vocabulary`, each setting that is done has its `label`, its `cost`, and an entry per seed in
+`models`: the `change` of bits per byte against base per text ("el.help": language and kind) and, in `means`, per group
+of languages, on kinds of text that were trained on ("in") and on the others ("out"). All are [value, low, high], with
+95% intervals over documents, paired with base.
+
+The numbers of several folders add up: `merged` takes over what another folder has measured of the same comparison, so
+that one machine can train some settings and another the others.
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,14 +21,16 @@ import numpy as np
 from examples.real_model.settings import (
     BASE,
     BATCH,
-    EXPANDED,
+    GROUPS,
     LANGUAGES,
-    ORIGINAL,
     RATES,
     SEQUENCE_LENGTH,
     SETTINGS,
+    STAGE0_RATE,
     STAGE1_RATE,
     STAGE2_RATE,
+    VOCABULARY,
+    VOCABULARY_START,
     Setting,
 )
 from examples.real_model.tasks import best_rate, searched_changes
@@ -34,8 +40,9 @@ from moelpr.evaluate.scoring import LanguageScore
 from moelpr.run_metrics import read_run_metrics
 
 Json = dict[str, Any]
-GROUPS = {"original": ORIGINAL, "expanded": EXPANDED}
 ROUTED = ("copies-stage1", "copies")  # settings whose routing is shown
+RATES_OF_STAGES = ([STAGE1_RATE, STAGE2_RATE], [STAGE0_RATE, STAGE1_RATE, STAGE2_RATE])  # without, with further tokens
+BASE_TOLERANCE = 1e-3  # of the base's bits per byte, between machines
 DIGITS = 5
 
 
@@ -50,36 +57,110 @@ def collect(run: Path) -> Json:
     if not base:
         raise UserError(f"{run} has no evaluation of the base; start the queue first: python -m examples.real_model")
     kinds = {"in": facts["trained"], "out": facts["untrained"]}
-    texts = [f"{language}.{kind}" for kind in (*kinds["in"], *kinds["out"]) for language in LANGUAGES]
-    results: Json = {
+    texts = texts_of(kinds)
+
+    def measured(settings: Mapping[str, Setting]) -> Json:
+        found = {}
+        for setting in settings.values():
+            scores = {model: read_scores(run, model) for model in setting.models}
+            done = {model: score for model, score in scores.items() if score.keys() >= {*texts}}
+            if done and setting.name != BASE:
+                models = {model: changes(base, score, kinds) for model, score in done.items()}
+                found[setting.name] = {"label": setting.label, "models": models, "cost": cost(run, setting)}
+        return found
+
+    return {
         "kinds": kinds,
         "text": {key: facts.get(key) for key in ("sources", "languages")},
+        "tokens": queue_tokens(run),
         "base": {
             text: _rounded(interval_of(estimates({BASE: base[text]}, 1, text)[BASE]["bits_per_byte"])) for text in texts
         },
-        "settings": {},
-        "missing": [],
+        "settings": measured(SETTINGS),
+        "vocabulary": measured(VOCABULARY),
+        "bytes_per_token": {
+            name: bytes_per_token(found)
+            for name, model in {"base": BASE, "extended": VOCABULARY_START}.items()
+            if (found := read_scores(run, model)).keys() >= {*texts}
+        },
+        "routing": routing(run, kinds["out"]),
+        "continuations": _json(run / "continuations" / "results.json").get("continuations", {}),
+        "cloze": cloze(_json(run / "scores" / "harness.json")),
     }
-    for setting in SETTINGS.values():
-        scores = [(model, read_scores(run, model)) for model in setting.models]
-        done = {model: found for model, found in scores if found.keys() >= set(texts)}
-        if setting.name == BASE:
-            continue
-        if not done:
-            results["missing"] += [] if setting.is_extra else [setting.label]
-            continue
-        results["settings"][setting.name] = {
-            "label": setting.label,
-            "models": {model: changes(base, found, kinds) for model, found in done.items()},
-            "cost": cost(run, setting),
+
+
+def merged(results: Json, before: Json) -> Json:
+    """`results` and what only `before` has measured: settings, seeds, routing, continuations and scores of models.
+
+    Raises:
+        UserError: `before` is of other text, another number of tokens or another base.
+    """
+    if not before:
+        return results
+    same = [results.get(key) == before.get(key) for key in ("kinds", "tokens")]
+    pairs = [(results["base"].get(text, [math.inf])[0], bits[0]) for text, bits in before["base"].items()]
+    if not all(same) or any(abs(new - old) > BASE_TOLERANCE * old for new, old in pairs):
+        raise UserError(
+            "the numbers so far are of another base, other text or another number of tokens; remove the file that "
+            "holds them to start again"
+        )
+    found = {**results, "bytes_per_token": before["bytes_per_token"] | results["bytes_per_token"]}
+    for family, settings in (("settings", SETTINGS), ("vocabulary", VOCABULARY)):
+        found[family] = {
+            name: _merged_setting(results[family].get(name), before[family].get(name))
+            for name in settings
+            if name in results[family] or name in before[family]
         }
-        if len(done) < len(setting.models):
-            left = f"{len(setting.models) - len(done)} of {len(setting.models)} seeds"
-            results["missing"].append(f"{setting.label}: {left}")
-    results["routing"] = routing(run, kinds["out"])
-    results["continuations"] = _json(run / "continuations" / "results.json").get("continuations", {})
-    results["cloze"] = cloze(_json(run / "scores" / "harness.json"))
-    return results
+    for key in ("routing", "cloze"):
+        found[key] = before[key] | results[key]
+    found["continuations"] = before["continuations"] | results["continuations"]
+    for prompt in before["continuations"].keys() & results["continuations"].keys():
+        old, new = before["continuations"][prompt], results["continuations"][prompt]
+        found["continuations"][prompt] = {**new, "by_model": old["by_model"] | new["by_model"]}
+    return found
+
+
+def _merged_setting(new: Json | None, old: Json | None) -> Json | None:
+    """The cost is that of the first seed, so of the part that has it."""
+    if new is None or old is None:
+        return new or old
+    models = old["models"] | new["models"]
+    return {**new, "models": dict(sorted(models.items())), "cost": new["cost"] or old["cost"]}
+
+
+def missing(results: Json) -> list[str]:
+    """Settings and seeds that have not been measured, in words."""
+    found = []
+    for family, settings in (("settings", SETTINGS), ("vocabulary", VOCABULARY)):
+        for setting in settings.values():
+            models = results[family].get(setting.name, {"models": {}})["models"]
+            if not models and setting.name != BASE and not setting.is_extra:
+                found.append(setting.label)
+            elif models and len(models) < setting.seeds:
+                found.append(f"{setting.label}: {setting.seeds - len(models)} of {setting.seeds} seeds")
+    return found
+
+
+def texts_of(kinds: Mapping[str, Any]) -> list[str]:
+    """Names of all held-out texts: "el.help"."""
+    return [f"{language}.{kind}" for kind in (*kinds["in"], *kinds["out"]) for language in LANGUAGES]
+
+
+def queue_tokens(run: Path) -> int | None:
+    """The --tokens that the queue of a folder was started with."""
+    path = run / "queue.txt"
+    found = re.search(r"--tokens (\d+)", path.read_text(encoding="utf-8")) if path.is_file() else None
+    return int(found[1]) if found else None
+
+
+def bytes_per_token(scores: Mapping[str, LanguageScore]) -> dict[str, float]:
+    """Language -> UTF-8 bytes per token of its held-out texts."""
+    found = {}
+    for language in LANGUAGES:
+        its = [score for text, score in scores.items() if text.split(".")[0] == language]
+        size, tokens = (sum(sum(getattr(score, key)) for score in its) for key in ("document_bytes", "document_tokens"))
+        found[language] = round(size / tokens, 3)
+    return found
 
 
 def read_scores(run: Path, model: str) -> dict[str, LanguageScore]:
@@ -91,7 +172,7 @@ def read_scores(run: Path, model: str) -> dict[str, LanguageScore]:
 def changes(base: Mapping[str, LanguageScore], model: Mapping[str, LanguageScore], kinds: Mapping[str, Any]) -> Json:
     """A model against base: per text, and means over kinds and languages of a group."""
     found: dict[str, Estimate] = {}
-    for text in [f"{language}.{kind}" for part in kinds.values() for kind in part for language in LANGUAGES]:
+    for text in texts_of(kinds):
         bits = estimates({"base": base[text], "model": model[text]}, 1, text)
         found[text] = bits["model"]["bits_per_byte"] / bits["base"]["bits_per_byte"] - 1
     means = {
@@ -105,7 +186,9 @@ def changes(base: Mapping[str, LanguageScore], model: Mapping[str, LanguageScore
 
 
 def cost(run: Path, setting: Setting) -> Json:
-    """What training its first model took: its own run, and stage 1 before."""
+    """What training its first model took, with the runs before; {} if it is not trained, or not in this folder."""
+    if not setting.runs or not all((run / name / "metrics.jsonl").is_file() for name in setting.runs):
+        return {}
     trained, whole, tokens, seconds, memory = 0, 0, 0, 0.0, 0.0
     for name in setting.runs:
         steps = read_run_metrics(run / name / "metrics.jsonl").steps
@@ -116,7 +199,11 @@ def cost(run: Path, setting: Setting) -> Json:
         trained, whole = max(trained, now), max(whole, of)
     family = "full" if setting.name == "full" else "lora"
     is_searched = setting.name == "full" or setting.name.startswith("lora")
-    rates = [best_rate(run, setting.name)] if is_searched else [STAGE1_RATE, STAGE2_RATE][: len(setting.runs)]
+    rates = (
+        [best_rate(run, setting.name)]
+        if is_searched
+        else RATES_OF_STAGES[setting.name in VOCABULARY][: len(setting.runs)]
+    )
     found = {
         "trained_parameters": trained,
         "parameters": whole,

@@ -8,8 +8,15 @@ from statistics import fmean
 from typing import Any
 
 from examples.frontier_results import value_range
-from examples.real_model.measurements import GROUPS, collect
-from examples.real_model.settings import LANGUAGES, SETTINGS
+from examples.real_model.measurements import collect, missing
+from examples.real_model.settings import (
+    GROUPS,
+    LANGUAGES,
+    NUM_NEW_TOKENS,
+    SETTINGS,
+    STAGE0_BLEND,
+    STAGE0_SHARE,
+)
 from examples.real_model.signs import change, signs
 from moelpr.files import write_text
 from moelpr.languages import language_name
@@ -94,7 +101,7 @@ def routing_chart(results: Json) -> str:
 def section(results: Json) -> str:
     """Markdown: predictions, then tables, continuations and what is missing."""
     parts = [_predictions(results), _means(results), _languages(results), _costs(results), _rates(results)]
-    parts += [_cloze(results), _continuations(results), _missing(results)]
+    parts += [_cloze(results), _continuations(results), _vocabulary(results), _missing(results)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -171,13 +178,17 @@ def _costs(results: Json) -> str:
     ]
     rows = []
     for setting in results["settings"].values():
-        cost, millions = setting["cost"], setting["cost"]["trained_parameters"] / 1e6
-        rows.append([
-            setting["label"], f"{millions:.1f}M", f"{2 * millions:,.0f} MB", f"{cost['tokens']:,}",
-            f"{cost['minutes']:.0f} min", f"{cost['peak_memory_gib']:.1f} GiB",
-            ", ".join(f"{rate:g}" for rate in cost["rates"]),
-        ])  # fmt: skip
-    note = "Training of the first seed, stage 1 included, on two cores, without starts, saves and searches."
+        if cost := setting["cost"]:
+            millions = cost["trained_parameters"] / 1e6
+            rows.append([
+                setting["label"], f"{millions:.1f}M", f"{2 * millions:,.0f} MB", f"{cost['tokens']:,}",
+                _minutes(cost), f"{cost['peak_memory_gib']:.1f} GiB",
+                ", ".join(f"{rate:g}" for rate in cost["rates"]),
+            ])  # fmt: skip
+    note = (
+        "Training of the first seed, stage 1 included, on two cores, without starts, saves and searches. Times of "
+        "different settings may be of different machines."
+    )
     return f"{terminal_table(Table(head, rows))}\n\n{note}"
 
 
@@ -235,5 +246,43 @@ def _cell(text: str) -> str:
     return shown
 
 
+def _vocabulary(results: Json) -> str:
+    """What further tokens change: bytes per token, and the same changes against base with and without them."""
+    if not results["vocabulary"] or results["bytes_per_token"].keys() != {"base", "extended"}:
+        return ""
+    before, after = (results["bytes_per_token"][name] for name in ("base", "extended"))
+    lengths = [
+        [label, *(f"{found[x]:.2f}" for x in LANGUAGES)]
+        for label, found in (("base", before), (f"{NUM_NEW_TOKENS:,} further tokens", after))
+    ]
+    columns = [(part, group) for part in PARTS for group in GROUPS]
+    rows = []
+    for setting in (results["settings"].get("copies"), *results["vocabulary"].values()):
+        if setting:
+            model, cost = next(iter(setting["models"].values())), setting["cost"]
+            means = [_over_seeds([model["means"][part][group]]) for part, group in columns]
+            rows.append([
+                setting["label"], *means, f"{cost['tokens']:,}" if cost else "0", _minutes(cost) if cost else "",
+            ])  # fmt: skip
+    head = ["change against base", *(f"{group}, {PARTS[part]}" for part, group in columns), "tokens", "training"]
+    parts = sum(STAGE0_BLEND.values())
+    note = (
+        f"A longer vocabulary ([how](vocabulary.md)): {NUM_NEW_TOKENS:,} tokens learned from the training text, then "
+        f"{STAGE0_SHARE:.0%} of the tokens in stage 0, {STAGE0_BLEND['original']} in {parts} of them original, and the "
+        "others in stage 1 with `--train-new-embeddings`; then the same review. With the *same bytes*, both stages "
+        "read as much text as stage 1 does without further tokens; with the *same tokens*, they take about the time "
+        "that it takes."
+    )
+    tables = [
+        terminal_table(Table(["bytes per token, held-out text", *map(language_name, LANGUAGES)], lengths)),
+        terminal_table(Table(head, rows)),
+    ]
+    return "\n\n".join(["### With a longer vocabulary", note, *tables])
+
+
+def _minutes(cost: Json) -> str:
+    return f"{cost['minutes']:.0f} min"
+
+
 def _missing(results: Json) -> str:
-    return f"Not done yet: {'; '.join(results['missing'])}." if results["missing"] else ""
+    return f"Not done yet: {'; '.join(found)}." if (found := missing(results)) else ""

@@ -3,13 +3,15 @@
     python -m examples.real_model.results --run runs/real-model
 
 Writes docs/real-model.json, docs/images/real-model.svg and real-model-routing.svg, the section of docs/results.md and
-the line of README.md between their marks. Settings that are not done are left out and named.
+the line of README.md between their marks. What RUN has not measured keeps the numbers that docs/real-model.json has of
+the same base, text and tokens; so several machines can share the work. Settings that nobody has measured are named.
 """
 
+import json
 from pathlib import Path
 
 from examples.readme_results import replace_between
-from examples.real_model.measurements import collect
+from examples.real_model.measurements import collect, merged
 from examples.real_model.page import NAME, charts, dump, readme_line, section
 from examples.steps import ROOT
 from moelpr.errors import CommandParser, UserError, run_command
@@ -23,10 +25,12 @@ def main() -> None:
     args = parser.parse_args()
     if not (args.run / "corpus" / "facts.json").is_file():
         raise UserError(f"--run {args.run} contains no text; start the queue first: python -m examples.real_model")
-    results = collect(args.run)
+    path = ROOT / "docs" / f"{NAME}.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    results = merged(collect(args.run), before)
     if "copies" not in results["settings"]:
         raise UserError(f"--run {args.run} has no finished MoE-LPR yet; rerun python -m examples.real_model")
-    write_text(ROOT / "docs" / f"{NAME}.json", dump(results))
+    write_text(path, dump(results))
     for name, svg in charts(results).items():
         write_text(ROOT / "docs" / "images" / f"{name}.svg", svg + "\n")
     replace_between(ROOT / "docs" / "results.md", NAME, section(results))

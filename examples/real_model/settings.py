@@ -1,7 +1,8 @@
 """What is compared on the real model, and how each setting is trained.
 
 A setting is one way to train, and has one model per seed. All settings read the same text in the same order, in steps
-of 1,024 tokens: TOKENS in stage 1, full fine-tuning and LoRA, REVIEW_SHARE of that in stage 2.
+of 1,024 tokens: TOKENS in stage 1, full fine-tuning and LoRA, REVIEW_SHARE of that in stage 2. The settings of
+VOCABULARY have further tokens, and are compared with each other and with one of SETTINGS.
 """
 
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 
 ORIGINAL, EXPANDED = ("en", "es", "zh"), ("el", "hu", "tr")
 LANGUAGES = (*ORIGINAL, *EXPANDED)
+GROUPS = {"original": ORIGINAL, "expanded": EXPANDED}
 
 SEQUENCE_LENGTH = 512
 BATCH, MICRO_BATCH = 2, 2  # sequences
@@ -24,6 +26,10 @@ BETA2 = 0.95
 SEEDS = (1, 2, 3)
 LORA_16 = 16  # a rank that users of peft choose; the setting "lora" has the largest one that makes sense
 
+# With further tokens: stage 0 gets a fraction of the tokens of stage 1, and stage 1 the others.
+NUM_NEW_TOKENS, STAGE0_SHARE, STAGE0_RATE = 8000, 0.2, 1e-3
+STAGE0_BLEND = {"expanded": 4, "original": 1}
+
 BASE, STAGE1_OF = "base", {"copies": "copies-stage1", "one-copy": "one-copy-stage1", "random": "random-stage1"}
 
 
@@ -32,14 +38,14 @@ class Setting:
     """One way to train.
 
     Attributes:
-        stage1: the run that its models started from; "" if they started from the base.
+        before: the runs that its models continue, in order; () if they start from the base.
         seeds: number of models, which differ in the order of the text.
         is_extra: only trained if --only names it.
     """
 
     name: str
     label: str
-    stage1: str = ""
+    before: tuple[str, ...] = ()
     seeds: int = 1
     is_extra: bool = False
 
@@ -50,27 +56,39 @@ class Setting:
 
     @property
     def runs(self) -> tuple[str, ...]:
-        """The runs that its first model took."""
-        return tuple(name for name in (self.stage1, self.models[0]) if name not in ("", BASE))
+        """The runs that its first model took; () if it is not trained."""
+        return () if self.name in (BASE, VOCABULARY_START) else (*self.before, self.models[0])
 
 
-SETTINGS = {
-    setting.name: setting
-    for setting in (
-        Setting(BASE, "base"),
-        Setting("copies-stage1", "MoE-LPR, K copies, stage 1"),
-        Setting("copies", "MoE-LPR, K copies", "copies-stage1", len(SEEDS)),
-        Setting("full", "full fine-tuning"),
-        Setting("lora", "LoRA, largest rank"),
-        Setting("one-copy-stage1", "MoE-LPR, 1 copy (the paper), stage 1"),
-        Setting("one-copy", "MoE-LPR, 1 copy (the paper)", "one-copy-stage1", len(SEEDS)),
-        Setting("no-lpr", "1 copy, no LPR loss", "one-copy-stage1", len(SEEDS)),
-        Setting("random", "1 copy, new experts random", "random-stage1"),
-        Setting("reference", "1 copy, reference LPR loss", "one-copy-stage1", len(SEEDS)),
-        Setting("plain", "plain MoE, everything trained"),
-        Setting("lora-16", f"LoRA, rank {LORA_16}", is_extra=True),
-    )
-}
+def _by_name(*settings: Setting) -> dict[str, Setting]:
+    return {setting.name: setting for setting in settings}
+
+
+SETTINGS = _by_name(
+    Setting(BASE, "base"),
+    Setting("copies-stage1", "MoE-LPR, K copies, stage 1"),
+    Setting("copies", "MoE-LPR, K copies", ("copies-stage1",), len(SEEDS)),
+    Setting("full", "full fine-tuning"),
+    Setting("lora", "LoRA, largest rank"),
+    Setting("one-copy-stage1", "MoE-LPR, 1 copy (the paper), stage 1"),
+    Setting("one-copy", "MoE-LPR, 1 copy (the paper)", ("one-copy-stage1",), len(SEEDS)),
+    Setting("no-lpr", "1 copy, no LPR loss", ("one-copy-stage1",), len(SEEDS)),
+    Setting("random", "1 copy, new experts random", ("random-stage1",)),
+    Setting("reference", "1 copy, reference LPR loss", ("one-copy-stage1",), len(SEEDS)),
+    Setting("plain", "plain MoE, everything trained"),
+    Setting("lora-16", f"LoRA, rank {LORA_16}", is_extra=True),
+)
+# MoE-LPR with K copies and further tokens. SAME_BYTES has read as much text as MoE-LPR without them has, SAME_TOKENS
+# as many tokens, which takes about the same time.
+VOCABULARY_START, SAME_BYTES, SAME_TOKENS = "vocabulary-start", "vocabulary-bytes", "vocabulary-tokens"
+VOCABULARY = _by_name(
+    Setting(VOCABULARY_START, "extended vocabulary, before training"),
+    *(
+        Setting(name, f"extended vocabulary, {what}", (f"{name}-stage0", f"{name}-stage1"))
+        for name, what in ((SAME_BYTES, "same bytes"), (SAME_TOKENS, "same tokens"))
+    ),
+)
+ALL = SETTINGS | VOCABULARY
 
 
 def steps_of(tokens: float) -> int:

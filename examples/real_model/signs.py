@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from examples.real_model.settings import SETTINGS
 from moelpr.report.plots import percent
 
 Json = Mapping[str, Any]
@@ -94,8 +95,6 @@ def _how_good(results: Json) -> list[Sign]:
 
 def _less(results: Json, text: str, better: str, worse: str, part: str, group: str) -> Sign:
     """A sign that is seen if one setting's bits per byte are lower than another's."""
-    from examples.real_model.settings import SETTINGS
-
     values = [change(results, name, part, group) for name in (better, worse)]
     is_seen = None if None in values else values[0] < values[1]
     return Sign(text, is_seen, _numbers([SETTINGS[name].label for name in (better, worse)], values))

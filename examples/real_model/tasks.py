@@ -6,45 +6,60 @@ A task is one command, made when its turn comes, because learning rates depend o
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
 from examples.real_model.settings import (
+    ALL,
     BASE,
     BATCH,
     BETA2,
     EXPANDED,
+    GROUPS,
     LANGUAGES,
     LORA_16,
     MICRO_BATCH,
     NUM_NEW_EXPERTS,
+    NUM_NEW_TOKENS,
     ORIGINAL,
     RATES,
     REVIEW_BLEND,
     REVIEW_SHARE,
+    SAME_BYTES,
+    SAME_TOKENS,
     SEARCH_SHARE,
     SEEDS,
     SEQUENCE_LENGTH,
     SETTINGS,
+    STAGE0_BLEND,
+    STAGE0_RATE,
+    STAGE0_SHARE,
     STAGE1_OF,
     STAGE1_RATE,
     STAGE2_RATE,
     STEP_TOKENS,
     TOKENS,
     TOPK,
+    VOCABULARY,
+    VOCABULARY_START,
     minimum_rate,
     model_folder,
     steps_of,
     warmup_steps,
 )
+from moelpr.data.manifest import Manifest
 from moelpr.errors import UserError
 
 Command = list[str | Path]
 SAVE_INTERVAL = 40  # steps
+EXTENDED = "extended-"  # how the names of corpora of the extended tokenizer start
 PROMPTS = 3  # per language
 CONTINUED = (BASE, "copies-seed-1", "full", "lora")  # models whose continuations and cloze scores are shown
 # Tokens per second on two cores of a Xeon with AVX-512 and bf16 matrix products.
-RATE_OF = {"stage1": 155, "stage2": 190, "dense": 235, "lora": 218, "plain": 130, "evaluate": 400, "cloze": 500}
+RATE_OF = {
+    "stage0": 180, "stage1": 155, "stage2": 190, "dense": 235, "lora": 218, "plain": 130, "evaluate": 400, "cloze": 500,
+}  # fmt: skip
 EVALUATION_TOKENS, CLOZE_TOKENS = 125_000, 500 * 6 * 4 * 50  # of a model
 
 
@@ -95,6 +110,7 @@ class Tasks:
             *self._stage2("random", first),
             *self._stage2("reference", first),
             *self._plain(),
+            *self._vocabulary(),
             *self._cloze(),
             *(task for seed in rest for name in ("copies", "one-copy", "no-lpr") for task in self._stage2(name, seed)),
             *(task for seed in rest for task in self._stage2("reference", seed)),
@@ -104,7 +120,7 @@ class Tasks:
 
     def _text(self) -> list[Task]:
         """Base and text, the validation part and prompts, and one corpus per language group."""
-        everyone = frozenset(SETTINGS)
+        everyone = frozenset(ALL)
         tasks = [
             Task("text", everyone, lambda: ["-m", "examples.real_model.text", "--run", self.run], 3, 2, 0.3),
             Task("split", everyone, lambda: ["-m", "examples.real_model.split", "--run", self.run, "--overwrite"], 0.2),
@@ -112,20 +128,25 @@ class Tasks:
         if self.base == self.run / "base-hf":
             download: Command = ["-m", "examples.real_model.base", "--run", self.run]
             tasks.insert(0, Task("base", everyone, lambda: download, 1, 2, 1))
-        for group, languages in (("original", ORIGINAL), ("expanded", EXPANDED)):
+        return [*tasks, *self._preprocess(everyone, self.base)]
+
+    def _preprocess(self, settings: frozenset[str], tokenizer: Path, prefix: str = "") -> list[Task]:
+        """A corpus per language group."""
+        tasks = []
+        for group, languages in GROUPS.items():
             command: Command = [
                 *("data_tools/preprocess_data.py", "--input", *(self.text / f"train.{x}.jsonl" for x in languages)),
-                *("--output-prefix", self.data / group, "--tokenizer-type", "HuggingFaceTokenizer"),
-                *("--tokenizer-model", self.base, "--append-eod", "--language", group, "--overwrite"),
+                *("--output-prefix", self.data / f"{prefix}{group}", "--tokenizer-type", "HuggingFaceTokenizer"),
+                *("--tokenizer-model", tokenizer, "--append-eod", "--language", group, "--overwrite"),
             ]
-            tasks.append(Task(f"preprocess-{group}", everyone, lambda command=command: command, 0.2))
+            tasks.append(Task(f"preprocess-{prefix}{group}", settings, lambda command=command: command, 0.2))
         return tasks
 
     def _stage1(self, name: str) -> list[Task]:
         """Upcycling and stage 1, for all settings that start from it."""
         run = STAGE1_OF[name]
         start = self.run / f"upcycled-{name}"
-        users = frozenset({s.name for s in SETTINGS.values() if s.stage1 == run or s.name == run})
+        users = frozenset({s.name for s in SETTINGS.values() if run in (s.name, *s.before)})
         users |= {"plain"} if name == "one-copy" else set()
         tasks = [self._convert(start, users, *moe_options(name))]
         if name == "one-copy":
@@ -140,7 +161,7 @@ class Tasks:
         setting = SETTINGS[name]
         options = {"no-lpr": ["--lpr-loss-coeff", "0"], "reference": ["--lpr-loss", "reference"]}.get(name, [])
         model, steps = setting.models[SEEDS.index(seed)], steps_of(self.tokens * REVIEW_SHARE)
-        start, users = self.run / setting.stage1, frozenset({name})
+        start, users = self.run / setting.before[-1], frozenset({name})
         train = self._train(
             model, "stage2", start, REVIEW_BLEND, steps, STAGE2_RATE, users, *options, trained_only=True, seed=seed
         )
@@ -155,6 +176,54 @@ class Tasks:
             ranks=2,
         )
         return [train, self._evaluate("plain")]
+
+    def _vocabulary(self) -> list[Task]:
+        """Further tokens: tokenizer, corpora and model; then three stages for as much text, and for as many tokens."""
+        users, tokenizer, start = frozenset(VOCABULARY), self.run / "tokenizer", self.run / VOCABULARY_START
+        extend: Command = [
+            *("data_tools/extend_tokenizer.py", "--tokenizer", self.base, "--num-new-tokens", str(NUM_NEW_TOKENS)),
+            *("--input", *(f"{x}={self.text / f'train.{x}.jsonl'}" for x in EXPANDED)),
+            *("--original", *(f"{x}={self.text / f'train.{x}.jsonl'}" for x in ORIGINAL)),
+            *("--save", tokenizer, "--overwrite"),
+        ]
+        tasks = [
+            Task("tokenizer", users, lambda: extend, 1),
+            *self._preprocess(users, tokenizer, EXTENDED),
+            self._convert(start, users, *moe_options("copies"), "--extended-tokenizer", str(tokenizer)),
+            self._evaluate(VOCABULARY_START),
+        ]
+        for name in (SAME_BYTES, SAME_TOKENS):
+            owners, (stage0, stage1) = frozenset({name}), VOCABULARY[name].before
+
+            def steps(share: float, name: str = name) -> int:
+                return steps_of(share * self.tokens * (self._tokens_left() if name == SAME_BYTES else 1))
+
+            tasks += [
+                self._train(
+                    *(stage0, "stage0", start, STAGE0_BLEND, partial(steps, STAGE0_SHARE), STAGE0_RATE, owners),
+                    trained_only=True,
+                    corpora=EXTENDED,
+                ),
+                self._train(
+                    *(stage1, "stage1", self.run / stage0, {"expanded": 1}, partial(steps, 1 - STAGE0_SHARE)),
+                    *(STAGE1_RATE, owners, "--train-new-embeddings"),
+                    trained_only=True,
+                    corpora=EXTENDED,
+                ),
+                self._train(
+                    *(name, "stage2", self.run / stage1, REVIEW_BLEND, steps_of(self.tokens * REVIEW_SHARE)),
+                    *(STAGE2_RATE, owners),
+                    trained_only=True,
+                    corpora=EXTENDED,
+                ),
+                self._evaluate(name),
+            ]
+        return tasks
+
+    def _tokens_left(self) -> float:
+        """Tokens of the expanded languages' text after the extension, as a fraction of those before; else a guess."""
+        found = [Manifest.read(self.data / f"{prefix}expanded_text_document") for prefix in (EXTENDED, "")]
+        return found[0].tokens / found[1].tokens if all(found) else 0.5
 
     def _searched(self, name: str) -> list[Task]:
         """A short run per learning rate, then the whole run at the best."""
@@ -227,24 +296,26 @@ class Tasks:
         return Task(save.name, settings, lambda: command, 0.5, 4, 1.4)
 
     def _train(
-        self, model: str, stage: str, start: Path, blend: Mapping[str, float], steps: int,
+        self, model: str, stage: str, start: Path, blend: Mapping[str, float], steps: int | Callable[[], int],
         rate: float | Callable[[], float], settings: frozenset[str], *options: str, trained_only: bool = False,
-        ranks: int = 1, seed: int = SEEDS[0],
+        ranks: int = 1, seed: int = SEEDS[0], corpora: str = "",
     ) -> Task:  # fmt: skip
+        """`corpora`: how the names of the corpora start. Steps and rates that earlier tasks find are functions."""
         is_search = model.startswith("search-")
 
         def command() -> Command:
             value = rate() if callable(rate) else rate
-            parts: Command = [self.data / f"{group}_text_document" for group in blend]
+            number = steps() if callable(steps) else steps
+            parts: Command = [self.data / f"{corpora}{group}_text_document" for group in blend]
             if len(blend) > 1:
                 parts = [word for pair in zip(map(str, blend.values()), parts, strict=True) for word in pair]
             return [
                 *(f"launch/{stage}.sh", "--pretrained-checkpoint", start, "--data-path", *parts),
-                *("--save", self.run / model, "--train-iters", str(steps), "--seed", str(seed), "--bf16"),
+                *("--save", self.run / model, "--train-iters", str(number), "--seed", str(seed), "--bf16"),
                 *("--seq-length", str(SEQUENCE_LENGTH), "--global-batch-size", str(BATCH)),
                 *("--micro-batch-size", str(MICRO_BATCH // ranks), "--lr", f"{value:g}"),
                 *("--min-lr", f"{minimum_rate(value):g}"),
-                *("--lr-decay-style", "cosine", "--lr-warmup-iters", str(warmup_steps(steps))),
+                *("--lr-decay-style", "cosine", "--lr-warmup-iters", str(warmup_steps(number))),
                 *("--weight-decay", "0", "--adam-beta2", str(BETA2), "--log-interval", "10"),
                 # No saved step but the last is kept.
                 *("--save-interval", str(SAVE_INTERVAL), "--save-retain-interval", str(SAVE_INTERVAL * 1000)),
@@ -254,8 +325,8 @@ class Tasks:
             ]
 
         kind = "plain" if model == "plain" else stage
-        disk = {"stage1": 3.4, "stage2": 0.1, "dense": 0.3 if is_search else 2.0, "plain": 5.3}[kind]
-        minutes = 1.5 + steps * STEP_TOKENS / RATE_OF[kind] / 60
+        disk = {"stage0": 0.8, "stage1": 3.4, "stage2": 0.1, "dense": 0.3 if is_search else 2.0, "plain": 5.3}[kind]
+        minutes = 1.5 + (steps() if callable(steps) else steps) * STEP_TOKENS / RATE_OF[kind] / 60
         memory = 14.0 if ranks == 2 else 8.5
         return Task(model, settings, command, minutes, memory, disk, {"NPROC_PER_NODE": str(ranks)})
 
@@ -289,9 +360,9 @@ class Tasks:
             ]
 
         tokens = EVALUATION_TOKENS / (6 if validation else 1)
-        owners = next((frozenset({s.name}) for s in SETTINGS.values() if model in s.models), frozenset[str]())
+        owners = next((frozenset({s.name}) for s in ALL.values() if model in s.models), frozenset[str]())
         if model == BASE:
-            owners = frozenset(SETTINGS)
+            owners = frozenset(ALL)
         minutes = 0.5 + tokens / RATE_OF["evaluate"] / 60
         return Task(f"evaluate-{model}", settings or owners, command, minutes, blocks=model == BASE or validation)
 

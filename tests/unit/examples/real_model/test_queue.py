@@ -8,9 +8,20 @@ from typing import Any
 import pytest
 
 from examples.real_model import __main__ as queue
-from examples.real_model.measurements import collect, parameters
+from examples.real_model.measurements import collect, merged, missing, parameters
 from examples.real_model.page import dump, section, trade_off
-from examples.real_model.settings import BASE, EXPANDED, LANGUAGES, ORIGINAL, RATES, SETTINGS
+from examples.real_model.settings import (
+    ALL,
+    BASE,
+    EXPANDED,
+    LANGUAGES,
+    ORIGINAL,
+    RATES,
+    SAME_BYTES,
+    SAME_TOKENS,
+    STEP_TOKENS,
+    VOCABULARY_START,
+)
 from examples.real_model.signs import signs
 from examples.real_model.split import split_training_text
 from examples.real_model.tasks import Tasks, best_rate, search_name
@@ -91,9 +102,7 @@ def test_what_a_step_reads_was_written_by_an_earlier_one(run: Path, commands: di
                 assert path in written, f"{name} reads {path}"
             if flag in ("--save", "--run"):
                 written.add(path)
-    assert {f"evaluate-{model}" for s in SETTINGS.values() for model in s.models if s.name != "random-stage1"} <= set(
-        commands
-    )
+    assert {f"evaluate-{model}" for s in ALL.values() for model in s.models} <= set(commands)
 
 
 def test_a_believable_page_comes_early(run: Path) -> None:
@@ -107,7 +116,7 @@ def test_a_believable_page_comes_early(run: Path) -> None:
 def test_settings_read_the_same_text_for_as_many_steps_and_baselines_use_the_best_rate(
     run: Path, commands: dict[str, list[str]]
 ) -> None:
-    queue.run_tasks(Tasks(run, tokens=40 * 2048).all(), Steps(run))
+    queue.run_tasks(Tasks(run, tokens=40 * STEP_TOKENS).all(), Steps(run))
 
     def values(step: str, *flags: str) -> list[str]:
         return [commands[step][commands[step].index(flag) + 1] for flag in flags]
@@ -186,11 +195,74 @@ def test_numbers_are_changes_against_base_by_kind_and_group(run: Path) -> None:
     assert copies["models"]["copies-seed-1"]["change"]["el.help"] == pytest.approx([-0.38] * 3)
     # Stage 1 and stage 2 of the first seed, two steps of 30 s each; the larger of both is the number of parameters.
     cost = copies["cost"]
-    assert (cost["tokens"], cost["minutes"], cost["trained_parameters"]) == (4 * 2048, 2.0, 1000)
+    assert (cost["tokens"], cost["minutes"], cost["trained_parameters"]) == (4 * STEP_TOKENS, 2.0, 1000)
     assert results["settings"]["full"]["cost"]["rates"] == [3e-4]
-    assert "LoRA, largest rank" in results["missing"] and "MoE-LPR, K copies: 1 of 3 seeds" in results["missing"]
+    assert {"LoRA, largest rank", "MoE-LPR, K copies: 1 of 3 seeds"} <= {*missing(results)}
     assert results["routing"]["copies"]["original_first_share"]["en"] == [0.8, 0.8]
     assert json.loads(dump(results)) == json.loads(json.dumps(results))
+
+
+def test_a_longer_vocabulary_reads_as_much_text_or_as_many_tokens(
+    run: Path, commands: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = {"expanded": 900, "extended-expanded": 360}
+
+    class Corpus:
+        def __init__(self, prefix: Path) -> None:
+            self.tokens = tokens[prefix.name.removesuffix("_text_document")]
+
+    monkeypatch.setattr("examples.real_model.tasks.Manifest.read", Corpus)
+    queue.run_tasks(Tasks(run, tokens=100 * STEP_TOKENS).all(), Steps(run))
+
+    def steps(name: str) -> list[int]:
+        found = [commands[f"{name}{stage}"] for stage in ("-stage0", "-stage1", "")]
+        return [int(command[command.index("--train-iters") + 1]) for command in found]
+
+    assert steps(SAME_TOKENS) == [20, 80, 38]
+    assert steps(SAME_BYTES) == [8, 32, 38]
+    blend = commands[f"{SAME_BYTES}-stage0"]
+    data = str(run / "data" / "extended-")
+    assert " ".join(blend[blend.index("--data-path") + 1 :]).startswith(
+        f"4 {data}expanded_text_document 1 {data}original_text_document --save"
+    )
+
+
+def test_the_page_compares_vocabularies(run: Path) -> None:
+    for text in [f"{language}.{kind}" for kind in KINDS for language in LANGUAGES]:
+        write_score(run / "evaluation", VOCABULARY_START, text, 2.2)
+    page = section(collect(run))
+    part = page[page.index("### With a longer vocabulary") :]
+    row = next(line for line in part.splitlines() if line.startswith("| base"))
+    assert row.count(" 2.00 |") == len(LANGUAGES)
+    row = next(line for line in part.splitlines() if "before training" in line)
+    assert row.count(" +10.0% [") == 4
+    assert "extended vocabulary, same bytes" in missing(collect(run))
+
+
+def test_machines_share_the_work(run: Path) -> None:
+    """What only the other one has is kept; what both have is the newer."""
+    here = collect(run)
+    one, other = json.loads(dump(here)), json.loads(dump(here))
+    del one["settings"]["full"], one["settings"]["copies"]["models"]["copies-seed-2"], one["routing"]["copies"]
+    del other["settings"]["one-copy"], other["settings"]["copies"]["models"]["copies-seed-1"]
+    other["settings"]["copies"]["cost"] = {}
+    assert dump(merged(one, other)) == dump(here) == dump(merged(other, one))
+    assert list(merged(one, other)["settings"]) == list(here["settings"])
+    other["settings"]["full"]["label"] = "of before"
+    assert merged(here, other)["settings"]["full"]["label"] == "full fine-tuning"
+    assert merged(here, {}) is here
+
+
+@pytest.mark.parametrize("key, value", [("tokens", 1), ("kinds", {"in": ["help"], "out": ["stories"]}), ("base", 2.1)])
+def test_numbers_of_another_comparison_are_not_mixed(run: Path, key: str, value: Any) -> None:
+    results = collect(run)
+    other = json.loads(dump(results))
+    if key == "base":
+        other["base"]["el.help"][0] = value
+    else:
+        other[key] = value
+    with pytest.raises(UserError, match="another base, other text or another number of tokens"):
+        merged(results, other)
 
 
 def test_predictions_are_marked_by_the_numbers(run: Path) -> None:

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -193,7 +194,7 @@ def cost(run: Path, setting: Setting) -> Json:
     for name in setting.runs:
         steps = read_run_metrics(run / name / "metrics.jsonl").steps
         tokens += BATCH * SEQUENCE_LENGTH * len(steps)
-        seconds += sum(step["step_time_s"] for step in steps)
+        seconds += len(steps) * median(step["step_time_s"] for step in steps)
         memory = max(memory, *(step["peak_memory_gib"] or 0.0 for step in steps))
         now, of = parameters((run / "logs" / f"{name}.log").read_text(encoding="utf-8"))
         trained, whole = max(trained, now), max(whole, of)

@@ -186,8 +186,8 @@ def _costs(results: Json) -> str:
                 ", ".join(f"{rate:g}" for rate in cost["rates"]),
             ])  # fmt: skip
     note = (
-        "Training of the first seed, stage 1 included, on two cores, without starts, saves and searches. Times of "
-        "different settings may be of different machines."
+        "Training of the first seed, stage 1 included, on two cores, without starts, saves and searches: the median "
+        "time of a step times their number. Times of different settings may be of different machines."
     )
     return f"{terminal_table(Table(head, rows))}\n\n{note}"
 

@@ -21,15 +21,20 @@ from examples import steps
 from examples.real_model.settings import (
     BATCH,
     BETA2,
+    EXPANDED,
+    GROUPS,
+    LANGUAGES,
     MICRO_BATCH,
     NUM_NEW_EXPERTS,
+    ORIGINAL,
     SEQUENCE_LENGTH,
     STAGE1_RATE,
     STEP_TOKENS,
     TOPK,
     minimum_rate,
 )
-from examples.steps import EXPANDED, ORIGINAL, ROOT, Steps
+from examples.real_model.tasks import held_out_files
+from examples.steps import ROOT, Steps
 from moelpr.errors import CommandParser, UserError, run_command
 from moelpr.evaluate.layers import LayerSimilarity, least_similar
 from moelpr.families.families import read_base
@@ -38,8 +43,6 @@ from moelpr.languages import language_name
 from moelpr.report.page import Table, terminal_table
 from moelpr.report.plots import percent
 
-LANGUAGES = (*ORIGINAL, *EXPANDED)
-GROUPS = {"expanded": EXPANDED, "original": ORIGINAL}
 SHARES = {"third": 1 / 3, "half": 1 / 2}
 NUM_RANDOM = 2
 # The rule: by how much the measured layers must beat evenly spaced ones, as a fraction of the base's bits per byte.
@@ -166,12 +169,6 @@ def try_setting(run: Steps, corpus: Path, base: Path, setting: Setting, tokens: 
 
 def train_file(corpus: Path, language: str) -> Path:
     return corpus / f"train.{language}.jsonl"
-
-
-def held_out_files(corpus: Path) -> dict[str, Path]:
-    """ "el.help" (language and kind) -> held-out text."""
-    kinds = sorted(path.name.split(".")[1] for path in corpus.glob(f"held-out.*.{LANGUAGES[0]}.jsonl"))
-    return {f"{x}.{kind}": corpus / f"held-out.{kind}.{x}.jsonl" for kind in kinds for x in LANGUAGES}
 
 
 def write_results(run: Steps, settings: Sequence[Setting], trained_kinds: Sequence[str], tokens: int) -> None:

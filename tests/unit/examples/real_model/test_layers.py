@@ -58,7 +58,7 @@ def test_the_table_has_means_over_kinds_and_languages() -> None:
     found = results({"help": 0.01, "stories": 0.03, "interface": 0.04}, forgetting=0.1)
     found["settings"] = [{"name": "half-measured", "label": "3 measured", "layers": [0, 4, 5], "minutes": 7.2}]
     row = next(line for line in results_text(found).splitlines() if line.startswith("| 3 measured"))
-    assert [cell.strip() for cell in row.split("|")[2:-1]] == ["−22.0%", "−24.0%", "−10.0%", "−10.0%", "7"]
+    assert [cell.strip() for cell in row.split("|")[2:-1]] == ["−10.0%", "−10.0%", "−22.0%", "−24.0%", "7"]
 
 
 def test_a_llama_as_a_qwen2_has_the_same_logits_and_may_keep_dense_layers(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -24,7 +25,7 @@ from moelpr.report.page import Row, Table, terminal_table
 from moelpr.report.plots import Interval, Panel, Series, heat_maps, percent, trade_off_chart
 
 Json = Mapping[str, Any]
-NAME = "real-model"
+NAME, ROUTING = "real-model", "real-model-routing"  # files
 PARTS = {"in": "trained kinds", "out": "other kinds"}
 CONTINUED = {"base": "base", "copies-seed-1": "MoE-LPR, K copies", "full": "full fine-tuning", "lora": "LoRA"}
 # Line of the chart -> its settings; only stages of the same training are joined.
@@ -59,7 +60,7 @@ def dump(results: Json) -> str:
 def charts(results: Json) -> dict[str, str]:
     """File name -> SVG."""
     found = {NAME: trade_off(results)} if results["settings"] else {}
-    return found | ({f"{NAME}-routing": routing_chart(results)} if results["routing"] else {})
+    return found | ({ROUTING: routing_chart(results)} if results["routing"] else {})
 
 
 def trade_off(results: Json) -> str:
@@ -76,6 +77,7 @@ def trade_off(results: Json) -> str:
         }
         if points:
             series.append(Series(name, points, is_joined=number < JOINED))
+    series.append(Series("base", {"base": [(0.0, 0.0)]}, is_joined=False))
     return trade_off_chart(
         "Learning and forgetting on a real model",
         series,
@@ -98,23 +100,47 @@ def routing_chart(results: Json) -> str:
     return heat_maps(title, panels, form="{:.2f}", corner="layer")
 
 
-def section(results: Json) -> str:
-    """Markdown: predictions, then tables, continuations and what is missing."""
-    parts = [_predictions(results), _means(results), _languages(results), _costs(results), _rates(results)]
-    parts += [_cloze(results), _continuations(results), _vocabulary(results), _missing(results)]
+def section(results: Json, images: str = "") -> str:
+    """Markdown: predictions, then tables, charts, continuations and what is missing.
+
+    Args:
+        images: folder of the charts, with a slash at its end.
+    """
+    drawn = charts(results)
+    parts = [
+        _predictions(results),
+        _means(results),
+        _image("Learning and forgetting of every setting", NAME, images) if NAME in drawn else "",
+        _languages(results),
+        _costs(results),
+        _rates(results),
+        _image("First choices that are an original expert", ROUTING, images) if ROUTING in drawn else "",
+        _cloze(results),
+        _continuations(results),
+        _vocabulary(results),
+        _missing(results),
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
+def _image(text: str, name: str, folder: str) -> str:
+    return f"![{text}]({folder}{name}.svg)"
+
+
 def readme_line(results: Json) -> str:
-    """One sentence with the means of MoE-LPR and of what it is compared with."""
+    """A sentence on what was done, and one with the means of MoE-LPR and of what it is compared with."""
     clauses = []
     for name, label in (("copies", "MoE-LPR"), ("full", "full fine-tuning"), ("lora", "LoRA")):
         learned, kept = change(results, name, "in", "expanded"), change(results, name, "out", "original")
         if learned is not None and kept is not None:
-            clauses.append(f"{label}: {percent(learned)} and {percent(kept)}")
-    return (
-        "SmolLM2-135M, bits per byte against base: expanded languages on held-out text of the trained kinds, original "
-        f"languages on kinds never trained on. {'; '.join(clauses)}."
+            clauses.append(f"{label} {percent(learned)} and {percent(kept)}")
+    return textwrap.fill(
+        "`make results` adds Greek, Hungarian and Turkish to a pretrained model, SmolLM2-135M. Change of bits per byte "
+        "against it, expanded languages on trained kinds of text and original languages on kinds never trained on: "
+        f"{'; '.join(clauses)} ([all settings](docs/results.md#on-a-real-language-model)).",
+        width=120,
+        break_long_words=False,
+        break_on_hyphens=False,
     )
 
 

@@ -33,7 +33,7 @@ def main() -> None:
     write_text(path, dump(results))
     for name, svg in charts(results).items():
         write_text(ROOT / "docs" / "images" / f"{name}.svg", svg + "\n")
-    replace_between(ROOT / "docs" / "results.md", NAME, section(results))
+    replace_between(ROOT / "docs" / "results.md", NAME, section(results, "images/"))
     line = f"![Learning and forgetting of every setting](docs/images/{NAME}.svg)\n\n{readme_line(results)}"
     replace_between(ROOT / "README.md", NAME, line)
 

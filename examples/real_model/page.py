@@ -145,7 +145,9 @@ def readme_line(results: Json) -> str:
 
 
 def _predictions(results: Json) -> str:
-    items = [f"- {sign.text}: {sign.verdict} ({sign.numbers})." for sign in signs(results)]
+    found = signs(results)
+    items = [f"- {sign.text}: {sign.verdict} ({sign.numbers})." for sign in found if sign.seen is not None]
+    items += [f"- {sign.text}: {sign.verdict}." for sign in found if sign.seen is None]
     return "\n".join(["What the paper would predict, and the bars of this comparison:", "", *items])
 
 

@@ -48,7 +48,7 @@ def _of_the_paper(results: Json) -> list[Sign]:
     for stage1, stage2, label in (
         ("copies-stage1", "copies", "K copies"), ("one-copy-stage1", "one-copy", "1 copy"),
     ):  # fmt: skip
-        text = f"review repairs forgetting of stage 1 ({label}): original languages, kinds never trained on"
+        text = f"review improves the original languages over stage 1 ({label}), kinds never trained on"
         found.append(_less(results, text, stage2, stage1, "out", "original"))
     text = "the LPR loss keeps the original languages better than review without it (1 copy), kinds never trained on"
     found.append(_less(results, text, "one-copy", "no-lpr", "out", "original"))

@@ -271,8 +271,8 @@ def test_predictions_are_marked_by_the_numbers(run: Path) -> None:
     def seen(start: str) -> list[bool | None]:
         return [sign.seen for text, sign in found.items() if text.startswith(start)]
 
-    assert seen("review repairs forgetting of stage 1 (K copies)") == [True]
-    assert seen("review repairs forgetting of stage 1 (1 copy)") == [False]  # +6% after +5%
+    assert seen("review improves the original languages over stage 1 (K copies)") == [True]
+    assert seen("review improves the original languages over stage 1 (1 copy)") == [False]  # +6% after +5%
     assert seen("the LPR loss keeps") == [None]
     assert seen("expanded languages at least") == [True, True]
     assert seen("each original language within 1%") == [True]

@@ -293,13 +293,12 @@ def _vocabulary(results: Json) -> str:
                 setting["label"], *means, f"{cost['tokens']:,}" if cost else "0", _minutes(cost) if cost else "",
             ])  # fmt: skip
     head = ["change against base", *(f"{group}, {PARTS[part]}" for part, group in columns), "tokens", "training"]
-    parts = sum(STAGE0_BLEND.values())
+    parts = sum(STAGE0_BLEND.values()) // STAGE0_BLEND["original"]
     note = (
-        f"A longer vocabulary ([how](vocabulary.md)): {NUM_NEW_TOKENS:,} tokens learned from the training text, then "
-        f"{STAGE0_SHARE:.0%} of the tokens in stage 0, {STAGE0_BLEND['original']} in {parts} of them original, and the "
-        "others in stage 1 with `--train-new-embeddings`; then the same review. With the *same bytes*, both stages "
-        "read as much text as stage 1 does without further tokens; with the *same tokens*, they take about the time "
-        "that it takes."
+        f"[A longer vocabulary](vocabulary.md): {NUM_NEW_TOKENS:,} tokens learned from the training text; then stage 0 "
+        f"with {STAGE0_SHARE:.0%} of the tokens, 1 in {parts} of them original; stage 1 with the others and "
+        "`--train-new-embeddings`; and the same review. With the *same bytes*, stages 0 and 1 read as much text as "
+        "stage 1 does without further tokens. With the *same tokens*, they take about the same time."
     )
     tables = [
         terminal_table(Table(["bytes per token, held-out text", *map(language_name, LANGUAGES)], lengths)),

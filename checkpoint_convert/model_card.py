@@ -102,8 +102,12 @@ class TrainedStage:
     def filled(self, template: str) -> str:
         """`template` with the settings that it names; empty if one is not recorded."""
         names = re.findall(r"\{(\w+)", template)
-        is_recorded = all(self.settings.get(name) is not None for name in names)
-        return template.format_map(self.settings) if is_recorded else ""
+        if any(self.settings.get(name) is None for name in names):
+            return ""
+        try:
+            return template.format_map(self.settings)
+        except (ValueError, TypeError):  # a recipe that was edited: text where a number belongs
+            return re.sub(r":[^{}]*\}", "}", template).format_map(self.settings)
 
     def change(self, metric: str) -> str:
         """A metric of the first and the last step; empty if neither is recorded."""

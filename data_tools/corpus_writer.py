@@ -153,7 +153,12 @@ class CorpusWriter:
         self._lock = ExitStack()
         if self._removes_folder:
             self._lock.enter_context(locked(self._folder / LOCK_FILE, self.prefix))
-            refuse_existing(list(CorpusPaths.of(prefix)), overwrite)  # again: another writer may just have ended
+            try:
+                refuse_existing(list(CorpusPaths.of(prefix)), overwrite)  # again: another writer may just have ended
+            except UserError:
+                shutil.rmtree(self._folder)
+                self._lock.close()
+                raise
             empty(self._folder)
         self._unfinished = CorpusPaths.of(self._folder / name)
         self._parts = [self._folder / f"{name}.{part}" for part in ("bin", "lengths", "ends", "runs")]

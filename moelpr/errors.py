@@ -213,7 +213,7 @@ def _has_own_log() -> bool:
 def _fail(message: str, error: BaseException) -> NoReturn:
     rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
     if isinstance(error, KeyboardInterrupt) and "TORCHELASTIC_RUN_ID" in os.environ:
-        sys.exit(1)  # the launcher reports it
+        sys.exit(128 + SIGINT)  # the launcher reports it
     if rank != "0" or _is_lost_connection(error):
         # Rank 0 most likely prints the same message, or the launcher why another rank has ended, and the launcher then
         # ends this rank before it prints it again. Nothing ends the ranks of another node: there the first one prints

@@ -25,6 +25,7 @@ from moelpr.machine import available_cpus
 # More than any case needs; a command that takes more has read a size from a damaged file.
 MEMORY_BYTES = 4 << 30
 CPU_S = 60
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # that run_command handles
 HANGS_AFTER_S = 150  # on a machine with a CPU for each process that wants one
 # Within which what belongs to a killed command must have ended (docs/reliability.md).
 ORPHANS_AFTER_S = 10
@@ -78,8 +79,8 @@ class Running:
             try:
                 os.setsid()
                 os.chdir(box)
-                signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                for number in SIGNALS:
+                    signal.signal(number, signal.SIG_DFL)
                 streams = [os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for path in self._paths]
                 for number, stream in enumerate((os.open(os.devnull, os.O_RDONLY), *streams)):
                     os.dup2(stream, number)
@@ -186,6 +187,7 @@ def _exit_code(main: Callable[[], None]) -> int:
     """Of a command, whose error is printed as Python would print it."""
     code: object = 0
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it
         run_command(main)
     except SystemExit as end:
         code = end.code or 0
@@ -194,6 +196,8 @@ def _exit_code(main: Callable[[], None]) -> int:
     except BaseException:
         sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
         code = 1
+    for number in SIGNALS:  # as run_command does it at the end of a process
+        signal.signal(number, signal.SIG_DFL)
     # As at the end of a process: threads that end executors, then multiprocessing's children.
     threading._shutdown()  # type: ignore[attr-defined]
     util._exit_function()

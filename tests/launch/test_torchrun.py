@@ -89,8 +89,10 @@ def test_a_killed_rank_is_named_with_the_memory_it_held(start: Start) -> None:
     )
 
 
-def test_another_signal_is_named(start: Start) -> None:
+@pytest.mark.parametrize("number", [signal.SIGBUS, signal.SIGINT])
+def test_another_signal_is_named(start: Start, number: signal.Signals) -> None:
+    """Also one that Python turns into an exception."""
     launcher, ranks, _ = start()
-    os.kill(ranks[0], signal.SIGBUS)
+    os.kill(ranks[0], number)
     _, errors = launcher.communicate(timeout=60)
-    assert (launcher.returncode, errors) == (1, "torchrun: error: rank 0 was ended by SIGBUS\n")
+    assert (launcher.returncode, errors) == (1, f"torchrun: error: rank 0 was ended by {number.name}\n")

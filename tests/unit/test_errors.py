@@ -175,7 +175,7 @@ def test_an_interrupted_rank_leaves_the_message_to_the_launcher(monkeypatch, cap
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     with pytest.raises(SystemExit) as stop:
         run_command(fail_with(KeyboardInterrupt()))
-    assert (stop.value.code, capsys.readouterr().err) == (1, "")
+    assert (stop.value.code, capsys.readouterr().err) == (130, "")
 
 
 def run_in_shell(command: str, code: str) -> subprocess.CompletedProcess:

@@ -182,6 +182,14 @@ def test_unrecorded_details_are_omitted(runs: Path) -> None:
     assert "started as copies" not in bare
 
 
+def test_text_where_a_number_belongs_is_shown_as_it_is(runs: Path) -> None:
+    for recipe in (runs / "stage1").rglob("recipe.yaml"):
+        recipe.write_text(yaml.safe_dump(SETTINGS | {"model_source": "upcycled", "lr": "high", "seq_length": [1]}))
+    (stage,) = stages_of(card_of("stage1"))
+    assert stage["learning rate"] == "high to 0.0, cosine"
+    assert stage["global batch"] == "512 sequences of [1] tokens"
+
+
 def test_metrics_that_end_before_the_step_are_ignored(runs: Path) -> None:
     lines = (runs / "stage1" / "metrics.jsonl").read_text().splitlines(keepends=True)
     (runs / "stage1" / "metrics.jsonl").write_text("".join(lines[:-1]))

@@ -98,6 +98,7 @@ def test_a_corpus_that_another_writer_has_just_finished_is_not_replaced(tmp_path
         monkeypatch.setattr(corpus_writer, "locked", locked_after_first)
         with pytest.raises(UserError, match="already exists"):
             write(tmp_path / "a")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx", "a.lang"]
     assert Corpus(tmp_path / "a").num_documents == 1
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from checkpoint_convert.comparison import compare, largest_difference
 from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.upcycling import Start, hf_to_mcore
 from moelpr.errors import UserError
-from moelpr.families.families import FAMILIES
+from moelpr.families.families import FAMILIES, family_named
 from tests.hf_models import (
     TOKENS,
     assert_import_fails,
@@ -383,3 +384,9 @@ def test_k_is_that_of_the_mixture_by_default(make_model: Callable[..., Path], tm
     folder = export_first_round(make_model("LlamaForCausalLM"), tmp_path, topk=3)
     assert hf_to_mcore(folder, tmp_path / "own", num_new_experts=1).moe.topk == 3
     assert hf_to_mcore(folder, tmp_path / "asked", num_new_experts=1, topk=2).moe.topk == 2
+
+
+@pytest.mark.parametrize("name", ["gpt2", 7, ["qwen2"]])
+def test_a_family_that_there_is_not(name: Any) -> None:
+    with pytest.raises(UserError, match="model family must be one of .*qwen2"):
+        family_named(name)

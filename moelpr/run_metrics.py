@@ -18,7 +18,9 @@ _NUMBERS = frozenset(
     "lm_loss lm_loss_original lm_loss_expanded balance_loss lpr_loss grad_norm learning_rate step_time_s tokens_per_s "
     "peak_memory_gib consumed_tokens".split()
 )
-_PER_LAYER = frozenset(("original_first_share_original", "original_first_share_expanded"))
+_PER_LAYER = frozenset(
+    f"{share}_{group}" for share in ("original_first_share", "all_original_share") for group in ("original", "expanded")
+)
 _LARGEST = 1e30
 
 

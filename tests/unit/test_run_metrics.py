@@ -43,6 +43,7 @@ def test_an_incomplete_last_line_and_blank_lines_are_ignored(tmp_path: Path) -> 
         '{"iteration": 1, "lm_loss": "abc"}',
         '{"iteration": 1, "step_time_s": [1]}',
         '{"iteration": 1, "original_first_share_original": [0.5, [0.5]]}',
+        '{"iteration": 1, "all_original_share_expanded": [0.5, {"a": 1}]}',
         '{"iteration": 1, "event": "validation"}',
         '{"iteration": 1, "event": "validation", "languages": {"en": 2.0}}',
         '{"iteration": 1, "event": "validation", "languages": {"en": {"group": "new", "bits_per_byte": 2.0}}}',

@@ -283,7 +283,10 @@ def _load(type: str, model: str, special_tokens: bool, eod_token: str | None) ->
     source = tokenizer.serialized()
     backend: Backend = SlowHuggingFaceBackend(tokenizer)
     if isinstance(source, str):
-        backend = HuggingFaceBackend(source, tokenizer.splits_special_tokens)
+        try:
+            backend = HuggingFaceBackend(source, tokenizer.splits_special_tokens)
+        except Exception as error:  # tokenizers raises no other
+            raise UserError(f"the tokenizer in {model} is damaged ({error}); download it again") from error
     elif source is not None:
         backend = SentencePieceBackend(source)
     return JobTokenizer(record, backend, source, *_added_ids(tokenizer, model))

@@ -32,7 +32,7 @@ def worker_pool[T](
         `UserError` if a worker did or was killed.
     """
     others = set(multiprocessing.active_children())
-    pool = started_pool(workers, _start_worker, (work,))
+    pool = started_pool(workers, work)
     processes = set(multiprocessing.active_children()) - others
 
     def run(batches: Iterator[Batch]) -> Iterator[tuple[Batch, T]]:
@@ -58,13 +58,13 @@ def worker_pool[T](
         pool.shutdown(cancel_futures=True)
 
 
-def started_pool(workers: int, initializer: Callable[..., None] | None = None, initargs: tuple = ()) -> Any:
-    """An executor whose worker processes are forked now.
+def started_pool(workers: int, work: Callable[[Batch], Any] | None = None) -> Any:
+    """An executor whose worker processes are forked now, and end if this process is killed.
 
     A worker may be killed while it sends a result. The executor would wait for the rest of it indefinitely, because
     this process could still send it: it holds the sending end of that pipe too.
     """
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), initializer, initargs)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, (work,))
     # Python warns of forking beside threads. The only threads here are numpy's, which the workers do not use; those of
     # pyarrow, which reads, start later.
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
@@ -73,9 +73,10 @@ def started_pool(workers: int, initializer: Callable[..., None] | None = None, i
     return pool
 
 
-def _start_worker(work: Callable[[Batch], Any]) -> None:
+def _start_worker(work: Callable[[Batch], Any] | None) -> None:
     global _work
-    _work = work
+    if work is not None:
+        _work = work
     # Ctrl-C reaches the entire process group; only the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # --workers sets the number of cores

@@ -138,7 +138,7 @@ def _changed_json(text: str, random: Random, indent: int | None = 1) -> tuple[st
     content, mark = json.loads(text), "a mark that is nowhere else"
     content, way = change(content, random, mark)
     changed = json.dumps(content, indent=indent, ensure_ascii=random.random() < 0.8)
-    if random.random() < 0.1 and changed.startswith("{"):
+    if random.random() < 0.1 and changed.startswith("{") and content:
         key = random.choice([*content])
         return f"{{{json.dumps(key)}: {json.dumps(random.choice(VALUES))}, {changed[1:]}", f"{key} twice; {way}"
     return changed.replace(json.dumps(mark), random.choice(TEXTS)), way

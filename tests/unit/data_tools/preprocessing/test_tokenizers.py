@@ -110,6 +110,17 @@ def test_the_place_in_gigatokens_source_is_left_out_of_the_reason(
     assert reason == "it does not support this tokenizer (an unknown kind)"
 
 
+def test_a_tokenizer_that_the_library_rejects(hf_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library raises an Exception of no kind, for a merge into a token that there is not."""
+
+    def reject(*_: object) -> None:
+        raise Exception("Token `ab` out of vocabulary")
+
+    monkeypatch.setattr("data_tools.preprocessing.tokenizers.HuggingFaceBackend", reject)
+    with pytest.raises(UserError, match=r"the tokenizer in .* is damaged \(Token `ab` out of vocabulary\)"):
+        load_job_tokenizer("HuggingFaceTokenizer", str(hf_tokenizer), True, None)
+
+
 def differ_on(monkeypatch: pytest.MonkeyPatch, marked: str) -> None:
     """Make gigatoken encode one kind of text wrongly."""
     right = GigatokenBackend.encode

@@ -1,7 +1,12 @@
 import multiprocessing
+import os
+import select
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +14,8 @@ import psutil
 import pytest
 
 from data_tools.preprocessing.workers import worker_pool
+
+ROOT = Path(__file__).parents[4]
 
 
 def test_stopped_job_does_not_wait_for_its_workers() -> None:
@@ -47,3 +54,17 @@ def test_a_job_ends_whose_workers_are_killed_while_they_send_a_result() -> None:
         thread.start()
         thread.join(30)
         assert len(ended) == count
+
+
+def test_a_worker_without_work_ends_with_its_killed_parent() -> None:
+    program = (
+        "import os, time; from data_tools.preprocessing.workers import started_pool\n"
+        "print(started_pool(1).submit(os.getpid).result(), flush=True); time.sleep(100)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert parent.stdout is not None
+    end = os.pidfd_open(int(parent.stdout.readline()))
+    parent.kill()
+    parent.communicate()
+    assert select.select([end], [], [], 10)[0]
+    os.close(end)

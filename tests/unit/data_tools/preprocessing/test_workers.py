@@ -65,6 +65,6 @@ def test_a_worker_without_work_ends_with_its_killed_parent() -> None:
     assert parent.stdout is not None
     end = os.pidfd_open(int(parent.stdout.readline()))
     parent.kill()
-    parent.communicate()
+    parent.wait()
     assert select.select([end], [], [], 10)[0]
     os.close(end)

@@ -94,9 +94,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Like json.loads, but half a surrogate pair is a ValueError too: text that contains it can't be written."""
-    content = json.loads(text)
-    json.dumps(content, ensure_ascii=False).encode()
+    """Like json.loads, but half a surrogate pair, which can't be written, and very deep nesting are ValueErrors too."""
+    try:
+        content = json.loads(text)
+        json.dumps(content, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
     return content
 
 

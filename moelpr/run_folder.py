@@ -53,6 +53,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file; None if the file is missing or damaged."""
     try:
         content = parse_json(path.read_text())
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None

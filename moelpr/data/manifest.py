@@ -187,7 +187,7 @@ class Manifest:
             content = parse_json(path.read_bytes())
         except FileNotFoundError:
             return None
-        except (ValueError, RecursionError, OSError) as error:
+        except (ValueError, OSError) as error:
             raise UserError(
                 f"{path} can't be read ({[*str(error).splitlines(), type(error).__name__][0]}); {_FIX}, or remove it"
             ) from error

@@ -181,7 +181,7 @@ class ResultCache:
             content = parse_json(self._path(model, name).read_bytes()) if self._folder else {}
             is_wanted = content["of"] == {**_VERSION, **key} and content["crc32"] == _checksum(content["result"])
             return content["result"] if is_wanted else None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def write(self, model: str, name: str, key: Json, result: Json) -> None:

@@ -43,7 +43,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"there is no {path}; pass the folder that hf download NAME --local-dir DIR made")
     try:
         config = parse_json(path.read_text())
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); download it again") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} must contain a JSON object, got {type(config).__name__}; download it again")

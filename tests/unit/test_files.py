@@ -19,6 +19,7 @@ from moelpr.files import (
     atomic_directory,
     atomic_file,
     locked,
+    parse_json,
     refuse_existing,
     resumable_directory,
     write_text,
@@ -206,3 +207,9 @@ def test_what_a_killed_process_has_left_is_removed_by_the_next_one(
     with write(tmp_path / "a") as temporary:
         (temporary / "file" if temporary.is_dir() else temporary).touch()
     assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "a", *others])
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '"\\ud800"', "{"])
+def test_json_that_nobody_can_use_is_one_kind_of_error(text: str) -> None:
+    with pytest.raises(ValueError):
+        parse_json(text)

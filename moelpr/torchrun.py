@@ -58,9 +58,9 @@ def main() -> None:
         )
         if first.exitcode == -signal.SIGKILL:
             fail(killed(rank, memory.of(first.pid), args))
-        number = -first.exitcode if first.exitcode < 0 else first.exitcode - 128  # as a shell reports it
-        if number in signal.valid_signals():
-            fail(f"rank {rank} was ended by {signal.Signals(number).name}")
+        ended_by = -first.exitcode if first.exitcode < 0 else first.exitcode - 128  # as a shell reports it
+        if ended_by in signal.valid_signals():
+            fail(f"rank {rank} was ended by {signal.Signals(ended_by).name}")
         if first.exitcode > 2:
             fail(f"rank {rank} exited with code {first.exitcode}", first.exitcode)
         sys.exit(first.exitcode)

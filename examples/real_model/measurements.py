@@ -38,11 +38,11 @@ from examples.real_model.tasks import best_rate, searched_changes
 from moelpr.errors import UserError
 from moelpr.evaluate.results import Estimate, estimates, interval_of, mean
 from moelpr.evaluate.scoring import LanguageScore
+from moelpr.run_folder import read_json
 from moelpr.run_metrics import read_run_metrics
 
 Json = dict[str, Any]
 ROUTED = ("copies-stage1", "copies")  # settings whose routing is shown
-RATES_OF_STAGES = ([STAGE1_RATE, STAGE2_RATE], [STAGE0_RATE, STAGE1_RATE, STAGE2_RATE])  # without, with further tokens
 BASE_TOLERANCE = 1e-3  # of the base's bits per byte, between machines
 DIGITS = 5
 
@@ -51,9 +51,11 @@ def collect(run: Path) -> Json:
     """All numbers of the settings that are done.
 
     Raises:
-        UserError: not even the base has been evaluated.
+        UserError: the text is missing or damaged, or not even the base has been evaluated.
     """
-    facts = json.loads((run / "corpus" / "facts.json").read_text(encoding="utf-8"))
+    facts = read_json(path := run / "corpus" / "facts.json")
+    if facts is None:
+        raise UserError(f"{path} is missing or damaged; remove {path.parent} and run python -m examples.real_model")
     base = read_scores(run, BASE)
     if not base:
         raise UserError(f"{run} has no evaluation of the base; start the queue first: python -m examples.real_model")
@@ -198,13 +200,10 @@ def cost(run: Path, setting: Setting) -> Json:
         memory = max(memory, *(step["peak_memory_gib"] or 0.0 for step in steps))
         now, of = parameters((run / "logs" / f"{name}.log").read_text(encoding="utf-8"))
         trained, whole = max(trained, now), max(whole, of)
+    stage_rates = [STAGE0_RATE] * (setting.name in VOCABULARY) + [STAGE1_RATE, STAGE2_RATE]
     family = "full" if setting.name == "full" else "lora"
     is_searched = setting.name == "full" or setting.name.startswith("lora")
-    rates = (
-        [best_rate(run, setting.name)]
-        if is_searched
-        else RATES_OF_STAGES[setting.name in VOCABULARY][: len(setting.runs)]
-    )
+    rates = [best_rate(run, setting.name)] if is_searched else stage_rates[: len(setting.runs)]
     found = {
         "trained_parameters": trained,
         "parameters": whole,

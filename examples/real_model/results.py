@@ -7,7 +7,6 @@ the line of README.md between their marks. What RUN has not measured keeps the n
 the same base, text and tokens; so several machines can share the work. Settings that nobody has measured are named.
 """
 
-import json
 from pathlib import Path
 
 from examples.readme_results import replace_between
@@ -16,6 +15,7 @@ from examples.real_model.page import NAME, charts, dump, readme_line, section
 from examples.steps import ROOT
 from moelpr.errors import CommandParser, UserError, run_command
 from moelpr.files import write_text
+from moelpr.run_folder import read_json
 
 
 def main() -> None:
@@ -23,10 +23,12 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/real-model"), metavar="DIR",
         help="folder of the queue (default: %(default)s)")  # fmt: skip
     args = parser.parse_args()
-    if not (args.run / "corpus" / "facts.json").is_file():
+    if not (args.run / "corpus").is_dir():
         raise UserError(f"--run {args.run} contains no text; start the queue first: python -m examples.real_model")
     path = ROOT / "docs" / f"{NAME}.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    before = read_json(path) if path.is_file() else {}
+    if before is None:
+        raise UserError(f"{path} is damaged; restore it (git checkout {path}), or remove it to start again")
     results = merged(collect(args.run), before)
     if "copies" not in results["settings"]:
         raise UserError(f"--run {args.run} has no finished MoE-LPR yet; rerun python -m examples.real_model")

@@ -265,6 +265,12 @@ def test_numbers_of_another_comparison_are_not_mixed(run: Path, key: str, value:
         merged(results, other)
 
 
+def test_damaged_facts_are_one_sentence(run: Path) -> None:
+    (run / "corpus" / "facts.json").write_text("{")
+    with pytest.raises(UserError, match=r"facts\.json is missing or damaged"):
+        collect(run)
+
+
 def test_predictions_are_marked_by_the_numbers(run: Path) -> None:
     found = {sign.text: sign for sign in signs(collect(run))}
 

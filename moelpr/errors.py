@@ -190,7 +190,7 @@ def _message(error: BaseException) -> str | None:
     # Megatron's checkpoint writer runs in other processes and reports their failures as text.
     if isinstance(error, RuntimeError) and "No space left on device" in str(error):
         return "the disk is full while writing a checkpoint; free space and run it again"
-    if _is_lost_connection(error):
+    if is_lost_connection(error):
         return "another rank has ended, see its message or its node's log; run the same command again to resume"
     return "interrupted" if isinstance(error, KeyboardInterrupt) else None
 
@@ -199,7 +199,7 @@ def _is_long_name(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
 
 
-def _is_lost_connection(error: BaseException) -> bool:
+def is_lost_connection(error: BaseException) -> bool:
     """Whether gloo has lost the connection to another rank, which has reported why it ended, or was killed."""
     return isinstance(error, RuntimeError) and "gloo/transport" in str(error)
 
@@ -214,7 +214,7 @@ def _fail(message: str, error: BaseException) -> NoReturn:
     rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
     if isinstance(error, KeyboardInterrupt) and "TORCHELASTIC_RUN_ID" in os.environ:
         sys.exit(128 + SIGINT)  # the launcher reports it
-    if rank != "0" or _is_lost_connection(error):
+    if rank != "0" or is_lost_connection(error):
         # Rank 0 most likely prints the same message, or the launcher why another rank has ended, and the launcher then
         # ends this rank before it prints it again. Nothing ends the ranks of another node: there the first one prints
         # it, for those who only see that node's log.

@@ -153,7 +153,12 @@ def resumable_directory(path: Path, job: str) -> Iterator[Path]:
     """
     make_folder(path.parent)
     partial = partial_name(path)
-    partial.mkdir(exist_ok=True)
+    try:
+        partial.mkdir(exist_ok=True)
+    except FileExistsError:
+        if os.path.lexists(partial):
+            raise UserError(f"{partial} is a file, but a folder is to be written there; remove it") from None
+        raise _just_written(path) from None
     with locked(partial / LOCK_FILE, path):
         description = partial / JOB_FILE
         if not description.is_file() or description.read_text() != job:
@@ -186,7 +191,7 @@ def locked(lock_file: Path, output: Path | str) -> Iterator[None]:
     except filelock.Timeout:
         raise UserError(f"another process is writing {output}; wait for it, or choose another name") from None
     except FileNotFoundError:  # it has just removed its folder
-        raise UserError(f"another process has just written {output}; use that, or choose another name") from None
+        raise _just_written(output) from None
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             raise
@@ -194,6 +199,10 @@ def locked(lock_file: Path, output: Path | str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _just_written(output: Path | str) -> UserError:
+    return UserError(f"another process has just written {output}; use that, or choose another name")
 
 
 def empty(folder: Path) -> None:

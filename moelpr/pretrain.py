@@ -35,7 +35,8 @@ def main() -> None:
         megatron_fixes.install()
         from moelpr.training.train import train
 
-    train(sys.argv[1:], stop)
+    with stop.leaves_lost_ranks_to_launcher():
+        train(sys.argv[1:], stop)
 
     import torch
 

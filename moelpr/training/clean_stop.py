@@ -23,7 +23,7 @@ from types import FrameType
 
 import psutil
 
-from moelpr.errors import UserError
+from moelpr.errors import UserError, is_lost_connection
 from moelpr.run_folder import FINISHED_FILE, STOP_FILE, read_settings, saved_step
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
@@ -36,7 +36,7 @@ class StopRequest:
     """Whether any rank was asked to stop. Replaces Megatron's handler, which supports only one signal."""
 
     def __init__(self) -> None:
-        self.is_received = False  # True after one of `SIGNALS`
+        self.received: set[int] = set()  # those of `SIGNALS` that have arrived
         self.file: Path | None = None  # the stop file, which only rank 0 looks for
         self._previous_handlers = {number: signal.getsignal(number) for number in SIGNALS}
 
@@ -62,13 +62,27 @@ class StopRequest:
         import torch
 
         assert self.file is not None
-        is_asked = self.is_received or (torch.distributed.get_rank() == 0 and self.file.exists())
+        is_asked = bool(self.received) or (torch.distributed.get_rank() == 0 and self.file.exists())
         answer = torch.tensor([is_asked], dtype=torch.int32, device=torch.cuda.current_device())
         torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MAX)
         return [bool(answer.item())]
 
+    @contextmanager
+    def leaves_lost_ranks_to_launcher(self) -> Iterator[None]:
+        """End by SIGTERM if another rank is lost after SIGTERM has arrived.
+
+        The launcher has then sent it to end this rank, and reports itself which one has failed.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if signal.SIGTERM in self.received and is_lost_connection(error):
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                signal.raise_signal(signal.SIGTERM)
+            raise
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.is_received = True
+        self.received.add(number)
 
 
 @contextmanager

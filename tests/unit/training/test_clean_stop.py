@@ -91,7 +91,7 @@ def test_signals_end_a_run_without_save_as_they_did_before(number: signal.Signal
         stop = clean_stop.StopRequest()
         stop.listen()
         os.kill(os.getpid(), number)
-        assert (stop.is_received, received) == (True, [])
+        assert (stop.received, received) == ({number}, [])
         stop.enter_megatron(argparse.Namespace(save=None))
         os.kill(os.getpid(), number)
         assert received == [number]
@@ -99,6 +99,36 @@ def test_signals_end_a_run_without_save_as_they_did_before(number: signal.Signal
         signal.signal(number, before)
         for other in clean_stop.SIGNALS:
             signal.signal(other, signal.SIG_DFL)
+
+
+RANK_THAT_LOSES_ANOTHER = """
+import signal, sys
+from moelpr.training.clean_stop import StopRequest
+
+stop = StopRequest()
+stop.listen()
+for number in sys.argv[2:]:
+    signal.raise_signal(int(number))
+with stop.leaves_lost_ranks_to_launcher():
+    raise RuntimeError(sys.argv[1])
+"""
+LOST = "[/gloo/transport/tcp/pair.cc:561] Connection closed by peer"
+
+
+@pytest.mark.parametrize(
+    ("message", "signals", "code"),
+    [
+        (LOST, [signal.SIGTERM], -signal.SIGTERM),
+        (LOST, [signal.SIGUSR1, signal.SIGTERM], -signal.SIGTERM),
+        (LOST, [signal.SIGUSR1], 1),
+        (LOST, [], 1),
+        ("a bug", [signal.SIGTERM], 1),
+    ],
+)
+def test_a_rank_that_the_launcher_is_ending_reports_no_lost_rank(message: str, signals: list[int], code: int) -> None:
+    words = [sys.executable, "-c", RANK_THAT_LOSES_ANOTHER, message, *(str(int(number)) for number in signals)]
+    ended = subprocess.run(words, capture_output=True, text=True)
+    assert (ended.returncode, message in ended.stderr) == (code, code == 1)
 
 
 TRAINER_WITH_A_HELPER = """

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from moelpr import checksums
 from moelpr.checksums import FileSum, Verifier
 from moelpr.data.tokenizer import check_tokenizer_files
-from moelpr.errors import UserError
+from moelpr.errors import UserError, deferred_signals
 from moelpr.families.families import CONFIG_FILE
 from moelpr.families.tables import stacked_part
 from moelpr.files import DurableFile
@@ -156,8 +156,9 @@ class HfReader:
         self._verifier.verify(file_name)
         stored, index = self._stored(name)
         file = self._open(file_name)
-        # Without the copy, a slice would keep its whole stack mapped.
-        tensor: Tensor = file.get_slice(stored)[index].clone() if index else file.get_tensor(stored)
+        with deferred_signals():  # the library calls torch, which makes an exception of a handler another one
+            # Without the copy, a slice would keep its whole stack mapped.
+            tensor: Tensor = file.get_slice(stored)[index].clone() if index else file.get_tensor(stored)
         self._mapped_bytes += tensor.nbytes
         return tensor
 
@@ -176,7 +177,8 @@ class HfReader:
     def _open(self, name: str) -> Any:
         if self._open_name != name:
             try:
-                self._open_file = safe_open(self.folder / name, framework="pt")
+                with deferred_signals():
+                    self._open_file = safe_open(self.folder / name, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise UserError(
                     f"{self.folder / name} is truncated or damaged ({_first_line(error)}); download it again"

@@ -14,6 +14,8 @@ from moelpr.files import read_versioned
 FILE_NAME = "model_spec.json"
 FORMAT_VERSION = 1
 DTYPES = ("float32", "bfloat16", "float16")
+# Published models have at most a few hundred. A damaged number would be built, layer for layer, until memory is full.
+MAX_LAYERS = 10_000
 
 # The Megatron arguments that a model can't be built without, by type.
 _REQUIRED_ARGS: dict[Any, str] = {
@@ -227,6 +229,8 @@ def _check_argument(name: str, value: Any, kind: Any) -> None:
     # bool is a subclass of int, but `num_layers: true` is a mistake.
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise UserError(f"megatron_args.{name} has the wrong type: {value!r}")
+    if name == "num_layers" and value > MAX_LAYERS:
+        raise UserError(f"megatron_args.num_layers must be at most {MAX_LAYERS}, got {value}")
     if kind is int and not 1 <= value < 1 << 31:
         limit = "at least 1" if value < 1 else "below 2^31"
         raise UserError(f"megatron_args.{name} must be {limit}, got {value}")

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from moelpr import checksums
 from moelpr.data.tokenizer import check_tokenizer_files
 from moelpr.errors import UserError
+from moelpr.families.families import read_config
 from moelpr.megatron_patches import cpu, megatron_fixes
 from moelpr.model_spec import FILE_NAME, ModelSpec
-from moelpr.run_folder import HF_FOLDER, read_json
+from moelpr.run_folder import HF_FOLDER
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def load_model(directory: Path, device: str = "auto", dtype: str = "auto") -> Lo
     Raises:
         UserError: the directory is not a model, is incomplete, or needs code of its own.
     """
-    _check_directory(directory)
+    _read_config(directory)
     torch_device = choose_device(device)
     checksums.verify_folder(directory, "copy or download it again")
     from transformers import AutoModelForCausalLM
@@ -196,11 +197,7 @@ def read_max_positions(directory: Path) -> int | None:
     """The model's longest input in tokens; None for no limit. Raises UserError if `directory` is not a model."""
     if is_megatron(directory):
         return ModelSpec.read(directory).megatron_args["max_position_embeddings"]
-    _check_directory(directory)
-    config = read_json(directory / "config.json")
-    if config is None:
-        raise UserError(f"{directory}/config.json is not a JSON object; save the model again")
-    return config.get("max_position_embeddings")
+    return _read_config(directory).get("max_position_embeddings")
 
 
 def choose_device(name: str) -> torch.device:
@@ -237,7 +234,8 @@ def _load_tokenizer(directory: Path) -> tuple[Any, int, int | None]:
     return tokenizer, start_id, tokenizer.eos_token_id
 
 
-def _check_directory(directory: Path) -> None:
+def _read_config(directory: Path) -> dict[str, Any]:
+    """config.json of a Hugging Face directory with weights; UserError if it is none."""
     if not (directory / "config.json").is_file():
         raise UserError(
             f"{directory} contains neither config.json nor {FILE_NAME}; pass a Hugging Face directory or a Megatron "
@@ -245,6 +243,7 @@ def _check_directory(directory: Path) -> None:
         )
     if not any(directory.glob("*.safetensors")):
         raise UserError(f"{directory} contains no *.safetensors; save the model with safe_serialization=True")
+    return read_config(directory)
 
 
 def first_line(error: Exception) -> str:

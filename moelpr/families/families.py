@@ -14,7 +14,7 @@ from moelpr.errors import UserError
 from moelpr.families.moe_classes import GRANITE_MOE, MIXTRAL, MOE_CLASSES, QWEN2_MOE, QWEN3_MOE, MoeClass
 from moelpr.families.tables import NameTable, llama_like_table
 from moelpr.files import parse_json
-from moelpr.model_spec import ModelSpec, MoeSpec
+from moelpr.model_spec import MAX_LAYERS, ModelSpec, MoeSpec
 
 CONFIG_FILE = "config.json"
 
@@ -33,7 +33,7 @@ _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_p
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read the folder's config.json; UserError if it is missing or not a JSON object."""
+    """Read the folder's config.json; UserError if it is missing, no JSON object, or has more than MAX_LAYERS layers."""
     path = folder / CONFIG_FILE
     if not path.is_file():
         if folder.suffix == ".gguf" or any(folder.glob("*.gguf")):
@@ -47,6 +47,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid JSON ({error}); download it again") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} must contain a JSON object, got {type(config).__name__}; download it again")
+    layers = config.get("num_hidden_layers")
+    if isinstance(layers, int | float) and layers > MAX_LAYERS:  # transformers would build a list of them
+        raise UserError(f"{path}: num_hidden_layers must be at most {MAX_LAYERS}, got {layers}; download it again")
     return config
 
 

@@ -116,6 +116,7 @@ def test_a_number_of_experts_that_is_not_an_integer_is_rejected(
         (lambda content: content["megatron_args"].pop("hidden_size"), "lacks hidden_size"),
         (lambda content: content["megatron_args"].update(num_layers=True), "megatron_args.num_layers .*True"),
         (lambda content: content["megatron_args"].update(num_layers=0), "num_layers must be at least 1, got 0"),
+        (lambda content: content["megatron_args"].update(num_layers=10**9), "num_layers must be at most 10000, got"),
         (lambda content: content["megatron_args"].update(num_query_groups=3), "multiple of num_query_groups"),
         (lambda content: content["megatron_args"].pop("attention_dropout"), "lacks attention_dropout"),
         (lambda content: content["megatron_args"].update(window_sjze=[7, 0]), "unknown name window_sjze"),

@@ -1,6 +1,7 @@
 """Hugging Face directories are read and written tensor by tensor; damaged ones are rejected."""
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from safetensors import safe_open
 
 from checkpoint_convert.comparison import compare
 from checkpoint_convert.export import mcore_to_hf
+from checkpoint_convert.hf_folder import HfReader
 from checkpoint_convert.upcycling import hf_to_mcore
 from moelpr.errors import UserError
 from tests.hf_models import (
@@ -33,6 +35,26 @@ def test_truncated_weights_are_rejected(source: Path, tmp_path: Path) -> None:
     content = (source / "model.safetensors").read_bytes()
     (source / "model.safetensors").write_bytes(content[:-100])
     assert_import_fails(source, tmp_path, "model.safetensors .*truncated")
+
+
+def test_an_interrupt_while_safetensors_reads_stays_an_interrupt(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C raises in the torch function that safetensors calls, and torch makes another exception of that."""
+
+    class Interrupted:
+        def get_tensor(self, name: str) -> None:
+            try:
+                signal.raise_signal(signal.SIGINT)
+                for _ in range(1000):  # a handler runs between two instructions
+                    pass
+            except KeyboardInterrupt as error:
+                raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'") from error
+
+    reader = HfReader(source)
+    monkeypatch.setattr(reader, "_open", lambda name: Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        reader.read(reader.names[0])
 
 
 def test_an_index_that_lists_a_missing_shard_is_rejected(make_qwen2: Callable[..., Path], tmp_path: Path) -> None:

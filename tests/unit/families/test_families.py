@@ -262,6 +262,7 @@ def test_a_config_that_is_not_a_json_object_is_rejected(source: Path, tmp_path: 
         ("initializer_range", float("inf")),
         ("num_attention_heads", 0),
         ("num_hidden_layers", "4"),
+        ("num_hidden_layers", 10**9),
         ("max_position_embeddings", 10**30),
         ("architectures", 7),
     ],

@@ -37,9 +37,7 @@ def test_truncated_weights_are_rejected(source: Path, tmp_path: Path) -> None:
     assert_import_fails(source, tmp_path, "model.safetensors .*truncated")
 
 
-def test_an_interrupt_while_safetensors_reads_stays_an_interrupt(
-    source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_while_safetensors_reads_stays_an_interrupt(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C raises in the torch function that safetensors calls, and torch makes another exception of that."""
 
     class Interrupted:
@@ -49,7 +47,7 @@ def test_an_interrupt_while_safetensors_reads_stays_an_interrupt(
                 for _ in range(1000):  # a handler runs between two instructions
                     pass
             except KeyboardInterrupt as error:
-                raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'") from error
+                raise ValueError("could not determine the shape of object type") from error
 
     reader = HfReader(source)
     monkeypatch.setattr(reader, "_open", lambda name: Interrupted())

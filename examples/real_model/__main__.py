@@ -14,7 +14,8 @@ from pathlib import Path
 
 from examples.real_model.page import write_results
 from examples.real_model.settings import ALL, TOKENS
-from examples.real_model.tasks import Task, Tasks
+from examples.real_model.task import Task
+from examples.real_model.tasks import Tasks
 from examples.steps import ROOT, Steps
 from moelpr import machine
 from moelpr.errors import CommandParser, MachineError, UserError, run_command

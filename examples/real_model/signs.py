@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from examples.real_model.settings import SETTINGS
+from examples.real_model.settings import ORIGINAL, SETTINGS
 from moelpr.report.plots import percent
 
 Json = Mapping[str, Any]
@@ -77,7 +77,7 @@ def _how_good(results: Json) -> list[Sign]:
         by_text = {
             name: fmean(model["change"][name][0] for model in done["models"].values())
             for name in next(iter(done["models"].values()))["change"]
-            if name.split(".")[0] in ("en", "es", "zh") and name.split(".")[1] in results["kinds"]["out"]
+            if name.split(".")[0] in ORIGINAL and name.split(".")[1] in results["kinds"]["out"]
         }
         worst = max(by_text, key=lambda name: by_text[name])
         found.append(Sign(text, by_text[worst] <= 0.01, f"worst: {worst.split('.')[0]} {percent(by_text[worst])}"))

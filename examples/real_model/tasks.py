@@ -1,11 +1,7 @@
-"""The tasks of the queue in their order: a believable page early, further seeds last.
-
-A task is one command, made when its turn comes, because learning rates depend on the results of earlier tasks.
-"""
+"""The tasks of the queue in their order: a believable page early, further seeds last."""
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -13,13 +9,10 @@ from statistics import fmean
 from examples.real_model.settings import (
     ALL,
     BASE,
-    BATCH,
-    BETA2,
     EXPANDED,
     GROUPS,
     LANGUAGES,
     LORA_16,
-    MICRO_BATCH,
     NUM_NEW_EXPERTS,
     NUM_NEW_TOKENS,
     ORIGINAL,
@@ -43,45 +36,21 @@ from examples.real_model.settings import (
     TOPK,
     VOCABULARY,
     VOCABULARY_START,
-    minimum_rate,
     model_folder,
     steps_of,
-    warmup_steps,
 )
+from examples.real_model.task import Command, Task
+from examples.real_model.training import Training
 from moelpr.data.manifest import Manifest
 from moelpr.errors import UserError
 
-Command = list[str | Path]
-SAVE_INTERVAL = 40  # steps
+EXPANDED_ONLY = {"expanded": 1.0}  # blend
 EXTENDED = "extended-"  # how the names of corpora of the extended tokenizer start
 PROMPTS = 3  # per language
 CONTINUED = (BASE, "copies-seed-1", "full", "lora")  # models whose continuations and cloze scores are shown
 # Tokens per second on two cores of a Xeon with AVX-512 and bf16 matrix products.
-RATE_OF = {
-    "stage0": 180, "stage1": 155, "stage2": 190, "dense": 235, "lora": 218, "plain": 130, "evaluate": 400, "cloze": 500,
-}  # fmt: skip
+RATE_OF = {"lora": 218, "evaluate": 400, "cloze": 500}
 EVALUATION_TOKENS, CLOZE_TOKENS = 125_000, 500 * 6 * 4 * 50  # of a model
-
-
-@dataclass(frozen=True)
-class Task:
-    """One step of the queue.
-
-    Attributes:
-        settings: names of the settings that need it.
-        blocks: whether the later tasks of its settings are left out if it fails.
-        minutes: expected on two cores, with the default base.
-        memory_gib, disk_gib: needed while it runs, and what it leaves, with the default base.
-    """
-
-    name: str
-    settings: frozenset[str]
-    command: Callable[[], Command]
-    minutes: float = 1.0
-    memory_gib: float = 4.0
-    disk_gib: float = 0.0
-    variables: Mapping[str, str] = field(default_factory=dict)
-    blocks: bool = True
 
 
 class Tasks:
@@ -151,31 +120,50 @@ class Tasks:
         tasks = [self._convert(start, users, *moe_options(name))]
         if name == "one-copy":
             users -= {"plain"}
-        steps = steps_of(self.tokens)
-        tasks.append(self._train(run, "stage1", start, {"expanded": 1}, steps, STAGE1_RATE, users, trained_only=True))
+        train = Training(
+            model=run,
+            stage="stage1",
+            start=start,
+            blend=EXPANDED_ONLY,
+            steps=steps_of(self.tokens),
+            rate=STAGE1_RATE,
+            settings=users,
+        )
+        tasks.append(train.task(self.run))
         if run in SETTINGS:
             tasks.append(self._evaluate(run))
         return tasks
 
     def _stage2(self, name: str, seed: int) -> list[Task]:
         setting = SETTINGS[name]
-        options = {"no-lpr": ["--lpr-loss-coeff", "0"], "reference": ["--lpr-loss", "reference"]}.get(name, [])
-        model, steps = setting.models[SEEDS.index(seed)], steps_of(self.tokens * REVIEW_SHARE)
-        start, users = self.run / setting.before[-1], frozenset({name})
-        train = self._train(
-            model, "stage2", start, REVIEW_BLEND, steps, STAGE2_RATE, users, *options, trained_only=True, seed=seed
+        options = {"no-lpr": ("--lpr-loss-coeff", "0"), "reference": ("--lpr-loss", "reference")}
+        model = setting.models[SEEDS.index(seed)]
+        train = Training(
+            model=model,
+            stage="stage2",
+            start=self.run / setting.before[-1],
+            blend=REVIEW_BLEND,
+            steps=steps_of(self.tokens * REVIEW_SHARE),
+            rate=STAGE2_RATE,
+            settings=frozenset({name}),
+            options=options.get(name, ()),
+            seed=seed,
         )
-        return [train, self._evaluate(model)]
+        return [train.task(self.run), self._evaluate(model)]
 
     def _plain(self) -> list[Task]:
-        """Stage 1 with everything trained; the ranks share the optimizer and take a sequence at a time, for memory."""
-        options = ("--train-everything", "--use-distributed-optimizer")
-        train = self._train(
-            *("plain", "stage1", self.run / "upcycled-one-copy", {"expanded": 1}, steps_of(self.tokens), STAGE1_RATE),
-            *(frozenset({"plain"}), *options),
-            ranks=2,
+        """Stage 1 with everything trained."""
+        train = Training(
+            model="plain",
+            stage="stage1",
+            start=self.run / "upcycled-one-copy",
+            blend=EXPANDED_ONLY,
+            steps=steps_of(self.tokens),
+            rate=STAGE1_RATE,
+            settings=frozenset({"plain"}),
+            trains_everything=True,
         )
-        return [train, self._evaluate("plain")]
+        return [train.task(self.run), self._evaluate("plain")]
 
     def _vocabulary(self) -> list[Task]:
         """Further tokens: tokenizer, corpora and model; then three stages for as much text, and for as many tokens."""
@@ -198,26 +186,40 @@ class Tasks:
             def steps(share: float, name: str = name) -> int:
                 return steps_of(share * self.tokens * (self._tokens_left() if name == SAME_BYTES else 1))
 
-            tasks += [
-                self._train(
-                    *(stage0, "stage0", start, STAGE0_BLEND, partial(steps, STAGE0_SHARE), STAGE0_RATE, owners),
-                    trained_only=True,
+            stages = (
+                Training(
+                    model=stage0,
+                    stage="stage0",
+                    start=start,
+                    blend=STAGE0_BLEND,
+                    steps=partial(steps, STAGE0_SHARE),
+                    rate=STAGE0_RATE,
+                    settings=owners,
                     corpora=EXTENDED,
                 ),
-                self._train(
-                    *(stage1, "stage1", self.run / stage0, {"expanded": 1}, partial(steps, 1 - STAGE0_SHARE)),
-                    *(STAGE1_RATE, owners, "--train-new-embeddings"),
-                    trained_only=True,
+                Training(
+                    model=stage1,
+                    stage="stage1",
+                    start=self.run / stage0,
+                    blend=EXPANDED_ONLY,
+                    steps=partial(steps, 1 - STAGE0_SHARE),
+                    rate=STAGE1_RATE,
+                    settings=owners,
+                    options=("--train-new-embeddings",),
                     corpora=EXTENDED,
                 ),
-                self._train(
-                    *(name, "stage2", self.run / stage1, REVIEW_BLEND, steps_of(self.tokens * REVIEW_SHARE)),
-                    *(STAGE2_RATE, owners),
-                    trained_only=True,
+                Training(
+                    model=name,
+                    stage="stage2",
+                    start=self.run / stage1,
+                    blend=REVIEW_BLEND,
+                    steps=steps_of(self.tokens * REVIEW_SHARE),
+                    rate=STAGE2_RATE,
+                    settings=owners,
                     corpora=EXTENDED,
                 ),
-                self._evaluate(name),
-            ]
+            )
+            tasks += [*(stage.task(self.run) for stage in stages), self._evaluate(name)]
         return tasks
 
     def _tokens_left(self) -> float:
@@ -235,9 +237,18 @@ class Tasks:
         family = "full" if is_full else "lora"
 
         def train(model: str, steps: int, rate: Callable[[], float]) -> Task:
-            if is_full:
-                return self._train(model, "dense", dense, {"expanded": 1}, steps, rate, users)
-            return self._lora(model, steps, rate, users, LORA_16 if name == "lora-16" else None)
+            if not is_full:
+                return self._lora(model, steps, rate, users, LORA_16 if name == "lora-16" else None)
+            return Training(
+                model=model,
+                stage="dense",
+                start=dense,
+                blend=EXPANDED_ONLY,
+                steps=steps,
+                rate=rate,
+                settings=users,
+                is_search=model != name,
+            ).task(self.run)
 
         for rate in RATES[family]:
             model = search_name(name, rate)
@@ -294,41 +305,6 @@ class Tasks:
         command: Command = ["checkpoint_convert/hf_to_mcore.py", "--hf-path", self.base, "--save", save]
         command += [*options, "--seed", str(SEEDS[0]), "--overwrite"]
         return Task(save.name, settings, lambda: command, 0.5, 4, 1.4)
-
-    def _train(
-        self, model: str, stage: str, start: Path, blend: Mapping[str, float], steps: int | Callable[[], int],
-        rate: float | Callable[[], float], settings: frozenset[str], *options: str, trained_only: bool = False,
-        ranks: int = 1, seed: int = SEEDS[0], corpora: str = "",
-    ) -> Task:  # fmt: skip
-        """`corpora`: how the names of the corpora start. Steps and rates that earlier tasks find are functions."""
-        is_search = model.startswith("search-")
-
-        def command() -> Command:
-            value = rate() if callable(rate) else rate
-            number = steps() if callable(steps) else steps
-            parts: Command = [self.data / f"{corpora}{group}_text_document" for group in blend]
-            if len(blend) > 1:
-                parts = [word for pair in zip(map(str, blend.values()), parts, strict=True) for word in pair]
-            return [
-                *(f"launch/{stage}.sh", "--pretrained-checkpoint", start, "--data-path", *parts),
-                *("--save", self.run / model, "--train-iters", str(number), "--seed", str(seed), "--bf16"),
-                *("--seq-length", str(SEQUENCE_LENGTH), "--global-batch-size", str(BATCH)),
-                *("--micro-batch-size", str(MICRO_BATCH // ranks), "--lr", f"{value:g}"),
-                *("--min-lr", f"{minimum_rate(value):g}"),
-                *("--lr-decay-style", "cosine", "--lr-warmup-iters", str(warmup_steps(number))),
-                *("--weight-decay", "0", "--adam-beta2", str(BETA2), "--log-interval", "10"),
-                # No saved step but the last is kept.
-                *("--save-interval", str(SAVE_INTERVAL), "--save-retain-interval", str(SAVE_INTERVAL * 1000)),
-                *(["--save-trained-only"] if trained_only else []),
-                *(["--no-save-optim"] if is_search else []),
-                *options,
-            ]
-
-        kind = "plain" if model == "plain" else stage
-        disk = {"stage0": 0.8, "stage1": 3.4, "stage2": 0.1, "dense": 0.3 if is_search else 2.0, "plain": 5.3}[kind]
-        minutes = 1.5 + (steps() if callable(steps) else steps) * STEP_TOKENS / RATE_OF[kind] / 60
-        memory = 14.0 if ranks == 2 else 8.5
-        return Task(model, settings, command, minutes, memory, disk, {"NPROC_PER_NODE": str(ranks)})
 
     def _lora(
         self, model: str, steps: int, rate: Callable[[], float], settings: frozenset[str], rank: int | None

@@ -52,9 +52,7 @@ def write_results(run: Path) -> None:
 def dump(results: Json) -> str:
     """JSON with one line per list of numbers."""
     text = json.dumps(results, indent=1, ensure_ascii=False)
-    return (
-        re.sub(r"\[\s+(-?[\d.e-]+(?:,\s+-?[\d.e-]+)*)\s+\]", lambda m: "[" + " ".join(m[1].split()) + "]", text) + "\n"
-    )
+    return _NUMBERS.sub(lambda match: "[" + " ".join(match[1].split()) + "]", text) + "\n"
 
 
 def charts(results: Json) -> dict[str, str]:

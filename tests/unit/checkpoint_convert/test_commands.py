@@ -2,10 +2,7 @@
 
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
-
-import pytest
 
 from checkpoint_convert import apply_delta as apply_delta_module
 from checkpoint_convert import graft as grafter
@@ -15,21 +12,15 @@ from checkpoint_convert import verify
 from checkpoint_convert.comparison import compare, largest_difference
 from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.upcycling import hf_to_mcore
-from moelpr.errors import run_command
 from moelpr.model_spec import ModelSpec
 from tests.hf_models import (
     assert_nothing_left,
 )
 
 
-def exit_code(monkeypatch, main: Callable[[], None], *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-    with pytest.raises(SystemExit) as caught:
-        run_command(main)
-    return caught.value.code
-
-
-def test_a_full_disk_exits_with_one_message_and_code_1(qwen2: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_full_disk_exits_with_one_message_and_code_1(
+    qwen2: Path, tmp_path: Path, monkeypatch, exit_code, capsys
+) -> None:
     """/dev/full rejects every write like a full disk; torch.save raises its own error instead."""
     real_open = open
 
@@ -46,7 +37,7 @@ def test_a_full_disk_exits_with_one_message_and_code_1(qwen2: Path, tmp_path: Pa
         (exporter.main, ("--load", tmp_path / "megatron")),
         (grafter.main, ("--base", qwen2, "--instruct", qwen2, "--model", tmp_path / "export")),
     ):
-        assert exit_code(monkeypatch, main, *arguments, "--save", tmp_path / "out") == 1
+        assert exit_code(main, *arguments, "--save", tmp_path / "out") == 1
         assert "the disk is full" in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
     # With free space, the same command resumes.
@@ -73,15 +64,17 @@ def test_the_dense_ffn_gets_k_places_unless_the_user_or_an_moe_says_otherwise(
             mcore_to_hf(tmp_path / name, tmp_path / "paper-hf")
 
 
-def test_insufficient_disk_space_is_detected_before_writing(qwen2: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_insufficient_disk_space_is_detected_before_writing(
+    qwen2: Path, tmp_path: Path, monkeypatch, exit_code, capsys
+) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 900, 100))
     arguments = ("--hf-path", qwen2, "--dense", "--save", tmp_path / "out")
-    assert exit_code(monkeypatch, importer.main, *arguments) == 1
+    assert exit_code(importer.main, *arguments) == 1
     assert f"the disk is full while writing {tmp_path / 'out'}" in capsys.readouterr().err
 
 
 def test_invalid_arguments_exit_with_one_message_and_code_2(
-    qwen2: Path, upcycled: Path, tmp_path: Path, monkeypatch, capsys
+    qwen2: Path, upcycled: Path, tmp_path: Path, exit_code, capsys
 ):
     for main, arguments, message in (
         (importer.main, ("--hf-path", qwen2, "--save", tmp_path / "out", "--num-new-experts", 4, "--topk", 1), "K = 1"),
@@ -116,7 +109,7 @@ def test_invalid_arguments_exit_with_one_message_and_code_2(
         (verify.main, (qwen2, "--reader", "vllm", "--frozen"), "--frozen"),
         (verify.main, (tmp_path / "none", "--reader", "vllm"), "none"),
     ):
-        assert exit_code(monkeypatch, main, *arguments) == 2
+        assert exit_code(main, *arguments) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
         assert_nothing_left(tmp_path)
 
@@ -148,22 +141,14 @@ def test_the_last_line_and_the_card_say_which_programs_run_an_export(
         assert capsys.readouterr().out == message + "\n"
 
 
-def test_a_delta_is_made_and_applied_by_commands(base: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    def run(main: Callable[[], None], *arguments: object) -> int | None:
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-        try:
-            run_command(main)
-        except SystemExit as exit:
-            return exit.code
-        return 0
-
+def test_a_delta_is_made_and_applied_by_commands(base: Path, tmp_path: Path, exit_code, capsys) -> None:
     checkpoint, delta, whole = (tmp_path / name for name in ("megatron", "delta", "whole"))
     hf_to_mcore(base, checkpoint, 3, moe_layers=[0, 2])
-    assert run(exporter.main, "--load", checkpoint, "--save", delta, "--delta", "--base-model", "o/Base") == 0
+    assert exit_code(exporter.main, "--load", checkpoint, "--save", delta, "--delta", "--base-model", "o/Base") == 0
     assert "delta of Qwen2MoeForCausalLM, 4 experts, top-2, bfloat16" in capsys.readouterr().out
-    assert run(apply_delta_module.main, "--base", base, "--delta", delta, "--save", whole) == 0
+    assert exit_code(apply_delta_module.main, "--base", base, "--delta", delta, "--save", whole) == 0
     assert f"{whole}: Qwen2MoeForCausalLM, bfloat16, of o/Base and {delta}" in capsys.readouterr().out
-    assert run(apply_delta_module.main, "--base", base, "--delta", delta, "--save", whole) == 2
+    assert exit_code(apply_delta_module.main, "--base", base, "--delta", delta, "--save", whole) == 2
     assert "--overwrite" in capsys.readouterr().err
-    assert run(apply_delta_module.main, "--base", base, "--delta", base, "--save", tmp_path / "x") == 2
-    assert run(apply_delta_module.main, "--base", base, "--delta", delta, "--save", delta, "--overwrite") == 2
+    assert exit_code(apply_delta_module.main, "--base", base, "--delta", base, "--save", tmp_path / "x") == 2
+    assert exit_code(apply_delta_module.main, "--base", base, "--delta", delta, "--save", delta, "--overwrite") == 2

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -22,7 +21,6 @@ from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.grafting import add_difference, compare_graft, graft
 from checkpoint_convert.hub import Model, find_model
 from checkpoint_convert.upcycling import Start, hf_to_mcore
-from moelpr.errors import run_command
 from tests.hf_models import (
     TOKENS,
     assert_nothing_left,
@@ -67,15 +65,6 @@ def models(qwen2: Path, tmp_path: Path) -> tuple[Path, Path, Path]:
 def run(folders: tuple[Path, Path, Path], save: Path, **options) -> Path:
     graft(*map(find_model, folders), save, **options)
     return save
-
-
-def command(monkeypatch, main: Callable[[], None], *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-    try:
-        run_command(main)
-    except SystemExit as exit:
-        return int(exit.code or 0)
-    return 0
 
 
 def dense_name(name: str) -> str | None:
@@ -158,7 +147,7 @@ def test_the_sum_is_exact_to_the_last_bit_and_the_instruct_models_where_the_mode
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM"])
 def test_tokens_that_choose_only_the_original_expert_get_the_instruct_models_logits(
-    architecture: str, make_model: Callable[..., Path], tmp_path: Path, monkeypatch, capsys
+    architecture: str, make_model: Callable[..., Path], tmp_path: Path, exit_code, capsys
 ) -> None:
     """Bit for bit in the trainer's code; in stock transformers up to the rounding of its fused matrices.
 
@@ -167,7 +156,7 @@ def test_tokens_that_choose_only_the_original_expert_get_the_instruct_models_log
     base = make_model(architecture, tokenizer=True)
     folders = base, instruct_of(base, tmp_path / "instruct"), upcycle(base, tmp_path, original_copies=2)
     grafted = run(folders, tmp_path / "out")
-    assert command(monkeypatch, verifier.main, "--frozen", folders[1], grafted) == 0
+    assert exit_code(verifier.main, "--frozen", folders[1], grafted) == 0
     assert "0 differ, largest absolute difference 0" in capsys.readouterr().out
 
     text = TOKENS[:1]  # fewer tokens than hidden dimensions, so any logits of the router can be had
@@ -197,18 +186,18 @@ def test_tokens_that_choose_only_the_original_expert_get_the_instruct_models_log
     assert not torch.equal(our_logits(tmp_path / "next", text), logits)
 
 
-def test_verify_understands_a_graft(models: tuple[Path, Path, Path], tmp_path: Path, monkeypatch, capsys) -> None:
+def test_verify_understands_a_graft(models: tuple[Path, Path, Path], tmp_path: Path, exit_code, capsys) -> None:
     base, instruct, model = models
     for number, options in enumerate(({}, {"scale": 0.5}, {"only": "attention", "dtype": "float16"})):
         grafted = run(models, tmp_path / f"out{number}", **options)
         arguments = "--graft", base, instruct, model, grafted
-        assert command(monkeypatch, verifier.main, *arguments) == 0
-        equals_instruct = command(monkeypatch, verifier.main, "--frozen", instruct, grafted) == 0
+        assert exit_code(verifier.main, *arguments) == 0
+        equals_instruct = exit_code(verifier.main, "--frozen", instruct, grafted) == 0
         assert equals_instruct == (not options)
         edit_tensors(grafted, lambda tensors: tensors["model.layers.2.mlp.experts.3.up_proj.weight"][0, :1].mul_(2))
-        assert command(monkeypatch, verifier.main, *arguments) == 1
+        assert exit_code(verifier.main, *arguments) == 1
         assert "model.layers.2.mlp.experts.3.up_proj.weight" in capsys.readouterr().out
-    assert command(monkeypatch, verifier.main, "--graft", base, instruct, model, model) == 2
+    assert exit_code(verifier.main, "--graft", base, instruct, model, model) == 2
     assert "graft.json" in capsys.readouterr().err
 
 
@@ -275,7 +264,7 @@ def test_few_tensors_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_pat
 
 
 def test_a_base_that_answers_learns_to_answer_in_the_upcycled_model(
-    make_model: Callable[..., Path], tmp_path: Path, monkeypatch, capsys
+    make_model: Callable[..., Path], tmp_path: Path, exit_code, capsys
 ) -> None:
     """From a base to a chat model by commands alone: the instruct model is the base, trained to answer one question."""
     from transformers import AutoTokenizer
@@ -303,7 +292,7 @@ def test_a_base_that_answers_learns_to_answer_in_the_upcycled_model(
         (verifier.main, "--graft", base, instruct, export, chat),
         (verifier.main, "--frozen", instruct, chat),
     ):
-        assert command(monkeypatch, main, *arguments) == 0
+        assert exit_code(main, *arguments) == 0
     assert f"{chat}: {export} + 1 * ({instruct} - {base}), all, float32" in capsys.readouterr().out
 
     def answer(folder: Path) -> list[int]:
@@ -315,7 +304,7 @@ def test_a_base_that_answers_learns_to_answer_in_the_upcycled_model(
 
 
 def test_models_that_do_not_fit_are_rejected_by_name_of_the_tensor(
-    models: tuple[Path, Path, Path], make_qwen2, make_model, tmp_path: Path, monkeypatch, capsys
+    models: tuple[Path, Path, Path], make_qwen2, make_model, tmp_path: Path, exit_code, capsys
 ) -> None:
     base, instruct, model = models
     attention = "model.layers.1.self_attn.q_proj.weight"
@@ -369,14 +358,14 @@ def test_models_that_do_not_fit_are_rejected_by_name_of_the_tensor(
         ((base, instruct, tmp_path / "gone"), "gone"),
     ):
         arguments = [part for pair in zip(("--base", "--instruct", "--model"), folders, strict=True) for part in pair]
-        assert command(monkeypatch, grafter.main, *arguments, "--save", tmp_path / "out") == 2, message
+        assert exit_code(grafter.main, *arguments, "--save", tmp_path / "out") == 2, message
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and re.search(message, error), error
         assert not (tmp_path / "out").exists()
         assert_nothing_left(tmp_path)
     for scale in (0, "nan", "inf"):
         arguments = ("--base", base, "--instruct", instruct, "--model", model, "--scale", scale)
-        assert command(monkeypatch, grafter.main, *arguments, "--save", tmp_path / "out") == 2
+        assert exit_code(grafter.main, *arguments, "--save", tmp_path / "out") == 2
         assert "--scale" in capsys.readouterr().err
 
 

@@ -4,7 +4,6 @@ import hashlib
 import json
 import re
 import shutil
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,7 +16,7 @@ from checkpoint_convert import hf_to_mcore as importer
 from checkpoint_convert.comparison import compare
 from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.hub import find_model
-from moelpr.errors import UserError, run_command
+from moelpr.errors import UserError
 from tests.hf_models import assert_nothing_left
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -88,22 +87,13 @@ def hub(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         server.shutdown()
 
 
-def convert(monkeypatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["hf_to_mcore.py", *map(str, arguments)])
-    try:
-        run_command(importer.main)
-    except SystemExit as exit:
-        return int(exit.code or 0)
-    return 0
-
-
 def test_a_name_on_the_hub_is_downloaded_and_its_commit_recorded(
-    hub: type[Hub], source: Path, tmp_path: Path, monkeypatch
+    hub: type[Hub], source: Path, tmp_path: Path, monkeypatch, exit_code
 ) -> None:
     from huggingface_hub import ModelCard, constants
 
     arguments = "--hf-path", "o/Tiny", "--num-new-experts", 2, "--save"
-    assert convert(monkeypatch, *arguments, tmp_path / "out") == 0
+    assert exit_code(importer.main, *arguments, tmp_path / "out") == 0
     assert set(hub.requests) == {
         "config.json", "generation_config.json", "model.safetensors", "README.md", "tokenizer.json",
         "tokenizer_config.json", "chat_template.jinja",
@@ -115,8 +105,8 @@ def test_a_name_on_the_hub_is_downloaded_and_its_commit_recorded(
     assert card.data.base_model == "o/Tiny" and COMMIT in card.text
     # Again without a network: the cache has it.
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert convert(monkeypatch, *arguments, tmp_path / "offline") == 0
-    assert convert(monkeypatch, *arguments, tmp_path / "pinned", "--revision", COMMIT) == 0
+    assert exit_code(importer.main, *arguments, tmp_path / "offline") == 0
+    assert exit_code(importer.main, *arguments, tmp_path / "pinned", "--revision", COMMIT) == 0
     for save in ("offline", "pinned"):
         assert not any(verdict.differs(0) for verdict in compare(tmp_path / "out", tmp_path / save))
 
@@ -132,12 +122,12 @@ def test_a_folder_of_this_name_comes_first(hub: type[Hub], source: Path, tmp_pat
 
 
 def test_what_can_not_be_downloaded_is_one_sentence_and_code_2(
-    hub: type[Hub], source: Path, tmp_path: Path, monkeypatch, capsys
+    hub: type[Hub], source: Path, tmp_path: Path, monkeypatch, exit_code, capsys
 ) -> None:
     from huggingface_hub import constants
 
     def error_of(*arguments: object) -> str:
-        assert convert(monkeypatch, *arguments, "--dense", "--save", tmp_path / "out") == 2
+        assert exit_code(importer.main, *arguments, "--dense", "--save", tmp_path / "out") == 2
         error = capsys.readouterr().err.splitlines()[-1]
         assert not (tmp_path / "out").exists()
         assert_nothing_left(tmp_path)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from checkpoint_convert.new_rows import grow, new_rows, without_rows
 from checkpoint_convert.upcycling import Start, hf_to_mcore
 from checkpoint_convert.verify import main as verify_main
 from moelpr.data.tokenizer import load_tokenizer
-from moelpr.errors import UserError, run_command
+from moelpr.errors import UserError
 from moelpr.vocabulary_extension import VOCABULARY_EXTENSION_FILE, VocabularyExtension
 from tests.hf_models import edit_tensors, files_of, load_stock, save_extended_tokenizer, tensors_of
 
@@ -62,15 +61,6 @@ def old_text(tmp_path: Path) -> Path:
     """Without bb, the shortest new token."""
     (tmp_path / "old.txt").write_text("abaaab" * 40)
     return tmp_path / "old.txt"
-
-
-def command(monkeypatch, main: Callable[[], None], *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-    try:
-        run_command(main)
-    except SystemExit as exit:
-        return int(exit.code or 0)
-    return 0
 
 
 def test_rows_are_removed_and_grown_wherever_the_base_ends() -> None:
@@ -161,9 +151,7 @@ def test_an_adapter_of_the_published_code_has_no_new_tokens(checkpoint: Path, tm
 # --- comparisons
 
 
-def test_old_and_unused_rows_are_compared_and_new_ones_ignored(
-    qwen2: Path, tmp_path: Path, monkeypatch, capsys
-) -> None:
+def test_old_and_unused_rows_are_compared_and_new_ones_ignored(qwen2: Path, tmp_path: Path, exit_code, capsys) -> None:
     mcore_to_hf(grown(qwen2, tmp_path, num_new=10), tmp_path / "model")
     model = tmp_path / "model"
 
@@ -174,13 +162,13 @@ def test_old_and_unused_rows_are_compared_and_new_ones_ignored(
     for changes, code in (([], 0), ([60, 69], 0), ([59], 1), ([70], 1)):
         for row in changes:
             change(OUTPUT, row)
-        assert command(monkeypatch, verify_main, *frozen) == code
+        assert exit_code(verify_main, *frozen) == code
         out = capsys.readouterr().out
         assert "ignored: the rows of 10 new tokens" in out
         assert (OUTPUT in out) == bool(code)
         for row in changes if code else ():
             edit_tensors(model, lambda tensors, row=row: tensors[OUTPUT][row].copy_(tensors_of(qwen2)[OUTPUT][row]))
-    assert command(monkeypatch, verify_main, *frozen, "--json") == 0
+    assert exit_code(verify_main, *frozen, "--json") == 0
     assert json.loads(capsys.readouterr().out)["num_ignored_rows"] == 10
     for a, b in ((tmp_path / "megatron", qwen2), (qwen2, tmp_path / "megatron")):
         assert new_rows(a, b) == (range(60, 70) if a == qwen2 else range(0))
@@ -188,7 +176,7 @@ def test_old_and_unused_rows_are_compared_and_new_ones_ignored(
 
 
 def test_text_without_new_tokens_gets_the_base_logits_and_other_text_a_sentence(
-    qwen2: Path, tmp_path: Path, old_text: Path, text: Path, monkeypatch, capsys, megatron: None
+    qwen2: Path, tmp_path: Path, old_text: Path, text: Path, exit_code, capsys, megatron: None
 ) -> None:
     extended = extend(qwen2, tmp_path / "extended")
     hf_to_mcore(
@@ -196,11 +184,11 @@ def test_text_without_new_tokens_gets_the_base_logits_and_other_text_a_sentence(
     )  # untrained, so it computes what qwen2 does
     mcore_to_hf(tmp_path / "megatron", tmp_path / "model")
     frozen = ("--frozen", qwen2, tmp_path / "model", "--text")
-    assert command(monkeypatch, verify_main, *frozen, old_text) == 0
+    assert exit_code(verify_main, *frozen, old_text) == 0
     assert "100.00%" in capsys.readouterr().out
     (verdict,) = compare_on_text(tmp_path / "megatron", qwen2, [old_text], sequence_length=32)
     assert verdict.num_tokens == verdict.num_same_choice > 64
-    assert command(monkeypatch, verify_main, *frozen, text) == 2
+    assert exit_code(verify_main, *frozen, text) == 2
     assert "pass text of the original languages, which has no new tokens" in capsys.readouterr().err
     # Two models with the same new tokens are compared on any text, in all logits.
     pair = tmp_path / "megatron", tmp_path / "model"
@@ -209,7 +197,7 @@ def test_text_without_new_tokens_gets_the_base_logits_and_other_text_a_sentence(
     edit_tensors(tmp_path / "model", lambda tensors: tensors[OUTPUT][104].add_(1))
     (verdict,) = compare_on_text(*pair, [text], sequence_length=32)
     assert verdict.max_abs_logit_diff > 1e-4
-    assert command(monkeypatch, verify_main, *frozen, old_text) == 0  # the logit of a new token
+    assert exit_code(verify_main, *frozen, old_text) == 0  # the logit of a new token
 
 
 def test_a_second_round_takes_the_new_tokens_as_old(qwen2: Path, model: Path, tmp_path: Path) -> None:
@@ -240,7 +228,7 @@ def test_a_second_round_takes_the_new_tokens_as_old(qwen2: Path, model: Path, tm
 
 @pytest.mark.parametrize("scale", [1, 0.5])
 def test_a_graft_keeps_new_rows_and_gives_old_rows_the_difference(
-    qwen2: Path, model: Path, tmp_path: Path, monkeypatch, scale: float
+    qwen2: Path, model: Path, tmp_path: Path, exit_code, scale: float
 ) -> None:
     """The instruct model has the old vocabulary, and starts with a token as the model does not."""
     edit_tensors(model, lambda tensors: [tensors[name][60:].mul_(3) for name in (EMBEDDING, OUTPUT)])  # trained
@@ -252,7 +240,7 @@ def test_a_graft_keeps_new_rows_and_gives_old_rows_the_difference(
     settings = json.loads((instruct / "tokenizer_config.json").read_text()) | {"bos_token": "<|endoftext|>"}
     (instruct / "tokenizer_config.json").write_text(json.dumps(settings))
     given = ("--base", qwen2, "--instruct", instruct, "--model", model)
-    assert command(monkeypatch, graft_main, *given, "--save", tmp_path / "out", "--scale", scale) == 0
+    assert exit_code(graft_main, *given, "--save", tmp_path / "out", "--scale", scale) == 0
     of_base, of_instruct, of_model, found = map(tensors_of, (qwen2, instruct, model, tmp_path / "out"))
     for name in (EMBEDDING, OUTPUT):
         assert torch.equal(found[name][60:], of_model[name][60:])

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from checkpoint_convert.comparison import compare, compare_frozen, largest_diffe
 from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.upcycling import Start, hf_to_mcore
 from checkpoint_convert.verify import main
-from moelpr.errors import run_command
 from tests.hf_models import (
     copy_of,
     edit_tensors,
@@ -25,25 +23,16 @@ from tests.hf_models import (
 )
 
 
-def verify(monkeypatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["verify", *map(str, arguments)])
-    try:
-        run_command(main)
-    except SystemExit as exit:
-        return exit.code
-    return 0
-
-
-def test_a_dense_checkpoint_and_its_source_are_equal(qwen2: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_dense_checkpoint_and_its_source_are_equal(qwen2: Path, tmp_path: Path, exit_code, capsys) -> None:
     hf_to_mcore(qwen2, tmp_path / "megatron", num_new_experts=None)
     assert largest_difference(compare(qwen2, tmp_path / "megatron")) == 0.0
     for pair in ((qwen2, tmp_path / "megatron"), (tmp_path / "megatron", qwen2)):
-        assert verify(monkeypatch, *pair) == 0
+        assert exit_code(main, *pair) == 0
         assert "51 tensors, 0 differ" in capsys.readouterr().out
 
 
 def test_tensors_that_readers_ignore_make_no_difference(
-    make_qwen2: Callable[..., Path], tmp_path: Path, monkeypatch
+    make_qwen2: Callable[..., Path], tmp_path: Path, exit_code
 ) -> None:
     """Old folders of tied models store their output layer and RoPE's frequencies too."""
     source = make_qwen2(tie_word_embeddings=True)
@@ -54,23 +43,23 @@ def test_tensors_that_readers_ignore_make_no_difference(
 
     old = copy_of(source, add)
     hf_to_mcore(old, tmp_path / "megatron", num_new_experts=2)
-    assert verify(monkeypatch, source, old) == 0
-    assert verify(monkeypatch, "--frozen", old, tmp_path / "megatron") == 0
+    assert exit_code(main, source, old) == 0
+    assert exit_code(main, "--frozen", old, tmp_path / "megatron") == 0
     edit_tensors(old, lambda tensors: tensors["lm_head.weight"].add_(1))
-    assert verify(monkeypatch, source, old) == 1
+    assert exit_code(main, source, old) == 1
 
 
-def test_an_upcycled_checkpoint_and_its_export_are_equal(export: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_an_upcycled_checkpoint_and_its_export_are_equal(export: Path, tmp_path: Path, exit_code, capsys) -> None:
     """The stock class has a tensor more in each MoE layer, all zeros, than the checkpoint."""
     num_tensors = len(load_file(export / "model.safetensors"))
     for pair in ((export, tmp_path / "megatron"), (tmp_path / "megatron", export)):
-        assert verify(monkeypatch, *pair) == 0
+        assert exit_code(main, *pair) == 0
         assert f"{num_tensors} tensors, 0 differ" in capsys.readouterr().out
     edit_tensors(export, lambda tensors: tensors["model.layers.0.mlp.shared_expert_gate.weight"].add_(1))
-    assert verify(monkeypatch, export, tmp_path / "megatron") == 1
+    assert exit_code(main, export, tmp_path / "megatron") == 1
 
 
-def test_every_kind_of_difference_is_named_and_the_largest_come_first(export: Path, monkeypatch, capsys) -> None:
+def test_every_kind_of_difference_is_named_and_the_largest_come_first(export: Path, exit_code, capsys) -> None:
     def damage(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.norm.weight"][3] += 0.25
         tensors["model.layers.0.input_layernorm.weight"] += 1
@@ -78,7 +67,7 @@ def test_every_kind_of_difference_is_named_and_the_largest_come_first(export: Pa
         tensors["surplus"] = tensors.pop("model.layers.0.mlp.gate.weight")
 
     other = copy_of(export, damage)
-    assert verify(monkeypatch, export, other) == 1
+    assert exit_code(main, export, other) == 1
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [line[0] for line in lines[4:6]] == ["model.layers.0.input_layernorm.weight", "model.norm.weight"]
     found = {line[0]: line[1:] for line in lines if line}
@@ -89,34 +78,34 @@ def test_every_kind_of_difference_is_named_and_the_largest_come_first(export: Pa
     assert largest_difference(compare(export, other)) == float("inf")
 
 
-def test_a_long_table_is_shortened_without_all(export: Path, monkeypatch, capsys) -> None:
+def test_a_long_table_is_shortened_without_all(export: Path, exit_code, capsys) -> None:
     other = copy_of(export, lambda tensors: [tensor.add_(1) for tensor in tensors.values()])
-    assert verify(monkeypatch, export, other) == 1
+    assert exit_code(main, export, other) == 1
     short = capsys.readouterr().out
-    assert verify(monkeypatch, export, other, "--all") == 1
+    assert exit_code(main, export, other, "--all") == 1
     long = capsys.readouterr().out
     num_tensors = len(load_file(export / "model.safetensors"))
     assert f"… and {num_tensors - 20} more" in short
     assert short.count("value") == 20 and long.count("value") == num_tensors
 
 
-def test_tolerance(export: Path, monkeypatch) -> None:
+def test_tolerance(export: Path, exit_code) -> None:
     other = copy_of(export, lambda tensors: tensors["model.norm.weight"].add_(0.25))
     assert largest_difference(compare(export, other)) == pytest.approx(0.25)
-    assert verify(monkeypatch, export, other, "--tolerance", 0.3) == 0
-    assert verify(monkeypatch, export, other, "--tolerance", 0.2) == 1
+    assert exit_code(main, export, other, "--tolerance", 0.3) == 0
+    assert exit_code(main, export, other, "--tolerance", 0.2) == 1
     edit_tensors(other, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
-    assert verify(monkeypatch, export, other, "--tolerance", 1e9) == 1
+    assert exit_code(main, export, other, "--tolerance", 1e9) == 1
 
 
-def test_without_tolerance_every_bit_counts(export: Path, monkeypatch) -> None:
+def test_without_tolerance_every_bit_counts(export: Path, exit_code) -> None:
     gate = "model.layers.3.mlp.shared_expert_gate.weight"
     other = copy_of(export, lambda tensors: tensors[gate].copy_(-torch.zeros(1, 32)))
-    assert verify(monkeypatch, export, other) == 1
-    assert verify(monkeypatch, export, other, "--tolerance", 1e-30) == 0
+    assert exit_code(main, export, other) == 1
+    assert exit_code(main, export, other, "--tolerance", 1e-30) == 0
 
 
-def test_frozen_tensors_are_compared_with_the_base(qwen2: Path, export: Path, tmp_path: Path, monkeypatch) -> None:
+def test_frozen_tensors_are_compared_with_the_base(qwen2: Path, export: Path, tmp_path: Path, exit_code) -> None:
     assert largest_difference(compare_frozen(qwen2, export)) == 0.0
     assert largest_difference(compare_frozen(qwen2, tmp_path / "megatron")) == 0.0
 
@@ -127,8 +116,8 @@ def test_frozen_tensors_are_compared_with_the_base(qwen2: Path, export: Path, tm
 
     edit_tensors(export, train)
     assert largest_difference(compare_frozen(qwen2, export)) == 0.0
-    assert verify(monkeypatch, "--frozen", qwen2, export) == 0
-    assert verify(monkeypatch, tmp_path / "megatron", export) == 1
+    assert exit_code(main, "--frozen", qwen2, export) == 0
+    assert exit_code(main, tmp_path / "megatron", export) == 1
     for name in (
         "model.layers.3.mlp.experts.0.up_proj.weight",
         "model.layers.1.mlp.down_proj.weight",
@@ -137,61 +126,61 @@ def test_frozen_tensors_are_compared_with_the_base(qwen2: Path, export: Path, tm
     ):
         edit_tensors(export, lambda tensors, name=name: tensors[name].add_(0.5))
         assert largest_difference(compare_frozen(qwen2, export)) == pytest.approx(0.5)
-        assert verify(monkeypatch, "--frozen", qwen2, export) == 1
+        assert exit_code(main, "--frozen", qwen2, export) == 1
         original = tensors_of(qwen2)[name.replace("experts.0.", "")]
         edit_tensors(export, lambda tensors, name=name, original=original: tensors[name].copy_(original))
         assert largest_difference(compare_frozen(qwen2, export)) == 0.0
 
 
-def test_every_copy_of_the_ffn_is_frozen(qwen2: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_every_copy_of_the_ffn_is_frozen(qwen2: Path, tmp_path: Path, exit_code, capsys) -> None:
     hf_to_mcore(qwen2, tmp_path / "megatron", original_copies=2, start=Start("random"))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
     for upcycled in (tmp_path / "megatron", tmp_path / "hf"):
-        assert verify(monkeypatch, "--frozen", qwen2, upcycled) == 0
-    assert verify(monkeypatch, tmp_path / "megatron", tmp_path / "hf") == 0
+        assert exit_code(main, "--frozen", qwen2, upcycled) == 0
+    assert exit_code(main, tmp_path / "megatron", tmp_path / "hf") == 0
     name = "model.layers.2.mlp.experts.1.up_proj.weight"
     edit_tensors(tmp_path / "hf", lambda tensors: tensors[name].add_(0.5))
-    assert verify(monkeypatch, "--frozen", qwen2, tmp_path / "hf") == 1
+    assert exit_code(main, "--frozen", qwen2, tmp_path / "hf") == 1
     assert name in capsys.readouterr().out
 
 
 def test_all_experts_of_an_moe_base_are_frozen_and_its_routers_are_not(
-    qwen2: Path, export: Path, tmp_path: Path, monkeypatch, capsys
+    qwen2: Path, export: Path, tmp_path: Path, exit_code, capsys
 ) -> None:
     """The base of another round of languages: an export that gets more experts."""
     hf_to_mcore(export, tmp_path / "round2", num_new_experts=2)
     mcore_to_hf(tmp_path / "round2", tmp_path / "round2-hf")
     for upcycled in (tmp_path / "round2", tmp_path / "round2-hf"):
-        assert verify(monkeypatch, "--frozen", export, upcycled) == 0
-        assert verify(monkeypatch, "--frozen", qwen2, upcycled) == 0
+        assert exit_code(main, "--frozen", export, upcycled) == 0
+        assert exit_code(main, "--frozen", qwen2, upcycled) == 0
     edit_tensors(tmp_path / "round2-hf", lambda tensors: tensors["model.layers.3.mlp.experts.6.up_proj.weight"].add_(1))
-    assert verify(monkeypatch, "--frozen", export, tmp_path / "round2-hf") == 0
+    assert exit_code(main, "--frozen", export, tmp_path / "round2-hf") == 0
     edit_tensors(tmp_path / "round2-hf", lambda tensors: tensors["model.layers.3.mlp.experts.2.up_proj.weight"].add_(1))
-    assert verify(monkeypatch, "--frozen", qwen2, tmp_path / "round2-hf") == 0
-    assert verify(monkeypatch, "--frozen", export, tmp_path / "round2-hf") == 1
-    assert verify(monkeypatch, "--frozen", tmp_path / "round2-hf", export) == 2
+    assert exit_code(main, "--frozen", qwen2, tmp_path / "round2-hf") == 0
+    assert exit_code(main, "--frozen", export, tmp_path / "round2-hf") == 1
+    assert exit_code(main, "--frozen", tmp_path / "round2-hf", export) == 2
     assert "7 and 5" in capsys.readouterr().err
 
 
 def test_the_exit_code_depends_on_tensors_and_text(
-    qwen2: Path, export: Path, text: Path, monkeypatch, capsys, megatron: None
+    qwen2: Path, export: Path, text: Path, exit_code, capsys, megatron: None
 ) -> None:
     """The dense base against the freshly upcycled model: equal; after a change of an expert that is not frozen: not."""
-    assert verify(monkeypatch, "--frozen", qwen2, export, "--text", text, "--json") == 0
+    assert exit_code(main, "--frozen", qwen2, export, "--text", text, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["equal"] and found["max_abs_diff"] == 0.0 and found["max_abs_logit_diff"] < 1e-4
     assert found["same_next_token"] == 1.0
     edit_tensors(export, lambda tensors: tensors["model.layers.0.mlp.experts.1.down_proj.weight"].add_(1))
-    assert verify(monkeypatch, "--frozen", qwen2, export, "--text", text) == 1
+    assert exit_code(main, "--frozen", qwen2, export, "--text", text) == 1
     table = capsys.readouterr().out
     assert "0 differ" in table and "text.jsonl" in table
-    assert verify(monkeypatch, "--frozen", qwen2, export, "--text", text, "--logit-tolerance", 1e9) == 0
+    assert exit_code(main, "--frozen", qwen2, export, "--text", text, "--logit-tolerance", 1e9) == 0
     edit_tensors(export, lambda tensors: tensors["model.layers.0.mlp.experts.1.down_proj.weight"].fill_(torch.nan))
-    assert verify(monkeypatch, "--frozen", qwen2, export, "--text", text, "--logit-tolerance", 1e9) == 1
+    assert exit_code(main, "--frozen", qwen2, export, "--text", text, "--logit-tolerance", 1e9) == 1
 
 
 def test_invalid_input_exits_with_one_message_and_code_2(
-    qwen2: Path, make_qwen2, text: Path, tmp_path: Path, monkeypatch, capsys
+    qwen2: Path, make_qwen2, text: Path, tmp_path: Path, exit_code, capsys
 ) -> None:
     bare = Path(shutil.copytree(qwen2, tmp_path / "bare"))
     for name in comparison.TOKENIZER_FILES:
@@ -214,7 +203,7 @@ def test_invalid_input_exits_with_one_message_and_code_2(
         ((qwen2, other_tokenizer, "--text", text), "other.*--text"),
         ((qwen2, other_vocabulary, "--text", text), "99 .* 98 .*--text"),
     ):
-        assert verify(monkeypatch, *arguments) == 2, message
+        assert exit_code(main, *arguments) == 2, message
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert re.search(message, error), error

@@ -18,7 +18,7 @@ from examples.real_model.settings import (
     STAGE0_BLEND,
     STAGE0_SHARE,
 )
-from examples.real_model.signs import change, signs
+from examples.real_model.signs import MARGIN, Verdict, change, signs
 from moelpr.files import write_text
 from moelpr.languages import language_name
 from moelpr.report.page import Row, Table, terminal_table
@@ -144,9 +144,13 @@ def readme_line(results: Json) -> str:
 
 def _predictions(results: Json) -> str:
     found = signs(results)
-    items = [f"- {sign.text}: {sign.verdict} ({sign.numbers})." for sign in found if sign.seen is not None]
-    items += [f"- {sign.text}: {sign.verdict}." for sign in found if sign.seen is None]
-    return "\n".join(["What the paper would predict, and the bars of this comparison:", "", *items])
+    items = [f"- {sign.text}: {sign.verdict} ({sign.numbers})." for sign in found if sign.verdict != Verdict.MISSING]
+    items += [f"- {sign.text}: {sign.verdict}." for sign in found if sign.verdict == Verdict.MISSING]
+    title = (
+        "What the paper would predict, and the bars of this comparison. Two settings that differ by less than "
+        f"{100 * MARGIN:g} points are too close to tell:"
+    )
+    return "\n".join([title, "", *items])
 
 
 def _means(results: Json) -> str:

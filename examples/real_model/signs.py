@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from statistics import fmean
 from typing import Any
 
@@ -12,24 +13,26 @@ Json = Mapping[str, Any]
 COMPARABLE = 0.8  # fraction of full fine-tuning's learning that counts as comparable
 FAR_LESS = 0.2  # fraction of another's forgetting that counts as far less
 VISIBLE = 0.02  # rise of bits per byte that counts as visible forgetting
+# Two settings that differ by less, in a fraction of base, may have changed places by chance: about what seeds change.
+MARGIN = 0.005
+
+
+class Verdict(StrEnum):
+    """Of a sign; its value is what the page says."""
+
+    SEEN = "seen"
+    NOT_SEEN = "**not seen**"
+    CLOSE = "too close to tell"
+    MISSING = "not measured yet"  # a setting that it needs is not done
 
 
 @dataclass(frozen=True)
 class Sign:
-    """A prediction.
-
-    Attributes:
-        seen: None if a setting that it needs is not done.
-        numbers: what was found.
-    """
+    """A prediction; `numbers` are what was found."""
 
     text: str
-    seen: bool | None
+    verdict: Verdict
     numbers: str
-
-    @property
-    def verdict(self) -> str:
-        return "not measured yet" if self.seen is None else "seen" if self.seen else "**not seen**"
 
 
 def change(results: Json, setting: str, part: str, group: str) -> float | None:
@@ -60,7 +63,7 @@ def _of_the_paper(results: Json) -> list[Sign]:
     values = [change(results, name, "in", "expanded") for name in ("copies", "full")]
     text = f"MoE-LPR learns comparably to full fine-tuning: at least {COMPARABLE:.0%} of its gain, trained kinds"
     is_seen = None if None in values else values[0] <= COMPARABLE * values[1]
-    return [*found, Sign(text, is_seen, _numbers(["MoE-LPR, K copies", "full fine-tuning"], values))]
+    return [*found, Sign(text, _verdict(is_seen), _numbers(["MoE-LPR, K copies", "full fine-tuning"], values))]
 
 
 def _how_good(results: Json) -> list[Sign]:
@@ -68,11 +71,12 @@ def _how_good(results: Json) -> list[Sign]:
     for part, where, bar in (("in", "trained kinds", -0.35), ("out", "kinds never trained on", -0.15)):
         value = change(results, "copies", part, "expanded")
         text = f"expanded languages at least {-bar:.0%} better than base, {where}"
-        found.append(Sign(text, None if value is None else value <= bar, _numbers(["MoE-LPR, K copies"], [value])))
+        is_seen = None if value is None else value <= bar
+        found.append(Sign(text, _verdict(is_seen), _numbers(["MoE-LPR, K copies"], [value])))
     done = results["settings"].get("copies")
     text = "each original language within 1% of base, or better, on every kind never trained on"
     if done is None:
-        found.append(Sign(text, None, _numbers(["MoE-LPR, K copies"], [None])))
+        found.append(Sign(text, Verdict.MISSING, _numbers(["MoE-LPR, K copies"], [None])))
     else:
         by_text = {
             name: fmean(model["change"][name][0] for model in done["models"].values())
@@ -80,24 +84,35 @@ def _how_good(results: Json) -> list[Sign]:
             if name.split(".")[0] in ORIGINAL and name.split(".")[1] in results["kinds"]["out"]
         }
         worst = max(by_text, key=lambda name: by_text[name])
-        found.append(Sign(text, by_text[worst] <= 0.01, f"worst: {worst.split('.')[0]} {percent(by_text[worst])}"))
+        numbers = f"worst: {worst.split('.')[0]} {percent(by_text[worst])}"
+        found.append(Sign(text, _verdict(by_text[worst] <= 0.01), numbers))
     kept = change(results, "copies", "out", "original")
     for name, label in (("full", "full fine-tuning"), ("lora", "LoRA")):
         value = change(results, name, "out", "original")
         text = f"{label}, at the learning rate that serves the expanded languages best, forgets visibly (at least "
         text += f"{VISIBLE:.0%} on kinds never trained on)"
-        found.append(Sign(text, None if value is None else value >= VISIBLE, _numbers([label], [value])))
+        is_seen = None if value is None else value >= VISIBLE
+        found.append(Sign(text, _verdict(is_seen), _numbers([label], [value])))
         text = f"MoE-LPR forgets at most a fifth of what {label} does, kinds never trained on"
         is_seen = None if value is None or kept is None else value > 0 and kept <= FAR_LESS * value
-        found.append(Sign(text, is_seen, _numbers(["MoE-LPR, K copies", label], [kept, value])))
+        found.append(Sign(text, _verdict(is_seen), _numbers(["MoE-LPR, K copies", label], [kept, value])))
     return found
 
 
 def _less(results: Json, text: str, better: str, worse: str, part: str, group: str) -> Sign:
-    """A sign that is seen if one setting's bits per byte are lower than another's."""
+    """A sign that is seen if one setting's bits per byte are lower than another's by MARGIN."""
     values = [change(results, name, part, group) for name in (better, worse)]
-    is_seen = None if None in values else values[0] < values[1]
-    return Sign(text, is_seen, _numbers([SETTINGS[name].label for name in (better, worse)], values))
+    if None in values:
+        verdict = Verdict.MISSING
+    elif abs(values[1] - values[0]) < MARGIN:
+        verdict = Verdict.CLOSE
+    else:
+        verdict = _verdict(values[0] < values[1])
+    return Sign(text, verdict, _numbers([SETTINGS[name].label for name in (better, worse)], values))
+
+
+def _verdict(is_seen: bool | None) -> Verdict:
+    return Verdict.MISSING if is_seen is None else Verdict.SEEN if is_seen else Verdict.NOT_SEEN
 
 
 def _numbers(labels: list[str], values: list[float | None]) -> str:

@@ -2,10 +2,12 @@
 
 import math
 import re
+from itertools import combinations, product
 from xml.etree import ElementTree
 
 import pytest
 
+from moelpr.report import plots
 from moelpr.report.plots import (
     MAX_POINTS,
     Curve,
@@ -140,3 +142,24 @@ def test_running_mean_starts_and_ends_at_the_means_of_the_ends() -> None:
 @pytest.mark.parametrize(("change", "text"), [(-0.062, "\u22126.2%"), (0.009, "+0.9%"), (math.nan, "unavailable")])
 def test_percent_has_a_sign(change: float, text: str) -> None:
     assert percent(change) == text
+
+
+def test_labels_of_crowded_points_cover_nothing() -> None:
+    """A cluster in a corner: no label lies on another, on a mark, or on the numbers of an axis."""
+    figure, axes = plots._axes(400, 260)
+    cluster = [(-0.29, -0.042), (-0.286, -0.04), (-0.279, -0.043), (-0.286, -0.047), (-0.283, -0.049)]
+    points = [*cluster, (-0.316, 0.102), (0.0, 0.0)]
+    axes.plot(*zip(*points, strict=True), linestyle="")
+    axes.margins(0.12)
+    plots._label_points(axes, [(f"setting {number}", point) for number, point in enumerate(points)])
+    scale = 72 / figure.dpi
+    (left, low), (_, high) = axes.bbox.get_points() * scale
+    marks = [axes.transData.transform(point) * scale for point in points]
+    boxes = [
+        plots._label_boxes(*mark, text.xyann, plots._width([text.get_text()], 12))[0]
+        for text, mark in zip(axes.texts, marks, strict=True)
+    ]
+    assert len(boxes) == len(points)
+    assert all(box[0] >= left and low <= box[1] and box[3] <= high for box in boxes)
+    covered = [*combinations(boxes, 2), *product(boxes, [plots._around(*mark, 4) for mark in marks])]
+    assert not any(plots._overlap(*pair) for pair in covered)

@@ -22,7 +22,7 @@ from examples.real_model.settings import (
     STEP_TOKENS,
     VOCABULARY_START,
 )
-from examples.real_model.signs import signs
+from examples.real_model.signs import Verdict, signs
 from examples.real_model.split import split_training_text
 from examples.real_model.tasks import Tasks, best_rate, search_name
 from examples.steps import Steps
@@ -274,16 +274,31 @@ def test_damaged_facts_are_one_sentence(run: Path) -> None:
 def test_predictions_are_marked_by_the_numbers(run: Path) -> None:
     found = {sign.text: sign for sign in signs(collect(run))}
 
-    def seen(start: str) -> list[bool | None]:
-        return [sign.seen for text, sign in found.items() if text.startswith(start)]
+    def verdicts(start: str) -> list[Verdict]:
+        return [sign.verdict for text, sign in found.items() if text.startswith(start)]
 
-    assert seen("review improves the original languages over stage 1 (K copies)") == [True]
-    assert seen("review improves the original languages over stage 1 (1 copy)") == [False]  # +6% after +5%
-    assert seen("the LPR loss keeps") == [None]
-    assert seen("expanded languages at least") == [True, True]
-    assert seen("each original language within 1%") == [True]
-    assert seen("MoE-LPR forgets at most a fifth of what full") == [True]
-    assert seen("MoE-LPR learns comparably") == [True]  # 38% of 45%
+    assert verdicts("review improves the original languages over stage 1 (K copies)") == [Verdict.SEEN]
+    assert verdicts("review improves the original languages over stage 1 (1 copy)") == [
+        Verdict.NOT_SEEN
+    ]  # +6% after +5%
+    assert verdicts("the LPR loss keeps") == [Verdict.MISSING]
+    assert verdicts("expanded languages at least") == [Verdict.SEEN, Verdict.SEEN]
+    assert verdicts("each original language within 1%") == [Verdict.SEEN]
+    assert verdicts("MoE-LPR forgets at most a fifth of what full") == [Verdict.SEEN]
+    assert verdicts("MoE-LPR learns comparably") == [Verdict.SEEN]  # 38% of 45%
+
+
+@pytest.mark.parametrize(
+    ("difference", "verdict"),
+    [(0.006, Verdict.SEEN), (0.004, Verdict.CLOSE), (-0.004, Verdict.CLOSE), (-0.006, Verdict.NOT_SEEN)],
+)
+def test_a_difference_that_seeds_make_is_no_sign(run: Path, difference: float, verdict: Verdict) -> None:
+    results = collect(run)
+    for name, value in (("copies", -0.01), ("copies-stage1", -0.01 + difference)):
+        for model in results["settings"][name]["models"].values():
+            model["means"]["out"]["original"][0] = value
+    sign = next(sign for sign in signs(results) if "(K copies)" in sign.text)
+    assert sign.verdict == verdict
 
 
 def test_the_page_shows_ranges_over_seeds_and_names_what_is_missing(run: Path) -> None:

@@ -21,7 +21,7 @@ NUM_NEW_EXPERTS, TOPK = 3, 2
 REVIEW_BLEND = {"original": 1, "expanded": 2}  # parts of the text of each group, as in the paper
 STAGE1_RATE, STAGE2_RATE = 3e-4, 2e-3
 # Full fine-tuning and LoRA get the rate that is best for the expanded languages on a validation part of the text.
-RATES = {"full": (1e-4, 3e-4, 1e-3), "lora": (1e-4, 3e-4, 1e-3)}
+RATES = {"full": (1e-4, 3e-4, 1e-3), "lora": (1e-4, 3e-4, 1e-3, 3e-3)}
 BETA2 = 0.95
 SEEDS = (1, 2, 3)
 LORA_16 = 16  # a rank that users of peft choose; the setting "lora" has the largest one that makes sense

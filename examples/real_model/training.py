@@ -53,12 +53,11 @@ class Training:
 
     def task(self, run: Path) -> Task:
         kind = "plain" if self.trains_everything else self.stage
-        steps = self.steps() if callable(self.steps) else self.steps
         return Task(
             self.model,
             self.settings,
             lambda: self._command(run),
-            minutes=1.5 + steps * STEP_TOKENS / _RATE_OF[kind] / 60,
+            minutes=1.5 + self._number_of_steps() * STEP_TOKENS / _RATE_OF[kind] / 60,
             memory_gib=14.0 if self.trains_everything else 8.5,
             disk_gib=0.3 if self.is_search else _DISK_GIB_OF[kind],
             variables={"NPROC_PER_NODE": str(self._ranks)},
@@ -68,9 +67,13 @@ class Training:
     def _ranks(self) -> int:
         return 2 if self.trains_everything else 1
 
+    def _number_of_steps(self) -> int:
+        """A guess until the earlier tasks that find it are done."""
+        return self.steps() if callable(self.steps) else self.steps
+
     def _command(self, run: Path) -> Command:
         rate = self.rate() if callable(self.rate) else self.rate
-        steps = self.steps() if callable(self.steps) else self.steps
+        steps = self._number_of_steps()
         corpora: Command = [run / "data" / f"{self.corpora}{group}_text_document" for group in self.blend]
         if len(self.blend) > 1:
             corpora = [word for pair in zip(map(str, self.blend.values()), corpora, strict=True) for word in pair]

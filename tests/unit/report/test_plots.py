@@ -6,6 +6,8 @@ from itertools import combinations, product
 from xml.etree import ElementTree
 
 import pytest
+from matplotlib.backends.backend_agg import RendererAgg
+from matplotlib.text import Text
 
 from moelpr.report import plots
 from moelpr.report.plots import (
@@ -152,14 +154,13 @@ def test_labels_of_crowded_points_cover_nothing() -> None:
     axes.plot(*zip(*points, strict=True), linestyle="")
     axes.margins(0.12)
     plots._label_points(axes, [(f"setting {number}", point) for number, point in enumerate(points)])
-    scale = 72 / figure.dpi
-    (left, low), (_, high) = axes.bbox.get_points() * scale
-    marks = [axes.transData.transform(point) * scale for point in points]
-    boxes = [
-        plots._label_boxes(*mark, text.xyann, plots._width([text.get_text()], 12))[0]
-        for text, mark in zip(axes.texts, marks, strict=True)
-    ]
+    frame = axes.get_window_extent()
+    renderer, boxes = RendererAgg(1000, 1000, figure.dpi), []
+    for text in axes.texts:
+        text.update_positions(renderer)
+        boxes.append(Text.get_window_extent(text, renderer))  # without its line
     assert len(boxes) == len(points)
-    assert all(box[0] >= left and low <= box[1] and box[3] <= high for box in boxes)
-    covered = [*combinations(boxes, 2), *product(boxes, [plots._around(*mark, 4) for mark in marks])]
-    assert not any(plots._overlap(*pair) for pair in covered)
+    assert all(frame.x0 <= box.x0 and frame.y0 <= box.y0 and box.y1 <= frame.y1 for box in boxes)
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+    marks = [axes.transData.transform(point) for point in points]
+    assert not any(box.contains(*mark) for box, mark in product(boxes, marks))

@@ -1,4 +1,4 @@
-"""What this process may use of the machine, also inside a container or a batch job: CPUs and memory.
+"""What this process may use of the machine, also inside a container or a batch job: CPUs, memory and GPUs.
 
 `moelpr/__init__.py` calls `limit_threads`, because OpenMP reads its settings when torch is imported.
 """
@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 _CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_DEVICES = Path("/dev")
 _THREADS = "OMP_NUM_THREADS"
 _user_threads = os.environ.get(_THREADS)
 
@@ -61,6 +62,12 @@ def peak_memory(pid: int) -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return 0
+
+
+def has_gpus() -> bool:
+    """Whether the machine has NVIDIA GPUs that CUDA_VISIBLE_DEVICES does not hide, even if PyTorch cannot use them."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    return first not in ("", "-1", "NoDevFiles") and any(_DEVICES.glob("nvidia[0-9]*"))
 
 
 def as_gib(size: int) -> str:

@@ -206,6 +206,8 @@ def choose_device(name: str) -> torch.device:
     A GPU has an index, without which torch.cuda.set_device does not accept it.
     """
     if name == "auto":
+        if problem := cpu.unusable_gpus():
+            raise UserError(f"{problem}; or pass --device cpu")
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)

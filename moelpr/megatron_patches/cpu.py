@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
+from moelpr import machine
+
 CPU = torch.device("cpu")
 
 # Megatron arguments that choose CUDA-only kernels or CUDA behavior, with the value that works on CPU.
@@ -42,6 +44,18 @@ _installed = False
 def is_needed() -> bool:
     """True on a machine without a usable GPU."""
     return _installed or not torch.cuda.is_available()
+
+
+def unusable_gpus() -> str | None:
+    """A message with the remedy if there are GPUs, not hidden from this process, that PyTorch cannot use."""
+    if not is_needed() or not machine.has_gpus():
+        return None
+    if torch.version.cuda is None:
+        return f"this machine has GPUs, but PyTorch {torch.__version__} is built without CUDA; install one with it"
+    return (
+        f"this machine has GPUs, but PyTorch {torch.__version__} cannot use them, most likely because NVIDIA's driver "
+        f"is too old for CUDA {torch.version.cuda} (nvidia-smi shows the newest that it supports); update the driver"
+    )
 
 
 def install() -> None:

@@ -62,6 +62,25 @@ def test_the_tightest_memory_limit_counts_and_cached_files_are_free(cgroups: Pat
     assert (machine.total_memory(), machine.free_memory()) == (1000, 100)
 
 
+@pytest.mark.parametrize(
+    ("visible", "devices", "expected"),
+    [
+        (None, ["nvidia0", "nvidiactl"], True), ("1", ["nvidia0", "nvidia1"], True),
+        (None, ["nvidiactl"], False), ("0", [], False), ("", ["nvidia0"], False), ("-1", ["nvidia0"], False),
+    ],
+)  # fmt: skip
+def test_gpus_are_device_files_that_are_not_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, devices: list[str], expected: bool
+) -> None:
+    for name in devices:
+        (tmp_path / name).touch()
+    monkeypatch.setattr(machine, "_DEVICES", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert machine.has_gpus() == expected
+
+
 def test_the_peak_memory_of_a_process_is_the_kernels() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     assert before * 0.9 <= machine.peak_memory(os.getpid()) <= before * 1.5

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.upcycling import Start, hf_to_mcore
+from moelpr import machine
 from moelpr.errors import UserError
 from moelpr.evaluate.compare import compare_models
 from moelpr.evaluate.models import choose_device, load_model, open_model
@@ -69,6 +70,15 @@ def test_a_gpu_has_the_index_that_torch_needs_to_select_it(monkeypatch, name: st
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert torch.cuda._utils._get_device_index(choose_device(name)) == index
+
+
+def test_gpus_that_pytorch_cannot_use_are_an_error_unless_the_cpu_is_chosen(monkeypatch, tmp_path):
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(machine, "_DEVICES", tmp_path)
+    with pytest.raises(UserError, match="driver is too old.*--device cpu"):
+        choose_device("auto")
+    assert choose_device("cpu") == torch.device("cpu")
 
 
 def test_a_checkpoint_without_a_tokenizer_is_rejected(both, tmp_path):

@@ -84,11 +84,11 @@ class PlannedLayout(Layout):
     distributed_optimizer: bool = True
 
     def flags(self) -> list[str]:
-        """The layout as command-line arguments of launch/stage1.sh or stage2.sh."""
-        sizes = {_TP: self.tp, _PP: self.pp, _EP: self.ep}
-        argv = [item for flag, size in sizes.items() if size > 1 for item in (flag, str(size))]
+        """The layout as arguments of launch/stage1.sh or stage2.sh; sizes of 1 too, to override a recipe's."""
+        sizes = {_TP: self.tp, _PP: self.pp, _EP: self.ep, _ETP: self.etp}
+        argv = [item for flag, size in sizes.items() for item in (flag, str(size))]
         if self.tp > 1:
-            argv += ["--sequence-parallel", _ETP, str(self.etp)]
+            argv.append("--sequence-parallel")
         if self.distributed_optimizer and max(self.dp, self.expert_dp) > 1:
             argv.append("--use-distributed-optimizer")
         if self.recompute == "selective":

@@ -23,7 +23,7 @@ from moelpr.families.families import layer_list, read_base, recommended_copies, 
 from moelpr.layouts import neighbors
 from moelpr.model_spec import ModelSpec
 from moelpr.plan.candidates import Candidate, fitting
-from moelpr.plan.machines import GIB, GPUS, Cluster
+from moelpr.plan.machines import GIB, GPUS, RESERVED_FRACTION, Cluster
 from moelpr.plan.memory import PLANNED_STAGES, RankMemory, Workload
 from moelpr.plan.step_time import PREDICTION_ERROR, bubble
 from moelpr.vocabulary_extension import VocabularyExtension
@@ -31,7 +31,6 @@ from moelpr.vocabulary_extension import VocabularyExtension
 # Of the paper's recipes, launch/recipes/paper-stage1.yaml and paper-stage2.yaml.
 PAPER_SEQ_LENGTH = {"stage1": 1024, "stage2": 512}
 PAPER_GLOBAL_BATCH_SIZE = 512
-RESERVED_FRACTION = 0.1
 
 _TABLE_HEADER = (
     f"{'TP':>3}{'PP':>4}{'EP':>4}{'ETP':>4}{'DP':>5}  {'recompute':<10}{'parameters':>11}{'gradients':>10}"

@@ -1,13 +1,14 @@
 """The layouts that fit a cluster and their costs, in order of preference; if none fits, the error says what would."""
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from moelpr.errors import UserError
 from moelpr.layouts import RECOMPUTES, Layout, PlannedLayout, divisors, layout_problems
 from moelpr.model_spec import ModelSpec
-from moelpr.plan.machines import GIB, Cluster
+from moelpr.plan.machines import GIB, RESERVED_FRACTION, Cluster
 from moelpr.plan.memory import RankMemory, Workload, model_parts, stage_memories
 from moelpr.plan.step_time import StepTime, Traffic, expert_traffic, relative_time, step_time
 
@@ -114,7 +115,7 @@ def _no_layout(spec: ModelSpec, workload: Workload, cluster: Cluster) -> str:
 
 def _too_little_memory(spec: ModelSpec, workload: Workload, cluster: Cluster, found: list[Candidate]) -> str:
     least = min(candidate.peak.total_bytes for candidate in found) / GIB
-    enough_gib = -(-(least + cluster.reserve_gib) * 10 // 1) / 10
+    enough_gib = math.ceil(max(least + cluster.reserve_gib, least / (1 - RESERVED_FRACTION)) * 10) / 10
     fix = f"use --gpu-memory-gib {enough_gib:g} or more"
     for larger in _other_sizes(cluster)[1]:
         if any(one.peak.total_bytes <= cluster.usable_bytes for one in _candidates(spec, workload, larger)):

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 
 GIB = 1 << 30
+RESERVED_FRACTION = 0.1  # of a GPU's memory, unless the user chooses
 
 
 @dataclass(frozen=True)

@@ -94,8 +94,11 @@ def test_the_trainer_accepts_the_flags_of_every_kind_of_layout(
     argv = ["--stage", "stage1", "--pretrained-checkpoint", str(tmp_path), "--lr", "1e-3", "--train-iters", "2"]
     argv += ["--micro-batch-size", "1", "--global-batch-size", "8", "--seq-length", "32"]
     argv += ["--data-path", str(tmp_path / "corpus"), "--verify-corpus", "none"]
+    recipe = ["--sequence-parallel"]
+    for size in ("tensor-model", "pipeline-model", "expert-model", "expert-tensor"):
+        recipe += [f"--{size}-parallel-size", "2"]
     for layout in layouts_of(gpus)[:: 1 if gpus < 8 else 7]:
-        args, _ = parse.parse_arguments([*argv, *layout.flags()])
+        args, _ = parse.parse_arguments([*argv, *recipe, *layout.flags()])
         found = (
             args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.expert_model_parallel_size,
             args.expert_tensor_parallel_size, args.data_parallel_size, args.recompute_granularity,

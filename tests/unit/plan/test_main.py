@@ -38,7 +38,9 @@ def test_the_recommended_flags_are_those_of_the_first_row(plan: Plan) -> None:
     assert first_row.split()[:6] == ["1", "1", "1", "1", "8", "none"]
     assert shown.splitlines()[-2:] == [
         "Recommended arguments for launch/stage1.sh:",
-        "  --use-distributed-optimizer --micro-batch-size 2 --global-batch-size 512 --seq-length 256",
+        "  --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1 --expert-model-parallel-size 1 "
+        "--expert-tensor-parallel-size 1 --use-distributed-optimizer --micro-batch-size 2 --global-batch-size 512 "
+        "--seq-length 256",
     ]
 
 
@@ -184,14 +186,25 @@ def test_an_unsupported_architecture_is_named(plan: Plan, capsys: pytest.Capture
     assert "GPT2LMHeadModel" in failure(plan, capsys, architectures=["GPT2LMHeadModel"])
 
 
-def test_both_suggestions_for_a_model_that_does_not_fit_work(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["--gpus", "2", "--gpus-per-node", "4", "--gpu-memory-gib", "0.005", "--reserve-gib", "0"]
+@pytest.mark.parametrize("reserve", [["--reserve-gib", "0"], []])
+def test_both_suggestions_for_a_model_that_does_not_fit_work(
+    plan: Plan, capsys: pytest.CaptureFixture[str], reserve: list[str]
+) -> None:
+    argv = ["--gpus", "2", "--gpus-per-node", "4", "--gpu-memory-gib", "0.005", *reserve]
     error = failure(plan, capsys, *argv)
     fixes = re.search(r" 2 GPUs.*--gpu-memory-gib (\S+) or more, or --gpus (\d+)", error)
     assert fixes is not None, error
     memory, gpus = fixes.groups()
     assert plan(*argv, "--gpu-memory-gib", memory)
     assert plan(*argv, "--gpus", gpus)
+
+
+def test_the_suggested_memory_includes_the_default_reserve(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--gpus", "1", "--micro-batch-size", "2048", "--global-batch-size", "2048", "--seq-length", "256"]
+    error = failure(plan, capsys, *argv, "--gpu-memory-gib", "0.1")
+    memory = re.search(r"--gpu-memory-gib (\S+) or more", error)[1]
+    assert float(memory) > 2, "too little to see a tenth after rounding"
+    assert plan(*argv, "--gpu-memory-gib", memory)
 
 
 def test_metavars_are_distinct() -> None:

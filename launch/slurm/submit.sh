@@ -137,8 +137,9 @@ step() {
             --save "$run/hf" "${flags[@]}"
         ;;
     evaluate)
-        submit "$step" "$needs" "${tool[@]}" -m moelpr.evaluate --model "stage2=$run/hf" \
-            --output "$run/evaluation" "${flags[@]}"
+        # Changes are relative to the first model, so those of the user come first.
+        submit "$step" "$needs" "${tool[@]}" -m moelpr.evaluate --output "$run/evaluation" "${flags[@]}" \
+            --model "stage2=$run/hf"
         ;;
     esac
 }

@@ -57,7 +57,7 @@ def chain(run: Path) -> list[object]:
         *("@convert", "--", "--hf-path", "hf", "--num-new-experts", "5"),
         *("@stage1", "--nodes", "4", "--", "--recipe", "r1.yaml"),
         *("@stage2", "--", "--recipe", "r2.yaml", "--train-iters", "500"),
-        *("@export", "@evaluate", "--", "--data", "en=e.jsonl"),
+        *("@export", "@evaluate", "--", "--model", "base=hf", "--data", "en=e.jsonl"),
     ]
 
 
@@ -90,6 +90,8 @@ def test_a_chain_is_submitted_with_common_options_and_those_of_each_step(calls: 
     )
     assert "[--nodes] [4]" in calls.made[4]
     assert "[--nodes]" not in stage2
+    # Changes are relative to the first model.
+    assert calls.made[7].endswith(f"[--model] [base=hf] [--data] [en=e.jsonl] [--model] [stage2={run}/hf]")
 
 
 def test_a_second_call_submits_only_steps_that_are_neither_done_nor_active(calls: Calls, tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_a_broken_chain_resumes_at_the_failed_step(chain: Chain, resumed: dict[s
     assert done == {"expanded", "review", "convert", "stage1"}
     assert re.fullmatch(r"job \d+", resumed["stage2"])
     report = json.loads((chain.run / "evaluation/results.json").read_text())
-    assert {"base", "stage2"} <= set(json.dumps(report).replace('"', " ").split())
+    assert list(report["models"]) == ["base", "stage2"]  # changes are relative to the first
     assert chain.submit() == dict.fromkeys(
         ("expanded", "review", "convert", "stage1", "stage2", "export", "evaluate"), "done"
     )

@@ -91,7 +91,7 @@ default() {
 
 # A single queue to the GPU: kernels start in the order of their launch, so a collective launched before the GEMM that
 # overlaps it does not wait for that GEMM. Up to Hopper, Megatron requires this for tensor and context parallelism.
-# Since Blackwell nothing requires it, and --overlap-moe-expert-parallel-comm requires more queues (32) on every GPU.
+# Since Blackwell nothing requires it.
 default CUDA_DEVICE_MAX_CONNECTIONS 1
 # Otherwise each rank warns about optional packages at every import.
 default PYTHONWARNINGS ignore

@@ -6,6 +6,7 @@ Errors in one source are collected, so that the others are still read.
 import argparse
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,10 +116,25 @@ class RunSettings:
     @property
     def layout(self) -> Layout:
         """The parallel layout; sizes that are invalid count as 1."""
-        vpp, layers = self.args.num_virtual_stages_per_pipeline_rank, self.args.num_layers_per_virtual_pipeline_stage
-        if vpp is None and layers is not None and layers >= 1:
-            vpp = self.shape.get("num_layers", 1) // max(1, self.args.pipeline_model_parallel_size) // layers
-        return Layout.from_settings(vars(self.args), self.world_size, vpp or 1)
+        return Layout.from_settings(vars(self.args), self.world_size, self._virtual_stages() or 1)
+
+    def _virtual_stages(self) -> int | None:
+        """Per pipeline rank, as Megatron's validate_args derives them."""
+        args, stages = self.args, max(1, self.args.pipeline_model_parallel_size)
+        if args.pipeline_model_parallel_layout is not None:
+            from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+            with suppress(Exception):  # Megatron reports what it cannot read
+                return (
+                    PipelineParallelLayerLayout.get_num_stages_from_str(args.pipeline_model_parallel_layout) // stages
+                )
+        if args.num_virtual_stages_per_pipeline_rank is not None:
+            return args.num_virtual_stages_per_pipeline_rank
+        if (per_stage := args.num_layers_per_virtual_pipeline_stage) is None or per_stage < 1:
+            return None
+        layers = self.shape.get("num_layers", 1)
+        layers += args.account_for_embedding_in_pipeline_split + args.account_for_loss_in_pipeline_split
+        return layers // stages // per_stage
 
     def flag(self, name: str) -> str:
         """The flag of an argument, as recipe or command line spell it."""
@@ -274,7 +290,7 @@ def apply_method(args: argparse.Namespace, spec: ModelSpec) -> None:
     if args.save and not args.tensorboard_dir:
         args.tensorboard_dir = str(Path(args.save) / "tensorboard")
     args.hetereogenous_dist_checkpoint = True  # one checkpoint key per layer, for every pipeline layout
-    if args.data_path and args.split is None:
+    if (args.data_path or args.data_args_path) and args.split is None:
         args.split = "100,0,0"
     if spec.moe is None:
         args.lpr_loss_coeff = 0.0

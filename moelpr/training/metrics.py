@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moelpr.megatron_patches import hooks
 from moelpr.model.router import LPRRouter
-from moelpr.model.routing_statistics import NUM_COUNTS, RoutingSums
+from moelpr.model.routing_statistics import RoutingSums
 from moelpr.training.early_warnings import EarlyWarnings, Thresholds
 from moelpr.training.run_log import RunLog, finite
 
@@ -74,8 +74,9 @@ class MetricsTracker(MoEMetricsTracker):
                 sums[router.layer_number - 1] += router.routing_sums
                 router.routing_sums = None
         torch.distributed.all_reduce(sums)
-        has_router = sums[:, NUM_COUNTS:].sum(dim=1) > 0
-        return RoutingSums.from_vectors(sums[has_router])
+        layers = RoutingSums.from_vectors(sums)
+        has_router = layers.original_tokens + layers.expanded_tokens > 0  # scores may be NaN
+        return RoutingSums(*(field[has_router] for field in layers))
 
 
 class StepLog:

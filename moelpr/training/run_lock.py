@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 from torch.distributed import TCPStore
@@ -11,6 +12,9 @@ from moelpr.arguments.settings import RunSettings
 from moelpr.errors import UserError
 from moelpr.files import LOCK_FILE, locked, remove_temporaries
 from moelpr.run_folder import saved_step
+
+# Rank 0 may read its corpora first (--verify-corpus full). If it ends, the launcher ends the others.
+_PATIENCE = timedelta(days=1)
 
 
 @contextmanager
@@ -49,7 +53,8 @@ def _word_of_rank_0(word: str) -> str:
     """What rank 0 passes, on every rank: otherwise the others would wait for it, on other nodes for ten minutes."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return word  # no torchrun, so there is no store before Megatron makes one
-    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, is_master=False, timeout=_PATIENCE)
     key = f"moelpr/run_lock/{os.environ['TORCHELASTIC_RESTART_COUNT']}"
     if os.environ["RANK"] == "0":
         store.set(key, word)

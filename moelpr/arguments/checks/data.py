@@ -141,6 +141,39 @@ def check_split(run: RunSettings) -> Iterable[str]:
         )
 
 
+def check_split_is_needed(run: RunSettings) -> Iterable[str]:
+    """--split divides one blend."""
+    given = [name for name in ("train_data_path", "per_split_data_args_path") if getattr(run.args, name)]
+    if run.args.split is not None and given:
+        yield f"--split divides the data of --data-path, and {run.flag(given[0])} names training data alone; remove it"
+
+
+def check_there_is_validation_data(run: RunSettings) -> Iterable[str]:
+    """Otherwise Megatron fails at the first validation, after --eval-interval steps."""
+    args = run.args
+    share = re.match(r"[^,]*,[^,]*[1-9]", args.split or "")
+    if args.validation_data or args.valid_data_path or args.per_split_data_args_path or share:
+        return
+    for name in ("eval_iters", "full_validation"):
+        if name in run.explicit_args and getattr(args, name):
+            yield (
+                f"{run.flag(name)} requires validation data, which is missing; pass --validation-data LANG=PREFIX, or "
+                f"remove {run.flag(name)}"
+            )
+
+
+def check_cache_folders(run: RunSettings) -> Iterable[str]:
+    """Megatron writes the order of samples beside each corpus, unless it is there already or has its own folder."""
+    if run.args.data_cache_path is not None:
+        return
+    for prefix in _existing_corpora(run):
+        if not (Path(prefix) / "cache").exists() and not os.access(Path(prefix).parent, os.W_OK | os.X_OK):
+            yield (
+                f"the order of samples cannot be saved beside {prefix}, in a folder without write permission; pass "
+                "--data-cache-path DIR with a folder that all nodes share"
+            )
+
+
 def check_validation_flags(run: RunSettings) -> Iterable[str]:
     """No other flag controls validation; a --split without validation data is allowed."""
     for name in _MEGATRON_VALIDATION if run.args.validation_data else ():

@@ -1,4 +1,4 @@
-"""The memory of this machine, where no GPU reports that it is full: the kernel kills a rank."""
+"""What this machine has: GPUs, which PyTorch must be able to use, and without GPUs memory."""
 
 import os
 from collections.abc import Iterable
@@ -9,8 +9,14 @@ from moelpr.arguments.settings import RunSettings
 from moelpr.megatron_patches import cpu
 
 
+def check_gpus(run: RunSettings) -> Iterable[str]:
+    """Otherwise a run for GPUs would silently use the CPU."""
+    if problem := cpu.unusable_gpus():
+        yield f"{problem}; or hide the GPUs (CUDA_VISIBLE_DEVICES=) to train on the CPU"
+
+
 def note_cpu_memory(run: RunSettings) -> Iterable[str]:
-    """The ranks of this machine need more than is free."""
+    """The ranks of this machine need more than is free, and the kernel would kill one, where a GPU reports an error."""
     expected = expected_memory(run) if cpu.is_needed() else None
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if expected is not None and ranks * expected > (free := machine.free_memory()):

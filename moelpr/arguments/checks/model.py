@@ -136,11 +136,15 @@ def check_new_tokens(run: RunSettings) -> Iterable[str]:
         yield f"--train-new-embeddings applies to --stage stage1, and --stage {args.stage} {does}; remove it"
     if args.train_new_embeddings and args.train_everything:
         yield "--train-new-embeddings has no effect with --train-everything, which freezes nothing; remove one of them"
-    if (args.stage == "stage0" or args.train_new_embeddings) and args.defer_embedding_wgrad_compute:
-        yield f"--defer-embedding-wgrad-compute does not support {trains}; remove it"
     for name in _NOT_IN_STAGE_0 if args.stage == "stage0" else ():
         if name in run.explicit_args and getattr(args, name):
             yield f"{run.flag(name)} does not apply to --stage stage0, which trains only rows of new tokens; remove it"
+
+
+def check_deferred_gradient(run: RunSettings) -> Iterable[str]:
+    """With it, Megatron's linear layers, which original experts are, expect to be the output layer."""
+    if run.is_moe and run.args.defer_embedding_wgrad_compute:
+        yield "--defer-embedding-wgrad-compute does not support models with experts; remove it"
 
 
 def check_transformer_engine(run: RunSettings) -> Iterable[str]:

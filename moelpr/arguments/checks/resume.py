@@ -24,10 +24,13 @@ from moelpr.stages import trained_parts
 # Megatron 0.19.2: training/checkpointing.py (load_checkpoint), core/optimizer (ChainedOptimizer,
 # DistributedOptimizer.sharded_param_state_*); tested by tests/distributed/resume_layouts.py.
 _ALWAYS = ("optimizer", "use_distributed_optimizer", "bf16", "fp16", "train_everything")
+_UNEVEN_PIPELINE = (
+    "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "pipeline_model_parallel_layout",
+)  # fmt: skip
 _FOR_BUFFERS = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank",
-    "expert_model_parallel_size", "expert_tensor_parallel_size", "overlap_grad_reduce", "moe_grouped_gemm",
-    "transformer_impl",
+    "expert_model_parallel_size", "expert_tensor_parallel_size", *_UNEVEN_PIPELINE, "overlap_grad_reduce",
+    "ddp_num_buckets", "ddp_bucket_size", "moe_grouped_gemm", "transformer_impl",
 )  # fmt: skip
 
 # Settings of Megatron's learning-rate schedule, which it does not load with other values.
@@ -158,6 +161,13 @@ def check_optimizer_state(run: RunSettings) -> Iterable[str]:
         )
 
 
+def _bucket_size(settings: Mapping[str, Any], layout: Layout) -> int | None:
+    """Parameters per bucket of gradients, as Megatron's resolve_ddp_bucket_size has it; None for a single bucket."""
+    if not settings.get("overlap_grad_reduce") or settings.get("ddp_num_buckets"):
+        return None
+    return settings.get("ddp_bucket_size") or max(40_000_000, 1_000_000 * layout.dp * layout.cp)
+
+
 def _optimizer_settings(settings: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     trains_experts = settings.get("stage") == "stage1" or bool(settings.get("train_everything"))
     trains_all = settings.get("stage") == "dense" or bool(settings.get("train_everything"))
@@ -167,6 +177,9 @@ def _optimizer_settings(settings: Mapping[str, Any], layout: Layout) -> dict[str
         "moe_grouped_gemm": bool(settings.get("moe_grouped_gemm")) and trains_experts,
         "transformer_impl": settings.get("transformer_impl", "local") if trains_all else "local",
         "optimizer": settings.get("optimizer", "adam"),
+        **{name: settings.get(name) for name in _UNEVEN_PIPELINE},
+        "ddp_num_buckets": settings.get("ddp_num_buckets"),
+        "ddp_bucket_size": _bucket_size(settings, layout),
         **{name: bool(settings.get(name)) for name in names},
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,

@@ -99,15 +99,35 @@ def accepted(data: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
     from megatron.training import global_vars
 
-    def parse(stage: str, start: str | Path, *argv: str, ranks: int = 1) -> dict:
+    def parse(stage: str, start: str | Path, *argv: str, ranks: int = 1, with_data: bool = True) -> dict:
         from moelpr.arguments.parse import parse_arguments
 
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
         try:
-            args, _ = parse_arguments(["--stage", stage, *STEPS, *data, "--pretrained-checkpoint", str(start), *argv])
+            corpora = data if with_data else []
+            command = ["--stage", stage, *STEPS, *corpora, "--pretrained-checkpoint", str(start)]
+            args, _ = parse_arguments([*command, *argv])
         finally:
             destroy_num_microbatches_calculator()
             global_vars.unset_global_variables()
         return vars(args)
 
     return parse
+
+
+@pytest.fixture
+def gathered(upcycled: str, data: list[str], monkeypatch: pytest.MonkeyPatch):  # noqa: ANN201
+    """Settings of a run on CPU, before they are checked."""
+
+    def gather(*argv: str, ranks: int = 1, start: str = upcycled, stage: str = "stage1"):  # noqa: ANN202
+        from moelpr.arguments.flags import all_arguments
+        from moelpr.arguments.settings import RunSettings, apply_machine
+
+        steps = "--seq-length 32 --lr 1e-3 --train-iters 2 --global-batch-size 12 --micro-batch-size 6"
+        command = ["--stage", stage, "--pretrained-checkpoint", start, *steps.split(), *data, *argv]
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+        run = RunSettings.gather(command, all_arguments())
+        apply_machine(run.args)
+        return run
+
+    return gather

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -284,3 +285,47 @@ def test_flags_that_conflict_with_validation_corpora_are_rejected(
     held_out = f"en={write_corpus(tmp_path / 'en', True)}"
     (found,) = problems("stage1", upcycled, "--validation-data", held_out, *argv)
     assert found.startswith(start)
+
+
+@pytest.mark.parametrize(
+    "flag", [["--eval-iters", "10"], ["--full-validation"], ["--eval-iters", "10", "--split", "95,0,5"]]
+)
+def test_validation_without_data_is_rejected_before_it_fails_at_the_first_pass(
+    upcycled: str, problems, flag: list[str]
+) -> None:
+    (found,) = problems("stage1", upcycled, *flag)
+    assert found.startswith(f"{flag[0]} requires validation data") and "--validation-data LANG=PREFIX" in found
+
+
+def test_megatrons_own_validation_data_is_accepted(upcycled: str, accepted) -> None:
+    assert accepted("stage1", upcycled, "--eval-iters", "10", "--split", "95,5,0")["eval_iters"] == 10
+
+
+def test_a_file_of_corpora_is_all_training_data_and_split_is_for_one_blend(
+    upcycled: str, accepted, problems, data: list[str], tmp_path: Path
+) -> None:
+    blend = tmp_path / "blend.txt"
+    blend.write_text(data[-1])
+    argv = ["--data-args-path", str(blend)]
+    assert accepted("stage1", upcycled, *argv, with_data=False)["split"] == "100,0,0"
+    argv = ["--train-data-path", data[-1], "--split", "100,0,0"]
+    (found,) = problems("stage1", upcycled, *argv, with_data=False)
+    assert found.startswith("--split divides the data of --data-path, and --train-data-path ")
+
+
+def test_corpora_in_a_read_only_folder_need_a_cache_folder(
+    upcycled: str, accepted, problems, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rights are a stand-in's: root may write everywhere."""
+    new = write_corpus(tmp_path / "shared" / "new", False)
+    access = os.access
+
+    def can_access(path: str | Path, mode: int) -> bool:
+        return Path(path) != tmp_path / "shared" and access(path, mode)
+
+    monkeypatch.setattr(os, "access", can_access)
+    (found,) = problems("stage1", upcycled, "--data-path", new)
+    assert found.startswith(f"the order of samples cannot be saved beside {new}") and "--data-cache-path DIR" in found
+    accepted("stage1", upcycled, "--data-path", new, "--data-cache-path", str(tmp_path))
+    (Path(new) / "cache").mkdir(parents=True)
+    accepted("stage1", upcycled, "--data-path", new)

@@ -112,10 +112,13 @@ def test_only_stage_1_has_new_embeddings_as_an_option(grown: str, problems, stag
         ("stage0", ["--lpr-loss-coeff", "0.1"]),
         ("stage0", ["--train-everything"]),
         ("stage0", ["--defer-embedding-wgrad-compute"]),
+        ("stage2", ["--defer-embedding-wgrad-compute"]),
         ("stage1", ["--train-everything", "--train-new-embeddings"]),
     ],
 )
-def test_flags_that_new_rows_would_ignore_are_rejected(grown: str, problems, stage: str, argv: list[str]) -> None:
+def test_flags_that_the_stage_or_new_rows_would_ignore_are_rejected(
+    grown: str, problems, stage: str, argv: list[str]
+) -> None:
     (found,) = problems(stage, grown, *argv)
     assert argv[0] in found and argv[-1 if stage == "stage1" else 0] in found and "remove" in found
 

@@ -114,6 +114,21 @@ TABLE = {
         {**FLAT, "pipeline_model_parallel_size": 1, "virtual_pipeline_model_parallel_size": 3},
         ["--use-distributed-optimizer"], 1, "--num-virtual-stages-per-pipeline-rank 3",
     ),
+    "flat buffers, virtual stages of a layout": (
+        {**FLAT, "pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Et|t|t|L",
+         "virtual_pipeline_model_parallel_size": 2, "global_batch_size": 4},
+        ["--use-distributed-optimizer", PP, "2", "--pipeline-model-parallel-layout", "Et|t|t|L",
+         "--global-batch-size", "4"], 2, None,
+    ),
+    "flat buffers, another layout": (
+        {**FLAT, "pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Ett|tL"},
+        ["--use-distributed-optimizer", PP, "2", "--pipeline-model-parallel-layout", "Et|ttL"], 2,
+        "--pipeline-model-parallel-layout Ett|tL",
+    ),
+    "flat buffers, other buckets with more processes": (
+        {**FLAT, "overlap_grad_reduce": True, "ddp_bucket_size": 1000},
+        ["--use-distributed-optimizer", "--overlap-grad-reduce"], 2, "--ddp-bucket-size 1000",
+    ),
     "flat buffers, overlap": (
         FLAT, ["--use-distributed-optimizer", "--overlap-grad-reduce"], 1, "no --overlap-grad-reduce",
     ),
@@ -202,7 +217,7 @@ def test_a_read_only_disk_is_rejected(upcycled: str, problems, small_disk: Path)
 
 def test_a_folder_without_write_permission_is_rejected(upcycled: str, problems, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    (found,) = problems("stage1", upcycled, "--save", str(tmp_path / "run"))
+    (found,) = problems("stage1", upcycled, "--save", str(tmp_path / "run"), "--data-cache-path", str(tmp_path))
     assert f"--save {tmp_path}/run" in found and "permission" in found
 
 

@@ -1,0 +1,39 @@
+"""GPUs that PyTorch cannot use are an error, little memory is a warning."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from moelpr import machine
+
+
+@pytest.mark.parametrize(
+    ("cuda", "message"),
+    [("13.2", "NVIDIA's driver is too old for CUDA 13.2"), (None, "is built without CUDA")],
+)
+def test_gpus_that_pytorch_cannot_use_are_an_error_unless_they_are_hidden(
+    gathered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuda: str | None, message: str
+) -> None:  # fmt: skip
+    from moelpr.arguments.checks import find_problems
+
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(machine, "_DEVICES", tmp_path)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    (problem,) = find_problems(gathered())
+    assert message in problem and "CUDA_VISIBLE_DEVICES=" in problem
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert find_problems(gathered()) == []
+
+
+@pytest.mark.parametrize(("free_gib", "is_warned"), [(0.9, True), (1.1, False)])
+def test_more_memory_than_is_free_is_a_warning(gathered, monkeypatch, free_gib: float, is_warned: bool) -> None:  # noqa: ANN001
+    from moelpr.arguments.checks import hardware
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(hardware, "expected_memory", lambda run: 1 << 29)
+    monkeypatch.setattr(machine, "free_memory", lambda: int(free_gib * 2**30))
+    notes = list(hardware.note_cpu_memory(gathered(ranks=2)))
+    assert len(notes) == is_warned
+    assert not notes or ("0.9 GiB" in notes[0] and "--micro-batch-size 3" in notes[0])

@@ -1,0 +1,28 @@
+"""Routing of a step: which layers have routers does not depend on what they compute."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from moelpr.megatron_patches import cpu
+
+
+def test_layers_whose_scores_are_nan_stay_in_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three layers, of which the first is dense; the activations overflow in the last one."""
+    cpu.install()
+    from moelpr.model.routing_statistics import routing_vector
+    from moelpr.training.metrics import MetricsTracker
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
+    tracker = MetricsTracker()
+    tracker.num_places = 2
+    is_original, is_chosen = torch.tensor([True, False]), torch.tensor([[True, False], [False, True]])
+    for layer_number, scale in ((2, 1.0), (3, math.nan)):
+        logits = scale * torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        sums = routing_vector(logits, is_chosen, torch.tensor(0.0), is_original, num_original_places=1)
+        tracker.routers.append(SimpleNamespace(layer_number=layer_number, routing_sums=sums))
+    found = tracker.reduce_routing(num_layers=3)
+    assert found.token_shares().tolist() == [[0.5, 0.5]] * 2
+    assert found.mean_scores().isnan().any(dim=1).tolist() == [False, True]

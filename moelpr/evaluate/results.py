@@ -3,7 +3,9 @@
 Intervals are percentile bootstrap intervals over documents (Efron and Tibshirani, 1993, chapter 13). A language's
 documents are sampled with replacement, as many as there are, and the number is computed from the sample; the middle 95%
 of 1,000 such numbers are its interval. All models get the same samples, and a change between two models is computed
-sample by sample: what makes a document hard for both cancels out.
+sample by sample: what makes a document hard for both cancels out. Languages with equally many documents get the same
+samples too: in parallel text, documents with the same number are translations of each other, alike in difficulty, and
+independent samples would make the interval of a mean over languages too narrow.
 """
 
 import json
@@ -35,18 +37,26 @@ MEANS = {"mean original": "Original languages", "mean expanded": "Expanded langu
 Estimate = NDArray[np.float64]
 
 
-def estimates(scores: Mapping[str, LanguageScore], seed: int, language: str) -> dict[str, dict[str, Estimate]]:
-    """METRICS on one language from the same samples for all models: model -> metric -> estimate.
+def estimates(
+    scores: Mapping[str, LanguageScore], seed: int, documents: Sequence[str] = (), population: Sequence[str] = ()
+) -> dict[str, dict[str, Estimate]]:
+    """METRICS on one text from the same samples for all models: model -> metric -> estimate.
 
-    The language also seeds the samples: otherwise those of two languages would depend on each other, and the interval
-    of their mean would be wrong.
+    Args:
+        scores: model -> its score on the text.
+        seed: of the samples.
+        documents: a name per document, of texts that share some documents. By default their numbers.
+        population: all names in these texts, from which the samples are drawn. A name's documents are drawn together.
     """
     columns = np.array([column for score in scores.values() for column in score.columns], dtype=np.float64).T
-    rng, num_documents = np.random.default_rng([seed, *language.encode()]), len(columns)
+    places = {name: place for place, name in enumerate(population)}
+    rows = [places[name] for name in documents] or range(len(columns))
+    size = len(population) or len(columns)
+    rng = np.random.default_rng([seed, size])
     sums = np.full((NUM_SAMPLES, columns.shape[1]), np.nan)
-    for number in range(NUM_SAMPLES if num_documents > 1 else 0):
-        times = np.bincount(rng.integers(num_documents, size=num_documents), minlength=num_documents)
-        sums[number] = times @ columns
+    for number in range(NUM_SAMPLES if len(columns) > 1 else 0):
+        times = np.bincount(rng.integers(size, size=size), minlength=size)
+        sums[number] = times[rows] @ columns
     result = {}
     for index, (model, score) in enumerate(scores.items()):
         samples = metrics(*sums[:, 4 * index : 4 * index + 4].T)
@@ -55,7 +65,7 @@ def estimates(scores: Mapping[str, LanguageScore], seed: int, language: str) -> 
 
 
 def mean(estimates: Sequence[Estimate]) -> Estimate:
-    """The mean over languages, whose samples are independent of each other."""
+    """The mean over languages, sample by sample."""
     numbers = np.mean(estimates, axis=0)
     numbers[0] = sum(float(estimate[0]) for estimate in estimates) / len(estimates)  # more exact
     return numbers
@@ -127,7 +137,7 @@ class TextResults(Results):
         """`data`: language -> file. `original`: the original languages; empty if they were not named."""
         self._comparison, self._data, self._original, self._seed = comparison, data, original, seed
         self._first, *others = models = list(comparison.models)
-        found = {language: estimates(comparison.scores_on(language), seed, language) for language in data}
+        found = {language: estimates(comparison.scores_on(language), seed) for language in data}
         for group in MEANS if original else ():
             members = [found[code] for code in data if (code in original) == (group == "mean original")]
             if members:

@@ -17,7 +17,7 @@ def score_of(bits, size=None, correct=None) -> LanguageScore:
 
 
 def test_a_value_is_a_ratio_of_sums_and_so_is_each_sample():
-    estimate = estimates({"m": score_of([10, 1], size=[1, 9])}, 1, "en")["m"]["bits_per_byte"]
+    estimate = estimates({"m": score_of([10, 1], size=[1, 9])}, 1)["m"]["bits_per_byte"]
     assert estimate[0] == pytest.approx(11 / 10)
     # Two documents: a sample contains the first twice, the second twice, or each once.
     assert {round(sample, 9) for sample in estimate[1:]} == {10.0, round(1 / 9, 9), 1.1}
@@ -28,7 +28,7 @@ def test_a_95_percent_interval_contains_the_truth_about_as_often():
     rng = np.random.default_rng(5)
     hits = 0
     for trial in range(200):
-        estimate = estimates({"m": score_of(rng.exponential(size=100))}, trial, "en")["m"]["bits_per_byte"]
+        estimate = estimates({"m": score_of(rng.exponential(size=100))}, trial)["m"]["bits_per_byte"]
         _, low, high = interval_of(estimate)
         hits += low < 1 < high
     assert 0.88 < hits / 200 < 0.99
@@ -47,20 +47,39 @@ def test_a_paired_change_is_clear_when_the_intervals_overlap():
     assert not unclear["change"]["bits_per_byte"]["is_clear"]
 
 
-def test_samples_depend_only_on_seed_and_language():
+def test_samples_depend_on_the_seed_alone():
     scores = {"m": score_of([1, 2, 3, 4, 5, 6], correct=[1, 0, 1, 1, 0, 1])}
-    keys = [(1, "en"), (1, "en"), (2, "en"), (1, "el")]
-    first, again, seed, language = (estimates(scores, *key)["m"]["accuracy"][1:] for key in keys)
+    first, again, other = (estimates(scores, seed)["m"]["accuracy"][1:] for seed in (1, 1, 2))
     assert (first == again).all()
-    assert (first != seed).any() and (first != language).any()
+    assert (first != other).any()
 
 
-def test_a_mean_over_languages_has_a_narrower_interval_than_each():
-    bits = np.random.default_rng(1).uniform(1, 2, 40)
-    parts = [estimates({"m": score_of(bits)}, 1, language)["m"]["bits_per_byte"] for language in ("a", "b", "c", "d")]
-    average = mean(parts)
-    assert average[0] == pytest.approx(parts[0][0])
-    assert average[1:].std() == pytest.approx(parts[0][1:].std() / 2, rel=0.15)
+def spread(bits, **names) -> float:
+    """The standard error of the mean over texts, given as the bits of their documents."""
+    parts = [
+        estimates({"m": score_of(its)}, 1, **{key: value[number] for key, value in names.items()})["m"]["bits_per_byte"]
+        for number, its in enumerate(bits)
+    ]
+    assert mean(parts)[0] == pytest.approx(np.mean([np.mean(its) for its in bits]))
+    return mean(parts)[1:].std()
+
+
+def test_a_mean_over_unrelated_texts_is_more_certain_and_one_over_parallel_texts_is_not():
+    bits = np.random.default_rng(1).uniform(1, 2, (4, 200))
+    alone = spread(bits[:1])
+    assert spread(bits) == pytest.approx(alone / 2, rel=0.15)
+    assert spread([bits[0]] * 4) == pytest.approx(alone, rel=0.01)
+
+
+def test_texts_that_share_some_documents_are_certain_in_between():
+    """Two texts of 100 documents, of which 50 are translations, in another order: correlation 1/2."""
+    bits = np.random.default_rng(2).uniform(1, 2, 150)
+    texts = [[*range(100)], [*range(149, 49, -1)]]
+    documents = [[str(number) for number in text] for text in texts]
+    population = [[str(number) for number in range(150)]] * 2
+    together = spread([bits[text] for text in texts], documents=documents, population=population)
+    alone = spread([bits[:100]])
+    assert together == pytest.approx(alone * 0.75**0.5, rel=0.1)
 
 
 def test_one_document_has_no_interval():

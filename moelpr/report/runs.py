@@ -223,6 +223,7 @@ def _named(flag: str, path: Path, expected: str) -> Iterator[None]:
 
 def _add(results: Results, content: Mapping[str, Any]) -> None:
     original = list(content.get("original_languages") or [])
+    reference = next(iter(content["models"]), None)
     for language, sample in (content.get("continuations") or {}).items():
         texts = sample["prompt"], sample["reference"], *sample["by_model"].values()
         if not all(isinstance(text, str) for text in texts):
@@ -234,7 +235,8 @@ def _add(results: Results, content: Mapping[str, Any]) -> None:
         for row, values in {**result["languages"], **(result.get("means") or {})}.items():
             if "bits_per_byte" in values:
                 results.bits.setdefault(model, {})[row] = _interval(values["bits_per_byte"])
-            if "bits_per_byte" in (values.get("change") or {}):
+            # Another file may compare with another model; changes against the first one then follow from `bits`.
+            if "bits_per_byte" in (values.get("change") or {}) and reference == next(iter(results.bits), reference):
                 results.changes.setdefault(model, {})[row] = _interval(values["change"]["bits_per_byte"])
             share = values.get("original_expert_share") or {}
             if per_layer := values.get("original_first_share") or share.get("per_layer"):

@@ -158,6 +158,21 @@ def test_evaluations_of_several_files_and_versions_are_joined(tmp_path: Path) ->
     assert results.continuations == {"en": sample}
 
 
+def test_changes_against_another_model_are_computed_again(tmp_path: Path) -> None:
+    """The second file compares stage 2 with stage 1, the report with the first file's base."""
+    bits = {"base": 2.0, "stage1": 1.5, "stage2": 1.4}
+    paths = []
+    for first, second in (("base", "stage1"), ("stage1", "stage2")):
+        change = {"change": {"bits_per_byte": {"value": bits[second] / bits[first] - 1, "low": None, "high": None}}}
+        models = {model: {"languages": {"el": {"bits_per_byte": bits[model]}}} for model in (first, second)}
+        models[second]["languages"]["el"] |= change
+        paths.append(tmp_path / f"{second}.json")
+        paths[-1].write_text(json.dumps({"models": models}))
+    results = read_evaluations(paths)
+    assert results.change("stage1", "el").value == pytest.approx(-0.25)
+    assert results.change("stage2", "el").value == pytest.approx(-0.3)
+
+
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"models": 3}', '{"models": {"a": {}}}', "[" * 100_000])
 def test_file_that_is_not_an_evaluation_is_rejected(tmp_path: Path, content: str | None) -> None:
     path = tmp_path / "results.json"

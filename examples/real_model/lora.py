@@ -3,7 +3,7 @@
 python -m examples.real_model.lora --base DIR --data-path PREFIX --run DIR --save DIR --train-iters 160 --lr 1e-3
 
 Adapters on all linear layers but the output layer, with alpha = 2 rank. The default rank is the smallest dimension of
-these layers, beyond which an adapter no longer restricts anything. --run gets checkpoints, from which a rerun
+these layers, beyond which a higher one adds nothing to the smallest of them. --run gets checkpoints, from which a rerun
 continues, metrics.jsonl and the adapter; --save the base with the adapter merged into it, as a Hugging Face directory.
 """
 
@@ -21,6 +21,7 @@ from moelpr import machine
 from moelpr.data.manifest import Manifest
 from moelpr.errors import CommandParser, UserError, run_command
 from moelpr.files import atomic_directory, make_folder, write_text
+from moelpr.run_folder import read_json
 
 SAVE_INTERVAL = 40  # steps
 
@@ -43,11 +44,23 @@ def main() -> None:
         import peft  # noqa: F401
     except ImportError as error:
         raise UserError("peft is not installed; run examples/real_model/install.sh") from error
+    check_same_settings(args.run, {name: getattr(args, name) for name in ("train_iters", "lr", "rank", "seed")})
+    # With several GPUs, transformers' Trainer would multiply the batch.
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     model = add_adapters(args.base, args.rank, args.seed)
     samples = PackedSamples(args.data_path, args.train_iters * BATCH, args.seed, model.config.vocab_size)
     train(model, samples, args.run, args.train_iters, args.lr, args.seed)
     model.save_pretrained(args.run / "adapter")
     save_merged(args.base, args.run / "adapter", args.save)
+
+
+def check_same_settings(run: Path, settings: dict[str, Any]) -> None:
+    """A folder belongs to one training; raises UserError for another one."""
+    path = run / "settings.json"
+    if path.is_file() and (before := read_json(path)) != settings:
+        raise UserError(f"--run {run} was started with {before}, not with {settings}; remove it, or pass another --run")
+    make_folder(run)
+    write_text(path, json.dumps(settings) + "\n")
 
 
 class PackedSamples(Dataset):
@@ -139,8 +152,14 @@ def train(model: Any, samples: PackedSamples, run: Path, steps: int, rate: float
         disable_tqdm=True,
     )
     trainer = Trainer(model, arguments, train_dataset=samples, callbacks=[_metrics_writer(run / "metrics.jsonl")])
-    trainer.train(resume_from_checkpoint=any(run.glob("checkpoint-*")))
+    trainer.train(resume_from_checkpoint=last_checkpoint(run))
     write_text(run / "FINISHED", f"{steps}\n")
+
+
+def last_checkpoint(run: Path) -> str | None:
+    """The newest complete checkpoint: transformers writes trainer_state.json last."""
+    saved = {int(file.parent.name.split("-")[1]): file.parent for file in run.glob("checkpoint-*/trainer_state.json")}
+    return str(saved[max(saved)]) if saved else None
 
 
 def save_merged(base: Path, adapter: Path, save: Path) -> None:

@@ -12,7 +12,7 @@ that one machine can train some settings and another the others.
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,7 +34,7 @@ from examples.real_model.settings import (
     VOCABULARY_START,
     Setting,
 )
-from examples.real_model.tasks import best_rate, searched_changes
+from examples.real_model.tasks import held_out_files, searched_changes
 from moelpr.errors import UserError
 from moelpr.evaluate.results import Estimate, estimates, interval_of, mean
 from moelpr.evaluate.scoring import LanguageScore
@@ -61,6 +61,9 @@ def collect(run: Path) -> Json:
         raise UserError(f"{run} has no evaluation of the base; start the queue first: python -m examples.real_model")
     kinds = {"in": facts["trained"], "out": facts["untrained"]}
     texts = texts_of(kinds)
+    if not base.keys() >= {*texts}:
+        raise UserError(f"the evaluation of the base in {run} is not complete; rerun python -m examples.real_model")
+    documents = document_names(run / "corpus", texts)
 
     def measured(settings: Mapping[str, Setting]) -> Json:
         found = {}
@@ -68,7 +71,7 @@ def collect(run: Path) -> Json:
             scores = {model: read_scores(run, model) for model in setting.models}
             done = {model: score for model, score in scores.items() if score.keys() >= {*texts}}
             if done and setting.name != BASE:
-                models = {model: changes(base, score, kinds) for model, score in done.items()}
+                models = {model: changes(base, score, kinds, documents) for model, score in done.items()}
                 found[setting.name] = {"label": setting.label, "models": models, "cost": cost(run, setting)}
         return found
 
@@ -77,7 +80,7 @@ def collect(run: Path) -> Json:
         "text": {key: facts.get(key) for key in ("sources", "languages")},
         "tokens": queue_tokens(run),
         "base": {
-            text: _rounded(interval_of(estimates({BASE: base[text]}, 1, text)[BASE]["bits_per_byte"])) for text in texts
+            text: _rounded(interval_of(estimates({BASE: base[text]}, 1)[BASE]["bits_per_byte"])) for text in texts
         },
         "settings": measured(SETTINGS),
         "vocabulary": measured(VOCABULARY),
@@ -172,11 +175,26 @@ def read_scores(run: Path, model: str) -> dict[str, LanguageScore]:
     return {path.stem: LanguageScore.from_json(_json(path)["result"]) for path in files}
 
 
-def changes(base: Mapping[str, LanguageScore], model: Mapping[str, LanguageScore], kinds: Mapping[str, Any]) -> Json:
-    """A model against base: per text, and means over kinds and languages of a group."""
+def document_names(corpus: Path, texts: Sequence[str]) -> dict[str, list[str]]:
+    """Text -> the IDs of its held-out documents: the same ID in two languages is the same document, translated."""
+    files = held_out_files(corpus)
+    return {text: [json.loads(line)["id"] for line in files[text].open(encoding="utf-8")] for text in texts}
+
+
+def changes(
+    base: Mapping[str, LanguageScore],
+    model: Mapping[str, LanguageScore],
+    kinds: Mapping[str, Sequence[str]],
+    documents: Mapping[str, list[str]],
+) -> Json:
+    """A model against base: per text, and means over kinds and languages of a group.
+
+    `documents`: of `document_names`; translations are drawn together.
+    """
     found: dict[str, Estimate] = {}
+    population = sorted({name for names in documents.values() for name in names})
     for text in texts_of(kinds):
-        bits = estimates({"base": base[text], "model": model[text]}, 1, text)
+        bits = estimates({"base": base[text], "model": model[text]}, 1, documents[text], population)
         found[text] = bits["model"]["bits_per_byte"] / bits["base"]["bits_per_byte"] - 1
     means = {
         part: {
@@ -203,7 +221,9 @@ def cost(run: Path, setting: Setting) -> Json:
     stage_rates = [STAGE0_RATE] * (setting.name in VOCABULARY) + [STAGE1_RATE, STAGE2_RATE]
     family = "full" if setting.name == "full" else "lora"
     is_searched = setting.name == "full" or setting.name.startswith("lora")
-    rates = [best_rate(run, setting.name)] if is_searched else stage_rates[: len(setting.runs)]
+    # The last run's; the search may have been extended since.
+    trained_with = float(f"{max(step['learning_rate'] for step in steps):g}")
+    rates = [trained_with] if is_searched else stage_rates[: len(setting.runs)]
     found = {
         "trained_parameters": trained,
         "parameters": whole,
@@ -237,7 +257,7 @@ def routing(run: Path, kinds: list[str]) -> Json:
     for name in ROUTED:
         model = SETTINGS[name].models[0]
         scores = read_scores(run, model)
-        if not scores:
+        if not scores.keys() >= {*texts_of({"in": [], "out": kinds})}:
             continue
         found[name] = {"layers": _routed(scores, LANGUAGES[0], kinds[0]).layers}
         for share in ("original_first_share", "all_original_share"):

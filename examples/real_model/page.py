@@ -166,7 +166,8 @@ def _means(results: Json) -> str:
     kinds = results["kinds"]
     note = (
         f"Trained kinds of text: {', '.join(kinds['in'])}; other kinds: {', '.join(kinds['out'])}. In brackets: 95% "
-        "intervals over documents, paired with base, or for several seeds the lowest and highest of their means."
+        "intervals over documents, paired with base, translations drawn together; or for several seeds the lowest and "
+        "highest of their means."
     )
     return f"{terminal_table(Table(head, rows))}\n\n{note}"
 
@@ -246,7 +247,10 @@ def _cloze(results: Json) -> str:
             for model, scores in results["cloze"].items()
         ]
         tables.append(terminal_table(Table([f"{name}, % right", *map(language_name, LANGUAGES)], rows)))
-    note = "The right continuation of a held-out text among four, ± standard error; guessing gives 25%."
+    note = (
+        "The right continuation of a held-out text among four; guessing gives 25%. ± standard error, which takes the "
+        "questions of a document, at most 6, as independent."
+    )
     return "\n\n".join([*tables, note]) if tables else ""
 
 
@@ -291,13 +295,12 @@ def _vocabulary(results: Json) -> str:
         if setting:
             model, cost = next(iter(setting["models"].values())), setting["cost"]
             means = [_over_seeds([model["means"][part][group]]) for part, group in columns]
-            rows.append([
-                setting["label"], *means, f"{cost['tokens']:,}" if cost else "0", _minutes(cost) if cost else "",
-            ])  # fmt: skip
+            label = setting["label"] + (", first seed" if len(setting["models"]) > 1 else "")
+            rows.append([label, *means, f"{cost['tokens']:,}" if cost else "0", _minutes(cost) if cost else ""])
     head = ["change against base", *(f"{group}, {PARTS[part]}" for part, group in columns), "tokens", "training"]
     parts = sum(STAGE0_BLEND.values()) // STAGE0_BLEND["original"]
     note = (
-        f"[A longer vocabulary](vocabulary.md): {NUM_NEW_TOKENS:,} tokens learned from the training text; then stage 0 "
+        f"{NUM_NEW_TOKENS:,} tokens learned from the training text; then stage 0 "
         f"with {STAGE0_SHARE:.0%} of the tokens, 1 in {parts} of them original; stage 1 with the others and "
         "`--train-new-embeddings`; and the same review. With the *same bytes*, stages 0 and 1 read as much text as "
         "stage 1 does without further tokens. With the *same tokens*, they take about the same time."

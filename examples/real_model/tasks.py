@@ -116,10 +116,7 @@ class Tasks:
         run = STAGE1_OF[name]
         start = self.run / f"upcycled-{name}"
         users = frozenset({s.name for s in SETTINGS.values() if run in (s.name, *s.before)})
-        users |= {"plain"} if name == "one-copy" else set()
-        tasks = [self._convert(start, users, *moe_options(name))]
-        if name == "one-copy":
-            users -= {"plain"}
+        upcycled_for = users | {"plain"} if name == "one-copy" else users
         train = Training(
             model=run,
             stage="stage1",
@@ -129,7 +126,7 @@ class Tasks:
             rate=STAGE1_RATE,
             settings=users,
         )
-        tasks.append(train.task(self.run))
+        tasks = [self._convert(start, upcycled_for, *moe_options(name)), train.task(self.run)]
         if run in SETTINGS:
             tasks.append(self._evaluate(run))
         return tasks

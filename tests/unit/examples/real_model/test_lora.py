@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 pytest.importorskip("peft", reason="peft is not installed: examples/real_model/install.sh")
 
 from examples.real_model import lora
+from moelpr.errors import UserError
 from moelpr.run_metrics import read_run_metrics
 from tests.hf_models import save_tokenizer
 
@@ -56,11 +57,20 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     assert "rank 16, " in capsys.readouterr().out
     with pytest.raises(KeyboardInterrupt):
         trained(base, tmp_path / "run", Samples(breaks_at=3 * lora.BATCH))
+    (tmp_path / "run" / "checkpoint-3").mkdir()  # as a save that was interrupted leaves it
+    (tmp_path / "run" / "checkpoint-3" / "adapter_model.safetensors").touch()
     resumed = trained(base, tmp_path / "run", Samples())
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
     steps = [read_run_metrics(tmp_path / name / "metrics.jsonl").steps for name in ("whole", "run")]
     assert [step["iteration"] for step in steps[1]] == [1, 2, 3, 4]
     assert [step["lm_loss"] for step in steps[0]] == [step["lm_loss"] for step in steps[1]]
+
+
+def test_a_folder_belongs_to_one_training(tmp_path: Path) -> None:
+    lora.check_same_settings(tmp_path / "run", {"lr": 1e-3})
+    lora.check_same_settings(tmp_path / "run", {"lr": 1e-3})
+    with pytest.raises(UserError, match=r"started with .*0\.001.*, not with .*0\.003"):
+        lora.check_same_settings(tmp_path / "run", {"lr": 3e-3})
 
 
 def test_only_adapters_change_and_the_merged_model_is_the_base_plus_their_product(base: Path, tmp_path: Path) -> None:

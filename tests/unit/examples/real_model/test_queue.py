@@ -59,7 +59,8 @@ def run(tmp_path: Path) -> Path:
     (tmp_path / "corpus" / "facts.json").write_text(json.dumps(facts))
     for kind in KINDS:
         for language in LANGUAGES:
-            (tmp_path / "corpus" / f"held-out.{kind}.{language}.jsonl").write_text('{"text": "a"}\n')
+            lines = [json.dumps({"text": "a", "id": f"{kind}/{number}"}) + "\n" for number in range(10)]
+            (tmp_path / "corpus" / f"held-out.{kind}.{language}.jsonl").write_text("".join(lines))
     for model, changes in {BASE: (1, 1, 1, 1), **CHANGES}.items():
         for number, kind in enumerate(KINDS):
             for language in LANGUAGES:
@@ -68,7 +69,9 @@ def run(tmp_path: Path) -> Path:
         if model == BASE:
             continue
         (tmp_path / model).mkdir()
-        steps = [{"iteration": n, "step_time_s": 30.0, "peak_memory_gib": 2.0 + n} for n in (1, 2)]
+        steps = [
+            {"iteration": n, "step_time_s": 30.0, "peak_memory_gib": 2.0 + n, "learning_rate": 3e-4} for n in (1, 2)
+        ]
         (tmp_path / model / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
         trained = 1000 if model.endswith(("stage1", "full")) else 10
         (tmp_path / "logs" / f"{model}.log").write_text(f"all    {trained:,}    500\n")
@@ -268,6 +271,16 @@ def test_numbers_of_another_comparison_are_not_mixed(run: Path, key: str, value:
 def test_damaged_facts_are_one_sentence(run: Path) -> None:
     (run / "corpus" / "facts.json").write_text("{")
     with pytest.raises(UserError, match=r"facts\.json is missing or damaged"):
+        collect(run)
+
+
+def test_an_evaluation_in_progress_is_left_out_unless_it_is_the_bases(run: Path) -> None:
+    parts = run / "evaluation" / "parts"
+    (parts / "copies-stage1" / "en.interface.json").unlink()
+    results = collect(run)
+    assert "copies-stage1" not in {*results["settings"], *results["routing"]} and "copies" in results["routing"]
+    (parts / BASE / "en.interface.json").unlink()
+    with pytest.raises(UserError, match="evaluation of the base .* not complete"):
         collect(run)
 
 

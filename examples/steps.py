@@ -84,12 +84,14 @@ def train(
     """
     import torch
 
+    gpus = torch.cuda.device_count()
     steps.step(
         name,
         *(f"launch/{stage}.sh", "--recipe", RECIPES / f"demo-{recipe or name}.yaml", "--pretrained-checkpoint", start),
         *("--data-path", *(word for group in blend for word in (str(blend[group]), data / f"{group}_text_document"))),
         *("--save", steps.run / name, *options),
-        NPROC_PER_NODE=str(ranks or min(torch.cuda.device_count(), 2) or 2),
+        NPROC_PER_NODE=str(ranks or min(gpus, 2) or 2),
+        **({} if gpus else {"CUDA_VISIBLE_DEVICES": ""}),  # if there are any, PyTorch cannot use them
     )
     words = ("--load", steps.run / name, "--save", steps.run / f"{name}-hf", "--overwrite")
     steps.step(f"export-{name}", "checkpoint_convert/mcore_to_hf.py", *words)

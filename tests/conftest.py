@@ -6,11 +6,19 @@ from collections.abc import Iterator
 
 import pytest
 
+from moelpr import machine
+
 # Spinning threads make several ranks on two cores crawl.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "passive"
 # A test that needs the network is a mistake: let it fail at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# GPUs that PyTorch cannot use would be an error.
+if machine.has_gpus():
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

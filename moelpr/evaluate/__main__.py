@@ -40,11 +40,11 @@ def measure_text(args: argparse.Namespace) -> "Results":
     check_languages(args.original_languages, data, "--data")
     from moelpr.documents import read_documents  # after the arguments: torch and matplotlib are slow to import
     from moelpr.evaluate.compare import ResultCache, compare_models
-    from moelpr.evaluate.models import choose_device
+    from moelpr.evaluate.models import check_device
     from moelpr.evaluate.results import RoutingResults, TextResults
     from moelpr.evaluate.scoring import Settings
 
-    choose_device(args.device)
+    check_device(args.device)
     cache = ResultCache(args.output)
     comparison = compare_models(
         models,
@@ -65,10 +65,10 @@ def measure_harness(args: argparse.Namespace) -> "Results":
     check_languages(args.original_languages, languages, "--languages")
     from moelpr.evaluate.compare import ResultCache
     from moelpr.evaluate.harness import PAPER_TASKS, HarnessResults, read_benchmarks, run_tasks
-    from moelpr.evaluate.models import choose_device, read_max_positions
+    from moelpr.evaluate.models import check_device, read_max_positions
 
     benchmarks = read_benchmarks(args.tasks or PAPER_TASKS, languages)
-    choose_device(args.device)
+    check_device(args.device)
     for directory in models.values():
         read_max_positions(directory)  # raises if it is not a model
     settings = {name: getattr(args, name) for name in ("include_path", "limit", "batch_size", "device", "dtype")}

@@ -200,14 +200,19 @@ def read_max_positions(directory: Path) -> int | None:
     return _read_config(directory).get("max_position_embeddings")
 
 
+def check_device(name: str) -> None:
+    """Raises UserError if --device is unavailable, or would silently be the CPU of a machine with GPUs."""
+    if name == "auto" and (problem := cpu.unusable_gpus()):
+        raise UserError(problem)
+    choose_device(name)
+
+
 def choose_device(name: str) -> torch.device:
     """The device that --device names; "auto" is a GPU if any. Raises UserError if there is no such device.
 
     A GPU has an index, without which torch.cuda.set_device does not accept it.
     """
     if name == "auto":
-        if problem := cpu.unusable_gpus():
-            raise UserError(f"{problem}; or pass --device cpu")
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)

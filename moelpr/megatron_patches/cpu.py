@@ -51,11 +51,13 @@ def unusable_gpus() -> str | None:
     if not is_needed() or not machine.has_gpus():
         return None
     if torch.version.cuda is None:
-        return f"this machine has GPUs, but PyTorch {torch.__version__} is built without CUDA; install one with it"
-    return (
-        f"this machine has GPUs, but PyTorch {torch.__version__} cannot use them, most likely because NVIDIA's driver "
-        f"is too old for CUDA {torch.version.cuda} (nvidia-smi shows the newest that it supports); update the driver"
-    )
+        problem = f"PyTorch {torch.__version__} is built without CUDA; install one with it"
+    else:
+        problem = (
+            f"PyTorch {torch.__version__} cannot use them: this process may not, or NVIDIA's driver is too old for "
+            f"CUDA {torch.version.cuda} (nvidia-smi shows the newest that it supports); update the driver"
+        )
+    return f"this machine has GPUs, but {problem}, or hide the GPUs to use the CPU (CUDA_VISIBLE_DEVICES=)"
 
 
 def install() -> None:

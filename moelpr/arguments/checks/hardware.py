@@ -12,7 +12,7 @@ from moelpr.megatron_patches import cpu
 def check_gpus(run: RunSettings) -> Iterable[str]:
     """Otherwise a run for GPUs would silently use the CPU."""
     if problem := cpu.unusable_gpus():
-        yield f"{problem}; or hide the GPUs (CUDA_VISIBLE_DEVICES=) to train on the CPU"
+        yield problem
 
 
 def note_cpu_memory(run: RunSettings) -> Iterable[str]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moelpr import machine
+from moelpr.megatron_patches import cpu
 
 
 @pytest.mark.parametrize(
@@ -21,6 +22,7 @@ def test_gpus_that_pytorch_cannot_use_are_an_error_unless_they_are_hidden(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(machine, "_DEVICES", tmp_path)
     monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(cpu, "is_needed", lambda: True)
     (problem,) = find_problems(gathered())
     assert message in problem and "CUDA_VISIBLE_DEVICES=" in problem
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

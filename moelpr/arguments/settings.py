@@ -284,12 +284,19 @@ def apply_machine(args: argparse.Namespace, record: Mapping[str, Any] | None = N
     choose_kernels(args, record)
 
 
+def retain_interval(args: argparse.Namespace) -> int | None:
+    """--save-retain-interval, rounded up to a multiple of --save-interval, as Megatron requires."""
+    retain, save = args.save_retain_interval, args.save_interval
+    return retain if not retain or not save else -(-retain // save) * save
+
+
 def apply_method(args: argparse.Namespace, spec: ModelSpec) -> None:
     """Set what follows from stage and model; `args` must have passed the checks."""
     args.load = args.load or args.save
     if args.save and not args.tensorboard_dir:
         args.tensorboard_dir = str(Path(args.save) / "tensorboard")
     args.hetereogenous_dist_checkpoint = True  # one checkpoint key per layer, for every pipeline layout
+    args.save_retain_interval = retain_interval(args)
     if (args.data_path or args.data_args_path) and args.split is None:
         args.split = "100,0,0"
     if spec.moe is None:

@@ -145,7 +145,8 @@ def check_split_is_needed(run: RunSettings) -> Iterable[str]:
     """--split divides one blend."""
     given = [name for name in ("train_data_path", "per_split_data_args_path") if getattr(run.args, name)]
     if run.args.split is not None and given:
-        yield f"--split divides the data of --data-path, and {run.flag(given[0])} names training data alone; remove it"
+        other = run.flag(given[0])
+        yield f"--split divides the data of --data-path, and {other} names the data of each split; remove --split"
 
 
 def check_there_is_validation_data(run: RunSettings) -> Iterable[str]:

@@ -142,9 +142,9 @@ def check_new_tokens(run: RunSettings) -> Iterable[str]:
 
 
 def check_deferred_gradient(run: RunSettings) -> Iterable[str]:
-    """With it, Megatron's linear layers, which original experts are, expect to be the output layer."""
-    if run.is_moe and run.args.defer_embedding_wgrad_compute:
-        yield "--defer-embedding-wgrad-compute does not support models with experts; remove it"
+    """Frozen and partly trained layers cannot defer it, nor experts that are Megatron's linear layers."""
+    if run.args.stage != "dense" and run.args.defer_embedding_wgrad_compute:
+        yield f"--defer-embedding-wgrad-compute does not support --stage {run.args.stage}; remove it"
 
 
 def check_transformer_engine(run: RunSettings) -> Iterable[str]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moelpr.arguments.settings import RunSettings, shape_of
+from moelpr.arguments.settings import RunSettings, retain_interval, shape_of
 from moelpr.errors import UserError
 from moelpr.layouts import Layout
 from moelpr.model_spec import ModelSpec
@@ -153,7 +153,10 @@ def check_optimizer_state(run: RunSettings) -> Iterable[str]:
     before, now = _optimizer_settings(record, old_layout), _optimizer_settings(vars(run.args), run.layout)
     by_buffer = record.get("use_distributed_optimizer") and not record.get("dist_ckpt_optim_fully_reshardable")
     names = _ALWAYS + _FOR_BUFFERS if by_buffer else _ALWAYS
-    if changed := [name for name in names if before[name] != now[name]]:
+    changed = [name for name in names if before[name] != now[name]]
+    if "overlap_grad_reduce" in changed and "ddp_bucket_size" in changed:
+        changed.remove("ddp_bucket_size")  # follows from it
+    if changed:
         hint = " (state saved with --dist-ckpt-optim-fully-reshardable can change its layout)" if by_buffer else ""
         yield (
             f"{run.checkpoint} was trained with {_as_flags(changed, before)}; its optimizer state does not fit "
@@ -179,7 +182,8 @@ def _optimizer_settings(settings: Mapping[str, Any], layout: Layout) -> dict[str
         "optimizer": settings.get("optimizer", "adam"),
         **{name: settings.get(name) for name in _UNEVEN_PIPELINE},
         "ddp_num_buckets": settings.get("ddp_num_buckets"),
-        "ddp_bucket_size": _bucket_size(settings, layout),
+        # Routers and rows of new tokens fill no bucket.
+        "ddp_bucket_size": _bucket_size(settings, layout) if trains_experts or trains_all else None,
         **{name: bool(settings.get(name)) for name in names},
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
@@ -217,8 +221,18 @@ def _as_flags(names: list[str], settings: Mapping[str, Any]) -> str:
     flags = []
     for name in names:
         flag, value = f"--{name.replace('_', '-')}", settings.get(name)
-        flags.append(f"{'no ' if value is False else ''}{flag}{'' if isinstance(value, bool) else f' {value}'}")
+        is_off = value is None or value is False
+        flags.append(f"no {flag}" if is_off else flag if value is True else f"{flag} {value}")
     return ", ".join(flags)
+
+
+def note_rounded_retain_interval(run: RunSettings) -> Iterable[str]:
+    """A recipe's --save-retain-interval follows another --save-interval."""
+    if (kept := retain_interval(run.args)) != run.args.save_retain_interval:
+        yield (
+            f"--save-retain-interval {run.args.save_retain_interval} is rounded to {kept}, a multiple of "
+            f"--save-interval {run.args.save_interval}"
+        )
 
 
 def note_ignored_step(run: RunSettings) -> Iterable[str]:

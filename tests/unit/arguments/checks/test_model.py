@@ -113,6 +113,7 @@ def test_only_stage_1_has_new_embeddings_as_an_option(grown: str, problems, stag
         ("stage0", ["--train-everything"]),
         ("stage0", ["--defer-embedding-wgrad-compute"]),
         ("stage2", ["--defer-embedding-wgrad-compute"]),
+        ("stage1", ["--defer-embedding-wgrad-compute"]),
         ("stage1", ["--train-everything", "--train-new-embeddings"]),
     ],
 )

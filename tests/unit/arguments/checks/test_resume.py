@@ -129,6 +129,21 @@ TABLE = {
         {**FLAT, "overlap_grad_reduce": True, "ddp_bucket_size": 1000},
         ["--use-distributed-optimizer", "--overlap-grad-reduce"], 2, "--ddp-bucket-size 1000",
     ),
+    "flat buffers, larger buckets of more processes": (
+        {**FLAT, "overlap_grad_reduce": True, "world_size": 48, "global_batch_size": 128},
+        ["--use-distributed-optimizer", "--overlap-grad-reduce", "--global-batch-size", "128"], 64,
+        "--ddp-bucket-size 48000000",
+    ),
+    "flat buffers, buckets kept with more processes": (
+        {**FLAT, "overlap_grad_reduce": True, "world_size": 48, "global_batch_size": 128},
+        ["--use-distributed-optimizer", "--overlap-grad-reduce", "--global-batch-size", "128",
+         "--ddp-bucket-size", "48000000"], 64, None,
+    ),
+    "flat buffers, no layout before": (
+        {**FLAT, "pipeline_model_parallel_size": 2},
+        ["--use-distributed-optimizer", PP, "2", "--pipeline-model-parallel-layout", "Et|ttL"], 2,
+        "no --pipeline-model-parallel-layout;",
+    ),
     "flat buffers, overlap": (
         FLAT, ["--use-distributed-optimizer", "--overlap-grad-reduce"], 1, "no --overlap-grad-reduce",
     ),
@@ -258,3 +273,11 @@ def test_a_checkpoint_contains_the_weights_and_the_optimizer_state_of_what_is_tr
     assert size("stage1", train_everything=True) == full * 14
     assert size("stage0", save_trained_only=True) == 128 * 32 * 14
     assert size("stage1", train_new_embeddings=True) == full * 2 + (new + routers + 128 * 32) * 12
+
+
+def test_a_recipes_retain_interval_follows_the_save_interval(upcycled: str, accepted, capsys) -> None:
+    found = accepted("stage1", upcycled, "--save-retain-interval", "10000", "--save-interval", "300")
+    assert found["save_retain_interval"] == 10200
+    assert "--save-retain-interval 10000 is rounded to 10200" in capsys.readouterr().err
+    found = accepted("stage1", upcycled, "--save-retain-interval", "10000", "--save-interval", "500")
+    assert found["save_retain_interval"] == 10000 and "rounded" not in capsys.readouterr().err

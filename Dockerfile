@@ -44,6 +44,8 @@ COPY launch launch
 
 # For any other user too (docker run --user): caches of compiled kernels require a home and a name.
 ENV HOME=/home/moelpr USER=moelpr
+# The image's packages, not those of a repository that is mounted as the current folder.
+ENV PYTHONSAFEPATH=1
 # A number, so that a cluster can tell that it is not root.
 USER 10001
 WORKDIR /work

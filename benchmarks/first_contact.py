@@ -349,7 +349,7 @@ def as_markdown(machine: Machine, spec: ModelSpec, runs: list[TrainerRun], parts
         lines.append(f"- Matmul rate: {min(rates):.3g} to {max(rates):.3g} TFLOP/s{sheet}.")
     for one in traffic.results or []:
         lines.append(
-            f"- Expert traffic, EP {one['expert_parallel']}, in times of plain Megatron's: bytes "
+            f"- Expert traffic, EP {one['expert_parallel']}, in times of plain Megatron's (SequentialMLP): bytes "
             f"{one['ratio_mean_sent']:.2f} (wanted {one['wanted_ratio']}), the layer's time "
             f"{one['ratio_step_time_stage1']:.2f} in stage 1, {one['ratio_step_time_stage2']:.2f} in stage 2."
         )

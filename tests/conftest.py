@@ -3,21 +3,20 @@
 import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-
-from moelpr import machine
 
 # Spinning threads make several ranks on two cores crawl.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "passive"
 # A test that needs the network is a mistake: let it fail at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# GPUs that PyTorch cannot use would be an error.
-if machine.has_gpus():
-    import torch
 
-    if not torch.cuda.is_available():
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Only the tests in tests/gpu use GPUs; the others compare CPU ranks."""
+    if not any("gpu" in Path(argument).parts for argument in config.args):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 

@@ -113,11 +113,12 @@ expect 'stub of the NVIDIA entry point' run stage1 --dry-run
 expect 'stage1.yaml' run ls /opt/moelpr/launch/recipes
 
 section "first contact"
-expect 'tests/gpu ran' run first_contact --dry-run --ranks 1 --output /tmp/first-contact
+run first_contact --dry-run --ranks 1 --output /tmp/first-contact | grep -F 'tests/gpu ran'
 
 section "a model, a corpus and two steps of stage 1 in the image"
 run bash -eu -c '
-cd /tmp && rm -rf trial && mkdir trial && cd trial
+cd /tmp && rm -rf trial && mkdir -p trial/moelpr && cd trial
+echo "raise SystemExit(\"a package of the current folder\")" >moelpr/__init__.py
 e=/opt/moelpr/launch/container/entrypoint.sh python=/opt/moelpr/.venv/bin/python
 $python - <<PYTHON
 import json, string

@@ -9,8 +9,11 @@ fail() {
     echo "install.sh: error: $1" >&2
     exit 1
 }
+is_installed() { # `command -v` with several names succeeds if it finds one
+    for program; do command -v "$program" >/dev/null || return 1; done
+}
 
-if command -v chromium pdftoppm >/dev/null && [ -n "$(fc-list :lang=zh)" ]; then exit; fi
+if is_installed chromium pdftoppm && [ -n "$(fc-list :lang=zh)" ]; then exit; fi
 if ((EUID != 0)); then fail "chromium, pdftoppm or fonts are missing; run this as root, or install ${packages[*]}"; fi
 command -v apt-get >/dev/null ||
     fail "chromium, pdftoppm or fonts are missing and there is no apt-get; install Chromium, poppler-utils and Noto fonts"

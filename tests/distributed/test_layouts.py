@@ -19,11 +19,13 @@ PAIRS = (
     "TP2+SP EP2 PP2 VPP2 overlapped, selective recompute, per-token loss",
     "TP2+SP ETP2 EP2 overlapped, full recompute, per-token loss",
 )
+# In PAIRS the optimizer of new experts, and with virtual stages all of it, is divided over groups of one rank.
+REPLICATED = ("EP2 DP2 overlapped", "PP2 VPP2 DP2 overlapped")
 EDGES = ("edges TP2+SP PP2", "edges PP2 EP2 distributed optimizer")
 ONE_PROCESS = ("1 accumulation",)
 APART = ("TP2+SP ETP2 PP2 VPP2 documents apart, selective recompute",)
 NEW_ROWS = ("rows TP2+SP PP2, full recompute", "rows PP2 DP2 overlapped")
-SUITE = (*ONE_PROCESS, *PAIRS, *EDGES, *APART, *NEW_ROWS)
+SUITE = (*ONE_PROCESS, *PAIRS, *REPLICATED, *EDGES, *APART, *NEW_ROWS)
 
 FEATURES = {
     "tensor and sequence parallel": lambda flags: "--tensor-model-parallel-size 2" in flags,

@@ -9,9 +9,12 @@ fail() {
     echo "install.sh: error: $1" >&2
     exit 1
 }
+is_installed() { # `command -v` with several names succeeds if it finds one
+    for program; do command -v "$program" >/dev/null || return 1; done
+}
 
 if ((EUID != 0)); then fail "slurmd requires root; run the Slurm tests as root, for example in a container"; fi
-if command -v slurmctld slurmd sbatch srun >/dev/null; then exit; fi
+if is_installed slurmctld slurmd sbatch srun; then exit; fi
 command -v apt-get >/dev/null ||
     fail "slurmctld, slurmd and sbatch are missing and apt-get is not available; install Slurm 23.11 or later"
 # The installation starts no service; the tests start their own.

@@ -168,8 +168,21 @@ def adapter_to_mcore(
     with output_folder(save, overwrite, num_bytes, [adapter, hf_path], spec=asdict(spec)) as (folder, bar):
         write_checkpoint(folder, plan, spec, tensors, bar)
         copy_companions(hf_path, folder / HF_FOLDER)
-        Origin(config.base_model or hf_path.resolve().name, adapter=adapter.resolve().name).write(folder)
+        name = config.base_model or hf_path.resolve().name
+        has_other_base = _has_other_base(parts, base, target_dtype)
+        Origin(name, adapter=adapter.resolve().name, has_other_base=has_other_base).write(folder)
     return spec
+
+
+def _has_other_base(parts: dict[Piece, list[tuple[HfReader, str]]], base: HfReader, dtype: torch.dtype) -> bool:
+    """Whether frozen weights were read from the adapter and are not those of the base."""
+    return any(
+        not torch.equal(reader.read(name).to(dtype), base.read(original).to(dtype))
+        for piece, found in parts.items()
+        if not piece.is_trained
+        for (reader, name), original in zip(found, piece.origin, strict=True)
+        if reader is not base
+    )
 
 
 def _open_adapter(folder: Path) -> HfReader:
@@ -233,7 +246,7 @@ def mcore_to_adapter(
             f"{load} has {spec.new_tokens.number:,} new tokens, but the published code supports only the base's "
             f"vocabulary; {instead}"
         )
-    check_separable(load, spec, read_history(load, iteration), "an adapter", instead)
+    check_separable(load, spec, Origin.read(load), read_history(load, iteration), "an adapter", instead)
     source = MegatronReader(load, iteration)
     assert spec.moe is not None
     config = AdapterConfig(spec.moe.num_experts, spec.moe.topk, spec.moe.layers, base_model)

@@ -294,7 +294,7 @@ def _token_ids(a: Path, b: Path, files: list[Path], num_tokens: int, is_extended
         if not any((folder / name).is_file() for name in TOKENIZER_FILES):
             raise UserError(f"--text requires a tokenizer, but {folder} contains none; copy the base's tokenizer there")
         check_tokenizer_files(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         ids.append([tokenizer(text, add_special_tokens=False)["input_ids"][:num_tokens] for text in texts])
     if ids[0] != ids[1]:
         fix = "pass text of the original languages, which has no new tokens, or remove --text"

@@ -34,9 +34,9 @@ from checkpoint_convert.outputs import check_output, output_folder
 from moelpr import checksums
 from moelpr.checksums import FileSum
 from moelpr.errors import UserError
-from moelpr.families.families import CONFIG_FILE, read_config
+from moelpr.families.families import CONFIG_FILE, family_of, read_config
 from moelpr.families.moe_classes import MOE_CLASSES, MoeClass
-from moelpr.files import parse_json
+from moelpr.files import copy_folder, parse_json
 from moelpr.model_spec import DTYPES, ModelSpec
 from moelpr.run_folder import HF_FOLDER
 
@@ -80,7 +80,8 @@ def mcore_to_hf(
     origin, history = Origin.read(load), read_history(load, iteration)
     facts = CardFacts(source, config, dtype_name, base_model or origin.base_model, origin, history)
     if as_delta:
-        check_separable(load, spec, history, "a delta", "export it without --delta")
+        check_separable(load, spec, origin, history, "a delta", "export it without --delta")
+        _check_delta(source, facts)
         if facts.base_model is None:
             raise UserError("the model that this one was upcycled from is not recorded; name it with --base-model")
 
@@ -158,7 +159,7 @@ def whole_checkpoint(load: Path, save: Path, iteration: int | None = None, overw
     with output_folder(save, overwrite, num_bytes, [source.step_folder]) as (folder, bar):
         write_checkpoint(folder, source.pieces, source.spec, lambda todo: map(source.read_piece, todo), bar)
         if (load / HF_FOLDER).is_dir():
-            shutil.copytree(load / HF_FOLDER, folder / HF_FOLDER)
+            copy_folder(load / HF_FOLDER, folder / HF_FOLDER)
         replace(Origin.read(load), copy_of=str(source.step_folder.resolve())).write(folder)
 
 
@@ -252,6 +253,24 @@ class DeltaConfig:
             raise TypeError("a value has the wrong type")
         if len({tensor.name for tensor in self.tensors}) < len(self.tensors):
             raise ValueError("a tensor is listed twice")
+
+
+def _check_delta(source: MegatronReader, facts: CardFacts) -> None:
+    """UserError if the export's frozen tensors are not the base's: rounded in training, or joined differently."""
+    base = read_config(source.folder / HF_FOLDER)
+    architecture = base["architectures"][0]
+    if family_of(base)[1] and architecture != facts.architecture:
+        raise UserError(
+            f"a delta to a {architecture} must be of its class, but the export would be {facts.architecture}, whose "
+            "tensors are joined differently; pass --as with the base's class, or export without --delta"
+        )
+    frozen = next(piece for piece in source.pieces if not piece.is_trained)
+    stored = str(source.read_piece(frozen).dtype).removeprefix("torch.")
+    if stored == "bfloat16" and stored not in (source.spec.dtype, facts.dtype):
+        raise UserError(
+            f"{source.folder} was trained in bfloat16, which rounded the base's {source.spec.dtype}: a delta in "
+            f"{facts.dtype} would not restore it; pass --dtype bfloat16"
+        )
 
 
 def _complete_delta(folder: Path, facts: CardFacts, max_shard_bytes: int) -> None:

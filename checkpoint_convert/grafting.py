@@ -167,6 +167,11 @@ class GraftReader:
             return tensor.to(dtype)
         base = self._read_dense(self._base, origin, tensor, piece)
         if not piece.is_trained and not torch.equal(base.to(tensor.dtype), tensor):
+            if torch.equal(base.bfloat16().to(tensor.dtype), tensor):
+                raise UserError(
+                    f"{self._model.folder} was trained in bfloat16, which rounded the base's weights, but is stored in "
+                    "another dtype; export it again with mcore_to_hf.py --dtype bfloat16"
+                )
             raise UserError(
                 f"{self._base.folder} is not the base of {self._model.folder}: its {origin} differs from {name}, which "
                 "training leaves as it is; pass the model that was upcycled (after --train-everything, there is none)"
@@ -355,7 +360,10 @@ def _write_extended_tokenizer(folder: Path, instruct: Path, model: Path) -> None
     """The model's tokenizer with the instruct model's special tokens and chat template."""
     from transformers import AutoTokenizer
 
-    ours, theirs = (AutoTokenizer.from_pretrained(source, local_files_only=True) for source in (model, instruct))
+    ours, theirs = (
+        AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        for source in (model, instruct)
+    )
     for name, token in theirs.special_tokens_map.items():
         setattr(ours, name, token)
     ours.chat_template = theirs.chat_template

@@ -22,7 +22,7 @@ from moelpr.data.tokenizer import check_tokenizer_files
 from moelpr.errors import UserError, deferred_signals
 from moelpr.families.families import CONFIG_FILE
 from moelpr.families.tables import stacked_part
-from moelpr.files import DurableFile
+from moelpr.files import DurableFile, copy_folder, parse_json
 from moelpr.vocabulary_extension import VOCABULARY_EXTENSION_FILE
 
 # Weight files are STEM.safetensors, or STEM-00001-of-00002.safetensors, … with STEM.safetensors.index.json.
@@ -69,7 +69,7 @@ def copy_companions(
             shutil.copyfile(source / name, target / name)
     for name in COMPANION_FOLDERS:
         if (source / name).is_dir():
-            shutil.copytree(source / name, target / name, dirs_exist_ok=True)
+            copy_folder(source / name, target / name)
 
 
 def check_tokenizer(folder: Path, vocab_size: int) -> None:
@@ -80,7 +80,7 @@ def check_tokenizer(folder: Path, vocab_size: int) -> None:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a damaged tokenizer may raise any exception
         raise UserError(f"transformers cannot read the tokenizer in {folder}: {_first_line(error)}") from error
     num_ids = max(tokenizer.get_vocab().values(), default=-1) + 1
@@ -193,7 +193,9 @@ def _read_index(path: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     try:
-        weight_map = dict(json.loads(path.read_text())["weight_map"])
+        weight_map = dict(parse_json(path.read_text())["weight_map"])
+        if not all(isinstance(name, str) for name in weight_map.values()):
+            raise TypeError("a file name is not text")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged; download it again") from error
     for name in weight_map.values():

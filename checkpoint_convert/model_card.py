@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ class Origin:
         base_model: Name of the model's folder or on the Hub, or of the base in an adapter.
         settings: How new experts started (`upcycling.Start`).
         adapter: Name of the adapter that the experts come from.
+        has_other_base: Whether the adapter also had the frozen weights (`save_all_params`), and not those of the base.
         copy_of: Step folder whose weights the checkpoint has.
         revision: Commit of the base on the Hub.
     """
@@ -45,6 +47,7 @@ class Origin:
     base_model: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     adapter: str | None = None
+    has_other_base: bool = False
     copy_of: str | None = None
     revision: str | None = None
 
@@ -55,7 +58,10 @@ class Origin:
     @classmethod
     def read(cls, checkpoint: Path) -> "Origin":
         content = read_json(checkpoint / HF_FOLDER / ORIGIN_FILE) or {}
-        kinds = {"base_model": str, "settings": dict, "adapter": str, "copy_of": str, "revision": str}
+        kinds = {
+            "base_model": str, "settings": dict, "adapter": str, "has_other_base": bool, "copy_of": str,
+            "revision": str,
+        }  # fmt: skip
         return cls(**{key: content[key] for key, kind in kinds.items() if isinstance(content.get(key), kind)})
 
 
@@ -186,7 +192,9 @@ def _find_start(folder: Path, start: Path, first: dict[str, Any] | None, spec: M
             return base.find(folder)
         if not _has_spec(start, spec) or (first is None and len(list(start.glob("iter_*"))) > 1):
             return None
-        return step_folder(start, first.get("ckpt_step") if first else None)
+        if first and isinstance(step := first.get("model_step"), str):
+            return start / step if Path(step).name == step and (start / step).is_dir() else None
+        return step_folder(start, first.get("ckpt_step") if first else None)  # of a version that did not record it
     except UserError:
         return None
 
@@ -208,8 +216,10 @@ def _read_stage(folder: Path, step: int, settings: dict[str, Any]) -> TrainedSta
     return TrainedStage(folder, step, settings, first, last, read_json(folder / VERSIONS_FILE) or {})
 
 
-def check_separable(model: Path, spec: ModelSpec, history: History, output: str, instead: str) -> None:
+def check_separable(model: Path, spec: ModelSpec, origin: Origin, history: History, output: str, instead: str) -> None:
     """UserError unless the model is a base with routers and new experts, and nothing else was trained.
+
+    Prints a note if the records of earlier training are gone, so that it is unknown.
 
     Args:
         output: What is to be written, "a delta" or "an adapter".
@@ -223,6 +233,17 @@ def check_separable(model: Path, spec: ModelSpec, history: History, output: str,
                 f"{stage.folder} trained all parameters (--train-everything), but {output} contains only routers and "
                 f"new experts; {instead}"
             )
+    if origin.has_other_base:
+        raise UserError(
+            f"the adapter {origin.adapter}, from which {model} was made, had changed the base's weights too, but "
+            f"{output} contains only routers and new experts; {instead}"
+        )
+    if history.missing is not None:
+        print(
+            f"note: how {history.missing} was trained is not recorded; if that changed more than routers and new "
+            f"experts, {output} cannot restore the model",
+            file=sys.stderr,
+        )
 
 
 # --- card

@@ -69,7 +69,7 @@ def output_folder(
     while not parent.exists():
         parent = parent.parent
     # What an interrupted conversion left is kept or replaced.
-    left = sum(path.stat().st_size for path in partial_name(save).rglob("*") if path.is_file())
+    left = sum(path.stat().st_size for path in partial_name(save.resolve()).rglob("*") if path.is_file())
     if shutil.disk_usage(parent).free < num_bytes - left:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(save))
     files = [path for source in sources for path in sorted(source.rglob("*")) if path.is_file()]

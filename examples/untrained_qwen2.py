@@ -25,7 +25,7 @@ def save_untrained_qwen2(
     seed: int = 1234,
 ) -> None:
     """Write a Qwen2 (qkv bias, grouped queries, RMSNorm, SwiGLU, RoPE, tied embeddings) and its tokenizer to `save`."""
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, local_files_only=True, trust_remote_code=False)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,

@@ -68,7 +68,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def _remove_leftovers(path: Path) -> None:
     """Remove what killed processes of this machine have left of `path` under its temporary names."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.tmp-*"):
-        number = left.name.rpartition("-")[2]
+        number = left.name.removesuffix("-old").rpartition("-")[2]
         if number.isdecimal() and len(number) < 10 and not psutil.pid_exists(int(number)):
             remove(left)
 
@@ -124,6 +124,7 @@ def read_versioned[T](path: Path, version: int, build: Callable[..., T]) -> T:
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary folder; on success it replaces `path`, on failure it is removed."""
+    path = _behind_link(path)
     make_folder(path.parent)
     temporary = temporary_name(path)
     _remove_leftovers(path)
@@ -151,7 +152,9 @@ def resumable_directory(path: Path, job: str) -> Iterator[Path]:
     Raises:
         UserError: another process is writing to the folder.
     """
+    path = _behind_link(path)
     make_folder(path.parent)
+    _remove_leftovers(path)
     partial = partial_name(path)
     try:
         partial.mkdir(exist_ok=True)
@@ -170,9 +173,10 @@ def resumable_directory(path: Path, job: str) -> Iterator[Path]:
         except UserError:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        description.unlink()
         _replace(path, partial)
-        (path / LOCK_FILE).unlink(missing_ok=True)  # not before: another job would lock and empty the folder
+        # Not before: after a kill, this job would start again from an empty folder, or another one would empty it.
+        for name in (JOB_FILE, LOCK_FILE):
+            (path / name).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -213,13 +217,32 @@ def empty(folder: Path) -> None:
 
 
 def _replace(path: Path, temporary: Path) -> None:
-    """Make the folder `temporary` durable and rename it to `path`."""
+    """Make the folder `temporary` durable and rename it to `path`; what was there is removed last."""
     for file in temporary.rglob("*"):
         if file.is_file():
             fsync_file(file)
     if path.exists():
-        shutil.rmtree(path)
-    os.replace(temporary, path)
+        old = path.with_name(f".{path.name}.tmp-{os.getpid()}-old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(path, old)
+        os.replace(temporary, path)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.replace(temporary, path)
+
+
+def _behind_link(path: Path) -> Path:
+    """Where to write `path`: if it is a link, what it leads to, so that the link stays."""
+    return path.resolve() if os.path.islink(path) else path
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy the files of a folder into another one, file by file; those that exist are replaced."""
+    for path in sorted(source.rglob("*")):
+        if path.is_file():
+            copy = target / path.relative_to(source)
+            make_folder(copy.parent)
+            shutil.copyfile(path, copy)
 
 
 class DurableFile:

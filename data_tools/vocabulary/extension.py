@@ -14,6 +14,7 @@ from data_tools.vocabulary.merges import Candidate, NewToken, Words, continue_me
 from data_tools.vocabulary.text import NewText, OriginalText
 from moelpr.data.tokenizer import vocabulary_checksum
 from moelpr.errors import UserError
+from moelpr.files import copy_folder
 from moelpr.vocabulary_extension import VocabularyExtension
 
 # A token must occur twice in the smallest language's text, or as often relative to its tokens in another's.
@@ -116,7 +117,7 @@ def write_tokenizer(
     for name in _COMPANIONS:
         source = old_folder / name
         if source.is_dir():
-            shutil.copytree(source, folder / name)
+            copy_folder(source, folder / name)
         elif source.is_file():
             shutil.copyfile(source, folder / name)
     (folder / "tokenizer.json").write_text(tokenizer.extended(new), encoding="utf-8")

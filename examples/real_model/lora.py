@@ -111,7 +111,9 @@ def add_adapters(base: Path, rank: int | None, seed: int) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.bfloat16, local_files_only=True, trust_remote_code=False
+    )
     output = model.get_output_embeddings()
     linear = [part for part in model.modules() if isinstance(part, torch.nn.Linear) and part is not output]
     rank = rank or min(min(part.in_features, part.out_features) for part in linear)
@@ -167,10 +169,10 @@ def save_merged(base: Path, adapter: Path, save: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", local_files_only=True, trust_remote_code=False)
     with atomic_directory(save) as temporary:
         PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(base, local_files_only=True).save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False).save_pretrained(temporary)
 
 
 def _metrics_writer(path: Path) -> Any:

@@ -112,6 +112,8 @@ class RunSettings:
     def describe_start(self, args: argparse.Namespace) -> None:
         """Write to `args` where the run starts or resumes."""
         args.model_source, args.ckpt_step, args.is_resumed = str(self.checkpoint), self.step, self.is_resumed
+        assert self.checkpoint is not None, "a run without a checkpoint is a problem"
+        args.model_step = step_folder(self.checkpoint, self.step).name  # recorded: the checkpoint may get further steps
 
     @property
     def layout(self) -> Layout:

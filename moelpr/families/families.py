@@ -269,7 +269,8 @@ def read_base(folder: Path) -> tuple[Family, ModelSpec]:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)  # with the defaults of its class
+        # With the defaults of its class. Without `trust_remote_code`, transformers would ask at a terminal.
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a damaged config may raise any exception
         raise UserError(f"transformers cannot read {folder}/config.json: {' '.join(str(error).split())}") from error
     try:

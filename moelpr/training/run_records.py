@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 from moelpr import yaml_files
 from moelpr.arguments.settings import resolved_settings
 from moelpr.checkpoints import step_name
-from moelpr.files import make_folder, write_text
+from moelpr.files import copy_folder, make_folder, write_text
 from moelpr.megatron_patches import hooks
 from moelpr.model_spec import ModelSpec
 from moelpr.run_folder import COMMAND_FILE, HF_FOLDER, RECIPE_FILE, VERSIONS_FILE
@@ -33,7 +32,7 @@ def run_records(args: argparse.Namespace, spec: ModelSpec, argv: list[str]) -> I
     if source.resolve() != save.resolve():  # a resumed run has them, and other ranks may be reading them now
         spec.write(save)
         if (source / HF_FOLDER).is_dir():
-            shutil.copytree(source / HF_FOLDER, save / HF_FOLDER, dirs_exist_ok=True)
+            copy_folder(source / HF_FOLDER, save / HF_FOLDER)
     recipe = yaml_files.dump(resolved_settings(args), sort_keys=True)
     command = {"arguments": argv, "num_ranks": int(os.environ.get("WORLD_SIZE", "1"))}
     write_text(save / RECIPE_FILE, recipe)

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,6 +52,45 @@ def test_a_failed_folder_leaves_the_old_one(tmp_path: Path) -> None:
         (temporary / "half").touch()
         raise RuntimeError
     assert [path.name for path in target.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("write", [atomic_directory, lambda path: resumable_directory(path, "job")])
+def test_a_link_to_a_folder_stays_a_link(write: Callable[[Path], AbstractContextManager[Path]], tmp_path: Path) -> None:
+    (tmp_path / "disk" / "run").mkdir(parents=True)
+    (tmp_path / "disk" / "run" / "old").touch()
+    (tmp_path / "run").symlink_to(tmp_path / "disk" / "run")
+    with write(tmp_path / "run") as temporary:
+        assert temporary.parent == tmp_path / "disk"
+        (temporary / "new").touch()
+    assert (tmp_path / "run").is_symlink()
+    assert [path.name for path in (tmp_path / "disk" / "run").iterdir()] == ["new"]
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["run"]
+
+
+def test_the_old_folder_is_whole_until_the_new_one_is_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while the old folder is removed: what has the name is the new one, and the next job removes the rest."""
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").touch()
+    remove = shutil.rmtree
+
+    def killed(path: Path, **options: object) -> None:
+        if (path / "old").exists():
+            raise Killed
+        remove(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(Killed), resumable_directory(target, "job") as folder:
+            (folder / "new").touch()
+    assert "new" in [path.name for path in target.iterdir()]
+    monkeypatch.setattr("psutil.pid_exists", lambda number: False)
+    with resumable_directory(target, "job") as folder:
+        (folder / "newer").touch()
+    assert [path.name for path in target.iterdir()] == ["newer"]
     assert list(tmp_path.iterdir()) == [target]
 
 

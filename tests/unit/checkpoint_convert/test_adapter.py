@@ -206,6 +206,23 @@ def test_an_adapter_with_all_parameters_replaces_the_base(
         original = name.replace("experts.0.", "")
         (base,) = (t[original] for t in map(load_file, qwen2.glob("*.safetensors")) if original in t)
         assert torch.equal(reader.read(name), base + 1), name
+    with pytest.raises(UserError, match="had changed the base's weights too.*mcore_to_hf"):
+        mcore_to_adapter(tmp_path / "megatron", tmp_path / "again", "base")
+
+
+def test_an_adapter_with_all_parameters_of_the_base_can_be_written_again(
+    qwen2: Path, write_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    all_params = random_tensors()
+    for file in qwen2.glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            if re.search(rf"layers\.({'|'.join(map(str, LAYERS))})\.mlp\.", name):
+                name = name.replace(".mlp.", ".mlp.base_layer.")
+            all_params[f"base_model.model.{name}"] = tensor
+    adapter_to_mcore(write_adapter(all_params, save_all_params=True), qwen2, tmp_path / "megatron")
+    mcore_to_adapter(tmp_path / "megatron", tmp_path / "again", "base")
+    written = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    assert all(torch.equal(written[name], tensor) for name, tensor in random_tensors().items())
 
 
 def test_mixed_dtypes_require_a_choice(

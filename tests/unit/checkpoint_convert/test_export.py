@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 from checkpoint_convert.export import apply_delta, mcore_to_hf
 from checkpoint_convert.upcycling import Start, hf_to_mcore
 from moelpr.errors import UserError
+from moelpr.model_spec import ModelSpec
 from moelpr.torch_dist import TorchDistReader
 from tests.hf_models import (
     TOKENS,
@@ -241,6 +243,31 @@ def test_a_damaged_delta_is_rejected(base: Path, checkpoint: Path, tmp_path: Pat
     assert_apply_fails(base, delta, out, "format_version .*1.* 2")
     (delta / "delta_config.json").unlink()
     assert_apply_fails(base, delta, out, "delta_config.json.*--delta")
+
+
+def test_a_delta_to_weights_that_bf16_has_rounded_needs_bf16(make_qwen2: Callable[..., Path], tmp_path: Path) -> None:
+    base, checkpoint, delta = make_qwen2(torch.float16), tmp_path / "megatron", tmp_path / "delta"
+    hf_to_mcore(base, checkpoint, num_new_experts=1, dtype="bfloat16")
+    replace(ModelSpec.read(checkpoint), dtype="float16").write(checkpoint)  # as after training in bf16
+    with pytest.raises(UserError, match="rounded the base's float16.*--dtype bfloat16"):
+        mcore_to_hf(checkpoint, delta, as_delta=True)
+    mcore_to_hf(checkpoint, delta, as_delta=True, dtype="bfloat16")
+    apply_delta(base, delta, tmp_path / "whole")
+    mcore_to_hf(checkpoint, tmp_path / "export", dtype="bfloat16")
+    assert_same(tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "export"))
+
+
+def test_a_delta_to_an_moe_is_of_its_class(base: Path, tmp_path: Path) -> None:
+    granite, second = tmp_path / "granite", tmp_path / "second"
+    hf_to_mcore(base, tmp_path / "first", num_new_experts=1)
+    mcore_to_hf(tmp_path / "first", granite, as_class="granitemoe")
+    hf_to_mcore(granite, second, num_new_experts=1)
+    with pytest.raises(UserError, match="delta to a GraniteMoeForCausalLM must be of its class.*--as"):
+        mcore_to_hf(second, tmp_path / "delta", as_delta=True, as_class="qwen2_moe")
+    mcore_to_hf(second, tmp_path / "delta", as_delta=True, as_class="granitemoe")
+    apply_delta(granite, tmp_path / "delta", tmp_path / "whole")
+    mcore_to_hf(second, tmp_path / "export", as_class="granitemoe")
+    assert_same(tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "export"))
 
 
 def test_a_model_that_a_delta_cannot_express_is_rejected(base: Path, checkpoint: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.grafting import add_difference, compare_graft, graft
 from checkpoint_convert.hub import Model, find_model
 from checkpoint_convert.upcycling import Start, hf_to_mcore
+from moelpr.errors import UserError
 from tests.hf_models import (
     TOKENS,
     assert_nothing_left,
@@ -301,6 +302,16 @@ def test_a_base_that_answers_learns_to_answer_in_the_upcycled_model(
 
     assert answer(chat) == answer(instruct) == dialogue[0].tolist()
     assert answer(export) != dialogue[0].tolist()
+
+
+def test_a_model_whose_base_was_rounded_in_training_is_named_as_such(make_qwen2, tmp_path: Path) -> None:
+    base = make_qwen2(torch.float32, tokenizer=True)
+    hf_to_mcore(base, tmp_path / "megatron", num_new_experts=1, dtype="bfloat16")
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "model", dtype="float32")
+    with pytest.raises(UserError, match="was trained in bfloat16, which rounded .*--dtype bfloat16"):
+        run((base, instruct_of(base, tmp_path / "instruct"), tmp_path / "model"), tmp_path / "graft")
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "narrow", dtype="bfloat16")
+    run((base, tmp_path / "instruct", tmp_path / "narrow"), tmp_path / "graft")
 
 
 def test_models_that_do_not_fit_are_rejected_by_name_of_the_tensor(

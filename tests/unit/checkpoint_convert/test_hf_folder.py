@@ -65,6 +65,13 @@ def test_an_index_that_lists_a_missing_shard_is_rejected(make_qwen2: Callable[..
     assert_import_fails(source, tmp_path, "model.safetensors.index.json .*model-00002-of-")
 
 
+@pytest.mark.parametrize("text", ['{"weight_map": {"a": 5}}', '{"weight_map": ' + "[" * 100_000, "[]"])
+def test_a_damaged_index_is_one_sentence(tmp_path: Path, text: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(UserError, match=r"index\.json is damaged; download it again"):
+        HfReader(tmp_path)
+
+
 def test_a_tokenizer_with_more_ids_than_rows_is_rejected(source: Path, tmp_path: Path) -> None:
     save_tokenizer(source, num_ids=99)
     hf_to_mcore(source, tmp_path / "fits")

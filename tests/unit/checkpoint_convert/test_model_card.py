@@ -239,6 +239,13 @@ def test_a_resumed_run_is_described_by_its_first_start(runs: Path) -> None:
     assert [stage.step for stage in read_history(Path("resumed")).stages] == [6, 4]
 
 
+def test_a_run_is_described_by_the_step_that_it_started_from_also_if_there_are_later_ones(runs: Path) -> None:
+    write_run("after", "stage1", [4], SETTINGS | {"model_step": "iter_0000003"})
+    assert [stage.step for stage in read_history(Path("after")).stages] == [3, 4]
+    shutil.rmtree("stage1/iter_0000003")
+    assert read_history(Path("after")).missing == "stage1"
+
+
 def test_a_whole_checkpoint_has_the_history_of_its_run(runs: Path) -> None:
     whole_checkpoint(Path("stage1"), Path("whole"), iteration=3)
     write_run("after", "whole", [5], SETTINGS | {"stage": "stage2"})
@@ -267,8 +274,19 @@ def test_a_run_that_trained_everything_cannot_become_an_adapter(runs: Path) -> N
         "all parameters",
         "new experts and routers; everything else is frozen",
     ]
+    card = card_of("then")
+    assert "started as the base's FFN, and everything was trained" in card
+    assert "without losing" not in card and "keeps the base's output" not in card
     with pytest.raises(UserError, match="all .*--train-everything"):
         mcore_to_adapter(Path("then"), Path("adapter"), "base")
+
+
+def test_an_adapter_whose_earlier_training_is_unknown_is_written_with_a_note(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.move("stage1", "elsewhere")
+    mcore_to_adapter(Path("stage2"), Path("adapter"), "base")
+    assert "note: how stage1 was trained is not recorded" in capsys.readouterr().err
 
 
 def test_parameter_counts_are_those_of_the_loaded_model(runs: Path) -> None:

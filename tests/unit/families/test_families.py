@@ -391,3 +391,17 @@ def test_k_is_that_of_the_mixture_by_default(make_model: Callable[..., Path], tm
 def test_a_family_that_there_is_not(name: Any) -> None:
     with pytest.raises(UserError, match="model family must be one of .*qwen2"):
         family_named(name)
+
+
+def test_code_in_a_folder_is_refused_without_a_question(
+    qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would ask at a terminal, and "y" would run it."""
+    folder = Path(shutil.copytree(qwen2, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Config: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    assert_import_fails(folder, tmp_path, "transformers cannot read .*config.json")
+    assert not (tmp_path / "ran").exists()

@@ -1,13 +1,13 @@
 """Input files: which ones to read, which part of them belongs to this job, and batches of their lines or rows."""
 
 import bz2
-import functools
 import glob
 import gzip
 import io
 import lzma
 import os
 import random
+import stat
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +26,7 @@ STANDARD_INPUT = "-"
 # Files to look for in a folder; a file that is named explicitly may have any name.
 _TEXT_SUFFIXES = (".jsonl", ".json", ".ndjson")
 _SUFFIXES = (*_TEXT_SUFFIXES, *(a + b for a in _TEXT_SUFFIXES for b in (".gz", ".zst", ".bz2", ".xz")), ".parquet")
+_MANIFEST_SUFFIX = ".manifest.json"  # of a corpus that was written into the folder
 # Large enough to be worth sending to a worker, small compared with the memory that encoding it takes.
 BATCH_BYTES = 1 << 19
 # A longer line is passed on as a range of a file, never in memory.
@@ -163,8 +164,7 @@ def find_files(names: list[str]) -> list[str]:
         if name == STANDARD_INPUT or os.path.isfile(name):
             found.append(name)
         elif os.path.isdir(name):
-            paths = (path for path in Path(name).rglob("[!.]*") if path.name.endswith(_SUFFIXES) and path.is_file())
-            if not (files := sorted(map(str, paths))):
+            if not (files := sorted(_files_below(name))):
                 types = ", ".join(_TEXT_SUFFIXES)
                 raise UserError(f"the folder {name} contains no {types} (.gz, .zst, .bz2, .xz) or .parquet file")
             found += files
@@ -177,6 +177,22 @@ def find_files(names: list[str]) -> list[str]:
     return found
 
 
+def _files_below(folder: str) -> Iterator[str]:
+    """Files with text in a folder and the folders in it, links included, but hidden ones and corpora's manifests."""
+    seen = set()
+    for path, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(path)
+        folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
+        if real in seen:  # a link to a folder around it, or a second one
+            continue
+        seen.add(real)
+        for name in names:
+            file = os.path.normpath(os.path.join(path, name))
+            is_hidden = name.startswith(".") or name.endswith(_MANIFEST_SUFFIX)
+            if name.endswith(_SUFFIXES) and not is_hidden and os.path.isfile(file):
+                yield file
+
+
 def open_source(path: str, dataset: int = 0, sha1: str | None = None) -> Source:
     """Detect the form of a file. Opens it once, so that errors show before the work starts.
 
@@ -186,6 +202,9 @@ def open_source(path: str, dataset: int = 0, sha1: str | None = None) -> Source:
     if path == STANDARD_INPUT:
         return Source(path, Form.STREAM, 0, dataset)
     try:
+        is_pipe = not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path)
+        if is_pipe:  # its size is unknown, and it can be read only once
+            raise UserError(f"the input {path} is not a file; pass its text to standard input, with --input -")
         with open(path, "rb") as file:
             start = file.read(8)
             size = os.fstat(file.fileno()).st_size
@@ -331,10 +350,30 @@ class Reader:
                 continue
             for table in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=columns, use_threads=False):
                 skipped = max(cursor.offset - number, 0)
-                for place, row in enumerate(table[skipped:].to_pylist(), number + skipped):
+                for place, row in enumerate(_python_rows(table[skipped:]), number + skipped):
                     if self._is_chosen(cursor.share, place):
                         yield row, table.nbytes // len(table), place + 1, place + 1, place + 1
                 number += len(table)
+
+
+def _python_rows(table: Any) -> list[dict[str, Any]]:
+    """The rows of a Parquet table; text that is not UTF-8 becomes bytes, which are a malformed value of that row."""
+    import pyarrow
+
+    try:
+        return table.to_pylist()
+    except UnicodeDecodeError:
+        text = (pyarrow.string(), pyarrow.large_string())
+        columns = [column.cast(pyarrow.binary()) if column.type in text else column for column in table.columns]
+        rows = pyarrow.RecordBatch.from_arrays(columns, names=table.schema.names).to_pylist()
+        return [{name: _decoded(value) for name, value in row.items()} for row in rows]
+
+
+def _decoded(value: Any) -> Any:
+    try:
+        return value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError:
+        return value
 
 
 def _batches(
@@ -464,15 +503,22 @@ def _name_damaged(source: Source) -> Iterator[None]:
         ) from error
 
 
-@functools.cache
+# File -> the last byte before which this process has counted lines, and their number.
+_counted: dict[str, tuple[int, int]] = {}
+
+
 def _lines_before(path: str, start: int) -> int:
-    """Count the lines of a file before byte `start`, the start of a line."""
+    """Count the lines of a file before byte `start`, the start of a line; batches mostly come in their order."""
+    position, lines = _counted.get(path, (0, 0))
+    if position > start:
+        position, lines = 0, 0
     with open(path, "rb") as file:
-        lines, left = 0, start
-        while left and (piece := file.read(min(left, _SKIP_BYTES))):
+        file.seek(position)
+        while position < start and (piece := file.read(min(start - position, _SKIP_BYTES))):
             lines += piece.count(b"\n")
-            left -= len(piece)
-        return lines
+            position += len(piece)
+    _counted[path] = position, lines
+    return lines
 
 
 def _line_end(file: BinaryIO, position: int) -> int:

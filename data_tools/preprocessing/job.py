@@ -81,7 +81,7 @@ class Progress(tqdm):
 
 class Job:
     """A job and the folder of its unfinished files, which it locks. Used as a context manager, it removes the folder in
-    the end unless the job failed and can be resumed.
+    the end unless the job was interrupted, or failed and can be resumed.
 
     Not `moelpr.files.resumable_directory`: a job's files get several names in a folder that contains others, and are
     valid only up to the positions that were saved together with its counts.
@@ -119,7 +119,8 @@ class Job:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._skipped.close()
-        if kind is None or not self._keep:
+        is_interrupted = kind is not None and issubclass(kind, (KeyboardInterrupt, SystemExit))
+        if kind is None or not (self._keep or is_interrupted):
             shutil.rmtree(self._folder, ignore_errors=True)
         self._lock.close()
 

@@ -108,6 +108,10 @@ class Plan:
             if reason:
                 self.notes.append(f"tokenizing with {reference.name}, not gigatoken: {reason}")
         self.settings = _settings(arguments, self.sources, self.tokenizer)
+        if arguments.dataset:
+            self.settings["entries of --dataset-info"] = [
+                [dataset.name, dataset.language, dataset.key] for dataset in datasets
+            ]
         self.needs_text = arguments.num_shards == 1
         is_certain = arguments.expanded_languages or not self.needs_text
         self.needed_languages = Bits.from_names(None if is_certain else arguments.original_languages, None).original

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from data_tools.corpus import Corpus
 from data_tools.preprocessing import inputs
 from data_tools.preprocessing.inputs import Form, Share, Source, find_files, open_source, sample_documents, shares_of
 from moelpr.errors import UserError
@@ -101,6 +103,27 @@ def test_files_of_a_mixed_folder_are_read_by_name(
         (folder / name).write_text("not data")
     prefix = preprocess(hf_tokenizer, "--input", folder, *FLAGS)
     assert corpus_bytes(f"{prefix}_text_document") == expected
+
+
+def test_a_folder_is_read_with_its_links_and_without_what_is_hidden_or_of_a_corpus(tmp_path: Path) -> None:
+    """A job may write its corpus, and what is unfinished, into the folder that it reads."""
+    folder = tmp_path / "data"
+    for name in ("a.jsonl", ".el.unfinished/state.json", ".ipynb_checkpoints/a.jsonl", "el.manifest.json"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.jsonl").touch()
+    (folder / "part2").symlink_to(tmp_path / "elsewhere")
+    (folder / "loop").symlink_to(folder)
+    (folder / "gone.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    assert find_files([str(folder)]) == [f"{folder}/a.jsonl", f"{folder}/part2/b.jsonl"]
+
+
+def test_a_pipe_in_the_place_of_a_file_is_refused(tmp_path: Path) -> None:
+    """It was reported as empty, and its text was lost."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe is not a file; .*--input -"):
+        open_source(str(tmp_path / "pipe"))
 
 
 def test_names_folders_and_patterns_expand_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,6 +217,52 @@ def test_bad_row_is_reported_by_number(preprocess, hf_tokenizer, tmp_path: Path)
     (tmp_path / "a.parquet").write_bytes(table(rows))
     with pytest.raises(UserError, match=r'a\.parquet, row 21: the key "text"'):
         preprocess(hf_tokenizer, "--input", tmp_path / "a.parquet", *FLAGS)
+
+
+def test_a_row_that_is_not_utf_8_is_skipped_alone(preprocess, hf_tokenizer, tmp_path: Path) -> None:
+    texts = pyarrow.array([b"a", b"\xff", "ä".encode()], pyarrow.binary()).view(pyarrow.string())
+    rows = pyarrow.table({"text": texts, "lang": ["en"] * 3})
+    parquet.write_table(rows, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r'a\.parquet, row 2: the key "text"'):
+        preprocess(hf_tokenizer, "--input", tmp_path / "a.parquet", "--language", "expanded")
+    flags = ("--language", "expanded", "--on-error", "skip", "--max-bad-share", "0.5")
+    prefix = preprocess(hf_tokenizer, "--input", tmp_path / "a.parquet", *flags)
+    assert Corpus(f"{prefix}_text_document").num_documents == 2
+
+
+def test_lines_before_malformed_ones_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of 100 GB with malformed lines in many places would take days."""
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f"{number}\n" for number in range(1000)))
+    content, read = path.read_bytes(), []
+    monkeypatch.setattr(inputs, "open", lambda *words: Counted(open(*words), read), raising=False)
+    starts = [0, *(place + 1 for place, byte in enumerate(content) if byte == ord("\n"))]
+    assert [inputs._lines_before(str(path), starts[number]) for number in (*range(1, 1001, 9), 500)] == [
+        *range(1, 1001, 9),
+        500,
+    ]
+    assert sum(read) < 2 * len(content)
+
+
+class Counted:
+    """A file that appends the length of what is read to a list."""
+
+    def __init__(self, file: Any, read: list[int]) -> None:
+        self.file, self.lengths = file, read
+
+    def read(self, *size: int) -> bytes:
+        piece = self.file.read(*size)
+        self.lengths.append(len(piece))
+        return piece
+
+    def __enter__(self) -> "Counted":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
 
 
 def test_bad_line_of_an_archive_is_reported_by_number(

@@ -192,6 +192,20 @@ def test_error_keeps_the_unfinished_folder_only_with_resume(
         assert [path.name for path in (tmp_path / "out").iterdir()] == left
 
 
+def test_an_interrupted_job_is_resumed_also_if_it_was_started_without_the_flag(
+    input_files, preprocess, hf_tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "SAVE_EVERY_S", 0)
+    whole = everything(preprocess(hf_tokenizer, "--input", *input_files, *FLAGS, out="whole/a"))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        stop_after(patched, 1, KeyboardInterrupt)
+        preprocess(hf_tokenizer, "--input", *input_files, *FLAGS)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".a.unfinished"]
+    state = json.loads((tmp_path / "out" / ".a.unfinished" / "state.json").read_text())
+    assert state["file_bytes"] > 0
+    assert everything(preprocess(hf_tokenizer, "--input", *input_files, *FLAGS, "--resume")) == whole
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

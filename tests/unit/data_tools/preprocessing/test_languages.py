@@ -161,6 +161,13 @@ def test_language_of_lines_is_detected(sentences, write_lines, preprocess, hf_to
     assert greek.strip() == sentences["el"]
 
 
+def test_with_two_languages_a_text_without_letters_is_uncertain(sentences) -> None:
+    """Then each has probability 1/2, the default of --min-confidence."""
+    detector = Detector(frozenset({"en", "hu"}), 0.5)
+    assert [detector.language(text) for text in (sentences["en"], sentences["hu"])] == ["en", "hu"]
+    assert [detector.language(text) for text in ("", "12 34", "---", "\n")] == [UNDETECTED] * 4
+
+
 def test_unsupported_language_is_reported() -> None:
     with pytest.raises(UserError, match="language gr; .* ISO 639-1"):
         Detector(frozenset({"gr"}), 0.5)

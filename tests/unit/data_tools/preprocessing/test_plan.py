@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from data_tools.corpus import Corpus
+from data_tools.preprocessing import inputs, job
 from moelpr.data.manifest import Manifest
 from moelpr.errors import UserError
 
@@ -42,6 +43,28 @@ def change(registry: Path, name: str, **words: Any) -> None:
     entries = json.loads(registry.read_text())
     entries[name].update(words)
     registry.write_text(json.dumps(entries))
+
+
+def test_a_job_is_not_resumed_with_another_language_of_a_dataset(
+    registry: Path, preprocess, hf_tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the first part of a corpus would have one bit, and the rest the other."""
+    monkeypatch.setattr(job, "SAVE_EVERY_S", 0)
+    monkeypatch.setattr(inputs, "BATCH_BYTES", 200)
+    words = ("--dataset-info", registry, "--dataset", "hu_1b", "--resume")
+    write, written = job.Job._write_batch, []
+
+    def write_one(*arguments: Any) -> None:
+        if written:
+            raise KeyboardInterrupt
+        written.append(write(*arguments))
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(job.Job, "_write_batch", write_one)
+        preprocess(hf_tokenizer, *words)
+    change(registry, "hu_1b", language="old")
+    with pytest.raises(UserError, match="different entries of --dataset-info"):
+        preprocess(hf_tokenizer, *words)
 
 
 def test_datasets_are_read_in_order_with_their_languages_and_keys(registry: Path, preprocess, hf_tokenizer) -> None:

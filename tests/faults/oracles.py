@@ -84,21 +84,36 @@ def _unpacked(path: Path) -> bytes:
     return unpack(content)
 
 
+# Settings that follow from others: Megatron's and the trainer's arithmetic.
+_DERIVED = {"moe_aux_loss_coeff", "lr_decay_iters", "lr_warmup_iters", "min_lr", "save_retain_interval"}
+
+
 def recipe_holds(box: Path, other: Path) -> bool:
-    """Every key of the recipe, as PyYAML reads it, has its value in the settings, and no other setting has changed."""
+    """Every key of the recipe, as PyYAML reads it, has its value in the settings, and no other setting has changed.
+
+    What follows from the recipe's values is not compared (`_DERIVED`).
+    """
     import yaml
 
     recipe, before = (yaml.safe_load((folder / "recipe.yaml").read_text()) for folder in (box, other))
     settings, undisturbed = (yaml.safe_load((folder / "out/settings.yaml").read_text()) for folder in (box, other))
 
     def is_set(key: str, value: Any) -> bool:
-        found = settings.get(key.replace("-", "_"), value)
-        if value is None or value is False or isinstance(value, list):
-            return True
+        if (name := key.replace("-", "_")) not in settings:
+            return False
+        found = settings[name]
+        if value is None:
+            return True  # as if the recipe did not have the key
+        if value is False:
+            return not found
+        if isinstance(value, list):
+            return [str(item) for item in found] == [str(item) for item in value]
         return found == value or str(found) == str(value) or (isinstance(found, float) and found == float(value))
 
     if not all(is_set(str(key), value) for key, value in recipe.items()):
         return False
     if recipe.keys() != before.keys() or any(type(recipe[key]) is not type(before[key]) for key in recipe):
         return True  # other settings may follow from a key that is new or gone
-    return settings.keys() == undisturbed.keys()
+    named = {str(key).replace("-", "_") for key in recipe}
+    others = (settings.keys() | undisturbed.keys()) - named - _DERIVED
+    return all(settings.get(name) == undisturbed.get(name) for name in others)

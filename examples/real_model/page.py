@@ -37,6 +37,7 @@ CHART = {
     "LoRA": {"largest rank": "lora", "rank 16": "lora-16"},
 }
 JOINED = 2  # of these
+FAR = 0.05, 0.2  # changes beyond which a setting is drawn at the chart's edge
 _NUMBERS = re.compile(r"\[\s+(-?[\d.e-]+(?:,\s+-?[\d.e-]+)*)\s+\]")  # a list of numbers over several lines
 
 
@@ -81,6 +82,7 @@ def trade_off(results: Json) -> str:
         series,
         x_axis="expanded languages, trained kinds of text: bits per byte against base",
         y_axis="original languages, other kinds",
+        most=FAR,
     )
 
 

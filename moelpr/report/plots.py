@@ -217,8 +217,13 @@ def _draw_change(axes: Axes, y: float, change: Interval, color: str) -> Artist:
 
 
 @_styled
-def trade_off_chart(title: str, series: Sequence[Series], *, x_axis: str, y_axis: str) -> str:
-    """Settings of which each has two relative changes: a line through the means, and a faint mark per repetition."""
+def trade_off_chart(
+    title: str, series: Sequence[Series], *, x_axis: str, y_axis: str, most: tuple[float, float] = (math.inf, math.inf)
+) -> str:
+    """Settings of which each has two relative changes: a line through the means, and a faint mark per repetition.
+
+    A setting beyond `most` (x, y), which would squeeze the others, is drawn there, and its label says what it has.
+    """
     figure, axes = _axes(400, 260)
     axes.set_title(title, pad=14 + 18 * math.ceil(len(series) / 2))
     described: list[str] = []
@@ -228,15 +233,18 @@ def trade_off_chart(title: str, series: Sequence[Series], *, x_axis: str, y_axis
         means = [
             (finite_mean(x for x, _ in points), finite_mean(y for _, y in points)) for points in one.settings.values()
         ]
+        shown = [(min(x, most[0]), min(y, most[1])) for x, y in means]
         axes.plot(
-            *zip(*means, strict=True), color=color, linewidth=2,
+            *zip(*shown, strict=True), color=color, linewidth=2,
             linestyle=_DASHES[number % len(_DASHES)] if one.is_joined else "",
             marker=marker, markersize=8, label=one.name,
         )  # fmt: skip
-        for (label, points), mean in zip(one.settings.items(), means, strict=True):
-            axes.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=4, alpha=0.5, linestyle="")
-            labels.append((label, mean))
-            described.append(f"{one.name}, {label}: {percent(mean[0])} and {percent(mean[1])}")
+        for (label, points), mean, place in zip(one.settings.items(), means, shown, strict=True):
+            values = f"{percent(mean[0])} and {percent(mean[1])}"
+            if place == mean:
+                axes.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=4, alpha=0.5, linestyle="")
+            labels.append((label if place == mean else f"{label}, outside: {values}", place))
+            described.append(f"{one.name}, {label}: {values}")
     axes.axhline(0, color=INK, linewidth=1.2)
     axes.grid()
     axes.margins(0.12)  # for labels

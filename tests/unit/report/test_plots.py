@@ -164,3 +164,17 @@ def test_labels_of_crowded_points_cover_nothing() -> None:
     assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
     marks = [axes.transData.transform(point) for point in points]
     assert not any(box.contains(*mark) for box, mark in product(boxes, marks))
+
+
+def test_a_setting_far_from_the_others_is_drawn_at_the_edge_with_its_values() -> None:
+    series = [plots.Series(name, {name: [point]}) for name, point in {"a": (-0.3, 0.1), "far": (0.4, 0.6)}.items()]
+    whole, near = (
+        plots.trade_off_chart("t", series, x_axis="x", y_axis="y", **limits) for limits in ({}, {"most": (0.05, 0.2)})
+    )
+
+    def largest_tick(svg: str) -> float:
+        return max(float(number) for number in re.findall(r">\+([\d.]+)%<", svg))
+
+    assert "outside" not in whole and "far, outside: +40.0% and +60.0%" in near
+    assert largest_tick(near) <= 20 < largest_tick(whole)
+    assert "far, far: +40.0% and +60.0%" in near  # the description has what was measured

@@ -20,7 +20,7 @@ SAVE_INTERVAL = 40  # steps
 # Tokens per second on two cores of a Xeon with AVX-512 and bf16 matrix products.
 _RATE_OF = {"stage0": 180, "stage1": 155, "stage2": 190, "dense": 235, "plain": 130}
 # Of all ranks, at their peak, which in stage 1 is while a step is saved.
-_MEMORY_GIB_OF = {"stage0": 9.5, "stage1": 9.5, "stage2": 5.0, "dense": 5.5, "plain": 14.0}
+_MEMORY_GIB_OF = {"stage0": 9.5, "stage1": 9.5, "stage2": 5.0, "dense": 5.5, "plain": 16.5}
 _DISK_GIB_OF = {"stage0": 0.8, "stage1": 3.4, "stage2": 0.1, "dense": 2.0, "plain": 5.3}
 
 

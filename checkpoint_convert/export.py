@@ -258,18 +258,19 @@ class DeltaConfig:
 def _check_delta(source: MegatronReader, facts: CardFacts) -> None:
     """UserError if the export's frozen tensors are not the base's: rounded in training, or joined differently."""
     base = read_config(source.folder / HF_FOLDER)
-    architecture = base["architectures"][0]
-    if family_of(base)[1] and architecture != facts.architecture:
+    family, is_moe = family_of(base)
+    if is_moe and (of_base := family.moe_class.architecture) != facts.architecture:
         raise UserError(
-            f"a delta to a {architecture} must be of its class, but the export would be {facts.architecture}, whose "
-            "tensors are joined differently; pass --as with the base's class, or export without --delta"
+            f"a delta to a {of_base} must be of its class, but the export would be {facts.architecture}, whose tensors "
+            "are joined differently; pass --as with the base's class, or export without --delta"
         )
     frozen = next(piece for piece in source.pieces if not piece.is_trained)
     stored = str(source.read_piece(frozen).dtype).removeprefix("torch.")
-    if stored == "bfloat16" and stored not in (source.spec.dtype, facts.dtype):
+    base_dtype = base.get("dtype") or base.get("torch_dtype") or source.spec.dtype
+    if stored in ("bfloat16", "float16") and stored not in (base_dtype, facts.dtype):
         raise UserError(
-            f"{source.folder} was trained in bfloat16, which rounded the base's {source.spec.dtype}: a delta in "
-            f"{facts.dtype} would not restore it; pass --dtype bfloat16"
+            f"{source.folder} has {stored}, to which the base's {base_dtype} was rounded: a delta in {facts.dtype} "
+            f"would not restore it; pass --dtype {stored}"
         )
 
 

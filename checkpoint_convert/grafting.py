@@ -167,11 +167,12 @@ class GraftReader:
             return tensor.to(dtype)
         base = self._read_dense(self._base, origin, tensor, piece)
         if not piece.is_trained and not torch.equal(base.to(tensor.dtype), tensor):
-            if torch.equal(base.bfloat16().to(tensor.dtype), tensor):
-                raise UserError(
-                    f"{self._model.folder} was trained in bfloat16, which rounded the base's weights, but is stored in "
-                    "another dtype; export it again with mcore_to_hf.py --dtype bfloat16"
-                )
+            for name_of_dtype in ("bfloat16", "float16"):
+                if torch.equal(base.to(getattr(torch, name_of_dtype)).to(tensor.dtype), tensor):
+                    raise UserError(
+                        f"{self._model.folder} was trained in {name_of_dtype}, which rounded the base's weights, but "
+                        f"is stored in another dtype; export it again with mcore_to_hf.py --dtype {name_of_dtype}"
+                    )
             raise UserError(
                 f"{self._base.folder} is not the base of {self._model.folder}: its {origin} differs from {name}, which "
                 "training leaves as it is; pass the model that was upcycled (after --train-everything, there is none)"

@@ -173,10 +173,8 @@ def resumable_directory(path: Path, job: str) -> Iterator[Path]:
         except UserError:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        _replace(path, partial)
         # Not before: after a kill, this job would start again from an empty folder, or another one would empty it.
-        for name in (JOB_FILE, LOCK_FILE):
-            (path / name).unlink(missing_ok=True)
+        _replace(path, partial, own=(JOB_FILE, LOCK_FILE))
 
 
 @contextmanager
@@ -216,19 +214,29 @@ def empty(folder: Path) -> None:
             remove(path)
 
 
-def _replace(path: Path, temporary: Path) -> None:
-    """Make the folder `temporary` durable and rename it to `path`; what was there is removed last."""
+def _replace(path: Path, temporary: Path, own: tuple[str, ...] = ()) -> None:
+    """Make the folder `temporary` durable and rename it to `path`; what was there is removed last.
+
+    `own`: names of files in it that are removed once it has its name.
+    """
     for file in temporary.rglob("*"):
         if file.is_file():
             fsync_file(file)
+    old = None
     if path.exists():
         old = path.with_name(f".{path.name}.tmp-{os.getpid()}-old")
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
         os.replace(path, old)
+    try:
         os.replace(temporary, path)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.replace(temporary, path)
+    except BaseException:
+        if old is not None:
+            os.replace(old, path)
+        raise
+    for name in own:
+        (path / name).unlink(missing_ok=True)
+    if old is not None:
+        remove(old)
 
 
 def _behind_link(path: Path) -> Path:

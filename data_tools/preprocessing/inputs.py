@@ -182,12 +182,12 @@ def _files_below(folder: str) -> Iterator[str]:
     seen = set()
     for path, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(path)
-        folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
         if real in seen:  # a link to a folder around it, or a second one
             continue
         seen.add(real)
         for name in names:
-            file = os.path.normpath(os.path.join(path, name))
+            file = str(Path(path) / name)
             is_hidden = name.startswith(".") or name.endswith(_MANIFEST_SUFFIX)
             if name.endswith(_SUFFIXES) and not is_hidden and os.path.isfile(file):
                 yield file

@@ -144,13 +144,14 @@ class Detector:
         if languages:
             self._identifier.set_languages(languages)
         self._min_confidence = min_confidence
-        # Of a text without any letters, which is equally likely in each language: with two of them, 1/2.
-        self._no_confidence = 1 / len(languages or supported)
+        # Of a text without any letters, which is equally likely in each language: of two, 1/2, and more if one has two
+        # scripts.
+        _, self._no_confidence = self._identifier.classify("")
 
     def language(self, text: str) -> str:
         """Return the language of a text's first page, or `UNDETECTED` if it is uncertain."""
         name, confidence = self._identifier.classify(text[:_DETECTION_CHARACTERS])
-        is_certain = confidence >= self._min_confidence and confidence > self._no_confidence * (1 + 1e-6)
+        is_certain = confidence >= self._min_confidence and abs(confidence - self._no_confidence) > 1e-6
         return str(name) if is_certain else UNDETECTED
 
 

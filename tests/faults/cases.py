@@ -82,7 +82,9 @@ class Case:
     def judge(self, ended: Ended, is_right: Judge, other: Path) -> Outcome:
         """Raise `Failure` unless the command ended well."""
         ended.require_clean()
-        if left := [name for name in digests(self.box) if re.search(r"/\.[^/]*\.(tmp-\d+|partial|unfinished)$", name)]:
+        if left := [
+            name for name in digests(self.box) if re.search(r"/\.[^/]*\.(tmp-\d+(-old)?|partial|unfinished)$", name)
+        ]:
             raise Failure(f"left behind: {', '.join(left)}")
         if ended.code:
             return Outcome.REFUSED

@@ -85,7 +85,10 @@ def _unpacked(path: Path) -> bytes:
 
 
 # Settings that follow from others: Megatron's and the trainer's arithmetic.
-_DERIVED = {"moe_aux_loss_coeff", "lr_decay_iters", "lr_warmup_iters", "min_lr", "save_retain_interval"}
+_DERIVED = {
+    "moe_aux_loss_coeff", "lr_decay_iters", "lr_warmup_iters", "min_lr", "save_retain_interval", "encoder_seq_length",
+    "eval_global_batch_size", "eval_micro_batch_size",
+}  # fmt: skip
 
 
 def recipe_holds(box: Path, other: Path) -> bool:
@@ -102,12 +105,11 @@ def recipe_holds(box: Path, other: Path) -> bool:
         if (name := key.replace("-", "_")) not in settings:
             return False
         found = settings[name]
-        if value is None:
-            return True  # as if the recipe did not have the key
-        if value is False:
-            return not found
+        if value is None or value is False:
+            return found is not True  # as if the recipe did not have the key
         if isinstance(value, list):
-            return [str(item) for item in found] == [str(item) for item in value]
+            items = found if isinstance(found, list) else [found]
+            return [str(item) for item in items] == [str(item) for item in value]
         return found == value or str(found) == str(value) or (isinstance(found, float) and found == float(value))
 
     if not all(is_set(str(key), value) for key, value in recipe.items()):

@@ -82,11 +82,23 @@ def test_the_old_folder_is_whole_until_the_new_one_is_in_its_place(
             raise Killed
         remove(path, **options)
 
+    replace = os.replace
+
+    def fails(source: Path, to: Path) -> None:
+        if source.name == ".out.partial":
+            raise OSError(errno.EIO, "disk")
+        replace(source, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fails)
+        with pytest.raises(OSError, match="disk"), resumable_directory(target, "job") as folder:
+            (folder / "new").touch()
+    assert [path.name for path in target.iterdir()] == ["old"]
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", killed)
         with pytest.raises(Killed), resumable_directory(target, "job") as folder:
             (folder / "new").touch()
-    assert "new" in [path.name for path in target.iterdir()]
+    assert [path.name for path in target.iterdir()] == ["new"]
     monkeypatch.setattr("psutil.pid_exists", lambda number: False)
     with resumable_directory(target, "job") as folder:
         (folder / "newer").touch()

@@ -128,13 +128,16 @@ def test_a_base_that_training_rounded_is_rounded_the_same_way(make_qwen2: Callab
     """A run in bf16 on an fp32 base."""
     base = make_qwen2(torch.float32)
     hf_to_mcore(base, tmp_path / "rounded", 2, start=Start("random"), dtype="bfloat16")
-    mcore_to_hf(tmp_path / "rounded", tmp_path / "fp32", as_delta=True, dtype="float32")
-    with pytest.raises(UserError, match="checksum"):
-        apply_delta(base, tmp_path / "fp32", tmp_path / "whole")
+    message = "base's float32 was rounded.*--dtype bfloat16"
+    with pytest.raises(UserError, match=message):
+        mcore_to_hf(tmp_path / "rounded", tmp_path / "fp32", as_delta=True, dtype="float32")
     mcore_to_hf(tmp_path / "rounded", tmp_path / "full", dtype="bfloat16")
     mcore_to_hf(tmp_path / "rounded", tmp_path / "bf16", as_delta=True, dtype="bfloat16")
     apply_delta(base, tmp_path / "bf16", tmp_path / "whole")
     assert files_of(tmp_path / "full") == files_of(tmp_path / "whole")
+    replace(ModelSpec.read(tmp_path / "rounded"), dtype="float32").write(tmp_path / "rounded")  # as after training
+    with pytest.raises(UserError, match=message):
+        mcore_to_hf(tmp_path / "rounded", tmp_path / "fp32", as_delta=True)
 
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM"])
@@ -245,15 +248,14 @@ def test_a_damaged_delta_is_rejected(base: Path, checkpoint: Path, tmp_path: Pat
     assert_apply_fails(base, delta, out, "delta_config.json.*--delta")
 
 
-def test_a_delta_to_weights_that_bf16_has_rounded_needs_bf16(make_qwen2: Callable[..., Path], tmp_path: Path) -> None:
-    base, checkpoint, delta = make_qwen2(torch.float16), tmp_path / "megatron", tmp_path / "delta"
-    hf_to_mcore(base, checkpoint, num_new_experts=1, dtype="bfloat16")
-    replace(ModelSpec.read(checkpoint), dtype="float16").write(checkpoint)  # as after training in bf16
-    with pytest.raises(UserError, match="rounded the base's float16.*--dtype bfloat16"):
-        mcore_to_hf(checkpoint, delta, as_delta=True)
-    mcore_to_hf(checkpoint, delta, as_delta=True, dtype="bfloat16")
-    apply_delta(base, delta, tmp_path / "whole")
-    mcore_to_hf(checkpoint, tmp_path / "export", dtype="bfloat16")
+def test_a_base_whose_config_names_no_class_has_a_delta_too(base: Path, tmp_path: Path) -> None:
+    config = json.loads((base / "config.json").read_text())
+    del config["architectures"]
+    (base / "config.json").write_text(json.dumps(config))
+    hf_to_mcore(base, tmp_path / "megatron", num_new_experts=1)
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "delta", as_delta=True)
+    apply_delta(base, tmp_path / "delta", tmp_path / "whole")
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "export")
     assert_same(tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "export"))
 
 

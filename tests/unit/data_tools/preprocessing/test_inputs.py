@@ -119,6 +119,24 @@ def test_a_folder_is_read_with_its_links_and_without_what_is_hidden_or_of_a_corp
     assert find_files([str(folder)]) == [f"{folder}/a.jsonl", f"{folder}/part2/b.jsonl"]
 
 
+def test_of_two_names_of_a_folder_the_first_counts_on_every_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data" / "v1").mkdir(parents=True)
+    (tmp_path / "data" / "v1" / "a.jsonl").touch()
+    (tmp_path / "data" / "latest").symlink_to("v1")
+    walk = os.walk
+
+    def in_another_order(*words: Any, **options: Any) -> Any:
+        for path, folders, names in walk(*words, **options):
+            folders.sort(reverse=True)
+            yield path, folders, names
+
+    found = find_files([str(tmp_path / "data")])
+    monkeypatch.setattr(os, "walk", in_another_order)
+    assert find_files([str(tmp_path / "data")]) == found == [f"{tmp_path}/data/latest/a.jsonl"]
+
+
 def test_a_pipe_in_the_place_of_a_file_is_refused(tmp_path: Path) -> None:
     """It was reported as empty, and its text was lost."""
     os.mkfifo(tmp_path / "pipe")

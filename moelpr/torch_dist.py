@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from moelpr import checksums
 from moelpr.checksums import FileSum, Verifier
-from moelpr.errors import UserError
+from moelpr.errors import UserError, deferred_signals
 from moelpr.files import DurableFile
 
 METADATA_FILE = ".metadata"
@@ -226,10 +226,10 @@ class TorchDistWriter:
             self._file = DurableFile(self._folder / f"__0_{len(self._sums)}.distcp")
         start = self._file.tell()
         try:
-            torch.save(value, cast(BinaryIO, self._file))
+            with deferred_signals():  # torch.save would raise its own error in place of theirs
+                torch.save(value, cast(BinaryIO, self._file))
         except RuntimeError as error:
-            # torch.save raises its own error in place of the write error (a full disk) or of Ctrl-C.
-            if isinstance(error.__context__, (OSError, KeyboardInterrupt)):
+            if isinstance(error.__context__, OSError):  # a full disk
                 raise error.__context__ from None
             raise
         return _StorageInfo(self._file.name, start, self._file.tell() - start)

@@ -15,7 +15,7 @@ from itertools import islice
 from typing import Any
 
 from data_tools.preprocessing.inputs import Batch
-from moelpr.errors import UserError
+from moelpr.errors import UserError, deferred_signals
 
 # Set in each worker, which inherits the function with its loaded tokenizer when it is forked.
 _work: Callable[[Batch], Any]
@@ -32,10 +32,9 @@ def worker_pool[T](
         `UserError` if a worker did or was killed.
     """
     others = set(multiprocessing.active_children())
-    pool = started_pool(workers, work)
-    processes = set(multiprocessing.active_children()) - others
 
     def run(batches: Iterator[Batch]) -> Iterator[tuple[Batch, T]]:
+        assert pool is not None
         submitted = ((batch, pool.submit(_run, batch)) for batch in batches)
         # Enough pending batches that no worker waits, few enough to bound memory.
         pending = deque(islice(submitted, 4 * workers))
@@ -48,14 +47,17 @@ def worker_pool[T](
         except BrokenProcessPool as error:
             raise UserError("a worker process was killed, probably out of memory; reduce --workers") from error
 
+    pool = None
     try:
+        pool = started_pool(workers, work)
         yield run
-    except BaseException:
-        for worker in processes:
-            worker.kill()  # do not wait for a long document
-        raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        # They have no work that matters any more. To stop them, the executor would wait for a long document, or for a
+        # lock of one that was killed.
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.kill()
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
 
 
 def started_pool(workers: int, work: Callable[[Batch], Any] | None = None) -> Any:
@@ -67,7 +69,8 @@ def started_pool(workers: int, work: Callable[[Batch], Any] | None = None) -> An
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, (work,))
     # Python warns of forking beside threads. The only threads here are numpy's, which the workers do not use; those of
     # pyarrow, which reads, start later.
-    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+    # A signal between the forks would leave workers that nobody stops.
+    with deferred_signals(), warnings.catch_warnings(action="ignore", category=DeprecationWarning):
         pool.submit(os.getpid)
     pool._result_queue._writer.close()  # type: ignore[attr-defined]
     return pool
@@ -77,8 +80,9 @@ def _start_worker(work: Callable[[Batch], Any] | None) -> None:
     global _work
     if work is not None:
         _work = work
-    # Ctrl-C reaches the entire process group; only the parent handles it.
+    # Ctrl-C reaches the entire process group; only the parent handles it. SIGTERM ends the worker itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # --workers sets the number of cores
     parent = multiprocessing.parent_process()
     assert parent is not None

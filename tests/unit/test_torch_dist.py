@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import pickle
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,9 @@ def test_an_interrupted_writer_resumes_to_the_same_bytes(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("num_writes", [1, 2, 5])
-def test_ctrl_c_within_a_tensor_is_not_another_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_writes: int
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_within_a_tensor_is_not_another_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_writes: int, number: int, error: type[BaseException]
 ) -> None:
     """torch.save raises an error of its own when it closes the archive that it could not write."""
     calls = itertools.count(1)
@@ -75,12 +77,21 @@ def test_ctrl_c_within_a_tensor_is_not_another_error(
 
     def interrupted(self: DurableFile, data: bytes) -> int:
         if next(calls) == num_writes:
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
+            for _ in range(1000):  # a handler runs between two instructions
+                pass
         return write(self, data)
 
+    def handler(*_: object) -> None:
+        raise error
+
     monkeypatch.setattr(DurableFile, "write", interrupted)
-    with pytest.raises(KeyboardInterrupt), TorchDistWriter(tmp_path) as writer:
-        writer.write("tensor", torch.ones(1000))
+    before = signal.signal(number, handler)
+    try:
+        with pytest.raises(error), TorchDistWriter(tmp_path) as writer:
+            writer.write("tensor", torch.ones(1000))
+    finally:
+        signal.signal(number, before)
 
 
 @pytest.fixture

@@ -1,11 +1,13 @@
 import multiprocessing
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,6 +56,47 @@ def test_a_job_ends_whose_workers_are_killed_while_they_send_a_result() -> None:
         thread.start()
         thread.join(30)
         assert len(ended) == count
+
+
+def test_a_job_ends_whose_workers_can_no_longer_be_asked_to_stop() -> None:
+    """As those that wait for the lock of a killed one; here they are stopped."""
+    others, ended = set(multiprocessing.active_children()), []
+
+    def job() -> None:
+        with worker_pool(lambda _: 1, 2) as run:
+            assert len(list(run(iter([SimpleNamespace()] * 4)))) == 4
+            for worker in set(multiprocessing.active_children()) - others:
+                os.kill(worker.pid, signal.SIGSTOP)
+        ended.append(True)
+
+    thread = threading.Thread(target=job, daemon=True)
+    thread.start()
+    thread.join(30)
+    for worker in set(multiprocessing.active_children()) - others:
+        worker.kill()
+    assert ended
+
+
+def test_a_signal_while_workers_are_started_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    others, spawn = set(multiprocessing.active_children()), ProcessPoolExecutor._spawn_process
+
+    def interrupted(pool: ProcessPoolExecutor) -> None:
+        spawn(pool)
+        signal.raise_signal(signal.SIGTERM)
+        for _ in range(1000):  # a handler runs between two instructions
+            pass
+
+    monkeypatch.setattr(ProcessPoolExecutor, "_spawn_process", interrupted)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        with pytest.raises(SystemExit), worker_pool(lambda _: 1, 2):
+            pass
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    deadline = time.monotonic() + 30
+    while left := set(multiprocessing.active_children()) - others:
+        assert time.monotonic() < deadline, [worker.kill() for worker in left]
+        time.sleep(0.05)
 
 
 def test_a_worker_without_work_ends_with_its_killed_parent() -> None:

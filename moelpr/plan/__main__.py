@@ -1,24 +1,19 @@
 """List the layouts of an upcycled model that fit on a cluster, with memory per rank and step time, and recommend one.
 
     python -m moelpr.plan --hf-path DIR --num-new-experts 5 --gpus 8 --gpu h100-80
-    python -m moelpr.plan layers --hf-path DIR --data en=en.jsonl el=el.jsonl --original-languages en
 
-The first reads only config.json. The second measures which layers need experts. docs/design/planner.md explains how
-memory and time are computed, and how layers are chosen.
+It reads only config.json. docs/design/planner.md explains how memory and time are computed.
 """
 
 import argparse
 import json
 import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moelpr.checksums import NoVerify
 from moelpr.errors import CommandParser, UserError, run_command
-from moelpr.evaluate.arguments import check_languages, languages, named_paths
 from moelpr.families.families import layer_list, read_base, recommended_copies, with_new_experts
 from moelpr.layouts import neighbors
 from moelpr.model_spec import ModelSpec
@@ -39,14 +34,7 @@ _TABLE_HEADER = (
 
 
 def main() -> None:
-    command, *arguments = sys.argv[1:] or [""]
-    if command == "layers":
-        choose_layers(_layers_parser().parse_args(arguments))
-    else:
-        choose_layout(_parser().parse_args())
-
-
-def choose_layout(args: argparse.Namespace) -> None:
+    args = _parser().parse_args()
     seq_length = args.seq_length or PAPER_SEQ_LENGTH.get(args.stage, PAPER_SEQ_LENGTH["stage1"])
     sizes = seq_length, args.micro_batch_size, args.global_batch_size
     workload = Workload(args.stage, *sizes, args.dtype, new_embeddings=args.train_new_embeddings)
@@ -83,31 +71,6 @@ def _with_new_tokens(spec: ModelSpec, args: argparse.Namespace) -> ModelSpec:
             f"{rows:,} rows in its embedding; pass a tokenizer that extends the model's"
         )
     return spec.with_new_tokens(first, number)
-
-
-def choose_layers(args: argparse.Namespace) -> None:
-    data = named_paths(args.data, "--data")
-    check_languages(args.original_languages, data, "--data")
-    if len(data) < 2 or not set(data) - set(args.original_languages):
-        raise UserError(
-            f"--data must have at least two languages, one of them not in --original-languages, got {', '.join(data)}; "
-            "add another LANG=FILE"
-        )
-    family, base = read_base(args.hf_path)
-    if base.moe is not None:
-        raise UserError(f"{args.hf_path} is an MoE, whose layers have experts already; pass a dense model")
-    if not family.moe_class.may_mix_layers:
-        raise UserError(
-            f"{family.architecture} is exported as {family.moe_class.architecture}, which has experts in every layer; "
-            "upcycle all layers, or pass a Qwen2 or Qwen3 model"
-        )
-    from moelpr.documents import read_documents  # after the arguments: torch is slow to import
-    from moelpr.evaluate.layers import choose
-    from moelpr.evaluate.models import load_model
-
-    texts = {language: read_documents(path, args.json_key, args.tokens) for language, path in data.items()}
-    choice = choose(load_model(args.hf_path, args.device), texts, args.original_languages, args.tokens, args.share)
-    print(json.dumps(choice.to_json()) if args.json else choice.to_text())
 
 
 def _cluster(args: argparse.Namespace) -> Cluster:
@@ -218,7 +181,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="python -m moelpr.plan",
         description=(__doc__ or "").splitlines()[0],
-        epilog="To choose the layers that get experts: python -m moelpr.plan layers (see layers --help).",
     )
     count, gib, gib_or_0 = _at_least(1, int), _at_least(0.001, float), _at_least(0, float)
     add = parser.add_argument
@@ -257,36 +219,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--all", action="store_true", help="list all layouts that fit")
     add("--json", action="store_true", help="print JSON with all layouts that fit, in bytes and per pipeline stage")
     return parser
-
-
-def _layers_parser() -> argparse.ArgumentParser:
-    parser = CommandParser(
-        prog="python -m moelpr.plan layers",
-        description="Measure how much languages resemble each other in each layer of a dense model, by a forward pass "
-        "on a little text, and propose --moe-layers: experts for the layers in which they resemble each other least.",
-    )
-    add = parser.add_argument
-    add("--hf-path", type=Path, required=True, metavar="DIR", help="dense model as a Hugging Face directory")
-    add("--data", nargs="+", required=True, metavar="LANG=FILE", help="text of a language as JSON lines")
-    add("--original-languages", type=languages, default=[], metavar="en,es,...",
-        help="languages of --data that the model supports; all others are expanded languages "
-        "(default: none)")  # fmt: skip
-    add("--share", type=_share, default=0.5, metavar="FRACTION",
-        help="of the layers, and so of the parameters that experts in all layers would add; above 0, at most 1 "
-        "(default: %(default)s)")  # fmt: skip
-    add("--tokens", type=_at_least(1, int), default=2000, metavar="N",
-        help="tokens to read per language, at most 256 of a document (default: %(default)s)")  # fmt: skip
-    add("--json-key", default="text", metavar="KEY", help="key of the text (default: %(default)s)")
-    add("--device", default="auto", help="cpu, cuda, cuda:N or auto: a GPU if any (default: auto)")
-    add("--json", action="store_true", help="print one line of JSON instead of a table")
-    add("--no-verify", action=NoVerify)
-    return parser
-
-
-def _share(text: str) -> float:
-    if not 0 < (value := float(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
-    return value
 
 
 def _at_least(least: float, convert: type[int] | type[float]) -> Callable[[str], float]:

@@ -139,9 +139,6 @@ COMMANDS = {
         "moelpr.plan.__main__", "--hf-path hf --num-new-experts 3 --gpus 8 --gpu-memory-gib 80 --seq-length 64",
         "hf/config.json:hf/config.json",
     ),
-    "plan layers": Command(
-        "moelpr.plan.__main__", "layers --hf-path hf --data en=text/en.jsonl el=text/el.jsonl --share 0.5", "hf text"
-    ),
 }  # fmt: skip
 
 

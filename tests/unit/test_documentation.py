@@ -22,7 +22,7 @@ DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))]
 CURRENT = [path for path in DOCUMENTS if path != LOG]
 # Scripts are often named without their folder in prose.
 SCRIPTS = {path.name: path for folder in ("data_tools", "checkpoint_convert") for path in ROOT.glob(f"{folder}/*.py")}
-SUBCOMMANDS = ("moelpr.evaluate routing", "moelpr.evaluate harness", "moelpr.report live", "moelpr.plan layers")
+SUBCOMMANDS = ("moelpr.evaluate routing", "moelpr.evaluate harness", "moelpr.report live")
 LAUNCHERS = ("stage0.sh", "stage1.sh", "stage2.sh", "dense.sh")
 FOLDERS = "benchmarks|checkpoint_convert|data_tools|docs|examples|launch|moelpr|tests"
 

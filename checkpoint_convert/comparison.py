@@ -114,11 +114,18 @@ def pieces_since(base: Path, upcycled: Path) -> tuple[MoeClass, list[Piece]]:
         The MoE class whose names the pieces have, and the pieces.
 
     Raises:
-        UserError: the base has no fewer experts.
+        UserError: the base has no fewer experts, or both are Hugging Face models of different MoE classes.
     """
     (base_family, base_spec), (family, spec) = _read_spec(base), _read_spec(upcycled)
     if is_megatron(upcycled) and base_spec.moe is not None:
         family = family.written_as(base_family.moe_class)  # the checkpoint takes the base's names
+    elif base_spec.moe is not None and not is_megatron(base):
+        first, second = (kind.moe_class.architecture for kind in (base_family, family))
+        if first != second:
+            raise UserError(
+                f"{base} is a {first} and {upcycled} a {second}, which join tensors differently; export the latter "
+                "again with mcore_to_hf.py --as and the base's class, or pass its checkpoint folder"
+            )
     num_places = base_spec.moe.num_experts if base_spec.moe else 1
     num_experts = spec.moe.num_experts if spec.moe else 1
     if spec.moe is None or num_experts <= num_places:

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from checkpoint_convert.comparison import compare_frozen, largest_difference
 from checkpoint_convert.export import apply_delta, mcore_to_hf
 from checkpoint_convert.upcycling import Start, hf_to_mcore
 from moelpr.errors import UserError
@@ -270,6 +271,10 @@ def test_a_delta_to_an_moe_is_of_its_class(base: Path, tmp_path: Path) -> None:
     apply_delta(granite, tmp_path / "delta", tmp_path / "whole")
     mcore_to_hf(second, tmp_path / "export", as_class="granitemoe")
     assert_same(tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "export"))
+    assert largest_difference(compare_frozen(granite, tmp_path / "export")) == 0.0
+    mcore_to_hf(second, tmp_path / "other", as_class="qwen2_moe")
+    with pytest.raises(UserError, match="join tensors differently.*--as"):
+        list(compare_frozen(granite, tmp_path / "other"))
 
 
 def test_a_model_that_a_delta_cannot_express_is_rejected(base: Path, checkpoint: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from moelpr import machine
 from moelpr.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,7 +37,7 @@ class Steps:
         mark, log = self.logs / f"{name}.json", self.logs / f"{name}.log"
         words = [str(word) for word in command]
         words = words if words[0].endswith(".sh") else [sys.executable, *words]
-        settings = " ".join(f"{key}={value} " for key, value in variables.items())
+        settings = "".join(f"{key}={value} " for key, value in variables.items())
         shown = settings + shlex.join(word.removeprefix(f"{ROOT}/") for word in words) + f" >{log}"
         if mark.exists() and json.loads(mark.read_text())["command"] == shown:
             self._print(f"{name}: already done")
@@ -91,7 +92,8 @@ def train(
         *("--data-path", *(word for group in blend for word in (str(blend[group]), data / f"{group}_text_document"))),
         *("--save", steps.run / name, *options),
         NPROC_PER_NODE=str(ranks or min(gpus, 2) or 2),
-        **({} if gpus else {"CUDA_VISIBLE_DEVICES": ""}),  # if there are any, PyTorch cannot use them
+        # GPUs that PyTorch cannot use would be an error.
+        **({"CUDA_VISIBLE_DEVICES": ""} if not gpus and machine.has_gpus() else {}),
     )
     words = ("--load", steps.run / name, "--save", steps.run / f"{name}-hf", "--overwrite")
     steps.step(f"export-{name}", "checkpoint_convert/mcore_to_hf.py", *words)

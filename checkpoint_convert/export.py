@@ -264,7 +264,7 @@ def _check_delta(source: MegatronReader, facts: CardFacts) -> None:
             f"a delta to a {of_base} must be of its class, but the export would be {facts.architecture}, whose tensors "
             "are joined differently; pass --as with the base's class, or export without --delta"
         )
-    frozen = next(piece for piece in source.pieces if not piece.is_trained)
+    frozen = min((piece for piece in source.pieces if not piece.is_trained), key=source.num_bytes)
     stored = str(source.read_piece(frozen).dtype).removeprefix("torch.")
     base_dtype = base.get("dtype") or base.get("torch_dtype") or source.spec.dtype
     if stored in ("bfloat16", "float16") and stored not in (base_dtype, facts.dtype):

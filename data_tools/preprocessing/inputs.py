@@ -202,8 +202,8 @@ def open_source(path: str, dataset: int = 0, sha1: str | None = None) -> Source:
     if path == STANDARD_INPUT:
         return Source(path, Form.STREAM, 0, dataset)
     try:
-        is_pipe = not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path)
-        if is_pipe:  # its size is unknown, and it can be read only once
+        if not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
+            # The size of a pipe is unknown, and it can be read only once.
             raise UserError(f"the input {path} is not a file; pass its text to standard input, with --input -")
         with open(path, "rb") as file:
             start = file.read(8)

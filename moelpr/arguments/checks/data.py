@@ -141,8 +141,8 @@ def check_split(run: RunSettings) -> Iterable[str]:
         )
 
 
-def check_split_is_needed(run: RunSettings) -> Iterable[str]:
-    """--split divides one blend."""
+def check_split_applies(run: RunSettings) -> Iterable[str]:
+    """--split divides the data of --data-path; other flags name the data of each split."""
     given = [name for name in ("train_data_path", "per_split_data_args_path") if getattr(run.args, name)]
     if run.args.split is not None and given:
         other = run.flag(given[0])

@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from data_tools.preprocessing.inputs import STANDARD_INPUT, find_files, open_source
+from data_tools.preprocessing.sources import STANDARD_INPUT, find_files, open_source
 from data_tools.preprocessing.tokenizers import load_job_tokenizer
 from data_tools.vocabulary.bpe_tokenizer import BpeTokenizer
 from data_tools.vocabulary.extension import OriginalTextGuard, choose_tokens, load_extended, write_tokenizer

@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from data_tools.preprocessing.inputs import STANDARD_INPUT
+from data_tools.preprocessing.sources import STANDARD_INPUT
 from moelpr.data.tokenizer import add_tokenizer_arguments
 from moelpr.errors import CommandParser, UserError
 from moelpr.machine import available_cpus

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from data_tools.corpus import run_edges
 from data_tools.corpus_writer import Documents, TokenFile, as_tokens
 from data_tools.preprocessing import long_documents
-from data_tools.preprocessing.inputs import Batch, FileRange
 from data_tools.preprocessing.languages import UNDETECTED, Bits, Detector, LanguageSpans, TaggedText, Tagger
 from data_tools.preprocessing.long_documents import LongString, encode_long_text, without_long_strings
+from data_tools.preprocessing.reader import Batch, FileRange
 from data_tools.preprocessing.summary import Tally
 from data_tools.preprocessing.tokenizers import Backend, Encoded, GigatokenBackend, Piece
 from moelpr.documents import BadLine, parse

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_tools.preprocessing.inputs import LONG_LINE_BYTES, FileRange
+from data_tools.preprocessing.reader import LONG_LINE_BYTES, FileRange
 from data_tools.preprocessing.tokenizers import Backend, Piece
 from moelpr.documents import BadLine
 

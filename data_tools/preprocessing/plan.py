@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 
 from data_tools.corpus import shard_prefix
 from data_tools.corpus_writer import check_output
-from data_tools.preprocessing import inputs, languages
+from data_tools.preprocessing import languages
 from data_tools.preprocessing.encode import VALIDATION, Encoder
-from data_tools.preprocessing.inputs import Form, ReadCursor, Reader, Share, Source
 from data_tools.preprocessing.languages import UNDETECTED, Bits, Detector, Tagger
+from data_tools.preprocessing.reader import ReadCursor, Reader
+from data_tools.preprocessing.sampling import sample_documents
+from data_tools.preprocessing.sources import Form, Share, Source, find_files, open_source, shares_of
 from data_tools.preprocessing.tokenizers import JobTokenizer, choose_backend, load_job_tokenizer
 from moelpr.documents import BadLine
 from moelpr.errors import UserError
@@ -73,12 +75,12 @@ class Plan:
             names = [name.strip() for name in arguments.dataset.split(",") if name.strip()]
             datasets = _read_registry(arguments.dataset_info, names, arguments.dataset_dir)
         else:
-            sources = [inputs.open_source(path) for path in inputs.find_files(arguments.input)]
+            sources = [open_source(path) for path in find_files(arguments.input)]
             datasets = [Dataset("", sources, arguments.language or "", arguments.json_keys[0])]
         self.sources = [source for dataset in datasets for source in dataset.sources]
         files = [source for source in self.sources if source.form is not Form.STREAM]
         self.notes = [f"{file.path} is empty" for file in files if not file.bytes]
-        self.shares = list(inputs.shares_of(self.sources, arguments.shard or 0, arguments.num_shards))
+        self.shares = list(shares_of(self.sources, arguments.shard or 0, arguments.num_shards))
         keys = [arguments.json_keys if arguments.input else [dataset.key] for dataset in datasets]
         special_tokens = not arguments.tokenizer_hf_no_include_special_tokens
         self.tokenizer = load_job_tokenizer(
@@ -96,7 +98,7 @@ class Plan:
         self.chosen: list[NDArray[np.int64]] | None = None
         if arguments.max_samples is not None:
             names = [dataset.name for dataset in datasets]
-            self.chosen, notes = inputs.sample_documents(self.shares, names, arguments.max_samples, arguments.seed)
+            self.chosen, notes = sample_documents(self.shares, names, arguments.max_samples, arguments.seed)
             self.notes += notes
         tagger_keys = self.encoder.tagger.columns()
         self.columns = [list(dict.fromkeys([*([] if arguments.spans_key else own), *tagger_keys])) for own in keys]
@@ -187,7 +189,7 @@ def _dataset(name: str, entry: Any, folder: Path, index: int) -> Dataset:
     if sha1 and path.is_dir():
         raise UserError("its file_name is a folder, which has no SHA-1; remove file_sha1")
     expected = sha1.lower() if sha1 else None
-    sources = [inputs.open_source(file, index, expected) for file in inputs.find_files([str(path)])]
+    sources = [open_source(file, index, expected) for file in find_files([str(path)])]
     return Dataset(name, sources, _LANGUAGES[language], key)
 
 

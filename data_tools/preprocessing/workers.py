@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
-from data_tools.preprocessing.inputs import Batch
+from data_tools.preprocessing.reader import Batch
 from moelpr.errors import UserError, deferred_signals
 
 # Set in each worker, which inherits the function with its loaded tokenizer when it is forked.

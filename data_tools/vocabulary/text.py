@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data_tools.preprocessing.encode import Encoder, Text
-from data_tools.preprocessing.inputs import Batch, ReadCursor, Reader, Source, shares_of
 from data_tools.preprocessing.languages import Bits, OneLanguage
 from data_tools.preprocessing.long_documents import LONG_TEXT_CHARACTERS, encode_long_text
+from data_tools.preprocessing.reader import Batch, ReadCursor, Reader
+from data_tools.preprocessing.sources import Source, shares_of
 from data_tools.preprocessing.tokenizers import Backend
 from data_tools.preprocessing.workers import worker_pool
 from data_tools.vocabulary.bpe_tokenizer import BpeTokenizer

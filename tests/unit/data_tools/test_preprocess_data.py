@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data_tools import merge_data, preprocess_data
 from data_tools.corpus import Corpus
-from data_tools.preprocessing import encode, inputs, job
+from data_tools.preprocessing import encode, job, reader
 from moelpr.data.manifest import Manifest
 from moelpr.data.tokenizer import load_tokenizer
 from moelpr.errors import UserError, run_command
@@ -121,7 +121,7 @@ def test_number_of_workers_changes_no_byte(
     corpus_bytes: Callable,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(inputs, "BATCH_BYTES", 500)  # some twenty batches, so that workers overtake each other
+    monkeypatch.setattr(reader, "BATCH_BYTES", 500)  # some twenty batches, so that workers overtake each other
     words = ("--input", corpus_lines("a.jsonl"), corpus_lines("b.jsonl", 33), *KEY)
     one = preprocess(sp_tokenizer, *words, out="one", workers=1)
     three = preprocess(sp_tokenizer, *words, out="three", workers=3)

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from data_tools.corpus import Corpus
-from data_tools.preprocessing import inputs, long_documents
-from data_tools.preprocessing.inputs import FileRange, ReadCursor, Share, open_source
+from data_tools.preprocessing import long_documents, reader
 from data_tools.preprocessing.long_documents import encode_long_text, without_long_strings
+from data_tools.preprocessing.reader import FileRange, ReadCursor
+from data_tools.preprocessing.sources import Share, open_source
 from data_tools.preprocessing.tokenizers import Backend, HuggingFaceBackend, SentencePieceBackend
 from moelpr.data.manifest import Manifest
 from moelpr.documents import BadLine
@@ -30,8 +31,8 @@ SPLIT = (
 @pytest.fixture(autouse=True)
 def small_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make all pieces about a hundred times smaller."""
-    monkeypatch.setattr(inputs, "BATCH_BYTES", 3000)
-    for module in (inputs, long_documents):
+    monkeypatch.setattr(reader, "BATCH_BYTES", 3000)
+    for module in (reader, long_documents):
         monkeypatch.setattr(module, "LONG_LINE_BYTES", 10_000)
     monkeypatch.setattr(long_documents, "_LONG_STRING_BYTES", 500)
     monkeypatch.setattr(long_documents, "_BLOCK_BYTES", 700)
@@ -83,7 +84,7 @@ def test_long_lines_give_the_corpus_of_lines_in_memory(
     path.write_bytes(gzip.compress(content) if is_archive else content)
     flags = (*FLAGS, "--validation-share", "0.4", "--seed", "3")
     prefix = preprocess(hf_tokenizer, "--input", path, *flags, workers=2)
-    for module in (inputs, long_documents):
+    for module in (reader, long_documents):
         monkeypatch.setattr(module, "LONG_LINE_BYTES", 1 << 30)
     monkeypatch.setattr(long_documents, "LONG_TEXT_CHARACTERS", 1 << 30)
     whole = preprocess(hf_tokenizer, "--input", path, *flags, out="whole/a")
@@ -99,7 +100,7 @@ def test_long_lines_are_batches_of_their_own(rows, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     share = Share(open_source(str(path)), 0, path.stat().st_size)
-    batches = list(inputs.Reader([share], [[]], None, tmp_path).batches(ReadCursor()))
+    batches = list(reader.Reader([share], [[]], None, tmp_path).batches(ReadCursor()))
     assert [batch.is_long_line for batch in batches].count(True) == 4
     content = path.read_bytes()
     read = [item for batch in batches for item in batch.items()]
@@ -199,7 +200,7 @@ def test_long_mixed_document_is_encoded_in_pieces(
     preprocess, hf_tokenizer, write_lines, sentences, corpus_bytes, monkeypatch
 ):
     """Longer than a piece, though not than memory: spans and pieces together."""
-    for module in (inputs, long_documents):
+    for module in (reader, long_documents):
         monkeypatch.setattr(module, "LONG_LINE_BYTES", 1 << 30)
     spans = [{"text": f"{sentences[name]} ", "lang": name} for name in ("en", "el", "hu") * 100]
     lines = write_lines("a.jsonl", [{"spans": spans}])

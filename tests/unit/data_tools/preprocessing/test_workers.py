@@ -102,7 +102,8 @@ def test_a_signal_while_workers_are_started_leaves_none(monkeypatch: pytest.Monk
 def test_a_worker_without_work_ends_with_its_killed_parent() -> None:
     program = (
         "import os, time; from data_tools.preprocessing.workers import started_pool\n"
-        "print(started_pool(1).submit(os.getpid).result(), flush=True); time.sleep(100)"
+        "pool = started_pool(1)  # an executor that is collected stops its workers\n"
+        "print(pool.submit(os.getpid).result(), flush=True); time.sleep(100)"
     )
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert parent.stdout is not None

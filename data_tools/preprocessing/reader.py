@@ -1,84 +1,23 @@
-"""Input files: which ones to read, which part of them belongs to this job, and batches of their lines or rows."""
+"""The lines or rows of a job's shares, in batches."""
 
-import bz2
-import glob
-import gzip
-import io
-import lzma
-import os
-import random
-import stat
-import sys
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from enum import StrEnum
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moelpr.errors import DISK_FULL, UserError
+from data_tools.preprocessing.sources import Form, Share
+from data_tools.preprocessing.streams import BLOCK_BYTES, name_damaged, open_stream, skip_blank_lines
+from moelpr.errors import UserError
 
-STANDARD_INPUT = "-"
-# Files to look for in a folder; a file that is named explicitly may have any name.
-_TEXT_SUFFIXES = (".jsonl", ".json", ".ndjson")
-_SUFFIXES = (*_TEXT_SUFFIXES, *(a + b for a in _TEXT_SUFFIXES for b in (".gz", ".zst", ".bz2", ".xz")), ".parquet")
-_MANIFEST_SUFFIX = ".manifest.json"  # of a corpus that was written into the folder
 # Large enough to be worth sending to a worker, small compared with the memory that encoding it takes.
 BATCH_BYTES = 1 << 19
 # A longer line is passed on as a range of a file, never in memory.
 LONG_LINE_BYTES = 1 << 24
-_BLOCK_BYTES = 1 << 16
 _SKIP_BYTES = 1 << 20
 _ROWS_AT_ONCE = 64
-
-
-class Form(StrEnum):
-    """Format of a file, detected by its first bytes, not by its name."""
-
-    LINES = "JSON lines"
-    GZIP = "gzip"
-    ZSTD = "zstd"
-    BZIP2 = "bzip2"
-    XZ = "xz"
-    PARQUET = "Parquet"
-    STREAM = "standard input"
-
-
-_MAGIC = {
-    b"\x1f\x8b": Form.GZIP,
-    b"\x28\xb5\x2f\xfd": Form.ZSTD,
-    b"BZh": Form.BZIP2,
-    b"\xfd7zXZ\x00": Form.XZ,
-    b"PAR1": Form.PARQUET,
-}
-
-
-class Source(NamedTuple):
-    """An input file.
-
-    Attributes:
-        bytes: file size; 0 for standard input.
-        dataset: index of the dataset that the file belongs to.
-        sha1: expected checksum, from a registry; None if it states none.
-    """
-
-    path: str
-    form: Form
-    bytes: int
-    dataset: int = 0
-    sha1: str | None = None
-
-
-class Share(NamedTuple):
-    """A part of a source: the JSON lines that begin in bytes [start, stop), or all of a file of any other form."""
-
-    source: Source
-    start: int
-    stop: int
 
 
 class ReadCursor(NamedTuple):
@@ -153,88 +92,6 @@ class Batch(NamedTuple):
         return f"{path}:{number + (_lines_before(path, start) if start else 0)}"
 
 
-def find_files(names: list[str]) -> list[str]:
-    """Expand file names, folders and glob patterns to files: in the given order, sorted within each.
-
-    Raises:
-        UserError: A folder or pattern matches no file.
-    """
-    found: list[str] = []
-    for name in names:
-        if name == STANDARD_INPUT or os.path.isfile(name):
-            found.append(name)
-        elif os.path.isdir(name):
-            if not (files := sorted(_files_below(name))):
-                types = ", ".join(_TEXT_SUFFIXES)
-                raise UserError(f"the folder {name} contains no {types} (.gz, .zst, .bz2, .xz) or .parquet file")
-            found += files
-        elif files := sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path)):
-            found += files
-        elif glob.has_magic(name) and not os.path.lexists(name):
-            raise UserError(f"no file matches --input {name}; check the pattern and the current folder")
-        else:
-            found.append(name)  # opening it reports what is wrong
-    return found
-
-
-def _files_below(folder: str) -> Iterator[str]:
-    """Files with text in a folder and the folders in it, links included, but hidden ones and corpora's manifests."""
-    seen = set()
-    for path, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(path)
-        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
-        if real in seen:  # a link to a folder around it, or a second one
-            continue
-        seen.add(real)
-        for name in names:
-            file = str(Path(path) / name)
-            is_hidden = name.startswith(".") or name.endswith(_MANIFEST_SUFFIX)
-            if name.endswith(_SUFFIXES) and not is_hidden and os.path.isfile(file):
-                yield file
-
-
-def open_source(path: str, dataset: int = 0, sha1: str | None = None) -> Source:
-    """Detect the form of a file. Opens it once, so that errors show before the work starts.
-
-    Raises:
-        UserError: The file can't be read.
-    """
-    if path == STANDARD_INPUT:
-        return Source(path, Form.STREAM, 0, dataset)
-    try:
-        if not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
-            # The size of a pipe is unknown, and it can be read only once.
-            raise UserError(f"the input {path} is not a file; pass its text to standard input, with --input -")
-        with open(path, "rb") as file:
-            start = file.read(8)
-            size = os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise UserError(
-            f"the input {path} can't be read ({error.strerror}); pass JSON lines or Parquet files"
-        ) from error
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"the input {path} is UTF-16; convert it to UTF-8, for example with iconv")
-    form = next((form for magic, form in _MAGIC.items() if start.startswith(magic)), Form.LINES)
-    return Source(path, form, size, dataset, sha1)
-
-
-def shares_of(sources: list[Source], shard: int, num_shards: int) -> Iterator[Share]:
-    """Yield the shares of a shard, in order: an equal slice of the concatenated files' bytes.
-
-    JSON lines are split anywhere; a file of another form belongs to the shard that contains its first byte.
-    """
-    total = sum(source.bytes for source in sources)
-    first, last = (total * index // num_shards for index in (shard, shard + 1))
-    begin = 0
-    for source in sources:
-        start, stop = max(first - begin, 0), min(last - begin, source.bytes)
-        if source.form is Form.STREAM or (source.form is not Form.LINES and first <= begin < last):
-            yield Share(source, 0, source.bytes)
-        elif source.form is Form.LINES and start < stop:
-            yield Share(source, start, stop)
-        begin += source.bytes
-
-
 # Content and its size, and offset, line and documents of the cursor after it. A plain tuple, since every line has one.
 _Item = tuple[bytes | FileRange | dict[str, Any], int, int, int, int]
 
@@ -265,7 +122,7 @@ class Reader:
         for index in range(cursor.share, len(self._shares)):
             share = self._shares[index]
             start = cursor if index == cursor.share else ReadCursor(index)
-            with _name_damaged(share.source):
+            with name_damaged(share.source):
                 if share.source.form is Form.PARQUET:
                     yield from self._table_rows(share, start)
                 elif share.source.form is Form.LINES and self._chosen is None:
@@ -295,7 +152,7 @@ class Reader:
                 position = stop
 
     def _stream_lines(self, share: Share, cursor: ReadCursor) -> Iterator[Batch]:
-        with _open_stream(share.source) as (stream, tell):
+        with open_stream(share.source) as (stream, tell):
             left = cursor.offset
             while left and (piece := stream.read(min(left, _SKIP_BYTES))):
                 left -= len(piece)
@@ -311,7 +168,7 @@ class Reader:
             if len(content) == LONG_LINE_BYTES and not content.endswith(b"\n"):
                 long_line = self._spool_line(content, stream, f"line-{share}-{line}")
             elif content.isspace():
-                num_bytes, num_lines = _skip_blank_lines(stream)
+                num_bytes, num_lines = skip_blank_lines(stream)
                 offset += len(content) + num_bytes
                 line += num_lines
                 continue
@@ -326,7 +183,7 @@ class Reader:
             piece = start
             while piece:
                 file.write(piece)
-                piece = b"" if piece.endswith(b"\n") else stream.readline(_BLOCK_BYTES)
+                piece = b"" if piece.endswith(b"\n") else stream.readline(BLOCK_BYTES)
             return FileRange(file.name, 0, file.tell(), is_temporary=True)
 
     def _table_rows(self, share: Share, cursor: ReadCursor) -> Iterator[Batch]:
@@ -396,113 +253,6 @@ def _batches(
             size += item[1]
 
 
-def sample_documents(
-    shares: list[Share], names: list[str], max_samples: int, seed: int
-) -> tuple[list[NDArray[np.int64]], list[str]]:
-    """Sample `max_samples` documents of each dataset, without replacement.
-
-    Reads every file once to count its documents; memory is needed only for those chosen.
-
-    Args:
-        shares: complete files.
-        names: dataset names; the sample depends only on a dataset's name, its documents and the seed.
-
-    Returns:
-        The chosen documents of each share, counted from 0, ascending; and a note for each dataset that has no more.
-    """
-    counts = [_count_documents(share) for share in shares]
-    chosen = [np.zeros(0, np.int64) for _ in shares]
-    notes = []
-    for dataset, name in enumerate(names):
-        members = [index for index, share in enumerate(shares) if share.source.dataset == dataset]
-        total = sum(counts[index] for index in members)
-        if total <= max_samples:
-            label = f"the dataset {name}" if name else "the input"
-            notes.append(f"{label} contains {total:,} documents, so --max-samples {max_samples:,} takes all of them")
-        sampled = np.sort(random.Random(f"{seed} {name}").sample(range(total), min(max_samples, total)))
-        start = 0
-        for index in members:
-            first, last = np.searchsorted(sampled, [start, start + counts[index]])
-            chosen[index] = sampled[first:last] - start
-            start += counts[index]
-    return chosen, notes
-
-
-def _count_documents(share: Share) -> int:
-    """Count the rows, or the lines that are not blank, of a complete file."""
-    with _name_damaged(share.source):
-        if share.source.form is Form.PARQUET:
-            from pyarrow import parquet
-
-            return parquet.read_metadata(share.source.path).num_rows
-        with _open_stream(share.source) as (stream, _):
-            documents, at_line_start = 0, True
-            while piece := stream.readline(_BLOCK_BYTES):
-                is_blank = piece.isspace()
-                documents += at_line_start and not is_blank
-                at_line_start = piece.endswith(b"\n")
-                if is_blank and at_line_start:
-                    _skip_blank_lines(stream)
-            return documents
-
-
-def _skip_blank_lines(stream: Any) -> tuple[int, int]:
-    """Skip the blank lines that are in the stream's buffer; returns their bytes and their number.
-
-    An archive of a few kilobytes may contain a billion of them.
-    """
-    buffered = stream.peek(1)
-    end = buffered.rfind(b"\n", 0, len(buffered) - len(buffered.lstrip())) + 1
-    stream.read(end)
-    return end, buffered.count(b"\n", 0, end)
-
-
-def _open_zstd(raw: BinaryIO) -> BinaryIO:
-    import pyarrow  # Python's own zstd comes with 3.14
-
-    native = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd")
-    return cast(BinaryIO, io.BufferedReader(native, _BLOCK_BYTES))
-
-
-_OPENERS: dict[Form, Callable[[BinaryIO], Any]] = {
-    Form.LINES: nullcontext,
-    Form.GZIP: gzip.open,
-    Form.BZIP2: bz2.open,
-    Form.XZ: lzma.open,
-    Form.ZSTD: _open_zstd,
-}
-
-
-@contextmanager
-def _open_stream(source: Source) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
-    """Yield a source's decompressed lines, and a function that returns how many bytes of the file have been read."""
-    if source.form is Form.STREAM:
-        yield sys.stdin.buffer, lambda: 0
-        return
-    with open(source.path, "rb") as raw:
-        with _OPENERS[source.form](raw) as stream:
-            yield stream, raw.tell
-
-
-@contextmanager
-def _name_damaged(source: Source) -> Iterator[None]:
-    """Report which file is damaged.
-
-    A damaged archive always stops the job: it is unknown how many documents it has lost.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:  # pyarrow's are OSError or ValueError
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            raise
-        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-        raise UserError(
-            f"the input {source.path} ({source.form}) is damaged or truncated ({reason}); copy it again, or omit it"
-        ) from error
-
-
 # File -> the last byte before which this process has counted lines, and their number.
 _counted: dict[str, tuple[int, int]] = {}
 
@@ -524,7 +274,7 @@ def _lines_before(path: str, start: int) -> int:
 def _line_end(file: BinaryIO, position: int) -> int:
     """Return the position after the first line feed at `position` or later, or the end of the file."""
     file.seek(position)
-    while block := file.read(_BLOCK_BYTES):
+    while block := file.read(BLOCK_BYTES):
         if (found := block.find(b"\n")) >= 0:
             return position + found + 1
         position += len(block)

@@ -1,0 +1,144 @@
+"""Input files: which ones to read, and which part of them belongs to this job."""
+
+import glob
+import os
+import stat
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import NamedTuple
+
+from moelpr.errors import UserError
+
+STANDARD_INPUT = "-"
+# Files to look for in a folder; a file that is named explicitly may have any name.
+_TEXT_SUFFIXES = (".jsonl", ".json", ".ndjson")
+_SUFFIXES = (*_TEXT_SUFFIXES, *(a + b for a in _TEXT_SUFFIXES for b in (".gz", ".zst", ".bz2", ".xz")), ".parquet")
+_MANIFEST_SUFFIX = ".manifest.json"  # of a corpus that was written into the folder
+
+
+class Form(StrEnum):
+    """Format of a file, detected by its first bytes, not by its name."""
+
+    LINES = "JSON lines"
+    GZIP = "gzip"
+    ZSTD = "zstd"
+    BZIP2 = "bzip2"
+    XZ = "xz"
+    PARQUET = "Parquet"
+    STREAM = "standard input"
+
+
+_MAGIC = {
+    b"\x1f\x8b": Form.GZIP,
+    b"\x28\xb5\x2f\xfd": Form.ZSTD,
+    b"BZh": Form.BZIP2,
+    b"\xfd7zXZ\x00": Form.XZ,
+    b"PAR1": Form.PARQUET,
+}
+
+
+class Source(NamedTuple):
+    """An input file.
+
+    Attributes:
+        bytes: file size; 0 for standard input.
+        dataset: index of the dataset that the file belongs to.
+        sha1: expected checksum, from a registry; None if it states none.
+    """
+
+    path: str
+    form: Form
+    bytes: int
+    dataset: int = 0
+    sha1: str | None = None
+
+
+class Share(NamedTuple):
+    """A part of a source: the JSON lines that begin in bytes [start, stop), or all of a file of any other form."""
+
+    source: Source
+    start: int
+    stop: int
+
+
+def find_files(names: list[str]) -> list[str]:
+    """Expand file names, folders and glob patterns to files: in the given order, sorted within each.
+
+    Raises:
+        UserError: A folder or pattern matches no file.
+    """
+    found: list[str] = []
+    for name in names:
+        if name == STANDARD_INPUT or os.path.isfile(name):
+            found.append(name)
+        elif os.path.isdir(name):
+            if not (files := sorted(_files_below(name))):
+                types = ", ".join(_TEXT_SUFFIXES)
+                raise UserError(f"the folder {name} contains no {types} (.gz, .zst, .bz2, .xz) or .parquet file")
+            found += files
+        elif files := sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path)):
+            found += files
+        elif glob.has_magic(name) and not os.path.lexists(name):
+            raise UserError(f"no file matches --input {name}; check the pattern and the current folder")
+        else:
+            found.append(name)  # opening it reports what is wrong
+    return found
+
+
+def _files_below(folder: str) -> Iterator[str]:
+    """Files with text in a folder and the folders in it, links included, but hidden ones and corpora's manifests."""
+    seen = set()
+    for path, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(path)
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        if real in seen:  # a link to a folder around it, or a second one
+            continue
+        seen.add(real)
+        for name in names:
+            file = str(Path(path) / name)
+            is_hidden = name.startswith(".") or name.endswith(_MANIFEST_SUFFIX)
+            if name.endswith(_SUFFIXES) and not is_hidden and os.path.isfile(file):
+                yield file
+
+
+def open_source(path: str, dataset: int = 0, sha1: str | None = None) -> Source:
+    """Detect the form of a file. Opens it once, so that errors show before the work starts.
+
+    Raises:
+        UserError: The file can't be read.
+    """
+    if path == STANDARD_INPUT:
+        return Source(path, Form.STREAM, 0, dataset)
+    try:
+        if not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
+            # The size of a pipe is unknown, and it can be read only once.
+            raise UserError(f"the input {path} is not a file; pass its text to standard input, with --input -")
+        with open(path, "rb") as file:
+            start = file.read(8)
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise UserError(
+            f"the input {path} can't be read ({error.strerror}); pass JSON lines or Parquet files"
+        ) from error
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"the input {path} is UTF-16; convert it to UTF-8, for example with iconv")
+    form = next((form for magic, form in _MAGIC.items() if start.startswith(magic)), Form.LINES)
+    return Source(path, form, size, dataset, sha1)
+
+
+def shares_of(sources: list[Source], shard: int, num_shards: int) -> Iterator[Share]:
+    """Yield the shares of a shard, in order: an equal slice of the concatenated files' bytes.
+
+    JSON lines are split anywhere; a file of another form belongs to the shard that contains its first byte.
+    """
+    total = sum(source.bytes for source in sources)
+    first, last = (total * index // num_shards for index in (shard, shard + 1))
+    begin = 0
+    for source in sources:
+        start, stop = max(first - begin, 0), min(last - begin, source.bytes)
+        if source.form is Form.STREAM or (source.form is not Form.LINES and first <= begin < last):
+            yield Share(source, 0, source.bytes)
+        elif source.form is Form.LINES and start < stop:
+            yield Share(source, start, stop)
+        begin += source.bytes

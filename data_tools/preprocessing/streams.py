@@ -1,0 +1,73 @@
+"""The decompressed bytes of an input file."""
+
+import bz2
+import gzip
+import io
+import lzma
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, BinaryIO, cast
+
+from data_tools.preprocessing.sources import Form, Source
+from moelpr.errors import DISK_FULL, UserError
+
+BLOCK_BYTES = 1 << 16
+
+
+def _open_zstd(raw: BinaryIO) -> BinaryIO:
+    import pyarrow  # Python's own zstd comes with 3.14
+
+    native = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd")
+    return cast(BinaryIO, io.BufferedReader(native, BLOCK_BYTES))
+
+
+_OPENERS: dict[Form, Callable[[BinaryIO], Any]] = {
+    Form.LINES: nullcontext,
+    Form.GZIP: gzip.open,
+    Form.BZIP2: bz2.open,
+    Form.XZ: lzma.open,
+    Form.ZSTD: _open_zstd,
+}
+
+
+@contextmanager
+def open_stream(source: Source) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
+    """Yield a source's decompressed lines, and a function that returns how many bytes of the file have been read."""
+    if source.form is Form.STREAM:
+        yield sys.stdin.buffer, lambda: 0
+        return
+    with open(source.path, "rb") as raw:
+        with _OPENERS[source.form](raw) as stream:
+            yield stream, raw.tell
+
+
+@contextmanager
+def name_damaged(source: Source) -> Iterator[None]:
+    """Report which file is damaged.
+
+    A damaged archive always stops the job: it is unknown how many documents it has lost.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:  # pyarrow's are OSError or ValueError
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise
+        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        raise UserError(
+            f"the input {source.path} ({source.form}) is damaged or truncated ({reason}); copy it again, or omit it"
+        ) from error
+
+
+def skip_blank_lines(stream: Any) -> tuple[int, int]:
+    """Skip the blank lines that are in the stream's buffer; returns their bytes and their number.
+
+    An archive of a few kilobytes may contain a billion of them.
+    """
+    buffered = stream.peek(1)
+    end = buffered.rfind(b"\n", 0, len(buffered) - len(buffered.lstrip())) + 1
+    stream.read(end)
+    return end, buffered.count(b"\n", 0, end)

@@ -1,0 +1,19 @@
+"""Documents, and the corpus that they become whatever file holds them."""
+
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def rows(sentences: dict[str, str]) -> list[dict[str, Any]]:
+    names = list(sentences)
+    return [{"text": " ".join([sentences[names[i % 5]]] * (i % 4)), "n": i, "lang": names[i % 5]} for i in range(61)]
+
+
+@pytest.fixture
+def expected(rows, write_lines, preprocess, hf_tokenizer, corpus_bytes) -> list[bytes]:
+    """The corpus of the rows as plain JSON lines."""
+    path = write_lines("plain.jsonl", rows)
+    flags = ("--language-key", "lang", "--original-languages", "en,es,zh", "--append-eod")
+    return corpus_bytes(f"{preprocess(hf_tokenizer, '--input', path, *flags, out='plain/a')}_text_document")

@@ -1,0 +1,160 @@
+"""Lines and rows are counted, found again by a resumed job, and named where they are malformed."""
+
+import bz2
+import gzip
+import io
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from data_tools.corpus import Corpus
+from data_tools.preprocessing import reader
+from data_tools.preprocessing.reader import ReadCursor, Reader
+from data_tools.preprocessing.sampling import sample_documents
+from data_tools.preprocessing.sources import Share, open_source
+from moelpr.errors import UserError
+from tests.packed_files import parquet_table, zstd
+
+FLAGS = ("--language-key", "lang", "--original-languages", "en,es,zh", "--append-eod")
+
+
+def test_empty_file_is_ignored_with_a_note(
+    rows, expected, preprocess, hf_tokenizer, corpus_bytes, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "empty.jsonl.gz").touch()
+    prefix = preprocess(hf_tokenizer, "--input", tmp_path / "empty.jsonl.gz", tmp_path / "plain.jsonl", *FLAGS)
+    assert corpus_bytes(f"{prefix}_text_document") == expected
+    assert "note: " + str(tmp_path / "empty.jsonl.gz") + " is empty" in capsys.readouterr().err
+
+
+def test_missing_column_is_reported(preprocess, hf_tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(parquet_table([{"content": "a", "lang": "en"}]))
+    with pytest.raises(UserError, match=r"a\.parquet has no column text; its columns are content, lang"):
+        preprocess(hf_tokenizer, "--input", tmp_path / "a.parquet", *FLAGS)
+
+
+def test_bad_row_is_reported_by_number(preprocess, hf_tokenizer, tmp_path: Path) -> None:
+    rows = [{"text": "a", "lang": "en"}] * 20 + [{"text": None, "lang": "en"}]
+    (tmp_path / "a.parquet").write_bytes(parquet_table(rows))
+    with pytest.raises(UserError, match=r'a\.parquet, row 21: the key "text"'):
+        preprocess(hf_tokenizer, "--input", tmp_path / "a.parquet", *FLAGS)
+
+
+def test_a_row_that_is_not_utf_8_is_skipped_alone(preprocess, hf_tokenizer, tmp_path: Path) -> None:
+    texts = pyarrow.array([b"a", b"\xff", "ä".encode()], pyarrow.binary()).view(pyarrow.string())
+    rows = pyarrow.table({"text": texts, "lang": ["en"] * 3})
+    parquet.write_table(rows, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r'a\.parquet, row 2: the key "text"'):
+        preprocess(hf_tokenizer, "--input", tmp_path / "a.parquet", "--language", "expanded")
+    flags = ("--language", "expanded", "--on-error", "skip", "--max-bad-share", "0.5")
+    prefix = preprocess(hf_tokenizer, "--input", tmp_path / "a.parquet", *flags)
+    assert Corpus(f"{prefix}_text_document").num_documents == 2
+
+
+def test_lines_before_malformed_ones_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of 100 GB with malformed lines in many places would take days."""
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f"{number}\n" for number in range(1000)))
+    content, read = path.read_bytes(), []
+    monkeypatch.setattr(reader, "open", lambda *words: Counted(open(*words), read), raising=False)
+    starts = [0, *(place + 1 for place, byte in enumerate(content) if byte == ord("\n"))]
+    assert [reader._lines_before(str(path), starts[number]) for number in (*range(1, 1001, 9), 500)] == [
+        *range(1, 1001, 9),
+        500,
+    ]
+    assert sum(read) < 2 * len(content)
+
+
+class Counted:
+    """A file that appends the length of what is read to a list."""
+
+    def __init__(self, file: Any, read: list[int]) -> None:
+        self.file, self.lengths = file, read
+
+    def read(self, *size: int) -> bytes:
+        piece = self.file.read(*size)
+        self.lengths.append(len(piece))
+        return piece
+
+    def __enter__(self) -> "Counted":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+def test_bad_line_of_an_archive_is_reported_by_number(
+    rows, expected, preprocess, hf_tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "BATCH_BYTES", 500)
+    lines = (tmp_path / "plain.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "a.gz").write_bytes(gzip.compress(b"".join([*lines[:40], b"\n", b"oops\n", *lines[40:]])))
+    with pytest.raises(UserError, match=r"a\.gz:42: not JSON"):
+        preprocess(hf_tokenizer, "--input", tmp_path / "a.gz", *FLAGS)
+
+
+BLANK = b"\n \t\r\n" * 100_000
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, zstd, bz2.compress, lzma.compress])
+def test_lines_after_many_blank_ones_are_found_and_counted(
+    pack: Callable[[bytes], bytes], rows, expected, preprocess, hf_tokenizer, corpus_bytes, tmp_path: Path
+) -> None:
+    plain = (tmp_path / "plain.jsonl").read_bytes()
+    middle = plain.index(b"\n") + 1
+    path = tmp_path / "blank"
+    path.write_bytes(pack(BLANK + plain[:middle] + BLANK + plain[middle:] + BLANK))
+    prefix = preprocess(hf_tokenizer, "--input", path, *FLAGS)
+    assert corpus_bytes(f"{prefix}_text_document") == expected
+    source = open_source(str(path))
+    chosen, _ = sample_documents([Share(source, 0, source.bytes)], [""], 61, 0)
+    assert chosen[0].tolist() == list(range(61))
+    path.write_bytes(pack(BLANK + plain[:middle] + BLANK + b"oops\n"))
+    with pytest.raises(UserError, match="blank:400002: not JSON"):
+        preprocess(hf_tokenizer, "--input", path, *FLAGS, out="bad/a")
+
+
+def test_blank_lines_are_not_read_one_by_one(tmp_path: Path) -> None:
+    """16 kB of zstd contain 512 million of them, which took minutes."""
+
+    class Counted(io.BufferedReader):
+        calls = 0
+
+        def readline(self, size: int | None = -1) -> bytes:
+            Counted.calls += 1
+            return super().readline(size)
+
+    reader = Reader([], [], None, tmp_path)
+    found = list(reader._lines(Counted(io.BytesIO(BLANK + b"{}\n" + BLANK)), ReadCursor()))
+    assert [(content, line) for content, _, _, line, _ in found] == [(b"{}\n", 200_001)]
+    assert Counted.calls < 1000
+
+
+def test_a_resumed_job_skips_the_blank_lines_it_has_read(tmp_path: Path) -> None:
+    (tmp_path / "a.gz").write_bytes(gzip.compress(b"1\n" + BLANK + b"2\n" + BLANK + b"3\n"))
+    reader = Reader([Share(open_source(str(tmp_path / "a.gz")), 0, 1)], [], None, tmp_path)
+    with gzip.open(tmp_path / "a.gz") as stream:
+        cursors = [ReadCursor(0, *item[2:]) for item in reader._lines(stream, ReadCursor())]
+    for index, cursor in enumerate(cursors):
+        items = [line for batch in reader.batches(cursor) for line in batch.content]
+        assert items == [b"1\n", b"2\n", b"3\n"][index + 1 :]
+
+
+def test_a_changed_page_of_a_table_is_noticed(preprocess, hf_tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    rows = pyarrow.Table.from_pylist([{"text": "Turn on the light", "lang": "en"}])
+    parquet.write_table(
+        rows, path, compression="none", use_dictionary=False, write_statistics=False, write_page_checksum=True
+    )
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"Turn on the", b"Turn in the", 1))
+    with pytest.raises(UserError, match=r"a\.parquet \(Parquet\) is damaged .*CRC"):
+        preprocess(hf_tokenizer, "--input", path, *FLAGS)

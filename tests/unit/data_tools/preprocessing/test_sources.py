@@ -1,0 +1,90 @@
+"""Files are found by name, folder and pattern, in one order everywhere, and shards share them."""
+
+import gzip
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_tools.preprocessing.sources import Form, Share, Source, find_files, open_source, shares_of
+from moelpr.errors import UserError
+
+
+def test_a_folder_is_read_with_its_links_and_without_what_is_hidden_or_of_a_corpus(tmp_path: Path) -> None:
+    """A job may write its corpus, and what is unfinished, into the folder that it reads."""
+    folder = tmp_path / "data"
+    for name in ("a.jsonl", ".el.unfinished/state.json", ".ipynb_checkpoints/a.jsonl", "el.manifest.json"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.jsonl").touch()
+    (folder / "part2").symlink_to(tmp_path / "elsewhere")
+    (folder / "loop").symlink_to(folder)
+    (folder / "gone.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    assert find_files([str(folder)]) == [f"{folder}/a.jsonl", f"{folder}/part2/b.jsonl"]
+
+
+def test_of_two_names_of_a_folder_the_first_counts_on_every_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data" / "v1").mkdir(parents=True)
+    (tmp_path / "data" / "v1" / "a.jsonl").touch()
+    (tmp_path / "data" / "latest").symlink_to("v1")
+    walk = os.walk
+
+    def in_another_order(*words: Any, **options: Any) -> Any:
+        for path, folders, names in walk(*words, **options):
+            folders.sort(reverse=True)
+            yield path, folders, names
+
+    found = find_files([str(tmp_path / "data")])
+    monkeypatch.setattr(os, "walk", in_another_order)
+    assert find_files([str(tmp_path / "data")]) == found == [f"{tmp_path}/data/latest/a.jsonl"]
+
+
+def test_a_pipe_in_the_place_of_a_file_is_refused(tmp_path: Path) -> None:
+    """It was reported as empty, and its text was lost."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe is not a file; .*--input -"):
+        open_source(str(tmp_path / "pipe"))
+
+
+def test_names_folders_and_patterns_expand_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("b/2.jsonl", "b/1.jsonl", "b/x/3.jsonl.xz", "a[1].jsonl", "c.txt"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+    assert find_files(["c.txt", "b", "a[1].jsonl"]) == [
+        "c.txt",
+        "b/1.jsonl",
+        "b/2.jsonl",
+        "b/x/3.jsonl.xz",
+        "a[1].jsonl",
+    ]
+    assert find_files(["**/*.jsonl"]) == ["a[1].jsonl", "b/1.jsonl", "b/2.jsonl"]
+    with pytest.raises(UserError, match=r"no file matches --input nothing-\*; check the pattern"):
+        find_files(["nothing-*"])
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 5, 40])
+def test_shards_cover_all_lines_and_every_archive_once(num_shards: int) -> None:
+    forms = [Form.LINES, Form.GZIP, Form.LINES, Form.PARQUET, Form.ZSTD]
+    sources = [
+        Source(f"{index}", form, size) for index, (form, size) in enumerate(zip(forms, (50, 9, 0, 31, 10), strict=True))
+    ]
+    shares = [share for shard in range(num_shards) for share in shares_of(sources, shard, num_shards)]
+    assert [share for share in shares if share.source.form is not Form.LINES] == [
+        Share(source, 0, source.bytes) for source in sources if source.form is not Form.LINES
+    ]
+    plain = [(share.start, share.stop) for share in shares if share.source.path == "0"]
+    assert plain[0][0] == 0 and plain[-1][1] == 50
+    assert all(stop == start for (_, stop), (start, _) in zip(plain[:-1], plain[1:], strict=True))
+    assert [share.source.path for share in shares] == sorted(share.source.path for share in shares)
+
+
+def test_form_is_detected_by_content(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(gzip.compress(b"{}"))
+    assert open_source(str(tmp_path / "a.jsonl")).form is Form.GZIP
+    (tmp_path / "b.gz").write_bytes(b'{"text": "plain"}')
+    assert open_source(str(tmp_path / "b.gz")).form is Form.LINES

@@ -42,6 +42,7 @@ class Steps:
         if mark.exists() and json.loads(mark.read_text())["command"] == shown:
             self._print(f"{name}: already done")
             return
+        mark.unlink(missing_ok=True)  # if this command fails, another one's output is no longer there
         self._print(f"{name}\n    {shown}")
         start = time.monotonic()
         quiet = {"PYTHONWARNINGS": "ignore"}

@@ -11,7 +11,7 @@ from pathlib import Path
 _CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _DEVICES = Path("/dev")
 _THREADS = "OMP_NUM_THREADS"
-_user_threads = os.environ.get(_THREADS)
+_OUR_THREADS = "MOELPR_NUM_THREADS"  # what moelpr has set, also in a process that has started this one
 
 
 def limit_threads() -> None:
@@ -21,14 +21,18 @@ def limit_threads() -> None:
     of a control group.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    if (cpus := available_cpus()) < len(os.sched_getaffinity(0)):
-        os.environ.setdefault(_THREADS, str(cpus))
+    if _THREADS not in os.environ and (cpus := available_cpus()) < len(os.sched_getaffinity(0)):
+        _set_threads(cpus)
 
 
 def share_threads(num_processes: int) -> None:
     """Divide the CPUs among the processes that this one is about to start, unless the user has set the variable."""
-    if _user_threads is None:
-        os.environ[_THREADS] = str(max(1, available_cpus() // num_processes))
+    if os.environ.get(_THREADS) == os.environ.get(_OUR_THREADS):
+        _set_threads(max(1, available_cpus() // num_processes))
+
+
+def _set_threads(number: int) -> None:
+    os.environ[_THREADS] = os.environ[_OUR_THREADS] = str(number)
 
 
 def available_cpus() -> int:

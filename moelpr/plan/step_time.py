@@ -3,6 +3,7 @@
 docs/design/planner.md gives the equations, the assumptions and how far the predictions are off.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -265,5 +266,10 @@ class _Links:
         return self.node_s(moved) if in_node == size else max(self.node_s(moved), self.network_s(moved / in_node))
 
     def _ranks_in_node(self, size: int, stride: int) -> int:
-        """How many ranks of a group of `size` that are `stride` apart share a node."""
-        return size if not self.cluster.leaves_node(size * stride) else max(1, self.cluster.gpus_per_node // stride)
+        """How many ranks share a node with the worst-placed one, of a group of `size` ranks that are `stride` apart.
+
+        Of groups of 5 on nodes of 8, one has a single rank in its second node.
+        """
+        if not self.cluster.leaves_node(size * stride):
+            return size
+        return math.gcd(size, self.cluster.gpus_per_node // stride or 1)

@@ -243,6 +243,20 @@ def test_tools_of_an_array_get_their_shard(calls: Calls) -> None:
     assert "[.] [-m] [data_tools.preprocess_data] [--num-shards] [8] [--shard] [3]" in "\n".join(calls.made)
 
 
+@pytest.mark.parametrize(
+    "tool, restarts, ending",
+    [
+        ("data_tools/preprocess_data.py", "0", "[--input] [el.jsonl]"),
+        ("data_tools/preprocess_data.py", "1", "[--input] [el.jsonl] [--resume]"),
+        ("data_tools/merge_data.py", "1", "[--input] [el.jsonl]"),
+    ],
+)
+def test_a_requeued_preprocessing_job_resumes(calls: Calls, tool: str, restarts: str, ending: str) -> None:
+    """It started again from its first document after each preemption."""
+    calls("launch/slurm/tool.sbatch", tool, "--input", "el.jsonl", SLURM_RESTART_COUNT=restarts)
+    assert f"{ending}\n" in "\n".join(calls.made)
+
+
 @pytest.mark.parametrize("script", ["stage.sbatch", "tool.sbatch"])
 def test_a_job_submitted_from_another_folder_is_rejected(calls: Calls, tmp_path: Path, script: str) -> None:
     done = calls(ROOT / "launch/slurm" / script, *STAGE, cwd=tmp_path)

@@ -90,7 +90,7 @@ def test_the_peak_memory_of_a_process_is_the_kernels() -> None:
 
 def threads(code: str, **variables: str) -> list[str]:
     """What OpenMP would read after `code`, in a new process on two CPUs."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    environment = {name: value for name, value in os.environ.items() if "OMP_" not in name and "MOELPR_" not in name}
     code += "; print(os.environ['OMP_WAIT_POLICY'], os.environ.get('OMP_NUM_THREADS', '-'))"
     done = subprocess.run(
         [sys.executable, "-c", f"import os; os.sched_getaffinity = lambda pid: {{0, 1, 2, 3}}; {code}"],
@@ -109,14 +109,18 @@ def test_ranks_share_the_cpus_unless_the_user_decides() -> None:
     share = "from moelpr import machine; machine.available_cpus = lambda: 4; machine.share_threads({})"
     assert [threads(share.format(ranks))[1] for ranks in (1, 2, 3, 5)] == ["4", "2", "1", "1"]
     assert threads(share.format(2), OMP_NUM_THREADS="7")[1] == "7"
+    inherited = {"OMP_NUM_THREADS": "4", "MOELPR_NUM_THREADS": "4"}  # from a command that has limited itself
+    assert threads(share.format(2), **inherited)[1] == "2"
+    assert threads("import moelpr.machine", **inherited)[1] == "4"
 
 
 def test_a_limit_below_the_affinity_limits_the_threads(cgroups: Path) -> None:
     (cgroups / "cpu.max").write_text("100000 100000")
     limit = f"from pathlib import Path; from moelpr import machine; machine._CGROUPS = Path({str(cgroups)!r}); "
-    limit += f"machine._OWN_CGROUPS = Path({str(cgroups / 'self')!r}); machine.limit_threads()"
-    assert threads(limit)[1] == "1"
-    assert threads(limit, OMP_NUM_THREADS="3")[1] == "3"
+    limit += f"machine._OWN_CGROUPS = Path({str(cgroups / 'self')!r}); "
+    ours = "[os.environ.pop(name, None) for name in ('OMP_NUM_THREADS', 'MOELPR_NUM_THREADS')]; "
+    assert threads(f"{limit}{ours}machine.limit_threads()")[1] == "1"
+    assert threads(f"{limit}machine.limit_threads()", OMP_NUM_THREADS="3")[1] == "3"
 
 
 COMMANDS = [*ROOT.glob("checkpoint_convert/*.py"), *ROOT.glob("data_tools/*.py"), *ROOT.glob("moelpr/*/__main__.py")]

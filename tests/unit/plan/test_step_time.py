@@ -16,6 +16,7 @@ from moelpr.plan.step_time import (
     MATMUL_EFFICIENCY,
     MEMORY_EFFICIENCY,
     StepTime,
+    _Links,
     bubble,
     expert_traffic,
     relative_time,
@@ -165,6 +166,17 @@ def test_experts_exchange_through_the_slower_of_two_networks() -> None:
     sent = expert_traffic(SPEC, layout, WORKLOAD, ROUTING).all_to_all
     assert predict(layout, Cluster(2, 2, 1, 0, SLOW)).experts_s == pytest.approx(sent / 1e3)
     assert predict(layout, Cluster(2, 1, 1, 0, SLOW)).experts_s == pytest.approx(sent / 1e2)
+
+
+@pytest.mark.parametrize("ep, dp, in_node", [(5, 40, 1), (6, 24, 2), (16, 16, 8)])
+def test_the_worst_placed_rank_of_a_group_decides_how_much_leaves_its_node(ep: int, dp: int, in_node: int) -> None:
+    """Of groups of 5 on nodes of 8, it was a negative part: the exchange seemed five times as fast."""
+    links = _Links(PlannedLayout(ep=ep, dp=dp), Cluster(dp, 8, 1, 0, SLOW))
+    outside = (ep - in_node) / (ep - 1)
+    assert links.all_to_all_s(1e6) == pytest.approx(1e6 * max(outside / 1e2, (1 - outside) / 1e3))
+    groups = [range(start, start + ep) for start in range(0, dp - ep + 1, ep)]
+    same = [sum(other // 8 == rank // 8 for other in group) for group in groups for rank in group]
+    assert min(same) == in_node
 
 
 def test_only_what_a_micro_batch_does_not_hide_of_the_reduction_counts() -> None:

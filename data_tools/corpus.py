@@ -134,8 +134,16 @@ def open_corpora(prefixes: Sequence[str]) -> tuple[list[Corpus], list[Manifest] 
     corpora = [Corpus(prefix) for prefix in prefixes]
     manifests = [corpus.verify() for corpus in corpora]
     found = [(prefix, manifest) for prefix, manifest in zip(prefixes, manifests, strict=True) if manifest is not None]
-    for prefix, manifest in found[1:]:
-        _compare_manifests(*found[0], prefix, manifest)
+    bits: dict[str, tuple[str, str]] = {}  # language -> its first corpus, and its bit there
+    for prefix, manifest in found:
+        _compare_tokenizers(*found[0], prefix, manifest)
+        for language, count in manifest.languages.items():
+            other_prefix, other_bit = bits.setdefault(language, (prefix, count.bit))
+            if count.bit != other_bit:
+                raise UserError(
+                    f"{language} is an {other_bit} language in {other_prefix}, but an {count.bit} one in {prefix}; "
+                    "preprocess one of them again"
+                )
     first = corpora[0].tokens.dtype
     for corpus in corpora:
         if corpus.tokens.dtype != first:
@@ -146,7 +154,7 @@ def open_corpora(prefixes: Sequence[str]) -> tuple[list[Corpus], list[Manifest] 
     return corpora, [manifest for _, manifest in found] if len(found) == len(corpora) else None
 
 
-def _compare_manifests(prefix: str, manifest: Manifest, other_prefix: str, other: Manifest) -> None:
+def _compare_tokenizers(prefix: str, manifest: Manifest, other_prefix: str, other: Manifest) -> None:
     def identity(tokenizer: TokenizerRecord) -> tuple[object, ...]:
         # The path of the tokenizer does not matter.
         return tokenizer.type, tokenizer.fingerprint, tokenizer.vocabulary_sha256, tokenizer.special_tokens
@@ -161,13 +169,6 @@ def _compare_manifests(prefix: str, manifest: Manifest, other_prefix: str, other
             f"the documents of {prefix} and {other_prefix} end in different tokens; tokenize both with or both without "
             "--append-eod"
         )
-    for name in manifest.languages.keys() & other.languages.keys():
-        bit, other_bit = manifest.languages[name].bit, other.languages[name].bit
-        if bit != other_bit:
-            raise UserError(
-                f"{name} is an {bit} language in {prefix}, but an {other_bit} one in {other_prefix}; preprocess one of "
-                "them again"
-            )
 
 
 def merge_manifests(manifests: Sequence[Manifest], files: dict[str, FileRecord]) -> Manifest:

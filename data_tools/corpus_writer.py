@@ -1,6 +1,5 @@
 """Writing a corpus: .bin and .idx in Megatron's format and .lang in ours, in constant memory."""
 
-import glob
 import os
 import shutil
 from collections.abc import Iterable
@@ -24,7 +23,6 @@ from moelpr.files import (
     locked,
     make_folder,
     refuse_existing,
-    remove_temporaries,
     temporary_name,
 )
 
@@ -302,6 +300,8 @@ class CorpusWriter:
 def commit_corpus(prefix: str | os.PathLike[str], folder: Path, manifest: Manifest | None = None) -> None:
     """Rename the finished files in a writer's folder. Can be repeated if it is interrupted."""
     paths, unfinished = CorpusPaths.of(prefix), CorpusPaths.of(folder / Path(prefix).name)
+    if manifest is not None:
+        manifest.write(folder / Path(prefix).name)  # before the old corpus goes: the disk may be full
     # The .idx comes last, and an old one goes first: every reader opens it before the others, so an interruption leaves
     # a complete corpus or one that can't be opened.
     if unfinished.idx.exists():
@@ -310,8 +310,7 @@ def commit_corpus(prefix: str | os.PathLike[str], folder: Path, manifest: Manife
         # Megatron caches sample indices beside the corpus by name and length, not by content.
         shutil.rmtree(paths.bin.with_suffix("") / "cache", ignore_errors=True)
     if manifest is not None:
-        remove_temporaries(paths.bin.parent, f".{glob.escape(manifest_path(prefix).name)}.tmp-*")
-        manifest.write(prefix)
+        os.replace(manifest_path(folder / Path(prefix).name), manifest_path(prefix))
     for source, target in ((unfinished.bin, paths.bin), (unfinished.lang, paths.lang), (unfinished.idx, paths.idx)):
         if source.exists():
             os.replace(source, target)

@@ -7,7 +7,7 @@ The first joins the shards that `preprocess_data.py --num-shards 8` wrote beside
 """
 
 import argparse
-from pathlib import Path
+import os
 
 from tqdm import tqdm
 
@@ -44,16 +44,20 @@ def main(argv: list[str] | None = None) -> None:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__)
     parser.add_argument("--output-prefix", required=True, metavar="P", help="write P.bin, P.idx and P.lang")
-    inputs = parser.add_mutually_exclusive_group(required=True)
-    inputs.add_argument("--num-shards", type=int, metavar="N", help="join the N shards of P")
-    inputs.add_argument("--input", nargs="+", metavar="PREFIX", help="join these corpora, in this order")
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--num-shards", type=int, metavar="N", help="join the N shards of P")
+    group.add_argument("--input", nargs="+", metavar="PREFIX", help="join these corpora, in this order")
     parser.add_argument("--remove-input", action="store_true", help="delete inputs after a successful merge")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing corpus P")
     arguments = parser.parse_args(argv)
     if arguments.num_shards is not None and arguments.num_shards < 1:
         raise UserError(f"--num-shards must be at least 1, got {arguments.num_shards}")
-    if arguments.input and Path(arguments.output_prefix) in map(Path, arguments.input):
+    inputs = [os.path.realpath(prefix) for prefix in arguments.input or ()]
+    if os.path.realpath(arguments.output_prefix) in inputs:
         raise UserError(f"--output-prefix {arguments.output_prefix} is one of the inputs; choose another name")
+    for prefix, path in zip(arguments.input or (), inputs, strict=True):
+        if inputs.count(path) > 1:
+            raise UserError(f"--input names {prefix} twice; name it once")
     return arguments
 
 

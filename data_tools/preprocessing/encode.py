@@ -1,7 +1,6 @@
 """Batches of lines become token IDs, language bits and counts."""
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -130,8 +129,7 @@ class Encoder:
             documents[name] = self.documents(group, name, tally)
             tally.corpus(name).sources[source.path] += len(group)
         self._spot_check(text.tagged.text for group in groups.values() for text in group if text.tokens is None)
-        if isinstance(batch.content, FileRange) and batch.content.is_temporary:
-            os.unlink(batch.content.path)
+        batch.discard()
         return documents, tally
 
     def texts(self, item: bytes | dict[str, Any] | FileRange, dataset: int) -> list[Text] | None:

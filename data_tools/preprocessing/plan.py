@@ -7,7 +7,6 @@ import os
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,15 @@ from data_tools.preprocessing.encode import VALIDATION, Encoder
 from data_tools.preprocessing.languages import UNDETECTED, Bits, Detector, Tagger
 from data_tools.preprocessing.reader import ReadCursor, Reader
 from data_tools.preprocessing.sampling import sample_documents
-from data_tools.preprocessing.sources import Form, Share, Source, find_files, open_source, shares_of
+from data_tools.preprocessing.sources import (
+    Form,
+    Share,
+    Source,
+    check_is_utf8,
+    find_files,
+    open_source,
+    shares_of,
+)  # fmt: skip
 from data_tools.preprocessing.tokenizers import JobTokenizer, choose_backend, load_job_tokenizer
 from moelpr.documents import BadLine
 from moelpr.errors import UserError
@@ -82,6 +89,7 @@ class Plan:
         self.notes = [f"{file.path} is empty" for file in files if not file.bytes]
         self.shares = list(shares_of(self.sources, arguments.shard or 0, arguments.num_shards))
         keys = [arguments.json_keys if arguments.input else [dataset.key] for dataset in datasets]
+        check_is_utf8(arguments.tokenizer_model, "tokenizer")
         special_tokens = not arguments.tokenizer_hf_no_include_special_tokens
         self.tokenizer = load_job_tokenizer(
             arguments.tokenizer_type, arguments.tokenizer_model, special_tokens, arguments.eod_token
@@ -172,7 +180,7 @@ def _dataset(name: str, entry: Any, folder: Path, index: int) -> Dataset:
     if not isinstance(file_name, str):
         raise UserError("it has no file_name; name a local file or folder, as nothing is downloaded from hubs")
     language = entry.get("language")
-    if language not in _LANGUAGES:
+    if not isinstance(language, str) or language not in _LANGUAGES:
         raise UserError(f'its language must be "old" (original) or "new" (expanded), got {json.dumps(language)}')
     columns = entry.get("columns", {})
     key = columns.get("prompt", "text") if isinstance(columns, dict) else None
@@ -251,22 +259,21 @@ def _sample(shares: list[Share], columns: list[list[str]], encoder: Encoder) -> 
     """Return some texts from all over the input, to compare tokenizer libraries on. Malformed lines are ignored."""
     texts: list[str] = []
     places = _spread([share for share in shares if share.source.form is not Form.STREAM])
-    with TemporaryDirectory() as spool:
-        reader = Reader(places, columns, None, Path(spool))
-        for index in range(len(places)):
-            batch = next(reader.batches(ReadCursor(index)), None)
-            if batch is None or batch.is_long_line:
+    reader = Reader(places, columns, None, spool=None)
+    for index, place in enumerate(places):
+        batch = next(reader.batches(ReadCursor(index)), None)
+        if batch is None or batch.share.source != place.source or batch.is_long_line:
+            continue
+        characters = 0
+        for item in batch.items():
+            try:
+                found = encoder.texts(item, batch.share.source.dataset) or []
+            except BadLine:
                 continue
-            characters = 0
-            for item in batch.items():
-                try:
-                    found = encoder.texts(item, batch.share.source.dataset) or []
-                except BadLine:
-                    continue
-                texts += [text.tagged.text[:_SAMPLE_CHARACTERS] for text in found]
-                characters += sum(len(text.tagged.text) for text in found)
-                if characters >= _SAMPLE_CHARACTERS:
-                    break
+            texts += [text.tagged.text[:_SAMPLE_CHARACTERS] for text in found]
+            characters += sum(len(text.tagged.text) for text in found)
+            if characters >= _SAMPLE_CHARACTERS:
+                break
     return texts
 
 

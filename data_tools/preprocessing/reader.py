@@ -1,5 +1,6 @@
 """The lines or rows of a job's shares, in batches."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -67,6 +68,11 @@ class Batch(NamedTuple):
     num_bytes: int
     file_bytes: int
 
+    def discard(self) -> None:
+        """Remove the file of a line that is too long for memory, if it is not an input."""
+        if isinstance(self.content, FileRange) and self.content.is_temporary:
+            os.unlink(self.content.path)
+
     @property
     def is_long_line(self) -> bool:
         """Whether this is a single line that is too long for memory."""
@@ -102,11 +108,11 @@ class Reader:
     Args:
         columns: columns to read from the Parquet files of each dataset.
         chosen: documents to read from each share, counted from 0, ascending; None: all.
-        spool: folder for lines of compressed files that are too long for memory.
+        spool: folder for lines of compressed files that are too long for memory; None: reading stops before one.
     """
 
     def __init__(
-        self, shares: list[Share], columns: list[list[str]], chosen: list[NDArray[np.int64]] | None, spool: Path
+        self, shares: list[Share], columns: list[list[str]], chosen: list[NDArray[np.int64]] | None, spool: Path | None
     ) -> None:
         self._shares = shares
         self._columns = columns
@@ -166,6 +172,8 @@ class Reader:
             line += 1
             long_line = None
             if len(content) == LONG_LINE_BYTES and not content.endswith(b"\n"):
+                if self._spool is None:
+                    return
                 long_line = self._spool_line(content, stream, f"line-{share}-{line}")
             elif content.isspace():
                 num_bytes, num_lines = skip_blank_lines(stream)
@@ -179,6 +187,7 @@ class Reader:
                 yield long_line or content, size, offset, line, documents
 
     def _spool_line(self, start: bytes, stream: BinaryIO, name: str) -> FileRange:
+        assert self._spool is not None
         with open(self._spool / name, "wb") as file:
             piece = start
             while piece:

@@ -6,7 +6,7 @@ import stat
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from moelpr.errors import UserError
 
@@ -36,6 +36,7 @@ _MAGIC = {
     b"\xfd7zXZ\x00": Form.XZ,
     b"PAR1": Form.PARQUET,
 }
+_ZSTD_SKIPPABLE = b"\x50\x2a\x4d\x18"  # a frame without text; the last four bits of the first byte may vary
 
 
 class Source(NamedTuple):
@@ -77,10 +78,11 @@ def find_files(names: list[str]) -> list[str]:
                 types = ", ".join(_TEXT_SUFFIXES)
                 raise UserError(f"the folder {name} contains no {types} (.gz, .zst, .bz2, .xz) or .parquet file")
             found += files
-        elif files := sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path)):
-            found += files
         elif glob.has_magic(name) and not os.path.lexists(name):
-            raise UserError(f"no file matches --input {name}; check the pattern and the current folder")
+            _check_folders_of(name)
+            if not (files := sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))):
+                raise UserError(f"no file matches --input {name}; check the pattern and the current folder")
+            found += files
         else:
             found.append(name)  # opening it reports what is wrong
     return found
@@ -89,7 +91,7 @@ def find_files(names: list[str]) -> list[str]:
 def _files_below(folder: str) -> Iterator[str]:
     """Files with text in a folder and the folders in it, links included, but hidden ones and corpora's manifests."""
     seen = set()
-    for path, folders, names in os.walk(folder, followlinks=True):
+    for path, folders, names in os.walk(folder, onerror=_refuse_folder, followlinks=True):
         real = os.path.realpath(path)
         folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
         if real in seen:  # a link to a folder around it, or a second one
@@ -102,6 +104,23 @@ def _files_below(folder: str) -> Iterator[str]:
                 yield file
 
 
+def _check_folders_of(pattern: str) -> None:
+    """Read the folders that a pattern may lead to, because `glob` omits what it can't read."""
+    folder = root = os.path.dirname(pattern)
+    depth = 0  # of the folders with files that match, below `root`
+    while glob.has_magic(root):
+        root, depth = os.path.dirname(root), depth + 1
+    for path, folders, _ in os.walk(root or ".", onerror=_refuse_folder):
+        is_deepest = "**" not in folder and len(Path(os.path.relpath(path, root or ".")).parts) == depth
+        folders[:] = [] if is_deepest else [name for name in folders if not name.startswith(".")]
+
+
+def _refuse_folder(error: OSError) -> NoReturn:
+    raise UserError(
+        f"the folder {error.filename} can't be read ({error.strerror}); correct its permissions, or name files to read"
+    ) from error
+
+
 def open_source(path: str, dataset: int = 0, sha1: str | None = None) -> Source:
     """Detect the form of a file. Opens it once, so that errors show before the work starts.
 
@@ -110,6 +129,7 @@ def open_source(path: str, dataset: int = 0, sha1: str | None = None) -> Source:
     """
     if path == STANDARD_INPUT:
         return Source(path, Form.STREAM, 0, dataset)
+    check_is_utf8(path, "input")
     try:
         if not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
             # The size of a pipe is unknown, and it can be read only once.
@@ -124,7 +144,22 @@ def open_source(path: str, dataset: int = 0, sha1: str | None = None) -> Source:
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UserError(f"the input {path} is UTF-16; convert it to UTF-8, for example with iconv")
     form = next((form for magic, form in _MAGIC.items() if start.startswith(magic)), Form.LINES)
+    if start[1:4] == _ZSTD_SKIPPABLE[1:] and start[0] & 0xF0 == _ZSTD_SKIPPABLE[0]:  # as pzstd's files begin
+        form = Form.ZSTD
     return Source(path, form, size, dataset, sha1)
+
+
+def check_is_utf8(path: str, what: str) -> None:
+    """The manifest, which is UTF-8, names every input.
+
+    Raises:
+        UserError: The path is not UTF-8.
+    """
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        shown = os.fsencode(path).decode(errors="backslashreplace")
+        raise UserError(f"the name of the {what} {shown} is not UTF-8; rename the file") from error
 
 
 def shares_of(sources: list[Source], shard: int, num_shards: int) -> Iterator[Share]:

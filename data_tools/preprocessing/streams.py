@@ -23,11 +23,53 @@ def _open_zstd(raw: BinaryIO) -> BinaryIO:
     return cast(BinaryIO, io.BufferedReader(native, BLOCK_BYTES))
 
 
+class _Streams(io.RawIOBase):
+    """Bytes of a file of one or more compressed streams. `bz2.open` and `lzma.open` ignore all after a damaged start.
+
+    Args:
+        raw: the file.
+        new: makes a decompressor for one stream.
+        padding: bytes that may stand between streams.
+    """
+
+    def __init__(self, raw: BinaryIO, new: Callable[[], Any], padding: bytes) -> None:
+        self._raw, self._new, self._padding = raw, new, padding
+        self._stream = new()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            piece = b""
+            if self._stream.eof:
+                piece = self._stream.unused_data.lstrip(self._padding)
+                while not piece and (piece := self._raw.read(BLOCK_BYTES)):
+                    piece = piece.lstrip(self._padding)
+                if not piece:
+                    return 0
+                self._stream = self._new()
+            elif self._stream.needs_input and not (piece := self._raw.read(BLOCK_BYTES)):
+                raise EOFError("it ends within a stream")
+            content = self._stream.decompress(piece, len(buffer))
+            if content:
+                buffer[: len(content)] = content
+                return len(content)
+
+
+def _open_bzip2(raw: BinaryIO) -> BinaryIO:
+    return cast(BinaryIO, io.BufferedReader(_Streams(raw, bz2.BZ2Decompressor, b""), BLOCK_BYTES))
+
+
+def _open_xz(raw: BinaryIO) -> BinaryIO:
+    return cast(BinaryIO, io.BufferedReader(_Streams(raw, lzma.LZMADecompressor, b"\0"), BLOCK_BYTES))
+
+
 _OPENERS: dict[Form, Callable[[BinaryIO], Any]] = {
     Form.LINES: nullcontext,
     Form.GZIP: gzip.open,
-    Form.BZIP2: bz2.open,
-    Form.XZ: lzma.open,
+    Form.BZIP2: _open_bzip2,
+    Form.XZ: _open_xz,
     Form.ZSTD: _open_zstd,
 }
 

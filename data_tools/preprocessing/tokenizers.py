@@ -83,6 +83,10 @@ class HuggingFaceBackend:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = splits_special_tokens
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        self.added_tokens = [token.content for token in added]
+        #: Special tokens that text never becomes.
+        self.split_tokens = [token.content for token in added if token.special and splits_special_tokens]
         # A post-processor adds tokens around a text, which the encoder does itself, and trims spaces off the offsets.
         self._tokenizer.post_processor = None
 
@@ -158,9 +162,12 @@ class GigatokenBackend:
         self._reference = reference
         self._tokenizer: Any = self._load()
         self._full_at_bytes = 0
-        # gigatoken turns a control token's name in a text into the token, SentencePiece encodes it as text; and
-        # gigatoken 0.10 drops a next-line character at a text's end and Khmer's inherent vowels after some characters.
+        # gigatoken turns a control token's name in a text into the token. SentencePiece encodes it as text, as does a
+        # Hugging Face tokenizer with `split_special_tokens`. And for SentencePiece, gigatoken 0.10 drops a next-line
+        # character at a text's end and Khmer's inherent vowels after some characters.
         self._unsupported: list[str] = []
+        if isinstance(reference, HuggingFaceBackend):
+            self._unsupported = reference.split_tokens
         if isinstance(reference, SentencePieceBackend):
             self._unsupported = [*reference.control_tokens, "\x85", "\u17b4", "\u17b5"]
 
@@ -221,7 +228,8 @@ def choose_backend(
             raise ValueError("it has no tokenizer.json")
         with warnings.catch_warnings(action="ignore"):
             fast = GigatokenBackend(source, reference)
-        if fast.agrees([*PROBES, *sample]):
+        added = reference.added_tokens if isinstance(reference, HuggingFaceBackend) else []
+        if fast.agrees([*PROBES, *(f"a{token}b {token} c" for token in added), *sample]):
             return fast, None
         reason = "it gives different IDs for some texts"
     except ImportError:

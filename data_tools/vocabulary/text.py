@@ -87,6 +87,7 @@ class DocumentReader:
                         yield text, self._encoder.is_validation(text.parts())
             except BadLine as error:
                 raise UserError(f"{batch.where(index)}: {error}; fix or remove the line") from None
+        batch.discard()
 
 
 @dataclass

@@ -5,7 +5,8 @@ the GPT dataset looks up the bits of all these ranges at once.
 """
 
 import argparse
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from moelpr.data.corpus_index import CorpusIndex
 from moelpr.data.language_bits import open_language_bits
+from moelpr.data.manifest import FileRecord, Manifest
 from moelpr.errors import UserError
 from moelpr.families.families import read_config
 from moelpr.run_folder import HF_FOLDER
@@ -32,7 +34,7 @@ class TokenIds:
         vocab_size: vocabulary size of the model.
         eod: ID of the end-of-document token; -1 if the corpus has none.
         pad: ID of padding; -1 is never in a corpus, so no real token is taken for padding.
-        unique_identifiers: part of the name of Megatron's cache.
+        unique_identifiers: part of the name of Megatron's cache (`index_checksums`).
     """
 
     vocab_size: int
@@ -136,6 +138,8 @@ def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
     from megatron.training.utils import get_blend_and_blend_per_split  # takes seconds, which reading samples need not
 
     blend, blend_per_split = get_blend_and_blend_per_split(args)
+    blends = [blend, *(blend_per_split or ())]
+    corpora = sorted({prefix for prefixes, _ in filter(None, blends) for prefix in prefixes})
     return GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
@@ -147,7 +151,7 @@ def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
         mmap_bin_files=args.mmap_bin_files,
-        tokenizer=_token_ids(args),
+        tokenizer=replace(_token_ids(args), unique_identifiers=index_checksums(corpora)),
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         reset_position_ids=False,
         reset_attention_mask=False,
@@ -155,6 +159,22 @@ def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=False,  # attention is causal without it
     )
+
+
+def index_checksums(prefixes: Iterable[str]) -> dict[str, str]:
+    """What tells corpora of one name apart: the checksum of each .idx, from its manifest if it has one.
+
+    Megatron's cache holds the order of samples by name and settings, so that a corpus that was made again would be read
+    in the order of the old one.
+    """
+    found = {}
+    for prefix in prefixes:
+        manifest, path = Manifest.read(prefix), Path(f"{prefix}.idx")
+        if manifest is not None and "idx" in manifest.files:
+            found[prefix] = manifest.files["idx"].sha256
+        elif path.is_file():  # else its reader reports it
+            found[prefix] = FileRecord.of(path).sha256
+    return found
 
 
 def _token_ids(args: argparse.Namespace) -> TokenIds:

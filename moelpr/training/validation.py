@@ -21,7 +21,7 @@ from megatron.training.training import evaluate
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from moelpr.data.dataset import TaggedGPTDataset, dataset_config
+from moelpr.data.dataset import TaggedGPTDataset, dataset_config, index_checksums
 from moelpr.data.language_bits import LanguageBits, language_bits_path
 from moelpr.data.manifest import Manifest
 from moelpr.data.tokenizer import load_tokenizer
@@ -116,8 +116,10 @@ def result(text: HeldOut, loss: float) -> dict[str, Any]:
 
 def held_out(args: argparse.Namespace, language: str, prefix: str) -> HeldOut:
     """Open a held-out corpus. Every rank must call this: Megatron's builder has barriers."""
+    usual = dataset_config(args)
     config = replace(
-        dataset_config(args),
+        usual,
+        tokenizer=replace(usual.tokenizer, unique_identifiers=index_checksums([prefix])),
         blend=None,
         blend_per_split=[None, ([prefix], None), None],
         split=None,

@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig  # noqa: E402
 from megatron.core.datasets.indexed_dataset import IndexedDataset  # noqa: E402
 
-from moelpr.data.dataset import TaggedGPTDataset, TaggedIndexedDataset, TokenIds  # noqa: E402
+from moelpr.data.dataset import TaggedGPTDataset, TaggedIndexedDataset, TokenIds, index_checksums  # noqa: E402
 
 
 def build(kind: type, prefixes: list[str], vocab: int = 500, samples: int = 30):  # noqa: ANN201
@@ -129,3 +130,27 @@ def test_empty_corpus_is_rejected(tmp_path) -> None:  # noqa: ANN001
         writer.commit()
     with pytest.raises(UserError, match=r"nothing.bin contains no tokens"):
         build(TaggedGPTDataset, [str(tmp_path / "nothing")])
+
+
+def test_a_corpus_made_again_is_not_read_in_the_order_of_the_old_one(write_corpus: Callable, tmp_path: Path) -> None:
+    """Megatron caches the order by name, number of samples and settings."""
+
+    def order(documents: int) -> list[int]:
+        for path in tmp_path.glob("corpus.*"):
+            path.unlink()
+        prefix, *_ = write_corpus("corpus", documents=documents)
+        config = GPTDatasetConfig(
+            random_seed=3, sequence_length=16, blend=([str(prefix)], None), split="100,0,0",
+            path_to_cache=str(tmp_path / "cache"),
+            tokenizer=TokenIds(500, unique_identifiers=index_checksums([str(prefix)])),
+            reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False,
+        )  # fmt: skip
+        train, _, _ = BlendedMegatronDatasetBuilder(TaggedGPTDataset, [30, 0, 0], lambda: True, config).build()
+        return [*train.document_index]
+
+    assert max(order(40)) == 39
+    num_caches = len(list((tmp_path / "cache").iterdir()))
+    assert max(order(40)) == 39 and len(list((tmp_path / "cache").iterdir())) == num_caches
+    assert max(order(60)) == 59
+    (tmp_path / "corpus.manifest.json").unlink(missing_ok=True)
+    assert index_checksums([str(tmp_path / "corpus")]) != index_checksums([str(tmp_path / "nowhere")]) == {}

@@ -122,6 +122,25 @@ def test_corpora_that_do_not_belong_together_are_rejected(make_corpus: Callable)
         manifest.languages = {"en": LanguageCount("expanded", 1, 1, 1)}
 
     expect("en is an original language in .*one, .* expanded one in .*d;", make_corpus("d", [("el", [2])]), other_bit)
+    f, g = make_corpus("f", [("el", [2])]), make_corpus("g", [("es", [2])])
+    manifest = Manifest.read(g)
+    manifest.languages = {"el": LanguageCount("original", 1, 1, 1)}
+    manifest.write(g)
+    with pytest.raises(UserError, match="el is an expanded language in .*f, but an original one in .*g;"):
+        merge(one.parent / "out", one, f, g)  # the first has no Greek
     e = make_corpus("e", [("el", [2])])
     Path(f"{e}.bin").write_bytes(b"\x03\x00")
     expect("e.bin is damaged or", e)
+
+
+def test_an_output_that_is_an_input_under_another_name_is_refused(tmp_path: Path) -> None:
+    """--remove-input removed what had just been written."""
+    one, two = write(tmp_path / "one", [([1], True)]), write(tmp_path / "two", [([2], True)])
+    (tmp_path / "link").symlink_to(tmp_path)
+    before = content(one)
+    for name in (tmp_path / "link" / "one", tmp_path / "link" / ".." / tmp_path.name / "one"):
+        with pytest.raises(UserError, match="is one of the inputs"):
+            merge(name, one, two, flags=("--overwrite", "--remove-input"))
+    with pytest.raises(UserError, match="names .*one twice"):
+        merge(tmp_path / "out", one, two, tmp_path / "link" / "one")
+    assert content(one) == before

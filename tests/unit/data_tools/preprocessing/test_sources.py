@@ -88,3 +88,32 @@ def test_form_is_detected_by_content(tmp_path: Path) -> None:
     assert open_source(str(tmp_path / "a.jsonl")).form is Form.GZIP
     (tmp_path / "b.gz").write_bytes(b'{"text": "plain"}')
     assert open_source(str(tmp_path / "b.gz")).form is Form.LINES
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its text was lost without a word. Root may read every folder, so reading fails by other means."""
+    for name in ("a/1.jsonl", "a/locked/2.jsonl", "b/3.jsonl", "b/.hidden/4.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    scandir = os.scandir
+
+    def fail(path: str) -> Any:
+        if Path(path).name in ("locked", ".hidden"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", fail)
+    for pattern in ("a", "a/", "**/*.jsonl", "a/*/*.jsonl", "*/*/*.jsonl"):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(UserError, match=r"locked can't be read \(Permission denied\)"):
+            find_files([pattern])
+    assert find_files(["b"]) == find_files(["b/*.jsonl"]) == ["b/3.jsonl"]
+    assert find_files(["*/*.jsonl"]) == ["a/1.jsonl", "b/3.jsonl"]
+
+
+def test_a_name_that_is_not_utf_8_is_refused_before_the_work(tmp_path: Path) -> None:
+    """The manifest could not be written after it, and the old corpus was gone."""
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xe5\xeb.jsonl")
+    Path(path).touch()
+    with pytest.raises(UserError, match=r"input .*\\xe5\\xeb\.jsonl is not UTF-8; rename the file"):
+        open_source(path)

@@ -27,6 +27,9 @@ FLAGS = ("--language-key", "lang", "--original-languages", "en,es,zh", "--append
         ("a.jsonl.xz", lzma.compress),
         ("two-members.gz", lambda data: gzip.compress(data[:1000]) + gzip.compress(data[1000:])),
         ("two-frames.zst", lambda data: zstd(data[:1000]) + zstd(data[1000:])),
+        ("pzstd.zst", lambda data: b"\x5a\x2a\x4d\x18" + bytes([4, 0, 0, 0]) + b"size" + zstd(data)),
+        ("streams.bz2", lambda data: bz2.compress(data[:1000]) + bz2.compress(data[1000:])),
+        ("streams.xz", lambda data: lzma.compress(data[:1000]) + bytes(8) + lzma.compress(data[1000:]) + bytes(4)),
         ("no-suffix", gzip.compress),
         ("a.parquet", None),
         ("windows.jsonl", lambda data: b"\xef\xbb\xbf" + data.replace(b"\n", b"\r\n")),
@@ -88,6 +91,8 @@ def test_files_of_a_mixed_folder_are_read_by_name(
         ("a.zst", lambda data: zstd(data)[:-20], r"a\.zst \(zstd\) is damaged or truncated"),
         ("a.bz2", lambda data: bz2.compress(data)[:-20], r"a\.bz2 \(bzip2\) is damaged or truncated"),
         ("a.xz", lambda data: lzma.compress(data)[:-20], r"a\.xz \(xz\) is damaged or truncated"),
+        ("a.bz2", lambda data: bz2.compress(data) + b"BZx" + bz2.compress(data)[3:], r"a\.bz2 \(bzip2\) is damaged"),
+        ("a.xz", lambda data: lzma.compress(data) + gzip.compress(data), r"a\.xz \(xz\) is damaged"),
         (
             "a.parquet",
             lambda data: parquet_table([{"text": "a", "lang": "en"}])[:-20],

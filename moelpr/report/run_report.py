@@ -13,18 +13,10 @@ from typing import Any
 from moelpr.files import atomic_file
 from moelpr.languages import language_name
 from moelpr.report import page, plots
+from moelpr.report.claims import Claims, Judgment, check_result
+from moelpr.report.language_results import ROUTING_SHARES, LanguageResults, held_out_results
 from moelpr.report.page import Block, Cell, Row, Section, Table, Text
-from moelpr.report.runs import (
-    ENDS,
-    ROUTING_SHARES,
-    Claims,
-    Judgment,
-    Results,
-    Run,
-    check_result,
-    curve_of,
-    held_out_results,
-)
+from moelpr.report.runs import ENDS, Run, curve_of
 
 MAX_WARNINGS = 30
 GROUP_NAMES = {"original": "original languages", "expanded": "expanded languages"}
@@ -39,10 +31,10 @@ _SETTINGS = (
 
 @dataclass(frozen=True)
 class Report:
-    """Everything a report is made from; see `moelpr.report.runs`."""
+    """Everything a report is made from."""
 
     runs: Sequence[Run]  # in the order in which they were made, such as stage 1 and stage 2
-    evaluation: Results = field(default_factory=Results)  # of `python -m moelpr.evaluate`
+    evaluation: LanguageResults = field(default_factory=LanguageResults)  # of `python -m moelpr.evaluate`
     checks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name -> result of verify.py
     claims: Claims = field(default_factory=Claims)
     facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # title -> name -> value, after the settings
@@ -62,7 +54,7 @@ class Report:
         return page.write_page(folder, "report", page.Page(title, kicker, _sections(self, judgments, held_out)))
 
 
-def _sections(report: Report, judgments: Sequence[Judgment], held_out: Results) -> list[Section]:
+def _sections(report: Report, judgments: Sequence[Judgment], held_out: LanguageResults) -> list[Section]:
     runs, evaluation = report.runs, report.evaluation
     return [
         Section("", [*_overview(report, judgments, held_out)]),
@@ -89,7 +81,7 @@ def _title(runs: Sequence[Run], claims: Claims, judgments: Sequence[Judgment]) -
     )
 
 
-def _summary(runs: Sequence[Run], evaluation: Results, held_out: Results) -> str:
+def _summary(runs: Sequence[Run], evaluation: LanguageResults, held_out: LanguageResults) -> str:
     """One sentence: the mean change of each language group from the first model to the last."""
     results, source = evaluation, "on held-out documents"
     if len(evaluation.models) < 2:
@@ -108,7 +100,7 @@ def _summary(runs: Sequence[Run], evaluation: Results, held_out: Results) -> str
     return f"Bits per {unit} {source}, {last} against {first}: {'; '.join(parts)}. Lower is better."
 
 
-def _overview(report: Report, judgments: Sequence[Judgment], held_out: Results) -> Iterator[Block]:
+def _overview(report: Report, judgments: Sequence[Judgment], held_out: LanguageResults) -> Iterator[Block]:
     """The outcome in a few words, and what state the runs are in."""
     results, runs = report.evaluation, report.runs
     yield Text(_summary(runs, results, held_out), "summary")
@@ -145,7 +137,7 @@ def _overview(report: Report, judgments: Sequence[Judgment], held_out: Results) 
         yield page.Verdict(title, more, warnings[:MAX_WARNINGS])
 
 
-def _language_tables(evaluation: Results, held_out: Results) -> Iterator[Block]:
+def _language_tables(evaluation: LanguageResults, held_out: LanguageResults) -> Iterator[Block]:
     """Evaluated models with intervals, and the runs' own held-out text."""
     if evaluation.bits:
         note = (
@@ -168,7 +160,7 @@ def _language_tables(evaluation: Results, held_out: Results) -> Iterator[Block]:
         )
 
 
-def _results_table(title: str, results: Results, note: str) -> Table:
+def _results_table(title: str, results: LanguageResults, note: str) -> Table:
     rows = []
     for group, members in results.rows().items():
         rows += [Row([GROUP_NAMES[group].capitalize()], "group")] if group else []
@@ -213,7 +205,7 @@ def _checks_table(report: Report) -> list[Block]:
     return [Table(["check", "found", "tensors", "same next token"], rows, note, text_columns=[1])] if rows else []
 
 
-def _continuations(evaluation: Results) -> list[Block]:
+def _continuations(evaluation: LanguageResults) -> list[Block]:
     note = (
         "The first words of a held-out document, continued by each model. One sample per language illustrates the "
         "models; it does not measure them."
@@ -281,7 +273,7 @@ def _curves_table(runs: Sequence[Run], num_rows: int = 8) -> Table:
     return Table(["mean over", *names.values()], rows)
 
 
-def _routing(runs: Sequence[Run], evaluation: Results) -> list[Block]:
+def _routing(runs: Sequence[Run], evaluation: LanguageResults) -> list[Block]:
     """Of evaluated models, per language of the held-out text; before and after review, on the training text."""
     figures: list[Block] = []
     for share, title in ROUTING_SHARES.items():
@@ -379,7 +371,7 @@ def _commands(runs: Sequence[Run]) -> Iterator[Block]:
         yield Text(f"No command line was recorded for {missing}; recipe.yaml has every setting.", "note")
 
 
-def _numbers(report: Report, title: str, judgments: Sequence[Judgment], held_out: Results) -> dict[str, Any]:
+def _numbers(report: Report, title: str, judgments: Sequence[Judgment], held_out: LanguageResults) -> dict[str, Any]:
     """The content of report.json."""
     evaluation = report.evaluation
     shares = {
@@ -413,7 +405,9 @@ def _run_numbers(run: Run) -> dict[str, Any]:
     }
 
 
-def _by_model(results: Results, number: Callable[..., plots.Interval]) -> dict[str, dict[str, dict[str, float]]]:
+def _by_model(
+    results: LanguageResults, number: Callable[..., plots.Interval]
+) -> dict[str, dict[str, dict[str, float]]]:
     return {model: {row: number(model, row)._asdict() for row in rows} for model, rows in results.bits.items()}
 
 

@@ -42,8 +42,9 @@ def measure_text(args: argparse.Namespace) -> "Results":
     from moelpr.evaluate.compare import compare_models
     from moelpr.evaluate.models import check_device
     from moelpr.evaluate.result_cache import ResultCache
-    from moelpr.evaluate.results import RoutingResults, TextResults
+    from moelpr.evaluate.routing_results import RoutingResults
     from moelpr.evaluate.scoring import Settings
+    from moelpr.evaluate.text_results import TextResults
 
     check_device(args.device)
     cache = ResultCache(args.output)

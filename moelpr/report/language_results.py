@@ -13,6 +13,7 @@ from moelpr.report.plots import Interval
 from moelpr.report.runs import Run
 
 GROUPS = ("expanded", "original")
+GROUP_NAMES = {"original": "original languages", "expanded": "expanded languages"}
 # Fractions of tokens in evaluations and, by language group, in metrics -> what the tokens do.
 ROUTING_SHARES = {
     "original_first_share": "first choice is an original expert",

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from checkpoint_convert.hf_folder import HfReader, check_tokenizer, common_dtype, copy_companions, write_weights
+from checkpoint_convert.history import Origin, check_separable, read_history
 from checkpoint_convert.megatron_folder import SIGNS, MegatronReader, num_elements, write_checkpoint
-from checkpoint_convert.model_card import Origin, check_separable, read_history
 from checkpoint_convert.outputs import check_finite, check_output, output_folder
 from checkpoint_convert.upcycling import check_weights
 from moelpr.errors import UserError

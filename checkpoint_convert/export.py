@@ -20,15 +20,9 @@ from tqdm import tqdm
 
 from checkpoint_convert.card_metadata import CARD_FILE
 from checkpoint_convert.hf_folder import MODEL_STEM, HfReader, copy_companions, raw_bytes, write_weights
+from checkpoint_convert.history import Origin, check_separable, read_history
 from checkpoint_convert.megatron_folder import SIGNS, MegatronReader, write_checkpoint
-from checkpoint_convert.model_card import (
-    BASE_CARD_FILE,
-    CardFacts,
-    Origin,
-    check_separable,
-    model_card,
-    read_history,
-)
+from checkpoint_convert.model_card import BASE_CARD_FILE, CardFacts, model_card
 from checkpoint_convert.new_rows import VOCABULARY_PARTS, grow, shape_without
 from checkpoint_convert.outputs import check_output, output_folder
 from moelpr import checksums

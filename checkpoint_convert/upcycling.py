@@ -21,9 +21,9 @@ from checkpoint_convert.hf_folder import (
     copy_companions,
     is_unread,
 )
+from checkpoint_convert.history import Origin
 from checkpoint_convert.hub import Model
 from checkpoint_convert.megatron_folder import SIGNS, num_elements, write_checkpoint
-from checkpoint_convert.model_card import Origin
 from checkpoint_convert.new_tokens import read_extension, with_new_rows
 from checkpoint_convert.outputs import check_finite, check_output, output_folder
 from moelpr.errors import UserError

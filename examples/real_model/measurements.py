@@ -36,7 +36,8 @@ from examples.real_model.settings import (
 )
 from examples.real_model.tasks import held_out_files, searched_changes
 from moelpr.errors import UserError
-from moelpr.evaluate.results import Estimate, estimates, interval_of, mean
+from moelpr.evaluate.bootstrap import Estimate, estimates, interval_of, mean
+from moelpr.evaluate.result_cache import cached_results
 from moelpr.evaluate.scoring import LanguageScore
 from moelpr.run_folder import read_json
 from moelpr.run_metrics import read_run_metrics
@@ -171,8 +172,8 @@ def bytes_per_token(scores: Mapping[str, LanguageScore]) -> dict[str, float]:
 
 def read_scores(run: Path, model: str) -> dict[str, LanguageScore]:
     """Text -> score of a model; {} if it has not been evaluated."""
-    files = sorted((run / "evaluation" / "parts" / model).glob("*.json"))
-    return {path.stem: LanguageScore.from_json(_json(path)["result"]) for path in files}
+    results = cached_results(run / "evaluation", model)
+    return {text: LanguageScore.from_json(result) for text, result in results.items()}
 
 
 def document_names(corpus: Path, texts: Sequence[str]) -> dict[str, list[str]]:

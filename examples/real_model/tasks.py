@@ -1,6 +1,5 @@
 """The tasks of the queue in their order: a believable page early, further seeds last."""
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -43,6 +42,7 @@ from examples.real_model.task import Command, Task
 from examples.real_model.training import Training
 from moelpr.data.manifest import Manifest
 from moelpr.errors import UserError
+from moelpr.evaluate.result_cache import cached_results
 
 EXPANDED_ONLY = {"expanded": 1.0}  # blend
 EXTENDED = "extended-"  # how the names of corpora of the extended tokenizer start
@@ -376,12 +376,8 @@ def searched_changes(run: Path, setting: str) -> dict[float, float]:
 
 def bits_per_byte(folder: Path, model: str) -> dict[str, float]:
     """Of each text that a model was evaluated on; {} if it was not."""
-    results = {}
-    for path in sorted((folder / "parts" / model).glob("*.json")):
-        score = json.loads(path.read_text(encoding="utf-8"))["result"]
-        if "document_bits" in score:
-            results[path.stem] = sum(score["document_bits"]) / sum(score["document_bytes"])
-    return results
+    scores = {text: score for text, score in cached_results(folder, model).items() if "document_bits" in score}
+    return {text: sum(score["document_bits"]) / sum(score["document_bytes"]) for text, score in scores.items()}
 
 
 def best_rate(run: Path, setting: str) -> float:

@@ -39,10 +39,12 @@ def measure_text(args: argparse.Namespace) -> "Results":
     models, data = named_paths(args.model, "--model"), named_paths(args.data, "--data")
     check_languages(args.original_languages, data, "--data")
     from moelpr.documents import read_documents  # after the arguments: torch and matplotlib are slow to import
-    from moelpr.evaluate.compare import ResultCache, compare_models
+    from moelpr.evaluate.compare import compare_models
     from moelpr.evaluate.models import check_device
-    from moelpr.evaluate.results import RoutingResults, TextResults
+    from moelpr.evaluate.result_cache import ResultCache
+    from moelpr.evaluate.routing_results import RoutingResults
     from moelpr.evaluate.scoring import Settings
+    from moelpr.evaluate.text_results import TextResults
 
     check_device(args.device)
     cache = ResultCache(args.output)
@@ -63,9 +65,9 @@ def measure_text(args: argparse.Namespace) -> "Results":
 def measure_harness(args: argparse.Namespace) -> "Results":
     models, languages = named_paths(args.model, "--model"), args.languages
     check_languages(args.original_languages, languages, "--languages")
-    from moelpr.evaluate.compare import ResultCache
     from moelpr.evaluate.harness import PAPER_TASKS, HarnessResults, read_benchmarks, run_tasks
     from moelpr.evaluate.models import check_device, read_max_positions
+    from moelpr.evaluate.result_cache import ResultCache
 
     benchmarks = read_benchmarks(args.tasks or PAPER_TASKS, languages)
     check_device(args.device)

@@ -1,4 +1,4 @@
-"""Several models on the same text, loaded one after another; results are cached as they come.
+"""Several models on the same text, loaded one after another.
 
 Besides their scores, there are continuations: a prompt from each language's text, continued by each model.
 """
@@ -6,28 +6,17 @@ Besides their scores, there are continuations: a prompt from each language's tex
 import hashlib
 import json
 import re
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
 
 import torch
 
-from moelpr.checkpoints import checkpoint_chain
-from moelpr.errors import UserError
-from moelpr.evaluate.models import LoadedModel, is_megatron, open_model, read_max_positions, require_hf
+from moelpr.evaluate.models import LoadedModel, open_model, read_max_positions, require_hf
+from moelpr.evaluate.result_cache import Json, ResultCache, fingerprint_model
 from moelpr.evaluate.scoring import LanguageScore, Settings, score_each
-from moelpr.files import atomic_file, make_folder, parse_json
-from moelpr.model_spec import FILE_NAME
-from moelpr.run_folder import HF_FOLDER
 
-Json = dict[str, Any]
-
-_VERSION = {"format_version": 2}
-CACHE_FOLDER = "parts"
 PROMPT_WORDS = 7
 PROMPT_CHARACTERS = 10  # in scripts without spaces between words
 _NO_SPACES = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\u0e00-\u0e7f]")  # kana, Han, Thai
@@ -58,7 +47,7 @@ def compare_models(
     continuation_tokens: int = 0,
     device: str = "auto",
     dtype: str = "auto",
-    cache: "ResultCache | None" = None,
+    cache: ResultCache | None = None,
 ) -> Comparison:
     """Score every model on every language, in windows of the same length, so that no model gets more context.
 
@@ -154,78 +143,3 @@ def continue_prompt(loaded: LoadedModel, prompt: str, max_new_tokens: int) -> st
     text = loaded.tokenizer.decode(output[0, 1:].tolist(), skip_special_tokens=True)[len(prompt_text) :]
     line = next((line for line in text.split("\n") if line.strip()), "")
     return line.rstrip("\ufffd ")  # the last character may be incomplete
-
-
-class ResultCache:
-    """Results in an evaluation's folder, one file each (`parts/MODEL/NAME.json`), so that a rerun resumes.
-
-    Each file records what it was computed from, and a checksum. A result with a different key or checksum is not used,
-    but computed again.
-    """
-
-    def __init__(self, folder: Path | None):
-        """`folder` is the evaluation's --output; None caches nothing."""
-        if folder and folder.exists() and not folder.is_dir():
-            raise UserError(f"--output {folder} is a file; pass a folder")
-        if folder and folder.is_dir() and any(folder.iterdir()) and not (folder / CACHE_FOLDER).is_dir():
-            raise UserError(f"--output {folder} is not an evaluation folder; choose another")
-        if folder:
-            make_folder(folder)  # now, and not when the first result is there
-        self._folder = folder and folder / CACHE_FOLDER
-        if self._folder:
-            make_folder(self._folder)  # now, because measuring takes long
-
-    def read(self, model: str, name: str, key: Json) -> Json | None:
-        """The result computed from exactly `key`, or None, also if the file is damaged."""
-        try:
-            content = parse_json(self._path(model, name).read_bytes()) if self._folder else {}
-            is_wanted = content["of"] == {**_VERSION, **key} and content["crc32"] == _checksum(content["result"])
-            return content["result"] if is_wanted else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-    def write(self, model: str, name: str, key: Json, result: Json) -> None:
-        if self._folder:
-            with atomic_file(self._path(model, name)) as temporary:
-                content = {"of": {**_VERSION, **key}, "result": result, "crc32": _checksum(result)}
-                temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
-
-    def complete(
-        self, model: str, keys: Mapping[str, Json], measure: Callable[[list[str]], Iterable[tuple[str, Json]]]
-    ) -> dict[str, Json]:
-        """Results of a model: the cached ones, and those that `measure` yields, which are cached as they come.
-
-        Args:
-            keys: name of a result -> what it is computed from.
-            measure: yields (name, result) for the names that are missing, which it gets in the order of `keys`.
-        """
-        found = {name: result for name, key in keys.items() if (result := self.read(model, name, key)) is not None}
-        if missing := [name for name in keys if name not in found]:
-            for name, result in measure(missing):
-                found[name] = result
-                self.write(model, name, keys[name], result)
-        return found
-
-    def _path(self, model: str, name: str) -> Path:
-        assert self._folder
-        return self._folder / quote(model, safe="") / f"{quote(name, safe='')}.json"
-
-
-def _checksum(result: Json) -> str:
-    return f"{zlib.crc32(json.dumps(result).encode()):08x}"
-
-
-def fingerprint_model(directory: Path) -> str:
-    """A digest of its files' names, sizes and times; the weights are too large to be read."""
-    if is_megatron(directory):
-        folders = [directory / HF_FOLDER, *checkpoint_chain(directory)]
-        return fingerprint_files([directory / FILE_NAME, *(file for folder in folders for file in folder.rglob("*"))])
-    return fingerprint_files(file for file in directory.iterdir() if file.suffix != ".md")
-
-
-def fingerprint_files(files: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(file for file in files if file.is_file()):
-        state = file.stat()
-        digest.update(f"{file.name} {state.st_size} {state.st_mtime_ns}\n".encode())
-    return digest.hexdigest()

@@ -14,8 +14,8 @@ from statistics import fmean
 from typing import Any
 
 from moelpr.errors import UserError
-from moelpr.evaluate.compare import Json, ResultCache, fingerprint_files, fingerprint_model
 from moelpr.evaluate.models import LoadedModel, first_line, open_model, require_hf
+from moelpr.evaluate.result_cache import Json, ResultCache, fingerprint_files, fingerprint_model
 from moelpr.evaluate.results import Results
 from moelpr.languages import language_name
 from moelpr.report.page import Table

@@ -20,8 +20,10 @@ def main() -> None:
 
 
 def report_runs(args: argparse.Namespace) -> None:
-    from moelpr.report.run_report import Report  # after the arguments, because matplotlib is slow to import
-    from moelpr.report.runs import Claims, read_evaluations, read_run, read_verifications
+    from moelpr.report.claims import Claims, read_verifications  # after the arguments: matplotlib is slow to import
+    from moelpr.report.language_results import read_evaluations
+    from moelpr.report.run_report import Report
+    from moelpr.report.runs import read_run
     from moelpr.yaml_files import read_mapping
 
     report = Report(

@@ -1,5 +1,6 @@
 """Pages made of blocks, written as one HTML file and as Markdown with the same text and numbers."""
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -169,6 +170,11 @@ def to_markdown(page: Page) -> str:
 def terminal_table(table: Table) -> str:
     """A table with aligned columns as plain text."""
     return _aligned_table(table, lambda text: text)
+
+
+def number_text(value: float | None, form: str) -> str:
+    """A number in a cell; a dash if it is missing or not finite."""
+    return "–" if value is None or not math.isfinite(value) else form.format(value)
 
 
 def _templates(**options: Any) -> Environment:

@@ -1,20 +1,13 @@
 """Charts as SVG, drawn by matplotlib: lines over training steps, changes with intervals, heat maps, trade-offs.
 
-Every function returns one self-contained SVG document, which can also be pasted into a page. Text stays text,
-colors are CSS variables of the page (templates/style.css) with their light value as fallback, and no chart needs color
-to be understood: curves differ in dash and marker, bars and cells carry their name and number.
+Every function returns one self-contained SVG document, which can also be pasted into a page. No chart needs color to be
+understood: curves differ in dash and marker, bars and cells carry their name and number.
 """
 
-import hashlib
-import io
 import math
-import re
-import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -26,27 +19,16 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from moelpr.report.labels import label_points
+from moelpr.report.svg import INK, MUTED, PAGE, SERIES, TIP, new_axes, styled, to_svg, width_of, write_label
+
 Array = NDArray[np.float64]
-Box = tuple[float, float, float, float]  # left, low, right, high
 
 MAX_POINTS = 400  # per curve, so that the report of a long run stays small
-FONT = "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, 'Noto Sans', sans-serif"
-INK, MUTED, RULE, PAGE = "#1f2933", "#5f6c7b", "#d9dee4", "#ffffff"
-# Okabe and Ito's hues, which color-blind readers tell apart, darkened for a white page.
-SERIES = ("#1d4f91", "#b35900", "#00735a", "#a3407f", "#3a86c8", "#8a6d00", "#6b7280", "#c03a2b")
-_VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", PAGE: "page"} | {
-    color: f"series-{number}" for number, color in enumerate(SERIES)
-}
 _DASHES = ("-", (0, (7, 3)), (0, (2, 2)), (0, (9, 3, 2, 3)), (0, (4, 2)), (0, (1, 2)), (0, (12, 4)), (0, (6, 2, 2, 2)))
 _MARKERS = "os^DXvP*"
 _CELL_INK = ("#20262d", "#fefefe")  # on a light and on a dark cell; unlike INK and PAGE the same on a dark page
 _OUTLINE = "#c2410c"
-_TIP = "tip: "  # starts the gid of a shape that shows the rest when the pointer rests on it
-_STYLE = matplotlib.rc_params_from_file(
-    Path(__file__).parent / "templates" / "charts.mplstyle", use_default_template=False
-)
-_DEFAULTS = {name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith("backend")}
-_styled = matplotlib.rc_context(_DEFAULTS | _STYLE)  # whatever the user's matplotlibrc says
 
 
 @dataclass(frozen=True)
@@ -102,7 +84,7 @@ class Series:
     is_joined: bool = True  # by a line through the means
 
 
-@_styled
+@styled
 def line_chart(title: str, curves: Sequence[Curve], *, as_percent: bool = False, smooth: bool = True) -> str:
     """Curves over training steps as SVG; returns "" if no curve has two points.
 
@@ -147,7 +129,7 @@ def line_chart(title: str, curves: Sequence[Curve], *, as_percent: bool = False,
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}" if as_percent else _tick_label(value))
     if any(names):
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=num_columns, borderaxespad=0.3)
-    return _to_svg(figure, title, ", ".join(described))
+    return to_svg(figure, title, ", ".join(described))
 
 
 def thinning_note(curves: Iterable[Curve]) -> str:
@@ -161,7 +143,7 @@ def thinning_note(curves: Iterable[Curve]) -> str:
     )
 
 
-@_styled
+@styled
 def change_chart(title: str, rows: Mapping[str, Mapping[str, Interval | None]], *, axis: str) -> str:
     """Bars from 0, one per row and model, with intervals. A hollow bar is a change whose interval contains 0.
 
@@ -174,22 +156,22 @@ def change_chart(title: str, rows: Mapping[str, Mapping[str, Interval | None]], 
     ends = [-0.02, 0.02, *filter(math.isfinite, ends)]
     span = max(ends) - min(ends)
     height = sum(17 * len(changes) + 12 if changes else 26 for changes in rows.values())  # in pixels, as y
-    figure, axes = _axes(340, height)
+    figure, axes = new_axes(340, height)
     axes.set(xlim=(min(ends) - span / 4, max(ends) + span / 4), ylim=(height, 0), xlabel=axis)
-    left = -22 - _width(models, 12) - _width((row for row, changes in rows.items() if changes), 13.5)
+    left = -22 - width_of(models, 12) - width_of((row for row, changes in rows.items() if changes), 13.5)
     y, described = 0.0, []
     for row, changes in rows.items():
         weight = "bold" if not changes or row.startswith("mean") else "normal"
-        _label(axes, row, (0, y + 8), (left, 0), fontsize=13.5, weight=weight)
+        write_label(axes, row, (0, y + 8), (left, 0), fontsize=13.5, weight=weight)
         for model, change in changes.items():
-            _label(axes, model, (0, y + 8), (-8, 0), fontsize=12, color=MUTED, ha="right")
+            write_label(axes, model, (0, y + 8), (-8, 0), fontsize=12, color=MUTED, ha="right")
             text = percent(change.value if change else math.nan)
             described.append(f"{row}, {model}: {text}")
             if change is None or not math.isfinite(change.value):
-                _label(axes, text, (1, y + 8), (-4, 0), fontsize=12, color=MUTED, ha="right")
+                write_label(axes, text, (1, y + 8), (-4, 0), fontsize=12, color=MUTED, ha="right")
             else:
                 bar = _draw_change(axes, y + 8, change, SERIES[models.index(model) % len(SERIES)])
-                bar.set_gid(f"{_TIP}{row}, {model}: {percent(change.value, 2)}")
+                bar.set_gid(f"{TIP}{row}, {model}: {percent(change.value, 2)}")
             y += 17
         y += 12 if changes else 26
     axes.axvline(0, color=INK, linewidth=1.2)
@@ -199,8 +181,8 @@ def change_chart(title: str, rows: Mapping[str, Mapping[str, Interval | None]], 
     digits = 0 if span > 0.05 else 1
     axes.xaxis.set_major_formatter(lambda value, _: percent(value, digits) if round(value, 9) else "0")
     for text, shift, ha in (("\u2190 better", -8, "right"), ("worse \u2192", 8, "left")):
-        _label(axes, text, (0, 0), (shift, 12), from_left=False, fontsize=12, color=MUTED, ha=ha)
-    return _to_svg(figure, title, "; ".join(described), bbox_inches="tight")
+        write_label(axes, text, (0, 0), (shift, 12), from_left=False, fontsize=12, color=MUTED, ha=ha)
+    return to_svg(figure, title, "; ".join(described), bbox_inches="tight")
 
 
 def _draw_change(axes: Axes, y: float, change: Interval, color: str) -> Artist:
@@ -212,11 +194,11 @@ def _draw_change(axes: Axes, y: float, change: Interval, color: str) -> Artist:
         axes.plot([change.low, change.high], [y, y], color=INK, linewidth=1.6, marker="|")
         end = min(end, change.low) if change.value < 0 else max(end, change.high)
     shift, ha = (-5, "right") if change.value < 0 else (5, "left")
-    _label(axes, percent(change.value), (end, y), (shift, 0), from_left=False, fontsize=12, ha=ha)
+    write_label(axes, percent(change.value), (end, y), (shift, 0), from_left=False, fontsize=12, ha=ha)
     return bar
 
 
-@_styled
+@styled
 def trade_off_chart(
     title: str, series: Sequence[Series], *, x_axis: str, y_axis: str, most: tuple[float, float] = (math.inf, math.inf)
 ) -> str:
@@ -224,7 +206,7 @@ def trade_off_chart(
 
     A setting beyond `most` (x, y), which would squeeze the others, is drawn there, and its label says what it has.
     """
-    figure, axes = _axes(400, 260)
+    figure, axes = new_axes(400, 260)
     axes.set_title(title, pad=14 + 18 * math.ceil(len(series) / 2))
     described: list[str] = []
     labels: list[tuple[str, tuple[float, float]]] = []
@@ -253,52 +235,11 @@ def trade_off_chart(
         axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))  # as fine as the tenths of a percent of the labels
         axis.set_major_formatter(lambda value, _: percent(value) if round(value, 9) else "0")
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.3)
-    _label_points(axes, labels)
-    return _to_svg(figure, title, "; ".join(described), bbox_inches="tight")
+    label_points(axes, labels)
+    return to_svg(figure, title, "; ".join(described), bbox_inches="tight")
 
 
-def _label_points(axes: Axes, labels: Sequence[tuple[str, tuple[float, float]]]) -> None:
-    """Write each label near its point (x, y), where it covers least; a line leads to one that is not beside it."""
-    axes.get_xlim(), axes.get_ylim()  # they make matplotlib choose the limits, which the positions depend on
-    scale = 72 / axes.figure.dpi
-    points = [axes.transData.transform(place) * scale for _, place in labels]
-    (left, low), (_, high) = axes.bbox.get_points() * scale
-    taken = [_around(x, y, 5) for x, y in points]
-    sides = [(across, up) for across in (9, 27, 54, 90) for up in range(9, 130, 15)]
-    shifts = [(across * a, up * b) for across, up in sides for a in (1, -1) for b in (1, -1)]
-    for (text, place), (x, y) in zip(labels, points, strict=True):
-        others = [box for box in taken if box != _around(x, y, 5)]
-        costs: dict[tuple[float, float], float] = {}
-        for shift in shifts:
-            label, *line = _label_boxes(x, y, shift, _width([text], 12))
-            is_outside = label[0] < left or label[1] < low or label[3] > high  # to the right is nothing
-            hidden, crossed = (sum(_overlap(a, b) for a in boxes for b in others) for boxes in ([label], line))
-            costs[shift] = math.hypot(*shift) + 1000 * (is_outside + hidden) + 10 * crossed
-        best = min(costs, key=costs.__getitem__)
-        label, *line = _label_boxes(x, y, best, _width([text], 12))
-        taken += [label, *line]
-        leader = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.7, "shrinkB": 4} if line else None
-        style = {"ha": "right" if best[0] < 0 else "left", "arrowprops": leader}
-        _label(axes, text, place, best, from_left=False, fontsize=12, **style)
-
-
-def _label_boxes(x: float, y: float, shift: tuple[float, float], width: float) -> list[Box]:
-    """What a label covers that is shifted from its point: itself, then points on its line, if it has one."""
-    across, up = shift
-    left = x + across - (width if across < 0 else 0)
-    line = np.linspace(0.1, 0.9, 12).tolist() if max(abs(across), abs(up)) > 9 else []
-    return [(left, y + up - 8, left + width, y + up + 8), *(_around(x + across * t, y + up * t, 1) for t in line)]
-
-
-def _around(x: float, y: float, half: float) -> Box:
-    return x - half, y - half, x + half, y + half
-
-
-def _overlap(one: Box, other: Box) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
-
-
-@_styled
+@styled
 def heat_maps(
     title: str,
     panels: Sequence[Panel],
@@ -319,14 +260,14 @@ def heat_maps(
         per_row: panels in one line.
     """
     cell_height = 24 if max(len(panel.rows) for panel in panels) <= 13 else 18
-    label_width = max(_width([corner, *panel.rows], 11) for panel in panels)
-    columns_width = max(max(cell_width * len(p.columns), _width([p.title], 13.5)) for p in panels)
+    label_width = max(width_of([corner, *panel.rows], 11) for panel in panels)
+    columns_width = max(max(cell_width * len(p.columns), width_of([p.title], 13.5)) for p in panels)
     rows_height = cell_height * max(len(panel.rows) for panel in panels)
     figure, means = None, []
     for number, panel in enumerate(panels):
         width, height = cell_width * len(panel.columns), cell_height * len(panel.rows)
         left = (columns_width + label_width + 26) * (number % per_row)
-        figure, axes = _axes(width, height, left, (rows_height + 70) * (number // per_row), figure)
+        figure, axes = new_axes(width, height, left, (rows_height + 70) * (number // per_row), figure)
         axes.set(xlim=(0, len(panel.columns)), ylim=(len(panel.rows), 0))
         axes.spines.bottom.set_visible(False)
         axes.tick_params(length=0, bottom=False, top=True, labelbottom=False, labeltop=True, labelsize=11, pad=5)
@@ -334,7 +275,7 @@ def heat_maps(
         axes.set_xticks(np.arange(len(names)) + 0.5, names)
         axes.set_yticks(np.arange(len(panel.rows)) + 0.5, panel.rows)
         axes.set_title(panel.title, pad=32 if panel.column_groups else 12, x=-label_width / width)
-        _label(axes, corner, (0, 0), (-5, 9), color=MUTED, ha="right")
+        write_label(axes, corner, (0, 0), (-5, 9), color=MUTED, ha="right")
         _draw_cells(axes, panel, form, darkest, 11 if cell_width > 40 else 10)
         start, above = 0, -(40 if any("\n" in name for name in names) else 26) / cell_height
         for group, count in panel.column_groups.items():
@@ -344,7 +285,7 @@ def heat_maps(
         parts = [f"{name} {form.format(finite_mean(values))}" for name, values in panel.columns.items()]
         means.append(f"{panel.title}: {', '.join(parts)}")
     assert figure is not None
-    return _to_svg(figure, title, ". ".join(means), bbox_inches="tight")
+    return to_svg(figure, title, ". ".join(means), bbox_inches="tight")
 
 
 def _draw_cells(axes: Axes, panel: Panel, form: str, darkest: float, fontsize: float) -> None:
@@ -354,7 +295,7 @@ def _draw_cells(axes: Axes, panel: Panel, form: str, darkest: float, fontsize: f
             if math.isfinite(value):
                 fill, ink = cell_colors(value / darkest if darkest else 0)
                 cell = axes.add_patch(Rectangle((column, row), 1, 1, facecolor=fill, edgecolor=PAGE))
-                cell.set_gid(f"{_TIP}{panel.title}, {name}, {panel.rows[row]}: {value:.3f}")
+                cell.set_gid(f"{TIP}{panel.title}, {name}, {panel.rows[row]}: {value:.3f}")
                 place = column + 0.5, row + 0.5
                 axes.text(*place, form.format(value), fontsize=fontsize, color=ink, ha="center", va="center_baseline")
     for name, row in panel.outlined:  # last, because a neighbor would cover the frame
@@ -401,58 +342,3 @@ def _running_mean(values: Array) -> Array:
     """Mean over about a twentieth of the curve around each point, at the ends over the part that exists."""
     window = np.ones(2 * (len(values) // 40) + 1)
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
-
-
-def _width(texts: Iterable[str], size: float) -> float:
-    """Approximate width in pixels of the widest text."""
-    return 0.58 * size * max(map(len, texts), default=0)
-
-
-def _axes(
-    width: float, height: float, left: float = 0, top: float = 0, figure: Figure | None = None
-) -> tuple[Figure, Axes]:
-    """Axes of a size in pixels, in a figure that is saved with everything around them (bbox_inches="tight")."""
-    figure = figure or Figure(figsize=(1, 1))
-    return figure, figure.add_axes((left / 72, -(top + height) / 72, width / 72, height / 72))
-
-
-def _label(
-    axes: Axes, text: str, place: tuple[float, float], shift: tuple[float, float], from_left: bool = True, **style: Any
-) -> None:
-    """Text next to a place (x, y), shifted by pixels. from_left: x is a fraction of the width."""
-    coordinates = ("axes fraction" if from_left else "data", "data")
-    axes.annotate(
-        text, place, shift, xycoords=coordinates, textcoords="offset points", va="center_baseline",
-        annotation_clip=False, **style,
-    )  # fmt: skip
-
-
-def _to_svg(figure: Figure, title: str, description: str, **options: Any) -> str:
-    """The SVG without date and version; the same input gives the same bytes."""
-    buffer = io.StringIO()
-    figure.patch.set_visible(False)
-    salt = hashlib.sha256(f"{title}\0{description}".encode()).hexdigest()  # no ID twice on a page
-    with matplotlib.rc_context({"svg.hashsalt": salt}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # it only measures; the reader has fonts
-        figure.savefig(buffer, format="svg", metadata={"Date": None}, **options)
-    head, body = buffer.getvalue().split("<svg", 1)[1].split(">", 1)
-    width, height = (math.ceil(float(size)) for size in re.findall(r'viewBox="0 0 (\S+) (\S+)"', head)[0])
-    unneeded = r'<metadata>.*?</metadata>|<style.*?</style>|font-family: [^;]*; | transform="rotate\(-0 [^"]*"'
-    body = re.sub(unneeded, "", body, flags=re.DOTALL)
-    body = re.sub(rf'<g id="{_TIP}([^"]*)">', r"<g><title>\1</title>", body)
-    body = re.sub(r'<g id="[^"]*"', "<g", body).replace("xlink:href", "href")
-    body = re.sub(r">[^<]*<|\d+\.\d{3,}|#[0-9a-f]{6}\b", _shorten, body)
-    body = re.sub(r"\s*\n\s*", "\n", re.sub(r" \n(?=[LMQCz\"])", "", body)).strip()
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" viewBox="0 0 {width} {height}" '
-        f'width="{width}" height="{height}" font-family="{FONT}" stroke-linejoin="round">'
-        f"<title>{escape(title)}</title><desc>{escape(description)}</desc>\n{body}\n"
-    )
-
-
-def _shorten(match: re.Match[str]) -> str:
-    """Outside of text: a coordinate with two decimals, a color as the page's variable."""
-    found = match[0]
-    if found[0] == "#":
-        return f"var(--{_VARIABLES[found]},{found})" if found in _VARIABLES else found
-    return found if found[0] == ">" else f"{float(found):.2f}".rstrip("0").rstrip(".")

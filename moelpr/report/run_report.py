@@ -13,21 +13,13 @@ from typing import Any
 from moelpr.files import atomic_file
 from moelpr.languages import language_name
 from moelpr.report import page, plots
-from moelpr.report.page import Block, Cell, Row, Section, Table, Text
-from moelpr.report.runs import (
-    ENDS,
-    ROUTING_SHARES,
-    Claims,
-    Judgment,
-    Results,
-    Run,
-    check_result,
-    curve_of,
-    held_out_results,
-)
+from moelpr.report.claims import Claims, Judgment, check_result
+from moelpr.report.language_results import GROUP_NAMES, LanguageResults, held_out_results
+from moelpr.report.page import Block, Cell, Row, Section, Table, Text, number_text
+from moelpr.report.run_figures import curve_figures, routing_figures
+from moelpr.report.runs import Run
 
 MAX_WARNINGS = 30
-GROUP_NAMES = {"original": "original languages", "expanded": "expanded languages"}
 # Flags that say how a run was made; its recipe.yaml has all of them.
 _SETTINGS = (
     "micro_batch_size", "global_batch_size", "seq_length", "lr", "lr_decay_style", "balance_loss_coeff",
@@ -39,10 +31,10 @@ _SETTINGS = (
 
 @dataclass(frozen=True)
 class Report:
-    """Everything a report is made from; see `moelpr.report.runs`."""
+    """Everything a report is made from."""
 
     runs: Sequence[Run]  # in the order in which they were made, such as stage 1 and stage 2
-    evaluation: Results = field(default_factory=Results)  # of `python -m moelpr.evaluate`
+    evaluation: LanguageResults = field(default_factory=LanguageResults)  # of `python -m moelpr.evaluate`
     checks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name -> result of verify.py
     claims: Claims = field(default_factory=Claims)
     facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # title -> name -> value, after the settings
@@ -62,15 +54,15 @@ class Report:
         return page.write_page(folder, "report", page.Page(title, kicker, _sections(self, judgments, held_out)))
 
 
-def _sections(report: Report, judgments: Sequence[Judgment], held_out: Results) -> list[Section]:
+def _sections(report: Report, judgments: Sequence[Judgment], held_out: LanguageResults) -> list[Section]:
     runs, evaluation = report.runs, report.evaluation
     return [
         Section("", [*_overview(report, judgments, held_out)]),
         Section("Learned and forgotten, per language", [*_language_tables(evaluation, held_out)]),
         Section("Claims", _claims_table(report.claims, judgments)),
         Section("Checks", _checks_table(report)),
-        Section("Routing: original or new experts", _routing(runs, evaluation)),
-        Section("Curves", _curves(runs)),
+        Section("Routing: original or new experts", routing_figures(runs, evaluation)),
+        Section("Curves", curve_figures(runs)),
         Section("Continuations", _continuations(evaluation)),
         Section("Cost", [_cost_table(runs)]),
         Section("Settings", [*_settings(report)]),
@@ -89,7 +81,7 @@ def _title(runs: Sequence[Run], claims: Claims, judgments: Sequence[Judgment]) -
     )
 
 
-def _summary(runs: Sequence[Run], evaluation: Results, held_out: Results) -> str:
+def _summary(runs: Sequence[Run], evaluation: LanguageResults, held_out: LanguageResults) -> str:
     """One sentence: the mean change of each language group from the first model to the last."""
     results, source = evaluation, "on held-out documents"
     if len(evaluation.models) < 2:
@@ -108,7 +100,7 @@ def _summary(runs: Sequence[Run], evaluation: Results, held_out: Results) -> str
     return f"Bits per {unit} {source}, {last} against {first}: {'; '.join(parts)}. Lower is better."
 
 
-def _overview(report: Report, judgments: Sequence[Judgment], held_out: Results) -> Iterator[Block]:
+def _overview(report: Report, judgments: Sequence[Judgment], held_out: LanguageResults) -> Iterator[Block]:
     """The outcome in a few words, and what state the runs are in."""
     results, runs = report.evaluation, report.runs
     yield Text(_summary(runs, results, held_out), "summary")
@@ -131,7 +123,7 @@ def _overview(report: Report, judgments: Sequence[Judgment], held_out: Results) 
     rows = []
     for run in runs:
         left = f", {_duration(run.time_left_s)} left" if run.state == "running" and run.time_left_s else ""
-        loss = _number(run.last.get("lm_loss"), "{:.3f}")
+        loss = number_text(run.last.get("lm_loss"), "{:.3f}")
         rows.append([run.name, run.stage, run.state + left, run.progress, loss, str(len(run.metrics.warnings))])
     yield Table(["run", "stage", "state", "steps", "last loss", "warnings"], rows, text_columns=[1, 2])
     warnings = [
@@ -145,7 +137,7 @@ def _overview(report: Report, judgments: Sequence[Judgment], held_out: Results) 
         yield page.Verdict(title, more, warnings[:MAX_WARNINGS])
 
 
-def _language_tables(evaluation: Results, held_out: Results) -> Iterator[Block]:
+def _language_tables(evaluation: LanguageResults, held_out: LanguageResults) -> Iterator[Block]:
     """Evaluated models with intervals, and the runs' own held-out text."""
     if evaluation.bits:
         note = (
@@ -168,7 +160,7 @@ def _language_tables(evaluation: Results, held_out: Results) -> Iterator[Block]:
         )
 
 
-def _results_table(title: str, results: Results, note: str) -> Table:
+def _results_table(title: str, results: LanguageResults, note: str) -> Table:
     rows = []
     for group, members in results.rows().items():
         rows += [Row([GROUP_NAMES[group].capitalize()], "group")] if group else []
@@ -203,7 +195,7 @@ def _checks_table(report: Report) -> list[Block]:
     for name in dict.fromkeys([*meanings, *report.checks]):
         check = report.checks.get(name, {})
         found = Cell(check_result(check), ok=check.get("equal", False))
-        same = _number(check.get("same_next_token"), "{:.2%}")
+        same = number_text(check.get("same_next_token"), "{:.2%}")
         title = Cell(meanings[name], name) if name in meanings else name
         rows.append(Row([title, found, f"{check.get('num_tensors', 0):,}", same]))
     note = (
@@ -213,7 +205,7 @@ def _checks_table(report: Report) -> list[Block]:
     return [Table(["check", "found", "tensors", "same next token"], rows, note, text_columns=[1])] if rows else []
 
 
-def _continuations(evaluation: Results) -> list[Block]:
+def _continuations(evaluation: LanguageResults) -> list[Block]:
     note = (
         "The first words of a held-out document, continued by each model. One sample per language illustrates the "
         "models; it does not measure them."
@@ -228,118 +220,11 @@ def _continuations(evaluation: Results) -> list[Block]:
     return [Text(note, "note"), *samples] if samples else []
 
 
-def _curves(runs: Sequence[Run]) -> list[Block]:
-    charts, drawn = [], []
-    for run in runs:
-        prefix = f"{run.name}: " if len(runs) > 1 else ""
-        for title, curves, as_percent, smooth in _charts_of(run):
-            if chart := plots.line_chart(prefix + title, curves, as_percent=as_percent, smooth=smooth):
-                charts.append(chart)
-                drawn += curves if smooth else []
-    if not charts:
-        return [Text("There are no curves yet: a curve needs two steps.", "note")]
-    return [page.Figure(charts, plots.thinning_note(drawn), _curves_table(runs), is_grid=True)]
-
-
-def _charts_of(run: Run) -> Iterator[tuple[str, list[plots.Curve], bool, bool]]:
-    """Everything that was logged: title, curves, whether they are fractions, whether to smooth them."""
-    validations = run.metrics.validations
-    groups = {name: result.get("group") for record in validations for name, result in record["languages"].items()}
-    for unit in ("byte", "token"):
-        bits = [
-            {name: result.get(f"bits_per_{unit}") for name, result in record["languages"].items()}
-            | {"iteration": record["iteration"]}
-            for record in validations
-        ]
-        for group, title in GROUP_NAMES.items():
-            curves = [curve_of(bits, name, language_name(name)) for name in groups if groups[name] == group]
-            yield f"held-out text, {title} (bits per {unit})", curves, False, False
-    steps = run.metrics.steps
-    losses = [curve_of(steps, f"lm_loss_{group}", name) for group, name in GROUP_NAMES.items()]
-    has_losses = all(curve.y for curve in losses)
-    yield "next-token loss (nats per token)", losses if has_losses else [curve_of(steps, "lm_loss")], False, True
-    yield "balance loss", [curve_of(steps, "balance_loss")], False, True
-    yield "LPR loss (nats)", [curve_of(steps, "lpr_loss")], False, True
-    for share, title in ROUTING_SHARES.items():
-        curves = [curve_of(steps, f"{share}_{group}", name) for group, name in GROUP_NAMES.items()]
-        yield f"tokens whose {title}", [curve for curve in curves if any(curve.y)], True, True
-    yield "gradient norm", [curve_of(steps, "grad_norm")], False, True
-    yield "learning rate", [curve_of(steps, "learning_rate")], False, False
-    yield "tokens per second", [curve_of(steps[1:], "tokens_per_s")], False, True
-
-
-def _curves_table(runs: Sequence[Run], num_rows: int = 8) -> Table:
-    """The curves in a few numbers, each the mean over a part of the run."""
-    names = {"lm_loss": "loss", "balance_loss": "balance", "lpr_loss": "LPR", "tokens_per_s": "tokens/s"}
-    rows = []
-    for run in runs:
-        steps = run.metrics.steps
-        size = max(1, math.ceil(len(steps) / num_rows))
-        for part in (steps[start : start + size] for start in range(0, len(steps), size)):
-            means = [_number(plots.finite_mean(curve_of(part, name).y), "{:.4g}") for name in names]
-            rows.append([f"{run.name}, steps {part[0]['iteration']:,} to {part[-1]['iteration']:,}", *means])
-    return Table(["mean over", *names.values()], rows)
-
-
-def _routing(runs: Sequence[Run], evaluation: Results) -> list[Block]:
-    """Of evaluated models, per language of the held-out text; before and after review, on the training text."""
-    figures: list[Block] = []
-    for share, title in ROUTING_SHARES.items():
-        evaluated = []
-        for model, shares in evaluation.routing[share].items():
-            languages = [name for name in evaluation.languages("original", "expanded", "") if name in shares]
-            columns = {language_name(name): [*shares[name], plots.finite_mean(shares[name])] for name in languages}
-            rows = [f"layer {layer}" for layer in evaluation.layers[model]]
-            evaluated.append(plots.Panel(model, columns, [*rows, "mean"]))
-        captions = (
-            f"Fraction of held-out tokens whose {title}, per MoE layer and language.",
-            f"Fraction of training tokens whose {title}, per MoE layer and language group, over at most {ENDS} steps. "
-            "Review (stage 2) teaches the routers to send original-language text there.",
-        )
-        for panels, text in zip(
-            (evaluated, [p for run in runs for p in _run_panels(run, share)]), captions, strict=True
-        ):
-            if any(value > 0 for panel in panels for column in panel.columns.values() for value in column):
-                figures.append(_heat_map_figure(panels, text, title))
-    return figures
-
-
-def _run_panels(run: Run, share: str) -> Iterator[plots.Panel]:
-    steps = run.metrics.steps
-    middle = len(steps) // 2
-    parts = {"first steps": steps[:ENDS], "last steps": steps[-ENDS:]}
-    if middle < ENDS:  # the two would overlap
-        parts = {"first half": steps[:middle], "last half": steps[middle:]}
-    for title, part in parts.items():
-        columns: dict[str, list[float]] = {}
-        for group, name in GROUP_NAMES.items():
-            per_step = [record.get(f"{share}_{group}") for record in part]
-            lists = [shares for shares in per_step if isinstance(shares, list)]
-            means = [plots.finite_mean(layer) for layer in zip(*lists, strict=False)]
-            columns |= {name: means} if any(map(math.isfinite, means)) else {}
-        if columns:
-            rows = [f"layer {layer}" for layer in range(min(map(len, columns.values())))]
-            yield plots.Panel(f"{run.name}, {title}", columns, rows)
-
-
-def _heat_map_figure(panels: Sequence[plots.Panel], caption: str, title: str) -> page.Figure:
-    widest_first = sorted(panels, key=lambda panel: -len(panel.columns))
-    names = list(dict.fromkeys(name for panel in widest_first for name in panel.columns))
-    rows: list[Row | Sequence[str]] = []
-    for panel in panels:
-        rows.append(Row([panel.title], "group"))
-        for row, layer in enumerate(panel.rows):
-            values = [panel.columns[name][row] if name in panel.columns else math.nan for name in names]
-            rows.append([layer, *(_number(value, "{:.0%}") for value in values)])
-    maps = [plots.heat_maps(f"{panel.title}: {title}", [panel]) for panel in panels]
-    return page.Figure(maps, caption, Table([title, *names], rows))
-
-
 def _cost_table(runs: Sequence[Run]) -> Table:
     rows = [
         [
             run.name, f"{run.last.get('consumed_tokens', 0):,}", _duration(run.training_time_s),
-            _number(run.tokens_per_s, "{:,.0f}"), _number(run.peak_memory_gib, "{:.2f} GiB"),
+            number_text(run.tokens_per_s, "{:,.0f}"), number_text(run.peak_memory_gib, "{:.2f} GiB"),
             str(run.num_ranks or run.settings.get("world_size") or "not recorded"),
         ]
         for run in runs
@@ -379,7 +264,7 @@ def _commands(runs: Sequence[Run]) -> Iterator[Block]:
         yield Text(f"No command line was recorded for {missing}; recipe.yaml has every setting.", "note")
 
 
-def _numbers(report: Report, title: str, judgments: Sequence[Judgment], held_out: Results) -> dict[str, Any]:
+def _numbers(report: Report, title: str, judgments: Sequence[Judgment], held_out: LanguageResults) -> dict[str, Any]:
     """The content of report.json."""
     evaluation = report.evaluation
     shares = {
@@ -413,7 +298,9 @@ def _run_numbers(run: Run) -> dict[str, Any]:
     }
 
 
-def _by_model(results: Results, number: Callable[..., plots.Interval]) -> dict[str, dict[str, dict[str, float]]]:
+def _by_model(
+    results: LanguageResults, number: Callable[..., plots.Interval]
+) -> dict[str, dict[str, dict[str, float]]]:
     return {model: {row: number(model, row)._asdict() for row in rows} for model, rows in results.bits.items()}
 
 
@@ -423,7 +310,3 @@ def _duration(seconds: float) -> str:
 
 def _count(number: int, name: str) -> str:
     return f"{number} {name}{'s' if number > 1 else ''}"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None or not math.isfinite(value) else form.format(value)

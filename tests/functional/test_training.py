@@ -20,7 +20,7 @@ import pytest
 import torch
 import yaml
 
-from moelpr.arguments.checks.resume import checkpoint_bytes
+from moelpr.arguments.checks.folders import checkpoint_bytes
 from moelpr.checksums import verify_folder
 from moelpr.model_spec import ModelSpec
 from tests.hf_models import RunsCode, replace_object

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from moelpr.arguments.checks import find_problems
-from moelpr.arguments.checks.resume import checkpoint_bytes, format_bytes
+from moelpr.arguments.checks.folders import checkpoint_bytes, format_bytes
 from moelpr.arguments.flags import all_arguments
 from moelpr.arguments.settings import RunSettings
 from moelpr.data.language_bits import LanguageBitsWriter

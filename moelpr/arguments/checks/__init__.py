@@ -5,7 +5,7 @@ settings it depends on are missing or invalid themselves, because another check 
 messages are reported at once.
 """
 
-from moelpr.arguments.checks import data, hardware, layout, model, resume
+from moelpr.arguments.checks import data, flags, folders, hardware, layout, model, resume
 from moelpr.arguments.settings import RunSettings
 
 
@@ -20,5 +20,6 @@ def find_notes(run: RunSettings) -> list[str]:
 
 
 def _messages(run: RunSettings, prefix: str) -> list[str]:
-    functions = [item for module in (model, resume, layout, data, hardware) for item in vars(module).items()]
+    modules = (model, folders, resume, flags, layout, data, hardware)
+    functions = [item for module in modules for item in vars(module).items()]
     return [message for name, check in functions if name.startswith(prefix) for message in check(run)]

@@ -1,92 +1,16 @@
-"""Required flags, ranges of numbers, and the parallel layout."""
+"""The parallel layout fits the model and the batch."""
 
-import math
 from collections.abc import Iterable
 
-from moelpr.arguments.checks.data import DATA_FLAGS
 from moelpr.arguments.settings import RunSettings
 from moelpr.layouts import divisors, layout_problems, neighbors, one_of
 from moelpr.megatron_patches import cpu
-
-# What to pass if none of the arguments is given.
-_REQUIRED = {
-    "--stage stage1 (or stage0, stage2, dense)": ("stage",),
-    "--micro-batch-size SEQUENCES": ("micro_batch_size",),
-    "--seq-length TOKENS": ("seq_length",),
-    "--lr RATE": ("lr",),
-    "--train-iters STEPS (or --train-samples SEQUENCES)": ("train_iters", "train_samples"),
-    "--data-path PREFIX (data_tools/preprocess_data.py makes a corpus)": (*DATA_FLAGS, "mock_data"),
-}
-
-_EXCLUSIVE = (("train_iters", "train_samples"), DATA_FLAGS, ("fp16", "bf16", "fp32"))
-
-# Least value and the bound that it must be below.
-_RANGES: dict[tuple[int, float], tuple[str, ...]] = {
-    (1, math.inf): (
-        "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
-        "expert_model_parallel_size", "expert_tensor_parallel_size", "num_virtual_stages_per_pipeline_rank",
-        "num_layers_per_virtual_pipeline_stage", "make_vocab_size_divisible_by", "micro_batch_size",
-        "global_batch_size", "seq_length", "train_iters", "train_samples", "save_interval", "log_interval",
-        "eval_interval", "warn_window", "lr_decay_iters", "lr_decay_samples",
-    ),
-    (1, 2**31): ("seed",),
-    (0, math.inf): (
-        "lr", "min_lr", "lr_warmup_init", "lr_warmup_iters", "lr_warmup_samples", "weight_decay", "clip_grad",
-        "balance_loss_coeff", "lpr_loss_coeff", "eval_iters",
-    ),
-    (0, 1): ("adam_beta1", "adam_beta2", "lr_warmup_fraction"),
-}  # fmt: skip
 
 # Flags that split the layers unevenly over the pipeline; Megatron checks their values.
 _UNEVEN = (
     "pipeline_model_parallel_layout", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers",
     "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split",
 )  # fmt: skip
-
-
-def check_required_flags(run: RunSettings) -> Iterable[str]:
-    """Flags without a default are given, by recipe or command line."""
-    for usage, names in _REQUIRED.items():
-        if run.recipe_is_read and not any(name in run.explicit_args for name in names):
-            yield f"{usage.split()[0]} is required; pass {usage}"
-
-
-def check_exclusive_flags(run: RunSettings) -> Iterable[str]:
-    """Length of training, data and dtype are given once."""
-    for names in _EXCLUSIVE:
-        given = [run.flag(name) for name in names if name in run.explicit_args]
-        if len(given) > 1:
-            yield f"{' and '.join(given)} are mutually exclusive; keep one of them"
-
-
-def check_ranges(run: RunSettings) -> Iterable[str]:
-    """Numbers are finite, and neither too small nor too large."""
-    known = {name: bounds for bounds, names in _RANGES.items() for name in names}
-    for name, (least, below) in known.items():
-        value = getattr(run.args, name)
-        if value is not None and not least <= value < below:
-            bound = f" and below {below:,}" if below < math.inf else " and finite" if value == math.inf else ""
-            yield f"{run.flag(name)} must be at least {least}{bound}, got {value}"
-    for name in run.explicit_args.keys() - known.keys():
-        value = getattr(run.args, name, None)
-        if isinstance(value, float) and not math.isfinite(value):
-            yield f"{run.flag(name)} must be a finite number, got {value}"
-    lr, least_lr = run.args.lr, run.args.min_lr
-    if "min_lr" in run.explicit_args and lr is not None and least_lr is not None and least_lr > lr:
-        yield f"--min-lr must be at most --lr {lr}, got {least_lr}"
-
-
-def check_warmup(run: RunSettings) -> Iterable[str]:
-    """The learning rate rises to its maximum within the run."""
-    for unit in ("iters", "samples"):
-        warmup, decay = getattr(run.args, f"lr_warmup_{unit}"), getattr(run.args, f"lr_decay_{unit}")
-        end = f"lr_decay_{unit}" if decay is not None else f"train_{unit}"
-        length = getattr(run.args, end)
-        if warmup and length is not None and warmup >= length >= 1:
-            yield (
-                f"{run.flag(f'lr_warmup_{unit}')} must be below {run.flag(end)} {length}, got {warmup}; pass, for "
-                f"example, {length // 10}"
-            )
 
 
 def check_layout(run: RunSettings) -> Iterable[str]:

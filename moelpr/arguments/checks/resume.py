@@ -1,23 +1,16 @@
-"""The folders to load and save: disk space, and whether a run can be resumed with these settings.
+"""Whether a run can be resumed with these settings.
 
 Weights load under every layout. Optimizer state does not; what has to match depends on how it was saved.
 """
 
-import argparse
-import math
-import os
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moelpr.arguments.settings import RunSettings, retain_interval, shape_of
+from moelpr.arguments.settings import RunSettings, shape_of
 from moelpr.errors import UserError
 from moelpr.layouts import Layout
 from moelpr.model_spec import ModelSpec
-from moelpr.plan.memory import MASTER_BYTES, MOMENT_BYTES, WEIGHT_BYTES, model_parts
-from moelpr.run_folder import TRACKER_FILE
-from moelpr.stages import trained_parts
 
 # What has to match for optimizer state to load: always; and if it was saved with --use-distributed-optimizer but
 # without --dist-ckpt-optim-fully-reshardable, as the flat buffers of one layout. Everything else may change. Taken from
@@ -40,70 +33,6 @@ _SCHEDULE = (
 )  # fmt: skip
 
 _NEW_RUN = "to start a new run from it, pass it as --pretrained-checkpoint and change --save"
-
-
-def check_load_folder(run: RunSettings) -> Iterable[str]:
-    """Without it Megatron would start from --pretrained-checkpoint without a message."""
-    load = run.args.load
-    if load and load != run.args.save and run.checkpoint not in (None, Path(load)):
-        yield (
-            f"--load {load} contains no checkpoint ({TRACKER_FILE} is missing), so the run would start from "
-            f"{run.checkpoint}; use another folder, or remove --load"
-        )
-
-
-def check_save_folder(run: RunSettings) -> Iterable[str]:
-    """Otherwise one folder would contain steps of two runs, but only one base_checkpoint.json."""
-    save = run.args.save
-    if not save or not (Path(save) / TRACKER_FILE).exists() or run.checkpoint is None:
-        return
-    if not run.is_resumed or run.checkpoint != Path(save):
-        flag = "--finetune" if run.args.finetune else "--load"
-        yield (
-            f"--save {save} contains checkpoints of a run, and {flag} would start another run from {run.checkpoint}; "
-            f"change --save, or remove {flag} to resume the run"
-        )
-
-
-def check_save_disk(run: RunSettings) -> Iterable[str]:
-    """--save can be written, and a checkpoint fits; quotas, and what others write meanwhile, cannot be checked."""
-    if run.args.save is None:
-        return
-    save = Path(run.args.save)
-    existing = next(folder for folder in (save, *save.absolute().parents) if folder.exists())
-    if not existing.is_dir():
-        yield f"cannot create --save {save}: {existing} is a file; use another folder"
-    elif not os.access(existing, os.W_OK | os.X_OK):
-        is_read_only = os.statvfs(existing).f_flag & os.ST_RDONLY
-        why = f"the disk of {existing} is read-only" if is_read_only else f"no permission to write to {existing}"
-        yield f"cannot write to --save {save}: {why}; fix that, or use a folder on another disk"
-    elif run.spec is not None and run.args.save_interval:
-        disk, needed = shutil.disk_usage(existing), checkpoint_bytes(run.args, run.spec)
-        if disk.free < needed and disk.total > 0:  # some object stores report no size
-            smaller = "" if run.args.save_trained_only or not run.is_moe else ", use --save-trained-only"
-            yield (
-                f"--save {save} is on a disk with {format_bytes(disk.free)} free, and a checkpoint of this run takes "
-                f"about {format_bytes(needed)}; free some space{smaller}, or use a folder on another disk"
-            )
-
-
-def checkpoint_bytes(args: argparse.Namespace, spec: ModelSpec) -> int:
-    """Bytes of the tensors in one checkpoint: the weights, and the optimizer state of what is trained."""
-    dtype = "bf16" if args.bf16 or args.fp16 else "fp32"
-    trained = trained_parts(args.stage or "dense", args.train_everything, args.train_new_embeddings)
-    # The distributed optimizer saves a copy of fp32 weights too.
-    master = MASTER_BYTES["bf16" if args.use_distributed_optimizer else dtype]
-    state = 0 if args.no_save_optim else master + MOMENT_BYTES
-    return sum(
-        numel * (WEIGHT_BYTES[dtype] * (part in trained or not args.save_trained_only) + state * (part in trained))
-        for (_, part), numel in model_parts(spec).items()
-    )
-
-
-def format_bytes(number: float) -> str:
-    """A number of bytes with its unit: "99 GiB"."""
-    power = min(int(math.log2(max(number, 1))) // 10, 4)
-    return f"{number / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 def check_resumed_run(run: RunSettings) -> Iterable[str]:
@@ -224,15 +153,6 @@ def _as_flags(names: list[str], settings: Mapping[str, Any]) -> str:
         is_off = value is None or value is False
         flags.append(f"no {flag}" if is_off else flag if value is True else f"{flag} {value}")
     return ", ".join(flags)
-
-
-def note_rounded_retain_interval(run: RunSettings) -> Iterable[str]:
-    """A recipe's --save-retain-interval follows another --save-interval."""
-    if (kept := retain_interval(run.args)) != run.args.save_retain_interval:
-        yield (
-            f"--save-retain-interval {run.args.save_retain_interval} is rounded to {kept}, a multiple of "
-            f"--save-interval {run.args.save_interval}"
-        )
 
 
 def note_ignored_step(run: RunSettings) -> Iterable[str]:

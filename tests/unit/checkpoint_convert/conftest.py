@@ -1,4 +1,4 @@
-"""The tiny models that these tests share, and checkpoints and exports of them."""
+"""The tiny models that these tests share, and checkpoints, exports and runs of them."""
 
 import json
 import shutil
@@ -8,11 +8,41 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from checkpoint_convert.export import mcore_to_hf
-from checkpoint_convert.upcycling import hf_to_mcore
+from checkpoint_convert.upcycling import Start, hf_to_mcore
 from moelpr.errors import run_command
 from tests.hf_models import held_bytes, make_model, make_qwen2, qwen2, source  # noqa: F401
+
+BASE_CARD = "---\nlicense: other\nlicense_name: tongyi\nlanguage:\n- en\n- zh\ntags: [chat]\n---\n# The base\n"
+# Of the first run in `runs`, as its recipe.yaml records them.
+SETTINGS = {
+    "stage": "stage1",
+    "data_path": ["3", "data/el_text_document", "1", "data/hu_text_document"],
+    "global_batch_size": 512,
+    "seq_length": 1024,
+    "lr": 5e-5,
+    "min_lr": 0.0,
+    "lr_decay_style": "cosine",
+    "lr_warmup_iters": 20,
+    "balance_loss_coeff": 0.01,
+    "lpr_loss_coeff": 0.0,
+    "lpr_loss": "paper",
+    "optimizer": "adam",
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.95,
+    "adam_eps": 1e-8,
+    "weight_decay": 0.1,
+    "clip_grad": 1.0,
+    "bf16": True,
+    "fp16": False,
+    "seed": 1234,
+    "world_size": 8,
+    "train_everything": False,
+    "is_resumed": False,
+    "ckpt_step": None,
+}
 
 
 @pytest.fixture
@@ -59,3 +89,45 @@ def text(tmp_path: Path) -> Path:
     lines = ["ab" * 40 + "aaab" * 20, "b" + "a" * 30 + "bbab"]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     return tmp_path / "text.jsonl"
+
+
+@pytest.fixture
+def runs(make_qwen2: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: F811
+    """A base with a card of its own, the upcycled checkpoint, and two stages as the trainer leaves them."""
+    base = Path(shutil.copytree(make_qwen2(tokenizer=True), tmp_path / "Qwen-tiny"))
+    (base / "README.md").write_text(BASE_CARD)
+    monkeypatch.chdir(tmp_path)  # the records name the folders as the user did
+    hf_to_mcore(base, Path("upcycled"), num_new_experts=3, start=Start(seed=7))
+    write_run("stage1", "upcycled", [3, 6], SETTINGS)
+    stage2 = {
+        "stage": "stage2",
+        "data_path": ["data/review_text_document"],
+        "balance_loss_coeff": 0.0,
+        "lpr_loss_coeff": 0.1,
+    }
+    write_run("stage2", "stage1", [4], SETTINGS | stage2)
+    return tmp_path
+
+
+def write_run(name: str, start: str, steps: list[int], settings: dict, resumed: tuple[int, ...] = ()) -> None:
+    """A run of one stage whose weights are those it started from."""
+    save, before = Path(name), Path(start)
+    save.mkdir()
+    shutil.copytree(before / "hf", save / "hf")
+    shutil.copyfile(before / "model_spec.json", save / "model_spec.json")
+    weights = next(folder for folder in sorted(before.iterdir(), reverse=True) if (folder / ".metadata").is_file())
+    settings = settings | {"save": name, "pretrained_checkpoint": start}
+    for step in steps:
+        shutil.copytree(weights, save / f"iter_{step:07d}")
+        is_resumed = step in resumed
+        record = settings | {"is_resumed": is_resumed, "model_source": name if is_resumed else start}
+        for folder in (save, save / f"iter_{step:07d}"):
+            (folder / "recipe.yaml").write_text(yaml.safe_dump(record))
+    (save / "latest_checkpointed_iteration.txt").write_text(str(steps[-1]))
+    with open(save / "metrics.jsonl", "w") as file:
+        for step in range(1, steps[-1] + 1):
+            losses = {"lm_loss": 5 - step / 8, "lm_loss_original": None, "lm_loss_expanded": 5 - step / 8}
+            losses |= {"balance_loss": 1 + step / 100, "lpr_loss": 2 - step / 4}
+            record = {"iteration": step, "stage": settings["stage"], "consumed_tokens": step * 512 * 1024, **losses}
+            file.write(json.dumps(record) + "\n")
+    (save / "versions.json").write_text(json.dumps({"torch": "9.9"}))

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,82 +11,10 @@ import yaml
 from safetensors import safe_open
 
 from checkpoint_convert.adapter import adapter_to_mcore, mcore_to_adapter
-from checkpoint_convert.export import mcore_to_hf, whole_checkpoint
-from checkpoint_convert.model_card import read_history
+from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.upcycling import Start, hf_to_mcore
-from moelpr.checkpoints import BaseCheckpoint
-from moelpr.errors import UserError
 from moelpr.model_spec import ModelSpec
-
-BASE_CARD = "---\nlicense: other\nlicense_name: tongyi\nlanguage:\n- en\n- zh\ntags: [chat]\n---\n# The base\n"
-SETTINGS = {
-    "stage": "stage1",
-    "data_path": ["3", "data/el_text_document", "1", "data/hu_text_document"],
-    "global_batch_size": 512,
-    "seq_length": 1024,
-    "lr": 5e-5,
-    "min_lr": 0.0,
-    "lr_decay_style": "cosine",
-    "lr_warmup_iters": 20,
-    "balance_loss_coeff": 0.01,
-    "lpr_loss_coeff": 0.0,
-    "lpr_loss": "paper",
-    "optimizer": "adam",
-    "adam_beta1": 0.9,
-    "adam_beta2": 0.95,
-    "adam_eps": 1e-8,
-    "weight_decay": 0.1,
-    "clip_grad": 1.0,
-    "bf16": True,
-    "fp16": False,
-    "seed": 1234,
-    "world_size": 8,
-    "train_everything": False,
-    "is_resumed": False,
-    "ckpt_step": None,
-}
-
-
-@pytest.fixture
-def runs(make_qwen2: Callable[..., Path], tmp_path: Path, monkeypatch) -> Path:
-    """A base with a card of its own, the upcycled checkpoint, and two stages as the trainer leaves them."""
-    base = Path(shutil.copytree(make_qwen2(tokenizer=True), tmp_path / "Qwen-tiny"))
-    (base / "README.md").write_text(BASE_CARD)
-    monkeypatch.chdir(tmp_path)  # the records name the folders as the user did
-    hf_to_mcore(base, Path("upcycled"), num_new_experts=3, start=Start(seed=7))
-    write_run("stage1", "upcycled", [3, 6], SETTINGS)
-    stage2 = {
-        "stage": "stage2",
-        "data_path": ["data/review_text_document"],
-        "balance_loss_coeff": 0.0,
-        "lpr_loss_coeff": 0.1,
-    }
-    write_run("stage2", "stage1", [4], SETTINGS | stage2)
-    return tmp_path
-
-
-def write_run(name: str, start: str, steps: list[int], settings: dict, resumed: tuple[int, ...] = ()) -> None:
-    """A run of one stage whose weights are those it started from."""
-    save, source = Path(name), Path(start)
-    save.mkdir()
-    shutil.copytree(source / "hf", save / "hf")
-    shutil.copyfile(source / "model_spec.json", save / "model_spec.json")
-    weights = next(folder for folder in sorted(source.iterdir(), reverse=True) if (folder / ".metadata").is_file())
-    settings = settings | {"save": name, "pretrained_checkpoint": start}
-    for step in steps:
-        shutil.copytree(weights, save / f"iter_{step:07d}")
-        is_resumed = step in resumed
-        record = settings | {"is_resumed": is_resumed, "model_source": name if is_resumed else start}
-        for folder in (save, save / f"iter_{step:07d}"):
-            (folder / "recipe.yaml").write_text(yaml.safe_dump(record))
-    (save / "latest_checkpointed_iteration.txt").write_text(str(steps[-1]))
-    with open(save / "metrics.jsonl", "w") as file:
-        for step in range(1, steps[-1] + 1):
-            losses = {"lm_loss": 5 - step / 8, "lm_loss_original": None, "lm_loss_expanded": 5 - step / 8}
-            losses |= {"balance_loss": 1 + step / 100, "lpr_loss": 2 - step / 4}
-            record = {"iteration": step, "stage": settings["stage"], "consumed_tokens": step * 512 * 1024, **losses}
-            file.write(json.dumps(record) + "\n")
-    (save / "versions.json").write_text(json.dumps({"torch": "9.9"}))
+from tests.unit.checkpoint_convert.conftest import BASE_CARD, SETTINGS, write_run
 
 
 def card_of(checkpoint: str, **options: object) -> str:
@@ -224,49 +151,9 @@ def test_a_stage_whose_folder_is_gone_is_named_as_missing(runs: Path) -> None:
     card = card_of("stage2")
     assert "Earlier training is not recorded: the first stage below started from `stage1`." in card
     assert [stage["title"] for stage in stages_of(card)] == ["Stage 2 (review)"]
-    hf_to_mcore(runs / "Qwen-tiny", Path("stage1"), num_new_experts=2)  # another model in its place
-    assert read_history(Path("stage2")).missing == "stage1"
-    BaseCheckpoint("../elsewhere", "/gone", "iter_0000003", "").write(runs / "stage2")
-    assert [stage.step for stage in read_history(Path("stage2")).stages] == [3, 4]
 
 
-def test_a_resumed_run_is_described_by_its_first_start(runs: Path) -> None:
-    write_run("resumed", "stage1", [2, 4], SETTINGS | {"ckpt_step": 3}, resumed=(4,))
-    assert [stage.step for stage in read_history(Path("resumed")).stages] == [3, 4]
-    shutil.rmtree("resumed/iter_0000002")
-    assert read_history(Path("resumed")).missing == "stage1"  # of its two steps it isn't known which
-    shutil.rmtree("stage1/iter_0000003")
-    assert [stage.step for stage in read_history(Path("resumed")).stages] == [6, 4]
-
-
-def test_a_run_is_described_by_the_step_that_it_started_from_also_if_there_are_later_ones(runs: Path) -> None:
-    write_run("after", "stage1", [4], SETTINGS | {"model_step": "iter_0000003"})
-    assert [stage.step for stage in read_history(Path("after")).stages] == [3, 4]
-    shutil.rmtree("stage1/iter_0000003")
-    assert read_history(Path("after")).missing == "stage1"
-
-
-def test_a_whole_checkpoint_has_the_history_of_its_run(runs: Path) -> None:
-    whole_checkpoint(Path("stage1"), Path("whole"), iteration=3)
-    write_run("after", "whole", [5], SETTINGS | {"stage": "stage2"})
-    assert [stage["steps"] for stage in stages_of(card_of("after"))] == ["3", "5"]
-    assert "`Qwen-tiny`" in card_of("whole") and "(seed 7)" in card_of("whole")
-    shutil.rmtree("stage1")
-    assert read_history(Path("after")).missing == str(runs / "stage1" / "iter_0000003")
-
-
-def test_data_listed_in_a_file_is_named_by_that_file(runs: Path) -> None:
-    write_run("listed", "upcycled", [2], SETTINGS | {"data_path": None, "data_args_path": "data/blend.txt"})
-    assert stages_of(card_of("listed"))[0]["data"] == "the list `data/blend.txt`"
-
-
-def test_circular_records_are_followed_once(runs: Path) -> None:
-    for recipe in Path("stage1").rglob("recipe.yaml"):
-        recipe.write_text(yaml.safe_dump(SETTINGS | {"model_source": "stage2"}))
-    assert len(read_history(Path("stage2")).stages) == 2
-
-
-def test_a_run_that_trained_everything_cannot_become_an_adapter(runs: Path) -> None:
+def test_the_card_of_a_model_that_was_trained_whole_promises_nothing_of_the_base(runs: Path) -> None:
     write_run("all", "stage1", [2], SETTINGS | {"train_everything": True})
     write_run("then", "all", [2], SETTINGS)
     assert [stage["trained"] for stage in stages_of(card_of("then"))] == [
@@ -277,16 +164,6 @@ def test_a_run_that_trained_everything_cannot_become_an_adapter(runs: Path) -> N
     card = card_of("then")
     assert "started as the base's FFN, and everything was trained" in card
     assert "without losing" not in card and "keeps the base's output" not in card
-    with pytest.raises(UserError, match="all .*--train-everything"):
-        mcore_to_adapter(Path("then"), Path("adapter"), "base")
-
-
-def test_an_adapter_whose_earlier_training_is_unknown_is_written_with_a_note(
-    runs: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shutil.move("stage1", "elsewhere")
-    mcore_to_adapter(Path("stage2"), Path("adapter"), "base")
-    assert "note: how stage1 was trained is not recorded" in capsys.readouterr().err
 
 
 def test_parameter_counts_are_those_of_the_loaded_model(runs: Path) -> None:

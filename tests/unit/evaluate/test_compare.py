@@ -3,15 +3,15 @@
 import json
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 
 from moelpr.errors import UserError
 from moelpr.evaluate import compare
-from moelpr.evaluate.compare import ResultCache, choose_prompt, compare_models, continue_prompt
+from moelpr.evaluate.compare import choose_prompt, compare_models, continue_prompt
 from moelpr.evaluate.models import load_model
+from moelpr.evaluate.result_cache import ResultCache
 from moelpr.evaluate.scoring import Settings
 
 
@@ -101,12 +101,6 @@ def test_a_damaged_result_is_measured_again(measured, tmp_path, dense_dir, texts
         measured.clear()
 
 
-def test_without_a_folder_nothing_is_kept(dense_dir, texts):
-    cache = ResultCache(None)
-    cache.write("model", "en", {}, {"bits": 1})
-    assert cache.read("model", "en", {}) is None
-
-
 def test_models_side_by_side_see_the_same_windows(dense_dir, moe_dir, texts, monkeypatch):
     monkeypatch.setattr(compare, "read_max_positions", lambda path: 20 if path == moe_dir else 64)
     comparison = compare_models({"base": dense_dir, "moe": moe_dir}, texts, device="cpu")
@@ -151,13 +145,3 @@ def test_a_prompt_is_the_first_words_of_a_document_that_continues():
     chinese, _ = choose_prompt(["有人晚回家时开灯早上再关掉,这样家里就不会太暗。"])
     assert chinese == "有人晚回家时开灯早上"
     assert choose_prompt(["Too short"]) == ("Too short", "")
-
-
-def test_an_output_that_cannot_be_written_is_reported_before_measuring(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    for folder in (tmp_path / "file", tmp_path / "file" / "b", Path("/proc/b")):
-        with pytest.raises(UserError, match=f"{folder}"):
-            ResultCache(folder)
-    (tmp_path / "new" / "parts" / "m").mkdir(parents=True)
-    (tmp_path / "new" / "parts" / "m" / "en.json").write_text("[" * 100_000)
-    assert ResultCache(tmp_path / "new").read("m", "en", {}) is None

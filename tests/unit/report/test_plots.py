@@ -2,12 +2,9 @@
 
 import math
 import re
-from itertools import combinations, product
 from xml.etree import ElementTree
 
 import pytest
-from matplotlib.backends.backend_agg import RendererAgg
-from matplotlib.text import Text
 
 from moelpr.report import plots
 from moelpr.report.plots import (
@@ -144,26 +141,6 @@ def test_running_mean_starts_and_ends_at_the_means_of_the_ends() -> None:
 @pytest.mark.parametrize(("change", "text"), [(-0.062, "\u22126.2%"), (0.009, "+0.9%"), (math.nan, "unavailable")])
 def test_percent_has_a_sign(change: float, text: str) -> None:
     assert percent(change) == text
-
-
-def test_labels_of_crowded_points_cover_nothing() -> None:
-    """A cluster in a corner: no label lies on another, on a mark, or on the numbers of an axis."""
-    figure, axes = plots._axes(400, 260)
-    cluster = [(-0.29, -0.042), (-0.286, -0.04), (-0.279, -0.043), (-0.286, -0.047), (-0.283, -0.049)]
-    points = [*cluster, (-0.316, 0.102), (0.0, 0.0)]
-    axes.plot(*zip(*points, strict=True), linestyle="")
-    axes.margins(0.12)
-    plots._label_points(axes, [(f"setting {number}", point) for number, point in enumerate(points)])
-    frame = axes.get_window_extent()
-    renderer, boxes = RendererAgg(1000, 1000, figure.dpi), []
-    for text in axes.texts:
-        text.update_positions(renderer)
-        boxes.append(Text.get_window_extent(text, renderer))  # without its line
-    assert len(boxes) == len(points)
-    assert all(frame.x0 <= box.x0 and frame.y0 <= box.y0 and box.y1 <= frame.y1 for box in boxes)
-    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
-    marks = [axes.transData.transform(point) for point in points]
-    assert not any(box.contains(*mark) for box, mark in product(boxes, marks))
 
 
 def test_a_setting_far_from_the_others_is_drawn_at_the_edge_with_its_values() -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from moelpr.report.claims import Claims
+from moelpr.report.language_results import read_evaluations
 from moelpr.report.run_report import Report
-from moelpr.report.runs import Claims, read_evaluations, read_run
+from moelpr.report.runs import read_run
 from tests.run_folders import LANGUAGES, make_run
 
 
@@ -80,16 +82,6 @@ def test_cost_recipe_versions_and_commands_are_there(written: tuple[str, str]) -
 def test_page_loads_nothing_and_runs_nothing(written: tuple[str, str]) -> None:
     html, _ = written
     assert not re.search(r"<(script|link|iframe|object|img)\b|@import|url\((?!#)|\b(src|href)\s*=\s*\"(?!#)", html)
-
-
-def test_routing_before_and_after_review_comes_from_the_runs_own_steps(written: tuple[str, str]) -> None:
-    _, markdown = written
-    section = markdown.split("## Routing")[1]
-    parts = dict(re.findall(r"\*\*(stage2, \w+ steps)\*\*(.*?)(?=\| \*\*|\n\n)", section, re.DOTALL))
-    assert "| original languages | expanded languages |" in section
-    first, last = (re.search(r"layer 0 +\| +(\d+)%", parts[f"stage2, {end} steps"])[1] for end in ("first", "last"))
-    assert int(first) == pytest.approx(30 + 60 * 25 / 200, abs=2)
-    assert int(last) == pytest.approx(90 - 60 * 25 / 200, abs=2)
 
 
 def test_without_a_start_there_are_no_changes(tmp_path: Path) -> None:

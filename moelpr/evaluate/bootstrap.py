@@ -1,0 +1,65 @@
+"""Confidence intervals of numbers and of their changes between models.
+
+Intervals are percentile bootstrap intervals over documents (Efron and Tibshirani, 1993, chapter 13). A language's
+documents are sampled with replacement, as many as there are, and the number is computed from the sample; the middle 95%
+of 1,000 such numbers are its interval. All models get the same samples, and a change between two models is computed
+sample by sample: what makes a document hard for both cancels out. Languages with equally many documents get the same
+samples too: in parallel text, documents with the same number are translations of each other, alike in difficulty, and
+independent samples would make the interval of a mean over languages too narrow.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moelpr.evaluate.scoring import LanguageScore, metrics
+from moelpr.report.plots import Interval
+
+NUM_SAMPLES = 1000
+# [1 + NUM_SAMPLES]: a number, then what it is in each bootstrap sample of the documents.
+Estimate = NDArray[np.float64]
+
+
+def estimates(
+    scores: Mapping[str, LanguageScore], seed: int, documents: Sequence[str] = (), population: Sequence[str] = ()
+) -> dict[str, dict[str, Estimate]]:
+    """The metrics of one text from the same samples for all models: model -> metric -> estimate.
+
+    Args:
+        scores: model -> its score on the text.
+        seed: of the samples.
+        documents: a name per document, of texts that share some documents. By default their numbers.
+        population: all names in these texts, from which the samples are drawn. A name's documents are drawn together.
+    """
+    columns = np.array([column for score in scores.values() for column in score.columns], dtype=np.float64).T
+    places = {name: place for place, name in enumerate(population)}
+    rows = [places[name] for name in documents] or range(len(columns))
+    size = len(population) or len(columns)
+    rng = np.random.default_rng([seed, size])
+    sums = np.full((NUM_SAMPLES, columns.shape[1]), np.nan)
+    for number in range(NUM_SAMPLES if len(columns) > 1 else 0):
+        times = np.bincount(rng.integers(size, size=size), minlength=size)
+        sums[number] = times[rows] @ columns
+    result = {}
+    for index, (model, score) in enumerate(scores.items()):
+        samples = metrics(*sums[:, 4 * index : 4 * index + 4].T)
+        result[model] = {metric: np.append(value, samples[metric]) for metric, value in score.metrics.items()}
+    return result
+
+
+def mean(estimates: Sequence[Estimate]) -> Estimate:
+    """The mean over languages, sample by sample."""
+    numbers = np.mean(estimates, axis=0)
+    numbers[0] = sum(float(estimate[0]) for estimate in estimates) / len(estimates)  # more exact
+    return numbers
+
+
+def interval_of(estimate: Estimate) -> Interval:
+    """The number and its 95% confidence interval, whose bounds are NaN for a language with a single document."""
+    return Interval(float(estimate[0]), *map(float, np.percentile(estimate[1:], [2.5, 97.5])))
+
+
+def is_clear(change: Interval) -> bool:
+    """Whether its interval does not contain 0."""
+    return change.has_bounds and change.is_clear

@@ -1,0 +1,185 @@
+"""Results on held-out text: each metric and its changes, with intervals, per language and model."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moelpr.evaluate.bootstrap import Estimate, estimates, interval_of, is_clear, mean
+from moelpr.evaluate.compare import Comparison
+from moelpr.evaluate.results import Results, settings_json
+from moelpr.languages import language_name
+from moelpr.report import page
+from moelpr.report.plots import Interval, change_chart, percent
+
+METRICS = ("bits_per_byte", "perplexity", "accuracy", "bytes_per_token")
+# Of models with different tokenizers, these can be compared.
+ANY_TOKENIZER = ("bits_per_byte", "bytes_per_token")
+MEANS = {"mean original": "Original languages", "mean expanded": "Expanded languages"}
+
+
+class TextResults(Results):
+    """Estimates for every model on every language, then for the means of original and expanded languages.
+
+    A change is relative to the first model; that of accuracy is the difference. Changes of perplexity and accuracy
+    exist only for models with the first model's tokens.
+    """
+
+    name, title = "results", "Held-out text"
+
+    def __init__(self, comparison: Comparison, data: Mapping[str, Path], original: Sequence[str], seed: int):
+        """`data`: language -> file. `original`: the original languages; empty if they were not named."""
+        self._comparison, self._data, self._original, self._seed = comparison, data, original, seed
+        self._first, *others = models = list(comparison.models)
+        found = {language: estimates(comparison.scores_on(language), seed) for language in data}
+        for group in MEANS if original else ():
+            members = [found[code] for code in data if (code in original) == (group == "mean original")]
+            if members:
+                found[group] = {m: {name: mean([by[m][name] for by in members]) for name in METRICS} for m in models}
+        tokens = {m: [score.document_tokens for score in scores.values()] for m, scores in comparison.scores.items()}
+        self._has_same_tokens = {model: tokens[model] == tokens[self._first] for model in models}
+        # language or mean -> model -> metric -> interval
+        self._rows = {
+            row: {m: {name: interval_of(estimate) for name, estimate in of.items()} for m, of in by.items()}
+            for row, by in found.items()
+        }
+        self._changes = {row: {m: self._change(by[m], by[self._first], m) for m in others} for row, by in found.items()}
+        self._bits_changes = {
+            row: {m: change["bits_per_byte"] for m, change in by.items()} for row, by in self._changes.items()
+        }
+
+    def _change(self, ours: dict[str, Estimate], theirs: dict[str, Estimate], model: str) -> dict[str, Interval]:
+        names = METRICS if self._has_same_tokens[model] else ANY_TOKENIZER
+        return {m: interval_of(ours[m] - theirs[m] if m == "accuracy" else ours[m] / theirs[m] - 1) for m in names}
+
+    def findings(self) -> list[str]:
+        findings = []
+        for row, changes in self._bits_changes.items():
+            for model, change in changes.items():
+                verdict = f"{model} is {'better' if change.value < 0 else 'worse'} than {self._first}"
+                if not is_clear(change):
+                    verdict = f"no clear change from {self._first} to {model}"
+                number = change.text(percent)
+                findings.append(f"{MEANS.get(row, language_name(row))}: {verdict} ({number} bits per byte).")
+        findings += [
+            f"{warning}."
+            for language in self._data
+            for model, score in self._comparison.scores_on(language).items()
+            if (warning := score.warning(model, language_name(language)))
+        ]
+        return findings + self._unequal_contexts()
+
+    def _unequal_contexts(self) -> list[str]:
+        """With different tokenizers, windows of equally many tokens are more text, and so more context, for one."""
+        if all(self._has_same_tokens.values()):
+            return []
+        length = self._comparison.settings.sequence_length
+        assert length is not None
+        longest = [  # tokens of each document, with the tokenizer that needs the most
+            max(tokens)
+            for language in self._data
+            for tokens in zip(*(s.document_tokens for s in self._comparison.scores_on(language).values()), strict=True)
+        ]
+        cut = sum(tokens > length for tokens in longest)
+        if cut == 0:
+            return []
+        return [
+            f"{cut:,} of {len(longest):,} documents are longer than a window of {length:,} tokens, in which a model "
+            "with more bytes per token sees more text; for equal contexts, raise --sequence-length (the longest "
+            f"document has {max(longest):,} tokens)."
+        ]
+
+    def tables(self) -> dict[str, page.Table]:
+        intervals = (
+            "Per byte of text: comparable between models with different tokenizers, unlike numbers per token. In "
+            "brackets: 95% confidence intervals, bootstrap over documents."
+        )
+        tokenizers = "How the tokenizers split the text: twice the bytes per token is half the tokens to compute."
+        unclear = "A change is unclear if its interval contains 0: with other documents it could be the opposite."
+        per_token = (
+            "Per token: comparable only between models with the same tokenizer."
+            if all(self._has_same_tokens.values())
+            else "Per token, and these models' tokenizers differ: compare their bits per byte instead."
+        )
+        changes = {
+            row: {m: c.text(percent) + ("" if is_clear(c) else " unclear") for m, c in by_model.items()}
+            for row, by_model in self._bits_changes.items()
+        }
+        # Averaging perplexities is meaningless.
+        perplexity = {row: cells for row, cells in self._cells("perplexity", "{:.4g}").items() if row in self._data}
+        tables = {
+            "Bits per byte (lower is better)": self._table(self._cells("bits_per_byte", "{:.3f}"), intervals),
+            "Bytes per token (higher is better)": self._table(self._cells("bytes_per_token", "{:.2f}"), tokenizers),
+            f"Bits per byte against {self._first}": self._table(changes, unclear),
+            "Next-token accuracy (higher is better)": self._table(self._cells("accuracy", "{:.2%}"), per_token),
+            "Perplexity per token (lower is better)": self._table(perplexity, per_token),
+        }
+        return {title: table for title, table in tables.items() if len(table.head) > 1}
+
+    def _cells(self, metric: str, form: str) -> dict[str, dict[str, str]]:
+        return {
+            row: {model: estimates[metric].text(form.format) for model, estimates in by_model.items()}
+            for row, by_model in self._rows.items()
+        }
+
+    def _table(self, cells: Mapping[str, Mapping[str, str]], note: str) -> page.Table:
+        rows = [
+            page.Row([row, *by_model.values()], "" if row in self._data else "mean") for row, by_model in cells.items()
+        ]
+        return page.Table(["language", *next(iter(cells.values()))], rows, note)
+
+    def figures(self) -> list[page.Figure]:
+        if len(self._comparison.models) == 1:
+            return []
+        changes = {
+            row if row in MEANS else language_name(row): by_model for row, by_model in self._bits_changes.items()
+        }
+        svg = change_chart("Change in bits per byte", changes, axis=f"bits per byte against {self._first}")
+        caption = f"Change in bits per byte against {self._first}, with 95% confidence intervals; hollow: unclear."
+        return [page.Figure([svg], caption, name="change")]
+
+    def samples(self) -> list[page.Block]:
+        samples = [
+            page.Sample(
+                code, language_name(code), text["prompt"], text["by_model"] | {"the text itself": text["reference"]}
+            )
+            for code, text in self._comparison.continuations.items()
+        ]
+        note = "The first words of a held-out document, continued by each model. One sample does not show quality."
+        return [page.Text(note, "note"), *samples] if samples else []
+
+    def to_json(self) -> dict[str, Any]:
+        settings = {"seed": self._seed, "continuation_tokens": self._comparison.continuation_tokens}
+        return {
+            **settings_json(self._comparison, self._data, self._original, settings),
+            "models": {
+                model: {
+                    "directory": str(directory),
+                    "languages": {language: self._language_json(model, language) for language in self._data},
+                    "means": {row: self._row_json(model, row) for row in self._rows if row not in self._data},
+                }
+                for model, directory in self._comparison.models.items()
+            },
+            "continuations": self._comparison.continuations,
+        }
+
+    def _language_json(self, model: str, language: str) -> dict[str, Any]:
+        score = self._comparison.scores[model][language]
+        return self._row_json(model, language) | {
+            "documents": len(score.document_bits),
+            "tokens": sum(score.document_tokens),
+            "bytes": sum(score.document_bytes),
+            "unknown_tokens": score.unknown_tokens,
+            "original_expert_share": score.routing and score.routing.original_expert_share,
+            "all_original_share": score.routing and score.routing.all_original_share,
+        }
+
+    def _row_json(self, model: str, row: str) -> dict[str, Any]:
+        changes = self._changes[row].get(model, {})
+        change = {metric: _interval_json(change) | {"is_clear": is_clear(change)} for metric, change in changes.items()}
+        return {metric: _interval_json(found) for metric, found in self._rows[row][model].items()} | {"change": change}
+
+
+def _interval_json(interval: Interval) -> dict[str, float | None]:
+    return {name: None if np.isnan(number) else number for name, number in interval._asdict().items()}

@@ -1,0 +1,118 @@
+"""Figures of runs: curves over steps, and heat maps of routing, each with a table of its numbers."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+from moelpr.languages import language_name
+from moelpr.report import page, plots
+from moelpr.report.language_results import GROUP_NAMES, ROUTING_SHARES, LanguageResults
+from moelpr.report.page import Block, Row, Table, Text, number_text
+from moelpr.report.runs import ENDS, Run, curve_of
+
+
+def curve_figures(runs: Sequence[Run]) -> list[Block]:
+    """A chart of everything that was logged, in a grid."""
+    charts, drawn = [], []
+    for run in runs:
+        prefix = f"{run.name}: " if len(runs) > 1 else ""
+        for title, curves, as_percent, smooth in _charts_of(run):
+            if chart := plots.line_chart(prefix + title, curves, as_percent=as_percent, smooth=smooth):
+                charts.append(chart)
+                drawn += curves if smooth else []
+    if not charts:
+        return [Text("There are no curves yet: a curve needs two steps.", "note")]
+    return [page.Figure(charts, plots.thinning_note(drawn), _curves_table(runs), is_grid=True)]
+
+
+def _charts_of(run: Run) -> Iterator[tuple[str, list[plots.Curve], bool, bool]]:
+    """Everything that was logged: title, curves, whether they are fractions, whether to smooth them."""
+    validations = run.metrics.validations
+    groups = {name: result.get("group") for record in validations for name, result in record["languages"].items()}
+    for unit in ("byte", "token"):
+        bits = [
+            {name: result.get(f"bits_per_{unit}") for name, result in record["languages"].items()}
+            | {"iteration": record["iteration"]}
+            for record in validations
+        ]
+        for group, title in GROUP_NAMES.items():
+            curves = [curve_of(bits, name, language_name(name)) for name in groups if groups[name] == group]
+            yield f"held-out text, {title} (bits per {unit})", curves, False, False
+    steps = run.metrics.steps
+    losses = [curve_of(steps, f"lm_loss_{group}", name) for group, name in GROUP_NAMES.items()]
+    has_losses = all(curve.y for curve in losses)
+    yield "next-token loss (nats per token)", losses if has_losses else [curve_of(steps, "lm_loss")], False, True
+    yield "balance loss", [curve_of(steps, "balance_loss")], False, True
+    yield "LPR loss (nats)", [curve_of(steps, "lpr_loss")], False, True
+    for share, title in ROUTING_SHARES.items():
+        curves = [curve_of(steps, f"{share}_{group}", name) for group, name in GROUP_NAMES.items()]
+        yield f"tokens whose {title}", [curve for curve in curves if any(curve.y)], True, True
+    yield "gradient norm", [curve_of(steps, "grad_norm")], False, True
+    yield "learning rate", [curve_of(steps, "learning_rate")], False, False
+    yield "tokens per second", [curve_of(steps[1:], "tokens_per_s")], False, True
+
+
+def _curves_table(runs: Sequence[Run], num_rows: int = 8) -> Table:
+    """The curves in a few numbers, each the mean over a part of the run."""
+    names = {"lm_loss": "loss", "balance_loss": "balance", "lpr_loss": "LPR", "tokens_per_s": "tokens/s"}
+    rows = []
+    for run in runs:
+        steps = run.metrics.steps
+        size = max(1, math.ceil(len(steps) / num_rows))
+        for part in (steps[start : start + size] for start in range(0, len(steps), size)):
+            means = [number_text(plots.finite_mean(curve_of(part, name).y), "{:.4g}") for name in names]
+            rows.append([f"{run.name}, steps {part[0]['iteration']:,} to {part[-1]['iteration']:,}", *means])
+    return Table(["mean over", *names.values()], rows)
+
+
+def routing_figures(runs: Sequence[Run], evaluation: LanguageResults) -> list[Block]:
+    """Of evaluated models, per language of the held-out text; before and after review, on the training text."""
+    figures: list[Block] = []
+    for share, title in ROUTING_SHARES.items():
+        evaluated = []
+        for model, shares in evaluation.routing[share].items():
+            languages = [name for name in evaluation.languages("original", "expanded", "") if name in shares]
+            columns = {language_name(name): [*shares[name], plots.finite_mean(shares[name])] for name in languages}
+            rows = [f"layer {layer}" for layer in evaluation.layers[model]]
+            evaluated.append(plots.Panel(model, columns, [*rows, "mean"]))
+        captions = (
+            f"Fraction of held-out tokens whose {title}, per MoE layer and language.",
+            f"Fraction of training tokens whose {title}, per MoE layer and language group, over at most {ENDS} steps. "
+            "Review (stage 2) teaches the routers to send original-language text there.",
+        )
+        for panels, text in zip(
+            (evaluated, [p for run in runs for p in _run_panels(run, share)]), captions, strict=True
+        ):
+            if any(value > 0 for panel in panels for column in panel.columns.values() for value in column):
+                figures.append(_heat_map_figure(panels, text, title))
+    return figures
+
+
+def _run_panels(run: Run, share: str) -> Iterator[plots.Panel]:
+    steps = run.metrics.steps
+    middle = len(steps) // 2
+    parts = {"first steps": steps[:ENDS], "last steps": steps[-ENDS:]}
+    if middle < ENDS:  # the two would overlap
+        parts = {"first half": steps[:middle], "last half": steps[middle:]}
+    for title, part in parts.items():
+        columns: dict[str, list[float]] = {}
+        for group, name in GROUP_NAMES.items():
+            per_step = [record.get(f"{share}_{group}") for record in part]
+            lists = [shares for shares in per_step if isinstance(shares, list)]
+            means = [plots.finite_mean(layer) for layer in zip(*lists, strict=False)]
+            columns |= {name: means} if any(map(math.isfinite, means)) else {}
+        if columns:
+            rows = [f"layer {layer}" for layer in range(min(map(len, columns.values())))]
+            yield plots.Panel(f"{run.name}, {title}", columns, rows)
+
+
+def _heat_map_figure(panels: Sequence[plots.Panel], caption: str, title: str) -> page.Figure:
+    widest_first = sorted(panels, key=lambda panel: -len(panel.columns))
+    names = list(dict.fromkeys(name for panel in widest_first for name in panel.columns))
+    rows: list[Row | Sequence[str]] = []
+    for panel in panels:
+        rows.append(Row([panel.title], "group"))
+        for row, layer in enumerate(panel.rows):
+            values = [panel.columns[name][row] if name in panel.columns else math.nan for name in names]
+            rows.append([layer, *(number_text(value, "{:.0%}") for value in values)])
+    maps = [plots.heat_maps(f"{panel.title}: {title}", [panel]) for panel in panels]
+    return page.Figure(maps, caption, Table([title, *names], rows))

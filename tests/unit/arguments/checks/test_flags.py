@@ -1,0 +1,54 @@
+"""Missing flags, flags that exclude each other, and numbers out of range are rejected."""
+
+import pytest
+
+
+def test_all_required_flags_are_requested_at_once(upcycled: str, problems) -> None:
+    found = problems(None, upcycled, steps=[], with_data=False)
+    expected = ["--stage stage1", "--micro-batch-size SEQUENCES", "--seq-length TOKENS", "--lr RATE",
+                "--train-iters STEPS", "--data-path PREFIX"]  # fmt: skip
+    assert len(found) == len(expected)
+    for flag in expected:
+        assert sum(f"pass {flag}" in line for line in found) == 1, flag
+
+
+def test_parallel_sizes_are_at_least_1(upcycled: str, problems) -> None:
+    tensor, expert = "--tensor-model-parallel-size", "--expert-model-parallel-size"
+    found = problems("stage1", upcycled, tensor, "0", expert, "-2")
+    assert found == [f"{tensor} must be at least 1, got 0", f"{expert} must be at least 1, got -2"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "start"),
+    [
+        (["--micro-batch-size", "0"], "--micro-batch-size must be at least 1, got 0"),
+        (["--save-interval", "0"], "--save-interval must be at least 1, got 0"),
+        (["--train-iters", "-5"], "--train-iters must be at least 1, got -5"),
+        (["--warn-window", "0"], "--warn-window must be at least 1, got 0"),
+        (["--train-samples", "10"], "--train-iters and --train-samples"),
+        (["--seq-length", "65"], "--seq-length must be at most 64"),
+        (["--min-lr", "1"], "--min-lr must be at most --lr 0.001, got 1.0"),
+        (["--lr", "-1"], "--lr must be at least 0, got -1.0"),
+        (["--lr", "inf"], "--lr must be at least 0 and finite, got inf"),
+        (["--seed", "0"], "--seed must be at least 1 and below 2,147,483,648, got 0"),
+        (["--seed", "-1"], "--seed must be at least 1 and below 2,147,483,648, got -1"),
+        (["--weight-decay", "nan"], "--weight-decay must be at least 0, got nan"),
+        (["--clip-grad", "nan"], "--clip-grad must be at least 0, got nan"),
+        (["--adam-beta2", "1.5"], "--adam-beta2 must be at least 0 and below 1, got 1.5"),
+        (["--adam-beta1", "1"], "--adam-beta1 must be at least 0 and below 1, got 1.0"),
+        (["--adam-eps", "nan"], "--adam-eps must be a finite number, got nan"),
+        (["--warn-expert-share", "inf"], "--warn-expert-share must be a finite number, got inf"),
+        (["--lr-warmup-fraction", "1"], "--lr-warmup-fraction must be at least 0 and below 1, got 1.0"),
+        (["--lr-warmup-iters", "2"], "--lr-warmup-iters must be below --train-iters 2, got 2"),
+        (["--lr-warmup-iters", "9", "--lr-decay-iters", "9"], "--lr-warmup-iters must be below --lr-decay-iters 9"),
+        (["--split", "nan"], "--split must be "),
+        (["--split", "0,0,0"], "--split must be "),
+        (["--split=-1,2"], "--split must be "),
+        (["--split", "1e3,1"], "--split must be "),
+        (["--split", "1,1,1,1"], "--split must be "),
+        (["--split", ""], "--split must be "),
+    ],
+)
+def test_invalid_batches_and_schedules_are_rejected(upcycled: str, problems, argv: list[str], start: str) -> None:
+    (found,) = problems("stage1", upcycled, *argv)
+    assert found.startswith(start)

@@ -1,0 +1,33 @@
+"""Results are kept in the folder of the evaluation (that a rerun uses them: test_compare.py and test_harness.py)."""
+
+from pathlib import Path
+
+import pytest
+
+from moelpr.errors import UserError
+from moelpr.evaluate.result_cache import ResultCache, cached_results
+
+
+def test_without_a_folder_nothing_is_kept() -> None:
+    cache = ResultCache(None)
+    cache.write("model", "en", {}, {"bits": 1})
+    assert cache.read("model", "en", {}) is None
+
+
+def test_what_is_kept_of_a_model_can_be_read_by_name_alone(tmp_path: Path) -> None:
+    cache, results = ResultCache(tmp_path), {"continuation a/b": {"text": "c"}, "el.help": {"bits": 1}}
+    for name, result in results.items():
+        cache.write("org/model", name, {"key": name}, result)
+    cache.write("another", "el.help", {}, {"bits": 2})
+    assert cached_results(tmp_path, "org/model") == results
+    assert cached_results(tmp_path, "unknown") == {}
+
+
+def test_an_output_that_cannot_be_written_is_reported_before_measuring(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "b", Path("/proc/b")):
+        with pytest.raises(UserError, match=f"{folder}"):
+            ResultCache(folder)
+    (tmp_path / "new" / "parts" / "m").mkdir(parents=True)
+    (tmp_path / "new" / "parts" / "m" / "en.json").write_text("[" * 100_000)
+    assert ResultCache(tmp_path / "new").read("m", "en", {}) is None

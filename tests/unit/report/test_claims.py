@@ -1,0 +1,142 @@
+"""Claims are judged by the numbers, and a file that is not one of claims or verifications is rejected clearly."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moelpr.errors import UserError
+from moelpr.report.claims import Claims, read_verifications
+from moelpr.report.language_results import LanguageResults
+from moelpr.report.plots import Interval
+
+DEMO_CLAIMS = Path(__file__).parents[3] / "examples/demo-claims.yaml"
+CHECKS = {name: {"equal": True} for name in ("check-upcycled", "check-frozen", "check-export")}
+
+
+@pytest.fixture
+def results() -> LanguageResults:
+    """Every claim of the demo is shown, by hand-picked numbers against a base of 2 bits per byte everywhere."""
+    bits = {
+        "base": {"en": 2.0, "zh": 2.0, "el": 2.0},
+        "full_finetune": {"en": 3.0, "zh": 2.8, "el": 1.6},
+        "stage1": {"en": 2.4, "zh": 2.4, "el": 1.8},
+        "stage2": {"en": 2.01, "zh": 1.98, "el": 1.82},
+    }
+    groups = {"en": "original", "zh": "original", "el": "expanded"}
+    return LanguageResults(groups, {m: {name: Interval(v) for name, v in values.items()} for m, values in bits.items()})
+
+
+def missed(results: LanguageResults) -> set[tuple[str, str]]:
+    judgments = Claims.read(DEMO_CLAIMS).judge(results, CHECKS)
+    assert len(judgments) == 1 * 2 + 2 * 3 + 3
+    return {(judgment.name, judgment.language) for judgment in judgments if not judgment.ok}
+
+
+@pytest.mark.parametrize(
+    ("model", "language", "bits", "broken"),
+    [
+        ("stage1", "el", 1.91, "learned"),  # 4.5% fewer than 2.0; 5% are claimed
+        ("stage2", "el", 1.92, "kept_by_review"),  # 4% fewer than 2.0; 4.5% are claimed
+        ("stage2", "zh", 2.03, "preserved"),  # 1.5% more than 2.0, yet 90% of stage 1's +20% are undone
+        ("stage1", "en", 2.05, "repaired"),  # stage 2's +0.5% is a fifth of +2.5%
+        ("stage1", "en", 1.99, "repaired"),  # nothing was lost, so nothing could be undone
+        ("full_finetune", "en", 2.2, "better_than_full_finetune"),  # +10% against +0.5% is 9.5 points
+    ],
+)
+def test_each_claim_fails_alone_if_its_number_misses(
+    results: LanguageResults, model: str, language: str, bits: float, broken: str
+) -> None:
+    assert missed(results) == set()
+    results.bits[model][language] = Interval(bits)
+    assert missed(results) == {(broken, language)}
+
+
+@pytest.mark.parametrize(
+    ("model", "language", "bits"),
+    [("stage1", "el", 1.8999), ("stage2", "el", 1.9099), ("stage2", "zh", 2.0199), ("full_finetune", "en", 2.2101)],
+)
+def test_number_just_within_its_limit_is_shown(
+    results: LanguageResults, model: str, language: str, bits: float
+) -> None:
+    results.bits[model][language] = Interval(bits)
+    assert missed(results) == set()
+
+
+@pytest.mark.parametrize("spoil", [lambda en: en.update(en=Interval(math.nan)), lambda en: en.pop("en")])
+def test_claim_about_a_missing_number_is_not_shown(results: LanguageResults, spoil: Callable[[dict], Any]) -> None:
+    spoil(results.bits["stage2"])
+    assert missed(results) == {(name, "en") for name in ("preserved", "repaired", "better_than_full_finetune")}
+
+
+def test_claim_about_an_unknown_model_names_the_known_ones(results: LanguageResults) -> None:
+    del results.bits["stage2"]
+    with pytest.raises(UserError, match=r"kept_by_review .*stage2.*base, full_finetune, stage1"):
+        missed(results)
+
+
+def test_claims_need_results_of_their_languages(results: LanguageResults) -> None:
+    results.groups = dict.fromkeys(results.groups, "")  # the evaluation did not name the original languages
+    for without in (results, LanguageResults()):
+        with pytest.raises(UserError, match="learned .*expanded.*--evaluation"):
+            missed(without)
+
+
+def test_judgment_says_what_was_found(results: LanguageResults) -> None:
+    (learned, *_, check) = Claims.read(DEMO_CLAIMS).judge(
+        results, {"check-export": {"equal": False, "max_abs_diff": 0.5}}
+    )
+    assert learned.found == "stage1 \u221210.0% against base" and learned.value == pytest.approx(-0.1)
+    assert (check.name, check.ok, check.found) == ("check-export", False, "largest difference of a tensor 0.5")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "claims: [{name: a, claim: b, languages: expanded, change: [x, y]}]",  # no bound
+        "claims: [{name: a, claim: b, languages: expanded, change: [x], at_most: 0}]",
+        "claims: [{name: a, claim: b, languages: klingon, change: [x, y], at_most: 0}]",
+        "claims: [{name: a, claim: b, languages: expanded, change: [x, y], lead: [x, y, z], at_most: 0}]",
+        "claims: [{name: a, claim: b, languages: expanded, change: [x, y], at_most: much}]",
+        "claims: 3",
+    ],
+)
+def test_incomplete_claims_are_rejected(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "claims.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"claims\.yaml .*at_least, at_most"):
+        Claims.read(path)
+
+
+def test_an_unknown_key_of_claims_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "results.yaml"
+    path.write_text("models: {}\n3: x")
+    with pytest.raises(UserError, match=r"--claims \S*results\.yaml: unknown key models, 3; .*demo-claims\.yaml"):
+        Claims.read(path)
+
+
+def test_verification_is_the_last_json_line_of_a_log(tmp_path: Path) -> None:
+    path = tmp_path / "check-export.log"
+    path.write_text('a warning\n{"equal": true, "num_tensors": 7, "max_abs_diff": null}\n')
+    assert read_verifications([path]) == {"check-export": {"equal": True, "num_tensors": 7, "max_abs_diff": None}}
+    for content in ("", "text", '{"other": 1}', '{"equal'):
+        path.write_text(content)
+        with pytest.raises(UserError, match=r"--verification .*verify\.py A B --json"):
+            read_verifications([path])
+    with pytest.raises(UserError, match="nowhere"):
+        read_verifications([tmp_path / "nowhere"])
+
+
+@pytest.mark.parametrize("name", ["same_next_token", "max_abs_diff", "num_tensors"])
+def test_verification_with_a_wrong_type_is_rejected(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "check.json"
+    for value, is_valid in ((1, True), ({}, False), ("x", False)):
+        path.write_text(json.dumps({"equal": True, "num_tensors": 1} | {name: value}))
+        if is_valid:
+            assert read_verifications([path])["check"][name] == 1
+        else:
+            with pytest.raises(UserError, match=r"--verification .*check\.json"):
+                read_verifications([path])

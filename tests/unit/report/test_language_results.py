@@ -1,0 +1,94 @@
+"""Evaluations and validation passes are read completely, and other files are rejected clearly."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moelpr.errors import UserError
+from moelpr.report.language_results import held_out_results, read_evaluations
+from moelpr.report.runs import read_run
+from tests.run_folders import make_run
+
+
+def test_evaluations_of_several_files_and_versions_are_joined(tmp_path: Path) -> None:
+    first, second, old = (tmp_path / name for name in ("results.json", "routing.json", "old.json"))
+    interval = {"value": 2.0, "low": 1.9, "high": 2.1}
+    english = {"bits_per_byte": interval, "change": {"bits_per_byte": {"value": 0.1, "low": None, "high": None}}}
+    models = {"ours": {"languages": {"en": english}, "means": {"mean original": {"bits_per_byte": interval}}}}
+    sample = {"prompt": "Turn", "reference": "on", "by_model": {"ours": "off"}}
+    first.write_text(json.dumps({"original_languages": ["en"], "models": models, "continuations": {"en": sample}}))
+    routing = {"original_first_share": [0.5, None], "layers": [1, 3]}
+    second.write_text(json.dumps({"original_languages": ["en"], "models": {"ours": {"languages": {"el": routing}}}}))
+    old.write_text(json.dumps({"models": {"base": {"languages": {"el": {"bits_per_byte": 3.0}}}}}))
+    results = read_evaluations([first, second, old])
+    assert results.groups == {"en": "original", "el": "expanded"}
+    assert results.bits["ours"]["en"] == (2.0, 1.9, 2.1) and results.bits["base"]["el"].value == 3.0
+    assert results.change("ours", "en").value == 0.1 and not results.change("ours", "en").has_bounds
+    assert results.layers["ours"] == [1, 3] and results.routing["original_first_share"]["ours"]["el"][0] == 0.5
+    assert results.rows() == {"expanded": ["el"], "original": ["en", "mean original"]}
+    assert results.continuations == {"en": sample}
+
+
+def test_changes_against_another_model_are_computed_again(tmp_path: Path) -> None:
+    """The second file compares stage 2 with stage 1, the report with the first file's base."""
+    bits = {"base": 2.0, "stage1": 1.5, "stage2": 1.4}
+    paths = []
+    for first, second in (("base", "stage1"), ("stage1", "stage2")):
+        change = {"change": {"bits_per_byte": {"value": bits[second] / bits[first] - 1, "low": None, "high": None}}}
+        models = {model: {"languages": {"el": {"bits_per_byte": bits[model]}}} for model in (first, second)}
+        models[second]["languages"]["el"] |= change
+        paths.append(tmp_path / f"{second}.json")
+        paths[-1].write_text(json.dumps({"models": models}))
+    results = read_evaluations(paths)
+    assert results.change("stage1", "el").value == pytest.approx(-0.25)
+    assert results.change("stage2", "el").value == pytest.approx(-0.3)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"models": 3}', '{"models": {"a": {}}}', "[" * 100_000])
+def test_file_that_is_not_an_evaluation_is_rejected(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "results.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=r"--evaluation .*results\.json"):
+        read_evaluations([path])
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda content: content.update(original_languages=3),
+        lambda content: content.update(continuations=[1]),
+        lambda content: content["continuations"]["en"].update(reference=1),
+        lambda content: content["continuations"]["en"].update(by_model="a"),
+        lambda content: content["models"]["a"]["languages"]["en"].update(bits_per_byte="b"),
+        lambda content: content["models"]["a"]["languages"]["en"].update(bits_per_byte=10**400),
+        lambda content: content["models"]["a"]["languages"]["en"].update(layers=[0]),
+        lambda content: content["models"]["a"]["languages"]["en"].update(original_first_share=[[0.5], 0.5]),
+    ],
+)
+def test_evaluation_with_a_wrong_type_is_rejected(tmp_path: Path, spoil: Callable[[dict[str, Any]], None]) -> None:
+    sample = {"prompt": "a", "reference": "b", "by_model": {"a": "c"}}
+    english = {"bits_per_byte": 2.0, "layers": [0, 1], "original_first_share": [0.5, math.nan]}
+    content = {"models": {"a": {"languages": {"en": english}}}, "continuations": {"en": sample}}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(content))
+    read_evaluations([path])
+    spoil(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"--evaluation .*results\.json"):
+        read_evaluations([path])
+
+
+def test_start_is_a_pass_before_the_first_step(tmp_path: Path) -> None:
+    """If stage 1 had no held-out text, what stage 2 starts from must not pass for the base."""
+    runs = [make_run(tmp_path / "stage1", "stage1", 20, languages={}), make_run(tmp_path / "stage2", "stage2", 20)]
+    results = held_out_results([read_run(run) for run in runs])
+    assert results.models == ["before stage2", "after stage2"] and results.has_start
+    metrics = runs[1] / "metrics.jsonl"
+    metrics.write_text("".join(line for line in metrics.open() if '"iteration": 0' not in line))
+    results = held_out_results([read_run(run) for run in runs])
+    assert results.models == ["after stage2"] and not results.has_start

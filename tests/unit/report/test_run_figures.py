@@ -1,0 +1,20 @@
+"""Figures of runs show what their steps recorded."""
+
+from pathlib import Path
+
+import pytest
+
+from moelpr.report.language_results import LanguageResults
+from moelpr.report.run_figures import routing_figures
+from moelpr.report.runs import read_run
+from tests.run_folders import make_run
+
+
+def test_routing_before_and_after_review_comes_from_the_runs_own_steps(tmp_path: Path) -> None:
+    (figure,) = routing_figures([read_run(make_run(tmp_path / "stage2", "stage2", 200))], LanguageResults())
+    assert figure.table.head[1:] == ["original languages", "expanded languages"]
+    rows = [row.cells for row in figure.table.full_rows]
+    assert [cells[0] for cells in rows if len(cells) == 1] == ["stage2, first steps", "stage2, last steps"]
+    first, last = (int(cells[1].removesuffix("%")) for cells in rows if cells[0] == "layer 0")
+    assert first == pytest.approx(30 + 60 * 25 / 200, abs=2)
+    assert last == pytest.approx(90 - 60 * 25 / 200, abs=2)

@@ -41,11 +41,13 @@ COPY benchmarks benchmarks
 COPY examples/steps.py examples/
 COPY tests/gpu tests/gpu
 COPY launch launch
+# Files have the modes of the clone, whose owner may have kept them from others.
+RUN chmod --recursive a+rX LICENSE benchmarks examples tests launch
 
 # For any other user too (docker run --user): caches of compiled kernels require a home and a name.
 ENV HOME=/home/moelpr USER=moelpr
-# The image's packages, not those of a repository that is mounted as the current folder.
-ENV PYTHONSAFEPATH=1
+# The image's packages, not those of a repository that is mounted as the current folder, or of a mounted home.
+ENV PYTHONSAFEPATH=1 PYTHONNOUSERSITE=1
 # A number, so that a cluster can tell that it is not root.
 USER 10001
 WORKDIR /work

@@ -11,8 +11,10 @@ fail() {
 #   on_nodes   srun, with the container of pyxis if there is one
 #   inside     the command prefix of an apptainer container, otherwise empty
 #   root       the repository's path for the command
+#   mounts     FROM:TO,… of folders that the container has
 read_container_options() {
-    local image="" runtime="" mounts=$PWD:$PWD
+    local image="" runtime=""
+    mounts=$PWD:$PWD
     while [[ ${1:-} =~ ^--(container-image|apptainer|container-mounts)$ ]]; do
         [[ -n ${2:-} ]] || fail "$1 expects a value"
         case $1 in
@@ -23,12 +25,13 @@ read_container_options() {
     done
     arguments=("$@")
     [[ -n $runtime || $mounts != *,* ]] || fail "--container-mounts requires --container-image or --apptainer"
-    # No binding to cores: the node's single task starts a process per GPU.
-    on_nodes=(srun --kill-on-bad-exit=1 --cpu-bind=none)
+    # No binding to cores: the node's single task starts a process per GPU. The script's variables reach the nodes also
+    # after sbatch --export=NONE, which srun would repeat.
+    on_nodes=(srun --export=ALL --kill-on-bad-exit=1 --cpu-bind=none)
     inside=() root=.
     if [[ -n $runtime ]]; then
         root=/opt/moelpr
-        export PYTHONSAFEPATH=1 # the image's packages, not those in the current folder
+        export PYTHONSAFEPATH=1 PYTHONNOUSERSITE=1 # the image's packages, not those in the current folder or in ~/.local
     fi
     case $runtime in
     --container-image)
@@ -38,4 +41,17 @@ read_container_options() {
         inside=(apptainer exec --nv --bind "$mounts" --pwd "$PWD" "$image")
         ;;
     esac
+}
+
+# Print the path outside the container of $1, a path inside.
+path_outside() {
+    local mount from to
+    for mount in ${mounts//,/ }; do
+        IFS=: read -r from to _ <<<"$mount"
+        if [[ $1/ == "$to"/* ]]; then
+            echo "$from${1#"$to"}"
+            return
+        fi
+    done
+    echo "$1"
 }

@@ -16,7 +16,9 @@ PROGRAMS = {
     "srun": RECORD
     + 'echo "$NNODES nodes at $MASTER_ADDR:$MASTER_PORT for $PET_RDZV_ID" >>"$CALLS"; exit "${SRUN_CODE:-0}"',
     "scontrol": 'case "$*" in *hostnames*) echo n1 ;; *node*) echo "NodeName=n1 NodeAddr=127.0.0.1 Port=1" ;; '
-    '*job*) echo "JobId=7 PreemptTime=${PREEMPTED:-None}" ;; esac',
+    '"--oneliner show job"*) echo "JobId=7 PreemptTime=${PREEMPTED:-None}" ;; '
+    '--version) echo "slurm ${VERSION:-24.11.5}" ;; '
+    '*partition*) echo "PartitionName=low PreemptMode=${MODE:-REQUEUE}" ;; ' + f"*) {RECORD.strip()} ;; esac",
 }
 
 
@@ -178,7 +180,7 @@ def test_a_stage_runs_the_launcher_once_per_node_and_skips_an_occupied_port(call
         done = stage(calls, tmp_path, *STAGE, MASTER_PORT=str(port), SLURM_RESTART_COUNT="2")
     assert done.returncode == 0, done.stderr
     made = "\n".join(calls.made)
-    assert made.startswith("srun [--kill-on-bad-exit=1] [--cpu-bind=none] [bash] [-c] [trap")
+    assert made.startswith("srun [--export=ALL] [--kill-on-bad-exit=1] [--cpu-bind=none] [bash] [-c] [trap")
     assert f"[stage] [./launch/stage1.sh] [--save] [{tmp_path}/save] [--lr] [1]" in made
     found = re.search(r"2 nodes at 127\.0\.0\.1:(\d+) for 7-2", made)
     assert found
@@ -233,8 +235,53 @@ def test_the_save_folder_is_found_as_argparse_finds_it(calls: Calls, tmp_path: P
     assert done.stderr.startswith("job: stopped manually")
 
 
-def test_a_stage_exits_with_the_trainers_code(calls: Calls, tmp_path: Path) -> None:
+def test_a_stage_exits_with_the_trainers_code_and_is_not_repeated(calls: Calls, tmp_path: Path) -> None:
     assert stage(calls, tmp_path, *STAGE, SRUN_CODE="2").returncode == 2
+    assert calls.made[-1] == "scontrol [update] [JobId=7] [Requeue=0]"
+    num_calls = len(calls.made)
+    assert stage(calls, tmp_path, *STAGE, SRUN_CODE="2", PREEMPTED="2026-01-01T00:00:00").returncode == 2
+    assert not any(
+        "Requeue=0" in call for call in calls.made[num_calls:]
+    )  # it may have failed because nodes were taken
+
+
+@pytest.mark.parametrize(
+    "variables, is_requeued_here",
+    [
+        ({}, False),
+        ({"VERSION": "23.11.9"}, True),
+        ({"VERSION": "25.05.0"}, False),
+        ({"MODE": "CANCEL"}, True),
+        ({"MODE": "GANG,REQUEUE"}, False),
+        ({"SLURM_RESTART_COUNT": "3"}, False),
+        ({"SLURM_RESTART_COUNT": "4"}, True),
+    ],
+)
+def test_a_preempted_stage_is_requeued_once(
+    calls: Calls, tmp_path: Path, variables: dict, is_requeued_here: bool
+) -> None:
+    """Where Slurm took its clean end for success, stage 2 started from a half-trained stage 1."""
+    done = calls(
+        "launch/slurm/stage.sbatch", "stage1", "--save", tmp_path, PREEMPTED="2026-01-01T00:00:00", **variables
+    )
+    assert done.returncode == 0 and "preempted" in done.stdout
+    assert ("scontrol [requeue] [7]" in calls.made) == is_requeued_here
+
+
+def test_a_stage_finds_its_folder_outside_the_container(calls: Calls, tmp_path: Path) -> None:
+    mounts = ["--container-mounts", f"{tmp_path}:/data,/elsewhere:/data2"]
+    done = stage(calls, tmp_path, "--apptainer", "a.sif", *mounts, "stage1", "--save", "/data/save")
+    assert done.returncode == 0, done.stderr
+    assert "[--save] [/data/save]" in "\n".join(calls.made)
+
+
+def test_a_stage_starts_where_nodes_are_not_shown(calls: Calls, tmp_path: Path) -> None:
+    scontrol = calls.folder / "bin" / "scontrol"
+    scontrol.write_text(
+        scontrol.read_text().replace('*node*) echo "NodeName=n1 NodeAddr=127.0.0.1 Port=1"', "*node*) exit 1")
+    )
+    assert stage(calls, tmp_path, *STAGE).returncode == 0
+    assert "2 nodes at n1:" in "\n".join(calls.made)
 
 
 def test_tools_of_an_array_get_their_shard(calls: Calls) -> None:

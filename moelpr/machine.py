@@ -3,6 +3,7 @@
 `moelpr/__init__.py` calls `limit_threads`, because OpenMP reads its settings when torch is imported.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -77,6 +78,12 @@ def has_gpus() -> bool:
 def as_gib(size: int) -> str:
     """A number of bytes as "1.2 GiB"."""
     return f"{size / 2**30:.1f} GiB"
+
+
+def format_bytes(number: float) -> str:
+    """A number of bytes with its unit: "99 GiB"."""
+    power = min(int(math.log2(max(number, 1))) // 10, 4)
+    return f"{number / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 def _meminfo(name: str) -> int:

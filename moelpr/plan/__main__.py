@@ -15,11 +15,19 @@ from typing import Any
 
 from moelpr.errors import CommandParser, UserError, run_command
 from moelpr.families.families import layer_list, read_base, recommended_copies, with_new_experts
-from moelpr.layouts import neighbors
+from moelpr.layouts import PlannedLayout, neighbors
+from moelpr.machine import format_bytes
 from moelpr.model_spec import ModelSpec
 from moelpr.plan.candidates import Candidate, fitting
 from moelpr.plan.machines import GIB, GPUS, RESERVED_FRACTION, Cluster
-from moelpr.plan.memory import PLANNED_STAGES, RankMemory, Workload
+from moelpr.plan.memory import (
+    PLANNED_STAGES,
+    RankMemory,
+    Workload,
+    checkpoint_bytes,
+    export_parameters,
+    model_parts,
+)  # fmt: skip
 from moelpr.plan.step_time import PREDICTION_ERROR, bubble
 from moelpr.vocabulary_extension import VocabularyExtension
 
@@ -137,8 +145,27 @@ def _table(found: list[Candidate], spec: ModelSpec, workload: Workload, cluster:
             f"Predictions of published runs of similar models are {least:+.0%} to {most:+.0%} off in tokens/s; none",
             "has been compared with a run of moelpr (docs/design/planner.md).",
         ]
+    checkpoint, trained_only, export = map(format_bytes, _disk_bytes(spec, workload, found[0].layout).values())
+    lines += [
+        "",
+        f"Disk: {checkpoint} for each checkpoint, {trained_only} with --save-trained-only, {export} for the export.",
+    ]
     lines += ["", f"Recommended arguments for launch/{workload.stage}.sh:", f"  {shlex.join(found[0].flags(workload))}"]
     return "\n".join(lines)
+
+
+def _disk_bytes(spec: ModelSpec, workload: Workload, layout: PlannedLayout) -> dict[str, int]:
+    """What a run of the stage writes, and the model in bf16."""
+    parts = model_parts(spec)
+
+    def checkpoint(trained_only: bool) -> int:
+        return checkpoint_bytes(parts, workload.trained, workload.dtype, layout.distributed_optimizer, trained_only)
+
+    return {
+        "checkpoint": checkpoint(trained_only=False),
+        "checkpoint_of_what_is_trained": checkpoint(trained_only=True),
+        "bf16_export": 2 * export_parameters(spec, parts),
+    }
 
 
 def _as_json(found: list[Candidate], spec: ModelSpec, workload: Workload, cluster: Cluster) -> dict[str, Any]:
@@ -159,6 +186,7 @@ def _as_json(found: list[Candidate], spec: ModelSpec, workload: Workload, cluste
     return {
         "run": asdict(workload),
         "vocab_size": spec.megatron_args["vocab_size"],
+        "disk_bytes": _disk_bytes(spec, workload, found[0].layout),
         "cluster": asdict(cluster),
         "assumptions": ["every expert is chosen equally often", "working_bytes is an estimate"],
         "recommended": described[0],

@@ -128,6 +128,32 @@ def model_parts(spec: ModelSpec) -> Parts:
     return sums
 
 
+def checkpoint_bytes(
+    parts: Parts, trained: frozenset[Part], dtype: Dtype, distributed_optimizer: bool, trained_only: bool,
+    optimizer: bool = True,
+) -> int:  # fmt: skip
+    """Bytes of the tensors in one checkpoint: the weights, and the optimizer state of what is trained.
+
+    Args:
+        trained_only: whether only trained weights are saved.
+        optimizer: whether its state is saved.
+    """
+    # The distributed optimizer saves a copy of fp32 weights too.
+    state = (MASTER_BYTES["bf16" if distributed_optimizer else dtype] + MOMENT_BYTES) * optimizer
+    return sum(
+        numel * (WEIGHT_BYTES[dtype] * (part in trained or not trained_only) + state * (part in trained))
+        for (_, part), numel in parts.items()
+    )
+
+
+def export_parameters(spec: ModelSpec, parts: Parts) -> int:
+    """Parameters of the Hugging Face export, which has each copy of the dense FFN."""
+    places, experts = (spec.moe.num_original_places, spec.moe.num_original_experts) if spec.moe else (1, 1)
+    return sum(
+        numel // experts * places if part is Part.ORIGINAL_EXPERTS else numel for (_, part), numel in parts.items()
+    )
+
+
 def padded_vocabulary(vocab_size: int, tp: int) -> int:
     """Rows of the embedding as the trainer pads them for `tp` tensor-parallel ranks."""
     multiple = VOCABULARY_MULTIPLE * tp

@@ -10,11 +10,12 @@ import pytest
 import yaml
 
 from moelpr.arguments.checks import find_problems
-from moelpr.arguments.checks.folders import checkpoint_bytes, format_bytes
+from moelpr.arguments.checks.folders import checkpoint_bytes
 from moelpr.arguments.flags import all_arguments
 from moelpr.arguments.settings import RunSettings
 from moelpr.data.language_bits import LanguageBitsWriter
-from moelpr.families.families import read_base, with_new_experts
+from moelpr.families.families import read_base, recommended_copies, with_new_experts
+from moelpr.machine import format_bytes
 from moelpr.plan.__main__ import main as plan
 
 RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
@@ -24,12 +25,14 @@ SHAPES = {
     "Qwen1.5-1.8B": (2048, 5504, 24, 16, 16, 151936),
     "Qwen2.5-7B": (3584, 18944, 28, 28, 4, 152064),
     "Qwen2.5-72B": (8192, 29568, 80, 64, 8, 152064),
+    "Qwen3-8B-Base": (4096, 12288, 36, 32, 8, 151936),
     "Llama-3.1-8B": (4096, 14336, 32, 32, 8, 128256),
 }
 LLAMA_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 FAMILIES = {
+    "Qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 128},
     "Qwen": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False},
-    "Llam": {
+    "Llama": {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "rope_scaling": LLAMA_ROPE | {"original_max_position_embeddings": 8192},
@@ -42,7 +45,8 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The working directory contains a folder per model, with its config.json."""
     for name, (hidden, ffn, layers, heads, groups, vocabulary) in SHAPES.items():
         config = {
-            **FAMILIES[name[:4]], "hidden_act": "silu", "rms_norm_eps": 1e-6,
+            **next(family for start, family in FAMILIES.items() if name.startswith(start)),
+            "hidden_act": "silu", "rms_norm_eps": 1e-6,
             "hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers, "vocab_size": vocabulary,
             "num_attention_heads": heads, "num_key_value_heads": groups, "max_position_embeddings": 131072,
             "rope_theta": 1e6, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
@@ -96,7 +100,8 @@ def test_the_planner_lists_the_layout_with_the_memory_in_the_comment(
 def test_a_checkpoint_has_the_size_in_the_comment(recipe: str, models: None) -> None:
     comment, stage = comment_of(recipe), recipe.removesuffix(".yaml").rsplit("-", 1)[1]
     argv = command_in(comment)
-    spec = with_new_experts(*read_base(Path(argv[1])), int(argv[3]))
+    family, base = read_base(Path(argv[1]))
+    spec = with_new_experts(family, base, int(argv[3]), original_copies=recommended_copies(base, None))
     args = Namespace(stage=stage, bf16=True, fp16=False, train_everything=False, train_new_embeddings=False)
     args.no_save_optim = None
     args.save_trained_only = yaml.safe_load((RECIPES / recipe).read_text()).get("save-trained-only", False)

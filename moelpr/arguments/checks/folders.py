@@ -1,15 +1,15 @@
 """The folders to load and save: which run they belong to, and whether a checkpoint can be written."""
 
 import argparse
-import math
 import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 from moelpr.arguments.settings import RunSettings, retain_interval
+from moelpr.machine import format_bytes
 from moelpr.model_spec import ModelSpec
-from moelpr.plan.memory import MASTER_BYTES, MOMENT_BYTES, WEIGHT_BYTES, model_parts
+from moelpr.plan import memory
 from moelpr.run_folder import TRACKER_FILE
 from moelpr.stages import trained_parts
 
@@ -60,22 +60,15 @@ def check_save_disk(run: RunSettings) -> Iterable[str]:
 
 
 def checkpoint_bytes(args: argparse.Namespace, spec: ModelSpec) -> int:
-    """Bytes of the tensors in one checkpoint: the weights, and the optimizer state of what is trained."""
-    dtype = "bf16" if args.bf16 or args.fp16 else "fp32"
-    trained = trained_parts(args.stage or "dense", args.train_everything, args.train_new_embeddings)
-    # The distributed optimizer saves a copy of fp32 weights too.
-    master = MASTER_BYTES["bf16" if args.use_distributed_optimizer else dtype]
-    state = 0 if args.no_save_optim else master + MOMENT_BYTES
-    return sum(
-        numel * (WEIGHT_BYTES[dtype] * (part in trained or not args.save_trained_only) + state * (part in trained))
-        for (_, part), numel in model_parts(spec).items()
+    """Bytes of the tensors in one checkpoint of a run."""
+    return memory.checkpoint_bytes(
+        memory.model_parts(spec),
+        trained_parts(args.stage or "dense", args.train_everything, args.train_new_embeddings),
+        "bf16" if args.bf16 or args.fp16 else "fp32",
+        args.use_distributed_optimizer,
+        args.save_trained_only,
+        not args.no_save_optim,
     )
-
-
-def format_bytes(number: float) -> str:
-    """A number of bytes with its unit: "99 GiB"."""
-    power = min(int(math.log2(max(number, 1))) // 10, 4)
-    return f"{number / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 def note_rounded_retain_interval(run: RunSettings) -> Iterable[str]:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from moelpr.errors import run_command
+from moelpr.machine import format_bytes
 from moelpr.plan.__main__ import PAPER_GLOBAL_BATCH_SIZE, PAPER_SEQ_LENGTH, _parser, main
 from moelpr.plan.step_time import PREDICTION_ERROR
 from moelpr.vocabulary_extension import VocabularyExtension
@@ -42,6 +43,19 @@ def test_the_recommended_flags_are_those_of_the_first_row(plan: Plan) -> None:
         "--expert-tensor-parallel-size 1 --use-distributed-optimizer --micro-batch-size 2 --global-batch-size 512 "
         "--seq-length 256",
     ]
+
+
+def test_the_size_on_disk_of_a_known_model(plan: Plan, tmp_path: Path) -> None:
+    """Qwen1.5-1.8B with the paper's 5 new experts: 1.03 billion parameters, and 0.81 billion for each expert."""
+    shape = {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 24, "num_attention_heads": 16}
+    shape |= {"num_key_value_heads": 16, "vocab_size": 151936, "tie_word_embeddings": False, "head_dim": 128}
+    argv = ("--num-new-experts", "5", "--gpu-memory-gib", "80")
+    disk = json.loads(plan(*argv, "--json", **shape))["disk_bytes"]
+    others, expert = 1.026e9, 0.8116e9
+    assert disk["checkpoint"] == pytest.approx(2 * (others + expert) + 14 * 5 * expert, rel=1e-3)
+    assert disk["checkpoint_of_what_is_trained"] == pytest.approx(14 * 5 * expert, rel=1e-3)
+    assert disk["bf16_export"] == pytest.approx(2 * (others + 7 * expert), rel=1e-3)
+    assert f"Disk: {format_bytes(disk['checkpoint'])} for each checkpoint, " in plan(*argv, **shape)
 
 
 def test_json_has_every_layout_with_every_stage_in_bytes(plan: Plan) -> None:

@@ -56,7 +56,10 @@ def collect(run: Path) -> Json:
     """
     facts = read_json(path := run / "corpus" / "facts.json")
     if facts is None:
-        raise UserError(f"{path} is missing or damaged; remove {path.parent} and run python -m examples.real_model")
+        raise UserError(
+            f"{path} is missing or damaged; remove {path.parent} and {run / 'logs/text.json'}, and run "
+            "python -m examples.real_model"
+        )
     base = read_scores(run, BASE)
     if not base:
         raise UserError(f"{run} has no evaluation of the base; start the queue first: python -m examples.real_model")
@@ -248,7 +251,7 @@ def parameters(log: str) -> tuple[int, int]:
         trained, frozen = (int(number.replace(",", "")) for number in table.groups())
         return trained, trained + frozen
     if not lora:
-        raise UserError("a log of the queue does not say how many parameters were trained; run that step again")
+        raise UserError("a log of the queue does not state the trained parameters; remove its .json and run the queue")
     return int(lora[1].replace(",", "")), int(lora[2].replace(",", ""))
 
 

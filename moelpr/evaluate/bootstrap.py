@@ -58,8 +58,3 @@ def mean(estimates: Sequence[Estimate]) -> Estimate:
 def interval_of(estimate: Estimate) -> Interval:
     """The number and its 95% confidence interval, whose bounds are NaN for a language with a single document."""
     return Interval(float(estimate[0]), *map(float, np.percentile(estimate[1:], [2.5, 97.5])))
-
-
-def is_clear(change: Interval) -> bool:
-    """Whether its interval does not contain 0."""
-    return change.has_bounds and change.is_clear

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from moelpr.evaluate.models import LoadedModel, open_model, read_max_positions, require_hf
+from moelpr.evaluate.models import LoadedModel, choose_device, open_model, read_max_positions, require_hf, resolve_dtype
 from moelpr.evaluate.result_cache import Json, ResultCache, fingerprint_model
 from moelpr.evaluate.scoring import LanguageScore, Settings, score_each
 
@@ -86,7 +86,7 @@ def compare_models(
 
     results = {}
     for name, directory in models.items():
-        of = {"model": fingerprint_model(directory), "dtype": dtype}
+        of = {"model": fingerprint_model(directory), "dtype": resolve_dtype(dtype, choose_device(device))}
         model_keys = {part: {**of, **key} for part, key in keys.items()}
         results[name] = cache.complete(name, model_keys, partial(measure, name))
     scores = {

@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from moelpr.errors import UserError
-from moelpr.evaluate.models import LoadedModel, first_line, open_model, require_hf
+from moelpr.evaluate.models import LoadedModel, choose_device, first_line, open_model, require_hf, resolve_dtype
 from moelpr.evaluate.result_cache import Json, ResultCache, fingerprint_files, fingerprint_model
 from moelpr.evaluate.results import Results
 from moelpr.languages import language_name
@@ -79,7 +79,21 @@ def read_benchmarks(path: Path, languages: Sequence[str]) -> list[Benchmark]:
         raise UserError(
             f"{path} has no task for {', '.join(languages)}; pass other --languages or another --tasks file"
         )
+    shots_of(benchmarks)
     return benchmarks
+
+
+def shots_of(benchmarks: Sequence[Benchmark]) -> dict[str, int]:
+    """Number of examples in the prompt of each task. Raises UserError if two benchmarks disagree."""
+    shots: dict[str, int] = {}
+    for benchmark in benchmarks:
+        for task in (task for tasks in benchmark.tasks.values() for task in tasks):
+            if shots.setdefault(task, benchmark.num_fewshot) != benchmark.num_fewshot:
+                raise UserError(
+                    f"two benchmarks of --tasks have the task {task}, with {shots[task]} and {benchmark.num_fewshot} "
+                    "shots; use two tables, and another --output for each"
+                )
+    return shots
 
 
 def run_tasks(
@@ -99,12 +113,13 @@ def run_tasks(
         version = metadata.version("lm_eval")
     except metadata.PackageNotFoundError as error:
         raise UserError("lm-evaluation-harness is not installed; run: python -m pip install '.[eval]'") from error
-    of: Json = {"lm_eval": version, "limit": settings["limit"], "dtype": settings["dtype"], "include_path": None}
+    dtype = resolve_dtype(settings["dtype"], choose_device(settings["device"]))
+    of: Json = {"lm_eval": version, "limit": settings["limit"], "dtype": dtype, "include_path": None}
     if folder := settings["include_path"]:
         if not folder.is_dir():
             raise UserError(f"--include-path {folder} is not a folder; pass one with task files")
         of["include_path"] = fingerprint_files(file for file in folder.rglob("*") if file.suffix != ".pyc")
-    shots = {task: bench.num_fewshot for bench in benchmarks for tasks in bench.tasks.values() for task in tasks}
+    shots = shots_of(benchmarks)
     keys: dict[str, dict[str, Json]] = {}  # model -> what its results are computed from, by name in the cache
     for name, directory in models.items():
         of["model"] = fingerprint_model(directory)
@@ -115,6 +130,13 @@ def run_tasks(
         if any(cache.read(name, _CACHED + task, by_task[_CACHED + task]) is None for name, by_task in keys.items())
     ]
     manager, tasks = _load_tasks(missing, settings["include_path"]) if missing else (None, {})
+    for name in tasks:
+        # The harness would use 0 with a message that is easily missed.
+        if shots[name] and any(_fixes_no_shots(task) for task in tasks[name]):
+            raise UserError(
+                f"the task {name} sets num_fewshot to 0, and --tasks wants {shots[name]} shots; state 0 there, or "
+                "remove it from the task"
+            )
 
     def measure(name: str, names: list[str]) -> Iterator[tuple[str, Json]]:
         with open_model(models[name], settings["device"], settings["dtype"]) as loaded:
@@ -124,6 +146,10 @@ def run_tasks(
 
     results = {name: cache.complete(name, keys[name], partial(measure, name)) for name in models}
     return {name: {task: found[_CACHED + task] for task in shots} for name, found in results.items()}
+
+
+def _fixes_no_shots(task: Any) -> bool:
+    return hasattr(task, "get_config") and task.get_config("num_fewshot") == 0  # a group has no settings
 
 
 def _load_tasks(names: Sequence[str], include_path: Path | None) -> tuple[Any, dict[str, list[Any]]]:

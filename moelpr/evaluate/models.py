@@ -124,8 +124,8 @@ def open_model(directory: Path, device: str = "auto", dtype: str = "auto") -> It
         )
     if torch_device.type == "cuda":
         torch.cuda.set_device(torch_device)
-    if dtype == "auto":
-        dtype = "float32" if torch_device.type == "cpu" else spec.dtype
+    dtype = resolve_dtype(dtype, torch_device)
+    dtype = spec.dtype if dtype == "auto" else dtype
     config = {"params_dtype": getattr(torch, dtype), "bf16": dtype == "bfloat16", "fp16": dtype == "float16"}
     with loading.single_process():
         with warnings.catch_warnings():
@@ -166,8 +166,7 @@ def load_model(directory: Path, device: str = "auto", dtype: str = "auto") -> Lo
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    if dtype == "auto" and torch_device.type == "cpu":
-        dtype = "float32"
+    dtype = resolve_dtype(dtype, torch_device)
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its table of missing weights: see below
     try:
@@ -205,6 +204,11 @@ def check_device(name: str) -> None:
     if name == "auto" and (problem := cpu.unusable_gpus()):
         raise UserError(problem)
     choose_device(name)
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> str:
+    """ "float32" for "auto" on a CPU; "auto" on a GPU is the model's own."""
+    return "float32" if dtype == "auto" and device.type == "cpu" else dtype
 
 
 def choose_device(name: str) -> torch.device:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from moelpr.evaluate.bootstrap import Estimate, estimates, interval_of, is_clear, mean
+from moelpr.evaluate.bootstrap import Estimate, estimates, interval_of, mean
 from moelpr.evaluate.compare import Comparison
 from moelpr.evaluate.results import Results, settings_json
 from moelpr.languages import language_name
@@ -58,7 +58,7 @@ class TextResults(Results):
         for row, changes in self._bits_changes.items():
             for model, change in changes.items():
                 verdict = f"{model} is {'better' if change.value < 0 else 'worse'} than {self._first}"
-                if not is_clear(change):
+                if not change.is_clear:
                     verdict = f"no clear change from {self._first} to {model}"
                 number = change.text(percent)
                 findings.append(f"{MEANS.get(row, language_name(row))}: {verdict} ({number} bits per byte).")
@@ -103,7 +103,7 @@ class TextResults(Results):
             else "Per token, and these models' tokenizers differ: compare their bits per byte instead."
         )
         changes = {
-            row: {m: c.text(percent) + ("" if is_clear(c) else " unclear") for m, c in by_model.items()}
+            row: {m: c.text(percent) + ("" if c.is_clear else " unclear") for m, c in by_model.items()}
             for row, by_model in self._bits_changes.items()
         }
         # Averaging perplexities is meaningless.
@@ -177,7 +177,7 @@ class TextResults(Results):
 
     def _row_json(self, model: str, row: str) -> dict[str, Any]:
         changes = self._changes[row].get(model, {})
-        change = {metric: _interval_json(change) | {"is_clear": is_clear(change)} for metric, change in changes.items()}
+        change = {metric: _interval_json(change) | {"is_clear": change.is_clear} for metric, change in changes.items()}
         return {metric: _interval_json(found) for metric, found in self._rows[row][model].items()} | {"change": change}
 
 

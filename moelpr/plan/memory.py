@@ -1,4 +1,4 @@
-"""Memory of a rank, in bytes, computed from shapes; docs/design/memory-plan.md gives the equations.
+"""Memory of a rank, in bytes, computed from shapes; docs/design/planner.md gives the equations.
 
 A frozen parameter costs its weight. A trainable parameter also costs its gradient and its optimizer state, which the
 distributed optimizer divides over the ranks that hold the same parameter: for a router the data-parallel ranks, for a
@@ -243,7 +243,7 @@ def trains_output(spec: ModelSpec, trained: frozenset[Part]) -> bool:
 
 
 class Activations:
-    """Bytes that autograd keeps on a rank (docs/design/memory-plan.md); attributes are sizes on one rank."""
+    """Bytes that autograd keeps on a rank (docs/design/planner.md); attributes are sizes on one rank."""
 
     def __init__(self, spec: ModelSpec, layout: PlannedLayout, workload: Workload, routing: Routing | None) -> None:
         assert spec.moe is not None

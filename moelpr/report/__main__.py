@@ -20,18 +20,21 @@ def main() -> None:
 
 
 def report_runs(args: argparse.Namespace) -> None:
-    from moelpr.report.claims import Claims, read_verifications  # after the arguments: matplotlib is slow to import
+    from moelpr.report.claims import (
+        Claims,
+        read_facts,
+        read_verifications,
+    )  # after the arguments: matplotlib is slow to import
     from moelpr.report.language_results import read_evaluations
     from moelpr.report.run_report import Report
-    from moelpr.report.runs import read_run
-    from moelpr.yaml_files import read_mapping
+    from moelpr.report.runs import read_runs
 
     report = Report(
-        runs=[read_run(folder) for folder in args.runs],
+        runs=read_runs(args.runs),
         evaluation=read_evaluations(args.evaluation),
         checks=read_verifications(args.verification),
         claims=Claims.read(args.claims) if args.claims else Claims(),
-        facts=read_mapping(args.facts, "facts") if args.facts else {},
+        facts=read_facts(args.facts) if args.facts else {},
     )
     print(report.write(args.output or args.runs[-1]))
 

@@ -26,6 +26,15 @@ def read_verifications(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
     return checks
 
 
+def read_facts(path: Path) -> dict[str, dict[str, str]]:
+    """Title -> name -> value as text. Raises UserError for a file of something else."""
+    with named_input("--facts", path, "a mapping of title to {name: value}"):
+        content = read_mapping(path, "facts")
+        return {
+            str(title): {str(name): str(value) for name, value in facts.items()} for title, facts in content.items()
+        }
+
+
 def check_result(check: Mapping[str, Any]) -> str:
     """The result of verify.py in words."""
     keys = {"max_abs_diff": "tensor", "max_abs_logit_diff": "logit"}
@@ -86,9 +95,11 @@ class Claims:
                 (bound,) = {"at_least", "at_most"} & claim.keys()
                 is_complete = claim["claim"] and claim["name"] and claim["languages"] in GROUPS
                 has_models = is_complete and len(claim[measure]) == _MEASURES[measure][0]
-                if not has_models or not float(claim[bound]) < math.inf:
+                if not has_models or not float(claim[bound]) < math.inf or not isinstance(claim["name"], str):
                     raise ValueError(claim["name"])
-        return claims
+            if not isinstance(claims.checks, dict):
+                raise TypeError("checks must map the name of a verification to what it compares")
+            return cls(**content | {"claims": [_with_numbers(claim) for claim in claims.claims]})
 
     def judge(self, results: LanguageResults, checks: Mapping[str, Mapping[str, Any]]) -> list[Judgment]:
         """Every claim for every language of its group, then every check. What was not measured is not shown.
@@ -100,6 +111,11 @@ class Claims:
             check = checks.get(name, {})
             judgments.append(Judgment(name, "", meaning, check_result(check), math.nan, check.get("equal", False)))
         return judgments
+
+
+def _with_numbers(claim: Mapping[str, Any]) -> dict[str, Any]:
+    """YAML reads 1e-2 as text."""
+    return {name: float(value) if name in ("at_least", "at_most") else value for name, value in claim.items()}
 
 
 def _judge(claim: Mapping[str, Any], results: LanguageResults) -> Iterator[Judgment]:

@@ -32,6 +32,7 @@ class LanguageResults:
     # The same, relative to the first model; missing ones follow from `bits`.
     changes: dict[str, dict[str, Interval]] = field(default_factory=dict)
     has_start: bool = True  # the first model is the start that changes are measured against
+    other_windows: list[str] = field(default_factory=list)  # models scored in windows of another length than the first
     per_token: set[str] = field(default_factory=set)  # languages of unknown size in bytes: their `bits` are per token
     # Name in ROUTING_SHARES -> model -> language -> fraction of tokens, per MoE layer.
     routing: dict[str, dict[str, dict[str, list[float]]]] = field(
@@ -70,9 +71,12 @@ class LanguageResults:
 def held_out_results(runs: Sequence[Run]) -> LanguageResults:
     """The first validation pass of the first run that has one, and the last pass of every run.
 
-    Runs may differ in languages.
+    Runs may differ in languages. Where a run's windows, or the unit of a language, are not those of the first pass,
+    there is no change (NaN).
     """
     results = LanguageResults(has_start=False)
+    lengths: dict[str, int | None] = {}
+    unit_of: dict[str, str] = {}  # language -> unit of its first result
     for run in (run for run in runs if run.metrics.validations):
         first, last = run.metrics.validations[0], run.metrics.validations[-1]
         passes = {f"after {run.name}": last}
@@ -81,12 +85,18 @@ def held_out_results(runs: Sequence[Run]) -> LanguageResults:
             passes = {f"before {run.name}": first} | passes
         for name, record in passes.items():
             values = results.bits.setdefault(name, {})
+            lengths[name] = run.settings.get("seq_length")
+            has_other_windows = lengths[name] != next(iter(lengths.values()))
+            if has_other_windows:
+                results.other_windows.append(name)
             for language, result in record["languages"].items():
                 results.groups[language] = result.get("group", "original")
                 units = [unit for unit in ("bits_per_byte", "bits_per_token") if result.get(unit) is not None]
                 if units:
                     values[language] = Interval(result[units[0]])
                     results.per_token |= {language} if units[0] == "bits_per_token" else set()
+                    if has_other_windows or unit_of.setdefault(language, units[0]) != units[0]:
+                        results.changes.setdefault(name, {})[language] = Interval(math.nan)
     return results
 
 

@@ -53,8 +53,8 @@ class Interval(NamedTuple):
 
     @property
     def is_clear(self) -> bool:
-        """For a change: the interval does not contain 0."""
-        return not self.has_bounds or self.low > 0 or self.high < 0
+        """For a change: there is an interval, and it does not contain 0."""
+        return self.has_bounds and (self.low > 0 or self.high < 0)
 
     def text(self, write: Callable[[float], str]) -> str:
         """`write` of the value, then of the bounds in brackets if there are any."""
@@ -97,10 +97,13 @@ def line_chart(title: str, curves: Sequence[Curve], *, as_percent: bool = False,
         return ""
     names = [curve.name for _, curve, *_ in drawn]
     num_columns = 2 if max(map(len, names)) > 14 else 3
-    header = 24 + 18 * math.ceil(len(names) / num_columns) * any(names)
+    if width_of([title], 13) > 440:  # a second line, behind the name of the run
+        title = title.replace(": ", ":\n", 1)
+    more = 16 * title.count("\n")
+    header = 24 + more + 18 * math.ceil(len(names) / num_columns) * any(names)
     figure = Figure(figsize=(452 / 72, (header + 188) / 72))
     axes = figure.add_axes((46 / 452, 38 / (header + 188), 396 / 452, 144 / (header + 188)))
-    axes.set_title(title, x=-46 / 396, pad=header - 12, fontsize=13)
+    axes.set_title(title, x=-46 / 396, pad=header - 12 - more, fontsize=13)
     shown, described = [], []
     for order, (number, curve, x, mean, low, high) in enumerate(drawn):
         color = SERIES[number % len(SERIES)]

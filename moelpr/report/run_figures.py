@@ -101,7 +101,9 @@ def _run_panels(run: Run, share: str) -> Iterator[plots.Panel]:
             means = [plots.finite_mean(layer) for layer in zip(*lists, strict=False)]
             columns |= {name: means} if any(map(math.isfinite, means)) else {}
         if columns:
-            rows = [f"layer {layer}" for layer in range(min(map(len, columns.values())))]
+            length = min(map(len, columns.values()))
+            numbers = run.moe_layers if len(run.moe_layers or ()) == length else None
+            rows = [f"layer {layer}" for layer in numbers or range(length)]
             yield plots.Panel(f"{run.name}, {title}", columns, rows)
 
 

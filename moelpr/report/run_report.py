@@ -86,8 +86,9 @@ def _summary(runs: Sequence[Run], evaluation: LanguageResults, held_out: Languag
     results, source = evaluation, "on held-out documents"
     if len(evaluation.models) < 2:
         results, source = held_out, "on the runs' held-out text"
+    steps = f"{_count(len(runs), 'run')}, {sum(run.step for run in runs):,} recorded steps."
     if len(results.models) < 2 or not results.has_start:
-        return f"{_count(len(runs), 'run')}, {sum(run.step for run in runs):,} recorded steps."
+        return steps
     first, last = results.models[0], results.models[-1]
     parts = []
     for group in ("expanded", "original"):
@@ -96,6 +97,8 @@ def _summary(runs: Sequence[Run], evaluation: LanguageResults, held_out: Languag
             mean = results.change(last, f"mean {group}").value
             mean = mean if math.isfinite(mean) else plots.finite_mean(changes.values())
             parts.append(f"{group} languages {plots.percent(mean)} ({', '.join(known)})")
+    if not parts:
+        return steps
     unit = "token" if results.per_token else "byte"
     return f"Bits per {unit} {source}, {last} against {first}: {'; '.join(parts)}. Lower is better."
 
@@ -118,7 +121,9 @@ def _overview(report: Report, judgments: Sequence[Judgment], held_out: LanguageR
             changes |= {GROUP_NAMES[group].capitalize(): {}} if group else {}
             changes |= {language_name(row): {model: results.change(model, row) for model in models} for row in members}
         title = "Change in bits per byte on held-out text"
-        note = f"{title} against {reference}, with 95% intervals. A hollow bar is unclear: its interval contains 0."
+        note = (
+            f"{title} against {reference}, with 95% intervals. A hollow bar is unclear: it has no interval without 0."
+        )
         yield page.Figure([plots.change_chart(title, changes, axis=f"bits per byte against {reference}")], note)
     rows = []
     for run in runs:
@@ -152,6 +157,8 @@ def _language_tables(evaluation: LanguageResults, held_out: LanguageResults) -> 
             "better. No intervals: one pass over one text. The evaluation scores each document separately, so "
             "its numbers differ."
         )
+        if others := ", ".join(held_out.other_windows):
+            note += f" No change is shown {others}: its windows (--seq-length) have another length."
         yield _results_table("held out while training", held_out, note)
     if not evaluation.bits and not held_out.bits:
         yield Text(

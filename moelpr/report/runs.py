@@ -3,12 +3,14 @@
 import math
 import statistics
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from moelpr.errors import UserError
+from moelpr.model_spec import ModelSpec
 from moelpr.report.plots import Curve
 from moelpr.run_folder import COMMAND_FILE, FINISHED_FILE, METRICS_FILE, VERSIONS_FILE, read_json, read_settings
 from moelpr.run_metrics import Record, RunMetrics, mean_of, read_run_metrics
@@ -27,12 +29,14 @@ class Run:
     versions: dict[str, str] = field(default_factory=dict)
     arguments: list[str] = field(default_factory=list)
     num_ranks: int | None = None
+    moe_layers: tuple[int, ...] | None = None  # their numbers, in the order of values per layer; None if unknown
     is_finished: bool = False
     last_record_age_s: float = 0.0
+    label: str = ""  # instead of the folder's name, which another run may have too
 
     @property
     def name(self) -> str:
-        return self.folder.resolve().name
+        return self.label or self.folder.resolve().name
 
     @property
     def stage(self) -> str:
@@ -88,6 +92,23 @@ class Run:
         return "finished" if self.is_finished else "running" if self.last_record_age_s < patience else "stopped"
 
 
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Runs with distinct names: of runs in folders of one name, as much of the path as tells them apart.
+
+    Raises UserError if a folder is named twice, or see `read_run`.
+    """
+    paths = [folder.resolve() for folder in folders]
+    runs = []
+    for folder, path in zip(folders, paths, strict=True):
+        if paths.count(path) > 1:
+            raise UserError(f"{folder} is named twice; name it once")
+        length = next(
+            n for n in range(1, len(path.parts) + 1) if [p.parts[-n:] for p in paths].count(path.parts[-n:]) == 1
+        )
+        runs.append(replace(read_run(folder), label="/".join(path.parts[-length:])))
+    return runs
+
+
 def read_run(folder: Path) -> Run:
     """Raises UserError if the folder has no metrics.jsonl, or a damaged one."""
     metrics_file = folder / METRICS_FILE
@@ -109,9 +130,17 @@ def read_run(folder: Path) -> Run:
         versions=read_json(folder / VERSIONS_FILE) or {},
         arguments=[str(argument) for argument in arguments] if isinstance(arguments, list) else [],
         num_ranks=num_ranks if isinstance(num_ranks, int) else None,
+        moe_layers=_moe_layers(folder),
         is_finished=(folder / FINISHED_FILE).exists(),
         last_record_age_s=time.time() - metrics_file.stat().st_mtime,
     )
+
+
+def _moe_layers(folder: Path) -> tuple[int, ...] | None:
+    with suppress(UserError):  # older or damaged; the numbers are only labels
+        spec = ModelSpec.read(folder)
+        return spec.moe.layers if spec.moe else None
+    return None
 
 
 def curve_of(records: Iterable[Mapping[str, Any]], key: str, name: str = "") -> Curve:

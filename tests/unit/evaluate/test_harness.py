@@ -187,6 +187,17 @@ def test_the_harness_has_every_task_of_the_papers_table():
     assert named - known == set()
 
 
+@needs_lm_eval
+def test_a_task_that_would_ignore_the_number_of_shots_is_rejected(rejected, tmp_path, local_tasks, dense_dir):
+    """The harness took 0, and the table said 2."""
+    base = ("--model", dense_dir, "--languages", "en", "--original-languages", "en", "--include-path", local_tasks)
+    for task in local_tasks.glob("*.yaml"):
+        task.write_text(task.read_text() + "\nnum_fewshot: 0\n")
+    table = tmp_path / "table.yaml"
+    table.write_text(table.read_text().replace("num_fewshot: 0", "num_fewshot: 2"))
+    assert "sets num_fewshot to 0" in rejected("harness", *base, "--tasks", table)
+
+
 def test_the_papers_languages_have_tasks_with_the_papers_shots():
     benchmarks = read_benchmarks(PAPER_TASKS, ["en", "es", "zh", "el", "hu", "tr"])
     assert {benchmark.name: benchmark.num_fewshot for benchmark in benchmarks} == {
@@ -230,6 +241,8 @@ def test_bad_tables_and_arguments_are_rejected_with_what_to_correct(rejected, tm
     model = ("--model", dense_dir)
     (tmp_path / "list.yaml").write_text("- ARC\n")
     (tmp_path / "half.yaml").write_text("ARC: {num_fewshot: 25, tasks: {en: arc_challenge}}\n")
+    two = [f"ARC {n}: {{num_fewshot: {n}, metric: acc, tasks: {{en: arc_challenge}}}}\n" for n in (0, 25)]
+    (tmp_path / "two.yaml").write_text("".join(two))
     (tmp_path / "spec.json").touch()
     for arguments, expected in [
         ((*model, "--languages", "en", "--original-languages", "fr"), "--original-languages fr"),
@@ -238,6 +251,10 @@ def test_bad_tables_and_arguments_are_rejected_with_what_to_correct(rejected, tm
         ((*model, "--languages", "en", "--original-languages", "en", "--tasks", tmp_path / "no"), "/no"),
         ((*model, "--languages", "en", "--original-languages", "en", "--tasks", tmp_path / "list.yaml"), "list.yaml"),
         ((*model, "--languages", "en", "--original-languages", "en", "--tasks", tmp_path / "half.yaml"), "'metric'"),
+        (
+            (*model, "--languages", "en", "--original-languages", "en", "--tasks", tmp_path / "two.yaml"),
+            "0 and 25 shots",
+        ),
         (("--model", tmp_path, "--languages", "en", "--original-languages", "en"), "config.json"),
     ]:
         assert expected in rejected("harness", *arguments)

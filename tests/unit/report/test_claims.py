@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from moelpr.errors import UserError
-from moelpr.report.claims import Claims, read_verifications
+from moelpr.report.claims import Claims, read_facts, read_verifications
 from moelpr.report.language_results import LanguageResults
 from moelpr.report.plots import Interval
 
@@ -140,3 +140,20 @@ def test_verification_with_a_wrong_type_is_rejected(tmp_path: Path, name: str) -
         else:
             with pytest.raises(UserError, match=r"--verification .*check\.json"):
                 read_verifications([path])
+
+
+def test_numbers_and_dates_as_yaml_reads_them(tmp_path: Path, results: LanguageResults) -> None:
+    """YAML reads 1e-2 as text and 2026-11-27 as a date."""
+    claims, facts = tmp_path / "claims.yaml", tmp_path / "facts.yaml"
+    claims.write_text(
+        "claims: [{name: kept, claim: c, languages: original, change: [stage2, base], at_most: 1e-2}]\n", "utf-8"
+    )
+    assert [judgment.ok for judgment in Claims.read(claims).judge(results, {})] == [True, True]
+    claims.write_text("checks: [a]\n")
+    with pytest.raises(UserError, match="--claims .*checks"):
+        Claims.read(claims)
+    facts.write_text("Run: {date: 2026-11-27, 0: H100}\n")
+    assert read_facts(facts) == {"Run": {"date": "2026-11-27", "0": "H100"}}
+    facts.write_text("GPU: H100\n")
+    with pytest.raises(UserError, match="--facts .*facts.yaml must be a mapping of title to"):
+        read_facts(facts)

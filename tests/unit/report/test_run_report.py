@@ -101,7 +101,7 @@ def test_runs_with_different_languages_share_one_table(tmp_path: Path) -> None:
     first = make_run(tmp_path / "a", "stage1", 20, languages={"en": "original", "el": "expanded"})
     second = make_run(tmp_path / "b", "stage2", 20, languages={"en": "original", "sw": "expanded"})
     _, markdown = pages(first, second)
-    assert row_of(markdown, "Greek")[-1] == "–" and row_of(markdown, "sw").count("–") == 2
+    assert row_of(markdown, "Greek")[-1] == "–" and row_of(markdown, "Swahili").count("–") == 2
 
 
 def test_run_of_an_older_version_is_shown_as_far_as_it_goes(tmp_path: Path) -> None:
@@ -171,3 +171,15 @@ def test_run_of_50000_steps_is_reported_within_10_s_and_3_mb(tmp_path: Path) -> 
     assert time.process_time() - start < 10
     assert len(html.encode()) + len(markdown.encode()) < 3_000_000
     assert "Each point represents up to 125 steps" in html
+
+
+def test_windows_of_another_length_are_not_compared(tmp_path: Path) -> None:
+    """The paper's recipes have 1,024 and 512 tokens; a shorter window alone costs several percent."""
+    first, second = (make_run(tmp_path / name, name, 20) for name in ("stage1", "stage2"))
+    _, markdown = pages(first, second)
+    assert "%" in row_of(markdown, "English")[-1] and "another length" not in markdown
+    recipe = first / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("seq_length: 512", "seq_length: 1024"))
+    _, markdown = pages(first, second)
+    assert "%" in row_of(markdown, "English")[-2] and "%" not in row_of(markdown, "English")[-1]
+    assert "No change is shown after stage2" in markdown and "against before stage1" not in markdown

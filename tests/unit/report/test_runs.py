@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moelpr.errors import UserError
-from moelpr.report.runs import ENDS, curve_of, read_run
+from moelpr.report.runs import ENDS, curve_of, read_run, read_runs
 from tests.run_folders import make_run
 
 
@@ -51,3 +51,11 @@ def test_run_that_has_been_silent_for_long_has_stopped(tmp_path: Path) -> None:
     assert read_run(folder).state == "stopped"
     os.utime(folder / "metrics.jsonl")
     assert read_run(folder).state == "running"
+
+
+def test_runs_in_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    """The second took the place of the first."""
+    folders = [make_run(tmp_path / name, "stage1", 3, languages={}) for name in ("a/x/stage1", "b/x/stage1", "stage2")]
+    assert [run.name for run in read_runs(folders)] == ["a/x/stage1", "b/x/stage1", "stage2"]
+    with pytest.raises(UserError, match="stage2 is named twice"):
+        read_runs([*folders, tmp_path / "a" / ".." / "stage2"])

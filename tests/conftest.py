@@ -6,12 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Spinning threads make several ranks on two cores crawl.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "passive"
 # A test that needs the network is a mistake: let it fail at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# The same examples in every run: what is found by chance is looked for in `make test-faults`.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 from data_tools.preprocessing import job, reader
+from data_tools.preprocessing.arguments import parse_arguments
+from data_tools.preprocessing.plan import Plan
 from moelpr.data.manifest import Manifest
 from moelpr.errors import UserError
 from moelpr.files import LOCK_FILE, locked
@@ -211,6 +213,8 @@ def test_an_interrupted_job_is_resumed_also_if_it_was_started_without_the_flag(
     [
         (["--seed", "7"], "different --seed; .*--resume"),
         (["--expanded-languages", "el,hu"], "different --expanded-languages"),
+        (["--eod-token", "<|endoftext|>"], "different tokenizer"),
+        (["--tokenizer-hf-no-include-special-tokens"], "different tokenizer"),
         ([], "different input files"),
     ],
 )
@@ -253,3 +257,17 @@ def test_damaged_state_is_reported(input_files, preprocess, hf_tokenizer, tmp_pa
     (folder / "state.json").write_text("{}")
     with pytest.raises(UserError, match=r"state\.json is damaged.*--resume"):
         preprocess(hf_tokenizer, "--input", *input_files, *FLAGS, "--resume")
+
+
+def test_every_flag_that_changes_the_bytes_must_be_the_same_to_resume(
+    input_files, hf_tokenizer: Path, tmp_path: Path
+) -> None:
+    """A flag that is new must be added to the settings, or here."""
+    speed_or_output = {"debug", "workers", "log_interval", "overwrite", "resume", "max_bad_share", "tokenizer_backend"}
+    by_content = {"input", "dataset_info", "dataset_dir", "tokenizer_type", "tokenizer_model", "eod_token"}
+    by_content |= {"tokenizer_hf_no_include_special_tokens"}
+    words = [*FLAGS, "--input", *input_files, "--tokenizer-type", "HuggingFaceTokenizer"]
+    words += ["--tokenizer-model", hf_tokenizer, "--output-prefix", tmp_path / "a"]
+    arguments = parse_arguments(None, [*map(str, words)])
+    named = {name[2:].replace("-", "_") for name in Plan(arguments).settings if name.startswith("--")}
+    assert named == vars(arguments).keys() - speed_or_output - by_content

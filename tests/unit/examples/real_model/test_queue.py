@@ -338,3 +338,16 @@ def test_parameters_are_those_a_run_printed() -> None:
     assert parameters("rank 192, 58,613,760 trained parameters of 134,515,008\n") == (58_613_760, 134_515_008)
     with pytest.raises(UserError, match="parameters"):
         parameters("nothing")
+
+
+def test_translations_are_drawn_together(run: Path) -> None:
+    """A mean over languages whose documents are translations of each other is no surer than one language."""
+    noise = [0.5 + number / 10 for number in range(10)]  # of documents, the same in every language
+    for language in LANGUAGES:
+        path = run / "evaluation" / "parts" / "full" / f"{language}.help.json"
+        content = json.loads(path.read_text())
+        content["result"]["document_bits"] = [100 * bits for bits in noise]
+        path.write_text(json.dumps(content))
+    found = collect(run)["settings"]["full"]["models"]["full"]
+    widths = [high - low for _, low, high in (found["change"]["el.help"], found["means"]["in"]["expanded"])]
+    assert widths[0] > 0.1 and widths[1] == pytest.approx(widths[0], rel=0.15)

@@ -17,7 +17,7 @@ setup(
     package_data={
         "checkpoint_convert": ["templates/*"],
         "moelpr.data": ["*.pyi", "csrc/*.cpp"],
-        "moelpr.evaluate": ["*.yaml", "harness/*.yaml"],
+        "moelpr.evaluate": ["*.yaml"],
         "moelpr.report": ["templates/*"],
     },
     ext_modules=[

@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--large", type=int, default=10, help="size of the larger corpus, in times --megabytes")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="number of worker processes")
     parser.add_argument("--work", type=Path, help="folder for corpora, which is kept (default: a temporary folder)")
-    parser.add_argument("--cache", type=Path, help="folder with the demo's wheel (see data_tools/demo_corpus.py)")
+    parser.add_argument("--cache", type=Path, help="folder with the demo's wheel (see examples/demo_corpus.py)")
     parser.add_argument("--peer", help="a command with {input}, {output}, {tokenizer} and optionally {workers}")
     add_json(parser, "--output")
     args = parser.parse_args()
@@ -157,7 +157,7 @@ def demo(work: Path, cache: Path | None) -> tuple[Path, list[str]]:
     corpus, tokenizer = work / "demo", work / "tokenizer"
 
     def call(tool: str, *arguments: object) -> None:
-        command = [sys.executable, str(ROOT / "data_tools" / tool), *map(str, arguments)]
+        command = [sys.executable, str(ROOT / "examples" / tool), *map(str, arguments)]
         subprocess.run(command, env=environment(), check=True, stdout=subprocess.DEVNULL)
 
     if not corpus.exists():

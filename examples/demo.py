@@ -55,11 +55,11 @@ def prepare_data(demo: Steps, cache: Path | None) -> None:
     """Real text in six languages, a tokenizer for all six, one tagged corpus per language group."""
     run = demo.run
     where = ["--cache", cache] if cache else []
-    demo.step("corpus", "data_tools/demo_corpus.py", "--output", run / "corpus", *where)
+    demo.step("corpus", "examples/demo_corpus.py", "--output", run / "corpus", *where)
     train_files = {name: run / "corpus" / f"train.{name}.jsonl" for name in (*ORIGINAL, *EXPANDED)}
     demo.step(
         "tokenizer",
-        *("data_tools/demo_tokenizer.py", "--input", *train_files.values(), "--output", run / "tokenizer"),
+        *("examples/demo_tokenizer.py", "--input", *train_files.values(), "--output", run / "tokenizer"),
         *("--vocab-size", str(VOCABULARY), "--overwrite"),
     )
     for group, languages in (("original", ORIGINAL), ("expanded", EXPANDED)):

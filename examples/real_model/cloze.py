@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_tools.demo_corpus import LANGUAGES
+from examples.demo_corpus import LANGUAGES
 from examples.real_model.text import TRAINED, UNTRAINED, hash_of
 from moelpr.errors import CommandParser, UserError, run_command
 from moelpr.files import atomic_directory

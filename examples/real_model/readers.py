@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from html.parser import HTMLParser
 from pathlib import Path, PurePosixPath
 
-from data_tools import demo_corpus
-from data_tools.demo_corpus import LANGUAGES
+from examples import demo_corpus
+from examples.demo_corpus import LANGUAGES
 from examples.real_model.debian_package import read_deb
 
 # language -> document ID -> paragraphs

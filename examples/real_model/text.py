@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data_tools.demo_corpus import LANGUAGES
+from examples.demo_corpus import LANGUAGES
 from examples.real_model.downloads import fetch_all, parse_folders, read_sources, require_space
 from examples.real_model.readers import Documents, read_help, read_interface, read_stories
 from moelpr.errors import run_command

@@ -81,6 +81,17 @@ def test_named_paths_exist() -> None:
     assert not missing
 
 
+def test_the_pages_that_code_names_exist() -> None:
+    missing = []
+    for name in subprocess.check_output(
+        ["git", "ls-files", "*.py", "*.sh", "*.sbatch", "*.cpp", "*.yaml"], cwd=ROOT, text=True
+    ).split():
+        for page in re.findall(r"\bdocs/[\w/.-]+\.(?:md|json|svg)", (ROOT / name).read_text("utf-8")):
+            if not (ROOT / page).exists():
+                missing.append(f"{name}: {page}")
+    assert not missing
+
+
 def commands(text: str) -> Iterator[tuple[str, list[str]]]:
     """Each of our commands in code blocks and code spans of `text`, and the flags it is given."""
     blocks = re.findall(r"^ *```bash\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)

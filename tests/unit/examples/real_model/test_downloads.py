@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import demo_corpus
+from examples import demo_corpus
 from examples.real_model import downloads
 from examples.real_model.debian_package import digest_of
 from examples.real_model.downloads import Source, fetch_all, read_sources

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import demo_corpus
-from data_tools.demo_corpus import LANGUAGES, WHEEL_NAME, WHEEL_SHA256, build_demo_corpus, is_held_out
+from examples import demo_corpus
+from examples.demo_corpus import LANGUAGES, WHEEL_NAME, WHEEL_SHA256, build_demo_corpus, is_held_out
 from moelpr.errors import UserError
 
+ROOT = Path(__file__).parents[3]
 ENGLISH = "Please enter the address of your device"
 CODES = {"en": "en", "es": "es", "zh": "zh-Hans", "el": "el", "hu": "hu", "tr": "tr"}
 # Enough integrations that the hash puts some on either side.
@@ -171,9 +172,9 @@ def test_wrong_checksum_keeps_nothing(cache: Path, tmp_path: Path, monkeypatch: 
 
 
 def test_missing_network_is_reported_in_one_line(cache: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "data_tools.demo_corpus"]
+    command = [sys.executable, "-m", "examples.demo_corpus"]
     command += ["--output", str(tmp_path / "corpus"), "--cache", str(tmp_path / "empty")]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 2
     assert len(result.stderr.strip().splitlines()) == 1
     assert WHEEL_NAME in result.stderr and str(tmp_path / "empty") in result.stderr

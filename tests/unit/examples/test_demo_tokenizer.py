@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from data_tools.demo_tokenizer import train_demo_tokenizer
+from examples.demo_tokenizer import train_demo_tokenizer
 from moelpr.errors import UserError
 
 TEXTS = [

@@ -38,6 +38,7 @@ from checkpoint_convert.hf_folder import (
     write_weights,
 )
 from checkpoint_convert.hub import Model, is_hub_name
+from checkpoint_convert.kept_tokenizer import keep_tokenizer
 from checkpoint_convert.model_card import BASE_CARD_FILE, LICENSE_KEYS, TEMPLATES
 from checkpoint_convert.new_rows import VOCABULARY_PARTS, grow, new_rows, shape_without
 from checkpoint_convert.outputs import check_finite, check_output, output_folder
@@ -272,11 +273,13 @@ def graft(
     num_bytes = target.itemsize * sum(math.prod(shape) for _, shape in tensors)
     settings = {**asdict(record), "dtype": reader.dtype, "max_shard_bytes": max_shard_bytes}
     with output_folder(save, overwrite, num_bytes, list(sources), **settings) as (folder, bar):
-        write_weights(folder, tensors, target, max_shard_bytes, reader.read, bar)
         copy_companions(instruct.folder, folder, skip=(CONFIG_FILE, CARD_FILE))
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         if reader.new_rows:
             _write_extended_tokenizer(folder, instruct.folder, model.folder)
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        else:
+            keep_tokenizer(instruct.folder, folder)
+        write_weights(folder, tensors, target, max_shard_bytes, reader.read, bar)
         _write_cards(folder, record, instruct.folder, model.folder, len(reader.new_rows))
         record.write(folder)
     return reader

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from moelpr import checksums
 from moelpr.checksums import FileSum, Verifier
-from moelpr.data.tokenizer import check_tokenizer_files
+from moelpr.data.tokenizer import check_text_is_kept, check_tokenizer_files
 from moelpr.errors import UserError, deferred_signals
 from moelpr.families.families import CONFIG_FILE
 from moelpr.families.tables import stacked_part
@@ -83,6 +83,7 @@ def check_tokenizer(folder: Path, vocab_size: int) -> None:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a damaged tokenizer may raise any exception
         raise UserError(f"transformers cannot read the tokenizer in {folder}: {_first_line(error)}") from error
+    check_text_is_kept(folder, tokenizer)
     num_ids = max(tokenizer.get_vocab().values(), default=-1) + 1
     if num_ids > vocab_size:
         raise UserError(

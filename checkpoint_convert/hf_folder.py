@@ -199,6 +199,11 @@ def _read_index(path: Path) -> dict[str, str]:
             raise TypeError("a file name is not text")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged; download it again") from error
+    single = path.with_name(path.name.removesuffix(".index.json"))
+    if single.is_file() and set(weight_map.values()) != {single.name}:
+        raise UserError(
+            f"{single}, which transformers reads, stands beside {path.name} of other files; remove the stale one"
+        )
     for name in weight_map.values():
         if Path(name).name != name or not (path.parent / name).is_file():
             raise UserError(f"{path} lists {name}, which is missing; download it again")

@@ -262,6 +262,11 @@ def read_base(folder: Path) -> tuple[Family, ModelSpec]:
     for key in ("quantization_config", "quantization"):  # of transformers and of MLX
         if key in raw:
             raise UserError(f"{folder} is quantized ({key}); convert the unquantized model")
+    if "transformers_weights" in raw:
+        raise UserError(
+            f"{folder}/config.json names its weights in transformers_weights, which only transformers reads; rename "
+            "that file to model.safetensors, and remove the key"
+        )
     required = _REQUIRED + (family.moe_class.required if is_moe else ())
     if missing := [name for name in required if not raw.keys() & set(name.split(" or "))]:
         keys = ", ".join(missing)

@@ -1,6 +1,7 @@
 """Hugging Face directories are read and written tensor by tensor; damaged ones are rejected."""
 
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +64,25 @@ def test_an_index_that_lists_a_missing_shard_is_rejected(make_qwen2: Callable[..
     source = make_qwen2(save={"max_shard_size": "40KB"})
     sorted(source.glob("model-*.safetensors"))[1].unlink()
     assert_import_fails(source, tmp_path, "model.safetensors.index.json .*model-00002-of-")
+
+
+@pytest.mark.parametrize("has_shards", [True, False])
+def test_a_single_file_beside_the_index_of_others_is_rejected(
+    has_shards: bool, source: Path, make_qwen2: Callable[..., Path], tmp_path: Path
+) -> None:
+    """transformers would read the single file, whose weights may be others."""
+    sharded = make_qwen2(save={"max_shard_size": "40KB"})
+    for path in sharded.glob("model*.safetensors*" if has_shards else "*.index.json"):
+        shutil.copyfile(path, source / path.name)
+    message = r"source/model\.safetensors.*model\.safetensors\.index\.json.*remove the stale one"
+    assert_import_fails(source, tmp_path, message)
+
+
+def test_an_index_of_the_single_file_is_read(source: Path) -> None:
+    names = HfReader(source).names
+    index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert HfReader(source).names == names
 
 
 @pytest.mark.parametrize("text", ['{"weight_map": {"a": 5}}', '{"weight_map": ' + "[" * 100_000, "[]"])

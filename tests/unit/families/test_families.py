@@ -300,6 +300,7 @@ def test_a_classifier_of_a_known_family_is_rejected(source: Path, tmp_path: Path
         ({"hidden_act": "gelu"}, "hidden_act.*'silu'.*'gelu'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "is quantized \\(quantization_config\\)"),
         ({"quantization": {"group_size": 64, "bits": 4}}, "is quantized \\(quantization\\)"),
+        ({"transformers_weights": "other.safetensors"}, "transformers_weights.*remove"),
         ({"num_hidden_layers": "four"}, "config.json.*num_hidden_layers"),
         ({"rope_parameters": {"rope_theta": 1000.5, "rope_type": "default"}}, "rope_theta.*1000.5"),
     ],

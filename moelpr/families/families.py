@@ -19,6 +19,7 @@ from moelpr.model_spec import MAX_LAYERS, ModelSpec, MoeSpec
 CONFIG_FILE = "config.json"
 
 _TOPK = 2  # K of the paper
+_MISTRAL = "mistral"
 
 # Key of an export's config.json: how many of its experts, from the first, are copies of the dense FFN; none means 1.
 COPIES_KEY = "original_copies"
@@ -63,7 +64,9 @@ def llama_like_args(config: Any, qkv_bias: bool, qk_norm: bool) -> dict[str, Any
         # GraniteMoe's attention_bias is read as a family's biases on queries, keys and values; its fourth must be zero.
         if getattr(config, name, False) and not (config.model_type == GRANITE_MOE.name and name == "attention_bias"):
             raise UserError(f"{name}: true is unsupported: no stock MoE class has these biases")
-    heads, window = config.num_attention_heads, getattr(config, "sliding_window", None)
+    # Other classes ignore the key.
+    window = config.sliding_window if config.model_type in (_MISTRAL, MIXTRAL.name) else None
+    heads = config.num_attention_heads
     return {
         "num_layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
@@ -208,7 +211,7 @@ class Family:
 
 
 LLAMA = Family("llama", "LlamaForCausalLM", "llama", MIXTRAL)
-MISTRAL = Family("mistral", "MistralForCausalLM", "mistral", MIXTRAL)
+MISTRAL = Family("mistral", "MistralForCausalLM", _MISTRAL, MIXTRAL)
 QWEN2 = Family("qwen2", "Qwen2ForCausalLM", "qwen2", QWEN2_MOE, qkv_bias=True)
 QWEN3 = Family("qwen3", "Qwen3ForCausalLM", "qwen3", QWEN3_MOE, qk_norm=True)
 

@@ -342,6 +342,20 @@ def test_the_config_of_a_qwen2_export_is_complete(qwen2: Path, tmp_path: Path) -
     assert not any("shared_expert." in name for name in names)
 
 
+def test_a_llama_with_a_window_that_transformers_ignores_has_none(
+    make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(make_model("LlamaForCausalLM"), tmp_path / "source"))
+    edit_json(source / "config.json", sliding_window=6)
+    assert "window_size" not in hf_to_mcore(source, tmp_path / "megatron", 1).megatron_args
+    for as_class in ("mixtral", "granitemoe"):
+        mcore_to_hf(tmp_path / "megatron", tmp_path / as_class, as_class=as_class)
+        assert json.loads((tmp_path / as_class / "config.json").read_text()).get("sliding_window") is None
+        torch.testing.assert_close(stock_logits(tmp_path / as_class), stock_logits(source), rtol=0, atol=2e-5)
+    edit_json(tmp_path / "granitemoe" / "config.json", sliding_window=6)
+    assert "window_size" not in hf_to_mcore(tmp_path / "granitemoe", tmp_path / "second", 1).megatron_args
+
+
 def test_old_configs_with_a_plain_rope_theta_are_read(make_qwen2: Callable[..., Path], tmp_path: Path) -> None:
     source = make_qwen2()
     config = json.loads((source / "config.json").read_text())

@@ -99,6 +99,8 @@ def _rope_args(config: Any) -> dict[str, Any]:
     rope = dict(config.rope_parameters or {})
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(f"partial_rotary_factor must be 1, got {rope['partial_rotary_factor']}")
+    if "rope_theta" not in rope:  # they are per type of layer
+        raise UserError(f"rope_parameters must be the same in all layers, got some for each of {', '.join(rope)}")
     theta = rope["rope_theta"]
     if theta != int(theta):
         raise UserError(f"rope_theta must be an integer for Megatron, got {theta}")
@@ -265,6 +267,8 @@ def read_base(folder: Path) -> tuple[Family, ModelSpec]:
     for key in ("quantization_config", "quantization"):  # of transformers and of MLX
         if key in raw:
             raise UserError(f"{folder} is quantized ({key}); convert the unquantized model")
+    if raw.get("per_layer_config"):
+        raise UserError(f"{folder}/config.json has per_layer_config: layers of different shapes are unsupported")
     if "transformers_weights" in raw:
         raise UserError(
             f"{folder}/config.json names its weights in transformers_weights, which only transformers reads; rename "

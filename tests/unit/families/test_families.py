@@ -302,6 +302,8 @@ def test_a_classifier_of_a_known_family_is_rejected(source: Path, tmp_path: Path
         ({"quantization": {"group_size": 64, "bits": 4}}, "is quantized \\(quantization\\)"),
         ({"transformers_weights": "other.safetensors"}, "transformers_weights.*remove"),
         ({"num_hidden_layers": "four"}, "config.json.*num_hidden_layers"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4, "rope_type": "default"}}}, "full_attention"),
+        ({"per_layer_config": {"1": {"intermediate_size": 32}}}, "per_layer_config"),
         ({"rope_parameters": {"rope_theta": 1000.5, "rope_type": "default"}}, "rope_theta.*1000.5"),
     ],
 )

@@ -268,6 +268,7 @@ def graft(
     config, instruct_config = read_config(model.folder), read_config(instruct.folder)
     config |= {key: instruct_config[key] for key in _TOKEN_KEYS if key in instruct_config}
     config |= {"dtype": reader.dtype, "torch_dtype": reader.dtype}
+    config.pop("auto_map", None)  # older exports have their base's
     tensors = [(name, reader.shape(name)) for name in reader.names]
     target: torch.dtype = getattr(torch, reader.dtype)
     num_bytes = target.itemsize * sum(math.prod(shape) for _, shape in tensors)

@@ -197,6 +197,7 @@ class Family:
             "vocab_size": args["vocab_size"],
             "tie_word_embeddings": not args["untie_embeddings_and_output_weights"],
         }
+        config.pop("auto_map", None)  # code of the base, which is no part of an export
         if spec.moe is None:
             return config
         # A base that is an MoE has its class's keys. From transformers 5's layer_types, vLLM would conclude that a

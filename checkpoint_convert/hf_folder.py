@@ -20,7 +20,7 @@ from moelpr import checksums
 from moelpr.checksums import FileSum, Verifier
 from moelpr.data.tokenizer import check_text_is_kept, check_tokenizer_files
 from moelpr.errors import UserError, deferred_signals
-from moelpr.families.families import CONFIG_FILE
+from moelpr.families.families import CONFIG_FILE, read_config
 from moelpr.families.tables import stacked_part
 from moelpr.files import DurableFile, copy_folder, parse_json
 from moelpr.vocabulary_extension import VOCABULARY_EXTENSION_FILE
@@ -234,6 +234,19 @@ def common_dtype(tensors: Iterable[tuple[HfReader, str]]) -> str:
         found = " and ".join(f"{dtype} ({folder})" for dtype, folder in sorted(folders.items()))
         raise UserError(f"the tensors mix {found}; choose one with --dtype; float32 is lossless")
     return next(iter(folders))
+
+
+def record_dtype(folder: Path, tensors: Iterable[tuple[HfReader, str]]) -> None:
+    """Make a copied config.json name the dtype of the model's weights, as deltas depend on what training rounded.
+
+    If they have several, it is float32, which holds all of them.
+    """
+    dtypes = {str(reader.dtype(name)).removeprefix("torch.") for reader, name in tensors}
+    dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+    config = read_config(folder)
+    if (config.get("dtype") or config.get("torch_dtype")) != dtype:
+        config |= {"dtype": dtype, "torch_dtype": dtype}
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def is_unread(source: HfReader, name: str) -> bool:

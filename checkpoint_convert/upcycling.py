@@ -20,6 +20,7 @@ from checkpoint_convert.hf_folder import (
     common_dtype,
     copy_companions,
     is_unread,
+    record_dtype,
 )
 from checkpoint_convert.hub import Model
 from checkpoint_convert.megatron_folder import SIGNS, num_elements, write_checkpoint
@@ -127,6 +128,7 @@ def hf_to_mcore(
             copy_companions(extended_tokenizer, folder / HF_FOLDER, files=EXTENDED_FILES)
             config = read_config(hf_path) | {"vocab_size": spec.megatron_args["vocab_size"]}
             (folder / HF_FOLDER / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        record_dtype(folder / HF_FOLDER, ((source, name) for name in names))
         recorded = recorded or Model(hf_path, hf_path.resolve().name)
         Origin(recorded.name, asdict(start) if spec.moe else {}, revision=recorded.revision).write(folder)
     return spec

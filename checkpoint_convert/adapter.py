@@ -173,12 +173,12 @@ def adapter_to_mcore(
 
     num_bytes = target_dtype.itemsize * num_elements(plan)
     with output_folder(save, overwrite, num_bytes, [adapter, hf_path], spec=asdict(spec)) as (folder, bar):
-        write_checkpoint(folder, plan, spec, tensors, bar)
         copy_companions(hf_path, folder / HF_FOLDER)
         record_dtype(folder / HF_FOLDER, ((base, name) for name in base_names))
         name = config.base_model or hf_path.resolve().name
         has_other_base = _has_other_base(parts, base, target_dtype)
         Origin(name, adapter=adapter.resolve().name, has_other_base=has_other_base).write(folder)
+        write_checkpoint(folder, plan, spec, tensors, bar)
     return spec
 
 

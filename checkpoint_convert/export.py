@@ -9,7 +9,6 @@ needs no knowledge of the model's family.
 import hashlib
 import json
 import math
-import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint_convert.card_metadata import CARD_FILE
-from checkpoint_convert.hf_folder import MODEL_STEM, HfReader, copy_companions, raw_bytes, write_weights
+from checkpoint_convert.hf_folder import MODEL_STEM, HfReader, copy_companion, copy_companions, raw_bytes, write_weights
 from checkpoint_convert.kept_tokenizer import keep_tokenizer
 from checkpoint_convert.megatron_folder import SIGNS, MegatronReader, write_checkpoint
 from checkpoint_convert.model_card import (
@@ -139,7 +138,7 @@ def _write_companions(folder: Path, tokenizer: Path, base: Path, config: dict[st
     """
     copy_companions(tokenizer, folder, skip=(CONFIG_FILE, CARD_FILE))
     if (base / CARD_FILE).is_file():
-        shutil.copyfile(base / CARD_FILE, folder / BASE_CARD_FILE)
+        copy_companion(base, CARD_FILE, folder / BASE_CARD_FILE)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
     if tokenizer == base:
         keep_tokenizer(base, folder)

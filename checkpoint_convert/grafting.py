@@ -34,6 +34,7 @@ from checkpoint_convert.hf_folder import (
     HfReader,
     check_tokenizer,
     common_dtype,
+    copy_companion,
     copy_companions,
     write_weights,
 )
@@ -280,9 +281,9 @@ def graft(
             _write_extended_tokenizer(folder, instruct.folder, model.folder)
         else:
             keep_tokenizer(instruct.folder, folder)
-        write_weights(folder, tensors, target, max_shard_bytes, reader.read, bar)
         _write_cards(folder, record, instruct.folder, model.folder, len(reader.new_rows))
         record.write(folder)
+        write_weights(folder, tensors, target, max_shard_bytes, reader.read, bar)
     return reader
 
 
@@ -303,7 +304,7 @@ def _write_cards(folder: Path, record: Graft, instruct: Path, model: Path, num_n
     cards = ((model, CARD_FILE, MODEL_CARD_FILE), (model, BASE_CARD_FILE, BASE_CARD_FILE))
     for source, name, kept in (*cards, (instruct, CARD_FILE, INSTRUCT_CARD_FILE)):
         if (source / name).is_file():
-            shutil.copyfile(source / name, folder / kept)
+            copy_companion(source, name, folder / kept)
     ours, theirs = (split_card(read_card(source) or "")[0] for source in (model, instruct))
     metadata = {key: ours[key] for key in ("language",) if key in ours} | _license(ours, theirs)
     metadata |= {"library_name": "transformers", "pipeline_tag": "text-generation"}

@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint_convert.hf_folder import HfReader, check_tokenizer, common_dtype, copy_companions, write_weights
+from checkpoint_convert.hf_folder import (
+    HfReader,
+    check_tokenizer,
+    common_dtype,
+    copy_companions,
+    record_dtype,
+    write_weights,
+)
 from checkpoint_convert.history import Origin, check_separable, read_history
 from checkpoint_convert.megatron_folder import SIGNS, MegatronReader, num_elements, write_checkpoint
 from checkpoint_convert.outputs import check_finite, check_output, output_folder
@@ -143,7 +150,7 @@ def adapter_to_mcore(
     except UserError as error:
         raise UserError(f"{adapter / CONFIG_FILE} does not fit {hf_path}: {error}") from error
     base, trained = HfReader(hf_path), _open_adapter(adapter)
-    check_weights(base, family, dense)
+    base_names = check_weights(base, family, dense)
     check_tokenizer(hf_path, spec.megatron_args["vocab_size"])
 
     plan = list(pieces(family.table, spec))
@@ -166,11 +173,12 @@ def adapter_to_mcore(
 
     num_bytes = target_dtype.itemsize * num_elements(plan)
     with output_folder(save, overwrite, num_bytes, [adapter, hf_path], spec=asdict(spec)) as (folder, bar):
-        write_checkpoint(folder, plan, spec, tensors, bar)
         copy_companions(hf_path, folder / HF_FOLDER)
+        record_dtype(folder / HF_FOLDER, ((base, name) for name in base_names))
         name = config.base_model or hf_path.resolve().name
         has_other_base = _has_other_base(parts, base, target_dtype)
         Origin(name, adapter=adapter.resolve().name, has_other_base=has_other_base).write(folder)
+        write_checkpoint(folder, plan, spec, tensors, bar)
     return spec
 
 

@@ -9,7 +9,6 @@ needs no knowledge of the model's family.
 import hashlib
 import json
 import math
-import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint_convert.card_metadata import CARD_FILE
-from checkpoint_convert.hf_folder import MODEL_STEM, HfReader, copy_companions, raw_bytes, write_weights
+from checkpoint_convert.hf_folder import MODEL_STEM, HfReader, copy_companion, copy_companions, raw_bytes, write_weights
 from checkpoint_convert.history import Origin, check_separable, read_history
+from checkpoint_convert.kept_tokenizer import keep_tokenizer
 from checkpoint_convert.megatron_folder import SIGNS, MegatronReader, write_checkpoint
 from checkpoint_convert.model_card import BASE_CARD_FILE, CardFacts, model_card
 from checkpoint_convert.new_rows import VOCABULARY_PARTS, grow, shape_without
@@ -95,13 +95,12 @@ def mcore_to_hf(
     settings = {"spec": asdict(spec), "dtype": dtype, "max_shard_bytes": max_shard_bytes, "delta": as_delta}
     settings["architecture"] = facts.architecture
     with output_folder(save, overwrite, num_bytes, [source.step_folder], **settings) as (folder, bar):
-        stem = DELTA_STEM if as_delta else MODEL_STEM
+        stem, hf = DELTA_STEM if as_delta else MODEL_STEM, load / HF_FOLDER
+        if not as_delta:  # before the weights, so that an error does not follow hours of writing
+            _write_companions(folder, hf, hf, config, model_card(facts))
         write_weights(folder, tensors, target_dtype, max_shard_bytes, read, bar, stem, not as_delta)
         if as_delta:
             _complete_delta(folder, facts, max_shard_bytes)
-        else:
-            hf = load / HF_FOLDER
-            _write_companions(folder, hf, hf, config, model_card(facts))
     return facts
 
 
@@ -128,12 +127,15 @@ def _write_companions(folder: Path, tokenizer: Path, base: Path, config: dict[st
     """Write everything of an export except its weights.
 
     Args:
-        tokenizer: Folder with the tokenizer and all other companions but the base's card, which is in `base`.
+        tokenizer: Folder with the tokenizer and all other companions but the base's card, which is in `base`: the same
+            folder, or a delta, whose tokenizer is already the export's.
     """
     copy_companions(tokenizer, folder, skip=(CONFIG_FILE, CARD_FILE))
     if (base / CARD_FILE).is_file():
-        shutil.copyfile(base / CARD_FILE, folder / BASE_CARD_FILE)
+        copy_companion(base, CARD_FILE, folder / BASE_CARD_FILE)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    if tokenizer == base:
+        keep_tokenizer(base, folder)
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
 
@@ -293,7 +295,10 @@ def _complete_delta(folder: Path, facts: CardFacts, max_shard_bytes: int) -> Non
     sums = checksums.read(folder) or {}
     checksums.write(folder, sums | {DELTA_FILE: FileSum.of(folder / DELTA_FILE)})  # it says what the export contains
     if grown:
-        copy_companions(source.folder / HF_FOLDER, folder, skip=(CONFIG_FILE, CARD_FILE))
+        hf = source.folder / HF_FOLDER
+        _write_companions(folder, hf, hf, facts.config, card)
+        for name in (CONFIG_FILE, BASE_CARD_FILE):  # the first is in delta_config.json, the second comes from the base
+            (folder / name).unlink(missing_ok=True)
     (folder / CARD_FILE).write_text(model_card(facts, is_delta=True), encoding="utf-8")
 
 
@@ -340,9 +345,9 @@ def apply_delta(base: Path, delta: Path, save: Path, overwrite: bool = False) ->
     shapes = [(tensor.name, tensor.shape) for tensor in config.tensors]
     num_bytes = dtype.itemsize * sum(math.prod(shape) for _, shape in shapes)
     with output_folder(save, overwrite, num_bytes, [base, delta]) as (folder, bar):
-        write_weights(folder, shapes, dtype, config.max_shard_bytes, read, bar)
         is_extended = any(tensor.new_rows is not None for tensor in config.tensors)
         _write_companions(folder, delta if is_extended else base, base, config.config, config.card)
+        write_weights(folder, shapes, dtype, config.max_shard_bytes, read, bar)
     return config
 
 

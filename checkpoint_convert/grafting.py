@@ -34,10 +34,12 @@ from checkpoint_convert.hf_folder import (
     HfReader,
     check_tokenizer,
     common_dtype,
+    copy_companion,
     copy_companions,
     write_weights,
 )
 from checkpoint_convert.hub import Model, is_hub_name
+from checkpoint_convert.kept_tokenizer import keep_tokenizer
 from checkpoint_convert.model_card import BASE_CARD_FILE, LICENSE_KEYS, TEMPLATES
 from checkpoint_convert.new_rows import VOCABULARY_PARTS, grow, new_rows, shape_without
 from checkpoint_convert.outputs import check_finite, check_output, output_folder
@@ -267,18 +269,21 @@ def graft(
     config, instruct_config = read_config(model.folder), read_config(instruct.folder)
     config |= {key: instruct_config[key] for key in _TOKEN_KEYS if key in instruct_config}
     config |= {"dtype": reader.dtype, "torch_dtype": reader.dtype}
+    config.pop("auto_map", None)  # older exports have their base's
     tensors = [(name, reader.shape(name)) for name in reader.names]
     target: torch.dtype = getattr(torch, reader.dtype)
     num_bytes = target.itemsize * sum(math.prod(shape) for _, shape in tensors)
     settings = {**asdict(record), "dtype": reader.dtype, "max_shard_bytes": max_shard_bytes}
     with output_folder(save, overwrite, num_bytes, list(sources), **settings) as (folder, bar):
-        write_weights(folder, tensors, target, max_shard_bytes, reader.read, bar)
         copy_companions(instruct.folder, folder, skip=(CONFIG_FILE, CARD_FILE))
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         if reader.new_rows:
             _write_extended_tokenizer(folder, instruct.folder, model.folder)
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        else:
+            keep_tokenizer(instruct.folder, folder)
         _write_cards(folder, record, instruct.folder, model.folder, len(reader.new_rows))
         record.write(folder)
+        write_weights(folder, tensors, target, max_shard_bytes, reader.read, bar)
     return reader
 
 
@@ -299,7 +304,7 @@ def _write_cards(folder: Path, record: Graft, instruct: Path, model: Path, num_n
     cards = ((model, CARD_FILE, MODEL_CARD_FILE), (model, BASE_CARD_FILE, BASE_CARD_FILE))
     for source, name, kept in (*cards, (instruct, CARD_FILE, INSTRUCT_CARD_FILE)):
         if (source / name).is_file():
-            shutil.copyfile(source / name, folder / kept)
+            copy_companion(source, name, folder / kept)
     ours, theirs = (split_card(read_card(source) or "")[0] for source in (model, instruct))
     metadata = {key: ours[key] for key in ("language",) if key in ours} | _license(ours, theirs)
     metadata |= {"library_name": "transformers", "pipeline_tag": "text-generation"}

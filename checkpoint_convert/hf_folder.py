@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from moelpr import checksums
 from moelpr.checksums import FileSum, Verifier
-from moelpr.data.tokenizer import check_tokenizer_files
+from moelpr.data.tokenizer import check_text_is_kept, check_tokenizer_files
 from moelpr.errors import UserError, deferred_signals
-from moelpr.families.families import CONFIG_FILE
+from moelpr.families.families import CONFIG_FILE, read_config
 from moelpr.families.tables import stacked_part
-from moelpr.files import DurableFile, copy_folder, parse_json
+from moelpr.files import DurableFile, check_links, copy_folder, parse_json
 from moelpr.vocabulary_extension import VOCABULARY_EXTENSION_FILE
 
 # Weight files are STEM.safetensors, or STEM-00001-of-00002.safetensors, … with STEM.safetensors.index.json.
@@ -62,14 +62,25 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 def copy_companions(
     source: Path, target: Path, skip: tuple[str, ...] = (), files: tuple[str, ...] = COMPANION_FILES
 ) -> None:
-    """Copy config, tokenizer, chat template and model card, or those of them that `files` names, but no weights."""
+    """Copy config, tokenizer, chat template and model card, or those of them that `files` names, but no weights.
+
+    Raises:
+        UserError: one is a link out of the folder.
+    """
     target.mkdir(parents=True, exist_ok=True)
     for name in files:
         if name not in skip and (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+            copy_companion(source, name, target / name)
     for name in COMPANION_FOLDERS:
         if (source / name).is_dir():
+            check_links(source / name, source)
             copy_folder(source / name, target / name)
+
+
+def copy_companion(source: Path, name: str, target: Path) -> None:
+    """Copy a file of the folder `source`; UserError if it is a link out of it."""
+    check_links(source / name, source)
+    shutil.copyfile(source / name, target)
 
 
 def check_tokenizer(folder: Path, vocab_size: int) -> None:
@@ -83,6 +94,7 @@ def check_tokenizer(folder: Path, vocab_size: int) -> None:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a damaged tokenizer may raise any exception
         raise UserError(f"transformers cannot read the tokenizer in {folder}: {_first_line(error)}") from error
+    check_text_is_kept(folder, tokenizer)
     num_ids = max(tokenizer.get_vocab().values(), default=-1) + 1
     if num_ids > vocab_size:
         raise UserError(
@@ -198,6 +210,11 @@ def _read_index(path: Path) -> dict[str, str]:
             raise TypeError("a file name is not text")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged; download it again") from error
+    single = path.with_name(path.name.removesuffix(".index.json"))
+    if single.is_file() and set(weight_map.values()) != {single.name}:
+        raise UserError(
+            f"{single}, which transformers reads, stands beside {path.name} of other files; remove the stale one"
+        )
     for name in weight_map.values():
         if Path(name).name != name or not (path.parent / name).is_file():
             raise UserError(f"{path} lists {name}, which is missing; download it again")
@@ -228,6 +245,19 @@ def common_dtype(tensors: Iterable[tuple[HfReader, str]]) -> str:
         found = " and ".join(f"{dtype} ({folder})" for dtype, folder in sorted(folders.items()))
         raise UserError(f"the tensors mix {found}; choose one with --dtype; float32 is lossless")
     return next(iter(folders))
+
+
+def record_dtype(folder: Path, tensors: Iterable[tuple[HfReader, str]]) -> None:
+    """Make a copied config.json name the dtype of the model's weights, as deltas depend on what training rounded.
+
+    If they have several, it is float32, which holds all of them.
+    """
+    dtypes = {str(reader.dtype(name)).removeprefix("torch.") for reader, name in tensors}
+    dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+    config = read_config(folder)
+    if (config.get("dtype") or config.get("torch_dtype")) != dtype:
+        config |= {"dtype": dtype, "torch_dtype": dtype}
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def is_unread(source: HfReader, name: str) -> bool:

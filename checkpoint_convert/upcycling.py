@@ -20,6 +20,7 @@ from checkpoint_convert.hf_folder import (
     common_dtype,
     copy_companions,
     is_unread,
+    record_dtype,
 )
 from checkpoint_convert.history import Origin
 from checkpoint_convert.hub import Model
@@ -121,14 +122,15 @@ def hf_to_mcore(
     plan = list(pieces(family.table, spec))
     num_bytes = getattr(torch, spec.dtype).itemsize * num_elements(plan)
     with output_folder(save, overwrite, num_bytes, sources, spec=asdict(spec), start=asdict(start)) as (folder, bar):
-        write_checkpoint(folder, plan, spec, lambda todo: _starting_tensors(source, todo, spec, start, extension), bar)
         copy_companions(hf_path, folder / HF_FOLDER, skip=TOKENIZER_FILES if extended_tokenizer else ())
         if extended_tokenizer is not None:
             copy_companions(extended_tokenizer, folder / HF_FOLDER, files=EXTENDED_FILES)
             config = read_config(hf_path) | {"vocab_size": spec.megatron_args["vocab_size"]}
             (folder / HF_FOLDER / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        record_dtype(folder / HF_FOLDER, ((source, name) for name in names))
         recorded = recorded or Model(hf_path, hf_path.resolve().name)
         Origin(recorded.name, asdict(start) if spec.moe else {}, revision=recorded.revision).write(folder)
+        write_checkpoint(folder, plan, spec, lambda todo: _starting_tensors(source, todo, spec, start, extension), bar)
     return spec
 
 

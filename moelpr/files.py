@@ -244,6 +244,26 @@ def _behind_link(path: Path) -> Path:
     return path.resolve() if os.path.islink(path) else path
 
 
+def check_links(path: Path, folder: Path) -> None:
+    """Check that a file or folder within `folder`, which may come from elsewhere, leads to nothing outside it.
+
+    A copy has what a link leads to, so a published copy would reveal it. In the Hub's cache all files are links, to
+    `models--OWNER--NAME/blobs`.
+
+    Raises:
+        UserError: there is a link to something else.
+    """
+    root = folder.resolve()
+    for found in [path, *(path.rglob("*") if path.is_dir() else ())]:
+        target = found.resolve()
+        is_in_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+        if not (target.is_relative_to(root) or is_in_cache):
+            raise UserError(
+                f"{found} is a link to {target}, outside {folder}, whose content would be copied and published; remove "
+                "it, or put what belongs there in its place"
+            )
+
+
 def copy_folder(source: Path, target: Path) -> None:
     """Copy the files of a folder into another one, file by file; those that exist are replaced."""
     for path in sorted(source.rglob("*")):

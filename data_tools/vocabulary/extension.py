@@ -14,7 +14,7 @@ from data_tools.vocabulary.merges import Candidate, NewToken, Words, continue_me
 from data_tools.vocabulary.text import NewText, OriginalText
 from moelpr.data.tokenizer import vocabulary_checksum
 from moelpr.errors import UserError
-from moelpr.files import copy_folder
+from moelpr.files import check_links, copy_folder
 from moelpr.vocabulary_extension import VocabularyExtension
 
 # A token must occur twice in the smallest language's text, or as often relative to its tokens in another's.
@@ -116,6 +116,8 @@ def write_tokenizer(
     """Write the extended tokenizer and vocabulary_extension.json into a folder, and return notes for the user."""
     for name in _COMPANIONS:
         source = old_folder / name
+        if source.exists():
+            check_links(source, old_folder)
         if source.is_dir():
             copy_folder(source, folder / name)
         elif source.is_file():

@@ -47,6 +47,43 @@ class Tokenizer(Protocol):
         """Return the ID of each token, including added tokens."""
 
 
+# Text that a tokenizer may lose parts of if it is loaded as one of another kind.
+_PROBES = ("two words", "a\nb 12", "φως 光")
+
+
+def check_text_is_kept(folder: str | os.PathLike[str], tokenizer: Any) -> None:
+    """Check a Hugging Face tokenizer, as transformers has loaded it, against the tokenizer.json in its folder.
+
+    transformers chooses the class by the model_type of config.json, and some classes replace the file's normalizer and
+    pre-tokenizer. Over a vocabulary that writes a space as ▁, Qwen2's then drops every space.
+
+    Raises:
+        UserError: The file keeps text that the loaded tokenizer loses.
+    """
+    path = Path(folder) / "tokenizer.json"
+    if not (tokenizer.is_fast and path.is_file()):
+        return
+    from tokenizers import Tokenizer as FileTokenizer
+
+    in_file: Any = None
+    for text in _PROBES:
+        try:
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            found = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+            if found != text:
+                in_file = in_file or FileTokenizer.from_file(str(path))
+                kept = in_file.decode(in_file.encode(text, add_special_tokens=False).ids)
+        except Exception:  # tokenizers raises no other, for a damaged file or text that a vocabulary cannot express
+            continue
+        if found != text and kept == text:
+            raise UserError(
+                f"transformers loads the tokenizer in {folder} as {type(tokenizer).__name__}, which loses text that "
+                f"its tokenizer.json keeps ({text!r} becomes {found!r}); set tokenizer_class in tokenizer_config.json "
+                "to PreTrainedTokenizerFast, or, if this is a Qwen2, for which transformers ignores it, use another "
+                "model"
+            )
+
+
 _MAX_IDS = 10_000_000  # the largest published vocabularies have a million
 
 
@@ -137,6 +174,7 @@ class _HuggingFaceTokenizer:
                 f"can't load a tokenizer from {model}; --tokenizer-model must be a folder with tokenizer.json and "
                 f"tokenizer_config.json{'' if Path(model).exists() else hint}"
             ) from error
+        check_text_is_kept(model, tokenizer)
         self._tokenizer = tokenizer
         self._include_special_tokens = include_special_tokens
         self.vocab_size: int = len(tokenizer)

@@ -133,7 +133,11 @@ def continue_prompt(loaded: LoadedModel, prompt: str, max_new_tokens: int) -> st
 
     pad_id = loaded.eos_id if loaded.eos_id is not None else loaded.start_id
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=loaded.eos_id, pad_token_id=pad_id
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        repetition_penalty=1.0,
+        eos_token_id=loaded.eos_id,
+        pad_token_id=pad_id,
     )
     ids = [loaded.start_id, *loaded.tokenizer(prompt, add_special_tokens=False)["input_ids"]]
     inputs = torch.tensor([ids], device=loaded.device)

@@ -19,6 +19,7 @@ from moelpr.model_spec import MAX_LAYERS, ModelSpec, MoeSpec
 CONFIG_FILE = "config.json"
 
 _TOPK = 2  # K of the paper
+_MISTRAL = "mistral"
 
 # Key of an export's config.json: how many of its experts, from the first, are copies of the dense FFN; none means 1.
 COPIES_KEY = "original_copies"
@@ -63,7 +64,9 @@ def llama_like_args(config: Any, qkv_bias: bool, qk_norm: bool) -> dict[str, Any
         # GraniteMoe's attention_bias is read as a family's biases on queries, keys and values; its fourth must be zero.
         if getattr(config, name, False) and not (config.model_type == GRANITE_MOE.name and name == "attention_bias"):
             raise UserError(f"{name}: true is unsupported: no stock MoE class has these biases")
-    heads, window = config.num_attention_heads, getattr(config, "sliding_window", None)
+    # Other classes ignore the key.
+    window = config.sliding_window if config.model_type in (_MISTRAL, MIXTRAL.name) else None
+    heads = config.num_attention_heads
     return {
         "num_layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
@@ -96,6 +99,8 @@ def _rope_args(config: Any) -> dict[str, Any]:
     rope = dict(config.rope_parameters or {})
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(f"partial_rotary_factor must be 1, got {rope['partial_rotary_factor']}")
+    if "rope_theta" not in rope:  # they are per type of layer
+        raise UserError(f"rope_parameters must be the same in all layers, got some for each of {', '.join(rope)}")
     theta = rope["rope_theta"]
     if theta != int(theta):
         raise UserError(f"rope_theta must be an integer for Megatron, got {theta}")
@@ -192,6 +197,7 @@ class Family:
             "vocab_size": args["vocab_size"],
             "tie_word_embeddings": not args["untie_embeddings_and_output_weights"],
         }
+        config.pop("auto_map", None)  # code of the base, which is no part of an export
         if spec.moe is None:
             return config
         # A base that is an MoE has its class's keys. From transformers 5's layer_types, vLLM would conclude that a
@@ -208,7 +214,7 @@ class Family:
 
 
 LLAMA = Family("llama", "LlamaForCausalLM", "llama", MIXTRAL)
-MISTRAL = Family("mistral", "MistralForCausalLM", "mistral", MIXTRAL)
+MISTRAL = Family("mistral", "MistralForCausalLM", _MISTRAL, MIXTRAL)
 QWEN2 = Family("qwen2", "Qwen2ForCausalLM", "qwen2", QWEN2_MOE, qkv_bias=True)
 QWEN3 = Family("qwen3", "Qwen3ForCausalLM", "qwen3", QWEN3_MOE, qk_norm=True)
 
@@ -262,6 +268,13 @@ def read_base(folder: Path) -> tuple[Family, ModelSpec]:
     for key in ("quantization_config", "quantization"):  # of transformers and of MLX
         if key in raw:
             raise UserError(f"{folder} is quantized ({key}); convert the unquantized model")
+    if raw.get("per_layer_config"):
+        raise UserError(f"{folder}/config.json has per_layer_config: layers of different shapes are unsupported")
+    if "transformers_weights" in raw:
+        raise UserError(
+            f"{folder}/config.json names its weights in transformers_weights, which only transformers reads; rename "
+            "that file to model.safetensors, and remove the key"
+        )
     required = _REQUIRED + (family.moe_class.required if is_moe else ())
     if missing := [name for name in required if not raw.keys() & set(name.split(" or "))]:
         keys = ", ".join(missing)

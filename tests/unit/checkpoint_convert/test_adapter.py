@@ -225,6 +225,15 @@ def test_an_adapter_with_all_parameters_of_the_base_can_be_written_again(
     assert all(torch.equal(written[name], tensor) for name, tensor in random_tensors().items())
 
 
+def test_the_dtype_of_the_base_is_that_of_its_weights_not_of_its_config(
+    source: Path, write_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = json.loads((source / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (source / "config.json").write_text(json.dumps(config))
+    adapter_to_mcore(write_adapter(), source, tmp_path / "megatron", dtype="bfloat16")
+    assert json.loads((tmp_path / "megatron" / "hf" / "config.json").read_text())["dtype"] == "float32"
+
+
 def test_mixed_dtypes_require_a_choice(
     make_qwen2: Callable[..., Path], write_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:

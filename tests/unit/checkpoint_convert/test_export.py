@@ -141,6 +141,29 @@ def test_a_base_that_training_rounded_is_rounded_the_same_way(make_qwen2: Callab
         mcore_to_hf(tmp_path / "rounded", tmp_path / "fp32", as_delta=True)
 
 
+@pytest.mark.parametrize(
+    "recorded", [{"torch_dtype": "bfloat16", "dtype": "bfloat16"}, {"torch_dtype": None, "dtype": None}]
+)
+def test_the_dtype_of_the_base_is_that_of_its_weights_not_of_its_config(
+    recorded: dict, make_qwen2: Callable[..., Path], tmp_path: Path
+) -> None:
+    """fp32 weights beside a config.json that says bf16, trained in bf16."""
+    base = Path(shutil.copytree(make_qwen2(torch.float32), tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text()) | recorded
+    (base / "config.json").write_text(json.dumps(config))
+    hf_to_mcore(base, tmp_path / "rounded", 2, start=Start("random"), dtype="bfloat16")
+    for dtype in ("bfloat16", "float32"):  # the second as after training, without --dtype of the conversion
+        replace(ModelSpec.read(tmp_path / "rounded"), dtype=dtype).write(tmp_path / "rounded")
+        with pytest.raises(UserError, match="base's float32 was rounded.*--dtype bfloat16"):
+            mcore_to_hf(tmp_path / "rounded", tmp_path / "fp32", as_delta=True, dtype="float32")
+    with pytest.raises(UserError, match="base's float32 was rounded.*--dtype bfloat16"):
+        mcore_to_hf(tmp_path / "rounded", tmp_path / "fp32", as_delta=True)
+    mcore_to_hf(tmp_path / "rounded", tmp_path / "full", dtype="bfloat16")
+    mcore_to_hf(tmp_path / "rounded", tmp_path / "delta", as_delta=True, dtype="bfloat16")
+    apply_delta(base, tmp_path / "delta", tmp_path / "whole")
+    assert files_of(tmp_path / "full") == files_of(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM"])
 def test_other_families_and_tied_models_have_deltas(
     architecture: str, make_model: Callable[..., Path], tmp_path: Path

@@ -1,6 +1,7 @@
 """Hugging Face directories are read and written tensor by tensor; damaged ones are rejected."""
 
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from checkpoint_convert.comparison import compare
-from checkpoint_convert.export import mcore_to_hf
+from checkpoint_convert.export import apply_delta, mcore_to_hf
 from checkpoint_convert.hf_folder import HfReader
 from checkpoint_convert.upcycling import hf_to_mcore
 from moelpr.errors import UserError
@@ -65,6 +66,25 @@ def test_an_index_that_lists_a_missing_shard_is_rejected(make_qwen2: Callable[..
     assert_import_fails(source, tmp_path, "model.safetensors.index.json .*model-00002-of-")
 
 
+@pytest.mark.parametrize("has_shards", [True, False])
+def test_a_single_file_beside_the_index_of_others_is_rejected(
+    has_shards: bool, source: Path, make_qwen2: Callable[..., Path], tmp_path: Path
+) -> None:
+    """transformers would read the single file, whose weights may be others."""
+    sharded = make_qwen2(save={"max_shard_size": "40KB"})
+    for path in sharded.glob("model*.safetensors*" if has_shards else "*.index.json"):
+        shutil.copyfile(path, source / path.name)
+    message = r"source/model\.safetensors.*model\.safetensors\.index\.json.*remove the stale one"
+    assert_import_fails(source, tmp_path, message)
+
+
+def test_an_index_of_the_single_file_is_read(source: Path) -> None:
+    names = HfReader(source).names
+    index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert HfReader(source).names == names
+
+
 @pytest.mark.parametrize("text", ['{"weight_map": {"a": 5}}', '{"weight_map": ' + "[" * 100_000, "[]"])
 def test_a_damaged_index_is_one_sentence(tmp_path: Path, text: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(text)
@@ -96,6 +116,46 @@ def test_tokenizer_and_chat_template_are_copied(qwen2: Path, tmp_path: Path) -> 
         assert tokenizer.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False) == "ab"
         assert (folder / "generation_config.json").is_file()
     assert not list((tmp_path / "megatron" / "hf").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "name", ["NOTICE", "README.md", "additional_chat_templates", "additional_chat_templates/a.jinja"]
+)
+def test_a_link_out_of_the_model_is_not_followed(name: str, source: Path, tmp_path: Path) -> None:
+    """A cloned repository may contain a link to any file of this machine."""
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "token").write_text("hf_secret")
+    (source / name).parent.mkdir(exist_ok=True)
+    (source / name).symlink_to(secret if name == "additional_chat_templates" else secret / "token")
+    assert_import_fails(source, tmp_path, f"{name}.* is a link to .*secret")
+
+
+def test_no_card_of_a_base_is_a_link_out_of_it(base: Path, tmp_path: Path) -> None:
+    hf_to_mcore(base, tmp_path / "megatron", 1)
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "delta", as_delta=True)
+    (base / "README.md").rename(tmp_path / "secret")
+    (base / "README.md").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="README.md is a link"):
+        apply_delta(base, tmp_path / "delta", tmp_path / "applied")
+
+
+def test_links_within_a_model_and_in_the_hubs_cache_are_followed(qwen2: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "models--owner--name"
+    snapshot = repository / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for path in [path for path in qwen2.iterdir() if path.is_file()]:
+        shutil.copyfile(path, repository / "blobs" / path.name)
+        (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
+    (snapshot / "NOTICE").symlink_to("README.md")
+    (snapshot / "README.md").write_text("A card.")
+    (tmp_path / "link").symlink_to(snapshot)
+    hf_to_mcore(tmp_path / "link", tmp_path / "megatron", 1)
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / "megatron" / "hf" / name).read_bytes() == (qwen2 / name).read_bytes()
+    assert (tmp_path / "megatron" / "hf" / "NOTICE").read_text() == "A card."
+    assert not any(path.is_symlink() for path in (tmp_path / "megatron").rglob("*"))
 
 
 def test_large_exports_are_sharded_with_an_index(qwen2: Path, tmp_path: Path) -> None:

@@ -76,3 +76,12 @@ def test_a_largest_length_that_is_no_number_is_reported(length: str, tmp_path: P
     (tmp_path / "tokenizer_config.json").write_text(f'{{"model_max_length": {length}}}')
     with pytest.raises(UserError, match="model_max_length must be a number, got"):
         check_tokenizer_files(tmp_path)
+
+
+def test_a_tokenizer_that_cannot_express_a_text_is_loaded(tmp_path: Path) -> None:
+    """The check for lost text must not fail on it."""
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="missing")).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    assert load_tokenizer("HuggingFaceTokenizer", str(tmp_path)).vocabulary() == {"a": 0, "b": 1}

@@ -1,6 +1,7 @@
 """The command, on the three kinds of tokenizers that it extends: an extended tokenizer is compared with the old one."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -195,6 +196,18 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing(
     with pytest.raises(UserError, match=reason):
         extend(tmp_path / "out", *(word.format(tmp=tmp_path) for word in words))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "en.jsonl", "one.jsonl"]
+
+
+def test_a_link_out_of_the_old_tokenizers_folder_is_not_followed(
+    tmp_path: Path, extend: Any, old_folders: Callable[[str], Path]
+) -> None:
+    old = Path(shutil.copytree(old_folders("qwen"), tmp_path / "old"))
+    (tmp_path / "secret").write_text("hf_secret")
+    (old / "chat_template.jinja").unlink()
+    (old / "chat_template.jinja").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="chat_template.jinja is a link"):
+        extend(tmp_path / "out", "--tokenizer", old)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unsupported_tokenizer_exits_with_code_2(tmp_path: Path, text_folder: Path) -> None:

@@ -116,8 +116,10 @@ def test_a_megatron_checkpoint_continues_no_prompts(tmp_path, dense_spec, texts)
         compare_models({"m": tmp_path}, texts, continuation_tokens=4)
 
 
-def test_a_continuation_is_the_most_likely_token_each_time(dense_dir, texts):
+@pytest.mark.parametrize("penalty", [None, 5.0])
+def test_a_continuation_is_the_most_likely_token_each_time(dense_dir, texts, penalty):
     loaded = load_model(dense_dir, device="cpu")
+    loaded.model.generation_config.repetition_penalty = penalty  # a base's generation_config.json may have one
     prompt = texts["en"][1][:20]
     ids = [loaded.start_id, *loaded.tokenizer(prompt, add_special_tokens=False)["input_ids"]]
     length = len(ids)

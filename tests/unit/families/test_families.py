@@ -300,7 +300,10 @@ def test_a_classifier_of_a_known_family_is_rejected(source: Path, tmp_path: Path
         ({"hidden_act": "gelu"}, "hidden_act.*'silu'.*'gelu'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "is quantized \\(quantization_config\\)"),
         ({"quantization": {"group_size": 64, "bits": 4}}, "is quantized \\(quantization\\)"),
+        ({"transformers_weights": "other.safetensors"}, "transformers_weights.*remove"),
         ({"num_hidden_layers": "four"}, "config.json.*num_hidden_layers"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4, "rope_type": "default"}}}, "full_attention"),
+        ({"per_layer_config": {"1": {"intermediate_size": 32}}}, "per_layer_config"),
         ({"rope_parameters": {"rope_theta": 1000.5, "rope_type": "default"}}, "rope_theta.*1000.5"),
     ],
 )
@@ -339,6 +342,28 @@ def test_the_config_of_a_qwen2_export_is_complete(qwen2: Path, tmp_path: Path) -
     names = set(tensors_of(tmp_path / "hf"))
     assert "model.layers.0.mlp.shared_expert_gate.weight" in names
     assert not any("shared_expert." in name for name in names)
+
+
+def test_a_llama_with_a_window_that_transformers_ignores_has_none(
+    make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(make_model("LlamaForCausalLM"), tmp_path / "source"))
+    edit_json(source / "config.json", sliding_window=6)
+    assert "window_size" not in hf_to_mcore(source, tmp_path / "megatron", 1).megatron_args
+    for as_class in ("mixtral", "granitemoe"):
+        mcore_to_hf(tmp_path / "megatron", tmp_path / as_class, as_class=as_class)
+        assert json.loads((tmp_path / as_class / "config.json").read_text()).get("sliding_window") is None
+        torch.testing.assert_close(stock_logits(tmp_path / as_class), stock_logits(source), rtol=0, atol=2e-5)
+    edit_json(tmp_path / "granitemoe" / "config.json", sliding_window=6)
+    assert "window_size" not in hf_to_mcore(tmp_path / "granitemoe", tmp_path / "second", 1).megatron_args
+
+
+@pytest.mark.parametrize("options", [{"num_new_experts": None}, {"num_new_experts": 2}])
+def test_an_export_does_not_name_the_code_of_its_base(source: Path, tmp_path: Path, options: dict) -> None:
+    edit_json(source / "config.json", auto_map={"AutoModelForCausalLM": "modeling_x.X"})
+    hf_to_mcore(source, tmp_path / "megatron", **options)
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    assert "auto_map" not in json.loads((tmp_path / "hf" / "config.json").read_text())
 
 
 def test_old_configs_with_a_plain_rope_theta_are_read(make_qwen2: Callable[..., Path], tmp_path: Path) -> None:

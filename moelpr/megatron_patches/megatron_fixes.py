@@ -33,6 +33,7 @@ def install() -> None:
     _count_adam_steps_per_group()
     _load_fp32_optimizer_shards()
     _load_optimizers_without_parameters()
+    _load_optimizers_with_other_learning_rates()
     _reduce_metrics_on_stages_without_routers()
     _say_why_a_step_was_not_saved()
     _replace_the_tracker_file_at_once()
@@ -105,6 +106,49 @@ def _load_optimizers_without_parameters() -> None:
 
     for optimizer in (FP32Optimizer, Float16OptimizerWithFloat16Params):
         optimizer.load_state_dict = with_empty_parts(optimizer.load_state_dict)
+
+
+def _load_optimizers_with_other_learning_rates() -> None:
+    """Megatron finds the saved state of a parameter group by its learning rates too, so none for changed rates.
+
+    The new rates apply, or the saved ones with --use-checkpoint-opt-param-scheduler.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+    from megatron.training import global_vars
+
+    def with_either_rates(load: Callable[[Any, dict[str, Any]], None]) -> Callable[[Any, dict[str, Any]], None]:
+        @wraps(load)
+        def load_state(self: Any, state: dict[str, Any]) -> None:
+            keeps_saved = getattr(global_vars._GLOBAL_ARGS, "use_checkpoint_opt_param_scheduler", False)
+            saved = state.get("optimizer", state)["param_groups"]
+            if keeps_saved:
+                _copy_learning_rates(saved, self.optimizer.param_groups)
+            else:
+                _copy_learning_rates(self.optimizer.param_groups, saved)
+            load(self, state)
+
+        return load_state
+
+    for optimizer in (FP32Optimizer, Float16OptimizerWithFloat16Params, DistributedOptimizer):
+        optimizer.load_state_dict = with_either_rates(optimizer.load_state_dict)
+
+
+def _copy_learning_rates(source: list[dict[str, Any]], target: list[dict[str, Any]]) -> None:
+    """Give each parameter group the highest and lowest rate of the one that is otherwise the same."""
+    from megatron.core.optimizer.optimizer import param_group_identifier_keys
+
+    rates = ("max_lr", "min_lr")
+    # With --decoupled-lr, groups differ in nothing else; Megatron marks those with the rates of --lr and --min-lr.
+    names = ("default_config", *(name for name in param_group_identifier_keys if name not in rates))
+
+    def identity(group: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(group.get(name) for name in names)
+
+    found = {identity(group): group for group in source}
+    for group in target:
+        same = found.get(identity(group), {})
+        group |= {name: same[name] for name in rates if name in same}
 
 
 def _reduce_metrics_on_stages_without_routers() -> None:

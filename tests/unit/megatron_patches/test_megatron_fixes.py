@@ -60,6 +60,84 @@ def test_megatron_still_expects_optimizer_state_from_a_rank_without_any() -> Non
             load(None, {"optimizer": {"param_groups": []}, "param_groups": []})
 
 
+def make_optimizer(kind: str, lr: float, min_lr: float, decoupled_lr: float) -> tuple[Any, Any]:
+    """A small model and its optimizer after one step: weights that decay, norms that do not, and a vocabulary."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer.optimizer_config import ParamKey
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.module import MegatronModule
+
+    class Model(MegatronModule):
+        def __init__(self, config: TransformerConfig) -> None:
+            super().__init__(config)
+            self.vocabulary = torch.nn.Parameter(torch.ones(4, 4))
+            self.weight = torch.nn.Parameter(torch.ones(4, 4))
+            self.norm = torch.nn.Parameter(torch.ones(4))
+
+    is_flat, dtype = kind == "distributed", torch.bfloat16 if kind == "float16" else torch.float32
+    config = TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=1, params_dtype=dtype)
+    model = Model(config).to(dtype)
+    chunk = DistributedDataParallel(config, DistributedDataParallelConfig(use_distributed_optimizer=is_flat), model)
+    optimizer_config = OptimizerConfig(
+        optimizer="adam", lr=lr, min_lr=min_lr, bf16=kind == "float16", params_dtype=dtype,
+        use_distributed_optimizer=is_flat,
+    )  # fmt: skip
+    overrides = {
+        ParamKey(name="*norm"): {"wd_mult": 0.0},
+        ParamKey(name="*vocabulary"): {"max_lr": decoupled_lr},
+    }
+    optimizer = get_megatron_optimizer(optimizer_config, [chunk], overrides)
+    for parameter in chunk.parameters():
+        parameter.main_grad.fill_(lr)
+    optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize("keeps_saved", [False, True])
+@pytest.mark.parametrize("kind", ["fp32", "float16", "distributed"])
+def test_optimizer_state_loads_with_other_learning_rates(
+    kind: str, keeps_saved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through a checkpoint; --decoupled-lr too."""
+    from megatron.core import dist_checkpointing
+    from megatron.training import global_vars
+
+    def sharded(model: Any, optimizer: Any, is_loading: bool = False) -> dict:
+        metadata = {
+            "distrib_optim_sharding_type": "fully_reshardable",
+            "distrib_optim_fully_reshardable_mem_efficient": False,
+        }
+        return optimizer.sharded_state_dict(model.sharded_state_dict(), is_loading=is_loading, metadata=metadata)
+
+    def groups(optimizer: Any) -> list[tuple]:
+        return [tuple(group[name] for name in ("wd_mult", "max_lr", "min_lr")) for group in optimizer.param_groups]
+
+    def moments(optimizer: Any) -> list[torch.Tensor]:
+        (inner,) = optimizer.chained_optimizers
+        return [inner.optimizer.state[p]["exp_avg"] for group in inner.param_groups for p in group["params"]]
+
+    model, optimizer = make_optimizer(kind, 1e-2, 1e-3, 0.5)
+    dist_checkpointing.save(sharded(model, optimizer), str(tmp_path), async_strategy="mcore")
+    model, loaded = make_optimizer(kind, 2e-2, 0.0, 0.25)
+    expected = groups(optimizer if keeps_saved else loaded)
+    arguments = argparse.Namespace(use_checkpoint_opt_param_scheduler=keeps_saved)
+    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", arguments)
+    loaded.load_state_dict(dist_checkpointing.load(sharded(model, loaded, is_loading=True), str(tmp_path)))
+    assert groups(loaded) == expected and len(expected) == 3
+    for one, other in zip(moments(loaded), moments(optimizer), strict=True):
+        assert other.any() and torch.equal(one, other)
+
+
+def test_megatron_still_finds_parameter_groups_by_their_learning_rates() -> None:
+    from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+    saved, current = ({"params": [], "max_lr": lr} for lr in (0.1, 0.2))
+    with pytest.raises(ValueError, match="Could not find parameter group"):
+        MegatronOptimizer._filter_and_reorder_param_groups([current], [saved])
+
+
 def test_megatron_still_ignores_the_rope_scaling_factor() -> None:
     from megatron.training.argument_utils import gpt_config_from_args
 

@@ -34,6 +34,7 @@ def install() -> None:
     _load_fp32_optimizer_shards()
     _load_optimizers_without_parameters()
     _load_optimizers_with_other_learning_rates()
+    _continue_the_schedule_of_a_reset_optimizer()
     _reduce_metrics_on_stages_without_routers()
     _say_why_a_step_was_not_saved()
     _replace_the_tracker_file_at_once()
@@ -149,6 +150,24 @@ def _copy_learning_rates(source: list[dict[str, Any]], target: list[dict[str, An
     for group in target:
         same = found.get(identity(group), {})
         group |= {name: same[name] for name in rates if name in same}
+
+
+def _continue_the_schedule_of_a_reset_optimizer() -> None:
+    """With --no-load-optim, Megatron continues with the step but starts the learning-rate schedule again."""
+    from megatron.training import training
+
+    load_checkpoint = training.load_checkpoint
+
+    @wraps(load_checkpoint)
+    def load(model: Any, optimizer: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded = load_checkpoint(model, optimizer, scheduler, *args, **kwargs)
+        settings = training.get_args()
+        if scheduler is not None and settings.no_load_optim and not settings.finetune:
+            # In samples; those of --iterations-to-skip are consumed without a step.
+            scheduler.step(settings.consumed_train_samples - settings.skipped_train_samples)
+        return loaded
+
+    training.load_checkpoint = load
 
 
 def _reduce_metrics_on_stages_without_routers() -> None:

@@ -138,6 +138,45 @@ def test_megatron_still_finds_parameter_groups_by_their_learning_rates() -> None
         MegatronOptimizer._filter_and_reorder_param_groups([current], [saved])
 
 
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize(
+    ("flags", "expected"), [({}, 0), ({"no_load_optim": True}, 30), ({"no_load_optim": True, "finetune": True}, 0)]
+)
+def test_a_reset_optimizer_continues_the_schedule(
+    flags: dict[str, bool], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fix only; a function that loads nothing, like Megatron's for the schedule, takes the place of Megatron's."""
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from megatron.training import training
+
+    settings = {"no_load_optim": False, "finetune": False, "consumed_train_samples": 40, "skipped_train_samples": 10}
+    monkeypatch.setattr(training, "get_args", lambda: argparse.Namespace(**(settings | flags)))
+    monkeypatch.setattr(training, "load_checkpoint", lambda model, optimizer, scheduler, strict=True: (3, 0))
+    megatron_fixes._continue_the_schedule_of_a_reset_optimizer()
+    group = {"lr": 0.0, "max_lr": 1.0, "min_lr": 0.0}
+    scheduler = OptimizerParamScheduler(
+        argparse.Namespace(param_groups=[group]), init_lr=0.0, max_lr=1.0, min_lr=0.0, lr_warmup_steps=0,
+        lr_decay_steps=100, lr_decay_style="linear", start_wd=0.0, end_wd=0.0, wd_incr_steps=100,
+        wd_incr_style="constant",
+    )  # fmt: skip
+    assert training.load_checkpoint([], None, scheduler, strict=False) == (3, 0)
+    assert scheduler.num_steps == expected and group["lr"] == pytest.approx(1 - expected / 100)
+    assert training.load_checkpoint([], None, None) == (3, 0)
+
+
+def test_megatron_still_loads_the_schedule_with_the_optimizer_only() -> None:
+    from megatron.training import checkpointing, training
+
+    source = inspect.getsource(checkpointing.load_checkpoint)
+    optimizer_part = source[source.index("and not args.no_load_optim:\n        try:") : source.index("# rerun state")]
+    assert optimizer_part.count("opt_param_scheduler.load_state_dict") == source.count(
+        "opt_param_scheduler.load_state_dict"
+    )
+    assert "load_checkpoint(\n            model,\n            optimizer,\n            opt_param_scheduler,\n" in (
+        inspect.getsource(training.setup_model_and_optimizer)
+    )
+
+
 def test_megatron_still_ignores_the_rope_scaling_factor() -> None:
     from megatron.training.argument_utils import gpt_config_from_args
 

@@ -146,7 +146,7 @@ def check_resumed_model(run: RunSettings) -> Iterable[str]:
 def check_optimizer_state(run: RunSettings) -> Iterable[str]:
     """The saved optimizer state loads with these settings."""
     record = _record_of_stage(run)
-    if record is None or run.args.no_load_optim or record.get("no_save_optim"):
+    if record is None or run.args.no_load_optim or run.has_no_optimizer_state:
         return
     vpp = record.get("virtual_pipeline_model_parallel_size") or 1
     old_layout = Layout.from_settings(record, record.get("world_size", 1), vpp)
@@ -196,7 +196,7 @@ def _optimizer_settings(settings: Mapping[str, Any], layout: Layout) -> dict[str
 def check_schedule(run: RunSettings) -> Iterable[str]:
     """The learning-rate schedule is the one that was saved."""
     record, args = _record_of_stage(run), run.args
-    if record is None or args.no_load_optim:
+    if record is None or args.no_load_optim or run.has_no_optimizer_state:
         return
     if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
         return
@@ -232,6 +232,15 @@ def note_rounded_retain_interval(run: RunSettings) -> Iterable[str]:
         yield (
             f"--save-retain-interval {run.args.save_retain_interval} is rounded to {kept}, a multiple of "
             f"--save-interval {run.args.save_interval}"
+        )
+
+
+def note_reset_optimizer(run: RunSettings) -> Iterable[str]:
+    """There is no optimizer state to load (`RunSettings.describe_start`)."""
+    if run.has_no_optimizer_state and not run.args.no_load_optim:
+        yield (
+            f"enabled --no-load-optim, because {run.checkpoint} was saved with --no-save-optim: the optimizer starts "
+            "anew, the learning-rate schedule does not"
         )
 
 

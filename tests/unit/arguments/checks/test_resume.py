@@ -186,6 +186,15 @@ def test_optimizer_state_of_stage_1_is_loaded_if_it_fits(
     assert ("--dist-ckpt-optim-fully-reshardable" in found) == case.startswith("flat buffers")
 
 
+def test_a_run_without_optimizer_state_is_resumed_by_the_same_command(make_checkpoint, accepted, capsys) -> None:
+    run = make_checkpoint("run", stage="stage1", no_save_optim=True)
+    for flags in ([], ["--no-load-optim"]):
+        found = accepted("stage1", f"{run}-start", "--save", run, "--no-save-optim", *flags)
+        assert found["is_resumed"] and found["no_load_optim"]
+        assert (f"enabled --no-load-optim, because {run}" in capsys.readouterr().err) == (not flags)
+    assert not accepted("stage1", run, "--save", f"{run}-new")["no_load_optim"]
+
+
 @pytest.mark.parametrize("train_everything", [False, True])
 def test_flat_buffers_without_experts_fit_every_layout_of_the_experts(
     upcycled: str, make_checkpoint, accepted, problems, train_everything: bool

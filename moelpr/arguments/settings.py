@@ -307,6 +307,7 @@ def apply_method(args: argparse.Namespace, spec: ModelSpec) -> None:
     args.save_retain_interval = retain_interval(args)
     if (args.data_path or args.data_args_path) and args.split is None:
         args.split = "100,0,0"
+    args.create_attention_mask_in_dataloader = False  # or tensor ranks would wait for one in --iterations-to-skip
     if spec.moe is None:
         args.lpr_loss_coeff = 0.0
         return

@@ -163,6 +163,20 @@ def check_there_is_validation_data(run: RunSettings) -> Iterable[str]:
             )
 
 
+def check_skipped_steps(run: RunSettings) -> Iterable[str]:
+    """Megatron reads the data of skipped steps itself, in ways that end in a TypeError or a rank that waits."""
+    for name in ("iterations_to_skip", "result_rejected_tracker_filename"):
+        if not getattr(run.args, name):
+            continue
+        if run.layout.vpp > 1:
+            yield f"{run.flag(name)} does not work with virtual pipeline stages; remove one of them"
+        if run.args.dataloader_inter_document_masking and run.layout.tp > 1:
+            yield (
+                f"{run.flag(name)} does not work with --dataloader-inter-document-masking and tensor parallelism; "
+                "remove one of them"
+            )
+
+
 def check_cache_folders(run: RunSettings) -> Iterable[str]:
     """Megatron writes the order of samples beside each corpus, unless it is there already or has its own folder."""
     if run.args.data_cache_path is not None:

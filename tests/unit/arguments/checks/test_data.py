@@ -329,3 +329,22 @@ def test_corpora_in_a_read_only_folder_need_a_cache_folder(
     accepted("stage1", upcycled, "--data-path", new, "--data-cache-path", str(tmp_path))
     (Path(new) / "cache").mkdir(parents=True)
     accepted("stage1", upcycled, "--data-path", new)
+
+
+@pytest.mark.parametrize("flag", ["--iterations-to-skip", "--result-rejected-tracker-filename"])
+def test_steps_can_be_skipped_where_megatron_reads_their_data(
+    make_checkpoint, problems, accepted, tmp_path: Path, flag: str
+) -> None:
+    """A batch without attention mask; for several tensor ranks, Megatron's default would be to wait for one."""
+    six_layers = make_checkpoint("six", shape={"num_layers": 6})
+    (tmp_path / "rejected").touch()
+    skip = [flag, "1" if flag == "--iterations-to-skip" else str(tmp_path / "rejected")]
+    tensor = ["--tensor-model-parallel-size", "2", "--expert-tensor-parallel-size", "1"]
+    virtual = ["--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "3"]
+    virtual += ["--global-batch-size", "4"]
+    assert not accepted("stage1", six_layers, *skip, *tensor, ranks=2)["create_attention_mask_in_dataloader"]
+    assert accepted("stage1", six_layers, *skip, MASKING)
+    (found,) = problems("stage1", six_layers, *skip, *virtual, ranks=2)
+    assert found.startswith(f"{flag} ") and "virtual" in found
+    (found,) = problems("stage1", six_layers, *skip, *tensor, MASKING, ranks=2)
+    assert found.startswith(f"{flag} ") and MASKING in found

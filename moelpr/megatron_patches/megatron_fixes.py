@@ -16,6 +16,7 @@ from functools import cache, wraps
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim.adam import adam
@@ -38,6 +39,7 @@ def install() -> None:
     _reduce_metrics_on_stages_without_routers()
     _say_why_a_step_was_not_saved()
     _replace_the_tracker_file_at_once()
+    _save_orders_of_samples_at_once()
     _collect_write_results_in_this_process()
     checkpoint_reading.install()
 
@@ -234,6 +236,24 @@ def _replace_the_tracker_file_at_once() -> None:
         return open_temporary(Path(path))
 
     maybe_msc.open = open_file
+
+
+def _save_orders_of_samples_at_once() -> None:
+    """Megatron takes its cache of a corpus's order as complete if all files exist, and writes them in place.
+
+    After a kill or a full disk in the last one, every start fails ("mmap length is greater than file size").
+    """
+    from megatron.core.datasets import blended_dataset, gpt_dataset
+
+    class NumpyWithAtomicSave:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(np, name)
+
+        def save(self, path: str, array: Any, **options: Any) -> None:
+            with atomic_file(Path(path)) as temporary, open(temporary, "wb") as file:
+                np.save(file, array, **options)
+
+    gpt_dataset.numpy = blended_dataset.numpy = NumpyWithAtomicSave()
 
 
 def _collect_write_results_in_this_process() -> None:

@@ -12,6 +12,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from moelpr.arguments.settings import RunSettings, lpr_loss_coeff
+from moelpr.data.dataset import TaggedGPTDataset
 from moelpr.data.language_bits import LanguageBits, language_bits_path
 from moelpr.data.manifest import Manifest, TokenizerMatch, TokenizerRecord, compare_tokenizers, manifest_path
 from moelpr.errors import UserError
@@ -178,15 +179,21 @@ def check_skipped_steps(run: RunSettings) -> Iterable[str]:
 
 
 def check_cache_folders(run: RunSettings) -> Iterable[str]:
-    """Megatron writes the order of samples beside each corpus, unless it is there already or has its own folder."""
-    if run.args.data_cache_path is not None:
+    """Megatron writes the order of samples beside each corpus or to --data-cache-path, unless it is there already."""
+    fix = "pass --data-cache-path DIR with a folder that all nodes share"
+    if given := run.args.data_cache_path:
+        if not _can_be_cached(Path(given)):
+            yield f"the order of samples cannot be saved in --data-cache-path {given}: no permission to write; {fix}"
         return
     for prefix in _existing_corpora(run):
-        if not (Path(prefix) / "cache").exists() and not os.access(Path(prefix).parent, os.W_OK | os.X_OK):
-            yield (
-                f"the order of samples cannot be saved beside {prefix}, in a folder without write permission; pass "
-                "--data-cache-path DIR with a folder that all nodes share"
-            )
+        if not _can_be_cached(Path(prefix) / "cache" / f"{TaggedGPTDataset.__name__}_indices"):
+            yield f"the order of samples cannot be saved beside {prefix}, in a folder without write permission; {fix}"
+
+
+def _can_be_cached(folder: Path) -> bool:
+    """Whether files can be written there; a read-only folder with some may have those of this run."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return os.access(existing, os.W_OK | os.X_OK) or any(folder.glob("*.npy"))
 
 
 def check_validation_flags(run: RunSettings) -> Iterable[str]:

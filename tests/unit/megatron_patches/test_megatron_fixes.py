@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import importlib
 import inspect
 import queue
 import shutil
@@ -10,6 +11,7 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import megatron.core
+import numpy as np
 import pytest
 import torch
 
@@ -289,6 +291,36 @@ def test_a_tracker_file_that_cannot_be_written_names_the_step_before(tmp_path: P
         file.write("3")
         raise OSError("full")
     assert [(path, path.read_text()) for path in tmp_path.iterdir()] == [(tracker, "2")]
+
+
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize("name", ["gpt_dataset", "blended_dataset"])
+def test_an_order_of_samples_is_saved_whole_or_not_at_all(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numpy = importlib.import_module(f"megatron.core.datasets.{name}").numpy
+    order, path = np.arange(100), tmp_path / "cache" / "shuffle_index.npy"
+
+    def save_half(file: Any, array: Any, **options: Any) -> None:
+        file.write(bytes(50))
+        raise OSError("full")
+
+    with monkeypatch.context() as full, pytest.raises(OSError, match="full"):
+        full.setattr(np, "save", save_half)
+        numpy.save(str(path), order, allow_pickle=True)
+    assert list(path.parent.iterdir()) == []
+    numpy.save(str(path), order, allow_pickle=True)
+    assert list(path.parent.iterdir()) == [path]
+    assert np.array_equal(numpy.load(path, allow_pickle=True, mmap_mode="r"), order)
+
+
+def test_megatron_still_writes_orders_of_samples_in_place() -> None:
+    from megatron.core.datasets.blended_dataset import BlendedDataset
+    from megatron.core.datasets.gpt_dataset import GPTDataset
+
+    for build in (GPTDataset._build_document_sample_shuffle_indices, BlendedDataset._build_indices):
+        source = inspect.getsource(build)
+        assert "os.path.isfile" in source and "numpy.save(path_to_" in source
 
 
 def test_a_synchronous_save_starts_no_process_for_its_results(megatron: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -317,18 +317,32 @@ def test_corpora_in_a_read_only_folder_need_a_cache_folder(
     upcycled: str, accepted, problems, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rights are a stand-in's: root may write everywhere."""
-    new = write_corpus(tmp_path / "shared" / "new", False)
+    new, other = write_corpus(tmp_path / "shared" / "new", False), tmp_path / "shared" / "cache"
     access = os.access
 
     def can_access(path: str | Path, mode: int) -> bool:
-        return Path(path) != tmp_path / "shared" and access(path, mode)
+        return tmp_path / "shared" not in (Path(path), *Path(path).parents) and access(path, mode)
 
     monkeypatch.setattr(os, "access", can_access)
-    (found,) = problems("stage1", upcycled, "--data-path", new)
-    assert found.startswith(f"the order of samples cannot be saved beside {new}") and "--data-cache-path DIR" in found
-    accepted("stage1", upcycled, "--data-path", new, "--data-cache-path", str(tmp_path))
-    (Path(new) / "cache").mkdir(parents=True)
+
+    def assert_rejected() -> None:
+        (found,) = problems("stage1", upcycled, "--data-path", new)
+        assert (
+            found.startswith(f"the order of samples cannot be saved beside {new}") and "--data-cache-path DIR" in found
+        )
+        (found,) = problems("stage1", upcycled, "--data-path", new, "--data-cache-path", str(other))
+        assert f"in --data-cache-path {other}:" in found
+
+    assert_rejected()
+    accepted("stage1", upcycled, "--data-path", new, "--data-cache-path", str(tmp_path / "mine" / "cache"))
+    indices = Path(new) / "cache" / "TaggedGPTDataset_indices"
+    for folder in (indices, other):
+        folder.mkdir(parents=True)
+    assert_rejected()
+    for folder in (indices, other):  # perhaps of this run
+        (folder / "0123-TaggedGPTDataset-train-shuffle_index.npy").touch()
     accepted("stage1", upcycled, "--data-path", new)
+    accepted("stage1", upcycled, "--data-path", new, "--data-cache-path", str(other))
 
 
 @pytest.mark.parametrize("flag", ["--iterations-to-skip", "--result-rejected-tracker-filename"])

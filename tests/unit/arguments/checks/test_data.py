@@ -362,3 +362,32 @@ def test_steps_can_be_skipped_where_megatron_reads_their_data(
     assert found.startswith(f"{flag} ") and "virtual" in found
     (found,) = problems("stage1", six_layers, *skip, *tensor, MASKING, ranks=2)
     assert found.startswith(f"{flag} ") and MASKING in found
+
+
+@pytest.mark.parametrize("samples", [4, 6, 9, 11, 12, 13, 14])
+def test_a_resumed_run_of_another_length_is_noted_if_it_reads_in_another_order(
+    make_checkpoint, accepted, tmp_path: Path, capsys, samples: int
+) -> None:
+    """An epoch has 7 samples, so the run had 10 of 1.5 epochs; Megatron shuffles the second by itself up to 11."""
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.utils import Split
+
+    from moelpr.data.dataset import TokenIds
+
+    corpus = write_corpus(tmp_path / "long", *[True] * 12, tokens=19)
+
+    def order(count: int) -> list:
+        config = GPTDatasetConfig(
+            random_seed=1, sequence_length=32, blend=([corpus], None), split="100,0,0", mmap_bin_files=True,
+            tokenizer=TokenIds(vocab_size=128), reset_position_ids=False,
+            reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False,
+        )  # fmt: skip
+        low = GPTDataset.build_low_level_dataset(corpus, config)
+        dataset = GPTDataset(low, corpus, np.arange(12, dtype=np.int32), count, Split.train, config)
+        return [dataset[number]["tokens"].tolist() for number in range(min(samples, 10))]
+
+    run = make_checkpoint("run", stage="stage1", train_iters=10, global_batch_size=1)
+    argv = ["--save", run, "--data-path", corpus, "--micro-batch-size", "1", "--train-iters", str(samples)]
+    accepted("stage1", f"{run}-start", *argv, "--override-opt-param-scheduler", with_data=False)
+    said = capsys.readouterr().err
+    assert (f"takes {samples} samples instead of 10" in said) == (order(samples) != order(10))

@@ -109,9 +109,15 @@ class RunSettings:
         own = {Path(folder) for folder in (self.args.load, self.args.save) if folder}
         return self.checkpoint in own and not self.args.finetune
 
+    @property
+    def has_no_optimizer_state(self) -> bool:
+        """Whether a resumed run was saved with --no-save-optim; Megatron would fail to load the state."""
+        return self.is_resumed and bool((self.record or {}).get("no_save_optim"))
+
     def describe_start(self, args: argparse.Namespace) -> None:
         """Write to `args` where the run starts or resumes."""
         args.model_source, args.ckpt_step, args.is_resumed = str(self.checkpoint), self.step, self.is_resumed
+        args.no_load_optim = args.no_load_optim or self.has_no_optimizer_state
         assert self.checkpoint is not None, "a run without a checkpoint is a problem"
         args.model_step = step_folder(self.checkpoint, self.step).name  # recorded: the checkpoint may get further steps
 
@@ -301,6 +307,7 @@ def apply_method(args: argparse.Namespace, spec: ModelSpec) -> None:
     args.save_retain_interval = retain_interval(args)
     if (args.data_path or args.data_args_path) and args.split is None:
         args.split = "100,0,0"
+    args.create_attention_mask_in_dataloader = False  # or tensor ranks would wait for one in --iterations-to-skip
     if spec.moe is None:
         args.lpr_loss_coeff = 0.0
         return

@@ -93,7 +93,7 @@ def async_save_worker(*args: Any, **kwargs: Any) -> None:
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
     torch.cuda.device_count = lambda: 1
-    torch.cuda.set_device = torch.cuda.synchronize = _doing_nothing()
+    torch.cuda.set_device, torch.cuda.synchronize = _doing_nothing(), _doing_nothing()
     share = FileSystemWriterAsync.preload_tensors
 
     def copy(buckets: list[Any], non_blocking: bool = True) -> list[Any]:

@@ -16,6 +16,7 @@ from functools import cache, wraps
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim.adam import adam
@@ -33,9 +34,12 @@ def install() -> None:
     _count_adam_steps_per_group()
     _load_fp32_optimizer_shards()
     _load_optimizers_without_parameters()
+    _load_optimizers_with_other_learning_rates()
+    _continue_the_schedule_of_a_reset_optimizer()
     _reduce_metrics_on_stages_without_routers()
     _say_why_a_step_was_not_saved()
     _replace_the_tracker_file_at_once()
+    _save_orders_of_samples_at_once()
     _collect_write_results_in_this_process()
     checkpoint_reading.install()
 
@@ -107,6 +111,67 @@ def _load_optimizers_without_parameters() -> None:
         optimizer.load_state_dict = with_empty_parts(optimizer.load_state_dict)
 
 
+def _load_optimizers_with_other_learning_rates() -> None:
+    """Megatron finds the saved state of a parameter group by its learning rates too, so none for changed rates.
+
+    The new rates apply, or the saved ones with --use-checkpoint-opt-param-scheduler.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+    from megatron.training import global_vars
+
+    def with_either_rates(load: Callable[[Any, dict[str, Any]], None]) -> Callable[[Any, dict[str, Any]], None]:
+        @wraps(load)
+        def load_state(self: Any, state: dict[str, Any]) -> None:
+            keeps_saved = getattr(global_vars._GLOBAL_ARGS, "use_checkpoint_opt_param_scheduler", False)
+            saved = state.get("optimizer", state)["param_groups"]
+            if keeps_saved:
+                _copy_learning_rates(saved, self.optimizer.param_groups)
+            else:
+                _copy_learning_rates(self.optimizer.param_groups, saved)
+            load(self, state)
+
+        return load_state
+
+    for optimizer in (FP32Optimizer, Float16OptimizerWithFloat16Params, DistributedOptimizer):
+        optimizer.load_state_dict = with_either_rates(optimizer.load_state_dict)
+
+
+def _copy_learning_rates(source: list[dict[str, Any]], target: list[dict[str, Any]]) -> None:
+    """Give each parameter group the highest and lowest rate of the one that is otherwise the same."""
+    from megatron.core.optimizer.optimizer import param_group_identifier_keys
+
+    rates = ("max_lr", "min_lr")
+    # With --decoupled-lr, groups differ in nothing else; Megatron marks those with the rates of --lr and --min-lr.
+    names = ("default_config", *(name for name in param_group_identifier_keys if name not in rates))
+
+    def identity(group: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(group.get(name) for name in names)
+
+    found = {identity(group): group for group in source}
+    for group in target:
+        same = found.get(identity(group), {})
+        group |= {name: same[name] for name in rates if name in same}
+
+
+def _continue_the_schedule_of_a_reset_optimizer() -> None:
+    """With --no-load-optim, Megatron continues with the step but starts the learning-rate schedule again."""
+    from megatron.training import training
+
+    load_checkpoint = training.load_checkpoint
+
+    @wraps(load_checkpoint)
+    def load(model: Any, optimizer: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded = load_checkpoint(model, optimizer, scheduler, *args, **kwargs)
+        settings = training.get_args()
+        if scheduler is not None and settings.no_load_optim and not settings.finetune:
+            # In samples; those of --iterations-to-skip are consumed without a step.
+            scheduler.step(settings.consumed_train_samples - settings.skipped_train_samples)
+        return loaded
+
+    training.load_checkpoint = load
+
+
 def _reduce_metrics_on_stages_without_routers() -> None:
     """A pipeline stage without routers has no groups to reduce the other stages' MoE losses over.
 
@@ -171,6 +236,24 @@ def _replace_the_tracker_file_at_once() -> None:
         return open_temporary(Path(path))
 
     maybe_msc.open = open_file
+
+
+def _save_orders_of_samples_at_once() -> None:
+    """Megatron takes its cache of a corpus's order as complete if all files exist, and writes them in place.
+
+    After a kill or a full disk in the last one, every start fails ("mmap length is greater than file size").
+    """
+    from megatron.core.datasets import blended_dataset, gpt_dataset
+
+    class NumpyWithAtomicSave:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(np, name)
+
+        def save(self, path: str, array: Any, **options: Any) -> None:
+            with atomic_file(Path(path)) as temporary, open(temporary, "wb") as file:
+                np.save(file, array, **options)
+
+    gpt_dataset.numpy = blended_dataset.numpy = NumpyWithAtomicSave()
 
 
 def _collect_write_results_in_this_process() -> None:

@@ -207,9 +207,9 @@ def _items(value: str | list[str] | None) -> list[str]:
 
 
 def _last_step(args: argparse.Namespace) -> int | None:
-    """The run's last step; None if Megatron's batch-size ramp-up decides it."""
+    """The run's last step; None if --step-batch-size-schedule decides it."""
     if args.train_iters:
         return int(args.train_iters)
-    if args.train_samples and args.global_batch_size and not args.rampup_batch_size:
+    if args.train_samples and args.global_batch_size and not args.step_batch_size_schedule:
         return int(args.train_samples // args.global_batch_size)
     return None

@@ -187,6 +187,22 @@ def test_stage1_changes_only_new_experts_and_routers(material: Path, stage1: Pat
         assert torch.equal(value, start.read(key)) != moves, key
 
 
+@pytest.mark.parametrize(
+    ("script", "start", "flags"), [("dense", "dense", []), ("stage1", "upcycled", ["--train-everything"])]
+)
+def test_every_tensor_trains(material: Path, script: str, start: str, flags: list[str]) -> None:
+    from moelpr.torch_dist import TorchDistReader
+
+    save = material / f"everything-{script}"
+    words = [*flags, "--pretrained-checkpoint", material / start, "--data-path", material / "expanded", "--save", save]
+    done = launch(script, *words, "--train-iters", "3")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    before, trained = TorchDistReader(material / start / "release"), model_tensors(tensors(save, 3))
+    assert trained.keys() == set(before.keys)
+    for key, value in trained.items():
+        assert not torch.equal(value, before.read(key)), key
+
+
 def test_a_resumed_run_is_bitwise_identical_to_the_uninterrupted_one(material: Path, stage1: Path) -> None:
     """The same command, rerun after the run was killed."""
     resumed = cut_back(stage1, material / "resumed")

@@ -2,16 +2,20 @@
 
 import functools
 import json
+import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from moelpr.arguments.settings import RunSettings, lpr_loss_coeff
+from moelpr.data.corpus_index import CorpusIndex
+from moelpr.data.dataset import TaggedGPTDataset
 from moelpr.data.language_bits import LanguageBits, language_bits_path
 from moelpr.data.manifest import Manifest, TokenizerMatch, TokenizerRecord, compare_tokenizers, manifest_path
 from moelpr.errors import UserError
@@ -163,16 +167,80 @@ def check_there_is_validation_data(run: RunSettings) -> Iterable[str]:
             )
 
 
+def check_skipped_steps(run: RunSettings) -> Iterable[str]:
+    """Megatron reads the data of skipped steps itself, in ways that end in a TypeError or a rank that waits."""
+    for name in ("iterations_to_skip", "result_rejected_tracker_filename"):
+        if not getattr(run.args, name):
+            continue
+        if run.layout.vpp > 1:
+            yield f"{run.flag(name)} does not work with virtual pipeline stages; remove one of them"
+        if run.args.dataloader_inter_document_masking and run.layout.tp > 1:
+            yield (
+                f"{run.flag(name)} does not work with --dataloader-inter-document-masking and tensor parallelism; "
+                "remove one of them"
+            )
+
+
 def check_cache_folders(run: RunSettings) -> Iterable[str]:
-    """Megatron writes the order of samples beside each corpus, unless it is there already or has its own folder."""
-    if run.args.data_cache_path is not None:
+    """Megatron writes the order of samples beside each corpus or to --data-cache-path, unless it is there already."""
+    fix = "pass --data-cache-path DIR with a folder that all nodes share"
+    if given := run.args.data_cache_path:
+        if not _can_be_cached(Path(given)):
+            yield f"the order of samples cannot be saved in --data-cache-path {given}: no permission to write; {fix}"
         return
     for prefix in _existing_corpora(run):
-        if not (Path(prefix) / "cache").exists() and not os.access(Path(prefix).parent, os.W_OK | os.X_OK):
-            yield (
-                f"the order of samples cannot be saved beside {prefix}, in a folder without write permission; pass "
-                "--data-cache-path DIR with a folder that all nodes share"
-            )
+        if not _can_be_cached(Path(prefix) / "cache" / f"{TaggedGPTDataset.__name__}_indices"):
+            yield f"the order of samples cannot be saved beside {prefix}, in a folder without write permission; {fix}"
+
+
+def note_reordered_data(run: RunSettings) -> Iterable[str]:
+    """A resumed run of another length may read some text again, and omit other text."""
+    args, record = run.args, run.record or {}
+    if not run.is_resumed or (args.train_iters and run.saved_step is not None and args.train_iters <= run.saved_step):
+        return
+    batch = args.global_batch_size or args.micro_batch_size * run.layout.dp
+    before, now = _run_samples({"global_batch_size": batch} | record), _run_samples(vars(args), batch)
+    prefixes, weights = next(iter(_valid_blends(run)), ([], None))
+    if before in (0, now) or (weights is None and len(prefixes) > 1):  # then each corpus is read once
+        return
+    changed = []
+    for prefix, weight in zip(prefixes, weights or [1.0], strict=True):
+        try:
+            tokens = int(CorpusIndex.open(prefix).num_tokens * _training_share(args.split))
+        except UserError:
+            continue  # the dataset reports it
+        share = weight / sum(weights) * (1 + args.mid_level_dataset_surplus) if weights else 1.0
+        if tokens and _order(before * share, tokens, args.seq_length) != _order(now * share, tokens, args.seq_length):
+            changed.append(prefix)
+    if changed:
+        yield (
+            f"the run takes {now:,} samples instead of {before:,}; over more than one epoch, Megatron's order of "
+            f"{', '.join(changed)} depends on that, so the run goes on in another one and repeats and omits some text"
+        )
+
+
+def _run_samples(settings: Mapping[str, Any], batch: int | None = None) -> int:
+    """Samples of the whole run; 0 if the record of a run does not have them."""
+    by_steps = (settings.get("train_iters") or 0) * (batch or settings["global_batch_size"])
+    return int(settings.get("train_samples") or by_steps)
+
+
+def _training_share(split: str | None) -> float:
+    shares = [float(share) for share in (split or "1").split(",")]
+    return shares[0] / sum(shares)
+
+
+def _order(samples: float, tokens: int, seq_length: int) -> tuple[int, bool]:
+    """What Megatron's order of a corpus depends on: its epochs, and whether the last one is shuffled by itself."""
+    epochs = max(1, math.ceil((math.ceil(samples) * seq_length + 1) / tokens))
+    in_last_epoch = math.ceil(samples) - ((epochs - 1) * tokens - 1) // seq_length
+    return epochs, epochs > 1 and in_last_epoch < int(0.8 * ((tokens - 1) // seq_length))
+
+
+def _can_be_cached(folder: Path) -> bool:
+    """Whether files can be written there; a read-only folder with some may have those of this run."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return os.access(existing, os.W_OK | os.X_OK) or any(folder.glob("*.npy"))
 
 
 def check_validation_flags(run: RunSettings) -> Iterable[str]:

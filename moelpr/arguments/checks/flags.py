@@ -25,12 +25,13 @@ _RANGES: dict[tuple[int, float], tuple[str, ...]] = {
         "expert_model_parallel_size", "expert_tensor_parallel_size", "num_virtual_stages_per_pipeline_rank",
         "num_layers_per_virtual_pipeline_stage", "make_vocab_size_divisible_by", "micro_batch_size",
         "global_batch_size", "seq_length", "train_iters", "train_samples", "save_interval", "log_interval",
-        "eval_interval", "warn_window", "lr_decay_iters", "lr_decay_samples",
+        "eval_interval", "warn_window", "lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_iters",
+        "lr_wsd_decay_samples", "tensorboard_log_interval", "log_memory_interval",
     ),
     (1, 2**31): ("seed",),
     (0, math.inf): (
         "lr", "min_lr", "lr_warmup_init", "lr_warmup_iters", "lr_warmup_samples", "weight_decay", "clip_grad",
-        "balance_loss_coeff", "lpr_loss_coeff", "eval_iters",
+        "start_weight_decay", "end_weight_decay", "balance_loss_coeff", "lpr_loss_coeff", "eval_iters",
     ),
     (0, 1): ("adam_beta1", "adam_beta2", "lr_warmup_fraction"),
 }  # fmt: skip
@@ -66,6 +67,8 @@ def check_ranges(run: RunSettings) -> Iterable[str]:
     lr, least_lr = run.args.lr, run.args.min_lr
     if "min_lr" in run.explicit_args and lr is not None and least_lr is not None and least_lr > lr:
         yield f"--min-lr must be at most --lr {lr}, got {least_lr}"
+    if lr is not None and run.args.lr_warmup_init > lr >= 0:
+        yield f"--lr-warmup-init must be at most --lr {lr}, got {run.args.lr_warmup_init}"
 
 
 def check_warmup(run: RunSettings) -> Iterable[str]:
@@ -79,3 +82,20 @@ def check_warmup(run: RunSettings) -> Iterable[str]:
                 f"{run.flag(f'lr_warmup_{unit}')} must be below {run.flag(end)} {length}, got {warmup}; pass, for "
                 f"example, {length // 10}"
             )
+
+
+def check_decay(run: RunSettings) -> Iterable[str]:
+    """The learning rate's decay, and a weight decay that grows, have their other settings."""
+    args = run.args
+    unit = "samples" if args.train_iters is None and args.train_samples is not None else "iters"
+    if args.lr_decay_style == "WSD" and getattr(args, f"lr_wsd_decay_{unit}") is None:
+        yield f"--lr-decay-style WSD requires the length of its decay; add --lr-wsd-decay-{unit} N"
+    style, start, end = args.weight_decay_incr_style, args.start_weight_decay, args.end_weight_decay
+    if style == "constant":
+        for name in ("start_weight_decay", "end_weight_decay"):
+            if getattr(args, name) is not None:
+                yield f"{run.flag(name)} requires --weight-decay-incr-style linear; add it, or use --weight-decay"
+    elif start is None or end is None:
+        yield f"--weight-decay-incr-style {style} requires --start-weight-decay and --end-weight-decay; add them"
+    elif end < start:
+        yield f"--end-weight-decay must be at least --start-weight-decay {start}, got {end}"

@@ -12,11 +12,14 @@ from moelpr.errors import UserError
 from moelpr.layouts import Layout
 from moelpr.model_spec import ModelSpec
 
+# Saved with the optimizer state, and then used instead of other values.
+_ADAM = ("adam_beta1", "adam_beta2", "adam_eps")
+
 # What has to match for optimizer state to load: always; and if it was saved with --use-distributed-optimizer but
 # without --dist-ckpt-optim-fully-reshardable, as the flat buffers of one layout. Everything else may change. Taken from
 # Megatron 0.19.2: training/checkpointing.py (load_checkpoint), core/optimizer (ChainedOptimizer,
 # DistributedOptimizer.sharded_param_state_*); tested by tests/distributed/resume_layouts.py.
-_ALWAYS = ("optimizer", "use_distributed_optimizer", "bf16", "fp16", "train_everything")
+_ALWAYS = ("optimizer", "use_distributed_optimizer", "bf16", "fp16", "train_everything", "decoupled_lr", *_ADAM)
 _UNEVEN_PIPELINE = (
     "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "pipeline_model_parallel_layout",
 )  # fmt: skip
@@ -28,8 +31,9 @@ _FOR_BUFFERS = (
 
 # Settings of Megatron's learning-rate schedule, which it does not load with other values.
 _SCHEDULE = (
-    "lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_decay_samples", "lr_warmup_fraction", "lr_warmup_iters",
-    "lr_warmup_samples", "weight_decay", "global_batch_size",
+    "lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "lr_decay_style", "lr_decay_iters", "lr_decay_samples",
+    "lr_warmup_fraction", "lr_warmup_iters", "lr_warmup_samples", "weight_decay", "start_weight_decay",
+    "end_weight_decay", "weight_decay_incr_style", "global_batch_size", "train_iters", "train_samples",
 )  # fmt: skip
 
 _NEW_RUN = "to start a new run from it, pass it as --pretrained-checkpoint and change --save"
@@ -75,10 +79,11 @@ def check_resumed_model(run: RunSettings) -> Iterable[str]:
 def check_optimizer_state(run: RunSettings) -> Iterable[str]:
     """The saved optimizer state loads with these settings."""
     record = _record_of_stage(run)
-    if record is None or run.args.no_load_optim or record.get("no_save_optim"):
+    if record is None or run.args.no_load_optim or run.has_no_optimizer_state:
         return
     vpp = record.get("virtual_pipeline_model_parallel_size") or 1
     old_layout = Layout.from_settings(record, record.get("world_size", 1), vpp)
+    record = {name: getattr(run.args, name) for name in _ADAM} | record
     before, now = _optimizer_settings(record, old_layout), _optimizer_settings(vars(run.args), run.layout)
     by_buffer = record.get("use_distributed_optimizer") and not record.get("dist_ckpt_optim_fully_reshardable")
     names = _ALWAYS + _FOR_BUFFERS if by_buffer else _ALWAYS
@@ -109,6 +114,8 @@ def _optimizer_settings(settings: Mapping[str, Any], layout: Layout) -> dict[str
         "moe_grouped_gemm": bool(settings.get("moe_grouped_gemm")) and trains_experts,
         "transformer_impl": settings.get("transformer_impl", "local") if trains_all else "local",
         "optimizer": settings.get("optimizer", "adam"),
+        **{name: settings.get(name) for name in _ADAM},
+        "decoupled_lr": settings.get("decoupled_lr") is not None,  # then the vocabulary is a group of its own
         **{name: settings.get(name) for name in _UNEVEN_PIPELINE},
         "ddp_num_buckets": settings.get("ddp_num_buckets"),
         # Routers and rows of new tokens fill no bucket.
@@ -125,19 +132,39 @@ def _optimizer_settings(settings: Mapping[str, Any], layout: Layout) -> dict[str
 def check_schedule(run: RunSettings) -> Iterable[str]:
     """The learning-rate schedule is the one that was saved."""
     record, args = _record_of_stage(run), run.args
-    if record is None or args.no_load_optim:
+    if record is None or args.no_load_optim or run.has_no_optimizer_state:
         return
     if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
         return
-    names = list(_SCHEDULE)
-    if args.lr_decay_iters is None and args.lr_decay_samples is None:
-        names += ["train_iters", "train_samples"]  # the decay then ends with the training
-    if changed := [name for name in names if name in run.explicit_args and record.get(name) != getattr(args, name)]:
+    settings = vars(args)
+    if args.global_batch_size is None and args.micro_batch_size is not None:
+        settings = settings | {"global_batch_size": args.micro_batch_size * run.layout.dp}
+    before, now = _schedule(settings | record), _schedule(settings)
+    for unit in ("iters", "samples"):
+        if record.get(f"lr_decay_{unit}") is None and getattr(args, f"lr_decay_{unit}") is None:
+            del now[f"lr_decay_{unit}"]  # follows from the length of the training
+    is_missing = not run.recipe_is_read or (args.train_iters is None and args.train_samples is None)
+    required = ("lr", "global_batch_size", *(("train_iters", "train_samples") if is_missing else ()))
+    changed = [name for name in now if before[name] != now[name] and not (name in required and now[name] is None)]
+    if changed:
         yield (
-            f"{run.checkpoint} was trained with {_as_flags(changed, record)}, on which its learning-rate schedule "
-            f"depends, not {_as_flags(changed, vars(args))}; keep the old values, use the new schedule from here with "
+            f"{run.checkpoint} was trained with {_as_flags(changed, before)}, on which its learning-rate schedule "
+            f"depends, not {_as_flags(changed, now)}; keep the old values, use the new schedule from here with "
             "--override-opt-param-scheduler, or the old one with --use-checkpoint-opt-param-scheduler"
         )
+
+
+def _schedule(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that Megatron derives the schedule from; None for those that it does not use."""
+    found = {name: settings.get(name) for name in _SCHEDULE}
+    for unit in ("iters", "samples"):
+        if found[f"lr_decay_{unit}"] is None:
+            found[f"lr_decay_{unit}"] = found[f"train_{unit}"]
+    is_constant = found["weight_decay_incr_style"] == "constant"
+    unused = ["start_weight_decay", "end_weight_decay"] if is_constant else ["weight_decay"]
+    if found["train_iters"] is None:
+        unused.append("global_batch_size")  # the schedule counts in samples
+    return found | dict.fromkeys(unused)
 
 
 def _record_of_stage(run: RunSettings) -> dict[str, Any] | None:
@@ -153,6 +180,15 @@ def _as_flags(names: list[str], settings: Mapping[str, Any]) -> str:
         is_off = value is None or value is False
         flags.append(f"no {flag}" if is_off else flag if value is True else f"{flag} {value}")
     return ", ".join(flags)
+
+
+def note_reset_optimizer(run: RunSettings) -> Iterable[str]:
+    """There is no optimizer state to load (`RunSettings.describe_start`)."""
+    if run.has_no_optimizer_state and not run.args.no_load_optim:
+        yield (
+            f"enabled --no-load-optim, because {run.checkpoint} was saved with --no-save-optim: the optimizer starts "
+            "anew, the learning-rate schedule does not"
+        )
 
 
 def note_ignored_step(run: RunSettings) -> Iterable[str]:

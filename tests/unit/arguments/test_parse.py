@@ -142,6 +142,24 @@ def test_a_valid_command_has_the_models_shape_and_the_stages_defaults(upcycled: 
     assert (final["balance_loss_coeff"], final["lpr_loss_coeff"]) == (0.0, 0.1)
 
 
+def test_what_the_method_fixes_is_set(upcycled: str, accepted) -> None:
+    from moelpr.arguments.settings import FIXED_FOR_MOE
+
+    final = accepted("stage1", upcycled)
+    assert final["moe_router_dtype"] == "fp32"
+    assert {name: final[name] for name in FIXED_FOR_MOE} == FIXED_FOR_MOE
+
+
+@pytest.mark.parametrize("variant", ["paper", "reference"])
+def test_the_variant_of_the_lpr_loss_reaches_the_model(upcycled: str, accepted, variant: str) -> None:
+    from megatron.training.argument_utils import core_transformer_config_from_args
+
+    from moelpr.model.config import MoELPRConfig
+
+    args = argparse.Namespace(**accepted("stage2", upcycled, "--lpr-loss", variant))
+    assert core_transformer_config_from_args(args, config_class=MoELPRConfig).lpr_loss == variant
+
+
 def test_the_command_line_overrides_the_recipe_and_the_recipe_overrides_defaults(
     upcycled: str, accepted, tmp_path: Path
 ) -> None:

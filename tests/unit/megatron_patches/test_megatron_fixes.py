@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import importlib
 import inspect
 import queue
 import shutil
@@ -10,6 +11,7 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import megatron.core
+import numpy as np
 import pytest
 import torch
 
@@ -58,6 +60,123 @@ def test_megatron_still_expects_optimizer_state_from_a_rank_without_any() -> Non
         assert "['state']:" in inspect.getsource(load)
         with pytest.raises(KeyError):
             load(None, {"optimizer": {"param_groups": []}, "param_groups": []})
+
+
+def make_optimizer(kind: str, lr: float, min_lr: float, decoupled_lr: float) -> tuple[Any, Any]:
+    """A small model and its optimizer after one step: weights that decay, norms that do not, and a vocabulary."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer.optimizer_config import ParamKey
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.module import MegatronModule
+
+    class Model(MegatronModule):
+        def __init__(self, config: TransformerConfig) -> None:
+            super().__init__(config)
+            self.vocabulary = torch.nn.Parameter(torch.ones(4, 4))
+            self.weight = torch.nn.Parameter(torch.ones(4, 4))
+            self.norm = torch.nn.Parameter(torch.ones(4))
+
+    is_flat, dtype = kind == "distributed", torch.bfloat16 if kind == "float16" else torch.float32
+    config = TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=1, params_dtype=dtype)
+    model = Model(config).to(dtype)
+    chunk = DistributedDataParallel(config, DistributedDataParallelConfig(use_distributed_optimizer=is_flat), model)
+    optimizer_config = OptimizerConfig(
+        optimizer="adam", lr=lr, min_lr=min_lr, bf16=kind == "float16", params_dtype=dtype,
+        use_distributed_optimizer=is_flat,
+    )  # fmt: skip
+    overrides = {
+        ParamKey(name="*norm"): {"wd_mult": 0.0},
+        ParamKey(name="*vocabulary"): {"max_lr": decoupled_lr},
+    }
+    optimizer = get_megatron_optimizer(optimizer_config, [chunk], overrides)
+    for parameter in chunk.parameters():
+        parameter.main_grad.fill_(lr)
+    optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize("keeps_saved", [False, True])
+@pytest.mark.parametrize("kind", ["fp32", "float16", "distributed"])
+def test_optimizer_state_loads_with_other_learning_rates(
+    kind: str, keeps_saved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through a checkpoint; --decoupled-lr too."""
+    from megatron.core import dist_checkpointing
+    from megatron.training import global_vars
+
+    def sharded(model: Any, optimizer: Any, is_loading: bool = False) -> dict:
+        metadata = {
+            "distrib_optim_sharding_type": "fully_reshardable",
+            "distrib_optim_fully_reshardable_mem_efficient": False,
+        }
+        return optimizer.sharded_state_dict(model.sharded_state_dict(), is_loading=is_loading, metadata=metadata)
+
+    def groups(optimizer: Any) -> list[tuple]:
+        return [tuple(group[name] for name in ("wd_mult", "max_lr", "min_lr")) for group in optimizer.param_groups]
+
+    def moments(optimizer: Any) -> list[torch.Tensor]:
+        (inner,) = optimizer.chained_optimizers
+        return [inner.optimizer.state[p]["exp_avg"] for group in inner.param_groups for p in group["params"]]
+
+    model, optimizer = make_optimizer(kind, 1e-2, 1e-3, 0.5)
+    dist_checkpointing.save(sharded(model, optimizer), str(tmp_path), async_strategy="mcore")
+    model, loaded = make_optimizer(kind, 2e-2, 0.0, 0.25)
+    expected = groups(optimizer if keeps_saved else loaded)
+    arguments = argparse.Namespace(use_checkpoint_opt_param_scheduler=keeps_saved)
+    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", arguments)
+    loaded.load_state_dict(dist_checkpointing.load(sharded(model, loaded, is_loading=True), str(tmp_path)))
+    assert groups(loaded) == expected and len(expected) == 3
+    for one, other in zip(moments(loaded), moments(optimizer), strict=True):
+        assert other.any() and torch.equal(one, other)
+
+
+def test_megatron_still_finds_parameter_groups_by_their_learning_rates() -> None:
+    from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+    saved, current = ({"params": [], "max_lr": lr} for lr in (0.1, 0.2))
+    with pytest.raises(ValueError, match="Could not find parameter group"):
+        MegatronOptimizer._filter_and_reorder_param_groups([current], [saved])
+
+
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize(
+    ("flags", "expected"), [({}, 0), ({"no_load_optim": True}, 30), ({"no_load_optim": True, "finetune": True}, 0)]
+)
+def test_a_reset_optimizer_continues_the_schedule(
+    flags: dict[str, bool], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fix only; a function that loads nothing, like Megatron's for the schedule, takes the place of Megatron's."""
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from megatron.training import training
+
+    settings = {"no_load_optim": False, "finetune": False, "consumed_train_samples": 40, "skipped_train_samples": 10}
+    monkeypatch.setattr(training, "get_args", lambda: argparse.Namespace(**(settings | flags)))
+    monkeypatch.setattr(training, "load_checkpoint", lambda model, optimizer, scheduler, strict=True: (3, 0))
+    megatron_fixes._continue_the_schedule_of_a_reset_optimizer()
+    group = {"lr": 0.0, "max_lr": 1.0, "min_lr": 0.0}
+    scheduler = OptimizerParamScheduler(
+        argparse.Namespace(param_groups=[group]), init_lr=0.0, max_lr=1.0, min_lr=0.0, lr_warmup_steps=0,
+        lr_decay_steps=100, lr_decay_style="linear", start_wd=0.0, end_wd=0.0, wd_incr_steps=100,
+        wd_incr_style="constant",
+    )  # fmt: skip
+    assert training.load_checkpoint([], None, scheduler, strict=False) == (3, 0)
+    assert scheduler.num_steps == expected and group["lr"] == pytest.approx(1 - expected / 100)
+    assert training.load_checkpoint([], None, None) == (3, 0)
+
+
+def test_megatron_still_loads_the_schedule_with_the_optimizer_only() -> None:
+    from megatron.training import checkpointing, training
+
+    source = inspect.getsource(checkpointing.load_checkpoint)
+    optimizer_part = source[source.index("and not args.no_load_optim:\n        try:") : source.index("# rerun state")]
+    assert optimizer_part.count("opt_param_scheduler.load_state_dict") == source.count(
+        "opt_param_scheduler.load_state_dict"
+    )
+    assert "load_checkpoint(\n            model,\n            optimizer,\n            opt_param_scheduler,\n" in (
+        inspect.getsource(training.setup_model_and_optimizer)
+    )
 
 
 def test_megatron_still_ignores_the_rope_scaling_factor() -> None:
@@ -172,6 +291,36 @@ def test_a_tracker_file_that_cannot_be_written_names_the_step_before(tmp_path: P
         file.write("3")
         raise OSError("full")
     assert [(path, path.read_text()) for path in tmp_path.iterdir()] == [(tracker, "2")]
+
+
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize("name", ["gpt_dataset", "blended_dataset"])
+def test_an_order_of_samples_is_saved_whole_or_not_at_all(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numpy = importlib.import_module(f"megatron.core.datasets.{name}").numpy
+    order, path = np.arange(100), tmp_path / "cache" / "shuffle_index.npy"
+
+    def save_half(file: Any, array: Any, **options: Any) -> None:
+        file.write(bytes(50))
+        raise OSError("full")
+
+    with monkeypatch.context() as full, pytest.raises(OSError, match="full"):
+        full.setattr(np, "save", save_half)
+        numpy.save(str(path), order, allow_pickle=True)
+    assert list(path.parent.iterdir()) == []
+    numpy.save(str(path), order, allow_pickle=True)
+    assert list(path.parent.iterdir()) == [path]
+    assert np.array_equal(numpy.load(path, allow_pickle=True, mmap_mode="r"), order)
+
+
+def test_megatron_still_writes_orders_of_samples_in_place() -> None:
+    from megatron.core.datasets.blended_dataset import BlendedDataset
+    from megatron.core.datasets.gpt_dataset import GPTDataset
+
+    for build in (GPTDataset._build_document_sample_shuffle_indices, BlendedDataset._build_indices):
+        source = inspect.getsource(build)
+        assert "os.path.isfile" in source and "numpy.save(path_to_" in source
 
 
 def test_a_synchronous_save_starts_no_process_for_its_results(megatron: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,15 +207,15 @@ def test_the_balance_loss_in_training_is_the_papers(layer) -> None:
     torch.testing.assert_close(found, layer.router.weight.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_the_lpr_gradient_is_that_of_the_mean_over_original_tokens(spec: ModelSpec) -> None:
+@pytest.mark.parametrize("variant", ["paper", "reference"])
+def test_the_lpr_gradient_is_that_of_the_mean_over_original_tokens(spec: ModelSpec, variant: str) -> None:
     """Two micro-batches, one with few original-language tokens, equal the full batch computed by hand."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     from moelpr.model.loading import build_model
-    from moelpr.model.losses import lpr_loss
     from moelpr.model.router import LPRLossNormalizer
 
-    router = build_model(spec, lpr_loss_coeff=0.3).decoder.layers[0].mlp.router.train()
+    router = build_model(spec, lpr_loss_coeff=0.3, lpr_loss=variant).decoder.layers[0].mlp.router.train()
     hidden = torch.randn(8, 4, 32)
     is_original = torch.zeros(8, 4, dtype=torch.bool)
     is_original[:, 0] = True
@@ -228,8 +228,11 @@ def test_the_lpr_gradient_is_that_of_the_mean_over_original_tokens(spec: ModelSp
     found = router.weight.grad.clone()
     router.zero_grad()
     per_layer = 0.3 / 3
-    logits = hidden.flatten(0, 1) @ router.weight.T
-    (per_layer * lpr_loss(logits, is_original.flatten(), spec.moe.num_original_places)).backward()
+    scores = torch.softmax(hidden.flatten(0, 1) @ router.weight.T, dim=-1)
+    if variant == "reference":
+        scores = torch.softmax(scores, dim=-1)
+    losses = -scores[is_original.flatten(), : spec.moe.num_original_places].sum(dim=-1).log()
+    (per_layer * losses.mean()).backward()
     torch.testing.assert_close(found, router.weight.grad, rtol=1e-4, atol=1e-7)
 
 
@@ -238,16 +241,21 @@ def test_routing_sums_count_first_choices_by_language(layer) -> None:
     from moelpr.model.routing_statistics import RoutingSums
 
     hidden = torch.randn(5, 2, 32)
-    is_original = torch.rand(5, 2) < 0.5
+    is_original = torch.arange(10).view(5, 2) % 3 > 0
     layer.router(hidden, is_original)
     sums = RoutingSums.from_vectors(layer.router.routing_sums[None])
     p = layer.config.num_original_places
     first_is_original = (hidden @ layer.router.weight.T).argmax(dim=-1) < p
+    scores = torch.softmax(hidden.flatten(0, 1) @ layer.router.weight.T, dim=-1)
+    losses = -scores[is_original.flatten(), :p].sum(dim=-1).log()
+    torch.testing.assert_close(sums.scores[0], scores.sum(dim=0))
+    torch.testing.assert_close(sums.mean_scores()[0], scores.mean(dim=0))
+    torch.testing.assert_close(sums.lpr_loss[0], losses.sum())
+    torch.testing.assert_close(sums.mean_lpr_loss(), losses.mean())
     assert sums.original_tokens.item() == is_original.sum().item()
     assert sums.expanded_tokens.item() == 10 - is_original.sum().item()
     assert sums.original_first_choices_of_original.item() == (first_is_original & is_original).sum().item()
     assert sums.original_first_choices_of_expanded.item() == (first_is_original & ~is_original).sum().item()
-    torch.testing.assert_close(sums.scores.sum(), torch.tensor(10.0))
     _, is_chosen = layer.router(hidden, is_original)
     has_only_original = ~is_chosen[:, p:].any(dim=1).view(5, 2)
     assert sums.all_original_of_original.item() == (has_only_original & is_original).sum().item()

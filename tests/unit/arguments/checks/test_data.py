@@ -317,15 +317,77 @@ def test_corpora_in_a_read_only_folder_need_a_cache_folder(
     upcycled: str, accepted, problems, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rights are a stand-in's: root may write everywhere."""
-    new = write_corpus(tmp_path / "shared" / "new", False)
+    new, other = write_corpus(tmp_path / "shared" / "new", False), tmp_path / "shared" / "cache"
     access = os.access
 
     def can_access(path: str | Path, mode: int) -> bool:
-        return Path(path) != tmp_path / "shared" and access(path, mode)
+        return tmp_path / "shared" not in (Path(path), *Path(path).parents) and access(path, mode)
 
     monkeypatch.setattr(os, "access", can_access)
-    (found,) = problems("stage1", upcycled, "--data-path", new)
-    assert found.startswith(f"the order of samples cannot be saved beside {new}") and "--data-cache-path DIR" in found
-    accepted("stage1", upcycled, "--data-path", new, "--data-cache-path", str(tmp_path))
-    (Path(new) / "cache").mkdir(parents=True)
+
+    def assert_rejected() -> None:
+        (found,) = problems("stage1", upcycled, "--data-path", new)
+        assert (
+            found.startswith(f"the order of samples cannot be saved beside {new}") and "--data-cache-path DIR" in found
+        )
+        (found,) = problems("stage1", upcycled, "--data-path", new, "--data-cache-path", str(other))
+        assert f"in --data-cache-path {other}:" in found
+
+    assert_rejected()
+    accepted("stage1", upcycled, "--data-path", new, "--data-cache-path", str(tmp_path / "mine" / "cache"))
+    indices = Path(new) / "cache" / "TaggedGPTDataset_indices"
+    for folder in (indices, other):
+        folder.mkdir(parents=True)
+    assert_rejected()
+    for folder in (indices, other):  # perhaps of this run
+        (folder / "0123-TaggedGPTDataset-train-shuffle_index.npy").touch()
     accepted("stage1", upcycled, "--data-path", new)
+    accepted("stage1", upcycled, "--data-path", new, "--data-cache-path", str(other))
+
+
+@pytest.mark.parametrize("flag", ["--iterations-to-skip", "--result-rejected-tracker-filename"])
+def test_steps_can_be_skipped_where_megatron_reads_their_data(
+    make_checkpoint, problems, accepted, tmp_path: Path, flag: str
+) -> None:
+    """A batch without attention mask; for several tensor ranks, Megatron's default would be to wait for one."""
+    six_layers = make_checkpoint("six", shape={"num_layers": 6})
+    (tmp_path / "rejected").touch()
+    skip = [flag, "1" if flag == "--iterations-to-skip" else str(tmp_path / "rejected")]
+    tensor = ["--tensor-model-parallel-size", "2", "--expert-tensor-parallel-size", "1"]
+    virtual = ["--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "3"]
+    virtual += ["--global-batch-size", "4"]
+    assert not accepted("stage1", six_layers, *skip, *tensor, ranks=2)["create_attention_mask_in_dataloader"]
+    assert accepted("stage1", six_layers, *skip, MASKING)
+    (found,) = problems("stage1", six_layers, *skip, *virtual, ranks=2)
+    assert found.startswith(f"{flag} ") and "virtual" in found
+    (found,) = problems("stage1", six_layers, *skip, *tensor, MASKING, ranks=2)
+    assert found.startswith(f"{flag} ") and MASKING in found
+
+
+@pytest.mark.parametrize("samples", [4, 6, 9, 11, 12, 13, 14])
+def test_a_resumed_run_of_another_length_is_noted_if_it_reads_in_another_order(
+    make_checkpoint, accepted, tmp_path: Path, capsys, samples: int
+) -> None:
+    """An epoch has 7 samples, so the run had 10 of 1.5 epochs; Megatron shuffles the second by itself up to 11."""
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.utils import Split
+
+    from moelpr.data.dataset import TokenIds
+
+    corpus = write_corpus(tmp_path / "long", *[True] * 12, tokens=19)
+
+    def order(count: int) -> list:
+        config = GPTDatasetConfig(
+            random_seed=1, sequence_length=32, blend=([corpus], None), split="100,0,0", mmap_bin_files=True,
+            tokenizer=TokenIds(vocab_size=128), reset_position_ids=False,
+            reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False,
+        )  # fmt: skip
+        low = GPTDataset.build_low_level_dataset(corpus, config)
+        dataset = GPTDataset(low, corpus, np.arange(12, dtype=np.int32), count, Split.train, config)
+        return [dataset[number]["tokens"].tolist() for number in range(min(samples, 10))]
+
+    run = make_checkpoint("run", stage="stage1", train_iters=10, global_batch_size=1)
+    argv = ["--save", run, "--data-path", corpus, "--micro-batch-size", "1", "--train-iters", str(samples)]
+    accepted("stage1", f"{run}-start", *argv, "--override-opt-param-scheduler", with_data=False)
+    said = capsys.readouterr().err
+    assert (f"takes {samples} samples instead of 10" in said) == (order(samples) != order(10))

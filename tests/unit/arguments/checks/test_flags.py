@@ -41,6 +41,17 @@ def test_parallel_sizes_are_at_least_1(upcycled: str, problems) -> None:
         (["--lr-warmup-fraction", "1"], "--lr-warmup-fraction must be at least 0 and below 1, got 1.0"),
         (["--lr-warmup-iters", "2"], "--lr-warmup-iters must be below --train-iters 2, got 2"),
         (["--lr-warmup-iters", "9", "--lr-decay-iters", "9"], "--lr-warmup-iters must be below --lr-decay-iters 9"),
+        (["--lr-warmup-init", "0.1"], "--lr-warmup-init must be at most --lr 0.001, got 0.1"),
+        (["--lr-decay-style", "WSD"], "--lr-decay-style WSD requires the length of its decay; add --lr-wsd-decay-"),
+        (["--lr-wsd-decay-iters", "0"], "--lr-wsd-decay-iters must be at least 1, got 0"),
+        (
+            ["--weight-decay-incr-style", "linear", "--start-weight-decay", "0.2", "--end-weight-decay", "0.1"],
+            "--end-weight-decay must be at least --start-weight-decay 0.2, got 0.1",
+        ),
+        (["--weight-decay-incr-style", "linear"], "--weight-decay-incr-style linear requires --start-weight-decay"),
+        (["--start-weight-decay", "0.1"], "--start-weight-decay requires --weight-decay-incr-style"),
+        (["--tensorboard-log-interval", "0"], "--tensorboard-log-interval must be at least 1, got 0"),
+        (["--log-memory-interval", "0"], "--log-memory-interval must be at least 1, got 0"),
         (["--split", "nan"], "--split must be "),
         (["--split", "0,0,0"], "--split must be "),
         (["--split=-1,2"], "--split must be "),
@@ -52,3 +63,9 @@ def test_parallel_sizes_are_at_least_1(upcycled: str, problems) -> None:
 def test_invalid_batches_and_schedules_are_rejected(upcycled: str, problems, argv: list[str], start: str) -> None:
     (found,) = problems("stage1", upcycled, *argv)
     assert found.startswith(start)
+
+
+def test_schedules_with_all_their_settings_are_accepted(upcycled: str, accepted) -> None:
+    argv = ["--lr-decay-style", "WSD", "--lr-wsd-decay-iters", "1", "--lr-warmup-init", "1e-3"]
+    argv += ["--weight-decay-incr-style", "linear", "--start-weight-decay", "0.1", "--end-weight-decay", "0.1"]
+    assert accepted("stage1", upcycled, *argv)["lr_wsd_decay_iters"] == 1

@@ -62,6 +62,7 @@ def test_a_read_only_disk_is_rejected(upcycled: str, problems, small_disk: Path)
 
 def test_a_folder_without_write_permission_is_rejected(upcycled: str, problems, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)
+    (tmp_path / "order.npy").touch()
     (found,) = problems("stage1", upcycled, "--save", str(tmp_path / "run"), "--data-cache-path", str(tmp_path))
     assert f"--save {tmp_path}/run" in found and "permission" in found
 

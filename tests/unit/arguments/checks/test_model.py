@@ -169,6 +169,7 @@ def test_stage_2_without_stage_1_is_logged_and_not_rejected(upcycled: str, make_
         (["--init-model-with-meta-device"], "--init-model-with-meta-device", "remove"),
         (["--load-main-params-from-ckpt"], "--load-main-params-from-ckpt", "remove"),
         (["--checkpoint-activations"], "--checkpoint-activations", "--recompute-activations"),
+        (["--rampup-batch-size", "2", "2", "8"], "--rampup-batch-size", "--step-batch-size-schedule"),
         (["--tokenizer-model", "m"], "--tokenizer-model", "remove"),
     ],
 )  # fmt: skip

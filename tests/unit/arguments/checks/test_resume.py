@@ -70,9 +70,94 @@ def test_a_changed_schedule_is_reported_before_megatrons_assertion(make_checkpoi
     assert accepted("stage1", start, "--save", run)["is_resumed"]
 
 
-def test_a_longer_training_keeps_a_decay_of_its_own_length(make_checkpoint, accepted) -> None:
+# Another value of each setting, in the record of the run, and what the setting depends on.
+LINEAR = {"weight_decay_incr_style": "linear", "start_weight_decay": 0.5, "end_weight_decay": 0.5}
+OF_THE_SCHEDULE: dict[str, tuple[object, dict]] = {
+    "lr": (7.0, {}), "min_lr": (7.0, {}), "decoupled_lr": (7.0, {}), "decoupled_min_lr": (7.0, {}),
+    "lr_decay_style": ("cosine", {}), "lr_decay_iters": (7, {}), "lr_decay_samples": (7, {}),
+    "lr_warmup_fraction": (0.5, {}), "lr_warmup_iters": (7, {}), "lr_warmup_samples": (7, {}),
+    "weight_decay": (7.0, {}),
+    "start_weight_decay": (0.25, LINEAR), "end_weight_decay": (7.0, LINEAR), "weight_decay_incr_style": ("cosine", {}),
+    "global_batch_size": (7, {}), "train_iters": (7, {}), "train_samples": (7, {}),
+}  # fmt: skip
+OF_THE_OPTIMIZER: dict[str, tuple[object, dict]] = {
+    "optimizer": ("sgd", {}), "use_distributed_optimizer": (True, {}), "bf16": (True, {}), "fp16": (True, {}),
+    "train_everything": (True, {}), "decoupled_lr": (7.0, {}), "adam_beta1": (0.5, {}), "adam_beta2": (0.5, {}),
+    "adam_eps": (0.5, {}),
+}  # fmt: skip
+OF_FLAT_BUFFERS: dict[str, tuple[object, dict]] = {
+    "tensor_model_parallel_size": (2, {}), "pipeline_model_parallel_size": (3, {}),
+    "num_virtual_stages_per_pipeline_rank": (3, {"virtual_pipeline_model_parallel_size": 3}),
+    "expert_model_parallel_size": (2, {}), "expert_tensor_parallel_size": (2, {}),
+    "decoder_first_pipeline_num_layers": (1, {}), "decoder_last_pipeline_num_layers": (1, {}),
+    "pipeline_model_parallel_layout": ("Et|ttL", {}), "overlap_grad_reduce": (True, {}), "ddp_num_buckets": (7, {}),
+    "ddp_bucket_size": (7, {"overlap_grad_reduce": True}), "moe_grouped_gemm": (True, {}),
+    "transformer_impl": ("transformer_engine", {"train_everything": True}),
+}  # fmt: skip
+
+
+@pytest.fixture
+def problems_with_record(make_checkpoint, problems):  # noqa: ANN001, ANN201
+    """The messages about a run that had another value of one setting."""
+
+    def find(name: str, value: object, depends_on: dict) -> list[str]:
+        run = make_checkpoint("run", stage="stage1", **(depends_on | {name: value}))
+        argv = []
+        for other, kept in depends_on.items():
+            flag = f"--{other.replace('_', '-')}"
+            if other != "virtual_pipeline_model_parallel_size":
+                argv += [flag] if kept is True else [flag, str(kept)]
+        return problems("stage1", None, "--save", run, *argv)
+
+    return find
+
+
+@pytest.mark.parametrize("name", OF_THE_SCHEDULE)
+def test_each_setting_of_the_schedule_is_compared(problems_with_record, name: str) -> None:
+    """Also one that was given at first and is omitted now."""
+    value, depends_on = OF_THE_SCHEDULE[name]
+    found = problems_with_record(name, value, depends_on)
+    flag = f"--{name.replace('_', '-')} {value}"
+    assert [line for line in found if flag in line and "--override-opt-param-scheduler" in line], found
+
+
+@pytest.mark.parametrize("name", OF_THE_OPTIMIZER)
+def test_each_setting_of_the_optimizer_is_compared(problems_with_record, name: str) -> None:
+    found = problems_with_record(name, *OF_THE_OPTIMIZER[name])
+    assert [line for line in found if f"--{name.replace('_', '-')}" in line and "--no-load-optim" in line], found
+
+
+@pytest.mark.parametrize("name", OF_FLAT_BUFFERS)
+def test_each_setting_of_flat_buffers_is_compared(problems_with_record, name: str) -> None:
+    value, depends_on = OF_FLAT_BUFFERS[name]
+    found = problems_with_record(name, value, FLAT | depends_on)
+    assert [line for line in found if f"--{name.replace('_', '-')}" in line and "--no-load-optim" in line], found
+
+
+def test_a_decay_of_its_own_length_does_not_allow_a_longer_training(make_checkpoint, problems, accepted) -> None:
+    """Megatron compares the length of the weight decay's schedule too, even of a constant one."""
     run = make_checkpoint("run", **SCHEDULE, lr_decay_iters=2)
-    assert accepted("stage1", f"{run}-start", "--save", run, "--lr-decay-iters", "2", "--train-iters", "4")
+    argv = ["--save", run, "--lr-decay-iters", "2", "--train-iters", "4"]
+    (found,) = problems("stage1", None, *argv)
+    assert "with --train-iters 2, " in found and "not --train-iters 4;" in found
+    assert accepted("stage1", f"{run}-start", *argv, "--override-opt-param-scheduler")
+
+
+def test_a_decay_over_the_whole_training_can_be_omitted(make_checkpoint, problems, accepted) -> None:
+    run = make_checkpoint("run", **SCHEDULE, lr_decay_iters=2)
+    assert accepted("stage1", f"{run}-start", "--save", run)
+    run = make_checkpoint("other", **SCHEDULE, lr_decay_iters=1)
+    (found,) = problems("stage1", None, "--save", run)
+    assert "--lr-decay-iters 1," in found and "--lr-decay-iters 2;" in found
+
+
+def test_another_number_of_data_parallel_ranks_changes_the_batch(make_checkpoint, problems, accepted) -> None:
+    run = make_checkpoint("run", **SCHEDULE, global_batch_size=2)
+    (found,) = problems("stage1", None, "--save", run, ranks=2)
+    assert "--global-batch-size 2," in found and "not --global-batch-size 4;" in found
+    assert accepted("stage1", f"{run}-start", "--save", run, TP, "2", ETP, "1", ranks=2)
+    argv = ["--micro-batch-size", "1", "--global-batch-size", "2"]
+    assert accepted("stage1", f"{run}-start", "--save", run, *argv, ranks=2)
 
 
 # recipe.yaml of the run; flags and processes now; what the message names, None if the state loads.
@@ -163,6 +248,15 @@ def test_optimizer_state_of_stage_1_is_loaded_if_it_fits(
     assert f" {kept}" in found
     assert "--no-load-optim" in found
     assert ("--dist-ckpt-optim-fully-reshardable" in found) == case.startswith("flat buffers")
+
+
+def test_a_run_without_optimizer_state_is_resumed_by_the_same_command(make_checkpoint, accepted, capsys) -> None:
+    run = make_checkpoint("run", stage="stage1", no_save_optim=True)
+    for flags in ([], ["--no-load-optim"]):
+        found = accepted("stage1", f"{run}-start", "--save", run, "--no-save-optim", *flags)
+        assert found["is_resumed"] and found["no_load_optim"]
+        assert (f"enabled --no-load-optim, because {run}" in capsys.readouterr().err) == (not flags)
+    assert not accepted("stage1", run, "--save", f"{run}-new")["no_load_optim"]
 
 
 @pytest.mark.parametrize("train_everything", [False, True])

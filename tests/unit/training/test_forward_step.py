@@ -1,0 +1,61 @@
+"""The losses of a step belong to the tokens that the model reads, and to its original-language tokens."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from moelpr.model_spec import ModelSpec
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+MICROBATCHES = 2
+
+
+@pytest.fixture
+def two_micro_batches() -> Iterator[None]:
+    from megatron.core import num_microbatches_calculator as calculator
+
+    calculator.init_num_microbatches_calculator(0, None, 2 * MICROBATCHES, 2, 1)
+    yield
+    calculator.destroy_num_microbatches_calculator()
+
+
+@pytest.mark.usefixtures("two_micro_batches")
+def test_the_lpr_loss_is_of_the_input_tokens_of_the_whole_batch(moe_spec: ModelSpec) -> None:
+    """Every token's bit differs from its label's."""
+    from moelpr.model.loading import build_model
+    from moelpr.model.router import LPRLossNormalizer
+    from moelpr.model.routing_statistics import RoutingSums
+    from moelpr.training.forward_step import forward_step
+
+    torch.manual_seed(0)
+    model = build_model(moe_spec, lpr_loss_coeff=0.1).train()
+    routers = [layer.mlp.router for layer in model.decoder.layers]
+    logits: list[list[torch.Tensor]] = [[] for _ in routers]
+    for router, found in zip(routers, logits, strict=True):
+        torch.nn.init.normal_(router.weight)
+        router.gating = lambda hidden, gating=router.gating, found=found: found.append(gating(hidden)) or found[-1]
+    is_original = torch.rand(MICROBATCHES, 2, 16) < 0.3
+    tokens = torch.randint(0, 128, (MICROBATCHES, 2, 17))
+    batches = [
+        {
+            "tokens": tokens[number, :, :-1],
+            "labels": tokens[number, :, 1:],
+            "loss_mask": torch.ones(2, 16),
+            "position_ids": torch.arange(16).expand(2, 16),
+            "is_original": is_original[number],
+            "is_original_label": ~is_original[number],
+        }
+        for number in range(MICROBATCHES)
+    ]
+    data = iter(batches)
+    for _ in batches:
+        forward_step(data, model)
+        assert LPRLossNormalizer.weight.item() == pytest.approx(MICROBATCHES / is_original.sum().item())
+    for router, of_batches in zip(routers, logits, strict=True):
+        sums = RoutingSums.from_vectors(router.routing_sums[None])
+        scores = torch.stack([torch.softmax(found.transpose(0, 1), dim=-1) for found in of_batches])
+        torch.testing.assert_close(sums.lpr_loss[0], -scores[is_original][:, 0].log().sum())
+        torch.testing.assert_close(sums.scores[0], scores.sum(dim=(0, 1, 2)))
+        assert sums.original_tokens.item() == is_original.sum().item() != (~is_original).sum().item()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from checkpoint_convert.hf_folder import TOKENIZER_FILES, HfReader, is_unread
 from checkpoint_convert.megatron_folder import MegatronReader
-from checkpoint_convert.new_rows import VOCABULARY_PARTS, new_rows, shape_without, tokenizer_folder, without_rows
+from checkpoint_convert.new_rows import new_rows, shape_without, tokenizer_folder, without_rows
 from moelpr.data.tokenizer import check_tokenizer_files
 from moelpr.documents import read_documents
 from moelpr.errors import UserError
@@ -25,7 +25,7 @@ from moelpr.families.families import Family, family_named, read_base, read_confi
 from moelpr.families.moe_classes import MOE_CLASSES, MoeClass
 from moelpr.families.tables import Piece, pieces
 from moelpr.model_spec import ModelSpec
-from moelpr.stages import Part
+from moelpr.stages import VOCABULARY_PARTS, Part
 
 # Elements that are compared at a time, to bound the memory of fp32 copies.
 CHUNK_ELEMENTS = 16 << 20

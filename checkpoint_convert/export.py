@@ -23,7 +23,7 @@ from checkpoint_convert.history import Origin, check_separable, read_history
 from checkpoint_convert.kept_tokenizer import keep_tokenizer
 from checkpoint_convert.megatron_folder import SIGNS, MegatronReader, write_checkpoint
 from checkpoint_convert.model_card import BASE_CARD_FILE, CardFacts, model_card
-from checkpoint_convert.new_rows import VOCABULARY_PARTS, grow, shape_without
+from checkpoint_convert.new_rows import grow, shape_without
 from checkpoint_convert.outputs import check_output, output_folder
 from moelpr import checksums
 from moelpr.checksums import FileSum
@@ -33,6 +33,7 @@ from moelpr.families.moe_classes import MOE_CLASSES, MoeClass
 from moelpr.files import copy_folder, parse_json
 from moelpr.model_spec import DTYPES, ModelSpec
 from moelpr.run_folder import HF_FOLDER
+from moelpr.stages import VOCABULARY_PARTS
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 DELTA_FILE = "delta_config.json"

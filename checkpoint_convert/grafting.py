@@ -41,7 +41,7 @@ from checkpoint_convert.hf_folder import (
 from checkpoint_convert.hub import Model, is_hub_name
 from checkpoint_convert.kept_tokenizer import keep_tokenizer
 from checkpoint_convert.model_card import BASE_CARD_FILE, LICENSE_KEYS, TEMPLATES
-from checkpoint_convert.new_rows import VOCABULARY_PARTS, grow, new_rows, shape_without
+from checkpoint_convert.new_rows import grow, new_rows, shape_without
 from checkpoint_convert.outputs import check_finite, check_output, output_folder
 from checkpoint_convert.upcycling import check_weights
 from moelpr import yaml_files
@@ -52,7 +52,7 @@ from moelpr.families.families import CONFIG_FILE, read_base, read_config
 from moelpr.families.tables import Piece
 from moelpr.files import read_versioned
 from moelpr.model_spec import ModelSpec
-from moelpr.stages import Part
+from moelpr.stages import VOCABULARY_PARTS, Part
 from moelpr.vocabulary_extension import VocabularyExtension
 
 RECORD_FILE = "graft.json"

@@ -12,7 +12,7 @@ from moelpr.errors import UserError
 from moelpr.model_spec import ModelSpec
 from moelpr.run_folder import HF_FOLDER, METRICS_FILE, RECIPE_FILE, VERSIONS_FILE, read_json, read_settings
 from moelpr.run_metrics import read_run_metrics
-from moelpr.stages import Part, trained_parts, trains_new_rows_only
+from moelpr.stages import VOCABULARY_PARTS, Part, trained_parts, trains_new_rows_only
 
 # In a checkpoint's hf/, which the trainer copies.
 ORIGIN_FILE = "origin.json"
@@ -85,7 +85,7 @@ class TrainedStage:
         names = {part.value for part in self.trained}
         stage: Any = self.settings.get("stage")
         if trains_new_rows_only(stage, bool(self.settings.get("train_new_embeddings"))):
-            names = names - {Part.EMBEDDING.value, Part.OUTPUT_LAYER.value} | {"rows of new tokens"}
+            names = names - {part.value for part in VOCABULARY_PARTS} | {"rows of new tokens"}
         return sorted(names)
 
     @property

@@ -12,11 +12,7 @@ from checkpoint_convert.hf_folder import TOKENIZER_FILES
 from moelpr.data.tokenizer import load_tokenizer
 from moelpr.evaluate.models import is_megatron
 from moelpr.run_folder import HF_FOLDER
-from moelpr.stages import Part
 from moelpr.vocabulary_extension import VOCABULARY_EXTENSION_FILE, VocabularyExtension
-
-# The parts whose tensors have a row per token.
-VOCABULARY_PARTS = frozenset({Part.EMBEDDING, Part.OUTPUT_LAYER})
 
 
 def tokenizer_folder(model: Path) -> Path:

@@ -32,7 +32,7 @@ from moelpr.families.families import CONFIG_FILE, Family, read_base, read_config
 from moelpr.families.tables import Piece, megatron_shape, pieces, sizes_of, stacked_part, zeros
 from moelpr.model_spec import ModelSpec
 from moelpr.run_folder import HF_FOLDER
-from moelpr.stages import Part
+from moelpr.stages import VOCABULARY_PARTS, Part
 from moelpr.vocabulary_extension import VocabularyExtension
 
 
@@ -203,7 +203,7 @@ def _starting_tensors(
             if piece.origin != read_origin:
                 del tensor  # one in memory
                 parts = [_read(source, name) for name in piece.origin]
-                if extension is not None and piece.part in (Part.EMBEDDING, Part.OUTPUT_LAYER):
+                if extension is not None and piece.part in VOCABULARY_PARTS:
                     parts = [with_new_rows(parts.pop(), extension, spec.megatron_args["vocab_size"], dtype)]
                 tensor = piece.transform.to_megatron(parts, sizes_of(spec)).to(dtype)
                 del parts

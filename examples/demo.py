@@ -15,7 +15,7 @@ from examples import steps
 from examples.frontier_results import FILE_NAME, value_range
 from examples.steps import COPIES, EXPANDED, NUM_NEW_EXPERTS, ORIGINAL, REVIEW_BLEND, ROOT, TOPK, Steps, convert
 from moelpr.errors import CommandParser, run_command
-from moelpr.files import atomic_file
+from moelpr.files import write_text
 from moelpr.languages import language_name
 from moelpr.report.page import Table, terminal_table
 from moelpr.yaml_files import dump
@@ -143,8 +143,7 @@ def report(demo: Steps) -> None:
             for language, changes in measured["settings"][SETTING]["change"].items()
         }
     }
-    with atomic_file(run / "facts.yaml") as temporary:
-        temporary.write_text(dump(facts), encoding="utf-8")
+    write_text(run / "facts.yaml", dump(facts))
     demo.step(
         "report",
         *("-m", "moelpr.report", *(run / folder for folder in MODELS.values())),

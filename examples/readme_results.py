@@ -11,7 +11,7 @@ from typing import Any
 
 from examples.frontier_results import FILE_NAME, frontier_chart, results_tables
 from moelpr.errors import CommandParser, UserError, run_command
-from moelpr.files import atomic_file, write_text
+from moelpr.files import write_text
 from moelpr.languages import language_name
 from moelpr.report.page import Table, terminal_table
 from moelpr.report.plots import percent
@@ -69,8 +69,7 @@ def replace_between(path: Path, name: str, text: str) -> None:
     if content.count(start) != 1 or content.count(end) != 1:
         raise UserError(f"{path} must contain {start} and {end} once; add these lines around the demo's numbers")
     before, after = content.split(start)[0], content.split(end)[1]
-    with atomic_file(path) as temporary:
-        temporary.write_text(f"{before}{start}\n{text}\n{end}{after}", encoding="utf-8")
+    write_text(path, f"{before}{start}\n{text}\n{end}{after}")
 
 
 def results(report: dict[str, Any]) -> str:

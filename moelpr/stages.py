@@ -1,10 +1,11 @@
 """The parts of a model, which part a parameter belongs to, and which parts each stage trains."""
 
 from enum import Enum
-from typing import Literal
+from typing import Literal, get_args
 
 Stage = Literal["dense", "stage0", "stage1", "stage2"]
 MoeStage = Literal["stage1", "stage2"]
+MOE_STAGES: tuple[MoeStage, ...] = get_args(MoeStage)
 
 STAGE_HELP: dict[Stage, str] = {
     "dense": "(full training): train every parameter of a dense model (a base from scratch, or full fine-tuning)",
@@ -39,9 +40,12 @@ _PATTERNS = {
     "output_layer": Part.OUTPUT_LAYER,
 }
 
+# The parts with a row per token, of which stage 0 and --train-new-embeddings train those of new tokens.
+VOCABULARY_PARTS = frozenset({Part.EMBEDDING, Part.OUTPUT_LAYER})
+
 _TRAINED: dict[Stage, frozenset[Part]] = {
     "dense": frozenset(Part),
-    "stage0": frozenset({Part.EMBEDDING, Part.OUTPUT_LAYER}),
+    "stage0": VOCABULARY_PARTS,
     "stage1": frozenset({Part.NEW_EXPERTS, Part.ROUTER}),
     "stage2": frozenset({Part.ROUTER}),
 }

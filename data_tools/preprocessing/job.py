@@ -22,7 +22,7 @@ from data_tools.preprocessing.workers import worker_pool
 from moelpr.data.manifest import Manifest, from_json
 from moelpr.data.manifest import Source as ManifestSource
 from moelpr.errors import UserError
-from moelpr.files import LOCK_FILE, atomic_file, empty, locked, make_folder
+from moelpr.files import LOCK_FILE, empty, locked, make_folder, write_text
 
 # A resumed job repeats what the interrupted one did after it last saved.
 SAVE_EVERY_S = 30.0
@@ -161,8 +161,7 @@ class Job:
         """Save what is needed to resume from here; everything written up to here must be on disk."""
         self._skipped.flush()
         os.fsync(self._skipped.fileno())
-        with atomic_file(self._folder / _STATE) as temporary:
-            temporary.write_text(json.dumps(self.state, default=vars), "utf-8")
+        write_text(self._folder / _STATE, json.dumps(self.state, default=vars))
 
     def commit(self) -> None:
         """Rename the files. Can be repeated if it is interrupted."""

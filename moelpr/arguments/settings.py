@@ -24,8 +24,6 @@ from moelpr.model_spec import ModelSpec
 from moelpr.run_folder import RECIPE_FILE, TRACKER_FILE, saved_step
 from moelpr.yaml_files import read_mapping
 
-MOE_STAGES = ("stage1", "stage2")
-
 # Defaults that differ from Megatron's: the supported models were trained without dropout, and validation is optional.
 _DEFAULTS = (
     "--attention-dropout 0 --hidden-dropout 0 --eval-iters 0 --eval-interval 1000 --save-interval 500 --log-interval 10"

@@ -23,7 +23,7 @@ from tqdm import tqdm
 import moelpr
 from moelpr.data.tokenizer import Tokenizer, load_tokenizer, vocabulary_checksum
 from moelpr.errors import UserError
-from moelpr.files import atomic_file, parse_json
+from moelpr.files import parse_json, write_text
 from moelpr.vocabulary_extension import VOCABULARY_EXTENSION_FILE, VocabularyExtension
 
 FORMAT_VERSION = 1
@@ -227,8 +227,7 @@ class Manifest:
 
     def write(self, prefix: str | os.PathLike[str]) -> None:
         """Write the manifest beside its corpus, atomically."""
-        with atomic_file(manifest_path(prefix)) as temporary:
-            temporary.write_text(json.dumps(self, default=vars, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        write_text(manifest_path(prefix), json.dumps(self, default=vars, indent=2, ensure_ascii=False) + "\n")
 
 
 def _block_checksum(block: bytes) -> str:

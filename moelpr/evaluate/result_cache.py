@@ -11,7 +11,7 @@ from urllib.parse import quote, unquote
 from moelpr.checkpoints import checkpoint_chain
 from moelpr.errors import UserError
 from moelpr.evaluate.models import is_megatron
-from moelpr.files import atomic_file, make_folder, parse_json
+from moelpr.files import make_folder, parse_json, write_text
 from moelpr.model_spec import FILE_NAME
 from moelpr.run_folder import HF_FOLDER
 
@@ -51,9 +51,8 @@ class ResultCache:
 
     def write(self, model: str, name: str, key: Json, result: Json) -> None:
         if self._folder:
-            with atomic_file(self._path(model, name)) as temporary:
-                content = {"of": {**_VERSION, **key}, "result": result, "crc32": _checksum(result)}
-                temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+            content = {"of": {**_VERSION, **key}, "result": result, "crc32": _checksum(result)}
+            write_text(self._path(model, name), json.dumps(content) + "\n")
 
     def complete(
         self, model: str, keys: Mapping[str, Json], measure: Callable[[list[str]], Iterable[tuple[str, Json]]]

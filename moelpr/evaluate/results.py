@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moelpr.evaluate.compare import Comparison
-from moelpr.files import atomic_file
+from moelpr.files import write_text
 from moelpr.report import page
 
 
@@ -45,9 +45,8 @@ class Results(ABC):
 
     def write(self, folder: Path) -> None:
         """Write NAME.json, NAME.md, NAME.html and each figure as SVG into `folder`, replacing existing files."""
-        with atomic_file(folder / f"{self.name}.json") as temporary:
-            content = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
-            temporary.write_text(content + "\n", encoding="utf-8")
+        content = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
+        write_text(folder / f"{self.name}.json", content + "\n")
         findings: list[page.Block] = [page.Points(self.findings())] if self.findings() else []
         tables = [page.Section(title, [table]) for title, table in self.tables().items()]
         overview = page.Section("", [*findings, *self.figures()])

@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from torch import Tensor
 
 from moelpr.model_spec import NewTokens
-from moelpr.stages import Part, part_of
+from moelpr.stages import VOCABULARY_PARTS, part_of
 
 # Attribute of a parameter of which only some rows train: their slice on this tensor-parallel rank.
 ROWS = "rows_that_train"
@@ -29,7 +29,7 @@ def train_new_rows_only(model_chunks: list[GPTModel], new_tokens: NewTokens) -> 
     """Mark the matrices of the vocabulary, and have Megatron zero the gradients of their old rows in each step."""
     for chunk in model_chunks:
         for name, parameter in chunk.named_parameters():
-            if part_of(name) in (Part.EMBEDDING, Part.OUTPUT_LAYER):
+            if part_of(name) in VOCABULARY_PARTS:
                 num_rows = len(parameter)
                 first = parallel_state.get_tensor_model_parallel_rank() * num_rows
                 start, end = (min(max(id - first, 0), num_rows) for id in (new_tokens.first, new_tokens.end))

@@ -14,7 +14,7 @@ from moelpr.families.families import family_named
 from moelpr.families.tables import pieces
 from moelpr.layouts import PlannedLayout
 from moelpr.model_spec import ModelSpec, MoeSpec
-from moelpr.stages import Part, part_of, trained_parts
+from moelpr.stages import VOCABULARY_PARTS, Part, part_of, trained_parts
 
 # Per parameter.
 WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
@@ -203,7 +203,7 @@ def held_on_stage(spec: ModelSpec, parts: Parts, layout: PlannedLayout, pp_rank:
         is_on_this_end = is_first or (is_last and is_tied) if part is Part.EMBEDDING else is_last
         if not (is_on_this_end if layer is None else layer in layers):
             continue
-        if part in (Part.EMBEDDING, Part.OUTPUT_LAYER):
+        if part in VOCABULARY_PARTS:
             numel = numel // vocab_size * padded_vocabulary(vocab_size, layout.tp)
         assert numel % divisor(part, layout) == 0, (part, numel, layout)
         held[part] = held.get(part, 0) + numel // divisor(part, layout)

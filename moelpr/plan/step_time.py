@@ -24,7 +24,7 @@ from moelpr.plan.memory import (
     padded_vocabulary,
     trains_output,
 )  # fmt: skip
-from moelpr.stages import Part
+from moelpr.stages import VOCABULARY_PARTS, Part
 
 # Fractions of the data sheets' rates that large matrix products, other kernels, and collectives reach.
 MATMUL_EFFICIENCY = 0.5
@@ -215,7 +215,7 @@ def step_time(
         held = held_on_stage(spec, parts, layout, pp_rank)
         gathered = WEIGHT_BYTES[workload.dtype] if layout.distributed_optimizer else GRADIENT_BYTES
         reduce_s = 0.0
-        for part in workload.trained & {Part.NEW_EXPERTS, Part.EMBEDDING, Part.OUTPUT_LAYER}:
+        for part in workload.trained & {Part.NEW_EXPERTS, *VOCABULARY_PARTS}:
             reduce_s += links.data_s(held.get(part, 0) * (GRADIENT_BYTES + gathered), part is Part.NEW_EXPERTS)
         return StepTime(
             products_s=num_microbatches * products_s,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from moelpr.files import atomic_file
+from moelpr.files import write_text
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,7 @@ def write_page(folder: Path, name: str, page: Page) -> Path:
     blocks = [block for section in page.sections for block in section.blocks]
     files = {f"{block.name}.svg": block.svgs[0] for block in blocks if isinstance(block, Figure) and block.name}
     for file, text in (files | {f"{name}.md": to_markdown(page), f"{name}.html": to_html(page)}).items():
-        with atomic_file(folder / file) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(folder / file, text)
     return folder / f"{name}.html"
 
 

@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from moelpr.files import atomic_file
+from moelpr.files import write_text
 from moelpr.languages import language_name
 from moelpr.report import page, plots
 from moelpr.report.claims import Claims, Judgment, check_result
@@ -44,11 +44,9 @@ class Report:
         judgments = self.claims.judge(self.evaluation, self.checks)
         held_out = held_out_results(self.runs)
         title = _title(self.runs, self.claims, judgments)
-        with atomic_file(folder / "report.json") as temporary:
-            numbers = json.dumps(_numbers(self, title, judgments, held_out))
-            content = json.loads(numbers, parse_constant=lambda _: None)  # JSON has neither NaN nor Inf
-            text = json.dumps(content, indent=1, ensure_ascii=False)
-            temporary.write_text(text + "\n", encoding="utf-8")
+        numbers = json.dumps(_numbers(self, title, judgments, held_out))
+        content = json.loads(numbers, parse_constant=lambda _: None)  # JSON has neither NaN nor Inf
+        write_text(folder / "report.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
         kicker = f"Training report of {', '.join(str(run.folder) for run in self.runs)}, written {written}"
         return page.write_page(folder, "report", page.Page(title, kicker, _sections(self, judgments, held_out)))

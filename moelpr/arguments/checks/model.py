@@ -4,7 +4,8 @@ from collections.abc import Iterable
 
 from moelpr.arguments import kernels
 from moelpr.arguments.kernels import INSTALL
-from moelpr.arguments.settings import FIXED_FOR_MOE, MOE_STAGES, RunSettings
+from moelpr.arguments.settings import FIXED_FOR_MOE, RunSettings
+from moelpr.stages import MOE_STAGES
 
 # Parts of the model's description that training may change.
 _FREE_SHAPE = ("attention_dropout", "hidden_dropout", "init_method_std")

@@ -5,6 +5,7 @@ import os
 import stat
 from collections.abc import Iterator
 from enum import StrEnum
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -90,13 +91,7 @@ def find_files(names: list[str]) -> list[str]:
 
 def _files_below(folder: str) -> Iterator[str]:
     """Files with text in a folder and the folders in it, links included, but hidden ones and corpora's manifests."""
-    seen = set()
-    for path, folders, names in os.walk(folder, onerror=_refuse_folder, followlinks=True):
-        real = os.path.realpath(path)
-        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
-        if real in seen:  # a link to a folder around it, or a second one
-            continue
-        seen.add(real)
+    for path, names in _walk(folder):
         for name in names:
             file = str(Path(path) / name)
             is_hidden = name.startswith(".") or name.endswith(_MANIFEST_SUFFIX)
@@ -105,14 +100,39 @@ def _files_below(folder: str) -> Iterator[str]:
 
 
 def _check_folders_of(pattern: str) -> None:
-    """Read the folders that a pattern may lead to, because `glob` omits what it can't read."""
-    folder = root = os.path.dirname(pattern)
-    depth = 0  # of the folders with files that match, below `root`
-    while glob.has_magic(root):
-        root, depth = os.path.dirname(root), depth + 1
-    for path, folders, _ in os.walk(root or ".", onerror=_refuse_folder):
-        is_deepest = "**" not in folder and len(Path(os.path.relpath(path, root or ".")).parts) == depth
-        folders[:] = [] if is_deepest else [name for name in folders if not name.startswith(".")]
+    """List the folders that a pattern may lead to, because `glob` omits those that it can't read."""
+    *folders, name = Path(pattern).parts
+    found = [Path(pattern).anchor or "."]
+    for part in folders[bool(Path(pattern).anchor) :]:
+        if part == "**":
+            found = [path for folder in found for path, _ in _walk(folder)]
+        elif glob.has_magic(part):
+            found = [path for folder in found for path in _listed(folder) if fnmatch(os.path.basename(path), part)]
+        else:
+            found = [os.path.join(folder, part) for folder in found]
+        found = [path for path in found if os.path.isdir(path)]
+    for folder in found:
+        _listed(folder)
+        if name == "**":
+            list(_walk(folder))
+
+
+def _listed(folder: str) -> list[str]:
+    try:
+        return [os.path.join(folder, name) for name in os.listdir(folder) if not name.startswith(".")]
+    except OSError as error:
+        _refuse_folder(error)
+
+
+def _walk(top: str) -> Iterator[tuple[str, list[str]]]:
+    """Each folder with the names in it, links included; hidden folders and second names of a folder are left out."""
+    seen = set()
+    for path, folders, names in os.walk(top, onerror=_refuse_folder, followlinks=True):
+        real = os.path.realpath(path)
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        if real not in seen:  # otherwise a link to a folder around it, or a second one
+            seen.add(real)
+            yield path, names
 
 
 def _refuse_folder(error: OSError) -> NoReturn:

@@ -45,13 +45,15 @@ read_container_options() {
 
 # Print the path outside the container of $1, a path inside.
 path_outside() {
-    local mount from to
+    local path=$1 mount from to longest="" outside
+    if [[ $path != /* ]]; then path=$PWD/$path; fi
+    outside=$path
     for mount in ${mounts//,/ }; do
         IFS=: read -r from to _ <<<"$mount"
-        if [[ $1/ == "$to"/* ]]; then
-            echo "$from${1#"$to"}"
-            return
+        to=${to:-$from} to=${to%/}
+        if [[ $path/ == "$to"/* && ${#to} -ge ${#longest} ]]; then
+            longest=$to outside=${from%/}${path#"$to"}
         fi
     done
-    echo "$1"
+    echo "$outside"
 }

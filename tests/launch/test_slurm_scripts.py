@@ -16,7 +16,7 @@ PROGRAMS = {
     "srun": RECORD
     + 'echo "$NNODES nodes at $MASTER_ADDR:$MASTER_PORT for $PET_RDZV_ID" >>"$CALLS"; exit "${SRUN_CODE:-0}"',
     "scontrol": 'case "$*" in *hostnames*) echo n1 ;; *node*) echo "NodeName=n1 NodeAddr=127.0.0.1 Port=1" ;; '
-    '"--oneliner show job"*) echo "JobId=7 PreemptTime=${PREEMPTED:-None}" ;; '
+    '"--oneliner show job"*) echo "JobId=7 JobState=${STATE:-RUNNING} PreemptTime=${PREEMPTED:-None}" ;; '
     '--version) echo "slurm ${VERSION:-24.11.5}" ;; '
     '*partition*) echo "PartitionName=low PreemptMode=${MODE:-REQUEUE}" ;; ' + f"*) {RECORD.strip()} ;; esac",
 }
@@ -240,9 +240,9 @@ def test_a_stage_exits_with_the_trainers_code_and_is_not_repeated(calls: Calls, 
     assert calls.made[-1] == "scontrol [update] [JobId=7] [Requeue=0]"
     num_calls = len(calls.made)
     assert stage(calls, tmp_path, *STAGE, SRUN_CODE="2", PREEMPTED="2026-01-01T00:00:00").returncode == 2
-    assert not any(
-        "Requeue=0" in call for call in calls.made[num_calls:]
-    )  # it may have failed because nodes were taken
+    assert stage(calls, tmp_path, *STAGE, SRUN_CODE="2", STATE="PENDING").returncode == 2
+    # It may have failed because nodes were taken, or died.
+    assert not any("Requeue=0" in call for call in calls.made[num_calls:])
 
 
 @pytest.mark.parametrize(
@@ -268,11 +268,15 @@ def test_a_preempted_stage_is_requeued_once(
     assert ("scontrol [requeue] [7]" in calls.made) == is_requeued_here
 
 
-def test_a_stage_finds_its_folder_outside_the_container(calls: Calls, tmp_path: Path) -> None:
-    mounts = ["--container-mounts", f"{tmp_path}:/data,/elsewhere:/data2"]
-    done = stage(calls, tmp_path, "--apptainer", "a.sif", *mounts, "stage1", "--save", "/data/save")
+@pytest.mark.parametrize(
+    "mounts", ["{here}:/data,/elsewhere:/data2", "/elsewhere:/data,{here}/save:/data/save/", "{here}"]
+)
+def test_a_stage_finds_its_folder_outside_the_container(calls: Calls, tmp_path: Path, mounts: str) -> None:
+    save = f"{tmp_path}/save" if mounts == "{here}" else "/data/save"
+    flags = ["--container-mounts", mounts.format(here=tmp_path)]
+    done = stage(calls, tmp_path, "--apptainer", "a.sif", *flags, "stage1", "--save", save)
     assert done.returncode == 0, done.stderr
-    assert "[--save] [/data/save]" in "\n".join(calls.made)
+    assert f"[--save] [{save}]" in "\n".join(calls.made)
 
 
 def test_a_stage_starts_where_nodes_are_not_shown(calls: Calls, tmp_path: Path) -> None:
@@ -280,8 +284,9 @@ def test_a_stage_starts_where_nodes_are_not_shown(calls: Calls, tmp_path: Path) 
     scontrol.write_text(
         scontrol.read_text().replace('*node*) echo "NodeName=n1 NodeAddr=127.0.0.1 Port=1"', "*node*) exit 1")
     )
+    scontrol.write_text(scontrol.read_text().replace("echo n1", "echo localhost"))
     assert stage(calls, tmp_path, *STAGE).returncode == 0
-    assert "2 nodes at n1:" in "\n".join(calls.made)
+    assert "2 nodes at localhost:" in "\n".join(calls.made)
 
 
 def test_tools_of_an_array_get_their_shard(calls: Calls) -> None:

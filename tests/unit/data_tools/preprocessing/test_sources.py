@@ -2,6 +2,7 @@
 
 import gzip
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,20 +96,25 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: p
     for name in ("a/1.jsonl", "a/locked/2.jsonl", "b/3.jsonl", "b/.hidden/4.jsonl"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    scandir = os.scandir
+    (tmp_path / "c").symlink_to(tmp_path / "a" / "locked")
 
-    def fail(path: str) -> Any:
-        if Path(path).name in ("locked", ".hidden"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
+    def failing(read: Callable[[str], Any]) -> Callable[[str], Any]:
+        def fail(path: str) -> Any:
+            if Path(path).resolve().name in ("locked", ".hidden"):
+                raise PermissionError(13, "Permission denied", str(path))
+            return read(path)
 
-    monkeypatch.setattr(os, "scandir", fail)
-    for pattern in ("a", "a/", "**/*.jsonl", "a/*/*.jsonl", "*/*/*.jsonl"):
+        return fail
+
+    monkeypatch.setattr(os, "scandir", failing(os.scandir))
+    monkeypatch.setattr(os, "listdir", failing(os.listdir))
+    for pattern in ("a", "a/", "**/*.jsonl", "a/*/*.jsonl", "*/*/*.jsonl", "a/**", "c/*.jsonl", "[c]/*.jsonl"):
         monkeypatch.chdir(tmp_path)
-        with pytest.raises(UserError, match=r"locked can't be read \(Permission denied\)"):
+        with pytest.raises(UserError, match=r"(locked|c) can't be read \(Permission denied\)"):
             find_files([pattern])
     assert find_files(["b"]) == find_files(["b/*.jsonl"]) == ["b/3.jsonl"]
-    assert find_files(["*/*.jsonl"]) == ["a/1.jsonl", "b/3.jsonl"]
+    assert find_files(["[ab]/*.jsonl"]) == ["a/1.jsonl", "b/3.jsonl"]
+    assert find_files(["[b]*/**"]) == find_files(["[b]/*"]) == ["b/3.jsonl"]  # folders beside it do not matter
 
 
 def test_a_name_that_is_not_utf_8_is_refused_before_the_work(tmp_path: Path) -> None:

@@ -44,9 +44,13 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"can't write to the folder {folder} ({error.strerror}); choose another") from error
 
 
+# Processes of other machines, whose numbers mean nothing here, may write into the same folder.
+_MACHINE = f"{zlib.crc32(os.uname().nodename.encode()):08x}"
+
+
 def temporary_name(path: Path) -> Path:
     """A name in the same folder that no reader mistakes for the finished output."""
-    return path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    return path.with_name(f".{path.name}.tmp-{_MACHINE}-{os.getpid()}")
 
 
 @contextmanager
@@ -67,7 +71,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 def _remove_leftovers(path: Path) -> None:
     """Remove what killed processes of this machine have left of `path` under its temporary names."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.tmp-*"):
+    for left in path.parent.glob(f".{glob.escape(path.name)}.tmp-{_MACHINE}-*"):
         number = left.name.removesuffix("-old").rpartition("-")[2]
         if number.isdecimal() and len(number) < 10 and not psutil.pid_exists(int(number)):
             remove(left)

@@ -278,7 +278,7 @@ def _load(type: str, model: str, special_tokens: bool, eod_token: str | None) ->
         # transformers imports torch if it is installed, which takes a second; a tokenizer doesn't need it.
         sys.modules["torch"] = None  # type: ignore[assignment]
         os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # nor the warning that torch is missing
-    tokenizer = load_tokenizer(type, model, special_tokens)
+    tokenizer = load_tokenizer(type, model, special_tokens, must_keep_text=True)
     eod_id = tokenizer.eod_id
     if eod_token is not None:
         vocabulary = tokenizer.vocabulary()

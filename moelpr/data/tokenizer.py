@@ -141,26 +141,29 @@ def vocabulary_checksum(vocabulary: dict[str, int], vocab_size: int) -> str:
     return _sha256(sorted((id, token) for token, id in vocabulary.items() if id < vocab_size))
 
 
-def load_tokenizer(tokenizer_type: str, tokenizer_model: str, include_special_tokens: bool = True) -> Tokenizer:
+def load_tokenizer(
+    tokenizer_type: str, tokenizer_model: str, include_special_tokens: bool = True, must_keep_text: bool = False
+) -> Tokenizer:
     """Load a local tokenizer; nothing is downloaded and none of its code is run.
 
     Args:
         tokenizer_model: a folder (or the name of a cached model) or a SentencePiece .model file.
         include_special_tokens: keep the tokens that a Hugging Face tokenizer adds around a text, such as Llama's <s>;
             SentencePiece never adds any.
+        must_keep_text: see `check_text_is_kept`.
 
     Raises:
-        UserError: The tokenizer can't be loaded.
+        UserError: The tokenizer can't be loaded, or loses text.
     """
     if tokenizer_type == "HuggingFaceTokenizer":
-        return _HuggingFaceTokenizer(tokenizer_model, include_special_tokens)
+        return _HuggingFaceTokenizer(tokenizer_model, include_special_tokens, must_keep_text)
     if tokenizer_type == "SentencePieceTokenizer":
         return _SentencePieceTokenizer(tokenizer_model)
     raise UserError(f"--tokenizer-type must be one of {', '.join(TOKENIZER_TYPES)}, got {tokenizer_type}")
 
 
 class _HuggingFaceTokenizer:
-    def __init__(self, model: str, include_special_tokens: bool) -> None:
+    def __init__(self, model: str, include_special_tokens: bool, must_keep_text: bool) -> None:
         check_tokenizer_files(model)
         from transformers import AutoTokenizer  # takes two seconds, which SentencePiece does not need
 
@@ -174,7 +177,8 @@ class _HuggingFaceTokenizer:
                 f"can't load a tokenizer from {model}; --tokenizer-model must be a folder with tokenizer.json and "
                 f"tokenizer_config.json{'' if Path(model).exists() else hint}"
             ) from error
-        check_text_is_kept(model, tokenizer)
+        if must_keep_text:
+            check_text_is_kept(model, tokenizer)
         self._tokenizer = tokenizer
         self._include_special_tokens = include_special_tokens
         self.vocab_size: int = len(tokenizer)

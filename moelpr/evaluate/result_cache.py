@@ -18,7 +18,7 @@ from moelpr.run_folder import HF_FOLDER
 Json = dict[str, Any]
 
 CACHE_FOLDER = "parts"
-_VERSION = {"format_version": 2}
+_VERSION = {"format_version": 3}
 
 
 class ResultCache:

@@ -14,6 +14,7 @@ from moelpr.arguments.parse import check_arguments, refused_by_megatron, registe
 from moelpr.checkpoints import write_checksums
 from moelpr.data.dataset import TaggedGPTDataset, dataset_config
 from moelpr.data.epoch_table import epoch_table
+from moelpr.errors import UserError
 from moelpr.megatron_patches import hooks, megatron_fixes
 from moelpr.model.builder import block_spec
 from moelpr.model.config import MoELPRConfig
@@ -94,7 +95,13 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
     builder = BlendedMegatronDatasetBuilder(
         TaggedGPTDataset, num_samples, lambda: get_tensor_model_parallel_rank() == 0, dataset_config(args)
     )
-    train, *others = builder.build()
+    try:
+        train, *others = builder.build()
+    except PermissionError as error:  # there are orders of other settings, or of an older version
+        raise UserError(
+            f"can't save the order of samples: {error.filename} can't be written; pass --data-cache-path with a folder "
+            "of your own"
+        ) from error
     if torch.distributed.get_rank() == 0 and train is not None:
         print_rank_0(epoch_table(train, num_samples[0], args.seq_length))
     return train, *others

@@ -83,7 +83,9 @@ class Case:
         """Raise `Failure` unless the command ended well."""
         ended.require_clean()
         if left := [
-            name for name in digests(self.box) if re.search(r"/\.[^/]*\.(tmp-\d+(-old)?|partial|unfinished)$", name)
+            name
+            for name in digests(self.box)
+            if re.search(r"/\.[^/]*\.(tmp-[0-9a-f]+-\d+(-old)?|partial|unfinished)$", name)
         ]:
             raise Failure(f"left behind: {', '.join(left)}")
         if ended.code:

@@ -23,6 +23,7 @@ from moelpr.files import (
     parse_json,
     refuse_existing,
     resumable_directory,
+    temporary_name,
     write_text,
 )
 
@@ -279,8 +280,10 @@ def test_what_a_killed_process_has_left_is_removed_by_the_next_one(
 ) -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
-    others = [tmp_path / name for name in (f".a.tmp-{os.getppid()}", ".a.tmp-x", f".b.tmp-{ended.pid}")]
-    for path in (tmp_path / f".a.tmp-{ended.pid}", *others):
+    here = temporary_name(Path("a")).name.removesuffix(str(os.getpid()))  # ".a.tmp-MACHINE-"
+    others = [f"{here}{os.getppid()}", ".a.tmp-x", f".b{here[2:]}{ended.pid}", f".a.tmp-elsewhere-{ended.pid}"]
+    others = [tmp_path / name for name in others]
+    for path in (tmp_path / f"{here}{ended.pid}", *others):
         path.touch()
     with write(tmp_path / "a") as temporary:
         (temporary / "file" if temporary.is_dir() else temporary).touch()

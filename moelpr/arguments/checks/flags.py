@@ -16,7 +16,10 @@ _REQUIRED = {
     "--data-path PREFIX (data_tools/preprocess_data.py makes a corpus)": (*DATA_FLAGS, "mock_data"),
 }
 
-_EXCLUSIVE = (("train_iters", "train_samples"), DATA_FLAGS, ("fp16", "bf16", "fp32"))
+# With a schedule of batch sizes, Megatron takes steps of the first size for all of --train-iters.
+_EXCLUSIVE = (
+    ("train_iters", "train_samples"), ("train_iters", "step_batch_size_schedule"), DATA_FLAGS, ("fp16", "bf16", "fp32"),
+)  # fmt: skip
 
 # Least value and the bound that it must be below.
 _RANGES: dict[tuple[int, float], tuple[str, ...]] = {

@@ -35,7 +35,7 @@ _UNSUPPORTED = {
     "moe_use_upcycling": "use checkpoint_convert/hf_to_mcore.py --num-new-experts N instead",
     "moe_enable_deepep": "it needs the flex dispatcher, see docs/design/gpu.md; remove it",
     "checkpoint_activations": "Megatron replaced it; use --recompute-activations",
-    "rampup_batch_size": "Megatron ignores it; use --step-batch-size-schedule",
+    "rampup_batch_size": "Megatron ignores it; use --step-batch-size-schedule with --train-samples",
     "moe_aux_loss_coeff": "it is computed from --balance-loss-coeff; use that",
     "mock_data": "it has no language bits; use --data-path PREFIX",
     "reset_attention_mask": "attention builds its own mask; use --dataloader-inter-document-masking",

@@ -132,14 +132,14 @@ def test_a_tokenizer_that_transformers_makes_lossy_is_refused(make_base, tmp_pat
     change_json(base / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     assert_import_fails(base, tmp_path, "as Qwen2Tokenizer, which loses text")
     with pytest.raises(UserError, match="'twowords'"):  # as preprocessing loads it
-        load_tokenizer("HuggingFaceTokenizer", str(base))
+        load_tokenizer("HuggingFaceTokenizer", str(base), must_keep_text=True)
 
 
 def test_the_remedy_for_a_lossy_tokenizer_works_for_a_llama(make_base) -> None:
     base = make_base("LlamaForCausalLM", save_llama2_as_on_the_hub)
     change_json(base / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer", add_prefix_space=False)
     with pytest.raises(UserError, match="PreTrainedTokenizerFast"):
-        load_tokenizer("HuggingFaceTokenizer", str(base))
+        load_tokenizer("HuggingFaceTokenizer", str(base), must_keep_text=True)
     change_json(base / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     tokenizer = load_tokenizer("HuggingFaceTokenizer", str(base))
     assert tokenizer.decode(tokenizer.encode_batch(["two words"])[0]) == "two words"

@@ -14,6 +14,7 @@ from data_tools import corpus_writer
 from data_tools.corpus import Corpus, CorpusPaths
 from data_tools.corpus_writer import CorpusWriter, Documents, token_dtype
 from moelpr.errors import UserError
+from moelpr.files import temporary_name
 
 # A document is a list of runs (language bit, tokens); some are empty, some runs are.
 DOCUMENTS = st.lists(st.lists(st.tuples(st.booleans(), st.integers(0, 40)), max_size=4), max_size=30)
@@ -125,7 +126,7 @@ def test_output_names_that_are_impossible_are_reported(
 
 
 def test_the_longest_name_is_accepted(tmp_path: Path) -> None:
-    name = "a" * (255 - len(f"..manifest.json.tmp-{os.getpid()}"))
+    name = "a" * (255 - len(temporary_name(Path(".manifest.json")).name))
     with write(tmp_path / name) as writer:
         writer.finalize()
         writer.commit()

@@ -1,7 +1,5 @@
 """The losses of a step belong to the tokens that the model reads, and to its original-language tokens."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -13,12 +11,11 @@ MICROBATCHES = 2
 
 
 @pytest.fixture
-def two_micro_batches() -> Iterator[None]:
+def two_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.core import num_microbatches_calculator as calculator
 
+    monkeypatch.setattr(calculator, "_GLOBAL_NUM_MICROBATCHES_CALCULATOR", None)  # another test's
     calculator.init_num_microbatches_calculator(0, None, 2 * MICROBATCHES, 2, 1)
-    yield
-    calculator.destroy_num_microbatches_calculator()
 
 
 @pytest.mark.usefixtures("two_micro_batches")

@@ -55,9 +55,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     inputs = [os.path.realpath(prefix) for prefix in arguments.input or ()]
     if os.path.realpath(arguments.output_prefix) in inputs:
         raise UserError(f"--output-prefix {arguments.output_prefix} is one of the inputs; choose another name")
-    for prefix, path in zip(arguments.input or (), inputs, strict=True):
-        if inputs.count(path) > 1:
-            raise UserError(f"--input names {prefix} twice; name it once")
     return arguments
 
 

@@ -180,7 +180,13 @@ def _run_main(module: str, words: list[str], variables: Mapping[str, str]) -> No
     faulthandler.register(signal.SIGUSR2, file=2)
     os.environ |= variables
     sys.argv[:] = [module.rsplit(".", 1)[-1], *words]
-    os._exit(_exit_code(import_module(module).main))
+    main = import_module(module).main
+    try:
+        os._exit(_exit_code(main))
+    except KeyboardInterrupt:  # before or after the command: it ends a process as the signal does
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+        os._exit(1)
 
 
 def _exit_code(main: Callable[[], None]) -> int:

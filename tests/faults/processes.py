@@ -77,10 +77,10 @@ class Running:
         self.pid = os.fork()
         if self.pid == 0:
             try:
+                for number in SIGNALS:  # before the session, to which the signals go
+                    signal.signal(number, signal.SIG_DFL)
                 os.setsid()
                 os.chdir(box)
-                for number in SIGNALS:
-                    signal.signal(number, signal.SIG_DFL)
                 streams = [os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for path in self._paths]
                 for number, stream in enumerate((os.open(os.devnull, os.O_RDONLY), *streams)):
                     os.dup2(stream, number)

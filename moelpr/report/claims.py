@@ -28,8 +28,8 @@ def read_verifications(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
 
 def read_facts(path: Path) -> dict[str, dict[str, str]]:
     """Title -> name -> value as text. Raises UserError for a file of something else."""
+    content = read_mapping(path, "facts")
     with named_input("--facts", path, "a mapping of title to {name: value}"):
-        content = read_mapping(path, "facts")
         return {
             str(title): {str(name): str(value) for name, value in facts.items()} for title, facts in content.items()
         }

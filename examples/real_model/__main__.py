@@ -33,13 +33,14 @@ def main() -> None:
     add("--base", type=Path, metavar="DIR", help="Hugging Face directory (default: SmolLM2-135M, which is downloaded)")
     tokens = "tokens of stage 1, full fine-tuning and LoRA; other steps in proportion (default: %(default)s)"
     add("--tokens", type=int, default=TOKENS, metavar="N", help=tokens)
+    usual, extra = ([setting.name for setting in ALL.values() if setting.is_extra == x] for x in (False, True))
     add("--only", nargs="+", choices=list(ALL), metavar="NAME",
-        help=f"settings to train (default: all but lora-16: {', '.join(ALL)})")  # fmt: skip
+        help=f"settings to train (default: {', '.join(usual)}; others: {', '.join(extra)})")  # fmt: skip
     add("--list", action="store_true", help="list the steps, whether they are done, and their time; start nothing")
     args = parser.parse_args()
     os.chdir(ROOT)
     tasks = Tasks(args.run, args.base, args.tokens)
-    names = set(args.only or [setting.name for setting in ALL.values() if not setting.is_extra])
+    names = set(args.only or usual)
     chosen = [task for task in tasks.all() if task.settings & names]
     run = Steps(args.run)
     if args.list:

@@ -17,6 +17,7 @@ from examples.real_model.settings import (
     SETTINGS,
     STAGE0_BLEND,
     STAGE0_SHARE,
+    TWICE,
 )
 from examples.real_model.signs import MARGIN, Verdict, change, signs
 from moelpr.files import write_text
@@ -35,6 +36,7 @@ CHART = {
     "1 copy, changed": {"no LPR loss": "no-lpr", "random experts": "random", "reference loss": "reference"},
     "no frozen original": {"full fine-tuning": "full", "plain MoE": "plain"},
     "LoRA": {"largest rank": "lora", "rank 16": "lora-16"},
+    "MoE-LPR, K copies, more text": {"twice the tokens": TWICE},
 }
 JOINED = 2  # of these
 FAR = 0.05, 0.2  # changes beyond which a setting is drawn at the chart's edge

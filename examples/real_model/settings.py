@@ -1,7 +1,7 @@
 """What is compared on the real model, and how each setting is trained.
 
-A setting is one way to train, and has one model per seed. All settings read the same text in the same order, in steps
-of 1,024 tokens: TOKENS in stage 1, full fine-tuning and LoRA, REVIEW_SHARE of that in stage 2. The settings of
+A setting is one way to train, and has one model per seed. All settings but TWICE read the same text in the same order,
+in steps of 1,024 tokens: TOKENS in stage 1, full fine-tuning and LoRA, REVIEW_SHARE of that in stage 2. The settings of
 VOCABULARY have further tokens, and are compared with each other and with one of SETTINGS.
 """
 
@@ -30,6 +30,7 @@ LORA_16 = 16  # a rank that users of peft choose; the setting "lora" has the lar
 NUM_NEW_TOKENS, STAGE0_SHARE, STAGE0_RATE = 8000, 0.2, 1e-3
 STAGE0_BLEND = {"expanded": 4, "original": 1}
 
+TWICE = "copies-twice"  # MoE-LPR that reads more: is it the tokens that it lacks?
 BASE, STAGE1_OF = "base", {"copies": "copies-stage1", "one-copy": "one-copy-stage1", "random": "random-stage1"}
 
 
@@ -76,6 +77,7 @@ SETTINGS = _by_name(
     Setting("random", "1 copy, new experts random", ("random-stage1",)),
     Setting("reference", "1 copy, reference LPR loss", ("one-copy-stage1",), len(SEEDS)),
     Setting("plain", "plain MoE, everything trained"),
+    Setting(TWICE, "MoE-LPR, K copies, twice the tokens", (f"{TWICE}-stage1",), is_extra=True),
     Setting("lora-16", f"LoRA, rank {LORA_16}", is_extra=True),
 )
 # MoE-LPR with K copies and further tokens. SAME_BYTES has read as much text as MoE-LPR without them has, SAME_TOKENS

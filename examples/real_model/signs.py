@@ -6,7 +6,7 @@ from enum import StrEnum
 from statistics import fmean
 from typing import Any
 
-from examples.real_model.settings import ORIGINAL, SETTINGS
+from examples.real_model.settings import ORIGINAL, SETTINGS, TWICE
 from moelpr.report.plots import percent
 
 Json = Mapping[str, Any]
@@ -69,10 +69,11 @@ def _of_the_paper(results: Json) -> list[Sign]:
 def _how_good(results: Json) -> list[Sign]:
     found = []
     for part, where, bar in (("in", "trained kinds", -0.35), ("out", "kinds never trained on", -0.15)):
-        value = change(results, "copies", part, "expanded")
-        text = f"expanded languages at least {-bar:.0%} better than base, {where}"
-        is_seen = None if value is None else value <= bar
-        found.append(Sign(text, _verdict(is_seen), _numbers(["MoE-LPR, K copies"], [value])))
+        for name in ("copies", *([TWICE] if TWICE in results["settings"] else [])):
+            value = change(results, name, part, "expanded")
+            text = f"expanded languages at least {-bar:.0%} better than base, {where}"
+            is_seen = None if value is None else value <= bar
+            found.append(Sign(text, _verdict(is_seen), _numbers([SETTINGS[name].label], [value])))
     done = results["settings"].get("copies")
     text = "each original language within 1% of base, or better, on every kind never trained on"
     if done is None:

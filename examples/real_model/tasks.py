@@ -33,6 +33,7 @@ from examples.real_model.settings import (
     STEP_TOKENS,
     TOKENS,
     TOPK,
+    TWICE,
     VOCABULARY,
     VOCABULARY_START,
     model_folder,
@@ -83,6 +84,7 @@ class Tasks:
             *self._cloze(),
             *(task for seed in rest for name in ("copies", "one-copy", "no-lpr") for task in self._stage2(name, seed)),
             *(task for seed in rest for task in self._stage2("reference", seed)),
+            *self._twice(),
             *self._searched("lora-16"),
         ]
         return tasks
@@ -116,7 +118,7 @@ class Tasks:
         run = STAGE1_OF[name]
         start = self.run / f"upcycled-{name}"
         users = frozenset({s.name for s in SETTINGS.values() if run in (s.name, *s.before)})
-        upcycled_for = users | {"plain"} if name == "one-copy" else users
+        upcycled_for = users | {"one-copy": {"plain"}, "copies": {TWICE}}.get(name, set())
         train = Training(
             model=run,
             stage="stage1",
@@ -131,7 +133,8 @@ class Tasks:
             tasks.append(self._evaluate(run))
         return tasks
 
-    def _stage2(self, name: str, seed: int) -> list[Task]:
+    def _stage2(self, name: str, seed: int, times: int = 1) -> list[Task]:
+        """`times`: the tokens of the other settings."""
         setting = SETTINGS[name]
         options = {"no-lpr": ("--lpr-loss-coeff", "0"), "reference": ("--lpr-loss", "reference")}
         model = setting.models[SEEDS.index(seed)]
@@ -140,7 +143,7 @@ class Tasks:
             stage="stage2",
             start=self.run / setting.before[-1],
             blend=REVIEW_BLEND,
-            steps=steps_of(self.tokens * REVIEW_SHARE),
+            steps=steps_of(times * self.tokens * REVIEW_SHARE),
             rate=STAGE2_RATE,
             settings=frozenset({name}),
             options=options.get(name, ()),
@@ -161,6 +164,20 @@ class Tasks:
             trains_everything=True,
         )
         return [train.task(self.run), self._evaluate("plain")]
+
+    def _twice(self) -> list[Task]:
+        """Both stages of MoE-LPR with K copies and twice the tokens."""
+        (stage1,) = SETTINGS[TWICE].before
+        train = Training(
+            model=stage1,
+            stage="stage1",
+            start=self.run / "upcycled-copies",
+            blend=EXPANDED_ONLY,
+            steps=steps_of(2 * self.tokens),
+            rate=STAGE1_RATE,
+            settings=frozenset({TWICE}),
+        )
+        return [train.task(self.run), *self._stage2(TWICE, SEEDS[0], times=2)]
 
     def _vocabulary(self) -> list[Task]:
         """Further tokens: tokenizer, corpora and model; then three stages for as much text, and for as many tokens."""

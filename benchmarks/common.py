@@ -133,11 +133,12 @@ def save_random_model(config: Any, folder: Path) -> Path:
     return folder
 
 
-def upcycle(hf: Path, folder: Path, new_experts: int, random: bool = False, **options: Any) -> Path:
+def upcycle(hf: Path, folder: Path, new_experts: int, random: bool = False, **choice: Any) -> Path:
     """Convert a Hugging Face directory into an upcycled Megatron checkpoint whose new experts are copies or random."""
     from checkpoint_convert.upcycling import Start, hf_to_mcore
+    from moelpr.families.expert_choice import ExpertChoice
 
-    hf_to_mcore(hf, folder, new_experts, start=Start("random" if random else "copied"), **options)
+    hf_to_mcore(hf, folder, ExpertChoice(new_experts, **choice), start=Start("random" if random else "copied"))
     return folder
 
 

@@ -27,7 +27,8 @@ from checkpoint_convert.megatron_folder import SIGNS, MegatronReader, num_elemen
 from checkpoint_convert.outputs import check_finite, check_output, output_folder
 from checkpoint_convert.upcycling import check_weights
 from moelpr.errors import UserError
-from moelpr.families.families import read_base, with_new_experts
+from moelpr.families.expert_choice import ExpertChoice, with_new_experts
+from moelpr.families.families import read_base
 from moelpr.families.tables import Piece, pieces, sizes_of
 from moelpr.files import parse_json
 from moelpr.model_spec import ModelSpec
@@ -145,8 +146,9 @@ def adapter_to_mcore(
     family, dense = read_base(hf_path)
     if dense.moe is not None:
         raise UserError(f"{hf_path} is an MoE; pass the dense model that the adapter was trained on")
+    experts = ExpertChoice(config.num_experts - 1, config.topk, moe_layers=config.layers)
     try:
-        spec = with_new_experts(family, dense, config.num_experts - 1, config.topk, list(config.layers))
+        spec = with_new_experts(family, dense, experts)
     except UserError as error:
         raise UserError(f"{adapter / CONFIG_FILE} does not fit {hf_path}: {error}") from error
     base, trained = HfReader(hf_path), _open_adapter(adapter)

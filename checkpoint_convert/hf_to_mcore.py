@@ -16,7 +16,8 @@ from checkpoint_convert.hub import find_model
 from checkpoint_convert.outputs import add_output_options
 from checkpoint_convert.upcycling import Start, hf_to_mcore
 from moelpr.errors import CommandParser, UserError, run_command
-from moelpr.families.families import layer_list, read_base, recommended_copies
+from moelpr.families.expert_choice import ExpertChoice
+from moelpr.families.families import read_base
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -33,14 +34,7 @@ def _parse_arguments() -> argparse.Namespace:
         help="a tokenizer that data_tools/extend_tokenizer.py made from the model's: each new token gets a row of the "
         "embedding and the output layer, the mean of those of the tokens that it replaces (default: the model's "
         "tokenizer)")  # fmt: skip
-    add("--topk", type=int, metavar="K", help="experts per token (default: 2; in an MoE, its own)")
-    add("--original-copies", type=int, metavar="C",
-        help="places of the dense FFN among the experts, 1 (the paper) to K; with K, a token can choose only the dense "
-        "FFN (default: K; in an MoE, the equal experts that it has)")  # fmt: skip
-    layers = parser.add_mutually_exclusive_group()
-    layers.add_argument("--moe-layers", type=layer_list, metavar="0,2,5",
-        help="layers to upcycle, 0-based (default: all)")  # fmt: skip
-    layers.add_argument("--moe-every-k-layers", type=int, metavar="k", help="upcycle layers k, 2k, 3k, …, 1-based")
+    ExpertChoice.add_flags(parser)
     start = parser.add_argument_group("initialization of new experts")
     start.add_argument("--new-experts", choices=("copied", "random"), default="copied",
         help="copies of the FFN (in an MoE: of expert 0), or random, an ablation (default: %(default)s)")  # fmt: skip
@@ -62,14 +56,11 @@ def main() -> None:
         raise UserError(
             "--dense adds no experts; remove --topk, --original-copies and the options for layers and new experts"
         )
-    experts = args.num_new_experts, args.topk  # the first is None with --dense
-    model, copies = find_model(args.hf_path, args.revision), args.original_copies
-    if copies is None and not args.dense:
-        copies = recommended_copies(read_base(model.folder)[1], args.topk)
+    model = find_model(args.hf_path, args.revision)
+    experts = None if args.dense else ExpertChoice.from_arguments(args, read_base(model.folder)[1])
     spec = hf_to_mcore(
-        model.folder, args.save, *experts, *layers, start, args.dtype, args.overwrite, copies, model,
-        args.extended_tokenizer,
-    )  # fmt: skip
+        model.folder, args.save, experts, start, args.dtype, args.overwrite, model, args.extended_tokenizer
+    )
     layout = "dense"
     if (moe := spec.moe) is not None:
         copies = f", {moe.original_copies} of them copies of the dense FFN" if moe.original_copies > 1 else ""

@@ -28,7 +28,8 @@ from checkpoint_convert.megatron_folder import SIGNS, num_elements, write_checkp
 from checkpoint_convert.new_tokens import read_extension, with_new_rows
 from checkpoint_convert.outputs import check_finite, check_output, output_folder
 from moelpr.errors import UserError
-from moelpr.families.families import CONFIG_FILE, Family, read_base, read_config, with_new_experts
+from moelpr.families.expert_choice import ExpertChoice, with_new_experts
+from moelpr.families.families import CONFIG_FILE, Family, read_base, read_config
 from moelpr.families.tables import Piece, megatron_shape, pieces, sizes_of, stacked_part, zeros
 from moelpr.model_spec import ModelSpec
 from moelpr.run_folder import HF_FOLDER
@@ -67,14 +68,10 @@ class Start:
 def hf_to_mcore(
     hf_path: Path,
     save: Path,
-    num_new_experts: int | None = 4,
-    topk: int | None = None,
-    moe_layers: list[int] | None = None,
-    moe_every_k_layers: int | None = None,
+    experts: ExpertChoice | None,
     start: Start | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
-    original_copies: int | None = None,
     recorded: Model | None = None,
     extended_tokenizer: Path | None = None,
 ) -> ModelSpec:
@@ -82,12 +79,9 @@ def hf_to_mcore(
 
     Args:
         hf_path: Hugging Face directory of a dense model or a stock MoE.
-        num_new_experts: N; None for a dense checkpoint.
-        topk: K; None for 2, or for the MoE's own.
-        moe_layers: 0-based layers to upcycle; `moe_every_k_layers`: layers k, 2k, …; neither: all layers.
+        experts: Experts to add; None for a dense checkpoint.
         start: How new experts and routers start; None for the paper's method.
         dtype: Dtype of the checkpoint (float32, bfloat16, float16); None for the model's.
-        original_copies: C, the places of the dense FFN; None for 1, or for the copies that the MoE has.
         recorded: Where the model at `hf_path` comes from, for the record; None for this folder.
         extended_tokenizer: Folder of a tokenizer that extends the model's: its new tokens get rows of the embedding and
             the output layer. None for the model's own tokenizer.
@@ -100,9 +94,8 @@ def hf_to_mcore(
     sources = [hf_path] if extended_tokenizer is None else [hf_path, extended_tokenizer]
     check_output(save, sources, overwrite, SIGNS)
     family, base = read_base(hf_path)
-    if num_new_experts is not None:
-        layers = moe_layers, moe_every_k_layers
-        spec = with_new_experts(family, base, num_new_experts, topk, *layers, original_copies)
+    if experts is not None:
+        spec = with_new_experts(family, base, experts)
     elif base.moe is None:
         spec = base
     else:

@@ -18,6 +18,7 @@ from torch import Tensor
 from checkpoint_convert.hf_folder import TOKENIZER_FILES
 from moelpr.data.tokenizer import load_tokenizer, vocabulary_checksum
 from moelpr.errors import UserError
+from moelpr.families.expert_choice import ExpertChoice
 from moelpr.vocabulary_extension import VocabularyExtension
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -212,12 +213,15 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def assert_import_fails(source: Path, tmp_path: Path, message: str, **options) -> None:
+FOUR = ExpertChoice(4)
+
+
+def assert_import_fails(source: Path, tmp_path: Path, message: str, experts: ExpertChoice = FOUR, **options) -> None:
     """The import fails with a one-line message that matches, and leaves nothing."""
     from checkpoint_convert.upcycling import hf_to_mcore
 
     with pytest.raises(UserError, match=message) as caught:
-        hf_to_mcore(source, tmp_path / "out", **options)
+        hf_to_mcore(source, tmp_path / "out", experts, **options)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
     assert_nothing_left(tmp_path)

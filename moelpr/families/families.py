@@ -4,7 +4,6 @@ To add a family, write its entry and add it to FAMILIES; docs/design/families.md
 classes are in moe_classes.py.
 """
 
-import argparse
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,6 @@ from moelpr.model_spec import MAX_LAYERS, ModelSpec, MoeSpec
 
 CONFIG_FILE = "config.json"
 
-_TOPK = 2  # K of the paper
 _MISTRAL = "mistral"
 
 # Key of an export's config.json: how many of its experts, from the first, are copies of the dense FFN; none means 1.
@@ -299,70 +297,6 @@ def read_base(folder: Path) -> tuple[Family, ModelSpec]:
     return family, ModelSpec(family.name, "float32", args, moe)
 
 
-def recommended_copies(base: ModelSpec, topk: int | None) -> int | None:
-    """C for users who pass none: K for a dense base (evidence: docs/results.md), None for an MoE, which has its own."""
-    return None if base.moe is not None else max(topk or _TOPK, 1)
-
-
-def with_new_experts(
-    family: Family,
-    base: ModelSpec,
-    num_new_experts: int,
-    topk: int | None = None,
-    moe_layers: list[int] | None = None,
-    moe_every_k_layers: int | None = None,
-    original_copies: int | None = None,
-) -> ModelSpec:
-    """Add N new experts to the FFN of a dense model, or to the experts of an MoE.
-
-    Args:
-        original_copies: C, the places of the FFN, at most K; None for 1, or for the MoE's own.
-        topk: K; None for 2, or for the MoE's own.
-        moe_layers: 0-based layers to upcycle; `moe_every_k_layers`: layers k, 2k, …; neither: all layers.
-
-    Raises:
-        UserError: a model with these experts cannot be trained or exported.
-    """
-    layers = _choose_layers(base, moe_layers, moe_every_k_layers)
-    num_layers = base.megatron_args["num_layers"]
-    if base.moe is None:
-        copies = 1 if original_copies is None else original_copies
-        moe = MoeSpec(num_new_experts, _TOPK if topk is None else topk, layers, original_copies=copies)
-    elif original_copies is None:
-        moe = replace(base.moe, num_new_experts=num_new_experts, topk=base.moe.topk if topk is None else topk)
-    else:
-        raise UserError(
-            f"--original-copies does not apply to an MoE: its {base.moe.num_experts} experts are all original, so a "
-            f"token's {base.moe.topk} choices can be original without copies; remove it"
-        )
-    spec = replace(base, moe=moe)
-    spec.check()
-    if not family.moe_class.may_mix_layers and len(layers) < num_layers:
-        raise UserError(
-            f"{family.architecture} is exported as {family.moe_class.architecture}, which has experts in every layer, "
-            f"got {len(layers)} of {num_layers} layers; without --moe-layers and --moe-every-k-layers, all get experts"
-        )
-    return spec
-
-
-def _choose_layers(base: ModelSpec, chosen: list[int] | None, every_k: int | None) -> tuple[int, ...]:
-    num_layers = base.megatron_args["num_layers"]
-    if chosen is not None and every_k is not None:
-        raise UserError("--moe-layers and --moe-every-k-layers are mutually exclusive; pass only one of them")
-    if base.moe is not None:
-        if chosen is not None or every_k is not None:
-            raise UserError(
-                "new experts join the existing experts of an MoE; remove --moe-layers and --moe-every-k-layers"
-            )
-        return base.moe.layers
-    if chosen is not None:
-        return tuple(sorted(set(chosen)))
-    if every_k is not None and not 1 <= every_k <= num_layers:
-        raise UserError(f"--moe-every-k-layers must be 1 to {num_layers} (the model's layers), got {every_k}")
-    # Layers k, 2k, 3k, … counted from 1: the rule of decoder_sparse_step in transformers.
-    return tuple(i for i in range(num_layers) if (i + 1) % (every_k or 1) == 0)
-
-
 def _original_experts(config: Any, family: Family, args: dict[str, Any], raw: dict[str, Any]) -> MoeSpec:
     """The experts of an MoE, all original; sets the FFN's size in `args`.
 
@@ -390,11 +324,3 @@ def _original_experts(config: Any, family: Family, args: dict[str, Any], raw: di
                 f"{name} must be {expected} to add experts to a {family.moe_class.architecture}, got {found}"
             )
     return moe
-
-
-def layer_list(text: str) -> list[int]:
-    """Parse --moe-layers: comma-separated layer numbers, 0-based."""
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected layer numbers like 0,2,5, got {text!r}") from None

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from moelpr.errors import CommandParser, UserError, run_command
-from moelpr.families.families import layer_list, read_base, recommended_copies, with_new_experts
+from moelpr.families.expert_choice import ExpertChoice, with_new_experts
+from moelpr.families.families import read_base
 from moelpr.layouts import PlannedLayout, neighbors
 from moelpr.machine import format_bytes
 from moelpr.model_spec import ModelSpec
@@ -48,9 +49,8 @@ def main() -> None:
     workload = Workload(args.stage, *sizes, args.dtype, new_embeddings=args.train_new_embeddings)
     cluster = _cluster(args)
     family, base = read_base(args.hf_path)
-    copies = recommended_copies(base, args.topk) if args.original_copies is None else args.original_copies
-    layers = args.moe_layers, args.moe_every_k_layers
-    spec = _with_new_tokens(with_new_experts(family, base, args.num_new_experts, args.topk, *layers, copies), args)
+    experts = ExpertChoice.from_arguments(args, base)
+    spec = _with_new_tokens(with_new_experts(family, base, experts), args)
     found = fitting(spec, workload, cluster)
     if args.json:
         print(json.dumps(_as_json(found, spec, workload, cluster), indent=2))
@@ -221,14 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--reserve-gib", type=gib_or_0, metavar="RESERVE",
         help="memory per GPU, in GiB, left free for what is not counted: CUDA context, NCCL buffers, fragmentation "
         "(default: 10%% of the memory, an assumption)")  # fmt: skip
-    add("--topk", type=int, metavar="K", help="experts per token (default: 2; for an MoE model, its own number)")
-    add("--original-copies", type=int, metavar="C",
-        help="places of the dense FFN among the experts, as in hf_to_mcore.py (default: K)")  # fmt: skip
-    layers = parser.add_mutually_exclusive_group()
-    layers.add_argument("--moe-layers", type=layer_list, metavar="0,2,5",
-                        help="MoE layers, counted from 0, as in hf_to_mcore.py (default: all layers)")  # fmt: skip
-    layers.add_argument("--moe-every-k-layers", type=int, metavar="k",
-                        help="make layers k, 2k, 3k, …, counted from 1, MoE layers, as in hf_to_mcore.py")  # fmt: skip
+    ExpertChoice.add_flags(parser)
     tokens = parser.add_mutually_exclusive_group()
     tokens.add_argument("--extended-tokenizer", type=Path, metavar="EXTENDED",
         help="tokenizer with new tokens, as in hf_to_mcore.py (default: the model's)")  # fmt: skip

@@ -100,6 +100,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from checkpoint_convert.upcycling import hf_to_mcore
     from data_tools.corpus_writer import CorpusWriter
+    from moelpr.families.expert_choice import ExpertChoice
 
     folder = tmp_path_factory.mktemp("material")
     torch.manual_seed(0)
@@ -108,8 +109,8 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, eos_token_id=0,
     )  # fmt: skip
     Qwen2ForCausalLM(config).save_pretrained(folder / "hf")
-    hf_to_mcore(folder / "hf", folder / "dense", num_new_experts=None)
-    hf_to_mcore(folder / "hf", folder / "upcycled", num_new_experts=4, topk=2)
+    hf_to_mcore(folder / "hf", folder / "dense", None)
+    hf_to_mcore(folder / "hf", folder / "upcycled", ExpertChoice(4, topk=2))
     random = np.random.default_rng(0)
     for name in ("original", "expanded"):
         with CorpusWriter(folder / name, vocab_size=256) as writer:

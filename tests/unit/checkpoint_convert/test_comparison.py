@@ -12,6 +12,7 @@ from checkpoint_convert import comparison
 from checkpoint_convert.comparison import compare, compare_on_text, largest_difference
 from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.upcycling import hf_to_mcore
+from moelpr.families.expert_choice import ExpertChoice
 from tests.hf_models import (
     copy_of,
     tensors_of,
@@ -28,7 +29,7 @@ def test_a_difference_in_any_chunk_of_a_tensor_is_found(export: Path, monkeypatc
 def test_two_tensors_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_path: Path, held_bytes) -> None:
     base = make_qwen2(num_hidden_layers=12)
     largest = max(tensor.nbytes for tensor in tensors_of(base).values())
-    hf_to_mcore(base, tmp_path / "megatron", num_new_experts=8)
+    hf_to_mcore(base, tmp_path / "megatron", ExpertChoice(8))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
     held_bytes.take_peak()
     for a, b in (("megatron", "hf"), ("hf", "megatron")):
@@ -39,7 +40,7 @@ def test_two_tensors_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_pat
 def test_every_pair_of_readers_agrees_on_the_upcycled_model(
     qwen2: Path, export: Path, text: Path, tmp_path: Path, megatron: None
 ) -> None:
-    hf_to_mcore(qwen2, tmp_path / "dense", num_new_experts=None)
+    hf_to_mcore(qwen2, tmp_path / "dense", None)
     for other in (qwen2, export, tmp_path / "dense"):
         (verdict,) = compare_on_text(tmp_path / "megatron", other, [text], sequence_length=32)
         assert verdict.num_tokens == verdict.num_same_choice > 64

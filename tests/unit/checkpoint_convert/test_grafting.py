@@ -22,6 +22,7 @@ from checkpoint_convert.grafting import add_difference, compare_graft, graft
 from checkpoint_convert.hub import Model, find_model
 from checkpoint_convert.upcycling import Start, hf_to_mcore
 from moelpr.errors import UserError
+from moelpr.families.expert_choice import ExpertChoice
 from tests.hf_models import (
     TOKENS,
     assert_nothing_left,
@@ -51,7 +52,7 @@ def instruct_of(base: Path, folder: Path) -> Path:
 
 def upcycle(base: Path, folder: Path, **options) -> Path:
     """An export whose two new experts differ from the FFN, as training would leave them."""
-    hf_to_mcore(base, folder / "megatron", 2, start=Start(noise=0.5), **options)
+    hf_to_mcore(base, folder / "megatron", ExpertChoice(2, **options), start=Start(noise=0.5))
     mcore_to_hf(folder / "megatron", folder / "model")
     return folder / "model"
 
@@ -178,8 +179,8 @@ def test_tokens_that_choose_only_the_original_expert_get_the_instruct_models_log
         choose_copies([layer.mlp.gate.weight for layer in model.model.layers])
         assert (model(text).logits - expected).abs().max() < 1e-5 < (wrong - expected).abs().max()
 
-    hf_to_mcore(folders[1], tmp_path / "dense", num_new_experts=None)
-    hf_to_mcore(grafted, tmp_path / "next", num_new_experts=1)
+    hf_to_mcore(folders[1], tmp_path / "dense", None)
+    hf_to_mcore(grafted, tmp_path / "next", ExpertChoice(1))
     logits = our_logits(
         tmp_path / "next", text, lambda m: choose_copies([layer.mlp.router.weight for layer in m.decoder.layers])
     )
@@ -308,7 +309,7 @@ def test_a_base_that_answers_learns_to_answer_in_the_upcycled_model(
 
 def test_a_model_whose_base_was_rounded_in_training_is_named_as_such(make_qwen2, tmp_path: Path) -> None:
     base = make_qwen2(torch.float32, tokenizer=True)
-    hf_to_mcore(base, tmp_path / "megatron", num_new_experts=1, dtype="bfloat16")
+    hf_to_mcore(base, tmp_path / "megatron", ExpertChoice(1), dtype="bfloat16")
     mcore_to_hf(tmp_path / "megatron", tmp_path / "model", dtype="float32")
     with pytest.raises(UserError, match="was trained in bfloat16, which rounded .*--dtype bfloat16"):
         run((base, instruct_of(base, tmp_path / "instruct"), tmp_path / "model"), tmp_path / "graft")

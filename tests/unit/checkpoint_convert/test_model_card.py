@@ -13,6 +13,7 @@ from safetensors import safe_open
 from checkpoint_convert.adapter import adapter_to_mcore, mcore_to_adapter
 from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.upcycling import Start, hf_to_mcore
+from moelpr.families.expert_choice import ExpertChoice
 from moelpr.model_spec import ModelSpec
 from tests.unit.checkpoint_convert.conftest import BASE_CARD, SETTINGS, write_run
 
@@ -134,7 +135,7 @@ def test_metrics_that_end_before_the_step_are_ignored(runs: Path) -> None:
     ],
 )
 def test_the_card_describes_how_new_experts_started(runs: Path, start: Start, sentence: str) -> None:
-    hf_to_mcore(runs / "Qwen-tiny", Path("again"), num_new_experts=2, start=start)
+    hf_to_mcore(runs / "Qwen-tiny", Path("again"), ExpertChoice(2), start=start)
     assert sentence in card_of("again")
 
 
@@ -183,7 +184,7 @@ def test_parameter_counts_are_those_of_the_loaded_model(runs: Path) -> None:
 
 
 def test_a_dense_model_has_a_card_too(runs: Path) -> None:
-    hf_to_mcore(runs / "Qwen-tiny", Path("dense"), num_new_experts=None)
+    hf_to_mcore(runs / "Qwen-tiny", Path("dense"), None)
     write_run("tuned", "dense", [2], SETTINGS | {"stage": "dense"})
     card = card_of("tuned")
     assert front_matter(card)["tags"] == ["moe-lpr"] and "experts" not in card

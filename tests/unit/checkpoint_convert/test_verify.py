@@ -15,6 +15,7 @@ from checkpoint_convert.comparison import compare, compare_frozen, largest_diffe
 from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.upcycling import Start, hf_to_mcore
 from checkpoint_convert.verify import main
+from moelpr.families.expert_choice import ExpertChoice
 from tests.hf_models import (
     copy_of,
     edit_tensors,
@@ -24,7 +25,7 @@ from tests.hf_models import (
 
 
 def test_a_dense_checkpoint_and_its_source_are_equal(qwen2: Path, tmp_path: Path, exit_code, capsys) -> None:
-    hf_to_mcore(qwen2, tmp_path / "megatron", num_new_experts=None)
+    hf_to_mcore(qwen2, tmp_path / "megatron", None)
     assert largest_difference(compare(qwen2, tmp_path / "megatron")) == 0.0
     for pair in ((qwen2, tmp_path / "megatron"), (tmp_path / "megatron", qwen2)):
         assert exit_code(main, *pair) == 0
@@ -42,7 +43,7 @@ def test_tensors_that_readers_ignore_make_no_difference(
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
 
     old = copy_of(source, add)
-    hf_to_mcore(old, tmp_path / "megatron", num_new_experts=2)
+    hf_to_mcore(old, tmp_path / "megatron", ExpertChoice(2))
     assert exit_code(main, source, old) == 0
     assert exit_code(main, "--frozen", old, tmp_path / "megatron") == 0
     edit_tensors(old, lambda tensors: tensors["lm_head.weight"].add_(1))
@@ -133,7 +134,7 @@ def test_frozen_tensors_are_compared_with_the_base(qwen2: Path, export: Path, tm
 
 
 def test_every_copy_of_the_ffn_is_frozen(qwen2: Path, tmp_path: Path, exit_code, capsys) -> None:
-    hf_to_mcore(qwen2, tmp_path / "megatron", original_copies=2, start=Start("random"))
+    hf_to_mcore(qwen2, tmp_path / "megatron", ExpertChoice(4, original_copies=2), start=Start("random"))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
     for upcycled in (tmp_path / "megatron", tmp_path / "hf"):
         assert exit_code(main, "--frozen", qwen2, upcycled) == 0
@@ -148,7 +149,7 @@ def test_all_experts_of_an_moe_base_are_frozen_and_its_routers_are_not(
     qwen2: Path, export: Path, tmp_path: Path, exit_code, capsys
 ) -> None:
     """The base of another round of languages: an export that gets more experts."""
-    hf_to_mcore(export, tmp_path / "round2", num_new_experts=2)
+    hf_to_mcore(export, tmp_path / "round2", ExpertChoice(2))
     mcore_to_hf(tmp_path / "round2", tmp_path / "round2-hf")
     for upcycled in (tmp_path / "round2", tmp_path / "round2-hf"):
         assert exit_code(main, "--frozen", export, upcycled) == 0

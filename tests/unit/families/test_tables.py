@@ -23,7 +23,7 @@ def megatron_tensors_of(folder: Path) -> dict[str, Tensor]:
 
 
 def test_attention_rows_are_grouped_by_query_group(qwen2: Path, tmp_path: Path) -> None:
-    hf_to_mcore(qwen2, tmp_path / "megatron", num_new_experts=None)
+    hf_to_mcore(qwen2, tmp_path / "megatron", None)
     dense, megatron = tensors_of(qwen2), megatron_tensors_of(tmp_path / "megatron")
     # 4 query heads of 8 rows in 2 groups: q0 q1 k0 v0, q2 q3 k1 v1.
     for suffix in ("weight", "bias"):

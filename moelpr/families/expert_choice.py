@@ -1,0 +1,106 @@
+"""The experts that an upcycled model gets: the flags of the converter and the planner, and the spec of the model."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from moelpr.errors import UserError
+from moelpr.families.families import Family
+from moelpr.model_spec import ModelSpec, MoeSpec
+
+_TOPK = 2  # K of the paper
+
+
+@dataclass(frozen=True)
+class ExpertChoice:
+    """The experts to add to a model, dense or an MoE.
+
+    Attributes:
+        num_new_experts: N, per MoE layer.
+        topk: K, experts per token; None for 2, or for the MoE's own.
+        original_copies: C, the places of the dense FFN, 1 to K; None for 1, or for the MoE's own.
+        moe_layers: 0-based layers to upcycle; `moe_every_k_layers`: layers k, 2k, …; neither: all layers.
+    """
+
+    num_new_experts: int
+    topk: int | None = None
+    original_copies: int | None = None
+    moe_layers: Sequence[int] | None = None
+    moe_every_k_layers: int | None = None
+
+    @staticmethod
+    def add_flags(parser: argparse.ArgumentParser) -> None:
+        """Add all flags but --num-new-experts."""
+        parser.add_argument("--topk", type=int, metavar="K", help="experts per token (default: 2; in an MoE, its own)")
+        parser.add_argument("--original-copies", type=int, metavar="C",
+            help="places of the dense FFN among the experts, 1 (the paper) to K; with K, a token can choose only the "
+            "dense FFN (default: K; in an MoE, the equal experts that it has)")  # fmt: skip
+        layers = parser.add_mutually_exclusive_group()
+        layers.add_argument("--moe-layers", type=_layer_list, metavar="0,2,5",
+            help="layers to upcycle, 0-based (default: all)")  # fmt: skip
+        layers.add_argument("--moe-every-k-layers", type=int, metavar="k",
+            help="upcycle layers k, 2k, 3k, …, 1-based")  # fmt: skip
+
+    @classmethod
+    def from_arguments(cls, args: argparse.Namespace, base: ModelSpec) -> "ExpertChoice":
+        """The choice of the flags; without --original-copies, C is K in a dense model (evidence: docs/results.md)."""
+        copies = args.original_copies
+        if copies is None and base.moe is None:
+            copies = max(args.topk or _TOPK, 1)
+        return cls(args.num_new_experts, args.topk, copies, args.moe_layers, args.moe_every_k_layers)
+
+
+def with_new_experts(family: Family, base: ModelSpec, choice: ExpertChoice) -> ModelSpec:
+    """Add N new experts to the FFN of a dense model, or to the experts of an MoE.
+
+    Raises:
+        UserError: a model with these experts cannot be trained or exported.
+    """
+    layers = _layers(base, choice)
+    num_layers = base.megatron_args["num_layers"]
+    if base.moe is None:
+        topk = _TOPK if choice.topk is None else choice.topk
+        copies = 1 if choice.original_copies is None else choice.original_copies
+        moe = MoeSpec(choice.num_new_experts, topk, layers, original_copies=copies)
+    elif choice.original_copies is None:
+        topk = base.moe.topk if choice.topk is None else choice.topk
+        moe = replace(base.moe, num_new_experts=choice.num_new_experts, topk=topk)
+    else:
+        raise UserError(
+            f"--original-copies does not apply to an MoE: its {base.moe.num_experts} experts are all original, so a "
+            f"token's {base.moe.topk} choices can be original without copies; remove it"
+        )
+    spec = replace(base, moe=moe)
+    spec.check()
+    if not family.moe_class.may_mix_layers and len(layers) < num_layers:
+        raise UserError(
+            f"{family.architecture} is exported as {family.moe_class.architecture}, which has experts in every layer, "
+            f"got {len(layers)} of {num_layers} layers; without --moe-layers and --moe-every-k-layers, all get experts"
+        )
+    return spec
+
+
+def _layers(base: ModelSpec, choice: ExpertChoice) -> tuple[int, ...]:
+    num_layers, every_k = base.megatron_args["num_layers"], choice.moe_every_k_layers
+    if choice.moe_layers is not None and every_k is not None:
+        raise UserError("--moe-layers and --moe-every-k-layers are mutually exclusive; pass only one of them")
+    if base.moe is not None:
+        if choice.moe_layers is not None or every_k is not None:
+            raise UserError(
+                "new experts join the existing experts of an MoE; remove --moe-layers and --moe-every-k-layers"
+            )
+        return base.moe.layers
+    if choice.moe_layers is not None:
+        return tuple(sorted(set(choice.moe_layers)))
+    if every_k is not None and not 1 <= every_k <= num_layers:
+        raise UserError(f"--moe-every-k-layers must be 1 to {num_layers} (the model's layers), got {every_k}")
+    # Layers k, 2k, 3k, … counted from 1: the rule of decoder_sparse_step in transformers.
+    return tuple(i for i in range(num_layers) if (i + 1) % (every_k or 1) == 0)
+
+
+def _layer_list(text: str) -> list[int]:
+    """Parse --moe-layers: comma-separated layer numbers, 0-based."""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected layer numbers like 0,2,5, got {text!r}") from None

@@ -32,7 +32,7 @@ def lpr_loss(
         num_original_places: P, at least 1 and below E.
         num_original_tokens: number of original-language tokens to average over; default: those in `is_original_T`.
         variant: `paper` is as above; `reference` applies the softmax twice (cross-entropy of already softmaxed scores),
-            as the published code does, which supports only P = 1. For comparison.
+            as the published code does for P = 1, all that it supports. For comparison.
 
     Returns:
         A scalar; exactly 0, with zero gradient, if no token is original-language text.

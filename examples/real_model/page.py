@@ -198,7 +198,7 @@ def _languages(results: Json) -> str:
             where = "trained" if part == "in" else "never trained on"
             head = [f"{kind} ({where})", *map(language_name, LANGUAGES)]
             tables.append(terminal_table(Table(head, rows)))
-    return "\n\n".join(tables)
+    return _folded("Each language and kind of text", *tables)
 
 
 def _costs(results: Json) -> str:
@@ -273,7 +273,12 @@ def _continuations(results: Json) -> str:
         head = [f"{language_name(language)}: first words", *(CONTINUED.get(model, model) for model in models)]
         tables.append(terminal_table(Table(head, rows, text_columns=range(1, len(head)))))
     note = "Greedy continuations of held-out documents, up to 40 tokens. A few samples do not show quality."
-    return "\n\n".join(["<details><summary>Continuations</summary>", note, *tables, "</details>"])
+    return _folded("Continuations", note, *tables)
+
+
+def _folded(title: str, *parts: str) -> str:
+    """A section that the reader opens."""
+    return "\n\n".join([f"<details><summary>{title}</summary>", *parts, "</details>"])
 
 
 def _cell(text: str) -> str:

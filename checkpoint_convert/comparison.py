@@ -17,7 +17,7 @@ from torch import Tensor
 from checkpoint_convert.hf_folder import TOKENIZER_FILES, HfReader, is_unread
 from checkpoint_convert.megatron_folder import MegatronReader
 from checkpoint_convert.new_rows import new_rows, shape_without, tokenizer_folder, without_rows
-from moelpr.data.tokenizer import check_tokenizer_files
+from moelpr.data.tokenizer import open_hf_tokenizer
 from moelpr.documents import read_documents
 from moelpr.errors import UserError
 from moelpr.evaluate.models import is_megatron, open_model
@@ -292,16 +292,13 @@ def _shape(model: Path) -> dict[str, Any]:
 
 def _token_ids(a: Path, b: Path, files: list[Path], num_tokens: int, is_extended: bool) -> list[list[int]]:
     """The first `num_tokens` of each file with the models' tokenizers, which must agree."""
-    from transformers import AutoTokenizer
-
     texts = [_read_text(file, num_tokens) for file in files]
     ids = []
     for model in (a, b):
         folder = tokenizer_folder(model)
         if not any((folder / name).is_file() for name in TOKENIZER_FILES):
             raise UserError(f"--text requires a tokenizer, but {folder} contains none; copy the base's tokenizer there")
-        check_tokenizer_files(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = open_hf_tokenizer(folder)
         ids.append([tokenizer(text, add_special_tokens=False)["input_ids"][:num_tokens] for text in texts])
     if ids[0] != ids[1]:
         fix = "pass text of the original languages, which has no new tokens, or remove --text"

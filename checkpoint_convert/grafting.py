@@ -45,7 +45,7 @@ from checkpoint_convert.new_rows import grow, new_rows, shape_without
 from checkpoint_convert.outputs import check_finite, check_output, output_folder
 from checkpoint_convert.upcycling import check_weights
 from moelpr import yaml_files
-from moelpr.data.tokenizer import load_tokenizer
+from moelpr.data.tokenizer import load_tokenizer, open_hf_tokenizer
 from moelpr.errors import UserError
 from moelpr.evaluate.models import is_megatron
 from moelpr.families.families import CONFIG_FILE, read_base, read_config
@@ -364,12 +364,7 @@ def _check_settings(a: Path, a_spec: ModelSpec, b: Path, b_spec: ModelSpec) -> N
 
 def _write_extended_tokenizer(folder: Path, instruct: Path, model: Path) -> None:
     """The model's tokenizer with the instruct model's special tokens and chat template."""
-    from transformers import AutoTokenizer
-
-    ours, theirs = (
-        AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-        for source in (model, instruct)
-    )
+    ours, theirs = map(open_hf_tokenizer, (model, instruct))
     for name, token in theirs.special_tokens_map.items():
         setattr(ours, name, token)
     ours.chat_template = theirs.chat_template

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from moelpr import checksums
 from moelpr.checksums import FileSum, Verifier
-from moelpr.data.tokenizer import check_text_is_kept, check_tokenizer_files
-from moelpr.errors import UserError, deferred_signals
+from moelpr.data.tokenizer import check_text_is_kept, open_hf_tokenizer
+from moelpr.errors import UserError, deferred_signals, first_line
 from moelpr.families.families import CONFIG_FILE, read_config
 from moelpr.families.tables import stacked_part
 from moelpr.files import DurableFile, check_links, copy_folder, parse_json
@@ -87,13 +87,7 @@ def check_tokenizer(folder: Path, vocab_size: int) -> None:
     """UserError if the folder's tokenizer cannot be read or has more IDs than the embedding has rows."""
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return
-    check_tokenizer_files(folder)
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a damaged tokenizer may raise any exception
-        raise UserError(f"transformers cannot read the tokenizer in {folder}: {_first_line(error)}") from error
+    tokenizer = open_hf_tokenizer(folder)
     check_text_is_kept(folder, tokenizer)
     num_ids = max(tokenizer.get_vocab().values(), default=-1) + 1
     if num_ids > vocab_size:
@@ -193,7 +187,7 @@ class HfReader:
                     self._open_file = safe_open(self.folder / name, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise UserError(
-                    f"{self.folder / name} is truncated or damaged ({_first_line(error)}); download it again"
+                    f"{self.folder / name} is truncated or damaged ({first_line(error)}); download it again"
                 ) from error
             self._open_name = name
             self._mapped_bytes = 0
@@ -381,7 +375,3 @@ def _write_shard(
         file.finish()
     os.replace(unfinished, path)
     return found
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_convert.hf_folder import TOKENIZER_FILES
-from moelpr.data.tokenizer import Tokenizer, load_tokenizer
+from moelpr.data.tokenizer import Tokenizer, load_tokenizer, open_hf_tokenizer
 from moelpr.errors import UserError
 
 # transformers 4 and 5 take the tokenizer.json of this class as it is, beside the config.json of every MoE class.
@@ -71,12 +71,9 @@ def _facts(tokenizer: Tokenizer) -> tuple[object, ...]:
 
 def _plain_config(source: Path) -> dict[str, Any]:
     """The source's tokenizer_config.json for `_PLAIN_CLASS`, which knows no special tokens by itself."""
-    from transformers import AutoTokenizer
-
     path = source / _CONFIG_FILE
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-    for name, token in tokenizer.special_tokens_map.items():
+    for name, token in open_hf_tokenizer(source).special_tokens_map.items():
         found = config.get(name)
         if token != (found.get("content") if isinstance(found, dict) else found):
             config[name] = token

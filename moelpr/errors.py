@@ -199,6 +199,11 @@ def _is_long_name(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, without a full stop, to be part of one of our sentences."""
+    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+
+
 def is_lost_connection(error: BaseException) -> bool:
     """Whether gloo has lost the connection to another rank, which has reported why it ended, or was killed."""
     return isinstance(error, RuntimeError) and "gloo/transport" in str(error)

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
-from moelpr.errors import UserError
+from moelpr.errors import UserError, first_line
 
 TOKENIZER_TYPES = ("HuggingFaceTokenizer", "SentencePieceTokenizer")
 
@@ -87,6 +87,25 @@ def check_text_is_kept(folder: str | os.PathLike[str], tokenizer: Any) -> None:
 _MAX_IDS = 10_000_000  # the largest published vocabularies have a million
 
 
+def open_hf_tokenizer(source: str | os.PathLike[str]) -> Any:
+    """The tokenizer in a folder, or of a cached model, as transformers opens it; UserError if it cannot be opened."""
+    check_tokenizer_files(source)
+    from transformers import AutoTokenizer  # takes two seconds, which SentencePiece does not need
+
+    try:
+        return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # a damaged file may raise any exception
+        if not Path(source).exists():
+            raise UserError(
+                f"there is no tokenizer folder {source}, and the Hugging Face cache has no model of this name; hub "
+                "names are not downloaded: run hf download NAME --local-dir DIR first"
+            ) from error
+        raise UserError(
+            f"the tokenizer in {source} cannot be opened ({first_line(error)}); it must be a folder with "
+            "tokenizer.json and tokenizer_config.json"
+        ) from error
+
+
 def check_tokenizer_files(folder: str | os.PathLike[str]) -> None:
     """Check what libraries take from a folder's files unchecked.
 
@@ -164,19 +183,7 @@ def load_tokenizer(
 
 class _HuggingFaceTokenizer:
     def __init__(self, model: str, include_special_tokens: bool, must_keep_text: bool) -> None:
-        check_tokenizer_files(model)
-        from transformers import AutoTokenizer  # takes two seconds, which SentencePiece does not need
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                model, local_files_only=True, use_fast=True, trust_remote_code=False
-            )
-        except Exception as error:  # transformers may raise any exception on a malformed file
-            hint = "; hub names are not downloaded: run hf download NAME --local-dir DIR first"
-            raise UserError(
-                f"can't load a tokenizer from {model}; --tokenizer-model must be a folder with tokenizer.json and "
-                f"tokenizer_config.json{'' if Path(model).exists() else hint}"
-            ) from error
+        tokenizer = open_hf_tokenizer(model)
         if must_keep_text:
             check_text_is_kept(model, tokenizer)
         self._tokenizer = tokenizer

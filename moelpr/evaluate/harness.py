@@ -13,8 +13,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from moelpr.errors import UserError
-from moelpr.evaluate.models import LoadedModel, choose_device, first_line, open_model, require_hf, resolve_dtype
+from moelpr.errors import UserError, first_line
+from moelpr.evaluate.models import LoadedModel, choose_device, open_model, require_hf, resolve_dtype
 from moelpr.evaluate.result_cache import Json, ResultCache, fingerprint_files, fingerprint_model
 from moelpr.evaluate.results import Results
 from moelpr.languages import language_name

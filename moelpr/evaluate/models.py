@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from moelpr import checksums
-from moelpr.data.tokenizer import check_tokenizer_files
-from moelpr.errors import UserError
+from moelpr.data.tokenizer import open_hf_tokenizer
+from moelpr.errors import UserError, first_line
 from moelpr.families.families import read_config
 from moelpr.megatron_patches import cpu, megatron_fixes
 from moelpr.model_spec import FILE_NAME, ModelSpec
@@ -232,13 +232,7 @@ def choose_device(name: str) -> torch.device:
 
 def _load_tokenizer(directory: Path) -> tuple[Any, int, int | None]:
     """The tokenizer in `directory`, the token that precedes a document, and EOS."""
-    check_tokenizer_files(directory)
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise UserError(f"the tokenizer in {directory} cannot be opened: {first_line(error)}") from error
+    tokenizer = open_hf_tokenizer(directory)
     start_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start_id is None:
         raise UserError(f"the tokenizer in {directory} has neither BOS nor EOS; add one: every document starts with it")
@@ -255,8 +249,3 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if not any(directory.glob("*.safetensors")):
         raise UserError(f"{directory} contains no *.safetensors; save the model with safe_serialization=True")
     return read_config(directory)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of its message, without a full stop."""
-    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-from moelpr.errors import UserError
+from moelpr.errors import UserError, first_line
 from moelpr.torch_dist import read_metadata
 
 _FIX = "copy the checkpoint again, or use another step (trainer: --ckpt-step)"
@@ -57,7 +57,7 @@ def damage_named(path: Path | str) -> Iterator[None]:
             raise UserError(
                 f"{path} is damaged or not a checkpoint: loading it would run {found[1]}, so it is not loaded; {_FIX}"
             ) from error
-        raise UserError(f"{path} is truncated or damaged ({_first_line(error)}); {_FIX}") from error
+        raise UserError(f"{path} is truncated or damaged ({first_line(error)}); {_FIX}") from error
 
 
 def _restricted(read: Callable[..., Metadata]) -> Callable[..., Metadata]:
@@ -132,7 +132,7 @@ def _one_error(load: Callable[..., Any]) -> Callable[..., Any]:
             error = next(iter(collected.failures.values()))[0]
             if isinstance(error, (UserError, OSError)) or not isinstance(error, Exception):
                 raise error from None
-            raise RuntimeError(f"cannot load the checkpoint: {_first_line(error)}") from error
+            raise RuntimeError(f"cannot load the checkpoint: {first_line(error)}") from error
 
     return load_checkpoint
 
@@ -163,10 +163,6 @@ def _refuse_other_formats() -> None:
         try:
             return verify(checkpoint_dir)
         except CheckpointingException as error:
-            raise UserError(f"{_first_line(error)}; {_FIX}") from error
+            raise UserError(f"{first_line(error)}; {_FIX}") from error
 
     serialization.verify_checkpoint = verify_checkpoint
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

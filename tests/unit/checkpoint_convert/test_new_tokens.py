@@ -178,7 +178,7 @@ def no_tokenizer(extended: Path) -> None:
         (fewer_new_ids, "does not have the new IDs .* 60 to 103"),
         (other_old_ids, "gives old tokens other IDs"),
         (no_record, "has no vocabulary_extension.json; pass a folder that data_tools/extend_tokenizer.py wrote"),
-        (no_tokenizer, "can't load a tokenizer from .*extended"),
+        (no_tokenizer, "the tokenizer in .*extended cannot be opened"),
     ],
 )
 def test_a_tokenizer_that_does_not_extend_the_models_is_rejected(

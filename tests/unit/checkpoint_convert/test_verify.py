@@ -188,6 +188,9 @@ def test_invalid_input_exits_with_one_message_and_code_2(
         (bare / name).unlink(missing_ok=True)
     other_tokenizer = Path(shutil.copytree(bare, tmp_path / "other"))
     save_tokenizer(other_tokenizer, num_ids=3)
+    damaged_tokenizer = Path(shutil.copytree(qwen2, tmp_path / "damaged"))
+    save_tokenizer(damaged_tokenizer, num_ids=3)
+    (damaged_tokenizer / "tokenizer.json").write_text("{")
     other_vocabulary = make_qwen2(vocab_size=98)
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
@@ -202,6 +205,7 @@ def test_invalid_input_exits_with_one_message_and_code_2(
         ((qwen2, qwen2, "--text", tmp_path / "latin.txt"), "latin.txt .*UTF-8"),
         ((bare, bare, "--text", text), "--text .*tokenizer.*bare"),
         ((qwen2, other_tokenizer, "--text", text), "other.*--text"),
+        ((qwen2, damaged_tokenizer, "--text", text), "the tokenizer in .*damaged cannot be opened"),
         ((qwen2, other_vocabulary, "--text", text), "99 .* 98 .*--text"),
     ):
         assert exit_code(main, *arguments) == 2, message

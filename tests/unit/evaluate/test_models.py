@@ -88,7 +88,7 @@ def test_a_checkpoint_without_a_tokenizer_is_rejected(both, tmp_path):
     for file in both["dense"].iterdir():
         if file.name != "hf":
             (tmp_path / file.name).symlink_to(file)
-    with pytest.raises(UserError, match="tokenizer in "), open_model(tmp_path):
+    with pytest.raises(UserError, match="no tokenizer folder .*hf"), open_model(tmp_path):
         pass
 
 

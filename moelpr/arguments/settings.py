@@ -25,8 +25,10 @@ from moelpr.run_folder import RECIPE_FILE, TRACKER_FILE, saved_step
 from moelpr.yaml_files import read_mapping
 
 # Defaults that differ from Megatron's: the supported models were trained without dropout, and validation is optional.
+# For --rerun-mode see checks/model.py.
 _DEFAULTS = (
-    "--attention-dropout 0 --hidden-dropout 0 --eval-iters 0 --eval-interval 1000 --save-interval 500 --log-interval 10"
+    "--attention-dropout 0 --hidden-dropout 0 --eval-iters 0 --eval-interval 1000 --save-interval 500 "
+    "--log-interval 10 --rerun-mode disabled"
 ).split()
 
 # Megatron settings that would change the method or be ignored by our layer, with the only value that works. Some of

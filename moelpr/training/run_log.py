@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-from megatron.core.rerun_state_machine import EXIT_CODE_FAILED_ON_RESULT_VALIDATION, EXIT_CODE_RESUME_TO_DISAMBIGUATE
 from megatron.training import get_args, get_tensorboard_writer
 from megatron.training.global_vars import get_wandb_writer
 from tqdm import tqdm
@@ -35,8 +34,6 @@ _TAGS = {
     "router_score": "router score, moe layer {}/expert {}",
     "token_share": "token share, moe layer {}/expert {}",
 }
-
-_NONFINITE_EXIT_CODES = (EXIT_CODE_FAILED_ON_RESULT_VALIDATION, EXIT_CODE_RESUME_TO_DISAMBIGUATE)
 
 
 class RunLog:
@@ -127,32 +124,28 @@ class RunLog:
 
 @contextmanager
 def report_nonfinite_exit(args: argparse.Namespace, run_log: RunLog) -> Iterator[None]:
-    """If the loss or the gradient of a step is NaN or Inf, log the step and its fix, and exit with code 1.
+    """If a gradient is NaN or Inf, for which Megatron raises a RuntimeError, log the step and its fix, and exit with 1.
 
-    Megatron retries such a step once, then leaves its training loop through sys.exit with exit codes of its own. With
-    `--rerun-mode disabled` it raises a RuntimeError instead.
+    Megatron checks each rank's gradients before they are added up, so perhaps only some ranks find it.
     """
     try:
         yield
         return
-    except SystemExit as error:
-        if error.code not in _NONFINITE_EXIT_CODES:
-            raise
     except RuntimeError as error:
         if "Unexpected result" not in str(error) or args.debug:
             raise
     step = args.curr_iteration + 1
     message = (
-        f"the gradients of step {step} are NaN/Inf even after a retry; step discarded, training stopped; lower --lr, "
-        "raise --lr-warmup-iters, or check the data of this step"
+        f"the gradients of step {step} are NaN/Inf; the run stops before they change a weight, and its last checkpoint "
+        "stays; lower --lr, raise --lr-warmup-iters, or check the data of this step; leave it out with "
+        f"--iterations-to-skip {step}"
     )
     rank, last = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")) - 1
     if rank == last:
         run_log.warn(step, [EarlyWarning("not_a_number", message)])
-    if rank == 0 and last != 0:
-        print(f"moelpr: error: {message}", file=sys.stderr, flush=True)
-    if rank != last:
-        time.sleep(5)  # the launcher ends all ranks as soon as one has failed, but the last one is still writing
+    else:
+        print(f"moelpr: error: rank {rank}: {message}", file=sys.stderr, flush=True)
+        time.sleep(5)  # the launcher ends all ranks as soon as one has failed, but the last one may still be writing
     sys.exit(1)
 
 

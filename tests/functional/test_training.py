@@ -392,6 +392,8 @@ def test_a_nan_gradient_ends_the_run_with_one_message(material: Path, stage1: Pa
     assert warning["kind"] == "not_a_number"
     assert warning["iteration"] == metrics(save)[-1]["iteration"] + 1
     assert "--lr" in warning["message"] and warning["message"] in done.stderr
+    steps = [int(folder.name.removeprefix("iter_")) for folder in save.glob("iter_*")]
+    assert all(step % 3 == 0 for step in steps)  # saved by --save-interval 3, none because of the NaN
 
 
 def test_stage2_starts_at_step_1_and_learns_to_route_original_tokens(stage2: Path) -> None:

@@ -58,6 +58,7 @@ _WHY_FIXED = {
     "cuda_graph_impl": "the number of rows differs from step to step, see docs/design/gpu.md",
     "fp8": "new experts are not tested with it, see docs/design/gpu.md",
     "mlp_chunks_for_training": "Megatron does not pass language bits to the chunks",
+    "rerun_mode": "others do not check the first step for NaN, and save a step that cannot be loaded after a later one",
 }
 
 
@@ -113,7 +114,7 @@ def check_method(run: RunSettings) -> Iterable[str]:
             if name in explicit and not is_size_1:
                 yield f"{run.flag(name)} does not apply to --stage dense; remove it, or use --stage stage1"
     # Another checkpoint format cannot be exported, or resumed in another layout.
-    fixed = {"ckpt_format": "torch_dist"} | (FIXED_FOR_MOE if run.is_moe else {})
+    fixed = {"ckpt_format": "torch_dist", "rerun_mode": "disabled"} | (FIXED_FOR_MOE if run.is_moe else {})
     for name, value in fixed.items():
         found = getattr(args, name)
         found = ", ".join(found) if isinstance(found, list) else found

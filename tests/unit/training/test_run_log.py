@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import pytest
-from megatron.core import rerun_state_machine
 
 from moelpr.errors import UserError
 from moelpr.run_metrics import read_run_metrics
@@ -127,19 +126,21 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Log:
     return Log()
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        SystemExit(rerun_state_machine.EXIT_CODE_FAILED_ON_RESULT_VALIDATION),
-        SystemExit(rerun_state_machine.EXIT_CODE_RESUME_TO_DISAMBIGUATE),
-        RuntimeError("Unexpected result nan on rank 0 at iteration #7"),
-    ],
-)
-def test_a_nonfinite_step_is_logged_and_exits_with_code_1(log: Log, error: BaseException) -> None:
+def test_a_nonfinite_step_is_logged_and_exits_with_code_1(log: Log) -> None:
     with pytest.raises(SystemExit) as exit_, report_nonfinite_exit(ARGS, log):  # type: ignore[arg-type]
-        raise error
+        raise RuntimeError("Rank 0, iteration 7: Unexpected result nan (message='found NaN in local grad norm')")
     assert exit_.value.code == 1
     assert log.warnings == [(7, "not_a_number")]
+
+
+def test_a_rank_that_alone_finds_it_says_so(log: Log, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    with pytest.raises(SystemExit), report_nonfinite_exit(ARGS, log):  # type: ignore[arg-type]
+        raise RuntimeError("Unexpected result nan")
+    assert "rank 1: the gradients of step 7 are NaN/Inf" in capsys.readouterr().err
+    assert log.warnings == []
 
 
 @pytest.mark.parametrize("error", [SystemExit(0), SystemExit(3), RuntimeError("out of memory")])

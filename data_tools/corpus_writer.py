@@ -307,7 +307,7 @@ def commit_corpus(prefix: str | os.PathLike[str], folder: Path, manifest: Manife
     if unfinished.idx.exists():
         paths.idx.unlink(missing_ok=True)
         manifest_path(prefix).unlink(missing_ok=True)
-        # Megatron caches sample indices beside the corpus by name and length, not by content.
+        # The orders of samples that Megatron has saved beside the old corpus.
         shutil.rmtree(paths.bin.with_suffix("") / "cache", ignore_errors=True)
     if manifest is not None:
         os.replace(manifest_path(folder / Path(prefix).name), manifest_path(prefix))

@@ -228,7 +228,7 @@ def _replace(path: Path, temporary: Path, own: tuple[str, ...] = ()) -> None:
             fsync_file(file)
     old = None
     if path.exists():
-        old = path.with_name(f".{path.name}.tmp-{os.getpid()}-old")
+        old = path.with_name(f"{temporary_name(path).name}-old")
         remove(old)
         os.replace(path, old)
     try:

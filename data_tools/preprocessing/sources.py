@@ -111,15 +111,20 @@ def _check_folders_of(pattern: str) -> None:
         else:
             found = [os.path.join(folder, part) for folder in found]
         found = [path for path in found if os.path.isdir(path)]
-    for folder in found:
+    for folder in found if glob.has_magic(name) else ():
         _listed(folder)
         if name == "**":
             list(_walk(folder))
 
 
+def _is_passed_over(folder: str) -> bool:
+    """Hidden folders, and the one in which a file system keeps fragments of files, which only root can read."""
+    return folder.startswith(".") or folder == "lost+found"
+
+
 def _listed(folder: str) -> list[str]:
     try:
-        return [os.path.join(folder, name) for name in os.listdir(folder) if not name.startswith(".")]
+        return [os.path.join(folder, name) for name in os.listdir(folder) if not _is_passed_over(name)]
     except OSError as error:
         _refuse_folder(error)
 
@@ -129,7 +134,7 @@ def _walk(top: str) -> Iterator[tuple[str, list[str]]]:
     seen = set()
     for path, folders, names in os.walk(top, onerror=_refuse_folder, followlinks=True):
         real = os.path.realpath(path)
-        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        folders[:] = [] if real in seen else sorted(name for name in folders if not _is_passed_over(name))
         if real not in seen:  # otherwise a link to a folder around it, or a second one
             seen.add(real)
             yield path, names

@@ -77,7 +77,10 @@ class DocumentReader:
         )  # fmt: skip
 
     def documents(self, batch: Batch) -> Iterator[tuple[Text, bool]]:
-        """Yield each document that has text, and whether it is held out."""
+        """Yield each document that has text, and whether it is held out.
+
+        A long text is in a file of the batch, which the caller discards when it has read all texts.
+        """
         for index, item in enumerate(batch.items()):
             if not item:  # a blank line
                 continue
@@ -87,7 +90,6 @@ class DocumentReader:
                         yield text, self._encoder.is_validation(text.parts())
             except BadLine as error:
                 raise UserError(f"{batch.where(index)}: {error}; fix or remove the line") from None
-        batch.discard()
 
 
 @dataclass
@@ -132,6 +134,7 @@ def _words(batch: Batch, reader: DocumentReader, tokenizer: BpeTokenizer) -> New
         for part in text.parts():
             found.words.update(tokenizer.words(part))
             found.bytes += len(part.encode())
+    batch.discard()
     return found
 
 
@@ -220,6 +223,7 @@ def _uses(batch: Batch, reader: DocumentReader, tokenizer: BpeTokenizer, backend
         for text in texts:
             whole.update({unit for part in text.parts() for unit in tokenizer.taken_whole(part)})
         found.append(_Uses(pair_keys, pair_documents, whole, len(texts)))
+    batch.discard()
     return found
 
 
@@ -287,4 +291,5 @@ def _compare(batch: Batch, reader: DocumentReader, before: Backend, after: Backe
         found.before += len(old_ids)
         found.after += len(new_ids)
         found.changed += not np.array_equal(old_ids, new_ids)
+    batch.discard()
     return found

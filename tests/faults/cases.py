@@ -85,7 +85,7 @@ class Case:
         if left := [
             name
             for name in digests(self.box)
-            if re.search(r"/\.[^/]*\.(tmp-[0-9a-f]+-\d+(-old)?|partial|unfinished)$", name)
+            if re.search(r"/\.[^/]*\.(tmp-[0-9a-f-]+\d+(-old)?|partial|unfinished)$", name)
         ]:
             raise Failure(f"left behind: {', '.join(left)}")
         if ended.code:

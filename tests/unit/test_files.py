@@ -101,6 +101,7 @@ def test_the_old_folder_is_whole_until_the_new_one_is_in_its_place(
             (folder / "new").touch()
     assert [path.name for path in target.iterdir()] == ["new"]
     monkeypatch.setattr("psutil.pid_exists", lambda number: False)
+    monkeypatch.setattr("os.getpid", lambda: 1234567)  # another process
     with resumable_directory(target, "job") as folder:
         (folder / "newer").touch()
     assert [path.name for path in target.iterdir()] == ["newer"]

@@ -196,7 +196,8 @@ def check_cache_folders(run: RunSettings) -> Iterable[str]:
 def note_reordered_data(run: RunSettings) -> Iterable[str]:
     """A resumed run of another length may read some text again, and omit other text."""
     args, record = run.args, run.record or {}
-    if not run.is_resumed or (args.train_iters and run.saved_step is not None and args.train_iters <= run.saved_step):
+    step = run.saved_step if run.step is None else run.step
+    if not run.is_resumed or (args.train_iters and step is not None and args.train_iters <= step):
         return
     batch = args.global_batch_size or args.micro_batch_size * run.layout.dp
     before, now = _run_samples({"global_batch_size": batch} | record), _run_samples(vars(args), batch)

@@ -79,7 +79,7 @@ def check_resumed_model(run: RunSettings) -> Iterable[str]:
 def check_optimizer_state(run: RunSettings) -> Iterable[str]:
     """The saved optimizer state loads with these settings."""
     record = _record_of_stage(run)
-    if record is None or run.args.no_load_optim or run.has_no_optimizer_state:
+    if record is None or not run.recipe_is_read or run.args.no_load_optim or run.has_no_optimizer_state:
         return
     vpp = record.get("virtual_pipeline_model_parallel_size") or 1
     old_layout = Layout.from_settings(record, record.get("world_size", 1), vpp)
@@ -132,7 +132,7 @@ def _optimizer_settings(settings: Mapping[str, Any], layout: Layout) -> dict[str
 def check_schedule(run: RunSettings) -> Iterable[str]:
     """The learning-rate schedule is the one that was saved."""
     record, args = _record_of_stage(run), run.args
-    if record is None or args.no_load_optim or run.has_no_optimizer_state:
+    if record is None or not run.recipe_is_read or args.no_load_optim or run.has_no_optimizer_state:
         return
     if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
         return
@@ -143,7 +143,7 @@ def check_schedule(run: RunSettings) -> Iterable[str]:
     for unit in ("iters", "samples"):
         if record.get(f"lr_decay_{unit}") is None and getattr(args, f"lr_decay_{unit}") is None:
             del now[f"lr_decay_{unit}"]  # follows from the length of the training
-    is_missing = not run.recipe_is_read or (args.train_iters is None and args.train_samples is None)
+    is_missing = args.train_iters is None and args.train_samples is None
     required = ("lr", "global_batch_size", *(("train_iters", "train_samples") if is_missing else ()))
     changed = [name for name in now if before[name] != now[name] and not (name in required and now[name] is None)]
     if changed:

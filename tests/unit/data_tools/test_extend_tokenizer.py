@@ -1,5 +1,6 @@
 """The command, on the three kinds of tokenizers that it extends: an extended tokenizer is compared with the old one."""
 
+import gzip
 import json
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools import extend_tokenizer
+from data_tools.preprocessing import long_documents, reader
 from moelpr.data.tokenizer import load_tokenizer, vocabulary_checksum
 from moelpr.errors import UserError
 from moelpr.vocabulary_extension import VocabularyExtension
@@ -59,6 +61,25 @@ def extend(text_folder: Path, old_folders: Callable[[str], Path]) -> Callable[..
         return save
 
     return run
+
+
+def test_a_long_text_in_a_compressed_file_counts_as_in_a_plain_one(
+    extend: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is read more than once, from a file that it is decompressed to."""
+    monkeypatch.setattr(reader, "BATCH_BYTES", 3_000)
+    for module in (reader, long_documents):
+        monkeypatch.setattr(module, "LONG_LINE_BYTES", 10_000)
+    for name, size in (("_LONG_STRING_BYTES", 500), ("_BLOCK_BYTES", 700), ("_WINDOW_CHARACTERS", 100)):
+        monkeypatch.setattr(long_documents, name, size)
+    saved = []
+    for name, opens in (("en.jsonl", open), ("en.jsonl.gz", gzip.open)):
+        with opens(tmp_path / name, "wt", encoding="utf-8") as file:
+            for text in ("\n".join(ORIGINAL["en"]), *ORIGINAL["en"]):
+                file.write(json.dumps({"text": text}) + "\n")
+        folder = extend(tmp_path / f"{name}-tokenizer", "--original", f"en={tmp_path / name}")
+        saved.append((folder / "tokenizer.json").read_bytes())
+    assert saved[0] == saved[1]
 
 
 class Pair:

@@ -93,14 +93,14 @@ def test_form_is_detected_by_content(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its text was lost without a word. Root may read every folder, so reading fails by other means."""
-    for name in ("a/1.jsonl", "a/locked/2.jsonl", "b/3.jsonl", "b/.hidden/4.jsonl"):
+    for name in ("a/1.jsonl", "a/locked/2.jsonl", "b/3.jsonl", "b/.hidden/4.jsonl", "b/lost+found/5"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "c").symlink_to(tmp_path / "a" / "locked")
 
     def failing(read: Callable[[str], Any]) -> Callable[[str], Any]:
         def fail(path: str) -> Any:
-            if Path(path).resolve().name in ("locked", ".hidden"):
+            if Path(path).resolve().name in ("locked", ".hidden", "lost+found"):
                 raise PermissionError(13, "Permission denied", str(path))
             return read(path)
 
@@ -114,6 +114,8 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: p
             find_files([pattern])
     assert find_files(["b"]) == find_files(["b/*.jsonl"]) == ["b/3.jsonl"]
     assert find_files(["[ab]/*.jsonl"]) == ["a/1.jsonl", "b/3.jsonl"]
+    assert find_files(["*/1.jsonl"]) == ["a/1.jsonl"]
+    assert find_files(["a/*/2.jsonl"]) == ["a/locked/2.jsonl"]  # no list is needed, and --input a/locked/2.jsonl works
     assert find_files(["[b]*/**"]) == find_files(["[b]/*"]) == ["b/3.jsonl"]  # folders beside it do not matter
 
 

@@ -5,7 +5,8 @@ the GPT dataset looks up the bits of all these ranges at once.
 """
 
 import argparse
-from collections.abc import Iterable
+import errno
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -13,14 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
+from megatron.core.parallel_state import get_tensor_model_parallel_rank
 from numpy.typing import NDArray
 
 from moelpr.data.corpus_index import CorpusIndex
 from moelpr.data.language_bits import open_language_bits
 from moelpr.data.manifest import FileRecord, Manifest
-from moelpr.errors import UserError
+from moelpr.errors import DISK_FULL, UserError
 from moelpr.families.families import read_config
 from moelpr.run_folder import HF_FOLDER
 
@@ -128,6 +131,32 @@ class TaggedGPTDataset(GPTDataset):
                 f"{self.config.tokenizer.vocab_size} entries; tokenize the corpus with the model's own tokenizer"
             )
         return tokens, document_ids, document_lengths
+
+
+def build_datasets(num_samples: Sequence[int | None], config: GPTDatasetConfig) -> list[Any]:
+    """Training, validation and test datasets, None where there are no samples. Every rank must call this.
+
+    They are on tensor rank 0 of *every* pipeline stage, because routers read the bits.
+
+    Raises:
+        UserError: The order of samples can't be saved, in a folder that has orders of other settings.
+        OSError: The disk is full.
+    """
+    builder = BlendedMegatronDatasetBuilder(
+        TaggedGPTDataset, list(num_samples), lambda: get_tensor_model_parallel_rank() == 0, config
+    )
+    try:
+        return list(builder.build())
+    except Exception as error:
+        cause = error.__cause__  # the builder raises a bare Exception from an OSError
+        if isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UserError(
+                f"can't save the order of samples: {cause.filename} can't be written ({cause.strerror}); pass "
+                "--data-cache-path with a folder of your own"
+            ) from error
+        if isinstance(cause, OSError) and cause.errno in DISK_FULL:
+            raise cause from None
+        raise
 
 
 def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:

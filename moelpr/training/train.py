@@ -3,18 +3,15 @@
 import argparse
 
 import torch
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.enums import ModelType
-from megatron.core.parallel_state import get_tensor_model_parallel_rank
 from megatron.training import get_args, pretrain, print_rank_0
 from megatron.training.argument_utils import core_transformer_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.models.gpt import GPTModelConfig
 
 from moelpr.arguments.parse import check_arguments, refused_by_megatron, register_arguments
 from moelpr.checkpoints import write_checksums
-from moelpr.data.dataset import TaggedGPTDataset, dataset_config
+from moelpr.data.dataset import build_datasets, dataset_config
 from moelpr.data.epoch_table import epoch_table
-from moelpr.errors import UserError
 from moelpr.megatron_patches import hooks, megatron_fixes
 from moelpr.model.builder import block_spec
 from moelpr.model.config import MoELPRConfig
@@ -88,20 +85,11 @@ def model_config(args: argparse.Namespace) -> GPTModelConfig:
 
 
 def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple:
-    """Training, validation and test datasets on tensor rank 0 of *every* pipeline stage: routers read the bits."""
+    """Training, validation and test datasets."""
     args = get_args()
     if args.validation_data:  # moelpr.training.validation reads it
         num_samples = [num_samples[0], 0, 0]
-    builder = BlendedMegatronDatasetBuilder(
-        TaggedGPTDataset, num_samples, lambda: get_tensor_model_parallel_rank() == 0, dataset_config(args)
-    )
-    try:
-        train, *others = builder.build()
-    except PermissionError as error:  # there are orders of other settings, or of an older version
-        raise UserError(
-            f"can't save the order of samples: {error.filename} can't be written; pass --data-cache-path with a folder "
-            "of your own"
-        ) from error
+    train, *others = build_datasets(num_samples, dataset_config(args))
     if torch.distributed.get_rank() == 0 and train is not None:
         print_rank_0(epoch_table(train, num_samples[0], args.seq_length))
     return train, *others

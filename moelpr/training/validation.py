@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 from megatron.training.training import evaluate
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from moelpr.data.dataset import TaggedGPTDataset, dataset_config, index_checksums
+from moelpr.data.dataset import build_datasets, dataset_config, index_checksums
 from moelpr.data.language_bits import LanguageBits, language_bits_path
 from moelpr.data.manifest import Manifest
 from moelpr.data.tokenizer import load_tokenizer
@@ -55,7 +55,7 @@ class HeldOut:
 
     language: str
     group: str
-    dataset: TaggedGPTDataset | None
+    dataset: GPTDataset | None
     num_windows: int
     bytes_per_token: float | None
 
@@ -115,7 +115,7 @@ def result(text: HeldOut, loss: float) -> dict[str, Any]:
 
 
 def held_out(args: argparse.Namespace, language: str, prefix: str) -> HeldOut:
-    """Open a held-out corpus. Every rank must call this: Megatron's builder has barriers."""
+    """Open a held-out corpus. Every rank must call this."""
     usual = dataset_config(args)
     config = replace(
         usual,
@@ -125,10 +125,7 @@ def held_out(args: argparse.Namespace, language: str, prefix: str) -> HeldOut:
         split=None,
         drop_last_partial_validation_sequence=False,  # it is padded instead
     )
-    builder = BlendedMegatronDatasetBuilder(
-        TaggedGPTDataset, [0, None, 0], lambda: parallel_state.get_tensor_model_parallel_rank() == 0, config
-    )
-    dataset = builder.build()[Split.valid.value]
+    dataset = build_datasets([0, None, 0], config)[Split.valid.value]
     numbers = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
     if dataset is not None:
         numbers[0] = len(dataset)

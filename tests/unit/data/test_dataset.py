@@ -1,8 +1,13 @@
 """The language bit stays with its token through Megatron's packing, shuffling, blending and pickling."""
 
+import argparse
+import errno
+import json
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +23,14 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig  # noqa: E402
 from megatron.core.datasets.indexed_dataset import IndexedDataset  # noqa: E402
 
-from moelpr.data.dataset import TaggedGPTDataset, TaggedIndexedDataset, TokenIds, index_checksums  # noqa: E402
+from moelpr.data.dataset import (  # noqa: E402
+    TaggedGPTDataset,
+    TaggedIndexedDataset,
+    TokenIds,
+    build_datasets,
+    dataset_config,
+    index_checksums,
+)
 
 
 def build(kind: type, prefixes: list[str], vocab: int = 500, samples: int = 30):  # noqa: ANN201
@@ -154,3 +166,64 @@ def test_a_corpus_made_again_is_not_read_in_the_order_of_the_old_one(write_corpu
     assert max(order(60)) == 59
     (tmp_path / "corpus.manifest.json").unlink(missing_ok=True)
     assert index_checksums([str(tmp_path / "corpus")]) != index_checksums([str(tmp_path / "nowhere")]) == {}
+
+
+def test_a_sequence_without_tokens_begins_with_no_language(write_corpus: Callable) -> None:
+    """Megatron's own tools write such sequences; at the end of the corpus, there is no bit to look up."""
+    prefix, tokens, is_original = write_corpus("corpus", documents=3)
+    dataset = TaggedIndexedDataset(str(prefix))
+    expected = dataset.count_original(0, 2)
+    dataset._lengths = np.append(dataset._lengths, np.int32(0))
+    dataset._pointers = np.append(dataset._pointers, np.int64(2 * len(tokens)))
+    assert dataset.count_original(0, 3) == expected == (expected[0], is_original.sum())
+
+
+@pytest.mark.parametrize("eos", [7, [7, 9], None])
+def test_the_loss_of_the_end_of_document_is_masked_if_wanted(write_corpus: Callable, tmp_path: Path, eos: Any) -> None:
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({"model_type": "qwen2", "eos_token_id": eos}))
+    prefix, *_ = write_corpus("corpus", vocab=10)
+    parser = argparse.ArgumentParser()
+    args = parser.parse_args([])
+    vars(args).update(
+        seed=3, seq_length=16, data_path=[str(prefix)], split="100,0,0", model_source=tmp_path, vocab_size=10,
+        eod_mask_loss=True, mmap_bin_files=True, dataloader_inter_document_masking=False,
+        mid_level_dataset_surplus=0.005, num_dataset_builder_threads=1, full_validation=False,
+        data_cache_path=None, multiple_validation_sets=False, data_args_path=None, per_split_data_args_path=None,
+        train_data_path=None, valid_data_path=None, test_data_path=None,
+    )  # fmt: skip
+    if eos is None:
+        with pytest.raises(UserError, match="--eod-mask-loss requires an end-of-document token"):
+            dataset_config(args)
+        return
+    train, *_ = build_datasets([20, 0, 0], dataset_config(args))
+    samples = [train[number] for number in range(20)]
+    assert all(torch.equal(sample["loss_mask"] == 0, sample["tokens"] == 7) for sample in samples)
+    assert any((sample["tokens"] == 7).any() for sample in samples)
+
+
+def test_a_cache_that_cannot_be_written_is_reported_with_the_flag(
+    write_corpus: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Megatron raises a bare Exception, from the error that tells which file it was. Root may write everywhere."""
+    prefix, *_ = write_corpus("corpus")
+    config = build(TaggedGPTDataset, [str(prefix)]).config
+
+    def failing(number: int) -> Callable[..., None]:
+        def fail(*_: Any) -> None:
+            try:
+                raise OSError(number, os.strerror(number), "/shared/corpus/cache/x.npy")
+            except OSError as error:
+                raise Exception("Failed to write dataset materials") from error
+
+        return fail
+
+    for number, kind, message in (
+        (errno.EACCES, UserError, "/shared/corpus/cache/x.npy .*Permission denied.*--data-cache-path"),
+        (errno.EROFS, UserError, "/shared/corpus/cache/x.npy .*Read-only.*--data-cache-path"),
+        (errno.ENOSPC, OSError, "No space left"),
+        (errno.EIO, Exception, "Failed to write dataset materials"),
+    ):
+        monkeypatch.setattr(BlendedMegatronDatasetBuilder, "build", failing(number))
+        with pytest.raises(kind, match=message):
+            build_datasets([30, 0, 0], config)

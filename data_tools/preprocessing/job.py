@@ -179,13 +179,15 @@ class Job:
         try:
             found = from_json(json.loads(path.read_bytes()), State)
         except (ValueError, TypeError) as error:
-            raise UserError(f"{path} is damaged, so the job can't be resumed; remove --resume") from error
+            raise UserError(
+                f"{path} is damaged, so the job can't be resumed; remove --resume or that folder"
+            ) from error
         settings = self.state.settings
         for name in settings.keys() | found.settings.keys():
             if found.settings.get(name) != settings.get(name):
                 raise UserError(
                     f"the unfinished job in {self._folder} was started with different {name}; pass the same, or remove "
-                    "--resume to start from scratch"
+                    "--resume or that folder to start from scratch"
                 )
         self.state = found
         print(f"note: resuming after {found.file_bytes:,} bytes of the input", file=sys.stderr)

@@ -59,7 +59,7 @@ submit() {
 
 preprocess() {
     local step=$1 shards=$2 tool=(launch/slurm/tool.sbatch "${container[@]}") missing="" shard id
-    local out=$run/data/$step flags=("${@:3}")
+    local out=$run/data/$step flags=("${@:3}" --resume) # after the time limit too
     if [[ -z $shards ]]; then
         submit "$step" "" "${options[@]}" "${tool[@]}" data_tools/preprocess_data.py "${flags[@]}" --output-prefix "$out"
         return

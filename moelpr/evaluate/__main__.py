@@ -154,7 +154,11 @@ def common_arguments(models: str) -> CommandParser:
     parser = CommandParser(add_help=False)
     add = parser.add_argument
     add("--model", action="append", required=True, metavar="[NAME=]DIR", help=models)
-    add("--device", default="auto", help="cpu, cuda, cuda:N or auto: a GPU if any (default: auto)")
+    add(
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:N or auto: a GPU if any, and as many as the model needs (default: auto)",
+    )
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
         help="auto: float32 on a CPU, the model's own on a GPU (default: %(default)s)")  # fmt: skip
     add("--output", type=Path, metavar="DIR",

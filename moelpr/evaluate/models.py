@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from moelpr import checksums
 from moelpr.data.tokenizer import open_hf_tokenizer
 from moelpr.errors import UserError, first_line
 from moelpr.families.families import read_config
+from moelpr.machine import as_gib
 from moelpr.megatron_patches import cpu, megatron_fixes
 from moelpr.model_spec import FILE_NAME, ModelSpec
 from moelpr.run_folder import HF_FOLDER
@@ -153,14 +155,16 @@ def load_model(directory: Path, device: str = "auto", dtype: str = "auto") -> Lo
 
     Args:
         directory: config.json, *.safetensors and a tokenizer.
-        device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
+        device: "auto" (a GPU if there is one, and several for a model that does not fit on one), "cpu", "cuda" or
+            "cuda:N".
         dtype: "auto" (float32 on a CPU, the checkpoint's own dtype on a GPU), "float32", "bfloat16" or "float16".
 
     Raises:
-        UserError: the directory is not a model, is incomplete, or needs code of its own.
+        UserError: the directory is not a model, is incomplete, needs code of its own, or does not fit.
     """
     _read_config(directory)
     torch_device = choose_device(device)
+    is_spread = _must_be_spread(directory, torch_device, is_chosen=device != "auto")
     checksums.verify_folder(directory, "copy or download it again")
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
@@ -174,7 +178,7 @@ def load_model(directory: Path, device: str = "auto", dtype: str = "auto") -> Lo
             warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # the empty shared expert, see below
             model, loading_info = AutoModelForCausalLM.from_pretrained(
                 directory, dtype=dtype, use_safetensors=True, output_loading_info=True,
-                local_files_only=True, trust_remote_code=False,
+                local_files_only=True, trust_remote_code=False, **({"device_map": "auto"} if is_spread else {}),
             )  # fmt: skip
     except MemoryError:
         raise
@@ -189,7 +193,31 @@ def load_model(directory: Path, device: str = "auto", dtype: str = "auto") -> Lo
         raise UserError(
             f"the weights in {directory} lack {len(missing)} tensors, {missing[0]} among them; export the model again"
         )
-    return hf_model(directory, model.to(torch_device).eval(), *_load_tokenizer(directory))
+    if not is_spread:
+        model.to(torch_device)
+    return hf_model(directory, model.eval(), *_load_tokenizer(directory))
+
+
+def _must_be_spread(directory: Path, device: torch.device, is_chosen: bool) -> bool:
+    """Whether the weights need several GPUs, of each of which a tenth is for computing.
+
+    Raises:
+        UserError: that is impossible, or not wanted. Nothing has been loaded yet.
+    """
+    if device.type != "cuda":
+        return False
+    needed = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    free = [torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())]
+    if needed <= 0.9 * free[device.index]:
+        return False
+    what = f"{directory} takes {as_gib(needed)}, and GPU {device.index} has {as_gib(free[device.index])} free"
+    if is_chosen and len(free) > 1:
+        raise UserError(f"{what}; spread it over the GPUs with --device auto, or use --device cpu --dtype bfloat16")
+    if len(free) == 1 or needed > 0.9 * sum(free):
+        raise UserError(f"{what}, all GPUs {as_gib(sum(free))}; use more GPUs, or --device cpu --dtype bfloat16")
+    if find_spec("accelerate") is None:
+        raise UserError(f"{what}; to spread it over {len(free)} GPUs, install the extra eval, which has accelerate")
+    return True
 
 
 def read_max_positions(directory: Path) -> int | None:

@@ -79,7 +79,8 @@ class RoutingObserver:
         num_original_T1 = is_chosen_TE[:, : self._loaded.num_original_places].sum(dim=-1, keepdim=True)
         has_original_T, all_original_T = num_original_T1.clamp(max=1), (num_original_T1 == self._loaded.topk).float()
         columns = torch.cat([is_first_TE, is_chosen_TE, scores_TE, entropy_T, has_original_T, all_original_T], dim=-1)
-        sums = (weight_T @ columns).double()  # a batch's counts are exact in float32
+        # A layer may be on another GPU. A batch's counts are exact in float32.
+        sums = (weight_T.to(columns.device) @ columns).double()
         self._sums[number] = self._sums.get(number, 0) + sums
 
     def result(self) -> Routing | None:
@@ -87,7 +88,7 @@ class RoutingObserver:
         if not self._sums or self._tokens == 0:
             return None
         layers = sorted(self._sums)
-        means = torch.stack([self._sums[layer] for layer in layers]) / self._tokens
+        means = torch.stack([self._sums[layer].cpu() for layer in layers]) / self._tokens
         num_experts = (means.shape[1] - 3) // 3
         first, chosen, score, rest = (part.tolist() for part in means.split([num_experts] * 3 + [3], dim=1))
         entropy, any_original, all_original = map(list, zip(*rest, strict=True))

@@ -50,6 +50,7 @@ class RunLog:
         """Write a training step, and the warnings that follow from it."""
         self._append(record, before_iteration=record["iteration"])
         _write_to_tensorboard(record, with_layers=record["iteration"] % get_args().log_interval == 0)
+        _write_to_wandb(record)
         self._show_progress(record, get_args().train_iters, get_args().log_interval)
         self.warn(record["iteration"], self.early_warnings.step(record))
 
@@ -183,6 +184,17 @@ def _write_to_tensorboard(record: dict[str, Any], with_layers: bool) -> None:
         for index, value in np.ndenumerate(np.array([] if record.get(key) is None else record[key], dtype=float)):
             if not math.isnan(value):
                 writer.add_scalar(tag.format(*index), value, record["iteration"])
+
+
+def _write_to_wandb(record: dict[str, Any]) -> None:
+    """Write what Megatron does not, where one chart for each layer would be too many: means over the layers."""
+    if (wandb := get_wandb_writer()) is None:
+        return
+    means = {"lpr loss": record.get("lpr_loss")}
+    for key in ("original_first_share_original", "original_first_share_expanded"):
+        means[key] = np.mean(layers) if (layers := [x for x in record.get(key) or [] if x is not None]) else None
+    if found := {tag: float(value) for tag, value in means.items() if value is not None}:
+        wandb.log(found, record["iteration"])
 
 
 def finite(value: Any) -> float | None:

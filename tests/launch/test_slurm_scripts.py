@@ -13,8 +13,9 @@ RECORD = 'printf "%s" "${0##*/}" >>"$CALLS"; printf " [%s]" "$@" >>"$CALLS"; ech
 PROGRAMS = {
     "sbatch": RECORD + 'wc -l <"$CALLS"',
     "squeue": 'for word in "$@"; do [[ " ${IN_QUEUE:-} " == *" $word "* ]] && echo "$word"; done; true',
-    "srun": RECORD
-    + 'echo "$NNODES nodes at $MASTER_ADDR:$MASTER_PORT for $PET_RDZV_ID" >>"$CALLS"; exit "${SRUN_CODE:-0}"',
+    "srun": RECORD + 'echo "JOIN_TIMEOUT=$JOIN_TIMEOUT" >>"$CALLS"; '
+    'echo "$NNODES nodes at $MASTER_ADDR:$MASTER_PORT for $PET_RDZV_ID" >>"$CALLS"; '
+    '[[ -z ${SAVED:-} ]] || echo 20 >"$SAVED/latest_checkpointed_iteration.txt"; exit "${SRUN_CODE:-0}"',
     "scontrol": 'case "$*" in *hostnames*) echo n1 ;; *node*) echo "NodeName=n1 NodeAddr=127.0.0.1 Port=1" ;; '
     '"--oneliner show job"*) echo "JobId=7 JobState=${STATE:-RUNNING} PreemptTime=${PREEMPTED:-None}" ;; '
     '--version) echo "slurm ${VERSION:-24.11.5}" ;; '
@@ -81,7 +82,7 @@ def test_a_chain_is_submitted_with_common_options_and_those_of_each_step(calls: 
     assert all("[--account] [lab]" in call and "[--apptainer] [image.sif]" in call for call in calls.made)
     array, merge = calls.made[:2]
     assert "[--partition] [cpu] [--array] [0,1] [launch/slurm/tool.sbatch]" in array
-    assert f"[--input] [a b.jsonl] [--output-prefix] [{run}/data/expanded] [--num-shards] [2]" in array
+    assert f"[--input] [a b.jsonl] [--resume] [--output-prefix] [{run}/data/expanded] [--num-shards] [2]" in array
     assert f"[--output-prefix] [{run}/data/expanded_text_document] [--num-shards] [2] [--remove-input]" in merge
     stage2 = calls.made[5]
     assert "[--job-name] [greek-stage2]" in stage2
@@ -182,6 +183,8 @@ def test_a_stage_runs_the_launcher_once_per_node_and_skips_an_occupied_port(call
     made = "\n".join(calls.made)
     assert made.startswith("srun [--export=ALL] [--kill-on-bad-exit=1] [--cpu-bind=none] [bash] [-c] [trap")
     assert f"[stage] [./launch/stage1.sh] [--save] [{tmp_path}/save] [--lr] [1]" in made
+    assert "NPROC_PER_NODE=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}" in made
+    assert "JOIN_TIMEOUT=300" in made
     found = re.search(r"2 nodes at 127\.0\.0\.1:(\d+) for 7-2", made)
     assert found
     assert int(found[1]) > port
@@ -205,6 +208,7 @@ def test_in_a_container_the_images_code_is_run(calls: Calls, tmp_path: Path, fla
     made = "\n".join(calls.made)
     assert expected.replace("HERE", str(ROOT)) in made
     assert "[stage] [/opt/moelpr/launch/stage1.sh] [--save]" in made
+    assert "JOIN_TIMEOUT=900" in made
 
 
 @pytest.mark.parametrize(
@@ -215,6 +219,7 @@ def test_in_a_container_the_images_code_is_run(calls: Calls, tmp_path: Path, fla
         (["--apptainer"], {}, ["--apptainer"]),
         (["--container-mounts", "a:b", *STAGE], {}, ["--container-mounts", "--container-image or --apptainer"]),
         (STAGE, {"SLURM_NTASKS": "16"}, ["--ntasks-per-node 1", "16 tasks on 2 nodes"]),
+        (STAGE, {"SLURM_CPUS_ON_NODE": "7", "SLURM_GPUS_ON_NODE": "8"}, ["7 CPUs for 8 GPUs", "--cpus-per-gpu"]),
     ],
 )
 def test_a_stage_that_cannot_run_is_a_single_error(
@@ -243,6 +248,31 @@ def test_a_stage_exits_with_the_trainers_code_and_is_not_repeated(calls: Calls, 
     assert stage(calls, tmp_path, *STAGE, SRUN_CODE="2", STATE="PENDING").returncode == 2
     # It may have failed because nodes were taken, or died.
     assert not any("Requeue=0" in call for call in calls.made[num_calls:])
+
+
+@pytest.mark.parametrize(
+    "variables, is_requeued",
+    [
+        ({"SRUN_CODE": "1", "SAVED": "SAVE"}, True),
+        ({"SRUN_CODE": "1"}, False),
+        ({"SRUN_CODE": "2", "SAVED": "SAVE"}, False),
+        ({"SRUN_CODE": "1", "SAVED": "SAVE", "SLURM_RESTART_COUNT": "4"}, False),
+        ({"SRUN_CODE": "1", "SAVED": "SAVE", "STATE": "PENDING"}, False),
+    ],
+)
+def test_a_stage_that_fails_after_it_has_saved_a_step_is_tried_again(
+    calls: Calls, tmp_path: Path, variables: dict[str, str], is_requeued: bool
+) -> None:
+    """A GPU or a link may have failed in the middle of the night."""
+    save = tmp_path / "run"
+    save.mkdir()
+    (save / "latest_checkpointed_iteration.txt").write_text("10\n")
+    variables = {name: value.replace("SAVE", str(save)) for name, value in variables.items()}
+    done = calls("launch/slurm/stage.sbatch", "stage1", "--save", save, **variables)
+    assert done.returncode == int(variables["SRUN_CODE"])
+    assert ("scontrol [requeue] [7]" in calls.made) == is_requeued
+    assert ("failed after saving step 20" in done.stdout) == is_requeued
+    assert ("scontrol [update] [JobId=7] [Requeue=0]" in calls.made) == (not is_requeued and "STATE" not in variables)
 
 
 @pytest.mark.parametrize(

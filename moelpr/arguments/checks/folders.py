@@ -59,6 +59,34 @@ def check_save_disk(run: RunSettings) -> Iterable[str]:
             )
 
 
+def note_disk_of_all_checkpoints(run: RunSettings) -> Iterable[str]:
+    """A run that keeps more checkpoints than the disk of --save can hold would fail after days."""
+    if run.args.save is None or run.spec is None or not (number := _num_checkpoints(run)):
+        return
+    save = Path(run.args.save)
+    existing = next(folder for folder in (save, *save.absolute().parents) if folder.exists())
+    disk, each = shutil.disk_usage(existing), checkpoint_bytes(run.args, run.spec)
+    if disk.total > 0 and each <= disk.free < number * each:
+        yield (
+            f"warning: the disk of --save {save} has {format_bytes(disk.free)} free, and the run will have up to "
+            f"{number} more checkpoints there at a time, {format_bytes(number * each)}; keep fewer with "
+            "--save-retain-interval, or free some space"
+        )
+
+
+def _num_checkpoints(run: RunSettings) -> int:
+    """How many more there are at the fullest moment; 0 if the length of the run is unknown."""
+    args, start = run.args, (run.saved_step or 0) if run.is_resumed else 0
+    steps = args.train_iters or (args.train_samples or 0) // (args.global_batch_size or 1)
+    if not args.save_interval or steps <= start:
+        return 0
+    saved = -(-steps // args.save_interval) - start // args.save_interval
+    if not (kept := retain_interval(args)):
+        return saved
+    # Besides those that stay, the last one and the one that is being written.
+    return min(saved, steps // kept - start // kept + 2)
+
+
 def checkpoint_bytes(args: argparse.Namespace, spec: ModelSpec) -> int:
     """Bytes of the tensors in one checkpoint of a run."""
     return memory.checkpoint_bytes(

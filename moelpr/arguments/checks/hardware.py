@@ -3,10 +3,13 @@
 import os
 from collections.abc import Iterable
 
+import torch
+
 from moelpr import machine
 from moelpr.arguments.memory import expected_memory, smaller_settings
 from moelpr.arguments.settings import RunSettings
 from moelpr.megatron_patches import cpu
+from moelpr.plan.machines import RESERVED_FRACTION
 
 
 def check_gpus(run: RunSettings) -> Iterable[str]:
@@ -15,11 +18,22 @@ def check_gpus(run: RunSettings) -> Iterable[str]:
         yield problem
 
 
-def note_cpu_memory(run: RunSettings) -> Iterable[str]:
-    """The ranks of this machine need more than is free, and the kernel would kill one, where a GPU reports an error."""
-    expected = expected_memory(run) if cpu.is_needed() else None
+def note_memory(run: RunSettings) -> Iterable[str]:
+    """The planner expects a rank to need more than its GPU has, or the ranks more than a machine without GPUs has."""
+    if (expected := expected_memory(run)) is None:
+        return
+    if not cpu.is_needed():
+        total = min(torch.cuda.get_device_properties(gpu).total_memory for gpu in range(torch.cuda.device_count()))
+        if expected > (1 - RESERVED_FRACTION) * total:
+            yield (
+                f"warning: a rank may need {machine.as_gib(expected)}, and a GPU here has {machine.as_gib(total)}, of "
+                f"which {RESERVED_FRACTION:.0%} are left for what is not counted; if it runs out of memory, use "
+                f"{smaller_settings(run)}, or a layout of python -m moelpr.plan"
+            )
+        return
+    # The kernel would kill a rank, where a GPU reports an error.
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if expected is not None and ranks * expected > (free := machine.free_memory()):
+    if ranks * expected > (free := machine.free_memory()):
         yield (
             f"warning: this machine has {machine.as_gib(free)} of free memory, and {ranks} "
             f"rank{'s' if ranks > 1 else ''} of {machine.as_gib(expected)} may need more; if one is killed, use "

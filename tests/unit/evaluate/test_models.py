@@ -12,8 +12,10 @@ from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.upcycling import Start, hf_to_mcore
 from moelpr import machine
 from moelpr.errors import UserError
+from moelpr.evaluate import models
 from moelpr.evaluate.compare import compare_models
 from moelpr.evaluate.models import check_device, choose_device, load_model, open_model
+from moelpr.evaluate.routing import RoutingObserver
 from moelpr.evaluate.scoring import Settings
 from moelpr.families.expert_choice import ExpertChoice
 from moelpr.megatron_patches import cpu
@@ -131,3 +133,46 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path, dense_dir):
     (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
     with pytest.raises(UserError, match=str(tmp_path)):
         load_model(tmp_path)
+
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "device", "has_accelerate", "found"),
+    [
+        ([80, 80], "auto", False, False),
+        ([70, 80], "auto", True, True),
+        ([70, 80], "auto", False, "takes 70.0 GiB, and GPU 0 has 70.0 GiB free; .* over 2 GPUs, .*extra eval"),
+        ([70, 80], "cuda:0", True, "GPU 0 has 70.0 GiB free; .*--device auto"),
+        ([70], "auto", True, "all GPUs 70.0 GiB; use more GPUs"),
+        ([40, 30], "auto", True, "all GPUs 70.0 GiB; use more GPUs"),
+    ],
+)
+def test_a_model_that_one_gpu_cannot_hold_is_spread_or_refused_before_it_is_loaded(
+    tmp_path: Path, monkeypatch, free_gib: list[int], device: str, has_accelerate: bool, found: bool | str
+) -> None:
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.truncate(70 * GIB)  # a hole
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free_gib))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (free_gib[gpu] * GIB, 80 * GIB))
+    monkeypatch.setattr(models, "find_spec", lambda name: object() if has_accelerate else None)
+    arguments = tmp_path, torch.device("cuda", 0), device != "auto"
+    if isinstance(found, bool):
+        assert models._must_be_spread(*arguments) is found
+    else:
+        with pytest.raises(UserError, match=found):
+            models._must_be_spread(*arguments)
+
+
+def test_a_model_that_accelerate_has_placed_gives_the_same_routing(both, monkeypatch) -> None:
+    pytest.importorskip("accelerate", reason="needs accelerate (the extra `eval`)")
+    results = []
+    for is_spread in (False, True):
+        monkeypatch.setattr(models, "_must_be_spread", lambda *_, is_chosen, spread=is_spread: spread)
+        with open_model(both["moe-hf"], dtype="float32") as loaded:
+            observer, tokens = RoutingObserver(loaded), torch.arange(20)[None]
+            with observer.observe(torch.ones_like(tokens, dtype=torch.bool)):
+                loaded.logits(tokens)
+            results.append(observer.result())
+    assert results[0] == results[1]

@@ -60,6 +60,19 @@ def test_a_validation_pass_and_its_warning_reach_file_log_and_both_boards(
     assert "moelpr: warning: stage1 step 1: the loss on held-out en +25.0%" in printed
 
 
+def test_weights_and_biases_gets_the_lpr_loss_and_routing_as_means_over_layers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    log, _, wandb = make_log(monkeypatch, tmp_path)
+    step = {"iteration": 1, "lm_loss": 3.0, "step_time_s": 1.0}
+    shares = {"original_first_share_original": [0.5, 1.0], "original_first_share_expanded": [None, None]}
+    log.step(step | shares | {"lpr_loss": None})
+    assert wandb.written == {"original_first_share_original": (0.75, 1)}
+    log.step(step | {"iteration": 2, "lpr_loss": 0.25})
+    assert wandb.written["lpr loss"] == (0.25, 2)
+    log.close()
+
+
 def test_a_resumed_run_keeps_earlier_records_and_repeats_no_warning(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

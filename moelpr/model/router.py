@@ -50,7 +50,7 @@ class LPRRouter(TopKRouter):
             Gate weights [T, E], 0 for experts that are not chosen, and choices [T, E] (bool).
         """
         assert language_bits_SB is not None or not self.training or self.lpr_coeff == 0, "lost the language bits"
-        logits_SBE = self.gating(self.apply_input_jitter(hidden_SBH))
+        logits_SBE = self.gating(self.apply_input_jitter(hidden_SBH) if self.training else hidden_SBH)
         gate_weights_TE, is_chosen_TE = self.routing(logits_SBE)
         # Recomputed layers run forward twice, first without gradients; count and attach the loss only once.
         if self.training and torch.is_grad_enabled() and language_bits_SB is not None:

@@ -101,8 +101,10 @@ def test_documents_apart_attend_as_with_a_call_per_document(
     inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
     positions = torch.cat([torch.arange(length, device="cuda") for length in (1, 200, 311)]).expand(2, -1)
     edges, results = attention.document_edges(positions), []
-    for is_complete in (True, False):
-        monkeypatch.setattr(attention, "_VARLEN_IS_COMPLETE", is_complete)
+    varlen_attention = attention._varlen_attention()
+    assert varlen_attention is not None
+    for kernel in (varlen_attention, None):
+        monkeypatch.setattr(attention, "_varlen_attention", lambda kernel=kernel: kernel)
         output = ours(*inputs, edges)
         results.append([output, *torch.autograd.grad(output.float().square().sum(), inputs)])
     for one, other in zip(*results, strict=True):

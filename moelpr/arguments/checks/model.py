@@ -10,6 +10,9 @@ from moelpr.stages import MOE_STAGES
 # Parts of the model's description that training may change.
 _FREE_SHAPE = ("attention_dropout", "hidden_dropout", "init_method_std")
 
+# Of a model whose description does not mention them.
+_ABSENT = {"window_size": None, "use_rope_scaling": False}
+
 # What the layers of this trainer are, for every family.
 _LAYERS = {"normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False, "position_embedding_type": "rope"}
 
@@ -44,11 +47,24 @@ _UNSUPPORTED = {
         ("multi_latent_attention", "mtp_num_layers", "hybrid_layer_pattern", "heterogeneous_layers_config_path"),
         "no checkpoint of this trainer has such layers; remove it",
     ),
+    "sft": "Megatron would average validation otherwise than moelpr; mask text when you preprocess it, or remove it",
+    "non_persistent_ckpt_type": "its steps have no checksums, and replace that of --ckpt-step; use --save-interval",
+    **dict.fromkeys(
+        ("use_torch_fsdp2", "use_megatron_fsdp"), "experts are saved from DDP's layout; use --use-distributed-optimizer"
+    ),
     **dict.fromkeys(
         ("per_dataset_sequences_path", "dataloader_fast_cache_load", "dataloader_defer_npy_index_mmap",
          "object_storage_cache_path", "allow_ambiguous_pad_tokens"),
         "this trainer does not read it; remove it",
     ),
+}  # fmt: skip
+
+# What no family has, and an export would compute without; another checkpoint format, which cannot be exported or
+# resumed in another layout; and the modes in which Megatron repeats a step.
+_FIXED = {
+    "rotary_interleaved": False, "rotary_seq_len_interpolation_factor": None, "layernorm_zero_centered_gamma": False,
+    "use_mup": False, "attention_output_gate": False, "softmax_type": "vanilla", "glu_linear_offset": 0.0,
+    "ckpt_format": "torch_dist", "rerun_mode": "disabled",
 }  # fmt: skip
 
 # Why some settings are fixed, and until when.
@@ -58,6 +74,8 @@ _WHY_FIXED = {
     "cuda_graph_impl": "the number of rows differs from step to step, see docs/design/gpu.md",
     "fp8": "new experts are not tested with it, see docs/design/gpu.md",
     "mlp_chunks_for_training": "Megatron does not pass language bits to the chunks",
+    "overlap_dispatch_backward_with_experts_wgrad": "the first MoE layer's experts would get no gradient",
+    "moe_mlp_glu_interleave_size": "checkpoints have the gate's rows before the up projection's",
     "rerun_mode": "others do not check the first step for NaN, and save a step that cannot be loaded after a later one",
 }
 
@@ -80,9 +98,11 @@ def check_checkpoint_kind(run: RunSettings) -> Iterable[str]:
 
 def check_model_flags(run: RunSettings) -> Iterable[str]:
     """Flags that contradict the checkpoint: one of the two would be ignored."""
-    for name, value in run.shape.items():
+    shape = (_ABSENT | run.shape) if run.shape else {}
+    for name, value in shape.items():
         found = getattr(run.args, name)
-        if name in run.explicit_args and name not in _FREE_SHAPE and value is not None and found != value:
+        is_known = value is not None or name in _ABSENT
+        if name in run.explicit_args and name not in _FREE_SHAPE and is_known and found != value:
             yield (
                 f"{run.flag(name)} {found} contradicts the checkpoint {run.checkpoint}, whose model_spec.json has "
                 f"{value}; remove the flag, or convert the model again"
@@ -113,8 +133,7 @@ def check_method(run: RunSettings) -> Iterable[str]:
             is_size_1 = name.endswith("parallel_size") and getattr(args, name) == 1
             if name in explicit and not is_size_1:
                 yield f"{run.flag(name)} does not apply to --stage dense; remove it, or use --stage stage1"
-    # Another checkpoint format cannot be exported, or resumed in another layout.
-    fixed = {"ckpt_format": "torch_dist", "rerun_mode": "disabled"} | (FIXED_FOR_MOE if run.is_moe else {})
+    fixed = _FIXED | (FIXED_FOR_MOE if run.is_moe else {})
     for name, value in fixed.items():
         found = getattr(args, name)
         found = ", ".join(found) if isinstance(found, list) else found

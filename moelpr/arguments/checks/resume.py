@@ -11,6 +11,7 @@ from moelpr.arguments.settings import RunSettings, shape_of
 from moelpr.errors import UserError
 from moelpr.layouts import Layout
 from moelpr.model_spec import ModelSpec
+from moelpr.run_folder import TRACKER_FILE
 
 # Saved with the optimizer state, and then used instead of other values.
 _ADAM = ("adam_beta1", "adam_beta2", "adam_eps")
@@ -198,4 +199,14 @@ def note_ignored_step(run: RunSettings) -> Iterable[str]:
         yield (
             f"--ckpt-step {step} selects a step of --pretrained-checkpoint; this run resumes from the latest step in "
             f"{run.checkpoint} (to return to its own step {step}, remove --pretrained-checkpoint)"
+        )
+
+
+def note_repeated_return(run: RunSettings) -> Iterable[str]:
+    """The same command, as a requeued job has it, returns to the step at every start."""
+    step, last = run.step, run.saved_step
+    if run.is_resumed and run.checkpoint is not None and step is not None and last is not None and step < last:
+        yield (
+            f"--ckpt-step returns to step {step}, though {run.checkpoint} has step {last}; so does every start of this "
+            f"command: to return once, write {step} into {run.checkpoint / TRACKER_FILE} instead"
         )

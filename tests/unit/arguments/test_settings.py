@@ -116,6 +116,14 @@ def test_the_step_selected_for_the_first_start_does_not_reset_a_resumed_run(
     assert "--ckpt-step 500 selects a step of --pretrained-checkpoint" in capsys.readouterr().err
     (found,) = problems("stage1", None, *command, str(run))
     assert str(run) in found and "500" in found and "--iteration 3" in found
+    (run / "iter_0000003").rename(run / "iter_0000500")
+    (run / "iter_0000900").mkdir()
+    (run / "latest_checkpointed_iteration.txt").write_text("900")
+    further = ("--train-iters", "1000", "--override-opt-param-scheduler")
+    assert accepted("stage1", run, *command, str(run), *further)["ckpt_step"] == 500
+    assert f"has step 900; so does every start of this command: to return once, write 500 into {run}" in (
+        capsys.readouterr().err
+    )
 
 
 def test_a_shape_that_megatron_does_not_support_is_reported(make_checkpoint, problems) -> None:

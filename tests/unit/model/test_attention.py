@@ -105,3 +105,46 @@ def test_a_window_is_a_number_of_previous_tokens(dense_spec: ModelSpec, window: 
     expected = torch.einsum("bhst,tbhd->sbhd", weights, value.repeat_interleave(2, dim=2)).flatten(2)
     found = ours(query, key, value, document_edges(positions.expand(BATCH, -1)) if apart else None)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says that it is on a GPU."""
+
+    is_cuda = True
+
+
+def varlen_attention(query, key, value, starts, key_starts, longest, longest_key, *, scale, window_size, enable_gqa):  # noqa: ANN001, ANN201, PLR0913
+    """What torch's kernel documents: from `left` tokens before each to `right` after it, in its document; -1: all."""
+    assert torch.equal(starts, key_starts) and longest == longest_key == SEQUENCE
+    left, right = window_size
+    parts = []
+    for start, stop in zip(starts.tolist(), starts.tolist()[1:], strict=False):
+        places = torch.arange(stop - start)
+        distance = places[None] - places[:, None]  # of the key after the query
+        is_seen = distance >= (-left if left >= 0 else -SEQUENCE)
+        is_seen &= distance <= (right if right >= 0 else SEQUENCE)
+        q, k, v = (tensor[start:stop].transpose(0, 1)[None] for tensor in (query, key, value))
+        found = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_seen, scale=scale, enable_gqa=enable_gqa)
+        parts.append(found[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("window", [None, (5, 0)])
+def test_torchs_kernel_for_documents_gets_what_gives_the_same_result(
+    dense_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch, window: tuple[int, int] | None
+) -> None:
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from moelpr.model import attention
+    from moelpr.model.loading import transformer_config
+
+    config = transformer_config(dense_spec, window_size=window)
+    ours = attention.SDPACoreAttention(config, 1, AttnMaskType.causal, "self", softmax_scale=0.5)
+    inputs = [tensor.detach().bfloat16() for tensor in query_key_value()]
+    positions = torch.cat([torch.arange(length) for length in (1, 14, SEQUENCE - 15)]).expand(BATCH, -1)
+    edges = attention.document_edges(positions)
+    expected = ours(*inputs, edges)
+    monkeypatch.setattr(attention, "_varlen_attention", lambda: varlen_attention)
+    found = ours(*(tensor.as_subclass(OnGpu) for tensor in inputs), edges)
+    torch.testing.assert_close(found.as_subclass(torch.Tensor), expected, rtol=0.02, atol=0.02)
+    assert not torch.equal(found.as_subclass(torch.Tensor), ours(*inputs, None))

@@ -26,6 +26,8 @@ def test_each_stage_requires_the_right_kind_of_checkpoint(upcycled: str, dense: 
         (["--norm-epsilon", "1e-5"], "--norm-epsilon 1e-05", "1e-06"),
         (["--untie-embeddings-and-output-weights"], "--untie-embeddings-and-output-weights True", "False"),
         (["--moe-layer-freq", "[0,1,1]"], "--moe-layer-freq [0, 1, 1]", "[1, 1, 1]"),
+        (["--window-size", "8,0"], "--window-size (8, 0)", "None"),
+        (["--use-rope-scaling"], "--use-rope-scaling True", "False"),
     ],
 )
 def test_a_flag_that_contradicts_the_model_is_rejected(
@@ -161,6 +163,14 @@ def test_stage_2_without_stage_1_is_logged_and_not_rejected(upcycled: str, make_
         (["--balance-loss-coeff", "nan"], "--balance-loss-coeff must be at least 0, got nan", "0"),
         (["--fp32", "--bf16"], "--bf16 and --fp32", "keep one"),
         (["--ckpt-format", "torch"], "--ckpt-format must be torch_dist", "remove"),
+        (["--rerun-mode", "validate_results"], "--rerun-mode must be disabled", "NaN"),
+        (["--rotary-interleaved"], "--rotary-interleaved must be False", "remove"),
+        (["--softmax-type", "off-by-one"], "--softmax-type must be vanilla", "remove"),
+        (["--overlap-dispatch-backward-with-experts-wgrad"], "--overlap-dispatch-backward-with", "no gradient"),
+        (["--moe-mlp-glu-interleave-size", "32"], "--moe-mlp-glu-interleave-size must be None", "remove"),
+        (["--sft"], "--sft", "remove"),
+        (["--use-torch-fsdp2"], "--use-torch-fsdp2", "--use-distributed-optimizer"),
+        (["--non-persistent-ckpt-type", "global"], "--non-persistent-ckpt-type", "--save-interval"),
         (["--save-trained-only", "--train-everything"], "--save-trained-only", "--train-everything"),
         (["--yaml-cfg", "a.yaml"], "--yaml-cfg", "--recipe"),
         (["--mtp-num-layers", "1"], "--mtp-num-layers", "remove"),

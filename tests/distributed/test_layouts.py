@@ -9,6 +9,7 @@ import torch
 from moelpr.checkpoints import step_folder
 from moelpr.torch_dist import TorchDistReader
 from tests.distributed import layout_runs as layouts
+from tests.distributed import resume_layouts
 from tests.distributed.layout_runs import LAYOUTS, STAGES, Layout
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all runs: two minutes on two free cores
@@ -55,6 +56,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("name", "stage"), [(name, stage) for name in SUITE for stage in LAYOUTS[name].stages])
 def test_layout_equals_one_process(folder: Path, name: str, stage: str) -> None:
     assert layouts.compare(folder, name, stage).worst <= layouts.TOLERANCE
+
+
+def test_a_run_resumes_under_another_layout(folder: Path) -> None:
+    """Optimizer state of experts from two ranks; more pairs: python -m tests.distributed.resume_layouts."""
+    found = resume_layouts.measure(folder, "^EP2 -> 1$")
+    assert [pair["stage"] for pair in found] == [*STAGES]
+    for pair in found:
+        assert max(pair["losses"], pair["grad_norm"], pair["weights"]) <= layouts.TOLERANCE, pair
 
 
 def test_held_out_text_is_scored_before_the_first_step_and_after_the_last(folder: Path) -> None:

@@ -396,6 +396,13 @@ def test_a_nan_gradient_ends_the_run_with_one_message(material: Path, stage1: Pa
     assert all(step % 3 == 0 for step in steps)  # saved by --save-interval 3, none because of the NaN
 
 
+def test_tokens_are_those_of_all_ranks(stage1: Path) -> None:
+    """Four sequences of 32 tokens a step, on two ranks."""
+    for number, record in enumerate(metrics(stage1), start=1):
+        assert record["consumed_tokens"] == 128 * number
+        assert record["tokens_per_s"] * record["step_time_s"] == pytest.approx(128, rel=0.01)
+
+
 def test_stage2_starts_at_step_1_and_learns_to_route_original_tokens(stage2: Path) -> None:
     records = metrics(stage2)
     assert [record["iteration"] for record in records] == [1, 2, 3, 4, 5, 6]

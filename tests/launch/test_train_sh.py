@@ -133,7 +133,8 @@ def test_nccl_is_configured_with_gpus_and_the_allocator_without(root: Path) -> N
     on_gpu, _, _ = started(root, CUDA_VISIBLE_DEVICES="0")
     on_cpu, _, _ = started(root, CUDA_VISIBLE_DEVICES="")
     assert on_gpu["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "3"
-    assert on_cpu["MALLOC_TRIM_THRESHOLD_"] == str(16 * 2**30)
+    assert (on_gpu["NCCL_DEBUG"], on_gpu["TORCH_NCCL_DUMP_ON_TIMEOUT"]) == ("WARN", "1")
+    assert on_cpu["MALLOC_TRIM_THRESHOLD_"] == str(16 * 2**30) and on_cpu["MALLOC_MMAP_MAX_"] == "0"
     assert not any(name.startswith("MALLOC") for name in on_gpu)
     assert "TORCH_NCCL_ASYNC_ERROR_HANDLING" not in on_cpu
     assert on_gpu["CUDA_DEVICE_MAX_CONNECTIONS"] == on_cpu["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"

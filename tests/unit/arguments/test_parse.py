@@ -3,11 +3,14 @@
 import argparse
 import dataclasses
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from moelpr.model_spec import ModelSpec
 
 
 def test_all_problems_are_reported_at_once(upcycled: str, problems) -> None:
@@ -140,6 +143,14 @@ def test_a_valid_command_has_the_models_shape_and_the_stages_defaults(upcycled: 
     assert final["moe_aux_loss_coeff"] == pytest.approx(0.01 * 2 / 3)
     final = accepted("stage2", upcycled)
     assert (final["balance_loss_coeff"], final["lpr_loss_coeff"]) == (0.0, 0.1)
+
+
+def test_the_balance_loss_is_a_mean_over_the_layers_with_experts(
+    make_checkpoint, moe_spec: ModelSpec, accepted
+) -> None:
+    """Megatron adds layers up."""
+    spec = replace(moe_spec, moe=replace(moe_spec.moe, layers=(0, 2)))
+    assert accepted("stage1", make_checkpoint("some", spec))["moe_aux_loss_coeff"] == pytest.approx(0.01 * 2 / 2)
 
 
 def test_what_the_method_fixes_is_set(upcycled: str, accepted) -> None:

@@ -345,7 +345,7 @@ def test_models_that_do_not_fit_are_rejected_by_name_of_the_tensor(
         (folder / "model.gguf").touch()
 
     small_vocabulary = make_qwen2(vocab_size=98, tokenizer=True)
-    unrelated = edited(instruct, lambda tensors: tensors[attention].normal_())
+    unrelated = edited(instruct, lambda tensors: tensors[attention].normal_(std=tensors[attention].std().item()))
     other_base = edited(base, lambda tensors: tensors[attention][0, :1].add_(1e-6))
     not_a_number = edited(instruct, lambda tensors: tensors[attention][0, :1].fill_(torch.nan))
     other_tokenizer = changed(instruct, lambda folder: save_tokenizer(folder, num_ids=58))

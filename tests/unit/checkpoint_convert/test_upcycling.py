@@ -86,6 +86,15 @@ def test_gate_up_and_down_reinitialize_the_same_fraction_of_dimensions(qwen2: Pa
     assert dropped[0] != dropped[1] != dropped[2]
 
 
+def test_each_layer_reinitializes_other_dimensions_and_the_nearest_number(qwen2: Path, tmp_path: Path) -> None:
+    model = upcycled(qwen2, tmp_path / "out", Start(reinitialise=0.49))
+    found = []
+    for layer in (1, 2):
+        up = f"model.layers.{layer}.mlp.experts.{{}}.up_proj.weight"
+        found.append(changed_rows(model.read(up.format(0)), model.read(up.format(1))))
+    assert len(found[0]) == len(found[1]) == 24 and found[0] != found[1]  # 23.52 of 48
+
+
 def test_the_seed_determines_every_sample(qwen2: Path, tmp_path: Path) -> None:
     start = Start(noise=0.1, reinitialise=0.3)
     first = upcycled(qwen2, tmp_path / "first", start)

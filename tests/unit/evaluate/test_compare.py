@@ -69,9 +69,10 @@ def test_an_interrupted_evaluation_resumes_and_only_what_has_changed_is_measured
     os.utime(base / "model.safetensors", (1, 1))
     evaluate(*again)
     assert measured == [("base", language) for language in texts]
-    measured.clear()
-    evaluate(*again[:-1], 12)
-    assert measured == everything
+    for changed in ((*again[:-1], 12), (*again, "--context", 3), (*again, "--dtype", "bfloat16")):
+        measured.clear()
+        evaluate(*changed)
+        assert measured == everything, changed
 
 
 def test_continuations_are_kept_until_their_length_changes(measured, tmp_path, dense_dir, texts):

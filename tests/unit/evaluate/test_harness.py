@@ -129,6 +129,10 @@ def test_results_are_kept_and_tasks_that_cannot_run_are_rejected(
     table.write_text("Doors: {num_fewshot: 4, metric: acc, tasks: {en: door}}")
     evaluate(*arguments)
     assert stub_lm_eval[2:] == [("door", 4), ("door", 4)]
+    for changed in (("--limit", 2), ("--dtype", "bfloat16")):
+        stub_lm_eval.clear()
+        evaluate(*arguments, *changed)
+        assert stub_lm_eval == [("door", 4), ("door", 4)], changed
     for changed, expected in [
         ("f1, tasks: {en: door}", ("acc", "f1")),
         ("acc, tasks: {en: bell}", ("bell", "--tasks")),
@@ -175,7 +179,6 @@ def test_a_task_without_data_is_rejected(rejected, tmp_path, local_tasks, dense_
 
 
 @needs_lm_eval
-@pytest.mark.slow
 def test_the_harness_has_every_task_of_the_papers_table():
     from lm_eval.tasks import TaskManager
 

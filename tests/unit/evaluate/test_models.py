@@ -135,6 +135,18 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path, dense_dir):
         load_model(tmp_path)
 
 
+def test_a_document_starts_with_the_token_that_begins_texts(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = WordLevel({"a": 0, "<s>": 1, "</s>": 2, "<unk>": 3}, unk_token="<unk>")
+    end = {"eos_token": "</s>"}
+    for folder, special, start in (("both", {"bos_token": "<s>"} | end, 1), ("eos", end, 2)):
+        PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), **special).save_pretrained(tmp_path / folder)
+        assert models._load_tokenizer(tmp_path / folder)[1:] == (start, 2)
+
+
 GIB = 1 << 30
 
 

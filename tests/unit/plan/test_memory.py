@@ -13,6 +13,7 @@ from moelpr.model_spec import ModelSpec, MoeSpec, NewTokens
 from moelpr.plan.memory import (
     CPU,
     PLANNED_STAGES,
+    Activations,
     Kernels,
     PlannedStage,
     Routing,
@@ -83,6 +84,21 @@ def test_a_second_original_expert_adds_frozen_weights_and_a_trained_router_row()
     split = PlannedLayout(tp=2, etp=2)
     one, two = memory(split), stage_memories(spec, parts, split, WORKLOAD, ROUTING)[0]
     assert two.frozen == one.frozen + expert // 2
+
+
+def test_expert_tensor_parallel_ranks_share_the_ffn_and_process_the_rows_of_all() -> None:
+    """Of two ranks with half of the tokens each; alone, a rank has its own rows and all of the FFN."""
+    alone, pair, shared = (
+        Activations(SPEC, layout, WORKLOAD, ROUTING)
+        for layout in (ALONE, PlannedLayout(tp=2), PlannedLayout(tp=2, etp=2))
+    )
+    assert (pair.original_rows, pair.new_rows) == (alone.original_rows / 2, alone.new_rows / 2)
+    assert (shared.original_rows, shared.new_rows) == (alone.original_rows, alone.new_rows)
+    assert (pair.expert_ffn, shared.expert_ffn) == (alone.expert_ffn, alone.expert_ffn / 2)
+    hidden, ffn = alone.hidden, alone.expert_ffn
+    rows = alone.new_rows * (3 * ffn / 2 + hidden) + alone.original_rows * (2 * ffn / 2 + hidden)
+    logits = shared.all_tokens * shared.vocabulary
+    assert shared.working(0) == max(rows, logits) * shared.element
 
 
 def test_all_experts_get_equally_many_rows_unless_told_otherwise() -> None:

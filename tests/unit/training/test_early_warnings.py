@@ -56,6 +56,13 @@ def test_a_rising_loss_on_held_out_original_text_is_warned_of_in_stage_1_only() 
     assert "zh" in second.message and "en" not in second.message
 
 
+def test_with_held_out_text_the_training_text_is_not_judged_and_stage_0_has_no_idle_experts() -> None:
+    watch = warnings_of()
+    watch.validation(validation(en=2.0))
+    assert block(watch, lm_loss_original=2.0) == block(watch, lm_loss_original=2.3) == []
+    assert block(warnings_of("stage0"), token_share=[[1.0, 0.001]]) == []
+
+
 def test_without_held_out_text_the_training_text_is_judged() -> None:
     watch = warnings_of()
     assert block(watch, lm_loss_original=2.0) == []

@@ -1,5 +1,8 @@
 """The grouped experts equal a plain loop, in fp32 and bf16; frozen ones get no gradient."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -101,3 +104,64 @@ def test_a_frozen_original_expert_saves_no_input(moe_spec: ModelSpec) -> None:
         original(hidden, per_token_scale=torch.rand(6))[0].sum().backward()
     assert hidden.data_ptr() not in {tensor.data_ptr() for tensor in saved}
     assert all(parameter.grad is None for parameter in original.parameters())
+
+
+class Stream:
+    """A CUDA stream that notes in `log` what is asked of it."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+
+class Noted(torch.Tensor):
+    """A tensor that says which stream has used it, so that its memory is not given away before."""
+
+    def record_stream(self, stream: Stream) -> None:
+        stream.log.append(f"{stream.name} uses {tuple(self.shape)}")
+
+
+@pytest.mark.parametrize("are_split", [False, True])
+def test_the_side_stream_waits_and_is_waited_for_and_its_tensors_are_kept(
+    monkeypatch: pytest.MonkeyPatch, are_split: bool
+) -> None:
+    """On a GPU a missing wait is a race that a test may win. Split experts communicate, so they stay on main."""
+    from moelpr.model.layer import OverlappedOriginalExperts
+
+    log: list[str] = []
+    streams = [Stream("main", log)]
+
+    @contextmanager
+    def stream(inner: Stream) -> Iterator[None]:
+        streams.append(inner)
+        yield
+        streams.pop()
+
+    class Experts:
+        def __init__(self) -> None:
+            self.are_split = are_split
+
+        def __call__(self, hidden: torch.Tensor, weights: torch.Tensor, chosen: list[torch.Tensor]) -> torch.Tensor:
+            log.append(f"{streams[-1].name} computes {[rows.tolist() for rows in chosen]}")
+            return torch.zeros(1).as_subclass(Noted)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[-1])
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(OverlappedOriginalExperts, "side_stream", Stream("side", log))
+    weights = torch.tensor([[0.5, 0.0], [0.0, 0.0], [0.5, 1.0]]).as_subclass(Noted)
+    overlapped = OverlappedOriginalExperts(Experts(), weights)  # type: ignore[arg-type]
+    overlapped.pre_forward_comm(torch.zeros(3, 1, 4).as_subclass(Noted))
+    overlapped.wait_current_stream()
+    overlapped.linear_fc1_forward_and_act(torch.zeros(0))
+    overlapped.post_forward_comm()
+    own = "main" if are_split else "side"
+    assert log == [
+        f"{own} waits for main",
+        f"{own} computes [[0, 2], [2]]",
+        f"{own} uses (3, 1, 4)",
+        f"{own} uses (3, 2)",
+        f"main waits for {own}",
+        "main uses (1,)",
+    ]

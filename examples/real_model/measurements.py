@@ -25,6 +25,7 @@ from examples.real_model.settings import (
     GROUPS,
     LANGUAGES,
     RATES,
+    REPLAY,
     SEQUENCE_LENGTH,
     SETTINGS,
     STAGE0_RATE,
@@ -227,7 +228,7 @@ def cost(run: Path, setting: Setting) -> Json:
     is_searched = setting.name == "full" or setting.name.startswith("lora")
     # The last run's; the search may have been extended since.
     trained_with = float(f"{max(step['learning_rate'] for step in steps):g}")
-    rates = [trained_with] if is_searched else stage_rates[: len(setting.runs)]
+    rates = [trained_with] if is_searched or setting.name == REPLAY else stage_rates[: len(setting.runs)]
     found = {
         "trained_parameters": trained,
         "parameters": whole,

@@ -14,6 +14,7 @@ from examples.real_model.settings import (
     GROUPS,
     LANGUAGES,
     NUM_NEW_TOKENS,
+    REPLAY,
     SETTINGS,
     STAGE0_BLEND,
     STAGE0_SHARE,
@@ -34,7 +35,7 @@ CHART = {
     "MoE-LPR, K copies": {"stage 1": "copies-stage1", "stage 2": "copies"},
     "MoE-LPR, 1 copy (the paper)": {"stage 1": "one-copy-stage1", "stage 2": "one-copy"},
     "1 copy, changed": {"no LPR loss": "no-lpr", "random experts": "random", "reference loss": "reference"},
-    "no frozen original": {"full fine-tuning": "full", "plain MoE": "plain"},
+    "no frozen original": {"full fine-tuning": "full", "plain MoE": "plain", "with replay text": REPLAY},
     "LoRA": {"largest rank": "lora", "rank 16": "lora-16"},
     "MoE-LPR, K copies, more text": {"twice the tokens": TWICE},
 }

@@ -16,6 +16,8 @@ from examples.real_model.settings import (
     NUM_NEW_TOKENS,
     ORIGINAL,
     RATES,
+    REPLAY,
+    REPLAY_BLEND,
     REVIEW_BLEND,
     REVIEW_SHARE,
     SAME_BYTES,
@@ -85,6 +87,7 @@ class Tasks:
             *(task for seed in rest for name in ("copies", "one-copy", "no-lpr") for task in self._stage2(name, seed)),
             *(task for seed in rest for task in self._stage2("reference", seed)),
             *self._twice(),
+            *self._replay(),
             *self._searched("lora-16"),
         ]
         return tasks
@@ -179,6 +182,19 @@ class Tasks:
         )
         return [train.task(self.run), *self._stage2(TWICE, SEEDS[0], times=2)]
 
+    def _replay(self) -> list[Task]:
+        """Full fine-tuning at the rate that its search found, with the text of both stages of MoE-LPR."""
+        train = Training(
+            model=REPLAY,
+            stage="dense",
+            start=self.run / "dense",
+            blend=REPLAY_BLEND,
+            steps=steps_of(self.tokens * (1 + REVIEW_SHARE)),
+            rate=lambda: best_rate(self.run, "full"),
+            settings=frozenset({REPLAY}),
+        )
+        return [train.task(self.run), self._evaluate(REPLAY)]
+
     def _vocabulary(self) -> list[Task]:
         """Further tokens: tokenizer, corpora and model; then three stages for as much text, and for as many tokens."""
         users, tokenizer, start = frozenset(VOCABULARY), self.run / "tokenizer", self.run / VOCABULARY_START
@@ -243,16 +259,17 @@ class Tasks:
 
     def _searched(self, name: str) -> list[Task]:
         """A short run per learning rate, then the whole run at the best."""
-        users, tasks = frozenset({name}), []
         is_full = name == "full"
+        users, tasks = frozenset({name, REPLAY} if is_full else {name}), []
         dense = self.run / "dense"
         if is_full:
             tasks.append(self._convert(dense, users, "--dense"))
         family = "full" if is_full else "lora"
 
         def train(model: str, steps: int, rate: Callable[[], float]) -> Task:
+            settings = frozenset({name}) if model == name else users
             if not is_full:
-                return self._lora(model, steps, rate, users, LORA_16 if name == "lora-16" else None)
+                return self._lora(model, steps, rate, settings, LORA_16 if name == "lora-16" else None)
             return Training(
                 model=model,
                 stage="dense",
@@ -260,7 +277,7 @@ class Tasks:
                 blend=EXPANDED_ONLY,
                 steps=steps,
                 rate=rate,
-                settings=users,
+                settings=settings,
                 is_search=model != name,
             ).task(self.run)
 

@@ -17,6 +17,7 @@ from examples.real_model.settings import (
     LANGUAGES,
     ORIGINAL,
     RATES,
+    REPLAY,
     SAME_BYTES,
     SAME_TOKENS,
     STEP_TOKENS,
@@ -132,6 +133,7 @@ def test_settings_read_the_same_text_for_as_many_steps_and_baselines_use_the_bes
     assert values("search-full-0.0003", "--train-iters", "--lr") == ["10", "0.0003"]
     assert values("copies-seed-3", "--seed", "--train-iters") == ["3", "15"]
     assert values("no-lpr-seed-1", "--lpr-loss-coeff") == ["0"]
+    assert values(REPLAY, "--lr", "--train-iters", "--data-path") == [*values("full", "--lr"), "55", "1"]
     assert values(f"{TWICE}-stage1", "--train-iters", "--lr") == ["80", *values("copies-stage1", "--lr")]
     assert values(TWICE, "--pretrained-checkpoint", "--train-iters") == [str(run / f"{TWICE}-stage1"), "30"]
 

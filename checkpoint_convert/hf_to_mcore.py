@@ -2,8 +2,8 @@
 
     python -m checkpoint_convert.hf_to_mcore --hf-path DIR --save DIR --num-new-experts 4 --topk 2
 
-Expert 0 is the dense FFN, and N new experts start as its copies, so the model still computes what the dense model did.
-With --original-copies K, experts 0 to K - 1 are the dense FFN: tokens that choose only these keep the dense output.
+Experts 0 to K - 1 are the dense FFN, and N new experts start equal to it, so the model still computes what the dense
+model did; tokens that choose only the first K keep the dense output. --original-copies 1 is the paper's single one.
 With --extended-tokenizer DIR the vocabulary grows; logits of old tokens stay as they are on text without new ones.
 Routers are initialized xavier-normal. A stock MoE, such as an earlier export, keeps its experts and gets N more.
 Weights stream from safetensors to the checkpoint, one tensor at a time.

@@ -30,7 +30,12 @@ def main() -> None:
     parser = CommandParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--run", type=Path, default=Path("runs/real-model"), metavar="DIR", help="output folder (default: %(default)s)")
-    add("--base", type=Path, metavar="DIR", help="Hugging Face directory (default: SmolLM2-135M, which is downloaded)")
+    add(
+        "--base",
+        type=Path,
+        metavar="DIR",
+        help="Hugging Face directory (default: SmolLM2-135M-Instruct, which is downloaded)",
+    )
     tokens = "tokens of stage 1, full fine-tuning and LoRA; other steps in proportion (default: %(default)s)"
     add("--tokens", type=int, default=TOKENS, metavar="N", help=tokens)
     usual, extra = ([setting.name for setting in ALL.values() if setting.is_extra == x] for x in (False, True))

@@ -138,9 +138,9 @@ def readme_line(results: Json) -> str:
         if learned is not None and kept is not None:
             clauses.append(f"{label} {percent(learned)} and {percent(kept)}")
     return textwrap.fill(
-        "`make results` adds Greek, Hungarian and Turkish to a pretrained model, SmolLM2-135M. Change of bits per byte "
-        "against it, expanded languages on trained kinds of text and original languages on kinds never trained on: "
-        f"{'; '.join(clauses)} ([all settings](docs/results.md#on-a-real-language-model)).",
+        "`make results` adds Greek, Hungarian and Turkish to a pretrained model, SmolLM2-135M-Instruct. Change of bits "
+        "per byte against it, in expanded languages on kinds of text trained on, and in original ones on a kind never "
+        f"trained on: {'; '.join(clauses)} ([all settings](docs/results.md#on-a-real-language-model)).",
         width=120,
         break_long_words=False,
         break_on_hyphens=False,

@@ -60,7 +60,7 @@ class Tasks:
     """All tasks of a run folder."""
 
     def __init__(self, run: Path, base: Path | None = None, tokens: int = TOKENS) -> None:
-        """`base`: Hugging Face directory; by default SmolLM2-135M, which is downloaded."""
+        """`base`: Hugging Face directory; by default SmolLM2-135M-Instruct, which is downloaded."""
         self.run, self.base, self.tokens = run, base or run / "base-hf", tokens
         self.corpus, self.text, self.data = run / "corpus", run / "text", run / "data"
 

@@ -29,7 +29,7 @@ def add_arguments[P: argparse.ArgumentParser](parser: P) -> P:
         help="Router rows of the dense FFN per MoE layer; must match the checkpoint (default: the "
         "checkpoint's).")  # fmt: skip
     add("--balance-loss-coeff", type=float, metavar="ALPHA",
-        help="Weight of the balance loss, on the paper's scale; 0 disables it (default: 0.01 in stage1, "
+        help="Weight of the balance loss, on the published code's scale; 0 disables it (default: 0.01 in stage1, "
         "0 in other stages).")  # fmt: skip
     add("--lpr-loss-coeff", type=float, metavar="GAMMA",
         help="Weight of the LPR (language priors routing) loss; 0 disables it. With both losses, stage1 is the paper's "

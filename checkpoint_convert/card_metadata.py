@@ -19,15 +19,24 @@ METRIC_NAMES = {
 }
 
 
+_NORWEGIAN = "no"  # which is false in YAML 1.1 unless it is quoted
+
+
 def split_card(text: str) -> tuple[dict[str, Any], str]:
     """Front matter and body of a card; the former is empty if there is none or it can't be read."""
     match = re.match(r"---\r?\n(.*?)\n---\r?\n", text, re.DOTALL)
     if match is None:
         return {}, text
     try:
-        return yaml_files.parse_mapping(match[1], "front matter of the model card"), text[match.end() :]
+        metadata = yaml_files.parse_mapping(match[1], "front matter of the model card")
     except UserError:
-        return {}, text[match.end() :]
+        metadata = {}
+    languages = metadata.get("language")
+    if isinstance(languages, list):
+        metadata["language"] = [_NORWEGIAN if language is False else language for language in languages]
+    elif languages is False:
+        metadata["language"] = _NORWEGIAN
+    return metadata, text[match.end() :]
 
 
 def read_card(folder: Path) -> str | None:

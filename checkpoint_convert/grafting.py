@@ -323,10 +323,12 @@ def _write_cards(folder: Path, record: Graft, instruct: Path, model: Path, num_n
 
 
 def _license(*cards: dict[str, Any]) -> dict[str, Any]:
-    """The keys of the license that all cards have, or one that names each."""
-    found = [{key: card[key] for key in LICENSE_KEYS if key in card} for card in cards if "license" in card]
+    """The keys of the license that all cards have, or one that names each; {} if a card has none."""
+    if not all("license" in card for card in cards):
+        return {}
+    found = [{key: card[key] for key in LICENSE_KEYS if key in card} for card in cards]
     if all(license == found[0] for license in found):
-        return found[0] if found else {}
+        return found[0]
     names = dict.fromkeys(str(license.get("license_name", license["license"])) for license in found)
     return {"license": "other", "license_name": "-and-".join(names)}
 

@@ -144,6 +144,8 @@ class HfReader:
 
     def shape(self, name: str) -> tuple[int, ...]:
         shape, (_, index) = self._header(name)[2], self._stored(name)
+        if len(index) > len(shape):
+            raise UserError(f"{self.folder}: the tensor with {name} has shape {list(shape)}; download it again")
         return tuple(torch.empty(shape, device="meta")[index].shape)
 
     def dtype(self, name: str) -> torch.dtype:

@@ -188,7 +188,7 @@ def merge_manifests(manifests: Sequence[Manifest], files: dict[str, FileRecord])
         tokenizer=manifests[0].tokenizer,
         append_eod=manifests[0].append_eod,
         sources=list(sources.values()),
-        languages=languages,
+        languages=dict(sorted(languages.items())),
         documents=sum(manifest.documents for manifest in manifests),
         tokens=sum(manifest.tokens for manifest in manifests),
         skipped_lines=sum(manifest.skipped_lines for manifest in manifests),

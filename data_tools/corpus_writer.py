@@ -308,7 +308,8 @@ def commit_corpus(prefix: str | os.PathLike[str], folder: Path, manifest: Manife
         paths.idx.unlink(missing_ok=True)
         manifest_path(prefix).unlink(missing_ok=True)
         # The orders of samples that Megatron has saved beside the old corpus.
-        shutil.rmtree(paths.bin.with_suffix("") / "cache", ignore_errors=True)
+        for kind in ("TaggedGPTDataset", "GPTDataset"):
+            shutil.rmtree(paths.bin.with_suffix("") / "cache" / f"{kind}_indices", ignore_errors=True)
     if manifest is not None:
         os.replace(manifest_path(folder / Path(prefix).name), manifest_path(prefix))
     for source, target in ((unfinished.bin, paths.bin), (unfinished.lang, paths.lang), (unfinished.idx, paths.idx)):

@@ -11,6 +11,7 @@ are never sampled.
 """
 
 import argparse
+import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -97,9 +98,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             raise UserError(f"{flag} must be at least 1, got {count}")
     if arguments.seed < 0:
         raise UserError(f"--seed must be at least 0, got {arguments.seed}")
-    if len(set(arguments.input)) < len(arguments.input):
+    inputs = [os.path.realpath(prefix) for prefix in arguments.input]
+    if len(set(inputs)) < len(inputs):
         raise UserError("--input names a corpus twice; its documents would be sampled twice")
-    if arguments.output_prefix in arguments.input:
+    if os.path.realpath(arguments.output_prefix) in inputs:
         raise UserError(f"--output-prefix {arguments.output_prefix} is one of the inputs; choose another name")
     return arguments
 

@@ -86,6 +86,9 @@ def read(folder: Path) -> dict[str, FileSum] | None:
     """
 
     def build(files: dict[str, Any]) -> dict[str, FileSum]:
+        for name in files:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(f"{name!r} is not in the folder")
         return {name: FileSum(**fields) for name, fields in files.items()}
 
     path = folder / FILE_NAME

@@ -14,6 +14,11 @@ class BadLine(Exception):
     """Why a line is unusable; the caller adds the file and the line number."""
 
 
+def is_blank(line: bytes) -> bool:
+    """Whether there is nothing but white space in a line, and perhaps a byte order mark before it."""
+    return not line or line.isspace() or (line.startswith(_BYTE_ORDER_MARK) and is_blank(line[3:]))
+
+
 def parse(line: bytes, keys: list[str]) -> dict[str, Any]:
     """The JSON object of a line, of which `keys` will be read.
 

@@ -198,6 +198,11 @@ def locked(lock_file: Path, output: Path | str) -> Iterator[None]:
         raise UserError(f"another process is writing {output}; wait for it, or choose another name") from None
     except FileNotFoundError:  # it has just removed its folder
         raise _just_written(output) from None
+    except PermissionError:
+        raise UserError(
+            f"{lock_file} belongs to another user, whose interrupted job has left it; remove {lock_file.parent}, or "
+            "choose another name"
+        ) from None
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             raise
@@ -269,7 +274,12 @@ def check_links(path: Path, folder: Path) -> None:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copy the files of a folder into another one, file by file; those that exist are replaced."""
+    """Copy the files of a folder into another one, file by file; those that exist are replaced.
+
+    Raises:
+        UserError: a link leads out of the folder.
+    """
+    check_links(source, source)
     for path in sorted(source.rglob("*")):
         if path.is_file():
             copy = target / path.relative_to(source)

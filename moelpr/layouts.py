@@ -83,13 +83,18 @@ class PlannedLayout(Layout):
     recompute: Recompute = "none"
     distributed_optimizer: bool = True
 
+    @property
+    def divides_optimizer(self) -> bool:
+        """Whether the optimizer's state is really divided: there is more than one rank to divide it over."""
+        return self.distributed_optimizer and max(self.dp, self.expert_dp) > 1
+
     def flags(self) -> list[str]:
         """The layout as arguments of launch/stage1.sh or stage2.sh; sizes of 1 too, to override a recipe's."""
         sizes = {_TP: self.tp, _PP: self.pp, _EP: self.ep, _ETP: self.etp}
         argv = [item for flag, size in sizes.items() for item in (flag, str(size))]
         if self.tp > 1:
             argv.append("--sequence-parallel")
-        if self.distributed_optimizer and max(self.dp, self.expert_dp) > 1:
+        if self.divides_optimizer:
             argv.append("--use-distributed-optimizer")
         if self.recompute == "selective":
             argv += ["--recompute-granularity", "selective", "--recompute-modules", "moe"]

@@ -68,8 +68,10 @@ class MoeSpec:
                 raise UserError(f"moe.{name} must be an integer, got {value!r}")
         if not 1 <= self.num_new_experts <= 1024:  # published MoE models have up to 512
             raise UserError(f"--num-new-experts must be between 1 and 1024, got {self.num_new_experts}")
-        if self.num_original_experts < 1:
-            raise UserError(f"num_original_experts must be at least 1 (the dense FFN), got {self.num_original_experts}")
+        if not 1 <= self.num_original_experts <= 4096:
+            raise UserError(
+                f"num_original_experts must be from 1 (the dense FFN) to 4096, got {self.num_original_experts}"
+            )
         if not 1 <= self.original_copies <= 1024:
             raise UserError(
                 f"--original-copies must be at least 1 (the dense FFN) and at most 1024, got {self.original_copies}"

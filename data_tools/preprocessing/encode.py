@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from data_tools.corpus import run_edges
 from data_tools.corpus_writer import Documents, TokenFile, as_tokens
 from data_tools.preprocessing import long_documents
-from data_tools.preprocessing.languages import UNDETECTED, Bits, Detector, LanguageSpans, TaggedText, Tagger
+from data_tools.preprocessing.languages import SPAN_KEYS, UNDETECTED, Bits, Detector, LanguageSpans, TaggedText, Tagger
 from data_tools.preprocessing.long_documents import LongString, encode_long_text, without_long_strings
 from data_tools.preprocessing.reader import Batch, FileRange
 from data_tools.preprocessing.summary import Tally
 from data_tools.preprocessing.tokenizers import Backend, Encoded, GigatokenBackend, Piece
-from moelpr.documents import BadLine, parse
+from moelpr.documents import BadLine, is_blank, parse
 from moelpr.errors import UserError
 
 VALIDATION = "validation"
@@ -143,9 +143,10 @@ class Encoder:
         if isinstance(item, FileRange):
             item, long_strings = without_long_strings(item)
         if isinstance(item, bytes):
-            if not item or item.isspace():
+            if is_blank(item):
                 return None
-            item = parse(item, [*keys, *self.tagger.columns()])
+            of_spans = SPAN_KEYS if isinstance(self.tagger, LanguageSpans) else ()
+            item = parse(item, [*keys, *self.tagger.columns(), *of_spans])
         if not long_strings:
             return [Text(tagged) for tagged in self.tagger.texts(item, dataset, keys)]
         if isinstance(self.tagger, LanguageSpans):

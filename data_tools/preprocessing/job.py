@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self
@@ -118,7 +118,8 @@ class Job:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._skipped.close()
+        with suppress(OSError):  # a full disk, of which its last lines are the reason or not
+            self._skipped.close()
         is_interrupted = kind is not None and issubclass(kind, (KeyboardInterrupt, SystemExit))
         if kind is None or not (self._keep or is_interrupted):
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -153,6 +154,7 @@ class Job:
                     state.positions = {name: writer.flush() for name, writer in writers.items()}
                     self.save()
                     saved = time.monotonic()
+            plan.check_inputs()
             self._check_result(writers, max_bad_share)
             state.manifests = {name: self._manifest(name, writer) for name, writer in writers.items()}
             self.save()

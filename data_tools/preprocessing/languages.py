@@ -90,6 +90,9 @@ class LanguageKey(Tagger):
         return [_one_span(text_of(document, key), name) for key in keys]
 
 
+SPAN_KEYS = ("text", "lang")
+
+
 @dataclass(frozen=True)
 class LanguageSpans(Tagger):
     """Each document is a list of spans, {"text": …, "lang": …}, under `key`; concatenated they are its text."""
@@ -108,7 +111,7 @@ class LanguageSpans(Tagger):
             try:
                 if not isinstance(span, dict):
                     raise BadLine(f'{json_type(span)}, not an object with "text" and "lang"')
-                text, name = text_of(span, "text"), text_of(span, "lang")
+                text, name = (text_of(span, key) for key in SPAN_KEYS)
                 self.bits.check(name)
             except BadLine as error:
                 raise BadLine(f"span {number}: {error}") from None
@@ -134,7 +137,7 @@ class Detector:
             from py3langid.langid import MODEL_FILE, LanguageIdentifier
         except ImportError:
             raise UserError(
-                "language detection needs py3langid, which is not installed; pip install 'moelpr[language-id]'"
+                "language detection needs py3langid, which is not installed; install the extra language-id"
             ) from None
         self._identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
         supported = self._identifier.labels

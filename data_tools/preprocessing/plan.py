@@ -126,6 +126,15 @@ class Plan:
         is_certain = arguments.expanded_languages or not self.needs_text
         self.needed_languages = Bits.from_names(None if is_certain else arguments.original_languages, None).original
 
+    def check_inputs(self) -> None:
+        """UserError if a file is not the one that was there at the start: parts of both would be in the corpus."""
+        for source, expected in zip(self.sources, self.settings["input files"], strict=True):
+            if source.form is not Form.STREAM and _state_of(source) != expected:
+                raise UserError(
+                    f"{source.path} has changed while it was read, so the corpus would contain parts of two versions; "
+                    "start again when nothing writes it"
+                )
+
     @property
     def skipped_path(self) -> Path:
         """List of skipped lines."""
@@ -143,6 +152,10 @@ def _prefixes(arguments: argparse.Namespace) -> dict[str, str]:
     prefixes = {key: f"{prefix}_{key}_document" for key in keys}
     if arguments.validation_share:
         prefixes |= {f"{key} {VALIDATION}": f"{prefix}_{VALIDATION}_{key}_document" for key in keys}
+    if slashed := [key for key in keys if "/" in key]:
+        raise UserError(f"--json-keys {slashed[0]} would be part of the names of files; rename the key, without /")
+    if len(set(prefixes.values())) < len(prefixes):
+        raise UserError(f"--json-keys {' '.join(keys)} give two corpora one name; rename a key")
     return {name: _with_shard(arguments, path) for name, path in prefixes.items()}
 
 
@@ -290,6 +303,14 @@ def _spread(shares: list[Share]) -> list[Share]:
     return places
 
 
+def _state_of(source: Source) -> list[Any]:
+    try:
+        state = os.stat(source.path)
+    except OSError as error:
+        raise UserError(f"can't read {source.path} ({error.strerror})") from error
+    return [os.path.abspath(source.path), state.st_size, state.st_mtime_ns]
+
+
 def _settings(arguments: argparse.Namespace, sources: list[Source], tokenizer: JobTokenizer) -> dict[str, Any]:
     """Return everything that determines the job's bytes, under names that a user knows."""
     names = (
@@ -298,11 +319,6 @@ def _settings(arguments: argparse.Namespace, sources: list[Source], tokenizer: J
         *("seed", "num_shards", "shard", "on_error", "output_prefix"),
     )
     settings = {f"--{name.replace('_', '-')}": getattr(arguments, name) for name in names}
-    settings["input files"] = [
-        [os.path.abspath(source.path), source.bytes, os.stat(source.path).st_mtime_ns]
-        if source.form is not Form.STREAM
-        else source.path
-        for source in sources
-    ]
+    settings["input files"] = [source.path if source.form is Form.STREAM else _state_of(source) for source in sources]
     settings["tokenizer"] = [tokenizer.record.fingerprint, tokenizer.record.eod_id, tokenizer.record.special_tokens]
     return settings

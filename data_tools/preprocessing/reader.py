@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from data_tools.preprocessing.sources import Form, Share
 from data_tools.preprocessing.streams import BLOCK_BYTES, name_damaged, open_stream, skip_blank_lines
+from moelpr.documents import is_blank
 from moelpr.errors import UserError
 
 # Large enough to be worth sending to a worker, small compared with the memory that encoding it takes.
@@ -146,6 +147,8 @@ class Reader:
             position = cursor.offset or (_line_end(file, share.start - 1) if share.start else 0)
             while position < share.stop:
                 stop = _line_end(file, min(position + BATCH_BYTES, share.stop) - 1)
+                if stop <= position or stop > os.fstat(file.fileno()).st_size:
+                    raise EOFError("it is shorter than when the job started")
                 borders = [position, stop]
                 if stop - position > LONG_LINE_BYTES:  # its last line is too long for memory: a batch of its own
                     file.seek(position)
@@ -175,7 +178,7 @@ class Reader:
                 if self._spool is None:
                     return
                 long_line = self._spool_line(content, stream, f"line-{share}-{line}")
-            elif content.isspace():
+            elif is_blank(content):
                 num_bytes, num_lines = skip_blank_lines(stream)
                 offset += len(content) + num_bytes
                 line += num_lines
@@ -201,6 +204,8 @@ class Reader:
         source, columns = share.source, self._columns[share.source.dataset]
         with parquet.ParquetFile(source.path, page_checksum_verification=True) as file:
             names = file.schema_arrow.names
+            if repeated := [name for name in columns if names.count(name) > 1]:
+                raise UserError(f"{source.path} has several columns {repeated[0]}; rename all but one")
             if missing := [name for name in columns if name not in names]:
                 raise UserError(f"{source.path} has no column {missing[0]}; its columns are {', '.join(names)[:200]}")
             bytes_per_row = source.bytes / max(file.metadata.num_rows, 1)
@@ -231,8 +236,21 @@ def _python_rows(table: Any) -> list[dict[str, Any]]:
     except UnicodeDecodeError:
         text = (pyarrow.string(), pyarrow.large_string())
         columns = [column.cast(pyarrow.binary()) if column.type in text else column for column in table.columns]
-        rows = pyarrow.RecordBatch.from_arrays(columns, names=table.schema.names).to_pylist()
-        return [{name: _decoded(value) for name, value in row.items()} for row in rows]
+        binary = pyarrow.RecordBatch.from_arrays(columns, names=table.schema.names)
+        return [
+            {name: _decoded(value) for name, value in row.items()} for row in map(_python_row, _single_rows(binary))
+        ]
+
+
+def _single_rows(table: Any) -> Iterator[Any]:
+    return (table.slice(number, 1) for number in range(len(table)))
+
+
+def _python_row(table: Any) -> dict[str, Any]:
+    try:
+        return table.to_pylist()[0]
+    except UnicodeDecodeError:  # within a list
+        return dict.fromkeys(table.schema.names, b"\xff")
 
 
 def _decoded(value: Any) -> Any:

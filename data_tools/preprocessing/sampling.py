@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from data_tools.preprocessing.sources import Form, Share
 from data_tools.preprocessing.streams import BLOCK_BYTES, name_damaged, open_stream, skip_blank_lines
+from moelpr.documents import is_blank
 
 
 def sample_documents(
@@ -51,9 +52,9 @@ def _count_documents(share: Share) -> int:
         with open_stream(share.source) as (stream, _):
             documents, at_line_start = 0, True
             while piece := stream.readline(BLOCK_BYTES):
-                is_blank = piece.isspace()
-                documents += at_line_start and not is_blank
+                is_empty = is_blank(piece)
+                documents += at_line_start and not is_empty
                 at_line_start = piece.endswith(b"\n")
-                if is_blank and at_line_start:
+                if is_empty and at_line_start:
                     skip_blank_lines(stream)
             return documents

@@ -233,7 +233,7 @@ def choose_backend(
             return fast, None
         reason = "it gives different IDs for some texts"
     except ImportError:
-        reason = "it is not installed (pip install 'moelpr[fast-tokenizer]')"
+        reason = "it is not installed (extra fast-tokenizer, docs/install.md)"
     except Exception as error:  # gigatoken's own, of many kinds
         message, _, _ = str(error).partition("Location:")  # in its source
         reason = f"it does not support this tokenizer ({' '.join(message.split())[:150]})"

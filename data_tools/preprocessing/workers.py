@@ -8,7 +8,7 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import islice
@@ -16,6 +16,8 @@ from typing import Any
 
 from data_tools.preprocessing.reader import Batch
 from moelpr.errors import UserError, deferred_signals
+
+_CHECK_EVERY_S = 5.0
 
 # Set in each worker, which inherits the function with its loaded tokenizer when it is forked.
 _work: Callable[[Batch], Any]
@@ -36,12 +38,12 @@ def worker_pool[T](
     def run(batches: Iterator[Batch]) -> Iterator[tuple[Batch, T]]:
         assert pool is not None
         submitted = ((batch, pool.submit(_run, batch)) for batch in batches)
-        # Enough pending batches that no worker waits, few enough to bound memory.
-        pending = deque(islice(submitted, 4 * workers))
         try:
+            # Enough pending batches that no worker waits, few enough to bound memory.
+            pending = deque(islice(submitted, 4 * workers))
             while pending:
                 batch, future = pending.popleft()
-                result = future.result()
+                result = _result(pool, future)
                 pending.extend(islice(submitted, 1))
                 yield batch, result
         except BrokenProcessPool as error:
@@ -58,6 +60,24 @@ def worker_pool[T](
             worker.kill()
         if pool is not None:
             pool.shutdown(cancel_futures=True)
+
+
+def _result(pool: ProcessPoolExecutor, future: Future[Any]) -> Any:
+    """Wait for a result, and end the others if a worker was killed.
+
+    The executor reads a result that was being sent to its end, for which it would wait as long as any worker lives:
+    they all hold the sending end.
+    """
+    while True:
+        try:
+            return future.result(timeout=_CHECK_EVERY_S)
+        except TimeoutError:
+            if future.done():
+                raise  # of the work itself
+            workers = [*(pool._processes or {}).values()]
+            if not all(worker.is_alive() for worker in workers):
+                for worker in workers:
+                    worker.kill()
 
 
 def started_pool(workers: int, work: Callable[[Batch], Any] | None = None) -> Any:

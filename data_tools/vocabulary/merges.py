@@ -155,7 +155,7 @@ def continue_merges(
         if len(candidate) == 1:
             [symbol] = candidate
             text, old = characters[symbol]
-            if not is_allowed(candidate, text):
+            if text in taken or not is_allowed(candidate, text):
                 continue
             texts[symbol], replaces[symbol] = text, old
             for pair in waiting.pop(symbol, []):

@@ -21,6 +21,7 @@ from moelpr import checksums
 from moelpr.data.tokenizer import open_hf_tokenizer
 from moelpr.errors import UserError, first_line
 from moelpr.families.families import read_config
+from moelpr.files import parse_json
 from moelpr.machine import as_gib
 from moelpr.megatron_patches import cpu, megatron_fixes
 from moelpr.model_spec import FILE_NAME, ModelSpec
@@ -105,6 +106,8 @@ def open_model(directory: Path, device: str = "auto", dtype: str = "auto") -> It
     For a checkpoint, the latest one in `directory`, torch.distributed is initialized inside the block.
     """
     gc.collect()  # the previous model's memory
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     if not is_megatron(directory):
         yield load_model(directory, device, dtype)
         return
@@ -164,7 +167,7 @@ def load_model(directory: Path, device: str = "auto", dtype: str = "auto") -> Lo
     """
     _read_config(directory)
     torch_device = choose_device(device)
-    is_spread = _must_be_spread(directory, torch_device, is_chosen=device != "auto")
+    placement = _placement(directory, torch_device, dtype, is_chosen=device != "auto")
     checksums.verify_folder(directory, "copy or download it again")
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
@@ -178,7 +181,7 @@ def load_model(directory: Path, device: str = "auto", dtype: str = "auto") -> Lo
             warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # the empty shared expert, see below
             model, loading_info = AutoModelForCausalLM.from_pretrained(
                 directory, dtype=dtype, use_safetensors=True, output_loading_info=True,
-                local_files_only=True, trust_remote_code=False, **({"device_map": "auto"} if is_spread else {}),
+                local_files_only=True, trust_remote_code=False, **placement,
             )  # fmt: skip
     except MemoryError:
         raise
@@ -193,31 +196,57 @@ def load_model(directory: Path, device: str = "auto", dtype: str = "auto") -> Lo
         raise UserError(
             f"the weights in {directory} lack {len(missing)} tensors, {missing[0]} among them; export the model again"
         )
-    if not is_spread:
+    if not placement:
         model.to(torch_device)
     return hf_model(directory, model.eval(), *_load_tokenizer(directory))
 
 
-def _must_be_spread(directory: Path, device: torch.device, is_chosen: bool) -> bool:
-    """Whether the weights need several GPUs, of each of which a tenth is for computing.
+def _placement(directory: Path, device: torch.device, dtype: str, is_chosen: bool) -> dict[str, Any]:
+    """Arguments of from_pretrained that spread a model over GPUs, leaving a tenth of each; {} if one is enough.
 
     Raises:
-        UserError: that is impossible, or not wanted. Nothing has been loaded yet.
+        UserError: no GPUs have room, or not the chosen one. Nothing has been loaded yet.
     """
     if device.type != "cuda":
-        return False
-    needed = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-    free = [torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())]
-    if needed <= 0.9 * free[device.index]:
-        return False
-    what = f"{directory} takes {as_gib(needed)}, and GPU {device.index} has {as_gib(free[device.index])} free"
+        return {}
+    needed, own = _weight_bytes(directory, dtype), _free_bytes(device.index)
+    if needed <= own:
+        return {}
+    what = f"{directory} takes {as_gib(needed)}, and GPU {device.index} has {as_gib(own)} for it"
+    free = {number: _free_bytes(number) for number in range(torch.cuda.device_count())}
     if is_chosen and len(free) > 1:
         raise UserError(f"{what}; spread it over the GPUs with --device auto, or use --device cpu --dtype bfloat16")
-    if len(free) == 1 or needed > 0.9 * sum(free):
-        raise UserError(f"{what}, all GPUs {as_gib(sum(free))}; use more GPUs, or --device cpu --dtype bfloat16")
+    if len(free) == 1 or needed > sum(free.values()):
+        raise UserError(
+            f"{what}, all GPUs {as_gib(sum(free.values()))}; use more GPUs, or --device cpu --dtype bfloat16"
+        )
     if find_spec("accelerate") is None:
         raise UserError(f"{what}; to spread it over {len(free)} GPUs, install the extra eval, which has accelerate")
-    return True
+    return {"device_map": "auto", "max_memory": free}
+
+
+def _free_bytes(gpu: int) -> int:
+    """Free memory of a GPU but a tenth; 0 if it cannot be used, because another process has it to itself."""
+    try:
+        return int(0.9 * torch.cuda.mem_get_info(gpu)[0])
+    except RuntimeError:
+        return 0
+
+
+def _weight_bytes(directory: Path, dtype: str) -> int:
+    """Bytes of the weights in `dtype` ("auto": their own), of the files that transformers reads."""
+    files, index = [directory / "model.safetensors"], directory / "model.safetensors.index.json"
+    if not files[0].is_file():
+        try:
+            files = [directory / name for name in {*parse_json(index.read_bytes())["weight_map"].values()}]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):  # reading the model reports it
+            files = [*directory.glob("*.safetensors")]
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    config = read_config(directory)
+    stored = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    if dtype == "auto" or not isinstance(stored, torch.dtype):
+        return size
+    return size * getattr(torch, dtype).itemsize // stored.itemsize
 
 
 def read_max_positions(directory: Path) -> int | None:

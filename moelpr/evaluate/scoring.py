@@ -208,9 +208,13 @@ def score_documents(
         inputs, targets, is_routed = make_tensors(batch, loaded.device)
         with observer.observe(is_routed):
             logits = loaded.logits(inputs)
-        nats = F.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
-        ).view_as(targets)
+        # Row by row, because the scores of all in fp32 take several times the memory of the logits.
+        nats = torch.stack(
+            [
+                F.cross_entropy(row.float(), target, ignore_index=IGNORED, reduction="none")
+                for row, target in zip(logits, targets, strict=True)
+            ]
+        )
         is_correct = logits.max(dim=-1).indices == targets  # argmax takes 8 times as long on a CPU
         sums = torch.stack([nats.double().sum(dim=1), is_correct.double().sum(dim=1)], dim=1).tolist()
         for window, (window_nats, window_correct) in zip(batch, sums, strict=True):

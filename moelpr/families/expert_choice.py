@@ -64,7 +64,11 @@ def with_new_experts(family: Family, base: ModelSpec, choice: ExpertChoice) -> M
         moe = MoeSpec(choice.num_new_experts, topk, layers, original_copies=copies)
     elif choice.original_copies is None:
         topk = base.moe.topk if choice.topk is None else choice.topk
-        moe = replace(base.moe, num_new_experts=choice.num_new_experts, topk=topk)
+        copies = max(1, min(base.moe.original_copies, topk))  # further ones are original experts as any
+        moe = replace(
+            base.moe, num_new_experts=choice.num_new_experts, topk=topk,
+            original_copies=copies, num_original_experts=base.moe.num_experts - copies + 1,
+        )  # fmt: skip
     else:
         raise UserError(
             f"--original-copies does not apply to an MoE: its {base.moe.num_experts} experts are all original, so a "

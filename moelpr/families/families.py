@@ -203,7 +203,7 @@ class Family:
         for kind in MOE_CLASSES.values():
             for key in (*kind.config(spec, spec.moe), COPIES_KEY, "layer_types"):
                 config.pop(key, None)
-        ours: dict[str, Any] = {"model_type": self.moe_class.name}
+        ours: dict[str, Any] = {"model_type": self.moe_class.name, **_default_token_ids(base)}
         # Stock readers keep unknown keys: the experts that are original, for evaluation, and the equal ones among them.
         ours["num_original_experts"] = spec.moe.num_original_places
         if spec.moe.original_copies > 1:
@@ -215,6 +215,19 @@ LLAMA = Family("llama", "LlamaForCausalLM", "llama", MIXTRAL)
 MISTRAL = Family("mistral", "MistralForCausalLM", _MISTRAL, MIXTRAL)
 QWEN2 = Family("qwen2", "Qwen2ForCausalLM", "qwen2", QWEN2_MOE, qkv_bias=True)
 QWEN3 = Family("qwen3", "Qwen3ForCausalLM", "qwen3", QWEN3_MOE, qk_norm=True)
+
+
+def _default_token_ids(config: dict[str, Any]) -> dict[str, int | list[int] | None]:
+    """The IDs that a config.json leaves to its class, whose defaults another class need not have."""
+    from transformers import CONFIG_MAPPING
+
+    kind = config.get("model_type")
+    names = [name for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name not in config]
+    if not names or kind not in CONFIG_MAPPING:
+        return {}
+    defaults = CONFIG_MAPPING[kind]()
+    return {name: getattr(defaults, name, None) for name in names}
+
 
 # --- lookup
 

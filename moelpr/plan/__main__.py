@@ -159,7 +159,7 @@ def _disk_bytes(spec: ModelSpec, workload: Workload, layout: PlannedLayout) -> d
     parts = model_parts(spec)
 
     def checkpoint(trained_only: bool) -> int:
-        return checkpoint_bytes(parts, workload.trained, workload.dtype, layout.distributed_optimizer, trained_only)
+        return checkpoint_bytes(parts, workload.trained, workload.dtype, layout.divides_optimizer, trained_only)
 
     return {
         "checkpoint": checkpoint(trained_only=False),

@@ -102,6 +102,16 @@ def test_a_damaged_list_is_a_user_error(step: Path, content: str) -> None:
         verify_folder(step, "copy it again")
 
 
+@pytest.mark.parametrize("name", ["/dev/zero", "../model.py"])
+def test_a_list_may_name_only_files_of_its_folder(step: Path, name: str) -> None:
+    """Reading /dev/zero never ends."""
+    (step / "checksums.json").write_text(
+        json.dumps({"format_version": 1, "files": {name: {"num_bytes": 1, "crc32": "00000000"}}})
+    )
+    with pytest.raises(UserError, match=f"checksums.json .*{name}"):
+        checksums.read(step)
+
+
 def test_a_step_of_an_older_version_is_noted_once_and_loaded(step: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (step / FILE_NAME).unlink()
     (step / "__0_0.distcp").write_bytes(b"?")

@@ -19,6 +19,7 @@ from moelpr.files import (
     DurableFile,
     atomic_directory,
     atomic_file,
+    copy_folder,
     locked,
     parse_json,
     refuse_existing,
@@ -295,3 +296,22 @@ def test_what_a_killed_process_has_left_is_removed_by_the_next_one(
 def test_json_that_nobody_can_use_is_one_kind_of_error(text: str) -> None:
     with pytest.raises(ValueError):
         parse_json(text)
+
+
+def test_a_copied_folder_has_nothing_from_outside_it(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("key")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "LICENSE").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match=r"LICENSE is a link to .*secret"):
+        copy_folder(tmp_path / "hf", tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_lock_that_another_user_has_left_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", denied)  # root may open every file
+    with pytest.raises(UserError, match=r"\.lock belongs to another user.*remove .*unfinished"):
+        with locked(tmp_path / ".el.unfinished" / ".lock", "el"):
+            pass

@@ -21,12 +21,13 @@ def test_original_and_new_experts_together_are_all_experts() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_original_experts": 0}, "num_original_experts must be at least 1 .* got 0"),
+        ({"num_original_experts": 0}, "num_original_experts must be from 1 .* got 0"),
         ({"num_new_experts": 0}, "--num-new-experts must be between 1 and 1024, got 0"),
         ({"num_new_experts": 10**9}, "--num-new-experts must be between 1 and 1024, got 1000000000"),
         ({"original_copies": 0}, "--original-copies must be at least 1 .* got 0"),
         ({"original_copies": 10**9, "topk": 10**9}, "--original-copies must be at least 1 .* at most 1024, got"),
         ({"original_copies": 3}, "--original-copies must be at most --topk, got 3 and 2"),
+        ({"num_original_experts": 10**9}, "to 4096, got 1000000000"),
         ({"topk": 1}, "K = 1 .*--topk 2"),
         ({"topk": 8}, r"top-8 .* 7 experts \(4 new \+ 3 original\).*--topk between 2 and 7"),
         ({"layers": ()}, "--moe-layers"),

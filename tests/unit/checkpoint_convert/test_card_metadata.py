@@ -125,3 +125,8 @@ def test_invalid_input_exits_with_one_message_and_leaves_the_card(
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and message in error, error
         assert (export / "README.md").read_text() == CARD
+
+
+@pytest.mark.parametrize(("given", "found"), [("[en, no, nb]", ["en", "no", "nb"]), ("no", "no"), ("[en]", ["en"])])
+def test_norwegian_is_no_boolean(given: str, found: object) -> None:
+    assert split_card(f"---\nlanguage: {given}\n---\nText.\n") == ({"language": found}, "Text.\n")

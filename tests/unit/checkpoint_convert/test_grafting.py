@@ -18,7 +18,7 @@ from checkpoint_convert import hf_to_mcore as importer
 from checkpoint_convert import mcore_to_hf as exporter
 from checkpoint_convert import verify as verifier
 from checkpoint_convert.export import mcore_to_hf
-from checkpoint_convert.grafting import add_difference, compare_graft, graft
+from checkpoint_convert.grafting import _license, add_difference, compare_graft, graft
 from checkpoint_convert.hub import Model, find_model
 from checkpoint_convert.upcycling import Start, hf_to_mcore
 from moelpr.errors import UserError
@@ -240,7 +240,7 @@ def test_the_graft_speaks_as_the_instruct_model(models: tuple[Path, Path, Path],
     assert config["original_copies"] == 2
     card = ModelCard.load(out / "README.md")
     assert card.data.base_model == ["o/Base", "o/Base-Instruct"] and card.data.base_model_relation == "merge"
-    assert card.data.license == "mit" and card.data.library_name == "transformers"
+    assert card.data.license is None and card.data.library_name == "transformers"
     assert "0.5 times the difference" in card.text
     links = re.findall(r"\]\((README[\w.-]*)\)", card.text)
     assert links == ["README-model.md", "README-instruct.md"] and all((out / link).is_file() for link in links)
@@ -255,6 +255,11 @@ def test_licenses_that_differ_are_both_named(models: tuple[Path, Path, Path], tm
     card = (run(models, tmp_path / "out") / "README.md").read_text()
     metadata = yaml.safe_load(card.split("---\n")[1])
     assert (metadata["license"], metadata["license_name"]) == ("other", "tongyi-and-mit")
+
+
+def test_a_license_is_that_of_all_cards() -> None:
+    assert _license({"license": "mit", "language": "en"}, {"license": "mit"}) == {"license": "mit"}
+    assert _license({"license": "mit"}, {}) == {}  # what the other allows is unknown
 
 
 def test_few_tensors_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_path: Path, held_bytes) -> None:

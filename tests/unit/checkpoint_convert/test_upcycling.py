@@ -346,6 +346,13 @@ def test_a_checkpoint_holds_the_ffn_once_and_an_export_has_it_in_every_place(
     assert (our_logits(tmp_path / "two") - stock_logits(dense)).abs().max() > 1e-3  # its new experts differ
 
 
+def test_a_further_round_may_have_a_smaller_k(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Then copies beyond K are original experts as any."""
+    folder = export_first_round(make_model("LlamaForCausalLM"), tmp_path, topk=3, original_copies=3)
+    spec = hf_to_mcore(folder, tmp_path / "second", ExpertChoice(1, topk=2))
+    assert spec.moe == MoeSpec(1, 2, (0, 1, 2, 3), num_original_experts=4, original_copies=2)
+
+
 def test_an_import_holds_copies_once_again(make_model: Callable[..., Path], tmp_path: Path) -> None:
     """Equal experts are found by their bits, with or without the key of config.json."""
     folder = export_first_round(make_model("LlamaForCausalLM"), tmp_path, original_copies=2)

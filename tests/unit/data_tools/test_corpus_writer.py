@@ -179,3 +179,16 @@ def test_id_too_large_for_the_dtype_is_rejected(tmp_path: Path) -> None:
         pytest.raises(UserError, match="token ID 70,000 .*vocabulary of 400"),
     ):
         writer.add_document(np.array([1, 70_000], np.int32), is_original=True)
+
+
+def test_of_a_folder_beside_the_corpus_only_saved_orders_are_removed(tmp_path: Path) -> None:
+    """Megatron saves them in PREFIX/cache; the folder may be the user's."""
+    prefix = tmp_path / "data"
+    for name in ("TaggedGPTDataset_indices/a.npy", "GPTDataset_indices/b.npy", "mine.txt"):
+        (prefix / "cache" / name).parent.mkdir(parents=True, exist_ok=True)
+        (prefix / "cache" / name).touch()
+    with CorpusWriter(prefix, 300) as writer:
+        writer.add_document(np.array([1, 2]), True)
+        writer.finalize()
+        writer.commit()
+    assert [path.name for path in (prefix / "cache").iterdir()] == ["mine.txt"]

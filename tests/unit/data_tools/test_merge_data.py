@@ -80,6 +80,7 @@ def test_the_merged_manifest_is_that_of_one_job_and_belongs_to_its_files(make_co
     merge(first.parent / "both", first, second, flags=("--remove-input",))
     manifest = Corpus(first.parent / "both").verify()
     assert manifest is not None
+    assert [*manifest.languages] == ["el", "en", "hu"]  # as a job sorts them
     assert manifest.languages == {
         "en": LanguageCount("original", 1, 2, 8), "el": LanguageCount("expanded", 2, 4, 16),
         "hu": LanguageCount("expanded", 1, 0, 0),

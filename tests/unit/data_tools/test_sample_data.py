@@ -138,6 +138,8 @@ def test_documents_of_both_groups_keep_their_bits(tmp_path: Path, capsys: pytest
         (["--expanded-documents", "0"], "--expanded-documents must be at least 1"),
         (["--expanded-documents", "1", "--seed", "-1"], "--seed must be at least 0"),
         (["--expanded-documents", "1", "--output-prefix", "en"], "--output-prefix en is one of"),
+        (["--expanded-documents", "1", "--output-prefix", ".//en"], "--output-prefix .//en is one of"),
+        (["--expanded-documents", "1", "--input", "en", "./en"], "names a corpus twice"),
         (["--expanded-documents", "1"], "en, es contain no matching documents"),
     ],
 )

@@ -151,37 +151,62 @@ GIB = 1 << 30
 
 
 @pytest.mark.parametrize(
-    ("free_gib", "device", "has_accelerate", "found"),
+    ("free_gib", "device", "dtype", "has_accelerate", "found"),
     [
-        ([80, 80], "auto", False, False),
-        ([70, 80], "auto", True, True),
-        ([70, 80], "auto", False, "takes 70.0 GiB, and GPU 0 has 70.0 GiB free; .* over 2 GPUs, .*extra eval"),
-        ([70, 80], "cuda:0", True, "GPU 0 has 70.0 GiB free; .*--device auto"),
-        ([70], "auto", True, "all GPUs 70.0 GiB; use more GPUs"),
-        ([40, 30], "auto", True, "all GPUs 70.0 GiB; use more GPUs"),
+        ([80, 80], "auto", "auto", False, {}),
+        ([70, 100], "auto", "auto", True, {0: 63, 1: 90}),
+        ([80, 160], "auto", "float32", True, {0: 72, 1: 144}),
+        ([70, 80], "auto", "auto", False, "takes 70.0 GiB, and GPU 0 has 63.0 GiB .* over 2 GPUs, .*extra eval"),
+        ([70, 80], "cuda:0", "auto", True, "GPU 0 has 63.0 GiB .*--device auto"),
+        ([70], "auto", "auto", True, "all GPUs 63.0 GiB; use more GPUs"),
+        ([70, None], "auto", "auto", True, "all GPUs 63.0 GiB; use more GPUs"),
     ],
 )
 def test_a_model_that_one_gpu_cannot_hold_is_spread_or_refused_before_it_is_loaded(
-    tmp_path: Path, monkeypatch, free_gib: list[int], device: str, has_accelerate: bool, found: bool | str
+    tmp_path: Path, monkeypatch, free_gib: list[int], device: str, dtype: str, has_accelerate: bool, found: dict | str
 ) -> None:
-    with open(tmp_path / "model.safetensors", "wb") as file:
-        file.truncate(70 * GIB)  # a hole
+    for name in ("model.safetensors", "consolidated.safetensors"):  # transformers reads the first only
+        with open(tmp_path / name, "wb") as file:
+            file.truncate(70 * GIB)  # a hole
+    (tmp_path / "config.json").write_text('{"dtype": "bfloat16"}')
+    asked = []
+
+    def mem_get_info(gpu: int) -> tuple[int, int]:
+        asked.append(gpu)
+        if free_gib[gpu] is None:
+            raise RuntimeError("CUDA-capable device(s) is/are busy or unavailable")
+        return free_gib[gpu] * GIB, 80 * GIB
+
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free_gib))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (free_gib[gpu] * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
     monkeypatch.setattr(models, "find_spec", lambda name: object() if has_accelerate else None)
-    arguments = tmp_path, torch.device("cuda", 0), device != "auto"
-    if isinstance(found, bool):
-        assert models._must_be_spread(*arguments) is found
-    else:
+    arguments = tmp_path, torch.device("cuda", 0), dtype, device != "auto"
+    if isinstance(found, str):
         with pytest.raises(UserError, match=found):
-            models._must_be_spread(*arguments)
+            models._placement(*arguments)
+        return
+    placement = models._placement(*arguments)
+    memory = {gpu: gib * GIB for gpu, gib in found.items()}
+    assert placement == ({"device_map": "auto", "max_memory": pytest.approx(memory)} if found else {})
+    assert found or asked == [0]  # asking a GPU takes memory of it
+
+
+def test_the_files_of_the_index_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"dtype": "bfloat16"}')
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.safetensors").write_bytes(bytes(10))
+    index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors", "z": "b.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert models._weight_bytes(tmp_path, "auto") == 20 and models._weight_bytes(tmp_path, "float32") == 40
+    (tmp_path / "model.safetensors.index.json").write_text("[")
+    assert models._weight_bytes(tmp_path, "auto") == 30
 
 
 def test_a_model_that_accelerate_has_placed_gives_the_same_routing(both, monkeypatch) -> None:
     pytest.importorskip("accelerate", reason="needs accelerate (the extra `eval`)")
     results = []
-    for is_spread in (False, True):
-        monkeypatch.setattr(models, "_must_be_spread", lambda *_, is_chosen, spread=is_spread: spread)
+    for placement in ({}, {"device_map": "auto", "max_memory": {"cpu": GIB}}):
+        monkeypatch.setattr(models, "_placement", lambda *_, is_chosen, found=placement: found)
         with open_model(both["moe-hf"], dtype="float32") as loaded:
             observer, tokens = RoutingObserver(loaded), torch.arange(20)[None]
             with observer.observe(torch.ones_like(tokens, dtype=torch.bool)):

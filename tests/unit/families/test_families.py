@@ -433,3 +433,18 @@ def test_code_in_a_folder_is_refused_without_a_question(
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     assert_import_fails(folder, tmp_path, "transformers cannot read .*config.json")
     assert not (tmp_path / "ran").exists()
+
+
+def test_token_ids_that_a_base_leaves_to_its_class_are_those_of_its_class(
+    make_qwen2: Callable[..., Path], tmp_path: Path
+) -> None:
+    """GraniteMoe's own end of text is token 2, at which generation would stop."""
+    source = make_qwen2()
+    config = json.loads((source / "config.json").read_text())
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        config.pop(name, None)
+    (source / "config.json").write_text(json.dumps(config))
+    hf_to_mcore(source, tmp_path / "megatron", ExpertChoice(1))
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", as_class="granitemoe")
+    exported = load_stock(tmp_path / "hf", "GraniteMoeForCausalLM").config
+    assert (exported.bos_token_id, exported.eos_token_id, exported.pad_token_id) == (None, None, None)

@@ -101,6 +101,14 @@ def test_expert_tensor_parallel_ranks_share_the_ffn_and_process_the_rows_of_all(
     assert shared.working(0) == max(rows, logits) * shared.element
 
 
+def test_a_single_rank_has_nobody_to_divide_the_optimizer_with() -> None:
+    """So a checkpoint has no flat copy of what is trained."""
+    assert (
+        not PlannedLayout().divides_optimizer and not PlannedLayout(dp=2, distributed_optimizer=False).divides_optimizer
+    )
+    assert PlannedLayout(dp=2).divides_optimizer
+
+
 def test_all_experts_get_equally_many_rows_unless_told_otherwise() -> None:
     moe = MoeSpec(num_new_experts=3, topk=2, layers=(0,), num_original_experts=2)
     assert Routing.uniform(moe) == Routing(original_rows=0.8, new_rows=1.2)

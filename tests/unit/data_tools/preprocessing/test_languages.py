@@ -198,5 +198,5 @@ def test_audit_counts_stated_against_detected_languages(
 
 def test_missing_py3langid_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "py3langid.langid", None)
-    with pytest.raises(UserError, match=r"pip install 'moelpr\[language-id\]'"):
+    with pytest.raises(UserError, match="install the extra language-id"):
         Detector(frozenset(), 0.5)

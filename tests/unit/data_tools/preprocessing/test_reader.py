@@ -3,8 +3,10 @@
 import bz2
 import gzip
 import io
+import itertools
 import lzma
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from pyarrow import parquet
 
 from data_tools.corpus import Corpus
 from data_tools.preprocessing import reader
-from data_tools.preprocessing.reader import ReadCursor, Reader
+from data_tools.preprocessing.reader import Batch, ReadCursor, Reader
 from data_tools.preprocessing.sampling import sample_documents
 from data_tools.preprocessing.sources import Share, open_source
 from moelpr.errors import UserError
@@ -54,6 +56,64 @@ def test_a_row_that_is_not_utf_8_is_skipped_alone(preprocess, hf_tokenizer, tmp_
     flags = ("--language", "expanded", "--on-error", "skip", "--max-bad-share", "0.5")
     prefix = preprocess(hf_tokenizer, "--input", tmp_path / "a.parquet", *flags)
     assert Corpus(f"{prefix}_text_document").num_documents == 2
+
+
+def test_a_span_that_is_not_utf_8_is_skipped_alone(preprocess, hf_tokenizer, tmp_path: Path) -> None:
+    texts = pyarrow.array([b"a", b"\xff", "ä".encode()], pyarrow.binary()).view(pyarrow.string())
+    spans = pyarrow.StructArray.from_arrays([texts, pyarrow.array(["en"] * 3)], ["text", "lang"])
+    table = pyarrow.table({"spans": pyarrow.ListArray.from_arrays([0, 1, 2, 3], spans)})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    flags = ("--spans-key", "spans", "--original-languages", "en", "--on-error", "skip", "--max-bad-share", "0.5")
+    prefix = preprocess(hf_tokenizer, "--input", tmp_path / "a.parquet", *flags)
+    assert Corpus(f"{prefix}_text_document").num_documents == 2
+
+
+def test_a_table_with_two_columns_of_a_name_is_rejected(preprocess, hf_tokenizer, tmp_path: Path) -> None:
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet has several columns text"):
+        preprocess(hf_tokenizer, "--input", tmp_path / "a.parquet", "--language", "expanded")
+
+
+@pytest.mark.parametrize("kept", [1000, 999])
+def test_a_file_that_becomes_shorter_while_it_is_read_ends_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int
+) -> None:
+    """Lines of 10 bytes; it was read in a loop without an end."""
+    monkeypatch.setattr("data_tools.preprocessing.reader.BATCH_BYTES", 500)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"123456789\n" * 200)
+    source = open_source(str(path))
+    batches = Reader([Share(source, 0, 2000)], [[]], None, None).batches(ReadCursor())
+    assert next(batches).num_bytes == 500
+    os.truncate(path, kept)
+    with pytest.raises(UserError, match="shorter than when the job started"):
+        list(batches)
+
+
+def test_a_file_that_changes_while_it_is_read_gives_no_corpus(
+    preprocess, hf_tokenizer, write_lines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_lines("a.jsonl", [{"text": "a"}] * 10)
+    batches, times = Reader.batches, itertools.count()
+
+    def change(self: Reader, cursor: ReadCursor) -> Iterator[Batch]:
+        yield from batches(self, cursor)
+        os.utime(path, (1, next(times)))
+
+    monkeypatch.setattr(Reader, "batches", change)
+    with pytest.raises(UserError, match=r"a\.jsonl has changed while it was read"):
+        preprocess(hf_tokenizer, "--input", path, "--language", "expanded")
+    assert not list((tmp_path / "out").glob("*.idx"))
+
+
+def test_a_line_with_only_a_byte_order_mark_is_blank(preprocess, hf_tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf\r\n{"text": "a"}\n\xef\xbb\xbf')
+    for flags in ((), ("--max-samples", "1")):
+        prefix = preprocess(
+            hf_tokenizer, "--input", tmp_path / "a.jsonl", "--language", "expanded", *flags, "--overwrite"
+        )
+        assert Corpus(f"{prefix}_text_document").num_documents == 1
 
 
 def test_lines_before_malformed_ones_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
-from data_tools.preprocessing.workers import worker_pool
+from data_tools.preprocessing.workers import _result, worker_pool
+from moelpr.errors import UserError
 
 ROOT = Path(__file__).parents[4]
 
@@ -112,3 +114,44 @@ def test_a_worker_without_work_ends_with_its_killed_parent() -> None:
     parent.wait()
     assert select.select([end], [], [], 10)[0]
     os.close(end)
+
+
+def test_a_result_that_a_killed_worker_was_sending_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the executor waits for the rest of it as long as any worker lives."""
+    killed = []
+
+    class Worker:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def is_alive(self) -> bool:
+            return self.number != 1
+
+        def kill(self) -> None:
+            killed.append(self.number)
+
+    class Waiting:
+        def result(self, timeout: float) -> None:
+            raise BrokenProcessPool if killed else TimeoutError
+
+        def done(self) -> bool:
+            return False
+
+    pool = SimpleNamespace(_processes={number: Worker(number) for number in (1, 2)})
+    with pytest.raises(BrokenProcessPool):
+        _result(pool, Waiting())  # type: ignore[arg-type]
+    assert killed == [1, 2]
+
+
+def test_a_worker_that_is_killed_before_the_queue_is_full_is_one_sentence() -> None:
+    def batches() -> Iterator[Any]:
+        yield SimpleNamespace()
+        for child in multiprocessing.active_children():
+            child.kill()
+            child.join()
+        for _ in range(100):
+            time.sleep(0.1)
+            yield SimpleNamespace()
+
+    with pytest.raises(UserError, match="a worker process was killed"), worker_pool(lambda _: None, 1) as run:
+        list(run(batches()))

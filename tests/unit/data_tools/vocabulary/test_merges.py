@@ -73,6 +73,15 @@ def test_merges_are_those_of_the_naive_trainer(words: list[Word], min_count: int
     assert list(found) == naive_merges(words, min_count, refused)
 
 
+def test_a_character_that_is_a_token_already_gets_no_other_id() -> None:
+    """Users add missing characters as tokens."""
+    words = [([-2, 0], 5), ([-3, 0], 4)]
+    found = [
+        token.text for token in continue_merges(Words(words), TEXTS | {4: "λ"}, CHARACTERS, 10, 1, lambda *_: True)
+    ]
+    assert "λ" not in found and "ア" in found
+
+
 def test_merges_from_bytes_are_those_of_the_tokenizers_library() -> None:
     text = {"λόγος": 64, "λόγου": 37, "λέγω": 29, "φως": 21, "φωτός": 13, "κόσμος": 7}
     tokenizer = Tokenizer(models.BPE())

@@ -117,7 +117,12 @@ class Plan:
             self.encoder.backend, reason = choose_backend(reference, source, sample, is_required)
             if reason:
                 self.notes.append(f"tokenizing with {reference.name}, not gigatoken: {reason}")
-        self.settings = _settings(arguments, self.sources, self.tokenizer)
+        self._states = [None if source.form is Form.STREAM else _state_of(source) for source in self.sources]
+        self.settings = _settings(arguments, self.tokenizer)
+        self.settings["input files"] = [
+            source.path if state is None else [os.path.abspath(source.path), *_described(state)]
+            for source, state in zip(self.sources, self._states, strict=True)
+        ]
         if arguments.dataset:
             self.settings["entries of --dataset-info"] = [
                 [dataset.name, dataset.language, dataset.key] for dataset in datasets
@@ -127,9 +132,16 @@ class Plan:
         self.needed_languages = Bits.from_names(None if is_certain else arguments.original_languages, None).original
 
     def check_inputs(self) -> None:
-        """UserError if a file is not the one that was there at the start: parts of both would be in the corpus."""
-        for source, expected in zip(self.sources, self.settings["input files"], strict=True):
-            if source.form is not Form.STREAM and _state_of(source) != expected:
+        """UserError if a file is not the one that was there at the start: parts of both would be in the corpus.
+
+        Lines may have been appended to plain JSON lines; they are not read.
+        """
+        for source, before in zip(self.sources, self._states, strict=True):
+            if before is None:
+                continue
+            now = _state_of(source)
+            has_grown = source.form is Form.LINES and now.st_size > before.st_size
+            if now.st_ino != before.st_ino or not (has_grown or _described(now) == _described(before)):
                 raise UserError(
                     f"{source.path} has changed while it was read, so the corpus would contain parts of two versions; "
                     "start again when nothing writes it"
@@ -303,15 +315,18 @@ def _spread(shares: list[Share]) -> list[Share]:
     return places
 
 
-def _state_of(source: Source) -> list[Any]:
+def _state_of(source: Source) -> os.stat_result:
     try:
-        state = os.stat(source.path)
+        return os.stat(source.path)
     except OSError as error:
         raise UserError(f"can't read {source.path} ({error.strerror})") from error
-    return [os.path.abspath(source.path), state.st_size, state.st_mtime_ns]
 
 
-def _settings(arguments: argparse.Namespace, sources: list[Source], tokenizer: JobTokenizer) -> dict[str, Any]:
+def _described(state: os.stat_result) -> list[int]:
+    return [state.st_size, state.st_mtime_ns]
+
+
+def _settings(arguments: argparse.Namespace, tokenizer: JobTokenizer) -> dict[str, Any]:
     """Return everything that determines the job's bytes, under names that a user knows."""
     names = (
         *("json_keys", "append_eod", "language", "language_key", "spans_key", "detect_language", "original_languages"),
@@ -319,6 +334,5 @@ def _settings(arguments: argparse.Namespace, sources: list[Source], tokenizer: J
         *("seed", "num_shards", "shard", "on_error", "output_prefix"),
     )
     settings = {f"--{name.replace('_', '-')}": getattr(arguments, name) for name in names}
-    settings["input files"] = [source.path if source.form is Form.STREAM else _state_of(source) for source in sources]
     settings["tokenizer"] = [tokenizer.record.fingerprint, tokenizer.record.eod_id, tokenizer.record.special_tokens]
     return settings

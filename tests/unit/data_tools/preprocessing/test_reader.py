@@ -3,7 +3,6 @@
 import bz2
 import gzip
 import io
-import itertools
 import lzma
 import os
 from collections.abc import Callable, Iterator
@@ -91,19 +90,31 @@ def test_a_file_that_becomes_shorter_while_it_is_read_ends_the_job(
         list(batches)
 
 
-def test_a_file_that_changes_while_it_is_read_gives_no_corpus(
-    preprocess, hf_tokenizer, write_lines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("change", ["rewritten", "replaced", "appended"])
+def test_a_file_that_changes_while_it_is_read_gives_no_corpus_unless_lines_are_appended(
+    preprocess, hf_tokenizer, write_lines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     path = write_lines("a.jsonl", [{"text": "a"}] * 10)
-    batches, times = Reader.batches, itertools.count()
+    batches, new = Reader.batches, write_lines("new.jsonl", [{"text": "a"}] * 11)
 
-    def change(self: Reader, cursor: ReadCursor) -> Iterator[Batch]:
+    def changing(self: Reader, cursor: ReadCursor) -> Iterator[Batch]:
         yield from batches(self, cursor)
-        os.utime(path, (1, next(times)))
+        if change == "appended":
+            with path.open("a") as file:
+                file.write('{"text": "b"}\n')
+        elif change == "rewritten":
+            path.write_text(path.read_text().replace('"a"', '"b"'))
+        elif new.exists():
+            new.replace(path)
 
-    monkeypatch.setattr(Reader, "batches", change)
+    flags = ("--input", path, "--language", "expanded", "--tokenizer-backend", "reference")  # read once
+    monkeypatch.setattr(Reader, "batches", changing)
+    if change == "appended":
+        prefix = preprocess(hf_tokenizer, *flags)
+        assert Corpus(f"{prefix}_text_document").num_documents == 10
+        return
     with pytest.raises(UserError, match=r"a\.jsonl has changed while it was read"):
-        preprocess(hf_tokenizer, "--input", path, "--language", "expanded")
+        preprocess(hf_tokenizer, *flags)
     assert not list((tmp_path / "out").glob("*.idx"))
 
 

@@ -32,6 +32,7 @@ def test_report_is_written_into_the_last_run_or_into_output(
 def test_live_shows_the_current_state_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # the folder's name has any length
     call(monkeypatch, "live", make_run(tmp_path / "run", "stage1", 5), "--once")
     assert "5 of 5 (100%)" in capsys.readouterr().out
 

@@ -118,7 +118,7 @@ class Job:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with suppress(OSError):  # a full disk, of which its last lines are the reason or not
+        with suppress(OSError):  # closing writes what is buffered, and the disk may be full
             self._skipped.close()
         is_interrupted = kind is not None and issubclass(kind, (KeyboardInterrupt, SystemExit))
         if kind is None or not (self._keep or is_interrupted):

@@ -237,16 +237,12 @@ def _python_rows(table: Any) -> list[dict[str, Any]]:
         text = (pyarrow.string(), pyarrow.large_string())
         columns = [column.cast(pyarrow.binary()) if column.type in text else column for column in table.columns]
         binary = pyarrow.RecordBatch.from_arrays(columns, names=table.schema.names)
-        return [
-            {name: _decoded(value) for name, value in row.items()} for row in map(_python_row, _single_rows(binary))
-        ]
-
-
-def _single_rows(table: Any) -> Iterator[Any]:
-    return (table.slice(number, 1) for number in range(len(table)))
+        rows = [_python_row(binary.slice(number, 1)) for number in range(len(binary))]
+        return [{name: _decoded(value) for name, value in row.items()} for row in rows]
 
 
 def _python_row(table: Any) -> dict[str, Any]:
+    """The only row of a table, with bytes in place of its values if they are not UTF-8."""
     try:
         return table.to_pylist()[0]
     except UnicodeDecodeError:  # within a list

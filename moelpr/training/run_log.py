@@ -138,7 +138,7 @@ def report_nonfinite_exit(args: argparse.Namespace, run_log: RunLog) -> Iterator
     step = args.curr_iteration + 1
     message = (
         f"the gradients of step {step} are NaN/Inf; the run stops before they change a weight, and its last checkpoint "
-        "stays; lower --lr, raise --lr-warmup-iters, or check the data of this step; leave it out with "
+        "stays; lower --lr, raise --lr-warmup-iters, or leave this step's data out with "
         f"--iterations-to-skip {step}"
     )
     rank, last = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")) - 1

@@ -42,7 +42,7 @@ def check_save_disk(run: RunSettings) -> Iterable[str]:
     if run.args.save is None:
         return
     save = Path(run.args.save)
-    existing = next(folder for folder in (save, *save.absolute().parents) if folder.exists())
+    existing = _existing(save)
     if not existing.is_dir():
         yield f"cannot create --save {save}: {existing} is a file; use another folder"
     elif not os.access(existing, os.W_OK | os.X_OK):
@@ -64,14 +64,18 @@ def note_disk_of_all_checkpoints(run: RunSettings) -> Iterable[str]:
     if run.args.save is None or run.spec is None or not (number := _num_checkpoints(run)):
         return
     save = Path(run.args.save)
-    existing = next(folder for folder in (save, *save.absolute().parents) if folder.exists())
-    disk, each = shutil.disk_usage(existing), checkpoint_bytes(run.args, run.spec)
+    disk, each = shutil.disk_usage(_existing(save)), checkpoint_bytes(run.args, run.spec)
     if disk.total > 0 and each <= disk.free < number * each:
         yield (
             f"warning: the disk of --save {save} has {format_bytes(disk.free)} free, and the run will have up to "
             f"{number} more checkpoints there at a time, {format_bytes(number * each)}; keep fewer with "
             "--save-retain-interval, or free some space"
         )
+
+
+def _existing(folder: Path) -> Path:
+    """The folder itself, or the nearest around it that exists."""
+    return next(one for one in (folder, *folder.absolute().parents) if one.exists())
 
 
 def _num_checkpoints(run: RunSettings) -> int:

@@ -290,7 +290,7 @@ def killed(case: Case, name: str, is_forked: bool = False) -> Outcome:
         case.notes.append(f"{number.name} to {whom}")
         running.send(number, whom, case.random)
         ended = running.wait()
-        if ended.code not in (-number, 128 + number):
+        if ended.code not in (-number, 128 + number) and not ended.never_started:
             ended.require_clean()
     ended = (start(command, case.box, words) if is_forked else launch(command, case.box, words)).wait()
     ended.require_clean()

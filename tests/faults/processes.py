@@ -43,6 +43,11 @@ class Ended:
     output: str
     errors: str
 
+    @property
+    def never_started(self) -> bool:
+        """Whether a signal reached Python while it initialized itself, before it ran a line of the command."""
+        return "Fatal Python error: init_" in self.errors
+
     def require_clean(self) -> None:
         """Raise `Failure` unless it succeeded, or failed with code 1 or 2 and one sentence."""
         if "Traceback (most recent call last)" in self.errors or "panicked at" in self.errors:

@@ -25,12 +25,8 @@ from examples.real_model.settings import (
     GROUPS,
     LANGUAGES,
     RATES,
-    REPLAY,
     SEQUENCE_LENGTH,
     SETTINGS,
-    STAGE0_RATE,
-    STAGE1_RATE,
-    STAGE2_RATE,
     VOCABULARY,
     VOCABULARY_START,
     Setting,
@@ -216,19 +212,15 @@ def cost(run: Path, setting: Setting) -> Json:
     if not setting.runs or not all((run / name / "metrics.jsonl").is_file() for name in setting.runs):
         return {}
     trained, whole, tokens, seconds, memory = 0, 0, 0, 0.0, 0.0
+    rates = []  # of the runs; a search may have been extended since
     for name in setting.runs:
         steps = read_run_metrics(run / name / "metrics.jsonl").steps
         tokens += BATCH * SEQUENCE_LENGTH * len(steps)
         seconds += len(steps) * median(step["step_time_s"] for step in steps)
         memory = max(memory, *(step["peak_memory_gib"] or 0.0 for step in steps))
+        rates.append(float(f"{max(step['learning_rate'] for step in steps):g}"))
         now, of = parameters((run / "logs" / f"{name}.log").read_text(encoding="utf-8"))
         trained, whole = max(trained, now), max(whole, of)
-    stage_rates = [STAGE0_RATE] * (setting.name in VOCABULARY) + [STAGE1_RATE, STAGE2_RATE]
-    family = "full" if setting.name == "full" else "lora"
-    is_searched = setting.name == "full" or setting.name.startswith("lora")
-    # The last run's; the search may have been extended since.
-    trained_with = float(f"{max(step['learning_rate'] for step in steps):g}")
-    rates = [trained_with] if is_searched or setting.name == REPLAY else stage_rates[: len(setting.runs)]
     found = {
         "trained_parameters": trained,
         "parameters": whole,
@@ -237,10 +229,10 @@ def cost(run: Path, setting: Setting) -> Json:
         "peak_memory_gib": round(memory, 1),
         "rates": rates,
     }
-    if is_searched:
+    if setting.name in RATES:
         searched = searched_changes(run, setting.name)
         found["searched"] = {f"{rate:g}": round(change, DIGITS) for rate, change in searched.items()}
-        found["is_at_edge"] = rates[0] in (min(RATES[family]), max(RATES[family]))
+        found["is_at_edge"] = rates[0] in (min(RATES[setting.name]), max(RATES[setting.name]))
     return found
 
 

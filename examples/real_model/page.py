@@ -13,8 +13,10 @@ from examples.real_model.measurements import collect, missing
 from examples.real_model.settings import (
     GROUPS,
     LANGUAGES,
+    LORA_16,
     NUM_NEW_TOKENS,
     REPLAY,
+    SEARCHED,
     SETTINGS,
     STAGE0_BLEND,
     STAGE0_SHARE,
@@ -36,8 +38,8 @@ CHART = {
     "MoE-LPR, 1 copy (the paper)": {"stage 1": "one-copy-stage1", "stage 2": "one-copy"},
     "1 copy, changed": {"no LPR loss": "no-lpr", "random experts": "random", "reference loss": "reference"},
     "no frozen original": {"full fine-tuning": "full", "plain MoE": "plain", "with replay text": REPLAY},
-    "LoRA": {"largest rank": "lora", "rank 16": "lora-16"},
-    "MoE-LPR, K copies, more text": {"twice the tokens": TWICE},
+    "LoRA": {"largest rank": "lora", "rank 16": LORA_16},
+    "MoE-LPR, K copies, changed": {"twice the tokens": TWICE, "learning rate searched": SEARCHED},
 }
 JOINED = 2  # of these
 FAR = 0.05, 0.2  # changes beyond which a setting is drawn at the chart's edge

@@ -20,11 +20,16 @@ REVIEW_SHARE, SEARCH_SHARE = 0.375, 0.25  # of TOKENS: stage 2, and each run of 
 NUM_NEW_EXPERTS, TOPK = 3, 2
 REVIEW_BLEND = {"original": 1, "expanded": 2}  # parts of the text of each group, as in the paper
 STAGE1_RATE, STAGE2_RATE = 3e-4, 2e-3
-# Full fine-tuning and LoRA get the rate that is best for the expanded languages on a validation part of the text.
-RATES = {"full": (1e-4, 3e-4, 1e-3), "lora": (1e-4, 3e-4, 1e-3, 3e-3)}
+SEARCHED = "copies-searched"  # MoE-LPR whose first stage gets a rate as full fine-tuning and LoRA do
+LORA_16 = "lora-16"  # a rank that users of peft choose; the setting "lora" has the largest one that makes sense
+# These settings get the rate that is best for the expanded languages on a validation part of the text.
+RATES = {
+    "full": (1e-4, 3e-4, 1e-3),
+    **dict.fromkeys(("lora", LORA_16), (1e-4, 3e-4, 1e-3, 3e-3)),
+    SEARCHED: (3e-4, 1e-3, 3e-3),
+}
 BETA2 = 0.95
 SEEDS = (1, 2, 3)
-LORA_16 = 16  # a rank that users of peft choose; the setting "lora" has the largest one that makes sense
 
 # With further tokens: stage 0 gets a fraction of the tokens of stage 1, and stage 1 the others.
 NUM_NEW_TOKENS, STAGE0_SHARE, STAGE0_RATE = 8000, 0.2, 1e-3
@@ -80,8 +85,9 @@ SETTINGS = _by_name(
     Setting("reference", "1 copy, reference LPR loss", ("one-copy-stage1",), len(SEEDS)),
     Setting("plain", "plain MoE, everything trained"),
     Setting(TWICE, "MoE-LPR, K copies, twice the tokens", (f"{TWICE}-stage1",), is_extra=True),
+    Setting(SEARCHED, "MoE-LPR, K copies, learning rate searched", (f"{SEARCHED}-stage1",), is_extra=True),
     Setting(REPLAY, "full fine-tuning, replay text mixed in", is_extra=True),
-    Setting("lora-16", f"LoRA, rank {LORA_16}", is_extra=True),
+    Setting(LORA_16, "LoRA, rank 16", is_extra=True),
 )
 # MoE-LPR with K copies and further tokens. SAME_BYTES has read as much text as MoE-LPR without them has, SAME_TOKENS
 # as many tokens, which takes about the same time.

@@ -6,7 +6,7 @@ from enum import StrEnum
 from statistics import fmean
 from typing import Any
 
-from examples.real_model.settings import ORIGINAL, SETTINGS, TWICE
+from examples.real_model.settings import ORIGINAL, SEARCHED, SETTINGS, TWICE
 from moelpr.report.plots import percent
 
 Json = Mapping[str, Any]
@@ -69,7 +69,7 @@ def _of_the_paper(results: Json) -> list[Sign]:
 def _how_good(results: Json) -> list[Sign]:
     found = []
     for part, where, bar in (("in", "trained kinds", -0.35), ("out", "kinds never trained on", -0.15)):
-        for name in ("copies", *([TWICE] if TWICE in results["settings"] else [])):
+        for name in ("copies", *(name for name in (SEARCHED, TWICE) if name in results["settings"])):
             value = change(results, name, part, "expanded")
             text = f"expanded languages at least {-bar:.0%} better than base, {where}"
             is_seen = None if value is None else value <= bar

@@ -23,6 +23,7 @@ from examples.real_model.settings import (
     SAME_BYTES,
     SAME_TOKENS,
     SEARCH_SHARE,
+    SEARCHED,
     SEEDS,
     SEQUENCE_LENGTH,
     SETTINGS,
@@ -72,8 +73,8 @@ class Tasks:
             self._evaluate(BASE),
             *self._stage1("copies"),
             *self._stage2("copies", first),
-            *self._searched("full"),
-            *self._searched("lora"),
+            *self._full(),
+            *self._lora("lora"),
             *self._continuations(),
             *self._stage1("one-copy"),
             *self._stage2("one-copy", first),
@@ -88,7 +89,8 @@ class Tasks:
             *(task for seed in rest for task in self._stage2("reference", seed)),
             *self._twice(),
             *self._replay(),
-            *self._searched("lora-16"),
+            *self._searched_copies(),
+            *self._lora(LORA_16, rank=16),
         ]
         return tasks
 
@@ -121,7 +123,7 @@ class Tasks:
         run = STAGE1_OF[name]
         start = self.run / f"upcycled-{name}"
         users = frozenset({s.name for s in SETTINGS.values() if run in (s.name, *s.before)})
-        upcycled_for = users | {"one-copy": {"plain"}, "copies": {TWICE}}.get(name, set())
+        upcycled_for = users | {"one-copy": {"plain"}, "copies": {TWICE, SEARCHED}}.get(name, set())
         train = Training(
             model=run,
             stage="stage1",
@@ -257,36 +259,74 @@ class Tasks:
         found = [Manifest.read(self.data / f"{prefix}expanded_text_document") for prefix in (EXTENDED, "")]
         return found[0].tokens / found[1].tokens if all(found) else 0.5
 
-    def _searched(self, name: str) -> list[Task]:
-        """A short run per learning rate, then the whole run at the best."""
-        is_full = name == "full"
-        users, tasks = frozenset({name, REPLAY} if is_full else {name}), []
-        dense = self.run / "dense"
-        if is_full:
-            tasks.append(self._convert(dense, users, "--dense"))
-        family = "full" if is_full else "lora"
+    def _full(self) -> list[Task]:
+        """Full fine-tuning at the best rate."""
+        users = frozenset({"full", REPLAY})
 
         def train(model: str, steps: int, rate: Callable[[], float]) -> Task:
-            settings = frozenset({name}) if model == name else users
-            if not is_full:
-                return self._lora(model, steps, rate, settings, LORA_16 if name == "lora-16" else None)
             return Training(
                 model=model,
                 stage="dense",
-                start=dense,
+                start=self.run / "dense",
                 blend=EXPANDED_ONLY,
                 steps=steps,
                 rate=rate,
-                settings=settings,
-                is_search=model != name,
+                settings=frozenset({"full"}) if model == "full" else users,
+                is_search=model != "full",
             ).task(self.run)
 
-        for rate in RATES[family]:
-            model = search_name(name, rate)
-            tasks.append(train(model, steps_of(self.tokens * SEARCH_SHARE), lambda rate=rate: rate))
-            tasks.append(self._evaluate(model, users, validation=True))
-        tasks.append(train(name, steps_of(self.tokens), lambda: best_rate(self.run, name)))
-        return [*tasks, self._evaluate(name)]
+        convert = self._convert(self.run / "dense", users, "--dense")
+        return [convert, *self._searched("full", "full", train, users), self._evaluate("full")]
+
+    def _lora(self, name: str, rank: int | None = None) -> list[Task]:
+        """LoRA at the best rate; `rank`: None is the largest that makes sense."""
+        users = frozenset({name})
+
+        def train(model: str, steps: int, rate: Callable[[], float]) -> Task:
+            def command() -> Command:
+                return [
+                    *("-m", "examples.real_model.lora", "--base", self.base, "--run", self.run / model),
+                    *("--data-path", self.data / "expanded_text_document", "--save", self.run / f"{model}-hf"),
+                    *("--train-iters", str(steps), "--lr", f"{rate():g}", "--seed", str(SEEDS[0])),
+                    *(["--rank", str(rank)] if rank else []),
+                ]
+
+            return Task(model, users, command, 1 + steps * STEP_TOKENS / RATE_OF["lora"] / 60, 8, 1.5)
+
+        return [*self._searched(name, name, train, users), self._evaluate(name)]
+
+    def _searched_copies(self) -> list[Task]:
+        """MoE-LPR with K copies, whose first stage has the best rate."""
+        (stage1,) = SETTINGS[SEARCHED].before
+        users = frozenset({SEARCHED})
+
+        def train(model: str, steps: int, rate: Callable[[], float]) -> Task:
+            return Training(
+                model=model,
+                stage="stage1",
+                start=self.run / "upcycled-copies",
+                blend=EXPANDED_ONLY,
+                steps=steps,
+                rate=rate,
+                settings=users,
+                is_search=model != stage1,
+            ).task(self.run)
+
+        return [*self._searched(SEARCHED, stage1, train, users), *self._stage2(SEARCHED, SEEDS[0])]
+
+    def _searched(
+        self, setting: str, model: str, train: Callable[[str, int, Callable[[], float]], Task], users: frozenset[str]
+    ) -> list[Task]:
+        """A short run per learning rate, then the whole run of `model` at the best.
+
+        `train` makes the task from a model's name, its number of steps and its rate.
+        """
+        tasks = []
+        for rate in RATES[setting]:
+            short = search_name(setting, rate)
+            tasks.append(train(short, steps_of(self.tokens * SEARCH_SHARE), lambda rate=rate: rate))
+            tasks.append(self._evaluate(short, users, validation=True))
+        return [*tasks, train(model, steps_of(self.tokens), lambda: best_rate(self.run, setting))]
 
     def _continuations(self) -> list[Task]:
         """Exports, and what up to four models write after the same words."""
@@ -336,19 +376,6 @@ class Tasks:
         command: Command = ["checkpoint_convert/hf_to_mcore.py", "--hf-path", self.base, "--save", save]
         command += [*options, "--seed", str(SEEDS[0]), "--overwrite"]
         return Task(save.name, settings, lambda: command, 0.5, 4, 1.4)
-
-    def _lora(
-        self, model: str, steps: int, rate: Callable[[], float], settings: frozenset[str], rank: int | None
-    ) -> Task:
-        def command() -> Command:
-            return [
-                *("-m", "examples.real_model.lora", "--base", self.base, "--run", self.run / model),
-                *("--data-path", self.data / "expanded_text_document", "--save", self.run / f"{model}-hf"),
-                *("--train-iters", str(steps), "--lr", f"{rate():g}", "--seed", str(SEEDS[0])),
-                *(["--rank", str(rank)] if rank else []),
-            ]
-
-        return Task(model, settings, command, 1 + steps * STEP_TOKENS / RATE_OF["lora"] / 60, 8, 1.5)
 
     def _evaluate(self, model: str, settings: frozenset[str] | None = None, *, validation: bool = False) -> Task:
         """Bits per byte and routing of a model on all held-out text, or on the validation part."""
@@ -401,7 +428,7 @@ def search_name(setting: str, rate: float) -> str:
 def searched_changes(run: Path, setting: str) -> dict[float, float]:
     """Learning rate -> mean change of the expanded languages against base on the validation part, of those measured."""
     changes = {}
-    for rate in RATES["full" if setting == "full" else "lora"]:
+    for rate in RATES[setting]:
         bits = [bits_per_byte(run / "validation", model) for model in (BASE, search_name(setting, rate))]
         if all(bits):
             changes[rate] = fmean(bits[1][language] / bits[0][language] - 1 for language in EXPANDED)

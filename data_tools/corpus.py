@@ -13,6 +13,7 @@ from moelpr.data.corpus_index import CorpusIndex
 from moelpr.data.language_bits import LanguageBits, language_bits_path, open_language_bits
 from moelpr.data.manifest import FileRecord, LanguageCount, Manifest, Source, TokenizerRecord, manifest_path
 from moelpr.errors import UserError
+from moelpr.machine import allow_open_files
 
 _FIX = "rebuild the corpus with data_tools/preprocess_data.py"
 
@@ -131,6 +132,7 @@ def open_corpora(prefixes: Sequence[str]) -> tuple[list[Corpus], list[Manifest] 
     Raises:
         UserError: A corpus is damaged, or two have different tokenizers or different bits for one language.
     """
+    allow_open_files()
     corpora = [Corpus(prefix) for prefix in prefixes]
     manifests = [corpus.verify() for corpus in corpora]
     found = [(prefix, manifest) for prefix, manifest in zip(prefixes, manifests, strict=True) if manifest is not None]
@@ -152,6 +154,19 @@ def open_corpora(prefixes: Sequence[str]) -> tuple[list[Corpus], list[Manifest] 
                 f"{first.name}; join corpora of one tokenizer"
             )
     return corpora, [manifest for _, manifest in found] if len(found) == len(corpora) else None
+
+
+def check_same_job(prefixes: Sequence[str], manifests: Sequence[Manifest]) -> None:
+    """Raise `UserError` if shards were not made by the same command from the same input: documents would be missing."""
+    known = {prefix: manifest.shard_of for prefix, manifest in zip(prefixes, manifests, strict=True)}
+    known = {prefix: job for prefix, job in known.items() if job is not None}  # older versions did not record it
+    (first, job), *others = known.items() or [("", None)]
+    for prefix, other in others:
+        if other != job:
+            raise UserError(
+                f"{first} and {prefix} are shards of different jobs: their flags differ, or the names or sizes of "
+                "their input files; preprocess all shards again, from the same input"
+            )
 
 
 def _compare_tokenizers(prefix: str, manifest: Manifest, other_prefix: str, other: Manifest) -> None:

@@ -11,7 +11,15 @@ import os
 
 from tqdm import tqdm
 
-from data_tools.corpus import Corpus, CorpusPaths, merge_manifests, missing_manifests, open_corpora, shard_prefix
+from data_tools.corpus import (
+    Corpus,
+    CorpusPaths,
+    check_same_job,
+    merge_manifests,
+    missing_manifests,
+    open_corpora,
+    shard_prefix,
+)
 from data_tools.corpus_writer import CorpusWriter, check_output, smallest_vocab_size
 from moelpr.data.manifest import manifest_path
 from moelpr.errors import CommandParser, UserError, run_command
@@ -25,6 +33,8 @@ def main(argv: list[str] | None = None) -> None:
         Corpus(prefix)  # a missing input is reported before an existing output
     check_output(output_prefix, overwrite)
     corpora, manifests = open_corpora(prefixes)
+    if num_shards and manifests:
+        check_same_job(prefixes, manifests)
     if not any(len(corpus.tokens) for corpus in corpora):
         raise UserError(f"{', '.join(prefixes)} contain no tokens; nothing was written")
     with CorpusWriter(output_prefix, smallest_vocab_size(corpora[0]), overwrite) as writer:

@@ -27,8 +27,16 @@ def main(argv: list[str] | None = None) -> None:
     with Job(plan, arguments.resume) as job:
         job.write(arguments.workers, arguments.log_interval, arguments.overwrite, arguments.max_bad_share)
         job.commit()
-    state, shows_languages = job.state, not arguments.language
-    print_summary(state.manifests, plan.prefixes, state.tally, plan.encoder.bits, plan.skipped_path, shows_languages)
+    state = job.state
+    print_summary(
+        state.manifests,
+        plan.prefixes,
+        state.tally,
+        plan.encoder.bits,
+        plan.skipped_path,
+        shows_languages=not arguments.language,
+        names_original=bool(arguments.original_languages),
+    )
     print(f"done in {time.monotonic() - started:.1f} s")
 
 

@@ -5,6 +5,7 @@
 
 import math
 import os
+import resource
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -48,6 +49,13 @@ def available_cpus() -> int:
             if quota > 0 and period > 0:  # -1: no limit
                 limits.append(quota / period)
     return max(1, int(min(limits)))
+
+
+def allow_open_files() -> None:
+    """Let this process open as many files as the machine's administrator allows: the usual limit is 1,024."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def total_memory() -> int:

@@ -15,7 +15,16 @@ from numpy.typing import NDArray
 from data_tools.corpus import run_edges
 from data_tools.corpus_writer import Documents, TokenFile, as_tokens
 from data_tools.preprocessing import long_documents
-from data_tools.preprocessing.languages import SPAN_KEYS, UNDETECTED, Bits, Detector, LanguageSpans, TaggedText, Tagger
+from data_tools.preprocessing.languages import (
+    SPAN_KEYS,
+    UNDETECTED,
+    Bits,
+    DetectedLanguages,
+    Detector,
+    LanguageSpans,
+    TaggedText,
+    Tagger,
+)
 from data_tools.preprocessing.long_documents import LongString, encode_long_text, without_long_strings
 from data_tools.preprocessing.reader import Batch, FileRange
 from data_tools.preprocessing.summary import Tally
@@ -156,7 +165,8 @@ class Encoder:
             if text is not None:
                 item[key] = next(text.parts())  # its language is detected in its first part
         found = [Text(*pair) for pair in zip(self.tagger.texts(item, dataset, keys), texts, strict=True)]
-        if any(text.on_disk is not None and len(text.tagged.spans) > 1 for text in found):
+        is_by_line = isinstance(self.tagger, DetectedLanguages) and self.tagger.by_line
+        if any(text.on_disk is not None and (is_by_line or len(text.tagged.spans) > 1) for text in found):
             raise BadLine("a long text can't have a language for each of its lines; split it")
         return found
 

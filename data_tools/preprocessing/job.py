@@ -243,4 +243,5 @@ class Job:
             tokens=writer.num_tokens,
             skipped_lines=self.state.tally.num_skipped,
             files=files,
+            shard_of=self.plan.shard_of,
         )

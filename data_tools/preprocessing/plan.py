@@ -64,6 +64,7 @@ class Plan:
         chosen: sampled documents of each share; None: all.
         columns: for each dataset the keys that are read.
         settings: everything that determines the output's bytes, by flag.
+        shard_of: `Manifest.shard_of`.
         notes: messages for the user.
         needs_text: whether a corpus without tokens is an error; a shard may be empty.
         needed_languages: original languages that must occur: after a typo, their documents would be tagged expanded,
@@ -127,6 +128,7 @@ class Plan:
             self.settings["entries of --dataset-info"] = [
                 [dataset.name, dataset.language, dataset.key] for dataset in datasets
             ]
+        self.shard_of = _shard_of(self.settings, self.sources) if arguments.num_shards > 1 else None
         self.needs_text = arguments.num_shards == 1
         is_certain = arguments.expanded_languages or not self.needs_text
         self.needed_languages = Bits.from_names(None if is_certain else arguments.original_languages, None).original
@@ -324,6 +326,15 @@ def _state_of(source: Source) -> os.stat_result:
 
 def _described(state: os.stat_result) -> list[int]:
     return [state.st_size, state.st_mtime_ns]
+
+
+def _shard_of(settings: dict[str, Any], sources: list[Source]) -> str:
+    """Paths and times may differ: each node may have its own copy of the input."""
+    same = {
+        name: value for name, value in settings.items() if name not in ("--shard", "--output-prefix", "input files")
+    }
+    files = [[os.path.basename(source.path), source.bytes] for source in sources]
+    return hashlib.sha256(json.dumps([same, files]).encode()).hexdigest()
 
 
 def _settings(arguments: argparse.Namespace, tokenizer: JobTokenizer) -> dict[str, Any]:

@@ -174,19 +174,24 @@ class Reader:
         while content := stream.readline(LONG_LINE_BYTES):
             line += 1
             long_line = None
-            if len(content) == LONG_LINE_BYTES and not content.endswith(b"\n"):
+            is_chosen = self._is_chosen(share, documents)
+            size = len(content)
+            if size == LONG_LINE_BYTES and not content.endswith(b"\n"):
                 if self._spool is None:
                     return
-                long_line = self._spool_line(content, stream, f"line-{share}-{line}")
+                if is_chosen:
+                    long_line = self._spool_line(content, stream, f"line-{share}-{line}")
+                    size = long_line.num_bytes
+                else:
+                    size += _skip_line(stream)
             elif is_blank(content):
                 num_bytes, num_lines = skip_blank_lines(stream)
                 offset += len(content) + num_bytes
                 line += num_lines
                 continue
-            size = long_line.num_bytes if long_line else len(content)
             offset += size
             documents += 1
-            if self._is_chosen(share, documents - 1):
+            if is_chosen:
                 yield long_line or content, size, offset, line, documents
 
     def _spool_line(self, start: bytes, stream: BinaryIO, name: str) -> FileRange:
@@ -302,3 +307,13 @@ def _line_end(file: BinaryIO, position: int) -> int:
             return position + found + 1
         position += len(block)
     return position
+
+
+def _skip_line(stream: BinaryIO) -> int:
+    """Read to the end of a line, and return the number of bytes."""
+    num_bytes = 0
+    while piece := stream.readline(BLOCK_BYTES):
+        num_bytes += len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return num_bytes

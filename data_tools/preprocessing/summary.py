@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_tools.corpus import describe
 from data_tools.corpus_writer import token_dtype
-from data_tools.preprocessing.languages import Bits
+from data_tools.preprocessing.languages import UNDETECTED, Bits
 from moelpr.data.manifest import LanguageCount, Manifest
 
 _PROBLEMS_SHOWN = 10
@@ -96,9 +96,14 @@ def print_summary(
     tally: Tally,
     bits: Bits,
     skipped_path: Path,
+    *,
     shows_languages: bool,
+    names_original: bool,
 ) -> None:
-    """Print what was written (manifests and prefixes by the corpus's name), and what a user should know about it."""
+    """Print what was written (manifests and prefixes by the corpus's name), and what a user should know about it.
+
+    `names_original`: the original languages are named, so that every language has a bit, also a detected one.
+    """
     for name, manifest in manifests.items():
         original = sum(count.tokens for count in manifest.languages.values() if count.bit == "original")
         dtype = token_dtype(manifest.tokenizer.vocab_size)
@@ -118,7 +123,7 @@ def print_summary(
     if tally.num_undetected:
         print(f"note: {tally.num_undetected:,} documents of uncertain language were omitted")
     if tally.audit:
-        _print_audit(tally.audit, bits)
+        _print_audit(tally.audit, bits if names_original else None)
     if tally.num_skipped:
         share = tally.num_skipped / tally.num_read
         warning = f"warning: {tally.num_skipped:,} lines were skipped ({share:.2%}), listed in {skipped_path}:"
@@ -127,8 +132,11 @@ def print_summary(
             print(f"  and {tally.num_skipped - _PROBLEMS_SHOWN:,} more", file=sys.stderr)
 
 
-def _print_audit(audit: dict[str, Counter[str]], bits: Bits) -> None:
-    """Print the number of documents of each stated (rows) and detected (columns) language."""
+def _print_audit(audit: dict[str, Counter[str]], bits: Bits | None) -> None:
+    """Print the number of documents of each stated (rows) and detected (columns) language.
+
+    `bits`: None if that of a detected language is unknown.
+    """
     total: Counter[str] = sum(audit.values(), Counter())
     columns = sorted(total, key=lambda name: (-total[name], name))[:8]
     print("\n  documents by stated language (rows) and detected language (columns)")
@@ -137,8 +145,11 @@ def _print_audit(audit: dict[str, Counter[str]], bits: Bits) -> None:
     for stated, detected in sorted(audit.items()):
         others = detected.total() - sum(detected[name] for name in columns)
         print(f"  {stated:<16}" + "".join(f"{detected[name]:>10,}" for name in columns) + f"{others:>10,}")
-        if stated in bits.original | bits.expanded:
-            other_group = bits.expanded if stated in bits.original else bits.original
-            differing += sum(detected[name] for name in other_group)
-    share = differing / max(total.total(), 1)
-    print(f"  {differing:,} of {total.total():,} documents ({share:.2%}) would have the other bit\n")
+        if bits is not None and "+" not in stated:  # a text in several languages may have both bits
+            is_original = stated in bits.original
+            certain = {name: count for name, count in detected.items() if name != UNDETECTED}
+            differing += sum(count for name, count in certain.items() if (name in bits.original) != is_original)
+    if bits is not None:
+        share = differing / max(total.total(), 1)
+        print(f"  {differing:,} of {total.total():,} documents ({share:.2%}) would have the other bit")
+    print()

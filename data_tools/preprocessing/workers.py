@@ -89,11 +89,26 @@ def started_pool(workers: int, work: Callable[[Batch], Any] | None = None) -> An
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, (work,))
     # Python warns of forking beside threads. The only threads here are numpy's, which the workers do not use; those of
     # pyarrow, which reads, start later.
-    # A signal between the forks would leave workers that nobody stops.
-    with deferred_signals(), warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+    # A signal between the forks would leave workers that nobody stops, and a worker that has not begun must not take
+    # SIGTERM for a signal to defer: the executor ends it so if another one was killed.
+    with (
+        deferred_signals(),
+        _blocked(signal.SIGTERM),
+        warnings.catch_warnings(action="ignore", category=DeprecationWarning),
+    ):
         pool.submit(os.getpid)
     pool._result_queue._writer.close()  # type: ignore[attr-defined]
     return pool
+
+
+@contextmanager
+def _blocked(number: signal.Signals) -> Iterator[None]:
+    """Let a signal wait: what is forked in the block gets it when it unblocks it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker(work: Callable[[Batch], Any] | None) -> None:
@@ -103,6 +118,7 @@ def _start_worker(work: Callable[[Batch], Any] | None) -> None:
     # Ctrl-C reaches the entire process group; only the parent handles it. SIGTERM ends the worker itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # --workers sets the number of cores
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -162,6 +162,8 @@ class Manifest:
         languages: counts by language name.
         skipped_lines: number of malformed lines that --on-error skip omitted.
         files: "bin", "idx" and "lang".
+        shard_of: the same in all shards of one job: a hash of its flags, and of the names and sizes of its input files;
+            None if the corpus is no shard.
     """
 
     tokenizer: TokenizerRecord
@@ -172,6 +174,7 @@ class Manifest:
     tokens: int
     skipped_lines: int
     files: dict[str, FileRecord]
+    shard_of: str | None = None
     moelpr_version: str = field(default_factory=lambda: moelpr.__version__)
     format_version: int = FORMAT_VERSION
 

@@ -162,7 +162,7 @@ def common_arguments(models: str) -> CommandParser:
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
         help="auto: float32 on a CPU, the model's own on a GPU (default: %(default)s)")  # fmt: skip
     add("--output", type=Path, metavar="DIR",
-        help="folder for the results (JSON, Markdown, HTML, and figures as SVG); rerun the command to resume")  # fmt: skip
+        help="folder for results as JSON, Markdown and HTML, and for figures; rerun the command to resume")  # fmt: skip
     add("--no-verify", action=NoVerify)
     return parser
 

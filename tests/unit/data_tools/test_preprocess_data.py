@@ -101,6 +101,27 @@ def test_shards_merge_to_the_bytes_of_one_job(
     assert not list(many.parent.glob("*.shard-*"))
 
 
+@pytest.mark.parametrize("change", ["input", "flag"])
+def test_shards_of_different_jobs_are_not_joined(
+    change: str, hf_tokenizer: Path, corpus_lines: Callable, preprocess: Callable, tmp_path: Path
+) -> None:
+    """Documents between the two ends of the slices would be missing, or twice in the corpus."""
+    lines = corpus_lines("a.jsonl", 10)
+    flags = ("--input", lines, "--language", "original", "--num-shards", "2", "--shard")
+    preprocess(hf_tokenizer, *flags, "0")
+    elsewhere = tmp_path / "elsewhere" / "a.jsonl"  # as on another node
+    elsewhere.parent.mkdir()
+    elsewhere.write_bytes(lines.read_bytes())
+    prefix = preprocess(hf_tokenizer, "--input", elsewhere, *flags[2:], "1")
+    words = ["--output-prefix", f"{prefix}_text_document", "--num-shards", "2"]
+    merge_data.main(words)
+    if change == "input":
+        lines.write_bytes(lines.read_bytes() * 2)
+    preprocess(hf_tokenizer, *flags, "1", *(["--append-eod"] if change == "flag" else []), "--overwrite")
+    with pytest.raises(UserError, match="different jobs|end in different tokens"):
+        merge_data.main([*words, "--overwrite"])
+
+
 def test_shard_reports_a_bad_line_by_its_number_in_the_file(
     hf_tokenizer: Path, corpus_lines: Callable, preprocess: Callable
 ) -> None:

@@ -196,6 +196,18 @@ def test_audit_counts_stated_against_detected_languages(
     assert "2 of 5 documents (40.00%) would have the other bit" in out[start + 5]
 
 
+def test_audit_without_named_expanded_languages_counts_bits_too(
+    sentences, write_lines, preprocess, hf_tokenizer, capsys
+) -> None:
+    stated = [("en", "el"), ("el", "en"), ("el", "el"), ("hu", "el")]
+    lines = write_lines("a.jsonl", [{"text": sentences[found], "lang": name} for name, found in stated])
+    preprocess(hf_tokenizer, "--input", lines, "--language-key", "lang", "--original-languages", "en", "--audit")
+    assert "2 of 4 documents (50.00%) would have the other bit" in capsys.readouterr().out
+    preprocess(hf_tokenizer, "--input", lines, "--language", "expanded", "--audit", out="expanded/a")
+    out = capsys.readouterr().out
+    assert "by stated language" in out and "the other bit" not in out
+
+
 def test_missing_py3langid_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "py3langid.langid", None)
     with pytest.raises(UserError, match="install the extra language-id"):

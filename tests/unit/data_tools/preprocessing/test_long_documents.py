@@ -191,7 +191,8 @@ def test_language_of_a_long_text_is_detected_in_its_first_part(
     corpus = Corpus(f"{prefix}_text_document")
     assert [set(corpus.document(index)[1].tolist()) for index in (0, 1)] == [{1}, {0}]
     with pytest.raises(UserError, match="a long text can't have a language for each of its lines"):
-        rows[0]["text"] = "\n".join([sentences["en"], sentences["el"]] * 300)
+        # Only the first part is looked at, and it is English.
+        rows[0]["text"] = "\n".join([sentences["en"]] * 300 + [sentences["el"]] * 300)
         by_line = ("--detect-language", "line", *flags[1:-1])
         preprocess(hf_tokenizer, "--input", write_lines("b.jsonl", rows), *by_line, out="other/a")
 
@@ -210,6 +211,19 @@ def test_long_mixed_document_is_encoded_in_pieces(
     monkeypatch.setattr(long_documents, "LONG_TEXT_CHARACTERS", 1 << 30)
     whole = preprocess(hf_tokenizer, *flags, out="whole/a")
     assert corpus_bytes(f"{prefix}_text_document") == corpus_bytes(f"{whole}_text_document")
+
+
+def test_long_lines_that_were_not_chosen_take_no_disk(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    path, spool = tmp_path / "a.jsonl", tmp_path / "spool"
+    spool.mkdir()
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    share = Share(open_source(str(path)), 0, path.stat().st_size)
+    sizes = [len(line) for line in path.read_bytes().splitlines(keepends=True)]
+    long = [number for number, size in enumerate(sizes) if size > 10_000]
+    chosen = [0, long[1], len(rows) - 2]
+    batches = list(reader.Reader([share], [["text"]], [np.array(chosen)], spool).batches(ReadCursor()))
+    assert sum(batch.num_bytes for batch in batches) == sum(sizes[number] for number in chosen)
+    assert len(list(spool.iterdir())) == len({*chosen} & {*long}) < len(long)
 
 
 def qwen_like(hf_tokenizer: Path) -> Backend:

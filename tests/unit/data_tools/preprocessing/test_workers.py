@@ -6,9 +6,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from data_tools.preprocessing import workers
 from data_tools.preprocessing.workers import _result, worker_pool
 from moelpr.errors import UserError
 
@@ -27,13 +29,13 @@ def test_stopped_job_does_not_wait_for_its_workers() -> None:
     other = multiprocessing.Process(target=time.sleep, args=(100,))  # not the pool's
     other.start()
     before = {child.pid for child in psutil.Process().children()}
-    workers: list[psutil.Process] = []
+    started_workers: list[psutil.Process] = []
 
     def batches() -> Iterator[Any]:
         yield from [SimpleNamespace()] * 4
         time.sleep(0.5)
-        workers.extend(child for child in psutil.Process().children() if child.pid not in before)
-        assert workers
+        started_workers.extend(child for child in psutil.Process().children() if child.pid not in before)
+        assert started_workers
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt), worker_pool(lambda _: time.sleep(120), 2) as run:
@@ -41,7 +43,7 @@ def test_stopped_job_does_not_wait_for_its_workers() -> None:
     assert time.monotonic() - started < 60
     assert other.is_alive()
     other.kill()
-    assert not [worker for worker in workers if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE]
+    assert not [worker for worker in started_workers if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_a_job_ends_whose_workers_are_killed_while_they_send_a_result() -> None:
@@ -99,6 +101,29 @@ def test_a_signal_while_workers_are_started_leaves_none(monkeypatch: pytest.Monk
     while left := set(multiprocessing.active_children()) - others:
         assert time.monotonic() < deadline, [worker.kill() for worker in left]
         time.sleep(0.05)
+
+
+def test_a_worker_that_is_ended_before_it_has_begun_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the executor does it if another worker was killed; it would wait for this one indefinitely."""
+    spawn = ProcessPoolExecutor._spawn_process
+
+    def ended(pool: ProcessPoolExecutor) -> None:
+        spawn(pool)
+        for worker in pool._processes.values():
+            os.kill(worker.pid, signal.SIGTERM)
+
+    monkeypatch.setattr(workers, "_start_worker", partial(later, workers._start_worker))
+    monkeypatch.setattr(ProcessPoolExecutor, "_spawn_process", ended)
+    pool = workers.started_pool(1)
+    (worker,) = multiprocessing.active_children()
+    worker.join(30)
+    assert worker.exitcode == -signal.SIGTERM, worker.kill()
+    pool.shutdown()
+
+
+def later(start: Callable[[Any], None], work: Any) -> None:
+    time.sleep(1)
+    start(work)
 
 
 def test_a_worker_without_work_ends_with_its_killed_parent() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from moelpr import machine
 from moelpr.errors import UserError
+from moelpr.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = Path("launch/recipes")
@@ -51,7 +52,7 @@ class Steps:
         if code != 0:
             tail = "".join(f"\n    {line}" for line in log.read_text().splitlines()[-5:])
             raise UserError(f"step {name} exited with code {code}; its output is in {log}{tail}")
-        mark.write_text(json.dumps({"command": shown, "wall_s": round(time.monotonic() - start, 1)}) + "\n")
+        write_text(mark, json.dumps({"command": shown, "wall_s": round(time.monotonic() - start, 1)}) + "\n")
 
     def wall_times_s(self) -> dict[str, float]:
         """Seconds of each step that is done, in the order in which they ended."""

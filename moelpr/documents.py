@@ -86,7 +86,7 @@ def read_documents(path: Path, json_key: str = "text", max_documents: int | None
                     break
                 if line.strip():
                     documents.append(_nonempty_text(line, json_key, f"{path}, line {number}"))
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+    except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}); pass a file of JSON lines") from error
     if not documents:
         raise UserError(f"{path} contains no documents; pass a file with one JSON object per line")

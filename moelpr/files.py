@@ -316,3 +316,16 @@ def fsync_file(path: Path) -> None:
     """Write a closed file's content to disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
+
+
+def check_is_utf8(path: str, what: str) -> None:
+    """Check a path that a result names: our files are UTF-8.
+
+    Raises:
+        UserError: The path is not UTF-8.
+    """
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        shown = os.fsencode(path).decode(errors="backslashreplace")
+        raise UserError(f"the name of the {what} {shown} is not UTF-8; rename the file") from error

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from moelpr.errors import UserError
+from moelpr.errors import UserError, first_line
 
 
 # The C loader reads a run's settings ten times as fast, but some builds of PyYAML lack it.
@@ -43,10 +43,10 @@ def parse_mapping(text: str, what: str) -> dict[str, Any]:
     """
     try:
         content = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        reason = getattr(error, "problem", None) or first_line(error)
         raise UserError(f"the {what} is not valid YAML{place} ({reason}); fix that line") from error
     if not isinstance(content, dict):
         raise UserError(f"the {what} must be a YAML mapping, got {type(content).__name__}")

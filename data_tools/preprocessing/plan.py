@@ -23,7 +23,6 @@ from data_tools.preprocessing.sources import (
     Form,
     Share,
     Source,
-    check_is_utf8,
     find_files,
     open_source,
     shares_of,
@@ -31,6 +30,7 @@ from data_tools.preprocessing.sources import (
 from data_tools.preprocessing.tokenizers import JobTokenizer, choose_backend, load_job_tokenizer
 from moelpr.documents import BadLine
 from moelpr.errors import UserError
+from moelpr.files import check_is_utf8
 
 _LANGUAGES = {"old": "original", "original": "original", "new": "expanded", "expanded": "expanded"}
 _SAMPLE_PLACES = 16

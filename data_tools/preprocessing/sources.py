@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from moelpr.errors import UserError
+from moelpr.files import check_is_utf8
 
 STANDARD_INPUT = "-"
 # Files to look for in a folder; a file that is named explicitly may have any name.
@@ -172,19 +173,6 @@ def open_source(path: str, dataset: int = 0, sha1: str | None = None) -> Source:
     if start[1:4] == _ZSTD_SKIPPABLE[1:] and start[0] & 0xF0 == _ZSTD_SKIPPABLE[0]:  # as pzstd's files begin
         form = Form.ZSTD
     return Source(path, form, size, dataset, sha1)
-
-
-def check_is_utf8(path: str, what: str) -> None:
-    """The manifest, which is UTF-8, names every input.
-
-    Raises:
-        UserError: The path is not UTF-8.
-    """
-    try:
-        path.encode()
-    except UnicodeEncodeError as error:
-        shown = os.fsencode(path).decode(errors="backslashreplace")
-        raise UserError(f"the name of the {what} {shown} is not UTF-8; rename the file") from error
 
 
 def shares_of(sources: list[Source], shard: int, num_shards: int) -> Iterator[Share]:

@@ -6,7 +6,6 @@ python -m moelpr.evaluate harness --model base=DIR --model stage2=DIR --language
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,12 +25,12 @@ def main() -> None:
         arguments = ["text", *arguments]  # the default command
     args = make_parser().parse_args(arguments)
     results: Results = args.measure(args)
+    if args.output:
+        results.write(args.output)  # first: the reader of a pipe may end
     if args.json:
-        print(json.dumps(results.to_json(), ensure_ascii=False, allow_nan=False))
+        print(results.json_text())
     else:
         results.print()
-    if args.output:
-        results.write(args.output)
 
 
 def measure_text(args: argparse.Namespace) -> "Results":
@@ -88,7 +87,7 @@ def make_parser() -> CommandParser:
     text = commands.add_parser("text", parents=[text_arguments()], help="bits per byte on held-out text (default)",
         description="Bits per byte (lower is better), perplexity and next-token accuracy per model and language, with "
         "95% confidence intervals, and the changes from the first model.")  # fmt: skip
-    text.add_argument("--seed", type=int, default=1, metavar="N",
+    text.add_argument("--seed", type=at_least(0), default=1, metavar="N",
         help="random seed of the bootstrap (default: %(default)s)")  # fmt: skip
     text.add_argument("--continuations", type=at_least(0), default=0, metavar="TOKENS",
         help="also continue the first words of a document per language, greedily, by up to TOKENS tokens (default: "

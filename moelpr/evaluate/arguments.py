@@ -4,6 +4,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from moelpr.errors import UserError
+from moelpr.files import check_is_utf8
 
 
 def languages(value: str) -> list[str]:
@@ -23,6 +24,7 @@ def named_paths(items: list[str], flag: str) -> dict[str, Path]:
         name, separator, path = item.partition("=")
         if not separator and flag == "--model":
             name, path = Path(item).resolve().name, item
+        check_is_utf8(item, f"{flag} argument")
         if not name or not path:
             raise UserError(f"{flag} must be {form}, such as {example}={item.strip('=')}, got {item}")
         if name in named:

@@ -57,4 +57,6 @@ def mean(estimates: Sequence[Estimate]) -> Estimate:
 
 def interval_of(estimate: Estimate) -> Interval:
     """The number and its 95% confidence interval, whose bounds are NaN for a language with a single document."""
-    return Interval(float(estimate[0]), *map(float, np.percentile(estimate[1:], [2.5, 97.5])))
+    with np.errstate(invalid="ignore"):  # between infinite numbers, it is NaN
+        bounds = np.percentile(estimate[1:], [2.5, 97.5])
+    return Interval(float(estimate[0]), *map(float, bounds))

@@ -5,6 +5,7 @@ benchmark, a table per group of languages.
 """
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -41,7 +42,10 @@ class Benchmark:
     tasks: dict[str, tuple[str, ...]]  # language -> the harness's task names, whose mean is the language's score
 
     def score(self, language: str, found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-        """The language's value and stderr, from 0 to 100 as in the paper; `found`: task -> metric -> number."""
+        """The language's value and stderr, from 0 to 100 as in the paper; `found`: task -> metric -> number.
+
+        A stderr that the harness does not know is NaN.
+        """
         tasks, scale = self.tasks[language], 100.0 if self.metric in FRACTIONS else 1.0
         for task in tasks:
             if self.metric not in found[task]:
@@ -50,9 +54,10 @@ class Benchmark:
                     f"the metric of {self.name} must be one of {', '.join(metrics)}, which {task} has, got "
                     f"{self.metric}; correct the --tasks file"
                 )
-        errors = [found[task].get(f"{self.metric}_stderr", 0.0) for task in tasks]
-        stderr = sum(error**2 for error in errors) ** 0.5 / len(errors)
-        return {"value": scale * fmean(found[task][self.metric] for task in tasks), "stderr": scale * stderr}
+        errors = [found[task].get(f"{self.metric}_stderr", math.nan) for task in tasks]
+        stderr = scale * sum(error**2 for error in errors) ** 0.5 / len(errors)
+        value = scale * fmean(found[task][self.metric] for task in tasks)
+        return {"value": value, "stderr": stderr}
 
 
 def read_benchmarks(path: Path, languages: Sequence[str]) -> list[Benchmark]:
@@ -275,7 +280,7 @@ class HarnessResults(Results):
 
     def _language_table(self, benchmark: Benchmark) -> Table:
         rows = [
-            [model, *("{value:.2f} \u00b1 {stderr:.2f}".format(**score) for score in scores[benchmark.name].values())]
+            [model, *(_with_error(score) for score in scores[benchmark.name].values())]
             for model, scores in self._scores.items()
         ]
         names = ", ".join(name for tasks in benchmark.tasks.values() for name in tasks)
@@ -298,3 +303,8 @@ class HarnessResults(Results):
                 for model, directory in self._models.items()
             },
         }
+
+
+def _with_error(score: Mapping[str, float]) -> str:
+    stderr = "\u2013" if math.isnan(score["stderr"]) else f"{score['stderr']:.2f}"
+    return f"{score['value']:.2f} \u00b1 {stderr}"

@@ -277,9 +277,11 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {name}") from error
-    if device.type != "cuda":
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {name}")
+    if device.type == "cpu":
         return device
     index = device.index or 0
     if index >= torch.cuda.device_count():

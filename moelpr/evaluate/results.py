@@ -1,6 +1,7 @@
 """The results of a command: JSON, a page and tables on the terminal."""
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -21,6 +22,10 @@ class Results(ABC):
     @abstractmethod
     def to_json(self) -> dict[str, Any]:
         """All numbers."""
+
+    def json_text(self, indent: int | None = None) -> str:
+        """`to_json` as text; null for numbers that are infinite or NaN, such as those of a model that has diverged."""
+        return json.dumps(_finite(self.to_json()), indent=indent, ensure_ascii=False, allow_nan=False)
 
     @abstractmethod
     def findings(self) -> list[str]:
@@ -45,8 +50,7 @@ class Results(ABC):
 
     def write(self, folder: Path) -> None:
         """Write NAME.json, NAME.md, NAME.html and each figure as SVG into `folder`, replacing existing files."""
-        content = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
-        write_text(folder / f"{self.name}.json", content + "\n")
+        write_text(folder / f"{self.name}.json", self.json_text(indent=1) + "\n")
         findings: list[page.Block] = [page.Points(self.findings())] if self.findings() else []
         tables = [page.Section(title, [table]) for title, table in self.tables().items()]
         overview = page.Section("", [*findings, *self.figures()])
@@ -63,3 +67,11 @@ def settings_json(
         "data": {language: str(path) for language, path in data.items()},
         "original_languages": list(original),
     }
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -91,16 +91,21 @@ class RoutingResults(Results):
         return page.Table(["layer", *statistics], rows, note)
 
     def figures(self) -> list[page.Figure]:
-        return [figure for model in self._routing for figure in self._figures_of(model)]
+        names: dict[str, str] = {}  # of files -> model
+        for model in self._routing:
+            name = "".join(character if character.isalnum() or character in "._-" else "_" for character in model)
+            while name in names:
+                name += "_"
+            names[name] = model
+        return [figure for name, model in names.items() for figure in self._figures_of(model, name)]
 
-    def _figures_of(self, model: str) -> list[page.Figure]:
+    def _figures_of(self, model: str, file_name: str) -> list[page.Figure]:
         statistics = self._routing[model]
         layers = next(iter(statistics.values())).layers
         rows = [str(layer) for layer in layers]
         languages = sorted(statistics, key=lambda language: language not in self._original)
         num_original = sum(language in self._original for language in languages)
         groups = {"original": num_original, "expanded": len(languages) - num_original}
-        file_name = "".join(character if character.isalnum() or character in "._-" else "_" for character in model)
         figures = []
         for name, (title, note) in LAYER_NUMBERS.items():
             values = {language: getattr(statistics[language], name) for language in languages}

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -67,7 +68,9 @@ def metrics(bits: Any, size: Any, tokens: Any, correct: Any) -> dict[str, Any]:
     Perplexity and accuracy (fraction of tokens that were the most likely next token) are per token, so they cannot be
     compared between models with different tokenizers.
     """
-    per_token = {"perplexity": 2 ** (bits / tokens), "accuracy": correct / tokens, "bytes_per_token": size / tokens}
+    with np.errstate(over="ignore"):  # of a model that has diverged, it is infinite
+        perplexity = np.exp2(bits / tokens)
+    per_token = {"perplexity": perplexity, "accuracy": correct / tokens, "bytes_per_token": size / tokens}
     return {"bits_per_byte": bits / size} | per_token
 
 

@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from moelpr.evaluate.bootstrap import Estimate, estimates, interval_of, mean
 from moelpr.evaluate.compare import Comparison
 from moelpr.evaluate.results import Results, settings_json
@@ -177,9 +175,5 @@ class TextResults(Results):
 
     def _row_json(self, model: str, row: str) -> dict[str, Any]:
         changes = self._changes[row].get(model, {})
-        change = {metric: _interval_json(change) | {"is_clear": change.is_clear} for metric, change in changes.items()}
-        return {metric: _interval_json(found) for metric, found in self._rows[row][model].items()} | {"change": change}
-
-
-def _interval_json(interval: Interval) -> dict[str, float | None]:
-    return {name: None if np.isnan(number) else number for name, number in interval._asdict().items()}
+        change = {metric: change._asdict() | {"is_clear": change.is_clear} for metric, change in changes.items()}
+        return {metric: found._asdict() for metric, found in self._rows[row][model].items()} | {"change": change}

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from moelpr.errors import UserError
@@ -103,10 +104,28 @@ def held_out_results(runs: Sequence[Run]) -> LanguageResults:
 def read_evaluations(paths: Iterable[Path]) -> LanguageResults:
     """All files together, later ones adding to earlier ones. Raises UserError for a file of something else."""
     results = LanguageResults()
+    averaged: dict[str, dict[str, set[str]]] = {}  # model -> row of a mean -> its languages
     for path in paths:
         with named_input("--evaluation", path, "a JSON file that `python -m moelpr.evaluate` wrote"):
-            _add(results, parse_json(path.read_bytes()))
+            content = parse_json(path.read_bytes())
+            _add(results, content)
+            for model, result in content["models"].items():
+                for group in GROUPS:
+                    languages = {name for name in result["languages"] if results.groups[name] == group}
+                    averaged.setdefault(model, {})[f"mean {group}"] = languages
+    for model, by_row in averaged.items():
+        for row, languages in by_row.items():
+            _average_again(results, model, row, languages)
     return results
+
+
+def _average_again(results: LanguageResults, model: str, row: str, languages: set[str]) -> None:
+    """Replace a mean over `languages`, those of one file, if the group has others: by a value without an interval."""
+    bits = results.bits.get(model, {})
+    of_group = [name for name in results.languages(row.removeprefix("mean ")) if name in bits]
+    if row in bits and set(of_group) != languages:
+        bits[row] = Interval(fmean(bits[name].value for name in of_group))
+        results.changes.get(model, {}).pop(row, None)
 
 
 @contextmanager

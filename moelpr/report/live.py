@@ -17,6 +17,7 @@ from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
 
+from moelpr.errors import UserError
 from moelpr.report.runs import Run, read_run
 from moelpr.run_folder import FINISHED_FILE, METRICS_FILE
 from moelpr.run_metrics import Record, parse_record
@@ -90,7 +91,9 @@ def drawing(run: Run) -> RenderableType:
             for unit, value in _bits(result)[:1]:
                 start = first["languages"].get(language, {}).get(unit)
                 change = f"{value / start - 1:+.1%}" if start else ""
-                table.add_row(f"{language} ({result.get('group')})", f"{value:.3f} {unit.replace('_', ' ')}", change)
+                table.add_row(
+                    Text(f"{language} ({result.get('group')})"), f"{value:.3f} {unit.replace('_', ' ')}", change
+                )
         parts.append(table)
     for record in run.metrics.warnings[-5:]:
         # The word "warning" is there because color alone would not do.
@@ -138,7 +141,17 @@ def follow(folder: Path, interval_s: float) -> Iterator[tuple[Run, list[Record]]
 
     A resumed run replaces its metrics.jsonl; then the run is read again. The first records after reading may be
     contained in the run already, but none is missed.
+
+    Raises:
+        UserError: the run folder is removed meanwhile.
     """
+    try:
+        yield from _follow(folder, interval_s)
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} is no longer there; pass a folder of a run") from error
+
+
+def _follow(folder: Path, interval_s: float) -> Iterator[tuple[Run, list[Record]]]:
     path = folder / METRICS_FILE
     while True:
         size = path.stat().st_size if path.exists() else 0

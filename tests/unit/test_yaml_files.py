@@ -17,7 +17,11 @@ def test_what_is_dumped_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["- a", "", "a: b: c", "[" * 5000, "a: " + "[" * 10000 + "]" * 10000, "a: \0", "d: 2020-13-45"]
+    "text",
+    [
+        *("- a", "", "a: b: c", "[" * 5000, "a: " + "[" * 10000 + "]" * 10000, "a: \0", "d: 2020-13-45"),
+        *("a: !!bool maybe", "a: !!timestamp maybe", "a: !!int ''"),
+    ],
 )
 def test_anything_but_a_mapping_is_a_user_error_on_one_line(text: str) -> None:
     with pytest.raises(UserError, match="the recipe r.yaml") as error:

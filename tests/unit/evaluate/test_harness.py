@@ -233,6 +233,11 @@ def test_averages_are_over_languages_first_and_then_over_benchmarks():
     assert results.means("ours", "original")[-1] == pytest.approx((40 + 50.1) / 2)
     flores = results.to_json()["models"]["base"]["scores"]["B"]["en"]
     assert flores == {"value": pytest.approx(50), "stderr": pytest.approx(2.5)}
+    assert benchmarks[1].score("en", {task: {"chrf": 40.0} for task in ("b_in", "b_out")})["value"] == 40
+    assert "null" in HarnessResults(
+        {"base": Path("base")}, benchmarks[1:], ["en"], ["en"],
+        {"base": {task: {"chrf": 40.0} for task in ("b_in", "b_out")}}, {"limit": None, "include_path": None},
+    ).json_text()  # fmt: skip
     findings, tables = results.findings(), results.tables()
     assert any(re.search(r"Expanded .* ours .* 60\.00 .* \+10\.00 .* base", finding) for finding in findings)
     assert any(finding.startswith("B ") and "Greek, Spanish" in finding for finding in findings)

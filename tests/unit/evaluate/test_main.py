@@ -2,12 +2,16 @@
 
 import json
 import re
+import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from moelpr.evaluate.compare import choose_prompt
 from moelpr.evaluate.models import load_model
 from moelpr.evaluate.scoring import Settings
+from moelpr.evaluate.text_results import TextResults
 from moelpr.languages import language_name
 
 
@@ -102,6 +106,32 @@ def test_routing_lists_the_layers_that_break_the_prior(
     assert all((output / f"routing-moe-{figure}.svg").is_file() for figure in figures)
 
 
+def test_a_model_that_has_diverged_leaves_the_results_of_the_others(
+    evaluate, tmp_path, monkeypatch, data, dense_dir, moe_dir
+):
+    """Its perplexity exceeds the largest number; a layer with NaN has no routing."""
+    diverged, file = tmp_path / "diverged", "model.safetensors"
+    shutil.copytree(moe_dir, diverged)
+    tensors = load_file(diverged / file)
+    tensors["lm_head.weight"] *= 1e6
+    tensors["model.layers.2.mlp.gate.weight"].fill_(torch.nan)
+    save_file(tensors, diverged / file, {"format": "pt"})
+    models = ("--model", f"moe={moe_dir}", "--model", diverged)
+    evaluate("routing", *models, *data, "--original-languages", "en", "--output", tmp_path / "out")
+    found = json.loads((tmp_path / "out/routing.json").read_text())["models"]
+    assert None in found["diverged"]["languages"]["en"]["entropy"]
+    assert None not in found["moe"]["languages"]["en"]["entropy"]
+    tensors["model.layers.2.mlp.gate.weight"].fill_(1)
+    save_file(tensors, diverged / file, {"format": "pt"})
+    # Whoever reads the tables may stop before their end.
+    monkeypatch.setattr(TextResults, "print", lambda _: (_ for _ in ()).throw(BrokenPipeError))
+    with pytest.raises(BrokenPipeError):
+        evaluate(*models, *data, "--output", tmp_path / "out")
+    found = json.loads((tmp_path / "out/results.json").read_text())["models"]
+    assert found["diverged"]["languages"]["en"]["perplexity"]["value"] is None
+    assert found["moe"]["languages"]["en"]["perplexity"]["value"] > 0
+
+
 def test_bad_arguments_are_rejected_with_the_flag_to_correct(rejected, tmp_path, data, dense_dir):
     model = ("--model", dense_dir)
     (tmp_path / "there.json").write_text("{}")
@@ -118,6 +148,10 @@ def test_bad_arguments_are_rejected_with_the_flag_to_correct(rejected, tmp_path,
         ((*model, *data, "--sequence-length", 8, "--context", 8), ("--context", "below", "8")),
         ((*model, *data, "--json-key", "body"), ("--json-key",)),
         ((*model, *data, "--device", "abacus"), ("--device", "cpu", "abacus")),
+        ((*model, *data, "--device", "meta"), ("--device", "cpu", "meta")),
+        ((*model, *data, "--seed", -1), ("--seed", "at least 0")),
+        ((*model, "--data", "en=\udce9.jsonl"), ("--data", r"\xe9.jsonl", "not UTF-8")),
+        ((*model, "--data", f"en={tmp_path}/there.json/x"), ("there.json/x", "Not a directory")),
         ((*model, *data, "--output", tmp_path / "there.json"), ("--output", "there.json")),
         ((*model, *data, "--output", tmp_path), ("--output", str(tmp_path))),
         (("--model", tmp_path / "nowhere", *data), ("nowhere",)),

@@ -1,5 +1,6 @@
 """Changes are paired and clear only if their interval says so, and findings name what is wrong with a comparison."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,8 @@ def test_a_paired_change_is_clear_when_the_intervals_overlap():
 
 
 def test_one_document_has_no_interval():
-    base, ours = text_results({"base": score_of([3]), "ours": score_of([2])}).to_json()["models"].values()
+    results = text_results({"base": score_of([3]), "ours": score_of([2])})
+    base, ours = json.loads(results.json_text())["models"].values()
     assert base["languages"]["en"]["perplexity"] == {"value": 8, "low": None, "high": None}
     change = ours["languages"]["en"]["change"]["bits_per_byte"]
     assert change == {"value": pytest.approx(-1 / 3), "low": None, "high": None, "is_clear": False}

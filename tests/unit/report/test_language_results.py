@@ -48,6 +48,27 @@ def test_changes_against_another_model_are_computed_again(tmp_path: Path) -> Non
     assert results.change("stage2", "el").value == pytest.approx(-0.3)
 
 
+def test_a_mean_is_over_the_languages_of_all_files(tmp_path: Path) -> None:
+    """The mean in each file is over its own languages; in two files of the same ones, it keeps its interval."""
+    paths = []
+    for number, language in enumerate(("el", "hu")):
+        bits = {"base": 2.0, "ours": 1.0 + number}
+        interval = {model: {"bits_per_byte": {"value": bits[model], "low": 0.5, "high": 3.0}} for model in bits}
+        change = {"bits_per_byte": {"value": bits["ours"] / 2 - 1, "low": -1.0, "high": 1.0}}
+        interval["ours"] |= {"change": change}
+        models = {model: {"languages": {language: interval[model]}, "means": {"mean expanded": interval[model]}}
+                  for model in bits}  # fmt: skip
+        content = {"original_languages": ["en"], "models": models}
+        paths.append(tmp_path / f"{language}.json")
+        paths[-1].write_text(json.dumps(content))
+    for both in (paths, paths[::-1]):
+        results = read_evaluations(both)
+        assert results.change("ours", "mean expanded").value == pytest.approx(1.5 / 2 - 1)
+        assert not results.change("ours", "mean expanded").has_bounds
+        assert results.value("ours", "mean expanded").value == pytest.approx(1.5)
+    assert read_evaluations([paths[0], paths[0]]).change("ours", "mean expanded").has_bounds
+
+
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"models": 3}', '{"models": {"a": {}}}', "[" * 100_000])
 def test_file_that_is_not_an_evaluation_is_rejected(tmp_path: Path, content: str | None) -> None:
     path = tmp_path / "results.json"

@@ -1,6 +1,7 @@
 """The live view follows a run that is being written."""
 
 import json
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from moelpr.errors import UserError
 from moelpr.report import live
 from moelpr.report.runs import read_run
 from tests.run_folders import make_run
@@ -87,6 +89,22 @@ def test_run_that_replaces_its_file_is_read_again(tmp_path: Path) -> None:
     other.replace(path)
     again, found = next(following)
     assert again is not run and again.step == 3 and found == []
+
+
+def test_a_run_folder_that_is_removed_is_one_sentence(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", "stage1", 5, languages={}, is_finished=False)
+    following = live.follow(folder, interval_s=0)
+    next(following)
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match="no longer there"):
+        next(following)
+
+
+def test_names_of_languages_are_no_markup(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", "stage1", 5, languages={"el[/b]": "expanded"}, is_finished=False)
+    console = Console(width=200, record=True, file=(tmp_path / "screen").open("w"))
+    console.print(live.drawing(read_run(folder)))
+    assert "el[/b] (expanded)" in console.export_text()
 
 
 def test_sparkline_shows_the_course() -> None:

@@ -15,6 +15,7 @@ document, or from at least `context` + 1 of them.
 import math
 import sys
 import time
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -198,7 +199,8 @@ def tokenize(loaded: LoadedModel, language: str, texts: Sequence[str]) -> list[l
 
 
 def _num_letters(text: str) -> int:
-    return sum(character.isalpha() for character in text)
+    """A tokenizer may compose letters: a Korean syllable is written as one letter or as up to three."""
+    return sum(character.isalpha() for character in unicodedata.normalize("NFKC", text))
 
 
 @torch.inference_mode()

@@ -17,6 +17,8 @@ def read_verifications(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
     """File name without its suffix -> the last JSON line that `checkpoint_convert/verify.py --json` printed."""
     checks = {}
     for path in paths:
+        if path.stem in checks:
+            raise UserError(f"--verification {path} has the name of another one; rename it")
         with named_input("--verification", path, "the output of `checkpoint_convert/verify.py A B --json`"):
             lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("{")]
             check = parse_json(lines[-1])

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import unicodedata
 
 import pytest
 import torch
@@ -131,6 +132,19 @@ def test_text_that_a_tokenizer_cannot_encode_is_reported_with_its_fraction(score
     result = score(picky, {"el": ["The ρ", "door"]})["el"]
     assert result.unknown_tokens == 1
     assert re.search("warning: dense .* 11.1% of the el tokens", capsys.readouterr().err)
+
+
+def test_a_tokenizer_may_compose_letters(score, dense):
+    class Composing(PickyTokenizer):
+        def __call__(self, texts: list[str], **_: object) -> dict[str, list[list[int]]]:
+            return {"input_ids": [[0] for _ in texts]}
+
+        def decode(self, ids: list[int], **_: object) -> str:
+            return unicodedata.normalize("NFC", text)
+
+    text = unicodedata.normalize("NFD", "한국어")
+    composing = dataclasses.replace(dense, tokenizer=Composing(unk_token_id=None))
+    assert score(composing, {"ko": [text]})["ko"].document_bytes == [len(text.encode())]
 
 
 def test_a_tokenizer_that_omits_text_is_rejected_with_the_fraction(score, dense):

@@ -130,6 +130,15 @@ def test_verification_is_the_last_json_line_of_a_log(tmp_path: Path) -> None:
         read_verifications([tmp_path / "nowhere"])
 
 
+def test_verifications_of_one_name_are_rejected(tmp_path: Path) -> None:
+    paths = [tmp_path / folder / "check.log" for folder in ("one", "two")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text('{"equal": true, "num_tensors": 7}')
+    with pytest.raises(UserError, match=r"two/check\.log has the name of another one"):
+        read_verifications(paths)
+
+
 @pytest.mark.parametrize("name", ["same_next_token", "max_abs_diff", "num_tensors"])
 def test_verification_with_a_wrong_type_is_rejected(tmp_path: Path, name: str) -> None:
     path = tmp_path / "check.json"

@@ -9,6 +9,7 @@ recipe.yaml                         every flag with its final value; also inside
 command.json, versions.json         command line and package versions of the last start
 metrics.jsonl                       one record per training step (moelpr.run_metrics)
 STOP, FINISHED                      asks the run to stop; marks a run that has made all its steps
+FAILURES                            failed starts of a Slurm job (launch/slurm/stage.sbatch)
 .lock                               locked while a run writes to the folder (moelpr.training.run_lock)
 """
 

@@ -61,10 +61,8 @@ def _of_the_paper(results: Json) -> list[Sign]:
     text = "MoE-LPR keeps the original languages better than plain MoE (1 copy), kinds never trained on"
     found.append(_less(results, text, "one-copy", "plain", "out", "original"))
     if REPLAY in results["settings"]:
-        text = (
-            "MoE-LPR keeps the original languages better than full fine-tuning on the text of both stages, kinds never "
-        )
-        found.append(_less(results, text + "trained on", "copies", REPLAY, "out", "original"))
+        text = "MoE-LPR keeps the original languages better than full fine-tuning on the text of both stages"
+        found.append(_less(results, f"{text}, kinds never trained on", "copies", REPLAY, "out", "original"))
     values = [change(results, name, "in", "expanded") for name in ("copies", "full")]
     text = f"MoE-LPR learns comparably to full fine-tuning: at least {COMPARABLE:.0%} of its gain, trained kinds"
     is_seen = None if None in values else values[0] <= COMPARABLE * values[1]

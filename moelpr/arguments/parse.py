@@ -41,6 +41,8 @@ def check_arguments(argv: list[str]) -> RunSettings:
             print(f"moelpr: {note}", file=sys.stderr)
         print(f"moelpr: {describe_kernels(run.args)}", file=sys.stderr)
     run.describe_start(run.args)
+    if run.args.global_batch_size is None:
+        run.args.global_batch_size = run.args.micro_batch_size * run.layout.dp  # as Megatron does
     return run
 
 
@@ -59,12 +61,12 @@ def register_arguments(run: RunSettings) -> tuple[argparse.Namespace, ModelSpec]
         apply_method(args, run.spec)
         validate_args(args)
         core_transformer_config_from_args(args, config_class=MoELPRConfig)  # for its checks; the result is not used
-    except (AssertionError, ValueError, RuntimeError) as error:
+        args.padded_vocab_size = calculate_padded_vocab_size(
+            args.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size, logging_enabled=False
+        )
+        set_global_variables(args, build_tokenizer=False)
+    except (AssertionError, ValueError, RuntimeError, TypeError) as error:
         raise refused_by_megatron(error) from error
-    args.padded_vocab_size = calculate_padded_vocab_size(
-        args.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size, logging_enabled=False
-    )
-    set_global_variables(args, build_tokenizer=False)
     return args, run.spec
 
 

@@ -72,10 +72,30 @@ def _count_adam_steps_per_group() -> None:
     import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
 
     if not optimizer.USING_PYTORCH_OPTIMIZER:
+        _count_steps_of_empty_groups(optimizer.Adam)
         return
     optimizer.USING_PYTORCH_OPTIMIZER = False
     optimizer.Adam = distrib_optimizer.Adam = GroupStepAdam
     distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True
+
+
+def _count_steps_of_empty_groups(adam: Any) -> None:
+    """Transformer Engine's and Apex's Adam skip groups without parameters, and so do not count their steps.
+
+    The first stage saves the count for all; if it trains nothing, the others would resume with the bias correction of
+    the first step.
+    """
+    step = adam.step
+
+    @wraps(step)
+    def step_all(self: Any, *args: Any, **options: Any) -> Any:
+        result = step(self, *args, **options)
+        for group in self.param_groups:
+            if not group["params"]:
+                group["step"] = group.get("step", 0) + 1
+        return result
+
+    adam.step = step_all
 
 
 def _load_fp32_optimizer_shards() -> None:

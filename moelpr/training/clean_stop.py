@@ -167,7 +167,7 @@ def is_finished(args: argparse.Namespace) -> bool:
     if Path(args.model_source) != Path(args.save):  # resumed from --load
         return False
     last, saved = _last_step(args), saved_step(Path(args.save))
-    if last is None or saved is None or saved < last:
+    if saved is None or saved < last:
         return False
     record = read_settings(Path(args.save)) or {}
     for name, suffix in (("pretrained_checkpoint", ""), ("data_path", ".idx")):
@@ -188,7 +188,7 @@ def report_end(args: argparse.Namespace) -> None:
     save = Path(args.save)
     (save / STOP_FILE).unlink(missing_ok=True)
     saved, last = saved_step(save), _last_step(args)
-    if saved is not None and last is not None and saved >= last:
+    if saved is not None and saved >= last:
         (save / FINISHED_FILE).write_text(f"{saved}\n")
         print(f"moelpr: {args.stage} is finished, step {saved} of {last} is in {save}")
     else:
@@ -206,10 +206,6 @@ def _items(value: str | list[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else value or []
 
 
-def _last_step(args: argparse.Namespace) -> int | None:
-    """The run's last step; None if --step-batch-size-schedule decides it."""
-    if args.train_iters:
-        return int(args.train_iters)
-    if args.train_samples and args.global_batch_size and not args.step_batch_size_schedule:
-        return int(args.train_samples // args.global_batch_size)
-    return None
+def _last_step(args: argparse.Namespace) -> int:
+    """The run's last step."""
+    return int(args.train_iters or args.train_samples // args.global_batch_size)

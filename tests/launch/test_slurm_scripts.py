@@ -256,7 +256,7 @@ def test_a_stage_exits_with_the_trainers_code_and_is_not_repeated(calls: Calls, 
         ({"SRUN_CODE": "1", "SAVED": "SAVE"}, True),
         ({"SRUN_CODE": "1"}, False),
         ({"SRUN_CODE": "2", "SAVED": "SAVE"}, False),
-        ({"SRUN_CODE": "1", "SAVED": "SAVE", "SLURM_RESTART_COUNT": "4"}, False),
+        ({"SRUN_CODE": "1", "SAVED": "SAVE", "SLURM_RESTART_COUNT": "9"}, True),  # after time limits and preemptions
         ({"SRUN_CODE": "1", "SAVED": "SAVE", "STATE": "PENDING"}, False),
     ],
 )
@@ -273,6 +273,22 @@ def test_a_stage_that_fails_after_it_has_saved_a_step_is_tried_again(
     assert ("scontrol [requeue] [7]" in calls.made) == is_requeued
     assert ("failed after saving step 20" in done.stdout) == is_requeued
     assert ("scontrol [update] [JobId=7] [Requeue=0]" in calls.made) == (not is_requeued and "STATE" not in variables)
+
+
+def test_a_stage_that_fails_five_times_in_a_row_is_given_up(calls: Calls, tmp_path: Path) -> None:
+    save = tmp_path / "run"
+    save.mkdir()
+
+    def start(**variables: str) -> str:
+        (save / "latest_checkpointed_iteration.txt").write_text("10\n")
+        calls("launch/slurm/stage.sbatch", "stage1", "--save", save, SAVED=str(save), **variables)
+        return calls.made[-1]
+
+    fails = {"SRUN_CODE": "1"}
+    assert {start(**fails) for _ in range(4)} == {"scontrol [requeue] [7]"}
+    start(PREEMPTED="2026-01-01T00:00:00")  # a clean stop
+    assert {start(**fails) for _ in range(4)} == {"scontrol [requeue] [7]"}
+    assert start(**fails) == "scontrol [update] [JobId=7] [Requeue=0]"
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,9 @@ from moelpr.errors import UserError
 from moelpr.run_folder import HF_FOLDER
 from moelpr.vocabulary_extension import VOCABULARY_EXTENSION_FILE
 
+# What the order of samples depends on, beside the corpora and the length of the run.
+_ORDER = ("seed", "seq_length", "split", "dataloader_type")
+
 DATA_FLAGS = ("data_path", "data_args_path", "train_data_path", "per_split_data_args_path")
 
 # Flags of Megatron's own validation, which --validation-data replaces.
@@ -193,11 +196,51 @@ def check_cache_folders(run: RunSettings) -> Iterable[str]:
             yield f"the order of samples cannot be saved beside {prefix}, in a folder without write permission; {fix}"
 
 
+def note_other_data(run: RunSettings) -> Iterable[str]:
+    """A resumed run goes on at the same place of another order."""
+    if not _has_steps_left(run):
+        return
+    record, args = run.record or {}, run.args
+    before, now = (
+        {"split": "100,0,0"} | {name: values[name] for name in _ORDER if values.get(name) is not None}
+        for values in (record, vars(args))
+    )
+    changed = [name for name in now if name in before and before[name] != now[name]]
+    if args.data_path and record.get("data_path"):
+        old, new = (_places(items) for items in (record["data_path"], args.data_path))
+        if old != new and all(Path(f"{place}.idx").exists() for place in old if "/" in place):  # else they were moved
+            changed.append("data_path")
+    if changed:
+        flags = ", ".join(run.flag(name) for name in changed)
+        yield (
+            f"{flags} changed since the run's last start: it goes on at the same place of another order of samples, "
+            "and repeats and omits some text"
+        )
+
+
+def _places(items: Iterable[str]) -> list[str]:
+    """The weights and the absolute prefixes of a --data-path."""
+    return [item if _is_number(item) else os.path.realpath(item) for item in items]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _has_steps_left(run: RunSettings) -> bool:
+    """Whether this is a run to resume, or its length is not known."""
+    step = run.saved_step if run.step is None else run.step
+    return run.is_resumed and not (run.args.train_iters and step is not None and run.args.train_iters <= step)
+
+
 def note_reordered_data(run: RunSettings) -> Iterable[str]:
     """A resumed run of another length may read some text again, and omit other text."""
     args, record = run.args, run.record or {}
-    step = run.saved_step if run.step is None else run.step
-    if not run.is_resumed or (args.train_iters and step is not None and args.train_iters <= step):
+    if not _has_steps_left(run):
         return
     batch = args.global_batch_size or args.micro_batch_size * run.layout.dp
     before, now = _run_samples({"global_batch_size": batch} | record), _run_samples(vars(args), batch)

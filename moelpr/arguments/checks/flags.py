@@ -16,10 +16,7 @@ _REQUIRED = {
     "--data-path PREFIX (data_tools/preprocess_data.py makes a corpus)": (*DATA_FLAGS, "mock_data"),
 }
 
-# With a schedule of batch sizes, Megatron takes steps of the first size for all of --train-iters.
-_EXCLUSIVE = (
-    ("train_iters", "train_samples"), ("train_iters", "step_batch_size_schedule"), DATA_FLAGS, ("fp16", "bf16", "fp32"),
-)  # fmt: skip
+_EXCLUSIVE = (("train_iters", "train_samples"), DATA_FLAGS, ("fp16", "bf16", "fp32"))
 
 # Least value and the bound that it must be below.
 _RANGES: dict[tuple[int, float], tuple[str, ...]] = {
@@ -53,6 +50,12 @@ def check_exclusive_flags(run: RunSettings) -> Iterable[str]:
         given = [run.flag(name) for name in names if name in run.explicit_args]
         if len(given) > 1:
             yield f"{' and '.join(given)} are mutually exclusive; keep one of them"
+
+
+def check_optimizer(run: RunSettings) -> Iterable[str]:
+    """Megatron's distributed optimizer knows only Adam's state."""
+    if run.args.optimizer == "sgd" and run.args.use_distributed_optimizer:
+        yield "--use-distributed-optimizer does not support --optimizer sgd; pass --no-use-distributed-optimizer"
 
 
 def check_ranges(run: RunSettings) -> Iterable[str]:

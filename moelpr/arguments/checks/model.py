@@ -38,13 +38,17 @@ _UNSUPPORTED = {
     "moe_use_upcycling": "use checkpoint_convert/hf_to_mcore.py --num-new-experts N instead",
     "moe_enable_deepep": "it needs the flex dispatcher, see docs/design/gpu.md; remove it",
     "checkpoint_activations": "Megatron replaced it; use --recompute-activations",
-    "rampup_batch_size": "Megatron ignores it; use --step-batch-size-schedule with --train-samples",
+    "rampup_batch_size": "Megatron ignores it; use --global-batch-size",
+    "step_batch_size_schedule": "a step would be saved twice where the size changes; use --global-batch-size",
+    "use_cpu_initialization": "frozen weights would stay on the CPU; remove it",
+    **dict.fromkeys(("enable_cuda_graph", "external_cuda_graph"), "Megatron replaced it; remove it"),
     "moe_aux_loss_coeff": "it is computed from --balance-loss-coeff; use that",
     "mock_data": "it has no language bits; use --data-path PREFIX",
     "reset_attention_mask": "attention builds its own mask; use --dataloader-inter-document-masking",
     "reset_position_ids": "rotary positions are relative; use --dataloader-inter-document-masking",
     **dict.fromkeys(
-        ("multi_latent_attention", "mtp_num_layers", "hybrid_layer_pattern", "heterogeneous_layers_config_path"),
+        ("multi_latent_attention", "mtp_num_layers", "hybrid_layer_pattern", "hybrid_override_pattern",
+         "heterogeneous_layers_config_path"),
         "no checkpoint of this trainer has such layers; remove it",
     ),
     "sft": "Megatron would average validation otherwise than moelpr; mask text when you preprocess it, or remove it",
@@ -59,9 +63,12 @@ _UNSUPPORTED = {
     ),
 }  # fmt: skip
 
-# What no family has, and an export would compute without; another checkpoint format, which cannot be exported or
-# resumed in another layout; and the modes in which Megatron repeats a step.
+# What no family has, and an export would compute without; what changes frozen weights, or logs what PyTorch's attention
+# does not compute; another checkpoint format, which cannot be exported or resumed in another layout; and the modes in
+# which Megatron repeats a step.
 _FIXED = {
+    "no_rope_freq": None, "window_attn_skip_freq": None, "activation_func_clamp_value": None,
+    "qk_clip": False, "log_max_attention_logit": False, "te_precision_config_file": None,
     "rotary_interleaved": False, "rotary_seq_len_interpolation_factor": None, "layernorm_zero_centered_gamma": False,
     "use_mup": False, "attention_output_gate": False, "softmax_type": "vanilla", "glu_linear_offset": 0.0,
     "ckpt_format": "torch_dist", "rerun_mode": "disabled",
@@ -76,6 +83,9 @@ _WHY_FIXED = {
     "mlp_chunks_for_training": "Megatron does not pass language bits to the chunks",
     "overlap_dispatch_backward_with_experts_wgrad": "the first MoE layer's experts would get no gradient",
     "moe_mlp_glu_interleave_size": "checkpoints have the gate's rows before the up projection's",
+    "qk_clip": "it would scale the weights of frozen attention",
+    "log_max_attention_logit": "PyTorch's attention does not compute it",
+    "te_precision_config_file": "new experts are not tested with FP8, see docs/design/gpu.md",
     "rerun_mode": "others do not check the first step for NaN, and save a step that cannot be loaded after a later one",
 }
 
@@ -181,6 +191,8 @@ def check_transformer_engine(run: RunSettings) -> Iterable[str]:
         "--moe-grouped-gemm": is_local and run.is_moe and args.moe_grouped_gemm,
         "--moe-permute-fusion": is_local and run.is_moe and args.moe_permute_fusion,
         "--moe-router-fusion": is_local and run.is_moe and args.moe_router_fusion,
+        "--recompute-modules layernorm": is_local and "layernorm" in (args.recompute_modules or ()),
+        "--fp32-residual-connection": is_local and args.fp32_residual_connection,
         "--use-precision-aware-optimizer": args.use_precision_aware_optimizer
         and not kernels.is_installed("transformer_engine"),
     }

@@ -27,7 +27,8 @@ _UNEVEN_PIPELINE = (
 _FOR_BUFFERS = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank",
     "expert_model_parallel_size", "expert_tensor_parallel_size", *_UNEVEN_PIPELINE, "overlap_grad_reduce",
-    "ddp_num_buckets", "ddp_bucket_size", "moe_grouped_gemm", "transformer_impl",
+    "ddp_num_buckets", "ddp_bucket_size", "moe_grouped_gemm", "transformer_impl", "grad_reduce_in_bf16",
+    "accumulate_allreduce_grads_in_fp32",
 )  # fmt: skip
 
 # Settings of Megatron's learning-rate schedule, which it does not load with other values.
@@ -36,6 +37,8 @@ _SCHEDULE = (
     "lr_warmup_fraction", "lr_warmup_iters", "lr_warmup_samples", "weight_decay", "start_weight_decay",
     "end_weight_decay", "weight_decay_incr_style", "global_batch_size", "train_iters", "train_samples",
 )  # fmt: skip
+# Also of the schedule, but neither saved nor compared by Megatron: the values of the command line apply.
+_NOT_SAVED = ("lr_warmup_init", "lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples")
 
 _NEW_RUN = "to start a new run from it, pass it as --pretrained-checkpoint and change --save"
 
@@ -119,6 +122,11 @@ def _optimizer_settings(settings: Mapping[str, Any], layout: Layout) -> dict[str
         "decoupled_lr": settings.get("decoupled_lr") is not None,  # then the vocabulary is a group of its own
         **{name: settings.get(name) for name in _UNEVEN_PIPELINE},
         "ddp_num_buckets": settings.get("ddp_num_buckets"),
+        # The gradients' dtype, with the flag that usually decides it; in a bf16 run, Megatron sets the other flag.
+        "grad_reduce_in_bf16": bool(settings.get("bf16")) and not _has_fp32_gradients(settings),
+        "accumulate_allreduce_grads_in_fp32": bool(
+            settings.get("fp16") and settings.get("accumulate_allreduce_grads_in_fp32")
+        ),
         # Routers and rows of new tokens fill no bucket.
         "ddp_bucket_size": _bucket_size(settings, layout) if trains_experts or trains_all else None,
         **{name: bool(settings.get(name)) for name in names},
@@ -130,12 +138,18 @@ def _optimizer_settings(settings: Mapping[str, Any], layout: Layout) -> dict[str
     }
 
 
+def _has_fp32_gradients(settings: Mapping[str, Any]) -> bool:
+    """Whether a bf16 run accumulates and reduces gradients in fp32, as Megatron's validate_args decides it."""
+    is_fp32 = str(settings.get("main_grads_dtype", "fp32")) in ("fp32", "torch.float32")
+    return not settings.get("grad_reduce_in_bf16") and is_fp32
+
+
 def check_schedule(run: RunSettings) -> Iterable[str]:
     """The learning-rate schedule is the one that was saved."""
     record, args = _record_of_stage(run), run.args
     if record is None or not run.recipe_is_read or args.no_load_optim or run.has_no_optimizer_state:
         return
-    if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
+    if args.override_opt_param_scheduler:
         return
     settings = vars(args)
     if args.global_batch_size is None and args.micro_batch_size is not None:
@@ -147,7 +161,13 @@ def check_schedule(run: RunSettings) -> Iterable[str]:
     is_missing = args.train_iters is None and args.train_samples is None
     required = ("lr", "global_batch_size", *(("train_iters", "train_samples") if is_missing else ()))
     changed = [name for name in now if before[name] != now[name] and not (name in required and now[name] is None)]
-    if changed:
+    if args.use_checkpoint_opt_param_scheduler:
+        if changed := [name for name in changed if name in _NOT_SAVED]:
+            yield (
+                f"{run.checkpoint} was trained with {_as_flags(changed, before)}, not {_as_flags(changed, now)}, and "
+                "its schedule does not contain this; keep the old values with --use-checkpoint-opt-param-scheduler"
+            )
+    elif changed:
         yield (
             f"{run.checkpoint} was trained with {_as_flags(changed, before)}, on which its learning-rate schedule "
             f"depends, not {_as_flags(changed, now)}; keep the old values, use the new schedule from here with "
@@ -157,12 +177,14 @@ def check_schedule(run: RunSettings) -> Iterable[str]:
 
 def _schedule(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The values that Megatron derives the schedule from; None for those that it does not use."""
-    found = {name: settings.get(name) for name in _SCHEDULE}
+    found = {name: settings.get(name) for name in (*_SCHEDULE, *_NOT_SAVED)}
     for unit in ("iters", "samples"):
         if found[f"lr_decay_{unit}"] is None:
             found[f"lr_decay_{unit}"] = found[f"train_{unit}"]
     is_constant = found["weight_decay_incr_style"] == "constant"
     unused = ["start_weight_decay", "end_weight_decay"] if is_constant else ["weight_decay"]
+    if found["lr_decay_style"] != "WSD":
+        unused += [name for name in _NOT_SAVED if "wsd" in name]
     if found["train_iters"] is None:
         unused.append("global_batch_size")  # the schedule counts in samples
     return found | dict.fromkeys(unused)

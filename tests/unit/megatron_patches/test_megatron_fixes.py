@@ -335,3 +335,18 @@ def test_a_synchronous_save_starts_no_process_for_its_results(megatron: None, mo
     monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", argparse.Namespace(async_save=True))
     filesystem_async.get_write_results_queue("fork")
     assert started == ["fork"]
+
+
+def test_groups_without_parameters_count_the_steps_of_a_fused_optimizer() -> None:
+    """As Transformer Engine's Adam does it; the step is read from the first stage's groups, which may be empty."""
+
+    class FusedAdam(torch.optim.Optimizer):
+        def step(self, closure: None = None) -> str:
+            for group in (group for group in self.param_groups if group["params"]):
+                group["step"] = group.get("step", 0) + 1
+            return "result"
+
+    adam = FusedAdam([{"params": [torch.nn.Parameter(torch.zeros(1))]}, {"params": []}], {})
+    megatron_fixes._count_steps_of_empty_groups(FusedAdam)
+    assert [adam.step(), adam.step(closure=None)] == ["result"] * 2
+    assert [group["step"] for group in adam.param_groups] == [2, 2]

@@ -19,7 +19,7 @@ from moelpr.yaml_files import dump
 def settings(save: Path, **changes: object) -> argparse.Namespace:
     values = {
         "stage": "stage1", "save": str(save), "model_source": f"{save}/", "is_resumed": True, "ckpt_step": None,
-        "train_iters": 10, "train_samples": None, "global_batch_size": 4, "step_batch_size_schedule": None,
+        "train_iters": 10, "train_samples": None, "global_batch_size": 4,
         "pretrained_checkpoint": None, "data_path": None,
     }  # fmt: skip
     return argparse.Namespace(**(values | changes))
@@ -34,7 +34,6 @@ def settings(save: Path, **changes: object) -> argparse.Namespace:
         ("10", {"train_iters": 11}, False),
         ("10", {"train_iters": None, "train_samples": 43}, True),
         ("10", {"train_iters": None, "train_samples": 44}, False),
-        ("10", {"train_iters": None, "train_samples": 40, "step_batch_size_schedule": "0:4"}, False),
         ("release", {}, False),
         ("10", {"model_source": "elsewhere"}, False),
         ("10", {"is_resumed": False}, False),

@@ -391,3 +391,27 @@ def test_a_resumed_run_of_another_length_is_noted_if_it_reads_in_another_order(
     accepted("stage1", f"{run}-start", *argv, "--override-opt-param-scheduler", with_data=False)
     said = capsys.readouterr().err
     assert (f"takes {samples} samples instead of 10" in said) == (order(samples) != order(10))
+
+
+@pytest.mark.parametrize("changed", ["--seed", "--seq-length", "--split", "--dataloader-type", "--data-path", ""])
+def test_a_resumed_run_that_reads_other_samples_is_noted(
+    make_checkpoint, accepted, tmp_path: Path, capsys, changed: str
+) -> None:
+    paths = [write_corpus(tmp_path / name, *[True] * 12, tokens=19) for name in ("one", "other")]
+    record = {"seed": 1, "seq_length": 32, "split": "100,0,0", "dataloader_type": "single", "data_path": [paths[0]]}
+    run = make_checkpoint("run", stage="stage1", train_iters=10, global_batch_size=1, **record)
+    argv = ["--save", run, "--micro-batch-size", "1", "--train-iters", "10", "--seq-length", "32", "--seed", "1"]
+    argv += ["--split", "100,0,0", "--dataloader-type", "single", "--data-path", paths[0]]
+    values = {"--seed": "2", "--seq-length": "16", "--split": "90,10,0", "--dataloader-type": "cyclic",
+              "--data-path": paths[1]}  # fmt: skip
+    if changed:
+        argv[argv.index(changed) + 1] = values[changed]
+    accepted("stage1", f"{run}-start", *argv, with_data=False)
+    said = capsys.readouterr().err
+    assert ("changed since the run's last start" in said) == bool(changed)
+    assert not changed or f"{changed} changed" in said
+    if changed == "--data-path":  # moved corpora are the same
+        for name in ("bin", "idx", "lang"):
+            Path(f"{paths[0]}.{name}").unlink()
+        accepted("stage1", f"{run}-start", *argv, with_data=False)
+        assert "changed since" not in capsys.readouterr().err

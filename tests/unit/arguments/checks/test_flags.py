@@ -26,7 +26,7 @@ def test_parallel_sizes_are_at_least_1(upcycled: str, problems) -> None:
         (["--train-iters", "-5"], "--train-iters must be at least 1, got -5"),
         (["--warn-window", "0"], "--warn-window must be at least 1, got 0"),
         (["--train-samples", "10"], "--train-iters and --train-samples"),
-        (["--step-batch-size-schedule", "0:1 100:2"], "--train-iters and --step-batch-size-schedule"),
+        (["--optimizer", "sgd", "--use-distributed-optimizer"], "--use-distributed-optimizer does not support"),
         (["--seq-length", "65"], "--seq-length must be at most 64"),
         (["--min-lr", "1"], "--min-lr must be at most --lr 0.001, got 1.0"),
         (["--lr", "-1"], "--lr must be at least 0, got -1.0"),

@@ -179,7 +179,17 @@ def test_stage_2_without_stage_1_is_logged_and_not_rejected(upcycled: str, make_
         (["--init-model-with-meta-device"], "--init-model-with-meta-device", "remove"),
         (["--load-main-params-from-ckpt"], "--load-main-params-from-ckpt", "remove"),
         (["--checkpoint-activations"], "--checkpoint-activations", "--recompute-activations"),
-        (["--rampup-batch-size", "2", "2", "8"], "--rampup-batch-size", "--step-batch-size-schedule"),
+        (["--rampup-batch-size", "2", "2", "8"], "--rampup-batch-size", "--global-batch-size"),
+        (["--step-batch-size-schedule", "0:1 100:2"], "--step-batch-size-schedule", "--global-batch-size"),
+        (["--no-rope-freq", "2"], "--no-rope-freq must be None", "remove"),
+        (["--window-attn-skip-freq", "2"], "--window-attn-skip-freq must be None", "remove"),
+        (["--activation-func-clamp-value", "1"], "--activation-func-clamp-value must be None", "remove"),
+        (["--qk-clip"], "--qk-clip must be False", "frozen attention"),
+        (["--te-precision-config-file", "a.yaml"], "--te-precision-config-file must be None", "remove"),
+        (["--log-max-attention-logit"], "--log-max-attention-logit must be False", "remove"),
+        (["--enable-cuda-graph"], "--enable-cuda-graph is not supported", "remove"),
+        (["--hybrid-override-pattern", "M*"], "--hybrid-override-pattern is not supported", "remove"),
+        (["--use-cpu-initialization"], "--use-cpu-initialization is not supported", "remove"),
         (["--tokenizer-model", "m"], "--tokenizer-model", "remove"),
     ],
 )  # fmt: skip
@@ -215,6 +225,8 @@ def test_both_losses_can_be_combined(upcycled: str, accepted) -> None:
         ["--moe-permute-fusion"],
         ["--moe-router-fusion"],
         ["--use-precision-aware-optimizer", "--use-distributed-optimizer"],
+        ["--recompute-modules", "--recompute-granularity"],
+        ["--fp32-residual-connection"],
     ],
 )
 def test_flags_that_need_transformer_engine_are_rejected_without_it(
@@ -223,9 +235,12 @@ def test_flags_that_need_transformer_engine_are_rejected_without_it(
     from moelpr.arguments import kernels
 
     monkeypatch.setattr(kernels, "is_installed", lambda module: False)
-    values = {"--context-parallel-size": ["2"], "--attention-dropout": ["0.1"]}
+    values = {
+        "--context-parallel-size": ["2"], "--attention-dropout": ["0.1"], "--recompute-modules": ["layernorm"],
+        "--recompute-granularity": ["selective"],
+    }  # fmt: skip
     argv = [item for flag in flags for item in (flag, *values.get(flag, []))]
-    found = problems("stage1", upcycled, *argv, ranks=2 if len(flags) == 2 and flags[0] in values else 1)
-    expected = [flag for flag in flags if flag != "--use-distributed-optimizer"]
+    found = problems("stage1", upcycled, *argv, ranks=2 if flags[0] == "--context-parallel-size" else 1)
+    expected = [flag for flag in flags if flag not in ("--use-distributed-optimizer", "--recompute-granularity")]
     assert [line.split()[0] for line in found] == expected
     assert all("pip install --constraint constraints.txt " in line for line in found)

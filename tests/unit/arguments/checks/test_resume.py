@@ -70,6 +70,14 @@ def test_a_changed_schedule_is_reported_before_megatrons_assertion(make_checkpoi
     assert accepted("stage1", start, "--save", run)["is_resumed"]
 
 
+def test_what_a_saved_schedule_does_not_contain_must_stay(make_checkpoint, problems, accepted) -> None:
+    run = make_checkpoint("run", **SCHEDULE, lr_warmup_init=0.0001)
+    (found,) = problems("stage1", None, "--save", run, "--use-checkpoint-opt-param-scheduler")
+    assert "with --lr-warmup-init 0.0001, not --lr-warmup-init 0.0," in found
+    argv = ["--save", run, "--use-checkpoint-opt-param-scheduler", "--lr-warmup-init", "0.0001"]
+    assert accepted("stage1", f"{run}-start", *argv)
+
+
 # Another value of each setting, in the record of the run, and what the setting depends on.
 LINEAR = {"weight_decay_incr_style": "linear", "start_weight_decay": 0.5, "end_weight_decay": 0.5}
 OF_THE_SCHEDULE: dict[str, tuple[object, dict]] = {
@@ -78,7 +86,9 @@ OF_THE_SCHEDULE: dict[str, tuple[object, dict]] = {
     "lr_warmup_fraction": (0.5, {}), "lr_warmup_iters": (7, {}), "lr_warmup_samples": (7, {}),
     "weight_decay": (7.0, {}),
     "start_weight_decay": (0.25, LINEAR), "end_weight_decay": (7.0, LINEAR), "weight_decay_incr_style": ("cosine", {}),
-    "global_batch_size": (7, {}), "train_iters": (7, {}), "train_samples": (7, {}),
+    "global_batch_size": (7, {}), "train_iters": (7, {}), "train_samples": (7, {}), "lr_warmup_init": (7.0, {}),
+    "lr_wsd_decay_style": ("linear", {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 1}),
+    "lr_wsd_decay_iters": (2, {"lr_decay_style": "WSD"}), "lr_wsd_decay_samples": (7, {"lr_decay_style": "WSD"}),
 }  # fmt: skip
 OF_THE_OPTIMIZER: dict[str, tuple[object, dict]] = {
     "optimizer": ("sgd", {}), "use_distributed_optimizer": (True, {}), "bf16": (True, {}), "fp16": (True, {}),
@@ -93,6 +103,8 @@ OF_FLAT_BUFFERS: dict[str, tuple[object, dict]] = {
     "pipeline_model_parallel_layout": ("Et|ttL", {}), "overlap_grad_reduce": (True, {}), "ddp_num_buckets": (7, {}),
     "ddp_bucket_size": (7, {"overlap_grad_reduce": True}), "moe_grouped_gemm": (True, {}),
     "transformer_impl": ("transformer_engine", {"train_everything": True}),
+    "grad_reduce_in_bf16": (True, {"bf16": True}),
+    "accumulate_allreduce_grads_in_fp32": (True, {"fp16": True}),
 }  # fmt: skip
 
 

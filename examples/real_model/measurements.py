@@ -229,8 +229,7 @@ def cost(run: Path, setting: Setting) -> Json:
         "peak_memory_gib": round(memory, 1),
         "rates": rates,
     }
-    if setting.name in RATES:
-        searched = searched_changes(run, setting.name)
+    if searched := searched_changes(run, setting.name):
         found["searched"] = {f"{rate:g}": round(change, DIGITS) for rate, change in searched.items()}
         found["is_at_edge"] = rates[0] in (min(RATES[setting.name]), max(RATES[setting.name]))
     return found

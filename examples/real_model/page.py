@@ -16,7 +16,6 @@ from examples.real_model.settings import (
     LORA_16,
     NUM_NEW_TOKENS,
     REPLAY,
-    SEARCHED,
     SETTINGS,
     STAGE0_BLEND,
     STAGE0_SHARE,
@@ -39,7 +38,7 @@ CHART = {
     "1 copy, changed": {"no LPR loss": "no-lpr", "random experts": "random", "reference loss": "reference"},
     "no frozen original": {"full fine-tuning": "full", "plain MoE": "plain", "with replay text": REPLAY},
     "LoRA": {"largest rank": "lora", "rank 16": LORA_16},
-    "MoE-LPR, K copies, changed": {"twice the tokens": TWICE, "learning rate searched": SEARCHED},
+    "MoE-LPR, K copies, more text": {"twice the tokens": TWICE},
 }
 JOINED = 2  # of these
 FAR = 0.05, 0.2  # changes beyond which a setting is drawn at the chart's edge

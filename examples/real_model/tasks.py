@@ -23,7 +23,6 @@ from examples.real_model.settings import (
     SAME_BYTES,
     SAME_TOKENS,
     SEARCH_SHARE,
-    SEARCHED,
     SEEDS,
     SEQUENCE_LENGTH,
     SETTINGS,
@@ -87,9 +86,9 @@ class Tasks:
             *self._cloze(),
             *(task for seed in rest for name in ("copies", "one-copy", "no-lpr") for task in self._stage2(name, seed)),
             *(task for seed in rest for task in self._stage2("reference", seed)),
+            *self._rates_of_copies(),
             *self._twice(),
             *self._replay(),
-            *self._searched_copies(),
             *self._lora(LORA_16, rank=16),
         ]
         return tasks
@@ -123,7 +122,7 @@ class Tasks:
         run = STAGE1_OF[name]
         start = self.run / f"upcycled-{name}"
         users = frozenset({s.name for s in SETTINGS.values() if run in (s.name, *s.before)})
-        upcycled_for = users | {"one-copy": {"plain"}, "copies": {TWICE, SEARCHED}}.get(name, set())
+        upcycled_for = users | {"one-copy": {"plain"}, "copies": {TWICE}}.get(name, set())
         train = Training(
             model=run,
             stage="stage1",
@@ -263,7 +262,7 @@ class Tasks:
         """Full fine-tuning at the best rate."""
         users = frozenset({"full", REPLAY})
 
-        def train(model: str, steps: int, rate: Callable[[], float]) -> Task:
+        def train(model: str, steps: int, rate: float | Callable[[], float]) -> Task:
             return Training(
                 model=model,
                 stage="dense",
@@ -276,31 +275,32 @@ class Tasks:
             ).task(self.run)
 
         convert = self._convert(self.run / "dense", users, "--dense")
-        return [convert, *self._searched("full", "full", train, users), self._evaluate("full")]
+        best = train("full", steps_of(self.tokens), lambda: best_rate(self.run, "full"))
+        return [convert, *self._search("full", train, users), best, self._evaluate("full")]
 
     def _lora(self, name: str, rank: int | None = None) -> list[Task]:
         """LoRA at the best rate; `rank`: None is the largest that makes sense."""
         users = frozenset({name})
 
-        def train(model: str, steps: int, rate: Callable[[], float]) -> Task:
+        def train(model: str, steps: int, rate: float | Callable[[], float]) -> Task:
             def command() -> Command:
+                found = rate() if callable(rate) else rate
                 return [
                     *("-m", "examples.real_model.lora", "--base", self.base, "--run", self.run / model),
                     *("--data-path", self.data / "expanded_text_document", "--save", self.run / f"{model}-hf"),
-                    *("--train-iters", str(steps), "--lr", f"{rate():g}", "--seed", str(SEEDS[0])),
+                    *("--train-iters", str(steps), "--lr", f"{found:g}", "--seed", str(SEEDS[0])),
                     *(["--rank", str(rank)] if rank else []),
                 ]
 
             return Task(model, users, command, 1 + steps * STEP_TOKENS / RATE_OF["lora"] / 60, 8, 1.5)
 
-        return [*self._searched(name, name, train, users), self._evaluate(name)]
+        best = train(name, steps_of(self.tokens), lambda: best_rate(self.run, name))
+        return [*self._search(name, train, users), best, self._evaluate(name)]
 
-    def _searched_copies(self) -> list[Task]:
-        """MoE-LPR with K copies, whose first stage has the best rate."""
-        (stage1,) = SETTINGS[SEARCHED].before
-        users = frozenset({SEARCHED})
+    def _rates_of_copies(self) -> list[Task]:
+        """Short runs of stage 1."""
 
-        def train(model: str, steps: int, rate: Callable[[], float]) -> Task:
+        def train(model: str, steps: int, rate: float) -> Task:
             return Training(
                 model=model,
                 stage="stage1",
@@ -308,25 +308,20 @@ class Tasks:
                 blend=EXPANDED_ONLY,
                 steps=steps,
                 rate=rate,
-                settings=users,
-                is_search=model != stage1,
+                settings=frozenset({"copies"}),
+                is_search=True,
             ).task(self.run)
 
-        return [*self._searched(SEARCHED, stage1, train, users), *self._stage2(SEARCHED, SEEDS[0])]
+        return self._search("copies", train, frozenset({"copies"}))
 
-    def _searched(
-        self, setting: str, model: str, train: Callable[[str, int, Callable[[], float]], Task], users: frozenset[str]
-    ) -> list[Task]:
-        """A short run per learning rate, then the whole run of `model` at the best.
-
-        `train` makes the task from a model's name, its number of steps and its rate.
-        """
+    def _search(self, setting: str, train: Callable[[str, int, float], Task], users: frozenset[str]) -> list[Task]:
+        """A short run per learning rate; `train` makes it from its name, its number of steps and its rate."""
         tasks = []
         for rate in RATES[setting]:
-            short = search_name(setting, rate)
-            tasks.append(train(short, steps_of(self.tokens * SEARCH_SHARE), lambda rate=rate: rate))
-            tasks.append(self._evaluate(short, users, validation=True))
-        return [*tasks, train(model, steps_of(self.tokens), lambda: best_rate(self.run, setting))]
+            model = search_name(setting, rate)
+            tasks.append(train(model, steps_of(self.tokens * SEARCH_SHARE), rate))
+            tasks.append(self._evaluate(model, users, validation=True))
+        return tasks
 
     def _continuations(self) -> list[Task]:
         """Exports, and what up to four models write after the same words."""
@@ -428,7 +423,7 @@ def search_name(setting: str, rate: float) -> str:
 def searched_changes(run: Path, setting: str) -> dict[float, float]:
     """Learning rate -> mean change of the expanded languages against base on the validation part, of those measured."""
     changes = {}
-    for rate in RATES[setting]:
+    for rate in RATES.get(setting, ()):
         bits = [bits_per_byte(run / "validation", model) for model in (BASE, search_name(setting, rate))]
         if all(bits):
             changes[rate] = fmean(bits[1][language] / bits[0][language] - 1 for language in EXPANDED)

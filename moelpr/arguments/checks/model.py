@@ -33,6 +33,7 @@ _UNSUPPORTED = {
     "spec": "the trainer builds its own layers; remove it",
     "vocab_size": "it comes from the checkpoint; remove it",
     "padded_vocab_size": "it follows from the vocabulary and --tensor-model-parallel-size; remove it",
+    "init_method_xavier_uniform": "weights come from the checkpoint; remove it",
     "init_model_with_meta_device": "weights are loaded before the model's memory is allocated; remove it",
     "load_main_params_from_ckpt": "main parameters start as copies of the model's; remove it",
     "moe_use_upcycling": "use checkpoint_convert/hf_to_mcore.py --num-new-experts N instead",

@@ -20,7 +20,6 @@ from examples.real_model.settings import (
     REPLAY,
     SAME_BYTES,
     SAME_TOKENS,
-    SEARCHED,
     STEP_TOKENS,
     TWICE,
     VOCABULARY_START,
@@ -135,9 +134,8 @@ def test_settings_read_the_same_text_for_as_many_steps_and_baselines_use_the_bes
     assert values("copies-seed-3", "--seed", "--train-iters") == ["3", "15"]
     assert values("no-lpr-seed-1", "--lpr-loss-coeff") == ["0"]
     assert values(REPLAY, "--lr", "--train-iters", "--data-path") == [*values("full", "--lr"), "55", "1"]
-    assert values(f"search-{SEARCHED}-0.001", "--train-iters", "--lr") == ["10", "0.001"]
-    assert values(f"{SEARCHED}-stage1", "--train-iters", "--lr") == ["40", *values("full", "--lr")]
-    assert values(SEARCHED, "--pretrained-checkpoint", "--lr") == [str(run / f"{SEARCHED}-stage1"), "0.002"]
+    same = ["10", "0.0001", *values("copies-stage1", "--pretrained-checkpoint", "--data-path")]
+    assert values("search-copies-0.0001", "--train-iters", "--lr", "--pretrained-checkpoint", "--data-path") == same
     assert values(f"{TWICE}-stage1", "--train-iters", "--lr") == ["80", *values("copies-stage1", "--lr")]
     assert values(TWICE, "--pretrained-checkpoint", "--train-iters") == [str(run / f"{TWICE}-stage1"), "30"]
 

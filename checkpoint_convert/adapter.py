@@ -23,8 +23,14 @@ from checkpoint_convert.hf_folder import (
     write_weights,
 )
 from checkpoint_convert.history import Origin, check_separable, read_history
-from checkpoint_convert.megatron_folder import SIGNS, MegatronReader, num_elements, write_checkpoint
-from checkpoint_convert.outputs import check_finite, check_output, output_folder
+from checkpoint_convert.megatron_folder import (
+    SIGNS,
+    MegatronReader,
+    check_frozen_is_the_base,
+    num_elements,
+    write_checkpoint,
+)
+from checkpoint_convert.outputs import cast, check_finite, check_output, output_folder
 from checkpoint_convert.upcycling import check_weights
 from moelpr.errors import UserError
 from moelpr.families.expert_choice import ExpertChoice, with_new_experts
@@ -171,7 +177,7 @@ def adapter_to_mcore(
     def tensors(todo: list[Piece]) -> Iterator[Tensor]:
         for piece in todo:
             read = [check_finite(r.read(name), f"{r.folder}: {name}", "copy it again") for r, name in parts[piece]]
-            yield piece.transform.to_megatron(read, sizes_of(spec)).to(target_dtype)
+            yield cast(piece.transform.to_megatron(read, sizes_of(spec)), target_dtype, piece.key)
 
     num_bytes = target_dtype.itemsize * num_elements(plan)
     with output_folder(save, overwrite, num_bytes, [adapter, hf_path], spec=asdict(spec)) as (folder, bar):
@@ -258,6 +264,7 @@ def mcore_to_adapter(
         )
     check_separable(load, spec, Origin.read(load), read_history(load, iteration), "an adapter", instead)
     source = MegatronReader(load, iteration)
+    check_frozen_is_the_base(source, dtype or spec.dtype, "an adapter", instead)
     assert spec.moe is not None
     config = AdapterConfig(spec.moe.num_experts, spec.moe.topk, spec.moe.layers, base_model)
     trained = [piece for piece in source.pieces if piece.is_trained]

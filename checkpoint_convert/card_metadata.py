@@ -19,6 +19,7 @@ METRIC_NAMES = {
 }
 
 
+_LANGUAGE = r"code|multilingual|[a-z]{2,3}(-[A-Za-z0-9]+)*"
 _NORWEGIAN = "no"  # which is false in YAML 1.1 unless it is quoted
 
 
@@ -77,10 +78,15 @@ def update_card(
     if base_model and not is_hub_name(base_model):
         raise UserError(f"--base-model must be OWNER/NAME on the Hugging Face Hub, got {base_model}")
     metadata, body = split_card(text)
+    if wrong := [code for code in languages or [] if not re.fullmatch(_LANGUAGE, code)]:
+        raise UserError(
+            f"--languages must be codes such as el or pt-BR, or code or multilingual, got {wrong[0]}; pass its code"
+        )
     found = [result for path in results for result in _read_results(path, folder, evaluated)]
-    codes = [*(languages or []), *(result.dataset_config for result in found)]
+    measured = [result.dataset_config for result in found]
+    codes = [*(languages or []), *(code for code in measured if re.fullmatch("[a-z]{2,3}", code))]
     metadata |= {key: value for key, value in (("base_model", base_model), ("license", license)) if value}
-    for key, more in (("language", [code for code in codes if re.fullmatch("[a-z]{2,3}", code)]), ("tags", tags or [])):
+    for key, more in (("language", codes), ("tags", tags or [])):
         old = metadata.get(key) or []
         if more:
             metadata[key] = list(dict.fromkeys([*([old] if isinstance(old, str) else old), *more]))
@@ -116,7 +122,7 @@ def _read_results(path: Path, folder: Path, evaluated: str | None) -> list[Any]:
             if "benchmarks" in content
             else [*_text_results(content, models[name])]
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
             f"{path} has no scores ({error!r}), as the JSON of routing has none; pass that of moelpr.evaluate or "
             "moelpr.evaluate harness"

@@ -21,17 +21,18 @@ from checkpoint_convert.card_metadata import CARD_FILE
 from checkpoint_convert.hf_folder import MODEL_STEM, HfReader, copy_companion, copy_companions, raw_bytes, write_weights
 from checkpoint_convert.history import Origin, check_separable, read_history
 from checkpoint_convert.kept_tokenizer import keep_tokenizer
-from checkpoint_convert.megatron_folder import SIGNS, MegatronReader, write_checkpoint
+from checkpoint_convert.megatron_folder import SIGNS, MegatronReader, check_frozen_is_the_base, write_checkpoint
 from checkpoint_convert.model_card import BASE_CARD_FILE, CardFacts, model_card
 from checkpoint_convert.new_rows import grow, shape_without
 from checkpoint_convert.outputs import check_output, output_folder
 from moelpr import checksums
+from moelpr.checkpoints import checkpoint_chain
 from moelpr.checksums import FileSum
 from moelpr.errors import UserError
 from moelpr.families.families import CONFIG_FILE, family_of, read_config
 from moelpr.families.moe_classes import MOE_CLASSES, MoeClass
 from moelpr.files import copy_folder, parse_json
-from moelpr.model_spec import DTYPES, ModelSpec
+from moelpr.model_spec import DTYPES, MAX_LAYERS, ModelSpec
 from moelpr.run_folder import HF_FOLDER
 from moelpr.stages import VOCABULARY_PARTS
 
@@ -150,7 +151,7 @@ def whole_checkpoint(load: Path, save: Path, iteration: int | None = None, overw
     Raises:
         UserError: the input is invalid; `save` is then unchanged.
     """
-    check_output(save, [load], overwrite, SIGNS)
+    check_output(save, [load, *(link.parent for link in checkpoint_chain(load, iteration))], overwrite, SIGNS)
     source = MegatronReader(load, iteration)
     num_bytes = sum(source.num_bytes(piece) for piece in source.pieces)
     with output_folder(save, overwrite, num_bytes, [source.step_folder]) as (folder, bar):
@@ -248,12 +249,15 @@ class DeltaConfig:
         sizes = [self.max_shard_bytes, *(size for tensor in self.tensors for size in tensor.shape)]
         if not all(isinstance(text, str) for text in texts) or any(type(size) is not int or size < 0 for size in sizes):
             raise TypeError("a value has the wrong type")
+        layers = self.config.get("num_hidden_layers", 0)
+        if any(size >= 1 << 31 for tensor in self.tensors for size in tensor.shape) or not 0 <= layers <= MAX_LAYERS:
+            raise ValueError("a size is too large")
         if len({tensor.name for tensor in self.tensors}) < len(self.tensors):
             raise ValueError("a tensor is listed twice")
 
 
 def _check_delta(source: MegatronReader, facts: CardFacts) -> None:
-    """UserError if the export's frozen tensors are not the base's: rounded in training, or joined differently."""
+    """UserError if the export's frozen tensors are not the base's: rounded, or joined differently."""
     base = read_config(source.folder / HF_FOLDER)
     family, is_moe = family_of(base)
     if is_moe and (of_base := family.moe_class.architecture) != facts.architecture:
@@ -261,14 +265,7 @@ def _check_delta(source: MegatronReader, facts: CardFacts) -> None:
             f"a delta to a {of_base} must be of its class, but the export would be {facts.architecture}, whose tensors "
             "are joined differently; pass --as with the base's class, or export without --delta"
         )
-    frozen = min((piece for piece in source.pieces if not piece.is_trained), key=source.num_bytes)
-    stored = str(source.read_piece(frozen).dtype).removeprefix("torch.")
-    base_dtype = base.get("dtype") or base.get("torch_dtype") or source.spec.dtype
-    if stored in ("bfloat16", "float16") and stored not in (base_dtype, facts.dtype):
-        raise UserError(
-            f"{source.folder} has {stored}, to which the base's {base_dtype} was rounded: a delta in {facts.dtype} "
-            f"would not restore it; pass --dtype {stored}"
-        )
+    check_frozen_is_the_base(source, facts.dtype, "a delta", "export without --delta")
 
 
 def _complete_delta(folder: Path, facts: CardFacts, max_shard_bytes: int) -> None:

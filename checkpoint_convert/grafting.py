@@ -52,6 +52,7 @@ from moelpr.families.families import CONFIG_FILE, read_base, read_config
 from moelpr.families.tables import Piece
 from moelpr.files import read_versioned
 from moelpr.model_spec import ModelSpec
+from moelpr.run_folder import read_json
 from moelpr.stages import VOCABULARY_PARTS, Part
 from moelpr.vocabulary_extension import VocabularyExtension
 
@@ -373,8 +374,16 @@ def _write_extended_tokenizer(folder: Path, instruct: Path, model: Path) -> None
     for name in TOKENIZER_FILES:
         (folder / name).unlink(missing_ok=True)
     ours.save_pretrained(folder)
+    _keep_tokenizer_class(folder / "tokenizer_config.json", model / "tokenizer_config.json")
     shutil.copyfile(model / "tokenizer.json", folder / "tokenizer.json")  # so that not a token is written differently
     VocabularyExtension.read(model).write(folder)
+
+
+def _keep_tokenizer_class(path: Path, of: Path) -> None:
+    """transformers 5 writes a class that transformers 4 does not know."""
+    config, before = (read_json(file) or {} for file in (path, of))
+    if "tokenizer_class" in before:
+        path.write_text(json.dumps(config | {"tokenizer_class": before["tokenizer_class"]}, indent=2) + "\n")
 
 
 def _check_tokenizers(base: Path, instruct: Path, model: Path, vocab_size: int, new: range) -> None:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from checkpoint_convert.outputs import cast
 from moelpr import checksums
 from moelpr.checksums import FileSum, Verifier
 from moelpr.data.tokenizer import check_text_is_kept, open_hf_tokenizer
@@ -259,18 +260,26 @@ def record_dtype(folder: Path, tensors: Iterable[tuple[HfReader, str]]) -> None:
 def is_unread(source: HfReader, name: str) -> bool:
     """Whether readers ignore this tensor of a tied model.
 
-    Old models store RoPE's frequencies, and some tied models an output layer that is a copy of the embedding.
+    Old models store RoPE's frequencies, some tied models an output layer that is a copy of the embedding, and
+    transformers a Qwen2-MoE's shared expert of no width.
     """
     embedding = "model.embed_tokens.weight"
-    return name.endswith(".rotary_emb.inv_freq") or (
-        name == "lm_head.weight"
-        and source.shape(name) == source.shape(embedding)
-        and torch.equal(source.read(name), source.read(embedding))
+    is_empty = 0 in source.shape(name)
+    return (
+        name.endswith(".rotary_emb.inv_freq")
+        or is_empty
+        or (
+            name == "lm_head.weight"
+            and source.shape(name) == source.shape(embedding)
+            and torch.equal(source.read(name), source.read(embedding))
+        )
     )
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The tensor's elements as they are stored in a file."""
+    if not tensor.numel():
+        return memoryview(b"")
     return memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")
 
 
@@ -369,7 +378,7 @@ def _write_shard(
     with closing(DurableFile(unfinished)) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, shape in (part for stored in shard for part in stored.parts):
-            tensor = read(name).to(dtype)
+            tensor = cast(read(name), dtype, name)
             assert tensor.shape == shape, (name, tensor.shape, shape)
             bar.update(file.write(raw_bytes(tensor)))
             del tensor  # one in memory

@@ -32,10 +32,10 @@ def keep_tokenizer(source: Path, folder: Path) -> None:
     """
     if not any((source / name).is_file() for name in TOKENIZER_FILES):
         return
-    wanted = _load(source)
+    wanted = _facts(source)
     if _is_same(folder, wanted):
         return
-    content = wanted.serialized()
+    content = _load(source).serialized()
     if isinstance(content, str):
         for name in _OTHER_VOCABULARIES:
             (folder / name).unlink(missing_ok=True)
@@ -53,29 +53,32 @@ def _load(folder: Path) -> Tokenizer:
     return load_tokenizer("HuggingFaceTokenizer", str(folder))
 
 
-def _is_same(folder: Path, wanted: Tokenizer) -> bool:
+def _is_same(folder: Path, wanted: tuple[object, ...]) -> bool:
     try:
-        return _facts(_load(folder)) == _facts(wanted)
+        return _facts(folder) == wanted
     except UserError:
         return False
 
 
-def _facts(tokenizer: Tokenizer) -> tuple[object, ...]:
-    """What must not change: the IDs of text, the tokens around it, the end of a document, and decoding."""
+def _facts(folder: Path) -> tuple[object, ...]:
+    """What must not change: the IDs of text, the tokens around it, the end of a document, decoding, and padding."""
+    tokenizer, padding_side = _load(folder), open_hf_tokenizer(folder).padding_side
     try:
         ids = tokenizer.encode_batch([" a b"])[0]
     except Exception:  # tokenizers raises no other, for text that a vocabulary without unknown token cannot express
         ids = []
-    return tokenizer.fingerprint(), ids, tokenizer.eod_id, tokenizer.decode(ids)
+    return tokenizer.fingerprint(), ids, tokenizer.eod_id, tokenizer.decode(ids), padding_side
 
 
 def _plain_config(source: Path) -> dict[str, Any]:
     """The source's tokenizer_config.json for `_PLAIN_CLASS`, which knows no special tokens by itself."""
     path = source / _CONFIG_FILE
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    for name, token in open_hf_tokenizer(source).special_tokens_map.items():
+    loaded = open_hf_tokenizer(source)
+    for name, token in loaded.special_tokens_map.items():
         found = config.get(name)
         if token != (found.get("content") if isinstance(found, dict) else found):
             config[name] = token
     config.pop("auto_map", None)
+    config["padding_side"] = loaded.padding_side  # that of some classes is not the default
     return config | {"tokenizer_class": _PLAIN_CLASS}

@@ -8,6 +8,7 @@ Weights stream from the checkpoint to safetensors, one tensor at a time.
 """
 
 import argparse
+import math
 import re
 
 from checkpoint_convert.export import DEFAULT_SHARD_BYTES, mcore_to_hf
@@ -34,7 +35,7 @@ def _parse_arguments() -> argparse.Namespace:
 
 def _size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?B)", text.strip().upper())
-    if match is None or float(match[1]) <= 0:
+    if match is None or not 0 < float(match[1]) < math.inf:
         raise argparse.ArgumentTypeError(f"expected a size like 500MB or 5GB, got {text!r}")
     return max(1, int(float(match[1]) * {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}[match[2]]))
 

@@ -83,6 +83,14 @@ def output_folder(
         yield folder, bar
 
 
+def cast(tensor: Tensor, dtype: torch.dtype, where: str) -> Tensor:
+    """The tensor in `dtype`; UserError if float16, whose largest number is 65,504, is too narrow for it."""
+    result = tensor.to(dtype)
+    if dtype is torch.float16 and tensor.dtype is not dtype:
+        check_finite(result, f"{where} in float16", "its numbers are too large for it; pass another --dtype")
+    return result
+
+
 def check_finite(tensor: Tensor, where: str, fix: str) -> Tensor:
     """Return the tensor; UserError, with what to do (`fix`), if it contains NaN or Inf."""
     if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():

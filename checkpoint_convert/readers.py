@@ -3,6 +3,7 @@
 A program that cannot load an export says so. One that ignores a setting computes another model and says nothing.
 """
 
+import math
 from typing import Any
 
 from moelpr.families.families import Family
@@ -21,9 +22,9 @@ READERS = {
 def obstacle(reader: str, config: dict[str, Any]) -> str | None:
     """What keeps the reader from computing an export with this config.json as transformers does; None if nothing."""
     window, head_dim = config.get("sliding_window"), config.get("head_dim")
-    is_windowed = window is not None and window < config["max_position_embeddings"]
+    is_windowed = window is not None and window < (config.get("max_position_embeddings") or math.inf)
     is_scaled = config.get("rope_scaling") is not None
-    has_own_head_dim = head_dim not in (None, config["hidden_size"] // config["num_attention_heads"])
+    has_own_head_dim = head_dim not in (None, config["hidden_size"] // (config["num_attention_heads"] or 1))
     shared_expert = "it requires a shared expert and does not normalize top-k weights"
     other_head_dim = f"it assumes that heads are not {head_dim} wide"
     no_window = f"it ignores the sliding window of {window} tokens"

@@ -26,7 +26,7 @@ from checkpoint_convert.history import Origin
 from checkpoint_convert.hub import Model
 from checkpoint_convert.megatron_folder import SIGNS, num_elements, write_checkpoint
 from checkpoint_convert.new_tokens import read_extension, with_new_rows
-from checkpoint_convert.outputs import check_finite, check_output, output_folder
+from checkpoint_convert.outputs import cast, check_finite, check_output, output_folder
 from moelpr.errors import UserError
 from moelpr.families.expert_choice import ExpertChoice, with_new_experts
 from moelpr.families.families import CONFIG_FILE, Family, read_base, read_config
@@ -188,7 +188,7 @@ def _starting_tensors(
     for piece in plan:
         is_new = piece.part is Part.NEW_EXPERTS
         if piece.part is Part.ROUTER:
-            yield _router(source, piece, spec, start.seed).to(dtype)
+            yield cast(_router(source, piece, spec, start.seed), dtype, piece.key)
         elif is_new and start.new_experts == "random":
             fresh, std = torch.empty(megatron_shape(piece, spec)[1:]), spec.megatron_args["init_method_std"]
             yield fresh.normal_(std=std, generator=_stream(start.seed, piece)).to(dtype)
@@ -198,7 +198,7 @@ def _starting_tensors(
                 parts = [_read(source, name) for name in piece.origin]
                 if extension is not None and piece.part in VOCABULARY_PARTS:
                     parts = [with_new_rows(parts.pop(), extension, spec.megatron_args["vocab_size"], dtype)]
-                tensor = piece.transform.to_megatron(parts, sizes_of(spec)).to(dtype)
+                tensor = cast(piece.transform.to_megatron(parts, sizes_of(spec)), dtype, piece.key)
                 del parts
                 read_origin = piece.origin
             yield _changed(tensor, piece, spec, start) if is_new else tensor

@@ -69,8 +69,8 @@ def _parse_arguments() -> argparse.Namespace:
         )
     for flag, least in (("tolerance", 0), ("logit_tolerance", 0), ("num_tokens", 1), ("sequence_length", 1)):
         value = getattr(args, flag)
-        if not value >= least:  # also a NaN
-            raise UserError(f"--{flag.replace('_', '-')} must be at least {least}, got {value}")
+        if not least <= value < 1 << 31:  # also a NaN
+            raise UserError(f"--{flag.replace('_', '-')} must be at least {least} and below 2^31, got {value}")
     return args
 
 

@@ -249,8 +249,8 @@ def _replace(path: Path, temporary: Path, own: tuple[str, ...] = ()) -> None:
 
 
 def _behind_link(path: Path) -> Path:
-    """Where to write `path`: if it is a link, what it leads to, so that the link stays."""
-    return path.resolve() if os.path.islink(path) else path
+    """Where to write `path`: if it is a link, what it leads to, so that the link stays; "." and ".." have no name."""
+    return path.resolve() if os.path.islink(path) or path.name in ("", "..") else path
 
 
 def check_links(path: Path, folder: Path) -> None:

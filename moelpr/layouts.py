@@ -218,7 +218,8 @@ def _sequence_problems(layout: Layout, length: int, sequence_parallel: bool) -> 
 
 def divisors(number: int) -> list[int]:
     """The divisors of `number`, ascending."""
-    return [size for size in range(1, number + 1) if number % size == 0]
+    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return small + [number // size for size in reversed(small) if size * size != number]
 
 
 def one_of(values: list[int]) -> str:

@@ -15,7 +15,7 @@ FILE_NAME = "model_spec.json"
 FORMAT_VERSION = 1
 DTYPES = ("float32", "bfloat16", "float16")
 # Published models have at most a few hundred. A damaged number would be built, layer for layer, until memory is full.
-MAX_LAYERS = 10_000
+MAX_LAYERS, MAX_EXPERTS = 10_000, 4096
 
 # The Megatron arguments that a model can't be built without, by type.
 _REQUIRED_ARGS: dict[Any, str] = {
@@ -68,9 +68,9 @@ class MoeSpec:
                 raise UserError(f"moe.{name} must be an integer, got {value!r}")
         if not 1 <= self.num_new_experts <= 1024:  # published MoE models have up to 512
             raise UserError(f"--num-new-experts must be between 1 and 1024, got {self.num_new_experts}")
-        if not 1 <= self.num_original_experts <= 4096:
+        if not 1 <= self.num_original_experts <= MAX_EXPERTS:
             raise UserError(
-                f"num_original_experts must be from 1 (the dense FFN) to 4096, got {self.num_original_experts}"
+                f"num_original_experts must be from 1 (the dense FFN) to {MAX_EXPERTS}, got {self.num_original_experts}"
             )
         if not 1 <= self.original_copies <= 1024:
             raise UserError(
@@ -181,6 +181,9 @@ class ModelSpec:
                         raise UserError(f"megatron_args lacks {name}")
         if args:
             raise UserError(f"megatron_args has the unknown name {min(args)}")
+        window = self.megatron_args.get("window_size", [0, 0])
+        if len(window) != 2 or not all(type(size) is int for size in window):
+            raise UserError(f"megatron_args.window_size must be two integers, got {window}")
         if self.megatron_args.get("use_rope_scaling") and "rope_scaling_factor" not in self.megatron_args:
             raise UserError("megatron_args lacks rope_scaling_factor, which use_rope_scaling requires")
         if not 0 < self.megatron_args["norm_epsilon"] < 1:

@@ -29,14 +29,20 @@ VERSIONS_FILE = "versions.json"
 METRICS_FILE = "metrics.jsonl"
 STOP_FILE = "STOP"
 FINISHED_FILE = "FINISHED"
+# Of settings in a recipe that others than the trainer use.
+_TYPES: dict[str, Any] = {
+    "stage": str, "save": str | None, "model_source": str | None, "pretrained_checkpoint": str | None,
+    "model_step": str | None, "ckpt_step": int | None,
+}  # fmt: skip
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
-    """The resolved flags in `folder`/recipe.yaml; None if the file is missing or damaged."""
+    """The resolved flags in `folder`/recipe.yaml, without values of a wrong type; None if it is missing or damaged."""
     try:
-        return read_mapping(folder / RECIPE_FILE, "recipe")
+        settings = read_mapping(folder / RECIPE_FILE, "recipe")
     except UserError:
         return None
+    return {name: value for name, value in settings.items() if isinstance(value, _TYPES.get(name, object))}
 
 
 def saved_step(folder: Path) -> int | None:

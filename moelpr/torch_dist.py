@@ -35,9 +35,18 @@ from moelpr.files import DurableFile
 
 METADATA_FILE = ".metadata"
 MEGATRON_CONFIG_FILE = "metadata.json"
+_TABLES = METADATA_FILE, MEGATRON_CONFIG_FILE  # Megatron writes the second when the step is complete
+_FIX = "copy the checkpoint again, or use another step (--iteration; trainer: --ckpt-step)"
 MAX_FILE_BYTES = 1 << 30
 # Lists the complete files and their chunks, one file per line; removed when the checkpoint is complete.
 JOURNAL_FILE = "written.jsonl"
+
+
+def check_complete(folder: Path) -> None:
+    """UserError if `folder` is not a torch_dist checkpoint, or is incomplete."""
+    for name in _TABLES:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} is not a complete torch_dist checkpoint: {name} is missing; {_FIX}")
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -48,10 +57,7 @@ def read_metadata(folder: Path) -> Metadata:
     Raises:
         UserError: `folder` is not a torch_dist checkpoint, is incomplete, or its table of contents is damaged.
     """
-    fix = "copy the checkpoint again, or use another step (--iteration; trainer: --ckpt-step)"
-    for name in (METADATA_FILE, MEGATRON_CONFIG_FILE):  # Megatron writes the second when the step is complete
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} is not a complete torch_dist checkpoint: {name} is missing; {fix}")
+    check_complete(folder)
     path = folder / METADATA_FILE
     try:
         with open(path, "rb") as file:
@@ -59,17 +65,29 @@ def read_metadata(folder: Path) -> Metadata:
             metadata = unpickler.load()
         contents, places = dict(metadata.state_dict_metadata), dict(metadata.storage_data)
         for place in places.values():
-            if Path(place.relative_path).name != place.relative_path:
+            if Path(place.relative_path).name != place.relative_path or place.relative_path == "..":
                 raise ValueError(f"it points outside its folder, to {place.relative_path}")
             range(place.offset, place.offset + place.length)  # both are there, and integers
+        for key, entry in contents.items():
+            if isinstance(entry, TensorStorageMetadata):
+                _check_entry(key, entry)
         path = folder / MEGATRON_CONFIG_FILE
         if (found := json.loads(path.read_text())["sharded_backend"]) != "torch_dist":
             raise ValueError(f'"sharded_backend" must be torch_dist, got {found!r}')
     except Exception as error:  # a damaged pickle may raise any exception
-        raise UserError(f"{path} is damaged ({error}); {fix}") from error
+        raise UserError(f"{path} is damaged ({error}); {_FIX}") from error
     if unpickler.foreign:
         _note_foreign(folder / METADATA_FILE, ", ".join(sorted(unpickler.foreign)))
     return Metadata(contents, storage_data=places)
+
+
+def _check_entry(key: Any, entry: TensorStorageMetadata) -> None:
+    """Raise an exception if what a reader uses of a tensor's entry has another type."""
+    sizes = [entry.size, *(numbers for chunk in entry.chunks for numbers in (chunk.offsets, chunk.sizes))]
+    if not isinstance(key, str) or not isinstance(entry.properties.dtype, torch.dtype):
+        raise TypeError(f"the entry {key!r} is not that of a tensor")
+    if any(len(numbers) != len(entry.size) or min(numbers, default=0) < 0 for numbers in sizes):
+        raise ValueError(f"the chunks of {key} do not have {len(entry.size)} dimensions")
 
 
 @cache
@@ -246,12 +264,15 @@ class TorchDistReader:
 
     def __init__(self, folder: Path):
         self._folder = folder
+        check_complete(folder)
+        self._verifier = Verifier(folder, "copy the checkpoint again, or use another step", is_expected=True)
+        for name in _TABLES:
+            self._verifier.verify(name)
         metadata = read_metadata(folder)
         entries = metadata.state_dict_metadata.items()
         self._entries = {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
         self._places: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
         self._loaded: dict[tuple[str, torch.Size], Tensor] = {}
-        self._verifier = Verifier(folder, "copy the checkpoint again, or use another step", is_expected=True)
 
     @property
     def keys(self) -> set[str]:

@@ -28,8 +28,9 @@ class VocabularyExtension:
     old_vocabulary_sha256: str
 
     def __post_init__(self) -> None:
-        if type(self.first_new_id) is not int or self.first_new_id < 1 or type(self.replaces) is not list:
-            raise ValueError("first_new_id must be a positive integer, and replaces a list")
+        is_id = type(self.first_new_id) is int and 1 <= self.first_new_id < 1 << 31
+        if not is_id or type(self.replaces) is not list:
+            raise ValueError("first_new_id must be an integer from 1 to 2^31 - 1, and replaces a list")
         if not self.replaces or not all(type(ids) is list and ids for ids in self.replaces):
             raise ValueError("replaces must list at least one old token for each new one")
         if not all(type(id) is int and 0 <= id < self.first_new_id for ids in self.replaces for id in ids):

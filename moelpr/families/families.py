@@ -13,7 +13,7 @@ from moelpr.errors import UserError
 from moelpr.families.moe_classes import GRANITE_MOE, MIXTRAL, MOE_CLASSES, QWEN2_MOE, QWEN3_MOE, MoeClass
 from moelpr.families.tables import NameTable, llama_like_table
 from moelpr.files import parse_json
-from moelpr.model_spec import MAX_LAYERS, ModelSpec, MoeSpec
+from moelpr.model_spec import MAX_EXPERTS, MAX_LAYERS, ModelSpec, MoeSpec
 
 CONFIG_FILE = "config.json"
 
@@ -325,6 +325,8 @@ def _original_experts(config: Any, family: Family, args: dict[str, Any], raw: di
         )
     args["ffn_hidden_size"] = expert_ffn
     num_experts = next(getattr(config, name) for name in ("num_experts", "num_local_experts") if hasattr(config, name))
+    if num_experts > MAX_EXPERTS:
+        raise UserError(f"there must be at most {MAX_EXPERTS} experts, got {num_experts}; restore it")
     copies = raw.get(COPIES_KEY, 1)
     if type(copies) is not int or not 1 <= copies < max(num_experts, 2):
         raise UserError(f"{COPIES_KEY} must be an integer from 1 to {num_experts - 1}, got {copies!r}; remove it")

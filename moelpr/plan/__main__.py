@@ -245,8 +245,8 @@ def _parser() -> argparse.ArgumentParser:
 def _at_least(least: float, convert: type[int] | type[float]) -> Callable[[str], float]:
     def number(text: str) -> float:  # argparse reports a ValueError as "invalid number value"
         value = convert(text)
-        if not least <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"must be finite and at least {least}, got {text}")
+        if not least <= value <= 1e12:
+            raise argparse.ArgumentTypeError(f"must be at least {least} and at most 10^12, got {text[:40]}")
         return value
 
     return number

@@ -123,6 +123,7 @@ def test_metadata_of_an_untrusted_checkpoint_runs_no_code_and_is_noted(
     trap = tmp_path / "ran"
     keys = set(read_metadata(step).state_dict_metadata)
     assert capsys.readouterr().err == ""
+    (step / "checksums.json").unlink()
     edit_metadata(step, planner_data=RunsCode(trap))
     assert set(read_metadata(step).state_dict_metadata) == keys
     assert f"{step}/.metadata names pathlib" in capsys.readouterr().err
@@ -130,6 +131,28 @@ def test_metadata_of_an_untrusted_checkpoint_runs_no_code_and_is_noted(
     assert not trap.exists()
     inspect.unwrap(dcp.FileSystemReader.read_metadata)(dcp.FileSystemReader(step))
     assert trap.exists()  # an unrestricted reader runs it
+
+
+def test_a_flipped_bit_in_the_table_of_contents_is_noticed(step: Path) -> None:
+    """It may name another file of the same size: other weights."""
+    content = bytearray((step / ".metadata").read_bytes())
+    content[content.index(b"distcp")] ^= 1
+    (step / ".metadata").write_bytes(content)
+    with pytest.raises(UserError, match=r"\.metadata is damaged: its checksum differs"):
+        TorchDistReader(step)
+
+
+@pytest.mark.parametrize(
+    "change", [{"size": 3}, {"size": torch.Size([3, 1])}, {"properties": None}, {"chunks": [None]}]
+)
+def test_an_entry_of_another_type_is_reported(step: Path, change: dict[str, object]) -> None:
+    """Of a checkpoint without checksums."""
+    (step / "checksums.json").unlink()
+    metadata = pickle.loads((step / ".metadata").read_bytes())
+    vars(metadata.state_dict_metadata["tensor"]).update(change)
+    (step / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UserError, match=r"\.metadata is damaged"):
+        TorchDistReader(step)
 
 
 @pytest.mark.parametrize("name", ["state_dict_metadata", "storage_data"])

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -358,6 +359,14 @@ def test_nan_and_inf_weights_are_rejected(qwen2: Path, write_adapter: Callable[.
     with pytest.raises(UserError, match=name):
         mcore_to_hf(tmp_path / "ours", tmp_path / "out", as_delta=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_training_rounded_has_no_adapter_in_its_own_dtype(make_qwen2, tmp_path: Path) -> None:
+    hf_to_mcore(make_qwen2(torch.float32), tmp_path / "rounded", ExpertChoice(2, original_copies=1), dtype="bfloat16")
+    replace(ModelSpec.read(tmp_path / "rounded"), dtype="float32").write(tmp_path / "rounded")  # as after training
+    with pytest.raises(UserError, match="base's float32 was rounded: an adapter .*--dtype bfloat16"):
+        mcore_to_adapter(tmp_path / "rounded", tmp_path / "adapter", "base")
+    mcore_to_adapter(tmp_path / "rounded", tmp_path / "adapter", "base", dtype="bfloat16")
 
 
 def test_a_model_that_an_adapter_cannot_express_is_rejected(qwen2: Path, tmp_path: Path) -> None:

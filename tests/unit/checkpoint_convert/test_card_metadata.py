@@ -120,6 +120,7 @@ def test_invalid_input_exits_with_one_message_and_leaves_the_card(
         ((export, "--results", export.parent / "limited.json"), "--limit"),
         ((export, "--results", results, "--evaluated", "stage3"), "base, stage2"),
         ((export, "--base-model", "runs"), "--base-model must be OWNER/NAME"),
+        ((export, "--languages", "el,Greek"), "got Greek"),
     ):
         assert exit_code(command.main, *arguments) == 2, message
         error = capsys.readouterr().err

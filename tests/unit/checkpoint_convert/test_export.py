@@ -10,15 +10,18 @@ import pytest
 import torch
 import yaml
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoint_convert.comparison import compare_frozen, largest_difference
-from checkpoint_convert.export import apply_delta, mcore_to_hf
+from checkpoint_convert.export import apply_delta, mcore_to_hf, whole_checkpoint
+from checkpoint_convert.megatron_folder import MegatronReader
 from checkpoint_convert.upcycling import Start, hf_to_mcore
 from moelpr.errors import UserError
 from moelpr.families.expert_choice import ExpertChoice
+from moelpr.families.tables import Piece
 from moelpr.model_spec import ModelSpec
+from moelpr.stages import Part
 from moelpr.torch_dist import TorchDistReader
 from tests.hf_models import (
     TOKENS,
@@ -140,6 +143,52 @@ def test_a_base_that_training_rounded_is_rounded_the_same_way(make_qwen2: Callab
     replace(ModelSpec.read(tmp_path / "rounded"), dtype="float32").write(tmp_path / "rounded")  # as after training
     with pytest.raises(UserError, match=message):
         mcore_to_hf(tmp_path / "rounded", tmp_path / "fp32", as_delta=True)
+
+
+def test_a_base_that_was_rounded_in_part_or_twice_has_no_delta_in_another_dtype(
+    make_qwen2: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = make_qwen2(torch.float32)
+    hf_to_mcore(base, tmp_path / "model", ExpertChoice(2), start=Start("random"))
+    source = MegatronReader(tmp_path / "model")
+    (embedding,) = (piece for piece in source.pieces if piece.part is Part.EMBEDDING)
+    stored = MegatronReader.dtype
+
+    def dtype(reader: MegatronReader, piece: Piece) -> torch.dtype:
+        # As stage 0 leaves it: the embedding, of which some rows train, in bf16, all else as it was.
+        return torch.bfloat16 if piece.key == embedding.key else stored(reader, piece)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="base's float32 .*--dtype bfloat16"):
+        patch.setattr(MegatronReader, "dtype", dtype)
+        mcore_to_hf(tmp_path / "model", tmp_path / "delta", as_delta=True)
+    hf_to_mcore(base, tmp_path / "twice", ExpertChoice(2), start=Start("random"), dtype="bfloat16")
+    replace(ModelSpec.read(tmp_path / "twice"), dtype="float16").write(tmp_path / "twice")
+    with pytest.raises(UserError, match="has bfloat16 and float16, .* export without --delta"):
+        mcore_to_hf(tmp_path / "twice", tmp_path / "delta", as_delta=True, dtype="bfloat16")
+
+
+def test_numbers_that_float16_does_not_have_are_reported(make_qwen2: Callable[..., Path], tmp_path: Path) -> None:
+    base = Path(shutil.copytree(make_qwen2(torch.float32), tmp_path / "base"))
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = 1e5
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="in float16 contains NaN or Inf; .*too large"):
+        hf_to_mcore(base, tmp_path / "narrow", ExpertChoice(2), dtype="float16")
+    hf_to_mcore(base, tmp_path / "wide", ExpertChoice(2))
+    with pytest.raises(UserError, match="in float16 contains NaN or Inf; .*too large"):
+        mcore_to_hf(tmp_path / "wide", tmp_path / "hf", dtype="float16")
+
+
+def test_a_whole_checkpoint_does_not_replace_the_base_checkpoint_it_is_made_of(
+    make_qwen2: Callable[..., Path], tmp_path: Path
+) -> None:
+    hf_to_mcore(make_qwen2(), tmp_path / "c1", ExpertChoice(2))
+    shutil.copytree(tmp_path / "c1", tmp_path / "c2")
+    with pytest.MonkeyPatch.context() as patch:
+        links = [tmp_path / "c2" / "release", tmp_path / "c1" / "release"]
+        patch.setattr("checkpoint_convert.export.checkpoint_chain", lambda *_: links)
+        with pytest.raises(UserError, match="must be separate folders"):
+            whole_checkpoint(tmp_path / "c2", tmp_path / "c1", overwrite=True)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from checkpoint_convert.export import apply_delta, mcore_to_hf
 from checkpoint_convert.grafting import graft
 from checkpoint_convert.hub import Model
 from checkpoint_convert.upcycling import hf_to_mcore
-from moelpr.data.tokenizer import load_tokenizer
+from moelpr.data.tokenizer import load_tokenizer, open_hf_tokenizer
 from moelpr.errors import UserError
 from moelpr.families.expert_choice import ExpertChoice
 from tests.hf_models import assert_import_fails, files_of, make_model  # noqa: F401
@@ -72,7 +72,8 @@ def make_base(make_model: Callable[..., Path], tmp_path: Path) -> Callable[..., 
 def facts(folder: Path) -> tuple[object, ...]:
     tokenizer = load_tokenizer("HuggingFaceTokenizer", str(folder))
     ids = tokenizer.encode_batch(TEXTS)
-    return tokenizer.fingerprint(), ids, tokenizer.eod_id, [tokenizer.decode(text) for text in ids]
+    decoded, padding_side = [tokenizer.decode(text) for text in ids], open_hf_tokenizer(folder).padding_side
+    return tokenizer.fingerprint(), ids, tokenizer.eod_id, decoded, padding_side
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -298,13 +298,17 @@ def test_an_incomplete_checkpoint_is_rejected(upcycled: Path, tmp_path: Path) ->
     data.unlink()
     assert_export_fails(upcycled, tmp_path, "__0_0.distcp")
     (upcycled / "release" / ".metadata").write_bytes(b"\x80\x04nonsense")
+    assert_export_fails(upcycled, tmp_path, ".metadata is truncated")
+    (upcycled / "release" / "checksums.json").unlink()
     assert_export_fails(upcycled, tmp_path, ".metadata is damaged")
     (upcycled / "release" / ".metadata").unlink()
     assert_export_fails(upcycled, tmp_path, "release .*.metadata")
 
 
 def test_exporting_an_untrusted_checkpoint_runs_no_code(upcycled: Path, tmp_path: Path) -> None:
+    """Whoever changes `.metadata` can change checksums.json too, or remove it."""
     trap = tmp_path / "ran"
+    (upcycled / "release" / "checksums.json").unlink()
     metadata = pickle.loads((upcycled / "release" / ".metadata").read_bytes())
     metadata.planner_data = RunsCode(trap)
     (upcycled / "release" / ".metadata").write_bytes(pickle.dumps(metadata))

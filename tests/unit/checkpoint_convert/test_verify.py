@@ -13,12 +13,16 @@ from safetensors.torch import load_file
 from checkpoint_convert import comparison
 from checkpoint_convert.comparison import compare, compare_frozen, largest_difference
 from checkpoint_convert.export import mcore_to_hf
+from checkpoint_convert.grafting import graft
+from checkpoint_convert.hf_folder import HfReader
+from checkpoint_convert.hub import Model
 from checkpoint_convert.upcycling import Start, hf_to_mcore
 from checkpoint_convert.verify import main
 from moelpr.families.expert_choice import ExpertChoice
 from tests.hf_models import (
     copy_of,
     edit_tensors,
+    load_stock,
     save_tokenizer,
     tensors_of,
 )
@@ -48,6 +52,20 @@ def test_tensors_that_readers_ignore_make_no_difference(
     assert exit_code(main, "--frozen", old, tmp_path / "megatron") == 0
     edit_tensors(old, lambda tensors: tensors["lm_head.weight"].add_(1))
     assert exit_code(main, source, old) == 1
+
+
+def test_an_export_that_transformers_has_saved_again_is_equal(base: Path, tmp_path: Path, exit_code) -> None:
+    """It writes the tensors of a shared expert that has no width."""
+    export, again = tmp_path / "export", tmp_path / "again"
+    hf_to_mcore(base, tmp_path / "mcore", ExpertChoice(2))
+    mcore_to_hf(tmp_path / "mcore", export)
+    load_stock(export, "Qwen2MoeForCausalLM").save_pretrained(again)
+    for path in export.glob("tokenizer*"):
+        shutil.copyfile(path, again / path.name)
+    assert any(0 in HfReader(again).shape(name) for name in HfReader(again).names)
+    assert exit_code(main, export, again) == 0
+    graft(*(Model(folder, folder.name) for folder in (base, base, again)), tmp_path / "graft")
+    assert exit_code(main, export, tmp_path / "graft") == 0
 
 
 def test_an_upcycled_checkpoint_and_its_export_are_equal(export: Path, tmp_path: Path, exit_code, capsys) -> None:

@@ -395,6 +395,7 @@ def export_first_round(dense: Path, tmp_path: Path, **options) -> Path:
         ({"mlp_only_layers": [0], "moe_intermediate_size": 24}, "48 and 24"),
         ({"decoder_sparse_step": 2}, "decoder_sparse_step .*1.* 2"),
         ({"num_experts": 1, "num_experts_per_tok": 1}, "K = 1"),
+        ({"num_experts": 1 << 31}, "at most 4096 experts"),
     ],
 )
 def test_unsupported_mixtures_are_rejected(

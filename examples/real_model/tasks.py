@@ -425,7 +425,7 @@ def searched_changes(run: Path, setting: str) -> dict[float, float]:
     changes = {}
     for rate in RATES.get(setting, ()):
         bits = [bits_per_byte(run / "validation", model) for model in (BASE, search_name(setting, rate))]
-        if all(bits):
+        if all(found.keys() >= {*EXPANDED} for found in bits):  # an evaluation may be in progress
             changes[rate] = fmean(bits[1][language] / bits[0][language] - 1 for language in EXPANDED)
     return changes
 

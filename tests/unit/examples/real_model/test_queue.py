@@ -158,6 +158,8 @@ def test_a_failed_setting_leaves_the_others_alone(run: Path, monkeypatch: pytest
 
 def test_the_best_rate_has_the_lowest_bits_per_byte_and_has_not_diverged(run: Path) -> None:
     assert best_rate(run, "full") == 3e-4
+    write_score(run / "validation", search_name("copies", 1e-3), EXPANDED[0], 1.7)  # in progress
+    assert "searched" not in collect(run)["settings"]["copies"]["cost"]
     with pytest.raises(UserError, match="lora"):
         best_rate(run, "lora")
 

@@ -41,7 +41,7 @@ CHART = {
     "MoE-LPR, K copies, more text": {"twice the tokens": TWICE},
 }
 JOINED = 2  # of these
-FAR = 0.05, 0.2  # changes beyond which a setting is drawn at the chart's edge
+FAR = 0.02, 0.13  # changes beyond which a setting is drawn at the chart's edge
 _NUMBERS = re.compile(r"\[\s+(-?[\d.e-]+(?:,\s+-?[\d.e-]+)*)\s+\]")  # a list of numbers over several lines
 
 

@@ -22,11 +22,10 @@ from checkpoint_convert.hf_folder import (
     record_dtype,
     write_weights,
 )
-from checkpoint_convert.history import Origin, check_separable, read_history
+from checkpoint_convert.history import Origin, check_frozen_is_the_base, check_separable, read_history
 from checkpoint_convert.megatron_folder import (
     SIGNS,
     MegatronReader,
-    check_frozen_is_the_base,
     num_elements,
     write_checkpoint,
 )

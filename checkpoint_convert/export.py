@@ -19,12 +19,12 @@ from tqdm import tqdm
 
 from checkpoint_convert.card_metadata import CARD_FILE
 from checkpoint_convert.hf_folder import MODEL_STEM, HfReader, copy_companion, copy_companions, raw_bytes, write_weights
-from checkpoint_convert.history import Origin, check_separable, read_history
+from checkpoint_convert.history import Origin, check_frozen_is_the_base, check_separable, read_history
 from checkpoint_convert.kept_tokenizer import keep_tokenizer
-from checkpoint_convert.megatron_folder import SIGNS, MegatronReader, check_frozen_is_the_base, write_checkpoint
+from checkpoint_convert.megatron_folder import SIGNS, MegatronReader, write_checkpoint
 from checkpoint_convert.model_card import BASE_CARD_FILE, CardFacts, model_card
 from checkpoint_convert.new_rows import grow, shape_without
-from checkpoint_convert.outputs import check_output, output_folder
+from checkpoint_convert.outputs import cast, check_output, output_folder
 from moelpr import checksums
 from moelpr.checkpoints import checkpoint_chain
 from moelpr.checksums import FileSum
@@ -281,7 +281,7 @@ def _complete_delta(folder: Path, facts: CardFacts, max_shard_bytes: int) -> Non
         if name in trained and name not in grown:
             tensors.append(DeltaTensor(name, shape, "delta", sha256=_checksum(trained.read(name))))
         elif name in in_base:
-            sha256 = _checksum(source.read_finite(name).to(dtype))
+            sha256 = _checksum(cast(source.read_finite(name), dtype, name))
             rows = (grown[name].start, grown[name].stop) if name in grown else None
             tensors.append(DeltaTensor(name, shape, "base", in_base[name], sha256, rows))
         else:

@@ -42,7 +42,7 @@ from checkpoint_convert.hub import Model, is_hub_name
 from checkpoint_convert.kept_tokenizer import keep_tokenizer
 from checkpoint_convert.model_card import BASE_CARD_FILE, LICENSE_KEYS, TEMPLATES
 from checkpoint_convert.new_rows import grow, new_rows, shape_without
-from checkpoint_convert.outputs import check_finite, check_output, output_folder
+from checkpoint_convert.outputs import cast, check_finite, check_output, output_folder
 from checkpoint_convert.upcycling import check_weights
 from moelpr import yaml_files
 from moelpr.data.tokenizer import load_tokenizer, open_hf_tokenizer
@@ -163,11 +163,11 @@ class GraftReader:
         dtype: torch.dtype = getattr(torch, self.dtype)
         tensor = _read(self._model, name)
         if name not in self._sources:
-            return tensor.to(dtype)
+            return cast(tensor, dtype, name)
         origin, piece = self._sources[name]
         is_grafted = piece.part in self._parts
         if piece.is_trained and not is_grafted:
-            return tensor.to(dtype)
+            return cast(tensor, dtype, name)
         base = self._read_dense(self._base, origin, tensor, piece)
         if not piece.is_trained and not torch.equal(base.to(tensor.dtype), tensor):
             for name_of_dtype in ("bfloat16", "float16"):
@@ -181,7 +181,7 @@ class GraftReader:
                 "training leaves as it is; pass the model that was upcycled (after --train-everything, there is none)"
             )
         if not is_grafted:
-            return tensor.to(dtype)
+            return cast(tensor, dtype, name)
         instruct = self._read_dense(self._instruct, origin, tensor, piece)
         if not piece.is_trained and instruct.ndim == 2:
             self._check_related(origin, base, instruct)

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from checkpoint_convert.megatron_folder import MegatronReader
 from moelpr.checkpoints import RELEASE, BaseCheckpoint, step_folder
 from moelpr.errors import UserError
+from moelpr.families.families import read_config
 from moelpr.model_spec import ModelSpec
 from moelpr.run_folder import HF_FOLDER, METRICS_FILE, RECIPE_FILE, VERSIONS_FILE, read_json, read_settings
 from moelpr.run_metrics import read_run_metrics
@@ -230,4 +232,26 @@ def check_separable(model: Path, spec: ModelSpec, origin: Origin, history: Histo
             f"note: how {history.missing} was trained is not recorded; if that changed more than routers and new "
             f"experts, {output} cannot restore the model",
             file=sys.stderr,
+        )
+
+
+def check_frozen_is_the_base(source: MegatronReader, dtype: str, output: str, instead: str) -> None:
+    """UserError unless the base's tensors in `dtype` are the checkpoint's frozen ones in `dtype`.
+
+    A dtype between the base's and this one, of the conversion or of the training, has rounded them otherwise. A tensor
+    with rows of new tokens is stored in the dtype of the training.
+
+    Args:
+        output: What is to be written, "a delta" or "an adapter".
+        instead: The fix if no dtype is one, for the error message.
+    """
+    base = read_config(source.folder / HF_FOLDER)
+    base_dtype = base.get("dtype") or base.get("torch_dtype") or source.spec.dtype
+    stored = {str(source.dtype(piece)).removeprefix("torch.") for piece in source.pieces if not piece.is_trained}
+    rounded = sorted({source.spec.dtype, *stored} - {"float32", base_dtype})
+    if not {*rounded} <= {dtype}:
+        fix = f"pass --dtype {rounded[0]}" if len(rounded) == 1 else instead
+        raise UserError(
+            f"{source.folder} has {' and '.join(rounded)}, to which the base's {base_dtype} was rounded: {output} in "
+            f"{dtype} would not restore it; {fix}"
         )

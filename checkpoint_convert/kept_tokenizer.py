@@ -33,14 +33,20 @@ def keep_tokenizer(source: Path, folder: Path) -> None:
     if not any((source / name).is_file() for name in TOKENIZER_FILES):
         return
     wanted = _facts(source)
-    if _is_same(folder, wanted):
-        return
+    if not _is_same(folder, wanted):
+        _rewrite(source, folder, wanted)
+    sides = [open_hf_tokenizer(path).padding_side for path in (source, folder)]  # some classes have their own default
+    if sides[0] != sides[1]:
+        _write_config(folder, _read_config(folder) | {"padding_side": sides[0]})
+
+
+def _rewrite(source: Path, folder: Path, wanted: tuple[object, ...]) -> None:
     content = _load(source).serialized()
     if isinstance(content, str):
         for name in _OTHER_VOCABULARIES:
             (folder / name).unlink(missing_ok=True)
         (folder / "tokenizer.json").write_text(content, encoding="utf-8")
-        (folder / _CONFIG_FILE).write_text(json.dumps(_plain_config(source), indent=2) + "\n")
+        _write_config(folder, _plain_config(source))
         if _is_same(folder, wanted):
             return
     raise UserError(
@@ -61,24 +67,30 @@ def _is_same(folder: Path, wanted: tuple[object, ...]) -> bool:
 
 
 def _facts(folder: Path) -> tuple[object, ...]:
-    """What must not change: the IDs of text, the tokens around it, the end of a document, decoding, and padding."""
-    tokenizer, padding_side = _load(folder), open_hf_tokenizer(folder).padding_side
+    """What must not change: the IDs of text, the tokens around it, the end of a document, and decoding."""
+    tokenizer = _load(folder)
     try:
         ids = tokenizer.encode_batch([" a b"])[0]
     except Exception:  # tokenizers raises no other, for text that a vocabulary without unknown token cannot express
         ids = []
-    return tokenizer.fingerprint(), ids, tokenizer.eod_id, tokenizer.decode(ids), padding_side
+    return tokenizer.fingerprint(), ids, tokenizer.eod_id, tokenizer.decode(ids)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / _CONFIG_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _write_config(folder: Path, config: dict[str, Any]) -> None:
+    (folder / _CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _plain_config(source: Path) -> dict[str, Any]:
     """The source's tokenizer_config.json for `_PLAIN_CLASS`, which knows no special tokens by itself."""
-    path = source / _CONFIG_FILE
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    loaded = open_hf_tokenizer(source)
-    for name, token in loaded.special_tokens_map.items():
+    config = _read_config(source)
+    for name, token in open_hf_tokenizer(source).special_tokens_map.items():
         found = config.get(name)
         if token != (found.get("content") if isinstance(found, dict) else found):
             config[name] = token
     config.pop("auto_map", None)
-    config["padding_side"] = loaded.padding_side  # that of some classes is not the default
     return config | {"tokenizer_class": _PLAIN_CLASS}

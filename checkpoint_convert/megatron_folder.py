@@ -12,11 +12,11 @@ from tqdm import tqdm
 from checkpoint_convert.outputs import check_finite
 from moelpr.checkpoints import RELEASE, checkpoint_chain, verify_chain
 from moelpr.errors import UserError
-from moelpr.families.families import family_named, read_config
+from moelpr.families.families import family_named
 from moelpr.families.moe_classes import MoeClass
 from moelpr.families.tables import Piece, megatron_shape, pieces, sizes_of, zeros
 from moelpr.model_spec import FILE_NAME, ModelSpec
-from moelpr.run_folder import HF_FOLDER, TRACKER_FILE
+from moelpr.run_folder import TRACKER_FILE
 from moelpr.torch_dist import TorchDistReader, TorchDistWriter
 
 # Files of which a checkpoint folder that may be overwritten has at least one.
@@ -107,28 +107,6 @@ class MegatronReader:
             raise UserError(
                 f"{self.step_folder}: {piece.key} has shape {list(found)}, but {FILE_NAME} says {list(expected)}"
             )
-
-
-def check_frozen_is_the_base(source: MegatronReader, dtype: str, output: str, instead: str) -> None:
-    """UserError unless the base's tensors in `dtype` are the checkpoint's frozen ones in `dtype`.
-
-    A dtype between the base's and this one, of the conversion or of the training, has rounded them otherwise. A tensor
-    with rows of new tokens is stored in the dtype of the training.
-
-    Args:
-        output: What is to be written, "a delta" or "an adapter".
-        instead: The fix if no dtype is one, for the error message.
-    """
-    base = read_config(source.folder / HF_FOLDER)
-    base_dtype = base.get("dtype") or base.get("torch_dtype") or source.spec.dtype
-    stored = {str(source.dtype(piece)).removeprefix("torch.") for piece in source.pieces if not piece.is_trained}
-    rounded = sorted({source.spec.dtype, *stored} - {"float32", base_dtype})
-    if not {*rounded} <= {dtype}:
-        fix = f"pass --dtype {rounded[0]}" if len(rounded) == 1 else instead
-        raise UserError(
-            f"{source.folder} has {' and '.join(rounded)}, to which the base's {base_dtype} was rounded: {output} in "
-            f"{dtype} would not restore it; {fix}"
-        )
 
 
 def write_checkpoint(

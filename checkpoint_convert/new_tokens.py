@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from checkpoint_convert.outputs import cast
 from moelpr.data.tokenizer import load_tokenizer
 from moelpr.errors import UserError
 from moelpr.vocabulary_extension import VOCABULARY_EXTENSION_FILE, VocabularyExtension
@@ -41,7 +42,7 @@ def with_new_rows(rows_VH: Tensor, extension: VocabularyExtension, vocab_size: i
     Spare rows that the model had for no token become those of the first new tokens. Means are computed in fp32.
     """
     grown_VH = torch.empty(vocab_size, rows_VH.shape[1], dtype=dtype)
-    grown_VH[: len(rows_VH)] = rows_VH
+    grown_VH[: len(rows_VH)] = cast(rows_VH, dtype, "the embedding or the output layer")
     for id, replaced in enumerate(extension.replaces, start=extension.first_new_id):
         grown_VH[id] = rows_VH[replaced].float().mean(dim=0)
     return grown_VH

@@ -20,16 +20,13 @@ from moelpr import checksums
 from moelpr.errors import UserError
 from moelpr.files import read_versioned, write_text
 from moelpr.model_spec import ModelSpec
-from moelpr.run_folder import BASE_CHECKPOINT_FILE, TRACKER_FILE, as_step
+from moelpr.run_folder import BASE_CHECKPOINT_FILE, TABLE_FILES, TRACKER_FILE, as_step
 
 FORMAT_VERSION = 1
 RELEASE = "release"
 
 # Files are hashed in pieces of this size, so that ranks and threads share a large one. Part of the format.
 PIECE_BYTES = 256 << 20
-
-# The files of a step beside its .distcp files.
-TABLE_FILES = (".metadata", "metadata.json")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ from moelpr.files import parse_json
 from moelpr.yaml_files import read_mapping
 
 HF_FOLDER = "hf"
+# Tables of contents of a saved step, beside its .distcp files. Megatron writes the second when the step is complete.
+METADATA_FILE, MEGATRON_CONFIG_FILE = TABLE_FILES = ".metadata", "metadata.json"
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 BASE_CHECKPOINT_FILE = "base_checkpoint.json"
 RECIPE_FILE = "recipe.yaml"

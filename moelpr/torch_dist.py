@@ -32,10 +32,8 @@ from moelpr import checksums
 from moelpr.checksums import FileSum, Verifier
 from moelpr.errors import UserError, deferred_signals
 from moelpr.files import DurableFile
+from moelpr.run_folder import MEGATRON_CONFIG_FILE, METADATA_FILE, TABLE_FILES
 
-METADATA_FILE = ".metadata"
-MEGATRON_CONFIG_FILE = "metadata.json"
-_TABLES = METADATA_FILE, MEGATRON_CONFIG_FILE  # Megatron writes the second when the step is complete
 _FIX = "copy the checkpoint again, or use another step (--iteration; trainer: --ckpt-step)"
 MAX_FILE_BYTES = 1 << 30
 # Lists the complete files and their chunks, one file per line; removed when the checkpoint is complete.
@@ -44,7 +42,7 @@ JOURNAL_FILE = "written.jsonl"
 
 def check_complete(folder: Path) -> None:
     """UserError if `folder` is not a torch_dist checkpoint, or is incomplete."""
-    for name in _TABLES:
+    for name in TABLE_FILES:
         if not (folder / name).is_file():
             raise UserError(f"{folder} is not a complete torch_dist checkpoint: {name} is missing; {_FIX}")
 
@@ -202,7 +200,7 @@ class TorchDistWriter:
         (self._folder / METADATA_FILE).write_bytes(pickle.dumps(metadata))
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         (self._folder / MEGATRON_CONFIG_FILE).write_text(json.dumps(config))
-        tables = {name: FileSum.of(self._folder / name) for name in (METADATA_FILE, MEGATRON_CONFIG_FILE)}
+        tables = {name: FileSum.of(self._folder / name) for name in TABLE_FILES}
         checksums.write(self._folder, self._sums | tables)
 
     def _register(self, chunk: dict[str, Any], place: _StorageInfo) -> None:
@@ -265,8 +263,8 @@ class TorchDistReader:
     def __init__(self, folder: Path):
         self._folder = folder
         check_complete(folder)
-        self._verifier = Verifier(folder, "copy the checkpoint again, or use another step", is_expected=True)
-        for name in _TABLES:
+        self._verifier = Verifier(folder, _FIX, is_expected=True)
+        for name in TABLE_FILES:
             self._verifier.verify(name)
         metadata = read_metadata(folder)
         entries = metadata.state_dict_metadata.items()

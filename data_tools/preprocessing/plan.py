@@ -328,11 +328,14 @@ def _described(state: os.stat_result) -> list[int]:
     return [state.st_size, state.st_mtime_ns]
 
 
+# Settings in which the jobs of one corpus may differ. Each node may have its own copy of the input, and the last two
+# change no complete shard.
+_OF_ONE_SHARD = ("--shard", "--output-prefix", "input files", "--on-error", "--audit")
+
+
 def _shard_of(settings: dict[str, Any], sources: list[Source]) -> str:
-    """Paths and times may differ: each node may have its own copy of the input."""
-    same = {
-        name: value for name, value in settings.items() if name not in ("--shard", "--output-prefix", "input files")
-    }
+    """`Manifest.shard_of`."""
+    same = {name: value for name, value in settings.items() if name not in _OF_ONE_SHARD}
     files = [[os.path.basename(source.path), source.bytes] for source in sources]
     return hashlib.sha256(json.dumps([same, files]).encode()).hexdigest()
 

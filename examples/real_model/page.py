@@ -134,7 +134,13 @@ def _image(text: str, name: str, folder: str) -> str:
 def readme_line(results: Json) -> str:
     """A sentence on what was done, and one with the means of MoE-LPR and of what it is compared with."""
     clauses = []
-    for name, label in (("copies", "MoE-LPR"), ("full", "full fine-tuning"), ("lora", "LoRA")):
+    compared = {
+        "copies": "MoE-LPR",
+        "full": "full fine-tuning",
+        "lora": "LoRA",
+        REPLAY: "full fine-tuning with replay text mixed in",
+    }
+    for name, label in compared.items():
         learned, kept = change(results, name, "in", "expanded"), change(results, name, "out", "original")
         if learned is not None and kept is not None:
             clauses.append(f"{label} {percent(learned)} and {percent(kept)}")

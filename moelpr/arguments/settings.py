@@ -41,7 +41,7 @@ FIXED_FOR_MOE: dict[str, Any] = {
     "moe_router_force_biased": None, "moe_latent_size": None, "cuda_graph_impl": "none",
     "overlap_moe_expert_parallel_comm": False, "fp8": None, "fp4": None, "mlp_chunks_for_training": 1,
     "use_te_activation_func": False, "overlap_dispatch_backward_with_experts_wgrad": False,
-    "moe_mlp_glu_interleave_size": None,
+    "moe_mlp_glu_interleave_size": None, "qk_clip": False, "te_precision_config_file": None,
 }  # fmt: skip
 
 

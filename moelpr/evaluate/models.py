@@ -275,12 +275,13 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    invalid = UserError(f"--device must be auto, cpu, cuda or cuda:N, got {name}")
     try:
         device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
+    except RuntimeError as error:
+        raise invalid from error
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {name}")
+        raise invalid
     if device.type == "cpu":
         return device
     index = device.index or 0

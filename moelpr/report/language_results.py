@@ -110,9 +110,9 @@ def read_evaluations(paths: Iterable[Path]) -> LanguageResults:
             content = parse_json(path.read_bytes())
             _add(results, content)
             for model, result in content["models"].items():
-                for group in GROUPS:
-                    languages = {name for name in result["languages"] if results.groups[name] == group}
-                    averaged.setdefault(model, {})[f"mean {group}"] = languages
+                for row in (f"mean {group}" for group in GROUPS if f"mean {group}" in (result.get("means") or {})):
+                    languages = {name for name in result["languages"] if results.groups[name] == row.split()[1]}
+                    averaged.setdefault(model, {})[row] = languages
     for model, by_row in averaged.items():
         for row, languages in by_row.items():
             _average_again(results, model, row, languages)
@@ -124,7 +124,7 @@ def _average_again(results: LanguageResults, model: str, row: str, languages: se
     bits = results.bits.get(model, {})
     of_group = [name for name in results.languages(row.removeprefix("mean ")) if name in bits]
     if row in bits and set(of_group) != languages:
-        bits[row] = Interval(fmean(bits[name].value for name in of_group))
+        bits[row] = Interval(fmean(bits[name].value for name in of_group) if of_group else math.nan)
         results.changes.get(model, {}).pop(row, None)
 
 

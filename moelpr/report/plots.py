@@ -209,7 +209,8 @@ def trade_off_chart(
 
     A setting beyond `most` (x, y), which would squeeze the others, is drawn there, and its label says what it has.
     """
-    figure, axes = new_axes(400, 260)
+    num_settings = sum(len(one.settings) for one in series)
+    figure, axes = new_axes(400, 260 + 12 * max(0, num_settings - 8))  # room for labels
     axes.set_title(title, pad=14 + 18 * math.ceil(len(series) / 2))
     described: list[str] = []
     labels: list[tuple[str, tuple[float, float]]] = []

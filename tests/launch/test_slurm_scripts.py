@@ -289,6 +289,7 @@ def test_a_stage_that_fails_five_times_in_a_row_is_given_up(calls: Calls, tmp_pa
     start(PREEMPTED="2026-01-01T00:00:00")  # a clean stop
     assert {start(**fails) for _ in range(4)} == {"scontrol [requeue] [7]"}
     assert start(**fails) == "scontrol [update] [JobId=7] [Requeue=0]"
+    assert start(**fails, SLURM_JOB_ID="8") == "scontrol [requeue] [8]"  # submitted again, without the broken node
 
 
 @pytest.mark.parametrize(

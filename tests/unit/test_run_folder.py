@@ -12,6 +12,11 @@ def test_settings_are_those_of_recipe_yaml(tmp_path: Path) -> None:
     assert read_settings(tmp_path) == {"lr": 1e-3, "stage": "stage1"}
 
 
+def test_settings_of_a_wrong_type_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("stage: []\nsave: 3\nckpt_step: one\nmodel_source:\nlr: text\n")
+    assert read_settings(tmp_path) == {"model_source": None, "lr": "text"}
+
+
 @pytest.mark.parametrize("content", [None, "- a list\n", "{", "\0"])
 def test_a_missing_or_damaged_recipe_is_none(tmp_path: Path, content: str | None) -> None:
     if content is not None:

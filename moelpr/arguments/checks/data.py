@@ -201,8 +201,9 @@ def note_other_data(run: RunSettings) -> Iterable[str]:
     if not _has_steps_left(run):
         return
     record, args = run.record or {}, run.args
+    defaults = {"split": "100,0,0", "dataloader_type": "single"}
     before, now = (
-        {"split": "100,0,0"} | {name: values[name] for name in _ORDER if values.get(name) is not None}
+        defaults | {name: values[name] for name in _ORDER if values.get(name) is not None}
         for values in (record, vars(args))
     )
     changed = [name for name in now if name in before and before[name] != now[name]]
@@ -232,7 +233,7 @@ def _is_number(text: str) -> bool:
 
 
 def _has_steps_left(run: RunSettings) -> bool:
-    """Whether this is a run to resume, or its length is not known."""
+    """Whether this is a resumed run that may have steps left."""
     step = run.saved_step if run.step is None else run.step
     return run.is_resumed and not (run.args.train_iters and step is not None and run.args.train_iters <= step)
 

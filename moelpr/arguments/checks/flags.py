@@ -55,7 +55,7 @@ def check_exclusive_flags(run: RunSettings) -> Iterable[str]:
 def check_optimizer(run: RunSettings) -> Iterable[str]:
     """Megatron's distributed optimizer knows only Adam's state."""
     if run.args.optimizer == "sgd" and run.args.use_distributed_optimizer:
-        yield "--use-distributed-optimizer does not support --optimizer sgd; pass --no-use-distributed-optimizer"
+        yield "--use-distributed-optimizer does not support --optimizer sgd; remove it, or use --optimizer adam"
 
 
 def check_ranges(run: RunSettings) -> Iterable[str]:

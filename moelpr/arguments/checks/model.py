@@ -64,12 +64,10 @@ _UNSUPPORTED = {
     ),
 }  # fmt: skip
 
-# What no family has, and an export would compute without; what changes frozen weights, or logs what PyTorch's attention
-# does not compute; another checkpoint format, which cannot be exported or resumed in another layout; and the modes in
-# which Megatron repeats a step.
+# What no family has, and an export would compute without; another checkpoint format, which cannot be exported or
+# resumed in another layout; and the modes in which Megatron repeats a step.
 _FIXED = {
     "no_rope_freq": None, "window_attn_skip_freq": None, "activation_func_clamp_value": None,
-    "qk_clip": False, "log_max_attention_logit": False, "te_precision_config_file": None,
     "rotary_interleaved": False, "rotary_seq_len_interpolation_factor": None, "layernorm_zero_centered_gamma": False,
     "use_mup": False, "attention_output_gate": False, "softmax_type": "vanilla", "glu_linear_offset": 0.0,
     "ckpt_format": "torch_dist", "rerun_mode": "disabled",
@@ -85,7 +83,6 @@ _WHY_FIXED = {
     "overlap_dispatch_backward_with_experts_wgrad": "the first MoE layer's experts would get no gradient",
     "moe_mlp_glu_interleave_size": "checkpoints have the gate's rows before the up projection's",
     "qk_clip": "it would scale the weights of frozen attention",
-    "log_max_attention_logit": "PyTorch's attention does not compute it",
     "te_precision_config_file": "new experts are not tested with FP8, see docs/design/gpu.md",
     "rerun_mode": "others do not check the first step for NaN, and save a step that cannot be loaded after a later one",
 }
@@ -193,6 +190,7 @@ def check_transformer_engine(run: RunSettings) -> Iterable[str]:
         "--moe-permute-fusion": is_local and run.is_moe and args.moe_permute_fusion,
         "--moe-router-fusion": is_local and run.is_moe and args.moe_router_fusion,
         "--recompute-modules layernorm": is_local and "layernorm" in (args.recompute_modules or ()),
+        "--log-max-attention-logit": is_local and args.log_max_attention_logit,
         "--fp32-residual-connection": is_local and args.fp32_residual_connection,
         "--use-precision-aware-optimizer": args.use_precision_aware_optimizer
         and not kernels.is_installed("transformer_engine"),

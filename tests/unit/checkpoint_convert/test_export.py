@@ -170,13 +170,15 @@ def test_a_base_that_was_rounded_in_part_or_twice_has_no_delta_in_another_dtype(
 def test_numbers_that_float16_does_not_have_are_reported(make_qwen2: Callable[..., Path], tmp_path: Path) -> None:
     base = Path(shutil.copytree(make_qwen2(torch.float32), tmp_path / "base"))
     tensors = load_file(base / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = 1e5
+    tensors["model.layers.1.self_attn.o_proj.weight"][0, 0] = 1e5
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="in float16 contains NaN or Inf; .*too large"):
         hf_to_mcore(base, tmp_path / "narrow", ExpertChoice(2), dtype="float16")
     hf_to_mcore(base, tmp_path / "wide", ExpertChoice(2))
     with pytest.raises(UserError, match="in float16 contains NaN or Inf; .*too large"):
         mcore_to_hf(tmp_path / "wide", tmp_path / "hf", dtype="float16")
+    with pytest.raises(UserError, match="in float16 contains NaN or Inf; .*too large"):
+        mcore_to_hf(tmp_path / "wide", tmp_path / "delta", dtype="float16", as_delta=True)
 
 
 def test_a_whole_checkpoint_does_not_replace_the_base_checkpoint_it_is_made_of(

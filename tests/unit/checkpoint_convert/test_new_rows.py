@@ -260,6 +260,12 @@ def test_a_graft_keeps_new_rows_and_gives_old_rows_the_difference(
     assert new.encode_batch(["abbb ba"]) == old.encode_batch(["abbb ba"])
     for name in ("tokenizer.json", VOCABULARY_EXTENSION_FILE):
         assert (tmp_path / "out" / name).read_bytes() == (model / name).read_bytes()
+    # transformers 5 would write TokenizersBackend, which transformers 4 does not know.
+    classes = [
+        json.loads((path / "tokenizer_config.json").read_text())["tokenizer_class"]
+        for path in (model, tmp_path / "out")
+    ]
+    assert classes[0] == classes[1]
     assert "the 45 new tokens, which it lacks, are as in `model`" in (tmp_path / "out/README.md").read_text()
 
 

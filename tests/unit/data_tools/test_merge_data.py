@@ -1,5 +1,7 @@
 """Merged corpora have the bytes of one corpus; corpora that can't be merged are reported and leave nothing."""
 
+import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -145,3 +147,14 @@ def test_an_output_that_is_an_input_under_another_name_is_refused(tmp_path: Path
     assert content(one) == before
     merge(tmp_path / "twice", one, one)  # text may be repeated
     assert Corpus(str(tmp_path / "twice")).num_documents == 2
+
+
+def test_more_corpora_than_open_files_are_usually_allowed_can_be_merged(make_corpus: Callable, tmp_path: Path) -> None:
+    """Each takes three files; the usual limit is 1,024, and the hard one much higher."""
+    corpora = [make_corpus(f"corpus{number}", [("en", [number])]) for number in range(12)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
+    try:
+        merge(tmp_path / "all", *corpora)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -102,6 +102,8 @@ def test_routing_lists_the_layers_that_break_the_prior(
     for language, layer in broken:
         assert re.search(rf"moe: {language_name(language)} .*\b{layer} \(", printed)
     assert page.count("<svg xmlns") == 6 and "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
+    evaluate("routing", "--model", f"a/b={moe_dir}", "--model", f"a_b={moe_dir}", *data, "--output", output)
+    assert len({path.name for path in output.glob("routing-a_b*-experts.svg")}) == 2
     figures = ("original-first-share", "original-chosen-share", "load-imbalance", "entropy", "experts")
     assert all((output / f"routing-moe-{figure}.svg").is_file() for figure in figures)
 

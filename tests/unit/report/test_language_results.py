@@ -67,6 +67,13 @@ def test_a_mean_is_over_the_languages_of_all_files(tmp_path: Path) -> None:
         assert not results.change("ours", "mean expanded").has_bounds
         assert results.value("ours", "mean expanded").value == pytest.approx(1.5)
     assert read_evaluations([paths[0], paths[0]]).change("ours", "mean expanded").has_bounds
+    # A file without means says nothing about them, and in another round a language is no longer expanded.
+    routing = {"models": {"ours": {"languages": {"el": {"original_first_share": [0.5]}}}}, "original_languages": ["en"]}
+    paths[1].write_text(json.dumps(routing))
+    assert read_evaluations(paths).change("ours", "mean expanded").has_bounds
+    later = {"models": {"other": {"languages": {"el": {}}}}, "original_languages": ["en", "el"]}
+    paths[1].write_text(json.dumps(later))
+    assert math.isnan(read_evaluations(paths).value("ours", "mean expanded").value)
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"models": 3}', '{"models": {"a": {}}}', "[" * 100_000])

@@ -186,7 +186,6 @@ def test_stage_2_without_stage_1_is_logged_and_not_rejected(upcycled: str, make_
         (["--activation-func-clamp-value", "1"], "--activation-func-clamp-value must be None", "remove"),
         (["--qk-clip"], "--qk-clip must be False", "frozen attention"),
         (["--te-precision-config-file", "a.yaml"], "--te-precision-config-file must be None", "remove"),
-        (["--log-max-attention-logit"], "--log-max-attention-logit must be False", "remove"),
         (["--enable-cuda-graph"], "--enable-cuda-graph is not supported", "remove"),
         (["--hybrid-override-pattern", "M*"], "--hybrid-override-pattern is not supported", "remove"),
         (["--use-cpu-initialization"], "--use-cpu-initialization is not supported", "remove"),
@@ -227,6 +226,7 @@ def test_both_losses_can_be_combined(upcycled: str, accepted) -> None:
         ["--use-precision-aware-optimizer", "--use-distributed-optimizer"],
         ["--recompute-modules", "--recompute-granularity"],
         ["--fp32-residual-connection"],
+        ["--log-max-attention-logit"],
     ],
 )
 def test_flags_that_need_transformer_engine_are_rejected_without_it(

@@ -169,6 +169,12 @@ def visible_gpus() -> list[tuple[str, float]]:
 def _torch_gpus() -> list[tuple[str, float]]:
     import torch
 
+    from moelpr.megatron_patches import cpu
+
+    if message := cpu.unusable_gpus():
+        raise UserError(message)
+    if not torch.cuda.is_available():
+        return []
     properties = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     return [(gpu.name, gpu.total_memory / GIB) for gpu in properties]
 

@@ -95,6 +95,6 @@ def impose(router: Any, choices_TK: Tensor) -> None:
     def imposed(hidden: Tensor) -> Tensor:
         logits = gating(hidden)
         shape = (*logits.shape[:-1], choices_TK.shape[1])
-        return logits.scatter_add(-1, choices_TK.view(shape), raised_TK.view(shape))
+        return logits.scatter_add(-1, choices_TK.view(shape), raised_TK.view(shape).to(logits.dtype))
 
     router.gating = imposed

@@ -18,7 +18,8 @@ the six languages. Stage 2 should be at least 1.5 times as fast as stage 1.
 The peers hold and compute each copy of the dense FFN as an expert like any other.
 
 The fraction of the matmul rate counts only the work a step cannot avoid (`needed_flops`) and compares it with one large
-matrix product of the same dtype, timed in the same rounds. On a GPU everything runs in bf16; that path is untested.
+matrix product of the same dtype, timed in the same rounds. On a GPU everything runs in bf16; that path is untested. The
+peers' optimizers then keep no fp32 copies of their weights, which ours does: they move less memory, and lose updates.
 """
 
 import argparse

@@ -87,7 +87,7 @@ def train(
     """
     import torch
 
-    gpus = torch.cuda.device_count()
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0  # with an old driver, it counts them
     steps.step(
         name,
         *(f"launch/{stage}.sh", "--recipe", RECIPES / f"demo-{recipe or name}.yaml", "--pretrained-checkpoint", start),

@@ -44,9 +44,10 @@ find_python() {
         candidates=$PYTHON
     else
         # Every match on PATH, not only the first of each name; except .venv, which may be about to be deleted.
-        candidates=$(type -aP "${supported[@]/#/python}" python3 python | grep -v "^$PWD/\.venv/")
+        candidates=$(type -aP "${supported[@]/#/python}" python3 python)
     fi || true
     while read -r candidate && [ -n "$candidate" ]; do
+        if [ -z "${PYTHON:-}" ] && [[ $candidate == "$PWD"/.venv/* ]]; then continue; fi
         answer=$(verdict "$candidate")
         if [ "$answer" = fits ]; then
             echo "$candidate"

@@ -67,7 +67,10 @@ class Training:
 
     @property
     def _ranks(self) -> int:
-        return 2 if self.trains_everything else 1
+        """Two of a plain MoE, unless the machine has a single GPU."""
+        import torch
+
+        return 2 if self.trains_everything and torch.cuda.device_count() != 1 else 1
 
     def _number_of_steps(self) -> int:
         """A guess until the earlier tasks that find it are done."""

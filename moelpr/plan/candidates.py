@@ -59,6 +59,27 @@ def fitting(spec: ModelSpec, workload: Workload, cluster: Cluster) -> list[Candi
     return sorted(fits, key=key)
 
 
+def faster_micro_batch(best: Candidate, spec: ModelSpec, workload: Workload, cluster: Cluster) -> str | None:
+    """The flags of a larger micro-batch whose best layout is faster than `best`, and what they cost; None if none is.
+
+    The micro-batch is doubled as long as that helps.
+    """
+    planned = workload
+    while best.step_time and 2 * workload.micro_batch_size <= workload.global_batch_size:
+        doubled = replace(workload, micro_batch_size=2 * workload.micro_batch_size)
+        try:
+            other = fitting(spec, doubled, cluster)[0]
+        except UserError:  # it fits in no layout
+            break
+        if other.step_time is None or other.step_time.total_s >= best.step_time.total_s:
+            break
+        best, workload = other, doubled
+    if workload is planned or best.step_time is None:
+        return None
+    speed, gib = best.step_time.tokens_per_s(workload, cluster), best.peak.total_bytes / GIB
+    return f"--micro-batch-size {workload.micro_batch_size}: {speed:,.0f} tokens/s per GPU, {gib:.2f} GiB"
+
+
 def legal_layouts(spec: ModelSpec, workload: Workload, cluster: Cluster) -> Iterator[PlannedLayout]:
     """Yield every layout of all GPUs that the trainer accepts and whose tensor-parallel groups stay inside a node.
 

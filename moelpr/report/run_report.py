@@ -261,8 +261,12 @@ def _settings(report: Report) -> Iterator[Block]:
 def _commands(runs: Sequence[Run]) -> Iterator[Block]:
     for run in runs:
         if run.arguments:
-            ranks = f"--nproc-per-node {run.num_ranks} " if (run.num_ranks or 1) > 1 else ""
-            command = f"python -m moelpr.torchrun --standalone {ranks}-m moelpr.pretrain {shlex.join(run.arguments)}"
+            num_ranks, per_node = run.num_ranks or 1, run.ranks_per_node or run.num_ranks or 1
+            nodes = "--standalone"
+            if num_ranks > per_node:
+                nodes = f"--nnodes {num_ranks // per_node} --node-rank RANK --master-addr FIRST-NODE"
+            ranks = f" --nproc-per-node {per_node}" if num_ranks > 1 else ""
+            command = f"python -m moelpr.torchrun {nodes}{ranks} -m moelpr.pretrain {shlex.join(run.arguments)}"
             lines = f".venv/bin/{command}".replace(" --", " \\\n    --")
             yield page.Code(lines, f"{run.name}, from the repository's folder, with another --save:")
     if missing := ", ".join(run.name for run in runs if not run.arguments):

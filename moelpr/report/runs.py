@@ -29,6 +29,7 @@ class Run:
     versions: dict[str, str] = field(default_factory=dict)
     arguments: list[str] = field(default_factory=list)
     num_ranks: int | None = None
+    ranks_per_node: int | None = None
     moe_layers: tuple[int, ...] | None = None  # their numbers, in the order of values per layer; None if unknown
     is_finished: bool = False
     last_record_age_s: float = 0.0
@@ -130,6 +131,7 @@ def read_run(folder: Path) -> Run:
         versions=read_json(folder / VERSIONS_FILE) or {},
         arguments=[str(argument) for argument in arguments] if isinstance(arguments, list) else [],
         num_ranks=num_ranks if isinstance(num_ranks, int) else None,
+        ranks_per_node=per_node if isinstance(per_node := command.get("ranks_per_node"), int) else None,
         moe_layers=_moe_layers(folder),
         is_finished=(folder / FINISHED_FILE).exists(),
         last_record_age_s=time.time() - metrics_file.stat().st_mtime,

@@ -34,7 +34,9 @@ def run_records(args: argparse.Namespace, spec: ModelSpec, argv: list[str]) -> I
         if (source / HF_FOLDER).is_dir():
             copy_folder(source / HF_FOLDER, save / HF_FOLDER)
     recipe = yaml_files.dump(resolved_settings(args), sort_keys=True)
-    command = {"arguments": argv, "num_ranks": int(os.environ.get("WORLD_SIZE", "1"))}
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
+    command = {"arguments": argv, "num_ranks": num_ranks, "ranks_per_node": ranks_per_node}
     write_text(save / RECIPE_FILE, recipe)
     write_text(save / VERSIONS_FILE, json.dumps(installed_versions(), indent=2) + "\n")
     write_text(save / COMMAND_FILE, json.dumps(command, indent=2, ensure_ascii=False) + "\n")

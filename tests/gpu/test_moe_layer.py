@@ -118,7 +118,7 @@ def test_an_expert_without_rows_has_no_gradient(dtype: torch.dtype) -> None:
     rows = torch.randn(32, 256, device="cuda", dtype=dtype)
     counts = torch.tensor([16, 0, 16, 0])
     output, _ = layer.experts(rows, counts, torch.ones(32, device="cuda"))
-    output.float().sum().backward()
+    output.backward(torch.ones_like(output))  # grouped_mm refuses the expanded gradient of a sum
     for weight in layer.experts.parameters():
         assert weight.grad is not None
         moved = weight.grad.float().flatten(1).abs().amax(dim=1)

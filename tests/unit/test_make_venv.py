@@ -89,6 +89,18 @@ def test_without_any_python_there_is_an_error(environment):
     assert "none on PATH" in result.stderr
 
 
+def test_a_folder_whose_name_is_no_regular_expression(put, environment, tmp_path):
+    good = put("a/python3.13", FITTING)
+    script = tmp_path / "x[1" / "launch" / SCRIPT.name
+    script.parent.mkdir(parents=True)
+    shutil.copy(SCRIPT, script)
+    own = put("x[1/.venv/bin/python3.13", FITTING)  # may be about to be deleted
+    environment = environment | {"PATH": f"{own.parent}:{environment['PATH']}"}
+    command = [script, "--find-python"]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path / "x[1")
+    assert found.stdout == f"{good}\n"
+
+
 def test_a_versioned_name_is_preferred_to_python3(put, environment):
     put("a/python3", FITTING)
     good = put("b/python3.12", FITTING)

@@ -5,6 +5,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,6 +82,16 @@ def test_parts_do_not_overlap_and_end_with_the_recording() -> None:
     assert torch.equal(torch.cat([routing.part(0, 5), routing.part(1, 5)]), routing.choices_TK)
     with pytest.raises(UserError, match="10 tokens, not 12"):
         routing.part(2, 4)
+
+
+def test_choices_are_imposed_on_logits_in_bf16() -> None:
+    """On a GPU, the peers compute in it."""
+    router = SimpleNamespace(gating=lambda hidden: hidden.new_zeros(*hidden.shape[:-1], 4))
+    choices = torch.tensor([[3, 1], [0, 2]])
+    impose(router, choices)
+    logits = router.gating(torch.ones(1, 2, 8, dtype=torch.bfloat16))
+    assert logits.dtype == torch.bfloat16
+    assert torch.equal(logits.topk(2).indices[0].sort().values, choices.sort().values)
 
 
 def test_every_kind_of_router_makes_imposed_choices_and_keeps_its_gradient(spec: ModelSpec) -> None:

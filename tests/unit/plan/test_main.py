@@ -45,6 +45,18 @@ def test_the_recommended_flags_are_those_of_the_first_row(plan: Plan) -> None:
     ]
 
 
+def test_a_larger_micro_batch_that_is_faster_is_named(plan: Plan) -> None:
+    """And its own plan has those numbers and names no other."""
+    argv = ("--gpu", "h100-80", "--gpu-memory-gib", "80", "--seq-length", "256", "--global-batch-size", "64")
+    named = re.search(r"--micro-batch-size (\d+): ([\d,]+) tokens/s per GPU, ([\d.]+) GiB", plan(*argv))
+    assert named and int(named[1]) > 1
+    shown = plan(*argv, "--micro-batch-size", named[1])
+    assert "larger micro-batch" not in shown
+    first_row = next(line for line in shown.splitlines() if re.match(r" +\d+ +\d+", line))
+    assert named[2] in first_row.split() and named[3] in first_row.split()
+    assert "larger micro-batch" not in plan("--seq-length", "256")  # GPUs whose speed is unknown
+
+
 def test_the_size_on_disk_of_a_known_model(plan: Plan, tmp_path: Path) -> None:
     """Qwen1.5-1.8B with the paper's 5 new experts: 1.03 billion parameters, and 0.81 billion for each expert."""
     shape = {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 24, "num_attention_heads": 16}

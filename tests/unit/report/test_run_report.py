@@ -79,6 +79,15 @@ def test_cost_recipe_versions_and_commands_are_there(written: tuple[str, str]) -
     assert "4 warnings during training" in html and "expert 3 of &lt;layer&gt; 1 is idle" in html
 
 
+def test_the_command_of_a_run_on_several_nodes_is_that_of_each_node(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "stage1", 5, languages={})
+    command = json.loads((run / "command.json").read_text()) | {"num_ranks": 32, "ranks_per_node": 8}
+    (run / "command.json").write_text(json.dumps(command))
+    _, markdown = pages(run)
+    nodes = "--nnodes 4 --node-rank RANK --master-addr FIRST-NODE --nproc-per-node 8 -m moelpr.pretrain"
+    assert nodes in " ".join(markdown.replace("\\\n", "").split())
+
+
 def test_page_loads_nothing_and_runs_nothing(written: tuple[str, str]) -> None:
     html, _ = written
     assert not re.search(r"<(script|link|iframe|object|img)\b|@import|url\((?!#)|\b(src|href)\s*=\s*\"(?!#)", html)

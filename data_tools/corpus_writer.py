@@ -55,7 +55,22 @@ def check_output(prefix: str, overwrite: bool) -> None:
     if len(longest) > _LONGEST_NAME_BYTES:
         excess = len(longest) - _LONGEST_NAME_BYTES
         raise UserError(f"--output-prefix would give file names that are {excess} bytes too long ({name}); shorten it")
+    if os.path.exists(CorpusPaths.of(prefix).idx) and not overwrite:  # of a name that is too long, it says False
+        _remove_leftover(prefix)
     refuse_existing(list(CorpusPaths.of(prefix)), overwrite)
+
+
+def _partial_folder(prefix: str) -> Path:
+    """Where the files of a corpus are until they are complete."""
+    return Path(prefix).with_name(f".{Path(prefix).name}.partial")
+
+
+def _remove_leftover(prefix: str) -> None:
+    """Remove the folder of a writer that was killed after it had renamed its files: the corpus is complete."""
+    folder = _partial_folder(prefix)
+    if folder.is_dir():
+        with suppress(UserError, OSError), locked(folder / LOCK_FILE, prefix):  # else another one is writing there
+            shutil.rmtree(folder)
 
 
 def as_tokens(ids: NDArray[np.integer], vocab_size: int) -> NDArray[np.integer]:
@@ -145,7 +160,7 @@ class CorpusWriter:
         name = Path(self.prefix).name
         self._removes_folder = folder is None
         # A killed process leaves this folder, so the next one uses the same name.
-        self._folder = folder or Path(self.prefix).with_name(f".{name}.partial")
+        self._folder = folder or _partial_folder(self.prefix)
         make_folder(self._folder.parent)
         self._folder.mkdir(exist_ok=True)
         self._lock = ExitStack()

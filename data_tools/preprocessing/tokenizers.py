@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from data_tools.preprocessing.workers import started_pool
 from moelpr.data.manifest import TokenizerRecord
-from moelpr.data.tokenizer import Tokenizer, load_tokenizer
+from moelpr.data.tokenizer import Tokenizer, load_tokenizer, reports_panics
 from moelpr.errors import UserError, deferred_signals
 
 # gigatoken caches every word it has seen; above this size a worker drops its cache.
@@ -273,6 +273,7 @@ def load_job_tokenizer(type: str, model: str, special_tokens: bool, eod_token: s
             ) from error
 
 
+@reports_panics()
 def _load(type: str, model: str, special_tokens: bool, eod_token: str | None) -> JobTokenizer:
     if "torch" not in sys.modules:
         # transformers imports torch if it is installed, which takes a second; a tokenizer doesn't need it.

@@ -15,6 +15,7 @@ from itertools import islice
 from typing import Any
 
 from data_tools.preprocessing.reader import Batch
+from moelpr.data.tokenizer import reports_panics
 from moelpr.errors import UserError, deferred_signals
 
 _CHECK_EVERY_S = 5.0
@@ -131,5 +132,6 @@ def _start_worker(work: Callable[[Batch], Any] | None) -> None:
     threading.Thread(target=follow_parent, daemon=True).start()
 
 
+@reports_panics()
 def _run(batch: Batch) -> Any:
     return _work(batch)

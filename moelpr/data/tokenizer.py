@@ -4,6 +4,8 @@ import argparse
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -84,6 +86,19 @@ def check_text_is_kept(folder: str | os.PathLike[str], tokenizer: Any) -> None:
             )
 
 
+@contextmanager
+def reports_panics() -> Iterator[None]:
+    """Turn a panic of the tokenizers library, which is no `Exception` and cannot be pickled, into a `UserError`."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UserError(
+            f"the tokenizers library fails with this tokenizer ({first_line(error)}); download the tokenizer again"
+        ) from None
+
+
 _MAX_IDS = 10_000_000  # the largest published vocabularies have a million
 
 
@@ -93,7 +108,8 @@ def open_hf_tokenizer(source: str | os.PathLike[str]) -> Any:
     from transformers import AutoTokenizer  # takes two seconds, which SentencePiece does not need
 
     try:
-        return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        with reports_panics():
+            return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a damaged file may raise any exception
         if not Path(source).exists():
             raise UserError(

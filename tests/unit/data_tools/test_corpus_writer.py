@@ -12,9 +12,9 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from data_tools import corpus_writer
 from data_tools.corpus import Corpus, CorpusPaths
-from data_tools.corpus_writer import CorpusWriter, Documents, token_dtype
+from data_tools.corpus_writer import CorpusWriter, Documents, check_output, token_dtype
 from moelpr.errors import UserError
-from moelpr.files import temporary_name
+from moelpr.files import LOCK_FILE, locked, temporary_name
 
 # A document is a list of runs (language bit, tokens); some are empty, some runs are.
 DOCUMENTS = st.lists(st.lists(st.tuples(st.booleans(), st.integers(0, 40)), max_size=4), max_size=30)
@@ -76,6 +76,21 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_one(tmp_path: Path) ->
         writer.commit()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx", "a.lang"]
     assert Corpus(tmp_path / "a").num_documents == 1
+
+
+def test_what_a_writer_left_that_was_killed_after_its_last_rename_is_removed(tmp_path: Path) -> None:
+    with write(tmp_path / "a") as writer:
+        writer.finalize()
+        writer.commit()
+    left = tmp_path / ".a.partial"
+    left.mkdir()
+    (left / "a.lengths").touch()
+    with locked(left / LOCK_FILE, "a"), pytest.raises(UserError, match="exists"):  # not that of another writer
+        check_output(str(tmp_path / "a"), overwrite=False)
+    assert left.is_dir()
+    with pytest.raises(UserError, match="exists"):
+        check_output(str(tmp_path / "a"), overwrite=False)
+    assert not left.exists()
 
 
 def test_two_writers_of_one_corpus_exclude_each_other(tmp_path: Path) -> None:

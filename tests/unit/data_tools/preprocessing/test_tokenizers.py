@@ -121,6 +121,21 @@ def test_a_tokenizer_that_the_library_rejects(hf_tokenizer: Path, monkeypatch: p
         load_job_tokenizer("HuggingFaceTokenizer", str(hf_tokenizer), True, None)
 
 
+class PanicException(BaseException):
+    """As pyo3 raises it: no Exception, and its module cannot be imported."""
+
+    __module__ = "pyo3_runtime"
+
+
+def test_a_panic_of_the_library_is_reported(hf_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def panic(*_: object) -> None:
+        raise PanicException("range end index 14 out of range for slice of length 13")
+
+    monkeypatch.setattr("data_tools.preprocessing.tokenizers.HuggingFaceBackend", panic)
+    with pytest.raises(UserError, match="the tokenizers library fails with this tokenizer .range end index 14"):
+        load_job_tokenizer("HuggingFaceTokenizer", str(hf_tokenizer), True, None)
+
+
 def differ_on(monkeypatch: pytest.MonkeyPatch, marked: str) -> None:
     """Make gigatoken encode one kind of text wrongly."""
     right = GigatokenBackend.encode

@@ -3,7 +3,9 @@
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from difflib import get_close_matches
 from itertools import chain, groupby
 from typing import Any, NamedTuple, Protocol, Self
@@ -273,6 +275,19 @@ def load_job_tokenizer(type: str, model: str, special_tokens: bool, eod_token: s
             ) from error
 
 
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Rust prints a panic, with a stack trace, before it raises it. In a process of its own, nothing else is lost."""
+    before, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nothing)
+
+
 @reports_panics()
 def _load(type: str, model: str, special_tokens: bool, eod_token: str | None) -> JobTokenizer:
     if "torch" not in sys.modules:
@@ -293,7 +308,8 @@ def _load(type: str, model: str, special_tokens: bool, eod_token: str | None) ->
     backend: Backend = SlowHuggingFaceBackend(tokenizer)
     if isinstance(source, str):
         try:
-            backend = HuggingFaceBackend(source, tokenizer.splits_special_tokens)
+            with _without_stderr():
+                backend = HuggingFaceBackend(source, tokenizer.splits_special_tokens)
         except Exception as error:  # tokenizers raises no other
             raise UserError(f"the tokenizer in {model} is damaged ({error}); download it again") from error
     elif source is not None:

@@ -23,12 +23,7 @@ from checkpoint_convert.hf_folder import (
     write_weights,
 )
 from checkpoint_convert.history import Origin, check_frozen_is_the_base, check_separable, read_history
-from checkpoint_convert.megatron_folder import (
-    SIGNS,
-    MegatronReader,
-    num_elements,
-    write_checkpoint,
-)
+from checkpoint_convert.megatron_folder import SIGNS, MegatronReader, num_elements, write_checkpoint
 from checkpoint_convert.outputs import cast, check_finite, check_output, output_folder
 from checkpoint_convert.upcycling import check_weights
 from moelpr.errors import UserError

@@ -80,7 +80,7 @@ def update_card(
     metadata, body = split_card(text)
     if wrong := [code for code in languages or [] if not re.fullmatch(_LANGUAGE, code)]:
         raise UserError(
-            f"--languages must be codes such as el or pt-BR, or code or multilingual, got {wrong[0]}; pass its code"
+            f'--languages must be language codes such as el or pt-BR (or "multilingual" or "code"), got {wrong[0]}'
         )
     found = [result for path in results for result in _read_results(path, folder, evaluated)]
     measured = [result.dataset_config for result in found]

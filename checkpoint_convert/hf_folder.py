@@ -258,21 +258,18 @@ def record_dtype(folder: Path, tensors: Iterable[tuple[HfReader, str]]) -> None:
 
 
 def is_unread(source: HfReader, name: str) -> bool:
-    """Whether readers ignore this tensor of a tied model.
+    """Whether readers ignore this tensor, if the model is tied.
 
     Old models store RoPE's frequencies, some tied models an output layer that is a copy of the embedding, and
-    transformers a Qwen2-MoE's shared expert of no width.
+    transformers a Qwen2-MoE's shared expert without elements.
     """
+    if name.endswith(".rotary_emb.inv_freq") or 0 in source.shape(name):
+        return True
     embedding = "model.embed_tokens.weight"
-    is_empty = 0 in source.shape(name)
     return (
-        name.endswith(".rotary_emb.inv_freq")
-        or is_empty
-        or (
-            name == "lm_head.weight"
-            and source.shape(name) == source.shape(embedding)
-            and torch.equal(source.read(name), source.read(embedding))
-        )
+        name == "lm_head.weight"
+        and source.shape(name) == source.shape(embedding)
+        and torch.equal(source.read(name), source.read(embedding))
     )
 
 

@@ -40,7 +40,7 @@ MAX_FILE_BYTES = 1 << 30
 JOURNAL_FILE = "written.jsonl"
 
 
-def check_complete(folder: Path) -> None:
+def _check_complete(folder: Path) -> None:
     """UserError if `folder` is not a torch_dist checkpoint, or is incomplete."""
     for name in TABLE_FILES:
         if not (folder / name).is_file():
@@ -55,7 +55,7 @@ def read_metadata(folder: Path) -> Metadata:
     Raises:
         UserError: `folder` is not a torch_dist checkpoint, is incomplete, or its table of contents is damaged.
     """
-    check_complete(folder)
+    _check_complete(folder)
     path = folder / METADATA_FILE
     try:
         with open(path, "rb") as file:
@@ -262,7 +262,7 @@ class TorchDistReader:
 
     def __init__(self, folder: Path):
         self._folder = folder
-        check_complete(folder)
+        _check_complete(folder)
         self._verifier = Verifier(folder, _FIX, is_expected=True)
         for name in TABLE_FILES:
             self._verifier.verify(name)

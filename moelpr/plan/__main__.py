@@ -19,7 +19,7 @@ from moelpr.families.families import read_base
 from moelpr.layouts import PlannedLayout, neighbors
 from moelpr.machine import format_bytes
 from moelpr.model_spec import ModelSpec
-from moelpr.plan.candidates import Candidate, faster_micro_batch, fitting
+from moelpr.plan.candidates import Candidate, fitting, with_larger_micro_batch
 from moelpr.plan.machines import GIB, GPUS, RESERVED_FRACTION, Cluster
 from moelpr.plan.memory import (
     PLANNED_STAGES,
@@ -150,8 +150,13 @@ def _table(found: list[Candidate], spec: ModelSpec, workload: Workload, cluster:
         "",
         f"Disk: {checkpoint} for each checkpoint, {trained_only} with --save-trained-only, {export} for the export.",
     ]
-    if larger := faster_micro_batch(found[0], spec, workload, cluster):
-        lines.append(f"A larger micro-batch fits and is faster: plan again with {larger}.")
+    best, larger = with_larger_micro_batch(found[0], spec, workload, cluster)
+    if best.step_time and larger != workload:
+        speed, gib = best.step_time.tokens_per_s(larger, cluster), best.peak.total_bytes / GIB
+        lines.append(
+            "A larger micro-batch fits and should be faster: plan again with --micro-batch-size "
+            f"{larger.micro_batch_size} ({speed:,.0f} tokens/s per GPU, {gib:.2f} GiB)."
+        )
     lines += ["", f"Recommended arguments for launch/{workload.stage}.sh:", f"  {shlex.join(found[0].flags(workload))}"]
     return "\n".join(lines)
 

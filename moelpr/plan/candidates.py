@@ -59,12 +59,10 @@ def fitting(spec: ModelSpec, workload: Workload, cluster: Cluster) -> list[Candi
     return sorted(fits, key=key)
 
 
-def faster_micro_batch(best: Candidate, spec: ModelSpec, workload: Workload, cluster: Cluster) -> str | None:
-    """The flags of a larger micro-batch whose best layout is faster than `best`, and what they cost; None if none is.
-
-    The micro-batch is doubled as long as that helps.
-    """
-    planned = workload
+def with_larger_micro_batch(
+    best: Candidate, spec: ModelSpec, workload: Workload, cluster: Cluster
+) -> tuple[Candidate, Workload]:
+    """The best layout and the workload after doubling the micro-batch as long as that is predicted to be faster."""
     while best.step_time and 2 * workload.micro_batch_size <= workload.global_batch_size:
         doubled = replace(workload, micro_batch_size=2 * workload.micro_batch_size)
         try:
@@ -74,10 +72,7 @@ def faster_micro_batch(best: Candidate, spec: ModelSpec, workload: Workload, clu
         if other.step_time is None or other.step_time.total_s >= best.step_time.total_s:
             break
         best, workload = other, doubled
-    if workload is planned or best.step_time is None:
-        return None
-    speed, gib = best.step_time.tokens_per_s(workload, cluster), best.peak.total_bytes / GIB
-    return f"--micro-batch-size {workload.micro_batch_size}: {speed:,.0f} tokens/s per GPU, {gib:.2f} GiB"
+    return best, workload
 
 
 def legal_layouts(spec: ModelSpec, workload: Workload, cluster: Cluster) -> Iterator[PlannedLayout]:

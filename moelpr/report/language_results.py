@@ -104,25 +104,26 @@ def held_out_results(runs: Sequence[Run]) -> LanguageResults:
 def read_evaluations(paths: Iterable[Path]) -> LanguageResults:
     """All files together, later ones adding to earlier ones. Raises UserError for a file of something else."""
     results = LanguageResults()
-    averaged: dict[str, dict[str, set[str]]] = {}  # model -> row of a mean -> its languages
+    averaged: dict[str, dict[str, set[str]]] = {}  # model -> group with a mean -> the mean's languages
     for path in paths:
         with named_input("--evaluation", path, "a JSON file that `python -m moelpr.evaluate` wrote"):
             content = parse_json(path.read_bytes())
             _add(results, content)
             for model, result in content["models"].items():
-                for row in (f"mean {group}" for group in GROUPS if f"mean {group}" in (result.get("means") or {})):
-                    languages = {name for name in result["languages"] if results.groups[name] == row.split()[1]}
-                    averaged.setdefault(model, {})[row] = languages
-    for model, by_row in averaged.items():
-        for row, languages in by_row.items():
-            _average_again(results, model, row, languages)
+                for group in GROUPS:
+                    if f"mean {group}" in (result.get("means") or {}):
+                        languages = {name for name in result["languages"] if results.groups[name] == group}
+                        averaged.setdefault(model, {})[group] = languages
+    for model, by_group in averaged.items():
+        for group, languages in by_group.items():
+            _average_again(results, model, group, languages)
     return results
 
 
-def _average_again(results: LanguageResults, model: str, row: str, languages: set[str]) -> None:
+def _average_again(results: LanguageResults, model: str, group: str, languages: set[str]) -> None:
     """Replace a mean over `languages`, those of one file, if the group has others: by a value without an interval."""
-    bits = results.bits.get(model, {})
-    of_group = [name for name in results.languages(row.removeprefix("mean ")) if name in bits]
+    row, bits = f"mean {group}", results.bits.get(model, {})
+    of_group = [name for name in results.languages(group) if name in bits]
     if row in bits and set(of_group) != languages:
         bits[row] = Interval(fmean(bits[name].value for name in of_group) if of_group else math.nan)
         results.changes.get(model, {}).pop(row, None)

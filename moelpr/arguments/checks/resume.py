@@ -165,7 +165,7 @@ def check_schedule(run: RunSettings) -> Iterable[str]:
         if changed := [name for name in changed if name in _NOT_SAVED]:
             yield (
                 f"{run.checkpoint} was trained with {_as_flags(changed, before)}, not {_as_flags(changed, now)}, and "
-                "its schedule does not contain this; keep the old values with --use-checkpoint-opt-param-scheduler"
+                "the saved schedule lacks this; pass the old values beside --use-checkpoint-opt-param-scheduler"
             )
     elif changed:
         yield (

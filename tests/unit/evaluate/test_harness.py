@@ -234,10 +234,12 @@ def test_averages_are_over_languages_first_and_then_over_benchmarks():
     flores = results.to_json()["models"]["base"]["scores"]["B"]["en"]
     assert flores == {"value": pytest.approx(50), "stderr": pytest.approx(2.5)}
     assert benchmarks[1].score("en", {task: {"chrf": 40.0} for task in ("b_in", "b_out")})["value"] == 40
-    assert "null" in HarnessResults(
+    unknown = HarnessResults(
         {"base": Path("base")}, benchmarks[1:], ["en"], ["en"],
         {"base": {task: {"chrf": 40.0} for task in ("b_in", "b_out")}}, {"limit": None, "include_path": None},
-    ).json_text()  # fmt: skip
+    )  # fmt: skip
+    assert json.loads(unknown.json_text())["models"]["base"]["scores"]["B"]["en"]["stderr"] is None
+    assert unknown.tables()["B, 8 shots, chrf"].rows[0][1] == "40.00 ± –"
     findings, tables = results.findings(), results.tables()
     assert any(re.search(r"Expanded .* ours .* 60\.00 .* \+10\.00 .* base", finding) for finding in findings)
     assert any(finding.startswith("B ") and "Greek, Spanish" in finding for finding in findings)

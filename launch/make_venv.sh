@@ -59,6 +59,16 @@ find_python() {
 (on Debian or Ubuntu for example python3.13, python3.13-venv and python3.13-dev) or set PYTHON=/path/to/python"
 }
 
+# Fail if this disk cannot hold a new .venv, and what pip downloads on the way if that is on the same one.
+check_disk() {
+    local needed=6 free
+    if [ "$(stat --format %d .)" = "$(stat --format %d "${TMPDIR:-/tmp}")" ]; then needed=9; fi
+    free=$(($(df --block-size 1000000000 --output=avail . | tail -n 1)))
+    if ((free < needed)); then
+        fail 1 "a new .venv takes $needed GB of disk while it is installed, and $PWD has $free GB free; free some space"
+    fi
+}
+
 if [ "${1:-}" = --find-python ]; then
     find_python
     exit
@@ -78,6 +88,7 @@ if [ "$state" = unfinished ] || [ "$(verdict .venv/bin/python)" != fits ] ||
     python=$(find_python)
     echo "creating .venv with $python"
     rm -rf .venv
+    check_disk
     mkdir .venv
     echo unfinished >"$stamp"
     "$python" -m venv .venv

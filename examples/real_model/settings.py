@@ -1,8 +1,9 @@
 """What is compared on the real model, and how each setting is trained.
 
-A setting is one way to train, and has one model per seed. All but TWICE and REPLAY read the same text in the same
-order, in steps of 1,024 tokens: TOKENS in stage 1, full fine-tuning and LoRA, REVIEW_SHARE of that in stage 2. The
-settings of VOCABULARY have further tokens, and are compared with each other and with one of SETTINGS.
+A setting is one way to train, and has one model per seed. All read the same text in the same order, in steps of 1,024
+tokens: TOKENS in stage 1, full fine-tuning and LoRA, REVIEW_SHARE of that in stage 2; but those of MORE_TEXT read more,
+and REPLAY all at once. The settings of VOCABULARY have further tokens, and are compared with each other and with one of
+SETTINGS.
 """
 
 from dataclasses import dataclass
@@ -34,7 +35,8 @@ SEEDS = (1, 2, 3)
 NUM_NEW_TOKENS, STAGE0_SHARE, STAGE0_RATE = 8000, 0.2, 1e-3
 STAGE0_BLEND = {"expanded": 4, "original": 1}
 
-TWICE = "copies-twice"  # MoE-LPR that reads more: is it the tokens that it lacks?
+# MoE-LPR that reads more: is it the tokens that it lacks? Setting -> times the tokens of the others.
+MORE_TEXT = {"copies-twice": 2, "copies-three-times": 3}
 # Full fine-tuning on what MoE-LPR reads in both stages, at once: is it the replay text that it lacks?
 REPLAY, REPLAY_BLEND = "full-replay", {"original": 1, "expanded": 10}
 BASE, STAGE1_OF = "base", {"copies": "copies-stage1", "one-copy": "one-copy-stage1", "random": "random-stage1"}
@@ -83,7 +85,10 @@ SETTINGS = _by_name(
     Setting("random", "1 copy, new experts random", ("random-stage1",)),
     Setting("reference", "1 copy, reference LPR loss", ("one-copy-stage1",), len(SEEDS)),
     Setting("plain", "plain MoE, everything trained"),
-    Setting(TWICE, "MoE-LPR, K copies, twice the tokens", (f"{TWICE}-stage1",), is_extra=True),
+    *(
+        Setting(name, f"MoE-LPR, K copies, {times} times the tokens", (f"{name}-stage1",), is_extra=True)
+        for name, times in MORE_TEXT.items()
+    ),
     Setting(REPLAY, "full fine-tuning, replay text mixed in", is_extra=True),
     Setting(LORA_16, "LoRA, rank 16", is_extra=True),
 )

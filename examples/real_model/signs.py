@@ -6,7 +6,7 @@ from enum import StrEnum
 from statistics import fmean
 from typing import Any
 
-from examples.real_model.settings import ORIGINAL, REPLAY, SETTINGS, TWICE
+from examples.real_model.settings import MORE_TEXT, ORIGINAL, REPLAY, SETTINGS
 from moelpr.report.plots import percent
 
 Json = Mapping[str, Any]
@@ -72,7 +72,7 @@ def _of_the_paper(results: Json) -> list[Sign]:
 def _how_good(results: Json) -> list[Sign]:
     found = []
     for part, where, bar in (("in", "trained kinds", -0.35), ("out", "kinds never trained on", -0.15)):
-        for name in ("copies", *([TWICE] if TWICE in results["settings"] else [])):
+        for name in ("copies", *(x for x in MORE_TEXT if x in results["settings"])):
             value = change(results, name, part, "expanded")
             text = f"expanded languages at least {-bar:.0%} better than base, {where}"
             is_seen = None if value is None else value <= bar

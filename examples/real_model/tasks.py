@@ -12,6 +12,7 @@ from examples.real_model.settings import (
     GROUPS,
     LANGUAGES,
     LORA_16,
+    MORE_TEXT,
     NUM_NEW_EXPERTS,
     NUM_NEW_TOKENS,
     ORIGINAL,
@@ -35,7 +36,6 @@ from examples.real_model.settings import (
     STEP_TOKENS,
     TOKENS,
     TOPK,
-    TWICE,
     VOCABULARY,
     VOCABULARY_START,
     model_folder,
@@ -87,7 +87,7 @@ class Tasks:
             *(task for seed in rest for name in ("copies", "one-copy", "no-lpr") for task in self._stage2(name, seed)),
             *(task for seed in rest for task in self._stage2("reference", seed)),
             *self._rates_of_copies(),
-            *self._twice(),
+            *(task for name, times in MORE_TEXT.items() for task in self._more_text(name, times)),
             *self._replay(),
             *self._lora(LORA_16, rank=16),
         ]
@@ -122,7 +122,7 @@ class Tasks:
         run = STAGE1_OF[name]
         start = self.run / f"upcycled-{name}"
         users = frozenset({s.name for s in SETTINGS.values() if run in (s.name, *s.before)})
-        upcycled_for = users | {"one-copy": {"plain"}, "copies": {TWICE}}.get(name, set())
+        upcycled_for = users | {"one-copy": {"plain"}, "copies": {*MORE_TEXT}}.get(name, set())
         train = Training(
             model=run,
             stage="stage1",
@@ -169,19 +169,19 @@ class Tasks:
         )
         return [train.task(self.run), self._evaluate("plain")]
 
-    def _twice(self) -> list[Task]:
-        """Both stages of MoE-LPR with K copies and twice the tokens."""
-        (stage1,) = SETTINGS[TWICE].before
+    def _more_text(self, name: str, times: int) -> list[Task]:
+        """Both stages of MoE-LPR with K copies and more tokens."""
+        (stage1,) = SETTINGS[name].before
         train = Training(
             model=stage1,
             stage="stage1",
             start=self.run / "upcycled-copies",
             blend=EXPANDED_ONLY,
-            steps=steps_of(2 * self.tokens),
+            steps=steps_of(times * self.tokens),
             rate=STAGE1_RATE,
-            settings=frozenset({TWICE}),
+            settings=frozenset({name}),
         )
-        return [train.task(self.run), *self._stage2(TWICE, SEEDS[0], times=2)]
+        return [train.task(self.run), *self._stage2(name, SEEDS[0], times)]
 
     def _replay(self) -> list[Task]:
         """Full fine-tuning at the rate that its search found, with the text of both stages of MoE-LPR."""

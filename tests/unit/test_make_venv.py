@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "make_venv.sh"
-TOOLS = "bash cat cp cut dirname flock grep mkdir rm sed sha256sum sleep timeout touch wc".split()
+TOOLS = "bash cat cp cut df dirname flock grep mkdir rm sed sha256sum sleep stat tail timeout touch wc".split()
 
 
 def altered_python(change: str) -> str:
@@ -189,6 +189,16 @@ def test_a_failed_install_is_an_error_and_starts_over(repository, environment):
     assert make_venv(repository, environment) == 0
     assert not (repository / ".venv/half").exists()
     assert pip_calls(repository) > 0
+
+
+def test_a_disk_that_is_too_small_is_named_before_anything_is_installed(repository, environment, put):
+    put("a/df", """[ "$2" = 1000000000 ] && printf "Avail\\n5\\n" """)
+    result = subprocess.run([repository / "launch/make_venv.sh"], env=environment, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert f"GB of disk while it is installed, and {repository} has 5 GB free; free some space" in result.stderr
+    assert not (repository / "pip-calls").exists()
+    (repository.parent / "a/df").unlink()
+    assert make_venv(repository, environment) == 0
 
 
 def test_a_killed_install_starts_over(repository, environment):

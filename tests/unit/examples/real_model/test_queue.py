@@ -15,13 +15,13 @@ from examples.real_model.settings import (
     BASE,
     EXPANDED,
     LANGUAGES,
+    MORE_TEXT,
     ORIGINAL,
     RATES,
     REPLAY,
     SAME_BYTES,
     SAME_TOKENS,
     STEP_TOKENS,
-    TWICE,
     VOCABULARY_START,
 )
 from examples.real_model.signs import Verdict, signs
@@ -136,8 +136,10 @@ def test_settings_read_the_same_text_for_as_many_steps_and_baselines_use_the_bes
     assert values(REPLAY, "--lr", "--train-iters", "--data-path") == [*values("full", "--lr"), "55", "1"]
     same = ["10", "0.0001", *values("copies-stage1", "--pretrained-checkpoint", "--data-path")]
     assert values("search-copies-0.0001", "--train-iters", "--lr", "--pretrained-checkpoint", "--data-path") == same
-    assert values(f"{TWICE}-stage1", "--train-iters", "--lr") == ["80", *values("copies-stage1", "--lr")]
-    assert values(TWICE, "--pretrained-checkpoint", "--train-iters") == [str(run / f"{TWICE}-stage1"), "30"]
+    for name, times in MORE_TEXT.items():
+        assert values(f"{name}-stage1", "--train-iters", "--lr") == [str(40 * times), *values("copies-stage1", "--lr")]
+        start = str(run / f"{name}-stage1")
+        assert values(name, "--pretrained-checkpoint", "--train-iters") == [start, str(15 * times)]
 
 
 def test_a_failed_setting_leaves_the_others_alone(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,9 +136,9 @@ def save_random_model(config: Any, folder: Path) -> Path:
 def upcycle(hf: Path, folder: Path, new_experts: int, random: bool = False, **choice: Any) -> Path:
     """Convert a Hugging Face directory into an upcycled Megatron checkpoint whose new experts are copies or random."""
     from checkpoint_convert.upcycling import Start, hf_to_mcore
-    from moelpr.families.expert_choice import ExpertChoice
+    from moelpr.families.new_experts import NewExperts
 
-    hf_to_mcore(hf, folder, ExpertChoice(new_experts, **choice), start=Start("random" if random else "copied"))
+    hf_to_mcore(hf, folder, NewExperts(new_experts, **choice), start=Start("random" if random else "copied"))
     return folder
 
 

@@ -34,7 +34,7 @@ from benchmarks import common
 from benchmarks.routing import add_demo, impose, recorded_routing, uniform_choices
 from benchmarks.timing import median_s, take_turns, time_ratio, timed_s
 from benchmarks.traffic import Traffic, counted_traffic
-from moelpr.errors import run_command
+from moelpr.command import run_command
 from moelpr.megatron_patches import cpu
 
 COMPARED = {"uniform": "mean_sent", "reviewed": "busiest"}

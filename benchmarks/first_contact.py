@@ -40,7 +40,8 @@ import psutil
 
 from benchmarks import common
 from moelpr.checkpoints import RELEASE
-from moelpr.errors import CommandParser, UserError, run_command
+from moelpr.command import CommandParser, run_command
+from moelpr.errors import UserError
 from moelpr.files import write_text
 from moelpr.layouts import PlannedLayout
 from moelpr.model_spec import ModelSpec

@@ -31,7 +31,7 @@ from torch import Tensor
 from benchmarks.common import STAGES, add_json, argument_parser, install_megatron, print_table, write_json
 from benchmarks.routing import RecordedRouting, add_demo, impose, recorded_routing
 from benchmarks.timing import median_s, take_turns, time_ratio, timed_s
-from moelpr.errors import run_command
+from moelpr.command import run_command
 from moelpr.model_spec import ModelSpec
 from moelpr.stages import MoeStage
 

@@ -14,20 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint_convert.hf_folder import (
-    HfReader,
-    check_tokenizer,
-    common_dtype,
-    copy_companions,
-    record_dtype,
-    write_weights,
-)
+from checkpoint_convert.companions import copy_companions
+from checkpoint_convert.hf_folder import HfReader, check_tokenizer, common_dtype, record_dtype, write_weights
 from checkpoint_convert.history import Origin, check_frozen_is_the_base, check_separable, read_history
 from checkpoint_convert.megatron_folder import SIGNS, MegatronReader, num_elements, write_checkpoint
 from checkpoint_convert.outputs import cast, check_finite, check_output, output_folder
 from checkpoint_convert.upcycling import check_weights
 from moelpr.errors import UserError
-from moelpr.families.expert_choice import ExpertChoice, with_new_experts
+from moelpr.families.new_experts import NewExperts, with_new_experts
 from moelpr.families.families import read_base
 from moelpr.families.tables import Piece, pieces, sizes_of
 from moelpr.files import parse_json
@@ -146,7 +140,7 @@ def adapter_to_mcore(
     family, dense = read_base(hf_path)
     if dense.moe is not None:
         raise UserError(f"{hf_path} is an MoE; pass the dense model that the adapter was trained on")
-    experts = ExpertChoice(config.num_experts - 1, config.topk, moe_layers=config.layers)
+    experts = NewExperts(config.num_experts - 1, config.topk, moe_layers=config.layers)
     try:
         spec = with_new_experts(family, dense, experts)
     except UserError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from checkpoint_convert.adapter import AdapterConfig, adapter_to_mcore
 from checkpoint_convert.outputs import add_output_options
-from moelpr.errors import CommandParser, run_command
+from moelpr.command import CommandParser, run_command
 
 
 def main() -> None:

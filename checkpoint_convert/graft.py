@@ -13,7 +13,7 @@ from pathlib import Path
 from checkpoint_convert.grafting import PARTS, graft
 from checkpoint_convert.hub import find_model
 from checkpoint_convert.outputs import add_output_options
-from moelpr.errors import CommandParser, run_command
+from moelpr.command import CommandParser, run_command
 
 
 def _parse_arguments() -> argparse.Namespace:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from checkpoint_convert.card_metadata import CARD_FILE, read_card, split_card
+from checkpoint_convert.companions import copy_companion, copy_companions
 from checkpoint_convert.comparison import (
     CHUNK_ELEMENTS,
     TensorVerdict,
@@ -29,15 +30,7 @@ from checkpoint_convert.comparison import (
     pieces_since,
 )
 from checkpoint_convert.export import DEFAULT_SHARD_BYTES
-from checkpoint_convert.hf_folder import (
-    TOKENIZER_FILES,
-    HfReader,
-    check_tokenizer,
-    common_dtype,
-    copy_companion,
-    copy_companions,
-    write_weights,
-)
+from checkpoint_convert.hf_folder import TOKENIZER_FILES, HfReader, check_tokenizer, common_dtype, write_weights
 from checkpoint_convert.hub import Model, is_hub_name
 from checkpoint_convert.kept_tokenizer import keep_tokenizer
 from checkpoint_convert.model_card import BASE_CARD_FILE, LICENSE_KEYS, TEMPLATES

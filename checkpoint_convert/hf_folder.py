@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,11 +18,12 @@ from tqdm import tqdm
 from checkpoint_convert.outputs import cast
 from moelpr import checksums
 from moelpr.checksums import FileSum, Verifier
+from moelpr.command import deferred_signals
 from moelpr.data.tokenizer import check_text_is_kept, open_hf_tokenizer
-from moelpr.errors import UserError, deferred_signals, first_line
+from moelpr.errors import UserError, first_line
 from moelpr.families.families import CONFIG_FILE, read_config
 from moelpr.families.tables import stacked_part
-from moelpr.files import DurableFile, check_links, copy_folder, parse_json
+from moelpr.files import DurableFile, parse_json
 from moelpr.vocabulary_extension import VOCABULARY_EXTENSION_FILE
 
 # Weight files are STEM.safetensors, or STEM-00001-of-00002.safetensors, … with STEM.safetensors.index.json.
@@ -58,30 +58,6 @@ MAX_MAPPED_BYTES = 32 << 20
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-def copy_companions(
-    source: Path, target: Path, skip: tuple[str, ...] = (), files: tuple[str, ...] = COMPANION_FILES
-) -> None:
-    """Copy config, tokenizer, chat template and model card, or those of them that `files` names, but no weights.
-
-    Raises:
-        UserError: one is a link out of the folder.
-    """
-    target.mkdir(parents=True, exist_ok=True)
-    for name in files:
-        if name not in skip and (source / name).is_file():
-            copy_companion(source, name, target / name)
-    for name in COMPANION_FOLDERS:
-        if (source / name).is_dir():
-            check_links(source / name, source)
-            copy_folder(source / name, target / name)
-
-
-def copy_companion(source: Path, name: str, target: Path) -> None:
-    """Copy a file of the folder `source`; UserError if it is a link out of it."""
-    check_links(source / name, source)
-    shutil.copyfile(source / name, target)
 
 
 def check_tokenizer(folder: Path, vocab_size: int) -> None:

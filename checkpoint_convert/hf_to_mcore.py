@@ -15,8 +15,9 @@ from pathlib import Path
 from checkpoint_convert.hub import find_model
 from checkpoint_convert.outputs import add_output_options
 from checkpoint_convert.upcycling import Start, hf_to_mcore
-from moelpr.errors import CommandParser, UserError, run_command
-from moelpr.families.expert_choice import ExpertChoice
+from moelpr.command import CommandParser, run_command
+from moelpr.errors import UserError
+from moelpr.families.new_experts import NewExperts
 from moelpr.families.families import read_base
 
 
@@ -34,7 +35,7 @@ def _parse_arguments() -> argparse.Namespace:
         help="a tokenizer that data_tools/extend_tokenizer.py made from the model's: each new token gets a row of the "
         "embedding and the output layer, the mean of those of the tokens that it replaces (default: the model's "
         "tokenizer)")  # fmt: skip
-    ExpertChoice.add_flags(parser)
+    NewExperts.add_flags(parser)
     start = parser.add_argument_group("initialization of new experts")
     start.add_argument("--new-experts", choices=("copied", "random"), default="copied",
         help="copies of the FFN (in an MoE: of expert 0), or random, an ablation (default: %(default)s)")  # fmt: skip
@@ -57,7 +58,7 @@ def main() -> None:
             "--dense adds no experts; remove --topk, --original-copies and the options for layers and new experts"
         )
     model = find_model(args.hf_path, args.revision)
-    experts = None if args.dense else ExpertChoice.from_arguments(args, read_base(model.folder)[1])
+    experts = None if args.dense else NewExperts.from_arguments(args, read_base(model.folder)[1])
     spec = hf_to_mcore(
         model.folder, args.save, experts, start, args.dtype, args.overwrite, model, args.extended_tokenizer
     )

@@ -7,7 +7,7 @@ The adapter contains routers and new experts; everything else must be the base's
 
 from checkpoint_convert.adapter import mcore_to_adapter
 from checkpoint_convert.outputs import add_load_options, add_output_options
-from moelpr.errors import CommandParser, run_command
+from moelpr.command import CommandParser, run_command
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import re
 
 from checkpoint_convert.export import DEFAULT_SHARD_BYTES, mcore_to_hf
 from checkpoint_convert.outputs import add_load_options, add_output_options
-from moelpr.errors import CommandParser, run_command
+from moelpr.command import CommandParser, run_command
 from moelpr.families.moe_classes import MOE_CLASSES
 
 

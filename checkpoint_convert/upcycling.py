@@ -12,13 +12,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from checkpoint_convert.companions import copy_companions
 from checkpoint_convert.hf_folder import (
     EXTENDED_FILES,
     TOKENIZER_FILES,
     HfReader,
     check_tokenizer,
     common_dtype,
-    copy_companions,
     is_unread,
     record_dtype,
 )
@@ -28,7 +28,7 @@ from checkpoint_convert.megatron_folder import SIGNS, num_elements, write_checkp
 from checkpoint_convert.new_tokens import read_extension, with_new_rows
 from checkpoint_convert.outputs import cast, check_finite, check_output, output_folder
 from moelpr.errors import UserError
-from moelpr.families.expert_choice import ExpertChoice, with_new_experts
+from moelpr.families.new_experts import NewExperts, with_new_experts
 from moelpr.families.families import CONFIG_FILE, Family, read_base, read_config
 from moelpr.families.tables import Piece, megatron_shape, pieces, sizes_of, stacked_part, zeros
 from moelpr.model_spec import ModelSpec
@@ -68,7 +68,7 @@ class Start:
 def hf_to_mcore(
     hf_path: Path,
     save: Path,
-    experts: ExpertChoice | None,
+    experts: NewExperts | None,
     start: Start | None = None,
     dtype: str | None = None,
     overwrite: bool = False,

@@ -9,7 +9,8 @@ import argparse
 from pathlib import Path
 
 from checkpoint_convert.card_metadata import CARD_FILE, update_card
-from moelpr.errors import CommandParser, UserError, run_command
+from moelpr.command import CommandParser, run_command
+from moelpr.errors import UserError
 
 
 def _parse_arguments() -> argparse.Namespace:

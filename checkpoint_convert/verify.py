@@ -31,7 +31,8 @@ from checkpoint_convert.export_check import unmet_requirements
 from checkpoint_convert.grafting import compare_graft
 from checkpoint_convert.readers import READERS
 from moelpr.checksums import NoVerify
-from moelpr.errors import CommandParser, UserError, run_command
+from moelpr.command import CommandParser, run_command
+from moelpr.errors import UserError
 
 SHOWN_ROWS = 20
 

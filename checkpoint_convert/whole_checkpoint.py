@@ -7,7 +7,7 @@ It contains only weights, in their dtype. Weights stream, one tensor at a time.
 
 from checkpoint_convert.export import whole_checkpoint
 from checkpoint_convert.outputs import add_load_options, add_output_options
-from moelpr.errors import CommandParser, run_command
+from moelpr.command import CommandParser, run_command
 
 
 def main() -> None:

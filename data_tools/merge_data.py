@@ -21,8 +21,9 @@ from data_tools.corpus import (
     shard_prefix,
 )
 from data_tools.corpus_writer import CorpusWriter, check_output, smallest_vocab_size
+from moelpr.command import CommandParser, run_command
 from moelpr.data.manifest import manifest_path
-from moelpr.errors import CommandParser, UserError, run_command
+from moelpr.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> None:

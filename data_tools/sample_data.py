@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 from data_tools.corpus import Corpus, missing_manifests, open_corpora, run_edges
 from data_tools.corpus_writer import CorpusWriter, Documents, check_output, smallest_vocab_size
+from moelpr.command import CommandParser, run_command
 from moelpr.data.manifest import FileRecord, LanguageCount, Manifest, Source
-from moelpr.errors import CommandParser, UserError, run_command
+from moelpr.errors import UserError
 
 Bit = Literal["original", "expanded"]
 BITS: tuple[Bit, Bit] = ("original", "expanded")

@@ -14,7 +14,7 @@ from pathlib import Path
 from examples import steps
 from examples.frontier_results import FILE_NAME, value_range
 from examples.steps import COPIES, EXPANDED, NUM_NEW_EXPERTS, ORIGINAL, REVIEW_BLEND, ROOT, TOPK, Steps, convert
-from moelpr.errors import CommandParser, run_command
+from moelpr.command import CommandParser, run_command
 from moelpr.files import write_text
 from moelpr.languages import language_name
 from moelpr.report.page import Table, terminal_table

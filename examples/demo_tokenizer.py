@@ -3,8 +3,9 @@
 from itertools import chain
 from pathlib import Path
 
+from moelpr.command import CommandParser, run_command
 from moelpr.documents import read_documents
-from moelpr.errors import CommandParser, UserError, run_command
+from moelpr.errors import UserError
 from moelpr.files import atomic_directory, refuse_existing
 
 _SMALLEST_VOCABULARY = 257  # the 256 bytes and <|endoftext|>

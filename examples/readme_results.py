@@ -10,7 +10,8 @@ from statistics import fmean
 from typing import Any
 
 from examples.frontier_results import FILE_NAME, frontier_chart, results_tables
-from moelpr.errors import CommandParser, UserError, run_command
+from moelpr.command import CommandParser, run_command
+from moelpr.errors import UserError
 from moelpr.files import write_text
 from moelpr.languages import language_name
 from moelpr.report.page import Table, terminal_table

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
-from moelpr.errors import CommandParser, run_command
+from moelpr.command import CommandParser, run_command
 from moelpr.files import atomic_directory, refuse_existing
 
 

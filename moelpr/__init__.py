@@ -1,9 +1,9 @@
 """MoE-LPR: add languages to a large language model without losing the ones it has (arXiv 2408.11396)."""
 
-from moelpr import errors, machine
+from moelpr import command, machine
 
 # Before any command imports torch, which takes seconds and reads the settings of its threads.
 machine.limit_threads()
-errors.prepare_process()
+command.prepare_process()
 
 __version__ = "0.1.0"

@@ -30,7 +30,8 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from moelpr import checksums
 from moelpr.checksums import FileSum, Verifier
-from moelpr.errors import UserError, deferred_signals
+from moelpr.command import deferred_signals
+from moelpr.errors import UserError
 from moelpr.files import DurableFile
 from moelpr.run_folder import MEGATRON_CONFIG_FILE, METADATA_FILE, TABLE_FILES
 

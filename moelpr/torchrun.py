@@ -27,7 +27,7 @@ from torch.distributed.run import determine_local_world_size, parse_args
 from torch.distributed.run import main as torchrun
 
 from moelpr import machine
-from moelpr.errors import run_command
+from moelpr.command import run_command
 from moelpr.node_preflight import JOIN_TIMEOUT_S, node_preflight
 from moelpr.training.clean_stop import LAUNCHER_VARIABLE
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from checkpoint_convert.hf_folder import TOKENIZER_FILES
 from moelpr.data.tokenizer import load_tokenizer, vocabulary_checksum
 from moelpr.errors import UserError
-from moelpr.families.expert_choice import ExpertChoice
+from moelpr.families.new_experts import NewExperts
 from moelpr.vocabulary_extension import VocabularyExtension
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -213,10 +213,10 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-FOUR = ExpertChoice(4)
+FOUR = NewExperts(4)
 
 
-def assert_import_fails(source: Path, tmp_path: Path, message: str, experts: ExpertChoice = FOUR, **options) -> None:
+def assert_import_fails(source: Path, tmp_path: Path, message: str, experts: NewExperts = FOUR, **options) -> None:
     """The import fails with a one-line message that matches, and leaves nothing."""
     from checkpoint_convert.upcycling import hf_to_mcore
 

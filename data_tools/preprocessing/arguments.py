@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 from data_tools.preprocessing.sources import STANDARD_INPUT
+from moelpr.command import CommandParser
 from moelpr.data.tokenizer import add_tokenizer_arguments
-from moelpr.errors import CommandParser, UserError
+from moelpr.errors import UserError
 from moelpr.machine import available_cpus
 
 REGISTRY_FILE = "dataset_info.json"

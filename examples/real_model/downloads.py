@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from examples.real_model.debian_package import digest_of
-from moelpr.errors import CommandParser, MachineError, UserError
+from moelpr.command import CommandParser
+from moelpr.errors import MachineError, UserError
 from moelpr.files import LOCK_FILE, locked, make_folder
 from moelpr.machine import as_gib
 from moelpr.yaml_files import read_mapping

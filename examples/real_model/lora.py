@@ -18,8 +18,9 @@ from torch.utils.data import Dataset
 
 from examples.real_model.settings import BATCH, BETA2, MICRO_BATCH, SEQUENCE_LENGTH, minimum_rate, warmup_steps
 from moelpr import machine
+from moelpr.command import CommandParser, run_command
 from moelpr.data.manifest import Manifest
-from moelpr.errors import CommandParser, UserError, run_command
+from moelpr.errors import UserError
 from moelpr.files import atomic_directory, make_folder, write_text
 from moelpr.run_folder import read_json
 

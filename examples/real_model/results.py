@@ -13,7 +13,8 @@ from examples.readme_results import replace_between
 from examples.real_model.measurements import collect, merged
 from examples.real_model.page import NAME, charts, dump, readme_line, section
 from examples.steps import ROOT
-from moelpr.errors import CommandParser, UserError, run_command
+from moelpr.command import CommandParser, run_command
+from moelpr.errors import UserError
 from moelpr.files import write_text
 from moelpr.run_folder import read_json
 

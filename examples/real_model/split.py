@@ -10,7 +10,8 @@ from pathlib import Path
 
 from examples.real_model.settings import LANGUAGES
 from examples.real_model.tasks import PROMPTS, held_out_files
-from moelpr.errors import CommandParser, UserError, run_command
+from moelpr.command import CommandParser, run_command
+from moelpr.errors import UserError
 from moelpr.files import atomic_directory, refuse_existing
 
 EVERY = 50  # documents; one of them is set aside

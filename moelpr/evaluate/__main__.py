@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moelpr.checksums import NoVerify
-from moelpr.errors import CommandParser, run_command
+from moelpr.command import CommandParser, run_command
 from moelpr.evaluate.arguments import check_languages, languages, named_paths
 
 if TYPE_CHECKING:

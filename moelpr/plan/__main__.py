@@ -13,8 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moelpr.errors import CommandParser, UserError, run_command
-from moelpr.families.expert_choice import ExpertChoice, with_new_experts
+from moelpr.command import CommandParser, run_command
+from moelpr.errors import UserError
+from moelpr.families.new_experts import NewExperts, with_new_experts
 from moelpr.families.families import read_base
 from moelpr.layouts import PlannedLayout, neighbors
 from moelpr.machine import format_bytes
@@ -49,7 +50,7 @@ def main() -> None:
     workload = Workload(args.stage, *sizes, args.dtype, new_embeddings=args.train_new_embeddings)
     cluster = _cluster(args)
     family, base = read_base(args.hf_path)
-    experts = ExpertChoice.from_arguments(args, base)
+    experts = NewExperts.from_arguments(args, base)
     spec = _with_new_tokens(with_new_experts(family, base, experts), args)
     found = fitting(spec, workload, cluster)
     if args.json:
@@ -228,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--reserve-gib", type=gib_or_0, metavar="RESERVE",
         help="memory per GPU, in GiB, left free for what is not counted: CUDA context, NCCL buffers, fragmentation "
         "(default: 10%% of the memory, an assumption)")  # fmt: skip
-    ExpertChoice.add_flags(parser)
+    NewExperts.add_flags(parser)
     tokens = parser.add_mutually_exclusive_group()
     tokens.add_argument("--extended-tokenizer", type=Path, metavar="EXTENDED",
         help="tokenizer with new tokens, as in hf_to_mcore.py (default: the model's)")  # fmt: skip

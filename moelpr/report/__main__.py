@@ -8,7 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from moelpr.errors import CommandParser, UserError, run_command
+from moelpr.command import CommandParser, run_command
+from moelpr.errors import UserError
 
 
 def main() -> None:

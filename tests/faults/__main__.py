@@ -28,7 +28,8 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks.common import install_megatron, print_table
-from moelpr.errors import UserError, run_command
+from moelpr.command import run_command
+from moelpr.errors import UserError
 from moelpr.machine import available_cpus
 
 

@@ -19,7 +19,7 @@ from random import Random
 from typing import NoReturn
 
 from benchmarks.common import environment
-from moelpr.errors import run_command
+from moelpr.command import run_command
 from moelpr.machine import available_cpus
 
 # More than any case needs; a command that takes more has read a size from a damaged file.

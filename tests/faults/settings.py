@@ -4,7 +4,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from moelpr.errors import run_command
+from moelpr.command import run_command
 
 
 def main() -> None:

@@ -100,7 +100,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from checkpoint_convert.upcycling import hf_to_mcore
     from data_tools.corpus_writer import CorpusWriter
-    from moelpr.families.expert_choice import ExpertChoice
+    from moelpr.families.new_experts import NewExperts
 
     folder = tmp_path_factory.mktemp("material")
     torch.manual_seed(0)
@@ -110,7 +110,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     Qwen2ForCausalLM(config).save_pretrained(folder / "hf")
     hf_to_mcore(folder / "hf", folder / "dense", None)
-    hf_to_mcore(folder / "hf", folder / "upcycled", ExpertChoice(4, topk=2))
+    hf_to_mcore(folder / "hf", folder / "upcycled", NewExperts(4, topk=2))
     random = np.random.default_rng(0)
     for name in ("original", "expanded"):
         with CorpusWriter(folder / name, vocab_size=256) as writer:
@@ -458,7 +458,8 @@ def test_the_exports_model_card_describes_both_runs(material: Path, stage1: Path
 
 
 def test_base_plus_delta_is_the_export(material: Path, stage2: Path) -> None:
-    from checkpoint_convert.export import apply_delta, mcore_to_hf
+    from checkpoint_convert.delta import apply_delta
+    from checkpoint_convert.export import mcore_to_hf
 
     mcore_to_hf(stage2, material / "full-hf")
     mcore_to_hf(stage2, material / "delta", as_delta=True)

@@ -14,7 +14,7 @@ from moelpr.arguments.checks.folders import checkpoint_bytes
 from moelpr.arguments.flags import all_arguments
 from moelpr.arguments.settings import RunSettings
 from moelpr.data.language_bits import LanguageBitsWriter
-from moelpr.families.expert_choice import ExpertChoice, with_new_experts
+from moelpr.families.new_experts import NewExperts, with_new_experts
 from moelpr.families.families import read_base
 from moelpr.machine import format_bytes
 from moelpr.plan.__main__ import main as plan
@@ -102,7 +102,7 @@ def test_a_checkpoint_has_the_size_in_the_comment(recipe: str, models: None) -> 
     comment, stage = comment_of(recipe), recipe.removesuffix(".yaml").rsplit("-", 1)[1]
     argv = command_in(comment)
     family, base = read_base(Path(argv[1]))
-    spec = with_new_experts(family, base, ExpertChoice(int(argv[3]), original_copies=2))
+    spec = with_new_experts(family, base, NewExperts(int(argv[3]), original_copies=2))
     args = Namespace(stage=stage, bf16=True, fp16=False, train_everything=False, train_new_embeddings=False)
     args.no_save_optim = None
     args.save_trained_only = yaml.safe_load((RECIPES / recipe).read_text()).get("save-trained-only", False)
@@ -117,7 +117,7 @@ def test_the_trainer_accepts_it_on_the_hardware_it_names(
     planner_argv = command_in(comment_of(recipe))
     folder = Path("upcycled")
     (folder / "release").mkdir(parents=True)
-    with_new_experts(*read_base(Path(planner_argv[1])), ExpertChoice(int(planner_argv[3]))).write(folder)
+    with_new_experts(*read_base(Path(planner_argv[1])), NewExperts(int(planner_argv[3]))).write(folder)
     (folder / "latest_checkpointed_iteration.txt").write_text("release")
     for suffix in ("bin", "idx"):
         Path(f"corpus.{suffix}").touch()

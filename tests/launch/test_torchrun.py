@@ -18,7 +18,7 @@ from moelpr.machine import available_cpus, peak_memory
 ROOT = Path(__file__).parents[2]
 RANK = r"""
 import os, time
-from moelpr.errors import run_command
+from moelpr.command import run_command
 from moelpr.training import clean_stop
 
 def main():

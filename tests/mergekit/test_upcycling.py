@@ -13,7 +13,7 @@ import yaml
 
 from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.upcycling import hf_to_mcore
-from moelpr.families.expert_choice import ExpertChoice
+from moelpr.families.new_experts import NewExperts
 from tests.hf_models import load_stock, make_model  # noqa: F401
 
 MERGEKIT = Path(__file__).parents[2] / ".venv-mergekit/bin/mergekit-moe"
@@ -36,7 +36,7 @@ def test_mergekit_makes_the_same_tensors(
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     subprocess.run([MERGEKIT, tmp_path / "recipe.yaml", tmp_path / "theirs"], check=True, cwd=tmp_path)
 
-    hf_to_mcore(base, tmp_path / "megatron", ExpertChoice(NUM_EXPERTS - 1))
+    hf_to_mcore(base, tmp_path / "megatron", NewExperts(NUM_EXPERTS - 1))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "ours")
     ours, theirs = (load_stock(tmp_path / name, "MixtralForCausalLM") for name in ("ours", "theirs"))
     a, b = ours.state_dict(), theirs.state_dict()  # mergekit stacks the experts in its files, as transformers does

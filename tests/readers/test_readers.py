@@ -18,7 +18,7 @@ from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.export_check import unmet_requirements
 from checkpoint_convert.readers import obstacle
 from checkpoint_convert.upcycling import Start, hf_to_mcore
-from moelpr.families.expert_choice import ExpertChoice
+from moelpr.families.new_experts import NewExperts
 from moelpr.families.families import read_config
 from tests.hf_models import edit_tensors, load_stock, make_model, save_tokenizer  # noqa: F401
 from tests.readers import llama_cpp, mlx
@@ -80,7 +80,7 @@ def export(case: Case, make_model: Callable[..., Path], tmp_path_factory: pytest
     """Experts that differ as after training, in fp32."""
     folder = tmp_path_factory.mktemp("export")
     dense = make_model(case.architecture, tokenizer=True, **case.changes)
-    hf_to_mcore(dense, folder / "megatron", ExpertChoice(3, **case.upcycling), start=Start(noise=0.5))
+    hf_to_mcore(dense, folder / "megatron", NewExperts(3, **case.upcycling), start=Start(noise=0.5))
     mcore_to_hf(folder / "megatron", folder / "hf", as_class=case.as_class)
     return folder / "hf"
 
@@ -149,7 +149,7 @@ def test_a_reader_computes_what_transformers_does_unless_an_obstacle_is_named(
 def test_8_bits_change_little(make_model: Callable[..., Path], tmp_path: Path) -> None:  # noqa: F811
     """Q8_0 divides rows into blocks of 32, and leaves narrower tensors as they are."""
     dense = make_model("Qwen2ForCausalLM", tokenizer=True, hidden_size=64, intermediate_size=96)
-    hf_to_mcore(dense, tmp_path / "megatron", ExpertChoice(3), start=Start(noise=0.5))
+    hf_to_mcore(dense, tmp_path / "megatron", NewExperts(3), start=Start(noise=0.5))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", as_class="granitemoe")
     llama_cpp.convert(tmp_path / "hf", tmp_path / "model.gguf", "q8_0")
     prompt = prompt_of(24)

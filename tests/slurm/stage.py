@@ -13,11 +13,11 @@ class Stage:
 
     def __init__(self, cluster: Cluster, folder: Path) -> None:
         from checkpoint_convert.upcycling import hf_to_mcore
-        from moelpr.families.expert_choice import ExpertChoice
+        from moelpr.families.new_experts import NewExperts
 
         self.cluster, self.folder = cluster, folder
         self.start, self.data = folder / "upcycled", make_corpus(folder)
-        hf_to_mcore(make_model(folder), self.start, ExpertChoice(4, topk=2))
+        hf_to_mcore(make_model(folder), self.start, NewExperts(4, topk=2))
 
     def submit(self, name: str, *options: object) -> str:
         words = ["--pretrained-checkpoint", self.start, "--data-path", self.data, "--save", self.folder / name]

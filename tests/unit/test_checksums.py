@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from moelpr import checksums
 from moelpr.checkpoints import verify_files, write_checksums
 from moelpr.checksums import FILE_NAME, FileSum, Verifier, verify_folder
-from moelpr.errors import CommandParser, UserError
+from moelpr.command import CommandParser
+from moelpr.errors import UserError
 from tests.ranks import as_ranks
 
 FILES = {".metadata": b"table", "metadata.json": b"{}", "__0_0.distcp": b"0123456789", "__1_0.distcp": b"experts"}

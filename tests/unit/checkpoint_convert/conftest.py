@@ -12,8 +12,8 @@ import yaml
 
 from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.upcycling import Start, hf_to_mcore
-from moelpr.errors import run_command
-from moelpr.families.expert_choice import ExpertChoice
+from moelpr.command import run_command
+from moelpr.families.new_experts import NewExperts
 from tests.hf_models import held_bytes, make_model, make_qwen2, qwen2, source  # noqa: F401
 
 BASE_CARD = "---\nlicense: other\nlicense_name: tongyi\nlanguage:\n- en\n- zh\ntags: [chat]\n---\n# The base\n"
@@ -72,14 +72,14 @@ def base(make_qwen2: Callable[..., Path], tmp_path: Path) -> Path:  # noqa: F811
 @pytest.fixture
 def upcycled(qwen2: Path, tmp_path: Path) -> Path:  # noqa: F811
     """A checkpoint of qwen2 with 4 new experts in every layer."""
-    hf_to_mcore(qwen2, tmp_path / "checkpoint", ExpertChoice(4))
+    hf_to_mcore(qwen2, tmp_path / "checkpoint", NewExperts(4))
     return tmp_path / "checkpoint"
 
 
 @pytest.fixture
 def export(qwen2: Path, tmp_path: Path) -> Path:  # noqa: F811
     """The export of the checkpoint tmp_path/megatron: qwen2 with 4 new experts in layers 0 and 3."""
-    hf_to_mcore(qwen2, tmp_path / "megatron", ExpertChoice(4, moe_layers=[0, 3]))
+    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(4, moe_layers=[0, 3]))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
     return tmp_path / "hf"
 
@@ -98,7 +98,7 @@ def runs(make_qwen2: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.Mo
     base = Path(shutil.copytree(make_qwen2(tokenizer=True), tmp_path / "Qwen-tiny"))
     (base / "README.md").write_text(BASE_CARD)
     monkeypatch.chdir(tmp_path)  # the records name the folders as the user did
-    hf_to_mcore(base, Path("upcycled"), ExpertChoice(3), start=Start(seed=7))
+    hf_to_mcore(base, Path("upcycled"), NewExperts(3), start=Start(seed=7))
     write_run("stage1", "upcycled", [3, 6], SETTINGS)
     stage2 = {
         "stage": "stage2",

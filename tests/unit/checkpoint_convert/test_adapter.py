@@ -18,7 +18,7 @@ from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.megatron_folder import MegatronReader
 from checkpoint_convert.upcycling import Start, hf_to_mcore
 from moelpr.errors import UserError
-from moelpr.families.expert_choice import ExpertChoice
+from moelpr.families.new_experts import NewExperts
 from moelpr.model_spec import ModelSpec, MoeSpec
 from moelpr.torch_dist import TorchDistReader, TorchDistWriter
 
@@ -141,7 +141,7 @@ def test_adapter_to_ours_to_adapter_has_the_same_tensors(
 
 
 def test_ours_to_adapter_to_ours_is_bitwise_identical(qwen2: Path, tmp_path: Path) -> None:
-    hf_to_mcore(qwen2, tmp_path / "ours", ExpertChoice(4, topk=3, moe_layers=[0, 2]))
+    hf_to_mcore(qwen2, tmp_path / "ours", NewExperts(4, topk=3, moe_layers=[0, 2]))
     mcore_to_adapter(tmp_path / "ours", tmp_path / "adapter", "base")
     adapter_to_mcore(tmp_path / "adapter", qwen2, tmp_path / "again")
     assert largest_difference(compare(tmp_path / "ours", tmp_path / "again")) == 0.0
@@ -155,7 +155,7 @@ def test_ours_to_adapter_to_ours_is_bitwise_identical(qwen2: Path, tmp_path: Pat
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM"])
 def test_other_families_have_adapters_too(architecture: str, make_model: Callable[..., Path], tmp_path: Path) -> None:
     base = make_model(architecture)
-    hf_to_mcore(base, tmp_path / "ours", ExpertChoice(2), start=Start("random"))
+    hf_to_mcore(base, tmp_path / "ours", NewExperts(2), start=Start("random"))
     mcore_to_adapter(tmp_path / "ours", tmp_path / "adapter", "base")
     names = load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
     assert {name for name in names if "layers.3." in name} == {
@@ -172,7 +172,7 @@ def test_other_families_have_adapters_too(architecture: str, make_model: Callabl
 def test_few_tensors_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_path: Path, held_bytes) -> None:
     base = make_qwen2(num_hidden_layers=12)
     largest = max(tensor.nbytes for file in base.glob("*.safetensors") for tensor in load_file(file).values())
-    hf_to_mcore(base, tmp_path / "ours", ExpertChoice(8))
+    hf_to_mcore(base, tmp_path / "ours", NewExperts(8))
     held_bytes.take_peak()
     mcore_to_adapter(tmp_path / "ours", tmp_path / "adapter", "base")
     assert 0 < held_bytes.take_peak() <= 3 * largest
@@ -333,7 +333,7 @@ def test_a_base_that_does_not_fit_is_rejected(
 ) -> None:
     with pytest.raises(UserError, match="MixtralForCausalLM.*2 of 4 layers"):
         adapter_to_mcore(write_adapter(), make_model("LlamaForCausalLM"), tmp_path / "out")
-    hf_to_mcore(qwen2, tmp_path / "ours", ExpertChoice(4))
+    hf_to_mcore(qwen2, tmp_path / "ours", NewExperts(4))
     mcore_to_hf(tmp_path / "ours", tmp_path / "moe")
     with pytest.raises(UserError, match="moe is an MoE.*dense"):
         adapter_to_mcore(write_adapter(), tmp_path / "moe", tmp_path / "out")
@@ -344,7 +344,7 @@ def test_nan_and_inf_weights_are_rejected(qwen2: Path, write_adapter: Callable[.
     broken[EXPERT][3, 4] = float("nan")
     with pytest.raises(UserError, match=f"{EXPERT} .*NaN"):
         adapter_to_mcore(write_adapter(broken), qwen2, tmp_path / "out")
-    hf_to_mcore(qwen2, tmp_path / "ours", ExpertChoice(2))
+    hf_to_mcore(qwen2, tmp_path / "ours", NewExperts(2))
     state = TorchDistReader(tmp_path / "ours" / "release")
     with TorchDistWriter(tmp_path / "nan") as writer:
         for key in sorted(state.keys):
@@ -362,7 +362,7 @@ def test_nan_and_inf_weights_are_rejected(qwen2: Path, write_adapter: Callable[.
 
 
 def test_a_base_that_training_rounded_has_no_adapter_in_its_own_dtype(make_qwen2, tmp_path: Path) -> None:
-    hf_to_mcore(make_qwen2(torch.float32), tmp_path / "rounded", ExpertChoice(2, original_copies=1), dtype="bfloat16")
+    hf_to_mcore(make_qwen2(torch.float32), tmp_path / "rounded", NewExperts(2, original_copies=1), dtype="bfloat16")
     replace(ModelSpec.read(tmp_path / "rounded"), dtype="float32").write(tmp_path / "rounded")  # as after training
     with pytest.raises(UserError, match="base's float32 was rounded: an adapter .*--dtype bfloat16"):
         mcore_to_adapter(tmp_path / "rounded", tmp_path / "adapter", "base")
@@ -373,14 +373,14 @@ def test_a_model_that_an_adapter_cannot_express_is_rejected(qwen2: Path, tmp_pat
     hf_to_mcore(qwen2, tmp_path / "dense", None)
     with pytest.raises(UserError, match="is dense.*mcore_to_hf.py"):
         mcore_to_adapter(tmp_path / "dense", tmp_path / "out", "base")
-    hf_to_mcore(qwen2, tmp_path / "moe", ExpertChoice(4))
+    hf_to_mcore(qwen2, tmp_path / "moe", NewExperts(4))
     spec = json.loads((tmp_path / "moe" / "model_spec.json").read_text())
     spec["moe"] |= {"num_original_experts": 2, "num_new_experts": 3}
     (tmp_path / "lifelong").mkdir()
     (tmp_path / "lifelong" / "model_spec.json").write_text(json.dumps(spec))
     with pytest.raises(UserError, match="2 original experts.*mcore_to_hf.py"):
         mcore_to_adapter(tmp_path / "lifelong", tmp_path / "out", "base")
-    hf_to_mcore(qwen2, tmp_path / "copies", ExpertChoice(4, original_copies=2))
+    hf_to_mcore(qwen2, tmp_path / "copies", NewExperts(4, original_copies=2))
     with pytest.raises(UserError, match="2 copies.*mcore_to_hf.py"):
         mcore_to_adapter(tmp_path / "copies", tmp_path / "out", "base")
     assert not (tmp_path / "out").exists()

@@ -12,7 +12,7 @@ from checkpoint_convert import verify
 from checkpoint_convert.comparison import compare, largest_difference
 from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.upcycling import hf_to_mcore
-from moelpr.families.expert_choice import ExpertChoice
+from moelpr.families.new_experts import NewExperts
 from moelpr.model_spec import ModelSpec
 from tests.hf_models import (
     assert_nothing_left,
@@ -29,7 +29,7 @@ def test_a_full_disk_exits_with_one_message_and_code_1(
         full = "w" in mode and any(kind in str(path) for kind in (".distcp", ".safetensors"))
         return real_open("/dev/full" if full else path, mode, *args, **kwargs)
 
-    hf_to_mcore(qwen2, tmp_path / "megatron", ExpertChoice(4))
+    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(4))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "export")
     monkeypatch.setattr("builtins.open", open_full)
     for main, arguments in (
@@ -144,7 +144,7 @@ def test_the_last_line_and_the_card_say_which_programs_run_an_export(
 
 def test_a_delta_is_made_and_applied_by_commands(base: Path, tmp_path: Path, exit_code, capsys) -> None:
     checkpoint, delta, whole = (tmp_path / name for name in ("megatron", "delta", "whole"))
-    hf_to_mcore(base, checkpoint, ExpertChoice(3, moe_layers=[0, 2]))
+    hf_to_mcore(base, checkpoint, NewExperts(3, moe_layers=[0, 2]))
     assert exit_code(exporter.main, "--load", checkpoint, "--save", delta, "--delta", "--base-model", "o/Base") == 0
     assert "delta of Qwen2MoeForCausalLM, 4 experts, top-2, bfloat16" in capsys.readouterr().out
     assert exit_code(apply_delta_module.main, "--base", base, "--delta", delta, "--save", whole) == 0

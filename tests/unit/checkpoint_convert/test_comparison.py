@@ -12,7 +12,7 @@ from checkpoint_convert import comparison
 from checkpoint_convert.comparison import compare, compare_on_text, largest_difference
 from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.upcycling import hf_to_mcore
-from moelpr.families.expert_choice import ExpertChoice
+from moelpr.families.new_experts import NewExperts
 from tests.hf_models import (
     copy_of,
     tensors_of,
@@ -29,7 +29,7 @@ def test_a_difference_in_any_chunk_of_a_tensor_is_found(export: Path, monkeypatc
 def test_two_tensors_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_path: Path, held_bytes) -> None:
     base = make_qwen2(num_hidden_layers=12)
     largest = max(tensor.nbytes for tensor in tensors_of(base).values())
-    hf_to_mcore(base, tmp_path / "megatron", ExpertChoice(8))
+    hf_to_mcore(base, tmp_path / "megatron", NewExperts(8))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
     held_bytes.take_peak()
     for a, b in (("megatron", "hf"), ("hf", "megatron")):

@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoint_convert.comparison import compare_frozen, largest_difference
-from checkpoint_convert.export import apply_delta, mcore_to_hf, whole_checkpoint
+from checkpoint_convert.delta import apply_delta
+from checkpoint_convert.export import mcore_to_hf, whole_checkpoint
 from checkpoint_convert.megatron_folder import MegatronReader
 from checkpoint_convert.upcycling import Start, hf_to_mcore
 from moelpr.errors import UserError
-from moelpr.families.expert_choice import ExpertChoice
+from moelpr.families.new_experts import NewExperts
 from moelpr.families.tables import Piece
 from moelpr.model_spec import ModelSpec
 from moelpr.stages import Part
@@ -55,7 +56,7 @@ def test_a_dense_model_returns_bitwise_identical(
 
 def test_two_conversions_write_the_same_bytes(qwen2: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
-        hf_to_mcore(qwen2, tmp_path / f"megatron-{name}", ExpertChoice(4), start=Start("random"))
+        hf_to_mcore(qwen2, tmp_path / f"megatron-{name}", NewExperts(4), start=Start("random"))
         mcore_to_hf(tmp_path / f"megatron-{name}", tmp_path / f"hf-{name}")
     for kind in ("megatron", "hf"):
         a, b = tmp_path / f"{kind}-a", tmp_path / f"{kind}-b"
@@ -66,8 +67,8 @@ def test_two_conversions_write_the_same_bytes(qwen2: Path, tmp_path: Path) -> No
 
 def test_dtype_is_kept_unless_asked(make_qwen2: Callable[..., Path], tmp_path: Path) -> None:
     source = make_qwen2(torch.bfloat16)
-    hf_to_mcore(source, tmp_path / "kept", ExpertChoice(4))
-    hf_to_mcore(source, tmp_path / "wide", ExpertChoice(4), dtype="float32")
+    hf_to_mcore(source, tmp_path / "kept", NewExperts(4))
+    hf_to_mcore(source, tmp_path / "wide", NewExperts(4), dtype="float32")
     assert {t.dtype for t in megatron_tensors_of(tmp_path / "kept").values()} == {torch.bfloat16}
     assert {t.dtype for t in megatron_tensors_of(tmp_path / "wide").values()} == {torch.float32}
     mcore_to_hf(tmp_path / "wide", tmp_path / "hf", dtype="bfloat16")
@@ -78,7 +79,7 @@ def test_dtype_is_kept_unless_asked(make_qwen2: Callable[..., Path], tmp_path: P
 
 
 def test_export_generates_the_same_tokens_as_the_dense_model(qwen2: Path, tmp_path: Path) -> None:
-    hf_to_mcore(qwen2, tmp_path / "megatron", ExpertChoice(4))
+    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(4))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
     settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     dense = load_stock(qwen2, "Qwen2ForCausalLM").generate(TOKENS, **settings)
@@ -90,7 +91,7 @@ def test_few_tensors_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_pat
     """Memory is that of a few tensors, whatever the number of layers and experts."""
     source = make_qwen2(num_hidden_layers=12)
     largest = max(tensor.nbytes for tensor in tensors_of(source).values())
-    hf_to_mcore(source, tmp_path / "megatron", ExpertChoice(8))
+    hf_to_mcore(source, tmp_path / "megatron", NewExperts(8))
     assert 0 < held_bytes.take_peak() <= 3 * largest
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
     assert 0 < held_bytes.take_peak() <= 3 * largest
@@ -101,7 +102,7 @@ def test_few_tensors_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_pat
 
 @pytest.fixture
 def checkpoint(base: Path, tmp_path: Path) -> Path:
-    hf_to_mcore(base, tmp_path / "megatron", ExpertChoice(3, moe_layers=[0, 2]), start=Start("random"))
+    hf_to_mcore(base, tmp_path / "megatron", NewExperts(3, moe_layers=[0, 2]), start=Start("random"))
     return tmp_path / "megatron"
 
 
@@ -119,7 +120,7 @@ def test_base_and_delta_give_the_bytes_of_the_full_export(
 
 def test_a_delta_has_no_copies_of_the_ffn(base: Path, tmp_path: Path) -> None:
     """They come from the base, in every place."""
-    hf_to_mcore(base, tmp_path / "megatron", ExpertChoice(1, original_copies=2), start=Start("random"))
+    hf_to_mcore(base, tmp_path / "megatron", NewExperts(1, original_copies=2), start=Start("random"))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "full")
     mcore_to_hf(tmp_path / "megatron", tmp_path / "delta", as_delta=True)
     names = load_file(tmp_path / "delta" / "delta.safetensors")
@@ -132,7 +133,7 @@ def test_a_delta_has_no_copies_of_the_ffn(base: Path, tmp_path: Path) -> None:
 def test_a_base_that_training_rounded_is_rounded_the_same_way(make_qwen2: Callable[..., Path], tmp_path: Path) -> None:
     """A run in bf16 on an fp32 base."""
     base = make_qwen2(torch.float32)
-    hf_to_mcore(base, tmp_path / "rounded", ExpertChoice(2), start=Start("random"), dtype="bfloat16")
+    hf_to_mcore(base, tmp_path / "rounded", NewExperts(2), start=Start("random"), dtype="bfloat16")
     message = "base's float32 was rounded.*--dtype bfloat16"
     with pytest.raises(UserError, match=message):
         mcore_to_hf(tmp_path / "rounded", tmp_path / "fp32", as_delta=True, dtype="float32")
@@ -149,7 +150,7 @@ def test_a_base_that_was_rounded_in_part_or_twice_has_no_delta_in_another_dtype(
     make_qwen2: Callable[..., Path], tmp_path: Path
 ) -> None:
     base = make_qwen2(torch.float32)
-    hf_to_mcore(base, tmp_path / "model", ExpertChoice(2), start=Start("random"))
+    hf_to_mcore(base, tmp_path / "model", NewExperts(2), start=Start("random"))
     source = MegatronReader(tmp_path / "model")
     (embedding,) = (piece for piece in source.pieces if piece.part is Part.EMBEDDING)
     stored = MegatronReader.dtype
@@ -161,7 +162,7 @@ def test_a_base_that_was_rounded_in_part_or_twice_has_no_delta_in_another_dtype(
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="base's float32 .*--dtype bfloat16"):
         patch.setattr(MegatronReader, "dtype", dtype)
         mcore_to_hf(tmp_path / "model", tmp_path / "delta", as_delta=True)
-    hf_to_mcore(base, tmp_path / "twice", ExpertChoice(2), start=Start("random"), dtype="bfloat16")
+    hf_to_mcore(base, tmp_path / "twice", NewExperts(2), start=Start("random"), dtype="bfloat16")
     replace(ModelSpec.read(tmp_path / "twice"), dtype="float16").write(tmp_path / "twice")
     with pytest.raises(UserError, match="has bfloat16 and float16, .* export without --delta"):
         mcore_to_hf(tmp_path / "twice", tmp_path / "delta", as_delta=True, dtype="bfloat16")
@@ -173,8 +174,8 @@ def test_numbers_that_float16_does_not_have_are_reported(make_qwen2: Callable[..
     tensors["model.layers.1.self_attn.o_proj.weight"][0, 0] = 1e5
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="in float16 contains NaN or Inf; .*too large"):
-        hf_to_mcore(base, tmp_path / "narrow", ExpertChoice(2), dtype="float16")
-    hf_to_mcore(base, tmp_path / "wide", ExpertChoice(2))
+        hf_to_mcore(base, tmp_path / "narrow", NewExperts(2), dtype="float16")
+    hf_to_mcore(base, tmp_path / "wide", NewExperts(2))
     with pytest.raises(UserError, match="in float16 contains NaN or Inf; .*too large"):
         mcore_to_hf(tmp_path / "wide", tmp_path / "hf", dtype="float16")
     with pytest.raises(UserError, match="in float16 contains NaN or Inf; .*too large"):
@@ -184,7 +185,7 @@ def test_numbers_that_float16_does_not_have_are_reported(make_qwen2: Callable[..
 def test_a_whole_checkpoint_does_not_replace_the_base_checkpoint_it_is_made_of(
     make_qwen2: Callable[..., Path], tmp_path: Path
 ) -> None:
-    hf_to_mcore(make_qwen2(), tmp_path / "c1", ExpertChoice(2))
+    hf_to_mcore(make_qwen2(), tmp_path / "c1", NewExperts(2))
     shutil.copytree(tmp_path / "c1", tmp_path / "c2")
     with pytest.MonkeyPatch.context() as patch:
         links = [tmp_path / "c2" / "release", tmp_path / "c1" / "release"]
@@ -203,7 +204,7 @@ def test_the_dtype_of_the_base_is_that_of_its_weights_not_of_its_config(
     base = Path(shutil.copytree(make_qwen2(torch.float32), tmp_path / "base"))
     config = json.loads((base / "config.json").read_text()) | recorded
     (base / "config.json").write_text(json.dumps(config))
-    hf_to_mcore(base, tmp_path / "rounded", ExpertChoice(2), start=Start("random"), dtype="bfloat16")
+    hf_to_mcore(base, tmp_path / "rounded", NewExperts(2), start=Start("random"), dtype="bfloat16")
     for dtype in ("bfloat16", "float32"):  # the second as after training, without --dtype of the conversion
         replace(ModelSpec.read(tmp_path / "rounded"), dtype=dtype).write(tmp_path / "rounded")
         with pytest.raises(UserError, match="base's float32 was rounded.*--dtype bfloat16"):
@@ -221,7 +222,7 @@ def test_other_families_and_tied_models_have_deltas(
     architecture: str, make_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     base = make_model(architecture, tie_word_embeddings=True)
-    hf_to_mcore(base, tmp_path / "megatron", ExpertChoice(2), start=Start("random"))
+    hf_to_mcore(base, tmp_path / "megatron", NewExperts(2), start=Start("random"))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "full")
     mcore_to_hf(tmp_path / "megatron", tmp_path / "delta", as_delta=True)
     apply_delta(base, tmp_path / "delta", tmp_path / "whole")
@@ -230,7 +231,7 @@ def test_other_families_and_tied_models_have_deltas(
 
 def test_the_base_of_another_round_is_the_previous_moe(checkpoint: Path, tmp_path: Path) -> None:
     mcore_to_hf(checkpoint, tmp_path / "round1")
-    hf_to_mcore(tmp_path / "round1", tmp_path / "megatron2", ExpertChoice(2), start=Start("random"))
+    hf_to_mcore(tmp_path / "round1", tmp_path / "megatron2", NewExperts(2), start=Start("random"))
     mcore_to_hf(tmp_path / "megatron2", tmp_path / "full")
     mcore_to_hf(tmp_path / "megatron2", tmp_path / "delta", as_delta=True)
     names = set(load_file(tmp_path / "delta" / "delta.safetensors"))
@@ -242,7 +243,7 @@ def test_the_base_of_another_round_is_the_previous_moe(checkpoint: Path, tmp_pat
 def test_few_tensors_of_a_delta_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_path: Path, held_bytes) -> None:
     base = make_qwen2(num_hidden_layers=12)
     largest = max(tensor.nbytes for file in base.glob("*.safetensors") for tensor in load_file(file).values())
-    hf_to_mcore(base, tmp_path / "megatron", ExpertChoice(8))
+    hf_to_mcore(base, tmp_path / "megatron", NewExperts(8))
     held_bytes.take_peak()
     mcore_to_hf(tmp_path / "megatron", tmp_path / "delta", as_delta=True)
     assert 0 < held_bytes.take_peak() <= 3 * largest
@@ -328,7 +329,7 @@ def test_a_base_whose_config_names_no_class_has_a_delta_too(base: Path, tmp_path
     config = json.loads((base / "config.json").read_text())
     del config["architectures"]
     (base / "config.json").write_text(json.dumps(config))
-    hf_to_mcore(base, tmp_path / "megatron", ExpertChoice(1))
+    hf_to_mcore(base, tmp_path / "megatron", NewExperts(1))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "delta", as_delta=True)
     apply_delta(base, tmp_path / "delta", tmp_path / "whole")
     mcore_to_hf(tmp_path / "megatron", tmp_path / "export")
@@ -337,9 +338,9 @@ def test_a_base_whose_config_names_no_class_has_a_delta_too(base: Path, tmp_path
 
 def test_a_delta_to_an_moe_is_of_its_class(base: Path, tmp_path: Path) -> None:
     granite, second = tmp_path / "granite", tmp_path / "second"
-    hf_to_mcore(base, tmp_path / "first", ExpertChoice(1))
+    hf_to_mcore(base, tmp_path / "first", NewExperts(1))
     mcore_to_hf(tmp_path / "first", granite, as_class="granitemoe")
-    hf_to_mcore(granite, second, ExpertChoice(1))
+    hf_to_mcore(granite, second, NewExperts(1))
     with pytest.raises(UserError, match="delta to a GraniteMoeForCausalLM must be of its class.*--as"):
         mcore_to_hf(second, tmp_path / "delta", as_delta=True, as_class="qwen2_moe")
     mcore_to_hf(second, tmp_path / "delta", as_delta=True, as_class="granitemoe")

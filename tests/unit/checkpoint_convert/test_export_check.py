@@ -11,7 +11,7 @@ from checkpoint_convert.export_check import unmet_requirements
 from checkpoint_convert.readers import READERS
 from checkpoint_convert.upcycling import hf_to_mcore
 from moelpr.errors import UserError
-from moelpr.families.expert_choice import ExpertChoice
+from moelpr.families.new_experts import NewExperts
 from tests.hf_models import edit_tensors, load_stock
 
 
@@ -28,7 +28,7 @@ def found(folder: Path) -> dict[str, str]:
 
 @pytest.fixture
 def mixtral(make_model: Callable[..., Path], tmp_path: Path) -> Path:
-    hf_to_mcore(make_model("LlamaForCausalLM", tokenizer=True), tmp_path / "megatron", ExpertChoice(2))
+    hf_to_mcore(make_model("LlamaForCausalLM", tokenizer=True), tmp_path / "megatron", NewExperts(2))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
     return tmp_path / "hf"
 
@@ -38,7 +38,7 @@ def test_every_program_runs_a_mixtral(mixtral: Path) -> None:
 
 
 def test_qwen2_moe_and_granitemoe_run_in_different_programs(qwen2: Path, tmp_path: Path) -> None:
-    hf_to_mcore(qwen2, tmp_path / "megatron", ExpertChoice(2))
+    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(2))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "qwen2-moe")
     mcore_to_hf(tmp_path / "megatron", tmp_path / "granite", as_class="granitemoe")
     shared = "it requires a shared expert and does not normalize top-k weights"
@@ -52,7 +52,7 @@ def test_qwen2_moe_and_granitemoe_run_in_different_programs(qwen2: Path, tmp_pat
 
 
 def test_layers_without_experts_and_a_missing_tokenizer_are_found(make_model: Callable[..., Path], tmp_path: Path):
-    hf_to_mcore(make_model("Qwen3ForCausalLM", head_dim=8), tmp_path / "megatron", ExpertChoice(2, moe_layers=[1]))
+    hf_to_mcore(make_model("Qwen3ForCausalLM", head_dim=8), tmp_path / "megatron", NewExperts(2, moe_layers=[1]))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
     tokenizer = "there is no tokenizer"
     llama_cpp = "llama.cpp (Ollama, LM Studio): it requires experts in every layer"
@@ -76,7 +76,7 @@ def test_missing_and_misshapen_tensors_are_found(mixtral: Path, reader: str) -> 
 
 
 def test_settings_that_no_export_has_are_rejected(qwen2: Path, tmp_path: Path) -> None:
-    hf_to_mcore(qwen2, tmp_path / "megatron", ExpertChoice(2))
+    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(2))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
     edit_config(tmp_path / "hf", norm_topk_prob=False)
     with pytest.raises(UserError, match="norm_topk_prob must be True"):

@@ -22,7 +22,7 @@ from checkpoint_convert.grafting import _license, add_difference, compare_graft,
 from checkpoint_convert.hub import Model, find_model
 from checkpoint_convert.upcycling import Start, hf_to_mcore
 from moelpr.errors import UserError
-from moelpr.families.expert_choice import ExpertChoice
+from moelpr.families.new_experts import NewExperts
 from tests.hf_models import (
     TOKENS,
     assert_nothing_left,
@@ -52,7 +52,7 @@ def instruct_of(base: Path, folder: Path) -> Path:
 
 def upcycle(base: Path, folder: Path, **options) -> Path:
     """An export whose two new experts differ from the FFN, as training would leave them."""
-    hf_to_mcore(base, folder / "megatron", ExpertChoice(2, **options), start=Start(noise=0.5))
+    hf_to_mcore(base, folder / "megatron", NewExperts(2, **options), start=Start(noise=0.5))
     mcore_to_hf(folder / "megatron", folder / "model")
     return folder / "model"
 
@@ -180,7 +180,7 @@ def test_tokens_that_choose_only_the_original_expert_get_the_instruct_models_log
         assert (model(text).logits - expected).abs().max() < 1e-5 < (wrong - expected).abs().max()
 
     hf_to_mcore(folders[1], tmp_path / "dense", None)
-    hf_to_mcore(grafted, tmp_path / "next", ExpertChoice(1))
+    hf_to_mcore(grafted, tmp_path / "next", NewExperts(1))
     logits = our_logits(
         tmp_path / "next", text, lambda m: choose_copies([layer.mlp.router.weight for layer in m.decoder.layers])
     )
@@ -314,7 +314,7 @@ def test_a_base_that_answers_learns_to_answer_in_the_upcycled_model(
 
 def test_a_model_whose_base_was_rounded_in_training_is_named_as_such(make_qwen2, tmp_path: Path) -> None:
     base = make_qwen2(torch.float32, tokenizer=True)
-    hf_to_mcore(base, tmp_path / "megatron", ExpertChoice(1), dtype="bfloat16")
+    hf_to_mcore(base, tmp_path / "megatron", NewExperts(1), dtype="bfloat16")
     mcore_to_hf(tmp_path / "megatron", tmp_path / "model", dtype="float32")
     with pytest.raises(UserError, match="was trained in bfloat16, which rounded .*--dtype bfloat16"):
         run((base, instruct_of(base, tmp_path / "instruct"), tmp_path / "model"), tmp_path / "graft")

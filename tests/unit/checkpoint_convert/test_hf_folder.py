@@ -11,11 +11,12 @@ import torch
 from safetensors import safe_open
 
 from checkpoint_convert.comparison import compare
-from checkpoint_convert.export import apply_delta, mcore_to_hf
+from checkpoint_convert.delta import apply_delta
+from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.hf_folder import HfReader
 from checkpoint_convert.upcycling import hf_to_mcore
 from moelpr.errors import UserError
-from moelpr.families.expert_choice import ExpertChoice
+from moelpr.families.new_experts import NewExperts
 from tests.hf_models import (
     assert_import_fails,
     assert_same,
@@ -95,7 +96,7 @@ def test_a_damaged_index_is_one_sentence(tmp_path: Path, text: str) -> None:
 
 def test_a_tokenizer_with_more_ids_than_rows_is_rejected(source: Path, tmp_path: Path) -> None:
     save_tokenizer(source, num_ids=99)
-    hf_to_mcore(source, tmp_path / "fits", ExpertChoice(4))
+    hf_to_mcore(source, tmp_path / "fits", NewExperts(4))
     save_tokenizer(source, num_ids=100)
     assert_import_fails(source, tmp_path, "source .*100.* 99 ")
 
@@ -108,7 +109,7 @@ def test_a_damaged_tokenizer_is_rejected(source: Path, tmp_path: Path) -> None:
 def test_tokenizer_and_chat_template_are_copied(qwen2: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    hf_to_mcore(qwen2, tmp_path / "megatron", ExpertChoice(4))
+    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(4))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
     for folder in (tmp_path / "megatron" / "hf", tmp_path / "hf"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -133,7 +134,7 @@ def test_a_link_out_of_the_model_is_not_followed(name: str, source: Path, tmp_pa
 
 
 def test_no_card_of_a_base_is_a_link_out_of_it(base: Path, tmp_path: Path) -> None:
-    hf_to_mcore(base, tmp_path / "megatron", ExpertChoice(1))
+    hf_to_mcore(base, tmp_path / "megatron", NewExperts(1))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "delta", as_delta=True)
     (base / "README.md").rename(tmp_path / "secret")
     (base / "README.md").symlink_to(tmp_path / "secret")
@@ -152,7 +153,7 @@ def test_links_within_a_model_and_in_the_hubs_cache_are_followed(qwen2: Path, tm
     (snapshot / "NOTICE").symlink_to("README.md")
     (snapshot / "README.md").write_text("A card.")
     (tmp_path / "link").symlink_to(snapshot)
-    hf_to_mcore(tmp_path / "link", tmp_path / "megatron", ExpertChoice(1))
+    hf_to_mcore(tmp_path / "link", tmp_path / "megatron", NewExperts(1))
     for name in ("tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / "megatron" / "hf" / name).read_bytes() == (qwen2 / name).read_bytes()
     assert (tmp_path / "megatron" / "hf" / "NOTICE").read_text() == "A card."
@@ -160,7 +161,7 @@ def test_links_within_a_model_and_in_the_hubs_cache_are_followed(qwen2: Path, tm
 
 
 def test_large_exports_are_sharded_with_an_index(qwen2: Path, tmp_path: Path) -> None:
-    hf_to_mcore(qwen2, tmp_path / "megatron", ExpertChoice(4))
+    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(4))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "one")
     mcore_to_hf(tmp_path / "megatron", tmp_path / "many", max_shard_bytes=40_000)
     assert [path.name for path in tmp_path.glob("one/*.safetensors*")] == ["model.safetensors"]
@@ -182,7 +183,7 @@ def test_a_flipped_bit_in_the_weights_stops_every_reader(qwen2: Path, tmp_path: 
     """Of a checkpoint and of an export; without their checksums, nothing else notices it."""
     from moelpr.evaluate.models import load_model
 
-    hf_to_mcore(qwen2, tmp_path / "megatron", ExpertChoice(2))
+    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(2))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", max_shard_bytes=40_000)
     for folder, pattern in ((tmp_path / "megatron" / "release", "__0_0.distcp"), (tmp_path / "hf", "*-00002-of-*")):
         (file,) = folder.glob(pattern)
@@ -194,11 +195,11 @@ def test_a_flipped_bit_in_the_weights_stops_every_reader(qwen2: Path, tmp_path: 
             with pytest.raises(UserError, match=said):
                 mcore_to_hf(tmp_path / "megatron", tmp_path / "out")
         else:
-            assert_import_fails(folder, tmp_path, said, ExpertChoice(2))
+            assert_import_fails(folder, tmp_path, said, NewExperts(2))
             with pytest.raises(UserError, match=said):
                 load_model(folder)
             with pytest.raises(UserError, match=said):
                 list(compare(folder, folder))
         (folder / "checksums.json").unlink()
     mcore_to_hf(tmp_path / "megatron", tmp_path / "unnoticed")
-    hf_to_mcore(tmp_path / "hf", tmp_path / "unnoticed too", ExpertChoice(2))
+    hf_to_mcore(tmp_path / "hf", tmp_path / "unnoticed too", NewExperts(2))

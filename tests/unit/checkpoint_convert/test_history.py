@@ -12,14 +12,14 @@ from checkpoint_convert.history import Origin, read_history
 from checkpoint_convert.upcycling import hf_to_mcore
 from moelpr.checkpoints import BaseCheckpoint
 from moelpr.errors import UserError
-from moelpr.families.expert_choice import ExpertChoice
+from moelpr.families.new_experts import NewExperts
 from tests.unit.checkpoint_convert.conftest import SETTINGS, write_run
 
 
 def test_a_stage_whose_folder_is_gone_is_missing_until_it_is_found(runs: Path) -> None:
     shutil.move("stage1", "elsewhere")
     assert read_history(Path("stage2")).missing == "stage1"
-    hf_to_mcore(runs / "Qwen-tiny", Path("stage1"), ExpertChoice(2))  # another model in its place
+    hf_to_mcore(runs / "Qwen-tiny", Path("stage1"), NewExperts(2))  # another model in its place
     assert read_history(Path("stage2")).missing == "stage1"
     BaseCheckpoint("../elsewhere", "/gone", "iter_0000003", "").write(runs / "stage2")
     assert [stage.step for stage in read_history(Path("stage2")).stages] == [3, 4]

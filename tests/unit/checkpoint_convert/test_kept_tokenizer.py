@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint_convert.export import apply_delta, mcore_to_hf
+from checkpoint_convert.delta import apply_delta
+from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.grafting import graft
 from checkpoint_convert.hub import Model
 from checkpoint_convert.upcycling import hf_to_mcore
 from moelpr.data.tokenizer import load_tokenizer, open_hf_tokenizer
 from moelpr.errors import UserError
-from moelpr.families.expert_choice import ExpertChoice
+from moelpr.families.new_experts import NewExperts
 from tests.hf_models import assert_import_fails, files_of, make_model  # noqa: F401
 from tests.small_tokenizers import save_llama2, save_llama3, save_qwen
 
@@ -79,7 +80,7 @@ def facts(folder: Path) -> tuple[object, ...]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_exports_tokenize_as_transformers_does_for_the_base(kind: str, make_base, tmp_path: Path) -> None:
     base = make_base(*KINDS[kind])
-    hf_to_mcore(base, tmp_path / "mcore", ExpertChoice(1))
+    hf_to_mcore(base, tmp_path / "mcore", NewExperts(1))
     mcore_to_hf(tmp_path / "mcore", tmp_path / "hf")
     as_copied = Path(shutil.copytree(base, tmp_path / "copied"))
     shutil.copyfile(tmp_path / "hf" / "config.json", as_copied / "config.json")
@@ -90,7 +91,7 @@ def test_exports_tokenize_as_transformers_does_for_the_base(kind: str, make_base
     apply_delta(base, tmp_path / "delta", tmp_path / "applied")
     assert files_of(tmp_path / "applied") == files_of(tmp_path / "hf")
 
-    hf_to_mcore(tmp_path / "hf", tmp_path / "mcore2", ExpertChoice(1))  # another round
+    hf_to_mcore(tmp_path / "hf", tmp_path / "mcore2", NewExperts(1))  # another round
     assert facts(tmp_path / "mcore2" / "hf") == facts(base)
     mcore_to_hf(tmp_path / "mcore2", tmp_path / "granite", as_class="granitemoe")
     mcore_to_hf(tmp_path / "mcore2", tmp_path / "default")
@@ -100,7 +101,7 @@ def test_exports_tokenize_as_transformers_does_for_the_base(kind: str, make_base
 
 def test_a_graft_tokenizes_as_its_instruct_model(make_base, tmp_path: Path) -> None:
     base = make_base("LlamaForCausalLM", save_llama2_as_on_the_hub)
-    hf_to_mcore(base, tmp_path / "mcore", ExpertChoice(1))
+    hf_to_mcore(base, tmp_path / "mcore", NewExperts(1))
     mcore_to_hf(tmp_path / "mcore", tmp_path / "hf")
     instruct = Path(shutil.copytree(base, tmp_path / "instruct"))
     graft(*(Model(folder, folder.name) for folder in (base, instruct, tmp_path / "hf")), tmp_path / "graft")
@@ -109,7 +110,7 @@ def test_a_graft_tokenizes_as_its_instruct_model(make_base, tmp_path: Path) -> N
 
 def test_a_tokenizer_that_is_the_same_in_the_export_keeps_its_files(make_base, tmp_path: Path) -> None:
     base = make_base("Qwen2ForCausalLM", save_qwen)
-    hf_to_mcore(base, tmp_path / "mcore", ExpertChoice(1))
+    hf_to_mcore(base, tmp_path / "mcore", NewExperts(1))
     mcore_to_hf(tmp_path / "mcore", tmp_path / "hf")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "hf" / name).read_bytes() == (base / name).read_bytes()
@@ -123,7 +124,7 @@ def test_a_tokenizer_that_cannot_express_a_text_is_exported(make_base, tmp_path:
         Tokenizer(models.WordLevel({"one": 0, "two": 1}, unk_token="missing")).save(str(folder / "tokenizer.json"))
         (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
 
-    hf_to_mcore(make_base("LlamaForCausalLM", save), tmp_path / "mcore", ExpertChoice(1))
+    hf_to_mcore(make_base("LlamaForCausalLM", save), tmp_path / "mcore", NewExperts(1))
     mcore_to_hf(tmp_path / "mcore", tmp_path / "hf")
     assert load_tokenizer("HuggingFaceTokenizer", str(tmp_path / "hf")).vocabulary() == {"one": 0, "two": 1}
 

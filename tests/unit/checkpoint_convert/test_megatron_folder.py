@@ -16,7 +16,7 @@ from checkpoint_convert.comparison import compare, largest_difference
 from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.upcycling import Start, hf_to_mcore
 from moelpr.errors import UserError
-from moelpr.families.expert_choice import ExpertChoice
+from moelpr.families.new_experts import NewExperts
 from moelpr.families.families import family_named
 from moelpr.families.tables import megatron_shape, pieces
 from moelpr.model_spec import ModelSpec
@@ -28,7 +28,7 @@ from tests.hf_models import (
 
 
 def test_torchs_loader_reads_every_tensor(qwen2: Path, tmp_path: Path) -> None:
-    spec = hf_to_mcore(qwen2, tmp_path / "megatron", ExpertChoice(4))
+    spec = hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(4))
     reader = TorchDistReader(tmp_path / "megatron" / "release")
     plan = list(pieces(family_named(spec.family).table, spec))
     state = {piece.key: torch.full(megatron_shape(piece, spec), torch.nan) for piece in plan}
@@ -44,7 +44,7 @@ def test_megatron_loads_experts_in_expert_and_tensor_parallel_shards(
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import ShardedTensor
 
-    hf_to_mcore(qwen2, tmp_path / "megatron", ExpertChoice(4))
+    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(4))
     folder = tmp_path / "megatron" / "release"
     key = "decoder.layers.1.mlp.experts.experts.linear_fc1.weight"
     whole = TorchDistReader(folder).read(key).clone()
@@ -58,7 +58,7 @@ def test_megatron_finds_what_load_checkpoint_needs(megatron: None, qwen2: Path, 
     from megatron.core import dist_checkpointing
     from megatron.training.checkpointing import checkpoint_exists, find_checkpoint_rank_0, read_metadata
 
-    hf_to_mcore(qwen2, tmp_path / "megatron", ExpertChoice(4))
+    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(4))
     folder = str(tmp_path / "megatron")
     assert checkpoint_exists(folder)
     # read_metadata agrees on the iteration over the ranks on the GPU; a single process does not.
@@ -185,7 +185,7 @@ def test_experts_saved_in_expert_parallel_shards_are_exported(
     qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A trainer's checkpoint: experts in shards, and optimizer state and Megatron's arguments next to the weights."""
-    spec = hf_to_mcore(qwen2, tmp_path / "megatron", ExpertChoice(4), start=Start("random"))
+    spec = hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(4), start=Start("random"))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "expected")
     reader = TorchDistReader(tmp_path / "megatron" / "release")
     with TorchDistWriter(tmp_path / "megatron" / "iter_0000012") as writer:
@@ -216,7 +216,7 @@ def test_experts_saved_in_expert_parallel_shards_are_exported(
 
 def test_common_state_is_plain_data(qwen2: Path, tmp_path: Path) -> None:
     """Megatron reads it with weights_only, which rejects everything else."""
-    hf_to_mcore(qwen2, tmp_path / "megatron", ExpertChoice(4))
+    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(4))
     state = {"common_state/shard_0_1": io.BytesIO()}
     dcp.load(state, storage_reader=dcp.FileSystemReader(tmp_path / "megatron" / "release"), no_dist=True)
     value = state["common_state/shard_0_1"]

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from checkpoint_convert.adapter import adapter_to_mcore, mcore_to_adapter
 from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.upcycling import Start, hf_to_mcore
-from moelpr.families.expert_choice import ExpertChoice
+from moelpr.families.new_experts import NewExperts
 from moelpr.model_spec import ModelSpec
 from tests.unit.checkpoint_convert.conftest import BASE_CARD, SETTINGS, write_run
 
@@ -135,7 +135,7 @@ def test_metrics_that_end_before_the_step_are_ignored(runs: Path) -> None:
     ],
 )
 def test_the_card_describes_how_new_experts_started(runs: Path, start: Start, sentence: str) -> None:
-    hf_to_mcore(runs / "Qwen-tiny", Path("again"), ExpertChoice(2), start=start)
+    hf_to_mcore(runs / "Qwen-tiny", Path("again"), NewExperts(2), start=start)
     assert sentence in card_of("again")
 
 

@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 
 from checkpoint_convert.adapter import mcore_to_adapter
 from checkpoint_convert.comparison import compare_frozen, compare_on_text
-from checkpoint_convert.export import DELTA_FILE, apply_delta, mcore_to_hf
+from checkpoint_convert.delta import DELTA_FILE, apply_delta
+from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.graft import main as graft_main
 from checkpoint_convert.grafting import compare_graft
 from checkpoint_convert.new_rows import grow, new_rows, without_rows
@@ -21,7 +22,7 @@ from checkpoint_convert.upcycling import Start, hf_to_mcore
 from checkpoint_convert.verify import main as verify_main
 from moelpr.data.tokenizer import load_tokenizer
 from moelpr.errors import UserError
-from moelpr.families.expert_choice import ExpertChoice
+from moelpr.families.new_experts import NewExperts
 from moelpr.vocabulary_extension import VOCABULARY_EXTENSION_FILE, VocabularyExtension
 from tests.hf_models import edit_tensors, files_of, load_stock, save_extended_tokenizer, tensors_of
 
@@ -42,7 +43,7 @@ def grown(base: Path, folder: Path, num_new: int = 45, **options) -> Path:
     """A checkpoint of `base` with 2 new experts and new tokens, as if trained."""
     extended = extend(base, folder / "extended", num_new)
     hf_to_mcore(
-        base, folder / "megatron", ExpertChoice(2), start=Start(noise=0.5), extended_tokenizer=extended, **options
+        base, folder / "megatron", NewExperts(2), start=Start(noise=0.5), extended_tokenizer=extended, **options
     )
     return folder / "megatron"
 
@@ -183,7 +184,7 @@ def test_text_without_new_tokens_gets_the_base_logits_and_other_text_a_sentence(
 ) -> None:
     extended = extend(qwen2, tmp_path / "extended")
     # Untrained, so it computes what qwen2 does.
-    hf_to_mcore(qwen2, tmp_path / "megatron", ExpertChoice(2), extended_tokenizer=extended)
+    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(2), extended_tokenizer=extended)
     mcore_to_hf(tmp_path / "megatron", tmp_path / "model")
     frozen = ("--frozen", qwen2, tmp_path / "model", "--text")
     assert exit_code(verify_main, *frozen, old_text) == 0
@@ -204,10 +205,10 @@ def test_text_without_new_tokens_gets_the_base_logits_and_other_text_a_sentence(
 
 def test_a_second_round_takes_the_new_tokens_as_old(qwen2: Path, model: Path, tmp_path: Path) -> None:
     """Without and with a further extension; compared with the export of round 1, and with the base of both rounds."""
-    hf_to_mcore(model, tmp_path / "second", ExpertChoice(2), start=Start(noise=0.5))
+    hf_to_mcore(model, tmp_path / "second", NewExperts(2), start=Start(noise=0.5))
     mcore_to_hf(tmp_path / "second", tmp_path / "model2")
     third = save_extended_tokenizer(model, tmp_path / "third", [("b", "a")])
-    hf_to_mcore(model, tmp_path / "megatron3", ExpertChoice(2), start=Start(noise=0.5), extended_tokenizer=third)
+    hf_to_mcore(model, tmp_path / "megatron3", NewExperts(2), start=Start(noise=0.5), extended_tokenizer=third)
     mcore_to_hf(tmp_path / "megatron3", tmp_path / "model3")
     for later, since_model, since_base in (
         (tmp_path / "model2", range(0), range(60, 105)),

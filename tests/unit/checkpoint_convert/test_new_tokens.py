@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.megatron_folder import MegatronReader
 from checkpoint_convert.upcycling import hf_to_mcore
-from moelpr.families.expert_choice import ExpertChoice
+from moelpr.families.new_experts import NewExperts
 from moelpr.model_spec import ModelSpec, NewTokens
 from moelpr.vocabulary_extension import VocabularyExtension
 from tests.hf_models import (
@@ -58,7 +58,7 @@ def test_new_rows_are_means_and_old_rows_keep_their_bits(
 ) -> None:
     model = make_qwen2(torch.bfloat16, tokenizer=True, tie_word_embeddings=tied)
     extension = varied(extend_tokenizer(model, tmp_path / "extended", 45))
-    spec = hf_to_mcore(model, tmp_path / "out", ExpertChoice(4), dtype=dtype, extended_tokenizer=tmp_path / "extended")
+    spec = hf_to_mcore(model, tmp_path / "out", NewExperts(4), dtype=dtype, extended_tokenizer=tmp_path / "extended")
     assert spec.new_tokens == NewTokens(first=60, number=45, base_vocab_size=99)
     assert ModelSpec.read(tmp_path / "out") == spec and spec.megatron_args["vocab_size"] == 105
     before, after = tensors_of(model), MegatronReader(tmp_path / "out")
@@ -73,16 +73,16 @@ def test_new_rows_are_means_and_old_rows_keep_their_bits(
 
 def test_new_tokens_that_fit_into_spare_rows_add_none(qwen2: Path, tmp_path: Path) -> None:
     extended = extend_tokenizer(qwen2, tmp_path / "extended", 10)
-    hf_to_mcore(qwen2, tmp_path / "out", ExpertChoice(4), extended_tokenizer=extended)
+    hf_to_mcore(qwen2, tmp_path / "out", NewExperts(4), extended_tokenizer=extended)
     before, after = tensors_of(qwen2)[EMBEDDING], MegatronReader(tmp_path / "out").read(EMBEDDING)
     changed = (before != after).any(dim=1).nonzero().flatten().tolist()
     assert after.shape == before.shape and changed == list(range(60, 70))
 
 
-@pytest.mark.parametrize("experts", [None, ExpertChoice(4)], ids=["dense", "upcycled"])
+@pytest.mark.parametrize("experts", [None, NewExperts(4)], ids=["dense", "upcycled"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_text_without_new_tokens_gets_the_same_logits_bit_for_bit(
-    make_qwen2: Callable[..., Path], tmp_path: Path, tied: bool, experts: ExpertChoice | None
+    make_qwen2: Callable[..., Path], tmp_path: Path, tied: bool, experts: NewExperts | None
 ) -> None:
     model = make_qwen2(tokenizer=True, tie_word_embeddings=tied)
     extended = extend_tokenizer(model, tmp_path / "extended", 45)
@@ -98,7 +98,7 @@ def test_text_without_new_tokens_gets_the_same_logits_bit_for_bit(
 
 
 def test_the_checkpoint_and_its_export_have_the_extended_tokenizer(qwen2: Path, extended: Path, tmp_path: Path) -> None:
-    hf_to_mcore(qwen2, tmp_path / "out", ExpertChoice(4), extended_tokenizer=extended)
+    hf_to_mcore(qwen2, tmp_path / "out", NewExperts(4), extended_tokenizer=extended)
     mcore_to_hf(tmp_path / "out", tmp_path / "export")
     for folder in (tmp_path / "out" / "hf", tmp_path / "export"):
         assert json.loads((folder / "config.json").read_text())["vocab_size"] == 105
@@ -111,19 +111,19 @@ def test_a_model_keeps_its_chat_template_if_the_extended_tokenizer_has_none(
     qwen2: Path, extended: Path, tmp_path: Path
 ) -> None:
     (extended / "chat_template.jinja").unlink()
-    hf_to_mcore(qwen2, tmp_path / "out", ExpertChoice(4), extended_tokenizer=extended)
+    hf_to_mcore(qwen2, tmp_path / "out", NewExperts(4), extended_tokenizer=extended)
     assert (tmp_path / "out/hf/chat_template.jinja").read_text() == (qwen2 / "chat_template.jinja").read_text()
 
 
 def test_in_the_next_round_the_tokens_of_the_last_one_are_old(qwen2: Path, extended: Path, tmp_path: Path) -> None:
-    hf_to_mcore(qwen2, tmp_path / "first", ExpertChoice(2), extended_tokenizer=extended)
+    hf_to_mcore(qwen2, tmp_path / "first", NewExperts(2), extended_tokenizer=extended)
     mcore_to_hf(tmp_path / "first", tmp_path / "export")
-    spec = hf_to_mcore(tmp_path / "export", tmp_path / "second", ExpertChoice(2))
+    spec = hf_to_mcore(tmp_path / "export", tmp_path / "second", NewExperts(2))
     assert spec.new_tokens is None and spec.megatron_args["vocab_size"] == 105
     rows = [MegatronReader(tmp_path / name).read(EMBEDDING) for name in ("first", "second")]
     assert torch.equal(*rows)
     again = extend_tokenizer(tmp_path / "export", tmp_path / "again", 1, first=47)
-    spec = hf_to_mcore(tmp_path / "export", tmp_path / "third", ExpertChoice(2), extended_tokenizer=again)
+    spec = hf_to_mcore(tmp_path / "export", tmp_path / "third", NewExperts(2), extended_tokenizer=again)
     assert spec.new_tokens == NewTokens(first=105, number=1, base_vocab_size=105)
     b, last = rows[0][2], rows[0][104]
     torch.testing.assert_close(MegatronReader(tmp_path / "third").read(EMBEDDING)[105], (b + last) / 2)
@@ -134,9 +134,9 @@ def test_an_interrupted_conversion_does_not_resume_with_another_extension(
 ) -> None:
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr("checkpoint_convert.upcycling.copy_companions", interrupt)
-        hf_to_mcore(qwen2, tmp_path / "out", ExpertChoice(4), extended_tokenizer=extended)
+        hf_to_mcore(qwen2, tmp_path / "out", NewExperts(4), extended_tokenizer=extended)
     extension = varied(extended)
-    hf_to_mcore(qwen2, tmp_path / "out", ExpertChoice(4), extended_tokenizer=extended)
+    hf_to_mcore(qwen2, tmp_path / "out", NewExperts(4), extended_tokenizer=extended)
     rows = MegatronReader(tmp_path / "out").read(EMBEDDING)
     torch.testing.assert_close(rows[60], rows[extension.replaces[0]].mean(dim=0))
 
@@ -195,5 +195,5 @@ def test_an_extension_is_of_one_model_only(qwen2: Path, extended: Path, tmp_path
 
 
 def test_of_the_model_one_matrix_is_in_memory(qwen2: Path, extended: Path, tmp_path: Path, held_bytes) -> None:
-    hf_to_mcore(qwen2, tmp_path / "out", ExpertChoice(4), extended_tokenizer=extended)
+    hf_to_mcore(qwen2, tmp_path / "out", NewExperts(4), extended_tokenizer=extended)
     assert held_bytes.take_peak() <= 99 * 32 * 4

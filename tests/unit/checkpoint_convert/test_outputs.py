@@ -11,14 +11,15 @@ import pytest
 from torch import Tensor
 
 from checkpoint_convert.adapter import adapter_to_mcore, mcore_to_adapter
-from checkpoint_convert.export import apply_delta, mcore_to_hf
+from checkpoint_convert.delta import apply_delta
+from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.grafting import graft
 from checkpoint_convert.hf_folder import HfReader
 from checkpoint_convert.hub import Model
 from checkpoint_convert.megatron_folder import MegatronReader
 from checkpoint_convert.upcycling import Start, hf_to_mcore
 from moelpr.errors import UserError
-from moelpr.families.expert_choice import ExpertChoice
+from moelpr.families.new_experts import NewExperts
 from moelpr.files import LOCK_FILE, locked
 from moelpr.model_spec import ModelSpec
 from moelpr.torch_dist import JOURNAL_FILE, TorchDistWriter
@@ -33,13 +34,13 @@ Convert = Callable[[Path], object]
 def conversions(qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Convert]:
     """All directions, in files of a few tensors."""
     monkeypatch.setattr(TorchDistWriter.__init__, "__defaults__", (30_000,))
-    hf_to_mcore(qwen2, tmp_path / "source", ExpertChoice(4))
+    hf_to_mcore(qwen2, tmp_path / "source", NewExperts(4))
     mcore_to_hf(tmp_path / "source", tmp_path / "delta", max_shard_bytes=30_000, as_delta=True)
     mcore_to_adapter(tmp_path / "source", tmp_path / "adapter", "base")
     mcore_to_hf(tmp_path / "source", tmp_path / "export")
     models = [Model(folder, folder.name) for folder in (qwen2, qwen2, tmp_path / "export")]
     return {
-        "import": lambda save: hf_to_mcore(qwen2, save, ExpertChoice(4), start=Start(noise=0.1)),
+        "import": lambda save: hf_to_mcore(qwen2, save, NewExperts(4), start=Start(noise=0.1)),
         "export": lambda save: mcore_to_hf(tmp_path / "source", save, max_shard_bytes=30_000),
         "base and delta": lambda save: apply_delta(qwen2, tmp_path / "delta", save),
         "adapter": lambda save: adapter_to_mcore(tmp_path / "adapter", qwen2, save),
@@ -112,8 +113,8 @@ def test_a_conversion_resumes_on_a_disk_with_room_for_what_is_missing(
 def test_only_the_same_job_resumes(conversions: dict[str, Convert], qwen2: Path, tmp_path: Path) -> None:
     with interrupted_after(30), pytest.raises(KeyboardInterrupt):
         conversions["import"](tmp_path / "out")
-    hf_to_mcore(qwen2, tmp_path / "out", ExpertChoice(2))
-    hf_to_mcore(qwen2, tmp_path / "expected", ExpertChoice(2))
+    hf_to_mcore(qwen2, tmp_path / "out", NewExperts(2))
+    hf_to_mcore(qwen2, tmp_path / "expected", NewExperts(2))
     assert files_of(tmp_path / "out") == files_of(tmp_path / "expected")
 
 
@@ -151,12 +152,12 @@ def test_an_output_that_another_job_has_just_finished_is_not_replaced(
 
 
 def test_existing_output_is_replaced_only_with_overwrite(qwen2: Path, tmp_path: Path) -> None:
-    hf_to_mcore(qwen2, tmp_path / "megatron", ExpertChoice(4))
+    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(4))
     before = (tmp_path / "megatron" / "model_spec.json").read_text()
     with pytest.raises(UserError, match="--overwrite"):
-        hf_to_mcore(qwen2, tmp_path / "megatron", ExpertChoice(2))
+        hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(2))
     assert (tmp_path / "megatron" / "model_spec.json").read_text() == before
-    hf_to_mcore(qwen2, tmp_path / "megatron", ExpertChoice(2), overwrite=True)
+    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(2), overwrite=True)
     assert ModelSpec.read(tmp_path / "megatron").moe.num_new_experts == 2
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
     with pytest.raises(UserError, match="--overwrite"):
@@ -168,20 +169,20 @@ def test_overwrite_never_deletes_a_folder_of_another_kind_or_the_input(source: P
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter.txt").write_text("dear")
     with pytest.raises(UserError, match="home .*--save"):
-        hf_to_mcore(source, tmp_path / "home", ExpertChoice(4), overwrite=True)
+        hf_to_mcore(source, tmp_path / "home", NewExperts(4), overwrite=True)
     for save in (source, source.parent, source / "inside"):
         with pytest.raises(UserError, match="source.*--save"):
-            hf_to_mcore(source, save, ExpertChoice(4), overwrite=True)
+            hf_to_mcore(source, save, NewExperts(4), overwrite=True)
     assert (tmp_path / "home" / "letter.txt").is_file()
     assert (source / "model.safetensors").is_file()
 
 
 def test_failed_overwrite_leaves_the_old_output(source: Path, tmp_path: Path, monkeypatch) -> None:
-    hf_to_mcore(source, tmp_path / "out", ExpertChoice(4))
+    hf_to_mcore(source, tmp_path / "out", NewExperts(4))
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     monkeypatch.setattr(TorchDistWriter, "finish", _raise_disk_full)
     with pytest.raises(OSError, match="No space left"):
-        hf_to_mcore(source, tmp_path / "out", ExpertChoice(4), start=Start(seed=7), overwrite=True)
+        hf_to_mcore(source, tmp_path / "out", NewExperts(4), start=Start(seed=7), overwrite=True)
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
 
 

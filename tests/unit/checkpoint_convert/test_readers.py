@@ -20,7 +20,7 @@ from torch import Tensor
 from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.readers import readers_sentence
 from checkpoint_convert.upcycling import Start, hf_to_mcore
-from moelpr.families.expert_choice import ExpertChoice
+from moelpr.families.new_experts import NewExperts
 from moelpr.families.families import FAMILIES
 from moelpr.families.moe_classes import MOE_CLASSES
 from moelpr.model_spec import ModelSpec, MoeSpec
@@ -50,7 +50,7 @@ def export(name: str, make_model: Callable[..., Path], tmp_path: Path) -> Path:
     architecture, changes, as_class, _ = EXPORTS[name]
     sizes = {"hidden_size": 64, "intermediate_size": 128}  # vLLM's kernels require multiples of 16
     dense = make_model(architecture, **changes, **sizes)
-    hf_to_mcore(dense, tmp_path / "megatron", ExpertChoice(3), start=Start(noise=0.5))
+    hf_to_mcore(dense, tmp_path / "megatron", NewExperts(3), start=Start(noise=0.5))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", max_shard_bytes=800_000, as_class=as_class)
     return tmp_path / "hf"
 

@@ -13,7 +13,7 @@ from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.megatron_folder import MegatronReader
 from checkpoint_convert.upcycling import Start, hf_to_mcore
 from moelpr.errors import UserError
-from moelpr.families.expert_choice import ExpertChoice
+from moelpr.families.new_experts import NewExperts
 from moelpr.model_spec import ModelSpec, MoeSpec
 from moelpr.stages import Part
 from moelpr.torch_dist import TorchDistReader
@@ -31,7 +31,7 @@ MLP = "model.layers.2.mlp."
 
 
 def upcycled(qwen2: Path, folder: Path, start: Start) -> MegatronReader:
-    hf_to_mcore(qwen2, folder, ExpertChoice(3), start=start)
+    hf_to_mcore(qwen2, folder, NewExperts(3), start=start)
     return MegatronReader(folder)
 
 
@@ -116,7 +116,7 @@ def test_the_seed_determines_every_sample(qwen2: Path, tmp_path: Path) -> None:
 )
 def test_invalid_starts_are_rejected(qwen2: Path, tmp_path: Path, start: Start, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        hf_to_mcore(qwen2, tmp_path / "out", ExpertChoice(4), start=start)
+        hf_to_mcore(qwen2, tmp_path / "out", NewExperts(4), start=start)
     assert not list(tmp_path.iterdir())
 
 
@@ -126,7 +126,7 @@ def megatron_tensors_of(folder: Path) -> dict[str, Tensor]:
 
 
 def test_experts_are_bitwise_identical_copies_of_the_dense_ffn(qwen2: Path, tmp_path: Path) -> None:
-    hf_to_mcore(qwen2, tmp_path / "megatron", ExpertChoice(3))
+    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(3))
     dense, moe = tensors_of(qwen2), megatron_tensors_of(tmp_path / "megatron")
     for i in range(4):
         ffn = {name: dense[f"model.layers.{i}.mlp.{name}_proj.weight"] for name in ("gate", "up", "down")}
@@ -141,8 +141,8 @@ def test_experts_are_bitwise_identical_copies_of_the_dense_ffn(qwen2: Path, tmp_
 
 
 def test_random_experts_differ_from_the_ffn_and_from_each_other(qwen2: Path, tmp_path: Path) -> None:
-    hf_to_mcore(qwen2, tmp_path / "copied", ExpertChoice(4))
-    hf_to_mcore(qwen2, tmp_path / "random", ExpertChoice(4), start=Start("random"))
+    hf_to_mcore(qwen2, tmp_path / "copied", NewExperts(4))
+    hf_to_mcore(qwen2, tmp_path / "random", NewExperts(4), start=Start("random"))
     copied, random = megatron_tensors_of(tmp_path / "copied"), megatron_tensors_of(tmp_path / "random")
     for key in copied:
         assert torch.equal(copied[key], random[key]) == ("experts.experts." not in key), key
@@ -152,9 +152,9 @@ def test_random_experts_differ_from_the_ffn_and_from_each_other(qwen2: Path, tmp
 
 
 def test_routers_are_xavier_normal_and_depend_on_the_seed_only(qwen2: Path, tmp_path: Path) -> None:
-    hf_to_mcore(qwen2, tmp_path / "all", ExpertChoice(63))
-    hf_to_mcore(qwen2, tmp_path / "some", ExpertChoice(63, moe_layers=[1, 3]))
-    hf_to_mcore(qwen2, tmp_path / "other", ExpertChoice(63), start=Start(seed=1))
+    hf_to_mcore(qwen2, tmp_path / "all", NewExperts(63))
+    hf_to_mcore(qwen2, tmp_path / "some", NewExperts(63, moe_layers=[1, 3]))
+    hf_to_mcore(qwen2, tmp_path / "other", NewExperts(63), start=Start(seed=1))
     key = "decoder.layers.3.mlp.router.weight"
     router, some, other = (megatron_tensors_of(tmp_path / name)[key] for name in ("all", "some", "other"))
     assert router.std().item() == pytest.approx((2 / (64 + 32)) ** 0.5, rel=0.1)
@@ -171,7 +171,7 @@ def test_upcycled_model_in_stock_transformers_equals_the_dense_one(
     make_qwen2: Callable[..., Path], tmp_path: Path, layers: dict, expected: tuple[int, ...], tied: bool
 ) -> None:
     source = make_qwen2(tie_word_embeddings=tied)
-    spec = hf_to_mcore(source, tmp_path / "megatron", ExpertChoice(4, topk=2, **layers))
+    spec = hf_to_mcore(source, tmp_path / "megatron", NewExperts(4, topk=2, **layers))
     assert spec.moe == MoeSpec(4, 2, expected)
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
     model = load_stock(tmp_path / "hf", "Qwen2MoeForCausalLM")
@@ -197,7 +197,7 @@ def test_redundant_output_layer_of_a_tied_model_is_dropped(make_qwen2: Callable[
 
 
 def test_the_written_spec_is_read_back(qwen2: Path, tmp_path: Path) -> None:
-    spec = hf_to_mcore(qwen2, tmp_path / "megatron", ExpertChoice(4, moe_layers=[1]))
+    spec = hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(4, moe_layers=[1]))
     assert ModelSpec.read(tmp_path / "megatron") == spec
     assert spec.megatron_args["vocab_size"] == 99
     assert spec.megatron_args["kv_channels"] == 8
@@ -220,7 +220,7 @@ def first_round(request: pytest.FixtureRequest, make_model: Callable[..., Path],
 
 
 def export_first_round(dense: Path, tmp_path: Path, **options) -> Path:
-    hf_to_mcore(dense, tmp_path / "first", ExpertChoice(2, **options), start=Start(noise=0.5))
+    hf_to_mcore(dense, tmp_path / "first", NewExperts(2, **options), start=Start(noise=0.5))
     mcore_to_hf(tmp_path / "first", tmp_path / "first-hf")
     return tmp_path / "first-hf"
 
@@ -237,7 +237,7 @@ def edit_routers(folder: Path, change: Callable[[Tensor], object]) -> None:
 def test_all_earlier_experts_are_original_and_new_ones_are_copies_of_expert_0(
     first_round: Path, tmp_path: Path
 ) -> None:
-    spec = hf_to_mcore(first_round, tmp_path / "second", ExpertChoice(4))
+    spec = hf_to_mcore(first_round, tmp_path / "second", NewExperts(4))
     assert spec.moe == MoeSpec(4, 2, (0, 1, 2, 3), num_original_experts=3)
     mcore_to_hf(tmp_path / "second", tmp_path / "second-hf")
     before, after = (load_file(folder / "model.safetensors") for folder in (first_round, tmp_path / "second-hf"))
@@ -256,7 +256,7 @@ def test_all_earlier_experts_are_original_and_new_ones_are_copies_of_expert_0(
 
 
 def test_a_second_round_is_exported_as_it_is_trained(first_round: Path, tmp_path: Path) -> None:
-    hf_to_mcore(first_round, tmp_path / "second", ExpertChoice(2), start=Start(noise=0.5))
+    hf_to_mcore(first_round, tmp_path / "second", NewExperts(2), start=Start(noise=0.5))
     mcore_to_hf(tmp_path / "second", tmp_path / "second-hf")
     assert (our_logits(tmp_path / "second") - stock_logits(tmp_path / "second-hf")).abs().max() <= 5e-5
     assert (
@@ -267,7 +267,7 @@ def test_a_second_round_is_exported_as_it_is_trained(first_round: Path, tmp_path
 def test_a_third_round_counts_the_experts_of_both_before(make_model: Callable[..., Path], tmp_path: Path) -> None:
     folder = export_first_round(make_model("LlamaForCausalLM"), tmp_path)
     for number, (original, new) in enumerate([(3, 2), (5, 1)], start=2):
-        spec = hf_to_mcore(folder, tmp_path / f"round{number}", ExpertChoice(new))
+        spec = hf_to_mcore(folder, tmp_path / f"round{number}", NewExperts(new))
         assert spec.moe is not None
         assert (spec.moe.num_original_experts, spec.moe.num_experts) == (original, original + new)
         folder = tmp_path / f"round{number}-hf"
@@ -289,7 +289,7 @@ def test_new_experts_compete_only_with_expert_0(first_round: Path, tmp_path: Pat
         if "post_attention_layernorm" in name:
             tensors[name].mul_(0).add_(1)
     save_file(tensors, first_round / "model.safetensors", metadata={"format": "pt"})
-    hf_to_mcore(first_round, tmp_path / "second", ExpertChoice(2))
+    hf_to_mcore(first_round, tmp_path / "second", NewExperts(2))
     with torch.no_grad():
         chosen = router_choices(first_round)
     # Whether expert 0 leads is a matter of the token's sign; tokens of both kinds are there.
@@ -312,13 +312,13 @@ def router_choices(folder: Path) -> Tensor:
 
 def test_layers_without_experts_stay_without(make_model: Callable[..., Path], tmp_path: Path) -> None:
     folder = export_first_round(make_model("Qwen3ForCausalLM"), tmp_path, moe_layers=[1, 3])
-    spec = hf_to_mcore(folder, tmp_path / "second", ExpertChoice(1))
+    spec = hf_to_mcore(folder, tmp_path / "second", NewExperts(1))
     assert spec.moe == MoeSpec(1, 2, (1, 3), num_original_experts=3)
     mcore_to_hf(tmp_path / "second", tmp_path / "second-hf")
     assert (our_logits(tmp_path / "second") - stock_logits(tmp_path / "second-hf")).abs().max() <= 5e-5
     for layers in ({"moe_layers": [1]}, {"moe_every_k_layers": 2}):
         with pytest.raises(UserError, match="--moe-layers and --moe-every-k-layers"):
-            hf_to_mcore(folder, tmp_path / "other", ExpertChoice(1, **layers))
+            hf_to_mcore(folder, tmp_path / "other", NewExperts(1, **layers))
 
 
 # --- copies of the dense FFN
@@ -329,9 +329,9 @@ def test_a_checkpoint_holds_the_ffn_once_and_an_export_has_it_in_every_place(
 ) -> None:
     """Experts 0 and 1 of the export equal the dense FFN, each with its own router row."""
     dense = make_model("Qwen2ForCausalLM")
-    spec = hf_to_mcore(dense, tmp_path / "one", ExpertChoice(4), start=Start(noise=0.5))
+    spec = hf_to_mcore(dense, tmp_path / "one", NewExperts(4), start=Start(noise=0.5))
     assert spec.moe == MoeSpec(4, 2, (0, 1, 2, 3))
-    spec = hf_to_mcore(dense, tmp_path / "two", ExpertChoice(4, original_copies=2), start=Start(noise=0.5))
+    spec = hf_to_mcore(dense, tmp_path / "two", NewExperts(4, original_copies=2), start=Start(noise=0.5))
     assert spec.moe == MoeSpec(4, 2, (0, 1, 2, 3), original_copies=2)
     keys = [TorchDistReader(tmp_path / name / "release").keys for name in ("one", "two")]
     assert set(keys[0]) == set(keys[1])
@@ -349,7 +349,7 @@ def test_a_checkpoint_holds_the_ffn_once_and_an_export_has_it_in_every_place(
 def test_a_further_round_may_have_a_smaller_k(make_model: Callable[..., Path], tmp_path: Path) -> None:
     """Then copies beyond K are original experts as any."""
     folder = export_first_round(make_model("LlamaForCausalLM"), tmp_path, topk=3, original_copies=3)
-    spec = hf_to_mcore(folder, tmp_path / "second", ExpertChoice(1, topk=2))
+    spec = hf_to_mcore(folder, tmp_path / "second", NewExperts(1, topk=2))
     assert spec.moe == MoeSpec(1, 2, (0, 1, 2, 3), num_original_experts=4, original_copies=2)
 
 
@@ -359,7 +359,7 @@ def test_an_import_holds_copies_once_again(make_model: Callable[..., Path], tmp_
     config = json.loads((folder / "config.json").read_text())
     assert (config.pop("original_copies"), config["num_original_experts"], config["num_local_experts"]) == (2, 2, 4)
     (folder / "config.json").write_text(json.dumps(config))
-    spec = hf_to_mcore(folder, tmp_path / "second", ExpertChoice(1), start=Start(noise=0.5))
+    spec = hf_to_mcore(folder, tmp_path / "second", NewExperts(1), start=Start(noise=0.5))
     assert spec.moe == MoeSpec(1, 2, (0, 1, 2, 3), num_original_experts=3, original_copies=2)
     mcore_to_hf(tmp_path / "second", tmp_path / "second-hf")
     before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "second-hf"))
@@ -372,18 +372,18 @@ def test_experts_that_differ_in_one_bit_are_not_copies(make_model: Callable[...,
     folder = export_first_round(make_model("LlamaForCausalLM"), tmp_path, original_copies=2)
     name = "model.layers.3.block_sparse_moe.experts.1.w2.weight"
     edit_tensors(folder, lambda tensors: tensors[name].view(torch.uint8)[0, 0].bitwise_xor_(1))
-    spec = hf_to_mcore(folder, tmp_path / "second", ExpertChoice(1))
+    spec = hf_to_mcore(folder, tmp_path / "second", NewExperts(1))
     assert spec.moe == MoeSpec(1, 2, (0, 1, 2, 3), num_original_experts=4)
 
 
 def test_an_upcycled_model_without_training_is_not_dense(make_model: Callable[..., Path], tmp_path: Path) -> None:
     """All its experts are equal; at most K count as copies, and never all."""
-    hf_to_mcore(make_model("LlamaForCausalLM"), tmp_path / "first", ExpertChoice(1))
+    hf_to_mcore(make_model("LlamaForCausalLM"), tmp_path / "first", NewExperts(1))
     mcore_to_hf(tmp_path / "first", tmp_path / "first-hf")
-    spec = hf_to_mcore(tmp_path / "first-hf", tmp_path / "second", ExpertChoice(4))
+    spec = hf_to_mcore(tmp_path / "first-hf", tmp_path / "second", NewExperts(4))
     assert spec.moe == MoeSpec(4, 2, (0, 1, 2, 3), num_original_experts=2)
     mcore_to_hf(tmp_path / "second", tmp_path / "second-hf")
-    spec = hf_to_mcore(tmp_path / "second-hf", tmp_path / "third", ExpertChoice(1))
+    spec = hf_to_mcore(tmp_path / "second-hf", tmp_path / "third", NewExperts(1))
     assert spec.moe == MoeSpec(1, 2, (0, 1, 2, 3), num_original_experts=5, original_copies=2)
 
 
@@ -395,14 +395,14 @@ def test_invalid_numbers_of_copies_are_rejected(
 ) -> None:
     with pytest.raises(UserError, match=f"--original-copies.*{named}"):
         hf_to_mcore(
-            make_model("LlamaForCausalLM"), tmp_path / "out", ExpertChoice(4, topk=topk, original_copies=copies)
+            make_model("LlamaForCausalLM"), tmp_path / "out", NewExperts(4, topk=topk, original_copies=copies)
         )
     assert not (tmp_path / "out").exists()
 
 
 def test_a_further_round_needs_no_copies(first_round: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--original-copies does not apply.*3 experts are all original.*remove it"):
-        hf_to_mcore(first_round, tmp_path / "out", ExpertChoice(1, original_copies=2))
+        hf_to_mcore(first_round, tmp_path / "out", NewExperts(1, original_copies=2))
 
 
 # --- invalid input
@@ -455,4 +455,4 @@ def test_mixed_and_unsupported_dtypes_are_rejected(source: Path, tmp_path: Path)
     ],
 )
 def test_invalid_experts_are_rejected(qwen2: Path, tmp_path: Path, options: dict, message: str) -> None:
-    assert_import_fails(qwen2, tmp_path, message, ExpertChoice(**{"num_new_experts": 4} | options))
+    assert_import_fails(qwen2, tmp_path, message, NewExperts(**{"num_new_experts": 4} | options))

@@ -18,7 +18,7 @@ from checkpoint_convert.hf_folder import HfReader
 from checkpoint_convert.hub import Model
 from checkpoint_convert.upcycling import Start, hf_to_mcore
 from checkpoint_convert.verify import main
-from moelpr.families.expert_choice import ExpertChoice
+from moelpr.families.new_experts import NewExperts
 from tests.hf_models import (
     copy_of,
     edit_tensors,
@@ -47,7 +47,7 @@ def test_tensors_that_readers_ignore_make_no_difference(
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
 
     old = copy_of(source, add)
-    hf_to_mcore(old, tmp_path / "megatron", ExpertChoice(2))
+    hf_to_mcore(old, tmp_path / "megatron", NewExperts(2))
     assert exit_code(main, source, old) == 0
     assert exit_code(main, "--frozen", old, tmp_path / "megatron") == 0
     edit_tensors(old, lambda tensors: tensors["lm_head.weight"].add_(1))
@@ -57,7 +57,7 @@ def test_tensors_that_readers_ignore_make_no_difference(
 def test_an_export_that_transformers_has_saved_again_is_equal(base: Path, tmp_path: Path, exit_code) -> None:
     """It writes the tensors of a shared expert that has no width."""
     export, again = tmp_path / "export", tmp_path / "again"
-    hf_to_mcore(base, tmp_path / "mcore", ExpertChoice(2))
+    hf_to_mcore(base, tmp_path / "mcore", NewExperts(2))
     mcore_to_hf(tmp_path / "mcore", export)
     load_stock(export, "Qwen2MoeForCausalLM").save_pretrained(again)
     for path in export.glob("tokenizer*"):
@@ -152,7 +152,7 @@ def test_frozen_tensors_are_compared_with_the_base(qwen2: Path, export: Path, tm
 
 
 def test_every_copy_of_the_ffn_is_frozen(qwen2: Path, tmp_path: Path, exit_code, capsys) -> None:
-    hf_to_mcore(qwen2, tmp_path / "megatron", ExpertChoice(4, original_copies=2), start=Start("random"))
+    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(4, original_copies=2), start=Start("random"))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
     for upcycled in (tmp_path / "megatron", tmp_path / "hf"):
         assert exit_code(main, "--frozen", qwen2, upcycled) == 0
@@ -167,7 +167,7 @@ def test_all_experts_of_an_moe_base_are_frozen_and_its_routers_are_not(
     qwen2: Path, export: Path, tmp_path: Path, exit_code, capsys
 ) -> None:
     """The base of another round of languages: an export that gets more experts."""
-    hf_to_mcore(export, tmp_path / "round2", ExpertChoice(2))
+    hf_to_mcore(export, tmp_path / "round2", NewExperts(2))
     mcore_to_hf(tmp_path / "round2", tmp_path / "round2-hf")
     for upcycled in (tmp_path / "round2", tmp_path / "round2-hf"):
         assert exit_code(main, "--frozen", export, upcycled) == 0

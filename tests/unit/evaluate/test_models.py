@@ -17,7 +17,7 @@ from moelpr.evaluate.compare import compare_models
 from moelpr.evaluate.models import check_device, choose_device, load_model, open_model
 from moelpr.evaluate.routing import RoutingObserver
 from moelpr.evaluate.scoring import Settings
-from moelpr.families.expert_choice import ExpertChoice
+from moelpr.families.new_experts import NewExperts
 from moelpr.megatron_patches import cpu
 
 
@@ -26,9 +26,9 @@ def both(tmp_path_factory: pytest.TempPathFactory, dense_dir: Path) -> dict[str,
     """The dense model and one upcycled in a first and a second round, each as checkpoint and as export."""
     folder = tmp_path_factory.mktemp("both")
     hf_to_mcore(dense_dir, folder / "dense", None)
-    hf_to_mcore(dense_dir, folder / "moe", ExpertChoice(3, moe_layers=[0, 2]), start=Start(noise=0.5))
+    hf_to_mcore(dense_dir, folder / "moe", NewExperts(3, moe_layers=[0, 2]), start=Start(noise=0.5))
     mcore_to_hf(folder / "moe", folder / "moe-hf")
-    hf_to_mcore(folder / "moe-hf", folder / "second", ExpertChoice(2), start=Start(noise=0.5))
+    hf_to_mcore(folder / "moe-hf", folder / "second", NewExperts(2), start=Start(noise=0.5))
     mcore_to_hf(folder / "second", folder / "second-hf")
     return {
         "dense": folder / "dense", "dense-hf": dense_dir, "moe": folder / "moe", "moe-hf": folder / "moe-hf",

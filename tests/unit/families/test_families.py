@@ -14,7 +14,7 @@ from checkpoint_convert.comparison import compare, largest_difference
 from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.upcycling import Start, hf_to_mcore
 from moelpr.errors import UserError
-from moelpr.families.expert_choice import ExpertChoice
+from moelpr.families.new_experts import NewExperts
 from moelpr.families.families import FAMILIES, family_named
 from tests.hf_models import (
     TOKENS,
@@ -107,7 +107,7 @@ def test_the_export_is_a_stock_moe_that_computes_what_our_model_does(
     model: tuple[Path, str, str], tmp_path: Path
 ) -> None:
     source, architecture, moe_architecture = model
-    hf_to_mcore(source, tmp_path / "megatron", ExpertChoice(3))
+    hf_to_mcore(source, tmp_path / "megatron", NewExperts(3))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", as_class=CHOSEN.get(moe_architecture))
     assert largest_difference(compare(tmp_path / "megatron", tmp_path / "hf")) == 0.0
     dense, exported = load_stock(source, architecture), load_stock(tmp_path / "hf", moe_architecture)
@@ -123,7 +123,7 @@ def test_a_trained_model_computes_the_same_in_both(model: tuple[Path, str, str],
     from checkpoint_convert.upcycling import Start
 
     source, architecture, moe_architecture = model
-    hf_to_mcore(source, tmp_path / "megatron", ExpertChoice(3), start=Start(noise=0.5))
+    hf_to_mcore(source, tmp_path / "megatron", NewExperts(3), start=Start(noise=0.5))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", as_class=CHOSEN.get(moe_architecture))
     exported = load_stock(tmp_path / "hf", moe_architecture)
     ours = our_logits(tmp_path / "megatron")
@@ -134,7 +134,7 @@ def test_a_trained_model_computes_the_same_in_both(model: tuple[Path, str, str],
 def test_the_exported_config_has_old_and_new_names(model: tuple[Path, str, str], tmp_path: Path) -> None:
     """Readers other than transformers 5 read only the old keys, and all have their own defaults."""
     source, _, moe_architecture = model
-    hf_to_mcore(source, tmp_path / "megatron", ExpertChoice(3, topk=3))
+    hf_to_mcore(source, tmp_path / "megatron", NewExperts(3, topk=3))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", as_class=CHOSEN.get(moe_architecture))
     base, config = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "hf"))
     rope = base["rope_parameters"]
@@ -182,7 +182,7 @@ def test_a_key_missing_in_the_config_has_the_default_of_the_dense_class(
     for key in ("sliding_window", "rms_norm_eps"):
         del config[key]
     (source / "config.json").write_text(json.dumps(config))
-    hf_to_mcore(source, tmp_path / "megatron", ExpertChoice(1))
+    hf_to_mcore(source, tmp_path / "megatron", NewExperts(1))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
     exported = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert exported["sliding_window"] == 4096
@@ -212,14 +212,14 @@ def test_a_model_that_a_stock_moe_computes_differently_is_rejected(
     make_model: Callable[..., Path], tmp_path: Path, architecture: str, changes: dict, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        hf_to_mcore(make_model(architecture, **changes), tmp_path / "out", ExpertChoice(4))
+        hf_to_mcore(make_model(architecture, **changes), tmp_path / "out", NewExperts(4))
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("layers", [{"moe_layers": [1]}, {"moe_every_k_layers": 2}])
 def test_mixtral_has_experts_in_every_layer(make_model: Callable[..., Path], tmp_path: Path, layers: dict) -> None:
     with pytest.raises(UserError, match="MixtralForCausalLM.*--moe-layers"):
-        hf_to_mcore(make_model("LlamaForCausalLM"), tmp_path / "out", ExpertChoice(4, **layers))
+        hf_to_mcore(make_model("LlamaForCausalLM"), tmp_path / "out", NewExperts(4, **layers))
 
 
 def edit_json(path: Path, **changes: object) -> None:
@@ -316,7 +316,7 @@ def test_a_model_that_megatron_computes_differently_is_rejected(
 
 
 def test_the_config_of_a_qwen2_export_is_complete(qwen2: Path, tmp_path: Path) -> None:
-    hf_to_mcore(qwen2, tmp_path / "megatron", ExpertChoice(4, topk=3))
+    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(4, topk=3))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     expected = {
@@ -350,18 +350,18 @@ def test_a_llama_with_a_window_that_transformers_ignores_has_none(
 ) -> None:
     source = Path(shutil.copytree(make_model("LlamaForCausalLM"), tmp_path / "source"))
     edit_json(source / "config.json", sliding_window=6)
-    assert "window_size" not in hf_to_mcore(source, tmp_path / "megatron", ExpertChoice(1)).megatron_args
+    assert "window_size" not in hf_to_mcore(source, tmp_path / "megatron", NewExperts(1)).megatron_args
     for as_class in ("mixtral", "granitemoe"):
         mcore_to_hf(tmp_path / "megatron", tmp_path / as_class, as_class=as_class)
         assert json.loads((tmp_path / as_class / "config.json").read_text()).get("sliding_window") is None
         torch.testing.assert_close(stock_logits(tmp_path / as_class), stock_logits(source), rtol=0, atol=2e-5)
     edit_json(tmp_path / "granitemoe" / "config.json", sliding_window=6)
-    assert "window_size" not in hf_to_mcore(tmp_path / "granitemoe", tmp_path / "second", ExpertChoice(1)).megatron_args
+    assert "window_size" not in hf_to_mcore(tmp_path / "granitemoe", tmp_path / "second", NewExperts(1)).megatron_args
 
 
-@pytest.mark.parametrize("experts", [None, ExpertChoice(2)])
+@pytest.mark.parametrize("experts", [None, NewExperts(2)])
 def test_an_export_does_not_name_the_code_of_its_base(
-    source: Path, tmp_path: Path, experts: ExpertChoice | None
+    source: Path, tmp_path: Path, experts: NewExperts | None
 ) -> None:
     edit_json(source / "config.json", auto_map={"AutoModelForCausalLM": "modeling_x.X"})
     hf_to_mcore(source, tmp_path / "megatron", experts)
@@ -375,11 +375,11 @@ def test_old_configs_with_a_plain_rope_theta_are_read(make_qwen2: Callable[..., 
     config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
     config["torch_dtype"] = config.pop("dtype", "float32")
     (source / "config.json").write_text(json.dumps(config))
-    assert hf_to_mcore(source, tmp_path / "megatron", ExpertChoice(4)).megatron_args["rotary_base"] == 50000
+    assert hf_to_mcore(source, tmp_path / "megatron", NewExperts(4)).megatron_args["rotary_base"] == 50000
 
 
 def export_first_round(dense: Path, tmp_path: Path, **options) -> Path:
-    hf_to_mcore(dense, tmp_path / "first", ExpertChoice(2, **options), start=Start(noise=0.5))
+    hf_to_mcore(dense, tmp_path / "first", NewExperts(2, **options), start=Start(noise=0.5))
     mcore_to_hf(tmp_path / "first", tmp_path / "first-hf")
     return tmp_path / "first-hf"
 
@@ -405,15 +405,15 @@ def test_unsupported_mixtures_are_rejected(
     other = Path(shutil.copytree(folder, tmp_path / "other"))
     (other / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | changes))
     with pytest.raises(UserError, match=message):
-        hf_to_mcore(other, tmp_path / "out", ExpertChoice(1))
+        hf_to_mcore(other, tmp_path / "out", NewExperts(1))
     with pytest.raises(UserError, match="is an MoE.*--num-new-experts"):
         hf_to_mcore(folder, tmp_path / "out", None)
 
 
 def test_k_is_that_of_the_mixture_by_default(make_model: Callable[..., Path], tmp_path: Path) -> None:
     folder = export_first_round(make_model("LlamaForCausalLM"), tmp_path, topk=3)
-    assert hf_to_mcore(folder, tmp_path / "own", ExpertChoice(1)).moe.topk == 3
-    assert hf_to_mcore(folder, tmp_path / "asked", ExpertChoice(1, topk=2)).moe.topk == 2
+    assert hf_to_mcore(folder, tmp_path / "own", NewExperts(1)).moe.topk == 3
+    assert hf_to_mcore(folder, tmp_path / "asked", NewExperts(1, topk=2)).moe.topk == 2
 
 
 @pytest.mark.parametrize("name", ["gpt2", 7, ["qwen2"]])
@@ -445,7 +445,7 @@ def test_token_ids_that_a_base_leaves_to_its_class_are_those_of_its_class(
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         config.pop(name, None)
     (source / "config.json").write_text(json.dumps(config))
-    hf_to_mcore(source, tmp_path / "megatron", ExpertChoice(1))
+    hf_to_mcore(source, tmp_path / "megatron", NewExperts(1))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", as_class="granitemoe")
     exported = load_stock(tmp_path / "hf", "GraniteMoeForCausalLM").config
     assert (exported.bos_token_id, exported.eos_token_id, exported.pad_token_id) == (None, None, None)

@@ -9,10 +9,11 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from checkpoint_convert.comparison import compare, compare_frozen, largest_difference
-from checkpoint_convert.export import apply_delta, mcore_to_hf
+from checkpoint_convert.delta import apply_delta
+from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.upcycling import Start, hf_to_mcore
 from moelpr.errors import UserError
-from moelpr.families.expert_choice import ExpertChoice
+from moelpr.families.new_experts import NewExperts
 from moelpr.families.families import read_base
 from moelpr.families.moe_classes import MOE_CLASSES, MoeClass
 from tests.hf_models import (
@@ -48,7 +49,7 @@ from tests.hf_models import (
 def test_a_class_that_cannot_hold_a_model_is_refused(
     make_model: Callable[..., Path], tmp_path: Path, architecture: str, changes: dict, moe_class: str, message: str
 ) -> None:
-    hf_to_mcore(make_model(architecture, **changes), tmp_path / "megatron", ExpertChoice(1))
+    hf_to_mcore(make_model(architecture, **changes), tmp_path / "megatron", NewExperts(1))
     with pytest.raises(UserError, match=f"megatron cannot be written as .*{message}"):
         mcore_to_hf(tmp_path / "megatron", tmp_path / "out", as_class=moe_class)
     assert not (tmp_path / "out").exists()
@@ -56,7 +57,7 @@ def test_a_class_that_cannot_hold_a_model_is_refused(
 
 
 def test_granitemoe_has_experts_in_every_layer(qwen2: Path, tmp_path: Path) -> None:
-    hf_to_mcore(qwen2, tmp_path / "megatron", ExpertChoice(1, moe_layers=[0, 2]))
+    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(1, moe_layers=[0, 2]))
     with pytest.raises(UserError, match="it has experts in every layer; pass --as qwen2_moe$"):
         mcore_to_hf(tmp_path / "megatron", tmp_path / "out", as_class="granitemoe")
 
@@ -80,7 +81,7 @@ both = pytest.mark.parametrize("dense", ["LlamaForCausalLM", "Qwen2ForCausalLM"]
 @pytest.fixture
 def granite(dense: Path, tmp_path: Path) -> Path:
     """An export as GraniteMoe of the checkpoint tmp_path/megatron, which has two copies of the FFN."""
-    hf_to_mcore(dense, tmp_path / "megatron", ExpertChoice(3, original_copies=2), start=Start(noise=0.5))
+    hf_to_mcore(dense, tmp_path / "megatron", NewExperts(3, original_copies=2), start=Start(noise=0.5))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "granite", as_class="granitemoe")
     return tmp_path / "granite"
 
@@ -102,7 +103,7 @@ def test_a_granitemoe_export_has_the_tensors_of_the_checkpoint_and_of_its_base(
 
 @both
 def test_a_granitemoe_is_extended_like_any_moe(granite: Path, tmp_path: Path) -> None:
-    spec = hf_to_mcore(granite, tmp_path / "second", ExpertChoice(2), start=Start(noise=0.5))
+    spec = hf_to_mcore(granite, tmp_path / "second", NewExperts(2), start=Start(noise=0.5))
     assert spec.moe is not None
     assert (spec.moe.original_copies, spec.moe.num_original_experts, spec.moe.num_experts) == (2, 4, 7)
     assert largest_difference(compare_frozen(granite, tmp_path / "second")) == 0.0
@@ -138,7 +139,7 @@ def test_few_parts_are_held_at_a_time(granite: Path, tmp_path: Path, held_bytes)
     held_bytes.take_peak()
     mcore_to_hf(tmp_path / "megatron", tmp_path / "again", as_class="granitemoe")
     assert 0 < held_bytes.take_peak() <= 3 * largest
-    hf_to_mcore(granite, tmp_path / "second", ExpertChoice(2))
+    hf_to_mcore(granite, tmp_path / "second", NewExperts(2))
     assert 0 < held_bytes.take_peak() <= 3 * largest
 
 
@@ -156,21 +157,21 @@ def test_a_granitemoe_that_computes_something_else_is_rejected(
 ) -> None:
     config = json.loads((granite / "config.json").read_text())
     (granite / "config.json").write_text(json.dumps(config | {key: value}))
-    assert_import_fails(granite, tmp_path, message, ExpertChoice(1))
+    assert_import_fails(granite, tmp_path, message, NewExperts(1))
 
 
 def test_a_bias_that_qwen2_lacks_is_rejected(qwen2: Path, tmp_path: Path) -> None:
-    hf_to_mcore(qwen2, tmp_path / "megatron", ExpertChoice(1))
+    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(1))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", as_class="granitemoe")
     edit_tensors(tmp_path / "hf", lambda tensors: tensors["model.layers.2.self_attn.o_proj.bias"][7].add_(1))
-    assert_import_fails(tmp_path / "hf", tmp_path, "layers.2.self_attn.o_proj.bias must be zero", ExpertChoice(1))
+    assert_import_fails(tmp_path / "hf", tmp_path, "layers.2.self_attn.o_proj.bias must be zero", NewExperts(1))
 
 
 @pytest.mark.parametrize(("experts", "message"), [(4, r"lacks the tensor .*\[4,:48\]"), (6, "not in this size")])
 def test_a_stack_with_another_number_of_experts_is_rejected(
     qwen2: Path, tmp_path: Path, experts: int, message: str
 ) -> None:
-    hf_to_mcore(qwen2, tmp_path / "megatron", ExpertChoice(4))
+    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(4))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", as_class="granitemoe")
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
@@ -178,7 +179,7 @@ def test_a_stack_with_another_number_of_experts_is_rejected(
         tensors[name] = tensors[name][torch.arange(experts) % 5].clone()
 
     edit_tensors(tmp_path / "hf", change)
-    assert_import_fails(tmp_path / "hf", tmp_path, message, ExpertChoice(1))
+    assert_import_fails(tmp_path / "hf", tmp_path, message, NewExperts(1))
 
 
 @pytest.mark.parametrize("moe_class", MOE_CLASSES.values(), ids=lambda moe_class: moe_class.name)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from moelpr import errors
+from moelpr import command
 from moelpr.errors import MachineError
 from moelpr.megatron_patches import megatron_fixes
 from moelpr.megatron_patches.megatron_fixes import GroupStepAdam
@@ -258,7 +258,7 @@ def test_a_step_that_cannot_be_saved_is_one_sentence(tmp_path: Path, monkeypatch
         return real_open("/dev/full" if str(path).endswith(".distcp") else path, mode, *args, **kwargs)
 
     monkeypatch.setattr("builtins.open", open_full)
-    monkeypatch.setattr("sys.unraisablehook", errors.show_unraisable)  # pytest has replaced it
+    monkeypatch.setattr("sys.unraisablehook", command.show_unraisable)  # pytest has replaced it
     state = {"weight": ShardedTensor.from_rank_offsets("weight", torch.ones(30))}
     with pytest.raises(MachineError, match=f"{tmp_path} could not be saved .*GB free") as raised:
         dist_checkpointing.save(dict(state), str(tmp_path), async_strategy="mcore")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moelpr.errors import run_command
+from moelpr.command import run_command
 from moelpr.machine import format_bytes
 from moelpr.plan.__main__ import PAPER_GLOBAL_BATCH_SIZE, PAPER_SEQ_LENGTH, _parser, main
 from moelpr.plan.step_time import PREDICTION_ERROR

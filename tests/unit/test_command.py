@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.errors import CommandParser, MachineError, UserError, deferred_signals, run_command
+from moelpr.command import CommandParser, deferred_signals, run_command
+from moelpr.errors import MachineError, UserError
 
 
 def fail_with(error: BaseException):  # noqa: ANN201
@@ -118,7 +119,8 @@ def test_a_waiting_rank_ends_without_a_message_when_the_first_has_failed() -> No
     """The launcher's SIGTERM ends it although the trainer has a handler that only sets a flag."""
     code = """if True:
         import signal, time
-        from moelpr.errors import UserError, run_command
+        from moelpr.command import run_command
+        from moelpr.errors import UserError
         signal.signal(signal.SIGTERM, lambda *_: None)
         sleep = time.sleep
         time.sleep = lambda seconds: (print("waits", flush=True), sleep(seconds))
@@ -140,7 +142,7 @@ def test_a_waiting_rank_ends_without_a_message_when_the_first_has_failed() -> No
 def test_names_that_are_not_ascii_are_read_and_written_without_utf8_mode(tmp_path: Path) -> None:
     script = tmp_path / "tool.py"
     script.write_text(
-        "import sys\nfrom moelpr.errors import run_command\n"
+        "import sys\nfrom moelpr.command import run_command\n"
         "run_command(lambda: open(sys.argv[1], 'w').write(sys.argv[1]) and None)\n"
     )
     environment = {**os.environ, "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
@@ -186,7 +188,8 @@ def run_in_shell(command: str, code: str) -> subprocess.CompletedProcess:
 
 
 PRINTS = """
-from moelpr.errors import UserError, run_command
+from moelpr.command import run_command
+from moelpr.errors import UserError
 
 def main():
     print("x" * {})
@@ -224,7 +227,7 @@ def test_ctrl_c_during_imports_shows_no_traceback() -> None:
 
 SIGNALLED = """
 import atexit, moelpr, signal, sys, time
-from moelpr.errors import run_command
+from moelpr.command import run_command
 
 class Destroyed:
     def __del__(self):

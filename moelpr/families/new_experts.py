@@ -12,7 +12,7 @@ _TOPK = 2  # K of the paper
 
 
 @dataclass(frozen=True)
-class ExpertChoice:
+class NewExperts:
     """The experts to add to a model, dense or an MoE.
 
     Attributes:
@@ -42,31 +42,31 @@ class ExpertChoice:
             help="upcycle layers k, 2k, 3k, …, 1-based")  # fmt: skip
 
     @classmethod
-    def from_arguments(cls, args: argparse.Namespace, base: ModelSpec) -> "ExpertChoice":
-        """The choice of the flags; without --original-copies, C is K in a dense model (evidence: docs/results.md)."""
+    def from_arguments(cls, args: argparse.Namespace, base: ModelSpec) -> "NewExperts":
+        """What the flags ask for; without --original-copies, C is K in a dense model (evidence: docs/results.md)."""
         copies = args.original_copies
         if copies is None and base.moe is None:
             copies = max(args.topk or _TOPK, 1)
         return cls(args.num_new_experts, args.topk, copies, args.moe_layers, args.moe_every_k_layers)
 
 
-def with_new_experts(family: Family, base: ModelSpec, choice: ExpertChoice) -> ModelSpec:
+def with_new_experts(family: Family, base: ModelSpec, new: NewExperts) -> ModelSpec:
     """Add N new experts to the FFN of a dense model, or to the experts of an MoE.
 
     Raises:
         UserError: a model with these experts cannot be trained or exported.
     """
-    layers = _layers(base, choice)
+    layers = _layers(base, new)
     num_layers = base.megatron_args["num_layers"]
     if base.moe is None:
-        topk = _TOPK if choice.topk is None else choice.topk
-        copies = 1 if choice.original_copies is None else choice.original_copies
-        moe = MoeSpec(choice.num_new_experts, topk, layers, original_copies=copies)
-    elif choice.original_copies is None:
-        topk = base.moe.topk if choice.topk is None else choice.topk
+        topk = _TOPK if new.topk is None else new.topk
+        copies = 1 if new.original_copies is None else new.original_copies
+        moe = MoeSpec(new.num_new_experts, topk, layers, original_copies=copies)
+    elif new.original_copies is None:
+        topk = base.moe.topk if new.topk is None else new.topk
         copies = max(1, min(base.moe.original_copies, topk))  # further ones are original experts as any
         moe = replace(
-            base.moe, num_new_experts=choice.num_new_experts, topk=topk,
+            base.moe, num_new_experts=new.num_new_experts, topk=topk,
             original_copies=copies, num_original_experts=base.moe.num_experts - copies + 1,
         )  # fmt: skip
     else:
@@ -84,18 +84,18 @@ def with_new_experts(family: Family, base: ModelSpec, choice: ExpertChoice) -> M
     return spec
 
 
-def _layers(base: ModelSpec, choice: ExpertChoice) -> tuple[int, ...]:
-    num_layers, every_k = base.megatron_args["num_layers"], choice.moe_every_k_layers
-    if choice.moe_layers is not None and every_k is not None:
+def _layers(base: ModelSpec, new: NewExperts) -> tuple[int, ...]:
+    num_layers, every_k = base.megatron_args["num_layers"], new.moe_every_k_layers
+    if new.moe_layers is not None and every_k is not None:
         raise UserError("--moe-layers and --moe-every-k-layers are mutually exclusive; pass only one of them")
     if base.moe is not None:
-        if choice.moe_layers is not None or every_k is not None:
+        if new.moe_layers is not None or every_k is not None:
             raise UserError(
                 "new experts join the existing experts of an MoE; remove --moe-layers and --moe-every-k-layers"
             )
         return base.moe.layers
-    if choice.moe_layers is not None:
-        return tuple(sorted(set(choice.moe_layers)))
+    if new.moe_layers is not None:
+        return tuple(sorted(set(new.moe_layers)))
     if every_k is not None and not 1 <= every_k <= num_layers:
         raise UserError(f"--moe-every-k-layers must be 1 to {num_layers} (the model's layers), got {every_k}")
     # Layers k, 2k, 3k, … counted from 1: the rule of decoder_sparse_step in transformers.

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from moelpr import machine
-from moelpr.errors import UserError
-from moelpr.files import write_text
+from moelpr.errors import MachineError, UserError
+from moelpr.files import make_folder, write_text
+from moelpr.run_folder import FINISHED_FILE, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = Path("launch/recipes")
@@ -22,47 +24,108 @@ REVIEW_BLEND = {"original": 2, "expanded": 5}  # parts of the text of each langu
 
 
 class Steps:
-    """A run folder and the steps that are done in it; several threads may run steps."""
+    """A run folder and the steps that are done in it; several threads may run steps.
+
+    A step that is done has a mark, `logs/NAME.json`: its command, its time, an ID of this output, and the IDs of the
+    outputs that it was made from. If its command or one of these outputs is another one, it is done again.
+    """
 
     def __init__(self, run: Path) -> None:
         self.run, self.logs = run, run / "logs"
         self._started = time.monotonic()
         self._printing = threading.Lock()
-        self.logs.mkdir(parents=True, exist_ok=True)
 
-    def step(self, name: str, *command: str | Path, **variables: str) -> None:
-        """Run a launcher, or Python with these arguments, unless this command is done; UserError if it fails.
+    def step(
+        self,
+        name: str,
+        *command: str | Path,
+        made_from: Iterable[str] = (),
+        is_complete: Callable[[], bool] = lambda: True,
+        continues: Path | None = None,
+        again: bool = False,
+        **variables: str,
+    ) -> None:
+        """Run a launcher, or Python with these arguments, unless this command is done.
 
-        `variables` are environment variables.
+        Args:
+            made_from: Steps whose output it reads.
+            is_complete: Whether its output is there. A command may end early with exit code 0, as the trainer does
+                when it is asked to stop.
+            continues: Folder in which the command continues what it finds, whatever made it.
+            again: Restore the output of a step that is done.
+            variables: Of its environment.
+
+        Raises:
+            MachineError: the command ended with exit code 1, for instance because the disk is full.
+            UserError: it failed otherwise, did not write its output, or would continue another command's.
         """
         mark, log = self.logs / f"{name}.json", self.logs / f"{name}.log"
-        words = [str(word) for word in command]
-        words = words if words[0].endswith(".sh") else [sys.executable, *words]
-        settings = "".join(f"{key}={value} " for key, value in variables.items())
-        shown = settings + shlex.join(word.removeprefix(f"{ROOT}/") for word in words) + f" >{log}"
-        if mark.exists() and json.loads(mark.read_text())["command"] == shown:
+        is_current = self.is_current(name, command, made_from)
+        if is_current and not again:
             self._print(f"{name}: already done")
             return
+        before = read_json(mark) or {}
+        if before and not is_current and continues and continues.exists():
+            raise UserError(
+                f"{continues} was made by another command, or from other files, than step {name} would now use; remove "
+                "it to make it again, or use another folder"
+            )
+        make_folder(self.logs)
         mark.unlink(missing_ok=True)  # if this command fails, another one's output is no longer there
-        self._print(f"{name}\n    {shown}")
+        words, what = [str(word) for word in command], _shown(command)
+        python = [] if words[0].endswith(".sh") else [sys.executable]
+        settings = [f"{key}={value}" for key, value in variables.items()]
+        shown = " ".join([*settings, *map(_relative, python), what])
+        self._print(f"{name}\n    {shown} >>{log}")
         start = time.monotonic()
-        quiet = {"PYTHONWARNINGS": "ignore"}
-        with open(log, "w") as file:
-            code = subprocess.run(words, stdout=file, env={**os.environ, **quiet, **variables}).returncode
+        environment = {**os.environ, "PYTHONWARNINGS": "ignore", **variables}
+        with open(log, "a") as file:
+            file.write(f"$ {shown}\n")
+            file.flush()
+            code = subprocess.run([*python, *words], stdout=file, env=environment).returncode
         if code != 0:
-            tail = "".join(f"\n    {line}" for line in log.read_text().splitlines()[-5:])
-            raise UserError(f"step {name} exited with code {code}; its output is in {log}{tail}")
-        write_text(mark, json.dumps({"command": shown, "wall_s": round(time.monotonic() - start, 1)}) + "\n")
+            kind = MachineError if code == 1 else UserError
+            raise kind(f"step {name} exited with code {code} and the message above; its output is in {log}")
+        if not is_complete():
+            raise UserError(f"step {name} was stopped before its end (its output is in {log}); run it again to resume")
+        done = {
+            "command": what,
+            "wall_s": round(time.monotonic() - start, 1),
+            "id": before["id"] if again and "id" in before else str(time.time_ns()),
+            "made_from": {other: self._id(other) for other in made_from},
+        }
+        write_text(mark, json.dumps(done) + "\n")
+
+    def is_current(self, name: str, command: Iterable[str | Path], made_from: Iterable[str] = ()) -> bool:
+        """Whether the step is done, by this command and from what these other steps have made last."""
+        mark = read_json(self.logs / f"{name}.json") or {}
+        ids = {other: self._id(other) for other in made_from}
+        return mark.get("command") == _shown(command) and mark.get("made_from", ids) == ids
+
+    def is_done(self, name: str) -> bool:
+        return name in self.wall_times_s()
 
     def wall_times_s(self) -> dict[str, float]:
         """Seconds of each step that is done, in the order in which they ended."""
         marks = sorted(self.logs.glob("*.json"), key=lambda path: path.stat().st_mtime)
-        return {path.stem: json.loads(path.read_text())["wall_s"] for path in marks}
+        found = {path.stem: (read_json(path) or {}).get("wall_s") for path in marks}
+        return {name: wall for name, wall in found.items() if isinstance(wall, int | float)}
+
+    def _id(self, name: str) -> Any:
+        return (read_json(self.logs / f"{name}.json") or {}).get("id")
 
     def _print(self, text: str) -> None:
         minutes, seconds = divmod(int(time.monotonic() - self._started), 60)
         with self._printing:
             print(f"[{minutes:2d}:{seconds:02d}] {text}", flush=True)
+
+
+def _shown(command: Iterable[str | Path]) -> str:
+    return shlex.join(_relative(str(word)) for word in command)
+
+
+def _relative(word: str) -> str:
+    return word.removeprefix(f"{ROOT}/")
 
 
 def convert(steps: Steps, name: str, hf_path: Path, save: Path, *options: str) -> None:
@@ -94,6 +157,8 @@ def train(
         *("--data-path", *(word for group in blend for word in (str(blend[group]), data / f"{group}_text_document"))),
         *("--save", steps.run / name, *options),
         NPROC_PER_NODE=str(ranks or min(gpus, 2) or 2),
+        is_complete=(steps.run / name / FINISHED_FILE).is_file,
+        continues=steps.run / name,
         # GPUs that PyTorch cannot use would be an error.
         **({"CUDA_VISIBLE_DEVICES": ""} if not gpus and machine.has_gpus() else {}),
     )

@@ -3,15 +3,18 @@
     make results            (python -m examples.real_model --run runs/real-model)
 
 Each step is a command, printed before it runs. Finished steps are skipped and interrupted trainings continue, so rerun
-it to resume. What is done so far becomes RUN/real-model.json, .md and .svg; `python -m examples.real_model.results`
-puts them into the documentation.
+it to resume. A step is done again if its command has changed, or what it reads was made again; outputs that were
+removed are restored when a step needs them. What is done so far becomes RUN/real-model.json, .md and .svg;
+`python -m examples.real_model.results` puts them into the documentation.
 """
 
+import math
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from checkpoint_convert.hf_folder import HfReader
 from examples.real_model.page import write_results
 from examples.real_model.settings import ALL, TOKENS
 from examples.real_model.task import Task
@@ -20,10 +23,12 @@ from examples.steps import ROOT, Steps
 from moelpr import machine
 from moelpr.command import CommandParser, run_command
 from moelpr.errors import MachineError, UserError
-from moelpr.files import write_text
+from moelpr.families.families import CONFIG_FILE, read_config
+from moelpr.files import locked, make_folder, write_text
 from moelpr.report.page import Table, terminal_table
 
-DEFAULT_BASE_BYTES = 538_090_408  # of its weights; other bases need more or less in proportion
+DEFAULT_PARAMETERS = 134_515_008  # of the default base; others need more or less in proportion
+LOCK_FILE = ".lock"
 SPARE_DISK_GIB = 5  # while a checkpoint replaces another one
 
 
@@ -45,6 +50,10 @@ def main() -> None:
     add("--list", action="store_true", help="list the steps, whether they are done, and their time; start nothing")
     args = parser.parse_args()
     os.chdir(ROOT)
+    if args.tokens < 1:
+        raise UserError(f"--tokens must be positive, got {args.tokens}")
+    if args.base is not None:
+        read_config(args.base)
     tasks = Tasks(args.run, args.base, args.tokens)
     names = set(args.only or usual)
     chosen = [task for task in tasks.all() if task.settings & names]
@@ -52,34 +61,62 @@ def main() -> None:
     if args.list:
         print(list_of(chosen, run))
         return
-    check_same_settings(args.run, tasks)
-    check_machine([task for task in chosen if not is_done(task, run)], tasks.base, args.run)
-    failed = run_tasks(chosen, run)
-    write_results(args.run)
-    print(f"\nresults: {args.run / 'real-model.md'}")
-    if failed:
-        raise UserError("\n- ".join(["not everything could be measured:", *failed]))
+    make_folder(args.run)
+    with locked(args.run / LOCK_FILE, args.run):
+        check_same_settings(args.run, tasks)
+        check_machine([task for task in chosen if not run.is_done(task.name)], tasks.base, args.run)
+        errors = run_tasks(chosen, run)
+        try:
+            write_results(args.run)
+            print(f"\nresults: {args.run / 'real-model.md'}")
+        except UserError as error:  # of what is there, which has a reason if a step has failed
+            errors = errors or [error]
+    if errors:
+        kind = MachineError if any(isinstance(error, MachineError) for error in errors) else UserError
+        raise kind("\n- ".join(["not everything could be measured:", *map(str, errors)]))
 
 
-def run_tasks(tasks: Sequence[Task], run: Steps) -> list[str]:
-    """Run tasks in order; those of a setting of which one has failed are left out. Returns the messages."""
-    failed: set[str] = set()
-    messages = []
+def run_tasks(tasks: Sequence[Task], run: Steps) -> list[UserError | MachineError]:
+    """Run tasks in order, and return what failed.
+
+    The later tasks of a setting of which one has failed are left out, and so is what only reads a failed task's output.
+    """
+    by_name = {task.name: task for task in tasks}
+    read_by_others = {name for task in tasks for name in task.made_from}
+    failed_settings: set[str] = set()
+    failed_tasks: set[str] = set()
+    errors: list[UserError | MachineError] = []
+
+    def perform(task: Task, restore: bool = False) -> None:
+        command = task.command()
+        is_current = run.is_current(task.name, command, task.made_from)
+        # Other tasks ask for the output that they read.
+        again = is_current and (restore or (task.name not in read_by_others and not task.is_complete()))
+        if again or not is_current:
+            for name in task.made_from:
+                if (other := by_name.get(name)) and run.is_done(name) and not other.is_complete():
+                    perform(other, restore=True)
+        run.step(
+            task.name,
+            *command,
+            made_from=task.made_from,
+            is_complete=task.is_complete,
+            continues=task.continues,
+            again=again,
+            **task.variables,
+        )
+
     for task in tasks:
-        wanted = task.settings - failed
-        if not wanted:
+        if not task.settings - failed_settings or (not task.blocks and failed_tasks & {*task.made_from}):
             continue
         try:
-            run.step(task.name, *task.command(), **task.variables)
-        except UserError as error:
-            messages.append(str(error))
-            failed |= task.settings if task.blocks else set()
+            perform(task)
+        except (UserError, MachineError) as error:
+            errors.append(error)
+            failed_tasks.add(task.name)
+            failed_settings |= task.settings if task.blocks else set()
             print(error, flush=True)
-    return messages
-
-
-def is_done(task: Task, run: Steps) -> bool:
-    return task.name in run.wall_times_s()
+    return errors
 
 
 def list_of(tasks: Sequence[Task], run: Steps) -> str:
@@ -97,8 +134,8 @@ def list_of(tasks: Sequence[Task], run: Steps) -> str:
 def check_same_settings(run: Path, tasks: Tasks) -> None:
     """A folder belongs to one base and one number of tokens."""
     record, text = run / "queue.txt", f"--base {tasks.base} --tokens {tasks.tokens}\n"
-    if record.exists() and record.read_text(encoding="utf-8") != text:
-        before = record.read_text(encoding="utf-8").strip()
+    before = record.read_text(encoding="utf-8", errors="replace").strip() if record.is_file() else text.strip()
+    if before != text.strip():
         raise UserError(f"--run {run} was started with {before}, not with {text.strip()}; pass another --run")
     write_text(record, text)
 
@@ -107,8 +144,7 @@ def check_machine(tasks: Sequence[Task], base: Path, run: Path) -> None:
     """Raises MachineError if the disk, UserError if the memory can't hold what the tasks need."""
     if not tasks:
         return
-    weights = sum(path.stat().st_size for path in base.glob("*.safetensors")) or DEFAULT_BASE_BYTES
-    scale = weights / DEFAULT_BASE_BYTES
+    scale = (num_parameters(base) or DEFAULT_PARAMETERS) / DEFAULT_PARAMETERS
     disk = scale * (sum(task.disk_gib for task in tasks) + SPARE_DISK_GIB) * 2**30
     if (free := shutil.disk_usage(run).free) < disk:
         raise MachineError(
@@ -118,10 +154,18 @@ def check_machine(tasks: Sequence[Task], base: Path, run: Path) -> None:
     largest = max(tasks, key=lambda task: task.memory_gib)
     memory = scale * largest.memory_gib * 2**30
     if (free := machine.free_memory()) < memory:
-        raise UserError(
+        raise MachineError(
             f"{machine.as_gib(free)} of memory are free, and step {largest.name} needs {machine.as_gib(int(memory))}; "
             "use a larger machine, or choose settings with --only"
         )
+
+
+def num_parameters(base: Path) -> int:
+    """Of a Hugging Face directory; 0 if it is not there yet."""
+    if not (base / CONFIG_FILE).is_file():
+        return 0
+    reader = HfReader(base)
+    return sum(math.prod(reader.shape(name)) for name in reader.names)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def write_tasks(output: Path, corpus: Path) -> None:
         for language in LANGUAGES:
             path = corpus / f"unseen.{language}.jsonl"
             if not path.exists():
-                raise UserError(f"{path} is missing; run python -m examples.real_model.text first")
+                raise UserError(f"{path} is missing; run make results first")
             documents = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             for end, kinds in BENCHMARKS.values():
                 name = f"cloze_{end}_{language}"

@@ -21,7 +21,7 @@ from moelpr import machine
 from moelpr.command import CommandParser, run_command
 from moelpr.data.manifest import Manifest
 from moelpr.errors import UserError
-from moelpr.files import atomic_directory, make_folder, write_text
+from moelpr.files import atomic_directory, locked, make_folder, write_text
 from moelpr.run_folder import read_json
 
 SAVE_INTERVAL = 40  # steps
@@ -48,11 +48,12 @@ def main() -> None:
     check_same_settings(args.run, {name: getattr(args, name) for name in ("train_iters", "lr", "rank", "seed")})
     # With several GPUs, transformers' Trainer would multiply the batch.
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    model = add_adapters(args.base, args.rank, args.seed)
-    samples = PackedSamples(args.data_path, args.train_iters * BATCH, args.seed, model.config.vocab_size)
-    train(model, samples, args.run, args.train_iters, args.lr, args.seed)
-    model.save_pretrained(args.run / "adapter")
-    save_merged(args.base, args.run / "adapter", args.save)
+    with locked(args.run / ".lock", args.run):  # a killed queue may have left the one before running
+        model = add_adapters(args.base, args.rank, args.seed)
+        samples = PackedSamples(args.data_path, args.train_iters * BATCH, args.seed, model.config.vocab_size)
+        train(model, samples, args.run, args.train_iters, args.lr, args.seed)
+        model.save_pretrained(args.run / "adapter")
+        save_merged(args.base, args.run / "adapter", args.save)
 
 
 def check_same_settings(run: Path, settings: dict[str, Any]) -> None:
@@ -160,9 +161,10 @@ def train(model: Any, samples: PackedSamples, run: Path, steps: int, rate: float
 
 
 def last_checkpoint(run: Path) -> str | None:
-    """The newest complete checkpoint: transformers writes trainer_state.json last."""
-    saved = {int(file.parent.name.split("-")[1]): file.parent for file in run.glob("checkpoint-*/trainer_state.json")}
-    return str(saved[max(saved)]) if saved else None
+    """The newest complete checkpoint: transformers writes trainer_state.json last, and a full disk makes it damaged."""
+    saved = [file.parent for file in run.glob("checkpoint-*/trainer_state.json") if read_json(file)]
+    steps = {int(number): folder for folder in saved if (number := folder.name.split("-")[1]).isdecimal()}
+    return str(steps[max(steps)]) if steps else None
 
 
 def save_merged(base: Path, adapter: Path, save: Path) -> None:

@@ -51,19 +51,16 @@ def collect(run: Path) -> Json:
     Raises:
         UserError: the text is missing or damaged, or not even the base has been evaluated.
     """
-    facts = read_json(path := run / "corpus" / "facts.json")
-    if facts is None:
-        raise UserError(
-            f"{path} is missing or damaged; remove {path.parent} and {run / 'logs/text.json'}, and run "
-            "python -m examples.real_model"
-        )
+    facts = read_json(path := run / "corpus" / "facts.json") or {}
+    if not all(isinstance(facts.get(key), list) for key in ("trained", "untrained")):
+        raise UserError(f"{path} is missing or damaged; remove {path.parent} and rerun make results")
     base = read_scores(run, BASE)
     if not base:
-        raise UserError(f"{run} has no evaluation of the base; start the queue first: python -m examples.real_model")
+        raise UserError(f"{run} has no evaluation of the base; run make results first")
     kinds = {"in": facts["trained"], "out": facts["untrained"]}
     texts = texts_of(kinds)
     if not base.keys() >= {*texts}:
-        raise UserError(f"the evaluation of the base in {run} is not complete; rerun python -m examples.real_model")
+        raise UserError(f"the evaluation of the base in {run} is not complete; rerun make results")
     documents = document_names(run / "corpus", texts)
 
     def measured(settings: Mapping[str, Setting]) -> Json:
@@ -71,6 +68,8 @@ def collect(run: Path) -> Json:
         for setting in settings.values():
             scores = {model: read_scores(run, model) for model in setting.models}
             done = {model: score for model, score in scores.items() if score.keys() >= {*texts}}
+            for score in done.values():
+                check_same_documents(run, documents, score)
             if done and setting.name != BASE:
                 models = {model: changes(base, score, kinds, documents) for model, score in done.items()}
                 found[setting.name] = {"label": setting.label, "models": models, "cost": cost(run, setting)}
@@ -91,8 +90,8 @@ def collect(run: Path) -> Json:
             if (found := read_scores(run, model)).keys() >= {*texts}
         },
         "routing": routing(run, kinds["out"]),
-        "continuations": _json(run / "continuations" / "results.json").get("continuations", {}),
-        "cloze": cloze(_json(run / "scores" / "harness.json")),
+        "continuations": (read_json(run / "continuations" / "results.json") or {}).get("continuations", {}),
+        "cloze": cloze(read_json(run / "scores" / "harness.json") or {}),
     }
 
 
@@ -156,7 +155,7 @@ def texts_of(kinds: Mapping[str, Any]) -> list[str]:
 def queue_tokens(run: Path) -> int | None:
     """The --tokens that the queue of a folder was started with."""
     path = run / "queue.txt"
-    found = re.search(r"--tokens (\d+)", path.read_text(encoding="utf-8")) if path.is_file() else None
+    found = re.search(r"--tokens (\d+)", path.read_text("utf-8", errors="replace")) if path.is_file() else None
     return int(found[1]) if found else None
 
 
@@ -179,7 +178,18 @@ def read_scores(run: Path, model: str) -> dict[str, LanguageScore]:
 def document_names(corpus: Path, texts: Sequence[str]) -> dict[str, list[str]]:
     """Text -> the IDs of its held-out documents: the same ID in two languages is the same document, translated."""
     files = held_out_files(corpus)
-    return {text: [json.loads(line)["id"] for line in files[text].open(encoding="utf-8")] for text in texts}
+    try:
+        return {text: [json.loads(line)["id"] for line in files[text].open(encoding="utf-8")] for text in texts}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"held-out text in {corpus} is damaged; remove {corpus} and rerun make results") from None
+
+
+def check_same_documents(run: Path, documents: Mapping[str, list[str]], scores: Mapping[str, LanguageScore]) -> None:
+    """UserError if a model was evaluated on other text than the run has."""
+    if any(len(scores[text].document_bits) != len(names) for text, names in documents.items()):
+        raise UserError(
+            f"{run / 'evaluation'} is of other text than {run / 'corpus'}; remove it and rerun make results"
+        )
 
 
 def changes(
@@ -208,19 +218,25 @@ def changes(
 
 
 def cost(run: Path, setting: Setting) -> Json:
-    """What training its first model took, with the runs before; {} if it is not trained, or not in this folder."""
-    if not setting.runs or not all((run / name / "metrics.jsonl").is_file() for name in setting.runs):
+    """What training its first model took, with the runs before; {} if this folder lacks records of them."""
+    records = {name: (run / name / "metrics.jsonl", run / "logs" / f"{name}.log") for name in setting.runs}
+    if not records or not all(path.is_file() for paths in records.values() for path in paths):
         return {}
     trained, whole, tokens, seconds, memory = 0, 0, 0, 0.0, 0.0
     rates = []  # of the runs; a search may have been extended since
-    for name in setting.runs:
-        steps = read_run_metrics(run / name / "metrics.jsonl").steps
+    for metrics, log in records.values():
+        steps = read_run_metrics(metrics).steps
+        found_parameters = parameters(log.read_text(encoding="utf-8", errors="replace"))
+        if found_parameters is None or not steps:
+            return {}
+        try:
+            seconds += len(steps) * median(step["step_time_s"] for step in steps)
+            memory = max(memory, *(step["peak_memory_gib"] or 0.0 for step in steps))
+            rates.append(float(f"{max(step['learning_rate'] for step in steps):g}"))
+        except (KeyError, TypeError):
+            raise UserError(f"{metrics} is damaged; remove {metrics.parent} and rerun make results") from None
         tokens += BATCH * SEQUENCE_LENGTH * len(steps)
-        seconds += len(steps) * median(step["step_time_s"] for step in steps)
-        memory = max(memory, *(step["peak_memory_gib"] or 0.0 for step in steps))
-        rates.append(float(f"{max(step['learning_rate'] for step in steps):g}"))
-        now, of = parameters((run / "logs" / f"{name}.log").read_text(encoding="utf-8"))
-        trained, whole = max(trained, now), max(whole, of)
+        trained, whole = max(trained, found_parameters[0]), max(whole, found_parameters[1])
     found = {
         "trained_parameters": trained,
         "parameters": whole,
@@ -235,16 +251,14 @@ def cost(run: Path, setting: Setting) -> Json:
     return found
 
 
-def parameters(log: str) -> tuple[int, int]:
-    """Trained parameters, and all of the model, that a run printed."""
-    table = re.search(r"^all +([\d,]+) +([\d,]+)$", log, re.MULTILINE)
-    lora = re.search(r"([\d,]+) trained parameters of ([\d,]+)", log)
-    if table:
-        trained, frozen = (int(number.replace(",", "")) for number in table.groups())
-        return trained, trained + frozen
-    if not lora:
-        raise UserError("a log of the queue does not state the trained parameters; remove its .json and run the queue")
-    return int(lora[1].replace(",", "")), int(lora[2].replace(",", ""))
+def parameters(log: str) -> tuple[int, int] | None:
+    """Trained parameters, and all of the model, that the last start of a run printed; None if none did."""
+    table = re.findall(r"^all +([\d,]+) +([\d,]+)$", log, re.MULTILINE)  # trained, frozen
+    lora = re.findall(r"([\d,]+) trained parameters of ([\d,]+)", log)
+    if not table and not lora:
+        return None
+    trained, other = (int(number.replace(",", "")) for number in [*table, *lora][-1])
+    return trained, trained + other if table else other
 
 
 def routing(run: Path, kinds: list[str]) -> Json:
@@ -283,7 +297,3 @@ def _routed(scores: Mapping[str, LanguageScore], language: str, kind: str) -> An
 
 def _rounded(interval: Any) -> list[float]:
     return [round(number, DIGITS) for number in interval]
-
-
-def _json(path: Path) -> Json:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -21,7 +21,7 @@ from examples.real_model.settings import (
     STAGE0_BLEND,
     STAGE0_SHARE,
 )
-from examples.real_model.signs import MARGIN, Verdict, change, signs
+from examples.real_model.signs import Verdict, change, margin, signs
 from moelpr.files import write_text
 from moelpr.languages import language_name
 from moelpr.report.page import Row, Table, terminal_table
@@ -160,7 +160,7 @@ def _predictions(results: Json) -> str:
     items += [f"- {sign.text}: {sign.verdict}." for sign in found if sign.verdict == Verdict.MISSING]
     title = (
         "What the paper would predict, and the bars of this comparison. Two settings that differ by less than "
-        f"{100 * MARGIN:g} points are too close to tell:"
+        f"{100 * margin(results):.1f} points, the most that seeds of a setting differ by, are too close to tell:"
     )
     return "\n".join([title, "", *items])
 

@@ -25,14 +25,14 @@ def main() -> None:
         help="folder of the queue (default: %(default)s)")  # fmt: skip
     args = parser.parse_args()
     if not (args.run / "corpus").is_dir():
-        raise UserError(f"--run {args.run} contains no text; start the queue first: python -m examples.real_model")
+        raise UserError(f"--run {args.run} contains no text; run make results first")
     path = ROOT / "docs" / f"{NAME}.json"
     before = read_json(path) if path.is_file() else {}
     if before is None:
         raise UserError(f"{path} is damaged; restore it (git checkout {path}), or remove it to start again")
     results = merged(collect(args.run), before)
     if "copies" not in results["settings"]:
-        raise UserError(f"--run {args.run} has no finished MoE-LPR yet; rerun python -m examples.real_model")
+        raise UserError(f"--run {args.run} has no finished MoE-LPR yet; rerun make results")
     write_text(path, dump(results))
     for name, svg in charts(results).items():
         write_text(ROOT / "docs" / "images" / f"{name}.svg", svg + "\n")

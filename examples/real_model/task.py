@@ -17,6 +17,7 @@ class Task:
         minutes: expected on two cores, with the default base.
         memory_gib, disk_gib: needed while it runs, and what it leaves, with the default base.
         variables: of its environment.
+        made_from, is_complete, continues: of `Steps.step`.
     """
 
     name: str
@@ -27,3 +28,6 @@ class Task:
     disk_gib: float = 0.0
     variables: Mapping[str, str] = field(default_factory=dict)
     blocks: bool = True
+    made_from: tuple[str, ...] = ()
+    is_complete: Callable[[], bool] = lambda: True
+    continues: Path | None = None

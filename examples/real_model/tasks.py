@@ -43,6 +43,7 @@ from examples.real_model.settings import (
 )
 from examples.real_model.task import Command, Task
 from examples.real_model.training import Training
+from examples.steps import Steps
 from moelpr.data.manifest import Manifest
 from moelpr.errors import UserError
 from moelpr.evaluate.result_cache import cached_results
@@ -51,6 +52,7 @@ EXPANDED_ONLY = {"expanded": 1.0}  # blend
 EXTENDED = "extended-"  # how the names of corpora of the extended tokenizer start
 PROMPTS = 3  # per language
 CONTINUED = (BASE, "copies-seed-1", "full", "lora")  # models whose continuations and cloze scores are shown
+EXPORTS = ("base", "export-copies-seed-1", "export-full", "lora")  # the tasks that write them for transformers
 # Tokens per second on two cores of a Xeon with AVX-512 and bf16 matrix products.
 RATE_OF = {"lora": 218, "evaluate": 400, "cloze": 500}
 EVALUATION_TOKENS, CLOZE_TOKENS = 125_000, 500 * 6 * 4 * 50  # of a model
@@ -97,12 +99,28 @@ class Tasks:
         """Base and text, the validation part and prompts, and one corpus per language group."""
         everyone = frozenset(ALL)
         tasks = [
-            Task("text", everyone, lambda: ["-m", "examples.real_model.text", "--run", self.run], 3, 2, 0.3),
-            Task("split", everyone, lambda: ["-m", "examples.real_model.split", "--run", self.run, "--overwrite"], 0.2),
+            Task(
+                "text",
+                everyone,
+                lambda: ["-m", "examples.real_model.text", "--run", self.run],
+                3,
+                2,
+                0.3,
+                is_complete=(self.corpus / "facts.json").is_file,
+            ),
+            Task(
+                "split",
+                everyone,
+                lambda: ["-m", "examples.real_model.split", "--run", self.run, "--overwrite"],
+                0.2,
+                made_from=("text",),
+                is_complete=self.text.is_dir,
+            ),
         ]
         if self.base == self.run / "base-hf":
             download: Command = ["-m", "examples.real_model.base", "--run", self.run]
-            tasks.insert(0, Task("base", everyone, lambda: download, 1, 2, 1))
+            is_complete = (self.base / "config.json").is_file
+            tasks.insert(0, Task("base", everyone, lambda: download, 1, 2, 1, is_complete=is_complete))
         return [*tasks, *self._preprocess(everyone, self.base)]
 
     def _preprocess(self, settings: frozenset[str], tokenizer: Path, prefix: str = "") -> list[Task]:
@@ -114,7 +132,16 @@ class Tasks:
                 *("--output-prefix", self.data / f"{prefix}{group}", "--tokenizer-type", "HuggingFaceTokenizer"),
                 *("--tokenizer-model", tokenizer, "--append-eod", "--language", group, "--overwrite"),
             ]
-            tasks.append(Task(f"preprocess-{prefix}{group}", settings, lambda command=command: command, 0.2))
+            tasks.append(
+                Task(
+                    f"preprocess-{prefix}{group}",
+                    settings,
+                    lambda command=command: command,
+                    0.2,
+                    made_from=("split", "tokenizer" if prefix else "base"),
+                    is_complete=Path(f"{self.data / prefix}{group}_text_document.manifest.json").is_file,
+                )
+            )
         return tasks
 
     def _stage1(self, name: str) -> list[Task]:
@@ -193,6 +220,7 @@ class Tasks:
             steps=steps_of(self.tokens * (1 + REVIEW_SHARE)),
             rate=lambda: best_rate(self.run, "full"),
             settings=frozenset({REPLAY}),
+            after=searches("full"),
         )
         return [train.task(self.run), self._evaluate(REPLAY)]
 
@@ -205,10 +233,11 @@ class Tasks:
             *("--original", *(f"{x}={self.text / f'train.{x}.jsonl'}" for x in ORIGINAL)),
             *("--save", tokenizer, "--overwrite"),
         ]
+        options = (*moe_options("copies"), "--extended-tokenizer", str(tokenizer))
         tasks = [
-            Task("tokenizer", users, lambda: extend, 1),
+            Task("tokenizer", users, lambda: extend, 1, made_from=("base", "split"), is_complete=tokenizer.is_dir),
             *self._preprocess(users, tokenizer, EXTENDED),
-            self._convert(start, users, *moe_options("copies"), "--extended-tokenizer", str(tokenizer)),
+            self._convert(start, users, *options, made_from=("base", "tokenizer")),
             self._evaluate(VOCABULARY_START),
         ]
         for name in (SAME_BYTES, SAME_TOKENS):
@@ -217,6 +246,8 @@ class Tasks:
             def steps(share: float, name: str = name) -> int:
                 return steps_of(share * self.tokens * (self._tokens_left() if name == SAME_BYTES else 1))
 
+            sizes = ("preprocess-expanded",) if name == SAME_BYTES else ()
+
             stages = (
                 Training(
                     model=stage0,
@@ -224,6 +255,8 @@ class Tasks:
                     start=start,
                     blend=STAGE0_BLEND,
                     steps=partial(steps, STAGE0_SHARE),
+                    most_steps=steps_of(STAGE0_SHARE * self.tokens),
+                    after=sizes,
                     rate=STAGE0_RATE,
                     settings=owners,
                     corpora=EXTENDED,
@@ -234,6 +267,8 @@ class Tasks:
                     start=self.run / stage0,
                     blend=EXPANDED_ONLY,
                     steps=partial(steps, 1 - STAGE0_SHARE),
+                    most_steps=steps_of((1 - STAGE0_SHARE) * self.tokens),
+                    after=sizes,
                     rate=STAGE1_RATE,
                     settings=owners,
                     options=("--train-new-embeddings",),
@@ -254,9 +289,19 @@ class Tasks:
         return tasks
 
     def _tokens_left(self) -> float:
-        """Tokens of the expanded languages' text after the extension, as a fraction of those before; else a guess."""
-        found = [Manifest.read(self.data / f"{prefix}expanded_text_document") for prefix in (EXTENDED, "")]
-        return found[0].tokens / found[1].tokens if all(found) else 0.5
+        """Tokens of the expanded languages' text after the extension, as a fraction of those before.
+
+        Raises:
+            UserError: one of both corpora is missing or damaged.
+        """
+        tokens = []
+        for prefix in (EXTENDED, ""):
+            path = self.data / f"{prefix}expanded_text_document"
+            if (manifest := Manifest.read(path)) is None:
+                mark = self.run / "logs" / f"preprocess-{prefix}expanded.json"
+                raise UserError(f"{path} has no manifest; remove {mark} and rerun make results")
+            tokens.append(manifest.tokens)
+        return tokens[0] / tokens[1]
 
     def _full(self) -> list[Task]:
         """Full fine-tuning at the best rate."""
@@ -272,6 +317,7 @@ class Tasks:
                 rate=rate,
                 settings=frozenset({"full"}) if model == "full" else users,
                 is_search=model != "full",
+                after=searches("full") if model == "full" else (),
             ).task(self.run)
 
         convert = self._convert(self.run / "dense", users, "--dense")
@@ -292,7 +338,18 @@ class Tasks:
                     *(["--rank", str(rank)] if rank else []),
                 ]
 
-            return Task(model, users, command, 1 + steps * STEP_TOKENS / RATE_OF["lora"] / 60, 8, 1.5)
+            return Task(
+                model,
+                users,
+                command,
+                minutes=1 + steps * STEP_TOKENS / RATE_OF["lora"] / 60,
+                memory_gib=8,
+                disk_gib=1.5,
+                blocks=model == name,
+                made_from=("base", "preprocess-expanded", *(searches(name) if model == name else ())),
+                is_complete=(self.run / f"{model}-hf" / "config.json").is_file,
+                continues=self.run / model,
+            )
 
         best = train(name, steps_of(self.tokens), lambda: best_rate(self.run, name))
         return [*self._search(name, train, users), best, self._evaluate(name)]
@@ -331,7 +388,18 @@ class Tasks:
                 *("checkpoint_convert/mcore_to_hf.py", "--load", self.run / model),
                 *("--save", self.run / f"{model}-hf", "--overwrite"),
             ]
-            tasks.append(Task(f"export-{model}", frozenset({setting}), lambda words=words: words, 1, 4, 2))
+            tasks.append(
+                Task(
+                    f"export-{model}",
+                    frozenset({setting}),
+                    lambda words=words: words,
+                    1,
+                    4,
+                    2,
+                    made_from=(model,),
+                    is_complete=(self.run / f"{model}-hf" / "config.json").is_file,
+                )
+            )
         names = [f"{language}.{number}" for language in LANGUAGES for number in range(1, PROMPTS + 1)]
         data: Command = [word for x in names for word in ("--data", f"{x}={self.text / f'prompt.{x}.jsonl'}")]
 
@@ -339,7 +407,18 @@ class Tasks:
             options = ("--continuations", "40", "--dtype", "bfloat16", "--output", self.run / "continuations")
             return ["-m", "moelpr.evaluate", *self._exports(), *data, *options]
 
-        return [*tasks, Task("continuations", frozenset({"copies", "full", "lora"}), command, 5, blocks=False)]
+        return [
+            *tasks,
+            Task(
+                "continuations",
+                frozenset({"copies", "full", "lora"}),
+                command,
+                5,
+                blocks=False,
+                made_from=("split", *EXPORTS),
+                is_complete=(self.run / "continuations" / "results.json").is_file,
+            ),
+        ]
 
     def _cloze(self) -> list[Task]:
         """The multiple-choice task, and up to four models' scores on it."""
@@ -357,27 +436,41 @@ class Tasks:
 
         minutes = len(CONTINUED) * CLOZE_TOKENS / RATE_OF["cloze"] / 60
         return [
-            Task("cloze", users, lambda: write, 0.2, blocks=False),
-            Task("evaluate-cloze", users, command, minutes, blocks=False, variables={"HF_HUB_OFFLINE": "1"}),
+            Task("cloze", users, lambda: write, 0.2, blocks=False, made_from=("text",), is_complete=folder.is_dir),
+            Task(
+                "evaluate-cloze",
+                users,
+                command,
+                minutes,
+                blocks=False,
+                variables={"HF_HUB_OFFLINE": "1"},
+                made_from=("cloze", *EXPORTS),
+                is_complete=(self.run / "scores" / "harness.json").is_file,
+            ),
         ]
 
     def _exports(self) -> Command:
-        """The models of CONTINUED that are there."""
-        folders = {name: self.base if name == BASE else self.run / f"{name}-hf" for name in CONTINUED}
-        found = {name: folder for name, folder in folders.items() if folder.is_dir()}
+        """The models of CONTINUED that have been made."""
+        found = {BASE: self.base}
+        for model, task in zip(CONTINUED[1:], EXPORTS[1:], strict=True):
+            if Steps(self.run).is_done(task):
+                found[model] = self.run / f"{model}-hf"
         return [word for name, folder in found.items() for word in ("--model", f"{name}={folder}")]
 
-    def _convert(self, save: Path, settings: frozenset[str], *options: str) -> Task:
+    def _convert(
+        self, save: Path, settings: frozenset[str], *options: str, made_from: tuple[str, ...] = ("base",)
+    ) -> Task:
         command: Command = ["checkpoint_convert/hf_to_mcore.py", "--hf-path", self.base, "--save", save]
         command += [*options, "--seed", str(SEEDS[0]), "--overwrite"]
-        return Task(save.name, settings, lambda: command, 0.5, 4, 1.4)
+        is_complete = (save / "model_spec.json").is_file
+        return Task(save.name, settings, lambda: command, 0.5, 4, 1.4, made_from=made_from, is_complete=is_complete)
 
     def _evaluate(self, model: str, settings: frozenset[str] | None = None, *, validation: bool = False) -> Task:
         """Bits per byte and routing of a model on all held-out text, or on the validation part."""
+        folder = self.run / ("validation" if validation else "evaluation")
 
         def command() -> Command:
             files = self._validation_files() if validation else held_out_files(self.corpus)
-            folder = self.run / ("validation" if validation else "evaluation")
             models = dict.fromkeys([BASE, model])
             original = [name for name in files if name.split(".")[0] in ORIGINAL]
             return [
@@ -393,7 +486,19 @@ class Tasks:
         if model == BASE:
             owners = frozenset(ALL)
         minutes = 0.5 + tokens / RATE_OF["evaluate"] / 60
-        return Task(f"evaluate-{model}", settings or owners, command, minutes, blocks=model == BASE or validation)
+        return Task(
+            f"evaluate-{model}",
+            settings or owners,
+            command,
+            minutes,
+            blocks=model == BASE,
+            made_from=("split" if validation else "text", *dict.fromkeys(["base", model])),
+            is_complete=lambda: bits_per_byte(folder, model).keys() >= self._evaluated(validation),
+        )
+
+    def _evaluated(self, validation: bool) -> set[str]:
+        """Names of the texts of an evaluation."""
+        return {*EXPANDED} if validation else {*held_out_files(self.corpus)}
 
     def _validation_files(self) -> dict[str, Path]:
         return {language: self.text / f"validation.{language}.jsonl" for language in EXPANDED}
@@ -420,6 +525,11 @@ def search_name(setting: str, rate: float) -> str:
     return f"search-{setting}-{rate:g}"
 
 
+def searches(setting: str) -> tuple[str, ...]:
+    """The tasks that find a setting's rate."""
+    return tuple(f"evaluate-{search_name(setting, rate)}" for rate in RATES[setting])
+
+
 def searched_changes(run: Path, setting: str) -> dict[float, float]:
     """Learning rate -> mean change of the expanded languages against base on the validation part, of those measured."""
     changes = {}
@@ -440,5 +550,8 @@ def best_rate(run: Path, setting: str) -> float:
     """The rate with the lowest bits per byte; one that diverged is never the best."""
     changes = searched_changes(run, setting)
     if not changes:
-        raise UserError(f"{run}/validation has no results of the search of {setting}; run its search first")
+        marks = run / "logs" / f"evaluate-{search_name(setting, 0)[:-1]}*.json"
+        raise UserError(
+            f"{run}/validation has no results of the search of {setting}; remove {marks} and rerun make results"
+        )
     return min(changes, key=lambda rate: changes[rate] if changes[rate] == changes[rate] else float("inf"))

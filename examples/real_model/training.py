@@ -15,6 +15,8 @@ from examples.real_model.settings import (
     warmup_steps,
 )
 from examples.real_model.task import Command, Task
+from moelpr.errors import UserError
+from moelpr.run_folder import FINISHED_FILE
 
 SAVE_INTERVAL = 40  # steps
 # Tokens per second on two cores of a Xeon with AVX-512 and bf16 matrix products.
@@ -30,14 +32,16 @@ class Training:
 
     Attributes:
         model: its name, which is that of its task and of its folder.
-        start: checkpoint that it starts from.
+        start: checkpoint that it starts from, named like its task.
         blend: language group -> its part of the text.
         steps, rate: a function if earlier tasks find the number.
+        most_steps: what is expected of `steps` until then.
         settings: names of the settings that need it.
         options: further ones of the trainer.
         is_search: for a learning rate: it is not continued.
         trains_everything: as a plain MoE. The ranks share the optimizer and take a sequence at a time, for memory.
         corpora: how the names of the corpora start.
+        after: tasks whose results it depends on.
     """
 
     model: str
@@ -52,6 +56,8 @@ class Training:
     trains_everything: bool = False
     corpora: str = ""
     seed: int = SEEDS[0]
+    after: tuple[str, ...] = ()
+    most_steps: int = 0
 
     def task(self, run: Path) -> Task:
         kind = "plain" if self.trains_everything else self.stage
@@ -59,10 +65,14 @@ class Training:
             self.model,
             self.settings,
             lambda: self._command(run),
-            minutes=1.5 + self._number_of_steps() * STEP_TOKENS / _RATE_OF[kind] / 60,
+            minutes=self._minutes(kind),
             memory_gib=_MEMORY_GIB_OF[kind],
             disk_gib=0.3 if self.is_search else _DISK_GIB_OF[kind],
             variables={"NPROC_PER_NODE": str(self._ranks)},
+            blocks=not self.is_search,
+            made_from=(self.start.name, *(f"preprocess-{self.corpora}{x}" for x in self.blend), *self.after),
+            is_complete=(run / self.model / FINISHED_FILE).is_file,
+            continues=run / self.model,
         )
 
     @property
@@ -73,8 +83,15 @@ class Training:
         return 2 if self.trains_everything and torch.cuda.device_count() != 1 else 1
 
     def _number_of_steps(self) -> int:
-        """A guess until the earlier tasks that find it are done."""
+        """Raises a UserError while the earlier tasks that find it are not done."""
         return self.steps() if callable(self.steps) else self.steps
+
+    def _minutes(self, kind: str) -> float:
+        try:
+            steps = self._number_of_steps()
+        except UserError:
+            steps = self.most_steps
+        return 1.5 + steps * STEP_TOKENS / _RATE_OF[kind] / 60
 
     def _command(self, run: Path) -> Command:
         rate = self.rate() if callable(self.rate) else self.rate

@@ -42,12 +42,8 @@ class ResultCache:
 
     def read(self, model: str, name: str, key: Json) -> Json | None:
         """The result computed from exactly `key`, or None, also if the file is damaged."""
-        try:
-            content = parse_json(self._path(model, name).read_bytes()) if self._folder else {}
-            is_wanted = content["of"] == {**_VERSION, **key} and content["crc32"] == _checksum(content["result"])
-            return content["result"] if is_wanted else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        content = _read(self._path(model, name)) if self._folder else None
+        return content["result"] if content and content["of"] == {**_VERSION, **key} else None
 
     def write(self, model: str, name: str, key: Json, result: Json) -> None:
         if self._folder:
@@ -76,9 +72,18 @@ class ResultCache:
 
 
 def cached_results(folder: Path, model: str) -> dict[str, Json]:
-    """Name -> result of a model in an evaluation's folder, whatever each was computed from; {} if there is none."""
+    """Name -> result of a model in an evaluation's folder, whatever each was computed from, without damaged ones."""
     files = sorted((folder / CACHE_FOLDER / quote(model, safe="")).glob("*.json"))
-    return {unquote(path.stem): parse_json(path.read_bytes())["result"] for path in files}
+    return {unquote(path.stem): content["result"] for path in files if (content := _read(path))}
+
+
+def _read(path: Path) -> Json | None:
+    """The content of a file of the cache; None if it is missing or damaged."""
+    try:
+        content = parse_json(path.read_bytes())
+        return content if "of" in content and content["crc32"] == _checksum(content["result"]) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _checksum(result: Json) -> str:

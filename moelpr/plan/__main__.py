@@ -15,8 +15,8 @@ from typing import Any
 
 from moelpr.command import CommandParser, run_command
 from moelpr.errors import UserError
-from moelpr.families.new_experts import NewExperts, with_new_experts
 from moelpr.families.families import read_base
+from moelpr.families.new_experts import NewExperts, with_new_experts
 from moelpr.layouts import PlannedLayout, neighbors
 from moelpr.machine import format_bytes
 from moelpr.model_spec import ModelSpec

@@ -21,8 +21,8 @@ from checkpoint_convert.megatron_folder import SIGNS, MegatronReader, num_elemen
 from checkpoint_convert.outputs import cast, check_finite, check_output, output_folder
 from checkpoint_convert.upcycling import check_weights
 from moelpr.errors import UserError
-from moelpr.families.new_experts import NewExperts, with_new_experts
 from moelpr.families.families import read_base
+from moelpr.families.new_experts import NewExperts, with_new_experts
 from moelpr.families.tables import Piece, pieces, sizes_of
 from moelpr.files import parse_json
 from moelpr.model_spec import ModelSpec

@@ -17,8 +17,8 @@ from checkpoint_convert.outputs import add_output_options
 from checkpoint_convert.upcycling import Start, hf_to_mcore
 from moelpr.command import CommandParser, run_command
 from moelpr.errors import UserError
-from moelpr.families.new_experts import NewExperts
 from moelpr.families.families import read_base
+from moelpr.families.new_experts import NewExperts
 
 
 def _parse_arguments() -> argparse.Namespace:

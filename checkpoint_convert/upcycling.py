@@ -28,8 +28,8 @@ from checkpoint_convert.megatron_folder import SIGNS, num_elements, write_checkp
 from checkpoint_convert.new_tokens import read_extension, with_new_rows
 from checkpoint_convert.outputs import cast, check_finite, check_output, output_folder
 from moelpr.errors import UserError
-from moelpr.families.new_experts import NewExperts, with_new_experts
 from moelpr.families.families import CONFIG_FILE, Family, read_base, read_config
+from moelpr.families.new_experts import NewExperts, with_new_experts
 from moelpr.families.tables import Piece, megatron_shape, pieces, sizes_of, stacked_part, zeros
 from moelpr.model_spec import ModelSpec
 from moelpr.run_folder import HF_FOLDER

@@ -131,9 +131,9 @@ def _image(text: str, name: str, folder: str) -> str:
     return f"![{text}]({folder}{name}.svg)"
 
 
-def readme_line(results: Json) -> str:
-    """A sentence on what was done, and one with the means of MoE-LPR and of what it is compared with."""
-    clauses = []
+def readme_table(results: Json) -> str:
+    """What was done, and the means of MoE-LPR and of what it is compared with."""
+    rows = []
     compared = {
         "copies": "MoE-LPR",
         "full": "full fine-tuning",
@@ -143,15 +143,16 @@ def readme_line(results: Json) -> str:
     for name, label in compared.items():
         learned, kept = change(results, name, "in", "expanded"), change(results, name, "out", "original")
         if learned is not None and kept is not None:
-            clauses.append(f"{label} {percent(learned)} and {percent(kept)}")
-    return textwrap.fill(
-        "`make results` adds Greek, Hungarian and Turkish to a pretrained model, SmolLM2-135M-Instruct. Change of bits "
-        "per byte against it, in expanded languages on kinds of text trained on, and in original ones on a kind never "
-        f"trained on: {'; '.join(clauses)} ([all settings](docs/results.md#on-a-real-language-model)).",
+            rows.append([label, percent(learned), percent(kept)])
+    text = textwrap.fill(
+        "`make results` adds Greek, Hungarian and Turkish to a pretrained model, SmolLM2-135M-Instruct. Changes of "
+        "bits per byte against it ([all settings](docs/results.md#on-a-real-language-model)):",
         width=120,
         break_long_words=False,
         break_on_hyphens=False,
     )
+    head = ["lower is better", "expanded languages, kinds of text trained on", "original languages, another kind"]
+    return f"{text}\n\n{terminal_table(Table(head, rows))}"
 
 
 def _predictions(results: Json) -> str:
@@ -298,13 +299,13 @@ def _cell(text: str) -> str:
 
 
 def _vocabulary(results: Json) -> str:
-    """What further tokens change: bytes per token, and the same changes against base with and without them."""
+    """What new tokens change: bytes per token, and the same changes against base with and without them."""
     if not results["vocabulary"] or results["bytes_per_token"].keys() != {"base", "extended"}:
         return ""
     before, after = (results["bytes_per_token"][name] for name in ("base", "extended"))
     lengths = [
         [label, *(f"{found[x]:.2f}" for x in LANGUAGES)]
-        for label, found in (("base", before), (f"{NUM_NEW_TOKENS:,} further tokens", after))
+        for label, found in (("base", before), (f"{NUM_NEW_TOKENS:,} new tokens", after))
     ]
     columns = [(part, group) for part in PARTS for group in GROUPS]
     rows = []
@@ -317,16 +318,16 @@ def _vocabulary(results: Json) -> str:
     head = ["change against base", *(f"{group}, {PARTS[part]}" for part, group in columns), "tokens", "training"]
     parts = sum(STAGE0_BLEND.values()) // STAGE0_BLEND["original"]
     note = (
-        f"{NUM_NEW_TOKENS:,} tokens learned from the training text; then stage 0 "
+        f"{NUM_NEW_TOKENS:,} new tokens, learned from the training text; then stage 0 "
         f"with {STAGE0_SHARE:.0%} of the tokens, 1 in {parts} of them original; stage 1 with the others and "
         "`--train-new-embeddings`; and the same review. With the *same bytes*, stages 0 and 1 read as much text as "
-        "stage 1 does without further tokens. With the *same tokens*, they take about the same time."
+        "stage 1 does without new tokens. With the *same tokens*, they take about the same time."
     )
     tables = [
         terminal_table(Table(["bytes per token, held-out text", *map(language_name, LANGUAGES)], lengths)),
         terminal_table(Table(head, rows)),
     ]
-    return "\n\n".join(["### With a longer vocabulary", note, *tables])
+    return "\n\n".join(["### With an extended vocabulary", note, *tables])
 
 
 def _minutes(cost: Json) -> str:

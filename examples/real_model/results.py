@@ -11,7 +11,7 @@ from pathlib import Path
 
 from examples.readme_results import replace_between
 from examples.real_model.measurements import collect, merged
-from examples.real_model.page import NAME, charts, dump, readme_line, section
+from examples.real_model.page import NAME, charts, dump, readme_table, section
 from examples.steps import ROOT
 from moelpr.command import CommandParser, run_command
 from moelpr.errors import UserError
@@ -37,8 +37,8 @@ def main() -> None:
     for name, svg in charts(results).items():
         write_text(ROOT / "docs" / "images" / f"{name}.svg", svg + "\n")
     replace_between(ROOT / "docs" / "results.md", NAME, section(results, "images/"))
-    line = f"![Learning and forgetting of every setting](docs/images/{NAME}.svg)\n\n{readme_line(results)}"
-    replace_between(ROOT / "README.md", NAME, line)
+    table = f"![Learning and forgetting of every setting](docs/images/{NAME}.svg)\n\n{readme_table(results)}"
+    replace_between(ROOT / "README.md", NAME, table)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 A setting is one way to train, and has one model per seed. All read the same text in the same order, in steps of 1,024
 tokens: TOKENS in stage 1, full fine-tuning and LoRA, REVIEW_SHARE of that in stage 2; but those of MORE_TEXT read more,
-and REPLAY all at once. The settings of VOCABULARY have further tokens, and are compared with each other and with one of
+and REPLAY all at once. The settings of VOCABULARY have new tokens, and are compared with each other and with one of
 SETTINGS.
 """
 
@@ -31,7 +31,7 @@ RATES = {
 BETA2 = 0.95
 SEEDS = (1, 2, 3)
 
-# With further tokens: stage 0 gets a fraction of the tokens of stage 1, and stage 1 the others.
+# With new tokens: stage 0 gets a fraction of the tokens of stage 1, and stage 1 the others.
 NUM_NEW_TOKENS, STAGE0_SHARE, STAGE0_RATE = 8000, 0.2, 1e-3
 STAGE0_BLEND = {"expanded": 4, "original": 1}
 
@@ -92,7 +92,7 @@ SETTINGS = _by_name(
     Setting(REPLAY, "full fine-tuning, replay text mixed in", is_extra=True),
     Setting(LORA_16, "LoRA, rank 16", is_extra=True),
 )
-# MoE-LPR with K copies and further tokens. SAME_BYTES has read as much text as MoE-LPR without them has, SAME_TOKENS
+# MoE-LPR with K copies and new tokens. SAME_BYTES has read as much text as MoE-LPR without them has, SAME_TOKENS
 # as many tokens, which takes about the same time.
 VOCABULARY_START, SAME_BYTES, SAME_TOKENS = "vocabulary-start", "vocabulary-bytes", "vocabulary-tokens"
 VOCABULARY = _by_name(

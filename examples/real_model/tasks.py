@@ -225,7 +225,7 @@ class Tasks:
         return [train.task(self.run), self._evaluate(REPLAY)]
 
     def _vocabulary(self) -> list[Task]:
-        """Further tokens: tokenizer, corpora and model; then three stages for as much text, and for as many tokens."""
+        """New tokens: tokenizer, corpora and model; then three stages for as much text, and for as many tokens."""
         users, tokenizer, start = frozenset(VOCABULARY), self.run / "tokenizer", self.run / VOCABULARY_START
         extend: Command = [
             *("data_tools/extend_tokenizer.py", "--tokenizer", self.base, "--num-new-tokens", str(NUM_NEW_TOKENS)),

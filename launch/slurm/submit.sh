@@ -9,7 +9,7 @@
 # ARGUMENTS   go to the step's tool; this script adds the paths in DIR
 #
 # The steps, in this order:
-#   @expanded, @review   corpora of stage 1 and stage 2 (data_tools/preprocess_data.py); with --shards N before the --,
+#   @expanded, @replay   corpora of stage 1 and stage 2 (data_tools/preprocess_data.py); with --shards N before the --,
 #                        an array of N jobs and a job that merges their outputs (default: one job)
 #   @convert             upcycling (checkpoint_convert/hf_to_mcore.py)
 #   @stage0              training of new tokens, if @convert has an --extended-tokenizer; @stage1 then starts from it
@@ -30,12 +30,12 @@ declare -A job=() # step → its last job, for steps that are not done
 
 is_done() {
     case $1 in
-    expanded | review) [[ -e $run/data/$1_text_document.idx ]] ;;
+    expanded | replay) [[ -e $run/data/$1_text_document.idx ]] ;;
     convert) [[ -e $run/upcycled/latest_checkpointed_iteration.txt ]] ;;
     stage0 | stage1 | stage2) [[ -e $run/$1/FINISHED ]] ;;
     export) [[ -e $run/hf/config.json ]] ;;
     evaluate) [[ -e $run/evaluation/results.json ]] ;;
-    *) fail "unknown step @$1; the steps are @expanded, @review, @convert, @stage0, @stage1, @stage2, @export, @evaluate" ;;
+    *) fail "unknown step @$1; the steps are @expanded, @replay, @convert, @stage0, @stage1, @stage2, @export, @evaluate" ;;
     esac
 }
 
@@ -109,20 +109,20 @@ step() {
         needs="convert expanded"
         if [[ -e $run/stage0 || -e $run/slurm/stage0.job ]]; then start=stage0 needs="stage0 expanded"; fi
         ;;
-    stage2) needs="stage1 review" ;;
+    stage2) needs="stage1 replay" ;;
     export) needs=stage2 ;;
     evaluate) needs="export" ;;
     esac
     for need in $needs; do
         if [[ -z ${job[$need]:-} ]] && ! is_done "$need"; then
-            [[ $need =~ expanded|review && " ${flags[*]} " == *" --data-path "* ]] ||
+            [[ $need =~ expanded|replay && " ${flags[*]} " == *" --data-path "* ]] ||
                 fail "@$step requires @$need, which is neither done in $run nor given before it"
         fi
     done
     local tool=("${options[@]}" launch/slurm/tool.sbatch "${container[@]}")
     local stage=("${options[@]}" launch/slurm/stage.sbatch "${container[@]}" "$step" --save "$run/$step")
     case $step in
-    expanded | review) preprocess "$step" "$shards" "${flags[@]}" ;;
+    expanded | replay) preprocess "$step" "$shards" "${flags[@]}" ;;
     convert) submit "$step" "" "${tool[@]}" checkpoint_convert/hf_to_mcore.py --save "$run/upcycled" "${flags[@]}" ;;
     stage0 | stage1)
         submit "$step" "$needs" "${stage[@]}" --pretrained-checkpoint "$run/$start" \
@@ -130,7 +130,7 @@ step() {
         ;;
     stage2)
         submit "$step" "$needs" "${stage[@]}" --pretrained-checkpoint "$run/stage1" \
-            --data-path "$run/data/review_text_document" "${flags[@]}"
+            --data-path "$run/data/replay_text_document" "${flags[@]}"
         ;;
     export)
         submit "$step" "$needs" "${tool[@]}" checkpoint_convert/mcore_to_hf.py --load "$run/stage2" \

@@ -14,8 +14,8 @@ from moelpr.arguments.checks.folders import checkpoint_bytes
 from moelpr.arguments.flags import all_arguments
 from moelpr.arguments.settings import RunSettings
 from moelpr.data.language_bits import LanguageBitsWriter
-from moelpr.families.new_experts import NewExperts, with_new_experts
 from moelpr.families.families import read_base
+from moelpr.families.new_experts import NewExperts, with_new_experts
 from moelpr.machine import format_bytes
 from moelpr.plan.__main__ import main as plan
 

@@ -56,7 +56,7 @@ def chain(run: Path) -> list[object]:
     return [
         *("launch/slurm/submit.sh", "--run", run, "--account", "lab", "--apptainer", "image.sif"),
         *("@expanded", "--shards", "2", "--partition", "cpu", "--", "--input", "a b.jsonl"),
-        *("@review", "--", "--input", "r.jsonl"),
+        *("@replay", "--", "--input", "r.jsonl"),
         *("@convert", "--", "--hf-path", "hf", "--num-new-experts", "5"),
         *("@stage1", "--nodes", "4", "--", "--recipe", "r1.yaml"),
         *("@stage2", "--", "--recipe", "r2.yaml", "--train-iters", "500"),
@@ -71,7 +71,7 @@ def test_a_chain_is_submitted_with_common_options_and_those_of_each_step(calls: 
     assert done.stdout.splitlines() == [
         "expanded-shards: job 1",
         "expanded: job 2, after 1",
-        "review: job 3",
+        "replay: job 3",
         "convert: job 4",
         "stage1: job 5, after 4:2",
         "stage2: job 6, after 5:3",
@@ -89,7 +89,7 @@ def test_a_chain_is_submitted_with_common_options_and_those_of_each_step(calls: 
     assert "[--dependency] [afterok:5:3]" in stage2
     assert stage2.endswith(
         f"[stage2] [--save] [{run}/stage2] [--pretrained-checkpoint] [{run}/stage1] "
-        f"[--data-path] [{run}/data/review_text_document] [--recipe] [r2.yaml] [--train-iters] [500]"
+        f"[--data-path] [{run}/data/replay_text_document] [--recipe] [r2.yaml] [--train-iters] [500]"
     )
     assert "[--nodes] [4]" in calls.made[4]
     assert "[--nodes]" not in stage2
@@ -100,14 +100,14 @@ def test_a_chain_is_submitted_with_common_options_and_those_of_each_step(calls: 
 def test_a_second_call_submits_only_steps_that_are_neither_done_nor_active(calls: Calls, tmp_path: Path) -> None:
     run = tmp_path / "greek"
     assert calls(*chain(run)).returncode == 0
-    for name in ("data/review_text_document.idx", "data/expanded_text_document.shard-00001-of-00002.idx"):
+    for name in ("data/replay_text_document.idx", "data/expanded_text_document.shard-00001-of-00002.idx"):
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).touch()
     again = calls(*chain(run), IN_QUEUE="4 8")
     assert again.stdout.splitlines() == [
         "expanded-shards: job 9",
         "expanded: job 10, after 9",
-        "review: done",
+        "replay: done",
         "convert: job 4 is pending or running",
         "stage1: job 11, after 4:10",
         "stage2: job 12, after 11",
@@ -139,7 +139,7 @@ def test_stage_1_starts_from_stage_0_if_the_chain_has_one(calls: Calls, tmp_path
     [
         ([], ["--run DIR"]),
         (["--run", "RUN"], ["no step", "@convert"]),
-        (["--run", "RUN", "@convert", "@stage3"], ["@stage3", "@expanded, @review,"]),
+        (["--run", "RUN", "@convert", "@stage3"], ["@stage3", "@expanded, @replay,"]),
         (["--run", "RUN", "@stage1"], ["@stage1", "@convert", "RUN"]),
         (["--run", "RUN", "@expanded", "--shards", "many", "--"], ["--shards", "integer", "many"]),
     ],
@@ -158,7 +158,7 @@ def test_help_lists_the_steps(calls: Calls) -> None:
     done = calls("launch/slurm/submit.sh", "--help")
     assert done.returncode == 0
     assert all(
-        f"@{step}" in done.stdout for step in "expanded review convert stage0 stage1 stage2 export evaluate".split()
+        f"@{step}" in done.stdout for step in "expanded replay convert stage0 stage1 stage2 export evaluate".split()
     )
     assert "--run DIR" in done.stdout and "#" not in done.stdout and "set -" not in done.stdout
 

@@ -24,12 +24,12 @@ class Chain:
         self.cluster, self.run = cluster, folder / "run"
         self.hf = make_model(folder)
         text = make_text(folder)
-        review = folder / "review.jsonl"
-        review.write_text("".join(path.read_text() for path in text.values()))
+        replay = folder / "replay.jsonl"
+        replay.write_text("".join(path.read_text() for path in text.values()))
         tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(self.hf), "--append-eod"]
         tokenizer += ["--workers", "1"]
         self.expanded = ["--input", str(text["el"]), str(text["hu"]), "--language", "expanded", *tokenizer]
-        self.review = ["--input", str(review), "--language-key", "lang", "--original-languages", "en", *tokenizer]
+        self.replay = ["--input", str(replay), "--language-key", "lang", "--original-languages", "en", *tokenizer]
         self.evaluation = ["--model", f"base={self.hf}", "--max-documents", "5"]
         self.evaluation += [word for name, path in text.items() for word in ("--data", f"{name}={path}")]
 
@@ -37,7 +37,7 @@ class Chain:
         """Step → the line that submit.sh prints about it."""
         steps = [
             *("@expanded", "--shards", "3", "--", *self.expanded),
-            *("@review", "--", *self.review),
+            *("@replay", "--", *self.replay),
             *("@convert", "--", "--hf-path", str(self.hf), *MODEL_FLAGS),
             *("@stage1", "--nodes", "2", "--", *TRAINING_FLAGS, *STEPS),
             *("@stage2", "--nodes", "2", "--", *TRAINING_FLAGS, *STEPS, *stage2),
@@ -82,19 +82,19 @@ def resumed(chain: Chain, broken: dict[str, str]) -> dict[str, str]:
 
 def test_a_failing_stage_cancels_only_the_steps_that_depend_on_it(chain: Chain, broken: dict[str, str]) -> None:
     ended = {"stage2": "FAILED", "export": "CANCELLED", "evaluate": "CANCELLED"}
-    before = dict.fromkeys(("expanded-shards", "expanded", "review", "convert", "stage1"), "COMPLETED")
+    before = dict.fromkeys(("expanded-shards", "expanded", "replay", "convert", "stage1"), "COMPLETED")
     assert broken == before | ended, chain.log("stage1")[-3000:]
     assert "--nonsense" in chain.log("stage2")
 
 
 def test_a_broken_chain_resumes_at_the_failed_step(chain: Chain, resumed: dict[str, str]) -> None:
     done = {step for step, line in resumed.items() if line == "done"}
-    assert done == {"expanded", "review", "convert", "stage1"}
+    assert done == {"expanded", "replay", "convert", "stage1"}
     assert re.fullmatch(r"job \d+", resumed["stage2"])
     report = json.loads((chain.run / "evaluation/results.json").read_text())
     assert list(report["models"]) == ["base", "stage2"]  # changes are relative to the first
     assert chain.submit() == dict.fromkeys(
-        ("expanded", "review", "convert", "stage1", "stage2", "export", "evaluate"), "done"
+        ("expanded", "replay", "convert", "stage1", "stage2", "export", "evaluate"), "done"
     )
 
 

@@ -16,8 +16,8 @@ from checkpoint_convert.comparison import compare, largest_difference
 from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.upcycling import Start, hf_to_mcore
 from moelpr.errors import UserError
-from moelpr.families.new_experts import NewExperts
 from moelpr.families.families import family_named
+from moelpr.families.new_experts import NewExperts
 from moelpr.families.tables import megatron_shape, pieces
 from moelpr.model_spec import ModelSpec
 from moelpr.torch_dist import TorchDistReader, TorchDistWriter

@@ -20,9 +20,9 @@ from torch import Tensor
 from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.readers import readers_sentence
 from checkpoint_convert.upcycling import Start, hf_to_mcore
-from moelpr.families.new_experts import NewExperts
 from moelpr.families.families import FAMILIES
 from moelpr.families.moe_classes import MOE_CLASSES
+from moelpr.families.new_experts import NewExperts
 from moelpr.model_spec import ModelSpec, MoeSpec
 
 MIXTRAL = tuple(f"block_sparse_moe.experts.{{j}}.{name}.weight" for name in ("w1", "w3", "w2"))

@@ -394,9 +394,7 @@ def test_invalid_numbers_of_copies_are_rejected(
     make_model: Callable[..., Path], tmp_path: Path, copies: int, topk: int, named: str
 ) -> None:
     with pytest.raises(UserError, match=f"--original-copies.*{named}"):
-        hf_to_mcore(
-            make_model("LlamaForCausalLM"), tmp_path / "out", NewExperts(4, topk=topk, original_copies=copies)
-        )
+        hf_to_mcore(make_model("LlamaForCausalLM"), tmp_path / "out", NewExperts(4, topk=topk, original_copies=copies))
     assert not (tmp_path / "out").exists()
 
 

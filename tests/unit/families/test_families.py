@@ -14,8 +14,8 @@ from checkpoint_convert.comparison import compare, largest_difference
 from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.upcycling import Start, hf_to_mcore
 from moelpr.errors import UserError
-from moelpr.families.new_experts import NewExperts
 from moelpr.families.families import FAMILIES, family_named
+from moelpr.families.new_experts import NewExperts
 from tests.hf_models import (
     TOKENS,
     assert_import_fails,
@@ -360,9 +360,7 @@ def test_a_llama_with_a_window_that_transformers_ignores_has_none(
 
 
 @pytest.mark.parametrize("experts", [None, NewExperts(2)])
-def test_an_export_does_not_name_the_code_of_its_base(
-    source: Path, tmp_path: Path, experts: NewExperts | None
-) -> None:
+def test_an_export_does_not_name_the_code_of_its_base(source: Path, tmp_path: Path, experts: NewExperts | None) -> None:
     edit_json(source / "config.json", auto_map={"AutoModelForCausalLM": "modeling_x.X"})
     hf_to_mcore(source, tmp_path / "megatron", experts)
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")

@@ -13,9 +13,9 @@ from checkpoint_convert.delta import apply_delta
 from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.upcycling import Start, hf_to_mcore
 from moelpr.errors import UserError
-from moelpr.families.new_experts import NewExperts
 from moelpr.families.families import read_base
 from moelpr.families.moe_classes import MOE_CLASSES, MoeClass
+from moelpr.families.new_experts import NewExperts
 from tests.hf_models import (
     assert_import_fails,
     assert_nothing_left,

@@ -369,7 +369,7 @@ def test_the_page_compares_vocabularies(run: Path) -> None:
     for text in [f"{language}.{kind}" for kind in KINDS for language in LANGUAGES]:
         write_score(run / "evaluation", VOCABULARY_START, text, 2.2)
     page = section(collect(run))
-    part = page[page.index("### With a longer vocabulary") :]
+    part = page[page.index("### With an extended vocabulary") :]
     row = next(line for line in part.splitlines() if line.startswith("| base"))
     assert row.count(" 2.00 |") == len(LANGUAGES)
     row = next(line for line in part.splitlines() if "before training" in line)

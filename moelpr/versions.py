@@ -1,9 +1,14 @@
-"""Versions of the packages that the numbers of a run or an evaluation depend on."""
+"""Versions of the packages that the numbers of a run or an evaluation depend on, and how to install optional ones."""
 
 import platform
 from importlib import metadata
 
 _PACKAGES = ("moelpr", "torch", "megatron-core", "transformers", "tokenizers", "numpy", "transformer-engine")
+
+
+def install_command(extra: str) -> str:
+    """What installs an extra of setup.py beside the pinned versions."""
+    return f"pip install --constraint constraints.txt --no-build-isolation --editable '.[{extra}]'"
 
 
 def installed_versions() -> dict[str, str]:

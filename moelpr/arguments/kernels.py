@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from moelpr.megatron_patches import cpu
+from moelpr.versions import install_command
 
 _DENSE = ("attention", "optimizer")  # parts of a model without experts
-INSTALL = "pip install --constraint constraints.txt --no-build-isolation --editable '.[gpu]'"
 
 
 def choose_kernels(args: argparse.Namespace, record: Mapping[str, Any] | None = None) -> None:
@@ -59,7 +59,7 @@ def describe_kernels(args: argparse.Namespace) -> str:
     if is_cpu:
         return f"{line}; faster: a GPU"
     if not uses_te:
-        how = "remove --transformer-impl local" if is_installed("transformer_engine") else INSTALL
+        how = "remove --transformer-impl local" if is_installed("transformer_engine") else install_command("gpu")
         return f"{line}; faster: Transformer Engine{' also for the experts on this GPU' * is_slow} ({how})"
     return f"{line}; faster: --moe-grouped-gemm, with --no-load-optim" if is_slow else line
 

@@ -20,6 +20,7 @@ from moelpr.evaluate.result_cache import Json, ResultCache, fingerprint_files, f
 from moelpr.evaluate.results import Results
 from moelpr.languages import language_name
 from moelpr.report.page import Table
+from moelpr.versions import install_command
 from moelpr.yaml_files import read_mapping
 
 PAPER_TASKS = Path(__file__).with_name("paper_tasks.yaml")
@@ -117,7 +118,7 @@ def run_tasks(
     try:
         version = metadata.version("lm_eval")
     except metadata.PackageNotFoundError as error:
-        raise UserError("lm-evaluation-harness is not installed; run: python -m pip install '.[eval]'") from error
+        raise UserError(f"lm-evaluation-harness is not installed; run {install_command('eval')}") from error
     dtype = resolve_dtype(settings["dtype"], choose_device(settings["device"]))
     of: Json = {"lm_eval": version, "limit": settings["limit"], "dtype": dtype, "include_path": None}
     if folder := settings["include_path"]:

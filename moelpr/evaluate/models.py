@@ -26,6 +26,7 @@ from moelpr.machine import as_gib
 from moelpr.megatron_patches import cpu, megatron_fixes
 from moelpr.model_spec import FILE_NAME, ModelSpec
 from moelpr.run_folder import HF_FOLDER
+from moelpr.versions import install_command
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,7 @@ def _placement(directory: Path, device: torch.device, dtype: str, is_chosen: boo
             f"{what}, all GPUs {as_gib(sum(free.values()))}; use more GPUs, or --device cpu --dtype bfloat16"
         )
     if find_spec("accelerate") is None:
-        raise UserError(f"{what}; to spread it over {len(free)} GPUs, install the extra eval, which has accelerate")
+        raise UserError(f"{what}; to spread it over {len(free)} GPUs, run {install_command('eval')}")
     return {"device_map": "auto", "max_memory": free}
 
 

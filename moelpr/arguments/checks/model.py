@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 
 from moelpr.arguments import kernels
-from moelpr.arguments.kernels import INSTALL
 from moelpr.arguments.settings import FIXED_FOR_MOE, RunSettings
 from moelpr.stages import MOE_STAGES
+from moelpr.versions import install_command
 
 # Parts of the model's description that training may change.
 _FREE_SHAPE = ("attention_dropout", "hidden_dropout", "init_method_std")
@@ -196,7 +196,7 @@ def check_transformer_engine(run: RunSettings) -> Iterable[str]:
         and not kernels.is_installed("transformer_engine"),
     }
     for flag in (flag for flag, is_set in flags.items() if is_set):
-        yield f"{flag} requires Transformer Engine; install it with {INSTALL}, or remove the flag"
+        yield f"{flag} requires Transformer Engine; install it with {install_command('gpu')}, or remove the flag"
 
 
 def note_stage2_without_stage1(run: RunSettings) -> Iterable[str]:

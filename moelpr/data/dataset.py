@@ -112,6 +112,9 @@ class TaggedGPTDataset(GPTDataset):
 
     def __getitem__(self, idx: int | None) -> dict[str, Any]:
         sample = super().__getitem__(idx)  # calls _query_document_sample_shuffle_indices, which sets the bits
+        if self.masks_and_position_ids_are_cached and self.cached_loss_mask is sample["loss_mask"]:
+            # Megatron masks the padding of the first sample that it reads in the mask that it keeps for all others.
+            self.cached_loss_mask = torch.ones_like(sample["loss_mask"])
         bits = self._sample_bits
         # Redundant: if Megatron separates documents, position_ids already say where they begin.
         sample.pop("cu_seqlens", None), sample.pop("max_seqlen", None)
@@ -163,7 +166,7 @@ def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
     """Convert the trainer's arguments to Megatron's dataset configuration.
 
     Raises:
-        UserError: `--eod-mask-loss` has no end-of-document token.
+        UserError: `--eod-mask-loss` has no end-of-document token, or several.
     """
     from megatron.training.utils import get_blend_and_blend_per_split  # takes seconds, which reading samples need not
 
@@ -181,7 +184,7 @@ def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
         mmap_bin_files=args.mmap_bin_files,
-        tokenizer=replace(_token_ids(args), unique_identifiers=index_checksums(corpora)),
+        tokenizer=replace(_token_ids(args, corpora), unique_identifiers=index_checksums(corpora)),
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         reset_position_ids=False,
         reset_attention_mask=False,
@@ -213,13 +216,32 @@ def _checksum(path: Path, mtime_ns: int) -> str:
     return FileRecord.of(path).sha256
 
 
-def _token_ids(args: argparse.Namespace) -> TokenIds:
+def _token_ids(args: argparse.Namespace, corpora: Iterable[str]) -> TokenIds:
     """Return the model's vocabulary; only --eod-mask-loss needs the end-of-document ID."""
+    return TokenIds(vocab_size=args.vocab_size, eod=_eod_id(args, corpora) if args.eod_mask_loss else -1)
+
+
+def _eod_id(args: argparse.Namespace, corpora: Iterable[str]) -> int:
+    """The token that ends the corpora's documents according to their manifests; without any, the model's."""
+    manifests = {prefix: manifest for prefix in corpora if (manifest := Manifest.read(prefix)) is not None}
+    for prefix, manifest in manifests.items():
+        if not manifest.append_eod:
+            raise UserError(
+                f"--eod-mask-loss requires an end-of-document token, but {prefix} was made without --append-eod; "
+                "remove the flag"
+            )
+    found = {manifest.tokenizer.eod_id for manifest in manifests.values()}
+    if len(found) > 1:
+        raise UserError(
+            f"--eod-mask-loss requires one end-of-document token, but the corpora have {sorted(map(str, found))}; "
+            "remove the flag, or preprocess them with the same --eod-token"
+        )
     config_file = Path(args.model_source) / HF_FOLDER / "config.json"
-    eod = read_config(config_file.parent).get("eos_token_id") if config_file.is_file() else None
-    eod = eod[0] if isinstance(eod, list) else eod
-    if args.eod_mask_loss and eod is None:
+    if not found and config_file.is_file():
+        eod = read_config(config_file.parent).get("eos_token_id")
+        found = {eod[0] if isinstance(eod, list) else eod}
+    if not (found := found - {None}):
         raise UserError(
             f"--eod-mask-loss requires an end-of-document token, but {config_file} has no eos_token_id; remove the flag"
         )
-    return TokenIds(vocab_size=args.vocab_size, eod=-1 if eod is None else eod)
+    return found.pop()

@@ -166,7 +166,7 @@ def is_finished(args: argparse.Namespace) -> bool:
         return False
     if Path(args.model_source) != Path(args.save):  # resumed from --load
         return False
-    last, saved = _last_step(args), saved_step(Path(args.save))
+    last, saved = last_step(args), saved_step(Path(args.save))
     if saved is None or saved < last:
         return False
     record = read_settings(Path(args.save)) or {}
@@ -181,16 +181,23 @@ def is_finished(args: argparse.Namespace) -> bool:
     return True
 
 
-def report_end(args: argparse.Namespace) -> None:
-    """Print on rank 0 where the run stands and how to resume it, and record a complete run in the file FINISHED."""
+def report_end(args: argparse.Namespace, scored_step: int | None) -> None:
+    """Print on rank 0 where the run stands and how to resume it, and record a complete run in the file FINISHED.
+
+    Args:
+        scored_step: The step that was validated last, or the last step if nothing is to be validated. Megatron does not
+            validate after a stop request, and has no batches with which to resume a run that has made all its steps.
+    """
     if args.save is None or int(os.environ.get("RANK", "0")) > 0:
         return
     save = Path(args.save)
     (save / STOP_FILE).unlink(missing_ok=True)
-    saved, last = saved_step(save), _last_step(args)
+    saved, last = saved_step(save), last_step(args)
     if saved is not None and saved >= last:
         (save / FINISHED_FILE).write_text(f"{saved}\n")
         print(f"moelpr: {args.stage} is finished, step {saved} of {last} is in {save}")
+        if scored_step is None or scored_step < last:
+            print("moelpr: its last step was not validated; python -m moelpr.evaluate scores it")
     else:
         print(f"moelpr: stopped after step {saved} of {last}, saved in {save}; rerun the same command to resume")
     sys.stdout.flush()
@@ -206,6 +213,6 @@ def _items(value: str | list[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else value or []
 
 
-def _last_step(args: argparse.Namespace) -> int:
+def last_step(args: argparse.Namespace) -> int:
     """The run's last step."""
     return int(args.train_iters or args.train_samples // args.global_batch_size)

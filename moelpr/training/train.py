@@ -34,7 +34,7 @@ def train(argv: list[str], stop: StopRequest | None = None) -> None:
     run = check_arguments(argv)
     with run_lock(run):
         if clean_stop.is_finished(run.args):
-            clean_stop.report_end(run.args)
+            clean_stop.report_end(run.args, clean_stop.last_step(run.args))
         else:
             _train(*register_arguments(run), argv, stop)
 
@@ -50,7 +50,7 @@ def _train(args: argparse.Namespace, spec: ModelSpec, argv: list[str], stop: Sto
         hooks.without_weight_decay(ROWS),
         metrics.step_log(args) as step_log,
         report_nonfinite_exit(args, step_log.run_log),
-        validates(args, step_log),
+        validates(args, step_log) as validation,
         clean_stop.ends_the_run(),
     ):
 
@@ -66,7 +66,7 @@ def _train(args: argparse.Namespace, spec: ModelSpec, argv: list[str], stop: Sto
         settings = pretrain_cfg_container_from_args(args, config)
         pretrain(settings, datasets_provider, ModelType.encoder_or_decoder, forward_step)
     torch.distributed.barrier()
-    clean_stop.report_end(args)
+    clean_stop.report_end(args, clean_stop.last_step(args) if validation is None else validation.scored_step)
 
 
 def model_config(args: argparse.Namespace) -> GPTModelConfig:

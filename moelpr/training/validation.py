@@ -7,7 +7,7 @@ import argparse
 import itertools
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,16 @@ from moelpr.training.run_log import finite
 MAX_DECODED_TOKENS = 1_000_000  # decoded to count bytes if there is no manifest; takes two seconds
 
 
-def validates(args: argparse.Namespace, step_log: StepLog) -> AbstractContextManager[None]:
+@contextmanager
+def validates(args: argparse.Namespace, step_log: StepLog) -> Iterator["Validation | None"]:
     """Score --validation-data, if given, wherever Megatron validates."""
     if not args.validation_data:
-        return nullcontext()
+        yield None
+        return
     args.do_valid = True
-    return hooks.validation_by(Validation(args, step_log).run)
+    validation = Validation(args, step_log)
+    with hooks.validation_by(validation.run):
+        yield validation
 
 
 @dataclass(frozen=True)
@@ -69,12 +73,17 @@ class HeldOut:
 
 
 class Validation:
-    """Passes over every language; each rank calls `run` at the same steps."""
+    """Passes over every language; each rank calls `run` at the same steps.
+
+    Attributes:
+        scored_step: that of the last pass that was not cut short; None before the first one.
+    """
 
     def __init__(self, args: argparse.Namespace, step_log: StepLog) -> None:
         self.args, self.step_log = args, step_log
         self._held_out: list[HeldOut] | None = None
         self._last_iteration: int | None = None  # of the last pass
+        self.scored_step: int | None = None
 
     def run(self, forward_step: Any, model: list[torch.nn.Module], config: Any, iteration: int) -> None:
         """One pass, unless this step has had one: Megatron asks again after the last step."""
@@ -90,9 +99,10 @@ class Validation:
             if loss is None:
                 break  # --exit-duration-in-mins has passed; Megatron ends the run next
             results[text.language] = result(text, loss)
-        is_last_rank = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
-        if is_last_rank and len(results) == len(self._held_out):
-            self.step_log.run_log.validation(iteration, results)
+        if len(results) == len(self._held_out):
+            self.scored_step = iteration
+            if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+                self.step_log.run_log.validation(iteration, results)
         self.step_log.restart_clock()
 
     def _mean_loss(self, text: HeldOut, forward_step: Any, model: list[torch.nn.Module], config: Any) -> float | None:

@@ -170,11 +170,29 @@ def check_there_is_validation_data(run: RunSettings) -> Iterable[str]:
             )
 
 
+def check_loader(run: RunSettings) -> Iterable[str]:
+    """What Megatron reports as a TypeError or AssertionError once the model is built."""
+    if run.args.dataloader_type == "external":
+        yield "--dataloader-type external has no loader here; remove it"
+    is_weighted = any(re.fullmatch(r"[\d.eE+-]+", item) for item in run.args.data_path or ())
+    if run.args.full_validation and is_weighted and not run.args.validation_data:
+        yield (
+            "--full-validation does not work with weights in --data-path; pass --validation-data LANG=PREFIX instead, "
+            "or remove the weights"
+        )
+
+
 def check_skipped_steps(run: RunSettings) -> Iterable[str]:
     """Megatron reads the data of skipped steps itself, in ways that end in a TypeError or a rank that waits."""
     for name in ("iterations_to_skip", "result_rejected_tracker_filename"):
         if not getattr(run.args, name):
             continue
+        last = run.args.train_iters or (run.args.train_samples or 0) // max(run.args.global_batch_size or 1, 1)
+        if name == "iterations_to_skip" and last in run.args.iterations_to_skip:
+            yield (
+                f"--iterations-to-skip can't contain the last step, {last}, because Megatron would not save it; skip "
+                "others, or train fewer steps"
+            )
         if run.layout.vpp > 1:
             yield f"{run.flag(name)} does not work with virtual pipeline stages; remove one of them"
         if run.args.dataloader_inter_document_masking and run.layout.tp > 1:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from importlib.util import find_spec
 
 from moelpr.arguments.checks.data import DATA_FLAGS
 from moelpr.arguments.settings import RunSettings
@@ -53,9 +54,12 @@ def check_exclusive_flags(run: RunSettings) -> Iterable[str]:
 
 
 def check_optimizer(run: RunSettings) -> Iterable[str]:
-    """Megatron's distributed optimizer knows only Adam's state."""
-    if run.args.optimizer == "sgd" and run.args.use_distributed_optimizer:
+    """Megatron's distributed optimizer knows only Adam's state; others than SGD and Adam are in another package."""
+    name = run.args.optimizer
+    if name == "sgd" and run.args.use_distributed_optimizer:
         yield "--use-distributed-optimizer does not support --optimizer sgd; remove it, or use --optimizer adam"
+    if name not in ("adam", "sgd") and find_spec("emerging_optimizers") is None:
+        yield f"--optimizer {name} requires the package emerging-optimizers, which is not installed; use adam or sgd"
 
 
 def check_ranges(run: RunSettings) -> Iterable[str]:

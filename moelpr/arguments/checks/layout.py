@@ -36,14 +36,25 @@ def check_virtual_stages(run: RunSettings) -> Iterable[str]:
     group = run.args.microbatch_group_size_per_vp_stage or stages
     if run.layout.vpp == 1 or micro is None or micro < 1 or group < 1:
         return
-    step = micro * run.layout.dp
-    batch = step if batch is None else batch
-    if batch >= 1 and batch % step == 0 and 0 < (batch // step) % group < stages:
+    if group < stages:
         yield (
-            f"--global-batch-size {batch} makes {batch // step} micro-batches, which do not fill the virtual stages of "
-            f"--pipeline-model-parallel-size {stages}; use a multiple of {step * group}, such as "
-            f"{neighbors(batch, step * group)}"
+            f"--microbatch-group-size-per-virtual-pipeline-stage must be at least --pipeline-model-parallel-size "
+            f"({stages}), got {group}; omit it"
         )
+        return
+    batches = {"global_batch_size": (micro, batch)}
+    if run.args.validation_data and run.args.eval_global_batch_size is not None:
+        batches["eval_global_batch_size"] = (run.args.eval_micro_batch_size or micro, run.args.eval_global_batch_size)
+    for name, (size, total) in batches.items():
+        step = size * run.layout.dp
+        total = step if total is None else total
+        number = total // step
+        if total >= 1 and total % step == 0 and (number < group or 0 < number % group < stages):
+            yield (
+                f"--{name.replace('_', '-')} {total} makes {number} micro-batches, which do not fill the virtual "
+                f"stages of --pipeline-model-parallel-size {stages}; use a multiple of {step * group}, such as "
+                f"{neighbors(total, step * group)}"
+            )
 
 
 def _is_uneven(run: RunSettings) -> bool:

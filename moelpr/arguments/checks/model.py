@@ -52,6 +52,12 @@ _UNSUPPORTED = {
          "heterogeneous_layers_config_path"),
         "no checkpoint of this trainer has such layers; remove it",
     ),
+    **dict.fromkeys(
+        ("freeze_all_layers", "fim_data", "qk_l2_norm", "experimental_attention_variant", "moe_apply_probs_on_input"),
+        "it would change nothing in this trainer; remove it",
+    ),
+    "exit_signal": "a run always saves and ends at SIGUSR1 and SIGTERM; remove it",
+    "phase_transition_iterations": "a resumed run would read the text from its start; remove it",
     "sft": "Megatron would average validation otherwise than moelpr; mask text when you preprocess it, or remove it",
     "non_persistent_ckpt_type": "its steps have no checksums, and replace that of --ckpt-step; use --save-interval",
     **dict.fromkeys(
@@ -192,6 +198,8 @@ def check_transformer_engine(run: RunSettings) -> Iterable[str]:
         "--recompute-modules layernorm": is_local and "layernorm" in (args.recompute_modules or ()),
         "--log-max-attention-logit": is_local and args.log_max_attention_logit,
         "--fp32-residual-connection": is_local and args.fp32_residual_connection,
+        "--save-dgrads-interval": is_local and args.save_dgrads_interval,
+        "--save-activations-interval": is_local and args.save_activations_interval,
         "--use-precision-aware-optimizer": args.use_precision_aware_optimizer
         and not kernels.is_installed("transformer_engine"),
     }

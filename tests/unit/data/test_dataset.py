@@ -5,8 +5,9 @@ import errno
 import json
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -178,22 +179,46 @@ def test_a_sequence_without_tokens_begins_with_no_language(write_corpus: Callabl
     assert dataset.count_original(0, 3) == expected == (expected[0], is_original.sum())
 
 
-@pytest.mark.parametrize("eos", [7, [7, 9], None])
-def test_the_loss_of_the_end_of_document_is_masked_if_wanted(write_corpus: Callable, tmp_path: Path, eos: Any) -> None:
+def test_padding_of_the_first_window_that_is_read_is_masked_in_no_other(write_corpus: Callable, tmp_path: Path) -> None:
+    """Megatron caches the loss mask of the first one."""
+    prefix, tokens, _ = write_corpus("corpus", bits="original", documents=1)
+    [dataset] = build(TaggedGPTDataset, [str(prefix)], samples=1).datasets
+    dataset.config.sequence_length = len(tokens) // 2 + 2
+    dataset.shuffle_index, dataset.document_index = [0, 1], [0]
+    half = dataset.config.sequence_length
+    dataset.sample_index = np.array([[0, 0], [0, half], [0, len(tokens) - 1]])
+    padded, whole, again = dataset[1], dataset[0], dataset[1]
+    assert whole["loss_mask"].all()
+    assert not padded["loss_mask"].all() and torch.equal(padded["loss_mask"], again["loss_mask"])
+
+
+@pytest.mark.parametrize(
+    ("eos", "manifests"), [(7, ()), ([7, 9], ()), (9, (7,)), (None, (7,)), (None, ()), (7, (7, 8)), (7, (None,))]
+)
+def test_the_loss_of_the_end_of_document_is_masked_if_wanted(
+    write_corpus: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eos: Any, manifests: Sequence[int | None]
+) -> None:
+    """`manifests`: what ends the documents of each corpus according to its manifest, None for nothing."""
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text(json.dumps({"model_type": "qwen2", "eos_token_id": eos}))
     prefix, *_ = write_corpus("corpus", vocab=10)
+    corpora = [str(prefix), *(str(write_corpus(f"corpus{number}", vocab=10)[0]) for number in manifests[1:])]
+    records = {
+        path: SimpleNamespace(append_eod=eod is not None, tokenizer=SimpleNamespace(eod_id=eod), files={})
+        for path, eod in zip(corpora, manifests, strict=False)
+    }
+    monkeypatch.setattr("moelpr.data.dataset.Manifest.read", lambda path: records.get(str(path)))
     parser = argparse.ArgumentParser()
     args = parser.parse_args([])
     vars(args).update(
-        seed=3, seq_length=16, data_path=[str(prefix)], split="100,0,0", model_source=tmp_path, vocab_size=10,
+        seed=3, seq_length=16, data_path=corpora, split="100,0,0", model_source=tmp_path, vocab_size=10,
         eod_mask_loss=True, mmap_bin_files=True, dataloader_inter_document_masking=False,
         mid_level_dataset_surplus=0.005, num_dataset_builder_threads=1, full_validation=False,
         data_cache_path=None, multiple_validation_sets=False, data_args_path=None, per_split_data_args_path=None,
         train_data_path=None, valid_data_path=None, test_data_path=None,
     )  # fmt: skip
-    if eos is None:
-        with pytest.raises(UserError, match="--eod-mask-loss requires an end-of-document token"):
+    if manifests in ((7, 8), (None,)) or (eos is None and not manifests):
+        with pytest.raises(UserError, match="--eod-mask-loss requires (an|one) end-of-document token"):
             dataset_config(args)
         return
     train, *_ = build_datasets([20, 0, 0], dataset_config(args))

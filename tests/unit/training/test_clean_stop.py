@@ -70,12 +70,17 @@ def test_the_end_of_a_run_is_printed_and_recorded(
     (tmp_path / "STOP").touch()
     tracker = tmp_path / "latest_checkpointed_iteration.txt"
     tracker.write_text("7")
-    clean_stop.report_end(settings(tmp_path))
+    clean_stop.report_end(settings(tmp_path), 7)
     assert not list(tmp_path.glob("[SF]*"))
     tracker.write_text("10")
-    clean_stop.report_end(settings(tmp_path))
+    clean_stop.report_end(settings(tmp_path), 7)
+    clean_stop.report_end(settings(tmp_path), 10)
     assert (tmp_path / "FINISHED").read_text() == "10\n"
-    stopped, finished = capsys.readouterr().out.splitlines()
+    stopped, *finished_unscored, finished = capsys.readouterr().out.splitlines()
+    assert finished_unscored == [
+        finished,
+        "moelpr: its last step was not validated; python -m moelpr.evaluate scores it",
+    ]
     assert stopped.startswith(f"moelpr: stopped after step 7 of 10, saved in {tmp_path}")
     assert finished == f"moelpr: stage1 is finished, step 10 of 10 is in {tmp_path}"
     clean_stop.begin(settings(tmp_path, train_iters=20))

@@ -345,6 +345,29 @@ def test_corpora_in_a_read_only_folder_need_a_cache_folder(
     accepted("stage1", upcycled, "--data-path", new, "--data-cache-path", str(other))
 
 
+def test_the_last_step_cannot_be_skipped(upcycled: str, problems) -> None:
+    (found,) = problems("stage1", upcycled, "--iterations-to-skip", "1", "2")
+    assert "can't contain the last step, 2" in found
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--dataloader-type", "external"], "--dataloader-type external has no loader"),
+        (
+            ["--full-validation", "--split", "8,2,0", "--data-path", "1", "{0}", "2", "{0}"],
+            "with weights in --data-path",
+        ),
+    ],
+)
+def test_data_that_megatron_refuses_late_is_rejected(
+    upcycled: str, data: list[str], problems, argv: list[str], message: str
+) -> None:
+    argv = [word.format(data[1]) for word in argv]  # the last --data-path counts
+    (found,) = problems("stage1", upcycled, *argv)
+    assert message in found
+
+
 @pytest.mark.parametrize("flag", ["--iterations-to-skip", "--result-rejected-tracker-filename"])
 def test_steps_can_be_skipped_where_megatron_reads_their_data(
     make_checkpoint, problems, accepted, tmp_path: Path, flag: str

@@ -84,11 +84,24 @@ def test_an_uneven_pipeline_is_checked_by_megatron(upcycled: str, accepted, prob
          r"pipeline-model-parallel size should be greater than 2"),
         (["--num-virtual-stages-per-pipeline-rank", "3", "--global-batch-size", "6"],
          r"--global-batch-size 6 makes 3 micro-batches.* multiple of 4, such as 4 or 8"),
+        (["--num-virtual-stages-per-pipeline-rank", "3",
+          "--microbatch-group-size-per-virtual-pipeline-stage", "4"],
+         r"--global-batch-size 4 makes 2 micro-batches.* multiple of 8"),
+        (["--num-virtual-stages-per-pipeline-rank", "3",
+          "--microbatch-group-size-per-virtual-pipeline-stage", "1"],
+         r"--microbatch-group-size-per-virtual-pipeline-stage must be at least"),
     ],
 )  # fmt: skip
 def test_virtual_stages_fit_pipeline_layers_and_batch(six_layers: str, problems, argv: list[str], message: str) -> None:
     (found,) = problems("stage1", six_layers, PP, "2", "--global-batch-size", "4", *argv, ranks=2)
     assert re.search(message, found)
+
+
+def test_virtual_stages_fit_the_batch_of_validation(six_layers: str, data: list[str], problems) -> None:
+    argv = [PP, "2", "--num-virtual-stages-per-pipeline-rank", "3", "--global-batch-size", "4"]
+    argv += ["--eval-global-batch-size", "2", "--validation-data", f"en={data[1]}"]
+    found = problems("stage1", six_layers, *argv, ranks=2)
+    assert any(message.startswith("--eval-global-batch-size 2 makes 1 micro-batches") for message in found)
 
 
 def test_virtual_stages_need_a_pipeline(six_layers: str, problems) -> None:

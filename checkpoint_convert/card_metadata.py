@@ -1,6 +1,5 @@
 """The front matter of a model card (README.md), which the Hugging Face Hub reads, and evaluation results in it."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from checkpoint_convert.hub import is_hub_name
 from moelpr import yaml_files
 from moelpr.errors import UserError
-from moelpr.files import write_text
+from moelpr.files import parse_json, write_text
 from moelpr.languages import language_name
 
 CARD_FILE = "README.md"
@@ -89,7 +88,8 @@ def update_card(
     for key, more in (("language", codes), ("tags", tags or [])):
         old = metadata.get(key) or []
         if more:
-            metadata[key] = list(dict.fromkeys([*([old] if isinstance(old, str) else old), *more]))
+            before = old if isinstance(old, list) else [old]
+            metadata[key] = list(dict.fromkeys([*(item for item in before if isinstance(item, str)), *more]))
     if found:
         from huggingface_hub.repocard_data import eval_results_to_model_index
 
@@ -101,7 +101,7 @@ def update_card(
 def _read_results(path: Path, folder: Path, evaluated: str | None) -> list[Any]:
     """huggingface_hub's EvalResult of every language and metric."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         models = content["models"]
         same = [name for name, model in models.items() if Path(model["directory"]).resolve() == folder.resolve()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -161,6 +161,8 @@ def _harness_results(content: dict[str, Any], model: dict[str, Any], path: Path)
 def _result(language: str, name: str, kind: str, metric: str, metric_name: str, value: float) -> Any:
     from huggingface_hub import EvalResult
 
+    if type(value) not in (int, float):
+        raise TypeError(f"the {metric_name} of {language} must be a number, got {value!r}")
     return EvalResult(
         task_type="text-generation",
         dataset_type=kind,

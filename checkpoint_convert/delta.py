@@ -129,6 +129,8 @@ class DeltaConfig:
             raise ValueError("a size is too large")
         if len({tensor.name for tensor in self.tensors}) < len(self.tensors):
             raise ValueError("a tensor is listed twice")
+        if not self.tensors or not all(1 <= len(t.shape) <= 3 and math.prod(t.shape) < 1 << 48 for t in self.tensors):
+            raise ValueError("it has no tensors, or one with an impossible shape")
 
 
 def rows_of_new_tokens(source: MegatronReader) -> dict[str, range]:

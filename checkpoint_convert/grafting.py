@@ -39,7 +39,7 @@ from checkpoint_convert.outputs import cast, check_finite, check_output, output_
 from checkpoint_convert.upcycling import check_weights
 from moelpr import yaml_files
 from moelpr.data.tokenizer import load_tokenizer, open_hf_tokenizer
-from moelpr.errors import UserError
+from moelpr.errors import UserError, first_line
 from moelpr.evaluate.models import is_megatron
 from moelpr.families.families import CONFIG_FILE, read_base, read_config
 from moelpr.families.tables import Piece
@@ -85,8 +85,8 @@ class Graft:
     only: str = "all"
 
     def check(self) -> None:
-        if not 0 < self.scale < float("inf"):
-            raise UserError(f"--scale must be above 0 and finite, got {self.scale}")
+        if not 0 < self.scale < 1e9:
+            raise UserError(f"--scale must be above 0 and below 1e9, got {self.scale}")
 
     def write(self, folder: Path) -> None:
         content = {"format_version": FORMAT_VERSION, **asdict(self)}
@@ -366,7 +366,11 @@ def _write_extended_tokenizer(folder: Path, instruct: Path, model: Path) -> None
     ours.chat_template = theirs.chat_template
     for name in TOKENIZER_FILES:
         (folder / name).unlink(missing_ok=True)
-    ours.save_pretrained(folder)
+    try:
+        ours.save_pretrained(folder)
+    except (ValueError, TypeError) as error:  # a template whose name is a path, or that is no text
+        reason = first_line(error)
+        raise UserError(f"the chat template of {instruct} can't be written ({reason}); download it again") from error
     _keep_tokenizer_class(folder / "tokenizer_config.json", model / "tokenizer_config.json")
     shutil.copyfile(model / "tokenizer.json", folder / "tokenizer.json")  # so that not a token is written differently
     VocabularyExtension.read(model).write(folder)

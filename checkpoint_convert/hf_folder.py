@@ -137,6 +137,7 @@ class HfReader:
     def read(self, name: str) -> Tensor:
         if self._mapped_bytes > MAX_MAPPED_BYTES:
             self._open_name = None
+        self.dtype(name)  # refused unless it is a dtype that fp32 holds
         file_name = self._header(name)[0]
         self._verifier.verify(file_name)
         stored, index = self._stored(name)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_convert.megatron_folder import MegatronReader
-from moelpr.checkpoints import RELEASE, BaseCheckpoint, step_folder
+from moelpr.checkpoints import RELEASE, BaseCheckpoint, is_step_name, step_folder
 from moelpr.errors import UserError
 from moelpr.families.families import read_config
 from moelpr.model_spec import ModelSpec
@@ -51,7 +51,11 @@ class Origin:
             "base_model": str, "settings": dict, "adapter": str, "has_other_base": bool, "copy_of": str,
             "revision": str,
         }  # fmt: skip
-        return cls(**{key: content[key] for key, kind in kinds.items() if isinstance(content.get(key), kind)})
+        known = {key: content[key] for key, kind in kinds.items() if isinstance(content.get(key), kind)}
+        numbers = [known.get("settings", {}).get(name, 0) for name in ("noise", "reinitialise", "seed")]
+        if not all(type(number) in (int, float) and abs(number) < 1e9 for number in numbers):
+            del known["settings"]
+        return cls(**known)
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ class TrainedStage:
             return ""
         try:
             return template.format_map(self.settings)
-        except (ValueError, TypeError):  # a recipe that was edited: text where a number belongs
+        except (ValueError, TypeError, OverflowError):  # a recipe that was edited: text where a number belongs
             return re.sub(r":[^{}]*\}", "}", template).format_map(self.settings)
 
     def change(self, metric: str) -> str:
@@ -145,7 +149,12 @@ def read_history(checkpoint: Path, iteration: int | None = None) -> History:
         seen.add(folder.resolve())
         if step.name == RELEASE:
             start = Origin.read(folder).copy_of
-            found = Path(start) if start and Path(start).is_dir() and _has_spec(Path(start).parent, spec) else None
+            is_step = start is not None and is_step_name(Path(start).name) and "\0" not in start
+            found = (
+                Path(start)
+                if start and is_step and Path(start).is_dir() and _has_spec(Path(start).parent, spec)
+                else None
+            )
         else:
             settings = read_settings(step) or read_settings(folder)
             if settings is None:

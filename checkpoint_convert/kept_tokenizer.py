@@ -11,7 +11,7 @@ from typing import Any
 
 from checkpoint_convert.hf_folder import TOKENIZER_FILES
 from moelpr.data.tokenizer import Tokenizer, load_tokenizer, open_hf_tokenizer
-from moelpr.errors import UserError
+from moelpr.errors import UserError, reports_panics
 
 # transformers 4 and 5 take the tokenizer.json of this class as it is, beside the config.json of every MoE class.
 _PLAIN_CLASS = "PreTrainedTokenizerFast"
@@ -70,7 +70,8 @@ def _facts(folder: Path) -> tuple[object, ...]:
     """What must not change: the IDs of text, the tokens around it, the end of a document, and decoding."""
     tokenizer = _load(folder)
     try:
-        ids = tokenizer.encode_batch([" a b"])[0]
+        with reports_panics():
+            ids = tokenizer.encode_batch([" a b"])[0]
     except Exception:  # tokenizers raises no other, for text that a vocabulary without unknown token cannot express
         ids = []
     return tokenizer.fingerprint(), ids, tokenizer.eod_id, tokenizer.decode(ids)

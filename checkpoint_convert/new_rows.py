@@ -44,7 +44,9 @@ def without_rows(tensor: Tensor, rows: range) -> Tensor:
 
 def shape_without(shape: tuple[int, ...], rows: range) -> tuple[int, ...]:
     """The shape of `without_rows`."""
-    return tuple(without_rows(torch.empty(shape, device="meta"), rows).shape)
+    if not rows or not shape:
+        return shape
+    return (min(shape[0], rows.start) + max(shape[0] - rows.stop, 0), *shape[1:])
 
 
 def grow(base: Tensor, new: Tensor, rows: range) -> Tensor:

@@ -48,7 +48,9 @@ class BaseCheckpoint:
     def __post_init__(self) -> None:
         if not all(isinstance(value, str) for value in vars(self).values()):
             raise UserError("every field must be a string")
-        if self.step != RELEASE and not re.fullmatch(r"iter_\d+", self.step):
+        if any("\0" in value for value in vars(self).values()):
+            raise UserError("a path can't contain NUL")
+        if not is_step_name(self.step):
             raise UserError(f"step must be {RELEASE!r} or like 'iter_0000500', got {self.step!r}")
 
     @classmethod
@@ -89,6 +91,11 @@ class BaseCheckpoint:
             f'missing from {searched}; restore it, or write its new folder into "folder" of '
             f"{folder / BASE_CHECKPOINT_FILE}"
         )
+
+
+def is_step_name(name: str) -> bool:
+    """Whether a folder of this name is a step folder."""
+    return name == RELEASE or re.fullmatch(r"iter_\d+", name) is not None
 
 
 def step_name(iteration: int) -> str:

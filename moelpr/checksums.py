@@ -156,7 +156,7 @@ def sums_of(folder: Path, names: Iterable[str]) -> dict[str, FileSum | None]:
 def _try_file(path: Path, bar: "tqdm[None] | None" = None) -> FileSum | None:
     try:
         return FileSum.of(path, bar)
-    except OSError:
+    except (OSError, ValueError):  # a name with NUL
         return None
 
 

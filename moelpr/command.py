@@ -22,7 +22,7 @@ from signal import SIGINT, SIGTERM
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from moelpr.errors import DISK_FULL, MachineError, UserError, is_lost_connection
+from moelpr.errors import DISK_FULL, MachineError, UserError, is_lost_connection, reports_panics
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -80,7 +80,8 @@ def run_command(main: Callable[[], None]) -> None:
     atexit.register(_raise_no_signals)
     try:
         try:
-            main()
+            with reports_panics():
+                main()
         except SystemError as error:
             # C code during which a signal's handler raised.
             if isinstance(error.__cause__, KeyboardInterrupt | SystemExit):

@@ -1,6 +1,8 @@
 """Errors that a user can cause: each is one sentence with what was expected, what was found, and the fix."""
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OSError
 
@@ -21,3 +23,16 @@ def first_line(error: BaseException) -> str:
 def is_lost_connection(error: BaseException) -> bool:
     """Whether gloo has lost the connection to another rank, which has reported why it ended, or was killed."""
     return isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+
+
+@contextmanager
+def reports_panics() -> Iterator[None]:
+    """Turn a panic of the tokenizers library, which is no `Exception` and cannot be pickled, into a `UserError`."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UserError(
+            f"the tokenizers library fails with this tokenizer ({first_line(error)}); download the tokenizer again"
+        ) from None

@@ -17,6 +17,13 @@ DTYPES = ("float32", "bfloat16", "float16")
 # Published models have at most a few hundred. A damaged number would be built, layer for layer, until memory is full.
 MAX_LAYERS, MAX_EXPERTS = 10_000, 4096
 
+# What the layers of every family are.
+LAYERS = {"normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False, "position_embedding_type": "rope"}
+_BOUNDS = {
+    "rotary_percent": (1, 1), "attention_dropout": (0, 1), "hidden_dropout": (0, 1), "init_method_std": (0, 100),
+    "rope_scaling_factor": (1e-3, 1e6),
+}  # fmt: skip
+
 # The Megatron arguments that a model can't be built without, by type.
 _REQUIRED_ARGS: dict[Any, str] = {
     int: "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
@@ -181,9 +188,15 @@ class ModelSpec:
                         raise UserError(f"megatron_args lacks {name}")
         if args:
             raise UserError(f"megatron_args has the unknown name {min(args)}")
+        for name, value in LAYERS.items():
+            if self.megatron_args[name] != value:
+                raise UserError(f"megatron_args.{name} must be {value!r}, got {self.megatron_args[name]!r}")
+        for name, (least, most) in _BOUNDS.items():
+            if not least <= self.megatron_args.get(name, least) <= most:  # NaN is not either
+                raise UserError(f"megatron_args.{name} must be from {least} to {most}, got {self.megatron_args[name]}")
         window = self.megatron_args.get("window_size", [0, 0])
-        if len(window) != 2 or not all(type(size) is int for size in window):
-            raise UserError(f"megatron_args.window_size must be two integers, got {window}")
+        if len(window) != 2 or not all(type(size) is int and size >= 0 for size in window):
+            raise UserError(f"megatron_args.window_size must be two integers from 0, got {window}")
         if self.megatron_args.get("use_rope_scaling") and "rope_scaling_factor" not in self.megatron_args:
             raise UserError("megatron_args lacks rope_scaling_factor, which use_rope_scaling requires")
         if not 0 < self.megatron_args["norm_epsilon"] < 1:

@@ -31,10 +31,12 @@ VERSIONS_FILE = "versions.json"
 METRICS_FILE = "metrics.jsonl"
 STOP_FILE = "STOP"
 FINISHED_FILE = "FINISHED"
+_LARGEST = 10**12  # steps, samples and ranks are fewer
 # Of settings in a recipe that others than the trainer use.
 _TYPES: dict[str, Any] = {
     "stage": str, "save": str | None, "model_source": str | None, "pretrained_checkpoint": str | None,
-    "model_step": str | None, "ckpt_step": int | None,
+    "model_step": str | None, "ckpt_step": int | None, "world_size": int | None, "train_iters": int | None,
+    "train_samples": int | None, "virtual_pipeline_model_parallel_size": int | None, "data_path": list | str | None,
 }  # fmt: skip
 
 
@@ -44,7 +46,13 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
         settings = read_mapping(folder / RECIPE_FILE, "recipe")
     except UserError:
         return None
-    return {name: value for name, value in settings.items() if isinstance(value, _TYPES.get(name, object))}
+    return {name: value for name, value in settings.items() if name not in _TYPES or _is_usable(value, _TYPES[name])}
+
+
+def _is_usable(value: Any, kind: Any) -> bool:
+    """Whether a value has its type, and can be computed with or name a file."""
+    is_too_large = isinstance(value, int) and abs(value) > _LARGEST
+    return isinstance(value, kind) and not is_too_large and "\0" not in str(value)
 
 
 def saved_step(folder: Path) -> int | None:

@@ -87,6 +87,8 @@ def parse_record(line: bytes) -> Record:
     """
     try:
         record = json.loads(line, parse_constant=lambda _: None, parse_int=_number, parse_float=_number)
+        if b"\\ud" in line.lower():  # half a surrogate pair can't be written
+            json.dumps(record, ensure_ascii=False).encode()
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     if not isinstance(record, dict):

@@ -7,6 +7,8 @@ import yaml
 
 from moelpr.errors import UserError, first_line
 
+_MOST_VALUES, _LARGEST = 1_000_000, 10**30
+
 
 # The C loader reads a run's settings ten times as fast, but some builds of PyYAML lack it.
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -43,6 +45,7 @@ def parse_mapping(text: str, what: str) -> dict[str, Any]:
     """
     try:
         content = yaml.load(text, Loader=_Loader)
+        _check_size(content)
     except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -51,6 +54,26 @@ def parse_mapping(text: str, what: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"the {what} must be a YAML mapping, got {type(content).__name__}")
     return content
+
+
+def _check_size(content: Any) -> None:
+    """ValueError for what would take long or fail to be printed: aliases that multiply or recur, and huge numbers."""
+    sizes: dict[int, int] = {}  # id of a list or mapping -> its values with all of theirs; 0 while it is counted
+
+    def size(value: Any) -> int:
+        if isinstance(value, int) and abs(value) > _LARGEST:
+            raise ValueError("a number is too large")
+        if not isinstance(value, dict | list):
+            return 1
+        if id(value) not in sizes:
+            sizes[id(value)] = 0
+            parts = [*value, *value.values()] if isinstance(value, dict) else value
+            sizes[id(value)] = 1 + sum(map(size, parts))
+        if not 0 < sizes[id(value)] <= _MOST_VALUES:
+            raise ValueError(f"aliases make it endless, or longer than {_MOST_VALUES:,} values")
+        return sizes[id(value)]
+
+    size(content)
 
 
 def dump(content: Any, sort_keys: bool = False) -> str:

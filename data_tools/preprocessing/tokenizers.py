@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from data_tools.preprocessing.workers import started_pool
 from moelpr.command import deferred_signals
 from moelpr.data.manifest import TokenizerRecord
-from moelpr.data.tokenizer import Tokenizer, load_tokenizer, reports_panics
-from moelpr.errors import UserError
+from moelpr.data.tokenizer import Tokenizer, load_tokenizer
+from moelpr.errors import UserError, reports_panics
 
 # gigatoken caches every word it has seen; above this size a worker drops its cache.
 _CACHE_BYTES = 64 << 20

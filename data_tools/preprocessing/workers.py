@@ -16,8 +16,7 @@ from typing import Any
 
 from data_tools.preprocessing.reader import Batch
 from moelpr.command import deferred_signals
-from moelpr.data.tokenizer import reports_panics
-from moelpr.errors import UserError
+from moelpr.errors import UserError, reports_panics
 
 _CHECK_EVERY_S = 5.0
 

@@ -19,6 +19,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 from megatron.core.parallel_state import get_tensor_model_parallel_rank
 from numpy.typing import NDArray
+from torch import Tensor
 
 from moelpr.data.corpus_index import CorpusIndex
 from moelpr.data.language_bits import open_language_bits
@@ -104,6 +105,8 @@ class TaggedGPTDataset(GPTDataset):
     They are the language bits of `tokens` and of `labels` (the tokens one step later).
     """
 
+    cached_loss_mask: Tensor  # Megatron's
+
     @staticmethod
     def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> TaggedIndexedDataset:
         if not CorpusIndex.open(dataset_path).num_tokens:
@@ -112,9 +115,10 @@ class TaggedGPTDataset(GPTDataset):
 
     def __getitem__(self, idx: int | None) -> dict[str, Any]:
         sample = super().__getitem__(idx)  # calls _query_document_sample_shuffle_indices, which sets the bits
-        if self.masks_and_position_ids_are_cached and self.cached_loss_mask is sample["loss_mask"]:
+        mask: Tensor = sample["loss_mask"]
+        if self.masks_and_position_ids_are_cached and self.cached_loss_mask is mask:
             # Megatron masks the padding of the first sample that it reads in the mask that it keeps for all others.
-            self.cached_loss_mask = torch.ones_like(sample["loss_mask"])
+            self.cached_loss_mask = torch.ones_like(mask)
         bits = self._sample_bits
         # Redundant: if Megatron separates documents, position_ids already say where they begin.
         sample.pop("cu_seqlens", None), sample.pop("max_seqlen", None)
@@ -230,7 +234,7 @@ def _eod_id(args: argparse.Namespace, corpora: Iterable[str]) -> int:
                 f"--eod-mask-loss requires an end-of-document token, but {prefix} was made without --append-eod; "
                 "remove the flag"
             )
-    found = {manifest.tokenizer.eod_id for manifest in manifests.values()}
+    found: set[int | None] = {manifest.tokenizer.eod_id for manifest in manifests.values()}
     if len(found) > 1:
         raise UserError(
             f"--eod-mask-loss requires one end-of-document token, but the corpora have {sorted(map(str, found))}; "
@@ -240,8 +244,8 @@ def _eod_id(args: argparse.Namespace, corpora: Iterable[str]) -> int:
     if not found and config_file.is_file():
         eod = read_config(config_file.parent).get("eos_token_id")
         found = {eod[0] if isinstance(eod, list) else eod}
-    if not (found := found - {None}):
+    if (eod_id := next(iter(found), None)) is None:
         raise UserError(
             f"--eod-mask-loss requires an end-of-document token, but {config_file} has no eos_token_id; remove the flag"
         )
-    return found.pop()
+    return eod_id

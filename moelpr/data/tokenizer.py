@@ -4,12 +4,10 @@ import argparse
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from moelpr.errors import UserError, first_line
+from moelpr.errors import UserError, first_line, reports_panics
 
 TOKENIZER_TYPES = ("HuggingFaceTokenizer", "SentencePieceTokenizer")
 
@@ -70,11 +68,12 @@ def check_text_is_kept(folder: str | os.PathLike[str], tokenizer: Any) -> None:
     in_file: Any = None
     for text in _PROBES:
         try:
-            ids = tokenizer.encode(text, add_special_tokens=False)
-            found = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-            if found != text:
-                in_file = in_file or FileTokenizer.from_file(str(path))
-                kept = in_file.decode(in_file.encode(text, add_special_tokens=False).ids)
+            with reports_panics():
+                ids = tokenizer.encode(text, add_special_tokens=False)
+                found = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+                if found != text:
+                    in_file = in_file or FileTokenizer.from_file(str(path))
+                    kept = in_file.decode(in_file.encode(text, add_special_tokens=False).ids)
         except Exception:  # tokenizers raises no other, for a damaged file or text that a vocabulary cannot express
             continue
         if found != text and kept == text:
@@ -84,19 +83,6 @@ def check_text_is_kept(folder: str | os.PathLike[str], tokenizer: Any) -> None:
                 "to PreTrainedTokenizerFast, or, if this is a Qwen2, for which transformers ignores it, use another "
                 "model"
             )
-
-
-@contextmanager
-def reports_panics() -> Iterator[None]:
-    """Turn a panic of the tokenizers library, which is no `Exception` and cannot be pickled, into a `UserError`."""
-    try:
-        yield
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        raise UserError(
-            f"the tokenizers library fails with this tokenizer ({first_line(error)}); download the tokenizer again"
-        ) from None
 
 
 _MAX_IDS = 10_000_000  # the largest published vocabularies have a million

@@ -73,8 +73,12 @@ def read_benchmarks(path: Path, languages: Sequence[str]) -> list[Benchmark]:
             tasks = {"no" if key is False else key: names for key, names in entry["tasks"].items()}
             chosen = {language: tasks[language] for language in languages if language in tasks}
             chosen = {lang: (names,) if isinstance(names, str) else tuple(names) for lang, names in chosen.items()}
+            if not all(names and all(isinstance(task, str) for task in names) for names in chosen.values()):
+                raise TypeError(f"the tasks of a language of {name} must be names")
+            if type(entry["num_fewshot"]) is not int or entry["num_fewshot"] < 0:
+                raise ValueError(f"num_fewshot of {name} must be an integer from 0, got {entry['num_fewshot']!r}")
             if chosen:
-                benchmarks.append(Benchmark(str(name), int(entry["num_fewshot"]), str(entry["metric"]), chosen))
+                benchmarks.append(Benchmark(str(name), entry["num_fewshot"], str(entry["metric"]), chosen))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = str(error).replace("\n", " ")
         raise UserError(

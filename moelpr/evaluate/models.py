@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from moelpr import checksums
 from moelpr.data.tokenizer import open_hf_tokenizer
 from moelpr.errors import UserError, first_line
-from moelpr.families.families import read_config
+from moelpr.families.families import CONFIG_FILE, read_config
 from moelpr.files import parse_json
 from moelpr.machine import as_gib
 from moelpr.megatron_patches import cpu, megatron_fixes
@@ -63,6 +63,12 @@ def hf_model(directory: Path, model: Any, tokenizer: Any, start_id: int, eos_id:
     config = model.config
     num_experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     layers = getattr(model.get_decoder(), "layers", []) if num_experts else []
+    for name in ("num_original_experts", "num_experts_per_tok"):
+        if num_experts and (getattr(config, name, None) or 1) > num_experts:
+            raise UserError(
+                f"{directory / CONFIG_FILE}: {name} must be at most the {num_experts} experts, got "
+                f"{getattr(config, name)}; download it again"
+            )
 
     def router_logits(router: nn.Module, inputs: Any, output: Any) -> Tensor:
         logits = output[0] if isinstance(output, tuple) else output  # (logits, top-k weights, top-k indices)

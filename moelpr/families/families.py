@@ -31,6 +31,11 @@ _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_p
 # --- config.json to Megatron's arguments
 
 
+# Of config.json, what is used before transformers has checked it, or what it never checks.
+_TEXTS = ("model_type", "dtype", "torch_dtype")
+_SIZES = ("max_position_embeddings", "num_experts_per_tok", "num_original_experts")
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Read the folder's config.json; UserError if it is missing, no JSON object, or has more than MAX_LAYERS layers."""
     path = folder / CONFIG_FILE
@@ -49,6 +54,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     layers = config.get("num_hidden_layers")
     if isinstance(layers, int | float) and layers > MAX_LAYERS:  # transformers would build a list of them
         raise UserError(f"{path}: num_hidden_layers must be at most {MAX_LAYERS}, got {layers}; download it again")
+    for name in _TEXTS:
+        if not isinstance(config.get(name), str | None):
+            raise UserError(f"{path}: {name} must be text, got {config[name]!r}; download it again")
+    for name in _SIZES:
+        if (value := config.get(name)) is not None and not (type(value) is int and value >= 1):
+            raise UserError(f"{path}: {name} must be a positive integer, got {value!r}; download it again")
     return config
 
 

@@ -24,7 +24,9 @@ def read_verifications(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
             check = parse_json(lines[-1])
             names = ("same_next_token", "max_abs_diff", "max_abs_logit_diff")
             check |= {name: float(check[name]) for name in names if check.get(name) is not None}
-            checks[path.stem] = {**check, "equal": bool(check["equal"]), "num_tensors": int(check["num_tensors"])}
+            if type(check["equal"]) is not bool:
+                raise TypeError("equal must be true or false")
+            checks[path.stem] = {**check, "num_tensors": int(check["num_tensors"])}
     return checks
 
 
@@ -101,6 +103,9 @@ class Claims:
                     raise ValueError(claim["name"])
             if not isinstance(claims.checks, dict):
                 raise TypeError("checks must map the name of a verification to what it compares")
+            texts = [claims.title, claims.note, *claims.checks.values(), *(claim["claim"] for claim in claims.claims)]
+            if not all(text is None or isinstance(text, str) for text in texts):
+                raise TypeError("titles, notes, claims and what checks compare must be text")
             return cls(**content | {"claims": [_with_numbers(claim) for claim in claims.claims]})
 
     def judge(self, results: LanguageResults, checks: Mapping[str, Mapping[str, Any]]) -> list[Judgment]:

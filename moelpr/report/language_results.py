@@ -141,7 +141,8 @@ def named_input(flag: str, path: Path, expected: str) -> Iterator[None]:
 
 
 def _add(results: LanguageResults, content: Mapping[str, Any]) -> None:
-    original = list(content.get("original_languages") or [])
+    if not isinstance(original := content.get("original_languages") or [], list):
+        raise TypeError("original_languages must be a list")
     reference = next(iter(content["models"]), None)
     for language, sample in (content.get("continuations") or {}).items():
         texts = sample["prompt"], sample["reference"], *sample["by_model"].values()

@@ -70,6 +70,8 @@ def routing_figures(runs: Sequence[Run], evaluation: LanguageResults) -> list[Bl
     for share, title in ROUTING_SHARES.items():
         evaluated = []
         for model, shares in evaluation.routing[share].items():
+            if model not in evaluation.layers:
+                continue
             languages = [name for name in evaluation.languages("original", "expanded", "") if name in shares]
             columns = {language_name(name): [*shares[name], plots.finite_mean(shares[name])] for name in languages}
             rows = [f"layer {layer}" for layer in evaluation.layers[model]]

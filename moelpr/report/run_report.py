@@ -228,7 +228,7 @@ def _continuations(evaluation: LanguageResults) -> list[Block]:
 def _cost_table(runs: Sequence[Run]) -> Table:
     rows = [
         [
-            run.name, f"{run.last.get('consumed_tokens', 0):,}", _duration(run.training_time_s),
+            run.name, f"{run.last.get('consumed_tokens') or 0:,}", _duration(run.training_time_s),
             number_text(run.tokens_per_s, "{:,.0f}"), number_text(run.peak_memory_gib, "{:.2f} GiB"),
             str(run.num_ranks or run.settings.get("world_size") or "not recorded"),
         ]

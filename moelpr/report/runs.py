@@ -16,6 +16,7 @@ from moelpr.run_folder import COMMAND_FILE, FINISHED_FILE, METRICS_FILE, VERSION
 from moelpr.run_metrics import Record, RunMetrics, mean_of, read_run_metrics
 
 ENDS = 50  # first and last steps of a run whose values per layer are kept
+MAX_SECONDS = 1e9  # what a damaged record may add up to, and a duration can still be printed
 _STALE_S = 600.0  # a run that wrote nothing for this long, and for 20 of its steps, has stopped
 
 
@@ -75,12 +76,12 @@ class Run:
     @property
     def time_left_s(self) -> float:
         """Until the last step; 0 if unknown."""
-        return max(0, (self.num_steps or 0) - self.step) * (self.median("step_time_s") or 0.0)
+        return min(max(0, (self.num_steps or 0) - self.step) * (self.median("step_time_s") or 0.0), MAX_SECONDS)
 
     @property
     def training_time_s(self) -> float:
         """Of all recorded steps; a step repeated after an interruption counts once."""
-        return sum(record.get("step_time_s") or 0.0 for record in self.metrics.steps)
+        return min(sum(record.get("step_time_s") or 0.0 for record in self.metrics.steps), MAX_SECONDS)
 
     @property
     def peak_memory_gib(self) -> float | None:

@@ -161,14 +161,17 @@ def open_metrics(
         raise UserError(f"{path} is a folder, but the run's metrics are written to a file of this name; move it away")
     if path.exists():
         kept = []
-        for line in path.read_bytes().splitlines():
+        lines = path.read_bytes().splitlines()
+        for number, line in enumerate(lines, start=1):
             try:
                 text = line.decode()
                 record = json.loads(text)
                 if record["iteration"] >= before_iteration:
                     break
             except (ValueError, TypeError, KeyError, RecursionError):
-                break  # incomplete line of a killed run, or damage
+                if number < len(lines):  # else the incomplete line of a killed run
+                    print(f"moelpr: warning: {path}, line {number} is damaged and left out", file=sys.stderr)
+                continue
             remember(record)
             kept.append(text + "\n")
         write_text(path, "".join(kept))

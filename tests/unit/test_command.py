@@ -92,6 +92,15 @@ def test_help_marks_required_flags_and_keeps_the_lines_of_the_description() -> N
         assert "a\nb\n" in shown and shown.count("number (required)\n") == 1 == shown.count("(required)")
 
 
+def test_a_panic_of_a_library_is_one_sentence(capsys) -> None:  # noqa: ANN001
+    class PanicException(BaseException):
+        """As those of pyo3, which are no `Exception`."""
+
+    with pytest.raises(SystemExit) as stop:
+        run_command(fail_with(PanicException("index out of bounds")))
+    assert stop.value.code == 2 and "(index out of bounds); download the tokenizer again" in capsys.readouterr().err
+
+
 def test_bugs_keep_their_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         run_command(fail_with(ZeroDivisionError()))

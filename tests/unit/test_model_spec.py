@@ -123,6 +123,13 @@ def test_a_number_of_experts_that_is_not_an_integer_is_rejected(
         (lambda content: content["megatron_args"].update(window_sjze=[7, 0]), "unknown name window_sjze"),
         (lambda content: content["megatron_args"].update(window_size=7), "window_size has the wrong type: 7"),
         (lambda content: content["megatron_args"].update(use_rope_scaling=True), "lacks rope_scaling_factor"),
+        (lambda content: content["megatron_args"].update(normalization="RMSNorl"), "normalization must be 'RMSNorm'"),
+        (lambda content: content["megatron_args"].update(swiglu=False), "swiglu must be True, got False"),
+        (lambda content: content["megatron_args"].update(rotary_percent=0.5), "rotary_percent must be from 1 to 1"),
+        (lambda content: content["megatron_args"].update(rotary_percent=float("nan")), "rotary_percent must be from"),
+        (lambda content: content["megatron_args"].update(hidden_dropout=5), "hidden_dropout must be from 0 to 1"),
+        (lambda content: content["megatron_args"].update(init_method_std=-1), "init_method_std must be from 0"),
+        (lambda content: content["megatron_args"].update(window_size=[-6, 0]), "window_size must be two integers"),
     ],
 )
 def test_an_invalid_file_is_a_user_error(

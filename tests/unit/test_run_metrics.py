@@ -41,6 +41,7 @@ def test_an_incomplete_last_line_and_blank_lines_are_ignored(tmp_path: Path) -> 
     [
         *("{}", "[]", "not JSON", '{"iteration": null}', '{"iteration": true}', '{"iteration": 1.5}', "[" * 100_000),
         '{"iteration": 1, "lm_loss": "abc"}',
+        '{"iteration": 1, "stage": "\\udcff"}',
         '{"iteration": 1, "step_time_s": [1]}',
         '{"iteration": 1, "original_first_share_original": [0.5, [0.5]]}',
         '{"iteration": 1, "all_original_share_expanded": [0.5, {"a": 1}]}',

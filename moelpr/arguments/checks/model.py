@@ -13,9 +13,6 @@ _FREE_SHAPE = ("attention_dropout", "hidden_dropout", "init_method_std")
 # Of a model whose description does not mention them.
 _ABSENT = {"window_size": None, "use_rope_scaling": False}
 
-# What the layers of this trainer are, for every family.
-_LAYERS = {"normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False, "position_embedding_type": "rope"}
-
 # Flags that a dense model or its stage would ignore.
 _EXPERT_FLAGS = (
     "num_experts", "num_original_experts", "original_copies", "moe_router_topk", "moe_ffn_hidden_size",
@@ -121,13 +118,6 @@ def check_model_flags(run: RunSettings) -> Iterable[str]:
                 f"{run.flag(name)} {found} contradicts the checkpoint {run.checkpoint}, whose model_spec.json has "
                 f"{value}; remove the flag, or convert the model again"
             )
-
-
-def check_layers(run: RunSettings) -> Iterable[str]:
-    """The model has the layers that this trainer builds."""
-    for name, expected in _LAYERS.items():
-        if run.shape and run.shape[name] != expected:
-            yield f"{run.checkpoint} must have {name} {expected}, got {run.shape[name]}; use another model"
 
 
 def check_unsupported_flags(run: RunSettings) -> Iterable[str]:

@@ -104,6 +104,8 @@ def test_invalid_input_exits_with_one_message_and_leaves_the_card(
 ) -> None:
     for name, content in (
         ("no.json", "{"),
+        ("deep.json", "[" * 100_000),
+        ("text.json", results.read_text().replace('"value": ', '"value": "x", "other": ')),
         ("list.json", "[]"),
         ("routing.json", json.dumps({"models": {"m": {"directory": str(export), "languages": {"en": {}}}}})),
         ("limited.json", json.dumps({"settings": {"limit": 5}, "benchmarks": {}, "models": {"m": {
@@ -116,6 +118,8 @@ def test_invalid_input_exits_with_one_message_and_leaves_the_card(
         ((export, "--results", export.parent / "gone.json"), "gone.json"),
         ((export, "--results", export.parent / "no.json"), "no.json"),
         ((export, "--results", export.parent / "list.json"), "list.json"),
+        ((export, "--results", export.parent / "deep.json"), "deep.json"),
+        ((export, "--results", export.parent / "text.json"), "must be a number, got 'x'"),
         ((export, "--results", export.parent / "routing.json"), "routing.json"),
         ((export, "--results", export.parent / "limited.json"), "--limit"),
         ((export, "--results", results, "--evaluated", "stage3"), "base, stage2"),

@@ -12,6 +12,7 @@ from checkpoint_convert import comparison
 from checkpoint_convert.comparison import compare, compare_on_text, largest_difference
 from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.upcycling import hf_to_mcore
+from moelpr.errors import UserError
 from moelpr.families.new_experts import NewExperts
 from tests.hf_models import (
     copy_of,
@@ -24,6 +25,12 @@ def test_a_difference_in_any_chunk_of_a_tensor_is_found(export: Path, monkeypatc
     for row in (0, 60, 98):
         other = copy_of(export, lambda tensors, row=row: tensors["lm_head.weight"][row, 31].add_(2))
         assert largest_difference(compare(export, other)) == pytest.approx(2)
+
+
+def test_numbers_that_fp32_does_not_hold_are_not_compared(export: Path) -> None:
+    other = copy_of(export, lambda tensors: tensors.update({name: t.double() for name, t in tensors.items()}))
+    with pytest.raises(UserError, match="the dtype of .* must be one of F32, BF16, F16, got F64"):
+        list(compare(export, other))
 
 
 def test_two_tensors_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_path: Path, held_bytes) -> None:

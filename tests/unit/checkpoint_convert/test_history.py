@@ -1,6 +1,7 @@
 """A model's history is what its runs recorded, found by the folders that they name."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,20 @@ def test_a_whole_checkpoint_has_the_history_of_its_run(runs: Path) -> None:
     assert origin.base_model == "Qwen-tiny" and origin.settings["seed"] == 7
     shutil.rmtree("stage1")
     assert read_history(Path("after")).missing == str(runs / "stage1" / "iter_0000003")
+
+
+@pytest.mark.parametrize("settings", [{"noise": "x"}, {"reinitialise": [1]}, {"seed": 10**400}])
+def test_settings_of_a_conversion_that_are_no_numbers_are_left_out(runs: Path, settings: dict) -> None:
+    replace(Origin.read(Path("upcycled")), settings=settings).write(Path("upcycled"))
+    assert Origin.read(Path("upcycled")).settings == {}
+
+
+@pytest.mark.parametrize("place", ["hf", "a\0b"])
+def test_a_copy_of_what_is_no_step_is_the_end_of_the_history(runs: Path, place: str) -> None:
+    whole_checkpoint(Path("stage1"), Path("whole"), iteration=3)
+    (Path("stage1") / "hf").mkdir(exist_ok=True)
+    replace(Origin.read(Path("whole")), copy_of=f"stage1/{place}").write(Path("whole"))
+    assert read_history(Path("whole")).stages == []
 
 
 def test_data_listed_in_a_file_is_named_by_that_file(runs: Path) -> None:

@@ -253,6 +253,8 @@ def test_bad_tables_and_arguments_are_rejected_with_what_to_correct(rejected, tm
     (tmp_path / "half.yaml").write_text("ARC: {num_fewshot: 25, tasks: {en: arc_challenge}}\n")
     two = [f"ARC {n}: {{num_fewshot: {n}, metric: acc, tasks: {{en: arc_challenge}}}}\n" for n in (0, 25)]
     (tmp_path / "two.yaml").write_text("".join(two))
+    (tmp_path / "shots.yaml").write_text("ARC: {num_fewshot: 1.7, metric: acc, tasks: {en: arc_challenge}}\n")
+    (tmp_path / "none.yaml").write_text("ARC: {num_fewshot: 1, metric: acc, tasks: {en: []}}\n")
     (tmp_path / "spec.json").touch()
     for arguments, expected in [
         ((*model, "--languages", "en", "--original-languages", "fr"), "--original-languages fr"),
@@ -261,6 +263,8 @@ def test_bad_tables_and_arguments_are_rejected_with_what_to_correct(rejected, tm
         ((*model, "--languages", "en", "--original-languages", "en", "--tasks", tmp_path / "no"), "/no"),
         ((*model, "--languages", "en", "--original-languages", "en", "--tasks", tmp_path / "list.yaml"), "list.yaml"),
         ((*model, "--languages", "en", "--original-languages", "en", "--tasks", tmp_path / "half.yaml"), "'metric'"),
+        ((*model, "--languages", "en", "--original-languages", "en", "--tasks", tmp_path / "shots.yaml"), "got 1.7"),
+        ((*model, "--languages", "en", "--original-languages", "en", "--tasks", tmp_path / "none.yaml"), "be names"),
         (
             (*model, "--languages", "en", "--original-languages", "en", "--tasks", tmp_path / "two.yaml"),
             "0 and 25 shots",

@@ -14,7 +14,7 @@ from checkpoint_convert.comparison import compare, largest_difference
 from checkpoint_convert.export import mcore_to_hf
 from checkpoint_convert.upcycling import Start, hf_to_mcore
 from moelpr.errors import UserError
-from moelpr.families.families import FAMILIES, family_named
+from moelpr.families.families import FAMILIES, family_named, read_config
 from moelpr.families.new_experts import NewExperts
 from tests.hf_models import (
     TOKENS,
@@ -272,6 +272,17 @@ def test_a_config_with_impossible_values_is_rejected(source: Path, tmp_path: Pat
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {key: value}))
     assert_import_fails(source, tmp_path, "config|epsilon|max_position")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("model_type", []), ("dtype", {}), ("num_original_experts", 0), ("num_experts_per_tok", 2.5),
+     ("max_position_embeddings", "x")],
+)  # fmt: skip
+def test_a_config_with_a_value_of_another_type_is_rejected(tmp_path: Path, key: str, value: object) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({key: value}))
+    with pytest.raises(UserError, match=rf"config.json: {key} must be "):
+        read_config(tmp_path)
 
 
 def test_a_very_deep_config_is_rejected(source: Path, tmp_path: Path) -> None:

@@ -102,6 +102,9 @@ def test_judgment_says_what_was_found(results: LanguageResults) -> None:
         "claims: [{name: a, claim: b, languages: expanded, change: [x, y], lead: [x, y, z], at_most: 0}]",
         "claims: [{name: a, claim: b, languages: expanded, change: [x, y], at_most: much}]",
         "claims: 3",
+        "claims: []\ntitle: [1]",
+        "claims: []\nchecks: {check: [1]}",
+        "claims: [{name: a, claim: [b], languages: expanded, change: [x, y], at_most: 0}]",
     ],
 )
 def test_incomplete_claims_are_rejected(tmp_path: Path, content: str) -> None:
@@ -122,7 +125,7 @@ def test_verification_is_the_last_json_line_of_a_log(tmp_path: Path) -> None:
     path = tmp_path / "check-export.log"
     path.write_text('a warning\n{"equal": true, "num_tensors": 7, "max_abs_diff": null}\n')
     assert read_verifications([path]) == {"check-export": {"equal": True, "num_tensors": 7, "max_abs_diff": None}}
-    for content in ("", "text", '{"other": 1}', '{"equal'):
+    for content in ("", "text", '{"other": 1}', '{"equal', '{"equal": "no", "num_tensors": 7}'):
         path.write_text(content)
         with pytest.raises(UserError, match=r"--verification .*verify\.py A B --json"):
             read_verifications([path])

@@ -123,6 +123,12 @@ def test_run_of_an_older_version_is_shown_as_far_as_it_goes(tmp_path: Path) -> N
     assert "No command line was recorded" in markdown
 
 
+def test_numbers_that_are_null_or_far_too_large_are_shown(tmp_path: Path) -> None:
+    line = '{"iteration": 1, "lm_loss": 3.0, "consumed_tokens": null, "step_time_s": 1e29}\n'
+    (tmp_path / "metrics.jsonl").write_text(line + line.replace("1,", "2,", 1))
+    assert "step 2" in pages(tmp_path)[0]
+
+
 def test_run_with_no_step_or_one_step_is_shown_too(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     assert "step 0" in pages(tmp_path)[0]

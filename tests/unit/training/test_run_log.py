@@ -95,11 +95,12 @@ def test_a_resumed_run_keeps_earlier_records_and_repeats_no_warning(
 
 
 @pytest.mark.parametrize("line", [b"[]", b"PK\x80", b"[" * 100_000])
-def test_a_malformed_line_ends_the_records_that_are_kept(tmp_path: Path, line: bytes) -> None:
+def test_a_malformed_line_is_named_and_left_out_but_no_other(tmp_path: Path, capsys, line: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"iteration": 1}\n' + line + b'\n{"iteration": 2}\n')
+    path.write_bytes(b'{"iteration": 1}\n' + line + b'\n{"iteration": 2}\n{"iteration"')
     open_metrics(path, before_iteration=9).close()
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"iteration": 1}]
+    assert [json.loads(line)["iteration"] for line in path.read_text().splitlines()] == [1, 2]
+    assert capsys.readouterr().err == f"moelpr: warning: {path}, line 2 is damaged and left out\n"
 
 
 def test_values_per_layer_reach_tensorboard_once_per_log_interval(

@@ -45,7 +45,7 @@ from moelpr.errors import UserError
 from moelpr.files import write_text
 from moelpr.layouts import PlannedLayout
 from moelpr.model_spec import ModelSpec
-from moelpr.plan.machines import GIB, Cluster, gpu_named
+from moelpr.plan.gpus import GIB, Cluster, gpu_named
 from moelpr.plan.memory import CPU, Kernels, Workload, model_parts, stage_memories
 from moelpr.plan.step_time import stage_flops, step_time
 from moelpr.run_folder import TRACKER_FILE

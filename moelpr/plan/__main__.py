@@ -21,7 +21,7 @@ from moelpr.layouts import PlannedLayout, neighbors
 from moelpr.machine import format_bytes
 from moelpr.model_spec import ModelSpec
 from moelpr.plan.candidates import Candidate, fitting, with_larger_micro_batch
-from moelpr.plan.machines import GIB, GPUS, RESERVED_FRACTION, Cluster
+from moelpr.plan.gpus import GIB, GPUS, RESERVED_FRACTION, Cluster
 from moelpr.plan.memory import (
     PLANNED_STAGES,
     RankMemory,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from moelpr.errors import UserError
 from moelpr.layouts import RECOMPUTES, Layout, PlannedLayout, divisors, layout_problems
 from moelpr.model_spec import ModelSpec
-from moelpr.plan.machines import GIB, RESERVED_FRACTION, Cluster
+from moelpr.plan.gpus import GIB, RESERVED_FRACTION, Cluster
 from moelpr.plan.memory import RankMemory, Workload, model_parts, stage_memories
 from moelpr.plan.step_time import StepTime, Traffic, expert_traffic, relative_time, step_time
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from moelpr.layouts import PlannedLayout
 from moelpr.model_spec import ModelSpec
-from moelpr.plan.machines import Cluster
+from moelpr.plan.gpus import Cluster
 from moelpr.plan.memory import (
     GRADIENT_BYTES,
     WEIGHT_BYTES,

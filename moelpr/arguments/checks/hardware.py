@@ -9,7 +9,7 @@ from moelpr import machine
 from moelpr.arguments.memory import expected_memory, smaller_settings
 from moelpr.arguments.settings import RunSettings
 from moelpr.megatron_patches import cpu
-from moelpr.plan.machines import RESERVED_FRACTION
+from moelpr.plan.gpus import RESERVED_FRACTION
 
 
 def check_gpus(run: RunSettings) -> Iterable[str]:

@@ -12,7 +12,7 @@ import pytest
 from benchmarks import first_contact
 from benchmarks.first_contact import USABLE, Machine, Part, as_markdown, find_machine, run_part, trainer_runs
 from moelpr.errors import UserError
-from moelpr.plan.machines import GIB
+from moelpr.plan.gpus import GIB
 
 H100 = "NVIDIA H100 80GB HBM3"
 

@@ -10,7 +10,7 @@ from moelpr.layouts import RECOMPUTES, PlannedLayout
 from moelpr.megatron_patches import cpu, megatron_fixes
 from moelpr.model_spec import ModelSpec, MoeSpec
 from moelpr.plan.candidates import fitting, legal_layouts, preference
-from moelpr.plan.machines import GPUS, Cluster
+from moelpr.plan.gpus import GPUS, Cluster
 from moelpr.plan.memory import Workload
 from tests.unit.conftest import SHAPE as TINY_SHAPE
 

@@ -7,7 +7,7 @@ import pytest
 
 from moelpr.layouts import PlannedLayout
 from moelpr.model_spec import ModelSpec, MoeSpec
-from moelpr.plan.machines import GPUS, Cluster
+from moelpr.plan.gpus import GPUS, Cluster
 from moelpr.plan.memory import Routing, Workload, model_parts, stage_memories
 from moelpr.plan.step_time import PREDICTION_ERROR, step_time
 from moelpr.stages import Part

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from moelpr.layouts import RECOMPUTES, PlannedLayout
 from moelpr.model_spec import ModelSpec, MoeSpec, NewTokens
 from moelpr.plan.candidates import fitting
-from moelpr.plan.machines import GPUS, Cluster, Gpu
+from moelpr.plan.gpus import GPUS, Cluster, Gpu
 from moelpr.plan.memory import Routing, Workload, model_parts, stage_memories
 from moelpr.plan.step_time import (
     LINK_EFFICIENCY,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moelpr.plan.machines import GPUS, Cluster, gpu_named
+from moelpr.plan.gpus import GPUS, Cluster, gpu_named
 
 
 @pytest.mark.parametrize(

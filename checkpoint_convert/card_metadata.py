@@ -124,8 +124,8 @@ def _read_results(path: Path, folder: Path, evaluated: str | None) -> list[Any]:
         )
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
-            f"{path} has no scores ({error!r}), as the JSON of routing has none; pass that of moelpr.evaluate or "
-            "moelpr.evaluate harness"
+            f"{path} has no scores ({error!r}); pass the JSON of moelpr.evaluate or of moelpr.evaluate harness, which "
+            "unlike that of routing has them"
         ) from error
 
 

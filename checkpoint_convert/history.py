@@ -52,8 +52,11 @@ class Origin:
             "revision": str,
         }  # fmt: skip
         known = {key: content[key] for key, kind in kinds.items() if isinstance(content.get(key), kind)}
-        numbers = [known.get("settings", {}).get(name, 0) for name in ("noise", "reinitialise", "seed")]
-        if not all(type(number) in (int, float) and abs(number) < 1e9 for number in numbers):
+        settings = known.get("settings", {})
+        numbers = [settings.get(name, 0) for name in ("noise", "reinitialise")]
+        if not all(type(number) in (int, float) and abs(number) < 1e9 for number in numbers) or not (
+            type(settings.get("seed", 0)) is int and settings.get("seed", 0) < 1 << 64
+        ):
             del known["settings"]
         return cls(**known)
 

@@ -1,5 +1,6 @@
 """Steps of the demo and of experiments on its base: commands that are printed, logged, and skipped once done."""
 
+import hashlib
 import json
 import os
 import shlex
@@ -26,8 +27,8 @@ REVIEW_BLEND = {"original": 2, "expanded": 5}  # parts of the text of each langu
 class Steps:
     """A run folder and the steps that are done in it; several threads may run steps.
 
-    A step that is done has a mark, `logs/NAME.json`: its command, its time, an ID of this output, and the IDs of the
-    outputs that it was made from. If its command or one of these outputs is another one, it is done again.
+    A step that is done has a mark, `logs/NAME.json`: its command, its time, the IDs of the outputs that it was made
+    from, and an ID of its own, the hash of command and IDs. If one of these differs, the step is done again.
     """
 
     def __init__(self, run: Path) -> None:
@@ -88,12 +89,9 @@ class Steps:
             raise kind(f"step {name} exited with code {code} and the message above; its output is in {log}")
         if not is_complete():
             raise UserError(f"step {name} was stopped before its end (its output is in {log}); run it again to resume")
-        done = {
-            "command": what,
-            "wall_s": round(time.monotonic() - start, 1),
-            "id": before["id"] if again and "id" in before else str(time.time_ns()),
-            "made_from": {other: self._id(other) for other in made_from},
-        }
+        of = {"command": what, "made_from": {other: self._id(other) for other in made_from}}
+        name_of_output = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
+        done = {**of, "id": name_of_output, "wall_s": round(time.monotonic() - start, 1)}
         write_text(mark, json.dumps(done) + "\n")
 
     def is_current(self, name: str, command: Iterable[str | Path], made_from: Iterable[str] = ()) -> bool:

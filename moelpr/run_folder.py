@@ -52,7 +52,8 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
 def _is_usable(value: Any, kind: Any) -> bool:
     """Whether a value has its type, and can be computed with or name a file."""
     is_too_large = isinstance(value, int) and abs(value) > _LARGEST
-    return isinstance(value, kind) and not is_too_large and "\0" not in str(value)
+    texts = value if isinstance(value, list) else [value]
+    return isinstance(value, kind) and not is_too_large and not any("\0" in str(text) for text in texts)
 
 
 def saved_step(folder: Path) -> int | None:

@@ -1,6 +1,7 @@
 """Versions of the packages that the numbers of a run or an evaluation depend on, and how to install optional ones."""
 
 import platform
+import sys
 from importlib import metadata
 
 _PACKAGES = ("moelpr", "torch", "megatron-core", "transformers", "tokenizers", "numpy", "transformer-engine")
@@ -8,7 +9,7 @@ _PACKAGES = ("moelpr", "torch", "megatron-core", "transformers", "tokenizers", "
 
 def install_command(extra: str) -> str:
     """What installs an extra of setup.py beside the pinned versions."""
-    return f"pip install --constraint constraints.txt --no-build-isolation --editable '.[{extra}]'"
+    return f"{sys.executable} -m pip install --constraint constraints.txt --no-build-isolation --editable '.[{extra}]'"
 
 
 def installed_versions() -> dict[str, str]:

@@ -65,7 +65,7 @@ def main() -> None:
     with locked(args.run / LOCK_FILE, args.run):
         check_same_settings(args.run, tasks)
         check_machine([task for task in chosen if not run.is_done(task.name)], tasks.base, args.run)
-        errors = run_tasks(chosen, run)
+        errors = run_tasks(chosen, run, tasks.all())
         try:
             write_results(args.run)
             print(f"\nresults: {args.run / 'real-model.md'}")
@@ -76,26 +76,36 @@ def main() -> None:
         raise kind("\n- ".join(["not everything could be measured:", *map(str, errors)]))
 
 
-def run_tasks(tasks: Sequence[Task], run: Steps) -> list[UserError | MachineError]:
+def run_tasks(tasks: Sequence[Task], run: Steps, others: Sequence[Task] = ()) -> list[UserError | MachineError]:
     """Run tasks in order, and return what failed.
 
     The later tasks of a setting of which one has failed are left out, and so is what only reads a failed task's output.
+
+    Args:
+        others: tasks of which only what is read, and was removed, is made again.
     """
-    by_name = {task.name: task for task in tasks}
-    read_by_others = {name for task in tasks for name in task.made_from}
+    by_name = {task.name: task for task in (*others, *tasks)}
+    read_by_others = {name for task in tasks for name in (*task.made_from, *task.after)}
     failed_settings: set[str] = set()
     failed_tasks: set[str] = set()
     errors: list[UserError | MachineError] = []
 
+    def restore_what_is_read(task: Task) -> None:
+        for name in (*task.made_from, *task.after):
+            if (other := by_name.get(name)) and run.is_done(name) and not is_complete(other):
+                perform(other, restore=True)
+
     def perform(task: Task, restore: bool = False) -> None:
-        command = task.command()
+        try:
+            command = task.command()
+        except UserError:
+            restore_what_is_read(task)
+            command = task.command()
         is_current = run.is_current(task.name, command, task.made_from)
         # Other tasks ask for the output that they read.
-        again = is_current and (restore or (task.name not in read_by_others and not task.is_complete()))
+        again = is_current and (restore or (task.name not in read_by_others and not is_complete(task)))
         if again or not is_current:
-            for name in task.made_from:
-                if (other := by_name.get(name)) and run.is_done(name) and not other.is_complete():
-                    perform(other, restore=True)
+            restore_what_is_read(task)
         run.step(
             task.name,
             *command,
@@ -117,6 +127,13 @@ def run_tasks(tasks: Sequence[Task], run: Steps) -> list[UserError | MachineErro
             failed_settings |= task.settings if task.blocks else set()
             print(error, flush=True)
     return errors
+
+
+def is_complete(task: Task) -> bool:
+    try:
+        return task.is_complete()
+    except UserError:  # what it is compared with is gone too
+        return False
 
 
 def list_of(tasks: Sequence[Task], run: Steps) -> str:
@@ -141,7 +158,7 @@ def check_same_settings(run: Path, tasks: Tasks) -> None:
 
 
 def check_machine(tasks: Sequence[Task], base: Path, run: Path) -> None:
-    """Raises MachineError if the disk, UserError if the memory can't hold what the tasks need."""
+    """Raises MachineError if disk or memory can't hold what the tasks need."""
     if not tasks:
         return
     scale = (num_parameters(base) or DEFAULT_PARAMETERS) / DEFAULT_PARAMETERS

@@ -234,7 +234,7 @@ def cost(run: Path, setting: Setting) -> Json:
             memory = max(memory, *(step["peak_memory_gib"] or 0.0 for step in steps))
             rates.append(float(f"{max(step['learning_rate'] for step in steps):g}"))
         except (KeyError, TypeError):
-            raise UserError(f"{metrics} is damaged; remove {metrics.parent} and rerun make results") from None
+            raise UserError(f"{metrics} is damaged; remove it, and the page has no costs of {setting.name}") from None
         tokens += BATCH * SEQUENCE_LENGTH * len(steps)
         trained, whole = max(trained, found_parameters[0]), max(whole, found_parameters[1])
     found = {

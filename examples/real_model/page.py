@@ -161,7 +161,7 @@ def _predictions(results: Json) -> str:
     items += [f"- {sign.text}: {sign.verdict}." for sign in found if sign.verdict == Verdict.MISSING]
     title = (
         "What the paper would predict, and the bars of this comparison. Two settings that differ by less than "
-        f"{100 * margin(results):.1f} points, the most that seeds of a setting differ by, are too close to tell:"
+        f"{100 * margin(results):.1f} points (what seeds of a setting differ by, at least 0.5) are too close to tell:"
     )
     return "\n".join([title, "", *items])
 

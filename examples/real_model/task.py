@@ -18,6 +18,7 @@ class Task:
         memory_gib, disk_gib: needed while it runs, and what it leaves, with the default base.
         variables: of its environment.
         made_from, is_complete, continues: of `Steps.step`.
+        after: names of the tasks whose results decide its command.
     """
 
     name: str
@@ -29,5 +30,6 @@ class Task:
     variables: Mapping[str, str] = field(default_factory=dict)
     blocks: bool = True
     made_from: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
     is_complete: Callable[[], bool] = lambda: True
     continues: Path | None = None

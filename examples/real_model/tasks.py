@@ -139,7 +139,7 @@ class Tasks:
                     lambda command=command: command,
                     0.2,
                     made_from=("split", "tokenizer" if prefix else "base"),
-                    is_complete=Path(f"{self.data / prefix}{group}_text_document.manifest.json").is_file,
+                    is_complete=(self.data / f"{prefix}{group}_text_document.manifest.json").is_file,
                 )
             )
         return tasks
@@ -346,7 +346,8 @@ class Tasks:
                 memory_gib=8,
                 disk_gib=1.5,
                 blocks=model == name,
-                made_from=("base", "preprocess-expanded", *(searches(name) if model == name else ())),
+                made_from=("base", "preprocess-expanded"),
+                after=searches(name) if model == name else (),
                 is_complete=(self.run / f"{model}-hf" / "config.json").is_file,
                 continues=self.run / model,
             )

@@ -15,6 +15,7 @@ from examples.real_model.settings import (
     warmup_steps,
 )
 from examples.real_model.task import Command, Task
+from moelpr.checkpoints import checkpoint_chain
 from moelpr.errors import UserError
 from moelpr.run_folder import FINISHED_FILE
 
@@ -41,7 +42,7 @@ class Training:
         is_search: for a learning rate: it is not continued.
         trains_everything: as a plain MoE. The ranks share the optimizer and take a sequence at a time, for memory.
         corpora: how the names of the corpora start.
-        after: tasks whose results it depends on.
+        after: tasks whose results decide its command.
     """
 
     model: str
@@ -70,10 +71,16 @@ class Training:
             disk_gib=0.3 if self.is_search else _DISK_GIB_OF[kind],
             variables={"NPROC_PER_NODE": str(self._ranks)},
             blocks=not self.is_search,
-            made_from=(self.start.name, *(f"preprocess-{self.corpora}{x}" for x in self.blend), *self.after),
-            is_complete=(run / self.model / FINISHED_FILE).is_file,
+            made_from=(self.start.name, *(f"preprocess-{self.corpora}{x}" for x in self.blend)),
+            after=self.after,
+            is_complete=lambda: self._is_complete(run / self.model),
             continues=run / self.model,
         )
+
+    @staticmethod
+    def _is_complete(folder: Path) -> bool:
+        """Whether the last step is there, with the steps whose frozen tensors it needs; UserError if they are not."""
+        return (folder / FINISHED_FILE).is_file() and bool(checkpoint_chain(folder))
 
     @property
     def _ranks(self) -> int:

@@ -7,7 +7,7 @@ the GPT dataset looks up the bits of all these ranges at once.
 import argparse
 import errno
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -188,7 +188,7 @@ def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
         mmap_bin_files=args.mmap_bin_files,
-        tokenizer=replace(_token_ids(args, corpora), unique_identifiers=index_checksums(corpora)),
+        tokenizer=token_ids(args, corpora),
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         reset_position_ids=False,
         reset_attention_mask=False,
@@ -220,9 +220,14 @@ def _checksum(path: Path, mtime_ns: int) -> str:
     return FileRecord.of(path).sha256
 
 
-def _token_ids(args: argparse.Namespace, corpora: Iterable[str]) -> TokenIds:
-    """Return the model's vocabulary; only --eod-mask-loss needs the end-of-document ID."""
-    return TokenIds(vocab_size=args.vocab_size, eod=_eod_id(args, corpora) if args.eod_mask_loss else -1)
+def token_ids(args: argparse.Namespace, corpora: Iterable[str]) -> TokenIds:
+    """The model's vocabulary, with what tells these corpora apart; only --eod-mask-loss needs the end-of-document ID.
+
+    Raises:
+        UserError: `--eod-mask-loss` has no end-of-document token, or several.
+    """
+    eod = _eod_id(args, corpora) if args.eod_mask_loss else -1
+    return TokenIds(vocab_size=args.vocab_size, eod=eod, unique_identifiers=index_checksums(corpora))
 
 
 def _eod_id(args: argparse.Namespace, corpora: Iterable[str]) -> int:

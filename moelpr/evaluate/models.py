@@ -64,10 +64,11 @@ def hf_model(directory: Path, model: Any, tokenizer: Any, start_id: int, eos_id:
     num_experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     layers = getattr(model.get_decoder(), "layers", []) if num_experts else []
     for name in ("num_original_experts", "num_experts_per_tok"):
-        if num_experts and (getattr(config, name, None) or 1) > num_experts:
+        value = getattr(config, name, None)
+        if num_experts and value is not None and (type(value) is not int or not 1 <= value <= num_experts):
             raise UserError(
-                f"{directory / CONFIG_FILE}: {name} must be at most the {num_experts} experts, got "
-                f"{getattr(config, name)}; download it again"
+                f"{directory / CONFIG_FILE}: {name} must be from 1 to the number of experts, {num_experts}, got "
+                f"{value!r}; download it again"
             )
 
     def router_logits(router: nn.Module, inputs: Any, output: Any) -> Tensor:

@@ -21,7 +21,7 @@ from megatron.training.training import evaluate
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from moelpr.data.dataset import build_datasets, dataset_config, index_checksums
+from moelpr.data.dataset import build_datasets, dataset_config, token_ids
 from moelpr.data.language_bits import LanguageBits, language_bits_path
 from moelpr.data.manifest import Manifest
 from moelpr.data.tokenizer import load_tokenizer
@@ -129,7 +129,7 @@ def held_out(args: argparse.Namespace, language: str, prefix: str) -> HeldOut:
     usual = dataset_config(args)
     config = replace(
         usual,
-        tokenizer=replace(usual.tokenizer, unique_identifiers=index_checksums([prefix])),
+        tokenizer=token_ids(args, [prefix]),
         blend=None,
         blend_per_split=[None, ([prefix], None), None],
         split=None,

@@ -17,6 +17,8 @@ def test_settings_of_a_wrong_type_are_left_out(tmp_path: Path) -> None:
     assert read_settings(tmp_path) == {"model_source": None, "lr": "text"}
     (tmp_path / "recipe.yaml").write_text(f'world_size: x\ntrain_iters: {10**18}\ndata_path: 5\nsave: "a\\0"\n')
     assert read_settings(tmp_path) == {}
+    (tmp_path / "recipe.yaml").write_text('data_path: ["1", "a\\0b"]\n')
+    assert read_settings(tmp_path) == {}
 
 
 @pytest.mark.parametrize("content", [None, "- a list\n", "{", "\0"])

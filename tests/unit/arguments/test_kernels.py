@@ -1,5 +1,6 @@
 """Defaults are the fastest kernels of the machine, and one line names them."""
 
+import sys
 from argparse import Namespace
 
 import pytest
@@ -60,7 +61,7 @@ def test_what_is_slow_without_transformer_engine_is_named(machine) -> None:
     assert line == (
         "experts: torch grouped_mm in a loop; attention: torch scaled dot product; optimizer: torch's fused Adam; "
         "dispatcher: all-to-all with torch's permutation; faster: Transformer Engine also for the experts on this GPU "
-        "(pip install --constraint constraints.txt --no-build-isolation --editable '.[gpu]')"
+        f"({sys.executable} -m pip install --constraint constraints.txt --no-build-isolation --editable '.[gpu]')"
     )
     _, line = machine(9, TE, transformer_impl="local", dataloader_inter_document_masking=True)
     assert "attention: torch varlen; optimizer: Transformer Engine's fused Adam; " in line

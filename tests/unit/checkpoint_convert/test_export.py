@@ -86,9 +86,6 @@ def test_few_tensors_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_pat
     assert 0 < held_bytes.take_peak() <= 3 * largest
 
 
-# --- deltas
-
-
 def test_numbers_that_float16_does_not_have_are_reported(make_qwen2: Callable[..., Path], tmp_path: Path) -> None:
     base = Path(shutil.copytree(make_qwen2(torch.float32), tmp_path / "base"))
     tensors = load_file(base / "model.safetensors")

@@ -56,6 +56,9 @@ def test_a_whole_checkpoint_has_the_history_of_its_run(runs: Path) -> None:
 def test_settings_of_a_conversion_that_are_no_numbers_are_left_out(runs: Path, settings: dict) -> None:
     replace(Origin.read(Path("upcycled")), settings=settings).write(Path("upcycled"))
     assert Origin.read(Path("upcycled")).settings == {}
+    known = {"new_experts": "random", "seed": 2**31 - 1}
+    replace(Origin.read(Path("upcycled")), settings=known).write(Path("upcycled"))
+    assert Origin.read(Path("upcycled")).settings == known
 
 
 @pytest.mark.parametrize("place", ["hf", "a\0b"])

@@ -3,6 +3,7 @@
 import json
 from dataclasses import astuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from moelpr import machine
 from moelpr.errors import UserError
 from moelpr.evaluate import models
 from moelpr.evaluate.compare import compare_models
-from moelpr.evaluate.models import check_device, choose_device, load_model, open_model
+from moelpr.evaluate.models import check_device, choose_device, hf_model, load_model, open_model
 from moelpr.evaluate.routing import RoutingObserver
 from moelpr.evaluate.scoring import Settings
 from moelpr.families.new_experts import NewExperts
@@ -213,3 +214,13 @@ def test_a_model_that_accelerate_has_placed_gives_the_same_routing(both, monkeyp
                 loaded.logits(tokens)
             results.append(observer.result())
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_original_experts", 9), ("num_original_experts", 0), ("num_experts_per_tok", "x")]
+)
+def test_numbers_of_experts_that_a_model_does_not_have_are_rejected(name: str, value: object) -> None:
+    config = SimpleNamespace(num_experts=4, **{name: value})
+    model = SimpleNamespace(config=config, get_decoder=lambda: SimpleNamespace(layers=[]))
+    with pytest.raises(UserError, match=f"{name} must be from 1 to the number of experts, 4, got {value!r}"):
+        hf_model(Path("m"), model, None, 0, None)

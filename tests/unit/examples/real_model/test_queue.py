@@ -1,16 +1,19 @@
 """The queue of the real model runs what it should, in order, past failures; its page shows the evaluation's numbers."""
 
 import json
+import shutil
+import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from examples.real_model import __main__ as queue
 from examples.real_model.measurements import collect, merged, missing, parameters
-from examples.real_model.page import dump, section, trade_off
+from examples.real_model.page import dump, readme_table, section, trade_off
 from examples.real_model.settings import (
     ALL,
     BASE,
@@ -172,6 +175,105 @@ def test_the_best_rate_has_the_lowest_bits_per_byte_and_has_not_diverged(run: Pa
         best_rate(run, "lora")
 
 
+@pytest.fixture
+def started(run: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The tasks that were started, whose commands are replaced by one that only writes its output."""
+    names: list[str] = []
+    starts: dict[Path, Path] = {}  # checkpoint -> the one that has its frozen tensors
+
+    def value(words: list[str], flag: str) -> Path:
+        return Path(words[words.index(flag) + 1])
+
+    def go(words: list[str], stdout: Any, env: Any) -> subprocess.CompletedProcess[str]:
+        names.append(Path(stdout.name).stem)
+        if "moelpr.evaluate" in words:
+            pairs = [(flag, word.split("=")[0]) for flag, word in zip(words, words[1:], strict=False)]
+            for model in [name for flag, name in pairs if flag == "--model"]:
+                for data in [name for flag, name in pairs if flag == "--data"]:
+                    write_score(value(words, "--output"), model, data, 2.0)
+            for name in ("results.json", "harness.json"):
+                value(words, "--output").mkdir(exist_ok=True)
+                (value(words, "--output") / name).write_text("{}")
+            return subprocess.CompletedProcess(words, 0)
+        for flag in ("--save", "--output-prefix"):
+            if flag in words:
+                save = value(words, flag)
+                save.mkdir(parents=True, exist_ok=True)
+                for name in ("FINISHED", "model_spec.json", "config.json"):
+                    (save / name).touch()
+                Path(f"{save}_text_document.manifest.json").touch()
+        if "--pretrained-checkpoint" in words and "--train-everything" not in words:
+            starts[value(words, "--save")] = value(words, "--pretrained-checkpoint")
+        for name in ("base-hf", "text", "cloze"):
+            (run / name).mkdir(exist_ok=True)
+        (run / "base-hf" / "config.json").touch()
+        return subprocess.CompletedProcess(words, 0)
+
+    def chain(folder: Path) -> list[Path]:
+        if not (folder / "model_spec.json").is_file():
+            raise UserError(f"{folder} is missing")
+        return [folder, *(chain(starts[folder]) if folder in starts else [])]
+
+    monkeypatch.setattr("examples.steps.subprocess.run", go)
+    monkeypatch.setattr("examples.real_model.training.checkpoint_chain", chain)
+    monkeypatch.setattr(Tasks, "_tokens_left", lambda self: 0.5)
+    for folder in ("evaluation", "validation"):
+        shutil.rmtree(run / folder)
+    for model in CHANGES:
+        shutil.rmtree(run / model)
+    return names
+
+
+def test_every_task_writes_what_counts_as_its_output(run: Path, started: list[str]) -> None:
+    tasks = Tasks(run, tokens=40 * STEP_TOKENS).all()
+    assert queue.run_tasks(tasks, Steps(run)) == []
+    assert started == [task.name for task in tasks]
+    started.clear()
+    assert queue.run_tasks(tasks, Steps(run)) == []
+    assert started == []
+
+
+@pytest.mark.parametrize(
+    ("removed", "made_again"),
+    [
+        (["search-full-0.0001", "plain", "upcycled-random"], []),  # nobody reads them any more
+        (["evaluation/parts/copies-seed-1"], ["evaluate-copies-seed-1"]),
+        (
+            ["evaluation/parts/copies-seed-1", "upcycled-copies"],
+            ["upcycled-copies", "copies-stage1", "copies-seed-1", "evaluate-copies-seed-1"],
+        ),
+        (["validation", "full", "evaluation/parts/full"], [f"evaluate-search-full-{rate:g}" for rate in RATES["full"]]
+         + ["full", "evaluate-full"]),
+        (["continuations", "full-hf"], ["export-full", "continuations"]),
+    ],
+)  # fmt: skip
+def test_what_was_removed_is_made_again_if_it_is_read(
+    run: Path, started: list[str], removed: list[str], made_again: list[str]
+) -> None:
+    tasks = Tasks(run, tokens=40 * STEP_TOKENS).all()
+    queue.run_tasks(tasks, Steps(run))
+    started.clear()
+    for name in removed:
+        shutil.rmtree(run / name)
+    assert queue.run_tasks(tasks, Steps(run)) == []
+    assert {*started} - {*made_again} <= {f"evaluate-search-{x}-{rate:g}" for x in RATES for rate in RATES[x]}
+    assert [name for name in started if name in made_again] == made_again
+    started.clear()
+    assert queue.run_tasks(tasks, Steps(run)) == []
+    assert started == []
+
+
+def test_other_settings_restore_what_a_chosen_one_reads(run: Path, started: list[str]) -> None:
+    tasks = Tasks(run, tokens=40 * STEP_TOKENS).all()
+    queue.run_tasks(tasks, Steps(run))
+    started.clear()
+    for name in ("full-hf", "continuations"):
+        shutil.rmtree(run / name)
+    chosen = [task for task in tasks if "lora" in task.settings]
+    assert queue.run_tasks(chosen, Steps(run), tasks) == []
+    assert started == ["export-full", "continuations"]
+
+
 def write(path: Path) -> list[str]:
     """A command that counts in a file how often it has run."""
     return ["-c", f"open({str(path)!r}, 'a').write('x')"]
@@ -181,7 +283,7 @@ def write(path: Path) -> list[str]:
 def chain(tmp_path: Path) -> Callable[..., dict[str, int]]:
     """Runs a training, an evaluation of it, and another one; returns how often each has run."""
 
-    def go(rate: str = "1", skip: Sequence[str] = ()) -> dict[str, int]:
+    def go(rate: str = "1", base: str = "1") -> dict[str, int]:
         def task(name: str, *made_from: str, command: Sequence[str] = (), continues: Path | None = None) -> Task:
             path = tmp_path / name
             words = [*write(path), *command]
@@ -194,9 +296,9 @@ def chain(tmp_path: Path) -> Callable[..., dict[str, int]]:
                 continues=continues,
             )
 
-        tasks = [task("base"), task("train", "base", command=[rate], continues=tmp_path / "train"),
+        tasks = [task("base", command=[base]), task("train", "base", command=[rate], continues=tmp_path / "train"),
                  task("evaluate", "train"), task("page", "base")]  # fmt: skip
-        errors = queue.run_tasks([x for x in tasks if x.name not in skip], Steps(tmp_path))
+        errors = queue.run_tasks(tasks, Steps(tmp_path))
         if errors:
             raise errors[0]
         return {x.name: len(path.read_text()) for x in tasks if (path := tmp_path / x.name).is_file()}
@@ -210,8 +312,12 @@ def test_what_is_done_is_not_done_again(chain: Callable[..., dict[str, int]]) ->
 
 def test_what_reads_another_output_than_before_is_done_again(tmp_path: Path, chain: Any) -> None:
     chain()
-    (tmp_path / "logs" / "train.json").unlink()
-    assert chain() == {"base": 1, "train": 2, "evaluate": 2, "page": 1}
+    (tmp_path / "logs" / "base.json").unlink()
+    assert chain() == {"base": 2, "train": 1, "evaluate": 1, "page": 1}  # by the same command it is the same
+    with pytest.raises(UserError, match="train was made by another command, or from other files"):
+        chain(base="2")
+    (tmp_path / "train").unlink()
+    assert chain(base="2") == {"base": 3, "train": 1, "evaluate": 2, "page": 2}
 
 
 def test_a_training_is_not_continued_by_another_command(tmp_path: Path, chain: Any) -> None:
@@ -346,7 +452,7 @@ def test_numbers_are_changes_against_base_by_kind_and_group(run: Path) -> None:
     assert json.loads(dump(results)) == json.loads(json.dumps(results))
 
 
-def test_a_longer_vocabulary_reads_as_much_text_or_as_many_tokens(
+def test_an_extended_vocabulary_reads_as_much_text_or_as_many_tokens(
     run: Path, commands: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Tasks, "_tokens_left", lambda self: 360 / 900)
@@ -363,6 +469,26 @@ def test_a_longer_vocabulary_reads_as_much_text_or_as_many_tokens(
     assert " ".join(blend[blend.index("--data-path") + 1 :]).startswith(
         f"4 {data}expanded_text_document 1 {data}original_text_document --save"
     )
+
+
+def test_the_tokens_that_are_left_are_those_of_the_corpora(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = {"expanded": 900, "extended-expanded": 360}
+
+    def read(prefix: Path) -> Any:
+        number = tokens.get(prefix.name.removesuffix("_text_document"))
+        return None if number is None else SimpleNamespace(tokens=number)
+
+    monkeypatch.setattr("examples.real_model.tasks.Manifest.read", read)
+    assert Tasks(run)._tokens_left() == 0.4
+    del tokens["extended-expanded"]
+    with pytest.raises(UserError, match="has no manifest; remove .*preprocess-extended-expanded.json"):
+        Tasks(run)._tokens_left()
+
+
+def test_the_readme_has_the_means_of_what_is_done(run: Path) -> None:
+    rows = [line for line in readme_table(collect(run)).splitlines() if line.startswith("|")]
+    assert len(rows) == 4  # the head and two settings
+    assert [cell.strip() for cell in rows[2].split("|")[1:-1]] == ["MoE-LPR", "−38.0%", "+0.2%"]
 
 
 def test_the_page_compares_vocabularies(run: Path) -> None:

@@ -38,7 +38,7 @@ CHART = {
     "1 copy, changed": {"no LPR loss": "no-lpr", "random experts": "random", "reference loss": "reference"},
     "no frozen original": {"full fine-tuning": "full", "plain MoE": "plain", "with replay text": REPLAY},
     "LoRA": {"largest rank": "lora", "rank 16": LORA_16},
-    "MoE-LPR, K copies, more text": {f"{times} times the tokens": name for name, times in MORE_TEXT.items()},
+    "MoE-LPR, K copies, more text": {f"{times}× the tokens": name for name, times in MORE_TEXT.items()},
 }
 JOINED = 2  # of these
 FAR = 0.02, 0.13  # changes beyond which a setting is drawn at the chart's edge

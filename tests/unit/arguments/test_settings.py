@@ -126,11 +126,11 @@ def test_the_step_selected_for_the_first_start_does_not_reset_a_resumed_run(
     )
 
 
-def test_a_shape_that_megatron_does_not_support_is_reported(make_checkpoint, problems) -> None:
-    shape = {"position_embedding_type": "mosaic"}
-    found = problems("stage1", make_checkpoint("future", shape=shape), "--reset-attention-mask")
-    assert len(found) == 2
-    assert "model_spec.json" in found[0] and "--position-embedding-type: invalid choice: 'mosaic'" in found[0]
+def test_a_model_with_other_layers_is_reported(upcycled: str, problems) -> None:
+    path = Path(upcycled) / "model_spec.json"
+    path.write_text(path.read_text().replace('"RMSNorm"', '"LayerNorm"'))
+    found = problems("stage1", upcycled)
+    assert any("normalization must be 'RMSNorm', got 'LayerNorm'" in message for message in found)
 
 
 def test_a_checkpoints_window_and_rope_scaling_reach_the_model(make_checkpoint, accepted, problems) -> None:

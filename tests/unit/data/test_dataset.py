@@ -193,18 +193,18 @@ def test_padding_of_the_first_window_that_is_read_is_masked_in_no_other(write_co
 
 
 @pytest.mark.parametrize(
-    ("eos", "manifests"), [(7, ()), ([7, 9], ()), (9, (7,)), (None, (7,)), (None, ()), (7, (7, 8)), (7, (None,))]
+    ("eos", "manifests"), [(7, ()), ([7, 9], ()), (9, (7,)), (None, (7,)), (None, ()), (7, (7, 8)), (7, (-7,))]
 )
 def test_the_loss_of_the_end_of_document_is_masked_if_wanted(
-    write_corpus: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eos: Any, manifests: Sequence[int | None]
+    write_corpus: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eos: Any, manifests: Sequence[int]
 ) -> None:
-    """`manifests`: what ends the documents of each corpus according to its manifest, None for nothing."""
+    """`manifests`: the end-of-document token of each corpus, negative if its documents do not end with it."""
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text(json.dumps({"model_type": "qwen2", "eos_token_id": eos}))
     prefix, *_ = write_corpus("corpus", vocab=10)
     corpora = [str(prefix), *(str(write_corpus(f"corpus{number}", vocab=10)[0]) for number in manifests[1:])]
     records = {
-        path: SimpleNamespace(append_eod=eod is not None, tokenizer=SimpleNamespace(eod_id=eod), files={})
+        path: SimpleNamespace(append_eod=eod > 0, tokenizer=SimpleNamespace(eod_id=abs(eod)), files={})
         for path, eod in zip(corpora, manifests, strict=False)
     }
     monkeypatch.setattr("moelpr.data.dataset.Manifest.read", lambda path: records.get(str(path)))
@@ -217,7 +217,7 @@ def test_the_loss_of_the_end_of_document_is_masked_if_wanted(
         data_cache_path=None, multiple_validation_sets=False, data_args_path=None, per_split_data_args_path=None,
         train_data_path=None, valid_data_path=None, test_data_path=None,
     )  # fmt: skip
-    if manifests in ((7, 8), (None,)) or (eos is None and not manifests):
+    if manifests in ((7, 8), (-7,)) or (eos is None and not manifests):
         with pytest.raises(UserError, match="--eod-mask-loss requires (an|one) end-of-document token"):
             dataset_config(args)
         return

@@ -90,3 +90,12 @@ def test_only_adapters_change_and_the_merged_model_is_the_base_plus_their_produc
             assert torch.equal(parts[f"{layer}.base_layer.weight"], tensor.bfloat16())
         else:
             assert torch.equal(merged[name], tensor), name
+
+
+def test_a_checkpoint_that_a_full_disk_has_cut_short_is_not_continued(tmp_path: Path) -> None:
+    for step, state in ((40, '{"global_step": 40}'), (80, "")):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-best" / "trainer_state.json").write_text('{"global_step": 90}')
+    assert lora.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-40")

@@ -28,7 +28,7 @@ from examples.real_model.settings import (
     STEP_TOKENS,
     VOCABULARY_START,
 )
-from examples.real_model.signs import Verdict, signs
+from examples.real_model.signs import Verdict, margin, signs
 from examples.real_model.split import split_training_text
 from examples.real_model.task import Task
 from examples.real_model.tasks import Tasks, best_rate, search_name
@@ -567,6 +567,23 @@ def test_a_difference_that_seeds_make_is_no_sign(run: Path, difference: float, v
             model["means"]["out"]["original"][0] = value
     sign = next(sign for sign in signs(results) if "(K copies)" in sign.text)
     assert sign.verdict == verdict
+
+
+def test_what_seeds_change_is_measured(run: Path) -> None:
+    results = collect(run)
+    first, second = results["settings"]["copies"]["models"].values()
+    assert margin(results) == 0.005  # two seeds differ by 0.2 points
+    second["means"]["out"]["original"][0] = first["means"]["out"]["original"][0] + 0.01
+    assert margin(results) == pytest.approx(0.01)
+
+
+def test_who_learns_nothing_is_not_comparable_to_who_learns_less(run: Path) -> None:
+    results = collect(run)
+    for name, value in (("copies", 0.03), ("full", 0.05)):
+        for model in results["settings"][name]["models"].values():
+            model["means"]["in"]["expanded"][0] = value
+    sign = next(sign for sign in signs(results) if sign.text.startswith("MoE-LPR learns comparably"))
+    assert sign.verdict == Verdict.NOT_SEEN
 
 
 def test_the_page_shows_ranges_over_seeds_and_names_what_is_missing(run: Path) -> None:

@@ -46,6 +46,11 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
         settings = read_mapping(folder / RECIPE_FILE, "recipe")
     except UserError:
         return None
+    return usable(settings)
+
+
+def usable(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a recipe.yaml without values of a wrong type."""
     return {name: value for name, value in settings.items() if name not in _TYPES or _is_usable(value, _TYPES[name])}
 
 

@@ -187,9 +187,8 @@ def document_names(corpus: Path, texts: Sequence[str]) -> dict[str, list[str]]:
 def check_same_documents(run: Path, documents: Mapping[str, list[str]], scores: Mapping[str, LanguageScore]) -> None:
     """UserError if a model was evaluated on other text than the run has."""
     if any(len(scores[text].document_bits) != len(names) for text, names in documents.items()):
-        raise UserError(
-            f"{run / 'evaluation'} is of other text than {run / 'corpus'}; remove it and rerun make results"
-        )
+        folder = run / "evaluation"
+        raise UserError(f"{folder} is of other text than {run / 'corpus'}; remove {folder} and rerun make results")
 
 
 def changes(

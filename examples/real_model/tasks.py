@@ -551,7 +551,7 @@ def best_rate(run: Path, setting: str) -> float:
     """The rate with the lowest bits per byte; one that diverged is never the best."""
     changes = searched_changes(run, setting)
     if not changes:
-        marks = run / "logs" / f"evaluate-{search_name(setting, 0)[:-1]}*.json"
+        marks = run / "logs" / f"evaluate-search-{setting}-*.json"
         raise UserError(
             f"{run}/validation has no results of the search of {setting}; remove {marks} and rerun make results"
         )

@@ -21,7 +21,7 @@ from moelpr.layouts import Layout
 from moelpr.megatron_patches import cpu
 from moelpr.model.losses import megatron_balance_coeff
 from moelpr.model_spec import ModelSpec
-from moelpr.run_folder import RECIPE_FILE, TRACKER_FILE, read_settings, saved_step
+from moelpr.run_folder import RECIPE_FILE, TRACKER_FILE, saved_step, usable
 from moelpr.yaml_files import read_mapping
 
 # Defaults that differ from Megatron's: the supported models were trained without dropout, and validation is optional.
@@ -212,10 +212,7 @@ def _read_record(folder: Path, step: Path | None) -> dict[str, Any] | None:
     """The settings a step was trained with; if it has none, those of the last start, which may have saved nothing."""
     paths = (place / RECIPE_FILE for place in (step or folder, folder))
     path = next((path for path in paths if path.is_file()), None)
-    if path is None:
-        return None
-    read_mapping(path, "run's recipe")  # reports what is damaged
-    return read_settings(path.parent)
+    return None if path is None else usable(read_mapping(path, "run's recipe"))
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

@@ -242,8 +242,8 @@ def _eod_id(args: argparse.Namespace, corpora: Iterable[str]) -> int:
     found: set[int | None] = {manifest.tokenizer.eod_id for manifest in manifests.values()}
     if len(found) > 1:
         raise UserError(
-            f"--eod-mask-loss requires one end-of-document token, but the corpora have {sorted(map(str, found))}; "
-            "remove the flag, or preprocess them with the same --eod-token"
+            f"--eod-mask-loss requires one end-of-document token, but the corpora have "
+            f"{' and '.join(sorted(map(str, found)))}; remove the flag, or preprocess them with the same --eod-token"
         )
     config_file = Path(args.model_source) / HF_FOLDER / "config.json"
     if not found and config_file.is_file():

@@ -174,7 +174,7 @@ def check_loader(run: RunSettings) -> Iterable[str]:
     """What Megatron reports as a TypeError or AssertionError once the model is built."""
     if run.args.dataloader_type == "external":
         yield "--dataloader-type external has no loader here; remove it"
-    is_weighted = any(re.fullmatch(r"[\d.eE+-]+", item) for item in run.args.data_path or ())
+    is_weighted = bool(run.args.data_path) and any(weights for _, weights in _valid_blends(run))
     if run.args.full_validation and is_weighted and not run.args.validation_data:
         yield (
             "--full-validation does not work with weights in --data-path; pass --validation-data LANG=PREFIX instead, "

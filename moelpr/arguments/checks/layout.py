@@ -43,7 +43,7 @@ def check_virtual_stages(run: RunSettings) -> Iterable[str]:
         )
         return
     batches = {"global_batch_size": (micro, batch)}
-    if run.args.validation_data and run.args.eval_global_batch_size is not None:
+    if run.args.eval_global_batch_size is not None:
         batches["eval_global_batch_size"] = (run.args.eval_micro_batch_size or micro, run.args.eval_global_batch_size)
     for name, (size, total) in batches.items():
         step = size * run.layout.dp

@@ -15,7 +15,7 @@ setup(
     python_requires=">=3.12,<3.14",
     packages=find_packages(include=["moelpr*", "data_tools*", "checkpoint_convert*"]),
     package_data={
-        "checkpoint_convert": ["templates/*"],
+        "checkpoint_convert.card": ["templates/*"],
         "moelpr.data": ["*.pyi", "csrc/*.cpp"],
         "moelpr.evaluate": ["*.yaml"],
         "moelpr.report": ["templates/*"],
@@ -38,6 +38,7 @@ setup(
         "pyarrow",  # Parquet and .zst
         "pyyaml",
         "tqdm",
+        "pydantic",
         "rich",
         "filelock",
         "jinja2",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.common import argument_parser
 from benchmarks.timing import timed_s
-from moelpr.checkpoints import verify_files, write_checksums
+from moelpr.checkpoints.chain import verify_files, write_checksums
 
 
 def main() -> None:

@@ -135,7 +135,7 @@ def save_random_model(config: Any, folder: Path) -> Path:
 
 def upcycle(hf: Path, folder: Path, new_experts: int, random: bool = False, **choice: Any) -> Path:
     """Convert a Hugging Face directory into an upcycled Megatron checkpoint whose new experts are copies or random."""
-    from checkpoint_convert.upcycling import Start, hf_to_mcore
+    from checkpoint_convert.conversions.upcycling import Start, hf_to_mcore
     from moelpr.families.new_experts import NewExperts
 
     hf_to_mcore(hf, folder, NewExperts(new_experts, **choice), start=Start("random" if random else "copied"))
@@ -144,7 +144,7 @@ def upcycle(hf: Path, folder: Path, new_experts: int, random: bool = False, **ch
 
 def export(checkpoint: Path, folder: Path) -> Path:
     """Convert a Megatron checkpoint into a Hugging Face directory."""
-    from checkpoint_convert.export import mcore_to_hf
+    from checkpoint_convert.conversions.export import mcore_to_hf
 
     mcore_to_hf(checkpoint, folder)
     return folder
@@ -152,7 +152,7 @@ def export(checkpoint: Path, folder: Path) -> Path:
 
 def write_corpus(prefix: Path, vocab_size: int, documents: Iterable[tuple[Any, bool]]) -> Path:
     """Write a corpus of (token IDs, is original-language text); returns its prefix."""
-    from data_tools.corpus_writer import CorpusWriter
+    from data_tools.corpus.corpus_writer import CorpusWriter
 
     with CorpusWriter(prefix, vocab_size) as writer:
         for tokens, is_original in documents:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from benchmarks.common import ROOT, add_json, argument_parser, print_table, save_random_model, write_json
 from benchmarks.timing import Times, median_s, time_ratios
-from moelpr.files import fsync_file
+from moelpr.store.files import fsync_file
 
 SHAPE = {
     "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32,

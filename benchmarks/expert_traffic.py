@@ -34,8 +34,8 @@ from benchmarks import common
 from benchmarks.routing import add_demo, impose, recorded_routing, uniform_choices
 from benchmarks.timing import median_s, take_turns, time_ratio, timed_s
 from benchmarks.traffic import Traffic, counted_traffic
-from moelpr.command import run_command
 from moelpr.megatron_patches import cpu
+from moelpr.process.command import run_command
 
 COMPARED = {"uniform": "mean_sent", "reviewed": "busiest"}
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}  # as launch/train.sh sets them on CPUs

@@ -39,17 +39,17 @@ import numpy as np
 import psutil
 
 from benchmarks import common
-from moelpr.checkpoints import RELEASE
-from moelpr.command import CommandParser, run_command
-from moelpr.errors import UserError
-from moelpr.files import write_text
+from moelpr.checkpoints.chain import RELEASE
 from moelpr.layouts import PlannedLayout
 from moelpr.model_spec import ModelSpec
 from moelpr.plan.gpus import GIB, Cluster, gpu_named
 from moelpr.plan.memory import CPU, Kernels, Workload, model_parts, stage_memories
 from moelpr.plan.step_time import stage_flops, step_time
-from moelpr.run_folder import TRACKER_FILE
-from moelpr.versions import installed_versions
+from moelpr.process.command import CommandParser, run_command
+from moelpr.process.errors import UserError
+from moelpr.process.versions import installed_versions
+from moelpr.store.files import write_text
+from moelpr.store.run_folder import TRACKER_FILE
 
 WARMUP_STEPS, STEPS = 2, 6  # the first ones compile kernels and allocate buffers
 LIMITS_S = {"tests/gpu": 130, "trainer": 240, "train_step": 110, "expert_traffic": 110}

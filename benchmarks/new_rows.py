@@ -12,7 +12,7 @@ import torch
 from benchmarks.common import add_json, argument_parser, install_megatron, print_table, write_json
 from benchmarks.routing import impose
 from benchmarks.timing import median_s, take_turns, time_ratio
-from moelpr.command import run_command
+from moelpr.process.command import run_command
 
 LIMIT = 1.03
 NEW_SHARE = 8000 / 151_936  # of the old vocabulary

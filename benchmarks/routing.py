@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from examples.steps import COPIES, EXPANDED, NUM_NEW_EXPERTS, TOPK, held_out_files
-from moelpr.documents import read_documents
-from moelpr.errors import UserError
 from moelpr.evaluate.models import load_model
+from moelpr.process.errors import UserError
 from moelpr.stages import MoeStage
+from moelpr.store.documents import read_documents
 
 LENGTH, WINDOWS = 128, 16  # tokens that the demo trains on at a time; such windows of each language
 MARGIN = 20.0  # far above the differences between the logits of a router that has just been initialized

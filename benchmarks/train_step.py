@@ -31,8 +31,8 @@ from torch import Tensor
 from benchmarks.common import STAGES, add_json, argument_parser, install_megatron, print_table, write_json
 from benchmarks.routing import RecordedRouting, add_demo, impose, recorded_routing
 from benchmarks.timing import median_s, take_turns, time_ratio, timed_s
-from moelpr.command import run_command
 from moelpr.model_spec import ModelSpec
+from moelpr.process.command import run_command
 from moelpr.stages import MoeStage
 
 MATMUL_SIZE = {"cpu": 1536, "cuda": 8192}

@@ -7,9 +7,9 @@ Routers and new experts come from the adapter, everything else from the base. We
 
 from pathlib import Path
 
-from checkpoint_convert.adapter import AdapterConfig, adapter_to_mcore
-from checkpoint_convert.outputs import add_output_options
-from moelpr.command import CommandParser, run_command
+from checkpoint_convert.conversions.adapter import AdapterConfig, adapter_to_mcore
+from checkpoint_convert.hf.outputs import add_output_options
+from moelpr.process.command import CommandParser, run_command
 
 
 def main() -> None:

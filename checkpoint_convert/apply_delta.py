@@ -8,9 +8,9 @@ checksum that the delta records.
 
 from pathlib import Path
 
-from checkpoint_convert.delta import apply_delta
-from checkpoint_convert.outputs import add_output_options
-from moelpr.command import CommandParser, run_command
+from checkpoint_convert.conversions.delta import apply_delta
+from checkpoint_convert.hf.outputs import add_output_options
+from moelpr.process.command import CommandParser, run_command
 
 
 def main() -> None:

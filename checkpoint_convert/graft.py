@@ -10,10 +10,10 @@ Weights stream, one tensor at a time.
 import argparse
 from pathlib import Path
 
-from checkpoint_convert.grafting import PARTS, graft
-from checkpoint_convert.hub import find_model
-from checkpoint_convert.outputs import add_output_options
-from moelpr.command import CommandParser, run_command
+from checkpoint_convert.conversions.grafting import PARTS, graft
+from checkpoint_convert.hf.hub import find_model
+from checkpoint_convert.hf.outputs import add_output_options
+from moelpr.process.command import CommandParser, run_command
 
 
 def _parse_arguments() -> argparse.Namespace:

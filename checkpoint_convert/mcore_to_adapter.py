@@ -5,9 +5,9 @@
 The adapter contains routers and new experts; everything else must be the base's. Weights stream, one tensor at a time.
 """
 
-from checkpoint_convert.adapter import mcore_to_adapter
-from checkpoint_convert.outputs import add_load_options, add_output_options
-from moelpr.command import CommandParser, run_command
+from checkpoint_convert.conversions.adapter import mcore_to_adapter
+from checkpoint_convert.hf.outputs import add_load_options, add_output_options
+from moelpr.process.command import CommandParser, run_command
 
 
 def main() -> None:

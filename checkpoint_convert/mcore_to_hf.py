@@ -11,10 +11,10 @@ import argparse
 import math
 import re
 
-from checkpoint_convert.export import DEFAULT_SHARD_BYTES, mcore_to_hf
-from checkpoint_convert.outputs import add_load_options, add_output_options
-from moelpr.command import CommandParser, run_command
+from checkpoint_convert.conversions.export import DEFAULT_SHARD_BYTES, mcore_to_hf
+from checkpoint_convert.hf.outputs import add_load_options, add_output_options
 from moelpr.families.moe_classes import MOE_CLASSES
+from moelpr.process.command import CommandParser, run_command
 
 
 def _parse_arguments() -> argparse.Namespace:

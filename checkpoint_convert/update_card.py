@@ -8,9 +8,9 @@ The results become the card's model-index, and their languages the model's. `hf 
 import argparse
 from pathlib import Path
 
-from checkpoint_convert.card_metadata import CARD_FILE, update_card
-from moelpr.command import CommandParser, run_command
-from moelpr.errors import UserError
+from checkpoint_convert.card.card_metadata import CARD_FILE, update_card
+from moelpr.process.command import CommandParser, run_command
+from moelpr.process.errors import UserError
 
 
 def _parse_arguments() -> argparse.Namespace:

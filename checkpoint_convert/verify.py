@@ -19,7 +19,8 @@ import math
 import sys
 from pathlib import Path
 
-from checkpoint_convert.comparison import (
+from checkpoint_convert.card.readers import READERS
+from checkpoint_convert.compare.comparison import (
     TensorVerdict,
     TextVerdict,
     compare,
@@ -27,12 +28,11 @@ from checkpoint_convert.comparison import (
     compare_on_text,
     largest_difference,
 )
-from checkpoint_convert.export_check import unmet_requirements
-from checkpoint_convert.grafting import compare_graft
-from checkpoint_convert.readers import READERS
-from moelpr.checksums import NoVerify
-from moelpr.command import CommandParser, run_command
-from moelpr.errors import UserError
+from checkpoint_convert.compare.export_check import unmet_requirements
+from checkpoint_convert.conversions.grafting import compare_graft
+from moelpr.process.command import CommandParser, run_command
+from moelpr.process.errors import UserError
+from moelpr.store.checksums import NoVerify
 
 SHOWN_ROWS = 20
 

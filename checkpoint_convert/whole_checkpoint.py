@@ -5,9 +5,9 @@
 It contains only weights, in their dtype. Weights stream, one tensor at a time.
 """
 
-from checkpoint_convert.export import whole_checkpoint
-from checkpoint_convert.outputs import add_load_options, add_output_options
-from moelpr.command import CommandParser, run_command
+from checkpoint_convert.conversions.export import whole_checkpoint
+from checkpoint_convert.hf.outputs import add_load_options, add_output_options
+from moelpr.process.command import CommandParser, run_command
 
 
 def main() -> None:

@@ -15,10 +15,10 @@ from data_tools.preprocessing.tokenizers import load_job_tokenizer
 from data_tools.vocabulary.bpe_tokenizer import BpeTokenizer
 from data_tools.vocabulary.extension import OriginalTextGuard, choose_tokens, load_extended, write_tokenizer
 from data_tools.vocabulary.text import Comparison, TextFiles, compare, count_words, find_uses
-from moelpr.command import CommandParser, run_command
-from moelpr.errors import UserError
-from moelpr.files import atomic_directory, refuse_existing
-from moelpr.machine import available_cpus
+from moelpr.process.command import CommandParser, run_command
+from moelpr.process.errors import UserError
+from moelpr.process.machine import available_cpus
+from moelpr.store.files import atomic_directory, refuse_existing
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.corpus import Corpus, run_edges
-from moelpr.command import CommandParser, run_command
+from data_tools.corpus.opened import Corpus, run_edges
 from moelpr.data.manifest import Manifest
 from moelpr.data.tokenizer import Tokenizer, add_tokenizer_arguments, load_tokenizer
-from moelpr.errors import UserError
+from moelpr.process.command import CommandParser, run_command
+from moelpr.process.errors import UserError
 
 _CHUNK_TOKENS = 1 << 24  # tokens read at once, so that memory stays small
 _BAR = 40  # characters of the histogram's longest bar

@@ -11,7 +11,8 @@ import os
 
 from tqdm import tqdm
 
-from data_tools.corpus import (
+from data_tools.corpus.corpus_writer import CorpusWriter, check_output, smallest_vocab_size
+from data_tools.corpus.opened import (
     Corpus,
     CorpusPaths,
     check_same_job,
@@ -20,10 +21,9 @@ from data_tools.corpus import (
     open_corpora,
     shard_prefix,
 )
-from data_tools.corpus_writer import CorpusWriter, check_output, smallest_vocab_size
-from moelpr.command import CommandParser, run_command
 from moelpr.data.manifest import manifest_path
-from moelpr.errors import UserError
+from moelpr.process.command import CommandParser, run_command
+from moelpr.process.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -15,7 +15,7 @@ from data_tools.preprocessing.arguments import parse_arguments
 from data_tools.preprocessing.job import Job
 from data_tools.preprocessing.plan import Plan
 from data_tools.preprocessing.summary import print_summary
-from moelpr.command import run_command
+from moelpr.process.command import run_command
 
 
 def main(argv: list[str] | None = None) -> None:

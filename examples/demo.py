@@ -14,11 +14,11 @@ from pathlib import Path
 from examples import steps
 from examples.frontier_results import FILE_NAME, value_range
 from examples.steps import COPIES, EXPANDED, NUM_NEW_EXPERTS, ORIGINAL, REVIEW_BLEND, ROOT, TOPK, Steps, convert
-from moelpr.command import CommandParser, run_command
-from moelpr.files import write_text
 from moelpr.languages import language_name
+from moelpr.process.command import CommandParser, run_command
 from moelpr.report.page import Table, terminal_table
-from moelpr.yaml_files import dump
+from moelpr.store.files import write_text
+from moelpr.store.yaml_files import dump
 
 # Model in the evaluation -> run folder.
 MODELS = {"base": "base", "full_finetune": "full-finetune", "stage1": "stage1", "stage2": "stage2"}

@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moelpr.command import CommandParser, run_command
-from moelpr.errors import UserError
-from moelpr.files import atomic_directory
+from moelpr.process.command import CommandParser, run_command
+from moelpr.process.errors import UserError
+from moelpr.store.files import atomic_directory
 
 WHEEL_PROJECT = "homeassistant"
 WHEEL_VERSION = "2026.2.3"

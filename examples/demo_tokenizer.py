@@ -3,10 +3,10 @@
 from itertools import chain
 from pathlib import Path
 
-from moelpr.command import CommandParser, run_command
-from moelpr.documents import read_documents
-from moelpr.errors import UserError
-from moelpr.files import atomic_directory, refuse_existing
+from moelpr.process.command import CommandParser, run_command
+from moelpr.process.errors import UserError
+from moelpr.store.documents import read_documents
+from moelpr.store.files import atomic_directory, refuse_existing
 
 _SMALLEST_VOCABULARY = 257  # the 256 bytes and <|endoftext|>
 

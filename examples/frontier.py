@@ -16,9 +16,9 @@ from pathlib import Path
 from examples import steps
 from examples.frontier_results import FILE_NAME, frontier_chart, read_evaluation, results_tables
 from examples.steps import NUM_NEW_EXPERTS, REVIEW_BLEND, ROOT, TOPK, Steps
-from moelpr.command import CommandParser, run_command
-from moelpr.errors import UserError
-from moelpr.files import write_text
+from moelpr.process.command import CommandParser, run_command
+from moelpr.process.errors import UserError
+from moelpr.store.files import write_text
 
 
 @dataclass(frozen=True)

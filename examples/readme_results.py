@@ -10,12 +10,12 @@ from statistics import fmean
 from typing import Any
 
 from examples.frontier_results import FILE_NAME, frontier_chart, results_tables
-from moelpr.command import CommandParser, run_command
-from moelpr.errors import UserError
-from moelpr.files import write_text
 from moelpr.languages import language_name
+from moelpr.process.command import CommandParser, run_command
+from moelpr.process.errors import UserError
 from moelpr.report.page import Table, terminal_table
 from moelpr.report.plots import percent
+from moelpr.store.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE, PAPER, FRONTIER = (

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moelpr import machine
-from moelpr.errors import MachineError, UserError
-from moelpr.files import make_folder, write_text
-from moelpr.run_folder import FINISHED_FILE, read_json
+from moelpr.process import machine
+from moelpr.process.errors import MachineError, UserError
+from moelpr.store.files import make_folder, write_text
+from moelpr.store.run_folder import FINISHED_FILE, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = Path("launch/recipes")

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
-from moelpr.command import CommandParser, run_command
-from moelpr.files import atomic_directory, refuse_existing
+from moelpr.process.command import CommandParser, run_command
+from moelpr.store.files import atomic_directory, refuse_existing
 
 
 def save_untrained_qwen2(

@@ -1,6 +1,6 @@
 """MoE-LPR: add languages to a large language model without losing the ones it has (arXiv 2408.11396)."""
 
-from moelpr import command, machine
+from moelpr.process import command, machine
 
 # Before any command imports torch, which takes seconds and reads the settings of its threads.
 machine.limit_threads()

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moelpr.errors import UserError
-from moelpr.files import read_versioned
+from moelpr.process.errors import UserError
+from moelpr.store.files import read_versioned
 
 FILE_NAME = "model_spec.json"
 FORMAT_VERSION = 1

@@ -13,7 +13,7 @@ writer import it again.
 import sys
 import warnings
 
-from moelpr.command import run_command
+from moelpr.process.command import run_command
 from moelpr.training import clean_stop
 
 

@@ -5,7 +5,7 @@
 takes every option of torchrun. Plain `torchrun` works too, but then a wrong argument ends in twenty lines of traceback
 and exit code 1 instead of one message and exit code 2, a run that SIGTERM stops cleanly exits with code 1, SIGUSR1
 kills the launcher, a killed rank is reported by a C++ traceback of another one, and a missing node or an occupied port
-blocks for ten minutes or indefinitely (moelpr/node_preflight.py).
+blocks for ten minutes or indefinitely (moelpr/process/node_preflight.py).
 """
 
 import argparse
@@ -26,9 +26,9 @@ from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.run import determine_local_world_size, parse_args
 from torch.distributed.run import main as torchrun
 
-from moelpr import machine
-from moelpr.command import run_command
-from moelpr.node_preflight import JOIN_TIMEOUT_S, node_preflight
+from moelpr.process import machine
+from moelpr.process.command import run_command
+from moelpr.process.node_preflight import JOIN_TIMEOUT_S, node_preflight
 from moelpr.training.clean_stop import LAUNCHER_VARIABLE
 
 

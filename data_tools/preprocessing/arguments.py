@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 from data_tools.preprocessing.sources import STANDARD_INPUT
-from moelpr.command import CommandParser
 from moelpr.data.tokenizer import add_tokenizer_arguments
-from moelpr.errors import UserError
-from moelpr.machine import available_cpus
+from moelpr.process.command import CommandParser
+from moelpr.process.errors import UserError
+from moelpr.process.machine import available_cpus
 
 REGISTRY_FILE = "dataset_info.json"
 # Of options that require others, which _check must see as they were passed.

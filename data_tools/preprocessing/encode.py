@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.corpus import run_edges
-from data_tools.corpus_writer import Documents, TokenFile, as_tokens
+from data_tools.corpus.corpus_writer import Documents, TokenFile, as_tokens
+from data_tools.corpus.opened import run_edges
 from data_tools.preprocessing import long_documents
 from data_tools.preprocessing.languages import (
     SPAN_KEYS,
@@ -29,8 +29,8 @@ from data_tools.preprocessing.long_documents import LongString, encode_long_text
 from data_tools.preprocessing.reader import Batch, FileRange
 from data_tools.preprocessing.summary import Tally
 from data_tools.preprocessing.tokenizers import Backend, Encoded, GigatokenBackend, Piece
-from moelpr.documents import BadLine, is_blank, parse
-from moelpr.errors import UserError
+from moelpr.process.errors import UserError
+from moelpr.store.documents import BadLine, is_blank, parse
 
 VALIDATION = "validation"
 # The first document of a batch up to this length is encoded by both libraries, to check that they still agree.

@@ -14,15 +14,15 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from data_tools.corpus_writer import CorpusWriter, Documents, Position, commit_corpus
+from data_tools.corpus.corpus_writer import CorpusWriter, Documents, Position, commit_corpus
 from data_tools.preprocessing.plan import Plan
 from data_tools.preprocessing.reader import Batch, ReadCursor, Reader
 from data_tools.preprocessing.summary import Tally, why_empty
 from data_tools.preprocessing.workers import worker_pool
 from moelpr.data.manifest import Manifest, from_json
 from moelpr.data.manifest import Source as ManifestSource
-from moelpr.errors import UserError
-from moelpr.files import LOCK_FILE, empty, locked, make_folder, write_text
+from moelpr.process.errors import UserError
+from moelpr.store.files import LOCK_FILE, empty, locked, make_folder, write_text
 
 # A resumed job repeats what the interrupted one did after it last saved.
 SAVE_EVERY_S = 30.0
@@ -83,7 +83,7 @@ class Job:
     """A job and the folder of its unfinished files, which it locks. Used as a context manager, it removes the folder in
     the end unless the job was interrupted, or failed and can be resumed.
 
-    Not `moelpr.files.resumable_directory`: a job's files get several names in a folder that contains others, and are
+    Not `resumable_directory` (moelpr/store/files.py): a job's files get several names in a folder with others, and are
     valid only up to the positions that were saved together with its counts.
 
     Args:

@@ -19,7 +19,7 @@ import numpy as np
 
 from data_tools.preprocessing.reader import LONG_LINE_BYTES, FileRange
 from data_tools.preprocessing.tokenizers import Backend, Piece
-from moelpr.documents import BadLine
+from moelpr.store.documents import BadLine
 
 LONG_TEXT_CHARACTERS = 1 << 20
 _WINDOW_CHARACTERS = 1 << 13  # on which two pieces must agree

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.corpus import shard_prefix
-from data_tools.corpus_writer import check_output
+from data_tools.corpus.corpus_writer import check_output
+from data_tools.corpus.opened import shard_prefix
 from data_tools.preprocessing import languages
 from data_tools.preprocessing.encode import VALIDATION, Encoder
 from data_tools.preprocessing.languages import UNDETECTED, Bits, Detector, Tagger
@@ -28,9 +28,9 @@ from data_tools.preprocessing.sources import (
     shares_of,
 )  # fmt: skip
 from data_tools.preprocessing.tokenizers import JobTokenizer, choose_backend, load_job_tokenizer
-from moelpr.documents import BadLine
-from moelpr.errors import UserError
-from moelpr.files import check_is_utf8
+from moelpr.process.errors import UserError
+from moelpr.store.documents import BadLine
+from moelpr.store.files import check_is_utf8
 
 _LANGUAGES = {"old": "original", "original": "original", "new": "expanded", "expanded": "expanded"}
 _SAMPLE_PLACES = 16

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from data_tools.preprocessing.sources import Form, Share
 from data_tools.preprocessing.streams import BLOCK_BYTES, name_damaged, open_stream, skip_blank_lines
-from moelpr.documents import is_blank
-from moelpr.errors import UserError
+from moelpr.process.errors import UserError
+from moelpr.store.documents import is_blank
 
 # Large enough to be worth sending to a worker, small compared with the memory that encoding it takes.
 BATCH_BYTES = 1 << 19

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from data_tools.preprocessing.sources import Form, Share
 from data_tools.preprocessing.streams import BLOCK_BYTES, name_damaged, open_stream, skip_blank_lines
-from moelpr.documents import is_blank
+from moelpr.store.documents import is_blank
 
 
 def sample_documents(

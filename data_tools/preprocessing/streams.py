@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, BinaryIO, cast
 
 from data_tools.preprocessing.sources import Form, Source
-from moelpr.errors import DISK_FULL, UserError
+from moelpr.process.errors import DISK_FULL, UserError
 
 BLOCK_BYTES = 1 << 16
 

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.preprocessing.workers import started_pool
-from moelpr.command import deferred_signals
 from moelpr.data.manifest import TokenizerRecord
 from moelpr.data.tokenizer import Tokenizer, load_tokenizer
-from moelpr.errors import UserError, reports_panics
+from moelpr.process.command import deferred_signals
+from moelpr.process.errors import UserError, reports_panics
 
 # gigatoken caches every word it has seen; above this size a worker drops its cache.
 _CACHE_BYTES = 64 << 20

@@ -15,8 +15,8 @@ from itertools import islice
 from typing import Any
 
 from data_tools.preprocessing.reader import Batch
-from moelpr.command import deferred_signals
-from moelpr.errors import UserError, reports_panics
+from moelpr.process.command import deferred_signals
+from moelpr.process.errors import UserError, reports_panics
 
 _CHECK_EVERY_S = 5.0
 

@@ -13,9 +13,9 @@ from data_tools.vocabulary.bpe_tokenizer import BpeTokenizer
 from data_tools.vocabulary.merges import Candidate, NewToken, Words, continue_merges
 from data_tools.vocabulary.text import NewText, OriginalText
 from moelpr.data.tokenizer import vocabulary_checksum
-from moelpr.errors import UserError
-from moelpr.files import check_links, copy_folder
-from moelpr.vocabulary_extension import VocabularyExtension
+from moelpr.data.vocabulary_extension import VocabularyExtension
+from moelpr.process.errors import UserError
+from moelpr.store.files import check_links, copy_folder
 
 # A token must occur twice in the smallest language's text, or as often relative to its tokens in another's.
 _MIN_OCCURRENCES = 2

@@ -25,8 +25,8 @@ from data_tools.preprocessing.sources import Source, shares_of
 from data_tools.preprocessing.tokenizers import Backend
 from data_tools.preprocessing.workers import worker_pool
 from data_tools.vocabulary.bpe_tokenizer import BpeTokenizer
-from moelpr.documents import BadLine
-from moelpr.errors import UserError
+from moelpr.process.errors import UserError
+from moelpr.store.documents import BadLine
 
 # Distinct words of a language beyond this number are forgotten, the rarest first.
 MAX_WORDS = 1_000_000

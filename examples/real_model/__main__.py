@@ -14,18 +14,18 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from checkpoint_convert.hf_folder import HfReader
+from checkpoint_convert.hf.hf_folder import HfReader
 from examples.real_model.page import write_results
 from examples.real_model.settings import ALL, TOKENS
 from examples.real_model.task import Task
 from examples.real_model.tasks import Tasks
 from examples.steps import ROOT, Steps
-from moelpr import machine
-from moelpr.command import CommandParser, run_command
-from moelpr.errors import MachineError, UserError
 from moelpr.families.families import CONFIG_FILE, read_config
-from moelpr.files import locked, make_folder, write_text
+from moelpr.process import machine
+from moelpr.process.command import CommandParser, run_command
+from moelpr.process.errors import MachineError, UserError
 from moelpr.report.page import Table, terminal_table
+from moelpr.store.files import locked, make_folder, write_text
 
 DEFAULT_PARAMETERS = 134_515_008  # of the default base; others need more or less in proportion
 LOCK_FILE = ".lock"

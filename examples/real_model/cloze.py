@@ -17,10 +17,10 @@ from typing import Any
 
 from examples.demo_corpus import LANGUAGES
 from examples.real_model.text import TRAINED, UNTRAINED, hash_of
-from moelpr.command import CommandParser, run_command
-from moelpr.errors import UserError
-from moelpr.files import atomic_directory
-from moelpr.yaml_files import dump
+from moelpr.process.command import CommandParser, run_command
+from moelpr.process.errors import UserError
+from moelpr.store.files import atomic_directory
+from moelpr.store.yaml_files import dump
 
 QUESTIONS = 250  # per task; a language has one task of kinds that are trained on, and one of the other
 PER_DOCUMENT = 6  # questions, at most

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from examples.real_model.debian_package import digest_of
-from moelpr.command import CommandParser
-from moelpr.errors import MachineError, UserError
-from moelpr.files import LOCK_FILE, locked, make_folder
-from moelpr.machine import as_gib
-from moelpr.yaml_files import read_mapping
+from moelpr.process.command import CommandParser
+from moelpr.process.errors import MachineError, UserError
+from moelpr.process.machine import as_gib
+from moelpr.store.files import LOCK_FILE, locked, make_folder
+from moelpr.store.yaml_files import read_mapping
 
 SOURCES = Path(__file__).with_name("sources.yaml")
 DOWNLOAD = ".download"  # folder in the cache; an interrupted download starts over

@@ -17,12 +17,12 @@ import torch
 from torch.utils.data import Dataset
 
 from examples.real_model.settings import BATCH, BETA2, MICRO_BATCH, SEQUENCE_LENGTH, minimum_rate, warmup_steps
-from moelpr import machine
-from moelpr.command import CommandParser, run_command
 from moelpr.data.manifest import Manifest
-from moelpr.errors import UserError
-from moelpr.files import atomic_directory, locked, make_folder, write_text
-from moelpr.run_folder import read_json
+from moelpr.process import machine
+from moelpr.process.command import CommandParser, run_command
+from moelpr.process.errors import UserError
+from moelpr.store.files import atomic_directory, locked, make_folder, write_text
+from moelpr.store.run_folder import read_json
 
 SAVE_INTERVAL = 40  # steps
 

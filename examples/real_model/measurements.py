@@ -32,12 +32,12 @@ from examples.real_model.settings import (
     Setting,
 )
 from examples.real_model.tasks import held_out_files, searched_changes
-from moelpr.errors import UserError
 from moelpr.evaluate.bootstrap import Estimate, estimates, interval_of, mean
 from moelpr.evaluate.result_cache import cached_results
 from moelpr.evaluate.scoring import LanguageScore
-from moelpr.run_folder import read_json
-from moelpr.run_metrics import read_run_metrics
+from moelpr.metrics.run_metrics import read_run_metrics
+from moelpr.process.errors import UserError
+from moelpr.store.run_folder import read_json
 
 Json = dict[str, Any]
 ROUTED = ("copies-stage1", "copies")  # settings whose routing is shown

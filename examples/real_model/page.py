@@ -22,10 +22,10 @@ from examples.real_model.settings import (
     STAGE0_SHARE,
 )
 from examples.real_model.signs import Verdict, change, margin, signs
-from moelpr.files import write_text
 from moelpr.languages import language_name
 from moelpr.report.page import Row, Table, terminal_table
 from moelpr.report.plots import Interval, Panel, Series, heat_maps, percent, trade_off_chart
+from moelpr.store.files import write_text
 
 Json = Mapping[str, Any]
 NAME, ROUTING = "real-model", "real-model-routing"  # files

@@ -13,10 +13,10 @@ from examples.readme_results import replace_between
 from examples.real_model.measurements import collect, merged
 from examples.real_model.page import NAME, charts, dump, readme_table, section
 from examples.steps import ROOT
-from moelpr.command import CommandParser, run_command
-from moelpr.errors import UserError
-from moelpr.files import write_text
-from moelpr.run_folder import read_json
+from moelpr.process.command import CommandParser, run_command
+from moelpr.process.errors import UserError
+from moelpr.store.files import write_text
+from moelpr.store.run_folder import read_json
 
 
 def main() -> None:

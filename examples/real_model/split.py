@@ -10,9 +10,9 @@ from pathlib import Path
 
 from examples.real_model.settings import LANGUAGES
 from examples.real_model.tasks import PROMPTS, held_out_files
-from moelpr.command import CommandParser, run_command
-from moelpr.errors import UserError
-from moelpr.files import atomic_directory, refuse_existing
+from moelpr.process.command import CommandParser, run_command
+from moelpr.process.errors import UserError
+from moelpr.store.files import atomic_directory, refuse_existing
 
 EVERY = 50  # documents; one of them is set aside
 MOST = 24  # documents of the validation part, per language

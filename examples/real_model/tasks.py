@@ -45,8 +45,8 @@ from examples.real_model.task import Command, Task
 from examples.real_model.training import Training
 from examples.steps import Steps
 from moelpr.data.manifest import Manifest
-from moelpr.errors import UserError
 from moelpr.evaluate.result_cache import cached_results
+from moelpr.process.errors import UserError
 
 EXPANDED_ONLY = {"expanded": 1.0}  # blend
 EXTENDED = "extended-"  # how the names of corpora of the extended tokenizer start

@@ -21,8 +21,8 @@ from typing import Any
 from examples.demo_corpus import LANGUAGES
 from examples.real_model.downloads import fetch_all, parse_folders, read_sources, require_space
 from examples.real_model.readers import Documents, read_help, read_interface, read_stories
-from moelpr.command import run_command
-from moelpr.files import atomic_directory
+from moelpr.process.command import run_command
+from moelpr.store.files import atomic_directory
 
 Reader = Callable[[Mapping[str, Path]], Documents]
 TRAINED: dict[str, Reader] = {"help": read_help, "stories": read_stories}

@@ -15,9 +15,9 @@ from examples.real_model.settings import (
     warmup_steps,
 )
 from examples.real_model.task import Command, Task
-from moelpr.checkpoints import checkpoint_chain
-from moelpr.errors import UserError
-from moelpr.run_folder import FINISHED_FILE
+from moelpr.checkpoints.chain import checkpoint_chain
+from moelpr.process.errors import UserError
+from moelpr.store.run_folder import FINISHED_FILE
 
 SAVE_INTERVAL = 40  # steps
 # Tokens per second on two cores of a Xeon with AVX-512 and bf16 matrix products.

@@ -8,9 +8,9 @@ import re
 from collections.abc import Collection, Iterable
 from typing import Any, NoReturn
 
-from moelpr.checksums import NoVerify
-from moelpr.errors import UserError
+from moelpr.process.errors import UserError
 from moelpr.stages import STAGE_HELP
+from moelpr.store.checksums import NoVerify
 
 _SEE_HELP = "see python -m moelpr.pretrain --help-all"
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from moelpr.megatron_patches import cpu
-from moelpr.versions import install_command
+from moelpr.process.versions import install_command
 
 _DENSE = ("attention", "optimizer")  # parts of a model without experts
 

@@ -14,9 +14,9 @@ from moelpr.arguments.checks.data import damaged_corpora
 from moelpr.arguments.flags import add_arguments, all_arguments
 from moelpr.arguments.kernels import describe_kernels
 from moelpr.arguments.settings import RunSettings, apply_machine, apply_method
-from moelpr.errors import UserError
 from moelpr.model.config import MoELPRConfig
 from moelpr.model_spec import ModelSpec
+from moelpr.process.errors import UserError
 
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ModelSpec]:

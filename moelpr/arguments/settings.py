@@ -15,14 +15,14 @@ import torch
 
 from moelpr.arguments.flags import Parser, split_by_flags, suggestion
 from moelpr.arguments.kernels import choose_kernels, is_installed
-from moelpr.checkpoints import step_folder
-from moelpr.errors import UserError
+from moelpr.checkpoints.chain import step_folder
 from moelpr.layouts import Layout
 from moelpr.megatron_patches import cpu
 from moelpr.model.losses import megatron_balance_coeff
 from moelpr.model_spec import ModelSpec
-from moelpr.run_folder import RECIPE_FILE, TRACKER_FILE, saved_step, usable
-from moelpr.yaml_files import read_mapping
+from moelpr.process.errors import UserError
+from moelpr.store.run_folder import RECIPE_FILE, TRACKER_FILE, saved_step, usable
+from moelpr.store.yaml_files import read_mapping
 
 # Defaults that differ from Megatron's: the supported models were trained without dropout, and validation is optional.
 # For --rerun-mode see checks/model.py.

@@ -5,7 +5,7 @@ from megatron.core.datasets.blended_dataset import BlendedDataset
 
 from moelpr.data.dataset import TaggedGPTDataset
 from moelpr.data.manifest import LanguageCount, Manifest
-from moelpr.errors import UserError
+from moelpr.process.errors import UserError
 
 
 def epoch_table(train: TaggedGPTDataset | BlendedDataset, num_samples: int, seq_length: int) -> str:

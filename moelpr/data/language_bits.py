@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moelpr.data import _language_bits
-from moelpr.errors import UserError
+from moelpr.process.errors import UserError
 
 MAGIC = b"MOELPRLB"
 VERSION = 1

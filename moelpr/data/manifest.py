@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 import moelpr
 from moelpr.data.tokenizer import Tokenizer, load_tokenizer, vocabulary_checksum
-from moelpr.errors import UserError
-from moelpr.files import parse_json, write_text
-from moelpr.vocabulary_extension import VOCABULARY_EXTENSION_FILE, VocabularyExtension
+from moelpr.data.vocabulary_extension import VOCABULARY_EXTENSION_FILE, VocabularyExtension
+from moelpr.process.errors import UserError
+from moelpr.store.files import parse_json, write_text
 
 FORMAT_VERSION = 1
 _BLOCK_BYTES = 1 << 22

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
-from moelpr.errors import UserError, first_line, reports_panics
+from moelpr.process.errors import UserError, first_line, reports_panics
 
 TOKENIZER_TYPES = ("HuggingFaceTokenizer", "SentencePieceTokenizer")
 

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moelpr.checksums import NoVerify
-from moelpr.command import CommandParser, run_command
 from moelpr.evaluate.arguments import check_languages, languages, named_paths
+from moelpr.process.command import CommandParser, run_command
+from moelpr.store.checksums import NoVerify
 
 if TYPE_CHECKING:
     from moelpr.evaluate.results import Results
@@ -37,13 +37,13 @@ def measure_text(args: argparse.Namespace) -> "Results":
     """Of the commands `text` and `routing`, which share all measurements."""
     models, data = named_paths(args.model, "--model"), named_paths(args.data, "--data")
     check_languages(args.original_languages, data, "--data")
-    from moelpr.documents import read_documents  # after the arguments: torch and matplotlib are slow to import
     from moelpr.evaluate.compare import compare_models
     from moelpr.evaluate.models import check_device
     from moelpr.evaluate.result_cache import ResultCache
     from moelpr.evaluate.routing_results import RoutingResults
     from moelpr.evaluate.scoring import Settings
     from moelpr.evaluate.text_results import TextResults
+    from moelpr.store.documents import read_documents  # after the arguments: torch and matplotlib are slow to import
 
     check_device(args.device)
     cache = ResultCache(args.output)

@@ -14,14 +14,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from moelpr.errors import UserError, first_line
 from moelpr.evaluate.models import LoadedModel, choose_device, open_model, require_hf, resolve_dtype
 from moelpr.evaluate.result_cache import Json, ResultCache, fingerprint_files, fingerprint_model
 from moelpr.evaluate.results import Results
 from moelpr.languages import language_name
+from moelpr.process.errors import UserError, first_line
+from moelpr.process.versions import install_command
 from moelpr.report.page import Table
-from moelpr.versions import install_command
-from moelpr.yaml_files import read_mapping
+from moelpr.store.yaml_files import read_mapping
 
 PAPER_TASKS = Path(__file__).with_name("paper_tasks.yaml")
 # Fractions in the harness's results; others (chrf, bleu) are percentages already.

@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moelpr import checksums
 from moelpr.data.tokenizer import open_hf_tokenizer
-from moelpr.errors import UserError, first_line
 from moelpr.families.families import CONFIG_FILE, read_config
-from moelpr.files import parse_json
-from moelpr.machine import as_gib
 from moelpr.megatron_patches import cpu, megatron_fixes
 from moelpr.model_spec import FILE_NAME, ModelSpec
-from moelpr.run_folder import HF_FOLDER
-from moelpr.versions import install_command
+from moelpr.process.errors import UserError, first_line
+from moelpr.process.machine import as_gib
+from moelpr.process.versions import install_command
+from moelpr.store import checksums
+from moelpr.store.files import parse_json
+from moelpr.store.run_folder import HF_FOLDER
 
 
 @dataclass(frozen=True)

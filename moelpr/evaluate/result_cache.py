@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from moelpr.checkpoints import checkpoint_chain
-from moelpr.errors import UserError
+from moelpr.checkpoints.chain import checkpoint_chain
 from moelpr.evaluate.models import is_megatron
-from moelpr.files import make_folder, parse_json, write_text
 from moelpr.model_spec import FILE_NAME
-from moelpr.run_folder import HF_FOLDER
+from moelpr.process.errors import UserError
+from moelpr.store.files import make_folder, parse_json, write_text
+from moelpr.store.run_folder import HF_FOLDER
 
 Json = dict[str, Any]
 

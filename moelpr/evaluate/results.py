@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from moelpr.evaluate.compare import Comparison
-from moelpr.files import write_text
 from moelpr.report import page
+from moelpr.store.files import write_text
 
 
 class Results(ABC):

@@ -6,11 +6,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from moelpr.errors import UserError
 from moelpr.evaluate.compare import Comparison
 from moelpr.evaluate.results import Results, settings_json
 from moelpr.evaluate.routing import BrokenPrior, Routing, broken_priors
 from moelpr.languages import language_name
+from moelpr.process.errors import UserError
 from moelpr.report import page
 from moelpr.report.plots import Panel, heat_maps
 

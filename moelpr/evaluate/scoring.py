@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from moelpr.errors import UserError
 from moelpr.evaluate.models import LoadedModel
 from moelpr.evaluate.routing import Routing, RoutingObserver
+from moelpr.process.errors import UserError
 
 DEFAULT_SEQUENCE_LENGTH = 512
 # Limit of one batch's logits if no batch size is given. A CPU is fastest while they fit in its caches: a model of 7M

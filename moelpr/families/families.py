@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moelpr.errors import UserError
 from moelpr.families.moe_classes import GRANITE_MOE, MIXTRAL, MOE_CLASSES, QWEN2_MOE, QWEN3_MOE, MoeClass
 from moelpr.families.tables import NameTable, llama_like_table
-from moelpr.files import parse_json
 from moelpr.model_spec import MAX_EXPERTS, MAX_LAYERS, ModelSpec, MoeSpec
+from moelpr.process.errors import UserError
+from moelpr.store.files import parse_json
 
 CONFIG_FILE = "config.json"
 

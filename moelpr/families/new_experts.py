@@ -4,9 +4,9 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from moelpr.errors import UserError
 from moelpr.families.families import Family
 from moelpr.model_spec import ModelSpec, MoeSpec
+from moelpr.process.errors import UserError
 
 _TOPK = 2  # K of the paper
 

@@ -21,8 +21,8 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-from moelpr.errors import UserError, first_line
-from moelpr.torch_dist import read_metadata
+from moelpr.checkpoints.torch_dist import read_metadata
+from moelpr.process.errors import UserError, first_line
 
 _FIX = "copy the checkpoint again, or use another step (trainer: --ckpt-step)"
 

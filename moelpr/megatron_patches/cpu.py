@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
-from moelpr import machine
+from moelpr.process import machine
 
 CPU = torch.device("cpu")
 

@@ -21,10 +21,10 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim.adam import adam
 
-from moelpr.errors import MachineError
-from moelpr.files import atomic_file
 from moelpr.megatron_patches import checkpoint_reading
-from moelpr.run_folder import TRACKER_FILE
+from moelpr.process.errors import MachineError
+from moelpr.store.files import atomic_file
+from moelpr.store.run_folder import TRACKER_FILE
 
 
 @cache

@@ -12,7 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
-from moelpr.checkpoints import checkpoint_chain, verify_chain, verify_files
+from moelpr.checkpoints.chain import checkpoint_chain, verify_chain, verify_files
 from moelpr.model.builder import block_spec
 from moelpr.model.config import MoELPRConfig
 from moelpr.model.weights import load_weights

@@ -11,8 +11,8 @@ from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, S
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
-from moelpr.errors import UserError
-from moelpr.torch_dist import read_metadata
+from moelpr.checkpoints.torch_dist import read_metadata
+from moelpr.process.errors import UserError
 
 # Loads the entries of a sharded state dict from one step folder, as dist_checkpointing.load does.
 Loader = Callable[[ShardedStateDict, str], dict[str, Any]]

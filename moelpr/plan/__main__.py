@@ -13,12 +13,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moelpr.command import CommandParser, run_command
-from moelpr.errors import UserError
+from moelpr.data.vocabulary_extension import VocabularyExtension
 from moelpr.families.families import read_base
 from moelpr.families.new_experts import NewExperts, with_new_experts
 from moelpr.layouts import PlannedLayout, neighbors
-from moelpr.machine import format_bytes
 from moelpr.model_spec import ModelSpec
 from moelpr.plan.candidates import Candidate, fitting, with_larger_micro_batch
 from moelpr.plan.gpus import GIB, GPUS, RESERVED_FRACTION, Cluster
@@ -31,7 +29,9 @@ from moelpr.plan.memory import (
     model_parts,
 )  # fmt: skip
 from moelpr.plan.step_time import PREDICTION_ERROR, bubble
-from moelpr.vocabulary_extension import VocabularyExtension
+from moelpr.process.command import CommandParser, run_command
+from moelpr.process.errors import UserError
+from moelpr.process.machine import format_bytes
 
 # Of the paper's recipes, launch/recipes/paper-stage1.yaml and paper-stage2.yaml.
 PAPER_SEQ_LENGTH = {"stage1": 1024, "stage2": 512}

@@ -5,12 +5,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from moelpr.errors import UserError
 from moelpr.layouts import RECOMPUTES, Layout, PlannedLayout, divisors, layout_problems
 from moelpr.model_spec import ModelSpec
 from moelpr.plan.gpus import GIB, RESERVED_FRACTION, Cluster
 from moelpr.plan.memory import RankMemory, Workload, model_parts, stage_memories
 from moelpr.plan.step_time import StepTime, Traffic, expert_traffic, relative_time, step_time
+from moelpr.process.errors import UserError
 
 
 @dataclass(frozen=True)

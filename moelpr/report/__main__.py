@@ -8,8 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from moelpr.command import CommandParser, run_command
-from moelpr.errors import UserError
+from moelpr.process.command import CommandParser, run_command
+from moelpr.process.errors import UserError
 
 
 def main() -> None:

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moelpr.errors import UserError
-from moelpr.files import parse_json
+from moelpr.process.errors import UserError
 from moelpr.report.language_results import GROUPS, LanguageResults, named_input
 from moelpr.report.plots import percent
-from moelpr.yaml_files import read_mapping
+from moelpr.store.files import parse_json
+from moelpr.store.yaml_files import read_mapping
 
 
 def read_verifications(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:

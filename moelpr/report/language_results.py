@@ -8,10 +8,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from moelpr.errors import UserError
-from moelpr.files import parse_json
+from moelpr.process.errors import UserError
 from moelpr.report.plots import Interval
 from moelpr.report.runs import Run
+from moelpr.store.files import parse_json
 
 GROUPS = ("expanded", "original")
 GROUP_NAMES = {"original": "original languages", "expanded": "expanded languages"}

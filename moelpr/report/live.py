@@ -17,10 +17,10 @@ from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
 
-from moelpr.errors import UserError
+from moelpr.metrics.run_metrics import Record, parse_record
+from moelpr.process.errors import UserError
 from moelpr.report.runs import Run, read_run
-from moelpr.run_folder import FINISHED_FILE, METRICS_FILE
-from moelpr.run_metrics import Record, parse_record
+from moelpr.store.run_folder import FINISHED_FILE, METRICS_FILE
 
 _BARS = "▁▂▃▄▅▆▇█"
 _VALUES = {

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from moelpr.files import write_text
+from moelpr.store.files import write_text
 
 
 @dataclass(frozen=True)

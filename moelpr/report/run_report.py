@@ -10,7 +10,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from moelpr.files import write_text
 from moelpr.languages import language_name
 from moelpr.report import page, plots
 from moelpr.report.claims import Claims, Judgment, check_result
@@ -18,6 +17,7 @@ from moelpr.report.language_results import GROUP_NAMES, LanguageResults, held_ou
 from moelpr.report.page import Block, Cell, Row, Section, Table, Text, number_text
 from moelpr.report.run_figures import curve_figures, routing_figures
 from moelpr.report.runs import Run
+from moelpr.store.files import write_text
 
 MAX_WARNINGS = 30
 # Flags that say how a run was made; its recipe.yaml has all of them.

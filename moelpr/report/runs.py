@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from moelpr.errors import UserError
+from moelpr.metrics.run_metrics import Record, RunMetrics, mean_of, read_run_metrics
 from moelpr.model_spec import ModelSpec
+from moelpr.process.errors import UserError
 from moelpr.report.plots import Curve
-from moelpr.run_folder import COMMAND_FILE, FINISHED_FILE, METRICS_FILE, VERSIONS_FILE, read_json, read_settings
-from moelpr.run_metrics import Record, RunMetrics, mean_of, read_run_metrics
+from moelpr.store.run_folder import COMMAND_FILE, FINISHED_FILE, METRICS_FILE, VERSIONS_FILE, read_json, read_settings
 
 ENDS = 50  # first and last steps of a run whose values per layer are kept
 MAX_SECONDS = 1e9  # what a damaged record may add up to, and a duration can still be printed

@@ -23,8 +23,8 @@ from types import FrameType
 
 import psutil
 
-from moelpr.errors import UserError, is_lost_connection
-from moelpr.run_folder import FINISHED_FILE, STOP_FILE, read_settings, saved_step
+from moelpr.process.errors import UserError, is_lost_connection
+from moelpr.store.run_folder import FINISHED_FILE, STOP_FILE, read_settings, saved_step
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 # Environment variable that moelpr.torchrun sets to its process number.

@@ -9,9 +9,9 @@ from pathlib import Path
 from torch.distributed import TCPStore
 
 from moelpr.arguments.settings import RunSettings
-from moelpr.errors import UserError
-from moelpr.files import LOCK_FILE, locked, remove_temporaries
-from moelpr.run_folder import saved_step
+from moelpr.process.errors import UserError
+from moelpr.store.files import LOCK_FILE, locked, remove_temporaries
+from moelpr.store.run_folder import saved_step
 
 # Rank 0 may read its corpora first (--verify-corpus full). If it ends, the launcher ends the others.
 _PATIENCE = timedelta(days=1)

@@ -19,9 +19,9 @@ from megatron.training import get_args, get_tensorboard_writer
 from megatron.training.global_vars import get_wandb_writer
 from tqdm import tqdm
 
-from moelpr.errors import UserError
-from moelpr.files import write_text
-from moelpr.run_folder import METRICS_FILE
+from moelpr.process.errors import UserError
+from moelpr.store.files import write_text
+from moelpr.store.run_folder import METRICS_FILE
 from moelpr.training.early_warnings import EarlyWarning, EarlyWarnings
 
 # Record key -> TensorBoard tag, with a place for the layer and one for the expert.

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from moelpr import yaml_files
 from moelpr.arguments.settings import resolved_settings
-from moelpr.checkpoints import step_name
-from moelpr.files import copy_folder, make_folder, write_text
+from moelpr.checkpoints.chain import step_name
 from moelpr.megatron_patches import hooks
 from moelpr.model_spec import ModelSpec
-from moelpr.run_folder import COMMAND_FILE, HF_FOLDER, RECIPE_FILE, VERSIONS_FILE
-from moelpr.versions import installed_versions
+from moelpr.process.versions import installed_versions
+from moelpr.store import yaml_files
+from moelpr.store.files import copy_folder, make_folder, write_text
+from moelpr.store.run_folder import COMMAND_FILE, HF_FOLDER, RECIPE_FILE, VERSIONS_FILE
 
 
 @contextmanager

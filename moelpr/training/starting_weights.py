@@ -16,11 +16,11 @@ from megatron.training import print_rank_0
 from megatron.training.checkpointing import _load_global_dist_base_checkpoint
 from megatron.training.models.gpt import GPTModel
 
-from moelpr.checkpoints import RELEASE, BaseCheckpoint, checkpoint_chain, checksum, verify_chain, verify_files
-from moelpr.errors import UserError
+from moelpr.checkpoints.chain import RELEASE, BaseCheckpoint, checkpoint_chain, checksum, verify_chain, verify_files
+from moelpr.checkpoints.torch_dist import read_metadata
 from moelpr.model.weights import load_weights, omit_extra_state, save_trained_only
-from moelpr.run_folder import BASE_CHECKPOINT_FILE
-from moelpr.torch_dist import read_metadata
+from moelpr.process.errors import UserError
+from moelpr.store.run_folder import BASE_CHECKPOINT_FILE
 
 
 def starting_weights(args: argparse.Namespace) -> Callable[[list[GPTModel]], None]:

@@ -9,7 +9,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args, 
 from megatron.training.models.gpt import GPTModelConfig
 
 from moelpr.arguments.parse import check_arguments, refused_by_megatron, register_arguments
-from moelpr.checkpoints import write_checksums
+from moelpr.checkpoints.chain import write_checksums
 from moelpr.data.dataset import build_datasets, dataset_config
 from moelpr.data.epoch_table import epoch_table
 from moelpr.megatron_patches import hooks, megatron_fixes

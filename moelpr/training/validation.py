@@ -25,9 +25,9 @@ from moelpr.data.dataset import build_datasets, dataset_config, token_ids
 from moelpr.data.language_bits import LanguageBits, language_bits_path
 from moelpr.data.manifest import Manifest
 from moelpr.data.tokenizer import load_tokenizer
-from moelpr.errors import UserError
 from moelpr.megatron_patches import hooks
-from moelpr.run_folder import HF_FOLDER
+from moelpr.process.errors import UserError
+from moelpr.store.run_folder import HF_FOLDER
 from moelpr.training.metrics import StepLog
 from moelpr.training.run_log import finite
 

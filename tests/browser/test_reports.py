@@ -16,7 +16,7 @@ from moelpr.report.language_results import read_evaluations
 from moelpr.report.run_report import Report
 from moelpr.report.runs import read_run
 from tests.browser.browser import Seen, look, missing_programs, print_pages, screenshot
-from tests.run_folders import LANGUAGES, make_run
+from tests.support.run_folders import LANGUAGES, make_run
 
 pytestmark = pytest.mark.browser
 

@@ -15,10 +15,10 @@ import torch
 
 from benchmarks import common
 from benchmarks.common import STAGES
-from moelpr.checkpoints import step_folder
+from moelpr.checkpoints.chain import step_folder
+from moelpr.metrics.run_metrics import Record, read_run_metrics
 from moelpr.model_spec import ModelSpec, NewTokens
-from moelpr.run_folder import METRICS_FILE
-from moelpr.run_metrics import Record, read_run_metrics
+from moelpr.store.run_folder import METRICS_FILE
 
 TOLERANCE = 1e-5
 STEPS = 3
@@ -256,7 +256,7 @@ def validations(run: Path) -> list[dict[str, Any]]:
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     """All model tensors of the last step."""
-    from moelpr.torch_dist import TorchDistReader
+    from moelpr.checkpoints.torch_dist import TorchDistReader
 
     reader = TorchDistReader(step_folder(run))
     return {key: reader.read(key) for key in reader.keys if key.startswith(("decoder.", "embedding.", "output_layer."))}

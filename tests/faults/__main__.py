@@ -28,9 +28,9 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks.common import install_megatron, print_table
-from moelpr.command import run_command
-from moelpr.errors import UserError
-from moelpr.machine import available_cpus
+from moelpr.process.command import run_command
+from moelpr.process.errors import UserError
+from moelpr.process.machine import available_cpus
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from random import Random
 
-from moelpr.files import write_text
+from moelpr.store.files import write_text
 from tests.faults import commands, hostile
 from tests.faults.commands import (
     COMMANDS,

@@ -236,9 +236,9 @@ def tensors(folder: Path) -> dict[str, tuple[str, str]]:
     """Name -> dtype and digest, of all exports and of the last step of each checkpoint."""
     from safetensors.torch import load_file
 
-    from moelpr.checkpoints import step_folder
-    from moelpr.run_folder import TRACKER_FILE
-    from moelpr.torch_dist import TorchDistReader
+    from moelpr.checkpoints.chain import step_folder
+    from moelpr.checkpoints.torch_dist import TorchDistReader
+    from moelpr.store.run_folder import TRACKER_FILE
 
     found: dict[str, Any] = {}
     for file in sorted(folder.rglob("*.safetensors")):

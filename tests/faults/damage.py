@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from tests.mutations import mutate
+from tests.support.mutations import mutate
 
 # In the place of a value of JSON or YAML.
 VALUES: tuple[Any, ...] = (

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from tests.faults.commands import COMMANDS
-from tests.hf_models import RunsCode, replace_object
+from tests.support.hf_models import RunsCode, replace_object
 
 # Commands that read the same files with the same code, or more of them, are left out.
 _READERS = (

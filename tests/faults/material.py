@@ -97,7 +97,7 @@ def seconds(name: str, folder: Path) -> float:
 def write_sources(folder: Path) -> None:
     """The model and the text."""
     from benchmarks.common import qwen2_config, save_random_model
-    from tests.hf_models import save_extended_tokenizer
+    from tests.support.hf_models import save_extended_tokenizer
 
     write_text(folder)
     tokenizer = byte_level_tokenizer(folder)

@@ -4,13 +4,13 @@ import sys
 import warnings
 from pathlib import Path
 
-from moelpr.command import run_command
+from moelpr.process.command import run_command
 
 
 def main() -> None:
-    from moelpr import yaml_files
     from moelpr.arguments.parse import parse_arguments
     from moelpr.arguments.settings import resolved_settings
+    from moelpr.store import yaml_files
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -21,9 +21,9 @@ import torch
 import yaml
 
 from moelpr.arguments.checks.folders import checkpoint_bytes
-from moelpr.checksums import verify_folder
 from moelpr.model_spec import ModelSpec
-from tests.hf_models import RunsCode, replace_object
+from moelpr.store.checksums import verify_folder
+from tests.support.hf_models import RunsCode, replace_object
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = "--micro-batch-size 2 --global-batch-size 4 --seq-length 32 --lr 1e-2 --min-lr 1e-3 --lr-decay-style cosine"
@@ -49,7 +49,7 @@ def metrics(run: Path) -> list[dict]:
 
 
 def tensors(run: Path, iteration: int) -> dict[str, torch.Tensor]:
-    from moelpr.torch_dist import TorchDistReader
+    from moelpr.checkpoints.torch_dist import TorchDistReader
 
     reader = TorchDistReader(run / f"iter_{iteration:07d}")
     return {key: reader.read(key) for key in reader.keys}
@@ -61,8 +61,8 @@ def model_tensors(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def whole_model(run: Path, iteration: int) -> dict[str, torch.Tensor]:
     """The model's tensors, some from the run's base if the run saved only what it trained."""
-    from moelpr.checkpoints import checkpoint_chain
-    from moelpr.torch_dist import TorchDistReader
+    from moelpr.checkpoints.chain import checkpoint_chain
+    from moelpr.checkpoints.torch_dist import TorchDistReader
 
     readers = [TorchDistReader(link) for link in reversed(checkpoint_chain(run, iteration))]
     return model_tensors({key: reader.read(key) for reader in readers for key in reader.keys})
@@ -98,8 +98,8 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random dense Qwen2 as `hf`, its conversions `dense` and `upcycled`, and corpora `original` and `expanded`."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from checkpoint_convert.upcycling import hf_to_mcore
-    from data_tools.corpus_writer import CorpusWriter
+    from checkpoint_convert.conversions.upcycling import hf_to_mcore
+    from data_tools.corpus.corpus_writer import CorpusWriter
     from moelpr.families.new_experts import NewExperts
 
     folder = tmp_path_factory.mktemp("material")
@@ -180,7 +180,7 @@ def test_stage1_learns(stage1: Path) -> None:
 
 
 def test_stage1_changes_only_new_experts_and_routers(material: Path, stage1: Path) -> None:
-    from moelpr.torch_dist import TorchDistReader
+    from moelpr.checkpoints.torch_dist import TorchDistReader
 
     start = TorchDistReader(material / "upcycled" / "release")
     for key, value in model_tensors(tensors(stage1, 6)).items():
@@ -192,7 +192,7 @@ def test_stage1_changes_only_new_experts_and_routers(material: Path, stage1: Pat
     ("script", "start", "flags"), [("dense", "dense", []), ("stage1", "upcycled", ["--train-everything"])]
 )
 def test_every_tensor_trains(material: Path, script: str, start: str, flags: list[str]) -> None:
-    from moelpr.torch_dist import TorchDistReader
+    from moelpr.checkpoints.torch_dist import TorchDistReader
 
     save = material / f"everything-{script}"
     words = [*flags, "--pretrained-checkpoint", material / start, "--data-path", material / "expanded", "--save", save]
@@ -291,7 +291,7 @@ def test_trained_only_checkpoints_and_held_out_text_do_not_change_the_training(
     material: Path, stage1: Path, stage2: Path
 ) -> None:
     """The other run has neither."""
-    from checkpoint_convert.export import mcore_to_hf
+    from checkpoint_convert.conversions.export import mcore_to_hf
 
     whole = material / "stage2-whole"
     assert launch(*stage2_command(material, stage1, whole, held_out={})).returncode == 0
@@ -321,8 +321,8 @@ def test_a_resumed_stage2_is_bitwise_identical_to_the_uninterrupted_one(
 
 
 def test_a_changed_base_stops_a_resumed_run_and_the_exporter(material: Path, stage1: Path, stage2: Path) -> None:
-    from checkpoint_convert.export import mcore_to_hf
-    from moelpr.errors import UserError
+    from checkpoint_convert.conversions.export import mcore_to_hf
+    from moelpr.process.errors import UserError
 
     changed = shutil.copytree(stage1, material / "changed" / "stage1")
     file = max((changed / "iter_0000006").glob("*.distcp"))
@@ -359,7 +359,7 @@ def test_held_out_text_is_scored_as_transformers_scores_it(material: Path, stage
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from transformers import AutoModelForCausalLM
 
-    from checkpoint_convert.export import mcore_to_hf
+    from checkpoint_convert.conversions.export import mcore_to_hf
 
     passes = [record for record in records(stage2) if record.get("event") == "validation"]
     assert [record["iteration"] for record in passes] == [0, 4, 6]
@@ -434,15 +434,15 @@ def test_a_run_folder_contains_its_settings_and_model(stage1: Path, stage2: Path
 
 
 def test_frozen_tensors_of_the_export_are_bitwise_identical_to_the_bases(material: Path, stage2: Path) -> None:
-    from checkpoint_convert.comparison import compare_frozen, largest_difference
-    from checkpoint_convert.export import mcore_to_hf
+    from checkpoint_convert.compare.comparison import compare_frozen, largest_difference
+    from checkpoint_convert.conversions.export import mcore_to_hf
 
     mcore_to_hf(stage2, material / "stage2-hf", overwrite=True)
     assert largest_difference(compare_frozen(material / "hf", material / "stage2-hf")) == 0.0
 
 
 def test_the_exports_model_card_describes_both_runs(material: Path, stage1: Path, stage2: Path) -> None:
-    from checkpoint_convert.export import mcore_to_hf
+    from checkpoint_convert.conversions.export import mcore_to_hf
 
     mcore_to_hf(stage2, material / "card-hf")
     card = (material / "card-hf" / "README.md").read_text()
@@ -458,8 +458,8 @@ def test_the_exports_model_card_describes_both_runs(material: Path, stage1: Path
 
 
 def test_base_plus_delta_is_the_export(material: Path, stage2: Path) -> None:
-    from checkpoint_convert.delta import apply_delta
-    from checkpoint_convert.export import mcore_to_hf
+    from checkpoint_convert.conversions.delta import apply_delta
+    from checkpoint_convert.conversions.export import mcore_to_hf
 
     mcore_to_hf(stage2, material / "full-hf")
     mcore_to_hf(stage2, material / "delta", as_delta=True)

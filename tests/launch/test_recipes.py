@@ -16,8 +16,8 @@ from moelpr.arguments.settings import RunSettings
 from moelpr.data.language_bits import LanguageBitsWriter
 from moelpr.families.families import read_base
 from moelpr.families.new_experts import NewExperts, with_new_experts
-from moelpr.machine import format_bytes
 from moelpr.plan.__main__ import main as plan
+from moelpr.process.machine import format_bytes
 
 RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
 REAL = sorted(path.name for pattern in ("paper-*.yaml", "qwen*.yaml", "llama*.yaml") for path in RECIPES.glob(pattern))

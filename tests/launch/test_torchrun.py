@@ -13,12 +13,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from moelpr.machine import available_cpus, peak_memory
+from moelpr.process.machine import available_cpus, peak_memory
 
 ROOT = Path(__file__).parents[2]
 RANK = r"""
 import os, time
-from moelpr.command import run_command
+from moelpr.process.command import run_command
 from moelpr.training import clean_stop
 
 def main():

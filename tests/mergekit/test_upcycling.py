@@ -11,10 +11,10 @@ import pytest
 import torch
 import yaml
 
-from checkpoint_convert.export import mcore_to_hf
-from checkpoint_convert.upcycling import hf_to_mcore
+from checkpoint_convert.conversions.export import mcore_to_hf
+from checkpoint_convert.conversions.upcycling import hf_to_mcore
 from moelpr.families.new_experts import NewExperts
-from tests.hf_models import load_stock, make_model  # noqa: F401
+from tests.support.hf_models import load_stock, make_model  # noqa: F401
 
 MERGEKIT = Path(__file__).parents[2] / ".venv-mergekit/bin/mergekit-moe"
 NUM_EXPERTS = 4

@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoint_convert.export import mcore_to_hf
-from checkpoint_convert.export_check import unmet_requirements
-from checkpoint_convert.readers import obstacle
-from checkpoint_convert.upcycling import Start, hf_to_mcore
+from checkpoint_convert.card.readers import obstacle
+from checkpoint_convert.compare.export_check import unmet_requirements
+from checkpoint_convert.conversions.export import mcore_to_hf
+from checkpoint_convert.conversions.upcycling import Start, hf_to_mcore
 from moelpr.families.families import read_config
 from moelpr.families.new_experts import NewExperts
-from tests.hf_models import edit_tensors, load_stock, make_model, save_tokenizer  # noqa: F401
 from tests.readers import llama_cpp, mlx
+from tests.support.hf_models import edit_tensors, load_stock, make_model, save_tokenizer  # noqa: F401
 
 pytestmark = pytest.mark.readers
 

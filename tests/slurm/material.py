@@ -51,7 +51,7 @@ def make_text(folder: Path, documents: int = 120) -> dict[str, Path]:
 
 def make_corpus(folder: Path) -> Path:
     """The prefix of a corpus of expanded-language text, made without a tokenizer."""
-    from data_tools.corpus_writer import CorpusWriter
+    from data_tools.corpus.corpus_writer import CorpusWriter
 
     random = np.random.default_rng(0)
     with CorpusWriter(folder / "corpus", vocab_size=257) as writer:
@@ -77,8 +77,8 @@ def metrics(run: Path) -> list[dict]:
 
 def last_checkpoint(run: Path) -> dict[str, torch.Tensor]:
     """Every tensor of model and optimizer."""
-    from moelpr.checkpoints import step_folder
-    from moelpr.torch_dist import TorchDistReader
+    from moelpr.checkpoints.chain import step_folder
+    from moelpr.checkpoints.torch_dist import TorchDistReader
 
     reader = TorchDistReader(step_folder(run))
     return {key: reader.read(key) for key in reader.keys}

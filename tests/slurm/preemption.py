@@ -22,8 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.common import ROOT, add_json, argument_parser, write_json
-from moelpr.command import run_command
-from moelpr.errors import UserError
+from moelpr.process.command import run_command
+from moelpr.process.errors import UserError
 from tests.slurm.cluster import Cluster, missing_programs
 from tests.slurm.material import differences
 from tests.slurm.stage import STEPS, Stage

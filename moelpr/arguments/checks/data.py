@@ -18,9 +18,9 @@ from moelpr.data.corpus_index import CorpusIndex
 from moelpr.data.dataset import TaggedGPTDataset
 from moelpr.data.language_bits import LanguageBits, language_bits_path
 from moelpr.data.manifest import Manifest, TokenizerMatch, TokenizerRecord, compare_tokenizers, manifest_path
-from moelpr.errors import UserError
-from moelpr.run_folder import HF_FOLDER
-from moelpr.vocabulary_extension import VOCABULARY_EXTENSION_FILE
+from moelpr.data.vocabulary_extension import VOCABULARY_EXTENSION_FILE
+from moelpr.process.errors import UserError
+from moelpr.store.run_folder import HF_FOLDER
 
 # What the order of samples depends on, beside the corpora and the length of the run.
 _ORDER = ("seed", "seq_length", "split", "dataloader_type")

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from moelpr.arguments.settings import RunSettings, retain_interval
-from moelpr.machine import format_bytes
 from moelpr.model_spec import ModelSpec
 from moelpr.plan import memory
-from moelpr.run_folder import TRACKER_FILE
+from moelpr.process.machine import format_bytes
 from moelpr.stages import trained_parts
+from moelpr.store.run_folder import TRACKER_FILE
 
 
 def check_load_folder(run: RunSettings) -> Iterable[str]:

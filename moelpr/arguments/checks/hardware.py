@@ -5,11 +5,11 @@ from collections.abc import Iterable
 
 import torch
 
-from moelpr import machine
 from moelpr.arguments.memory import expected_memory, smaller_settings
 from moelpr.arguments.settings import RunSettings
 from moelpr.megatron_patches import cpu
 from moelpr.plan.gpus import RESERVED_FRACTION
+from moelpr.process import machine
 
 
 def check_gpus(run: RunSettings) -> Iterable[str]:

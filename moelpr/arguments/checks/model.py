@@ -4,8 +4,8 @@ from collections.abc import Iterable
 
 from moelpr.arguments import kernels
 from moelpr.arguments.settings import FIXED_FOR_MOE, RunSettings
+from moelpr.process.versions import install_command
 from moelpr.stages import MOE_STAGES
-from moelpr.versions import install_command
 
 # Parts of the model's description that training may change.
 _FREE_SHAPE = ("attention_dropout", "hidden_dropout", "init_method_std")

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from moelpr.arguments.settings import RunSettings, shape_of
-from moelpr.errors import UserError
 from moelpr.layouts import Layout
 from moelpr.model_spec import ModelSpec
-from moelpr.run_folder import TRACKER_FILE
+from moelpr.process.errors import UserError
+from moelpr.store.run_folder import TRACKER_FILE
 
 # Saved with the optimizer state, and then used instead of other values.
 _ADAM = ("adam_beta1", "adam_beta2", "adam_eps")

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from moelpr.data.language_bits import LanguageBitsWriter
-from moelpr.errors import UserError
 from moelpr.megatron_patches import cpu, megatron_fixes
 from moelpr.model_spec import ModelSpec
+from moelpr.process.errors import UserError
 
 # Before Megatron is imported: so the tests import moelpr.arguments inside functions.
 cpu.install()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.errors import UserError
+from moelpr.process.errors import UserError
 
 
 def test_a_recipe_is_flags_in_yaml(tmp_path: Path) -> None:

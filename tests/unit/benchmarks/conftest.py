@@ -5,7 +5,7 @@ import argparse
 import pytest
 
 from moelpr.model_spec import ModelSpec
-from tests.hf_models import make_model  # noqa: F401
+from tests.support.hf_models import make_model  # noqa: F401
 
 
 @pytest.fixture(scope="package")

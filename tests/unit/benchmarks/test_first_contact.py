@@ -11,8 +11,8 @@ import pytest
 
 from benchmarks import first_contact
 from benchmarks.first_contact import USABLE, Machine, Part, as_markdown, find_machine, run_part, trainer_runs
-from moelpr.errors import UserError
 from moelpr.plan.gpus import GIB
+from moelpr.process.errors import UserError
 
 H100 = "NVIDIA H100 80GB HBM3"
 

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import read_samples
 from benchmarks.common import write_corpus
-from data_tools.corpus import Corpus
+from data_tools.corpus.opened import Corpus
 
 
 def test_both_datasets_read_the_same_samples(

@@ -12,10 +12,10 @@ import torch
 
 from benchmarks.routing import LENGTH, WINDOWS, RecordedRouting, impose, recorded_routing
 from examples.steps import EXPANDED, ORIGINAL
-from moelpr.errors import UserError
 from moelpr.evaluate.models import load_model
 from moelpr.evaluate.routing import RoutingObserver
 from moelpr.model_spec import ModelSpec
+from moelpr.process.errors import UserError
 from moelpr.stages import MoeStage
 
 

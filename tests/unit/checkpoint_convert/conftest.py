@@ -10,11 +10,11 @@ import pytest
 import torch
 import yaml
 
-from checkpoint_convert.export import mcore_to_hf
-from checkpoint_convert.upcycling import Start, hf_to_mcore
-from moelpr.command import run_command
+from checkpoint_convert.conversions.export import mcore_to_hf
+from checkpoint_convert.conversions.upcycling import Start, hf_to_mcore
 from moelpr.families.new_experts import NewExperts
-from tests.hf_models import held_bytes, make_model, make_qwen2, qwen2, source  # noqa: F401
+from moelpr.process.command import run_command
+from tests.support.hf_models import held_bytes, make_model, make_qwen2, qwen2, source  # noqa: F401
 
 BASE_CARD = "---\nlicense: other\nlicense_name: tongyi\nlanguage:\n- en\n- zh\ntags: [chat]\n---\n# The base\n"
 # Of the first run in `runs`, as its recipe.yaml records them.

@@ -10,16 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoint_convert import comparison
-from checkpoint_convert.comparison import compare, compare_frozen, largest_difference
-from checkpoint_convert.export import mcore_to_hf
-from checkpoint_convert.grafting import graft
-from checkpoint_convert.hf_folder import HfReader
-from checkpoint_convert.hub import Model
-from checkpoint_convert.upcycling import Start, hf_to_mcore
+from checkpoint_convert.compare import comparison
+from checkpoint_convert.compare.comparison import compare, compare_frozen, largest_difference
+from checkpoint_convert.conversions.export import mcore_to_hf
+from checkpoint_convert.conversions.grafting import graft
+from checkpoint_convert.conversions.upcycling import Start, hf_to_mcore
+from checkpoint_convert.hf.hf_folder import HfReader
+from checkpoint_convert.hf.hub import Model
 from checkpoint_convert.verify import main
 from moelpr.families.new_experts import NewExperts
-from tests.hf_models import (
+from tests.support.hf_models import (
     copy_of,
     edit_tensors,
     load_stock,

@@ -16,7 +16,7 @@ def write_corpus(tmp_path: Path) -> Callable[..., tuple[Path, np.ndarray, np.nda
     """Write <name>.bin/.idx/.lang; returns the prefix, all tokens and all language bits."""
 
     def write(name: str, documents: int = 40, vocab: int = 500, bits: str = "random", seed: int = 0):  # noqa: ANN202
-        from data_tools.corpus_writer import CorpusWriter
+        from data_tools.corpus.corpus_writer import CorpusWriter
 
         rng = np.random.default_rng(seed)
         tokens, is_original = [], []

@@ -9,7 +9,7 @@ import pytest
 
 from moelpr.data import corpus_index
 from moelpr.data.corpus_index import CorpusIndex
-from moelpr.errors import UserError
+from moelpr.process.errors import UserError
 
 
 def write(prefix: Path, lengths: list[int], pointers: list[int], starts: list[int], code: int = 8, tokens: int = 9):  # noqa: ANN201

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from moelpr.errors import UserError
 from moelpr.megatron_patches import cpu, megatron_fixes
+from moelpr.process.errors import UserError
 
 cpu.install()
 megatron_fixes.install()
@@ -135,7 +135,7 @@ def test_sample_shorter_than_a_sequence_is_padded(write_corpus: Callable) -> Non
 
 
 def test_empty_corpus_is_rejected(tmp_path) -> None:  # noqa: ANN001
-    from data_tools.corpus_writer import CorpusWriter
+    from data_tools.corpus.corpus_writer import CorpusWriter
 
     with CorpusWriter(tmp_path / "nothing", vocab_size=500) as writer:
         writer.add_document(np.array([], np.int32), True)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from moelpr.data import _language_bits, language_bits
 from moelpr.data.language_bits import LanguageBits, LanguageBitsWriter, open_language_bits
-from moelpr.errors import UserError
-from tests.mutations import mutated
+from moelpr.process.errors import UserError
+from tests.support.mutations import mutated
 
 # Every example writes files: no deadline, the disk may be busy.
 bit_arrays = st.lists(st.integers(0, 1), max_size=70).map(lambda bits: np.array(bits, np.uint8))

@@ -22,8 +22,8 @@ from moelpr.data.manifest import (
     manifest_path,
 )
 from moelpr.data.tokenizer import load_tokenizer
-from moelpr.errors import UserError
-from tests.hf_models import save_extended_tokenizer, save_tokenizer
+from moelpr.process.errors import UserError
+from tests.support.hf_models import save_extended_tokenizer, save_tokenizer
 
 MANIFEST = Manifest(
     tokenizer=TokenizerRecord("SentencePieceTokenizer", "τ.model", 100, None, False, "sentencepiece:1", "2"),

@@ -9,7 +9,7 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 from moelpr.data.tokenizer import check_tokenizer_files, load_tokenizer
-from moelpr.errors import UserError
+from moelpr.process.errors import UserError
 
 
 @pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "Qwen2Tokenizer", "GPT2Tokenizer"])

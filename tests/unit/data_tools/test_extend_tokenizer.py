@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from data_tools import extend_tokenizer
 from data_tools.preprocessing import long_documents, reader
 from moelpr.data.tokenizer import load_tokenizer, vocabulary_checksum
-from moelpr.errors import UserError
-from moelpr.vocabulary_extension import VocabularyExtension
-from tests.small_tokenizers import EXPANDED, KINDS, ORIGINAL, documents_in
+from moelpr.data.vocabulary_extension import VocabularyExtension
+from moelpr.process.errors import UserError
+from tests.support.small_tokenizers import EXPANDED, KINDS, ORIGINAL, documents_in
 
 NUMBER = 120
 DOCUMENTS = [text for documents in (EXPANDED | ORIGINAL).values() for text in documents]

@@ -11,10 +11,10 @@ import pytest
 import sentencepiece
 
 from data_tools import inspect_data
-from data_tools.corpus import Corpus
-from data_tools.corpus_writer import CorpusWriter
+from data_tools.corpus.corpus_writer import CorpusWriter
+from data_tools.corpus.opened import Corpus
 from moelpr.data.manifest import Manifest, manifest_path
-from moelpr.errors import UserError
+from moelpr.process.errors import UserError
 
 TEXTS = ["Turn on the light in the kitchen.", "Ανάψτε το φως στην κουζίνα."]
 

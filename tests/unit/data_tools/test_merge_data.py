@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from data_tools import merge_data
-from data_tools.corpus import Corpus, CorpusPaths
-from data_tools.corpus_writer import CorpusWriter
+from data_tools.corpus.corpus_writer import CorpusWriter
+from data_tools.corpus.opened import Corpus, CorpusPaths
 from moelpr.data.manifest import LanguageCount, Manifest, Source
-from moelpr.errors import UserError
+from moelpr.process.errors import UserError
 
 Documents = list[tuple[list[int], bool]]
 

@@ -18,12 +18,12 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from data_tools import merge_data, preprocess_data
-from data_tools.corpus import Corpus
+from data_tools.corpus.opened import Corpus
 from data_tools.preprocessing import encode, job, reader
-from moelpr.command import run_command
 from moelpr.data.manifest import Manifest
 from moelpr.data.tokenizer import load_tokenizer
-from moelpr.errors import UserError
+from moelpr.process.command import run_command
+from moelpr.process.errors import UserError
 
 ONE = ("--language", "original", "--append-eod")
 KEY = ("--language-key", "lang", "--original-languages", "en,es,zh", "--append-eod", "--json-keys", "text", "title")

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from data_tools import sample_data
-from data_tools.corpus import Corpus, CorpusPaths
-from data_tools.corpus_writer import CorpusWriter, Documents
+from data_tools.corpus.corpus_writer import CorpusWriter, Documents
+from data_tools.corpus.opened import Corpus, CorpusPaths
 from moelpr.data.manifest import LanguageCount, Manifest, Source
-from moelpr.errors import UserError
+from moelpr.process.errors import UserError
 
 
 def documents_of(language: str, first_id: int, count: int = 60) -> list[tuple[str, list[int]]]:

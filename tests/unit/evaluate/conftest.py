@@ -10,10 +10,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from moelpr.errors import UserError
 from moelpr.evaluate import __main__ as command
 from moelpr.evaluate.models import read_max_positions
 from moelpr.evaluate.scoring import LanguageScore, Settings, score_each
+from moelpr.process.errors import UserError
 
 TEXTS = {
     "en": [

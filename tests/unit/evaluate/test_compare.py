@@ -7,12 +7,12 @@ import shutil
 import pytest
 import torch
 
-from moelpr.errors import UserError
 from moelpr.evaluate import compare
 from moelpr.evaluate.compare import choose_prompt, compare_models, continue_prompt
 from moelpr.evaluate.models import load_model
 from moelpr.evaluate.result_cache import ResultCache
 from moelpr.evaluate.scoring import Settings
+from moelpr.process.errors import UserError
 
 
 @pytest.fixture

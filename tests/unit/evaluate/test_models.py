@@ -9,10 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint_convert.export import mcore_to_hf
-from checkpoint_convert.upcycling import Start, hf_to_mcore
-from moelpr import machine
-from moelpr.errors import UserError
+from checkpoint_convert.conversions.export import mcore_to_hf
+from checkpoint_convert.conversions.upcycling import Start, hf_to_mcore
 from moelpr.evaluate import models
 from moelpr.evaluate.compare import compare_models
 from moelpr.evaluate.models import check_device, choose_device, hf_model, load_model, open_model
@@ -20,6 +18,8 @@ from moelpr.evaluate.routing import RoutingObserver
 from moelpr.evaluate.scoring import Settings
 from moelpr.families.new_experts import NewExperts
 from moelpr.megatron_patches import cpu
+from moelpr.process import machine
+from moelpr.process.errors import UserError
 
 
 @pytest.fixture(scope="module")

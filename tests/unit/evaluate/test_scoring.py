@@ -9,9 +9,9 @@ import unicodedata
 import pytest
 import torch
 
-from moelpr.errors import UserError
 from moelpr.evaluate.models import load_model
 from moelpr.evaluate.scoring import IGNORED, LanguageScore, Settings, cut_into_windows
+from moelpr.process.errors import UserError
 
 
 @pytest.fixture(scope="module")

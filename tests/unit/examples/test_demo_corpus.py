@@ -11,7 +11,7 @@ import pytest
 
 from examples import demo_corpus
 from examples.demo_corpus import LANGUAGES, WHEEL_NAME, WHEEL_SHA256, build_demo_corpus, is_held_out
-from moelpr.errors import UserError
+from moelpr.process.errors import UserError
 
 ROOT = Path(__file__).parents[3]
 ENGLISH = "Please enter the address of your device"

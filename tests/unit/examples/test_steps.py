@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from examples.steps import Steps
-from moelpr.errors import UserError
+from moelpr.process.errors import UserError
 
 COUNT_AND_EXIT = "import sys; open(sys.argv[1], 'a').write('ran '); sys.exit(int(sys.argv[2]))"
 

@@ -1,3 +1,3 @@
 """The tiny models that these tests share."""
 
-from tests.hf_models import held_bytes, make_model, make_qwen2, qwen2, source  # noqa: F401
+from tests.support.hf_models import held_bytes, make_model, make_qwen2, qwen2, source  # noqa: F401

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoint_convert.comparison import compare, largest_difference
-from checkpoint_convert.export import mcore_to_hf
-from checkpoint_convert.upcycling import Start, hf_to_mcore
-from moelpr.errors import UserError
+from checkpoint_convert.compare.comparison import compare, largest_difference
+from checkpoint_convert.conversions.export import mcore_to_hf
+from checkpoint_convert.conversions.upcycling import Start, hf_to_mcore
 from moelpr.families.families import FAMILIES, family_named, read_config
 from moelpr.families.new_experts import NewExperts
-from tests.hf_models import (
+from moelpr.process.errors import UserError
+from tests.support.hf_models import (
     TOKENS,
     assert_import_fails,
     load_stock,
@@ -120,7 +120,7 @@ def test_the_export_is_a_stock_moe_that_computes_what_our_model_does(
 
 def test_a_trained_model_computes_the_same_in_both(model: tuple[Path, str, str], tmp_path: Path) -> None:
     """Experts that differ, as after training: which weight goes to which expert shows only then."""
-    from checkpoint_convert.upcycling import Start
+    from checkpoint_convert.conversions.upcycling import Start
 
     source, architecture, moe_architecture = model
     hf_to_mcore(source, tmp_path / "megatron", NewExperts(3), start=Start(noise=0.5))

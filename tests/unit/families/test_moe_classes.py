@@ -8,15 +8,15 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
-from checkpoint_convert.comparison import compare, compare_frozen, largest_difference
-from checkpoint_convert.delta import apply_delta
-from checkpoint_convert.export import mcore_to_hf
-from checkpoint_convert.upcycling import Start, hf_to_mcore
-from moelpr.errors import UserError
+from checkpoint_convert.compare.comparison import compare, compare_frozen, largest_difference
+from checkpoint_convert.conversions.delta import apply_delta
+from checkpoint_convert.conversions.export import mcore_to_hf
+from checkpoint_convert.conversions.upcycling import Start, hf_to_mcore
 from moelpr.families.families import read_base
 from moelpr.families.moe_classes import MOE_CLASSES, MoeClass
 from moelpr.families.new_experts import NewExperts
-from tests.hf_models import (
+from moelpr.process.errors import UserError
+from tests.support.hf_models import (
     assert_import_fails,
     assert_nothing_left,
     edit_tensors,

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoint_convert.upcycling import hf_to_mcore
+from checkpoint_convert.conversions.upcycling import hf_to_mcore
+from moelpr.checkpoints.torch_dist import TorchDistReader
 from moelpr.families.families import FAMILIES
 from moelpr.families.moe_classes import GRANITE_MOE
 from moelpr.families.tables import pieces, stacked_part
 from moelpr.model_spec import ModelSpec, MoeSpec
 from moelpr.stages import part_of, trained_parts
-from moelpr.torch_dist import TorchDistReader
-from tests.hf_models import tensors_of
+from tests.support.hf_models import tensors_of
 
 
 def megatron_tensors_of(folder: Path) -> dict[str, Tensor]:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from moelpr.errors import UserError
-from moelpr.torch_dist import TorchDistWriter
-from tests.hf_models import RunsCode, replace_object
+from moelpr.checkpoints.torch_dist import TorchDistWriter
+from moelpr.process.errors import UserError
+from tests.support.hf_models import RunsCode, replace_object
 
 pytestmark = pytest.mark.usefixtures("megatron")
 

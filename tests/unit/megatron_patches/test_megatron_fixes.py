@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from moelpr import command
-from moelpr.errors import MachineError
 from moelpr.megatron_patches import megatron_fixes
 from moelpr.megatron_patches.megatron_fixes import GroupStepAdam
+from moelpr.process import command
+from moelpr.process.errors import MachineError
 
 DATASETS = Path(next(iter(megatron.core.__path__))) / "datasets"
 

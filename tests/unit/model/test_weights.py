@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint_convert.megatron_folder import MegatronReader
-from moelpr.checkpoints import BaseCheckpoint, checkpoint_chain, checksum
-from moelpr.errors import UserError
+from checkpoint_convert.mcore.megatron_folder import MegatronReader
+from moelpr.checkpoints.chain import BaseCheckpoint, checkpoint_chain, checksum
+from moelpr.checkpoints.torch_dist import TorchDistReader
 from moelpr.model_spec import ModelSpec
-from moelpr.torch_dist import TorchDistReader
+from moelpr.process.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -90,8 +90,8 @@ def test_the_exporters_reader_reads_the_complete_model(chain_of_three: Path) -> 
 
 
 def test_a_chain_can_be_made_a_complete_checkpoint(chain_of_three: Path, tmp_path: Path) -> None:
-    from checkpoint_convert.comparison import compare, largest_difference
-    from checkpoint_convert.export import whole_checkpoint
+    from checkpoint_convert.compare.comparison import compare, largest_difference
+    from checkpoint_convert.conversions.export import whole_checkpoint
     from moelpr.model.loading import load_model
 
     whole_checkpoint(chain_of_three / "stage2", tmp_path / "made")

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moelpr.command import run_command
-from moelpr.machine import format_bytes
+from moelpr.data.vocabulary_extension import VocabularyExtension
 from moelpr.plan.__main__ import PAPER_GLOBAL_BATCH_SIZE, PAPER_SEQ_LENGTH, _parser, main
 from moelpr.plan.step_time import PREDICTION_ERROR
-from moelpr.vocabulary_extension import VocabularyExtension
+from moelpr.process.command import run_command
+from moelpr.process.machine import format_bytes
 
 Plan = Callable[..., str]
 

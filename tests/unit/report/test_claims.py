@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from moelpr.errors import UserError
+from moelpr.process.errors import UserError
 from moelpr.report.claims import Claims, read_facts, read_verifications
 from moelpr.report.language_results import LanguageResults
 from moelpr.report.plots import Interval

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from moelpr.errors import UserError
+from moelpr.process.errors import UserError
 from moelpr.report.language_results import held_out_results, read_evaluations
 from moelpr.report.runs import read_run
-from tests.run_folders import make_run
+from tests.support.run_folders import make_run
 
 
 def test_evaluations_of_several_files_and_versions_are_joined(tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from moelpr.errors import UserError
+from moelpr.process.errors import UserError
 from moelpr.report import live
 from moelpr.report.runs import read_run
-from tests.run_folders import make_run
+from tests.support.run_folders import make_run
 
 
 def test_pipe_gets_one_line_per_record_until_the_run_is_finished(

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.errors import UserError
+from moelpr.process.errors import UserError
 from moelpr.report.__main__ import main
-from tests.run_folders import make_run
+from tests.support.run_folders import make_run
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:

@@ -8,7 +8,7 @@ from moelpr.model_spec import ModelSpec, MoeSpec
 from moelpr.report.language_results import LanguageResults
 from moelpr.report.run_figures import routing_figures
 from moelpr.report.runs import read_run
-from tests.run_folders import make_run
+from tests.support.run_folders import make_run
 from tests.unit.conftest import SHAPE
 
 

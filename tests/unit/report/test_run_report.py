@@ -11,7 +11,7 @@ from moelpr.report.claims import Claims
 from moelpr.report.language_results import read_evaluations
 from moelpr.report.run_report import Report
 from moelpr.report.runs import read_run
-from tests.run_folders import LANGUAGES, make_run
+from tests.support.run_folders import LANGUAGES, make_run
 
 
 def pages(*folders: Path, evaluations: tuple[Path, ...] = (), **more: object) -> tuple[str, str]:

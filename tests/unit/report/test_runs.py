@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.errors import UserError
+from moelpr.process.errors import UserError
 from moelpr.report.runs import ENDS, curve_of, read_run, read_runs
-from tests.run_folders import make_run
+from tests.support.run_folders import make_run
 
 
 @pytest.mark.parametrize("value", ["x", 3, {"a": 1}, [[1]], math.nan])

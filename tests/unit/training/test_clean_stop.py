@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.errors import UserError
+from moelpr.process.errors import UserError
+from moelpr.store.yaml_files import dump
 from moelpr.training import clean_stop
-from moelpr.yaml_files import dump
 
 
 def settings(save: Path, **changes: object) -> argparse.Namespace:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from torch.distributed import TCPStore
 
-from moelpr.errors import UserError
+from moelpr.process.errors import UserError
 from moelpr.training.run_lock import run_lock
 
 

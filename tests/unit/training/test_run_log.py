@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.errors import UserError
-from moelpr.run_metrics import read_run_metrics
+from moelpr.metrics.run_metrics import read_run_metrics
+from moelpr.process.errors import UserError
 from moelpr.training import run_log
 from moelpr.training.early_warnings import EarlyWarnings, Thresholds
 from moelpr.training.run_log import RunLog, open_metrics, report_nonfinite_exit

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.errors import UserError
+from moelpr.checkpoints.torch_dist import TorchDistWriter
 from moelpr.model_spec import ModelSpec
-from moelpr.torch_dist import TorchDistWriter
+from moelpr.process.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("megatron")
 

@@ -8,9 +8,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from data_tools.corpus_writer import CorpusWriter
+from data_tools.corpus.corpus_writer import CorpusWriter
 from moelpr.data.manifest import LanguageCount, Manifest, TokenizerRecord
-from moelpr.errors import UserError
+from moelpr.process.errors import UserError
 from moelpr.training.validation import HeldOut, bytes_per_token, result
 
 TEXTS = ["Η πόρτα είναι ανοιχτή.", "門は開いている。", "The door is open."]

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moelpr import machine
 from moelpr.megatron_patches import cpu
+from moelpr.process import machine
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from data_tools.preprocessing import job, reader
 from data_tools.preprocessing.arguments import parse_arguments
 from data_tools.preprocessing.plan import Plan
 from moelpr.data.manifest import Manifest
-from moelpr.errors import UserError
-from moelpr.files import LOCK_FILE, locked
+from moelpr.process.errors import UserError
+from moelpr.store.files import LOCK_FILE, locked
 
 FLAGS = (
     *("--language-key", "lang", "--original-languages", "en,es,zh", "--append-eod", "--json-keys", "text", "title"),

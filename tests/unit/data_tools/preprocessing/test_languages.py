@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_tools.corpus import Corpus
+from data_tools.corpus.opened import Corpus
 from data_tools.preprocessing.languages import UNDETECTED, Detector
 from moelpr.data.manifest import Manifest
 from moelpr.data.tokenizer import load_tokenizer
-from moelpr.errors import UserError
+from moelpr.process.errors import UserError
 
 LANGUAGES = ("--original-languages", "en,es,zh", "--expanded-languages", "el,hu")
 

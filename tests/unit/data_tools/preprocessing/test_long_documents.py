@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from data_tools.corpus import Corpus
+from data_tools.corpus.opened import Corpus
 from data_tools.preprocessing import long_documents, reader
 from data_tools.preprocessing.long_documents import encode_long_text, without_long_strings
 from data_tools.preprocessing.reader import FileRange, ReadCursor
 from data_tools.preprocessing.sources import Share, open_source
 from data_tools.preprocessing.tokenizers import Backend, HuggingFaceBackend, SentencePieceBackend
 from moelpr.data.manifest import Manifest
-from moelpr.documents import BadLine
-from moelpr.errors import UserError
+from moelpr.process.errors import UserError
+from moelpr.store.documents import BadLine
 
 # How Qwen2's and Llama 3's tokenizers split text, except for the number of digits.
 SPLIT = (

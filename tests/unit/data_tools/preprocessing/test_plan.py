@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from data_tools.corpus import Corpus
+from data_tools.corpus.opened import Corpus
 from data_tools.preprocessing import job, reader
 from moelpr.data.manifest import Manifest
-from moelpr.errors import UserError
+from moelpr.process.errors import UserError
 
 
 @pytest.fixture

@@ -13,13 +13,13 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from data_tools.corpus import Corpus
+from data_tools.corpus.opened import Corpus
 from data_tools.preprocessing import reader
 from data_tools.preprocessing.reader import Batch, ReadCursor, Reader
 from data_tools.preprocessing.sampling import sample_documents
 from data_tools.preprocessing.sources import Share, open_source
-from moelpr.errors import UserError
-from tests.packed_files import parquet_table, zstd
+from moelpr.process.errors import UserError
+from tests.support.packed_files import parquet_table, zstd
 
 FLAGS = ("--language-key", "lang", "--original-languages", "en,es,zh", "--append-eod")
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from data_tools.preprocessing.sources import Form, Share, Source, find_files, open_source, shares_of
-from moelpr.errors import UserError
+from moelpr.process.errors import UserError
 
 
 def test_a_folder_is_read_with_its_links_and_without_what_is_hidden_or_of_a_corpus(tmp_path: Path) -> None:

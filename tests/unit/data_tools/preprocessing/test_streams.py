@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from data_tools.preprocessing import reader
-from moelpr.errors import UserError
-from tests.packed_files import parquet_table, zstd
+from moelpr.process.errors import UserError
+from tests.support.packed_files import parquet_table, zstd
 
 FLAGS = ("--language-key", "lang", "--original-languages", "en,es,zh", "--append-eod")
 

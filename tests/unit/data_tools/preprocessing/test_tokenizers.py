@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from data_tools.corpus import Corpus
+from data_tools.corpus.opened import Corpus
 from data_tools.preprocessing import tokenizers
 from data_tools.preprocessing.tokenizers import (
     Encoded,
@@ -20,8 +20,8 @@ from data_tools.preprocessing.tokenizers import (
     load_job_tokenizer,
 )
 from moelpr.data.manifest import Manifest, TokenizerMatch, compare_tokenizers
-from moelpr.errors import UserError
-from tests.hf_models import save_extended_tokenizer
+from moelpr.process.errors import UserError
+from tests.support.hf_models import save_extended_tokenizer
 
 FLAGS = ("--language", "original", "--append-eod")
 

@@ -13,8 +13,8 @@ from examples import demo_corpus
 from examples.real_model import downloads
 from examples.real_model.debian_package import digest_of
 from examples.real_model.downloads import Source, fetch_all, read_sources
-from moelpr.errors import MachineError, UserError
-from tests.debian_packages import write_deb
+from moelpr.process.errors import MachineError, UserError
+from tests.support.debian_packages import write_deb
 
 PAGES = {"usr/share/pages/a.html": b"first", "usr/share/pages/b.html": b"second"}
 CHANGES = "usr/share/doc/changes"  # a file that nobody reads

@@ -9,9 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 pytest.importorskip("peft", reason="peft is not installed: examples/real_model/install.sh")
 
 from examples.real_model import lora
-from moelpr.errors import UserError
-from moelpr.run_metrics import read_run_metrics
-from tests.hf_models import save_tokenizer
+from moelpr.metrics.run_metrics import read_run_metrics
+from moelpr.process.errors import UserError
+from tests.support.hf_models import save_tokenizer
 
 STEPS = 4
 

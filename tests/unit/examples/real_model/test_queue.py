@@ -33,10 +33,10 @@ from examples.real_model.split import split_training_text
 from examples.real_model.task import Task
 from examples.real_model.tasks import Tasks, best_rate, search_name
 from examples.steps import Steps
-from moelpr.errors import MachineError, UserError
 from moelpr.evaluate.result_cache import ResultCache
 from moelpr.evaluate.routing import Routing
 from moelpr.evaluate.scoring import LanguageScore
+from moelpr.process.errors import MachineError, UserError
 
 # Bits per byte against base: (expanded, original) on trained kinds, then on the others.
 CHANGES = {
@@ -420,13 +420,13 @@ def test_a_folder_belongs_to_one_number_of_tokens(run: Path) -> None:
 
 def test_too_little_disk_or_memory_is_said_before_anything_starts(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = Tasks(run).all()
-    monkeypatch.setattr("moelpr.machine.free_memory", lambda: 64 << 30)
+    monkeypatch.setattr("moelpr.process.machine.free_memory", lambda: 64 << 30)
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 2 << 30}))
     with pytest.raises(MachineError, match=r"2.0 GiB free"):
         queue.check_machine(tasks, run / "base-hf", run)
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 500 << 30}))
     queue.check_machine(tasks, run / "base-hf", run)
-    monkeypatch.setattr("moelpr.machine.free_memory", lambda: 3 << 30)
+    monkeypatch.setattr("moelpr.process.machine.free_memory", lambda: 3 << 30)
     with pytest.raises(MachineError, match=r"3.0 GiB of memory .* step plain"):
         queue.check_machine(tasks, run / "base-hf", run)
 

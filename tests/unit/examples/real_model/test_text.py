@@ -13,7 +13,7 @@ from examples.real_model import cloze, readers, text
 from examples.real_model.readers import CAMPAIGNS, HELP_CODES, _scenes, clean, is_sentence, read_stories
 from examples.real_model.text import TRAINED, build_corpus, hash_of, is_held_out, ngrams
 from moelpr.evaluate.harness import read_benchmarks
-from tests.debian_packages import write_deb
+from tests.support.debian_packages import write_deb
 
 # A sentence of each language about a number, long enough for n-grams and for the cloze task.
 SENTENCES = {

@@ -1,0 +1,53 @@
+"""The files of a model directory other than its weights: copied from another one, or written for an export."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from checkpoint_convert.card.card_metadata import CARD_FILE
+from checkpoint_convert.card.model_card import BASE_CARD_FILE
+from checkpoint_convert.hf.hf_folder import COMPANION_FILES, COMPANION_FOLDERS
+from checkpoint_convert.hf.kept_tokenizer import keep_tokenizer
+from moelpr.families.families import CONFIG_FILE
+from moelpr.store.files import check_links, copy_folder
+
+
+def copy_companions(
+    source: Path, target: Path, skip: tuple[str, ...] = (), files: tuple[str, ...] = COMPANION_FILES
+) -> None:
+    """Copy config, tokenizer, chat template and model card, or those of them that `files` names, but no weights.
+
+    Raises:
+        UserError: one is a link out of the folder.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    for name in files:
+        if name not in skip and (source / name).is_file():
+            copy_companion(source, name, target / name)
+    for name in COMPANION_FOLDERS:
+        if (source / name).is_dir():
+            check_links(source / name, source)
+            copy_folder(source / name, target / name)
+
+
+def copy_companion(source: Path, name: str, target: Path) -> None:
+    """Copy a file of the folder `source`; UserError if it is a link out of it."""
+    check_links(source / name, source)
+    shutil.copyfile(source / name, target)
+
+
+def write_companions(folder: Path, tokenizer: Path, base: Path, config: dict[str, Any], card: str) -> None:
+    """Write everything of an export except its weights.
+
+    Args:
+        tokenizer: Folder with the tokenizer and all other companions but the base's card, which is in `base`: the same
+            folder, or a delta, whose tokenizer is already the export's.
+    """
+    copy_companions(tokenizer, folder, skip=(CONFIG_FILE, CARD_FILE))
+    if (base / CARD_FILE).is_file():
+        copy_companion(base, CARD_FILE, folder / BASE_CARD_FILE)
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    if tokenizer == base:
+        keep_tokenizer(base, folder)
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")

@@ -1,0 +1,269 @@
+"""What a model was made from and how it was trained, from the records of the conversion and of the runs."""
+
+import json
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from checkpoint_convert.mcore.megatron_folder import MegatronReader
+from moelpr.checkpoints.chain import RELEASE, BaseCheckpoint, is_step_name, step_folder
+from moelpr.families.families import read_config
+from moelpr.metrics.run_metrics import read_run_metrics
+from moelpr.model_spec import ModelSpec
+from moelpr.process.errors import UserError
+from moelpr.stages import VOCABULARY_PARTS, Part, trained_parts, trains_new_rows_only
+from moelpr.store.run_folder import HF_FOLDER, METRICS_FILE, RECIPE_FILE, VERSIONS_FILE, read_json, read_settings
+
+# In a checkpoint's hf/, which the trainer copies.
+ORIGIN_FILE = "origin.json"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a converter made a checkpoint from; None for what is unknown, not recorded or does not apply.
+
+    Attributes:
+        base_model: Name of the model's folder or on the Hub, or of the base in an adapter.
+        settings: How new experts started (`upcycling.Start`).
+        adapter: Name of the adapter that the experts come from.
+        has_other_base: Whether the adapter also had the frozen weights (`save_all_params`), and not those of the base.
+        copy_of: Step folder whose weights the checkpoint has.
+        revision: Commit of the base on the Hub.
+    """
+
+    base_model: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    adapter: str | None = None
+    has_other_base: bool = False
+    copy_of: str | None = None
+    revision: str | None = None
+
+    def write(self, checkpoint: Path) -> None:
+        (checkpoint / HF_FOLDER).mkdir(exist_ok=True)
+        (checkpoint / HF_FOLDER / ORIGIN_FILE).write_text(json.dumps(vars(self), indent=2) + "\n")
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> "Origin":
+        content = read_json(checkpoint / HF_FOLDER / ORIGIN_FILE) or {}
+        kinds = {
+            "base_model": str, "settings": dict, "adapter": str, "has_other_base": bool, "copy_of": str,
+            "revision": str,
+        }  # fmt: skip
+        known = {key: content[key] for key, kind in kinds.items() if isinstance(content.get(key), kind)}
+        settings = known.get("settings", {})
+        numbers = [settings.get(name, 0) for name in ("noise", "reinitialise")]
+        if not all(type(number) in (int, float) and abs(number) < 1e9 for number in numbers) or not (
+            type(settings.get("seed", 0)) is int and settings.get("seed", 0) < 1 << 64
+        ):
+            del known["settings"]
+        return cls(**known)
+
+
+@dataclass(frozen=True)
+class TrainedStage:
+    """One run that trained the model, up to the step that the next run started from or that is exported.
+
+    Attributes:
+        settings: Every flag with its final value.
+        first: The metrics of the first step; `last`: of `step`. None if the run has no metrics of `step`.
+        versions: Versions of the packages at the run's last start.
+    """
+
+    folder: Path
+    step: int
+    settings: dict[str, Any]
+    first: dict[str, Any] | None = None
+    last: dict[str, Any] | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> frozenset[Part]:
+        """The parts that it trained; empty for an unknown stage."""
+        stage: Any = self.settings.get("stage")
+        flags = (bool(self.settings.get(name)) for name in ("train_everything", "train_new_embeddings"))
+        try:
+            return trained_parts(stage, *flags)
+        except KeyError:
+            return frozenset()
+
+    @property
+    def trained_names(self) -> list[str]:
+        """The parts that it trained, for readers."""
+        names = {part.value for part in self.trained}
+        stage: Any = self.settings.get("stage")
+        if trains_new_rows_only(stage, bool(self.settings.get("train_new_embeddings"))):
+            names = names - {part.value for part in VOCABULARY_PARTS} | {"rows of new tokens"}
+        return sorted(names)
+
+    @property
+    def trained_everything(self) -> bool:
+        return self.trained == frozenset(Part)
+
+    def filled(self, template: str) -> str:
+        """`template` with the settings that it names; empty if one is not recorded."""
+        names = re.findall(r"\{(\w+)", template)
+        if any(self.settings.get(name) is None for name in names):
+            return ""
+        try:
+            return template.format_map(self.settings)
+        except (ValueError, TypeError, OverflowError):  # a recipe that was edited: text where a number belongs
+            return re.sub(r":[^{}]*\}", "}", template).format_map(self.settings)
+
+    def change(self, metric: str) -> str:
+        """A metric of the first and the last step; empty if neither is recorded."""
+        values = [(record or {}).get(metric) for record in (self.first, self.last)]
+        return "" if values == [None, None] else " to ".join("–" if v is None else f"{v:.4g}" for v in values)
+
+    @property
+    def data(self) -> str:
+        """Megatron's blend: prefixes, or alternating weights and prefixes; or the file that lists it."""
+        blend = self.settings.get("data_path") or self.settings.get("train_data_path")
+        if not isinstance(blend, list):
+            listed = self.settings.get("data_args_path") or self.settings.get("per_split_data_args_path")
+            return f"the list `{listed}`" if listed else ""
+        blend = [str(item) for item in blend]
+        if len(blend) % 2 == 0 and all(re.fullmatch(r"[\d.]+(e-?\d+)?", item) for item in blend[::2]):
+            pairs = zip(blend[::2], blend[1::2], strict=True)
+            return ", ".join(f"`{path}` (weight {weight})" for weight, path in pairs)
+        return ", ".join(f"`{path}`" for path in blend)
+
+
+@dataclass(frozen=True)
+class History:
+    """Stages, oldest first, and the folder that the oldest one started from if its records were not found."""
+
+    stages: list[TrainedStage]
+    missing: str | None = None
+
+
+def read_history(checkpoint: Path, iteration: int | None = None) -> History:
+    """The stages that trained the model in `checkpoint`, as far as their folders still exist under the same names.
+
+    Args:
+        iteration: Saved step; None for the latest.
+    """
+    spec = ModelSpec.read(checkpoint)
+    stages: list[TrainedStage] = []
+    seen: set[Path] = set()
+    folder, step = checkpoint, step_folder(checkpoint, iteration)
+    while folder.resolve() not in seen:
+        seen.add(folder.resolve())
+        if step.name == RELEASE:
+            start = Origin.read(folder).copy_of
+            is_step = start is not None and is_step_name(Path(start).name) and "\0" not in start
+            found = (
+                Path(start)
+                if start and is_step and Path(start).is_dir() and _has_spec(Path(start).parent, spec)
+                else None
+            )
+        else:
+            settings = read_settings(step) or read_settings(folder)
+            if settings is None:
+                return History(stages[::-1], str(folder) if stages else None)
+            stages.append(_read_stage(folder, int(step.name.removeprefix("iter_")), settings))
+            first = _first_start(folder, settings)
+            start = _start_of(folder, first or settings)
+            found = _find_start(folder, Path(start), first, spec) if start else None
+        if found is None:
+            return History(stages[::-1], start)
+        folder, step = found.parent, found
+    return History(stages[::-1])
+
+
+def _first_start(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The settings that the run in `folder` first started with; None if only resumed starts are recorded."""
+    saved = [read_settings(path.parent) for path in sorted(folder.glob(f"iter_*/{RECIPE_FILE}"))]
+    return next((start for start in [settings, *saved] if start and not start.get("is_resumed")), None)
+
+
+def _start_of(folder: Path, settings: dict[str, Any]) -> str | None:
+    """The folder, as named then, that the run in `folder` took its weights from at its first start."""
+    own = [folder.resolve(), Path(settings.get("save") or folder).resolve()]
+    starts = [settings.get(name) for name in ("model_source", "pretrained_checkpoint")]
+    return next((start for start in starts if start and Path(start).resolve() not in own), None)
+
+
+def _find_start(folder: Path, start: Path, first: dict[str, Any] | None, spec: ModelSpec) -> Path | None:
+    """The step folder that the run started from; None if it is missing or ambiguous."""
+    try:
+        base = BaseCheckpoint.read(folder)
+        if base is not None:
+            return base.find(folder)
+        if not _has_spec(start, spec) or (first is None and len(list(start.glob("iter_*"))) > 1):
+            return None
+        if first and isinstance(step := first.get("model_step"), str):
+            return start / step if Path(step).name == step and (start / step).is_dir() else None
+        return step_folder(start, first.get("ckpt_step") if first else None)  # of a version that did not record it
+    except UserError:
+        return None
+
+
+def _has_spec(checkpoint: Path, spec: ModelSpec) -> bool:
+    try:
+        return ModelSpec.read(checkpoint) == spec
+    except UserError:
+        return False
+
+
+def _read_stage(folder: Path, step: int, settings: dict[str, Any]) -> TrainedStage:
+    try:
+        records = [record for record in read_run_metrics(folder / METRICS_FILE).steps if record["iteration"] <= step]
+    except UserError:
+        records = []
+    reaches_step = bool(records) and records[-1]["iteration"] == step
+    first, last = (records[0], records[-1]) if reaches_step else (None, None)
+    return TrainedStage(folder, step, settings, first, last, read_json(folder / VERSIONS_FILE) or {})
+
+
+def check_separable(model: Path, spec: ModelSpec, origin: Origin, history: History, output: str, instead: str) -> None:
+    """UserError unless the model is a base with routers and new experts, and nothing else was trained.
+
+    Prints a note if the records of earlier training are gone, so that it is unknown.
+
+    Args:
+        output: What is to be written, "a delta" or "an adapter".
+        instead: The fix, for the error message.
+    """
+    if spec.moe is None:
+        raise UserError(f"{model} is dense and has no experts for {output}; {instead}")
+    for stage in history.stages:
+        if stage.trained_everything:
+            raise UserError(
+                f"{stage.folder} trained all parameters (--train-everything), but {output} contains only routers and "
+                f"new experts; {instead}"
+            )
+    if origin.has_other_base:
+        raise UserError(
+            f"the adapter {origin.adapter}, from which {model} was made, had changed the base's weights too, but "
+            f"{output} contains only routers and new experts; {instead}"
+        )
+    if history.missing is not None:
+        print(
+            f"note: how {history.missing} was trained is not recorded; if that changed more than routers and new "
+            f"experts, {output} cannot restore the model",
+            file=sys.stderr,
+        )
+
+
+def check_frozen_is_the_base(source: MegatronReader, dtype: str, output: str, instead: str) -> None:
+    """UserError unless the base's tensors in `dtype` are the checkpoint's frozen ones in `dtype`.
+
+    A dtype between the base's and this one, of the conversion or of the training, has rounded them otherwise. A tensor
+    with rows of new tokens is stored in the dtype of the training.
+
+    Args:
+        output: What is to be written, "a delta" or "an adapter".
+        instead: The fix if no dtype is one, for the error message.
+    """
+    base = read_config(source.folder / HF_FOLDER)
+    base_dtype = base.get("dtype") or base.get("torch_dtype") or source.spec.dtype
+    stored = {str(source.dtype(piece)).removeprefix("torch.") for piece in source.pieces if not piece.is_trained}
+    rounded = sorted({source.spec.dtype, *stored} - {"float32", base_dtype})
+    if not {*rounded} <= {dtype}:
+        fix = f"pass --dtype {rounded[0]}" if len(rounded) == 1 else instead
+        raise UserError(
+            f"{source.folder} has {' and '.join(rounded)}, to which the base's {base_dtype} was rounded: {output} in "
+            f"{dtype} would not restore it; {fix}"
+        )

@@ -1,0 +1,100 @@
+"""The model card of an export (README.md), from the records of the conversion and of the runs that trained it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+
+from checkpoint_convert.card.card_metadata import read_card, split_card
+from checkpoint_convert.card.history import History, Origin
+from checkpoint_convert.card.readers import obstacle, readers_sentence
+from checkpoint_convert.hf.hub import is_hub_name
+from checkpoint_convert.mcore.megatron_folder import MegatronReader, num_elements
+from moelpr.data.vocabulary_extension import VocabularyExtension
+from moelpr.process.versions import installed_versions
+from moelpr.stages import Part
+from moelpr.store import yaml_files
+from moelpr.store.run_folder import HF_FOLDER
+
+# An export contains the card of the base model under this name.
+BASE_CARD_FILE = "README-base.md"
+# Keys in the front matter of the base's card that also apply to the export.
+LICENSE_KEYS = ("license", "license_name", "license_link")
+_INHERITED = ("language", *LICENSE_KEYS)
+TEMPLATES = Environment(
+    loader=PackageLoader("checkpoint_convert.card"), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+)
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What an export's card is written from; unknown details are omitted.
+
+    Attributes:
+        config: config.json of the export.
+        base_model: Name of the base, on the Hub (owner/name) or of its folder.
+    """
+
+    source: MegatronReader
+    config: dict[str, Any]
+    dtype: str
+    base_model: str | None
+    origin: Origin
+    history: History
+
+    @property
+    def architecture(self) -> str:
+        """Class of the export."""
+        return self.config["architectures"][0]
+
+    @property
+    def readers(self) -> str:
+        """Which readers run the export, and how to export it for the others."""
+        return readers_sentence(self.source.family, self.source.spec, self.config)
+
+
+def model_card(facts: CardFacts, is_delta: bool = False) -> str:
+    """README.md of an export, or of a delta: front matter for the Hugging Face Hub, then Markdown."""
+    base_card, spec = read_card(facts.source.folder / HF_FOLDER), facts.source.spec
+    num_parameters = num_active = num_elements(facts.source.pieces)
+    if spec.moe is not None:
+        new = num_elements([piece for piece in facts.source.pieces if piece.part is Part.NEW_EXPERTS])
+        one_expert = new // spec.moe.num_new_experts
+        num_parameters += one_expert * (spec.moe.original_copies - 1)
+        num_active = num_parameters - one_expert * (spec.moe.num_experts - spec.moe.topk)
+    return TEMPLATES.get_template("model_card.md").render(
+        vars(facts),
+        architecture=facts.architecture,
+        readers=facts.readers,
+        is_read_by_vllm=obstacle("vllm", facts.config) is None,
+        spec=spec,
+        front_matter=_front_matter(facts, base_card or ""),
+        base_card=None if base_card is None else BASE_CARD_FILE,
+        num_parameters=num_parameters,
+        num_active=num_active,
+        installed=installed_versions(),
+        is_delta=is_delta,
+        new_tokens=_new_tokens(facts.source),
+    )
+
+
+def _new_tokens(source: MegatronReader) -> str:
+    """How the vocabulary was extended; "" if it was not."""
+    if (tokens := source.spec.new_tokens) is None:
+        return ""
+    replaces = VocabularyExtension.read(source.folder / HF_FOLDER).replaces
+    return (
+        f"extended by {tokens.number:,} tokens (IDs {tokens.first:,} to {tokens.end - 1:,}), each in place of "
+        f"{sum(map(len, replaces)) / len(replaces):.1f} of the base's on average; their rows in embedding and output "
+        "layer started as the mean of those"
+    )
+
+
+def _front_matter(facts: CardFacts, base_card: str) -> str:
+    base, _ = split_card(base_card)
+    content: dict[str, Any] = {name: base[name] for name in _INHERITED if name in base}
+    content |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if facts.base_model and is_hub_name(facts.base_model):
+        content["base_model"] = facts.base_model
+    content["tags"] = ["moe", "moe-lpr"] if facts.source.spec.moe else ["moe-lpr"]
+    return yaml_files.dump(content)

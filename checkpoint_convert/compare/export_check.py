@@ -1,0 +1,46 @@
+"""Checks an export against what a program that is to run it requires, without the program."""
+
+from pathlib import Path
+
+from checkpoint_convert.card.readers import READERS, obstacle
+from checkpoint_convert.hf.hf_folder import TOKENIZER_FILES, HfReader
+from checkpoint_convert.hf.weight_check import check_weights
+from moelpr.families.families import read_base, read_config
+from moelpr.families.tables import zeros
+from moelpr.process.errors import UserError
+
+# Keys that transformers 5 has renamed. It writes only the new names if it saves the model, MLX reads only the old ones.
+_RENAMED = ("rope_theta", "rope_scaling", "num_experts")
+
+
+def unmet_requirements(folder: Path, reader: str) -> list[str]:
+    """What keeps the reader from running the model in `folder` as transformers does.
+
+    Args:
+        reader: A key of READERS.
+
+    Raises:
+        UserError: `folder` contains no model of a supported class.
+    """
+    config = read_config(folder)
+    family, spec = read_base(folder)
+    found = []
+    # The names that our exports have, which a program that saved the model since may have changed.
+    complete = family.export_config(config, spec, "float32")
+    if (reason := obstacle(reader, complete)) is not None:
+        found.append(f"{READERS[reader]}: {reason}")
+    if reader == "mlx":
+        found += [
+            f"config.json must have {key}: {complete[key]}, got {config.get(key)}"
+            for key in _RENAMED
+            if complete.get(key) != config.get(key)
+        ]
+    if reader != "transformers" and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        found.append("there is no tokenizer")
+    try:
+        weights = HfReader(folder)
+        check_weights(weights, family, spec)
+        found += [f"there is no {name}" for name, _ in zeros(family.table, spec) if name not in weights]
+    except UserError as error:
+        found.append(str(error))
+    return found

@@ -1,0 +1,272 @@
+"""Adapters of the published MoE-LPR code: PEFT folders of settings, routers and new experts, converted both ways.
+
+As here, the base model's FFN is the original expert and row 0 of a router. docs/published-code.md describes the files.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoint_convert.card.companions import copy_companions
+from checkpoint_convert.card.history import Origin, check_frozen_is_the_base, check_separable, read_history
+from checkpoint_convert.hf.hf_folder import HfReader, check_tokenizer, common_dtype, record_dtype, write_weights
+from checkpoint_convert.hf.outputs import cast, check_finite, check_output, output_folder
+from checkpoint_convert.hf.weight_check import check_weights
+from checkpoint_convert.mcore.megatron_folder import SIGNS, MegatronReader, num_elements, write_checkpoint
+from moelpr.families.families import read_base
+from moelpr.families.new_experts import NewExperts, with_new_experts
+from moelpr.families.tables import Piece, pieces, sizes_of
+from moelpr.model_spec import ModelSpec
+from moelpr.process.errors import UserError
+from moelpr.stages import Part
+from moelpr.store.files import parse_json
+from moelpr.store.run_folder import HF_FOLDER
+
+CONFIG_FILE = "adapter_config.json"
+STEM = "adapter_model"
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The model's settings in adapter_config.json.
+
+    Attributes:
+        num_experts: E, including the original expert.
+        topk: K.
+        layers: 0-based numbers of the MoE layers, ascending.
+        base_model: Name or path of the dense model, if the adapter names one.
+    """
+
+    num_experts: int
+    topk: int
+    layers: tuple[int, ...]
+    base_model: str | None
+
+    @classmethod
+    def read(cls, folder: Path) -> "AdapterConfig":
+        """Read adapter_config.json; UserError if `folder` is not an adapter of the published code."""
+        path = folder / CONFIG_FILE
+        if not path.is_file():
+            raise UserError(f"{folder} is not an adapter: it has no {CONFIG_FILE}; pass the folder that PEFT saved")
+        try:
+            content = dict(parse_json(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path} is damaged: {error}; copy it again") from error
+        layers = content.get("layers_to_transform")
+        is_layer_list = isinstance(layers, list) and all(type(layer) is int for layer in layers)
+        checks = {
+            "peft_type": (content.get("peft_type") == "MOE", "'MOE' (an adapter of the published MoE-LPR code)"),
+            "layers_to_transform": (is_layer_list, "a list of layer numbers"),
+            "num_experts": (type(content.get("num_experts")) is int, "an integer"),
+            # With topk 1 the published code does not renormalize the gate weight, which is another model.
+            "topk": (type(content.get("topk")) is int and content["topk"] != 1, "an integer of at least 2"),
+        }
+        for name, (is_valid, expected) in checks.items():
+            if not is_valid:
+                raise UserError(f"{path}: {name} must be {expected}, got {content.get(name)!r}")
+        base_model = content.get("base_model_name_or_path")
+        return cls(content["num_experts"], content["topk"], tuple(sorted(set(layers or []))), base_model)
+
+    def write(self, folder: Path) -> None:
+        """Write all settings of the published code; those for training have their defaults."""
+        content: dict[str, Any] = {
+            "auto_mapping": None,
+            "aux_loss_coef": None,
+            "base_model_name_or_path": self.base_model,
+            "inference_mode": True,
+            "init_moe_weights": True,
+            "layers_to_transform": list(self.layers),
+            "lpr_loss_coef": None,
+            "num_experts": self.num_experts,
+            "peft_type": "MOE",
+            "revision": None,
+            "save_all_params": False,
+            "task_type": "CAUSAL_LM",
+            "topk": self.topk,
+        }
+        (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _trained_names(piece: Piece) -> tuple[str, ...]:
+    """Names in an adapter of the parts of a router or new expert; () for a piece of the base."""
+    if not piece.is_trained:
+        return ()
+    layer = ".".join(piece.hf_names[0].split(".")[:3])
+    mlp = f"{layer}.mlp."
+    if piece.part is Part.ROUTER:
+        return (f"{_PREFIX}{mlp}moe_router_embedding.weight",)
+    # An expert has the module names of the dense FFN, its origin.
+    modules = [name.removeprefix(mlp) for name in piece.origin]
+    return tuple(f"{_PREFIX}{mlp}moe_experts.{piece.stack_index}.{module}" for module in modules)
+
+
+def _stored_names(reader: HfReader) -> dict[str, str]:
+    """Name without the adapter's own → name in the file.
+
+    With save_all_params, the file contains the base too, and the adapter's own name, "default", is in the names of new
+    tensors and "base_layer" in those of an FFN that became the original expert.
+    """
+    stored: dict[str, str] = {}
+    for name in reader.names:
+        plain = re.sub(r"\.(moe_experts|moe_router_embedding)\.default\.", r".\1.", name)
+        plain = plain.replace(".mlp.base_layer.", ".mlp.")
+        if plain in stored:
+            raise UserError(f"{reader.folder} contains both {stored[plain]} and {name}, which are the same tensor")
+        stored[plain] = name
+    return stored
+
+
+def adapter_to_mcore(
+    adapter: Path, hf_path: Path, save: Path, dtype: str | None = None, overwrite: bool = False
+) -> ModelSpec:
+    """Combine an adapter and its dense model to a Megatron checkpoint; an interrupted conversion resumes.
+
+    Args:
+        dtype: Dtype of the checkpoint (float32, bfloat16, float16); None for the common one of adapter and model.
+
+    Raises:
+        UserError: the input is invalid; `save` is then unchanged.
+    """
+    check_output(save, [adapter, hf_path], overwrite, SIGNS)
+    config = AdapterConfig.read(adapter)
+    family, dense = read_base(hf_path)
+    if dense.moe is not None:
+        raise UserError(f"{hf_path} is an MoE; pass the dense model that the adapter was trained on")
+    experts = NewExperts(config.num_experts - 1, config.topk, moe_layers=config.layers)
+    try:
+        spec = with_new_experts(family, dense, experts)
+    except UserError as error:
+        raise UserError(f"{adapter / CONFIG_FILE} does not fit {hf_path}: {error}") from error
+    base, trained = HfReader(hf_path), _open_adapter(adapter)
+    base_names = check_weights(base, family, dense)
+    check_tokenizer(hf_path, spec.megatron_args["vocab_size"])
+
+    plan = list(pieces(family.table, spec))
+    stored = _stored_names(trained)
+    parts = {piece: _find_parts(piece, base, trained, stored) for piece in plan}
+    all_parts = [part for found in parts.values() for part in found]
+    used = {name for reader, name in all_parts if reader is trained}
+    if unused := [name for name in trained.names if name not in used]:
+        raise UserError(
+            f"{adapter} contains the tensor {unused[0]}, which {CONFIG_FILE} does not describe; ignoring it would "
+            "change the model"
+        )
+    spec = replace(spec, dtype=dtype or common_dtype(all_parts))
+    target_dtype: torch.dtype = getattr(torch, spec.dtype)
+
+    def tensors(todo: list[Piece]) -> Iterator[Tensor]:
+        for piece in todo:
+            read = [check_finite(r.read(name), f"{r.folder}: {name}", "copy it again") for r, name in parts[piece]]
+            yield cast(piece.transform.to_megatron(read, sizes_of(spec)), target_dtype, piece.key)
+
+    num_bytes = target_dtype.itemsize * num_elements(plan)
+    with output_folder(save, overwrite, num_bytes, [adapter, hf_path], spec=asdict(spec)) as (folder, bar):
+        copy_companions(hf_path, folder / HF_FOLDER)
+        record_dtype(folder / HF_FOLDER, ((base, name) for name in base_names))
+        name = config.base_model or hf_path.resolve().name
+        has_other_base = _has_other_base(parts, base, target_dtype)
+        Origin(name, adapter=adapter.resolve().name, has_other_base=has_other_base).write(folder)
+        write_checkpoint(folder, plan, spec, tensors, bar)
+    return spec
+
+
+def _has_other_base(parts: dict[Piece, list[tuple[HfReader, str]]], base: HfReader, dtype: torch.dtype) -> bool:
+    """Whether frozen weights were read from the adapter and are not those of the base."""
+    return any(
+        not torch.equal(reader.read(name).to(dtype), base.read(original).to(dtype))
+        for piece, found in parts.items()
+        if not piece.is_trained
+        for (reader, name), original in zip(found, piece.origin, strict=True)
+        if reader is not base
+    )
+
+
+def _open_adapter(folder: Path) -> HfReader:
+    if not (folder / f"{STEM}.safetensors").is_file() and (folder / f"{STEM}.bin").is_file():
+        raise UserError(
+            f"{folder / STEM}.bin is pickled, which could run code when opened; convert it to {STEM}.safetensors: "
+            f"safetensors.torch.save_file(torch.load('{STEM}.bin', weights_only=True), '{STEM}.safetensors')"
+        )
+    return HfReader(folder, STEM)
+
+
+def _find_parts(piece: Piece, base: HfReader, adapter: HfReader, stored: dict[str, str]) -> list[tuple[HfReader, str]]:
+    """Reader and name of each part: trained ones are in the adapter, others in the base or (save_all_params) both."""
+    found = []
+    names = _trained_names(piece) or tuple(_PREFIX + name for name in piece.origin)
+    for name, original, shape in zip(names, piece.origin or names, piece.hf_shapes, strict=True):
+        is_in_adapter = piece.is_trained or name in stored
+        reader, name = (adapter, stored.get(name, name)) if is_in_adapter else (base, original)
+        if reader.shape(name) != shape:
+            raise UserError(
+                f"{reader.folder}: {name} has shape {list(reader.shape(name))}, but {CONFIG_FILE} and the base's "
+                f"config.json say {list(shape)}"
+            )
+        found.append((reader, name))
+    return found
+
+
+def mcore_to_adapter(
+    load: Path,
+    save: Path,
+    base_model: str,
+    iteration: int | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> AdapterConfig:
+    """Export routers and new experts of a checkpoint as an adapter.
+
+    Args:
+        base_model: Name or path of the dense model, for adapter_config.json.
+        iteration: Saved step to export; None for the latest.
+        dtype: Dtype of the adapter; None for that of the model the checkpoint came from.
+
+    Raises:
+        UserError: the input is invalid, or no adapter can express the model; `save` is then unchanged.
+    """
+    check_output(save, [load], overwrite, (CONFIG_FILE,))
+    instead = "export it with mcore_to_hf.py"
+    spec = ModelSpec.read(load)
+    if spec.moe is not None and spec.moe.num_original_experts > 1:
+        raise UserError(
+            f"{load} has {spec.moe.num_original_experts} original experts, but the published code supports only one, "
+            f"the base's FFN; {instead}"
+        )
+    if spec.moe is not None and spec.moe.original_copies > 1:
+        raise UserError(
+            f"{load} has {spec.moe.original_copies} copies of the base's FFN, but the published code supports only "
+            f"one; {instead}"
+        )
+    if spec.new_tokens is not None:
+        raise UserError(
+            f"{load} has {spec.new_tokens.number:,} new tokens, but the published code supports only the base's "
+            f"vocabulary; {instead}"
+        )
+    check_separable(load, spec, Origin.read(load), read_history(load, iteration), "an adapter", instead)
+    source = MegatronReader(load, iteration)
+    check_frozen_is_the_base(source, dtype or spec.dtype, "an adapter", instead)
+    assert spec.moe is not None
+    config = AdapterConfig(spec.moe.num_experts, spec.moe.topk, spec.moe.layers, base_model)
+    trained = [piece for piece in source.pieces if piece.is_trained]
+    hf_names = dict(pair for piece in trained for pair in zip(_trained_names(piece), piece.hf_names, strict=True))
+    tensors = [(name, source.shape(hf_name)) for name, hf_name in hf_names.items()]
+    target_dtype: torch.dtype = getattr(torch, dtype or spec.dtype)
+    num_bytes = target_dtype.itemsize * sum(math.prod(shape) for _, shape in tensors)
+    with output_folder(save, overwrite, num_bytes, [source.step_folder], adapter=vars(config), dtype=dtype) as (
+        folder,
+        bar,
+    ):
+        # PEFT reads a single file.
+        write_weights(
+            folder, tensors, target_dtype, math.inf, lambda name: source.read_finite(hf_names[name]), bar, STEM
+        )
+        config.write(folder)
+    return config

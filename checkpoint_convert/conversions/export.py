@@ -1,0 +1,120 @@
+"""What a Megatron checkpoint is exported as: a stock Hugging Face model, a delta to its base, a complete checkpoint."""
+
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from checkpoint_convert.card.companions import write_companions
+from checkpoint_convert.card.history import Origin, check_separable, read_history
+from checkpoint_convert.card.model_card import CardFacts, model_card
+from checkpoint_convert.conversions.delta import DELTA_FILE, DELTA_STEM, check_delta, complete_delta, rows_of_new_tokens
+from checkpoint_convert.hf.hf_folder import MODEL_STEM, write_weights
+from checkpoint_convert.hf.outputs import check_output, output_folder
+from checkpoint_convert.mcore.megatron_folder import SIGNS, MegatronReader, write_checkpoint
+from moelpr.checkpoints.chain import checkpoint_chain
+from moelpr.families.families import CONFIG_FILE, read_config
+from moelpr.families.moe_classes import MOE_CLASSES, MoeClass
+from moelpr.model_spec import ModelSpec
+from moelpr.process.errors import UserError
+from moelpr.store.files import copy_folder
+from moelpr.store.run_folder import HF_FOLDER
+
+DEFAULT_SHARD_BYTES = 5 * 10**9
+
+
+def mcore_to_hf(
+    load: Path,
+    save: Path,
+    iteration: int | None = None,
+    dtype: str | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    overwrite: bool = False,
+    base_model: str | None = None,
+    as_delta: bool = False,
+    as_class: str | None = None,
+) -> CardFacts:
+    """Export a checkpoint as a Hugging Face model or a delta; an interrupted export resumes.
+
+    Returns what its model card states.
+
+    Args:
+        iteration: Saved step to export; None for the latest.
+        dtype: Dtype of the export; None for that of the model the checkpoint came from.
+        max_shard_bytes: Largest size of a safetensors file.
+        base_model: Name of the base for the model card; None for the recorded one.
+        as_delta: Whether to omit what `apply_delta` takes from the base.
+        as_class: Name of the MoE class to write, a key of MOE_CLASSES; None for the family's default.
+
+    Raises:
+        UserError: the input is invalid; `save` is then unchanged.
+    """
+    check_output(save, [load], overwrite, (CONFIG_FILE, DELTA_FILE))
+    source = MegatronReader(load, iteration, None if as_class is None else _class_for(load, as_class))
+    spec, dtype_name = source.spec, dtype or source.spec.dtype
+    target_dtype: torch.dtype = getattr(torch, dtype_name)
+    config = source.family.export_config(read_config(load / HF_FOLDER), spec, dtype_name)
+    origin, history = Origin.read(load), read_history(load, iteration)
+    facts = CardFacts(source, config, dtype_name, base_model or origin.base_model, origin, history)
+    if as_delta:
+        check_separable(load, spec, origin, history, "a delta", "export it without --delta")
+        check_delta(source, facts)
+        if facts.base_model is None:
+            raise UserError("the model that this one was upcycled from is not recorded; name it with --base-model")
+
+    trained = {name for piece in source.pieces if piece.is_trained for name in piece.hf_names}
+    grown = rows_of_new_tokens(source) if as_delta else {}
+
+    def read(name: str) -> Tensor:
+        tensor = source.read_finite(name)
+        return tensor[grown[name].start : grown[name].stop] if name in grown else tensor
+
+    tensors = [
+        (name, (len(grown[name]), *source.shape(name)[1:]) if name in grown else source.shape(name))
+        for name in source.names
+        if name in trained or name in grown or not as_delta
+    ]
+    num_bytes = target_dtype.itemsize * sum(math.prod(shape) for _, shape in tensors)
+    settings = {"spec": asdict(spec), "dtype": dtype, "max_shard_bytes": max_shard_bytes, "delta": as_delta}
+    settings["architecture"] = facts.architecture
+    with output_folder(save, overwrite, num_bytes, [source.step_folder], **settings) as (folder, bar):
+        stem, hf = DELTA_STEM if as_delta else MODEL_STEM, load / HF_FOLDER
+        if not as_delta:  # before the weights, so that an error does not follow hours of writing
+            write_companions(folder, hf, hf, config, model_card(facts))
+        write_weights(folder, tensors, target_dtype, max_shard_bytes, read, bar, stem, not as_delta)
+        if as_delta:
+            complete_delta(folder, facts, max_shard_bytes)
+    return facts
+
+
+def _class_for(load: Path, name: str) -> MoeClass:
+    """The class of this name; UserError if it cannot hold the model exactly."""
+    spec, moe_class = ModelSpec.read(load), MOE_CLASSES[name]
+    if spec.moe is None:
+        raise UserError(f"--as chooses the class of an upcycled model, but {load} is dense; remove --as")
+    if (misfit := moe_class.misfit(spec)) is not None:
+        fitting = " or ".join(kind.name for kind in MOE_CLASSES.values() if kind.misfit(spec) is None)
+        raise UserError(f"{load} cannot be written as {moe_class.architecture}: {misfit}; pass --as {fitting}")
+    return moe_class
+
+
+def whole_checkpoint(load: Path, save: Path, iteration: int | None = None, overwrite: bool = False) -> None:
+    """Write the model of a checkpoint, whose steps may hold only what was trained, as a checkpoint that needs no base.
+
+    Args:
+        save: Checkpoint folder to write; tensors keep their dtype.
+        iteration: Saved step to read; None for the latest.
+
+    Raises:
+        UserError: the input is invalid; `save` is then unchanged.
+    """
+    check_output(save, [load, *(link.parent for link in checkpoint_chain(load, iteration))], overwrite, SIGNS)
+    source = MegatronReader(load, iteration)
+    num_bytes = sum(source.num_bytes(piece) for piece in source.pieces)
+    with output_folder(save, overwrite, num_bytes, [source.step_folder]) as (folder, bar):
+        write_checkpoint(folder, source.pieces, source.spec, lambda todo: map(source.read_piece, todo), bar)
+        if (load / HF_FOLDER).is_dir():
+            copy_folder(load / HF_FOLDER, folder / HF_FOLDER)
+        replace(Origin.read(load), copy_of=str(source.step_folder.resolve())).write(folder)

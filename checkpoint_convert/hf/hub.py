@@ -1,0 +1,69 @@
+"""Models named as on the Hugging Face Hub: downloads weights, config and tokenizer, but no pickles and no code."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpoint_convert.hf.hf_folder import COMPANION_FILES, COMPANION_FOLDERS, MODEL_STEM
+from moelpr.process.errors import DISK_FULL, UserError
+from moelpr.store import checksums
+
+# Not *.safetensors: repositories also keep weights of other formats, such as consolidated.safetensors.
+DOWNLOADED = (
+    f"{MODEL_STEM}.safetensors",
+    f"{MODEL_STEM}-*.safetensors",
+    f"{MODEL_STEM}.safetensors.index.json",
+    *COMPANION_FILES,
+    checksums.FILE_NAME,
+    *(f"{folder}/*.jinja" for folder in COMPANION_FOLDERS),
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A Hugging Face directory on this machine.
+
+    Attributes:
+        name: owner/name on the Hub, or the name of the folder.
+        revision: Commit on the Hub; None for a folder.
+    """
+
+    folder: Path
+    name: str
+    revision: str | None = None
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether `name` has the form owner/name."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
+
+
+def find_model(path: Path, revision: str | None = None) -> Model:
+    """The folder `path`, or the model of the Hub that it names, in the Hub's cache.
+
+    Args:
+        revision: Branch, tag or commit on the Hub; None for its main branch.
+
+    Raises:
+        UserError: there is neither, or the Hub can't be reached.
+    """
+    if path.exists() or not is_hub_name(str(path)):
+        if revision is not None:
+            raise UserError(f"--revision names a revision on the Hub, but {path} is a local path; remove --revision")
+        return Model(path, path.resolve().name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(str(path), revision=revision, allow_patterns=list(DOWNLOADED)))
+    except Exception as error:  # of the Hub, the network and its libraries
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise
+        reason = " ".join((str(error) or type(error).__name__).split())
+        if isinstance(error, LocalEntryNotFoundError):  # its message is about the library's arguments
+            reason = "the Hub can't be reached, or HF_HUB_OFFLINE is set, and the cache doesn't contain it"
+        raise UserError(
+            f"there is no folder {path}, and the model of this name can't be downloaded ({reason}); where there is a "
+            f"network, run hf download {path} --local-dir DIR, and pass DIR"
+        ) from error
+    return Model(folder, str(path), folder.name)

@@ -1,0 +1,97 @@
+"""The tokenizer of a new model folder, which must give every text the IDs that the old folder's gives.
+
+transformers chooses a tokenizer's class by the model_type of config.json, and some classes (Qwen2's, Llama's, GPT-2's)
+replace the normalizer and the pre-tokenizer of tokenizer.json. So the same files can be another tokenizer beside the
+config.json of an MoE.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from checkpoint_convert.hf.hf_folder import TOKENIZER_FILES
+from moelpr.data.tokenizer import Tokenizer, load_tokenizer, open_hf_tokenizer
+from moelpr.process.errors import UserError, reports_panics
+
+# transformers 4 and 5 take the tokenizer.json of this class as it is, beside the config.json of every MoE class.
+_PLAIN_CLASS = "PreTrainedTokenizerFast"
+_CONFIG_FILE = "tokenizer_config.json"
+_OTHER_VOCABULARIES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
+
+
+def keep_tokenizer(source: Path, folder: Path) -> None:
+    """Rewrite the tokenizer in `folder`, whose files are copies of those in `source`, if it is another one there.
+
+    tokenizer.json then has what transformers makes of the source's files, and other files with the vocabulary are gone.
+
+    Args:
+        source: Folder with a config.json and perhaps a tokenizer; `folder`: its copy with another config.json.
+
+    Raises:
+        UserError: no files make transformers load the same tokenizer.
+    """
+    if not any((source / name).is_file() for name in TOKENIZER_FILES):
+        return
+    wanted = _facts(source)
+    if not _is_same(folder, wanted):
+        _rewrite(source, folder, wanted)
+    sides = [open_hf_tokenizer(path).padding_side for path in (source, folder)]  # some classes have their own default
+    if sides[0] != sides[1]:
+        _write_config(folder, _read_config(folder) | {"padding_side": sides[0]})
+
+
+def _rewrite(source: Path, folder: Path, wanted: tuple[object, ...]) -> None:
+    content = _load(source).serialized()
+    if isinstance(content, str):
+        for name in _OTHER_VOCABULARIES:
+            (folder / name).unlink(missing_ok=True)
+        (folder / "tokenizer.json").write_text(content, encoding="utf-8")
+        _write_config(folder, _plain_config(source))
+        if _is_same(folder, wanted):
+            return
+    raise UserError(
+        f"transformers loads the tokenizer in {source} differently beside the export's config.json; save it anew with "
+        "AutoTokenizer and save_pretrained, and convert the model again"
+    )
+
+
+def _load(folder: Path) -> Tokenizer:
+    return load_tokenizer("HuggingFaceTokenizer", str(folder))
+
+
+def _is_same(folder: Path, wanted: tuple[object, ...]) -> bool:
+    try:
+        return _facts(folder) == wanted
+    except UserError:
+        return False
+
+
+def _facts(folder: Path) -> tuple[object, ...]:
+    """What must not change: the IDs of text, the tokens around it, the end of a document, and decoding."""
+    tokenizer = _load(folder)
+    try:
+        with reports_panics():
+            ids = tokenizer.encode_batch([" a b"])[0]
+    except Exception:  # tokenizers raises no other, for text that a vocabulary without unknown token cannot express
+        ids = []
+    return tokenizer.fingerprint(), ids, tokenizer.eod_id, tokenizer.decode(ids)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / _CONFIG_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _write_config(folder: Path, config: dict[str, Any]) -> None:
+    (folder / _CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _plain_config(source: Path) -> dict[str, Any]:
+    """The source's tokenizer_config.json for `_PLAIN_CLASS`, which knows no special tokens by itself."""
+    config = _read_config(source)
+    for name, token in open_hf_tokenizer(source).special_tokens_map.items():
+        found = config.get(name)
+        if token != (found.get("content") if isinstance(found, dict) else found):
+            config[name] = token
+    config.pop("auto_map", None)
+    return config | {"tokenizer_class": _PLAIN_CLASS}

@@ -1,0 +1,169 @@
+"""Megatron checkpoint folders: tensors read under their Hugging Face names, and release checkpoints written."""
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoint_convert.hf.outputs import check_finite
+from moelpr.checkpoints.chain import RELEASE, checkpoint_chain, verify_chain
+from moelpr.checkpoints.torch_dist import TorchDistReader, TorchDistWriter
+from moelpr.families.families import family_named
+from moelpr.families.moe_classes import MoeClass
+from moelpr.families.tables import Piece, megatron_shape, pieces, sizes_of, zeros
+from moelpr.model_spec import FILE_NAME, ModelSpec
+from moelpr.process.errors import UserError
+from moelpr.store.run_folder import TRACKER_FILE
+
+# Files of which a checkpoint folder that may be overwritten has at least one.
+SIGNS = (FILE_NAME, TRACKER_FILE)
+
+
+class MegatronReader:
+    """The model in a checkpoint folder, with the tensor names of its stock Hugging Face class.
+
+    Tensors that the checkpoint omits are read from its base (see moelpr.checkpoints.chain) after verifying the base's
+    checksum. Everything else in the checkpoint (optimizer, random state) is ignored.
+
+    Args:
+        iteration: Saved step to read; None for the latest.
+        moe_class: Whose tensor names an upcycled model gets; None for the family's default.
+
+    Raises:
+        UserError: `folder` is not a checkpoint, a base is missing or has changed, or a tensor is missing or misshapen.
+    """
+
+    def __init__(self, folder: Path, iteration: int | None = None, moe_class: MoeClass | None = None):
+        if not folder.is_dir():
+            raise UserError(f"there is no folder {folder}; pass an existing checkpoint folder")
+        self.folder = folder
+        self.spec = ModelSpec.read(folder)
+        self.family = family_named(self.spec.family)
+        if moe_class is not None:
+            self.family = self.family.written_as(moe_class)
+        links = checkpoint_chain(folder, iteration)
+        self.step_folder = links[0]
+        verify_chain(links)
+        self.pieces = list(pieces(self.family.table, self.spec))
+        self._sizes = sizes_of(self.spec)
+        readers = [TorchDistReader(link) for link in links]
+        self._complete = readers[-1]
+        self._reader_of = {key: reader for reader in reversed(readers) for key in reader.keys}
+        self._places: dict[str, tuple[Piece, int]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for piece in self.pieces:
+            self._check_shape(piece)
+            for names in piece.places:
+                for part, (name, shape) in enumerate(zip(names, piece.hf_shapes, strict=True)):
+                    self._places[name] = piece, part
+                    self._shapes[name] = shape
+        self._shapes |= dict(zeros(self.family.table, self.spec))  # only the HF class has these
+
+    @property
+    def names(self) -> list[str]:
+        """HF names in the order that reads each chunk of the checkpoint once."""
+        return list(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor of the HF class in the checkpoint's dtype."""
+        if name not in self._places:
+            return torch.zeros(self._shapes[name])
+        piece, part = self._places[name]
+        return piece.transform.to_hf(self.read_piece(piece), self._sizes)[part]
+
+    def read_finite(self, name: str) -> Tensor:
+        """Like `read`, but UserError if the tensor contains NaN or Inf."""
+        fix = "the run has diverged, so export an earlier step with --iteration"
+        return check_finite(self.read(name), f"{self.step_folder}: {name}", fix)
+
+    def read_piece(self, piece: Piece) -> Tensor:
+        """Read one Megatron tensor, or slice of a stack, without padding of the vocabulary."""
+        tensor = self._reader(piece).read(piece.key, piece.stack_index)
+        return tensor if piece.stack_index is not None else tensor[: megatron_shape(piece, self.spec)[0]]
+
+    def dtype(self, piece: Piece) -> torch.dtype:
+        """Of one piece in the checkpoint."""
+        return self._reader(piece).dtype(piece.key)
+
+    def num_bytes(self, piece: Piece) -> int:
+        """Size of one piece in the checkpoint's dtype."""
+        return self.dtype(piece).itemsize * sum(map(math.prod, piece.hf_shapes))
+
+    def _reader(self, piece: Piece) -> TorchDistReader:
+        return self._reader_of.get(piece.key, self._complete)  # the base, which is complete, reports missing keys
+
+    def _check_shape(self, piece: Piece) -> None:
+        found, expected = self._reader(piece).shape(piece.key), megatron_shape(piece, self.spec)
+        # Megatron pads the vocabulary; the padding is ignored.
+        is_vocabulary = piece.hf_shapes[0][0] == self._sizes["vocab"]
+        if found != expected and not (is_vocabulary and found[0] >= expected[0] and found[1:] == expected[1:]):
+            raise UserError(
+                f"{self.step_folder}: {piece.key} has shape {list(found)}, but {FILE_NAME} says {list(expected)}"
+            )
+
+
+def write_checkpoint(
+    folder: Path, plan: list[Piece], spec: ModelSpec, read: Callable[[list[Piece]], Iterable[Tensor]], bar: "tqdm[None]"
+) -> None:
+    """Write a release checkpoint and model_spec.json, or resume an interrupted one; one tensor is in memory at a time.
+
+    Args:
+        plan: All pieces of the model.
+        read: Returns the Megatron tensors of the given pieces, in their order.
+        bar: Progress in bytes.
+    """
+    with TorchDistWriter(folder / RELEASE) as writer:
+        missing = [piece for piece in plan if not writer.is_written(piece.key, _offsets(piece, spec))]
+        bar.update(round(bar.total * (1 - num_elements(missing) / num_elements(plan))))
+        tensors = iter(read(missing))
+        for piece in missing:
+            bar.update(_write_piece(writer, piece, spec, next(tensors)))
+        for key in _extra_state_keys(plan):
+            writer.write_object(key, None)
+        writer.finish(_COMMON_STATE)
+    spec.write(folder)
+    (folder / TRACKER_FILE).write_text(RELEASE)
+
+
+# The non-tensor state that Megatron's load_checkpoint reads from a release checkpoint.
+_COMMON_STATE: dict[str, Any] = {
+    "checkpoint_version": 3.0,  # below 2.0 Megatron would reorder the rows of query, key and value
+    "iteration": 0,
+    # One key per layer, as a model may have both MoE and dense layers.
+    "content_metadata": {"non_homogeneous_layers": True, "singleton_local_shards": False},
+}
+
+
+def num_elements(plan: list[Piece]) -> int:
+    """Number of elements of all pieces."""
+    return sum(math.prod(shape) for piece in plan for shape in piece.hf_shapes)
+
+
+def _write_piece(writer: TorchDistWriter, piece: Piece, spec: ModelSpec, tensor: Tensor) -> int:
+    """Returns the tensor's bytes, and keeps no reference to it."""
+    chunk = tensor if piece.stack_index is None else tensor.unsqueeze(0)
+    writer.write(piece.key, chunk, megatron_shape(piece, spec), _offsets(piece, spec))
+    return tensor.nbytes
+
+
+def _offsets(piece: Piece, spec: ModelSpec) -> tuple[int, ...]:
+    """Offsets of the piece in its Megatron tensor."""
+    return (piece.stack_index or 0,) + (0,) * (len(megatron_shape(piece, spec)) - 1)
+
+
+def _extra_state_keys(plan: list[Piece]) -> list[str]:
+    """Names of the (empty) module states that Megatron's layers load; FP8 keeps its scales there."""
+    modules: dict[str, None] = {}
+    for piece in plan:
+        module = piece.key.rpartition(".")[0]
+        modules[module] = None
+        if module.endswith(".linear_qkv"):
+            modules[module.removesuffix("linear_qkv") + "core_attention"] = None
+    return [f"{module}._extra_state" for module in modules]

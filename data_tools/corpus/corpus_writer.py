@@ -1,0 +1,342 @@
+"""Writing a corpus: .bin and .idx in Megatron's format and .lang in ours, in constant memory."""
+
+import os
+import shutil
+from collections.abc import Iterable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_tools.corpus.opened import Corpus, CorpusPaths, describe, run_edges
+from moelpr.data.corpus_index import index_header
+from moelpr.data.language_bits import LanguageBitsWriter
+from moelpr.data.manifest import FileRecord, Manifest, manifest_path
+from moelpr.process.errors import UserError
+from moelpr.store.files import (
+    LOCK_FILE,
+    empty,
+    fsync_file,
+    locked,
+    make_folder,
+    refuse_existing,
+    temporary_name,
+)
+
+_CHUNK = 1 << 16  # items of an index held in memory at once
+_BITS_AT_ONCE = 1 << 20
+_LONGEST_NAME_BYTES = 255  # on all usual file systems
+_LONGEST_SEQUENCE = np.iinfo(np.int32).max
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Return the dtype of a .bin's token IDs: Megatron's rule (`DType.optimal_dtype`)."""
+    return np.dtype(np.uint16 if vocab_size < 65_500 else np.int32)
+
+
+def smallest_vocab_size(corpus: Corpus) -> int:
+    """Return the smallest vocabulary size whose token IDs have the dtype of this corpus."""
+    return 1 if corpus.tokens.dtype.itemsize == 2 else 65_500
+
+
+def check_output(prefix: str, overwrite: bool) -> None:
+    """Check that a corpus can get this name.
+
+    Raises:
+        UserError: The prefix has no file name, or one that is too long; or the corpus exists and `overwrite` is False.
+    """
+    name = os.path.basename(prefix)
+    if name in ("", ".", ".."):
+        raise UserError(f"--output-prefix must end in a file name, such as data/el, got {prefix!r}")
+    longest = os.fsencode(temporary_name(manifest_path(name)))
+    if len(longest) > _LONGEST_NAME_BYTES:
+        excess = len(longest) - _LONGEST_NAME_BYTES
+        raise UserError(f"--output-prefix would give file names that are {excess} bytes too long ({name}); shorten it")
+    if os.path.exists(CorpusPaths.of(prefix).idx) and not overwrite:  # of a name that is too long, it says False
+        _remove_leftover(prefix)
+    refuse_existing(list(CorpusPaths.of(prefix)), overwrite)
+
+
+def _partial_folder(prefix: str) -> Path:
+    """Where the files of a corpus are until they are complete."""
+    return Path(prefix).with_name(f".{Path(prefix).name}.partial")
+
+
+def _remove_leftover(prefix: str) -> None:
+    """Remove the folder of a writer that was killed after it had renamed its files: the corpus is complete."""
+    folder = _partial_folder(prefix)
+    if folder.is_dir():
+        with suppress(UserError, OSError), locked(folder / LOCK_FILE, prefix):  # else another one is writing there
+            shutil.rmtree(folder)
+
+
+def as_tokens(ids: NDArray[np.integer], vocab_size: int) -> NDArray[np.integer]:
+    """Convert IDs [tokens] to the dtype of a .bin with this vocabulary size.
+
+    Raises:
+        UserError: An ID is too large for the dtype.
+    """
+    dtype = token_dtype(vocab_size)
+    if len(ids) and int(ids.max()) > np.iinfo(dtype).max:
+        raise UserError(
+            f"the token ID {int(ids.max()):,} does not fit {dtype.name}, the dtype for a vocabulary of {vocab_size:,}; "
+            "the tokenizer reports a wrong vocabulary size"
+        )
+    return ids.astype(dtype, copy=False)
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """A temporary file of tokens in the .bin's dtype; the writer removes it."""
+
+    path: Path
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+
+class Documents(NamedTuple):
+    """Tokenized documents, concatenated.
+
+    Attributes:
+        tokens: [tokens], in the .bin's dtype, or the file that contains them.
+        lengths: tokens of each document: int64 [documents].
+        run_bits: language bits as runs, 1 = original: uint8 [runs].
+        run_lengths: tokens of each run: int64 [runs]; their sum is the number of tokens.
+    """
+
+    tokens: NDArray[np.integer] | TokenFile
+    lengths: NDArray[np.int64]
+    run_bits: NDArray[np.uint8]
+    run_lengths: NDArray[np.int64]
+
+
+class Position(NamedTuple):
+    """How much of a corpus is written."""
+
+    tokens: int = 0
+    original: int = 0
+    sequences: int = 0
+    documents: int = 0
+    runs: int = 0
+
+
+class CorpusWriter:
+    """Writes a corpus in a temporary folder; `commit` renames the files. Used as a context manager, it removes what was
+    not committed.
+
+    Four files grow with the documents: the .bin itself, lengths of sequences, ends of documents (in sequences) and runs
+    of language bits. `finalize` turns the last three into .idx and .lang.
+
+    Args:
+        prefix: the corpus's path without .bin/.idx/.lang; its folder is created if necessary.
+        vocab_size: number of token IDs; decides the .bin's dtype as Megatron does (uint16 below 65,500, else int32).
+        overwrite: whether `commit` may replace an existing corpus.
+        folder: folder for unfinished files, on the corpus's file system; it is not removed.
+        position: how much of the unfinished files in `folder` to keep: a return value of `flush`, perhaps in a process
+            that was killed since.
+
+    Raises:
+        UserError: `check_output`, its folder can't be created, another process is writing the corpus, or the unfinished
+            files are shorter than `position`.
+    """
+
+    def __init__(
+        self,
+        prefix: str | os.PathLike[str],
+        vocab_size: int,
+        overwrite: bool = False,
+        folder: Path | None = None,
+        position: Position | None = None,
+    ) -> None:
+        self.prefix = os.fspath(prefix)
+        check_output(self.prefix, overwrite)
+        self.vocab_size = vocab_size
+        self.dtype = token_dtype(vocab_size)
+        name = Path(self.prefix).name
+        self._removes_folder = folder is None
+        # A killed process leaves this folder, so the next one uses the same name.
+        self._folder = folder or _partial_folder(self.prefix)
+        make_folder(self._folder.parent)
+        self._folder.mkdir(exist_ok=True)
+        self._lock = ExitStack()
+        if self._removes_folder:
+            self._lock.enter_context(locked(self._folder / LOCK_FILE, self.prefix))
+            try:
+                refuse_existing(list(CorpusPaths.of(prefix)), overwrite)  # again: another writer may just have ended
+            except UserError:
+                shutil.rmtree(self._folder)
+                self._lock.close()
+                raise
+            empty(self._folder)
+        self._unfinished = CorpusPaths.of(self._folder / name)
+        self._parts = [self._folder / f"{name}.{part}" for part in ("bin", "lengths", "ends", "runs")]
+        self._files: list[BinaryIO] = [open(path, "ab") for path in self._parts]
+        self._at = at = position or Position()
+        sizes = (at.tokens * self.dtype.itemsize, 4 * at.sequences, 8 * at.documents, 8 * at.runs)
+        for file, expected in zip(self._files, sizes, strict=True):
+            if file.tell() < expected:
+                raise UserError(f"{file.name} is truncated, so the job can't be resumed; remove its folder")
+            if file.tell() > expected:
+                file.truncate(expected)
+
+    @property
+    def num_tokens(self) -> int:
+        return self._at.tokens
+
+    @property
+    def num_documents(self) -> int:
+        return self._at.documents
+
+    def __str__(self) -> str:
+        return describe(self.prefix, self._at.documents, self._at.tokens, self._at.original, self.dtype)
+
+    def flush(self) -> Position:
+        """Write everything to disk and return how much that is."""
+        for file in self._files:
+            if not file.closed:  # by finalize, which has written them to disk
+                file.flush()
+                os.fsync(file.fileno())
+        return self._at
+
+    def add(self, documents: Documents) -> None:
+        """Add documents.
+
+        Raises:
+            UserError: A document is too long for Megatron's format.
+        """
+        lengths = documents.lengths
+        if len(lengths) and lengths.max() > _LONGEST_SEQUENCE:
+            raise UserError(
+                f"a document of {int(lengths.max()):,} tokens is longer than Megatron's .idx supports "
+                f"({_LONGEST_SEQUENCE:,}); split it"
+            )
+        if isinstance(documents.tokens, TokenFile):
+            _copy(documents.tokens.path, self._files[0])
+            documents.tokens.path.unlink()
+        else:
+            self._files[0].write(documents.tokens.tobytes())
+        has_tokens = lengths > 0  # a document without tokens has no sequence, as in Megatron
+        original = int(documents.run_lengths[documents.run_bits == 1].sum())
+        runs = documents.run_lengths << 1 | documents.run_bits
+        self._advance(len(documents.tokens), original, lengths[has_tokens], np.cumsum(has_tokens), [runs])
+
+    def add_document(self, ids: NDArray[np.integer], is_original: bool) -> None:
+        """Add one document: token IDs [tokens] that share one language bit. Without tokens, it has no sequence.
+
+        Raises:
+            UserError: An ID is too large for the .bin's dtype.
+        """
+        length = np.array([len(ids)], np.int64)
+        self.add(Documents(as_tokens(ids, self.vocab_size), length, np.array([is_original], np.uint8), length))
+
+    def add_corpus(self, corpus: Corpus) -> None:
+        """Add another corpus, of the same dtype, unchanged."""
+        _copy(corpus.paths.bin, self._files[0])
+        num_bits = len(corpus.bits)
+        starts = range(0, num_bits, _BITS_AT_ONCE)
+        runs = (_runs(corpus.bits.slice(start, min(start + _BITS_AT_ONCE, num_bits))) for start in starts)
+        ends = corpus.document_starts[1:]
+        self._advance(len(corpus.tokens), corpus.bits.num_original, corpus.sequence_lengths, ends, runs)
+
+    def _advance(
+        self,
+        tokens: int,
+        original: int,
+        lengths: NDArray[np.integer],
+        ends: NDArray[np.int64],
+        runs: Iterable[NDArray[np.int64]],
+    ) -> None:
+        """Write all but the tokens: sequence lengths, ends of documents in the added sequences, and runs of bits."""
+        self._files[1].write(lengths.astype("<i4").tobytes())
+        self._files[2].write((ends + self._at.sequences).astype("<i8").tobytes())
+        num_runs = 0
+        for chunk in runs:
+            self._files[3].write(chunk.astype("<i8").tobytes())
+            num_runs += len(chunk)
+        added = tokens, original, len(lengths), len(ends), num_runs
+        self._at = Position(*(old + new for old, new in zip(self._at, added, strict=True)))
+
+    def finalize(self) -> dict[str, FileRecord]:
+        """Complete the three files in their folder, write them to disk, and return their sizes and checksums."""
+        for file in self._files:
+            file.close()
+        self._write_index()
+        self._write_bits()
+        for path in self._unfinished:
+            fsync_file(path)
+        return {path.suffix[1:]: FileRecord.of(path) for path in self._unfinished}
+
+    def commit(self, manifest: Manifest | None = None) -> None:
+        """Rename the finished files and write the manifest that describes them."""
+        commit_corpus(self.prefix, self._folder, manifest)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files:
+            with suppress(OSError):  # closing flushes; on a full disk that fails again, and the first error counts
+                file.close()
+        if self._removes_folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        self._lock.close()
+
+    def _write_index(self) -> None:
+        _, lengths, ends, _ = self._parts
+        with open(self._unfinished.idx, "wb") as index:
+            index.write(index_header(self.dtype, self._at.sequences, self._at.documents))
+            _copy(lengths, index)
+            start = 0
+            with open(lengths, "rb") as file:
+                while len(chunk := np.fromfile(file, "<i4", _CHUNK)):
+                    stops = start + np.cumsum(chunk, dtype=np.int64)
+                    index.write(((stops - chunk) * self.dtype.itemsize).astype("<i8").tobytes())
+                    start = int(stops[-1])
+            index.write(bytes(8))  # the first document begins at sequence 0
+            _copy(ends, index)
+
+    def _write_bits(self) -> None:
+        with LanguageBitsWriter(self._unfinished.lang) as writer, open(self._parts[3], "rb") as runs:
+            while len(chunk := np.fromfile(runs, "<i8", _CHUNK)):
+                bits, counts = (chunk & 1).astype(np.uint8), chunk >> 1
+                if counts.sum() <= _BITS_AT_ONCE:
+                    writer.append(np.repeat(bits, counts))
+                else:
+                    for bit, count in zip(bits.tolist(), counts.tolist(), strict=True):
+                        writer.append_run(bool(bit), count)
+            writer.finalize()
+
+
+def commit_corpus(prefix: str | os.PathLike[str], folder: Path, manifest: Manifest | None = None) -> None:
+    """Rename the finished files in a writer's folder. Can be repeated if it is interrupted."""
+    paths, unfinished = CorpusPaths.of(prefix), CorpusPaths.of(folder / Path(prefix).name)
+    if manifest is not None:
+        manifest.write(folder / Path(prefix).name)  # before the old corpus goes: the disk may be full
+    # The .idx comes last, and an old one goes first: every reader opens it before the others, so an interruption leaves
+    # a complete corpus or one that can't be opened.
+    if unfinished.idx.exists():
+        paths.idx.unlink(missing_ok=True)
+        manifest_path(prefix).unlink(missing_ok=True)
+        # The orders of samples that Megatron has saved beside the old corpus.
+        for kind in ("TaggedGPTDataset", "GPTDataset"):
+            shutil.rmtree(paths.bin.with_suffix("") / "cache" / f"{kind}_indices", ignore_errors=True)
+    if manifest is not None:
+        os.replace(manifest_path(folder / Path(prefix).name), manifest_path(prefix))
+    for source, target in ((unfinished.bin, paths.bin), (unfinished.lang, paths.lang), (unfinished.idx, paths.idx)):
+        if source.exists():
+            os.replace(source, target)
+
+
+def _runs(bits: NDArray[np.uint8]) -> NDArray[np.int64]:
+    edges = run_edges(bits)
+    return np.diff(edges) << 1 | bits[edges[:-1]]
+
+
+def _copy(path: Path, target: BinaryIO) -> None:
+    with open(path, "rb") as source:
+        shutil.copyfileobj(source, target)

@@ -1,0 +1,268 @@
+"""The saved steps that contain a model's weights: one folder, or a chain of runs that saved only what they trained.
+
+A run with `--save-trained-only` writes `base_checkpoint.json` next to its checkpoints: the step folder that contains
+the other tensors, and its checksum. The base may itself be such a run, so a model is read from a chain, newest link
+first: stage 2's routers, stage 1's new experts, the upcycled model. A tensor is read from the first link that has it.
+"""
+
+import hashlib
+import json
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+from pathlib import Path
+
+from tqdm import tqdm
+
+from moelpr.model_spec import ModelSpec
+from moelpr.process.errors import UserError
+from moelpr.store import checksums
+from moelpr.store.files import read_versioned, write_text
+from moelpr.store.run_folder import BASE_CHECKPOINT_FILE, TABLE_FILES, TRACKER_FILE, as_step
+
+FORMAT_VERSION = 1
+RELEASE = "release"
+
+# Files are hashed in pieces of this size, so that ranks and threads share a large one. Part of the format.
+PIECE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class BaseCheckpoint:
+    """The content of `base_checkpoint.json`: where the frozen tensors are.
+
+    Attributes:
+        folder: the base's folder, relative to the folder of the JSON file (or absolute).
+        absolute_folder: where it was when this was written; used if `folder` does not exist.
+        step: the step folder in it, "release" or for example "iter_0000500".
+        sha256: `checksum` of that step folder.
+    """
+
+    folder: str
+    absolute_folder: str
+    step: str
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(value, str) for value in vars(self).values()):
+            raise UserError("every field must be a string")
+        if any("\0" in value for value in vars(self).values()):
+            raise UserError("a path can't contain NUL")
+        if not is_step_name(self.step):
+            raise UserError(f"step must be {RELEASE!r} or like 'iter_0000500', got {self.step!r}")
+
+    @classmethod
+    def of(cls, step_folder: Path, sha256: str, save: Path) -> "BaseCheckpoint":
+        """The record of `step_folder` for the run folder `save`."""
+        base = step_folder.parent.resolve()  # a step folder may be a symbolic link
+        return cls(os.path.relpath(base, save.resolve()), str(base), step_folder.name, sha256)
+
+    def write(self, folder: Path) -> None:
+        """Write `folder`/base_checkpoint.json."""
+        content = {"format_version": FORMAT_VERSION, **vars(self)}
+        write_text(folder / BASE_CHECKPOINT_FILE, json.dumps(content, indent=2) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> "BaseCheckpoint | None":
+        """Read `folder`/base_checkpoint.json; None if it does not exist, as for complete checkpoints.
+
+        Raises:
+            UserError: the file is invalid.
+        """
+        path = folder / BASE_CHECKPOINT_FILE
+        return read_versioned(path, FORMAT_VERSION, cls) if path.is_file() else None
+
+    def find(self, folder: Path, override: Path | None = None) -> Path:
+        """The base's step folder: in `override`, or where the JSON file in `folder` says.
+
+        Raises:
+            UserError: it is in none of these folders.
+        """
+        recorded = [folder / self.folder, Path(self.absolute_folder)]
+        for place in ([override] if override else []) + recorded:
+            if (place / self.step).is_dir():
+                # without resolve(), or a step folder that is a symbolic link would lose its model_spec.json
+                return Path(os.path.normpath(place)) / self.step
+        searched = " and ".join(dict.fromkeys(str(place.resolve()) for place in recorded))
+        raise UserError(
+            f"the checkpoints in {folder} contain only trained tensors, and their base checkpoint {self.step} is "
+            f'missing from {searched}; restore it, or write its new folder into "folder" of '
+            f"{folder / BASE_CHECKPOINT_FILE}"
+        )
+
+
+def is_step_name(name: str) -> bool:
+    """Whether a folder of this name is a step folder."""
+    return name == RELEASE or re.fullmatch(r"iter_\d+", name) is not None
+
+
+def step_name(iteration: int) -> str:
+    """The name of the folder of a saved step."""
+    return f"iter_{iteration:07d}"
+
+
+def step_folder(folder: Path, iteration: int | None = None) -> Path:
+    """The folder of a saved step; by default of the latest, which the tracker file names.
+
+    Raises:
+        UserError: there is no such step.
+    """
+    if iteration is not None:
+        chosen = folder / step_name(iteration)
+        if not chosen.is_dir():
+            saved = sorted(int(path.name[5:]) for path in folder.glob("iter_*") if re.fullmatch(r"iter_\d+", path.name))
+            steps = " or ".join(map(str, saved))
+            fix = f"pass --iteration {steps} (trainer: --ckpt-step)" if saved else "it contains no numbered checkpoints"
+            raise UserError(f"{folder} has no checkpoint of iteration {iteration}; {fix}")
+        return chosen
+    tracker = folder / TRACKER_FILE
+    if not tracker.is_file():
+        raise UserError(f"{folder} is not a complete Megatron checkpoint: {TRACKER_FILE} is missing")
+    text = tracker.read_text(errors="replace").strip()
+    step = as_step(text)
+    if text != RELEASE and step is None:
+        raise UserError(f"{tracker} must contain an iteration or '{RELEASE}', got {text[:40]!r}")
+    chosen = folder / (RELEASE if step is None else step_name(step))
+    if not chosen.is_dir():
+        raise UserError(
+            f"{tracker} names {chosen.name}, which is missing; choose a step with --iteration (trainer: --ckpt-step)"
+        )
+    return chosen
+
+
+def checkpoint_chain(folder: Path, iteration: int | None = None, base: Path | None = None) -> list[Path]:
+    """The step folders that together contain the model of checkpoint folder `folder`, newest first.
+
+    Args:
+        iteration: saved step of `folder`; None for the latest.
+        base: where the first base may be, if it is not where base_checkpoint.json says.
+
+    Raises:
+        UserError: there is no checkpoint, a base is missing or of another model, or the chain is circular.
+    """
+    spec = ModelSpec.read(folder)
+    links = [step_folder(folder, iteration)]
+    while (record := BaseCheckpoint.read(links[-1].parent)) is not None:
+        link = record.find(links[-1].parent, base)
+        record_file = links[-1].parent / BASE_CHECKPOINT_FILE
+        base = None
+        if any(link.samefile(other) for other in links):
+            raise UserError(f'{record_file} is circular: {link} depends on itself; correct its "folder" and "step"')
+        if ModelSpec.read(link.parent) != spec:
+            raise UserError(
+                f"{link.parent} contains another model than {folder}, whose base it should be: their model_spec.json "
+                f'differ; correct "folder" in {record_file}'
+            )
+        links.append(link)
+    return links
+
+
+def verify_chain(links: list[Path]) -> None:
+    """Compare every base in the chain with the checksum that its successor recorded.
+
+    Reads those bases completely that have no checksums.json. If torch.distributed is initialized, every rank must call
+    this; they share the work.
+
+    Raises:
+        UserError: a base has changed.
+    """
+    for link, base in zip(links, links[1:], strict=False):
+        if not checksums.is_verifying and not (base / checksums.FILE_NAME).is_file():
+            continue
+        record = BaseCheckpoint.read(link.parent)
+        if record is None or checksum(base) != record.sha256:
+            raise UserError(
+                f"{base} is not what the checkpoints in {link.parent} were trained on: its checksum differs from the "
+                f"one in {BASE_CHECKPOINT_FILE}; restore the original, or train again"
+            )
+
+
+def verify_files(links: list[Path]) -> None:
+    """Compare all files of the step folders with their checksums.json.
+
+    If torch.distributed is initialized, every rank must call this; they share the work.
+
+    Raises:
+        UserError: a file is damaged or missing.
+    """
+    for link in links:
+        fix = "copy the checkpoint again, or use another step (trainer: --ckpt-step)"
+        checksums.verify_folder(link, fix, is_expected=True)
+
+
+def write_checksums(step_folder: Path) -> None:
+    """Write checksums.json of a step that all ranks have saved. Every rank must call this.
+
+    Each rank reads the files that it wrote, which its machine still has in memory.
+
+    Raises:
+        OSError: a file can't be read.
+    """
+    rank, world = checksums.rank_and_world()
+    names = [path.name for path in step_folder.iterdir() if path.suffix == ".distcp" or path.name in TABLE_FILES]
+    writers = {name: int(found[1]) for name in names if (found := re.match(r"__(\d+)_", name))}
+    own = [name for name in names if (writers[name] if writers.get(name, world) < world else 0) == rank]
+    sums = {
+        name: found for part in checksums.gather(checksums.sums_of(step_folder, own)) for name, found in part.items()
+    }
+    complete = {name: found for name, found in sums.items() if found is not None}
+    if unread := sums.keys() - complete.keys():
+        raise OSError(f"{step_folder / min(unread)} can't be read although it was just saved; check the disk")
+    if rank == 0:
+        checksums.write(step_folder, complete)
+
+
+def checksum(step_folder: Path) -> str:
+    """SHA-256 over a step folder's checksums.json, and over its own base's checksum if it has one.
+
+    In a step folder without that file, over names, sizes and contents of all files. If torch.distributed is
+    initialized, every rank must call this; they share the work.
+
+    Raises:
+        UserError: a file can't be read.
+    """
+    record = BaseCheckpoint.read(step_folder.parent)
+    overall = hashlib.sha256((record.sha256 if record else "").encode())
+    if (sums := step_folder / checksums.FILE_NAME).is_file():
+        overall.update(sums.read_bytes())
+        return overall.hexdigest()
+    files = sorted((path.relative_to(step_folder).as_posix(), path) for path in step_folder.rglob("*"))
+    pieces = [
+        (name, path.stat().st_size, start, path)
+        for name, path in files
+        if path.is_file()
+        for start in range(0, max(path.stat().st_size, 1), PIECE_BYTES)
+    ]
+    rank, world = checksums.rank_and_world()
+    own = pieces[rank::world]
+    total = sum(min(PIECE_BYTES, size - start) for _, size, start, _ in own)
+    title, is_hidden = f"checksum of {step_folder}", rank > 0 or None
+    with (
+        tqdm(total=total, desc=title, unit="B", unit_scale=True, delay=2, disable=is_hidden) as bar,
+        ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool,  # hashlib releases Python's lock
+    ):
+        digests_of_ranks = checksums.gather(list(pool.map(lambda piece: _digest(piece[3], piece[2], bar), own)))
+    digests = chain.from_iterable(zip_longest(*digests_of_ranks))  # piece i was hashed by rank i % world
+    for (name, size, start, path), digest in zip(pieces, digests, strict=False):
+        if digest is None:
+            raise UserError(f"cannot read {path}; check the disk and the file's permissions")
+        overall.update(f"\n{name} {size} {start} {digest}".encode())
+    return overall.hexdigest()
+
+
+def _digest(path: Path, start: int, bar: "tqdm[None]") -> str | None:
+    """The SHA-256 of one piece; None if it can't be read: a single rank must not fail while the others wait for it."""
+    digest, left = hashlib.sha256(), PIECE_BYTES
+    buffer = memoryview(bytearray(256 << 10))
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(start)
+            while left and (num_read := file.readinto(buffer[:left])):
+                digest.update(buffer[:num_read])
+                bar.update(num_read)
+                left -= num_read
+    except OSError:
+        return None
+    return digest.hexdigest()

@@ -1,0 +1,222 @@
+"""What every command does around its work: parse flags, print one error, handle signals, exit with the right code.
+
+The exit codes are 0 for success, 1 for failure, 2 for wrong arguments or input.
+"""
+
+import argparse
+import atexit
+import difflib
+import errno
+import locale
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import takewhile
+from pathlib import Path
+from signal import SIGINT, SIGTERM
+from types import FrameType, TracebackType
+from typing import Any, NoReturn
+
+from moelpr.process.errors import DISK_FULL, MachineError, UserError, is_lost_connection, reports_panics
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser with --debug and marks on required flags, which raises `UserError` for a wrong command line."""
+
+    def __init__(self, **options: Any) -> None:
+        if "\n" in (options.get("description") or ""):
+            options["formatter_class"] = argparse.RawDescriptionHelpFormatter
+        super().__init__(**options)
+        if self.add_help:  # a parent of other parsers has neither
+            self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def format_help(self) -> str:
+        for action in self._actions:
+            if action.option_strings and action.required and not str(action.help).endswith("(required)"):
+                action.help = f"{action.help} (required)"
+        return super().format_help()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Report an unrecognized flag first; argparse would report the required one that it may be a misspelling of."""
+        words = sys.argv[1:] if args is None else list(args)
+        known = self._option_string_actions
+        for word in takewhile(lambda word: word != "--", words) if self._subparsers is None else ():
+            flag = word.split("=")[0]
+            if flag.startswith("--") and not any(name.startswith(flag) for name in known):
+                nearest = difflib.get_close_matches(flag, known, n=1)
+                self.error(f"unrecognized argument {flag}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
+        return super().parse_known_args(words, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def prepare_process() -> None:
+    """Open standard streams that are closed, and show no traceback of a signal or of a stream that failed."""
+    # Otherwise Python sets the stream to None, and the next file that is opened gets its number.
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    sys.stdout, sys.stderr = sys.stdout or open(1, "w"), sys.stderr or open(2, "w")
+    sys.excepthook = _show_exception
+    sys.unraisablehook = show_unraisable
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command's `main` and exit with the right code.
+
+    A `UserError` exits with code 2 and its message, a full disk or Ctrl-C with code 1 and a message. Anything else is a
+    bug and keeps its traceback (code 1). With `--debug` on the command line, every error keeps its traceback.
+    """
+    _use_utf8()
+    debug = "--debug" in sys.argv
+    if signal.getsignal(SIGTERM) is signal.SIG_DFL:
+        signal.signal(SIGTERM, _exit_by_signal)
+    atexit.register(_raise_no_signals)
+    try:
+        try:
+            with reports_panics():
+                main()
+        except SystemError as error:
+            # C code during which a signal's handler raised.
+            if isinstance(error.__cause__, KeyboardInterrupt | SystemExit):
+                raise error.__cause__ from None
+            raise
+        finally:
+            sys.stdout.flush()  # here, because Python itself can't report that it fails
+    except BrokenPipeError:
+        # The reader (head, less) has closed the pipe, so there is no one to report to.
+        _discard_unwritable()
+        sys.exit(1)
+    except (UserError, OSError, RuntimeError, KeyboardInterrupt) as error:
+        message = _message(error)
+        if debug or message is None:
+            raise
+        if isinstance(error, RuntimeError) and _has_own_log():
+            traceback.print_exc()
+        _fail(message, error)
+
+
+def _exit_by_signal(number: int, _: FrameType | None) -> NoReturn:
+    """Exit as usual, so that temporary files are removed."""
+    sys.exit(128 + number)
+
+
+@contextmanager
+def deferred_signals() -> Iterator[None]:
+    """Handle SIGTERM and Ctrl-C after the block: compiled code that calls Python must not see their exceptions.
+
+    Only in the main thread, which handles signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    before = {n: signal.signal(n, lambda n, _: arrived.append(n)) for n in (SIGTERM, SIGINT)}
+    try:
+        yield
+    finally:
+        for deferred, handler in before.items():
+            signal.signal(deferred, handler)
+        for number in arrived[:1]:
+            signal.raise_signal(number)
+
+
+def _raise_no_signals() -> None:
+    """Give signals their default effect: while Python shuts down, their exceptions would be tracebacks."""
+    for number, handler in ((SIGTERM, _exit_by_signal), (SIGINT, signal.default_int_handler)):
+        if signal.getsignal(number) is handler:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _show_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt) and "--debug" not in sys.argv:
+        _print_error("interrupted")
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+def show_unraisable(found: Any) -> None:
+    """Report an exception that Python can't raise, as it came from a destructor or a callback."""
+    is_interrupt = isinstance(found.exc_value, KeyboardInterrupt)
+    if is_interrupt or (isinstance(found.exc_value, SystemExit) and found.exc_value.code == 128 + SIGTERM):
+        number = SIGINT if is_interrupt else SIGTERM
+        again = threading.Timer(0.01, os.kill, (os.getpid(), number))  # when it can be raised
+        again.daemon = True
+        again.start()
+    elif not (isinstance(found.exc_value, ValueError) and "closed file" in str(found.exc_value)):
+        # That would be a stream above a file whose writing failed, which is reported: torch's, of checkpoints.
+        sys.__unraisablehook__(found)
+
+
+def _discard_unwritable() -> None:
+    """Connect standard streams that can't be written to /dev/null, or Python would report it when it exits."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _use_utf8() -> None:
+    """Start this command again in Python's UTF-8 mode if names and files would be ASCII (PYTHONUTF8=0, LC_ALL=C)."""
+    if not sys.flags.utf8_mode and locale.getencoding().lower() not in ("utf-8", "utf8"):
+        os.environ["PYTHONUTF8"] = "1"  # for its child processes
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
+def _message(error: BaseException) -> str | None:
+    """The message for an error that a user can cause; None for a bug."""
+    if isinstance(error, (UserError, MachineError)):
+        return str(error).strip().rsplit("UserError: ", 1)[-1]  # a data loader's worker wraps it in its traceback
+    if isinstance(error, OSError) and error.errno == errno.EFBIG:
+        return f"{error.filename or 'the output'} exceeds the limit of a file's size; raise it with ulimit -f unlimited"
+    if _is_long_name(error):
+        return f"{str(error.filename)[:40]}… is too long for the name of a file; pass a shorter one"  # type: ignore[attr-defined]
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return f"the disk is full while writing {error.filename or 'the output'}; free space and run it again"
+    # Megatron's checkpoint writer runs in other processes and reports their failures as text.
+    if isinstance(error, RuntimeError) and "No space left on device" in str(error):
+        return "the disk is full while writing a checkpoint; free space and run it again"
+    if is_lost_connection(error):
+        return "another rank has ended, see its message or its node's log; run the same command again to resume"
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else None
+
+
+def _is_long_name(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
+
+
+def _has_own_log() -> bool:
+    """Whether this rank writes stderr to a file of its own (torchrun's --redirects and --tee)."""
+    folder = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return folder is not None and Path(folder).with_name("stderr.log").exists()
+
+
+def _fail(message: str, error: BaseException) -> NoReturn:
+    rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
+    if isinstance(error, KeyboardInterrupt) and "TORCHELASTIC_RUN_ID" in os.environ:
+        sys.exit(128 + SIGINT)  # the launcher reports it
+    if rank != "0" or is_lost_connection(error):
+        # Rank 0 most likely prints the same message, or the launcher why another rank has ended, and the launcher then
+        # ends this rank before it prints it again. Nothing ends the ranks of another node: there the first one prints
+        # it, for those who only see that node's log.
+        signal.signal(SIGTERM, signal.SIG_DFL)  # the trainer's handler would only set a flag
+        time.sleep(10 if local_rank == "0" else 20)
+    _discard_unwritable()
+    _print_error(message)
+    sys.exit(2 if isinstance(error, UserError) or _is_long_name(error) else 1)
+
+
+def _print_error(message: str) -> None:
+    program = Path(sys.argv[0])
+    name = program.parent.name if program.name == "__main__.py" else program.name
+    # Names and files may contain control characters; only a list of settings has several lines.
+    lines = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in message.split("\n- ")]
+    with suppress(OSError):  # stderr may be a pipe that its reader has closed
+        print(f"{name}: error:", "\n- ".join(lines), file=sys.stderr, flush=True)

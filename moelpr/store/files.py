@@ -1,0 +1,331 @@
+"""Outputs appear complete or not at all: write under a temporary name, fsync, rename. Reads versioned JSON files."""
+
+import errno
+import glob
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Buffer, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+import psutil
+
+from moelpr.process.errors import DISK_FULL, UserError
+
+# In a partial folder: the description of the job that writes it.
+JOB_FILE = ".job"
+LOCK_FILE = ".lock"
+
+
+def refuse_existing(paths: list[Path], overwrite: bool) -> None:
+    """Raise a UserError if an output exists already and `overwrite` is False."""
+    found = [str(path) for path in paths if os.path.exists(path)]  # False if a name is too long
+    if found and not overwrite:
+        raise UserError(f"the output {', '.join(found)} already exists; choose another name or pass --overwrite")
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder to write to, and its parents.
+
+    Raises:
+        UserError: it can't be created, or is read-only.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
+        raise UserError(f"can't write to the folder {folder} ({error.strerror}); choose another") from error
+
+
+# Processes of other machines, whose numbers mean nothing here, may write into the same folder.
+_MACHINE = f"{zlib.crc32(os.uname().nodename.encode()):08x}"
+
+
+def temporary_name(path: Path) -> Path:
+    """A name in the same folder that no reader mistakes for the finished output."""
+    return path.with_name(f".{path.name}.tmp-{_MACHINE}-{os.getpid()}")
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary file name; on success it is fsynced and renamed to `path`, on failure removed."""
+    make_folder(path.parent)
+    temporary = temporary_name(path)
+    _remove_leftovers(path)
+    try:
+        yield temporary
+        fsync_file(temporary)
+        os.replace(temporary, path)
+    except IsADirectoryError as error:
+        raise UserError(f"{path} is a folder, but a file is to be written there; remove it") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what killed processes of this machine have left of `path` under its temporary names."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.tmp-{_MACHINE}-*"):
+        number = left.name.removesuffix("-old").rpartition("-")[2]
+        if number.isdecimal() and len(number) < 10 and not psutil.pid_exists(int(number)):
+            remove(left)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with its content; another process may be doing the same."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: Path, pattern: str = "**/.*.tmp-*") -> None:
+    """Remove what killed processes have left of atomic files; call it if no other process can be writing them."""
+    for path in folder.glob(pattern):
+        path.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file with `atomic_file`."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Like json.loads, but half a surrogate pair, which can't be written, and very deep nesting are ValueErrors too."""
+    try:
+        content = json.loads(text)
+        json.dumps(content, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    return content
+
+
+def read_versioned[T](path: Path, version: int, build: Callable[..., T]) -> T:
+    """Pass the fields of the JSON object in a file to `build` as keyword arguments, without its format_version.
+
+    Raises:
+        UserError: the file has another version, or `build` rejects the fields.
+    """
+    try:
+        content = parse_json(path.read_text())
+        found = content.pop("format_version", None)
+        if found != version:
+            raise UserError(f"format_version is {found}, this program reads {version}")
+        return build(**content)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        raise UserError(f"{path} is damaged or from another program: {error}") from error
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder; on success it replaces `path`, on failure it is removed."""
+    path = _behind_link(path)
+    make_folder(path.parent)
+    temporary = temporary_name(path)
+    _remove_leftovers(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        _replace(path, temporary)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def partial_name(path: Path) -> Path:
+    """The folder in which `resumable_directory` keeps what has been written of `path`."""
+    return path.with_name(f".{path.name}.partial")
+
+
+@contextmanager
+def resumable_directory(path: Path, job: str) -> Iterator[Path]:
+    """Like `atomic_directory`, but keep what an interrupted run of the same job has written.
+
+    The folder `.<name>.partial` next to `path` stays unless the job succeeds or fails with a UserError. `job` describes
+    everything that the output depends on, as text; a job with another description starts from an empty folder.
+
+    Raises:
+        UserError: another process is writing to the folder.
+    """
+    path = _behind_link(path)
+    make_folder(path.parent)
+    _remove_leftovers(path)
+    partial = partial_name(path)
+    try:
+        partial.mkdir(exist_ok=True)
+    except FileExistsError:
+        if os.path.lexists(partial):
+            raise UserError(f"{partial} is a file, but a folder is to be written there; remove it") from None
+        raise _just_written(path) from None
+    with locked(partial / LOCK_FILE, path):
+        description = partial / JOB_FILE
+        if not description.is_file() or description.read_text() != job:
+            empty(partial)
+            write_text(description, job)
+        remove_temporaries(partial)
+        try:
+            yield partial
+        except UserError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        # Not before: after a kill, this job would start again from an empty folder, or another one would empty it.
+        _replace(path, partial, own=(JOB_FILE, LOCK_FILE))
+
+
+@contextmanager
+def locked(lock_file: Path, output: Path | str) -> Iterator[None]:
+    """Hold the lock in `lock_file`; on a file system without locks, hold nothing.
+
+    The kernel releases it when this process ends, however that happens; forked processes do not hold it.
+
+    Raises:
+        UserError: another process holds it, so it is writing `output`.
+    """
+    # The fallback is a file that would remain if this process is killed.
+    lock = filelock.FileLock(lock_file, timeout=0, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise UserError(f"another process is writing {output}; wait for it, or choose another name") from None
+    except FileNotFoundError:  # it has just removed its folder
+        raise _just_written(output) from None
+    except PermissionError:
+        raise UserError(
+            f"{lock_file} belongs to another user, whose interrupted job has left it; remove {lock_file.parent}, or "
+            "choose another name"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _just_written(output: Path | str) -> UserError:
+    return UserError(f"another process has just written {output}; use that, or choose another name")
+
+
+def empty(folder: Path) -> None:
+    """Remove what is in `folder`, except its lock."""
+    for path in folder.iterdir():
+        if path.name != LOCK_FILE:
+            remove(path)
+
+
+def _replace(path: Path, temporary: Path, own: tuple[str, ...] = ()) -> None:
+    """Make the folder `temporary` durable and rename it to `path`; what was there is removed last.
+
+    `own`: names of files in it that are removed once it has its name.
+    """
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            fsync_file(file)
+    old = None
+    if path.exists():
+        old = path.with_name(f"{temporary_name(path).name}-old")
+        remove(old)
+        os.replace(path, old)
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        if old is not None:
+            os.replace(old, path)
+        raise
+    for name in own:
+        (path / name).unlink(missing_ok=True)
+    if old is not None:
+        remove(old)
+
+
+def _behind_link(path: Path) -> Path:
+    """Where to write `path`: if it is a link, what it leads to, so that the link stays; "." and ".." have no name."""
+    return path.resolve() if os.path.islink(path) or path.name in ("", "..") else path
+
+
+def check_links(path: Path, folder: Path) -> None:
+    """Check that a file or folder within `folder`, which may come from elsewhere, leads to nothing outside it.
+
+    A copy has what a link leads to, so a published copy would reveal it. In the Hub's cache all files are links, to
+    `models--OWNER--NAME/blobs`.
+
+    Raises:
+        UserError: there is a link to something else.
+    """
+    root = folder.resolve()
+    for found in [path, *(path.rglob("*") if path.is_dir() else ())]:
+        target = found.resolve()
+        is_in_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+        if not (target.is_relative_to(root) or is_in_cache):
+            raise UserError(
+                f"{found} is a link to {target}, outside {folder}, whose content would be copied and published; remove "
+                "it, or put what belongs there in its place"
+            )
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy the files of a folder into another one, file by file; those that exist are replaced.
+
+    Raises:
+        UserError: a link leads out of the folder.
+    """
+    check_links(source, source)
+    for path in sorted(source.rglob("*")):
+        if path.is_file():
+            copy = target / path.relative_to(source)
+            make_folder(copy.parent)
+            shutil.copyfile(path, copy)
+
+
+class DurableFile:
+    """A new binary file whose content is on disk once `finish` returns.
+
+    Attributes:
+        name: without its folder.
+        crc32: CRC-32 of what was written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.name = path.name
+        self.crc32 = 0
+        self._file = open(path, "wb")
+        self.flush, self.tell, self.close = self._file.flush, self._file.tell, self._file.close
+
+    def write(self, data: Buffer) -> int:
+        self.crc32 = zlib.crc32(data, self.crc32)
+        return self._file.write(data)
+
+    def finish(self) -> None:
+        """Write everything to disk, then close the file."""
+        self.flush()
+        os.fsync(self._file.fileno())
+        self.close()
+
+
+def fsync_file(path: Path) -> None:
+    """Write a closed file's content to disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def check_is_utf8(path: str, what: str) -> None:
+    """Check a path that a result names: our files are UTF-8.
+
+    Raises:
+        UserError: The path is not UTF-8.
+    """
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        shown = os.fsencode(path).decode(errors="backslashreplace")
+        raise UserError(f"the name of the {what} {shown} is not UTF-8; rename the file") from error

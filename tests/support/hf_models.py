@@ -1,0 +1,260 @@
+"""Tiny random Hugging Face models of every family, made by stock transformers, and what tests do with them."""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from checkpoint_convert.hf.hf_folder import TOKENIZER_FILES
+from moelpr.data.tokenizer import load_tokenizer, vocabulary_checksum
+from moelpr.data.vocabulary_extension import VocabularyExtension
+from moelpr.families.new_experts import NewExperts
+from moelpr.process.errors import UserError
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+SHAPE = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rope_parameters": {"rope_theta": 50000.0, "rope_type": "default"},
+}
+TOKENS = torch.arange(40).reshape(2, 20) * 7 % 99
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Save a random model of a transformers class; no tensor (biases and norms included) is constant."""
+
+    def make(
+        architecture: str,
+        dtype: torch.dtype = torch.float32,
+        tokenizer: bool = False,
+        save: dict | None = None,
+        **changes,
+    ) -> Path:
+        import transformers
+
+        torch.manual_seed(0)
+        model_class = getattr(transformers, architecture)
+        model = model_class(model_class.config_class(**(SHAPE | changes)))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        folder = tmp_path_factory.mktemp(architecture)
+        model.to(dtype).save_pretrained(folder, **(save or {}))
+        if tokenizer:
+            save_tokenizer(folder, num_ids=60)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_qwen2(make_model: Callable[..., Path]) -> Callable[..., Path]:
+    def make(dtype: torch.dtype = torch.float32, **options) -> Path:
+        return make_model("Qwen2ForCausalLM", dtype, **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def qwen2(make_qwen2: Callable[..., Path]) -> Path:
+    """Untied, fp32, in several shards, with a tokenizer of 60 IDs and a chat template. Tests must not change it."""
+    return make_qwen2(tokenizer=True, save={"max_shard_size": "40KB"})
+
+
+@pytest.fixture
+def source(make_qwen2: Callable[..., Path], tmp_path: Path) -> Path:
+    """One file, with a tokenizer; a test may change it."""
+    return Path(shutil.copytree(make_qwen2(tokenizer=True), tmp_path / "source"))
+
+
+class HeldBytes:
+    """Counts the bytes of tensors that were read and are still in memory."""
+
+    def __init__(self) -> None:
+        self._live: dict[int, int] = {}
+        self._peak = 0
+
+    def take_peak(self) -> int:
+        """The peak since the last call."""
+        peak, self._peak = self._peak, 0
+        return peak
+
+    def watch(self, read: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def watched(*args):
+            tensor = read(*args)
+            storage = tensor.untyped_storage().data_ptr()
+            self._live[storage] = tensor.untyped_storage().nbytes()
+            weakref.finalize(tensor, self._live.pop, storage, None)
+            self._peak = max(self._peak, sum(self._live.values()))
+            return tensor
+
+        return watched
+
+
+@pytest.fixture
+def held_bytes(monkeypatch: pytest.MonkeyPatch) -> HeldBytes:
+    """Of what is read from safetensors and from checkpoints."""
+    from checkpoint_convert.hf.hf_folder import HfReader
+    from moelpr.checkpoints.torch_dist import TorchDistReader
+
+    held = HeldBytes()
+    monkeypatch.setattr(HfReader, "read", held.watch(HfReader.read))
+    monkeypatch.setattr(TorchDistReader, "_load_chunk", held.watch(TorchDistReader._load_chunk))
+    return held
+
+
+def save_tokenizer(folder: Path, num_ids: int) -> None:
+    """A byte-level BPE whose tokens are a, b and runs of a."""
+    from transformers import Qwen2Tokenizer
+
+    words = ["a", "b"] + ["a" * n for n in range(2, num_ids - 1)]
+    vocab = {"<|endoftext|>": 0} | {word: k for k, word in enumerate(words, start=1)}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[("a", "a" * n) for n in range(1, num_ids - 2)])
+    assert len(tokenizer) == num_ids
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+
+
+def save_extended_tokenizer(old: Path, folder: Path, new: list[tuple[str, str]]) -> Path:
+    """The BPE tokenizer in `old` with more merges, and vocabulary_extension.json, as extend_tokenizer.py writes it."""
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", str(old))
+    content = json.loads((old / "tokenizer.json").read_text())
+    vocabulary, first = content["model"]["vocab"], tokenizer.vocab_size
+    replaced = {token: [id] for token, id in vocabulary.items()}
+    for id, (left, right) in enumerate(new, start=first):
+        vocabulary[left + right] = id
+        content["model"]["merges"].append([left, right])
+        replaced[left + right] = replaced[left] + replaced[right]
+    folder.mkdir(parents=True)
+    for file in old.iterdir():
+        if file.name in TOKENIZER_FILES or file.name == "chat_template.jinja":
+            shutil.copyfile(file, folder / file.name)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    replaces = [replaced[left + right] for left, right in new]
+    checksum = vocabulary_checksum(tokenizer.vocabulary(), first)
+    VocabularyExtension(first, replaces, tokenizer.fingerprint(), checksum).write(folder)
+    return folder
+
+
+def load_stock(folder: Path, architecture: str | None = None):
+    """The model as stock transformers loads it; fails on any missing or unexpected weight."""
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype="auto")
+    assert architecture in (None, type(model).__name__)
+    assert not info["unexpected_keys"] and not info["mismatched_keys"] and not info["error_msgs"], info
+    parameters = dict(model.named_parameters())
+    missing = [name for name in info["missing_keys"] if parameters[name].numel()]  # a shared expert of width 0
+    assert not missing, missing
+    return model.eval()
+
+
+@torch.no_grad()
+def stock_logits(model) -> Tensor:
+    """Logits of TOKENS, from a model or its folder."""
+    return (load_stock(model) if isinstance(model, Path) else model)(TOKENS).logits
+
+
+def our_logits(folder: Path, tokens: Tensor = TOKENS, change: Callable[[Any], object] = id) -> Tensor:
+    """Logits from the trainer's model code, after a change of the loaded model."""
+    from moelpr.megatron_patches import cpu, megatron_fixes
+
+    cpu.install()
+    megatron_fixes.install()
+    from moelpr.model import loading
+
+    with loading.single_process():
+        model = loading.load_model(folder)
+        with torch.no_grad():
+            change(model)
+        return loading.logits(model, tokens)
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder's safetensors files."""
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def edit_tensors(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Change the tensors of a safetensors file, or of model.safetensors in a folder, in place."""
+    file = path / "model.safetensors" if path.is_dir() else path
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    (file.parent / "checksums.json").unlink(missing_ok=True)  # changed on purpose
+
+
+def copy_of(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+    """A copy of a folder, next to it, with changed tensors."""
+    copy = Path(shutil.copytree(folder, folder.parent / "changed", dirs_exist_ok=True))
+    edit_tensors(copy, change)
+    return copy
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Relative path → content of all files in a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+FOUR = NewExperts(4)
+
+
+def assert_import_fails(source: Path, tmp_path: Path, message: str, experts: NewExperts = FOUR, **options) -> None:
+    """The import fails with a one-line message that matches, and leaves nothing."""
+    from checkpoint_convert.conversions.upcycling import hf_to_mcore
+
+    with pytest.raises(UserError, match=message) as caught:
+        hf_to_mcore(source, tmp_path / "out", experts, **options)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    assert_nothing_left(tmp_path)
+
+
+def assert_nothing_left(tmp_path: Path) -> None:
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+class RunsCode:
+    """Unpickled without restrictions, it creates a file."""
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self._path,))
+
+
+def replace_object(step: Path, key: str, value: object) -> None:
+    """Append the value to the file that contains the object `key`, and point the table of contents to it."""
+    metadata = pickle.loads((step / ".metadata").read_bytes())
+    info = next(info for index, info in metadata.storage_data.items() if index.fqn.startswith(key))
+    content = io.BytesIO()
+    torch.save(value, content)
+    with open(step / info.relative_path, "ab") as file:
+        info.offset, info.length = file.tell(), len(content.getvalue())
+        file.write(content.getvalue())
+    (step / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype, name
+        assert torch.equal(a[name], b[name]), name

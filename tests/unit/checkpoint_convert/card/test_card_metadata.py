@@ -1,0 +1,137 @@
+"""Evaluation results and metadata become the front matter that the Hub reads; the card's text stays."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from checkpoint_convert import update_card as command
+from checkpoint_convert.card.card_metadata import split_card
+
+CARD = "---\nlicense: mit\nlanguage: en\ntags:\n- moe\n---\n\n# A model\n\n---\nText.\n"
+
+
+@pytest.fixture
+def export(tmp_path: Path) -> Path:
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "README.md").write_text(CARD)
+    return tmp_path / "export"
+
+
+@pytest.fixture
+def results(export: Path) -> Path:
+    """As `moelpr.evaluate --output` writes them: two languages, two models."""
+
+    def model(directory: str, bits: float) -> dict:
+        numbers = {"bits_per_byte": {"value": bits}, "perplexity": {"value": 9.5}, "accuracy": {"value": 0.25}}
+        return {"directory": directory, "languages": {code: {"documents": 12, **numbers} for code in ("en", "el")}}
+
+    data = {"en": "/private/home/me/en-test.jsonl", "el": "el-test.jsonl"}
+    models = {"base": model("Base", 1.5), "stage2": model(str(export), 1.25)}
+    (export.parent / "results.json").write_text(json.dumps({"data": data, "models": models}))
+    return export.parent / "results.json"
+
+
+def test_results_become_a_model_index_that_the_hub_reads(export: Path, results: Path, exit_code, capsys) -> None:
+    from huggingface_hub import ModelCard
+
+    options = ("--base-model", "o/Base", "--languages", "hu,en", "--tags", "multilingual,moe")
+    assert exit_code(command.main, export, "--results", results, *options) == 0
+    assert "results on 2 data sets" in capsys.readouterr().out
+    card = ModelCard.load(export / "README.md")
+    assert split_card((export / "README.md").read_text())[1] == split_card(CARD)[1]
+    assert card.data.base_model == "o/Base" and card.data.license == "mit"
+    assert card.data.language == ["en", "hu", "el"] and card.data.tags == ["moe", "multilingual"]
+    found = {(r.dataset_config, r.metric_type): r.metric_value for r in card.data.eval_results}
+    assert found == {
+        (code, metric): value
+        for code in ("en", "el")
+        for metric, value in (("bits_per_byte", 1.25), ("perplexity", 9.5), ("accuracy", 0.25))
+    }
+    assert {r.dataset_name for r in card.data.eval_results} == {
+        "held-out English text, 12 documents", "held-out Greek text, 12 documents"
+    }  # fmt: skip
+    assert "private" not in (export / "README.md").read_text()
+    # A second time changes nothing.
+    before = (export / "README.md").read_bytes()
+    assert exit_code(command.main, export, "--results", results, *options) == 0
+    assert (export / "README.md").read_bytes() == before
+
+
+def test_another_models_results_must_be_named(export: Path, results: Path, exit_code, capsys) -> None:
+    assert exit_code(command.main, export.parent / "export", "--results", results, "--evaluated", "base") == 0
+    assert "value: 1.5" in (export / "README.md").read_text()
+
+
+def test_benchmarks_become_results_too(export: Path, exit_code) -> None:
+    content = {
+        "settings": {"limit": None},
+        "benchmarks": {"ARC": {"num_fewshot": 25, "metric": "acc_norm"}},
+        "models": {"export": {"directory": str(export), "scores": {"ARC": {"el": {"value": 41.5, "stderr": 1.0}}}}},
+    }
+    file = export.parent / "harness.json"
+    file.write_text(json.dumps(content))
+    assert exit_code(command.main, export, "--results", file) == 0
+    (index,) = split_card((export / "README.md").read_text())[0]["model-index"]
+    assert index["results"] == [
+        {
+            "task": {"type": "text-generation"},
+            "dataset": {"name": "ARC, Greek", "type": "arc", "config": "el"},
+            "metrics": [{"type": "acc_norm", "value": 41.5, "name": "acc_norm, 25 shots"}],
+        }
+    ]
+
+
+def test_what_moelpr_evaluate_prints_is_read(source: Path, text: Path, monkeypatch, exit_code, capsys) -> None:
+    from moelpr.evaluate import __main__ as evaluate
+
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--model", str(source), "--data", f"el={text}", "--json"])
+    evaluate.main()
+    printed = capsys.readouterr().out
+    (source.parent / "printed.json").write_text(printed)
+    (source / "README.md").write_text(CARD)
+    assert exit_code(command.main, source, "--results", source.parent / "printed.json") == 0
+    metadata, _ = split_card((source / "README.md").read_text())
+    assert metadata["language"] == ["en", "el"]
+    (result,) = metadata["model-index"][0]["results"]
+    bits = json.loads(printed)["models"]["source"]["languages"]["el"]["bits_per_byte"]["value"]
+    assert {metric["type"]: metric["value"] for metric in result["metrics"]}["bits_per_byte"] == bits > 0
+
+
+def test_invalid_input_exits_with_one_message_and_leaves_the_card(
+    export: Path, results: Path, exit_code, capsys
+) -> None:
+    for name, content in (
+        ("no.json", "{"),
+        ("deep.json", "[" * 100_000),
+        ("text.json", results.read_text().replace('"value": ', '"value": "x", "other": ')),
+        ("list.json", "[]"),
+        ("routing.json", json.dumps({"models": {"m": {"directory": str(export), "languages": {"en": {}}}}})),
+        ("limited.json", json.dumps({"settings": {"limit": 5}, "benchmarks": {}, "models": {"m": {
+            "directory": str(export), "scores": {}}}})),
+    ):  # fmt: skip
+        (export.parent / name).write_text(content)
+    for arguments, message in (
+        ((export,), "--results"),
+        ((export.parent, "--license", "mit"), "README.md"),
+        ((export, "--results", export.parent / "gone.json"), "gone.json"),
+        ((export, "--results", export.parent / "no.json"), "no.json"),
+        ((export, "--results", export.parent / "list.json"), "list.json"),
+        ((export, "--results", export.parent / "deep.json"), "deep.json"),
+        ((export, "--results", export.parent / "text.json"), "must be a number, got 'x'"),
+        ((export, "--results", export.parent / "routing.json"), "routing.json"),
+        ((export, "--results", export.parent / "limited.json"), "--limit"),
+        ((export, "--results", results, "--evaluated", "stage3"), "base, stage2"),
+        ((export, "--base-model", "runs"), "--base-model must be OWNER/NAME"),
+        ((export, "--languages", "el,Greek"), "got Greek"),
+    ):
+        assert exit_code(command.main, *arguments) == 2, message
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and message in error, error
+        assert (export / "README.md").read_text() == CARD
+
+
+@pytest.mark.parametrize(("given", "found"), [("[en, no, nb]", ["en", "no", "nb"]), ("no", "no"), ("[en]", ["en"])])
+def test_norwegian_is_no_boolean(given: str, found: object) -> None:
+    assert split_card(f"---\nlanguage: {given}\n---\nText.\n") == ({"language": found}, "Text.\n")

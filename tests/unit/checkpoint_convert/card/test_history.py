@@ -1,0 +1,95 @@
+"""A model's history is what its runs recorded, found by the folders that they name."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from checkpoint_convert.card.history import Origin, read_history
+from checkpoint_convert.conversions.adapter import mcore_to_adapter
+from checkpoint_convert.conversions.export import whole_checkpoint
+from checkpoint_convert.conversions.upcycling import hf_to_mcore
+from moelpr.checkpoints.chain import BaseCheckpoint
+from moelpr.families.new_experts import NewExperts
+from moelpr.process.errors import UserError
+from tests.unit.checkpoint_convert.conftest import SETTINGS, write_run
+
+
+def test_a_stage_whose_folder_is_gone_is_missing_until_it_is_found(runs: Path) -> None:
+    shutil.move("stage1", "elsewhere")
+    assert read_history(Path("stage2")).missing == "stage1"
+    hf_to_mcore(runs / "Qwen-tiny", Path("stage1"), NewExperts(2))  # another model in its place
+    assert read_history(Path("stage2")).missing == "stage1"
+    BaseCheckpoint("../elsewhere", "/gone", "iter_0000003", "").write(runs / "stage2")
+    assert [stage.step for stage in read_history(Path("stage2")).stages] == [3, 4]
+
+
+def test_a_resumed_run_is_described_by_its_first_start(runs: Path) -> None:
+    write_run("resumed", "stage1", [2, 4], SETTINGS | {"ckpt_step": 3}, resumed=(4,))
+    assert [stage.step for stage in read_history(Path("resumed")).stages] == [3, 4]
+    shutil.rmtree("resumed/iter_0000002")
+    assert read_history(Path("resumed")).missing == "stage1"  # of its two steps it isn't known which
+    shutil.rmtree("stage1/iter_0000003")
+    assert [stage.step for stage in read_history(Path("resumed")).stages] == [6, 4]
+
+
+def test_a_run_is_described_by_the_step_that_it_started_from_also_if_there_are_later_ones(runs: Path) -> None:
+    write_run("after", "stage1", [4], SETTINGS | {"model_step": "iter_0000003"})
+    assert [stage.step for stage in read_history(Path("after")).stages] == [3, 4]
+    shutil.rmtree("stage1/iter_0000003")
+    assert read_history(Path("after")).missing == "stage1"
+
+
+def test_a_whole_checkpoint_has_the_history_of_its_run(runs: Path) -> None:
+    whole_checkpoint(Path("stage1"), Path("whole"), iteration=3)
+    write_run("after", "whole", [5], SETTINGS | {"stage": "stage2"})
+    assert [stage.step for stage in read_history(Path("after")).stages] == [3, 5]
+    origin = Origin.read(Path("whole"))
+    assert origin.base_model == "Qwen-tiny" and origin.settings["seed"] == 7
+    shutil.rmtree("stage1")
+    assert read_history(Path("after")).missing == str(runs / "stage1" / "iter_0000003")
+
+
+@pytest.mark.parametrize("settings", [{"noise": "x"}, {"reinitialise": [1]}, {"seed": 10**400}])
+def test_settings_of_a_conversion_that_are_no_numbers_are_left_out(runs: Path, settings: dict) -> None:
+    replace(Origin.read(Path("upcycled")), settings=settings).write(Path("upcycled"))
+    assert Origin.read(Path("upcycled")).settings == {}
+    known = {"new_experts": "random", "seed": 2**31 - 1}
+    replace(Origin.read(Path("upcycled")), settings=known).write(Path("upcycled"))
+    assert Origin.read(Path("upcycled")).settings == known
+
+
+@pytest.mark.parametrize("place", ["hf", "a\0b"])
+def test_a_copy_of_what_is_no_step_is_the_end_of_the_history(runs: Path, place: str) -> None:
+    whole_checkpoint(Path("stage1"), Path("whole"), iteration=3)
+    (Path("stage1") / "hf").mkdir(exist_ok=True)
+    replace(Origin.read(Path("whole")), copy_of=f"stage1/{place}").write(Path("whole"))
+    assert read_history(Path("whole")).stages == []
+
+
+def test_data_listed_in_a_file_is_named_by_that_file(runs: Path) -> None:
+    write_run("listed", "upcycled", [2], SETTINGS | {"data_path": None, "data_args_path": "data/blend.txt"})
+    assert read_history(Path("listed")).stages[0].data == "the list `data/blend.txt`"
+
+
+def test_circular_records_are_followed_once(runs: Path) -> None:
+    for recipe in Path("stage1").rglob("recipe.yaml"):
+        recipe.write_text(yaml.safe_dump(SETTINGS | {"model_source": "stage2"}))
+    assert len(read_history(Path("stage2")).stages) == 2
+
+
+def test_a_run_that_trained_everything_cannot_become_an_adapter(runs: Path) -> None:
+    write_run("all", "stage1", [2], SETTINGS | {"train_everything": True})
+    write_run("then", "all", [2], SETTINGS)
+    with pytest.raises(UserError, match="all .*--train-everything"):
+        mcore_to_adapter(Path("then"), Path("adapter"), "base")
+
+
+def test_an_adapter_whose_earlier_training_is_unknown_is_written_with_a_note(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.move("stage1", "elsewhere")
+    mcore_to_adapter(Path("stage2"), Path("adapter"), "base")
+    assert "note: how stage1 was trained is not recorded" in capsys.readouterr().err

@@ -1,0 +1,213 @@
+"""The card contains what the runs recorded, and nothing else."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+
+from checkpoint_convert.conversions.adapter import adapter_to_mcore, mcore_to_adapter
+from checkpoint_convert.conversions.export import mcore_to_hf
+from checkpoint_convert.conversions.upcycling import Start, hf_to_mcore
+from moelpr.families.new_experts import NewExperts
+from moelpr.model_spec import ModelSpec
+from tests.unit.checkpoint_convert.conftest import BASE_CARD, SETTINGS, write_run
+
+
+def card_of(checkpoint: str, **options: object) -> str:
+    mcore_to_hf(Path(checkpoint), Path("export"), overwrite=True, **options)
+    return (Path("export") / "README.md").read_text()
+
+
+def front_matter(card: str) -> dict:
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def stages_of(card: str) -> list[dict[str, str]]:
+    """The table of each stage, with its title."""
+    sections = card.split("\n## Training\n")[1].split("\n## Use\n")[0].split("\n### ")[1:]
+    return [
+        {"title": section.splitlines()[0]} | dict(re.findall(r"^\| ([^|-][^|]*) \| (.*) \|$", section, re.MULTILINE))
+        for section in sections
+    ]
+
+
+def test_the_card_describes_each_stage_from_its_records(runs: Path) -> None:
+    first, second = stages_of(card_of("stage2"))
+    assert first == {
+        "title": "Stage 1 (post-pretrain)",
+        "trained": "new experts and routers; everything else is frozen",
+        "data": "`data/el_text_document` (weight 3), `data/hu_text_document` (weight 1)",
+        "steps": "6",
+        "tokens": "3,145,728",
+        "next-token loss, first to last step": "4.875 to 4.25",
+        "… on expanded-language text": "4.875 to 4.25",
+        "balance loss, first to last step": "1.01 to 1.06",
+        "global batch": "512 sequences of 1,024 tokens",
+        "learning rate": "5e-05 to 0, cosine",
+        "warm-up": "20 steps",
+        "balance loss α": "0.01",
+        "optimizer": "adam (betas 0.9, 0.95; eps 1e-08)",
+        "weight decay": "0.1",
+        "gradient clipping": "1",
+        "precision": "bf16",
+        "seed": "1234",
+        "processes": "8",
+        "versions": "torch 9.9",
+    }
+    assert second["title"] == "Stage 2 (review)"
+    assert second["data"] == "`data/review_text_document`"
+    assert second["trained"] == "routers; everything else is frozen"
+    assert second["LPR loss, first to last step"] == "1.75 to 1"
+    assert second["LPR loss γ"] == "0.1 (paper formula)"
+    assert not {"balance loss α", "balance loss, first to last step"} & second.keys()
+
+
+def test_the_card_describes_the_exported_step(runs: Path) -> None:
+    (stage,) = stages_of(card_of("stage1", iteration=3))
+    assert (stage["steps"], stage["tokens"]) == ("3", "1,572,864")
+    assert stage["next-token loss, first to last step"] == "4.875 to 4.625"
+
+
+def test_the_hub_reads_the_front_matter(runs: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    card = ModelCard(card_of("stage2", base_model="Qwen/Qwen-tiny"))
+    assert card.data.base_model == "Qwen/Qwen-tiny"
+    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
+    assert card.data.license == "other" and card.data.license_name == "tongyi"
+    assert card.data.language == ["en", "zh"]
+    assert card.data.tags == ["moe", "moe-lpr"]
+
+
+def test_the_card_of_the_base_is_kept_and_linked(runs: Path) -> None:
+    card = card_of("stage2")
+    assert (runs / "export" / "README-base.md").read_text() == BASE_CARD
+    assert (runs / "Qwen-tiny" / "README.md").read_text() == BASE_CARD
+    assert "`Qwen-tiny` ([its own card](README-base.md))" in card
+    assert "base_model" not in front_matter(card)  # a folder's name is none of the hub's
+
+
+def test_unrecorded_details_are_omitted(runs: Path) -> None:
+    for folder in (runs / "upcycled" / "hf", runs / "stage1" / "hf"):
+        (folder / "origin.json").unlink()
+        (folder / "README.md").unlink()
+    (runs / "stage1" / "metrics.jsonl").unlink()
+    (runs / "stage1" / "versions.json").write_text("{")
+    for recipe in (runs / "stage1").rglob("recipe.yaml"):
+        recipe.write_text(yaml.safe_dump({"stage": "stage1", "model_source": "upcycled", "lr": None, "bf16": None}))
+    card = card_of("stage1")
+    assert "None" not in card and "Qwen-tiny" not in card
+    assert set(front_matter(card)) == {"library_name", "pipeline_tag", "tags"}
+    (stage,) = stages_of(card)
+    assert set(stage) == {"title", "trained", "steps"}
+    bare = card_of("upcycled")
+    assert "No training is recorded." in bare
+    assert "started as copies" not in bare
+
+
+def test_text_where_a_number_belongs_is_shown_as_it_is(runs: Path) -> None:
+    for recipe in (runs / "stage1").rglob("recipe.yaml"):
+        recipe.write_text(yaml.safe_dump(SETTINGS | {"model_source": "upcycled", "lr": "high", "seq_length": [1]}))
+    (stage,) = stages_of(card_of("stage1"))
+    assert stage["learning rate"] == "high to 0.0, cosine"
+    assert stage["global batch"] == "512 sequences of [1] tokens"
+
+
+def test_metrics_that_end_before_the_step_are_ignored(runs: Path) -> None:
+    lines = (runs / "stage1" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (runs / "stage1" / "metrics.jsonl").write_text("".join(lines[:-1]))
+    (stage,) = stages_of(card_of("stage1"))
+    assert stage["steps"] == "6" and "tokens" not in stage
+
+
+@pytest.mark.parametrize(
+    ("start", "sentence"),
+    [
+        (Start(seed=7), "New experts started as copies (seed 7)."),
+        (Start("random"), "New experts started at random (seed 1234)."),
+        (Start(noise=0.1), "with noise of 0.1 times the weights' standard deviation (seed"),
+        (Start(reinitialise=0.5), "started as copies, 50% of their FFN dimensions reinitialized (seed"),
+    ],
+)
+def test_the_card_describes_how_new_experts_started(runs: Path, start: Start, sentence: str) -> None:
+    hf_to_mcore(runs / "Qwen-tiny", Path("again"), NewExperts(2), start=start)
+    assert sentence in card_of("again")
+
+
+def test_the_card_names_the_adapter_of_new_experts(runs: Path) -> None:
+    mcore_to_adapter(Path("upcycled"), Path("adapter"), "Qwen/Qwen-tiny")
+    adapter_to_mcore(Path("adapter"), Path("Qwen-tiny"), Path("from-adapter"))
+    card = card_of("from-adapter")
+    assert "came from the adapter `adapter` of the published MoE-LPR code" in card
+    assert front_matter(card)["base_model"] == "Qwen/Qwen-tiny"
+
+
+def test_a_stage_whose_folder_is_gone_is_named_as_missing(runs: Path) -> None:
+    shutil.move("stage1", "elsewhere")
+    card = card_of("stage2")
+    assert "Earlier training is not recorded: the first stage below started from `stage1`." in card
+    assert [stage["title"] for stage in stages_of(card)] == ["Stage 2 (review)"]
+
+
+def test_the_card_of_a_model_that_was_trained_whole_promises_nothing_of_the_base(runs: Path) -> None:
+    write_run("all", "stage1", [2], SETTINGS | {"train_everything": True})
+    write_run("then", "all", [2], SETTINGS)
+    assert [stage["trained"] for stage in stages_of(card_of("then"))] == [
+        "new experts and routers; everything else is frozen",
+        "all parameters",
+        "new experts and routers; everything else is frozen",
+    ]
+    card = card_of("then")
+    assert "started as the base's FFN, and everything was trained" in card
+    assert "without losing" not in card and "keeps the base's output" not in card
+
+
+def test_parameter_counts_are_those_of_the_loaded_model(runs: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    card = card_of("stage2")
+    table = dict(re.findall(r"^\| ([^|]+) \| (.*) \|$", card, re.MULTILINE))
+    model = AutoModelForCausalLM.from_pretrained("export")
+    zeros = sum(p.numel() for name, p in model.named_parameters() if "shared_expert" in name)
+    total = sum(parameter.numel() for parameter in model.parameters()) - zeros
+    assert table["parameters"] == f"{total:,}"
+    spec = ModelSpec.read(Path("stage2"))
+    ffn = 3 * spec.megatron_args["hidden_size"] * spec.megatron_args["ffn_hidden_size"]
+    assert table["active parameters per token"] == f"{total - 4 * 2 * ffn:,}"  # 4 layers, 2 of 4 experts not chosen
+    assert table["MoE layers"] == "4 of 4 (all)"
+    assert table["dtype"] == "float32"
+
+
+def test_a_dense_model_has_a_card_too(runs: Path) -> None:
+    hf_to_mcore(runs / "Qwen-tiny", Path("dense"), None)
+    write_run("tuned", "dense", [2], SETTINGS | {"stage": "dense"})
+    card = card_of("tuned")
+    assert front_matter(card)["tags"] == ["moe-lpr"] and "experts" not in card
+    (stage,) = stages_of(card)
+    assert (stage["title"], stage["trained"]) == ("Training of the dense model", "all parameters")
+
+
+def test_the_code_in_the_card_runs(runs: Path) -> None:
+    card = card_of("stage2").replace("path/to/this/folder", str(runs / "export"))
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)
+    scope: dict = {}
+    exec(code[1], scope)
+    assert type(scope["model"]).__name__ == "Qwen2MoeForCausalLM" and scope["model"].dtype == torch.float32
+    assert "vllm serve" in card and "lm_eval --model hf" in card
+
+
+def test_generation_config_and_safetensors_metadata_are_exported(runs: Path) -> None:
+    (runs / "stage2" / "hf" / "generation_config.json").write_text('{"temperature": 0.7, "do_sample": true}')
+    card_of("stage2", max_shard_bytes=40_000)
+    assert json.loads((runs / "export" / "generation_config.json").read_text())["temperature"] == 0.7
+    shards = list((runs / "export").glob("*.safetensors"))
+    assert len(shards) > 1
+    for shard in shards:
+        with safe_open(shard, framework="pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+    assert not (runs / "export" / "origin.json").exists()

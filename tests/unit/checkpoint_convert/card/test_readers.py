@@ -1,0 +1,211 @@
+"""Readers other than transformers: what vLLM's loader asks of the files, and vLLM itself where it is installed.
+
+vLLM pins a PyTorch of its own and so needs an environment of its own; nothing is computed, so a CPU is enough:
+
+    python3.13 -m venv /tmp/vllm && /tmp/vllm/bin/pip install vllm pytest pytest-timeout hypothesis
+    /tmp/vllm/bin/python -m pytest tests/unit/checkpoint_convert/card/test_readers.py
+"""
+
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from checkpoint_convert.card.readers import readers_sentence
+from checkpoint_convert.conversions.export import mcore_to_hf
+from checkpoint_convert.conversions.upcycling import Start, hf_to_mcore
+from moelpr.families.families import FAMILIES
+from moelpr.families.moe_classes import MOE_CLASSES
+from moelpr.families.new_experts import NewExperts
+from moelpr.model_spec import ModelSpec, MoeSpec
+
+MIXTRAL = tuple(f"block_sparse_moe.experts.{{j}}.{name}.weight" for name in ("w1", "w3", "w2"))
+QWEN = tuple(f"mlp.experts.{{j}}.{name}_proj.weight" for name in ("gate", "up", "down"))
+GRANITE = tuple(f"block_sparse_moe.{name}_linear.weight" for name in ("input", "output"))
+# Base, its settings and --as; and the names of an expert's gate, up and down projections, or of the stacks of them.
+EXPORTS = {
+    "llama": ("LlamaForCausalLM", {}, None, MIXTRAL),
+    "mistral": ("MistralForCausalLM", {"tie_word_embeddings": True}, None, MIXTRAL),
+    "qwen2": ("Qwen2ForCausalLM", {}, None, QWEN),
+    "qwen3": ("Qwen3ForCausalLM", {"tie_word_embeddings": True}, None, QWEN),
+    "llama-as-granitemoe": ("LlamaForCausalLM", {"tie_word_embeddings": True}, "granitemoe", GRANITE),
+}
+LAYERS, EXPERTS = 4, 4
+
+
+@pytest.fixture(params=EXPORTS)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def export(name: str, make_model: Callable[..., Path], tmp_path: Path) -> Path:
+    """Experts that differ, in two shards."""
+    architecture, changes, as_class, _ = EXPORTS[name]
+    sizes = {"hidden_size": 64, "intermediate_size": 128}  # vLLM's kernels require multiples of 16
+    dense = make_model(architecture, **changes, **sizes)
+    hf_to_mcore(dense, tmp_path / "megatron", NewExperts(3), start=Start(noise=0.5))
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", max_shard_bytes=800_000, as_class=as_class)
+    return tmp_path / "hf"
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+            tensors |= {name: opened.get_tensor(name) for name in opened.keys()}
+    return tensors
+
+
+def expert(tensors: dict[str, Tensor], name: str, layer: int, number: int) -> tuple[Tensor, Tensor]:
+    """The rows of gate and up projection, and the down projection."""
+    prefix, names = f"model.layers.{layer}.", EXPORTS[name][3]
+    if names == GRANITE:
+        fc1, fc2 = (tensors[prefix + stack][number] for stack in names)
+        return fc1, fc2
+    gate, up, down = (tensors[prefix + part.format(j=number)] for part in names)
+    return torch.cat([gate, up]), down
+
+
+def test_the_files_have_the_tensors_that_loaders_request(export: Path, name: str) -> None:
+    _, settings, _, names = EXPORTS[name]
+    config, tensors = json.loads((export / "config.json").read_text()), tensors_of(export)
+    assert not [path.name for path in export.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".py", ".pkl")]
+    index = json.loads((export / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(tensors) and len(set(index["weight_map"].values())) > 1
+    # In every layer, one tensor per expert and matrix, or GraniteMoe's stacks.
+    experts = {tensor for tensor in tensors if ".experts." in tensor or "_linear." in tensor}
+    assert experts == {
+        f"model.layers.{i}.{part.format(j=j)}" for i in range(LAYERS) for j in range(EXPERTS) for part in names
+    }
+    routers = [tensors[tensor] for tensor in tensors if tensor.endswith(("gate.weight", "router.layer.weight"))]
+    assert [router.shape[0] for router in routers].count(EXPERTS) == LAYERS
+    # Qwen2Moe's shared expert: its gate is read, its empty matrices must not be there.
+    gates = [tensor for tensor in tensors if tensor.endswith("shared_expert_gate.weight")]
+    assert len(gates) == (LAYERS if name == "qwen2" else 0)
+    assert not any(tensors[gate].any() for gate in gates)
+    assert not any("shared_expert." in tensor for tensor in tensors)
+    assert ("lm_head.weight" in tensors) == (not settings.get("tie_word_embeddings", False))
+    assert tensors["model.embed_tokens.weight"].shape[0] == config["vocab_size"] == 99
+    assert "auto_map" not in config and "quantization_config" not in config
+
+
+LLAMA = {"add_qkv_bias": False}
+SCALED = LLAMA | {"use_rope_scaling": True, "rope_scaling_factor": 8.0}
+EXPORT = "export with mcore_to_hf.py"
+WIDE = "it assumes that heads are not 16 wide"
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "moe_class", "sentence"),
+    [
+        ("llama", LLAMA, "mixtral", "Runs in transformers, vLLM, llama.cpp (Ollama, LM Studio) and MLX."),
+        (
+            "llama",
+            SCALED,
+            "mixtral",
+            f"Runs in transformers, vLLM and llama.cpp (Ollama, LM Studio). For MLX, {EXPORT} --as granitemoe.",
+        ),
+        (
+            "llama",
+            SCALED,
+            "granitemoe",
+            f"Runs in transformers, vLLM and MLX. For llama.cpp (Ollama, LM Studio), {EXPORT} --as mixtral.",
+        ),
+        (
+            "mistral",
+            LLAMA | {"window_size": [30, 0]},
+            "mixtral",
+            "Runs in transformers and vLLM. For llama.cpp (Ollama, LM Studio) and MLX, no class will do, as it ignores "
+            "the sliding window of 31 tokens.",
+        ),
+        (
+            "mistral",
+            LLAMA | {"kv_channels": 16},
+            "mixtral",
+            f"Runs in transformers, vLLM and llama.cpp (Ollama, LM Studio). For MLX, no class will do, as {WIDE}.",
+        ),
+        (
+            "qwen2",
+            {},
+            "qwen2_moe",
+            f"Runs in transformers and vLLM. For llama.cpp (Ollama, LM Studio) and MLX, {EXPORT} --as granitemoe.",
+        ),
+        (
+            "qwen2",
+            {},
+            "granitemoe",
+            f"Runs in transformers, llama.cpp (Ollama, LM Studio) and MLX. For vLLM, {EXPORT} --as qwen2_moe.",
+        ),
+    ],
+)
+def test_a_sentence_says_who_runs_an_export_and_which_class_the_others_need(
+    dense_spec: ModelSpec, family: str, changes: dict, moe_class: str, sentence: str
+) -> None:
+    spec = ModelSpec(family, "float32", dense_spec.megatron_args | changes, MoeSpec(4, 2, (0, 1, 2)))
+    written = FAMILIES[family].written_as(MOE_CLASSES[moe_class])
+    assert readers_sentence(written, spec, written.export_config({}, spec, "float32")) == sentence
+
+
+@contextmanager
+def vllm_model(folder: Path, rendezvous: Path) -> Iterator[torch.nn.Module]:
+    """The model as vLLM's own class and loader make it, on a CPU and before any kernel."""
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import (
+        cleanup_dist_env_and_memory,
+        ensure_model_parallel_initialized,
+        init_distributed_environment,
+    )
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader import get_model_loader
+    from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    settings = EngineArgs(
+        model=str(folder), skip_tokenizer_init=True, enforce_eager=True, dtype="float32", max_model_len=64
+    )
+    config = settings.create_engine_config()
+    with set_current_vllm_config(config):
+        init_distributed_environment(1, 0, f"file://{rendezvous}", 0, "gloo")
+        ensure_model_parallel_initialized(1, 1)
+        try:
+            with set_default_torch_dtype(torch.float32):
+                model = initialize_model(config)
+            weights = get_model_loader(config.load_config).get_all_weights(config.model_config, model)
+            loaded = model.load_weights(weights)
+            assert set(dict(model.named_parameters())) == set(loaded)
+            yield model
+        finally:
+            cleanup_dist_env_and_memory()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_vllm_loads_every_weight_where_it_belongs(
+    export: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_TARGET_DEVICE", "cpu")
+    tensors = tensors_of(export)
+    with vllm_model(export, tmp_path / "rendezvous") as model:
+        parameters = dict(model.named_parameters())
+        for i in range(LAYERS):
+            of_layer = {key: value for key, value in parameters.items() if key.startswith(f"model.layers.{i}.")}
+            (gate_up,) = [value for key, value in of_layer.items() if key.endswith("w13_weight")]
+            (down,) = [value for key, value in of_layer.items() if key.endswith("w2_weight")]
+            for j in range(EXPERTS):
+                expected_gate_up, expected_down = expert(tensors, name, i, j)
+                assert torch.equal(gate_up[j], expected_gate_up)
+                assert torch.equal(down[j], expected_down)
+        (top_k, renormalises) = {
+            (module.top_k, module.renormalize) for module in model.modules() if hasattr(module, "renormalize")
+        }.pop()
+        assert (top_k, renormalises) == (2, True)
+        window = getattr(model.config, "sliding_window", None)
+        assert window == (4096 if name == "mistral" else None)
+        assert model.config.rope_parameters["rope_theta"] == 50000

@@ -1,0 +1,107 @@
+"""The comparison holds two tensors and one model in memory at a time, and agrees with an independent one."""
+
+import json
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint_convert.compare import comparison
+from checkpoint_convert.compare.comparison import compare, compare_on_text, largest_difference
+from checkpoint_convert.conversions.export import mcore_to_hf
+from checkpoint_convert.conversions.upcycling import hf_to_mcore
+from moelpr.families.new_experts import NewExperts
+from moelpr.process.errors import UserError
+from tests.support.hf_models import (
+    copy_of,
+    tensors_of,
+)
+
+
+def test_a_difference_in_any_chunk_of_a_tensor_is_found(export: Path, monkeypatch) -> None:
+    monkeypatch.setattr(comparison, "CHUNK_ELEMENTS", 100)
+    for row in (0, 60, 98):
+        other = copy_of(export, lambda tensors, row=row: tensors["lm_head.weight"][row, 31].add_(2))
+        assert largest_difference(compare(export, other)) == pytest.approx(2)
+
+
+def test_numbers_that_fp32_does_not_hold_are_not_compared(export: Path) -> None:
+    other = copy_of(export, lambda tensors: tensors.update({name: t.double() for name, t in tensors.items()}))
+    with pytest.raises(UserError, match="the dtype of .* must be one of F32, BF16, F16, got F64"):
+        list(compare(export, other))
+
+
+def test_two_tensors_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_path: Path, held_bytes) -> None:
+    base = make_qwen2(num_hidden_layers=12)
+    largest = max(tensor.nbytes for tensor in tensors_of(base).values())
+    hf_to_mcore(base, tmp_path / "megatron", NewExperts(8))
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    held_bytes.take_peak()
+    for a, b in (("megatron", "hf"), ("hf", "megatron")):
+        assert largest_difference(compare(tmp_path / a, tmp_path / b)) == 0.0
+        assert 0 < held_bytes.take_peak() <= 3 * largest
+
+
+def test_every_pair_of_readers_agrees_on_the_upcycled_model(
+    qwen2: Path, export: Path, text: Path, tmp_path: Path, megatron: None
+) -> None:
+    hf_to_mcore(qwen2, tmp_path / "dense", None)
+    for other in (qwen2, export, tmp_path / "dense"):
+        (verdict,) = compare_on_text(tmp_path / "megatron", other, [text], sequence_length=32)
+        assert verdict.num_tokens == verdict.num_same_choice > 64
+        assert verdict.max_abs_logit_diff < 1e-4
+
+
+def test_the_numbers_are_those_of_both_models_run_together(qwen2: Path, export: Path, text: Path) -> None:
+    """Independently: both models at once, the whole file in sequences of 16 tokens."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    other = copy_of(export, lambda tensors: tensors["model.norm.weight"][:16].mul_(3))
+    models = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (qwen2, other)]
+    lines = [json.loads(line)["text"] for line in text.read_text().splitlines()]
+    ids = torch.tensor(AutoTokenizer.from_pretrained(qwen2)("\n".join(lines))["input_ids"][:72])
+    with torch.inference_mode():
+        a, b = (torch.cat([model(part[None]).logits[0] for part in ids.split(16)]) for model in models)
+    (verdict,) = compare_on_text(qwen2, other, [text], num_tokens=72, sequence_length=16)
+    assert verdict.num_tokens == 72
+    assert verdict.max_abs_logit_diff == pytest.approx((a - b).abs().max().item(), rel=1e-5)
+    assert verdict.num_same_choice == int((a.argmax(-1) == b.argmax(-1)).sum()) < 72
+
+
+def test_one_model_is_in_memory_at_a_time(
+    qwen2: Path, export: Path, text: Path, tmp_path: Path, monkeypatch, megatron: None
+) -> None:
+    from moelpr.evaluate import models
+    from moelpr.model import loading
+
+    alive: list[weakref.ref] = []
+    loads = []
+
+    def watch(owner: object) -> None:
+        load_model = owner.load_model
+
+        def watched(*args, **kwargs):
+            assert not any(ref() is not None for ref in alive)
+            loaded = load_model(*args, **kwargs)
+            alive.append(weakref.ref(getattr(loaded, "model", None) or loaded))
+            loads.append(args[0])
+            return loaded
+
+        monkeypatch.setattr(owner, "load_model", watched)
+
+    watch(models)
+    watch(loading)
+    compare_on_text(qwen2, export, [text])
+    compare_on_text(export, tmp_path / "megatron", [text])
+    compare_on_text(tmp_path / "megatron", tmp_path / "megatron", [text])
+    assert len(loads) == 6
+
+
+def test_plain_text_and_json_lines_are_read(qwen2: Path, tmp_path: Path) -> None:
+    (tmp_path / "plain.txt").write_text("ab" * 30)
+    (tmp_path / "lines.jsonl").write_text(json.dumps({"text": "ab" * 30}) + "\n")
+    plain, lines = compare_on_text(qwen2, qwen2, [tmp_path / "plain.txt", tmp_path / "lines.jsonl"])
+    assert plain.num_tokens == lines.num_tokens == 60
+    assert plain.max_abs_logit_diff == lines.max_abs_logit_diff == 0.0

@@ -1,0 +1,86 @@
+"""What keeps a program from running a directory is found without the program."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from checkpoint_convert.card.readers import READERS
+from checkpoint_convert.compare.export_check import unmet_requirements
+from checkpoint_convert.conversions.export import mcore_to_hf
+from checkpoint_convert.conversions.upcycling import hf_to_mcore
+from moelpr.families.new_experts import NewExperts
+from moelpr.process.errors import UserError
+from tests.support.hf_models import edit_tensors, load_stock
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def found(folder: Path) -> dict[str, str]:
+    """Reader → what it lacks, of those that lack something."""
+    unmet = {reader: "; ".join(unmet_requirements(folder, reader)) for reader in READERS}
+    return {reader: reasons for reader, reasons in unmet.items() if reasons}
+
+
+@pytest.fixture
+def mixtral(make_model: Callable[..., Path], tmp_path: Path) -> Path:
+    hf_to_mcore(make_model("LlamaForCausalLM", tokenizer=True), tmp_path / "megatron", NewExperts(2))
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def test_every_program_runs_a_mixtral(mixtral: Path) -> None:
+    assert found(mixtral) == {}
+
+
+def test_qwen2_moe_and_granitemoe_run_in_different_programs(qwen2: Path, tmp_path: Path) -> None:
+    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(2))
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "qwen2-moe")
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "granite", as_class="granitemoe")
+    shared = "it requires a shared expert and does not normalize top-k weights"
+    assert found(tmp_path / "qwen2-moe") == {
+        "llama.cpp": f"llama.cpp (Ollama, LM Studio): {shared}", "mlx": f"MLX: {shared}",
+    }  # fmt: skip
+    assert found(tmp_path / "granite") == {"vllm": "vLLM: it has no biases in this class"}
+    zero = "model.layers.0.self_attn.o_proj.bias"
+    edit_tensors(tmp_path / "granite", lambda tensors: tensors.pop(zero))
+    assert unmet_requirements(tmp_path / "granite", "llama.cpp") == [f"there is no {zero}"]
+
+
+def test_layers_without_experts_and_a_missing_tokenizer_are_found(make_model: Callable[..., Path], tmp_path: Path):
+    hf_to_mcore(make_model("Qwen3ForCausalLM", head_dim=8), tmp_path / "megatron", NewExperts(2, moe_layers=[1]))
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    tokenizer = "there is no tokenizer"
+    llama_cpp = "llama.cpp (Ollama, LM Studio): it requires experts in every layer"
+    assert found(tmp_path / "hf") == {"vllm": tokenizer, "llama.cpp": f"{llama_cpp}; {tokenizer}", "mlx": tokenizer}
+
+
+def test_a_model_that_transformers_saved_again_lacks_the_old_names_that_mlx_reads(mixtral: Path) -> None:
+    load_stock(mixtral).save_pretrained(mixtral)
+    assert found(mixtral) == {"mlx": "config.json must have rope_theta: 50000, got None"}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_missing_and_misshapen_tensors_are_found(mixtral: Path, reader: str) -> None:
+    name = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+    edit_tensors(mixtral, lambda tensors: tensors.pop(name))
+    (reason,) = unmet_requirements(mixtral, reader)
+    assert name in reason
+    edit_config(mixtral, vocab_size=100)
+    (reason,) = unmet_requirements(mixtral, reader)
+    assert "model.embed_tokens.weight has shape [99, 32]" in reason
+
+
+def test_settings_that_no_export_has_are_rejected(qwen2: Path, tmp_path: Path) -> None:
+    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(2))
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    edit_config(tmp_path / "hf", norm_topk_prob=False)
+    with pytest.raises(UserError, match="norm_topk_prob must be True"):
+        unmet_requirements(tmp_path / "hf", "vllm")
+    edit_config(tmp_path / "hf", norm_topk_prob=True, quantization_config={"quant_method": "awq"})
+    with pytest.raises(UserError, match="quantized"):
+        unmet_requirements(tmp_path / "hf", "vllm")

@@ -1,0 +1,274 @@
+"""Base and delta give the bytes of the export; a wrong base or a damaged delta is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from checkpoint_convert.compare.comparison import compare_frozen, largest_difference
+from checkpoint_convert.conversions.delta import apply_delta
+from checkpoint_convert.conversions.export import mcore_to_hf
+from checkpoint_convert.conversions.upcycling import Start, hf_to_mcore
+from checkpoint_convert.mcore.megatron_folder import MegatronReader
+from moelpr.families.new_experts import NewExperts
+from moelpr.families.tables import Piece
+from moelpr.model_spec import ModelSpec
+from moelpr.process.errors import UserError
+from moelpr.stages import Part
+from tests.support.hf_models import (
+    assert_same,
+    edit_tensors,
+    files_of,
+    tensors_of,
+)
+
+
+@pytest.fixture
+def checkpoint(base: Path, tmp_path: Path) -> Path:
+    hf_to_mcore(base, tmp_path / "megatron", NewExperts(3, moe_layers=[0, 2]), start=Start("random"))
+    return tmp_path / "megatron"
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"max_shard_bytes": 20_000}, {"dtype": "float32"}, {"base_model": "owner/Base-1B"}]
+)
+def test_base_and_delta_give_the_bytes_of_the_full_export(
+    base: Path, checkpoint: Path, tmp_path: Path, options: dict
+) -> None:
+    mcore_to_hf(checkpoint, tmp_path / "full", **options)
+    mcore_to_hf(checkpoint, tmp_path / "delta", as_delta=True, **options)
+    apply_delta(base, tmp_path / "delta", tmp_path / "whole")
+    assert files_of(tmp_path / "full") == files_of(tmp_path / "whole")
+
+
+def test_a_delta_has_no_copies_of_the_ffn(base: Path, tmp_path: Path) -> None:
+    """They come from the base, in every place."""
+    hf_to_mcore(base, tmp_path / "megatron", NewExperts(1, original_copies=2), start=Start("random"))
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "full")
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "delta", as_delta=True)
+    names = load_file(tmp_path / "delta" / "delta.safetensors")
+    assert all(".experts.2." in name or name.endswith("mlp.gate.weight") for name in names)
+    apply_delta(base, tmp_path / "delta", tmp_path / "whole")
+    assert files_of(tmp_path / "full") == files_of(tmp_path / "whole")
+    assert (tmp_path / "whole" / "README-base.md").read_text().endswith("The base.\n")
+
+
+def test_a_base_that_training_rounded_is_rounded_the_same_way(make_qwen2: Callable[..., Path], tmp_path: Path) -> None:
+    """A run in bf16 on an fp32 base."""
+    base = make_qwen2(torch.float32)
+    hf_to_mcore(base, tmp_path / "rounded", NewExperts(2), start=Start("random"), dtype="bfloat16")
+    message = "base's float32 was rounded.*--dtype bfloat16"
+    with pytest.raises(UserError, match=message):
+        mcore_to_hf(tmp_path / "rounded", tmp_path / "fp32", as_delta=True, dtype="float32")
+    mcore_to_hf(tmp_path / "rounded", tmp_path / "full", dtype="bfloat16")
+    mcore_to_hf(tmp_path / "rounded", tmp_path / "bf16", as_delta=True, dtype="bfloat16")
+    apply_delta(base, tmp_path / "bf16", tmp_path / "whole")
+    assert files_of(tmp_path / "full") == files_of(tmp_path / "whole")
+    replace(ModelSpec.read(tmp_path / "rounded"), dtype="float32").write(tmp_path / "rounded")  # as after training
+    with pytest.raises(UserError, match=message):
+        mcore_to_hf(tmp_path / "rounded", tmp_path / "fp32", as_delta=True)
+
+
+def test_a_base_that_was_rounded_in_part_or_twice_has_no_delta_in_another_dtype(
+    make_qwen2: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = make_qwen2(torch.float32)
+    hf_to_mcore(base, tmp_path / "model", NewExperts(2), start=Start("random"))
+    source = MegatronReader(tmp_path / "model")
+    (embedding,) = (piece for piece in source.pieces if piece.part is Part.EMBEDDING)
+    stored = MegatronReader.dtype
+
+    def dtype(reader: MegatronReader, piece: Piece) -> torch.dtype:
+        # As stage 0 leaves it: the embedding, of which some rows train, in bf16, all else as it was.
+        return torch.bfloat16 if piece.key == embedding.key else stored(reader, piece)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="base's float32 .*--dtype bfloat16"):
+        patch.setattr(MegatronReader, "dtype", dtype)
+        mcore_to_hf(tmp_path / "model", tmp_path / "delta", as_delta=True)
+    hf_to_mcore(base, tmp_path / "twice", NewExperts(2), start=Start("random"), dtype="bfloat16")
+    replace(ModelSpec.read(tmp_path / "twice"), dtype="float16").write(tmp_path / "twice")
+    with pytest.raises(UserError, match="has bfloat16 and float16, .* export without --delta"):
+        mcore_to_hf(tmp_path / "twice", tmp_path / "delta", as_delta=True, dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    "recorded", [{"torch_dtype": "bfloat16", "dtype": "bfloat16"}, {"torch_dtype": None, "dtype": None}]
+)
+def test_the_dtype_of_the_base_is_that_of_its_weights_not_of_its_config(
+    recorded: dict, make_qwen2: Callable[..., Path], tmp_path: Path
+) -> None:
+    """fp32 weights beside a config.json that says bf16, trained in bf16."""
+    base = Path(shutil.copytree(make_qwen2(torch.float32), tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text()) | recorded
+    (base / "config.json").write_text(json.dumps(config))
+    hf_to_mcore(base, tmp_path / "rounded", NewExperts(2), start=Start("random"), dtype="bfloat16")
+    for dtype in ("bfloat16", "float32"):  # the second as after training, without --dtype of the conversion
+        replace(ModelSpec.read(tmp_path / "rounded"), dtype=dtype).write(tmp_path / "rounded")
+        with pytest.raises(UserError, match="base's float32 was rounded.*--dtype bfloat16"):
+            mcore_to_hf(tmp_path / "rounded", tmp_path / "fp32", as_delta=True, dtype="float32")
+    with pytest.raises(UserError, match="base's float32 was rounded.*--dtype bfloat16"):
+        mcore_to_hf(tmp_path / "rounded", tmp_path / "fp32", as_delta=True)
+    mcore_to_hf(tmp_path / "rounded", tmp_path / "full", dtype="bfloat16")
+    mcore_to_hf(tmp_path / "rounded", tmp_path / "delta", as_delta=True, dtype="bfloat16")
+    apply_delta(base, tmp_path / "delta", tmp_path / "whole")
+    assert files_of(tmp_path / "full") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM"])
+def test_other_families_and_tied_models_have_deltas(
+    architecture: str, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = make_model(architecture, tie_word_embeddings=True)
+    hf_to_mcore(base, tmp_path / "megatron", NewExperts(2), start=Start("random"))
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "full")
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "delta", as_delta=True)
+    apply_delta(base, tmp_path / "delta", tmp_path / "whole")
+    assert files_of(tmp_path / "full") == files_of(tmp_path / "whole")
+
+
+def test_the_base_of_another_round_is_the_previous_moe(checkpoint: Path, tmp_path: Path) -> None:
+    mcore_to_hf(checkpoint, tmp_path / "round1")
+    hf_to_mcore(tmp_path / "round1", tmp_path / "megatron2", NewExperts(2), start=Start("random"))
+    mcore_to_hf(tmp_path / "megatron2", tmp_path / "full")
+    mcore_to_hf(tmp_path / "megatron2", tmp_path / "delta", as_delta=True)
+    names = set(load_file(tmp_path / "delta" / "delta.safetensors"))
+    assert {name.split(".experts.")[1][0] for name in names if ".experts." in name} == {"4", "5"}
+    apply_delta(tmp_path / "round1", tmp_path / "delta", tmp_path / "whole")
+    assert files_of(tmp_path / "full") == files_of(tmp_path / "whole")
+
+
+def test_few_tensors_of_a_delta_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_path: Path, held_bytes) -> None:
+    base = make_qwen2(num_hidden_layers=12)
+    largest = max(tensor.nbytes for file in base.glob("*.safetensors") for tensor in load_file(file).values())
+    hf_to_mcore(base, tmp_path / "megatron", NewExperts(8))
+    held_bytes.take_peak()
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "delta", as_delta=True)
+    assert 0 < held_bytes.take_peak() <= 3 * largest
+    apply_delta(base, tmp_path / "delta", tmp_path / "whole")
+    assert 0 < held_bytes.take_peak() <= 3 * largest
+
+
+def test_a_delta_contains_only_routers_and_new_experts(checkpoint: Path, tmp_path: Path) -> None:
+    mcore_to_hf(checkpoint, tmp_path / "delta", as_delta=True)
+    assert {path.name for path in (tmp_path / "delta").iterdir()} == {
+        "README.md", "checksums.json", "delta.safetensors", "delta_config.json",
+    }  # fmt: skip
+    names = set(load_file(tmp_path / "delta" / "delta.safetensors"))
+    mlp = [f"model.layers.{i}.mlp" for i in (0, 2)]
+    assert names == {f"{m}.gate.weight" for m in mlp} | {
+        f"{m}.experts.{j}.{name}_proj.weight" for m in mlp for j in (1, 2, 3) for name in ("gate", "up", "down")
+    }
+    content = json.loads((tmp_path / "delta" / "delta_config.json").read_text())
+    assert content["base_model"] == "Base-1B"
+    assert content["experts"] == {
+        "num_new_experts": 3, "topk": 2, "layers": [0, 2], "num_original_experts": 1, "original_copies": 1
+    }  # fmt: skip
+    listed = {tensor["name"]: tensor for tensor in content["tensors"]}
+    assert listed["model.layers.0.mlp.experts.0.up_proj.weight"]["base"] == "model.layers.0.mlp.up_proj.weight"
+    with safe_open(tmp_path / "delta" / "delta.safetensors", framework="pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
+    assert "apply_delta --base Base-1B" in (tmp_path / "delta" / "README.md").read_text()
+
+
+def assert_apply_fails(base: Path, delta: Path, save: Path, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        apply_delta(base, delta, save)
+    assert "\n" not in str(caught.value)
+    assert not save.exists() and not list(save.parent.glob(".*"))
+
+
+def test_a_wrong_base_is_rejected_by_name(base: Path, checkpoint: Path, make_qwen2, tmp_path: Path) -> None:
+    mcore_to_hf(checkpoint, tmp_path / "delta", as_delta=True)
+    weights, out = base / "model.safetensors", tmp_path / "out"
+    assert_apply_fails(make_qwen2(torch.bfloat16, intermediate_size=40), tmp_path / "delta", out, "Base-1B.*--base")
+    assert_apply_fails(
+        make_qwen2(torch.bfloat16, tie_word_embeddings=True), tmp_path / "delta", out, "Base-1B.*lm_head.*--base"
+    )
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.norm.weight"):
+        before = load_file(weights)[name]
+        edit_tensors(weights, lambda tensors, name=name: tensors[name].view(-1)[5].mul_(1.01))
+        assert_apply_fails(base, tmp_path / "delta", out, f"Base-1B.*delta.*{name} .*--base")
+        edit_tensors(weights, lambda tensors, name=name, before=before: tensors[name].copy_(before))
+    apply_delta(base, tmp_path / "delta", out)
+
+
+def test_a_damaged_delta_is_rejected(base: Path, checkpoint: Path, tmp_path: Path) -> None:
+    delta, out = tmp_path / "delta", tmp_path / "out"
+    mcore_to_hf(checkpoint, delta, as_delta=True)
+    text = (delta / "delta_config.json").read_text()
+    (delta / "delta_config.json").write_text(text.replace('"model.norm.weight"', '"model.norm.weighs"', 1))
+    assert_apply_fails(base, delta, out, "delta_config.json is damaged: its checksum differs")
+    (delta / "delta_config.json").write_text(text)
+    edit_tensors(
+        delta / "delta.safetensors", lambda tensors: tensors["model.layers.2.mlp.gate.weight"].view(-1)[0].add_(1)
+    )
+    assert_apply_fails(base, delta, out, "delta .*model.layers.2.mlp.gate.weight")
+    edit_tensors(delta / "delta.safetensors", lambda tensors: tensors.pop("model.layers.2.mlp.gate.weight"))
+    assert_apply_fails(base, delta, out, "model.layers.2.mlp.gate.weight")
+    (delta / "delta.safetensors").unlink()
+    assert_apply_fails(base, delta, out, "delta.safetensors")
+    damages = [text[:-50], text.replace('"bfloat16"', '"int8"', 1), text.replace('"base"', '"nowhere"', 1), "[]"]
+    content = json.loads(text)
+    for key, value in (("base", 0.5), ("sha256", None), ("shape", [-1]), ("shape", ["1"])):
+        damages.append(json.dumps(content | {"tensors": [content["tensors"][0] | {key: value}]}))
+    damages.append(json.dumps(content | {"tensors": content["tensors"][:1] * 2}))
+    damages += [json.dumps(content | changed) for changed in ({"card": None}, {"config": {}}, {"max_shard_bytes": "1"})]
+    for damaged in damages:
+        (delta / "delta_config.json").write_text(damaged)
+        assert_apply_fails(base, delta, out, "delta_config.json")
+    (delta / "delta_config.json").write_text(text.replace('"format_version": 1', '"format_version": 2'))
+    assert_apply_fails(base, delta, out, "format_version .*1.* 2")
+    (delta / "delta_config.json").unlink()
+    assert_apply_fails(base, delta, out, "delta_config.json.*--delta")
+
+
+def test_a_base_whose_config_names_no_class_has_a_delta_too(base: Path, tmp_path: Path) -> None:
+    config = json.loads((base / "config.json").read_text())
+    del config["architectures"]
+    (base / "config.json").write_text(json.dumps(config))
+    hf_to_mcore(base, tmp_path / "megatron", NewExperts(1))
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "delta", as_delta=True)
+    apply_delta(base, tmp_path / "delta", tmp_path / "whole")
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "export")
+    assert_same(tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "export"))
+
+
+def test_a_delta_to_an_moe_is_of_its_class(base: Path, tmp_path: Path) -> None:
+    granite, second = tmp_path / "granite", tmp_path / "second"
+    hf_to_mcore(base, tmp_path / "first", NewExperts(1))
+    mcore_to_hf(tmp_path / "first", granite, as_class="granitemoe")
+    hf_to_mcore(granite, second, NewExperts(1))
+    with pytest.raises(UserError, match="delta to a GraniteMoeForCausalLM must be of its class.*--as"):
+        mcore_to_hf(second, tmp_path / "delta", as_delta=True, as_class="qwen2_moe")
+    mcore_to_hf(second, tmp_path / "delta", as_delta=True, as_class="granitemoe")
+    apply_delta(granite, tmp_path / "delta", tmp_path / "whole")
+    mcore_to_hf(second, tmp_path / "export", as_class="granitemoe")
+    assert_same(tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "export"))
+    assert largest_difference(compare_frozen(granite, tmp_path / "export")) == 0.0
+    mcore_to_hf(second, tmp_path / "other", as_class="qwen2_moe")
+    with pytest.raises(UserError, match="join tensors differently.*--as"):
+        list(compare_frozen(granite, tmp_path / "other"))
+
+
+def test_a_model_that_a_delta_cannot_express_is_rejected(base: Path, checkpoint: Path, tmp_path: Path) -> None:
+    hf_to_mcore(base, tmp_path / "dense", None)
+    with pytest.raises(UserError, match="dense.*--delta"):
+        mcore_to_hf(tmp_path / "dense", tmp_path / "delta", as_delta=True)
+    run = Path(shutil.copytree(checkpoint, tmp_path / "run"))
+    (run / "release").rename(run / "iter_0000001")
+    (run / "latest_checkpointed_iteration.txt").write_text("1")
+    (run / "recipe.yaml").write_text(yaml.safe_dump({"stage": "stage1", "train_everything": True}))
+    with pytest.raises(UserError, match="run .*--train-everything.*--delta"):
+        mcore_to_hf(run, tmp_path / "delta", as_delta=True)
+    (checkpoint / "hf" / "origin.json").unlink()
+    with pytest.raises(UserError, match="--base-model"):
+        mcore_to_hf(checkpoint, tmp_path / "delta", as_delta=True)
+    assert not (tmp_path / "delta").exists()
+    mcore_to_hf(checkpoint, tmp_path / "delta", as_delta=True, base_model="owner/name")

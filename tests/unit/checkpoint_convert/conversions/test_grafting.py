@@ -1,0 +1,395 @@
+"""A graft is the model plus the instruct difference; its path through the original expert is the instruct model."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from checkpoint_convert import graft as grafter
+from checkpoint_convert import hf_to_mcore as importer
+from checkpoint_convert import mcore_to_hf as exporter
+from checkpoint_convert import verify as verifier
+from checkpoint_convert.conversions.export import mcore_to_hf
+from checkpoint_convert.conversions.grafting import _license, add_difference, compare_graft, graft
+from checkpoint_convert.conversions.upcycling import Start, hf_to_mcore
+from checkpoint_convert.hf.hub import Model, find_model
+from moelpr.families.new_experts import NewExperts
+from moelpr.process.errors import UserError
+from tests.support.hf_models import (
+    TOKENS,
+    assert_nothing_left,
+    edit_tensors,
+    load_stock,
+    our_logits,
+    save_tokenizer,
+    tensors_of,
+)
+
+CHAT_TEMPLATE = "{% for m in messages %}{{ m.content }}b{% endfor %}"
+
+
+def instruct_of(base: Path, folder: Path) -> Path:
+    """The base after a made post-training: every tensor moves by 2%, and the tokenizer gets another chat template."""
+    shutil.copytree(base, folder)
+    torch.manual_seed(1)
+    for file in sorted(folder.glob("*.safetensors")):
+        edit_tensors(file, lambda tensors: [t.mul_(1 + 0.02 * torch.randn_like(t)) for t in tensors.values()])
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [3, 0], "do_sample": true}')
+    config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": 3}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "README.md").write_text("---\nlicense: mit\nlanguage: [en]\n---\nIt chats.\n")
+    return folder
+
+
+def upcycle(base: Path, folder: Path, **options) -> Path:
+    """An export whose two new experts differ from the FFN, as training would leave them."""
+    hf_to_mcore(base, folder / "megatron", NewExperts(2, **options), start=Start(noise=0.5))
+    mcore_to_hf(folder / "megatron", folder / "model")
+    return folder / "model"
+
+
+@pytest.fixture
+def models(qwen2: Path, tmp_path: Path) -> tuple[Path, Path, Path]:
+    """Base, instruct model and upcycled model, which has two copies of the original expert in layers 0 and 2."""
+    model = upcycle(qwen2, tmp_path, moe_layers=[0, 2], original_copies=2)
+    return qwen2, instruct_of(qwen2, tmp_path / "instruct"), model
+
+
+def run(folders: tuple[Path, Path, Path], save: Path, **options) -> Path:
+    graft(*map(find_model, folders), save, **options)
+    return save
+
+
+def dense_name(name: str) -> str | None:
+    """The base's name of a tensor of an upcycled model; None for what only the MoE has."""
+    if re.search(r"mlp\.gate\.|block_sparse_moe\.gate\.|shared_expert", name):
+        return None
+    for number, part in (("w1", "gate"), ("w3", "up"), ("w2", "down")):
+        name = re.sub(rf"block_sparse_moe\.experts\.\d+\.{number}\.", f"mlp.{part}_proj.", name)
+    return re.sub(r"mlp\.experts\.\d+\.", "mlp.", name)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [("LlamaForCausalLM", {"tie_word_embeddings": True}), ("Qwen2ForCausalLM", {}), ("Qwen3ForCausalLM", {})],
+)
+def test_every_tensor_is_the_model_plus_the_difference(
+    architecture: str, changes: dict, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = make_model(architecture, tokenizer=True, **changes)
+    folders = base, instruct_of(base, tmp_path / "instruct"), upcycle(base, tmp_path)
+    of_base, of_instruct, of_model = map(tensors_of, folders)
+    found = tensors_of(run(folders, tmp_path / "out"))
+    assert found.keys() == of_model.keys()
+    num_new = 0
+    for name, tensor in found.items():
+        dense = dense_name(name)
+        if dense is None:
+            assert torch.equal(tensor, of_model[name]), name
+            continue
+        own, b, i = of_model[name], of_base[dense], of_instruct[dense]
+        num_new += not torch.equal(own, b)
+        expected = i if torch.equal(own, b) else (own.double() + (i.double() - b.double())).float()
+        assert torch.equal(tensor, expected), name
+        assert not torch.equal(tensor, own), name
+    assert num_new == 4 * 2 * 3  # layers, new experts, matrices
+    load_stock(tmp_path / "out")
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM"])
+def test_a_model_whose_experts_are_stored_as_one_tensor_gets_the_same_difference(
+    architecture: str, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """GraniteMoe stores all experts of a layer as one tensor, with gate and up projection together."""
+    base = make_model(architecture, tokenizer=True)
+    instruct = instruct_of(base, tmp_path / "instruct")
+    model = upcycle(base, tmp_path, original_copies=2)
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "granite", as_class="granitemoe")
+    logits = [
+        load_stock(run((base, instruct, export), tmp_path / f"{export.name}-graft"))(TOKENS).logits
+        for export in (model, tmp_path / "granite")
+    ]
+    assert torch.allclose(*logits, atol=1e-5)
+    assert not torch.allclose(logits[0], load_stock(model)(TOKENS).logits, atol=1e-3)
+    verdicts = compare_graft(base, instruct, tmp_path / "granite", tmp_path / "granite-graft")
+    assert not any(verdict.differs(0) for verdict in verdicts)
+
+
+def test_the_sum_is_exact_to_the_last_bit_and_the_instruct_models_where_the_model_is_the_base() -> None:
+    torch.manual_seed(0)
+    model, base, instruct = (torch.randn(1000) * 10.0 ** torch.randint(-30, 30, (1000,)) for _ in range(3))
+    instruct[:3] = torch.tensor([-0.0, 1e-45, 3e38])
+    model[:500] = base[:500]
+    for scale in (1.0, 0.3):
+        found = add_difference(model, base, instruct, scale, torch.float32)
+        exact = [
+            Fraction(m) + Fraction(scale) * (Fraction(i) - Fraction(b))
+            for m, b, i in zip(model.tolist(), base.tolist(), instruct.tolist(), strict=True)
+        ]
+        spacing = np.spacing(np.abs(found.numpy())).tolist()
+        for value, wanted, ulp in zip(found.tolist(), exact, spacing, strict=True):
+            assert abs(Fraction(value) - wanted) <= Fraction(ulp) * Fraction(51, 100)
+    one = add_difference(model, base, instruct, 1.0, torch.float32)
+    assert torch.equal(one[:500].view(torch.int32), instruct[:500].view(torch.int32))
+    naive = model[:500] + (instruct[:500] - base[:500])
+    assert not torch.equal(naive, instruct[:500])  # the formula itself would not give these bits
+    # A model that rounded its base: the instruct model is rounded once too.
+    rounded = add_difference(base.bfloat16(), base, instruct, 1.0, torch.bfloat16)
+    assert torch.equal(rounded, instruct.bfloat16())
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM"])
+def test_tokens_that_choose_only_the_original_expert_get_the_instruct_models_logits(
+    architecture: str, make_model: Callable[..., Path], tmp_path: Path, exit_code, capsys
+) -> None:
+    """Bit for bit in the trainer's code; in stock transformers up to the rounding of its fused matrices.
+
+    The routers are solved for: all tokens of a text choose the two copies. A further round imports the graft.
+    """
+    base = make_model(architecture, tokenizer=True)
+    folders = base, instruct_of(base, tmp_path / "instruct"), upcycle(base, tmp_path, original_copies=2)
+    grafted = run(folders, tmp_path / "out")
+    assert exit_code(verifier.main, "--frozen", folders[1], grafted) == 0
+    assert "0 differ, largest absolute difference 0" in capsys.readouterr().out
+
+    text = TOKENS[:1]  # fewer tokens than hidden dimensions, so any logits of the router can be had
+    instruct, model = load_stock(folders[1]), load_stock(grafted)
+    inputs: list[Tensor] = []  # [tokens, hidden] of each layer's FFN
+    for layer in instruct.model.layers:
+        layer.mlp.register_forward_hook(lambda _, args, __: inputs.append(args[0][0]))
+    with torch.no_grad():
+        expected, wrong = instruct(text).logits, model(text).logits
+    rows = [torch.linalg.lstsq(x, torch.full((len(x), 1), -9.0)).solution[:, 0] for x in inputs]
+
+    def choose_copies(gates: list[Tensor]) -> None:
+        for gate, row in zip(gates, rows, strict=True):
+            gate[:2] *= 0.01
+            gate[2:] = row
+
+    with torch.no_grad():
+        choose_copies([layer.mlp.gate.weight for layer in model.model.layers])
+        assert (model(text).logits - expected).abs().max() < 1e-5 < (wrong - expected).abs().max()
+
+    hf_to_mcore(folders[1], tmp_path / "dense", None)
+    hf_to_mcore(grafted, tmp_path / "next", NewExperts(1))
+    logits = our_logits(
+        tmp_path / "next", text, lambda m: choose_copies([layer.mlp.router.weight for layer in m.decoder.layers])
+    )
+    assert torch.equal(logits, our_logits(tmp_path / "dense", text))
+    assert not torch.equal(our_logits(tmp_path / "next", text), logits)
+
+
+def test_verify_understands_a_graft(models: tuple[Path, Path, Path], tmp_path: Path, exit_code, capsys) -> None:
+    base, instruct, model = models
+    for number, options in enumerate(({}, {"scale": 0.5}, {"only": "attention", "dtype": "float16"})):
+        grafted = run(models, tmp_path / f"out{number}", **options)
+        arguments = "--graft", base, instruct, model, grafted
+        assert exit_code(verifier.main, *arguments) == 0
+        equals_instruct = exit_code(verifier.main, "--frozen", instruct, grafted) == 0
+        assert equals_instruct == (not options)
+        edit_tensors(grafted, lambda tensors: tensors["model.layers.2.mlp.experts.3.up_proj.weight"][0, :1].mul_(2))
+        assert exit_code(verifier.main, *arguments) == 1
+        assert "model.layers.2.mlp.experts.3.up_proj.weight" in capsys.readouterr().out
+    assert exit_code(verifier.main, "--graft", base, instruct, model, model) == 2
+    assert "graft.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("only", "part"), [("attention", r"self_attn\.\w_proj"), ("ffn", r"mlp\..*_proj|mlp\.experts")]
+)
+def test_only_the_chosen_part_is_scaled_and_added(
+    only: str, part: str, models: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    of_base, of_instruct, of_model = map(tensors_of, models)
+    found = tensors_of(run(models, tmp_path / "out", only=only, scale=0.5))
+    changed = {name for name in found if not torch.equal(found[name], of_model[name])}
+    assert changed == {name for name in found if re.search(part, name)}
+    for name in changed:
+        difference = of_instruct[dense_name(name)] - of_base[dense_name(name)]
+        torch.testing.assert_close(found[name], of_model[name] + difference / 2, rtol=0, atol=1e-6)
+
+
+def test_the_graft_speaks_as_the_instruct_model(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+    from transformers import AutoTokenizer, GenerationConfig
+
+    base, instruct, model = models
+    for folder in (base, instruct, model):
+        assert not (folder / "graft.json").exists()
+    before = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(before | {"auto_map": {"AutoConfig": "code.Config"}}))
+    names = (Model(base, "o/Base"), Model(instruct, "o/Base-Instruct"), Model(model, "model"))
+    graft(*names, tmp_path / "out", scale=0.5)
+    out = tmp_path / "out"
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (out / name).read_bytes() == (instruct / name).read_bytes()
+    messages = [{"role": "user", "content": "a"}]
+    assert AutoTokenizer.from_pretrained(out).apply_chat_template(messages, tokenize=False) == "ab"
+    assert GenerationConfig.from_pretrained(out).eos_token_id == [3, 0]
+    config = json.loads((out / "config.json").read_text())
+    assert {key for key in config if config[key] != before.get(key)} == {"eos_token_id"}
+    assert config["original_copies"] == 2
+    card = ModelCard.load(out / "README.md")
+    assert card.data.base_model == ["o/Base", "o/Base-Instruct"] and card.data.base_model_relation == "merge"
+    assert card.data.license is None and card.data.library_name == "transformers"
+    assert "0.5 times the difference" in card.text
+    links = re.findall(r"\]\((README[\w.-]*)\)", card.text)
+    assert links == ["README-model.md", "README-instruct.md"] and all((out / link).is_file() for link in links)
+    assert json.loads((out / "graft.json").read_text()) == {
+        "format_version": 1, "base": "o/Base", "instruct": "o/Base-Instruct", "model": "model", "scale": 0.5,
+        "only": "all",
+    }  # fmt: skip
+
+
+def test_licenses_that_differ_are_both_named(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    (models[2] / "README.md").write_text("---\nlicense: other\nlicense_name: tongyi\n---\n")
+    card = (run(models, tmp_path / "out") / "README.md").read_text()
+    metadata = yaml.safe_load(card.split("---\n")[1])
+    assert (metadata["license"], metadata["license_name"]) == ("other", "tongyi-and-mit")
+
+
+def test_a_license_is_that_of_all_cards() -> None:
+    assert _license({"license": "mit", "language": "en"}, {"license": "mit"}) == {"license": "mit"}
+    assert _license({"license": "mit"}, {}) == {}  # what the other allows is unknown
+
+
+def test_few_tensors_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_path: Path, held_bytes) -> None:
+    """One of the model, the base and the instruct model each."""
+    base = make_qwen2(num_hidden_layers=8, tokenizer=True)
+    folders = base, instruct_of(base, tmp_path / "instruct"), upcycle(base, tmp_path)
+    largest = max(tensor.nbytes for tensor in tensors_of(base).values())
+    held_bytes.take_peak()
+    run(folders, tmp_path / "out")
+    assert 0 < held_bytes.take_peak() <= 3 * largest
+
+
+def test_a_base_that_answers_learns_to_answer_in_the_upcycled_model(
+    make_model: Callable[..., Path], tmp_path: Path, exit_code, capsys
+) -> None:
+    """From a base to a chat model by commands alone: the instruct model is the base, trained to answer one question."""
+    from transformers import AutoTokenizer
+
+    base = make_model("LlamaForCausalLM", tokenizer=True)
+    instruct = Path(shutil.copytree(base, tmp_path / "instruct"))
+    (instruct / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    prompt = AutoTokenizer.from_pretrained(instruct).apply_chat_template(
+        [{"role": "user", "content": "aaaa"}], return_tensors="pt", return_dict=True
+    )["input_ids"]
+    dialogue = torch.cat([prompt, torch.tensor([[5, 9, 2, 7, 9, 1]])], dim=1)
+    model = load_stock(base)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(40):
+        model(dialogue, labels=dialogue).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(instruct)
+
+    checkpoint, export, chat = tmp_path / "megatron", tmp_path / "export", tmp_path / "chat"
+    for main, *arguments in (
+        (importer.main, "--hf-path", base, "--save", checkpoint, "--num-new-experts", 2, "--expert-noise", 0.05),
+        (exporter.main, "--load", checkpoint, "--save", export),
+        (grafter.main, "--base", base, "--instruct", instruct, "--model", export, "--save", chat),
+        (verifier.main, "--graft", base, instruct, export, chat),
+        (verifier.main, "--frozen", instruct, chat),
+    ):
+        assert exit_code(main, *arguments) == 0
+    assert f"{chat}: {export} + 1 * ({instruct} - {base}), all, float32" in capsys.readouterr().out
+
+    def answer(folder: Path) -> list[int]:
+        settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        return load_stock(folder).generate(prompt, **settings)[0].tolist()
+
+    assert answer(chat) == answer(instruct) == dialogue[0].tolist()
+    assert answer(export) != dialogue[0].tolist()
+
+
+def test_a_model_whose_base_was_rounded_in_training_is_named_as_such(make_qwen2, tmp_path: Path) -> None:
+    base = make_qwen2(torch.float32, tokenizer=True)
+    hf_to_mcore(base, tmp_path / "megatron", NewExperts(1), dtype="bfloat16")
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "model", dtype="float32")
+    with pytest.raises(UserError, match="was trained in bfloat16, which rounded .*--dtype bfloat16"):
+        run((base, instruct_of(base, tmp_path / "instruct"), tmp_path / "model"), tmp_path / "graft")
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "narrow", dtype="bfloat16")
+    run((base, tmp_path / "instruct", tmp_path / "narrow"), tmp_path / "graft")
+
+
+def test_models_that_do_not_fit_are_rejected_by_name_of_the_tensor(
+    models: tuple[Path, Path, Path], make_qwen2, make_model, tmp_path: Path, exit_code, capsys
+) -> None:
+    base, instruct, model = models
+    attention = "model.layers.1.self_attn.q_proj.weight"
+
+    def changed(folder: Path, change: Callable[[Path], object]) -> Path:
+        copy = Path(shutil.copytree(folder, tmp_path / f"changed{len(list(tmp_path.glob('changed*')))}"))
+        change(copy)
+        return copy
+
+    def edited(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+        (file,) = [f for f in sorted(folder.glob("*.safetensors")) if attention in tensors_of_file(f)]
+        return changed(folder, lambda copy: edit_tensors(copy / file.name, change))
+
+    def config(**keys: object) -> Callable[[Path], object]:
+        def change(folder: Path) -> None:
+            content = json.loads((folder / "config.json").read_text()) | keys
+            (folder / "config.json").write_text(json.dumps(content))
+
+        return change
+
+    def only_gguf(folder: Path) -> None:
+        for path in folder.iterdir():
+            path.unlink()
+        (folder / "model.gguf").touch()
+
+    small_vocabulary = make_qwen2(vocab_size=98, tokenizer=True)
+    unrelated = edited(instruct, lambda tensors: tensors[attention].normal_(std=tensors[attention].std().item()))
+    other_base = edited(base, lambda tensors: tensors[attention][0, :1].add_(1e-6))
+    not_a_number = edited(instruct, lambda tensors: tensors[attention][0, :1].fill_(torch.nan))
+    other_tokenizer = changed(instruct, lambda folder: save_tokenizer(folder, num_ids=58))
+    no_tokenizer = changed(instruct, lambda folder: [path.unlink() for path in folder.glob("tokenizer*")])
+    llama = make_model("LlamaForCausalLM", tokenizer=True)
+    capsys.readouterr()
+    for folders, message in (
+        ((base, small_vocabulary, model), r"model.embed_tokens.weight .*\[99, 32\].* \[98, 32\]"),
+        ((small_vocabulary, small_vocabulary, model), r"model.embed_tokens.weight .*\[99, 32\].* \[98, 32\]"),
+        ((llama, llama, model), r"q_proj.bias .*missing in .*Llama"),
+        ((other_base, instruct, model), rf"changed\d+ is not the base of .*{attention}"),
+        ((instruct, base, model), r"instruct is not the base of .*lm_head\.weight"),
+        ((base, unrelated, model), f"was not made of .*{attention}"),
+        ((base, not_a_number, model), f"{attention} contains NaN"),
+        ((base, other_tokenizer, model), "tokenizers .* 58 .*None"),
+        ((base, no_tokenizer, model), r"changed\d+ contains no tokenizer"),
+        ((base, changed(instruct, config(rope_theta=1.0, rope_parameters=None)), model), "rotary_base is 50000 and 1"),
+        ((base, changed(instruct, config(quantization_config={})), model), "is quantized"),
+        ((base, changed(instruct, config(quantization={"bits": 4})), model), "is quantized"),
+        ((base, changed(instruct, only_gguf), model), "GGUF"),
+        ((base, instruct, base), "is dense; .*--model"),
+        ((base, model, model), "is an MoE"),
+        ((base, instruct, tmp_path / "megatron"), "is a Megatron checkpoint"),
+        ((base, instruct, tmp_path / "gone"), "gone"),
+    ):
+        arguments = [part for pair in zip(("--base", "--instruct", "--model"), folders, strict=True) for part in pair]
+        assert exit_code(grafter.main, *arguments, "--save", tmp_path / "out") == 2, message
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and re.search(message, error), error
+        assert not (tmp_path / "out").exists()
+        assert_nothing_left(tmp_path)
+    for scale in (0, "nan", "inf"):
+        arguments = ("--base", base, "--instruct", instruct, "--model", model, "--scale", scale)
+        assert exit_code(grafter.main, *arguments, "--save", tmp_path / "out") == 2
+        assert "--scale" in capsys.readouterr().err
+
+
+def tensors_of_file(file: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())

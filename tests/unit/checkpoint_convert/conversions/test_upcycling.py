@@ -1,0 +1,456 @@
+"""How a model is upcycled: copies, noise, reinitialization, random experts, and another round on an MoE."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from checkpoint_convert.conversions.export import mcore_to_hf
+from checkpoint_convert.conversions.upcycling import Start, hf_to_mcore
+from checkpoint_convert.mcore.megatron_folder import MegatronReader
+from moelpr.checkpoints.torch_dist import TorchDistReader
+from moelpr.families.new_experts import NewExperts
+from moelpr.model_spec import ModelSpec, MoeSpec
+from moelpr.process.errors import UserError
+from moelpr.stages import Part
+from tests.support.hf_models import (
+    TOKENS,
+    assert_import_fails,
+    edit_tensors,
+    load_stock,
+    our_logits,
+    stock_logits,
+    tensors_of,
+)
+
+MLP = "model.layers.2.mlp."
+
+
+def upcycled(qwen2: Path, folder: Path, start: Start) -> MegatronReader:
+    hf_to_mcore(qwen2, folder, NewExperts(3), start=start)
+    return MegatronReader(folder)
+
+
+def expert(model: MegatronReader, number: int) -> dict[str, Tensor]:
+    """Gate, up and down of an expert, an FFN dimension a row: [ffn, hidden]."""
+    gate, up, down = (model.read(f"{MLP}experts.{number}.{name}_proj.weight") for name in ("gate", "up", "down"))
+    return {"gate": gate, "up": up, "down": down.T}
+
+
+def changed_rows(before: Tensor, after: Tensor) -> set[int]:
+    return set((before != after).any(dim=1).nonzero().flatten().tolist())
+
+
+def test_nothing_but_new_experts_is_changed(qwen2: Path, tmp_path: Path) -> None:
+    copied = upcycled(qwen2, tmp_path / "copied", Start())
+    for name, start in {"noise": Start(noise=0.1), "drop": Start(reinitialise=0.5), "seed": Start(seed=7)}.items():
+        other = upcycled(qwen2, tmp_path / name, start)
+        for piece in copied.pieces:
+            same = torch.equal(copied.read_piece(piece), other.read_piece(piece))
+            assert same == (piece.part is not {"seed": Part.ROUTER}.get(name, Part.NEW_EXPERTS)), (name, piece)
+
+
+def test_noise_is_a_fraction_of_the_weights_standard_deviation(qwen2: Path, tmp_path: Path) -> None:
+    model = upcycled(qwen2, tmp_path / "out", Start(noise=0.25))
+    original = expert(model, 0)
+    noises = [{name: expert(model, j)[name] - original[name] for name in original} for j in (1, 2, 3)]
+    gate_and_up = torch.cat([original["gate"], original["up"]])
+    for noise in noises:
+        assert torch.cat([noise["gate"], noise["up"]]).std().item() == pytest.approx(
+            0.25 * gate_and_up.std().item(), rel=0.1
+        )
+        assert noise["down"].std().item() == pytest.approx(0.25 * original["down"].std().item(), rel=0.1)
+    assert not torch.equal(noises[0]["up"], noises[1]["up"])
+
+
+def test_gate_up_and_down_reinitialize_the_same_fraction_of_dimensions(qwen2: Path, tmp_path: Path) -> None:
+    model = upcycled(qwen2, tmp_path / "out", Start(reinitialise=0.5))
+    original = expert(model, 0)
+    dropped = []
+    for j in (1, 2, 3):
+        new = expert(model, j)
+        rows = {name: changed_rows(original[name], new[name]) for name in original}
+        assert rows["gate"] == rows["up"] == rows["down"]
+        assert len(rows["gate"]) == 24  # half of 48
+        dropped.append(rows["gate"])
+        for name in original:
+            index = sorted(rows[name])
+            before, after = original[name][index], new[name][index]
+            deviation = before.std().item()
+            assert after.std().item() == pytest.approx(deviation, rel=0.15)
+            assert after.mean().item() == pytest.approx(before.mean().item(), abs=4 * deviation / before.numel() ** 0.5)
+    assert dropped[0] != dropped[1] != dropped[2]
+
+
+def test_each_layer_reinitializes_other_dimensions_and_the_nearest_number(qwen2: Path, tmp_path: Path) -> None:
+    model = upcycled(qwen2, tmp_path / "out", Start(reinitialise=0.49))
+    found = []
+    for layer in (1, 2):
+        up = f"model.layers.{layer}.mlp.experts.{{}}.up_proj.weight"
+        found.append(changed_rows(model.read(up.format(0)), model.read(up.format(1))))
+    assert len(found[0]) == len(found[1]) == 24 and found[0] != found[1]  # 23.52 of 48
+
+
+def test_the_seed_determines_every_sample(qwen2: Path, tmp_path: Path) -> None:
+    start = Start(noise=0.1, reinitialise=0.3)
+    first = upcycled(qwen2, tmp_path / "first", start)
+    again = upcycled(qwen2, tmp_path / "again", start)
+    other = upcycled(qwen2, tmp_path / "other", Start(noise=0.1, reinitialise=0.3, seed=7))
+    for name, tensor in expert(first, 2).items():
+        assert torch.equal(tensor, expert(again, 2)[name])
+        assert not torch.equal(tensor, expert(other, 2)[name])
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (Start(noise=-0.1), "--expert-noise .*-0.1"),
+        (Start(noise=float("nan")), "--expert-noise .*nan"),
+        (Start(reinitialise=1.5), "--reinitialise .*0 and 1.* 1.5"),
+        (Start("random", noise=0.1), "--new-experts random.*--expert-noise"),
+    ],
+)
+def test_invalid_starts_are_rejected(qwen2: Path, tmp_path: Path, start: Start, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        hf_to_mcore(qwen2, tmp_path / "out", NewExperts(4), start=start)
+    assert not list(tmp_path.iterdir())
+
+
+def megatron_tensors_of(folder: Path) -> dict[str, Tensor]:
+    reader = TorchDistReader(folder / "release")
+    return {key: reader.read(key).clone() for key in reader.keys}
+
+
+def test_experts_are_bitwise_identical_copies_of_the_dense_ffn(qwen2: Path, tmp_path: Path) -> None:
+    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(3))
+    dense, moe = tensors_of(qwen2), megatron_tensors_of(tmp_path / "megatron")
+    for i in range(4):
+        ffn = {name: dense[f"model.layers.{i}.mlp.{name}_proj.weight"] for name in ("gate", "up", "down")}
+        mlp = f"decoder.layers.{i}.mlp."
+        fc1 = torch.cat([ffn["gate"], ffn["up"]])
+        assert torch.equal(moe[mlp + "original_experts.0.linear_fc1.weight"], fc1)
+        assert torch.equal(moe[mlp + "original_experts.0.linear_fc2.weight"], ffn["down"])
+        assert moe[mlp + "experts.experts.linear_fc1.weight"].shape == (3, 96, 32)
+        assert torch.equal(moe[mlp + "experts.experts.linear_fc1.weight"], fc1.expand(3, -1, -1))
+        assert torch.equal(moe[mlp + "experts.experts.linear_fc2.weight"], ffn["down"].expand(3, -1, -1))
+        assert moe[mlp + "router.weight"].shape == (4, 32)
+
+
+def test_random_experts_differ_from_the_ffn_and_from_each_other(qwen2: Path, tmp_path: Path) -> None:
+    hf_to_mcore(qwen2, tmp_path / "copied", NewExperts(4))
+    hf_to_mcore(qwen2, tmp_path / "random", NewExperts(4), start=Start("random"))
+    copied, random = megatron_tensors_of(tmp_path / "copied"), megatron_tensors_of(tmp_path / "random")
+    for key in copied:
+        assert torch.equal(copied[key], random[key]) == ("experts.experts." not in key), key
+    experts = random["decoder.layers.0.mlp.experts.experts.linear_fc1.weight"]
+    assert not torch.equal(experts[0], experts[1])
+    assert experts.std().item() == pytest.approx(0.02, rel=0.1)  # Qwen2's initializer_range
+
+
+def test_routers_are_xavier_normal_and_depend_on_the_seed_only(qwen2: Path, tmp_path: Path) -> None:
+    hf_to_mcore(qwen2, tmp_path / "all", NewExperts(63))
+    hf_to_mcore(qwen2, tmp_path / "some", NewExperts(63, moe_layers=[1, 3]))
+    hf_to_mcore(qwen2, tmp_path / "other", NewExperts(63), start=Start(seed=1))
+    key = "decoder.layers.3.mlp.router.weight"
+    router, some, other = (megatron_tensors_of(tmp_path / name)[key] for name in ("all", "some", "other"))
+    assert router.std().item() == pytest.approx((2 / (64 + 32)) ** 0.5, rel=0.1)
+    assert torch.equal(router, some)
+    assert not torch.equal(router, other)
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [({}, (0, 1, 2, 3)), ({"moe_layers": [2, 0]}, (0, 2)), ({"moe_every_k_layers": 2}, (1, 3))],
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_upcycled_model_in_stock_transformers_equals_the_dense_one(
+    make_qwen2: Callable[..., Path], tmp_path: Path, layers: dict, expected: tuple[int, ...], tied: bool
+) -> None:
+    source = make_qwen2(tie_word_embeddings=tied)
+    spec = hf_to_mcore(source, tmp_path / "megatron", NewExperts(4, topk=2, **layers))
+    assert spec.moe == MoeSpec(4, 2, expected)
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    model = load_stock(tmp_path / "hf", "Qwen2MoeForCausalLM")
+    assert model.config.mlp_only_layers == [i for i in range(4) if i not in expected]
+    assert (stock_logits(model) - stock_logits(load_stock(source, "Qwen2ForCausalLM"))).abs().max() <= 1e-5
+    # Equal for whatever the routers say only if they say something: they must not be zero or all alike.
+    routers = [tensor for name, tensor in tensors_of(tmp_path / "hf").items() if name.endswith("mlp.gate.weight")]
+    assert len(routers) == len(expected)
+    assert all(router.std() > 0.1 for router in routers)
+    assert not torch.equal(routers[0], routers[1])
+
+
+def test_redundant_output_layer_of_a_tied_model_is_dropped(make_qwen2: Callable[..., Path], tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    source = make_qwen2(tie_word_embeddings=True)
+    tensors = tensors_of(source)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    spec = hf_to_mcore(source, tmp_path / "megatron", None)
+    assert spec.megatron_args["untie_embeddings_and_output_weights"] is False
+    assert "output_layer.weight" not in megatron_tensors_of(tmp_path / "megatron")
+
+
+def test_the_written_spec_is_read_back(qwen2: Path, tmp_path: Path) -> None:
+    spec = hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(4, moe_layers=[1]))
+    assert ModelSpec.read(tmp_path / "megatron") == spec
+    assert spec.megatron_args["vocab_size"] == 99
+    assert spec.megatron_args["kv_channels"] == 8
+    assert spec.megatron_args["add_qkv_bias"] is True
+
+
+# --- another round of languages
+
+
+ARCHITECTURES = {"LlamaForCausalLM": {}, "Qwen2ForCausalLM": {"tie_word_embeddings": True}, "Qwen3ForCausalLM": {}}
+
+
+ROUTERS = ("block_sparse_moe.gate.weight", "mlp.gate.weight")
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def first_round(request: pytest.FixtureRequest, make_model: Callable[..., Path], tmp_path: Path) -> Path:
+    """An export with 2 new experts that differ from the original one, as after stage 2."""
+    return export_first_round(make_model(request.param, **ARCHITECTURES[request.param]), tmp_path)
+
+
+def export_first_round(dense: Path, tmp_path: Path, **options) -> Path:
+    hf_to_mcore(dense, tmp_path / "first", NewExperts(2, **options), start=Start(noise=0.5))
+    mcore_to_hf(tmp_path / "first", tmp_path / "first-hf")
+    return tmp_path / "first-hf"
+
+
+def edit_routers(folder: Path, change: Callable[[Tensor], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    for name in tensors:
+        if name.endswith(ROUTERS):
+            change(tensors[name])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "checksums.json").unlink(missing_ok=True)  # changed on purpose
+
+
+def test_all_earlier_experts_are_original_and_new_ones_are_copies_of_expert_0(
+    first_round: Path, tmp_path: Path
+) -> None:
+    spec = hf_to_mcore(first_round, tmp_path / "second", NewExperts(4))
+    assert spec.moe == MoeSpec(4, 2, (0, 1, 2, 3), num_original_experts=3)
+    mcore_to_hf(tmp_path / "second", tmp_path / "second-hf")
+    before, after = (load_file(folder / "model.safetensors") for folder in (first_round, tmp_path / "second-hf"))
+    for name, tensor in before.items():
+        kept = after[name][:3] if name.endswith(ROUTERS) else after[name]
+        assert torch.equal(kept, tensor), name
+    for name in after.keys() - before.keys():
+        expert = next(number for number in (3, 4, 5, 6) if f"experts.{number}." in name)
+        assert torch.equal(after[name], before[name.replace(f"experts.{expert}.", "experts.0.")]), name
+    for name in before:
+        if name.endswith(ROUTERS):
+            assert after[name].shape[0] == 7
+            noise = after[name][3:] - after[name][0]
+            assert 0 < noise.std() < 0.02 * after[name][0].std() + 0.01
+            assert not torch.equal(noise[0], noise[1])
+
+
+def test_a_second_round_is_exported_as_it_is_trained(first_round: Path, tmp_path: Path) -> None:
+    hf_to_mcore(first_round, tmp_path / "second", NewExperts(2), start=Start(noise=0.5))
+    mcore_to_hf(tmp_path / "second", tmp_path / "second-hf")
+    assert (our_logits(tmp_path / "second") - stock_logits(tmp_path / "second-hf")).abs().max() <= 5e-5
+    assert (
+        our_logits(tmp_path / "second") - stock_logits(first_round)
+    ).abs().max() > 1e-3  # what was compared can differ
+
+
+def test_a_third_round_counts_the_experts_of_both_before(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    folder = export_first_round(make_model("LlamaForCausalLM"), tmp_path)
+    for number, (original, new) in enumerate([(3, 2), (5, 1)], start=2):
+        spec = hf_to_mcore(folder, tmp_path / f"round{number}", NewExperts(new))
+        assert spec.moe is not None
+        assert (spec.moe.num_original_experts, spec.moe.num_experts) == (original, original + new)
+        folder = tmp_path / f"round{number}-hf"
+        mcore_to_hf(tmp_path / f"round{number}", folder)
+    assert json.loads((folder / "config.json").read_text())["num_local_experts"] == 6
+
+
+def test_new_experts_compete_only_with_expert_0(first_round: Path, tmp_path: Path) -> None:
+    """Tokens whose top-k omits expert 0, or is dominated by it, are computed as before the round."""
+    direction = torch.linspace(-1, 1, 32)
+
+    def change(router: Tensor) -> None:
+        router.mul_(0.01)
+        router[0] = direction * 1e6
+
+    edit_routers(first_round, change)
+    tensors = load_file(first_round / "model.safetensors")
+    for name in tensors:
+        if "post_attention_layernorm" in name:
+            tensors[name].mul_(0).add_(1)
+    save_file(tensors, first_round / "model.safetensors", metadata={"format": "pt"})
+    hf_to_mcore(first_round, tmp_path / "second", NewExperts(2))
+    with torch.no_grad():
+        chosen = router_choices(first_round)
+    # Whether expert 0 leads is a matter of the token's sign; tokens of both kinds are there.
+    assert 0 < chosen.float().mean() < 1
+    assert (our_logits(tmp_path / "second") - stock_logits(first_round)).abs().max() <= 5e-5
+
+
+def router_choices(folder: Path) -> Tensor:
+    """Whether expert 0 has the highest router logit, [layers, tokens]."""
+    model = load_stock(folder)
+    found = []
+    for layer in model.model.layers:
+        gate = layer.mlp.gate
+        gate.register_forward_hook(
+            lambda module, inputs, output: found.append(inputs[0].flatten(0, -2) @ module.weight.T)
+        )
+    model(TOKENS)
+    return torch.stack([(scores.argmax(-1) == 0) for scores in found])
+
+
+def test_layers_without_experts_stay_without(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    folder = export_first_round(make_model("Qwen3ForCausalLM"), tmp_path, moe_layers=[1, 3])
+    spec = hf_to_mcore(folder, tmp_path / "second", NewExperts(1))
+    assert spec.moe == MoeSpec(1, 2, (1, 3), num_original_experts=3)
+    mcore_to_hf(tmp_path / "second", tmp_path / "second-hf")
+    assert (our_logits(tmp_path / "second") - stock_logits(tmp_path / "second-hf")).abs().max() <= 5e-5
+    for layers in ({"moe_layers": [1]}, {"moe_every_k_layers": 2}):
+        with pytest.raises(UserError, match="--moe-layers and --moe-every-k-layers"):
+            hf_to_mcore(folder, tmp_path / "other", NewExperts(1, **layers))
+
+
+# --- copies of the dense FFN
+
+
+def test_a_checkpoint_holds_the_ffn_once_and_an_export_has_it_in_every_place(
+    make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Experts 0 and 1 of the export equal the dense FFN, each with its own router row."""
+    dense = make_model("Qwen2ForCausalLM")
+    spec = hf_to_mcore(dense, tmp_path / "one", NewExperts(4), start=Start(noise=0.5))
+    assert spec.moe == MoeSpec(4, 2, (0, 1, 2, 3))
+    spec = hf_to_mcore(dense, tmp_path / "two", NewExperts(4, original_copies=2), start=Start(noise=0.5))
+    assert spec.moe == MoeSpec(4, 2, (0, 1, 2, 3), original_copies=2)
+    keys = [TorchDistReader(tmp_path / name / "release").keys for name in ("one", "two")]
+    assert set(keys[0]) == set(keys[1])
+    mcore_to_hf(tmp_path / "two", tmp_path / "hf")
+    before, after = (load_file(folder / "model.safetensors") for folder in (dense, tmp_path / "hf"))
+    for name in (name for name in before if ".mlp." in name):
+        copies = [name.replace("mlp.", f"mlp.experts.{place}.") for place in (0, 1, 2)]
+        assert [torch.equal(after[copy], before[name]) for copy in copies] == [True, True, False]
+    router = after["model.layers.0.mlp.gate.weight"]
+    assert router.shape[0] == 6 and not torch.equal(router[0], router[1])
+    assert (our_logits(tmp_path / "two") - stock_logits(tmp_path / "hf")).abs().max() <= 5e-5
+    assert (our_logits(tmp_path / "two") - stock_logits(dense)).abs().max() > 1e-3  # its new experts differ
+
+
+def test_a_further_round_may_have_a_smaller_k(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Then copies beyond K are original experts as any."""
+    folder = export_first_round(make_model("LlamaForCausalLM"), tmp_path, topk=3, original_copies=3)
+    spec = hf_to_mcore(folder, tmp_path / "second", NewExperts(1, topk=2))
+    assert spec.moe == MoeSpec(1, 2, (0, 1, 2, 3), num_original_experts=4, original_copies=2)
+
+
+def test_an_import_holds_copies_once_again(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Equal experts are found by their bits, with or without the key of config.json."""
+    folder = export_first_round(make_model("LlamaForCausalLM"), tmp_path, original_copies=2)
+    config = json.loads((folder / "config.json").read_text())
+    assert (config.pop("original_copies"), config["num_original_experts"], config["num_local_experts"]) == (2, 2, 4)
+    (folder / "config.json").write_text(json.dumps(config))
+    spec = hf_to_mcore(folder, tmp_path / "second", NewExperts(1), start=Start(noise=0.5))
+    assert spec.moe == MoeSpec(1, 2, (0, 1, 2, 3), num_original_experts=3, original_copies=2)
+    mcore_to_hf(tmp_path / "second", tmp_path / "second-hf")
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "second-hf"))
+    for name, tensor in before.items():
+        assert torch.equal(after[name][:4] if name.endswith(ROUTERS) else after[name], tensor), name
+    assert (our_logits(tmp_path / "second") - stock_logits(tmp_path / "second-hf")).abs().max() <= 5e-5
+
+
+def test_experts_that_differ_in_one_bit_are_not_copies(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    folder = export_first_round(make_model("LlamaForCausalLM"), tmp_path, original_copies=2)
+    name = "model.layers.3.block_sparse_moe.experts.1.w2.weight"
+    edit_tensors(folder, lambda tensors: tensors[name].view(torch.uint8)[0, 0].bitwise_xor_(1))
+    spec = hf_to_mcore(folder, tmp_path / "second", NewExperts(1))
+    assert spec.moe == MoeSpec(1, 2, (0, 1, 2, 3), num_original_experts=4)
+
+
+def test_an_upcycled_model_without_training_is_not_dense(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    """All its experts are equal; at most K count as copies, and never all."""
+    hf_to_mcore(make_model("LlamaForCausalLM"), tmp_path / "first", NewExperts(1))
+    mcore_to_hf(tmp_path / "first", tmp_path / "first-hf")
+    spec = hf_to_mcore(tmp_path / "first-hf", tmp_path / "second", NewExperts(4))
+    assert spec.moe == MoeSpec(4, 2, (0, 1, 2, 3), num_original_experts=2)
+    mcore_to_hf(tmp_path / "second", tmp_path / "second-hf")
+    spec = hf_to_mcore(tmp_path / "second-hf", tmp_path / "third", NewExperts(1))
+    assert spec.moe == MoeSpec(1, 2, (0, 1, 2, 3), num_original_experts=5, original_copies=2)
+
+
+@pytest.mark.parametrize(
+    ("copies", "topk", "named"), [(3, 2, "got 3 and 2"), (0, 2, "at least 1"), (-1, 2, "at least 1"), (4, 3, "4 and 3")]
+)
+def test_invalid_numbers_of_copies_are_rejected(
+    make_model: Callable[..., Path], tmp_path: Path, copies: int, topk: int, named: str
+) -> None:
+    with pytest.raises(UserError, match=f"--original-copies.*{named}"):
+        hf_to_mcore(make_model("LlamaForCausalLM"), tmp_path / "out", NewExperts(4, topk=topk, original_copies=copies))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_further_round_needs_no_copies(first_round: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--original-copies does not apply.*3 experts are all original.*remove it"):
+        hf_to_mcore(first_round, tmp_path / "out", NewExperts(1, original_copies=2))
+
+
+# --- invalid input
+
+
+def test_a_missing_tensor_is_rejected(source: Path, tmp_path: Path) -> None:
+    edit_tensors(source, lambda tensors: tensors.pop("model.layers.2.self_attn.k_proj.bias"))
+    assert_import_fails(source, tmp_path, "model.layers.2.self_attn.k_proj.bias")
+
+
+def test_a_misshapen_tensor_is_rejected(source: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit_tensors(source, lambda tensors: tensors.update({name: tensors[name][:-1].contiguous()}))
+    assert_import_fails(source, tmp_path, rf"{name} .*\[47, 32\].*config.json.*\[48, 32\]")
+
+
+def test_an_unknown_tensor_is_rejected(source: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.o_proj.bias"
+    edit_tensors(source, lambda tensors: tensors.update({name: torch.zeros(32)}))
+    assert_import_fails(source, tmp_path, f"source .*{name}")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_nan_and_inf_weights_are_rejected(source: Path, tmp_path: Path, value: float) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    edit_tensors(source, lambda tensors: tensors[name][3, 5].fill_(value))
+    assert_import_fails(source, tmp_path, f"source: {name} .*NaN")
+
+
+def test_mixed_and_unsupported_dtypes_are_rejected(source: Path, tmp_path: Path) -> None:
+    edit_tensors(source, lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"].half()}))
+    assert_import_fails(source, tmp_path, "float16 .*and float32 .*--dtype")
+    edit_tensors(source, lambda tensors: tensors.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}))
+    assert_import_fails(source, tmp_path, "model.norm.weight.*F32.*I8")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"topk": 1}, "K = 1 .*--topk 2"),
+        ({"topk": 0}, "top-0 "),
+        ({"topk": 6}, "top-6 .* 5"),
+        ({"num_new_experts": 0}, "--num-new-experts must be between 1 and 1024, got 0"),
+        ({"moe_layers": [1, 4]}, "layer 4.* 0 to 3"),
+        ({"moe_layers": [-1]}, "layer -1"),
+        ({"moe_layers": []}, "--moe-layers"),
+        ({"moe_every_k_layers": 5}, "--moe-every-k-layers .*1 to 4 .* 5"),
+        ({"moe_every_k_layers": 0}, "--moe-every-k-layers .*1 to 4 .* 0"),
+        ({"moe_layers": [1], "moe_every_k_layers": 2}, "--moe-layers and --moe-every-k-layers"),
+    ],
+)
+def test_invalid_experts_are_rejected(qwen2: Path, tmp_path: Path, options: dict, message: str) -> None:
+    assert_import_fails(qwen2, tmp_path, message, NewExperts(**{"num_new_experts": 4} | options))

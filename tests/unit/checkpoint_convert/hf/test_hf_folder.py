@@ -1,0 +1,205 @@
+"""Hugging Face directories are read and written tensor by tensor; damaged ones are rejected."""
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from checkpoint_convert.compare.comparison import compare
+from checkpoint_convert.conversions.delta import apply_delta
+from checkpoint_convert.conversions.export import mcore_to_hf
+from checkpoint_convert.conversions.upcycling import hf_to_mcore
+from checkpoint_convert.hf.hf_folder import HfReader
+from moelpr.families.new_experts import NewExperts
+from moelpr.process.errors import UserError
+from tests.support.hf_models import (
+    assert_import_fails,
+    assert_same,
+    load_stock,
+    save_tokenizer,
+    stock_logits,
+    tensors_of,
+)
+
+
+def test_pickled_weights_are_rejected(source: Path, tmp_path: Path) -> None:
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    assert_import_fails(source, tmp_path, "source .*pickled.*safetensors")
+    (source / "pytorch_model.bin").unlink()
+    assert_import_fails(source, tmp_path, "source contains no weights: .*model.safetensors.*; download them")
+
+
+def test_truncated_weights_are_rejected(source: Path, tmp_path: Path) -> None:
+    content = (source / "model.safetensors").read_bytes()
+    (source / "model.safetensors").write_bytes(content[:-100])
+    assert_import_fails(source, tmp_path, "model.safetensors .*truncated")
+
+
+def test_an_interrupt_while_safetensors_reads_stays_an_interrupt(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C raises in the torch function that safetensors calls, and torch makes another exception of that."""
+
+    class Interrupted:
+        def get_tensor(self, name: str) -> None:
+            try:
+                signal.raise_signal(signal.SIGINT)
+                for _ in range(1000):  # a handler runs between two instructions
+                    pass
+            except KeyboardInterrupt as error:
+                raise ValueError("could not determine the shape of object type") from error
+
+    reader = HfReader(source)
+    monkeypatch.setattr(reader, "_open", lambda name: Interrupted())
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            reader.read(reader.names[0])
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_an_index_that_lists_a_missing_shard_is_rejected(make_qwen2: Callable[..., Path], tmp_path: Path) -> None:
+    source = make_qwen2(save={"max_shard_size": "40KB"})
+    sorted(source.glob("model-*.safetensors"))[1].unlink()
+    assert_import_fails(source, tmp_path, "model.safetensors.index.json .*model-00002-of-")
+
+
+@pytest.mark.parametrize("has_shards", [True, False])
+def test_a_single_file_beside_the_index_of_others_is_rejected(
+    has_shards: bool, source: Path, make_qwen2: Callable[..., Path], tmp_path: Path
+) -> None:
+    """transformers would read the single file, whose weights may be others."""
+    sharded = make_qwen2(save={"max_shard_size": "40KB"})
+    for path in sharded.glob("model*.safetensors*" if has_shards else "*.index.json"):
+        shutil.copyfile(path, source / path.name)
+    message = r"source/model\.safetensors.*model\.safetensors\.index\.json.*remove the stale one"
+    assert_import_fails(source, tmp_path, message)
+
+
+def test_an_index_of_the_single_file_is_read(source: Path) -> None:
+    names = HfReader(source).names
+    index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert HfReader(source).names == names
+
+
+@pytest.mark.parametrize("text", ['{"weight_map": {"a": 5}}', '{"weight_map": ' + "[" * 100_000, "[]"])
+def test_a_damaged_index_is_one_sentence(tmp_path: Path, text: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(UserError, match=r"index\.json is damaged; download it again"):
+        HfReader(tmp_path)
+
+
+def test_a_tokenizer_with_more_ids_than_rows_is_rejected(source: Path, tmp_path: Path) -> None:
+    save_tokenizer(source, num_ids=99)
+    hf_to_mcore(source, tmp_path / "fits", NewExperts(4))
+    save_tokenizer(source, num_ids=100)
+    assert_import_fails(source, tmp_path, "source .*100.* 99 ")
+
+
+def test_a_damaged_tokenizer_is_rejected(source: Path, tmp_path: Path) -> None:
+    (source / "tokenizer.json").write_text("{}")
+    assert_import_fails(source, tmp_path, "tokenizer in .*source")
+
+
+def test_tokenizer_and_chat_template_are_copied(qwen2: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(4))
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    for folder in (tmp_path / "megatron" / "hf", tmp_path / "hf"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert type(tokenizer).__name__ == "Qwen2Tokenizer"
+        assert tokenizer("baab")["input_ids"] == [2, 3, 2]
+        assert tokenizer.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False) == "ab"
+        assert (folder / "generation_config.json").is_file()
+    assert not list((tmp_path / "megatron" / "hf").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "name", ["NOTICE", "README.md", "additional_chat_templates", "additional_chat_templates/a.jinja"]
+)
+def test_a_link_out_of_the_model_is_not_followed(name: str, source: Path, tmp_path: Path) -> None:
+    """A cloned repository may contain a link to any file of this machine."""
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "token").write_text("hf_secret")
+    (source / name).parent.mkdir(exist_ok=True)
+    (source / name).symlink_to(secret if name == "additional_chat_templates" else secret / "token")
+    assert_import_fails(source, tmp_path, f"{name}.* is a link to .*secret")
+
+
+def test_no_card_of_a_base_is_a_link_out_of_it(base: Path, tmp_path: Path) -> None:
+    hf_to_mcore(base, tmp_path / "megatron", NewExperts(1))
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "delta", as_delta=True)
+    (base / "README.md").rename(tmp_path / "secret")
+    (base / "README.md").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="README.md is a link"):
+        apply_delta(base, tmp_path / "delta", tmp_path / "applied")
+
+
+def test_links_within_a_model_and_in_the_hubs_cache_are_followed(qwen2: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "models--owner--name"
+    snapshot = repository / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for path in [path for path in qwen2.iterdir() if path.is_file()]:
+        shutil.copyfile(path, repository / "blobs" / path.name)
+        (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
+    (snapshot / "NOTICE").symlink_to("README.md")
+    (snapshot / "README.md").write_text("A card.")
+    (tmp_path / "link").symlink_to(snapshot)
+    hf_to_mcore(tmp_path / "link", tmp_path / "megatron", NewExperts(1))
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / "megatron" / "hf" / name).read_bytes() == (qwen2 / name).read_bytes()
+    assert (tmp_path / "megatron" / "hf" / "NOTICE").read_text() == "A card."
+    assert not any(path.is_symlink() for path in (tmp_path / "megatron").rglob("*"))
+
+
+def test_large_exports_are_sharded_with_an_index(qwen2: Path, tmp_path: Path) -> None:
+    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(4))
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "one")
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "many", max_shard_bytes=40_000)
+    assert [path.name for path in tmp_path.glob("one/*.safetensors*")] == ["model.safetensors"]
+    assert_same(tensors_of(tmp_path / "one"), tensors_of(tmp_path / "many"))
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 5
+    for file in set(index["weight_map"].values()):
+        assert (tmp_path / "many" / file).stat().st_size < 42_000
+        with safe_open(tmp_path / "many" / file, framework="pt") as opened:
+            assert set(opened.keys()) == {name for name, where in index["weight_map"].items() if where == file}
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors_of(tmp_path / "one").values())
+    assert torch.equal(
+        stock_logits(load_stock(tmp_path / "many", "Qwen2MoeForCausalLM")),
+        stock_logits(load_stock(tmp_path / "one", "Qwen2MoeForCausalLM")),
+    )
+
+
+def test_a_flipped_bit_in_the_weights_stops_every_reader(qwen2: Path, tmp_path: Path) -> None:
+    """Of a checkpoint and of an export; without their checksums, nothing else notices it."""
+    from moelpr.evaluate.models import load_model
+
+    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(2))
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", max_shard_bytes=40_000)
+    for folder, pattern in ((tmp_path / "megatron" / "release", "__0_0.distcp"), (tmp_path / "hf", "*-00002-of-*")):
+        (file,) = folder.glob(pattern)
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2 // 64 * 64] ^= 4
+        file.write_bytes(content)
+        said = f"{file.name} is damaged: its checksum"
+        if folder.name == "release":
+            with pytest.raises(UserError, match=said):
+                mcore_to_hf(tmp_path / "megatron", tmp_path / "out")
+        else:
+            assert_import_fails(folder, tmp_path, said, NewExperts(2))
+            with pytest.raises(UserError, match=said):
+                load_model(folder)
+            with pytest.raises(UserError, match=said):
+                list(compare(folder, folder))
+        (folder / "checksums.json").unlink()
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "unnoticed")
+    hf_to_mcore(tmp_path / "hf", tmp_path / "unnoticed too", NewExperts(2))

@@ -1,0 +1,148 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from checkpoint_convert.conversions.delta import apply_delta
+from checkpoint_convert.conversions.export import mcore_to_hf
+from checkpoint_convert.conversions.grafting import graft
+from checkpoint_convert.conversions.upcycling import hf_to_mcore
+from checkpoint_convert.hf.hub import Model
+from moelpr.data.tokenizer import load_tokenizer, open_hf_tokenizer
+from moelpr.families.new_experts import NewExperts
+from moelpr.process.errors import UserError
+from tests.support.hf_models import assert_import_fails, files_of, make_model  # noqa: F401
+from tests.support.small_tokenizers import save_llama2, save_llama3, save_qwen
+
+TEXTS = [" light kitchen", "light 123 4567", "light</s> kitchen<|endoftext|> door<|user|>", "  two\n\n φως\t12"]
+
+
+def change_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def save_llama2_as_on_the_hub(folder: Path) -> None:
+    """The Hub's file adds ▁ in the normalizer, which LlamaTokenizer replaces by a pre-tokenizer."""
+    save_llama2(folder)
+    prepend = {"type": "Prepend", "prepend": "▁"}
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    normalizer = {"type": "Sequence", "normalizers": [prepend, replace]}
+    change_json(folder / "tokenizer.json", normalizer=normalizer, pre_tokenizer=None)
+
+
+def save_llama2_without_json(folder: Path) -> None:
+    save_llama2(folder)
+    (folder / "tokenizer.json").unlink()
+
+
+def save_gpt2_with_digits(folder: Path) -> None:
+    """A byte-level BPE that splits numbers into digits, which GPT2Tokenizer does not."""
+    save_qwen(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary, merges = content["model"]["vocab"], content["model"]["merges"]
+    for pair in (("1", "2"), ("4", "5"), ("6", "7")):  # of digits that a number has side by side
+        vocabulary[pair[0] + pair[1]] = len(vocabulary) + 20
+        merges.append(list(pair))
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    digits = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level]}
+    (folder / "tokenizer.json").write_text(json.dumps(content | {"pre_tokenizer": digits}))
+    change_json(folder / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer", add_prefix_space=False)
+
+
+KINDS = {
+    "another pre-tokenizer": ("Qwen2ForCausalLM", save_llama3),
+    "SentencePiece": ("LlamaForCausalLM", save_llama2_as_on_the_hub),
+    "SentencePiece without tokenizer.json": ("LlamaForCausalLM", save_llama2_without_json),
+    "digits": ("LlamaForCausalLM", save_gpt2_with_digits),
+}
+
+
+@pytest.fixture
+def make_base(make_model: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:  # noqa: F811
+    def make(architecture: str, save: Callable[[Path], None]) -> Path:
+        folder = tmp_path / "base"
+        save(folder)
+        shutil.copytree(make_model(architecture, vocab_size=600, num_hidden_layers=1), folder, dirs_exist_ok=True)
+        return folder
+
+    return make
+
+
+def facts(folder: Path) -> tuple[object, ...]:
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", str(folder))
+    ids = tokenizer.encode_batch(TEXTS)
+    decoded, padding_side = [tokenizer.decode(text) for text in ids], open_hf_tokenizer(folder).padding_side
+    return tokenizer.fingerprint(), ids, tokenizer.eod_id, decoded, padding_side
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exports_tokenize_as_transformers_does_for_the_base(kind: str, make_base, tmp_path: Path) -> None:
+    base = make_base(*KINDS[kind])
+    hf_to_mcore(base, tmp_path / "mcore", NewExperts(1))
+    mcore_to_hf(tmp_path / "mcore", tmp_path / "hf")
+    as_copied = Path(shutil.copytree(base, tmp_path / "copied"))
+    shutil.copyfile(tmp_path / "hf" / "config.json", as_copied / "config.json")
+    assert facts(as_copied) != facts(base)  # what this test is about
+    assert facts(tmp_path / "hf") == facts(base)
+
+    mcore_to_hf(tmp_path / "mcore", tmp_path / "delta", as_delta=True)
+    apply_delta(base, tmp_path / "delta", tmp_path / "applied")
+    assert files_of(tmp_path / "applied") == files_of(tmp_path / "hf")
+
+    hf_to_mcore(tmp_path / "hf", tmp_path / "mcore2", NewExperts(1))  # another round
+    assert facts(tmp_path / "mcore2" / "hf") == facts(base)
+    mcore_to_hf(tmp_path / "mcore2", tmp_path / "granite", as_class="granitemoe")
+    mcore_to_hf(tmp_path / "mcore2", tmp_path / "default")
+    assert facts(tmp_path / "granite") == facts(tmp_path / "default") == facts(base)
+    assert (tmp_path / "default" / "tokenizer.json").read_bytes() == (tmp_path / "hf" / "tokenizer.json").read_bytes()
+
+
+def test_a_graft_tokenizes_as_its_instruct_model(make_base, tmp_path: Path) -> None:
+    base = make_base("LlamaForCausalLM", save_llama2_as_on_the_hub)
+    hf_to_mcore(base, tmp_path / "mcore", NewExperts(1))
+    mcore_to_hf(tmp_path / "mcore", tmp_path / "hf")
+    instruct = Path(shutil.copytree(base, tmp_path / "instruct"))
+    graft(*(Model(folder, folder.name) for folder in (base, instruct, tmp_path / "hf")), tmp_path / "graft")
+    assert facts(tmp_path / "graft") == facts(base)
+
+
+def test_a_tokenizer_that_is_the_same_in_the_export_keeps_its_files(make_base, tmp_path: Path) -> None:
+    base = make_base("Qwen2ForCausalLM", save_qwen)
+    hf_to_mcore(base, tmp_path / "mcore", NewExperts(1))
+    mcore_to_hf(tmp_path / "mcore", tmp_path / "hf")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "hf" / name).read_bytes() == (base / name).read_bytes()
+
+
+def test_a_tokenizer_that_cannot_express_a_text_is_exported(make_base, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    def save(folder: Path) -> None:
+        folder.mkdir()
+        Tokenizer(models.WordLevel({"one": 0, "two": 1}, unk_token="missing")).save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+
+    hf_to_mcore(make_base("LlamaForCausalLM", save), tmp_path / "mcore", NewExperts(1))
+    mcore_to_hf(tmp_path / "mcore", tmp_path / "hf")
+    assert load_tokenizer("HuggingFaceTokenizer", str(tmp_path / "hf")).vocabulary() == {"one": 0, "two": 1}
+
+
+def test_a_tokenizer_that_transformers_makes_lossy_is_refused(make_base, tmp_path: Path) -> None:
+    base = make_base("Qwen2ForCausalLM", save_llama2_as_on_the_hub)
+    (base / "tokenizer.model").unlink(missing_ok=True)
+    change_json(base / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    assert_import_fails(base, tmp_path, "as Qwen2Tokenizer, which loses text")
+    with pytest.raises(UserError, match="'twowords'"):  # as preprocessing loads it
+        load_tokenizer("HuggingFaceTokenizer", str(base), must_keep_text=True)
+
+
+def test_the_remedy_for_a_lossy_tokenizer_works_for_a_llama(make_base) -> None:
+    base = make_base("LlamaForCausalLM", save_llama2_as_on_the_hub)
+    change_json(base / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer", add_prefix_space=False)
+    with pytest.raises(UserError, match="PreTrainedTokenizerFast"):
+        load_tokenizer("HuggingFaceTokenizer", str(base), must_keep_text=True)
+    change_json(base / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", str(base))
+    assert tokenizer.decode(tokenizer.encode_batch(["two words"])[0]) == "two words"

@@ -1,0 +1,282 @@
+"""What exports, deltas, comparisons and grafts make of an extended vocabulary."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from checkpoint_convert.compare.comparison import compare_frozen, compare_on_text
+from checkpoint_convert.conversions.adapter import mcore_to_adapter
+from checkpoint_convert.conversions.delta import DELTA_FILE, apply_delta
+from checkpoint_convert.conversions.export import mcore_to_hf
+from checkpoint_convert.conversions.grafting import compare_graft
+from checkpoint_convert.conversions.upcycling import Start, hf_to_mcore
+from checkpoint_convert.graft import main as graft_main
+from checkpoint_convert.hf.new_rows import grow, new_rows, without_rows
+from checkpoint_convert.verify import main as verify_main
+from moelpr.data.tokenizer import load_tokenizer
+from moelpr.data.vocabulary_extension import VOCABULARY_EXTENSION_FILE, VocabularyExtension
+from moelpr.families.new_experts import NewExperts
+from moelpr.process.errors import UserError
+from tests.support.hf_models import edit_tensors, files_of, load_stock, save_extended_tokenizer, tensors_of
+
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+CHAT_TEMPLATE = "{% for m in messages %}{{ m.content }}b{% endfor %}"
+
+
+def extend(base: Path, folder: Path, num_new: int = 45) -> Path:
+    """A tokenizer whose new tokens have different rows; the model has 99 rows, of which the old tokens use 60."""
+    save_extended_tokenizer(base, folder, [("b", "b" * n) for n in range(1, num_new + 1)])
+    extension = VocabularyExtension.read(folder)
+    replaces = [[1 + n % 59, 1 + n // 7] for n in range(num_new)]
+    replace(extension, replaces=replaces).write(folder)
+    return folder
+
+
+def grown(base: Path, folder: Path, num_new: int = 45, **options) -> Path:
+    """A checkpoint of `base` with 2 new experts and new tokens, as if trained."""
+    extended = extend(base, folder / "extended", num_new)
+    hf_to_mcore(
+        base, folder / "megatron", NewExperts(2), start=Start(noise=0.5), extended_tokenizer=extended, **options
+    )
+    return folder / "megatron"
+
+
+@pytest.fixture
+def checkpoint(qwen2: Path, tmp_path: Path) -> Path:
+    return grown(qwen2, tmp_path)
+
+
+@pytest.fixture
+def model(checkpoint: Path, tmp_path: Path) -> Path:
+    """Its export, which a test may change."""
+    mcore_to_hf(checkpoint, tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def old_text(tmp_path: Path) -> Path:
+    """Without bb, the shortest new token."""
+    (tmp_path / "old.txt").write_text("abaaab" * 40)
+    return tmp_path / "old.txt"
+
+
+def test_rows_are_removed_and_grown_wherever_the_base_ends() -> None:
+    new = torch.arange(100, 106).reshape(3, 2)
+    for num_rows in (5, 6, 8, 9):  # before the first new row, in them, at their end, behind
+        base = torch.arange(2 * num_rows).reshape(num_rows, 2)
+        whole = grow(base, new, range(5, 8))
+        assert len(whole) == max(num_rows, 8) and torch.equal(whole[5:8], new)
+        for tensor in (whole, base):
+            assert torch.equal(without_rows(tensor, range(5, 8)), torch.cat([base[:5], base[8:]]))
+    assert without_rows(new, range(0)) is new
+
+
+# --- exports and deltas
+
+
+@pytest.mark.parametrize("as_class", [None, "granitemoe", "mixtral"])
+def test_every_class_is_exported_with_the_rows_and_the_tokenizer(
+    make_model: Callable[..., Path], tmp_path: Path, as_class: str | None
+) -> None:
+    base = make_model("LlamaForCausalLM" if as_class == "mixtral" else "Qwen2ForCausalLM", tokenizer=True)
+    mcore_to_hf(grown(base, tmp_path), tmp_path / "model", as_class=as_class)
+    loaded, tokenizer = load_stock(tmp_path / "model"), AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert loaded.config.vocab_size == len(tokenizer) == loaded.get_input_embeddings().weight.shape[0] == 105
+    assert tokenizer("abb")["input_ids"] == [1, 60]
+    assert VocabularyExtension.read(tmp_path / "model").number == 45
+    card = (tmp_path / "model/README.md").read_text()
+    assert "extended by 45 tokens (IDs 60 to 104), each in place of 2.0 of the base's on average" in card
+
+
+@pytest.mark.parametrize("num_new", [45, 10], ids=["more rows", "spare rows"])
+@pytest.mark.parametrize(
+    ("architecture", "tied", "options"),
+    [
+        ("Qwen2ForCausalLM", False, {"max_shard_bytes": 20_000}),
+        ("Qwen2ForCausalLM", True, {"as_class": "granitemoe"}),
+        ("LlamaForCausalLM", False, {"dtype": "float32"}),
+    ],
+)
+def test_base_and_delta_give_the_bytes_of_the_full_export(
+    make_model: Callable[..., Path], tmp_path: Path, architecture: str, tied: bool, options: dict, num_new: int
+) -> None:
+    base = make_model(architecture, torch.bfloat16, tokenizer=True, tie_word_embeddings=tied)
+    base = Path(shutil.copytree(base, tmp_path / "Base-1B"))
+    (base / "README.md").write_text("The base.\n")
+    (base / "generation_config.json").write_text('{"do_sample": true}')
+    checkpoint = grown(base, tmp_path, num_new)
+    mcore_to_hf(checkpoint, tmp_path / "full", **options)
+    mcore_to_hf(checkpoint, tmp_path / "delta", as_delta=True, **options)
+    apply_delta(base, tmp_path / "delta", tmp_path / "whole")
+    assert files_of(tmp_path / "full") == files_of(tmp_path / "whole")
+    full, delta = tensors_of(tmp_path / "full"), tensors_of(tmp_path / "delta")
+    vocabulary = {EMBEDDING} if tied else {EMBEDDING, OUTPUT}
+    assert {name for name in delta if not name.startswith("model.layers.")} == vocabulary
+    for name in vocabulary:
+        assert torch.equal(delta[name], full[name][60 : 60 + num_new])
+    assert "the rows of new tokens and the tokenizer" in (tmp_path / "delta/README.md").read_text()
+
+
+def test_a_delta_that_does_not_fit_is_rejected(qwen2: Path, checkpoint: Path, tmp_path: Path) -> None:
+    delta, out = tmp_path / "delta", tmp_path / "out"
+    mcore_to_hf(checkpoint, delta, as_delta=True)
+
+    def assert_fails(message: str) -> None:
+        with pytest.raises(UserError, match=message) as caught:
+            apply_delta(qwen2, delta, out)
+        assert "\n" not in str(caught.value) and not out.exists()
+
+    whole = files_of(delta)
+    edit_tensors(delta / "delta.safetensors", lambda tensors: tensors.update({OUTPUT: tensors[OUTPUT][1:].clone()}))
+    assert_fails(f"delta is damaged: {OUTPUT}")
+    (delta / "delta.safetensors").write_bytes(whole["delta.safetensors"])
+    for rows in ([60], [105, 60], ["60", 105], 60):
+        content = json.loads(whole[DELTA_FILE])
+        content["tensors"][0]["new_rows"] = rows
+        (delta / DELTA_FILE).write_text(json.dumps(content))
+        assert_fails(f"{DELTA_FILE} is damaged")
+    content["tensors"][0]["new_rows"] = [50, 95]  # as many rows elsewhere
+    (delta / DELTA_FILE).write_text(json.dumps(content))
+    assert_fails(EMBEDDING)
+
+
+def test_an_adapter_of_the_published_code_has_no_new_tokens(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has 45 new tokens, but the published code .*; export it with mcore_to_hf.py"):
+        mcore_to_adapter(checkpoint, tmp_path / "adapter", "base")
+
+
+# --- comparisons
+
+
+def test_old_and_unused_rows_are_compared_and_new_ones_ignored(qwen2: Path, tmp_path: Path, exit_code, capsys) -> None:
+    mcore_to_hf(grown(qwen2, tmp_path, num_new=10), tmp_path / "model")
+    model = tmp_path / "model"
+
+    def change(name: str, row: int) -> None:
+        edit_tensors(model, lambda tensors: tensors[name][row].add_(1))
+
+    frozen = ("--frozen", qwen2, model)
+    for changes, code in (([], 0), ([60, 69], 0), ([59], 1), ([70], 1)):
+        for row in changes:
+            change(OUTPUT, row)
+        assert exit_code(verify_main, *frozen) == code
+        out = capsys.readouterr().out
+        assert "ignored: the rows of 10 new tokens" in out
+        assert (OUTPUT in out) == bool(code)
+        for row in changes if code else ():
+            edit_tensors(model, lambda tensors, row=row: tensors[OUTPUT][row].copy_(tensors_of(qwen2)[OUTPUT][row]))
+    assert exit_code(verify_main, *frozen, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["num_ignored_rows"] == 10
+    for a, b in ((tmp_path / "megatron", qwen2), (qwen2, tmp_path / "megatron")):
+        assert new_rows(a, b) == (range(60, 70) if a == qwen2 else range(0))
+    assert all(not verdict.differs(0) for verdict in compare_frozen(qwen2, tmp_path / "megatron"))
+
+
+def test_text_without_new_tokens_gets_the_base_logits_and_other_text_a_sentence(
+    qwen2: Path, tmp_path: Path, old_text: Path, text: Path, exit_code, capsys, megatron: None
+) -> None:
+    extended = extend(qwen2, tmp_path / "extended")
+    # Untrained, so it computes what qwen2 does.
+    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(2), extended_tokenizer=extended)
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "model")
+    frozen = ("--frozen", qwen2, tmp_path / "model", "--text")
+    assert exit_code(verify_main, *frozen, old_text) == 0
+    assert "100.00%" in capsys.readouterr().out
+    (verdict,) = compare_on_text(tmp_path / "megatron", qwen2, [old_text], sequence_length=32)
+    assert verdict.num_tokens == verdict.num_same_choice > 64
+    assert exit_code(verify_main, *frozen, text) == 2
+    assert "pass text of the original languages, which has no new tokens" in capsys.readouterr().err
+    # Two models with the same new tokens are compared on any text, in all logits.
+    pair = tmp_path / "megatron", tmp_path / "model"
+    (verdict,) = compare_on_text(*pair, [text], sequence_length=32)
+    assert verdict.max_abs_logit_diff < 1e-4
+    edit_tensors(tmp_path / "model", lambda tensors: tensors[OUTPUT][104].add_(1))
+    (verdict,) = compare_on_text(*pair, [text], sequence_length=32)
+    assert verdict.max_abs_logit_diff > 1e-4
+    assert exit_code(verify_main, *frozen, old_text) == 0  # the logit of a new token
+
+
+def test_a_second_round_takes_the_new_tokens_as_old(qwen2: Path, model: Path, tmp_path: Path) -> None:
+    """Without and with a further extension; compared with the export of round 1, and with the base of both rounds."""
+    hf_to_mcore(model, tmp_path / "second", NewExperts(2), start=Start(noise=0.5))
+    mcore_to_hf(tmp_path / "second", tmp_path / "model2")
+    third = save_extended_tokenizer(model, tmp_path / "third", [("b", "a")])
+    hf_to_mcore(model, tmp_path / "megatron3", NewExperts(2), start=Start(noise=0.5), extended_tokenizer=third)
+    mcore_to_hf(tmp_path / "megatron3", tmp_path / "model3")
+    for later, since_model, since_base in (
+        (tmp_path / "model2", range(0), range(60, 105)),
+        (tmp_path / "model3", range(105, 106), range(60, 106)),
+    ):
+        for earlier, rows in ((model, since_model), (qwen2, since_base)):
+            assert list(new_rows(earlier, later)) == list(rows)
+            assert all(not verdict.differs(0) for verdict in compare_frozen(earlier, later))
+        assert torch.equal(tensors_of(later)[EMBEDDING][:105], tensors_of(model)[EMBEDDING])
+    for checkpoint, export, rows in (("second", "model2", None), ("megatron3", "model3", 1)):
+        mcore_to_hf(tmp_path / checkpoint, tmp_path / f"{export}-delta", as_delta=True)
+        delta = load_file(tmp_path / f"{export}-delta/delta.safetensors")
+        assert (len(delta[EMBEDDING]) if EMBEDDING in delta else None) == rows
+        apply_delta(model, tmp_path / f"{export}-delta", tmp_path / f"{export}-whole")
+        assert files_of(tmp_path / export) == files_of(tmp_path / f"{export}-whole")
+
+
+# --- grafts
+
+
+@pytest.mark.parametrize("scale", [1, 0.5])
+def test_a_graft_keeps_new_rows_and_gives_old_rows_the_difference(
+    qwen2: Path, model: Path, tmp_path: Path, exit_code, scale: float
+) -> None:
+    """The instruct model has the old vocabulary, and starts with a token as the model does not."""
+    edit_tensors(model, lambda tensors: [tensors[name][60:].mul_(3) for name in (EMBEDDING, OUTPUT)])  # trained
+    instruct = Path(shutil.copytree(qwen2, tmp_path / "instruct"))
+    torch.manual_seed(1)
+    for file in sorted(instruct.glob("*.safetensors")):
+        edit_tensors(file, lambda tensors: [t.mul_(1 + 0.02 * torch.randn_like(t)) for t in tensors.values()])
+    (instruct / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    settings = json.loads((instruct / "tokenizer_config.json").read_text()) | {"bos_token": "<|endoftext|>"}
+    (instruct / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    given = ("--base", qwen2, "--instruct", instruct, "--model", model)
+    assert exit_code(graft_main, *given, "--save", tmp_path / "out", "--scale", scale) == 0
+    of_base, of_instruct, of_model, found = map(tensors_of, (qwen2, instruct, model, tmp_path / "out"))
+    for name in (EMBEDDING, OUTPUT):
+        assert torch.equal(found[name][60:], of_model[name][60:])
+        expected = of_model[name][:60] + scale * (of_instruct[name] - of_base[name])[:60]
+        torch.testing.assert_close(found[name][:60], expected)
+        assert not torch.equal(found[name][:60], of_model[name][:60])
+    verdicts = list(compare_graft(qwen2, instruct, model, tmp_path / "out"))
+    assert verdicts and not any(verdict.differs(0) for verdict in verdicts)
+
+    tokenizer, load = AutoTokenizer.from_pretrained(tmp_path / "out"), load_tokenizer
+    assert tokenizer.bos_token == "<|endoftext|>" and AutoTokenizer.from_pretrained(model).bos_token is None
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "ab"
+    old, new = (load("HuggingFaceTokenizer", str(folder)) for folder in (model, tmp_path / "out"))
+    assert new.vocabulary() == old.vocabulary()
+    assert new.encode_batch(["abbb ba"]) == old.encode_batch(["abbb ba"])
+    for name in ("tokenizer.json", VOCABULARY_EXTENSION_FILE):
+        assert (tmp_path / "out" / name).read_bytes() == (model / name).read_bytes()
+    # transformers 5 would write TokenizersBackend, which transformers 4 does not know.
+    config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "the 45 new tokens, which it lacks, are as in `model`" in (tmp_path / "out/README.md").read_text()
+
+
+def test_a_graft_of_a_base_with_other_tokens_is_rejected(qwen2: Path, model: Path, tmp_path: Path) -> None:
+    content = json.loads((model / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["aa"], vocabulary["aaa"] = vocabulary["aaa"], vocabulary["aa"]
+    (model / "tokenizer.json").write_text(json.dumps(content))
+    from checkpoint_convert.conversions.grafting import graft
+    from checkpoint_convert.hf.hub import find_model
+
+    with pytest.raises(UserError, match="the tokenizers of .* and .*model differ: the token 3 is 'aa' and 'aaa'"):
+        graft(*map(find_model, (qwen2, qwen2, model)), tmp_path / "out")

@@ -1,0 +1,190 @@
+"""Outputs appear complete or not at all, and an interrupted conversion resumes to the same bytes."""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from checkpoint_convert.conversions.adapter import adapter_to_mcore, mcore_to_adapter
+from checkpoint_convert.conversions.delta import apply_delta
+from checkpoint_convert.conversions.export import mcore_to_hf
+from checkpoint_convert.conversions.grafting import graft
+from checkpoint_convert.conversions.upcycling import Start, hf_to_mcore
+from checkpoint_convert.hf.hf_folder import HfReader
+from checkpoint_convert.hf.hub import Model
+from checkpoint_convert.mcore.megatron_folder import MegatronReader
+from moelpr.checkpoints.torch_dist import JOURNAL_FILE, TorchDistWriter
+from moelpr.families.new_experts import NewExperts
+from moelpr.model_spec import ModelSpec
+from moelpr.process.errors import UserError
+from moelpr.store.files import LOCK_FILE, locked
+from tests.support.hf_models import (
+    files_of,
+)
+
+Convert = Callable[[Path], object]
+
+
+@pytest.fixture
+def conversions(qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Convert]:
+    """All directions, in files of a few tensors."""
+    monkeypatch.setattr(TorchDistWriter.__init__, "__defaults__", (30_000,))
+    hf_to_mcore(qwen2, tmp_path / "source", NewExperts(4))
+    mcore_to_hf(tmp_path / "source", tmp_path / "delta", max_shard_bytes=30_000, as_delta=True)
+    mcore_to_adapter(tmp_path / "source", tmp_path / "adapter", "base")
+    mcore_to_hf(tmp_path / "source", tmp_path / "export")
+    models = [Model(folder, folder.name) for folder in (qwen2, qwen2, tmp_path / "export")]
+    return {
+        "import": lambda save: hf_to_mcore(qwen2, save, NewExperts(4), start=Start(noise=0.1)),
+        "export": lambda save: mcore_to_hf(tmp_path / "source", save, max_shard_bytes=30_000),
+        "base and delta": lambda save: apply_delta(qwen2, tmp_path / "delta", save),
+        "adapter": lambda save: adapter_to_mcore(tmp_path / "adapter", qwen2, save),
+        "graft": lambda save: graft(*models, save, max_shard_bytes=9_000),
+    }
+
+
+WEIGHTS = (".distcp", ".safetensors")
+
+
+@contextmanager
+def interrupted_after(num_reads: int) -> Iterator[list[str]]:
+    """Ctrl-C at a read; yields the names read until then."""
+    reads: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for reader in (HfReader, MegatronReader):
+
+            def read(self, name: str, real: Callable = reader.read) -> Tensor:
+                if len(reads) == num_reads:
+                    raise KeyboardInterrupt
+                reads.append(name)
+                return real(self, name)
+
+            patch.setattr(reader, "read", read)
+        yield reads
+
+
+@pytest.mark.parametrize("direction", ["import", "export", "base and delta", "adapter", "graft"])
+def test_an_interrupted_conversion_resumes_to_the_same_bytes(
+    conversions: dict[str, Convert], tmp_path: Path, direction: str
+) -> None:
+    convert = conversions[direction]
+    convert(tmp_path / "unbroken")
+    partial = tmp_path / ".broken.partial"
+    for num_reads in (20, 12, 9):  # several interruptions, the second soon after the first
+        with interrupted_after(num_reads), pytest.raises(KeyboardInterrupt):
+            convert(tmp_path / "broken")
+        assert not (tmp_path / "broken").exists() and partial.is_dir()
+        if (journal := partial / "release" / JOURNAL_FILE).is_file():
+            journal.write_text(journal.read_text() + '{"name": "__0_')  # killed within a line
+    with interrupted_after(10**9) as reads:
+        convert(tmp_path / "broken")
+    with interrupted_after(10**9) as all_reads:
+        convert(tmp_path / "again")
+    assert 0 < len(reads) <= len(all_reads) - 20
+    assert files_of(tmp_path / "broken") == files_of(tmp_path / "unbroken")
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize("direction", ["import", "export"])
+def test_a_conversion_resumes_on_a_disk_with_room_for_what_is_missing(
+    conversions: dict[str, Convert], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direction: str
+) -> None:
+    conversions[direction](tmp_path / "unbroken")
+    whole = sum(path.stat().st_size for path in tmp_path.glob("unbroken/**/*.*") if path.suffix in WEIGHTS)
+    with interrupted_after(30), pytest.raises(KeyboardInterrupt):
+        conversions[direction](tmp_path / "out")
+    written = sum(path.stat().st_size for path in tmp_path.glob(".out.partial/**/*.*") if path.suffix in WEIGHTS)
+    assert written > whole / 8
+    for free, has_room in ((1000, False), (whole - written, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: shutil._ntuple_diskusage(whole, 0, free))
+        if has_room:
+            conversions[direction](tmp_path / "out")
+        else:
+            with pytest.raises(OSError, match="No space left"):
+                conversions[direction](tmp_path / "out")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "unbroken")
+
+
+def test_only_the_same_job_resumes(conversions: dict[str, Convert], qwen2: Path, tmp_path: Path) -> None:
+    with interrupted_after(30), pytest.raises(KeyboardInterrupt):
+        conversions["import"](tmp_path / "out")
+    hf_to_mcore(qwen2, tmp_path / "out", NewExperts(2))
+    hf_to_mcore(qwen2, tmp_path / "expected", NewExperts(2))
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "expected")
+
+
+def test_a_changed_source_is_read_again(conversions: dict[str, Convert], qwen2: Path, tmp_path: Path) -> None:
+    with interrupted_after(30), pytest.raises(KeyboardInterrupt):
+        conversions["import"](tmp_path / "out")
+    shard = sorted(qwen2.glob("*.safetensors"))[0]
+    os.utime(shard)
+    with interrupted_after(10**9) as reads:
+        conversions["import"](tmp_path / "out")
+    assert len(reads) > 50
+
+
+def test_two_conversions_into_one_folder_do_not_mix(conversions: dict[str, Convert], tmp_path: Path) -> None:
+    partial = tmp_path / ".out.partial"
+    partial.mkdir()
+    with locked(partial / LOCK_FILE, "out"), pytest.raises(UserError, match="out"):
+        conversions["import"](tmp_path / "out")
+    conversions["import"](tmp_path / "out")
+
+
+def test_an_output_that_another_job_has_just_finished_is_not_replaced(
+    conversions: dict[str, Convert], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk_usage = shutil.disk_usage
+
+    def finish_another_job(folder: Path) -> object:  # after the first check of the output
+        (tmp_path / "out").mkdir()
+        return disk_usage(folder)
+
+    monkeypatch.setattr(shutil, "disk_usage", finish_another_job)
+    with pytest.raises(UserError, match="already exists"):
+        conversions["import"](tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == [] and not (tmp_path / ".out.partial").exists()
+
+
+def test_existing_output_is_replaced_only_with_overwrite(qwen2: Path, tmp_path: Path) -> None:
+    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(4))
+    before = (tmp_path / "megatron" / "model_spec.json").read_text()
+    with pytest.raises(UserError, match="--overwrite"):
+        hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(2))
+    assert (tmp_path / "megatron" / "model_spec.json").read_text() == before
+    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(2), overwrite=True)
+    assert ModelSpec.read(tmp_path / "megatron").moe.num_new_experts == 2
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    with pytest.raises(UserError, match="--overwrite"):
+        mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", overwrite=True)
+
+
+def test_overwrite_never_deletes_a_folder_of_another_kind_or_the_input(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letter.txt").write_text("dear")
+    with pytest.raises(UserError, match="home .*--save"):
+        hf_to_mcore(source, tmp_path / "home", NewExperts(4), overwrite=True)
+    for save in (source, source.parent, source / "inside"):
+        with pytest.raises(UserError, match="source.*--save"):
+            hf_to_mcore(source, save, NewExperts(4), overwrite=True)
+    assert (tmp_path / "home" / "letter.txt").is_file()
+    assert (source / "model.safetensors").is_file()
+
+
+def test_failed_overwrite_leaves_the_old_output(source: Path, tmp_path: Path, monkeypatch) -> None:
+    hf_to_mcore(source, tmp_path / "out", NewExperts(4))
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    monkeypatch.setattr(TorchDistWriter, "finish", _raise_disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        hf_to_mcore(source, tmp_path / "out", NewExperts(4), start=Start(seed=7), overwrite=True)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+
+
+def _raise_disk_full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")

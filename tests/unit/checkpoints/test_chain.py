@@ -1,0 +1,213 @@
+"""A chain of checkpoints is found after being moved, and a change of a single byte of a base is detected."""
+
+import json
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from moelpr.checkpoints import chain as checkpoints
+from moelpr.checkpoints.chain import (
+    BaseCheckpoint,
+    checkpoint_chain,
+    checksum,
+    step_folder,
+    verify_chain,
+    verify_files,
+    write_checksums,
+)
+from moelpr.model_spec import ModelSpec
+from moelpr.process.errors import UserError
+
+
+def write_checkpoint(folder: Path, spec: ModelSpec, content: dict[str, bytes], base: Path | None = None) -> Path:
+    """Write a checkpoint folder with one step of made-up files; returns its step folder."""
+    step = folder / ("iter_0000003" if base else "release")
+    step.mkdir(parents=True)
+    for name, data in content.items():
+        (step / name).write_bytes(data)
+    (folder / "latest_checkpointed_iteration.txt").write_text("3" if base else "release")
+    spec.write(folder)
+    if base:
+        BaseCheckpoint.of(base, checksum(base), folder).write(folder)
+    return step
+
+
+@pytest.fixture
+def runs(tmp_path: Path, moe_spec: ModelSpec) -> Path:
+    """upcycled (complete) <- stage1 <- stage2, in one folder."""
+    folder = tmp_path / "runs"
+    base = write_checkpoint(folder / "upcycled", moe_spec, {".metadata": b"table", "__0_0.distcp": b"0123456789"})
+    stage1 = write_checkpoint(folder / "stage1", moe_spec, {".metadata": b"t1", "__0_0.distcp": b"experts"}, base)
+    write_checkpoint(folder / "stage2", moe_spec, {".metadata": b"t2", "__0_0.distcp": b"routers"}, stage1)
+    return folder
+
+
+def test_the_chain_is_read_newest_first(runs: Path) -> None:
+    links = checkpoint_chain(runs / "stage2")
+    assert links == [runs / "stage2/iter_0000003", runs / "stage1/iter_0000003", runs / "upcycled/release"]
+    assert checkpoint_chain(runs / "upcycled") == [runs / "upcycled/release"]
+    verify_chain(links)
+
+
+def test_a_folder_of_runs_can_be_moved_as_a_whole(runs: Path) -> None:
+    moved = runs.rename(runs.parent / "elsewhere")
+    links = checkpoint_chain(moved / "stage2")
+    assert links[1:] == [moved / "stage1/iter_0000003", moved / "upcycled/release"]
+    verify_chain(links)
+
+
+def test_a_run_moved_alone_still_finds_its_base(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "far/away").mkdir(parents=True)
+    moved = (runs / "stage2").rename(tmp_path / "far/away/stage2")
+    assert checkpoint_chain(moved)[1:] == [runs / "stage1/iter_0000003", runs / "upcycled/release"]
+
+
+def test_a_moved_base_is_found_by_editing_the_file_or_by_an_argument(runs: Path) -> None:
+    moved = (runs / "stage1").rename(runs / "old-stage1")
+    with pytest.raises(UserError, match=r'iter_0000003 is missing .*"folder" of .*base_checkpoint.json'):
+        checkpoint_chain(runs / "stage2")
+    assert checkpoint_chain(runs / "stage2", base=moved)[1] == moved / "iter_0000003"
+    path = runs / "stage2/base_checkpoint.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"folder": "../old-stage1"}))
+    assert checkpoint_chain(runs / "stage2")[1] == moved / "iter_0000003"
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
+@given(link=st.sampled_from(["stage1/iter_0000003", "upcycled/release"]), data=st.data())
+def test_any_changed_byte_in_a_base_is_detected(runs: Path, link: str, data: st.DataObject) -> None:
+    file = data.draw(st.sampled_from(sorted((runs / link).iterdir())))
+    before = file.read_bytes()
+    place = data.draw(st.integers(0, len(before) - 1))
+    file.write_bytes(before[:place] + bytes([before[place] ^ data.draw(st.integers(1, 255))]) + before[place + 1 :])
+    with pytest.raises(UserError, match=f"{link} .*checksum"):
+        verify_chain(checkpoint_chain(runs / "stage2"))
+    file.write_bytes(before)
+    verify_chain(checkpoint_chain(runs / "stage2"))
+
+
+def test_a_base_with_checksums_is_identified_by_them(tmp_path: Path, moe_spec: ModelSpec) -> None:
+    """So it is read once, for its contents."""
+    base = write_checkpoint(tmp_path / "upcycled", moe_spec, {".metadata": b"table", "__0_0.distcp": b"0123456789"})
+    write_checksums(base)
+    links = [write_checkpoint(tmp_path / "stage1", moe_spec, {"__0_0.distcp": b"experts"}, base), base]
+    (base / "recipe.yaml").touch()  # not part of it
+    verify_chain(links)
+    verify_files(links)
+    (base / "__0_0.distcp").write_bytes(b"0123456780")
+    with pytest.raises(UserError, match="upcycled/release/__0_0.distcp is damaged"):
+        verify_files(links)
+    write_checksums(base)  # another model, consistent in itself
+    with pytest.raises(UserError, match="upcycled/release is not what .*stage1 were trained on"):
+        verify_chain(links)
+
+
+def test_files_added_missing_or_renamed_change_the_checksum(runs: Path) -> None:
+    step = runs / "upcycled/release"
+    seen = {checksum(step)}
+    (step / "empty").touch()
+    seen.add(checksum(step))
+    (step / "empty").rename(step / "renamed")
+    seen.add(checksum(step))
+    (step / "renamed").unlink()
+    (step / "__0_0.distcp").unlink()
+    seen.add(checksum(step))
+    assert len(seen) == 4
+
+
+def test_a_base_replaced_together_with_its_recorded_checksum_is_detected(runs: Path, moe_spec: ModelSpec) -> None:
+    """Stage 2's record covers stage 1's base too."""
+    other = write_checkpoint(runs / "other", moe_spec, {".metadata": b"table", "__0_0.distcp": b"9876543210"})
+    BaseCheckpoint.of(other, checksum(other), runs / "stage1").write(runs / "stage1")
+    verify_chain(checkpoint_chain(runs / "stage1"))
+    with pytest.raises(UserError, match="checksum"):
+        verify_chain(checkpoint_chain(runs / "stage2"))
+
+
+@pytest.mark.parametrize("world", [2, 3, 7])
+def test_the_checksum_does_not_depend_on_how_many_ranks_share_the_work(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, world: int
+) -> None:
+    """Threads act as ranks. The folder has 6 pieces, so with 7 ranks one has nothing to do."""
+    monkeypatch.setattr(checkpoints, "PIECE_BYTES", 3)
+    alone = checksum(runs / "upcycled/release")
+    rank, barrier, shares = threading.local(), threading.Barrier(world), {}
+
+    def all_gather(gathered: list[list[str]], mine: list[str]) -> None:
+        shares[rank.number] = mine
+        barrier.wait(timeout=20)
+        gathered[:] = [shares[number] for number in range(world)]
+
+    def as_rank(number: int) -> str:
+        rank.number = number
+        return checksum(runs / "upcycled/release")
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: world)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank.number)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather)
+    with ThreadPoolExecutor(world) as ranks:
+        assert set(ranks.map(as_rank, range(world))) == {alone}
+    assert max(map(len, shares.values())) == -(-6 // world)
+
+
+def test_a_circular_chain_is_rejected(runs: Path) -> None:
+    BaseCheckpoint.of(runs / "stage2/iter_0000003", "0", runs / "stage1").write(runs / "stage1")
+    with pytest.raises(UserError, match="base_checkpoint.json is circular"):
+        checkpoint_chain(runs / "stage2")
+
+
+def test_a_base_of_another_model_is_rejected(runs: Path, moe_spec: ModelSpec) -> None:
+    shutil.rmtree(runs / "upcycled")
+    assert moe_spec.moe is not None
+    other = replace(moe_spec, moe=replace(moe_spec.moe, num_new_experts=5))
+    write_checkpoint(runs / "upcycled", other, {".metadata": b"table"})
+    with pytest.raises(UserError, match="upcycled contains another model than .*stage2"):
+        checkpoint_chain(runs / "stage2")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "damaged or from another program"),
+        ("[]", "damaged or from another program"),
+        ('{"format_version": 1, "folder": ".."}', "damaged or from another program"),
+        ('{"format_version": 2}', "format_version is 2"),
+        (
+            '{"format_version": 1, "folder": "a", "absolute_folder": "b", "step": "../../x", "sha256": "c"}',
+            "got '../../x'",
+        ),
+        (
+            '{"format_version": 1, "folder": 1, "absolute_folder": "b", "step": "release", "sha256": "c"}',
+            "must be a string",
+        ),
+    ],
+)
+def test_a_damaged_record_is_a_user_error(runs: Path, text: str, message: str) -> None:
+    (runs / "stage2/base_checkpoint.json").write_text(text)
+    with pytest.raises(UserError, match=f"base_checkpoint.json.*{message}"):
+        checkpoint_chain(runs / "stage2")
+
+
+def test_a_step_is_chosen_by_the_tracker_or_by_number(runs: Path) -> None:
+    assert step_folder(runs / "stage1").name == "iter_0000003"
+    (runs / "stage1/iter_0000001").mkdir()
+    assert step_folder(runs / "stage1", 1).name == "iter_0000001"
+    assert checkpoint_chain(runs / "stage1", 1)[1] == runs / "upcycled/release"
+    with pytest.raises(UserError, match="iteration 2; pass --iteration 1 or 3 "):
+        step_folder(runs / "stage1", 2)
+    (runs / "stage1/latest_checkpointed_iteration.txt").write_bytes(b"\xf9")
+    with pytest.raises(UserError, match="latest_checkpointed_iteration.txt must contain"):
+        step_folder(runs / "stage1")
+
+
+def test_an_unreadable_file_is_a_user_error(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "_digest", lambda *_: None)
+    with pytest.raises(UserError, match="cannot read .*release"):
+        checksum(runs / "upcycled/release")

@@ -1,0 +1,176 @@
+"""Checkpoints are read chunk by chunk, and a checkpoint from an untrusted source runs no code."""
+
+import inspect
+import itertools
+import pickle
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from moelpr.checkpoints.torch_dist import TorchDistReader, TorchDistWriter, read_metadata
+from moelpr.process.errors import UserError
+from moelpr.store.files import DurableFile
+from tests.support.hf_models import RunsCode
+
+
+def test_every_chunk_of_any_grid_is_read(tmp_path: Path) -> None:
+    whole = torch.arange(4 * 6 * 5.0).reshape(4, 6, 5)
+    with TorchDistWriter(tmp_path, max_file_bytes=1000) as writer:
+        for a in (0, 2):
+            for b in (0, 2, 4):
+                writer.write("grid", whole[a : a + 2, b : b + 2], (4, 6, 5), (a, b, 0))
+        writer.write("scalar", torch.tensor(3.0))
+        writer.finish({})
+    assert len(list(tmp_path.glob("*.distcp"))) > 1
+    reader = TorchDistReader(tmp_path)
+    assert torch.equal(reader.read("grid"), whole)
+    for index in range(4):
+        assert torch.equal(reader.read("grid", index), whole[index])
+    assert reader.read("scalar").item() == 3.0
+
+
+def test_a_missing_part_of_a_stack_is_reported(tmp_path: Path) -> None:
+    with TorchDistWriter(tmp_path) as writer:
+        writer.write("stack", torch.ones(1, 4), (3, 4), (0, 0))
+        writer.write("stack", torch.ones(1, 4), (3, 4), (2, 0))
+        writer.finish({})
+    reader = TorchDistReader(tmp_path)
+    assert torch.equal(reader.read("stack", 2), torch.ones(4))
+    for index in (None, 1):
+        with pytest.raises(UserError, match="stack"):
+            reader.read("stack", index)
+
+
+def test_an_interrupted_writer_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    def write(folder: Path, stop_after: int | None = None) -> int:
+        num_written = 0
+        with TorchDistWriter(folder, max_file_bytes=3000) as writer:
+            for index in range(8):
+                if num_written == stop_after:
+                    return num_written
+                if not writer.is_written("stack", (index, 0)):
+                    writer.write("stack", torch.full((1, 500), float(index)), (8, 500), (index, 0))
+                    num_written += 1
+            writer.finish({})
+        return num_written
+
+    assert write(tmp_path / "unbroken") == 8
+    write(tmp_path / "broken", stop_after=5)
+    assert write(tmp_path / "broken") == 4  # four of the five files were complete
+    for path in (tmp_path / "unbroken").glob("*.distcp"):
+        assert path.read_bytes() == (tmp_path / "broken" / path.name).read_bytes(), path
+    assert torch.equal(TorchDistReader(tmp_path / "broken").read("stack")[:, 0], torch.arange(8.0))
+
+
+@pytest.mark.parametrize("num_writes", [1, 2, 5])
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_within_a_tensor_is_not_another_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_writes: int, number: int, error: type[BaseException]
+) -> None:
+    """torch.save raises an error of its own when it closes the archive that it could not write."""
+    calls = itertools.count(1)
+    write = DurableFile.write
+
+    def interrupted(self: DurableFile, data: bytes) -> int:
+        if next(calls) == num_writes:
+            signal.raise_signal(number)
+            for _ in range(1000):  # a handler runs between two instructions
+                pass
+        return write(self, data)
+
+    def handler(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(DurableFile, "write", interrupted)
+    before = signal.signal(number, handler)
+    try:
+        with pytest.raises(error), TorchDistWriter(tmp_path) as writer:
+            writer.write("tensor", torch.ones(1000))
+    finally:
+        signal.signal(number, before)
+
+
+@pytest.fixture
+def step(tmp_path: Path) -> Path:
+    folder = tmp_path / "iter_0000001"
+    with TorchDistWriter(folder) as writer:
+        writer.write("tensor", torch.ones(3))
+        writer.write_object("module._extra_state", None)
+        writer.finish({"iteration": 1})
+    return folder
+
+
+def edit_metadata(step: Path, **changes: Any) -> None:
+    metadata = pickle.loads((step / ".metadata").read_bytes())
+    for name, value in changes.items():
+        setattr(metadata, name, value)
+    (step / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def test_metadata_has_the_entries_that_torch_reads(step: Path) -> None:
+    ours, torchs = read_metadata(step), inspect.unwrap(dcp.FileSystemReader.read_metadata)(dcp.FileSystemReader(step))
+    assert ours.state_dict_metadata == torchs.state_dict_metadata
+    assert ours.storage_data == torchs.storage_data
+
+
+def test_metadata_of_an_untrusted_checkpoint_runs_no_code_and_is_noted(
+    step: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    trap = tmp_path / "ran"
+    keys = set(read_metadata(step).state_dict_metadata)
+    assert capsys.readouterr().err == ""
+    (step / "checksums.json").unlink()
+    edit_metadata(step, planner_data=RunsCode(trap))
+    assert set(read_metadata(step).state_dict_metadata) == keys
+    assert f"{step}/.metadata names pathlib" in capsys.readouterr().err
+    assert torch.equal(TorchDistReader(step).read("tensor"), torch.ones(3))
+    assert not trap.exists()
+    inspect.unwrap(dcp.FileSystemReader.read_metadata)(dcp.FileSystemReader(step))
+    assert trap.exists()  # an unrestricted reader runs it
+
+
+def test_a_flipped_bit_in_the_table_of_contents_is_noticed(step: Path) -> None:
+    """It may name another file of the same size: other weights."""
+    content = bytearray((step / ".metadata").read_bytes())
+    content[content.index(b"distcp")] ^= 1
+    (step / ".metadata").write_bytes(content)
+    with pytest.raises(UserError, match=r"\.metadata is damaged: its checksum differs"):
+        TorchDistReader(step)
+
+
+@pytest.mark.parametrize(
+    "change", [{"size": 3}, {"size": torch.Size([3, 1])}, {"properties": None}, {"chunks": [None]}]
+)
+def test_an_entry_of_another_type_is_reported(step: Path, change: dict[str, object]) -> None:
+    """Of a checkpoint without checksums."""
+    (step / "checksums.json").unlink()
+    metadata = pickle.loads((step / ".metadata").read_bytes())
+    vars(metadata.state_dict_metadata["tensor"]).update(change)
+    (step / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UserError, match=r"\.metadata is damaged"):
+        TorchDistReader(step)
+
+
+@pytest.mark.parametrize("name", ["state_dict_metadata", "storage_data"])
+def test_a_table_of_contents_that_is_code_is_rejected(step: Path, tmp_path: Path, name: str) -> None:
+    edit_metadata(step, **{name: RunsCode(tmp_path / "ran")})
+    with pytest.raises(UserError, match=".metadata is damaged"):
+        read_metadata(step)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_missing_and_damaged_metadata_are_reported(step: Path) -> None:
+    intact = (step / ".metadata").read_bytes()
+    (step / ".metadata").write_bytes(b"\x80\x04nonsense")
+    with pytest.raises(UserError, match="iter_0000001/.metadata is damaged"):
+        read_metadata(step)
+    (step / ".metadata").write_bytes(intact.replace(b"offset", b"offseu"))  # a flipped bit in an attribute's name
+    with pytest.raises(UserError, match="iter_0000001/.metadata is damaged .*offset"):
+        read_metadata(step)
+    (step / ".metadata").unlink()
+    with pytest.raises(UserError, match="iter_0000001 .*.metadata is missing"):
+        TorchDistReader(step)

@@ -1,0 +1,42 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from moelpr.data.vocabulary_extension import VOCABULARY_EXTENSION_FILE, VocabularyExtension
+from moelpr.process.errors import UserError
+
+EXTENSION = VocabularyExtension(10, [[1, 2], [9]], "huggingface:0", "1")
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    EXTENSION.write(tmp_path)
+    assert VocabularyExtension.read(tmp_path) == EXTENSION
+    assert EXTENSION.number == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"format_version": 2},
+        {"replaces": [[1, 10]]},
+        {"replaces": [[1], []]},
+        {"replaces": []},
+        {"replaces": [[True]]},
+        {"replaces": None},
+        {"first_new_id": 0},
+        {"old_fingerprint": None},
+        {"more": 1},
+    ],
+)
+def test_a_damaged_file_is_refused(tmp_path: Path, changes: dict[str, object]) -> None:
+    EXTENSION.write(tmp_path)
+    path = tmp_path / VOCABULARY_EXTENSION_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError, match=VOCABULARY_EXTENSION_FILE):
+        VocabularyExtension.read(tmp_path)
+
+
+def test_a_folder_without_the_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"extend_tokenizer\.py"):
+        VocabularyExtension.read(tmp_path)

@@ -1,0 +1,144 @@
+"""Mutated corpora: verification notices every change; reading ends in an error message or in data, never in a crash."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_tools import inspect_data
+from data_tools.corpus.opened import Corpus, run_edges
+from moelpr.data.manifest import Manifest, manifest_path
+from moelpr.megatron_patches import cpu, megatron_fixes
+from moelpr.process.errors import UserError
+
+cpu.install()
+megatron_fixes.install()
+
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig  # noqa: E402
+from megatron.core.datasets.utils import Split  # noqa: E402
+
+from moelpr.data.dataset import TaggedGPTDataset, TokenIds  # noqa: E402
+from tests.support.mutations import mutated  # noqa: E402
+
+FILES = ("bin", "idx", "lang", "manifest.json")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, make_corpus_in: Callable[..., Path]) -> Path:
+    random = np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("whole")
+    documents = [
+        (("en", "el", "hu")[number % 3], random.integers(0, 300, random.integers(0, 30)).tolist())
+        for number in range(40)
+    ]
+    return make_corpus_in(folder, "whole", documents)
+
+
+@pytest.fixture(scope="module")
+def copy(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The corpus with one file changed."""
+    prefix = tmp_path_factory.mktemp("copy") / "copy"
+
+    def copy(name: str, content: bytes) -> Path:
+        for other in FILES:
+            shutil.copy(f"{whole}.{other}", f"{prefix}.{other}")
+        Path(f"{prefix}.{name}").write_bytes(content)
+        return prefix
+
+    return copy
+
+
+@settings(deadline=5000, max_examples=150)
+@given(data=st.data())
+def test_every_change_of_a_corpus_is_noticed(whole: Path, copy: Callable[..., Path], data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(FILES[:3]))
+    content = Path(f"{whole}.{name}").read_bytes()
+    changed = data.draw(mutated(content))
+    prefix = copy(name, changed)
+    manifest = Manifest.read(prefix)
+    assert manifest is not None
+    if changed == content:
+        assert Corpus(prefix).verify() == manifest
+        manifest.verify_files(prefix, sampled=True)
+    else:
+        with pytest.raises(UserError):
+            Corpus(prefix).verify()
+        with pytest.raises(UserError, match=rf"{prefix}\.{name} "):  # what the trainer does
+            manifest.verify_files(prefix, sampled=True)
+    # Without a manifest some changes are as good as the truth; what is opened then can be read to its end.
+    manifest_path(prefix).unlink()
+    try:
+        corpus = Corpus(prefix)
+    except UserError:
+        return
+    documents = [corpus.document(index) for index in range(corpus.num_documents)]
+    assert sum(len(ids) for ids, _ in documents) == sum(len(bits) for _, bits in documents) == len(corpus.tokens)
+
+
+@settings(deadline=5000, max_examples=100)
+@given(data=st.data())
+def test_changed_manifest_is_reported_or_valid(whole: Path, copy: Callable[..., Path], data: st.DataObject) -> None:
+    """It has no checksum of its own: a source's name may be changed without anyone noticing, a number may not."""
+    content = Path(f"{whole}.manifest.json").read_bytes()
+    prefix = copy("manifest.json", data.draw(mutated(content)))
+    try:
+        found = Corpus(prefix).verify()
+    except UserError:
+        return
+    wanted = Manifest.read(whole)
+    assert found is not None and wanted is not None
+    assert (found.documents, found.tokens, found.files) == (wanted.documents, wanted.tokens, wanted.files)
+
+
+@settings(deadline=5000, max_examples=100)
+@given(data=st.data())
+def test_training_reads_a_changed_corpus_or_rejects_it(
+    whole: Path, copy: Callable[..., Path], data: st.DataObject
+) -> None:
+    name = data.draw(st.sampled_from(FILES[:3]))
+    prefix = copy(name, data.draw(mutated(Path(f"{whole}.{name}").read_bytes())))
+    config = GPTDatasetConfig(
+        random_seed=1,
+        sequence_length=16,
+        split="100,0,0",
+        blend=([str(prefix)], None),
+        tokenizer=TokenIds(vocab_size=300),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        path_to_cache=None,
+    )
+    shutil.rmtree(prefix, ignore_errors=True)  # Megatron's indices
+    try:
+        indexed = TaggedGPTDataset.build_low_level_dataset(str(prefix), config)
+        dataset = TaggedGPTDataset(indexed, str(prefix), np.arange(len(indexed)), 20, Split.train, config)
+        samples = [dataset[index] for index in range(20)]
+    except UserError:
+        return
+    for sample in samples:
+        assert all(len(sample[key]) == 16 for key in ("tokens", "labels", "is_original", "is_original_label"))
+        assert 0 <= int(sample["tokens"].min()) <= int(sample["tokens"].max()) < 300
+        assert int(sample["is_original"].max()) <= 1
+
+
+@settings(deadline=5000, max_examples=60)
+@given(data=st.data())
+def test_inspection_ends_in_a_message_or_a_report(whole: Path, copy: Callable[..., Path], data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(FILES))
+    prefix = copy(name, data.draw(mutated(Path(f"{whole}.{name}").read_bytes())))
+    if data.draw(st.booleans()):
+        manifest_path(prefix).unlink()
+    try:
+        inspect_data.main([str(prefix), *(["--json"] if data.draw(st.booleans()) else [])])
+    except UserError as error:
+        assert "\n" not in str(error) and len(str(error)) < 1000
+
+
+def test_run_edges_are_the_borders_of_equal_bits() -> None:
+    assert run_edges(np.array([1, 1, 0, 1, 1], np.uint8)).tolist() == [0, 2, 3, 5]
+    assert run_edges(np.zeros(0, np.uint8)).tolist() == [0]

@@ -1,0 +1,295 @@
+"""Exit codes: 0 success, 1 failure, 2 wrong arguments or input; one message, no traceback."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moelpr.process.command import CommandParser, deferred_signals, run_command
+from moelpr.process.errors import MachineError, UserError
+
+
+def fail_with(error: BaseException):  # noqa: ANN201
+    def main() -> None:
+        raise error
+
+    return main
+
+
+def raised_in_c(error: BaseException) -> SystemError:
+    """What C code raises if a signal's handler has raised `error` during it."""
+    found = SystemError("returned a result with an exception set")
+    found.__cause__ = error
+    return found
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (UserError("expected a, got b; do c"), 2, "error: expected a, got b; do c"),
+        (OSError(errno.ENOSPC, "No space left on device", "x.bin"), 1, "the disk is full while writing x.bin"),
+        (OSError(errno.EFBIG, "File too large", "x.bin"), 1, "x.bin exceeds the limit of a file's size"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300), 2, "x… is too long for the name of a file"),
+        (UserError("no file a\nb\x1b[31m\ud800"), 2, r"error: no file a\nb\x1b[31m\ud800"),
+        (MachineError("the disk can't be read"), 1, "error: the disk can't be read"),
+        (KeyboardInterrupt(), 1, "interrupted"),
+        (raised_in_c(KeyboardInterrupt()), 1, "interrupted"),
+    ],
+)
+def test_expected_failures_are_one_line(error, code: int, message: str, capsys) -> None:  # noqa: ANN001
+    with pytest.raises(SystemExit) as stop:
+        run_command(fail_with(error))
+    assert stop.value.code == code
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", ["--size 1", "child --size x"])
+def test_a_wrong_command_line_is_reported_in_one_line_like_any_other_error(words: str, monkeypatch, capsys) -> None:  # noqa: ANN001
+    parser = CommandParser(description="a\nb")
+    parser.add_subparsers(required=True).add_parser("child").add_argument("--size", type=int, required=True)
+    monkeypatch.setattr("sys.argv", ["tools/tool.py", *words.split()])
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: parser.parse_args() and None)
+    shown = capsys.readouterr().err
+    assert (stop.value.code, shown.count("\n")) == (2, 1)
+    assert shown.startswith("tool.py: error: ") and shown.endswith("; see --help\n")
+    assert parser.parse_args(["child", "--size", "1", "--debug"]).debug
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--hf-pth x", "unrecognized argument --hf-pth; did you mean --hf-path?"),
+        ("--hf-pth=x --other 1", "unrecognized argument --hf-pth; did you mean --hf-path?"),
+        ("--nothing-like-it", "unrecognized argument --nothing-like-it; see --help"),
+        ("--other --", "argument --other: expected one argument"),
+        ("--oth 1", "the following arguments are required: --hf-path"),
+    ],
+)
+def test_an_unrecognized_flag_is_reported_before_a_missing_one(words: str, message: str) -> None:
+    for command in ([], ["child"]):
+        parser = CommandParser()
+        child = parser.add_subparsers().add_parser("child") if command else parser
+        child.add_argument("--hf-path", required=True)
+        child.add_argument("--other")
+        with pytest.raises(UserError) as error:
+            parser.parse_args([*command, *words.split()])
+        assert str(error.value).startswith(message)
+    assert child.parse_args(["--other=--x", "--hf-path=--y"]).other == "--x"
+
+
+def test_help_marks_required_flags_and_keeps_the_lines_of_the_description() -> None:
+    parser = CommandParser(description="a\nb")
+    parser.add_argument("--size", required=True, help="number")
+    parser.add_argument("--other", help="number")
+    for shown in (parser.format_help(), parser.format_help()):
+        assert "a\nb\n" in shown and shown.count("number (required)\n") == 1 == shown.count("(required)")
+
+
+def test_a_panic_of_a_library_is_one_sentence(capsys) -> None:  # noqa: ANN001
+    class PanicException(BaseException):
+        """As those of pyo3, which are no `Exception`."""
+
+    with pytest.raises(SystemExit) as stop:
+        run_command(fail_with(PanicException("index out of bounds")))
+    assert stop.value.code == 2 and "(index out of bounds); download the tokenizer again" in capsys.readouterr().err
+
+
+def test_bugs_keep_their_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run_command(fail_with(ZeroDivisionError()))
+
+
+def test_debug_shows_the_traceback_of_a_user_error(monkeypatch) -> None:  # noqa: ANN001
+    monkeypatch.setattr("sys.argv", ["tool", "--debug"])
+    with pytest.raises(UserError):
+        run_command(fail_with(UserError("x")))
+
+
+def test_rank_0_reports_first_then_one_rank_of_each_other_node(monkeypatch, capsys) -> None:  # noqa: ANN001
+    waited: dict[str, float] = {}
+    for rank, local_rank in (("0", "0"), ("1", "1"), ("2", "0"), ("3", "1")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        waited[rank] = 0
+        monkeypatch.setattr("time.sleep", lambda seconds, rank=rank: waited.update({rank: seconds}))
+        with pytest.raises(SystemExit):
+            run_command(fail_with(UserError("found a")))
+    assert waited["0"] == 0 < waited["2"] < waited["1"] == waited["3"]
+
+
+def test_a_waiting_rank_ends_without_a_message_when_the_first_has_failed() -> None:
+    """The launcher's SIGTERM ends it although the trainer has a handler that only sets a flag."""
+    code = """if True:
+        import signal, time
+        from moelpr.process.command import run_command
+        from moelpr.process.errors import UserError
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        sleep = time.sleep
+        time.sleep = lambda seconds: (print("waits", flush=True), sleep(seconds))
+        def main():
+            raise UserError("found a")
+        run_command(main)
+    """
+    environment = {**os.environ, "RANK": "1", "LOCAL_RANK": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    rank = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert rank.stdout is not None
+    assert rank.stdout.readline() == "waits\n"
+    rank.terminate()
+    _, errors = rank.communicate(timeout=5)
+    assert (rank.returncode, errors) == (-signal.SIGTERM, "")
+
+
+def test_names_that_are_not_ascii_are_read_and_written_without_utf8_mode(tmp_path: Path) -> None:
+    script = tmp_path / "tool.py"
+    script.write_text(
+        "import sys\nfrom moelpr.process.command import run_command\n"
+        "run_command(lambda: open(sys.argv[1], 'w').write(sys.argv[1]) and None)\n"
+    )
+    environment = {**os.environ, "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, script, "\u00e9\u65e5"], env=environment, cwd=tmp_path, check=True)
+    assert (tmp_path / "\u00e9\u65e5").read_text(encoding="utf-8") == "\u00e9\u65e5"
+
+
+def test_a_rank_that_has_lost_another_waits_for_the_launcher_to_say_why(monkeypatch, capsys) -> None:  # noqa: ANN001
+    monkeypatch.setenv("RANK", "0")
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    lost = RuntimeError("[/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:45971. GLHF!")
+    with pytest.raises(SystemExit) as stop:
+        run_command(fail_with(lost))
+    assert stop.value.code == 1 and waited[0] >= 5
+    shown = capsys.readouterr().err
+    assert "another rank has ended" in shown and shown.count("\n") == 1
+
+
+def test_a_rank_with_a_log_of_its_own_keeps_the_traceback_there(tmp_path: Path, monkeypatch, capsys) -> None:  # noqa: ANN001
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    for has_log in (False, True):
+        if has_log:
+            (tmp_path / "stderr.log").touch()
+        with pytest.raises(SystemExit):
+            run_command(fail_with(RuntimeError("gloo/transport/tcp/pair.cc")))
+        assert ("Traceback" in capsys.readouterr().err) == has_log
+
+
+def test_an_interrupted_rank_leaves_the_message_to_the_launcher(monkeypatch, capsys) -> None:  # noqa: ANN001
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    with pytest.raises(SystemExit) as stop:
+        run_command(fail_with(KeyboardInterrupt()))
+    assert (stop.value.code, capsys.readouterr().err) == (130, "")
+
+
+def run_in_shell(command: str, code: str) -> subprocess.CompletedProcess:
+    """Run Python `code` as `$PROGRAM`, whose output `command` redirects."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "CODE": code}
+    command = command.replace("$PROGRAM", f'{sys.executable} -c "$CODE"')
+    return subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=60)
+
+
+PRINTS = """
+from moelpr.process.command import run_command
+from moelpr.process.errors import UserError
+
+def main():
+    print("x" * {})
+{}
+run_command(main)
+"""
+
+
+@pytest.mark.parametrize("size", [1, 10**6])
+@pytest.mark.parametrize("redirection", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", "| head -c 0", "2>&1 | head -c 0"])
+def test_closed_streams_and_pipes_cause_no_traceback(redirection: str, size: int) -> None:
+    for end, code in (("", 0), ("    raise UserError('a')\n", 2)):
+        done = run_in_shell(f"$PROGRAM {redirection}; exit ${{PIPESTATUS[0]}}", PRINTS.format(size, end))
+        assert done.returncode in ((code, 1) if "|" in redirection else (code,))
+        assert done.stderr in ("", "-c: error: a\n")
+
+
+def test_a_file_does_not_get_the_number_of_a_closed_stream(tmp_path: Path) -> None:
+    code = "import moelpr, os, sys\nfile = open(sys.argv[1], 'w')\nos.write(1, b'lost')\nos.system('echo lost')"
+    assert run_in_shell(f"$PROGRAM {tmp_path}/file >&-", code).returncode == 0
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_a_full_disk_behind_stdout_is_one_message() -> None:
+    done = run_in_shell("$PROGRAM >/dev/full", PRINTS.format(1, ""))
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "disk is full" in done.stderr
+
+
+def test_ctrl_c_during_imports_shows_no_traceback() -> None:
+    # A test run in the background inherits that SIGINT is ignored.
+    heed = "signal.signal(signal.SIGINT, signal.default_int_handler)"
+    done = run_in_shell("$PROGRAM", f"import moelpr, signal, os\n{heed}\nos.kill(os.getpid(), signal.SIGINT)\n")
+    assert done.returncode != 0 and done.stderr == "-c: error: interrupted\n"
+
+
+SIGNALLED = """
+import atexit, moelpr, signal, sys, time
+from moelpr.process.command import run_command
+
+class Destroyed:
+    def __del__(self):
+        signal.raise_signal(signal.{0})
+        time.sleep(0)
+
+def main():
+    if "{1}" == "at work":
+        Destroyed()
+        time.sleep(9)
+        print("goes on")
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if "{1}" == "at exit":
+    atexit.register(lambda: signal.raise_signal(signal.{0}))
+run_command(main)
+"""
+
+
+@pytest.mark.parametrize("moment", ["at work", "at exit"])
+@pytest.mark.parametrize(("name", "code", "words"), [("SIGTERM", 143, ""), ("SIGINT", 1, "-c: error: interrupted\n")])
+def test_a_signal_in_a_destructor_or_at_exit_ends_the_command_without_a_traceback(
+    moment: str, name: str, code: int, words: str
+) -> None:
+    done = run_in_shell("exec $PROGRAM", SIGNALLED.format(name, moment))
+    expected = (-signal.Signals[name], "") if moment == "at exit" else (code, words)
+    assert (done.returncode, done.stderr) == expected and done.stdout == ""
+
+
+def test_a_stream_above_a_failed_file_is_not_reported_again() -> None:
+    code = """
+import io, moelpr
+
+class Above(io.IOBase):
+    def close(self):
+        self.raw.flush()
+
+above = Above()
+above.raw = open("/dev/null", "wb")
+above.raw.close()
+del above
+"""
+    done = run_in_shell("$PROGRAM", code)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_deferred_signal_is_handled_after_the_block(number: int) -> None:
+    reached = []
+    before = signal.signal(number, lambda *_: 1 // 0)
+    try:
+        with pytest.raises(ZeroDivisionError), deferred_signals():
+            signal.raise_signal(number)
+            reached.append(number)
+    finally:
+        signal.signal(number, before)
+    assert reached == [number]

@@ -1,0 +1,141 @@
+"""Threads, CPUs and memory that a process may use, with the limits of its control groups."""
+
+import ast
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moelpr.process import machine
+
+ROOT = Path(__file__).parents[2]
+CPUS = len(os.sched_getaffinity(0))
+
+
+@pytest.fixture
+def cgroups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """This process is in the group /job/step, of version 2."""
+    (tmp_path / "job/step").mkdir(parents=True)
+    (tmp_path / "self").write_text("0::/job/step\n")
+    monkeypatch.setattr(machine, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(machine, "_OWN_CGROUPS", tmp_path / "self")
+    return tmp_path
+
+
+def test_without_limits_the_affinity_counts(cgroups: Path) -> None:
+    (cgroups / "job/cpu.max").write_text("max 100000\n")
+    (cgroups / "job/memory.max").write_text("max\n")
+    assert machine.available_cpus() == CPUS
+    assert machine.total_memory() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < machine.free_memory() < machine.total_memory()
+
+
+@pytest.mark.parametrize(("quota", "cpus"), [("100000 100000", 1), ("50000 100000", 1), ("99900000 100000", CPUS)])
+def test_a_control_group_around_this_one_limits_the_cpus(cgroups: Path, quota: str, cpus: int) -> None:
+    (cgroups / "job/cpu.max").write_text(quota)
+    (cgroups / "job/step/cpu.max").write_text("max 100000")
+    assert machine.available_cpus() == cpus
+
+
+@pytest.mark.parametrize("path", ["/job/step", "/a/path/of/the/host"])
+def test_limits_of_version_1_are_read_also_if_only_the_root_is_visible(cgroups: Path, path: str) -> None:
+    (cgroups / "self").write_text(f"5:memory:{path}\n4:cpu,cpuacct:{path}\n0::{path}\n")
+    for file, content in {
+        "cpu/cpu.cfs_quota_us": "150000", "cpu/cpu.cfs_period_us": "100000",
+        "memory/memory.limit_in_bytes": "1000", "memory/memory.usage_in_bytes": "900",
+        "memory/memory.stat": "inactive_file 1\ntotal_inactive_file 300",
+    }.items():  # fmt: skip
+        (cgroups / file).parent.mkdir(exist_ok=True)
+        (cgroups / file).write_text(content)
+    assert machine.available_cpus() == 1
+    assert (machine.total_memory(), machine.free_memory()) == (1000, 400)
+
+
+def test_the_tightest_memory_limit_counts_and_cached_files_are_free(cgroups: Path) -> None:
+    for folder, limit, used, cached in (("job", 1000, 900, 500), ("job/step", 2000, 1900, 0)):
+        (cgroups / folder / "memory.max").write_text(str(limit))
+        (cgroups / folder / "memory.current").write_text(str(used))
+        (cgroups / folder / "memory.stat").write_text(f"anon 1\ninactive_file {cached}\n")
+    assert (machine.total_memory(), machine.free_memory()) == (1000, 100)
+
+
+@pytest.mark.parametrize(
+    ("visible", "devices", "expected"),
+    [
+        (None, ["nvidia0", "nvidiactl"], True), ("1", ["nvidia0", "nvidia1"], True),
+        (None, ["nvidiactl"], False), ("0", [], False), ("", ["nvidia0"], False), ("-1", ["nvidia0"], False),
+    ],
+)  # fmt: skip
+def test_gpus_are_device_files_that_are_not_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, devices: list[str], expected: bool
+) -> None:
+    for name in devices:
+        (tmp_path / name).touch()
+    monkeypatch.setattr(machine, "_DEVICES", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert machine.has_gpus() == expected
+
+
+def test_the_peak_memory_of_a_process_is_the_kernels() -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    assert before * 0.9 <= machine.peak_memory(os.getpid()) <= before * 1.5
+    assert machine.peak_memory(2**22 + 1) == 0
+    assert machine.as_gib(3 << 29) == "1.5 GiB"
+
+
+def threads(code: str, **variables: str) -> list[str]:
+    """What OpenMP would read after `code`, in a new process on two CPUs."""
+    environment = {name: value for name, value in os.environ.items() if "OMP_" not in name and "MOELPR_" not in name}
+    code += "; print(os.environ['OMP_WAIT_POLICY'], os.environ.get('OMP_NUM_THREADS', '-'))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import os; os.sched_getaffinity = lambda pid: {{0, 1, 2, 3}}; {code}"],
+        env={**environment, "PYTHONPATH": str(ROOT), **variables}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize("package", ["moelpr.process.errors", "data_tools", "checkpoint_convert"])
+def test_importing_a_package_makes_waiting_threads_sleep_unless_the_user_decides(package: str) -> None:
+    assert threads(f"import {package}")[0] == "passive"
+    assert threads(f"import {package}", OMP_WAIT_POLICY="active", OMP_NUM_THREADS="7") == ["active", "7"]
+
+
+def test_ranks_share_the_cpus_unless_the_user_decides() -> None:
+    share = "from moelpr import machine; machine.available_cpus = lambda: 4; machine.share_threads({})"
+    assert [threads(share.format(ranks))[1] for ranks in (1, 2, 3, 5)] == ["4", "2", "1", "1"]
+    assert threads(share.format(2), OMP_NUM_THREADS="7")[1] == "7"
+    inherited = {"OMP_NUM_THREADS": "4", "MOELPR_NUM_THREADS": "4"}  # from a command that has limited itself
+    assert threads(share.format(2), **inherited)[1] == "2"
+    assert threads("import moelpr.process.machine", **inherited)[1] == "4"
+
+
+def test_a_limit_below_the_affinity_limits_the_threads(cgroups: Path) -> None:
+    (cgroups / "cpu.max").write_text("100000 100000")
+    limit = f"from pathlib import Path; from moelpr import machine; machine._CGROUPS = Path({str(cgroups)!r}); "
+    limit += f"machine._OWN_CGROUPS = Path({str(cgroups / 'self')!r}); "
+    ours = "[os.environ.pop(name, None) for name in ('OMP_NUM_THREADS', 'MOELPR_NUM_THREADS')]; "
+    assert threads(f"{limit}{ours}machine.limit_threads()")[1] == "1"
+    assert threads(f"{limit}machine.limit_threads()", OMP_NUM_THREADS="3")[1] == "3"
+
+
+COMMANDS = [*ROOT.glob("checkpoint_convert/*.py"), *ROOT.glob("data_tools/*.py"), *ROOT.glob("moelpr/*/__main__.py")]
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_command_imports_one_of_our_packages_before_torch(path: Path) -> None:
+    """OpenMP reads its settings when torch is imported. A package's own modules import the package first."""
+    if "run_command(main)" not in path.read_text():
+        return
+    imported = [
+        name.split(".")[0]
+        for node in ast.parse(path.read_text()).body
+        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else
+                     [alias.name for alias in node.names] if isinstance(node, ast.Import) else [])
+    ]  # fmt: skip
+    ours = min(imported.index(name) for name in ("moelpr", "data_tools", "checkpoint_convert") if name in imported)
+    assert not {"torch", "transformers", "megatron"} & set(imported[:ours])

@@ -1,0 +1,115 @@
+"""Nodes wait for each other before torchrun starts, but not indefinitely; a missing or wrong node is named."""
+
+import socket
+import threading
+import time
+
+import pytest
+
+from moelpr.process.errors import UserError
+from moelpr.process.node_preflight import node_preflight
+
+HOST = "127.0.0.1"
+
+
+def errors_of(*nodes: tuple, port: int, timeout_s: float = 2, apart_s: float = 0) -> list[str]:
+    """The error of each node (its --nnodes, its rank), in order; "" if it has none."""
+    errors = ["still waiting"] * len(nodes)
+
+    def start(place: int, nnodes: int, rank: int) -> None:
+        try:
+            node_preflight(nnodes, rank, HOST, port, timeout_s)
+            errors[place] = ""
+        except UserError as error:
+            errors[place] = str(error)
+
+    threads = [threading.Thread(target=start, args=(place, *node), daemon=True) for place, node in enumerate(nodes)]
+    for thread in threads:
+        thread.start()
+        time.sleep(apart_s)
+    for thread in threads:
+        thread.join(timeout=30)
+    return errors
+
+
+def test_nodes_proceed_in_whatever_order_they_arrive(port: int) -> None:
+    assert errors_of((3, 2), (3, 1), (3, 0), port=port, apart_s=0.3, timeout_s=5) == ["", "", ""]
+
+
+def test_the_port_is_free_again_for_torchrun(port: int) -> None:
+    errors_of((2, 0), (2, 1), port=port)
+    socket.create_server((HOST, port)).close()
+
+
+def test_node_0_names_the_missing_nodes_and_the_others_abort_with_it(port: int) -> None:
+    start = time.monotonic()
+    node_0, node_2 = errors_of((4, 0), (4, 2), port=port)
+    assert time.monotonic() - start < 15
+    assert node_0.startswith(f"nodes 1, 3 of 4 did not connect to {HOST} port {port} within 2 s")
+    assert "--node-rank" in node_0 and "--join-timeout" in node_0
+    assert node_2.startswith("node 2 aborted") and "node 0" in node_2
+
+
+def test_without_node_0_the_others_name_it(port: int) -> None:
+    (error,) = errors_of((2, 1), port=port, timeout_s=1)
+    assert error.startswith(f"node 0 does not answer at {HOST} port {port} within 1 s (Connection refused)")
+    assert "--master-addr" in error and "--master-port" in error
+
+
+def test_an_unavailable_port_is_reported_at_once(taken_port: int) -> None:
+    start = time.monotonic()
+    (error,) = errors_of((2, 0), port=taken_port, timeout_s=60)
+    assert time.monotonic() - start < 30
+    assert error.startswith(f"port {taken_port} of node 0") and "Address already in use" in error
+    assert "--master-port" in error
+
+
+def test_a_program_that_is_not_a_node_does_not_block_a_node(taken_port: int) -> None:
+    (error,) = errors_of((2, 1), port=taken_port, timeout_s=1)
+    assert error.startswith("node 0 does not answer") and "(timed out)" in error
+
+
+def test_a_stranger_on_the_port_is_not_counted(port: int) -> None:
+    def knock() -> None:
+        time.sleep(0.3)
+        with socket.create_connection((HOST, port)) as stranger:
+            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+
+    threading.Thread(target=knock, daemon=True).start()
+    assert errors_of((2, 0), port=port, timeout_s=1)[0].startswith("node 1 of 2 did not connect")
+
+
+def test_nodes_with_different_nnodes_are_named(port: int) -> None:
+    node_0, node_1 = errors_of((2, 0), (3, 1), port=port)
+    assert node_0.startswith("node 1 was started with --nnodes 3") and "--nnodes 2" in node_0
+    assert node_1.startswith("node 1 aborted")
+
+
+def test_two_nodes_with_the_same_rank_are_named(port: int) -> None:
+    error = errors_of((3, 0), (3, 1), (3, 1), port=port)[0]
+    assert "--node-rank 1" in error and "0 to 2" in error
+
+
+def test_a_restarted_node_does_not_count_twice(port: int) -> None:
+    connect_and_leave(3, 1, port)
+    assert errors_of((3, 0), (3, 1), (3, 2), port=port, apart_s=1, timeout_s=5) == ["", "", ""]
+
+
+def test_a_node_that_disconnects_is_missing(port: int) -> None:
+    connect_and_leave(3, 1, port)
+    assert errors_of((3, 0), port=port)[0].startswith("nodes 1, 2 of 3 did not connect")
+
+
+def connect_and_leave(nnodes: int, rank: int, port: int) -> None:
+    def come() -> None:
+        time.sleep(0.3)
+        with socket.create_connection((HOST, port)) as node:
+            node.sendall(f"node {rank} of {nnodes}\n".encode())
+            assert node.recv(5) == b"here\n"
+
+    threading.Thread(target=come, daemon=True).start()
+
+
+def test_node_0_must_be_reachable_at_the_given_address(port: int) -> None:
+    with pytest.raises(UserError, match="node 0 .*--master-addr no-such-host.invalid"):
+        node_preflight(2, 0, "no-such-host.invalid", port)

@@ -1,0 +1,112 @@
+import json
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic.dataclasses import dataclass
+
+from moelpr.process.errors import UserError
+from moelpr.store import records
+from moelpr.store.records import STRICT, Record
+
+
+@dataclass(frozen=True, config=STRICT)
+class Size:
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, config=STRICT)
+class Picture(Record):
+    FILE_NAME: ClassVar[str] = "picture.json"
+    REMEDY: ClassVar[str] = "draw it again"
+
+    title: str
+    size: Size
+    tags: tuple[str, ...] = ()
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.size.width < 1:
+            raise UserError("size.width must be at least 1")
+
+
+PICTURE = Picture("sea", Size(2, 3), ("blue",))
+
+
+def write(folder: Path, text: str) -> None:
+    (folder / Picture.FILE_NAME).write_text(text)
+
+
+def message(folder: Path) -> str:
+    with pytest.raises(UserError) as raised:
+        Picture.read(folder)
+    return str(raised.value)
+
+
+@given(
+    st.builds(Picture, st.text(), st.builds(Size, st.integers(1), st.integers()), st.tuples(st.text()), st.floats(0, 9))
+)
+def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, picture: Picture) -> None:
+    folder = tmp_path_factory.mktemp("record")
+    picture.write(folder)
+    assert Picture.read(folder) == picture
+
+
+def test_the_file_starts_with_its_version(tmp_path: Path) -> None:
+    PICTURE.write(tmp_path)
+    content = json.loads((tmp_path / Picture.FILE_NAME).read_text())
+    assert list(content) == ["format_version", "title", "size", "tags", "scale"] and content["format_version"] == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"format_version": 2}, "format_version is 2"),
+        ({"format_version": "1"}, "format_version"),
+        ({"title": 3}, "title should be a valid string, got 3"),
+        ({"title": True}, "title"),
+        ({"size": {"width": True, "height": 1}}, "size.width should be a valid integer, got True"),
+        ({"size": {"width": 1}}, "size.height is missing"),
+        ({"size": {"width": 0, "height": 1}}, "size.width must be at least 1"),
+        ({"more": 1}, "more is unknown"),
+        ({"tags": [1, 2]}, "(and 1 more)"),
+        ({"scale": float("nan")}, "damaged"),
+    ],
+)
+def test_a_wrong_field_is_named_with_the_file_and_the_remedy(
+    tmp_path: Path, changes: dict[str, object], named: str
+) -> None:
+    PICTURE.write(tmp_path)
+    path = tmp_path / Picture.FILE_NAME
+    write(tmp_path, json.dumps(json.loads(path.read_text()) | changes))
+    found = message(tmp_path)
+    assert named in found and str(path) in found and found.endswith("draw it again") or "NaN" in found
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"title": "\\ud800"}', "[" * 100_000, "\x00", '{"title": 1e999}', "3"]
+)
+def test_what_is_no_such_object_is_one_sentence(tmp_path: Path, text: str) -> None:
+    write(tmp_path, text)
+    assert message(tmp_path).endswith("; draw it again")
+
+
+def test_bytes_that_are_not_utf8_are_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / Picture.FILE_NAME).write_bytes(b'{"title": "\xff"}')
+    assert message(tmp_path).endswith("; draw it again")
+
+
+def test_a_missing_file_is_none_or_named(tmp_path: Path) -> None:
+    assert Picture.read_if_there(tmp_path) is None
+    assert str(tmp_path / Picture.FILE_NAME) in message(tmp_path)
+
+
+def test_other_programs_files_are_read_as_any_type(tmp_path: Path) -> None:
+    path = tmp_path / "numbers.json"
+    path.write_text('{"a": [1, 2]}')
+    assert records.read(dict[str, list[int]], path, "copy it again") == {"a": [1, 2]}
+    with pytest.raises(UserError, match=r"numbers\.json: a .*copy it again"):
+        records.read(dict[str, int], path, "copy it again")

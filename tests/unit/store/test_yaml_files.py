@@ -1,0 +1,63 @@
+"""YAML mappings, and one message for everything else."""
+
+from pathlib import Path
+
+import pytest
+
+from moelpr.process.errors import UserError
+from moelpr.store.yaml_files import dump, parse_mapping, read_mapping
+
+
+def test_what_is_dumped_is_read(tmp_path: Path) -> None:
+    content = {"b": 1, "a": [1.5, "ä", None, True]}
+    (tmp_path / "a.yaml").write_text(dump(content), encoding="utf-8")
+    assert read_mapping(tmp_path / "a.yaml", "recipe") == content
+    assert dump(content).startswith("b: 1") and "ä" in dump(content)
+    assert dump(content, sort_keys=True).startswith("a:")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("- a", "", "a: b: c", "[" * 5000, "a: " + "[" * 10000 + "]" * 10000, "a: \0", "d: 2020-13-45"),
+        *("a: !!bool maybe", "a: !!timestamp maybe", "a: !!int ''"),
+        "a0: &a0 [x, x]\n" + "".join(f"a{n + 1}: &a{n + 1} [{', '.join([f'*a{n}'] * 9)}]\n" for n in range(9)),
+        *("a: &a [*a]", "a: 0x" + "f" * 5000, f"a: [{10**40}]"),
+    ],
+)
+def test_anything_but_a_mapping_is_a_user_error_on_one_line(text: str) -> None:
+    with pytest.raises(UserError, match="the recipe r.yaml") as error:
+        parse_mapping(text, "recipe r.yaml")
+    assert "\n" not in str(error.value) and "<unicode string>" not in str(error.value)
+
+
+def test_the_place_of_a_syntax_error_is_named() -> None:
+    with pytest.raises(UserError, match=r"recipe r.yaml .* line 2, column 5 \(mapping values .*\); fix"):
+        parse_mapping("x: 1\na: b: c", "recipe r.yaml")
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "No such file"), (b"a: \xff", "not UTF-8")])
+def test_an_unreadable_file_is_named(tmp_path: Path, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "r.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=f"recipe {tmp_path}/r.yaml: {message}"):
+        read_mapping(tmp_path / "r.yaml", "recipe")
+
+
+def test_no_object_is_constructed_from_yaml() -> None:
+    with pytest.raises(UserError):
+        parse_mapping("a: !!python/object/apply:os.getpid []", "recipe")
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "line"),
+    [("lr: 1\nseed: 2\nlr: 1", "lr", 3), ("a: {b: 1,\n b: 2}", "b", 2), ("a:\n- 1: x\n  1: y", "1", 3)],
+)
+def test_a_key_that_is_there_twice_is_named_with_its_line(text: str, key: str, line: int) -> None:
+    with pytest.raises(UserError, match=rf"line {line}, .*key {key} "):
+        parse_mapping(text, "recipe r.yaml")
+
+
+def test_keys_of_other_mappings_and_merged_keys_may_be_equal() -> None:
+    content = parse_mapping("a: &a {b: 1}\nc: {<<: *a, b: 2}\nd: {b: 3}", "recipe r.yaml")
+    assert content == {"a": {"b": 1}, "c": {"b": 2}, "d": {"b": 3}}

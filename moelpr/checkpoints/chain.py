@@ -17,6 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from moelpr.model_spec import ModelSpec
+from moelpr.process import ranks
 from moelpr.process.errors import UserError
 from moelpr.store import checksums
 from moelpr.store.files import read_versioned, write_text
@@ -200,13 +201,12 @@ def write_checksums(step_folder: Path) -> None:
     Raises:
         OSError: a file can't be read.
     """
-    rank, world = checksums.rank_and_world()
+    rank, world = ranks.rank(), ranks.world_size()
     names = [path.name for path in step_folder.iterdir() if path.suffix == ".distcp" or path.name in TABLE_FILES]
     writers = {name: int(found[1]) for name in names if (found := re.match(r"__(\d+)_", name))}
     own = [name for name in names if (writers[name] if writers.get(name, world) < world else 0) == rank]
-    sums = {
-        name: found for part in checksums.gather(checksums.sums_of(step_folder, own)) for name, found in part.items()
-    }
+    parts = ranks.gather(checksums.sums_of(step_folder, own))
+    sums = {name: found for part in parts for name, found in part.items()}
     complete = {name: found for name, found in sums.items() if found is not None}
     if unread := sums.keys() - complete.keys():
         raise OSError(f"{step_folder / min(unread)} can't be read although it was just saved; check the disk")
@@ -235,15 +235,14 @@ def checksum(step_folder: Path) -> str:
         if path.is_file()
         for start in range(0, max(path.stat().st_size, 1), PIECE_BYTES)
     ]
-    rank, world = checksums.rank_and_world()
-    own = pieces[rank::world]
+    own = ranks.own_share(pieces)
     total = sum(min(PIECE_BYTES, size - start) for _, size, start, _ in own)
-    title, is_hidden = f"checksum of {step_folder}", rank > 0 or None
+    title, is_hidden = f"checksum of {step_folder}", not ranks.is_first_rank() or None
     with (
         tqdm(total=total, desc=title, unit="B", unit_scale=True, delay=2, disable=is_hidden) as bar,
         ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool,  # hashlib releases Python's lock
     ):
-        digests_of_ranks = checksums.gather(list(pool.map(lambda piece: _digest(piece[3], piece[2], bar), own)))
+        digests_of_ranks = ranks.gather(list(pool.map(lambda piece: _digest(piece[3], piece[2], bar), own)))
     digests = chain.from_iterable(zip_longest(*digests_of_ranks))  # piece i was hashed by rank i % world
     for (name, size, start, path), digest in zip(pieces, digests, strict=False):
         if digest is None:

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from moelpr.process import ranks
 from moelpr.process.command import deferred_signals
 from moelpr.process.errors import UserError
 from moelpr.store import checksums
@@ -91,7 +92,7 @@ def _check_entry(key: Any, entry: TensorStorageMetadata) -> None:
 
 @cache
 def _note_foreign(path: Path, names: str) -> None:
-    if checksums.rank_and_world()[0] == 0:
+    if ranks.is_first_rank():
         print(f"moelpr: {path} names {names}, which is not part of a checkpoint and was not run", file=sys.stderr)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from moelpr.process import ranks
 from moelpr.process.errors import UserError
 from moelpr.store.files import read_versioned, write_text
 
@@ -134,8 +135,8 @@ def verify_folder(folder: Path, fix: str, is_expected: bool = False) -> None:
         _note_missing(folder)
     if not sums:
         return
-    rank, world = rank_and_world()
-    found = {name: found for part in gather(sums_of(folder, sorted(sums)[rank::world])) for name, found in part.items()}
+    own = sums_of(folder, ranks.own_share(sorted(sums)))
+    found = {name: found for part in ranks.gather(own) for name, found in part.items()}
     for name, expected in sums.items():
         _compare(folder / name, found[name], expected, fix)
 
@@ -144,7 +145,7 @@ def sums_of(folder: Path, names: Iterable[str]) -> dict[str, FileSum | None]:
     """The sums of files; None for one that can't be read: a single rank must not fail while the others wait for it."""
     names = list(names)
     total = sum((folder / name).stat().st_size for name in names if (folder / name).is_file())
-    is_hidden = rank_and_world()[0] > 0 or None
+    is_hidden = not ranks.is_first_rank() or None
     title = f"checksums of {folder}"
     with (
         tqdm(total=total, desc=title, unit="B", unit_scale=True, delay=2, disable=is_hidden) as bar,
@@ -160,27 +161,6 @@ def _try_file(path: Path, bar: "tqdm[None] | None" = None) -> FileSum | None:
         return None
 
 
-def rank_and_world() -> tuple[int, int]:
-    """This process's rank and the number of ranks; (0, 1) without torch.distributed."""
-    import torch  # the command lines that mention --no-verify should not wait for it
-
-    if not torch.distributed.is_initialized():
-        return 0, 1
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-
-def gather[T](own: T) -> list[T]:
-    """What every rank passed."""
-    import torch
-
-    world = rank_and_world()[1]
-    if world == 1:
-        return [own]
-    of_ranks: list[Any] = [None] * world
-    torch.distributed.all_gather_object(of_ranks, own)
-    return of_ranks
-
-
 def _compare(path: Path, found: FileSum | None, expected: FileSum, fix: str) -> None:
     if found == expected:
         return
@@ -194,7 +174,7 @@ def _compare(path: Path, found: FileSum | None, expected: FileSum, fix: str) -> 
 
 @cache
 def _note_missing(folder: Path) -> None:
-    if rank_and_world()[0] == 0:
+    if ranks.is_first_rank():
         print(
             f"moelpr: {folder} has no {FILE_NAME} (an older version wrote it), so it is not verified", file=sys.stderr
         )

@@ -1,0 +1,56 @@
+"""The rank of this process among those of a run, and what the ranks tell each other.
+
+A command that no launcher started has rank 0 of 1. Importing this module does not import torch.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+
+def rank() -> int:
+    """The number of this process, also before torch.distributed is initialized."""
+    return int(_distributed().get_rank() if _is_initialized() else os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """The number of this process among those of its node."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """The number of ranks, also before torch.distributed is initialized."""
+    return int(_distributed().get_world_size() if _is_initialized() else os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_rank() -> bool:
+    """Whether this process has rank 0, which writes files and prints messages."""
+    return rank() == 0
+
+
+def is_last_rank() -> bool:
+    """Whether this process has the highest rank, which has the loss and prints Megatron's log."""
+    return rank() == world_size() - 1
+
+
+def own_share[T](items: Sequence[T]) -> Sequence[T]:
+    """Every n-th of the items, n being the number of ranks; all of them before torch.distributed is initialized."""
+    return items[rank() :: world_size()] if _is_initialized() else items
+
+
+def gather[T](own: T) -> list[T]:
+    """What every rank passed, in their order; all must call it. Only `own` before torch.distributed is initialized."""
+    if not _is_initialized():
+        return [own]
+    of_ranks: list[Any] = [None] * world_size()
+    _distributed().all_gather_object(of_ranks, own)
+    return of_ranks
+
+
+def _distributed() -> Any:
+    return sys.modules.get("torch.distributed")
+
+
+def _is_initialized() -> bool:
+    return _distributed() is not None and _distributed().is_initialized()

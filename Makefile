@@ -44,11 +44,12 @@ test-real-model: venv ## LoRA and lm-eval, which are installed into .venv-real-m
 gpu-check: venv ## try tests, benchmarks and trainer on all GPUs of this machine, in ten minutes
 	launch/first_contact.sh
 
-check: venv ## format, lint, types and imports
+check: venv ## format, lint, types, imports and style
 	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m mypy
 	.venv/bin/lint-imports --no-cache --no-logo
+	.venv/bin/python -m tests.support.house_style --report
 	.venv/bin/shfmt --indent 4 --diff $(SHELL_SCRIPTS)
 	.venv/bin/shellcheck $(SHELL_SCRIPTS)
 	.venv/bin/hadolint Dockerfile

@@ -137,7 +137,7 @@ def test_a_waiting_rank_ends_without_a_message_when_the_first_has_failed() -> No
             raise UserError("found a")
         run_command(main)
     """
-    environment = {**os.environ, "RANK": "1", "LOCAL_RANK": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, "RANK": "1", "LOCAL_RANK": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
     rank = subprocess.Popen(
         [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -191,7 +191,7 @@ def test_an_interrupted_rank_leaves_the_message_to_the_launcher(monkeypatch, cap
 
 def run_in_shell(command: str, code: str) -> subprocess.CompletedProcess:
     """Run Python `code` as `$PROGRAM`, whose output `command` redirects."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "CODE": code}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "CODE": code}
     command = command.replace("$PROGRAM", f'{sys.executable} -c "$CODE"')
     return subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=60)
 

@@ -11,7 +11,7 @@ import pytest
 
 from moelpr.process import machine
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CPUS = len(os.sched_getaffinity(0))
 
 
@@ -106,7 +106,7 @@ def test_importing_a_package_makes_waiting_threads_sleep_unless_the_user_decides
 
 
 def test_ranks_share_the_cpus_unless_the_user_decides() -> None:
-    share = "from moelpr import machine; machine.available_cpus = lambda: 4; machine.share_threads({})"
+    share = "from moelpr.process import machine; machine.available_cpus = lambda: 4; machine.share_threads({})"
     assert [threads(share.format(ranks))[1] for ranks in (1, 2, 3, 5)] == ["4", "2", "1", "1"]
     assert threads(share.format(2), OMP_NUM_THREADS="7")[1] == "7"
     inherited = {"OMP_NUM_THREADS": "4", "MOELPR_NUM_THREADS": "4"}  # from a command that has limited itself
@@ -116,7 +116,7 @@ def test_ranks_share_the_cpus_unless_the_user_decides() -> None:
 
 def test_a_limit_below_the_affinity_limits_the_threads(cgroups: Path) -> None:
     (cgroups / "cpu.max").write_text("100000 100000")
-    limit = f"from pathlib import Path; from moelpr import machine; machine._CGROUPS = Path({str(cgroups)!r}); "
+    limit = f"from pathlib import Path; from moelpr.process import machine; machine._CGROUPS = Path({str(cgroups)!r}); "
     limit += f"machine._OWN_CGROUPS = Path({str(cgroups / 'self')!r}); "
     ours = "[os.environ.pop(name, None) for name in ('OMP_NUM_THREADS', 'MOELPR_NUM_THREADS')]; "
     assert threads(f"{limit}{ours}machine.limit_threads()")[1] == "1"

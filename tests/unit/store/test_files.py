@@ -260,7 +260,7 @@ def test_a_killed_process_leaves_no_lock_even_if_a_process_it_has_forked_lives_o
     """
     holder = subprocess.Popen(
         [sys.executable, "-c", code, tmp_path / LOCK_FILE], stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
     )  # fmt: skip
     assert holder.stdout is not None
     forked = int(holder.stdout.readline())

@@ -91,10 +91,9 @@ def install_megatron() -> None:
     """Prepare Megatron for this machine and silence its log; call it before anything imports Megatron."""
     import logging
 
-    from moelpr.megatron_patches import cpu, megatron_fixes
+    from moelpr.megatron_patches import bootstrap
 
-    cpu.install()
-    megatron_fixes.install()
+    bootstrap.install_patches()
     logging.getLogger("megatron").setLevel(logging.ERROR)
 
 

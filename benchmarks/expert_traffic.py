@@ -87,17 +87,13 @@ def run_ranks(args: argparse.Namespace, ep: int) -> list[dict]:
 
 def rank_main(args: argparse.Namespace) -> list[dict]:
     common.install_megatron()
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from moelpr.megatron_patches import bootstrap
 
-    if not cpu.is_needed():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("gloo" if cpu.is_needed() else "nccl")
+    bootstrap.connect_ranks()
     ep = torch.distributed.get_world_size()
-    parallel_state.initialize_model_parallel(expert_model_parallel_size=ep)
-    model_parallel_cuda_manual_seed(1)
-    results = [compare(args, pattern, ep) for pattern in COMPARED if args.reviewed or pattern == "uniform"]
-    torch.distributed.barrier()
+    with bootstrap.parallel_groups(seed=1, expert_model_parallel_size=ep):
+        results = [compare(args, pattern, ep) for pattern in COMPARED if args.reviewed or pattern == "uniform"]
+        torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     return results
 

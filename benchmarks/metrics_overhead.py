@@ -33,7 +33,7 @@ def main() -> None:
     add_json(parser)
     args = parser.parse_args()
     install_megatron()
-    from moelpr.model.loading import single_process
+    from moelpr.megatron_patches.bootstrap import single_process
 
     with single_process(), working_folder(None) as folder:
         result = {stage: measure(stage, args, folder / stage) for stage in STAGES}

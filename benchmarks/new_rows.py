@@ -27,7 +27,7 @@ def main() -> None:
     args = parser.parse_args()
     install_megatron()
     from benchmarks.steps import DEVICE, our_step, random_batch, spec_of
-    from moelpr.model.loading import single_process
+    from moelpr.megatron_patches.bootstrap import single_process
 
     with single_process():
         base = spec_of(args)

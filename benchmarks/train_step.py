@@ -58,7 +58,7 @@ def main() -> None:
     routing = {stage: recorded_routing(args.demo, stage) for stage in STAGES}
     install_megatron()
     from benchmarks.steps import spec_of
-    from moelpr.model.loading import single_process
+    from moelpr.megatron_patches.bootstrap import single_process
 
     with single_process():
         spec = spec_of(argparse.Namespace(**vars(args), **routing["stage2"].experts))

@@ -10,7 +10,6 @@ and how much memory was still occupied by the run before.
 import argparse
 import gc
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,14 +26,12 @@ def main() -> None:
     import torch
     from megatron.training.training import destroy_global_state
 
-    from moelpr.megatron_patches import cpu
+    from moelpr.megatron_patches import bootstrap, cpu
+    from moelpr.process.ranks import rank
     from moelpr.training import train as training
 
-    rank, folder = int(os.environ["RANK"]), Path(sys.argv[1])
-    has_gpu = not cpu.is_needed()
-    if has_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("nccl" if has_gpu else "gloo")
+    folder, has_gpu = Path(sys.argv[1]), not cpu.is_needed()
+    bootstrap.connect_ranks()
     device = torch.cuda.get_device_name() if has_gpu else "CPU"
     report: dict[str, Any] = {"device": device, "matmul_flops": matmul_flops(has_gpu), "runs": {}}
     for name, arguments in json.loads((folder / "runs.json").read_text()).items():
@@ -49,7 +46,7 @@ def main() -> None:
             patch("moelpr.training.run_log.RunLog.step", lambda log, record: steps.append(record)),  # noqa: B023
         ):
             training.train(arguments)
-        (folder / f"rank{rank}.json").write_text(json.dumps(report))
+        (folder / f"rank{rank()}.json").write_text(json.dumps(report))
         destroy_global_state()
     torch.distributed.destroy_process_group()
 

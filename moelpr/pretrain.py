@@ -29,10 +29,9 @@ def main() -> None:
     clean_stop.watch_over_helpers()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of imports, about optional packages
-        from moelpr.megatron_patches import cpu, megatron_fixes
+        from moelpr.megatron_patches import bootstrap
 
-        cpu.install()  # before Megatron is imported; does nothing if there is a GPU
-        megatron_fixes.install()
+        bootstrap.install_patches()
         from moelpr.training.train import train
 
     with stop.leaves_lost_ranks_to_launcher():

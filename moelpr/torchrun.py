@@ -28,6 +28,7 @@ from torch.distributed.run import main as torchrun
 
 from moelpr.process import machine
 from moelpr.process.command import run_command
+from moelpr.process.errors import taken_port
 from moelpr.process.node_preflight import JOIN_TIMEOUT_S, node_preflight
 from moelpr.training.clean_stop import LAUNCHER_VARIABLE
 
@@ -48,6 +49,10 @@ def main() -> None:
     try:
         # Not SIGTERM: torchrun would exit with an error even if the ranks stop cleanly.
         torchrun(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *sys.argv[1:]])
+    except RuntimeError as error:
+        if (problem := taken_port(error)) is None:
+            raise
+        fail(problem)
     except SignalException as received:
         number = signal.Signals(received.sigval)
         fail("interrupted" if number == signal.SIGINT else f"ended by {number.name}")
@@ -127,9 +132,9 @@ def killed(rank: int, peak: int, args: argparse.Namespace) -> str:
         # Whatever is wrong, the message matters more than what the planner can add to it.
         with suppress(Exception), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            from moelpr.megatron_patches import cpu  # only now, because Megatron takes seconds to import
+            from moelpr.megatron_patches import bootstrap  # only now, because Megatron takes seconds to import
 
-            cpu.install()
+            bootstrap.install_patches()
             from moelpr.arguments.flags import all_arguments
             from moelpr.arguments.memory import expected_memory, smaller_settings
             from moelpr.arguments.settings import RunSettings, apply_machine

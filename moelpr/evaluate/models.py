@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from moelpr.data.tokenizer import open_hf_tokenizer
 from moelpr.families.families import CONFIG_FILE, read_config
-from moelpr.megatron_patches import cpu, megatron_fixes
+from moelpr.megatron_patches import bootstrap, cpu
 from moelpr.model_spec import FILE_NAME, ModelSpec
 from moelpr.process.errors import UserError, first_line
 from moelpr.process.machine import as_gib
@@ -123,8 +123,7 @@ def open_model(directory: Path, device: str = "auto", dtype: str = "auto") -> It
     with warnings.catch_warnings():
         # Megatron warns about what is intended here: no Apex, one process; and about its own deprecations.
         warnings.simplefilter("ignore")
-        cpu.install()  # before Megatron is imported; does nothing if there is a GPU
-        megatron_fixes.install()
+        bootstrap.install_patches()
         from moelpr.model import loading  # Megatron takes seconds to import
 
     spec = ModelSpec.read(directory)
@@ -140,7 +139,7 @@ def open_model(directory: Path, device: str = "auto", dtype: str = "auto") -> It
     dtype = resolve_dtype(dtype, torch_device)
     dtype = spec.dtype if dtype == "auto" else dtype
     config = {"params_dtype": getattr(torch, dtype), "bf16": dtype == "bfloat16", "fp16": dtype == "float16"}
-    with loading.single_process():
+    with bootstrap.single_process():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = loading.load_model(directory, **config).eval()

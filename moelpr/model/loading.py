@@ -1,15 +1,10 @@
 """Load a Megatron checkpoint in a single process: for tests, comparisons and evaluation, not for training."""
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from moelpr.checkpoints.chain import checkpoint_chain, verify_chain, verify_files
@@ -22,24 +17,6 @@ _TRANSFORMER_FIELDS = (
     "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels normalization "
     "add_bias_linear add_qkv_bias qk_layernorm"
 ).split()
-
-
-@contextmanager
-def single_process(seed: int = 1234) -> Iterator[None]:
-    """Set up torch.distributed and Megatron's groups for a world of one rank, unless they are initialized already."""
-    if parallel_state.model_parallel_is_initialized():
-        yield
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        torch.distributed.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
-        try:
-            parallel_state.initialize_model_parallel()
-            model_parallel_cuda_manual_seed(seed)
-            yield
-        finally:
-            parallel_state.destroy_model_parallel()
-            torch.distributed.destroy_process_group()
 
 
 def transformer_config(spec: ModelSpec, **settings: object) -> MoELPRConfig:
@@ -79,7 +56,7 @@ def transformer_config(spec: ModelSpec, **settings: object) -> MoELPRConfig:
 
 
 def build_model(spec: ModelSpec, **settings: object) -> GPTModel:
-    """A model with random weights; call inside `single_process`. `settings` are fields of MoELPRConfig."""
+    """A model with random weights; call inside `bootstrap.single_process`. `settings` are fields of MoELPRConfig."""
     shape = spec.megatron_args
     config = GPTModelConfig(
         transformer=transformer_config(spec, **settings),
@@ -97,7 +74,7 @@ def build_model(spec: ModelSpec, **settings: object) -> GPTModel:
 
 
 def load_model(folder: Path, **settings: object) -> GPTModel:
-    """The model in a checkpoint folder of the converter or the trainer, in fp32; call inside `single_process`.
+    """The fp32 model in a folder of the converter or the trainer; call inside `bootstrap.single_process`.
 
     Raises:
         UserError: there is no checkpoint, it does not match its model_spec.json, or its base is missing or has changed.

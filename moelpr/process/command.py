@@ -22,7 +22,7 @@ from signal import SIGINT, SIGTERM
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from moelpr.process.errors import DISK_FULL, MachineError, UserError, is_lost_connection, reports_panics
+from moelpr.process.errors import DISK_FULL, MachineError, UserError, is_lost_connection, reports_panics, taken_port
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -185,7 +185,7 @@ def _message(error: BaseException) -> str | None:
         return "the disk is full while writing a checkpoint; free space and run it again"
     if is_lost_connection(error):
         return "another rank has ended, see its message or its node's log; run the same command again to resume"
-    return "interrupted" if isinstance(error, KeyboardInterrupt) else None
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else taken_port(error)
 
 
 def _is_long_name(error: BaseException) -> bool:

@@ -1,6 +1,7 @@
 """Errors that a user can cause: each is one sentence with what was expected, what was found, and the fix."""
 
 import errno
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,6 +24,17 @@ def first_line(error: BaseException) -> str:
 def is_lost_connection(error: BaseException) -> bool:
     """Whether gloo has lost the connection to another rank, which has reported why it ended, or was killed."""
     return isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+
+
+def taken_port(error: BaseException) -> str | None:
+    """The message for a port that another program has taken before the ranks could meet there; None for others."""
+    if not isinstance(error, RuntimeError) or "EADDRINUSE" not in str(error):
+        return None
+    number = re.search(r"port: (\d+)", str(error))
+    return (
+        f"port {number[1] if number else 'of the ranks'} is taken by another program; pass another --master-port to "
+        "all nodes, or run the same command again"
+    )
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from moelpr.arguments.parse import check_arguments, refused_by_megatron, registe
 from moelpr.checkpoints.chain import write_checksums
 from moelpr.data.dataset import build_datasets, dataset_config
 from moelpr.data.epoch_table import epoch_table
-from moelpr.megatron_patches import hooks, megatron_fixes
+from moelpr.megatron_patches import bootstrap, hooks, megatron_fixes
 from moelpr.model.builder import block_spec
 from moelpr.model.config import MoELPRConfig
 from moelpr.model.freezing import freeze, parameter_report
@@ -64,7 +64,7 @@ def _train(args: argparse.Namespace, spec: ModelSpec, argv: list[str], stop: Sto
         config = model_config(args)
         config.pre_wrap_hooks.append(prepare)  # before Megatron wraps the model for data parallelism
         settings = pretrain_cfg_container_from_args(args, config)
-        pretrain(settings, datasets_provider, ModelType.encoder_or_decoder, forward_step)
+        pretrain(settings, datasets_provider, ModelType.encoder_or_decoder, forward_step, store=bootstrap.rank_store())
     torch.distributed.barrier()
     clean_stop.report_end(args, clean_stop.last_step(args) if validation is None else validation.scored_step)
 

@@ -18,9 +18,10 @@ def main() -> None:
     import torch
     from megatron.training.training import destroy_global_state
 
+    from moelpr.megatron_patches import bootstrap
     from moelpr.training.train import train
 
-    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    bootstrap.connect_ranks()
     for arguments in json.loads(Path(sys.argv[1]).read_text()):
         print(f"rank {os.environ['RANK']}: {' '.join(arguments)}", flush=True)
         try:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from moelpr.megatron_patches import cpu, megatron_fixes
+from moelpr.megatron_patches import bootstrap
 from moelpr.model_spec import ModelSpec, MoeSpec
 from tests.fake_gpu import transformer_engine_stub as te
 from tests.fake_gpu.forwards import HIDDEN, SHAPE
@@ -14,11 +14,11 @@ from tests.fake_gpu.forwards import HIDDEN, SHAPE
 
 @pytest.fixture
 def build(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    cpu.install()
-    megatron_fixes.install()
+    bootstrap.install_patches()
     from megatron.core.transformer.moe import moe_utils
 
-    from moelpr.model.loading import build_model, single_process
+    from moelpr.megatron_patches.bootstrap import single_process
+    from moelpr.model.loading import build_model
 
     for name in "permute permute_with_probs unpermute sort_chunks_by_index sort_chunks_by_index_with_probs".split():
         monkeypatch.setattr(moe_utils, f"fused_{name}", getattr(te, f"moe_{name}"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moelpr.megatron_patches import cpu, megatron_fixes
+from moelpr.megatron_patches import bootstrap
 from moelpr.model_spec import ModelSpec, MoeSpec
 from tests.fake_gpu.forwards import SHAPE
 
@@ -49,9 +49,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor, Tensor]
 
 @pytest.fixture(scope="module")
 def experts() -> Any:
-    cpu.install()
-    megatron_fixes.install()
-    from moelpr.model.loading import build_model, single_process
+    bootstrap.install_patches()
+    from moelpr.megatron_patches.bootstrap import single_process
+    from moelpr.model.loading import build_model
 
     spec = ModelSpec("qwen2", "bfloat16", SHAPE, MoeSpec(EXPERTS, 2, (0, 1)))
     with single_process():

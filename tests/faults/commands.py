@@ -7,7 +7,6 @@ below `out`.
 import hashlib
 import json
 import shutil
-import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -176,12 +175,8 @@ def run(command: Command, box: Path, words: list[str] | None = None) -> Ended:
 
 
 def _variables(command: Command) -> dict[str, str]:
-    """What torchrun would set for a single rank, if the command trains."""
-    if command.arguments != _TRAIN:
-        return {}
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    """What torchrun would set for a single rank, if the command trains, without a port: such a rank opens none."""
+    return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"} if command.arguments == _TRAIN else {}
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -29,7 +29,7 @@ SPEC = ModelSpec("qwen2", "bfloat16", SHAPE, MoeSpec(num_new_experts=4, topk=2, 
 @pytest.fixture(scope="module", autouse=True)
 def megatron() -> Iterator[None]:
     from moelpr.megatron_patches import megatron_fixes
-    from moelpr.model.loading import single_process
+    from moelpr.megatron_patches.bootstrap import single_process
 
     megatron_fixes.install()
     with single_process():

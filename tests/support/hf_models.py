@@ -174,13 +174,12 @@ def stock_logits(model) -> Tensor:
 
 def our_logits(folder: Path, tokens: Tensor = TOKENS, change: Callable[[Any], object] = id) -> Tensor:
     """Logits from the trainer's model code, after a change of the loaded model."""
-    from moelpr.megatron_patches import cpu, megatron_fixes
+    from moelpr.megatron_patches import bootstrap
 
-    cpu.install()
-    megatron_fixes.install()
+    bootstrap.install_patches()
     from moelpr.model import loading
 
-    with loading.single_process():
+    with bootstrap.single_process():
         model = loading.load_model(folder)
         with torch.no_grad():
             change(model)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from moelpr.megatron_patches import cpu, megatron_fixes
+from moelpr.megatron_patches import bootstrap
 from moelpr.model_spec import ModelSpec, MoeSpec
 
 SHAPE = {
@@ -48,9 +48,8 @@ def reset_moe_state() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def megatron() -> Iterator[None]:
-    cpu.install()
-    megatron_fixes.install()
-    from moelpr.model.loading import single_process
+    bootstrap.install_patches()
+    from moelpr.megatron_patches.bootstrap import single_process
 
     with single_process():
         yield

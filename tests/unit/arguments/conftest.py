@@ -10,13 +10,12 @@ import pytest
 import yaml
 
 from moelpr.data.language_bits import LanguageBitsWriter
-from moelpr.megatron_patches import cpu, megatron_fixes
+from moelpr.megatron_patches import bootstrap
 from moelpr.model_spec import ModelSpec
 from moelpr.process.errors import UserError
 
 # Before Megatron is imported: so the tests import moelpr.arguments inside functions.
-cpu.install()
-megatron_fixes.install()
+bootstrap.install_patches()
 
 STEPS = ["--micro-batch-size", "2", "--seq-length", "32", "--lr", "1e-3", "--train-iters", "2"]
 

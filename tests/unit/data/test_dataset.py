@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from moelpr.megatron_patches import cpu, megatron_fixes
+from moelpr.megatron_patches import bootstrap
 from moelpr.process.errors import UserError
 
-cpu.install()
-megatron_fixes.install()
+bootstrap.install_patches()
 
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder  # noqa: E402
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig  # noqa: E402

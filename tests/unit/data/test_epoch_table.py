@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 
 from moelpr.data.manifest import FileRecord, LanguageCount, Manifest, TokenizerRecord
-from moelpr.megatron_patches import cpu, megatron_fixes
+from moelpr.megatron_patches import bootstrap
 from moelpr.process.errors import UserError
 
-cpu.install()
-megatron_fixes.install()
+bootstrap.install_patches()
 
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder  # noqa: E402
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig  # noqa: E402

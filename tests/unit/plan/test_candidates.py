@@ -7,15 +7,14 @@ from pathlib import Path
 import pytest
 
 from moelpr.layouts import RECOMPUTES, PlannedLayout
-from moelpr.megatron_patches import cpu, megatron_fixes
+from moelpr.megatron_patches import bootstrap, cpu
 from moelpr.model_spec import ModelSpec, MoeSpec
 from moelpr.plan.candidates import fitting, legal_layouts, preference
 from moelpr.plan.gpus import GPUS, Cluster
 from moelpr.plan.memory import Workload
 from tests.unit.conftest import SHAPE as TINY_SHAPE
 
-cpu.install()
-megatron_fixes.install()
+bootstrap.install_patches()
 
 
 def test_time_in_twentieths_decides_before_communication() -> None:

@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from data_tools import inspect_data
 from data_tools.corpus.opened import Corpus, run_edges
 from moelpr.data.manifest import Manifest, manifest_path
-from moelpr.megatron_patches import cpu, megatron_fixes
+from moelpr.megatron_patches import bootstrap
 from moelpr.process.errors import UserError
 
-cpu.install()
-megatron_fixes.install()
+bootstrap.install_patches()
 
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig  # noqa: E402
 from megatron.core.datasets.utils import Split  # noqa: E402

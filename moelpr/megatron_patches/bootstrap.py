@@ -1,0 +1,66 @@
+"""The start of Megatron: patches, torch.distributed and parallel groups, for the trainer and for single processes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.distributed import HashStore, Store
+
+from moelpr.megatron_patches import cpu, megatron_fixes
+from moelpr.process import ranks
+
+
+def install_patches() -> None:
+    """Patch torch and Megatron, once per process. Call this before anything else imports Megatron."""
+    cpu.install()  # does nothing if there is a GPU
+    megatron_fixes.install()
+
+
+def rank_store() -> Store | None:
+    """The store in which ranks meet; None for that of the launcher, at MASTER_ADDR and MASTER_PORT.
+
+    A single rank meets no other one, so it opens no port, which another program could take first.
+    """
+    return HashStore() if ranks.world_size() == 1 else None
+
+
+def connect_ranks() -> None:
+    """Initialize torch.distributed for the launcher's ranks, each with a GPU of its own, as Megatron does."""
+    has_gpus = not cpu.is_needed()
+    if has_gpus:
+        torch.cuda.set_device(ranks.local_rank())
+    size = ranks.world_size()
+    torch.distributed.init_process_group(
+        "nccl" if has_gpus else "gloo", store=rank_store(), rank=ranks.rank(), world_size=size
+    )
+
+
+@contextmanager
+def single_process(seed: int = 1234) -> Iterator[None]:
+    """Set up torch.distributed and Megatron's groups for a world of one rank, unless they are initialized already."""
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        yield
+        return
+    backend = "gloo" if cpu.is_needed() else "nccl"
+    torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    try:
+        with parallel_groups(seed):
+            yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def parallel_groups(seed: int, **sizes: int) -> Iterator[None]:
+    """Megatron's parallel groups of these sizes, and its random number generators."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    parallel_state.initialize_model_parallel(**sizes)
+    try:
+        model_parallel_cuda_manual_seed(seed)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()

@@ -20,7 +20,7 @@ def main() -> None:
         help="Hugging Face directory of its dense base model")  # fmt: skip
     add_output_options(parser, "checkpoint folder", dtype_default="that of the tensors of both")
     args = parser.parse_args()
-    spec = adapter_to_mcore(args.adapter, args.hf_path, args.save, args.dtype, args.overwrite)
+    spec = adapter_to_mcore(args.adapter, args.hf_path, args.save, args.dtype, args.overwrite, args.verify)
     assert spec.moe is not None
     named = AdapterConfig.read(args.adapter).base_model
     print(

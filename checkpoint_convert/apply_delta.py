@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--delta", type=Path, required=True, metavar="DIR", help="folder with delta_config.json")
     add_output_options(parser, "Hugging Face directory")
     args = parser.parse_args()
-    config = apply_delta(args.base, args.delta, args.save, args.overwrite)
+    config = apply_delta(args.base, args.delta, args.save, args.overwrite, args.verify)
     print(f"{args.save}: {config.config['architectures'][0]}, {config.dtype}, of {config.base_model} and {args.delta}")
 
 

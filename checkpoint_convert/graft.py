@@ -35,7 +35,8 @@ def _parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = _parse_arguments()
     base, instruct, model = map(find_model, (args.base, args.instruct, args.model))
-    reader = graft(base, instruct, model, args.save, args.scale, args.only, args.dtype, overwrite=args.overwrite)
+    settings = args.scale, args.only, args.dtype
+    reader = graft(base, instruct, model, args.save, *settings, overwrite=args.overwrite, verify=args.verify)
     added = f"{args.scale:g} * ({args.instruct} - {args.base})"
     print(f"{args.save}: {args.model} + {added}, {args.only}, {reader.dtype}")
 

@@ -59,9 +59,8 @@ def main() -> None:
         )
     model = find_model(args.hf_path, args.revision)
     experts = None if args.dense else NewExperts.from_arguments(args, read_base(model.folder)[1])
-    spec = hf_to_mcore(
-        model.folder, args.save, experts, start, args.dtype, args.overwrite, model, args.extended_tokenizer
-    )
+    settings = args.dtype, args.overwrite, model, args.extended_tokenizer, args.verify
+    spec = hf_to_mcore(model.folder, args.save, experts, start, *settings)
     layout = "dense"
     if (moe := spec.moe) is not None:
         copies = f", {moe.original_copies} of them copies of the dense FFN" if moe.original_copies > 1 else ""

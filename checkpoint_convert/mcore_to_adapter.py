@@ -17,7 +17,8 @@ def main() -> None:
         help="name or path of the dense model, for PEFT to load")  # fmt: skip
     add_output_options(parser, "adapter folder", dtype_default="that with which --load was converted")
     args = parser.parse_args()
-    config = mcore_to_adapter(args.load, args.save, args.base_model, args.iteration, args.dtype, args.overwrite)
+    settings = args.iteration, args.dtype, args.overwrite, args.verify
+    config = mcore_to_adapter(args.load, args.save, args.base_model, *settings)
     print(
         f"{args.save}: adapter of {config.base_model}, {config.num_experts} experts, top-{config.topk}, "
         f"in {len(config.layers)} layers"

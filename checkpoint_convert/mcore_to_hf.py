@@ -43,7 +43,7 @@ def _size(text: str) -> int:
 def main() -> None:
     args = _parse_arguments()
     settings = args.dtype, args.max_shard_size, args.overwrite, args.base_model, args.delta, args.as_class
-    facts = mcore_to_hf(args.load, args.save, args.iteration, *settings)
+    facts = mcore_to_hf(args.load, args.save, args.iteration, *settings, args.verify)
     moe = facts.source.spec.moe
     experts = "dense" if moe is None else f"{moe.num_experts} experts, top-{moe.topk}"
     print(f"{args.save}: {'delta of ' if args.delta else ''}{facts.architecture}, {experts}, {facts.dtype}")

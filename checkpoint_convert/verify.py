@@ -32,7 +32,7 @@ from checkpoint_convert.compare.export_check import unmet_requirements
 from checkpoint_convert.conversions.grafting import compare_graft
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
-from moelpr.store.checksums import NoVerify
+from moelpr.store.checksums import NO_VERIFY, Verify
 
 SHOWN_ROWS = 20
 
@@ -61,7 +61,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sequence-length", type=int, default=128, metavar="N",
         help="tokens per sequence, at most a model's context (default: %(default)s)")  # fmt: skip
     parser.add_argument("--all", action="store_true", help=f"list all different tensors, not only {SHOWN_ROWS}")
-    parser.add_argument("--no-verify", action=NoVerify)
+    parser.add_argument("--no-verify", **NO_VERIFY)
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of tables")
     args = parser.parse_args()
     if (args.b is None) != (args.reader is not None) or (args.reader and (args.frozen or args.graft or args.text)):
@@ -78,15 +78,17 @@ def _parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = _parse_arguments()
     if args.reader:
-        _check_for_reader(args.a, args.reader, args.json)
+        _check_for_reader(args.a, args.reader, args.json, args.verify)
         return
     if args.graft:
         base, instruct = args.graft
-        verdicts = list(compare_graft(base, instruct, args.a, args.b))
+        verdicts = list(compare_graft(base, instruct, args.a, args.b, args.verify))
     else:
-        verdicts = list((compare_frozen if args.frozen else compare)(args.a, args.b))
+        verdicts = list((compare_frozen if args.frozen else compare)(args.a, args.b, args.verify))
     different = [verdict for verdict in verdicts if verdict.differs(args.tolerance)]
-    texts = compare_on_text(args.a, args.b, args.text, args.num_tokens, args.sequence_length) if args.text else []
+    texts = []
+    if args.text:
+        texts = compare_on_text(args.a, args.b, args.text, args.num_tokens, args.sequence_length, args.verify)
     is_equal = not different and all(text.max_abs_logit_diff <= args.logit_tolerance for text in texts)
     if args.json:
         print(_as_json(verdicts, different, texts, is_equal))
@@ -96,8 +98,8 @@ def main() -> None:
         sys.exit(1)
 
 
-def _check_for_reader(export: Path, reader: str, as_json: bool) -> None:
-    unmet = unmet_requirements(export, reader)
+def _check_for_reader(export: Path, reader: str, as_json: bool, verify: Verify) -> None:
+    unmet = unmet_requirements(export, reader, verify)
     if as_json:
         print(json.dumps({"reader": reader, "runs": not unmet, "unmet": unmet}))
     else:

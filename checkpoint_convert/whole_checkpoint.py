@@ -15,7 +15,7 @@ def main() -> None:
     add_load_options(parser)
     add_output_options(parser, "checkpoint folder")
     args = parser.parse_args()
-    whole_checkpoint(args.load, args.save, args.iteration, args.overwrite)
+    whole_checkpoint(args.load, args.save, args.iteration, args.overwrite, args.verify)
     print(f"{args.save}: complete checkpoint of {args.load}")
 
 

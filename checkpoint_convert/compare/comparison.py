@@ -25,6 +25,7 @@ from moelpr.families.tables import Piece, pieces
 from moelpr.model_spec import ModelSpec
 from moelpr.process.errors import UserError
 from moelpr.stages import VOCABULARY_PARTS, Part
+from moelpr.store.checksums import Verify
 from moelpr.store.documents import read_documents
 
 # Elements that are compared at a time, to bound the memory of fp32 copies.
@@ -73,7 +74,9 @@ class Reader(Protocol):
     def read(self, name: str) -> Tensor: ...
 
 
-def open_tensors(model: Path, moe_class: MoeClass | None = None) -> HfReader | MegatronReader:
+def open_tensors(
+    model: Path, moe_class: MoeClass | None = None, verify: Verify = Verify.FULL
+) -> HfReader | MegatronReader:
     """A reader of the model, without the tensors that readers ignore.
 
     Args:
@@ -81,9 +84,9 @@ def open_tensors(model: Path, moe_class: MoeClass | None = None) -> HfReader | M
     """
     if is_megatron(model):
         is_held = moe_class is not None and moe_class.misfit(ModelSpec.read(model)) is None
-        return MegatronReader(model, moe_class=moe_class if is_held else None)
+        return MegatronReader(model, moe_class=moe_class if is_held else None, verify=verify)
     is_tied = read_config(model).get("tie_word_embeddings", False)
-    reader = HfReader(model)
+    reader = HfReader(model, verify=verify)
     reader.names = [
         name for name in reader.names if (name == "lm_head.weight" and not is_tied) or not is_unread(reader, name)
     ]
@@ -96,9 +99,9 @@ def _moe_class(model: Path) -> MoeClass | None:
     return next((kind for kind in MOE_CLASSES.values() if [kind.architecture] == architectures), None)
 
 
-def compare(a: Path, b: Path) -> Iterator[TensorVerdict]:
+def compare(a: Path, b: Path, verify: Verify = Verify.FULL) -> Iterator[TensorVerdict]:
     """Compare all tensors of two models, each a Hugging Face model or a Megatron checkpoint."""
-    in_a, in_b = open_tensors(a, _moe_class(b)), open_tensors(b, _moe_class(a))
+    in_a, in_b = open_tensors(a, _moe_class(b), verify), open_tensors(b, _moe_class(a), verify)
     for reader, other in ((in_a, in_b), (in_b, in_a)):
         if isinstance(reader, HfReader):
             reader.list_parts(other.names)
@@ -139,7 +142,7 @@ def pieces_since(base: Path, upcycled: Path) -> tuple[MoeClass, list[Piece]]:
     return family.moe_class, list(pieces(family.table, replace(spec, moe=moe)))
 
 
-def compare_frozen(base: Path, upcycled: Path) -> Iterator[TensorVerdict]:
+def compare_frozen(base: Path, upcycled: Path, verify: Verify = Verify.FULL) -> Iterator[TensorVerdict]:
     """Compare the base's tensors that training must not change with those they became in the upcycled model.
 
     Of embedding and output layer, the rows of tokens that the base lacks are ignored.
@@ -148,7 +151,7 @@ def compare_frozen(base: Path, upcycled: Path) -> Iterator[TensorVerdict]:
     rows = new_rows(base, upcycled)
     ignored = {name: rows for piece in plan if piece.part in VOCABULARY_PARTS for name in piece.origin}
     routers = {name for piece in plan if piece.part is Part.ROUTER for name in piece.hf_names}
-    a, b = open_tensors(base, moe_class), open_tensors(upcycled, moe_class)
+    a, b = open_tensors(base, moe_class, verify), open_tensors(upcycled, moe_class, verify)
     for reader, names in (
         (a, (name for piece in plan for name in piece.origin)),
         (b, (name for piece in plan for place in piece.places for name in place)),
@@ -236,7 +239,12 @@ class TextVerdict:
 
 
 def compare_on_text(
-    a: Path, b: Path, files: list[Path], num_tokens: int = 1024, sequence_length: int = 128
+    a: Path,
+    b: Path,
+    files: list[Path],
+    num_tokens: int = 1024,
+    sequence_length: int = 128,
+    verify: Verify = Verify.FULL,
 ) -> list[TextVerdict]:
     """Compare both models' logits on text; of two vocabularies, one an extension of the other, those of the old tokens.
 
@@ -267,10 +275,10 @@ def compare_on_text(
     tokens = [sequence for _, sequence in sequences]
     largest, same, counts = dict.fromkeys(files, 0.0), dict.fromkeys(files, 0), dict.fromkeys(files, 0)
     with tempfile.TemporaryFile() as stored:
-        for logits in _logits(a, tokens, vocab_size):
+        for logits in _logits(a, tokens, vocab_size, verify):
             stored.write(memoryview(logits.numpy()).cast("B"))
         stored.seek(0)
-        for (file, sequence), logits_b in zip(sequences, _logits(b, tokens, vocab_size), strict=True):
+        for (file, sequence), logits_b in zip(sequences, _logits(b, tokens, vocab_size, verify), strict=True):
             logits_a = torch.empty(len(sequence), vocab_size)
             stored.readinto(memoryview(logits_a.numpy()).cast("B"))
             counts[file] += len(sequence)
@@ -323,9 +331,9 @@ def _read_text(file: Path, num_tokens: int) -> str:
     return text
 
 
-def _logits(model: Path, sequences: list[Tensor], vocab_size: int) -> Iterator[Tensor]:
+def _logits(model: Path, sequences: list[Tensor], vocab_size: int, verify: Verify) -> Iterator[Tensor]:
     """fp32 logits [tokens, vocabulary] of each sequence; the model is in memory until the last one is yielded."""
-    with open_model(model, dtype="float32") as loaded:
+    with open_model(model, dtype="float32", verify=verify) as loaded:
         for sequence in sequences:
             with torch.inference_mode():
                 logits = loaded.logits(sequence[None].to(loaded.device))

@@ -8,12 +8,13 @@ from checkpoint_convert.hf.weight_check import check_weights
 from moelpr.families.families import read_base, read_config
 from moelpr.families.tables import zeros
 from moelpr.process.errors import UserError
+from moelpr.store.checksums import Verify
 
 # Keys that transformers 5 has renamed. It writes only the new names if it saves the model, MLX reads only the old ones.
 _RENAMED = ("rope_theta", "rope_scaling", "num_experts")
 
 
-def unmet_requirements(folder: Path, reader: str) -> list[str]:
+def unmet_requirements(folder: Path, reader: str, verify: Verify = Verify.FULL) -> list[str]:
     """What keeps the reader from running the model in `folder` as transformers does.
 
     Args:
@@ -38,7 +39,7 @@ def unmet_requirements(folder: Path, reader: str) -> list[str]:
     if reader != "transformers" and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         found.append("there is no tokenizer")
     try:
-        weights = HfReader(folder)
+        weights = HfReader(folder, verify=verify)
         check_weights(weights, family, spec)
         found += [f"there is no {name}" for name, _ in zeros(family.table, spec) if name not in weights]
     except UserError as error:

@@ -26,6 +26,7 @@ from moelpr.families.tables import Piece, pieces, sizes_of
 from moelpr.model_spec import ModelSpec
 from moelpr.process.errors import UserError
 from moelpr.stages import Part
+from moelpr.store.checksums import Verify
 from moelpr.store.files import parse_json
 from moelpr.store.run_folder import HF_FOLDER
 
@@ -125,7 +126,12 @@ def _stored_names(reader: HfReader) -> dict[str, str]:
 
 
 def adapter_to_mcore(
-    adapter: Path, hf_path: Path, save: Path, dtype: str | None = None, overwrite: bool = False
+    adapter: Path,
+    hf_path: Path,
+    save: Path,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    verify: Verify = Verify.FULL,
 ) -> ModelSpec:
     """Combine an adapter and its dense model to a Megatron checkpoint; an interrupted conversion resumes.
 
@@ -145,7 +151,7 @@ def adapter_to_mcore(
         spec = with_new_experts(family, dense, experts)
     except UserError as error:
         raise UserError(f"{adapter / CONFIG_FILE} does not fit {hf_path}: {error}") from error
-    base, trained = HfReader(hf_path), _open_adapter(adapter)
+    base, trained = HfReader(hf_path, verify=verify), _open_adapter(adapter, verify)
     base_names = check_weights(base, family, dense)
     check_tokenizer(hf_path, spec.megatron_args["vocab_size"])
 
@@ -189,13 +195,13 @@ def _has_other_base(parts: dict[Piece, list[tuple[HfReader, str]]], base: HfRead
     )
 
 
-def _open_adapter(folder: Path) -> HfReader:
+def _open_adapter(folder: Path, verify: Verify) -> HfReader:
     if not (folder / f"{STEM}.safetensors").is_file() and (folder / f"{STEM}.bin").is_file():
         raise UserError(
             f"{folder / STEM}.bin is pickled, which could run code when opened; convert it to {STEM}.safetensors: "
             f"safetensors.torch.save_file(torch.load('{STEM}.bin', weights_only=True), '{STEM}.safetensors')"
         )
-    return HfReader(folder, STEM)
+    return HfReader(folder, STEM, verify)
 
 
 def _find_parts(piece: Piece, base: HfReader, adapter: HfReader, stored: dict[str, str]) -> list[tuple[HfReader, str]]:
@@ -221,6 +227,7 @@ def mcore_to_adapter(
     iteration: int | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
+    verify: Verify = Verify.FULL,
 ) -> AdapterConfig:
     """Export routers and new experts of a checkpoint as an adapter.
 
@@ -251,7 +258,7 @@ def mcore_to_adapter(
             f"vocabulary; {instead}"
         )
     check_separable(load, spec, Origin.read(load), read_history(load, iteration), "an adapter", instead)
-    source = MegatronReader(load, iteration)
+    source = MegatronReader(load, iteration, verify=verify)
     check_frozen_is_the_base(source, dtype or spec.dtype, "an adapter", instead)
     assert spec.moe is not None
     config = AdapterConfig(spec.moe.num_experts, spec.moe.topk, spec.moe.layers, base_model)

@@ -30,7 +30,7 @@ from moelpr.model_spec import DTYPES, MAX_LAYERS
 from moelpr.process.errors import UserError
 from moelpr.stages import VOCABULARY_PARTS
 from moelpr.store import checksums
-from moelpr.store.checksums import FileSum
+from moelpr.store.checksums import FileSum, Verify
 from moelpr.store.files import parse_json
 from moelpr.store.run_folder import HF_FOLDER
 
@@ -96,7 +96,6 @@ class DeltaConfig:
         path = folder / DELTA_FILE
         if not path.is_file():
             raise UserError(f"{folder} is not a delta: it has no {DELTA_FILE}; mcore_to_hf.py --delta writes one")
-        checksums.Verifier(folder, "copy the delta again").verify(DELTA_FILE)
         try:
             content = parse_json(path.read_text())
             version = content.pop("format_version", None)
@@ -185,16 +184,19 @@ def complete_delta(folder: Path, facts: CardFacts, max_shard_bytes: int) -> None
     (folder / CARD_FILE).write_text(model_card(facts, is_delta=True), encoding="utf-8")
 
 
-def apply_delta(base: Path, delta: Path, save: Path, overwrite: bool = False) -> DeltaConfig:
+def apply_delta(
+    base: Path, delta: Path, save: Path, overwrite: bool = False, verify: Verify = Verify.FULL
+) -> DeltaConfig:
     """Combine a base and a delta to the export that the delta was made from; an interrupted call resumes.
 
     Raises:
         UserError: the delta is damaged, or `base` is not its base; `save` is then unchanged.
     """
     check_output(save, [base, delta], overwrite, (CONFIG_FILE,))
+    checksums.Verifier(delta, "copy the delta again", verify).verify(DELTA_FILE)
     config = DeltaConfig.read(delta)
     read_config(base)
-    readers = {"base": HfReader(base), "delta": HfReader(delta, DELTA_STEM)}
+    readers = {"base": HfReader(base, verify=verify), "delta": HfReader(delta, DELTA_STEM, verify)}
     listed = {tensor.name: tensor for tensor in config.tensors}
     dtype = getattr(torch, config.dtype)
 

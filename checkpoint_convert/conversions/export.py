@@ -19,6 +19,7 @@ from moelpr.families.families import CONFIG_FILE, read_config
 from moelpr.families.moe_classes import MOE_CLASSES, MoeClass
 from moelpr.model_spec import ModelSpec
 from moelpr.process.errors import UserError
+from moelpr.store.checksums import Verify
 from moelpr.store.files import copy_folder
 from moelpr.store.run_folder import HF_FOLDER
 
@@ -35,6 +36,7 @@ def mcore_to_hf(
     base_model: str | None = None,
     as_delta: bool = False,
     as_class: str | None = None,
+    verify: Verify = Verify.FULL,
 ) -> CardFacts:
     """Export a checkpoint as a Hugging Face model or a delta; an interrupted export resumes.
 
@@ -52,7 +54,7 @@ def mcore_to_hf(
         UserError: the input is invalid; `save` is then unchanged.
     """
     check_output(save, [load], overwrite, (CONFIG_FILE, DELTA_FILE))
-    source = MegatronReader(load, iteration, None if as_class is None else _class_for(load, as_class))
+    source = MegatronReader(load, iteration, None if as_class is None else _class_for(load, as_class), verify)
     spec, dtype_name = source.spec, dtype or source.spec.dtype
     target_dtype: torch.dtype = getattr(torch, dtype_name)
     config = source.family.export_config(read_config(load / HF_FOLDER), spec, dtype_name)
@@ -100,7 +102,9 @@ def _class_for(load: Path, name: str) -> MoeClass:
     return moe_class
 
 
-def whole_checkpoint(load: Path, save: Path, iteration: int | None = None, overwrite: bool = False) -> None:
+def whole_checkpoint(
+    load: Path, save: Path, iteration: int | None = None, overwrite: bool = False, verify: Verify = Verify.FULL
+) -> None:
     """Write the model of a checkpoint, whose steps may hold only what was trained, as a checkpoint that needs no base.
 
     Args:
@@ -111,7 +115,7 @@ def whole_checkpoint(load: Path, save: Path, iteration: int | None = None, overw
         UserError: the input is invalid; `save` is then unchanged.
     """
     check_output(save, [load, *(link.parent for link in checkpoint_chain(load, iteration))], overwrite, SIGNS)
-    source = MegatronReader(load, iteration)
+    source = MegatronReader(load, iteration, verify=verify)
     num_bytes = sum(source.num_bytes(piece) for piece in source.pieces)
     with output_folder(save, overwrite, num_bytes, [source.step_folder]) as (folder, bar):
         write_checkpoint(folder, source.pieces, source.spec, lambda todo: map(source.read_piece, todo), bar)

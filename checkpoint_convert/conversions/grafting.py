@@ -46,6 +46,7 @@ from moelpr.model_spec import ModelSpec
 from moelpr.process.errors import UserError, first_line
 from moelpr.stages import VOCABULARY_PARTS, Part
 from moelpr.store import yaml_files
+from moelpr.store.checksums import Verify
 from moelpr.store.files import read_versioned
 from moelpr.store.run_folder import read_json
 
@@ -121,11 +122,18 @@ class GraftReader:
     """
 
     def __init__(
-        self, base: Path, instruct: Path, model: Path, scale: float = 1.0, only: str = "all", dtype: str | None = None
+        self,
+        base: Path,
+        instruct: Path,
+        model: Path,
+        scale: float = 1.0,
+        only: str = "all",
+        dtype: str | None = None,
+        verify: Verify = Verify.FULL,
     ) -> None:
-        (self._base, base_spec), (self._instruct, instruct_spec), (self._model, spec) = map(
-            _open, (base, instruct, model)
-        )
+        self._base, base_spec = _open(base, verify)
+        self._instruct, instruct_spec = _open(instruct, verify)
+        self._model, spec = _open(model, verify)
         if spec.moe is None:
             raise UserError(f"{model} is dense; pass the export of a model that was upcycled from {base} as --model")
         for reader, dense in ((self._base, base_spec), (self._instruct, instruct_spec)):
@@ -241,6 +249,7 @@ def graft(
     dtype: str | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
+    verify: Verify = Verify.FULL,
 ) -> GraftReader:
     """Write the model with the difference as a Hugging Face directory; an interrupted call resumes.
 
@@ -258,7 +267,7 @@ def graft(
     record.check()
     sources = base.folder, instruct.folder, model.folder
     check_output(save, list(sources), overwrite, (RECORD_FILE,))
-    reader = GraftReader(*sources, scale, only, dtype)
+    reader = GraftReader(*sources, scale, only, dtype, verify)
     _check_tokenizers(*sources, reader.shape("model.embed_tokens.weight")[0], reader.new_rows)
     config, instruct_config = read_config(model.folder), read_config(instruct.folder)
     config |= {key: instruct_config[key] for key in _TOKEN_KEYS if key in instruct_config}
@@ -281,12 +290,14 @@ def graft(
     return reader
 
 
-def compare_graft(base: Path, instruct: Path, model: Path, grafted: Path) -> Iterator[TensorVerdict]:
+def compare_graft(
+    base: Path, instruct: Path, model: Path, grafted: Path, verify: Verify = Verify.FULL
+) -> Iterator[TensorVerdict]:
     """Compare the model plus the difference with a graft, whose graft.json has scale and parts."""
-    record, found = Graft.read(grafted), open_tensors(grafted)
+    record, found = Graft.read(grafted), open_tensors(grafted, verify=verify)
     assert isinstance(found, HfReader)
     dtype = common_dtype((found, name) for name in found.names)
-    expected = GraftReader(base, instruct, model, record.scale, record.only, dtype)
+    expected = GraftReader(base, instruct, model, record.scale, record.only, dtype, verify)
     found.list_parts(expected.names)
     yield from compare_tensors(expected, found, {name: name for name in expected.names}, expected.names)
     for name in sorted(set(found.names) - set(expected.names)):
@@ -327,11 +338,11 @@ def _license(*cards: dict[str, Any]) -> dict[str, Any]:
     return {"license": "other", "license_name": "-and-".join(names)}
 
 
-def _open(folder: Path) -> tuple[HfReader, ModelSpec]:
+def _open(folder: Path, verify: Verify) -> tuple[HfReader, ModelSpec]:
     if is_megatron(folder):
         raise UserError(f"{folder} is a Megatron checkpoint; export it with mcore_to_hf.py and pass the export")
     family, spec = read_base(folder)
-    reader = open_tensors(folder)
+    reader = open_tensors(folder, verify=verify)
     assert isinstance(reader, HfReader)
     check_weights(reader, family, spec)
     return reader, spec

@@ -32,6 +32,7 @@ from moelpr.families.tables import Piece, megatron_shape, pieces, sizes_of
 from moelpr.model_spec import ModelSpec
 from moelpr.process.errors import UserError
 from moelpr.stages import VOCABULARY_PARTS, Part
+from moelpr.store.checksums import Verify
 from moelpr.store.run_folder import HF_FOLDER
 
 
@@ -72,6 +73,7 @@ def hf_to_mcore(
     overwrite: bool = False,
     recorded: Model | None = None,
     extended_tokenizer: Path | None = None,
+    verify: Verify = Verify.FULL,
 ) -> ModelSpec:
     """Convert a Hugging Face model to a Megatron checkpoint, upcycling its FFNs; an interrupted conversion resumes.
 
@@ -99,7 +101,7 @@ def hf_to_mcore(
     else:
         raise UserError(f"{hf_path} is an MoE and cannot become a dense checkpoint; pass --num-new-experts")
     spec.check()
-    source = HfReader(hf_path)
+    source = HfReader(hf_path, verify=verify)
     names = check_weights(source, family, base)
     spec = _with_found_copies(source, family, base, spec)
     spec = replace(spec, dtype=dtype or common_dtype((source, name) for name in names))

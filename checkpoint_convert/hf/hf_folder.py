@@ -23,7 +23,7 @@ from moelpr.families.tables import stacked_part
 from moelpr.process.command import deferred_signals
 from moelpr.process.errors import UserError, first_line
 from moelpr.store import checksums
-from moelpr.store.checksums import FileSum, Verifier
+from moelpr.store.checksums import FileSum, Verifier, Verify
 from moelpr.store.files import DurableFile, parse_json
 
 # Weight files are STEM.safetensors, or STEM-00001-of-00002.safetensors, … with STEM.safetensors.index.json.
@@ -86,13 +86,13 @@ class HfReader:
         UserError: files are missing, damaged or pickled, or (on access) a tensor is missing or quantized.
     """
 
-    def __init__(self, folder: Path, stem: str = MODEL_STEM):
+    def __init__(self, folder: Path, stem: str = MODEL_STEM, verify: Verify = Verify.FULL):
         self.folder = folder
         self._headers: dict[str, tuple[str, str, tuple[int, ...]]] = {}  # file, dtype, shape
         self._open_name: str | None = None
         self._open_file: Any = None
         self._mapped_bytes = 0
-        self._verifier = Verifier(folder, "copy or download it again")
+        self._verifier = Verifier(folder, "copy or download it again", verify)
         index_file = folder / f"{stem}.safetensors.index.json"
         weight_map = _read_index(index_file)
         for file_name in sorted(set(weight_map.values())) or [_single_file(folder, stem)]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from moelpr.model_spec import DTYPES
 from moelpr.process.errors import UserError
-from moelpr.store.checksums import NoVerify
+from moelpr.store.checksums import NO_VERIFY
 from moelpr.store.files import partial_name, refuse_existing, resumable_directory
 
 
@@ -32,7 +32,7 @@ def add_output_options(parser: argparse.ArgumentParser, output: str, dtype_defau
     if dtype_default:
         parser.add_argument("--dtype", choices=DTYPES, help=f"dtype of the output (default: {dtype_default})")
     parser.add_argument("--overwrite", action="store_true", help=f"replace an existing {output} at --save")
-    parser.add_argument("--no-verify", action=NoVerify)
+    parser.add_argument("--no-verify", **NO_VERIFY)
     parser.epilog = "An interrupted command leaves .NAME.partial beside the --save folder; rerun it to resume."
 
 

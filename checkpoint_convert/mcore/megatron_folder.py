@@ -17,6 +17,7 @@ from moelpr.families.moe_classes import MoeClass
 from moelpr.families.tables import Piece, megatron_shape, pieces, sizes_of, zeros
 from moelpr.model_spec import FILE_NAME, ModelSpec
 from moelpr.process.errors import UserError
+from moelpr.store.checksums import Verify
 from moelpr.store.run_folder import TRACKER_FILE
 
 # Files of which a checkpoint folder that may be overwritten has at least one.
@@ -37,7 +38,13 @@ class MegatronReader:
         UserError: `folder` is not a checkpoint, a base is missing or has changed, or a tensor is missing or misshapen.
     """
 
-    def __init__(self, folder: Path, iteration: int | None = None, moe_class: MoeClass | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        iteration: int | None = None,
+        moe_class: MoeClass | None = None,
+        verify: Verify = Verify.FULL,
+    ):
         if not folder.is_dir():
             raise UserError(f"there is no folder {folder}; pass an existing checkpoint folder")
         self.folder = folder
@@ -47,10 +54,10 @@ class MegatronReader:
             self.family = self.family.written_as(moe_class)
         links = checkpoint_chain(folder, iteration)
         self.step_folder = links[0]
-        verify_chain(links)
+        verify_chain(links, verify)
         self.pieces = list(pieces(self.family.table, self.spec))
         self._sizes = sizes_of(self.spec)
-        readers = [TorchDistReader(link) for link in links]
+        readers = [TorchDistReader(link, verify) for link in links]
         self._complete = readers[-1]
         self._reader_of = {key: reader for reader in reversed(readers) for key in reader.keys}
         self._places: dict[str, tuple[Piece, int]] = {}

@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 
 from moelpr.process.errors import UserError
 from moelpr.stages import STAGE_HELP
-from moelpr.store.checksums import NoVerify
 
 _SEE_HELP = "see python -m moelpr.pretrain --help-all"
 
@@ -42,7 +41,7 @@ def add_arguments[P: argparse.ArgumentParser](parser: P) -> P:
         help="In stage1, train the embedding and output rows of new tokens too.")  # fmt: skip
     add("--save-trained-only", action="store_true",
         help="Omit frozen tensors from checkpoints and record where to find them (docs/checkpoints.md).")  # fmt: skip
-    add("--no-verify", action=NoVerify, help="Do not compare checkpoints with their checksums before they are loaded.")
+    add("--no-verify", action="store_true", help="Do not compare checkpoints with their checksums when loading them.")
     add("--validation-data", nargs="+", metavar="LANG=PREFIX",
         help="Held-out corpora, one per language. Bits per byte of each are logged before the first step, every "
         "--eval-interval steps, and at the end; --eval-iters N limits each evaluation to N global batches per corpus "

@@ -20,6 +20,7 @@ from moelpr.model_spec import ModelSpec
 from moelpr.process import ranks
 from moelpr.process.errors import UserError
 from moelpr.store import checksums
+from moelpr.store.checksums import Verify
 from moelpr.store.files import read_versioned, write_text
 from moelpr.store.run_folder import BASE_CHECKPOINT_FILE, TABLE_FILES, TRACKER_FILE, as_step
 
@@ -160,17 +161,17 @@ def checkpoint_chain(folder: Path, iteration: int | None = None, base: Path | No
     return links
 
 
-def verify_chain(links: list[Path]) -> None:
+def verify_chain(links: list[Path], verify: Verify = Verify.FULL) -> None:
     """Compare every base in the chain with the checksum that its successor recorded.
 
-    Reads those bases completely that have no checksums.json. If torch.distributed is initialized, every rank must call
-    this; they share the work.
+    Reads those bases completely that have no checksums.json, unless files are trusted. If torch.distributed is
+    initialized, every rank must call this; they share the work.
 
     Raises:
-        UserError: a base has changed.
+        UserError: A base has changed.
     """
     for link, base in zip(links, links[1:], strict=False):
-        if not checksums.is_verifying and not (base / checksums.FILE_NAME).is_file():
+        if verify is Verify.NONE and not (base / checksums.FILE_NAME).is_file():
             continue
         record = BaseCheckpoint.read(link.parent)
         if record is None or checksum(base) != record.sha256:
@@ -180,15 +181,16 @@ def verify_chain(links: list[Path]) -> None:
             )
 
 
-def verify_files(links: list[Path]) -> None:
-    """Compare all files of the step folders with their checksums.json.
+def verify_files(links: list[Path], verify: Verify = Verify.FULL) -> None:
+    """Verify a chain, and compare all files of its step folders with their checksums.json, unless files are trusted.
 
     If torch.distributed is initialized, every rank must call this; they share the work.
 
     Raises:
-        UserError: a file is damaged or missing.
+        UserError: A file is damaged or missing, or a base has changed.
     """
-    for link in links:
+    verify_chain(links, verify)
+    for link in links if verify is not Verify.NONE else []:
         fix = "copy the checkpoint again, or use another step (trainer: --ckpt-step)"
         checksums.verify_folder(link, fix, is_expected=True)
 

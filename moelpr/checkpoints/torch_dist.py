@@ -32,7 +32,7 @@ from moelpr.process import ranks
 from moelpr.process.command import deferred_signals
 from moelpr.process.errors import UserError
 from moelpr.store import checksums
-from moelpr.store.checksums import FileSum, Verifier
+from moelpr.store.checksums import FileSum, Verifier, Verify
 from moelpr.store.files import DurableFile
 from moelpr.store.run_folder import MEGATRON_CONFIG_FILE, METADATA_FILE, TABLE_FILES
 
@@ -262,10 +262,10 @@ class TorchDistReader:
         UserError: `folder` is not a complete torch_dist checkpoint.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, verify: Verify = Verify.FULL):
         self._folder = folder
         _check_complete(folder)
-        self._verifier = Verifier(folder, _FIX, is_expected=True)
+        self._verifier = Verifier(folder, _FIX, verify, is_expected=True)
         for name in TABLE_FILES:
             self._verifier.verify(name)
         metadata = read_metadata(folder)

@@ -24,6 +24,7 @@ import moelpr
 from moelpr.data.tokenizer import Tokenizer, load_tokenizer, vocabulary_checksum
 from moelpr.data.vocabulary_extension import VOCABULARY_EXTENSION_FILE, VocabularyExtension
 from moelpr.process.errors import UserError
+from moelpr.store.checksums import Verify
 from moelpr.store.files import parse_json, write_text
 
 FORMAT_VERSION = 1
@@ -202,11 +203,11 @@ class Manifest:
         except ValueError as error:
             raise UserError(f"{path} is damaged: {error}; {_FIX}, or remove it") from error
 
-    def verify_files(self, prefix: str | os.PathLike[str], sampled: bool = False) -> None:
+    def verify_files(self, prefix: str | os.PathLike[str], verify: Verify = Verify.FULL) -> None:
         """Compare the corpus's files with their checksums.
 
         Args:
-            sampled: read only a sample of the .bin.
+            verify: With `Verify.SAMPLED`, only a sample of the .bin is read.
 
         Raises:
             UserError: A file can't be read, is damaged or belongs to another corpus.
@@ -216,7 +217,7 @@ class Manifest:
             for name in ("idx", "lang", "bin"):
                 path, record = Path(f"{os.fspath(prefix)}.{name}"), self.files.get(name)
                 try:
-                    if sampled and name == "bin":
+                    if verify is Verify.SAMPLED and name == "bin":
                         is_same = record is not None and record.matches_sample(path)
                     else:
                         is_same = record is not None and record.matches(path, bar.update)

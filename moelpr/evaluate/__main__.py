@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from moelpr.evaluate.arguments import check_languages, languages, named_paths
 from moelpr.process.command import CommandParser, run_command
-from moelpr.store.checksums import NoVerify
+from moelpr.store.checksums import NO_VERIFY
 
 if TYPE_CHECKING:
     from moelpr.evaluate.results import Results
@@ -54,6 +54,7 @@ def measure_text(args: argparse.Namespace) -> "Results":
         continuation_tokens=args.continuations,
         device=args.device,
         dtype=args.dtype,
+        verify=args.verify,
         cache=cache,
     )
     if args.command == "routing":
@@ -73,7 +74,7 @@ def measure_harness(args: argparse.Namespace) -> "Results":
     for directory in models.values():
         read_max_positions(directory)  # raises if it is not a model
     settings = {name: getattr(args, name) for name in ("include_path", "limit", "batch_size", "device", "dtype")}
-    scores = run_tasks(models, benchmarks, ResultCache(args.output), settings)
+    scores = run_tasks(models, benchmarks, ResultCache(args.output), settings, args.verify)
     return HarnessResults(models, benchmarks, languages, args.original_languages, scores, settings)
 
 
@@ -162,7 +163,7 @@ def common_arguments(models: str) -> CommandParser:
         help="auto: float32 on a CPU, the model's own on a GPU (default: %(default)s)")  # fmt: skip
     add("--output", type=Path, metavar="DIR",
         help="folder for results as JSON, Markdown and HTML, and for figures; rerun the command to resume")  # fmt: skip
-    add("--no-verify", action=NoVerify)
+    parser.add_argument("--no-verify", **NO_VERIFY)
     return parser
 
 

@@ -16,6 +16,7 @@ import torch
 from moelpr.evaluate.models import LoadedModel, choose_device, open_model, read_max_positions, require_hf, resolve_dtype
 from moelpr.evaluate.result_cache import Json, ResultCache, fingerprint_model
 from moelpr.evaluate.scoring import LanguageScore, Settings, score_each
+from moelpr.store.checksums import Verify
 
 PROMPT_WORDS = 7
 PROMPT_CHARACTERS = 10  # in scripts without spaces between words
@@ -47,6 +48,7 @@ def compare_models(
     continuation_tokens: int = 0,
     device: str = "auto",
     dtype: str = "auto",
+    verify: Verify = Verify.FULL,
     cache: ResultCache | None = None,
 ) -> Comparison:
     """Score every model on every language, in windows of the same length, so that no model gets more context.
@@ -55,7 +57,7 @@ def compare_models(
         models: name -> directory.
         documents: language -> texts.
         continuation_tokens: length of the continuations of a prompt per language, in tokens; 0: none.
-        device, dtype: see `moelpr.evaluate.models.load_model`.
+        device, dtype, verify: see `moelpr.evaluate.models.load_model`.
         cache: where results are kept, and those of an earlier run are read.
 
     Raises:
@@ -76,7 +78,7 @@ def compare_models(
         keys[_PROMPT + language] = {"prompt": prompt, "tokens": continuation_tokens}
 
     def measure(name: str, missing: list[str]) -> Iterator[tuple[str, Json]]:
-        with open_model(models[name], device, dtype) as loaded:
+        with open_model(models[name], device, dtype, verify) as loaded:
             texts = {language: documents[language] for language in missing if language in documents}
             for language, score in score_each(loaded, texts, settings, name):
                 yield language, asdict(score)

@@ -21,6 +21,7 @@ from moelpr.languages import language_name
 from moelpr.process.errors import UserError, first_line
 from moelpr.process.versions import install_command
 from moelpr.report.page import Table
+from moelpr.store.checksums import Verify
 from moelpr.store.yaml_files import read_mapping
 
 PAPER_TASKS = Path(__file__).with_name("paper_tasks.yaml")
@@ -107,7 +108,11 @@ def shots_of(benchmarks: Sequence[Benchmark]) -> dict[str, int]:
 
 
 def run_tasks(
-    models: Mapping[str, Path], benchmarks: Sequence[Benchmark], cache: ResultCache, settings: Mapping[str, Any]
+    models: Mapping[str, Path],
+    benchmarks: Sequence[Benchmark],
+    cache: ResultCache,
+    settings: Mapping[str, Any],
+    verify: Verify = Verify.FULL,
 ) -> Scores:
     """Run every task on every model (name -> Hugging Face directory), one model after another.
 
@@ -149,7 +154,7 @@ def run_tasks(
             )
 
     def measure(name: str, names: list[str]) -> Iterator[tuple[str, Json]]:
-        with open_model(models[name], settings["device"], settings["dtype"]) as loaded:
+        with open_model(models[name], settings["device"], settings["dtype"], verify) as loaded:
             for task in (cached.removeprefix(_CACHED) for cached in names):
                 print(f"{name}: {task}, {shots[task]} shots", flush=True)
                 yield _CACHED + task, _evaluate(loaded, manager, tasks[task], task, shots[task], settings)

@@ -25,6 +25,7 @@ from moelpr.process.errors import UserError, first_line
 from moelpr.process.machine import as_gib
 from moelpr.process.versions import install_command
 from moelpr.store import checksums
+from moelpr.store.checksums import Verify
 from moelpr.store.files import parse_json
 from moelpr.store.run_folder import HF_FOLDER
 
@@ -108,7 +109,9 @@ def require_hf(models: Mapping[str, Path], user: str) -> None:
 
 
 @contextmanager
-def open_model(directory: Path, device: str = "auto", dtype: str = "auto") -> Iterator[LoadedModel]:
+def open_model(
+    directory: Path, device: str = "auto", dtype: str = "auto", verify: Verify = Verify.FULL
+) -> Iterator[LoadedModel]:
     """Load the model in `directory`, of either kind, for the duration of the `with` block; see `load_model`.
 
     For a checkpoint, the latest one in `directory`, torch.distributed is initialized inside the block.
@@ -117,7 +120,7 @@ def open_model(directory: Path, device: str = "auto", dtype: str = "auto") -> It
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     if not is_megatron(directory):
-        yield load_model(directory, device, dtype)
+        yield load_model(directory, device, dtype, verify)
         return
     logging.getLogger("megatron").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -142,7 +145,7 @@ def open_model(directory: Path, device: str = "auto", dtype: str = "auto") -> It
     with bootstrap.single_process():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = loading.load_model(directory, **config).eval()
+            model = loading.load_model(directory, verify, **config).eval()
         vocab_size = spec.megatron_args["vocab_size"]
 
         def logits(tokens_BS: Tensor) -> Tensor:
@@ -160,7 +163,7 @@ def open_model(directory: Path, device: str = "auto", dtype: str = "auto") -> It
         )  # fmt: skip
 
 
-def load_model(directory: Path, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+def load_model(directory: Path, device: str = "auto", dtype: str = "auto", verify: Verify = Verify.FULL) -> LoadedModel:
     """Load a Hugging Face directory.
 
     Args:
@@ -175,7 +178,8 @@ def load_model(directory: Path, device: str = "auto", dtype: str = "auto") -> Lo
     _read_config(directory)
     torch_device = choose_device(device)
     placement = _placement(directory, torch_device, dtype, is_chosen=device != "auto")
-    checksums.verify_folder(directory, "copy or download it again")
+    if verify is not Verify.NONE:
+        checksums.verify_folder(directory, "copy or download it again")
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 

@@ -7,11 +7,12 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
-from moelpr.checkpoints.chain import checkpoint_chain, verify_chain, verify_files
+from moelpr.checkpoints.chain import checkpoint_chain, verify_files
 from moelpr.model.builder import block_spec
 from moelpr.model.config import MoELPRConfig
 from moelpr.model.weights import load_weights
 from moelpr.model_spec import ModelSpec
+from moelpr.store.checksums import Verify
 
 _TRANSFORMER_FIELDS = (
     "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels normalization "
@@ -73,7 +74,7 @@ def build_model(spec: ModelSpec, **settings: object) -> GPTModel:
     return model.to(torch.cuda.current_device()) if torch.cuda.is_available() else model
 
 
-def load_model(folder: Path, **settings: object) -> GPTModel:
+def load_model(folder: Path, verify: Verify = Verify.FULL, **settings: object) -> GPTModel:
     """The fp32 model in a folder of the converter or the trainer; call inside `bootstrap.single_process`.
 
     Raises:
@@ -81,8 +82,7 @@ def load_model(folder: Path, **settings: object) -> GPTModel:
     """
     spec = ModelSpec.read(folder)
     links = checkpoint_chain(folder)
-    verify_chain(links)
-    verify_files(links)
+    verify_files(links, verify)
     model = build_model(spec, **settings)
     load_weights([model], links)
     return model

@@ -5,7 +5,6 @@ anything longer except once in 4 billion; it protects against disks and copies, 
 4 GB/s on one core (benchmarks/checksums.py), so the disk is the limit.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -13,6 +12,7 @@ import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,26 +26,23 @@ from moelpr.store.files import read_versioned, write_text
 FILE_NAME = "checksums.json"
 FORMAT_VERSION = 1
 
-# False after --no-verify. One switch per process, as readers are made in many places.
-is_verifying = True
+
+class Verify(StrEnum):
+    """How much of a file readers compare with its checksums; a value of --verify-corpus."""
+
+    FULL = "full"
+    SAMPLED = "sampled"
+    NONE = "none"
 
 
-class NoVerify(argparse.Action):
-    """The option --no-verify."""
-
-    def __init__(self, option_strings: list[str], dest: str, **options: Any) -> None:
-        options.setdefault("help", f"do not compare files with the checksums in {FILE_NAME}")
-        super().__init__(option_strings, dest, **(options | {"nargs": 0, "default": False}))
-
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
-        setattr(namespace, self.dest, True)
-        skip_verification()
-
-
-def skip_verification() -> None:
-    """Trust all files in this process from now on."""
-    global is_verifying
-    is_verifying = False
+# The option --no-verify of all commands that read weights, as arguments of `add_argument`.
+NO_VERIFY: dict[str, Any] = {
+    "action": "store_const",
+    "dest": "verify",
+    "const": Verify.NONE,
+    "default": Verify.FULL,
+    "help": f"do not compare files with the checksums in {FILE_NAME}",
+}
 
 
 @dataclass(frozen=True)
@@ -101,12 +98,13 @@ class Verifier:
 
     Args:
         fix: What to do about a damaged file.
-        is_expected: Whether a folder without checksums is worth a note: one that an older version wrote.
+        verify: `Verify.NONE` trusts all files.
+        is_expected: Whether a folder without checksums is worth a note.
     """
 
-    def __init__(self, folder: Path, fix: str, is_expected: bool = False) -> None:
+    def __init__(self, folder: Path, fix: str, verify: Verify = Verify.FULL, is_expected: bool = False) -> None:
         self._folder, self._fix = folder, fix
-        sums = read(folder) if is_verifying else {}
+        sums = {} if verify is Verify.NONE else read(folder)
         if sums is None and is_expected:
             _note_missing(folder)
         self._unverified = dict(sums or {})
@@ -123,14 +121,14 @@ class Verifier:
 
 
 def verify_folder(folder: Path, fix: str, is_expected: bool = False) -> None:
-    """Compare all files with their checksums.
+    """Compare all files with their checksums, if the folder has some.
 
     If torch.distributed is initialized, every rank must call this; they share the work.
 
     Raises:
         UserError: a file differs, is missing or can't be read.
     """
-    sums = read(folder) if is_verifying else {}
+    sums = read(folder)
     if sums is None and is_expected:
         _note_missing(folder)
     if not sums:

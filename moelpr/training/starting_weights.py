@@ -16,10 +16,11 @@ from megatron.training import print_rank_0
 from megatron.training.checkpointing import _load_global_dist_base_checkpoint
 from megatron.training.models.gpt import GPTModel
 
-from moelpr.checkpoints.chain import RELEASE, BaseCheckpoint, checkpoint_chain, checksum, verify_chain, verify_files
+from moelpr.checkpoints.chain import RELEASE, BaseCheckpoint, checkpoint_chain, checksum, verify_files
 from moelpr.checkpoints.torch_dist import read_metadata
 from moelpr.model.weights import load_weights, omit_extra_state, save_trained_only
 from moelpr.process.errors import UserError
+from moelpr.store.checksums import Verify
 from moelpr.store.run_folder import BASE_CHECKPOINT_FILE
 
 
@@ -41,8 +42,7 @@ def starting_weights(args: argparse.Namespace) -> Callable[[list[GPTModel]], Non
         read_metadata(link)  # Megatron ends with exit code 0, or with a traceback, if it can't read this
 
     def load(chunks: list[GPTModel]) -> None:
-        verify_chain(links)
-        verify_files(links)
+        verify_files(links, Verify.NONE if args.no_verify else Verify.FULL)
         if not args.use_cpu_initialization:
             for chunk in chunks:
                 chunk.cuda(torch.cuda.current_device())  # as Megatron does next

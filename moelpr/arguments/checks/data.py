@@ -20,6 +20,7 @@ from moelpr.data.language_bits import LanguageBits, language_bits_path
 from moelpr.data.manifest import Manifest, TokenizerMatch, TokenizerRecord, compare_tokenizers, manifest_path
 from moelpr.data.vocabulary_extension import VOCABULARY_EXTENSION_FILE
 from moelpr.process.errors import UserError
+from moelpr.store.checksums import Verify
 from moelpr.store.run_folder import HF_FOLDER
 
 # What the order of samples depends on, beside the corpora and the length of the run.
@@ -81,20 +82,20 @@ def damaged_corpora(run: RunSettings) -> Iterable[str]:
 
     One rank of each node reads, because nodes may have their own copies.
     """
-    if run.args.verify_corpus == "none" or os.environ.get("LOCAL_RANK", "0") != "0":
+    if (verify := Verify(run.args.verify_corpus)) is Verify.NONE or os.environ.get("LOCAL_RANK", "0") != "0":
         return
     for prefix in _existing_corpora(run):
         try:
             LanguageBits(language_bits_path(prefix)).verify()
             if manifest := Manifest.read(prefix):
-                manifest.verify_files(prefix, sampled=run.args.verify_corpus == "sampled")
+                manifest.verify_files(prefix, verify)
         except UserError as error:
             yield str(error)
 
 
 def note_unverified_corpora(run: RunSettings) -> Iterable[str]:
     """Corpora whose token IDs are not compared with a checksum."""
-    if run.args.verify_corpus != "sampled":
+    if run.args.verify_corpus != Verify.SAMPLED:
         return
     manifests = {prefix: Manifest.read(prefix) for prefix in _existing_corpora(run)}
     unknown = [

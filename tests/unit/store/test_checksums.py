@@ -2,7 +2,6 @@
 
 import json
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from moelpr.checkpoints.chain import verify_files, write_checksums
 from moelpr.process.command import CommandParser
 from moelpr.process.errors import UserError
 from moelpr.store import checksums
-from moelpr.store.checksums import FILE_NAME, FileSum, Verifier, verify_folder
+from moelpr.store.checksums import FILE_NAME, NO_VERIFY, FileSum, Verifier, Verify, verify_folder
 from tests.support.ranks import as_ranks
 
 FILES = {".metadata": b"table", "metadata.json": b"{}", "__0_0.distcp": b"0123456789", "__1_0.distcp": b"experts"}
@@ -29,14 +28,8 @@ def step(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def verifying() -> Iterator[None]:
-    yield
-    checksums.is_verifying = True
-
-
-def verify_lazily(folder: Path) -> None:
-    verifier = Verifier(folder, "copy it again")
+def verify_lazily(folder: Path, verify: Verify = Verify.FULL) -> None:
+    verifier = Verifier(folder, "copy it again", verify)
     for name in FILES:
         verifier.verify(name)
 
@@ -126,12 +119,12 @@ def test_a_step_of_an_older_version_is_noted_once_and_loaded(step: Path, capsys:
 
 def test_no_verify_trusts_every_file(step: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parser = CommandParser()
-    parser.add_argument("--no-verify", action=checksums.NoVerify)
-    assert not parser.parse_args([]).no_verify and checksums.is_verifying
-    assert parser.parse_args(["--no-verify"]).no_verify
+    parser.add_argument("--no-verify", **NO_VERIFY)
+    assert parser.parse_args([]).verify is Verify.FULL
+    assert parser.parse_args(["--no-verify"]).verify is Verify.NONE
     (step / "__0_0.distcp").write_bytes(b"?")
-    verify_folder(step, "copy it again", is_expected=True)
-    verify_lazily(step)
+    verify_files([step], Verify.NONE)
+    verify_lazily(step, Verify.NONE)
     assert capsys.readouterr().err == ""
 
 

@@ -14,6 +14,7 @@ from data_tools.corpus.opened import Corpus, run_edges
 from moelpr.data.manifest import Manifest, manifest_path
 from moelpr.megatron_patches import bootstrap
 from moelpr.process.errors import UserError
+from moelpr.store.checksums import Verify
 
 bootstrap.install_patches()
 
@@ -62,12 +63,12 @@ def test_every_change_of_a_corpus_is_noticed(whole: Path, copy: Callable[..., Pa
     assert manifest is not None
     if changed == content:
         assert Corpus(prefix).verify() == manifest
-        manifest.verify_files(prefix, sampled=True)
+        manifest.verify_files(prefix, Verify.SAMPLED)
     else:
         with pytest.raises(UserError):
             Corpus(prefix).verify()
         with pytest.raises(UserError, match=rf"{prefix}\.{name} "):  # what the trainer does
-            manifest.verify_files(prefix, sampled=True)
+            manifest.verify_files(prefix, Verify.SAMPLED)
     # Without a manifest some changes are as good as the truth; what is opened then can be read to its end.
     manifest_path(prefix).unlink()
     try:

@@ -61,6 +61,7 @@ def prepare_data(demo: Steps, cache: Path | None) -> None:
         "tokenizer",
         *("examples/demo_tokenizer.py", "--input", *train_files.values(), "--output", run / "tokenizer"),
         *("--vocab-size", str(VOCABULARY), "--overwrite"),
+        made_from=["corpus"],
     )
     for group, languages in (("original", ORIGINAL), ("expanded", EXPANDED)):
         demo.step(
@@ -69,6 +70,7 @@ def prepare_data(demo: Steps, cache: Path | None) -> None:
             *("--output-prefix", run / "data" / group, "--tokenizer-type", "HuggingFaceTokenizer"),
             *("--tokenizer-model", run / "tokenizer", "--append-eod", "--language", group),
             *("--workers", "2", "--overwrite"),
+            made_from=["corpus", "tokenizer"],
         )
 
 
@@ -76,15 +78,15 @@ def train_base(demo: Steps) -> None:
     """Train a dense Qwen2 from scratch with the same trainer; its export is used as if it had been downloaded."""
     save = demo.run / "untrained-hf"
     words = ["--tokenizer", demo.run / "tokenizer", "--save", save, *BASE_SHAPE.split(), "--overwrite"]
-    demo.step("untrained", "examples/untrained_qwen2.py", *words)
-    convert(demo, "convert-untrained", save, demo.run / "untrained", "--dense")
-    train(demo, "base", "dense", demo.run / "untrained", BASE_BLEND)
+    demo.step("untrained", "examples/untrained_qwen2.py", *words, made_from=["tokenizer"])
+    convert(demo, "convert-untrained", save, demo.run / "untrained", "--dense", made_from=["untrained"])
+    train(demo, "base", "dense", "convert-untrained", BASE_BLEND, demo.run / "untrained")
 
 
 def full_finetune(demo: Steps) -> None:
     """The usual alternative: train all parameters of the base on the text of stage 1, for as many tokens."""
-    convert(demo, "convert-dense", demo.run / "base-hf", demo.run / "dense", "--dense")
-    train(demo, "full-finetune", "dense", demo.run / "dense", {"expanded": 1})
+    convert(demo, "convert-dense", demo.run / "base-hf", demo.run / "dense", "--dense", made_from=["export-base"])
+    train(demo, "full-finetune", "dense", "convert-dense", {"expanded": 1}, demo.run / "dense")
 
 
 def two_stages(demo: Steps, seed: int) -> None:
@@ -97,19 +99,27 @@ def two_stages(demo: Steps, seed: int) -> None:
         "plan",
         *("-m", "moelpr.plan", "--hf-path", base, *experts, "--gpus", "2", "--gpu-memory-gib", "8"),
         *("--seq-length", "128", "--dtype", "fp32"),
+        made_from=["export-base"],
     )
     seeded = ("--seed", str(seed))
-    convert(demo, "upcycle", base, run / "upcycled", *experts, *seeded)
+    convert(demo, "upcycle", base, run / "upcycled", *experts, *seeded, made_from=["export-base"])
     verify = ("checkpoint_convert/verify.py", "--json")
-    demo.step("check-upcycled", *verify, "--frozen", base, run / "upcycled", "--text", *held_out)
-    train(demo, "stage1", "stage1", run / "upcycled", {"expanded": 1}, *seeded)
-    train(demo, "stage2", "stage2", run / "stage1", REVIEW_BLEND, *seeded)
-    demo.step("check-frozen", *verify, "--frozen", base, run / "stage2-hf")
-    demo.step("check-export", *verify, run / "stage2", run / "stage2-hf", "--text", *held_out)
+    checked = ("--frozen", base, run / "upcycled", "--text", *held_out)
+    demo.step("check-upcycled", *verify, *checked, made_from=["export-base", "upcycle", "corpus"])
+    train(demo, "stage1", "stage1", "upcycle", {"expanded": 1}, run / "upcycled", *seeded)
+    train(demo, "stage2", "stage2", "stage1", REVIEW_BLEND, run / "stage1", *seeded)
+    checked = ("--frozen", base, run / "stage2-hf")
+    demo.step("check-frozen", *verify, *checked, made_from=["export-base", "export-stage2"])
+    checked = (run / "stage2", run / "stage2-hf", "--text", *held_out)
+    demo.step("check-export", *verify, *checked, made_from=["stage2", "export-stage2", "corpus"])
 
 
-def train(demo: Steps, name: str, stage: str, start: Path, blend: dict[str, float], *options: str) -> None:
-    steps.train(demo, name, stage, start, demo.run / "data", blend, *options)
+def train(
+    demo: Steps, name: str, stage: str, started_from: str, blend: dict[str, float], start: Path, *options: str
+) -> None:
+    """Train a stage from the folder `start`, which the step `started_from` wrote."""
+    made_from = [started_from, *(f"preprocess-{group}" for group in blend)]
+    steps.train(demo, name, stage, start, demo.run / "data", blend, *options, made_from=made_from)
 
 
 def evaluate(demo: Steps) -> None:
@@ -120,7 +130,8 @@ def evaluate(demo: Steps) -> None:
     ):
         directories = {model: demo.run / f"{MODELS[model]}-hf" for model in models}
         name = "evaluate" if command == "text" else f"evaluate-{command}"
-        steps.evaluate(demo, name, command, directories, demo.run, options)
+        made_from = ["corpus", *(f"export-{MODELS[model]}" for model in models)]
+        steps.evaluate(demo, name, command, directories, demo.run, options, made_from=made_from)
 
 
 def report(demo: Steps) -> None:
@@ -134,7 +145,8 @@ def report(demo: Steps) -> None:
             "experts": f"{NUM_NEW_EXPERTS} new and {COPIES} copies of the original, top-{TOPK}",
             "evaluation": "windows of 128 tokens, 32 of them context, all held-out documents",
         },
-        "Wall time in seconds": demo.wall_times_s(),
+        # The report must not depend on itself.
+        "Wall time in seconds": {name: wall_s for name, wall_s in demo.wall_times_s().items() if name != "report"},
     }
     measured = json.loads(Path("docs", FILE_NAME).read_text(encoding="utf-8"))
     facts |= {
@@ -144,12 +156,16 @@ def report(demo: Steps) -> None:
         }
     }
     write_text(run / "facts.yaml", dump(facts))
+    claims = Path("examples/demo-claims.yaml")
+    checks = [f"check-{name}" for name in ("upcycled", "frozen", "export")]
     demo.step(
         "report",
         *("-m", "moelpr.report", *(run / folder for folder in MODELS.values())),
         *("--evaluation", run / "evaluation" / "results.json"),
-        *("--verification", *(demo.logs / f"check-{name}.log" for name in ("upcycled", "frozen", "export"))),
-        *("--claims", "examples/demo-claims.yaml", "--facts", run / "facts.yaml", "--output", run),
+        *("--verification", *(demo.logs / f"{check}.log" for check in checks)),
+        *("--claims", claims, "--facts", run / "facts.yaml", "--output", run),
+        made_from=[*MODELS.values(), "evaluate", "evaluate-routing", *checks],
+        files=[claims, run / "facts.yaml"],
     )
     numbers = json.loads((run / "report.json").read_text(encoding="utf-8"))
     rows = [

@@ -8,7 +8,7 @@ are skipped. Two settings are trained at a time, each on one rank.
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,27 +60,38 @@ def main() -> None:
         chains = [(copies, seed) for seed in args.seeds for copies in dict.fromkeys(s.copies for s in settings)]
         list(pool.map(lambda chain: train_chain(run, args.demo, settings, *chain), chains))
     models = {"base": args.demo / "base-hf"}
-    models |= {name: args.run / f"{name}-hf" for name in model_names(settings, args.seeds)}
-    steps.evaluate(run, "evaluate", "text", models, args.demo)
-    steps.evaluate(
-        run, "evaluate-routing", "routing", {m: path for m, path in models.items() if m != "base"}, args.demo
-    )
+    trained = {name: args.run / f"{name}-hf" for name in model_names(settings, args.seeds)}
+    exports = [f"export-{name}" for name in trained]
+    files = [models["base"]]
+    steps.evaluate(run, "evaluate", "text", models | trained, args.demo, made_from=exports, files=files)
+    steps.evaluate(run, "evaluate-routing", "routing", trained, args.demo, made_from=exports)
     write_results(args.run, settings, args.seeds)
 
 
 def train_chain(run: Steps, demo: Path, settings: Sequence[Setting], copies: int, seed: int) -> None:
     """Upcycling, stage 1, and every stage 2 that starts from it."""
-    start, data = run.run / f"upcycled-{copies}-seed-{seed}", demo / "data"
+    start = run.run / f"upcycled-{copies}-seed-{seed}"
     seeded = ("--seed", str(seed))
     experts = ("--num-new-experts", str(NUM_NEW_EXPERTS), "--topk", str(TOPK), "--original-copies", str(copies))
-    steps.convert(run, start.name, demo / "base-hf", start, *experts, *seeded)
+    base = demo / "base-hf"
+    steps.convert(run, start.name, base, start, *experts, *seeded, files=[base])
     name = stage1_name(copies, seed)
-    steps.train(run, name, "stage1", start, data, {"expanded": 1}, *seeded, recipe="stage1", ranks=1)
+    train(run, name, "stage1", start, demo, {"expanded": 1}, *seeded)
     for setting in settings:
         if setting.copies == copies:
             options = (*seeded, "--lpr-loss-coeff", f"{setting.gamma:g}")
-            review = stage2_name(setting, seed)
-            steps.train(run, review, "stage2", run.run / name, data, REVIEW_BLEND, *options, recipe="stage2", ranks=1)
+            train(run, stage2_name(setting, seed), "stage2", run.run / name, demo, REVIEW_BLEND, *options)
+
+
+def train(
+    run: Steps, name: str, stage: str, start: Path, demo: Path, blend: Mapping[str, float], *options: str
+) -> None:
+    """Train a stage from the folder `start`, which is named like the step that wrote it."""
+    corpora = [demo / "data" / f"{group}_text_document.{end}" for group in blend for end in ("bin", "idx", "lang")]
+    steps.train(
+        run, name, stage, start, demo / "data", blend, *options,
+        made_from=[start.name], files=corpora, recipe=stage, ranks=1,
+    )  # fmt: skip
 
 
 def copies_label(copies: int) -> str:

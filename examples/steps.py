@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ REVIEW_BLEND = {"original": 2, "expanded": 5}  # parts of the text of each langu
 class Steps:
     """A run folder and the steps that are done in it; several threads may run steps.
 
-    A step that is done has a mark, `logs/NAME.json`: its command, its time, the IDs of the outputs that it was made
-    from, and an ID of its own, the hash of command and IDs. If one of these differs, the step is done again.
+    A step that is done has a mark, `logs/NAME.json`: its command, its time, the IDs of the outputs and the SHA-256 of
+    the files that it was made from, and an ID of its own, the hash of all but the time. If one of these differs, the
+    step is done again.
     """
 
     def __init__(self, run: Path) -> None:
@@ -41,6 +43,7 @@ class Steps:
         name: str,
         *command: str | Path,
         made_from: Iterable[str] = (),
+        files: Iterable[Path] = (),
         is_complete: Callable[[], bool] = lambda: True,
         continues: Path | None = None,
         again: bool = False,
@@ -50,6 +53,7 @@ class Steps:
 
         Args:
             made_from: Steps whose output it reads.
+            files: Other files and folders that it reads; their content counts.
             is_complete: Whether its output is there. A command may end early with exit code 0, as the trainer does
                 when it is asked to stop.
             continues: Folder in which the command continues what it finds, whatever made it.
@@ -61,7 +65,7 @@ class Steps:
             UserError: it failed otherwise, did not write its output, or would continue another command's.
         """
         mark, log = self.logs / f"{name}.json", self.logs / f"{name}.log"
-        is_current = self.is_current(name, command, made_from)
+        is_current = self.is_current(name, command, made_from, files)
         if is_current and not again:
             self._print(f"{name}: already done")
             return
@@ -89,16 +93,17 @@ class Steps:
             raise kind(f"step {name} exited with code {code} and the message above; its output is in {log}")
         if not is_complete():
             raise UserError(f"step {name} was stopped before its end (its output is in {log}); run it again to resume")
-        of = {"command": what, "made_from": {other: self._id(other) for other in made_from}}
+        of = {"command": what, **self._made_from(made_from, files)}
         name_of_output = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
         done = {**of, "id": name_of_output, "wall_s": round(time.monotonic() - start, 1)}
         write_text(mark, json.dumps(done) + "\n")
 
-    def is_current(self, name: str, command: Iterable[str | Path], made_from: Iterable[str] = ()) -> bool:
+    def is_current(
+        self, name: str, command: Iterable[str | Path], made_from: Iterable[str] = (), files: Iterable[Path] = ()
+    ) -> bool:
         """Whether the step is done, by this command and from what these other steps have made last."""
         mark = read_json(self.logs / f"{name}.json") or {}
-        ids = {other: self._id(other) for other in made_from}
-        return mark.get("command") == _shown(command) and mark.get("made_from", ids) == ids
+        return {"command": _shown(command), **self._made_from(made_from, files)}.items() <= mark.items()
 
     def is_done(self, name: str) -> bool:
         return name in self.wall_times_s()
@@ -108,6 +113,10 @@ class Steps:
         marks = sorted(self.logs.glob("*.json"), key=lambda path: path.stat().st_mtime)
         found = {path.stem: (read_json(path) or {}).get("wall_s") for path in marks}
         return {name: wall for name, wall in found.items() if isinstance(wall, int | float)}
+
+    def _made_from(self, steps: Iterable[str], files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+        checksums = {_relative(str(path)): _sha256(path) for path in files}
+        return {"made_from": {name: self._id(name) for name in steps}, "files": checksums}
 
     def _id(self, name: str) -> Any:
         return (read_json(self.logs / f"{name}.json") or {}).get("id")
@@ -126,15 +135,33 @@ def _relative(word: str) -> str:
     return word.removeprefix(f"{ROOT}/")
 
 
-def convert(steps: Steps, name: str, hf_path: Path, save: Path, *options: str) -> None:
+def _sha256(path: Path) -> str:
+    """The checksum of a file, or of the names and contents of all files in a folder; "" if it is missing."""
+    if path.is_file():
+        return _sha256_of_file(path, path.stat().st_mtime_ns)
+    found = [(str(file.relative_to(path)), _sha256(file)) for file in sorted(path.rglob("*")) if file.is_file()]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest() if found else ""
+
+
+@cache
+def _sha256_of_file(path: Path, _: int) -> str:
+    """Several steps may read a file; the second argument is its time of modification."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def convert(
+    steps: Steps, name: str, hf_path: Path, save: Path, *options: str, made_from: Iterable[str] = (),
+    files: Iterable[Path] = (),
+) -> None:  # fmt: skip
     """Convert a Hugging Face model to a Megatron checkpoint."""
     words = ("--hf-path", hf_path, "--save", save, *options, "--overwrite")
-    steps.step(name, "checkpoint_convert/hf_to_mcore.py", *words)
+    steps.step(name, "checkpoint_convert/hf_to_mcore.py", *words, made_from=made_from, files=files)
 
 
 def train(
     steps: Steps, name: str, stage: str, start: Path, data: Path, blend: Mapping[str, float],
-    *options: str, recipe: str = "", ranks: int | None = None,
+    *options: str, made_from: Iterable[str], files: Iterable[Path] = (), recipe: str = "", ranks: int | None = None,
 ) -> None:  # fmt: skip
     """Train a stage and export the model as `<run>/<name>-hf`.
 
@@ -143,25 +170,29 @@ def train(
         data: Folder of the demo's corpora.
         blend: Language group -> parts of its text.
         options: More flags of the trainer.
+        made_from, files: The steps that made start and data, and the files if they come from elsewhere.
         recipe: Name of the demo's recipe; by default `name`.
         ranks: By default one if the machine has one GPU, otherwise two: on two GPUs or two CPU cores.
     """
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0  # with an old driver, it counts them
+    settings = RECIPES / f"demo-{recipe or name}.yaml"
     steps.step(
         name,
-        *(f"launch/{stage}.sh", "--recipe", RECIPES / f"demo-{recipe or name}.yaml", "--pretrained-checkpoint", start),
+        *(f"launch/{stage}.sh", "--recipe", settings, "--pretrained-checkpoint", start),
         *("--data-path", *(word for group in blend for word in (str(blend[group]), data / f"{group}_text_document"))),
         *("--save", steps.run / name, *options),
         NPROC_PER_NODE=str(ranks or min(gpus, 2) or 2),
+        made_from=made_from,
+        files=[settings, *files],
         is_complete=(steps.run / name / FINISHED_FILE).is_file,
         continues=steps.run / name,
         # GPUs that PyTorch cannot use would be an error.
         **({"CUDA_VISIBLE_DEVICES": ""} if not gpus and machine.has_gpus() else {}),
     )
     words = ("--load", steps.run / name, "--save", steps.run / f"{name}-hf", "--overwrite")
-    steps.step(f"export-{name}", "checkpoint_convert/mcore_to_hf.py", *words)
+    steps.step(f"export-{name}", "checkpoint_convert/mcore_to_hf.py", *words, made_from=[name])
 
 
 def held_out_files(demo: Path) -> dict[str, Path]:
@@ -170,11 +201,17 @@ def held_out_files(demo: Path) -> dict[str, Path]:
 
 
 def evaluate(
-    steps: Steps, name: str, command: str, models: Mapping[str, Path], demo: Path, options: Iterable[str] = ()
-) -> None:
+    steps: Steps, name: str, command: str, models: Mapping[str, Path], demo: Path, options: Iterable[str] = (), *,
+    made_from: Iterable[str], files: Iterable[Path] = (),
+) -> None:  # fmt: skip
     """Evaluate models (name -> Hugging Face directory) on the held-out text of the demo in folder `demo`."""
     words = [word for model, folder in models.items() for word in ("--model", f"{model}={folder}")]
     words += [word for language, path in held_out_files(demo).items() for word in ("--data", f"{language}={path}")]
     words += ["--original-languages", ",".join(ORIGINAL), "--sequence-length", "128", "--context", "32"]
     words += ["--device", "cpu", "--output", str(steps.run / "evaluation")]
-    steps.step(name, "-m", "moelpr.evaluate", command, *words, *options)
+    steps.step(
+        name,
+        *("-m", "moelpr.evaluate", command, *words, *options),
+        made_from=made_from,
+        files=[*held_out_files(demo).values(), *files],
+    )

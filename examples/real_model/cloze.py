@@ -32,13 +32,16 @@ METRICS = ("acc", "acc_norm")  # acc_norm divides by the length of the option
 BENCHMARKS = {"Cloze, trained kinds": ("trained", TRAINED), "Cloze, other kinds": ("other", UNTRAINED)}
 
 
-def write_tasks(output: Path, corpus: Path) -> None:
+def write_tasks(output: Path, corpus: Path, *, overwrite: bool = False) -> None:
     """Write `tasks.yaml` for --tasks and the folder `tasks` for --include-path, unless `output` exists.
+
+    Args:
+        overwrite: Replace an existing `output`.
 
     Raises:
         UserError: the corpus is missing, or too small.
     """
-    if output.exists():
+    if output.exists() and not overwrite:
         return
     table: dict[str, Any] = {
         name: {"num_fewshot": 0, "metric": "acc_norm", "tasks": {lang: f"cloze_{end}_{lang}" for lang in LANGUAGES}}
@@ -127,8 +130,9 @@ def main() -> None:
         "--run", type=Path, default=Path("runs/real-model"), metavar="DIR",
         help="folder with the text in corpus/, and of the output cloze/ (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing cloze/")
     args = parser.parse_args()
-    write_tasks(args.run / "cloze", args.run / "corpus")
+    write_tasks(args.run / "cloze", args.run / "corpus", overwrite=args.overwrite)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ class Task:
         minutes: expected on two cores, with the default base.
         memory_gib, disk_gib: needed while it runs, and what it leaves, with the default base.
         variables: of its environment.
-        made_from, is_complete, continues: of `Steps.step`.
+        made_from, files, is_complete, continues: of `Steps.step`.
         after: names of the tasks whose results decide its command.
     """
 
@@ -30,6 +30,7 @@ class Task:
     variables: Mapping[str, str] = field(default_factory=dict)
     blocks: bool = True
     made_from: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
     after: tuple[str, ...] = ()
     is_complete: Callable[[], bool] = lambda: True
     continues: Path | None = None

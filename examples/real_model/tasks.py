@@ -1,10 +1,12 @@
 """The tasks of the queue in their order: a believable page early, further seeds last."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 
+from examples.real_model.downloads import SOURCES
 from examples.real_model.settings import (
     ALL,
     BASE,
@@ -93,7 +95,13 @@ class Tasks:
             *self._replay(),
             *self._lora(LORA_16, rank=16),
         ]
-        return tasks
+        if self._downloads_base:
+            return tasks
+        return [replace(task, files=(*task.files, self.base)) if "base" in task.made_from else task for task in tasks]
+
+    @property
+    def _downloads_base(self) -> bool:
+        return self.base == self.run / "base-hf"
 
     def _text(self) -> list[Task]:
         """Base and text, the validation part and prompts, and one corpus per language group."""
@@ -102,10 +110,11 @@ class Tasks:
             Task(
                 "text",
                 everyone,
-                lambda: ["-m", "examples.real_model.text", "--run", self.run],
+                lambda: ["-m", "examples.real_model.text", "--run", self.run, "--overwrite"],
                 3,
                 2,
                 0.3,
+                files=(SOURCES,),
                 is_complete=(self.corpus / "facts.json").is_file,
             ),
             Task(
@@ -117,10 +126,12 @@ class Tasks:
                 is_complete=self.text.is_dir,
             ),
         ]
-        if self.base == self.run / "base-hf":
-            download: Command = ["-m", "examples.real_model.base", "--run", self.run]
+        if self._downloads_base:
+            download: Command = ["-m", "examples.real_model.base", "--run", self.run, "--overwrite"]
             is_complete = (self.base / "config.json").is_file
-            tasks.insert(0, Task("base", everyone, lambda: download, 1, 2, 1, is_complete=is_complete))
+            tasks.insert(
+                0, Task("base", everyone, lambda: download, 1, 2, 1, files=(SOURCES,), is_complete=is_complete)
+            )
         return [*tasks, *self._preprocess(everyone, self.base)]
 
     def _preprocess(self, settings: frozenset[str], tokenizer: Path, prefix: str = "") -> list[Task]:
@@ -424,7 +435,7 @@ class Tasks:
     def _cloze(self) -> list[Task]:
         """The multiple-choice task, and up to four models' scores on it."""
         users = frozenset({"copies", "full", "lora"})
-        write: Command = ["-m", "examples.real_model.cloze", "--run", self.run]
+        write: Command = ["-m", "examples.real_model.cloze", "--run", self.run, "--overwrite"]
         folder = self.run / "cloze"
 
         def command() -> Command:

@@ -39,14 +39,15 @@ DISK = 100_000_000  # bytes of the corpus and of what is read for it
 Lines = list[dict[str, str]]
 
 
-def build_corpus(output: Path, cache: Path) -> dict[str, Any]:
+def build_corpus(output: Path, cache: Path, *, overwrite: bool = False) -> dict[str, Any]:
     """Write the corpus unless `output` contains one, and return its facts.
 
     Args:
         cache: folder of downloads.
+        overwrite: Replace an existing corpus.
     """
     path = output / "facts.json"
-    if path.exists():
+    if path.exists() and not overwrite:
         return json.loads(path.read_bytes())
     require_space(output, DISK, "the text")
     sources = {name: source for name, source in read_sources().items() if source.kind in {**TRAINED, **UNTRAINED}}
@@ -171,8 +172,8 @@ def write_lines(path: Path, lines: Lines) -> None:
 
 
 def main() -> None:
-    run, cache = parse_folders(__doc__.splitlines()[0])
-    facts = build_corpus(run / "corpus", cache)
+    run, cache, overwrite = parse_folders(__doc__.splitlines()[0])
+    facts = build_corpus(run / "corpus", cache, overwrite=overwrite)
     for language, found in facts["languages"].items():
         train = sum(kind["bytes"] for kind in found["train"].values())
         held_out = ", ".join(f"{kind} {size['bytes']:,}" for kind, size in found["held_out"].items())

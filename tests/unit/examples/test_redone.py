@@ -1,0 +1,124 @@
+"""What was made from something is made again when that was made again: in the demo, the frontier and the real model."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from examples import demo, frontier
+from examples.real_model.__main__ import run_tasks
+from examples.real_model.tasks import Tasks
+from examples.steps import ROOT, Steps
+from moelpr.process.errors import UserError
+
+REPORT = {"bits_per_byte": {}, "languages": {}, "title": "", "claims": []}
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The steps that were started, each replaced by one that writes a file into the folders it should write."""
+    names: list[str] = []
+
+    def go(words: list[str], stdout: Any, env: Any) -> subprocess.CompletedProcess[str]:
+        names.append(Path(stdout.name).stem)
+        for flag, word in zip(words, words[1:], strict=False):
+            if flag in ("--save", "--output"):
+                Path(word).mkdir(parents=True, exist_ok=True)
+                (Path(word) / "FINISHED").touch()
+            if flag == "--output":
+                (Path(word) / "report.json").write_text(json.dumps(REPORT))
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr("subprocess.run", go)
+    monkeypatch.setattr(frontier, "write_results", lambda *_: None)
+    monkeypatch.chdir(ROOT)
+    return names
+
+
+def starts(monkeypatch: pytest.MonkeyPatch, main: Callable[[], None], *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+    main()
+
+
+def test_another_seed_of_the_demo_redoes_all_that_depends_on_it(
+    tmp_path: Path, started: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts(monkeypatch, demo.main, "--run", tmp_path)
+    everything = [*started]
+    starts(monkeypatch, demo.main, "--run", tmp_path)
+    assert started == everything  # all is done
+    started.clear()
+    for stage in ("stage1", "stage2"):
+        with pytest.raises(UserError, match=f"{stage} was made by another command, .* remove it"):
+            starts(monkeypatch, demo.main, "--run", tmp_path, "--seed", 2)
+        shutil.rmtree(tmp_path / stage)
+    starts(monkeypatch, demo.main, "--run", tmp_path, "--seed", 2)
+    assert started == everything[everything.index("upcycle") :]
+
+
+def test_a_changed_recipe_or_held_out_text_redoes_what_reads_it(
+    tmp_path: Path, started: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes = shutil.copytree(ROOT / "launch/recipes", tmp_path / "recipes")
+    monkeypatch.setattr("examples.steps.RECIPES", recipes)
+    run = tmp_path / "run"
+    starts(monkeypatch, demo.main, "--run", run)
+    everything = [*started]
+    started.clear()
+    (run / "corpus" / "validation.el.jsonl").write_text("changed")
+    starts(monkeypatch, demo.main, "--run", run)
+    assert started == ["evaluate", "evaluate-routing", "report"]
+    started.clear()
+    (recipes / "demo-stage2.yaml").write_text("changed")
+    with pytest.raises(UserError, match="stage2 was made by another command"):
+        starts(monkeypatch, demo.main, "--run", run)
+    shutil.rmtree(run / "stage2")
+    starts(monkeypatch, demo.main, "--run", run)
+    assert started == everything[everything.index("stage2") :]
+
+
+def test_another_base_of_the_demo_redoes_the_frontier(
+    tmp_path: Path, started: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, run = tmp_path / "demo", tmp_path / "run"
+    (base / "logs").mkdir(parents=True)
+    (base / "logs" / "export-base.json").write_text("{}")
+    (base / "base-hf").mkdir()
+    (base / "base-hf" / "model.safetensors").write_text("1")
+    arguments = ("--demo", base, "--run", run, "--seeds", 1, "--settings", "1-copy-gamma-0.1")
+    starts(monkeypatch, frontier.main, *arguments)
+    everything = [*started]
+    starts(monkeypatch, frontier.main, *arguments)
+    assert started == everything
+    started.clear()
+    (base / "base-hf" / "model.safetensors").write_text("2")
+    for stage in ("stage1-1-seed-1", "1-copy-gamma-0.1-seed-1"):
+        with pytest.raises(UserError, match=f"{stage} was made by another command"):
+            starts(monkeypatch, frontier.main, *arguments)
+        shutil.rmtree(run / stage)
+    starts(monkeypatch, frontier.main, *arguments)
+    assert started == everything
+
+
+def test_other_sources_redo_the_real_models_text_and_what_was_made_of_it(
+    tmp_path: Path, started: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = tmp_path / "sources.yaml"
+    sources.write_text("")
+    monkeypatch.setattr("examples.real_model.tasks.SOURCES", sources)
+    tasks = [replace(task, is_complete=lambda: True) for task in Tasks(tmp_path).all()]
+    tasks = [task for task in tasks if task.name in ("base", "text", "split", "cloze", "evaluate-cloze")]
+    assert run_tasks(tasks, Steps(tmp_path)) == run_tasks(tasks, Steps(tmp_path)) == []
+    everything = [task.name for task in tasks]
+    assert started == everything
+    sources.write_text("changed")
+    assert run_tasks(tasks, Steps(tmp_path)) == []
+    assert started == 2 * everything
+    # They must not keep what they find.
+    assert all("--overwrite" in task.command() for task in tasks[:4])

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 from pathlib import Path
@@ -103,7 +104,7 @@ def test_a_second_call_submits_only_steps_that_are_neither_done_nor_active(calls
     for name in ("data/replay_text_document.idx", "data/expanded_text_document.shard-00001-of-00002.idx"):
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).touch()
-    again = calls(*chain(run), IN_QUEUE="4 8")
+    again = calls(*chain(run), IN_QUEUE="4")
     assert again.stdout.splitlines() == [
         "expanded-shards: job 9",
         "expanded: job 10, after 9",
@@ -112,12 +113,83 @@ def test_a_second_call_submits_only_steps_that_are_neither_done_nor_active(calls
         "stage1: job 11, after 4:10",
         "stage2: job 12, after 11",
         "export: job 13, after 12",
-        "evaluate: job 8 is pending or running",
+        "evaluate: job 14, after 13",
     ]
     assert "[--array] [0] [" in calls.made[8]
     busy = calls(*chain(run), IN_QUEUE="9")
     assert busy.returncode == 2
     assert "scancel 9" in busy.stderr
+
+
+OUTPUTS = {
+    "expanded": "data/expanded_text_document.idx", "replay": "data/replay_text_document.idx",
+    "convert": "upcycled/latest_checkpointed_iteration.txt", "stage1": "stage1/FINISHED", "stage2": "stage2/FINISHED",
+    "export": "hf/config.json", "evaluate": "evaluation/results.json",
+}  # fmt: skip
+
+
+@pytest.fixture
+def finished(calls: Calls, tmp_path: Path) -> list[object]:
+    """A chain of which all steps are done; its stages have recipes of their own."""
+    run = tmp_path / "greek"
+    (tmp_path / "r1.yaml").write_text("1")
+    words = [str(tmp_path / word) if word in ("r1.yaml", "r2.yaml") else word for word in chain(run)]
+    assert calls(*words).returncode == 0
+    for path in (*OUTPUTS.values(), *(f"stage{x}/latest_checkpointed_iteration.txt" for x in (1, 2))):
+        (run / path).parent.mkdir(exist_ok=True, parents=True)
+        (run / path).touch()
+    assert calls(*words).stdout.splitlines() == [f"{step}: done" for step in OUTPUTS]
+    return words
+
+
+def test_what_was_made_from_a_step_that_is_made_again_is_made_again(
+    calls: Calls, tmp_path: Path, finished: list[object]
+) -> None:
+    run = tmp_path / "greek"
+    num_calls = len(calls.made)
+    (run / "stage1" / "FINISHED").unlink()  # as for training on from an earlier step
+    stale = calls(*finished)
+    assert stale.returncode == 2 and len(calls.made) == num_calls
+    assert f"(stage1 is made again); remove {run}/stage2 to make it again, or " in stale.stderr
+    shutil.rmtree(run / "stage2")
+    assert calls(*finished).stdout.splitlines() == [
+        *(f"{step}: done" for step in ("expanded", "replay", "convert")),
+        "stage1: job 9",
+        "stage2: job 10, after 9",
+        "export is not what it would be now (stage2 is made again)",
+        "export: job 11, after 10",
+        "evaluate is not what it would be now (export is made again)",
+        "evaluate: job 12, after 11",
+    ]
+    assert calls.made[10].endswith("[--overwrite]")
+
+
+def test_a_step_is_not_done_if_another_call_has_made_its_source_again(
+    calls: Calls, tmp_path: Path, finished: list[object]
+) -> None:
+    run = tmp_path / "greek"
+    shutil.rmtree(run / "stage1")
+    until_stage1, rest = finished[: finished.index("@stage2")], finished[finished.index("@stage2") :]
+    assert calls(*until_stage1).stdout.splitlines()[-1] == "stage1: job 9"
+    running = calls(*finished, IN_QUEUE="9 6")
+    assert "job 6 of @stage2 is pending or running, but stage1 has been made again since, by job 9" in running.stderr
+    (run / "stage1").mkdir()
+    (run / OUTPUTS["stage1"]).touch()
+    stale = calls(*finished)
+    assert f"(stage1 has been made again since, by job 9); remove {run}/stage2" in stale.stderr
+    only_export = calls(*finished[:7], *rest[rest.index("@export") :])
+    assert only_export.stdout.splitlines() == ["export: done", "evaluate: done"]  # of the stage 2 that is there
+    (run / "slurm" / "stage2.made_from").unlink()  # keep it
+    assert calls(*finished).stdout.splitlines() == [f"{step}: done" for step in OUTPUTS]
+
+
+def test_a_finished_stage_is_bound_to_its_recipe(calls: Calls, tmp_path: Path, finished: list[object]) -> None:
+    (tmp_path / "r1.yaml").write_text("2")
+    changed = calls(*finished)
+    assert changed.returncode == 2 and "(its recipe has changed); remove" in changed.stderr
+    (tmp_path / "greek" / "stage1" / "FINISHED").unlink()  # settings of an unfinished one may change
+    shutil.rmtree(tmp_path / "greek" / "stage2")
+    assert "stage1: job 9" in calls(*finished).stdout.splitlines()
 
 
 def test_stage_1_starts_from_stage_0_if_the_chain_has_one(calls: Calls, tmp_path: Path) -> None:

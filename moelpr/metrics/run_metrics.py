@@ -1,54 +1,161 @@
-"""Read a run's metrics.jsonl, even while the run is writing it or if an older version wrote it.
+"""Read a run's metrics.jsonl, even while the run is writing it.
 
 An incomplete last line is ignored. A resumed run repeats the steps after its last checkpoint; a step's last record
 counts. Events of unknown kinds are ignored.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
+import pydantic_core
+from pydantic import AfterValidator, TypeAdapter, ValidationError
+
+from moelpr.metrics.schema import METRICS
 from moelpr.process.errors import UserError
+from moelpr.store.records import reason
 
-Record = dict[str, Any]
-# What readers use of a training step: a number each, or one per layer.
-_NUMBERS = frozenset(
-    "lm_loss lm_loss_original lm_loss_expanded balance_loss lpr_loss grad_norm learning_rate step_time_s tokens_per_s "
-    "peak_memory_gib consumed_tokens".split()
-)
-_PER_LAYER = frozenset(
-    f"{share}_{group}" for share in ("original_first_share", "all_original_share") for group in ("original", "expanded")
-)
 _LARGEST = 1e30
+# A number; None if it is missing, NaN, or too large to be computed with.
+Number = Annotated[
+    int | float | None, AfterValidator(lambda x: x if x is not None and -_LARGEST < x < _LARGEST else None)
+]
+# A training step: iteration, stage, and the metrics of `moelpr.metrics.schema` by their keys.
+Step = dict[str, Any]
+
+
+class HeldOutLoss(TypedDict, total=False):
+    """The loss on a language's held-out text.
+
+    Attributes:
+        group: The language's group; "original" if it is missing.
+        lm_loss: Nats per token.
+        bits_per_byte: The loss in bits per byte, if the number of bytes is known.
+        bits_per_token: The loss in bits per token otherwise.
+    """
+
+    group: Literal["original", "expanded"]
+    lm_loss: Number
+    bits_per_byte: Number
+    bits_per_token: Number
+
+
+class ValidationEvent(TypedDict):
+    """A validation pass.
+
+    Attributes:
+        iteration: The number of steps before it.
+        event: "validation".
+        stage: The stage that trains.
+        languages: Language -> its loss.
+    """
+
+    iteration: int
+    event: Literal["validation"]
+    stage: NotRequired[str]
+    languages: dict[str, HeldOutLoss]
+
+
+class WarningEvent(TypedDict):
+    """A warning.
+
+    Attributes:
+        iteration: The step that triggered it.
+        event: "warning".
+        stage: The stage that trains.
+        kind: What is wrong (see `moelpr.training.early_warnings`).
+        message: A sentence with the remedy.
+    """
+
+    iteration: int
+    event: Literal["warning"]
+    stage: NotRequired[str]
+    kind: NotRequired[str]
+    message: NotRequired[str]
+
+
+class OtherEvent(TypedDict):
+    """An event of another version."""
+
+    iteration: int
+    event: str
+
+
+_BY_AXES: dict[str, Any] = {"": Number, "L": list[Number], "LE": list[list[Number]]}
+_Step = TypedDict(  # type: ignore[misc]  # its keys are those of the table
+    "_Step", {"iteration": int, "stage": NotRequired[str]} | {m.key: NotRequired[_BY_AXES[m.axes]] for m in METRICS}
+)
+_EVENTS = {
+    event: TypeAdapter[Any](kind)
+    for event, kind in ((None, _Step), ("validation", ValidationEvent), ("warning", WarningEvent))
+}
+_OTHER = TypeAdapter[Any](OtherEvent)
 
 
 @dataclass
 class RunMetrics:
-    """The records of a run: one per training step, validation pass and warning, sorted by `iteration`."""
+    """The records of a run, sorted by iteration.
 
-    steps: list[Record] = field(default_factory=list)
-    validations: list[Record] = field(default_factory=list)
-    warnings: list[Record] = field(default_factory=list)
+    Attributes:
+        steps: One record per training step.
+        validations: One record per validation pass.
+        warnings: One record per warning.
+    """
+
+    steps: list[Step] = field(default_factory=list)
+    validations: list[ValidationEvent] = field(default_factory=list)
+    warnings: list[WarningEvent] = field(default_factory=list)
+
+
+class LineParser:
+    """Parses the lines of one metrics.jsonl, which must agree in the numbers of layers and experts."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[str, int] = {}  # axis -> number
+
+    def parse(self, line: bytes) -> Any:
+        """The record in a line: a step, which has no `event`, or one of the events.
+
+        Raises:
+            ValueError: The line is not a record, or does not fit the lines before it.
+        """
+        content = pydantic_core.from_json(line)
+        event = content.get("event") if isinstance(content, dict) else None
+        adapter = _EVENTS.get(event, _OTHER) if isinstance(event, str | None) else _OTHER
+        try:
+            record = adapter.validate_python(content, strict=True)
+        except ValidationError as error:
+            raise ValueError(reason(error)) from error
+        if event is None:
+            self._check_sizes(record)
+        return record
+
+    def _check_sizes(self, step: Step) -> None:
+        for metric in METRICS:
+            for axis in metric.axes if step.get(metric) else "":
+                for size in {len(step[metric])} if axis == "L" else set(map(len, step[metric])):
+                    if size != self._sizes.setdefault(axis, size):
+                        what = {"L": "MoE layers", "E": "experts"}[axis]
+                        raise ValueError(f"{metric} has {size} {what}, the values before it {self._sizes[axis]}")
 
 
 def read_run_metrics(path: Path, layers_at_ends: int | None = None) -> RunMetrics:
-    """All records in the file.
+    """Read all records in the file.
 
     Args:
-        layers_at_ends: number of first and of last steps that keep their values per layer; the others keep only the
+        layers_at_ends: The number of first and of last steps that keep their values per layer. The others keep only the
             means, because a long run of a large model takes hundreds of megabytes otherwise. None: all steps.
 
     Raises:
-        UserError: the file is missing, or a line is not a record.
+        UserError: The file is missing, or a line is not a record.
     """
-    steps: dict[int, Record] = {}
-    passes: dict[int, Record] = {}
-    warnings: list[Record] = []
+    steps: dict[int, Step] = {}
+    passes: dict[int, ValidationEvent] = {}
+    warnings: list[WarningEvent] = []
     with_layers: list[int] = []  # steps after the first ones that still have their values per layer
     for record in _records(path):
-        iteration, event = int(record["iteration"]), record.get("event")
+        iteration, event = record["iteration"], record.get("event")
         if event == "warning":
             warnings.append(record)
         elif event == "validation":
@@ -62,14 +169,15 @@ def read_run_metrics(path: Path, layers_at_ends: int | None = None) -> RunMetric
     return RunMetrics([steps[key] for key in sorted(steps)], [passes[key] for key in sorted(passes)], warnings)
 
 
-def _records(path: Path) -> Iterator[Record]:
+def _records(path: Path) -> Iterator[Any]:
+    parser = LineParser()
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
                 try:
-                    record = parse_record(line)
+                    record = parser.parse(line)
                 except ValueError as error:
                     if not line.endswith(b"\n"):  # still being written
                         return
@@ -79,52 +187,16 @@ def _records(path: Path) -> Iterator[Record]:
         raise UserError(f"cannot read {path} ({error.strerror}); pass a run that has written metrics") from error
 
 
-def parse_record(line: bytes) -> Record:
-    """The record in a line; NaN and infinity become None.
-
-    Raises:
-        ValueError: it is not a record, or what readers use of it has the wrong type.
-    """
-    try:
-        record = json.loads(line, parse_constant=lambda _: None, parse_int=_number, parse_float=_number)
-        if b"\\ud" in line.lower():  # half a surrogate pair can't be written
-            json.dumps(record, ensure_ascii=False).encode()
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    if not isinstance(record, dict):
-        raise ValueError("not an object")
-    if type(record.get("iteration")) is not int:
-        raise ValueError("no iteration")
-    event = record.get("event")
-    used = {name: record[name] for name in _NUMBERS & record.keys()} if event is None else {}
-    for name in _PER_LAYER & record.keys() if event is None else ():
-        shares = record[name]
-        used |= {
-            f"{name}.{layer}": share for layer, share in enumerate(shares if isinstance(shares, list) else [shares])
-        }
-    if event == "validation":
-        if not isinstance(languages := record.get("languages"), dict):
-            raise ValueError("no languages")
-        for language, result in languages.items():
-            if not isinstance(result, dict) or result.get("group", "original") not in ("original", "expanded"):
-                raise ValueError(f"no result of {language}")
-            used |= {f"{language}.{unit}": result.get(unit) for unit in ("bits_per_byte", "bits_per_token")}
-    for name, value in used.items():
-        if value is not None and not isinstance(value, int | float):
-            raise ValueError(f"{name} is not a number")
-    return record
+def _keep_means(step: Step) -> None:
+    for metric in METRICS:
+        if metric.axes and metric in step:
+            step[metric] = mean_of(step[metric]) if metric.axes == "L" else None
 
 
-def _number(digits: str) -> int | float | None:
-    """A number; None if it is too large to be computed with."""
-    value = float(digits)
-    return (int(digits) if digits.lstrip("-").isdigit() else value) if abs(value) < _LARGEST else None
-
-
-def _keep_means(record: Record) -> None:
-    for name, value in record.items():
-        if isinstance(value, list):
-            record[name] = mean_of(value) if not (value and isinstance(value[0], list)) else None
+def bits_of(loss: HeldOutLoss) -> tuple[str, float | None]:
+    """The unit ("bits per byte" if known, else "bits per token") and the value of a language's loss."""
+    is_per_token = loss.get("bits_per_byte") is None and loss.get("bits_per_token") is not None
+    return ("bits per token", loss["bits_per_token"]) if is_per_token else ("bits per byte", loss.get("bits_per_byte"))
 
 
 def mean_of(value: Any) -> float | None:

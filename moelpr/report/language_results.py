@@ -8,18 +8,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from moelpr.metrics.run_metrics import bits_of
+from moelpr.metrics.schema import ROUTING_SHARES
 from moelpr.process.errors import UserError
 from moelpr.report.plots import Interval
 from moelpr.report.runs import Run
 from moelpr.store.files import parse_json
 
 GROUPS = ("expanded", "original")
-GROUP_NAMES = {"original": "original languages", "expanded": "expanded languages"}
-# Fractions of tokens in evaluations and, by language group, in metrics -> what the tokens do.
-ROUTING_SHARES = {
-    "original_first_share": "first choice is an original expert",
-    "all_original_share": "choices are all original experts",
-}
 
 
 @dataclass
@@ -77,7 +73,7 @@ def held_out_results(runs: Sequence[Run]) -> LanguageResults:
     """
     results = LanguageResults(has_start=False)
     lengths: dict[str, int | None] = {}
-    unit_of: dict[str, str] = {}  # language -> unit of its first result
+    units: dict[str, str] = {}  # language -> unit of its first result
     for run in (run for run in runs if run.metrics.validations):
         first, last = run.metrics.validations[0], run.metrics.validations[-1]
         passes = {f"after {run.name}": last}
@@ -92,11 +88,11 @@ def held_out_results(runs: Sequence[Run]) -> LanguageResults:
                 results.other_windows.append(name)
             for language, result in record["languages"].items():
                 results.groups[language] = result.get("group", "original")
-                units = [unit for unit in ("bits_per_byte", "bits_per_token") if result.get(unit) is not None]
-                if units:
-                    values[language] = Interval(result[units[0]])
-                    results.per_token |= {language} if units[0] == "bits_per_token" else set()
-                    if has_other_windows or unit_of.setdefault(language, units[0]) != units[0]:
+                unit, bits = bits_of(result)
+                if bits is not None:
+                    values[language] = Interval(bits)
+                    results.per_token |= {language} if unit == "bits per token" else set()
+                    if has_other_windows or units.setdefault(language, unit) != unit:
                         results.changes.setdefault(name, {})[language] = Interval(math.nan)
     return results
 

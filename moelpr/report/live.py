@@ -10,24 +10,21 @@ from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
 
-from moelpr.metrics.run_metrics import Record, parse_record
+from moelpr.metrics.run_metrics import LineParser, bits_of
+from moelpr.metrics.schema import METRICS
 from moelpr.process.errors import UserError
 from moelpr.report.runs import Run, read_run
 from moelpr.store.run_folder import FINISHED_FILE, METRICS_FILE
 
 _BARS = "▁▂▃▄▅▆▇█"
-_VALUES = {
-    "loss": "lm_loss", "loss, original": "lm_loss_original", "loss, expanded": "lm_loss_expanded",
-    "balance": "balance_loss", "LPR": "lpr_loss", "grad norm": "grad_norm", "tokens/s": "tokens_per_s",
-    "memory, GiB": "peak_memory_gib",
-}  # fmt: skip
+_SHOWN = [metric for metric in METRICS if metric.label]
 _KEPT = 2000  # steps in the sparklines at most
 
 
@@ -55,7 +52,7 @@ def show(folder: Path, interval_s: float, once: bool) -> None:
                 live.update(drawing(run), refresh=True)
 
 
-def add(run: Run, record: Record) -> None:
+def add(run: Run, record: Any) -> None:
     """Add a record to the run unless it is there; without numbers per layer, which the view does not show."""
     metrics, event = run.metrics, record.get("event")
     if event == "warning" and record not in metrics.warnings:
@@ -78,37 +75,31 @@ def headline(run: Run) -> str:
 def drawing(run: Run) -> RenderableType:
     """Headline, values with their history, held-out languages and the last warnings."""
     values = _table("", "now", "history")
-    for name, key in _VALUES.items():
-        history = [record[key] for record in run.metrics.steps[-_KEPT:] if record.get(key) is not None]
+    for metric in _SHOWN:
+        history = [step[metric] for step in run.metrics.steps[-_KEPT:] if step.get(metric) is not None]
         if history:
             now = f"{history[-1]:.4g}" if history[-1] < 1e4 else f"{history[-1]:,.0f}"
-            values.add_row(name, now, sparkline(history))
+            values.add_row(metric.label, now, sparkline(history))
     parts: list[RenderableType] = [Text(headline(run), style="bold"), values]
     if run.metrics.validations:
         first, newest = run.metrics.validations[0], run.metrics.validations[-1]
         table = _table(f"held out, step {newest['iteration']:,}", "", f"since step {first['iteration']:,}")
-        for language, result in newest["languages"].items():
-            for unit, value in _bits(result)[:1]:
-                start = first["languages"].get(language, {}).get(unit)
-                change = f"{value / start - 1:+.1%}" if start else ""
-                table.add_row(
-                    Text(f"{language} ({result.get('group')})"), f"{value:.3f} {unit.replace('_', ' ')}", change
-                )
+        for language, loss in newest["languages"].items():
+            unit, value = bits_of(loss)
+            if value is not None:
+                start_unit, start = bits_of(first["languages"].get(language, {}))
+                change = f"{value / start - 1:+.1%}" if start and start_unit == unit else ""
+                table.add_row(Text(f"{language} ({loss.get('group')})"), f"{value:.3f} {unit}", change)
         parts.append(table)
-    for record in run.metrics.warnings[-5:]:
+    for warning in run.metrics.warnings[-5:]:
         # The word "warning" is there because color alone would not do.
-        parts.append(Text(f"warning, step {record['iteration']:,}: {record.get('message', '')}", style="yellow"))
+        parts.append(Text(f"warning, step {warning['iteration']:,}: {warning.get('message', '')}", style="yellow"))
     return Group(*parts)
 
 
 def _table(name: str, *numbers: str) -> Table:
     columns = [Column(number, justify="right", no_wrap=True) for number in numbers]
     return Table(Column(name, no_wrap=True), *columns, box=None, pad_edge=False, header_style="dim")
-
-
-def _bits(result: Record) -> list[tuple[str, float]]:
-    """(unit, value) of one language's held-out text, bits per byte first."""
-    return [(unit, result[unit]) for unit in ("bits_per_byte", "bits_per_token") if result.get(unit) is not None]
 
 
 def sparkline(values: list[float], width: int = 40) -> str:
@@ -120,23 +111,19 @@ def sparkline(values: list[float], width: int = 40) -> str:
     return "".join(_BARS[round((mean - low) / span * (len(_BARS) - 1))] for mean in means)
 
 
-def line(record: Record) -> str:
+def line(record: Any) -> str:
     """A record as one line of a log."""
     where = f"{record.get('stage', 'training')} step {record['iteration']}"
     if record.get("event") == "warning":
         return f"{where}, warning: {record.get('message', '')}"
     if record.get("event") == "validation":
-        parts = [
-            f"{language} {value:.4f} {unit.replace('_', ' ')}"
-            for language, result in record["languages"].items()
-            for unit, value in _bits(result)
-        ]
+        bits = {language: bits_of(loss) for language, loss in record["languages"].items()}
+        parts = [f"{language} {value:.4f} {unit}" for language, (unit, value) in bits.items() if value is not None]
         return f"{where}, validation: {', '.join(parts)}"
-    parts = [f"{name} {record[key]:.4g}" for name, key in _VALUES.items() if record.get(key) is not None]
-    return f"{where}: {', '.join(parts)}"
+    return f"{where}: {', '.join(f'{m.label} {record[m]:.4g}' for m in _SHOWN if record.get(m) is not None)}"
 
 
-def follow(folder: Path, interval_s: float) -> Iterator[tuple[Run, list[Record]]]:
+def follow(folder: Path, interval_s: float) -> Iterator[tuple[Run, list[Any]]]:
     """The run and its new records, possibly none, every `interval_s` seconds until the run is finished.
 
     A resumed run replaces its metrics.jsonl; then the run is read again. The first records after reading may be
@@ -151,25 +138,25 @@ def follow(folder: Path, interval_s: float) -> Iterator[tuple[Run, list[Record]]
         raise UserError(f"{folder} is no longer there; pass a folder of a run") from error
 
 
-def _follow(folder: Path, interval_s: float) -> Iterator[tuple[Run, list[Record]]]:
+def _follow(folder: Path, interval_s: float) -> Iterator[tuple[Run, list[Any]]]:
     path = folder / METRICS_FILE
     while True:
         size = path.stat().st_size if path.exists() else 0
-        run = read_run(folder)
+        run, parser = read_run(folder), LineParser()
         with path.open("rb") as file:
             near_end = max(0, size - (1 << 20))
             file.seek(near_end)
             file.seek(near_end + file.read(size - near_end).rfind(b"\n") + 1)  # where a half-written line begins
             while path.stat().st_ino == os.fstat(file.fileno()).st_ino and path.stat().st_size >= file.tell():
                 is_finished = (folder / FINISHED_FILE).exists()  # before reading, so that the last records are read
-                yield run, list(_new_records(file))
+                yield run, list(_new_records(file, parser))
                 if is_finished:
                     return
                 time.sleep(interval_s)
 
 
-def _new_records(file: BinaryIO) -> Iterator[Record]:
+def _new_records(file: BinaryIO, parser: LineParser) -> Iterator[Any]:
     while (text := file.readline()).endswith(b"\n"):
         with suppress(ValueError):
-            yield parse_record(text)
+            yield parser.parse(text)
     file.seek(-len(text), os.SEEK_CUR)  # still being written

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 from moelpr.languages import language_name
+from moelpr.metrics.schema import GROUP_NAMES, METRICS, ROUTING_SHARES, TOKENS_PER_S
 from moelpr.report import page, plots
-from moelpr.report.language_results import GROUP_NAMES, ROUTING_SHARES, LanguageResults
+from moelpr.report.language_results import LanguageResults
 from moelpr.report.page import Block, Row, Table, Text, number_text
 from moelpr.report.runs import ENDS, Run, curve_of
 
@@ -37,31 +39,26 @@ def _charts_of(run: Run) -> Iterator[tuple[str, list[plots.Curve], bool, bool]]:
         for group, title in GROUP_NAMES.items():
             curves = [curve_of(bits, name, language_name(name)) for name in groups if groups[name] == group]
             yield f"held-out text, {title} (bits per {unit})", curves, False, False
-    steps = run.metrics.steps
-    losses = [curve_of(steps, f"lm_loss_{group}", name) for group, name in GROUP_NAMES.items()]
-    has_losses = all(curve.y for curve in losses)
-    yield "next-token loss (nats per token)", losses if has_losses else [curve_of(steps, "lm_loss")], False, True
-    yield "balance loss", [curve_of(steps, "balance_loss")], False, True
-    yield "LPR loss (nats)", [curve_of(steps, "lpr_loss")], False, True
-    for share, title in ROUTING_SHARES.items():
-        curves = [curve_of(steps, f"{share}_{group}", name) for group, name in GROUP_NAMES.items()]
-        yield f"tokens whose {title}", [curve for curve in curves if any(curve.y)], True, True
-    yield "gradient norm", [curve_of(steps, "grad_norm")], False, True
-    yield "learning rate", [curve_of(steps, "learning_rate")], False, False
-    yield "tokens per second", [curve_of(steps[1:], "tokens_per_s")], False, True
+    for title, (*metrics,) in groupby((m for m in METRICS if m.in_chart), key=lambda m: m.heading):
+        first = 1 if TOKENS_PER_S in metrics else 0  # the first step includes the start of the program
+        by_metric = {m: curve_of(run.metrics.steps[first:], m, GROUP_NAMES.get(m.group, "")) for m in metrics}
+        by_group = [curve for m, curve in by_metric.items() if m.group and any(curve.y)]
+        whole = [curve for m, curve in by_metric.items() if not m.group]
+        shown = whole if whole and len(whole) + len(by_group) < len(metrics) else by_group or whole
+        yield title, shown, metrics[0].is_fraction, metrics[0].is_noisy
 
 
 def _curves_table(runs: Sequence[Run], num_rows: int = 8) -> Table:
     """The curves in a few numbers, each the mean over a part of the run."""
-    names = {"lm_loss": "loss", "balance_loss": "balance", "lpr_loss": "LPR", "tokens_per_s": "tokens/s"}
+    columns = [metric for metric in METRICS if metric.in_progress]
     rows = []
     for run in runs:
         steps = run.metrics.steps
         size = max(1, math.ceil(len(steps) / num_rows))
         for part in (steps[start : start + size] for start in range(0, len(steps), size)):
-            means = [number_text(plots.finite_mean(curve_of(part, name).y), "{:.4g}") for name in names]
+            means = [number_text(plots.finite_mean(curve_of(part, metric).y), "{:.4g}") for metric in columns]
             rows.append([f"{run.name}, steps {part[0]['iteration']:,} to {part[-1]['iteration']:,}", *means])
-    return Table(["mean over", *names.values()], rows)
+    return Table(["mean over", *(metric.label for metric in columns)], rows)
 
 
 def routing_figures(runs: Sequence[Run], evaluation: LanguageResults) -> list[Block]:

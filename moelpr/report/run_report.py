@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from moelpr.languages import language_name
+from moelpr.metrics.schema import CONSUMED_TOKENS, GROUP_NAMES, LM_LOSS
 from moelpr.report import page, plots
 from moelpr.report.claims import Claims, Judgment, check_result
-from moelpr.report.language_results import GROUP_NAMES, LanguageResults, held_out_results
+from moelpr.report.language_results import LanguageResults, held_out_results
 from moelpr.report.page import Block, Cell, Row, Section, Table, Text, number_text
 from moelpr.report.run_figures import curve_figures, routing_figures
 from moelpr.report.runs import Run
@@ -126,7 +127,7 @@ def _overview(report: Report, judgments: Sequence[Judgment], held_out: LanguageR
     rows = []
     for run in runs:
         left = f", {_duration(run.time_left_s)} left" if run.state == "running" and run.time_left_s else ""
-        loss = number_text(run.last.get("lm_loss"), "{:.3f}")
+        loss = number_text(run.last.get(LM_LOSS), "{:.3f}")
         rows.append([run.name, run.stage, run.state + left, run.progress, loss, str(len(run.metrics.warnings))])
     yield Table(["run", "stage", "state", "steps", "last loss", "warnings"], rows, text_columns=[1, 2])
     warnings = [
@@ -228,7 +229,7 @@ def _continuations(evaluation: LanguageResults) -> list[Block]:
 def _cost_table(runs: Sequence[Run]) -> Table:
     rows = [
         [
-            run.name, f"{run.last.get('consumed_tokens') or 0:,}", _duration(run.training_time_s),
+            run.name, f"{run.last.get(CONSUMED_TOKENS) or 0:,}", _duration(run.training_time_s),
             number_text(run.tokens_per_s, "{:,.0f}"), number_text(run.peak_memory_gib, "{:.2f} GiB"),
             str(run.num_ranks or run.settings.get("world_size") or "not recorded"),
         ]
@@ -300,8 +301,8 @@ def _run_numbers(run: Run) -> dict[str, Any]:
     names = ("stage", "state", "step", "num_steps", "training_time_s", "tokens_per_s", "peak_memory_gib", "num_ranks")
     return {
         "folder": str(run.folder),
-        "tokens": run.last.get("consumed_tokens"),
-        "lm_loss": run.last.get("lm_loss"),
+        "tokens": run.last.get(CONSUMED_TOKENS),
+        LM_LOSS: run.last.get(LM_LOSS),
         **{name: getattr(run, name) for name in (*names, "settings", "versions", "arguments")},
         "warnings": run.metrics.warnings,
     }

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from moelpr.metrics.run_metrics import Record, RunMetrics, mean_of, read_run_metrics
+from moelpr.metrics.run_metrics import RunMetrics, Step, mean_of, read_run_metrics
+from moelpr.metrics.schema import PEAK_MEMORY_GIB, STEP_TIME_S, TOKENS_PER_S
 from moelpr.model_spec import ModelSpec
 from moelpr.process.errors import UserError
 from moelpr.report.plots import Curve
@@ -45,7 +46,7 @@ class Run:
         return str(self.last.get("stage") or self.settings.get("stage") or "training")
 
     @property
-    def last(self) -> Record:
+    def last(self) -> Step:
         """The record of the last step; empty before the first."""
         return self.metrics.steps[-1] if self.metrics.steps else {}
 
@@ -66,7 +67,7 @@ class Run:
 
     @property
     def tokens_per_s(self) -> float | None:
-        return self.median("tokens_per_s")
+        return self.median(TOKENS_PER_S)
 
     def median(self, key: str) -> float | None:
         """Over all steps except the first, which includes the start of the program."""
@@ -76,21 +77,21 @@ class Run:
     @property
     def time_left_s(self) -> float:
         """Until the last step; 0 if unknown."""
-        return min(max(0, (self.num_steps or 0) - self.step) * (self.median("step_time_s") or 0.0), MAX_SECONDS)
+        return min(max(0, (self.num_steps or 0) - self.step) * (self.median(STEP_TIME_S) or 0.0), MAX_SECONDS)
 
     @property
     def training_time_s(self) -> float:
         """Of all recorded steps; a step repeated after an interruption counts once."""
-        return min(sum(record.get("step_time_s") or 0.0 for record in self.metrics.steps), MAX_SECONDS)
+        return min(sum(record.get(STEP_TIME_S) or 0.0 for record in self.metrics.steps), MAX_SECONDS)
 
     @property
     def peak_memory_gib(self) -> float | None:
-        return max((record.get("peak_memory_gib") or 0.0 for record in self.metrics.steps), default=0.0) or None
+        return max((record.get(PEAK_MEMORY_GIB) or 0.0 for record in self.metrics.steps), default=0.0) or None
 
     @property
     def state(self) -> str:
         """finished, running or stopped."""
-        patience = max(_STALE_S, 20 * (self.median("step_time_s") or 0.0))
+        patience = max(_STALE_S, 20 * (self.median(STEP_TIME_S) or 0.0))
         return "finished" if self.is_finished else "running" if self.last_record_age_s < patience else "stopped"
 
 

@@ -106,7 +106,7 @@ def parse[T](kind: type[T], content: bytes | str, origin: str, remedy: str) -> T
     try:
         return cast(T, _adapter(cast(Any, kind)).validate_json(content))
     except ValidationError as error:
-        raise UserError(f"{origin}: {_reason(error)}; {remedy}") from error
+        raise UserError(f"{origin}: {reason(error)}; {remedy}") from error
 
 
 def validate[T](kind: type[T], content: Any, origin: str, remedy: str) -> T:
@@ -136,8 +136,8 @@ def _content(path: Path, remedy: str) -> bytes:
 _adapter = cache(TypeAdapter[Any])
 
 
-def _reason(error: ValidationError) -> str:
-    """The first problem in our words, and how many more there are."""
+def reason(error: ValidationError) -> str:
+    """Say what is wrong in our words: the first problem, and how many more there are."""
     problems = error.errors(include_url=False)
     first = problems[0]
     place = ".".join(map(str, first["loc"])) or "the content"

@@ -7,7 +7,7 @@ iter_0000500/, release/             one saved step each (moelpr.checkpoints.chai
 base_checkpoint.json                where the frozen tensors are, if only trained tensors were saved
 recipe.yaml                         every flag with its final value; also inside each saved step
 command.json, versions.json         command line and package versions of the last start
-metrics.jsonl                       one record per training step (moelpr.metrics.run_metrics)
+metrics.jsonl                       one line per training step, validation pass or warning (moelpr.metrics.run_metrics)
 STOP, FINISHED                      asks the run to stop; marks a run that has made all its steps
 FAILURES                            failed starts of a Slurm job (launch/slurm/stage.sbatch)
 .lock                               locked while a run writes to the folder (moelpr.training.run_lock)

@@ -5,11 +5,13 @@ when its condition starts to hold, and again only after a block in which it did 
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from moelpr.metrics.run_metrics import Step, ValidationEvent
+from moelpr.metrics.schema import LM_LOSS, LM_LOSS_OF, LPR_LOSS, TOKEN_SHARE
 
 
 class EarlyWarning(NamedTuple):
@@ -46,22 +48,22 @@ class EarlyWarnings:
 
     def __init__(self, stage: str, thresholds: Thresholds, lpr_loss_is_on: bool) -> None:
         self.stage, self.thresholds, self.lpr_loss_is_on = stage, thresholds, lpr_loss_is_on
-        self._block: list[Mapping[str, Any]] = []  # records since the last judgment
+        self._block: list[Step] = []  # records since the last judgment
         self._first_lpr_loss = self._first_original_loss = math.nan  # means of the first block that has them
         self._first_validation: dict[str, float] = {}  # language -> loss in nats per token
         self._active: dict[str, set[Any]] = {}  # kind -> the languages, experts, … for which its condition holds
 
-    def remember(self, record: Mapping[str, Any]) -> None:
+    def remember(self, record: Any) -> None:
         """Take note of a record from before the interruption; its warnings have been logged then."""
         if record.get("event") == "validation":
             self.validation(record)
         elif "event" not in record:
             self.step(record)
 
-    def step(self, record: Mapping[str, Any]) -> list[EarlyWarning]:
+    def step(self, record: Step) -> list[EarlyWarning]:
         """New warnings after a training step."""
         warnings = []
-        if self._onsets("not_a_number", {"loss"} if record.get("lm_loss") is None else set()):
+        if self._onsets("not_a_number", {"loss"} if record.get(LM_LOSS) is None else set()):
             message = "the loss is NaN or Inf; lower --lr, or check the data of this step"
             warnings.append(EarlyWarning("not_a_number", message))
         self._block.append(record)
@@ -70,15 +72,15 @@ class EarlyWarnings:
             self._block = []
         return warnings
 
-    def validation(self, event: Mapping[str, Any]) -> list[EarlyWarning]:
+    def validation(self, event: ValidationEvent) -> list[EarlyWarning]:
         """New warnings after a validation pass: original languages whose loss has risen since the first pass.
 
         Only in stage 1, because stage 2 repairs such a rise.
         """
         rises = {}
         for language, result in event["languages"].items():
-            loss = result["lm_loss"]
-            if result["group"] != "original" or loss is None:
+            loss = result.get("lm_loss")
+            if result.get("group", "original") != "original" or loss is None:
                 continue
             first = self._first_validation.setdefault(language, loss)
             if self._has_risen(loss, first):
@@ -91,7 +93,7 @@ class EarlyWarnings:
 
     def _original_training_loss_rises(self) -> list[EarlyWarning]:
         """The same for training text, if the stage trains on original-language text and nothing is held out."""
-        loss = self._block_mean("lm_loss_original")
+        loss = self._block_mean(LM_LOSS_OF["original"])
         if self._first_validation or math.isnan(loss):
             return []
         if math.isnan(self._first_original_loss):
@@ -114,7 +116,7 @@ class EarlyWarnings:
         return [EarlyWarning("original_loss_rises", message)]
 
     def _idle_experts(self) -> list[EarlyWarning]:
-        shares = [record["token_share"] for record in self._block if record.get("token_share")]
+        shares = [record[TOKEN_SHARE] for record in self._block if record.get(TOKEN_SHARE)]
         if not shares or self.thresholds.expert_share <= 0 or self.stage == "stage0":  # its routers are untrained
             return []
         share_LE = np.array(shares, dtype=float).mean(axis=0)
@@ -131,7 +133,7 @@ class EarlyWarnings:
         return [EarlyWarning("idle_expert", message)]
 
     def _lpr_loss_stays(self) -> list[EarlyWarning]:
-        loss = self._block_mean("lpr_loss")
+        loss = self._block_mean(LPR_LOSS)
         if not self.lpr_loss_is_on or self.thresholds.lpr_fall <= 0 or math.isnan(loss):
             return []
         if math.isnan(self._first_lpr_loss):

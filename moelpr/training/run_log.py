@@ -19,21 +19,12 @@ from megatron.training import get_args, get_tensorboard_writer
 from megatron.training.global_vars import get_wandb_writer
 from tqdm import tqdm
 
+from moelpr.metrics.run_metrics import HeldOutLoss, LineParser, Step, ValidationEvent, WarningEvent, bits_of, mean_of
+from moelpr.metrics.schema import METRICS, STEP_TIME_S
 from moelpr.process.errors import UserError
 from moelpr.store.files import write_text
 from moelpr.store.run_folder import METRICS_FILE
 from moelpr.training.early_warnings import EarlyWarning, EarlyWarnings
-
-# Record key -> TensorBoard tag, with a place for the layer and one for the expert.
-_TAGS = {
-    "lpr_loss": "lpr loss",
-    "original_first_share_original": "original_first_share_original/moe layer {}",
-    "original_first_share_expanded": "original_first_share_expanded/moe layer {}",
-    "all_original_share_original": "all_original_share_original/moe layer {}",
-    "all_original_share_expanded": "all_original_share_expanded/moe layer {}",
-    "router_score": "router score, moe layer {}/expert {}",
-    "token_share": "token share, moe layer {}/expert {}",
-}
 
 
 class RunLog:
@@ -46,7 +37,7 @@ class RunLog:
         self._first_time = time.monotonic()
         self._steps_before = 0
 
-    def step(self, record: dict[str, Any]) -> None:
+    def step(self, record: Step) -> None:
         """Write a training step, and the warnings that follow from it."""
         self._append(record, before_iteration=record["iteration"])
         _write_to_tensorboard(record, with_layers=record["iteration"] % get_args().log_interval == 0)
@@ -54,18 +45,17 @@ class RunLog:
         self._show_progress(record, get_args().train_iters, get_args().log_interval)
         self.warn(record["iteration"], self.early_warnings.step(record))
 
-    def validation(self, iteration: int, results: dict[str, dict[str, Any]]) -> None:
+    def validation(self, iteration: int, results: dict[str, HeldOutLoss]) -> None:
         """Write a validation pass, and the warnings that follow from it.
 
         Args:
-            results: language -> group, lm_loss (nats per token), and bits_per_byte or bits_per_token.
+            results: Language -> loss.
         """
-        event = {"iteration": iteration, "event": "validation", "stage": self.stage, "languages": results}
+        event = ValidationEvent(iteration=iteration, event="validation", stage=self.stage, languages=results)
         self._append(event, before_iteration=iteration + 1)
         shown = []
         for language, result in results.items():
-            unit = "bits per byte" if "bits_per_byte" in result else "bits per token"
-            value = result[unit.replace(" ", "_")]
+            unit, value = bits_of(result)
             shown.append(f"{language} {'NaN' if value is None else f'{value:.4f}'} {unit}")
             if value is not None:
                 tag = f"validation {unit}/{language}"
@@ -79,8 +69,10 @@ class RunLog:
     def warn(self, iteration: int, warnings: list[EarlyWarning]) -> None:
         """Write warnings, which also appear on stderr."""
         for warning in warnings:
-            event = {"iteration": iteration, "event": "warning", "stage": self.stage, "kind": warning.kind}
-            self._append(event | {"message": warning.message}, before_iteration=iteration + 1)
+            event = WarningEvent(
+                iteration=iteration, event="warning", stage=self.stage, kind=warning.kind, message=warning.message
+            )
+            self._append(event, before_iteration=iteration + 1)
             self.print(f"moelpr: warning: {self.stage} step {iteration}: {warning.message}")
 
     def print(self, line: str) -> None:
@@ -95,7 +87,7 @@ class RunLog:
             if output is not None:
                 output.close()
 
-    def _append(self, record: dict[str, Any], before_iteration: int) -> None:
+    def _append(self, record: Any, before_iteration: int) -> None:
         save = get_args().save
         if save and self._file is None:
             Path(save).mkdir(parents=True, exist_ok=True)
@@ -104,14 +96,13 @@ class RunLog:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
 
-    def _show_progress(self, record: dict[str, Any], total: int, log_interval: int) -> None:
+    def _show_progress(self, record: Step, total: int, log_interval: int) -> None:
         """In addition to Megatron's log: a bar with the time left on a terminal, else a line per log interval."""
         if self._bar is None:
-            self._steps_before, self._first_time = record["iteration"] - 1, time.monotonic() - record["step_time_s"]
+            self._steps_before, self._first_time = record["iteration"] - 1, time.monotonic() - record[STEP_TIME_S]
             settings = {"desc": self.stage, "unit": "step", "dynamic_ncols": True, "disable": None}
             self._bar = tqdm(total=total, initial=self._steps_before, **settings)
-        keys = {"loss": "lm_loss", "balance": "balance_loss", "LPR": "lpr_loss", "tokens/s": "tokens_per_s"}
-        shown = {name: f"{record[key]:.4g}" for name, key in keys.items() if record.get(key) is not None}
+        shown = {m.label: f"{record[m]:.4g}" for m in METRICS if m.in_progress and record.get(m) is not None}
         if not self._bar.disable:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(1)
@@ -150,52 +141,48 @@ def report_nonfinite_exit(args: argparse.Namespace, run_log: RunLog) -> Iterator
     sys.exit(1)
 
 
-def open_metrics(
-    path: Path, before_iteration: int, remember: Callable[[dict[str, Any]], None] = lambda record: None
-) -> TextIO:
+def open_metrics(path: Path, before_iteration: int, remember: Callable[[Any], None] = lambda record: None) -> TextIO:
     """Open metrics.jsonl for appending, without the records of steps that a resumed run is about to repeat.
 
-    `remember` is called with every record that stays.
+    `remember` is called with every step and event that stays.
     """
     if path.is_dir():
         raise UserError(f"{path} is a folder, but the run's metrics are written to a file of this name; move it away")
     if path.exists():
-        kept = []
+        kept, parser = [], LineParser()
         lines = path.read_bytes().splitlines()
         for number, line in enumerate(lines, start=1):
             try:
-                text = line.decode()
-                record = json.loads(text)
-                if record["iteration"] >= before_iteration:
-                    break
-            except (ValueError, TypeError, KeyError, RecursionError):
+                record = parser.parse(line)
+            except ValueError:
                 if number < len(lines):  # else the incomplete line of a killed run
                     print(f"moelpr: warning: {path}, line {number} is damaged and left out", file=sys.stderr)
                 continue
+            if record["iteration"] >= before_iteration:
+                break
             remember(record)
-            kept.append(text + "\n")
+            kept.append(line.decode() + "\n")
         write_text(path, "".join(kept))
     return open(path, "a")
 
 
-def _write_to_tensorboard(record: dict[str, Any], with_layers: bool) -> None:
+def _write_to_tensorboard(record: Step, with_layers: bool) -> None:
     """Write the scalars that Megatron does not; with `with_layers` also per layer, hundreds for a large model."""
     writer = get_tensorboard_writer()
     if writer is None:
         return
-    for key, tag in (_TAGS if with_layers else {"lpr_loss": _TAGS["lpr_loss"]}).items():
-        for index, value in np.ndenumerate(np.array([] if record.get(key) is None else record[key], dtype=float)):
-            if not math.isnan(value):
-                writer.add_scalar(tag.format(*index), value, record["iteration"])
+    for metric in METRICS:
+        if metric.tag and record.get(metric) is not None and (with_layers or not metric.axes):
+            for index, value in np.ndenumerate(np.array(record[metric], dtype=float)):
+                if not math.isnan(value):
+                    writer.add_scalar(metric.tag.format(*index), value, record["iteration"])
 
 
-def _write_to_wandb(record: dict[str, Any]) -> None:
+def _write_to_wandb(record: Step) -> None:
     """Write what Megatron does not, where one chart for each layer would be too many: means over the layers."""
     if (wandb := get_wandb_writer()) is None:
         return
-    means = {"lpr loss": record.get("lpr_loss")}
-    for key in ("original_first_share_original", "original_first_share_expanded"):
-        means[key] = np.mean(layers) if (layers := [x for x in record.get(key) or [] if x is not None]) else None
+    means = {m.key if m.axes else m.tag: mean_of(record.get(m)) for m in METRICS if m.in_wandb}
     if found := {tag: float(value) for tag, value in means.items() if value is not None}:
         wandb.log(found, record["iteration"])
 

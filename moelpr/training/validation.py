@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state
@@ -26,6 +26,7 @@ from moelpr.data.language_bits import LanguageBits, language_bits_path
 from moelpr.data.manifest import Manifest
 from moelpr.data.tokenizer import load_tokenizer
 from moelpr.megatron_patches import hooks
+from moelpr.metrics.run_metrics import HeldOutLoss
 from moelpr.process.errors import UserError
 from moelpr.store.run_folder import HF_FOLDER
 from moelpr.training.metrics import StepLog
@@ -51,14 +52,15 @@ class HeldOut:
     """A language's held-out text.
 
     Attributes:
+        language: The code of the language.
         group: "original" or "expanded".
-        dataset: None on ranks that get their tokens from another rank.
-        num_windows: the same on every rank.
-        bytes_per_token: None if unknown.
+        dataset: The windows; None on ranks that get their tokens from another rank.
+        num_windows: Number of windows, the same on every rank.
+        bytes_per_token: UTF-8 bytes per token; None if unknown.
     """
 
     language: str
-    group: str
+    group: Literal["original", "expanded"]
     dataset: GPTDataset | None
     num_windows: int
     bytes_per_token: float | None
@@ -115,13 +117,15 @@ class Validation:
         return None if is_out_of_time else float(losses.get("lm loss", math.nan))
 
 
-def result(text: HeldOut, loss: float) -> dict[str, Any]:
-    """A language's entry in metrics.jsonl, from its mean loss in nats per token.
-
-    It contains bits per byte, or bits per token if the number of bytes is unknown.
-    """
-    name, tokens = ("bits_per_token", 1.0) if text.bytes_per_token is None else ("bits_per_byte", text.bytes_per_token)
-    return {"group": text.group, "lm_loss": finite(loss), name: finite(loss / math.log(2) / tokens)}
+def result(text: HeldOut, loss: float) -> HeldOutLoss:
+    """The record of a language, from its mean loss in nats per token."""
+    found = HeldOutLoss(group=text.group, lm_loss=finite(loss))
+    bits = loss / math.log(2)
+    if text.bytes_per_token is None:
+        found["bits_per_token"] = finite(bits)
+    else:
+        found["bits_per_byte"] = finite(bits / text.bytes_per_token)
+    return found
 
 
 def held_out(args: argparse.Namespace, language: str, prefix: str) -> HeldOut:
@@ -145,8 +149,8 @@ def held_out(args: argparse.Namespace, language: str, prefix: str) -> HeldOut:
     num_windows, known_bytes_per_token = int(numbers[0]), float(numbers[1]) or None
     if args.eval_iters:
         num_windows = min(num_windows, args.eval_iters * args.eval_global_batch_size)
-    group = "original" if LanguageBits(language_bits_path(prefix)).num_original else "expanded"
-    return HeldOut(language, group, dataset, num_windows, known_bytes_per_token)
+    is_original = LanguageBits(language_bits_path(prefix)).num_original > 0
+    return HeldOut(language, "original" if is_original else "expanded", dataset, num_windows, known_bytes_per_token)
 
 
 def bytes_per_token(prefix: str, model_folder: str) -> float | None:

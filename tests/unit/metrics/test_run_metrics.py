@@ -28,8 +28,8 @@ def test_records_are_sorted_by_kind(tmp_path: Path) -> None:
 
 
 def test_the_last_record_of_a_repeated_step_counts(tmp_path: Path) -> None:
-    records = [{"iteration": step, "run": run} for run, steps in ((1, (1, 2, 3)), (2, (2, 3, 4))) for step in steps]
-    assert [record["run"] for record in read_run_metrics(write(tmp_path, *records)).steps] == [1, 2, 2, 2]
+    records = [{"iteration": step, "lm_loss": run} for run, steps in ((1, (1, 2, 3)), (2, (2, 3, 4))) for step in steps]
+    assert [record["lm_loss"] for record in read_run_metrics(write(tmp_path, *records)).steps] == [1, 2, 2, 2]
 
 
 def test_an_incomplete_last_line_and_blank_lines_are_ignored(tmp_path: Path) -> None:
@@ -44,16 +44,20 @@ def test_an_incomplete_last_line_and_blank_lines_are_ignored(tmp_path: Path) -> 
         '{"iteration": 1, "stage": "\\udcff"}',
         '{"iteration": 1, "step_time_s": [1]}',
         '{"iteration": 1, "original_first_share_original": [0.5, [0.5]]}',
-        '{"iteration": 1, "all_original_share_expanded": [0.5, {"a": 1}]}',
+        '{"iteration": 1, "original_first_share_original": [0.5]}',
+        '{"iteration": 1, "all_original_share_original": [0.5, 1], "all_original_share_expanded": [0.5, 1, 0]}',
+        '{"iteration": 1, "token_share": [[1.0, 1.0], [1.0]]}',
+        '{"iteration": 1, "event": ["validation"]}',
         '{"iteration": 1, "event": "validation"}',
         '{"iteration": 1, "event": "validation", "languages": {"en": 2.0}}',
         '{"iteration": 1, "event": "validation", "languages": {"en": {"group": "new", "bits_per_byte": 2.0}}}',
         '{"iteration": 1, "event": "validation", "languages": {"en": {"bits_per_byte": {}}}}',
     ],
 )
-def test_a_malformed_line_is_named(tmp_path: Path, line: str) -> None:
-    with pytest.raises(UserError, match=r"metrics.jsonl, line 2 "):
-        read_run_metrics(write(tmp_path, {"iteration": 1}, end=f"{line}\n"))
+def test_a_malformed_line_and_one_with_other_layers_are_named(tmp_path: Path, line: str) -> None:
+    first = {"iteration": 1, "original_first_share_original": [0.5, None]}
+    with pytest.raises(UserError, match=r"metrics.jsonl, line 2 .*remove it"):
+        read_run_metrics(write(tmp_path, first, end=f"{line}\n"))
 
 
 def test_numbers_that_cannot_be_computed_with_are_missing(tmp_path: Path) -> None:
@@ -68,10 +72,11 @@ def test_a_missing_file_is_a_user_error(tmp_path: Path) -> None:
 
 
 def test_values_per_layer_are_kept_at_both_ends_only(tmp_path: Path) -> None:
-    records = [{"iteration": step, "first": [step, step + 2, None], "share": [[1.0]]} for step in range(1, 8)]
+    share = "original_first_share_original"
+    records = [{"iteration": n, share: [n, n + 2, None], "token_share": [[1.0]] * 3} for n in range(1, 8)]
     steps = read_run_metrics(write(tmp_path, *records), layers_at_ends=2).steps
     assert [steps[index] for index in (0, 1, 5, 6)] == [records[index] for index in (0, 1, 5, 6)]
-    assert steps[3] == {"iteration": 4, "first": 5.0, "share": None}
+    assert steps[3] == {"iteration": 4, share: 5.0, "token_share": None}
 
 
 @pytest.mark.parametrize(("value", "mean"), [([1, 2.0, None], 1.5), ([None], None), ([], None), (3, 3), ("a", None)])

@@ -134,7 +134,8 @@ def save_random_model(config: Any, folder: Path) -> Path:
 
 def upcycle(hf: Path, folder: Path, new_experts: int, random: bool = False, **choice: Any) -> Path:
     """Convert a Hugging Face directory into an upcycled Megatron checkpoint whose new experts are copies or random."""
-    from checkpoint_convert.conversions.upcycling import Start, hf_to_mcore
+    from checkpoint_convert.conversions.initialization import Start
+    from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
     from moelpr.families.new_experts import NewExperts
 
     hf_to_mcore(hf, folder, NewExperts(new_experts, **choice), start=Start("random" if random else "copied"))
@@ -143,7 +144,7 @@ def upcycle(hf: Path, folder: Path, new_experts: int, random: bool = False, **ch
 
 def export(checkpoint: Path, folder: Path) -> Path:
     """Convert a Megatron checkpoint into a Hugging Face directory."""
-    from checkpoint_convert.conversions.export import mcore_to_hf
+    from checkpoint_convert.conversions.exported_model import mcore_to_hf
 
     mcore_to_hf(checkpoint, folder)
     return folder

@@ -7,8 +7,8 @@ Routers and new experts come from the adapter, everything else from the base. We
 
 from pathlib import Path
 
-from checkpoint_convert.conversions.adapter import AdapterConfig, adapter_to_mcore
-from checkpoint_convert.hf.outputs import add_output_options
+from checkpoint_convert.common.flags import add_output_options
+from checkpoint_convert.conversions.published_adapter import AdapterConfig, adapter_to_mcore
 from moelpr.process.command import CommandParser, run_command
 
 

@@ -8,8 +8,8 @@ checksum that the delta records.
 
 from pathlib import Path
 
+from checkpoint_convert.common.flags import add_output_options
 from checkpoint_convert.conversions.delta import apply_delta
-from checkpoint_convert.hf.outputs import add_output_options
 from moelpr.process.command import CommandParser, run_command
 
 

@@ -10,9 +10,10 @@ Weights stream, one tensor at a time.
 import argparse
 from pathlib import Path
 
-from checkpoint_convert.conversions.grafting import PARTS, graft
+from checkpoint_convert.common.flags import add_output_options
+from checkpoint_convert.conversions.grafted_model import graft
+from checkpoint_convert.conversions.instruct_difference import PARTS
 from checkpoint_convert.hf.hub import find_model
-from checkpoint_convert.hf.outputs import add_output_options
 from moelpr.process.command import CommandParser, run_command
 
 

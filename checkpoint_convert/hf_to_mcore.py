@@ -12,9 +12,10 @@ Weights stream from safetensors to the checkpoint, one tensor at a time.
 import argparse
 from pathlib import Path
 
-from checkpoint_convert.conversions.upcycling import Start, hf_to_mcore
+from checkpoint_convert.common.flags import add_output_options
+from checkpoint_convert.conversions.initialization import Start
+from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from checkpoint_convert.hf.hub import find_model
-from checkpoint_convert.hf.outputs import add_output_options
 from moelpr.families.families import read_base
 from moelpr.families.new_experts import NewExperts
 from moelpr.process.command import CommandParser, run_command

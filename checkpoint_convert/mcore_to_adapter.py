@@ -5,8 +5,8 @@
 The adapter contains routers and new experts; everything else must be the base's. Weights stream, one tensor at a time.
 """
 
-from checkpoint_convert.conversions.adapter import mcore_to_adapter
-from checkpoint_convert.hf.outputs import add_load_options, add_output_options
+from checkpoint_convert.common.flags import add_load_options, add_output_options
+from checkpoint_convert.conversions.published_adapter import mcore_to_adapter
 from moelpr.process.command import CommandParser, run_command
 
 

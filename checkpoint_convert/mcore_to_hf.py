@@ -11,8 +11,8 @@ import argparse
 import math
 import re
 
-from checkpoint_convert.conversions.export import DEFAULT_SHARD_BYTES, mcore_to_hf
-from checkpoint_convert.hf.outputs import add_load_options, add_output_options
+from checkpoint_convert.common.flags import add_load_options, add_output_options
+from checkpoint_convert.conversions.exported_model import DEFAULT_SHARD_BYTES, mcore_to_hf
 from moelpr.families.moe_classes import MOE_CLASSES
 from moelpr.process.command import CommandParser, run_command
 

@@ -8,7 +8,8 @@ The results become the card's model-index, and their languages the model's. `hf 
 import argparse
 from pathlib import Path
 
-from checkpoint_convert.card.card_metadata import CARD_FILE, update_card
+from checkpoint_convert.card.evaluation_results import update_card
+from checkpoint_convert.hf.model_files import CARD_FILE
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
 

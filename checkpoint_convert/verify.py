@@ -20,16 +20,10 @@ import sys
 from pathlib import Path
 
 from checkpoint_convert.card.readers import READERS
-from checkpoint_convert.compare.comparison import (
-    TensorVerdict,
-    TextVerdict,
-    compare,
-    compare_frozen,
-    compare_on_text,
-    largest_difference,
-)
-from checkpoint_convert.compare.export_check import unmet_requirements
-from checkpoint_convert.conversions.grafting import compare_graft
+from checkpoint_convert.compare.grafts import compare_graft
+from checkpoint_convert.compare.logits import TextVerdict, compare_on_text
+from checkpoint_convert.compare.reader_requirements import unmet_requirements
+from checkpoint_convert.compare.tensors import TensorVerdict, compare, compare_frozen, largest_difference
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
 from moelpr.store.checksums import NO_VERIFY, Verify

@@ -5,8 +5,8 @@
 It contains only weights, in their dtype. Weights stream, one tensor at a time.
 """
 
-from checkpoint_convert.conversions.export import whole_checkpoint
-from checkpoint_convert.hf.outputs import add_load_options, add_output_options
+from checkpoint_convert.common.flags import add_load_options, add_output_options
+from checkpoint_convert.conversions.complete_checkpoint import whole_checkpoint
 from moelpr.process.command import CommandParser, run_command
 
 

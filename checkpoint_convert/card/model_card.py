@@ -5,7 +5,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from checkpoint_convert.card.card_metadata import read_card, split_card
+from checkpoint_convert.card.front_matter import read_card, split_card
 from checkpoint_convert.card.history import History, Origin
 from checkpoint_convert.card.readers import obstacle, readers_sentence
 from checkpoint_convert.hf.hub import is_hub_name

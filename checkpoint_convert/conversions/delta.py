@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint_convert.card.card_metadata import CARD_FILE
-from checkpoint_convert.card.companions import write_companions
 from checkpoint_convert.card.history import check_frozen_is_the_base
-from checkpoint_convert.card.model_card import BASE_CARD_FILE, CardFacts, model_card
-from checkpoint_convert.hf.hf_folder import HfReader, raw_bytes, write_weights
-from checkpoint_convert.hf.new_rows import grow, shape_without
-from checkpoint_convert.hf.outputs import cast, check_output, output_folder
+from checkpoint_convert.card.model_card import CardFacts, model_card
+from checkpoint_convert.common.numbers import cast
+from checkpoint_convert.common.output_folder import check_output, output_folder
+from checkpoint_convert.hf.companions import write_companions
+from checkpoint_convert.hf.model_files import BASE_CARD_FILE, CARD_FILE
+from checkpoint_convert.hf.safetensors_reader import HfReader
+from checkpoint_convert.hf.safetensors_writer import raw_bytes, write_weights
+from checkpoint_convert.hf.vocabulary_rows import grow, shape_without
 from checkpoint_convert.mcore.megatron_folder import MegatronReader
 from moelpr.families.families import CONFIG_FILE, family_of, read_config
 from moelpr.model_spec import DTYPES, MAX_LAYERS

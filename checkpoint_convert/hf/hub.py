@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoint_convert.hf.hf_folder import COMPANION_FILES, COMPANION_FOLDERS, MODEL_STEM
+from checkpoint_convert.hf.model_files import COMPANION_FILES, COMPANION_FOLDERS, MODEL_STEM
 from moelpr.process.errors import DISK_FULL, UserError
 from moelpr.store import checksums
 

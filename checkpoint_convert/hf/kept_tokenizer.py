@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from checkpoint_convert.hf.hf_folder import TOKENIZER_FILES
+from checkpoint_convert.hf.model_files import TOKENIZER_FILES
 from moelpr.data.tokenizer import Tokenizer, load_tokenizer, open_hf_tokenizer
 from moelpr.process.errors import UserError, reports_panics
 

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 
-from checkpoint_convert.hf.hf_folder import HfReader, is_unread
+from checkpoint_convert.hf.safetensors_reader import HfReader, is_unread
 from moelpr.families.families import Family
 from moelpr.families.tables import pieces, stacked_part, zeros
 from moelpr.model_spec import ModelSpec

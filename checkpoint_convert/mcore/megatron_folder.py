@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint_convert.hf.outputs import check_finite
+from checkpoint_convert.common.numbers import check_finite
 from moelpr.checkpoints.chain import RELEASE, checkpoint_chain, verify_chain
 from moelpr.checkpoints.torch_dist import TorchDistReader, TorchDistWriter
 from moelpr.families.families import family_named

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from checkpoint_convert.hf.hf_folder import HfReader
+from checkpoint_convert.hf.safetensors_reader import HfReader
 from examples.real_model.page import write_results
 from examples.real_model.settings import ALL, TOKENS
 from examples.real_model.task import Task

@@ -98,7 +98,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random dense Qwen2 as `hf`, its conversions `dense` and `upcycled`, and corpora `original` and `expanded`."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from checkpoint_convert.conversions.upcycling import hf_to_mcore
+    from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
     from data_tools.corpus.corpus_writer import CorpusWriter
     from moelpr.families.new_experts import NewExperts
 
@@ -291,7 +291,7 @@ def test_trained_only_checkpoints_and_held_out_text_do_not_change_the_training(
     material: Path, stage1: Path, stage2: Path
 ) -> None:
     """The other run has neither."""
-    from checkpoint_convert.conversions.export import mcore_to_hf
+    from checkpoint_convert.conversions.exported_model import mcore_to_hf
 
     whole = material / "stage2-whole"
     assert launch(*stage2_command(material, stage1, whole, held_out={})).returncode == 0
@@ -321,7 +321,7 @@ def test_a_resumed_stage2_is_bitwise_identical_to_the_uninterrupted_one(
 
 
 def test_a_changed_base_stops_a_resumed_run_and_the_exporter(material: Path, stage1: Path, stage2: Path) -> None:
-    from checkpoint_convert.conversions.export import mcore_to_hf
+    from checkpoint_convert.conversions.exported_model import mcore_to_hf
     from moelpr.process.errors import UserError
 
     changed = shutil.copytree(stage1, material / "changed" / "stage1")
@@ -359,7 +359,7 @@ def test_held_out_text_is_scored_as_transformers_scores_it(material: Path, stage
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from transformers import AutoModelForCausalLM
 
-    from checkpoint_convert.conversions.export import mcore_to_hf
+    from checkpoint_convert.conversions.exported_model import mcore_to_hf
 
     passes = [record for record in records(stage2) if record.get("event") == "validation"]
     assert [record["iteration"] for record in passes] == [0, 4, 6]
@@ -434,15 +434,15 @@ def test_a_run_folder_contains_its_settings_and_model(stage1: Path, stage2: Path
 
 
 def test_frozen_tensors_of_the_export_are_bitwise_identical_to_the_bases(material: Path, stage2: Path) -> None:
-    from checkpoint_convert.compare.comparison import compare_frozen, largest_difference
-    from checkpoint_convert.conversions.export import mcore_to_hf
+    from checkpoint_convert.compare.tensors import compare_frozen, largest_difference
+    from checkpoint_convert.conversions.exported_model import mcore_to_hf
 
     mcore_to_hf(stage2, material / "stage2-hf", overwrite=True)
     assert largest_difference(compare_frozen(material / "hf", material / "stage2-hf")) == 0.0
 
 
 def test_the_exports_model_card_describes_both_runs(material: Path, stage1: Path, stage2: Path) -> None:
-    from checkpoint_convert.conversions.export import mcore_to_hf
+    from checkpoint_convert.conversions.exported_model import mcore_to_hf
 
     mcore_to_hf(stage2, material / "card-hf")
     card = (material / "card-hf" / "README.md").read_text()
@@ -459,7 +459,7 @@ def test_the_exports_model_card_describes_both_runs(material: Path, stage1: Path
 
 def test_base_plus_delta_is_the_export(material: Path, stage2: Path) -> None:
     from checkpoint_convert.conversions.delta import apply_delta
-    from checkpoint_convert.conversions.export import mcore_to_hf
+    from checkpoint_convert.conversions.exported_model import mcore_to_hf
 
     mcore_to_hf(stage2, material / "full-hf")
     mcore_to_hf(stage2, material / "delta", as_delta=True)

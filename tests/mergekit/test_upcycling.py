@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 
-from checkpoint_convert.conversions.export import mcore_to_hf
-from checkpoint_convert.conversions.upcycling import hf_to_mcore
+from checkpoint_convert.conversions.exported_model import mcore_to_hf
+from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.families.new_experts import NewExperts
 from tests.support.hf_models import load_stock, make_model  # noqa: F401
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from checkpoint_convert.card.readers import obstacle
-from checkpoint_convert.compare.export_check import unmet_requirements
-from checkpoint_convert.conversions.export import mcore_to_hf
-from checkpoint_convert.conversions.upcycling import Start, hf_to_mcore
+from checkpoint_convert.compare.reader_requirements import unmet_requirements
+from checkpoint_convert.conversions.exported_model import mcore_to_hf
+from checkpoint_convert.conversions.initialization import Start
+from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.families.families import read_config
 from moelpr.families.new_experts import NewExperts
 from tests.readers import llama_cpp, mlx

@@ -12,7 +12,7 @@ class Stage:
     """Stage 1 of the tiny model on two nodes, slow enough to be interrupted."""
 
     def __init__(self, cluster: Cluster, folder: Path) -> None:
-        from checkpoint_convert.conversions.upcycling import hf_to_mcore
+        from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
         from moelpr.families.new_experts import NewExperts
 
         self.cluster, self.folder = cluster, folder

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from checkpoint_convert.hf.hf_folder import TOKENIZER_FILES
+from checkpoint_convert.hf.model_files import TOKENIZER_FILES
 from moelpr.data.tokenizer import load_tokenizer, vocabulary_checksum
 from moelpr.data.vocabulary_extension import VocabularyExtension
 from moelpr.families.new_experts import NewExperts
@@ -111,7 +111,7 @@ class HeldBytes:
 @pytest.fixture
 def held_bytes(monkeypatch: pytest.MonkeyPatch) -> HeldBytes:
     """Of what is read from safetensors and from checkpoints."""
-    from checkpoint_convert.hf.hf_folder import HfReader
+    from checkpoint_convert.hf.safetensors_reader import HfReader
     from moelpr.checkpoints.torch_dist import TorchDistReader
 
     held = HeldBytes()
@@ -217,7 +217,7 @@ FOUR = NewExperts(4)
 
 def assert_import_fails(source: Path, tmp_path: Path, message: str, experts: NewExperts = FOUR, **options) -> None:
     """The import fails with a one-line message that matches, and leaves nothing."""
-    from checkpoint_convert.conversions.upcycling import hf_to_mcore
+    from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 
     with pytest.raises(UserError, match=message) as caught:
         hf_to_mcore(source, tmp_path / "out", experts, **options)

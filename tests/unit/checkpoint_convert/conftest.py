@@ -10,8 +10,9 @@ import pytest
 import torch
 import yaml
 
-from checkpoint_convert.conversions.export import mcore_to_hf
-from checkpoint_convert.conversions.upcycling import Start, hf_to_mcore
+from checkpoint_convert.conversions.exported_model import mcore_to_hf
+from checkpoint_convert.conversions.initialization import Start
+from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.families.new_experts import NewExperts
 from moelpr.process.command import run_command
 from tests.support.hf_models import held_bytes, make_model, make_qwen2, qwen2, source  # noqa: F401

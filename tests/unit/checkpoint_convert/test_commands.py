@@ -9,9 +9,9 @@ from checkpoint_convert import graft as grafter
 from checkpoint_convert import hf_to_mcore as importer
 from checkpoint_convert import mcore_to_hf as exporter
 from checkpoint_convert import verify
-from checkpoint_convert.compare.comparison import compare, largest_difference
-from checkpoint_convert.conversions.export import mcore_to_hf
-from checkpoint_convert.conversions.upcycling import hf_to_mcore
+from checkpoint_convert.compare.tensors import compare, largest_difference
+from checkpoint_convert.conversions.exported_model import mcore_to_hf
+from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.families.new_experts import NewExperts
 from moelpr.model_spec import ModelSpec
 from tests.support.hf_models import (

@@ -10,13 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoint_convert.compare import comparison
-from checkpoint_convert.compare.comparison import compare, compare_frozen, largest_difference
-from checkpoint_convert.conversions.export import mcore_to_hf
-from checkpoint_convert.conversions.grafting import graft
-from checkpoint_convert.conversions.upcycling import Start, hf_to_mcore
-from checkpoint_convert.hf.hf_folder import HfReader
+from checkpoint_convert.compare.tensors import compare, compare_frozen, largest_difference
+from checkpoint_convert.conversions.exported_model import mcore_to_hf
+from checkpoint_convert.conversions.grafted_model import graft
+from checkpoint_convert.conversions.initialization import Start
+from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from checkpoint_convert.hf.hub import Model
+from checkpoint_convert.hf.model_files import TOKENIZER_FILES
+from checkpoint_convert.hf.safetensors_reader import HfReader
 from checkpoint_convert.verify import main
 from moelpr.families.new_experts import NewExperts
 from tests.support.hf_models import (
@@ -202,7 +203,7 @@ def test_invalid_input_exits_with_one_message_and_code_2(
     qwen2: Path, make_qwen2, text: Path, tmp_path: Path, exit_code, capsys
 ) -> None:
     bare = Path(shutil.copytree(qwen2, tmp_path / "bare"))
-    for name in comparison.TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         (bare / name).unlink(missing_ok=True)
     other_tokenizer = Path(shutil.copytree(bare, tmp_path / "other"))
     save_tokenizer(other_tokenizer, num_ids=3)

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoint_convert.compare.comparison import compare, largest_difference
-from checkpoint_convert.conversions.export import mcore_to_hf
-from checkpoint_convert.conversions.upcycling import Start, hf_to_mcore
+from checkpoint_convert.compare.tensors import compare, largest_difference
+from checkpoint_convert.conversions.exported_model import mcore_to_hf
+from checkpoint_convert.conversions.initialization import Start
+from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.families.families import FAMILIES, family_named, read_config
 from moelpr.families.new_experts import NewExperts
 from moelpr.process.errors import UserError
@@ -120,7 +121,7 @@ def test_the_export_is_a_stock_moe_that_computes_what_our_model_does(
 
 def test_a_trained_model_computes_the_same_in_both(model: tuple[Path, str, str], tmp_path: Path) -> None:
     """Experts that differ, as after training: which weight goes to which expert shows only then."""
-    from checkpoint_convert.conversions.upcycling import Start
+    from checkpoint_convert.conversions.initialization import Start
 
     source, architecture, moe_architecture = model
     hf_to_mcore(source, tmp_path / "megatron", NewExperts(3), start=Start(noise=0.5))

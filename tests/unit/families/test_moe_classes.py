@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
-from checkpoint_convert.compare.comparison import compare, compare_frozen, largest_difference
+from checkpoint_convert.compare.tensors import compare, compare_frozen, largest_difference
 from checkpoint_convert.conversions.delta import apply_delta
-from checkpoint_convert.conversions.export import mcore_to_hf
-from checkpoint_convert.conversions.upcycling import Start, hf_to_mcore
+from checkpoint_convert.conversions.exported_model import mcore_to_hf
+from checkpoint_convert.conversions.initialization import Start
+from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.families.families import read_base
 from moelpr.families.moe_classes import MOE_CLASSES, MoeClass
 from moelpr.families.new_experts import NewExperts

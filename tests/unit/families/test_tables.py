@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoint_convert.conversions.upcycling import hf_to_mcore
+from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.checkpoints.torch_dist import TorchDistReader
 from moelpr.families.families import FAMILIES
 from moelpr.families.moe_classes import GRANITE_MOE

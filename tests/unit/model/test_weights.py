@@ -90,8 +90,8 @@ def test_the_exporters_reader_reads_the_complete_model(chain_of_three: Path) -> 
 
 
 def test_a_chain_can_be_made_a_complete_checkpoint(chain_of_three: Path, tmp_path: Path) -> None:
-    from checkpoint_convert.compare.comparison import compare, largest_difference
-    from checkpoint_convert.conversions.export import whole_checkpoint
+    from checkpoint_convert.compare.tensors import compare, largest_difference
+    from checkpoint_convert.conversions.complete_checkpoint import whole_checkpoint
     from moelpr.model.loading import load_model
 
     whole_checkpoint(chain_of_three / "stage2", tmp_path / "made")

@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from checkpoint_convert.card.history import Origin, read_history
-from checkpoint_convert.conversions.adapter import mcore_to_adapter
-from checkpoint_convert.conversions.export import whole_checkpoint
-from checkpoint_convert.conversions.upcycling import hf_to_mcore
+from checkpoint_convert.conversions.complete_checkpoint import whole_checkpoint
+from checkpoint_convert.conversions.published_adapter import mcore_to_adapter
+from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.checkpoints.chain import BaseCheckpoint
 from moelpr.families.new_experts import NewExperts
 from moelpr.process.errors import UserError

@@ -18,8 +18,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from checkpoint_convert.card.readers import readers_sentence
-from checkpoint_convert.conversions.export import mcore_to_hf
-from checkpoint_convert.conversions.upcycling import Start, hf_to_mcore
+from checkpoint_convert.conversions.exported_model import mcore_to_hf
+from checkpoint_convert.conversions.initialization import Start
+from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.families.families import FAMILIES
 from moelpr.families.moe_classes import MOE_CLASSES
 from moelpr.families.new_experts import NewExperts

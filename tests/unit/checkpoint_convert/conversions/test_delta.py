@@ -12,10 +12,11 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from checkpoint_convert.compare.comparison import compare_frozen, largest_difference
+from checkpoint_convert.compare.tensors import compare_frozen, largest_difference
 from checkpoint_convert.conversions.delta import apply_delta
-from checkpoint_convert.conversions.export import mcore_to_hf
-from checkpoint_convert.conversions.upcycling import Start, hf_to_mcore
+from checkpoint_convert.conversions.exported_model import mcore_to_hf
+from checkpoint_convert.conversions.initialization import Start
+from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from checkpoint_convert.mcore.megatron_folder import MegatronReader
 from moelpr.families.new_experts import NewExperts
 from moelpr.families.tables import Piece

@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 import pytest
 
 from checkpoint_convert import hf_to_mcore as importer
-from checkpoint_convert.compare.comparison import compare
-from checkpoint_convert.conversions.export import mcore_to_hf
+from checkpoint_convert.compare.tensors import compare
+from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.hf.hub import find_model
 from moelpr.process.errors import UserError
 from tests.support.hf_models import assert_nothing_left

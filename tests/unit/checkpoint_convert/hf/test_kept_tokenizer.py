@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from checkpoint_convert.conversions.delta import apply_delta
-from checkpoint_convert.conversions.export import mcore_to_hf
-from checkpoint_convert.conversions.grafting import graft
-from checkpoint_convert.conversions.upcycling import hf_to_mcore
+from checkpoint_convert.conversions.exported_model import mcore_to_hf
+from checkpoint_convert.conversions.grafted_model import graft
+from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from checkpoint_convert.hf.hub import Model
 from moelpr.data.tokenizer import load_tokenizer, open_hf_tokenizer
 from moelpr.families.new_experts import NewExperts

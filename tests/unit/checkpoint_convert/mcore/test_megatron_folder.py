@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from checkpoint_convert.compare.comparison import compare, largest_difference
-from checkpoint_convert.conversions.export import mcore_to_hf
-from checkpoint_convert.conversions.upcycling import Start, hf_to_mcore
+from checkpoint_convert.compare.tensors import compare, largest_difference
+from checkpoint_convert.conversions.exported_model import mcore_to_hf
+from checkpoint_convert.conversions.initialization import Start
+from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.checkpoints.torch_dist import TorchDistReader, TorchDistWriter
 from moelpr.families.families import family_named
 from moelpr.families.new_experts import NewExperts

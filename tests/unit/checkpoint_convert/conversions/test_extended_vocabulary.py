@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from checkpoint_convert.conversions.export import mcore_to_hf
-from checkpoint_convert.conversions.upcycling import hf_to_mcore
+from checkpoint_convert.conversions.exported_model import mcore_to_hf
+from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from checkpoint_convert.mcore.megatron_folder import MegatronReader
 from moelpr.data.vocabulary_extension import VocabularyExtension
 from moelpr.families.new_experts import NewExperts
@@ -133,7 +133,7 @@ def test_an_interrupted_conversion_does_not_resume_with_another_extension(
     qwen2: Path, extended: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("checkpoint_convert.conversions.upcycling.copy_companions", interrupt)
+        patched.setattr("checkpoint_convert.conversions.upcycled_checkpoint.copy_companions", interrupt)
         hf_to_mcore(qwen2, tmp_path / "out", NewExperts(4), extended_tokenizer=extended)
     extension = varied(extended)
     hf_to_mcore(qwen2, tmp_path / "out", NewExperts(4), extended_tokenizer=extended)

@@ -14,10 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint_convert.card.companions import copy_companions
 from checkpoint_convert.card.history import Origin, check_frozen_is_the_base, check_separable, read_history
-from checkpoint_convert.hf.hf_folder import HfReader, check_tokenizer, common_dtype, record_dtype, write_weights
-from checkpoint_convert.hf.outputs import cast, check_finite, check_output, output_folder
+from checkpoint_convert.common.numbers import cast, check_finite
+from checkpoint_convert.common.output_folder import check_output, output_folder
+from checkpoint_convert.hf.companions import copy_companions, record_dtype
+from checkpoint_convert.hf.safetensors_reader import HfReader, common_dtype
+from checkpoint_convert.hf.safetensors_writer import write_weights
+from checkpoint_convert.hf.tokenizer_check import check_tokenizer
 from checkpoint_convert.hf.weight_check import check_weights
 from checkpoint_convert.mcore.megatron_folder import SIGNS, MegatronReader, num_elements, write_checkpoint
 from moelpr.families.families import read_base

@@ -11,14 +11,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from checkpoint_convert.compare.comparison import compare_frozen, compare_on_text
-from checkpoint_convert.conversions.adapter import mcore_to_adapter
+from checkpoint_convert.compare.grafts import compare_graft
+from checkpoint_convert.compare.logits import compare_on_text
+from checkpoint_convert.compare.tensors import compare_frozen
 from checkpoint_convert.conversions.delta import DELTA_FILE, apply_delta
-from checkpoint_convert.conversions.export import mcore_to_hf
-from checkpoint_convert.conversions.grafting import compare_graft
-from checkpoint_convert.conversions.upcycling import Start, hf_to_mcore
+from checkpoint_convert.conversions.exported_model import mcore_to_hf
+from checkpoint_convert.conversions.initialization import Start
+from checkpoint_convert.conversions.published_adapter import mcore_to_adapter
+from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from checkpoint_convert.graft import main as graft_main
-from checkpoint_convert.hf.new_rows import grow, new_rows, without_rows
+from checkpoint_convert.hf.vocabulary_rows import grow, new_rows, without_rows
 from checkpoint_convert.verify import main as verify_main
 from moelpr.data.tokenizer import load_tokenizer
 from moelpr.data.vocabulary_extension import VOCABULARY_EXTENSION_FILE, VocabularyExtension
@@ -275,7 +277,7 @@ def test_a_graft_of_a_base_with_other_tokens_is_rejected(qwen2: Path, model: Pat
     vocabulary = content["model"]["vocab"]
     vocabulary["aa"], vocabulary["aaa"] = vocabulary["aaa"], vocabulary["aa"]
     (model / "tokenizer.json").write_text(json.dumps(content))
-    from checkpoint_convert.conversions.grafting import graft
+    from checkpoint_convert.conversions.grafted_model import graft
     from checkpoint_convert.hf.hub import find_model
 
     with pytest.raises(UserError, match="the tokenizers of .* and .*model differ: the token 3 is 'aa' and 'aaa'"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from checkpoint_convert import update_card as command
-from checkpoint_convert.card.card_metadata import split_card
+from checkpoint_convert.card.front_matter import split_card
 
 CARD = "---\nlicense: mit\nlanguage: en\ntags:\n- moe\n---\n\n# A model\n\n---\nText.\n"
 

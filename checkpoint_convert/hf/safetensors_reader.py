@@ -1,77 +1,24 @@
-"""Hugging Face model directories: config.json, tokenizer, and safetensors weights, streamed tensor by tensor."""
+"""The weights of a Hugging Face model directory: safetensors files, read tensor by tensor."""
 
-import json
-import math
-import os
-from collections.abc import Callable, Iterable
-from contextlib import closing
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm import tqdm
 
-from checkpoint_convert.hf.outputs import cast
-from moelpr.data.tokenizer import check_text_is_kept, open_hf_tokenizer
-from moelpr.data.vocabulary_extension import VOCABULARY_EXTENSION_FILE
-from moelpr.families.families import CONFIG_FILE, read_config
+from checkpoint_convert.hf.model_files import MODEL_STEM
 from moelpr.families.tables import stacked_part
 from moelpr.process.command import deferred_signals
 from moelpr.process.errors import UserError, first_line
-from moelpr.store import checksums
-from moelpr.store.checksums import FileSum, Verifier, Verify
-from moelpr.store.files import DurableFile, parse_json
-
-# Weight files are STEM.safetensors, or STEM-00001-of-00002.safetensors, … with STEM.safetensors.index.json.
-MODEL_STEM = "model"
-
-# The files of a model other than its weights. No code (*.py): nothing here needs trust_remote_code.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "spiece.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
-# What replaces the model's own if its tokenizer is extended.
-EXTENDED_FILES = (*TOKENIZER_FILES, VOCABULARY_EXTENSION_FILE, "chat_template.jinja", "chat_template.json")
-COMPANION_FILES = (
-    CONFIG_FILE,
-    "generation_config.json",
-    *EXTENDED_FILES,
-    "README.md",
-    "LICENSE",
-    "NOTICE",
-)
-COMPANION_FOLDERS = ("additional_chat_templates",)
+from moelpr.store.checksums import Verifier, Verify
+from moelpr.store.files import parse_json
 
 # A file is reopened after this many bytes: while it is open, its mapped pages count as memory of this process.
 MAX_MAPPED_BYTES = 32 << 20
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-def check_tokenizer(folder: Path, vocab_size: int) -> None:
-    """UserError if the folder's tokenizer cannot be read or has more IDs than the embedding has rows."""
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        return
-    tokenizer = open_hf_tokenizer(folder)
-    check_text_is_kept(folder, tokenizer)
-    num_ids = max(tokenizer.get_vocab().values(), default=-1) + 1
-    if num_ids > vocab_size:
-        raise UserError(
-            f"the tokenizer in {folder} has {num_ids:,} IDs, but the model's embedding has {vocab_size:,} rows; use "
-            "the tokenizer that the model was trained with, or resize the embedding"
-        )
 
 
 class HfReader:
@@ -221,19 +168,6 @@ def common_dtype(tensors: Iterable[tuple[HfReader, str]]) -> str:
     return next(iter(folders))
 
 
-def record_dtype(folder: Path, tensors: Iterable[tuple[HfReader, str]]) -> None:
-    """Make a copied config.json name the dtype of the model's weights, as deltas depend on what training rounded.
-
-    If they have several, it is float32, which holds all of them.
-    """
-    dtypes = {str(reader.dtype(name)).removeprefix("torch.") for reader, name in tensors}
-    dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
-    config = read_config(folder)
-    if (config.get("dtype") or config.get("torch_dtype")) != dtype:
-        config |= {"dtype": dtype, "torch_dtype": dtype}
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-
-
 def is_unread(source: HfReader, name: str) -> bool:
     """Whether readers ignore this tensor, if the model is tied.
 
@@ -248,115 +182,3 @@ def is_unread(source: HfReader, name: str) -> bool:
         and source.shape(name) == source.shape(embedding)
         and torch.equal(source.read(name), source.read(embedding))
     )
-
-
-def raw_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's elements as they are stored in a file."""
-    if not tensor.numel():
-        return memoryview(b"")
-    return memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")
-
-
-@dataclass(frozen=True)
-class _StoredTensor:
-    """A tensor of a safetensors file, and the tensors (name, shape) whose bytes it consists of."""
-
-    name: str
-    shape: tuple[int, ...]
-    parts: list[tuple[str, tuple[int, ...]]]
-
-    @property
-    def num_elements(self) -> int:
-        return math.prod(self.shape)
-
-
-def _stored_tensors(tensors: Iterable[tuple[str, tuple[int, ...]]], stack: bool) -> list[_StoredTensor]:
-    """Join the parts of stacked experts, unless they are to be stored by themselves."""
-    stored = []
-    for name, group in groupby(tensors, key=lambda tensor: stacked_part(tensor[0])[0] if stack else tensor[0]):
-        parts = list(group)
-        shape = parts[0][1]
-        if parts[0][0] != name:
-            experts = [stacked_part(part)[1][0] for part, _ in parts]
-            rows = sum(part_shape[0] for _, part_shape in parts) // len(set(experts))
-            shape = (len(set(experts)), rows, *shape[1:])
-        stored.append(_StoredTensor(name, shape, parts))
-    return stored
-
-
-def write_weights(
-    folder: Path,
-    tensors: Iterable[tuple[str, tuple[int, ...]]],
-    dtype: torch.dtype,
-    max_shard_bytes: float,
-    read: Callable[[str], Tensor],
-    bar: "tqdm[None]",
-    stem: str = MODEL_STEM,
-    stack: bool = True,
-) -> None:
-    """Write safetensors shards, index and checksums, one tensor at a time; shards of an interrupted call are kept.
-
-    Args:
-        tensors: (name, shape) of all tensors, in the order in which they are written.
-        dtype: Their dtype in the files.
-        max_shard_bytes: Largest size of a shard; a larger tensor gets its own.
-        read: Returns the tensor of a name, in any dtype.
-        bar: Progress in bytes.
-        stack: Whether parts of stacked experts become one tensor; if so, all of them follow one another.
-    """
-    shards: list[list[_StoredTensor]] = [[]]
-    total_size = filled = 0
-    for tensor in _stored_tensors(tensors, stack):
-        nbytes = tensor.num_elements * dtype.itemsize
-        if shards[-1] and filled + nbytes > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(tensor)
-        filled += nbytes
-        total_size += nbytes
-    weight_map: dict[str, str] = {}
-    sums = checksums.read(folder) or {}
-    for number, shard in enumerate(shards, start=1):
-        suffix = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
-        path = folder / f"{stem}{suffix}.safetensors"
-        weight_map |= {tensor.name: path.name for tensor in shard}
-        if path.is_file():
-            bar.update(sum(tensor.num_elements for tensor in shard) * dtype.itemsize)
-            sums.setdefault(path.name, FileSum.of(path))
-        else:
-            sums[path.name] = _write_shard(path, shard, dtype, read, bar)
-        checksums.write(folder, sums)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _write_shard(
-    path: Path, shard: list[_StoredTensor], dtype: torch.dtype, read: Callable[[str], Tensor], bar: "tqdm[None]"
-) -> FileSum:
-    """Stream one file, which gets its name once complete; returns its checksum.
-
-    The safetensors library needs all tensors of a file at once. But a file is a JSON header followed by the bytes, so
-    tensors can be streamed if their names, shapes and dtype are known first.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for stored in shard:
-        start, end = end, end + stored.num_elements * dtype.itemsize
-        header[stored.name] = {
-            "dtype": _DTYPE_NAMES[dtype], "shape": list(stored.shape), "data_offsets": [start, end]
-        }  # fmt: skip
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
-    unfinished = path.with_name(path.name + ".unfinished")
-    with closing(DurableFile(unfinished)) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, shape in (part for stored in shard for part in stored.parts):
-            tensor = cast(read(name), dtype, name)
-            assert tensor.shape == shape, (name, tensor.shape, shape)
-            bar.update(file.write(raw_bytes(tensor)))
-            del tensor  # one in memory
-        found = FileSum(file.tell(), f"{file.crc32:08x}")
-        file.finish()
-    os.replace(unfinished, path)
-    return found

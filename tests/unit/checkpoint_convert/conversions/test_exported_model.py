@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from checkpoint_convert.conversions.export import mcore_to_hf, whole_checkpoint
-from checkpoint_convert.conversions.upcycling import Start, hf_to_mcore
+from checkpoint_convert.conversions.complete_checkpoint import whole_checkpoint
+from checkpoint_convert.conversions.exported_model import mcore_to_hf
+from checkpoint_convert.conversions.initialization import Start
+from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.checkpoints.torch_dist import TorchDistReader
 from moelpr.families.new_experts import NewExperts
 from moelpr.process.errors import UserError
@@ -107,6 +109,6 @@ def test_a_whole_checkpoint_does_not_replace_the_base_checkpoint_it_is_made_of(
     shutil.copytree(tmp_path / "c1", tmp_path / "c2")
     with pytest.MonkeyPatch.context() as patch:
         links = [tmp_path / "c2" / "release", tmp_path / "c1" / "release"]
-        patch.setattr("checkpoint_convert.conversions.export.checkpoint_chain", lambda *_: links)
+        patch.setattr("checkpoint_convert.conversions.complete_checkpoint.checkpoint_chain", lambda *_: links)
         with pytest.raises(UserError, match="must be separate folders"):
             whole_checkpoint(tmp_path / "c2", tmp_path / "c1", overwrite=True)

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint_convert.compare import comparison
-from checkpoint_convert.compare.comparison import compare, compare_on_text, largest_difference
-from checkpoint_convert.conversions.export import mcore_to_hf
-from checkpoint_convert.conversions.upcycling import hf_to_mcore
+from checkpoint_convert.compare import tensors
+from checkpoint_convert.compare.logits import compare_on_text
+from checkpoint_convert.compare.tensors import compare, largest_difference
+from checkpoint_convert.conversions.exported_model import mcore_to_hf
+from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.families.new_experts import NewExperts
 from moelpr.process.errors import UserError
 from tests.support.hf_models import (
@@ -21,7 +22,7 @@ from tests.support.hf_models import (
 
 
 def test_a_difference_in_any_chunk_of_a_tensor_is_found(export: Path, monkeypatch) -> None:
-    monkeypatch.setattr(comparison, "CHUNK_ELEMENTS", 100)
+    monkeypatch.setattr(tensors, "CHUNK_ELEMENTS", 100)
     for row in (0, 60, 98):
         other = copy_of(export, lambda tensors, row=row: tensors["lm_head.weight"][row, 31].add_(2))
         assert largest_difference(compare(export, other)) == pytest.approx(2)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from checkpoint_convert.card.readers import READERS
-from checkpoint_convert.compare.export_check import unmet_requirements
-from checkpoint_convert.conversions.export import mcore_to_hf
-from checkpoint_convert.conversions.upcycling import hf_to_mcore
+from checkpoint_convert.compare.reader_requirements import unmet_requirements
+from checkpoint_convert.conversions.exported_model import mcore_to_hf
+from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.families.new_experts import NewExperts
 from moelpr.process.errors import UserError
 from tests.support.hf_models import edit_tensors, load_stock

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from checkpoint_convert.conversions.adapter import adapter_to_mcore, mcore_to_adapter
 from checkpoint_convert.conversions.delta import apply_delta
-from checkpoint_convert.conversions.export import mcore_to_hf
-from checkpoint_convert.conversions.grafting import graft
-from checkpoint_convert.conversions.upcycling import Start, hf_to_mcore
-from checkpoint_convert.hf.hf_folder import HfReader
+from checkpoint_convert.conversions.exported_model import mcore_to_hf
+from checkpoint_convert.conversions.grafted_model import graft
+from checkpoint_convert.conversions.initialization import Start
+from checkpoint_convert.conversions.published_adapter import adapter_to_mcore, mcore_to_adapter
+from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from checkpoint_convert.hf.hub import Model
+from checkpoint_convert.hf.safetensors_reader import HfReader
 from checkpoint_convert.mcore.megatron_folder import MegatronReader
 from moelpr.checkpoints.torch_dist import JOURNAL_FILE, TorchDistWriter
 from moelpr.families.new_experts import NewExperts

@@ -2,14 +2,14 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from checkpoint_convert.card.card_metadata import CARD_FILE
-from checkpoint_convert.card.model_card import BASE_CARD_FILE
-from checkpoint_convert.hf.hf_folder import COMPANION_FILES, COMPANION_FOLDERS
 from checkpoint_convert.hf.kept_tokenizer import keep_tokenizer
-from moelpr.families.families import CONFIG_FILE
+from checkpoint_convert.hf.model_files import BASE_CARD_FILE, CARD_FILE, COMPANION_FILES, COMPANION_FOLDERS
+from checkpoint_convert.hf.safetensors_reader import HfReader
+from moelpr.families.families import CONFIG_FILE, read_config
 from moelpr.store.files import check_links, copy_folder
 
 
@@ -51,3 +51,16 @@ def write_companions(folder: Path, tokenizer: Path, base: Path, config: dict[str
     if tokenizer == base:
         keep_tokenizer(base, folder)
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def record_dtype(folder: Path, tensors: Iterable[tuple[HfReader, str]]) -> None:
+    """Make a copied config.json name the dtype of the model's weights, as deltas depend on what training rounded.
+
+    If they have several, it is float32, which holds all of them.
+    """
+    dtypes = {str(reader.dtype(name)).removeprefix("torch.") for reader, name in tensors}
+    dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+    config = read_config(folder)
+    if (config.get("dtype") or config.get("torch_dtype")) != dtype:
+        config |= {"dtype": dtype, "torch_dtype": dtype}
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")

@@ -10,9 +10,6 @@ original expert becomes the instruct model. Rows of new tokens, which B and I la
 """
 
 import json
-import math
-import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,40 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint_convert.card.card_metadata import CARD_FILE, read_card, split_card
-from checkpoint_convert.card.companions import copy_companion, copy_companions
-from checkpoint_convert.card.model_card import BASE_CARD_FILE, LICENSE_KEYS, TEMPLATES
-from checkpoint_convert.compare.comparison import (
-    CHUNK_ELEMENTS,
-    TensorVerdict,
-    compare_tensors,
-    open_tensors,
-    pieces_since,
-)
-from checkpoint_convert.conversions.export import DEFAULT_SHARD_BYTES
-from checkpoint_convert.hf.hf_folder import TOKENIZER_FILES, HfReader, check_tokenizer, common_dtype, write_weights
-from checkpoint_convert.hf.hub import Model, is_hub_name
-from checkpoint_convert.hf.kept_tokenizer import keep_tokenizer
-from checkpoint_convert.hf.new_rows import grow, new_rows, shape_without
-from checkpoint_convert.hf.outputs import cast, check_finite, check_output, output_folder
+from checkpoint_convert.common.numbers import CHUNK_ELEMENTS, cast, check_finite
+from checkpoint_convert.conversions.origins import open_tensors, pieces_since
+from checkpoint_convert.hf.safetensors_reader import HfReader, common_dtype
+from checkpoint_convert.hf.vocabulary_rows import grow, new_rows, shape_without
 from checkpoint_convert.hf.weight_check import check_weights
-from moelpr.data.tokenizer import load_tokenizer, open_hf_tokenizer
-from moelpr.data.vocabulary_extension import VocabularyExtension
 from moelpr.evaluate.models import is_megatron
-from moelpr.families.families import CONFIG_FILE, read_base, read_config
+from moelpr.families.families import read_base
 from moelpr.families.tables import Piece
 from moelpr.model_spec import ModelSpec
-from moelpr.process.errors import UserError, first_line
+from moelpr.process.errors import UserError
 from moelpr.stages import VOCABULARY_PARTS, Part
-from moelpr.store import yaml_files
 from moelpr.store.checksums import Verify
 from moelpr.store.files import read_versioned
-from moelpr.store.run_folder import read_json
 
 RECORD_FILE = "graft.json"
 FORMAT_VERSION = 1
-MODEL_CARD_FILE = "README-model.md"
-INSTRUCT_CARD_FILE = "README-instruct.md"
 
 # The parts that get the difference; norms, embeddings and output layer only with "all".
 PARTS = {
@@ -64,9 +43,6 @@ PARTS = {
 
 # Settings of a model that do not change what its weights compute.
 _FREE_ARGS = ("max_position_embeddings", "attention_dropout", "init_method_std")
-
-# Keys of config.json that readers use for chat and that come from the instruct model, as its tokenizer does.
-_TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -239,105 +215,6 @@ def add_difference(model: Tensor, base: Tensor, instruct: Tensor, scale: float, 
     return result
 
 
-def graft(
-    base: Model,
-    instruct: Model,
-    model: Model,
-    save: Path,
-    scale: float = 1.0,
-    only: str = "all",
-    dtype: str | None = None,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    overwrite: bool = False,
-    verify: Verify = Verify.FULL,
-) -> GraftReader:
-    """Write the model with the difference as a Hugging Face directory; an interrupted call resumes.
-
-    Args:
-        base: The dense base; `instruct`: what post-training made of it; `model`: what it was upcycled to.
-        scale: s.
-        only: Key of PARTS.
-        dtype: Dtype of the output; None for the model's.
-        max_shard_bytes: Largest size of a safetensors file.
-
-    Raises:
-        UserError: the models do not fit each other; `save` is then unchanged.
-    """
-    record = Graft(base.name, instruct.name, model.name, scale, only)
-    record.check()
-    sources = base.folder, instruct.folder, model.folder
-    check_output(save, list(sources), overwrite, (RECORD_FILE,))
-    reader = GraftReader(*sources, scale, only, dtype, verify)
-    _check_tokenizers(*sources, reader.shape("model.embed_tokens.weight")[0], reader.new_rows)
-    config, instruct_config = read_config(model.folder), read_config(instruct.folder)
-    config |= {key: instruct_config[key] for key in _TOKEN_KEYS if key in instruct_config}
-    config |= {"dtype": reader.dtype, "torch_dtype": reader.dtype}
-    config.pop("auto_map", None)  # older exports have their base's
-    tensors = [(name, reader.shape(name)) for name in reader.names]
-    target: torch.dtype = getattr(torch, reader.dtype)
-    num_bytes = target.itemsize * sum(math.prod(shape) for _, shape in tensors)
-    settings = {**asdict(record), "dtype": reader.dtype, "max_shard_bytes": max_shard_bytes}
-    with output_folder(save, overwrite, num_bytes, list(sources), **settings) as (folder, bar):
-        copy_companions(instruct.folder, folder, skip=(CONFIG_FILE, CARD_FILE))
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-        if reader.new_rows:
-            _write_extended_tokenizer(folder, instruct.folder, model.folder)
-        else:
-            keep_tokenizer(instruct.folder, folder)
-        _write_cards(folder, record, instruct.folder, model.folder, len(reader.new_rows))
-        record.write(folder)
-        write_weights(folder, tensors, target, max_shard_bytes, reader.read, bar)
-    return reader
-
-
-def compare_graft(
-    base: Path, instruct: Path, model: Path, grafted: Path, verify: Verify = Verify.FULL
-) -> Iterator[TensorVerdict]:
-    """Compare the model plus the difference with a graft, whose graft.json has scale and parts."""
-    record, found = Graft.read(grafted), open_tensors(grafted, verify=verify)
-    assert isinstance(found, HfReader)
-    dtype = common_dtype((found, name) for name in found.names)
-    expected = GraftReader(base, instruct, model, record.scale, record.only, dtype, verify)
-    found.list_parts(expected.names)
-    yield from compare_tensors(expected, found, {name: name for name in expected.names}, expected.names)
-    for name in sorted(set(found.names) - set(expected.names)):
-        yield TensorVerdict(name, "extra")
-
-
-def _write_cards(folder: Path, record: Graft, instruct: Path, model: Path, num_new_tokens: int) -> None:
-    """Write the graft's card, and beside it those that it links to."""
-    cards = ((model, CARD_FILE, MODEL_CARD_FILE), (model, BASE_CARD_FILE, BASE_CARD_FILE))
-    for source, name, kept in (*cards, (instruct, CARD_FILE, INSTRUCT_CARD_FILE)):
-        if (source / name).is_file():
-            copy_companion(source, name, folder / kept)
-    ours, theirs = (split_card(read_card(source) or "")[0] for source in (model, instruct))
-    metadata = {key: ours[key] for key in ("language",) if key in ours} | _license(ours, theirs)
-    metadata |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    made_of = [record.model, ours.get("base_model", record.base), record.instruct]
-    if parents := [name for name in made_of if isinstance(name, str) and is_hub_name(name)]:
-        metadata |= {"base_model": parents, "base_model_relation": "merge"}
-    metadata["tags"] = ["moe", "moe-lpr", "merge"]
-    card = TEMPLATES.get_template("graft_card.md").render(
-        asdict(record),
-        front_matter=yaml_files.dump(metadata),
-        num_new_tokens=num_new_tokens,
-        has_model_card=(folder / MODEL_CARD_FILE).is_file(),
-        has_instruct_card=(folder / INSTRUCT_CARD_FILE).is_file(),
-    )
-    (folder / CARD_FILE).write_text(card, encoding="utf-8")
-
-
-def _license(*cards: dict[str, Any]) -> dict[str, Any]:
-    """The keys of the license that all cards have, or one that names each; {} if a card has none."""
-    if not all("license" in card for card in cards):
-        return {}
-    found = [{key: card[key] for key in LICENSE_KEYS if key in card} for card in cards]
-    if all(license == found[0] for license in found):
-        return found[0]
-    names = dict.fromkeys(str(license.get("license_name", license["license"])) for license in found)
-    return {"license": "other", "license_name": "-and-".join(names)}
-
-
 def _open(folder: Path, verify: Verify) -> tuple[HfReader, ModelSpec]:
     if is_megatron(folder):
         raise UserError(f"{folder} is a Megatron checkpoint; export it with mcore_to_hf.py and pass the export")
@@ -367,53 +244,3 @@ def _check_settings(a: Path, a_spec: ModelSpec, b: Path, b_spec: ModelSpec) -> N
                 f"{a} and {b} are different models: {key} is {found[0]} and {found[1]}; pass a base with the instruct "
                 "model and the upcycled model that were made of it"
             )
-
-
-def _write_extended_tokenizer(folder: Path, instruct: Path, model: Path) -> None:
-    """The model's tokenizer with the instruct model's special tokens and chat template."""
-    ours, theirs = map(open_hf_tokenizer, (model, instruct))
-    for name, token in theirs.special_tokens_map.items():
-        setattr(ours, name, token)
-    ours.chat_template = theirs.chat_template
-    for name in TOKENIZER_FILES:
-        (folder / name).unlink(missing_ok=True)
-    try:
-        ours.save_pretrained(folder)
-    except (ValueError, TypeError) as error:  # a template whose name is a path, or that is no text
-        reason = first_line(error)
-        raise UserError(f"the chat template of {instruct} can't be written ({reason}); download it again") from error
-    _keep_tokenizer_class(folder / "tokenizer_config.json", model / "tokenizer_config.json")
-    shutil.copyfile(model / "tokenizer.json", folder / "tokenizer.json")  # so that not a token is written differently
-    VocabularyExtension.read(model).write(folder)
-
-
-def _keep_tokenizer_class(path: Path, of: Path) -> None:
-    """transformers 5 writes a class that transformers 4 does not know."""
-    config, before = (read_json(file) or {} for file in (path, of))
-    if "tokenizer_class" in before:
-        path.write_text(json.dumps(config | {"tokenizer_class": before["tokenizer_class"]}, indent=2) + "\n")
-
-
-def _check_tokenizers(base: Path, instruct: Path, model: Path, vocab_size: int, new: range) -> None:
-    """UserError unless all three give every text the same IDs, or the model's extends the others' by the IDs `new`."""
-    tokenizers = []
-    for folder in (base, instruct, model):
-        if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-            raise UserError(f"{folder} contains no tokenizer; copy the one that the model was trained with there")
-        check_tokenizer(folder, vocab_size)
-        tokenizers.append(load_tokenizer("HuggingFaceTokenizer", str(folder)))
-    for folder, tokenizer in zip((instruct, model), tokenizers[1:], strict=True):
-        if tokenizer.fingerprint() == tokenizers[0].fingerprint():
-            continue
-        ours, theirs = ({id: token for token, id in t.vocabulary().items()} for t in (tokenizers[0], tokenizer))
-        if folder == model and ours == {id: token for id, token in theirs.items() if id not in new}:
-            continue
-        different = [id for id in sorted(ours.keys() | theirs.keys()) if ours.get(id) != theirs.get(id)]
-        reason = "they split text differently"
-        if different:
-            tokens = [by_id.get(different[0]) for by_id in (ours, theirs)]
-            reason = f"the token {different[0]} is {tokens[0]!r} and {tokens[1]!r}"
-        raise UserError(
-            f"the tokenizers of {base} and {folder} differ: {reason}; pass models with the same tokenizer, as new text "
-            "would otherwise get other tokens than in training"
-        )

@@ -1,26 +1,25 @@
-"""What a Megatron checkpoint is exported as: a stock Hugging Face model, a delta to its base, a complete checkpoint."""
+"""Exports a Megatron checkpoint as a stock Hugging Face model, or as a delta to its base."""
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from checkpoint_convert.card.companions import write_companions
 from checkpoint_convert.card.history import Origin, check_separable, read_history
 from checkpoint_convert.card.model_card import CardFacts, model_card
+from checkpoint_convert.common.output_folder import check_output, output_folder
 from checkpoint_convert.conversions.delta import DELTA_FILE, DELTA_STEM, check_delta, complete_delta, rows_of_new_tokens
-from checkpoint_convert.hf.hf_folder import MODEL_STEM, write_weights
-from checkpoint_convert.hf.outputs import check_output, output_folder
-from checkpoint_convert.mcore.megatron_folder import SIGNS, MegatronReader, write_checkpoint
-from moelpr.checkpoints.chain import checkpoint_chain
+from checkpoint_convert.hf.companions import write_companions
+from checkpoint_convert.hf.model_files import MODEL_STEM
+from checkpoint_convert.hf.safetensors_writer import write_weights
+from checkpoint_convert.mcore.megatron_folder import MegatronReader
 from moelpr.families.families import CONFIG_FILE, read_config
 from moelpr.families.moe_classes import MOE_CLASSES, MoeClass
 from moelpr.model_spec import ModelSpec
 from moelpr.process.errors import UserError
 from moelpr.store.checksums import Verify
-from moelpr.store.files import copy_folder
 from moelpr.store.run_folder import HF_FOLDER
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -100,25 +99,3 @@ def _class_for(load: Path, name: str) -> MoeClass:
         fitting = " or ".join(kind.name for kind in MOE_CLASSES.values() if kind.misfit(spec) is None)
         raise UserError(f"{load} cannot be written as {moe_class.architecture}: {misfit}; pass --as {fitting}")
     return moe_class
-
-
-def whole_checkpoint(
-    load: Path, save: Path, iteration: int | None = None, overwrite: bool = False, verify: Verify = Verify.FULL
-) -> None:
-    """Write the model of a checkpoint, whose steps may hold only what was trained, as a checkpoint that needs no base.
-
-    Args:
-        save: Checkpoint folder to write; tensors keep their dtype.
-        iteration: Saved step to read; None for the latest.
-
-    Raises:
-        UserError: the input is invalid; `save` is then unchanged.
-    """
-    check_output(save, [load, *(link.parent for link in checkpoint_chain(load, iteration))], overwrite, SIGNS)
-    source = MegatronReader(load, iteration, verify=verify)
-    num_bytes = sum(source.num_bytes(piece) for piece in source.pieces)
-    with output_folder(save, overwrite, num_bytes, [source.step_folder]) as (folder, bar):
-        write_checkpoint(folder, source.pieces, source.spec, lambda todo: map(source.read_piece, todo), bar)
-        if (load / HF_FOLDER).is_dir():
-            copy_folder(load / HF_FOLDER, folder / HF_FOLDER)
-        replace(Origin.read(load), copy_of=str(source.step_folder.resolve())).write(folder)

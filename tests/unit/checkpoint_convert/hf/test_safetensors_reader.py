@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from checkpoint_convert.compare.comparison import compare
+from checkpoint_convert.compare.tensors import compare
 from checkpoint_convert.conversions.delta import apply_delta
-from checkpoint_convert.conversions.export import mcore_to_hf
-from checkpoint_convert.conversions.upcycling import hf_to_mcore
-from checkpoint_convert.hf.hf_folder import HfReader
+from checkpoint_convert.conversions.exported_model import mcore_to_hf
+from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
+from checkpoint_convert.hf.safetensors_reader import HfReader
 from moelpr.families.new_experts import NewExperts
 from moelpr.process.errors import UserError
 from tests.support.hf_models import (

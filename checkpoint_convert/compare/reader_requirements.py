@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from checkpoint_convert.card.readers import READERS, obstacle
-from checkpoint_convert.hf.hf_folder import TOKENIZER_FILES, HfReader
+from checkpoint_convert.hf.model_files import TOKENIZER_FILES
+from checkpoint_convert.hf.safetensors_reader import HfReader
 from checkpoint_convert.hf.weight_check import check_weights
 from moelpr.families.families import read_base, read_config
 from moelpr.families.tables import zeros

@@ -1,14 +1,20 @@
-"""Grows a model's vocabulary by the new tokens of an extended tokenizer, when it is converted."""
+"""The rows of new tokens, by which embedding and output layer of a model with an extended vocabulary exceed its base's.
+
+A new token may also have taken a row of the base that none of its tokens used.
+"""
 
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from checkpoint_convert.hf.outputs import cast
+from checkpoint_convert.common.numbers import cast
+from checkpoint_convert.hf.model_files import TOKENIZER_FILES
 from moelpr.data.tokenizer import load_tokenizer
 from moelpr.data.vocabulary_extension import VOCABULARY_EXTENSION_FILE, VocabularyExtension
+from moelpr.evaluate.models import is_megatron
 from moelpr.process.errors import UserError
+from moelpr.store.run_folder import HF_FOLDER
 
 
 def read_extension(extended: Path, model: Path) -> VocabularyExtension:
@@ -46,3 +52,42 @@ def with_new_rows(rows_VH: Tensor, extension: VocabularyExtension, vocab_size: i
     for id, replaced in enumerate(extension.replaces, start=extension.first_new_id):
         grown_VH[id] = rows_VH[replaced].float().mean(dim=0)
     return grown_VH
+
+
+def tokenizer_folder(model: Path) -> Path:
+    """The folder with the tokenizer of a Hugging Face model or a Megatron checkpoint."""
+    return model / HF_FOLDER if is_megatron(model) else model
+
+
+def new_rows(base: Path, model: Path) -> range:
+    """The rows of the tokens that were added to the base's vocabulary, in one round or several; none: an empty range.
+
+    Args:
+        base: Hugging Face model or Megatron checkpoint; so is `model`.
+    """
+    ours, theirs = tokenizer_folder(model), tokenizer_folder(base)
+    if not (ours / VOCABULARY_EXTENSION_FILE).is_file():
+        return range(0)
+    extension = VocabularyExtension.read(ours)
+    first = extension.first_new_id
+    if any((theirs / name).is_file() for name in TOKENIZER_FILES):  # of several rounds, the file has only the last
+        first = max(load_tokenizer("HuggingFaceTokenizer", str(theirs)).vocabulary().values()) + 1
+    return range(first, max(first, extension.first_new_id + extension.number))
+
+
+def without_rows(tensor: Tensor, rows: range) -> Tensor:
+    """The other rows of a tensor, which may end before or in `rows`; a view if they are contiguous."""
+    parts = tensor[: rows.start], tensor[rows.stop :]
+    return tensor if not rows else torch.cat(parts) if len(parts[1]) else parts[0]
+
+
+def shape_without(shape: tuple[int, ...], rows: range) -> tuple[int, ...]:
+    """The shape of `without_rows`."""
+    if not rows or not shape:
+        return shape
+    return (min(shape[0], rows.start) + max(shape[0] - rows.stop, 0), *shape[1:])
+
+
+def grow(base: Tensor, new: Tensor, rows: range) -> Tensor:
+    """The base's tensor with the rows of new tokens, which take the place of what the base has there."""
+    return torch.cat([base[: rows.start], new, base[rows.stop :]])

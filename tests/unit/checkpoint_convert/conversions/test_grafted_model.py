@@ -17,9 +17,13 @@ from checkpoint_convert import graft as grafter
 from checkpoint_convert import hf_to_mcore as importer
 from checkpoint_convert import mcore_to_hf as exporter
 from checkpoint_convert import verify as verifier
-from checkpoint_convert.conversions.export import mcore_to_hf
-from checkpoint_convert.conversions.grafting import _license, add_difference, compare_graft, graft
-from checkpoint_convert.conversions.upcycling import Start, hf_to_mcore
+from checkpoint_convert.compare.grafts import compare_graft
+from checkpoint_convert.conversions.exported_model import mcore_to_hf
+from checkpoint_convert.conversions.graft_card import _license
+from checkpoint_convert.conversions.grafted_model import graft
+from checkpoint_convert.conversions.initialization import Start
+from checkpoint_convert.conversions.instruct_difference import add_difference
+from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from checkpoint_convert.hf.hub import Model, find_model
 from moelpr.families.new_experts import NewExperts
 from moelpr.process.errors import UserError

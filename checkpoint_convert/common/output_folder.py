@@ -1,6 +1,5 @@
-"""What all converters share: the output folder, its options on the command line, progress, and the check for NaN."""
+"""The output folder of every converter: complete or not at all, resumable, with a progress bar."""
 
-import argparse
 import errno
 import json
 import os
@@ -9,31 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from moelpr.model_spec import DTYPES
 from moelpr.process.errors import UserError
-from moelpr.store.checksums import NO_VERIFY
 from moelpr.store.files import partial_name, refuse_existing, resumable_directory
-
-
-def add_load_options(parser: argparse.ArgumentParser) -> None:
-    """Add --load and --iteration."""
-    parser.add_argument("--load", type=Path, required=True, metavar="DIR",
-        help="checkpoint folder of a converter or the trainer")  # fmt: skip
-    parser.add_argument("--iteration", type=int, metavar="STEP", help="saved step to read (default: the latest)")
-
-
-def add_output_options(parser: argparse.ArgumentParser, output: str, dtype_default: str | None = None) -> None:
-    """Add --save, --overwrite and, with a text for its default, --dtype."""
-    parser.add_argument("--save", type=Path, required=True, metavar="DIR", help=f"{output} to write")
-    if dtype_default:
-        parser.add_argument("--dtype", choices=DTYPES, help=f"dtype of the output (default: {dtype_default})")
-    parser.add_argument("--overwrite", action="store_true", help=f"replace an existing {output} at --save")
-    parser.add_argument("--no-verify", **NO_VERIFY)
-    parser.epilog = "An interrupted command leaves .NAME.partial beside the --save folder; rerun it to resume."
 
 
 def check_output(save: Path, sources: list[Path], overwrite: bool, signs: tuple[str, ...]) -> None:
@@ -81,18 +59,3 @@ def output_folder(
     ):
         refuse_existing([save], overwrite)  # again: a job that started before may just have ended
         yield folder, bar
-
-
-def cast(tensor: Tensor, dtype: torch.dtype, where: str) -> Tensor:
-    """The tensor in `dtype`; UserError if float16, whose largest number is 65,504, is too narrow for it."""
-    result = tensor.to(dtype)
-    if dtype is torch.float16 and tensor.dtype is not dtype:
-        check_finite(result, f"{where} in float16", "its numbers are too large for it; pass another --dtype")
-    return result
-
-
-def check_finite(tensor: Tensor, where: str, fix: str) -> Tensor:
-    """Return the tensor; UserError, with what to do (`fix`), if it contains NaN or Inf."""
-    if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
-        raise UserError(f"{where} contains NaN or Inf; {fix}")
-    return tensor

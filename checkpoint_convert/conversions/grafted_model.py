@@ -1,0 +1,105 @@
+"""Writes a graft: a model with an instruct difference, and the instruct model's tokenizer, template and settings."""
+
+import json
+import math
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from checkpoint_convert.common.output_folder import check_output, output_folder
+from checkpoint_convert.conversions.exported_model import DEFAULT_SHARD_BYTES
+from checkpoint_convert.conversions.graft_card import write_cards
+from checkpoint_convert.conversions.instruct_difference import RECORD_FILE, Graft, GraftReader
+from checkpoint_convert.hf.companions import copy_companions
+from checkpoint_convert.hf.hub import Model
+from checkpoint_convert.hf.kept_tokenizer import keep_tokenizer
+from checkpoint_convert.hf.model_files import CARD_FILE, TOKENIZER_FILES
+from checkpoint_convert.hf.safetensors_writer import write_weights
+from checkpoint_convert.hf.tokenizer_check import check_same_tokenizer
+from moelpr.data.tokenizer import open_hf_tokenizer
+from moelpr.data.vocabulary_extension import VocabularyExtension
+from moelpr.families.families import CONFIG_FILE, read_config
+from moelpr.process.errors import UserError, first_line
+from moelpr.store.checksums import Verify
+from moelpr.store.run_folder import read_json
+
+# Keys of config.json that readers use for chat and that come from the instruct model, as its tokenizer does.
+_TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def graft(
+    base: Model,
+    instruct: Model,
+    model: Model,
+    save: Path,
+    scale: float = 1.0,
+    only: str = "all",
+    dtype: str | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    overwrite: bool = False,
+    verify: Verify = Verify.FULL,
+) -> GraftReader:
+    """Write the model with the difference as a Hugging Face directory; an interrupted call resumes.
+
+    Args:
+        base: The dense base; `instruct`: what post-training made of it; `model`: what it was upcycled to.
+        scale: s.
+        only: Key of PARTS.
+        dtype: Dtype of the output; None for the model's.
+        max_shard_bytes: Largest size of a safetensors file.
+
+    Raises:
+        UserError: the models do not fit each other; `save` is then unchanged.
+    """
+    record = Graft(base.name, instruct.name, model.name, scale, only)
+    record.check()
+    sources = base.folder, instruct.folder, model.folder
+    check_output(save, list(sources), overwrite, (RECORD_FILE,))
+    reader = GraftReader(*sources, scale, only, dtype, verify)
+    check_same_tokenizer(*sources, reader.shape("model.embed_tokens.weight")[0], reader.new_rows)
+    config, instruct_config = read_config(model.folder), read_config(instruct.folder)
+    config |= {key: instruct_config[key] for key in _TOKEN_KEYS if key in instruct_config}
+    config |= {"dtype": reader.dtype, "torch_dtype": reader.dtype}
+    config.pop("auto_map", None)  # older exports have their base's
+    tensors = [(name, reader.shape(name)) for name in reader.names]
+    target: torch.dtype = getattr(torch, reader.dtype)
+    num_bytes = target.itemsize * sum(math.prod(shape) for _, shape in tensors)
+    settings = {**asdict(record), "dtype": reader.dtype, "max_shard_bytes": max_shard_bytes}
+    with output_folder(save, overwrite, num_bytes, list(sources), **settings) as (folder, bar):
+        copy_companions(instruct.folder, folder, skip=(CONFIG_FILE, CARD_FILE))
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        if reader.new_rows:
+            _write_extended_tokenizer(folder, instruct.folder, model.folder)
+        else:
+            keep_tokenizer(instruct.folder, folder)
+        write_cards(folder, record, instruct.folder, model.folder, len(reader.new_rows))
+        record.write(folder)
+        write_weights(folder, tensors, target, max_shard_bytes, reader.read, bar)
+    return reader
+
+
+def _write_extended_tokenizer(folder: Path, instruct: Path, model: Path) -> None:
+    """The model's tokenizer with the instruct model's special tokens and chat template."""
+    ours, theirs = map(open_hf_tokenizer, (model, instruct))
+    for name, token in theirs.special_tokens_map.items():
+        setattr(ours, name, token)
+    ours.chat_template = theirs.chat_template
+    for name in TOKENIZER_FILES:
+        (folder / name).unlink(missing_ok=True)
+    try:
+        ours.save_pretrained(folder)
+    except (ValueError, TypeError) as error:  # a template whose name is a path, or that is no text
+        reason = first_line(error)
+        raise UserError(f"the chat template of {instruct} can't be written ({reason}); download it again") from error
+    _keep_tokenizer_class(folder / "tokenizer_config.json", model / "tokenizer_config.json")
+    shutil.copyfile(model / "tokenizer.json", folder / "tokenizer.json")  # so that not a token is written differently
+    VocabularyExtension.read(model).write(folder)
+
+
+def _keep_tokenizer_class(path: Path, of: Path) -> None:
+    """transformers 5 writes a class that transformers 4 does not know."""
+    config, before = (read_json(file) or {} for file in (path, of))
+    if "tokenizer_class" in before:
+        path.write_text(json.dumps(config | {"tokenizer_class": before["tokenizer_class"]}, indent=2) + "\n")

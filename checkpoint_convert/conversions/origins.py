@@ -1,0 +1,78 @@
+"""Opens two models of which one was made from the other, and pairs their tensors."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from checkpoint_convert.hf.safetensors_reader import HfReader, is_unread
+from checkpoint_convert.mcore.megatron_folder import MegatronReader
+from moelpr.evaluate.models import is_megatron
+from moelpr.families.families import Family, family_named, read_base, read_config
+from moelpr.families.moe_classes import MOE_CLASSES, MoeClass
+from moelpr.families.tables import Piece, pieces
+from moelpr.model_spec import ModelSpec
+from moelpr.process.errors import UserError
+from moelpr.store.checksums import Verify
+
+
+def moe_class_of(model: Path) -> MoeClass | None:
+    """The MoE class of a Hugging Face directory; None for a dense model or a checkpoint."""
+    architectures = [] if is_megatron(model) else read_config(model).get("architectures")
+    return next((kind for kind in MOE_CLASSES.values() if [kind.architecture] == architectures), None)
+
+
+def open_tensors(
+    model: Path, moe_class: MoeClass | None = None, verify: Verify = Verify.FULL
+) -> HfReader | MegatronReader:
+    """A reader of the model, without the tensors that readers ignore.
+
+    Args:
+        moe_class: Whose names the tensors of a checkpoint get, if it can hold them.
+    """
+    if is_megatron(model):
+        is_held = moe_class is not None and moe_class.misfit(ModelSpec.read(model)) is None
+        return MegatronReader(model, moe_class=moe_class if is_held else None, verify=verify)
+    is_tied = read_config(model).get("tie_word_embeddings", False)
+    reader = HfReader(model, verify=verify)
+    reader.names = [
+        name for name in reader.names if (name == "lm_head.weight" and not is_tied) or not is_unread(reader, name)
+    ]
+    return reader
+
+
+def pieces_since(base: Path, upcycled: Path) -> tuple[MoeClass, list[Piece]]:
+    """The pieces of an upcycled model; what was made of the base, in one round or several, has its origin there.
+
+    Returns:
+        The MoE class whose names the pieces have, and the pieces.
+
+    Raises:
+        UserError: the base has no fewer experts, or both are Hugging Face models of different MoE classes.
+    """
+    (base_family, base_spec), (family, spec) = _read_spec(base), _read_spec(upcycled)
+    if is_megatron(upcycled) and base_spec.moe is not None:
+        family = family.written_as(base_family.moe_class)  # the checkpoint takes the base's names
+    elif base_spec.moe is not None and not is_megatron(base):
+        first, second = (kind.moe_class.architecture for kind in (base_family, family))
+        if first != second:
+            raise UserError(
+                f"{base} is a {first} and {upcycled} a {second}, which join tensors differently; export the latter "
+                "again with mcore_to_hf.py --as and the base's class, or pass its checkpoint folder"
+            )
+    num_places = base_spec.moe.num_experts if base_spec.moe else 1
+    num_experts = spec.moe.num_experts if spec.moe else 1
+    if spec.moe is None or num_experts <= num_places:
+        raise UserError(
+            f"{base} is not the base of {upcycled}: it must have fewer experts, got {num_places} and {num_experts}; "
+            "pass the base first and the upcycled model second"
+        )
+    copies = spec.moe.original_copies if base_spec.moe is None else 1  # every expert of an MoE is in it by its own name
+    num_new = num_experts - copies - (num_places - 1)
+    moe = replace(spec.moe, num_original_experts=num_places, original_copies=copies, num_new_experts=num_new)
+    return family.moe_class, list(pieces(family.table, replace(spec, moe=moe)))
+
+
+def _read_spec(model: Path) -> tuple[Family, ModelSpec]:
+    if is_megatron(model):
+        spec = ModelSpec.read(model)
+        return family_named(spec.family), spec
+    return read_base(model)

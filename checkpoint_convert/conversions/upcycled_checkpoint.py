@@ -1,0 +1,112 @@
+"""Converts a Hugging Face model to a Megatron checkpoint, dense or upcycled."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from checkpoint_convert.card.history import Origin
+from checkpoint_convert.common.output_folder import check_output, output_folder
+from checkpoint_convert.conversions.initialization import Start, starting_tensors
+from checkpoint_convert.hf.companions import copy_companions, record_dtype
+from checkpoint_convert.hf.hub import Model
+from checkpoint_convert.hf.model_files import EXTENDED_FILES, TOKENIZER_FILES
+from checkpoint_convert.hf.safetensors_reader import HfReader, common_dtype
+from checkpoint_convert.hf.tokenizer_check import check_tokenizer
+from checkpoint_convert.hf.vocabulary_rows import read_extension
+from checkpoint_convert.hf.weight_check import check_weights
+from checkpoint_convert.mcore.megatron_folder import SIGNS, num_elements, write_checkpoint
+from moelpr.families.families import CONFIG_FILE, Family, read_base, read_config
+from moelpr.families.new_experts import NewExperts, with_new_experts
+from moelpr.families.tables import pieces
+from moelpr.model_spec import ModelSpec
+from moelpr.process.errors import UserError
+from moelpr.store.checksums import Verify
+from moelpr.store.run_folder import HF_FOLDER
+
+
+def hf_to_mcore(
+    hf_path: Path,
+    save: Path,
+    experts: NewExperts | None,
+    start: Start | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    recorded: Model | None = None,
+    extended_tokenizer: Path | None = None,
+    verify: Verify = Verify.FULL,
+) -> ModelSpec:
+    """Convert a Hugging Face model to a Megatron checkpoint, upcycling its FFNs; an interrupted conversion resumes.
+
+    Args:
+        hf_path: Hugging Face directory of a dense model or a stock MoE.
+        experts: Experts to add; None for a dense checkpoint.
+        start: How new experts and routers start; None for the paper's method.
+        dtype: Dtype of the checkpoint (float32, bfloat16, float16); None for the model's.
+        recorded: Where the model at `hf_path` comes from, for the record; None for this folder.
+        extended_tokenizer: Folder of a tokenizer that extends the model's: its new tokens get rows of the embedding and
+            the output layer. None for the model's own tokenizer.
+
+    Raises:
+        UserError: the input is unsupported; `save` is then unchanged.
+    """
+    start = start or Start()
+    start.check()
+    sources = [hf_path] if extended_tokenizer is None else [hf_path, extended_tokenizer]
+    check_output(save, sources, overwrite, SIGNS)
+    family, base = read_base(hf_path)
+    if experts is not None:
+        spec = with_new_experts(family, base, experts)
+    elif base.moe is None:
+        spec = base
+    else:
+        raise UserError(f"{hf_path} is an MoE and cannot become a dense checkpoint; pass --num-new-experts")
+    spec.check()
+    source = HfReader(hf_path, verify=verify)
+    names = check_weights(source, family, base)
+    spec = _with_found_copies(source, family, base, spec)
+    spec = replace(spec, dtype=dtype or common_dtype((source, name) for name in names))
+    check_tokenizer(hf_path, spec.megatron_args["vocab_size"])
+    extension = None
+    if extended_tokenizer is not None:
+        extension = read_extension(extended_tokenizer, hf_path)
+        spec = spec.with_new_tokens(extension.first_new_id, extension.number)
+        spec.check()
+
+    plan = list(pieces(family.table, spec))
+    num_bytes = getattr(torch, spec.dtype).itemsize * num_elements(plan)
+    with output_folder(save, overwrite, num_bytes, sources, spec=asdict(spec), start=asdict(start)) as (folder, bar):
+        copy_companions(hf_path, folder / HF_FOLDER, skip=TOKENIZER_FILES if extended_tokenizer else ())
+        if extended_tokenizer is not None:
+            copy_companions(extended_tokenizer, folder / HF_FOLDER, files=EXTENDED_FILES)
+            config = read_config(hf_path) | {"vocab_size": spec.megatron_args["vocab_size"]}
+            (folder / HF_FOLDER / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        record_dtype(folder / HF_FOLDER, ((source, name) for name in names))
+        recorded = recorded or Model(hf_path, hf_path.resolve().name)
+        Origin(recorded.name, asdict(start) if spec.moe else {}, revision=recorded.revision).write(folder)
+        write_checkpoint(folder, plan, spec, lambda todo: starting_tensors(source, todo, spec, start, extension), bar)
+    return spec
+
+
+def _with_found_copies(source: HfReader, family: Family, base: ModelSpec, spec: ModelSpec) -> ModelSpec:
+    """The spec of an upcycled MoE with the copies that the base contains: the experts after 0 whose bits equal its own.
+
+    At most K, and not all: an upcycled model without training, whose experts are all equal, is not a dense model.
+    """
+    if base.moe is None or spec.moe is None:
+        return spec
+    moe, places = spec.moe, base.moe.num_experts
+
+    def with_copies(copies: int) -> ModelSpec:
+        return replace(spec, moe=replace(moe, num_original_experts=places - copies + 1, original_copies=copies))
+
+    def equals_expert_0(expert: int) -> bool:
+        dense = [piece for piece in pieces(family.table, with_copies(expert + 1)) if piece.copies]
+        names = ((a, b) for piece in dense for a, b in zip(piece.hf_names, piece.copies[-1], strict=True))
+        return all(torch.equal(source.read(a).view(torch.uint8), source.read(b).view(torch.uint8)) for a, b in names)
+
+    copies = 1
+    while copies < min(moe.topk, places - 1) and equals_expert_0(copies):
+        copies += 1
+    return with_copies(copies)

@@ -13,8 +13,9 @@ writer import it again.
 import sys
 import warnings
 
+from moelpr.process import stop
 from moelpr.process.command import run_command
-from moelpr.training import clean_stop
+from moelpr.training.clean_stop import StopRequest
 
 
 def main() -> None:
@@ -23,10 +24,10 @@ def main() -> None:
 
         own_arguments().print_help()
         return
-    clean_stop.end_with_launcher()
-    stop = clean_stop.StopRequest()
-    stop.listen()
-    clean_stop.watch_over_helpers()
+    stop.end_with_launcher()
+    request = StopRequest()
+    request.listen()
+    stop.watch_over_helpers()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of imports, about optional packages
         from moelpr.megatron_patches import bootstrap
@@ -34,8 +35,8 @@ def main() -> None:
         bootstrap.install_patches()
         from moelpr.training.train import train
 
-    with stop.leaves_lost_ranks_to_launcher():
-        train(sys.argv[1:], stop)
+    with request.leaves_lost_ranks_to_launcher():
+        train(sys.argv[1:], request)
 
     import torch
 
@@ -46,4 +47,4 @@ def main() -> None:
 if __name__ == "__main__":
     run_command(main)
 elif __name__ == "__mp_main__":
-    clean_stop.become_helper()
+    stop.become_helper()

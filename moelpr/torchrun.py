@@ -30,7 +30,7 @@ from moelpr.process import machine
 from moelpr.process.command import run_command
 from moelpr.process.errors import taken_port
 from moelpr.process.node_preflight import JOIN_TIMEOUT_S, node_preflight
-from moelpr.training.clean_stop import LAUNCHER_VARIABLE
+from moelpr.process.stop import LAUNCHER_VARIABLE
 
 
 def main() -> None:

@@ -1,7 +1,6 @@
 """From the command line to settings registered with Megatron: gather, check everything, register."""
 
 import argparse
-import os
 import sys
 
 from megatron.training.argument_utils import core_transformer_config_from_args
@@ -17,6 +16,7 @@ from moelpr.arguments.settings import RunSettings, apply_machine, apply_method
 from moelpr.model.config import MoELPRConfig
 from moelpr.model_spec import ModelSpec
 from moelpr.process.errors import UserError
+from moelpr.process.ranks import is_first_rank
 
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, ModelSpec]:
@@ -36,7 +36,7 @@ def check_arguments(argv: list[str]) -> RunSettings:
     if problems:
         several = [f"{len(problems)} settings are wrong:"] if len(problems) > 1 else []
         raise UserError("\n- ".join([*several, *problems]))
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_rank():
         for note in find_notes(run):
             print(f"moelpr: {note}", file=sys.stderr)
         print(f"moelpr: {describe_kernels(run.args)}", file=sys.stderr)

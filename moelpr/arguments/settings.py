@@ -4,7 +4,6 @@ Errors in one source are collected, so that the others are still read.
 """
 
 import argparse
-import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from moelpr.layouts import Layout
 from moelpr.megatron_patches import cpu
 from moelpr.model.losses import megatron_balance_coeff
 from moelpr.model_spec import ModelSpec
+from moelpr.process import ranks
 from moelpr.process.errors import UserError
 from moelpr.store.run_folder import RECIPE_FILE, TRACKER_FILE, saved_step, usable
 from moelpr.store.yaml_files import read_mapping
@@ -80,7 +80,7 @@ class RunSettings:
     @classmethod
     def gather(cls, argv: list[str], parser: Parser) -> "RunSettings":
         """Read all sources; whatever is wrong with them is in `problems`."""
-        run = cls(world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        run = cls(world_size=ranks.world_size())
         recipe = run._recipe(_early_arguments(argv).recipe, parser)
         early = _early_arguments([*recipe, *argv])
         run.saved_step = saved_step(Path(early.save)) if early.save else None

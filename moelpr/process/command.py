@@ -22,6 +22,7 @@ from signal import SIGINT, SIGTERM
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
+from moelpr.process import ranks
 from moelpr.process.errors import DISK_FULL, MachineError, UserError, is_lost_connection, reports_panics, taken_port
 
 
@@ -199,15 +200,14 @@ def _has_own_log() -> bool:
 
 
 def _fail(message: str, error: BaseException) -> NoReturn:
-    rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
     if isinstance(error, KeyboardInterrupt) and "TORCHELASTIC_RUN_ID" in os.environ:
         sys.exit(128 + SIGINT)  # the launcher reports it
-    if rank != "0" or is_lost_connection(error):
+    if not ranks.is_first_rank() or is_lost_connection(error):
         # Rank 0 most likely prints the same message, or the launcher why another rank has ended, and the launcher then
         # ends this rank before it prints it again. Nothing ends the ranks of another node: there the first one prints
         # it, for those who only see that node's log.
         signal.signal(SIGTERM, signal.SIG_DFL)  # the trainer's handler would only set a flag
-        time.sleep(10 if local_rank == "0" else 20)
+        time.sleep(10 if ranks.local_rank() == 0 else 20)
     _discard_unwritable()
     _print_error(message)
     sys.exit(2 if isinstance(error, UserError) or _is_long_name(error) else 1)

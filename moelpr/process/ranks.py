@@ -24,6 +24,11 @@ def world_size() -> int:
     return int(_distributed().get_world_size() if _is_initialized() else os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_world_size() -> int:
+    """The number of ranks of this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
 def is_first_rank() -> bool:
     """Whether this process has rank 0, which writes files and prints messages."""
     return rank() == 0

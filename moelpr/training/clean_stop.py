@@ -7,29 +7,17 @@ Imported before Megatron and torch, whose imports take seconds, so that no signa
 """
 
 import argparse
-import atexit
-import ctypes
-import multiprocessing
-import os
 import signal
 import sys
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from multiprocessing import util
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-import psutil
-
 from moelpr.process.errors import UserError, is_lost_connection
+from moelpr.process.ranks import is_first_rank
+from moelpr.process.stop import SIGNALS
 from moelpr.store.run_folder import FINISHED_FILE, STOP_FILE, read_settings, saved_step
-
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
-# Environment variable that moelpr.torchrun sets to its process number.
-LAUNCHER_VARIABLE = "MOELPR_LAUNCHER"
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class StopRequest:
@@ -62,7 +50,7 @@ class StopRequest:
         import torch
 
         assert self.file is not None
-        is_asked = bool(self.received) or (torch.distributed.get_rank() == 0 and self.file.exists())
+        is_asked = bool(self.received) or (is_first_rank() and self.file.exists())
         answer = torch.tensor([is_asked], dtype=torch.int32, device=torch.cuda.current_device())
         torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MAX)
         return [bool(answer.item())]
@@ -104,58 +92,6 @@ def ends_the_run() -> Iterator[None]:
             raise
 
 
-def end_with_launcher() -> None:
-    """Kill this rank when torchrun is gone: it would train on, beside the run's next start.
-
-    The kernel does so at once if torchrun is this process's parent; with a script between them, a thread does.
-    Other launchers (srun, mpirun) end their ranks themselves, and a rank started by hand may outlive its shell.
-    """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    try:
-        launcher = psutil.Process(int(os.environ.get(LAUNCHER_VARIABLE, os.getppid())))
-    except psutil.NoSuchProcess:  # it was gone before
-        sys.exit(1)
-    threading.Thread(target=_end_with, args=(launcher,), daemon=True).start()
-
-
-def _end_with(launcher: psutil.Process) -> None:
-    with suppress(psutil.NoSuchProcess):
-        while launcher.is_running() and launcher.status() != psutil.STATUS_ZOMBIE:
-            time.sleep(1)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def watch_over_helpers() -> None:
-    """Make checkpoint-writer processes ignore SIGUSR1 and SIGTERM, and end them when the trainer ends.
-
-    Called in the trainer. A forked process becomes a helper here, a spawned one when it imports the main module.
-    """
-    util.register_after_fork(become_helper, lambda become: become())
-    atexit.register(_end_helpers)  # multiprocessing would send SIGTERM, which they ignore, and wait
-
-
-def become_helper() -> None:
-    """Ignore the signals that ask a trainer to stop, and end with the parent process."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A trainer that is killed, for example when it runs out of memory, can't end its helpers."""
-    while (parent := multiprocessing.parent_process()) is None:
-        time.sleep(0.1)  # spawned, and still importing
-    parent.join()
-    os._exit(1)
-
-
-def _end_helpers() -> None:
-    for helper in multiprocessing.active_children():
-        helper.kill()
-
-
 def is_finished(args: argparse.Namespace) -> bool:
     """True if --save already contains this run's last step.
 
@@ -188,7 +124,7 @@ def report_end(args: argparse.Namespace, scored_step: int | None) -> None:
         scored_step: The step that was validated last, or the last step if nothing is to be validated. Megatron does not
             validate after a stop request, and has no batches with which to resume a run that has made all its steps.
     """
-    if args.save is None or int(os.environ.get("RANK", "0")) > 0:
+    if args.save is None or not is_first_rank():
         return
     save = Path(args.save)
     (save / STOP_FILE).unlink(missing_ok=True)
@@ -205,7 +141,7 @@ def report_end(args: argparse.Namespace, scored_step: int | None) -> None:
 
 def begin(args: argparse.Namespace) -> None:
     """Remove on rank 0 the file FINISHED of a run that is now continued."""
-    if args.save is not None and int(os.environ.get("RANK", "0")) == 0:
+    if args.save is not None and is_first_rank():
         (Path(args.save) / FINISHED_FILE).unlink(missing_ok=True)
 
 

@@ -10,6 +10,7 @@ from torch.distributed import TCPStore
 
 from moelpr.arguments.settings import RunSettings
 from moelpr.process.errors import UserError
+from moelpr.process.ranks import is_first_rank
 from moelpr.store.files import LOCK_FILE, locked, remove_temporaries
 from moelpr.store.run_folder import saved_step
 
@@ -29,7 +30,7 @@ def run_lock(run: RunSettings) -> Iterator[None]:
         return
     with ExitStack() as stack:
         refusal = ""
-        if os.environ.get("RANK", "0") == "0":
+        if is_first_rank():
             try:
                 stack.enter_context(_locked_folder(Path(run.args.save), run.saved_step))
             except UserError as error:
@@ -56,6 +57,6 @@ def _word_of_rank_0(word: str) -> str:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = TCPStore(address, port, is_master=False, timeout=_PATIENCE)
     key = f"moelpr/run_lock/{os.environ['TORCHELASTIC_RESTART_COUNT']}"
-    if os.environ["RANK"] == "0":
+    if is_first_rank():
         store.set(key, word)
     return store.get(key).decode()

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from moelpr.arguments.settings import resolved_settings
 from moelpr.checkpoints.chain import step_name
 from moelpr.megatron_patches import hooks
 from moelpr.model_spec import ModelSpec
+from moelpr.process import ranks
 from moelpr.process.versions import installed_versions
 from moelpr.store import yaml_files
 from moelpr.store.files import copy_folder, make_folder, write_text
@@ -24,7 +24,7 @@ def run_records(args: argparse.Namespace, spec: ModelSpec, argv: list[str]) -> I
     While the context is open, every saved step gets a recipe.yaml too: a run may be resumed with other settings, and
     killed before it has saved anything under them.
     """
-    if args.save is None or int(os.environ.get("RANK", "0")) != 0:
+    if args.save is None or not ranks.is_first_rank():
         yield
         return
     save, source = Path(args.save), Path(args.model_source)
@@ -34,9 +34,8 @@ def run_records(args: argparse.Namespace, spec: ModelSpec, argv: list[str]) -> I
         if (source / HF_FOLDER).is_dir():
             copy_folder(source / HF_FOLDER, save / HF_FOLDER)
     recipe = yaml_files.dump(resolved_settings(args), sort_keys=True)
-    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
-    command = {"arguments": argv, "num_ranks": num_ranks, "ranks_per_node": ranks_per_node}
+    sizes = {"num_ranks": ranks.world_size(), "ranks_per_node": ranks.local_world_size()}
+    command = {"arguments": argv, **sizes}
     write_text(save / RECIPE_FILE, recipe)
     write_text(save / VERSIONS_FILE, json.dumps(installed_versions(), indent=2) + "\n")
     write_text(save / COMMAND_FILE, json.dumps(command, indent=2, ensure_ascii=False) + "\n")

@@ -20,6 +20,7 @@ from moelpr.checkpoints.chain import RELEASE, BaseCheckpoint, checkpoint_chain, 
 from moelpr.checkpoints.torch_dist import read_metadata
 from moelpr.model.weights import load_weights, omit_extra_state, save_trained_only
 from moelpr.process.errors import UserError
+from moelpr.process.ranks import is_first_rank
 from moelpr.store.checksums import Verify
 from moelpr.store.run_folder import BASE_CHECKPOINT_FILE
 
@@ -76,7 +77,7 @@ def _record_base(save: Path, source: Path, links: list[Path], args: argparse.Nam
         record = BaseCheckpoint.read(source) if args.is_resumed else None
         link = links[1] if args.is_resumed else links[0]
         base = BaseCheckpoint.of(link, record.sha256 if record else checksum(link), save)
-    if torch.distributed.get_rank() > 0 or base == BaseCheckpoint.read(save):
+    if not is_first_rank() or base == BaseCheckpoint.read(save):
         return
     if base is None:
         (save / BASE_CHECKPOINT_FILE).unlink()

@@ -19,6 +19,7 @@ from moelpr.model.freezing import freeze, parameter_report
 from moelpr.model.new_rows import ROWS
 from moelpr.model.vocabulary import mask_padding
 from moelpr.model_spec import ModelSpec
+from moelpr.process.ranks import is_first_rank
 from moelpr.training import clean_stop, metrics
 from moelpr.training.clean_stop import StopRequest
 from moelpr.training.forward_step import forward_step
@@ -90,7 +91,7 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
     if args.validation_data:  # moelpr.training.validation reads it
         num_samples = [num_samples[0], 0, 0]
     train, *others = build_datasets(num_samples, dataset_config(args))
-    if torch.distributed.get_rank() == 0 and train is not None:
+    if is_first_rank() and train is not None:
         print_rank_0(epoch_table(train, num_samples[0], args.seq_length))
     return train, *others
 

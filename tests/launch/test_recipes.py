@@ -17,6 +17,7 @@ from moelpr.data.language_bits import LanguageBitsWriter
 from moelpr.families.families import read_base
 from moelpr.families.new_experts import NewExperts, with_new_experts
 from moelpr.plan.__main__ import main as plan
+from moelpr.process import ranks
 from moelpr.process.machine import format_bytes
 
 RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
@@ -126,7 +127,7 @@ def test_the_trainer_accepts_it_on_the_hardware_it_names(
         bits.finalize()
     command = shlex.split("--pretrained-checkpoint upcycled --data-path corpus --recipe") + [str(RECIPES / recipe)]
     command += ["--stage", "stage1"] if "stage1" in recipe else ["--stage", "stage2", "--train-iters", "500"]
-    monkeypatch.setenv("WORLD_SIZE", planner_argv[5])
+    monkeypatch.setattr(ranks, "world_size", lambda: int(planner_argv[5]))
     run = RunSettings.gather(command, all_arguments())
     assert [*run.problems, *find_problems(run)] == []
 

@@ -19,10 +19,10 @@ ROOT = Path(__file__).parents[2]
 RANK = r"""
 import os, time
 from moelpr.process.command import run_command
-from moelpr.training import clean_stop
+from moelpr.process import stop
 
 def main():
-    clean_stop.end_with_launcher()
+    stop.end_with_launcher()
     os.write(1, f"{os.environ['RANK']} {os.getpid()} {os.environ['OMP_NUM_THREADS']}\n".encode())
     held = bytearray(100 << 20)
     time.sleep(60)

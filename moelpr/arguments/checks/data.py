@@ -19,6 +19,7 @@ from moelpr.data.dataset import TaggedGPTDataset
 from moelpr.data.language_bits import LanguageBits, language_bits_path
 from moelpr.data.manifest import Manifest, TokenizerMatch, TokenizerRecord, compare_tokenizers, manifest_path
 from moelpr.data.vocabulary_extension import VOCABULARY_EXTENSION_FILE
+from moelpr.process import ranks
 from moelpr.process.errors import UserError
 from moelpr.store.checksums import Verify
 from moelpr.store.run_folder import HF_FOLDER
@@ -82,7 +83,7 @@ def damaged_corpora(run: RunSettings) -> Iterable[str]:
 
     One rank of each node reads, because nodes may have their own copies.
     """
-    if (verify := Verify(run.args.verify_corpus)) is Verify.NONE or os.environ.get("LOCAL_RANK", "0") != "0":
+    if (verify := Verify(run.args.verify_corpus)) is Verify.NONE or ranks.local_rank() != 0:
         return
     for prefix in _existing_corpora(run):
         try:
@@ -346,7 +347,7 @@ def _compare_tokenizers(run: RunSettings) -> Iterable[tuple[bool, str]]:
 
     Only rank 0 compares, because loading a tokenizer takes seconds.
     """
-    if run.checkpoint is None or os.environ.get("RANK", "0") != "0":
+    if run.checkpoint is None or not ranks.is_first_rank():
         return
     hf = run.checkpoint / HF_FOLDER
     again = f"tokenize the text again with --tokenizer-type HuggingFaceTokenizer --tokenizer-model {hf}"

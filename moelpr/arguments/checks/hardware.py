@@ -1,6 +1,5 @@
 """What this machine has: GPUs, which PyTorch must be able to use, and without GPUs memory."""
 
-import os
 from collections.abc import Iterable
 
 import torch
@@ -9,7 +8,7 @@ from moelpr.arguments.memory import expected_memory, smaller_settings
 from moelpr.arguments.settings import RunSettings
 from moelpr.megatron_patches import cpu
 from moelpr.plan.gpus import RESERVED_FRACTION
-from moelpr.process import machine
+from moelpr.process import machine, ranks
 
 
 def check_gpus(run: RunSettings) -> Iterable[str]:
@@ -32,10 +31,10 @@ def note_memory(run: RunSettings) -> Iterable[str]:
             )
         return
     # The kernel would kill a rank, where a GPU reports an error.
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if ranks * expected > (free := machine.free_memory()):
+    number = ranks.local_world_size()
+    if number * expected > (free := machine.free_memory()):
         yield (
-            f"warning: this machine has {machine.as_gib(free)} of free memory, and {ranks} "
-            f"rank{'s' if ranks > 1 else ''} of {machine.as_gib(expected)} may need more; if one is killed, use "
+            f"warning: this machine has {machine.as_gib(free)} of free memory, and {number} "
+            f"rank{'s' if number > 1 else ''} of {machine.as_gib(expected)} may need more; if one is killed, use "
             f"{smaller_settings(run)}"
         )

@@ -12,6 +12,7 @@ import yaml
 from moelpr.data.language_bits import LanguageBitsWriter
 from moelpr.megatron_patches import bootstrap
 from moelpr.model_spec import ModelSpec
+from moelpr.process import ranks
 from moelpr.process.errors import UserError
 
 # Before Megatron is imported: so the tests import moelpr.arguments inside functions.
@@ -25,6 +26,7 @@ Problems = Callable[..., list[str]]
 @pytest.fixture(autouse=True)
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["pretrain.py"])
+    monkeypatch.setattr(ranks, "_is_initialized", lambda: False)  # in this process, other tests initialize Megatron
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # the launchers set it

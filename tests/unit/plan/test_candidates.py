@@ -12,6 +12,7 @@ from moelpr.model_spec import ModelSpec, MoeSpec
 from moelpr.plan.candidates import fitting, legal_layouts, preference
 from moelpr.plan.gpus import GPUS, Cluster
 from moelpr.plan.memory import Workload
+from moelpr.process import ranks
 from tests.unit.conftest import SHAPE as TINY_SHAPE
 
 bootstrap.install_patches()
@@ -85,6 +86,7 @@ def test_the_trainer_accepts_the_flags_of_every_kind_of_layout(
     for suffix in (".bin", ".idx"):
         (tmp_path / f"corpus{suffix}").touch()
     monkeypatch.setattr(sys, "argv", ["pretrain.py"])
+    monkeypatch.setattr(ranks, "world_size", lambda: gpus)
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(gpus)}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")

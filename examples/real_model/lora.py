@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from examples.real_model.settings import BATCH, BETA2, MICRO_BATCH, SEQUENCE_LENGTH, minimum_rate, warmup_steps
 from moelpr.data.manifest import Manifest
+from moelpr.metrics import schema as metrics
 from moelpr.process import machine
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
@@ -193,12 +194,12 @@ def _metrics_writer(path: Path) -> Any:
             peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else machine.peak_memory(os.getpid())
             record = {
                 "iteration": state.global_step,
-                "lm_loss": logs["loss"],
-                "learning_rate": logs["learning_rate"],
-                "grad_norm": logs["grad_norm"],
-                "step_time_s": now - self.last,
-                "consumed_tokens": state.global_step * BATCH * SEQUENCE_LENGTH,
-                "peak_memory_gib": peak / 2**30,
+                metrics.LM_LOSS: logs["loss"],
+                metrics.LEARNING_RATE: logs["learning_rate"],
+                metrics.GRAD_NORM: logs["grad_norm"],
+                metrics.STEP_TIME_S: now - self.last,
+                metrics.CONSUMED_TOKENS: state.global_step * BATCH * SEQUENCE_LENGTH,
+                metrics.PEAK_MEMORY_GIB: peak / 2**30,
             }
             self.last = now
             with open(path, "a", encoding="utf-8") as file:

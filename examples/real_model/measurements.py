@@ -36,6 +36,7 @@ from moelpr.evaluate.bootstrap import Estimate, estimates, interval_of, mean
 from moelpr.evaluate.result_cache import cached_results
 from moelpr.evaluate.scoring import LanguageScore
 from moelpr.metrics.run_metrics import read_run_metrics
+from moelpr.metrics.schema import LEARNING_RATE, PEAK_MEMORY_GIB, ROUTING_SHARES, STEP_TIME_S
 from moelpr.process.errors import UserError
 from moelpr.store.run_folder import read_json
 
@@ -229,9 +230,9 @@ def cost(run: Path, setting: Setting) -> Json:
         if found_parameters is None or not steps:
             return {}
         try:
-            seconds += len(steps) * median(step["step_time_s"] for step in steps)
-            memory = max(memory, *(step["peak_memory_gib"] or 0.0 for step in steps))
-            rates.append(float(f"{max(step['learning_rate'] for step in steps):g}"))
+            seconds += len(steps) * median(step[STEP_TIME_S] for step in steps)
+            memory = max(memory, *(step[PEAK_MEMORY_GIB] or 0.0 for step in steps))
+            rates.append(float(f"{max(step[LEARNING_RATE] for step in steps):g}"))
         except (KeyError, TypeError):
             raise UserError(f"{metrics} is damaged; remove it, and the page has no costs of {setting.name}") from None
         tokens += BATCH * SEQUENCE_LENGTH * len(steps)
@@ -269,7 +270,7 @@ def routing(run: Path, kinds: list[str]) -> Json:
         if not scores.keys() >= {*texts_of({"in": [], "out": kinds})}:
             continue
         found[name] = {"layers": _routed(scores, LANGUAGES[0], kinds[0]).layers}
-        for share in ("original_first_share", "all_original_share"):
+        for share in ROUTING_SHARES:
             found[name][share] = {
                 language: np.mean([getattr(_routed(scores, language, kind), share) for kind in kinds], axis=0)
                 .round(4)

@@ -16,7 +16,7 @@ import torch
 from benchmarks import common
 from benchmarks.common import STAGES
 from moelpr.checkpoints.chain import step_folder
-from moelpr.metrics.run_metrics import Record, read_run_metrics
+from moelpr.metrics.run_metrics import Step, read_run_metrics
 from moelpr.model_spec import ModelSpec, NewTokens
 from moelpr.store.run_folder import METRICS_FILE
 
@@ -244,7 +244,7 @@ def difference(ours: Path, theirs: Path) -> Difference:
     )
 
 
-def metrics(run: Path) -> list[Record]:
+def metrics(run: Path) -> list[Step]:
     """Records of training steps."""
     return read_run_metrics(run / METRICS_FILE).steps
 

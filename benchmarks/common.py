@@ -103,11 +103,9 @@ def qwen2_config(
     """transformers' Qwen2Config; `others` are fields of it."""
     from transformers import Qwen2Config
 
-    return Qwen2Config(
-        num_hidden_layers=layers, hidden_size=hidden, intermediate_size=ffn, vocab_size=vocabulary,
-        max_position_embeddings=length, num_attention_heads=heads, num_key_value_heads=groups,
-        **{"tie_word_embeddings": False, "eos_token_id": 0} | others,
-    )  # fmt: skip
+    fields = dict(num_hidden_layers=layers, hidden_size=hidden, intermediate_size=ffn, vocab_size=vocabulary)
+    fields |= dict(max_position_embeddings=length, num_attention_heads=heads, num_key_value_heads=groups)
+    return Qwen2Config(**fields | {"tie_word_embeddings": False, "eos_token_id": 0} | others)
 
 
 def model_spec(

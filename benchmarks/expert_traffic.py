@@ -29,10 +29,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.utils.benchmark import Timer
 
 from benchmarks import common
 from benchmarks.routing import add_demo, impose, recorded_routing, uniform_choices
-from benchmarks.timing import median_s, take_turns, time_ratio, timed_s
+from benchmarks.timing import Turns, median_s, time_ratio
 from benchmarks.traffic import Traffic, counted_traffic
 from moelpr.megatron_patches import cpu
 from moelpr.process.command import run_command
@@ -46,8 +47,8 @@ ratio_step_time_stage1 ratio_step_time_stage2""".split()
 def main() -> None:
     parser = common.argument_parser(__doc__, new_experts=8, original_copies=2, topk=2, hidden=256, ffn=512, rounds=7)
     parser.add_argument("--tokens", type=int, default=1024, help="tokens per rank")
-    parser.add_argument("--expert-parallel", type=int, nargs="+", default=[2, 4], metavar="EP",
-                        help="expert-parallel sizes, in ranks")  # fmt: skip
+    sizes = {"type": int, "nargs": "+", "default": [2, 4], "metavar": "EP"}
+    parser.add_argument("--expert-parallel", **sizes, help="expert-parallel sizes, in ranks")
     add_demo(parser)
     common.add_json(parser)
     args = parser.parse_args()
@@ -153,11 +154,14 @@ def compare(args: argparse.Namespace, pattern: str, ep: int) -> dict:
     contenders["peer"] = _Contender(plain, chosen, args.hidden)
     traffic = {name: traffic_of(contender) for name, contender in contenders.items()}
 
-    def measure(contender: _Contender) -> tuple[float, float]:
-        torch.distributed.barrier()
-        return timed_s(lambda: (contender(), torch.distributed.barrier()))  # type: ignore[func-returns-value]
+    def measure(contender: _Contender) -> float:
+        """The time of one call, after as many on every rank to warm up."""
+        barrier = torch.distributed.barrier
+        names = {"contender": contender, "barrier": barrier}
+        return Timer("contender(); barrier()", "barrier()", globals=names, num_threads=threads).timeit(1).median
 
-    times, _ = take_turns(contenders, args.rounds, measure)
+    threads = torch.get_num_threads()
+    times = Turns(args.rounds).take(contenders, measure)
     ours, peer = traffic["stage1"], traffic["peer"]
     assert ours == traffic["stage2"], "the bytes sent do not depend on the stage"
     medians = median_s(times)

@@ -53,7 +53,7 @@ from moelpr.store.run_folder import TRACKER_FILE
 
 WARMUP_STEPS, STEPS = 2, 6  # the first ones compile kernels and allocate buffers
 LIMITS_S = {"tests/gpu": 130, "trainer": 240, "train_step": 110, "expert_traffic": 110}
-USABLE = 0.9  # of a GPU's memory
+USABLE = 0.9  # the share of a GPU's memory that a run may take
 
 
 @dataclass(frozen=True)
@@ -73,16 +73,12 @@ class Sizes:
     expert_traffic: str
 
 
-GPU_SIZES = Sizes(
-    2048, 5504, 16, 151936, (24, 16, 12, 8, 6, 4, 3, 2), 8, 1024, 8, 4,
-    "--layers 3 --hidden 2048 --ffn 5504 --head 128 --vocabulary 32768 --sequences 8 --length 1024",
-    "--hidden 2048 --ffn 5504 --new-experts 8 --tokens 8192",
-)  # fmt: skip
-DRY_SIZES = Sizes(
-    32, 64, 4, 256, (2,), 4, 16, 2, 2,
-    "--layers 2 --hidden 32 --ffn 64 --head 8 --vocabulary 256 --sequences 2 --length 16 --rounds 1",
-    "--hidden 32 --ffn 64 --new-experts 4 --tokens 64 --rounds 1",
-)  # fmt: skip
+GPU_STEP = "--layers 3 --hidden 2048 --ffn 5504 --head 128 --vocabulary 32768 --sequences 8 --length 1024"
+GPU_TRAFFIC = "--hidden 2048 --ffn 5504 --new-experts 8 --tokens 8192"
+GPU_SIZES = Sizes(2048, 5504, 16, 151936, (24, 16, 12, 8, 6, 4, 3, 2), 8, 1024, 8, 4, GPU_STEP, GPU_TRAFFIC)
+DRY_STEP = "--layers 2 --hidden 32 --ffn 64 --head 8 --vocabulary 256 --sequences 2 --length 16 --rounds 1"
+DRY_TRAFFIC = "--hidden 32 --ffn 64 --new-experts 4 --tokens 64 --rounds 1"
+DRY_SIZES = Sizes(32, 64, 4, 256, (2,), 4, 16, 2, 2, DRY_STEP, DRY_TRAFFIC)
 
 
 @dataclass(frozen=True)
@@ -105,7 +101,7 @@ class Machine:
 
 @dataclass
 class Part:
-    """What became of a part; `results` is None if it failed."""
+    """The outcome of a part; a failed one has no results."""
 
     name: str
     outcome: str
@@ -239,7 +235,7 @@ def run_tests(folder: Path) -> Part:
 def run_trainer(machine: Machine, spec: ModelSpec, runs: list[TrainerRun], folder: Path) -> Part:
     """`results`: name → tokens_per_s (per GPU), memory_gib, share_of_matmul_rate; and matmul_flops of each GPU."""
     work = folder / "trainer"
-    shutil.rmtree(work, ignore_errors=True)  # of an earlier check
+    shutil.rmtree(work, ignore_errors=True)  # an earlier check may have left it
     (work / "checkpoint" / RELEASE).mkdir(parents=True, exist_ok=True)
     (work / "checkpoint" / TRACKER_FILE).write_text(RELEASE)
     spec.write(work / "checkpoint")
@@ -372,10 +368,11 @@ def _number(found: dict[str, Any] | None, key: str, form: str) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(prog="launch/first_contact.sh", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("runs/first-contact"), metavar="DIR",
-                        help="folder for the table, results and logs (default: runs/first-contact)")  # fmt: skip
-    parser.add_argument("--parts", nargs="+", choices=LIMITS_S, default=list(LIMITS_S), metavar="PART",
-                        help=f"what to run (default: all of {', '.join(LIMITS_S)})")  # fmt: skip
+    output, parts = Path("runs/first-contact"), list(LIMITS_S)
+    what = f"folder for the table, results and logs (default: {output})"
+    parser.add_argument("--output", type=Path, default=output, metavar="DIR", help=what)
+    what = f"what to run (default: all of {', '.join(parts)})"
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts, metavar="PART", help=what)
     parser.add_argument("--dry-run", action="store_true", help="try it with tiny sizes on CPU ranks")
     parser.add_argument("--ranks", type=int, metavar="N", help="CPU ranks of a dry run (default: 2)")
     return parser

@@ -20,6 +20,7 @@ A peer is any other program that tokenizes JSON lines, such as Megatron-LM's:
 import argparse
 import contextlib
 import json
+import math
 import os
 import random
 import resource
@@ -36,7 +37,7 @@ from typing import Any
 import psutil
 
 from benchmarks.common import ROOT, add_json, argument_parser, environment, working_folder, write_json
-from benchmarks.timing import fastest_s, take_turns
+from benchmarks.timing import Turns
 
 LIMITS = {"huggingface_to_bare": 1.25, "gigatoken_to_huggingface": 8.0, "peak_gib": 1.0}
 RATIOS = {
@@ -87,22 +88,23 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     if args.peer:
         peer = args.peer.format(input=corpus, output=out / "peer", tokenizer=tokenizer, workers=args.workers)
         commands["peer"] = shlex.split(peer)
-    names = {name: name for name in commands}
+    names, cpu = {name: name for name in commands}, dict.fromkeys(commands, math.inf)
     commands["gigatoken_large"] = ours(large, "gigatoken")
     peaks = dict.fromkeys(commands, 0.0)
 
-    def run_one(name: str) -> tuple[float, float]:
+    def run_one(name: str) -> float:
         out.mkdir()
         wall_s, cpu_s, peak_bytes, printed = run(commands[name])
         shutil.rmtree(out)
         peaks[name] = max(peaks[name], peak_bytes / 2**30)
         if name == "bare":
             wall_s, cpu_s = map(float, printed.split())
-        return wall_s, cpu_s
+        cpu[name] = min(cpu.get(name, math.inf), cpu_s)
+        return wall_s
 
     shutil.rmtree(out, ignore_errors=True)
     load = os.getloadavg()[0]
-    wall, cpu = map(fastest_s, take_turns(names, args.rounds, run_one, warmup=0))
+    wall = {name: min(seconds) for name, seconds in Turns(args.rounds).take(names, run_one).items()}
     run_one("gigatoken_large")
     megabytes = corpus.stat().st_size / 1e6
     result: dict[str, Any] = {
@@ -111,7 +113,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         "load_before": round(load, 2),
         "seconds": {name: round(seconds, 2) for name, seconds in wall.items()},
         "megabytes_per_s": {name: round(megabytes / seconds, 1) for name, seconds in wall.items()},
-        "cpu_seconds": {name: round(seconds, 2) for name, seconds in cpu.items()},
+        "cpu_seconds": {name: round(seconds, 2) for name, seconds in cpu.items() if name in wall},
         "peak_gib": {name: round(peak, 3) for name, peak in peaks.items() if name != "bare"},
         "wanted": LIMITS,
     }

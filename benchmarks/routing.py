@@ -42,9 +42,9 @@ class RecordedRouting:
 
 
 def add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--demo", type=lambda text: None if text == "none" else Path(text), default=Path("runs/demo"),
-                        metavar="DIR", help="folder of `make demo`, whose models' routing is used; `none`: tokens "
-                        "choose at random")  # fmt: skip
+    what = "folder of `make demo`, whose models' routing is used; `none`: tokens choose at random"
+    folder = {"type": lambda text: None if text == "none" else Path(text), "default": Path("runs/demo")}
+    parser.add_argument("--demo", **folder, metavar="DIR", help=what)
 
 
 def uniform_choices(num_tokens: int, num_experts: int, topk: int, generator: torch.Generator) -> Tensor:

@@ -69,10 +69,9 @@ class MegatronStep:
         ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, check_for_nan_in_grad=True)
         self.wrapped = DistributedDataParallel(config, ddp_config, wrapped)
         self.wrapped.train()
-        optimizer_config = OptimizerConfig(
-            optimizer="adam", lr=1e-5, weight_decay=0.1, adam_beta2=0.95, clip_grad=1.0, bf16=config.bf16,
-            params_dtype=config.params_dtype,
-        )  # fmt: skip
+        dtypes = {"bf16": config.bf16, "params_dtype": config.params_dtype}
+        adam = {"optimizer": "adam", "lr": 1e-5, "weight_decay": 0.1, "adam_beta2": 0.95, "clip_grad": 1.0}
+        optimizer_config = OptimizerConfig(**adam, **dtypes)
         self.optimizer = get_megatron_optimizer(optimizer_config, [self.wrapped])
         config.finalize_model_grads_func = config.finalize_model_grads_func or finalize_model_grads
         config.grad_scale_func = self.optimizer.scale_loss
@@ -97,10 +96,9 @@ class MegatronStep:
         size, length = self.batch["tokens"].shape
         num_microbatches_calculator.destroy_num_microbatches_calculator()
         num_microbatches_calculator.init_num_microbatches_calculator(0, None, size, size, 1)
-        return self.schedule(
-            forward_step_func=forward_step, data_iterator=itertools.repeat(self.batch), model=[self.wrapped],
-            num_microbatches=1, seq_length=length, micro_batch_size=size, forward_only=False,
-        )  # fmt: skip
+        work = {"forward_step_func": forward_step, "data_iterator": itertools.repeat(self.batch)}
+        sizes = {"num_microbatches": 1, "seq_length": length, "micro_batch_size": size}
+        return self.schedule(**work, **sizes, model=[self.wrapped], forward_only=False)
 
 
 def our_step(

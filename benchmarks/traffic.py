@@ -30,15 +30,16 @@ def counted_traffic() -> Iterator[Traffic]:
     """Count what torch.distributed.all_to_all_single sends inside the context."""
     traffic, all_to_all = Traffic(), torch.distributed.all_to_all_single
 
-    def counting(
-        output: Tensor, input: Tensor, output_split_sizes: list[int] | None = None,
-        input_split_sizes: list[int] | None = None, group: Any = None, **kwargs: Any,
-    ) -> Any:  # fmt: skip
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        names = ("output", "input", "output_split_sizes", "input_split_sizes", "group")
+        call = dict(zip(names, args, strict=False)) | kwargs
+        group = call.get("group")
         own, ranks = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
-        sent = bytes_to_others(input, input_split_sizes, own, ranks)
-        received = bytes_to_others(output, output_split_sizes, own, ranks)
+        sent, received = (
+            bytes_to_others(call[name], call.get(f"{name}_split_sizes"), own, ranks) for name in ("input", "output")
+        )
         traffic.calls.append((traffic.phase, sent, received))
-        return all_to_all(output, input, output_split_sizes, input_split_sizes, group=group, **kwargs)
+        return all_to_all(*args, **kwargs)
 
     torch.distributed.all_to_all_single = counting  # type: ignore[assignment]
     try:

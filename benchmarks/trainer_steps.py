@@ -64,12 +64,12 @@ def matmul_flops(has_gpu: bool) -> float:
     """Operations per second of a large product, in bf16 on a GPU and fp32 on a CPU; the fastest of ten."""
     import torch
 
-    from benchmarks.timing import timed_s
+    from benchmarks.timing import Turns
 
     kind, dtype = ("cuda", torch.bfloat16) if has_gpu else ("cpu", torch.float32)
     size, device = MATMUL_SIZE[kind], torch.cuda.current_device()
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / min(timed_s(lambda: left @ right)[0] for _ in range(10))
+    return 2 * size**3 / min(Turns(1).seconds(lambda: left @ right) for _ in range(10))
 
 
 if __name__ == "__main__":

@@ -47,10 +47,9 @@ def build(spec: ModelSpec) -> Qwen2ForCausalLM:
     """A randomly initialized model of `spec`'s shape, every layer an MoE layer, in spec.dtype."""
     args, moe = spec.megatron_args, spec.moe
     assert moe is not None and len(moe.layers) == args["num_layers"]
-    config = Qwen2Config(
-        **explicit_shape(spec), vocab_size=args["vocab_size"], rope_parameters=rope_parameters(spec), use_cache=False,
-        tie_word_embeddings=not args["untie_embeddings_and_output_weights"], attn_implementation="sdpa",
-    )  # fmt: skip
+    fields = explicit_shape(spec) | {"vocab_size": args["vocab_size"], "rope_parameters": rope_parameters(spec)}
+    fields["tie_word_embeddings"] = not args["untie_embeddings_and_output_weights"]
+    config = Qwen2Config(**fields, use_cache=False, attn_implementation="sdpa")
     model = Qwen2ForCausalLM(config)
     for layer in model.model.layers:
         layer.mlp = LoopMoE(config, moe)

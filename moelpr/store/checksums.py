@@ -2,7 +2,7 @@
 
 A step folder has one, and so has a Hugging Face directory that a converter wrote. CRC-32 detects every flipped bit, and
 anything longer except once in 4 billion; it protects against disks and copies, not against an attacker. zlib's makes
-4 GB/s on one core (benchmarks/checksums.py), so the disk is the limit.
+4 GB/s on one core (benchmarks/comparisons/checksums.py), so the disk is the limit.
 """
 
 import json

@@ -12,7 +12,7 @@ PROGRAMS = [path for path in (ROOT / "benchmarks").rglob("*.py") if '__name__ ==
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
 def test_the_docstring_contains_the_command(path: Path) -> None:
-    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
     docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
     commands = [line for line in docstring.splitlines() if line.startswith("    ") and "python" in line]
     assert any(f"-m {module}" in line or f"python {path.relative_to(ROOT)}" in line for line in commands)

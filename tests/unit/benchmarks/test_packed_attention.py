@@ -1,6 +1,6 @@
 """The random documents of the attention benchmark."""
 
-from benchmarks.packed_attention import random_positions
+from benchmarks.comparisons.packed_attention import random_positions
 
 
 def test_positions_count_from_each_documents_first_token() -> None:

@@ -2,37 +2,27 @@
 
 import pytest
 
-from benchmarks.timing import fastest_s, median_s, take_turns, time_ratio, time_ratios
+from benchmarks.timing import Turns, median_s, time_ratio
 
 
-def test_contenders_take_turns_in_alternating_order_after_the_warm_up() -> None:
+def test_contenders_take_turns_in_alternating_order() -> None:
     calls: list[str] = []
 
-    def measure(name: str) -> tuple[float, float]:
+    def measure(name: str) -> float:
         calls.append(name)
-        return float(len(calls)), -float(len(calls))
+        return float(len(calls))
 
-    wall, cpu = take_turns({"a": "a", "b": "b"}, rounds=3, measure=measure)
-    assert calls == ["b", "a", "a", "b", "b", "a", "a", "b"], "the first round is the warm-up"
-    assert wall == {"a": [3.0, 6.0, 7.0], "b": [4.0, 5.0, 8.0]}
-    assert cpu == {name: [-seconds for seconds in times] for name, times in wall.items()}
+    assert Turns(3).take({"a": "a", "b": "b"}, measure) == {"a": [1.0, 4.0, 5.0], "b": [2.0, 3.0, 6.0]}
+    assert calls == ["a", "b", "b", "a", "a", "b"]
 
 
-def test_times_are_those_of_the_work() -> None:
-    def work() -> None:
-        total = 0
-        for number in range(200_000):
-            total += number
-
-    wall, cpu = take_turns({"work": work}, rounds=2)
-    assert min(wall["work"]) > 1e-3 and min(cpu["work"]) > 1e-3
+@pytest.mark.parametrize("cpu_time", [False, True])
+def test_times_are_those_of_a_call(cpu_time: bool) -> None:
+    times = Turns(2, cpu_time).take({"work": lambda: sum(range(200_000))})
+    assert len(times["work"]) == 2 and 1e-4 < min(times["work"]) < 1
 
 
 def test_ratios_are_of_the_same_round() -> None:
     times = {"ours": [2.0, 40.0, 6.0], "peer": [1.0, 10.0, 2.0]}
-    assert time_ratios(times, "ours", "peer") == [2.0, 4.0, 3.0]
     assert time_ratio(times, "ours", "peer") == 3.0
     assert median_s(times) == {"ours": 6.0, "peer": 2.0}
-    assert fastest_s(times) == {"ours": 2.0, "peer": 1.0}
-    with pytest.raises(ValueError):
-        time_ratio({"ours": [1.0], "peer": []}, "ours", "peer")

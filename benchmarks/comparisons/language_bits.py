@@ -1,28 +1,24 @@
-"""Is the C++ part of the .lang format worth having? C++ against the best plain numpy code (the baseline).
+"""The C++ part of the .lang format against plain numpy code. Operations that numpy does as fast are not in C++.
 
-    python -m benchmarks.language_bits [--seconds 0.3]
-
-Each operation runs alternately in both versions, in one thread and on the same data, at a bit offset that is not a
-multiple of 8; the fastest time counts. Sizes are those of a document, a training sample and a corpus shard. Operations
-that numpy does as fast are not in C++.
+Each operation runs in both versions, in one thread and on the same data, at a bit offset that is not a multiple of 8.
+Sizes are those of a document, a training sample and a corpus shard.
 """
 
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.benchmark import Timer
 
-from benchmarks.common import argument_parser, print_table
-from benchmarks.timing import fastest_s, take_turns
+from benchmarks.timing import Times, Turns
 from moelpr.data import _language_bits
 
 Bits = NDArray[np.uint8]
 DOCUMENT_TOKENS = 500
 START = 1003  # bit offset
-TURNS = 10
+DEFAULTS = {"seconds": 0.3}  # per measurement, in all rounds together
 
 
 def numpy_pack_into(packed: Bits, start: int, flags: Bits) -> None:
@@ -56,23 +52,11 @@ def numpy_count_ones(packed: Bits, start: int, stop: int) -> int:
     return ends + int(np.bitwise_count(packed[first + 1 : last]).sum())
 
 
-def main() -> None:
-    parser = argument_parser(__doc__)
-    parser.add_argument("--seconds", type=float, default=0.3, help="time per measurement, in seconds")
-    args = parser.parse_args()
-
-    def measure(work: Callable[[], object]) -> tuple[float, float]:
-        timer = Timer("work()", globals={"work": work})
-        return min(timer.blocked_autorange(min_run_time=args.seconds / TURNS).times), 0.0
-
-    rows = []
+def run(turns: Turns, settings: Namespace) -> Iterator[tuple[str, Times]]:
     for tokens in (500, 4096, 8_388_608):
-        for operation, contenders in operations(tokens).items():
-            best = fastest_s(take_turns(contenders, TURNS, measure, warmup=0)[0])
-            microseconds = {f"{name}_us": 1e6 * seconds for name, seconds in best.items()}
-            ratio = best["numpy"] / best["cpp"]
-            rows.append({"operation": operation, "tokens": tokens, **microseconds, "ratio": ratio})
-    print_table(rows)
+        for operation, versions in operations(tokens).items():
+            times = turns.take(versions, lambda work: turns.seconds(work, settings.seconds / turns.rounds))
+            yield f"{operation}, {tokens:,} tokens", times
 
 
 def operations(tokens: int) -> dict[str, dict[str, Callable[[], Any]]]:
@@ -101,7 +85,3 @@ def operations(tokens: int) -> dict[str, dict[str, Callable[[], Any]]]:
             np.testing.assert_equal(actual, expected)
     np.testing.assert_array_equal(packed, by_numpy)
     return found
-
-
-if __name__ == "__main__":
-    main()

@@ -10,8 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from data_tools.preprocessing.job_tokenizer import load_job_tokenizer
 from data_tools.preprocessing.sources import STANDARD_INPUT, find_files, open_source
-from data_tools.preprocessing.tokenizers import load_job_tokenizer
 from data_tools.vocabulary.bpe_tokenizer import BpeTokenizer
 from data_tools.vocabulary.extension import OriginalTextGuard, choose_tokens, load_extended, write_tokenizer
 from data_tools.vocabulary.text import Comparison, TextFiles, compare, count_words, find_uses
@@ -28,23 +28,23 @@ def main(argv: list[str] | None = None) -> None:
     if both := set(new_files.languages) & set(original_files.languages):
         raise UserError(f"--input and --original both have {', '.join(sorted(both))}; a language is one or the other")
     old = load_job_tokenizer("HuggingFaceTokenizer", str(args.tokenizer), False, None)
-    if not isinstance(old.source, str):
+    if not isinstance(old.tokenizer.source, str):
         raise UserError(f"the tokenizer {args.tokenizer} has no tokenizer.json; convert it to a fast tokenizer")
-    tokenizer = BpeTokenizer(old.source, str(args.tokenizer))
-    counted = dict(zip(new_files.languages, count_words(new_files, tokenizer, old.backend, args.workers), strict=True))
+    bpe = BpeTokenizer(old.tokenizer.source, str(args.tokenizer))
+    counted = dict(zip(new_files.languages, count_words(new_files, bpe, old.tokenizer, args.workers), strict=True))
     for language, text in counted.items():
         if not text.bytes or not text.held_out:
             raise UserError(
                 f"--input {language} has too little text to learn from and to hold out documents from; add documents"
             )
-    uses = find_uses(original_files, tokenizer, old.backend, args.workers)
-    guard = OriginalTextGuard(tokenizer.first_new_id, *uses, args.max_changed_share)
-    new = choose_tokens(tokenizer, counted, args.num_new_tokens, guard)
+    uses = find_uses(original_files, bpe, old.tokenizer, args.workers)
+    guard = OriginalTextGuard(bpe.first_new_id, *uses, args.max_changed_share)
+    new = choose_tokens(bpe, counted, args.num_new_tokens, guard)
     with atomic_directory(args.save) as folder:
-        notes = write_tokenizer(folder, args.tokenizer, old, tokenizer, new)
-        extended = load_extended(folder, old, tokenizer.extended(new))
-        expanded = compare(new_files, old.backend, extended.backend, True, args.workers)
-        original = compare(original_files, old.backend, extended.backend, False, args.workers)
+        notes = write_tokenizer(folder, args.tokenizer, old, bpe, new)
+        extended = load_extended(folder, old, bpe.extended(new))
+        expanded = compare(new_files, old.tokenizer, extended.tokenizer, True, args.workers)
+        original = compare(original_files, old.tokenizer, extended.tokenizer, False, args.workers)
         print_comparison("expanded, held out", new_files.languages, expanded)
         print_comparison("original", original_files.languages, original)
         changed, documents = (sum(getattr(part, name) for part in original) for name in ("changed", "documents"))
@@ -60,8 +60,8 @@ def main(argv: list[str] | None = None) -> None:
             )
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    last = tokenizer.first_new_id + len(new) - 1
-    print(f"wrote {args.save} with {len(new):,} new tokens, IDs {tokenizer.first_new_id:,} to {last:,}")
+    last = bpe.first_new_id + len(new) - 1
+    print(f"wrote {args.save} with {len(new):,} new tokens, IDs {bpe.first_new_id:,} to {last:,}")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

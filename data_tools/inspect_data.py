@@ -16,8 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.corpus.opened import Corpus, run_edges
+from data_tools.preprocessing.arguments import add_tokenizer_arguments
 from moelpr.data.manifest import Manifest
-from moelpr.data.tokenizer import Tokenizer, add_tokenizer_arguments, load_tokenizer
+from moelpr.data.tokenizers.base import Tokenizer
+from moelpr.data.tokenizers.loading import load_tokenizer
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from checkpoint_convert.hf.model_files import TOKENIZER_FILES
 from checkpoint_convert.hf.vocabulary_rows import new_rows, tokenizer_folder
-from moelpr.data.tokenizer import open_hf_tokenizer
+from moelpr.data.tokenizers.loading import open_hf_tokenizer
 from moelpr.evaluate.models import is_megatron, open_model
 from moelpr.families.families import read_config
 from moelpr.model_spec import ModelSpec

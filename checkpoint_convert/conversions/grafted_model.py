@@ -18,7 +18,7 @@ from checkpoint_convert.hf.kept_tokenizer import keep_tokenizer
 from checkpoint_convert.hf.model_files import CARD_FILE, TOKENIZER_FILES
 from checkpoint_convert.hf.safetensors_writer import write_weights
 from checkpoint_convert.hf.tokenizer_check import check_same_tokenizer
-from moelpr.data.tokenizer import open_hf_tokenizer
+from moelpr.data.tokenizers.loading import open_hf_tokenizer
 from moelpr.data.vocabulary_extension import VocabularyExtension
 from moelpr.families.families import CONFIG_FILE, read_config
 from moelpr.process.errors import UserError, first_line

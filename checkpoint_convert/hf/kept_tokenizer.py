@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_convert.hf.model_files import TOKENIZER_FILES
-from moelpr.data.tokenizer import Tokenizer, load_tokenizer, open_hf_tokenizer
+from moelpr.data.tokenizers.base import Tokenizer
+from moelpr.data.tokenizers.loading import load_tokenizer, open_hf_tokenizer
 from moelpr.process.errors import UserError, reports_panics
 
 # transformers 4 and 5 take the tokenizer.json of this class as it is, beside the config.json of every MoE class.
@@ -41,7 +42,7 @@ def keep_tokenizer(source: Path, folder: Path) -> None:
 
 
 def _rewrite(source: Path, folder: Path, wanted: tuple[object, ...]) -> None:
-    content = _load(source).serialized()
+    content = _load(source).source
     if isinstance(content, str):
         for name in _OTHER_VOCABULARIES:
             (folder / name).unlink(missing_ok=True)
@@ -71,7 +72,7 @@ def _facts(folder: Path) -> tuple[object, ...]:
     tokenizer = _load(folder)
     try:
         with reports_panics():
-            ids = tokenizer.encode_batch([" a b"])[0]
+            ids = tokenizer.encode_whole(" a b")
     except Exception:  # tokenizers raises no other, for text that a vocabulary without unknown token cannot express
         ids = []
     return tokenizer.fingerprint(), ids, tokenizer.eod_id, tokenizer.decode(ids)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from checkpoint_convert.hf.model_files import TOKENIZER_FILES
-from moelpr.data.tokenizer import check_text_is_kept, load_tokenizer, open_hf_tokenizer
+from moelpr.data.tokenizers.loading import check_text_is_kept, load_tokenizer, open_hf_tokenizer
 from moelpr.process.errors import UserError
 
 

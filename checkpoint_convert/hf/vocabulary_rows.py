@@ -10,7 +10,7 @@ from torch import Tensor
 
 from checkpoint_convert.common.numbers import cast
 from checkpoint_convert.hf.model_files import TOKENIZER_FILES
-from moelpr.data.tokenizer import load_tokenizer
+from moelpr.data.tokenizers.loading import load_tokenizer
 from moelpr.data.vocabulary_extension import VOCABULARY_EXTENSION_FILE, VocabularyExtension
 from moelpr.evaluate.models import is_megatron
 from moelpr.process.errors import UserError

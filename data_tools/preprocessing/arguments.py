@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from data_tools.preprocessing.sources import STANDARD_INPUT
-from moelpr.data.tokenizer import add_tokenizer_arguments
+from moelpr.data.tokenizers.loading import TOKENIZER_TYPES
 from moelpr.process.command import CommandParser
 from moelpr.process.errors import UserError
 from moelpr.process.machine import available_cpus
@@ -99,6 +99,19 @@ def parse_arguments(description: str | None, argv: list[str] | None) -> argparse
         if getattr(arguments, name) is None:
             setattr(arguments, name, default)
     return arguments
+
+
+def add_tokenizer_arguments(parser: argparse.ArgumentParser, required: bool) -> argparse._ArgumentGroup:
+    """Add the tokenizer flags, with Megatron's names and meaning, and return their group."""
+    group = parser.add_argument_group("tokenizer")
+    add = group.add_argument
+    add("--tokenizer-type", choices=TOKENIZER_TYPES, required=required, help="tokenizer library")
+    paths = "a folder with tokenizer.json (HuggingFaceTokenizer) or a .model file (SentencePieceTokenizer)"
+    add("--tokenizer-model", metavar="PATH", required=required, help=paths)
+    omit = "omit the special tokens that a Hugging Face tokenizer adds around every text (default: keep them, as "
+    omit += "Megatron does; Qwen's tokenizers add none)"
+    add("--tokenizer-hf-no-include-special-tokens", action="store_true", help=omit)
+    return group
 
 
 def _name(flag: str) -> str:

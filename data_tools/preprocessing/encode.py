@@ -28,7 +28,8 @@ from data_tools.preprocessing.languages import (
 from data_tools.preprocessing.long_documents import LongString, encode_long_text, without_long_strings
 from data_tools.preprocessing.reader import Batch, FileRange
 from data_tools.preprocessing.summary import Tally
-from data_tools.preprocessing.tokenizers import Backend, Encoded, GigatokenBackend, Piece
+from moelpr.data.tokenizers.base import Encoded, Piece, Tokenizer
+from moelpr.data.tokenizers.gigatoken import GigatokenTokenizer
 from moelpr.process.errors import UserError
 from moelpr.store.documents import BadLine, is_blank, parse
 
@@ -73,7 +74,7 @@ class Encoder:
         auditor: detects languages to compare with the stated ones.
     """
 
-    backend: Backend
+    tokenizer: Tokenizer
     vocab_size: int
     prefix: list[int]
     suffix: list[int]
@@ -176,7 +177,7 @@ class Encoder:
             return self._encode_to_file(text, spool)
         if len(text.tagged.text) <= long_documents.LONG_TEXT_CHARACTERS:
             return text
-        pieces = list(encode_long_text(self.backend, text.parts()))
+        pieces = list(encode_long_text(self.tokenizer, text.parts()))
         return text._replace(tokens=Piece(*(np.concatenate(arrays) for arrays in zip(*pieces, strict=True))))
 
     def _encode_to_file(self, text: Text, spool: Path) -> Text:
@@ -193,7 +194,7 @@ class Encoder:
         after = [*self.suffix, *([] if self.eod_id is None else [self.eod_id])]
         try:
             with open(descriptor, "wb") as file:
-                pieces = (piece.ids for piece in encode_long_text(self.backend, counted()))
+                pieces = (piece.ids for piece in encode_long_text(self.tokenizer, counted()))
                 for ids in chain([np.array(self.prefix, np.int32)], pieces, [np.array(after, np.int32)]):
                     file.write(as_tokens(ids, self.vocab_size).tobytes())
                     num_tokens += len(ids)
@@ -223,7 +224,7 @@ class Encoder:
             length = np.array([len(tokens)], np.int64)
             return Documents(tokens, length, np.array([language in self.bits.original], np.uint8), length)
         if all(len(text.tagged.spans) == 1 and text.tokens is None for text in texts):
-            encoded = self._wrapped(self.backend.encode([text.tagged.text for text in texts]))
+            encoded = self._wrapped(self.tokenizer.encode([text.tagged.text for text in texts]))
             languages = [text.tagged.spans[0][0] for text in texts]
             bits = np.fromiter((name in self.bits.original for name in languages), np.uint8, len(texts))
             run_lengths = encoded.lengths
@@ -246,9 +247,9 @@ class Encoder:
         if isinstance(prepared.tokens, Piece):
             ids, starts = prepared.tokens
         elif len(text.spans) > 1:
-            ids, starts = self.backend.encode_with_starts(text.text)
+            ids, starts = self.tokenizer.encode_with_starts(text.text)
         else:
-            ids = self.backend.encode([text.text]).ids
+            ids = self.tokenizer.encode([text.text]).ids
             starts = np.zeros(len(ids), np.int64)
         borders = np.cumsum([length for _, length in text.spans])[:-1]
         span = np.searchsorted(borders, starts, side="right")
@@ -292,10 +293,10 @@ class Encoder:
         return Encoded(ids, lengths)
 
     def _spot_check(self, texts: Iterable[str]) -> None:
-        if not isinstance(self.backend, GigatokenBackend):
+        if not isinstance(self.tokenizer, GigatokenTokenizer):
             return
         text = next((text for text in texts if len(text) <= _SPOT_CHECK_CHARACTERS), None)
-        if text is not None and not self.backend.agrees([text]):
+        if text is not None and not self.tokenizer.agrees([text]):
             raise UserError(
                 f"gigatoken and the tokenizer give different IDs for a text ({text[:60]!r}…); nothing was written, "
                 "pass --tokenizer-backend reference"

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_tools.preprocessing.reader import LONG_LINE_BYTES, FileRange
-from data_tools.preprocessing.tokenizers import Backend, Piece
+from moelpr.data.tokenizers.base import Piece, Tokenizer
 from moelpr.store.documents import BadLine
 
 LONG_TEXT_CHARACTERS = 1 << 20
@@ -104,7 +104,7 @@ def without_long_strings(line: FileRange) -> tuple[bytes, dict[str, LongString]]
     return b"".join(kept), found
 
 
-def encode_long_text(backend: Backend, parts: Iterable[str]) -> Iterator[Piece]:
+def encode_long_text(tokenizer: Tokenizer, parts: Iterable[str]) -> Iterator[Piece]:
     """Yield the tokens of a text that comes in parts, in pieces that depend only on the text.
 
     Raises:
@@ -113,7 +113,7 @@ def encode_long_text(backend: Backend, parts: Iterable[str]) -> Iterator[Piece]:
     held, first = None, 0
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)  # not in C libraries other than glibc
     for begin, characters in _overlapping(parts):
-        piece = backend.encode_with_starts(characters)
+        piece = tokenizer.encode_with_starts(characters)
         piece = piece._replace(starts=piece.starts + begin)
         if held is not None:
             last, next_first = _handover(held, piece, begin)

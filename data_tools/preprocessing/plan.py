@@ -16,6 +16,7 @@ from data_tools.corpus.corpus_writer import check_output
 from data_tools.corpus.opened import shard_prefix
 from data_tools.preprocessing import languages
 from data_tools.preprocessing.encode import VALIDATION, Encoder
+from data_tools.preprocessing.job_tokenizer import JobTokenizer, load_job_tokenizer
 from data_tools.preprocessing.languages import UNDETECTED, Bits, Detector, Tagger
 from data_tools.preprocessing.reader import ReadCursor, Reader
 from data_tools.preprocessing.sampling import sample_documents
@@ -27,7 +28,7 @@ from data_tools.preprocessing.sources import (
     open_source,
     shares_of,
 )  # fmt: skip
-from data_tools.preprocessing.tokenizers import JobTokenizer, choose_backend, load_job_tokenizer
+from moelpr.data.tokenizers.gigatoken import choose_library
 from moelpr.process.errors import UserError
 from moelpr.store.documents import BadLine
 from moelpr.store.files import check_is_utf8
@@ -114,10 +115,9 @@ class Plan:
         if arguments.tokenizer_backend != "reference":
             sample = _sample(self.shares, self.columns, self.encoder)
             is_required = arguments.tokenizer_backend == "gigatoken"
-            reference, source = self.tokenizer.backend, self.tokenizer.source
-            self.encoder.backend, reason = choose_backend(reference, source, sample, is_required)
+            self.encoder.tokenizer, reason = choose_library(self.tokenizer.tokenizer, sample, is_required)
             if reason:
-                self.notes.append(f"tokenizing with {reference.name}, not gigatoken: {reason}")
+                self.notes.append(f"tokenizing with {self.encoder.tokenizer.name}, not gigatoken: {reason}")
         self._states = [None if source.form is Form.STREAM else _state_of(source) for source in self.sources]
         self.settings = _settings(arguments, self.tokenizer)
         self.settings["input files"] = [
@@ -243,7 +243,7 @@ def _encoder(
 ) -> Encoder:
     bits, tagger = _languages(arguments, datasets)
     return Encoder(
-        backend=tokenizer.backend,
+        tokenizer=tokenizer.tokenizer,
         vocab_size=tokenizer.record.vocab_size,
         prefix=tokenizer.prefix,
         suffix=tokenizer.suffix,

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_tools.preprocessing.tokenizers import JobTokenizer, load_job_tokenizer
+from data_tools.preprocessing.job_tokenizer import JobTokenizer, load_job_tokenizer
 from data_tools.vocabulary.bpe_tokenizer import BpeTokenizer
 from data_tools.vocabulary.merges import Candidate, NewToken, Words, continue_merges
 from data_tools.vocabulary.text import NewText, OriginalText
-from moelpr.data.tokenizer import vocabulary_checksum
+from moelpr.data.tokenizers.base import vocabulary_checksum
 from moelpr.data.vocabulary_extension import VocabularyExtension
 from moelpr.process.errors import UserError
 from moelpr.store.files import check_links, copy_folder
@@ -142,7 +142,7 @@ def load_extended(folder: Path, old: JobTokenizer, expected: str) -> JobTokenize
         UserError: transformers changes it.
     """
     loaded = load_job_tokenizer("HuggingFaceTokenizer", str(folder), False, None)
-    found, wanted = json.loads(loaded.source or "{}"), json.loads(expected)
+    found, wanted = json.loads(loaded.tokenizer.source or "{}"), json.loads(expected)
     for part in ("model", "added_tokens", "normalizer", "pre_tokenizer"):
         if found.get(part) != wanted[part]:
             raise UserError(

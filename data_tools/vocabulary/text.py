@@ -22,9 +22,9 @@ from data_tools.preprocessing.languages import Bits, OneLanguage
 from data_tools.preprocessing.long_documents import LONG_TEXT_CHARACTERS, encode_long_text
 from data_tools.preprocessing.reader import Batch, ReadCursor, Reader
 from data_tools.preprocessing.sources import Source, shares_of
-from data_tools.preprocessing.tokenizers import Backend
 from data_tools.preprocessing.workers import worker_pool
 from data_tools.vocabulary.bpe_tokenizer import BpeTokenizer
+from moelpr.data.tokenizers.base import Tokenizer
 from moelpr.process.errors import UserError
 from moelpr.store.documents import BadLine
 
@@ -47,12 +47,14 @@ class TextFiles:
     key: str
     held_out_share: float
 
-    def process[T](self, work: Callable[..., T], backend: Backend, workers: int, label: str) -> Iterator[tuple[int, T]]:
+    def process[T](
+        self, work: Callable[..., T], tokenizer: Tokenizer, workers: int, label: str
+    ) -> Iterator[tuple[int, T]]:
         """Yield `work(batch, reader=…)` of each batch with the index of its language, in order, and show progress."""
         shares = list(shares_of(self.sources, 0, 1))
         columns = [[self.key]] * len(self.languages)
         total = sum(source.bytes for source in self.sources)
-        documents = DocumentReader(self, backend)
+        documents = DocumentReader(self, tokenizer)
         with (
             TemporaryDirectory() as spool,
             worker_pool(partial(work, reader=documents), workers) as run,
@@ -68,10 +70,10 @@ class TextFiles:
 class DocumentReader:
     """Reads the documents of batches as `preprocess_data.py` does."""
 
-    def __init__(self, files: TextFiles, backend: Backend) -> None:
+    def __init__(self, files: TextFiles, tokenizer: Tokenizer) -> None:
         names = files.languages
         self._encoder = Encoder(
-            backend=backend, vocab_size=0, prefix=[], suffix=[], eod_id=None, tagger=OneLanguage(names),
+            tokenizer=tokenizer, vocab_size=0, prefix=[], suffix=[], eod_id=None, tagger=OneLanguage(names),
             bits=Bits(frozenset(), frozenset(names)), keys=[[files.key]] * len(names), corpora=["text"],
             validation_share=files.held_out_share,
         )  # fmt: skip
@@ -116,23 +118,23 @@ class NewText:
             self.words = Counter({word: count for word, count in self.words.items() if count >= limit})
 
 
-def count_words(files: TextFiles, tokenizer: BpeTokenizer, backend: Backend, workers: int) -> list[NewText]:
+def count_words(files: TextFiles, bpe: BpeTokenizer, tokenizer: Tokenizer, workers: int) -> list[NewText]:
     """Count the words of each language of `files`."""
     counted = [NewText() for _ in files.languages]
-    work = partial(_words, tokenizer=tokenizer)
-    for language, found in files.process(work, backend, workers, "counting words of expanded languages"):
+    work = partial(_words, bpe=bpe)
+    for language, found in files.process(work, tokenizer, workers, "counting words of expanded languages"):
         counted[language].add(found)
     return counted
 
 
-def _words(batch: Batch, reader: DocumentReader, tokenizer: BpeTokenizer) -> NewText:
+def _words(batch: Batch, reader: DocumentReader, bpe: BpeTokenizer) -> NewText:
     found = NewText()
     for text, is_held_out in reader.documents(batch):
         if is_held_out:
             found.held_out += 1
             continue
         for part in text.parts():
-            found.words.update(tokenizer.words(part))
+            found.words.update(bpe.words(part))
             found.bytes += len(part.encode())
     batch.discard()
     return found
@@ -198,12 +200,12 @@ class _Uses:
 
 
 def find_uses(
-    files: TextFiles, tokenizer: BpeTokenizer, backend: Backend, workers: int
+    files: TextFiles, bpe: BpeTokenizer, tokenizer: Tokenizer, workers: int
 ) -> tuple[OriginalText, OriginalText]:
     """Return what the documents of `files` contain: those that are not held out, and those that are."""
-    found = tuple(OriginalText(PairCounts(tokenizer.first_new_id)) for _ in range(2))
-    work = partial(_uses, tokenizer=tokenizer, backend=backend)
-    for _, parts in files.process(work, backend, workers, "reading original languages"):
+    found = tuple(OriginalText(PairCounts(bpe.first_new_id)) for _ in range(2))
+    work = partial(_uses, bpe=bpe, tokenizer=tokenizer)
+    for _, parts in files.process(work, tokenizer, workers, "reading original languages"):
         for text, uses in zip(found, parts, strict=True):
             text.pairs.add(uses.pair_keys, uses.pair_documents)
             text.whole.update(uses.whole)
@@ -211,17 +213,17 @@ def find_uses(
     return found[0], found[1]
 
 
-def _uses(batch: Batch, reader: DocumentReader, tokenizer: BpeTokenizer, backend: Backend) -> list[_Uses]:
+def _uses(batch: Batch, reader: DocumentReader, bpe: BpeTokenizer, tokenizer: Tokenizer) -> list[_Uses]:
     groups: tuple[list[Text], list[Text]] = ([], [])
     for text, is_held_out in reader.documents(batch):
         groups[is_held_out].append(text)
     found = []
     for texts in groups:
-        keys = [distinct_pairs(ids, tokenizer.first_new_id) for ids in token_ids(backend, texts)]
+        keys = [distinct_pairs(ids, bpe.first_new_id) for ids in token_ids(tokenizer, texts)]
         pair_keys, pair_documents = np.unique(np.concatenate([np.zeros(0, np.int64), *keys]), return_counts=True)
         whole: Counter[str] = Counter()
         for text in texts:
-            whole.update({unit for part in text.parts() for unit in tokenizer.taken_whole(part)})
+            whole.update({unit for part in text.parts() for unit in bpe.taken_whole(part)})
         found.append(_Uses(pair_keys, pair_documents, whole, len(texts)))
     batch.discard()
     return found
@@ -237,18 +239,18 @@ def distinct_pairs(pieces: Iterable[NDArray[np.int32]], vocab_size: int) -> NDAr
     return found
 
 
-def token_ids(backend: Backend, texts: list[Text]) -> Iterator[Iterable[NDArray[np.int32]]]:
+def token_ids(tokenizer: Tokenizer, texts: list[Text]) -> Iterator[Iterable[NDArray[np.int32]]]:
     """Yield the tokens of each text, in pieces."""
     is_long = [text.on_disk is not None or len(text.tagged.text) > LONG_TEXT_CHARACTERS for text in texts]
-    encoded = backend.encode([text.tagged.text for text, long in zip(texts, is_long, strict=True) if not long])
+    encoded = tokenizer.encode([text.tagged.text for text, long in zip(texts, is_long, strict=True) if not long])
     short = iter(np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1]))
     for text, long in zip(texts, is_long, strict=True):
-        yield _long_token_ids(backend, text) if long else [next(short)]
+        yield _long_token_ids(tokenizer, text) if long else [next(short)]
 
 
-def _long_token_ids(backend: Backend, text: Text) -> Iterator[NDArray[np.int32]]:
+def _long_token_ids(tokenizer: Tokenizer, text: Text) -> Iterator[NDArray[np.int32]]:
     try:
-        yield from (piece.ids for piece in encode_long_text(backend, text.parts()))
+        yield from (piece.ids for piece in encode_long_text(tokenizer, text.parts()))
     except BadLine as error:
         raise UserError(f"the document that begins with {text.tagged.text[:40]!r} can't be used: {error}") from None
 
@@ -273,7 +275,9 @@ class Comparison:
             setattr(self, name, getattr(self, name) + value)
 
 
-def compare(files: TextFiles, before: Backend, after: Backend, only_held_out: bool, workers: int) -> list[Comparison]:
+def compare(
+    files: TextFiles, before: Tokenizer, after: Tokenizer, only_held_out: bool, workers: int
+) -> list[Comparison]:
     """Tokenize the documents of each language with both tokenizers."""
     compared = [Comparison() for _ in files.languages]
     work = partial(_compare, before=before, after=after, only_held_out=only_held_out)
@@ -283,7 +287,9 @@ def compare(files: TextFiles, before: Backend, after: Backend, only_held_out: bo
     return compared
 
 
-def _compare(batch: Batch, reader: DocumentReader, before: Backend, after: Backend, only_held_out: bool) -> Comparison:
+def _compare(
+    batch: Batch, reader: DocumentReader, before: Tokenizer, after: Tokenizer, only_held_out: bool
+) -> Comparison:
     texts = [text for text, is_held_out in reader.documents(batch) if is_held_out or not only_held_out]
     found = Comparison(len(texts), sum(len(part.encode()) for text in texts for part in text.parts()))
     for old, new in zip(token_ids(before, texts), token_ids(after, texts), strict=True):

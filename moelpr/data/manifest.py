@@ -14,15 +14,13 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from tqdm import tqdm
 
 import moelpr
-from moelpr.data.tokenizer import Tokenizer, load_tokenizer, vocabulary_checksum
-from moelpr.data.vocabulary_extension import VOCABULARY_EXTENSION_FILE, VocabularyExtension
+from moelpr.data.tokenizers.base import Tokenizer, vocabulary_checksum
 from moelpr.process.errors import UserError
 from moelpr.store.checksums import Verify
 from moelpr.store.files import parse_json, write_text
@@ -241,46 +239,6 @@ def _block_checksum(block: bytes) -> str:
 def manifest_path(prefix: str | os.PathLike[str]) -> Path:
     """Return the manifest file of a corpus prefix."""
     return Path(f"{os.fspath(prefix)}.manifest.json")
-
-
-class TokenizerMatch(StrEnum):
-    """How a corpus's tokenizer compares with that of a model."""
-
-    SAME = "same"  # every text gets the same IDs
-    SAME_TOKENS = "same tokens"  # every ID is the same token, but a text may be split differently
-    NOT_EXTENDED = "not extended"  # every ID is the same token, but the model's new tokens are missing
-    DIFFERENT = "different"  # an ID may be a different token
-    UNKNOWN = "unknown"  # the model's folder has no tokenizer that can be loaded
-
-
-def compare_tokenizers(corpus: TokenizerRecord, folder: str | os.PathLike[str]) -> TokenizerMatch:
-    """Compare a corpus's tokenizer with the one in a Hugging Face folder, such as a checkpoint's `hf/`.
-
-    Tokenizers of one type are the same if their fingerprints are. Otherwise, also between a .model file and the
-    tokenizer.json made from it, the tokens of the corpus's IDs are compared. An extended tokenizer keeps all old IDs,
-    but would write the text of the corpus with its new tokens, which a model then never sees.
-    """
-    lacks_new_tokens = (
-        Path(folder, VOCABULARY_EXTENSION_FILE).is_file()
-        and corpus.vocab_size <= VocabularyExtension.read(Path(folder)).first_new_id
-    )
-    candidates = {"HuggingFaceTokenizer": [Path(folder)]} | {
-        "SentencePieceTokenizer": [Path(folder) / name for name in ("tokenizer.model", "spiece.model")]
-    }
-    match = TokenizerMatch.UNKNOWN
-    for type, paths in candidates.items():
-        for path in filter(Path.exists, paths):
-            try:
-                tokenizer = load_tokenizer(type, str(path))
-            except UserError:
-                continue
-            if type == corpus.type and tokenizer.fingerprint() == corpus.fingerprint:
-                return TokenizerMatch.SAME
-            if vocabulary_checksum(tokenizer.vocabulary(), corpus.vocab_size) == corpus.vocabulary_sha256:
-                match = TokenizerMatch.NOT_EXTENDED if lacks_new_tokens else TokenizerMatch.SAME_TOKENS
-            elif match is TokenizerMatch.UNKNOWN:
-                match = TokenizerMatch.DIFFERENT
-    return match
 
 
 def from_json[T](value: Any, expected: type[T]) -> T:

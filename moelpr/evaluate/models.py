@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moelpr.data.tokenizer import open_hf_tokenizer
+from moelpr.data.tokenizers.loading import open_hf_tokenizer
 from moelpr.families.families import CONFIG_FILE, read_config
 from moelpr.megatron_patches import bootstrap, cpu
 from moelpr.model_spec import FILE_NAME, ModelSpec

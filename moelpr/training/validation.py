@@ -24,7 +24,7 @@ from torch.utils.data import default_collate
 from moelpr.data.dataset import build_datasets, dataset_config, token_ids
 from moelpr.data.language_bits import LanguageBits, language_bits_path
 from moelpr.data.manifest import Manifest
-from moelpr.data.tokenizer import load_tokenizer
+from moelpr.data.tokenizers.loading import load_tokenizer
 from moelpr.megatron_patches import hooks
 from moelpr.metrics.run_metrics import HeldOutLoss
 from moelpr.process.errors import UserError

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoint_convert.hf.model_files import TOKENIZER_FILES
-from moelpr.data.tokenizer import load_tokenizer, vocabulary_checksum
+from moelpr.data.tokenizers.base import vocabulary_checksum
+from moelpr.data.tokenizers.loading import load_tokenizer
 from moelpr.data.vocabulary_extension import VocabularyExtension
 from moelpr.families.new_experts import NewExperts
 from moelpr.process.errors import UserError

@@ -17,7 +17,8 @@ from moelpr.arguments.settings import RunSettings, lpr_loss_coeff
 from moelpr.data.corpus_index import CorpusIndex
 from moelpr.data.dataset import TaggedGPTDataset
 from moelpr.data.language_bits import LanguageBits, language_bits_path
-from moelpr.data.manifest import Manifest, TokenizerMatch, TokenizerRecord, compare_tokenizers, manifest_path
+from moelpr.data.manifest import Manifest, TokenizerRecord, manifest_path
+from moelpr.data.tokenizers.comparison import TokenizerMatch, compare_tokenizers
 from moelpr.data.vocabulary_extension import VOCABULARY_EXTENSION_FILE
 from moelpr.process import ranks
 from moelpr.process.errors import UserError

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from data_tools import extend_tokenizer
 from data_tools.preprocessing import long_documents, reader
-from moelpr.data.tokenizer import load_tokenizer, vocabulary_checksum
+from moelpr.data.tokenizers.base import vocabulary_checksum
+from moelpr.data.tokenizers.loading import load_tokenizer
 from moelpr.data.vocabulary_extension import VocabularyExtension
 from moelpr.process.errors import UserError
 from tests.support.small_tokenizers import EXPANDED, KINDS, ORIGINAL, documents_in

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data_tools.corpus.corpus_writer import CorpusWriter
 from moelpr.data.manifest import FileRecord, LanguageCount, Manifest, TokenizerRecord, manifest_path
-from moelpr.data.tokenizer import load_tokenizer
+from moelpr.data.tokenizers.loading import load_tokenizer
 from moelpr.data.vocabulary_extension import VOCABULARY_EXTENSION_FILE
 from tests.support.hf_models import save_extended_tokenizer, save_tokenizer
 

@@ -10,7 +10,7 @@ from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.grafted_model import graft
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from checkpoint_convert.hf.hub import Model
-from moelpr.data.tokenizer import load_tokenizer, open_hf_tokenizer
+from moelpr.data.tokenizers.loading import load_tokenizer, open_hf_tokenizer
 from moelpr.families.new_experts import NewExperts
 from moelpr.process.errors import UserError
 from tests.support.hf_models import assert_import_fails, files_of, make_model  # noqa: F401
@@ -72,7 +72,7 @@ def make_base(make_model: Callable[..., Path], tmp_path: Path) -> Callable[..., 
 
 def facts(folder: Path) -> tuple[object, ...]:
     tokenizer = load_tokenizer("HuggingFaceTokenizer", str(folder))
-    ids = tokenizer.encode_batch(TEXTS)
+    ids = [tokenizer.encode_whole(text) for text in TEXTS]
     decoded, padding_side = [tokenizer.decode(text) for text in ids], open_hf_tokenizer(folder).padding_side
     return tokenizer.fingerprint(), ids, tokenizer.eod_id, decoded, padding_side
 
@@ -145,4 +145,4 @@ def test_the_remedy_for_a_lossy_tokenizer_works_for_a_llama(make_base) -> None:
         load_tokenizer("HuggingFaceTokenizer", str(base), must_keep_text=True)
     change_json(base / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     tokenizer = load_tokenizer("HuggingFaceTokenizer", str(base))
-    assert tokenizer.decode(tokenizer.encode_batch(["two words"])[0]) == "two words"
+    assert tokenizer.decode(tokenizer.encode_whole("two words")) == "two words"

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from data_tools.preprocessing.encode import Encoder, Text
 from data_tools.preprocessing.languages import Bits, LanguageSpans, TaggedText
 from data_tools.preprocessing.summary import Tally
-from data_tools.preprocessing.tokenizers import Encoded, HuggingFaceBackend, JobTokenizer, load_job_tokenizer
+from moelpr.data.tokenizers.base import Encoded, Tokenizer
+from moelpr.data.tokenizers.loading import load_tokenizer
 
 
 def spans(*pairs: tuple[str, str]) -> dict[str, Any]:
@@ -19,18 +20,16 @@ def spans(*pairs: tuple[str, str]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def job_tokenizer(hf_tokenizer: Path) -> JobTokenizer:
-    return load_job_tokenizer("HuggingFaceTokenizer", str(hf_tokenizer), True, None)
+def tokenizer(hf_tokenizer: Path) -> Tokenizer:
+    return load_tokenizer("HuggingFaceTokenizer", str(hf_tokenizer))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(pairs=st.lists(st.tuples(st.text(st.characters(codec="utf-8"), max_size=12), st.sampled_from("ab")), max_size=6))
-def test_any_spans_tag_every_token_once(pairs: list[tuple[str, str]], job_tokenizer: JobTokenizer) -> None:
+def test_any_spans_tag_every_token_once(pairs: list[tuple[str, str]], tokenizer: Tokenizer) -> None:
     bits = Bits(frozenset("a"), frozenset())
     tagger = LanguageSpans("spans", bits)
-    encoder = Encoder(
-        HuggingFaceBackend(str(job_tokenizer.source), False), 500, [0], [], 1, tagger, bits, [["text"]], ["text"]
-    )
+    encoder = Encoder(tokenizer, 500, [0], [], 1, tagger, bits, [["text"]], ["text"])
     [text] = tagger.texts(spans(*pairs), 0, ["text"])
     tally = Tally()
     prepared = [Text(text), Text(TaggedText("x", [("b", 1)]))]
@@ -39,7 +38,7 @@ def test_any_spans_tag_every_token_once(pairs: list[tuple[str, str]], job_tokeni
     assert documents.run_lengths.sum() == len(documents.tokens) == documents.lengths.sum()
     assert (documents.run_lengths > 0).all() and (np.diff(documents.run_bits) != 0).all()
     assert sum(count.tokens for count in tally.corpus("text").languages.values()) == len(documents.tokens)
-    whole = encoder.backend.encode(["".join(text for text, _ in pairs)]).ids
+    whole = tokenizer.encode(["".join(text for text, _ in pairs)]).ids
     assert documents.tokens[: documents.lengths[0]].tolist() == [0, *whole.tolist(), 1]
 
 

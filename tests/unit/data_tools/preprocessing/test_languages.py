@@ -10,7 +10,7 @@ import pytest
 from data_tools.corpus.opened import Corpus
 from data_tools.preprocessing.languages import UNDETECTED, Detector
 from moelpr.data.manifest import Manifest
-from moelpr.data.tokenizer import load_tokenizer
+from moelpr.data.tokenizers.loading import load_tokenizer
 from moelpr.process.errors import UserError
 
 LANGUAGES = ("--original-languages", "en,es,zh", "--expanded-languages", "el,hu")
@@ -47,13 +47,14 @@ def test_each_byte_level_token_has_the_bit_of_its_first_byte(hf_tokenizer: Path,
         hf_tokenizer, "--input", write_lines("spans.jsonl", MIXED), "--spans-key", "spans", *LANGUAGES, "--append-eod"
     )
     corpus = Corpus(f"{prefix}_text_document")
-    backend = load_tokenizer("HuggingFaceTokenizer", str(hf_tokenizer))
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", str(hf_tokenizer))
+    names = {id: token for token, id in tokenizer.vocabulary().items()}
     for index, document in enumerate(MIXED[:3]):
         bit_of_byte = [
             int(span["lang"] in ("en", "es", "zh")) for span in document["spans"] for _ in span["text"].encode()
         ]
         ids, bits = corpus.document(index)
-        pieces = [backend._tokenizer.convert_ids_to_tokens(int(id)) for id in ids[1:-1]]  # without <s> and </s>
+        pieces = [names[int(id)] for id in ids[1:-1]]  # without <s> and </s>
         starts = np.cumsum([0, *map(len, pieces)])[:-1]  # byte-level: a character per byte
         assert sum(map(len, pieces)) == len(bit_of_byte)
         expected = [bit_of_byte[start] for start in starts]

@@ -17,8 +17,9 @@ from data_tools.preprocessing import long_documents, reader
 from data_tools.preprocessing.long_documents import encode_long_text, without_long_strings
 from data_tools.preprocessing.reader import FileRange, ReadCursor
 from data_tools.preprocessing.sources import Share, open_source
-from data_tools.preprocessing.tokenizers import Backend, HuggingFaceBackend, SentencePieceBackend
 from moelpr.data.manifest import Manifest
+from moelpr.data.tokenizers.base import Tokenizer as AnyTokenizer
+from moelpr.data.tokenizers.libraries import HuggingFaceTokenizer, SentencePieceTokenizer
 from moelpr.process.errors import UserError
 from moelpr.store.documents import BadLine
 
@@ -226,16 +227,16 @@ def test_long_lines_that_were_not_chosen_take_no_disk(rows: list[dict[str, Any]]
     assert len(list(spool.iterdir())) == len({*chosen} & {*long}) < len(long)
 
 
-def qwen_like(hf_tokenizer: Path) -> Backend:
+def qwen_like(hf_tokenizer: Path) -> AnyTokenizer:
     tokenizer = Tokenizer.from_file(str(hf_tokenizer / "tokenizer.json"))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
     )
-    return HuggingFaceBackend(tokenizer.to_str(), False)
+    return HuggingFaceTokenizer(tokenizer.to_str())
 
 
-def metaspace() -> Backend:
+def metaspace() -> AnyTokenizer:
     """Llama 2's tokenizer in `tokenizers`: no words at all, and a space before the text."""
     vocabulary = {
         piece: id for id, piece in enumerate(["<unk>", "▁", *"abcdehiklmnoprtu.,\n", "▁t", "th", "in", "▁in"])
@@ -243,15 +244,15 @@ def metaspace() -> Backend:
     merges = [("▁", "t"), ("t", "h"), ("i", "n"), ("▁", "in")]
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    return HuggingFaceBackend(tokenizer.to_str(), False)
+    return HuggingFaceTokenizer(tokenizer.to_str())
 
 
 @pytest.fixture(params=["byte-level", "qwen", "metaspace", "sentencepiece"])
-def backend(request: pytest.FixtureRequest, hf_tokenizer: Path, sp_tokenizer: Path) -> Backend:
+def backend(request: pytest.FixtureRequest, hf_tokenizer: Path, sp_tokenizer: Path) -> AnyTokenizer:
     if request.param == "byte-level":
-        return HuggingFaceBackend((hf_tokenizer / "tokenizer.json").read_text(), False)
+        return HuggingFaceTokenizer((hf_tokenizer / "tokenizer.json").read_text())
     if request.param == "sentencepiece":
-        return SentencePieceBackend(sp_tokenizer.read_bytes())
+        return SentencePieceTokenizer(sp_tokenizer.read_bytes())
     return qwen_like(hf_tokenizer) if request.param == "qwen" else metaspace()
 
 
@@ -265,19 +266,19 @@ def random_text(sentences: dict[str, str], seed: int, characters: int) -> str:
     return "".join(pieces)
 
 
-def in_pieces(backend: Backend, parts: list[str]) -> list[np.ndarray]:
+def in_pieces(backend: AnyTokenizer, parts: list[str]) -> list[np.ndarray]:
     return [piece.ids for piece in encode_long_text(backend, iter(parts))]
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_pieces_have_the_ids_of_the_complete_text(seed: int, backend: Backend, sentences: dict[str, str]) -> None:
+def test_pieces_have_the_ids_of_the_complete_text(seed: int, backend: AnyTokenizer, sentences: dict[str, str]) -> None:
     text = random_text(sentences, seed, 30_000)
     pieces = in_pieces(backend, [text])
     assert len(pieces) > 10
     np.testing.assert_array_equal(np.concatenate(pieces), backend.encode([text]).ids)
 
 
-def test_tokens_do_not_depend_on_the_parts_of_a_text(backend: Backend, sentences: dict[str, str]) -> None:
+def test_tokens_do_not_depend_on_the_parts_of_a_text(backend: AnyTokenizer, sentences: dict[str, str]) -> None:
     text = random_text(sentences, 7, 12_000)
     rng = random.Random(1)
     parts: list[str] = []
@@ -288,11 +289,11 @@ def test_tokens_do_not_depend_on_the_parts_of_a_text(backend: Backend, sentences
 
 
 @pytest.mark.parametrize("text", ["", "a", "a b " * 499, "a b " * 500, "a b " * 501])
-def test_text_about_as_long_as_a_piece(text: str, backend: Backend) -> None:
+def test_text_about_as_long_as_a_piece(text: str, backend: AnyTokenizer) -> None:
     np.testing.assert_array_equal(np.concatenate(in_pieces(backend, [text])), backend.encode([text]).ids)
 
 
-def test_text_without_spaces_is_encoded(backend: Backend) -> None:
+def test_text_without_spaces_is_encoded(backend: AnyTokenizer) -> None:
     text = "打开厨房的灯，in请关上门。" * 500
     np.testing.assert_array_equal(np.concatenate(in_pieces(backend, [text])), backend.encode([text]).ids)
 
@@ -302,7 +303,7 @@ def test_pieces_that_begin_inside_a_word_are_joined_where_they_agree(seed: int, 
     """In "aaa…" tokens are pairs, counted from the word's start; a piece that begins inside may have all others."""
     tokenizer = Tokenizer(models.BPE({"a": 0, "aa": 1, "b": 2, "<unk>": 3}, [("a", "a")], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("b", "isolated")
-    backend = HuggingFaceBackend(tokenizer.to_str(), False)
+    backend = HuggingFaceTokenizer(tokenizer.to_str())
     rng = random.Random(seed)
     text = "b".join("a" * rng.randint(1, 500) for _ in range(100))
     np.testing.assert_array_equal(np.concatenate(in_pieces(backend, [text])), backend.encode([text]).ids)
@@ -320,6 +321,6 @@ def test_long_document_is_one_document(hf_tokenizer: Path, sentences, write_line
     lines = write_lines("a.jsonl", [{"text": text} for text in texts])
     prefix = preprocess(hf_tokenizer, "--input", lines, "--language", "original", "--append-eod")
     corpus = Corpus(f"{prefix}_text_document")
-    backend = HuggingFaceBackend((hf_tokenizer / "tokenizer.json").read_text(), False)
+    backend = HuggingFaceTokenizer((hf_tokenizer / "tokenizer.json").read_text())
     assert corpus.document(1)[0].tolist() == [0, *backend.encode([texts[1]]).ids.tolist(), 1]
     assert corpus.num_documents == 3

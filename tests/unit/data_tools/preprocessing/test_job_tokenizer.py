@@ -11,15 +11,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from data_tools.corpus.opened import Corpus
-from data_tools.preprocessing import tokenizers
-from data_tools.preprocessing.tokenizers import (
-    Encoded,
-    GigatokenBackend,
-    JobTokenizer,
-    choose_backend,
-    load_job_tokenizer,
-)
-from moelpr.data.manifest import Manifest, TokenizerMatch, compare_tokenizers
+from moelpr.data.manifest import Manifest
+from moelpr.data.tokenizers import gigatoken
+from moelpr.data.tokenizers.base import Encoded
+from moelpr.data.tokenizers.base import Tokenizer as AnyTokenizer
+from moelpr.data.tokenizers.comparison import TokenizerMatch, compare_tokenizers
+from moelpr.data.tokenizers.gigatoken import PROBES, GigatokenTokenizer, choose_library
+from moelpr.data.tokenizers.loading import load_tokenizer
 from moelpr.process.errors import UserError
 from tests.support.hf_models import save_extended_tokenizer
 
@@ -27,16 +25,16 @@ FLAGS = ("--language", "original", "--append-eod")
 
 
 @pytest.fixture(scope="module")
-def jobs(hf_tokenizer: Path, sp_tokenizer: Path) -> dict[str, JobTokenizer]:
+def references(hf_tokenizer: Path, sp_tokenizer: Path) -> dict[str, AnyTokenizer]:
     return {
-        "hf": load_job_tokenizer("HuggingFaceTokenizer", str(hf_tokenizer), True, None),
-        "sp": load_job_tokenizer("SentencePieceTokenizer", str(sp_tokenizer), True, None),
+        "hf": load_tokenizer("HuggingFaceTokenizer", str(hf_tokenizer)),
+        "sp": load_tokenizer("SentencePieceTokenizer", str(sp_tokenizer)),
     }
 
 
 @pytest.mark.parametrize("kind", ["hf", "sp"])
-def test_gigatoken_supports_both_tokenizer_types(kind: str, jobs: dict[str, JobTokenizer]) -> None:
-    backend, reason = choose_backend(jobs[kind].backend, jobs[kind].source, ["a text"], is_required=True)
+def test_gigatoken_supports_both_tokenizer_types(kind: str, references: dict[str, AnyTokenizer]) -> None:
+    backend, reason = choose_library(references[kind], ["a text"], is_required=True)
     assert (backend.name, reason) == ("gigatoken", None)
 
 
@@ -45,7 +43,7 @@ def test_both_libraries_write_the_same_corpus(
     kind: str, hf_tokenizer: Path, sp_tokenizer: Path, sentences, write_lines, preprocess, corpus_bytes
 ) -> None:
     tokenizer = hf_tokenizer if kind == "hf" else sp_tokenizer
-    texts = [*tokenizers.PROBES, *sentences.values(), "a</s>b <s>", "x" * 3000, " \n\t "]
+    texts = [*PROBES, *sentences.values(), "a</s>b <s>", "x" * 3000, " \n\t "]
     lines = write_lines("a.jsonl", [{"text": text} for text in texts])
     fast = preprocess(tokenizer, "--input", lines, *FLAGS, "--tokenizer-backend", "gigatoken", out="fast/a")
     slow = preprocess(tokenizer, "--input", lines, *FLAGS, "--tokenizer-backend", "reference", out="slow/a")
@@ -60,7 +58,7 @@ def test_an_extended_tokenizer_needs_nothing_new(
     tokens = old.encode("θάλασσα", add_special_tokens=False).tokens
     new = [("".join(tokens[:n]), tokens[n]) for n in range(1, len(tokens))]
     extended = save_extended_tokenizer(hf_tokenizer, tmp_path / "extended", new)
-    texts = [*tokenizers.PROBES, *sentences.values(), "θάλασσα", "θάλασσα, θάλασσα!", "a</s>b <s>"]
+    texts = [*PROBES, *sentences.values(), "θάλασσα", "θάλασσα, θάλασσα!", "a</s>b <s>"]
     lines = write_lines("a.jsonl", [{"text": text} for text in texts])
     given = ("--input", lines, *FLAGS, "--tokenizer-backend")
     fast = preprocess(extended, *given, "gigatoken", out="fast/a")
@@ -77,14 +75,14 @@ def test_an_extended_tokenizer_needs_nothing_new(
 @example(["\x85"])
 @example(["\xa8\u17b4", "\xa8\u17b5"])
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=60), max_size=5))
-def test_both_libraries_agree_on_any_text(fast_backends: list[GigatokenBackend], texts: list[str]) -> None:
+def test_both_libraries_agree_on_any_text(fast_backends: list[GigatokenTokenizer], texts: list[str]) -> None:
     for backend in fast_backends:
         assert backend.agrees(texts)
 
 
 @pytest.fixture(scope="module")
-def fast_backends(jobs: dict[str, JobTokenizer]) -> list[GigatokenBackend]:
-    return [GigatokenBackend(job.source, job.backend) for job in jobs.values() if job.source is not None]
+def fast_backends(references: dict[str, AnyTokenizer]) -> list[GigatokenTokenizer]:
+    return [GigatokenTokenizer(reference) for reference in references.values()]
 
 
 def test_unsupported_tokenizer_falls_back_with_a_note(
@@ -100,13 +98,13 @@ def test_unsupported_tokenizer_falls_back_with_a_note(
 
 
 def test_the_place_in_gigatokens_source_is_left_out_of_the_reason(
-    jobs: dict[str, JobTokenizer], monkeypatch: pytest.MonkeyPatch
+    references: dict[str, AnyTokenizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(_: GigatokenBackend) -> None:
+    def fail(_: GigatokenTokenizer) -> None:
         raise RuntimeError("an unknown\n   kind\n\nLocation:\n    src/bpe/mod.rs:88:24")
 
-    monkeypatch.setattr(GigatokenBackend, "_load", fail)
-    _, reason = choose_backend(jobs["hf"].backend, jobs["hf"].source, [], is_required=False)
+    monkeypatch.setattr(GigatokenTokenizer, "_load", fail)
+    _, reason = choose_library(references["hf"], [], is_required=False)
     assert reason == "it does not support this tokenizer (an unknown kind)"
 
 
@@ -116,9 +114,9 @@ def test_a_tokenizer_that_the_library_rejects(hf_tokenizer: Path, monkeypatch: p
     def reject(*_: object) -> None:
         raise Exception("Token `ab` out of vocabulary")
 
-    monkeypatch.setattr("data_tools.preprocessing.tokenizers.HuggingFaceBackend", reject)
+    monkeypatch.setattr("moelpr.data.tokenizers.loading.HuggingFaceTokenizer", reject)
     with pytest.raises(UserError, match=r"the tokenizer in .* is damaged \(Token `ab` out of vocabulary\)"):
-        load_job_tokenizer("HuggingFaceTokenizer", str(hf_tokenizer), True, None)
+        load_tokenizer("HuggingFaceTokenizer", str(hf_tokenizer))
 
 
 class PanicException(BaseException):
@@ -131,19 +129,19 @@ def test_a_panic_of_the_library_is_reported(hf_tokenizer: Path, monkeypatch: pyt
     def panic(*_: object) -> None:
         raise PanicException("range end index 14 out of range for slice of length 13")
 
-    monkeypatch.setattr("data_tools.preprocessing.tokenizers.HuggingFaceBackend", panic)
+    monkeypatch.setattr("moelpr.data.tokenizers.loading.HuggingFaceTokenizer", panic)
     with pytest.raises(UserError, match="the tokenizers library fails with this tokenizer .range end index 14"):
-        load_job_tokenizer("HuggingFaceTokenizer", str(hf_tokenizer), True, None)
+        load_tokenizer("HuggingFaceTokenizer", str(hf_tokenizer))
 
 
 def differ_on(monkeypatch: pytest.MonkeyPatch, marked: str) -> None:
     """Make gigatoken encode one kind of text wrongly."""
-    right = GigatokenBackend.encode
+    right = GigatokenTokenizer.encode
 
-    def encode(self: GigatokenBackend, texts: list[str]) -> Encoded:
+    def encode(self: GigatokenTokenizer, texts: list[str]) -> Encoded:
         return right(self, [text.replace(marked, "?") for text in texts])
 
-    monkeypatch.setattr(GigatokenBackend, "encode", encode)
+    monkeypatch.setattr(GigatokenTokenizer, "encode", encode)
 
 
 def test_different_ids_in_the_corpus_fall_back(
@@ -178,12 +176,12 @@ def test_job_runs_without_gigatoken(
     assert "extra fast-tokenizer" in capsys.readouterr().err
 
 
-def test_cache_is_dropped_when_it_is_full(jobs: dict[str, JobTokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = GigatokenBackend(str(jobs["hf"].source), jobs["hf"].backend)
-    limit = tokenizers._CACHE_BYTES
+def test_cache_is_dropped_when_it_is_full(references: dict[str, AnyTokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = GigatokenTokenizer(references["hf"])
+    limit = gigatoken._CACHE_BYTES
     # The third is too much; what is left after forgetting, most of it, is what the next ones are measured by.
     sizes = iter([0, limit, limit + 1, limit - 1, 2 * limit - 1, 2 * limit])
-    monkeypatch.setattr(tokenizers, "_resident_bytes", lambda: next(sizes))
+    monkeypatch.setattr(gigatoken, "_resident_bytes", lambda: next(sizes))
     seen = []
     for _ in range(4):
         assert backend.encode(["turn on the light"]).ids.size

@@ -1,0 +1,62 @@
+"""The tokenizer of a preprocessing job."""
+
+import os
+import sys
+from concurrent.futures.process import BrokenProcessPool
+from difflib import get_close_matches
+from typing import NamedTuple
+
+from data_tools.preprocessing.workers import started_pool
+from moelpr.data.manifest import TokenizerRecord
+from moelpr.data.tokenizers.base import Tokenizer
+from moelpr.data.tokenizers.loading import load_tokenizer
+from moelpr.process.errors import UserError, reports_panics
+
+
+class JobTokenizer(NamedTuple):
+    """What a job needs of a tokenizer.
+
+    Attributes:
+        prefix: IDs to add before each text.
+        suffix: IDs to add after each text.
+    """
+
+    record: TokenizerRecord
+    tokenizer: Tokenizer
+    prefix: list[int]
+    suffix: list[int]
+
+
+def load_job_tokenizer(type: str, model: str, special_tokens: bool, eod_token: str | None) -> JobTokenizer:
+    """Load a tokenizer in a separate process, so that workers do not inherit the imports of transformers.
+
+    Raises:
+        UserError: The tokenizer can't be loaded, or has no token `eod_token`.
+    """
+    with started_pool(1) as pool:
+        try:
+            return pool.submit(_load, type, model, special_tokens, eod_token).result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"the process that loads the tokenizer {model} was killed, probably out of memory; free some memory"
+            ) from error
+
+
+@reports_panics()
+def _load(type: str, model: str, special_tokens: bool, eod_token: str | None) -> JobTokenizer:
+    if "torch" not in sys.modules:
+        # transformers imports torch if it is installed, which takes a second; a tokenizer doesn't need it.
+        sys.modules["torch"] = None  # type: ignore[assignment]
+        os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # nor the warning that torch is missing
+    tokenizer = load_tokenizer(type, model, must_keep_text=True)
+    eod_id = tokenizer.eod_id if eod_token is None else _id_of(eod_token, tokenizer.vocabulary())
+    record = TokenizerRecord.of(type, model, tokenizer, eod_id, special_tokens)
+    return JobTokenizer(record, tokenizer, *(tokenizer.around_text() if special_tokens else ([], [])))
+
+
+def _id_of(eod_token: str, vocabulary: dict[str, int]) -> int:
+    if eod_token not in vocabulary:
+        near = get_close_matches(eod_token, [name for name in vocabulary if name[:1] in "<[|"], 3, 0.5)
+        hint = f"; similar tokens are {', '.join(near)}" if near else ""
+        raise UserError(f"--eod-token {eod_token} is not in the tokenizer's vocabulary{hint}")
+    return vocabulary[eod_token]

@@ -1,0 +1,154 @@
+"""Open a tokenizer on disk: as transformers has it, or as one of our own `Tokenizer`s.
+
+Nothing is downloaded, and no code of a tokenizer's folder is run.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from moelpr.data.tokenizers.base import Tokenizer
+from moelpr.data.tokenizers.libraries import HuggingFaceTokenizer, SentencePieceTokenizer, SlowHuggingFaceTokenizer
+from moelpr.process.errors import UserError, first_line, reports_panics
+from moelpr.store import records
+from moelpr.store.records import FOREIGN
+
+TOKENIZER_TYPES = ("HuggingFaceTokenizer", "SentencePieceTokenizer")
+
+# Text that a tokenizer may lose parts of if it is loaded as one of another kind.
+_PROBES = ("two words", "a\nb 12", "φως 光")
+# Libraries count up to the largest ID. Published vocabularies have a million; a billion would take gigabytes.
+_Vocabulary = dict[str, Annotated[int, Field(lt=10_000_000)]]
+_REMEDY = "download the tokenizer again"
+
+
+@dataclass(config=FOREIGN)
+class _Model:
+    vocab: _Vocabulary | list[Any] = Field(default_factory=dict)  # a unigram model's list has no IDs
+
+
+@dataclass(config=FOREIGN)
+class _TokenizerJson:
+    model: _Model
+
+
+@dataclass(config=FOREIGN)
+class _TokenizerConfig:
+    model_max_length: int | float | None = None
+
+
+_FILES = {"tokenizer_config.json": _TokenizerConfig, "tokenizer.json": _TokenizerJson, "vocab.json": _Vocabulary}
+
+
+def load_tokenizer(tokenizer_type: str, tokenizer_model: str, must_keep_text: bool = False) -> Tokenizer:
+    """Load a local tokenizer.
+
+    Args:
+        tokenizer_type: Megatron's name of the type.
+        tokenizer_model: A folder (or the name of a cached model) or a SentencePiece .model file.
+        must_keep_text: Whether to call `check_text_is_kept`.
+
+    Raises:
+        UserError: The tokenizer can't be loaded, or loses text.
+    """
+    if tokenizer_type == "SentencePieceTokenizer":
+        try:
+            return SentencePieceTokenizer(Path(tokenizer_model).read_bytes())
+        except (RuntimeError, OSError) as error:
+            raise UserError(
+                f"can't load a tokenizer from {tokenizer_model}; --tokenizer-model must be a SentencePiece .model file"
+            ) from error
+    if tokenizer_type != "HuggingFaceTokenizer":
+        raise UserError(f"--tokenizer-type must be one of {', '.join(TOKENIZER_TYPES)}, got {tokenizer_type}")
+    found = open_hf_tokenizer(tokenizer_model)
+    if must_keep_text:
+        check_text_is_kept(tokenizer_model, found)
+    # Megatron uses the separator if a tokenizer (BERT's) has only that.
+    eod_id = found.sep_token_id if found.eos_token_id is None else found.eos_token_id
+    if not found.is_fast:
+        return SlowHuggingFaceTokenizer(found, eod_id)
+    try:
+        with reports_panics(), _without_stderr():
+            return HuggingFaceTokenizer(found.backend_tokenizer.to_str(), eod_id, found.split_special_tokens)
+    except UserError:
+        raise
+    except Exception as error:  # tokenizers raises no other
+        raise UserError(f"the tokenizer in {tokenizer_model} is damaged ({error}); {_REMEDY}") from error
+
+
+def open_hf_tokenizer(source: str | os.PathLike[str]) -> Any:
+    """Open the tokenizer in a folder, or of a cached model, with transformers.
+
+    Raises:
+        UserError: It can't be opened.
+    """
+    for name, kind in _FILES.items():
+        if (path := Path(source) / name).is_file():
+            records.read(kind, path, _REMEDY)
+    from transformers import AutoTokenizer  # takes two seconds, which SentencePiece does not need
+
+    try:
+        with reports_panics():
+            return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # a damaged file may raise any exception
+        if not Path(source).exists():
+            raise UserError(
+                f"there is no tokenizer folder {source}, and the Hugging Face cache has no model of this name; hub "
+                "names are not downloaded: run hf download NAME --local-dir DIR first"
+            ) from error
+        raise UserError(
+            f"the tokenizer in {source} cannot be opened ({first_line(error)}); it must be a folder with "
+            "tokenizer.json and tokenizer_config.json"
+        ) from error
+
+
+def check_text_is_kept(folder: str | os.PathLike[str], tokenizer: Any) -> None:
+    """Check a Hugging Face tokenizer, as transformers has loaded it, against the tokenizer.json in its folder.
+
+    transformers chooses the class by the model_type of config.json, and some classes replace the file's normalizer and
+    pre-tokenizer. Over a vocabulary that writes a space as ▁, Qwen2's then drops every space.
+
+    Raises:
+        UserError: The file keeps text that the loaded tokenizer loses.
+    """
+    path = Path(folder) / "tokenizer.json"
+    if not (tokenizer.is_fast and path.is_file()):
+        return
+    from tokenizers import Tokenizer as FileTokenizer
+
+    in_file: Any = None
+    for text in _PROBES:
+        try:
+            with reports_panics():
+                ids = tokenizer.encode(text, add_special_tokens=False)
+                found = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+                if found != text:
+                    in_file = in_file or FileTokenizer.from_file(str(path))
+                    kept = in_file.decode(in_file.encode(text, add_special_tokens=False).ids)
+        except Exception:  # tokenizers raises no other, for a damaged file or text that a vocabulary cannot express
+            continue
+        if found != text and kept == text:
+            raise UserError(
+                f"transformers loads the tokenizer in {folder} as {type(tokenizer).__name__}, which loses text that "
+                f"its tokenizer.json keeps ({text!r} becomes {found!r}); set tokenizer_class in tokenizer_config.json "
+                "to PreTrainedTokenizerFast, or, if this is a Qwen2, for which transformers ignores it, use another "
+                "model"
+            )
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Hide the stack trace that Rust prints of a panic before it raises it."""
+    before, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nothing)

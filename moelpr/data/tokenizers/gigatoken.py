@@ -46,8 +46,11 @@ class GigatokenTokenizer(Tokenizer):
     """
 
     name = "gigatoken"
+    source: str | bytes
 
     def __init__(self, reference: Tokenizer) -> None:
+        if reference.source is None:
+            raise ValueError("it has no tokenizer.json")
         self.source, self.vocab_size, self.eod_id = reference.source, reference.vocab_size, reference.eod_id
         self.added_tokens, self.literal_tokens = reference.added_tokens, reference.literal_tokens
         self._reference = reference
@@ -120,8 +123,6 @@ def choose_library(reference: Tokenizer, sample: list[str], is_required: bool) -
         UserError: gigatoken is required but can't be used.
     """
     try:
-        if reference.source is None:
-            raise ValueError("it has no tokenizer.json")
         with warnings.catch_warnings(action="ignore"):
             fast = GigatokenTokenizer(reference)
         if fast.agrees([*PROBES, *(f"a{token}b {token} c" for token in reference.added_tokens), *sample]):

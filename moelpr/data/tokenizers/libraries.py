@@ -117,7 +117,8 @@ class SentencePieceTokenizer(Tokenizer):
         from sentencepiece import SentencePieceProcessor
 
         self.source = source
-        self._processor = SentencePieceProcessor(model_proto=source)
+        self._processor = SentencePieceProcessor()
+        self._processor.LoadFromSerializedProto(source)
         self.vocab_size = self._processor.get_piece_size()
         self.eod_id = self._processor.eos_id() if self._processor.eos_id() >= 0 else None
         self.added_tokens = []

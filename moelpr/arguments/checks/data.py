@@ -18,7 +18,7 @@ from moelpr.data.corpus_index import CorpusIndex
 from moelpr.data.dataset import TaggedGPTDataset
 from moelpr.data.language_bits import LanguageBits, language_bits_path
 from moelpr.data.manifest import Manifest, TokenizerRecord, manifest_path
-from moelpr.data.tokenizers.comparison import TokenizerMatch, compare_tokenizers
+from moelpr.data.tokenizer_match import TokenizerMatch, compare_tokenizers
 from moelpr.data.vocabulary_extension import VOCABULARY_EXTENSION_FILE
 from moelpr.process import ranks
 from moelpr.process.errors import UserError

@@ -12,10 +12,10 @@ from tokenizers import Tokenizer
 
 from data_tools.corpus.opened import Corpus
 from moelpr.data.manifest import Manifest
+from moelpr.data.tokenizer_match import TokenizerMatch, compare_tokenizers
 from moelpr.data.tokenizers import gigatoken
 from moelpr.data.tokenizers.base import Encoded
 from moelpr.data.tokenizers.base import Tokenizer as AnyTokenizer
-from moelpr.data.tokenizers.comparison import TokenizerMatch, compare_tokenizers
 from moelpr.data.tokenizers.gigatoken import PROBES, GigatokenTokenizer, choose_library
 from moelpr.data.tokenizers.loading import load_tokenizer
 from moelpr.process.errors import UserError

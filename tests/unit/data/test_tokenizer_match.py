@@ -6,7 +6,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from moelpr.data.manifest import TokenizerRecord
-from moelpr.data.tokenizers.comparison import TokenizerMatch, compare_tokenizers
+from moelpr.data.tokenizer_match import TokenizerMatch, compare_tokenizers
 from moelpr.data.tokenizers.loading import load_tokenizer
 from tests.support.hf_models import save_extended_tokenizer, save_tokenizer
 

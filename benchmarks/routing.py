@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from examples.steps import COPIES, EXPANDED, NUM_NEW_EXPERTS, TOPK, held_out_files
+from examples.demo_tasks import COPIES, NUM_NEW_EXPERTS, TOPK
+from examples.languages import EXPANDED, held_out_files
 from moelpr.evaluate.models import load_model
 from moelpr.process.errors import UserError
 from moelpr.stages import MoeStage
@@ -66,7 +67,7 @@ def recorded_routing(demo: Path | None, stage: MoeStage) -> RecordedRouting:
         choices_TK = uniform_choices(1 << 18, NUM_NEW_EXPERTS + COPIES, TOPK, torch.Generator().manual_seed(0))
         return RecordedRouting(choices_TK, NUM_NEW_EXPERTS, COPIES)
     model = demo / f"{stage}-hf"
-    files = [path for name, path in held_out_files(demo).items() if stage == "stage2" or name in EXPANDED]
+    files = [path for name, path in held_out_files(demo / "corpus").items() if stage == "stage2" or name in EXPANDED]
     if missing := [path for path in (model, *files) if not path.exists()]:
         raise UserError(f"{missing[0]} is missing; run `make demo`, or pass the folder of a finished demo as --demo")
     loaded = load_model(model, device="cpu")

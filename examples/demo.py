@@ -9,16 +9,21 @@ Every step is a command that you could paste into a shell; it is printed before 
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
-from examples import steps
+from examples import tasks
+from examples.demo_tasks import COPIES, NUM_NEW_EXPERTS, REVIEW_BLEND, TOPK, evaluate, expert_options, train
 from examples.frontier_results import FILE_NAME, value_range
-from examples.steps import COPIES, EXPANDED, NUM_NEW_EXPERTS, ORIGINAL, REVIEW_BLEND, ROOT, TOPK, Steps, convert
+from examples.languages import GROUPS, LANGUAGES, held_out_files
+from examples.tasks import ROOT, convert
 from moelpr.languages import language_name
 from moelpr.process.command import CommandParser, run_command
 from moelpr.report.page import Table, terminal_table
 from moelpr.store.files import write_text
 from moelpr.store.yaml_files import dump
+from moelpr.workflow.task import Task
+from moelpr.workflow.workflow import Workflow
 
 # Model in the evaluation -> run folder.
 MODELS = {"base": "base", "full_finetune": "full-finetune", "stage1": "stage1", "stage2": "stage2"}
@@ -33,109 +38,125 @@ SETTING = "2-copies-gamma-0.1"
 
 def main() -> None:
     parser = CommandParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="output folder (default: %(default)s)")
-    parser.add_argument("--cache", type=Path, help="folder for the downloaded corpus (default: ~/.cache/moelpr)")
-    parser.add_argument("--overwrite", action="store_true", help="delete an existing run and start from scratch")
-    parser.add_argument("--seed", type=int, default=SEED, metavar="N",
-        help="random seed of both stages (default: %(default)s, the middle one of docs/frontier.json)")  # fmt: skip
+    add = parser.add_argument
+    add("--run", type=Path, default=Path("runs/demo"), help="output folder (default: %(default)s)")
+    add("--cache", type=Path, help="folder for the downloaded corpus (default: ~/.cache/moelpr)")
+    add("--overwrite", action="store_true", help="delete an existing run and start from scratch")
+    seed = "random seed of both stages (default: %(default)s, the middle one of docs/frontier.json)"
+    add("--seed", type=int, default=SEED, metavar="N", help=seed)
     args = parser.parse_args()
     os.chdir(ROOT)
     if args.overwrite:
         shutil.rmtree(args.run, ignore_errors=True)
-    demo = Steps(args.run)
-    prepare_data(demo, args.cache)
-    train_base(demo)
-    full_finetune(demo)
-    two_stages(demo, args.seed)
-    evaluate(demo)
-    report(demo)
+    run, seeded = args.run, ("--seed", str(args.seed))
+    *measured, report = [
+        *data(run, args.cache),
+        *base(run),
+        *two_stages(run, seeded),
+        *evaluations(run),
+        report_task(run),
+    ]
+    demo = Workflow(run, [*measured, report])
+    demo.run(measured)
+    write_facts(demo)
+    demo.run([report])
+    print_report(run)
 
 
-def prepare_data(demo: Steps, cache: Path | None) -> None:
+def data(run: Path, cache: Path | None) -> list[Task]:
     """Real text in six languages, a tokenizer for all six, one tagged corpus per language group."""
-    run = demo.run
-    where = ["--cache", cache] if cache else []
-    demo.step("corpus", "examples/demo_corpus.py", "--output", run / "corpus", *where)
-    train_files = {name: run / "corpus" / f"train.{name}.jsonl" for name in (*ORIGINAL, *EXPANDED)}
-    demo.step(
-        "tokenizer",
-        *("examples/demo_tokenizer.py", "--input", *train_files.values(), "--output", run / "tokenizer"),
-        *("--vocab-size", str(VOCABULARY), "--overwrite"),
-        made_from=["corpus"],
-    )
-    for group, languages in (("original", ORIGINAL), ("expanded", EXPANDED)):
-        demo.step(
-            f"preprocess-{group}",
-            *("data_tools/preprocess_data.py", "--input", *(train_files[name] for name in languages)),
-            *("--output-prefix", run / "data" / group, "--tokenizer-type", "HuggingFaceTokenizer"),
-            *("--tokenizer-model", run / "tokenizer", "--append-eod", "--language", group),
-            *("--workers", "2", "--overwrite"),
-            made_from=["corpus", "tokenizer"],
+    corpus, tokenizer = run / "corpus", run / "tokenizer"
+    download = ["examples/demo_corpus.py", "--output", corpus, *(["--cache", cache] if cache else [])]
+    files = {language: corpus / f"train.{language}.jsonl" for language in LANGUAGES}
+    words = ["examples/demo_tokenizer.py", "--input", *files.values(), "--output", tokenizer]
+    words += ["--vocab-size", str(VOCABULARY), "--overwrite"]
+    return [
+        Task(name="corpus", command=download, is_complete=(corpus / "corpus.json").is_file),
+        Task(name="tokenizer", command=words, made_from=("corpus",), is_complete=tokenizer.is_dir),
+        *(
+            tasks.preprocess(
+                run / "data" / group, [files[x] for x in languages], tokenizer, group, "--workers", "2",
+                made_from=("corpus", "tokenizer"),
+            )
+            for group, languages in GROUPS.items()
+        ),
+    ]  # fmt: skip
+
+
+def base(run: Path) -> list[Task]:
+    """A dense Qwen2, trained from scratch with the same trainer and exported as if it had been downloaded.
+
+    And the usual alternative: all parameters of this base trained on the text of stage 1, for as many tokens.
+    """
+    untrained = run / "untrained-hf"
+    words = ["examples/untrained_qwen2.py", "--tokenizer", run / "tokenizer", "--save", untrained]
+    words += [*BASE_SHAPE.split(), "--overwrite"]
+    return [
+        Task(name="untrained", command=words, made_from=("tokenizer",), is_complete=untrained.is_dir),
+        convert(run / "untrained", untrained, "--dense", made_from=("untrained",), name="convert-untrained"),
+        *stage(run, "base", "convert-untrained", run / "untrained", BASE_BLEND),
+        convert(run / "dense", run / "base-hf", "--dense", made_from=("export-base",), name="convert-dense"),
+        *stage(run, "full-finetune", "convert-dense", run / "dense", {"expanded": 1}),
+    ]
+
+
+def two_stages(run: Path, seeded: tuple[str, ...]) -> list[Task]:
+    """Upcycle, post-pretrain and review; export each stage as a stock Hugging Face model; verify three conversions."""
+    hf, experts = run / "base-hf", expert_options(COPIES)
+    memory = "--gpus 2 --gpu-memory-gib 8 --seq-length 128 --dtype fp32".split()
+    plan = ["-m", "moelpr.plan", "--hf-path", hf, *experts, *memory]
+    upcycled, stage2 = run / "upcycled", run / "stage2"
+    texts = ("--text", *held_out_files(run / "corpus").values())
+
+    def check(what: str, *words: str | Path, made_from: tuple[str, ...]) -> Task:
+        return Task(
+            name=f"check-{what}", command=["checkpoint_convert/verify.py", "--json", *words], made_from=made_from
         )
 
-
-def train_base(demo: Steps) -> None:
-    """Train a dense Qwen2 from scratch with the same trainer; its export is used as if it had been downloaded."""
-    save = demo.run / "untrained-hf"
-    words = ["--tokenizer", demo.run / "tokenizer", "--save", save, *BASE_SHAPE.split(), "--overwrite"]
-    demo.step("untrained", "examples/untrained_qwen2.py", *words, made_from=["tokenizer"])
-    convert(demo, "convert-untrained", save, demo.run / "untrained", "--dense", made_from=["untrained"])
-    train(demo, "base", "dense", "convert-untrained", BASE_BLEND, demo.run / "untrained")
-
-
-def full_finetune(demo: Steps) -> None:
-    """The usual alternative: train all parameters of the base on the text of stage 1, for as many tokens."""
-    convert(demo, "convert-dense", demo.run / "base-hf", demo.run / "dense", "--dense", made_from=["export-base"])
-    train(demo, "full-finetune", "dense", "convert-dense", {"expanded": 1}, demo.run / "dense")
+    return [
+        Task(name="plan", command=plan, made_from=("export-base",)),
+        convert(upcycled, hf, *experts, *seeded, made_from=("export-base",), name="upcycle"),
+        check("upcycled", "--frozen", hf, upcycled, *texts, made_from=("export-base", "upcycle", "corpus")),
+        *stage(run, "stage1", "upcycle", upcycled, {"expanded": 1}, *seeded),
+        *stage(run, "stage2", "stage1", run / "stage1", REVIEW_BLEND, *seeded),
+        check("frozen", "--frozen", hf, run / "stage2-hf", made_from=("export-base", "export-stage2")),
+        check("export", stage2, run / "stage2-hf", *texts, made_from=("stage2", "export-stage2", "corpus")),
+    ]
 
 
-def two_stages(demo: Steps, seed: int) -> None:
-    """Upcycle, post-pretrain and review; export each stage as a stock Hugging Face model; verify three conversions."""
-    run = demo.run
-    base = run / "base-hf"
-    held_out = steps.held_out_files(run).values()
-    experts = ("--num-new-experts", str(NUM_NEW_EXPERTS), "--topk", str(TOPK), "--original-copies", str(COPIES))
-    demo.step(
-        "plan",
-        *("-m", "moelpr.plan", "--hf-path", base, *experts, "--gpus", "2", "--gpu-memory-gib", "8"),
-        *("--seq-length", "128", "--dtype", "fp32"),
-        made_from=["export-base"],
-    )
-    seeded = ("--seed", str(seed))
-    convert(demo, "upcycle", base, run / "upcycled", *experts, *seeded, made_from=["export-base"])
-    verify = ("checkpoint_convert/verify.py", "--json")
-    checked = ("--frozen", base, run / "upcycled", "--text", *held_out)
-    demo.step("check-upcycled", *verify, *checked, made_from=["export-base", "upcycle", "corpus"])
-    train(demo, "stage1", "stage1", "upcycle", {"expanded": 1}, run / "upcycled", *seeded)
-    train(demo, "stage2", "stage2", "stage1", REVIEW_BLEND, run / "stage1", *seeded)
-    checked = ("--frozen", base, run / "stage2-hf")
-    demo.step("check-frozen", *verify, *checked, made_from=["export-base", "export-stage2"])
-    checked = (run / "stage2", run / "stage2-hf", "--text", *held_out)
-    demo.step("check-export", *verify, *checked, made_from=["stage2", "export-stage2", "corpus"])
+def stage(run: Path, name: str, made_from: str, start: Path, blend: Mapping[str, float], *options: str) -> list[Task]:
+    """Train a stage from the folder `start`, which the task `made_from` writes, and export it."""
+    sources = (made_from, *(f"preprocess-{group}" for group in blend))
+    return train(run / name, name, start, run / "data", blend, *options, made_from=sources)
 
 
-def train(
-    demo: Steps, name: str, stage: str, started_from: str, blend: dict[str, float], start: Path, *options: str
-) -> None:
-    """Train a stage from the folder `start`, which the step `started_from` wrote."""
-    made_from = [started_from, *(f"preprocess-{group}" for group in blend)]
-    steps.train(demo, name, stage, start, demo.run / "data", blend, *options, made_from=made_from)
-
-
-def evaluate(demo: Steps) -> None:
+def evaluations(run: Path) -> list[Task]:
     """Bits per byte, routing and continuations of the four models on held-out text."""
-    for command, models, options in (
-        ("text", MODELS, ["--continuations", "40"]),
-        ("routing", ("stage1", "stage2"), []),
-    ):
-        directories = {model: demo.run / f"{MODELS[model]}-hf" for model in models}
-        name = "evaluate" if command == "text" else f"evaluate-{command}"
-        made_from = ["corpus", *(f"export-{MODELS[model]}" for model in models)]
-        steps.evaluate(demo, name, command, directories, demo.run, options, made_from=made_from)
+    models = {model: run / f"{folder}-hf" for model, folder in MODELS.items()}
+    moe = {model: models[model] for model in ("stage1", "stage2")}
+
+    def task(command: str, models: Mapping[str, Path], *options: str) -> Task:
+        made_from = ("corpus", *(f"export-{MODELS[model]}" for model in models))
+        return evaluate(run, command, models, run / "corpus", *options, made_from=made_from)
+
+    return [task("text", models, "--continuations", "40"), task("routing", moe)]
 
 
-def report(demo: Steps) -> None:
-    run = demo.run
+def report_task(run: Path) -> Task:
+    """The report of everything."""
+    claims, facts = Path("examples/demo-claims.yaml"), run / "facts.yaml"
+    checks = [f"check-{what}" for what in ("upcycled", "frozen", "export")]
+    words = ["-m", "moelpr.report", *(run / folder for folder in MODELS.values())]
+    words += ["--evaluation", run / "evaluation" / "results.json"]
+    words += ["--verification", *(run / "logs" / f"{check}.log" for check in checks)]
+    words += ["--claims", claims, "--facts", facts, "--output", run]
+    made_from = (*MODELS.values(), "evaluate", "evaluate-routing", *checks)
+    is_complete = (run / "report.html").is_file
+    return Task(name="report", command=words, made_from=made_from, files=(claims, facts), is_complete=is_complete)
+
+
+def write_facts(demo: Workflow) -> None:
+    """Write what the report says about this run beyond its measurements."""
     facts = {
         "Demo": {
             "base model": f"Qwen2 {BASE_SHAPE}",
@@ -155,18 +176,11 @@ def report(demo: Steps) -> None:
             for language, changes in measured["settings"][SETTING]["change"].items()
         }
     }
-    write_text(run / "facts.yaml", dump(facts))
-    claims = Path("examples/demo-claims.yaml")
-    checks = [f"check-{name}" for name in ("upcycled", "frozen", "export")]
-    demo.step(
-        "report",
-        *("-m", "moelpr.report", *(run / folder for folder in MODELS.values())),
-        *("--evaluation", run / "evaluation" / "results.json"),
-        *("--verification", *(demo.logs / f"{check}.log" for check in checks)),
-        *("--claims", claims, "--facts", run / "facts.yaml", "--output", run),
-        made_from=[*MODELS.values(), "evaluate", "evaluate-routing", *checks],
-        files=[claims, run / "facts.yaml"],
-    )
+    write_text(demo.folder / "facts.yaml", dump(facts))
+
+
+def print_report(run: Path) -> None:
+    """Print the report's numbers in short."""
     numbers = json.loads((run / "report.json").read_text(encoding="utf-8"))
     rows = [
         [language, *(f"{numbers['bits_per_byte'][model][language]['value']:.3f}" for model in MODELS)]

@@ -2,23 +2,24 @@
 
     python -m examples.frontier --demo runs/demo --run runs/frontier
 
-Writes `<run>/frontier.json`, `frontier.md` and `frontier.svg`. Every step is a command, as in the demo; finished steps
-are skipped. Two settings are trained at a time, each on one rank.
+Writes `<run>/frontier.json`, `frontier.md` and `frontier.svg`. Every task is a command, as in the demo; finished
+ones are skipped. Two models are trained at a time, each on one rank.
 """
 
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from examples import steps
+from examples.demo_tasks import REVIEW_BLEND, TOPK, evaluate, expert_options, train
 from examples.frontier_results import FILE_NAME, frontier_chart, read_evaluation, results_tables
-from examples.steps import NUM_NEW_EXPERTS, REVIEW_BLEND, ROOT, TOPK, Steps
+from examples.tasks import ROOT, convert
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
 from moelpr.store.files import write_text
+from moelpr.workflow.task import Task
+from moelpr.workflow.workflow import Workflow
 
 
 @dataclass(frozen=True)
@@ -42,56 +43,56 @@ SETTINGS = [Setting(copies, gamma) for copies in (1, TOPK) for gamma in (0.03, 0
 
 def main() -> None:
     parser = CommandParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--demo", type=Path, default=Path("runs/demo"), metavar="DIR",
-        help="folder of the demo, of which base and corpora are used (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--run", type=Path, default=Path("runs/frontier"), metavar="DIR",
-        help="output folder (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--settings", nargs="+", choices=[setting.name for setting in SETTINGS], metavar="NAME",
-        help=f"settings to train (default: all: {', '.join(setting.name for setting in SETTINGS)})")  # fmt: skip
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N",
-        help="seeds of routers and of the order of the text (default: 1 2 3)")  # fmt: skip
+    add, names = parser.add_argument, [setting.name for setting in SETTINGS]
+    demo = "folder of the demo, of which base and corpora are used (default: %(default)s)"
+    add("--demo", type=Path, default=Path("runs/demo"), metavar="DIR", help=demo)
+    add("--run", type=Path, default=Path("runs/frontier"), metavar="DIR", help="output folder (default: %(default)s)")
+    trained = f"settings to train (default: all: {', '.join(names)})"
+    add("--settings", nargs="+", choices=names, metavar="NAME", help=trained)
+    seeds = "seeds of routers and of the order of the text (default: 1 2 3)"
+    add("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help=seeds)
     args = parser.parse_args()
     os.chdir(ROOT)
     if not (args.demo / "logs" / "export-base.json").is_file():
         raise UserError(f"--demo {args.demo} contains no finished base; run make demo first")
     settings = [setting for setting in SETTINGS if not args.settings or setting.name in args.settings]
-    run = Steps(args.run)
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        chains = [(copies, seed) for seed in args.seeds for copies in dict.fromkeys(s.copies for s in settings)]
-        list(pool.map(lambda chain: train_chain(run, args.demo, settings, *chain), chains))
-    models = {"base": args.demo / "base-hf"}
-    trained = {name: args.run / f"{name}-hf" for name in model_names(settings, args.seeds)}
-    exports = [f"export-{name}" for name in trained]
-    files = [models["base"]]
-    steps.evaluate(run, "evaluate", "text", models | trained, args.demo, made_from=exports, files=files)
-    steps.evaluate(run, "evaluate-routing", "routing", trained, args.demo, made_from=exports)
+    chains = [(copies, seed) for seed in args.seeds for copies in dict.fromkeys(s.copies for s in settings)]
+    trainings = [task for chain in chains for task in training_tasks(args.run, args.demo, settings, *chain)]
+    evaluations = evaluation_tasks(args.run, args.demo, model_names(settings, args.seeds))
+    run = Workflow(args.run, [*trainings, *evaluations])
+    run.run(trainings, workers=2)
+    run.run(evaluations)
     write_results(args.run, settings, args.seeds)
 
 
-def train_chain(run: Steps, demo: Path, settings: Sequence[Setting], copies: int, seed: int) -> None:
+def training_tasks(run: Path, demo: Path, settings: Sequence[Setting], copies: int, seed: int) -> list[Task]:
     """Upcycling, stage 1, and every stage 2 that starts from it."""
-    start = run.run / f"upcycled-{copies}-seed-{seed}"
     seeded = ("--seed", str(seed))
-    experts = ("--num-new-experts", str(NUM_NEW_EXPERTS), "--topk", str(TOPK), "--original-copies", str(copies))
-    base = demo / "base-hf"
-    steps.convert(run, start.name, base, start, *experts, *seeded, files=[base])
-    name = stage1_name(copies, seed)
-    train(run, name, "stage1", start, demo, {"expanded": 1}, *seeded)
+
+    def stage(save: Path, recipe: str, start: Path, blend: Mapping[str, float], *options: str) -> list[Task]:
+        corpora = tuple(demo / "data" / f"{x}_text_document.{end}" for x in blend for end in ("bin", "idx", "lang"))
+        made_from = (start.name,)
+        return train(
+            save, recipe, start, demo / "data", blend, *seeded, *options, made_from=made_from, files=corpora, ranks=1
+        )
+
+    base, start, stage1 = demo / "base-hf", run / f"upcycled-{copies}-seed-{seed}", run / stage1_name(copies, seed)
+    found = [replace(convert(start, base, *expert_options(copies), *seeded), files=(base,))]
+    found += stage(stage1, "stage1", start, {"expanded": 1})
     for setting in settings:
         if setting.copies == copies:
-            options = (*seeded, "--lpr-loss-coeff", f"{setting.gamma:g}")
-            train(run, stage2_name(setting, seed), "stage2", run.run / name, demo, REVIEW_BLEND, *options)
+            gamma = ("--lpr-loss-coeff", f"{setting.gamma:g}")
+            found += stage(run / stage2_name(setting, seed), "stage2", stage1, REVIEW_BLEND, *gamma)
+    return found
 
 
-def train(
-    run: Steps, name: str, stage: str, start: Path, demo: Path, blend: Mapping[str, float], *options: str
-) -> None:
-    """Train a stage from the folder `start`, which is named like the step that wrote it."""
-    corpora = [demo / "data" / f"{group}_text_document.{end}" for group in blend for end in ("bin", "idx", "lang")]
-    steps.train(
-        run, name, stage, start, demo / "data", blend, *options,
-        made_from=[start.name], files=corpora, recipe=stage, ranks=1,
-    )  # fmt: skip
+def evaluation_tasks(run: Path, demo: Path, names: Sequence[str]) -> list[Task]:
+    """Bits per byte of all models and of the demo's base, and routing of all models."""
+    models, exports = {name: run / f"{name}-hf" for name in names}, tuple(f"export-{name}" for name in names)
+    base = demo / "base-hf"
+    text = evaluate(run, "text", {"base": base} | models, demo / "corpus", made_from=exports)
+    routing = evaluate(run, "routing", models, demo / "corpus", made_from=exports)
+    return [replace(text, files=(*text.files, base)), routing]
 
 
 def copies_label(copies: int) -> str:

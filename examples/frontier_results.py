@@ -10,13 +10,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from examples.steps import EXPANDED, ORIGINAL
+from examples.languages import EXPANDED, LANGUAGES, ORIGINAL
 from moelpr.languages import language_name
 from moelpr.report.page import Table, terminal_table
 from moelpr.report.plots import Series, percent, trade_off_chart
 
 FILE_NAME = "frontier.json"
-LANGUAGES = (*ORIGINAL, *EXPANDED)
 
 
 def read_evaluation(folder: Path, names_of: Mapping[str, tuple[str, Sequence[str]]]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.routing import LENGTH, WINDOWS, RecordedRouting, impose, recorded_routing
-from examples.steps import EXPANDED, ORIGINAL
+from examples.languages import EXPANDED, ORIGINAL
 from moelpr.evaluate.models import load_model
 from moelpr.evaluate.routing import RoutingObserver
 from moelpr.model_spec import ModelSpec

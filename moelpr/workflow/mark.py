@@ -1,0 +1,69 @@
+"""The record of what a task was done with."""
+
+import hashlib
+import json
+import os
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import field
+from functools import cache
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic.dataclasses import dataclass
+
+from moelpr.store.records import STRICT, Record
+
+
+@dataclass(frozen=True, config=STRICT)
+class Mark(Record):
+    """What a task of a workflow was done with, `logs/TASK.json` in the workflow's folder.
+
+    Attributes:
+        command: Command line.
+        id: Hash of command, made_from and files: the same for outputs that were made in the same way.
+        made_from: For each task whose output was read, the ID of that output; null if it was not made here.
+        files: SHA-256 of each other file that was read, or of all files of a folder.
+        wall_s: Seconds that the task took; null until it has succeeded.
+    """
+
+    REMEDY: ClassVar[str] = "remove it, so that the task is done again"
+    INDENT: ClassVar[int | None] = None
+
+    command: str
+    id: str
+    made_from: dict[str, str | None]
+    files: dict[str, str] = field(default_factory=dict)
+    wall_s: float | None = None
+
+
+def mark_of(words: Iterable[str], made_from: Mapping[str, str | None], files: Iterable[Path]) -> Mark:
+    """The mark of a task that is about to run."""
+    command = shown(words)
+    checksums = {relative(str(path)): sha256(path) for path in files}
+    of = json.dumps([command, sorted(made_from.items()), sorted(checksums.items())])
+    return Mark(command, hashlib.sha256(of.encode()).hexdigest()[:16], dict(made_from), checksums)
+
+
+def shown(words: Iterable[str]) -> str:
+    """A command line, with paths relative to the current folder."""
+    return shlex.join(map(relative, words))
+
+
+def relative(word: str) -> str:
+    return word.removeprefix(f"{os.getcwd()}/")
+
+
+def sha256(path: Path) -> str:
+    """The checksum of a file, or of the names and contents of all files in a folder; "" if it is missing."""
+    if path.is_file():
+        return _sha256_of_file(path, path.stat().st_mtime_ns)
+    found = [(str(file.relative_to(path)), sha256(file)) for file in sorted(path.rglob("*")) if file.is_file()]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest() if found else ""
+
+
+@cache
+def _sha256_of_file(path: Path, _: int) -> str:
+    """Several tasks may read a file; the second argument is its time of modification."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

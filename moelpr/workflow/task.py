@@ -1,0 +1,64 @@
+"""A task: a command of a workflow, with what it reads, what it writes and what it needs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moelpr.process.errors import UserError
+
+Words = Sequence[str | Path]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A command of a workflow. Tables of tasks are data: nothing runs before `Workflow.run`.
+
+    Attributes:
+        name: The name of the task, its mark and its log.
+        command: A launcher (`launch/stage1.sh …`), or arguments of Python (`tool.py …`, `-m module …`). A function
+            returns it when the task's turn comes, if results of earlier tasks decide it; it may raise a UserError.
+        made_from: Names of the tasks whose output it reads. It is done again when one of them was.
+        decided_by: Names of the tasks whose results only decide its command.
+        files: Other files and folders that it reads. It is done again when their content has changed.
+        is_complete: Whether its output is there. A command may end early with exit code 0, as the trainer does when it
+            is asked to stop. A UserError counts as no.
+        continues: Folder in which the command continues what it finds, whatever made it.
+        environment: Environment variables of the command.
+        tags: Names by which tasks are chosen.
+        minutes: Expected time.
+        memory_gib: Memory that it needs while it runs.
+        disk_gib: Disk space that its output needs.
+    """
+
+    name: str
+    command: Words | Callable[[], Words]
+    made_from: tuple[str, ...] = ()
+    decided_by: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
+    is_complete: Callable[[], bool] = lambda: True
+    continues: Path | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    tags: frozenset[str] = frozenset()
+    minutes: float = 1.0
+    memory_gib: float = 4.0
+    disk_gib: float = 0.0
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the tasks that must be done before."""
+        return (*self.made_from, *self.decided_by)
+
+    def words(self) -> list[str]:
+        """The words of the command.
+
+        Raises:
+            UserError: The results that decide it are missing.
+        """
+        return [str(word) for word in (self.command() if callable(self.command) else self.command)]
+
+    def has_output(self) -> bool:
+        """Whether its output is there, and what that needs."""
+        try:
+            return self.is_complete()
+        except UserError:
+            return False

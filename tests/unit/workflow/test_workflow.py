@@ -1,0 +1,182 @@
+"""Tasks are done once, and again when what they read has changed; failures leave out what depends on them."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moelpr.process.errors import MachineError, UserError
+from moelpr.workflow.task import Task
+from moelpr.workflow.workflow import Workflow
+
+
+def count(path: Path, code: int = 0) -> list[str]:
+    """A command that counts in a file how often it has run."""
+    return ["-c", f"import sys; open({str(path)!r}, 'a').write('x'); sys.exit({code})"]
+
+
+def test_a_task_runs_until_it_has_succeeded_and_again_if_its_command_changes(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+
+    def run(code: int) -> None:
+        Workflow(tmp_path, [Task(name="s", command=count(runs, code))]).run()
+
+    with pytest.raises(UserError, match="task s exited with code 3"):
+        run(3)
+    run(0)
+    run(0)
+    assert runs.read_text() == "xx"
+    with pytest.raises(MachineError, match="task s exited with code 1"):
+        run(1)
+    run(0)  # the failed command may have removed what the command before has written
+    assert runs.read_text() == "xxxx"
+    assert [*Workflow(tmp_path, []).wall_times_s()] == ["s"]
+
+
+def test_a_task_has_its_environment_and_a_log(tmp_path: Path) -> None:
+    command = ["-c", "import os; print(os.environ['WORD'])"]
+    Workflow(tmp_path, [Task(name="s", command=command, environment={"WORD": "here"})]).run()
+    assert (tmp_path / "logs" / "s.log").read_text().splitlines()[1:] == ["here"]  # after the command
+
+
+Chain = Callable[..., dict[str, int]]
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> Chain:
+    """Runs a training, an evaluation of it, and another task; returns how often each has run."""
+    recipe = tmp_path / "recipe"
+
+    def task(name: str, *made_from: str, word: str = "") -> Task:
+        path = tmp_path / name
+        files, continues = ((recipe,), path) if name == "train" else ((), None)
+        command = [*count(path), word]
+        return Task(name=name, command=command, made_from=made_from, files=files, is_complete=path.is_file,
+                    continues=continues)  # fmt: skip
+
+    def go(rate: str = "1", base: str = "1", text: str = "1") -> dict[str, int]:
+        recipe.write_text(text)
+        tasks = [
+            task("base", word=base),
+            task("train", "base", word=rate),
+            task("evaluate", "train"),
+            task("page", "base"),
+        ]
+        Workflow(tmp_path, tasks).run()
+        return {x.name: len(path.read_text()) for x in tasks if (path := tmp_path / x.name).is_file()}
+
+    return go
+
+
+def test_what_is_done_is_not_done_again(chain: Chain) -> None:
+    assert chain() == chain() == {"base": 1, "train": 1, "evaluate": 1, "page": 1}
+
+
+def test_what_reads_another_output_than_before_is_done_again(
+    tmp_path: Path, chain: Chain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chain()
+    (tmp_path / "logs" / "base.json").unlink()
+    assert chain() == {"base": 2, "train": 1, "evaluate": 1, "page": 1}  # by the same command it is the same
+    for change, reason in (
+        ({"rate": "2"}, "its command has changed"),
+        ({"base": "2"}, "base was made again"),
+        ({"text": "2"}, f"{tmp_path}/recipe has changed"),
+    ):
+        with pytest.raises(UserError, match=f"continue {tmp_path}/train, but {reason} since that was made; remove it"):
+            chain(**change)
+        (tmp_path / "train").unlink()
+        capsys.readouterr()
+        chain(**change)
+        assert f"train: again, because {reason}" in capsys.readouterr().out
+        chain_of_before = chain(**change)
+        (tmp_path / "train").unlink()
+        assert chain() and chain_of_before["train"] == 1
+    assert (tmp_path / "evaluate").read_text() == 7 * "x"
+
+
+def test_a_stopped_command_is_not_continued_by_another_one(tmp_path: Path) -> None:
+    def run(word: str) -> None:
+        path = tmp_path / "train"
+        task = Task(name="train", command=[*count(path), word], is_complete=lambda: False, continues=path)
+        Workflow(tmp_path, [task]).run()
+
+    for _ in range(2):
+        with pytest.raises(UserError, match="train was stopped before its end"):
+            run("1")
+    assert not Workflow(tmp_path, []).is_done("train")
+    with pytest.raises(UserError, match="its command has changed"):
+        run("2")
+
+
+def test_an_output_that_was_removed_is_restored_if_a_task_reads_it(tmp_path: Path, chain: Chain) -> None:
+    chain()
+    (tmp_path / "base").unlink()
+    (tmp_path / "train").unlink()
+    assert chain() == {"evaluate": 1, "page": 1}
+    (tmp_path / "evaluate").unlink()
+    assert chain() == {"base": 1, "train": 1, "evaluate": 1, "page": 1}  # nothing was made from another output
+    assert chain() == {"base": 1, "train": 1, "evaluate": 1, "page": 1}
+
+
+def test_a_failure_leaves_out_what_depends_on_it(tmp_path: Path) -> None:
+    def task(name: str, *made_from: str, code: int = 0, decided_by: tuple[str, ...] = ()) -> Task:
+        return Task(name=name, command=count(tmp_path / name, code), made_from=made_from, decided_by=decided_by)
+
+    tasks = [task("a", code=1), task("b", "a"), task("c", "b"), task("d"), task("e", decided_by=("a",))]
+    (error,) = Workflow(tmp_path, tasks).run(keep_going=True)
+    assert isinstance(error, MachineError) and "task a " in str(error)
+    assert [name for name in "abcde" if (tmp_path / name).is_file()] == ["a", "d", "e"]
+
+
+def test_workers_run_tasks_at_the_same_time_but_none_before_what_it_reads(tmp_path: Path) -> None:
+    def task(name: str, *made_from: str) -> Task:
+        program = "import sys, time; from pathlib import Path; run = Path(sys.argv[1]); (run / sys.argv[2]).touch(); "
+        program += "end = time.time() + 20\nwhile len([*run.glob('[ab]')]) < 2 and time.time() < end: time.sleep(0.01)"
+        return Task(name=name, command=["-c", program, tmp_path, name], made_from=made_from)
+
+    start = time.monotonic()
+    Workflow(tmp_path, [task("a"), task("c", "a", "b"), task("b")]).run(workers=2)
+    assert time.monotonic() - start < 20
+    assert [*Workflow(tmp_path, []).wall_times_s()][-1] == "c"
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"command": "c", "id": "", "made_from": {}, "wall_s": "long"}'])
+def test_a_damaged_mark_is_no_mark(tmp_path: Path, content: str) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "a.json").write_text(content)
+    flow = Workflow(tmp_path, [Task(name="a", command=["-c", ""])])
+    assert not flow.is_done("a")
+    flow.run()
+    assert flow.is_done("a")
+
+
+def test_a_mark_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "a.json").write_text('{"command": "-c \'\'", "made_from": {}, "id": "1", "wall_s": 90}')
+    flow = Workflow(tmp_path, tasks := [Task(name="a", command=["-c", ""]), Task(name="b", command=[], minutes=120)])
+    assert [line.split()[:3] for line in flow.listing(tasks).splitlines()[1:3]] == [
+        ["a", "done", "2"],
+        ["b", "120", "min"],
+    ]
+    assert "left: about 2.0 hours" in flow.listing(tasks)
+    flow.run(tasks[:1])
+    assert not (tmp_path / "logs" / "a.log").exists()
+
+
+def test_too_little_disk_or_memory_is_said_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = [Task(name="a", command=[], disk_gib=2), Task(name="b", command=[], memory_gib=6)]
+
+    def check(disk: int, memory: int) -> None:
+        monkeypatch.setattr("moelpr.process.machine.free_memory", lambda: memory << 30)
+        monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": disk << 30}))
+        Workflow(tmp_path, tasks).check_machine(tasks, scale=2, spare_disk_gib=1, remedy="do less")
+
+    check(6, 12)
+    with pytest.raises(MachineError, match=r"has 5.0 GiB free, .* need 6.0 GiB; free space, or do less"):
+        check(5, 12)
+    with pytest.raises(MachineError, match=r"11.0 GiB of memory .* task b needs 12.0 GiB"):
+        check(6, 11)

@@ -173,7 +173,7 @@ class Family:
     @property
     def table(self) -> NameTable:
         """The names of dense models, and of upcycled ones in `moe_class`."""
-        zeros = self.moe_class.zeros + (self.moe_class.bias_zeros if self.qkv_bias else ())
+        zeros = self.moe_class.zeros | (self.moe_class.bias_zeros if self.qkv_bias else {})
         return llama_like_table(self.moe_class.ffn, self.qkv_bias, self.qk_norm, zeros)
 
     def megatron_args(self, config: Any) -> dict[str, Any]:

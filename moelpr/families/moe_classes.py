@@ -1,11 +1,11 @@
 """Stock MoE classes of transformers: how each names an MoE layer's tensors, its config.json, and what it can hold."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from moelpr.families.tables import HF_LAYER, Row, moe_rows
+from moelpr.families.tables import Row, moe_rows
 from moelpr.model_spec import ModelSpec, MoeSpec
 
 
@@ -18,7 +18,7 @@ class MoeClass:
         ffn: Rows of an MoE layer's FFN.
         config: Maps a spec to the class's own keys of config.json; an imported MoE must have these values.
         required: Keys that an imported MoE's config.json must have; "a or b" is a key of two names.
-        zeros: (HF name, shape) of tensors of an MoE layer that only the class has; they are written as zeros.
+        zeros: HF name → shape of tensors of an MoE layer that only the class has; they are written as zeros.
         bias_zeros: More of them, in a model with biases on queries, keys and values.
         has_qkv_bias: Whether its attention has these biases; None if config.json decides.
         has_qk_norm: Whether its attention normalizes queries and keys.
@@ -32,8 +32,8 @@ class MoeClass:
     ffn: tuple[Row, ...]
     config: Callable[[ModelSpec, MoeSpec], dict[str, Any]]
     required: tuple[str, ...]
-    zeros: tuple[tuple[str, str], ...] = ()
-    bias_zeros: tuple[tuple[str, str], ...] = ()
+    zeros: dict[str, str] = field(default_factory=dict)
+    bias_zeros: dict[str, str] = field(default_factory=dict)
     has_qkv_bias: bool | None = False
     has_qk_norm: bool = False
     may_mix_layers: bool = False
@@ -71,9 +71,10 @@ MIXTRAL = MoeClass(
     architecture="MixtralForCausalLM",
     # Mixtral routes as the method does: softmax over all experts, top-k, renormalize.
     ffn=moe_rows(
-        router="block_sparse_moe.gate.weight",
-        fc1=("block_sparse_moe.experts.{j}.w1.weight", "block_sparse_moe.experts.{j}.w3.weight"),
-        fc2="block_sparse_moe.experts.{j}.w2.weight",
+        router="model.layers.{i}.block_sparse_moe.gate.weight",
+        gate="model.layers.{i}.block_sparse_moe.experts.{j}.w1.weight",
+        up="model.layers.{i}.block_sparse_moe.experts.{j}.w3.weight",
+        down="model.layers.{i}.block_sparse_moe.experts.{j}.w2.weight",
     ),
     config=_mixtral_config,
     required=("num_local_experts", "num_experts_per_tok"),
@@ -97,9 +98,10 @@ def _qwen_moe_config(spec: ModelSpec, moe: MoeSpec, **settings: Any) -> dict[str
 
 
 _QWEN_MOE_ROWS = moe_rows(
-    router="mlp.gate.weight",
-    fc1=("mlp.experts.{j}.gate_proj.weight", "mlp.experts.{j}.up_proj.weight"),
-    fc2="mlp.experts.{j}.down_proj.weight",
+    router="model.layers.{i}.mlp.gate.weight",
+    gate="model.layers.{i}.mlp.experts.{j}.gate_proj.weight",
+    up="model.layers.{i}.mlp.experts.{j}.up_proj.weight",
+    down="model.layers.{i}.mlp.experts.{j}.down_proj.weight",
 )
 
 QWEN2_MOE = MoeClass(
@@ -109,7 +111,7 @@ QWEN2_MOE = MoeClass(
     config=partial(_qwen_moe_config, shared_expert_intermediate_size=0, qkv_bias=True),
     required=("num_experts", "num_experts_per_tok", "moe_intermediate_size"),
     # Readers expect the shared expert's gate even if the shared expert has width 0.
-    zeros=((HF_LAYER + "mlp.shared_expert_gate.weight", "one hidden"),),
+    zeros={"model.layers.{i}.mlp.shared_expert_gate.weight": "one hidden"},
     has_qkv_bias=True,
     may_mix_layers=True,
 )
@@ -144,14 +146,15 @@ GRANITE_MOE = MoeClass(
     architecture="GraniteMoeForCausalLM",
     # The softmax of the top-k logits, which is the renormalized softmax of all.
     ffn=moe_rows(
-        router="block_sparse_moe.router.layer.weight",
-        fc1=("block_sparse_moe.input_linear.weight[{j},:{ffn}]", "block_sparse_moe.input_linear.weight[{j},{ffn}:]"),
-        fc2="block_sparse_moe.output_linear.weight[{j}]",
+        router="model.layers.{i}.block_sparse_moe.router.layer.weight",
+        gate="model.layers.{i}.block_sparse_moe.input_linear.weight[{j},:{ffn}]",
+        up="model.layers.{i}.block_sparse_moe.input_linear.weight[{j},{ffn}:]",
+        down="model.layers.{i}.block_sparse_moe.output_linear.weight[{j}]",
     ),
     config=_granite_moe_config,
     required=("num_local_experts", "num_experts_per_tok"),
     # One setting gives biases to all four projections, but Qwen2's attention output has none.
-    bias_zeros=((HF_LAYER + "self_attn.o_proj.bias", "hidden"),),
+    bias_zeros={"model.layers.{i}.self_attn.o_proj.bias": "hidden"},
     has_qkv_bias=None,
     may_set_head_dim=False,
 )

@@ -83,13 +83,13 @@ class Row:
 
     Attributes:
         megatron: Megatron's name. A row with new experts covers all of them: they are slices of one stack.
-        parts: (HF name, shape in the names of `sizes_of`) in the order of the transform.
+        parts: HF name → shape in the names of `sizes_of`, in the order of the transform.
         transform: Maps the parts to the tensor and back.
         dense: HF names of an expert's parts in a dense model, where it is the FFN.
     """
 
     megatron: str
-    parts: tuple[tuple[str, str], ...]
+    parts: dict[str, str]
     transform: Transform = field(default_factory=Transform)
     dense: tuple[str, ...] = ()
 
@@ -104,7 +104,7 @@ class NameTable:
 
     Attributes:
         untied: Rows of an output layer that does not share the embedding's weights.
-        moe_zeros: (HF name, shape) of tensors that only the stock MoE class has; they are written as zeros.
+        moe_zeros: HF name → shape of tensors that only the stock MoE class has; they are written as zeros.
     """
 
     before: tuple[Row, ...]
@@ -113,11 +113,7 @@ class NameTable:
     moe_ffn: tuple[Row, ...]
     after: tuple[Row, ...]
     untied: tuple[Row, ...]
-    moe_zeros: tuple[tuple[str, str], ...] = ()
-
-
-HF_LAYER = "model.layers.{i}."
-MEGATRON_LAYER = "decoder.layers.{i}."
+    moe_zeros: dict[str, str]
 
 
 # A class may stack its experts in one HF tensor, whose parts are then named like slices of NumPy: with gates and up
@@ -136,63 +132,73 @@ def stacked_part(name: str) -> tuple[str, tuple[Any, ...]]:
     return stack, (int(expert), slice(*(int(row) if row else None for row in (first, end))))
 
 
-def moe_rows(router: str, fc1: tuple[str, str], fc2: str) -> tuple[Row, ...]:
-    """Rows of an MoE layer's FFN, from the stock class's names.
+_NORM = {"model.layers.{i}.post_attention_layernorm.weight": "hidden"}
+_GATE, _UP, _DOWN = (
+    "model.layers.{i}.mlp.gate_proj.weight",
+    "model.layers.{i}.mlp.up_proj.weight",
+    "model.layers.{i}.mlp.down_proj.weight",
+)
 
-    Args:
-        router: Of the router's weight, without the prefix of the layer.
-        fc1: Of gate and up projection; {j} is the expert, {ffn} the FFN's size.
-        fc2: Of the down projection.
-    """
-    mlp = MEGATRON_LAYER + "mlp."
-    dense_gate, dense_up, dense_down = (HF_LAYER + f"mlp.{name}_proj.weight" for name in ("gate", "up", "down"))
-    gate_up = tuple((HF_LAYER + name, "ffn hidden") for name in fc1)
-    norm = HF_LAYER + "post_attention_layernorm.weight"
-    # Copies follow their origin, so that it is read only once.
-    experts = ("original_experts.{j}", "experts.experts")
+
+def moe_rows(router: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
+    """Rows of an MoE layer's FFN, from the stock class's names of the router's weight and an expert's projections."""
+    gate_up = {gate: "ffn hidden", up: "ffn hidden"}
     return (
-        Row(MEGATRON_LAYER + "pre_mlp_layernorm.weight", ((norm, "hidden"),)),
-        Row(mlp + "router.weight", ((HF_LAYER + router, "experts hidden"),)),
-        *(Row(f"{mlp}{name}.linear_fc1.weight", gate_up, GateUp(), (dense_gate, dense_up)) for name in experts),
-        *(
-            Row(f"{mlp}{name}.linear_fc2.weight", ((HF_LAYER + fc2, "hidden ffn"),), dense=(dense_down,))
-            for name in experts
-        ),
+        Row("decoder.layers.{i}.pre_mlp_layernorm.weight", _NORM),
+        Row("decoder.layers.{i}.mlp.router.weight", {router: "experts hidden"}),
+        # Copies follow their origin, so that it is read only once.
+        Row("decoder.layers.{i}.mlp.original_experts.{j}.linear_fc1.weight", gate_up, GateUp(), (_GATE, _UP)),
+        Row("decoder.layers.{i}.mlp.experts.experts.linear_fc1.weight", gate_up, GateUp(), (_GATE, _UP)),
+        Row("decoder.layers.{i}.mlp.original_experts.{j}.linear_fc2.weight", {down: "hidden ffn"}, dense=(_DOWN,)),
+        Row("decoder.layers.{i}.mlp.experts.experts.linear_fc2.weight", {down: "hidden ffn"}, dense=(_DOWN,)),
     )
 
 
-def llama_like_table(
-    moe_ffn: tuple[Row, ...], qkv_bias: bool = False, qk_norm: bool = False, moe_zeros: tuple[tuple[str, str], ...] = ()
-) -> NameTable:
+_QKV_WEIGHT = Row(
+    "decoder.layers.{i}.self_attention.linear_qkv.weight",
+    {
+        "model.layers.{i}.self_attn.q_proj.weight": "q hidden",
+        "model.layers.{i}.self_attn.k_proj.weight": "kv hidden",
+        "model.layers.{i}.self_attn.v_proj.weight": "kv hidden",
+    },
+    QKV(),
+)
+_QKV_BIAS = Row(
+    "decoder.layers.{i}.self_attention.linear_qkv.bias",
+    {
+        "model.layers.{i}.self_attn.q_proj.bias": "q",
+        "model.layers.{i}.self_attn.k_proj.bias": "kv",
+        "model.layers.{i}.self_attn.v_proj.bias": "kv",
+    },
+    QKV(),
+)
+_QK_NORMS = (
+    Row("decoder.layers.{i}.self_attention.q_layernorm.weight", {"model.layers.{i}.self_attn.q_norm.weight": "head"}),
+    Row("decoder.layers.{i}.self_attention.k_layernorm.weight", {"model.layers.{i}.self_attn.k_norm.weight": "head"}),
+)
+
+
+def llama_like_table(moe_ffn: tuple[Row, ...], qkv_bias: bool, qk_norm: bool, moe_zeros: dict[str, str]) -> NameTable:
     """The table of a decoder with Llama's module names: grouped-query attention, pre-RMSNorm, SwiGLU."""
-    hf, megatron = HF_LAYER + "self_attn.", MEGATRON_LAYER + "self_attention."
-    mlp = MEGATRON_LAYER + "mlp."
-
-    def qkv(suffix: str, columns: str) -> Row:
-        rows_of = {"q": "q", "k": "kv", "v": "kv"}
-        parts = tuple((f"{hf}{name}_proj.{suffix}", f"{rows}{columns}") for name, rows in rows_of.items())
-        return Row(f"{megatron}linear_qkv.{suffix}", parts, QKV())
-
-    norms = [Row(f"{megatron}{name}_layernorm.weight", ((f"{hf}{name}_norm.weight", "head"),)) for name in ("q", "k")]
-    layer = (
-        Row(megatron + "linear_qkv.layer_norm_weight", ((HF_LAYER + "input_layernorm.weight", "hidden"),)),
-        qkv("weight", " hidden"),
-        *([qkv("bias", "")] if qkv_bias else []),
-        *(norms if qk_norm else []),
-        Row(megatron + "linear_proj.weight", ((hf + "o_proj.weight", "hidden q"),)),
-    )
-    gate_up = tuple((HF_LAYER + f"mlp.{name}_proj.weight", "ffn hidden") for name in ("gate", "up"))
+    input_norm = {"model.layers.{i}.input_layernorm.weight": "hidden"}
+    output = {"model.layers.{i}.self_attn.o_proj.weight": "hidden q"}
     return NameTable(
-        before=(Row("embedding.word_embeddings.weight", (("model.embed_tokens.weight", "vocab hidden"),)),),
-        layer=layer,
+        before=(Row("embedding.word_embeddings.weight", {"model.embed_tokens.weight": "vocab hidden"}),),
+        layer=(
+            Row("decoder.layers.{i}.self_attention.linear_qkv.layer_norm_weight", input_norm),
+            _QKV_WEIGHT,
+            *([_QKV_BIAS] if qkv_bias else []),
+            *(_QK_NORMS if qk_norm else []),
+            Row("decoder.layers.{i}.self_attention.linear_proj.weight", output),
+        ),
         dense_ffn=(
-            Row(mlp + "linear_fc1.layer_norm_weight", ((HF_LAYER + "post_attention_layernorm.weight", "hidden"),)),
-            Row(mlp + "linear_fc1.weight", gate_up, GateUp()),
-            Row(mlp + "linear_fc2.weight", ((HF_LAYER + "mlp.down_proj.weight", "hidden ffn"),)),
+            Row("decoder.layers.{i}.mlp.linear_fc1.layer_norm_weight", _NORM),
+            Row("decoder.layers.{i}.mlp.linear_fc1.weight", {_GATE: "ffn hidden", _UP: "ffn hidden"}, GateUp()),
+            Row("decoder.layers.{i}.mlp.linear_fc2.weight", {_DOWN: "hidden ffn"}),
         ),
         moe_ffn=moe_ffn,
-        after=(Row("decoder.final_layernorm.weight", (("model.norm.weight", "hidden"),)),),
-        untied=(Row("output_layer.weight", (("lm_head.weight", "vocab hidden"),)),),
+        after=(Row("decoder.final_layernorm.weight", {"model.norm.weight": "hidden"}),),
+        untied=(Row("output_layer.weight", {"lm_head.weight": "vocab hidden"}),),
         moe_zeros=moe_zeros,
     )
 
@@ -254,7 +260,7 @@ def zeros(table: NameTable, spec: ModelSpec) -> Iterator[tuple[str, tuple[int, .
     """HF names and shapes of the zero tensors that the stock MoE class of `spec` requires."""
     sizes = sizes_of(spec)
     for i in spec.moe.layers if spec.moe else ():
-        for name, shape in table.moe_zeros:
+        for name, shape in table.moe_zeros.items():
             yield name.format(i=i), _shape(shape, sizes)
 
 
@@ -271,9 +277,9 @@ def megatron_shape(piece: Piece, spec: ModelSpec) -> tuple[int, ...]:
 def _expanded(row: Row, spec: ModelSpec, sizes: dict[str, int], i: int | None = None) -> Iterator[Piece]:
     """The row for layer `i` (None: outside the layers) and for each of its experts."""
     moe = spec.moe
-    shapes = tuple(_shape(shape, sizes) for _, shape in row.parts)
+    shapes = tuple(_shape(shape, sizes) for shape in row.parts.values())
     if moe is None or row.part not in (Part.ORIGINAL_EXPERTS, Part.NEW_EXPERTS):
-        names = tuple(name.format(i=i) for name, _ in row.parts)
+        names = tuple(name.format(i=i) for name in row.parts)
         base_has_it = row.part is not Part.ROUTER or (moe is not None and moe.num_original_experts > 1)
         yield Piece(row.megatron.format(i=i), None, names, shapes, row.transform, None, names if base_has_it else ())
         return
@@ -281,12 +287,12 @@ def _expanded(row: Row, spec: ModelSpec, sizes: dict[str, int], i: int | None = 
     first_place = moe.num_original_places if is_new else moe.original_copies - 1
     for j in range(moe.num_new_experts if is_new else moe.num_original_experts):
         places = range(moe.original_copies) if j == 0 and not is_new else [first_place + j]
-        names, *copies = (tuple(name.format(i=i, j=place, **sizes) for name, _ in row.parts) for place in places)
+        names, *copies = (tuple(name.format(i=i, j=place, **sizes) for name in row.parts) for place in places)
         if moe.num_original_experts == 1:
             origin = tuple(name.format(i=i) for name in row.dense)
         else:
             first = 0 if is_new else places[0]
-            origin = tuple(name.format(i=i, j=first, **sizes) for name, _ in row.parts)
+            origin = tuple(name.format(i=i, j=first, **sizes) for name in row.parts)
         key, stack_index = row.megatron.format(i=i, j=j), j if is_new else None
         yield Piece(key, stack_index, names, shapes, row.transform, places[0], origin, tuple(copies))
 

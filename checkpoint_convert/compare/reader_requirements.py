@@ -7,7 +7,7 @@ from checkpoint_convert.hf.model_files import TOKENIZER_FILES
 from checkpoint_convert.hf.safetensors_reader import HfReader
 from checkpoint_convert.hf.weight_check import check_weights
 from moelpr.families.families import read_base, read_config
-from moelpr.families.tables import zeros
+from moelpr.families.tables import pieces, zeros
 from moelpr.process.errors import UserError
 from moelpr.store.checksums import Verify
 
@@ -41,7 +41,7 @@ def unmet_requirements(folder: Path, reader: str, verify: Verify = Verify.FULL) 
         found.append("there is no tokenizer")
     try:
         weights = HfReader(folder, verify=verify)
-        check_weights(weights, family, spec)
+        check_weights(weights, family, spec, list(pieces(family.table, spec)))
         found += [f"there is no {name}" for name, _ in zeros(family.table, spec) if name not in weights]
     except UserError as error:
         found.append(str(error))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from checkpoint_convert.common.numbers import CHUNK_ELEMENTS
-from checkpoint_convert.conversions.origins import moe_class_of, open_tensors, pieces_since
+from checkpoint_convert.conversions.origins import Described, moe_class_of, open_tensors, pieces_since
 from checkpoint_convert.hf.safetensors_reader import HfReader
 from checkpoint_convert.hf.vocabulary_rows import new_rows, shape_without, without_rows
 from checkpoint_convert.mcore.megatron_folder import MegatronReader
@@ -72,7 +72,7 @@ def compare_frozen(base: Path, upcycled: Path, verify: Verify = Verify.FULL) -> 
 
     Of embedding and output layer, the rows of tokens that the base lacks are ignored.
     """
-    moe_class, plan = pieces_since(base, upcycled)
+    moe_class, plan = pieces_since(Described.read(base), Described.read(upcycled))
     rows = new_rows(base, upcycled)
     ignored = {name: rows for piece in plan if piece.part in VOCABULARY_PARTS for name in piece.origin}
     routers = {name for piece in plan if piece.part is Part.ROUTER for name in piece.hf_names}

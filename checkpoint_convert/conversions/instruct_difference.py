@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 
 from checkpoint_convert.common.numbers import CHUNK_ELEMENTS, cast, check_finite
-from checkpoint_convert.conversions.origins import open_tensors, pieces_since
+from checkpoint_convert.conversions.origins import Described, open_tensors, pieces_since
 from checkpoint_convert.hf.safetensors_reader import HfReader, common_dtype
 from checkpoint_convert.hf.vocabulary_rows import grow, new_rows, shape_without
 from checkpoint_convert.hf.weight_check import check_weights
 from moelpr.evaluate.models import is_megatron
-from moelpr.families.families import read_base
-from moelpr.families.tables import Piece
+from moelpr.families.tables import Piece, pieces
 from moelpr.model_spec import ModelSpec
 from moelpr.process.errors import UserError
 from moelpr.stages import VOCABULARY_PARTS, Part
@@ -107,15 +106,16 @@ class GraftReader:
         dtype: str | None = None,
         verify: Verify = Verify.FULL,
     ) -> None:
-        self._base, base_spec = _open(base, verify)
-        self._instruct, instruct_spec = _open(instruct, verify)
-        self._model, spec = _open(model, verify)
+        self._base, of_base = _open(base, verify)
+        self._instruct, of_instruct = _open(instruct, verify)
+        self._model, of_model = _open(model, verify)
+        base_spec, instruct_spec, spec = of_base.spec, of_instruct.spec, of_model.spec
         if spec.moe is None:
             raise UserError(f"{model} is dense; pass the export of a model that was upcycled from {base} as --model")
         for reader, dense in ((self._base, base_spec), (self._instruct, instruct_spec)):
             if dense.moe is not None:
                 raise UserError(f"{reader.folder} is an MoE; pass the dense model that {model} was upcycled from")
-        _, plan = pieces_since(base, model)
+        _, plan = pieces_since(of_base, of_model)
         self.new_rows = new_rows(base, model)
         self._model.list_parts(name for piece in plan for names in piece.places for name in names)
         self.names = self._model.names
@@ -215,14 +215,14 @@ def add_difference(model: Tensor, base: Tensor, instruct: Tensor, scale: float, 
     return result
 
 
-def _open(folder: Path, verify: Verify) -> tuple[HfReader, ModelSpec]:
+def _open(folder: Path, verify: Verify) -> tuple[HfReader, Described]:
     if is_megatron(folder):
         raise UserError(f"{folder} is a Megatron checkpoint; export it with mcore_to_hf.py and pass the export")
-    family, spec = read_base(folder)
+    model = Described.read(folder)
     reader = open_tensors(folder, verify=verify)
     assert isinstance(reader, HfReader)
-    check_weights(reader, family, spec)
-    return reader, spec
+    check_weights(reader, model.family, model.spec, list(pieces(model.family.table, model.spec)))
+    return reader, model
 
 
 def _read(reader: HfReader, name: str) -> Tensor:

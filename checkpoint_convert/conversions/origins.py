@@ -1,6 +1,6 @@
 """Opens two models of which one was made from the other, and pairs their tensors."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from checkpoint_convert.hf.safetensors_reader import HfReader, is_unread
@@ -39,7 +39,24 @@ def open_tensors(
     return reader
 
 
-def pieces_since(base: Path, upcycled: Path) -> tuple[MoeClass, list[Piece]]:
+@dataclass(frozen=True)
+class Described:
+    """A Hugging Face directory or a checkpoint folder, and its description."""
+
+    folder: Path
+    family: Family
+    spec: ModelSpec
+
+    @classmethod
+    def read(cls, folder: Path) -> "Described":
+        """Read config.json or model_spec.json; UserError if it describes no supported model."""
+        if not is_megatron(folder):
+            return cls(folder, *read_base(folder))
+        spec = ModelSpec.read(folder)
+        return cls(folder, family_named(spec.family), spec)
+
+
+def pieces_since(base: Described, upcycled: Described) -> tuple[MoeClass, list[Piece]]:
     """The pieces of an upcycled model; what was made of the base, in one round or several, has its origin there.
 
     Returns:
@@ -48,31 +65,24 @@ def pieces_since(base: Path, upcycled: Path) -> tuple[MoeClass, list[Piece]]:
     Raises:
         UserError: the base has no fewer experts, or both are Hugging Face models of different MoE classes.
     """
-    (base_family, base_spec), (family, spec) = _read_spec(base), _read_spec(upcycled)
-    if is_megatron(upcycled) and base_spec.moe is not None:
-        family = family.written_as(base_family.moe_class)  # the checkpoint takes the base's names
-    elif base_spec.moe is not None and not is_megatron(base):
-        first, second = (kind.moe_class.architecture for kind in (base_family, family))
+    family, spec, base_spec = upcycled.family, upcycled.spec, base.spec
+    if is_megatron(upcycled.folder) and base_spec.moe is not None:
+        family = family.written_as(base.family.moe_class)  # the checkpoint takes the base's names
+    elif base_spec.moe is not None and not is_megatron(base.folder):
+        first, second = (kind.moe_class.architecture for kind in (base.family, family))
         if first != second:
             raise UserError(
-                f"{base} is a {first} and {upcycled} a {second}, which join tensors differently; export the latter "
-                "again with mcore_to_hf.py --as and the base's class, or pass its checkpoint folder"
+                f"{base.folder} is a {first} and {upcycled.folder} a {second}, which join tensors differently; export "
+                "the latter again with mcore_to_hf.py --as and the base's class, or pass its checkpoint folder"
             )
     num_places = base_spec.moe.num_experts if base_spec.moe else 1
     num_experts = spec.moe.num_experts if spec.moe else 1
     if spec.moe is None or num_experts <= num_places:
         raise UserError(
-            f"{base} is not the base of {upcycled}: it must have fewer experts, got {num_places} and {num_experts}; "
-            "pass the base first and the upcycled model second"
+            f"{base.folder} is not the base of {upcycled.folder}: it must have fewer experts, got {num_places} and "
+            f"{num_experts}; pass the base first and the upcycled model second"
         )
     copies = spec.moe.original_copies if base_spec.moe is None else 1  # every expert of an MoE is in it by its own name
     num_new = num_experts - copies - (num_places - 1)
     moe = replace(spec.moe, num_original_experts=num_places, original_copies=copies, num_new_experts=num_new)
     return family.moe_class, list(pieces(family.table, replace(spec, moe=moe)))
-
-
-def _read_spec(model: Path) -> tuple[Family, ModelSpec]:
-    if is_megatron(model):
-        spec = ModelSpec.read(model)
-        return family_named(spec.family), spec
-    return read_base(model)

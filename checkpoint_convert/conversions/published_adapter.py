@@ -155,7 +155,7 @@ def adapter_to_mcore(
     except UserError as error:
         raise UserError(f"{adapter / CONFIG_FILE} does not fit {hf_path}: {error}") from error
     base, trained = HfReader(hf_path, verify=verify), _open_adapter(adapter, verify)
-    base_names = check_weights(base, family, dense)
+    base_names = check_weights(base, family, dense, list(pieces(family.table, dense)))
     check_tokenizer(hf_path, spec.megatron_args["vocab_size"])
 
     plan = list(pieces(family.table, spec))

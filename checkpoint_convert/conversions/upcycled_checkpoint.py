@@ -17,9 +17,9 @@ from checkpoint_convert.hf.tokenizer_check import check_tokenizer
 from checkpoint_convert.hf.vocabulary_rows import read_extension
 from checkpoint_convert.hf.weight_check import check_weights
 from checkpoint_convert.mcore.megatron_folder import SIGNS, num_elements, write_checkpoint
-from moelpr.families.families import CONFIG_FILE, Family, read_base, read_config
+from moelpr.families.families import CONFIG_FILE, read_base, read_config
 from moelpr.families.new_experts import NewExperts, with_new_experts
-from moelpr.families.tables import pieces
+from moelpr.families.tables import Piece, pieces
 from moelpr.model_spec import ModelSpec
 from moelpr.process.errors import UserError
 from moelpr.store.checksums import Verify
@@ -64,8 +64,9 @@ def hf_to_mcore(
         raise UserError(f"{hf_path} is an MoE and cannot become a dense checkpoint; pass --num-new-experts")
     spec.check()
     source = HfReader(hf_path, verify=verify)
-    names = check_weights(source, family, base)
-    spec = _with_found_copies(source, family, base, spec)
+    base_plan = list(pieces(family.table, base))
+    names = check_weights(source, family, base, base_plan)
+    spec = _with_found_copies(source, base_plan, base, spec)
     spec = replace(spec, dtype=dtype or common_dtype((source, name) for name in names))
     check_tokenizer(hf_path, spec.megatron_args["vocab_size"])
     extension = None
@@ -89,7 +90,7 @@ def hf_to_mcore(
     return spec
 
 
-def _with_found_copies(source: HfReader, family: Family, base: ModelSpec, spec: ModelSpec) -> ModelSpec:
+def _with_found_copies(source: HfReader, base_plan: list[Piece], base: ModelSpec, spec: ModelSpec) -> ModelSpec:
     """The spec of an upcycled MoE with the copies that the base contains: the experts after 0 whose bits equal its own.
 
     At most K, and not all: an upcycled model without training, whose experts are all equal, is not a dense model.
@@ -98,15 +99,17 @@ def _with_found_copies(source: HfReader, family: Family, base: ModelSpec, spec: 
         return spec
     moe, places = spec.moe, base.moe.num_experts
 
-    def with_copies(copies: int) -> ModelSpec:
-        return replace(spec, moe=replace(moe, num_original_experts=places - copies + 1, original_copies=copies))
+    names_of: dict[int, list[str]] = {}  # of each expert, in the same order
+    for piece in base_plan:
+        if piece.expert is not None:
+            for expert, names in enumerate(piece.places, start=piece.expert):
+                names_of.setdefault(expert, []).extend(names)
 
     def equals_expert_0(expert: int) -> bool:
-        dense = [piece for piece in pieces(family.table, with_copies(expert + 1)) if piece.copies]
-        names = ((a, b) for piece in dense for a, b in zip(piece.hf_names, piece.copies[-1], strict=True))
+        names = zip(names_of[0], names_of[expert], strict=True)
         return all(torch.equal(source.read(a).view(torch.uint8), source.read(b).view(torch.uint8)) for a, b in names)
 
     copies = 1
     while copies < min(moe.topk, places - 1) and equals_expert_0(copies):
         copies += 1
-    return with_copies(copies)
+    return replace(spec, moe=replace(moe, num_original_experts=places - copies + 1, original_copies=copies))

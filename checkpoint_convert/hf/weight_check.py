@@ -5,16 +5,20 @@ from collections import Counter
 
 from checkpoint_convert.hf.safetensors_reader import HfReader, is_unread
 from moelpr.families.families import Family
-from moelpr.families.tables import pieces, stacked_part, zeros
+from moelpr.families.tables import Piece, stacked_part, zeros
 from moelpr.model_spec import ModelSpec
 from moelpr.process.errors import UserError
 
 
-def check_weights(source: HfReader, family: Family, base: ModelSpec) -> set[str]:
-    """Return the names of the model's tensors; UserError if one is missing, misshapen, unknown or of another dtype."""
+def check_weights(source: HfReader, family: Family, base: ModelSpec, plan: list[Piece]) -> set[str]:
+    """Check that a directory has exactly the tensors of `plan`, the pieces of the model `base`; return their names.
+
+    Raises:
+        UserError: A tensor is missing, misshapen, unknown or of another dtype.
+    """
     known: set[str] = set()
     num_known: Counter[str] = Counter()  # elements of a stored tensor that are known
-    for piece in pieces(family.table, base):
+    for piece in plan:
         for names in piece.places:
             for name, shape in zip(names, piece.hf_shapes, strict=True):
                 known.add(name)

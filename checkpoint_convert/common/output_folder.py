@@ -1,7 +1,6 @@
 """The output folder of every converter: complete or not at all, resumable, with a progress bar."""
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,7 +10,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from moelpr.process.errors import UserError
-from moelpr.store.files import partial_name, refuse_existing, resumable_directory
+from moelpr.store.files import refuse_existing
+from moelpr.store.journal import Journal, partial_name, resumable_directory
 
 
 def check_output(save: Path, sources: list[Path], overwrite: bool, signs: tuple[str, ...]) -> None:
@@ -35,8 +35,8 @@ def check_output(save: Path, sources: list[Path], overwrite: bool, signs: tuple[
 @contextmanager
 def output_folder(
     save: Path, overwrite: bool, num_bytes: int, sources: list[Path], **settings: object
-) -> Iterator[tuple[Path, "tqdm[None]"]]:
-    """Yield a temporary folder that becomes `save` on success, and a progress bar in bytes (on a terminal only).
+) -> Iterator[tuple[Path, Journal, "tqdm[None]"]]:
+    """Yield a temporary folder that becomes `save` on success, its journal, and a progress bar in bytes.
 
     Args:
         overwrite: Whether it may replace an existing folder.
@@ -52,10 +52,9 @@ def output_folder(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(save))
     files = [path for source in sources for path in sorted(source.rglob("*")) if path.is_file()]
     states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    job = json.dumps({"files": states, **settings}, default=str)
     with (
-        resumable_directory(save, job) as folder,
+        resumable_directory(save, {"files": states, **settings}) as journal,
         tqdm(total=num_bytes, desc=save.name, unit="B", unit_scale=True, disable=None) as bar,
     ):
         refuse_existing([save], overwrite)  # again: a job that started before may just have ended
-        yield folder, bar
+        yield journal.folder, journal, bar

@@ -8,7 +8,7 @@ from checkpoint_convert.common.output_folder import check_output, output_folder
 from checkpoint_convert.mcore.megatron_folder import SIGNS, MegatronReader, write_checkpoint
 from moelpr.checkpoints.chain import checkpoint_chain
 from moelpr.store.checksums import Verify
-from moelpr.store.files import copy_folder
+from moelpr.store.copies import copy_folder
 from moelpr.store.run_folder import HF_FOLDER
 
 
@@ -27,8 +27,8 @@ def whole_checkpoint(
     check_output(save, [load, *(link.parent for link in checkpoint_chain(load, iteration))], overwrite, SIGNS)
     source = MegatronReader(load, iteration, verify=verify)
     num_bytes = sum(source.num_bytes(piece) for piece in source.pieces)
-    with output_folder(save, overwrite, num_bytes, [source.step_folder]) as (folder, bar):
-        write_checkpoint(folder, source.pieces, source.spec, lambda todo: map(source.read_piece, todo), bar)
+    with output_folder(save, overwrite, num_bytes, [source.step_folder]) as (folder, journal, bar):
+        write_checkpoint(journal, source.pieces, source.spec, lambda todo: map(source.read_piece, todo), bar)
         if (load / HF_FOLDER).is_dir():
             copy_folder(load / HF_FOLDER, folder / HF_FOLDER)
         replace(Origin.read(load), copy_of=str(source.step_folder.resolve())).write(folder)

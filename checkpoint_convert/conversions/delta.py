@@ -231,10 +231,10 @@ def apply_delta(
                 raise fail(replace(tensor, source="delta"), "is missing or has another shape")
     shapes = [(tensor.name, tensor.shape) for tensor in config.tensors]
     num_bytes = dtype.itemsize * sum(math.prod(shape) for _, shape in shapes)
-    with output_folder(save, overwrite, num_bytes, [base, delta]) as (folder, bar):
+    with output_folder(save, overwrite, num_bytes, [base, delta]) as (folder, journal, bar):
         is_extended = any(tensor.new_rows is not None for tensor in config.tensors)
         write_companions(folder, delta if is_extended else base, base, config.config, config.card)
-        write_weights(folder, shapes, dtype, config.max_shard_bytes, read, bar)
+        write_weights(journal, shapes, dtype, config.max_shard_bytes, read, bar)
     return config
 
 

@@ -80,11 +80,11 @@ def mcore_to_hf(
     num_bytes = target_dtype.itemsize * sum(math.prod(shape) for _, shape in tensors)
     settings = {"spec": asdict(spec), "dtype": dtype, "max_shard_bytes": max_shard_bytes, "delta": as_delta}
     settings["architecture"] = facts.architecture
-    with output_folder(save, overwrite, num_bytes, [source.step_folder], **settings) as (folder, bar):
+    with output_folder(save, overwrite, num_bytes, [source.step_folder], **settings) as (folder, journal, bar):
         stem, hf = DELTA_STEM if as_delta else MODEL_STEM, load / HF_FOLDER
         if not as_delta:  # before the weights, so that an error does not follow hours of writing
             write_companions(folder, hf, hf, config, model_card(facts))
-        write_weights(folder, tensors, target_dtype, max_shard_bytes, read, bar, stem, not as_delta)
+        write_weights(journal, tensors, target_dtype, max_shard_bytes, read, bar, stem, not as_delta)
         if as_delta:
             complete_delta(folder, facts, max_shard_bytes)
     return facts

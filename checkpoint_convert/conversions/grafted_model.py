@@ -67,7 +67,7 @@ def graft(
     target: torch.dtype = getattr(torch, reader.dtype)
     num_bytes = target.itemsize * sum(math.prod(shape) for _, shape in tensors)
     settings = {**asdict(record), "dtype": reader.dtype, "max_shard_bytes": max_shard_bytes}
-    with output_folder(save, overwrite, num_bytes, list(sources), **settings) as (folder, bar):
+    with output_folder(save, overwrite, num_bytes, list(sources), **settings) as (folder, journal, bar):
         copy_companions(instruct.folder, folder, skip=(CONFIG_FILE, CARD_FILE))
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         if reader.new_rows:
@@ -76,7 +76,7 @@ def graft(
             keep_tokenizer(instruct.folder, folder)
         write_cards(folder, record, instruct.folder, model.folder, len(reader.new_rows))
         record.write(folder)
-        write_weights(folder, tensors, target, max_shard_bytes, reader.read, bar)
+        write_weights(journal, tensors, target, max_shard_bytes, reader.read, bar)
     return reader
 
 

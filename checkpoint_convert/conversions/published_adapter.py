@@ -177,13 +177,14 @@ def adapter_to_mcore(
             yield cast(piece.transform.to_megatron(read, sizes_of(spec)), target_dtype, piece.key)
 
     num_bytes = target_dtype.itemsize * num_elements(plan)
-    with output_folder(save, overwrite, num_bytes, [adapter, hf_path], spec=asdict(spec)) as (folder, bar):
+    sources = [adapter, hf_path]
+    with output_folder(save, overwrite, num_bytes, sources, spec=asdict(spec)) as (folder, journal, bar):
         copy_companions(hf_path, folder / HF_FOLDER)
         record_dtype(folder / HF_FOLDER, ((base, name) for name in base_names))
         name = config.base_model or hf_path.resolve().name
         has_other_base = _has_other_base(parts, base, target_dtype)
         Origin(name, adapter=adapter.resolve().name, has_other_base=has_other_base).write(folder)
-        write_checkpoint(folder, plan, spec, tensors, bar)
+        write_checkpoint(journal, plan, spec, tensors, bar)
     return spec
 
 
@@ -270,13 +271,11 @@ def mcore_to_adapter(
     tensors = [(name, source.shape(hf_name)) for name, hf_name in hf_names.items()]
     target_dtype: torch.dtype = getattr(torch, dtype or spec.dtype)
     num_bytes = target_dtype.itemsize * sum(math.prod(shape) for _, shape in tensors)
-    with output_folder(save, overwrite, num_bytes, [source.step_folder], adapter=vars(config), dtype=dtype) as (
-        folder,
-        bar,
-    ):
+    settings = {"adapter": vars(config), "dtype": dtype}
+    with output_folder(save, overwrite, num_bytes, [source.step_folder], **settings) as (folder, journal, bar):
         # PEFT reads a single file.
         write_weights(
-            folder, tensors, target_dtype, math.inf, lambda name: source.read_finite(hf_names[name]), bar, STEM
+            journal, tensors, target_dtype, math.inf, lambda name: source.read_finite(hf_names[name]), bar, STEM
         )
         config.write(folder)
     return config

@@ -77,7 +77,8 @@ def hf_to_mcore(
 
     plan = list(pieces(family.table, spec))
     num_bytes = getattr(torch, spec.dtype).itemsize * num_elements(plan)
-    with output_folder(save, overwrite, num_bytes, sources, spec=asdict(spec), start=asdict(start)) as (folder, bar):
+    settings = {"spec": asdict(spec), "start": asdict(start)}
+    with output_folder(save, overwrite, num_bytes, sources, **settings) as (folder, journal, bar):
         copy_companions(hf_path, folder / HF_FOLDER, skip=TOKENIZER_FILES if extended_tokenizer else ())
         if extended_tokenizer is not None:
             copy_companions(extended_tokenizer, folder / HF_FOLDER, files=EXTENDED_FILES)
@@ -86,7 +87,7 @@ def hf_to_mcore(
         record_dtype(folder / HF_FOLDER, ((source, name) for name in names))
         recorded = recorded or Model(hf_path, hf_path.resolve().name)
         Origin(recorded.name, asdict(start) if spec.moe else {}, revision=recorded.revision).write(folder)
-        write_checkpoint(folder, plan, spec, lambda todo: starting_tensors(source, todo, spec, start, extension), bar)
+        write_checkpoint(journal, plan, spec, lambda todo: starting_tensors(source, todo, spec, start, extension), bar)
     return spec
 
 

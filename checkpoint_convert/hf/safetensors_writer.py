@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
@@ -18,8 +17,8 @@ from checkpoint_convert.common.numbers import cast
 from checkpoint_convert.hf.model_files import MODEL_STEM
 from moelpr.families.tables import stacked_part
 from moelpr.store import checksums
-from moelpr.store.checksums import FileSum
-from moelpr.store.files import DurableFile
+from moelpr.store.checksums import FileSum, SummedFile, WrittenFile
+from moelpr.store.journal import Journal
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -60,7 +59,7 @@ def _stored_tensors(tensors: Iterable[tuple[str, tuple[int, ...]]], stack: bool)
 
 
 def write_weights(
-    folder: Path,
+    journal: Journal,
     tensors: Iterable[tuple[str, tuple[int, ...]]],
     dtype: torch.dtype,
     max_shard_bytes: float,
@@ -72,6 +71,7 @@ def write_weights(
     """Write safetensors shards, index and checksums, one tensor at a time; shards of an interrupted call are kept.
 
     Args:
+        journal: The journal of the folder to write.
         tensors: (name, shape) of all tensors, in the order in which they are written.
         dtype: Their dtype in the files.
         max_shard_bytes: Largest size of a shard; a larger tensor gets its own.
@@ -90,26 +90,26 @@ def write_weights(
         filled += nbytes
         total_size += nbytes
     weight_map: dict[str, str] = {}
-    sums = checksums.read(folder) or {}
+    sums = {file.name: file.sum for file in journal.entries(WrittenFile)}
     for number, shard in enumerate(shards, start=1):
         suffix = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
-        path = folder / f"{stem}{suffix}.safetensors"
-        weight_map |= {tensor.name: path.name for tensor in shard}
-        if path.is_file():
+        name = f"{stem}{suffix}.safetensors"
+        weight_map |= {tensor.name: name for tensor in shard}
+        if name in sums:
             bar.update(sum(tensor.num_elements for tensor in shard) * dtype.itemsize)
-            sums.setdefault(path.name, FileSum.of(path))
         else:
-            sums[path.name] = _write_shard(path, shard, dtype, read, bar)
-        checksums.write(folder, sums)
+            sums[name] = _write_shard(journal.folder / name, shard, dtype, read, bar)
+            journal.add(WrittenFile(name, sums[name]))
+    checksums.write(journal.folder, sums)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (journal.folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _write_shard(
     path: Path, shard: list[_StoredTensor], dtype: torch.dtype, read: Callable[[str], Tensor], bar: "tqdm[None]"
 ) -> FileSum:
-    """Stream one file, which gets its name once complete; returns its checksum.
+    """Stream one file; returns its checksum.
 
     The safetensors library needs all tensors of a file at once. But a file is a JSON header followed by the bytes, so
     tensors can be streamed if their names, shapes and dtype are known first.
@@ -118,20 +118,15 @@ def _write_shard(
     end = 0
     for stored in shard:
         start, end = end, end + stored.num_elements * dtype.itemsize
-        header[stored.name] = {
-            "dtype": _DTYPE_NAMES[dtype], "shape": list(stored.shape), "data_offsets": [start, end]
-        }  # fmt: skip
+        entry = {"dtype": _DTYPE_NAMES[dtype], "shape": list(stored.shape), "data_offsets": [start, end]}
+        header[stored.name] = entry
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
-    unfinished = path.with_name(path.name + ".unfinished")
-    with closing(DurableFile(unfinished)) as file:
+    with closing(SummedFile(path)) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, shape in (part for stored in shard for part in stored.parts):
             tensor = cast(read(name), dtype, name)
             assert tensor.shape == shape, (name, tensor.shape, shape)
             bar.update(file.write(raw_bytes(tensor)))
             del tensor  # one in memory
-        found = FileSum(file.tell(), f"{file.crc32:08x}")
-        file.finish()
-    os.replace(unfinished, path)
-    return found
+        return file.finish()

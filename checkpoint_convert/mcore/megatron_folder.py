@@ -18,6 +18,7 @@ from moelpr.families.tables import Piece, megatron_shape, pieces, sizes_of, zero
 from moelpr.model_spec import FILE_NAME, ModelSpec
 from moelpr.process.errors import UserError
 from moelpr.store.checksums import Verify
+from moelpr.store.journal import Journal
 from moelpr.store.run_folder import TRACKER_FILE
 
 # Files of which a checkpoint folder that may be overwritten has at least one.
@@ -117,16 +118,21 @@ class MegatronReader:
 
 
 def write_checkpoint(
-    folder: Path, plan: list[Piece], spec: ModelSpec, read: Callable[[list[Piece]], Iterable[Tensor]], bar: "tqdm[None]"
+    journal: Journal,
+    plan: list[Piece],
+    spec: ModelSpec,
+    read: Callable[[list[Piece]], Iterable[Tensor]],
+    bar: "tqdm[None]",
 ) -> None:
     """Write a release checkpoint and model_spec.json, or resume an interrupted one; one tensor is in memory at a time.
 
     Args:
+        journal: The journal of the folder to write.
         plan: All pieces of the model.
         read: Returns the Megatron tensors of the given pieces, in their order.
         bar: Progress in bytes.
     """
-    with TorchDistWriter(folder / RELEASE) as writer:
+    with TorchDistWriter(journal.folder / RELEASE, journal) as writer:
         missing = [piece for piece in plan if not writer.is_written(piece.key, _offsets(piece, spec))]
         bar.update(round(bar.total * (1 - num_elements(missing) / num_elements(plan))))
         tensors = iter(read(missing))
@@ -135,8 +141,8 @@ def write_checkpoint(
         for key in _extra_state_keys(plan):
             writer.write_object(key, None)
         writer.finish(_COMMON_STATE)
-    spec.write(folder)
-    (folder / TRACKER_FILE).write_text(RELEASE)
+    spec.write(journal.folder)
+    (journal.folder / TRACKER_FILE).write_text(RELEASE)
 
 
 # The non-tensor state that Megatron's load_checkpoint reads from a release checkpoint.

@@ -10,7 +10,7 @@ import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Self
+from typing import Self
 
 from tqdm import tqdm
 
@@ -19,14 +19,14 @@ from data_tools.preprocessing.plan import Plan
 from data_tools.preprocessing.reader import Batch, ReadCursor, Reader
 from data_tools.preprocessing.summary import Tally, why_empty
 from data_tools.preprocessing.workers import worker_pool
-from moelpr.data.manifest import Manifest, from_json
+from moelpr.data.manifest import Manifest
 from moelpr.data.manifest import Source as ManifestSource
 from moelpr.process.errors import UserError
-from moelpr.store.files import LOCK_FILE, empty, locked, make_folder, write_text
+from moelpr.store.files import empty, locked_folder
+from moelpr.store.journal import Journal
 
 # A resumed job repeats what the interrupted one did after it last saved.
 SAVE_EVERY_S = 30.0
-_STATE = "state.json"
 _SKIPPED = "skipped.txt"
 
 
@@ -35,7 +35,6 @@ class State:
     """How far a job is; everything before it is on disk when it is saved.
 
     Attributes:
-        settings: what determines the output's bytes.
         positions: how much of each corpus is written.
         cursor: where to resume reading.
         file_bytes: bytes of the input files that have been read.
@@ -43,7 +42,6 @@ class State:
         manifests: once they exist, only the files' names are left to change.
     """
 
-    settings: dict[str, Any]
     tally: Tally = field(default_factory=Tally)
     positions: dict[str, Position] = field(default_factory=dict)
     cursor: ReadCursor = ReadCursor()
@@ -83,12 +81,12 @@ class Job:
     """A job and the folder of its unfinished files, which it locks. Used as a context manager, it removes the folder in
     the end unless the job was interrupted, or failed and can be resumed.
 
-    Not `resumable_directory` (moelpr/store/files.py): a job's files get several names in a folder with others, and are
-    valid only up to the positions that were saved together with its counts.
+    Unlike `resumable_directory`, which renames a folder, it renames files, and keeps what is behind the last position
+    in its journal out of them.
 
     Args:
-        plan: what to do; a resumed job must have the same settings.
-        resume: continue with what is in the folder, and keep it if the job fails.
+        plan: What to do; a resumed job must have the same settings.
+        resume: Continue with what is in the folder, and keep it if the job fails.
 
     Raises:
         UserError: Another job is writing there, or the job to resume had other settings.
@@ -97,16 +95,17 @@ class Job:
     def __init__(self, plan: Plan, resume: bool) -> None:
         self.plan = plan
         self._folder = plan.unfinished_folder
-        make_folder(self._folder.parent)
-        self._folder.mkdir(exist_ok=True)
         self._lock = ExitStack()
-        self._lock.enter_context(locked(self._folder / LOCK_FILE, plan.output_prefix))
+        self._lock.enter_context(locked_folder(self._folder, plan.output_prefix))
         self._keep = resume
-        self.state = State(json.loads(json.dumps(plan.settings)))
-        if resume and (self._folder / _STATE).exists():
-            self._resume()
+        if resume:
+            self._check_settings()
         else:
             empty(self._folder)
+        self._journal = Journal(self._folder, plan.settings)
+        self.state = self._journal.last(State) or State()
+        if self.state.file_bytes:
+            print(f"note: resuming after {self.state.file_bytes:,} bytes of the input", file=sys.stderr)
         self._spool = self._folder / "spool"  # for files that are needed only while this process runs
         shutil.rmtree(self._spool, ignore_errors=True)
         self._spool.mkdir()
@@ -163,7 +162,7 @@ class Job:
         """Save what is needed to resume from here; everything written up to here must be on disk."""
         self._skipped.flush()
         os.fsync(self._skipped.fileno())
-        write_text(self._folder / _STATE, json.dumps(self.state, default=vars))
+        self._journal.add(self.state)
 
     def commit(self) -> None:
         """Rename the files. Can be repeated if it is interrupted."""
@@ -176,23 +175,16 @@ class Job:
         elif unfinished.stat().st_size:  # otherwise an interrupted job has renamed it
             os.replace(unfinished, self.plan.skipped_path)
 
-    def _resume(self) -> None:
-        path = self._folder / _STATE
-        try:
-            found = from_json(json.loads(path.read_bytes()), State)
-        except (ValueError, TypeError) as error:
-            raise UserError(
-                f"{path} is damaged, so the job can't be resumed; remove --resume or that folder"
-            ) from error
-        settings = self.state.settings
-        for name in settings.keys() | found.settings.keys():
-            if found.settings.get(name) != settings.get(name):
+    def _check_settings(self) -> None:
+        """Raise a UserError if another job was interrupted here."""
+        found = Journal.job_in(self._folder)
+        settings = json.loads(json.dumps(self.plan.settings))
+        for name in settings.keys() | found.keys() if found else ():
+            if found.get(name) != settings.get(name):
                 raise UserError(
                     f"the unfinished job in {self._folder} was started with different {name}; pass the same, or remove "
                     "--resume or that folder to start from scratch"
                 )
-        self.state = found
-        print(f"note: resuming after {found.file_bytes:,} bytes of the input", file=sys.stderr)
 
     def _write_batch(
         self, batch: Batch, documents: dict[str, Documents], tally: Tally, writers: dict[str, CorpusWriter]

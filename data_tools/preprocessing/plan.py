@@ -29,9 +29,9 @@ from data_tools.preprocessing.sources import (
     shares_of,
 )  # fmt: skip
 from moelpr.data.tokenizers.gigatoken import choose_library
+from moelpr.process.command import check_is_utf8
 from moelpr.process.errors import UserError
 from moelpr.store.documents import BadLine
-from moelpr.store.files import check_is_utf8
 
 _LANGUAGES = {"old": "original", "original": "original", "new": "expanded", "expanded": "expanded"}
 _SAMPLE_PLACES = 16

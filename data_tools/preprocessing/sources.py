@@ -9,8 +9,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+from moelpr.process.command import check_is_utf8
 from moelpr.process.errors import UserError
-from moelpr.store.files import check_is_utf8
 
 STANDARD_INPUT = "-"
 # Files to look for in a folder; a file that is named explicitly may have any name.

@@ -15,7 +15,7 @@ from data_tools.vocabulary.text import NewText, OriginalText
 from moelpr.data.tokenizers.base import vocabulary_checksum
 from moelpr.data.vocabulary_extension import VocabularyExtension
 from moelpr.process.errors import UserError
-from moelpr.store.files import check_links, copy_folder
+from moelpr.store.copies import check_links, copy_folder
 
 # A token must occur twice in the smallest language's text, or as often relative to its tokens in another's.
 _MIN_OCCURRENCES = 2

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import torch
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -32,14 +34,13 @@ from moelpr.process import ranks
 from moelpr.process.command import deferred_signals
 from moelpr.process.errors import UserError
 from moelpr.store import checksums
-from moelpr.store.checksums import FileSum, Verifier, Verify
-from moelpr.store.files import DurableFile
+from moelpr.store.checksums import FileSum, SummedFile, Verifier, Verify, WrittenFile
+from moelpr.store.journal import Journal
+from moelpr.store.records import STRICT
 from moelpr.store.run_folder import MEGATRON_CONFIG_FILE, METADATA_FILE, TABLE_FILES
 
 _FIX = "copy the checkpoint again, or use another step (--iteration; trainer: --ckpt-step)"
 MAX_FILE_BYTES = 1 << 30
-# Lists the complete files and their chunks, one file per line; removed when the checkpoint is complete.
-JOURNAL_FILE = "written.jsonl"
 
 
 def _check_complete(folder: Path) -> None:
@@ -140,26 +141,57 @@ class _MetadataUnpickler(pickle.Unpickler):
         return _Ignored
 
 
+# Equal keys stay separate objects, as in a run that was not interrupted: pickle writes an object once.
+_ENTRY = ConfigDict(**STRICT, cache_strings="none")
+
+
+@dataclass(frozen=True, config=_ENTRY)
+class _Chunk:
+    """A chunk of a tensor in a `.distcp` file."""
+
+    key: str
+    dtype: str
+    shape: list[int]
+    global_shape: list[int]
+    offsets: list[int]
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, config=_ENTRY)
+class _DistcpFile(WrittenFile):
+    """A complete `.distcp` file in a journal."""
+
+    chunks: list[_Chunk]
+
+
 class TorchDistWriter:
     """Writes a step folder chunk by chunk and keeps only the table of contents in memory.
 
-    The folder can be loaded after `finish`. In a folder that an interrupted writer left, the chunks of complete files
-    count as written (`is_written`); write the others again, in the same order.
+    The folder can be loaded after `finish`. Chunks of files that an interrupted writer completed count as written
+    (`is_written`); write the others again, in the same order.
 
     Args:
+        journal: Where complete files are recorded and those of an interrupted writer are found; None for none.
         max_file_bytes: Size after which a new `.distcp` file begins.
     """
 
-    def __init__(self, folder: Path, max_file_bytes: int = MAX_FILE_BYTES):
+    def __init__(self, folder: Path, journal: Journal | None = None, max_file_bytes: int = MAX_FILE_BYTES):
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
+        self._journal = journal
         self._max_file_bytes = max_file_bytes
         self._contents: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
-        self._file: DurableFile | None = None
+        self._file: SummedFile | None = None
         self._sums: dict[str, FileSum] = {}  # of complete files
-        self._open_chunks: list[dict[str, Any]] = []  # of the open file, for the journal
-        self._read_journal()
+        self._open_chunks: list[_Chunk] = []  # of the open file, for the journal
+        self._written: set[tuple[str, tuple[int, ...]]] = set()
+        for file in journal.entries(_DistcpFile) if journal is not None else []:
+            self._sums[file.name] = file.sum
+            for chunk in file.chunks:
+                self._register(chunk, _StorageInfo(file.name, chunk.start, chunk.length))
+                self._written.add((chunk.key, tuple(chunk.offsets)))
 
     def __enter__(self) -> "TorchDistWriter":
         return self
@@ -182,8 +214,8 @@ class TorchDistWriter:
         owns_storage = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
         place = self._append(tensor.detach() if owns_storage else tensor.detach().contiguous().clone())
         dtype = str(tensor.dtype).removeprefix("torch.")
-        chunk: dict[str, Any] = {"key": key, "shape": list(tensor.shape), "offsets": list(offsets), "dtype": dtype}
-        chunk |= {"global_shape": list(global_shape), "start": place.offset, "length": place.length}
+        shapes = list(tensor.shape), list(global_shape), list(offsets)
+        chunk = _Chunk(key, dtype, *shapes, place.offset, place.length)
         self._open_chunks.append(chunk)
         self._register(chunk, place)
 
@@ -196,8 +228,8 @@ class TorchDistWriter:
     def finish(self, common_state: dict[str, Any]) -> None:
         """Write Megatron's non-tensor state, the table of contents and the checksums."""
         self.write_object("common_state", common_state)
-        self._close_file()
-        (self._folder / JOURNAL_FILE).unlink(missing_ok=True)
+        assert self._file is not None
+        self._sums[self._file.name] = self._file.finish()  # its objects are not in the journal
         metadata = Metadata(self._contents, storage_data=self._places, version=CURRENT_DCP_VERSION)
         (self._folder / METADATA_FILE).write_bytes(pickle.dumps(metadata))
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
@@ -205,43 +237,23 @@ class TorchDistWriter:
         tables = {name: FileSum.of(self._folder / name) for name in TABLE_FILES}
         checksums.write(self._folder, self._sums | tables)
 
-    def _register(self, chunk: dict[str, Any], place: _StorageInfo) -> None:
-        key, dtype, offsets = chunk["key"], getattr(torch, chunk["dtype"]), torch.Size(chunk["offsets"])
-        size = torch.Size(chunk["global_shape"])
+    def _register(self, chunk: _Chunk, place: _StorageInfo) -> None:
+        key, dtype, offsets = chunk.key, getattr(torch, chunk.dtype), torch.Size(chunk.offsets)
+        size = torch.Size(chunk.global_shape)
         entry = self._contents.setdefault(key, TensorStorageMetadata(TensorProperties(dtype=dtype), size, []))
         assert isinstance(entry, TensorStorageMetadata) and entry.size == size and entry.properties.dtype == dtype, key
         self._places[MetadataIndex(key, offsets, len(entry.chunks))] = place
-        entry.chunks.append(ChunkStorageMetadata(offsets, torch.Size(chunk["shape"])))
-
-    def _read_journal(self) -> None:
-        journal = self._folder / JOURNAL_FILE
-        self._written: set[tuple[str, tuple[int, ...]]] = set()
-        text = journal.read_text() if journal.is_file() else ""
-        lines = text[: text.rfind("\n") + 1]  # without a line that was truncated when its writer was killed
-        journal.write_text(lines)
-        for line in lines.splitlines():
-            file = json.loads(line)
-            if "crc32" not in file:
-                break  # an older version's
-            for chunk in file["chunks"]:
-                self._register(chunk, _StorageInfo(file["name"], chunk["start"], chunk["length"]))
-                self._written.add((chunk["key"], tuple(chunk["offsets"])))
-            self._sums[file["name"]] = FileSum(file["num_bytes"], file["crc32"])
-
-    def _close_file(self) -> None:
-        if self._file is None:
-            return
-        found = FileSum(self._file.tell(), f"{self._file.crc32:08x}")
-        self._file.finish()
-        self._sums[self._file.name] = found
-        with open(self._folder / JOURNAL_FILE, "a") as journal:
-            journal.write(json.dumps({"name": self._file.name, **vars(found), "chunks": self._open_chunks}) + "\n")
-        self._file, self._open_chunks = None, []
+        entry.chunks.append(ChunkStorageMetadata(offsets, torch.Size(chunk.shape)))
 
     def _append(self, value: Any) -> _StorageInfo:
-        if self._file is None or self._file.tell() >= self._max_file_bytes:
-            self._close_file()
-            self._file = DurableFile(self._folder / f"__0_{len(self._sums)}.distcp")
+        if self._file is not None and self._file.tell() >= self._max_file_bytes:
+            file = _DistcpFile(self._file.name, self._file.finish(), self._open_chunks)
+            self._sums[file.name] = file.sum
+            if self._journal is not None:
+                self._journal.add(file)
+            self._file, self._open_chunks = None, []
+        if self._file is None:
+            self._file = SummedFile(self._folder / f"__0_{len(self._sums)}.distcp")
         start = self._file.tell()
         try:
             with deferred_signals():  # torch.save would raise its own error in place of theirs

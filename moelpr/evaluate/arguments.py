@@ -3,8 +3,8 @@
 from collections.abc import Collection
 from pathlib import Path
 
+from moelpr.process.command import check_is_utf8
 from moelpr.process.errors import UserError
-from moelpr.store.files import check_is_utf8
 
 
 def languages(value: str) -> list[str]:

@@ -164,6 +164,19 @@ def _discard_unwritable() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def check_is_utf8(path: str, what: str) -> None:
+    """Check that a path can be named in results, which are UTF-8.
+
+    Raises:
+        UserError: The path is not UTF-8.
+    """
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        shown = os.fsencode(path).decode(errors="backslashreplace")
+        raise UserError(f"the name of the {what} {shown} is not UTF-8; rename the file") from error
+
+
 def _use_utf8() -> None:
     """Start this command again in Python's UTF-8 mode if names and files would be ASCII (PYTHONUTF8=0, LC_ALL=C)."""
     if not sys.flags.utf8_mode and locale.getencoding().lower() not in ("utf-8", "utf8"):

@@ -5,26 +5,25 @@ anything longer except once in 4 billion; it protects against disks and copies, 
 4 GB/s on one core (benchmarks/comparisons/checksums.py), so the disk is the limit.
 """
 
-import json
 import os
 import sys
 import zlib
-from collections.abc import Iterable
+from collections.abc import Buffer, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
 from moelpr.process import ranks
 from moelpr.process.errors import UserError
-from moelpr.store.files import read_versioned, write_text
+from moelpr.store.records import STRICT, Record
 
 FILE_NAME = "checksums.json"
-FORMAT_VERSION = 1
 
 
 class Verify(StrEnum):
@@ -45,16 +44,17 @@ NO_VERIFY: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class FileSum:
-    """Size and CRC-32 (8 hexadecimal digits) of a file."""
+    """The size and the checksum of a file.
 
-    num_bytes: int
-    crc32: str
+    Attributes:
+        num_bytes: Size of the file.
+        crc32: CRC-32 of its content, 8 hexadecimal digits.
+    """
 
-    def __post_init__(self) -> None:
-        if type(self.num_bytes) is not int or not isinstance(self.crc32, str):
-            raise ValueError(f"a file must have num_bytes and crc32, got {self.num_bytes!r} and {self.crc32!r}")
+    num_bytes: Annotated[int, Field(ge=0)]
+    crc32: Annotated[str, Field(pattern="^[0-9a-f]{8}$")]
 
     @classmethod
     def of(cls, path: Path, bar: "tqdm[None] | None" = None) -> "FileSum":
@@ -70,27 +70,73 @@ class FileSum:
         return cls(num_bytes, f"{crc32:08x}")
 
 
+@dataclass(frozen=True, config=STRICT)
+class WrittenFile:
+    """A complete file of an unfinished output, as journals list it."""
+
+    name: str
+    sum: FileSum
+
+
+class SummedFile:
+    """A new binary file, which computes its checksum while it is written.
+
+    Attributes:
+        name: The file's name without its folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.name = path.name
+        self._crc32 = 0
+        self._file = open(path, "wb")
+        self.flush, self.tell, self.close = self._file.flush, self._file.tell, self._file.close
+
+    def write(self, data: Buffer) -> int:
+        self._crc32 = zlib.crc32(data, self._crc32)
+        return self._file.write(data)
+
+    def finish(self) -> FileSum:
+        """Close the file when everything is on disk."""
+        found = FileSum(self.tell(), f"{self._crc32:08x}")
+        self.flush()
+        os.fsync(self._file.fileno())
+        self.close()
+        return found
+
+
+@dataclass(frozen=True, config=STRICT)
+class Checksums(Record):
+    """The checksums of the files in a folder: a step folder, or a Hugging Face directory that a converter wrote.
+
+    Attributes:
+        files: The sum of each file, by its name.
+    """
+
+    FILE_NAME: ClassVar[str] = FILE_NAME
+    REMEDY: ClassVar[str] = "copy the folder again"
+    INDENT: ClassVar[int | None] = 1
+
+    files: dict[str, FileSum]
+
+    def __post_init__(self) -> None:
+        for name in self.files:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise UserError(f"{name!r} is not in the folder")
+
+
 def write(folder: Path, sums: dict[str, FileSum]) -> None:
     """Write `folder`/checksums.json."""
-    content = {"format_version": FORMAT_VERSION, "files": {name: vars(sums[name]) for name in sorted(sums)}}
-    write_text(folder / FILE_NAME, json.dumps(content, indent=1) + "\n")
+    Checksums(dict(sorted(sums.items()))).write(folder)
 
 
 def read(folder: Path) -> dict[str, FileSum] | None:
     """The sums in `folder`/checksums.json; None if it does not exist.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: The file is damaged.
     """
-
-    def build(files: dict[str, Any]) -> dict[str, FileSum]:
-        for name in files:
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise ValueError(f"{name!r} is not in the folder")
-        return {name: FileSum(**fields) for name, fields in files.items()}
-
-    path = folder / FILE_NAME
-    return read_versioned(path, FORMAT_VERSION, build) if path.is_file() else None
+    record = Checksums.read_if_there(folder)
+    return None if record is None else record.files
 
 
 class Verifier:
@@ -173,6 +219,4 @@ def _compare(path: Path, found: FileSum | None, expected: FileSum, fix: str) -> 
 @cache
 def _note_missing(folder: Path) -> None:
     if ranks.is_first_rank():
-        print(
-            f"moelpr: {folder} has no {FILE_NAME} (an older version wrote it), so it is not verified", file=sys.stderr
-        )
+        print(f"moelpr: {folder} has no {FILE_NAME}, so it is not verified", file=sys.stderr)

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Buffer, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,6 @@ import psutil
 
 from moelpr.process.errors import DISK_FULL, UserError
 
-# In a partial folder: the description of the job that writes it.
-JOB_FILE = ".job"
 LOCK_FILE = ".lock"
 
 
@@ -58,7 +56,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary file name; on success it is fsynced and renamed to `path`, on failure removed."""
     make_folder(path.parent)
     temporary = temporary_name(path)
-    _remove_leftovers(path)
+    remove_leftovers(path)
     try:
         yield temporary
         fsync_file(temporary)
@@ -69,7 +67,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _remove_leftovers(path: Path) -> None:
+def remove_leftovers(path: Path) -> None:
     """Remove what killed processes of this machine have left of `path` under its temporary names."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.tmp-{_MACHINE}-*"):
         number = left.name.removesuffix("-old").rpartition("-")[2]
@@ -128,57 +126,35 @@ def read_versioned[T](path: Path, version: int, build: Callable[..., T]) -> T:
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary folder; on success it replaces `path`, on failure it is removed."""
-    path = _behind_link(path)
+    path = behind_link(path)
     make_folder(path.parent)
     temporary = temporary_name(path)
-    _remove_leftovers(path)
+    remove_leftovers(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
-        _replace(path, temporary)
+        replace_folder(path, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def partial_name(path: Path) -> Path:
-    """The folder in which `resumable_directory` keeps what has been written of `path`."""
-    return path.with_name(f".{path.name}.partial")
-
-
 @contextmanager
-def resumable_directory(path: Path, job: str) -> Iterator[Path]:
-    """Like `atomic_directory`, but keep what an interrupted run of the same job has written.
-
-    The folder `.<name>.partial` next to `path` stays unless the job succeeds or fails with a UserError. `job` describes
-    everything that the output depends on, as text; a job with another description starts from an empty folder.
+def locked_folder(folder: Path, output: Path | str) -> Iterator[None]:
+    """Hold the lock of a folder for unfinished files, which is created if necessary.
 
     Raises:
-        UserError: another process is writing to the folder.
+        UserError: Another process is writing `output` there, or has just written it.
     """
-    path = _behind_link(path)
-    make_folder(path.parent)
-    _remove_leftovers(path)
-    partial = partial_name(path)
+    make_folder(folder.parent)
     try:
-        partial.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)
     except FileExistsError:
-        if os.path.lexists(partial):
-            raise UserError(f"{partial} is a file, but a folder is to be written there; remove it") from None
-        raise _just_written(path) from None
-    with locked(partial / LOCK_FILE, path):
-        description = partial / JOB_FILE
-        if not description.is_file() or description.read_text() != job:
-            empty(partial)
-            write_text(description, job)
-        remove_temporaries(partial)
-        try:
-            yield partial
-        except UserError:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        # Not before: after a kill, this job would start again from an empty folder, or another one would empty it.
-        _replace(path, partial, own=(JOB_FILE, LOCK_FILE))
+        if os.path.lexists(folder):
+            raise UserError(f"{folder} is a file, but a folder is to be written there; remove it") from None
+        raise _just_written(output) from None
+    with locked(folder / LOCK_FILE, output):
+        yield
 
 
 @contextmanager
@@ -223,7 +199,7 @@ def empty(folder: Path) -> None:
             remove(path)
 
 
-def _replace(path: Path, temporary: Path, own: tuple[str, ...] = ()) -> None:
+def replace_folder(path: Path, temporary: Path, own: tuple[str, ...] = ()) -> None:
     """Make the folder `temporary` durable and rename it to `path`; what was there is removed last.
 
     `own`: names of files in it that are removed once it has its name.
@@ -248,84 +224,12 @@ def _replace(path: Path, temporary: Path, own: tuple[str, ...] = ()) -> None:
         remove(old)
 
 
-def _behind_link(path: Path) -> Path:
+def behind_link(path: Path) -> Path:
     """Where to write `path`: if it is a link, what it leads to, so that the link stays; "." and ".." have no name."""
     return path.resolve() if os.path.islink(path) or path.name in ("", "..") else path
-
-
-def check_links(path: Path, folder: Path) -> None:
-    """Check that a file or folder within `folder`, which may come from elsewhere, leads to nothing outside it.
-
-    A copy has what a link leads to, so a published copy would reveal it. In the Hub's cache all files are links, to
-    `models--OWNER--NAME/blobs`.
-
-    Raises:
-        UserError: there is a link to something else.
-    """
-    root = folder.resolve()
-    for found in [path, *(path.rglob("*") if path.is_dir() else ())]:
-        target = found.resolve()
-        is_in_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
-        if not (target.is_relative_to(root) or is_in_cache):
-            raise UserError(
-                f"{found} is a link to {target}, outside {folder}, whose content would be copied and published; remove "
-                "it, or put what belongs there in its place"
-            )
-
-
-def copy_folder(source: Path, target: Path) -> None:
-    """Copy the files of a folder into another one, file by file; those that exist are replaced.
-
-    Raises:
-        UserError: a link leads out of the folder.
-    """
-    check_links(source, source)
-    for path in sorted(source.rglob("*")):
-        if path.is_file():
-            copy = target / path.relative_to(source)
-            make_folder(copy.parent)
-            shutil.copyfile(path, copy)
-
-
-class DurableFile:
-    """A new binary file whose content is on disk once `finish` returns.
-
-    Attributes:
-        name: without its folder.
-        crc32: CRC-32 of what was written.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.name = path.name
-        self.crc32 = 0
-        self._file = open(path, "wb")
-        self.flush, self.tell, self.close = self._file.flush, self._file.tell, self._file.close
-
-    def write(self, data: Buffer) -> int:
-        self.crc32 = zlib.crc32(data, self.crc32)
-        return self._file.write(data)
-
-    def finish(self) -> None:
-        """Write everything to disk, then close the file."""
-        self.flush()
-        os.fsync(self._file.fileno())
-        self.close()
 
 
 def fsync_file(path: Path) -> None:
     """Write a closed file's content to disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-
-
-def check_is_utf8(path: str, what: str) -> None:
-    """Check a path that a result names: our files are UTF-8.
-
-    Raises:
-        UserError: The path is not UTF-8.
-    """
-    try:
-        path.encode()
-    except UnicodeEncodeError as error:
-        shown = os.fsencode(path).decode(errors="backslashreplace")
-        raise UserError(f"the name of the {what} {shown} is not UTF-8; rename the file") from error

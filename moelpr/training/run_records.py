@@ -13,7 +13,8 @@ from moelpr.model_spec import ModelSpec
 from moelpr.process import ranks
 from moelpr.process.versions import installed_versions
 from moelpr.store import yaml_files
-from moelpr.store.files import copy_folder, make_folder, write_text
+from moelpr.store.copies import copy_folder
+from moelpr.store.files import make_folder, write_text
 from moelpr.store.run_folder import COMMAND_FILE, HF_FOLDER, RECIPE_FILE, VERSIONS_FILE
 
 

@@ -13,7 +13,8 @@ import torch.distributed.checkpoint as dcp
 
 from moelpr.checkpoints.torch_dist import TorchDistReader, TorchDistWriter, read_metadata
 from moelpr.process.errors import UserError
-from moelpr.store.files import DurableFile
+from moelpr.store.checksums import SummedFile
+from moelpr.store.journal import Journal
 from tests.support.hf_models import RunsCode
 
 
@@ -48,7 +49,8 @@ def test_a_missing_part_of_a_stack_is_reported(tmp_path: Path) -> None:
 def test_an_interrupted_writer_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     def write(folder: Path, stop_after: int | None = None) -> int:
         num_written = 0
-        with TorchDistWriter(folder, max_file_bytes=3000) as writer:
+        folder.mkdir(exist_ok=True)
+        with TorchDistWriter(folder / "step", Journal(folder, "job"), max_file_bytes=3000) as writer:
             for index in range(8):
                 if num_written == stop_after:
                     return num_written
@@ -61,9 +63,9 @@ def test_an_interrupted_writer_resumes_to_the_same_bytes(tmp_path: Path) -> None
     assert write(tmp_path / "unbroken") == 8
     write(tmp_path / "broken", stop_after=5)
     assert write(tmp_path / "broken") == 4  # four of the five files were complete
-    for path in (tmp_path / "unbroken").glob("*.distcp"):
-        assert path.read_bytes() == (tmp_path / "broken" / path.name).read_bytes(), path
-    assert torch.equal(TorchDistReader(tmp_path / "broken").read("stack")[:, 0], torch.arange(8.0))
+    for path in (tmp_path / "unbroken/step").glob("*.distcp"):
+        assert path.read_bytes() == (tmp_path / "broken/step" / path.name).read_bytes(), path
+    assert torch.equal(TorchDistReader(tmp_path / "broken/step").read("stack")[:, 0], torch.arange(8.0))
 
 
 @pytest.mark.parametrize("num_writes", [1, 2, 5])
@@ -73,9 +75,9 @@ def test_a_signal_within_a_tensor_is_not_another_error(
 ) -> None:
     """torch.save raises an error of its own when it closes the archive that it could not write."""
     calls = itertools.count(1)
-    write = DurableFile.write
+    write = SummedFile.write
 
-    def interrupted(self: DurableFile, data: bytes) -> int:
+    def interrupted(self: SummedFile, data: bytes) -> int:
         if next(calls) == num_writes:
             signal.raise_signal(number)
             for _ in range(1000):  # a handler runs between two instructions
@@ -85,7 +87,7 @@ def test_a_signal_within_a_tensor_is_not_another_error(
     def handler(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(DurableFile, "write", interrupted)
+    monkeypatch.setattr(SummedFile, "write", interrupted)
     before = signal.signal(number, handler)
     try:
         with pytest.raises(error), TorchDistWriter(tmp_path) as writer:

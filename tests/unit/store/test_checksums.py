@@ -1,5 +1,6 @@
 """Every change of a byte is noticed before the file is used, also by several ranks that share the work."""
 
+import errno
 import json
 import zlib
 from pathlib import Path
@@ -12,7 +13,7 @@ from moelpr.checkpoints.chain import verify_files, write_checksums
 from moelpr.process.command import CommandParser
 from moelpr.process.errors import UserError
 from moelpr.store import checksums
-from moelpr.store.checksums import FILE_NAME, NO_VERIFY, FileSum, Verifier, Verify, verify_folder
+from moelpr.store.checksums import FILE_NAME, NO_VERIFY, FileSum, SummedFile, Verifier, Verify, verify_folder
 from tests.support.ranks import as_ranks
 
 FILES = {".metadata": b"table", "metadata.json": b"{}", "__0_0.distcp": b"0123456789", "__1_0.distcp": b"experts"}
@@ -102,7 +103,7 @@ def test_a_list_may_name_only_files_of_its_folder(step: Path, name: str) -> None
     (step / "checksums.json").write_text(
         json.dumps({"format_version": 1, "files": {name: {"num_bytes": 1, "crc32": "00000000"}}})
     )
-    with pytest.raises(UserError, match=f"checksums.json .*{name}"):
+    with pytest.raises(UserError, match=f"checksums.json: .*{name}"):
         checksums.read(step)
 
 
@@ -148,3 +149,24 @@ def test_ranks_share_the_work(step: Path, monkeypatch: pytest.MonkeyPatch, world
         return str(raised.value)
 
     assert len(set(as_ranks(monkeypatch, world, fails))) == 1
+
+
+def test_a_summed_file_is_on_disk_before_it_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = []
+    monkeypatch.setattr("moelpr.store.checksums.os.fsync", lambda number: synced.append((tmp_path / "a").read_bytes()))
+    file = SummedFile(tmp_path / "a")
+    file.write(b"12345678")
+    assert (file.name, file.tell()) == ("a", 8)
+    assert file.finish() == FileSum.of(tmp_path / "a")
+    assert synced == [b"12345678"]
+
+
+def test_a_disk_error_of_a_summed_file_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fsync(number: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("moelpr.store.checksums.os.fsync", fsync)
+    file = SummedFile(tmp_path / "a")
+    with pytest.raises(OSError, match="No space left"):
+        file.finish()
+    file.close()

@@ -3,12 +3,11 @@
 import errno
 import fcntl
 import os
-import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,17 +15,20 @@ import pytest
 from moelpr.process.errors import UserError
 from moelpr.store.files import (
     LOCK_FILE,
-    DurableFile,
     atomic_directory,
     atomic_file,
-    copy_folder,
     locked,
-    parse_json,
     refuse_existing,
-    resumable_directory,
     temporary_name,
     write_text,
 )
+from moelpr.store.journal import resumable_directory
+
+
+@contextmanager
+def partial(path: Path) -> Iterator[Path]:
+    with resumable_directory(path, "job") as journal:
+        yield journal.folder
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -57,7 +59,7 @@ def test_a_failed_folder_leaves_the_old_one(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
-@pytest.mark.parametrize("write", [atomic_directory, lambda path: resumable_directory(path, "job")])
+@pytest.mark.parametrize("write", [atomic_directory, partial])
 def test_a_link_to_a_folder_stays_a_link(write: Callable[[Path], AbstractContextManager[Path]], tmp_path: Path) -> None:
     (tmp_path / "disk" / "run").mkdir(parents=True)
     (tmp_path / "disk" / "run" / "old").touch()
@@ -70,46 +72,7 @@ def test_a_link_to_a_folder_stays_a_link(write: Callable[[Path], AbstractContext
     assert [path.name for path in (tmp_path / "disk").iterdir()] == ["run"]
 
 
-def test_the_old_folder_is_whole_until_the_new_one_is_in_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed while the old folder is removed: what has the name is the new one, and the next job removes the rest."""
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "old").touch()
-    remove = shutil.rmtree
-
-    def killed(path: Path, **options: object) -> None:
-        if (path / "old").exists():
-            raise Killed
-        remove(path, **options)
-
-    replace = os.replace
-
-    def fails(source: Path, to: Path) -> None:
-        if source.name == ".out.partial":
-            raise OSError(errno.EIO, "disk")
-        replace(source, to)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", fails)
-        with pytest.raises(OSError, match="disk"), resumable_directory(target, "job") as folder:
-            (folder / "new").touch()
-    assert [path.name for path in target.iterdir()] == ["old"]
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", killed)
-        with pytest.raises(Killed), resumable_directory(target, "job") as folder:
-            (folder / "new").touch()
-    assert [path.name for path in target.iterdir()] == ["new"]
-    monkeypatch.setattr("psutil.pid_exists", lambda number: False)
-    monkeypatch.setattr("os.getpid", lambda: 1234567)  # another process
-    with resumable_directory(target, "job") as folder:
-        (folder / "newer").touch()
-    assert [path.name for path in target.iterdir()] == ["newer"]
-    assert list(tmp_path.iterdir()) == [target]
-
-
-@pytest.mark.parametrize("write", [atomic_file, atomic_directory, lambda path: resumable_directory(path, "job")])
+@pytest.mark.parametrize("write", [atomic_file, atomic_directory, partial])
 def test_an_output_folder_that_cannot_be_written_is_reported(
     write: Callable[[Path], AbstractContextManager[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,95 +99,11 @@ def test_text_is_written_as_utf_8(tmp_path: Path) -> None:
     assert (tmp_path / "a.txt").read_bytes() == "ä".encode()
 
 
-def test_a_durable_file_is_on_disk_before_it_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    synced = []
-    monkeypatch.setattr("moelpr.store.files.os.fsync", lambda number: synced.append((tmp_path / "a").read_bytes()))
-    file = DurableFile(tmp_path / "a")
-    file.write(b"12345678")
-    assert (file.name, file.tell()) == ("a", 8)
-    file.finish()
-    assert synced == [b"12345678"]
-
-
-def test_a_disk_error_of_a_durable_file_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fsync(number: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("moelpr.store.files.os.fsync", fsync)
-    file = DurableFile(tmp_path / "a")
-    with pytest.raises(OSError, match="No space left"):
-        file.finish()
-    file.close()
-
-
-class Killed(BaseException):
-    """What an interruption raises."""
-
-
-@pytest.mark.parametrize(("job", "kept"), [("copy a", True), ("copy b", False)])
-def test_an_interrupted_job_is_resumed_by_the_same_job_only(tmp_path: Path, job: str, kept: bool) -> None:
-    target = tmp_path / "out"
-    with pytest.raises(Killed), resumable_directory(target, "copy a") as folder:
-        (folder / "part").touch()
-        (folder / ".part.tmp-1").touch()
-        raise Killed
-    assert not target.exists()
-    with resumable_directory(target, job) as folder:
-        assert (folder / "part").exists() is kept
-        (folder / "rest").touch()
-    assert {path.name for path in target.iterdir()} == ({"part", "rest"} if kept else {"rest"})
-    assert list(tmp_path.iterdir()) == [target]
-
-
 def test_a_folder_in_the_place_of_a_file_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match=f"{tmp_path}/out is a folder"):
         write_text(tmp_path / "out", "text")
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
-
-
-def test_a_job_that_fails_with_a_user_error_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(UserError), resumable_directory(tmp_path / "out", "job") as folder:
-        (folder / "part").touch()
-        raise UserError("wrong input")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_folder_that_another_process_is_writing_is_rejected(tmp_path: Path) -> None:
-    with resumable_directory(tmp_path / "out", "job") as folder:
-        (folder / "part").touch()
-        with (
-            pytest.raises(UserError, match=f"another process is writing {tmp_path}/out"),
-            resumable_directory(tmp_path / "out", "another job"),
-        ):
-            pass
-        assert (folder / "part").exists()
-
-
-def test_a_folder_that_another_process_renames_meanwhile_is_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / ".out.partial").mkdir()
-    mkdir = os.mkdir
-
-    def mkdir_late(path: Path, *mode: int) -> None:
-        if Path(path).name == ".out.partial":
-            os.rename(path, tmp_path / "out")
-            raise FileExistsError(path)
-        mkdir(path, *mode)
-
-    monkeypatch.setattr("os.mkdir", mkdir_late)
-    with (
-        pytest.raises(UserError, match=f"another process has just written {tmp_path}/out"),
-        resumable_directory(tmp_path / "out", "job"),
-    ):
-        pass
-
-
-def test_a_file_in_the_place_of_the_partial_folder_is_a_user_error(tmp_path: Path) -> None:
-    (tmp_path / ".out.partial").touch()
-    with pytest.raises(UserError, match="partial is a file"), resumable_directory(tmp_path / "out", "job"):
-        pass
 
 
 def test_a_lock_is_free_again_after_its_context(tmp_path: Path) -> None:
@@ -290,21 +169,6 @@ def test_what_a_killed_process_has_left_is_removed_by_the_next_one(
     with write(tmp_path / "a") as temporary:
         (temporary / "file" if temporary.is_dir() else temporary).touch()
     assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "a", *others])
-
-
-@pytest.mark.parametrize("text", ["[" * 100_000, '"\\ud800"', "{"])
-def test_json_that_nobody_can_use_is_one_kind_of_error(text: str) -> None:
-    with pytest.raises(ValueError):
-        parse_json(text)
-
-
-def test_a_copied_folder_has_nothing_from_outside_it(tmp_path: Path) -> None:
-    (tmp_path / "secret").write_text("key")
-    (tmp_path / "hf").mkdir()
-    (tmp_path / "hf" / "LICENSE").symlink_to(tmp_path / "secret")
-    with pytest.raises(UserError, match=r"LICENSE is a link to .*secret"):
-        copy_folder(tmp_path / "hf", tmp_path / "copy")
-    assert not (tmp_path / "copy").exists()
 
 
 def test_a_lock_that_another_user_has_left_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,11 +19,12 @@ from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from checkpoint_convert.hf.hub import Model
 from checkpoint_convert.hf.safetensors_reader import HfReader
 from checkpoint_convert.mcore.megatron_folder import MegatronReader
-from moelpr.checkpoints.torch_dist import JOURNAL_FILE, TorchDistWriter
+from moelpr.checkpoints.torch_dist import TorchDistWriter
 from moelpr.families.new_experts import NewExperts
 from moelpr.model_spec import ModelSpec
 from moelpr.process.errors import UserError
 from moelpr.store.files import LOCK_FILE, locked
+from moelpr.store.journal import JOURNAL_FILE
 from tests.support.hf_models import (
     files_of,
 )
@@ -34,7 +35,7 @@ Convert = Callable[[Path], object]
 @pytest.fixture
 def conversions(qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Convert]:
     """All directions, in files of a few tensors."""
-    monkeypatch.setattr(TorchDistWriter.__init__, "__defaults__", (30_000,))
+    monkeypatch.setattr(TorchDistWriter.__init__, "__defaults__", (None, 30_000))
     hf_to_mcore(qwen2, tmp_path / "source", NewExperts(4))
     mcore_to_hf(tmp_path / "source", tmp_path / "delta", max_shard_bytes=30_000, as_delta=True)
     mcore_to_adapter(tmp_path / "source", tmp_path / "adapter", "base")
@@ -80,8 +81,8 @@ def test_an_interrupted_conversion_resumes_to_the_same_bytes(
         with interrupted_after(num_reads), pytest.raises(KeyboardInterrupt):
             convert(tmp_path / "broken")
         assert not (tmp_path / "broken").exists() and partial.is_dir()
-        if (journal := partial / "release" / JOURNAL_FILE).is_file():
-            journal.write_text(journal.read_text() + '{"name": "__0_')  # killed within a line
+        with open(partial / JOURNAL_FILE, "a") as journal:
+            journal.write('{"name": "__0_')  # killed within a line
     with interrupted_after(10**9) as reads:
         convert(tmp_path / "broken")
     with interrupted_after(10**9) as all_reads:

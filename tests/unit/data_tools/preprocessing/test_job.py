@@ -19,6 +19,7 @@ from data_tools.preprocessing.plan import Plan
 from moelpr.data.manifest import Manifest
 from moelpr.process.errors import UserError
 from moelpr.store.files import LOCK_FILE, locked
+from moelpr.store.journal import JOURNAL_FILE
 
 FLAGS = (
     *("--language-key", "lang", "--original-languages", "en,es,zh", "--append-eod", "--json-keys", "text", "title"),
@@ -48,6 +49,13 @@ def input_files(sentences: dict[str, str], write_lines: Callable[..., Path], tmp
 def everything(prefix: Path) -> dict[str, bytes]:
     """All files beside an output prefix, without what names the folder."""
     return {path.name: path.read_bytes() if path.is_file() else b"" for path in prefix.parent.iterdir()}
+
+
+def saved_bytes(unfinished: Path) -> int:
+    """How much of its input an unfinished job has read, as its journal says."""
+    journal = unfinished / JOURNAL_FILE
+    complete = journal.read_text().rpartition("\n")[0].splitlines() if journal.exists() else []
+    return json.loads(complete[-1])["file_bytes"] if len(complete) > 1 else 0
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, batches: int, error: type[BaseException]) -> None:
@@ -170,9 +178,9 @@ def test_kill_9_leaves_nothing_that_looks_complete_and_resume_continues(
     )
     command = [sys.executable, "-c", program, *words, *tokenizer, "--output-prefix", str(tmp_path / "killed" / "a")]
     process = subprocess.Popen([*command, "--workers", "2"], start_new_session=True, stderr=subprocess.DEVNULL)
-    state = tmp_path / "killed" / ".a.unfinished" / "state.json"
+    unfinished = tmp_path / "killed" / ".a.unfinished"
     deadline = time.monotonic() + 60
-    while not (state.exists() and json.loads(state.read_bytes())["file_bytes"] > 100_000):
+    while saved_bytes(unfinished) <= 100_000:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
@@ -203,8 +211,7 @@ def test_an_interrupted_job_is_resumed_also_if_it_was_started_without_the_flag(
         stop_after(patched, 1, KeyboardInterrupt)
         preprocess(hf_tokenizer, "--input", *input_files, *FLAGS)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".a.unfinished"]
-    state = json.loads((tmp_path / "out" / ".a.unfinished" / "state.json").read_text())
-    assert state["file_bytes"] > 0
+    assert saved_bytes(tmp_path / "out" / ".a.unfinished") > 0
     assert everything(preprocess(hf_tokenizer, "--input", *input_files, *FLAGS, "--resume")) == whole
 
 
@@ -254,8 +261,8 @@ def test_two_jobs_cannot_write_one_corpus(input_files, preprocess, hf_tokenizer,
 def test_damaged_state_is_reported(input_files, preprocess, hf_tokenizer, tmp_path: Path) -> None:
     folder = tmp_path / "out" / ".a.unfinished"
     folder.mkdir(parents=True)
-    (folder / "state.json").write_text("{}")
-    with pytest.raises(UserError, match=r"state\.json is damaged.*--resume"):
+    (folder / JOURNAL_FILE).write_text("{\n")
+    with pytest.raises(UserError, match=rf"{JOURNAL_FILE}: not JSON .*remove the folder {folder}"):
         preprocess(hf_tokenizer, "--input", *input_files, *FLAGS, "--resume")
 
 

@@ -1,0 +1,41 @@
+"""Copies of files that come from elsewhere, which must not have what links lead to outside their folder."""
+
+import shutil
+from pathlib import Path
+
+from moelpr.process.errors import UserError
+from moelpr.store.files import make_folder
+
+
+def check_links(path: Path, folder: Path) -> None:
+    """Check that a file or folder within `folder`, which may come from elsewhere, leads to nothing outside it.
+
+    A copy has what a link leads to, so a published copy would reveal it. In the Hub's cache all files are links, to
+    `models--OWNER--NAME/blobs`.
+
+    Raises:
+        UserError: there is a link to something else.
+    """
+    root = folder.resolve()
+    for found in [path, *(path.rglob("*") if path.is_dir() else ())]:
+        target = found.resolve()
+        is_in_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+        if not (target.is_relative_to(root) or is_in_cache):
+            raise UserError(
+                f"{found} is a link to {target}, outside {folder}, whose content would be copied and published; remove "
+                "it, or put what belongs there in its place"
+            )
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy the files of a folder into another one, file by file; those that exist are replaced.
+
+    Raises:
+        UserError: a link leads out of the folder.
+    """
+    check_links(source, source)
+    for path in sorted(source.rglob("*")):
+        if path.is_file():
+            copy = target / path.relative_to(source)
+            make_folder(copy.parent)
+            shutil.copyfile(path, copy)

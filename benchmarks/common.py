@@ -53,6 +53,12 @@ def add_json(parser: argparse.ArgumentParser, flag: str = "--json") -> None:
     parser.add_argument(flag, type=Path, metavar="FILE", help="also write the results to FILE, as JSON")
 
 
+def add_demo(parser: argparse.ArgumentParser) -> None:
+    what = "folder of `make demo`, whose models' routing is used; `none`: tokens choose at random"
+    folder = {"type": lambda text: None if text == "none" else Path(text), "default": Path("runs/demo")}
+    parser.add_argument("--demo", **folder, metavar="DIR", help=what)
+
+
 def write_json(result: object, file: Path | None) -> None:
     if file:
         file.write_text(json.dumps(result, indent=2) + "\n")

@@ -32,7 +32,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.utils.benchmark import Timer
 
 from benchmarks import common
-from benchmarks.routing import add_demo, impose, recorded_routing, uniform_choices
+from benchmarks.routing import impose, recorded_routing, uniform_choices
 from benchmarks.timing import Turns, median_s, time_ratio
 from benchmarks.traffic import Traffic, counted_traffic
 from moelpr.megatron_patches import cpu
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024, help="tokens per rank")
     sizes = {"type": int, "nargs": "+", "default": [2, 4], "metavar": "EP"}
     parser.add_argument("--expert-parallel", **sizes, help="expert-parallel sizes, in ranks")
-    add_demo(parser)
+    common.add_demo(parser)
     common.add_json(parser)
     args = parser.parse_args()
     args.reviewed = recorded_routing(args.demo, "stage2") if args.demo else None

@@ -1,6 +1,5 @@
 """The routing of the demo's models, and routers that are made to choose as theirs do."""
 
-import argparse
 from dataclasses import dataclass
 from itertools import batched
 from pathlib import Path
@@ -40,12 +39,6 @@ class RecordedRouting:
         if last > len(self.choices_TK):
             raise UserError(f"the demo's routing has {len(self.choices_TK):,} tokens, not {last:,}; pass smaller sizes")
         return self.choices_TK[first:last]
-
-
-def add_demo(parser: argparse.ArgumentParser) -> None:
-    what = "folder of `make demo`, whose models' routing is used; `none`: tokens choose at random"
-    folder = {"type": lambda text: None if text == "none" else Path(text), "default": Path("runs/demo")}
-    parser.add_argument("--demo", **folder, metavar="DIR", help=what)
 
 
 def uniform_choices(num_tokens: int, num_experts: int, topk: int, generator: torch.Generator) -> Tensor:

@@ -27,8 +27,8 @@ import argparse
 import torch
 from torch import Tensor
 
-from benchmarks.common import STAGES, add_json, argument_parser, install_megatron, print_table, write_json
-from benchmarks.routing import RecordedRouting, add_demo, impose, recorded_routing
+from benchmarks.common import STAGES, add_demo, add_json, argument_parser, install_megatron, print_table, write_json
+from benchmarks.routing import RecordedRouting, impose, recorded_routing
 from benchmarks.timing import Turns, Work, median_s, time_ratio
 from moelpr.model_spec import ModelSpec
 from moelpr.process.command import run_command

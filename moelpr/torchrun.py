@@ -126,7 +126,7 @@ class PeakMemory(threading.Thread):
 def killed(rank: int, peak: int, args: argparse.Namespace) -> str:
     """Why a rank was most likely killed, what it needed, and what would need less."""
     ranks = determine_local_world_size(args.nproc_per_node)
-    facts = [f"it held {machine.as_gib(peak)}"] if peak else []
+    facts = [f"it held {machine.format_bytes(peak)}"] if peak else []
     fix = "use fewer ranks or a smaller --micro-batch-size"
     if args.training_script == "moelpr.pretrain":
         # Whatever is wrong, the message matters more than what the planner can add to it.
@@ -143,10 +143,10 @@ def killed(rank: int, peak: int, args: argparse.Namespace) -> str:
             run.world_size = ranks * int(args.nnodes.split(":")[-1])
             apply_machine(run.args)
             if expected := expected_memory(run):
-                facts.append(f"the planner expects {machine.as_gib(expected)} per rank")
+                facts.append(f"the planner expects {machine.format_bytes(expected)} per rank")
             fix = f"use {smaller_settings(run)}"
     whose = f"{ranks} ranks of this machine share" if ranks > 1 else "this machine has"
-    facts.append(f"{whose} {machine.as_gib(machine.total_memory())}")
+    facts.append(f"{whose} {machine.format_bytes(machine.total_memory())}")
     return (
         f"rank {rank} was killed (signal 9), most likely for lack of memory: {', '.join(facts)}; run the same command "
         f"again to resume, and if it is killed again, {fix}"

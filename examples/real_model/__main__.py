@@ -166,15 +166,15 @@ def check_machine(tasks: Sequence[Task], base: Path, run: Path) -> None:
     disk = scale * (sum(task.disk_gib for task in tasks) + SPARE_DISK_GIB) * 2**30
     if (free := shutil.disk_usage(run).free) < disk:
         raise MachineError(
-            f"the disk of --run {run} has {machine.as_gib(free)} free, and the steps that are left need "
-            f"{machine.as_gib(int(disk))}; free space, or choose settings with --only"
+            f"the disk of --run {run} has {machine.format_bytes(free)} free, and the steps that are left need "
+            f"{machine.format_bytes(disk)}; free space, or choose settings with --only"
         )
     largest = max(tasks, key=lambda task: task.memory_gib)
     memory = scale * largest.memory_gib * 2**30
     if (free := machine.free_memory()) < memory:
         raise MachineError(
-            f"{machine.as_gib(free)} of memory are free, and step {largest.name} needs {machine.as_gib(int(memory))}; "
-            "use a larger machine, or choose settings with --only"
+            f"{machine.format_bytes(free)} of memory are free, and step {largest.name} needs "
+            f"{machine.format_bytes(memory)}; use a larger machine, or choose settings with --only"
         )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from examples.real_model.debian_package import digest_of
 from moelpr.process.command import CommandParser
 from moelpr.process.errors import MachineError, UserError
-from moelpr.process.machine import as_gib
+from moelpr.process.machine import format_bytes
 from moelpr.store.files import LOCK_FILE, locked, make_folder
 from moelpr.store.yaml_files import read_mapping
 
@@ -106,8 +106,8 @@ def require_space(folder: Path, needed: int, what: str) -> None:
         folder = folder.parent
     if (free := shutil.disk_usage(folder).free) < needed:
         raise MachineError(
-            f"{what} needs {as_gib(needed)} of disk, but {folder} has {as_gib(free)} free; free space or choose "
-            "another folder"
+            f"{what} needs {format_bytes(needed)} of disk, but {folder} has {format_bytes(free)} free; free space or "
+            "choose another folder"
         )
 
 

@@ -22,7 +22,7 @@ from moelpr.families.families import CONFIG_FILE, read_config
 from moelpr.megatron_patches import bootstrap, cpu
 from moelpr.model_spec import FILE_NAME, ModelSpec
 from moelpr.process.errors import UserError, first_line
-from moelpr.process.machine import as_gib
+from moelpr.process.machine import format_bytes
 from moelpr.process.versions import install_command
 from moelpr.store import checksums
 from moelpr.store.checksums import Verify
@@ -223,13 +223,13 @@ def _placement(directory: Path, device: torch.device, dtype: str, is_chosen: boo
     needed, own = _weight_bytes(directory, dtype), _free_bytes(device.index)
     if needed <= own:
         return {}
-    what = f"{directory} takes {as_gib(needed)}, and GPU {device.index} has {as_gib(own)} for it"
+    what = f"{directory} takes {format_bytes(needed)}, and GPU {device.index} has {format_bytes(own)} for it"
     free = {number: _free_bytes(number) for number in range(torch.cuda.device_count())}
     if is_chosen and len(free) > 1:
         raise UserError(f"{what}; spread it over the GPUs with --device auto, or use --device cpu --dtype bfloat16")
     if len(free) == 1 or needed > sum(free.values()):
         raise UserError(
-            f"{what}, all GPUs {as_gib(sum(free.values()))}; use more GPUs, or --device cpu --dtype bfloat16"
+            f"{what}, all GPUs {format_bytes(sum(free.values()))}; use more GPUs, or --device cpu --dtype bfloat16"
         )
     if find_spec("accelerate") is None:
         raise UserError(f"{what}; to spread it over {len(free)} GPUs, run {install_command('eval')}")

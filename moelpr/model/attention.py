@@ -27,7 +27,7 @@ def _varlen_attention() -> Callable[..., Any] | None:
 
 
 def document_edges(position_BS: Tensor) -> Tensor:
-    """Where the documents of a micro-batch start, and its end: int32 [documents + 1], counted along its sequences.
+    """The starts of a micro-batch's documents, and its end: int32 [documents + 1], counted along its sequences.
 
     A sequence starts with the rest of a document. On a GPU this waits for the positions, so call it once per
     micro-batch and not in every layer.
@@ -106,10 +106,9 @@ class SDPACoreAttention(MegatronModule):
         varlen_attention = _varlen_attention() if query.is_cuda and is_half else None
         if varlen_attention is not None:
             window = -1 if self.config.window_size is None else self.config.window_size[0]
-            context = varlen_attention(
-                query, key, value, edges, edges, length, length,
-                scale=self.softmax_scale, window_size=(window, 0), enable_gqa=query.shape[1] != key.shape[1],
-            )  # fmt: skip
+            options = {"window_size": (window, 0), "enable_gqa": query.shape[1] != key.shape[1]}
+            lengths = edges, edges, length, length
+            context = varlen_attention(query, key, value, *lengths, scale=self.softmax_scale, **options)
             assert isinstance(context, Tensor)  # a tuple only with return_aux
         else:
             context = self._document_by_document(query, key, value, edges.diff().tolist())

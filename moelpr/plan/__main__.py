@@ -20,20 +20,13 @@ from moelpr.layouts import PlannedLayout, neighbors
 from moelpr.model_spec import ModelSpec
 from moelpr.plan.candidates import Candidate, fitting, with_larger_micro_batch
 from moelpr.plan.gpus import GIB, GPUS, RESERVED_FRACTION, Cluster
-from moelpr.plan.memory import (
-    PLANNED_STAGES,
-    RankMemory,
-    Workload,
-    checkpoint_bytes,
-    export_parameters,
-    model_parts,
-)  # fmt: skip
+from moelpr.plan.memory import PLANNED_STAGES, RankMemory, Workload, checkpoint_bytes, export_parameters, model_parts
 from moelpr.plan.step_time import PREDICTION_ERROR, bubble
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
 from moelpr.process.machine import format_bytes
 
-# Of the paper's recipes, launch/recipes/paper-stage1.yaml and paper-stage2.yaml.
+# The lengths and the batch size of launch/recipes/paper-stage1.yaml and paper-stage2.yaml.
 PAPER_SEQ_LENGTH = {"stage1": 1024, "stage2": 512}
 PAPER_GLOBAL_BATCH_SIZE = 512
 
@@ -214,10 +207,7 @@ def _rank_as_json(rank: RankMemory) -> dict[str, int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(
-        prog="python -m moelpr.plan",
-        description=(__doc__ or "").splitlines()[0],
-    )
+    parser = CommandParser(prog="python -m moelpr.plan", description=(__doc__ or "").splitlines()[0])
     count, gib, gib_or_0 = _at_least(1, int), _at_least(0.001, float), _at_least(0, float)
     add = parser.add_argument
     add("--hf-path", type=Path, required=True, metavar="DIR", help="directory with the model's config.json (required)")
@@ -226,23 +216,22 @@ def _parser() -> argparse.ArgumentParser:
     add("--gpu", choices=tuple(GPUS), help="the GPUs, whose step time is predicted")
     add("--gpu-memory-gib", type=gib, metavar="GIB", help="memory per GPU, in GiB (default: that of --gpu)")
     add("--gpus-per-node", type=count, default=8, metavar="PER_NODE", help="GPUs per node (default: %(default)s)")
-    add("--reserve-gib", type=gib_or_0, metavar="RESERVE",
-        help="memory per GPU, in GiB, left free for what is not counted: CUDA context, NCCL buffers, fragmentation "
-        "(default: 10%% of the memory, an assumption)")  # fmt: skip
+    reserve = "memory per GPU, in GiB, left free for CUDA context, NCCL buffers and fragmentation (default: 10%% of it)"
+    add("--reserve-gib", type=gib_or_0, metavar="RESERVE", help=reserve)
     NewExperts.add_flags(parser)
-    tokens = parser.add_mutually_exclusive_group()
-    tokens.add_argument("--extended-tokenizer", type=Path, metavar="EXTENDED",
-        help="tokenizer with new tokens, as in hf_to_mcore.py (default: the model's)")  # fmt: skip
-    tokens.add_argument("--num-new-tokens", type=count, metavar="NEW",
-        help="number of new tokens of a tokenizer that does not exist yet; each gets a further row")  # fmt: skip
+    add_either = parser.add_mutually_exclusive_group().add_argument
+    extended = "tokenizer with new tokens, as in hf_to_mcore.py (default: the model's)"
+    add_either("--extended-tokenizer", type=Path, metavar="EXTENDED", help=extended)
+    new_tokens = "number of new tokens of a tokenizer that does not exist yet; each gets a further row"
+    add_either("--num-new-tokens", type=count, metavar="NEW", help=new_tokens)
     add("--stage", choices=PLANNED_STAGES, default="stage1", help="training stage (default: %(default)s)")
     add("--train-new-embeddings", action="store_true", help="in stage1, train the rows of new tokens too")
     lengths = ", ".join(f"{length} in {stage}" for stage, length in PAPER_SEQ_LENGTH.items())
-    add("--seq-length", type=count, metavar="TOKENS",
-        help=f"tokens per sequence (default: the paper's, {lengths}; in stage0 that of stage1)")  # fmt: skip
+    seq_length = f"tokens per sequence (default: the paper's, {lengths}; in stage0 that of stage1)"
+    add("--seq-length", type=count, metavar="TOKENS", help=seq_length)
     add("--micro-batch-size", type=count, default=1, metavar="MICRO", help="sequences per micro-batch (default: 1)")
-    add("--global-batch-size", type=count, default=PAPER_GLOBAL_BATCH_SIZE, metavar="GLOBAL",
-        help="sequences per step (default: the paper's, %(default)s)")  # fmt: skip
+    batch = "sequences per step (default: the paper's, %(default)s)"
+    add("--global-batch-size", type=count, default=PAPER_GLOBAL_BATCH_SIZE, metavar="GLOBAL", help=batch)
     add("--dtype", choices=("bf16", "fp32"), default="bf16", help="dtype of the weights (default: %(default)s)")
     add("--rows", type=count, default=20, metavar="ROWS", help="number of layouts to list (default: %(default)s)")
     add("--all", action="store_true", help="list all layouts that fit")

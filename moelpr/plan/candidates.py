@@ -15,13 +15,13 @@ from moelpr.process.errors import UserError
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout with its costs."""
+    """A layout with its costs; `step_time` is None for GPUs that the planner does not know."""
 
     layout: PlannedLayout
-    stages: list[RankMemory]  # of one rank per pipeline stage
+    stages: list[RankMemory]  # one rank of each pipeline stage
     traffic: Traffic
     relative_time: float
-    step_time: StepTime | None  # None for GPUs that the planner does not know
+    step_time: StepTime | None
 
     @property
     def peak(self) -> RankMemory:

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 GIB = 1 << 30
-RESERVED_FRACTION = 0.1  # of a GPU's memory, unless the user chooses
+RESERVED_FRACTION = 0.1  # the share of a GPU's memory that stays free, unless the user chooses
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ GPUS = {
     "a100-80": Gpu(80, 312e12, 2.039e12, 300e9, 25e9),
     "h100-80": Gpu(80, 989e12, 3.35e12, 450e9, 50e9),
     "h200-141": Gpu(141, 989e12, 4.8e12, 450e9, 50e9),
-    "b200-192": Gpu(180, 2250e12, 8e12, 900e9, 50e9),  # of 192 GB, a DGX B200 offers 180
+    "b200-192": Gpu(180, 2250e12, 8e12, 900e9, 50e9),  # a DGX B200 exposes 180 of its 192 GB
 }
 
 

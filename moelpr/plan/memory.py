@@ -16,7 +16,7 @@ from moelpr.layouts import PlannedLayout
 from moelpr.model_spec import ModelSpec, MoeSpec
 from moelpr.stages import VOCABULARY_PARTS, Part, part_of, trained_parts
 
-# Per parameter.
+# Bytes per parameter.
 WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
 GRADIENT_BYTES = 4  # in fp32: Megatron's default for bf16 too
 MOMENT_BYTES = 8  # Adam's two, in fp32
@@ -129,17 +129,17 @@ def model_parts(spec: ModelSpec) -> Parts:
 
 
 def checkpoint_bytes(
-    parts: Parts, trained: frozenset[Part], dtype: Dtype, distributed_optimizer: bool, trained_only: bool,
-    optimizer: bool = True,
-) -> int:  # fmt: skip
-    """Bytes of the tensors in one checkpoint: the weights, and the optimizer state of what is trained.
+    parts: Parts, trained: frozenset[Part], dtype: Dtype, distributed: bool, trained_only: bool, optimizer: bool = True
+) -> int:
+    """The bytes of the tensors in one checkpoint: the weights, and the optimizer state of what is trained.
 
     Args:
+        distributed: whether the run uses the distributed optimizer.
         trained_only: whether only trained weights are saved.
-        optimizer: whether its state is saved.
+        optimizer: whether the optimizer's state is saved.
     """
     # The distributed optimizer saves a copy of fp32 weights too.
-    state = (MASTER_BYTES["bf16" if distributed_optimizer else dtype] + MOMENT_BYTES) * optimizer
+    state = (MASTER_BYTES["bf16" if distributed else dtype] + MOMENT_BYTES) * optimizer
     return sum(
         numel * (WEIGHT_BYTES[dtype] * (part in trained or not trained_only) + state * (part in trained))
         for (_, part), numel in parts.items()
@@ -266,7 +266,7 @@ class Activations:
         self.new_rows = self.tokens * layout.etp * self.routing.new_rows
 
     def layers(self, pp_rank: int) -> list[tuple[float, float]]:
-        """Of each layer, the bytes kept from the forward pass, and those allocated only while it is recomputed."""
+        """The bytes kept from each layer's forward pass, and those allocated only while the layer is recomputed."""
         layers = layers_of_stage(self.spec, self.layout, pp_rank)
         trained = self.workload.trained
         return [self._layer(one, needs_input_gradient(self.spec, self.layout, one, pp_rank, trained)) for one in layers]
@@ -322,7 +322,7 @@ class Activations:
         # The balance loss keeps the choices; the LPR loss keeps two logarithms and the language bit.
         choices += {"stage0": 0, "stage1": self.moe.topk * _INT64, "stage2": 2 * _FP32 + _BOOL}[stage]
         original = (2 * self.expert_ffn + self.hidden) * self.element + _INT64 + _FP32
-        inputs = self.hidden + self.expert_ffn if stage == "stage1" else 0  # of the weights that need a gradient
+        inputs = self.hidden + self.expert_ffn if stage == "stage1" else 0  # they give the gradients of weights
         new = (2 * self.expert_ffn + inputs) * self.element + _INT64 + _FP32
         return self.tokens * choices + self.original_rows * original + self.new_rows * new
 

@@ -23,7 +23,7 @@ from moelpr.plan.memory import (
     needs_input_gradient,
     padded_vocabulary,
     trains_output,
-)  # fmt: skip
+)
 from moelpr.stages import VOCABULARY_PARTS, Part
 
 # Fractions of the data sheets' rates that large matrix products, other kernels, and collectives reach.
@@ -96,7 +96,7 @@ def stage_flops(
     routing: Routing | None = None,
     trained: frozenset[Part] | None = None,
 ) -> Flops:
-    """The matrix products of a micro-batch on a rank of a pipeline stage; norms and softmax are none.
+    """Count the matrix products of a micro-batch on a rank of a pipeline stage; norms and softmax are excluded.
 
     Forward, each weight is multiplied once per token or row, and attention computes the causal half of its scores and
     values. Backward, a product costs as much again for the gradient of its weight if that trains, and for the gradient
@@ -129,7 +129,7 @@ def stage_flops(
             again += forward - core - products[Part.ATTENTION]
     if pp_rank == layout.pp - 1:
         num_rows = padded_vocabulary(shape["vocab_size"], layout.tp) / layout.tp
-        # Of new tokens, whose rows may all be on one rank, only these get a gradient.
+        # If there are new tokens, only their rows get a gradient, and they may all be on one rank.
         trained_rows = min(spec.new_tokens.number, num_rows) if spec.new_tokens else num_rows
         rows_per_token = 2 * num_rows + (trained_rows if trains_output(spec, trained) else 0)
         once += 2 * tokens * layout.tp * shape["hidden_size"] * rows_per_token
@@ -268,7 +268,7 @@ class _Links:
     def _ranks_in_node(self, size: int, stride: int) -> int:
         """How many ranks share a node with the worst-placed one, of a group of `size` ranks that are `stride` apart.
 
-        Of groups of 5 on nodes of 8, one has a single rank in its second node.
+        Among groups of 5 on nodes of 8, one has a single rank in its second node.
         """
         if not self.cluster.leaves_node(size * stride):
             return size

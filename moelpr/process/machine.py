@@ -83,11 +83,6 @@ def has_gpus() -> bool:
     return first not in ("", "-1", "NoDevFiles") and any(_DEVICES.glob("nvidia[0-9]*"))
 
 
-def as_gib(size: int) -> str:
-    """A number of bytes as "1.2 GiB"."""
-    return f"{size / 2**30:.1f} GiB"
-
-
 def format_bytes(number: float) -> str:
     """A number of bytes with its unit: "99 GiB"."""
     power = min(int(math.log2(max(number, 1))) // 10, 4)

@@ -89,8 +89,8 @@ def test_a_killed_rank_is_named_with_the_memory_it_held(start: Start) -> None:
     os.kill(ranks[1], signal.SIGKILL)
     _, errors = launcher.communicate(timeout=60)
     assert launcher.returncode == 1 and errors.count("\n") == 1
-    (held,) = re.findall(r"rank 1 was killed \(signal 9\).*it held (.*) GiB, 2 ranks of this machine share", errors)
-    assert 0.1 <= float(held) < 1
+    (held,) = re.findall(r"rank 1 was killed \(signal 9\).*it held (.*) MiB, 2 ranks of this machine share", errors)
+    assert 100 <= float(held) < 1000
 
 
 @pytest.mark.parametrize("number", [signal.SIGBUS, signal.SIGINT])

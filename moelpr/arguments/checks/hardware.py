@@ -25,16 +25,16 @@ def note_memory(run: RunSettings) -> Iterable[str]:
         total = min(torch.cuda.get_device_properties(gpu).total_memory for gpu in range(torch.cuda.device_count()))
         if expected > (1 - RESERVED_FRACTION) * total:
             yield (
-                f"warning: a rank may need {machine.as_gib(expected)}, and a GPU here has {machine.as_gib(total)}, of "
-                f"which {RESERVED_FRACTION:.0%} are left for what is not counted; if it runs out of memory, use "
-                f"{smaller_settings(run)}, or a layout of python -m moelpr.plan"
+                f"warning: a rank may need {machine.format_bytes(expected)}, and a GPU here has "
+                f"{machine.format_bytes(total)}, of which {RESERVED_FRACTION:.0%} are left for what is not counted; if "
+                f"it runs out of memory, use {smaller_settings(run)}, or a layout of python -m moelpr.plan"
             )
         return
     # The kernel would kill a rank, where a GPU reports an error.
     number = ranks.local_world_size()
     if number * expected > (free := machine.free_memory()):
         yield (
-            f"warning: this machine has {machine.as_gib(free)} of free memory, and {number} "
-            f"rank{'s' if number > 1 else ''} of {machine.as_gib(expected)} may need more; if one is killed, use "
+            f"warning: this machine has {machine.format_bytes(free)} of free memory, and {number} "
+            f"rank{'s' if number > 1 else ''} of {machine.format_bytes(expected)} may need more; if one is killed, use "
             f"{smaller_settings(run)}"
         )

@@ -158,10 +158,10 @@ GIB = 1 << 30
         ([80, 80], "auto", "auto", False, {}),
         ([70, 100], "auto", "auto", True, {0: 63, 1: 90}),
         ([80, 160], "auto", "float32", True, {0: 72, 1: 144}),
-        ([70, 80], "auto", "auto", False, "takes 70.0 GiB, and GPU 0 has 63.0 GiB .* over 2 GPUs, .*pip install"),
-        ([70, 80], "cuda:0", "auto", True, "GPU 0 has 63.0 GiB .*--device auto"),
-        ([70], "auto", "auto", True, "all GPUs 63.0 GiB; use more GPUs"),
-        ([70, None], "auto", "auto", True, "all GPUs 63.0 GiB; use more GPUs"),
+        ([70, 80], "auto", "auto", False, "takes 70 GiB, and GPU 0 has 63 GiB .* over 2 GPUs, .*pip install"),
+        ([70, 80], "cuda:0", "auto", True, "GPU 0 has 63 GiB .*--device auto"),
+        ([70], "auto", "auto", True, "all GPUs 63 GiB; use more GPUs"),
+        ([70, None], "auto", "auto", True, "all GPUs 63 GiB; use more GPUs"),
     ],
 )
 def test_a_model_that_one_gpu_cannot_hold_is_spread_or_refused_before_it_is_loaded(

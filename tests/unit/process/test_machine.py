@@ -85,7 +85,7 @@ def test_the_peak_memory_of_a_process_is_the_kernels() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     assert before * 0.9 <= machine.peak_memory(os.getpid()) <= before * 1.5
     assert machine.peak_memory(2**22 + 1) == 0
-    assert machine.as_gib(3 << 29) == "1.5 GiB"
+    assert machine.format_bytes(3 << 29) == "1.5 GiB"
 
 
 def threads(code: str, **variables: str) -> list[str]:

@@ -39,7 +39,7 @@ def test_more_memory_than_is_free_is_a_warning(gathered, monkeypatch, free_gib: 
     monkeypatch.setattr(machine, "free_memory", lambda: int(free_gib * 2**30))
     notes = list(hardware.note_memory(gathered(ranks=2)))
     assert len(notes) == is_warned
-    assert not notes or ("0.9 GiB" in notes[0] and "--micro-batch-size 3" in notes[0])
+    assert not notes or ("MiB" in notes[0] and "--micro-batch-size 3" in notes[0])
 
 
 @pytest.mark.parametrize(("need_gib", "is_warned"), [(71, False), (73, True)])
@@ -54,4 +54,4 @@ def test_a_rank_that_may_not_fit_its_gpu_is_a_warning(gathered, monkeypatch, nee
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: SimpleNamespace(total_memory=sizes[gpu]))
     notes = list(hardware.note_memory(run))
     assert len(notes) == is_warned
-    assert not notes or ("73.0 GiB" in notes[0] and "80.0 GiB" in notes[0] and "moelpr.plan" in notes[0])
+    assert not notes or ("73 GiB" in notes[0] and "80 GiB" in notes[0] and "moelpr.plan" in notes[0])

@@ -118,15 +118,15 @@ class Workflow:
         disk = scale * (sum(task.disk_gib for task in left) + spare_disk_gib) * 2**30
         if (free := shutil.disk_usage(self.folder).free) < disk:
             raise MachineError(
-                f"the disk of {self.folder} has {machine.as_gib(free)} free, and the tasks that are left need "
-                f"{machine.as_gib(int(disk))}; free space, or {remedy}"
+                f"the disk of {self.folder} has {machine.format_bytes(free)} free, and the tasks that are left need "
+                f"{machine.format_bytes(disk)}; free space, or {remedy}"
             )
         largest = max(left, key=lambda task: task.memory_gib)
         memory = scale * largest.memory_gib * 2**30
         if (free := machine.free_memory()) < memory:
             raise MachineError(
-                f"{machine.as_gib(free)} of memory are free, and task {largest.name} needs "
-                f"{machine.as_gib(int(memory))}; use a larger machine, or {remedy}"
+                f"{machine.format_bytes(free)} of memory are free, and task {largest.name} needs "
+                f"{machine.format_bytes(memory)}; use a larger machine, or {remedy}"
             )
 
     def _perform(self, task: Task, *, needs_output: bool) -> None:

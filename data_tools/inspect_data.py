@@ -7,7 +7,6 @@ manifest. Documents are shown as text if a tokenizer is given, otherwise as toke
 """
 
 import argparse
-import dataclasses
 import json
 import textwrap
 from typing import Any
@@ -95,7 +94,7 @@ def summarize(corpus: Corpus, manifest: Manifest | None) -> dict[str, Any]:
         if len(lengths)
         else {},
         "length_histogram": length_histogram(lengths),
-        "manifest": manifest and dataclasses.asdict(manifest),
+        "manifest": manifest and manifest.as_json(),
         "verified": ["sizes", "offsets", "token count", "checksum of the .lang"]
         + (["checksums of all files", "counts per language"] if manifest else []),
     }

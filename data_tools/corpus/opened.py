@@ -158,14 +158,11 @@ def open_corpora(prefixes: Sequence[str]) -> tuple[list[Corpus], list[Manifest] 
 
 def check_same_job(prefixes: Sequence[str], manifests: Sequence[Manifest]) -> None:
     """Raise `UserError` if shards were not made by the same command from the same input: documents would be missing."""
-    known = {prefix: manifest.shard_of for prefix, manifest in zip(prefixes, manifests, strict=True)}
-    known = {prefix: job for prefix, job in known.items() if job is not None}  # older versions did not record it
-    (first, job), *others = known.items() or [("", None)]
-    for prefix, other in others:
-        if other != job:
+    for prefix, manifest in zip(prefixes, manifests, strict=True):
+        if manifest.shard_of != manifests[0].shard_of:
             raise UserError(
-                f"{first} and {prefix} are shards of different jobs: their flags differ, or the names or sizes of "
-                "their input files; preprocess all shards again, from the same input"
+                f"{prefixes[0]} and {prefix} are shards of different jobs: their flags differ, or the names or sizes "
+                "of their input files; preprocess all shards again, from the same input"
             )
 
 

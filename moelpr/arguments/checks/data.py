@@ -95,21 +95,6 @@ def damaged_corpora(run: RunSettings) -> Iterable[str]:
             yield str(error)
 
 
-def note_unverified_corpora(run: RunSettings) -> Iterable[str]:
-    """Corpora whose token IDs are not compared with a checksum."""
-    if run.args.verify_corpus != Verify.SAMPLED:
-        return
-    manifests = {prefix: Manifest.read(prefix) for prefix in _existing_corpora(run)}
-    unknown = [
-        prefix for prefix, manifest in manifests.items() if manifest and not manifest.files["bin"].can_be_sampled
-    ]
-    if unknown:
-        yield (
-            f"only the size of {'.bin, '.join(unknown)}.bin is verified, because an older version wrote the manifest; "
-            "pass --verify-corpus full to read all of it"
-        )
-
-
 def check_validation_data(run: RunSettings) -> Iterable[str]:
     """Validation corpora exist, one per language."""
     seen = set()

@@ -46,7 +46,7 @@ def write_manifest(prefix: Path, tokens: int, documents: int, languages: dict[st
         documents=documents,
         tokens=tokens,
         skipped_lines=0,
-        files={name: FileRecord(1, "0") for name in ("bin", "idx", "lang")},
+        files={name: FileRecord(1, "0", "") for name in ("bin", "idx", "lang")},
     ).write(prefix)
 
 

@@ -1,5 +1,6 @@
 """inspect_data.py shows a corpus and finds files that do not belong together."""
 
+import dataclasses
 import json
 import shutil
 import struct
@@ -125,24 +126,22 @@ def test_runs_inside_a_document_are_shown_apart(mixed_corpus: Path, capsys: pyte
 
 def test_manifest_of_another_corpus_is_reported(make_corpus: Callable) -> None:
     prefix = make_corpus("c", [("en", [1, 2, 3]), ("el", [4, 5])])
+    whole = Manifest.read(prefix)
 
-    def expect(message: str, change: Callable[[Manifest], object]) -> None:
-        manifest = Manifest.read(prefix)
-        change(manifest)
-        manifest.write(prefix)
+    def expect(message: str, **changes: object) -> None:
+        dataclasses.replace(whole, **changes).write(prefix)
         with pytest.raises(UserError, match=message):
             inspect_data.main([str(prefix)])
-        whole.write(prefix)
 
-    whole = Manifest.read(prefix)
-    expect("c contains 2 documents, .*c.manifest.json states 3", lambda m: setattr(m, "documents", 3))
-    expect("c contains 5 tokens, .* states 6", lambda m: setattr(m, "tokens", 6))
-    expect("c contains 5 tokens of all languages, .* states 3", lambda m: m.languages.pop("el"))
-    expect(
-        "c contains 3 original-language tokens, .* states 0", lambda m: setattr(m.languages["en"], "bit", "expanded")
-    )
-    expect("c.bin is damaged or", lambda m: m.files.pop("bin"))
-    expect("c.lang is damaged or", lambda m: setattr(m.files["lang"], "bytes", 1))
+    expect("c contains 2 documents, .*c.manifest.json states 3", documents=3)
+    expect("c contains 5 tokens, .* states 6", tokens=6)
+    expect("c contains 5 tokens of all languages, .* states 3", languages={"en": whole.languages["en"]})
+    as_expanded = {"en": dataclasses.replace(whole.languages["en"], bit="expanded"), "el": whole.languages["el"]}
+    expect("c contains 3 original-language tokens, .* states 0", languages=as_expanded)
+    files = whole.files
+    expect("c.bin is damaged or", files={"idx": files["idx"], "lang": files["lang"]})
+    expect("c.lang is damaged or", files=files | {"lang": dataclasses.replace(files["lang"], bytes=1)})
+    whole.write(prefix)
     # A token id that is as good as another: only the manifest knows.
     damage(Path(f"{prefix}.bin"), 0, b"\x02")
     with pytest.raises(UserError, match="c.bin is damaged or"):
@@ -154,9 +153,6 @@ def test_manifest_of_another_corpus_is_reported(make_corpus: Callable) -> None:
 def test_long_runs_are_cut_and_control_characters_escaped(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     class Letters:
         vocab_size, eod_id = 256, None
-
-        def encode_batch(self, texts: list[str]) -> list[list[int]]:
-            raise NotImplementedError
 
         def decode(self, ids: list[int]) -> str:
             return "".join(map(chr, ids))

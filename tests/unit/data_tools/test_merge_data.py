@@ -1,5 +1,6 @@
 """Merged corpora have the bytes of one corpus; corpora that can't be merged are reported and leave nothing."""
 
+import dataclasses
 import os
 import resource
 from collections.abc import Callable
@@ -106,31 +107,18 @@ def test_without_a_manifest_in_each_input_the_output_has_none(
 def test_corpora_that_do_not_belong_together_are_rejected(make_corpus: Callable) -> None:
     one = make_corpus("one", [("en", [1])])
 
-    def expect(message: str, prefix: Path, change: Callable[[Manifest], object] = lambda manifest: None) -> None:
-        manifest = Manifest.read(prefix)
-        change(manifest)
-        manifest.write(prefix)
+    def expect(message: str, prefix: Path, *others: Path, **changes: object) -> None:
+        dataclasses.replace(Manifest.read(prefix), **changes).write(prefix)
         with pytest.raises(UserError, match=message):
-            merge(one.parent / "out", one, prefix)
+            merge(one.parent / "out", one, *others, prefix)
         assert not list(one.parent.glob("*out*"))
 
     expect("one .* tokenizer hf, .*b .* hf;", make_corpus("b", [("el", [2])], fingerprint="x"))
-    expect(
-        "one and .*c .*--append-eod",
-        make_corpus("c", [("el", [2])]),
-        lambda m: setattr(m, "append_eod", False),
-    )
-
-    def other_bit(manifest: Manifest) -> None:
-        manifest.languages = {"en": LanguageCount("expanded", 1, 1, 1)}
-
-    expect("en is an original language in .*one, .* expanded one in .*d;", make_corpus("d", [("el", [2])]), other_bit)
-    f, g = make_corpus("f", [("el", [2])]), make_corpus("g", [("es", [2])])
-    manifest = Manifest.read(g)
-    manifest.languages = {"el": LanguageCount("original", 1, 1, 1)}
-    manifest.write(g)
-    with pytest.raises(UserError, match="el is an expanded language in .*f, but an original one in .*g;"):
-        merge(one.parent / "out", one, f, g)  # the first has no Greek
+    expect("one and .*c .*--append-eod", make_corpus("c", [("el", [2])]), append_eod=False)
+    english, greek = {"en": LanguageCount("expanded", 1, 1, 1)}, {"el": LanguageCount("original", 1, 1, 1)}
+    d, f, g = (make_corpus(name, [(language, [2])]) for name, language in (("d", "el"), ("f", "el"), ("g", "es")))
+    expect("en is an original language in .*one, .* expanded one in .*d;", d, languages=english)
+    expect("el is an expanded language in .*f, but an original one in .*g;", g, f, languages=greek)
     e = make_corpus("e", [("el", [2])])
     Path(f"{e}.bin").write_bytes(b"\x03\x00")
     expect("e.bin is damaged or", e)

@@ -198,33 +198,6 @@ def test_language_bits_are_verified_without_a_manifest(upcycled: str, problems, 
     assert found.startswith(f"{prefix}.lang is damaged")
 
 
-def test_a_manifest_of_an_older_version_gives_one_note(
-    upcycled: str, accepted, problems, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from moelpr.data import manifest
-
-    monkeypatch.setattr(manifest, "_BLOCK_BYTES", 1)  # so that the corpora are long
-    hf = save_words(Path(upcycled) / "hf", ["a", "b", "c"])
-    prefixes = [write_corpus(tmp_path / name, True, tokens=200) for name in ("en", "es")]
-    for prefix in prefixes:
-        write_manifest(prefix, hf)
-    command = ["stage1", upcycled, "--data-path", *prefixes]
-    accepted(*command)
-    assert "--verify-corpus" not in capfd.readouterr().err
-    for prefix in prefixes:
-        content = json.loads(manifest_path(prefix).read_text())
-        for record in content["files"].values():
-            del record["block_crc32"]
-        manifest_path(prefix).write_text(json.dumps(content))
-    accepted(*command)
-    (note,) = (line for line in capfd.readouterr().err.splitlines() if "--verify-corpus full" in line)
-    assert all(f"{prefix}.bin" in note for prefix in prefixes)
-    damage(Path(f"{prefixes[1]}.bin"), DAMAGE["bin"])
-    accepted(*command)
-    (found,) = problems(*command, "--verify-corpus", "full")
-    assert found.startswith(f"{prefixes[1]}.bin is damaged")
-
-
 def write_corpus(prefix: Path, *is_original: bool, tokens: int = 20) -> str:
     with CorpusWriter(prefix, vocab_size=128) as writer:
         for bit in is_original:

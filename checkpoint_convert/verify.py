@@ -26,6 +26,7 @@ from checkpoint_convert.compare.reader_requirements import unmet_requirements
 from checkpoint_convert.compare.tensors import TensorVerdict, compare, compare_frozen, largest_difference
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
+from moelpr.process.tables import table_text
 from moelpr.store.checksums import NO_VERIFY, Verify
 
 SHOWN_ROWS = 20
@@ -107,20 +108,19 @@ def _print_report(
 ) -> None:
     """Missing and misshapen tensors first, then the largest differences."""
     if different:
-        rows = [["tensor", "difference", "largest", "elements that differ"]]
+        rows = []
         for v in sorted(different, key=lambda v: (v.kind == "value", -v.max_abs))[:limit]:
             is_value = v.kind == "value"
             elements = f"{v.num_different:,} of {v.num_elements:,}" if is_value else v.detail
             rows.append([v.name, v.kind, f"{v.max_abs:.3e}" if is_value else "", elements])
-        _print_table(rows)
+        print(table_text(["tensor", "difference", "largest", "elements that differ"], rows, range(4)))
         print(f"… and {len(different) - limit:,} more; --all lists them\n" if len(different) > limit else "")
     if texts:
-        rows = [["text", "tokens", "largest logit difference", "same next token"]]
+        rows = []
         for t in texts:
             same = f"{t.num_same_choice:,} ({t.num_same_choice / t.num_tokens:.2%})"
             rows.append([str(t.file), f"{t.num_tokens:,}", f"{t.max_abs_logit_diff:.3e}", same])
-        _print_table(rows)
-        print()
+        print(table_text(["text", "tokens", "largest logit difference", "same next token"], rows, range(4)) + "\n")
     largest = max((v.max_abs for v in verdicts if v.kind == "value"), default=0.0)
     print(f"{len(verdicts):,} tensors, {len(different):,} differ, largest absolute difference {largest:.3e}")
     if ignored := _num_ignored_rows(verdicts):
@@ -129,12 +129,6 @@ def _print_report(
 
 def _num_ignored_rows(verdicts: list[TensorVerdict]) -> int:
     return max((verdict.num_ignored_rows for verdict in verdicts), default=0)
-
-
-def _print_table(rows: list[list[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _as_json(

@@ -18,6 +18,7 @@ from data_tools.vocabulary.text import Comparison, TextFiles, compare, count_wor
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
 from moelpr.process.machine import available_cpus
+from moelpr.process.tables import table_text
 from moelpr.store.files import atomic_directory, refuse_existing
 
 
@@ -118,11 +119,13 @@ def text_files(items: list[str], args: argparse.Namespace, flag: str) -> TextFil
 
 
 def print_comparison(title: str, languages: list[str], compared: list[Comparison]) -> None:
-    print(f"\n  {title:<20}{'documents':>11}{'bytes':>15}   bytes per token: before    after    ratio")
+    rows = []
     for language, found in zip(languages, compared, strict=True):
         before, after = (found.bytes / max(tokens, 1) for tokens in (found.before, found.after))
-        counts = f"{found.documents:>11,}{found.bytes:>15,}"
-        print(f"  {language:<20}{counts}{before:>26.3f}{after:>9.3f}{after / max(before, 1e-9):>9.2f}")
+        numbers = f"{before:.3f}", f"{after:.3f}", f"{after / max(before, 1e-9):.2f}"
+        rows.append([language, f"{found.documents:,}", f"{found.bytes:,}", *numbers])
+    head = [title, "documents", "bytes", "bytes per token: before", "after", "ratio"]
+    print(f"\n{table_text(head, rows, indent='  ')}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from moelpr.data.tokenizers.base import Tokenizer
 from moelpr.data.tokenizers.loading import load_tokenizer
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
+from moelpr.process.tables import table_text
 
 _CHUNK_TOKENS = 1 << 24  # tokens read at once, so that memory stays small
 _BAR = 40  # characters of the histogram's longest bar
@@ -150,14 +151,16 @@ def print_summary(summary: dict[str, Any]) -> None:
         count = summary[f"{bit}_tokens"]
         print(f"    {bit + '-language':<18}{count:>15,}   {count / max(num_tokens, 1):6.1%}")
     if manifest and manifest["languages"]:
-        print(f"\n  {'language':<16}{'bit':<10}{'documents':>15}{'tokens':>18}{'share':>9}{'bytes/token':>13}")
+        rows = []
         by_bit = sorted(manifest["languages"].items(), key=lambda item: (item[1]["bit"] != "original", item[0]))
         for name, count in by_bit:
             documents, tokens, num_bytes = count["documents"], count["tokens"], count["bytes"]
             # Sampling loses the size of the text.
             density = f"{num_bytes / tokens:.2f}" if tokens and num_bytes else "–"
-            share = tokens / max(num_tokens, 1)
-            print(f"  {name:<16}{count['bit']:<10}{documents:>15,}{tokens:>18,}{share:>9.1%}{density:>13}")
+            share = f"{tokens / max(num_tokens, 1):.1%}"
+            rows.append([name, count["bit"], f"{documents:,}", f"{tokens:,}", share, density])
+        head = ["language", "bit", "documents", "tokens", "share", "bytes/token"]
+        print(f"\n{table_text(head, rows, (0, 1), indent='  ')}")
     if summary["tokens_per_document"]:
         print("\n  tokens per document")
         for name, value in summary["tokens_per_document"].items():
@@ -168,11 +171,12 @@ def print_summary(summary: dict[str, Any]) -> None:
 
 def print_histogram(histogram: list[dict[str, int]]) -> None:
     most = max(part["documents"] for part in histogram)
-    print(f"\n  {'tokens':<27}{'documents':>13}{'tokens':>18}")
+    rows = []
     for part in histogram:
         bar = "█" * -(-_BAR * part["documents"] // most)  # rounded up, so that nothing is invisible
-        span = f"{part['from']:,} to {part['to']:,}"
-        print(f"    {span:<25}{part['documents']:>13,}{part['tokens']:>18,}  {bar}".rstrip())
+        span = f"  {part['from']:,} to {part['to']:,}"
+        rows.append([span, f"{part['documents']:,}", f"{part['tokens']:,}", bar])
+    print(f"\n{table_text(['tokens', 'documents', 'tokens', ''], rows, (0, 3), indent='  ')}")
 
 
 def print_document(document: dict[str, Any], number: int, num_documents: int) -> None:

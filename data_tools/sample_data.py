@@ -27,6 +27,7 @@ from data_tools.corpus.opened import Corpus, missing_manifests, open_corpora, ru
 from moelpr.data.manifest import FileRecord, LanguageCount, Manifest, Source
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
+from moelpr.process.tables import table_text
 
 Bit = Literal["original", "expanded"]
 BITS: tuple[Bit, Bit] = ("original", "expanded")
@@ -189,10 +190,12 @@ def manifest_of(
 
 
 def print_samples(samples: list[Sample]) -> None:
-    print(f"\n  {'language':<16}{'bit':<10}{'sampled':>13}{'of':>13}{'tokens':>18}   from")
+    rows = []
     for sample in samples:
-        counts = f"{len(sample.chosen):>13,}{sample.available:>13,}{sample.num_tokens:>18,}"
-        print(f"  {sample.names[sample.bit]:<16}{sample.bit:<10}{counts}   {sample.corpus.prefix}")
+        counts = f"{len(sample.chosen):,}", f"{sample.available:,}", f"{sample.num_tokens:,}"
+        rows.append([sample.names[sample.bit], sample.bit, *counts, str(sample.corpus.prefix)])
+    head = ["language", "bit", "sampled", "of", "tokens", "from"]
+    print(f"\n{table_text(head, rows, (0, 1, 5), indent='  ')}")
     for sample in samples:
         if sample.is_short:
             print(f"note: {sample.corpus.prefix} contains less than the requested {sample.requested}; all are used")

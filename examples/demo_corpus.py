@@ -19,6 +19,7 @@ from typing import Any
 
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
+from moelpr.process.tables import table_text
 from moelpr.store.files import atomic_directory
 
 WHEEL_PROJECT = "homeassistant"
@@ -202,9 +203,8 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="rebuild an existing corpus")
     args = parser.parse_args()
     manifest = build_demo_corpus(args.output, args.cache.expanduser(), overwrite=args.overwrite)
-    print(f"{'file':<22}{'documents':>10}{'characters':>12}{'bytes':>12}")
-    for name, size in manifest.items():
-        print(f"{name:<22}{size['documents']:>10,}{size['characters']:>12,}{size['bytes']:>12,}")
+    kinds = ["documents", "characters", "bytes"]
+    print(table_text(["file", *kinds], [[name, *(f"{size[k]:,}" for k in kinds)] for name, size in manifest.items()]))
 
 
 if __name__ == "__main__":

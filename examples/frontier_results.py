@@ -12,8 +12,9 @@ from typing import Any
 
 from examples.languages import EXPANDED, LANGUAGES, ORIGINAL
 from moelpr.languages import language_name
-from moelpr.report.page import Table, terminal_table
-from moelpr.report.plots import Series, percent, trade_off_chart
+from moelpr.report.numbers import percent
+from moelpr.report.page import Table, markdown_table
+from moelpr.report.plots import Series, trade_off_chart
 
 FILE_NAME = "frontier.json"
 
@@ -64,7 +65,7 @@ def results_tables(results: Mapping[str, Any]) -> str:
         Table(["", "mean original", "mean expanded", "all choices original"], means),
         Table(["lowest to highest", *titles], languages),
     )
-    return "\n\n".join(map(terminal_table, tables))
+    return "\n\n".join(map(markdown_table, tables))
 
 
 def changes_of_seeds(values: Sequence[float]) -> str:

@@ -13,8 +13,8 @@ from examples.frontier_results import FILE_NAME, frontier_chart, results_tables
 from moelpr.languages import language_name
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
-from moelpr.report.page import Table, terminal_table
-from moelpr.report.plots import percent
+from moelpr.report.numbers import percent
+from moelpr.report.page import Table, markdown_table
 from moelpr.store.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,7 +86,7 @@ def results(report: dict[str, Any]) -> str:
     missed = [claim for claim in report["claims"] if not claim["ok"]]
     shown = f"{len(report['claims']) - len(missed)} of {len(report['claims'])} claims"
     lines = [
-        terminal_table(Table(["bits per byte, held-out text", "base", *MODELS.values()], rows)),
+        markdown_table(Table(["bits per byte, held-out text", "base", *MODELS.values()], rows)),
         " ".join([*checks, f"This run shows {shown}.{' Not shown:' if missed else ''}"]),
     ]
     items = [f"- {language_name(c['language']) or c['name']}: {c['found']}; claim: {c['claim']}" for c in missed]
@@ -118,7 +118,7 @@ def compared_with_paper(report: dict[str, Any]) -> str:
     for number, (name, (model, group)) in enumerate(names.items()):
         left = [value("stage2", group) / value(model, group) for value in (demo, paper)]
         rows.append([name, *(f"{1 - fraction if number == 0 else fraction:.0%}" for fraction in left)])
-    return terminal_table(Table(["", "demo, bits per byte", "paper, benchmark scores"], rows))
+    return markdown_table(Table(["", "demo, bits per byte", "paper, benchmark scores"], rows))
 
 
 if __name__ == "__main__":

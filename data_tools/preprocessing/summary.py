@@ -9,6 +9,7 @@ from data_tools.corpus.corpus_writer import token_dtype
 from data_tools.corpus.opened import describe
 from data_tools.preprocessing.languages import UNDETECTED, Bits
 from moelpr.data.manifest import LanguageCount, Manifest
+from moelpr.process.tables import table_text
 
 _PROBLEMS_SHOWN = 10
 
@@ -109,11 +110,10 @@ def print_summary(
         dtype = token_dtype(manifest.tokenizer.vocab_size)
         print(describe(prefixes[name], manifest.documents, manifest.tokens, original, dtype))
         if shows_languages:
-            print(f"\n  {'language':<16}{'bit':<12}{'documents':>12}{'tokens':>16}{'bytes':>18}")
-            for language, count in sorted(manifest.languages.items(), key=lambda item: -item[1].tokens):
-                numbers = f"{count.documents:>12,}{count.tokens:>16,}{count.bytes:>18,}"
-                print(f"  {language:<16}{count.bit:<12}{numbers}")
-            print()
+            counts = sorted(manifest.languages.items(), key=lambda item: -item[1].tokens)
+            rows = [[name, c.bit, f"{c.documents:,}", f"{c.tokens:,}", f"{c.bytes:,}"] for name, c in counts]
+            head = ["language", "bit", "documents", "tokens", "bytes"]
+            print(f"\n{table_text(head, rows, (0, 1), indent='  ')}\n")
     if shows_languages:
         found = {language for manifest in manifests.values() for language in manifest.languages}
         for language in sorted((bits.original | bits.expanded) - found):
@@ -140,15 +140,16 @@ def _print_audit(audit: dict[str, Counter[str]], bits: Bits | None) -> None:
     total: Counter[str] = sum(audit.values(), Counter())
     columns = sorted(total, key=lambda name: (-total[name], name))[:8]
     print("\n  documents by stated language (rows) and detected language (columns)")
-    print(f"  {'':<16}" + "".join(f"{name:>10}" for name in columns) + f"{'others':>10}")
+    rows = []
     differing = 0
     for stated, detected in sorted(audit.items()):
         others = detected.total() - sum(detected[name] for name in columns)
-        print(f"  {stated:<16}" + "".join(f"{detected[name]:>10,}" for name in columns) + f"{others:>10,}")
+        rows.append([stated, *(f"{detected[name]:,}" for name in columns), f"{others:,}"])
         if bits is not None and "+" not in stated:  # a text in several languages may have both bits
             is_original = stated in bits.original
             certain = {name: count for name, count in detected.items() if name != UNDETECTED}
             differing += sum(count for name, count in certain.items() if (name in bits.original) != is_original)
+    print(table_text(["", *columns, "others"], rows, indent="  "))
     if bits is not None:
         share = differing / max(total.total(), 1)
         print(f"  {differing:,} of {total.total():,} documents ({share:.2%}) would have the other bit")

@@ -23,8 +23,9 @@ from examples.real_model.settings import (
 )
 from examples.real_model.signs import Verdict, change, margin, signs
 from moelpr.languages import language_name
-from moelpr.report.page import Row, Table, terminal_table
-from moelpr.report.plots import Interval, Panel, Series, heat_maps, percent, trade_off_chart
+from moelpr.report.numbers import Interval, percent
+from moelpr.report.page import Row, Table, markdown_table
+from moelpr.report.plots import Panel, Series, heat_maps, trade_off_chart
 from moelpr.store.files import write_text
 
 Json = Mapping[str, Any]
@@ -152,7 +153,7 @@ def readme_table(results: Json) -> str:
         break_on_hyphens=False,
     )
     head = ["lower is better", "expanded languages, kinds of text trained on", "original languages, another kind"]
-    return f"{text}\n\n{terminal_table(Table(head, rows))}"
+    return f"{text}\n\n{markdown_table(Table(head, rows))}"
 
 
 def _predictions(results: Json) -> str:
@@ -182,7 +183,7 @@ def _means(results: Json) -> str:
         "intervals over documents, paired with base, translations drawn together; or for several seeds the lowest and "
         "highest of their means."
     )
-    return f"{terminal_table(Table(head, rows))}\n\n{note}"
+    return f"{markdown_table(Table(head, rows))}\n\n{note}"
 
 
 def _over_seeds(intervals: Sequence[Sequence[float]]) -> str:
@@ -206,7 +207,7 @@ def _languages(results: Json) -> str:
                 rows.append([setting["label"], *cells])
             where = "trained" if part == "in" else "never trained on"
             head = [f"{kind} ({where})", *map(language_name, LANGUAGES)]
-            tables.append(terminal_table(Table(head, rows)))
+            tables.append(markdown_table(Table(head, rows)))
     return _folded("Each language and kind of text", *tables)
 
 
@@ -233,7 +234,7 @@ def _costs(results: Json) -> str:
         "Training of the first seed, stage 1 included, on two cores, without starts, saves and searches: the median "
         "time of a step times their number. Times of different settings may be of different machines."
     )
-    return f"{terminal_table(Table(head, rows))}\n\n{note}"
+    return f"{markdown_table(Table(head, rows))}\n\n{note}"
 
 
 def _rates(results: Json) -> str:
@@ -259,7 +260,7 @@ def _cloze(results: Json) -> str:
             [CONTINUED.get(model, model), *(f"{scores[name][x][0]:.1f} ± {scores[name][x][1]:.1f}" for x in LANGUAGES)]
             for model, scores in results["cloze"].items()
         ]
-        tables.append(terminal_table(Table([f"{name}, % right", *map(language_name, LANGUAGES)], rows)))
+        tables.append(markdown_table(Table([f"{name}, % right", *map(language_name, LANGUAGES)], rows)))
     note = (
         "The right continuation of a held-out text among four; guessing gives 25%. ± standard error, which takes the "
         "questions of a document, at most 6, as independent."
@@ -280,7 +281,7 @@ def _continuations(results: Json) -> str:
             if name.split(".")[0] == language
         ]
         head = [f"{language_name(language)}: first words", *(CONTINUED.get(model, model) for model in models)]
-        tables.append(terminal_table(Table(head, rows, text_columns=range(1, len(head)))))
+        tables.append(markdown_table(Table(head, rows, text_columns=range(1, len(head)))))
     note = "Greedy continuations of held-out documents, up to 40 tokens. A few samples do not show quality."
     return _folded("Continuations", note, *tables)
 
@@ -324,8 +325,8 @@ def _vocabulary(results: Json) -> str:
         "stage 1 does without new tokens. With the *same tokens*, they take about the same time."
     )
     tables = [
-        terminal_table(Table(["bytes per token, held-out text", *map(language_name, LANGUAGES)], lengths)),
-        terminal_table(Table(head, rows)),
+        markdown_table(Table(["bytes per token, held-out text", *map(language_name, LANGUAGES)], lengths)),
+        markdown_table(Table(head, rows)),
     ]
     return "\n\n".join(["### With an extended vocabulary", note, *tables])
 

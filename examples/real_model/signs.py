@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from examples.real_model.settings import MORE_TEXT, ORIGINAL, REPLAY, SETTINGS
-from moelpr.report.plots import percent
+from moelpr.report.numbers import percent
 
 Json = Mapping[str, Any]
 COMPARABLE = 0.8  # fraction of full fine-tuning's learning that counts as comparable

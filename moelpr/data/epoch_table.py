@@ -6,6 +6,7 @@ from megatron.core.datasets.blended_dataset import BlendedDataset
 from moelpr.data.dataset import TaggedGPTDataset
 from moelpr.data.manifest import LanguageCount, Manifest
 from moelpr.process.errors import UserError
+from moelpr.process.tables import table_text
 
 
 def epoch_table(train: TaggedGPTDataset | BlendedDataset, num_samples: int, seq_length: int) -> str:
@@ -25,27 +26,26 @@ def epoch_table(train: TaggedGPTDataset | BlendedDataset, num_samples: int, seq_
     datasets, shares = [train], [1.0]
     if isinstance(train, BlendedDataset):
         datasets, shares = train.datasets, [weight / sum(train.weights) for weight in train.weights]
-    width = max(len("language"), *(len(dataset.dataset.path_prefix) for dataset in datasets)) + 2
-    lines = [
-        f"moelpr: training data in samples of {seq_length:,} tokens; the run takes {num_samples:,}",
-        f"  {'one epoch':<{width}}{'bit':<10}{'documents':>13}{'tokens':>18}{'samples':>13}{'epochs':>9}{'share':>9}",
-    ]
+    rows = []
     total = {"original": 0.0, "expanded": 0.0}
     for dataset, share in zip(datasets, shares, strict=True):
         prefix = dataset.dataset.path_prefix
         tokens = int(dataset.dataset.sequence_lengths[dataset.indices].sum(dtype=np.int64))
         documents, languages = _languages(dataset, tokens)
         samples, epochs = (tokens - 1) // seq_length, num_samples * share * seq_length / tokens
-        counts = f"{documents:>13,}{tokens:>18,}{samples:>13,}"
-        lines.append(f"  {prefix:<{width}}{'':<10}{counts}{epochs:>9.2f}{share:>9.1%}")
+        rows.append([prefix, "", f"{documents:,}", f"{tokens:,}", f"{samples:,}", f"{epochs:.2f}", f"{share:.1%}"])
         for name, count in sorted(languages, key=lambda item: (item[1].bit != "original", item[0])):
             if count.tokens:
                 part = share * count.tokens / tokens
                 total[count.bit] += part
-                counts = f"{count.documents:>13,}{count.tokens:>18,}{'':>22}{part:>9.1%}"
-                lines.append(f"    {name:<{width - 2}}{count.bit:<10}{counts}")
+                counts = f"{count.documents:,}", f"{count.tokens:,}"
+                rows.append([f"  {name}", count.bit, *counts, "", "", f"{part:.1%}"])
+    head = ["one epoch", "bit", "documents", "tokens", "samples", "epochs", "share"]
     parts = " and ".join(f"{part:.1%} are {bit}-language" for bit, part in total.items())
-    return "\n".join([*lines, f"  of all tokens the run reads, {parts}"])
+    return (
+        f"moelpr: training data in samples of {seq_length:,} tokens; the run takes {num_samples:,}\n"
+        f"{table_text(head, rows, (0, 1), indent='  ')}\n  of all tokens the run reads, {parts}"
+    )
 
 
 def _languages(dataset: TaggedGPTDataset, tokens: int) -> tuple[int, list[tuple[str, LanguageCount]]]:

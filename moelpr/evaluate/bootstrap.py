@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moelpr.evaluate.scoring import LanguageScore, metrics
-from moelpr.report.plots import Interval
+from moelpr.report.numbers import Interval
 
 NUM_SAMPLES = 1000
 # [1 + NUM_SAMPLES]: a number, then what it is in each bootstrap sample of the documents.

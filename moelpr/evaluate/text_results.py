@@ -9,7 +9,8 @@ from moelpr.evaluate.compare import Comparison
 from moelpr.evaluate.results import Results, settings_json
 from moelpr.languages import language_name
 from moelpr.report import page
-from moelpr.report.plots import Interval, change_chart, percent
+from moelpr.report.numbers import Interval, percent
+from moelpr.report.plots import change_chart
 
 METRICS = ("bits_per_byte", "perplexity", "accuracy", "bytes_per_token")
 # Of models with different tokenizers, these can be compared.

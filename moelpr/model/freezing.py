@@ -5,6 +5,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 
 from moelpr.model.new_rows import rows_that_train, train_new_rows_only
 from moelpr.model_spec import NewTokens
+from moelpr.process.tables import table_text
 from moelpr.stages import Part, Stage, part_of, trained_parts, trains_new_rows_only
 
 
@@ -47,8 +48,7 @@ def parameter_report(model_chunks: list[GPTModel]) -> str:
             count = counts.setdefault(part_of(name), [0, 0])
             count[0] += trainable
             count[1] += parameter.numel() - trainable
-    rows = [f"{'part':<16}{'trainable':>16}{'frozen':>16}"]
-    rows += [f"{part.value:<16}{trainable:>16,}{frozen:>16,}" for part, (trainable, frozen) in counts.items()]
     total = [sum(column) for column in zip(*counts.values(), strict=True)]
-    rows.append(f"{'all':<16}{total[0]:>16,}{total[1]:>16,}")
-    return "\n".join(rows)
+    by_name = {part.value: count for part, count in counts.items()} | {"all": total}
+    rows = [[name, *(f"{number:,}" for number in count)] for name, count in by_name.items()]
+    return table_text(["part", "trainable", "frozen"], rows)

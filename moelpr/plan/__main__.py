@@ -25,15 +25,15 @@ from moelpr.plan.step_time import PREDICTION_ERROR, bubble
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
 from moelpr.process.machine import format_bytes
+from moelpr.process.tables import table_text
 
 # The lengths and the batch size of launch/recipes/paper-stage1.yaml and paper-stage2.yaml.
 PAPER_SEQ_LENGTH = {"stage1": 1024, "stage2": 512}
 PAPER_GLOBAL_BATCH_SIZE = 512
 
-_TABLE_HEADER = (
-    f"{'TP':>3}{'PP':>4}{'EP':>4}{'ETP':>4}{'DP':>5}  {'recompute':<10}{'parameters':>11}{'gradients':>10}"
-    f"{'optimizer':>10}{'activations':>12}{'working':>8}{'total':>8}{'all-to-all':>12}{'gathers':>9}{'bubble':>8}"
-)
+_HEAD = (
+    "TP PP EP ETP DP recompute parameters gradients optimizer activations working total all-to-all gathers bubble"
+).split()
 
 
 def main() -> None:
@@ -112,22 +112,21 @@ def _table(found: list[Candidate], spec: ModelSpec, workload: Workload, cluster:
         "EP and over ETP, if all experts are chosen equally often; rows of original experts need no all-to-all.",
         time,
         "",
-        _TABLE_HEADER + (f"{'step':>8}{'tokens/s':>12}" if cluster.gpu else f"{'time':>6}"),
     ]
+    head = [*_HEAD, *(["step", "tokens/s"] if cluster.gpu else ["time"])]
+    table = []
     for one in found[:rows]:
         layout, rank = one.layout, one.peak
-        row = (
-            f"{layout.tp:>3}{layout.pp:>4}{layout.ep:>4}{layout.etp:>4}{layout.dp:>5}  {layout.recompute:<10}"
-            f"{rank.parameter_bytes / GIB:>11.2f}{rank.gradient_bytes / GIB:>10.2f}{rank.optimizer_bytes / GIB:>10.2f}"
-            f"{rank.activation_bytes / GIB:>12.2f}{rank.working_bytes / GIB:>8.2f}{rank.total_bytes / GIB:>8.2f}"
-            f"{one.traffic.all_to_all / GIB:>12.2f}{one.traffic.expert_tensor / GIB:>9.2f}"
-            f"{bubble(layout, workload.num_microbatches(layout)):>8.1%}"
-        )
+        parts = rank.parameter_bytes, rank.gradient_bytes, rank.optimizer_bytes, rank.activation_bytes
+        sizes = *parts, rank.working_bytes, rank.total_bytes, one.traffic.all_to_all, one.traffic.expert_tensor
+        row = [*map(str, (layout.tp, layout.pp, layout.ep, layout.etp, layout.dp, layout.recompute))]
+        row += [*(f"{size / GIB:.2f}" for size in sizes), f"{bubble(layout, workload.num_microbatches(layout)):.1%}"]
         if one.step_time:
-            row += f"{one.step_time.total_s:>8.2f}{one.step_time.tokens_per_s(workload, cluster):>12,.0f}"
+            row += [f"{one.step_time.total_s:.2f}", f"{one.step_time.tokens_per_s(workload, cluster):,.0f}"]
         else:
-            row += f"{one.relative_time:>6.2f}"
-        lines.append(row)
+            row.append(f"{one.relative_time:.2f}")
+        table.append(row)
+    lines.append(table_text(head, table, [_HEAD.index("recompute")]))
     if rows < len(found):
         lines.append(f"… and {len(found) - rows} more (--all)")
     if step := found[0].step_time:

@@ -8,7 +8,7 @@ from typing import Any
 
 from moelpr.process.errors import UserError
 from moelpr.report.language_results import GROUPS, LanguageResults, named_input
-from moelpr.report.plots import percent
+from moelpr.report.numbers import percent
 from moelpr.store.files import parse_json
 from moelpr.store.yaml_files import read_mapping
 

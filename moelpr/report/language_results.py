@@ -11,7 +11,7 @@ from typing import Any
 from moelpr.metrics.run_metrics import bits_of
 from moelpr.metrics.schema import ROUTING_SHARES
 from moelpr.process.errors import UserError
-from moelpr.report.plots import Interval
+from moelpr.report.numbers import Interval
 from moelpr.report.runs import Run
 from moelpr.store.files import parse_json
 

@@ -1,6 +1,5 @@
 """Pages made of blocks, written as one HTML file and as Markdown with the same text and numbers."""
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any, Literal
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
+from moelpr.process.tables import table_text
 from moelpr.store.files import write_text
 
 
@@ -167,29 +167,21 @@ def to_markdown(page: Page) -> str:
 
 
 def terminal_table(table: Table) -> str:
-    """A table with aligned columns as plain text."""
-    return _aligned_table(table, lambda text: text)
+    """The table as plain text."""
+    rows = [["\n".join(map(_line, lines)) for lines in row.lines] for row in table.full_rows]
+    return table_text(table.head, rows, (0, *table.text_columns))
 
 
-def number_text(value: float | None, form: str) -> str:
-    """A number in a cell; a dash if it is missing or not finite."""
-    return "–" if value is None or not math.isfinite(value) else form.format(value)
+def markdown_table(table: Table, escape: Callable[[str], str] = str) -> str:
+    """The table in Markdown, with columns as wide as their widest cell and numbers to the right.
 
-
-def _templates(**options: Any) -> Environment:
-    loader = PackageLoader("moelpr.report")
-    environment = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **options)
-    environment.filters["kind"] = lambda block: type(block).__name__
-    environment.filters["table"] = lambda table: Markup(_aligned_table(table, _escape, "**"))
-    return environment
-
-
-def _aligned_table(table: Table, escape: Callable[[str], str], bold: str = "") -> str:
-    """Columns as wide as their widest cell; numbers to the right."""
+    Args:
+        escape: What makes Markdown of a text; by default, texts are Markdown already.
+    """
     rows = [list(map(escape, table.head))]
     for row in table.full_rows:
         cells = ["<br>".join(_line(cell, escape) for cell in lines) for lines in row.lines]
-        cells = [f"{bold}{cell}{bold}" if row.kind and cell else cell for cell in cells]
+        cells = [f"**{cell}**" if row.kind and cell else cell for cell in cells]
         rows.append(cells + [""] * (len(table.head) - len(cells)))
     widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
     is_text = [index in (0, *table.text_columns) for index in range(len(widths))]
@@ -198,7 +190,15 @@ def _aligned_table(table: Table, escape: Callable[[str], str], bold: str = "") -
     return "\n".join(f"| {' | '.join(forms)} |".format(*row) for row in rows)
 
 
-def _line(cell: Cell, escape: Callable[[str], str]) -> str:
+def _templates(**options: Any) -> Environment:
+    loader = PackageLoader("moelpr.report")
+    environment = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **options)
+    environment.filters["kind"] = lambda block: type(block).__name__
+    environment.filters["table"] = lambda table: Markup(markdown_table(table, _escape))
+    return environment
+
+
+def _line(cell: Cell, escape: Callable[[str], str] = str) -> str:
     mark = {None: "", True: "✓ ", False: "✗ "}[cell.ok]
     return mark + escape(cell.text) + (f" ({escape(cell.below)})" if cell.below else "")
 

@@ -5,9 +5,8 @@ understood: curves differ in dash and marker, bars and cells carry their name an
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -20,6 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from moelpr.report.labels import label_points
+from moelpr.report.numbers import Interval, finite_mean, percent
 from moelpr.report.svg import INK, MUTED, PAGE, SERIES, TIP, new_axes, styled, to_svg, width_of, write_label
 
 Array = NDArray[np.float64]
@@ -38,28 +38,6 @@ class Curve:
     name: str
     x: Sequence[float]  # training steps, ascending
     y: Sequence[float]  # one finite number per step
-
-
-class Interval(NamedTuple):
-    """A number and the bounds of its 95% confidence interval, NaN if there is none."""
-
-    value: float
-    low: float = math.nan
-    high: float = math.nan
-
-    @property
-    def has_bounds(self) -> bool:
-        return math.isfinite(self.low) and math.isfinite(self.high)
-
-    @property
-    def is_clear(self) -> bool:
-        """For a change: there is an interval, and it does not contain 0."""
-        return self.has_bounds and (self.low > 0 or self.high < 0)
-
-    def text(self, write: Callable[[float], str]) -> str:
-        """`write` of the value, then of the bounds in brackets if there are any."""
-        bounds = f" [{write(self.low)}, {write(self.high)}]" if self.has_bounds else ""
-        return write(self.value) + bounds
 
 
 @dataclass(frozen=True)
@@ -312,17 +290,6 @@ def _draw_cells(axes: Axes, panel: Panel, form: str, darkest: float, fontsize: f
 def cell_colors(fraction: float) -> tuple[str, str]:
     """Fill and text color of a cell; lightness falls from 0 to 1, so that the map works in black and white."""
     return to_hex(matplotlib.colormaps["Blues"](min(max(fraction, 0.0), 1.0))), _CELL_INK[fraction > 0.65]
-
-
-def percent(change: float, digits: int = 1) -> str:
-    """A relative change with its sign: "−6.2%", "+0.9%", "unavailable"."""
-    return f"{100 * change:+.{digits}f}%".replace("-", "\u2212") if math.isfinite(change) else "unavailable"
-
-
-def finite_mean(values: Iterable[float | None]) -> float:
-    """Mean of the finite numbers; NaN if there is none."""
-    known = [value for value in values if value is not None and math.isfinite(value)]
-    return sum(known) / len(known) if known else math.nan
 
 
 def _tick_label(value: float) -> str:

@@ -8,7 +8,8 @@ from moelpr.languages import language_name
 from moelpr.metrics.schema import GROUP_NAMES, METRICS, ROUTING_SHARES, TOKENS_PER_S
 from moelpr.report import page, plots
 from moelpr.report.language_results import LanguageResults
-from moelpr.report.page import Block, Row, Table, Text, number_text
+from moelpr.report.numbers import finite_mean, number_text
+from moelpr.report.page import Block, Row, Table, Text
 from moelpr.report.runs import ENDS, Run, curve_of
 
 
@@ -56,7 +57,7 @@ def _curves_table(runs: Sequence[Run], num_rows: int = 8) -> Table:
         steps = run.metrics.steps
         size = max(1, math.ceil(len(steps) / num_rows))
         for part in (steps[start : start + size] for start in range(0, len(steps), size)):
-            means = [number_text(plots.finite_mean(curve_of(part, metric).y), "{:.4g}") for metric in columns]
+            means = [number_text(finite_mean(curve_of(part, metric).y), "{:.4g}") for metric in columns]
             rows.append([f"{run.name}, steps {part[0]['iteration']:,} to {part[-1]['iteration']:,}", *means])
     return Table(["mean over", *(metric.label for metric in columns)], rows)
 
@@ -70,7 +71,7 @@ def routing_figures(runs: Sequence[Run], evaluation: LanguageResults) -> list[Bl
             if model not in evaluation.layers:
                 continue
             languages = [name for name in evaluation.languages("original", "expanded", "") if name in shares]
-            columns = {language_name(name): [*shares[name], plots.finite_mean(shares[name])] for name in languages}
+            columns = {language_name(name): [*shares[name], finite_mean(shares[name])] for name in languages}
             rows = [f"layer {layer}" for layer in evaluation.layers[model]]
             evaluated.append(plots.Panel(model, columns, [*rows, "mean"]))
         captions = (
@@ -97,7 +98,7 @@ def _run_panels(run: Run, share: str) -> Iterator[plots.Panel]:
         for group, name in GROUP_NAMES.items():
             per_step = [record.get(f"{share}_{group}") for record in part]
             lists = [shares for shares in per_step if isinstance(shares, list)]
-            means = [plots.finite_mean(layer) for layer in zip(*lists, strict=False)]
+            means = [finite_mean(layer) for layer in zip(*lists, strict=False)]
             columns |= {name: means} if any(map(math.isfinite, means)) else {}
         if columns:
             length = min(map(len, columns.values()))

@@ -15,7 +15,8 @@ from moelpr.metrics.schema import CONSUMED_TOKENS, GROUP_NAMES, LM_LOSS
 from moelpr.report import page, plots
 from moelpr.report.claims import Claims, Judgment, check_result
 from moelpr.report.language_results import LanguageResults, held_out_results
-from moelpr.report.page import Block, Cell, Row, Section, Table, Text, number_text
+from moelpr.report.numbers import Interval, finite_mean, number_text, percent
+from moelpr.report.page import Block, Cell, Row, Section, Table, Text
 from moelpr.report.run_figures import curve_figures, routing_figures
 from moelpr.report.runs import Run
 from moelpr.store.files import write_text
@@ -94,8 +95,8 @@ def _summary(runs: Sequence[Run], evaluation: LanguageResults, held_out: Languag
         changes = {name: results.change(last, name).value for name in results.languages(group)}
         if known := [language_name(name) for name, change in changes.items() if math.isfinite(change)]:
             mean = results.change(last, f"mean {group}").value
-            mean = mean if math.isfinite(mean) else plots.finite_mean(changes.values())
-            parts.append(f"{group} languages {plots.percent(mean)} ({', '.join(known)})")
+            mean = mean if math.isfinite(mean) else finite_mean(changes.values())
+            parts.append(f"{group} languages {percent(mean)} ({', '.join(known)})")
     if not parts:
         return steps
     unit = "token" if results.per_token else "byte"
@@ -115,7 +116,7 @@ def _overview(report: Report, judgments: Sequence[Judgment], held_out: LanguageR
             yield Text(report.claims.note)
     if len(results.models) > 1:
         reference, *models = results.models
-        changes: dict[str, dict[str, plots.Interval | None]] = {}
+        changes: dict[str, dict[str, Interval | None]] = {}
         for group, members in results.rows().items():
             changes |= {GROUP_NAMES[group].capitalize(): {}} if group else {}
             changes |= {language_name(row): {model: results.change(model, row) for model in models} for row in members}
@@ -178,7 +179,7 @@ def _results_table(title: str, results: LanguageResults, note: str) -> Table:
                 value, change = results.value(model, row), results.change(model, row)
                 text = value.text("{:.3f}".format) if math.isfinite(value.value) else "–"
                 is_compared = model != results.models[0] and results.has_start and math.isfinite(change.value)
-                cells.append(Cell(text, change.text(plots.percent), change.value) if is_compared else Cell(text))
+                cells.append(Cell(text, change.text(percent), change.value) if is_compared else Cell(text))
             rows.append(Row([name, *cells], "mean" if is_mean else ""))
     return Table([title, *results.models], rows, note)
 
@@ -278,7 +279,7 @@ def _numbers(report: Report, title: str, judgments: Sequence[Judgment], held_out
     """The content of report.json."""
     evaluation = report.evaluation
     shares = {
-        model: {name: {"overall": plots.finite_mean(values), "per_layer": values} for name, values in by_name.items()}
+        model: {name: {"overall": finite_mean(values), "per_layer": values} for name, values in by_name.items()}
         for model, by_name in evaluation.routing["original_first_share"].items()
     }
     return {
@@ -308,9 +309,7 @@ def _run_numbers(run: Run) -> dict[str, Any]:
     }
 
 
-def _by_model(
-    results: LanguageResults, number: Callable[..., plots.Interval]
-) -> dict[str, dict[str, dict[str, float]]]:
+def _by_model(results: LanguageResults, number: Callable[..., Interval]) -> dict[str, dict[str, dict[str, float]]]:
     return {model: {row: number(model, row)._asdict() for row in rows} for model, rows in results.bits.items()}
 
 

@@ -111,7 +111,7 @@ def test_known_gpus_have_predicted_times_and_their_memory(plan: Plan) -> None:
 
 def test_the_table_of_known_gpus_has_the_predictions_and_their_error(plan: Plan) -> None:
     shown = plan("--gpu", "h100-80", "--rows", "1")
-    header, first_row = (line for line in shown.splitlines() if re.match(r" +(TP|1 ) ", line))
+    header, first_row = (line for line in shown.splitlines() if re.match(r" *(TP|1) +(PP|1) ", line))
     assert header.split()[-2:] == ["step", "tokens/s"]
     predicted = json.loads(plan("--gpu", "h100-80", "--json"))["recommended"]["predicted"]
     assert first_row.split()[-2:] == [f"{predicted['step_time_s']:.2f}", f"{predicted['tokens_per_s_and_gpu']:,.0f}"]

@@ -11,7 +11,7 @@ import pytest
 from moelpr.process.errors import UserError
 from moelpr.report.claims import Claims, read_facts, read_verifications
 from moelpr.report.language_results import LanguageResults
-from moelpr.report.plots import Interval
+from moelpr.report.numbers import Interval
 
 DEMO_CLAIMS = Path(__file__).parents[3] / "examples/demo-claims.yaml"
 CHECKS = {name: {"equal": True} for name in ("check-upcycled", "check-frozen", "check-export")}

@@ -16,6 +16,7 @@ from moelpr.report.page import (
     Table,
     Text,
     Verdict,
+    markdown_table,
     terminal_table,
     to_html,
     to_markdown,
@@ -72,7 +73,9 @@ def test_table_has_aligned_columns_in_markdown_and_on_the_terminal() -> None:
     assert "| Greek               |     2.000 |  1.900 [1.8, 2.0] |" in rows
     assert "| promise (at most 3) |           |  ✓ a: 1<br>✗ b: 4 |" in rows
     assert len({len(row) for row in rows}) == 1
-    assert terminal_table(Table(["a_b", "c"], [["x*", "1"]])).splitlines()[-1] == "| x*  |   1 |"
+    assert markdown_table(Table(["a_b", "c"], [["x*", "1"]])).splitlines()[-1] == "| x*  |   1 |"
+    *_, promise, second = terminal_table(TABLE).splitlines()
+    assert promise.startswith("promise (at most 3)") and promise.endswith("✓ a: 1") and second.endswith("✗ b: 4")
 
 
 def test_table_marks_and_tints_cells_in_html() -> None:

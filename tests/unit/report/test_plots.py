@@ -7,16 +7,15 @@ from xml.etree import ElementTree
 import pytest
 
 from moelpr.report import plots
+from moelpr.report.numbers import Interval
 from moelpr.report.plots import (
     MAX_POINTS,
     Curve,
-    Interval,
     Panel,
     cell_colors,
     change_chart,
     heat_maps,
     line_chart,
-    percent,
     thinning_note,
 )
 
@@ -136,11 +135,6 @@ def test_running_mean_starts_and_ends_at_the_means_of_the_ends() -> None:
     chart = line_chart("loss", [Curve("", list(range(400)), [float(step) for step in range(400)])])
     start, end = re.search(r"value from (\S+) to (\S+)</desc>", chart).groups()
     assert (float(start), float(end)) == (5, 394)  # the mean of the first and of the last eleven
-
-
-@pytest.mark.parametrize(("change", "text"), [(-0.062, "\u22126.2%"), (0.009, "+0.9%"), (math.nan, "unavailable")])
-def test_percent_has_a_sign(change: float, text: str) -> None:
-    assert percent(change) == text
 
 
 def test_a_setting_far_from_the_others_is_drawn_at_the_edge_with_its_values() -> None:

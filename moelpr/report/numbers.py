@@ -1,0 +1,43 @@
+"""Numbers and how they are written: intervals, relative changes, means."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+
+class Interval(NamedTuple):
+    """A number and the bounds of its 95% confidence interval, NaN if there is none."""
+
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+
+    @property
+    def has_bounds(self) -> bool:
+        return math.isfinite(self.low) and math.isfinite(self.high)
+
+    @property
+    def is_clear(self) -> bool:
+        """For a change: whether there is an interval, and it does not contain 0."""
+        return self.has_bounds and (self.low > 0 or self.high < 0)
+
+    def text(self, write: Callable[[float], str]) -> str:
+        """`write` of the value, then of the bounds in brackets if there are any."""
+        bounds = f" [{write(self.low)}, {write(self.high)}]" if self.has_bounds else ""
+        return write(self.value) + bounds
+
+
+def percent(change: float, digits: int = 1) -> str:
+    """A relative change with its sign: "−6.2%", "+0.9%", "unavailable"."""
+    return f"{100 * change:+.{digits}f}%".replace("-", "\u2212") if math.isfinite(change) else "unavailable"
+
+
+def number_text(value: float | None, form: str) -> str:
+    """A number in a cell; a dash if it is missing or not finite."""
+    return "–" if value is None or not math.isfinite(value) else form.format(value)
+
+
+def finite_mean(values: Iterable[float | None]) -> float:
+    """The mean of the finite numbers; NaN without any."""
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return sum(known) / len(known) if known else math.nan

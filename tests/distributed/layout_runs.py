@@ -118,7 +118,7 @@ LAYOUTS: dict[str, Layout] = {
     "edges PP2 overlapped, full recompute": Layout(2, f"{PP2} {OVERLAP} {FULL}", "edges 1", "edges"),
     "edges TP2+SP PP2": Layout(4, f"{TP2_ETP1} {PP2}", "edges 1", "edges"),
     "edges PP2 EP2 distributed optimizer": Layout(4, f"{PP2} {EP2} {OPTIMIZER}", "edges 1", "edges"),
-    # Rows of new tokens train: alone in stage 0, beside experts in stage 1. Tied embeddings.
+    # Rows of new tokens train: alone in stage 0, with experts in stage 1. Tied embeddings.
     "rows 1": Layout(1, "", "rows 1", "rows", ROWS_STAGES),
     "rows 1 full recompute": Layout(1, FULL, "rows 1", "rows", ROWS_STAGES),
     "rows DP2 overlapped": Layout(2, OVERLAP, "rows 1", "rows", ROWS_STAGES),

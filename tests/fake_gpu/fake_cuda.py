@@ -144,10 +144,8 @@ def route_uniformly(rows: int) -> None:
     def preprocess_and_note_values(self: Any, routing_map: torch.Tensor) -> torch.Tensor:
         tokens_per_expert = preprocess(self, routing_map)
         sent = rows * self.num_experts
-        numbers = {
-            "num_out_tokens": sent, "output_splits_tp": sent, "input_splits": sent // self.ep_size,
-            "output_splits": sent // self.ep_size, "num_global_tokens_per_local_expert": rows,
-        }  # fmt: skip
+        numbers = dict(num_out_tokens=sent, output_splits_tp=sent, input_splits=sent // self.ep_size)
+        numbers |= dict(output_splits=sent // self.ep_size, num_global_tokens_per_local_expert=rows)
         values.clear()
         values.update({id(getattr(self, name, None)): value for name, value in numbers.items()})
         values[id(tokens_per_expert)] = rows * self.ep_size * self.tp_size

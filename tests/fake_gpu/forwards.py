@@ -14,19 +14,17 @@ from typing import Any
 DEVICES = 8
 BATCH, SEQUENCE, HIDDEN = 4, 64, 256
 NEW_EXPERTS, TOPK = 4, 2
-ROWS = 20  # of each new expert, from each rank
+ROWS = 20  # rows of each new expert from each rank
 RECOMPUTE = {
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["moe", "core_attn"]},
 }
-SHAPE = {
-    "num_layers": 2, "hidden_size": HIDDEN, "ffn_hidden_size": 512, "num_attention_heads": 4, "num_query_groups": 2,
-    "group_query_attention": True, "kv_channels": 64, "max_position_embeddings": SEQUENCE,
-    "position_embedding_type": "rope", "rotary_base": 10000, "normalization": "RMSNorm", "norm_epsilon": 1e-6,
-    "swiglu": True, "add_bias_linear": False, "add_qkv_bias": True, "qk_layernorm": False,
-    "untie_embeddings_and_output_weights": False, "vocab_size": 512,
-    "rotary_percent": 1.0, "attention_dropout": 0.0, "hidden_dropout": 0.0, "init_method_std": 0.02,
-}  # fmt: skip
+SHAPE = dict(num_layers=2, hidden_size=HIDDEN, ffn_hidden_size=512, num_attention_heads=4, num_query_groups=2)
+SHAPE |= dict(group_query_attention=True, kv_channels=64, max_position_embeddings=SEQUENCE)
+SHAPE |= dict(position_embedding_type="rope", rotary_base=10000, normalization="RMSNorm", norm_epsilon=1e-6)
+SHAPE |= dict(swiglu=True, add_bias_linear=False, add_qkv_bias=True, qk_layernorm=False)
+SHAPE |= dict(untie_embeddings_and_output_weights=False, vocab_size=512, rotary_percent=1.0, attention_dropout=0.0)
+SHAPE |= dict(hidden_dropout=0.0, init_method_std=0.02)
 
 
 @dataclass(frozen=True)
@@ -91,20 +89,16 @@ def run(case: Case) -> dict[str, Any]:
     from tests.fake_gpu.fake_cuda import DEVICE, HostSyncs
 
     parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        case.tp, expert_model_parallel_size=case.ep, expert_tensor_parallel_size=case.etp,
-        create_gloo_process_groups=False,
-    )  # fmt: skip
+    groups = {"expert_model_parallel_size": case.ep, "expert_tensor_parallel_size": case.etp}
+    parallel_state.initialize_model_parallel(case.tp, create_gloo_process_groups=False, **groups)
     num_microbatches_calculator.destroy_num_microbatches_calculator()
     num_microbatches_calculator.init_num_microbatches_calculator(0, None, BATCH * DEVICES, BATCH, DEVICES // case.tp)
     OverlappedOriginalExperts.side_stream = None
     moe = MoeSpec(NEW_EXPERTS, TOPK, (0, 1), case.originals, case.copies)
-    settings = {
-        "bf16": True, "params_dtype": torch.bfloat16, "lpr_loss_coeff": 0.1, "moe_aux_loss_coeff": 1e-3,
-        "perform_initialization": False, "use_cpu_initialization": False,
-        "tensor_model_parallel_size": case.tp, "sequence_parallel": case.tp > 1,
-        "expert_model_parallel_size": case.ep, "expert_tensor_parallel_size": case.etp, **case.settings,
-    }  # fmt: skip
+    settings = dict(bf16=True, params_dtype=torch.bfloat16, lpr_loss_coeff=0.1, moe_aux_loss_coeff=1e-3)
+    settings |= dict(perform_initialization=False, use_cpu_initialization=False, tensor_model_parallel_size=case.tp)
+    settings |= dict(sequence_parallel=case.tp > 1, expert_model_parallel_size=case.ep)
+    settings |= dict(expert_tensor_parallel_size=case.etp, **case.settings)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model_parallel_cuda_manual_seed(1)
         with DEVICE:

@@ -27,16 +27,12 @@ PLACES = {
     "DotProductAttention": "pytorch/attention/dot_product_attention/dot_product_attention.py",
     "FusedAdam": "pytorch/optimizers/fused_adam.py",
     "get_dummy_wgrad": f"{MODULES}/base.py",
-    **dict.fromkeys(
-        ("moe_permute", "moe_permute_with_probs", "moe_unpermute", "moe_sort_chunks_by_index",
-         "moe_sort_chunks_by_index_with_probs"),
-        "pytorch/permutation.py",
-    ),
-    **dict.fromkeys(
-        ("fused_topk_with_score_function", "fused_compute_score_for_moe_aux_loss", "fused_moe_aux_loss"),
-        "pytorch/router.py",
-    ),
-}  # fmt: skip
+}
+PLACES |= dict.fromkeys("moe_permute moe_permute_with_probs moe_unpermute".split(), "pytorch/permutation.py")
+SORTS = "moe_sort_chunks_by_index moe_sort_chunks_by_index_with_probs"
+PLACES |= dict.fromkeys(SORTS.split(), "pytorch/permutation.py")
+ROUTING = "fused_topk_with_score_function fused_compute_score_for_moe_aux_loss fused_moe_aux_loss"
+PLACES |= dict.fromkeys(ROUTING.split(), "pytorch/router.py")
 
 
 @pytest.fixture(scope="module")

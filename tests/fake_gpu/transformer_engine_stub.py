@@ -4,6 +4,8 @@ It has the signatures of the version below (tests/fake_gpu/test_stub_signatures.
 parameters, its empty `_extra_state`, its refusals, and no FP8, no tensor parallelism and no speed. `install` makes it
 importable; it has to run before Megatron is imported.
 """
+# fmt: off
+# Signatures are Transformer Engine's, with several parameters on a line.
 
 import sys
 from collections.abc import Callable, Iterable
@@ -81,7 +83,7 @@ class Linear(_Module):
         init_method: Callable | None = None, bias: bool = True, return_bias: bool = False,
         params_dtype: torch.dtype | None = None, parallel_mode: str | None = None, device: Any = "cuda",
         ub_name: str | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         assert tp_size == 1 and not return_bias, "not needed"
         self.in_features, self.out_features, self.parallel_mode = in_features, out_features, parallel_mode
@@ -105,12 +107,12 @@ class LayerNormLinear(Linear):
         normalization: str = "LayerNorm", return_bias: bool = False, params_dtype: torch.dtype | None = None,
         parallel_mode: str | None = None, return_layernorm_output: bool = False, zero_centered_gamma: bool = False,
         device: Any = "cuda", ub_name: str | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(
             in_features, out_features, sequence_parallel, fuse_wgrad_accumulation, tp_group, tp_size,
             init_method=init_method, bias=bias, return_bias=return_bias, params_dtype=params_dtype,
             parallel_mode=parallel_mode, device=device,
-        )  # fmt: skip
+        )
         assert normalization == "RMSNorm" and not return_layernorm_output and not zero_centered_gamma
         self.eps = eps
         self._new_weight("layer_norm_weight", (in_features,), params_dtype, device, torch.nn.init.ones_)
@@ -129,7 +131,7 @@ class GroupedLinear(_Module):
         init_method: Callable | None = None, bias: bool = True, return_bias: bool = False,
         params_dtype: torch.dtype | None = None, parallel_mode: str | None = None, device: Any = "cuda",
         ub_name: str | None = None, single_grouped_weight: bool = False, single_grouped_bias: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         assert tp_size == 1 and not bias and not return_bias and not single_grouped_weight, "not needed"
         self.num_gemms, self.in_features, self.out_features = num_gemms, in_features, out_features
@@ -153,7 +155,7 @@ class RMSNorm(_Module):
         self, normalized_shape: int | None = None, eps: float = 1e-5, sequence_parallel: bool | None = None,
         params_dtype: torch.dtype | None = None, zero_centered_gamma: bool = False, hidden_size: int | None = None,
         **kwargs: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         assert normalized_shape is not None and not zero_centered_gamma
         self.eps = eps
@@ -175,7 +177,7 @@ class DotProductAttention(_Module):
         window_size: tuple[int, int] | None = None, sequence_parallel: bool = False, tp_size: int = 1,
         get_rng_state_tracker: Callable | None = None, tp_group: Any = None, layer_number: int | None = None,
         attention_type: str = "self", cp_comm_type: str = "p2p", softmax_scale: float | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         assert qkv_format == "sbhd" and attention_dropout == 0 and window_size is None, "not needed"
         self.softmax_scale = softmax_scale
@@ -190,7 +192,7 @@ class DotProductAttention(_Module):
     def forward(
         self, query_layer: Tensor | None = None, key_layer: Tensor | None = None, value_layer: Tensor | None = None,
         attention_mask: Tensor | None = None, qkv_format: str | None = None, attn_mask_type: str | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         assert query_layer is not None and key_layer is not None and value_layer is not None
         assert attn_mask_type == "causal", "not needed"
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query_layer, key_layer, value_layer))
@@ -211,7 +213,7 @@ def moe_permute_with_probs(
 def moe_unpermute(
     inp: Tensor, row_id_map: Tensor, merging_probs: Tensor | None = None, restore_shape: Any = None,
     map_type: str = "mask", probs: Tensor | None = None, pad_offsets: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     if not inp.numel():
         return inp.clone()
     assert merging_probs is None and probs is None and pad_offsets is None, "not needed"
@@ -239,7 +241,7 @@ def moe_permute(inp: Tensor, routing_map: Tensor, num_out_tokens: int) -> tuple[
 def fused_topk_with_score_function(
     logits: Tensor, topk: int, use_pre_softmax: bool, num_groups: int | None, group_topk: int | None,
     scaling_factor: float | None, score_function: str, expert_bias: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     assert not use_pre_softmax and not num_groups and not scaling_factor and expert_bias is None, "not needed"
     assert score_function == "softmax"
     best = torch.topk(logits, topk, dim=-1)
@@ -276,7 +278,7 @@ class FusedAdam(GroupStepAdam):
     def __init__(
         self, params: Iterable, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: float = 0.0, *, adam_w_mode: bool = True, capturable: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(params, adam_w_mode, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
 
@@ -299,7 +301,7 @@ def install() -> None:
     permutations = (
         moe_permute, moe_permute_with_probs, moe_unpermute, moe_sort_chunks_by_index,
         moe_sort_chunks_by_index_with_probs,
-    )  # fmt: skip
+    )
     router = (fused_topk_with_score_function, fused_compute_score_for_moe_aux_loss, fused_moe_aux_loss)
     layers = (Linear, LayerNormLinear, GroupedLinear, RMSNorm, DotProductAttention)
     modules: dict[str, dict[str, Any]] = {
@@ -320,7 +322,7 @@ def install() -> None:
         ".pytorch.permutation": {function.__name__: function for function in permutations},
         ".pytorch.router": {function.__name__: function for function in router},
         ".pytorch.tensor": {"QuantizedTensor": empty},
-    }  # fmt: skip
+    }
     for suffix, names in modules.items():
         name = f"transformer_engine{suffix}"
         module = ModuleType(name, "A stub.")

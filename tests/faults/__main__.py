@@ -79,7 +79,7 @@ def kind_and_number(text: str) -> tuple[str, int]:
 
 def import_everything() -> None:
     """What the commands import, so that their forks start at once."""
-    warnings.simplefilter("ignore")  # about optional packages, and forks beside a thread of pyarrow's allocator
+    warnings.simplefilter("ignore")  # about optional packages, and forks while pyarrow's allocator has a thread
     install_megatron()
     from tests.faults.commands import COMMANDS
 
@@ -89,13 +89,12 @@ def import_everything() -> None:
     gc.freeze()  # the collector would copy all pages of a fork
 
 
-_IMPORTED_LATER = (
-    "moelpr.training.train", "moelpr.model.loading", "moelpr.evaluate.compare", "moelpr.evaluate.text_results",
-    "moelpr.evaluate.routing_results", "moelpr.report.run_report", "moelpr.report.live", "tests.faults.cases",
-    "pyarrow.parquet", "sentencepiece", "torch.utils.tensorboard", "transformers.models.auto.modeling_auto",
-    "transformers.models.qwen2.modeling_qwen2", "transformers.models.qwen2_moe.modeling_qwen2_moe",
-    "transformers.models.qwen2.tokenization_qwen2",
-)  # fmt: skip
+_IMPORTED_LATER = """
+moelpr.training.train moelpr.model.loading moelpr.evaluate.compare moelpr.evaluate.text_results
+moelpr.evaluate.routing_results moelpr.report.run_report moelpr.report.live tests.faults.cases pyarrow.parquet
+sentencepiece torch.utils.tensorboard transformers.models.auto.modeling_auto transformers.models.qwen2.modeling_qwen2
+transformers.models.qwen2_moe.modeling_qwen2_moe transformers.models.qwen2.tokenization_qwen2
+""".split()
 
 
 class Campaign:

@@ -25,7 +25,7 @@ _TRAIN = (
     "--data-path 2 corpus/el_text_document 1 corpus/en_text_document --save out/run"
 )
 _CORPORA = "corpus/en_text_document corpus/el_text_document"
-# Beside a corpus, Megatron keeps the indices of its samples.
+# Megatron keeps the indices of a corpus's samples next to it.
 _CACHES = shutil.ignore_patterns("cache")
 
 
@@ -56,7 +56,8 @@ COMMANDS = {
     "sentencepiece": Command(
         "data_tools.preprocess_data",
         "--input text/text.jsonl --language expanded --output-prefix out/a --workers 1 --tokenizer-type "
-        "SentencePieceTokenizer --tokenizer-model words.model", "text words.model",
+        "SentencePieceTokenizer --tokenizer-model words.model",
+        "text words.model",
     ),
     **{
         suffix: Command("data_tools.preprocess_data", _PREPROCESS.format(f"text/text.{suffix}"), "text hf")
@@ -68,7 +69,8 @@ COMMANDS = {
     ),
     "sample": Command(
         "data_tools.sample_data",
-        f"--output-prefix out/replay --input {_CORPORA} --original-documents 9 --expanded-tokens 300", "corpus",
+        f"--output-prefix out/replay --input {_CORPORA} --original-documents 9 --expanded-tokens 300",
+        "corpus",
     ),
     "sample a large corpus": Command(
         "data_tools.sample_data",
@@ -79,7 +81,8 @@ COMMANDS = {
     "extend": Command(
         "data_tools.extend_tokenizer",
         "--tokenizer hf --input el=text/el.jsonl --original en=text/en.jsonl --num-new-tokens 5 --held-out-share 0.4 "
-        "--save out/tokenizer --workers 1", "text hf",
+        "--save out/tokenizer --workers 1",
+        "text hf",
     ),
     "hf_to_mcore": Command(
         "checkpoint_convert.hf_to_mcore",
@@ -88,7 +91,8 @@ COMMANDS = {
     ),
     "new tokens": Command(
         "checkpoint_convert.hf_to_mcore",
-        "--hf-path hf --extended-tokenizer extended --save out/checkpoint --num-new-experts 2", "hf extended",
+        "--hf-path hf --extended-tokenizer extended --save out/checkpoint --num-new-experts 2",
+        "hf extended",
     ),
     "another round": Command(
         "checkpoint_convert.hf_to_mcore", "--hf-path export --save out/checkpoint --num-new-experts 2", "export"
@@ -112,7 +116,8 @@ COMMANDS = {
         "",
         f"{_TRAIN.removeprefix('--stage stage1')} --train-iters 6 --save-interval 2 --expert-model-parallel-size 2 "
         "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable",
-        "recipe.yaml checkpoint corpus", "launch/stage1.sh",
+        "recipe.yaml checkpoint corpus",
+        "launch/stage1.sh",
     ),
     "train": Command("moelpr.pretrain", _TRAIN, "recipe.yaml checkpoint corpus"),
     "resume": Command("moelpr.pretrain", _TRAIN, "recipe.yaml checkpoint corpus half:out/run"),
@@ -135,10 +140,11 @@ COMMANDS = {
     "report": Command("moelpr.report.__main__", "stage1 --output out/report", "stage1"),
     "live": Command("moelpr.report.__main__", "live stage1 --once", "stage1"),
     "plan": Command(
-        "moelpr.plan.__main__", "--hf-path hf --num-new-experts 3 --gpus 8 --gpu-memory-gib 80 --seq-length 64",
+        "moelpr.plan.__main__",
+        "--hf-path hf --num-new-experts 3 --gpus 8 --gpu-memory-gib 80 --seq-length 64",
         "hf/config.json:hf/config.json",
     ),
-}  # fmt: skip
+}
 
 
 def fill(box: Path, command: Command, material: Path) -> None:

@@ -16,10 +16,14 @@ from tests.support.hf_models import RunsCode, replace_object
 
 # Commands that read the same files with the same code, or more of them, are left out.
 _READERS = (
-    "preprocess", "sentencepiece", "jsonl.zst", "parquet", "merge", "sample", "inspect", "extend", "hf_to_mcore",
-    "another round", "mcore_to_hf", "export a run", "apply_delta", "adapter_to_mcore", "settings", "train", "resume",
-    "evaluate", "evaluate an export", "evaluate a checkpoint", "evaluate again", "report", "live", "plan",
-)  # fmt: skip
+    """
+preprocess, sentencepiece, jsonl.zst, parquet, merge, sample, inspect, extend, hf_to_mcore, another round, mcore_to_hf,
+export a run, apply_delta, adapter_to_mcore, settings, train, resume, evaluate, evaluate an export,
+evaluate a checkpoint, evaluate again, report, live, plan
+""".replace("\n", " ")
+    .strip()
+    .split(", ")
+)
 
 
 @cache
@@ -50,7 +54,7 @@ def choose(seed: int, number: int, material: Path) -> tuple[str, str, str]:
 def place(payload: str, path: Path, ran: Path, random: Random) -> None:
     """Write a file that creates `ran` if its code is run."""
     suffix = path.suffix or path.name
-    if path.name != "checksums.json":  # which would show the change; an attacker would write a right one
+    if path.name != "checksums.json":  # it would show the change, but an attacker would write a right one
         (path.parent / "checksums.json").unlink(missing_ok=True)
     ({**_IN_ITS_PLACE, **_OF_SUFFIX.get(suffix, {})})[payload](path, RunsCode(ran), ran, random)
 
@@ -92,7 +96,7 @@ def _pickles_beside(path: Path, code: RunsCode, ran: Path, random: Random) -> No
 
 
 def _true_table(path: Path, code: RunsCode, ran: Path, random: Random) -> None:
-    """A table of contents that is right, beside code."""
+    """A correct table of contents next to code."""
     metadata = pickle.loads(path.read_bytes())
     setattr(metadata, random.choice(["planner_data", "storage_meta", "version"]), code)
     path.write_bytes(pickle.dumps(metadata))
@@ -111,7 +115,7 @@ def _entry(path: Path, code: RunsCode, ran: Path, random: Random) -> None:
 
 
 def _own_module(path: Path, code: RunsCode, ran: Path, random: Random) -> None:
-    """Settings that name a class of a file beside them."""
+    """Settings that name a class of a file next to them."""
     try:
         content = json.loads(path.read_text())
     except ValueError:
@@ -123,7 +127,7 @@ def _own_module(path: Path, code: RunsCode, ran: Path, random: Random) -> None:
     path.write_text(json.dumps(content))
 
 
-# Payload -> how it is written, in the place of any file, or beside it; and for files of one suffix, or name.
+# Payload -> how it is written, in the place of any file, or next to it; and for files of one suffix, or name.
 _IN_ITS_PLACE: dict[str, Place] = {
     "pickle": _pickle,
     "torch archive": _torch,

@@ -85,10 +85,8 @@ def _unpacked(path: Path) -> bytes:
 
 
 # Settings that follow from others: Megatron's and the trainer's arithmetic.
-_DERIVED = {
-    "moe_aux_loss_coeff", "lr_decay_iters", "lr_warmup_iters", "min_lr", "save_retain_interval", "encoder_seq_length",
-    "eval_global_batch_size", "eval_micro_batch_size",
-}  # fmt: skip
+_DERIVED = set("moe_aux_loss_coeff lr_decay_iters lr_warmup_iters min_lr save_retain_interval".split())
+_DERIVED |= {"encoder_seq_length", "eval_global_batch_size", "eval_micro_batch_size"}
 
 
 def recipe_holds(box: Path, other: Path) -> bool:

@@ -25,7 +25,7 @@ from moelpr.process.machine import available_cpus
 # More than any case needs; a command that takes more has read a size from a damaged file.
 MEMORY_BYTES = 4 << 30
 CPU_S = 60
-SIGNALS = (signal.SIGINT, signal.SIGTERM)  # that run_command handles
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # run_command handles them
 HANGS_AFTER_S = 150  # on a machine with a CPU for each process that wants one
 # Within which what belongs to a killed command must have ended (docs/reliability.md).
 ORPHANS_AFTER_S = 10
@@ -68,7 +68,7 @@ class Ended:
 
 
 class Running:
-    """A command in a session of its own, with the current folder `box`; its output is beside that folder.
+    """A command in a session of its own, with the current folder `box`; its output is next to that folder.
 
     Args:
         become: turns a fork of this process into the command, and does not return.
@@ -195,7 +195,7 @@ def _run_main(module: str, words: list[str], variables: Mapping[str, str]) -> No
 
 
 def _exit_code(main: Callable[[], None]) -> int:
-    """Of a command, whose error is printed as Python would print it."""
+    """The process of a command, whose error is printed as Python would print it."""
     code: object = 0
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it

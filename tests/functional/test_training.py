@@ -96,18 +96,16 @@ def assert_same_run(one: Path, other: Path) -> None:
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random dense Qwen2 as `hf`, its conversions `dense` and `upcycled`, and corpora `original` and `expanded`."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2ForCausalLM
 
+    from benchmarks.common import qwen2_config
     from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
     from data_tools.corpus.corpus_writer import CorpusWriter
     from moelpr.families.new_experts import NewExperts
 
     folder = tmp_path_factory.mktemp("material")
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, eos_token_id=0,
-    )  # fmt: skip
+    config = qwen2_config(2, 32, 48, vocabulary=256, length=64, tie_word_embeddings=True)
     Qwen2ForCausalLM(config).save_pretrained(folder / "hf")
     hf_to_mcore(folder / "hf", folder / "dense", None)
     hf_to_mcore(folder / "hf", folder / "upcycled", NewExperts(4, topk=2))
@@ -363,9 +361,8 @@ def test_held_out_text_is_scored_as_transformers_scores_it(material: Path, stage
 
     passes = [record for record in records(stage2) if record.get("event") == "validation"]
     assert [record["iteration"] for record in passes] == [0, 4, 6]
-    assert {name: found["group"] for name, found in passes[0]["languages"].items()} == {
-        "en": "original", "el": "expanded",
-    }  # fmt: skip
+    groups = {name: found["group"] for name, found in passes[0]["languages"].items()}
+    assert groups == {"en": "original", "el": "expanded"}
     events = EventAccumulator(str(stage2 / "tensorboard")).Reload()
     assert [point.step for point in events.Scalars("validation bits per token/el")] == [0, 4, 6]
     mcore_to_hf(stage2, material / "scored-hf")
@@ -418,7 +415,7 @@ def test_a_run_folder_contains_its_settings_and_model(stage1: Path, stage2: Path
 
     recipe = yaml.safe_load((stage2 / "recipe.yaml").read_text())
     assert recipe["stage"] == "stage2"
-    for step in (stage1 / "iter_0000006", stage2 / "iter_0000003"):  # of two ranks; saved asynchronously
+    for step in (stage1 / "iter_0000006", stage2 / "iter_0000003"):  # saved by two ranks; saved asynchronously
         names = {path.name for path in step.iterdir()} - {"recipe.yaml", "checksums.json"}
         assert json.loads((step / "checksums.json").read_text())["files"].keys() == names
         verify_folder(step, "")

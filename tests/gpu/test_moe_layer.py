@@ -16,13 +16,11 @@ needs_transformer_engine = pytest.mark.skipif(
     importlib.util.find_spec("transformer_engine") is None, reason="needs Transformer Engine"
 )
 
-SHAPE = {
-    "num_layers": 2, "hidden_size": 256, "ffn_hidden_size": 512, "num_attention_heads": 4, "num_query_groups": 2,
-    "group_query_attention": True, "kv_channels": 64, "max_position_embeddings": 128, "position_embedding_type": "rope",
-    "rotary_base": 10000, "normalization": "RMSNorm", "norm_epsilon": 1e-6, "swiglu": True, "add_bias_linear": False,
-    "add_qkv_bias": True, "qk_layernorm": False, "untie_embeddings_and_output_weights": False, "vocab_size": 512,
-    "rotary_percent": 1.0, "attention_dropout": 0.0, "hidden_dropout": 0.0, "init_method_std": 0.02,
-}  # fmt: skip
+SHAPE = dict(num_layers=2, hidden_size=256, ffn_hidden_size=512, num_attention_heads=4, num_query_groups=2)
+SHAPE |= dict(group_query_attention=True, kv_channels=64, max_position_embeddings=128, position_embedding_type="rope")
+SHAPE |= dict(rotary_base=10000, normalization="RMSNorm", norm_epsilon=1e-6, swiglu=True, add_bias_linear=False)
+SHAPE |= dict(add_qkv_bias=True, qk_layernorm=False, untie_embeddings_and_output_weights=False, vocab_size=512)
+SHAPE |= dict(rotary_percent=1.0, attention_dropout=0.0, hidden_dropout=0.0, init_method_std=0.02)
 SPEC = ModelSpec("qwen2", "bfloat16", SHAPE, MoeSpec(num_new_experts=4, topk=2, layers=(0, 1)))
 
 

@@ -30,10 +30,8 @@ VOCAB = 99
 NUM_TOKENS = 12
 TOLERANCE = 1e-4
 
-LLAMA3_ROPE = {
-    "rope_theta": 10000.0, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}  # fmt: skip
+LLAMA3_ROPE = dict(rope_theta=10000.0, rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+LLAMA3_ROPE["original_max_position_embeddings"] = 8192
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ class HeldBytes:
 
 @pytest.fixture
 def held_bytes(monkeypatch: pytest.MonkeyPatch) -> HeldBytes:
-    """Of what is read from safetensors and from checkpoints."""
+    """The names of what is read from safetensors and from checkpoints."""
     from checkpoint_convert.hf.safetensors_reader import HfReader
     from moelpr.checkpoints.torch_dist import TorchDistReader
 

@@ -22,11 +22,9 @@ def make_run(
     """Losses fall; stage 1 makes original languages worse, stage 2 repairs them; with noise and two warnings."""
     noise = random.Random(steps)
     folder.mkdir(parents=True)
-    settings = {
-        "stage": stage, "train_iters": train_iters or steps, "lr": 5e-5, "seq_length": 512, "global_batch_size": 512,
-        "num_experts": num_experts - 1, "num_original_experts": 1, "moe_router_topk": 2, "world_size": 8,
-        "data_path": ["1", "data/expanded_text_document"],
-    }  # fmt: skip
+    settings = dict(stage=stage, train_iters=train_iters or steps, lr=5e-5, seq_length=512, global_batch_size=512)
+    settings |= dict(num_experts=num_experts - 1, num_original_experts=1, moe_router_topk=2, world_size=8)
+    settings["data_path"] = ["1", "data/expanded_text_document"]
     (folder / "recipe.yaml").write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in settings.items()))
     (folder / "versions.json").write_text(json.dumps({"torch": "2.15.0", "megatron-core": "0.19.2"}))
     command = {"arguments": ["--stage", stage, "--recipe", "r.yaml", "--save", "runs/a folder"], "num_ranks": 8}

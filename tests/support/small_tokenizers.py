@@ -53,8 +53,8 @@ def save_llama3(folder: Path) -> None:
     tokenizer.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", "<|user|>"])
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>",
-        "eos_token": "<|end_of_text|>", "chat_template": CHAT_TEMPLATE}  # fmt: skip
+    config = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>")
+    config["chat_template"] = CHAT_TEMPLATE
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
@@ -62,11 +62,10 @@ def save_llama2(folder: Path) -> None:
     from transformers import LlamaTokenizer
 
     folder.mkdir()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(line for documents in ORIGINAL.values() for text in documents for line in text.split("\n")),
-        model_prefix=str(folder / "tokenizer"), model_type="bpe", byte_fallback=True, vocab_size=500,
-        hard_vocab_limit=False, minloglevel=2, normalization_rule_name="identity", remove_extra_whitespaces=False,
-    )  # fmt: skip
+    lines = (line for documents in ORIGINAL.values() for text in documents for line in text.split("\n"))
+    model = {"model_prefix": str(folder / "tokenizer"), "model_type": "bpe", "byte_fallback": True, "vocab_size": 500}
+    options = {"hard_vocab_limit": False, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, minloglevel=2, **model, **options)
     tokenizer = LlamaTokenizer.from_pretrained(folder)
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)

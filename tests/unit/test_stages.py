@@ -1,4 +1,4 @@
-"""Which part a parameter belongs to, and which parts a stage trains."""
+"""The parts that parameters belong to, and those that a stage trains."""
 
 from typing import get_args
 

@@ -81,15 +81,11 @@ def test_the_table_has_measured_and_predicted_numbers_and_the_share_of_the_matmu
     last_rank = {"runs": {run.name: {"held_gib": 0.5, "steps": steps} for run in runs}}
     rates = [600e12, 650e12]
     found = {run.name: first_contact._measured(run, last_rank, min(rates)) for run in runs}
-    assert found[runs[0].name] == {
-        "tokens_per_s": 11_000, "memory_gib": 41.0,
-        "share_of_matmul_rate": pytest.approx(11_000 * runs[0].flops_per_token / 600e12),
-    }  # fmt: skip
+    share = pytest.approx(11_000 * runs[0].flops_per_token / 600e12)
+    assert found[runs[0].name] == {"tokens_per_s": 11_000, "memory_gib": 41.0, "share_of_matmul_rate": share}
     contenders = {"ours, stage1": {"tokens_per_s": 9e3, "share_of_matmul_rate": 0.4}, "peer": {"tokens_per_s": 7e3}}
-    traffic = {
-        "expert_parallel": 8, "ratio_mean_sent": 0.8, "wanted_ratio": 0.82, "ratio_step_time_stage1": 0.7,
-        "ratio_step_time_stage2": 0.5,
-    }  # fmt: skip
+    traffic = dict(expert_parallel=8, ratio_mean_sent=0.8, wanted_ratio=0.82, ratio_step_time_stage1=0.7)
+    traffic["ratio_step_time_stage2"] = 0.5
     parts = [
         Part("tests/gpu", "ran", 60, {"passed": 14, "skipped": 2}),
         Part("trainer", "ran", 200, {"matmul_flops": rates, **found}),
@@ -98,10 +94,9 @@ def test_the_table_has_measured_and_predicted_numbers_and_the_share_of_the_matmu
     ]
     text = as_markdown(machine, spec, runs, parts)
     (row,) = (line for line in text.splitlines() if line.startswith("| trainer, stage 1, DP 8 |"))
-    assert row.strip("| ").split(" | ") == [
-        "trainer, stage 1, DP 8", "11,000", f"{runs[0].predicted_tokens_per_s:,.0f}",
-        f"{found[runs[0].name]['share_of_matmul_rate']:.0%}", "41.00", f"{runs[0].planned_bytes / GIB:.2f}",
-    ]  # fmt: skip
+    predicted, share = runs[0].predicted_tokens_per_s, found[runs[0].name]["share_of_matmul_rate"]
+    cells = ["11,000", f"{predicted:,.0f}", f"{share:.0%}", "41.00", f"{runs[0].planned_bytes / GIB:.2f}"]
+    assert row.strip("| ").split(" | ") == ["trainer, stage 1, DP 8", *cells]
     assert "first contact with 8 × NVIDIA H100 80GB HBM3" in text.splitlines()[0]
     assert "| train_step, one GPU: ours, stage1 | 9,000 | – | 40% |" in text
     assert "Matmul rate: 600 to 650 TFLOP/s, data sheet 989" in text

@@ -31,10 +31,8 @@ def demo(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
         lines = [json.dumps({"text": text}) + "\n" for text in ["ab", *texts]]
         (folder / "corpus" / f"validation.{language}.jsonl").write_text("".join(lines))
     moe = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "mlp_only_layers": [1]}
-    model = make_model(
-        "Qwen2MoeForCausalLM", tokenizer=True, shared_expert_intermediate_size=0, max_position_embeddings=LENGTH,
-        num_original_experts=2, **moe,
-    )  # fmt: skip
+    moe |= {"shared_expert_intermediate_size": 0, "max_position_embeddings": LENGTH, "num_original_experts": 2}
+    model = make_model("Qwen2MoeForCausalLM", tokenizer=True, **moe)
     for stage in ("stage1", "stage2"):
         shutil.copytree(model, folder / f"{stage}-hf")
     return folder

@@ -81,10 +81,8 @@ def make_optimizer(kind: str, lr: float, min_lr: float, decoupled_lr: float) -> 
     config = TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=1, params_dtype=dtype)
     model = Model(config).to(dtype)
     chunk = DistributedDataParallel(config, DistributedDataParallelConfig(use_distributed_optimizer=is_flat), model)
-    optimizer_config = OptimizerConfig(
-        optimizer="adam", lr=lr, min_lr=min_lr, bf16=kind == "float16", params_dtype=dtype,
-        use_distributed_optimizer=is_flat,
-    )  # fmt: skip
+    dtypes = {"bf16": kind == "float16", "params_dtype": dtype, "use_distributed_optimizer": is_flat}
+    optimizer_config = OptimizerConfig(optimizer="adam", lr=lr, min_lr=min_lr, **dtypes)
     overrides = {
         ParamKey(name="*norm"): {"wd_mult": 0.0},
         ParamKey(name="*vocabulary"): {"max_lr": decoupled_lr},
@@ -156,11 +154,9 @@ def test_a_reset_optimizer_continues_the_schedule(
     monkeypatch.setattr(training, "load_checkpoint", lambda model, optimizer, scheduler, strict=True: (3, 0))
     megatron_fixes._continue_the_schedule_of_a_reset_optimizer()
     group = {"lr": 0.0, "max_lr": 1.0, "min_lr": 0.0}
-    scheduler = OptimizerParamScheduler(
-        argparse.Namespace(param_groups=[group]), init_lr=0.0, max_lr=1.0, min_lr=0.0, lr_warmup_steps=0,
-        lr_decay_steps=100, lr_decay_style="linear", start_wd=0.0, end_wd=0.0, wd_incr_steps=100,
-        wd_incr_style="constant",
-    )  # fmt: skip
+    rates = dict(init_lr=0.0, max_lr=1.0, min_lr=0.0, lr_warmup_steps=0, lr_decay_steps=100, lr_decay_style="linear")
+    decay = dict(start_wd=0.0, end_wd=0.0, wd_incr_steps=100, wd_incr_style="constant")
+    scheduler = OptimizerParamScheduler(argparse.Namespace(param_groups=[group]), **rates, **decay)
     assert training.load_checkpoint([], None, scheduler, strict=False) == (3, 0)
     assert scheduler.num_steps == expected and group["lr"] == pytest.approx(1 - expected / 100)
     assert training.load_checkpoint([], None, None) == (3, 0)
@@ -238,10 +234,8 @@ def test_adam_with_one_step_count_per_group_equals_torchs_adam(decoupled: bool) 
 
 
 def test_a_group_without_parameters_counts_its_steps_too() -> None:
-    adam = GroupStepAdam(
-        [{"params": []}, {"params": [torch.nn.Parameter(torch.ones(1))]}],
-        lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0,
-    )  # fmt: skip
+    groups = [{"params": []}, {"params": [torch.nn.Parameter(torch.ones(1))]}]
+    adam = GroupStepAdam(groups, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
     adam.step()
     assert [group["step"] for group in adam.param_groups] == [1, 1]
 

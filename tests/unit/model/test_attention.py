@@ -67,7 +67,7 @@ def test_tokens_attend_within_their_document_only(attentions) -> None:
 
     ours, _ = attentions
     inputs, same = query_key_value(), query_key_value()
-    lengths = [[40], [1, 30, 9], [13, 13, 13, 1]]  # of the documents in each sequence of the batch
+    lengths = [[40], [1, 30, 9], [13, 13, 13, 1]]  # the documents' lengths in each sequence of the batch
     positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
     edges = document_edges(positions)
     assert edges.tolist() == [0, 40, 41, 71, 80, 93, 106, 119, 120]
@@ -120,7 +120,7 @@ def varlen_attention(query, key, value, starts, key_starts, longest, longest_key
     parts = []
     for start, stop in zip(starts.tolist(), starts.tolist()[1:], strict=False):
         places = torch.arange(stop - start)
-        distance = places[None] - places[:, None]  # of the key after the query
+        distance = places[None] - places[:, None]  # how far the key is after the query
         is_seen = distance >= (-left if left >= 0 else -SEQUENCE)
         is_seen &= distance <= (right if right >= 0 else SEQUENCE)
         q, k, v = (tensor[start:stop].transpose(0, 1)[None] for tensor in (query, key, value))

@@ -10,10 +10,8 @@ from moelpr.model_spec import ModelSpec, MoeSpec
 from moelpr.plan.memory import Kernels, Routing, Workload
 from tests.unit.conftest import SHAPE
 
-SMALL_SHAPE = SHAPE | {
-    "num_layers": 2, "hidden_size": 8, "ffn_hidden_size": 16, "num_attention_heads": 2, "num_query_groups": 1,
-    "kv_channels": 4, "untie_embeddings_and_output_weights": True, "vocab_size": 100,
-}  # fmt: skip
+SMALL_SHAPE = SHAPE | dict(num_layers=2, hidden_size=8, ffn_hidden_size=16, num_attention_heads=2, num_query_groups=1)
+SMALL_SHAPE |= dict(kv_channels=4, untie_embeddings_and_output_weights=True, vocab_size=100)
 SPEC = ModelSpec("qwen2", "bfloat16", SMALL_SHAPE, MoeSpec(num_new_experts=2, topk=2, layers=(0, 1)))
 # 4 tokens per micro-batch, 4 micro-batches; of a token's two rows, 0.5 go to the original expert and 1.5 to new ones.
 WORKLOAD = Workload("stage1", seq_length=4, micro_batch_size=1, global_batch_size=4, kernels=Kernels(norm_output=False))

@@ -35,9 +35,7 @@ def test_time_in_twentieths_decides_before_communication() -> None:
     assert sorted(reversed(in_order)) == in_order
 
 
-SHAPE = TINY_SHAPE | {
-    "num_layers": 6, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 8, "num_query_groups": 4,
-}  # fmt: skip
+SHAPE = TINY_SHAPE | dict(num_layers=6, hidden_size=64, ffn_hidden_size=96, num_attention_heads=8, num_query_groups=4)
 SIX_LAYERS = ModelSpec("qwen2", "float32", SHAPE, MoeSpec(4, 2, (0, 1, 2, 3, 4, 5)))
 
 
@@ -100,12 +98,10 @@ def test_the_trainer_accepts_the_flags_of_every_kind_of_layout(
         recipe += [f"--{size}-parallel-size", "2"]
     for layout in layouts_of(gpus)[:: 1 if gpus < 8 else 7]:
         args, _ = parse.parse_arguments([*argv, *recipe, *layout.flags()])
-        found = (
-            args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.expert_model_parallel_size,
-            args.expert_tensor_parallel_size, args.data_parallel_size, args.recompute_granularity,
-        )  # fmt: skip
-        granularity = None if layout.recompute == "none" else layout.recompute
-        assert found == (layout.tp, layout.pp, layout.ep, layout.etp, layout.dp, granularity)
+        sizes = "tensor_model pipeline_model expert_model expert_tensor data"
+        found = tuple(getattr(args, f"{size}_parallel_size") for size in sizes.split())
+        assert found == (layout.tp, layout.pp, layout.ep, layout.etp, layout.dp)
+        assert args.recompute_granularity == (None if layout.recompute == "none" else layout.recompute)
         assert args.sequence_parallel == (layout.tp > 1)
 
 

@@ -245,8 +245,8 @@ def test_the_defaults_are_those_of_the_papers_recipes() -> None:
 
 
 def test_the_model_is_the_one_the_converter_would_write(plan: Plan) -> None:
-    every_layer, every_second = (json.loads(plan("--json", "--topk", "2", *layers))["recommended"]["fullest_rank"]
-                                 for layers in ([], ["--moe-every-k-layers", "2"]))  # fmt: skip
+    plans = (json.loads(plan("--json", "--topk", "2", *layers)) for layers in ([], ["--moe-every-k-layers", "2"]))
+    every_layer, every_second = (found["recommended"]["fullest_rank"] for found in plans)
     new_experts_and_routers = 4 * 3 * 64 * 96 + 6 * 64  # two copies
     assert every_layer["trainable"] == 4 * new_experts_and_routers
     assert every_second["trainable"] == 2 * new_experts_and_routers

@@ -23,7 +23,7 @@ from moelpr.plan.memory import (
     model_parts,
     padded_vocabulary,
     stage_memories,
-)  # fmt: skip
+)
 from moelpr.stages import Part
 from tests.unit.conftest import SHAPE
 from tests.unit.plan.conftest import ROUTING, SMALL_SHAPE, SPEC, WORKLOAD
@@ -87,7 +87,7 @@ def test_a_second_original_expert_adds_frozen_weights_and_a_trained_router_row()
 
 
 def test_expert_tensor_parallel_ranks_share_the_ffn_and_process_the_rows_of_all() -> None:
-    """Of two ranks with half of the tokens each; alone, a rank has its own rows and all of the FFN."""
+    """Two ranks have half of the tokens each; alone, a rank has its own rows and all of the FFN."""
     alone, pair, shared = (
         Activations(SPEC, layout, WORKLOAD, ROUTING)
         for layout in (ALONE, PlannedLayout(tp=2), PlannedLayout(tp=2, etp=2))
@@ -115,7 +115,7 @@ def test_all_experts_get_equally_many_rows_unless_told_otherwise() -> None:
 
 
 def test_copies_of_the_ffn_add_only_router_rows_and_fewer_rows_to_compute() -> None:
-    """Of 6 places, 2 are the FFN: with K = 2, 1 - 4/6 * 3/5 of the tokens choose at least one of them."""
+    """Among 6 places, 2 are the FFN: with K = 2, 1 - 4/6 * 3/5 of the tokens choose at least one of them."""
     two = replace(SPEC, moe=replace(SPEC.moe, original_copies=2))
     rows = two.moe.num_experts * 8 * 2
     sizes = [sum(model_parts(spec).values()) for spec in (SPEC, two)]
@@ -206,9 +206,8 @@ def test_a_trained_embedding_keeps_the_activations_of_all_layers_and_the_input_o
     assert stage0 == found - 2 * kept_in_stage1
 
 
-ACTIVATION_SHAPE = SHAPE | {
-    "hidden_size": 64, "ffn_hidden_size": 160, "kv_channels": 16, "max_position_embeddings": 128, "vocab_size": 256,
-}  # fmt: skip
+ACTIVATION_SHAPE = SHAPE | dict(hidden_size=64, ffn_hidden_size=160, kv_channels=16, max_position_embeddings=128)
+ACTIVATION_SHAPE["vocab_size"] = 256
 SEQ_LENGTH, MICRO_BATCH_SIZE = 96, 2
 
 
@@ -360,8 +359,8 @@ def test_the_original_experts_are_on_every_expert_parallel_rank(m: int) -> None:
 def test_the_parts_of_a_model_are_counted_by_layer() -> None:
     """Two layers of hidden size 8, FFN 16, one original and two new experts; vocabulary 100, untied."""
     expert, attention = 3 * 8 * 16, 16 * 8 + 16 + 8 * 8
-    in_a_layer = {Part.ATTENTION: attention, Part.NORM: 2 * 8, Part.ORIGINAL_EXPERTS: expert,
-                  Part.NEW_EXPERTS: 2 * expert, Part.ROUTER: 3 * 8}  # fmt: skip
+    in_a_layer = {Part.ATTENTION: attention, Part.NORM: 2 * 8, Part.ROUTER: 3 * 8}
+    in_a_layer |= {Part.ORIGINAL_EXPERTS: expert, Part.NEW_EXPERTS: 2 * expert}
     outside = {Part.EMBEDDING: 100 * 8, Part.NORM: 8, Part.OUTPUT_LAYER: 100 * 8}
     expected = {(None, part): numel for part, numel in outside.items()}
     expected |= {(layer, part): numel for part, numel in in_a_layer.items() for layer in (0, 1)}

@@ -18,16 +18,12 @@ EVERYTHING = frozenset(Part)
 DENSE = Routing(1, 0)  # one row per token through the original expert
 
 
-def model(
-    family: str, hidden: int, ffn: int, layers: int, heads: int, groups: int, head: int, vocabulary: int,
-    new_experts: int, topk: int,
-) -> ModelSpec:  # fmt: skip
-    shape = SHAPE | {
-        "hidden_size": hidden, "ffn_hidden_size": ffn, "num_layers": layers, "num_attention_heads": heads,
-        "num_query_groups": groups, "kv_channels": head, "vocab_size": vocabulary, "max_position_embeddings": 8192,
-        "untie_embeddings_and_output_weights": True, "add_qkv_bias": family == "qwen2",
-        "qk_layernorm": family == "qwen3",
-    }  # fmt: skip
+def model(family: str, *sizes: int) -> ModelSpec:
+    hidden, ffn, layers, heads, groups, head, vocabulary, new_experts, topk = sizes
+    shape = SHAPE | dict(hidden_size=hidden, ffn_hidden_size=ffn, num_layers=layers, num_attention_heads=heads)
+    shape |= dict(num_query_groups=groups, kv_channels=head, vocab_size=vocabulary, max_position_embeddings=8192)
+    shape |= dict(untie_embeddings_and_output_weights=True, add_qkv_bias=family == "qwen2")
+    shape["qk_layernorm"] = family == "qwen3"
     return ModelSpec(family, "bfloat16", shape, MoeSpec(new_experts, topk, tuple(range(layers))))
 
 
@@ -71,31 +67,37 @@ GPT_OSS_120B = model("llama", 2880, 2880, 36, 64, 8, 64, 201088, 128, 4)
 LLAMA3_8B = model("llama", 4096, 14336, 32, 32, 8, 128, 128256, 1, 2)
 QWEN25_7B = model("qwen2", 3584, 18944, 28, 28, 4, 128, 152064, 1, 2)
 QWEN25_32B = model("qwen2", 5120, 27648, 64, 40, 8, 128, 152064, 1, 2)
-PAPER = Published(
-    "the paper: Qwen1.5-1.8B, 5 new experts, stage 1", model("qwen2", 2048, 5504, 24, 16, 16, 128, 151936, 5, 2),
-    "a800-80", PlannedLayout(dp=8), (1024, 8, 512), 45856 * 512 * 1024 / (848 * 3600),
-)  # fmt: skip
+H100, B200 = "h100-80", "b200-192"
+
+
+def moe(name: str, spec: ModelSpec, gpu: str, layout: PlannedLayout, batch: tuple[int, int], rate: float) -> Published:
+    """All experts are new and everything trains, on sequences of 4,096 tokens."""
+    assert spec.moe is not None
+    return Published(name, spec, gpu, layout, (4096, *batch), rate, Routing(0, spec.moe.topk), EVERYTHING)
+
+
+def lora(name: str, spec: ModelSpec, layout: PlannedLayout, rate: float) -> Published:
+    return Published(f"AutoModel: {name}", spec, H100, layout, (4096, 2, 32), rate, DENSE, stage="stage2")
+
+
+L = PlannedLayout
+QWEN15 = model("qwen2", 2048, 5504, 24, 16, 16, 128, 151936, 5, 2)
+RATE = 45856 * 512 * 1024 / (848 * 3600)
+PAPER = Published("the paper: Qwen1.5-1.8B, 5 new experts, stage 1", QWEN15, "a800-80", L(dp=8), (1024, 8, 512), RATE)
+BRIDGE_30B, BRIDGE_120B = "Megatron-Bridge: Qwen3-30B-A3B, EP 16", "Megatron-Bridge: GPT-OSS-120B"
 COMPARABLE = [
-    Published("Megatron-Bridge: Qwen3-30B-A3B, EP 16, all-to-all", QWEN3_30B, "h100-80", PlannedLayout(ep=16, dp=16),
-              (4096, 1, 1024), 1024 * 4096 / 45.65 / 16, Routing(0, 8), EVERYTHING),
-    Published("Megatron-Bridge: GPT-OSS-120B, PP 4, EP 8", GPT_OSS_120B, "h100-80", PlannedLayout(pp=4, ep=8, dp=16),
-              (4096, 1, 1280), 5824, Routing(0, 4), EVERYTHING),
-    Published("Megatron-Bridge: GPT-OSS-120B, EP 8", GPT_OSS_120B, "b200-192", PlannedLayout(ep=8, dp=64),
-              (4096, 4, 1280), 13568, Routing(0, 4), EVERYTHING),
-    Published("AutoModel: Qwen3-30B-A3B, EP 8", QWEN3_30B, "h100-80", PlannedLayout(ep=8, dp=8), (4096, 4, 512),
-              12040, Routing(0, 8), EVERYTHING),
-    Published("AutoModel: Llama-3-8B, LoRA", LLAMA3_8B, "h100-80", PlannedLayout(), (4096, 2, 32), 12473, DENSE,
-              stage="stage2"),
-    Published("AutoModel: Qwen2.5-7B, LoRA", QWEN25_7B, "h100-80", PlannedLayout(), (4096, 2, 32), 14110, DENSE,
-              stage="stage2"),
-]  # fmt: skip
+    moe(f"{BRIDGE_30B}, all-to-all", QWEN3_30B, H100, L(ep=16, dp=16), (1, 1024), 1024 * 4096 / 45.65 / 16),
+    moe(f"{BRIDGE_120B}, PP 4, EP 8", GPT_OSS_120B, H100, L(pp=4, ep=8, dp=16), (1, 1280), 5824),
+    moe(f"{BRIDGE_120B}, EP 8", GPT_OSS_120B, B200, L(ep=8, dp=64), (4, 1280), 13568),
+    moe("AutoModel: Qwen3-30B-A3B, EP 8", QWEN3_30B, H100, L(ep=8, dp=8), (4, 512), 12040),
+    lora("Llama-3-8B, LoRA", LLAMA3_8B, L(), 12473),
+    lora("Qwen2.5-7B, LoRA", QWEN25_7B, L(), 14110),
+]
 # Another dispatcher, which sends a token once per node and overlaps with compute; weights that are gathered (FSDP).
 DIFFERENT = [
-    Published("Megatron-Bridge: Qwen3-30B-A3B, EP 16, HybridEP", QWEN3_30B, "h100-80", PlannedLayout(ep=16, dp=16),
-              (4096, 1, 1024), 1024 * 4096 / 20.147 / 16, Routing(0, 8), EVERYTHING),
-    Published("AutoModel: Qwen2.5-32B, LoRA, TP 2, FSDP", QWEN25_32B, "h100-80", PlannedLayout(tp=2, dp=4),
-              (4096, 2, 32), 2250, DENSE, stage="stage2"),
-]  # fmt: skip
+    moe(f"{BRIDGE_30B}, HybridEP", QWEN3_30B, H100, L(ep=16, dp=16), (1, 1024), 1024 * 4096 / 20.147 / 16),
+    lora("Qwen2.5-32B, LoRA, TP 2, FSDP", QWEN25_32B, L(tp=2, dp=4), 2250),
+]
 
 
 @pytest.mark.parametrize("run", COMPARABLE, ids=lambda run: run.name)

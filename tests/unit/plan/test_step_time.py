@@ -1,5 +1,6 @@
 """Operations and exchanges by hand and by another program, and what makes a step faster or slower."""
 
+import itertools
 from dataclasses import fields, replace
 
 import pytest
@@ -22,12 +23,12 @@ from moelpr.plan.step_time import (
     relative_time,
     stage_flops,
     step_time,
-)  # fmt: skip
+)
 from tests.unit.conftest import SHAPE
 from tests.unit.plan.conftest import ROUTING, SPEC, WORKLOAD
 
 PARTS = model_parts(SPEC)
-# Of a layer with 4 tokens: an original row for half of them, a new one for all and a second one for half.
+# A layer with 4 tokens has an original row for half of them, a new one for all and a second one for half.
 EXPERT = 3 * 8 * 16
 ATTENTION, ROUTER = 2 * 4 * (16 * 8 + 16 + 8 * 8), 2 * 4 * 3 * 8
 ORIGINAL, NEW = 2 * 2 * EXPERT, 2 * 6 * EXPERT
@@ -93,7 +94,7 @@ def test_the_step_benchmark_counts_the_same_operations(stage: str) -> None:
 
     shape = SHAPE | {"add_qkv_bias": False, "max_position_embeddings": 32, "vocab_size": 256}
     spec = ModelSpec("llama", "bfloat16", shape, MoeSpec(4, 2, (0, 1, 2)))
-    rows = [(20, 108)] * 3  # of 64 tokens
+    rows = [(20, 108)] * 3  # for 64 tokens
     expected = needed_flops(spec, stage, 2, rows)
     workload = Workload(stage, seq_length=32, micro_batch_size=2, global_batch_size=2)
     counted = stage_flops(spec, model_parts(spec), PlannedLayout(), workload, 0, Routing(20 / 64, 108 / 64))
@@ -136,8 +137,8 @@ def test_rows_of_the_original_expert_never_leave_the_rank(fraction: float) -> No
 
 
 # A GPU whose parts are so slow that each has its own digit.
-SLOW = Gpu(1, flops=1e6 / MATMUL_EFFICIENCY, memory_bandwidth=1e12, node_bandwidth=1e3 / LINK_EFFICIENCY,
-           network_bandwidth=1e2 / LINK_EFFICIENCY)  # fmt: skip
+LINKS = {"node_bandwidth": 1e3 / LINK_EFFICIENCY, "network_bandwidth": 1e2 / LINK_EFFICIENCY}
+SLOW = Gpu(1, flops=1e6 / MATMUL_EFFICIENCY, memory_bandwidth=1e12, **LINKS)
 
 
 def predict(layout: PlannedLayout, cluster: Cluster, workload: Workload = WORKLOAD) -> StepTime:
@@ -170,7 +171,7 @@ def test_experts_exchange_through_the_slower_of_two_networks() -> None:
 
 @pytest.mark.parametrize("ep, dp, in_node", [(5, 40, 1), (6, 24, 2), (16, 16, 8)])
 def test_the_worst_placed_rank_of_a_group_decides_how_much_leaves_its_node(ep: int, dp: int, in_node: int) -> None:
-    """Of groups of 5 on nodes of 8, it was a negative part: the exchange seemed five times as fast."""
+    """With groups of 5 on nodes of 8, it was a negative part: the exchange seemed five times as fast."""
     links = _Links(PlannedLayout(ep=ep, dp=dp), Cluster(dp, 8, 1, 0, SLOW))
     outside = (ep - in_node) / (ep - 1)
     assert links.all_to_all_s(1e6) == pytest.approx(1e6 * max(outside / 1e2, (1 - outside) / 1e3))
@@ -189,23 +190,24 @@ def test_only_what_a_micro_batch_does_not_hide_of_the_reduction_counts() -> None
     assert predict(PlannedLayout(dp=2), Cluster(2, 2, 1, 0, SLOW), replace(WORKLOAD, stage="stage2")).gradients_s == 0
 
 
-SIX_LAYERS = ModelSpec(
-    "qwen2", "bfloat16",
-    SHAPE | {"num_layers": 6, "hidden_size": 512, "ffn_hidden_size": 1024, "num_attention_heads": 8,
-             "num_query_groups": 4, "kv_channels": 64, "max_position_embeddings": 4096, "vocab_size": 32000},
-    MoeSpec(4, 2, (0, 1, 2, 3, 4, 5)),
-)  # fmt: skip
+SIX_SHAPE = SHAPE | dict(num_layers=6, hidden_size=512, ffn_hidden_size=1024, num_attention_heads=8)
+SIX_SHAPE |= dict(num_query_groups=4, kv_channels=64, max_position_embeddings=4096, vocab_size=32000)
+SIX_LAYERS = ModelSpec("qwen2", "bfloat16", SIX_SHAPE, MoeSpec(4, 2, (0, 1, 2, 3, 4, 5)))
 SIX_PARTS = model_parts(SIX_LAYERS)
 # Sixteen ranks on nodes of four.
-layouts = st.sampled_from([
-    PlannedLayout(tp, pp, ep, etp, 16 // (tp * pp), recompute=recompute)
-    for tp in (1, 2, 4) for pp in (1, 2) for ep in (1, 2, 4) for etp in {1, tp} for recompute in RECOMPUTES
-    if 16 % (pp * ep * etp) == 0
-])  # fmt: skip
-workloads = st.builds(
-    Workload, stage=st.sampled_from(["stage1", "stage2"]), seq_length=st.sampled_from([256, 4096]),
-    micro_batch_size=st.sampled_from([1, 4]), global_batch_size=st.sampled_from([64, 512]),
-)  # fmt: skip
+layouts = st.sampled_from(
+    [
+        PlannedLayout(tp, pp, ep, etp, 16 // (tp * pp), recompute=recompute)
+        for tp, pp, ep, recompute in itertools.product((1, 2, 4), (1, 2), (1, 2, 4), RECOMPUTES)
+        for etp in {1, tp}
+        if 16 % (pp * ep * etp) == 0
+    ]
+)
+batches = {"micro_batch_size": st.sampled_from([1, 4]), "global_batch_size": st.sampled_from([64, 512])}
+stages, lengths = st.sampled_from(["stage1", "stage2"]), st.sampled_from([256, 4096])
+workloads = st.builds(Workload, stage=stages, seq_length=lengths, **batches)
+gpus = st.sampled_from(list(GPUS.values()))
+rates = st.sampled_from([field.name for field in fields(Gpu) if field.name != "memory_gib"])
 
 
 def six_layers_s(layout: PlannedLayout, workload: Workload, gpu: Gpu) -> float:
@@ -214,10 +216,7 @@ def six_layers_s(layout: PlannedLayout, workload: Workload, gpu: Gpu) -> float:
     return step_time(SIX_LAYERS, SIX_PARTS, layout, workload, cluster, memories).total_s
 
 
-@given(
-    layout=layouts, workload=workloads, gpu=st.sampled_from(list(GPUS.values())), factor=st.floats(1, 100),
-    part=st.sampled_from([field.name for field in fields(Gpu) if field.name != "memory_gib"]),
-)  # fmt: skip
+@given(layout=layouts, workload=workloads, gpu=gpus, factor=st.floats(1, 100), part=rates)
 @settings(max_examples=150, deadline=None)
 def test_no_step_is_slower_on_a_faster_gpu(
     layout: PlannedLayout, workload: Workload, gpu: Gpu, factor: float, part: str

@@ -160,7 +160,7 @@ def test_the_last_pipeline_stage_of_the_edge_model_has_nothing_to_train(folder: 
 def test_a_run_whose_last_pipeline_stage_trains_nothing_can_be_resumed(
     resumed: dict[str, Path], folder: Path, saves: str
 ) -> None:
-    """The stage without trained parameters has no optimizer state and, with --save-trained-only, nothing in the checkpoint."""
+    """A stage that trains nothing has no optimizer state and, with --save-trained-only, nothing in the checkpoint."""
     ours, theirs = resumed[saves], layouts.run_folder(folder, "edges 1", "stage1")
     for a, b in zip(layouts.metrics(ours), layouts.metrics(theirs), strict=True):
         assert (a["lm_loss"], a["grad_norm"]) == pytest.approx((b["lm_loss"], b["grad_norm"]), rel=layouts.TOLERANCE)

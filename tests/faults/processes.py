@@ -195,7 +195,7 @@ def _run_main(module: str, words: list[str], variables: Mapping[str, str]) -> No
 
 
 def _exit_code(main: Callable[[], None]) -> int:
-    """The process of a command, whose error is printed as Python would print it."""
+    """The exit code of a command, whose error is printed as Python would print it."""
     code: object = 0
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it

@@ -111,7 +111,7 @@ class HeldBytes:
 
 @pytest.fixture
 def held_bytes(monkeypatch: pytest.MonkeyPatch) -> HeldBytes:
-    """The names of what is read from safetensors and from checkpoints."""
+    """The bytes read from safetensors and from checkpoints that are still alive."""
     from checkpoint_convert.hf.safetensors_reader import HfReader
     from moelpr.checkpoints.torch_dist import TorchDistReader
 

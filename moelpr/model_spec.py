@@ -3,43 +3,59 @@
 The converter writes it next to the weights, the trainer copies it to its `--save` folder, the exporter reads it.
 """
 
-import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal, NotRequired, Self, TypedDict
+
+from pydantic import Field, with_config
+from pydantic.dataclasses import dataclass
 
 from moelpr.process.errors import UserError
-from moelpr.store.files import read_versioned
+from moelpr.store import records
+from moelpr.store.records import STRICT, Record
 
 FILE_NAME = "model_spec.json"
-FORMAT_VERSION = 1
 DTYPES = ("float32", "bfloat16", "float16")
 # Published models have at most a few hundred. A damaged number would be built, layer for layer, until memory is full.
 MAX_LAYERS, MAX_EXPERTS = 10_000, 4096
 
-# What the layers of every family are.
-LAYERS = {"normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False, "position_embedding_type": "rope"}
-_BOUNDS = {
-    "rotary_percent": (1, 1), "attention_dropout": (0, 1), "hidden_dropout": (0, 1), "init_method_std": (0, 100),
-    "rope_scaling_factor": (1e-3, 1e6),
-}  # fmt: skip
-
-# The Megatron arguments that a model can't be built without, by type.
-_REQUIRED_ARGS: dict[Any, str] = {
-    int: "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
-    "max_position_embeddings rotary_base vocab_size",
-    bool: "group_query_attention swiglu add_bias_linear add_qkv_bias qk_layernorm untie_embeddings_and_output_weights",
-    str: "position_embedding_type normalization",
-    (int, float): "norm_epsilon attention_dropout hidden_dropout init_method_std rotary_percent",
-}
-_OPTIONAL_ARGS: dict[Any, str] = {
-    list: "window_size",
-    bool: "use_rope_scaling",
-    (int, float): "rope_scaling_factor",
-}
+_Size = Annotated[int, Field(ge=1, lt=1 << 31)]
+_Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-@dataclass(frozen=True)
+@with_config(STRICT)
+class MegatronArgs(TypedDict):
+    """The shape of a model, as values of Megatron's flags."""
+
+    num_layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
+    hidden_size: _Size
+    ffn_hidden_size: _Size
+    num_attention_heads: _Size
+    num_query_groups: _Size
+    kv_channels: _Size
+    max_position_embeddings: _Size
+    rotary_base: _Size
+    vocab_size: _Size
+    group_query_attention: bool
+    add_qkv_bias: bool
+    qk_layernorm: bool
+    untie_embeddings_and_output_weights: bool
+    norm_epsilon: Annotated[float, Field(gt=0, lt=1)]
+    attention_dropout: _Fraction
+    hidden_dropout: _Fraction
+    init_method_std: Annotated[float, Field(ge=0, le=100)]
+    rotary_percent: Annotated[float, Field(ge=1, le=1)]
+    window_size: NotRequired[Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]]
+    use_rope_scaling: NotRequired[bool]
+    rope_scaling_factor: NotRequired[Annotated[float, Field(ge=1e-3, le=1e6)]]
+    # The layers of every family have these.
+    normalization: Literal["RMSNorm"]
+    swiglu: Literal[True]
+    add_bias_linear: Literal[False]
+    position_embedding_type: Literal["rope"]
+
+
+@dataclass(frozen=True, config=STRICT)
 class MoeSpec:
     """Which layers are MoE layers, and their experts.
 
@@ -70,9 +86,6 @@ class MoeSpec:
 
     def check(self, num_layers: int) -> None:
         """Raise a UserError if a model of `num_layers` layers can't be trained with these settings."""
-        for name in ("num_new_experts", "num_original_experts", "original_copies", "topk"):
-            if type(value := getattr(self, name)) is not int:
-                raise UserError(f"moe.{name} must be an integer, got {value!r}")
         if not 1 <= self.num_new_experts <= 1024:  # published MoE models have up to 512
             raise UserError(f"--num-new-experts must be between 1 and 1024, got {self.num_new_experts}")
         if not 1 <= self.num_original_experts <= MAX_EXPERTS:
@@ -104,7 +117,7 @@ class MoeSpec:
             raise UserError(f"the MoE layers must be ascending and without repetition, got {list(self.layers)}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class NewTokens:
     """The tokens that an extended tokenizer adds: their rows of the embedding and of the output layer are the new rows.
 
@@ -116,9 +129,9 @@ class NewTokens:
         base_vocab_size: rows of the base's embedding. If they are more than `first`, new tokens take the spare ones.
     """
 
-    first: int
-    number: int
-    base_vocab_size: int
+    first: _Size
+    number: _Size
+    base_vocab_size: _Size
 
     @property
     def end(self) -> int:
@@ -132,9 +145,6 @@ class NewTokens:
 
     def check(self, vocab_size: int) -> None:
         """Raise a UserError unless a model of `vocab_size` rows can have these new tokens."""
-        for name, value in asdict(self).items():
-            if type(value) is not int or not 1 <= value < 1 << 31:
-                raise UserError(f"new_tokens.{name} must be an integer from 1 to 2^31 - 1, got {value!r}")
         if self.first > self.base_vocab_size:
             raise UserError(
                 f"new_tokens.first must be at most base_vocab_size ({self.base_vocab_size}), got {self.first}: "
@@ -144,17 +154,21 @@ class NewTokens:
             raise UserError(f"with these new_tokens, vocab_size must be {self.vocab_size}, got {vocab_size}")
 
 
-@dataclass(frozen=True)
-class ModelSpec:
+@dataclass(frozen=True, config=STRICT)
+class ModelSpec(Record):
     """A model: its family, its shape in Megatron's terms, its experts and its new tokens.
 
     Attributes:
         family: key of moelpr.families.families.FAMILIES, for example "qwen2".
         dtype: dtype of the weights it was converted from, one of DTYPES.
-        megatron_args: Megatron argument (dest name) → value; `vocab_size` is the embedding's rows without padding.
+        megatron_args: The values of Megatron's flags (`MegatronArgs`); `vocab_size` is the embedding's rows without
+            padding.
         moe: None for a dense model.
         new_tokens: None if the vocabulary is the base's.
     """
+
+    FILE_NAME: ClassVar[str] = FILE_NAME
+    REMEDY: ClassVar[str] = "restore the file, or convert the model again"
 
     family: str
     dtype: str
@@ -175,80 +189,50 @@ class ModelSpec:
         return replace(self, megatron_args=args, new_tokens=tokens)
 
     def check(self) -> None:
-        """Raise a UserError unless all fields are present, of the right type, and in range."""
+        """Raise a UserError unless all values are in range and fit each other."""
         if self.dtype not in DTYPES:
             raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        args = dict(self.megatron_args)
-        for kinds, is_required in ((_REQUIRED_ARGS, True), (_OPTIONAL_ARGS, False)):
-            for kind, names in kinds.items():
-                for name in names.split():
-                    if name in args:
-                        _check_argument(name, args.pop(name), kind)
-                    elif is_required:
-                        raise UserError(f"megatron_args lacks {name}")
-        if args:
-            raise UserError(f"megatron_args has the unknown name {min(args)}")
-        for name, value in LAYERS.items():
-            if self.megatron_args[name] != value:
-                raise UserError(f"megatron_args.{name} must be {value!r}, got {self.megatron_args[name]!r}")
-        for name, (least, most) in _BOUNDS.items():
-            if not least <= self.megatron_args.get(name, least) <= most:  # NaN is not either
-                raise UserError(f"megatron_args.{name} must be from {least} to {most}, got {self.megatron_args[name]}")
-        window = self.megatron_args.get("window_size", [0, 0])
-        if len(window) != 2 or not all(type(size) is int and size >= 0 for size in window):
-            raise UserError(f"megatron_args.window_size must be two integers from 0, got {window}")
-        if self.megatron_args.get("use_rope_scaling") and "rope_scaling_factor" not in self.megatron_args:
+        args = self.megatron_args
+        records.validate(MegatronArgs, args, "megatron_args", f"restore the model's config.json or {FILE_NAME}")
+        if args.get("use_rope_scaling") and "rope_scaling_factor" not in args:
             raise UserError("megatron_args lacks rope_scaling_factor, which use_rope_scaling requires")
-        if not 0 < self.megatron_args["norm_epsilon"] < 1:
-            raise UserError(f"norm_epsilon must be above 0 and below 1, got {self.megatron_args['norm_epsilon']}")
-        heads, groups = self.megatron_args["num_attention_heads"], self.megatron_args["num_query_groups"]
+        heads, groups = args["num_attention_heads"], args["num_query_groups"]
         if heads % groups:
             raise UserError(f"num_attention_heads ({heads}) must be a multiple of num_query_groups ({groups})")
         if self.moe is not None:
-            self.moe.check(self.megatron_args["num_layers"])
+            self.moe.check(args["num_layers"])
         if self.new_tokens is not None:
-            self.new_tokens.check(self.megatron_args["vocab_size"])
+            self.new_tokens.check(args["vocab_size"])
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields as they are written; `new_tokens` only if there are some."""
+        return {name: value for name, value in super().as_json().items() if name != "new_tokens" or value is not None}
 
     def write(self, folder: Path) -> None:
         """Write `folder`/model_spec.json."""
         self.check()
-        content = {"format_version": FORMAT_VERSION, **asdict(self)}
-        if self.new_tokens is None:
-            del content["new_tokens"]  # so that earlier versions of moelpr read the file
-        (folder / FILE_NAME).write_text(json.dumps(content, indent=2) + "\n")
+        super().write(folder)
 
     @classmethod
-    def read(cls, folder: Path) -> "ModelSpec":
+    def read(cls, folder: Path) -> Self:
         """Read `folder`/model_spec.json.
 
         Raises:
-            UserError: it is missing or invalid.
+            UserError: It is missing or invalid.
         """
-        path = folder / FILE_NAME
-        if not path.is_file():
+        if not (folder / FILE_NAME).is_file():
             raise UserError(
                 f"{folder} has no {FILE_NAME}, so the model's shape is unknown; "
                 "pass a folder written by checkpoint_convert/hf_to_mcore.py or by moelpr's trainer"
             )
+        return super().read(folder)
 
-        def build(
-            moe: dict[str, Any] | None = None, new_tokens: dict[str, Any] | None = None, **fields: Any
-        ) -> ModelSpec:
-            experts = None if moe is None else MoeSpec(**{**moe, "layers": tuple(moe["layers"])})
-            tokens = None if new_tokens is None else NewTokens(**new_tokens)
-            spec = cls(**fields, moe=experts, new_tokens=tokens)
+    @classmethod
+    def parse(cls, content: bytes | str, origin: str) -> Self:
+        """Build the spec from JSON text, and check it."""
+        spec = super().parse(content, origin)
+        try:
             spec.check()
-            return spec
-
-        return read_versioned(path, FORMAT_VERSION, build)
-
-
-def _check_argument(name: str, value: Any, kind: Any) -> None:
-    # bool is a subclass of int, but `num_layers: true` is a mistake.
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise UserError(f"megatron_args.{name} has the wrong type: {value!r}")
-    if name == "num_layers" and value > MAX_LAYERS:
-        raise UserError(f"megatron_args.num_layers must be at most {MAX_LAYERS}, got {value}")
-    if kind is int and not 1 <= value < 1 << 31:
-        limit = "at least 1" if value < 1 else "below 2^31"
-        raise UserError(f"megatron_args.{name} must be {limit}, got {value}")
+        except UserError as error:
+            raise UserError(f"{origin}: {error}") from error
+        return spec

@@ -78,11 +78,8 @@ def test_only_a_model_with_new_tokens_has_them_in_its_file(tmp_path: Path, moe_s
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"number": 0}, "new_tokens.number must be an integer from 1"),
-        ({"first": "90"}, "new_tokens.first must be an integer from 1 .* got '90'"),
         ({"first": 10**6}, "new_tokens.first must be at most base_vocab_size"),
         ({"number": 10**6}, "vocab_size must be 1000090, got"),
-        ({"surprise": 1}, "damaged"),
     ],
 )
 def test_new_tokens_that_do_not_fit_are_a_user_error(
@@ -96,40 +93,16 @@ def test_new_tokens_that_do_not_fit_are_a_user_error(
         ModelSpec.read(tmp_path)
 
 
-@pytest.mark.parametrize("number", ["2", 2.5, None, True])
-def test_a_number_of_experts_that_is_not_an_integer_is_rejected(
-    tmp_path: Path, moe_spec: ModelSpec, number: object
-) -> None:
-    moe_spec.write(tmp_path)
-    content = json.loads((tmp_path / FILE_NAME).read_text())
-    content["moe"]["num_original_experts"] = number
-    (tmp_path / FILE_NAME).write_text(json.dumps(content))
-    with pytest.raises(UserError, match=FILE_NAME):
-        ModelSpec.read(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda content: content.update(format_version=2), "format_version is 2"),
         (lambda content: content.update(dtype="int8"), "must be one of float32, bfloat16, float16, got 'int8'"),
-        (lambda content: content.update(surprise=1), "damaged"),
-        (lambda content: content["megatron_args"].pop("hidden_size"), "lacks hidden_size"),
-        (lambda content: content["megatron_args"].update(num_layers=True), "megatron_args.num_layers .*True"),
-        (lambda content: content["megatron_args"].update(num_layers=0), "num_layers must be at least 1, got 0"),
-        (lambda content: content["megatron_args"].update(num_layers=10**9), "num_layers must be at most 10000, got"),
+        (lambda content: content["megatron_args"].pop("hidden_size"), "hidden_size is missing"),
+        (lambda content: content["megatron_args"].update(window_sjze=[7, 0]), "window_sjze is unknown"),
+        (lambda content: content["megatron_args"].update(num_layers=10**9), "num_layers .* 10000, got"),
+        (lambda content: content["megatron_args"].update(rotary_percent=0.5), "rotary_percent .*, got 0.5"),
         (lambda content: content["megatron_args"].update(num_query_groups=3), "multiple of num_query_groups"),
-        (lambda content: content["megatron_args"].pop("attention_dropout"), "lacks attention_dropout"),
-        (lambda content: content["megatron_args"].update(window_sjze=[7, 0]), "unknown name window_sjze"),
-        (lambda content: content["megatron_args"].update(window_size=7), "window_size has the wrong type: 7"),
         (lambda content: content["megatron_args"].update(use_rope_scaling=True), "lacks rope_scaling_factor"),
-        (lambda content: content["megatron_args"].update(normalization="RMSNorl"), "normalization must be 'RMSNorm'"),
-        (lambda content: content["megatron_args"].update(swiglu=False), "swiglu must be True, got False"),
-        (lambda content: content["megatron_args"].update(rotary_percent=0.5), "rotary_percent must be from 1 to 1"),
-        (lambda content: content["megatron_args"].update(rotary_percent=float("nan")), "rotary_percent must be from"),
-        (lambda content: content["megatron_args"].update(hidden_dropout=5), "hidden_dropout must be from 0 to 1"),
-        (lambda content: content["megatron_args"].update(init_method_std=-1), "init_method_std must be from 0"),
-        (lambda content: content["megatron_args"].update(window_size=[-6, 0]), "window_size must be two integers"),
     ],
 )
 def test_an_invalid_file_is_a_user_error(

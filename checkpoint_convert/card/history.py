@@ -188,7 +188,7 @@ def _start_of(folder: Path, settings: dict[str, Any]) -> str | None:
 def _find_start(folder: Path, start: Path, first: dict[str, Any] | None, spec: ModelSpec) -> Path | None:
     """The step folder that the run started from; None if it is missing or ambiguous."""
     try:
-        base = BaseCheckpoint.read(folder)
+        base = BaseCheckpoint.read_if_there(folder)
         if base is not None:
             return base.find(folder)
         if not _has_spec(start, spec) or (first is None and len(list(start.glob("iter_*"))) > 1):

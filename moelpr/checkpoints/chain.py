@@ -6,41 +6,37 @@ first: stage 2's routers, stage 1's new experts, the upcycled model. A tensor is
 """
 
 import hashlib
-import json
 import os
 import re
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import chain, zip_longest
 from pathlib import Path
+from typing import ClassVar, Self
 
-from tqdm import tqdm
+from pydantic.dataclasses import dataclass
 
 from moelpr.model_spec import ModelSpec
 from moelpr.process import ranks
 from moelpr.process.errors import UserError
 from moelpr.store import checksums
 from moelpr.store.checksums import Verify
-from moelpr.store.files import read_versioned, write_text
+from moelpr.store.records import STRICT, Record
 from moelpr.store.run_folder import BASE_CHECKPOINT_FILE, TABLE_FILES, TRACKER_FILE, as_step
 
-FORMAT_VERSION = 1
 RELEASE = "release"
 
-# Files are hashed in pieces of this size, so that ranks and threads share a large one. Part of the format.
-PIECE_BYTES = 256 << 20
 
-
-@dataclass(frozen=True)
-class BaseCheckpoint:
-    """The content of `base_checkpoint.json`: where the frozen tensors are.
+@dataclass(frozen=True, config=STRICT)
+class BaseCheckpoint(Record):
+    """The base of checkpoints that contain only trained tensors: the step folder that has the frozen ones.
 
     Attributes:
-        folder: the base's folder, relative to the folder of the JSON file (or absolute).
-        absolute_folder: where it was when this was written; used if `folder` does not exist.
-        step: the step folder in it, "release" or for example "iter_0000500".
+        folder: The base's folder, relative to the folder of the file, or absolute.
+        absolute_folder: Where the base was when the file was written; used if `folder` does not exist.
+        step: The step folder in it, "release" or for example "iter_0000500".
         sha256: `checksum` of that step folder.
     """
+
+    FILE_NAME: ClassVar[str] = BASE_CHECKPOINT_FILE
+    REMEDY: ClassVar[str] = "restore the file"
 
     folder: str
     absolute_folder: str
@@ -48,33 +44,16 @@ class BaseCheckpoint:
     sha256: str
 
     def __post_init__(self) -> None:
-        if not all(isinstance(value, str) for value in vars(self).values()):
-            raise UserError("every field must be a string")
-        if any("\0" in value for value in vars(self).values()):
+        if "\0" in self.folder + self.absolute_folder:
             raise UserError("a path can't contain NUL")
         if not is_step_name(self.step):
             raise UserError(f"step must be {RELEASE!r} or like 'iter_0000500', got {self.step!r}")
 
     @classmethod
-    def of(cls, step_folder: Path, sha256: str, save: Path) -> "BaseCheckpoint":
+    def of(cls, step_folder: Path, sha256: str, save: Path) -> Self:
         """The record of `step_folder` for the run folder `save`."""
         base = step_folder.parent.resolve()  # a step folder may be a symbolic link
         return cls(os.path.relpath(base, save.resolve()), str(base), step_folder.name, sha256)
-
-    def write(self, folder: Path) -> None:
-        """Write `folder`/base_checkpoint.json."""
-        content = {"format_version": FORMAT_VERSION, **vars(self)}
-        write_text(folder / BASE_CHECKPOINT_FILE, json.dumps(content, indent=2) + "\n")
-
-    @classmethod
-    def read(cls, folder: Path) -> "BaseCheckpoint | None":
-        """Read `folder`/base_checkpoint.json; None if it does not exist, as for complete checkpoints.
-
-        Raises:
-            UserError: the file is invalid.
-        """
-        path = folder / BASE_CHECKPOINT_FILE
-        return read_versioned(path, FORMAT_VERSION, cls) if path.is_file() else None
 
     def find(self, folder: Path, override: Path | None = None) -> Path:
         """The base's step folder: in `override`, or where the JSON file in `folder` says.
@@ -146,7 +125,7 @@ def checkpoint_chain(folder: Path, iteration: int | None = None, base: Path | No
     """
     spec = ModelSpec.read(folder)
     links = [step_folder(folder, iteration)]
-    while (record := BaseCheckpoint.read(links[-1].parent)) is not None:
+    while (record := BaseCheckpoint.read_if_there(links[-1].parent)) is not None:
         link = record.find(links[-1].parent, base)
         record_file = links[-1].parent / BASE_CHECKPOINT_FILE
         base = None
@@ -173,7 +152,7 @@ def verify_chain(links: list[Path], verify: Verify = Verify.FULL) -> None:
     for link, base in zip(links, links[1:], strict=False):
         if verify is Verify.NONE and not (base / checksums.FILE_NAME).is_file():
             continue
-        record = BaseCheckpoint.read(link.parent)
+        record = BaseCheckpoint.read_if_there(link.parent)
         if record is None or checksum(base) != record.sha256:
             raise UserError(
                 f"{base} is not what the checkpoints in {link.parent} were trained on: its checksum differs from the "
@@ -225,45 +204,7 @@ def checksum(step_folder: Path) -> str:
     Raises:
         UserError: a file can't be read.
     """
-    record = BaseCheckpoint.read(step_folder.parent)
-    overall = hashlib.sha256((record.sha256 if record else "").encode())
-    if (sums := step_folder / checksums.FILE_NAME).is_file():
-        overall.update(sums.read_bytes())
-        return overall.hexdigest()
-    files = sorted((path.relative_to(step_folder).as_posix(), path) for path in step_folder.rglob("*"))
-    pieces = [
-        (name, path.stat().st_size, start, path)
-        for name, path in files
-        if path.is_file()
-        for start in range(0, max(path.stat().st_size, 1), PIECE_BYTES)
-    ]
-    own = ranks.own_share(pieces)
-    total = sum(min(PIECE_BYTES, size - start) for _, size, start, _ in own)
-    title, is_hidden = f"checksum of {step_folder}", not ranks.is_first_rank() or None
-    with (
-        tqdm(total=total, desc=title, unit="B", unit_scale=True, delay=2, disable=is_hidden) as bar,
-        ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool,  # hashlib releases Python's lock
-    ):
-        digests_of_ranks = ranks.gather(list(pool.map(lambda piece: _digest(piece[3], piece[2], bar), own)))
-    digests = chain.from_iterable(zip_longest(*digests_of_ranks))  # piece i was hashed by rank i % world
-    for (name, size, start, path), digest in zip(pieces, digests, strict=False):
-        if digest is None:
-            raise UserError(f"cannot read {path}; check the disk and the file's permissions")
-        overall.update(f"\n{name} {size} {start} {digest}".encode())
-    return overall.hexdigest()
-
-
-def _digest(path: Path, start: int, bar: "tqdm[None]") -> str | None:
-    """The SHA-256 of one piece; None if it can't be read: a single rank must not fail while the others wait for it."""
-    digest, left = hashlib.sha256(), PIECE_BYTES
-    buffer = memoryview(bytearray(256 << 10))
-    try:
-        with open(path, "rb", buffering=0) as file:
-            file.seek(start)
-            while left and (num_read := file.readinto(buffer[:left])):
-                digest.update(buffer[:num_read])
-                bar.update(num_read)
-                left -= num_read
-    except OSError:
-        return None
-    return digest.hexdigest()
+    record = BaseCheckpoint.read_if_there(step_folder.parent)
+    sums = step_folder / checksums.FILE_NAME
+    content = sums.read_bytes() if sums.is_file() else checksums.pieces_of(step_folder).encode()
+    return hashlib.sha256((record.sha256 if record else "").encode() + content).hexdigest()

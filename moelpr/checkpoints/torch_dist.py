@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Literal, cast
 
 import torch
 from pydantic import ConfigDict
@@ -33,14 +33,21 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from moelpr.process import ranks
 from moelpr.process.command import deferred_signals
 from moelpr.process.errors import UserError
-from moelpr.store import checksums
+from moelpr.store import checksums, records
 from moelpr.store.checksums import FileSum, SummedFile, Verifier, Verify, WrittenFile
 from moelpr.store.journal import Journal
-from moelpr.store.records import STRICT
+from moelpr.store.records import FOREIGN, STRICT
 from moelpr.store.run_folder import MEGATRON_CONFIG_FILE, METADATA_FILE, TABLE_FILES
 
 _FIX = "copy the checkpoint again, or use another step (--iteration; trainer: --ckpt-step)"
 MAX_FILE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, config=FOREIGN)
+class _MegatronConfig:
+    """Megatron's metadata.json, which names the format of a step."""
+
+    sharded_backend: Literal["torch_dist"]
 
 
 def _check_complete(folder: Path) -> None:
@@ -72,11 +79,9 @@ def read_metadata(folder: Path) -> Metadata:
         for key, entry in contents.items():
             if isinstance(entry, TensorStorageMetadata):
                 _check_entry(key, entry)
-        path = folder / MEGATRON_CONFIG_FILE
-        if (found := json.loads(path.read_text())["sharded_backend"]) != "torch_dist":
-            raise ValueError(f'"sharded_backend" must be torch_dist, got {found!r}')
     except Exception as error:  # a damaged pickle may raise any exception
         raise UserError(f"{path} is damaged ({error}); {_FIX}") from error
+    records.read(_MegatronConfig, folder / MEGATRON_CONFIG_FILE, _FIX)
     if unpickler.foreign:
         _note_foreign(folder / METADATA_FILE, ", ".join(sorted(unpickler.foreign)))
     return Metadata(contents, storage_data=places)

@@ -74,10 +74,10 @@ def _record_base(save: Path, source: Path, links: list[Path], args: argparse.Nam
     """Write base_checkpoint.json with the base's current folder on rank 0, or remove that of an earlier start."""
     base = None
     if args.save_trained_only:
-        record = BaseCheckpoint.read(source) if args.is_resumed else None
+        record = BaseCheckpoint.read_if_there(source) if args.is_resumed else None
         link = links[1] if args.is_resumed else links[0]
         base = BaseCheckpoint.of(link, record.sha256 if record else checksum(link), save)
-    if not is_first_rank() or base == BaseCheckpoint.read(save):
+    if not is_first_rank() or base == BaseCheckpoint.read_if_there(save):
         return
     if base is None:
         (save / BASE_CHECKPOINT_FILE).unlink()

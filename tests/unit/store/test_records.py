@@ -3,7 +3,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic.dataclasses import dataclass
 
@@ -46,6 +46,7 @@ def message(folder: Path) -> str:
     return str(raised.value)
 
 
+@settings(deadline=None)
 @given(
     st.builds(Picture, st.text(), st.builds(Size, st.integers(1), st.integers()), st.tuples(st.text()), st.floats(0, 9))
 )

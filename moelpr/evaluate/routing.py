@@ -1,7 +1,4 @@
-"""Routing statistics: what every router of a model decides during the model's own forward pass.
-
-T = tokens of a batch, E = experts, of which the first P are original, K = experts per token.
-"""
+"""Routing statistics: what every router of a model decides during the model's own forward pass."""
 
 import math
 from collections.abc import Collection, Iterator, Mapping
@@ -14,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moelpr.evaluate.models import LoadedModel
+from moelpr.metrics.routing_sums import TextSums, text_vector
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class RoutingObserver:
     def __init__(self, loaded: LoadedModel):
         self._loaded = loaded
         self._tokens = 0
-        self._sums: dict[int, Tensor] = {}  # layer -> [3 E + 3], see `_add`
+        self._sums: dict[int, Tensor] = {}  # layer -> sum of its `text_vector`
 
     @contextmanager
     def observe(self, is_counted: Tensor) -> Iterator[None]:
@@ -67,33 +65,27 @@ class RoutingObserver:
             yield
 
     def _add(self, number: int, weight_T: Tensor, router: nn.Module, inputs: Any, output: Any) -> None:
-        """Add sums over counted tokens: first choices [E], choices [E], scores [E], entropy, any and all original."""
         logits_TE = self._loaded.router_logits(router, inputs, output).float()
-        log_scores_TE = logits_TE.log_softmax(dim=-1)
-        scores_TE = log_scores_TE.exp()
-        choices_TK = logits_TE.topk(self._loaded.topk, dim=-1).indices
-        is_first_TE, is_chosen_TE = torch.zeros_like(scores_TE), torch.zeros_like(scores_TE)
-        is_first_TE.scatter_(1, choices_TK[:, :1], 1.0)
-        is_chosen_TE.scatter_(1, choices_TK, 1.0)
-        entropy_T = -(scores_TE * log_scores_TE).sum(dim=-1, keepdim=True)
-        num_original_T1 = is_chosen_TE[:, : self._loaded.num_original_places].sum(dim=-1, keepdim=True)
-        has_original_T, all_original_T = num_original_T1.clamp(max=1), (num_original_T1 == self._loaded.topk).float()
-        columns = torch.cat([is_first_TE, is_chosen_TE, scores_TE, entropy_T, has_original_T, all_original_T], dim=-1)
-        # A layer may be on another GPU. A batch's counts are exact in float32.
-        sums = (weight_T.to(columns.device) @ columns).double()
-        self._sums[number] = self._sums.get(number, 0) + sums
+        vector = text_vector(logits_TE, self._loaded.topk, self._loaded.num_original_places, weight_T)
+        self._sums[number] = self._sums.get(number, 0) + vector
 
     def result(self) -> Routing | None:
         """None for a dense model, or if no token was counted."""
         if not self._sums or self._tokens == 0:
             return None
         layers = sorted(self._sums)
-        means = torch.stack([self._sums[layer].cpu() for layer in layers]) / self._tokens
-        num_experts = (means.shape[1] - 3) // 3
-        first, chosen, score, rest = (part.tolist() for part in means.split([num_experts] * 3 + [3], dim=1))
-        entropy, any_original, all_original = map(list, zip(*rest, strict=True))
-        places = self._loaded.num_original_places
-        return Routing(layers, self._tokens, first, chosen, score, entropy, any_original, all_original, places)
+        means = TextSums.from_vectors(torch.stack([self._sums[layer].cpu() for layer in layers]) / self._tokens)
+        return Routing(
+            layers=layers,
+            tokens=self._tokens,
+            first_choice_share=means.first_choices.tolist(),
+            chosen_share=means.choices.tolist(),
+            mean_score=means.scores.tolist(),
+            entropy=means.entropy.tolist(),
+            original_chosen_share=means.has_original.tolist(),
+            all_original_share=means.all_original.tolist(),
+            num_original_places=self._loaded.num_original_places,
+        )
 
 
 @dataclass(frozen=True)

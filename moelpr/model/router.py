@@ -8,9 +8,9 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from moelpr.metrics.routing_sums import routing_vector
 from moelpr.model.config import MoELPRConfig
 from moelpr.model.losses import lpr_loss
-from moelpr.model.routing_statistics import routing_vector
 
 
 class LPRLossNormalizer:

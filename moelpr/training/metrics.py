@@ -20,8 +20,9 @@ from megatron.training import get_args
 from torch import Tensor
 
 from moelpr.megatron_patches import hooks
+from moelpr.metrics import schema
+from moelpr.metrics.routing_sums import RoutingSums
 from moelpr.model.router import LPRRouter
-from moelpr.model.routing_statistics import RoutingSums
 from moelpr.training.early_warnings import EarlyWarnings, Thresholds
 from moelpr.training.run_log import RunLog, finite
 
@@ -75,7 +76,7 @@ class MetricsTracker(MoEMetricsTracker):
                 router.routing_sums = None
         torch.distributed.all_reduce(sums)
         layers = RoutingSums.from_vectors(sums)
-        has_router = layers.original_tokens + layers.expanded_tokens > 0  # scores may be NaN
+        has_router = layers.tokens.sum(dim=1) > 0  # scores may be NaN
         return RoutingSums(*(field[has_router] for field in layers))
 
 
@@ -100,27 +101,25 @@ class StepLog:
         record = {
             "iteration": iteration,
             "stage": args.stage,
-            "consumed_tokens": args.consumed_train_samples * args.seq_length,
-            "learning_rate": learning_rate,
-            "grad_norm": finite(grad_norm),
-            "step_time_s": round(step_time_s, 4),
-            "tokens_per_s": round(step_tokens / step_time_s, 1),
-            "lm_loss": finite(loss_dict.get("lm loss")),
-            "lm_loss_original": finite(loss_dict.get("lm loss original")),
-            "lm_loss_expanded": finite(loss_dict.get("lm loss expanded")),
+            schema.CONSUMED_TOKENS: args.consumed_train_samples * args.seq_length,
+            schema.LEARNING_RATE: learning_rate,
+            schema.GRAD_NORM: finite(grad_norm),
+            schema.STEP_TIME_S: round(step_time_s, 4),
+            schema.TOKENS_PER_S: round(step_tokens / step_time_s, 1),
         }
+        losses = {"": "lm loss", "original": "lm loss original", "expanded": "lm loss expanded"}  # Megatron's names
+        record |= {schema.LM_LOSS_OF[group]: finite(loss_dict.get(name)) for group, name in losses.items()}
         if (routing := self.tracker.routing) is not None:
             record |= {
-                "balance_loss": self.tracker.balance_loss if args.balance_loss_coeff else None,
-                "lpr_loss": finite(routing.mean_lpr_loss()),
-                "router_score": _rounded(routing.mean_scores()),
-                "token_share": _rounded(routing.token_shares()),
-                "original_first_share_original": _rounded(routing.original_first_share_of_original()),
-                "original_first_share_expanded": _rounded(routing.original_first_share_of_expanded()),
-                "all_original_share_original": _rounded(routing.all_original_share_of_original()),
-                "all_original_share_expanded": _rounded(routing.all_original_share_of_expanded()),
+                schema.BALANCE_LOSS: self.tracker.balance_loss if args.balance_loss_coeff else None,
+                schema.LPR_LOSS: finite(routing.mean_lpr_loss()),
+                schema.ROUTER_SCORE: _rounded(routing.mean_scores()),
+                schema.TOKEN_SHARE: _rounded(routing.token_shares()),
             }
-        self.run_log.step(record | {"peak_memory_gib": peak_memory_gib})
+            for share in schema.ROUTING_SHARES:
+                of_groups = getattr(routing, share)().unbind(dim=1)
+                record |= {f"{share}_{g}": _rounded(of) for g, of in zip(schema.GROUP_NAMES, of_groups, strict=True)}
+        self.run_log.step(record | {schema.PEAK_MEMORY_GIB: peak_memory_gib})
 
     def restart_clock(self) -> None:
         """Measure the next step's time from now on, because the time until now was not spent on training."""

@@ -229,7 +229,7 @@ def test_the_lpr_gradient_is_that_of_the_mean_over_original_tokens(
 
 def test_routing_sums_count_first_choices_by_language(layer) -> None:
     """Any of the original experts counts."""
-    from moelpr.model.routing_statistics import RoutingSums
+    from moelpr.metrics.routing_sums import RoutingSums
 
     hidden = torch.randn(5, 2, 32)
     is_original = torch.arange(10).view(5, 2) % 3 > 0
@@ -243,14 +243,15 @@ def test_routing_sums_count_first_choices_by_language(layer) -> None:
     torch.testing.assert_close(sums.mean_scores()[0], scores.mean(dim=0))
     torch.testing.assert_close(sums.lpr_loss[0], losses.sum())
     torch.testing.assert_close(sums.mean_lpr_loss(), losses.mean())
-    assert sums.original_tokens.item() == is_original.sum().item()
-    assert sums.expanded_tokens.item() == 10 - is_original.sum().item()
-    assert sums.original_first_choices_of_original.item() == (first_is_original & is_original).sum().item()
-    assert sums.original_first_choices_of_expanded.item() == (first_is_original & ~is_original).sum().item()
+
+    def by_group(mask: torch.Tensor) -> list[int]:
+        return [(mask & group).sum().item() for group in (is_original, ~is_original)]
+
+    assert sums.tokens[0].tolist() == by_group(torch.ones_like(is_original))
+    assert sums.original_first[0].tolist() == by_group(first_is_original)
     _, is_chosen = layer.router(hidden, is_original)
     has_only_original = ~is_chosen[:, p:].any(dim=1).view(5, 2)
-    assert sums.all_original_of_original.item() == (has_only_original & is_original).sum().item()
-    assert sums.all_original_of_expanded.item() == (has_only_original & ~is_original).sum().item()
+    assert sums.all_original[0].tolist() == by_group(has_only_original)
     assert torch.equal(sums.choices[0], is_chosen.sum(dim=0).float())
     assert sums.token_shares().sum().item() == pytest.approx(is_chosen.sum().item() / 10)
 

@@ -12,7 +12,7 @@ from moelpr.megatron_patches import cpu
 def test_layers_whose_scores_are_nan_stay_in_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three layers, of which the first is dense; the activations overflow in the last one."""
     cpu.install()
-    from moelpr.model.routing_statistics import routing_vector
+    from moelpr.metrics.routing_sums import routing_vector
     from moelpr.training.metrics import MetricsTracker
 
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)

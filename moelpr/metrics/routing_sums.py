@@ -1,0 +1,159 @@
+"""The decisions of a layer's router, summed over tokens: in training per step, in an evaluation per language.
+
+T = tokens, E = experts (places of the router), of which the first P are original, L = MoE layers.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Decisions(NamedTuple):
+    """What a router decides about each token.
+
+    Attributes:
+        first_T: The expert with the highest score.
+        is_chosen_TE: Whether the expert is among the token's K.
+        num_original_places: P.
+    """
+
+    first_T: Tensor
+    is_chosen_TE: Tensor
+    num_original_places: int
+
+    @property
+    def is_original_first_T(self) -> Tensor:
+        """Whether the first choice is an original expert."""
+        return self.first_T < self.num_original_places
+
+    @property
+    def has_original_T(self) -> Tensor:
+        """Whether an original expert is among the choices."""
+        return self.is_chosen_TE[:, : self.num_original_places].any(dim=-1)
+
+    @property
+    def is_all_original_T(self) -> Tensor:
+        """Whether all choices are original experts."""
+        return ~self.is_chosen_TE[:, self.num_original_places :].any(dim=-1)
+
+
+class RoutingSums(NamedTuple):
+    """Sums over the tokens of a training step; the second axis of a pair is (original, expanded) language.
+
+    Attributes:
+        lpr_loss: The LPR loss [L].
+        tokens: Number of tokens [L, 2].
+        original_first: Tokens whose first choice is an original expert [L, 2].
+        all_original: Tokens whose choices are all original experts [L, 2].
+        scores: Router scores [L, E].
+        choices: Tokens that choose the expert [L, E].
+    """
+
+    lpr_loss: Tensor
+    tokens: Tensor
+    original_first: Tensor
+    all_original: Tensor
+    scores: Tensor
+    choices: Tensor
+
+    @classmethod
+    def from_vectors(cls, vectors_LV: Tensor) -> "RoutingSums":
+        """Read vectors of `routing_vector`, one per layer, summed over micro-batches and ranks."""
+        num_experts = (vectors_LV.shape[1] - 7) // 2
+        lpr_loss, *others = vectors_LV.split([1, 2, 2, 2, num_experts, num_experts], dim=1)
+        return cls(lpr_loss.squeeze(1), *others)
+
+    @staticmethod
+    def vector_size(num_experts: int) -> int:
+        return 7 + 2 * num_experts
+
+    # Means over tokens, NaN without tokens.
+
+    def mean_lpr_loss(self) -> Tensor:
+        """The mean over layers and original-language tokens (scalar)."""
+        return (self.lpr_loss / self.tokens[:, 0]).mean()
+
+    def mean_scores(self) -> Tensor:
+        """The mean router score of each expert [L, E]."""
+        return self.scores / self.tokens.sum(dim=1, keepdim=True)
+
+    def token_shares(self) -> Tensor:
+        """The fraction of tokens that choose each expert [L, E]; sums to K in each layer."""
+        return self.choices / self.tokens.sum(dim=1, keepdim=True)
+
+    def original_first_share(self) -> Tensor:
+        """The fraction of tokens whose first choice is an original expert [L, 2]."""
+        return self.original_first / self.tokens
+
+    def all_original_share(self) -> Tensor:
+        """The fraction of tokens whose choices are all original experts [L, 2]."""
+        return self.all_original / self.tokens
+
+    def log_line(self) -> str:
+        """Means over layers in the format of Megatron's log; values without tokens are omitted."""
+        original, expanded = self.original_first_share().unbind(dim=1)
+        values = {
+            "lpr loss": self.mean_lpr_loss(),
+            "original expert first, original tokens": original.mean(),
+            "original expert first, expanded tokens": expanded.mean(),
+        }
+        fields = [f" {name}: {value:.4f} |" for name, value in values.items() if not value.isnan()]
+        scores = " ".join(f"{score:.3f}" for score in self.mean_scores().mean(dim=0).tolist())
+        return "".join(fields) + f" mean router scores: {scores} |"
+
+
+@torch.no_grad()
+def routing_vector(
+    logits_TE: Tensor, is_chosen_TE: Tensor, lpr_sum: Tensor, is_original_T: Tensor, num_original_places: int
+) -> Tensor:
+    """The `RoutingSums` of one layer and micro-batch as one fp32 vector."""
+    decisions = Decisions(logits_TE.argmax(dim=-1), is_chosen_TE, num_original_places)
+    every_T = torch.ones_like(is_original_T)
+    masks = every_T, decisions.is_original_first_T, decisions.is_all_original_T
+    counts = torch.stack([(mask & group).sum() for mask in masks for group in (is_original_T, ~is_original_T)])
+    scores_E = torch.softmax(logits_TE.float(), dim=-1).sum(dim=0)
+    choices_E = is_chosen_TE.sum(dim=0)
+    return torch.cat([lpr_sum.detach().float().reshape(1), counts.float(), scores_E, choices_E.float()])
+
+
+class TextSums(NamedTuple):
+    """Sums over the counted tokens of a text, per layer.
+
+    Attributes:
+        first_choices: Tokens whose first choice is the expert [L, E].
+        choices: Tokens that choose the expert [L, E].
+        scores: Router scores [L, E].
+        entropy: Entropies of the router scores, in nats [L].
+        has_original: Tokens with an original expert among their choices [L].
+        all_original: Tokens whose choices are all original experts [L].
+    """
+
+    first_choices: Tensor
+    choices: Tensor
+    scores: Tensor
+    entropy: Tensor
+    has_original: Tensor
+    all_original: Tensor
+
+    @classmethod
+    def from_vectors(cls, vectors_LV: Tensor) -> "TextSums":
+        """Read vectors of `text_vector`, one per layer."""
+        num_experts = (vectors_LV.shape[1] - 3) // 3
+        first_choices, choices, scores, others = vectors_LV.split([num_experts] * 3 + [3], dim=1)
+        return cls(first_choices, choices, scores, *others.unbind(dim=1))
+
+
+def text_vector(logits_TE: Tensor, topk: int, num_original_places: int, weight_T: Tensor) -> Tensor:
+    """The `TextSums` of one layer and batch as one fp64 vector; `weight_T` is 1 for counted tokens, else 0."""
+    log_scores_TE = logits_TE.log_softmax(dim=-1)
+    scores_TE = log_scores_TE.exp()
+    choices_TK = logits_TE.topk(topk, dim=-1).indices
+    is_first_TE = torch.zeros_like(scores_TE).scatter_(1, choices_TK[:, :1], 1.0)
+    is_chosen_TE = torch.zeros_like(scores_TE).scatter_(1, choices_TK, 1.0)
+    decisions = Decisions(choices_TK[:, 0], is_chosen_TE.bool(), num_original_places)
+    entropy_T = -(scores_TE * log_scores_TE).sum(dim=-1)
+    each_T3 = torch.stack([entropy_T, decisions.has_original_T.float(), decisions.is_all_original_T.float()], dim=-1)
+    columns = torch.cat([is_first_TE, is_chosen_TE, scores_TE, each_T3], dim=-1)
+    # A layer may be on another GPU. A batch's counts are exact in float32.
+    return (weight_T.to(columns.device) @ columns).double()

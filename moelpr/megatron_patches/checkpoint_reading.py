@@ -119,7 +119,7 @@ def check_module_state(state: Any) -> None:
 
 
 def _one_error(load: Callable[..., Any]) -> Callable[..., Any]:
-    """torch collects errors of all ranks with their tracebacks in a CheckpointException, which is no Exception."""
+    """Raise one error: torch collects all ranks' in a CheckpointException, which does not derive from Exception."""
 
     @wraps(load)
     def load_checkpoint(*args: Any, **kwargs: Any) -> Any:

@@ -66,7 +66,7 @@ def install() -> None:
     if _installed or not is_needed():
         return
     _installed = True
-    # Warns at every import that there is no CUDA device.
+    # This logger warns at every import that there is no CUDA device.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     torch.compile = _leave_eager
     if "torch._dynamo" in sys.modules:  # something may be compiled already
@@ -78,12 +78,12 @@ def install() -> None:
 
 
 def _leave_eager(function: Any = None, **_: Any) -> Any:
-    """torch.compile without the compiler, which takes 2 s to import and would run a C++ compiler for minutes."""
+    """Do without torch's compiler, which takes 2 s to import and would run a C++ compiler for minutes."""
     return function or _leave_eager
 
 
 def async_save_worker(*args: Any, **kwargs: Any) -> None:
-    """Megatron's loop in the helper process that writes a checkpoint while training continues (`--async-save`).
+    """Run Megatron's loop in the helper process that writes a checkpoint while training continues (`--async-save`).
 
     Megatron copies GPU tensors to the helper's memory before training may change them. Without a GPU, two things fail,
     silently or with a trainer that waits indefinitely: the helper divides by the number of CUDA devices, and it gets
@@ -123,11 +123,11 @@ def _patch_torch_cuda() -> None:
     cuda.manual_seed_all = _doing_nothing()  # torch.manual_seed calls it after seeding the CPU generator
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
-    # The training log reports memory.
+    # The training log reports these numbers.
     cuda.memory_stats = lambda device=None: collections.defaultdict(int)
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
         setattr(cuda, name, lambda device=None: 0)
-    # Newer than any: no architecture-specific restriction or environment setting applies.
+    # It is newer than any GPU's, so that no architecture-specific restriction or environment setting applies.
     cuda.get_device_capability = lambda device=None: (99, 0)
     properties = types.SimpleNamespace(major=99, minor=0, name="cpu", total_memory=0)
     cuda.get_device_properties = lambda device=None: properties
@@ -198,13 +198,13 @@ def _patch_megatron() -> None:
 
     from moelpr.megatron_patches.swiglu import swiglu, weighted_swiglu
 
-    # asserts torch.cuda.is_available() by default
+    # By default it asserts torch.cuda.is_available().
     training.initialize_megatron = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
-    # warms up fused kernels on a CUDA device
+    # It warms up fused kernels on a CUDA device.
     training.set_jit_fusion_options = _doing_nothing()
-    # writes the CUDA generator's state directly
+    # It writes the CUDA generator's state directly.
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
-    # returns CPU tensors unchanged even when asked for numpy, and the caller then calls numpy methods
+    # It returns CPU tensors unchanged even when asked for numpy, and the caller then calls numpy methods.
     to_cpu = moe_utils.maybe_move_tensor_to_cpu
 
     def to_cpu_or_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -213,12 +213,12 @@ def _patch_megatron() -> None:
         return to_cpu(tensor, as_numpy=False, record_stream=False)
 
     moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = to_cpu_or_numpy
-    # many passes over memory unless compiled
+    # Megatron's functions make many passes over memory unless compiled.
     fused_bias_swiglu.weighted_bias_swiglu_impl = mlp.weighted_bias_swiglu_impl = weighted_swiglu
     fused_bias_swiglu.bias_swiglu_impl = mlp.bias_swiglu_impl = swiglu
-    # runs in a helper process, which is not patched and finds the function by its name
+    # The loop runs in a helper process, which is not patched and finds the function by its name.
     async_utils.PersistentAsyncCaller.async_loop = staticmethod(async_save_worker)
-    # reads the memory counters of a CUDA device
+    # It reads the memory counters of a CUDA device.
     common_utils.report_memory = training.report_memory = _doing_nothing()
 
 
@@ -234,7 +234,7 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _doing_nothing() -> Callable[..., None]:
-    """A new function each time: torch's compiler, which other libraries may import, has one rule per function."""
+    """Make a new function each time: torch's compiler, which other libraries may import, has one rule per function."""
     return lambda *args, **kwargs: None
 
 

@@ -185,7 +185,7 @@ def _continue_the_schedule_of_a_reset_optimizer() -> None:
         loaded = load_checkpoint(model, optimizer, scheduler, *args, **kwargs)
         settings = training.get_args()
         if scheduler is not None and settings.no_load_optim and not settings.finetune:
-            # In samples; those of --iterations-to-skip are consumed without a step.
+            # The scheduler counts samples; those of --iterations-to-skip are consumed without a step.
             scheduler.step(settings.consumed_train_samples - settings.skipped_train_samples)
         return loaded
 
@@ -323,7 +323,7 @@ class GroupStepAdam(torch.optim.Adam):
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
                 [],
-                # One each, because adam counts in place; filled on the device, to which a copy would have to wait.
+                # Each has its own count, because adam counts in place. It is filled on the device: a copy would wait.
                 [torch.full((), float(steps_before), device=parameter.device) for parameter in params],
                 fused=True,
                 amsgrad=False,

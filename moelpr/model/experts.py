@@ -32,7 +32,7 @@ class _Weight(torch.nn.Module):
 
 
 class _ZeroGradientOfIdleExperts(torch.autograd.Function):
-    """The weights [n, …] unchanged; in the backward pass, sets the gradient of each expert without rows to 0.
+    """Returns the weights [n, …]; in the backward pass, sets the gradient of each expert without rows to 0.
 
     On some GPUs, grouped_mm leaves it unwritten (PyTorch issue 172439).
     """

@@ -13,7 +13,7 @@ class TEGroupedExperts(TEGroupedMLP):
     """Megatron's TEGroupedMLP with the checkpoint keys of moelpr.model.experts.GroupedExperts."""
 
     def __init__(self, num_local_experts: int, config: MoELPRConfig, **kwargs: Any) -> None:
-        # Only for these layers, because Megatron's own linear layers, which are frozen, require Apex for it.
+        # The copy is for these layers only: Megatron's own linear layers, which are frozen, require Apex for it.
         config = copy.copy(config)
         config.gradient_accumulation_fusion |= config.fuse_expert_gradients
         layers = GroupedMLPSubmodules(linear_fc1=TEColumnParallelGroupedLinear, linear_fc2=TERowParallelGroupedLinear)

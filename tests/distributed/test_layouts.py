@@ -157,9 +157,7 @@ def test_the_last_pipeline_stage_of_the_edge_model_has_nothing_to_train(folder: 
 
 
 @pytest.mark.parametrize("saves", ["--save-interval 100", "--save-trained-only"])
-def test_a_run_whose_last_pipeline_stage_trains_nothing_can_be_resumed(
-    resumed: dict[str, Path], folder: Path, saves: str
-) -> None:
+def test_a_run_whose_last_pipeline_stage_trains_nothing_can_be_resumed(resumed, folder, saves) -> None:
     """A stage that trains nothing has no optimizer state and, with --save-trained-only, nothing in the checkpoint."""
     ours, theirs = resumed[saves], layouts.run_folder(folder, "edges 1", "stage1")
     for a, b in zip(layouts.metrics(ours), layouts.metrics(theirs), strict=True):

@@ -11,6 +11,8 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
+from tests.unit.conftest import SHAPE as TINY_SHAPE
+
 DEVICES = 8
 BATCH, SEQUENCE, HIDDEN = 4, 64, 256
 NEW_EXPERTS, TOPK = 4, 2
@@ -19,12 +21,8 @@ RECOMPUTE = {
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["moe", "core_attn"]},
 }
-SHAPE = dict(num_layers=2, hidden_size=HIDDEN, ffn_hidden_size=512, num_attention_heads=4, num_query_groups=2)
-SHAPE |= dict(group_query_attention=True, kv_channels=64, max_position_embeddings=SEQUENCE)
-SHAPE |= dict(position_embedding_type="rope", rotary_base=10000, normalization="RMSNorm", norm_epsilon=1e-6)
-SHAPE |= dict(swiglu=True, add_bias_linear=False, add_qkv_bias=True, qk_layernorm=False)
-SHAPE |= dict(untie_embeddings_and_output_weights=False, vocab_size=512, rotary_percent=1.0, attention_dropout=0.0)
-SHAPE |= dict(hidden_dropout=0.0, init_method_std=0.02)
+SHAPE = TINY_SHAPE | dict(num_layers=2, hidden_size=HIDDEN, ffn_hidden_size=512, max_position_embeddings=SEQUENCE)
+SHAPE |= dict(kv_channels=64, vocab_size=512)
 
 
 @dataclass(frozen=True)
@@ -47,8 +45,7 @@ CASES = {
     "stage2, m=2, selective recompute": Case(originals=2, settings=RECOMPUTE["selective"]),
     "stage2, documents apart": Case(settings={"dataloader_inter_document_masking": True}),
     "stage1, documents apart, window, full recompute": Case(
-        "stage1",
-        settings={"dataloader_inter_document_masking": True, "window_size": (16, 0), **RECOMPUTE["full"]},
+        "stage1", settings={"dataloader_inter_document_masking": True, "window_size": (16, 0), **RECOMPUTE["full"]}
     ),
     "stage2, EP4": Case(ep=4),
     "stage1, C=2, EP2": Case("stage1", copies=2, ep=2),

@@ -39,6 +39,18 @@ def launch(script: str, *words: str | Path, ranks: int = 1) -> subprocess.Comple
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
 
 
+def run_to_the_end(script: str, *words: str | Path, ranks: int = 1) -> None:
+    done = launch(script, *words, ranks=ranks)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def wait_for(file: Path, run: subprocess.Popen) -> None:
+    """Wait until a running trainer has written a file."""
+    deadline = time.monotonic() + 100
+    while not file.exists() and time.monotonic() < deadline and run.poll() is None:
+        time.sleep(0.1)
+
+
 def records(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -66,6 +78,12 @@ def whole_model(run: Path, iteration: int) -> dict[str, torch.Tensor]:
 
     readers = [TorchDistReader(link) for link in reversed(checkpoint_chain(run, iteration))]
     return model_tensors({key: reader.read(key) for reader in readers for key in reader.keys})
+
+
+def export(run: Path, folder: Path, **options: bool) -> None:
+    from checkpoint_convert.conversions.exported_model import mcore_to_hf
+
+    mcore_to_hf(run, folder, **options)
 
 
 def cut_back(run: Path, copy: Path) -> Path:
@@ -129,8 +147,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stage1(material: Path) -> Path:
     """Six steps of stage 1 on two expert-parallel ranks, saved after steps 3 and 6."""
     save = material / "stage1"
-    done = launch(*stage1_command(material, save), ranks=2)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    run_to_the_end(*stage1_command(material, save), ranks=2)
     return save
 
 
@@ -150,8 +167,7 @@ def stage2(material: Path, stage1: Path) -> Path:
     Its checkpoints contain only what it trained, and are written asynchronously.
     """
     save = material / "stage2"
-    done = launch(*stage2_command(material, stage1, save), "--save-trained-only", "--async-save")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    run_to_the_end(*stage2_command(material, stage1, save), "--save-trained-only", "--async-save")
     return save
 
 
@@ -194,8 +210,7 @@ def test_every_tensor_trains(material: Path, script: str, start: str, flags: lis
 
     save = material / f"everything-{script}"
     words = [*flags, "--pretrained-checkpoint", material / start, "--data-path", material / "expanded", "--save", save]
-    done = launch(script, *words, "--train-iters", "3")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    run_to_the_end(script, *words, "--train-iters", "3")
     before, trained = TorchDistReader(material / start / "release"), model_tensors(tensors(save, 3))
     assert trained.keys() == set(before.keys)
     for key, value in trained.items():
@@ -231,9 +246,7 @@ def test_a_run_stopped_by_a_stop_file_resumes_to_the_same_end_and_no_further(mat
 
 
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
-def test_after_a_signal_to_every_process_the_trainer_saves_its_step_and_exits_with_code_0(
-    material: Path, name: str
-) -> None:
+def test_after_a_signal_to_every_process_the_trainer_saves_its_step_and_exits_with_code_0(material, name) -> None:
     """As a cluster sends it: to the launcher, the ranks, and the helpers that write checkpoints."""
     save = material / f"asked-by-{name}"
     command = [ROOT / "launch/stage1.sh", *STEPS.split(), *map(str, stage1_command(material, save)[1:])]
@@ -241,13 +254,7 @@ def test_after_a_signal_to_every_process_the_trainer_saves_its_step_and_exits_wi
     command += ["--train-iters", "5000", "--save-interval", "10"]
     log = material / f"asked-by-{name}.log"
     with log.open("w") as file, subprocess.Popen(command, env=environment, stdout=file) as run:
-        deadline = time.monotonic() + 100
-        while (
-            not (save / "latest_checkpointed_iteration.txt").exists()
-            and time.monotonic() < deadline
-            and run.poll() is None
-        ):
-            time.sleep(0.1)
+        wait_for(save / "latest_checkpointed_iteration.txt", run)
         launcher = psutil.Process(run.pid)
         for process in [launcher, *launcher.children(recursive=True)]:
             process.send_signal(getattr(signal, name))
@@ -265,9 +272,7 @@ def test_a_run_is_alone_in_its_folder_and_ends_with_its_launcher(material: Path)
     command = [ROOT / "launch/stage1.sh", *STEPS.split(), *map(str, words)]
     with subprocess.Popen(command, env={**os.environ, "NPROC_PER_NODE": "2"}, stdout=subprocess.DEVNULL) as run:
         try:
-            deadline = time.monotonic() + 100
-            while not (save / "iter_0000003").exists() and time.monotonic() < deadline and run.poll() is None:
-                time.sleep(0.1)
+            wait_for(save / "iter_0000003", run)
             second = launch("stage1", *words, ranks=2)
             ranks = psutil.Process(run.pid).children()
         finally:
@@ -285,12 +290,8 @@ def test_stage2_changes_only_routers(stage1: Path, stage2: Path) -> None:
         assert torch.equal(value, before[key]) != (".mlp.router." in key), key
 
 
-def test_trained_only_checkpoints_and_held_out_text_do_not_change_the_training(
-    material: Path, stage1: Path, stage2: Path
-) -> None:
+def test_trained_only_checkpoints_and_held_out_text_do_not_change_the_training(material, stage1, stage2) -> None:
     """The other run has neither."""
-    from checkpoint_convert.conversions.exported_model import mcore_to_hf
-
     whole = material / "stage2-whole"
     assert launch(*stage2_command(material, stage1, whole, held_out={})).returncode == 0
     small, large = tensors(stage2, 6), tensors(whole, 6)
@@ -301,25 +302,21 @@ def test_trained_only_checkpoints_and_held_out_text_do_not_change_the_training(
     for name in ("lm_loss", "lpr_loss", "grad_norm"):
         assert [record[name] for record in metrics(stage2)] == [record[name] for record in metrics(whole)]
     for run in (stage2, whole):
-        mcore_to_hf(run, run.with_name(f"{run.name}-hf"), overwrite=True)
+        export(run, run.with_name(f"{run.name}-hf"), overwrite=True)
     weights = [(material / f"{name}-hf" / "model.safetensors").read_bytes() for name in ("stage2", "stage2-whole")]
     assert weights[0] == weights[1]
 
 
-def test_a_resumed_stage2_is_bitwise_identical_to_the_uninterrupted_one(
-    material: Path, stage1: Path, stage2: Path
-) -> None:
+def test_a_resumed_stage2_is_bitwise_identical_to_the_uninterrupted_one(material, stage1, stage2) -> None:
     """The base was moved meanwhile: --pretrained-checkpoint names its folder, and base_checkpoint.json is updated."""
     moved = shutil.copytree(stage1, material / "stage1-moved")
     resumed = cut_back(stage2, material / "stage2-resumed")
-    done = launch(*stage2_command(material, moved, resumed), "--save-trained-only")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    run_to_the_end(*stage2_command(material, moved, resumed), "--save-trained-only")
     assert_same_run(stage2, resumed)
     assert json.loads((resumed / "base_checkpoint.json").read_text())["folder"] == "../stage1-moved"
 
 
 def test_a_changed_base_stops_a_resumed_run_and_the_exporter(material: Path, stage1: Path, stage2: Path) -> None:
-    from checkpoint_convert.conversions.exported_model import mcore_to_hf
     from moelpr.process.errors import UserError
 
     changed = shutil.copytree(stage1, material / "changed" / "stage1")
@@ -339,7 +336,7 @@ def test_a_changed_base_stops_a_resumed_run_and_the_exporter(material: Path, sta
     assert done.returncode == 2, done.stderr
     assert f"{file} is damaged: its checksum" in done.stderr and "Traceback" not in done.stderr
     with pytest.raises(UserError, match=f"{said}.*checksum"):
-        mcore_to_hf(resumed, material / "changed" / "hf")
+        export(resumed, material / "changed" / "hf")
 
 
 def test_a_hostile_checkpoint_runs_no_code_when_its_run_resumes(material: Path, stage1: Path) -> None:
@@ -357,15 +354,13 @@ def test_held_out_text_is_scored_as_transformers_scores_it(material: Path, stage
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from transformers import AutoModelForCausalLM
 
-    from checkpoint_convert.conversions.exported_model import mcore_to_hf
-
     passes = [record for record in records(stage2) if record.get("event") == "validation"]
     assert [record["iteration"] for record in passes] == [0, 4, 6]
     groups = {name: found["group"] for name, found in passes[0]["languages"].items()}
     assert groups == {"en": "original", "el": "expanded"}
     events = EventAccumulator(str(stage2 / "tensorboard")).Reload()
     assert [point.step for point in events.Scalars("validation bits per token/el")] == [0, 4, 6]
-    mcore_to_hf(stage2, material / "scored-hf")
+    export(stage2, material / "scored-hf")
     model = AutoModelForCausalLM.from_pretrained(material / "scored-hf")
     for name, document in HELD_OUT.items():
         tokens = torch.from_numpy(document)
@@ -409,10 +404,6 @@ def test_stage2_starts_at_step_1_and_learns_to_route_original_tokens(stage2: Pat
 
 
 def test_a_run_folder_contains_its_settings_and_model(stage1: Path, stage2: Path) -> None:
-    import yaml
-
-    from moelpr.model_spec import ModelSpec
-
     recipe = yaml.safe_load((stage2 / "recipe.yaml").read_text())
     assert recipe["stage"] == "stage2"
     for step in (stage1 / "iter_0000006", stage2 / "iter_0000003"):  # saved by two ranks; saved asynchronously
@@ -432,16 +423,13 @@ def test_a_run_folder_contains_its_settings_and_model(stage1: Path, stage2: Path
 
 def test_frozen_tensors_of_the_export_are_bitwise_identical_to_the_bases(material: Path, stage2: Path) -> None:
     from checkpoint_convert.compare.tensors import compare_frozen, largest_difference
-    from checkpoint_convert.conversions.exported_model import mcore_to_hf
 
-    mcore_to_hf(stage2, material / "stage2-hf", overwrite=True)
+    export(stage2, material / "stage2-hf", overwrite=True)
     assert largest_difference(compare_frozen(material / "hf", material / "stage2-hf")) == 0.0
 
 
 def test_the_exports_model_card_describes_both_runs(material: Path, stage1: Path, stage2: Path) -> None:
-    from checkpoint_convert.conversions.exported_model import mcore_to_hf
-
-    mcore_to_hf(stage2, material / "card-hf")
+    export(stage2, material / "card-hf")
     card = (material / "card-hf" / "README.md").read_text()
     assert "New experts started as copies (seed 1234)." in card
     first, second = card.split("\n### ")[1:]
@@ -456,10 +444,9 @@ def test_the_exports_model_card_describes_both_runs(material: Path, stage1: Path
 
 def test_base_plus_delta_is_the_export(material: Path, stage2: Path) -> None:
     from checkpoint_convert.conversions.delta import apply_delta
-    from checkpoint_convert.conversions.exported_model import mcore_to_hf
 
-    mcore_to_hf(stage2, material / "full-hf")
-    mcore_to_hf(stage2, material / "delta", as_delta=True)
+    export(stage2, material / "full-hf")
+    export(stage2, material / "delta", as_delta=True)
     apply_delta(material / "hf", material / "delta", material / "whole-hf")
     for path in (material / "full-hf").iterdir():
         assert path.read_bytes() == (material / "whole-hf" / path.name).read_bytes(), path
@@ -469,9 +456,7 @@ def test_base_plus_delta_is_the_export(material: Path, stage2: Path) -> None:
     ("script", "start", "words", "named"),
     [("stage2", "dense", [], "--stage stage2"), ("stage1", "upcycled", ["--data-path", "nowhere"], "nowhere.bin")],
 )
-def test_wrong_input_is_one_error_and_exit_code_2(
-    material: Path, script: str, start: str, words: list[str], named: str
-) -> None:
+def test_wrong_input_is_one_error_and_exit_code_2(material, script, start, words, named) -> None:
     words = words or ["--data-path", str(material / "expanded")]
     done = launch(script, "--pretrained-checkpoint", material / start, "--save", material / "refused", *words)
     assert done.returncode == 2, done.stderr

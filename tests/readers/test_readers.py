@@ -158,9 +158,7 @@ def test_8_bits_change_little(make_model: Callable[..., Path], tmp_path: Path) -
 
 
 @pytest.mark.parametrize("case", ["llama", "qwen2-granitemoe"], indirect=True)
-def test_what_transformers_saves_again_runs_in_llama_cpp_only(
-    export: Path, prompt: list[int], expected: tuple[list[int], Tensor], tmp_path: Path
-) -> None:
+def test_what_transformers_saves_again_runs_in_llama_cpp_only(export, prompt, expected, tmp_path) -> None:
     """transformers 5 renames keys of config.json, and MLX then takes its own default or none; `verify.py` sees it."""
     again = tmp_path / "again"
     shutil.copytree(export, again, ignore=shutil.ignore_patterns("*.safetensors", "checksums.json"))
@@ -179,9 +177,7 @@ def test_what_transformers_saves_again_runs_in_llama_cpp_only(
 
 @pytest.mark.parametrize("reader", RUN)
 @pytest.mark.parametrize("case", ["qwen2"], indirect=True)
-def test_an_empty_shared_expert_makes_a_qwen2_moe_load_as_another_model(
-    export: Path, prompt: list[int], expected: tuple[list[int], Tensor], reader: str, tmp_path: Path
-) -> None:
+def test_an_empty_shared_expert_makes_a_qwen2_moe_load_as_another_model(export, prompt, expected, reader, tmp_path):
     """Computed exactly as if top-k weights were not normalized: by whoever adds zeros until there is no error."""
     dummy = Path(shutil.copytree(export, tmp_path / "dummy"))
     path = dummy / "config.json"

@@ -8,30 +8,11 @@ import pytest
 from moelpr.megatron_patches import bootstrap
 from moelpr.model_spec import ModelSpec, MoeSpec
 
-SHAPE = {
-    "num_layers": 3,
-    "hidden_size": 32,
-    "ffn_hidden_size": 48,
-    "num_attention_heads": 4,
-    "num_query_groups": 2,
-    "group_query_attention": True,
-    "kv_channels": 8,
-    "max_position_embeddings": 64,
-    "position_embedding_type": "rope",
-    "rotary_base": 10000,
-    "normalization": "RMSNorm",
-    "norm_epsilon": 1e-6,
-    "rotary_percent": 1.0,
-    "attention_dropout": 0.0,
-    "hidden_dropout": 0.0,
-    "init_method_std": 0.02,
-    "swiglu": True,
-    "add_bias_linear": False,
-    "add_qkv_bias": True,
-    "qk_layernorm": False,
-    "untie_embeddings_and_output_weights": False,
-    "vocab_size": 128,
-}
+SHAPE = dict(num_layers=3, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2)
+SHAPE |= dict(group_query_attention=True, kv_channels=8, max_position_embeddings=64, position_embedding_type="rope")
+SHAPE |= dict(rotary_base=10000, normalization="RMSNorm", norm_epsilon=1e-6, rotary_percent=1.0, attention_dropout=0.0)
+SHAPE |= dict(hidden_dropout=0.0, init_method_std=0.02, swiglu=True, add_bias_linear=False, add_qkv_bias=True)
+SHAPE |= dict(qk_layernorm=False, untie_embeddings_and_output_weights=False, vocab_size=128)
 
 
 @pytest.fixture(autouse=True)

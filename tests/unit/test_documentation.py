@@ -176,9 +176,7 @@ def read_language_bits() -> Callable[[Path], list[int]]:
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 8, 1003])
-def test_the_documented_reader_reads_lang_files(
-    num_tokens: int, read_language_bits: Callable[[Path], list[int]], tmp_path: Path
-) -> None:
+def test_the_documented_reader_reads_lang_files(num_tokens, read_language_bits, tmp_path) -> None:
     bits = np.random.default_rng(num_tokens).integers(0, 2, num_tokens, dtype=np.uint8)
     with LanguageBitsWriter(tmp_path / "a.lang") as writer:
         writer.append(bits)

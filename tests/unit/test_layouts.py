@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from moelpr.layouts import Layout, divisors, layout_problems
+from moelpr.layouts import Layout, layout_problems
 from moelpr.model_spec import ModelSpec, MoeSpec
 from tests.unit.conftest import SHAPE
 
@@ -87,9 +87,7 @@ def test_tensor_parallelism_divides_heads_query_groups_and_ffn() -> None:
         (3, Layout(cp=2), ["2 x --context-parallel-size 2"], "a multiple of 4, such as 4"),
     ],
 )
-def test_the_sequence_divides_over_tensor_and_context_ranks(
-    length: int, layout: Layout, flags: list[str], fix: str
-) -> None:
+def test_the_sequence_divides_over_tensor_and_context_ranks(length, layout, flags, fix) -> None:
     (found,) = problems(layout, layout.world_size, seq_length=length)
     assert found.startswith(f"--seq-length {length} ") and found.endswith(fix)
     assert all(flag in found for flag in flags)
@@ -120,19 +118,6 @@ def test_grouped_gemm_on_a_gpu_requires_aligned_rows(shape: dict, etp: int, name
     assert problems(layout, 4, spec_of(**shape)) == []
     (found,) = problems(layout, 4, spec_of(**shape), torch_grouped_gemm=True)
     assert "8" in found and named in found and f"use {fix}" in found
-
-
-def test_an_uneven_pipeline_skips_the_rule_about_layers() -> None:
-    assert problems(Layout(pp=3), 3, even_pipeline=False) == []
-
-
-def test_without_a_model_only_the_number_of_ranks_is_checked() -> None:
-    assert problems(Layout(tp=3, pp=5), 15, None) == []
-    assert len(problems(Layout(tp=3, pp=5), 4, None)) == 1
-
-
-def test_divisors_are_ascending() -> None:
-    assert divisors(12) == [1, 2, 3, 4, 6, 12]
 
 
 def test_the_module_imports_neither_torch_nor_megatron() -> None:

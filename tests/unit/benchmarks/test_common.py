@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.common import ROOT, argument_parser, model_spec, print_table, qwen2_config, run_ranks
+from benchmarks.common import ROOT, model_spec, print_table, qwen2_config, run_ranks
 
 PROGRAMS = [path for path in (ROOT / "benchmarks").rglob("*.py") if '__name__ == "__main__"' in path.read_text()]
 
@@ -16,19 +16,6 @@ def test_the_docstring_contains_the_command(path: Path) -> None:
     docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
     commands = [line for line in docstring.splitlines() if line.startswith("    ") and "python" in line]
     assert any(f"-m {module}" in line or f"python {path.relative_to(ROOT)}" in line for line in commands)
-
-
-def test_defaults_are_shown_except_none_and_false(capsys: pytest.CaptureFixture) -> None:
-    parser = argument_parser("Measures.\n\n    python -m x\n", rounds=7)
-    parser.add_argument("--seed", type=int, default=0, help="random seed")
-    parser.add_argument("--folder", help="folder")
-    parser.add_argument("--fast", action="store_true", help="fast")
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--help"])
-    shown = capsys.readouterr().out
-    assert "\n    python -m x\n" in shown, "the docstring keeps its line breaks"
-    assert "rounds (default: 7)" in shown and "seed (default: 0)" in shown
-    assert "None" not in shown and "False" not in shown
 
 
 def test_tables_show_numbers_readably_and_omit_nested_values(capsys: pytest.CaptureFixture) -> None:

@@ -16,7 +16,6 @@ from moelpr.evaluate.models import load_model
 from moelpr.evaluate.routing import RoutingObserver
 from moelpr.model_spec import ModelSpec
 from moelpr.process.errors import UserError
-from moelpr.stages import MoeStage
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +38,7 @@ def demo(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize(("stage", "languages"), [("stage1", EXPANDED), ("stage2", (*ORIGINAL, *EXPANDED))])
-def test_recorded_choices_are_those_that_evaluation_counts(
-    demo: Path, stage: MoeStage, languages: tuple[str, ...]
-) -> None:
+def test_recorded_choices_are_those_that_evaluation_counts(demo, stage, languages) -> None:
     routing = recorded_routing(demo, stage)
     loaded = load_model(demo / "stage2-hf", device="cpu")
     observer = RoutingObserver(loaded)

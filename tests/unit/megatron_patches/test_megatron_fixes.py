@@ -83,10 +83,7 @@ def make_optimizer(kind: str, lr: float, min_lr: float, decoupled_lr: float) -> 
     chunk = DistributedDataParallel(config, DistributedDataParallelConfig(use_distributed_optimizer=is_flat), model)
     dtypes = {"bf16": kind == "float16", "params_dtype": dtype, "use_distributed_optimizer": is_flat}
     optimizer_config = OptimizerConfig(optimizer="adam", lr=lr, min_lr=min_lr, **dtypes)
-    overrides = {
-        ParamKey(name="*norm"): {"wd_mult": 0.0},
-        ParamKey(name="*vocabulary"): {"max_lr": decoupled_lr},
-    }
+    overrides = {ParamKey(name="*norm"): {"wd_mult": 0.0}, ParamKey(name="*vocabulary"): {"max_lr": decoupled_lr}}
     optimizer = get_megatron_optimizer(optimizer_config, [chunk], overrides)
     for parameter in chunk.parameters():
         parameter.main_grad.fill_(lr)
@@ -97,9 +94,7 @@ def make_optimizer(kind: str, lr: float, min_lr: float, decoupled_lr: float) -> 
 @pytest.mark.usefixtures("megatron")
 @pytest.mark.parametrize("keeps_saved", [False, True])
 @pytest.mark.parametrize("kind", ["fp32", "float16", "distributed"])
-def test_optimizer_state_loads_with_other_learning_rates(
-    kind: str, keeps_saved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_optimizer_state_loads_with_other_learning_rates(kind, keeps_saved, tmp_path, monkeypatch) -> None:
     """Through a checkpoint; --decoupled-lr too."""
     from megatron.core import dist_checkpointing
     from megatron.training import global_vars
@@ -142,9 +137,7 @@ def test_megatron_still_finds_parameter_groups_by_their_learning_rates() -> None
 @pytest.mark.parametrize(
     ("flags", "expected"), [({}, 0), ({"no_load_optim": True}, 30), ({"no_load_optim": True, "finetune": True}, 0)]
 )
-def test_a_reset_optimizer_continues_the_schedule(
-    flags: dict[str, bool], expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_reset_optimizer_continues_the_schedule(flags, expected, monkeypatch) -> None:
     """The fix only; a function that loads nothing, like Megatron's for the schedule, takes the place of Megatron's."""
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
     from megatron.training import training
@@ -289,9 +282,7 @@ def test_a_tracker_file_that_cannot_be_written_names_the_step_before(tmp_path: P
 
 @pytest.mark.usefixtures("megatron")
 @pytest.mark.parametrize("name", ["gpt_dataset", "blended_dataset"])
-def test_an_order_of_samples_is_saved_whole_or_not_at_all(
-    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_order_of_samples_is_saved_whole_or_not_at_all(tmp_path, name, monkeypatch) -> None:
     numpy = importlib.import_module(f"megatron.core.datasets.{name}").numpy
     order, path = np.arange(100), tmp_path / "cache" / "shuffle_index.npy"
 

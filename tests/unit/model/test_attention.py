@@ -130,9 +130,7 @@ def varlen_attention(query, key, value, starts, key_starts, longest, longest_key
 
 
 @pytest.mark.parametrize("window", [None, (5, 0)])
-def test_torchs_kernel_for_documents_gets_what_gives_the_same_result(
-    dense_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch, window: tuple[int, int] | None
-) -> None:
+def test_torchs_kernel_for_documents_gets_what_gives_the_same_result(dense_spec, monkeypatch, window) -> None:
     from megatron.core.transformer.enums import AttnMaskType
 
     from moelpr.model import attention

@@ -124,9 +124,7 @@ class Noted(torch.Tensor):
 
 
 @pytest.mark.parametrize("are_split", [False, True])
-def test_the_side_stream_waits_and_is_waited_for_and_its_tensors_are_kept(
-    monkeypatch: pytest.MonkeyPatch, are_split: bool
-) -> None:
+def test_the_side_stream_waits_and_is_waited_for_and_its_tensors_are_kept(monkeypatch, are_split) -> None:
     """On a GPU a missing wait is a race that a test may win. Split experts communicate, so they stay on main."""
     from moelpr.model.layer import OverlappedOriginalExperts
 

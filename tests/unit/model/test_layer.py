@@ -153,9 +153,7 @@ def dense_and_upcycled(dense_spec: ModelSpec, moe: MoeSpec) -> tuple:
 
 
 @pytest.mark.parametrize("topk", [2, 3])
-def test_tokens_that_choose_only_copies_get_the_dense_models_logits_bit_for_bit(
-    dense_spec: ModelSpec, topk: int
-) -> None:
+def test_tokens_that_choose_only_copies_get_the_dense_models_logits_bit_for_bit(dense_spec, topk) -> None:
     """Whatever the new experts compute, and however the token's weight is divided over the copies."""
     from moelpr.model.loading import logits
 
@@ -196,9 +194,7 @@ def test_the_balance_loss_in_training_is_the_papers(layer) -> None:
 
 @pytest.mark.parametrize("layers", [(0, 1, 2), (0, 2)])
 @pytest.mark.parametrize("variant", ["paper", "reference"])
-def test_the_lpr_gradient_is_that_of_the_mean_over_original_tokens(
-    spec: ModelSpec, variant: str, layers: tuple[int, ...]
-) -> None:
+def test_the_lpr_gradient_is_that_of_the_mean_over_original_tokens(spec, variant, layers) -> None:
     """Two micro-batches, one with few original-language tokens, equal the full batch computed by hand."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 

@@ -23,9 +23,7 @@ def model(request, moe_spec: ModelSpec):
 @pytest.mark.parametrize(
     ("rank", "expected"), [(0, slice(120, 120)), (1, slice(80, 120)), (2, slice(0, 60)), (3, slice(0, 0))]
 )
-def test_each_tensor_parallel_rank_trains_its_part_of_the_new_rows(
-    model, monkeypatch: pytest.MonkeyPatch, rank: int, expected: slice
-) -> None:
+def test_each_tensor_parallel_rank_trains_its_part_of_the_new_rows(model, monkeypatch, rank, expected) -> None:
     from moelpr.model.new_rows import rows_that_train, train_new_rows_only
 
     monkeypatch.setattr("megatron.core.parallel_state.get_tensor_model_parallel_rank", lambda: rank)

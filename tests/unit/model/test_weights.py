@@ -134,9 +134,7 @@ def test_a_link_may_have_nothing_for_a_model_chunk(chain_of_three: Path, moe_spe
     assert torch.equal(chunks[0].decoder.layers[0].mlp.router.weight, whole.decoder.layers[0].mlp.router.weight)
 
 
-def test_weights_are_converted_to_the_models_dtype_and_padded_vocabulary(
-    chain_of_three: Path, moe_spec: ModelSpec
-) -> None:
+def test_weights_are_converted_to_the_models_dtype_and_padded_vocabulary(chain_of_three, moe_spec) -> None:
     from moelpr.model.loading import build_model
     from moelpr.model.weights import load_weights
 

@@ -17,19 +17,9 @@ SPEC = ModelSpec("qwen2", "bfloat16", SMALL_SHAPE, MoeSpec(num_new_experts=2, to
 WORKLOAD = Workload("stage1", seq_length=4, micro_batch_size=1, global_batch_size=4, kernels=Kernels(norm_output=False))
 ROUTING = Routing(original_rows=0.5, new_rows=1.5)
 
-CONFIG = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "vocab_size": 1000,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": False,
-    "rope_theta": 10000.0,
-}
+CONFIG = dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", vocab_size=1000, hidden_size=64)
+CONFIG |= dict(intermediate_size=96, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4)
+CONFIG |= dict(max_position_embeddings=4096, tie_word_embeddings=False, rope_theta=10000.0)
 
 
 @pytest.fixture(scope="session")

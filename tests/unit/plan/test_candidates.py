@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -72,9 +71,7 @@ def test_data_parallel_ranks_process_equally_many_micro_batches() -> None:
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 8])
-def test_the_trainer_accepts_the_flags_of_every_kind_of_layout(
-    gpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_trainer_accepts_the_flags_of_every_kind_of_layout(gpus, tmp_path, monkeypatch) -> None:
     """All checks of a GPU machine before a model is built: ours, Megatron's, and those of its model config."""
     from moelpr.arguments import parse
 

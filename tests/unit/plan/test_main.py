@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from moelpr.data.vocabulary_extension import VocabularyExtension
-from moelpr.plan.__main__ import PAPER_GLOBAL_BATCH_SIZE, PAPER_SEQ_LENGTH, _parser, main
+from moelpr.plan.__main__ import PAPER_GLOBAL_BATCH_SIZE, PAPER_SEQ_LENGTH, main
 from moelpr.plan.step_time import PREDICTION_ERROR
 from moelpr.process.command import run_command
 from moelpr.process.machine import format_bytes
@@ -78,23 +78,6 @@ def test_json_has_every_layout_with_every_stage_in_bytes(plan: Plan) -> None:
         assert layout["fullest_rank"]["total_bytes"] == max(rank["total_bytes"] for rank in layout["stages"])
         assert layout["fullest_rank"]["total_bytes"] <= 0.9 * 2**30
     assert {layout["tp"] for layout in found["layouts"]} == {1, 2, 4, 8}
-
-
-def test_less_memory_leaves_fewer_layouts_and_another_recommendation(plan: Plan) -> None:
-    roomy, tight = (json.loads(plan("--json", "--gpu-memory-gib", size)) for size in ("1", "0.006"))
-    assert len(tight["layouts"]) < len(roomy["layouts"])
-    assert tight["recommended"]["flags"] != roomy["recommended"]["flags"]
-    assert tight["recommended"]["fullest_rank"]["total_bytes"] <= 0.9 * 0.006 * 2**30
-
-
-def test_stage2_needs_no_more_than_stage1(plan: Plan) -> None:
-    argv = ("--json", "--seq-length", "512")
-    first, second = (json.loads(plan(*argv, "--stage", stage)) for stage in ("stage1", "stage2"))
-    assert first["run"]["stage"] == "stage1" and second["run"]["stage"] == "stage2"
-    names = ("tp", "pp", "ep", "etp", "recompute")
-    of_stage1 = {tuple(one[name] for name in names): one["fullest_rank"] for one in first["layouts"]}
-    for one in second["layouts"]:
-        assert one["fullest_rank"]["optimizer_bytes"] < of_stage1[tuple(one[name] for name in names)]["optimizer_bytes"]
 
 
 def test_known_gpus_have_predicted_times_and_their_memory(plan: Plan) -> None:
@@ -165,9 +148,8 @@ def failure(plan: Plan, capsys: pytest.CaptureFixture[str], *argv: str, **change
     [
         (["--gpus", "12"], "--gpus must be a multiple of --gpus-per-node 8, got 12; use --gpus 8 or 16"),
         (["--gpus", "7"], "7 GPUs; use --gpus 4 or 8"),
-        (["--num-new-experts", "0"], "--num-new-experts must be between 1 and 1024, got 0"),
-        (["--topk", "1"], "--topk 2"),
-        (["--topk", "9", "--original-copies", "1"], "--topk between 2 and 5"),
+        (["--gpus", "0"], "argument --gpus: must be "),
+        (["--gpu-memory-gib", "inf"], "argument --gpu-memory-gib: must be "),
         (["--moe-layers", "7"], "no layer 7"),
         (["--hf-path", "nowhere"], "nowhere"),
         (["--seq-length", "5000"], "--seq-length must be at most 4096,.* got 5000"),
@@ -180,42 +162,17 @@ def failure(plan: Plan, capsys: pytest.CaptureFixture[str], *argv: str, **change
         (["--extended-tokenizer", "nowhere"], "nowhere has no vocabulary_extension.json"),
     ],
 )
-def test_bad_input_is_one_sentence_and_exit_code_2(
-    plan: Plan, capsys: pytest.CaptureFixture[str], argv: list[str], named: str
-) -> None:
+def test_bad_input_is_one_sentence_and_exit_code_2(plan, capsys, argv, named) -> None:
     assert re.search(named, failure(plan, capsys, *argv))
 
 
-@pytest.mark.parametrize(("shape", "named"), [({"hidden_size": 36}, "36"), ({"intermediate_size": 44}, "44")])
-def test_a_model_that_no_gpu_can_train_is_rejected_by_its_shape(
-    plan: Plan, capsys: pytest.CaptureFixture[str], shape: dict[str, int], named: str
-) -> None:
-    shape = {"num_attention_heads": 4, "num_key_value_heads": 4, **shape}
-    assert f"got {named}" in failure(plan, capsys, **shape)
-
-
-@pytest.mark.parametrize("argv", [["--gpus", "0"], ["--gpu-memory-gib", "inf"], ["--reserve-gib", "-1"]])
-def test_numbers_out_of_range_exit_with_code_2_and_name_the_flag(
-    plan: Plan, capsys: pytest.CaptureFixture[str], argv: list[str]
-) -> None:
-    assert f"argument {argv[0]}: must be " in failure(plan, capsys, *argv)
-
-
-def test_a_tokenizer_that_extends_a_larger_one_is_rejected(
-    plan: Plan, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_a_tokenizer_that_extends_a_larger_one_is_rejected(plan, capsys, tmp_path) -> None:
     VocabularyExtension(1001, [[1, 2]], "", "").write(tmp_path)
     assert "1,001 tokens, but" in failure(plan, capsys, "--extended-tokenizer", str(tmp_path))
 
 
-def test_an_unsupported_architecture_is_named(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "GPT2LMHeadModel" in failure(plan, capsys, architectures=["GPT2LMHeadModel"])
-
-
 @pytest.mark.parametrize("reserve", [["--reserve-gib", "0"], []])
-def test_both_suggestions_for_a_model_that_does_not_fit_work(
-    plan: Plan, capsys: pytest.CaptureFixture[str], reserve: list[str]
-) -> None:
+def test_both_suggestions_for_a_model_that_does_not_fit_work(plan, capsys, reserve) -> None:
     argv = ["--gpus", "2", "--gpus-per-node", "4", "--gpu-memory-gib", "0.005", *reserve]
     error = failure(plan, capsys, *argv)
     fixes = re.search(r" 2 GPUs.*--gpu-memory-gib (\S+) or more, or --gpus (\d+)", error)
@@ -231,11 +188,6 @@ def test_the_suggested_memory_includes_the_default_reserve(plan: Plan, capsys: p
     memory = re.search(r"--gpu-memory-gib (\S+) or more", error)[1]
     assert float(memory) > 2, "too little to see a tenth after rounding"
     assert plan(*argv, "--gpu-memory-gib", memory)
-
-
-def test_metavars_are_distinct() -> None:
-    named = [action.metavar for action in _parser()._actions if action.metavar]
-    assert len(set(named)) == len(named)
 
 
 def test_the_defaults_are_those_of_the_papers_recipes() -> None:

@@ -15,7 +15,6 @@ from moelpr.plan.memory import (
     PLANNED_STAGES,
     Activations,
     Kernels,
-    PlannedStage,
     Routing,
     Workload,
     divisor,
@@ -109,17 +108,14 @@ def test_a_single_rank_has_nobody_to_divide_the_optimizer_with() -> None:
     assert PlannedLayout(dp=2).divides_optimizer
 
 
-def test_all_experts_get_equally_many_rows_unless_told_otherwise() -> None:
-    moe = MoeSpec(num_new_experts=3, topk=2, layers=(0,), num_original_experts=2)
-    assert Routing.uniform(moe) == Routing(original_rows=0.8, new_rows=1.2)
-
-
 def test_copies_of_the_ffn_add_only_router_rows_and_fewer_rows_to_compute() -> None:
     """Among 6 places, 2 are the FFN: with K = 2, 1 - 4/6 * 3/5 of the tokens choose at least one of them."""
     two = replace(SPEC, moe=replace(SPEC.moe, original_copies=2))
     rows = two.moe.num_experts * 8 * 2
     sizes = [sum(model_parts(spec).values()) for spec in (SPEC, two)]
     assert sizes[1] - sizes[0] == rows - SPEC.moe.num_experts * 8 * 2 == 2 * 8
+    later_round = MoeSpec(num_new_experts=3, topk=2, layers=(0,), num_original_experts=2)
+    assert Routing.uniform(later_round) == Routing(original_rows=0.8, new_rows=1.2)
     uniform = Routing.uniform(MoeSpec(num_new_experts=4, topk=2, layers=(0,), original_copies=2))
     assert uniform.original_rows == pytest.approx(0.6)
     assert uniform.new_rows == pytest.approx(2 * 4 / 6)
@@ -214,9 +210,7 @@ SEQ_LENGTH, MICRO_BATCH_SIZE = 96, 2
 @pytest.mark.usefixtures("megatron")
 @pytest.mark.parametrize(("stage", "new_embeddings"), TRAININGS)
 @pytest.mark.parametrize("recompute", get_args(Recompute))
-def test_bytes_kept_by_autograd_are_within_two_percent_of_the_plan(
-    stage: PlannedStage, new_embeddings: bool, recompute: Recompute
-) -> None:
+def test_bytes_kept_by_autograd_are_within_two_percent_of_the_plan(stage, new_embeddings, recompute) -> None:
     """In one process; tests/distributed/memory_plan.py does it in full runs. K = E: routing has no influence."""
     from moelpr.model.freezing import freeze
     from moelpr.model.loading import build_model
@@ -265,9 +259,7 @@ def spec_of(layers: tuple[int, ...] = (0, 1, 2, 3), num_original_experts: int = 
 @pytest.mark.parametrize("layers", [(0, 1, 2, 3), (1, 3)])
 @pytest.mark.parametrize("m", [1, 2])
 @pytest.mark.parametrize(("stage", "new_embeddings"), TRAININGS)
-def test_counts_equal_those_of_a_built_model(
-    is_untied: bool, layers: tuple[int, ...], m: int, stage: PlannedStage, new_embeddings: bool
-) -> None:
+def test_counts_equal_those_of_a_built_model(is_untied, layers, m, stage, new_embeddings) -> None:
     from moelpr.model.freezing import freeze
     from moelpr.model.loading import build_model
 
@@ -331,9 +323,7 @@ def test_the_shards_of_all_ranks_add_up_to_the_full_model(spec: ModelSpec, layou
 
 @given(spec=specs, layout=layouts, stage=st.sampled_from(["stage1", "stage2"]))
 @settings(max_examples=100, deadline=None)
-def test_the_optimizer_state_of_all_ranks_is_one_copy_per_trained_parameter(
-    spec: ModelSpec, layout: PlannedLayout, stage: str
-) -> None:
+def test_the_optimizer_state_of_all_ranks_is_one_copy_per_trained_parameter(spec, layout, stage) -> None:
     """12 bytes each in bf16; a router once per tensor-parallel rank, as TP does not divide it; shards round up."""
     parts = model_parts(spec)
     workload = Workload(stage, 64, 1, layout.dp)

@@ -218,9 +218,7 @@ def six_layers_s(layout: PlannedLayout, workload: Workload, gpu: Gpu) -> float:
 
 @given(layout=layouts, workload=workloads, gpu=gpus, factor=st.floats(1, 100), part=rates)
 @settings(max_examples=150, deadline=None)
-def test_no_step_is_slower_on_a_faster_gpu(
-    layout: PlannedLayout, workload: Workload, gpu: Gpu, factor: float, part: str
-) -> None:
+def test_no_step_is_slower_on_a_faster_gpu(layout, workload, gpu, factor, part) -> None:
     faster = replace(gpu, **{part: getattr(gpu, part) * factor})
     assert 0 < six_layers_s(layout, workload, faster) <= six_layers_s(layout, workload, gpu) * (1 + 1e-9)
 

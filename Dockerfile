@@ -38,7 +38,7 @@ RUN python3 -m pip --python .venv/bin/python install --no-cache-dir --no-deps di
 COPY LICENSE ./
 # What launch/first_contact.sh runs.
 COPY benchmarks benchmarks
-COPY examples/steps.py examples/
+COPY examples/demo_tasks.py examples/languages.py examples/tasks.py examples/
 COPY tests/gpu tests/gpu
 COPY launch launch
 # Files have the modes of the clone, whose owner may have kept them from others.

@@ -8,6 +8,8 @@ from moelpr.model_spec import FILE_NAME as SPEC_FILE
 from moelpr.store.run_folder import FINISHED_FILE
 from moelpr.workflow.task import Task
 
+Words = list[str | Path]
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -15,7 +17,7 @@ def preprocess(
     prefix: Path, inputs: Iterable[Path], tokenizer: Path, group: str, *options: str, made_from: tuple[str, ...]
 ) -> Task:
     """Make the corpus `<prefix>_text_document` of a language group."""
-    words = ["data_tools/preprocess_data.py", "--input", *inputs, "--output-prefix", prefix]
+    words: Words = ["data_tools/preprocess_data.py", "--input", *inputs, "--output-prefix", prefix]
     words += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer]
     words += ["--append-eod", "--language", group, *options, "--overwrite"]
     is_complete = Path(f"{prefix}_text_document.manifest.json").is_file
@@ -24,7 +26,7 @@ def preprocess(
 
 def convert(save: Path, hf_path: Path, *options: str, made_from: tuple[str, ...] = (), name: str = "") -> Task:
     """Convert a Hugging Face model to a Megatron checkpoint; `name` is by default that of `save`."""
-    words = ["checkpoint_convert/hf_to_mcore.py", "--hf-path", hf_path, "--save", save, *options, "--overwrite"]
+    words: Words = ["checkpoint_convert/hf_to_mcore.py", "--hf-path", hf_path, "--save", save, *options, "--overwrite"]
     is_complete = (save / SPEC_FILE).is_file
     return Task(name=name or save.name, command=words, made_from=made_from, is_complete=is_complete)
 
@@ -32,7 +34,7 @@ def convert(save: Path, hf_path: Path, *options: str, made_from: tuple[str, ...]
 def export(run: Path) -> Task:
     """Export the model of a training run as `<run>-hf`."""
     save = run.with_name(f"{run.name}-hf")
-    words = ["checkpoint_convert/mcore_to_hf.py", "--load", run, "--save", save, "--overwrite"]
+    words: Words = ["checkpoint_convert/mcore_to_hf.py", "--load", run, "--save", save, "--overwrite"]
     is_complete = (save / CONFIG_FILE).is_file
     return Task(name=f"export-{run.name}", command=words, made_from=(run.name,), is_complete=is_complete)
 

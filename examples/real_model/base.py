@@ -9,7 +9,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from examples.real_model.downloads import fetch_all, parse_folders, read_sources, require_space
+from examples.downloads import fetch_all, read_sources, require_space
+from examples.real_model.arguments import parse_folders
 from moelpr.process.command import run_command
 from moelpr.store.files import atomic_directory
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from examples.demo_corpus import LANGUAGES
+from examples.languages import LANGUAGES
 from examples.real_model.text import TRAINED, UNTRAINED, hash_of
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError

@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 
+from examples.languages import GROUPS, LANGUAGES, held_out_files
+from examples.real_model.facts import Facts
+from examples.real_model.rates import searched_changes
 from examples.real_model.settings import (
     BASE,
     BATCH,
-    GROUPS,
-    LANGUAGES,
     RATES,
     SEQUENCE_LENGTH,
     SETTINGS,
@@ -31,7 +32,6 @@ from examples.real_model.settings import (
     VOCABULARY_START,
     Setting,
 )
-from examples.real_model.tasks import held_out_files, searched_changes
 from moelpr.evaluate.bootstrap import Estimate, estimates, interval_of, mean
 from moelpr.evaluate.result_cache import cached_results
 from moelpr.evaluate.scoring import LanguageScore
@@ -52,17 +52,15 @@ def collect(run: Path) -> Json:
     Raises:
         UserError: the text is missing or damaged, or not even the base has been evaluated.
     """
-    facts = read_json(path := run / "corpus" / "facts.json") or {}
-    if not all(isinstance(facts.get(key), list) for key in ("trained", "untrained")):
-        raise UserError(f"{path} is missing or damaged; remove {path.parent} and rerun make results")
+    facts = Facts.read(run / "corpus")
     base = read_scores(run, BASE)
     if not base:
         raise UserError(f"{run} has no evaluation of the base; run make results first")
-    kinds = {"in": facts["trained"], "out": facts["untrained"]}
+    kinds = {"in": facts.trained, "out": facts.untrained}
     texts = texts_of(kinds)
     if not base.keys() >= {*texts}:
         raise UserError(f"the evaluation of the base in {run} is not complete; rerun make results")
-    documents = document_names(run / "corpus", texts)
+    documents = document_names(run / "corpus", facts.kinds, texts)
 
     def measured(settings: Mapping[str, Setting]) -> Json:
         found = {}
@@ -78,7 +76,7 @@ def collect(run: Path) -> Json:
 
     return {
         "kinds": kinds,
-        "text": {key: facts.get(key) for key in ("sources", "languages")},
+        "text": {"sources": facts.sources, "languages": facts.languages},
         "tokens": queue_tokens(run),
         "base": {
             text: _rounded(interval_of(estimates({BASE: base[text]}, 1)[BASE]["bits_per_byte"])) for text in texts
@@ -176,12 +174,12 @@ def read_scores(run: Path, model: str) -> dict[str, LanguageScore]:
     return {text: LanguageScore.from_json(result) for text, result in results.items()}
 
 
-def document_names(corpus: Path, texts: Sequence[str]) -> dict[str, list[str]]:
+def document_names(corpus: Path, kinds: Sequence[str], texts: Sequence[str]) -> dict[str, list[str]]:
     """Text -> the IDs of its held-out documents: the same ID in two languages is the same document, translated."""
-    files = held_out_files(corpus)
+    files = held_out_files(corpus, kinds)
     try:
         return {text: [json.loads(line)["id"] for line in files[text].open(encoding="utf-8")] for text in texts}
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"held-out text in {corpus} is damaged; remove {corpus} and rerun make results") from None
 
 

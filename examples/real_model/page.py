@@ -9,10 +9,9 @@ from statistics import fmean
 from typing import Any
 
 from examples.frontier_results import value_range
+from examples.languages import GROUPS, LANGUAGES
 from examples.real_model.measurements import collect, missing
 from examples.real_model.settings import (
-    GROUPS,
-    LANGUAGES,
     LORA_16,
     MORE_TEXT,
     NUM_NEW_TOKENS,

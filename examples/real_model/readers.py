@@ -13,8 +13,8 @@ from html.parser import HTMLParser
 from pathlib import Path, PurePosixPath
 
 from examples import demo_corpus
-from examples.demo_corpus import LANGUAGES
-from examples.real_model.debian_package import read_deb
+from examples.debian_package import read_deb
+from examples.languages import LANGUAGES
 
 # language -> document ID -> paragraphs
 Documents = dict[str, dict[str, list[str]]]

@@ -12,7 +12,7 @@ from pathlib import Path
 from examples.readme_results import replace_between
 from examples.real_model.measurements import collect, merged
 from examples.real_model.page import NAME, charts, dump, readme_table, section
-from examples.steps import ROOT
+from examples.tasks import ROOT
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
 from moelpr.store.files import write_text

@@ -9,10 +9,6 @@ SETTINGS.
 from dataclasses import dataclass
 from pathlib import Path
 
-ORIGINAL, EXPANDED = ("en", "es", "zh"), ("el", "hu", "tr")
-LANGUAGES = (*ORIGINAL, *EXPANDED)
-GROUPS = {"original": ORIGINAL, "expanded": EXPANDED}
-
 SEQUENCE_LENGTH = 512
 BATCH, MICRO_BATCH = 2, 2  # sequences
 STEP_TOKENS = BATCH * SEQUENCE_LENGTH
@@ -107,6 +103,14 @@ ALL = SETTINGS | VOCABULARY
 
 def steps_of(tokens: float) -> int:
     return max(2, round(tokens / STEP_TOKENS))
+
+
+def schedule(steps: int, rate: float) -> list[str]:
+    """The trainer's flags for a number of steps and the highest learning rate."""
+    return (
+        f"--train-iters {steps} --lr {rate:g} --min-lr {minimum_rate(rate):g} --lr-decay-style cosine "
+        f"--lr-warmup-iters {warmup_steps(steps)}"
+    ).split()
 
 
 def warmup_steps(steps: int) -> int:

@@ -6,7 +6,8 @@ from enum import StrEnum
 from statistics import fmean
 from typing import Any
 
-from examples.real_model.settings import MORE_TEXT, ORIGINAL, REPLAY, SETTINGS
+from examples.languages import ORIGINAL
+from examples.real_model.settings import MORE_TEXT, REPLAY, SETTINGS
 from moelpr.report.numbers import percent
 
 Json = Mapping[str, Any]

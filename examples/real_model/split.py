@@ -8,8 +8,9 @@ prompt.LANG.N.jsonl.
 
 from pathlib import Path
 
-from examples.real_model.settings import LANGUAGES
-from examples.real_model.tasks import PROMPTS, held_out_files
+from examples.languages import LANGUAGES, held_out_files
+from examples.real_model.facts import Facts
+from examples.real_model.queue import PROMPTS
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
 from moelpr.store.files import atomic_directory, refuse_existing
@@ -43,7 +44,7 @@ def split_training_text(source: Path, output: Path, language: str) -> None:
 
 def write_prompts(corpus: Path, output: Path) -> None:
     """Documents of a language, from as many kinds as there are, one file each."""
-    files = held_out_files(corpus)
+    files = held_out_files(corpus, Facts.read(corpus).kinds)
     for language in LANGUAGES:
         by_kind = [
             path.read_text(encoding="utf-8").splitlines()

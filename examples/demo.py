@@ -16,7 +16,7 @@ from examples import tasks
 from examples.demo_tasks import COPIES, NUM_NEW_EXPERTS, REVIEW_BLEND, TOPK, evaluate, expert_options, train
 from examples.frontier_results import FILE_NAME, value_range
 from examples.languages import GROUPS, LANGUAGES, held_out_files
-from examples.tasks import ROOT, convert
+from examples.tasks import ROOT, Words, convert
 from moelpr.languages import language_name
 from moelpr.process.command import CommandParser, run_command
 from moelpr.report.page import Table, terminal_table
@@ -66,9 +66,9 @@ def main() -> None:
 def data(run: Path, cache: Path | None) -> list[Task]:
     """Real text in six languages, a tokenizer for all six, one tagged corpus per language group."""
     corpus, tokenizer = run / "corpus", run / "tokenizer"
-    download = ["examples/demo_corpus.py", "--output", corpus, *(["--cache", cache] if cache else [])]
+    download: Words = ["examples/demo_corpus.py", "--output", corpus, *(["--cache", cache] if cache else [])]
     files = {language: corpus / f"train.{language}.jsonl" for language in LANGUAGES}
-    words = ["examples/demo_tokenizer.py", "--input", *files.values(), "--output", tokenizer]
+    words: Words = ["examples/demo_tokenizer.py", "--input", *files.values(), "--output", tokenizer]
     words += ["--vocab-size", str(VOCABULARY), "--overwrite"]
     return [
         Task(name="corpus", command=download, is_complete=(corpus / "corpus.json").is_file),
@@ -89,7 +89,7 @@ def base(run: Path) -> list[Task]:
     And the usual alternative: all parameters of this base trained on the text of stage 1, for as many tokens.
     """
     untrained = run / "untrained-hf"
-    words = ["examples/untrained_qwen2.py", "--tokenizer", run / "tokenizer", "--save", untrained]
+    words: Words = ["examples/untrained_qwen2.py", "--tokenizer", run / "tokenizer", "--save", untrained]
     words += [*BASE_SHAPE.split(), "--overwrite"]
     return [
         Task(name="untrained", command=words, made_from=("tokenizer",), is_complete=untrained.is_dir),
@@ -104,9 +104,9 @@ def two_stages(run: Path, seeded: tuple[str, ...]) -> list[Task]:
     """Upcycle, post-pretrain and review; export each stage as a stock Hugging Face model; verify three conversions."""
     hf, experts = run / "base-hf", expert_options(COPIES)
     memory = "--gpus 2 --gpu-memory-gib 8 --seq-length 128 --dtype fp32".split()
-    plan = ["-m", "moelpr.plan", "--hf-path", hf, *experts, *memory]
+    plan: Words = ["-m", "moelpr.plan", "--hf-path", hf, *experts, *memory]
     upcycled, stage2 = run / "upcycled", run / "stage2"
-    texts = ("--text", *held_out_files(run / "corpus").values())
+    texts: Words = ["--text", *held_out_files(run / "corpus").values()]
 
     def check(what: str, *words: str | Path, made_from: tuple[str, ...]) -> Task:
         return Task(
@@ -146,7 +146,7 @@ def report_task(run: Path) -> Task:
     """The report of everything."""
     claims, facts = Path("examples/demo-claims.yaml"), run / "facts.yaml"
     checks = [f"check-{what}" for what in ("upcycled", "frozen", "export")]
-    words = ["-m", "moelpr.report", *(run / folder for folder in MODELS.values())]
+    words: Words = ["-m", "moelpr.report", *(run / folder for folder in MODELS.values())]
     words += ["--evaluation", run / "evaluation" / "results.json"]
     words += ["--verification", *(run / "logs" / f"{check}.log" for check in checks)]
     words += ["--claims", claims, "--facts", facts, "--output", run]
@@ -193,7 +193,7 @@ def print_report(run: Path) -> None:
     print(f"\nreport: {run / 'report.html'}")
 
 
-def _blend(blend: dict[str, float]) -> str:
+def _blend(blend: Mapping[str, float]) -> str:
     return ", ".join(f"{weight} parts {group}" for group, weight in blend.items())
 
 

@@ -183,10 +183,10 @@ class Queue:
             rate = {"stage0": settings.STAGE0_RATE, "stage1": settings.STAGE1_RATE, "stage2": settings.STAGE2_RATE}[
                 stage
             ]
-            most, by = self._steps(share), ()
-            steps: int | Callable[[], int] = most
-            if is_shorter and stage != "stage2":
-                steps, by = (lambda: self._steps(share * self._tokens_left())), ("preprocess-expanded",)
+            most = self._steps(share)
+            is_decided = is_shorter and stage != "stage2"
+            steps = (lambda: self._steps(share * self._tokens_left())) if is_decided else most
+            by = ("preprocess-expanded",) if is_decided else ()
             return self._train(
                 model,
                 stage,
@@ -290,7 +290,7 @@ class Queue:
     def _cloze(self) -> list[Task]:
         """The multiple-choice task, and up to four models' scores on it."""
         users, folder, output = ("copies", "full", "lora"), self.run / "cloze", self.run / "scores"
-        write = ["-m", "examples.real_model.cloze", "--run", self.run, "--overwrite"]
+        write: Words = ["-m", "examples.real_model.cloze", "--run", self.run, "--overwrite"]
         options: Words = ["--tasks", folder / "tasks.yaml", "--include-path", folder / "tasks"]
         options += ["--languages", ",".join(LANGUAGES), "--original-languages", ",".join(ORIGINAL)]
         options += ["--dtype", "bfloat16", "--batch-size", "16", "--output", output]

@@ -1,10 +1,32 @@
 """Megatron's TransformerConfig plus the MoE-LPR layer's fields, filled from the arguments of the same names."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moelpr.model.losses import LPRVariant
+from moelpr.model_spec import ModelSpec
+
+# What the method fixes in a model with experts: arguments and fields of Megatron that would change it or be ignored by
+# our layer, with the only value that works.
+FIXED_FOR_MOE: dict[str, Any] = {
+    "moe_token_dispatcher_type": "alltoall",
+    "moe_router_load_balancing_type": "aux_loss",
+    "moe_router_score_function": "softmax",
+    "cuda_graph_impl": "none",
+    "mlp_chunks_for_training": 1,
+    **dict.fromkeys(
+        "moe_router_pre_softmax moe_router_enable_expert_bias moe_router_force_load_balancing use_te_activation_func "
+        "overlap_moe_expert_parallel_comm overlap_dispatch_backward_with_experts_wgrad qk_clip".split(),
+        False,
+    ),
+    **dict.fromkeys(
+        "moe_router_topk_scaling_factor moe_router_num_groups moe_router_force_biased moe_expert_capacity_factor "
+        "moe_shared_expert_intermediate_size moe_latent_size moe_mlp_glu_interleave_size fp8 fp4 "
+        "te_precision_config_file".split()
+    ),
+}
 
 
 @dataclass
@@ -47,3 +69,18 @@ class MoELPRConfig(TransformerConfig):
         if isinstance(self.moe_layer_freq, int):
             return [layer % self.moe_layer_freq == 0 for layer in range(self.num_layers)]
         return [bool(flag) for flag in self.moe_layer_freq]
+
+
+def shape_of(spec: ModelSpec) -> dict[str, Any]:
+    """The shape of a model: names of Megatron's arguments → values."""
+    shape = dict(spec.megatron_args)
+    if spec.moe is not None:
+        shape |= {
+            "num_experts": spec.moe.num_new_experts,
+            "num_original_experts": spec.moe.num_original_experts,
+            "original_copies": spec.moe.original_copies,
+            "moe_router_topk": spec.moe.topk,
+            "moe_ffn_hidden_size": shape["ffn_hidden_size"],
+            "moe_layer_freq": [int(spec.is_moe_layer(layer)) for layer in range(shape["num_layers"])],
+        }
+    return shape

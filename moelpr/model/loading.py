@@ -1,5 +1,6 @@
 """Load a Megatron checkpoint in a single process: for tests, comparisons and evaluation, not for training."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -9,24 +10,20 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from moelpr.checkpoints.chain import checkpoint_chain, verify_files
 from moelpr.model.builder import block_spec
-from moelpr.model.config import MoELPRConfig
+from moelpr.model.config import FIXED_FOR_MOE, MoELPRConfig, shape_of
 from moelpr.model.weights import load_weights
 from moelpr.model_spec import ModelSpec
 from moelpr.store.checksums import Verify
 
-_TRANSFORMER_FIELDS = (
-    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels normalization "
-    "add_bias_linear add_qkv_bias qk_layernorm"
-).split()
-
 
 def transformer_config(spec: ModelSpec, **settings: object) -> MoELPRConfig:
     """Megatron's config for one process, without kernels that need a GPU; `settings` override its fields."""
-    shape = spec.megatron_args
-    fields: dict[str, object] = {name: shape[name] for name in _TRANSFORMER_FIELDS}
-    fields |= {
-        "layernorm_epsilon": shape["norm_epsilon"],
-        "window_size": shape.get("window_size"),
+    shape = shape_of(spec)
+    shape |= {"layernorm_epsilon": shape["norm_epsilon"], "num_moe_experts": shape.get("num_experts")}
+    shape |= FIXED_FOR_MOE | {"moe_router_dtype": "fp32"} if spec.moe is not None else {}
+    names = {field.name for field in fields(MoELPRConfig)}
+    values: dict[str, object] = {name: value for name, value in shape.items() if name in names}
+    values |= {
         "gated_linear_unit": True,
         "activation_func": torch.nn.functional.silu,
         "attention_dropout": 0.0,
@@ -40,20 +37,7 @@ def transformer_config(spec: ModelSpec, **settings: object) -> MoELPRConfig:
         "transformer_impl": "local",
         "expert_tensor_parallel_size": 1,
     }
-    if spec.moe is not None:
-        fields |= {
-            "num_moe_experts": spec.moe.num_new_experts,
-            "num_original_experts": spec.moe.num_original_experts,
-            "original_copies": spec.moe.original_copies,
-            "moe_router_topk": spec.moe.topk,
-            "moe_ffn_hidden_size": shape["ffn_hidden_size"],
-            "moe_layer_freq": [int(spec.is_moe_layer(layer)) for layer in range(shape["num_layers"])],
-            "moe_token_dispatcher_type": "alltoall",
-            "moe_router_load_balancing_type": "aux_loss",
-            "moe_aux_loss_coeff": 0.0,
-            "moe_router_dtype": "fp32",
-        }
-    return MoELPRConfig(**(fields | settings))  # type: ignore[arg-type]
+    return MoELPRConfig(**(values | settings))  # type: ignore[arg-type]
 
 
 def build_model(spec: ModelSpec, **settings: object) -> GPTModel:

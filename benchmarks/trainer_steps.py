@@ -7,7 +7,6 @@ FOLDER/rank<r>.json with its device and the rate of a large matrix product; the 
 and how much memory was still occupied by the run before.
 """
 
-import argparse
 import gc
 import json
 import sys
@@ -51,10 +50,13 @@ def main() -> None:
     torch.distributed.destroy_process_group()
 
 
-def random_weights(args: argparse.Namespace) -> Callable[[list[Any]], None]:
+def random_weights(_: Any) -> Callable[[list[Any]], None]:
     """In the place of moelpr's `starting_weights`: the model keeps what Megatron initialized it with."""
 
     def load(chunks: list[Any]) -> None:
+        from megatron.training import get_args
+
+        args = get_args()
         args.load = args.pretrained_checkpoint = None  # or Megatron would load them
 
     return load

@@ -137,11 +137,12 @@ def killed(rank: int, peak: int, args: argparse.Namespace) -> str:
             bootstrap.install_patches()
             from moelpr.arguments.flags import all_arguments
             from moelpr.arguments.memory import expected_memory, smaller_settings
-            from moelpr.arguments.settings import RunSettings, apply_machine
+            from moelpr.arguments.requested import RequestedRun
+            from moelpr.arguments.requirements import apply_machine
 
-            run = RunSettings.gather(args.training_script_args, all_arguments())
+            run = RequestedRun.gather(args.training_script_args, all_arguments())
             run.world_size = ranks * int(args.nnodes.split(":")[-1])
-            apply_machine(run.args)
+            apply_machine(run)
             if expected := expected_memory(run):
                 facts.append(f"the planner expects {machine.format_bytes(expected)} per rank")
             fix = f"use {smaller_settings(run)}"

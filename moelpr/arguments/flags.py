@@ -14,54 +14,64 @@ from moelpr.stages import STAGE_HELP
 _SEE_HELP = "see python -m moelpr.pretrain --help-all"
 
 
+_STAGES = "; ".join(f"{stage} {text}" for stage, text in STAGE_HELP.items())
+_HELP = {
+    "--stage": f"Training stage (required). {_STAGES}.",
+    "--recipe": "YAML file of flags; flags on the command line override it (default: none).",
+    "--num-original-experts": "Original experts per MoE layer; --num-experts are new ones (default: the checkpoint's).",
+    "--original-copies": "Router rows of the dense FFN per MoE layer (default: the checkpoint's).",
+    "--balance-loss-coeff": "Weight of the balance loss, on the published code's scale (default: 0.01 in stage1).",
+    "--lpr-loss-coeff": "Weight of the LPR (language priors routing) loss (default: 0.1 in stage2).",
+    "--lpr-loss": "LPR loss of the paper, or of the published code: a double softmax (default: %(default)s).",
+    "--train-everything": "Freeze nothing: the paper's plain-MoE ablation, which loses the original languages.",
+    "--train-new-embeddings": "In stage1, train the embedding and output rows of new tokens too.",
+    "--save-trained-only": "Omit frozen tensors from checkpoints; record where to find them (docs/checkpoints.md).",
+    "--no-verify": "Do not compare checkpoints with their checksums when loading them.",
+    "--validation-data": "Held-out corpora, one per language, scored in bits per byte before the first step, every "
+    "--eval-interval steps, and at the end; --eval-iters N uses only N global batches of each (default: all).",
+    "--verify-corpus": "What of the corpora to compare with checksums first: .idx, .lang and a sample of .bin; all "
+    "(about 1 s per GB); or nothing (default: %(default)s).",
+    "--warn-original-rise": "Warn if the stage1 loss on original text rises by more (default: %(default)s; 0: never).",
+    "--warn-expert-share": "Warn if an expert gets a smaller share of tokens (default: %(default)s; 0: never).",
+    "--warn-lpr-fall": "Warn if the LPR loss has fallen by less since the start (default: %(default)s; 0: never).",
+    "--warn-window": "Number of steps averaged per warning check (default: %(default)s).",
+    "--fp32": "Train in fp32 (default: bf16 on a GPU, fp32 on a CPU).",
+    "--allow-untested": "Flags of Megatron, without dashes, to accept although this trainer is not tested with them "
+    "(default: none).",
+    "--debug": "Show tracebacks of errors in arguments or input.",
+    "--help-all": "Show Megatron's flags too, and exit.",
+}
+
+
 def add_arguments[P: argparse.ArgumentParser](parser: P) -> P:
-    """Add the MoE-LPR group to `parser`, and return it (Megatron's `extra_args_provider`)."""
-    add = parser.add_argument_group(title="MoE-LPR").add_argument
-    stages = "; ".join(f"{stage} {text}" for stage, text in STAGE_HELP.items())
+    """Add the MoE-LPR group to `parser`, and return it."""
+    group = parser.add_argument_group(title="MoE-LPR")
+
+    def add(flag: str, **options: Any) -> None:
+        group.add_argument(flag, help=_HELP[flag], **options)
+
     # Not "required" for argparse, which would stop there and not report the other flags.
-    add("--stage", choices=tuple(STAGE_HELP), help=f"Training stage (required). {stages}.")
-    add("--recipe", metavar="FILE", help="YAML file of flags; flags on the command line override it (default: none).")
-    add("--num-original-experts", type=int, default=1, metavar="M",
-        help="Number of original experts per MoE layer; must match the checkpoint (default: the checkpoint's). "
-        "Megatron's --num-experts counts only the new experts.")  # fmt: skip
-    add("--original-copies", type=int, default=1, metavar="C",
-        help="Router rows of the dense FFN per MoE layer; must match the checkpoint (default: the "
-        "checkpoint's).")  # fmt: skip
-    add("--balance-loss-coeff", type=float, metavar="ALPHA",
-        help="Weight of the balance loss, on the published code's scale; 0 disables it (default: 0.01 in stage1, "
-        "0 in other stages).")  # fmt: skip
-    add("--lpr-loss-coeff", type=float, metavar="GAMMA",
-        help="Weight of the LPR (language priors routing) loss; 0 disables it. With both losses, stage1 is the paper's "
-        "one-stage ablation (default: 0.1 in stage2, 0 in other stages).")  # fmt: skip
-    add("--lpr-loss", choices=("paper", "reference"), default="paper",
-        help="LPR loss of the paper, or of the published code: a double softmax (default: %(default)s).")  # fmt: skip
-    add("--train-everything", action="store_true",
-        help="Freeze nothing: the paper's plain-MoE ablation, which loses the original languages.")  # fmt: skip
-    add("--train-new-embeddings", action="store_true",
-        help="In stage1, train the embedding and output rows of new tokens too.")  # fmt: skip
-    add("--save-trained-only", action="store_true",
-        help="Omit frozen tensors from checkpoints and record where to find them (docs/checkpoints.md).")  # fmt: skip
-    add("--no-verify", action="store_true", help="Do not compare checkpoints with their checksums when loading them.")
-    add("--validation-data", nargs="+", metavar="LANG=PREFIX",
-        help="Held-out corpora, one per language. Bits per byte of each are logged before the first step, every "
-        "--eval-interval steps, and at the end; --eval-iters N limits each evaluation to N global batches per corpus "
-        "(default: the full corpus).")  # fmt: skip
-    add("--verify-corpus", choices=("sampled", "full", "none"), default="sampled",
-        help="What to compare with the corpora's checksums before the start: .idx, .lang and a random sample of .bin; "
-        "everything (about 1 s per GB); or nothing (default: %(default)s).")  # fmt: skip
-    add("--warn-original-rise", type=float, default=10.0, metavar="PERCENT",
-        help="Warn if the stage1 loss on original-language text rises by more than PERCENT since the start; 0 never "
-        "warns (default: %(default)s).")  # fmt: skip
-    add("--warn-expert-share", type=float, default=1.0, metavar="PERCENT",
-        help="Warn if an expert gets less than PERCENT of tokens; 0 never warns (default: %(default)s).")  # fmt: skip
-    add("--warn-lpr-fall", type=float, default=1.0, metavar="PERCENT",
-        help="Warn if the LPR loss falls by less than PERCENT since the start; 0 never warns (default: %(default)s)."
-        )  # fmt: skip
-    add("--warn-window", type=int, default=50, metavar="STEPS",
-        help="Number of steps averaged per warning check (default: %(default)s).")  # fmt: skip
-    add("--fp32", action="store_true", help="Train in fp32 (default: bf16 on a GPU, fp32 on a CPU).")
-    add("--debug", action="store_true", help="Show tracebacks of errors in arguments or input.")
-    add("--help-all", action="help", help="Show Megatron's flags too, and exit.")
+    add("--stage", choices=tuple(STAGE_HELP))
+    add("--recipe", metavar="FILE")
+    add("--num-original-experts", type=int, default=1, metavar="M")
+    add("--original-copies", type=int, default=1, metavar="C")
+    add("--balance-loss-coeff", type=float, metavar="ALPHA")
+    add("--lpr-loss-coeff", type=float, metavar="GAMMA")
+    add("--lpr-loss", choices=("paper", "reference"), default="paper")
+    add("--train-everything", action="store_true")
+    add("--train-new-embeddings", action="store_true")
+    add("--save-trained-only", action="store_true")
+    add("--no-verify", action="store_true")
+    add("--validation-data", nargs="+", metavar="LANG=PREFIX")
+    add("--verify-corpus", choices=("sampled", "full", "none"), default="sampled")
+    add("--warn-original-rise", type=float, default=10.0, metavar="PERCENT")
+    add("--warn-expert-share", type=float, default=1.0, metavar="PERCENT")
+    add("--warn-lpr-fall", type=float, default=1.0, metavar="PERCENT")
+    add("--warn-window", type=int, default=50, metavar="STEPS")
+    add("--fp32", action="store_true")
+    add("--allow-untested", nargs="+", action="extend", metavar="FLAG")
+    add("--debug", action="store_true")
+    add("--help-all", action="help")
     return parser
 
 
@@ -161,3 +171,18 @@ def split_by_flags(argv: list[str], flags: Collection[str]) -> tuple[list[str], 
             part = chosen if item.split("=", 1)[0] in flags else others
         part.append(item)
     return chosen, others
+
+
+def values_of(argv: list[str]) -> dict[str, str]:
+    """The first value of each `--flag`, at its last occurrence, for what must be known before flags can be parsed."""
+    values: dict[str, str] = {}
+    flag = ""
+    for item in argv:
+        if not item.startswith("--"):
+            values.setdefault(flag, item)
+            continue
+        flag, is_assigned, value = item.partition("=")
+        values.pop(flag, None)
+        if is_assigned:
+            values[flag] = value
+    return values

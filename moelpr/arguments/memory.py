@@ -1,6 +1,6 @@
 """What the planner expects a run to need per rank, and settings that need less."""
 
-from moelpr.arguments.settings import RunSettings
+from moelpr.arguments.requested import RequestedRun
 from moelpr.layouts import PlannedLayout, Recompute, divisors, layout_problems
 from moelpr.megatron_patches import cpu
 from moelpr.plan.memory import CPU, PLANNED_STAGES, Dtype, Kernels, Workload, model_parts, stage_memories
@@ -9,7 +9,7 @@ from moelpr.plan.memory import CPU, PLANNED_STAGES, Dtype, Kernels, Workload, mo
 PROCESS_BYTES = 450 << 20
 
 
-def expected_memory(run: RunSettings) -> int | None:
+def expected_memory(run: RequestedRun) -> int | None:
     """Bytes of the rank that needs the most; None for invalid settings and for what moelpr.plan does not support."""
     args, layout, spec = run.args, run.layout, run.spec
     if spec is None or args.stage not in PLANNED_STAGES or args.train_everything or layout.cp * layout.vpp > 1:
@@ -33,7 +33,7 @@ def expected_memory(run: RunSettings) -> int | None:
     return max(rank.total_bytes for rank in ranks) + (PROCESS_BYTES if cpu.is_needed() else 0)
 
 
-def smaller_settings(run: RunSettings) -> str:
+def smaller_settings(run: RequestedRun) -> str:
     """Settings with which a rank needs less memory, as flags."""
     args, recompute = run.args, _recompute(run)
     settings = [] if args.use_distributed_optimizer or run.layout.dp == 1 else ["--use-distributed-optimizer"]
@@ -46,7 +46,7 @@ def smaller_settings(run: RunSettings) -> str:
     return ", ".join([*settings, "or more ranks on more machines with --use-distributed-optimizer"])
 
 
-def _recompute(run: RunSettings) -> Recompute:
+def _recompute(run: RequestedRun) -> Recompute:
     granularity, modules = run.args.recompute_granularity, run.args.recompute_modules or []
     if granularity == "full":
         return "full"

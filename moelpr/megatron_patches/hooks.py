@@ -101,6 +101,7 @@ def without_weight_decay(attribute: str) -> AbstractContextManager[None]:
 
 def set_signal_handler(handler: Any) -> None:
     """Have Megatron ask `handler.signals_received()` after each step; its own handler supports only one signal."""
+    get_args().exit_signal_handler = True
     global_vars._GLOBAL_SIGNAL_HANDLER = handler
 
 

@@ -6,18 +6,21 @@ the same command resumes the run. A run that has made all its steps writes a fil
 Imported before Megatron and torch, whose imports take seconds, so that no signal is lost meanwhile.
 """
 
-import argparse
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from moelpr.process.errors import UserError, is_lost_connection
 from moelpr.process.ranks import is_first_rank
 from moelpr.process.stop import SIGNALS
 from moelpr.store.run_folder import FINISHED_FILE, STOP_FILE, read_settings, saved_step
+
+if TYPE_CHECKING:  # the settings import Megatron
+    from moelpr.arguments.settings import RunSettings
 
 
 class StopRequest:
@@ -32,17 +35,16 @@ class StopRequest:
         for number in SIGNALS:
             signal.signal(number, self._receive)
 
-    def enter_megatron(self, args: argparse.Namespace) -> None:
+    def enter_megatron(self, save: Path | None) -> None:
         """Have Megatron call `signals_received` after every step. Without --save, signals end the process at once."""
-        if args.save is None:
+        if save is None:
             for number, handler in self._previous_handlers.items():
                 signal.signal(number, handler)
             return
         from moelpr.megatron_patches import hooks
 
-        self.file = Path(args.save) / STOP_FILE
+        self.file = save / STOP_FILE
         self.listen()  # --exit-signal-handler has installed another handler
-        args.exit_signal_handler = True
         hooks.set_signal_handler(self)
 
     def signals_received(self) -> list[bool]:
@@ -92,46 +94,46 @@ def ends_the_run() -> Iterator[None]:
             raise
 
 
-def is_finished(args: argparse.Namespace) -> bool:
+def is_finished(settings: "RunSettings") -> bool:
     """True if --save already contains this run's last step.
 
     Raises:
-        UserError: it was trained from another checkpoint or on other data, which it would ignore.
+        UserError: It was trained from another checkpoint or on other data, which it would ignore.
     """
-    if args.save is None or not args.is_resumed or args.ckpt_step is not None:
+    start, save = settings.start, settings.save
+    if save is None or not start.is_resumed or start.selected_step is not None or start.checkpoint != save:
         return False
-    if Path(args.model_source) != Path(args.save):  # resumed from --load
+    if start.saved_step is None or start.saved_step < settings.last_step:
         return False
-    last, saved = last_step(args), saved_step(Path(args.save))
-    if saved is None or saved < last:
-        return False
-    record = read_settings(Path(args.save)) or {}
-    for name, suffix in (("pretrained_checkpoint", ""), ("data_path", ".idx")):
-        before, now = ([Path(f"{item}{suffix}").resolve() for item in _items(value)]
-                       for value in (record.get(name), getattr(args, name)))  # fmt: skip
+    record = read_settings(save) or {}
+    pretrained = [str(start.pretrained)] if start.pretrained else []
+    for flag, suffix, values in (("pretrained-checkpoint", "", pretrained), ("data-path", ".idx", settings.data_path)):
+        trained_with = _items(record.get(flag.replace("-", "_")))
+        before, now = ([Path(f"{item}{suffix}").resolve() for item in items] for items in (trained_with, values))
         if now and now != before and any(path.exists() for path in before):  # else they were moved
             raise UserError(
-                f"{args.save} contains a finished run trained with --{name.replace('_', '-')} "
-                f"{' '.join(_items(record[name]))}; choose another --save, or rerun the original command"
+                f"{save} contains a finished run trained with --{flag} {' '.join(trained_with)}; choose another "
+                "--save, or rerun the original command"
             )
     return True
 
 
-def report_end(args: argparse.Namespace, scored_step: int | None) -> None:
+def report_end(settings: "RunSettings", scored_step: int | None) -> None:
     """Print on rank 0 where the run stands and how to resume it, and record a complete run in the file FINISHED.
 
     Args:
+        settings: The settings of the run.
         scored_step: The step that was validated last, or the last step if nothing is to be validated. Megatron does not
             validate after a stop request, and has no batches with which to resume a run that has made all its steps.
     """
-    if args.save is None or not is_first_rank():
+    save, last = settings.save, settings.last_step
+    if save is None or not is_first_rank():
         return
-    save = Path(args.save)
     (save / STOP_FILE).unlink(missing_ok=True)
-    saved, last = saved_step(save), last_step(args)
+    saved = saved_step(save)
     if saved is not None and saved >= last:
         (save / FINISHED_FILE).write_text(f"{saved}\n")
-        print(f"moelpr: {args.stage} is finished, step {saved} of {last} is in {save}")
+        print(f"moelpr: {settings.stage.name} is finished, step {saved} of {last} is in {save}")
         if scored_step is None or scored_step < last:
             print("moelpr: its last step was not validated; python -m moelpr.evaluate scores it")
     else:
@@ -139,16 +141,11 @@ def report_end(args: argparse.Namespace, scored_step: int | None) -> None:
     sys.stdout.flush()
 
 
-def begin(args: argparse.Namespace) -> None:
+def begin(save: Path | None) -> None:
     """Remove on rank 0 the file FINISHED of a run that is now continued."""
-    if args.save is not None and is_first_rank():
-        (Path(args.save) / FINISHED_FILE).unlink(missing_ok=True)
+    if save is not None and is_first_rank():
+        (save / FINISHED_FILE).unlink(missing_ok=True)
 
 
 def _items(value: str | list[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else value or []
-
-
-def last_step(args: argparse.Namespace) -> int:
-    """The run's last step."""
-    return int(args.train_iters or args.train_samples // args.global_batch_size)

@@ -19,20 +19,20 @@ _PATIENCE = timedelta(days=1)
 
 
 @contextmanager
-def run_lock(run: RunSettings) -> Iterator[None]:
+def run_lock(settings: RunSettings) -> Iterator[None]:
     """Rank 0 holds the lock of --save.
 
     Raises:
         UserError: another run holds it, or has saved a step since the settings of this run were checked.
     """
-    if run.args.save is None:
+    if settings.save is None:
         yield
         return
     with ExitStack() as stack:
         refusal = ""
         if is_first_rank():
             try:
-                stack.enter_context(_locked_folder(Path(run.args.save), run.saved_step))
+                stack.enter_context(_locked_folder(settings.save, settings.start.saved_step))
             except UserError as error:
                 refusal = str(error)
         if refusal := _word_of_rank_0(refusal):

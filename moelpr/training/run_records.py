@@ -1,15 +1,15 @@
 """What a run writes next to its checkpoints, so that they can be read without the command that made them."""
 
-import argparse
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-from moelpr.arguments.settings import resolved_settings
+from megatron.training import get_args
+
+from moelpr.arguments.requirements import resolved_settings
+from moelpr.arguments.settings import RunSettings
 from moelpr.checkpoints.chain import step_name
 from moelpr.megatron_patches import hooks
-from moelpr.model_spec import ModelSpec
 from moelpr.process import ranks
 from moelpr.process.versions import installed_versions
 from moelpr.store import yaml_files
@@ -19,22 +19,22 @@ from moelpr.store.run_folder import COMMAND_FILE, HF_FOLDER, RECIPE_FILE, VERSIO
 
 
 @contextmanager
-def run_records(args: argparse.Namespace, spec: ModelSpec, argv: list[str]) -> Iterator[None]:
+def run_records(settings: RunSettings, argv: list[str]) -> Iterator[None]:
     """Rank 0 writes to --save: model_spec.json, hf/, recipe.yaml, command.json and versions.json.
 
     While the context is open, every saved step gets a recipe.yaml too: a run may be resumed with other settings, and
     killed before it has saved anything under them.
     """
-    if args.save is None or not ranks.is_first_rank():
+    if settings.save is None or not ranks.is_first_rank():
         yield
         return
-    save, source = Path(args.save), Path(args.model_source)
+    save, source = settings.save, settings.start.checkpoint
     make_folder(save)
     if source.resolve() != save.resolve():  # a resumed run has them, and other ranks may be reading them now
-        spec.write(save)
+        settings.spec.write(save)
         if (source / HF_FOLDER).is_dir():
             copy_folder(source / HF_FOLDER, save / HF_FOLDER)
-    recipe = yaml_files.dump(resolved_settings(args), sort_keys=True)
+    recipe = yaml_files.dump(resolved_settings(vars(get_args())), sort_keys=True)
     sizes = {"num_ranks": ranks.world_size(), "ranks_per_node": ranks.local_world_size()}
     command = {"arguments": argv, **sizes}
     write_text(save / RECIPE_FILE, recipe)

@@ -4,78 +4,78 @@ A new run loads all weights here. A resumed run leaves its own checkpoint to Meg
 and loads here only the frozen tensors missing from that checkpoint.
 """
 
-import argparse
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.training import print_rank_0
+from megatron.training import get_args, print_rank_0
 from megatron.training.checkpointing import _load_global_dist_base_checkpoint
 from megatron.training.models.gpt import GPTModel
 
+from moelpr.arguments.settings import RunSettings
 from moelpr.checkpoints.chain import RELEASE, BaseCheckpoint, checkpoint_chain, checksum, verify_files
 from moelpr.checkpoints.torch_dist import read_metadata
 from moelpr.model.weights import load_weights, omit_extra_state, save_trained_only
 from moelpr.process.errors import UserError
 from moelpr.process.ranks import is_first_rank
-from moelpr.store.checksums import Verify
 from moelpr.store.run_folder import BASE_CHECKPOINT_FILE
 
 
-def starting_weights(args: argparse.Namespace) -> Callable[[list[GPTModel]], None]:
+def starting_weights(settings: RunSettings) -> Callable[[list[GPTModel]], None]:
     """Find the checkpoints that this run starts from; the result loads them into frozen, not yet wrapped chunks.
 
     Raises:
-        UserError: a required checkpoint is missing.
+        UserError: A required checkpoint is missing.
     """
-    source = Path(args.model_source)
-    given = Path(args.pretrained_checkpoint) if args.is_resumed and args.pretrained_checkpoint else None
-    links = checkpoint_chain(source, args.ckpt_step, given)
-    if args.save_trained_only and args.is_resumed and len(links) == 1:
+    start = settings.start
+    links = checkpoint_chain(start.checkpoint, start.selected_step, start.pretrained if start.is_resumed else None)
+    if settings.save_trained_only and start.is_resumed and len(links) == 1:
         raise UserError(
-            f"{source} was saved with --save-trained-only, but its {BASE_CHECKPOINT_FILE} is missing; restore it"
+            f"{start.checkpoint} was saved with --save-trained-only, but its {BASE_CHECKPOINT_FILE} is missing; "
+            "restore it"
         )
 
     for link in links:
         read_metadata(link)  # Megatron ends with exit code 0, or with a traceback, if it can't read this
 
     def load(chunks: list[GPTModel]) -> None:
-        verify_files(links, Verify.NONE if args.no_verify else Verify.FULL)
+        verify_files(links, settings.verify)
+        args = get_args()
         if not args.use_cpu_initialization:
             for chunk in chunks:
                 chunk.cuda(torch.cuda.current_device())  # as Megatron does next
-        if not args.is_resumed:
+        if not start.is_resumed:
             args.load = args.pretrained_checkpoint = None  # or Megatron would load them again
             print_rank_0(f"moelpr: weights from {' and '.join(map(str, links))}")
-            load_weights(chunks, links, load=partial(_load_step, args))
-        elif args.save_trained_only:
+            load_weights(chunks, links, load=_load_step)
+        elif settings.save_trained_only:
             print_rank_0(f"moelpr: frozen weights from {' and '.join(map(str, links[1:]))}")
-            load_weights(chunks, links[1:], only_frozen=True, load=partial(_load_step, args))
+            load_weights(chunks, links[1:], only_frozen=True, load=_load_step)
         omit_extra_state(chunks)
-        if args.save_trained_only:
+        if settings.save_trained_only:
             save_trained_only(chunks)
-        if args.save:
-            _record_base(Path(args.save), source, links, args)
+        if settings.save:
+            _record_base(settings.save, links, settings)
 
     return load
 
 
-def _load_step(args: argparse.Namespace, state: ShardedStateDict, step_folder: str) -> dict[str, Any]:
+def _load_step(state: ShardedStateDict, step_folder: str) -> dict[str, Any]:
     """Load from one step folder as Megatron does, with all its flags."""
     folder, step = Path(step_folder).parent, Path(step_folder).name
     iteration = 0 if step == RELEASE else int(step.removeprefix("iter_"))
-    return _load_global_dist_base_checkpoint(str(folder), args, False, state, iteration, step == RELEASE)[0]
+    return _load_global_dist_base_checkpoint(str(folder), get_args(), False, state, iteration, step == RELEASE)[0]
 
 
-def _record_base(save: Path, source: Path, links: list[Path], args: argparse.Namespace) -> None:
+def _record_base(save: Path, links: list[Path], settings: RunSettings) -> None:
     """Write base_checkpoint.json with the base's current folder on rank 0, or remove that of an earlier start."""
     base = None
-    if args.save_trained_only:
-        record = BaseCheckpoint.read_if_there(source) if args.is_resumed else None
-        link = links[1] if args.is_resumed else links[0]
+    if settings.save_trained_only:
+        start = settings.start
+        record = BaseCheckpoint.read_if_there(start.checkpoint) if start.is_resumed else None
+        link = links[1] if start.is_resumed else links[0]
         base = BaseCheckpoint.of(link, record.sha256 if record else checksum(link), save)
     if not is_first_rank() or base == BaseCheckpoint.read_if_there(save):
         return

@@ -9,6 +9,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args, 
 from megatron.training.models.gpt import GPTModelConfig
 
 from moelpr.arguments.parse import check_arguments, refused_by_megatron, register_arguments
+from moelpr.arguments.settings import RunSettings
 from moelpr.checkpoints.chain import write_checksums
 from moelpr.data.dataset import build_datasets, dataset_config
 from moelpr.data.epoch_table import epoch_table
@@ -18,7 +19,6 @@ from moelpr.model.config import MoELPRConfig
 from moelpr.model.freezing import freeze, parameter_report
 from moelpr.model.new_rows import ROWS
 from moelpr.model.vocabulary import mask_padding
-from moelpr.model_spec import ModelSpec
 from moelpr.process.ranks import is_first_rank
 from moelpr.training import clean_stop, metrics
 from moelpr.training.clean_stop import StopRequest
@@ -33,20 +33,22 @@ from moelpr.training.validation import validates
 def train(argv: list[str], stop: StopRequest | None = None) -> None:
     """Train one stage on this rank with the command line `argv`, to its end or until `stop` receives a request."""
     run = check_arguments(argv)
-    with run_lock(run):
-        if clean_stop.is_finished(run.args):
-            clean_stop.report_end(run.args, clean_stop.last_step(run.args))
+    settings = RunSettings.of(run)
+    with run_lock(settings):
+        if clean_stop.is_finished(settings):
+            clean_stop.report_end(settings, settings.last_step)
         else:
-            _train(*register_arguments(run), argv, stop)
+            register_arguments(run, settings)
+            _train(settings, argv, stop)
 
 
-def _train(args: argparse.Namespace, spec: ModelSpec, argv: list[str], stop: StopRequest | None) -> None:
+def _train(settings: RunSettings, argv: list[str], stop: StopRequest | None) -> None:
     if stop is not None:
-        stop.enter_megatron(args)
-    clean_stop.begin(args)
-    load_weights = starting_weights(args)
+        stop.enter_megatron(settings.save)
+    clean_stop.begin(settings.save)
+    load_weights, stage, args = starting_weights(settings), settings.stage, get_args()
     with (
-        run_records(args, spec, argv),
+        run_records(settings, argv),
         hooks.after_step_is_written(write_checksums),
         hooks.without_weight_decay(ROWS),
         metrics.step_log(args) as step_log,
@@ -56,18 +58,19 @@ def _train(args: argparse.Namespace, spec: ModelSpec, argv: list[str], stop: Sto
     ):
 
         def prepare(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-            freeze(model_chunks, args.stage, args.train_everything, args.train_new_embeddings, spec.new_tokens)
+            trained = stage.name, stage.train_everything, stage.train_new_embeddings
+            freeze(model_chunks, *trained, settings.spec.new_tokens)
             load_weights(model_chunks)
-            mask_padding(model_chunks, args.vocab_size)
+            mask_padding(model_chunks, settings.spec.megatron_args["vocab_size"])
             print_rank_0(parameter_report(model_chunks))
             return step_log.tracker.watch(model_chunks)
 
         config = model_config(args)
         config.pre_wrap_hooks.append(prepare)  # before Megatron wraps the model for data parallelism
-        settings = pretrain_cfg_container_from_args(args, config)
-        pretrain(settings, datasets_provider, ModelType.encoder_or_decoder, forward_step, store=bootstrap.rank_store())
+        container = pretrain_cfg_container_from_args(args, config)
+        pretrain(container, datasets_provider, ModelType.encoder_or_decoder, forward_step, store=bootstrap.rank_store())
     torch.distributed.barrier()
-    clean_stop.report_end(args, clean_stop.last_step(args) if validation is None else validation.scored_step)
+    clean_stop.report_end(settings, settings.last_step if validation is None else validation.scored_step)
 
 
 def model_config(args: argparse.Namespace) -> GPTModelConfig:

@@ -12,7 +12,7 @@ import yaml
 from moelpr.arguments.checks import find_problems
 from moelpr.arguments.checks.folders import checkpoint_bytes
 from moelpr.arguments.flags import all_arguments
-from moelpr.arguments.settings import RunSettings
+from moelpr.arguments.requested import RequestedRun
 from moelpr.data.language_bits import LanguageBitsWriter
 from moelpr.families.families import read_base
 from moelpr.families.new_experts import NewExperts, with_new_experts
@@ -128,7 +128,7 @@ def test_the_trainer_accepts_it_on_the_hardware_it_names(
     command = shlex.split("--pretrained-checkpoint upcycled --data-path corpus --recipe") + [str(RECIPES / recipe)]
     command += ["--stage", "stage1"] if "stage1" in recipe else ["--stage", "stage2", "--train-iters", "500"]
     monkeypatch.setattr(ranks, "world_size", lambda: int(planner_argv[5]))
-    run = RunSettings.gather(command, all_arguments())
+    run = RequestedRun.gather(command, all_arguments())
     assert [*run.problems, *find_problems(run)] == []
 
 

@@ -6,20 +6,20 @@ messages are reported at once.
 """
 
 from moelpr.arguments.checks import data, flags, folders, hardware, layout, model, resume
-from moelpr.arguments.settings import RunSettings
+from moelpr.arguments.requested import RequestedRun
 
 
-def find_problems(run: RunSettings) -> list[str]:
+def find_problems(run: RequestedRun) -> list[str]:
     """A message for each wrong setting."""
     return _messages(run, "check_")
 
 
-def find_notes(run: RunSettings) -> list[str]:
+def find_notes(run: RequestedRun) -> list[str]:
     """A message for each setting that is changed or unusual, but not wrong: the run starts."""
     return _messages(run, "note_")
 
 
-def _messages(run: RunSettings, prefix: str) -> list[str]:
+def _messages(run: RequestedRun, prefix: str) -> list[str]:
     modules = (model, folders, resume, flags, layout, data, hardware)
     functions = [item for module in modules for item in vars(module).items()]
     return [message for name, check in functions if name.startswith(prefix) for message in check(run)]

@@ -13,7 +13,7 @@ from typing import Any
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from moelpr.arguments.settings import RunSettings, lpr_loss_coeff
+from moelpr.arguments.requested import RequestedRun
 from moelpr.data.corpus_index import CorpusIndex
 from moelpr.data.dataset import TaggedGPTDataset
 from moelpr.data.language_bits import LanguageBits, language_bits_path
@@ -25,20 +25,18 @@ from moelpr.process.errors import UserError
 from moelpr.store.checksums import Verify
 from moelpr.store.run_folder import HF_FOLDER
 
-# What the order of samples depends on, beside the corpora and the length of the run.
+# What the order of samples depends on, next to the corpora and the length of the run.
 _ORDER = ("seed", "seq_length", "split", "dataloader_type")
 
 DATA_FLAGS = ("data_path", "data_args_path", "train_data_path", "per_split_data_args_path")
 
 # Flags of Megatron's own validation, which --validation-data replaces.
-_MEGATRON_VALIDATION = (
-    "valid_data_path", "full_validation", "multiple_validation_sets", "validation_set_names", "split",
-)  # fmt: skip
+_MEGATRON_VALIDATION = "valid_data_path full_validation multiple_validation_sets validation_set_names split".split()
 
 _BLEND_ERRORS = (AssertionError, OSError, ValueError, KeyError, TypeError)
 
 
-def check_corpora(run: RunSettings) -> Iterable[str]:
+def check_corpora(run: RequestedRun) -> Iterable[str]:
     """Training corpora exist, and their weights are valid."""
     try:
         blends = _blends(run)
@@ -52,10 +50,10 @@ def check_corpora(run: RunSettings) -> Iterable[str]:
                 yield f"the weight of {prefix} must be above 0, got {weight:g}; change it, or omit the corpus"
 
 
-def check_original_tokens(run: RunSettings) -> Iterable[str]:
+def check_original_tokens(run: RequestedRun) -> Iterable[str]:
     """The LPR loss has original-language tokens in at least one training corpus."""
     prefixes = [prefix for prefixes, _ in _valid_blends(run)[:1] for prefix in prefixes]
-    coeff = lpr_loss_coeff(run.args)
+    coeff = run.lpr_loss_coeff
     if not run.is_moe or not coeff > 0 or not prefixes or not all(map(IndexedDataset.exists, prefixes)):
         return
     try:
@@ -69,17 +67,17 @@ def check_original_tokens(run: RunSettings) -> Iterable[str]:
         yield str(error)
 
 
-def check_tokenizers(run: RunSettings) -> Iterable[str]:
+def check_tokenizers(run: RequestedRun) -> Iterable[str]:
     """Corpora contain the token IDs of the model."""
     yield from (message for is_wrong, message in _compare_tokenizers(run) if is_wrong)
 
 
-def note_tokenizers(run: RunSettings) -> Iterable[str]:
+def note_tokenizers(run: RequestedRun) -> Iterable[str]:
     """Corpora whose tokenizer may differ from the model's."""
     yield from (message for is_wrong, message in _compare_tokenizers(run) if not is_wrong)
 
 
-def damaged_corpora(run: RunSettings) -> Iterable[str]:
+def damaged_corpora(run: RequestedRun) -> Iterable[str]:
     """A message for each corpus that differs from its checksums. Not a check: it is for a run without other problems.
 
     One rank of each node reads, because nodes may have their own copies.
@@ -95,7 +93,7 @@ def damaged_corpora(run: RunSettings) -> Iterable[str]:
             yield str(error)
 
 
-def check_validation_data(run: RunSettings) -> Iterable[str]:
+def check_validation_data(run: RequestedRun) -> Iterable[str]:
     """Validation corpora exist, one per language."""
     seen = set()
     for item in run.args.validation_data or []:
@@ -123,8 +121,8 @@ def _language_problems(item: str, prefix: str) -> Iterable[str]:
         yield f"--validation-data {item} has text of original and of expanded languages; use one corpus per language"
 
 
-def check_split(run: RunSettings) -> Iterable[str]:
-    """The shares of --split; Megatron reads any digits that it finds, so that -1 is 1, and NaN is nothing."""
+def check_split(run: RequestedRun) -> Iterable[str]:
+    """The shares of --split; Megatron reads any digits that it finds, so that -1 is 1, and it ignores NaN."""
     if run.args.split is None:
         return
     parts = [part.strip() for part in run.args.split.split(",")]
@@ -136,7 +134,7 @@ def check_split(run: RunSettings) -> Iterable[str]:
         )
 
 
-def check_split_applies(run: RunSettings) -> Iterable[str]:
+def check_split_applies(run: RequestedRun) -> Iterable[str]:
     """--split divides the data of --data-path; other flags name the data of each split."""
     given = [name for name in ("train_data_path", "per_split_data_args_path") if getattr(run.args, name)]
     if run.args.split is not None and given:
@@ -144,7 +142,7 @@ def check_split_applies(run: RunSettings) -> Iterable[str]:
         yield f"--split divides the data of --data-path, and {other} names the data of each split; remove --split"
 
 
-def check_there_is_validation_data(run: RunSettings) -> Iterable[str]:
+def check_there_is_validation_data(run: RequestedRun) -> Iterable[str]:
     """Otherwise Megatron fails at the first validation, after --eval-interval steps."""
     args = run.args
     share = re.match(r"[^,]*,[^,]*[1-9]", args.split or "")
@@ -158,7 +156,7 @@ def check_there_is_validation_data(run: RunSettings) -> Iterable[str]:
             )
 
 
-def check_loader(run: RunSettings) -> Iterable[str]:
+def check_loader(run: RequestedRun) -> Iterable[str]:
     """What Megatron reports as a TypeError or AssertionError once the model is built."""
     if run.args.dataloader_type == "external":
         yield "--dataloader-type external has no loader here; remove it"
@@ -170,7 +168,7 @@ def check_loader(run: RunSettings) -> Iterable[str]:
         )
 
 
-def check_skipped_steps(run: RunSettings) -> Iterable[str]:
+def check_skipped_steps(run: RequestedRun) -> Iterable[str]:
     """Megatron reads the data of skipped steps itself, in ways that end in a TypeError or a rank that waits."""
     for name in ("iterations_to_skip", "result_rejected_tracker_filename"):
         if not getattr(run.args, name):
@@ -190,8 +188,8 @@ def check_skipped_steps(run: RunSettings) -> Iterable[str]:
             )
 
 
-def check_cache_folders(run: RunSettings) -> Iterable[str]:
-    """Megatron writes the order of samples beside each corpus or to --data-cache-path, unless it is there already."""
+def check_cache_folders(run: RequestedRun) -> Iterable[str]:
+    """Megatron writes the order of samples next to each corpus or to --data-cache-path, unless it is there already."""
     fix = "pass --data-cache-path DIR with a folder that all nodes share"
     if given := run.args.data_cache_path:
         if not _can_be_cached(Path(given)):
@@ -202,7 +200,7 @@ def check_cache_folders(run: RunSettings) -> Iterable[str]:
             yield f"the order of samples cannot be saved beside {prefix}, in a folder without write permission; {fix}"
 
 
-def note_other_data(run: RunSettings) -> Iterable[str]:
+def note_other_data(run: RequestedRun) -> Iterable[str]:
     """A resumed run goes on at the same place of another order."""
     if not _has_steps_left(run):
         return
@@ -238,18 +236,18 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _has_steps_left(run: RunSettings) -> bool:
+def _has_steps_left(run: RequestedRun) -> bool:
     """Whether this is a resumed run that may have steps left."""
     step = run.saved_step if run.step is None else run.step
     return run.is_resumed and not (run.args.train_iters and step is not None and run.args.train_iters <= step)
 
 
-def note_reordered_data(run: RunSettings) -> Iterable[str]:
+def note_reordered_data(run: RequestedRun) -> Iterable[str]:
     """A resumed run of another length may read some text again, and omit other text."""
     args, record = run.args, run.record or {}
     if not _has_steps_left(run):
         return
-    batch = args.global_batch_size or args.micro_batch_size * run.layout.dp
+    batch = run.global_batch_size
     before, now = _run_samples({"global_batch_size": batch} | record), _run_samples(vars(args), batch)
     prefixes, weights = next(iter(_valid_blends(run)), ([], None))
     if before in (0, now) or (weights is None and len(prefixes) > 1):  # then each corpus is read once
@@ -294,7 +292,7 @@ def _can_be_cached(folder: Path) -> bool:
     return os.access(existing, os.W_OK | os.X_OK) or any(folder.glob("*.npy"))
 
 
-def check_validation_flags(run: RunSettings) -> Iterable[str]:
+def check_validation_flags(run: RequestedRun) -> Iterable[str]:
     """No other flag controls validation; a --split without validation data is allowed."""
     for name in _MEGATRON_VALIDATION if run.args.validation_data else ():
         is_training_only = name == "split" and not re.search(",.*[1-9]", run.args.split or "")
@@ -306,29 +304,29 @@ def _missing(prefix: str) -> str:
     return f"{prefix}.bin or {prefix}.idx is missing; make the corpus with data_tools/preprocess_data.py"
 
 
-def _blends(run: RunSettings) -> list[tuple[list[str], list[float] | None]]:
-    """Prefixes and weights of training, validation and test data; none unless one flag gives them."""
+def _blends(run: RequestedRun) -> list[tuple[list[str], list[float] | None]]:
+    """Prefixes and weights of training, validation and test data; empty unless one flag gives them."""
     if sum(name in run.explicit_args for name in DATA_FLAGS) != 1:
         return []
     blend, per_split = get_blend_and_blend_per_split(run.args)
     return [part for part in (blend, *(per_split or ())) if part is not None]
 
 
-def _valid_blends(run: RunSettings) -> list[tuple[list[str], list[float] | None]]:
+def _valid_blends(run: RequestedRun) -> list[tuple[list[str], list[float] | None]]:
     try:
         return _blends(run)
     except _BLEND_ERRORS:
         return []  # reported by `check_corpora`
 
 
-def _existing_corpora(run: RunSettings) -> list[str]:
+def _existing_corpora(run: RequestedRun) -> list[str]:
     """Prefixes of all corpora, each once."""
     prefixes = dict.fromkeys(prefix for prefixes, _ in _valid_blends(run) for prefix in prefixes)
     prefixes |= dict.fromkeys(item.partition("=")[2] for item in run.args.validation_data or [])
     return [prefix for prefix in prefixes if prefix and IndexedDataset.exists(prefix)]
 
 
-def _compare_tokenizers(run: RunSettings) -> Iterable[tuple[bool, str]]:
+def _compare_tokenizers(run: RequestedRun) -> Iterable[tuple[bool, str]]:
     """Whether a corpus cannot be used, and a message, for each whose tokenizer may not be the model's.
 
     Only rank 0 compares, because loading a tokenizer takes seconds.

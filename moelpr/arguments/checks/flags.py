@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 
 from moelpr.arguments.checks.data import DATA_FLAGS
-from moelpr.arguments.settings import RunSettings
+from moelpr.arguments.requested import RequestedRun
 
 # What to pass if none of the arguments is given.
 _REQUIRED = {
@@ -20,32 +20,31 @@ _REQUIRED = {
 _EXCLUSIVE = (("train_iters", "train_samples"), DATA_FLAGS, ("fp16", "bf16", "fp32"))
 
 # Least value and the bound that it must be below.
-_RANGES: dict[tuple[int, float], tuple[str, ...]] = {
+_RANGES: dict[tuple[int, float], str] = {
     (1, math.inf): (
-        "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
-        "expert_model_parallel_size", "expert_tensor_parallel_size", "num_virtual_stages_per_pipeline_rank",
-        "num_layers_per_virtual_pipeline_stage", "make_vocab_size_divisible_by", "micro_batch_size",
-        "global_batch_size", "seq_length", "train_iters", "train_samples", "save_interval", "log_interval",
-        "eval_interval", "warn_window", "lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_iters",
-        "lr_wsd_decay_samples", "tensorboard_log_interval", "log_memory_interval",
+        "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size expert_model_parallel_size "
+        "expert_tensor_parallel_size num_virtual_stages_per_pipeline_rank num_layers_per_virtual_pipeline_stage "
+        "make_vocab_size_divisible_by micro_batch_size global_batch_size seq_length train_iters train_samples "
+        "save_interval log_interval eval_interval warn_window lr_decay_iters lr_decay_samples lr_wsd_decay_iters "
+        "lr_wsd_decay_samples tensorboard_log_interval log_memory_interval"
     ),
-    (1, 2**31): ("seed",),
+    (1, 2**31): "seed",
     (0, math.inf): (
-        "lr", "min_lr", "lr_warmup_init", "lr_warmup_iters", "lr_warmup_samples", "weight_decay", "clip_grad",
-        "start_weight_decay", "end_weight_decay", "balance_loss_coeff", "lpr_loss_coeff", "eval_iters",
+        "lr min_lr lr_warmup_init lr_warmup_iters lr_warmup_samples weight_decay clip_grad start_weight_decay "
+        "end_weight_decay balance_loss_coeff lpr_loss_coeff eval_iters"
     ),
-    (0, 1): ("adam_beta1", "adam_beta2", "lr_warmup_fraction"),
-}  # fmt: skip
+    (0, 1): "adam_beta1 adam_beta2 lr_warmup_fraction",
+}
 
 
-def check_required_flags(run: RunSettings) -> Iterable[str]:
+def check_required_flags(run: RequestedRun) -> Iterable[str]:
     """Flags without a default are given, by recipe or command line."""
     for usage, names in _REQUIRED.items():
         if run.recipe_is_read and not any(name in run.explicit_args for name in names):
             yield f"{usage.split()[0]} is required; pass {usage}"
 
 
-def check_exclusive_flags(run: RunSettings) -> Iterable[str]:
+def check_exclusive_flags(run: RequestedRun) -> Iterable[str]:
     """Length of training, data and dtype are given once."""
     for names in _EXCLUSIVE:
         given = [run.flag(name) for name in names if name in run.explicit_args]
@@ -53,8 +52,8 @@ def check_exclusive_flags(run: RunSettings) -> Iterable[str]:
             yield f"{' and '.join(given)} are mutually exclusive; keep one of them"
 
 
-def check_optimizer(run: RunSettings) -> Iterable[str]:
-    """Megatron's distributed optimizer knows only Adam's state; others than SGD and Adam are in another package."""
+def check_optimizer(run: RequestedRun) -> Iterable[str]:
+    """Megatron's distributed optimizer knows only Adam's state; others but SGD need another package."""
     name = run.args.optimizer
     if name == "sgd" and run.args.use_distributed_optimizer:
         yield "--use-distributed-optimizer does not support --optimizer sgd; remove it, or use --optimizer adam"
@@ -62,9 +61,9 @@ def check_optimizer(run: RunSettings) -> Iterable[str]:
         yield f"--optimizer {name} requires the package emerging-optimizers, which is not installed; use adam or sgd"
 
 
-def check_ranges(run: RunSettings) -> Iterable[str]:
+def check_ranges(run: RequestedRun) -> Iterable[str]:
     """Numbers are finite, and neither too small nor too large."""
-    known = {name: bounds for bounds, names in _RANGES.items() for name in names}
+    known = {name: bounds for bounds, names in _RANGES.items() for name in names.split()}
     for name, (least, below) in known.items():
         value = getattr(run.args, name)
         if value is not None and not least <= value < below:
@@ -81,7 +80,7 @@ def check_ranges(run: RunSettings) -> Iterable[str]:
         yield f"--lr-warmup-init must be at most --lr {lr}, got {run.args.lr_warmup_init}"
 
 
-def check_warmup(run: RunSettings) -> Iterable[str]:
+def check_warmup(run: RequestedRun) -> Iterable[str]:
     """The learning rate rises to its maximum within the run."""
     for unit in ("iters", "samples"):
         warmup, decay = getattr(run.args, f"lr_warmup_{unit}"), getattr(run.args, f"lr_decay_{unit}")
@@ -94,7 +93,7 @@ def check_warmup(run: RunSettings) -> Iterable[str]:
             )
 
 
-def check_decay(run: RunSettings) -> Iterable[str]:
+def check_decay(run: RequestedRun) -> Iterable[str]:
     """The learning rate's decay, and a weight decay that grows, have their other settings."""
     args = run.args
     unit = "samples" if args.train_iters is None and args.train_samples is not None else "iters"

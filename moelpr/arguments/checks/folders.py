@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from moelpr.arguments.settings import RunSettings, retain_interval
+from moelpr.arguments.requested import RequestedRun
 from moelpr.model_spec import ModelSpec
 from moelpr.plan import memory
 from moelpr.process.machine import format_bytes
@@ -14,7 +14,7 @@ from moelpr.stages import trained_parts
 from moelpr.store.run_folder import TRACKER_FILE
 
 
-def check_load_folder(run: RunSettings) -> Iterable[str]:
+def check_load_folder(run: RequestedRun) -> Iterable[str]:
     """Without it Megatron would start from --pretrained-checkpoint without a message."""
     load = run.args.load
     if load and load != run.args.save and run.checkpoint not in (None, Path(load)):
@@ -24,7 +24,7 @@ def check_load_folder(run: RunSettings) -> Iterable[str]:
         )
 
 
-def check_save_folder(run: RunSettings) -> Iterable[str]:
+def check_save_folder(run: RequestedRun) -> Iterable[str]:
     """Otherwise one folder would contain steps of two runs, but only one base_checkpoint.json."""
     save = run.args.save
     if not save or not (Path(save) / TRACKER_FILE).exists() or run.checkpoint is None:
@@ -37,7 +37,7 @@ def check_save_folder(run: RunSettings) -> Iterable[str]:
         )
 
 
-def check_save_disk(run: RunSettings) -> Iterable[str]:
+def check_save_disk(run: RequestedRun) -> Iterable[str]:
     """--save can be written, and a checkpoint fits; quotas, and what others write meanwhile, cannot be checked."""
     if run.args.save is None:
         return
@@ -59,7 +59,7 @@ def check_save_disk(run: RunSettings) -> Iterable[str]:
             )
 
 
-def note_disk_of_all_checkpoints(run: RunSettings) -> Iterable[str]:
+def note_disk_of_all_checkpoints(run: RequestedRun) -> Iterable[str]:
     """A run that keeps more checkpoints than the disk of --save can hold would fail after days."""
     if run.args.save is None or run.spec is None or not (number := _num_checkpoints(run)):
         return
@@ -78,14 +78,14 @@ def _existing(folder: Path) -> Path:
     return next(one for one in (folder, *folder.absolute().parents) if one.exists())
 
 
-def _num_checkpoints(run: RunSettings) -> int:
+def _num_checkpoints(run: RequestedRun) -> int:
     """How many more there are at the fullest moment; 0 if the length of the run is unknown."""
     args, start = run.args, (run.saved_step or 0) if run.is_resumed else 0
     steps = args.train_iters or (args.train_samples or 0) // (args.global_batch_size or 1)
     if not args.save_interval or steps <= start:
         return 0
     saved = -(-steps // args.save_interval) - start // args.save_interval
-    if not (kept := retain_interval(args)):
+    if not (kept := run.save_retain_interval):
         return saved
     # Besides those that stay, the last one and the one that is being written.
     return min(saved, steps // kept - start // kept + 2)
@@ -103,9 +103,9 @@ def checkpoint_bytes(args: argparse.Namespace, spec: ModelSpec) -> int:
     )
 
 
-def note_rounded_retain_interval(run: RunSettings) -> Iterable[str]:
+def note_rounded_retain_interval(run: RequestedRun) -> Iterable[str]:
     """A recipe's --save-retain-interval follows another --save-interval."""
-    if (kept := retain_interval(run.args)) != run.args.save_retain_interval:
+    if (kept := run.save_retain_interval) != run.args.save_retain_interval:
         yield (
             f"--save-retain-interval {run.args.save_retain_interval} is rounded to {kept}, a multiple of "
             f"--save-interval {run.args.save_interval}"

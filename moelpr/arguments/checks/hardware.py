@@ -5,19 +5,19 @@ from collections.abc import Iterable
 import torch
 
 from moelpr.arguments.memory import expected_memory, smaller_settings
-from moelpr.arguments.settings import RunSettings
+from moelpr.arguments.requested import RequestedRun
 from moelpr.megatron_patches import cpu
 from moelpr.plan.gpus import RESERVED_FRACTION
 from moelpr.process import machine, ranks
 
 
-def check_gpus(run: RunSettings) -> Iterable[str]:
+def check_gpus(run: RequestedRun) -> Iterable[str]:
     """Otherwise a run for GPUs would silently use the CPU."""
     if problem := cpu.unusable_gpus():
         yield problem
 
 
-def note_memory(run: RunSettings) -> Iterable[str]:
+def note_memory(run: RequestedRun) -> Iterable[str]:
     """The planner expects a rank to need more than its GPU has, or the ranks more than a machine without GPUs has."""
     if (expected := expected_memory(run)) is None:
         return

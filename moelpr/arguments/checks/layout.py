@@ -2,28 +2,30 @@
 
 from collections.abc import Iterable
 
-from moelpr.arguments.settings import RunSettings
+from moelpr.arguments.requested import RequestedRun
 from moelpr.layouts import divisors, layout_problems, neighbors, one_of
 from moelpr.megatron_patches import cpu
 
 # Flags that split the layers unevenly over the pipeline; Megatron checks their values.
 _UNEVEN = (
-    "pipeline_model_parallel_layout", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers",
-    "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split",
-)  # fmt: skip
+    "pipeline_model_parallel_layout decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers "
+    "account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split"
+).split()
 
 
-def check_layout(run: RunSettings) -> Iterable[str]:
+def check_layout(run: RequestedRun) -> Iterable[str]:
     """The rules of moelpr.layouts."""
     args, spec = run.args, run.spec if run.is_moe or run.spec is None else run.spec.as_dense()
-    yield from layout_problems(
-        run.layout, run.world_size, spec, args.seq_length, args.micro_batch_size, args.global_batch_size,
-        sequence_parallel=args.sequence_parallel, even_pipeline=not _is_uneven(run),
-        torch_grouped_gemm=not cpu.is_needed() and not args.moe_grouped_gemm,
-    )  # fmt: skip
+    sizes = args.seq_length, args.micro_batch_size, args.global_batch_size
+    options = {
+        "sequence_parallel": args.sequence_parallel,
+        "even_pipeline": not _is_uneven(run),
+        "torch_grouped_gemm": not cpu.is_needed() and not args.moe_grouped_gemm,
+    }
+    yield from layout_problems(run.layout, run.world_size, spec, *sizes, **options)
 
 
-def check_virtual_stages(run: RunSettings) -> Iterable[str]:
+def check_virtual_stages(run: RequestedRun) -> Iterable[str]:
     """What Megatron does not check, or reports only in the first step."""
     stages, micro, batch = run.layout.pp, run.args.micro_batch_size, run.args.global_batch_size
     virtual = run.args.num_virtual_stages_per_pipeline_rank
@@ -57,11 +59,11 @@ def check_virtual_stages(run: RunSettings) -> Iterable[str]:
             )
 
 
-def _is_uneven(run: RunSettings) -> bool:
+def _is_uneven(run: RequestedRun) -> bool:
     return any(getattr(run.args, name) for name in _UNEVEN)
 
 
-def note_sequence_parallelism(run: RunSettings) -> Iterable[str]:
+def note_sequence_parallelism(run: RequestedRun) -> Iterable[str]:
     """Sequence parallelism is enabled (`apply_method`)."""
     if run.is_moe and run.layout.tp > 1 and not run.args.sequence_parallel:
         yield "enabled --sequence-parallel, which tensor parallelism with experts requires"

@@ -7,43 +7,43 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moelpr.arguments.settings import RunSettings, shape_of
+from moelpr.arguments.requested import RequestedRun
 from moelpr.layouts import Layout
+from moelpr.model.config import shape_of
 from moelpr.model_spec import ModelSpec
 from moelpr.process.errors import UserError
 from moelpr.store.run_folder import TRACKER_FILE
 
 # Saved with the optimizer state, and then used instead of other values.
-_ADAM = ("adam_beta1", "adam_beta2", "adam_eps")
+_ADAM = ["adam_beta1", "adam_beta2", "adam_eps"]
 
 # What has to match for optimizer state to load: always; and if it was saved with --use-distributed-optimizer but
 # without --dist-ckpt-optim-fully-reshardable, as the flat buffers of one layout. Everything else may change. Taken from
 # Megatron 0.19.2: training/checkpointing.py (load_checkpoint), core/optimizer (ChainedOptimizer,
 # DistributedOptimizer.sharded_param_state_*); tested by tests/distributed/resume_layouts.py.
-_ALWAYS = ("optimizer", "use_distributed_optimizer", "bf16", "fp16", "train_everything", "decoupled_lr", *_ADAM)
+_ALWAYS = ["optimizer", "use_distributed_optimizer", "bf16", "fp16", "train_everything", "decoupled_lr", *_ADAM]
 _UNEVEN_PIPELINE = (
-    "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "pipeline_model_parallel_layout",
-)  # fmt: skip
+    "decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers pipeline_model_parallel_layout".split()
+)
 _FOR_BUFFERS = (
-    "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank",
-    "expert_model_parallel_size", "expert_tensor_parallel_size", *_UNEVEN_PIPELINE, "overlap_grad_reduce",
-    "ddp_num_buckets", "ddp_bucket_size", "moe_grouped_gemm", "transformer_impl", "grad_reduce_in_bf16",
-    "accumulate_allreduce_grads_in_fp32",
-)  # fmt: skip
+    "tensor_model_parallel_size pipeline_model_parallel_size num_virtual_stages_per_pipeline_rank "
+    "expert_model_parallel_size expert_tensor_parallel_size overlap_grad_reduce ddp_num_buckets ddp_bucket_size "
+    "moe_grouped_gemm transformer_impl grad_reduce_in_bf16 accumulate_allreduce_grads_in_fp32"
+).split() + _UNEVEN_PIPELINE
 
 # Settings of Megatron's learning-rate schedule, which it does not load with other values.
 _SCHEDULE = (
-    "lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "lr_decay_style", "lr_decay_iters", "lr_decay_samples",
-    "lr_warmup_fraction", "lr_warmup_iters", "lr_warmup_samples", "weight_decay", "start_weight_decay",
-    "end_weight_decay", "weight_decay_incr_style", "global_batch_size", "train_iters", "train_samples",
-)  # fmt: skip
+    "lr min_lr decoupled_lr decoupled_min_lr lr_decay_style lr_decay_iters lr_decay_samples lr_warmup_fraction "
+    "lr_warmup_iters lr_warmup_samples weight_decay start_weight_decay end_weight_decay weight_decay_incr_style "
+    "global_batch_size train_iters train_samples"
+).split()
 # Also of the schedule, but neither saved nor compared by Megatron: the values of the command line apply.
 _NOT_SAVED = ("lr_warmup_init", "lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples")
 
 _NEW_RUN = "to start a new run from it, pass it as --pretrained-checkpoint and change --save"
 
 
-def check_resumed_run(run: RunSettings) -> Iterable[str]:
+def check_resumed_run(run: RequestedRun) -> Iterable[str]:
     """The checkpoint is of a run, of the same stage and with the same tensors (base_checkpoint.json applies to all)."""
     if not run.is_resumed:
         return
@@ -62,7 +62,7 @@ def check_resumed_run(run: RunSettings) -> Iterable[str]:
             )
 
 
-def check_resumed_model(run: RunSettings) -> Iterable[str]:
+def check_resumed_model(run: RequestedRun) -> Iterable[str]:
     """Only the first start reads --pretrained-checkpoint; a resumed run may not contradict it."""
     start = run.args.pretrained_checkpoint
     if not run.is_resumed or run.spec is None or not start:
@@ -80,7 +80,7 @@ def check_resumed_model(run: RunSettings) -> Iterable[str]:
         )
 
 
-def check_optimizer_state(run: RunSettings) -> Iterable[str]:
+def check_optimizer_state(run: RequestedRun) -> Iterable[str]:
     """The saved optimizer state loads with these settings."""
     record = _record_of_stage(run)
     if record is None or not run.recipe_is_read or run.args.no_load_optim or run.has_no_optimizer_state:
@@ -144,16 +144,14 @@ def _has_fp32_gradients(settings: Mapping[str, Any]) -> bool:
     return not settings.get("grad_reduce_in_bf16") and is_fp32
 
 
-def check_schedule(run: RunSettings) -> Iterable[str]:
+def check_schedule(run: RequestedRun) -> Iterable[str]:
     """The learning-rate schedule is the one that was saved."""
     record, args = _record_of_stage(run), run.args
     if record is None or not run.recipe_is_read or args.no_load_optim or run.has_no_optimizer_state:
         return
     if args.override_opt_param_scheduler:
         return
-    settings = vars(args)
-    if args.global_batch_size is None and args.micro_batch_size is not None:
-        settings = settings | {"global_batch_size": args.micro_batch_size * run.layout.dp}
+    settings = vars(args) | {"global_batch_size": run.global_batch_size or None}
     before, now = _schedule(settings | record), _schedule(settings)
     for unit in ("iters", "samples"):
         if record.get(f"lr_decay_{unit}") is None and getattr(args, f"lr_decay_{unit}") is None:
@@ -165,7 +163,7 @@ def check_schedule(run: RunSettings) -> Iterable[str]:
         if changed := [name for name in changed if name in _NOT_SAVED]:
             yield (
                 f"{run.checkpoint} was trained with {_as_flags(changed, before)}, not {_as_flags(changed, now)}, and "
-                "the saved schedule lacks this; pass the old values beside --use-checkpoint-opt-param-scheduler"
+                "the saved schedule lacks this; pass the old values with --use-checkpoint-opt-param-scheduler"
             )
     elif changed:
         yield (
@@ -190,7 +188,7 @@ def _schedule(settings: Mapping[str, Any]) -> dict[str, Any]:
     return found | dict.fromkeys(unused)
 
 
-def _record_of_stage(run: RunSettings) -> dict[str, Any] | None:
+def _record_of_stage(run: RequestedRun) -> dict[str, Any] | None:
     """The settings of the run to resume, if it is of the same stage."""
     is_same = run.is_resumed and run.record is not None and run.record.get("stage") == run.args.stage
     return run.record if is_same else None
@@ -205,16 +203,16 @@ def _as_flags(names: list[str], settings: Mapping[str, Any]) -> str:
     return ", ".join(flags)
 
 
-def note_reset_optimizer(run: RunSettings) -> Iterable[str]:
-    """There is no optimizer state to load (`RunSettings.describe_start`)."""
+def note_reset_optimizer(run: RequestedRun) -> Iterable[str]:
+    """There is no optimizer state to load (`apply_method`)."""
     if run.has_no_optimizer_state and not run.args.no_load_optim:
         yield (
             f"enabled --no-load-optim, because {run.checkpoint} was saved with --no-save-optim: the optimizer starts "
-            "anew, the learning-rate schedule does not"
+            "afresh, the learning-rate schedule does not"
         )
 
 
-def note_ignored_step(run: RunSettings) -> Iterable[str]:
+def note_ignored_step(run: RequestedRun) -> Iterable[str]:
     """--ckpt-step selects a step of the first start only."""
     step = run.args.ckpt_step
     if run.is_resumed and step is not None and run.step is None:
@@ -224,7 +222,7 @@ def note_ignored_step(run: RunSettings) -> Iterable[str]:
         )
 
 
-def note_repeated_return(run: RunSettings) -> Iterable[str]:
+def note_repeated_return(run: RequestedRun) -> Iterable[str]:
     """The same command, as a requeued job has it, returns to the step at every start."""
     step, last = run.step, run.saved_step
     if run.is_resumed and run.checkpoint is not None and step is not None and last is not None and step < last:

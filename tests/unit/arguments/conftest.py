@@ -1,7 +1,7 @@
 """A checkpoint of each kind, a corpus, and a valid command whose problems or final settings are returned."""
 
 import re
-import sys
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +23,17 @@ STEPS = ["--micro-batch-size", "2", "--seq-length", "32", "--lr", "1e-3", "--tra
 Problems = Callable[..., list[str]]
 
 
+def parsed(argv: list[str]) -> Namespace:
+    """Megatron's settings after all checks, as the trainer registers them."""
+    from moelpr.arguments.parse import check_arguments, register_arguments
+    from moelpr.arguments.settings import RunSettings
+
+    run = check_arguments(argv)
+    return register_arguments(run, RunSettings.of(run))
+
+
 @pytest.fixture(autouse=True)
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["pretrain.py"])
     monkeypatch.setattr(ranks, "_is_initialized", lambda: False)  # in this process, other tests initialize Megatron
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
@@ -72,19 +80,15 @@ def data(tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def problems(data: list[str], monkeypatch: pytest.MonkeyPatch) -> Problems:
-    """The messages about a command that is valid except for `argv` (`steps` and data can be omitted)."""
+    """The messages about a command that is valid except for `argv`; `steps` and `with_data` can be False."""
 
-    def run(
-        stage: str | None, start: str | Path | None, *argv: str, ranks: int = 1, steps: list[str] = STEPS,
-        with_data: bool = True,
-    ) -> list[str]:  # fmt: skip
-        from moelpr.arguments.parse import parse_arguments
-
+    def run(stage: str | None, start: str | Path | None, *argv: str, ranks: int = 1, **given: bool) -> list[str]:
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
-        command = [*(["--stage", stage] if stage else []), *steps, *(data if with_data else [])]
+        command = [*(["--stage", stage] if stage else []), *(STEPS if given.get("steps", True) else [])]
+        command += data if given.get("with_data", True) else []
         command += ["--pretrained-checkpoint", str(start)] if start else []
         with pytest.raises(UserError) as error:
-            parse_arguments([*command, *argv])
+            parsed([*command, *argv])
         first, *others = str(error.value).split("\n- ")
         if not others:
             return [first]
@@ -101,13 +105,11 @@ def accepted(data: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     from megatron.training import global_vars
 
     def parse(stage: str, start: str | Path, *argv: str, ranks: int = 1, with_data: bool = True) -> dict:
-        from moelpr.arguments.parse import parse_arguments
-
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
         try:
             corpora = data if with_data else []
             command = ["--stage", stage, *STEPS, *corpora, "--pretrained-checkpoint", str(start)]
-            args, _ = parse_arguments([*command, *argv])
+            args = parsed([*command, *argv])
         finally:
             destroy_num_microbatches_calculator()
             global_vars.unset_global_variables()
@@ -122,13 +124,14 @@ def gathered(upcycled: str, data: list[str], monkeypatch: pytest.MonkeyPatch):  
 
     def gather(*argv: str, ranks: int = 1, start: str = upcycled, stage: str = "stage1"):  # noqa: ANN202
         from moelpr.arguments.flags import all_arguments
-        from moelpr.arguments.settings import RunSettings, apply_machine
+        from moelpr.arguments.requested import RequestedRun
+        from moelpr.arguments.requirements import apply_machine
 
         steps = "--seq-length 32 --lr 1e-3 --train-iters 2 --global-batch-size 12 --micro-batch-size 6"
         command = ["--stage", stage, "--pretrained-checkpoint", start, *steps.split(), *data, *argv]
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
-        run = RunSettings.gather(command, all_arguments())
-        apply_machine(run.args)
+        run = RequestedRun.gather(command, all_arguments())
+        apply_machine(run)
         return run
 
     return gather

@@ -1,147 +1,32 @@
-"""The sources of a run's settings: recipe, model_spec.json, the record of a run, and where the run starts."""
+"""The settings that the trainer's own code reads."""
 
 from pathlib import Path
 
 import pytest
 
-from moelpr.process.errors import UserError
+
+@pytest.mark.parametrize(("argv", "last"), [("", 2), ("--train-samples 43", 3), ("--train-samples 48", 4)])
+def test_the_last_step_follows_from_steps_or_samples(gathered, argv: str, last: int) -> None:
+    from moelpr.arguments.settings import RunSettings
+
+    run = gathered(*argv.split())
+    if argv:
+        run.args.train_iters = None
+    assert RunSettings.of(run).last_step == last
+    run.args.global_batch_size = None
+    assert run.global_batch_size == 6 and RunSettings.of(run).last_step >= last
 
 
-def test_a_recipe_is_flags_in_yaml(tmp_path: Path) -> None:
-    from moelpr.arguments.settings import read_recipe, recipe_argv
+def test_where_a_run_starts_is_resolved_once(gathered, upcycled: str, make_checkpoint) -> None:
+    from moelpr.arguments.settings import RunSettings
 
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("lr: 1.0e-3\nbf16: true\nuse_distributed_optimizer: false\nsave: null\ndata-path: [1, a, 2, b]\n")
-    assert recipe_argv(read_recipe(recipe)) == ["--lr", "0.001", "--bf16", "--data-path", "1", "a", "2", "b"]
-
-
-@pytest.mark.parametrize("content", [b"- a\n- b\n", b"just words", b"a: [1,", b"\xff\xfe\x00", b""])
-def test_a_recipe_that_is_not_a_mapping_is_rejected(tmp_path: Path, content: bytes) -> None:
-    from moelpr.arguments.settings import read_recipe
-
-    (tmp_path / "recipe.yaml").write_bytes(content)
-    with pytest.raises(UserError, match=r"recipe\.yaml"):
-        read_recipe(tmp_path / "recipe.yaml")
-
-
-def test_all_keys_of_a_recipe_that_are_not_flags_are_named(upcycled: str, problems, tmp_path: Path) -> None:
-    recipe = tmp_path / "mine.yaml"
-    recipe.write_text("micro-batchsize: 4\nxyzzy: false\nrecipe: other.yaml\nglobal-batch-size: many\nbf16: 1\n")
-    found = problems("stage1", upcycled, "--recipe", str(recipe))
-    assert len(found) == 5
-    assert all(str(recipe) in line for line in found)
-    assert "micro-batchsize" in found[0] and "did you mean --micro-batch-size?" in found[0]
-    assert "xyzzy" in found[1] and " recipe is not a flag" in found[2]
-    assert "--global-batch-size: invalid int value: 'many'" in found[3]
-    assert " 1;" in found[4]
-
-
-def test_the_record_of_a_run_is_not_a_recipe(upcycled: str, problems, tmp_path: Path) -> None:
-    record = tmp_path / "recipe.yaml"
-    record.write_text("model_source: runs/upcycled\nlr: 0.1\nconsumed_train_samples: 5\n")
-    (found,) = problems("stage1", upcycled, "--recipe", str(record))
-    assert found.startswith(str(record)) and "--recipe" in found
-
-
-def test_a_recipe_can_name_where_the_run_starts(upcycled: str, accepted, tmp_path: Path) -> None:
-    recipe = tmp_path / "mine.yaml"
-    recipe.write_text(f"save: {upcycled}-run\nload: {upcycled}\nfinetune: true\n")
-    assert accepted("stage1", upcycled, "--recipe", str(recipe))["model_source"] == upcycled
-
-
-def test_every_recipe_of_the_project_names_flags_that_exist() -> None:
-    from moelpr.arguments.flags import all_arguments
-    from moelpr.arguments.settings import read_recipe, recipe_argv
-
-    recipes = list((Path(__file__).parents[3] / "launch" / "recipes").glob("*.yaml"))
-    assert recipes
-    for recipe in recipes:
-        assert all_arguments().parse_tolerantly(recipe_argv(read_recipe(recipe)))[1] == [], recipe.name
-
-
-def test_a_checkpoint_to_start_from_is_required(tmp_path: Path, problems) -> None:
-    (found,) = problems("stage1", None)
-    assert "--pretrained-checkpoint DIR" in found
-    (found,) = problems("stage1", tmp_path)
-    assert f"--pretrained-checkpoint {tmp_path}" in found and "latest_checkpointed_iteration.txt" in found
-
-
-def test_a_run_resumes_from_its_own_folder(tmp_path: Path, upcycled: str, make_checkpoint, accepted) -> None:
-    save = str(tmp_path / "run")
-    assert accepted("stage1", upcycled, "--save", save)["model_source"] == upcycled
-    make_checkpoint("run", stage="stage1")
-    assert accepted("stage1", upcycled, "--save", save)["model_source"] == save
-
-
-def test_a_damaged_spec_hides_no_other_problem(upcycled: str, problems) -> None:
-    (Path(upcycled) / "model_spec.json").write_text("{}")
-    found = problems("stage1", upcycled, "--reset-attention-mask")
-    assert len(found) == 2
-    assert "model_spec.json" in found[0]
-
-
-@pytest.mark.parametrize("content", ["- a\n", "a: [1,", ""])
-def test_a_damaged_record_of_a_run_is_reported(upcycled: str, problems, content: str) -> None:
-    (Path(upcycled) / "recipe.yaml").write_text(content)
-    (found,) = problems("stage1", upcycled)
-    assert f"{upcycled}/recipe.yaml" in found
-
-
-def test_a_step_is_checked_against_the_settings_it_was_trained_with(make_checkpoint, problems) -> None:
-    """A later start with other settings was killed before it saved anything."""
-    run = make_checkpoint("run", stage="stage1")
-    (Path(run) / "recipe.yaml").write_text("stage: stage2")
-    (found,) = problems("stage2", None, "--save", run)
-    assert found.startswith(f"{run} is a run of --stage stage1")
-
-
-def test_a_step_without_its_own_record_is_checked_against_the_last_start(make_checkpoint, problems) -> None:
-    run = make_checkpoint("run", stage="stage1")
-    (Path(run) / "release" / "recipe.yaml").unlink()
-    (found,) = problems("stage2", None, "--save", run)
-    assert found.startswith(f"{run} is a run of --stage stage1")
-
-
-def test_the_step_selected_for_the_first_start_does_not_reset_a_resumed_run(
-    upcycled: str, make_checkpoint, accepted, problems, capsys
-) -> None:
+    new = RunSettings.of(gathered("--save", f"{upcycled}-new")).start
+    assert (new.checkpoint, new.step_folder) == (Path(upcycled), Path(upcycled) / "release")
+    assert not new.is_resumed and new.saved_step is None
     run = Path(make_checkpoint("run", stage="stage1"))
-    (run / "release").rename(run / "iter_0000003")
-    (run / "latest_checkpointed_iteration.txt").write_text("3")
-    start = Path(make_checkpoint("start", stage="stage1"))
-    (start / "iter_0000500").mkdir()
-    command = ["--ckpt-step", "500", "--save"]
-    assert accepted("stage1", start, *command, str(run.with_name("new")))["ckpt_step"] == 500
-    assert accepted("stage1", start, *command, str(run))["ckpt_step"] is None
-    assert "--ckpt-step 500 selects a step of --pretrained-checkpoint" in capsys.readouterr().err
-    (found,) = problems("stage1", None, *command, str(run))
-    assert str(run) in found and "500" in found and "--iteration 3" in found
-    (run / "iter_0000003").rename(run / "iter_0000500")
-    (run / "iter_0000900").mkdir()
-    (run / "latest_checkpointed_iteration.txt").write_text("900")
-    further = ("--train-iters", "1000", "--override-opt-param-scheduler")
-    assert accepted("stage1", run, *command, str(run), *further)["ckpt_step"] == 500
-    assert f"has step 900; so does every start of this command: to return once, write 500 into {run}" in (
-        capsys.readouterr().err
-    )
-
-
-def test_a_model_with_other_layers_is_reported(upcycled: str, problems) -> None:
-    path = Path(upcycled) / "model_spec.json"
-    path.write_text(path.read_text().replace('"RMSNorm"', '"LayerNorm"'))
-    found = problems("stage1", upcycled)
-    assert any("normalization must be 'RMSNorm', got 'LayerNorm'" in message for message in found)
-
-
-def test_a_checkpoints_window_and_rope_scaling_reach_the_model(make_checkpoint, accepted, problems) -> None:
-    from argparse import Namespace
-
-    from moelpr.training.train import model_config
-
-    shape = {"window_size": [5, 0], "use_rope_scaling": True, "rope_scaling_factor": 32.0, "qk_layernorm": True}
-    start = make_checkpoint("llama", shape=shape)
-    config = model_config(Namespace(**accepted("stage1", start, "--window-size", "5,0")))
-    assert (config.rope_scaling, config.rope_scaling_factor) == (True, 32.0)
-    assert config.transformer.window_size == (5, 0) and config.transformer.qk_layernorm
-    (found,) = problems("stage1", start, "--window-size", "9,0")
-    assert found.startswith("--window-size (9, 0) contradicts")
+    (run / "release").rename(run / "iter_0000001")
+    (run / "latest_checkpointed_iteration.txt").write_text("1")
+    resumed = RunSettings.of(gathered("--save", str(run))).start
+    assert (resumed.checkpoint, resumed.step_folder) == (run, run / "iter_0000001")
+    assert resumed.is_resumed and (resumed.saved_step, resumed.selected_step) == (1, None)
+    assert resumed.pretrained == Path(upcycled)

@@ -4,7 +4,7 @@ import argparse
 import ast
 import inspect
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -127,9 +127,11 @@ def test_megatron_asks_the_signal_handler_that_was_set(training: ModuleType, mon
     from moelpr.megatron_patches import hooks
 
     monkeypatch.setattr(global_vars, "_GLOBAL_SIGNAL_HANDLER", None)
+    args = SimpleNamespace(exit_signal_handler=False)
+    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", args)
     handler = object()
     hooks.set_signal_handler(handler)
-    assert training.get_signal_handler() is handler
+    assert training.get_signal_handler() is handler and args.exit_signal_handler
     assert "any(signal_handler.signals_received())" in inspect.getsource(training)
 
 

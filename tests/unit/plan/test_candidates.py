@@ -74,6 +74,7 @@ def test_data_parallel_ranks_process_equally_many_micro_batches() -> None:
 def test_the_trainer_accepts_the_flags_of_every_kind_of_layout(gpus, tmp_path, monkeypatch) -> None:
     """All checks of a GPU machine before a model is built: ours, Megatron's, and those of its model config."""
     from moelpr.arguments import parse
+    from moelpr.arguments.settings import RunSettings
 
     SIX_LAYERS.write(tmp_path)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
@@ -94,7 +95,8 @@ def test_the_trainer_accepts_the_flags_of_every_kind_of_layout(gpus, tmp_path, m
     for size in ("tensor-model", "pipeline-model", "expert-model", "expert-tensor"):
         recipe += [f"--{size}-parallel-size", "2"]
     for layout in layouts_of(gpus)[:: 1 if gpus < 8 else 7]:
-        args, _ = parse.parse_arguments([*argv, *recipe, *layout.flags()])
+        run = parse.check_arguments([*argv, *recipe, *layout.flags()])
+        args = parse.register_arguments(run, RunSettings.of(run))
         sizes = "tensor_model pipeline_model expert_model expert_tensor data"
         found = tuple(getattr(args, f"{size}_parallel_size") for size in sizes.split())
         assert found == (layout.tp, layout.pp, layout.ep, layout.etp, layout.dp)

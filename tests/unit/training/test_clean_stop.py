@@ -1,27 +1,30 @@
 """When a run counts as finished, and how it is stopped."""
 
-import argparse
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from moelpr.process.errors import UserError
 from moelpr.process.stop import SIGNALS
+from moelpr.store.run_folder import saved_step
 from moelpr.store.yaml_files import dump
 from moelpr.training import clean_stop
 
 
-def settings(save: Path, **changes: object) -> argparse.Namespace:
-    values = {
-        "stage": "stage1", "save": str(save), "model_source": f"{save}/", "is_resumed": True, "ckpt_step": None,
-        "train_iters": 10, "train_samples": None, "global_batch_size": 4,
-        "pretrained_checkpoint": None, "data_path": None,
-    }  # fmt: skip
-    return argparse.Namespace(**(values | changes))
+def settings(save: Path, last_step: int = 10, data_path: Sequence[str] = (), **start: object) -> Any:
+    values = {"checkpoint": save, "is_resumed": True, "selected_step": None, "pretrained": None}
+    values["saved_step"] = saved_step(save)
+    stage = SimpleNamespace(name="stage1")
+    return SimpleNamespace(
+        stage=stage, save=save, last_step=last_step, data_path=data_path, start=SimpleNamespace(**(values | start))
+    )
 
 
 @pytest.mark.parametrize(
@@ -30,13 +33,11 @@ def settings(save: Path, **changes: object) -> argparse.Namespace:
         ("10", {}, True),
         ("12", {}, True),
         ("9", {}, False),
-        ("10", {"train_iters": 11}, False),
-        ("10", {"train_iters": None, "train_samples": 43}, True),
-        ("10", {"train_iters": None, "train_samples": 44}, False),
+        ("10", {"last_step": 11}, False),
         ("release", {}, False),
-        ("10", {"model_source": "elsewhere"}, False),
+        ("10", {"checkpoint": Path("elsewhere")}, False),
         ("10", {"is_resumed": False}, False),
-        ("10", {"ckpt_step": 5}, False),
+        ("10", {"selected_step": 5}, False),
         (None, {}, False),
     ],
 )
@@ -51,13 +52,14 @@ def test_a_run_is_finished_once_its_last_step_is_saved(
 def test_a_finished_run_rejects_another_base_and_other_data_unless_its_own_have_moved(tmp_path: Path) -> None:
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("10")
     (tmp_path / "a.idx").touch()
-    own = {"pretrained_checkpoint": str(tmp_path), "data_path": ["0.5", f"{tmp_path}/a"]}
-    (tmp_path / "recipe.yaml").write_text(dump(own))
-    for same in ({}, own, {"pretrained_checkpoint": f"{tmp_path}/x/.."}):
+    base, corpora = tmp_path, ["0.5", f"{tmp_path}/a"]
+    (tmp_path / "recipe.yaml").write_text(dump({"pretrained_checkpoint": str(base), "data_path": corpora}))
+    for same in ({}, {"pretrained": base, "data_path": corpora}, {"pretrained": base / "x" / ".."}):
         assert clean_stop.is_finished(settings(tmp_path, **same))
-    for name, other in (("pretrained_checkpoint", "other"), ("data_path", ["0.5", "b"])):
-        with pytest.raises(UserError, match=f"{tmp_path} .*--{name.replace('_', '-')} .*{tmp_path}.*--save"):
-            clean_stop.is_finished(settings(tmp_path, **{name: other}))
+    with pytest.raises(UserError, match=f"{tmp_path} .*--pretrained-checkpoint .*{tmp_path}.*--save"):
+        clean_stop.is_finished(settings(tmp_path, pretrained=Path("other")))
+    with pytest.raises(UserError, match=f"{tmp_path} .*--data-path .*{tmp_path}.*--save"):
+        clean_stop.is_finished(settings(tmp_path, data_path=["0.5", "b"]))
     (tmp_path / "a.idx").unlink()
     assert clean_stop.is_finished(settings(tmp_path, data_path=["0.5", "b"]))
 
@@ -82,7 +84,7 @@ def test_the_end_of_a_run_is_printed_and_recorded(
     ]
     assert stopped.startswith(f"moelpr: stopped after step 7 of 10, saved in {tmp_path}")
     assert finished == f"moelpr: stage1 is finished, step 10 of 10 is in {tmp_path}"
-    clean_stop.begin(settings(tmp_path, train_iters=20))
+    clean_stop.begin(tmp_path)
     assert not (tmp_path / "FINISHED").exists()
 
 
@@ -95,7 +97,7 @@ def test_signals_end_a_run_without_save_as_they_did_before(number: signal.Signal
         stop.listen()
         os.kill(os.getpid(), number)
         assert (stop.received, received) == ({number}, [])
-        stop.enter_megatron(argparse.Namespace(save=None))
+        stop.enter_megatron(None)
         os.kill(os.getpid(), number)
         assert received == [number]
     finally:

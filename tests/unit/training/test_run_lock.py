@@ -1,6 +1,5 @@
 """One run per --save folder, and all ranks agree on it."""
 
-import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from moelpr.training.run_lock import run_lock
 
 
 def run_in(save: Path | None, saved_step: int | None = None) -> Any:
-    return SimpleNamespace(args=argparse.Namespace(save=save and str(save)), saved_step=saved_step)
+    return SimpleNamespace(save=save, start=SimpleNamespace(saved_step=saved_step))
 
 
 def test_a_second_run_in_a_folder_is_rejected_until_the_first_has_ended(tmp_path: Path) -> None:
@@ -39,13 +38,13 @@ def test_a_run_that_read_the_folder_before_another_saved_to_it_does_not_start(tm
 def test_the_other_ranks_do_what_rank_0_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_taken: bool) -> None:
     """Rank 0 is another process; the store is torchrun's."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    for name, value in {
-        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port), "PYTHONPATH": str(Path(__file__).parents[3]), "RANK": "0",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    code = "import argparse, sys; from types import SimpleNamespace; from moelpr.training.run_lock import run_lock\n"
-    code += "with run_lock(SimpleNamespace(args=argparse.Namespace(save=sys.argv[1]), saved_step=None)): input()"
+    variables = "TORCHELASTIC_USE_AGENT_STORE=True TORCHELASTIC_RESTART_COUNT=0 MASTER_ADDR=127.0.0.1 RANK=0 "
+    variables += f"MASTER_PORT={store.port} PYTHONPATH={Path(__file__).parents[3]}"
+    for variable in variables.split():
+        monkeypatch.setenv(*variable.split("="))
+    code = "import sys; from pathlib import Path; from types import SimpleNamespace as Settings\n"
+    code += "from moelpr.training.run_lock import run_lock\n"
+    code += "with run_lock(Settings(save=Path(sys.argv[1]), start=Settings(saved_step=None))): input()"
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("10" if is_taken else "release")
     rank_0 = subprocess.Popen(

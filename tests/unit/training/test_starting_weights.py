@@ -1,7 +1,8 @@
 """A step that can't be loaded is one message before anything is built."""
 
-import argparse
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -21,14 +22,9 @@ def run(tmp_path: Path, moe_spec: ModelSpec) -> Path:
     return tmp_path
 
 
-def arguments(run: Path, is_resumed: bool) -> argparse.Namespace:
-    return argparse.Namespace(
-        model_source=str(run),
-        ckpt_step=None,
-        is_resumed=is_resumed,
-        pretrained_checkpoint=None,
-        save_trained_only=False,
-    )
+def settings(run: Path, is_resumed: bool) -> Any:
+    start = SimpleNamespace(checkpoint=run, selected_step=None, is_resumed=is_resumed, pretrained=None)
+    return SimpleNamespace(start=start, save_trained_only=False)
 
 
 def legacy(step: Path) -> None:
@@ -54,7 +50,7 @@ def legacy(step: Path) -> None:
 def test_an_unreadable_step_is_named_at_start_and_on_resume(run: Path, is_resumed: bool, damage, named: str) -> None:  # noqa: ANN001
     from moelpr.training.starting_weights import starting_weights
 
-    starting_weights(arguments(run, is_resumed))
+    starting_weights(settings(run, is_resumed))
     damage(run / "iter_0000003")
     with pytest.raises(UserError, match=f"iter_0000003.*{named}"):
-        starting_weights(arguments(run, is_resumed))
+        starting_weights(settings(run, is_resumed))

@@ -4,7 +4,7 @@ import pytest
 
 
 def test_all_required_flags_are_requested_at_once(upcycled: str, problems) -> None:
-    found = problems(None, upcycled, steps=[], with_data=False)
+    found = problems(None, upcycled, steps=False, with_data=False)
     expected = ["--stage stage1", "--micro-batch-size SEQUENCES", "--seq-length TOKENS", "--lr RATE",
                 "--train-iters STEPS", "--data-path PREFIX"]  # fmt: skip
     assert len(found) == len(expected)

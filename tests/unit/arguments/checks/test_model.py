@@ -140,66 +140,53 @@ def test_stage_2_without_stage_1_is_logged_and_not_rejected(upcycled: str, make_
 @pytest.mark.parametrize(
     ("argv", "start", "fix"),
     [
-        (["--moe-router-load-balancing-type", "sinkhorn"], "--moe-router-load-balancing-type must be aux_loss", ""),
-        (["--moe-token-dispatcher-type", "allgather"], "--moe-token-dispatcher-type must be alltoall", "remove"),
-        (["--moe-router-pre-softmax"], "--moe-router-pre-softmax must be False", "remove"),
-        (["--moe-aux-loss-coeff=0.5"], "--moe-aux-loss-coeff", "--balance-loss-coeff"),
-        (["--moe-token-dispatcher-type=flex"], "--moe-token-dispatcher-type must be alltoall", "will be"),
-        (["--moe-enable-deepep"], "--moe-enable-deepep", "remove"),
-        (["--mlp-chunks-for-training", "2"], "--mlp-chunks-for-training must be 1", "language bits"),
-        (["--use-te-activation-func"], "--use-te-activation-func must be False", "remove"),
-        (["--cuda-graph-impl", "local"], "--cuda-graph-impl must be none", "docs/design/gpu.md"),
-        (["--fp8-format", "hybrid"], "--fp8-format", "remove"),
-        (["--fp4-format", "e2m1"], "--fp4-format", "remove"),
-        (["--lpr-loss-coeff", "-0.1"], "--lpr-loss-coeff must be at least 0, got -0.1", "0"),
-        (["--balance-loss-coeff", "nan"], "--balance-loss-coeff must be at least 0, got nan", "0"),
-        (["--fp32", "--bf16"], "--bf16 and --fp32", "keep one"),
-        (["--ckpt-format", "torch"], "--ckpt-format must be torch_dist", "remove"),
-        (["--rerun-mode", "validate_results"], "--rerun-mode must be disabled", "NaN"),
-        (["--rotary-interleaved"], "--rotary-interleaved must be False", "remove"),
-        (["--softmax-type", "off-by-one"], "--softmax-type must be vanilla", "remove"),
-        (["--overlap-dispatch-backward-with-experts-wgrad"], "--overlap-dispatch-backward-with", "no gradient"),
-        (["--moe-mlp-glu-interleave-size", "32"], "--moe-mlp-glu-interleave-size must be None", "remove"),
-        (["--sft"], "--sft", "remove"),
-        (["--use-torch-fsdp2"], "--use-torch-fsdp2", "--use-distributed-optimizer"),
-        (["--non-persistent-ckpt-type", "global"], "--non-persistent-ckpt-type", "--save-interval"),
-        (["--save-trained-only", "--train-everything"], "--save-trained-only", "--train-everything"),
-        (["--yaml-cfg", "a.yaml"], "--yaml-cfg", "--recipe"),
-        (["--mtp-num-layers", "1"], "--mtp-num-layers", "remove"),
-        (["--padded-vocab-size", "256"], "--padded-vocab-size", "remove"),
-        (["--moe-use-upcycling"], "--moe-use-upcycling", "hf_to_mcore.py --num-new-experts"),
-        (["--init-model-with-meta-device"], "--init-model-with-meta-device", "remove"),
-        (["--load-main-params-from-ckpt"], "--load-main-params-from-ckpt", "remove"),
-        (["--checkpoint-activations"], "--checkpoint-activations", "--recompute-activations"),
-        (["--rampup-batch-size", "2", "2", "8"], "--rampup-batch-size", "--global-batch-size"),
-        (["--step-batch-size-schedule", "0:1 100:2"], "--step-batch-size-schedule", "--global-batch-size"),
-        (["--no-rope-freq", "2"], "--no-rope-freq must be None", "remove"),
-        (["--window-attn-skip-freq", "2"], "--window-attn-skip-freq must be None", "remove"),
-        (["--activation-func-clamp-value", "1"], "--activation-func-clamp-value must be None", "remove"),
-        (["--qk-clip"], "--qk-clip must be False", "frozen attention"),
-        (["--te-precision-config-file", "a.yaml"], "--te-precision-config-file must be None", "remove"),
-        (["--enable-cuda-graph"], "--enable-cuda-graph is not supported", "remove"),
-        (["--hybrid-override-pattern", "M*"], "--hybrid-override-pattern is not supported", "remove"),
-        (["--freeze-all-layers"], "--freeze-all-layers is not supported", "remove"),
-        (["--fim-data"], "--fim-data is not supported", "remove"),
-        (["--qk-l2-norm"], "--qk-l2-norm is not supported", "remove"),
-        (["--moe-apply-probs-on-input"], "--moe-apply-probs-on-input is not supported", "remove"),
-        (["--phase-transition-iterations", "1"], "--phase-transition-iterations is not supported", "remove"),
-        (["--save-dgrads-interval", "1"], "--save-dgrads-interval requires Transformer Engine", "remove"),
-        (["--use-cpu-initialization"], "--use-cpu-initialization is not supported", "remove"),
-        (["--tokenizer-model", "m"], "--tokenizer-model", "remove"),
+        ("--lpr-loss-coeff -0.1", "--lpr-loss-coeff must be at least 0, got -0.1", "0"),
+        ("--balance-loss-coeff nan", "--balance-loss-coeff must be at least 0, got nan", "0"),
+        ("--fp32 --bf16", "--bf16 and --fp32", "keep one"),
+        ("--save-trained-only --train-everything", "--save-trained-only", "--train-everything"),
+        ("--save-dgrads-interval 1", "--save-dgrads-interval requires Transformer Engine", "remove"),
+        ("--moe-aux-loss-coeff=0.5", "--moe-aux-loss-coeff is not supported", "--balance-loss-coeff"),
+        ("--yaml-cfg a.yaml", "--yaml-cfg is not supported", "--recipe"),
+        ("--rotary-interleaved", "--rotary-interleaved is not supported", "export"),
+        ("--qk-clip", "--qk-clip is not supported", "frozen attention"),
+        ("--moe-router-pre-softmax", "--moe-router-pre-softmax is not supported", "remove"),
+        ("--fim-data", "--fim-data is not tested with this trainer", "--allow-untested fim-data"),
     ],
-)  # fmt: skip
+)
 def test_flags_that_would_change_the_method_or_be_ignored_are_rejected(
-    upcycled: str, problems, argv: list[str], start: str, fix: str
+    upcycled: str, problems, argv: str, start: str, fix: str
 ) -> None:
-    (found,) = problems("stage1", upcycled, *argv)
+    (found,) = problems("stage1", upcycled, *argv.split())
     assert found.startswith(start) and fix in found
 
 
-def test_the_only_valid_value_can_be_given(upcycled: str, accepted) -> None:
-    argv = ["--moe-token-dispatcher-type", "alltoall", "--moe-router-load-balancing-type", "aux_loss"]
-    assert accepted("stage1", upcycled, *argv)["moe_token_dispatcher_type"] == "alltoall"
+def test_no_flag_that_contradicts_the_method_can_be_allowed(upcycled: str, problems) -> None:
+    flags = "--qk-clip --moe-use-upcycling --ckpt-format torch --reset-attention-mask"
+    allowed = "--allow-untested qk-clip moe-use-upcycling ckpt-format --allow-untested reset-attention-mask"
+    found = problems("stage1", upcycled, *flags.split(), *allowed.split())
+    assert len(found) == 4 and all("is not supported: " in line for line in found)
+
+
+def test_an_untested_flag_is_accepted_on_request_with_a_warning(
+    upcycled: str, accepted, problems, capsys, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("no-log-loss-scale-to-tensorboard: true\nallow-untested: [no-log-loss-scale-to-tensorboard]\n")
+    argv = ["--recipe", str(recipe), "--empty-unused-memory-level", "1"]
+    final = accepted("stage1", upcycled, *argv, "--allow-untested", "empty-unused-memory-level")
+    assert final["empty_unused_memory_level"] == 1
+    assert final["allow_untested"] == ["no-log-loss-scale-to-tensorboard", "empty-unused-memory-level"]
+    warning = "nobody has tested --no-log-loss-scale-to-tensorboard, --empty-unused-memory-level with this trainer"
+    assert warning in capsys.readouterr().err
+    (found,) = problems("stage1", upcycled, *argv)
+    assert found.startswith("--empty-unused-memory-level is not tested") and "--allow-untested empty-un" in found
+    (found,) = problems("stage1", upcycled, "--allow-untested", "empty-unused-memory")
+    assert "did you mean empty-unused-memory-level?" in found
+
+
+def test_a_value_that_the_trainer_uses_anyway_can_be_given(upcycled: str, accepted) -> None:
+    argv = "--moe-token-dispatcher-type alltoall --moe-router-load-balancing-type aux_loss --ckpt-format torch_dist"
+    assert accepted("stage1", upcycled, *argv.split())["moe_token_dispatcher_type"] == "alltoall"
 
 
 def test_a_dense_model_has_no_losses_of_the_method(dense: str, problems) -> None:
@@ -233,10 +220,8 @@ def test_flags_that_need_transformer_engine_are_rejected_without_it(
     from moelpr.arguments import kernels
 
     monkeypatch.setattr(kernels, "is_installed", lambda module: False)
-    values = {
-        "--context-parallel-size": ["2"], "--attention-dropout": ["0.1"], "--recompute-modules": ["layernorm"],
-        "--recompute-granularity": ["selective"],
-    }  # fmt: skip
+    values = {"--context-parallel-size": ["2"], "--attention-dropout": ["0.1"]}
+    values |= {"--recompute-modules": ["layernorm"], "--recompute-granularity": ["selective"]}
     argv = [item for flag in flags for item in (flag, *values.get(flag, []))]
     found = problems("stage1", upcycled, *argv, ranks=2 if flags[0] == "--context-parallel-size" else 1)
     expected = [flag for flag in flags if flag not in ("--use-distributed-optimizer", "--recompute-granularity")]

@@ -32,11 +32,9 @@ def test_a_run_of_another_model_is_not_resumed(make_checkpoint, dense_spec: Mode
     start = make_checkpoint("other", other)
     (found,) = problems("stage1", start, "--save", run)
     assert found.startswith(run) and f"--pretrained-checkpoint {start}" in found
-    for name, there, here in [
-        ("family", "llama", "qwen2"), ("num_original_experts", 5, 1), ("num_experts", 8, 4),
-        ("moe_layer_freq", "[1,1]", "[1,1,1]"), ("num_layers", 2, 3),
-    ]:  # fmt: skip
-        assert f"{name} {there} there, {here} in the run" in found
+    there = {"family": "llama", "num_original_experts": 5, "num_experts": 8, "moe_layer_freq": [1, 1], "num_layers": 2}
+    for name, here in zip(there, ("qwen2", 1, 4, [1, 1, 1], 3), strict=True):
+        assert f"{name} {there[name]} there, {here} in the run" in found
 
 
 @pytest.mark.parametrize("flag", ["--save-trained-only", "--train-new-embeddings"])

@@ -1,0 +1,36 @@
+"""Recipes: YAML files of flags (docs/design/recipes.md)."""
+
+from pathlib import Path
+from typing import Any
+
+from moelpr.process.errors import UserError
+from moelpr.store.yaml_files import read_mapping
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The recipe as `--flag` → value.
+
+    Raises:
+        UserError: The file is not a recipe.
+    """
+    if not path.exists():
+        raise UserError(f"there is no recipe {path}; pass an existing file, such as launch/recipes/paper-stage1.yaml")
+    recipe = read_mapping(path, "recipe")
+    if "model_source" in recipe:
+        raise UserError(
+            f"{path} records a run's resolved flags; it is not a recipe; pass --recipe the file that the run was "
+            "started with"
+        )
+    return {f"--{str(key).replace('_', '-')}": value for key, value in recipe.items()}
+
+
+def recipe_argv(recipe: dict[str, Any]) -> list[str]:
+    """A recipe as command-line arguments: true becomes the bare flag, false and null nothing, a list several values."""
+    argv: list[str] = []
+    for flag, value in recipe.items():
+        if value is None or value is False:
+            continue
+        argv.append(flag)
+        if value is not True:
+            argv += map(str, value if isinstance(value, list) else [value])
+    return argv

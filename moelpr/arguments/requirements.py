@@ -1,0 +1,69 @@
+"""What machine and method require of the settings that Megatron reads, each set once."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moelpr.arguments.kernels import choose_kernels, is_installed
+from moelpr.arguments.requested import RequestedRun
+from moelpr.arguments.settings import RunSettings
+from moelpr.megatron_patches import cpu
+from moelpr.model.config import FIXED_FOR_MOE
+from moelpr.model.losses import megatron_balance_coeff
+
+
+def apply_machine(run: RequestedRun) -> None:
+    """Set what the machine requires: NCCL, bf16 and Transformer Engine if available, else gloo, fp32 and PyTorch."""
+    args = run.args
+    if cpu.is_needed():
+        for name, value in cpu.CPU_ARGUMENTS.items():
+            setattr(args, name, value)
+    elif not args.fp16 and not args.fp32:
+        args.bf16 = True
+    if args.async_save:
+        args.use_persistent_ckpt_worker = True  # without it Megatron ignores --async-save
+        if cpu.is_needed() or not is_installed("nvidia_resiliency_ext"):
+            args.async_strategy = "mcore"
+    choose_kernels(args, run.record if run.is_resumed else None)
+
+
+def apply_method(run: RequestedRun, settings: RunSettings) -> None:
+    """Set what follows from start, stage and model, in a run without problems."""
+    args, start, moe = run.args, settings.start, settings.spec.moe
+    args.model_source, args.ckpt_step, args.is_resumed = str(start.checkpoint), start.selected_step, start.is_resumed
+    args.model_step = start.step_folder.name  # recorded, because the checkpoint may get further steps
+    args.no_load_optim = args.no_load_optim or run.has_no_optimizer_state
+    args.load = args.load or args.save
+    if args.save and not args.tensorboard_dir:
+        args.tensorboard_dir = str(Path(args.save) / "tensorboard")
+    args.hetereogenous_dist_checkpoint = True  # one checkpoint key per layer, for every pipeline layout
+    args.save_retain_interval = run.save_retain_interval
+    if (args.data_path or args.data_args_path) and args.split is None:
+        args.split = "100,0,0"
+    args.create_attention_mask_in_dataloader = False  # or tensor ranks would wait for one in --iterations-to-skip
+    args.lpr_loss_coeff = settings.stage.lpr_loss_coeff
+    args.balance_loss_coeff = settings.stage.balance_loss_coeff
+    if moe is None:
+        return
+    if args.tensor_model_parallel_size > 1:
+        args.sequence_parallel = True
+    for name, value in FIXED_FOR_MOE.items():
+        setattr(args, name, value)
+    args.moe_aux_loss_coeff = megatron_balance_coeff(args.balance_loss_coeff, moe.topk, len(moe.layers))
+    args.moe_router_dtype = args.moe_router_dtype or "fp32"
+
+
+def resolved_settings(final: Mapping[str, Any]) -> dict[str, Any]:
+    """Megatron's settings with their final values, as plain YAML types; written to recipe.yaml."""
+    plain = (str, int, float, bool, type(None))  # by exact type: enums that are also ints are not YAML
+    settings: dict[str, Any] = {}
+    for name, value in sorted(final.items()):
+        if type(value) in plain:
+            settings[name] = value
+        elif isinstance(value, list) and all(type(item) in plain for item in value):
+            settings[name] = list(value)
+        elif isinstance(value, torch.dtype):
+            settings[name] = str(value)
+    return settings

@@ -1,0 +1,40 @@
+"""The table of Megatron's flags has every flag that we recommend, and only flags that exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from moelpr.arguments.recipes import read_recipe
+from moelpr.arguments.supported import REFUSED, SUPPORTED, WHY_FIXED
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def megatrons() -> dict[str, str]:
+    """Flag without dashes → Megatron's name."""
+    from moelpr.arguments.flags import all_arguments, own_arguments
+
+    ours = own_arguments().flags()
+    return {flag[2:]: action.dest for flag, action in all_arguments().flags().items() if flag not in ours}
+
+
+def test_every_flag_in_the_table_exists_and_is_there_once(megatrons: dict[str, str]) -> None:
+    from moelpr.model.config import FIXED_FOR_MOE
+
+    assert (SUPPORTED | REFUSED.keys() | WHY_FIXED.keys()) <= megatrons.keys()
+    assert not SUPPORTED & (REFUSED.keys() | WHY_FIXED.keys())
+    assert {megatrons[flag] for flag in WHY_FIXED} <= FIXED_FOR_MOE.keys() <= set(megatrons.values())
+
+
+def test_recipes_and_commands_in_the_documentation_use_supported_flags_only(megatrons: dict[str, str]) -> None:
+    recipes = [*(ROOT / "launch" / "recipes").glob("*.yaml")]
+    used = {flag[2:] for recipe in recipes for flag in read_recipe(recipe)}
+    assert recipes and used & megatrons.keys() <= SUPPORTED
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        text = page.read_text()
+        commands = re.findall(r"^    .*", text, re.MULTILINE) + re.findall(r"```.*?```", text, re.DOTALL)
+        trainings = [command for command in commands if re.search(r"launch/|moelpr\.pretrain", command)]
+        flags = {flag for command in trainings for flag in re.findall(r"--([a-z][a-z0-9-]+)", command)}
+        assert flags & megatrons.keys() <= SUPPORTED, page

@@ -130,7 +130,7 @@ def test_a_model_with_other_layers_is_reported(upcycled: str, problems) -> None:
     path = Path(upcycled) / "model_spec.json"
     path.write_text(path.read_text().replace('"RMSNorm"', '"LayerNorm"'))
     found = problems("stage1", upcycled)
-    assert any("normalization must be 'RMSNorm', got 'LayerNorm'" in message for message in found)
+    assert any("normalization" in message and "RMSNorm" in message for message in found), found
 
 
 def test_a_checkpoints_window_and_rope_scaling_reach_the_model(make_checkpoint, accepted, problems) -> None:

@@ -43,8 +43,8 @@ def legacy(step: Path) -> None:
         (lambda step: (step / ".metadata").unlink(), ".metadata is missing"),
         (lambda step: (step / ".metadata").write_bytes((step / ".metadata").read_bytes()[:50]), ".metadata is damaged"),
         (lambda step: (step / "metadata.json").unlink(), "metadata.json is missing"),
-        (lambda step: (step / "metadata.json").write_text("{"), "metadata.json is damaged"),
-        (lambda step: (step / "metadata.json").write_text('{"sharded_backend": "zarr"}'), "must be torch_dist"),
+        (lambda step: (step / "metadata.json").write_text("{"), "metadata.json"),
+        (lambda step: (step / "metadata.json").write_text('{"sharded_backend": "zarr"}'), "torch_dist"),
     ],
 )
 def test_an_unreadable_step_is_named_at_start_and_on_resume(run: Path, is_resumed: bool, damage, named: str) -> None:  # noqa: ANN001

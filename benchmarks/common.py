@@ -66,16 +66,10 @@ def write_json(result: object, file: Path | None) -> None:
 
 def print_table(rows: Sequence[Mapping[str, Any]], *names: str) -> None:
     """Print the columns `names` of rows (default: all texts and numbers), the first aligned left, the others right."""
-    from rich.console import Console
-    from rich.table import Column, Table
+    from moelpr.process.tables import table_text
 
     columns = names or dict.fromkeys(key for row in rows for key, value in row.items() if not hasattr(value, "keys"))
-    headers = (Column(name, justify="right" if index else "left", no_wrap=True) for index, name in enumerate(columns))
-    table = Table(*headers, box=None, padding=(0, 2, 0, 0))
-    for row in rows:
-        table.add_row(*(_cell(row.get(name, "")) for name in columns))
-    Console(width=1000, markup=False, highlight=False).print(table)
-    print()
+    print(table_text([*columns], ([_cell(row.get(name, "")) for name in columns] for row in rows)), end="\n\n")
 
 
 def _cell(value: object) -> str:

@@ -12,7 +12,10 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from moelpr.evaluate.models import LoadedModel, choose_device, open_model, require_hf, resolve_dtype
 from moelpr.evaluate.result_cache import Json, ResultCache, fingerprint_files, fingerprint_model
@@ -21,7 +24,9 @@ from moelpr.languages import language_name
 from moelpr.process.errors import UserError, first_line
 from moelpr.process.versions import install_command
 from moelpr.report.page import Table
+from moelpr.store import records
 from moelpr.store.checksums import Verify
+from moelpr.store.records import STRICT
 from moelpr.store.yaml_files import read_mapping
 
 PAPER_TASKS = Path(__file__).with_name("paper_tasks.yaml")
@@ -62,30 +67,41 @@ class Benchmark:
         return {"value": value, "stderr": stderr}
 
 
+# A single name needs no list.
+TaskNames = Annotated[
+    list[str], Field(min_length=1), BeforeValidator(lambda found: [found] if isinstance(found, str) else found)
+]
+
+
+@pydantic_dataclass(frozen=True, config=STRICT)
+class BenchmarkTasks:
+    """A benchmark in a table of tasks.
+
+    Attributes:
+        num_fewshot: The number of examples before each question.
+        metric: The key in the harness's results.
+        tasks: Language -> the harness's task, or several, of which the mean counts.
+    """
+
+    num_fewshot: Annotated[int, Field(ge=0)]
+    metric: str
+    tasks: dict[str, TaskNames]
+
+
 def read_benchmarks(path: Path, languages: Sequence[str]) -> list[Benchmark]:
     """Read a table of tasks (see paper_tasks.yaml), keeping only `languages` and benchmarks that have one of them.
 
-    Raises UserError if the file is not such a table, or nothing is left.
+    Raises:
+        UserError: The file is not such a table, or nothing is left.
     """
-    table, benchmarks = read_mapping(path, "table of tasks"), []
-    try:
-        for name, entry in table.items():
-            # YAML reads the Norwegian code as a boolean.
-            tasks = {"no" if key is False else key: names for key, names in entry["tasks"].items()}
-            chosen = {language: tasks[language] for language in languages if language in tasks}
-            chosen = {lang: (names,) if isinstance(names, str) else tuple(names) for lang, names in chosen.items()}
-            if not all(names and all(isinstance(task, str) for task in names) for names in chosen.values()):
-                raise TypeError(f"the tasks of a language of {name} must be names")
-            if type(entry["num_fewshot"]) is not int or entry["num_fewshot"] < 0:
-                raise ValueError(f"num_fewshot of {name} must be an integer from 0, got {entry['num_fewshot']!r}")
-            if chosen:
-                benchmarks.append(Benchmark(str(name), entry["num_fewshot"], str(entry["metric"]), chosen))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = str(error).replace("\n", " ")
-        raise UserError(
-            f"{path} is not a table of tasks ({reason}); each benchmark requires num_fewshot, metric and tasks, as in "
-            f"{PAPER_TASKS.name}"
-        ) from error
+    remedy = f"pass --tasks a table of num_fewshot, metric and tasks per benchmark, as in {PAPER_TASKS.name}"
+    table = records.validate(dict[str, BenchmarkTasks], read_mapping(path, "table of tasks"), str(path), remedy)
+    benchmarks = []
+    for name, entry in table.items():
+        # YAML reads the Norwegian code as a boolean.
+        names = {"no" if language == "false" else language: tuple(names) for language, names in entry.tasks.items()}
+        if tasks := {language: names[language] for language in languages if language in names}:
+            benchmarks.append(Benchmark(name, entry.num_fewshot, entry.metric, tasks))
     if not benchmarks:
         raise UserError(
             f"{path} has no task for {', '.join(languages)}; pass other --languages or another --tasks file"

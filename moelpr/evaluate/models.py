@@ -8,13 +8,14 @@ import gc
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor, nn
 
 from moelpr.data.tokenizers.loading import open_hf_tokenizer
@@ -24,10 +25,21 @@ from moelpr.model_spec import FILE_NAME, ModelSpec
 from moelpr.process.errors import UserError, first_line
 from moelpr.process.machine import format_bytes
 from moelpr.process.versions import install_command
-from moelpr.store import checksums
+from moelpr.store import checksums, records
 from moelpr.store.checksums import Verify
-from moelpr.store.files import parse_json
+from moelpr.store.records import FOREIGN
 from moelpr.store.run_folder import HF_FOLDER
+
+
+@pydantic_dataclass(frozen=True, config=FOREIGN)
+class WeightIndex:
+    """model.safetensors.index.json of transformers.
+
+    Attributes:
+        weight_map: The name of a tensor -> the file that has it.
+    """
+
+    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -248,10 +260,9 @@ def _weight_bytes(directory: Path, dtype: str) -> int:
     """Bytes of the weights in `dtype` ("auto": their own), of the files that transformers reads."""
     files, index = [directory / "model.safetensors"], directory / "model.safetensors.index.json"
     if not files[0].is_file():
-        try:
-            files = [directory / name for name in {*parse_json(index.read_bytes())["weight_map"].values()}]
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):  # reading the model reports it
-            files = [*directory.glob("*.safetensors")]
+        files = [*directory.glob("*.safetensors")]
+        with suppress(UserError):  # reading the model reports it
+            files = [directory / name for name in {*records.read(WeightIndex, index, "").weight_map.values()}]
     size = sum(file.stat().st_size for file in files if file.is_file())
     config = read_config(directory)
     stored = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)

@@ -4,21 +4,42 @@ import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
+
+from pydantic.dataclasses import dataclass
 
 from moelpr.checkpoints.chain import checkpoint_chain
 from moelpr.evaluate.models import is_megatron
 from moelpr.model_spec import FILE_NAME
 from moelpr.process.errors import UserError
-from moelpr.store.files import make_folder, parse_json, write_text
+from moelpr.store import records
+from moelpr.store.files import make_folder, write_text
+from moelpr.store.records import STRICT
 from moelpr.store.run_folder import HF_FOLDER
 
 Json = dict[str, Any]
 
 CACHE_FOLDER = "parts"
 _VERSION = {"format_version": 3}
+
+
+@dataclass(frozen=True, config=STRICT)
+class KeptResult:
+    """A file of the cache.
+
+    Attributes:
+        of: What the result was computed from, and the version of the format.
+        result: The result.
+        crc32: CRC-32 of the result as JSON.
+    """
+
+    of: Json
+    result: Json
+    crc32: str
 
 
 class ResultCache:
@@ -42,13 +63,13 @@ class ResultCache:
 
     def read(self, model: str, name: str, key: Json) -> Json | None:
         """The result computed from exactly `key`, or None, also if the file is damaged."""
-        content = _read(self._path(model, name)) if self._folder else None
-        return content["result"] if content and content["of"] == {**_VERSION, **key} else None
+        found = _read(self._path(model, name)) if self._folder else None
+        return found.result if found and found.of == {**_VERSION, **key} else None
 
     def write(self, model: str, name: str, key: Json, result: Json) -> None:
         if self._folder:
-            content = {"of": {**_VERSION, **key}, "result": result, "crc32": _checksum(result)}
-            write_text(self._path(model, name), json.dumps(content) + "\n")
+            kept = KeptResult({**_VERSION, **key}, result, _checksum(result))
+            write_text(self._path(model, name), json.dumps(asdict(kept)) + "\n")
 
     def complete(
         self, model: str, keys: Mapping[str, Json], measure: Callable[[list[str]], Iterable[tuple[str, Json]]]
@@ -74,16 +95,15 @@ class ResultCache:
 def cached_results(folder: Path, model: str) -> dict[str, Json]:
     """Name -> result of a model in an evaluation's folder, whatever each was computed from, without damaged ones."""
     files = sorted((folder / CACHE_FOLDER / quote(model, safe="")).glob("*.json"))
-    return {unquote(path.stem): content["result"] for path in files if (content := _read(path))}
+    return {unquote(path.stem): found.result for path in files if (found := _read(path))}
 
 
-def _read(path: Path) -> Json | None:
+def _read(path: Path) -> KeptResult | None:
     """The content of a file of the cache; None if it is missing or damaged."""
-    try:
-        content = parse_json(path.read_bytes())
-        return content if "of" in content and content["crc32"] == _checksum(content["result"]) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    with suppress(UserError):
+        found = records.read(KeptResult, path, "evaluate again")
+        return found if found.crc32 == _checksum(found.result) else None
+    return None
 
 
 def _checksum(result: Json) -> str:

@@ -1,19 +1,17 @@
 """Bits per byte and routing per language, from evaluations or from a run's validation passes."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from moelpr.metrics.run_metrics import bits_of
 from moelpr.metrics.schema import ROUTING_SHARES
 from moelpr.process.errors import UserError
+from moelpr.report.evaluation_files import Continuation, EvaluationFile
 from moelpr.report.numbers import Interval
 from moelpr.report.runs import Run
-from moelpr.store.files import parse_json
 
 GROUPS = ("expanded", "original")
 
@@ -36,8 +34,7 @@ class LanguageResults:
         default_factory=lambda: {k: {} for k in ROUTING_SHARES}
     )
     layers: dict[str, list[int]] = field(default_factory=dict)  # model -> numbers of its MoE layers
-    # Language -> {"prompt", "reference", "by_model": model -> text}.
-    continuations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    continuations: dict[str, Continuation] = field(default_factory=dict)
 
     @property
     def models(self) -> list[str]:
@@ -98,18 +95,21 @@ def held_out_results(runs: Sequence[Run]) -> LanguageResults:
 
 
 def read_evaluations(paths: Iterable[Path]) -> LanguageResults:
-    """All files together, later ones adding to earlier ones. Raises UserError for a file of something else."""
+    """Read evaluations; later files add to earlier ones.
+
+    Raises:
+        UserError: A file is missing, or of something else.
+    """
     results = LanguageResults()
     averaged: dict[str, dict[str, set[str]]] = {}  # model -> group with a mean -> the mean's languages
     for path in paths:
-        with named_input("--evaluation", path, "a JSON file that `python -m moelpr.evaluate` wrote"):
-            content = parse_json(path.read_bytes())
-            _add(results, content)
-            for model, result in content["models"].items():
-                for group in GROUPS:
-                    if f"mean {group}" in (result.get("means") or {}):
-                        languages = {name for name in result["languages"] if results.groups[name] == group}
-                        averaged.setdefault(model, {})[group] = languages
+        content = EvaluationFile.read(path)
+        _add(results, content, path)
+        for model, result in content.models.items():
+            for group in GROUPS:
+                if f"mean {group}" in result.means:
+                    languages = {name for name in result.languages if results.groups[name] == group}
+                    averaged.setdefault(model, {})[group] = languages
     for model, by_group in averaged.items():
         for group, languages in by_group.items():
             _average_again(results, model, group, languages)
@@ -125,53 +125,24 @@ def _average_again(results: LanguageResults, model: str, group: str, languages: 
         results.changes.get(model, {}).pop(row, None)
 
 
-@contextmanager
-def named_input(flag: str, path: Path, expected: str) -> Iterator[None]:
-    """A file that is missing or not what is expected becomes a UserError that names its flag."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{flag} {path} cannot be read: {error.strerror}") from error
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise UserError(f"{flag} {path} must be {expected} ({error})") from error
-
-
-def _add(results: LanguageResults, content: Mapping[str, Any]) -> None:
-    if not isinstance(original := content.get("original_languages") or [], list):
-        raise TypeError("original_languages must be a list")
-    reference = next(iter(content["models"]), None)
-    for language, sample in (content.get("continuations") or {}).items():
-        texts = sample["prompt"], sample["reference"], *sample["by_model"].values()
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"the continuation of {language} is not text")
-        results.continuations[language] = sample
-    for model, result in content["models"].items():
-        for language in result["languages"]:
+def _add(results: LanguageResults, content: EvaluationFile, path: Path) -> None:
+    original = content.original_languages
+    results.continuations |= content.continuations
+    reference = next(iter(content.models), None)
+    for model, result in content.models.items():
+        for language in result.languages:
             results.groups[language] = GROUPS[language in original] if original else results.groups.get(language, "")
-        for row, values in {**result["languages"], **(result.get("means") or {})}.items():
-            if "bits_per_byte" in values:
-                results.bits.setdefault(model, {})[row] = _interval(values["bits_per_byte"])
+        for row, values in (result.languages | result.means).items():
+            if values.bits_per_byte:
+                results.bits.setdefault(model, {})[row] = values.bits_per_byte.interval
             # Another file may compare with another model; changes against the first one then follow from `bits`.
-            if "bits_per_byte" in (values.get("change") or {}) and reference == next(iter(results.bits), reference):
-                results.changes.setdefault(model, {})[row] = _interval(values["change"]["bits_per_byte"])
-            share = values.get("original_expert_share") or {}
-            if per_layer := values.get("original_first_share") or share.get("per_layer"):
-                results.routing["original_first_share"].setdefault(model, {})[row] = _floats(per_layer)
-                layers = list(values.get("layers") or share.get("layers") or range(len(per_layer)))
-                if not len(per_layer) == len(layers) == len(results.layers.setdefault(model, layers)):
-                    raise ValueError(f"the layers of {model} on {row} are not those of its other results")
-            if per_layer := values.get("all_original_share"):
-                results.routing["all_original_share"].setdefault(model, {})[row] = _floats(per_layer)
-                if len(per_layer) != len(results.layers.get(model, per_layer)):
-                    raise ValueError(f"the layers of {model} on {row} are not those of its other results")
-
-
-def _interval(content: Any) -> Interval:
-    """From value, low and high, or from a plain number, as older versions wrote it."""
-    is_plain = not isinstance(content, Mapping)
-    return Interval(*_floats([content] if is_plain else [content.get(name) for name in Interval._fields]))
-
-
-def _floats(values: Iterable[float | None]) -> list[float]:
-    numbers = [math.nan if value is None else float(value) for value in values]
-    return [number if math.isfinite(number) else math.nan for number in numbers]
+            if "bits_per_byte" in values.change and reference == next(iter(results.bits), reference):
+                results.changes.setdefault(model, {})[row] = values.change["bits_per_byte"].interval
+            for share, per_layer in values.shares.items():
+                results.routing[share].setdefault(model, {})[row] = per_layer
+                layers = values.moe_layers or list(range(len(per_layer)))
+                if len(results.layers.setdefault(model, layers)) != len(per_layer):
+                    raise UserError(
+                        f"--evaluation {path}: the layers of {model} on {row} are not those of its other results; pass "
+                        "files of one model under one name"
+                    )

@@ -13,7 +13,7 @@ from typing import Any
 from moelpr.languages import language_name
 from moelpr.metrics.schema import CONSUMED_TOKENS, GROUP_NAMES, LM_LOSS
 from moelpr.report import page, plots
-from moelpr.report.claims import Claims, Judgment, check_result
+from moelpr.report.claims import Claims, Judgment, Verification, check_result
 from moelpr.report.language_results import LanguageResults, held_out_results
 from moelpr.report.numbers import Interval, finite_mean, number_text, percent
 from moelpr.report.page import Block, Cell, Row, Section, Table, Text
@@ -37,7 +37,7 @@ class Report:
 
     runs: Sequence[Run]  # in the order in which they were made, such as stage 1 and stage 2
     evaluation: LanguageResults = field(default_factory=LanguageResults)  # of `python -m moelpr.evaluate`
-    checks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name -> result of verify.py
+    checks: Mapping[str, Verification] = field(default_factory=dict)  # name -> result of verify.py
     claims: Claims = field(default_factory=Claims)
     facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # title -> name -> value, after the settings
 
@@ -74,8 +74,9 @@ def _title(runs: Sequence[Run], claims: Claims, judgments: Sequence[Judgment]) -
     """The claims' own title only if every claim is shown."""
     if judgments:
         shown = sum(judgment.ok for judgment in judgments)
-        is_proven = shown == len(judgments) and claims.title
-        return claims.title if is_proven else f"{shown} of {len(judgments)} claims are shown"
+        if claims.title and shown == len(judgments):
+            return claims.title
+        return f"{shown} of {len(judgments)} claims are shown"
     return ", ".join(
         f"{run.name} " + ("finished" if run.is_finished else f"{run.state} at step {run.progress}") for run in runs
     )
@@ -190,9 +191,9 @@ def _claims_table(claims: Claims, judgments: Sequence[Judgment]) -> list[Block]:
         found = [
             Cell(f"{language_name(judgment.language)}: {judgment.found}", ok=judgment.ok)
             for judgment in judgments
-            if judgment.language and judgment.name == claim["name"]
+            if judgment.language and judgment.name == claim.name
         ]
-        rows.append(Row([Cell(claim["name"].replace("_", " ").capitalize(), claim["claim"]), found]))
+        rows.append(Row([Cell(claim.name.replace("_", " ").capitalize(), claim.claim), found]))
     return [Table(["claim", "found, in bits per byte"], rows, text_columns=[1])] if rows else []
 
 
@@ -200,7 +201,7 @@ def _checks_table(report: Report) -> list[Block]:
     meanings = report.claims.checks
     rows = []
     for name in dict.fromkeys([*meanings, *report.checks]):
-        check = report.checks.get(name, {})
+        check: Mapping[str, Any] = report.checks.get(name) or {}
         found = Cell(check_result(check), ok=check.get("equal", False))
         same = number_text(check.get("same_next_token"), "{:.2%}")
         title = Cell(meanings[name], name) if name in meanings else name
@@ -218,12 +219,9 @@ def _continuations(evaluation: LanguageResults) -> list[Block]:
         "models; it does not measure them."
     )
     samples = [
-        page.Sample(
-            language, language_name(language), sample["prompt"],
-            {**sample["by_model"], "the text itself": sample["reference"]},
-        )
-        for language, sample in evaluation.continuations.items()
-    ]  # fmt: skip
+        page.Sample(code, language_name(code), found.prompt, found.by_model | {"the text itself": found.reference})
+        for code, found in evaluation.continuations.items()
+    ]
     return [Text(note, "note"), *samples] if samples else []
 
 
@@ -294,7 +292,7 @@ def _numbers(report: Report, title: str, judgments: Sequence[Judgment], held_out
         "held_out": _by_model(held_out, held_out.value),
         "runs": {run.name: _run_numbers(run) for run in report.runs},
         "facts": report.facts,
-        "continuations": evaluation.continuations,
+        "continuations": {language: asdict(found) for language, found in evaluation.continuations.items()},
     }
 
 

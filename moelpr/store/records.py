@@ -62,7 +62,7 @@ class Record:
     @classmethod
     def read_file(cls, path: Path) -> Self:
         """Read a file of any name."""
-        return cls.parse(_content(path, cls.REMEDY), str(path))
+        return cls.parse(content(path, cls.REMEDY), str(path))
 
     @classmethod
     def parse(cls, content: bytes | str, origin: str) -> Self:
@@ -94,7 +94,7 @@ def read[T](kind: type[T], path: Path, remedy: str) -> T:
     Raises:
         UserError: The file is missing or damaged; the message ends with `remedy`.
     """
-    return parse(kind, _content(path, remedy), str(path), remedy)
+    return parse(kind, content(path, remedy), str(path), remedy)
 
 
 def parse[T](kind: type[T], content: bytes | str, origin: str, remedy: str) -> T:
@@ -110,8 +110,8 @@ def parse[T](kind: type[T], content: bytes | str, origin: str, remedy: str) -> T
 
 
 def validate[T](kind: type[T], content: Any, origin: str, remedy: str) -> T:
-    """Validate parsed JSON or YAML as `kind`, like `parse`."""
-    return parse(kind, json.dumps(content), origin, remedy)
+    """Validate parsed JSON or YAML as `kind`, like `parse`; dates of YAML become text."""
+    return parse(kind, json.dumps(content, default=str), origin, remedy)
 
 
 def parse_json(content: bytes | str, origin: str, remedy: str) -> Any:
@@ -126,7 +126,8 @@ def parse_json(content: bytes | str, origin: str, remedy: str) -> Any:
         raise UserError(f"{origin} is damaged or from another program ({error}); {remedy}") from error
 
 
-def _content(path: Path, remedy: str) -> bytes:
+def content(path: Path, remedy: str) -> bytes:
+    """The content of a file; a UserError that ends with `remedy` if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:

@@ -262,9 +262,12 @@ def test_bad_tables_and_arguments_are_rejected_with_what_to_correct(rejected, tm
         ((*model, "--languages", "en", "--original-languages", "en", "--limit", 0), "--limit"),
         ((*model, "--languages", "en", "--original-languages", "en", "--tasks", tmp_path / "no"), "/no"),
         ((*model, "--languages", "en", "--original-languages", "en", "--tasks", tmp_path / "list.yaml"), "list.yaml"),
-        ((*model, "--languages", "en", "--original-languages", "en", "--tasks", tmp_path / "half.yaml"), "'metric'"),
+        ((*model, "--languages", "en", "--original-languages", "en", "--tasks", tmp_path / "half.yaml"), "ARC.metric"),
         ((*model, "--languages", "en", "--original-languages", "en", "--tasks", tmp_path / "shots.yaml"), "got 1.7"),
-        ((*model, "--languages", "en", "--original-languages", "en", "--tasks", tmp_path / "none.yaml"), "be names"),
+        (
+            (*model, "--languages", "en", "--original-languages", "en", "--tasks", tmp_path / "none.yaml"),
+            "ARC.tasks.en",
+        ),
         (
             (*model, "--languages", "en", "--original-languages", "en", "--tasks", tmp_path / "two.yaml"),
             "0 and 25 shots",

@@ -1,6 +1,5 @@
 """Claims are judged by the numbers, and a file that is not one of claims or verifications is rejected clearly."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -94,30 +93,18 @@ def test_judgment_says_what_was_found(results: LanguageResults) -> None:
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("claim", "wrong"),
     [
-        "claims: [{name: a, claim: b, languages: expanded, change: [x, y]}]",  # no bound
-        "claims: [{name: a, claim: b, languages: expanded, change: [x], at_most: 0}]",
-        "claims: [{name: a, claim: b, languages: klingon, change: [x, y], at_most: 0}]",
-        "claims: [{name: a, claim: b, languages: expanded, change: [x, y], lead: [x, y, z], at_most: 0}]",
-        "claims: [{name: a, claim: b, languages: expanded, change: [x, y], at_most: much}]",
-        "claims: 3",
-        "claims: []\ntitle: [1]",
-        "claims: []\nchecks: {check: [1]}",
-        "claims: [{name: a, claim: [b], languages: expanded, change: [x, y], at_most: 0}]",
+        ("change: [x, y]", "one of at_least, at_most"),
+        ("change: [x], at_most: 0", "change"),
+        ("change: [x, y], lead: [x, y, z], at_most: 0", "one of change, undone, lead"),
+        ("change: [x, y], at_most: much", "at_most"),
     ],
 )
-def test_incomplete_claims_are_rejected(tmp_path: Path, content: str) -> None:
+def test_incomplete_claims_are_rejected(tmp_path: Path, claim: str, wrong: str) -> None:
     path = tmp_path / "claims.yaml"
-    path.write_text(content)
-    with pytest.raises(UserError, match=r"claims\.yaml .*at_least, at_most"):
-        Claims.read(path)
-
-
-def test_an_unknown_key_of_claims_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "results.yaml"
-    path.write_text("models: {}\n3: x")
-    with pytest.raises(UserError, match=r"--claims \S*results\.yaml: unknown key models, 3; .*demo-claims\.yaml"):
+    path.write_text(f"claims: [{{name: a, claim: b, languages: expanded, {claim}}}]")
+    with pytest.raises(UserError, match=rf"claims\.yaml: .*{wrong}.*--claims a file like examples/demo-claims\.yaml"):
         Claims.read(path)
 
 
@@ -127,7 +114,7 @@ def test_verification_is_the_last_json_line_of_a_log(tmp_path: Path) -> None:
     assert read_verifications([path]) == {"check-export": {"equal": True, "num_tensors": 7, "max_abs_diff": None}}
     for content in ("", "text", '{"other": 1}', '{"equal', '{"equal": "no", "num_tensors": 7}'):
         path.write_text(content)
-        with pytest.raises(UserError, match=r"--verification .*verify\.py A B --json"):
+        with pytest.raises(UserError, match=r"check-export\.log: .*verify\.py A B --json"):
             read_verifications([path])
     with pytest.raises(UserError, match="nowhere"):
         read_verifications([tmp_path / "nowhere"])
@@ -142,18 +129,6 @@ def test_verifications_of_one_name_are_rejected(tmp_path: Path) -> None:
         read_verifications(paths)
 
 
-@pytest.mark.parametrize("name", ["same_next_token", "max_abs_diff", "num_tensors"])
-def test_verification_with_a_wrong_type_is_rejected(tmp_path: Path, name: str) -> None:
-    path = tmp_path / "check.json"
-    for value, is_valid in ((1, True), ({}, False), ("x", False)):
-        path.write_text(json.dumps({"equal": True, "num_tensors": 1} | {name: value}))
-        if is_valid:
-            assert read_verifications([path])["check"][name] == 1
-        else:
-            with pytest.raises(UserError, match=r"--verification .*check\.json"):
-                read_verifications([path])
-
-
 def test_numbers_and_dates_as_yaml_reads_them(tmp_path: Path, results: LanguageResults) -> None:
     """YAML reads 1e-2 as text and 2026-11-27 as a date."""
     claims, facts = tmp_path / "claims.yaml", tmp_path / "facts.yaml"
@@ -162,7 +137,7 @@ def test_numbers_and_dates_as_yaml_reads_them(tmp_path: Path, results: LanguageR
     )
     assert [judgment.ok for judgment in Claims.read(claims).judge(results, {})] == [True, True]
     claims.write_text("checks: [a]\n")
-    with pytest.raises(UserError, match="--claims .*checks"):
+    with pytest.raises(UserError, match="claims.yaml: checks .*--claims"):
         Claims.read(claims)
     facts.write_text("Run: {date: 2026-11-27, 0: H100}\n")
     assert read_facts(facts) == {"Run": {"date": "2026-11-27", "0": "H100"}}

@@ -3,11 +3,12 @@
 import json
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from moelpr.report.claims import Claims
+from moelpr.report.claims import Claim, Claims
 from moelpr.report.language_results import read_evaluations
 from moelpr.report.run_report import Report
 from moelpr.report.runs import read_run
@@ -50,7 +51,7 @@ def evaluation(tmp_path: Path) -> Path:
 
     models: dict = {"base": {"languages": {"en": result(2.0)}}, "ours": {"languages": {"en": result(1.9)}}}
     models["ours"]["languages"]["en"]["change"] = {"bits_per_byte": {"value": -0.05, "low": -0.06, "high": -0.04}}
-    models["base"]["languages"]["el"] = {"bits_per_byte": 3.0}  # as an older version wrote it
+    models["base"]["languages"]["el"] = {"bits_per_byte": {"value": 3.0}}
     sample = {"prompt": "Hello", "reference": "<world>", "by_model": {"base": "&", "ours": ""}}
     file = tmp_path / "evaluation.json"
     content = {"original_languages": ["en"], "models": models, "continuations": {"en": sample}}
@@ -146,14 +147,14 @@ def test_evaluation_adds_intervals_routing_and_continuations(runs: list[Path], e
 
 
 def test_title_is_the_claim_only_if_every_claim_is_shown(runs: list[Path], evaluation: Path) -> None:
-    claim = {"name": "not_lost", "claim": "at most 1% more", "languages": "original", "change": ["ours", "base"]}
-    claims = Claims("Nothing lost", "A note.", [claim | {"at_most": 0.01}], {"check-a": "A against B"})
+    claim = Claim("not_lost", "at most 1% more", "original", change=("ours", "base"), at_most=0.01)
+    claims = Claims("Nothing lost", "A note.", [claim], {"check-a": "A against B"})
     checks = {"check-a": {"equal": True, "num_tensors": 3, "max_abs_diff": 0.0}}
     html, markdown = pages(*runs, evaluations=(evaluation,), claims=claims, checks=checks)
     assert "<h1>Nothing lost</h1>" in html and "Every claim is shown" in html and "✗" not in html
     assert "✓ English: ours \u22125.0% against base" in markdown and "A note." in markdown
 
-    claims.claims[0]["at_most"] = -0.06
+    claims.claims[0] = replace(claim, at_most=-0.06)
     html, markdown = pages(*runs, evaluations=(evaluation,), claims=claims, checks={})
     assert "<h1>0 of 2 claims are shown</h1>" in html and "Nothing lost" not in html
     assert "- English: ours \u22125.0% against base; claim: at most 1% more" in markdown

@@ -106,11 +106,9 @@ def _framed(page: Path, folder: Path, width: int, height: int) -> Path:
 def _chromium(
     folder: Path, page: Path, width: int, height: int, is_dark: bool, *task: str
 ) -> subprocess.CompletedProcess:
-    words = [
-        "chromium", "--headless", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr",
-        f"--user-data-dir={folder / 'profile'}", f"--window-size={width},{height}",
-        f"--blink-settings=preferredColorScheme={0 if is_dark else 1}", *task,
-    ]  # fmt: skip
+    words = "chromium --headless --disable-gpu --hide-scrollbars --enable-logging=stderr".split()
+    words += [f"--user-data-dir={folder / 'profile'}", f"--window-size={width},{height}"]
+    words += [f"--blink-settings=preferredColorScheme={0 if is_dark else 1}", *task]
     if os.geteuid() == 0:
         words.append("--no-sandbox")  # required as root; the page is our own
     return subprocess.run([*words, page.resolve().as_uri()], capture_output=True, text=True, timeout=120, check=True)

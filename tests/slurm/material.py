@@ -29,10 +29,9 @@ def make_model(folder: Path) -> Path:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     fast.add_special_tokens({"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"})
     fast.save_pretrained(folder / "tokenizer")
-    save_untrained_qwen2(
-        folder / "tokenizer", folder / "hf", hidden_size=32, num_layers=2, ffn_hidden_size=48, num_attention_heads=4,
-        num_query_groups=2, max_position_embeddings=64,
-    )  # fmt: skip
+    shape = {"hidden_size": 32, "num_layers": 2, "ffn_hidden_size": 48, "num_attention_heads": 4}
+    shape |= {"num_query_groups": 2, "max_position_embeddings": 64}
+    save_untrained_qwen2(folder / "tokenizer", folder / "hf", **shape)
     return folder / "hf"
 
 

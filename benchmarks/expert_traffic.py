@@ -32,7 +32,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.utils.benchmark import Timer
 
 from benchmarks import common
-from benchmarks.routing import impose, recorded_routing, uniform_choices
+from benchmarks.imposed_routing import impose, recorded_routing, uniform_choices
 from benchmarks.timing import Turns, median_s, time_ratio
 from benchmarks.traffic import Traffic, counted_traffic
 from moelpr.megatron_patches import cpu

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import STAGES, add_demo, add_json, argument_parser, install_megatron, print_table, write_json
-from benchmarks.routing import RecordedRouting, impose, recorded_routing
+from benchmarks.imposed_routing import RecordedRouting, impose, recorded_routing
 from benchmarks.timing import Turns, Work, median_s, time_ratio
 from moelpr.model_spec import ModelSpec
 from moelpr.process.command import run_command
@@ -57,7 +57,7 @@ def main() -> None:
     args = parser.parse_args()
     routing = {stage: recorded_routing(args.demo, stage) for stage in STAGES}
     install_megatron()
-    from benchmarks.steps import spec_of
+    from benchmarks.optimizer_steps import spec_of
     from moelpr.megatron_patches.bootstrap import single_process
 
     with single_process():
@@ -120,7 +120,7 @@ def measure(spec: ModelSpec, sequences: int, turns: Turns, routing: dict[MoeStag
     """Times, rates and ratios of all contenders, as written to JSON."""
     from benchmarks.baselines.loop_moe import LoopStep
     from benchmarks.baselines.stock_moe import StockStep
-    from benchmarks.steps import DEVICE, MegatronStep, our_step, plain_step, random_batch
+    from benchmarks.optimizer_steps import DEVICE, MegatronStep, our_step, plain_step, random_batch
 
     torch.manual_seed(1)
     batch = random_batch(spec, sequences)

@@ -17,7 +17,7 @@ from moelpr.model_spec import ModelSpec
 
 
 class Router(Qwen2MoeTopKRouter):
-    """The stock router, whose linear map is a method so that `benchmarks.routing.impose` can replace it."""
+    """The stock router, whose linear map is a method so that `benchmarks.imposed_routing.impose` can replace it."""
 
     def gating(self, hidden_TH: Tensor) -> Tensor:
         """Logits [T, E]."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.common import install_megatron
-from benchmarks.routing import impose
+from benchmarks.imposed_routing import impose
 from benchmarks.timing import Times, Turns
 
 NEW_SHARE = 8000 / 151_936  # the new tokens in relation to the old vocabulary
@@ -22,7 +22,7 @@ DEFAULTS |= dict(new_experts=5, original_copies=2, topk=2)
 
 def run(turns: Turns, sizes: Namespace) -> Iterator[tuple[str, Times]]:
     install_megatron()
-    from benchmarks.steps import DEVICE, our_step, random_batch, spec_of
+    from benchmarks.optimizer_steps import DEVICE, our_step, random_batch, spec_of
     from moelpr.megatron_patches.bootstrap import single_process
 
     with single_process():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.expert_traffic import experts_of, nearest_multiple
-from benchmarks.routing import uniform_choices
+from benchmarks.imposed_routing import uniform_choices
 
 
 def test_uniform_choices_are_different_and_cover_all_experts() -> None:

@@ -30,7 +30,7 @@ def copy_weights(ours: torch.nn.Module, loop: torch.nn.Module, spec: ModelSpec) 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_the_loop_has_our_loss_and_our_gradients(spec: ModelSpec, stage: str, copies: int) -> None:
     from benchmarks.baselines import loop_moe
-    from benchmarks.steps import our_step, random_batch
+    from benchmarks.optimizer_steps import our_step, random_batch
 
     assert spec.moe is not None
     spec = replace(spec, moe=replace(spec.moe, original_copies=copies))

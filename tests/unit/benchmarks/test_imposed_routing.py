@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.routing import LENGTH, WINDOWS, RecordedRouting, impose, recorded_routing
+from benchmarks.imposed_routing import LENGTH, WINDOWS, RecordedRouting, impose, recorded_routing
 from examples.languages import EXPANDED, ORIGINAL
 from moelpr.evaluate.models import load_model
 from moelpr.evaluate.routing import RoutingObserver
@@ -91,7 +91,7 @@ def test_choices_are_imposed_on_logits_in_bf16() -> None:
 
 def test_every_kind_of_router_makes_imposed_choices_and_keeps_its_gradient(spec: ModelSpec) -> None:
     from benchmarks.baselines.loop_moe import LoopStep
-    from benchmarks.steps import our_step, plain_step, random_batch
+    from benchmarks.optimizer_steps import our_step, plain_step, random_batch
 
     batch = random_batch(spec, 2)
     choices = torch.rand(32, 4).argsort(dim=1)[:, :2]

@@ -21,10 +21,12 @@ from moelpr.store.files import (
     empty,
     fsync_file,
     locked,
+    locked_folder,
     make_folder,
     refuse_existing,
     temporary_name,
 )
+from moelpr.store.journal import partial_name
 
 _CHUNK = 1 << 16  # items of an index held in memory at once
 _BITS_AT_ONCE = 1 << 20
@@ -60,14 +62,9 @@ def check_output(prefix: str, overwrite: bool) -> None:
     refuse_existing(list(CorpusPaths.of(prefix)), overwrite)
 
 
-def _partial_folder(prefix: str) -> Path:
-    """Where the files of a corpus are until they are complete."""
-    return Path(prefix).with_name(f".{Path(prefix).name}.partial")
-
-
 def _remove_leftover(prefix: str) -> None:
     """Remove the folder of a writer that was killed after it had renamed its files: the corpus is complete."""
-    folder = _partial_folder(prefix)
+    folder = partial_name(Path(prefix))
     if folder.is_dir():
         with suppress(UserError, OSError), locked(folder / LOCK_FILE, prefix):  # else another one is writing there
             shutil.rmtree(folder)
@@ -130,7 +127,8 @@ class CorpusWriter:
     not committed.
 
     Four files grow with the documents: the .bin itself, lengths of sequences, ends of documents (in sequences) and runs
-    of language bits. `finalize` turns the last three into .idx and .lang.
+    of language bits. `finalize` turns the last three into .idx and .lang. It has no journal: all of its state is a
+    `Position`, which a preprocessing job saves in its own journal together with what else it has counted.
 
     Args:
         prefix: the corpus's path without .bin/.idx/.lang; its folder is created if necessary.
@@ -160,12 +158,12 @@ class CorpusWriter:
         name = Path(self.prefix).name
         self._removes_folder = folder is None
         # A killed process leaves this folder, so the next one uses the same name.
-        self._folder = folder or _partial_folder(self.prefix)
-        make_folder(self._folder.parent)
-        self._folder.mkdir(exist_ok=True)
+        self._folder = folder or partial_name(Path(self.prefix))
         self._lock = ExitStack()
-        if self._removes_folder:
-            self._lock.enter_context(locked(self._folder / LOCK_FILE, self.prefix))
+        if not self._removes_folder:
+            make_folder(self._folder)
+        else:
+            self._lock.enter_context(locked_folder(self._folder, self.prefix))
             try:
                 refuse_existing(list(CorpusPaths.of(prefix)), overwrite)  # again: another writer may just have ended
             except UserError:

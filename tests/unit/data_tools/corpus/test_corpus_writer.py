@@ -107,11 +107,12 @@ def test_a_corpus_that_another_writer_has_just_finished_is_not_replaced(tmp_path
         first.finalize()
 
         @contextmanager
-        def locked_after_first(*_: object):  # noqa: ANN202
+        def locked_after_first(folder: Path, _: object):  # noqa: ANN202
+            folder.mkdir(exist_ok=True)
             first.commit()
             yield
 
-        monkeypatch.setattr(corpus_writer, "locked", locked_after_first)
+        monkeypatch.setattr(corpus_writer, "locked_folder", locked_after_first)
         with pytest.raises(UserError, match="already exists"):
             write(tmp_path / "a")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx", "a.lang"]

@@ -14,7 +14,7 @@ from moelpr.metrics.run_metrics import read_run_metrics
 from moelpr.model_spec import ModelSpec
 from moelpr.process.errors import UserError
 from moelpr.stages import VOCABULARY_PARTS, Part, trained_parts, trains_new_rows_only
-from moelpr.store.run_folder import HF_FOLDER, METRICS_FILE, RECIPE_FILE, VERSIONS_FILE, read_json, read_settings
+from moelpr.store.run_folder import HF_FOLDER, METRICS_FILE, RECIPE_FILE, read_json, read_settings, read_versions
 
 # In a checkpoint's hf/, which the trainer copies.
 ORIGIN_FILE = "origin.json"
@@ -214,7 +214,7 @@ def _read_stage(folder: Path, step: int, settings: dict[str, Any]) -> TrainedSta
         records = []
     reaches_step = bool(records) and records[-1]["iteration"] == step
     first, last = (records[0], records[-1]) if reaches_step else (None, None)
-    return TrainedStage(folder, step, settings, first, last, read_json(folder / VERSIONS_FILE) or {})
+    return TrainedStage(folder, step, settings, first, last, read_versions(folder))
 
 
 def check_separable(model: Path, spec: ModelSpec, origin: Origin, history: History, output: str, instead: str) -> None:

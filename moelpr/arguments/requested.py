@@ -18,8 +18,7 @@ from moelpr.model.config import shape_of
 from moelpr.model_spec import ModelSpec
 from moelpr.process import ranks
 from moelpr.process.errors import UserError
-from moelpr.store.run_folder import RECIPE_FILE, TRACKER_FILE, saved_step, usable
-from moelpr.store.yaml_files import read_mapping
+from moelpr.store.run_folder import RECIPE_FILE, TRACKER_FILE, recorded_settings, saved_step
 
 # Defaults that differ from Megatron's: the supported models were trained without dropout, validation is optional, and
 # other modes of --rerun-mode are refused.
@@ -218,7 +217,7 @@ def _read_record(folder: Path, step: Path | None) -> dict[str, Any] | None:
     """The settings a step was trained with; if it has none, those of the last start, which may have saved nothing."""
     paths = (place / RECIPE_FILE for place in (step or folder, folder))
     path = next((path for path in paths if path.is_file()), None)
-    return None if path is None else usable(read_mapping(path, "run's recipe"))
+    return None if path is None else recorded_settings(path)
 
 
 def _shape_flags(spec: ModelSpec, parser: Parser) -> list[str]:

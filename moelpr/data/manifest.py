@@ -1,7 +1,6 @@
 """`<prefix>.manifest.json`: where a corpus comes from, what it contains, and the checksums of its files."""
 
 import hashlib
-import json
 import os
 import random
 import zlib
@@ -18,7 +17,6 @@ import moelpr
 from moelpr.data.tokenizers.base import Tokenizer, vocabulary_checksum
 from moelpr.process.errors import UserError
 from moelpr.store.checksums import Verify
-from moelpr.store.files import write_text
 from moelpr.store.records import STRICT, Record
 
 _BLOCK_BYTES = 1 << 22
@@ -162,7 +160,9 @@ class Manifest(Record):
         moelpr_version: Version of the program that wrote the corpus.
     """
 
+    FILE_NAME: ClassVar[str] = "PREFIX.manifest.json"
     REMEDY: ClassVar[str] = f"{_REMEDY}, or remove it"
+    ASCII: ClassVar[bool] = False
 
     tokenizer: TokenizerRecord
     append_eod: bool
@@ -217,7 +217,7 @@ class Manifest(Record):
 
     def write(self, prefix: str | os.PathLike[str]) -> None:
         """Write the manifest next to its corpus, complete or not at all."""
-        write_text(manifest_path(prefix), json.dumps(self.as_json(), indent=2, ensure_ascii=False) + "\n")
+        self.write_file(manifest_path(prefix))
 
 
 def _block_checksum(block: bytes) -> str:

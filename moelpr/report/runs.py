@@ -14,7 +14,7 @@ from moelpr.metrics.schema import PEAK_MEMORY_GIB, STEP_TIME_S, TOKENS_PER_S
 from moelpr.model_spec import ModelSpec
 from moelpr.process.errors import UserError
 from moelpr.report.plots import Curve
-from moelpr.store.run_folder import COMMAND_FILE, FINISHED_FILE, METRICS_FILE, VERSIONS_FILE, read_json, read_settings
+from moelpr.store.run_folder import FINISHED_FILE, METRICS_FILE, read_command, read_settings, read_versions
 
 ENDS = 50  # first and last steps of a run whose values per layer are kept
 MAX_SECONDS = 1e9  # what a damaged record may add up to, and a duration can still be printed
@@ -124,16 +124,15 @@ def read_run(folder: Path) -> Run:
                 f"{folder} is a folder of runs, without {METRICS_FILE}; use `python -m moelpr.report {runs}`"
             )
         raise UserError(f"{folder} contains no {METRICS_FILE}; pass the folder of a run that has made a step")
-    command = read_json(folder / COMMAND_FILE) or {}
-    arguments, num_ranks = command.get("arguments"), command.get("num_ranks")
+    command = read_command(folder)
     return Run(
         folder,
         read_run_metrics(metrics_file, layers_at_ends=ENDS),
         settings=read_settings(folder) or {},
-        versions=read_json(folder / VERSIONS_FILE) or {},
-        arguments=[str(argument) for argument in arguments] if isinstance(arguments, list) else [],
-        num_ranks=num_ranks if isinstance(num_ranks, int) else None,
-        ranks_per_node=per_node if isinstance(per_node := command.get("ranks_per_node"), int) else None,
+        versions=read_versions(folder),
+        arguments=command.arguments,
+        num_ranks=command.num_ranks,
+        ranks_per_node=command.ranks_per_node,
         moe_layers=_moe_layers(folder),
         is_finished=(folder / FINISHED_FILE).exists(),
         last_record_age_s=time.time() - metrics_file.stat().st_mtime,

@@ -38,6 +38,7 @@ class Record:
     VERSION: ClassVar[int] = 1
     REMEDY: ClassVar[str] = "restore the file, or make it again"
     INDENT: ClassVar[int | None] = 2
+    ASCII: ClassVar[bool] = True  # other characters are escaped
 
     format_version: int = dataclasses.field(default=1, kw_only=True)
 
@@ -85,7 +86,7 @@ class Record:
 
     def write_file(self, path: Path) -> None:
         """Write a file of any name, complete or not at all."""
-        write_text(path, json.dumps(self.as_json(), indent=self.INDENT) + "\n")
+        write_text(path, json.dumps(self.as_json(), indent=self.INDENT, ensure_ascii=self.ASCII) + "\n")
 
 
 def read[T](kind: type[T], path: Path, remedy: str) -> T:

@@ -13,15 +13,19 @@ FAILURES                            failed starts of a Slurm job (launch/slurm/s
 .lock                               locked while a run writes to the folder (moelpr.training.run_lock)
 """
 
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, TypedDict
+
+from pydantic import ConfigDict, Field, with_config
+from pydantic.dataclasses import dataclass
 
 from moelpr.process.errors import UserError
-from moelpr.store.files import parse_json
-from moelpr.store.yaml_files import read_mapping
+from moelpr.store import records, yaml_files
+from moelpr.store.records import STRICT, Record
 
 HF_FOLDER = "hf"
-# Tables of contents of a saved step, beside its .distcp files. Megatron writes the second when the step is complete.
+# Tables of contents of a saved step, next to its .distcp files. Megatron writes the second when the step is complete.
 METADATA_FILE, MEGATRON_CONFIG_FILE = TABLE_FILES = ".metadata", "metadata.json"
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 BASE_CHECKPOINT_FILE = "base_checkpoint.json"
@@ -31,51 +35,92 @@ VERSIONS_FILE = "versions.json"
 METRICS_FILE = "metrics.jsonl"
 STOP_FILE = "STOP"
 FINISHED_FILE = "FINISHED"
-_LARGEST = 10**12  # steps, samples and ranks are fewer
-# Of settings in a recipe that others than the trainer use.
-_TYPES: dict[str, Any] = {
-    "stage": str, "save": str | None, "model_source": str | None, "pretrained_checkpoint": str | None,
-    "model_step": str | None, "ckpt_step": int | None, "world_size": int | None, "train_iters": int | None,
-    "train_samples": int | None, "virtual_pipeline_model_parallel_size": int | None, "data_path": list | str | None,
-}  # fmt: skip
+
+_Name = Annotated[str, Field(pattern=r"^[^\x00]*$")]  # may name a file
+_Count = Annotated[int, Field(ge=-(10**12), le=10**12)]  # steps, samples and ranks are fewer
+
+
+@with_config(ConfigDict(strict=True, extra="allow"))
+class Settings(TypedDict, total=False):
+    """Every flag of a run with its final value, as recipe.yaml records it.
+
+    These are the flags that others than the trainer use.
+    """
+
+    stage: str
+    save: _Name | None
+    model_source: _Name | None
+    pretrained_checkpoint: _Name | None
+    model_step: _Name | None
+    ckpt_step: _Count | None
+    world_size: _Count | None
+    train_iters: _Count | None
+    train_samples: _Count | None
+    virtual_pipeline_model_parallel_size: _Count | None
+    data_path: list[_Name | float] | _Name | None
+
+
+@dataclass(frozen=True, config=STRICT)
+class Command(Record):
+    """How a run was last started.
+
+    Attributes:
+        arguments: The command line, without the program.
+        num_ranks: Number of processes.
+        ranks_per_node: Number of processes on each node.
+    """
+
+    FILE_NAME: ClassVar[str] = COMMAND_FILE
+    ASCII: ClassVar[bool] = False
+
+    arguments: list[str]
+    num_ranks: int | None = None
+    ranks_per_node: int | None = None
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
-    """The resolved flags in `folder`/recipe.yaml, without values of a wrong type; None if it is missing or damaged."""
-    try:
-        settings = read_mapping(folder / RECIPE_FILE, "recipe")
-    except UserError:
-        return None
-    return usable(settings)
+    """The settings in `folder`/recipe.yaml; None if the file is missing or damaged."""
+    with suppress(UserError):
+        return recorded_settings(folder / RECIPE_FILE)
+    return None
 
 
-def usable(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a recipe.yaml without values of a wrong type."""
-    return {name: value for name, value in settings.items() if name not in _TYPES or _is_usable(value, _TYPES[name])}
+def recorded_settings(path: Path) -> dict[str, Any]:
+    """The settings in a recipe.yaml that a run wrote.
+
+    Raises:
+        UserError: The file is missing or damaged.
+    """
+    return dict(yaml_files.read(Settings, path, "run's recipe", "restore it, or use another step"))
 
 
-def _is_usable(value: Any, kind: Any) -> bool:
-    """Whether a value has its type, and can be computed with or name a file."""
-    is_too_large = isinstance(value, int) and abs(value) > _LARGEST
-    texts = value if isinstance(value, list) else [value]
-    return isinstance(value, kind) and not is_too_large and not any("\0" in str(text) for text in texts)
+def read_command(folder: Path) -> Command:
+    """How the run in a folder was last started; without arguments if that is not recorded."""
+    with suppress(UserError):
+        return Command.read(folder)
+    return Command([])
+
+
+def read_versions(folder: Path) -> dict[str, str]:
+    """Package → version at the last start of the run in a folder; empty if that is not recorded."""
+    with suppress(UserError):
+        return records.read(dict[str, str], folder / VERSIONS_FILE, "restore it")
+    return {}
 
 
 def saved_step(folder: Path) -> int | None:
-    """The last step that was saved in `folder`; None if there is none."""
+    """The number of the last step that was saved in `folder`; None if it has no such step."""
     tracker = folder / TRACKER_FILE
     return as_step(tracker.read_text(errors="replace").strip()) if tracker.is_file() else None
 
 
 def as_step(text: str) -> int | None:
-    """The step that a tracker file names with `text`; None if that is no number of a step."""
+    """The number of the step that a tracker file names; None if the text is not a step number."""
     return int(text) if text.isdecimal() and len(text) < 19 else None  # int() refuses more than 4,300 digits
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file; None if the file is missing or damaged."""
-    try:
-        content = parse_json(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
+    with suppress(UserError):
+        return records.read(dict[str, Any], path, "")
+    return None

@@ -15,7 +15,7 @@ from moelpr.process.versions import installed_versions
 from moelpr.store import yaml_files
 from moelpr.store.copies import copy_folder
 from moelpr.store.files import make_folder, write_text
-from moelpr.store.run_folder import COMMAND_FILE, HF_FOLDER, RECIPE_FILE, VERSIONS_FILE
+from moelpr.store.run_folder import HF_FOLDER, RECIPE_FILE, VERSIONS_FILE, Command
 
 
 @contextmanager
@@ -35,11 +35,9 @@ def run_records(settings: RunSettings, argv: list[str]) -> Iterator[None]:
         if (source / HF_FOLDER).is_dir():
             copy_folder(source / HF_FOLDER, save / HF_FOLDER)
     recipe = yaml_files.dump(resolved_settings(vars(get_args())), sort_keys=True)
-    sizes = {"num_ranks": ranks.world_size(), "ranks_per_node": ranks.local_world_size()}
-    command = {"arguments": argv, **sizes}
     write_text(save / RECIPE_FILE, recipe)
     write_text(save / VERSIONS_FILE, json.dumps(installed_versions(), indent=2) + "\n")
-    write_text(save / COMMAND_FILE, json.dumps(command, indent=2, ensure_ascii=False) + "\n")
+    Command(argv, ranks.world_size(), ranks.local_world_size()).write(save)
 
     def add_recipe(iteration: int) -> None:
         step = save / step_name(iteration)

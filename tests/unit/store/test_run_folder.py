@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.store.run_folder import TRACKER_FILE, read_json, read_settings, saved_step
+from moelpr.store.run_folder import TRACKER_FILE, Command, read_command, read_settings, read_versions, saved_step
 
 
 def test_settings_are_those_of_recipe_yaml(tmp_path: Path) -> None:
@@ -12,36 +12,24 @@ def test_settings_are_those_of_recipe_yaml(tmp_path: Path) -> None:
     assert read_settings(tmp_path) == {"lr": 1e-3, "stage": "stage1"}
 
 
-def test_settings_of_a_wrong_type_are_left_out(tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text("stage: []\nsave: 3\nckpt_step: one\nmodel_source:\nlr: text\n")
-    assert read_settings(tmp_path) == {"model_source": None, "lr": "text"}
-    (tmp_path / "recipe.yaml").write_text(f'world_size: x\ntrain_iters: {10**18}\ndata_path: 5\nsave: "a\\0"\n')
-    assert read_settings(tmp_path) == {}
-    (tmp_path / "recipe.yaml").write_text('data_path: ["1", "a\\0b"]\n')
-    assert read_settings(tmp_path) == {}
-
-
-@pytest.mark.parametrize("content", [None, "- a list\n", "{", "\0"])
+@pytest.mark.parametrize(
+    "content", [None, "- a list\n", "{", "\0", "save: 3", f"train_iters: {10**18}", 'data_path: ["1", "a\\0b"]']
+)
 def test_a_missing_or_damaged_recipe_is_none(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "recipe.yaml").write_text(content)
     assert read_settings(tmp_path) is None
 
 
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        (b'{"torch": "2.15"}', {"torch": "2.15"}),
-        (b"[]", None),
-        (b"{", None),
-        (b"\xff", None),
-        (b'{"a": "\\ud800"}', None),
-    ],
-)
-def test_a_json_file_is_an_object_or_none(tmp_path: Path, content: bytes, expected: dict | None) -> None:
-    (tmp_path / "versions.json").write_bytes(content)
-    assert read_json(tmp_path / "versions.json") == expected
-    assert read_json(tmp_path / "missing.json") is None
+def test_what_is_not_recorded_is_empty(tmp_path: Path) -> None:
+    assert read_versions(tmp_path) == {} and read_command(tmp_path) == Command([])
+    Command(["--x", "ä"], 2).write(tmp_path)
+    assert read_command(tmp_path) == Command(["--x", "ä"], 2)
+    (tmp_path / "versions.json").write_text('{"torch": "2.15"}')
+    assert read_versions(tmp_path) == {"torch": "2.15"}
+    for content in (b"[]", b"{", b"\xff", b'{"a": "\\ud800"}'):
+        (tmp_path / "versions.json").write_bytes(content)
+        assert read_versions(tmp_path) == {}
 
 
 @pytest.mark.parametrize(

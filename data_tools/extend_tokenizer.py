@@ -13,8 +13,8 @@ from pathlib import Path
 from data_tools.preprocessing.job_tokenizer import load_job_tokenizer
 from data_tools.preprocessing.sources import STANDARD_INPUT, find_files, open_source
 from data_tools.vocabulary.bpe_tokenizer import BpeTokenizer
+from data_tools.vocabulary.counting import Comparison, TextFiles, compare, count_words, find_uses
 from data_tools.vocabulary.extension import OriginalTextGuard, choose_tokens, load_extended, write_tokenizer
-from data_tools.vocabulary.text import Comparison, TextFiles, compare, count_words, find_uses
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
 from moelpr.process.machine import available_cpus

@@ -11,8 +11,7 @@ import os
 
 from tqdm import tqdm
 
-from data_tools.corpus.corpus_writer import CorpusWriter, check_output, smallest_vocab_size
-from data_tools.corpus.opened import (
+from data_tools.corpus.corpus import (
     Corpus,
     CorpusPaths,
     check_same_job,
@@ -21,6 +20,7 @@ from data_tools.corpus.opened import (
     open_corpora,
     shard_prefix,
 )
+from data_tools.corpus.corpus_writer import CorpusWriter, check_output, smallest_vocab_size
 from moelpr.data.manifest import manifest_path
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError

@@ -13,7 +13,7 @@ import time
 
 from data_tools.preprocessing.arguments import parse_arguments
 from data_tools.preprocessing.job import Job
-from data_tools.preprocessing.plan import Plan
+from data_tools.preprocessing.job_spec import Plan
 from data_tools.preprocessing.summary import print_summary
 from moelpr.process.command import run_command
 

@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from data_tools.corpus.corpus import Corpus, missing_manifests, open_corpora, run_edges
 from data_tools.corpus.corpus_writer import CorpusWriter, Documents, check_output, smallest_vocab_size
-from data_tools.corpus.opened import Corpus, missing_manifests, open_corpora, run_edges
 from moelpr.data.manifest import FileRecord, LanguageCount, Manifest, Source
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError

@@ -11,7 +11,7 @@ from typing import BinaryIO, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.corpus.opened import Corpus, CorpusPaths, describe, run_edges
+from data_tools.corpus.corpus import Corpus, CorpusPaths, describe, run_edges
 from moelpr.data.corpus_index import index_header
 from moelpr.data.language_bits import LanguageBitsWriter
 from moelpr.data.manifest import FileRecord, Manifest, manifest_path

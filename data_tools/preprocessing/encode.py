@@ -12,10 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.corpus.corpus import run_edges
 from data_tools.corpus.corpus_writer import Documents, TokenFile, as_tokens
-from data_tools.corpus.opened import run_edges
 from data_tools.preprocessing import long_documents
-from data_tools.preprocessing.languages import (
+from data_tools.preprocessing.batches import Batch, FileRange
+from data_tools.preprocessing.long_documents import LongString, encode_long_text, without_long_strings
+from data_tools.preprocessing.summary import Tally
+from data_tools.preprocessing.tagging import (
     SPAN_KEYS,
     UNDETECTED,
     Bits,
@@ -25,9 +28,6 @@ from data_tools.preprocessing.languages import (
     TaggedText,
     Tagger,
 )
-from data_tools.preprocessing.long_documents import LongString, encode_long_text, without_long_strings
-from data_tools.preprocessing.reader import Batch, FileRange
-from data_tools.preprocessing.summary import Tally
 from moelpr.data.tokenizers.base import Encoded, Piece, Tokenizer
 from moelpr.data.tokenizers.gigatoken import GigatokenTokenizer
 from moelpr.process.errors import UserError

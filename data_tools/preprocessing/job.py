@@ -15,8 +15,8 @@ from typing import Self
 from tqdm import tqdm
 
 from data_tools.corpus.corpus_writer import CorpusWriter, Documents, Position, commit_corpus
-from data_tools.preprocessing.plan import Plan
-from data_tools.preprocessing.reader import Batch, ReadCursor, Reader
+from data_tools.preprocessing.batches import Batch, ReadCursor, Reader
+from data_tools.preprocessing.job_spec import Plan
 from data_tools.preprocessing.summary import Tally, why_empty
 from data_tools.preprocessing.workers import worker_pool
 from moelpr.data.manifest import Manifest

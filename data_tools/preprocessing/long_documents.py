@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_tools.preprocessing.reader import LONG_LINE_BYTES, FileRange
+from data_tools.preprocessing.batches import LONG_LINE_BYTES, FileRange
 from moelpr.data.tokenizers.base import Piece, Tokenizer
 from moelpr.store.documents import BadLine
 

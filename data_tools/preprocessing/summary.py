@@ -5,9 +5,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data_tools.corpus.corpus import describe
 from data_tools.corpus.corpus_writer import token_dtype
-from data_tools.corpus.opened import describe
-from data_tools.preprocessing.languages import UNDETECTED, Bits
+from data_tools.preprocessing.tagging import UNDETECTED, Bits
 from moelpr.data.manifest import LanguageCount, Manifest
 from moelpr.process.tables import table_text
 

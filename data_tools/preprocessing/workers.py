@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
-from data_tools.preprocessing.reader import Batch
+from data_tools.preprocessing.batches import Batch
 from moelpr.process.command import deferred_signals
 from moelpr.process.errors import UserError, reports_panics
 

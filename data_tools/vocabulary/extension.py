@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from data_tools.preprocessing.job_tokenizer import JobTokenizer, load_job_tokenizer
 from data_tools.vocabulary.bpe_tokenizer import BpeTokenizer
+from data_tools.vocabulary.counting import NewText, OriginalText
 from data_tools.vocabulary.merges import Candidate, NewToken, Words, continue_merges
-from data_tools.vocabulary.text import NewText, OriginalText
 from moelpr.data.tokenizers.base import vocabulary_checksum
 from moelpr.data.vocabulary_extension import VocabularyExtension
 from moelpr.process.errors import UserError

@@ -52,7 +52,7 @@ def expected_corpus(box: Path, rows: list[tuple[str, Any]]) -> list[tuple[list[i
 
 def corpus(box: Path) -> list[tuple[list[int], bool]]:
     """Token IDs and the language bit of each document in out/a_text_document."""
-    from data_tools.corpus.opened import Corpus
+    from data_tools.corpus.corpus import Corpus
 
     found = Corpus(box / "out/a_text_document")
     rows = (found.document(index) for index in range(found.num_documents))

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.common import write_corpus
 from benchmarks.comparisons import read_samples
-from data_tools.corpus.opened import Corpus
+from data_tools.corpus.corpus import Corpus
 
 
 def test_both_datasets_read_the_same_samples(tmp_path: Path, megatron: None) -> None:

@@ -74,7 +74,7 @@ def test_blend_is_shown_by_corpus_and_language(write_corpus: Callable) -> None:
 
 
 def original_documents(prefix: Path) -> int:
-    from data_tools.corpus.opened import Corpus
+    from data_tools.corpus.corpus import Corpus
 
     corpus = Corpus(prefix)
     return sum(int(corpus.document(index)[1][0]) for index in range(corpus.num_documents))
@@ -87,7 +87,7 @@ def test_part_of_a_corpus_is_counted_by_its_bits(write_corpus: Callable, monkeyp
     monkeypatch.setattr(dataset, "_SEQUENCES_AT_ONCE", 7)
     prefix, ids, bits = write_corpus("corpus", documents=60, bits="random", seed=4)
     write_manifest(prefix, len(ids), 60, {"en": LanguageCount("original", 60, len(ids))})
-    from data_tools.corpus.opened import Corpus
+    from data_tools.corpus.corpus import Corpus
 
     tokens = int(Corpus(prefix).document_lengths[:30].sum())
     original = [int(Corpus(prefix).document(index)[1][0]) for index in range(30)]

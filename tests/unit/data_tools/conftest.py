@@ -13,8 +13,8 @@ import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from data_tools import preprocess_data
+from data_tools.corpus.corpus import CorpusPaths
 from data_tools.corpus.corpus_writer import CorpusWriter, Documents
-from data_tools.corpus.opened import CorpusPaths
 from moelpr.data.manifest import LanguageCount, Manifest, Source, TokenizerRecord
 
 ORIGINAL = {"en", "es", "zh"}

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools import extend_tokenizer
-from data_tools.preprocessing import long_documents, reader
+from data_tools.preprocessing import batches, long_documents
 from moelpr.data.tokenizers.base import vocabulary_checksum
 from moelpr.data.tokenizers.loading import load_tokenizer
 from moelpr.data.vocabulary_extension import VocabularyExtension
@@ -68,8 +68,8 @@ def test_a_long_text_in_a_compressed_file_counts_as_in_a_plain_one(
     extend: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is read more than once, from a file that it is decompressed to."""
-    monkeypatch.setattr(reader, "BATCH_BYTES", 3_000)
-    for module in (reader, long_documents):
+    monkeypatch.setattr(batches, "BATCH_BYTES", 3_000)
+    for module in (batches, long_documents):
         monkeypatch.setattr(module, "LONG_LINE_BYTES", 10_000)
     for name, size in (("_LONG_STRING_BYTES", 500), ("_BLOCK_BYTES", 700), ("_WINDOW_CHARACTERS", 100)):
         monkeypatch.setattr(long_documents, name, size)

@@ -12,8 +12,8 @@ import pytest
 import sentencepiece
 
 from data_tools import inspect_data
+from data_tools.corpus.corpus import Corpus
 from data_tools.corpus.corpus_writer import CorpusWriter
-from data_tools.corpus.opened import Corpus
 from moelpr.data.manifest import Manifest, manifest_path
 from moelpr.process.errors import UserError
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from data_tools import merge_data
+from data_tools.corpus.corpus import Corpus, CorpusPaths
 from data_tools.corpus.corpus_writer import CorpusWriter
-from data_tools.corpus.opened import Corpus, CorpusPaths
 from moelpr.data.manifest import LanguageCount, Manifest, Source
 from moelpr.process.errors import UserError
 

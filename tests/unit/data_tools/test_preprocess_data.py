@@ -18,8 +18,8 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from data_tools import merge_data, preprocess_data
-from data_tools.corpus.opened import Corpus
-from data_tools.preprocessing import encode, job, reader
+from data_tools.corpus.corpus import Corpus
+from data_tools.preprocessing import batches, encode, job
 from moelpr.data.manifest import Manifest
 from moelpr.data.tokenizers.loading import load_tokenizer
 from moelpr.process.command import run_command
@@ -148,7 +148,7 @@ def test_number_of_workers_changes_no_byte(
     corpus_bytes: Callable,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(reader, "BATCH_BYTES", 500)  # some twenty batches, so that workers overtake each other
+    monkeypatch.setattr(batches, "BATCH_BYTES", 500)  # some twenty batches, so that workers overtake each other
     words = ("--input", corpus_lines("a.jsonl"), corpus_lines("b.jsonl", 33), *KEY)
     one = preprocess(sp_tokenizer, *words, out="one", workers=1)
     three = preprocess(sp_tokenizer, *words, out="three", workers=3)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from data_tools.corpus import corpus_writer
+from data_tools.corpus.corpus import Corpus, CorpusPaths
 from data_tools.corpus.corpus_writer import CorpusWriter, Documents, check_output, token_dtype
-from data_tools.corpus.opened import Corpus, CorpusPaths
 from moelpr.process.errors import UserError
 from moelpr.store.files import LOCK_FILE, locked, temporary_name
 

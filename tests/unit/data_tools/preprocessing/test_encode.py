@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_tools.preprocessing.encode import Encoder, Text
-from data_tools.preprocessing.languages import Bits, LanguageSpans, TaggedText
 from data_tools.preprocessing.summary import Tally
+from data_tools.preprocessing.tagging import Bits, LanguageSpans, TaggedText
 from moelpr.data.tokenizers.base import Encoded, Tokenizer
 from moelpr.data.tokenizers.loading import load_tokenizer
 

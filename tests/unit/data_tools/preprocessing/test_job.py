@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from data_tools.preprocessing import job, reader
+from data_tools.preprocessing import batches, job
 from data_tools.preprocessing.arguments import parse_arguments
-from data_tools.preprocessing.plan import Plan
+from data_tools.preprocessing.job_spec import Plan
 from moelpr.data.manifest import Manifest
 from moelpr.process.errors import UserError
 from moelpr.store.files import LOCK_FILE, locked
@@ -84,7 +84,7 @@ def test_resumed_job_writes_the_same_bytes_wherever_it_was_interrupted(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(reader, "BATCH_BYTES", 4000)
+    monkeypatch.setattr(batches, "BATCH_BYTES", 4000)
     words = ("--input", *input_files, *FLAGS, *samples)
     whole = everything(preprocess(hf_tokenizer, *words, out="whole/a"))
     assert len(whole) == 4 * len(CORPORA) + 1  # with manifests, and the list of skipped lines
@@ -172,8 +172,8 @@ def test_kill_9_leaves_nothing_that_looks_complete_and_resume_continues(
     tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(hf_tokenizer)]
     program = (
         "import sys, time; from data_tools import preprocess_data as p;"
-        "from data_tools.preprocessing import reader, job as j;"
-        "j.SAVE_EVERY_S = 0; reader.BATCH_BYTES = 20_000; save = j.Job.save;"
+        "from data_tools.preprocessing import batches, job as j;"
+        "j.SAVE_EVERY_S = 0; batches.BATCH_BYTES = 20_000; save = j.Job.save;"
         "j.Job.save = lambda job: (save(job), time.sleep(0.05)); p.main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", program, *words, *tokenizer, "--output-prefix", str(tmp_path / "killed" / "a")]
@@ -187,7 +187,7 @@ def test_kill_9_leaves_nothing_that_looks_complete_and_resume_continues(
     process.wait()
     assert [path.name for path in (tmp_path / "killed").iterdir()] == [".a.unfinished"]
 
-    monkeypatch.setattr(reader, "BATCH_BYTES", 7000)  # nor does it matter in which pieces the rest is read
+    monkeypatch.setattr(batches, "BATCH_BYTES", 7000)  # nor does it matter in which pieces the rest is read
     whole = everything(preprocess(hf_tokenizer, *words, out="whole/a"))
     assert everything(preprocess(hf_tokenizer, *words, "--resume", out="killed/a")) == whole
 

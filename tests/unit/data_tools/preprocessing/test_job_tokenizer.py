@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from data_tools.corpus.opened import Corpus
+from data_tools.corpus.corpus import Corpus
 from moelpr.data.manifest import Manifest
 from moelpr.data.tokenizer_match import TokenizerMatch, compare_tokenizers
 from moelpr.data.tokenizers import gigatoken
@@ -160,7 +160,7 @@ def test_different_ids_during_the_job_stop_it(
     write_lines, preprocess, hf_tokenizer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A document of each batch is encoded by both; here the sample before the start misses what differs."""
-    monkeypatch.setattr("data_tools.preprocessing.plan._sample", lambda *_: [])
+    monkeypatch.setattr("data_tools.preprocessing.job_spec._sample", lambda *_: [])
     differ_on(monkeypatch, "strange")
     lines = write_lines("a.jsonl", [{"text": "strange"}])
     with pytest.raises(UserError, match="'strange'.*--tokenizer-backend reference"):

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from data_tools.corpus.opened import Corpus
-from data_tools.preprocessing import long_documents, reader
+from data_tools.corpus.corpus import Corpus
+from data_tools.preprocessing import batches, long_documents
+from data_tools.preprocessing.batches import FileRange, ReadCursor
 from data_tools.preprocessing.long_documents import encode_long_text, without_long_strings
-from data_tools.preprocessing.reader import FileRange, ReadCursor
 from data_tools.preprocessing.sources import Share, open_source
 from moelpr.data.manifest import Manifest
 from moelpr.data.tokenizers.base import Tokenizer as AnyTokenizer
@@ -32,8 +32,8 @@ SPLIT = (
 @pytest.fixture(autouse=True)
 def small_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make all pieces about a hundred times smaller."""
-    monkeypatch.setattr(reader, "BATCH_BYTES", 3000)
-    for module in (reader, long_documents):
+    monkeypatch.setattr(batches, "BATCH_BYTES", 3000)
+    for module in (batches, long_documents):
         monkeypatch.setattr(module, "LONG_LINE_BYTES", 10_000)
     monkeypatch.setattr(long_documents, "_LONG_STRING_BYTES", 500)
     monkeypatch.setattr(long_documents, "_BLOCK_BYTES", 700)
@@ -85,7 +85,7 @@ def test_long_lines_give_the_corpus_of_lines_in_memory(
     path.write_bytes(gzip.compress(content) if is_archive else content)
     flags = (*FLAGS, "--validation-share", "0.4", "--seed", "3")
     prefix = preprocess(hf_tokenizer, "--input", path, *flags, workers=2)
-    for module in (reader, long_documents):
+    for module in (batches, long_documents):
         monkeypatch.setattr(module, "LONG_LINE_BYTES", 1 << 30)
     monkeypatch.setattr(long_documents, "LONG_TEXT_CHARACTERS", 1 << 30)
     whole = preprocess(hf_tokenizer, "--input", path, *flags, out="whole/a")
@@ -101,7 +101,7 @@ def test_long_lines_are_batches_of_their_own(rows, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     share = Share(open_source(str(path)), 0, path.stat().st_size)
-    batches = list(reader.Reader([share], [[]], None, tmp_path).batches(ReadCursor()))
+    batches = list(batches.Reader([share], [[]], None, tmp_path).batches(ReadCursor()))
     assert [batch.is_long_line for batch in batches].count(True) == 4
     content = path.read_bytes()
     read = [item for batch in batches for item in batch.items()]
@@ -202,7 +202,7 @@ def test_long_mixed_document_is_encoded_in_pieces(
     preprocess, hf_tokenizer, write_lines, sentences, corpus_bytes, monkeypatch
 ):
     """Longer than a piece, though not than memory: spans and pieces together."""
-    for module in (reader, long_documents):
+    for module in (batches, long_documents):
         monkeypatch.setattr(module, "LONG_LINE_BYTES", 1 << 30)
     spans = [{"text": f"{sentences[name]} ", "lang": name} for name in ("en", "el", "hu") * 100]
     lines = write_lines("a.jsonl", [{"spans": spans}])
@@ -222,7 +222,7 @@ def test_long_lines_that_were_not_chosen_take_no_disk(rows: list[dict[str, Any]]
     sizes = [len(line) for line in path.read_bytes().splitlines(keepends=True)]
     long = [number for number, size in enumerate(sizes) if size > 10_000]
     chosen = [0, long[1], len(rows) - 2]
-    batches = list(reader.Reader([share], [["text"]], [np.array(chosen)], spool).batches(ReadCursor()))
+    batches = list(batches.Reader([share], [["text"]], [np.array(chosen)], spool).batches(ReadCursor()))
     assert sum(batch.num_bytes for batch in batches) == sum(sizes[number] for number in chosen)
     assert len(list(spool.iterdir())) == len({*chosen} & {*long}) < len(long)
 

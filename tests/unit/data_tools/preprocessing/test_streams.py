@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.preprocessing import reader
+from data_tools.preprocessing import batches
 from moelpr.process.errors import UserError
 from tests.support.packed_files import parquet_table, zstd
 
@@ -47,7 +47,7 @@ def test_every_form_gives_the_same_corpus(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(reader, "BATCH_BYTES", 1500)
+    monkeypatch.setattr(batches, "BATCH_BYTES", 1500)
     plain = (tmp_path / "plain.jsonl").read_bytes()
     (tmp_path / name).write_bytes(parquet_table(rows) if pack is None else pack(plain))
     prefix = preprocess(hf_tokenizer, "--input", tmp_path / name, *FLAGS, workers=2)

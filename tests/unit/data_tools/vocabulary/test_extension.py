@@ -2,8 +2,8 @@ from collections import Counter
 
 import numpy as np
 
+from data_tools.vocabulary.counting import OriginalText, PairCounts
 from data_tools.vocabulary.extension import OriginalTextGuard
-from data_tools.vocabulary.text import OriginalText, PairCounts
 
 FIRST_NEW = 100
 

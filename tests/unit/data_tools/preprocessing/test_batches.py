@@ -13,9 +13,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from data_tools.corpus.opened import Corpus
-from data_tools.preprocessing import reader
-from data_tools.preprocessing.reader import Batch, ReadCursor, Reader
+from data_tools.corpus.corpus import Corpus
+from data_tools.preprocessing import batches
+from data_tools.preprocessing.batches import Batch, ReadCursor, Reader
 from data_tools.preprocessing.sampling import sample_documents
 from data_tools.preprocessing.sources import Share, open_source
 from moelpr.process.errors import UserError
@@ -79,7 +79,7 @@ def test_a_file_that_becomes_shorter_while_it_is_read_ends_the_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int
 ) -> None:
     """Lines of 10 bytes; it was read in a loop without an end."""
-    monkeypatch.setattr("data_tools.preprocessing.reader.BATCH_BYTES", 500)
+    monkeypatch.setattr("data_tools.preprocessing.batches.BATCH_BYTES", 500)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"123456789\n" * 200)
     source = open_source(str(path))
@@ -132,9 +132,9 @@ def test_lines_before_malformed_ones_are_counted_once(tmp_path: Path, monkeypatc
     path = tmp_path / "a.jsonl"
     path.write_text("".join(f"{number}\n" for number in range(1000)))
     content, read = path.read_bytes(), []
-    monkeypatch.setattr(reader, "open", lambda *words: Counted(open(*words), read), raising=False)
+    monkeypatch.setattr(batches, "open", lambda *words: Counted(open(*words), read), raising=False)
     starts = [0, *(place + 1 for place, byte in enumerate(content) if byte == ord("\n"))]
-    assert [reader._lines_before(str(path), starts[number]) for number in (*range(1, 1001, 9), 500)] == [
+    assert [batches._lines_before(str(path), starts[number]) for number in (*range(1, 1001, 9), 500)] == [
         *range(1, 1001, 9),
         500,
     ]
@@ -165,7 +165,7 @@ class Counted:
 def test_bad_line_of_an_archive_is_reported_by_number(
     rows, expected, preprocess, hf_tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reader, "BATCH_BYTES", 500)
+    monkeypatch.setattr(batches, "BATCH_BYTES", 500)
     lines = (tmp_path / "plain.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "a.gz").write_bytes(gzip.compress(b"".join([*lines[:40], b"\n", b"oops\n", *lines[40:]])))
     with pytest.raises(UserError, match=r"a\.gz:42: not JSON"):
@@ -204,7 +204,7 @@ def test_blank_lines_are_not_read_one_by_one(tmp_path: Path) -> None:
             return super().readline(size)
 
     reader = Reader([], [], None, tmp_path)
-    found = list(reader._lines(Counted(io.BytesIO(BLANK + b"{}\n" + BLANK)), ReadCursor()))
+    found = list(batches._lines(Counted(io.BytesIO(BLANK + b"{}\n" + BLANK)), ReadCursor()))
     assert [(content, line) for content, _, _, line, _ in found] == [(b"{}\n", 200_001)]
     assert Counted.calls < 1000
 
@@ -213,7 +213,7 @@ def test_a_resumed_job_skips_the_blank_lines_it_has_read(tmp_path: Path) -> None
     (tmp_path / "a.gz").write_bytes(gzip.compress(b"1\n" + BLANK + b"2\n" + BLANK + b"3\n"))
     reader = Reader([Share(open_source(str(tmp_path / "a.gz")), 0, 1)], [], None, tmp_path)
     with gzip.open(tmp_path / "a.gz") as stream:
-        cursors = [ReadCursor(0, *item[2:]) for item in reader._lines(stream, ReadCursor())]
+        cursors = [ReadCursor(0, *item[2:]) for item in batches._lines(stream, ReadCursor())]
     for index, cursor in enumerate(cursors):
         items = [line for batch in reader.batches(cursor) for line in batch.content]
         assert items == [b"1\n", b"2\n", b"3\n"][index + 1 :]

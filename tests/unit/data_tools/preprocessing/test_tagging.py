@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_tools.corpus.opened import Corpus
-from data_tools.preprocessing.languages import UNDETECTED, Detector
+from data_tools.corpus.corpus import Corpus
+from data_tools.preprocessing.tagging import UNDETECTED, Detector
 from moelpr.data.manifest import Manifest
 from moelpr.data.tokenizers.loading import load_tokenizer
 from moelpr.process.errors import UserError

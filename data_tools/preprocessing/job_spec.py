@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.corpus.corpus import shard_prefix
 from data_tools.corpus.corpus_writer import check_output
-from data_tools.corpus.opened import shard_prefix
-from data_tools.preprocessing import languages
+from data_tools.preprocessing import tagging
+from data_tools.preprocessing.batches import ReadCursor, Reader
 from data_tools.preprocessing.encode import VALIDATION, Encoder
 from data_tools.preprocessing.job_tokenizer import JobTokenizer, load_job_tokenizer
-from data_tools.preprocessing.languages import UNDETECTED, Bits, Detector, Tagger
-from data_tools.preprocessing.reader import ReadCursor, Reader
 from data_tools.preprocessing.sampling import sample_documents
 from data_tools.preprocessing.sources import (
     Form,
@@ -28,6 +27,7 @@ from data_tools.preprocessing.sources import (
     open_source,
     shares_of,
 )  # fmt: skip
+from data_tools.preprocessing.tagging import UNDETECTED, Bits, Detector, Tagger
 from moelpr.data.tokenizers.gigatoken import choose_library
 from moelpr.process.command import check_is_utf8
 from moelpr.process.errors import UserError
@@ -264,16 +264,16 @@ def _languages(arguments: argparse.Namespace, datasets: list[Dataset]) -> tuple[
     if arguments.dataset or arguments.language:
         pairs = [(dataset.name or dataset.language, dataset.language) for dataset in datasets]
         groups = [frozenset(name for name, bit in pairs if bit == group) for group in ("original", "expanded")]
-        return Bits(*groups), languages.OneLanguage([name for name, _ in pairs])
+        return Bits(*groups), tagging.OneLanguage([name for name, _ in pairs])
     bits = Bits.from_names(arguments.original_languages, arguments.expanded_languages)
     if arguments.language_key:
-        return bits, languages.LanguageKey(arguments.language_key, bits)
+        return bits, tagging.LanguageKey(arguments.language_key, bits)
     if arguments.spans_key:
-        return bits, languages.LanguageSpans(arguments.spans_key, bits)
+        return bits, tagging.LanguageSpans(arguments.spans_key, bits)
     detector = _detector(arguments, bits)
     if arguments.undetected == "original":
         bits = Bits(bits.original | {UNDETECTED}, bits.expanded)
-    return bits, languages.DetectedLanguages(detector, arguments.detect_language == "line")
+    return bits, tagging.DetectedLanguages(detector, arguments.detect_language == "line")
 
 
 def _detector(arguments: argparse.Namespace, bits: Bits) -> Detector:

@@ -3,8 +3,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data_tools.vocabulary import text
-from data_tools.vocabulary.text import NewText, PairCounts, distinct_pairs
+from data_tools.vocabulary import counting
+from data_tools.vocabulary.counting import NewText, PairCounts, distinct_pairs
 
 
 def test_pairs_of_a_long_text_include_those_across_its_pieces() -> None:
@@ -14,7 +14,7 @@ def test_pairs_of_a_long_text_include_those_across_its_pieces() -> None:
 
 
 def test_the_rarest_words_are_forgotten_beyond_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text, "MAX_WORDS", 3)
+    monkeypatch.setattr(counting, "MAX_WORDS", 3)
     counted = NewText()
     counted.add(NewText(Counter(a=5, b=1, c=1), bytes=7))
     assert counted.words == {"a": 5, "b": 1, "c": 1}

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from data_tools.corpus.opened import Corpus
-from data_tools.preprocessing import job, reader
+from data_tools.corpus.corpus import Corpus
+from data_tools.preprocessing import batches, job
 from moelpr.data.manifest import Manifest
 from moelpr.process.errors import UserError
 
@@ -50,7 +50,7 @@ def test_a_job_is_not_resumed_with_another_language_of_a_dataset(
 ) -> None:
     """Otherwise the first part of a corpus would have one bit, and the rest the other."""
     monkeypatch.setattr(job, "SAVE_EVERY_S", 0)
-    monkeypatch.setattr(reader, "BATCH_BYTES", 200)
+    monkeypatch.setattr(batches, "BATCH_BYTES", 200)
     words = ("--dataset-info", registry, "--dataset", "hu_1b", "--resume")
     write, written = job.Job._write_batch, []
 

@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from data_tools.preprocessing.batches import Batch, ReadCursor, Reader
 from data_tools.preprocessing.encode import Encoder, Text
-from data_tools.preprocessing.languages import Bits, OneLanguage
 from data_tools.preprocessing.long_documents import LONG_TEXT_CHARACTERS, encode_long_text
-from data_tools.preprocessing.reader import Batch, ReadCursor, Reader
 from data_tools.preprocessing.sources import Source, shares_of
+from data_tools.preprocessing.tagging import Bits, OneLanguage
 from data_tools.preprocessing.workers import worker_pool
 from data_tools.vocabulary.bpe_tokenizer import BpeTokenizer
 from moelpr.data.tokenizers.base import Tokenizer

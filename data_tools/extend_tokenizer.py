@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     if not isinstance(old.tokenizer.source, str):
         raise UserError(f"the tokenizer {args.tokenizer} has no tokenizer.json; convert it to a fast tokenizer")
     bpe = BpeTokenizer(old.tokenizer.source, str(args.tokenizer))
-    counted = dict(zip(new_files.languages, count_words(new_files, bpe, old.tokenizer, args.workers), strict=True))
+    counted = dict(zip(new_files.languages, count_words(new_files, bpe, args.workers), strict=True))
     for language, text in counted.items():
         if not text.bytes or not text.held_out:
             raise UserError(

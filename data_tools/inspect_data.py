@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.corpus.corpus import Corpus, run_edges
+from data_tools.corpus.corpus import Corpus
+from data_tools.corpus.tokenized import run_edges
 from data_tools.preprocessing.arguments import add_tokenizer_arguments
 from moelpr.data.manifest import Manifest
 from moelpr.data.tokenizers.base import Tokenizer

@@ -13,7 +13,7 @@ import time
 
 from data_tools.preprocessing.arguments import parse_arguments
 from data_tools.preprocessing.job import Job
-from data_tools.preprocessing.job_spec import Plan
+from data_tools.preprocessing.job_spec import describe_job
 from data_tools.preprocessing.summary import print_summary
 from moelpr.process.command import run_command
 
@@ -21,19 +21,19 @@ from moelpr.process.command import run_command
 def main(argv: list[str] | None = None) -> None:
     started = time.monotonic()
     arguments = parse_arguments(__doc__, argv)
-    plan = Plan(arguments)
-    for note in plan.notes:
+    spec = describe_job(arguments)
+    for note in spec.notes:
         print(f"note: {note}", file=sys.stderr)
-    with Job(plan, arguments.resume) as job:
+    with Job(spec, arguments.resume) as job:
         job.write(arguments.workers, arguments.log_interval, arguments.overwrite, arguments.max_bad_share)
         job.commit()
     state = job.state
     print_summary(
         state.manifests,
-        plan.prefixes,
+        spec.outputs.corpora,
         state.tally,
-        plan.encoder.bits,
-        plan.skipped_path,
+        spec.encoder.groups,
+        spec.outputs.skipped_path,
         shows_languages=not arguments.language,
         names_original=bool(arguments.original_languages),
     )

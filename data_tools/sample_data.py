@@ -16,20 +16,20 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data_tools.corpus.corpus import Corpus, missing_manifests, open_corpora, run_edges
-from data_tools.corpus.corpus_writer import CorpusWriter, Documents, check_output, smallest_vocab_size
-from moelpr.data.manifest import FileRecord, LanguageCount, Manifest, Source
+from data_tools.corpus.corpus import Corpus
+from data_tools.corpus.corpus_writer import CorpusWriter, check_output, smallest_vocab_size
+from data_tools.corpus.joining import missing_manifests, open_corpora
+from data_tools.corpus.tokenized import Documents, runs_of
+from moelpr.data.manifest import Bit, FileRecord, LanguageCount, Manifest, Source
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
 from moelpr.process.tables import table_text
 
-Bit = Literal["original", "expanded"]
 BITS: tuple[Bit, Bit] = ("original", "expanded")
 _TOKENS_AT_ONCE = 1 << 20
 
@@ -157,8 +157,7 @@ def write(samples: list[Sample], writer: CorpusWriter) -> dict[str, LanguageCoun
             for piece in np.split(sample.chosen, np.flatnonzero(np.diff(pieces)) + 1):
                 ids, bits = zip(*map(sample.corpus.document, piece.tolist()), strict=True)
                 flags, lengths = np.concatenate(bits), np.array([len(document) for document in ids])
-                edges = run_edges(flags)
-                writer.add(Documents(np.concatenate(ids), lengths, flags[edges[:-1]], np.diff(edges)))
+                writer.add(Documents(np.concatenate(ids), lengths, runs_of(flags)))
                 original = np.add.reduceat(flags, np.cumsum(lengths) - lengths, dtype=np.int64)
                 for bit, tokens in zip(BITS, (original, lengths - original), strict=True):
                     if tokens.any():  # a document of both groups counts for each; the size of its text is unknown

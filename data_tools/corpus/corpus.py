@@ -1,8 +1,6 @@
 """Tokenized corpora: `<prefix>.bin` and `.idx` in Megatron's format and `.lang` in ours, opened and checked."""
 
-import dataclasses
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -11,9 +9,8 @@ from numpy.typing import NDArray
 
 from moelpr.data.corpus_index import CorpusIndex
 from moelpr.data.language_bits import LanguageBits, language_bits_path, open_language_bits
-from moelpr.data.manifest import FileRecord, LanguageCount, Manifest, Source, TokenizerRecord, manifest_path
+from moelpr.data.manifest import Manifest, manifest_path
 from moelpr.process.errors import UserError
-from moelpr.process.machine import allow_open_files
 
 _FIX = "rebuild the corpus with data_tools/preprocess_data.py"
 
@@ -41,13 +38,6 @@ def describe(prefix: str, documents: int, tokens: int, original_tokens: int, dty
     share = original_tokens / max(tokens, 1)  # a shard may be empty
     counts = f"{documents:,} documents, {tokens:,} tokens ({share:.1%} original-language)"
     return f"{prefix}.bin, .idx, .lang: {counts}, {dtype.name}"
-
-
-def run_edges(bits: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Return where runs of equal bits start, and the number of bits: [runs + 1]."""
-    if not len(bits):
-        return np.zeros(1, np.int64)
-    return np.concatenate([[0], np.flatnonzero(np.diff(bits)) + 1, [len(bits)]])
 
 
 class Corpus:
@@ -121,95 +111,3 @@ class Corpus:
         """Return the token IDs and language bits of one document: [tokens] each."""
         start, stop = int(self._document_offsets[index]), int(self._document_offsets[index + 1])
         return self.tokens[start:stop], self.bits.slice(start, stop)
-
-
-def open_corpora(prefixes: Sequence[str]) -> tuple[list[Corpus], list[Manifest] | None]:
-    """Open several corpora, read all of them, and check that they can be joined.
-
-    Returns:
-        The corpora, and their manifests; None if one of them has no manifest.
-
-    Raises:
-        UserError: A corpus is damaged, or two have different tokenizers or different bits for one language.
-    """
-    allow_open_files()
-    corpora = [Corpus(prefix) for prefix in prefixes]
-    manifests = [corpus.verify() for corpus in corpora]
-    found = [(prefix, manifest) for prefix, manifest in zip(prefixes, manifests, strict=True) if manifest is not None]
-    bits: dict[str, tuple[str, str]] = {}  # language -> its first corpus, and its bit there
-    for prefix, manifest in found:
-        _compare_tokenizers(*found[0], prefix, manifest)
-        for language, count in manifest.languages.items():
-            other_prefix, other_bit = bits.setdefault(language, (prefix, count.bit))
-            if count.bit != other_bit:
-                raise UserError(
-                    f"{language} is an {other_bit} language in {other_prefix}, but an {count.bit} one in {prefix}; "
-                    "preprocess one of them again"
-                )
-    first = corpora[0].tokens.dtype
-    for corpus in corpora:
-        if corpus.tokens.dtype != first:
-            raise UserError(
-                f"{corpus.paths.bin} contains {corpus.tokens.dtype.name}, but {corpora[0].paths.bin} contains "
-                f"{first.name}; join corpora of one tokenizer"
-            )
-    return corpora, [manifest for _, manifest in found] if len(found) == len(corpora) else None
-
-
-def check_same_job(prefixes: Sequence[str], manifests: Sequence[Manifest]) -> None:
-    """Raise `UserError` if shards were not made by the same command from the same input: documents would be missing."""
-    for prefix, manifest in zip(prefixes, manifests, strict=True):
-        if manifest.shard_of != manifests[0].shard_of:
-            raise UserError(
-                f"{prefixes[0]} and {prefix} are shards of different jobs: their flags differ, or the names or sizes "
-                "of their input files; preprocess all shards again, from the same input"
-            )
-
-
-def _compare_tokenizers(prefix: str, manifest: Manifest, other_prefix: str, other: Manifest) -> None:
-    def identity(tokenizer: TokenizerRecord) -> tuple[object, ...]:
-        # The path of the tokenizer does not matter.
-        return tokenizer.type, tokenizer.fingerprint, tokenizer.vocabulary_sha256, tokenizer.special_tokens
-
-    if identity(manifest.tokenizer) != identity(other.tokenizer):
-        raise UserError(
-            f"{prefix} was made with the tokenizer {manifest.tokenizer.model}, {other_prefix} with another, "
-            f"{other.tokenizer.model}; tokenize both with the same one"
-        )
-    if manifest.append_eod != other.append_eod or manifest.tokenizer.eod_id != other.tokenizer.eod_id:
-        raise UserError(
-            f"the documents of {prefix} and {other_prefix} end in different tokens; tokenize both with or both without "
-            "--append-eod"
-        )
-
-
-def merge_manifests(manifests: Sequence[Manifest], files: dict[str, FileRecord]) -> Manifest:
-    """Return the manifest of concatenated corpora, whose files are `files`.
-
-    A source that is in several of them (shards of one job share their input) is listed once.
-    """
-    sources: dict[object, Source] = {}
-    languages: dict[str, LanguageCount] = {}
-    for manifest in manifests:
-        for source in manifest.sources:
-            key = source.path, source.bytes, source.sha1
-            sources.setdefault(key, dataclasses.replace(source, documents=0)).documents += source.documents
-        for name, count in manifest.languages.items():
-            languages.setdefault(name, LanguageCount(count.bit)).add(count.documents, count.tokens, count.bytes)
-    return Manifest(
-        tokenizer=manifests[0].tokenizer,
-        append_eod=manifests[0].append_eod,
-        sources=list(sources.values()),
-        languages=dict(sorted(languages.items())),
-        documents=sum(manifest.documents for manifest in manifests),
-        tokens=sum(manifest.tokens for manifest in manifests),
-        skipped_lines=sum(manifest.skipped_lines for manifest in manifests),
-        files=files,
-    )
-
-
-def missing_manifests(corpora: Sequence[Corpus], output_prefix: str) -> str:
-    """Return a note on why the output has no manifest."""
-    missing = [corpus.prefix for corpus in corpora if not manifest_path(corpus.prefix).exists()]
-    verb = "has" if len(missing) == 1 else "have"
-    return f"note: {', '.join(missing)} {verb} no manifest, so {output_prefix} gets none"

@@ -4,14 +4,14 @@ import os
 import shutil
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.corpus.corpus import Corpus, CorpusPaths, describe, run_edges
+from data_tools.corpus.corpus import Corpus, CorpusPaths, describe
+from data_tools.corpus.tokenized import Documents, TokenFile, as_tokens, original_tokens, runs_of, token_dtype
 from moelpr.data.corpus_index import index_header
 from moelpr.data.language_bits import LanguageBitsWriter
 from moelpr.data.manifest import FileRecord, Manifest, manifest_path
@@ -34,11 +34,6 @@ _LONGEST_NAME_BYTES = 255  # on all usual file systems
 _LONGEST_SEQUENCE = np.iinfo(np.int32).max
 
 
-def token_dtype(vocab_size: int) -> np.dtype:
-    """Return the dtype of a .bin's token IDs: Megatron's rule (`DType.optimal_dtype`)."""
-    return np.dtype(np.uint16 if vocab_size < 65_500 else np.int32)
-
-
 def smallest_vocab_size(corpus: Corpus) -> int:
     """Return the smallest vocabulary size whose token IDs have the dtype of this corpus."""
     return 1 if corpus.tokens.dtype.itemsize == 2 else 65_500
@@ -57,7 +52,7 @@ def check_output(prefix: str, overwrite: bool) -> None:
     if len(longest) > _LONGEST_NAME_BYTES:
         excess = len(longest) - _LONGEST_NAME_BYTES
         raise UserError(f"--output-prefix would give file names that are {excess} bytes too long ({name}); shorten it")
-    if os.path.exists(CorpusPaths.of(prefix).idx) and not overwrite:  # of a name that is too long, it says False
+    if os.path.exists(CorpusPaths.of(prefix).idx) and not overwrite:  # it is False for a name that is too long
         _remove_leftover(prefix)
     refuse_existing(list(CorpusPaths.of(prefix)), overwrite)
 
@@ -68,48 +63,6 @@ def _remove_leftover(prefix: str) -> None:
     if folder.is_dir():
         with suppress(UserError, OSError), locked(folder / LOCK_FILE, prefix):  # else another one is writing there
             shutil.rmtree(folder)
-
-
-def as_tokens(ids: NDArray[np.integer], vocab_size: int) -> NDArray[np.integer]:
-    """Convert IDs [tokens] to the dtype of a .bin with this vocabulary size.
-
-    Raises:
-        UserError: An ID is too large for the dtype.
-    """
-    dtype = token_dtype(vocab_size)
-    if len(ids) and int(ids.max()) > np.iinfo(dtype).max:
-        raise UserError(
-            f"the token ID {int(ids.max()):,} does not fit {dtype.name}, the dtype for a vocabulary of {vocab_size:,}; "
-            "the tokenizer reports a wrong vocabulary size"
-        )
-    return ids.astype(dtype, copy=False)
-
-
-@dataclass(frozen=True)
-class TokenFile:
-    """A temporary file of tokens in the .bin's dtype; the writer removes it."""
-
-    path: Path
-    count: int
-
-    def __len__(self) -> int:
-        return self.count
-
-
-class Documents(NamedTuple):
-    """Tokenized documents, concatenated.
-
-    Attributes:
-        tokens: [tokens], in the .bin's dtype, or the file that contains them.
-        lengths: tokens of each document: int64 [documents].
-        run_bits: language bits as runs, 1 = original: uint8 [runs].
-        run_lengths: tokens of each run: int64 [runs]; their sum is the number of tokens.
-    """
-
-    tokens: NDArray[np.integer] | TokenFile
-    lengths: NDArray[np.int64]
-    run_bits: NDArray[np.uint8]
-    run_lengths: NDArray[np.int64]
 
 
 class Position(NamedTuple):
@@ -219,9 +172,8 @@ class CorpusWriter:
         else:
             self._files[0].write(documents.tokens.tobytes())
         has_tokens = lengths > 0  # a document without tokens has no sequence, as in Megatron
-        original = int(documents.run_lengths[documents.run_bits == 1].sum())
-        runs = documents.run_lengths << 1 | documents.run_bits
-        self._advance(len(documents.tokens), original, lengths[has_tokens], np.cumsum(has_tokens), [runs])
+        original, runs = original_tokens(documents.runs), [documents.runs]
+        self._advance(len(documents.tokens), original, lengths[has_tokens], np.cumsum(has_tokens), runs)
 
     def add_document(self, ids: NDArray[np.integer], is_original: bool) -> None:
         """Add one document: token IDs [tokens] that share one language bit. Without tokens, it has no sequence.
@@ -230,14 +182,14 @@ class CorpusWriter:
             UserError: An ID is too large for the .bin's dtype.
         """
         length = np.array([len(ids)], np.int64)
-        self.add(Documents(as_tokens(ids, self.vocab_size), length, np.array([is_original], np.uint8), length))
+        self.add(Documents(as_tokens(ids, self.vocab_size), length, length << 1 | is_original))
 
     def add_corpus(self, corpus: Corpus) -> None:
         """Add another corpus, of the same dtype, unchanged."""
         _copy(corpus.paths.bin, self._files[0])
         num_bits = len(corpus.bits)
         starts = range(0, num_bits, _BITS_AT_ONCE)
-        runs = (_runs(corpus.bits.slice(start, min(start + _BITS_AT_ONCE, num_bits))) for start in starts)
+        runs = (runs_of(corpus.bits.slice(start, min(start + _BITS_AT_ONCE, num_bits))) for start in starts)
         ends = corpus.document_starts[1:]
         self._advance(len(corpus.tokens), corpus.bits.num_original, corpus.sequence_lengths, ends, runs)
 
@@ -328,11 +280,6 @@ def commit_corpus(prefix: str | os.PathLike[str], folder: Path, manifest: Manife
     for source, target in ((unfinished.bin, paths.bin), (unfinished.lang, paths.lang), (unfinished.idx, paths.idx)):
         if source.exists():
             os.replace(source, target)
-
-
-def _runs(bits: NDArray[np.uint8]) -> NDArray[np.int64]:
-    edges = run_edges(bits)
-    return np.diff(edges) << 1 | bits[edges[:-1]]
 
 
 def _copy(path: Path, target: BinaryIO) -> None:

@@ -1,60 +1,30 @@
 """Batches of lines become token IDs, language bits and counts."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from tempfile import mkstemp
-from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.corpus.corpus import run_edges
-from data_tools.corpus.corpus_writer import Documents, TokenFile, as_tokens
+from data_tools.corpus.tokenized import Documents, TokenFile, as_tokens, joined_runs, run_edges
 from data_tools.preprocessing import long_documents
-from data_tools.preprocessing.batches import Batch, FileRange
-from data_tools.preprocessing.long_documents import LongString, encode_long_text, without_long_strings
+from data_tools.preprocessing.batches import Batch
+from data_tools.preprocessing.long_documents import encode_long_text
+from data_tools.preprocessing.parsing import DocumentParser, RandomShare, Text
 from data_tools.preprocessing.summary import Tally
-from data_tools.preprocessing.tagging import (
-    SPAN_KEYS,
-    UNDETECTED,
-    Bits,
-    DetectedLanguages,
-    Detector,
-    LanguageSpans,
-    TaggedText,
-    Tagger,
-)
+from data_tools.preprocessing.tagging import UNDETECTED, Detector, LanguageGroups
 from moelpr.data.tokenizers.base import Encoded, Piece, Tokenizer
 from moelpr.data.tokenizers.gigatoken import GigatokenTokenizer
 from moelpr.process.errors import UserError
-from moelpr.store.documents import BadLine, is_blank, parse
+from moelpr.store.documents import BadLine
 
 VALIDATION = "validation"
 # The first document of a batch up to this length is encoded by both libraries, to check that they still agree.
 _SPOT_CHECK_CHARACTERS = 1000
-
-
-class Text(NamedTuple):
-    """A text of a document, with its tokens if it must be encoded in pieces.
-
-    Attributes:
-        tagged: the text and its languages; of a text that is too long for memory, its first part.
-        on_disk: the complete text if it is too long for memory.
-        tokens: tokens of a long text, without those that the tokenizer adds; all tokens of a text on disk.
-        num_bytes: UTF-8 size of a text on disk.
-    """
-
-    tagged: TaggedText
-    on_disk: LongString | None = None
-    tokens: Piece | TokenFile | None = None
-    num_bytes: int = 0
-
-    def parts(self) -> Iterable[str]:
-        return [self.tagged.text] if self.on_disk is None else self.on_disk.parts()
 
 
 @dataclass
@@ -62,16 +32,16 @@ class Encoder:
     """Encodes batches.
 
     Attributes:
-        prefix, suffix: IDs added before and after each text.
-        eod_id: ID added after each document; None: none.
-        bits: the languages that are original.
-        keys: for each dataset, the keys of the texts that go into each of `corpora`.
-        corpora: names of the corpora, one per key; validation documents go into "<name> validation".
-        skips_bad_lines: whether to count malformed lines instead of raising an error.
-        skips_undetected: whether to omit documents of uncertain language.
-        validation_share: fraction of the documents to use for validation, 0 to 1.
-        seed: random seed of that choice.
-        auditor: detects languages to compare with the stated ones.
+        prefix: IDs added before each text.
+        suffix: IDs added after each text.
+        eod_id: ID added after each document; None for no ID.
+        parser: Reads the texts of a document, one for each of `corpora`.
+        groups: The original and the expanded languages.
+        corpora: Names of the corpora; validation documents go into "<name> validation".
+        skips_bad_lines: Whether to count malformed lines instead of raising an error.
+        skips_undetected: Whether to omit documents of uncertain language.
+        validation: The documents for validation.
+        auditor: Detects languages to compare with the stated ones.
     """
 
     tokenizer: Tokenizer
@@ -79,21 +49,19 @@ class Encoder:
     prefix: list[int]
     suffix: list[int]
     eod_id: int | None
-    tagger: Tagger
-    bits: Bits
-    keys: list[list[str]]
+    parser: DocumentParser
+    groups: LanguageGroups
     corpora: list[str]
     skips_bad_lines: bool = False
     skips_undetected: bool = False
-    validation_share: float = 0.0
-    seed: int = 0
+    validation: RandomShare = RandomShare()
     auditor: Detector | None = None
 
     def encode(self, batch: Batch, spool: Path) -> tuple[dict[str, Documents], Tally]:
         """Encode a batch. Memory does not depend on the length of its documents.
 
         Args:
-            spool: folder for the tokens of documents that are too long for memory.
+            spool: Folder for the tokens of documents that are too long for memory.
 
         Returns:
             Documents by corpus, in the order of their lines, and counts, with a message for each malformed line.
@@ -104,14 +72,14 @@ class Encoder:
         source = batch.share.source
         tally = Tally()
         groups: dict[str, list[Text]] = {name: [] for name in self.corpora}
-        if self.validation_share:
+        if self.validation.share:
             groups |= {f"{name} {VALIDATION}": [] for name in self.corpora}
         num_encoded = 0
         for index, item in enumerate(batch.items()):
             if not item:  # a file may consist of empty lines
                 continue
             try:
-                texts = self.texts(item, source.dataset)
+                texts = self.parser.texts(item, source.dataset)
                 if texts is None:
                     continue
                 if self.skips_undetected and any(name == UNDETECTED for text in texts for name, _ in text.tagged.spans):
@@ -125,7 +93,7 @@ class Encoder:
                 tally.problems.append(problem)
                 continue
             num_encoded += 1
-            split = f" {VALIDATION}" if self.is_validation(texts[0].parts()) else ""
+            split = f" {VALIDATION}" if texts[0].parts() in self.validation else ""
             for name, text in zip(self.corpora, texts, strict=True):
                 groups[name + split].append(text)
             if self.auditor is not None:
@@ -141,35 +109,6 @@ class Encoder:
         self._spot_check(text.tagged.text for group in groups.values() for text in group if text.tokens is None)
         batch.discard()
         return documents, tally
-
-    def texts(self, item: bytes | dict[str, Any] | FileRange, dataset: int) -> list[Text] | None:
-        """Return the texts of a line or row, one per corpus; None for a blank line.
-
-        Raises:
-            BadLine: The line can't be used.
-        """
-        keys = self.keys[dataset]
-        long_strings: dict[str, LongString] = {}
-        if isinstance(item, FileRange):
-            item, long_strings = without_long_strings(item)
-        if isinstance(item, bytes):
-            if is_blank(item):
-                return None
-            of_spans = SPAN_KEYS if isinstance(self.tagger, LanguageSpans) else ()
-            item = parse(item, [*keys, *self.tagger.columns(), *of_spans])
-        if not long_strings:
-            return [Text(tagged) for tagged in self.tagger.texts(item, dataset, keys)]
-        if isinstance(self.tagger, LanguageSpans):
-            raise BadLine("a span of more than a million bytes in a long line; split it")
-        texts = [long_strings.get(value) if isinstance(value := item.get(key), str) else None for key in keys]
-        for key, text in zip(keys, texts, strict=True):
-            if text is not None:
-                item[key] = next(text.parts())  # its language is detected in its first part
-        found = [Text(*pair) for pair in zip(self.tagger.texts(item, dataset, keys), texts, strict=True)]
-        is_by_line = isinstance(self.tagger, DetectedLanguages) and self.tagger.by_line
-        if any(text.on_disk is not None and (is_by_line or len(text.tagged.spans) > 1) for text in found):
-            raise BadLine("a long text can't have a language for each of its lines; split it")
-        return found
 
     def _prepare(self, text: Text, spool: Path) -> Text:
         """Encode a text if it is long; raise `BadLine` if that is impossible."""
@@ -203,41 +142,28 @@ class Encoder:
             raise
         return text._replace(tokens=TokenFile(tokens_path, num_tokens), num_bytes=num_bytes)
 
-    def is_validation(self, text: Iterable[str]) -> bool:
-        """Whether a document, whose text comes in parts, is for validation.
-
-        Only the text decides, so the order and the number of jobs do not matter, and copies stay in one split.
-        """
-        if not self.validation_share:
-            return False
-        digest = hashlib.blake2b(digest_size=8, salt=self.seed.to_bytes(16, "little"))
-        for characters in text:
-            digest.update(characters.encode())
-        return int.from_bytes(digest.digest(), "little") < self.validation_share * (1 << 64)
-
     def documents(self, texts: list[Text], corpus: str, tally: Tally) -> Documents:
         """Encode texts that go into one corpus, and count them."""
         counts = tally.corpus(corpus)
         if len(texts) == 1 and isinstance(tokens := texts[0].tokens, TokenFile):  # a batch of its own
             [(language, _)] = texts[0].tagged.spans
-            counts.count(language, self.bits).add(documents=1, tokens=len(tokens), bytes=texts[0].num_bytes)
+            counts.language(language, self.groups).add(documents=1, tokens=len(tokens), bytes=texts[0].num_bytes)
             length = np.array([len(tokens)], np.int64)
-            return Documents(tokens, length, np.array([language in self.bits.original], np.uint8), length)
+            return Documents(tokens, length, length << 1 | (language in self.groups.original))
         if all(len(text.tagged.spans) == 1 and text.tokens is None for text in texts):
             encoded = self._wrapped(self.tokenizer.encode([text.tagged.text for text in texts]))
             languages = [text.tagged.spans[0][0] for text in texts]
-            bits = np.fromiter((name in self.bits.original for name in languages), np.uint8, len(texts))
+            bits = np.fromiter((name in self.groups.original for name in languages), np.uint8, len(texts))
             run_lengths = encoded.lengths
             for name, text, length in zip(languages, texts, encoded.lengths.tolist(), strict=True):
-                counts.count(name, self.bits).add(1, length, len(text.tagged.text.encode()))
+                counts.language(name, self.groups).add(1, length, len(text.tagged.text.encode()))
         else:
             parts = zip(*(self._document(text, corpus, tally) for text in texts), strict=True)
             ids, bits, run_lengths, lengths = map(np.concatenate, parts)
             encoded = Encoded(ids, lengths)
         counts.num_empty += int((encoded.lengths == 0).sum())
-        firsts = run_edges(bits)[:-1]  # where neighboring runs differ
-        run_lengths = np.add.reduceat(run_lengths, firsts)
-        return Documents(as_tokens(encoded.ids, self.vocab_size), encoded.lengths, bits[firsts], run_lengths)
+        ids = as_tokens(encoded.ids, self.vocab_size)
+        return Documents(ids, encoded.lengths, joined_runs(bits, run_lengths))
 
     def _document(
         self, prepared: Text, corpus: str, tally: Tally
@@ -261,10 +187,10 @@ class Encoder:
         position, seen = 0, set()
         for (name, length), num_tokens in zip(text.spans, tokens, strict=True):
             num_bytes = len(text.text[position : position + length].encode())
-            tally.corpus(corpus).count(name, self.bits).add(name not in seen, num_tokens, num_bytes)
+            tally.corpus(corpus).language(name, self.groups).add(name not in seen, num_tokens, num_bytes)
             seen.add(name)
             position += length
-        token_bits = np.array([name in self.bits.original for name, _ in text.spans], np.uint8)[span]
+        token_bits = np.array([name in self.groups.original for name, _ in text.spans], np.uint8)[span]
         edges = run_edges(token_bits)
         return wrapped, token_bits[edges[:-1]], np.diff(edges), total
 

@@ -14,9 +14,10 @@ from typing import Self
 
 from tqdm import tqdm
 
-from data_tools.corpus.corpus_writer import CorpusWriter, Documents, Position, commit_corpus
-from data_tools.preprocessing.batches import Batch, ReadCursor, Reader
-from data_tools.preprocessing.job_spec import Plan
+from data_tools.corpus.corpus_writer import CorpusWriter, Position, commit_corpus
+from data_tools.corpus.tokenized import Documents
+from data_tools.preprocessing.batches import Batch, ReadCursor
+from data_tools.preprocessing.job_spec import JobSpec
 from data_tools.preprocessing.summary import Tally, why_empty
 from data_tools.preprocessing.workers import worker_pool
 from moelpr.data.manifest import Manifest
@@ -85,24 +86,24 @@ class Job:
     in its journal out of them.
 
     Args:
-        plan: What to do; a resumed job must have the same settings.
+        spec: What to do; a resumed job must have the same settings.
         resume: Continue with what is in the folder, and keep it if the job fails.
 
     Raises:
         UserError: Another job is writing there, or the job to resume had other settings.
     """
 
-    def __init__(self, plan: Plan, resume: bool) -> None:
-        self.plan = plan
-        self._folder = plan.unfinished_folder
+    def __init__(self, spec: JobSpec, resume: bool) -> None:
+        self.spec = spec
+        self._folder = spec.outputs.unfinished_folder
         self._lock = ExitStack()
-        self._lock.enter_context(locked_folder(self._folder, plan.output_prefix))
+        self._lock.enter_context(locked_folder(self._folder, spec.outputs.prefix))
         self._keep = resume
         if resume:
             self._check_settings()
         else:
             empty(self._folder)
-        self._journal = Journal(self._folder, plan.settings)
+        self._journal = Journal(self._folder, spec.settings)
         self.state = self._journal.last(State) or State()
         if self.state.file_bytes:
             print(f"note: resuming after {self.state.file_bytes:,} bytes of the input", file=sys.stderr)
@@ -130,21 +131,20 @@ class Job:
         Raises:
             UserError: The input can't be used, or gives no useful corpus.
         """
-        plan, state = self.plan, self.state
+        spec, state = self.spec, self.state
         if state.manifests:
             return
-        reader = Reader(plan.shares, plan.columns, plan.chosen, self._spool)
-        total_bytes = sum(share.stop - share.start for share in plan.shares)
+        reader = spec.inputs.reader(self._spool)
         with ExitStack() as stack:
-            work = partial(plan.encoder.encode, spool=self._spool)
+            work = partial(spec.encoder.encode, spool=self._spool)
             encode = stack.enter_context(worker_pool(work, workers))
             writers = {
                 name: stack.enter_context(
-                    CorpusWriter(prefix, plan.encoder.vocab_size, overwrite, self._folder, state.positions.get(name))
+                    CorpusWriter(prefix, spec.encoder.vocab_size, overwrite, self._folder, state.positions.get(name))
                 )
-                for name, prefix in plan.prefixes.items()
+                for name, prefix in spec.outputs.corpora.items()
             }
-            progress = stack.enter_context(Progress(total_bytes, state.file_bytes, log_interval))
+            progress = stack.enter_context(Progress(spec.inputs.num_bytes, state.file_bytes, log_interval))
             saved = time.monotonic()
             for batch, (documents, tally) in encode(reader.batches(state.cursor)):
                 self._write_batch(batch, documents, tally, writers)
@@ -153,7 +153,7 @@ class Job:
                     state.positions = {name: writer.flush() for name, writer in writers.items()}
                     self.save()
                     saved = time.monotonic()
-            plan.check_inputs()
+            spec.inputs.check_unchanged()
             self._check_result(writers, max_bad_share)
             state.manifests = {name: self._manifest(name, writer) for name, writer in writers.items()}
             self.save()
@@ -167,18 +167,18 @@ class Job:
     def commit(self) -> None:
         """Rename the files. Can be repeated if it is interrupted."""
         for name, manifest in self.state.manifests.items():
-            commit_corpus(self.plan.prefixes[name], self._folder, manifest)
+            commit_corpus(self.spec.outputs.corpora[name], self._folder, manifest)
         self._skipped.close()
         unfinished = self._folder / _SKIPPED
         if self.state.skipped_bytes == 0:
-            self.plan.skipped_path.unlink(missing_ok=True)  # an older list
+            self.spec.outputs.skipped_path.unlink(missing_ok=True)  # an older list
         elif unfinished.stat().st_size:  # otherwise an interrupted job has renamed it
-            os.replace(unfinished, self.plan.skipped_path)
+            os.replace(unfinished, self.spec.outputs.skipped_path)
 
     def _check_settings(self) -> None:
         """Raise a UserError if another job was interrupted here."""
         found = Journal.job_in(self._folder)
-        settings = json.loads(json.dumps(self.plan.settings))
+        settings = json.loads(json.dumps(self.spec.settings))
         for name in settings.keys() | found.keys() if found else ():
             if found.get(name) != settings.get(name):
                 raise UserError(
@@ -200,10 +200,10 @@ class Job:
     def _check_result(self, writers: dict[str, CorpusWriter], max_bad_share: float) -> None:
         """Raise `UserError` if too many lines are malformed, or a corpus lacks tokens or a language."""
         tally = self.state.tally
-        empty = [writer for writer in writers.values() if self.plan.needs_text and writer.num_tokens == 0]
+        empty = [writer for writer in writers.values() if self.spec.shard_of is None and writer.num_tokens == 0]
         if len(empty) == len(writers):
-            sources = [source.path for source in self.plan.sources]
-            raise UserError(f"{why_empty(sources, tally, self.plan.tokenizer.record.model)}; nothing was written")
+            sources = [source.path for source in self.spec.inputs.sources]
+            raise UserError(f"{why_empty(sources, tally, self.spec.tokenizer.model)}; nothing was written")
         if tally.num_skipped > max_bad_share * tally.num_read:
             raise UserError(
                 f"{tally.num_skipped:,} of {tally.num_read:,} lines are malformed, more than --max-bad-share "
@@ -215,7 +215,7 @@ class Job:
                 "--validation-share"
             )
         found = {language for corpus in tally.corpora.values() for language in corpus.languages}
-        if missing := self.plan.needed_languages - found:
+        if missing := self.spec.needed_languages - found:
             raise UserError(
                 f"no document has the language {', '.join(sorted(missing))} of --original-languages; found: "
                 f"{', '.join(sorted(found))}; correct the name or remove it; nothing was written"
@@ -224,16 +224,16 @@ class Job:
     def _manifest(self, name: str, writer: CorpusWriter) -> Manifest:
         files = writer.finalize()
         tally = self.state.tally.corpus(name)
-        sources = {source.path: source for source in self.plan.sources}
+        sources = {source.path: source for source in self.spec.inputs.sources}
         files_read = [(sources[path], documents) for path, documents in tally.sources.items()]
         return Manifest(
-            tokenizer=self.plan.tokenizer.record,
-            append_eod=self.plan.encoder.eod_id is not None,
+            tokenizer=self.spec.tokenizer,
+            append_eod=self.spec.encoder.eod_id is not None,
             sources=[ManifestSource(file.path, file.bytes or None, file.sha1, count) for file, count in files_read],
             languages=dict(sorted(tally.languages.items())),
             documents=writer.num_documents,
             tokens=writer.num_tokens,
             skipped_lines=self.state.tally.num_skipped,
             files=files,
-            shard_of=self.plan.shard_of,
+            shard_of=self.spec.shard_of,
         )

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_tools.corpus.corpus import describe
-from data_tools.corpus.corpus_writer import token_dtype
-from data_tools.preprocessing.tagging import UNDETECTED, Bits
+from data_tools.corpus.tokenized import token_dtype
+from data_tools.preprocessing.tagging import UNDETECTED, LanguageGroups
 from moelpr.data.manifest import LanguageCount, Manifest
 from moelpr.process.tables import table_text
 
@@ -28,11 +28,11 @@ class CorpusTally:
     sources: Counter[str] = field(default_factory=Counter)
     num_empty: int = 0
 
-    def count(self, language: str, bits: Bits) -> LanguageCount:
-        """Return the count of a language, creating it if necessary."""
-        if language not in self.languages:
-            self.languages[language] = LanguageCount("original" if language in bits.original else "expanded")
-        return self.languages[language]
+    def language(self, name: str, groups: LanguageGroups) -> LanguageCount:
+        """Return the counts of a language, creating them if necessary."""
+        if name not in self.languages:
+            self.languages[name] = LanguageCount(groups.bit(name))
+        return self.languages[name]
 
     def add(self, other: "CorpusTally") -> None:
         for name, count in other.languages.items():
@@ -95,7 +95,7 @@ def print_summary(
     manifests: dict[str, Manifest],
     prefixes: dict[str, str],
     tally: Tally,
-    bits: Bits,
+    groups: LanguageGroups,
     skipped_path: Path,
     *,
     shows_languages: bool,
@@ -116,14 +116,14 @@ def print_summary(
             print(f"\n{table_text(head, rows, (0, 1), indent='  ')}\n")
     if shows_languages:
         found = {language for manifest in manifests.values() for language in manifest.languages}
-        for language in sorted((bits.original | bits.expanded) - found):
+        for language in sorted((groups.original | groups.expanded) - found):
             print(f"note: no document is tagged {language}")
     if num_empty := sum(corpus.num_empty for corpus in tally.corpora.values()):
         print(f"note: {num_empty:,} documents are empty and contain no tokens")
     if tally.num_undetected:
         print(f"note: {tally.num_undetected:,} documents of uncertain language were omitted")
     if tally.audit:
-        _print_audit(tally.audit, bits if names_original else None)
+        _print_audit(tally.audit, groups if names_original else None)
     if tally.num_skipped:
         share = tally.num_skipped / tally.num_read
         warning = f"warning: {tally.num_skipped:,} lines were skipped ({share:.2%}), listed in {skipped_path}:"
@@ -132,10 +132,10 @@ def print_summary(
             print(f"  and {tally.num_skipped - _PROBLEMS_SHOWN:,} more", file=sys.stderr)
 
 
-def _print_audit(audit: dict[str, Counter[str]], bits: Bits | None) -> None:
+def _print_audit(audit: dict[str, Counter[str]], groups: LanguageGroups | None) -> None:
     """Print the number of documents of each stated (rows) and detected (columns) language.
 
-    `bits`: None if that of a detected language is unknown.
+    `groups`: None if that of a detected language is unknown.
     """
     total: Counter[str] = sum(audit.values(), Counter())
     columns = sorted(total, key=lambda name: (-total[name], name))[:8]
@@ -145,12 +145,12 @@ def _print_audit(audit: dict[str, Counter[str]], bits: Bits | None) -> None:
     for stated, detected in sorted(audit.items()):
         others = detected.total() - sum(detected[name] for name in columns)
         rows.append([stated, *(f"{detected[name]:,}" for name in columns), f"{others:,}"])
-        if bits is not None and "+" not in stated:  # a text in several languages may have both bits
-            is_original = stated in bits.original
+        if groups is not None and "+" not in stated:  # a text in several languages may have both bits
+            is_original = stated in groups.original
             certain = {name: count for name, count in detected.items() if name != UNDETECTED}
-            differing += sum(count for name, count in certain.items() if (name in bits.original) != is_original)
+            differing += sum(count for name, count in certain.items() if (name in groups.original) != is_original)
     print(table_text(["", *columns, "others"], rows, indent="  "))
-    if bits is not None:
+    if groups is not None:
         share = differing / max(total.total(), 1)
         print(f"  {differing:,} of {total.total():,} documents ({share:.2%}) would have the other bit")
     print()

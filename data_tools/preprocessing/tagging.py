@@ -1,10 +1,11 @@
-"""The language of each part of a document: stated by the user or the document, or detected; and which are original."""
+"""The language of each part of a document, stated or detected, and the two groups of languages."""
 
 import difflib
 import json
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
+from moelpr.data.manifest import Bit
 from moelpr.process.errors import UserError
 from moelpr.store.documents import BadLine, json_type, text_of
 
@@ -14,12 +15,12 @@ _DETECTION_CHARACTERS = 4096
 
 
 @dataclass(frozen=True)
-class Bits:
-    """Which languages are original.
+class LanguageGroups:
+    """The original and the expanded languages.
 
     Attributes:
-        original: languages whose bit is 1.
-        expanded: languages whose bit is 0; if empty, all other languages.
+        original: Languages whose bit is 1.
+        expanded: Languages whose bit is 0; if empty, all other languages.
     """
 
     original: frozenset[str]
@@ -33,6 +34,10 @@ class Bits:
         if both := sets[0] & sets[1]:
             raise UserError(f"{', '.join(sorted(both))} can't be in both --original-languages and --expanded-languages")
         return cls(*sets)
+
+    def bit(self, name: str) -> Bit:
+        """Return the group of a language."""
+        return "original" if name in self.original else "expanded"
 
     def check(self, name: str) -> None:
         """Raise `BadLine` if the language is neither original nor expanded."""
@@ -78,7 +83,7 @@ class LanguageKey(Tagger):
     """Each document states its language under `key`."""
 
     key: str
-    bits: Bits
+    groups: LanguageGroups
 
     def texts(self, document: dict[str, Any], dataset: int, keys: list[str]) -> list[TaggedText]:
         name = document.get(self.key)
@@ -86,7 +91,7 @@ class LanguageKey(Tagger):
             value = json.dumps(name, default=str)[:40]
             found = f"contains {value}, not a language" if self.key in document else "is missing"
             raise BadLine(f'the language key "{self.key}" {found}')
-        self.bits.check(text_of(document, self.key))
+        self.groups.check(text_of(document, self.key))
         return [_one_span(text_of(document, key), name) for key in keys]
 
 
@@ -98,7 +103,7 @@ class LanguageSpans(Tagger):
     """Each document is a list of spans, {"text": …, "lang": …}, under `key`; concatenated they are its text."""
 
     key: str
-    bits: Bits
+    groups: LanguageGroups
 
     def texts(self, document: dict[str, Any], dataset: int, keys: list[str]) -> list[TaggedText]:
         if self.key not in document:
@@ -112,7 +117,7 @@ class LanguageSpans(Tagger):
                 if not isinstance(span, dict):
                     raise BadLine(f'{json_type(span)}, not an object with "text" and "lang"')
                 text, name = (text_of(span, key) for key in SPAN_KEYS)
-                self.bits.check(name)
+                self.groups.check(name)
             except BadLine as error:
                 raise BadLine(f"span {number}: {error}") from None
             texts.append(text)
@@ -147,8 +152,7 @@ class Detector:
         if languages:
             self._identifier.set_languages(languages)
         self._min_confidence = min_confidence
-        # Of a text without any letters, which is equally likely in each language: of two, 1/2, and more if one has two
-        # scripts.
+        # A text without letters is equally likely in every language: 1/2 for two, and more if one has two scripts.
         _, self._no_confidence = self._identifier.classify("")
 
     def language(self, text: str) -> str:

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data_tools.preprocessing.batches import Batch, ReadCursor, Reader
-from data_tools.preprocessing.encode import Encoder, Text
 from data_tools.preprocessing.long_documents import LONG_TEXT_CHARACTERS, encode_long_text
+from data_tools.preprocessing.parsing import DocumentParser, RandomShare, Text
 from data_tools.preprocessing.sources import Source, shares_of
-from data_tools.preprocessing.tagging import Bits, OneLanguage
+from data_tools.preprocessing.tagging import OneLanguage
 from data_tools.preprocessing.workers import worker_pool
 from data_tools.vocabulary.bpe_tokenizer import BpeTokenizer
 from moelpr.data.tokenizers.base import Tokenizer
@@ -47,14 +47,12 @@ class TextFiles:
     key: str
     held_out_share: float
 
-    def process[T](
-        self, work: Callable[..., T], tokenizer: Tokenizer, workers: int, label: str
-    ) -> Iterator[tuple[int, T]]:
+    def process[T](self, work: Callable[..., T], workers: int, label: str) -> Iterator[tuple[int, T]]:
         """Yield `work(batch, reader=…)` of each batch with the index of its language, in order, and show progress."""
         shares = list(shares_of(self.sources, 0, 1))
         columns = [[self.key]] * len(self.languages)
         total = sum(source.bytes for source in self.sources)
-        documents = DocumentReader(self, tokenizer)
+        documents = DocumentReader(self)
         with (
             TemporaryDirectory() as spool,
             worker_pool(partial(work, reader=documents), workers) as run,
@@ -70,13 +68,9 @@ class TextFiles:
 class DocumentReader:
     """Reads the documents of batches as `preprocess_data.py` does."""
 
-    def __init__(self, files: TextFiles, tokenizer: Tokenizer) -> None:
-        names = files.languages
-        self._encoder = Encoder(
-            tokenizer=tokenizer, vocab_size=0, prefix=[], suffix=[], eod_id=None, tagger=OneLanguage(names),
-            bits=Bits(frozenset(), frozenset(names)), keys=[[files.key]] * len(names), corpora=["text"],
-            validation_share=files.held_out_share,
-        )  # fmt: skip
+    def __init__(self, files: TextFiles) -> None:
+        self._parser = DocumentParser(OneLanguage(files.languages), [[files.key]] * len(files.languages))
+        self._held_out = RandomShare(files.held_out_share)
 
     def documents(self, batch: Batch) -> Iterator[tuple[Text, bool]]:
         """Yield each document that has text, and whether it is held out.
@@ -87,9 +81,9 @@ class DocumentReader:
             if not item:  # a blank line
                 continue
             try:
-                for text in self._encoder.texts(item, batch.share.source.dataset) or ():
+                for text in self._parser.texts(item, batch.share.source.dataset) or ():
                     if text.tagged.text:
-                        yield text, self._encoder.is_validation(text.parts())
+                        yield text, text.parts() in self._held_out
             except BadLine as error:
                 raise UserError(f"{batch.where(index)}: {error}; fix or remove the line") from None
 
@@ -118,11 +112,11 @@ class NewText:
             self.words = Counter({word: count for word, count in self.words.items() if count >= limit})
 
 
-def count_words(files: TextFiles, bpe: BpeTokenizer, tokenizer: Tokenizer, workers: int) -> list[NewText]:
+def count_words(files: TextFiles, bpe: BpeTokenizer, workers: int) -> list[NewText]:
     """Count the words of each language of `files`."""
     counted = [NewText() for _ in files.languages]
     work = partial(_words, bpe=bpe)
-    for language, found in files.process(work, tokenizer, workers, "counting words of expanded languages"):
+    for language, found in files.process(work, workers, "counting words of expanded languages"):
         counted[language].add(found)
     return counted
 
@@ -205,7 +199,7 @@ def find_uses(
     """Return what the documents of `files` contain: those that are not held out, and those that are."""
     found = tuple(OriginalText(PairCounts(bpe.first_new_id)) for _ in range(2))
     work = partial(_uses, bpe=bpe, tokenizer=tokenizer)
-    for _, parts in files.process(work, tokenizer, workers, "reading original languages"):
+    for _, parts in files.process(work, workers, "reading original languages"):
         for text, uses in zip(found, parts, strict=True):
             text.pairs.add(uses.pair_keys, uses.pair_documents)
             text.whole.update(uses.whole)
@@ -282,7 +276,7 @@ def compare(
     compared = [Comparison() for _ in files.languages]
     work = partial(_compare, before=before, after=after, only_held_out=only_held_out)
     label = f"tokenizing {'held-out text of expanded' if only_held_out else 'original'} languages"
-    for language, found in files.process(work, before, workers, label):
+    for language, found in files.process(work, workers, label):
         compared[language].add(found)
     return compared
 

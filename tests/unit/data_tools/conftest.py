@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from data_tools import preprocess_data
 from data_tools.corpus.corpus import CorpusPaths
-from data_tools.corpus.corpus_writer import CorpusWriter, Documents
+from data_tools.corpus.corpus_writer import CorpusWriter
+from data_tools.corpus.tokenized import Documents, joined_runs
 from moelpr.data.manifest import LanguageCount, Manifest, Source, TokenizerRecord
 
 ORIGINAL = {"en", "es", "zh"}
@@ -66,9 +67,8 @@ def make_corpus(tmp_path: Path, make_corpus_in: Callable[..., Path]) -> Callable
 def mixed_corpus(make_corpus: Callable[..., Path], tmp_path: Path) -> Path:
     """One document whose bits change inside, and no manifest."""
     with CorpusWriter(tmp_path / "mixed", 300) as writer:
-        writer.add(
-            Documents(np.arange(7, dtype=np.uint16), np.array([7]), np.array([1, 0, 1], np.uint8), np.array([2, 4, 1]))
-        )
+        runs = joined_runs(np.array([1, 0, 1], np.uint8), np.array([2, 4, 1]))
+        writer.add(Documents(np.arange(7, dtype=np.uint16), np.array([7]), runs))
         writer.finalize()
         writer.commit()
     return tmp_path / "mixed"

@@ -8,7 +8,8 @@ import pytest
 
 from data_tools import sample_data
 from data_tools.corpus.corpus import Corpus, CorpusPaths
-from data_tools.corpus.corpus_writer import CorpusWriter, Documents
+from data_tools.corpus.corpus_writer import CorpusWriter
+from data_tools.corpus.tokenized import Documents, joined_runs
 from moelpr.data.manifest import LanguageCount, Manifest, Source
 from moelpr.process.errors import UserError
 
@@ -112,7 +113,7 @@ def test_documents_of_both_groups_keep_their_bits(tmp_path: Path, capsys: pytest
     with CorpusWriter(tmp_path / "mixed", 300) as writer:
         runs = np.array([[1, 0, 1], [0, 1, 0]], np.uint8)
         for bits in runs:
-            writer.add(Documents(np.arange(7, dtype=np.uint16), np.array([7]), bits, np.array([2, 4, 1])))
+            writer.add(Documents(np.arange(7, dtype=np.uint16), np.array([7]), joined_runs(bits, np.array([2, 4, 1]))))
         writer.add_document(np.array([7, 8]), True)
         writer.finalize()
         writer.commit()

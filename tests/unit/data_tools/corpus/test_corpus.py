@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools import inspect_data
-from data_tools.corpus.corpus import Corpus, run_edges
+from data_tools.corpus.corpus import Corpus
+from data_tools.corpus.tokenized import run_edges
 from moelpr.data.manifest import Manifest, manifest_path
 from moelpr.megatron_patches import bootstrap
 from moelpr.process.errors import UserError

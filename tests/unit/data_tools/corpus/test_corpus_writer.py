@@ -12,7 +12,8 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from data_tools.corpus import corpus_writer
 from data_tools.corpus.corpus import Corpus, CorpusPaths
-from data_tools.corpus.corpus_writer import CorpusWriter, Documents, check_output, token_dtype
+from data_tools.corpus.corpus_writer import CorpusWriter, check_output
+from data_tools.corpus.tokenized import Documents, token_dtype
 from moelpr.process.errors import UserError
 from moelpr.store.files import LOCK_FILE, locked, temporary_name
 
@@ -25,7 +26,7 @@ def as_documents(batch: list[list[tuple[bool, int]]], dtype: np.dtype) -> Docume
     lengths = np.array([sum(count for _, count in document) for document in batch], np.int64)
     tokens = (np.arange(lengths.sum()) % 251).astype(dtype)
     counts = np.array([count for _, count in runs], np.int64)
-    return Documents(tokens, lengths, np.array([bit for bit, _ in runs], np.uint8), counts)
+    return Documents(tokens, lengths, counts << 1 | np.array([bit for bit, _ in runs], np.uint8))
 
 
 @settings(deadline=None, max_examples=40)
@@ -183,7 +184,7 @@ def test_truncated_files_are_not_resumed(tmp_path: Path) -> None:
 
 def test_document_too_long_for_the_index_is_rejected(tmp_path: Path) -> None:
     huge = np.array([1 << 31], np.int64)
-    documents = Documents(np.zeros(0, np.uint16), huge, np.ones(1, np.uint8), huge)
+    documents = Documents(np.zeros(0, np.uint16), huge, huge << 1 | 1)
     with CorpusWriter(tmp_path / "a", 300) as writer, pytest.raises(UserError, match="2,147,483,648 tokens"):
         writer.add(documents)
 

@@ -204,7 +204,7 @@ def test_blank_lines_are_not_read_one_by_one(tmp_path: Path) -> None:
             return super().readline(size)
 
     reader = Reader([], [], None, tmp_path)
-    found = list(batches._lines(Counted(io.BytesIO(BLANK + b"{}\n" + BLANK)), ReadCursor()))
+    found = list(reader._lines(Counted(io.BytesIO(BLANK + b"{}\n" + BLANK)), ReadCursor()))
     assert [(content, line) for content, _, _, line, _ in found] == [(b"{}\n", 200_001)]
     assert Counted.calls < 1000
 

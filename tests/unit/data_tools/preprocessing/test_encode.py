@@ -8,9 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_tools.preprocessing.encode import Encoder, Text
+from data_tools.preprocessing.encode import Encoder
+from data_tools.preprocessing.parsing import DocumentParser, Text
 from data_tools.preprocessing.summary import Tally
-from data_tools.preprocessing.tagging import Bits, LanguageSpans, TaggedText
+from data_tools.preprocessing.tagging import LanguageGroups, LanguageSpans, TaggedText
 from moelpr.data.tokenizers.base import Encoded, Tokenizer
 from moelpr.data.tokenizers.loading import load_tokenizer
 
@@ -27,24 +28,23 @@ def tokenizer(hf_tokenizer: Path) -> Tokenizer:
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(pairs=st.lists(st.tuples(st.text(st.characters(codec="utf-8"), max_size=12), st.sampled_from("ab")), max_size=6))
 def test_any_spans_tag_every_token_once(pairs: list[tuple[str, str]], tokenizer: Tokenizer) -> None:
-    bits = Bits(frozenset("a"), frozenset())
-    tagger = LanguageSpans("spans", bits)
-    encoder = Encoder(tokenizer, 500, [0], [], 1, tagger, bits, [["text"]], ["text"])
+    groups = LanguageGroups(frozenset("a"), frozenset())
+    tagger = LanguageSpans("spans", groups)
+    encoder = Encoder(tokenizer, 500, [0], [], 1, DocumentParser(tagger, [["text"]]), groups, ["text"])
     [text] = tagger.texts(spans(*pairs), 0, ["text"])
     tally = Tally()
     prepared = [Text(text), Text(TaggedText("x", [("b", 1)]))]
     documents = encoder.documents(prepared, "text", tally)
     assert isinstance(documents.tokens, np.ndarray)
-    assert documents.run_lengths.sum() == len(documents.tokens) == documents.lengths.sum()
-    assert (documents.run_lengths > 0).all() and (np.diff(documents.run_bits) != 0).all()
+    assert (documents.runs >> 1).sum() == len(documents.tokens) == documents.lengths.sum()
+    assert (documents.runs >> 1 > 0).all() and (np.diff(documents.runs & 1) != 0).all()
     assert sum(count.tokens for count in tally.corpus("text").languages.values()) == len(documents.tokens)
     whole = tokenizer.encode(["".join(text for text, _ in pairs)]).ids
     assert documents.tokens[: documents.lengths[0]].tolist() == [0, *whole.tolist(), 1]
 
 
 def test_added_tokens_are_where_the_tokenizer_puts_them() -> None:
-    bits = Bits(frozenset(), frozenset())
-    encoder = Encoder(None, 500, [7, 8], [9], 1, None, bits, [["text"]], ["text"])  # type: ignore[arg-type]
+    encoder = Encoder(None, 500, [7, 8], [9], 1, None, None, ["text"])  # type: ignore[arg-type]
     wrapped = encoder._wrapped(Encoded(np.array([100, 101, 102], np.int32), np.array([2, 0, 1])))
     assert wrapped.ids.tolist() == [7, 8, 100, 101, 9, 1, 7, 8, 9, 1, 7, 8, 102, 9, 1]
     assert wrapped.lengths.tolist() == [6, 4, 5]

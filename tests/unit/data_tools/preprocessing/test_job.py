@@ -15,7 +15,7 @@ import pytest
 
 from data_tools.preprocessing import batches, job
 from data_tools.preprocessing.arguments import parse_arguments
-from data_tools.preprocessing.job_spec import Plan
+from data_tools.preprocessing.job_spec import describe_job
 from moelpr.data.manifest import Manifest
 from moelpr.process.errors import UserError
 from moelpr.store.files import LOCK_FILE, locked
@@ -276,5 +276,5 @@ def test_every_flag_that_changes_the_bytes_must_be_the_same_to_resume(
     words = [*FLAGS, "--input", *input_files, "--tokenizer-type", "HuggingFaceTokenizer"]
     words += ["--tokenizer-model", hf_tokenizer, "--output-prefix", tmp_path / "a"]
     arguments = parse_arguments(None, [*map(str, words)])
-    named = {name[2:].replace("-", "_") for name in Plan(arguments).settings if name.startswith("--")}
+    named = {name[2:].replace("-", "_") for name in describe_job(arguments).settings if name.startswith("--")}
     assert named == vars(arguments).keys() - speed_or_output - by_content

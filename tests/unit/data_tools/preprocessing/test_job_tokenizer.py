@@ -160,7 +160,7 @@ def test_different_ids_during_the_job_stop_it(
     write_lines, preprocess, hf_tokenizer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A document of each batch is encoded by both; here the sample before the start misses what differs."""
-    monkeypatch.setattr("data_tools.preprocessing.job_spec._sample", lambda *_: [])
+    monkeypatch.setattr("data_tools.preprocessing.inputs.Inputs.sample_texts", lambda *_: [])
     differ_on(monkeypatch, "strange")
     lines = write_lines("a.jsonl", [{"text": "strange"}])
     with pytest.raises(UserError, match="'strange'.*--tokenizer-backend reference"):

@@ -101,10 +101,10 @@ def test_long_lines_are_batches_of_their_own(rows, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     share = Share(open_source(str(path)), 0, path.stat().st_size)
-    batches = list(batches.Reader([share], [[]], None, tmp_path).batches(ReadCursor()))
-    assert [batch.is_long_line for batch in batches].count(True) == 4
+    found = list(batches.Reader([share], [[]], None, tmp_path).batches(ReadCursor()))
+    assert [batch.is_long_line for batch in found].count(True) == 4
     content = path.read_bytes()
-    read = [item for batch in batches for item in batch.items()]
+    read = [item for batch in found for item in batch.items()]
     lines = [content[item.start : item.stop - 1] if isinstance(item, FileRange) else item for item in read]
     assert b"\n".join(lines) + b"\n" == content
 
@@ -222,8 +222,8 @@ def test_long_lines_that_were_not_chosen_take_no_disk(rows: list[dict[str, Any]]
     sizes = [len(line) for line in path.read_bytes().splitlines(keepends=True)]
     long = [number for number, size in enumerate(sizes) if size > 10_000]
     chosen = [0, long[1], len(rows) - 2]
-    batches = list(batches.Reader([share], [["text"]], [np.array(chosen)], spool).batches(ReadCursor()))
-    assert sum(batch.num_bytes for batch in batches) == sum(sizes[number] for number in chosen)
+    found = list(batches.Reader([share], [["text"]], [np.array(chosen)], spool).batches(ReadCursor()))
+    assert sum(batch.num_bytes for batch in found) == sum(sizes[number] for number in chosen)
     assert len(list(spool.iterdir())) == len({*chosen} & {*long}) < len(long)
 
 

@@ -1,0 +1,153 @@
+"""The input of a job: the part of its files that it reads, and which documents of them."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_tools.preprocessing.batches import ReadCursor, Reader
+from data_tools.preprocessing.parsing import DocumentParser
+from data_tools.preprocessing.registry import Dataset
+from data_tools.preprocessing.sampling import sample_documents
+from data_tools.preprocessing.sources import Form, Share, Source, shares_of
+from moelpr.process.errors import UserError
+from moelpr.store.documents import BadLine
+
+_SAMPLE_PLACES = 16
+_SAMPLE_CHARACTERS = 1 << 15  # per place
+
+
+class Inputs:
+    """The input of a job.
+
+    Args:
+        parser: Reads the texts of the documents.
+        shard: Index of the job among `num_shards` that share the files.
+        max_samples: Number of documents to sample of each dataset; None for all.
+
+    Attributes:
+        sources: All input files.
+        shares: The job's part of them.
+        notes: Messages for the user.
+
+    Raises:
+        UserError: A file can't be read, or has another checksum than the registry states.
+    """
+
+    def __init__(
+        self,
+        datasets: list[Dataset],
+        parser: DocumentParser,
+        shard: int,
+        num_shards: int,
+        max_samples: int | None,
+        seed: int,
+    ) -> None:
+        self.sources = [source for dataset in datasets for source in dataset.sources]
+        self.shares = list(shares_of(self.sources, shard, num_shards))
+        files = [source for source in self.sources if source.form is not Form.STREAM]
+        self.notes = [f"{file.path} is empty" for file in files if not file.bytes]
+        for share in self.shares:
+            _verify_checksum(share.source)
+        self._parser = parser
+        self._chosen: list[NDArray[np.int64]] | None = None
+        if max_samples is not None:
+            names = [dataset.name for dataset in datasets]
+            self._chosen, notes = sample_documents(self.shares, names, max_samples, seed)
+            self.notes += notes
+        self._states = [None if source.form is Form.STREAM else _state_of(source) for source in self.sources]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the job's part; 0 if it is unknown."""
+        return sum(share.stop - share.start for share in self.shares)
+
+    def reader(self, spool: Path) -> Reader:
+        """Return a reader of the job's part."""
+        return Reader(self.shares, self._parser.columns(), self._chosen, spool)
+
+    def described(self) -> list[Any]:
+        """Return values of JSON that change if a file is changed or replaced."""
+        pairs = zip(self.sources, self._states, strict=True)
+        return [
+            file.path if state is None else [os.path.abspath(file.path), *_described(state)] for file, state in pairs
+        ]
+
+    def check_unchanged(self) -> None:
+        """Check that the files are those that were there at the start: parts of both would be in the corpus.
+
+        Lines may have been appended to plain JSON lines; they are not read.
+
+        Raises:
+            UserError: A file has changed.
+        """
+        for source, before in zip(self.sources, self._states, strict=True):
+            if before is None:
+                continue
+            now = _state_of(source)
+            has_grown = source.form is Form.LINES and now.st_size > before.st_size
+            if now.st_ino != before.st_ino or not (has_grown or _described(now) == _described(before)):
+                raise UserError(
+                    f"{source.path} has changed while it was read, so the corpus would contain parts of two versions; "
+                    "start again when nothing writes it"
+                )
+
+    def sample_texts(self) -> list[str]:
+        """Return some texts from all over the input, to compare tokenizer libraries on; malformed lines are ignored."""
+        texts: list[str] = []
+        places = _spread([share for share in self.shares if share.source.form is not Form.STREAM])
+        reader = Reader(places, self._parser.columns(), None, spool=None)
+        for index, place in enumerate(places):
+            batch = next(reader.batches(ReadCursor(index)), None)
+            if batch is None or batch.share.source != place.source or batch.is_long_line:
+                continue
+            characters = 0
+            for item in batch.items():
+                try:
+                    found = self._parser.texts(item, batch.share.source.dataset) or []
+                except BadLine:
+                    continue
+                texts += [text.tagged.text[:_SAMPLE_CHARACTERS] for text in found]
+                characters += sum(len(text.tagged.text) for text in found)
+                if characters >= _SAMPLE_CHARACTERS:
+                    break
+        return texts
+
+
+def _spread(shares: list[Share]) -> list[Share]:
+    """Return places to sample, evenly over the shares' bytes; an archive can be read only from its start."""
+    total = sum(share.stop - share.start for share in shares)
+    offsets = [total * index // _SAMPLE_PLACES for index in range(_SAMPLE_PLACES)]
+    places, begin = [], 0
+    for share in shares:
+        starts = [share.start + offset - begin for offset in offsets]
+        inside = [share._replace(start=start) for start in starts if share.start <= start < share.stop]
+        places += inside if share.source.form is Form.LINES else [share] * bool(inside)
+        begin += share.stop - share.start
+    return places
+
+
+def _verify_checksum(source: Source) -> None:
+    """Compare a file with the SHA-1 that its registry states, if it states one."""
+    if source.sha1 is None:
+        return
+    with open(source.path, "rb") as file:
+        found = hashlib.file_digest(file, "sha1").hexdigest()
+    if found != source.sha1:
+        raise UserError(
+            f"{source.path} has SHA-1 {found}, its registry expects {source.sha1}; copy it again or correct file_sha1"
+        )
+
+
+def _state_of(source: Source) -> os.stat_result:
+    try:
+        return os.stat(source.path)
+    except OSError as error:
+        raise UserError(f"can't read {source.path} ({error.strerror})") from error
+
+
+def _described(state: os.stat_result) -> list[int]:
+    return [state.st_size, state.st_mtime_ns]

@@ -1,0 +1,103 @@
+"""Lines and rows become texts with their languages."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from data_tools.corpus.tokenized import TokenFile
+from data_tools.preprocessing.batches import FileRange
+from data_tools.preprocessing.long_documents import LongString, without_long_strings
+from data_tools.preprocessing.tagging import SPAN_KEYS, DetectedLanguages, LanguageSpans, TaggedText, Tagger
+from moelpr.data.tokenizers.base import Piece
+from moelpr.store.documents import BadLine, is_blank, parse
+
+
+class Text(NamedTuple):
+    """A text of a document, with its tokens if it must be encoded in pieces.
+
+    Attributes:
+        tagged: the text and its languages; of a text that is too long for memory, its first part.
+        on_disk: the complete text if it is too long for memory.
+        tokens: tokens of a long text, without those that the tokenizer adds; all tokens of a text on disk.
+        num_bytes: UTF-8 size of a text on disk.
+    """
+
+    tagged: TaggedText
+    on_disk: LongString | None = None
+    tokens: Piece | TokenFile | None = None
+    num_bytes: int = 0
+
+    def parts(self) -> Iterable[str]:
+        return [self.tagged.text] if self.on_disk is None else self.on_disk.parts()
+
+
+@dataclass(frozen=True)
+class DocumentParser:
+    """Reads the texts of lines and rows.
+
+    Attributes:
+        tagger: Assigns languages to texts.
+        keys: For each dataset, the keys of the texts, one per corpus.
+    """
+
+    tagger: Tagger
+    keys: list[list[str]]
+
+    def columns(self) -> list[list[str]]:
+        """Return the keys that are read, for each dataset."""
+        has_text = not isinstance(self.tagger, LanguageSpans)  # spans have the text
+        return [list(dict.fromkeys([*(keys if has_text else ()), *self.tagger.columns()])) for keys in self.keys]
+
+    def texts(self, item: bytes | dict[str, Any] | FileRange, dataset: int) -> list[Text] | None:
+        """Return the texts of a line or row, one per corpus; None for a blank line.
+
+        Raises:
+            BadLine: The line can't be used.
+        """
+        keys = self.keys[dataset]
+        long_strings: dict[str, LongString] = {}
+        if isinstance(item, FileRange):
+            item, long_strings = without_long_strings(item)
+        if isinstance(item, bytes):
+            if is_blank(item):
+                return None
+            of_spans = SPAN_KEYS if isinstance(self.tagger, LanguageSpans) else ()
+            item = parse(item, [*keys, *self.tagger.columns(), *of_spans])
+        if not long_strings:
+            return [Text(tagged) for tagged in self.tagger.texts(item, dataset, keys)]
+        if isinstance(self.tagger, LanguageSpans):
+            raise BadLine("a span of more than a million bytes in a long line; split it")
+        texts = [long_strings.get(value) if isinstance(value := item.get(key), str) else None for key in keys]
+        for key, text in zip(keys, texts, strict=True):
+            if text is not None:
+                item[key] = next(text.parts())  # its language is detected in its first part
+        found = [Text(*pair) for pair in zip(self.tagger.texts(item, dataset, keys), texts, strict=True)]
+        is_by_line = isinstance(self.tagger, DetectedLanguages) and self.tagger.by_line
+        if any(text.on_disk is not None and (is_by_line or len(text.tagged.spans) > 1) for text in found):
+            raise BadLine("a long text can't have a language for each of its lines; split it")
+        return found
+
+
+@dataclass(frozen=True)
+class RandomShare:
+    """A random share of all documents, for validation.
+
+    Only a document's text decides, so the order and the number of jobs do not matter, and copies stay together.
+
+    Attributes:
+        share: Fraction of the documents, 0 to 1.
+        seed: Random seed of the choice.
+    """
+
+    share: float = 0.0
+    seed: int = 0
+
+    def __contains__(self, text: Iterable[str]) -> bool:
+        """Whether a document, whose text comes in parts, is in the share."""
+        if not self.share:
+            return False
+        digest = hashlib.blake2b(digest_size=8, salt=self.seed.to_bytes(16, "little"))
+        for characters in text:
+            digest.update(characters.encode())
+        return int.from_bytes(digest.digest(), "little") < self.share * (1 << 64)

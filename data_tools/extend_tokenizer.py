@@ -9,6 +9,7 @@ hf_to_mcore.py --extended-tokenizer. docs/vocabulary.md has examples.
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from data_tools.preprocessing.job_tokenizer import load_job_tokenizer
 from data_tools.preprocessing.sources import STANDARD_INPUT, find_files, open_source
@@ -69,19 +70,20 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__)
     add = parser.add_argument
     add("--tokenizer", type=Path, required=True, metavar="DIR", help="folder of the tokenizer to extend")
-    add("--input", nargs="+", required=True, metavar="LANG=FILE",
-        help="text of the expanded languages: JSON lines (plain, .gz, .zst, .bz2, .xz) or Parquet; a file, folder or "
-        "glob pattern, a language may be repeated")  # fmt: skip
-    add("--original", nargs="+", required=True, metavar="LANG=FILE",
-        help="text of the original languages, which must stay tokenized as it is; the more and the more varied, the "
-        "safer is other text")  # fmt: skip
+    files: dict[str, Any] = {"nargs": "+", "required": True, "metavar": "LANG=FILE"}
+    inputs = "text of the expanded languages: JSON lines (plain, .gz, .zst, .bz2, .xz) or Parquet; a file, folder or "
+    inputs += "glob pattern, a language may be repeated"
+    add("--input", **files, help=inputs)
+    original = "text of the original languages, which must stay tokenized as it is; the more and the more varied, "
+    original += "the safer is other text"
+    add("--original", **files, help=original)
     add("--num-new-tokens", type=int, required=True, metavar="N", help="number of tokens to add")
     add("--save", type=Path, required=True, metavar="DIR", help="folder to write the extended tokenizer to")
-    add("--max-changed-share", type=float, default=0.0, metavar="X",
-        help="fraction of the original documents that may be tokenized differently, 0 to 1 (default: 0)")  # fmt: skip
-    add("--held-out-share", type=float, default=0.05, metavar="X",
-        help="fraction of the documents to measure on instead of learning from them, above 0 and below 1 "
-        "(default: 0.05)")  # fmt: skip
+    fraction: dict[str, Any] = {"type": float, "metavar": "X"}
+    changed = "fraction of the original documents that may be tokenized differently, 0 to 1 (default: 0)"
+    add("--max-changed-share", **fraction, default=0.0, help=changed)
+    held_out = "fraction of the documents to measure on, not learn from; above 0 and below 1 (default: 0.05)"
+    add("--held-out-share", **fraction, default=0.05, help=held_out)
     add("--json-key", default="text", metavar="KEY", help="JSON key of the text (default: text)")
     cores = available_cpus()
     add("--workers", type=int, default=cores, metavar="N", help=f"worker processes (default: one per core, {cores})")

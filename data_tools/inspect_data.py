@@ -53,11 +53,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__)
-    parser.add_argument("prefix", metavar="PREFIX", help="path of the corpus without .bin, .idx or .lang")
-    parser.add_argument("--documents", type=int, default=3, metavar="N", help="documents to show (default: 3)")
-    parser.add_argument("--characters", type=int, default=400, metavar="N",
-        help="characters to show of each run (default: 400)")  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    add = parser.add_argument
+    add("prefix", metavar="PREFIX", help="path of the corpus without .bin, .idx or .lang")
+    add("--documents", type=int, default=3, metavar="N", help="documents to show (default: 3)")
+    add("--characters", type=int, default=400, metavar="N", help="characters to show of each run (default: 400)")
+    add("--json", action="store_true", help="print one JSON object instead of text")
     add_tokenizer_arguments(parser, required=False)
     arguments = parser.parse_args(argv)
     if bool(arguments.tokenizer_type) != bool(arguments.tokenizer_model):

@@ -82,13 +82,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output-prefix", required=True, metavar="P", help="write P.bin, P.idx and P.lang")
     for bit in BITS:
         amount = parser.add_mutually_exclusive_group()
-        amount.add_argument(f"--{bit}-documents", type=int, metavar="N",
-            help=f"documents per {bit} language (default: none)")  # fmt: skip
-        amount.add_argument(f"--{bit}-tokens", type=int, metavar="N",
-            help=f"tokens per {bit} language: sample documents until they contain N tokens or more "
-            "(default: none)")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=1234, metavar="N",
-        help="random seed (default: 1234, as in Megatron)")  # fmt: skip
+        add, what = amount.add_argument, f"per {bit} language"
+        add(f"--{bit}-documents", type=int, metavar="N", help=f"documents {what} (default: none)")
+        tokens = f"tokens {what}: sample documents until they contain N tokens or more (default: none)"
+        add(f"--{bit}-tokens", type=int, metavar="N", help=tokens)
+    seed = "random seed (default: 1234, as in Megatron)"
+    parser.add_argument("--seed", type=int, default=1234, metavar="N", help=seed)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing corpus P")
     arguments = parser.parse_args(argv)
     amounts = [f"{bit}-{unit}" for bit in BITS for unit in ("documents", "tokens")]

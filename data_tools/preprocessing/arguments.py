@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from data_tools.preprocessing.sources import STANDARD_INPUT
 from moelpr.data.tokenizers.loading import TOKENIZER_TYPES
@@ -12,9 +13,11 @@ from moelpr.process.errors import UserError
 from moelpr.process.machine import available_cpus
 
 REGISTRY_FILE = "dataset_info.json"
-# Of options that require others, which _check must see as they were passed.
+# Defaults of options that require others; _check must see them as they were passed.
 _DEFAULTS = {"json_keys": ["text"], "min_confidence": 0.5, "undetected": "expanded", "max_bad_share": 0.01}
 _WORKERS_PER_CPU = 8
+_COUNT: dict[str, Any] = {"type": int, "metavar": "N"}
+_FRACTION: dict[str, Any] = {"type": float, "metavar": "X"}
 _LANGUAGE_FLAGS = ("--language", "--language-key", "--spans-key", "--detect-language")
 
 
@@ -27,65 +30,58 @@ def parse_arguments(description: str | None, argv: list[str] | None) -> argparse
     parser = CommandParser(description=description)
     group = parser.add_argument_group("input (files, or datasets of a registry)")
     add, add_source = group.add_argument, group.add_mutually_exclusive_group(required=True).add_argument
-    add_source("--input", nargs="+", metavar="FILE",
-        help="JSON lines (plain, .gz, .zst, .bz2, .xz) or Parquet: files, folders, glob patterns, - "
-        "for standard input")  # fmt: skip
+    files = "JSON lines (plain, .gz, .zst, .bz2, .xz) or Parquet: files, folders, patterns, - for standard input"
+    add_source("--input", nargs="+", metavar="FILE", help=files)
     add_source("--dataset", metavar="A,B", help="datasets of the registry, read in this order")
     add("--dataset-info", type=Path, metavar="FILE", help=f"the registry (default: {REGISTRY_FILE} in --dataset-dir)")
     add("--dataset-dir", type=Path, metavar="DIR", help="folder of the datasets' files (default: the registry's)")
     add("--json-keys", nargs="+", metavar="KEY", help="JSON text keys, one corpus per key (default: text)")
-    add("--max-samples", type=int, metavar="N",
-        help="sample N documents at random, from each --dataset or from all of --input together "
-        "(default: all)")  # fmt: skip
+    add("--max-samples", **_COUNT, help="random documents from each --dataset or from all of --input (default: all)")
 
     add = parser.add_argument_group("output").add_argument
     add("--output-prefix", required=True, metavar="P", help="write P_<key>_document.bin, .idx and .lang")
-    add("--validation-share", type=float, default=0.0, metavar="X",
-        help="fraction of the documents to write to P_validation_<key>_document instead, 0 to 1 "
-        "(default: 0)")  # fmt: skip
-    add("--seed", type=int, default=1234, metavar="N",
-        help="random seed of --max-samples and --validation-share (default: 1234)")  # fmt: skip
+    share = "fraction of the documents, 0 to 1, to write to P_validation_<key>_document instead (default: 0)"
+    add("--validation-share", **_FRACTION, default=0.0, help=share)
+    add("--seed", **_COUNT, default=1234, help="seed of --max-samples and --validation-share (default: 1234)")
     add("--overwrite", action="store_true", help="replace an existing corpus")
 
     add = add_tokenizer_arguments(parser, required=True).add_argument
     add("--append-eod", action="store_true", help="end each document with the end-of-document token")
     add("--eod-token", metavar="TOKEN", help="that token, such as '<|endoftext|>' (default: the tokenizer's)")
-    add("--tokenizer-backend", choices=("auto", "reference", "gigatoken"), default="auto",
-        help="reference: the tokenizer's own library; gigatoken: a faster one; auto: gigatoken if it is installed and "
-        "gives the same IDs (default: auto)")  # fmt: skip
+    libraries = "reference: the tokenizer's own library; gigatoken: a faster one; auto: gigatoken if it is installed "
+    libraries += "and gives the same IDs (default: auto)"
+    add("--tokenizer-backend", choices=("auto", "reference", "gigatoken"), default="auto", help=libraries)
 
     group = parser.add_argument_group("language bit (--input requires one of the first four; a registry states it)")
     add, add_language = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add_language("--language", choices=("original", "expanded"), help="language group of all documents")
     add_language("--language-key", metavar="KEY", help="JSON key of a document's language")
-    add_language("--spans-key", metavar="KEY",
-        help='JSON key of a document\'s spans, [{"text": …, "lang": …}, …]; a token has the language of the span that '
-        "contains its first byte")  # fmt: skip
-    add_language("--detect-language", nargs="?", const="document", choices=("document", "line"),
-        help="detect the language with py3langid, per document (default) or per line")  # fmt: skip
+    spans = 'JSON key of a document\'s spans, [{"text": …, "lang": …}, …]; a token has the language of its first byte'
+    add_language("--spans-key", metavar="KEY", help=spans)
+    units = ("document", "line")
+    detect = "detect the language with py3langid, per document (default) or per line"
+    add_language("--detect-language", nargs="?", const="document", choices=units, help=detect)
     add("--original-languages", metavar="A,B", help="languages whose bit is original")
-    add("--expanded-languages", metavar="C,D",
-        help="expanded languages; any other is an error, and only named languages are detected "
-        "(default: all others)")  # fmt: skip
-    add("--min-confidence", type=float, metavar="X",
-        help="confidence below which a detected language is uncertain, 0 to 1; an uncertain line has the language of "
-        "its document (default: 0.5)")  # fmt: skip
-    add("--undetected", choices=("expanded", "original", "skip"),
-        help="how to tag documents of uncertain language (default: expanded, which the LPR loss ignores)")  # fmt: skip
+    expanded = "expanded languages; any other is an error, and only named ones are detected (default: all others)"
+    add("--expanded-languages", metavar="C,D", help=expanded)
+    confidence = "confidence, 0 to 1, below which a detected language is uncertain; an uncertain line has the language "
+    confidence += "of its document (default: 0.5)"
+    add("--min-confidence", **_FRACTION, help=confidence)
+    undetected = "tag of documents of uncertain language (default: expanded, which the LPR loss ignores)"
+    add("--undetected", choices=("expanded", "original", "skip"), help=undetected)
     add("--audit", action="store_true", help="detect languages too, and print them against the stated ones")
 
     add = parser.add_argument_group("execution").add_argument
     cores = available_cpus()
-    add("--workers", type=int, default=cores, metavar="N", help=f"worker processes (default: one per core, {cores})")
-    add("--num-shards", type=int, default=1, metavar="N", help="number of jobs that share the input (default: 1)")
+    add("--workers", **_COUNT, default=cores, help=f"worker processes (default: one per core, {cores})")
+    add("--num-shards", **_COUNT, default=1, help="number of jobs that share the input (default: 1)")
     add("--shard", type=int, metavar="I", help="index of this job, 0 to N - 1; part of its files' names")
     add("--resume", action="store_true", help="resume an interrupted job, or start a new one")
-    add("--log-interval", type=int, default=10_000, metavar="N", help="documents between log lines (default: 10000)")
-    add("--on-error", choices=("stop", "skip"), default="stop",
-        help="stop at a malformed line, or skip it and list it in P.skipped.txt (default: stop)")  # fmt: skip
-    add("--max-bad-share", type=float, metavar="X",
-        help="with --on-error skip, fail if more than this fraction of the lines is malformed "
-        "(default: 0.01)")  # fmt: skip
+    add("--log-interval", **_COUNT, default=10_000, help="documents between log lines (default: 10000)")
+    skip = "stop at a malformed line, or skip it and list it in P.skipped.txt (default: stop)"
+    add("--on-error", choices=("stop", "skip"), default="stop", help=skip)
+    fail = "with --on-error skip, fail if more than this fraction of the lines is malformed (default: 0.01)"
+    add("--max-bad-share", **_FRACTION, help=fail)
 
     arguments = parser.parse_args(argv)
     flag = next((flag for flag in _LANGUAGE_FLAGS if getattr(arguments, _name(flag))), None)

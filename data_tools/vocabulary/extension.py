@@ -22,9 +22,9 @@ _MIN_OCCURRENCES = 2
 _WEIGHT_OF_LARGEST = 1 << 8  # weights are whole numbers, so that sums do not depend on their order
 # What a tokenizer's folder contains besides its vocabulary.
 _COMPANIONS = (
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-    *("chat_template.json", "additional_chat_templates"),
-)  # fmt: skip
+    "tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja chat_template.json "
+    "additional_chat_templates"
+).split()
 _SLOW_TOKENIZERS = ("tokenizer.model", "spiece.model")
 
 
@@ -72,16 +72,14 @@ class OriginalTextGuard:
 
 
 def choose_tokens(
-    tokenizer: BpeTokenizer, texts: dict[str, NewText], number: int, guard: OriginalTextGuard
+    bpe: BpeTokenizer, texts: dict[str, NewText], number: int, guard: OriginalTextGuard
 ) -> list[NewToken]:
     """Choose new tokens for the words of several languages, of which each counts the same, however much text it has.
 
     Raises:
         UserError: The text gives fewer tokens.
     """
-    symbols = {
-        word: tokenizer.symbols(word) for word in sorted({word for text in texts.values() for word in text.words})
-    }
+    symbols = {word: bpe.symbols(word) for word in sorted({word for text in texts.values() for word in text.words})}
     sizes = [sum(count * len(symbols[word]) for word, count in text.words.items()) for text in texts.values()]
     weights = [max(sizes) * _WEIGHT_OF_LARGEST // max(size, 1) for size in sizes]
     counts: Counter[str] = Counter()
@@ -89,10 +87,8 @@ def choose_tokens(
         for word, count in text.words.items():
             counts[word] += count * weight
     words = Words((found, counts[word]) for word, found in symbols.items())
-    tokens = continue_merges(
-        words, tokenizer.texts, tokenizer.characters, tokenizer.first_new_id,
-        _MIN_OCCURRENCES * max(weights), guard.allows,
-    )  # fmt: skip
+    least = _MIN_OCCURRENCES * max(weights)
+    tokens = continue_merges(words, bpe.texts, bpe.characters, bpe.first_new_id, least, guard.allows)
     label = "choosing new tokens"
     with tqdm(total=number, desc=label, unit="token", leave=False, disable=None) as bar:
         if bar.disable:
@@ -111,7 +107,7 @@ def choose_tokens(
 
 
 def write_tokenizer(
-    folder: Path, old_folder: Path, old: JobTokenizer, tokenizer: BpeTokenizer, new: list[NewToken]
+    folder: Path, old_folder: Path, old: JobTokenizer, bpe: BpeTokenizer, new: list[NewToken]
 ) -> list[str]:
     """Write the extended tokenizer and vocabulary_extension.json into a folder, and return notes for the user."""
     for name in _COMPANIONS:
@@ -122,14 +118,12 @@ def write_tokenizer(
             copy_folder(source, folder / name)
         elif source.is_file():
             shutil.copyfile(source, folder / name)
-    (folder / "tokenizer.json").write_text(tokenizer.extended(new), encoding="utf-8")
+    (folder / "tokenizer.json").write_text(bpe.extended(new), encoding="utf-8")
     VocabularyExtension(
-        first_new_id=tokenizer.first_new_id,
+        first_new_id=bpe.first_new_id,
         replaces=[token.replaces for token in new],
         old_fingerprint=old.record.fingerprint,
-        old_vocabulary_sha256=vocabulary_checksum(
-            {text: id for id, text in tokenizer.texts.items()}, tokenizer.first_new_id
-        ),
+        old_vocabulary_sha256=vocabulary_checksum({text: id for id, text in bpe.texts.items()}, bpe.first_new_id),
     ).write(folder)
     slow = [name for name in _SLOW_TOKENIZERS if (old_folder / name).is_file()]
     return [f"{name} is left out: the new tokens are only in tokenizer.json" for name in slow]
@@ -146,7 +140,7 @@ def load_extended(folder: Path, old: JobTokenizer, expected: str) -> JobTokenize
     for part in ("model", "added_tokens", "normalizer", "pre_tokenizer"):
         if found.get(part) != wanted[part]:
             raise UserError(
-                f"transformers changes the {part} of the extended tokenizer when it loads it; save the old tokenizer "
-                f"anew with AutoTokenizer and save_pretrained, and extend that"
+                f"transformers changes the {part} of the extended tokenizer when it loads it; load the old "
+                "tokenizer with AutoTokenizer, save it with save_pretrained, and extend that"
             )
     return loaded

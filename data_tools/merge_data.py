@@ -3,7 +3,7 @@
     python data_tools/merge_data.py --output-prefix data/expanded_text_document --num-shards 8
     python data_tools/merge_data.py --output-prefix data/all --input data/el_text_document data/hu_text_document
 
-The first joins the shards that `preprocess_data.py --num-shards 8` wrote beside --output-prefix.
+The first joins the shards that `preprocess_data.py --num-shards 8` wrote next to --output-prefix.
 """
 
 import argparse

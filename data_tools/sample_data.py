@@ -39,12 +39,12 @@ class Sample:
     """The documents sampled from one input and group.
 
     Attributes:
-        names: language name of each group, since a document may contain some text of the other group.
-        chosen: indices of the sampled documents, ascending [documents].
-        available: number of documents to sample from.
-        requested: what the flags ask for, such as "50,000 documents".
-        is_short: whether the input contains less than that.
-        num_tokens: tokens of the sampled documents.
+        names: Language name of each group, since a document may contain some text of the other group.
+        chosen: Indices of the sampled documents, ascending [documents].
+        available: Number of documents to sample from.
+        requested: What the flags ask for, such as "50,000 documents".
+        is_short: Whether the input contains less than that.
+        num_tokens: Tokens of the sampled documents.
     """
 
     corpus: Corpus

@@ -44,10 +44,10 @@ class Corpus:
     """A corpus opened for reading, its three files compared with each other.
 
     Attributes:
-        tokens: memory-mapped token IDs [tokens].
-        bits: language bits.
-        sequence_lengths: tokens of each sequence [sequences]; sequences are contiguous in `tokens`.
-        document_starts: index of each document's first sequence, and the number of sequences [documents + 1].
+        tokens: Memory-mapped token IDs [tokens].
+        bits: Language bits.
+        sequence_lengths: Tokens of each sequence [sequences]; sequences are contiguous in `tokens`.
+        document_starts: Index of each document's first sequence, and the number of sequences [documents + 1].
 
     Raises:
         UserError: A file is missing or damaged, or two of them do not belong together.

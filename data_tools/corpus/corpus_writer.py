@@ -84,11 +84,11 @@ class CorpusWriter:
     `Position`, which a preprocessing job saves in its own journal together with what else it has counted.
 
     Args:
-        prefix: the corpus's path without .bin/.idx/.lang; its folder is created if necessary.
-        vocab_size: number of token IDs; decides the .bin's dtype as Megatron does (uint16 below 65,500, else int32).
-        overwrite: whether `commit` may replace an existing corpus.
-        folder: folder for unfinished files, on the corpus's file system; it is not removed.
-        position: how much of the unfinished files in `folder` to keep: a return value of `flush`, perhaps in a process
+        prefix: The corpus's path without .bin/.idx/.lang; its folder is created if necessary.
+        vocab_size: Number of token IDs; decides the .bin's dtype as Megatron does (uint16 below 65,500, else int32).
+        overwrite: Whether `commit` may replace an existing corpus.
+        folder: Folder for unfinished files, on the corpus's file system; it is not removed.
+        position: How much of the unfinished files in `folder` to keep: a return value of `flush`, perhaps in a process
             that was killed since.
 
     Raises:
@@ -272,7 +272,7 @@ def commit_corpus(prefix: str | os.PathLike[str], folder: Path, manifest: Manife
     if unfinished.idx.exists():
         paths.idx.unlink(missing_ok=True)
         manifest_path(prefix).unlink(missing_ok=True)
-        # The orders of samples that Megatron has saved beside the old corpus.
+        # The orders of samples that Megatron has saved next to the old corpus.
         for kind in ("TaggedGPTDataset", "GPTDataset"):
             shutil.rmtree(paths.bin.with_suffix("") / "cache" / f"{kind}_indices", ignore_errors=True)
     if manifest is not None:

@@ -26,10 +26,10 @@ class ReadCursor(NamedTuple):
     """Where to resume reading.
 
     Attributes:
-        share: index of the share.
-        offset: byte of the (decompressed) JSON lines, or row of the Parquet file.
-        line: number of lines or rows before it in the share; not counted in plain files.
-        documents: number of these that are not blank.
+        share: Index of the share.
+        offset: Byte of the (decompressed) JSON lines, or row of the Parquet file.
+        line: Number of lines or rows before it in the share; not counted in plain files.
+        documents: Number of these that are not blank.
     """
 
     share: int = 0
@@ -55,11 +55,11 @@ class Batch(NamedTuple):
     """Unparsed lines or rows of one input file.
 
     Attributes:
-        content: lines, the range of a file that contains them, or rows of a table.
-        numbers: line or row numbers within the share, from 1; None if they are consecutive from 1.
-        after: where reading resumes after this batch.
-        num_bytes: decompressed size.
-        file_bytes: size in the file, for the progress bar.
+        content: Lines, the range of a file that contains them, or rows of a table.
+        numbers: Line or row numbers within the share, from 1; None if they are consecutive from 1.
+        after: Where reading resumes after this batch.
+        num_bytes: Decompressed size.
+        file_bytes: Size in the file, for the progress bar.
     """
 
     share: Share
@@ -107,9 +107,9 @@ class Reader:
     """Reads shares in batches, in order, keeping only a few batches in memory.
 
     Args:
-        columns: columns to read from the Parquet files of each dataset.
-        chosen: documents to read from each share, counted from 0, ascending; None: all.
-        spool: folder for lines of compressed files that are too long for memory; None: reading stops before one.
+        columns: Columns to read from the Parquet files of each dataset.
+        chosen: Documents to read from each share, counted from 0, ascending; None: all.
+        spool: Folder for lines of compressed files that are too long for memory; None: reading stops before one.
     """
 
     def __init__(

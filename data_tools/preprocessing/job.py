@@ -36,11 +36,11 @@ class State:
     """How far a job is; everything before it is on disk when it is saved.
 
     Attributes:
-        positions: how much of each corpus is written.
-        cursor: where to resume reading.
-        file_bytes: bytes of the input files that have been read.
-        skipped_bytes: size of the list of skipped lines.
-        manifests: once they exist, only the files' names are left to change.
+        positions: How much of each corpus is written.
+        cursor: Where to resume reading.
+        file_bytes: Bytes of the input files that have been read.
+        skipped_bytes: Size of the list of skipped lines.
+        manifests: Once they exist, only the files' names are left to change.
     """
 
     tally: Tally = field(default_factory=Tally)
@@ -55,9 +55,9 @@ class Progress(tqdm):
     """Reports documents, MB/s, tokens/s and the time left: as a bar on a terminal, else as log lines.
 
     Args:
-        total_bytes: size of the input files; 0: unknown.
-        done_bytes: part of them that an interrupted job has read.
-        log_interval: number of documents between log lines.
+        total_bytes: Size of the input files; 0: unknown.
+        done_bytes: Part of them that an interrupted job has read.
+        log_interval: Number of documents between log lines.
     """
 
     def __init__(self, total_bytes: int, done_bytes: int, log_interval: int) -> None:

@@ -17,9 +17,9 @@ class Text(NamedTuple):
     """A text of a document, with its tokens if it must be encoded in pieces.
 
     Attributes:
-        tagged: the text and its languages; of a text that is too long for memory, its first part.
-        on_disk: the complete text if it is too long for memory.
-        tokens: tokens of a long text, without those that the tokenizer adds; all tokens of a text on disk.
+        tagged: The text and its languages; of a text that is too long for memory, its first part.
+        on_disk: The complete text if it is too long for memory.
+        tokens: Tokens of a long text, without those that the tokenizer adds; all tokens of a text on disk.
         num_bytes: UTF-8 size of a text on disk.
     """
 

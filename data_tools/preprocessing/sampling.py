@@ -18,8 +18,8 @@ def sample_documents(
     Reads every file once to count its documents; memory is needed only for those chosen.
 
     Args:
-        shares: complete files.
-        names: dataset names; the sample depends only on a dataset's name, its documents and the seed.
+        shares: Complete files.
+        names: Dataset names; the sample depends only on a dataset's name, its documents and the seed.
 
     Returns:
         The chosen documents of each share, counted from 0, ascending; and a note for each dataset that has no more.

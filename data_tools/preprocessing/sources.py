@@ -16,7 +16,7 @@ STANDARD_INPUT = "-"
 # Files to look for in a folder; a file that is named explicitly may have any name.
 _TEXT_SUFFIXES = (".jsonl", ".json", ".ndjson")
 _SUFFIXES = (*_TEXT_SUFFIXES, *(a + b for a in _TEXT_SUFFIXES for b in (".gz", ".zst", ".bz2", ".xz")), ".parquet")
-_MANIFEST_SUFFIX = ".manifest.json"  # of a corpus that was written into the folder
+_MANIFEST_SUFFIX = ".manifest.json"  # a corpus may have been written into the folder
 
 
 class Form(StrEnum):
@@ -45,9 +45,9 @@ class Source(NamedTuple):
     """An input file.
 
     Attributes:
-        bytes: file size; 0 for standard input.
-        dataset: index of the dataset that the file belongs to.
-        sha1: expected checksum, from a registry; None if it states none.
+        bytes: File size; 0 for standard input.
+        dataset: Index of the dataset that the file belongs to.
+        sha1: Expected checksum, from a registry; None if it states none.
     """
 
     path: str

@@ -27,9 +27,9 @@ class _Streams(io.RawIOBase):
     """Bytes of a file of one or more compressed streams. `bz2.open` and `lzma.open` ignore all after a damaged start.
 
     Args:
-        raw: the file.
-        new: makes a decompressor for one stream.
-        padding: bytes that may stand between streams.
+        raw: The file.
+        new: Makes a decompressor for one stream.
+        padding: Bytes that may stand between streams.
     """
 
     def __init__(self, raw: BinaryIO, new: Callable[[], Any], padding: bytes) -> None:

@@ -19,9 +19,9 @@ class CorpusTally:
     """Counts of one corpus.
 
     Attributes:
-        languages: counts by language name.
-        sources: number of documents by input file.
-        num_empty: number of documents without tokens.
+        languages: Counts by language name.
+        sources: Number of documents by input file.
+        num_empty: Number of documents without tokens.
     """
 
     languages: dict[str, LanguageCount] = field(default_factory=dict)
@@ -46,12 +46,12 @@ class Tally:
     """Counts of a job.
 
     Attributes:
-        corpora: counts by the corpus's name within the job.
-        num_read: number of lines or rows, including malformed but not blank ones.
-        num_skipped: number of malformed lines or rows.
-        num_undetected: number of documents omitted because their language is uncertain.
-        problems: messages about the first malformed lines.
-        audit: number of documents by stated and detected language.
+        corpora: Counts by the corpus's name within the job.
+        num_read: Number of lines or rows, including malformed but not blank ones.
+        num_skipped: Number of malformed lines or rows.
+        num_undetected: Number of documents omitted because their language is uncertain.
+        problems: Messages about the first malformed lines.
+        audit: Number of documents by stated and detected language.
     """
 
     corpora: dict[str, CorpusTally] = field(default_factory=dict)

@@ -130,8 +130,8 @@ class Detector:
     """Detects the language of a text with py3langid.
 
     Args:
-        languages: languages to choose from; if empty, all that py3langid supports.
-        min_confidence: confidence below which a language is uncertain, 0 to 1.
+        languages: Languages to choose from; if empty, all that py3langid supports.
+        min_confidence: Confidence below which a language is uncertain, 0 to 1.
 
     Raises:
         UserError: py3langid is not installed or does not support one of the languages.

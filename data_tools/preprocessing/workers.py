@@ -74,7 +74,7 @@ def _result(pool: ProcessPoolExecutor, future: Future[Any]) -> Any:
             return future.result(timeout=_CHECK_EVERY_S)
         except TimeoutError:
             if future.done():
-                raise  # of the work itself
+                raise  # the work itself raised it
             workers = [*(pool._processes or {}).values()]
             if not all(worker.is_alive() for worker in workers):
                 for worker in workers:
@@ -88,8 +88,8 @@ def started_pool(workers: int, work: Callable[[Batch], Any] | None = None) -> An
     this process could still send it: it holds the sending end of that pipe too.
     """
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, (work,))
-    # Python warns of forking beside threads. The only threads here are numpy's, which the workers do not use; those of
-    # pyarrow, which reads, start later.
+    # Python warns of forking while there are threads. The only threads here are numpy's, which the workers do not use;
+    # those of pyarrow, which reads, start later.
     # A signal between the forks would leave workers that nobody stops, and a worker that has not begun must not take
     # SIGTERM for a signal to defer: the executor ends it so if another one was killed.
     with (

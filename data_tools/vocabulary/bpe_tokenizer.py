@@ -23,13 +23,13 @@ class BpeTokenizer:
     """A tokenizer that can be extended.
 
     Args:
-        source: content of its tokenizer.json.
-        name: of the tokenizer, for messages.
+        source: Content of its tokenizer.json.
+        name: Of the tokenizer, for messages.
 
     Attributes:
-        texts: text of each token, added tokens included, by ID.
-        characters: characters without a token that have occurred, by negative symbol.
-        first_new_id: the highest ID + 1.
+        texts: Text of each token, added tokens included, by ID.
+        characters: Characters without a token that have occurred, by negative symbol.
+        first_new_id: The highest ID + 1.
 
     Raises:
         UserError: The tokenizer is of another kind.

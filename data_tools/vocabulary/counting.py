@@ -37,9 +37,9 @@ class TextFiles:
     """Files of several languages.
 
     Attributes:
-        sources: the dataset of each is the index of its language.
+        sources: The dataset of each is the index of its language.
         key: JSON key of the text.
-        held_out_share: fraction of the documents that is held out.
+        held_out_share: Fraction of the documents that is held out.
     """
 
     languages: list[str]
@@ -93,9 +93,9 @@ class NewText:
     """Words of one expanded language, without held-out documents.
 
     Attributes:
-        words: number of occurrences of each.
+        words: Number of occurrences of each.
         bytes: UTF-8 bytes of the text.
-        held_out: number of documents held out.
+        held_out: Number of documents held out.
     """
 
     words: Counter[str] = field(default_factory=Counter)
@@ -176,8 +176,8 @@ class OriginalText:
     """What original-language text contains that a new token might change.
 
     Attributes:
-        pairs: pairs of neighboring tokens.
-        whole: number of documents with what would be taken whole (`BpeTokenizer.taken_whole`).
+        pairs: Pairs of neighboring tokens.
+        whole: Number of documents with what would be taken whole (`BpeTokenizer.taken_whole`).
     """
 
     pairs: PairCounts
@@ -254,8 +254,8 @@ class Comparison:
     """How a language's documents are tokenized before and after.
 
     Attributes:
-        before, after: numbers of tokens.
-        changed: number of documents that are tokenized differently.
+        before, after: Numbers of tokens.
+        changed: Number of documents that are tokenized differently.
     """
 
     documents: int = 0

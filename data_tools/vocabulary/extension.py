@@ -36,13 +36,13 @@ class OriginalTextGuard:
     texts that have changed already.
 
     Args:
-        checked, held_out: the original text in two parts. Both are protected; what only the held-out part refuses shows
+        checked, held_out: The original text in two parts. Both are protected; what only the held-out part refuses shows
             how often text that was not given would change.
-        max_changed_share: fraction of all documents that may change.
+        max_changed_share: Fraction of all documents that may change.
 
     Attributes:
-        refused: number of refused candidates.
-        unforeseen: number of held-out documents, copies counted, that tokens would have changed that do not occur in
+        refused: Number of refused candidates.
+        unforeseen: Number of held-out documents, copies counted, that tokens would have changed that do not occur in
             the checked part.
     """
 

@@ -23,8 +23,8 @@ class NewToken(NamedTuple):
     """A token to be added.
 
     Attributes:
-        text: as the vocabulary writes it.
-        merge: the texts of the two tokens that it joins; None for a character.
+        text: As the vocabulary writes it.
+        merge: The texts of the two tokens that it joins; None for a character.
         replaces: IDs of the old tokens that wrote its text.
     """
 
@@ -120,10 +120,10 @@ def continue_merges(
     """Yield new tokens, the one that saves most tokens first; of equal ones, that of the lowest IDs.
 
     Args:
-        texts: text of each token that exists, by ID.
-        characters: characters without a token, by symbol.
-        min_count: how often a token must occur.
-        is_allowed: whether a pair may be joined, or a character may become a token, given the symbols and the text. A
+        texts: Text of each token that exists, by ID.
+        characters: Characters without a token, by symbol.
+        min_count: How often a token must occur.
+        is_allowed: Whether a pair may be joined, or a character may become a token, given the symbols and the text. A
             new token has the next ID.
     """
     texts, taken = dict(texts), set(texts.values())

@@ -27,9 +27,9 @@ class CorpusIndex:
     """Where the sequences and documents of a corpus are in its .bin.
 
     Attributes:
-        dtype: of the token IDs.
-        sequence_lengths: tokens of each sequence, int32 [sequences]; sequences are contiguous.
-        document_starts: each document's first sequence, and the number of sequences, int64 [documents + 1].
+        dtype: Of the token IDs.
+        sequence_lengths: Tokens of each sequence, int32 [sequences]; sequences are contiguous.
+        document_starts: Each document's first sequence, and the number of sequences, int64 [documents + 1].
     """
 
     dtype: np.dtype

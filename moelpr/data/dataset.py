@@ -36,10 +36,10 @@ class TokenIds:
     """What Megatron's datasets need of a tokenizer.
 
     Attributes:
-        vocab_size: vocabulary size of the model.
+        vocab_size: Vocabulary size of the model.
         eod: ID of the end-of-document token; -1 if the corpus has none.
         pad: ID of padding; -1 is never in a corpus, so no real token is taken for padding.
-        unique_identifiers: part of the name of Megatron's cache (`index_checksums`).
+        unique_identifiers: Part of the name of Megatron's cache (`index_checksums`).
     """
 
     vocab_size: int
@@ -52,8 +52,8 @@ class TaggedIndexedDataset(IndexedDataset):
     """`<prefix>.bin/.idx/.lang`. Like Megatron's, it does not check the .idx.
 
     Attributes:
-        bits: language bits.
-        edges: start and stop, in tokens, of every range that `get` has read since `edges` was cleared, flattened.
+        bits: Language bits.
+        edges: Start and stop, in tokens, of every range that `get` has read since `edges` was cleared, flattened.
 
     Raises:
         UserError: The .lang is missing or damaged, or does not cover the .bin.
@@ -216,7 +216,7 @@ def index_checksums(prefixes: Iterable[str]) -> dict[str, str]:
 
 @cache
 def _checksum(path: Path, mtime_ns: int) -> str:
-    """Of a file that does not change without another `mtime_ns`; the .idx of 100 million documents has 2 GB."""
+    """The SHA-256 of a file, cached until its mtime changes; the .idx of 100 million documents has 2 GB."""
     return FileRecord.of(path).sha256
 
 

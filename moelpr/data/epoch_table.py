@@ -13,7 +13,7 @@ def epoch_table(train: TaggedGPTDataset | BlendedDataset, num_samples: int, seq_
     """Format the training data as a table: documents, tokens and samples of one epoch, epochs and shares of the run.
 
     Args:
-        seq_length: tokens per sample.
+        seq_length: Tokens per sample.
 
     Raises:
         UserError: The corpora have no weights, so they are read once, but the run takes more samples.

@@ -1,4 +1,4 @@
-"""The .lang format: one language bit per token beside Megatron's .bin/.idx; 1 = original-language token.
+"""The .lang format: one language bit per token, next to Megatron's .bin/.idx; 1 = original-language token.
 
 Only this module defines the format (docs/data-format.md describes it byte by byte). A 64-byte little-endian header is
 followed by the bits, eight to a byte: token i is bit i % 8, counted from the least significant, of byte i // 8.
@@ -151,8 +151,8 @@ class LanguageBits:
         """Return the bits of a training sample, uint8 [tokens], and its largest token ID, computed in one pass.
 
         Args:
-            edges: start and stop of every range of tokens that the sample was read from, flattened.
-            ids: the sample's token IDs [tokens]; those after the last range are padding, whose bits are 0.
+            edges: Start and stop of every range of tokens that the sample was read from, flattened.
+            ids: The sample's token IDs [tokens]; those after the last range are padding, whose bits are 0.
 
         Raises:
             IndexError: A range is outside the file, or the ranges contain more tokens than the sample.

@@ -24,7 +24,7 @@ SAMPLED_BLOCKS = 64
 _REMEDY = "rebuild the corpus with data_tools/preprocess_data.py"
 
 Count = Annotated[int, Field(ge=0)]
-# Which group of languages a token belongs to: the language bit by its name.
+# The two values of a language bit, by name.
 Bit = Literal["original", "expanded"]
 
 
@@ -156,7 +156,7 @@ class Manifest(Record):
         skipped_lines: Number of malformed lines that --on-error skip omitted.
         files: Size and checksums of "bin", "idx" and "lang".
         shard_of: The same in all shards of one job: a hash of its flags, and of the names and sizes of its input files;
-            null if the corpus is no shard.
+            null if the corpus is not a shard.
         moelpr_version: Version of the program that wrote the corpus.
     """
 

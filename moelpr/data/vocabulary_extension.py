@@ -15,7 +15,7 @@ _REMEDY = "pass a folder that data_tools/extend_tokenizer.py wrote"
 
 @dataclass(frozen=True, config=STRICT)
 class VocabularyExtension(Record):
-    """New tokens of a tokenizer, as data_tools/extend_tokenizer.py writes them beside it.
+    """New tokens of a tokenizer, as data_tools/extend_tokenizer.py writes them next to it.
 
     Attributes:
         first_new_id: ID of the first new token: the old tokenizer's highest ID + 1, added tokens included.

@@ -151,12 +151,16 @@ def test_a_corpus_made_again_is_not_read_in_the_order_of_the_old_one(write_corpu
         for path in tmp_path.glob("corpus.*"):
             path.unlink()
         prefix, *_ = write_corpus("corpus", documents=documents)
+        off = "reset_position_ids reset_attention_mask eod_mask_loss create_attention_mask".split()
         config = GPTDatasetConfig(
-            random_seed=3, sequence_length=16, blend=([str(prefix)], None), split="100,0,0",
+            random_seed=3,
+            sequence_length=16,
+            blend=([str(prefix)], None),
+            split="100,0,0",
             path_to_cache=str(tmp_path / "cache"),
             tokenizer=TokenIds(500, unique_identifiers=index_checksums([str(prefix)])),
-            reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False,
-        )  # fmt: skip
+            **dict.fromkeys(off, False),
+        )
         train, _, _ = BlendedMegatronDatasetBuilder(TaggedGPTDataset, [30, 0, 0], lambda: True, config).build()
         return [*train.document_index]
 
@@ -209,13 +213,12 @@ def test_the_loss_of_the_end_of_document_is_masked_if_wanted(
     monkeypatch.setattr("moelpr.data.dataset.Manifest.read", lambda path: records.get(str(path)))
     parser = argparse.ArgumentParser()
     args = parser.parse_args([])
-    vars(args).update(
-        seed=3, seq_length=16, data_path=corpora, split="100,0,0", model_source=tmp_path, vocab_size=10,
-        eod_mask_loss=True, mmap_bin_files=True, dataloader_inter_document_masking=False,
-        mid_level_dataset_surplus=0.005, num_dataset_builder_threads=1, full_validation=False,
-        data_cache_path=None, multiple_validation_sets=False, data_args_path=None, per_split_data_args_path=None,
-        train_data_path=None, valid_data_path=None, test_data_path=None,
-    )  # fmt: skip
+    off = "dataloader_inter_document_masking full_validation multiple_validation_sets".split()
+    unset = "data_cache_path data_args_path per_split_data_args_path train_data_path valid_data_path test_data_path"
+    vars(args).update(dict.fromkeys(off, False) | dict.fromkeys(unset.split()))
+    vars(args).update(eod_mask_loss=True, mmap_bin_files=True)
+    vars(args).update(seed=3, seq_length=16, data_path=corpora, split="100,0,0", model_source=tmp_path, vocab_size=10)
+    vars(args).update(mid_level_dataset_surplus=0.005, num_dataset_builder_threads=1)
     if manifests in ((7, 8), (-7,)) or (eos is None and not manifests):
         with pytest.raises(UserError, match="--eod-mask-loss requires (an|one) end-of-document token"):
             dataset_config(args)

@@ -60,9 +60,7 @@ def test_blend_is_shown_by_corpus_and_language(write_corpus: Callable) -> None:
     lines = table(200, [str(original), str(mixed)], [3.0, 1.0])
     assert "200" in lines[0]
     first, en, zh, second, old, new, last = lines[2:]
-    assert first == [
-        str(original), "30", str(n), str((n - 1) // SEQUENCE), f"{150 * SEQUENCE / n:.2f}", "75.0%"
-    ]  # fmt: skip
+    assert first == [str(original), "30", str(n), str((n - 1) // SEQUENCE), f"{150 * SEQUENCE / n:.2f}", "75.0%"]
     assert en == ["en", "original", "20", "100", f"{0.75 * 100 / n:.1%}"]
     assert zh == ["zh", "original", "10", str(n - 100), f"{0.75 * (n - 100) / n:.1%}"]
     assert second == [str(mixed), "50", str(m), str((m - 1) // SEQUENCE), f"{50 * SEQUENCE / m:.2f}", "25.0%"]

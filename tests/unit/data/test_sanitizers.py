@@ -78,10 +78,8 @@ def test_the_tests_of_the_format_pass_under_sanitizers(environment: dict[str, st
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     compile_with_sanitizers(SOURCE, module, "-std=c++17", "-fvisibility=hidden", *includes)
     tests = [str(FOLDER / "test_language_bits.py")]
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, str(module), *tests],
-        env=environment, cwd=FOLDER.parents[2], capture_output=True, text=True, timeout=250,
-    )  # fmt: skip
+    command, place = [sys.executable, "-c", RUN, str(module), *tests], FOLDER.parents[2]
+    done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
     assert " passed" in done.stdout

@@ -25,9 +25,8 @@ Document = tuple[str, list[int]]  # its language and its token ids
 @pytest.fixture(scope="session")
 def make_corpus_in() -> Callable[..., Path]:
     def make(
-        folder: Path, name: str, documents: list[Document], vocab_size: int = 300, manifest: bool = True,
-        **tokenizer: str,
-    ) -> Path:  # fmt: skip
+        folder: Path, name: str, documents: list[Document], vocab_size: int = 300, manifest: bool = True, **words: str
+    ) -> Path:
         counts: dict[str, LanguageCount] = {}
         per_language = defaultdict(list)
         with CorpusWriter(folder / name, vocab_size) as writer:
@@ -38,7 +37,7 @@ def make_corpus_in() -> Callable[..., Path]:
                 bit = "original" if language in ORIGINAL else "expanded"
                 counts[language] = LanguageCount(bit, len(lengths), sum(lengths), 4 * sum(lengths))
             files = writer.finalize()
-            record = {"fingerprint": "f", "vocabulary_sha256": "v"} | tokenizer
+            record = {"fingerprint": "f", "vocabulary_sha256": "v"} | words
             writer.commit(
                 Manifest(
                     tokenizer=TokenizerRecord("HuggingFaceTokenizer", "hf", vocab_size, 0, True, **record),

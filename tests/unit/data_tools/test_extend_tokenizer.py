@@ -23,10 +23,9 @@ from tests.support.small_tokenizers import EXPANDED, KINDS, ORIGINAL, documents_
 
 NUMBER = 120
 DOCUMENTS = [text for documents in (EXPANDED | ORIGINAL).values() for text in documents]
-ANY_TEXT = st.one_of(
-    st.text(max_size=40), st.sampled_from(DOCUMENTS), st.text("λόγος őab ▁\n.", max_size=40),
-    st.lists(st.sampled_from([word for text in DOCUMENTS[::10] for word in text.split()]), max_size=9).map(" ".join),
-)  # fmt: skip
+WORDS = st.sampled_from([word for text in DOCUMENTS[::10] for word in text.split()])
+LETTERS = st.text(max_size=40) | st.text("λόγος őab ▁\n.", max_size=40)
+ANY_TEXT = LETTERS | st.sampled_from(DOCUMENTS) | st.lists(WORDS, max_size=9).map(" ".join)
 
 
 @pytest.fixture(scope="session")

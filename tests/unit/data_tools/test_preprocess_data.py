@@ -32,7 +32,7 @@ GOOD = b'{"text": "Turn on the light.", "lang": "en"}\n'
 
 @pytest.fixture
 def corpus_lines(write_lines: Callable[..., Path], sentences: dict[str, str]) -> Callable[..., Path]:
-    """Writes documents of all languages, one in four of them empty, with titles beside the texts."""
+    """Writes documents of all languages, one in four of them empty, with a title next to each text."""
     names = list(sentences)
 
     def write(name: str = "a.jsonl", documents: int = 60) -> Path:

@@ -120,15 +120,9 @@ def test_documents_of_both_groups_keep_their_bits(tmp_path: Path, capsys: pytest
     sample(tmp_path / "out", [str(tmp_path / "mixed")], "--expanded-documents", "5")
     assert Corpus(tmp_path / "out").document(0)[1].tolist() == [0, 0, 1, 1, 1, 1, 0]
     assert "mixed has no manifest, so" in capsys.readouterr().out
-    languages = sample_data.write(
-        list(
-            sample_data.sample_from(
-                Corpus(tmp_path / "mixed"), None,
-                sample_data.parse_arguments(["--input", "a", "--output-prefix", "b", "--original-documents", "2"]),
-            )
-        ),
-        CorpusWriter(tmp_path / "unused", 300),
-    )  # fmt: skip
+    arguments = sample_data.parse_arguments("--input a --output-prefix b --original-documents 2".split())
+    samples = list(sample_data.sample_from(Corpus(tmp_path / "mixed"), None, arguments))
+    languages = sample_data.write(samples, CorpusWriter(tmp_path / "unused", 300))
     assert languages == {"original": LanguageCount("original", 2, 5, 0), "expanded": LanguageCount("expanded", 1, 4, 0)}
 
 

@@ -47,7 +47,7 @@ def input_files(sentences: dict[str, str], write_lines: Callable[..., Path], tmp
 
 
 def everything(prefix: Path) -> dict[str, bytes]:
-    """All files beside an output prefix, without what names the folder."""
+    """All files with the name of an output prefix, without what names the folder."""
     return {path.name: path.read_bytes() if path.is_file() else b"" for path in prefix.parent.iterdir()}
 
 

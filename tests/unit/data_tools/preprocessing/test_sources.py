@@ -116,7 +116,7 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: p
     assert find_files(["[ab]/*.jsonl"]) == ["a/1.jsonl", "b/3.jsonl"]
     assert find_files(["*/1.jsonl"]) == ["a/1.jsonl"]
     assert find_files(["a/*/2.jsonl"]) == ["a/locked/2.jsonl"]  # no list is needed, and --input a/locked/2.jsonl works
-    assert find_files(["[b]*/**"]) == find_files(["[b]/*"]) == ["b/3.jsonl"]  # folders beside it do not matter
+    assert find_files(["[b]*/**"]) == find_files(["[b]/*"]) == ["b/3.jsonl"]  # other folders do not matter
 
 
 def test_a_name_that_is_not_utf_8_is_refused_before_the_work(tmp_path: Path) -> None:

@@ -213,7 +213,7 @@ def test_a_resumed_job_skips_the_blank_lines_it_has_read(tmp_path: Path) -> None
     (tmp_path / "a.gz").write_bytes(gzip.compress(b"1\n" + BLANK + b"2\n" + BLANK + b"3\n"))
     reader = Reader([Share(open_source(str(tmp_path / "a.gz")), 0, 1)], [], None, tmp_path)
     with gzip.open(tmp_path / "a.gz") as stream:
-        cursors = [ReadCursor(0, *item[2:]) for item in batches._lines(stream, ReadCursor())]
+        cursors = [ReadCursor(0, *item[2:]) for item in reader._lines(stream, ReadCursor())]
     for index, cursor in enumerate(cursors):
         items = [line for batch in reader.batches(cursor) for line in batch.content]
         assert items == [b"1\n", b"2\n", b"3\n"][index + 1 :]

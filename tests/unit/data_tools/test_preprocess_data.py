@@ -24,6 +24,7 @@ from moelpr.data.manifest import Manifest
 from moelpr.data.tokenizers.loading import load_tokenizer
 from moelpr.process.command import run_command
 from moelpr.process.errors import UserError
+from moelpr.store import journal
 
 ONE = ("--language", "original", "--append-eod")
 KEY = ("--language-key", "lang", "--original-languages", "en,es,zh", "--append-eod", "--json-keys", "text", "title")
@@ -408,7 +409,8 @@ def test_full_disk_exits_with_code_1_and_leaves_nothing(
 ) -> None:
     lines = corpus_lines("a.jsonl", 20_000)
     # The unfinished .bin links to a device that is always full.
-    monkeypatch.setattr(job, "empty", lambda folder: None)
+    for module in (job, journal):
+        monkeypatch.setattr(module, "empty", lambda folder: None)
     folder = tmp_path / "out" / ".a.unfinished"
     folder.mkdir(parents=True)
     (folder / "a_text_document.bin").symlink_to("/dev/full")

@@ -1,24 +1,30 @@
-"""What the paper would predict and how good the result should be, each compared with the numbers of the page."""
+"""Whether the numbers of the page show what the paper would predict and how good the result should be (claims.yaml)."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from pydantic import dataclasses as typed
+
 from examples.languages import ORIGINAL
 from examples.real_model.settings import MORE_TEXT, REPLAY, SETTINGS
+from moelpr.report.claims import MEASURES
 from moelpr.report.numbers import percent
+from moelpr.store import records
+from moelpr.store.yaml_files import read_mapping
 
 Json = Mapping[str, Any]
-COMPARABLE = 0.8  # fraction of full fine-tuning's learning that counts as comparable
-FAR_LESS = 0.2  # fraction of another's forgetting that counts as far less
-VISIBLE = 0.02  # rise of bits per byte that counts as visible forgetting
+CLAIMS = Path(__file__).with_name("claims.yaml")
 MARGIN = 0.005  # the least that `margin` is
+LABELS = {name: setting.label for name, setting in SETTINGS.items()} | {"lora": "LoRA"}
 
 
 class Verdict(StrEnum):
-    """Of a sign; its value is what the page says."""
+    """Whether a claim is seen, in the words of the page."""
 
     SEEN = "seen"
     NOT_SEEN = "**not seen**"
@@ -28,17 +34,76 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Sign:
-    """A prediction; `numbers` are what was found."""
+    """A claim that was judged; `numbers` are what was found."""
 
     text: str
     verdict: Verdict
     numbers: str
 
 
-def change(results: Json, setting: str, part: str, group: str) -> float | None:
+@typed.dataclass(frozen=True, config=records.STRICT)
+class Claim:
+    """An entry of claims.yaml, which explains the measures.
+
+    Attributes:
+        claim: The claim in words.
+        measure: What is computed from the changes of the settings.
+        settings: Names of settings.
+        kinds: Kinds of text: "in", those that are trained on, or "out", the others.
+        languages: Group of languages.
+        at_least: Lower bound of the measure.
+        at_most: Upper bound, instead of `at_least`.
+    """
+
+    claim: str
+    measure: str
+    settings: list[str]
+    kinds: str = "out"
+    languages: str = "original"
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def judge(self, results: Json) -> Sign:
+        changes = {name: change(results, name, self.kinds, self.languages) for name in self.settings}
+        numbers = "; ".join(f"{LABELS[x]} {'not done' if v is None else percent(v)}" for x, v in changes.items())
+        values = [value for value in changes.values() if value is not None]
+        if len(values) < len(changes):
+            return Sign(self.claim, Verdict.MISSING, numbers)
+        if self.measure == "worst":
+            language, value = worst_text(results, self.settings[0])
+            numbers = f"worst: {language} {percent(value)}"
+        elif self.measure == "gain":
+            value = values[0] / values[1] if values[1] < 0 else math.nan
+        else:
+            value = MEASURES[self.measure](*values)
+        is_lead = self.at_least is None and self.at_most is None
+        if is_lead and abs(value) < margin(results):
+            return Sign(self.claim, Verdict.CLOSE, numbers)
+        is_seen = value >= (self.at_least or 0) if self.at_most is None else value <= self.at_most
+        return Sign(self.claim, Verdict.SEEN if is_seen else Verdict.NOT_SEEN, numbers)
+
+
+def signs(results: Json) -> list[Sign]:
+    """All claims about settings that are part of the comparison, judged."""
+    content, remedy = read_mapping(CLAIMS, "claims"), "restore it (git checkout)"
+    claims = records.validate(dict[str, list[Claim]], content, str(CLAIMS), remedy)["claims"]
+    extra = {REPLAY, *MORE_TEXT} - results["settings"].keys()
+    return [claim.judge(results) for claim in claims if not extra & {*claim.settings}]
+
+
+def change(results: Json, setting: str, kinds: str, group: str) -> float | None:
     """Mean change of bits per byte against base over kinds, languages and seeds; None if the setting is not done."""
     found = results["settings"].get(setting)
-    return found and fmean(model["means"][part][group][0] for model in found["models"].values())
+    return found and fmean(model["means"][kinds][group][0] for model in found["models"].values())
+
+
+def worst_text(results: Json, setting: str) -> tuple[str, float]:
+    """The original language with the largest change on a kind of text that was never trained on, and that change."""
+    models = results["settings"][setting]["models"].values()
+    texts = [f"{language}.{kind}" for language in ORIGINAL for kind in results["kinds"]["out"]]
+    by_text = {text: fmean(model["change"][text][0] for model in models) for text in texts}
+    worst = max(by_text, key=lambda text: by_text[text])
+    return worst.split(".")[0], by_text[worst]
 
 
 def margin(results: Json) -> float:
@@ -49,86 +114,3 @@ def margin(results: Json) -> float:
             values = [model["means"]["out"][group][0] for model in setting["models"].values()]
             spreads.append(max(values) - min(values))
     return max(spreads)
-
-
-def signs(results: Json) -> list[Sign]:
-    """What the paper predicts, then the bars of this project."""
-    return [*_of_the_paper(results), *_how_good(results)]
-
-
-def _of_the_paper(results: Json) -> list[Sign]:
-    found = []
-    for stage1, stage2, label in (
-        ("copies-stage1", "copies", "K copies"), ("one-copy-stage1", "one-copy", "1 copy"),
-    ):  # fmt: skip
-        text = f"review improves the original languages over stage 1 ({label}), kinds never trained on"
-        found.append(_less(results, text, stage2, stage1, "out", "original"))
-    text = "the LPR loss keeps the original languages better than review without it (1 copy), kinds never trained on"
-    found.append(_less(results, text, "one-copy", "no-lpr", "out", "original"))
-    for group in ("expanded", "original"):
-        text = f"copied new experts are better than random ones (1 copy): {group} languages, kinds never trained on"
-        found.append(_less(results, text, "one-copy", "random", "out", group))
-    text = "MoE-LPR keeps the original languages better than plain MoE (1 copy), kinds never trained on"
-    found.append(_less(results, text, "one-copy", "plain", "out", "original"))
-    if REPLAY in results["settings"]:
-        text = "MoE-LPR keeps the original languages better than full fine-tuning on the text of both stages"
-        found.append(_less(results, f"{text}, kinds never trained on", "copies", REPLAY, "out", "original"))
-    values = [change(results, name, "in", "expanded") for name in ("copies", "full")]
-    text = f"MoE-LPR learns comparably to full fine-tuning: at least {COMPARABLE:.0%} of its gain, trained kinds"
-    is_seen = None if None in values else values[1] < 0 and values[0] <= COMPARABLE * values[1]
-    return [*found, Sign(text, _verdict(is_seen), _numbers(["MoE-LPR, K copies", "full fine-tuning"], values))]
-
-
-def _how_good(results: Json) -> list[Sign]:
-    found = []
-    for part, where, bar in (("in", "trained kinds", -0.35), ("out", "kinds never trained on", -0.15)):
-        for name in ("copies", *(x for x in MORE_TEXT if x in results["settings"])):
-            value = change(results, name, part, "expanded")
-            text = f"expanded languages at least {-bar:.0%} better than base, {where}"
-            is_seen = None if value is None else value <= bar
-            found.append(Sign(text, _verdict(is_seen), _numbers([SETTINGS[name].label], [value])))
-    done = results["settings"].get("copies")
-    text = "each original language within 1% of base, or better, on every kind never trained on"
-    if done is None:
-        found.append(Sign(text, Verdict.MISSING, _numbers(["MoE-LPR, K copies"], [None])))
-    else:
-        by_text = {
-            name: fmean(model["change"][name][0] for model in done["models"].values())
-            for name in next(iter(done["models"].values()))["change"]
-            if name.split(".")[0] in ORIGINAL and name.split(".")[1] in results["kinds"]["out"]
-        }
-        worst = max(by_text, key=lambda name: by_text[name])
-        numbers = f"worst: {worst.split('.')[0]} {percent(by_text[worst])}"
-        found.append(Sign(text, _verdict(by_text[worst] <= 0.01), numbers))
-    kept = change(results, "copies", "out", "original")
-    for name, label in (("full", "full fine-tuning"), ("lora", "LoRA")):
-        value = change(results, name, "out", "original")
-        text = f"{label}, at the learning rate that serves the expanded languages best, forgets visibly (at least "
-        text += f"{VISIBLE:.0%} on kinds never trained on)"
-        is_seen = None if value is None else value >= VISIBLE
-        found.append(Sign(text, _verdict(is_seen), _numbers([label], [value])))
-        text = f"MoE-LPR forgets at most a fifth of what {label} does, kinds never trained on"
-        is_seen = None if value is None or kept is None else value > 0 and kept <= FAR_LESS * value
-        found.append(Sign(text, _verdict(is_seen), _numbers(["MoE-LPR, K copies", label], [kept, value])))
-    return found
-
-
-def _less(results: Json, text: str, better: str, worse: str, part: str, group: str) -> Sign:
-    """A sign that is seen if one setting's bits per byte are lower than another's by more than seeds change."""
-    values = [change(results, name, part, group) for name in (better, worse)]
-    if None in values:
-        verdict = Verdict.MISSING
-    elif abs(values[1] - values[0]) < margin(results):
-        verdict = Verdict.CLOSE
-    else:
-        verdict = _verdict(values[0] < values[1])
-    return Sign(text, verdict, _numbers([SETTINGS[name].label for name in (better, worse)], values))
-
-
-def _verdict(is_seen: bool | None) -> Verdict:
-    return Verdict.MISSING if is_seen is None else Verdict.SEEN if is_seen else Verdict.NOT_SEEN
-
-
-def _numbers(labels: list[str], values: list[float | None]) -> str:
-    pairs = zip(labels, values, strict=True)
-    return "; ".join(f"{label} {'not done' if value is None else percent(value)}" for label, value in pairs)

@@ -74,7 +74,7 @@ def check_result(check: Mapping[str, Any]) -> str:
 
 
 # The value of each measure, from the changes in bits per byte of all models against the last.
-_MEASURES: dict[str, Callable[..., float]] = {
+MEASURES: dict[str, Callable[..., float]] = {
     "change": lambda change: change,
     "undone": lambda left, lost: 1 - left / lost if lost > 0 else math.nan,
     "lead": lambda ours, theirs: theirs - ours,
@@ -123,14 +123,14 @@ class Claim:
     at_most: Bound | None = None
 
     def __post_init__(self) -> None:
-        if sum(getattr(self, name) is not None for name in _MEASURES) != 1:
-            raise UserError(f"the claim {self.name} must have one of {', '.join(_MEASURES)}")
+        if sum(getattr(self, name) is not None for name in MEASURES) != 1:
+            raise UserError(f"the claim {self.name} must have one of {', '.join(MEASURES)}")
         if (self.at_least is None) == (self.at_most is None):
             raise UserError(f"the claim {self.name} must have one of at_least, at_most")
 
     @property
     def measure(self) -> str:
-        return next(name for name in _MEASURES if getattr(self, name) is not None)
+        return next(name for name in MEASURES if getattr(self, name) is not None)
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -192,7 +192,7 @@ def _judge(claim: Claim, results: LanguageResults) -> Iterator[Judgment]:
         )
     for language in languages:
         changes = [results.change(model, language, reference).value for model in models]
-        value = _MEASURES[claim.measure](*changes)
+        value = MEASURES[claim.measure](*changes)
         found = ", ".join(f"{model} {percent(change)}" for model, change in zip(models, changes, strict=True))
         ok = value <= claim.at_most if claim.at_most is not None else value >= cast(float, claim.at_least)
         yield Judgment(claim.name, language, claim.claim, f"{found} against {reference}", value, bool(ok))

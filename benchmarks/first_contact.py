@@ -27,7 +27,6 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import date
 from multiprocessing import get_context
@@ -36,7 +35,6 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
-import psutil
 
 from benchmarks import common
 from moelpr.checkpoints.chain import RELEASE
@@ -50,6 +48,7 @@ from moelpr.process.errors import UserError
 from moelpr.process.versions import installed_versions
 from moelpr.store.files import write_text
 from moelpr.store.run_folder import TRACKER_FILE
+from moelpr.workflow.execution import execute
 
 WARMUP_STEPS, STEPS = 2, 6  # the first ones compile kernels and allocate buffers
 LIMITS_S = {"tests/gpu": 130, "trainer": 240, "train_step": 110, "expert_traffic": 110}
@@ -125,6 +124,7 @@ def main() -> None:
     args = _parser().parse_args()
     machine, folder = find_machine(args), args.output.resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(common.ROOT)
     spec, runs = trainer_runs(machine)
     run: dict[str, Callable[[], Part]] = {
         "tests/gpu": lambda: run_tests(folder),
@@ -295,19 +295,9 @@ def run_part(name: str, words: list[str], folder: Path, read: Callable[[], Any])
     """Run `python -m words…`, then `read` its results. All processes that it started end with it."""
     log, limit_s, started = folder / f"{name.replace('/', '-')}.log", LIMITS_S[name], time.monotonic()
     print(f"{name} … (at most {limit_s} s, output in {log})", flush=True)
+    log.unlink(missing_ok=True)
     variables = common.environment(CUDA_DEVICE_MAX_CONNECTIONS="1")  # as launch/train.sh
-    with open(log, "w") as output:
-        process = psutil.Popen(
-            [sys.executable, "-m", *words], cwd=common.ROOT, env=variables, stdout=output, stderr=subprocess.STDOUT
-        )
-        try:
-            code: int | None = process.wait(limit_s)
-        except psutil.TimeoutExpired:
-            code = None
-            for one in [*process.children(recursive=True), process]:  # ranks have sessions of their own
-                with suppress(psutil.NoSuchProcess):
-                    one.kill()
-            process.wait()
+    code = execute(["-m", *words], log, variables, limit_s=limit_s, stderr=subprocess.STDOUT)
     seconds = time.monotonic() - started
     if code is None:
         return Part(name, f"stopped after {limit_s} s (see {log.name})", seconds)

@@ -31,13 +31,9 @@ def _read(path: Path, folder: str, suffix: str | tuple[str, ...]) -> dict[str, b
             name, size = header[:16].decode().strip(), int(header[48:58])
             if name.startswith("data.tar"):
                 with tarfile.open(fileobj=io.BytesIO(package.read(size))) as archive:
-                    found = {
-                        member.name.removeprefix("./"): archive.extractfile(member).read()
-                        for member in archive
-                        if member.isfile() and member.name.removeprefix("./").startswith(folder)
-                        and member.name.endswith(suffix)
-                    }  # fmt: skip
-                return dict(sorted(found.items()))
+                    files = {x.name.removeprefix("./"): x for x in archive if x.isfile()}
+                    names = sorted(name for name in files if name.startswith(folder) and name.endswith(suffix))
+                    return {name: archive.extractfile(files[name]).read() for name in names}
             package.seek(size + size % 2, io.SEEK_CUR)
     raise ValueError("no files")
 

@@ -2,24 +2,25 @@
 
     make demo            (python -m examples.demo --run runs/demo)
 
-Every step is a command that you could paste into a shell; it is printed before it runs. What it prints is kept in
-`<run>/logs/`. Finished steps are skipped, so rerun the demo to resume it.
+Every task is a command that you could paste into a shell; it is printed before it runs. What it prints is kept in
+`<run>/logs/`. Finished tasks are skipped, so rerun the demo to resume it.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from examples import tasks
 from examples.demo_tasks import COPIES, NUM_NEW_EXPERTS, REVIEW_BLEND, TOPK, evaluate, expert_options, train
-from examples.frontier_results import FILE_NAME, value_range
+from examples.frontier_results import Frontier, value_range
 from examples.languages import GROUPS, LANGUAGES, held_out_files
 from examples.tasks import ROOT, Words, convert
 from moelpr.languages import language_name
 from moelpr.process.command import CommandParser, run_command
 from moelpr.report.page import Table, terminal_table
+from moelpr.store import records
 from moelpr.store.files import write_text
 from moelpr.store.yaml_files import dump
 from moelpr.workflow.task import Task
@@ -66,21 +67,20 @@ def main() -> None:
 def data(run: Path, cache: Path | None) -> list[Task]:
     """Real text in six languages, a tokenizer for all six, one tagged corpus per language group."""
     corpus, tokenizer = run / "corpus", run / "tokenizer"
-    download: Words = ["examples/demo_corpus.py", "--output", corpus, *(["--cache", cache] if cache else [])]
+    download: Words = ["examples/demo_corpus.py", "--output", corpus]
+    download += ["--cache", cache] if cache else []
     files = {language: corpus / f"train.{language}.jsonl" for language in LANGUAGES}
     words: Words = ["examples/demo_tokenizer.py", "--input", *files.values(), "--output", tokenizer]
     words += ["--vocab-size", str(VOCABULARY), "--overwrite"]
-    return [
+    found = [
         Task(name="corpus", command=download, is_complete=(corpus / "corpus.json").is_file),
         Task(name="tokenizer", command=words, made_from=("corpus",), is_complete=tokenizer.is_dir),
-        *(
-            tasks.preprocess(
-                run / "data" / group, [files[x] for x in languages], tokenizer, group, "--workers", "2",
-                made_from=("corpus", "tokenizer"),
-            )
-            for group, languages in GROUPS.items()
-        ),
-    ]  # fmt: skip
+    ]
+    made_from = ("corpus", "tokenizer")
+    for group, languages in GROUPS.items():
+        prefix, inputs = run / "data" / group, [files[language] for language in languages]
+        found.append(tasks.preprocess(prefix, inputs, tokenizer, group, "--workers", "2", made_from=made_from))
+    return found
 
 
 def base(run: Path) -> list[Task]:
@@ -169,19 +169,15 @@ def write_facts(demo: Workflow) -> None:
         # The report must not depend on itself.
         "Wall time in seconds": {name: wall_s for name, wall_s in demo.wall_times_s().items() if name != "report"},
     }
-    measured = json.loads(Path("docs", FILE_NAME).read_text(encoding="utf-8"))
-    facts |= {
-        f"Stage 2 against base over seeds {', '.join(map(str, measured['seeds']))}": {
-            language_name(language): value_range(changes)
-            for language, changes in measured["settings"][SETTING]["change"].items()
-        }
-    }
+    measured = Frontier.read(Path("docs"))
+    changes = {language_name(x): value_range(values) for x, values in measured.settings[SETTING].change.items()}
+    facts |= {f"Stage 2 against base over seeds {', '.join(map(str, measured.seeds))}": changes}
     write_text(demo.folder / "facts.yaml", dump(facts))
 
 
 def print_report(run: Path) -> None:
     """Print the report's numbers in short."""
-    numbers = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    numbers = records.read(dict[str, Any], run / "report.json", "remove it, and run make demo again")
     rows = [
         [language, *(f"{numbers['bits_per_byte'][model][language]['value']:.3f}" for model in MODELS)]
         for language in numbers["languages"]

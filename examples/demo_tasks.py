@@ -18,9 +18,16 @@ def expert_options(copies: int) -> list[str]:
 
 
 def train(
-    save: Path, recipe: str, start: Path, data: Path, blend: Mapping[str, float], *options: str,
-    made_from: tuple[str, ...], files: tuple[Path, ...] = (), ranks: int | None = None,
-) -> list[Task]:  # fmt: skip
+    save: Path,
+    recipe: str,
+    start: Path,
+    data: Path,
+    blend: Mapping[str, float],
+    *options: str,
+    made_from: tuple[str, ...],
+    files: tuple[Path, ...] = (),
+    ranks: int | None = None,
+) -> list[Task]:
     """Train a stage with the demo's `recipe` and export the model as `<save>-hf`.
 
     Args:

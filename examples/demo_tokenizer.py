@@ -41,8 +41,8 @@ def main() -> None:
     parser = CommandParser(description="Train the demo's byte-level BPE tokenizer (Qwen2's rules) on JSON lines.")
     parser.add_argument("--input", type=Path, nargs="+", required=True, metavar="FILE", help='JSON lines with "text"')
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the tokenizer")
-    parser.add_argument("--vocab-size", type=int, default=8192, metavar="N",
-        help="entries, including special tokens (default: 8192)")  # fmt: skip
+    entries = "entries, including special tokens (default: 8192)"
+    parser.add_argument("--vocab-size", type=int, default=8192, metavar="N", help=entries)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     args = parser.parse_args()
     train_demo_tokenizer(args.input, args.output, args.vocab_size, overwrite=args.overwrite)

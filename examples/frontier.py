@@ -6,14 +6,13 @@ Writes `<run>/frontier.json`, `frontier.md` and `frontier.svg`. Every task is a 
 ones are skipped. Two models are trained at a time, each on one rank.
 """
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from examples.demo_tasks import REVIEW_BLEND, TOPK, evaluate, expert_options, train
-from examples.frontier_results import FILE_NAME, frontier_chart, read_evaluation, results_tables
+from examples.frontier_results import Frontier, frontier_chart, read_evaluation, results_tables
 from examples.tasks import ROOT, convert
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
@@ -121,8 +120,8 @@ def write_results(run: Path, settings: Sequence[Setting], seeds: Sequence[int]) 
         names_of[f"stage1-{copies}"] = label, [stage1_name(copies, seed) for seed in seeds]
     for setting in settings:
         names_of[setting.name] = setting.label, [stage2_name(setting, seed) for seed in seeds]
-    results = {"seeds": list(seeds), "settings": read_evaluation(run / "evaluation", names_of)}
-    write_text(run / FILE_NAME, json.dumps(results, indent=1) + "\n")
+    results = Frontier([*seeds], read_evaluation(run / "evaluation", names_of))
+    results.write(run)
     write_text(run / "frontier.md", results_tables(results) + "\n")
     write_text(run / "frontier.svg", frontier_chart(results) + "\n")
     print(results_tables(results))

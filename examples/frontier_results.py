@@ -1,32 +1,62 @@
-"""Results of `examples.frontier`: changes of bits per byte per setting, language and seed, as a table and a chart.
+"""Results of `examples.frontier`: changes of bits per byte per setting, language and seed, as a table and a chart."""
 
-`frontier.json` has the seeds and, under `settings`, for each setting its `label` and, per language and seed, the
-relative `change` of bits per byte against the base and the `all_original_share` (fraction, mean over MoE layers).
-"""
-
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, ClassVar
+
+from pydantic.dataclasses import dataclass
 
 from examples.languages import EXPANDED, LANGUAGES, ORIGINAL
 from moelpr.languages import language_name
 from moelpr.report.numbers import percent
 from moelpr.report.page import Table, markdown_table
 from moelpr.report.plots import Series, trade_off_chart
+from moelpr.store import records
+from moelpr.store.records import STRICT, Record
 
-FILE_NAME = "frontier.json"
+
+@dataclass(frozen=True, config=STRICT)
+class Results:
+    """What one setting of the frontier has reached.
+
+    Attributes:
+        label: Setting in words.
+        change: Language -> per seed, the relative change of bits per byte against the base.
+        all_original_share: Language -> per seed, the fraction of tokens with original experts only, over MoE layers.
+    """
+
+    label: str
+    change: dict[str, list[float]]
+    all_original_share: dict[str, list[float]]
 
 
-def read_evaluation(folder: Path, names_of: Mapping[str, tuple[str, Sequence[str]]]) -> dict[str, Any]:
-    """The settings of frontier.json from results.json and routing.json of an evaluation.
+@dataclass(frozen=True, config=STRICT)
+class Frontier(Record):
+    """Learning against forgetting over settings and seeds, `frontier.json`.
+
+    Attributes:
+        seeds: Seeds of each setting.
+        settings: Setting -> its results.
+    """
+
+    FILE_NAME: ClassVar[str] = "frontier.json"
+    REMEDY: ClassVar[str] = "run python -m examples.frontier again"
+    INDENT: ClassVar[int | None] = 1
+
+    seeds: list[int]
+    settings: dict[str, Results]
+
+
+def read_evaluation(folder: Path, names_of: Mapping[str, tuple[str, Sequence[str]]]) -> dict[str, Results]:
+    """Read the results of each setting from results.json and routing.json of an evaluation.
 
     Args:
-        names_of: setting -> its label, and the names of its models, one per seed.
+        names_of: Setting -> its label, and the names of its models, one per seed.
     """
     text, routing = (
-        json.loads((folder / name).read_text(encoding="utf-8"))["models"] for name in ("results.json", "routing.json")
+        records.read(dict[str, Any], folder / name, Frontier.REMEDY)["models"]
+        for name in ("results.json", "routing.json")
     )
 
     def change(model: str, language: str) -> float:
@@ -36,30 +66,29 @@ def read_evaluation(folder: Path, names_of: Mapping[str, tuple[str, Sequence[str
     def share(model: str, language: str) -> float:
         return fmean(routing[model]["languages"][language]["all_original_share"])
 
+    def measured(measure: Callable[[str, str], float], names: Sequence[str]) -> dict[str, list[float]]:
+        return {language: [measure(name, language) for name in names] for language in LANGUAGES}
+
     return {
-        setting: {"label": label}
-        | {
-            title: {language: [measure(name, language) for name in names] for language in LANGUAGES}
-            for title, measure in (("change", change), ("all_original_share", share))
-        }
+        setting: Results(label, measured(change, names), measured(share, names))
         for setting, (label, names) in names_of.items()
     }
 
 
-def group_means(setting: Mapping[str, Any], languages: Sequence[str]) -> list[float]:
+def group_means(setting: Results, languages: Sequence[str]) -> list[float]:
     """The mean change over languages, per seed."""
-    return [fmean(changes) for changes in zip(*(setting["change"][language] for language in languages), strict=True)]
+    return [fmean(changes) for changes in zip(*(setting.change[language] for language in languages), strict=True)]
 
 
-def results_tables(results: Mapping[str, Any]) -> str:
+def results_tables(results: Frontier) -> str:
     """Markdown: means over languages with their range over seeds, then each language with its range."""
     means, languages = [], []
-    for setting in results["settings"].values():
+    for setting in results.settings.values():
         groups = [changes_of_seeds(group_means(setting, group)) for group in (ORIGINAL, EXPANDED)]
-        kept = fmean(fmean(setting["all_original_share"][language]) for language in ORIGINAL)
-        means.append([setting["label"], *groups, f"{kept:.0%}"])
-        ranges = [value_range(setting["change"][language]) for language in LANGUAGES]
-        languages.append([setting["label"], *ranges])
+        kept = fmean(fmean(setting.all_original_share[language]) for language in ORIGINAL)
+        means.append([setting.label, *groups, f"{kept:.0%}"])
+        ranges = [value_range(setting.change[language]) for language in LANGUAGES]
+        languages.append([setting.label, *ranges])
     titles = [language_name(language) for language in LANGUAGES]
     tables = (
         Table(["", "mean original", "mean expanded", "all choices original"], means),
@@ -78,11 +107,11 @@ def value_range(values: Sequence[float]) -> str:
     return f"{percent(min(values))} to {percent(max(values))}"
 
 
-def frontier_chart(results: Mapping[str, Any]) -> str:
+def frontier_chart(results: Frontier) -> str:
     """Forgetting over learning after stage 2; one line per number of copies, over the values of gamma."""
     series: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for setting in results["settings"].values():
-        copies, _, gamma = setting["label"].partition(", \u03b3 ")
+    for setting in results.settings.values():
+        copies, _, gamma = setting.label.partition(", \u03b3 ")
         if gamma:
             points = list(zip(group_means(setting, EXPANDED), group_means(setting, ORIGINAL), strict=True))
             series.setdefault(copies, {})[f"\u03b3 {gamma}"] = points

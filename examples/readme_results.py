@@ -3,26 +3,23 @@
 python -m examples.readme_results --run runs/demo --frontier runs/frontier
 """
 
-import json
 import shutil
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from examples.frontier_results import FILE_NAME, frontier_chart, results_tables
+from examples.frontier_results import Frontier, frontier_chart, results_tables
 from moelpr.languages import language_name
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
 from moelpr.report.numbers import percent
 from moelpr.report.page import Table, markdown_table
+from moelpr.store import records
 from moelpr.store.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLE, PAPER, FRONTIER = (
-    "demo-table",
-    "demo-and-paper",
-    "frontier",
-)  # names of the parts of the documents that are replaced
+# Names of the parts of the documents that are replaced.
+TABLE, PAPER, FRONTIER = "demo-table", "demo-and-paper", "frontier"
 MODELS = {"full_finetune": "full fine-tuning", "stage1": "MoE-LPR, stage 1", "stage2": "MoE-LPR, stage 2"}
 # Means over benchmarks of Qwen1.5-1.8B: the paper's Table 1 and, for stage1, its ablation without review.
 PAPER_SCORES = {
@@ -44,21 +41,20 @@ FIGURES = {
 
 def main() -> None:
     parser = CommandParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of the demo (default: %(default)s)")
-    parser.add_argument("--frontier", type=Path, metavar="DIR",
-        help="folder of the frontier (default: its results stay as they are)")  # fmt: skip
+    add = parser.add_argument
+    add("--run", type=Path, default=Path("runs/demo"), help="folder of the demo (default: %(default)s)")
+    results_of = "folder of the frontier (default: its results stay as they are)"
+    add("--frontier", type=Path, metavar="DIR", help=results_of)
     args = parser.parse_args()
-    if not (args.run / "report.json").is_file():
-        raise UserError(f"{args.run} contains no finished demo; run `make demo` first")
-    report = json.loads((args.run / "report.json").read_text(encoding="utf-8"))
+    report = records.read(dict[str, Any], args.run / "report.json", "run `make demo` first")
     replace_between(ROOT / "README.md", TABLE, results(report))
     replace_between(ROOT / "docs" / "results.md", PAPER, compared_with_paper(report))
     for target, source in FIGURES.items():
         shutil.copyfile(args.run / "evaluation" / f"{source}.svg", ROOT / "docs" / "images" / f"{target}.svg")
     if args.frontier:
-        shutil.copyfile(args.frontier / FILE_NAME, ROOT / "docs" / FILE_NAME)
-        frontier = json.loads((args.frontier / FILE_NAME).read_text(encoding="utf-8"))
-        seeds = f"Seeds: {', '.join(map(str, frontier['seeds']))}."
+        frontier = Frontier.read(args.frontier)
+        frontier.write(ROOT / "docs")
+        seeds = f"Seeds: {', '.join(map(str, frontier.seeds))}."
         replace_between(ROOT / "docs" / "results.md", FRONTIER, f"{results_tables(frontier)}\n\n{seeds}")
         write_text(ROOT / "docs" / "images" / "frontier.svg", frontier_chart(frontier) + "\n")
 

@@ -52,11 +52,9 @@ def main() -> None:
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", type=Path, required=True, help="Hugging Face tokenizer directory")
     parser.add_argument("--save", type=Path, required=True, help="directory to write")
-    for flag, default in (
-        ("--hidden-size", 256), ("--num-layers", 6), ("--ffn-hidden-size", 768), ("--num-attention-heads", 4),
-        ("--num-query-groups", 2),
-    ):  # fmt: skip
-        parser.add_argument(flag, type=int, default=default, metavar="N", help="default: %(default)s")
+    shape = {"hidden-size": 256, "num-layers": 6, "ffn-hidden-size": 768}
+    for name, default in (shape | {"num-attention-heads": 4, "num-query-groups": 2}).items():
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=1234, help="seed of the random weights (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --save")
     args = vars(parser.parse_args())

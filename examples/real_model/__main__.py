@@ -23,9 +23,10 @@ from moelpr.process.errors import MachineError, UserError
 from moelpr.store.files import locked, make_folder, write_text
 from moelpr.workflow.workflow import Workflow
 
-DEFAULT_PARAMETERS = 134_515_008  # of the default base; others need more or less in proportion
+# The default base has so many; others need more or less in proportion.
+DEFAULT_PARAMETERS = 134_515_008
 LOCK_FILE = ".lock"
-SPARE_DISK_GIB = 5  # while a checkpoint replaces another one
+SPARE_DISK_GIB = 5  # needed while a checkpoint replaces another one
 
 
 def main() -> None:

@@ -126,10 +126,8 @@ def cut(text: str, length: int) -> str:
 
 def main() -> None:
     parser = CommandParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--run", type=Path, default=Path("runs/real-model"), metavar="DIR",
-        help="folder with the text in corpus/, and of the output cloze/ (default: %(default)s)",
-    )  # fmt: skip
+    run = "folder with the text in corpus/, and of the output cloze/ (default: %(default)s)"
+    parser.add_argument("--run", type=Path, default=Path("runs/real-model"), metavar="DIR", help=run)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing cloze/")
     args = parser.parse_args()
     write_tasks(args.run / "cloze", args.run / "corpus", overwrite=args.overwrite)

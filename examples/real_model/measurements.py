@@ -42,7 +42,7 @@ from moelpr.store.run_folder import read_json
 
 Json = dict[str, Any]
 ROUTED = ("copies-stage1", "copies")  # settings whose routing is shown
-BASE_TOLERANCE = 1e-3  # of the base's bits per byte, between machines
+BASE_TOLERANCE = 1e-3  # relative difference of the base's bits per byte between machines
 DIGITS = 5
 
 
@@ -221,7 +221,7 @@ def cost(run: Path, setting: Setting) -> Json:
     if not records or not all(path.is_file() for paths in records.values() for path in paths):
         return {}
     trained, whole, tokens, seconds, memory = 0, 0, 0, 0.0, 0.0
-    rates = []  # of the runs; a search may have been extended since
+    rates = []  # what the runs used; a search may have been extended since
     for metrics, log in records.values():
         steps = read_run_metrics(metrics).steps
         found_parameters = parameters(log.read_text(encoding="utf-8", errors="replace"))

@@ -40,7 +40,7 @@ CHART = {
     "LoRA": {"largest rank": "lora", "rank 16": LORA_16},
     "MoE-LPR, K copies, more text": {f"{times}× the tokens": name for name, times in MORE_TEXT.items()},
 }
-JOINED = 2  # of these
+JOINED = 2  # the first ones are joined by a line
 FAR = 0.02, 0.13  # changes beyond which a setting is drawn at the chart's edge
 _NUMBERS = re.compile(r"\[\s+(-?[\d.e-]+(?:,\s+-?[\d.e-]+)*)\s+\]")  # a list of numbers over several lines
 
@@ -211,24 +211,14 @@ def _languages(results: Json) -> str:
 
 
 def _costs(results: Json) -> str:
-    head = [
-        "cost",
-        "trained parameters",
-        "differs from base, bf16",
-        "tokens",
-        "training",
-        "peak memory",
-        "learning rate",
-    ]
+    head = ["cost", "trained parameters", "differs from base, bf16", "tokens"]
+    head += ["training", "peak memory", "learning rate"]
     rows = []
     for setting in results["settings"].values():
         if cost := setting["cost"]:
-            millions = cost["trained_parameters"] / 1e6
-            rows.append([
-                setting["label"], f"{millions:.1f}M", f"{2 * millions:,.0f} MB", f"{cost['tokens']:,}",
-                _minutes(cost), f"{cost['peak_memory_gib']:.1f} GiB",
-                ", ".join(f"{rate:g}" for rate in cost["rates"]),
-            ])  # fmt: skip
+            millions, rates = cost["trained_parameters"] / 1e6, ", ".join(f"{rate:g}" for rate in cost["rates"])
+            sizes = [f"{millions:.1f}M", f"{2 * millions:,.0f} MB", f"{cost['tokens']:,}"]
+            rows.append([setting["label"], *sizes, _minutes(cost), f"{cost['peak_memory_gib']:.1f} GiB", rates])
     note = (
         "Training of the first seed, stage 1 included, on two cores, without starts, saves and searches: the median "
         "time of a step times their number. Times of different settings may be of different machines."

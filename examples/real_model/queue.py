@@ -23,7 +23,7 @@ PROMPTS = 3  # per language
 CONTINUED = (BASE, "copies-seed-1", "full", "lora")  # models whose continuations and cloze scores are shown
 EXPORTS = ("base", "export-copies-seed-1", "export-full", "lora")  # the tasks that write them for transformers
 SAVE_INTERVAL = 40  # steps
-EVALUATION_TOKENS, CLOZE_TOKENS = 125_000, 500 * 6 * 4 * 50  # of a model
+EVALUATION_TOKENS, CLOZE_TOKENS = 125_000, 500 * 6 * 4 * 50  # per model
 # Tokens per second on two cores of a Xeon with AVX-512 and bf16 matrix products.
 SPEED = {
     **{"stage0": 180, "stage1": 155, "stage2": 190, "dense": 235, "plain": 130},

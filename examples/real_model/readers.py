@@ -20,12 +20,12 @@ from examples.languages import LANGUAGES
 Documents = dict[str, dict[str, list[str]]]
 
 MIN_WORDS, MIN_CHARACTERS_ZH = 5, 8
-SCENE_CHARACTERS = 800  # of English, at least, in a document of a story
+SCENE_CHARACTERS = 800  # a document of a story has at least so many in English
 CAMPAIGNS = ("utbs", "httt", "dm", "dw")
 HELP_CODES = {"en": "en-US", "zh": "zh-CN"}  # if LibreOffice's code is not the language's name
 GETTEXT_CODES = {"zh": "zh_CN"}
 MARKUP = re.compile(r"[<>{}|$\\]|\*\*|`|%[sd(]|\bhttps?:")
-ENGLISH_WORDS = {"the", "of", "and", "with", "this", "from", "that"}  # of which no other language has two
+ENGLISH_WORDS = {"the", "of", "and", "with", "this", "from", "that"}  # no other language has two of them
 BLOCKS = ("p", "h1", "h2", "h3", "h4", "h5", "h6", "li", "td", "th", "dt", "dd")
 
 

@@ -8,6 +8,7 @@ the same base, text and tokens; so several machines can share the work. Settings
 """
 
 from pathlib import Path
+from typing import Any
 
 from examples.readme_results import replace_between
 from examples.real_model.measurements import collect, merged
@@ -15,21 +16,20 @@ from examples.real_model.page import NAME, charts, dump, readme_table, section
 from examples.tasks import ROOT
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
+from moelpr.store import records
 from moelpr.store.files import write_text
-from moelpr.store.run_folder import read_json
 
 
 def main() -> None:
     parser = CommandParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=Path, default=Path("runs/real-model"), metavar="DIR",
-        help="folder of the queue (default: %(default)s)")  # fmt: skip
+    folder = "folder of the queue (default: %(default)s)"
+    parser.add_argument("--run", type=Path, default=Path("runs/real-model"), metavar="DIR", help=folder)
     args = parser.parse_args()
     if not (args.run / "corpus").is_dir():
         raise UserError(f"--run {args.run} contains no text; run make results first")
     path = ROOT / "docs" / f"{NAME}.json"
-    before = read_json(path) if path.is_file() else {}
-    if before is None:
-        raise UserError(f"{path} is damaged; restore it (git checkout {path}), or remove it to start again")
+    remedy = f"restore it (git checkout {path}), or remove it to start again"
+    before = records.read(dict[str, Any], path, remedy) if path.is_file() else {}
     results = merged(collect(args.run), before)
     if "copies" not in results["settings"]:
         raise UserError(f"--run {args.run} has no finished MoE-LPR yet; rerun make results")

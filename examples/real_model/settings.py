@@ -13,7 +13,7 @@ SEQUENCE_LENGTH = 512
 BATCH, MICRO_BATCH = 2, 2  # sequences
 STEP_TOKENS = BATCH * SEQUENCE_LENGTH
 TOKENS = 163_840
-REVIEW_SHARE, SEARCH_SHARE = 0.375, 0.25  # of TOKENS: stage 2, and each run of a search for a learning rate
+REVIEW_SHARE, SEARCH_SHARE = 0.375, 0.25  # fractions of TOKENS for stage 2 and each run of a search
 NUM_NEW_EXPERTS, TOPK = 3, 2
 REVIEW_BLEND = {"original": 1, "expanded": 2}  # parts of the text of each group, as in the paper
 STAGE1_RATE, STAGE2_RATE = 3e-4, 2e-3
@@ -43,9 +43,11 @@ class Setting:
     """One way to train.
 
     Attributes:
-        before: the runs that its models continue, in order; () if they start from the base.
-        seeds: number of models, which differ in the order of the text.
-        is_extra: only trained if --only names it.
+        name: Name of the setting.
+        label: Name on the page.
+        before: The runs that its models continue, in order; () if they start from the base.
+        seeds: Number of models, which differ in the order of the text.
+        is_extra: Whether it is only trained if --only names it.
     """
 
     name: str
@@ -118,7 +120,7 @@ def warmup_steps(steps: int) -> int:
 
 
 def minimum_rate(rate: float) -> float:
-    """At the end of the cosine."""
+    """The rate at the end of the cosine."""
     return rate / 10
 
 

@@ -34,7 +34,7 @@ UNTRAINED: dict[str, Reader] = {"interface": read_interface}
 TRAIN_BYTES = {"help": 700_000, "stories": 400_000}
 HELD_OUT_ONE_IN = 6
 HELD_OUT_DOCUMENTS = 32  # per kind and language, for bits per byte: evaluation takes minutes, intervals need 30
-HELD_OUT_CHARACTERS = (200, 800)  # of such a document, in Chinese a third
+HELD_OUT_CHARACTERS = (200, 800)  # length of such a document, in Chinese a third
 NGRAM = 13
 DISK = 100_000_000  # bytes of the corpus and of what is read for it
 

@@ -122,10 +122,12 @@ def test_a_second_call_submits_only_steps_that_are_neither_done_nor_active(calls
 
 
 OUTPUTS = {
-    "expanded": "data/expanded_text_document.idx", "replay": "data/replay_text_document.idx",
-    "convert": "upcycled/latest_checkpointed_iteration.txt", "stage1": "stage1/FINISHED", "stage2": "stage2/FINISHED",
-    "export": "hf/config.json", "evaluate": "evaluation/results.json",
-}  # fmt: skip
+    **{step: f"data/{step}_text_document.idx" for step in ("expanded", "replay")},
+    "convert": "upcycled/latest_checkpointed_iteration.txt",
+    **{stage: f"{stage}/FINISHED" for stage in ("stage1", "stage2")},
+    "export": "hf/config.json",
+    "evaluate": "evaluation/results.json",
+}
 
 
 @pytest.fixture
@@ -178,7 +180,10 @@ def test_a_step_is_not_done_if_another_call_has_made_its_source_again(
     stale = calls(*finished)
     assert f"(stage1 has been made again since, by job 9); remove {run}/stage2" in stale.stderr
     only_export = calls(*finished[:7], *rest[rest.index("@export") :])
-    assert only_export.stdout.splitlines() == ["export: done", "evaluate: done"]  # of the stage 2 that is there
+    assert only_export.stdout.splitlines() == [
+        "export: done",
+        "evaluate: done",
+    ]  # they were made from the stage 2 that is there
     (run / "slurm" / "stage2.made_from").unlink()  # keep it
     assert calls(*finished).stdout.splitlines() == [f"{step}: done" for step in OUTPUTS]
 

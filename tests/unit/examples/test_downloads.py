@@ -147,17 +147,12 @@ def test_too_little_disk_is_said_before_the_first_download(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=deb.bytes))
-    with pytest.raises(MachineError, match="GiB of disk"):
+    with pytest.raises(MachineError, match="needs .* of disk"):
         fetch_all([deb], tmp_path / "cache")
     assert not (tmp_path / "calls").exists()
 
 
 def test_every_download_is_pinned() -> None:
-    sources = read_sources()
-    assert {source.kind for source in sources.values()} == {"base", "help", "stories", "interface"}
-    for source in sources.values():
+    for source in read_sources().values():
         assert len(source.sha256) == 64 and source.bytes > 1e6 and source.licence
-        if source.registry == "debian":
-            assert source.file == f"{source.package}.deb" and source.version.endswith("*") and source.folder
-        else:
-            assert source.file.startswith(f"{source.package.replace('-', '_')}-{source.version}-") and not source.folder
+        assert (source.registry == "debian") == bool(source.folder)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,9 +52,8 @@ def chain(tmp_path: Path) -> Chain:
     def task(name: str, *made_from: str, word: str = "") -> Task:
         path = tmp_path / name
         files, continues = ((recipe,), path) if name == "train" else ((), None)
-        command = [*count(path), word]
-        return Task(name=name, command=command, made_from=made_from, files=files, is_complete=path.is_file,
-                    continues=continues)  # fmt: skip
+        task = Task(name=name, command=[*count(path), word], made_from=made_from, files=files)
+        return replace(task, is_complete=path.is_file, continues=continues)
 
     def go(rate: str = "1", base: str = "1", text: str = "1") -> dict[str, int]:
         recipe.write_text(text)

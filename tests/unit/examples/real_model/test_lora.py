@@ -67,10 +67,10 @@ def test_an_interrupted_run_ends_with_the_same_bits(
 
 
 def test_a_folder_belongs_to_one_training(tmp_path: Path) -> None:
-    lora.check_same_settings(tmp_path / "run", {"lr": 1e-3})
-    lora.check_same_settings(tmp_path / "run", {"lr": 1e-3})
+    lora.check_same_settings(tmp_path / "run", lora.LoraSettings(4, 1e-3, None, 1))
+    lora.check_same_settings(tmp_path / "run", lora.LoraSettings(4, 1e-3, None, 1))
     with pytest.raises(UserError, match=r"started with .*0\.001.*, not with .*0\.003"):
-        lora.check_same_settings(tmp_path / "run", {"lr": 3e-3})
+        lora.check_same_settings(tmp_path / "run", lora.LoraSettings(4, 3e-3, None, 1))
 
 
 def test_only_adapters_change_and_the_merged_model_is_the_base_plus_their_product(base: Path, tmp_path: Path) -> None:

@@ -36,11 +36,14 @@ from moelpr.process.errors import UserError
 from moelpr.workflow.workflow import Failure, Workflow
 
 # Bits per byte against base: (expanded, original) on trained kinds, then on the others.
-CHANGES = {
-    "copies-stage1": (0.60, 1.00, 0.80, 1.02), "copies-seed-1": (0.62, 0.98, 0.82, 1.001),
-    "copies-seed-2": (0.62, 0.98, 0.82, 1.003), "full": (0.55, 1.10, 0.75, 1.20),
-    "one-copy-stage1": (0.60, 1.10, 0.80, 1.05), "one-copy-seed-1": (0.61, 1.00, 0.81, 1.06),
-}  # fmt: skip
+CHANGES: dict[str, tuple[float, ...]] = {
+    "copies-stage1": (0.60, 1.00, 0.80, 1.02),
+    "copies-seed-1": (0.62, 0.98, 0.82, 1.001),
+    "copies-seed-2": (0.62, 0.98, 0.82, 1.003),
+    "full": (0.55, 1.10, 0.75, 1.20),
+    "one-copy-stage1": (0.60, 1.10, 0.80, 1.05),
+    "one-copy-seed-1": (0.61, 1.00, 0.81, 1.06),
+}
 KINDS = ("help", "interface")
 
 
@@ -128,8 +131,8 @@ def test_what_a_step_reads_was_written_by_an_earlier_one(run: Path, commands: St
 
 def test_a_believable_page_comes_early(run: Path) -> None:
     names = [task.name for task in Queue(run).tasks()]
-    order = ["evaluate-base", "evaluate-copies-seed-1", "evaluate-full", "evaluate-lora", "evaluate-one-copy-seed-1",
-             "evaluate-no-lpr-seed-1", "evaluate-plain", "evaluate-copies-seed-2"]  # fmt: skip
+    models = "base copies-seed-1 full lora one-copy-seed-1 no-lpr-seed-1 plain copies-seed-2".split()
+    order = [f"evaluate-{model}" for model in models]
     assert [names.index(name) for name in order] == sorted(names.index(name) for name in order)
     assert len(names) == len(set(names))
 
@@ -247,11 +250,13 @@ def test_every_task_writes_what_counts_as_its_output(run: Path, started: list[st
             ["evaluation/parts/copies-seed-1", "upcycled-copies"],
             ["upcycled-copies", "copies-stage1", "copies-seed-1", "evaluate-copies-seed-1"],
         ),
-        (["validation", "full", "evaluation/parts/full"], [f"evaluate-search-full-{rate:g}" for rate in RATES["full"]]
-         + ["full", "evaluate-full"]),
+        (
+            ["validation", "full", "evaluation/parts/full"],
+            [*(f"evaluate-search-full-{rate:g}" for rate in RATES["full"]), "full", "evaluate-full"],
+        ),
         (["continuations", "full-hf"], ["export-full", "continuations"]),
     ],
-)  # fmt: skip
+)
 def test_what_was_removed_is_made_again_if_it_is_read(
     run: Path, started: list[str], removed: list[str], made_again: list[str]
 ) -> None:
@@ -516,7 +521,7 @@ def test_parameters_are_those_a_run_printed() -> None:
 
 def test_translations_are_drawn_together(run: Path) -> None:
     """A mean over languages whose documents are translations of each other is no surer than one language."""
-    noise = [0.5 + number / 10 for number in range(10)]  # of documents, the same in every language
+    noise = [0.5 + number / 10 for number in range(10)]  # bits of documents, the same in every language
     for language in LANGUAGES:
         write_score(run / "evaluation", "full", f"{language}.help", 0.0, [100 * bits for bits in noise])
     found = collect(run)["settings"]["full"]["models"]["full"]

@@ -43,9 +43,8 @@ def catalog(messages: dict[str, str]) -> bytes:
             starts[side].append((len(pair[side]), table + 16 * count + len(data)))
             data += pair[side] + b"\0"
     numbers = [number for side in starts for entry in side for number in entry]
-    return struct.pack("<7I", 0x950412DE, 0, count, table, table + 8 * count, 0, 0) + struct.pack(
-        f"<{len(numbers)}I", *numbers
-    ) + data  # fmt: skip
+    head = (0x950412DE, 0, count, table, table + 8 * count, 0, 0)
+    return struct.pack(f"<{7 + len(numbers)}I", *head, *numbers) + data
 
 
 def page_html(language: str, page: int) -> bytes:
@@ -125,9 +124,8 @@ def test_pages_lose_markup_repeats_and_what_is_not_translated(corpus: Path) -> N
     for language in LANGUAGES:
         lines = read(corpus / f"train.{language}.jsonl") + read(corpus / f"unseen.{language}.jsonl")
         found = [text for line in lines if line["kind"] == "help" for text in line["text"].split("\n")]
-        expected = {
-            f"{paragraph(language, page, place)} &" for page in range(PAGES) for place in range(PARAGRAPHS)
-        }  # fmt: skip
+        places = [(page, place) for page in range(PAGES) for place in range(PARAGRAPHS)]
+        expected = {f"{paragraph(language, page, place)} &" for page, place in places}
         assert set(found) - {UNTRANSLATED} == expected
         assert len(found) == len(set(found)) and (UNTRANSLATED in found) == (language == "en")
 

@@ -1,4 +1,4 @@
-"""What a model has learned: bits per byte, routing, and scores on benchmarks.
+"""Measure what a model has learned: bits per byte, routing, and scores on benchmarks.
 
 python -m moelpr.evaluate --model base=DIR --model stage2=DIR --data en=en.jsonl --data el=el.jsonl
 python -m moelpr.evaluate routing --model stage2=DIR --data en=en.jsonl --data el=el.jsonl --original-languages en
@@ -19,6 +19,17 @@ if TYPE_CHECKING:
     from moelpr.evaluate.results import Results
 
 
+_TEXT = """Bits per byte (lower is better), perplexity and next-token accuracy per model and language, with 95%
+confidence intervals, and the changes from the first model."""
+_ROUTING = """Routing of MoE models per layer, expert and language, from their forward pass on held-out text: first
+choices, mean scores, entropy, load imbalance, and how often an original expert is among the top K. With
+--original-languages, the layers that break the language prior are listed. In the output folder of `python -m
+moelpr.evaluate`, nothing is measured twice."""
+_HARNESS = """Run lm-evaluation-harness with the paper's tasks (ARC, MMLU, HellaSwag, Belebele, FLORES) and shot counts,
+and average original and expanded languages as in its Table 1. Requires the extra `eval`. Data sets come from the
+Hugging Face hub, or offline (HF_HUB_OFFLINE=1) from its cache or from your own tasks."""
+
+
 def main() -> None:
     arguments = sys.argv[1:]
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
@@ -34,7 +45,7 @@ def main() -> None:
 
 
 def measure_text(args: argparse.Namespace) -> "Results":
-    """Of the commands `text` and `routing`, which share all measurements."""
+    """Measure for the commands `text` and `routing`, which share all measurements."""
     models, data = named_paths(args.model, "--model"), named_paths(args.data, "--data")
     check_languages(args.original_languages, data, "--data")
     from moelpr.evaluate.compare import compare_models
@@ -85,40 +96,37 @@ def make_parser() -> CommandParser:
         epilog="`text` is the default command. `python -m moelpr.evaluate COMMAND --help` lists a command's options.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    text = commands.add_parser("text", parents=[text_arguments()], help="bits per byte on held-out text (default)",
-        description="Bits per byte (lower is better), perplexity and next-token accuracy per model and language, with "
-        "95% confidence intervals, and the changes from the first model.")  # fmt: skip
-    text.add_argument("--seed", type=at_least(0), default=1, metavar="N",
-        help="random seed of the bootstrap (default: %(default)s)")  # fmt: skip
-    text.add_argument("--continuations", type=at_least(0), default=0, metavar="TOKENS",
-        help="also continue the first words of a document per language, greedily, by up to TOKENS tokens (default: "
-        "%(default)s, none; Hugging Face directories only)")  # fmt: skip
+    text = commands.add_parser(
+        "text", parents=[text_arguments()], help="bits per byte on held-out text (default)", description=_TEXT
+    )
+    add = text.add_argument
+    add("--seed", type=at_least(0), default=1, metavar="N", help="random seed of the bootstrap (default: %(default)s)")
+    what = (
+        "also continue the first words of a document per language, greedily, by up to TOKENS tokens (default: "
+        "%(default)s, none; Hugging Face directories only)"
+    )
+    add("--continuations", type=at_least(0), default=0, metavar="TOKENS", help=what)
 
-    routing = commands.add_parser("routing", parents=[text_arguments()], help="where each language's tokens go",
-        description="Routing of MoE models per layer, expert and language, from their forward pass on held-out text: "
-        "first choices, mean scores, entropy, load imbalance, and how often an original expert is among the top K. "
-        "With --original-languages, the layers that break the language prior are listed. In the output folder of "
-        "`python -m moelpr.evaluate`, nothing is measured twice.")  # fmt: skip
+    routing = commands.add_parser(
+        "routing", parents=[text_arguments()], help="where each language's tokens go", description=_ROUTING
+    )
     routing.set_defaults(continuations=0)
-    routing.add_argument("--threshold", type=fraction, default=0.5, metavar="FRACTION",
-        help="a layer breaks the prior if more than this fraction of a language's first choices is wrong (original "
-        "languages: a new expert; expanded languages: an original one); at least 0, below 1 "
-        "(default: %(default)s)")  # fmt: skip
+    what = (
+        "a layer breaks the prior if more than this fraction of a language's first choices is wrong (original "
+        "languages: a new expert; expanded languages: an original one); at least 0, below 1 (default: %(default)s)"
+    )
+    routing.add_argument("--threshold", type=fraction, default=0.5, metavar="FRACTION", help=what)
 
-    models = "Hugging Face directory; repeat for several; the first is the reference"
-    harness = commands.add_parser("harness", parents=[common_arguments(models)],
-        help="the paper's benchmarks, by lm-evaluation-harness",
-        description="Run lm-evaluation-harness with the paper's tasks (ARC, MMLU, HellaSwag, Belebele, FLORES) and "
-        "shot counts, and average original and expanded languages as in its Table 1. Requires the extra `eval`. Data "
-        "sets come from the Hugging Face hub, or offline (HF_HUB_OFFLINE=1) from its cache or from your own tasks.",
-    )  # fmt: skip
+    common = common_arguments("Hugging Face directory; repeat for several; the first is the reference")
+    harness = commands.add_parser(
+        "harness", parents=[common], help="the paper's benchmarks, by lm-evaluation-harness", description=_HARNESS
+    )
     add = harness.add_argument
-    add("--languages", type=languages, required=True, metavar="en,el,...",
-        help="language codes, as in moelpr/evaluate/paper_tasks.yaml")  # fmt: skip
-    add("--original-languages", type=languages, required=True, metavar="en,...",
-        help="all other --languages are expanded languages")  # fmt: skip
-    add("--tasks", type=Path, metavar="FILE",
-        help="YAML table of benchmarks, shots and tasks (default: moelpr/evaluate/paper_tasks.yaml)")  # fmt: skip
+    add("--languages", type=languages, required=True, metavar="en,el,...", help="language codes of --tasks")
+    what = "all other --languages are expanded languages"
+    add("--original-languages", type=languages, required=True, metavar="en,...", help=what)
+    what = "YAML table of benchmarks, shots and tasks (default: moelpr/evaluate/paper_tasks.yaml)"
+    add("--tasks", type=Path, metavar="FILE", help=what)
     add("--include-path", type=Path, metavar="DIR", help="folder with your own task files")
     add("--limit", type=at_least(1), metavar="N", help="examples per task (default: all)")
     add("--batch-size", type=at_least(1), default=8, metavar="N", help="examples per batch (default: %(default)s)")
@@ -127,22 +135,20 @@ def make_parser() -> CommandParser:
 
 
 def text_arguments() -> CommandParser:
-    """What `text` and `routing` accept."""
+    """The arguments of `text` and `routing`."""
     models = "Hugging Face directory or Megatron checkpoint folder; repeat for several; the first is the reference"
     parser = CommandParser(add_help=False, parents=[common_arguments(models)])
     add = parser.add_argument
-    add("--data", action="append", required=True, metavar="LANG=FILE",
-        help="held-out text of a language as JSON lines; repeat for several")  # fmt: skip
-    add("--original-languages", type=languages, default=[], metavar="en,es,...",
-        help="languages of --data that the base supports; all others are expanded languages "
-        "(default: unknown)")  # fmt: skip
+    what = "held-out text of a language as JSON lines; repeat for several"
+    add("--data", action="append", required=True, metavar="LANG=FILE", help=what)
+    what = "languages of --data that the base supports; all others are expanded languages (default: unknown)"
+    add("--original-languages", type=languages, default=[], metavar="en,es,...", help=what)
     add("--json-key", default="text", metavar="KEY", help="key of the text (default: %(default)s)")
     add("--max-documents", type=at_least(1), metavar="N", help="documents per language (default: all)")
-    add("--sequence-length", type=at_least(1), metavar="N",
-        help="window in tokens (default: 512, or the models' maximum if that is less)")  # fmt: skip
-    add("--context", type=int, metavar="N",
-        help="overlap between consecutive windows of a document, in tokens (default: a quarter of "
-        "the window)")  # fmt: skip
+    what = "window in tokens (default: 512, or the models' maximum if that is less)"
+    add("--sequence-length", type=at_least(1), metavar="N", help=what)
+    what = "overlap of consecutive windows of a document, in tokens (default: a quarter of the window)"
+    add("--context", type=int, metavar="N", help=what)
     add("--batch-size", type=at_least(1), metavar="N", help="full windows per batch (default: what fits in memory)")
     add("--json", action="store_true", help="print one line of JSON instead of tables")
     parser.set_defaults(measure=measure_text)
@@ -150,20 +156,17 @@ def text_arguments() -> CommandParser:
 
 
 def common_arguments(models: str) -> CommandParser:
-    """What all commands accept; `models` describes --model."""
+    """The arguments of all commands; `models` describes --model."""
     parser = CommandParser(add_help=False)
     add = parser.add_argument
     add("--model", action="append", required=True, metavar="[NAME=]DIR", help=models)
-    add(
-        "--device",
-        default="auto",
-        help="cpu, cuda, cuda:N or auto: a GPU if any, and as many as the model needs (default: auto)",
-    )
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-        help="auto: float32 on a CPU, the model's own on a GPU (default: %(default)s)")  # fmt: skip
-    add("--output", type=Path, metavar="DIR",
-        help="folder for results as JSON, Markdown and HTML, and for figures; rerun the command to resume")  # fmt: skip
-    parser.add_argument("--no-verify", **NO_VERIFY)
+    what = "cpu, cuda, cuda:N or auto: a GPU if any, and as many as the model needs (default: auto)"
+    add("--device", default="auto", help=what)
+    what = "auto: float32 on a CPU, the model's own on a GPU (default: %(default)s)"
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help=what)
+    what = "folder for results as JSON, Markdown and HTML, and for figures; rerun the command to resume"
+    add("--output", type=Path, metavar="DIR", help=what)
+    add("--no-verify", **NO_VERIFY)
     return parser
 
 

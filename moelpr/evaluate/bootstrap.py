@@ -27,10 +27,10 @@ def estimates(
     """The metrics of one text from the same samples for all models: model -> metric -> estimate.
 
     Args:
-        scores: model -> its score on the text.
-        seed: of the samples.
-        documents: a name per document, of texts that share some documents. By default their numbers.
-        population: all names in these texts, from which the samples are drawn. A name's documents are drawn together.
+        scores: Model -> its score on the text.
+        seed: The seed of the samples.
+        documents: A name per document, for texts that share some documents; by default their numbers.
+        population: All names in these texts, from which the samples are drawn. A name's documents are drawn together.
     """
     columns = np.array([column for score in scores.values() for column in score.columns], dtype=np.float64).T
     places = {name: place for place, name in enumerate(population)}

@@ -1,6 +1,6 @@
-"""Several models on the same text, loaded one after another.
+"""Compare several models, loaded one after another, on the same text.
 
-Besides their scores, there are continuations: a prompt from each language's text, continued by each model.
+They are scored, and they may continue a prompt from each language's text.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ _PROMPT = "continuation "  # before a language: a continuation's name in the cac
 
 @dataclass(frozen=True)
 class Comparison:
-    """What several models do on the same text."""
+    """The results of several models on the same text."""
 
     models: dict[str, Path]
     settings: Settings  # the same windows for all models
@@ -68,7 +68,7 @@ def compare_models(
     if continuation_tokens:
         require_hf(models, "--continuations")
     prompts = {language: choose_prompt(texts) for language, texts in documents.items()} if continuation_tokens else {}
-    # Not the batch size, which only affects speed.
+    # The batch size is left out because it only affects speed.
     windows = {"sequence_length": settings.sequence_length, "context": settings.context}
     keys: dict[str, Json] = {
         language: {**windows, "text": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}

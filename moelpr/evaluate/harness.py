@@ -111,7 +111,11 @@ def read_benchmarks(path: Path, languages: Sequence[str]) -> list[Benchmark]:
 
 
 def shots_of(benchmarks: Sequence[Benchmark]) -> dict[str, int]:
-    """Number of examples in the prompt of each task. Raises UserError if two benchmarks disagree."""
+    """The number of examples in the prompt of each task.
+
+    Raises:
+        UserError: Two benchmarks disagree.
+    """
     shots: dict[str, int] = {}
     for benchmark in benchmarks:
         for task in (task for tasks in benchmark.tasks.values() for task in tasks):
@@ -219,9 +223,13 @@ def _evaluate(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     found = lm_eval.simple_evaluate(
         model=HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=settings["batch_size"]),
-        tasks=task, task_manager=manager,  # without it, all tasks are indexed again
-        num_fewshot=num_fewshot, limit=settings["limit"], log_samples=False, bootstrap_iters=1000,
-    )  # fmt: skip
+        tasks=task,
+        task_manager=manager,  # without it, all tasks are indexed again
+        num_fewshot=num_fewshot,
+        limit=settings["limit"],
+        log_samples=False,
+        bootstrap_iters=1000,
+    )
     results = found["results"].get(name, {})  # empty for a group that does not aggregate its tasks
     return {
         key.partition(",")[0]: float(value)
@@ -236,9 +244,14 @@ class HarnessResults(Results):
     name, title = "harness", "Benchmarks"
 
     def __init__(
-        self, models: Mapping[str, Path], benchmarks: Sequence[Benchmark], languages: Sequence[str],
-        original: Sequence[str], scores: Scores, settings: Mapping[str, Any],
-    ):  # fmt: skip
+        self,
+        models: Mapping[str, Path],
+        benchmarks: Sequence[Benchmark],
+        languages: Sequence[str],
+        original: Sequence[str],
+        scores: Scores,
+        settings: Mapping[str, Any],
+    ) -> None:
         self._models, self._benchmarks, self._settings = models, benchmarks, settings
         self._reference = next(iter(models))
         self._groups = {
@@ -252,9 +265,9 @@ class HarnessResults(Results):
         }
 
     def means(self, model: str, group: str) -> list[float | None]:
-        """Of each benchmark over the group's languages that it has, None if it has none; then the mean of these means.
+        """The row of the paper's Table 1.
 
-        This is the row of the paper's Table 1.
+        It has the mean score per benchmark over the group's languages (None if it covers none), then their mean.
         """
         by_benchmark = [
             [score["value"] for language, score in scores.items() if language in self._groups[group]]
@@ -265,7 +278,7 @@ class HarnessResults(Results):
         return [*means, fmean(found) if found else None]
 
     def _change(self, model: str, group: str) -> str:
-        """Change of the average from the first model, "" for that model itself."""
+        """The change of the average from the first model; "" for that model itself."""
         ours, theirs = self.means(model, group)[-1], self.means(self._reference, group)[-1]
         if model == self._reference or ours is None or theirs is None:
             return ""

@@ -54,7 +54,7 @@ class LoadedModel:
     vocab_size: int  # number of token embeddings
     # Tokens [batch, sequence] -> logits [batch, sequence, vocabulary] of one forward pass. Pad on the right.
     logits: Callable[[Tensor], Tensor]
-    routers: dict[int, nn.Module]  # of each MoE layer, by decoder layer number (from 0); empty for a dense model
+    routers: dict[int, nn.Module]  # by decoder layer number (from 0); empty for a dense model
     # (router, inputs, output) of a forward hook -> logits [T, experts]; T: over batch, then sequence.
     router_logits: Callable[[Any, Any, Any], Tensor]
     num_original_places: int  # P, the first experts of a router; 1 for a dense model
@@ -66,7 +66,7 @@ class LoadedModel:
 
     @property
     def unknown_id(self) -> int | None:
-        """None if the tokenizer has no token for text that it cannot encode."""
+        """The ID of the token for text that the tokenizer cannot encode; None if it has no such token."""
         # A tokenizer that names its EOS as unknown token (GPT-2, Qwen2) never has to use it.
         return None if self.tokenizer.unk_token_id == self.eos_id else self.tokenizer.unk_token_id
 
@@ -88,8 +88,9 @@ def hf_model(directory: Path, model: Any, tokenizer: Any, start_id: int, eos_id:
         logits = output[0] if isinstance(output, tuple) else output  # (logits, top-k weights, top-k indices)
         return logits.flatten(0, -2)
 
+    opened = directory, model, tokenizer, start_id, eos_id
     return LoadedModel(
-        directory, model, tokenizer, start_id, eos_id,
+        *opened,
         vocab_size=model.get_input_embeddings().weight.shape[0],
         # No attention mask: padding is on the right, which the tokens of a causal model do not attend to.
         logits=lambda tokens_BS: model(input_ids=tokens_BS, use_cache=False).logits,
@@ -103,7 +104,7 @@ def hf_model(directory: Path, model: Any, tokenizer: Any, start_id: int, eos_id:
         # Our exports record it in config.json; transformers keeps fields that it does not use.
         num_original_places=getattr(config, "num_original_experts", 1),
         topk=getattr(config, "num_experts_per_tok", None) or 1,
-    )  # fmt: skip
+    )
 
 
 def is_megatron(directory: Path) -> bool:
@@ -112,7 +113,11 @@ def is_megatron(directory: Path) -> bool:
 
 
 def require_hf(models: Mapping[str, Path], user: str) -> None:
-    """Raises UserError if one of the `models` (name -> directory) is a checkpoint, which `user` does not support."""
+    """Check that none of the `models` (name -> directory) is a checkpoint, which `user` does not support.
+
+    Raises:
+        UserError: One of them is a checkpoint.
+    """
     if checkpoints := [name for name, directory in models.items() if is_megatron(directory)]:
         raise UserError(
             f"{user} requires Hugging Face directories, --model {checkpoints[0]} is a Megatron checkpoint; export it "
@@ -166,13 +171,17 @@ def open_model(
 
         layers = enumerate(model.decoder.layers)
         yield LoadedModel(
-            directory, model, *tokenizer, vocab_size=vocab_size, logits=logits,
+            directory,
+            model,
+            *tokenizer,
+            vocab_size=vocab_size,
+            logits=logits,
             routers={number: layer.mlp.router for number, layer in layers if hasattr(layer.mlp, "router")},
             # The router returns only its choices, so its linear map is applied again to its input [S, B, H].
             router_logits=lambda router, inputs, output: router.gating(inputs[0]).transpose(0, 1).flatten(0, 1),
             num_original_places=spec.moe.num_original_places if spec.moe else 1,
             topk=spec.moe.topk if spec.moe else 1,
-        )  # fmt: skip
+        )
 
 
 def load_model(directory: Path, device: str = "auto", dtype: str = "auto", verify: Verify = Verify.FULL) -> LoadedModel:
@@ -202,10 +211,10 @@ def load_model(directory: Path, device: str = "auto", dtype: str = "auto", verif
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # the empty shared expert, see below
+            options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, **placement}
             model, loading_info = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=dtype, use_safetensors=True, output_loading_info=True,
-                local_files_only=True, trust_remote_code=False, **placement,
-            )  # fmt: skip
+                directory, local_files_only=True, trust_remote_code=False, **options
+            )
     except MemoryError:
         raise
     except Exception as error:  # transformers and safetensors each raise errors of their own
@@ -257,7 +266,7 @@ def _free_bytes(gpu: int) -> int:
 
 
 def _weight_bytes(directory: Path, dtype: str) -> int:
-    """Bytes of the weights in `dtype` ("auto": their own), of the files that transformers reads."""
+    """The size of the weights in `dtype` ("auto": their own), from the files that transformers reads."""
     files, index = [directory / "model.safetensors"], directory / "model.safetensors.index.json"
     if not files[0].is_file():
         files = [*directory.glob("*.safetensors")]
@@ -272,14 +281,22 @@ def _weight_bytes(directory: Path, dtype: str) -> int:
 
 
 def read_max_positions(directory: Path) -> int | None:
-    """The model's longest input in tokens; None for no limit. Raises UserError if `directory` is not a model."""
+    """The model's longest input in tokens; None for no limit.
+
+    Raises:
+        UserError: `directory` is not a model.
+    """
     if is_megatron(directory):
         return ModelSpec.read(directory).megatron_args["max_position_embeddings"]
     return _read_config(directory).get("max_position_embeddings")
 
 
 def check_device(name: str) -> None:
-    """Raises UserError if --device is unavailable, or would silently be the CPU of a machine with GPUs."""
+    """Check --device.
+
+    Raises:
+        UserError: It is unavailable, or would silently be the CPU of a machine with GPUs.
+    """
     if name == "auto" and (problem := cpu.unusable_gpus()):
         raise UserError(problem)
     choose_device(name)
@@ -291,9 +308,12 @@ def resolve_dtype(dtype: str, device: torch.device) -> str:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that --device names; "auto" is a GPU if any. Raises UserError if there is no such device.
+    """The device that --device names; "auto" is a GPU if any.
 
     A GPU has an index, without which torch.cuda.set_device does not accept it.
+
+    Raises:
+        UserError: There is no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -322,7 +342,11 @@ def _load_tokenizer(directory: Path) -> tuple[Any, int, int | None]:
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
-    """config.json of a Hugging Face directory with weights; UserError if it is none."""
+    """The config.json of a Hugging Face directory with weights.
+
+    Raises:
+        UserError: The directory has no config.json or no weights.
+    """
     if not (directory / "config.json").is_file():
         raise UserError(
             f"{directory} contains neither config.json nor {FILE_NAME}; pass a Hugging Face directory or a Megatron "

@@ -14,9 +14,9 @@ from moelpr.store.files import write_text
 
 
 class Results(ABC):
-    """What a command has measured: printed to the terminal and written to a folder."""
+    """The measurements of a command, to be printed on the terminal and written to a folder."""
 
-    name: str  # of the files
+    name: str  # the files' name without suffix
     title: str
 
     @abstractmethod
@@ -29,7 +29,7 @@ class Results(ABC):
 
     @abstractmethod
     def findings(self) -> list[str]:
-        """What the numbers show, one sentence each."""
+        """The findings, one sentence each."""
 
     @abstractmethod
     def tables(self) -> dict[str, page.Table]:
@@ -61,7 +61,7 @@ class Results(ABC):
 def settings_json(
     comparison: Comparison, data: Mapping[str, Path], original: Sequence[str], settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """What every result is computed from."""
+    """The settings and data that all results are computed from."""
     return {
         "settings": {**asdict(comparison.settings), **settings},
         "data": {language: str(path) for language, path in data.items()},

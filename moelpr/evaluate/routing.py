@@ -23,7 +23,7 @@ class Routing:
     first_choice_share: list[list[float]]  # fraction of tokens whose highest router score is this expert's
     chosen_share: list[list[float]]  # fraction of tokens that choose this expert; sums to K per layer
     mean_score: list[list[float]]  # mean softmax score
-    entropy: list[float]  # of a token's router scores, mean over tokens, in nats; at most ln E
+    entropy: list[float]  # mean entropy of a token's router scores, in nats; at most ln E
     original_chosen_share: list[float]  # fraction of tokens with at least one original expert among their K
     all_original_share: list[float]  # fraction of tokens whose K choices are all original
     num_original_places: int = 1  # P
@@ -70,7 +70,7 @@ class RoutingObserver:
         self._sums[number] = self._sums.get(number, 0) + vector
 
     def result(self) -> Routing | None:
-        """None for a dense model, or if no token was counted."""
+        """The means over all counted tokens; None for a dense model, or if no token was counted."""
         if not self._sums or self._tokens == 0:
             return None
         layers = sorted(self._sums)

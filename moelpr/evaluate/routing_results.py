@@ -45,7 +45,17 @@ class RoutingResults(Results):
     name, title = "routing", "Routing"
 
     def __init__(self, comparison: Comparison, data: Mapping[str, Path], original: Sequence[str], threshold: float):
-        """`data`: language -> file. `threshold`: see `broken_priors`. Raises UserError if all models are dense."""
+        """Collect the routing of all MoE models.
+
+        Args:
+            comparison: The models' scores.
+            data: Language -> file.
+            original: The original languages; empty if they were not named.
+            threshold: See `broken_priors`.
+
+        Raises:
+            UserError: All models are dense.
+        """
         self._comparison, self._data, self._original, self._threshold = comparison, data, original, threshold
         by_model = {
             model: {language: score.routing for language, score in scores.items() if score.routing is not None}
@@ -59,7 +69,7 @@ class RoutingResults(Results):
             )
 
     def broken(self, model: str) -> list[BrokenPrior]:
-        """Empty if the original languages are unknown."""
+        """The layers that break the language prior; none if the original languages are unknown."""
         return broken_priors(self._routing[model], self._original, self._threshold) if self._original else []
 
     def findings(self) -> list[str]:
@@ -91,7 +101,7 @@ class RoutingResults(Results):
         return page.Table(["layer", *statistics], rows, note)
 
     def figures(self) -> list[page.Figure]:
-        names: dict[str, str] = {}  # of files -> model
+        names: dict[str, str] = {}  # part of a file's name -> model
         for model in self._routing:
             name = "".join(character if character.isalnum() or character in "._-" else "_" for character in model)
             while name in names:
@@ -110,11 +120,9 @@ class RoutingResults(Results):
         for name, (title, note) in LAYER_NUMBERS.items():
             values = {language: getattr(statistics[language], name) for language in languages}
             broken = self.broken(model) if name == "original_first_share" else []
-            panel = Panel(
-                model, values, rows,
-                outlined=[(prior.language, layers.index(prior.layer)) for prior in broken],
-                column_groups=groups if 0 < num_original < len(languages) else {},
-            )  # fmt: skip
+            wrong = [(prior.language, layers.index(prior.layer)) for prior in broken]
+            column_groups = groups if 0 < num_original < len(languages) else {}
+            panel = Panel(model, values, rows, outlined=wrong, column_groups=column_groups)
             darkest = 1.0 if name.endswith("share") else max(map(max, values.values()))
             svg = heat_maps(f"{title}: {model}", [panel], form="{:.2f}", darkest=darkest, corner="layer")
             outlined = " Outlined: more than the allowed fraction makes the wrong choice." if broken else ""

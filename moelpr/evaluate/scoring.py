@@ -49,8 +49,11 @@ class Settings:
     def resolve(self, max_positions: Mapping[str, int | None]) -> "Settings":
         """The same settings for all models, with only the batch size possibly None.
 
-        `max_positions`: model -> its longest input in tokens; None for no limit. Raises UserError if a number is out of
-        range.
+        Args:
+            max_positions: Model -> its longest input in tokens; None for no limit.
+
+        Raises:
+            UserError: A number is out of range.
         """
         limits = [(limit, name) for name, limit in max_positions.items() if limit is not None]
         longest, narrowest = min(limits, default=(sys.maxsize, ""))
@@ -69,7 +72,7 @@ def metrics(bits: Any, size: Any, tokens: Any, correct: Any) -> dict[str, Any]:
     Perplexity and accuracy (fraction of tokens that were the most likely next token) are per token, so they cannot be
     compared between models with different tokenizers.
     """
-    with np.errstate(over="ignore"):  # of a model that has diverged, it is infinite
+    with np.errstate(over="ignore"):  # a model that has diverged has an infinite one
         perplexity = np.exp2(bits / tokens)
     per_token = {"perplexity": perplexity, "accuracy": correct / tokens, "bytes_per_token": size / tokens}
     return {"bits_per_byte": bits / size} | per_token
@@ -88,22 +91,22 @@ class LanguageScore:
 
     @property
     def columns(self) -> list[Sequence[float]]:
-        """What the metrics are computed from, per document."""
+        """The lists that the metrics are computed from."""
         return [self.document_bits, self.document_bytes, self.document_tokens, self.document_correct]
 
     @property
     def metrics(self) -> dict[str, float]:
-        """See `metrics`."""
+        """The metrics of all documents together, see `metrics`."""
         return metrics(*map(sum, self.columns))
 
     def warning(self, model: str, language: str) -> str:
-        """About text that the model's tokenizer cannot encode; "" if there is none."""
+        """A warning about text that the model's tokenizer cannot encode; "" without such text."""
         share = f"{self.unknown_tokens / sum(self.document_tokens):.1%} of the {language} tokens (unknown tokens)"
         return f"{model} cannot encode {share}; its scores there are unreliable" if self.unknown_tokens else ""
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "LanguageScore":
-        """Of `asdict`."""
+        """Read what `asdict` returned."""
         routing = content["routing"]
         return cls(**{**content, "routing": None if routing is None else Routing(**routing)})
 
@@ -145,10 +148,9 @@ def score_each(
     """
     tokens = {language: tokenize(loaded, language, texts) for language, texts in documents.items()}
     unknown_id = loaded.unknown_id
-    with tqdm(
-        total=sum(len(ids) for documents in tokens.values() for ids in documents), desc=name, unit=" tokens",
-        unit_scale=True, leave=False, disable=None,  # only on a terminal
-    ) as progress:  # fmt: skip
+    total = sum(len(ids) for documents in tokens.values() for ids in documents)
+    # disable=None: only on a terminal.
+    with tqdm(total=total, desc=name, unit=" tokens", unit_scale=True, leave=False, disable=None) as progress:
         for language, texts in documents.items():
             start, observer = time.monotonic(), RoutingObserver(loaded)
             bits, correct = score_documents(loaded, tokens[language], settings, observer, progress)

@@ -13,7 +13,7 @@ from moelpr.report.numbers import Interval, percent
 from moelpr.report.plots import change_chart
 
 METRICS = ("bits_per_byte", "perplexity", "accuracy", "bytes_per_token")
-# Of models with different tokenizers, these can be compared.
+# Metrics that are comparable between models with different tokenizers.
 ANY_TOKENIZER = ("bits_per_byte", "bytes_per_token")
 MEANS = {"mean original": "Original languages", "mean expanded": "Expanded languages"}
 
@@ -28,7 +28,14 @@ class TextResults(Results):
     name, title = "results", "Held-out text"
 
     def __init__(self, comparison: Comparison, data: Mapping[str, Path], original: Sequence[str], seed: int):
-        """`data`: language -> file. `original`: the original languages; empty if they were not named."""
+        """Compute all estimates.
+
+        Args:
+            comparison: The models' scores.
+            data: Language -> file.
+            original: The original languages; empty if they were not named.
+            seed: The seed of the bootstrap.
+        """
         self._comparison, self._data, self._original, self._seed = comparison, data, original, seed
         self._first, *others = models = list(comparison.models)
         found = {language: estimates(comparison.scores_on(language), seed) for language in data}
@@ -70,7 +77,7 @@ class TextResults(Results):
         return findings + self._unequal_contexts()
 
     def _unequal_contexts(self) -> list[str]:
-        """With different tokenizers, windows of equally many tokens are more text, and so more context, for one."""
+        """A warning: a window of as many tokens is more text, and so more context, for one of two tokenizers."""
         if all(self._has_same_tokens.values()):
             return []
         length = self._comparison.settings.sequence_length

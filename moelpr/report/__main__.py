@@ -7,6 +7,7 @@ python -m moelpr.report live runs/stage1
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
@@ -21,11 +22,8 @@ def main() -> None:
 
 
 def report_runs(args: argparse.Namespace) -> None:
-    from moelpr.report.claims import (
-        Claims,
-        read_facts,
-        read_verifications,
-    )  # after the arguments: matplotlib is slow to import
+    # After the arguments: matplotlib is slow to import.
+    from moelpr.report.claims import Claims, read_facts, read_verifications
     from moelpr.report.language_results import read_evaluations
     from moelpr.report.run_report import Report
     from moelpr.report.runs import read_runs
@@ -54,17 +52,16 @@ def report_parser() -> argparse.ArgumentParser:
         description="Write report.html, report.md and report.json of one or several runs, running or finished.",
         epilog="To follow a run on a terminal: python -m moelpr.report live RUN (see live --help).",
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
-        help="run folder (--save of the trainer), in the order of training")  # fmt: skip
-    parser.add_argument("--evaluation", nargs="+", type=Path, default=[], metavar="FILE",
-        help="JSON files of `python -m moelpr.evaluate`: results with intervals and routing, per language")  # fmt: skip
-    parser.add_argument("--verification", nargs="+", type=Path, default=[], metavar="FILE",
-        help="outputs of `checkpoint_convert/verify.py --json`")  # fmt: skip
-    parser.add_argument("--claims", type=Path, metavar="FILE",
-        help="YAML file of claims to judge by the evaluation (see examples/demo-claims.yaml)")  # fmt: skip
-    parser.add_argument("--facts", type=Path, metavar="FILE",
-        help="other facts to show: YAML or JSON mapping of title to {name: value}")  # fmt: skip
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write to (default: the last RUN)")
+    files: dict[str, Any] = {"nargs": "+", "type": Path, "default": [], "metavar": "FILE"}
+    add = parser.add_argument
+    add(
+        "runs", nargs="+", type=Path, metavar="RUN", help="run folder (--save of the trainer), in the order of training"
+    )
+    add("--evaluation", **files, help="JSON files of `python -m moelpr.evaluate`: results and routing per language")
+    add("--verification", **files, help="outputs of `checkpoint_convert/verify.py --json`")
+    add("--claims", type=Path, metavar="FILE", help="claims to judge by the evaluation, like examples/demo-claims.yaml")
+    add("--facts", type=Path, metavar="FILE", help="facts to add: YAML or JSON mapping of title to {name: value}")
+    add("--output", type=Path, metavar="DIR", help="folder to write to (default: the last RUN)")
     return parser
 
 
@@ -73,10 +70,10 @@ def live_parser() -> argparse.ArgumentParser:
         prog="python -m moelpr.report live",
         description="Follow a run until it is finished. Ctrl-C leaves; the run continues.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder (--save of the trainer)")
-    parser.add_argument("--interval", type=float, default=2.0, metavar="SECONDS",
-        help="refresh interval in seconds (default: 2)")  # fmt: skip
-    parser.add_argument("--once", action="store_true", help="show the current state and exit")
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="run folder (--save of the trainer)")
+    add("--interval", type=float, default=2.0, metavar="SECONDS", help="refresh interval in seconds (default: 2)")
+    add("--once", action="store_true", help="show the current state and exit")
     return parser
 
 

@@ -12,7 +12,7 @@ Box = tuple[float, float, float, float]  # left, low, right, high
 
 
 def label_points(axes: Axes, labels: Sequence[tuple[str, tuple[float, float]]]) -> None:
-    """Write each label near its point (x, y), where it covers least; a line leads to one that is not beside it."""
+    """Write each label near its point (x, y), where it covers least; a line leads to one that is farther away."""
     axes.get_xlim(), axes.get_ylim()  # they make matplotlib choose the limits, which the positions depend on
     scale = 72 / axes.figure.dpi
     points = [axes.transData.transform(place) * scale for _, place in labels]
@@ -25,7 +25,7 @@ def label_points(axes: Axes, labels: Sequence[tuple[str, tuple[float, float]]]) 
         costs: dict[tuple[float, float], float] = {}
         for shift in shifts:
             label, *line = _label_boxes(x, y, shift, width_of([text], 12))
-            is_outside = label[0] < left or label[1] < low or label[3] > high  # to the right is nothing
+            is_outside = label[0] < left or label[1] < low or label[3] > high  # there is room to the right
             hidden, crossed = (sum(_overlap(a, b) for a in boxes for b in others) for boxes in ([label], line))
             costs[shift] = math.hypot(*shift) + 1000 * (is_outside + hidden) + 10 * crossed
         best = min(costs, key=costs.__getitem__)
@@ -37,7 +37,7 @@ def label_points(axes: Axes, labels: Sequence[tuple[str, tuple[float, float]]]) 
 
 
 def _label_boxes(x: float, y: float, shift: tuple[float, float], width: float) -> list[Box]:
-    """What a label covers that is shifted from its point: itself, then points on its line, if it has one."""
+    """The boxes that a shifted label covers: its text, then points on its line, if it has one."""
     across, up = shift
     left = x + across - (width if across < 0 else 0)
     line = np.linspace(0.1, 0.9, 12).tolist() if max(abs(across), abs(up)) > 9 else []

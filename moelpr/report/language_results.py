@@ -63,7 +63,7 @@ class LanguageResults:
 
 
 def held_out_results(runs: Sequence[Run]) -> LanguageResults:
-    """The first validation pass of the first run that has one, and the last pass of every run.
+    """Collect the first validation pass of the first run that has one, and the last pass of every run.
 
     Runs may differ in languages. Where a run's windows, or the unit of a language, are not those of the first pass,
     there is no change (NaN).

@@ -31,7 +31,8 @@ _KEPT = 2000  # steps in the sparklines at most
 def show(folder: Path, interval_s: float, once: bool) -> None:
     """Follow the run in `folder` until it is finished or Ctrl-C is pressed; with `once`, show its state and return.
 
-    Raises UserError if the folder has no metrics.jsonl, or a damaged one.
+    Raises:
+        UserError: The folder has no metrics.jsonl, or a damaged one.
     """
     console = Console()
     if once:

@@ -103,14 +103,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Facts:
-    """Title -> name -> value."""
+    """Lists of facts: title -> name -> value."""
 
     groups: Mapping[str, Mapping[str, str]]
 
 
 @dataclass(frozen=True)
 class Code:
-    """Text to copy. folded: only the title is visible until it is opened."""
+    """Text to copy; of `folded` text, only the title is visible until it is opened."""
 
     text: str
     title: str = ""
@@ -118,7 +118,7 @@ class Code:
 
     @property
     def fence(self) -> str:
-        """Longer than any in the text."""
+        """A fence that is longer than any in the text."""
         return "`" * max(3, 1 + max(map(len, re.findall("`+", self.text)), default=0))
 
 
@@ -135,7 +135,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """kicker: a small line above the title."""
+    """A page; `kicker` is a small line above the title."""
 
     title: str
     kicker: str = ""

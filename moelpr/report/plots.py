@@ -7,6 +7,7 @@ understood: curves differ in dash and marker, bars and cells carry their name an
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -91,11 +92,10 @@ def line_chart(title: str, curves: Sequence[Curve], *, as_percent: bool = False,
             axes.plot(x, mean, color=color, alpha=0.28, linewidth=1)
         line = _running_mean(mean) if smooth else mean
         spacing = max(1, len(line) // 5)
-        axes.plot(
-            x, line, label=curve.name, color=color, linestyle=_DASHES[number % len(_DASHES)], linewidth=2,
-            marker=_MARKERS[number % len(_MARKERS)] if len(drawn) > 1 else None,
-            markevery=(spacing * order // len(drawn), spacing),  # apart from the markers of the other curves
-        )  # fmt: skip
+        style: dict[str, Any] = {"color": color, "linestyle": _DASHES[number % len(_DASHES)], "linewidth": 2}
+        marker = _MARKERS[number % len(_MARKERS)] if len(drawn) > 1 else None
+        places = spacing * order // len(drawn), spacing  # apart from the markers of the other curves
+        axes.plot(x, line, label=curve.name, marker=marker, markevery=places, **style)
         # The outermost twentieths of the faint lines may be cut off.
         shown += [*line, *([np.percentile(low, 5), np.percentile(high, 95)] if smooth else [])]
         described.append(f"{curve.name or 'value'} from {line[0]:.3g} to {line[-1]:.3g}")
@@ -114,7 +114,7 @@ def line_chart(title: str, curves: Sequence[Curve], *, as_percent: bool = False,
 
 
 def thinning_note(curves: Iterable[Curve]) -> str:
-    """What a point of these curves represents."""
+    """A note that says what a point of these curves represents."""
     size = max((math.ceil(len(curve.x) / MAX_POINTS) for curve in curves), default=1)
     if size <= 1:
         return "Faint: the individual steps; strong: their running mean."
@@ -198,11 +198,9 @@ def trade_off_chart(
             (finite_mean(x for x, _ in points), finite_mean(y for _, y in points)) for points in one.settings.values()
         ]
         shown = [(min(x, most[0]), min(y, most[1])) for x, y in means]
-        axes.plot(
-            *zip(*shown, strict=True), color=color, linewidth=2,
-            linestyle=_DASHES[number % len(_DASHES)] if one.is_joined else "",
-            marker=marker, markersize=8, label=one.name,
-        )  # fmt: skip
+        dashes = _DASHES[number % len(_DASHES)] if one.is_joined else ""
+        style: dict[str, Any] = {"color": color, "marker": marker, "linestyle": dashes}
+        axes.plot(*zip(*shown, strict=True), linewidth=2, markersize=8, label=one.name, **style)
         for (label, points), mean, place in zip(one.settings.items(), means, shown, strict=True):
             values = f"{percent(mean[0])} and {percent(mean[1])}"
             if place == mean:
@@ -293,7 +291,7 @@ def cell_colors(fraction: float) -> tuple[str, str]:
 
 
 def _tick_label(value: float) -> str:
-    """Short: 1500000 is "1.5M"."""
+    """A short number: 1500000 is "1.5M"."""
     for factor, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= factor:
             return f"{value / factor:.3g}{unit}"

@@ -28,7 +28,7 @@ def curve_figures(runs: Sequence[Run]) -> list[Block]:
 
 
 def _charts_of(run: Run) -> Iterator[tuple[str, list[plots.Curve], bool, bool]]:
-    """Everything that was logged: title, curves, whether they are fractions, whether to smooth them."""
+    """Yield a chart's title, its curves, whether they are fractions, and whether to smooth them."""
     validations = run.metrics.validations
     groups = {name: result.get("group") for record in validations for name, result in record["languages"].items()}
     for unit in ("byte", "token"):
@@ -63,7 +63,7 @@ def _curves_table(runs: Sequence[Run], num_rows: int = 8) -> Table:
 
 
 def routing_figures(runs: Sequence[Run], evaluation: LanguageResults) -> list[Block]:
-    """Of evaluated models, per language of the held-out text; before and after review, on the training text."""
+    """Draw the routing of evaluated models per language of the held-out text, and of runs on their training text."""
     figures: list[Block] = []
     for share, title in ROUTING_SHARES.items():
         evaluated = []

@@ -23,20 +23,19 @@ from moelpr.store.files import write_text
 
 MAX_WARNINGS = 30
 # Flags that say how a run was made; its recipe.yaml has all of them.
-_SETTINGS = (
-    "micro_batch_size", "global_batch_size", "seq_length", "lr", "lr_decay_style", "balance_loss_coeff",
-    "lpr_loss_coeff", "num_original_experts", "original_copies", "num_experts", "moe_router_topk", "data_path",
-    "validation_data", "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
-    "world_size", "seed",
-)  # fmt: skip
+_SETTINGS = """
+micro_batch_size global_batch_size seq_length lr lr_decay_style balance_loss_coeff lpr_loss_coeff num_original_experts
+original_copies num_experts moe_router_topk data_path validation_data tensor_model_parallel_size
+pipeline_model_parallel_size expert_model_parallel_size world_size seed
+""".split()
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything a report is made from."""
+    """The inputs of a report."""
 
     runs: Sequence[Run]  # in the order in which they were made, such as stage 1 and stage 2
-    evaluation: LanguageResults = field(default_factory=LanguageResults)  # of `python -m moelpr.evaluate`
+    evaluation: LanguageResults = field(default_factory=LanguageResults)  # files of `python -m moelpr.evaluate`
     checks: Mapping[str, Verification] = field(default_factory=dict)  # name -> result of verify.py
     claims: Claims = field(default_factory=Claims)
     facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # title -> name -> value, after the settings
@@ -226,14 +225,12 @@ def _continuations(evaluation: LanguageResults) -> list[Block]:
 
 
 def _cost_table(runs: Sequence[Run]) -> Table:
-    rows = [
-        [
-            run.name, f"{run.last.get(CONSUMED_TOKENS) or 0:,}", _duration(run.training_time_s),
-            number_text(run.tokens_per_s, "{:,.0f}"), number_text(run.peak_memory_gib, "{:.2f} GiB"),
-            str(run.num_ranks or run.settings.get("world_size") or "not recorded"),
-        ]
-        for run in runs
-    ]  # fmt: skip
+    rows = []
+    for run in runs:
+        tokens, num_ranks = run.last.get(CONSUMED_TOKENS) or 0, run.num_ranks or run.settings.get("world_size")
+        speed, memory = number_text(run.tokens_per_s, "{:,.0f}"), number_text(run.peak_memory_gib, "{:.2f} GiB")
+        time_s = _duration(run.training_time_s)
+        rows.append([run.name, f"{tokens:,}", time_s, speed, memory, str(num_ranks or "not recorded")])
     note = (
         "Training time: the sum of all recorded steps, each counted once, including saving but not validation. Tokens "
         "per second: the median of the steps. Memory: the peak of the rank that used the most."

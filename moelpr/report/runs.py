@@ -23,7 +23,7 @@ _STALE_S = 600.0  # a run that wrote nothing for this long, and for 20 of its st
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder. settings, versions and arguments are empty if it has none (older versions wrote none)."""
+    """A run folder. settings, versions and arguments are empty if it has none."""
 
     folder: Path
     metrics: RunMetrics
@@ -70,18 +70,18 @@ class Run:
         return self.median(TOKENS_PER_S)
 
     def median(self, key: str) -> float | None:
-        """Over all steps except the first, which includes the start of the program."""
+        """The median over all steps except the first, which includes the start of the program."""
         values = [record[key] for record in self.metrics.steps[1:] if record.get(key)]
         return statistics.median(values) if values else None
 
     @property
     def time_left_s(self) -> float:
-        """Until the last step; 0 if unknown."""
+        """The time until the last step; 0 if unknown."""
         return min(max(0, (self.num_steps or 0) - self.step) * (self.median(STEP_TIME_S) or 0.0), MAX_SECONDS)
 
     @property
     def training_time_s(self) -> float:
-        """Of all recorded steps; a step repeated after an interruption counts once."""
+        """The time of all recorded steps; a step that was repeated after an interruption counts once."""
         return min(sum(record.get(STEP_TIME_S) or 0.0 for record in self.metrics.steps), MAX_SECONDS)
 
     @property
@@ -90,7 +90,7 @@ class Run:
 
     @property
     def state(self) -> str:
-        """finished, running or stopped."""
+        """The state: finished, running or stopped."""
         patience = max(_STALE_S, 20 * (self.median(STEP_TIME_S) or 0.0))
         return "finished" if self.is_finished else "running" if self.last_record_age_s < patience else "stopped"
 
@@ -98,7 +98,8 @@ class Run:
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Runs with distinct names: of runs in folders of one name, as much of the path as tells them apart.
 
-    Raises UserError if a folder is named twice, or see `read_run`.
+    Raises:
+        UserError: A folder is named twice, or is not a run.
     """
     paths = [folder.resolve() for folder in folders]
     runs = []
@@ -113,7 +114,11 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def read_run(folder: Path) -> Run:
-    """Raises UserError if the folder has no metrics.jsonl, or a damaged one."""
+    """Read a run folder.
+
+    Raises:
+        UserError: It has no metrics.jsonl, or a damaged one.
+    """
     metrics_file = folder / METRICS_FILE
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; pass a run folder (the --save folder of training)")

@@ -1,4 +1,4 @@
-"""What all charts share: the look, sizes and labels in pixels, and the SVG that matplotlib's drawing becomes.
+"""The look that all charts share, sizes and labels in pixels, and the SVG that matplotlib's drawing becomes.
 
 Text stays text, and colors are CSS variables of the page (templates/style.css) with their light value as fallback.
 """
@@ -50,10 +50,8 @@ def write_label(
 ) -> None:
     """Text next to a place (x, y), shifted by pixels. from_left: x is a fraction of the width."""
     coordinates = ("axes fraction" if from_left else "data", "data")
-    axes.annotate(
-        text, place, shift, xycoords=coordinates, textcoords="offset points", va="center_baseline",
-        annotation_clip=False, **style,
-    )  # fmt: skip
+    style |= {"va": "center_baseline", "annotation_clip": False}
+    axes.annotate(text, place, shift, xycoords=coordinates, textcoords="offset points", **style)
 
 
 def to_svg(figure: Figure, title: str, description: str, **options: Any) -> str:

@@ -19,7 +19,7 @@ class EarlyWarning(NamedTuple):
 
     Attributes:
         kind: original_loss_rises, idle_expert, lpr_loss_stays or not_a_number.
-        message: what was measured, and the flags that help.
+        message: What was measured, and the flags that help.
     """
 
     kind: str
@@ -28,13 +28,13 @@ class EarlyWarning(NamedTuple):
 
 @dataclass(frozen=True)
 class Thresholds:
-    """When to warn. A percentage of 0 disables its warning.
+    """The limits beyond which to warn. A percentage of 0 disables its warning.
 
     Attributes:
-        original_rise: rise of the loss on the original languages, in percent.
-        expert_share: smallest share of the tokens per expert, in percent.
-        lpr_fall: smallest fall of the LPR loss since the first block, in percent.
-        window: steps per block.
+        original_rise: The highest rise of the loss on the original languages, in percent.
+        expert_share: The smallest share of the tokens per expert, in percent.
+        lpr_fall: The smallest fall of the LPR loss since the first block, in percent.
+        window: The number of steps per block.
     """
 
     original_rise: float = 10.0
@@ -92,7 +92,7 @@ class EarlyWarnings:
         return self._original_rises(f"the loss on held-out {shown}")
 
     def _original_training_loss_rises(self) -> list[EarlyWarning]:
-        """The same for training text, if the stage trains on original-language text and nothing is held out."""
+        """Judge the loss on original-language training text, if there is some and nothing is held out."""
         loss = self._block_mean(LM_LOSS_OF["original"])
         if self._first_validation or math.isnan(loss):
             return []

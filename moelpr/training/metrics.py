@@ -46,8 +46,8 @@ class MetricsTracker(MoEMetricsTracker):
         super().__init__()
         self.routers: list[LPRRouter] = []  # this rank's, set by `watch`
         self.num_places = 0  # E, the router's rows, set by `watch`
-        self.routing: RoutingSums | None = None  # of the last step, over all ranks and micro-batches
-        self.balance_loss: float | None = None  # of the last step
+        self.routing: RoutingSums | None = None  # the last step's, over all ranks and micro-batches
+        self.balance_loss: float | None = None  # the last step's
 
     def watch(self, model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
         self.routers = [module for chunk in model_chunks for module in chunk.modules() if isinstance(module, LPRRouter)]

@@ -66,7 +66,10 @@ class HeldOut:
     bytes_per_token: float | None
 
     def micro_batches(self, size: int) -> Iterator[dict[str, Tensor]]:
-        """This data-parallel rank's, of `size` windows; windows past the end fill the last global batch, uncounted."""
+        """Yield this data-parallel rank's micro-batches of `size` windows.
+
+        Windows past the end, which do not count, fill the last global batch.
+        """
         assert self.dataset is not None
         rank, world = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         for start in itertools.count(rank * size, world * size):
@@ -84,11 +87,11 @@ class Validation:
     def __init__(self, args: argparse.Namespace, step_log: StepLog) -> None:
         self.args, self.step_log = args, step_log
         self._held_out: list[HeldOut] | None = None
-        self._last_iteration: int | None = None  # of the last pass
+        self._last_iteration: int | None = None  # the step of the last pass
         self.scored_step: int | None = None
 
     def run(self, forward_step: Any, model: list[torch.nn.Module], config: Any, iteration: int) -> None:
-        """One pass, unless this step has had one: Megatron asks again after the last step."""
+        """Make a pass, unless this step has had one: Megatron asks again after the last step."""
         if iteration == self._last_iteration:
             return
         self._last_iteration = iteration
@@ -108,7 +111,7 @@ class Validation:
         self.step_log.restart_clock()
 
     def _mean_loss(self, text: HeldOut, forward_step: Any, model: list[torch.nn.Module], config: Any) -> float | None:
-        """Nats per token, NaN except on the last pipeline stage; None if out of time."""
+        """The loss in nats per token, NaN except on the last pipeline stage; None if out of time."""
         size = self.args.eval_micro_batch_size
         batches = [None if text.dataset is None else text.micro_batches(size) for _ in model]
         data = batches if len(model) > 1 else batches[0]
@@ -154,9 +157,9 @@ def held_out(args: argparse.Namespace, language: str, prefix: str) -> HeldOut:
 
 
 def bytes_per_token(prefix: str, model_folder: str) -> float | None:
-    """UTF-8 bytes per token of a corpus: from its manifest, or by decoding its first tokens with `<model>/hf`.
+    """The UTF-8 bytes per token of a corpus, from its manifest or by decoding its first tokens with `<model>/hf`.
 
-    An end-of-document token stands for no bytes, but it is predicted, so it counts. None if there is neither.
+    An end-of-document token stands for no bytes, but it is predicted, so it counts. None without both files.
     """
     manifest = Manifest.read(prefix)
     if manifest is not None and manifest.tokens:

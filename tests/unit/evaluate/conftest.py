@@ -24,10 +24,8 @@ TEXTS = {
     "el": ["Η πόρτα είναι ανοιχτή.", "Άναψε το φως όταν κάποιος γυρίζει αργά στο σπίτι και σβήσε το το πρωί."],
     "zh": ["门是开着的。", "有人晚回家时开灯,早上再关掉。😀"],
 }
-SHAPE = dict(
-    hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
-    max_position_embeddings=64, initializer_range=0.3,
-)  # fmt: skip
+SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+SHAPE |= {"num_key_value_heads": 1, "max_position_embeddings": 64, "initializer_range": 0.3}
 
 
 @pytest.fixture(scope="session")
@@ -40,10 +38,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )  # fmt: skip
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    options = {"special_tokens": ["<|endoftext|>"], "initial_alphabet": letters, "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=300, **options)
     bpe.train_from_iterator([text for group in TEXTS.values() for text in group], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
 
@@ -57,10 +54,9 @@ def dense_dir(tmp_path_factory, tokenizer) -> Path:
 @pytest.fixture(scope="session")
 def moe_dir(tmp_path_factory, tokenizer) -> Path:
     """A stock Qwen2Moe directory as the exporter writes it: no shared expert, layer 1 is dense."""
-    config = Qwen2MoeConfig(
-        vocab_size=len(tokenizer), num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
-        shared_expert_intermediate_size=0, norm_topk_prob=True, mlp_only_layers=[1], **SHAPE,
-    )  # fmt: skip
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+    experts |= {"shared_expert_intermediate_size": 0, "mlp_only_layers": [1]}
+    config = Qwen2MoeConfig(vocab_size=len(tokenizer), **experts, **SHAPE)
     return save(Qwen2MoeForCausalLM, config, tokenizer, tmp_path_factory, "moe")
 
 

@@ -115,10 +115,8 @@ def test_results_are_kept_and_tasks_that_cannot_run_are_rejected(
     stub_lm_eval, rejected, evaluate, tmp_path, dense_dir, moe_dir
 ):
     table = tmp_path / "table.yaml"
-    arguments = (
-        "harness", "--model", dense_dir, "--model", moe_dir, "--languages", "en,el", "--original-languages", "en",
-        "--tasks", table, "--output", tmp_path / "out",
-    )  # fmt: skip
+    models = ("--model", dense_dir, "--model", moe_dir, "--languages", "en,el", "--original-languages", "en")
+    arguments = ("harness", *models, "--tasks", table, "--output", tmp_path / "out")
     table.write_text("Doors: {num_fewshot: 3, metric: acc, tasks: {en: door}}")
     evaluate(*arguments)
     evaluate(*arguments)
@@ -149,10 +147,9 @@ def test_results_are_kept_and_tasks_that_cannot_run_are_rejected(
 def test_local_tasks_run_offline_and_their_results_are_kept(
     evaluate, capsys, tmp_path, local_tasks, dense_dir, moe_dir
 ):
-    arguments = (
-        "--model", f"base={dense_dir}", "--model", moe_dir, "--languages", "en,el", "--original-languages", "en",
-        "--tasks", tmp_path / "table.yaml", "--include-path", local_tasks, "--output", tmp_path / "out",
-    )  # fmt: skip
+    models = ("--model", f"base={dense_dir}", "--model", moe_dir, "--languages", "en,el", "--original-languages", "en")
+    tasks = ("--tasks", tmp_path / "table.yaml", "--include-path", local_tasks)
+    arguments = (*models, *tasks, "--output", tmp_path / "out")
     evaluate("harness", *arguments)
     content = json.loads((tmp_path / "out/harness.json").read_text())["models"]
     for name, directory in (("base", dense_dir), ("moe", moe_dir)):
@@ -203,9 +200,8 @@ def test_a_task_that_would_ignore_the_number_of_shots_is_rejected(rejected, tmp_
 
 def test_the_papers_languages_have_tasks_with_the_papers_shots():
     benchmarks = read_benchmarks(PAPER_TASKS, ["en", "es", "zh", "el", "hu", "tr"])
-    assert {benchmark.name: benchmark.num_fewshot for benchmark in benchmarks} == {
-        "ARC": 25, "MMLU": 5, "HellaSwag": 10, "Belebele": 5, "FLORES": 8,
-    }  # fmt: skip
+    shots = {"ARC": 25, "MMLU": 5, "HellaSwag": 10, "Belebele": 5, "FLORES": 8}
+    assert {benchmark.name: benchmark.num_fewshot for benchmark in benchmarks} == shots
     by_name = {benchmark.name: benchmark for benchmark in benchmarks}
     assert len(by_name["Belebele"].tasks) == len(by_name["MMLU"].tasks) == 6
 
@@ -234,10 +230,9 @@ def test_averages_are_over_languages_first_and_then_over_benchmarks():
     flores = results.to_json()["models"]["base"]["scores"]["B"]["en"]
     assert flores == {"value": pytest.approx(50), "stderr": pytest.approx(2.5)}
     assert benchmarks[1].score("en", {task: {"chrf": 40.0} for task in ("b_in", "b_out")})["value"] == 40
-    unknown = HarnessResults(
-        {"base": Path("base")}, benchmarks[1:], ["en"], ["en"],
-        {"base": {task: {"chrf": 40.0} for task in ("b_in", "b_out")}}, {"limit": None, "include_path": None},
-    )  # fmt: skip
+    scores = {"base": {task: {"chrf": 40.0} for task in ("b_in", "b_out")}}
+    settings = {"limit": None, "include_path": None}
+    unknown = HarnessResults({"base": Path("base")}, benchmarks[1:], ["en"], ["en"], scores, settings)
     assert json.loads(unknown.json_text())["models"]["base"]["scores"]["B"]["en"]["stderr"] is None
     assert unknown.tables()["B, 8 shots, chrf"].rows[0][1] == "40.00 ± –"
     findings, tables = results.findings(), results.tables()

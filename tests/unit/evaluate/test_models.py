@@ -32,10 +32,8 @@ def both(tmp_path_factory: pytest.TempPathFactory, dense_dir: Path) -> dict[str,
     mcore_to_hf(folder / "moe", folder / "moe-hf")
     hf_to_mcore(folder / "moe-hf", folder / "second", NewExperts(2), start=Start(noise=0.5))
     mcore_to_hf(folder / "second", folder / "second-hf")
-    return {
-        "dense": folder / "dense", "dense-hf": dense_dir, "moe": folder / "moe", "moe-hf": folder / "moe-hf",
-        "second": folder / "second", "second-hf": folder / "second-hf",
-    }  # fmt: skip
+    made = {name: folder / name for name in ("dense", "moe", "moe-hf", "second", "second-hf")}
+    return made | {"dense-hf": dense_dir}
 
 
 @pytest.mark.usefixtures("megatron")

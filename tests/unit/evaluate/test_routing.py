@@ -67,7 +67,7 @@ def test_first_choices_of_all_original_experts_count_together(score, moe_dir, te
     share = routing.original_expert_share["per_layer"]
     assert share == pytest.approx([sum(shares[:3]) for shares in routing.first_choice_share])
     assert share != before.original_expert_share["per_layer"]
-    assert routing.original_chosen_share == pytest.approx([1.0, 1.0])  # of 4 experts 1 is new, and each token has 2
+    assert routing.original_chosen_share == pytest.approx([1.0, 1.0])  # 1 expert of 4 is new, and each token has 2
     assert before.original_chosen_share != routing.original_chosen_share
     new_chosen = [shares[3] for shares in routing.chosen_share]
     assert routing.all_original_share == pytest.approx([1 - share for share in new_chosen])
@@ -90,11 +90,9 @@ def test_dense_model_has_no_routing(score, dense_dir, texts):
 def test_routers_of_the_other_exported_families_are_found(family):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(
-        family, vocab_size=50, hidden_size=16, intermediate_size=8, moe_intermediate_size=8, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_local_experts=3, num_experts=3,
-        num_experts_per_tok=2,
-    )  # fmt: skip
+    shape = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 8, "moe_intermediate_size": 8}
+    shape |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    config = AutoConfig.for_model(family, **shape, num_local_experts=3, num_experts=3, num_experts_per_tok=2)
     model = AutoModelForCausalLM.from_config(config)
     loaded = hf_model(Path(), model, None, 0, None)
     assert {number: tuple(router.weight.shape) for number, router in loaded.routers.items()} == {

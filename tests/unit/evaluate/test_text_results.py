@@ -13,7 +13,7 @@ from tests.unit.evaluate.conftest import score_of
 
 
 def text_results(scores: dict[str, LanguageScore], window: int = 64) -> TextResults:
-    """Of models on English as an original language."""
+    """The results of models on English as an original language."""
     models = {model: Path(model) for model in scores}
     by_model = {model: {"en": score} for model, score in scores.items()}
     return TextResults(

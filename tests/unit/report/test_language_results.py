@@ -55,8 +55,10 @@ def test_a_mean_is_over_the_languages_of_all_files(tmp_path: Path) -> None:
         interval = {model: {"bits_per_byte": {"value": bits[model], "low": 0.5, "high": 3.0}} for model in bits}
         change = {"bits_per_byte": {"value": bits["ours"] / 2 - 1, "low": -1.0, "high": 1.0}}
         interval["ours"] |= {"change": change}
-        models = {model: {"languages": {language: interval[model]}, "means": {"mean expanded": interval[model]}}
-                  for model in bits}  # fmt: skip
+        models = {
+            name: {"languages": {language: found}, "means": {"mean expanded": found}}
+            for name, found in interval.items()
+        }
         content = {"original_languages": ["en"], "models": models}
         paths.append(tmp_path / f"{language}.json")
         paths[-1].write_text(json.dumps(content))

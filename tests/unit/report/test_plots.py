@@ -122,7 +122,7 @@ def test_long_curve_is_thinned() -> None:
 
 
 def test_spike_in_a_thinned_curve_is_still_in_the_band() -> None:
-    """Of 5,000 equal steps with one at 9: the mean hides it, the band reaches it."""
+    """One of 5,000 equal steps is at 9: the mean hides it, the band reaches it."""
     curve = Curve("", list(range(5000)), [9.0 if step == 2500 else 1.0 + step % 2 for step in range(5000)])
     (band,) = re.findall(r'd="([^"]*)z\s*"[^>]*clip-path[^>]*opacity: 0.18', line_chart("loss", [curve]))
     heights = [float(pair.split()[1]) for pair in re.split("[ML]", band) if pair.strip()]

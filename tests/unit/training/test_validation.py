@@ -30,10 +30,9 @@ def model(tmp_path: Path) -> Path:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=280, special_tokens=["<eod>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )  # fmt: skip
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    options = {"special_tokens": ["<eod>"], "initial_alphabet": letters, "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=280, **options)
     bpe.train_from_iterator(TEXTS, trainer)
     PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eod>").save_pretrained(tmp_path / "model" / "hf")
     return tmp_path / "model"

@@ -66,7 +66,7 @@ def write_json(result: object, file: Path | None) -> None:
 
 def print_table(rows: Sequence[Mapping[str, Any]], *names: str) -> None:
     """Print the columns `names` of rows (default: all texts and numbers), the first aligned left, the others right."""
-    from moelpr.process.tables import table_text
+    from moelpr.process.text_tables import table_text
 
     columns = names or dict.fromkeys(key for row in rows for key, value in row.items() if not hasattr(value, "keys"))
     print(table_text([*columns], ([_cell(row.get(name, "")) for name in columns] for row in rows)), end="\n\n")

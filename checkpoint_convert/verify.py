@@ -26,7 +26,7 @@ from checkpoint_convert.compare.reader_requirements import unmet_requirements
 from checkpoint_convert.compare.tensors import TensorVerdict, compare, compare_frozen, largest_difference
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
-from moelpr.process.tables import table_text
+from moelpr.process.text_tables import table_text
 from moelpr.store.checksums import NO_VERIFY, Verify
 
 SHOWN_ROWS = 20

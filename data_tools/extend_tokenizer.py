@@ -19,7 +19,7 @@ from data_tools.vocabulary.extension import OriginalTextGuard, choose_tokens, lo
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
 from moelpr.process.machine import available_cpus
-from moelpr.process.tables import table_text
+from moelpr.process.text_tables import table_text
 from moelpr.store.files import atomic_directory, refuse_existing
 
 

@@ -22,7 +22,7 @@ from moelpr.data.tokenizers.base import Tokenizer
 from moelpr.data.tokenizers.loading import load_tokenizer
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
-from moelpr.process.tables import table_text
+from moelpr.process.text_tables import table_text
 
 _CHUNK_TOKENS = 1 << 24  # tokens read at once, so that memory stays small
 _BAR = 40  # characters of the histogram's longest bar

@@ -28,7 +28,7 @@ from data_tools.corpus.tokenized import Documents, runs_of
 from moelpr.data.manifest import Bit, FileRecord, LanguageCount, Manifest, Source
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
-from moelpr.process.tables import table_text
+from moelpr.process.text_tables import table_text
 
 BITS: tuple[Bit, Bit] = ("original", "expanded")
 _TOKENS_AT_ONCE = 1 << 20

@@ -20,7 +20,7 @@ from examples.downloads import fetch_all, read_sources
 from examples.languages import LANGUAGES
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
-from moelpr.process.tables import table_text
+from moelpr.process.text_tables import table_text
 from moelpr.store.files import atomic_directory
 from moelpr.store.records import STRICT, Record
 

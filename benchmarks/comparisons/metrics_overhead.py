@@ -75,8 +75,8 @@ def logging_of(stage: Any, model: torch.nn.Module, sizes: Namespace, folder: Pat
     from torch.utils.tensorboard import SummaryWriter
 
     from moelpr.training.early_warnings import EarlyWarnings, Thresholds
-    from moelpr.training.metrics import MetricsTracker, StepLog
     from moelpr.training.run_log import RunLog
+    from moelpr.training.step_log import MetricsTracker, StepLog
 
     settings = Namespace(stage=stage, save=str(folder), train_iters=10**6, log_interval=10, data_parallel_size=1)
     settings.micro_batch_size, settings.seq_length = sizes.sequences, sizes.length

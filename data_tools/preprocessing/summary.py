@@ -9,7 +9,7 @@ from data_tools.corpus.corpus import describe
 from data_tools.corpus.tokenized import token_dtype
 from data_tools.preprocessing.tagging import UNDETECTED, LanguageGroups
 from moelpr.data.manifest import LanguageCount, Manifest
-from moelpr.process.tables import table_text
+from moelpr.process.text_tables import table_text
 
 _PROBLEMS_SHOWN = 10
 

@@ -32,7 +32,7 @@ from examples.real_model.settings import (
     VOCABULARY_START,
     Setting,
 )
-from moelpr.evaluate.bootstrap import Estimate, estimates, interval_of, mean
+from moelpr.evaluate.confidence import Estimate, estimates, interval_of, mean
 from moelpr.evaluate.result_cache import cached_results
 from moelpr.evaluate.scoring import LanguageScore
 from moelpr.metrics.run_metrics import read_run_metrics

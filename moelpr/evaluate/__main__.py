@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moelpr.evaluate.arguments import check_languages, languages, named_paths
+from moelpr.evaluate.named_paths import check_languages, languages, named_paths
 from moelpr.process.command import CommandParser, run_command
 from moelpr.store.checksums import NO_VERIFY
 

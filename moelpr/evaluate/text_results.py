@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moelpr.evaluate.bootstrap import Estimate, estimates, interval_of, mean
 from moelpr.evaluate.compare import Comparison
+from moelpr.evaluate.confidence import Estimate, estimates, interval_of, mean
 from moelpr.evaluate.results import Results, settings_json
 from moelpr.languages import language_name
 from moelpr.report import page

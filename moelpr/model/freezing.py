@@ -5,7 +5,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 
 from moelpr.model.new_rows import rows_that_train, train_new_rows_only
 from moelpr.model_spec import NewTokens
-from moelpr.process.tables import table_text
+from moelpr.process.text_tables import table_text
 from moelpr.stages import Part, Stage, part_of, trained_parts, trains_new_rows_only
 
 

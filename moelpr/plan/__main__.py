@@ -25,7 +25,7 @@ from moelpr.plan.step_time import PREDICTION_ERROR, bubble
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
 from moelpr.process.machine import format_bytes
-from moelpr.process.tables import table_text
+from moelpr.process.text_tables import table_text
 
 # The lengths and the batch size of launch/recipes/paper-stage1.yaml and paper-stage2.yaml.
 PAPER_SEQ_LENGTH = {"stage1": 1024, "stage2": 512}

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from moelpr.process.tables import table_text
+from moelpr.process.text_tables import table_text
 from moelpr.store.files import write_text
 
 

@@ -20,13 +20,14 @@ from moelpr.model.freezing import freeze, parameter_report
 from moelpr.model.new_rows import ROWS
 from moelpr.model.vocabulary import mask_padding
 from moelpr.process.ranks import is_first_rank
-from moelpr.training import clean_stop, metrics
+from moelpr.training import clean_stop
 from moelpr.training.clean_stop import StopRequest
 from moelpr.training.forward_step import forward_step
 from moelpr.training.run_lock import run_lock
 from moelpr.training.run_log import report_nonfinite_exit
 from moelpr.training.run_records import run_records
 from moelpr.training.starting_weights import starting_weights
+from moelpr.training.step_log import logs_steps
 from moelpr.training.validation import validates
 
 
@@ -51,7 +52,7 @@ def _train(settings: RunSettings, argv: list[str], stop: StopRequest | None) -> 
         run_records(settings, argv),
         hooks.after_step_is_written(write_checksums),
         hooks.without_weight_decay(ROWS),
-        metrics.step_log(args) as step_log,
+        logs_steps(args) as step_log,
         report_nonfinite_exit(args, step_log.run_log),
         validates(args, step_log) as validation,
         clean_stop.ends_the_run(),

@@ -29,8 +29,8 @@ from moelpr.megatron_patches import hooks
 from moelpr.metrics.run_metrics import HeldOutLoss
 from moelpr.process.errors import UserError
 from moelpr.store.run_folder import HF_FOLDER
-from moelpr.training.metrics import StepLog
 from moelpr.training.run_log import finite
+from moelpr.training.step_log import StepLog
 
 MAX_DECODED_TOKENS = 1_000_000  # decoded to count bytes if there is no manifest; takes two seconds
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from moelpr.process import machine
 from moelpr.process.errors import MachineError, UserError
-from moelpr.process.tables import table_text
+from moelpr.process.text_tables import table_text
 from moelpr.store.files import make_folder
 from moelpr.workflow.execution import execute, interpreter
 from moelpr.workflow.mark import Mark, mark_of, relative, shown

@@ -64,5 +64,5 @@ def test_the_manifest_is_preferred_and_nothing_is_guessed(tmp_path: Path, model:
     Manifest(tokenizer, True, [], languages, documents=2, tokens=10, skipped_lines=0, files={}).write(prefix)
     assert bytes_per_token(prefix, str(model)) == 4.2
     Path(f"{prefix}.manifest.json").write_text('{"tokens": 10}')
-    with pytest.raises(UserError, match="format version"):
+    with pytest.raises(UserError, match="manifest.json: .* is missing"):
         bytes_per_token(prefix, str(model))

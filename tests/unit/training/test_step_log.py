@@ -13,7 +13,7 @@ def test_layers_whose_scores_are_nan_stay_in_their_place(monkeypatch: pytest.Mon
     """Three layers, of which the first is dense; the activations overflow in the last one."""
     cpu.install()
     from moelpr.metrics.routing_sums import routing_vector
-    from moelpr.training.metrics import MetricsTracker
+    from moelpr.training.step_log import MetricsTracker
 
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
     tracker = MetricsTracker()

@@ -1,6 +1,6 @@
 """Tables keep every character, in a pipe too."""
 
-from moelpr.process.tables import table_text
+from moelpr.process.text_tables import table_text
 
 
 def test_columns_are_aligned_and_neither_cut_nor_styled() -> None:

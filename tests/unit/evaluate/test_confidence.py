@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moelpr.evaluate.bootstrap import estimates, interval_of, mean
+from moelpr.evaluate.confidence import estimates, interval_of, mean
 from tests.unit.evaluate.conftest import score_of
 
 

@@ -28,7 +28,7 @@ from moelpr.training.run_log import RunLog, finite
 
 
 @contextmanager
-def step_log(args: Namespace) -> Iterator["StepLog"]:
+def logs_steps(args: Namespace) -> Iterator["StepLog"]:
     """Install our metrics hooks while Megatron trains."""
     thresholds = Thresholds(args.warn_original_rise, args.warn_expert_share, args.warn_lpr_fall, args.warn_window)
     tracker = MetricsTracker()

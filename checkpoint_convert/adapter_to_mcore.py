@@ -7,19 +7,20 @@ Routers and new experts come from the adapter, everything else from the base. We
 
 from pathlib import Path
 
-from checkpoint_convert.common.flags import add_output_options
-from checkpoint_convert.conversions.published_adapter import AdapterConfig, adapter_to_mcore
+from checkpoint_convert.common.arguments import add_output_options
 from moelpr.process.command import CommandParser, run_command
 
 
 def main() -> None:
     parser = CommandParser(description=__doc__)
-    parser.add_argument("--adapter", type=Path, required=True, metavar="DIR",
-        help="folder with adapter_config.json and adapter_model.safetensors")  # fmt: skip
-    parser.add_argument("--hf-path", type=Path, required=True, metavar="DIR",
-        help="Hugging Face directory of its dense base model")  # fmt: skip
+    add = parser.add_argument
+    adapter = "folder with adapter_config.json and adapter_model.safetensors"
+    add("--adapter", type=Path, required=True, metavar="DIR", help=adapter)
+    add("--hf-path", type=Path, required=True, metavar="DIR", help="Hugging Face directory of its dense base model")
     add_output_options(parser, "checkpoint folder", dtype_default="that of the tensors of both")
     args = parser.parse_args()
+    from checkpoint_convert.conversions.published_adapter import AdapterConfig, adapter_to_mcore
+
     spec = adapter_to_mcore(args.adapter, args.hf_path, args.save, args.dtype, args.overwrite, args.verify)
     assert spec.moe is not None
     named = AdapterConfig.read(args.adapter).base_model

@@ -8,8 +8,7 @@ checksum that the delta records.
 
 from pathlib import Path
 
-from checkpoint_convert.common.flags import add_output_options
-from checkpoint_convert.conversions.delta import apply_delta
+from checkpoint_convert.common.arguments import add_output_options
 from moelpr.process.command import CommandParser, run_command
 
 
@@ -19,6 +18,8 @@ def main() -> None:
     parser.add_argument("--delta", type=Path, required=True, metavar="DIR", help="folder with delta_config.json")
     add_output_options(parser, "Hugging Face directory")
     args = parser.parse_args()
+    from checkpoint_convert.conversions.delta import apply_delta
+
     config = apply_delta(args.base, args.delta, args.save, args.overwrite, args.verify)
     print(f"{args.save}: {config.config['architectures'][0]}, {config.dtype}, of {config.base_model} and {args.delta}")
 

@@ -10,9 +10,8 @@ Weights stream, one tensor at a time.
 import argparse
 from pathlib import Path
 
-from checkpoint_convert.common.flags import add_output_options
-from checkpoint_convert.conversions.grafted_model import graft
-from checkpoint_convert.conversions.instruct_difference import PARTS
+from checkpoint_convert.common.arguments import add_output_options
+from checkpoint_convert.conversions.graft_record import PARTS
 from checkpoint_convert.hf.hub import find_model
 from moelpr.process.command import CommandParser, run_command
 
@@ -23,18 +22,19 @@ def _parse_arguments() -> argparse.Namespace:
     dense = "Hugging Face directory, or OWNER/NAME on the Hub"
     add("--base", type=Path, required=True, metavar="DIR", help=f"the dense base: {dense}")
     add("--instruct", type=Path, required=True, metavar="DIR", help=f"the base after its post-training: {dense}")
-    add("--model", type=Path, required=True, metavar="DIR",
-        help="export of the model that was upcycled from the base (mcore_to_hf.py)")  # fmt: skip
+    upcycled = "export of the model that was upcycled from the base (mcore_to_hf.py)"
+    add("--model", type=Path, required=True, metavar="DIR", help=upcycled)
     add("--scale", type=float, default=1.0, metavar="X", help="factor of the difference (default: 1)")
-    add("--only", choices=PARTS, default="all",
-        help="add it to the attention's projections, to the FFNs, or to everything, which includes norms, embeddings "
-        "and output layer (default: all)")  # fmt: skip
+    only = "the attention's projections, the FFNs, or all, which includes norms, embeddings and output layer"
+    add("--only", choices=PARTS, default="all", help=f"what gets the difference: {only} (default: all)")
     add_output_options(parser, "Hugging Face directory", dtype_default="that of --model")
     return parser.parse_args()
 
 
 def main() -> None:
     args = _parse_arguments()
+    from checkpoint_convert.conversions.grafted_model import graft
+
     base, instruct, model = map(find_model, (args.base, args.instruct, args.model))
     settings = args.scale, args.only, args.dtype
     reader = graft(base, instruct, model, args.save, *settings, overwrite=args.overwrite, verify=args.verify)

@@ -12,12 +12,8 @@ Weights stream from safetensors to the checkpoint, one tensor at a time.
 import argparse
 from pathlib import Path
 
-from checkpoint_convert.common.flags import add_output_options
-from checkpoint_convert.conversions.initialization import Start
-from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
-from checkpoint_convert.hf.hub import find_model
-from moelpr.families.families import read_base
-from moelpr.families.new_experts import NewExperts
+from checkpoint_convert.common.arguments import add_output_options
+from moelpr.plan.arguments import add_expert_flags, new_experts
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
 
@@ -25,33 +21,37 @@ from moelpr.process.errors import UserError
 def _parse_arguments() -> argparse.Namespace:
     parser = CommandParser(description=__doc__)
     add = parser.add_argument
-    add("--hf-path", type=Path, required=True, metavar="DIR",
-        help="model: config.json, safetensors and tokenizer; or OWNER/NAME on the Hugging Face Hub, downloaded to "
-        "its cache")  # fmt: skip
+    model = "model: config.json, safetensors and tokenizer; or OWNER/NAME on the Hugging Face Hub, which is downloaded"
+    add("--hf-path", type=Path, required=True, metavar="DIR", help=model)
     add("--revision", metavar="NAME", help="branch, tag or commit on the Hub (default: main; its commit is recorded)")
     experts = parser.add_mutually_exclusive_group(required=True)
     experts.add_argument("--num-new-experts", type=int, metavar="N", help="number of experts to add to each MoE layer")
     experts.add_argument("--dense", action="store_true", help="add no experts: write a dense checkpoint")
-    add("--extended-tokenizer", type=Path, metavar="DIR",
-        help="a tokenizer that data_tools/extend_tokenizer.py made from the model's: each new token gets a row of the "
-        "embedding and the output layer, the mean of those of the tokens that it replaces (default: the model's "
-        "tokenizer)")  # fmt: skip
-    NewExperts.add_flags(parser)
-    start = parser.add_argument_group("initialization of new experts")
-    start.add_argument("--new-experts", choices=("copied", "random"), default="copied",
-        help="copies of the FFN (in an MoE: of expert 0), or random, an ablation (default: %(default)s)")  # fmt: skip
-    start.add_argument("--expert-noise", type=float, default=0.0, metavar="FRACTION",
-        help="add noise to each copy, as a fraction of the standard deviation of its weights (default: 0)")  # fmt: skip
-    start.add_argument("--reinitialise", "--reinitialize", type=float, default=0.0, metavar="FRACTION",
-        help="reinitialize this fraction of each copy's FFN dimensions, 0 to 1: Drop-Upcycling "
-        "(default: 0)")  # fmt: skip
-    start.add_argument("--seed", type=int, default=1234, metavar="N", help="random seed (default: %(default)s)")
+    extended = (
+        "a tokenizer that data_tools/extend_tokenizer.py made from the model's: each new token gets a row of the "
+        "embedding and the output layer, the mean of those of the tokens that it replaces (default: the model's own)"
+    )
+    add("--extended-tokenizer", type=Path, metavar="DIR", help=extended)
+    add_expert_flags(parser)
+    add = parser.add_argument_group("initialization of new experts").add_argument
+    start = "copies of the FFN (in an MoE: of expert 0), or random, an ablation (default: %(default)s)"
+    noise = "add noise to each copy, as a fraction of the standard deviation of its weights (default: 0)"
+    dropped = "reinitialize this fraction of each copy's FFN dimensions, 0 to 1: Drop-Upcycling (default: 0)"
+    add("--new-experts", choices=("copied", "random"), default="copied", help=start)
+    add("--expert-noise", type=float, default=0.0, metavar="FRACTION", help=noise)
+    add("--reinitialise", "--reinitialize", type=float, default=0.0, metavar="FRACTION", help=dropped)
+    add("--seed", type=int, default=1234, metavar="N", help="random seed (default: %(default)s)")
     add_output_options(parser, "checkpoint folder", dtype_default="that of the model's tensors")
     return parser.parse_args()
 
 
 def main() -> None:
     args = _parse_arguments()
+    from checkpoint_convert.conversions.initialization import Start
+    from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
+    from checkpoint_convert.hf.hub import find_model
+    from moelpr.families.families import read_base
+
     start = Start(args.new_experts, args.expert_noise, args.reinitialise, args.seed)
     layers = args.moe_layers, args.moe_every_k_layers
     if args.dense and (layers != (None, None) or args.topk or args.original_copies or start != Start(seed=args.seed)):
@@ -59,7 +59,7 @@ def main() -> None:
             "--dense adds no experts; remove --topk, --original-copies and the options for layers and new experts"
         )
     model = find_model(args.hf_path, args.revision)
-    experts = None if args.dense else NewExperts.from_arguments(args, read_base(model.folder)[1])
+    experts = None if args.dense else new_experts(args, read_base(model.folder)[1])
     settings = args.dtype, args.overwrite, model, args.extended_tokenizer, args.verify
     spec = hf_to_mcore(model.folder, args.save, experts, start, *settings)
     layout = "dense"

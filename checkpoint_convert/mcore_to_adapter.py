@@ -5,18 +5,19 @@
 The adapter contains routers and new experts; everything else must be the base's. Weights stream, one tensor at a time.
 """
 
-from checkpoint_convert.common.flags import add_load_options, add_output_options
-from checkpoint_convert.conversions.published_adapter import mcore_to_adapter
+from checkpoint_convert.common.arguments import add_load_options, add_output_options
 from moelpr.process.command import CommandParser, run_command
 
 
 def main() -> None:
     parser = CommandParser(description=__doc__)
     add_load_options(parser)
-    parser.add_argument("--base-model", required=True, metavar="NAME",
-        help="name or path of the dense model, for PEFT to load")  # fmt: skip
+    base = "name or path of the dense model, for PEFT to load"
+    parser.add_argument("--base-model", required=True, metavar="NAME", help=base)
     add_output_options(parser, "adapter folder", dtype_default="that with which --load was converted")
     args = parser.parse_args()
+    from checkpoint_convert.conversions.published_adapter import mcore_to_adapter
+
     settings = args.iteration, args.dtype, args.overwrite, args.verify
     config = mcore_to_adapter(args.load, args.save, args.base_model, *settings)
     print(

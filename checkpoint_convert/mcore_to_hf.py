@@ -11,8 +11,8 @@ import argparse
 import math
 import re
 
-from checkpoint_convert.common.flags import add_load_options, add_output_options
-from checkpoint_convert.conversions.exported_model import DEFAULT_SHARD_BYTES, mcore_to_hf
+from checkpoint_convert.common.arguments import add_load_options, add_output_options
+from checkpoint_convert.hf.model_files import DEFAULT_SHARD_BYTES
 from moelpr.families.moe_classes import MOE_CLASSES
 from moelpr.process.command import CommandParser, run_command
 
@@ -20,15 +20,15 @@ from moelpr.process.command import CommandParser, run_command
 def _parse_arguments() -> argparse.Namespace:
     parser = CommandParser(description=__doc__)
     add_load_options(parser)
-    parser.add_argument("--max-shard-size", type=_size, default=DEFAULT_SHARD_BYTES, metavar="SIZE",
-        help="largest safetensors file, e.g. 500MB or 5GB, 1 GB = 10⁹ bytes (default: 5GB)")  # fmt: skip
-    parser.add_argument("--base-model", metavar="NAME",
-        help="name of the base on the Hub, for the model card (default: the name of its folder)")  # fmt: skip
-    parser.add_argument("--as", dest="as_class", choices=MOE_CLASSES,
-        help="stock MoE class to write (default: mixtral for Llama and Mistral, qwen2_moe or qwen3_moe for a "
-        "Qwen)")  # fmt: skip
-    parser.add_argument("--delta", action="store_true",
-        help="write only routers and new experts; apply_delta.py adds the base")  # fmt: skip
+    add = parser.add_argument
+    size = "largest safetensors file, e.g. 500MB or 5GB, 1 GB = 10⁹ bytes (default: 5GB)"
+    base = "name of the base on the Hub, for the model card (default: the name of its folder)"
+    stock = "stock MoE class to write (default: mixtral for Llama and Mistral, qwen2_moe or qwen3_moe for a Qwen)"
+    delta = "write only routers and new experts; apply_delta.py adds the base"
+    add("--max-shard-size", type=_size, default=DEFAULT_SHARD_BYTES, metavar="SIZE", help=size)
+    add("--base-model", metavar="NAME", help=base)
+    add("--as", dest="as_class", choices=MOE_CLASSES, help=stock)
+    add("--delta", action="store_true", help=delta)
     add_output_options(parser, "Hugging Face directory", dtype_default="that with which --load was converted")
     return parser.parse_args()
 
@@ -42,6 +42,8 @@ def _size(text: str) -> int:
 
 def main() -> None:
     args = _parse_arguments()
+    from checkpoint_convert.conversions.exported_model import mcore_to_hf
+
     settings = args.dtype, args.max_shard_size, args.overwrite, args.base_model, args.delta, args.as_class
     facts = mcore_to_hf(args.load, args.save, args.iteration, *settings, args.verify)
     moe = facts.source.spec.moe

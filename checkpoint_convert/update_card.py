@@ -8,8 +8,6 @@ The results become the card's model-index, and their languages the model's. `hf 
 import argparse
 from pathlib import Path
 
-from checkpoint_convert.card.evaluation_results import update_card
-from checkpoint_convert.hf.model_files import CARD_FILE
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
 
@@ -18,8 +16,8 @@ def _parse_arguments() -> argparse.Namespace:
     parser = CommandParser(description=__doc__)
     add = parser.add_argument
     add("folder", type=Path, metavar="DIR", help="folder written by mcore_to_hf.py, apply_delta.py or graft.py")
-    add("--results", type=Path, nargs="+", default=[], metavar="FILE",
-        help="JSON of moelpr.evaluate, of held-out text or of the harness")  # fmt: skip
+    results = "JSON of moelpr.evaluate, of held-out text or of the harness"
+    add("--results", type=Path, nargs="+", default=[], metavar="FILE", help=results)
     add("--evaluated", metavar="NAME", help="the model's name in the results (default: the one evaluated from DIR)")
     add("--base-model", metavar="OWNER/NAME", help="base on the Hugging Face Hub")
     add("--languages", type=_names, metavar="en,el,...", help="codes of languages to add")
@@ -34,6 +32,9 @@ def _names(text: str) -> list[str]:
 
 def main() -> None:
     args = _parse_arguments()
+    from checkpoint_convert.card.evaluation_results import update_card
+    from checkpoint_convert.hf.model_files import CARD_FILE
+
     changes = vars(args).keys() - {"folder", "debug"}
     if not any(getattr(args, name) for name in changes):
         raise UserError("nothing to add; pass --results, --base-model, --languages, --license or --tags")

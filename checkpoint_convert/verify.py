@@ -18,46 +18,48 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from checkpoint_convert.card.readers import READERS
-from checkpoint_convert.compare.grafts import compare_graft
-from checkpoint_convert.compare.logits import TextVerdict, compare_on_text
-from checkpoint_convert.compare.reader_requirements import unmet_requirements
-from checkpoint_convert.compare.tensors import TensorVerdict, compare, compare_frozen, largest_difference
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
 from moelpr.process.text_tables import table_text
 from moelpr.store.checksums import NO_VERIFY, Verify
+
+if TYPE_CHECKING:
+    from checkpoint_convert.compare.logits import TextVerdict
+    from checkpoint_convert.compare.tensors import TensorVerdict
 
 SHOWN_ROWS = 20
 
 
 def _parse_arguments() -> argparse.Namespace:
     parser = CommandParser(description=__doc__)
-    parser.add_argument("a", type=Path, metavar="A", help="Hugging Face directory or Megatron checkpoint folder")
-    parser.add_argument(
-        "b", type=Path, metavar="B", nargs="?", help="Hugging Face directory or Megatron checkpoint folder"
+    add = parser.add_argument
+    model = "Hugging Face directory or Megatron checkpoint folder"
+    tolerance = "largest absolute difference of tensors that counts as equal (default: 0, bitwise identical)"
+    graft = "compare A plus the difference of INSTRUCT and BASE with B, which graft.py wrote"
+    text = (
+        'also compare fp32 logits on these texts: JSON lines with "text" (.jsonl) or plain text; if one model has new '
+        "tokens, texts without them, and the logits of all other tokens"
     )
-    parser.add_argument("--reader", choices=READERS, help="check whether this program runs the export A")
-    parser.add_argument("--tolerance", type=float, default=0.0, metavar="X",
-        help="largest absolute difference of tensors that counts as equal (default: 0, bitwise identical)")  # fmt: skip
+    logits = "largest absolute difference of logits that counts as equal (default: %(default)s)"
+    length = "tokens per sequence, at most a model's context (default: %(default)s)"
+    add("a", type=Path, metavar="A", help=model)
+    add("b", type=Path, metavar="B", nargs="?", help=model)
+    add("--reader", choices=READERS, help="check whether this program runs the export A")
+    add("--tolerance", type=float, default=0.0, metavar="X", help=tolerance)
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--frozen", action="store_true",
-        help="compare base A with the frozen tensors of the upcycled model B")  # fmt: skip
-    kind.add_argument("--graft", type=Path, nargs=2, metavar=("BASE", "INSTRUCT"),
-        help="compare A plus the difference of INSTRUCT and BASE with B, which graft.py wrote")  # fmt: skip
-    parser.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE",
-        help='also compare fp32 logits on these texts: JSON lines with "text" (.jsonl) or plain text; if one model has '
-        "new tokens, texts without them, and the logits of all other tokens")  # fmt: skip
-    parser.add_argument("--logit-tolerance", type=float, default=1e-4, metavar="X",
-        help="largest absolute difference of logits that counts as equal (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--num-tokens", type=int, default=1024, metavar="N",
-        help="tokens to compare per FILE (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--sequence-length", type=int, default=128, metavar="N",
-        help="tokens per sequence, at most a model's context (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--all", action="store_true", help=f"list all different tensors, not only {SHOWN_ROWS}")
-    parser.add_argument("--no-verify", **NO_VERIFY)
-    parser.add_argument("--json", action="store_true", help="print one line of JSON instead of tables")
+    frozen = "compare base A with the frozen tensors of the upcycled model B"
+    kind.add_argument("--frozen", action="store_true", help=frozen)
+    kind.add_argument("--graft", type=Path, nargs=2, metavar=("BASE", "INSTRUCT"), help=graft)
+    add("--text", type=Path, nargs="+", default=[], metavar="FILE", help=text)
+    add("--logit-tolerance", type=float, default=1e-4, metavar="X", help=logits)
+    add("--num-tokens", type=int, default=1024, metavar="N", help="tokens to compare per FILE (default: %(default)s)")
+    add("--sequence-length", type=int, default=128, metavar="N", help=length)
+    add("--all", action="store_true", help=f"list all different tensors, not only {SHOWN_ROWS}")
+    add("--no-verify", **NO_VERIFY)
+    add("--json", action="store_true", help="print one line of JSON instead of tables")
     args = parser.parse_args()
     if (args.b is None) != (args.reader is not None) or (args.reader and (args.frozen or args.graft or args.text)):
         raise UserError(
@@ -72,6 +74,10 @@ def _parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = _parse_arguments()
+    from checkpoint_convert.compare.grafts import compare_graft
+    from checkpoint_convert.compare.logits import compare_on_text
+    from checkpoint_convert.compare.tensors import compare, compare_frozen
+
     if args.reader:
         _check_for_reader(args.a, args.reader, args.json, args.verify)
         return
@@ -94,6 +100,8 @@ def main() -> None:
 
 
 def _check_for_reader(export: Path, reader: str, as_json: bool, verify: Verify) -> None:
+    from checkpoint_convert.compare.reader_requirements import unmet_requirements
+
     unmet = unmet_requirements(export, reader, verify)
     if as_json:
         print(json.dumps({"reader": reader, "runs": not unmet, "unmet": unmet}))
@@ -104,7 +112,7 @@ def _check_for_reader(export: Path, reader: str, as_json: bool, verify: Verify) 
 
 
 def _print_report(
-    verdicts: list[TensorVerdict], different: list[TensorVerdict], texts: list[TextVerdict], limit: int
+    verdicts: "list[TensorVerdict]", different: "list[TensorVerdict]", texts: "list[TextVerdict]", limit: int
 ) -> None:
     """Missing and misshapen tensors first, then the largest differences."""
     if different:
@@ -127,13 +135,15 @@ def _print_report(
         print(f"ignored: the rows of {ignored:,} new tokens, in embedding and output layer")
 
 
-def _num_ignored_rows(verdicts: list[TensorVerdict]) -> int:
+def _num_ignored_rows(verdicts: "list[TensorVerdict]") -> int:
     return max((verdict.num_ignored_rows for verdict in verdicts), default=0)
 
 
 def _as_json(
-    verdicts: list[TensorVerdict], different: list[TensorVerdict], texts: list[TextVerdict], is_equal: bool
+    verdicts: "list[TensorVerdict]", different: "list[TensorVerdict]", texts: "list[TextVerdict]", is_equal: bool
 ) -> str:
+    from checkpoint_convert.compare.tensors import largest_difference
+
     def finite(value: float) -> float | None:
         return value if math.isfinite(value) else None  # JSON has no infinity
 

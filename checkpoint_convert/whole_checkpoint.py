@@ -5,8 +5,7 @@
 It contains only weights, in their dtype. Weights stream, one tensor at a time.
 """
 
-from checkpoint_convert.common.flags import add_load_options, add_output_options
-from checkpoint_convert.conversions.complete_checkpoint import whole_checkpoint
+from checkpoint_convert.common.arguments import add_load_options, add_output_options
 from moelpr.process.command import CommandParser, run_command
 
 
@@ -15,6 +14,8 @@ def main() -> None:
     add_load_options(parser)
     add_output_options(parser, "checkpoint folder")
     args = parser.parse_args()
+    from checkpoint_convert.conversions.complete_checkpoint import whole_checkpoint
+
     whole_checkpoint(args.load, args.save, args.iteration, args.overwrite, args.verify)
     print(f"{args.save}: complete checkpoint of {args.load}")
 

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from checkpoint_convert.compare.tensors import TensorVerdict, compare_tensors
-from checkpoint_convert.conversions.instruct_difference import Graft, GraftReader
+from checkpoint_convert.conversions.graft_record import Graft
+from checkpoint_convert.conversions.instruct_difference import GraftReader
 from checkpoint_convert.conversions.origins import open_tensors
 from checkpoint_convert.hf.safetensors_reader import HfReader, common_dtype
 from moelpr.store.checksums import Verify

@@ -12,7 +12,7 @@ from checkpoint_convert.card.model_card import CardFacts, model_card
 from checkpoint_convert.common.output_folder import check_output, output_folder
 from checkpoint_convert.conversions.delta import DELTA_FILE, DELTA_STEM, check_delta, complete_delta, rows_of_new_tokens
 from checkpoint_convert.hf.companions import write_companions
-from checkpoint_convert.hf.model_files import MODEL_STEM
+from checkpoint_convert.hf.model_files import DEFAULT_SHARD_BYTES, MODEL_STEM
 from checkpoint_convert.hf.safetensors_writer import write_weights
 from checkpoint_convert.mcore.megatron_folder import MegatronReader
 from moelpr.families.families import CONFIG_FILE, read_config
@@ -21,8 +21,6 @@ from moelpr.model_spec import ModelSpec
 from moelpr.process.errors import UserError
 from moelpr.store.checksums import Verify
 from moelpr.store.run_folder import HF_FOLDER
-
-DEFAULT_SHARD_BYTES = 5 * 10**9
 
 
 def mcore_to_hf(

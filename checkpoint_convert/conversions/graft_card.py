@@ -6,7 +6,7 @@ from typing import Any
 
 from checkpoint_convert.card.front_matter import read_card, split_card
 from checkpoint_convert.card.model_card import LICENSE_KEYS, TEMPLATES
-from checkpoint_convert.conversions.instruct_difference import Graft
+from checkpoint_convert.conversions.graft_record import Graft
 from checkpoint_convert.hf.companions import copy_companion
 from checkpoint_convert.hf.hub import is_hub_name
 from checkpoint_convert.hf.model_files import BASE_CARD_FILE, CARD_FILE

@@ -11,7 +11,8 @@ import torch
 from checkpoint_convert.common.output_folder import check_output, output_folder
 from checkpoint_convert.conversions.exported_model import DEFAULT_SHARD_BYTES
 from checkpoint_convert.conversions.graft_card import write_cards
-from checkpoint_convert.conversions.instruct_difference import RECORD_FILE, Graft, GraftReader
+from checkpoint_convert.conversions.graft_record import Graft, Only
+from checkpoint_convert.conversions.instruct_difference import GraftReader
 from checkpoint_convert.hf.companions import copy_companions
 from checkpoint_convert.hf.hub import Model
 from checkpoint_convert.hf.kept_tokenizer import keep_tokenizer
@@ -35,7 +36,7 @@ def graft(
     model: Model,
     save: Path,
     scale: float = 1.0,
-    only: str = "all",
+    only: Only = "all",
     dtype: str | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
@@ -53,10 +54,11 @@ def graft(
     Raises:
         UserError: the models do not fit each other; `save` is then unchanged.
     """
+    if not 0 < scale < 1e9:
+        raise UserError(f"--scale must be above 0 and below 1e9, got {scale}")
     record = Graft(base.name, instruct.name, model.name, scale, only)
-    record.check()
     sources = base.folder, instruct.folder, model.folder
-    check_output(save, list(sources), overwrite, (RECORD_FILE,))
+    check_output(save, list(sources), overwrite, (Graft.FILE_NAME,))
     reader = GraftReader(*sources, scale, only, dtype, verify)
     check_same_tokenizer(*sources, reader.shape("model.embed_tokens.weight")[0], reader.new_rows)
     config, instruct_config = read_config(model.folder), read_config(instruct.folder)

@@ -9,15 +9,14 @@ Training left everything but routers and new experts as it is in B, so there θ 
 original expert becomes the instruct model. Rows of new tokens, which B and I lack, also stay as they are.
 """
 
-import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from checkpoint_convert.common.numbers import CHUNK_ELEMENTS, cast, check_finite
+from checkpoint_convert.conversions.graft_record import PARTS, Only
 from checkpoint_convert.conversions.origins import Described, open_tensors, pieces_since
 from checkpoint_convert.hf.safetensors_reader import HfReader, common_dtype
 from checkpoint_convert.hf.vocabulary_rows import grow, new_rows, shape_without
@@ -26,62 +25,11 @@ from moelpr.evaluate.models import is_megatron
 from moelpr.families.tables import Piece, pieces
 from moelpr.model_spec import ModelSpec
 from moelpr.process.errors import UserError
-from moelpr.stages import VOCABULARY_PARTS, Part
+from moelpr.stages import VOCABULARY_PARTS
 from moelpr.store.checksums import Verify
-from moelpr.store.files import read_versioned
-
-RECORD_FILE = "graft.json"
-FORMAT_VERSION = 1
-
-# The parts that get the difference; norms, embeddings and output layer only with "all".
-PARTS = {
-    "all": frozenset(Part),
-    "attention": frozenset({Part.ATTENTION}),
-    "ffn": frozenset({Part.DENSE_FFN, Part.ORIGINAL_EXPERTS, Part.NEW_EXPERTS}),
-}
 
 # Settings of a model that do not change what its weights compute.
 _FREE_ARGS = ("max_position_embeddings", "attention_dropout", "init_method_std")
-
-
-@dataclass(frozen=True)
-class Graft:
-    """The contents of graft.json: what was added to what.
-
-    Attributes:
-        base: Names of the models' folders, as are `instruct` and `model`.
-        scale: s.
-        only: Key of PARTS.
-    """
-
-    base: str
-    instruct: str
-    model: str
-    scale: float = 1.0
-    only: str = "all"
-
-    def check(self) -> None:
-        if not 0 < self.scale < 1e9:
-            raise UserError(f"--scale must be above 0 and below 1e9, got {self.scale}")
-
-    def write(self, folder: Path) -> None:
-        content = {"format_version": FORMAT_VERSION, **asdict(self)}
-        (folder / RECORD_FILE).write_text(json.dumps(content, indent=2) + "\n")
-
-    @classmethod
-    def read(cls, folder: Path) -> "Graft":
-        """Read graft.json; UserError if it is missing or damaged."""
-        if not (folder / RECORD_FILE).is_file():
-            raise UserError(f"{folder} is not a graft: it has no {RECORD_FILE}; graft.py writes one")
-
-        def build(**fields: Any) -> Graft:
-            graft = cls(**fields)
-            graft.check()
-            if graft.only not in PARTS:
-                raise ValueError(f"only is {graft.only!r}")
-            return graft
-
-        return read_versioned(folder / RECORD_FILE, FORMAT_VERSION, build)
 
 
 class GraftReader:
@@ -102,7 +50,7 @@ class GraftReader:
         instruct: Path,
         model: Path,
         scale: float = 1.0,
-        only: str = "all",
+        only: Only = "all",
         dtype: str | None = None,
         verify: Verify = Verify.FULL,
     ) -> None:

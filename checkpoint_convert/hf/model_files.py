@@ -32,3 +32,5 @@ COMPANION_FOLDERS = ("additional_chat_templates",)
 CARD_FILE = "README.md"
 # An export contains the card of the base model under this name.
 BASE_CARD_FILE = "README-base.md"
+
+DEFAULT_SHARD_BYTES = 5 * 10**9

@@ -1,6 +1,5 @@
-"""The experts that an upcycled model gets: the flags of the converter and the planner, and the spec of the model."""
+"""The experts that an upcycled model gets, and the spec of the model with them."""
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -8,7 +7,7 @@ from moelpr.families.families import Family
 from moelpr.model_spec import ModelSpec, MoeSpec
 from moelpr.process.errors import UserError
 
-_TOPK = 2  # K of the paper
+DEFAULT_TOPK = 2  # the paper's K
 
 
 @dataclass(frozen=True)
@@ -28,27 +27,6 @@ class NewExperts:
     moe_layers: Sequence[int] | None = None
     moe_every_k_layers: int | None = None
 
-    @staticmethod
-    def add_flags(parser: argparse.ArgumentParser) -> None:
-        """Add all flags but --num-new-experts."""
-        parser.add_argument("--topk", type=int, metavar="K", help="experts per token (default: 2; in an MoE, its own)")
-        parser.add_argument("--original-copies", type=int, metavar="C",
-            help="places of the dense FFN among the experts, 1 (the paper) to K; with K, a token can choose only the "
-            "dense FFN (default: K; in an MoE, the equal experts that it has)")  # fmt: skip
-        layers = parser.add_mutually_exclusive_group()
-        layers.add_argument("--moe-layers", type=_layer_list, metavar="0,2,5",
-            help="layers to upcycle, 0-based (default: all)")  # fmt: skip
-        layers.add_argument("--moe-every-k-layers", type=int, metavar="k",
-            help="upcycle layers k, 2k, 3k, …, 1-based")  # fmt: skip
-
-    @classmethod
-    def from_arguments(cls, args: argparse.Namespace, base: ModelSpec) -> "NewExperts":
-        """What the flags ask for; without --original-copies, C is K in a dense model (evidence: docs/results.md)."""
-        copies = args.original_copies
-        if copies is None and base.moe is None:
-            copies = max(args.topk or _TOPK, 1)
-        return cls(args.num_new_experts, args.topk, copies, args.moe_layers, args.moe_every_k_layers)
-
 
 def with_new_experts(family: Family, base: ModelSpec, new: NewExperts) -> ModelSpec:
     """Add N new experts to the FFN of a dense model, or to the experts of an MoE.
@@ -59,16 +37,14 @@ def with_new_experts(family: Family, base: ModelSpec, new: NewExperts) -> ModelS
     layers = _layers(base, new)
     num_layers = base.megatron_args["num_layers"]
     if base.moe is None:
-        topk = _TOPK if new.topk is None else new.topk
+        topk = DEFAULT_TOPK if new.topk is None else new.topk
         copies = 1 if new.original_copies is None else new.original_copies
         moe = MoeSpec(new.num_new_experts, topk, layers, original_copies=copies)
     elif new.original_copies is None:
         topk = base.moe.topk if new.topk is None else new.topk
         copies = max(1, min(base.moe.original_copies, topk))  # further ones are original experts as any
-        moe = replace(
-            base.moe, num_new_experts=new.num_new_experts, topk=topk,
-            original_copies=copies, num_original_experts=base.moe.num_experts - copies + 1,
-        )  # fmt: skip
+        moe = replace(base.moe, original_copies=copies, num_original_experts=base.moe.num_experts - copies + 1)
+        moe = replace(moe, num_new_experts=new.num_new_experts, topk=topk)
     else:
         raise UserError(
             f"--original-copies does not apply to an MoE: its {base.moe.num_experts} experts are all original, so a "
@@ -100,11 +76,3 @@ def _layers(base: ModelSpec, new: NewExperts) -> tuple[int, ...]:
         raise UserError(f"--moe-every-k-layers must be 1 to {num_layers} (the model's layers), got {every_k}")
     # Layers k, 2k, 3k, … counted from 1: the rule of decoder_sparse_step in transformers.
     return tuple(i for i in range(num_layers) if (i + 1) % (every_k or 1) == 0)
-
-
-def _layer_list(text: str) -> list[int]:
-    """Parse --moe-layers: comma-separated layer numbers, 0-based."""
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected layer numbers like 0,2,5, got {text!r}") from None

@@ -8,13 +8,13 @@ classes in moe_classes.py.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from moelpr.model_spec import ModelSpec
 from moelpr.stages import Part, part_of, trained_parts
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # --- transforms
 
@@ -22,32 +22,36 @@ from moelpr.stages import Part, part_of, trained_parts
 class Transform:
     """Maps the HF tensors of a row to one Megatron tensor and back, exactly in both directions; here, unchanged."""
 
-    def to_megatron(self, parts: list[Tensor], sizes: dict[str, int]) -> Tensor:
+    def to_megatron(self, parts: "list[Tensor]", sizes: dict[str, int]) -> "Tensor":
         return parts[0]
 
-    def to_hf(self, tensor: Tensor, sizes: dict[str, int]) -> list[Tensor]:
+    def to_hf(self, tensor: "Tensor", sizes: dict[str, int]) -> "list[Tensor]":
         return [tensor]
 
 
 class GateUp(Transform):
     """Megatron's linear_fc1 [2·ffn, hidden]: the rows of the gate, then of the up projection."""
 
-    def to_megatron(self, parts: list[Tensor], sizes: dict[str, int]) -> Tensor:
+    def to_megatron(self, parts: "list[Tensor]", sizes: dict[str, int]) -> "Tensor":
+        import torch  # the command lines that only name families should not wait for it
+
         return torch.cat(parts)
 
-    def to_hf(self, tensor: Tensor, sizes: dict[str, int]) -> list[Tensor]:
+    def to_hf(self, tensor: "Tensor", sizes: dict[str, int]) -> "list[Tensor]":
         return list(tensor.chunk(2))
 
 
 class QKV(Transform):
     """Megatron's linear_qkv (weight or bias): per query group its query heads, key head and value head."""
 
-    def to_megatron(self, parts: list[Tensor], sizes: dict[str, int]) -> Tensor:
+    def to_megatron(self, parts: "list[Tensor]", sizes: dict[str, int]) -> "Tensor":
+        import torch
+
         rest = parts[0].shape[1:]
         grouped = [part.reshape(sizes["groups"], -1, *rest) for part in parts]
         return torch.cat(grouped, dim=1).reshape(-1, *rest)
 
-    def to_hf(self, tensor: Tensor, sizes: dict[str, int]) -> list[Tensor]:
+    def to_hf(self, tensor: "Tensor", sizes: dict[str, int]) -> "list[Tensor]":
         rest = tensor.shape[1:]
         per_group = [sizes["q"] // sizes["groups"], sizes["head"], sizes["head"]]
         parts = tensor.reshape(sizes["groups"], -1, *rest).split(per_group, dim=1)

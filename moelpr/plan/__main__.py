@@ -15,9 +15,10 @@ from typing import Any
 
 from moelpr.data.vocabulary_extension import VocabularyExtension
 from moelpr.families.families import read_base
-from moelpr.families.new_experts import NewExperts, with_new_experts
+from moelpr.families.new_experts import with_new_experts
 from moelpr.layouts import PlannedLayout, neighbors
 from moelpr.model_spec import ModelSpec
+from moelpr.plan.arguments import add_expert_flags, new_experts
 from moelpr.plan.candidates import Candidate, fitting, with_larger_micro_batch
 from moelpr.plan.gpus import GIB, GPUS, RESERVED_FRACTION, Cluster
 from moelpr.plan.memory import PLANNED_STAGES, RankMemory, Workload, checkpoint_bytes, export_parameters, model_parts
@@ -43,7 +44,7 @@ def main() -> None:
     workload = Workload(args.stage, *sizes, args.dtype, new_embeddings=args.train_new_embeddings)
     cluster = _cluster(args)
     family, base = read_base(args.hf_path)
-    experts = NewExperts.from_arguments(args, base)
+    experts = new_experts(args, base)
     spec = _with_new_tokens(with_new_experts(family, base, experts), args)
     found = fitting(spec, workload, cluster)
     if args.json:
@@ -217,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--gpus-per-node", type=count, default=8, metavar="PER_NODE", help="GPUs per node (default: %(default)s)")
     reserve = "memory per GPU, in GiB, left free for CUDA context, NCCL buffers and fragmentation (default: 10%% of it)"
     add("--reserve-gib", type=gib_or_0, metavar="RESERVE", help=reserve)
-    NewExperts.add_flags(parser)
+    add_expert_flags(parser)
     add_either = parser.add_mutually_exclusive_group().add_argument
     extended = "tokenizer with new tokens, as in hf_to_mcore.py (default: the model's)"
     add_either("--extended-tokenizer", type=Path, metavar="EXTENDED", help=extended)

@@ -1,0 +1,25 @@
+"""Flags that several converters have."""
+
+import argparse
+from pathlib import Path
+
+from moelpr.model_spec import DTYPES
+from moelpr.store.checksums import NO_VERIFY
+
+
+def add_load_options(parser: argparse.ArgumentParser) -> None:
+    """Add --load and --iteration."""
+    add = parser.add_argument
+    add("--load", type=Path, required=True, metavar="DIR", help="checkpoint folder of a converter or the trainer")
+    add("--iteration", type=int, metavar="STEP", help="saved step to read (default: the latest)")
+
+
+def add_output_options(parser: argparse.ArgumentParser, output: str, dtype_default: str | None = None) -> None:
+    """Add --save, --overwrite, --no-verify and, with a text for its default, --dtype."""
+    add = parser.add_argument
+    add("--save", type=Path, required=True, metavar="DIR", help=f"{output} to write")
+    if dtype_default:
+        add("--dtype", choices=DTYPES, help=f"dtype of the output (default: {dtype_default})")
+    add("--overwrite", action="store_true", help=f"replace an existing {output} at --save")
+    add("--no-verify", **NO_VERIFY)
+    parser.epilog = "An interrupted command leaves .NAME.partial next to the --save folder; rerun it to resume."

@@ -1,0 +1,48 @@
+"""The record of a graft: what was added to what."""
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from moelpr.process.errors import UserError
+from moelpr.stages import Part
+from moelpr.store.records import STRICT, Record
+
+Only = Literal["all", "attention", "ffn"]
+# The parts that get the difference; norms, embeddings and output layer only with "all".
+PARTS: dict[Only, frozenset[Part]] = {
+    "all": frozenset(Part),
+    "attention": frozenset({Part.ATTENTION}),
+    "ffn": frozenset({Part.DENSE_FFN, Part.ORIGINAL_EXPERTS, Part.NEW_EXPERTS}),
+}
+
+
+@dataclass(frozen=True, config=STRICT)
+class Graft(Record):
+    """What was added to what: model + scale · (instruct − base).
+
+    Attributes:
+        base: Name of the dense base's folder, or its name on the Hub.
+        instruct: Name of the model that post-training made of the base.
+        model: Name of the model that was upcycled from the base.
+        scale: Factor of the difference.
+        only: The parts that get the difference.
+    """
+
+    FILE_NAME: ClassVar[str] = "graft.json"
+    REMEDY: ClassVar[str] = "make the graft again with graft.py"
+
+    base: str
+    instruct: str
+    model: str
+    scale: Annotated[float, Field(gt=0, lt=1e9)] = 1.0
+    only: Only = "all"
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read graft.json of a graft; UserError if it is missing or damaged."""
+        if not (folder / cls.FILE_NAME).is_file():
+            raise UserError(f"{folder} is not a graft: it has no {cls.FILE_NAME}; graft.py writes one")
+        return super().read(folder)

@@ -19,11 +19,12 @@ def main() -> None:
     add("--hf-path", type=Path, required=True, metavar="DIR", help="Hugging Face directory of its dense base model")
     add_output_options(parser, "checkpoint folder", dtype_default="that of the tensors of both")
     args = parser.parse_args()
-    from checkpoint_convert.conversions.published_adapter import AdapterConfig, adapter_to_mcore
+    from checkpoint_convert.conversions.adapter_config import AdapterConfig
+    from checkpoint_convert.conversions.published_adapter import adapter_to_mcore
 
     spec = adapter_to_mcore(args.adapter, args.hf_path, args.save, args.dtype, args.overwrite, args.verify)
     assert spec.moe is not None
-    named = AdapterConfig.read(args.adapter).base_model
+    named = AdapterConfig.read(args.adapter).base_model_name_or_path
     print(
         f"{args.save}: {spec.family}, {spec.dtype}, {spec.moe.num_experts} experts, top-{spec.moe.topk}; "
         f"base {args.hf_path} (in the adapter: {named or 'not named'})"

@@ -21,8 +21,8 @@ def main() -> None:
     settings = args.iteration, args.dtype, args.overwrite, args.verify
     config = mcore_to_adapter(args.load, args.save, args.base_model, *settings)
     print(
-        f"{args.save}: adapter of {config.base_model}, {config.num_experts} experts, top-{config.topk}, "
-        f"in {len(config.layers)} layers"
+        f"{args.save}: adapter of {config.base_model_name_or_path}, {config.num_experts} experts, top-{config.topk}, "
+        f"in {len(config.layers_to_transform)} layers"
     )
 
 

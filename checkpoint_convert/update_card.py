@@ -41,10 +41,10 @@ def main() -> None:
     metadata = update_card(
         args.folder, args.results, args.evaluated, args.base_model, args.languages, args.license, args.tags
     )
-    results = [result for model in metadata.get("model-index", []) for result in model["results"]]
-    missing = [key for key in ("base_model", "language", "license") if key not in metadata]
+    data_sets = {result.unique_identifier for result in metadata.eval_results or []}
+    missing = [key for key in ("base_model", "language", "license") if not metadata.get(key)]
     note = f"; without {', '.join(missing)}" if missing else ""
-    print(f"{args.folder / CARD_FILE}: results on {len(results)} data sets{note}")
+    print(f"{args.folder / CARD_FILE}: results on {len(data_sets)} data sets{note}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from moelpr.families.families import CONFIG_FILE
+from moelpr.families.hf_config import CONFIG_FILE
 from moelpr.model_spec import FILE_NAME as SPEC_FILE
 from moelpr.store.run_folder import FINISHED_FILE
 from moelpr.workflow.task import Task

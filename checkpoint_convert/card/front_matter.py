@@ -1,34 +1,58 @@
-"""The front matter of a model card (README.md), which the Hugging Face Hub reads."""
+"""The front matter of model cards (README.md), which huggingface_hub parses and writes."""
 
-import re
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from yaml import YAMLError
+
 from checkpoint_convert.hf.model_files import CARD_FILE
-from moelpr.process.errors import UserError
-from moelpr.store import yaml_files
+from moelpr.process.errors import UserError, first_line
 
-_NORWEGIAN = "no"  # which is false in YAML 1.1 unless it is quoted
-
-
-def split_card(text: str) -> tuple[dict[str, Any], str]:
-    """Front matter and body of a card; the former is empty if there is none or it can't be read."""
-    match = re.match(r"---\r?\n(.*?)\n---\r?\n", text, re.DOTALL)
-    if match is None:
-        return {}, text
-    try:
-        metadata = yaml_files.parse_mapping(match[1], "front matter of the model card")
-    except UserError:
-        metadata = {}
-    languages = metadata.get("language")
-    if isinstance(languages, list):
-        metadata["language"] = [_NORWEGIAN if language is False else language for language in languages]
-    elif languages is False:
-        metadata["language"] = _NORWEGIAN
-    return metadata, text[match.end() :]
+_NORWEGIAN = "no"  # YAML 1.1 reads it as false unless it is quoted
 
 
-def read_card(folder: Path) -> str | None:
-    """The card of a model, if it has one."""
+def read_card(folder: Path) -> ModelCard | None:
+    """The card of a model; None if it has none.
+
+    Raises:
+        UserError: The Hub could not read its front matter either.
+    """
     path = folder / CARD_FILE
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+    if not path.is_file():
+        return None
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        # The library warns about a card without front matter.
+        card = ModelCard(text if REGEX_YAML_BLOCK.search(text) else f"---\n\n---\n{text}")
+    except (YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        reason = first_line(error)
+        raise UserError(f"the front matter of {path} is not that of a model card ({reason}); fix it") from error
+    languages = card.data.get("language")
+    if isinstance(languages, list):
+        card.data["language"] = [_NORWEGIAN if language is False else language for language in languages]
+    elif languages is False:
+        card.data["language"] = _NORWEGIAN
+    return card
+
+
+def inherited(folder: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+    """Those of `keys` that the card in a folder has, if they are texts; {} if its front matter can't be read."""
+    try:
+        card = read_card(folder)
+    except UserError:
+        return {}
+    found = {} if card is None else {key: card.data.get(key) for key in keys}
+    return {key: value for key, value in found.items() if texts(value)}
+
+
+def texts(value: Any) -> list[str]:
+    """The texts of a field, which may be one text or a list of them; [] if it is something else."""
+    values = value if isinstance(value, list) else [value]
+    return values if all(isinstance(item, str) for item in values) else []
+
+
+def front_matter(**fields: Any) -> str:
+    """YAML of the fields in their order, without those that are None."""
+    return ModelCardData(**fields).to_yaml(original_order=list(fields)) + "\n"

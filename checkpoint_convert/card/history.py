@@ -1,64 +1,20 @@
 """What a model was made from and how it was trained, from the records of the conversion and of the runs."""
 
-import json
 import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from checkpoint_convert.card.origin import Origin
 from checkpoint_convert.mcore.megatron_folder import MegatronReader
 from moelpr.checkpoints.chain import RELEASE, BaseCheckpoint, is_step_name, step_folder
-from moelpr.families.families import read_config
+from moelpr.families.hf_config import read_config
 from moelpr.metrics.run_metrics import read_run_metrics
 from moelpr.model_spec import ModelSpec
 from moelpr.process.errors import UserError
 from moelpr.stages import VOCABULARY_PARTS, Part, trained_parts, trains_new_rows_only
 from moelpr.store.run_folder import HF_FOLDER, METRICS_FILE, RECIPE_FILE, read_json, read_settings, read_versions
-
-# In a checkpoint's hf/, which the trainer copies.
-ORIGIN_FILE = "origin.json"
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What a converter made a checkpoint from; None for what is unknown, not recorded or does not apply.
-
-    Attributes:
-        base_model: Name of the model's folder or on the Hub, or of the base in an adapter.
-        settings: How new experts started (`upcycling.Start`).
-        adapter: Name of the adapter that the experts come from.
-        has_other_base: Whether the adapter also had the frozen weights (`save_all_params`), and not those of the base.
-        copy_of: Step folder whose weights the checkpoint has.
-        revision: Commit of the base on the Hub.
-    """
-
-    base_model: str | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    adapter: str | None = None
-    has_other_base: bool = False
-    copy_of: str | None = None
-    revision: str | None = None
-
-    def write(self, checkpoint: Path) -> None:
-        (checkpoint / HF_FOLDER).mkdir(exist_ok=True)
-        (checkpoint / HF_FOLDER / ORIGIN_FILE).write_text(json.dumps(vars(self), indent=2) + "\n")
-
-    @classmethod
-    def read(cls, checkpoint: Path) -> "Origin":
-        content = read_json(checkpoint / HF_FOLDER / ORIGIN_FILE) or {}
-        kinds = {
-            "base_model": str, "settings": dict, "adapter": str, "has_other_base": bool, "copy_of": str,
-            "revision": str,
-        }  # fmt: skip
-        known = {key: content[key] for key, kind in kinds.items() if isinstance(content.get(key), kind)}
-        settings = known.get("settings", {})
-        numbers = [settings.get(name, 0) for name in ("noise", "reinitialise")]
-        if not all(type(number) in (int, float) and abs(number) < 1e9 for number in numbers) or not (
-            type(settings.get("seed", 0)) is int and settings.get("seed", 0) < 1 << 64
-        ):
-            del known["settings"]
-        return cls(**known)
 
 
 @dataclass(frozen=True)
@@ -151,7 +107,7 @@ def read_history(checkpoint: Path, iteration: int | None = None) -> History:
     while folder.resolve() not in seen:
         seen.add(folder.resolve())
         if step.name == RELEASE:
-            start = Origin.read(folder).copy_of
+            start = Origin.of(folder).copy_of
             is_step = start is not None and is_step_name(Path(start).name) and "\0" not in start
             found = (
                 Path(start)

@@ -1,23 +1,23 @@
 """The model card of an export (README.md), from the records of the conversion and of the runs that trained it."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from checkpoint_convert.card.front_matter import read_card, split_card
-from checkpoint_convert.card.history import History, Origin
+from checkpoint_convert.card.front_matter import front_matter, inherited
+from checkpoint_convert.card.history import History
+from checkpoint_convert.card.origin import Origin
 from checkpoint_convert.card.readers import obstacle, readers_sentence
 from checkpoint_convert.hf.hub import is_hub_name
+from checkpoint_convert.hf.model_files import BASE_CARD_FILE, CARD_FILE
 from checkpoint_convert.mcore.megatron_folder import MegatronReader, num_elements
 from moelpr.data.vocabulary_extension import VocabularyExtension
 from moelpr.process.versions import installed_versions
 from moelpr.stages import Part
-from moelpr.store import yaml_files
 from moelpr.store.run_folder import HF_FOLDER
 
-# An export contains the card of the base model under this name.
-BASE_CARD_FILE = "README-base.md"
 # Keys in the front matter of the base's card that also apply to the export.
 LICENSE_KEYS = ("license", "license_name", "license_link")
 _INHERITED = ("language", *LICENSE_KEYS)
@@ -55,7 +55,7 @@ class CardFacts:
 
 def model_card(facts: CardFacts, is_delta: bool = False) -> str:
     """README.md of an export, or of a delta: front matter for the Hugging Face Hub, then Markdown."""
-    base_card, spec = read_card(facts.source.folder / HF_FOLDER), facts.source.spec
+    base, spec = facts.source.folder / HF_FOLDER, facts.source.spec
     num_parameters = num_active = num_elements(facts.source.pieces)
     if spec.moe is not None:
         new = num_elements([piece for piece in facts.source.pieces if piece.part is Part.NEW_EXPERTS])
@@ -68,8 +68,8 @@ def model_card(facts: CardFacts, is_delta: bool = False) -> str:
         readers=facts.readers,
         is_read_by_vllm=obstacle("vllm", facts.config) is None,
         spec=spec,
-        front_matter=_front_matter(facts, base_card or ""),
-        base_card=None if base_card is None else BASE_CARD_FILE,
+        front_matter=_front_matter(facts, base),
+        base_card=BASE_CARD_FILE if (base / CARD_FILE).is_file() else None,
         num_parameters=num_parameters,
         num_active=num_active,
         installed=installed_versions(),
@@ -90,11 +90,11 @@ def _new_tokens(source: MegatronReader) -> str:
     )
 
 
-def _front_matter(facts: CardFacts, base_card: str) -> str:
-    base, _ = split_card(base_card)
-    content: dict[str, Any] = {name: base[name] for name in _INHERITED if name in base}
-    content |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if facts.base_model and is_hub_name(facts.base_model):
-        content["base_model"] = facts.base_model
-    content["tags"] = ["moe", "moe-lpr"] if facts.source.spec.moe else ["moe-lpr"]
-    return yaml_files.dump(content)
+def _front_matter(facts: CardFacts, base: Path) -> str:
+    return front_matter(
+        **inherited(base, _INHERITED),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=facts.base_model if facts.base_model and is_hub_name(facts.base_model) else None,
+        tags=["moe", "moe-lpr"] if facts.source.spec.moe else ["moe-lpr"],
+    )

@@ -18,7 +18,7 @@ from checkpoint_convert.hf.model_files import TOKENIZER_FILES
 from checkpoint_convert.hf.vocabulary_rows import new_rows, tokenizer_folder
 from moelpr.data.tokenizers.loading import open_hf_tokenizer
 from moelpr.evaluate.models import is_megatron, open_model
-from moelpr.families.families import read_config
+from moelpr.families.hf_config import read_config
 from moelpr.model_spec import ModelSpec
 from moelpr.process.errors import UserError
 from moelpr.store.checksums import Verify

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from checkpoint_convert.card.history import Origin
+from checkpoint_convert.card.origin import Origin
 from checkpoint_convert.common.output_folder import check_output, output_folder
 from checkpoint_convert.mcore.megatron_folder import SIGNS, MegatronReader, write_checkpoint
 from moelpr.checkpoints.chain import checkpoint_chain
@@ -31,4 +31,4 @@ def whole_checkpoint(
         write_checkpoint(journal, source.pieces, source.spec, lambda todo: map(source.read_piece, todo), bar)
         if (load / HF_FOLDER).is_dir():
             copy_folder(load / HF_FOLDER, folder / HF_FOLDER)
-        replace(Origin.read(load), copy_of=str(source.step_folder.resolve())).write(folder)
+        replace(Origin.of(load), copy_of=str(source.step_folder.resolve())).write(folder / HF_FOLDER)

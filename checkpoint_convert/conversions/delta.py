@@ -7,11 +7,9 @@ needs no knowledge of the model's family.
 """
 
 import hashlib
-import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,117 +19,22 @@ from checkpoint_convert.card.history import check_frozen_is_the_base
 from checkpoint_convert.card.model_card import CardFacts, model_card
 from checkpoint_convert.common.numbers import cast
 from checkpoint_convert.common.output_folder import check_output, output_folder
+from checkpoint_convert.conversions.delta_config import DeltaConfig, DeltaTensor
 from checkpoint_convert.hf.companions import write_companions
 from checkpoint_convert.hf.model_files import BASE_CARD_FILE, CARD_FILE
 from checkpoint_convert.hf.safetensors_reader import HfReader
 from checkpoint_convert.hf.safetensors_writer import raw_bytes, write_weights
 from checkpoint_convert.hf.vocabulary_rows import grow, shape_without
 from checkpoint_convert.mcore.megatron_folder import MegatronReader
-from moelpr.families.families import CONFIG_FILE, family_of, read_config
-from moelpr.model_spec import DTYPES, MAX_LAYERS
+from moelpr.families.families import family_of
+from moelpr.families.hf_config import CONFIG_FILE, read_config
 from moelpr.process.errors import UserError
 from moelpr.stages import VOCABULARY_PARTS
 from moelpr.store import checksums
 from moelpr.store.checksums import FileSum, Verify
-from moelpr.store.files import parse_json
 from moelpr.store.run_folder import HF_FOLDER
 
-DELTA_FILE = "delta_config.json"
 DELTA_STEM = "delta"
-FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True)
-class DeltaTensor:
-    """One tensor of the export.
-
-    Attributes:
-        source: "base", "delta" or "zeros".
-        base: Its name in the base.
-        sha256: Of its bytes in the export; "" for zeros.
-        new_rows: First row, and the one after the last, that the delta has of a tensor of the base; None for no row.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    source: str
-    base: str = ""
-    sha256: str = ""
-    new_rows: tuple[int, int] | None = None
-
-    def __post_init__(self) -> None:
-        if self.new_rows is not None:
-            first, end = self.new_rows
-            if not (type(first) is type(end) is int and 0 < first < end):
-                raise ValueError(f"new_rows of {self.name} can't be {self.new_rows!r}")
-
-
-@dataclass(frozen=True)
-class DeltaConfig:
-    """The contents of delta_config.json.
-
-    Attributes:
-        base_model: Name of the base.
-        experts: Numbers and layers of the experts, for human readers.
-        config: config.json of the export; `card`: its README.md.
-        tensors: In the order of the export.
-    """
-
-    base_model: str
-    dtype: str
-    max_shard_bytes: int
-    experts: dict[str, Any]
-    config: dict[str, Any]
-    card: str
-    tensors: tuple[DeltaTensor, ...]
-
-    def write(self, folder: Path) -> None:
-        content = {"format_version": FORMAT_VERSION, **vars(self)}
-        content["tensors"] = [
-            {key: value for key, value in vars(t).items() if value not in ("", None)} for t in self.tensors
-        ]
-        (folder / DELTA_FILE).write_text(json.dumps(content, indent=1) + "\n")
-
-    @classmethod
-    def read(cls, folder: Path) -> "DeltaConfig":
-        """Read delta_config.json; UserError if it is missing, damaged or of another version."""
-        path = folder / DELTA_FILE
-        if not path.is_file():
-            raise UserError(f"{folder} is not a delta: it has no {DELTA_FILE}; mcore_to_hf.py --delta writes one")
-        try:
-            content = parse_json(path.read_text())
-            version = content.pop("format_version", None)
-            if version != FORMAT_VERSION:
-                raise UserError(f"{path}: format_version must be {FORMAT_VERSION}, got {version}")
-            tensors = tuple(
-                DeltaTensor(
-                    **{**t, "shape": tuple(t["shape"]), "new_rows": tuple(t["new_rows"]) if "new_rows" in t else None}
-                )
-                for t in content.pop("tensors")
-            )
-            delta = cls(**content, tensors=tensors)
-            if delta.dtype not in DTYPES or not all(t.source in ("base", "delta", "zeros") for t in tensors):
-                raise ValueError("unknown dtype or source")
-            delta._check_types()
-        except UserError:
-            raise
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            raise UserError(f"{path} is damaged ({error}); copy the delta again") from error
-        return delta
-
-    def _check_types(self) -> None:
-        texts = [self.base_model, self.card, self.config["architectures"][0]]
-        texts += [text for tensor in self.tensors for text in (tensor.name, tensor.base, tensor.sha256)]
-        sizes = [self.max_shard_bytes, *(size for tensor in self.tensors for size in tensor.shape)]
-        if not all(isinstance(text, str) for text in texts) or any(type(size) is not int or size < 0 for size in sizes):
-            raise TypeError("a value has the wrong type")
-        layers = self.config.get("num_hidden_layers", 0)
-        if any(size >= 1 << 31 for tensor in self.tensors for size in tensor.shape) or not 0 <= layers <= MAX_LAYERS:
-            raise ValueError("a size is too large")
-        if len({tensor.name for tensor in self.tensors}) < len(self.tensors):
-            raise ValueError("a tensor is listed twice")
-        if not self.tensors or not all(1 <= len(t.shape) <= 3 and math.prod(t.shape) < 1 << 48 for t in self.tensors):
-            raise ValueError("it has no tensors, or one with an impossible shape")
 
 
 def rows_of_new_tokens(source: MegatronReader) -> dict[str, range]:
@@ -177,7 +80,9 @@ def complete_delta(folder: Path, facts: CardFacts, max_shard_bytes: int) -> None
     content = facts.base_model, facts.dtype, max_shard_bytes, experts, facts.config, card, tuple(tensors)
     DeltaConfig(*content).write(folder)
     sums = checksums.read(folder) or {}
-    checksums.write(folder, sums | {DELTA_FILE: FileSum.of(folder / DELTA_FILE)})  # it says what the export contains
+    checksums.write(
+        folder, sums | {DeltaConfig.FILE_NAME: FileSum.of(folder / DeltaConfig.FILE_NAME)}
+    )  # it says what the export contains
     if grown:
         hf = source.folder / HF_FOLDER
         write_companions(folder, hf, hf, facts.config, card)
@@ -195,7 +100,7 @@ def apply_delta(
         UserError: the delta is damaged, or `base` is not its base; `save` is then unchanged.
     """
     check_output(save, [base, delta], overwrite, (CONFIG_FILE,))
-    checksums.Verifier(delta, "copy the delta again", verify).verify(DELTA_FILE)
+    checksums.Verifier(delta, "copy the delta again", verify).verify(DeltaConfig.FILE_NAME)
     config = DeltaConfig.read(delta)
     read_config(base)
     readers = {"base": HfReader(base, verify=verify), "delta": HfReader(delta, DELTA_STEM, verify)}

@@ -7,15 +7,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint_convert.card.history import Origin, check_separable, read_history
+from checkpoint_convert.card.history import check_separable, read_history
 from checkpoint_convert.card.model_card import CardFacts, model_card
+from checkpoint_convert.card.origin import Origin
 from checkpoint_convert.common.output_folder import check_output, output_folder
-from checkpoint_convert.conversions.delta import DELTA_FILE, DELTA_STEM, check_delta, complete_delta, rows_of_new_tokens
+from checkpoint_convert.conversions.delta import DELTA_STEM, check_delta, complete_delta, rows_of_new_tokens
+from checkpoint_convert.conversions.delta_config import DeltaConfig
 from checkpoint_convert.hf.companions import write_companions
 from checkpoint_convert.hf.model_files import DEFAULT_SHARD_BYTES, MODEL_STEM
 from checkpoint_convert.hf.safetensors_writer import write_weights
 from checkpoint_convert.mcore.megatron_folder import MegatronReader
-from moelpr.families.families import CONFIG_FILE, read_config
+from moelpr.families.hf_config import CONFIG_FILE, read_config
 from moelpr.families.moe_classes import MOE_CLASSES, MoeClass
 from moelpr.model_spec import ModelSpec
 from moelpr.process.errors import UserError
@@ -50,12 +52,12 @@ def mcore_to_hf(
     Raises:
         UserError: the input is invalid; `save` is then unchanged.
     """
-    check_output(save, [load], overwrite, (CONFIG_FILE, DELTA_FILE))
+    check_output(save, [load], overwrite, (CONFIG_FILE, DeltaConfig.FILE_NAME))
     source = MegatronReader(load, iteration, None if as_class is None else _class_for(load, as_class), verify)
     spec, dtype_name = source.spec, dtype or source.spec.dtype
     target_dtype: torch.dtype = getattr(torch, dtype_name)
     config = source.family.export_config(read_config(load / HF_FOLDER), spec, dtype_name)
-    origin, history = Origin.read(load), read_history(load, iteration)
+    origin, history = Origin.of(load), read_history(load, iteration)
     facts = CardFacts(source, config, dtype_name, base_model or origin.base_model, origin, history)
     if as_delta:
         check_separable(load, spec, origin, history, "a delta", "export it without --delta")

@@ -15,16 +15,15 @@ from checkpoint_convert.conversions.graft_record import Graft, Only
 from checkpoint_convert.conversions.instruct_difference import GraftReader
 from checkpoint_convert.hf.companions import copy_companions
 from checkpoint_convert.hf.hub import Model
-from checkpoint_convert.hf.kept_tokenizer import keep_tokenizer
+from checkpoint_convert.hf.kept_tokenizer import keep_tokenizer, read_tokenizer_config, write_tokenizer_config
 from checkpoint_convert.hf.model_files import CARD_FILE, TOKENIZER_FILES
 from checkpoint_convert.hf.safetensors_writer import write_weights
 from checkpoint_convert.hf.tokenizer_check import check_same_tokenizer
 from moelpr.data.tokenizers.loading import open_hf_tokenizer
 from moelpr.data.vocabulary_extension import VocabularyExtension
-from moelpr.families.families import CONFIG_FILE, read_config
+from moelpr.families.hf_config import CONFIG_FILE, read_config
 from moelpr.process.errors import UserError, first_line
 from moelpr.store.checksums import Verify
-from moelpr.store.run_folder import read_json
 
 # Keys of config.json that readers use for chat and that come from the instruct model, as its tokenizer does.
 _TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -95,13 +94,9 @@ def _write_extended_tokenizer(folder: Path, instruct: Path, model: Path) -> None
     except (ValueError, TypeError) as error:  # a template whose name is a path, or that is no text
         reason = first_line(error)
         raise UserError(f"the chat template of {instruct} can't be written ({reason}); download it again") from error
-    _keep_tokenizer_class(folder / "tokenizer_config.json", model / "tokenizer_config.json")
+    before = read_tokenizer_config(model)
+    if "tokenizer_class" in before:  # transformers 5 writes a class that transformers 4 does not know
+        config = read_tokenizer_config(folder) | {"tokenizer_class": before["tokenizer_class"]}
+        write_tokenizer_config(folder, config)
     shutil.copyfile(model / "tokenizer.json", folder / "tokenizer.json")  # so that not a token is written differently
     VocabularyExtension.read(model).write(folder)
-
-
-def _keep_tokenizer_class(path: Path, of: Path) -> None:
-    """transformers 5 writes a class that transformers 4 does not know."""
-    config, before = (read_json(file) or {} for file in (path, of))
-    if "tokenizer_class" in before:
-        path.write_text(json.dumps(config | {"tokenizer_class": before["tokenizer_class"]}, indent=2) + "\n")

@@ -6,7 +6,8 @@ from pathlib import Path
 from checkpoint_convert.hf.safetensors_reader import HfReader, is_unread
 from checkpoint_convert.mcore.megatron_folder import MegatronReader
 from moelpr.evaluate.models import is_megatron
-from moelpr.families.families import Family, family_named, read_base, read_config
+from moelpr.families.families import Family, family_named, read_base
+from moelpr.families.hf_config import read_config
 from moelpr.families.moe_classes import MOE_CLASSES, MoeClass
 from moelpr.families.tables import Piece, pieces
 from moelpr.model_spec import ModelSpec

@@ -3,20 +3,20 @@
 As here, the base model's FFN is the original expert and row 0 of a router. docs/published-code.md describes the files.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from checkpoint_convert.card.history import Origin, check_frozen_is_the_base, check_separable, read_history
+from checkpoint_convert.card.history import check_frozen_is_the_base, check_separable, read_history
+from checkpoint_convert.card.origin import Origin
 from checkpoint_convert.common.numbers import cast, check_finite
 from checkpoint_convert.common.output_folder import check_output, output_folder
+from checkpoint_convert.conversions.adapter_config import AdapterConfig
 from checkpoint_convert.hf.companions import copy_companions, record_dtype
 from checkpoint_convert.hf.safetensors_reader import HfReader, common_dtype
 from checkpoint_convert.hf.safetensors_writer import write_weights
@@ -30,73 +30,10 @@ from moelpr.model_spec import ModelSpec
 from moelpr.process.errors import UserError
 from moelpr.stages import Part
 from moelpr.store.checksums import Verify
-from moelpr.store.files import parse_json
 from moelpr.store.run_folder import HF_FOLDER
 
-CONFIG_FILE = "adapter_config.json"
 STEM = "adapter_model"
 _PREFIX = "base_model.model."
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """The model's settings in adapter_config.json.
-
-    Attributes:
-        num_experts: E, including the original expert.
-        topk: K.
-        layers: 0-based numbers of the MoE layers, ascending.
-        base_model: Name or path of the dense model, if the adapter names one.
-    """
-
-    num_experts: int
-    topk: int
-    layers: tuple[int, ...]
-    base_model: str | None
-
-    @classmethod
-    def read(cls, folder: Path) -> "AdapterConfig":
-        """Read adapter_config.json; UserError if `folder` is not an adapter of the published code."""
-        path = folder / CONFIG_FILE
-        if not path.is_file():
-            raise UserError(f"{folder} is not an adapter: it has no {CONFIG_FILE}; pass the folder that PEFT saved")
-        try:
-            content = dict(parse_json(path.read_text()))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path} is damaged: {error}; copy it again") from error
-        layers = content.get("layers_to_transform")
-        is_layer_list = isinstance(layers, list) and all(type(layer) is int for layer in layers)
-        checks = {
-            "peft_type": (content.get("peft_type") == "MOE", "'MOE' (an adapter of the published MoE-LPR code)"),
-            "layers_to_transform": (is_layer_list, "a list of layer numbers"),
-            "num_experts": (type(content.get("num_experts")) is int, "an integer"),
-            # With topk 1 the published code does not renormalize the gate weight, which is another model.
-            "topk": (type(content.get("topk")) is int and content["topk"] != 1, "an integer of at least 2"),
-        }
-        for name, (is_valid, expected) in checks.items():
-            if not is_valid:
-                raise UserError(f"{path}: {name} must be {expected}, got {content.get(name)!r}")
-        base_model = content.get("base_model_name_or_path")
-        return cls(content["num_experts"], content["topk"], tuple(sorted(set(layers or []))), base_model)
-
-    def write(self, folder: Path) -> None:
-        """Write all settings of the published code; those for training have their defaults."""
-        content: dict[str, Any] = {
-            "auto_mapping": None,
-            "aux_loss_coef": None,
-            "base_model_name_or_path": self.base_model,
-            "inference_mode": True,
-            "init_moe_weights": True,
-            "layers_to_transform": list(self.layers),
-            "lpr_loss_coef": None,
-            "num_experts": self.num_experts,
-            "peft_type": "MOE",
-            "revision": None,
-            "save_all_params": False,
-            "task_type": "CAUSAL_LM",
-            "topk": self.topk,
-        }
-        (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def _trained_names(piece: Piece) -> tuple[str, ...]:
@@ -149,11 +86,11 @@ def adapter_to_mcore(
     family, dense = read_base(hf_path)
     if dense.moe is not None:
         raise UserError(f"{hf_path} is an MoE; pass the dense model that the adapter was trained on")
-    experts = NewExperts(config.num_experts - 1, config.topk, moe_layers=config.layers)
+    experts = NewExperts(config.num_experts - 1, config.topk, moe_layers=sorted(set(config.layers_to_transform)))
     try:
         spec = with_new_experts(family, dense, experts)
     except UserError as error:
-        raise UserError(f"{adapter / CONFIG_FILE} does not fit {hf_path}: {error}") from error
+        raise UserError(f"{adapter / AdapterConfig.FILE_NAME} does not fit {hf_path}: {error}") from error
     base, trained = HfReader(hf_path, verify=verify), _open_adapter(adapter, verify)
     base_names = check_weights(base, family, dense, list(pieces(family.table, dense)))
     check_tokenizer(hf_path, spec.megatron_args["vocab_size"])
@@ -165,8 +102,8 @@ def adapter_to_mcore(
     used = {name for reader, name in all_parts if reader is trained}
     if unused := [name for name in trained.names if name not in used]:
         raise UserError(
-            f"{adapter} contains the tensor {unused[0]}, which {CONFIG_FILE} does not describe; ignoring it would "
-            "change the model"
+            f"{adapter} contains the tensor {unused[0]}, which {AdapterConfig.FILE_NAME} does not describe; ignoring "
+            "it would change the model"
         )
     spec = replace(spec, dtype=dtype or common_dtype(all_parts))
     target_dtype: torch.dtype = getattr(torch, spec.dtype)
@@ -181,9 +118,9 @@ def adapter_to_mcore(
     with output_folder(save, overwrite, num_bytes, sources, spec=asdict(spec)) as (folder, journal, bar):
         copy_companions(hf_path, folder / HF_FOLDER)
         record_dtype(folder / HF_FOLDER, ((base, name) for name in base_names))
-        name = config.base_model or hf_path.resolve().name
+        name = config.base_model_name_or_path or hf_path.resolve().name
         has_other_base = _has_other_base(parts, base, target_dtype)
-        Origin(name, adapter=adapter.resolve().name, has_other_base=has_other_base).write(folder)
+        Origin(name, adapter=adapter.resolve().name, has_other_base=has_other_base).write(folder / HF_FOLDER)
         write_checkpoint(journal, plan, spec, tensors, bar)
     return spec
 
@@ -217,8 +154,8 @@ def _find_parts(piece: Piece, base: HfReader, adapter: HfReader, stored: dict[st
         reader, name = (adapter, stored.get(name, name)) if is_in_adapter else (base, original)
         if reader.shape(name) != shape:
             raise UserError(
-                f"{reader.folder}: {name} has shape {list(reader.shape(name))}, but {CONFIG_FILE} and the base's "
-                f"config.json say {list(shape)}"
+                f"{reader.folder}: {name} has shape {list(reader.shape(name))}, but {AdapterConfig.FILE_NAME} and the "
+                f"base's config.json say {list(shape)}"
             )
         found.append((reader, name))
     return found
@@ -243,7 +180,7 @@ def mcore_to_adapter(
     Raises:
         UserError: the input is invalid, or no adapter can express the model; `save` is then unchanged.
     """
-    check_output(save, [load], overwrite, (CONFIG_FILE,))
+    check_output(save, [load], overwrite, (AdapterConfig.FILE_NAME,))
     instead = "export it with mcore_to_hf.py"
     spec = ModelSpec.read(load)
     if spec.moe is not None and spec.moe.num_original_experts > 1:
@@ -261,17 +198,17 @@ def mcore_to_adapter(
             f"{load} has {spec.new_tokens.number:,} new tokens, but the published code supports only the base's "
             f"vocabulary; {instead}"
         )
-    check_separable(load, spec, Origin.read(load), read_history(load, iteration), "an adapter", instead)
+    check_separable(load, spec, Origin.of(load), read_history(load, iteration), "an adapter", instead)
     source = MegatronReader(load, iteration, verify=verify)
     check_frozen_is_the_base(source, dtype or spec.dtype, "an adapter", instead)
     assert spec.moe is not None
-    config = AdapterConfig(spec.moe.num_experts, spec.moe.topk, spec.moe.layers, base_model)
+    config = AdapterConfig(spec.moe.num_experts, spec.moe.topk, list(spec.moe.layers), base_model)
     trained = [piece for piece in source.pieces if piece.is_trained]
     hf_names = dict(pair for piece in trained for pair in zip(_trained_names(piece), piece.hf_names, strict=True))
     tensors = [(name, source.shape(hf_name)) for name, hf_name in hf_names.items()]
     target_dtype: torch.dtype = getattr(torch, dtype or spec.dtype)
     num_bytes = target_dtype.itemsize * sum(math.prod(shape) for _, shape in tensors)
-    settings = {"adapter": vars(config), "dtype": dtype}
+    settings = {"adapter": asdict(config), "dtype": dtype}
     with output_folder(save, overwrite, num_bytes, [source.step_folder], **settings) as (folder, journal, bar):
         # PEFT reads a single file.
         write_weights(

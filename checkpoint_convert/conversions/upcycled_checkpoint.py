@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint_convert.card.history import Origin
+from checkpoint_convert.card.origin import Origin, StartSettings
 from checkpoint_convert.common.output_folder import check_output, output_folder
 from checkpoint_convert.conversions.initialization import Start, starting_tensors
 from checkpoint_convert.hf.companions import copy_companions, record_dtype
@@ -17,7 +17,8 @@ from checkpoint_convert.hf.tokenizer_check import check_tokenizer
 from checkpoint_convert.hf.vocabulary_rows import read_extension
 from checkpoint_convert.hf.weight_check import check_weights
 from checkpoint_convert.mcore.megatron_folder import SIGNS, num_elements, write_checkpoint
-from moelpr.families.families import CONFIG_FILE, read_base, read_config
+from moelpr.families.families import read_base
+from moelpr.families.hf_config import CONFIG_FILE, read_config
 from moelpr.families.new_experts import NewExperts, with_new_experts
 from moelpr.families.tables import Piece, pieces
 from moelpr.model_spec import ModelSpec
@@ -86,7 +87,8 @@ def hf_to_mcore(
             (folder / HF_FOLDER / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         record_dtype(folder / HF_FOLDER, ((source, name) for name in names))
         recorded = recorded or Model(hf_path, hf_path.resolve().name)
-        Origin(recorded.name, asdict(start) if spec.moe else {}, revision=recorded.revision).write(folder)
+        settings = start.as_settings() if spec.moe else StartSettings()
+        Origin(recorded.name, settings, revision=recorded.revision).write(folder / HF_FOLDER)
         write_checkpoint(journal, plan, spec, lambda todo: starting_tensors(source, todo, spec, start, extension), bar)
     return spec
 

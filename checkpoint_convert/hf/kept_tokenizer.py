@@ -13,6 +13,7 @@ from checkpoint_convert.hf.model_files import TOKENIZER_FILES
 from moelpr.data.tokenizers.base import Tokenizer
 from moelpr.data.tokenizers.loading import load_tokenizer, open_hf_tokenizer
 from moelpr.process.errors import UserError, reports_panics
+from moelpr.store import records
 
 # transformers 4 and 5 take the tokenizer.json of this class as it is, beside the config.json of every MoE class.
 _PLAIN_CLASS = "PreTrainedTokenizerFast"
@@ -38,7 +39,7 @@ def keep_tokenizer(source: Path, folder: Path) -> None:
         _rewrite(source, folder, wanted)
     sides = [open_hf_tokenizer(path).padding_side for path in (source, folder)]  # some classes have their own default
     if sides[0] != sides[1]:
-        _write_config(folder, _read_config(folder) | {"padding_side": sides[0]})
+        write_tokenizer_config(folder, read_tokenizer_config(folder) | {"padding_side": sides[0]})
 
 
 def _rewrite(source: Path, folder: Path, wanted: tuple[object, ...]) -> None:
@@ -47,7 +48,7 @@ def _rewrite(source: Path, folder: Path, wanted: tuple[object, ...]) -> None:
         for name in _OTHER_VOCABULARIES:
             (folder / name).unlink(missing_ok=True)
         (folder / "tokenizer.json").write_text(content, encoding="utf-8")
-        _write_config(folder, _plain_config(source))
+        write_tokenizer_config(folder, _plain_config(source))
         if _is_same(folder, wanted):
             return
     raise UserError(
@@ -78,18 +79,20 @@ def _facts(folder: Path) -> tuple[object, ...]:
     return tokenizer.fingerprint(), ids, tokenizer.eod_id, tokenizer.decode(ids)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_tokenizer_config(folder: Path) -> dict[str, Any]:
+    """Read tokenizer_config.json; empty if there is none."""
     path = folder / _CONFIG_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return records.read(dict[str, Any], path, "download it again") if path.is_file() else {}
 
 
-def _write_config(folder: Path, config: dict[str, Any]) -> None:
+def write_tokenizer_config(folder: Path, config: dict[str, Any]) -> None:
+    """Write tokenizer_config.json."""
     (folder / _CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _plain_config(source: Path) -> dict[str, Any]:
     """The source's tokenizer_config.json for `_PLAIN_CLASS`, which knows no special tokens by itself."""
-    config = _read_config(source)
+    config = read_tokenizer_config(source)
     for name, token in open_hf_tokenizer(source).special_tokens_map.items():
         found = config.get(name)
         if token != (found.get("content") if isinstance(found, dict) else found):

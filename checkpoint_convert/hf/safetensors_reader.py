@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -12,8 +13,9 @@ from checkpoint_convert.hf.model_files import MODEL_STEM
 from moelpr.families.tables import stacked_part
 from moelpr.process.command import deferred_signals
 from moelpr.process.errors import UserError, first_line
+from moelpr.store import records
 from moelpr.store.checksums import Verifier, Verify
-from moelpr.store.files import parse_json
+from moelpr.store.records import FOREIGN
 
 # A file is reopened after this many bytes: while it is open, its mapped pages count as memory of this process.
 MAX_MAPPED_BYTES = 32 << 20
@@ -121,16 +123,18 @@ class HfReader:
         return self._open_file
 
 
+@dataclass(frozen=True, config=FOREIGN)
+class _Index:
+    """model.safetensors.index.json: the file that each tensor is in."""
+
+    weight_map: dict[str, str]
+
+
 def _read_index(path: Path) -> dict[str, str]:
     """Tensor → file; empty if there is no index."""
     if not path.is_file():
         return {}
-    try:
-        weight_map = dict(parse_json(path.read_text())["weight_map"])
-        if not all(isinstance(name, str) for name in weight_map.values()):
-            raise TypeError("a file name is not text")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged; download it again") from error
+    weight_map = records.read(_Index, path, "download it again").weight_map
     single = path.with_name(path.name.removesuffix(".index.json"))
     if single.is_file() and set(weight_map.values()) != {single.name}:
         raise UserError(

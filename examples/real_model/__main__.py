@@ -17,7 +17,7 @@ from examples.real_model.page import write_results
 from examples.real_model.queue import Queue
 from examples.real_model.settings import ALL, TOKENS
 from examples.tasks import ROOT
-from moelpr.families.families import CONFIG_FILE, read_config
+from moelpr.families.hf_config import CONFIG_FILE, read_config
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import MachineError, UserError
 from moelpr.store.files import locked, make_folder, write_text

@@ -24,7 +24,7 @@ from torch import Tensor
 from moelpr.data.corpus_index import CorpusIndex
 from moelpr.data.language_bits import open_language_bits
 from moelpr.data.manifest import FileRecord, Manifest
-from moelpr.families.families import read_config
+from moelpr.families.hf_config import read_config
 from moelpr.process.errors import DISK_FULL, UserError
 from moelpr.store.run_folder import HF_FOLDER
 

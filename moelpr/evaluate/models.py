@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor, nn
 
 from moelpr.data.tokenizers.loading import open_hf_tokenizer
-from moelpr.families.families import CONFIG_FILE, read_config
+from moelpr.families.hf_config import CONFIG_FILE, read_config
 from moelpr.megatron_patches import bootstrap, cpu
 from moelpr.model_spec import FILE_NAME, ModelSpec
 from moelpr.process.errors import UserError, first_line

@@ -9,13 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moelpr.families.hf_config import read_config
 from moelpr.families.moe_classes import GRANITE_MOE, MIXTRAL, MOE_CLASSES, QWEN2_MOE, QWEN3_MOE, MoeClass
 from moelpr.families.tables import NameTable, llama_like_table
-from moelpr.model_spec import MAX_EXPERTS, MAX_LAYERS, ModelSpec, MoeSpec
+from moelpr.model_spec import MAX_EXPERTS, ModelSpec, MoeSpec
 from moelpr.process.errors import UserError
-from moelpr.store.files import parse_json
-
-CONFIG_FILE = "config.json"
 
 _MISTRAL = "mistral"
 
@@ -29,34 +27,6 @@ _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_atten
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 # --- config.json to Megatron's arguments
-
-
-# Of config.json, what is used before transformers has checked it.
-_TEXTS = ("model_type", "dtype", "torch_dtype")
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read the folder's config.json; UserError if it is missing, no JSON object, or has more than MAX_LAYERS layers."""
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        if folder.suffix == ".gguf" or any(folder.glob("*.gguf")):
-            raise UserError(
-                f"{folder} is a GGUF, which only llama.cpp reads; pass the Hugging Face directory that it was made from"
-            )
-        raise UserError(f"there is no {path}; pass the folder that hf download NAME --local-dir DIR made")
-    try:
-        config = parse_json(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); download it again") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} must contain a JSON object, got {type(config).__name__}; download it again")
-    layers = config.get("num_hidden_layers")
-    if isinstance(layers, int | float) and layers > MAX_LAYERS:  # transformers would build a list of them
-        raise UserError(f"{path}: num_hidden_layers must be at most {MAX_LAYERS}, got {layers}; download it again")
-    for name in _TEXTS:
-        if not isinstance(config.get(name), str | None):
-            raise UserError(f"{path}: {name} must be text, got {config[name]!r}; download it again")
-    return config
 
 
 def llama_like_args(config: Any, qkv_bias: bool, qk_norm: bool) -> dict[str, Any]:
@@ -247,8 +217,6 @@ def family_of(config: dict[str, Any]) -> tuple[Family, bool]:
     Llama and Mistral share their MoE classes and their table.
     """
     architectures = config.get("architectures") or []
-    if not isinstance(architectures, list):
-        raise UserError(f"architectures must be a list of class names, got {architectures!r}; restore config.json")
     for family in FAMILIES.values():
         has_its_type = not architectures and config.get("model_type") == family.model_type
         if has_its_type or family.architecture in architectures:

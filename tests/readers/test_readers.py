@@ -19,7 +19,7 @@ from checkpoint_convert.compare.reader_requirements import unmet_requirements
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
-from moelpr.families.families import read_config
+from moelpr.families.hf_config import read_config
 from moelpr.families.new_experts import NewExperts
 from tests.readers import llama_cpp, mlx
 from tests.support.hf_models import edit_tensors, load_stock, make_model, save_tokenizer  # noqa: F401

@@ -14,7 +14,7 @@ from checkpoint_convert.compare.tensors import compare, largest_difference
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
-from moelpr.families.families import FAMILIES, family_named, read_config
+from moelpr.families.families import FAMILIES, family_named
 from moelpr.families.new_experts import NewExperts
 from moelpr.process.errors import UserError
 from tests.support.hf_models import (
@@ -249,10 +249,10 @@ def test_a_config_without_its_shape_is_rejected(source: Path, tmp_path: Path) ->
     assert_import_fails(source, tmp_path, "source/config.json lacks hidden_size; restore it")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '"qwen2"'])
-def test_a_config_that_is_not_a_json_object_is_rejected(source: Path, tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("text", ["[]", '{"model_type": []}', "[" * 200_000])
+def test_a_config_that_is_not_a_json_object_of_texts_is_rejected(source: Path, tmp_path: Path, text: str) -> None:
     (source / "config.json").write_text(text)
-    assert_import_fails(source, tmp_path, "config.json .*JSON.*download it again")
+    assert_import_fails(source, tmp_path, "config.json: .*; download it again")
 
 
 @pytest.mark.parametrize(
@@ -273,21 +273,6 @@ def test_a_config_with_impossible_values_is_rejected(source: Path, tmp_path: Pat
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {key: value}))
     assert_import_fails(source, tmp_path, "config|epsilon|max_position")
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("model_type", []), ("dtype", {}), ("torch_dtype", 1)],
-)
-def test_a_config_with_a_value_of_another_type_is_rejected(tmp_path: Path, key: str, value: object) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({key: value}))
-    with pytest.raises(UserError, match=rf"config.json: {key} must be "):
-        read_config(tmp_path)
-
-
-def test_a_very_deep_config_is_rejected(source: Path, tmp_path: Path) -> None:
-    (source / "config.json").write_text("[" * 200_000)
-    assert_import_fails(source, tmp_path, "config.json is not valid JSON")
 
 
 def test_an_unknown_architecture_is_rejected_with_the_known_ones(source: Path, tmp_path: Path) -> None:

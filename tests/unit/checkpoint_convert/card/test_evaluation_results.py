@@ -5,9 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard import metadata_load
 
 from checkpoint_convert import update_card as command
-from checkpoint_convert.card.front_matter import split_card
+from checkpoint_convert.card.front_matter import inherited
 
 CARD = "---\nlicense: mit\nlanguage: en\ntags:\n- moe\n---\n\n# A model\n\n---\nText.\n"
 
@@ -34,13 +36,11 @@ def results(export: Path) -> Path:
 
 
 def test_results_become_a_model_index_that_the_hub_reads(export: Path, results: Path, exit_code, capsys) -> None:
-    from huggingface_hub import ModelCard
-
     options = ("--base-model", "o/Base", "--languages", "hu,en", "--tags", "multilingual,moe")
     assert exit_code(command.main, export, "--results", results, *options) == 0
     assert "results on 2 data sets" in capsys.readouterr().out
     card = ModelCard.load(export / "README.md")
-    assert split_card((export / "README.md").read_text())[1] == split_card(CARD)[1]
+    assert card.text == ModelCard(CARD).text
     assert card.data.base_model == "o/Base" and card.data.license == "mit"
     assert card.data.language == ["en", "hu", "el"] and card.data.tags == ["moe", "multilingual"]
     found = {(r.dataset_config, r.metric_type): r.metric_value for r in card.data.eval_results}
@@ -49,9 +49,8 @@ def test_results_become_a_model_index_that_the_hub_reads(export: Path, results: 
         for code in ("en", "el")
         for metric, value in (("bits_per_byte", 1.25), ("perplexity", 9.5), ("accuracy", 0.25))
     }
-    assert {r.dataset_name for r in card.data.eval_results} == {
-        "held-out English text, 12 documents", "held-out Greek text, 12 documents"
-    }  # fmt: skip
+    names = {f"held-out {language} text, 12 documents" for language in ("English", "Greek")}
+    assert {r.dataset_name for r in card.data.eval_results} == names
     assert "private" not in (export / "README.md").read_text()
     # A second time changes nothing.
     before = (export / "README.md").read_bytes()
@@ -73,8 +72,7 @@ def test_benchmarks_become_results_too(export: Path, exit_code) -> None:
     file = export.parent / "harness.json"
     file.write_text(json.dumps(content))
     assert exit_code(command.main, export, "--results", file) == 0
-    (index,) = split_card((export / "README.md").read_text())[0]["model-index"]
-    assert index["results"] == [
+    assert metadata_load(export / "README.md")["model-index"][0]["results"] == [
         {
             "task": {"type": "text-generation"},
             "dataset": {"name": "ARC, Greek", "type": "arc", "config": "el"},
@@ -92,7 +90,7 @@ def test_what_moelpr_evaluate_prints_is_read(source: Path, text: Path, monkeypat
     (source.parent / "printed.json").write_text(printed)
     (source / "README.md").write_text(CARD)
     assert exit_code(command.main, source, "--results", source.parent / "printed.json") == 0
-    metadata, _ = split_card((source / "README.md").read_text())
+    metadata = metadata_load(source / "README.md")
     assert metadata["language"] == ["en", "el"]
     (result,) = metadata["model-index"][0]["results"]
     bits = json.loads(printed)["models"]["source"]["languages"]["el"]["bits_per_byte"]["value"]
@@ -102,15 +100,15 @@ def test_what_moelpr_evaluate_prints_is_read(source: Path, text: Path, monkeypat
 def test_invalid_input_exits_with_one_message_and_leaves_the_card(
     export: Path, results: Path, exit_code, capsys
 ) -> None:
+    limited = {"directory": str(export), "scores": {}}
     for name, content in (
         ("no.json", "{"),
         ("deep.json", "[" * 100_000),
         ("text.json", results.read_text().replace('"value": ', '"value": "x", "other": ')),
         ("list.json", "[]"),
         ("routing.json", json.dumps({"models": {"m": {"directory": str(export), "languages": {"en": {}}}}})),
-        ("limited.json", json.dumps({"settings": {"limit": 5}, "benchmarks": {}, "models": {"m": {
-            "directory": str(export), "scores": {}}}})),
-    ):  # fmt: skip
+        ("limited.json", json.dumps({"settings": {"limit": 5}, "benchmarks": {}, "models": {"m": limited}})),
+    ):
         (export.parent / name).write_text(content)
     for arguments, message in (
         ((export,), "--results"),
@@ -119,7 +117,7 @@ def test_invalid_input_exits_with_one_message_and_leaves_the_card(
         ((export, "--results", export.parent / "no.json"), "no.json"),
         ((export, "--results", export.parent / "list.json"), "list.json"),
         ((export, "--results", export.parent / "deep.json"), "deep.json"),
-        ((export, "--results", export.parent / "text.json"), "must be a number, got 'x'"),
+        ((export, "--results", export.parent / "text.json"), "should be a valid number, got 'x'"),
         ((export, "--results", export.parent / "routing.json"), "routing.json"),
         ((export, "--results", export.parent / "limited.json"), "--limit"),
         ((export, "--results", results, "--evaluated", "stage3"), "base, stage2"),
@@ -133,5 +131,34 @@ def test_invalid_input_exits_with_one_message_and_leaves_the_card(
 
 
 @pytest.mark.parametrize(("given", "found"), [("[en, no, nb]", ["en", "no", "nb"]), ("no", "no"), ("[en]", ["en"])])
-def test_norwegian_is_no_boolean(given: str, found: object) -> None:
-    assert split_card(f"---\nlanguage: {given}\n---\nText.\n") == ({"language": found}, "Text.\n")
+def test_norwegian_is_no_boolean(tmp_path: Path, given: str, found: object) -> None:
+    (tmp_path / "README.md").write_text(f"---\nlanguage: {given}\n---\nText.\n")
+    assert inherited(tmp_path, ("language",)) == {"language": found}
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "a: [",
+        "- a",
+        "1: 2",
+        "tags: 5",
+        "self: x",
+        "license: " + "[" * 3000,
+        "model-index: [1]",
+        "a: &a [*a]\nb: {? *a}",
+    ],
+)
+def test_front_matter_that_is_not_a_cards_is_named_or_not_inherited(export: Path, exit_code, capsys, hostile) -> None:
+    (export / "README.md").write_text(f"---\n{hostile}\n---\nText.\n")
+    assert inherited(export, ("license", "tags")) == {}
+    assert exit_code(command.main, export, "--license", "mit") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "README.md" in error
+
+
+def test_a_card_without_front_matter_gets_one(export: Path, exit_code, capsys) -> None:
+    (export / "README.md").write_text("Text.\n")
+    assert exit_code(command.main, export, "--license", "mit") == 0
+    assert (export / "README.md").read_text() == "---\nlicense: mit\n---\nText.\n"
+    assert not capsys.readouterr().err

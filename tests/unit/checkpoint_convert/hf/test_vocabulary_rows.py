@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 from checkpoint_convert.compare.grafts import compare_graft
 from checkpoint_convert.compare.logits import compare_on_text
 from checkpoint_convert.compare.tensors import compare_frozen
-from checkpoint_convert.conversions.delta import DELTA_FILE, apply_delta
+from checkpoint_convert.conversions.delta import apply_delta
+from checkpoint_convert.conversions.delta_config import DeltaConfig
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.published_adapter import mcore_to_adapter
@@ -140,12 +141,12 @@ def test_a_delta_that_does_not_fit_is_rejected(qwen2: Path, checkpoint: Path, tm
     assert_fails(f"delta is damaged: {OUTPUT}")
     (delta / "delta.safetensors").write_bytes(whole["delta.safetensors"])
     for rows in ([60], [105, 60], ["60", 105], 60):
-        content = json.loads(whole[DELTA_FILE])
+        content = json.loads(whole[DeltaConfig.FILE_NAME])
         content["tensors"][0]["new_rows"] = rows
-        (delta / DELTA_FILE).write_text(json.dumps(content))
-        assert_fails(f"{DELTA_FILE} is damaged")
+        (delta / DeltaConfig.FILE_NAME).write_text(json.dumps(content))
+        assert_fails(f"{DeltaConfig.FILE_NAME} is damaged")
     content["tensors"][0]["new_rows"] = [50, 95]  # as many rows elsewhere
-    (delta / DELTA_FILE).write_text(json.dumps(content))
+    (delta / DeltaConfig.FILE_NAME).write_text(json.dumps(content))
     assert_fails(EMBEDDING)
 
 

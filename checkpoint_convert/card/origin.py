@@ -1,0 +1,49 @@
+"""The record of what a converter made a checkpoint from."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Self, TypedDict
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from moelpr.store.records import STRICT, Record
+from moelpr.store.run_folder import HF_FOLDER
+
+
+class StartSettings(TypedDict, total=False):
+    """How new experts started, the fields of `initialization.Start`."""
+
+    new_experts: Literal["copied", "random"]
+    noise: Annotated[float, Field(ge=0, lt=1e9)]
+    reinitialise: Annotated[float, Field(ge=0, le=1)]
+    seed: Annotated[int, Field(lt=1 << 64)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Origin(Record):
+    """What a converter made a checkpoint from; None for what is unknown or does not apply. The trainer copies it.
+
+    Attributes:
+        base_model: Name of the model's folder or on the Hub, or of the base in an adapter.
+        settings: How new experts started.
+        adapter: Name of the adapter that the experts come from.
+        has_other_base: Whether the adapter also had the frozen weights (`save_all_params`), and not those of the base.
+        copy_of: Step folder whose weights the checkpoint has.
+        revision: Commit of the base on the Hub.
+    """
+
+    FILE_NAME: ClassVar[str] = "origin.json"
+    REMEDY: ClassVar[str] = "restore it, or remove it, after which a model card says less"
+
+    base_model: str | None = None
+    settings: StartSettings = dataclasses.field(default_factory=StartSettings)
+    adapter: str | None = None
+    has_other_base: bool = False
+    copy_of: str | None = None
+    revision: str | None = None
+
+    @classmethod
+    def of(cls, checkpoint: Path) -> Self:
+        """The record of a checkpoint folder; one without fields if it has none."""
+        return cls.read_if_there(checkpoint / HF_FOLDER) or cls()

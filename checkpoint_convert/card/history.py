@@ -151,7 +151,7 @@ def _find_start(folder: Path, start: Path, first: dict[str, Any] | None, spec: M
             return None
         if first and isinstance(step := first.get("model_step"), str):
             return start / step if Path(step).name == step and (start / step).is_dir() else None
-        return step_folder(start, first.get("ckpt_step") if first else None)  # of a version that did not record it
+        return step_folder(start, first.get("ckpt_step") if first else None)  # a version that did not record the step
     except UserError:
         return None
 

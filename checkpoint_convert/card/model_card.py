@@ -49,7 +49,7 @@ class CardFacts:
 
     @property
     def readers(self) -> str:
-        """Which readers run the export, and how to export it for the others."""
+        """A sentence that says which readers run the export, and how to export it for the others."""
         return readers_sentence(self.source.family, self.source.spec, self.config)
 
 

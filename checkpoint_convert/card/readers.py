@@ -1,4 +1,6 @@
-"""Which programs run an export as transformers does, from its config.json. docs/serving.md shows where this was seen.
+"""Says which programs run an export as transformers does, from its config.json.
+
+docs/serving.md shows where this was seen.
 
 A program that cannot load an export says so. One that ignores a setting computes another model and says nothing.
 """
@@ -20,7 +22,7 @@ READERS = {
 
 
 def obstacle(reader: str, config: dict[str, Any]) -> str | None:
-    """What keeps the reader from computing an export with this config.json as transformers does; None if nothing."""
+    """The reason why the reader does not compute an export with this config.json as transformers does, if any."""
     window, head_dim = config.get("sliding_window"), config.get("head_dim")
     is_windowed = window is not None and window < (config.get("max_position_embeddings") or math.inf)
     is_scaled = config.get("rope_scaling") is not None
@@ -49,7 +51,7 @@ def obstacle(reader: str, config: dict[str, Any]) -> str | None:
 
 
 def readers_sentence(family: Family, spec: ModelSpec, config: dict[str, Any]) -> str:
-    """Which readers run the export with this config.json, and which --as of mcore_to_hf.py to take for the others."""
+    """Say which readers run the export with this config.json, and which --as of mcore_to_hf.py the others need."""
     if spec.moe is None:
         return "Runs wherever its base runs."
     others: dict[str, list[str]] = {}

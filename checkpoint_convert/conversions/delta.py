@@ -58,7 +58,7 @@ def check_delta(source: MegatronReader, facts: CardFacts) -> None:
 
 
 def complete_delta(folder: Path, facts: CardFacts, max_shard_bytes: int) -> None:
-    """Write delta_config.json and the model card beside a delta's weights."""
+    """Write delta_config.json and the model card next to a delta's weights."""
     source = facts.source
     trained, dtype = HfReader(folder, DELTA_STEM), getattr(torch, facts.dtype)
     frozen = [piece for piece in source.pieces if not piece.is_trained]

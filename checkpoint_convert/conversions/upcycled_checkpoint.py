@@ -102,7 +102,7 @@ def _with_found_copies(source: HfReader, base_plan: list[Piece], base: ModelSpec
         return spec
     moe, places = spec.moe, base.moe.num_experts
 
-    names_of: dict[int, list[str]] = {}  # of each expert, in the same order
+    names_of: dict[int, list[str]] = {}  # the tensors of each expert, in the same order
     for piece in base_plan:
         if piece.expert is not None:
             for expert, names in enumerate(piece.places, start=piece.expert):

@@ -56,7 +56,7 @@ def find_model(path: Path, revision: str | None = None) -> Model:
 
     try:
         folder = Path(snapshot_download(str(path), revision=revision, allow_patterns=list(DOWNLOADED)))
-    except Exception as error:  # of the Hub, the network and its libraries
+    except Exception as error:  # the Hub, the network and its libraries have many kinds
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise
         reason = " ".join((str(error) or type(error).__name__).split())

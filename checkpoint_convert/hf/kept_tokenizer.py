@@ -1,7 +1,7 @@
 """The tokenizer of a new model folder, which must give every text the IDs that the old folder's gives.
 
 transformers chooses a tokenizer's class by the model_type of config.json, and some classes (Qwen2's, Llama's, GPT-2's)
-replace the normalizer and the pre-tokenizer of tokenizer.json. So the same files can be another tokenizer beside the
+replace the normalizer and the pre-tokenizer of tokenizer.json. So the same files can be another tokenizer next to the
 config.json of an MoE.
 """
 
@@ -15,7 +15,7 @@ from moelpr.data.tokenizers.loading import load_tokenizer, open_hf_tokenizer
 from moelpr.process.errors import UserError, reports_panics
 from moelpr.store import records
 
-# transformers 4 and 5 take the tokenizer.json of this class as it is, beside the config.json of every MoE class.
+# transformers 4 and 5 take the tokenizer.json of this class as it is, next to the config.json of every MoE class.
 _PLAIN_CLASS = "PreTrainedTokenizerFast"
 _CONFIG_FILE = "tokenizer_config.json"
 _OTHER_VOCABULARIES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
@@ -52,8 +52,8 @@ def _rewrite(source: Path, folder: Path, wanted: tuple[object, ...]) -> None:
         if _is_same(folder, wanted):
             return
     raise UserError(
-        f"transformers loads the tokenizer in {source} differently beside the export's config.json; save it anew with "
-        "AutoTokenizer and save_pretrained, and convert the model again"
+        f"transformers loads the tokenizer in {source} differently next to the export's config.json; save it again "
+        "with AutoTokenizer and save_pretrained, and convert the model again"
     )
 
 

@@ -102,7 +102,7 @@ class HfReader:
         return (name, ()) if name in self._headers else stacked_part(name)
 
     def _header(self, name: str) -> tuple[str, str, tuple[int, ...]]:
-        """Of the tensor, or of the stacked one that it is a part of."""
+        """The file, dtype and shape of the tensor, or of the stacked one that it is a part of."""
         stored, index = self._stored(name)
         header = self._headers.get(stored)
         if header is None or (index and header[2][:1] <= index[:1]):  # fewer experts

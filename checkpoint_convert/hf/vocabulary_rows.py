@@ -70,7 +70,7 @@ def new_rows(base: Path, model: Path) -> range:
         return range(0)
     extension = VocabularyExtension.read(ours)
     first = extension.first_new_id
-    if any((theirs / name).is_file() for name in TOKENIZER_FILES):  # of several rounds, the file has only the last
+    if any((theirs / name).is_file() for name in TOKENIZER_FILES):  # the file lists only the last round
         first = max(load_tokenizer("HuggingFaceTokenizer", str(theirs)).vocabulary().values()) + 1
     return range(first, max(first, extension.first_new_id + extension.number))
 

@@ -97,7 +97,7 @@ class MegatronReader:
         return tensor if piece.stack_index is not None else tensor[: megatron_shape(piece, self.spec)[0]]
 
     def dtype(self, piece: Piece) -> torch.dtype:
-        """Of one piece in the checkpoint."""
+        """The dtype of one piece in the checkpoint."""
         return self._reader(piece).dtype(piece.key)
 
     def num_bytes(self, piece: Piece) -> int:

@@ -251,7 +251,7 @@ def read_base(folder: Path) -> tuple[Family, ModelSpec]:
     """
     raw = read_config(folder)
     family, is_moe = family_of(raw)
-    for key in ("quantization_config", "quantization"):  # of transformers and of MLX
+    for key in ("quantization_config", "quantization"):  # the keys of transformers and MLX
         if key in raw:
             raise UserError(f"{folder} is quantized ({key}); convert the unquantized model")
     if raw.get("per_layer_config"):

@@ -18,7 +18,7 @@ from moelpr.process.command import run_command
 from tests.support.hf_models import held_bytes, make_model, make_qwen2, qwen2, source  # noqa: F401
 
 BASE_CARD = "---\nlicense: other\nlicense_name: tongyi\nlanguage:\n- en\n- zh\ntags: [chat]\n---\n# The base\n"
-# Of the first run in `runs`, as its recipe.yaml records them.
+# The settings of the first run in `runs`, as its recipe.yaml records them.
 SETTINGS = {
     "stage": "stage1",
     "data_path": ["3", "data/el_text_document", "1", "data/hu_text_document"],

@@ -31,7 +31,7 @@ def test_a_resumed_run_is_described_by_its_first_start(runs: Path) -> None:
     write_run("resumed", "stage1", [2, 4], SETTINGS | {"ckpt_step": 3}, resumed=(4,))
     assert [stage.step for stage in read_history(Path("resumed")).stages] == [3, 4]
     shutil.rmtree("resumed/iter_0000002")
-    assert read_history(Path("resumed")).missing == "stage1"  # of its two steps it isn't known which
+    assert read_history(Path("resumed")).missing == "stage1"  # it is not known which of its two steps
     shutil.rmtree("stage1/iter_0000003")
     assert [stage.step for stage in read_history(Path("resumed")).stages] == [6, 4]
 

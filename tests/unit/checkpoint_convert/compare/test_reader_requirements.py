@@ -42,9 +42,8 @@ def test_qwen2_moe_and_granitemoe_run_in_different_programs(qwen2: Path, tmp_pat
     mcore_to_hf(tmp_path / "megatron", tmp_path / "qwen2-moe")
     mcore_to_hf(tmp_path / "megatron", tmp_path / "granite", as_class="granitemoe")
     shared = "it requires a shared expert and does not normalize top-k weights"
-    assert found(tmp_path / "qwen2-moe") == {
-        "llama.cpp": f"llama.cpp (Ollama, LM Studio): {shared}", "mlx": f"MLX: {shared}",
-    }  # fmt: skip
+    readers = {"llama.cpp": "llama.cpp (Ollama, LM Studio)", "mlx": "MLX"}
+    assert found(tmp_path / "qwen2-moe") == {name: f"{title}: {shared}" for name, title in readers.items()}
     assert found(tmp_path / "granite") == {"vllm": "vLLM: it has no biases in this class"}
     zero = "model.layers.0.self_attn.o_proj.bias"
     edit_tensors(tmp_path / "granite", lambda tensors: tensors.pop(zero))

@@ -20,6 +20,7 @@ from checkpoint_convert import verify as verifier
 from checkpoint_convert.compare.grafts import compare_graft
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.graft_card import _license
+from checkpoint_convert.conversions.graft_record import Graft
 from checkpoint_convert.conversions.grafted_model import graft
 from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.instruct_difference import add_difference
@@ -248,10 +249,7 @@ def test_the_graft_speaks_as_the_instruct_model(models: tuple[Path, Path, Path],
     assert "0.5 times the difference" in card.text
     links = re.findall(r"\]\((README[\w.-]*)\)", card.text)
     assert links == ["README-model.md", "README-instruct.md"] and all((out / link).is_file() for link in links)
-    assert json.loads((out / "graft.json").read_text()) == {
-        "format_version": 1, "base": "o/Base", "instruct": "o/Base-Instruct", "model": "model", "scale": 0.5,
-        "only": "all",
-    }  # fmt: skip
+    assert Graft.read(out) == Graft("o/Base", "o/Base-Instruct", "model", scale=0.5)
 
 
 def test_licenses_that_differ_are_both_named(models: tuple[Path, Path, Path], tmp_path: Path) -> None:

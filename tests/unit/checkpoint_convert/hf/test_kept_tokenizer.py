@@ -42,7 +42,7 @@ def save_gpt2_with_digits(folder: Path) -> None:
     save_qwen(folder)
     content = json.loads((folder / "tokenizer.json").read_text())
     vocabulary, merges = content["model"]["vocab"], content["model"]["merges"]
-    for pair in (("1", "2"), ("4", "5"), ("6", "7")):  # of digits that a number has side by side
+    for pair in (("1", "2"), ("4", "5"), ("6", "7")):  # digits that stand side by side in a number
         vocabulary[pair[0] + pair[1]] = len(vocabulary) + 20
         merges.append(list(pair))
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}

@@ -140,11 +140,11 @@ def test_a_delta_that_does_not_fit_is_rejected(qwen2: Path, checkpoint: Path, tm
     edit_tensors(delta / "delta.safetensors", lambda tensors: tensors.update({OUTPUT: tensors[OUTPUT][1:].clone()}))
     assert_fails(f"delta is damaged: {OUTPUT}")
     (delta / "delta.safetensors").write_bytes(whole["delta.safetensors"])
-    for rows in ([60], [105, 60], ["60", 105], 60):
+    for rows in ([60], [105, 60]):
         content = json.loads(whole[DeltaConfig.FILE_NAME])
         content["tensors"][0]["new_rows"] = rows
         (delta / DeltaConfig.FILE_NAME).write_text(json.dumps(content))
-        assert_fails(f"{DeltaConfig.FILE_NAME} is damaged")
+        assert_fails(f"{DeltaConfig.FILE_NAME}: .*new_rows.*; copy the delta again")
     content["tensors"][0]["new_rows"] = [50, 95]  # as many rows elsewhere
     (delta / DeltaConfig.FILE_NAME).write_text(json.dumps(content))
     assert_fails(EMBEDDING)

@@ -14,7 +14,7 @@ from moelpr.metrics.run_metrics import read_run_metrics
 from moelpr.model_spec import ModelSpec
 from moelpr.process.errors import UserError
 from moelpr.stages import VOCABULARY_PARTS, Part, trained_parts, trains_new_rows_only
-from moelpr.store.run_folder import HF_FOLDER, METRICS_FILE, RECIPE_FILE, read_json, read_settings, read_versions
+from moelpr.store.run_folder import HF_FOLDER, METRICS_FILE, RECIPE_FILE, read_settings, read_versions
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,10 @@ REFUSED = {"anew": "again", "beside": "next to"}
 REFUSED_WORDS = re.compile(rf"\b(?i:{'|'.join(REFUSED)})\b|(?<!there )\b(?:is|are) none\b(?! of)")
 FORMATTER_OFF = re.compile(r"# fmt: ?(skip|off)")
 MOST_FORMATTER_OFF = 5
-# Files besides commands that may declare flags; a command is a file that is run, so it ends in a call under `__main__`.
-DECLARE_FLAGS = re.compile(r"moelpr/process/command\.py|moelpr/arguments/.*|.*/arguments\.py|.*/common\.py|tests/.*")
+# Other files than commands that may declare flags. A command is run, so it ends with a call under `__main__`.
+DECLARE_FLAGS = re.compile(
+    r"moelpr/process/command\.py|moelpr/arguments/.*|.*/(arguments|flags)\.py|(benchmarks|tests)/.*"
+)
 
 
 def problems_of(path: str, source: str) -> Iterator[str]:

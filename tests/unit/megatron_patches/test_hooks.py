@@ -137,33 +137,18 @@ def test_megatron_asks_the_signal_handler_that_was_set(training: ModuleType, mon
 
 def patches_in(source: str) -> list[str]:
     """Assignments to attributes of what a module imports from megatron or torch."""
-    tree = ast.parse(source)
-    imported = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names = [(alias.asname or alias.name.split(".")[0], alias.name) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names = [(alias.asname or alias.name, node.module or "") for alias in node.names]
-        else:
-            continue
-        imported |= {name for name, origin in names if origin.split(".")[0] in ("megatron", "torch")}
-
-    def root(target: ast.expr) -> str | None:
-        while isinstance(target, ast.Attribute):
-            target = target.value
-        return target.id if isinstance(target, ast.Name) else None
-
-    found = []
-    for node in ast.walk(tree):
-        targets: list[ast.expr] = []
-        if isinstance(node, ast.Assign):
-            targets = node.targets
-        elif isinstance(node, ast.AugAssign | ast.AnnAssign):
-            targets = [node.target]
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setattr":
-            targets = [ast.Attribute(node.args[0], "…")]
-        found += [ast.unparse(t) for t in targets if isinstance(t, ast.Attribute) and root(t) in imported]
-    return found
+    nodes, imported = [*ast.walk(ast.parse(source))], set()
+    for node in nodes:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for alias in node.names:
+                if (getattr(node, "module", None) or alias.name).split(".")[0] in ("megatron", "torch"):
+                    imported.add(alias.asname or alias.name.split(".")[0])
+    targets = [target for node in nodes if isinstance(node, ast.Assign) for target in node.targets]
+    targets += [node.target for node in nodes if isinstance(node, ast.AugAssign | ast.AnnAssign)]
+    calls = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == "setattr"]
+    targets += [ast.Attribute(node.args[0], "set") for node in calls]
+    names = [ast.unparse(target) for target in targets if isinstance(target, ast.Attribute)]
+    return [name for name in names if name.split(".")[0] in imported]
 
 
 def test_megatron_and_torch_are_patched_only_in_this_package() -> None:

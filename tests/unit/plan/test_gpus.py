@@ -9,14 +9,12 @@ from moelpr.plan.gpus import GPUS, Cluster, gpu_named
     ("name", "memory_gib", "key"),
     [
         ("NVIDIA A100-SXM4-80GB", 79.3, "a100-80"),
-        ("NVIDIA A800-SXM4-80GB", 79.3, "a800-80"),
         ("NVIDIA H100 80GB HBM3", 79.2, "h100-80"),
         ("NVIDIA H200", 139.8, "h200-141"),
         ("NVIDIA B200", 178.4, "b200-192"),
         ("NVIDIA A100-SXM4-40GB", 39.4, None),
         ("NVIDIA H100 PCIe", 79.6, None),
         ("NVIDIA H100 NVL", 93.1, None),
-        ("NVIDIA GH200 480GB", 94.5, None),
         ("NVIDIA GeForce RTX 4090", 23.6, None),
     ],
 )

@@ -62,12 +62,6 @@ def test_fp32_needs_no_master_weights() -> None:
     assert rank.optimizer_bytes == 8 * (NEW_EXPERTS + ROUTERS)
 
 
-def test_stage2_has_gradients_and_optimizer_state_of_routers_only() -> None:
-    rank = memory(workload=replace(WORKLOAD, stage="stage2"))
-    assert rank.gradient_bytes == 4 * ROUTERS
-    assert rank.optimizer_bytes == 12 * ROUTERS
-
-
 def test_a_second_original_expert_adds_frozen_weights_and_a_trained_router_row() -> None:
     """2 bytes per parameter on every expert-parallel rank; divided over expert-tensor-parallel ranks."""
     spec = replace(SPEC, moe=replace(SPEC.moe, num_original_experts=2))
@@ -119,14 +113,6 @@ def test_copies_of_the_ffn_add_only_router_rows_and_fewer_rows_to_compute() -> N
     uniform = Routing.uniform(MoeSpec(num_new_experts=4, topk=2, layers=(0,), original_copies=2))
     assert uniform.original_rows == pytest.approx(0.6)
     assert uniform.new_rows == pytest.approx(2 * 4 / 6)
-
-
-def test_the_distributed_optimizer_divides_over_the_ranks_with_the_same_parameter() -> None:
-    """Four ranks, EP 2: a new expert is on two of them, a router on all four."""
-    rank = memory(PlannedLayout(ep=2, dp=4))
-    assert rank.optimizer_bytes == 12 * (NEW_EXPERTS // 2 // 2 + ROUTERS // 4)
-    whole = memory(PlannedLayout(ep=2, dp=4, distributed_optimizer=False))
-    assert whole.optimizer_bytes == 12 * (NEW_EXPERTS // 2 + ROUTERS)
 
 
 def test_activations_worked_out_by_hand() -> None:
@@ -332,18 +318,6 @@ def test_the_optimizer_state_of_all_ranks_is_one_copy_per_trained_parameter(spec
     new_experts = sum(numel for (_, part), numel in parts.items() if part is Part.NEW_EXPERTS)
     exact = 12 * (layout.tp * routers + (new_experts if stage == "stage1" else 0))
     assert exact <= total <= exact + 12 * 2 * layout.world_size
-
-
-@pytest.mark.parametrize("m", [1, 3])
-def test_the_original_experts_are_on_every_expert_parallel_rank(m: int) -> None:
-    spec = spec_of(num_original_experts=m)
-    parts = model_parts(spec)
-    alone = held_on_stage(spec, parts, PlannedLayout(), 0)
-    spread = held_on_stage(spec, parts, PlannedLayout(ep=4, dp=4), 0)
-    assert spread[Part.ORIGINAL_EXPERTS] == alone[Part.ORIGINAL_EXPERTS] == m * 4 * 3 * 32 * 48
-    assert spread[Part.NEW_EXPERTS] * 4 == alone[Part.NEW_EXPERTS]
-    split = held_on_stage(spec, parts, PlannedLayout(tp=2, etp=2), 0)
-    assert split[Part.ORIGINAL_EXPERTS] * 2 == alone[Part.ORIGINAL_EXPERTS]
 
 
 def test_the_parts_of_a_model_are_counted_by_layer() -> None:

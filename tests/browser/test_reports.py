@@ -77,9 +77,7 @@ def made_up_evaluation() -> dict:
 
 @pytest.mark.parametrize("name", ["runs", "young", "demo"])
 @pytest.mark.parametrize(("width", "is_dark"), [(PHONE, False), (DESKTOP, False), (DESKTOP, True)])
-def test_every_chart_is_drawn_and_the_console_is_empty(
-    pages: dict[str, Path], tmp_path: Path, name: str, width: int, is_dark: bool
-) -> None:
+def test_every_chart_is_drawn_and_the_console_is_empty(pages, tmp_path, name, width, is_dark) -> None:
     seen = look(pages[name], tmp_path, width, is_dark)
     assert faults(seen) == []
     assert len(seen.found["charts"]) == {"runs": 25, "young": 8, "demo": 13}[name]
@@ -117,11 +115,7 @@ def test_faults_of_a_broken_page_are_found(pages: dict[str, Path], tmp_path: Pat
         ("</h1>", '</h1><div style="width:2000px">wide</div>', "wide on"),
         ("</h1>", "</h1><script>undefined_function()</script>", "console"),
         ("<td", '<td style="min-width:2000px"', "tables are cut off"),
-        (
-            "</text>",
-            " with a label that is far too long for any chart of this page to show</text>",
-            "cut off",
-        ),
+        ("</text>", " with a label that is far too long for any chart of this page to show</text>", "cut off"),
     ]:
         broken = tmp_path / "broken.html"
         broken.write_text(text.replace(old, new, 1), encoding="utf-8")

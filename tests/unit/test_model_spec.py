@@ -1,7 +1,6 @@
 """`model_spec.json`: valid numbers of experts, and files of older versions."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,9 +81,7 @@ def test_only_a_model_with_new_tokens_has_them_in_its_file(tmp_path: Path, moe_s
         ({"number": 10**6}, "vocab_size must be 1000090, got"),
     ],
 )
-def test_new_tokens_that_do_not_fit_are_a_user_error(
-    tmp_path: Path, moe_spec: ModelSpec, change: dict, message: str
-) -> None:
+def test_new_tokens_that_do_not_fit_are_a_user_error(tmp_path, moe_spec, change, message) -> None:
     _grown(moe_spec, NewTokens(first=90, number=20, base_vocab_size=96)).write(tmp_path)
     content = json.loads((tmp_path / FILE_NAME).read_text())
     content["new_tokens"].update(change)
@@ -105,9 +102,7 @@ def test_new_tokens_that_do_not_fit_are_a_user_error(
         (lambda content: content["megatron_args"].update(use_rope_scaling=True), "lacks rope_scaling_factor"),
     ],
 )
-def test_an_invalid_file_is_a_user_error(
-    tmp_path: Path, moe_spec: ModelSpec, change: Callable[[dict], object], message: str
-) -> None:
+def test_an_invalid_file_is_a_user_error(tmp_path, moe_spec, change, message) -> None:
     moe_spec.write(tmp_path)
     content = json.loads((tmp_path / FILE_NAME).read_text())
     change(content)

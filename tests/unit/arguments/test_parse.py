@@ -4,13 +4,10 @@ import argparse
 import dataclasses
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-from moelpr.model_spec import ModelSpec
 
 
 def test_all_problems_are_reported_at_once(upcycled: str, problems) -> None:
@@ -118,9 +115,7 @@ def test_a_valid_command_has_the_models_shape_and_the_stages_defaults(upcycled: 
     assert (final["balance_loss_coeff"], final["lpr_loss_coeff"]) == (0.0, 0.1)
 
 
-def test_the_balance_loss_is_a_mean_over_the_layers_with_experts(
-    make_checkpoint, moe_spec: ModelSpec, accepted
-) -> None:
+def test_the_balance_loss_is_a_mean_over_the_layers_with_experts(make_checkpoint, moe_spec, accepted) -> None:
     """Megatron adds layers up."""
     spec = replace(moe_spec, moe=replace(moe_spec.moe, layers=(0, 2)))
     assert accepted("stage1", make_checkpoint("some", spec))["moe_aux_loss_coeff"] == pytest.approx(0.01 * 2 / 2)
@@ -144,9 +139,7 @@ def test_the_variant_of_the_lpr_loss_reaches_the_model(upcycled: str, accepted, 
     assert core_transformer_config_from_args(args, config_class=MoELPRConfig).lpr_loss == variant
 
 
-def test_the_command_line_overrides_the_recipe_and_the_recipe_overrides_defaults(
-    upcycled: str, accepted, tmp_path: Path
-) -> None:
+def test_the_command_line_overrides_the_recipe_and_the_recipe_overrides_defaults(upcycled, accepted, tmp_path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("lr: 0.5\nweight-decay: 0.25\nlog-interval: 3\n")
     final = accepted("stage1", upcycled, "--recipe", str(recipe), "--weight-decay", "0.125")

@@ -14,14 +14,10 @@ from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.families.new_experts import NewExperts
 from moelpr.model_spec import ModelSpec
-from tests.support.hf_models import (
-    assert_nothing_left,
-)
+from tests.support.hf_models import assert_nothing_left
 
 
-def test_a_full_disk_exits_with_one_message_and_code_1(
-    qwen2: Path, tmp_path: Path, monkeypatch, exit_code, capsys
-) -> None:
+def test_a_full_disk_exits_with_one_message_and_code_1(qwen2, tmp_path, monkeypatch, exit_code, capsys) -> None:
     """/dev/full rejects every write like a full disk; torch.save raises its own error instead."""
     real_open = open
 
@@ -48,9 +44,7 @@ def test_a_full_disk_exits_with_one_message_and_code_1(
     assert_nothing_left(tmp_path)
 
 
-def test_the_dense_ffn_gets_k_places_unless_the_user_or_an_moe_says_otherwise(
-    qwen2: Path, tmp_path: Path, monkeypatch
-) -> None:
+def test_the_dense_ffn_gets_k_places_unless_the_user_or_an_moe_says_otherwise(qwen2, tmp_path, monkeypatch) -> None:
     for name, words, places in (
         ("default", ("--hf-path", qwen2, "--topk", 3), (3, 3)),
         ("paper", ("--hf-path", qwen2, "--original-copies", 1), (1, 1)),
@@ -65,26 +59,18 @@ def test_the_dense_ffn_gets_k_places_unless_the_user_or_an_moe_says_otherwise(
             mcore_to_hf(tmp_path / name, tmp_path / "paper-hf")
 
 
-def test_insufficient_disk_space_is_detected_before_writing(
-    qwen2: Path, tmp_path: Path, monkeypatch, exit_code, capsys
-) -> None:
+def test_insufficient_disk_space_is_detected_before_writing(qwen2, tmp_path, monkeypatch, exit_code, capsys) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 900, 100))
     arguments = ("--hf-path", qwen2, "--dense", "--save", tmp_path / "out")
     assert exit_code(importer.main, *arguments) == 1
     assert f"the disk is full while writing {tmp_path / 'out'}" in capsys.readouterr().err
 
 
-def test_invalid_arguments_exit_with_one_message_and_code_2(
-    qwen2: Path, upcycled: Path, tmp_path: Path, exit_code, capsys
-):
+def test_invalid_arguments_exit_with_one_message_and_code_2(qwen2, upcycled, tmp_path, exit_code, capsys):
     for main, arguments, message in (
         (importer.main, ("--hf-path", qwen2, "--save", tmp_path / "out", "--num-new-experts", 4, "--topk", 1), "K = 1"),
         (importer.main, ("--hf-path", qwen2, "--save", tmp_path / "out"), "--num-new-experts"),
-        (
-            importer.main,
-            ("--hf-path", qwen2, "--save", tmp_path / "out", "--dense", "--moe-layers", "1"),
-            "--dense",
-        ),
+        (importer.main, ("--hf-path", qwen2, "--save", tmp_path / "out", "--dense", "--moe-layers", "1"), "--dense"),
         (
             importer.main,
             ("--hf-path", qwen2, "--save", "x", "--num-new-experts", 1, "--moe-layers", "a"),
@@ -115,9 +101,7 @@ def test_invalid_arguments_exit_with_one_message_and_code_2(
         assert_nothing_left(tmp_path)
 
 
-def test_the_last_line_and_the_card_say_which_programs_run_an_export(
-    upcycled: Path, tmp_path: Path, monkeypatch, capsys
-) -> None:
+def test_the_last_line_and_the_card_say_which_programs_run_an_export(upcycled, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "argv", ["export", "--load", str(upcycled), "--save", str(tmp_path / "out")])
     exporter.main()
     *_, line = capsys.readouterr().out.splitlines()

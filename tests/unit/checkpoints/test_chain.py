@@ -129,9 +129,7 @@ def test_a_base_replaced_together_with_its_recorded_checksum_is_detected(runs: P
 
 
 @pytest.mark.parametrize("world", [2, 3, 7])
-def test_the_checksum_does_not_depend_on_how_many_ranks_share_the_work(
-    runs: Path, monkeypatch: pytest.MonkeyPatch, world: int
-) -> None:
+def test_the_checksum_does_not_depend_on_how_many_ranks_share_the_work(runs, monkeypatch, world) -> None:
     """Threads act as ranks. The folder has 6 pieces, so with 7 ranks one has nothing to do."""
     monkeypatch.setattr(checksums, "PIECE_BYTES", 3)
     alone = checksum(runs / "upcycled/release")

@@ -70,9 +70,7 @@ def test_an_interrupted_writer_resumes_to_the_same_bytes(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("num_writes", [1, 2, 5])
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
-def test_a_signal_within_a_tensor_is_not_another_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_writes: int, number: int, error: type[BaseException]
-) -> None:
+def test_a_signal_within_a_tensor_is_not_another_error(tmp_path, monkeypatch, num_writes, number, error) -> None:
     """torch.save raises an error of its own when it closes the archive that it could not write."""
     calls = itertools.count(1)
     write = SummedFile.write
@@ -119,9 +117,7 @@ def test_metadata_has_the_entries_that_torch_reads(step: Path) -> None:
     assert ours.storage_data == torchs.storage_data
 
 
-def test_metadata_of_an_untrusted_checkpoint_runs_no_code_and_is_noted(
-    step: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_metadata_of_an_untrusted_checkpoint_runs_no_code_and_is_noted(step, tmp_path, capsys) -> None:
     trap = tmp_path / "ran"
     keys = set(read_metadata(step).state_dict_metadata)
     assert capsys.readouterr().err == ""

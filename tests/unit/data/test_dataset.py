@@ -5,7 +5,7 @@ import errno
 import json
 import os
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -198,9 +198,7 @@ def test_padding_of_the_first_window_that_is_read_is_masked_in_no_other(write_co
 @pytest.mark.parametrize(
     ("eos", "manifests"), [(7, ()), ([7, 9], ()), (9, (7,)), (None, (7,)), (None, ()), (7, (7, 8)), (7, (-7,))]
 )
-def test_the_loss_of_the_end_of_document_is_masked_if_wanted(
-    write_corpus: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eos: Any, manifests: Sequence[int]
-) -> None:
+def test_the_loss_of_the_end_of_document_is_masked_if_wanted(write_corpus, tmp_path, monkeypatch, eos, manifests):
     """`manifests`: the end-of-document token of each corpus, negative if its documents do not end with it."""
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text(json.dumps({"model_type": "qwen2", "eos_token_id": eos}))
@@ -229,9 +227,7 @@ def test_the_loss_of_the_end_of_document_is_masked_if_wanted(
     assert any((sample["tokens"] == 7).any() for sample in samples)
 
 
-def test_a_cache_that_cannot_be_written_is_reported_with_the_flag(
-    write_corpus: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_that_cannot_be_written_is_reported_with_the_flag(write_corpus, monkeypatch) -> None:
     """Megatron raises a bare Exception, from the error that tells which file it was. Root may write everywhere."""
     prefix, *_ = write_corpus("corpus")
     config = build(TaggedGPTDataset, [str(prefix)]).config

@@ -161,9 +161,7 @@ def test_range_outside_the_file_is_rejected(tmp_path: Path, start: int, stop: in
 
 @settings(deadline=None)
 @given(bits=bit_arrays, data=st.data())
-def test_a_sample_is_tagged_from_the_ranges_it_was_read_from(
-    folder: Path, bits: np.ndarray, data: st.DataObject
-) -> None:
+def test_a_sample_is_tagged_from_the_ranges_it_was_read_from(folder, bits, data) -> None:
     position = st.integers(0, len(bits))
     ranges = [sorted(pair) for pair in data.draw(st.lists(st.tuples(position, position), max_size=5))]
     expected = np.concatenate([np.zeros(0, np.uint8), *(bits[start:stop] for start, stop in ranges)])

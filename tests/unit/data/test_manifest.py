@@ -8,14 +8,7 @@ from typing import Any
 import pytest
 
 from moelpr.data import manifest
-from moelpr.data.manifest import (
-    FileRecord,
-    LanguageCount,
-    Manifest,
-    Source,
-    TokenizerRecord,
-    manifest_path,
-)
+from moelpr.data.manifest import FileRecord, LanguageCount, Manifest, Source, TokenizerRecord, manifest_path
 from moelpr.process.errors import UserError
 
 MANIFEST = Manifest(

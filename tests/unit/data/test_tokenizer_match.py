@@ -64,9 +64,7 @@ def test_sentencepiece_fingerprint_depends_on_what_affects_ids(train_sentencepie
     assert compare_tokenizers(corpus, folder) is TokenizerMatch.DIFFERENT
 
 
-def test_sentencepiece_corpus_matches_the_tokenizer_json_made_from_its_model(
-    save_hf, train_sentencepiece, tmp_path: Path
-) -> None:
+def test_sentencepiece_corpus_matches_the_tokenizer_json_made_from_its_model(save_hf, train_sentencepiece, tmp_path):
     """The two are different programs; only the tokens of each ID can be compared."""
     first = train_sentencepiece(tmp_path / "first", "turn on the light")
     pieces = [(piece.piece, piece.score) for piece in ModelProto.FromString(first.read_bytes()).pieces]

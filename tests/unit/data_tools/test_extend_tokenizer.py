@@ -63,9 +63,7 @@ def extend(text_folder: Path, old_folders: Callable[[str], Path]) -> Callable[..
     return run
 
 
-def test_a_long_text_in_a_compressed_file_counts_as_in_a_plain_one(
-    extend: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_text_in_a_compressed_file_counts_as_in_a_plain_one(extend, tmp_path, monkeypatch) -> None:
     """It is read more than once, from a file that it is decompressed to."""
     monkeypatch.setattr(batches, "BATCH_BYTES", 3_000)
     for module in (batches, long_documents):
@@ -179,9 +177,7 @@ def test_bytes_do_not_depend_on_workers_or_the_order_of_files(tmp_path: Path, ex
 
 
 @pytest.mark.parametrize(("share", "changed"), [("0", 0), ("0.05", 10)])
-def test_a_share_of_original_documents_may_change(
-    tmp_path: Path, extend: Any, text_folder: Path, capsys: pytest.CaptureFixture, share: str, changed: int
-) -> None:
+def test_a_share_of_original_documents_may_change(tmp_path, extend, text_folder, capsys, share, changed) -> None:
     mixed = tmp_path / "mixed.jsonl"
     greek = EXPANDED["el"][0]
     mixed.write_text("".join(json.dumps({"text": f"{number} {greek}"}) + "\n" for number in range(10)))
@@ -207,9 +203,7 @@ def test_a_share_of_original_documents_may_change(
         (["--save", "{tmp}/one.jsonl"], "already exists"),
     ],
 )
-def test_wrong_input_is_one_sentence_and_leaves_nothing(
-    tmp_path: Path, extend: Any, words: list[str], reason: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_input_is_one_sentence_and_leaves_nothing(tmp_path, extend, words, reason, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "one.jsonl").write_text('{"text": "Μία πρόταση."}\n')
     (tmp_path / "bad.jsonl").write_text("{\n")
@@ -219,9 +213,7 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "en.jsonl", "one.jsonl"]
 
 
-def test_a_link_out_of_the_old_tokenizers_folder_is_not_followed(
-    tmp_path: Path, extend: Any, old_folders: Callable[[str], Path]
-) -> None:
+def test_a_link_out_of_the_old_tokenizers_folder_is_not_followed(tmp_path, extend, old_folders) -> None:
     old = Path(shutil.copytree(old_folders("qwen"), tmp_path / "old"))
     (tmp_path / "secret").write_text("hf_secret")
     (old / "chat_template.jinja").unlink()

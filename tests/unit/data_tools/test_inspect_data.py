@@ -96,19 +96,7 @@ def test_json_and_text_agree(make_corpus: Callable, capsys: pytest.CaptureFixtur
     assert found == {"prefix": str(prefix), "dtype": "uint16"} | counts
     inspect_data.main([str(prefix)])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [
-        "made",
-        "with",
-        "HuggingFaceTokenizer",
-        "hf,",
-        "ended",
-        "by",
-        "token",
-        "0,",
-        "from",
-        "1",
-        "source",
-    ] in lines
+    assert ["made", "with", "HuggingFaceTokenizer", "hf,", "ended", "by", "token", "0,", "from", "1", "source"] in lines
     assert ["en", "original", "2", "4", "26.7%", "4.00"] in lines
     assert ["hu", "expanded", "1", "0", "0.0%", "–"] in lines
     assert ["2", "to", "3", "2", "5", 40 * "█"] in lines

@@ -92,9 +92,7 @@ def test_the_merged_manifest_is_that_of_one_job_and_belongs_to_its_files(make_co
     assert left == {"both.bin", "both.idx", "both.lang", "both.manifest.json"}
 
 
-def test_without_a_manifest_in_each_input_the_output_has_none(
-    make_corpus: Callable, capsys: pytest.CaptureFixture
-) -> None:
+def test_without_a_manifest_in_each_input_the_output_has_none(make_corpus, capsys) -> None:
     first, second = make_corpus("first", [("en", [1])]), make_corpus("second", [("el", [2])], manifest=False)
     merge(first.parent / "both", first, second)
     assert "second has no manifest, so" in capsys.readouterr().out

@@ -45,9 +45,7 @@ def corpus_lines(write_lines: Callable[..., Path], sentences: dict[str, str]) ->
     return write
 
 
-def test_bin_and_idx_are_the_bytes_megatron_writes(
-    tokenizer: Path, corpus_lines: Callable, preprocess: Callable, tmp_path: Path
-) -> None:
+def test_bin_and_idx_are_the_bytes_megatron_writes(tokenizer, corpus_lines, preprocess, tmp_path) -> None:
     lines = corpus_lines()
     ours = Path(f"{preprocess(tokenizer, '--input', lines, *ONE)}_text_document")
 
@@ -87,9 +85,7 @@ def test_special_tokens_around_a_text_are_megatrons(hf_tokenizer: Path, sentence
 
 
 @pytest.mark.parametrize("num_shards", [2, 9])
-def test_shards_merge_to_the_bytes_of_one_job(
-    num_shards: int, hf_tokenizer: Path, corpus_lines: Callable, preprocess: Callable, corpus_bytes: Callable
-) -> None:
+def test_shards_merge_to_the_bytes_of_one_job(num_shards, hf_tokenizer, corpus_lines, preprocess, corpus_bytes) -> None:
     """Shards end inside lines and files; of 9 shards of 7 lines some are empty."""
     files = [corpus_lines("a.jsonl", 4), corpus_lines("b.jsonl", 3)]
     files[1].write_bytes(files[1].read_bytes().rstrip(b"\n"))
@@ -105,9 +101,7 @@ def test_shards_merge_to_the_bytes_of_one_job(
 
 
 @pytest.mark.parametrize("change", ["input", "flag"])
-def test_shards_of_different_jobs_are_not_joined(
-    change: str, hf_tokenizer: Path, corpus_lines: Callable, preprocess: Callable, tmp_path: Path
-) -> None:
+def test_shards_of_different_jobs_are_not_joined(change, hf_tokenizer, corpus_lines, preprocess, tmp_path) -> None:
     """Documents between the two ends of the slices would be missing, or twice in the corpus."""
     lines = corpus_lines("a.jsonl", 10)
     flags = ("--input", lines, "--language", "original", "--num-shards", "2", "--shard")
@@ -129,9 +123,7 @@ def test_shards_of_different_jobs_are_not_joined(
         merge_data.main([*words, "--overwrite"])
 
 
-def test_shard_reports_a_bad_line_by_its_number_in_the_file(
-    hf_tokenizer: Path, corpus_lines: Callable, preprocess: Callable
-) -> None:
+def test_shard_reports_a_bad_line_by_its_number_in_the_file(hf_tokenizer, corpus_lines, preprocess) -> None:
     lines = corpus_lines("a.jsonl", 40)
     content = lines.read_bytes().splitlines(keepends=True)
     lines.write_bytes(b"".join([*content[:35], b"oops\n", *content[36:]]))
@@ -142,13 +134,7 @@ def test_shard_reports_a_bad_line_by_its_number_in_the_file(
         preprocess(hf_tokenizer, *flags, 3)
 
 
-def test_number_of_workers_changes_no_byte(
-    sp_tokenizer: Path,
-    corpus_lines: Callable,
-    preprocess: Callable,
-    corpus_bytes: Callable,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_number_of_workers_changes_no_byte(sp_tokenizer, corpus_lines, preprocess, corpus_bytes, monkeypatch) -> None:
     monkeypatch.setattr(batches, "BATCH_BYTES", 500)  # some twenty batches, so that workers overtake each other
     words = ("--input", corpus_lines("a.jsonl"), corpus_lines("b.jsonl", 33), *KEY)
     one = preprocess(sp_tokenizer, *words, out="one", workers=1)
@@ -157,9 +143,7 @@ def test_number_of_workers_changes_no_byte(
     assert Corpus(f"{one}_text_document").num_documents == 93
 
 
-def test_each_token_has_its_documents_bit(
-    unigram_tokenizer: Path, corpus_lines: Callable, preprocess: Callable, capsys: pytest.CaptureFixture
-) -> None:
+def test_each_token_has_its_documents_bit(unigram_tokenizer, corpus_lines, preprocess, capsys) -> None:
     lines = corpus_lines()
     prefix = preprocess(unigram_tokenizer, "--input", lines, *KEY, "--expanded-languages", "el,hu,fr")
     for key in ("text", "title"):
@@ -219,9 +203,7 @@ def test_bad_line_stops_the_job_with_its_number_or_is_skipped(
         (b'{"text": "a", "lang": "tr"}', ["--expanded-languages", "el,hu"], '"tr" .*--original-languages'),
     ],
 )
-def test_document_without_a_named_language_is_rejected(
-    line: bytes, flags: list[str], message: str, sp_tokenizer: Path, preprocess: Callable, tmp_path: Path
-) -> None:
+def test_document_without_a_named_language_is_rejected(line, flags, message, sp_tokenizer, preprocess, tmp_path):
     (tmp_path / "a.jsonl").write_bytes(GOOD + line + b"\n")
     flags = ["--language-key", "lang", "--original-languages", "en,zh", *flags]
     with pytest.raises(UserError, match=rf"a\.jsonl:2: .*{message}"):
@@ -239,9 +221,7 @@ def test_document_without_a_named_language_is_rejected(
         (GOOD, ["--validation-share", "1e-9"], "validation_text_document .*--validation-share"),
     ],
 )
-def test_useless_corpus_is_rejected(
-    content: bytes, flags: list[str], message: str, sp_tokenizer: Path, preprocess: Callable, tmp_path: Path
-) -> None:
+def test_useless_corpus_is_rejected(content, flags, message, sp_tokenizer, preprocess, tmp_path) -> None:
     (tmp_path / "a.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=message):
         preprocess(sp_tokenizer, "--input", tmp_path / "a.jsonl", *ONE, *flags)
@@ -285,9 +265,7 @@ def test_nul_characters_and_emoji_round_trip(hf_tokenizer: Path, write_lines, pr
     assert decoded == texts
 
 
-def test_malformed_lines_are_counted_and_all_listed(
-    hf_tokenizer: Path, preprocess, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_malformed_lines_are_counted_and_all_listed(hf_tokenizer, preprocess, tmp_path, capsys) -> None:
     lines = [b"malformed %d" % i if i % 50 == 0 else b'{"text": "a"}' for i in range(1000)]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     flags = (*ONE, "--on-error", "skip", "--max-bad-share", "0.02")
@@ -343,9 +321,7 @@ def test_manifest_describes_the_corpus(hf_tokenizer: Path, write_lines, preproce
     assert json.loads((tmp_path / "out/a_text_document.manifest.json").read_text())["format_version"] == 1
 
 
-def test_wrong_files_are_reported_before_any_work(
-    sp_tokenizer: Path, corpus_lines: Callable, preprocess: Callable, tmp_path: Path
-) -> None:
+def test_wrong_files_are_reported_before_any_work(sp_tokenizer, corpus_lines, preprocess, tmp_path) -> None:
     lines = corpus_lines()
     with pytest.raises(UserError, match=r"none\.jsonl .*No such file"):
         preprocess(sp_tokenizer, "--input", lines, tmp_path / "none.jsonl", *ONE)
@@ -367,9 +343,7 @@ def test_wrong_files_are_reported_before_any_work(
         preprocess(sp_tokenizer, "--input", lines, *ONE, out="a.jsonl/a")
 
 
-def test_append_eod_requires_such_a_token(
-    hf_tokenizer: Path, corpus_lines: Callable, preprocess: Callable, tmp_path: Path
-) -> None:
+def test_append_eod_requires_such_a_token(hf_tokenizer, corpus_lines, preprocess, tmp_path) -> None:
     (tmp_path / "tok").mkdir()
     (tmp_path / "tok" / "tokenizer.json").write_bytes((hf_tokenizer / "tokenizer.json").read_bytes())
     (tmp_path / "tok" / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
@@ -377,17 +351,13 @@ def test_append_eod_requires_such_a_token(
         preprocess(tmp_path / "tok", "--input", corpus_lines(), *ONE)
 
 
-def test_language_cannot_be_original_and_expanded(
-    sp_tokenizer: Path, corpus_lines: Callable, preprocess: Callable
-) -> None:
+def test_language_cannot_be_original_and_expanded(sp_tokenizer, corpus_lines, preprocess) -> None:
     flags = ("--language-key", "lang", "--original-languages", "en,el", "--expanded-languages", "el")
     with pytest.raises(UserError, match="el .*--original-languages and --expanded-languages"):
         preprocess(sp_tokenizer, "--input", corpus_lines(), *flags)
 
 
-def test_existing_corpus_is_replaced_only_with_overwrite(
-    sp_tokenizer: Path, corpus_lines: Callable, preprocess: Callable, corpus_bytes: Callable
-) -> None:
+def test_existing_corpus_is_replaced_only_with_overwrite(sp_tokenizer, corpus_lines, preprocess, corpus_bytes) -> None:
     lines = corpus_lines()
     prefix = f"{preprocess(sp_tokenizer, '--input', lines, '--language', 'original')}_text_document"
     before = corpus_bytes(prefix)
@@ -421,9 +391,7 @@ def test_full_disk_exits_with_code_1_and_leaves_nothing(
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_killed_worker_is_reported_and_leaves_nothing(
-    sp_tokenizer: Path, corpus_lines: Callable, preprocess: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_worker_is_reported_and_leaves_nothing(sp_tokenizer, corpus_lines, preprocess, tmp_path, monkeypatch):
     monkeypatch.setattr(encode.Encoder, "encode", lambda *_, **__: os.kill(os.getpid(), 9))
     with pytest.raises(UserError, match="killed.*--workers"):
         preprocess(sp_tokenizer, "--input", corpus_lines(), *ONE)

@@ -79,9 +79,7 @@ def test_documents_are_sampled_until_they_contain_enough_tokens(inputs: list[str
     assert all(ids[0] >= 120 for ids in found)
 
 
-def test_small_language_is_used_completely_with_a_note(
-    inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_small_language_is_used_completely_with_a_note(inputs, tmp_path, capsys) -> None:
     found = sample(tmp_path / "out", inputs, "--expanded-documents", "55")
     assert len(found) == 54
     lines = capsys.readouterr().out.splitlines()
@@ -138,9 +136,7 @@ def test_documents_of_both_groups_keep_their_bits(tmp_path: Path, capsys: pytest
         (["--expanded-documents", "1"], "en, es contain no matching documents"),
     ],
 )
-def test_contradicting_options_are_reported(
-    words: list[str], message: str, inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_contradicting_options_are_reported(words, message, inputs, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
         sample_data.main(["--input", "en", "es", "--output-prefix", "out", *words])

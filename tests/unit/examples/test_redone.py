@@ -48,9 +48,7 @@ def starts(monkeypatch: pytest.MonkeyPatch, main: Callable[[], None], *arguments
     main()
 
 
-def test_another_seed_of_the_demo_redoes_all_that_depends_on_it(
-    tmp_path: Path, started: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_seed_of_the_demo_redoes_all_that_depends_on_it(tmp_path, started, monkeypatch) -> None:
     starts(monkeypatch, demo.main, "--run", tmp_path)
     everything = [*started]
     starts(monkeypatch, demo.main, "--run", tmp_path)
@@ -64,9 +62,7 @@ def test_another_seed_of_the_demo_redoes_all_that_depends_on_it(
     assert started == everything[everything.index("upcycle") :]
 
 
-def test_a_changed_recipe_or_held_out_text_redoes_what_reads_it(
-    tmp_path: Path, started: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_changed_recipe_or_held_out_text_redoes_what_reads_it(tmp_path, started, monkeypatch) -> None:
     recipes = shutil.copytree(ROOT / "launch/recipes", tmp_path / "recipes")
     monkeypatch.setattr("examples.demo_tasks.RECIPES", recipes)
     run = tmp_path / "run"
@@ -85,9 +81,7 @@ def test_a_changed_recipe_or_held_out_text_redoes_what_reads_it(
     assert started == everything[everything.index("stage2") :]
 
 
-def test_another_base_of_the_demo_redoes_the_frontier(
-    tmp_path: Path, started: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_base_of_the_demo_redoes_the_frontier(tmp_path, started, monkeypatch) -> None:
     base, run = tmp_path / "demo", tmp_path / "run"
     (base / "logs").mkdir(parents=True)
     (base / "logs" / "export-base.json").write_text("{}")
@@ -108,9 +102,7 @@ def test_another_base_of_the_demo_redoes_the_frontier(
     assert sorted(started) == sorted(everything)  # two at a time
 
 
-def test_other_sources_redo_the_real_models_text_and_what_was_made_of_it(
-    tmp_path: Path, started: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_sources_redo_the_real_models_text_and_what_was_made_of_it(tmp_path, started, monkeypatch) -> None:
     sources = tmp_path / "sources.yaml"
     sources.write_text("")
     monkeypatch.setattr("examples.real_model.queue.SOURCES", sources)

@@ -14,7 +14,7 @@ from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.families.families import read_base
-from moelpr.families.moe_classes import MOE_CLASSES, MoeClass
+from moelpr.families.moe_classes import MOE_CLASSES
 from moelpr.families.new_experts import NewExperts
 from moelpr.process.errors import UserError
 from tests.support.hf_models import (
@@ -47,9 +47,7 @@ from tests.support.hf_models import (
         ("Qwen3ForCausalLM", {"head_dim": 8}, "granitemoe", "it cannot normalize queries and keys"),
     ],
 )
-def test_a_class_that_cannot_hold_a_model_is_refused(
-    make_model: Callable[..., Path], tmp_path: Path, architecture: str, changes: dict, moe_class: str, message: str
-) -> None:
+def test_a_class_that_cannot_hold_a_model_is_refused(make_model, tmp_path, architecture, changes, moe_class, message):
     hf_to_mcore(make_model(architecture, **changes), tmp_path / "megatron", NewExperts(1))
     with pytest.raises(UserError, match=f"megatron cannot be written as .*{message}"):
         mcore_to_hf(tmp_path / "megatron", tmp_path / "out", as_class=moe_class)
@@ -88,9 +86,7 @@ def granite(dense: Path, tmp_path: Path) -> Path:
 
 
 @both
-def test_a_granitemoe_export_has_the_tensors_of_the_checkpoint_and_of_its_base(
-    granite: Path, dense: Path, tmp_path: Path
-) -> None:
+def test_a_granitemoe_export_has_the_tensors_of_the_checkpoint_and_of_its_base(granite, dense, tmp_path) -> None:
     for a, b in ((granite, tmp_path / "megatron"), (tmp_path / "megatron", granite)):
         verdicts = list(compare(a, b))
         # In each layer: gate, up and down of 5 experts, and the router.
@@ -153,9 +149,7 @@ def test_few_parts_are_held_at_a_time(granite: Path, tmp_path: Path, held_bytes)
         ("logits_scaling", 6.0, "logits_scaling must be 1.0"),
     ],
 )
-def test_a_granitemoe_that_computes_something_else_is_rejected(
-    granite: Path, tmp_path: Path, key: str, value: object, message: str
-) -> None:
+def test_a_granitemoe_that_computes_something_else_is_rejected(granite, tmp_path, key, value, message) -> None:
     config = json.loads((granite / "config.json").read_text())
     (granite / "config.json").write_text(json.dumps(config | {key: value}))
     assert_import_fails(granite, tmp_path, message, NewExperts(1))
@@ -169,9 +163,7 @@ def test_a_bias_that_qwen2_lacks_is_rejected(qwen2: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("experts", "message"), [(4, r"lacks the tensor .*\[4,:48\]"), (6, "not in this size")])
-def test_a_stack_with_another_number_of_experts_is_rejected(
-    qwen2: Path, tmp_path: Path, experts: int, message: str
-) -> None:
+def test_a_stack_with_another_number_of_experts_is_rejected(qwen2, tmp_path, experts, message) -> None:
     hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(4))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", as_class="granitemoe")
 
@@ -184,9 +176,7 @@ def test_a_stack_with_another_number_of_experts_is_rejected(
 
 
 @pytest.mark.parametrize("moe_class", MOE_CLASSES.values(), ids=lambda moe_class: moe_class.name)
-def test_a_key_without_which_transformers_assumes_another_model_is_required(
-    moe_class: MoeClass, tmp_path: Path
-) -> None:
+def test_a_key_without_which_transformers_assumes_another_model_is_required(moe_class, tmp_path) -> None:
     config = CONFIG_MAPPING[moe_class.name]().to_dict() | {"architectures": [moe_class.architecture]}
     for required in ("num_experts_per_tok", *moe_class.required):
         left = {key: value for key, value in config.items() if key not in required.split(" or ")}

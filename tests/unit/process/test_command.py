@@ -257,9 +257,7 @@ run_command(main)
 
 @pytest.mark.parametrize("moment", ["at work", "at exit"])
 @pytest.mark.parametrize(("name", "code", "words"), [("SIGTERM", 143, ""), ("SIGINT", 1, "-c: error: interrupted\n")])
-def test_a_signal_in_a_destructor_or_at_exit_ends_the_command_without_a_traceback(
-    moment: str, name: str, code: int, words: str
-) -> None:
+def test_a_signal_in_a_destructor_or_at_exit_ends_the_command_without_a_traceback(moment, name, code, words) -> None:
     done = run_in_shell("exec $PROGRAM", SIGNALLED.format(name, moment))
     expected = (-signal.Signals[name], "") if moment == "at exit" else (code, words)
     assert (done.returncode, done.stderr) == expected and done.stdout == ""

@@ -46,9 +46,7 @@ def missed(results: LanguageResults) -> set[tuple[str, str]]:
         ("full_finetune", "en", 2.2, "better_than_full_finetune"),  # +10% against +0.5% is 9.5 points
     ],
 )
-def test_each_claim_fails_alone_if_its_number_misses(
-    results: LanguageResults, model: str, language: str, bits: float, broken: str
-) -> None:
+def test_each_claim_fails_alone_if_its_number_misses(results, model, language, bits, broken) -> None:
     assert missed(results) == set()
     results.bits[model][language] = Interval(bits)
     assert missed(results) == {(broken, language)}
@@ -58,9 +56,7 @@ def test_each_claim_fails_alone_if_its_number_misses(
     ("model", "language", "bits"),
     [("stage1", "el", 1.8999), ("stage2", "el", 1.9099), ("stage2", "zh", 2.0199), ("full_finetune", "en", 2.2101)],
 )
-def test_number_just_within_its_limit_is_shown(
-    results: LanguageResults, model: str, language: str, bits: float
-) -> None:
+def test_number_just_within_its_limit_is_shown(results, model, language, bits) -> None:
     results.bits[model][language] = Interval(bits)
     assert missed(results) == set()
 

@@ -15,9 +15,7 @@ from moelpr.report.runs import read_run
 from tests.support.run_folders import make_run
 
 
-def test_pipe_gets_one_line_per_record_until_the_run_is_finished(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_pipe_gets_one_line_per_record_until_the_run_is_finished(tmp_path, capsys) -> None:
     """Written in pieces, as on a slow disk."""
     folder = make_run(tmp_path / "run", "stage1", 5, languages={}, is_finished=False, train_iters=7)
 

@@ -1,7 +1,6 @@
 """The command line of reports."""
 
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -15,9 +14,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     main()
 
 
-def test_report_is_written_into_the_last_run_or_into_output(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_report_is_written_into_the_last_run_or_into_output(tmp_path, monkeypatch, capsys) -> None:
     runs = [make_run(tmp_path / name, name, 5) for name in ("stage1", "stage2")]
     facts = tmp_path / "facts.yaml"
     facts.write_text("Demo: {experts: 4}")
@@ -29,9 +26,7 @@ def test_report_is_written_into_the_last_run_or_into_output(
     assert "experts" in (tmp_path / "new/report.md").read_text()
 
 
-def test_live_shows_the_current_state_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_live_shows_the_current_state_once(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("COLUMNS", "200")  # the folder's name has any length
     call(monkeypatch, "live", make_run(tmp_path / "run", "stage1", 5), "--once")
     assert "5 of 5 (100%)" in capsys.readouterr().out
@@ -45,9 +40,7 @@ def test_bad_argument_is_named(monkeypatch: pytest.MonkeyPatch, arguments: tuple
         call(monkeypatch, *arguments)
 
 
-def test_help_shows_the_flags_of_the_default_command_and_live(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_help_shows_the_flags_of_the_default_command_and_live(monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit) as exit_:
         call(monkeypatch, "--help")
     shown = capsys.readouterr().out
@@ -55,9 +48,7 @@ def test_help_shows_the_flags_of_the_default_command_and_live(
 
 
 @pytest.mark.parametrize("command", [(), ("live",)])
-def test_folder_of_runs_is_answered_with_a_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
-) -> None:
+def test_folder_of_runs_is_answered_with_a_command(tmp_path, monkeypatch, command) -> None:
     for name in ("stage1", "stage2"):
         make_run(tmp_path / name, name, 5)
     with pytest.raises(UserError, match=f"python -m moelpr.report {tmp_path}/stage1 {tmp_path}/stage2`") as error:

@@ -73,9 +73,7 @@ def test_a_link_to_a_folder_stays_a_link(write: Callable[[Path], AbstractContext
 
 
 @pytest.mark.parametrize("write", [atomic_file, atomic_directory, partial])
-def test_an_output_folder_that_cannot_be_written_is_reported(
-    write: Callable[[Path], AbstractContextManager[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_output_folder_that_cannot_be_written_is_reported(write, tmp_path, monkeypatch) -> None:
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "b", tmp_path / ("a" * 300), Path("/proc/b")):
         with pytest.raises(UserError, match=f"can't write to the folder {folder} "), write(folder / "a"):
@@ -114,9 +112,7 @@ def test_a_lock_is_free_again_after_its_context(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_without_locks_on_the_file_system_nothing_is_held_and_nothing_remains(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
+def test_without_locks_on_the_file_system_nothing_is_held_and_nothing_remains(tmp_path, monkeypatch, number) -> None:
     def flock(file: int, how: int) -> None:
         raise OSError(number, os.strerror(number))
 
@@ -156,9 +152,7 @@ def test_a_killed_process_leaves_no_lock_even_if_a_process_it_has_forked_lives_o
 
 
 @pytest.mark.parametrize("write", [atomic_file, atomic_directory])
-def test_what_a_killed_process_has_left_is_removed_by_the_next_one(
-    write: Callable[[Path], AbstractContextManager[Path]], tmp_path: Path
-) -> None:
+def test_what_a_killed_process_has_left_is_removed_by_the_next_one(write, tmp_path) -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
     here = temporary_name(Path("a")).name.removesuffix(str(os.getpid()))  # ".a.tmp-MACHINE-"

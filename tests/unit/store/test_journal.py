@@ -56,9 +56,7 @@ def test_a_damaged_entry_is_a_user_error(tmp_path: Path, line: str) -> None:
         Journal(tmp_path, "a").entries(Part)
 
 
-def test_the_old_folder_is_whole_until_the_new_one_is_in_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_old_folder_is_whole_until_the_new_one_is_in_its_place(tmp_path, monkeypatch) -> None:
     """Killed while the old folder is removed: what has the name is the new one, and the next job removes the rest."""
     target = tmp_path / "out"
     target.mkdir()
@@ -128,9 +126,7 @@ def test_a_folder_that_another_process_is_writing_is_rejected(tmp_path: Path) ->
         assert (journal.folder / "part").exists()
 
 
-def test_a_folder_that_another_process_renames_meanwhile_is_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_another_process_renames_meanwhile_is_one_sentence(tmp_path, monkeypatch) -> None:
     (tmp_path / ".out.partial").mkdir()
     mkdir = os.mkdir
 

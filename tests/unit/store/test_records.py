@@ -77,9 +77,7 @@ def test_the_file_starts_with_its_version(tmp_path: Path) -> None:
         ({"scale": float("nan")}, "damaged"),
     ],
 )
-def test_a_wrong_field_is_named_with_the_file_and_the_remedy(
-    tmp_path: Path, changes: dict[str, object], named: str
-) -> None:
+def test_a_wrong_field_is_named_with_the_file_and_the_remedy(tmp_path, changes, named) -> None:
     PICTURE.write(tmp_path)
     path = tmp_path / Picture.FILE_NAME
     write(tmp_path, json.dumps(json.loads(path.read_text()) | changes))

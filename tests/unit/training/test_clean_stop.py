@@ -41,9 +41,7 @@ def settings(save: Path, last_step: int = 10, data_path: Sequence[str] = (), **s
         (None, {}, False),
     ],
 )
-def test_a_run_is_finished_once_its_last_step_is_saved(
-    tmp_path: Path, saved: str | None, changes: dict, finished: bool
-) -> None:
+def test_a_run_is_finished_once_its_last_step_is_saved(tmp_path, saved, changes, finished) -> None:
     if saved is not None:
         (tmp_path / "latest_checkpointed_iteration.txt").write_text(saved)
     assert clean_stop.is_finished(settings(tmp_path, **changes)) is finished
@@ -64,9 +62,7 @@ def test_a_finished_run_rejects_another_base_and_other_data_unless_its_own_have_
     assert clean_stop.is_finished(settings(tmp_path, data_path=["0.5", "b"]))
 
 
-def test_the_end_of_a_run_is_printed_and_recorded(
-    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_end_of_a_run_is_printed_and_recorded(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("RANK", "0")
     (tmp_path / "STOP").touch()
     tracker = tmp_path / "latest_checkpointed_iteration.txt"

@@ -42,9 +42,7 @@ def held_out(bits: float) -> dict:
     return {"en": {"group": "original", "lm_loss": bits, "bits_per_byte": bits}}
 
 
-def test_a_validation_pass_and_its_warning_reach_file_log_and_both_boards(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_validation_pass_and_its_warning_reach_file_log_and_both_boards(monkeypatch, tmp_path, capsys) -> None:
     log, board, wandb = make_log(monkeypatch, tmp_path)
     log.validation(0, held_out(2.0))
     log.step({"iteration": 1, "lm_loss": 3.0, "step_time_s": 1.0})
@@ -60,9 +58,7 @@ def test_a_validation_pass_and_its_warning_reach_file_log_and_both_boards(
     assert "moelpr: warning: stage1 step 1: the loss on held-out en +25.0%" in printed
 
 
-def test_weights_and_biases_gets_the_lpr_loss_and_routing_as_means_over_layers(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_weights_and_biases_gets_the_lpr_loss_and_routing_as_means_over_layers(monkeypatch, tmp_path) -> None:
     log, _, wandb = make_log(monkeypatch, tmp_path)
     step = {"iteration": 1, "lm_loss": 3.0, "step_time_s": 1.0}
     shares = {"original_first_share_original": [0.5, 1.0], "original_first_share_expanded": [None, None]}
@@ -73,9 +69,7 @@ def test_weights_and_biases_gets_the_lpr_loss_and_routing_as_means_over_layers(
     log.close()
 
 
-def test_a_resumed_run_keeps_earlier_records_and_repeats_no_warning(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_resumed_run_keeps_earlier_records_and_repeats_no_warning(monkeypatch, tmp_path) -> None:
     first, _, _ = make_log(monkeypatch, tmp_path)
     first.validation(0, held_out(2.0))
     for step in (1, 2, 3):
@@ -103,9 +97,7 @@ def test_a_malformed_line_is_named_and_left_out_but_no_other(tmp_path: Path, cap
     assert capsys.readouterr().err == f"moelpr: warning: {path}, line 2 is damaged and left out\n"
 
 
-def test_values_per_layer_reach_tensorboard_once_per_log_interval(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_values_per_layer_reach_tensorboard_once_per_log_interval(monkeypatch, tmp_path) -> None:
     log, board, _ = make_log(monkeypatch, tmp_path)
     run_log.get_args().log_interval = 2
     record = {"lm_loss": 3.0, "step_time_s": 1.0, "original_first_share_original": [0.5, None], "lpr_loss": 0.25}

@@ -30,9 +30,7 @@ def test_each_stage_requires_the_right_kind_of_checkpoint(upcycled: str, dense: 
         (["--use-rope-scaling"], "--use-rope-scaling True", "False"),
     ],
 )
-def test_a_flag_that_contradicts_the_model_is_rejected(
-    upcycled: str, problems, argv: list[str], given: str, expected: str
-) -> None:
+def test_a_flag_that_contradicts_the_model_is_rejected(upcycled, problems, argv, given, expected) -> None:
     (found,) = problems("stage1", upcycled, *argv)
     assert found.startswith(f"{given} contradicts the checkpoint {upcycled}")
     assert f"model_spec.json has {expected};" in found
@@ -82,9 +80,7 @@ def grown(make_checkpoint, moe_spec: ModelSpec) -> str:
 
 
 @pytest.mark.parametrize(("stage", "argv"), [("stage0", []), ("stage1", ["--train-new-embeddings"])])
-def test_rows_of_new_tokens_train_only_if_there_are_some(
-    upcycled: str, grown: str, problems, accepted, stage: str, argv: list[str]
-) -> None:
+def test_rows_of_new_tokens_train_only_if_there_are_some(upcycled, grown, problems, accepted, stage, argv) -> None:
     (found,) = problems(stage, upcycled, *argv)
     assert found.startswith((argv or ["--stage stage0"])[0]) and upcycled in found and "--extended-tokenizer" in found
     settings = accepted(stage, grown, *argv)
@@ -111,16 +107,12 @@ def test_only_stage_1_has_new_embeddings_as_an_option(grown: str, problems, stag
         ("stage1", ["--train-everything", "--train-new-embeddings"]),
     ],
 )
-def test_flags_that_the_stage_or_new_rows_would_ignore_are_rejected(
-    grown: str, problems, stage: str, argv: list[str]
-) -> None:
+def test_flags_that_the_stage_or_new_rows_would_ignore_are_rejected(grown, problems, stage, argv) -> None:
     (found,) = problems(stage, grown, *argv)
     assert argv[0] in found and argv[-1 if stage == "stage1" else 0] in found and "remove" in found
 
 
-def test_a_stage_1_that_leaves_new_rows_untrained_is_logged(
-    grown: str, make_checkpoint, moe_spec: ModelSpec, accepted, capsys
-) -> None:
+def test_a_stage_1_that_leaves_new_rows_untrained_is_logged(grown, make_checkpoint, moe_spec, accepted, capsys) -> None:
     accepted("stage1", grown)
     assert f"the rows of new tokens in {grown} are untrained" in capsys.readouterr().err
     accepted("stage1", grown, "--train-new-embeddings")
@@ -153,9 +145,7 @@ def test_stage_2_without_stage_1_is_logged_and_not_rejected(upcycled: str, make_
         ("--fim-data", "--fim-data is not tested with this trainer", "--allow-untested fim-data"),
     ],
 )
-def test_flags_that_would_change_the_method_or_be_ignored_are_rejected(
-    upcycled: str, problems, argv: str, start: str, fix: str
-) -> None:
+def test_flags_that_would_change_the_method_or_be_ignored_are_rejected(upcycled, problems, argv, start, fix) -> None:
     (found,) = problems("stage1", upcycled, *argv.split())
     assert found.startswith(start) and fix in found
 
@@ -167,9 +157,7 @@ def test_no_flag_that_contradicts_the_method_can_be_allowed(upcycled: str, probl
     assert len(found) == 4 and all("is not supported: " in line for line in found)
 
 
-def test_an_untested_flag_is_accepted_on_request_with_a_warning(
-    upcycled: str, accepted, problems, capsys, tmp_path: Path
-) -> None:
+def test_an_untested_flag_is_accepted_on_request_with_a_warning(upcycled, accepted, problems, capsys, tmp_path) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("no-log-loss-scale-to-tensorboard: true\nallow-untested: [no-log-loss-scale-to-tensorboard]\n")
     argv = ["--recipe", str(recipe), "--empty-unused-memory-level", "1"]
@@ -214,9 +202,7 @@ def test_both_losses_can_be_combined(upcycled: str, accepted) -> None:
         ["--log-max-attention-logit"],
     ],
 )
-def test_flags_that_need_transformer_engine_are_rejected_without_it(
-    upcycled: str, problems, monkeypatch: pytest.MonkeyPatch, flags: list[str]
-) -> None:
+def test_flags_that_need_transformer_engine_are_rejected_without_it(upcycled, problems, monkeypatch, flags) -> None:
     from moelpr.arguments import kernels
 
     monkeypatch.setattr(kernels, "is_installed", lambda module: False)

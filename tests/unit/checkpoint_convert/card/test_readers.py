@@ -188,9 +188,7 @@ def vllm_model(folder: Path, rendezvous: Path) -> Iterator[torch.nn.Module]:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-def test_vllm_loads_every_weight_where_it_belongs(
-    export: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_vllm_loads_every_weight_where_it_belongs(export, name, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("VLLM_TARGET_DEVICE", "cpu")
     tensors = tensors_of(export)
     with vllm_model(export, tmp_path / "rendezvous") as model:

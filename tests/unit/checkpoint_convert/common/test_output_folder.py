@@ -25,9 +25,7 @@ from moelpr.model_spec import ModelSpec
 from moelpr.process.errors import UserError
 from moelpr.store.files import LOCK_FILE, locked
 from moelpr.store.journal import JOURNAL_FILE
-from tests.support.hf_models import (
-    files_of,
-)
+from tests.support.hf_models import files_of
 
 Convert = Callable[[Path], object]
 
@@ -71,9 +69,7 @@ def interrupted_after(num_reads: int) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("direction", ["import", "export", "base and delta", "adapter", "graft"])
-def test_an_interrupted_conversion_resumes_to_the_same_bytes(
-    conversions: dict[str, Convert], tmp_path: Path, direction: str
-) -> None:
+def test_an_interrupted_conversion_resumes_to_the_same_bytes(conversions, tmp_path, direction) -> None:
     convert = conversions[direction]
     convert(tmp_path / "unbroken")
     partial = tmp_path / ".broken.partial"
@@ -93,9 +89,7 @@ def test_an_interrupted_conversion_resumes_to_the_same_bytes(
 
 
 @pytest.mark.parametrize("direction", ["import", "export"])
-def test_a_conversion_resumes_on_a_disk_with_room_for_what_is_missing(
-    conversions: dict[str, Convert], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direction: str
-) -> None:
+def test_a_conversion_resumes_on_a_disk_with_room_for_what_is_missing(conversions, tmp_path, monkeypatch, direction):
     conversions[direction](tmp_path / "unbroken")
     whole = sum(path.stat().st_size for path in tmp_path.glob("unbroken/**/*.*") if path.suffix in WEIGHTS)
     with interrupted_after(30), pytest.raises(KeyboardInterrupt):
@@ -138,9 +132,7 @@ def test_two_conversions_into_one_folder_do_not_mix(conversions: dict[str, Conve
     conversions["import"](tmp_path / "out")
 
 
-def test_an_output_that_another_job_has_just_finished_is_not_replaced(
-    conversions: dict[str, Convert], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_output_that_another_job_has_just_finished_is_not_replaced(conversions, tmp_path, monkeypatch) -> None:
     disk_usage = shutil.disk_usage
 
     def finish_another_job(folder: Path) -> object:  # after the first check of the output

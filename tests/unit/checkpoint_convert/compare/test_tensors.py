@@ -15,10 +15,7 @@ from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.families.new_experts import NewExperts
 from moelpr.process.errors import UserError
-from tests.support.hf_models import (
-    copy_of,
-    tensors_of,
-)
+from tests.support.hf_models import copy_of, tensors_of
 
 
 def test_a_difference_in_any_chunk_of_a_tensor_is_found(export: Path, monkeypatch) -> None:
@@ -45,9 +42,7 @@ def test_two_tensors_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_pat
         assert 0 < held_bytes.take_peak() <= 3 * largest
 
 
-def test_every_pair_of_readers_agrees_on_the_upcycled_model(
-    qwen2: Path, export: Path, text: Path, tmp_path: Path, megatron: None
-) -> None:
+def test_every_pair_of_readers_agrees_on_the_upcycled_model(qwen2, export, text, tmp_path, megatron) -> None:
     hf_to_mcore(qwen2, tmp_path / "dense", None)
     for other in (qwen2, export, tmp_path / "dense"):
         (verdict,) = compare_on_text(tmp_path / "megatron", other, [text], sequence_length=32)
@@ -71,9 +66,7 @@ def test_the_numbers_are_those_of_both_models_run_together(qwen2: Path, export: 
     assert verdict.num_same_choice == int((a.argmax(-1) == b.argmax(-1)).sum()) < 72
 
 
-def test_one_model_is_in_memory_at_a_time(
-    qwen2: Path, export: Path, text: Path, tmp_path: Path, monkeypatch, megatron: None
-) -> None:
+def test_one_model_is_in_memory_at_a_time(qwen2, export, text, tmp_path, monkeypatch, megatron) -> None:
     from moelpr.evaluate import models
     from moelpr.model import loading
 

@@ -17,13 +17,7 @@ from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.checkpoints.torch_dist import TorchDistReader
 from moelpr.families.new_experts import NewExperts
 from moelpr.process.errors import UserError
-from tests.support.hf_models import (
-    TOKENS,
-    assert_same,
-    load_stock,
-    stock_logits,
-    tensors_of,
-)
+from tests.support.hf_models import TOKENS, assert_same, load_stock, stock_logits, tensors_of
 
 
 def megatron_tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -33,9 +27,7 @@ def megatron_tensors_of(folder: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_dense_model_returns_bitwise_identical(
-    make_qwen2: Callable[..., Path], tmp_path: Path, tied: bool, dtype: torch.dtype
-) -> None:
+def test_a_dense_model_returns_bitwise_identical(make_qwen2, tmp_path, tied, dtype) -> None:
     source = make_qwen2(dtype, tie_word_embeddings=tied)
     spec = hf_to_mcore(source, tmp_path / "megatron", None)
     assert spec.dtype == str(dtype).removeprefix("torch.")
@@ -102,9 +94,7 @@ def test_numbers_that_float16_does_not_have_are_reported(make_qwen2: Callable[..
         mcore_to_hf(tmp_path / "wide", tmp_path / "delta", dtype="float16", as_delta=True)
 
 
-def test_a_whole_checkpoint_does_not_replace_the_base_checkpoint_it_is_made_of(
-    make_qwen2: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_whole_checkpoint_does_not_replace_the_base_checkpoint_it_is_made_of(make_qwen2, tmp_path) -> None:
     hf_to_mcore(make_qwen2(), tmp_path / "c1", NewExperts(2))
     shutil.copytree(tmp_path / "c1", tmp_path / "c2")
     with pytest.MonkeyPatch.context() as patch:

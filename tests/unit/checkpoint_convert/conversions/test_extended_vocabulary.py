@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,9 +52,7 @@ def varied(extended: Path, vocab: int = 60) -> VocabularyExtension:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_new_rows_are_means_and_old_rows_keep_their_bits(
-    make_qwen2: Callable[..., Path], tmp_path: Path, tied: bool, dtype: str
-) -> None:
+def test_new_rows_are_means_and_old_rows_keep_their_bits(make_qwen2, tmp_path, tied, dtype) -> None:
     model = make_qwen2(torch.bfloat16, tokenizer=True, tie_word_embeddings=tied)
     extension = varied(extend_tokenizer(model, tmp_path / "extended", 45))
     spec = hf_to_mcore(model, tmp_path / "out", NewExperts(4), dtype=dtype, extended_tokenizer=tmp_path / "extended")
@@ -81,9 +78,7 @@ def test_new_tokens_that_fit_into_spare_rows_add_none(qwen2: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("experts", [None, NewExperts(4)], ids=["dense", "upcycled"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_text_without_new_tokens_gets_the_same_logits_bit_for_bit(
-    make_qwen2: Callable[..., Path], tmp_path: Path, tied: bool, experts: NewExperts | None
-) -> None:
+def test_text_without_new_tokens_gets_the_same_logits_bit_for_bit(make_qwen2, tmp_path, tied, experts) -> None:
     model = make_qwen2(tokenizer=True, tie_word_embeddings=tied)
     extended = extend_tokenizer(model, tmp_path / "extended", 45)
     hf_to_mcore(model, tmp_path / "old", experts)
@@ -107,9 +102,7 @@ def test_the_checkpoint_and_its_export_have_the_extended_tokenizer(qwen2: Path, 
         assert AutoTokenizer.from_pretrained(folder)("abb")["input_ids"] == [1, 60]
 
 
-def test_a_model_keeps_its_chat_template_if_the_extended_tokenizer_has_none(
-    qwen2: Path, extended: Path, tmp_path: Path
-) -> None:
+def test_a_model_keeps_its_chat_template_if_the_extended_tokenizer_has_none(qwen2, extended, tmp_path) -> None:
     (extended / "chat_template.jinja").unlink()
     hf_to_mcore(qwen2, tmp_path / "out", NewExperts(4), extended_tokenizer=extended)
     assert (tmp_path / "out/hf/chat_template.jinja").read_text() == (qwen2 / "chat_template.jinja").read_text()
@@ -129,9 +122,7 @@ def test_in_the_next_round_the_tokens_of_the_last_one_are_old(qwen2: Path, exten
     torch.testing.assert_close(MegatronReader(tmp_path / "third").read(EMBEDDING)[105], (b + last) / 2)
 
 
-def test_an_interrupted_conversion_does_not_resume_with_another_extension(
-    qwen2: Path, extended: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_conversion_does_not_resume_with_another_extension(qwen2, extended, tmp_path, monkeypatch):
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr("checkpoint_convert.conversions.upcycled_checkpoint.copy_companions", interrupt)
         hf_to_mcore(qwen2, tmp_path / "out", NewExperts(4), extended_tokenizer=extended)
@@ -181,9 +172,7 @@ def no_tokenizer(extended: Path) -> None:
         (no_tokenizer, "the tokenizer in .*extended cannot be opened"),
     ],
 )
-def test_a_tokenizer_that_does_not_extend_the_models_is_rejected(
-    qwen2: Path, extended: Path, tmp_path: Path, change: Callable[[Path], None], message: str
-) -> None:
+def test_a_tokenizer_that_does_not_extend_the_models_is_rejected(qwen2, extended, tmp_path, change, message) -> None:
     change(extended)
     assert_import_fails(qwen2, tmp_path, message, extended_tokenizer=extended)
 

@@ -99,9 +99,7 @@ class PublishedLayer(torch.nn.Module):
 
 
 @pytest.mark.parametrize("topk", [2, 3])
-def test_the_model_computes_what_the_published_code_does(
-    qwen2: Path, write_adapter: Callable[..., Path], tmp_path: Path, topk: int
-) -> None:
+def test_the_model_computes_what_the_published_code_does(qwen2, write_adapter, tmp_path, topk) -> None:
     from transformers import AutoModelForCausalLM
 
     spec = adapter_to_mcore(write_adapter(topk=topk), qwen2, tmp_path / "megatron")
@@ -119,18 +117,14 @@ def test_the_model_computes_what_the_published_code_does(
     assert (a - dense).abs().max() > 1e-2
 
 
-def test_everything_but_routers_and_new_experts_is_the_base(
-    qwen2: Path, write_adapter: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_everything_but_routers_and_new_experts_is_the_base(qwen2, write_adapter, tmp_path) -> None:
     adapter_to_mcore(write_adapter(), qwen2, tmp_path / "megatron")
     assert largest_difference(compare_frozen(qwen2, tmp_path / "megatron")) == 0.0
     assert (tmp_path / "megatron" / "hf" / "tokenizer.json").is_file()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_adapter_to_ours_to_adapter_has_the_same_tensors(
-    make_qwen2: Callable[..., Path], write_adapter: Callable[..., Path], tmp_path: Path, dtype: torch.dtype
-) -> None:
+def test_adapter_to_ours_to_adapter_has_the_same_tensors(make_qwen2, write_adapter, tmp_path, dtype) -> None:
     adapter = write_adapter(random_tensors(dtype), lpr_loss_coef=None)
     adapter_to_mcore(adapter, make_qwen2(dtype), tmp_path / "megatron")
     mcore_to_adapter(tmp_path / "megatron", tmp_path / "again", "Qwen/Qwen1.5-1.8B")
@@ -181,9 +175,7 @@ def test_few_tensors_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_pat
     assert 0 < held_bytes.take_peak() <= 3 * largest
 
 
-def test_names_that_include_the_adapters_name_are_read(
-    qwen2: Path, write_adapter: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_names_that_include_the_adapters_name_are_read(qwen2, write_adapter, tmp_path) -> None:
     """As in the published code's memory: moe_experts.default.{j}, moe_router_embedding.default."""
     adapter_to_mcore(write_adapter(), qwen2, tmp_path / "plain")
     named = {re.sub(r"(moe_[a-z_]+)\.", r"\1.default.", name): tensor for name, tensor in random_tensors().items()}
@@ -193,9 +185,7 @@ def test_names_that_include_the_adapters_name_are_read(
     assert largest_difference(compare(tmp_path / "plain", tmp_path / "named")) == 0.0
 
 
-def test_an_adapter_with_all_parameters_replaces_the_base(
-    qwen2: Path, write_adapter: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_an_adapter_with_all_parameters_replaces_the_base(qwen2, write_adapter, tmp_path) -> None:
     """Under save_all_params the published code trains and saves all parameters; the base's are then the adapter's."""
     all_params = {name.replace("experts.", "experts.default."): t for name, t in random_tensors().items()}
     for file in qwen2.glob("*.safetensors"):
@@ -213,9 +203,7 @@ def test_an_adapter_with_all_parameters_replaces_the_base(
         mcore_to_adapter(tmp_path / "megatron", tmp_path / "again", "base")
 
 
-def test_an_adapter_with_all_parameters_of_the_base_can_be_written_again(
-    qwen2: Path, write_adapter: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_an_adapter_with_all_parameters_of_the_base_can_be_written_again(qwen2, write_adapter, tmp_path) -> None:
     all_params = random_tensors()
     for file in qwen2.glob("*.safetensors"):
         for name, tensor in load_file(file).items():
@@ -228,18 +216,14 @@ def test_an_adapter_with_all_parameters_of_the_base_can_be_written_again(
     assert all(torch.equal(written[name], tensor) for name, tensor in random_tensors().items())
 
 
-def test_the_dtype_of_the_base_is_that_of_its_weights_not_of_its_config(
-    source: Path, write_adapter: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_the_dtype_of_the_base_is_that_of_its_weights_not_of_its_config(source, write_adapter, tmp_path) -> None:
     config = json.loads((source / "config.json").read_text()) | {"dtype": "bfloat16"}
     (source / "config.json").write_text(json.dumps(config))
     adapter_to_mcore(write_adapter(), source, tmp_path / "megatron", dtype="bfloat16")
     assert json.loads((tmp_path / "megatron" / "hf" / "config.json").read_text())["dtype"] == "float32"
 
 
-def test_mixed_dtypes_require_a_choice(
-    make_qwen2: Callable[..., Path], write_adapter: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_mixed_dtypes_require_a_choice(make_qwen2, write_adapter, tmp_path) -> None:
     """Adapters trained without mixed precision are fp32 on a bf16 base."""
     base = make_qwen2(torch.bfloat16)
     with pytest.raises(UserError, match=r"bfloat16 \(.*\) and float32 \(.*adapter\).*--dtype"):
@@ -264,11 +248,7 @@ ROUTER, EXPERT = f"{PREFIX}.3.mlp.moe_router_embedding.weight", f"{PREFIX}.1.mlp
         (without(EXPERT), {}, EXPERT),
         (random_tensors() | {EXPERT: torch.zeros(HIDDEN, FFN - 1)}, {}, r"\[32, 47\].*\[32, 48\]"),
         (random_tensors() | {EXPERT.replace(".2.", ".3."): torch.zeros(1)}, {}, "experts.3.*adapter_config.json"),
-        (
-            random_tensors() | {EXPERT.replace("experts.", "experts.default."): torch.zeros(1)},
-            {},
-            "experts.default.2",
-        ),
+        (random_tensors() | {EXPERT.replace("experts.", "experts.default."): torch.zeros(1)}, {}, "experts.default.2"),
         (random_tensors() | {EXPERT: torch.zeros(HIDDEN, FFN, dtype=torch.int8)}, {}, "I8"),
         (None, {"num_experts": 3}, r"router_embedding.weight.*\[4, 32\].*\[3, 32\]"),
         (None, {"num_experts": 5}, r"router_embedding.weight.*\[4, 32\].*\[5, 32\]"),
@@ -282,18 +262,14 @@ ROUTER, EXPERT = f"{PREFIX}.3.mlp.moe_router_embedding.weight", f"{PREFIX}.1.mlp
         (None, {"peft_type": "LORA"}, "peft_type .*'MOE'.*'LORA'"),
     ],
 )
-def test_an_adapter_that_does_not_fit_is_rejected(
-    qwen2: Path, write_adapter: Callable[..., Path], tmp_path: Path, tensors, changes: dict, message: str
-) -> None:
+def test_an_adapter_that_does_not_fit_is_rejected(qwen2, write_adapter, tmp_path, tensors, changes, message) -> None:
     with pytest.raises(UserError, match=message) as caught:
         adapter_to_mcore(write_adapter(tensors, **changes), qwen2, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
 
-def test_a_folder_that_is_not_an_adapter_is_rejected(
-    qwen2: Path, write_adapter: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_folder_that_is_not_an_adapter_is_rejected(qwen2, write_adapter, tmp_path) -> None:
     adapter = write_adapter()
     with pytest.raises(UserError, match="adapter.*--save"):
         adapter_to_mcore(adapter, qwen2, adapter / "out", overwrite=True)
@@ -313,9 +289,7 @@ def test_a_folder_that_is_not_an_adapter_is_rejected(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_suggested_conversion_of_pickled_weights_works(
-    qwen2: Path, write_adapter: Callable[..., Path], tmp_path: Path, monkeypatch
-) -> None:
+def test_the_suggested_conversion_of_pickled_weights_works(qwen2, write_adapter, tmp_path, monkeypatch) -> None:
     adapter = write_adapter()
     torch.save(random_tensors(), adapter / "adapter_model.bin")
     (adapter / "adapter_model.safetensors").unlink()
@@ -329,9 +303,7 @@ def test_the_suggested_conversion_of_pickled_weights_works(
     adapter_to_mcore(adapter, qwen2, tmp_path / "out")
 
 
-def test_a_base_that_does_not_fit_is_rejected(
-    qwen2: Path, make_model: Callable[..., Path], write_adapter: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_base_that_does_not_fit_is_rejected(qwen2, make_model, write_adapter, tmp_path) -> None:
     with pytest.raises(UserError, match="MixtralForCausalLM.*2 of 4 layers"):
         adapter_to_mcore(write_adapter(), make_model("LlamaForCausalLM"), tmp_path / "out")
     hf_to_mcore(qwen2, tmp_path / "ours", NewExperts(4))

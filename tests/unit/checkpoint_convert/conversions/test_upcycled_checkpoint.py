@@ -164,13 +164,10 @@ def test_routers_are_xavier_normal_and_depend_on_the_seed_only(qwen2: Path, tmp_
 
 
 @pytest.mark.parametrize(
-    ("layers", "expected"),
-    [({}, (0, 1, 2, 3)), ({"moe_layers": [2, 0]}, (0, 2)), ({"moe_every_k_layers": 2}, (1, 3))],
+    ("layers", "expected"), [({}, (0, 1, 2, 3)), ({"moe_layers": [2, 0]}, (0, 2)), ({"moe_every_k_layers": 2}, (1, 3))]
 )
 @pytest.mark.parametrize("tied", [False, True])
-def test_upcycled_model_in_stock_transformers_equals_the_dense_one(
-    make_qwen2: Callable[..., Path], tmp_path: Path, layers: dict, expected: tuple[int, ...], tied: bool
-) -> None:
+def test_upcycled_model_in_stock_transformers_equals_the_dense_one(make_qwen2, tmp_path, layers, expected, tied):
     source = make_qwen2(tie_word_embeddings=tied)
     spec = hf_to_mcore(source, tmp_path / "megatron", NewExperts(4, topk=2, **layers))
     assert spec.moe == MoeSpec(4, 2, expected)
@@ -235,9 +232,7 @@ def edit_routers(folder: Path, change: Callable[[Tensor], object]) -> None:
     (folder / "checksums.json").unlink(missing_ok=True)  # changed on purpose
 
 
-def test_all_earlier_experts_are_original_and_new_ones_are_copies_of_expert_0(
-    first_round: Path, tmp_path: Path
-) -> None:
+def test_all_earlier_experts_are_original_and_new_ones_are_copies_of_expert_0(first_round, tmp_path) -> None:
     spec = hf_to_mcore(first_round, tmp_path / "second", NewExperts(4))
     assert spec.moe == MoeSpec(4, 2, (0, 1, 2, 3), num_original_experts=3)
     mcore_to_hf(tmp_path / "second", tmp_path / "second-hf")
@@ -325,9 +320,7 @@ def test_layers_without_experts_stay_without(make_model: Callable[..., Path], tm
 # --- copies of the dense FFN
 
 
-def test_a_checkpoint_holds_the_ffn_once_and_an_export_has_it_in_every_place(
-    make_model: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_checkpoint_holds_the_ffn_once_and_an_export_has_it_in_every_place(make_model, tmp_path) -> None:
     """Experts 0 and 1 of the export equal the dense FFN, each with its own router row."""
     dense = make_model("Qwen2ForCausalLM")
     spec = hf_to_mcore(dense, tmp_path / "one", NewExperts(4), start=Start(noise=0.5))
@@ -391,9 +384,7 @@ def test_an_upcycled_model_without_training_is_not_dense(make_model: Callable[..
 @pytest.mark.parametrize(
     ("copies", "topk", "named"), [(3, 2, "got 3 and 2"), (0, 2, "at least 1"), (-1, 2, "at least 1"), (4, 3, "4 and 3")]
 )
-def test_invalid_numbers_of_copies_are_rejected(
-    make_model: Callable[..., Path], tmp_path: Path, copies: int, topk: int, named: str
-) -> None:
+def test_invalid_numbers_of_copies_are_rejected(make_model, tmp_path, copies, topk, named) -> None:
     with pytest.raises(UserError, match=f"--original-copies.*{named}"):
         hf_to_mcore(make_model("LlamaForCausalLM"), tmp_path / "out", NewExperts(4, topk=topk, original_copies=copies))
     assert not (tmp_path / "out").exists()

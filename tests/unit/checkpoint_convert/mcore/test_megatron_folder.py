@@ -22,10 +22,7 @@ from moelpr.families.new_experts import NewExperts
 from moelpr.families.tables import megatron_shape, pieces
 from moelpr.model_spec import ModelSpec
 from moelpr.process.errors import UserError
-from tests.support.hf_models import (
-    RunsCode,
-    assert_nothing_left,
-)
+from tests.support.hf_models import RunsCode, assert_nothing_left
 
 
 def test_torchs_loader_reads_every_tensor(qwen2: Path, tmp_path: Path) -> None:
@@ -39,9 +36,7 @@ def test_torchs_loader_reads_every_tensor(qwen2: Path, tmp_path: Path) -> None:
         assert torch.equal(tensor, reader.read(key)), key
 
 
-def test_megatron_loads_experts_in_expert_and_tensor_parallel_shards(
-    megatron: None, qwen2: Path, tmp_path: Path
-) -> None:
+def test_megatron_loads_experts_in_expert_and_tensor_parallel_shards(megatron, qwen2, tmp_path) -> None:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import ShardedTensor
 
@@ -161,9 +156,7 @@ def test_megatrons_dense_model_loads_strictly_with_a_padded_vocabulary_and_comes
     assert largest_difference(compare(source, tmp_path / "hf")) == 0.0
 
 
-def test_megatrons_dense_model_computes_hfs_logits(
-    megatron: None, make_qwen2: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_megatrons_dense_model_computes_hfs_logits(megatron, make_qwen2, tmp_path) -> None:
     from megatron.core import dist_checkpointing
     from transformers import AutoModelForCausalLM
 
@@ -182,9 +175,7 @@ def test_megatrons_dense_model_computes_hfs_logits(
     assert (ours - theirs).abs().max() <= 1e-5
 
 
-def test_experts_saved_in_expert_parallel_shards_are_exported(
-    qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_experts_saved_in_expert_parallel_shards_are_exported(qwen2, tmp_path, monkeypatch) -> None:
     """A trainer's checkpoint: experts in shards, and optimizer state and Megatron's arguments next to the weights."""
     spec = hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(4), start=Start("random"))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "expected")

@@ -97,9 +97,7 @@ def test_changed_manifest_is_reported_or_valid(whole: Path, copy: Callable[..., 
 
 @settings(deadline=5000, max_examples=100)
 @given(data=st.data())
-def test_training_reads_a_changed_corpus_or_rejects_it(
-    whole: Path, copy: Callable[..., Path], data: st.DataObject
-) -> None:
+def test_training_reads_a_changed_corpus_or_rejects_it(whole, copy, data) -> None:
     name = data.draw(st.sampled_from(FILES[:3]))
     prefix = copy(name, data.draw(mutated(Path(f"{whole}.{name}").read_bytes())))
     config = GPTDatasetConfig(

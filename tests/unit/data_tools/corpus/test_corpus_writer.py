@@ -31,9 +31,7 @@ def as_documents(batch: list[list[tuple[bool, int]]], dtype: np.dtype) -> Docume
 
 @settings(deadline=None, max_examples=40)
 @given(batches=st.lists(DOCUMENTS, min_size=1, max_size=4), vocab_size=st.sampled_from([300, 100_000]))
-def test_any_documents_become_megatrons_bytes_and_their_bits(
-    batches: list[list[list[tuple[bool, int]]]], vocab_size: int, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_any_documents_become_megatrons_bytes_and_their_bits(batches, vocab_size, tmp_path_factory) -> None:
     folder = tmp_path_factory.mktemp("writer")
     dtype = token_dtype(vocab_size)
     builder = IndexedDatasetBuilder(str(folder / "theirs.bin"), dtype=DType.optimal_dtype(vocab_size))
@@ -133,9 +131,7 @@ def test_a_corpus_that_another_writer_has_just_finished_is_not_replaced(tmp_path
         ("a.txt/b", r"can't write to the folder a\.txt \("),
     ],
 )
-def test_output_names_that_are_impossible_are_reported(
-    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_output_names_that_are_impossible_are_reported(name, message, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a.txt").touch()
     with pytest.raises(UserError, match=message):

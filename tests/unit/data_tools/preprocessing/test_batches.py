@@ -24,9 +24,7 @@ from tests.support.packed_files import parquet_table, zstd
 FLAGS = ("--language-key", "lang", "--original-languages", "en,es,zh", "--append-eod")
 
 
-def test_empty_file_is_ignored_with_a_note(
-    rows, expected, preprocess, hf_tokenizer, corpus_bytes, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_empty_file_is_ignored_with_a_note(rows, expected, preprocess, hf_tokenizer, corpus_bytes, tmp_path, capsys):
     (tmp_path / "empty.jsonl.gz").touch()
     prefix = preprocess(hf_tokenizer, "--input", tmp_path / "empty.jsonl.gz", tmp_path / "plain.jsonl", *FLAGS)
     assert corpus_bytes(f"{prefix}_text_document") == expected
@@ -75,9 +73,7 @@ def test_a_table_with_two_columns_of_a_name_is_rejected(preprocess, hf_tokenizer
 
 
 @pytest.mark.parametrize("kept", [1000, 999])
-def test_a_file_that_becomes_shorter_while_it_is_read_ends_the_job(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int
-) -> None:
+def test_a_file_that_becomes_shorter_while_it_is_read_ends_the_job(tmp_path, monkeypatch, kept) -> None:
     """Lines of 10 bytes; it was read in a loop without an end."""
     monkeypatch.setattr("data_tools.preprocessing.batches.BATCH_BYTES", 500)
     path = tmp_path / "a.jsonl"
@@ -162,9 +158,7 @@ class Counted:
         return getattr(self.file, name)
 
 
-def test_bad_line_of_an_archive_is_reported_by_number(
-    rows, expected, preprocess, hf_tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_line_of_an_archive_is_reported_by_number(rows, expected, preprocess, hf_tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(batches, "BATCH_BYTES", 500)
     lines = (tmp_path / "plain.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "a.gz").write_bytes(gzip.compress(b"".join([*lines[:40], b"\n", b"oops\n", *lines[40:]])))

@@ -119,9 +119,7 @@ class _Sometimes(float):
         return next(self.answers, False)
 
 
-def test_job_killed_while_renaming_its_files_is_completed(
-    input_files, preprocess, hf_tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_job_killed_while_renaming_its_files_is_completed(input_files, preprocess, hf_tokenizer, tmp_path, monkeypatch):
     words = ("--input", *input_files, *FLAGS)
     whole = everything(preprocess(hf_tokenizer, *words, out="whole/a"))
     replace = os.replace
@@ -152,9 +150,7 @@ def test_job_killed_while_renaming_its_files_is_completed(
     assert renames > 14
 
 
-def test_job_killed_after_renaming_its_files_is_complete(
-    input_files, preprocess, hf_tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_job_killed_after_renaming_its_files_is_complete(input_files, preprocess, hf_tokenizer, monkeypatch) -> None:
     words = ("--input", *input_files, *FLAGS, "--resume")
     with monkeypatch.context() as patched:
         patched.setattr(job.Job, "__exit__", lambda self, *_: self._lock.close())
@@ -266,9 +262,7 @@ def test_damaged_state_is_reported(input_files, preprocess, hf_tokenizer, tmp_pa
         preprocess(hf_tokenizer, "--input", *input_files, *FLAGS, "--resume")
 
 
-def test_a_job_of_an_earlier_version_starts_from_scratch(
-    input_files, preprocess, hf_tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_job_of_an_earlier_version_starts_from_scratch(input_files, preprocess, hf_tokenizer, tmp_path, capsys):
     folder = tmp_path / "out" / ".a.unfinished"
     folder.mkdir(parents=True)
     (folder / "state.json").write_text("{}")
@@ -276,9 +270,7 @@ def test_a_job_of_an_earlier_version_starts_from_scratch(
     assert "an earlier version wrote" in capsys.readouterr().err and not folder.exists()
 
 
-def test_every_flag_that_changes_the_bytes_must_be_the_same_to_resume(
-    input_files, hf_tokenizer: Path, tmp_path: Path
-) -> None:
+def test_every_flag_that_changes_the_bytes_must_be_the_same_to_resume(input_files, hf_tokenizer, tmp_path) -> None:
     """A flag that is new must be added to the settings, or here."""
     speed_or_output = {"debug", "workers", "log_interval", "overwrite", "resume", "max_bad_share", "tokenizer_backend"}
     by_content = {"input", "dataset_info", "dataset_dir", "tokenizer_type", "tokenizer_model", "eod_token"}

@@ -45,9 +45,7 @@ def change(registry: Path, name: str, **words: Any) -> None:
     registry.write_text(json.dumps(entries))
 
 
-def test_a_job_is_not_resumed_with_another_language_of_a_dataset(
-    registry: Path, preprocess, hf_tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_job_is_not_resumed_with_another_language_of_a_dataset(registry, preprocess, hf_tokenizer, monkeypatch):
     """Otherwise the first part of a corpus would have one bit, and the rest the other."""
     monkeypatch.setattr(job, "SAVE_EVERY_S", 0)
     monkeypatch.setattr(batches, "BATCH_BYTES", 200)
@@ -88,9 +86,7 @@ def test_datasets_are_read_in_order_with_their_languages_and_keys(registry: Path
     ]
 
 
-def test_files_may_be_in_another_folder_than_the_registry(
-    registry: Path, preprocess, hf_tokenizer, tmp_path: Path
-) -> None:
+def test_files_may_be_in_another_folder_than_the_registry(registry, preprocess, hf_tokenizer, tmp_path) -> None:
     moved = tmp_path / "registry.json"
     registry.rename(moved)
     flags = ("--dataset-info", moved, "--dataset-dir", tmp_path / "data", "--dataset", "hu_1b")
@@ -124,9 +120,7 @@ def test_wrong_checksum_stops_the_job(registry: Path, preprocess, hf_tokenizer, 
         ("hu_1b,hu_1b", {}, "names a dataset twice"),
     ],
 )
-def test_unusable_entry_is_reported(
-    name: str, changes: dict[str, Any], message: str, registry: Path, preprocess, hf_tokenizer
-) -> None:
+def test_unusable_entry_is_reported(name, changes, message, registry, preprocess, hf_tokenizer) -> None:
     if changes:
         change(registry, name, **changes)
     with pytest.raises(UserError, match=message):
@@ -137,9 +131,7 @@ def test_unusable_entry_is_reported(
     "content, message",
     [("{", "--dataset-info"), ("[]", "pass a JSON object"), (None, r"\(No such file[^/]*--dataset-info")],
 )
-def test_unreadable_registry_is_reported(
-    content: str | None, message: str, preprocess, hf_tokenizer, tmp_path: Path
-) -> None:
+def test_unreadable_registry_is_reported(content, message, preprocess, hf_tokenizer, tmp_path) -> None:
     path = tmp_path / "dataset_info.json"
     if content is not None:
         path.write_text(content)
@@ -147,9 +139,7 @@ def test_unreadable_registry_is_reported(
         preprocess(hf_tokenizer, "--dataset-info", path, "--dataset", "a")
 
 
-def test_max_samples_applies_to_each_dataset(
-    registry: Path, preprocess, hf_tokenizer, capsys: pytest.CaptureFixture
-) -> None:
+def test_max_samples_applies_to_each_dataset(registry, preprocess, hf_tokenizer, capsys) -> None:
     def drawn(out: str, seed: int) -> tuple[dict[str, int], list[bytes]]:
         flags = ("--dataset-info", registry, "--dataset", "en,hu_1b,el8b", "--max-samples", "35", "--seed", seed)
         prefix = f"{preprocess(hf_tokenizer, *flags, out=out)}_text_document"

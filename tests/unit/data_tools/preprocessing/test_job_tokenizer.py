@@ -85,9 +85,7 @@ def fast_backends(references: dict[str, AnyTokenizer]) -> list[GigatokenTokenize
     return [GigatokenTokenizer(reference) for reference in references.values()]
 
 
-def test_unsupported_tokenizer_falls_back_with_a_note(
-    write_lines, preprocess, unigram_tokenizer: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_unsupported_tokenizer_falls_back_with_a_note(write_lines, preprocess, unigram_tokenizer, capsys) -> None:
     lines = write_lines("a.jsonl", [{"text": "light"}])
     preprocess(unigram_tokenizer, "--input", lines, *FLAGS)
     [note] = capsys.readouterr().err.splitlines()
@@ -97,9 +95,7 @@ def test_unsupported_tokenizer_falls_back_with_a_note(
         preprocess(unigram_tokenizer, "--input", lines, *flags, out="other/a")
 
 
-def test_the_place_in_gigatokens_source_is_left_out_of_the_reason(
-    references: dict[str, AnyTokenizer], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_place_in_gigatokens_source_is_left_out_of_the_reason(references, monkeypatch) -> None:
     def fail(_: GigatokenTokenizer) -> None:
         raise RuntimeError("an unknown\n   kind\n\nLocation:\n    src/bpe/mod.rs:88:24")
 
@@ -156,9 +152,7 @@ def test_different_ids_in_the_corpus_fall_back(
     assert corpus_bytes(f"{prefix}_text_document") == corpus_bytes(f"{slow}_text_document")
 
 
-def test_different_ids_during_the_job_stop_it(
-    write_lines, preprocess, hf_tokenizer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_different_ids_during_the_job_stop_it(write_lines, preprocess, hf_tokenizer, monkeypatch, tmp_path) -> None:
     """A document of each batch is encoded by both; here the sample before the start misses what differs."""
     monkeypatch.setattr("data_tools.preprocessing.inputs.Inputs.sample_texts", lambda *_: [])
     differ_on(monkeypatch, "strange")
@@ -168,9 +162,7 @@ def test_different_ids_during_the_job_stop_it(
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_job_runs_without_gigatoken(
-    write_lines, preprocess, hf_tokenizer, capsys, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_job_runs_without_gigatoken(write_lines, preprocess, hf_tokenizer, capsys, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "gigatoken", None)
     preprocess(hf_tokenizer, "--input", write_lines("a.jsonl", [{"text": "a"}]), *FLAGS)
     assert "extra fast-tokenizer" in capsys.readouterr().err
@@ -198,9 +190,7 @@ def test_end_of_document_token_can_be_named(hf_tokenizer: Path, write_lines, pre
         preprocess(hf_tokenizer, "--input", lines, *FLAGS, "--eod-token", "<|endoftexts|>", out="other/a")
 
 
-def test_tokenizer_written_in_python_is_supported_without_offsets(
-    write_lines, preprocess, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_tokenizer_written_in_python_is_supported_without_offsets(write_lines, preprocess, tmp_path, capsys) -> None:
     """ByT5 has no tokenizer.json: the ID of a byte is its value plus 3."""
     from transformers import ByT5Tokenizer
 

@@ -123,9 +123,7 @@ def test_long_lines_are_batches_of_their_own(rows, tmp_path: Path) -> None:
     is_ascii=st.booleans(),
     indent=st.sampled_from([None, 3]),
 )
-def test_any_json_is_restored_from_its_parts(
-    value: Any, is_ascii: bool, indent: int | None, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_any_json_is_restored_from_its_parts(value, is_ascii, indent, tmp_path_factory) -> None:
     path = tmp_path_factory.mktemp("json") / "a"
     content = json.dumps(value, ensure_ascii=is_ascii, indent=indent).encode("utf-8")
     path.write_bytes(b"before" + content + b"after")
@@ -163,9 +161,7 @@ def test_any_json_is_restored_from_its_parts(
         (bytes(20_000), "a line of 20,001 bytes, NUL bytes"),
     ],
 )
-def test_malformed_long_line_is_reported_and_can_be_skipped(
-    line: bytes, message: str, preprocess, hf_tokenizer, tmp_path: Path
-) -> None:
+def test_malformed_long_line_is_reported_and_can_be_skipped(line, message, preprocess, hf_tokenizer, tmp_path) -> None:
     good = b'{"text": "a good line"}\n'
     (tmp_path / "a.jsonl").write_bytes(good + line + b"\n" + good)
     flags = ("--input", tmp_path / "a.jsonl", "--language", "original")
@@ -182,9 +178,7 @@ def test_long_blank_line_is_ignored(preprocess, hf_tokenizer, tmp_path: Path) ->
     assert Corpus(f"{prefix}_text_document").num_documents == 1
 
 
-def test_language_of_a_long_text_is_detected_in_its_first_part(
-    preprocess, hf_tokenizer, write_lines, sentences
-) -> None:
+def test_language_of_a_long_text_is_detected_in_its_first_part(preprocess, hf_tokenizer, write_lines, sentences):
     flags = ("--detect-language", "--original-languages", "en", "--expanded-languages", "el", "--audit")
     rows = [{"text": f"{sentences[name]} " * 400, "lang": name} for name in ("en", "el")]
     lines = write_lines("a.jsonl", rows)

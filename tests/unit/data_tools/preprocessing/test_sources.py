@@ -26,9 +26,7 @@ def test_a_folder_is_read_with_its_links_and_without_what_is_hidden_or_of_a_corp
     assert find_files([str(folder)]) == [f"{folder}/a.jsonl", f"{folder}/part2/b.jsonl"]
 
 
-def test_of_two_names_of_a_folder_the_first_counts_on_every_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_two_names_of_a_folder_the_first_counts_on_every_disk(tmp_path, monkeypatch) -> None:
     (tmp_path / "data" / "v1").mkdir(parents=True)
     (tmp_path / "data" / "v1" / "a.jsonl").touch()
     (tmp_path / "data" / "latest").symlink_to("v1")

@@ -63,9 +63,7 @@ def test_standard_input_gives_the_same_corpus(
     assert corpus_bytes(f"{prefix}_text_document") == expected
 
 
-def test_files_of_a_mixed_folder_are_read_by_name(
-    rows, expected, preprocess, hf_tokenizer, corpus_bytes, tmp_path: Path
-) -> None:
+def test_files_of_a_mixed_folder_are_read_by_name(rows, expected, preprocess, hf_tokenizer, corpus_bytes, tmp_path):
     folder = tmp_path / "crawl"
     (folder / "2").mkdir(parents=True)
     pieces = ["".join(json.dumps(row) + "\n" for row in rows[i : i + 16]).encode() for i in range(0, 61, 16)]

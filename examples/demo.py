@@ -67,7 +67,7 @@ def main() -> None:
 def data(run: Path, cache: Path | None) -> list[Task]:
     """Real text in six languages, a tokenizer for all six, one tagged corpus per language group."""
     corpus, tokenizer = run / "corpus", run / "tokenizer"
-    download: Words = ["examples/demo_corpus.py", "--output", corpus]
+    download: Words = ["-m", "examples.demo_corpus", "--output", corpus]
     download += ["--cache", cache] if cache else []
     files = {language: corpus / f"train.{language}.jsonl" for language in LANGUAGES}
     words: Words = ["examples/demo_tokenizer.py", "--input", *files.values(), "--output", tokenizer]

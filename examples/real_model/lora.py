@@ -11,10 +11,9 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from pydantic.dataclasses import dataclass
 from torch.utils.data import Dataset
 
 from examples.real_model.settings import BATCH, BETA2, MICRO_BATCH, SEQUENCE_LENGTH, minimum_rate, warmup_steps
@@ -24,7 +23,6 @@ from moelpr.process import machine
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
 from moelpr.store.files import atomic_directory, locked, make_folder, write_text
-from moelpr.store.records import STRICT, Record
 from moelpr.store.run_folder import read_json
 
 SAVE_INTERVAL = 40  # steps
@@ -48,7 +46,7 @@ def main() -> None:
         import peft  # noqa: F401
     except ImportError as error:
         raise UserError("peft is not installed; run examples/real_model/install.sh") from error
-    check_same_settings(args.run, LoraSettings(args.train_iters, args.lr, args.rank, args.seed))
+    make_folder(args.run)
     # With several GPUs, transformers' Trainer would multiply the batch.
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     with locked(args.run / ".lock", args.run):  # a killed queue may have left the one before running
@@ -57,39 +55,6 @@ def main() -> None:
         train(model, samples, args.run, args.train_iters, args.lr, args.seed)
         model.save_pretrained(args.run / "adapter")
         save_merged(args.base, args.run / "adapter", args.save)
-
-
-@dataclass(frozen=True, config=STRICT)
-class LoraSettings(Record):
-    """The settings of a LoRA training, `settings.json` in its folder.
-
-    Attributes:
-        train_iters: Number of optimizer steps.
-        lr: Learning rate.
-        rank: Rank of the adapters; null for the smallest dimension of a layer.
-        seed: Seed of the adapters and of the order of the text.
-    """
-
-    FILE_NAME: ClassVar[str] = "settings.json"
-    REMEDY: ClassVar[str] = "remove the folder, or pass another --run"
-    INDENT: ClassVar[int | None] = None
-
-    train_iters: int
-    lr: float
-    rank: int | None
-    seed: int
-
-
-def check_same_settings(run: Path, settings: LoraSettings) -> None:
-    """A folder belongs to one training.
-
-    Raises:
-        UserError: The folder has been started with other settings.
-    """
-    if (before := LoraSettings.read_if_there(run) or settings) != settings:
-        raise UserError(f"--run {run} was started with {before}, not with {settings}; {settings.REMEDY}")
-    make_folder(run)
-    settings.write(run)
 
 
 class PackedSamples(Dataset):

@@ -117,3 +117,11 @@ def test_other_sources_redo_the_real_models_text_and_what_was_made_of_it(tmp_pat
     assert started == 2 * everything
     # They must not keep what they find.
     assert all("--overwrite" in task.words() for task in tasks[:4])
+
+
+def test_scripts_that_are_run_by_their_path_do_not_import_the_examples(tmp_path: Path) -> None:
+    """Python then looks for modules in the script's folder, so the package `examples` is not found."""
+    tasks = [*demo.data(tmp_path, None), *demo.base(tmp_path), *Queue(tmp_path).tasks()]
+    commands = [task.words()[0] for task in tasks if not callable(task.command)]
+    scripts = {ROOT / script for script in commands if script.startswith("examples/")}
+    assert scripts and not [path for path in scripts if "from examples" in path.read_text()]

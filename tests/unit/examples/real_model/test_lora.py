@@ -10,7 +10,6 @@ pytest.importorskip("peft", reason="peft is not installed: examples/real_model/i
 
 from examples.real_model import lora
 from moelpr.metrics.run_metrics import read_run_metrics
-from moelpr.process.errors import UserError
 from tests.support.hf_models import save_tokenizer
 
 STEPS = 4
@@ -64,13 +63,6 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     steps = [read_run_metrics(tmp_path / name / "metrics.jsonl").steps for name in ("whole", "run")]
     assert [step["iteration"] for step in steps[1]] == [1, 2, 3, 4]
     assert [step["lm_loss"] for step in steps[0]] == [step["lm_loss"] for step in steps[1]]
-
-
-def test_a_folder_belongs_to_one_training(tmp_path: Path) -> None:
-    lora.check_same_settings(tmp_path / "run", lora.LoraSettings(4, 1e-3, None, 1))
-    lora.check_same_settings(tmp_path / "run", lora.LoraSettings(4, 1e-3, None, 1))
-    with pytest.raises(UserError, match=r"started with .*0\.001.*, not with .*0\.003"):
-        lora.check_same_settings(tmp_path / "run", lora.LoraSettings(4, 3e-3, None, 1))
 
 
 def test_only_adapters_change_and_the_merged_model_is_the_base_plus_their_product(base: Path, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ class MoeSpec:
         num_new_experts: N, the experts of this round.
         topk: K, experts per token.
         layers: 0-based numbers of the MoE layers, ascending; the others stay dense.
-        num_original_experts: m; they exist before this round and don't change: the dense FFN, then the groups of
+        num_original_experts: m, the experts from before this round, which don't change: the dense FFN, then those of
             earlier rounds in order.
         original_copies: C, the places of the dense FFN: the router has C rows for it, and an export C equal experts.
     """
@@ -125,8 +125,8 @@ class NewTokens:
 
     Attributes:
         first: ID of the first new token, which is the number of IDs of the base's tokenizer.
-        number: how many there are; their IDs are contiguous.
-        base_vocab_size: rows of the base's embedding. If they are more than `first`, new tokens take the spare ones.
+        number: Number of new tokens; their IDs are contiguous.
+        base_vocab_size: Rows of the base's embedding. If they are more than `first`, new tokens take the spare ones.
     """
 
     first: _Size
@@ -159,12 +159,12 @@ class ModelSpec(Record):
     """A model: its family, its shape in Megatron's terms, its experts and its new tokens.
 
     Attributes:
-        family: key of moelpr.families.families.FAMILIES, for example "qwen2".
-        dtype: dtype of the weights it was converted from, one of DTYPES.
+        family: A key of moelpr.families.families.FAMILIES, for example "qwen2".
+        dtype: The dtype of the weights that it was converted from, one of DTYPES.
         megatron_args: The values of Megatron's flags (`MegatronArgs`); `vocab_size` is the embedding's rows without
             padding.
-        moe: None for a dense model.
-        new_tokens: None if the vocabulary is the base's.
+        moe: Its experts; null for a dense model.
+        new_tokens: Its new tokens; absent if the vocabulary is the base's.
     """
 
     FILE_NAME: ClassVar[str] = FILE_NAME

@@ -2,7 +2,7 @@
 
 A record is a frozen pydantic dataclass. Reading one checks types, unknown and missing fields, NaN, nesting and UTF-8,
 so the code that uses it need not. Every message names the file, the field, what was found and a remedy.
-docs/data-format.md lists all records; `python -m moelpr.store.records_page` makes that list from the classes.
+docs/data-format.md lists all records; `python -m tests.support.records_page` makes that list from the classes.
 """
 
 import dataclasses

@@ -27,6 +27,7 @@ class Mark(Record):
         wall_s: Seconds that the task took; null until it has succeeded.
     """
 
+    FILE_NAME: ClassVar[str] = "logs/TASK.json"
     REMEDY: ClassVar[str] = "remove it, so that the task is done again"
     INDENT: ClassVar[int | None] = None
 

@@ -29,7 +29,7 @@ def main() -> None:
     request.listen()
     stop.watch_over_helpers()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of imports, about optional packages
+        warnings.simplefilter("ignore")  # imports warn about optional packages
         from moelpr.megatron_patches import bootstrap
 
         bootstrap.install_patches()

@@ -14,18 +14,16 @@ def expected_memory(run: RequestedRun) -> int | None:
     args, layout, spec = run.args, run.layout, run.spec
     if spec is None or args.stage not in PLANNED_STAGES or args.train_everything or layout.cp * layout.vpp > 1:
         return None
-    global_batch_size = args.global_batch_size or (args.micro_batch_size or 0) * layout.dp
-    sizes = args.seq_length, args.micro_batch_size, global_batch_size
+    sizes = args.seq_length, args.micro_batch_size, run.global_batch_size
     if (
         spec.moe is None
         or not all(size and size > 0 for size in sizes)
         or any(layout_problems(layout, run.world_size, spec, *sizes, torch_grouped_gemm=False))
     ):
         return None
-    planned = PlannedLayout(
-        layout.tp, layout.pp, layout.ep, layout.etp, layout.dp,
-        recompute=_recompute(run), distributed_optimizer=bool(args.use_distributed_optimizer),
-    )  # fmt: skip
+    sizes_of_layout = layout.tp, layout.pp, layout.ep, layout.etp, layout.dp
+    is_distributed = bool(args.use_distributed_optimizer)
+    planned = PlannedLayout(*sizes_of_layout, recompute=_recompute(run), distributed_optimizer=is_distributed)
     dtype: Dtype = "bf16" if args.bf16 or args.fp16 else "fp32"
     kernels = CPU if cpu.is_needed() else Kernels()
     workload = Workload(args.stage, *sizes, dtype, kernels, args.train_new_embeddings)

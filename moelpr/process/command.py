@@ -151,7 +151,7 @@ def show_unraisable(found: Any) -> None:
         again.daemon = True
         again.start()
     elif not (isinstance(found.exc_value, ValueError) and "closed file" in str(found.exc_value)):
-        # That would be a stream above a file whose writing failed, which is reported: torch's, of checkpoints.
+        # Otherwise it is a stream above a file whose writing failed, which is reported: torch's, of checkpoints.
         sys.__unraisablehook__(found)
 
 

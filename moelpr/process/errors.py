@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OSError
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # the errno of an OSError
 
 
 class UserError(ValueError):

@@ -8,7 +8,7 @@ _PACKAGES = ("moelpr", "torch", "megatron-core", "transformers", "tokenizers", "
 
 
 def install_command(extra: str) -> str:
-    """What installs an extra of setup.py beside the pinned versions."""
+    """The command that installs an extra of setup.py next to the pinned versions."""
     return f"{sys.executable} -m pip install --constraint constraints.txt --no-build-isolation --editable '.[{extra}]'"
 
 

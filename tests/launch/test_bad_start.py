@@ -10,10 +10,10 @@ HOST = "127.0.0.1"
 
 def start(node_rank: int, port: int, *arguments: str, nnodes: int = 2) -> subprocess.Popen:
     where = ["--nnodes", str(nnodes), "--node-rank", str(node_rank), "--master-addr", HOST, "--master-port", str(port)]
-    return subprocess.Popen(
-        [ROOT / "launch" / "stage1.sh", *where, "--nproc-per-node", "1", *arguments], stderr=subprocess.PIPE, text=True,
-        stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    command = [ROOT / "launch" / "stage1.sh", *where, "--nproc-per-node", "1", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=environment, text=True, **streams)  # type: ignore[call-overload]
 
 
 def error_of(node: subprocess.Popen) -> str:

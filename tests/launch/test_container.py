@@ -74,10 +74,9 @@ def test_torchs_dependencies_keep_the_images_versions_and_others_get_ours(tmp_pa
     code = (
         f"import sys, runpy; sys.path.insert(0, {str(tmp_path)!r}); runpy.run_path({str(script)!r}, None, '__main__')"
     )
-    written = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", code, str(tmp_path / "constraints.txt")], capture_output=True, text=True,
-        check=True, timeout=20,
-    ).stdout.splitlines()  # fmt: skip
+    command = [sys.executable, "-I", "-S", "-c", code, str(tmp_path / "constraints.txt")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    written = done.stdout.splitlines()
     assert written == [
         *("jinja2==3.1.0", "mpmath==1.3.0", "pydantic==2.0", "sympy==1.13.1", "torch==2.13.0a0+x.nv26.06"),
         *("transformer-engine==2.19.0", "optree==1", "tqdm==4.70.1"),

@@ -48,11 +48,11 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, (hidden, ffn, layers, heads, groups, vocabulary) in SHAPES.items():
         config = {
             **next(family for start, family in FAMILIES.items() if name.startswith(start)),
-            "hidden_act": "silu", "rms_norm_eps": 1e-6,
-            "hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers, "vocab_size": vocabulary,
-            "num_attention_heads": heads, "num_key_value_heads": groups, "max_position_embeddings": 131072,
-            "rope_theta": 1e6, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-        }  # fmt: skip
+            **{"hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers, "vocab_size": vocabulary},
+            **{"num_attention_heads": heads, "num_key_value_heads": groups, "max_position_embeddings": 131072},
+            **{"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": False},
+            "torch_dtype": "bfloat16",
+        }
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
     monkeypatch.chdir(tmp_path)

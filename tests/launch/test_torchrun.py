@@ -45,10 +45,9 @@ def start(tmp_path: Path) -> Iterator[Start]:
         script = tmp_path / ("wrapper" if "--no-python" in options else "rank.py")
         environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
         command = [sys.executable, "-m", "moelpr.torchrun", "--standalone", "--nproc-per-node", "2", *options]
-        launcher = subprocess.Popen(
-            [*command, script], env={**environment, "PYTHONPATH": str(ROOT)}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+        environment["PYTHONPATH"] = str(ROOT)
+        pipe = subprocess.PIPE
+        launcher = subprocess.Popen([*command, script], env=environment, text=True, stdout=pipe, stderr=pipe)
         launchers.append(launcher)
         assert launcher.stdout is not None
         lines = sorted(launcher.stdout.readline().split() for _ in range(2))

@@ -35,10 +35,8 @@ def root(tmp_path: Path) -> Path:
 
 def launch(root: Path, *arguments: str, script: str = "stage1", **variables: str) -> subprocess.CompletedProcess:
     environment = {name: value for name, value in os.environ.items() if name not in (*SET_HERE, *DEFAULTS)}
-    return subprocess.run(
-        [root / "launch" / f"{script}.sh", *arguments], env={**environment, **variables},
-        capture_output=True, text=True, timeout=20,
-    )  # fmt: skip
+    command = [root / "launch" / f"{script}.sh", *arguments]
+    return subprocess.run(command, env={**environment, **variables}, capture_output=True, text=True, timeout=20)
 
 
 def started(root: Path, *arguments: str, **variables: str) -> tuple[dict[str, str], list[str], list[str]]:
@@ -70,14 +68,10 @@ def test_without_a_gpu_there_is_one_process(root: Path, visible: str) -> None:
 
 
 def test_options_and_variables_are_equivalent(root: Path) -> None:
-    by_options = started(
-        root, "--nnodes", "2", "--node_rank=1", "--master-addr", "node-a", "--master_port", "4321",
-        "--nproc-per-node=3", "--lr", "1",
-    )  # fmt: skip
-    by_variables = started(
-        root, "--lr", "1",
-        NNODES="2", NODE_RANK="1", MASTER_ADDR="node-a", MASTER_PORT="4321", NPROC_PER_NODE="3",
-    )  # fmt: skip
+    options = "--nnodes 2 --node_rank=1 --master-addr node-a --master_port 4321 --nproc-per-node=3 --lr 1"
+    variables = "NNODES=2 NODE_RANK=1 MASTER_ADDR=node-a MASTER_PORT=4321 NPROC_PER_NODE=3"
+    by_options = started(root, *options.split())
+    by_variables = started(root, "--lr", "1", **dict(pair.split("=") for pair in variables.split()))
     assert by_options == by_variables
     assert by_options[1] == shlex.split(
         "--nnodes 2 --node-rank 1 --master-addr node-a --master-port 4321 --nproc-per-node 3"

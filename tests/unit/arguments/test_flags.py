@@ -17,14 +17,11 @@ def parse(*argv: str) -> tuple[dict, list[str]]:
 
 
 def test_valid_arguments_are_parsed_next_to_wrong_ones() -> None:
-    settings, problems = parse(
-        "--lr", "fast", "--seq-length", "32", "--lpr-loss", "mine", "--seed", "--no-such-thing", "5", "--stage",
-        "stage1",
-    )  # fmt: skip
+    argv = "--lr fast --seq-length 32 --lpr-loss mine --seed --no-such-thing 5 --stage stage1"
+    settings, problems = parse(*argv.split())
     assert (settings["seq_length"], settings["stage"]) == (32, "stage1")
-    assert [line.split(":")[0].split(";")[0] for line in problems] == [
-        "--lr", "--lpr-loss", "--seed", "unrecognized argument --no-such-thing",
-    ]  # fmt: skip
+    found = [line.split(":")[0].split(";")[0] for line in problems]
+    assert found == ["--lr", "--lpr-loss", "--seed", "unrecognized argument --no-such-thing"]
     assert "'fast'" in problems[0] and "paper, reference" in problems[1]
 
 

@@ -20,11 +20,11 @@ def machine(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability, 0))
         monkeypatch.setattr(kernels, "is_installed", lambda module: module in installed)
         monkeypatch.setattr(kernels, "_fuses_permutation", lambda: True)
-        defaults = {
-            "transformer_impl": "transformer_engine", "gradient_accumulation_fusion": True, "num_experts": 4,
-            "bf16": True, "moe_grouped_gemm": False, "moe_permute_fusion": False, "optimizer": "adam",
-            "dataloader_inter_document_masking": False,
-        }  # fmt: skip
+        defaults = {"transformer_impl": "transformer_engine", "num_experts": 4, "optimizer": "adam"}
+        defaults |= dict.fromkeys(("gradient_accumulation_fusion", "bf16"), True)
+        defaults |= dict.fromkeys(
+            "moe_grouped_gemm moe_permute_fusion dataloader_inter_document_masking".split(), False
+        )
         args = Namespace(**defaults | changed)
         kernels.choose_kernels(args, record)
         return args, kernels.describe_kernels(args)

@@ -40,10 +40,9 @@ def test_a_helper_outlives_signals_but_not_its_trainer(tmp_path: Path, how: str,
     """For each start method of multiprocessing, and each way in which the trainer may end."""
     (tmp_path / "trainer.py").write_text(TRAINER_WITH_A_HELPER)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
-    trainer = subprocess.Popen(
-        [sys.executable, tmp_path / "trainer.py", how], env=environment, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    command = [sys.executable, tmp_path / "trainer.py", how]
+    trainer = subprocess.Popen(command, env=environment, text=True, **streams)  # type: ignore[call-overload]
     assert trainer.stdout is not None
     helper = int(trainer.stdout.readline())
     helper_ended = os.pidfd_open(helper)

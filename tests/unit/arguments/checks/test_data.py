@@ -108,9 +108,8 @@ def write_manifest(prefix: str, folder: Path) -> None:
 
 
 def test_a_corpus_of_another_tokenizer_is_rejected(
-    upcycled: str, data: list[str], problems, accepted, tmp_path: Path, capfd: pytest.CaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    upcycled: str, data: list[str], problems, accepted, tmp_path: Path, capfd, monkeypatch
+) -> None:
     from moelpr.arguments.checks import data as checks
 
     prefix, hf = data[1], Path(upcycled) / "hf"
@@ -373,11 +372,11 @@ def test_a_resumed_run_of_another_length_is_noted_if_it_reads_in_another_order(
     corpus = write_corpus(tmp_path / "long", *[True] * 12, tokens=19)
 
     def order(count: int) -> list:
-        config = GPTDatasetConfig(
-            random_seed=1, sequence_length=32, blend=([corpus], None), split="100,0,0", mmap_bin_files=True,
-            tokenizer=TokenIds(vocab_size=128), reset_position_ids=False,
-            reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False,
-        )  # fmt: skip
+        off = dict.fromkeys(
+            "reset_position_ids reset_attention_mask eod_mask_loss create_attention_mask".split(), False
+        )
+        data = {"blend": ([corpus], None), "split": "100,0,0", "tokenizer": TokenIds(vocab_size=128)}
+        config = GPTDatasetConfig(random_seed=1, sequence_length=32, mmap_bin_files=True, **data, **off)
         low = GPTDataset.build_low_level_dataset(corpus, config)
         dataset = GPTDataset(low, corpus, np.arange(12, dtype=np.int32), count, Split.train, config)
         return [dataset[number]["tokens"].tolist() for number in range(min(samples, 10))]
@@ -398,8 +397,8 @@ def test_a_resumed_run_that_reads_other_samples_is_noted(
     run = make_checkpoint("run", stage="stage1", train_iters=10, global_batch_size=1, **record)
     argv = ["--save", run, "--micro-batch-size", "1", "--train-iters", "10", "--seq-length", "32", "--seed", "1"]
     argv += ["--split", "100,0,0", "--dataloader-type", "single", "--data-path", paths[0]]
-    values = {"--seed": "2", "--seq-length": "16", "--split": "90,10,0", "--dataloader-type": "cyclic",
-              "--data-path": paths[1]}  # fmt: skip
+    values = {"--seed": "2", "--seq-length": "16", "--split": "90,10,0", "--dataloader-type": "cyclic"}
+    values["--data-path"] = paths[1]
     if changed:
         argv[argv.index(changed) + 1] = values[changed]
     accepted("stage1", f"{run}-start", *argv, with_data=False)

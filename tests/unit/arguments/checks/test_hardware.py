@@ -16,7 +16,7 @@ from moelpr.process import machine
 )
 def test_gpus_that_pytorch_cannot_use_are_an_error_unless_they_are_hidden(
     gathered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuda: str | None, message: str
-) -> None:  # fmt: skip
+) -> None:
     from moelpr.arguments.checks import find_problems
 
     (tmp_path / "nvidia0").touch()

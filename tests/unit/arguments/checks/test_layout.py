@@ -7,6 +7,8 @@ import pytest
 TP, PP, EP, ETP, CP = (
     f"--{name}-parallel-size" for name in ("tensor-model", "pipeline-model", "expert-model", "expert-tensor", "context")
 )
+PER_STAGE, VIRTUAL = "--num-layers-per-virtual-pipeline-stage", "--num-virtual-stages-per-pipeline-rank"
+GROUP = "--microbatch-group-size-per-virtual-pipeline-stage"
 
 
 @pytest.fixture
@@ -26,7 +28,7 @@ def six_layers(make_checkpoint) -> str:
         (["--global-batch-size", "3"], 1, "--global-batch-size 3 ", "use 2 or 4"),
         (["--global-batch-size", "6"], 2, "--global-batch-size 6 ", "use 4 or 8"),
     ],
-)  # fmt: skip
+)
 def test_each_rule_of_the_layouts_is_reported(
     upcycled: str, problems, argv: list[str], ranks: int, start: str, fix: str
 ) -> None:
@@ -76,24 +78,17 @@ def test_an_uneven_pipeline_is_checked_by_megatron(upcycled: str, accepted, prob
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--num-virtual-stages-per-pipeline-rank", "2"], r"^--num-virtual-stages-\S+ 2 .*3 layers.* one of 1, 3"),
-        (["--num-layers-per-virtual-pipeline-stage", "2"], r"number of layers per pipeline stage must be divisible"),
-        (["--num-layers-per-virtual-pipeline-stage", "1", "--num-virtual-stages-per-pipeline-rank", "3"],
-         r"--num-layers-per-virtual-pipeline-stage, --num-virtual-stages-per-pipeline-rank"),
-        (["--num-virtual-stages-per-pipeline-rank", "3", "--no-overlap-p2p-communication"],
-         r"pipeline-model-parallel size should be greater than 2"),
-        (["--num-virtual-stages-per-pipeline-rank", "3", "--global-batch-size", "6"],
-         r"--global-batch-size 6 makes 3 micro-batches.* multiple of 4, such as 4 or 8"),
-        (["--num-virtual-stages-per-pipeline-rank", "3",
-          "--microbatch-group-size-per-virtual-pipeline-stage", "4"],
-         r"--global-batch-size 4 makes 2 micro-batches.* multiple of 8"),
-        (["--num-virtual-stages-per-pipeline-rank", "3",
-          "--microbatch-group-size-per-virtual-pipeline-stage", "1"],
-         r"--microbatch-group-size-per-virtual-pipeline-stage must be at least"),
+        (f"{VIRTUAL} 2", r"^--num-virtual-stages-\S+ 2 .*3 layers.* one of 1, 3"),
+        (f"{PER_STAGE} 2", r"number of layers per pipeline stage must be divisible"),
+        (f"{PER_STAGE} 1 {VIRTUAL} 3", f"{PER_STAGE}, {VIRTUAL}"),
+        (f"{VIRTUAL} 3 --no-overlap-p2p-communication", r"pipeline-model-parallel size should be greater than 2"),
+        (f"{VIRTUAL} 3 --global-batch-size 6", "batch-size 6 makes 3 micro-batches.* multiple of 4, such as 4 or 8"),
+        (f"{VIRTUAL} 3 {GROUP} 4", r"--global-batch-size 4 makes 2 micro-batches.* multiple of 8"),
+        (f"{VIRTUAL} 3 {GROUP} 1", f"{GROUP} must be at least"),
     ],
-)  # fmt: skip
-def test_virtual_stages_fit_pipeline_layers_and_batch(six_layers: str, problems, argv: list[str], message: str) -> None:
-    (found,) = problems("stage1", six_layers, PP, "2", "--global-batch-size", "4", *argv, ranks=2)
+)
+def test_virtual_stages_fit_pipeline_layers_and_batch(six_layers: str, problems, argv: str, message: str) -> None:
+    (found,) = problems("stage1", six_layers, PP, "2", "--global-batch-size", "4", *argv.split(), ranks=2)
     assert re.search(message, found)
 
 

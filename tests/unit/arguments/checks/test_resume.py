@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from moelpr.model_spec import ModelSpec, MoeSpec, NewTokens
 
@@ -11,7 +12,6 @@ TP, PP, EP, ETP = (
     f"--{name}-parallel-size" for name in ("tensor-model", "pipeline-model", "expert-model", "expert-tensor")
 )
 FLAT = {"use_distributed_optimizer": True}
-RESHARDABLE = {**FLAT, "dist_ckpt_optim_fully_reshardable": True}
 
 
 def test_a_run_of_another_stage_is_not_resumed(upcycled: str, make_checkpoint, problems) -> None:
@@ -77,33 +77,38 @@ def test_what_a_saved_schedule_does_not_contain_must_stay(make_checkpoint, probl
 
 
 # Another value of each setting, in the record of the run, and what the setting depends on.
-LINEAR = {"weight_decay_incr_style": "linear", "start_weight_decay": 0.5, "end_weight_decay": 0.5}
-OF_THE_SCHEDULE: dict[str, tuple[object, dict]] = {
-    "lr": (7.0, {}), "min_lr": (7.0, {}), "decoupled_lr": (7.0, {}), "decoupled_min_lr": (7.0, {}),
-    "lr_decay_style": ("cosine", {}), "lr_decay_iters": (7, {}), "lr_decay_samples": (7, {}),
-    "lr_warmup_fraction": (0.5, {}), "lr_warmup_iters": (7, {}), "lr_warmup_samples": (7, {}),
-    "weight_decay": (7.0, {}),
-    "start_weight_decay": (0.25, LINEAR), "end_weight_decay": (7.0, LINEAR), "weight_decay_incr_style": ("cosine", {}),
-    "global_batch_size": (7, {}), "train_iters": (7, {}), "train_samples": (7, {}), "lr_warmup_init": (7.0, {}),
-    "lr_wsd_decay_style": ("linear", {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 1}),
-    "lr_wsd_decay_iters": (2, {"lr_decay_style": "WSD"}), "lr_wsd_decay_samples": (7, {"lr_decay_style": "WSD"}),
-}  # fmt: skip
-OF_THE_OPTIMIZER: dict[str, tuple[object, dict]] = {
-    "optimizer": ("sgd", {}), "use_distributed_optimizer": (True, {}), "bf16": (True, {}), "fp16": (True, {}),
-    "train_everything": (True, {}), "decoupled_lr": (7.0, {}), "adam_beta1": (0.5, {}), "adam_beta2": (0.5, {}),
-    "adam_eps": (0.5, {}),
-}  # fmt: skip
-OF_FLAT_BUFFERS: dict[str, tuple[object, dict]] = {
-    "tensor_model_parallel_size": (2, {}), "pipeline_model_parallel_size": (3, {}),
-    "num_virtual_stages_per_pipeline_rank": (3, {"virtual_pipeline_model_parallel_size": 3}),
-    "expert_model_parallel_size": (2, {}), "expert_tensor_parallel_size": (2, {}),
-    "decoder_first_pipeline_num_layers": (1, {}), "decoder_last_pipeline_num_layers": (1, {}),
-    "pipeline_model_parallel_layout": ("Et|ttL", {}), "overlap_grad_reduce": (True, {}), "ddp_num_buckets": (7, {}),
-    "ddp_bucket_size": (7, {"overlap_grad_reduce": True}), "moe_grouped_gemm": (True, {}),
-    "transformer_impl": ("transformer_engine", {"train_everything": True}),
-    "grad_reduce_in_bf16": (True, {"bf16": True}),
-    "accumulate_allreduce_grads_in_fp32": (True, {"fp16": True}),
-}  # fmt: skip
+OF_THE_SCHEDULE = yaml.safe_load("""
+{
+    lr: [7.0, {}], min_lr: [7.0, {}], decoupled_lr: [7.0, {}], decoupled_min_lr: [7.0, {}],
+    lr_decay_style: [cosine, {}], lr_decay_iters: [7, {}], lr_decay_samples: [7, {}], lr_warmup_fraction: [0.5, {}],
+    lr_warmup_iters: [7, {}], lr_warmup_samples: [7, {}], weight_decay: [7.0, {}],
+    start_weight_decay:
+      [0.25, &linear {weight_decay_incr_style: linear, start_weight_decay: 0.5, end_weight_decay: 0.5}],
+    end_weight_decay: [7.0, *linear], weight_decay_incr_style: [cosine, {}],
+    global_batch_size: [7, {}], train_iters: [7, {}], train_samples: [7, {}], lr_warmup_init: [7.0, {}],
+    lr_wsd_decay_style: [linear, {lr_decay_style: WSD, lr_wsd_decay_iters: 1}],
+    lr_wsd_decay_iters: [2, {lr_decay_style: WSD}], lr_wsd_decay_samples: [7, {lr_decay_style: WSD}]
+}
+""")
+OF_THE_OPTIMIZER = yaml.safe_load("""
+{
+    optimizer: [sgd, {}], use_distributed_optimizer: [true, {}], bf16: [true, {}], fp16: [true, {}],
+    train_everything: [true, {}], decoupled_lr: [7.0, {}], adam_beta1: [0.5, {}], adam_beta2: [0.5, {}],
+    adam_eps: [0.5, {}]
+}
+""")
+OF_FLAT_BUFFERS = yaml.safe_load("""
+{
+    tensor_model_parallel_size: [2, {}], pipeline_model_parallel_size: [3, {}],
+    num_virtual_stages_per_pipeline_rank: [3, {virtual_pipeline_model_parallel_size: 3}],
+    expert_model_parallel_size: [2, {}], expert_tensor_parallel_size: [2, {}],
+    decoder_first_pipeline_num_layers: [1, {}], decoder_last_pipeline_num_layers: [1, {}],
+    pipeline_model_parallel_layout: [Et|ttL, {}], overlap_grad_reduce: [true, {}], ddp_num_buckets: [7, {}],
+    ddp_bucket_size: [7, {overlap_grad_reduce: true}], moe_grouped_gemm: [true, {}],
+    transformer_impl: [transformer_engine, {train_everything: true}], grad_reduce_in_bf16: [true, {bf16: true}],
+    accumulate_allreduce_grads_in_fp32: [true, {fp16: true}]
+}
+""")
 
 
 @pytest.fixture
@@ -171,76 +176,75 @@ def test_another_number_of_data_parallel_ranks_changes_the_batch(make_checkpoint
 
 
 # recipe.yaml of the run; flags and processes now; what the message names, None if the state loads.
-TABLE = {
-    "more processes": ({}, [], 2, None),
-    "experts spread out": ({}, [EP, "2"], 2, None),
-    "experts gathered": ({"expert_model_parallel_size": 2}, [], 1, None),
-    "experts spread further": ({"expert_model_parallel_size": 2}, [EP, "4"], 4, None),
-    "experts no longer split with the model": ({}, [TP, "2", ETP, "1"], 2, None),
-    "a pipeline": ({}, [PP, "3"], 3, None),
-    "flat buffers, more processes": (FLAT, ["--use-distributed-optimizer"], 2, None),
-    "flat buffers, a pipeline": (FLAT, ["--use-distributed-optimizer", PP, "3"], 3, "--pipeline-model-parallel-size 1"),
-    "flat buffers, experts spread further": (
-        {**FLAT, "expert_model_parallel_size": 2}, ["--use-distributed-optimizer", EP, "4"], 4,
-        "--expert-model-parallel-size 2",
-    ),
-    "flat buffers, virtual stages": (
-        {**FLAT, "pipeline_model_parallel_size": 1, "virtual_pipeline_model_parallel_size": 3},
-        ["--use-distributed-optimizer"], 1, "--num-virtual-stages-per-pipeline-rank 3",
-    ),
-    "flat buffers, virtual stages of a layout": (
-        {**FLAT, "pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Et|t|t|L",
-         "virtual_pipeline_model_parallel_size": 2, "global_batch_size": 4},
-        ["--use-distributed-optimizer", PP, "2", "--pipeline-model-parallel-layout", "Et|t|t|L",
-         "--global-batch-size", "4"], 2, None,
-    ),
-    "flat buffers, another layout": (
-        {**FLAT, "pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Ett|tL"},
-        ["--use-distributed-optimizer", PP, "2", "--pipeline-model-parallel-layout", "Et|ttL"], 2,
-        "--pipeline-model-parallel-layout Ett|tL",
-    ),
-    "flat buffers, other buckets with more processes": (
-        {**FLAT, "overlap_grad_reduce": True, "ddp_bucket_size": 1000},
-        ["--use-distributed-optimizer", "--overlap-grad-reduce"], 2, "--ddp-bucket-size 1000",
-    ),
-    "flat buffers, larger buckets of more processes": (
-        {**FLAT, "overlap_grad_reduce": True, "world_size": 48, "global_batch_size": 128},
-        ["--use-distributed-optimizer", "--overlap-grad-reduce", "--global-batch-size", "128"], 64,
-        "--ddp-bucket-size 48000000",
-    ),
-    "flat buffers, buckets kept with more processes": (
-        {**FLAT, "overlap_grad_reduce": True, "world_size": 48, "global_batch_size": 128},
-        ["--use-distributed-optimizer", "--overlap-grad-reduce", "--global-batch-size", "128",
-         "--ddp-bucket-size", "48000000"], 64, None,
-    ),
-    "flat buffers, no layout before": (
-        {**FLAT, "pipeline_model_parallel_size": 2},
-        ["--use-distributed-optimizer", PP, "2", "--pipeline-model-parallel-layout", "Et|ttL"], 2,
-        "no --pipeline-model-parallel-layout;",
-    ),
-    "flat buffers, overlap": (
-        FLAT, ["--use-distributed-optimizer", "--overlap-grad-reduce"], 1, "no --overlap-grad-reduce",
-    ),
-    "flat buffers, another kernel of the experts": (
-        {**FLAT, "moe_grouped_gemm": True}, ["--use-distributed-optimizer"], 1, "--moe-grouped-gemm",
-    ),
-    "reshardable, another kernel of the experts": (
-        {**RESHARDABLE, "moe_grouped_gemm": True}, ["--use-distributed-optimizer"], 1, None,
-    ),
-    "flat buffers, another implementation of what is frozen": (
-        {**FLAT, "transformer_impl": "transformer_engine"}, ["--use-distributed-optimizer"], 1, None,
-    ),
-    "flat buffers, another implementation of what trains": (
-        {**FLAT, "transformer_impl": "transformer_engine", "train_everything": True},
-        ["--use-distributed-optimizer", "--train-everything"], 1, "--transformer-impl transformer_engine",
-    ),
-    "reshardable, a pipeline": (RESHARDABLE, ["--use-distributed-optimizer", PP, "3"], 3, None),
-    "reshardable, experts spread out": (RESHARDABLE, ["--use-distributed-optimizer", EP, "2"], 2, None),
-    "another optimizer": ({}, ["--use-distributed-optimizer"], 1, "no --use-distributed-optimizer"),
-    "state was not saved": ({**FLAT, "no_save_optim": True}, [EP, "2"], 2, None),
-    "state is not loaded": (FLAT, ["--no-load-optim", EP, "2"], 2, None),
-    "another set of trained parameters": ({}, ["--train-everything"], 1, "no --train-everything"),
-}  # fmt: skip
+TABLE = yaml.safe_load("""
+more processes: [{}, "", 2, null]
+experts spread out: [{}, "--expert-model-parallel-size 2", 2, null]
+experts gathered: [{expert_model_parallel_size: 2}, "", 1, null]
+experts spread further: [{expert_model_parallel_size: 2}, "--expert-model-parallel-size 4", 4, null]
+experts no longer split with the model:
+  [{},
+   "--tensor-model-parallel-size 2 --expert-tensor-parallel-size 1", 2, null]
+a pipeline: [{}, "--pipeline-model-parallel-size 3", 3, null]
+"flat buffers, more processes": [{use_distributed_optimizer: true}, "--use-distributed-optimizer", 2, null]
+"flat buffers, a pipeline":
+  [{use_distributed_optimizer: true},
+   "--use-distributed-optimizer --pipeline-model-parallel-size 3", 3, "--pipeline-model-parallel-size 1"]
+"flat buffers, experts spread further":
+  [{use_distributed_optimizer: true, expert_model_parallel_size: 2},
+   "--use-distributed-optimizer --expert-model-parallel-size 4", 4, "--expert-model-parallel-size 2"]
+"flat buffers, virtual stages":
+  [{use_distributed_optimizer: true, pipeline_model_parallel_size: 1, virtual_pipeline_model_parallel_size: 3},
+   "--use-distributed-optimizer", 1, "--num-virtual-stages-per-pipeline-rank 3"]
+"flat buffers, virtual stages of a layout":
+  [{use_distributed_optimizer: true, pipeline_model_parallel_size: 2, pipeline_model_parallel_layout: Et|t|t|L,
+   virtual_pipeline_model_parallel_size: 2, global_batch_size: 4},
+   "--use-distributed-optimizer --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|t|t|L
+   --global-batch-size 4", 2, null]
+"flat buffers, another layout":
+  [{use_distributed_optimizer: true, pipeline_model_parallel_size: 2, pipeline_model_parallel_layout: Ett|tL},
+   "--use-distributed-optimizer --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|ttL", 2,
+   "--pipeline-model-parallel-layout Ett|tL"]
+"flat buffers, other buckets with more processes":
+  [{use_distributed_optimizer: true, overlap_grad_reduce: true, ddp_bucket_size: 1000},
+   "--use-distributed-optimizer --overlap-grad-reduce", 2, "--ddp-bucket-size 1000"]
+"flat buffers, larger buckets of more processes":
+  [{use_distributed_optimizer: true, overlap_grad_reduce: true, world_size: 48, global_batch_size: 128},
+   "--use-distributed-optimizer --overlap-grad-reduce --global-batch-size 128", 64, "--ddp-bucket-size 48000000"]
+"flat buffers, buckets kept with more processes":
+  [{use_distributed_optimizer: true, overlap_grad_reduce: true, world_size: 48, global_batch_size: 128},
+   "--use-distributed-optimizer --overlap-grad-reduce --global-batch-size 128 --ddp-bucket-size 48000000", 64, null]
+"flat buffers, no layout before":
+  [{use_distributed_optimizer: true, pipeline_model_parallel_size: 2},
+   "--use-distributed-optimizer --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|ttL", 2, "no
+   --pipeline-model-parallel-layout;"]
+"flat buffers, overlap":
+  [{use_distributed_optimizer: true},
+   "--use-distributed-optimizer --overlap-grad-reduce", 1, "no --overlap-grad-reduce"]
+"flat buffers, another kernel of the experts":
+  [{use_distributed_optimizer: true, moe_grouped_gemm: true},
+   "--use-distributed-optimizer", 1, "--moe-grouped-gemm"]
+"reshardable, another kernel of the experts":
+  [{use_distributed_optimizer: true, dist_ckpt_optim_fully_reshardable: true, moe_grouped_gemm: true},
+   "--use-distributed-optimizer", 1, null]
+"flat buffers, another implementation of what is frozen":
+  [{use_distributed_optimizer: true, transformer_impl: transformer_engine},
+   "--use-distributed-optimizer", 1, null]
+"flat buffers, another implementation of what trains":
+  [{use_distributed_optimizer: true, transformer_impl: transformer_engine, train_everything: true},
+   "--use-distributed-optimizer --train-everything", 1, "--transformer-impl transformer_engine"]
+"reshardable, a pipeline":
+  [{use_distributed_optimizer: true, dist_ckpt_optim_fully_reshardable: true},
+   "--use-distributed-optimizer --pipeline-model-parallel-size 3", 3, null]
+"reshardable, experts spread out":
+  [{use_distributed_optimizer: true, dist_ckpt_optim_fully_reshardable: true},
+   "--use-distributed-optimizer --expert-model-parallel-size 2", 2, null]
+another optimizer: [{}, "--use-distributed-optimizer", 1, "no --use-distributed-optimizer"]
+state was not saved:
+  [{use_distributed_optimizer: true, no_save_optim: true},
+   "--expert-model-parallel-size 2", 2, null]
+state is not loaded: [{use_distributed_optimizer: true}, "--no-load-optim --expert-model-parallel-size 2", 2, null]
+another set of trained parameters: [{}, "--train-everything", 1, "no --train-everything"]
+""")
 
 
 @pytest.mark.parametrize("case", TABLE)
@@ -249,7 +253,7 @@ def test_optimizer_state_of_stage_1_is_loaded_if_it_fits(
 ) -> None:
     before, argv, ranks, kept = TABLE[case]
     run = make_checkpoint("run", stage="stage1", **before)
-    argv = ["--save", run, *argv]
+    argv = ["--save", run, *argv.split()]
     if kept is None:
         assert accepted("stage1", upcycled, *argv, ranks=ranks)["model_source"] == run
         return

@@ -7,12 +7,10 @@ from typing import NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from moelpr.data.corpus_index import CorpusIndex
+from moelpr.data.corpus_index import REBUILD, CorpusIndex
 from moelpr.data.language_bits import LanguageBits, language_bits_path, open_language_bits
 from moelpr.data.manifest import Manifest, manifest_path
 from moelpr.process.errors import UserError
-
-_FIX = "rebuild the corpus with data_tools/preprocess_data.py"
 
 
 class CorpusPaths(NamedTuple):
@@ -87,7 +85,7 @@ class Corpus:
         ):
             if found != expected:
                 path = manifest_path(self.prefix)
-                raise UserError(f"{self.prefix} contains {found:,} {what}, but {path} states {expected:,}; {_FIX}")
+                raise UserError(f"{self.prefix} contains {found:,} {what}, but {path} states {expected:,}; {REBUILD}")
         return manifest
 
     @property

@@ -18,7 +18,7 @@ _HEADER = struct.Struct("<9sQBQQ")  # magic, version, code of the dtype, sequenc
 _MAGIC = b"MMIDIDX\0\0"
 _VERSION = 1
 _DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
-_FIX = "rebuild the corpus with data_tools/preprocess_data.py"
+REBUILD = "rebuild the corpus with data_tools/preprocess_data.py"
 _AT_ONCE = 1 << 20  # sequences checked at once, so that memory stays small
 
 
@@ -63,7 +63,7 @@ class CorpusIndex:
         if bin_bytes != expected_bytes:
             raise UserError(
                 f"{bin_file} contains {bin_bytes:,} bytes, but {idx} describes {expected_bytes:,} "
-                f"({num_tokens:,} tokens of {dtype.itemsize} bytes); {_FIX}"
+                f"({num_tokens:,} tokens of {dtype.itemsize} bytes); {REBUILD}"
             )
         return cls(dtype, lengths, starts, num_tokens)
 
@@ -76,7 +76,7 @@ def index_header(dtype: np.dtype, sequences: int, documents: int) -> bytes:
 
 def _arrays(idx: Path, content: NDArray[np.uint8]) -> tuple[np.dtype, NDArray, NDArray, NDArray]:
     """Return dtype of the token IDs, sequence lengths, sequence pointers and document starts."""
-    damaged = UserError(f"{idx} is not a complete Megatron .idx file; {_FIX}")
+    damaged = UserError(f"{idx} is not a complete Megatron .idx file; {REBUILD}")
     if len(content) < _HEADER.size:
         raise damaged
     magic, version, code, sequences, starts = _HEADER.unpack_from(content)
@@ -99,6 +99,6 @@ def _check_sequences(idx: Path, lengths: NDArray, pointers: NDArray, token_bytes
         piece = lengths[first : first + _AT_ONCE].astype(np.int64)
         ends = num_tokens + np.cumsum(piece)
         if (piece < 0).any() or not np.array_equal(pointers[first : first + _AT_ONCE], (ends - piece) * token_bytes):
-            raise UserError(f"{idx} is damaged: its sequences are not contiguous; {_FIX}")
+            raise UserError(f"{idx} is damaged: its sequences are not contiguous; {REBUILD}")
         num_tokens = int(ends[-1])
     return num_tokens

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moelpr.data import _language_bits
+from moelpr.data.corpus_index import REBUILD
 from moelpr.process.errors import UserError
 
 MAGIC = b"MOELPRLB"
@@ -26,7 +27,6 @@ HEADER_BYTES = _FIELDS.size + _HEADER_CHECKSUM.size
 
 _BUFFER_TOKENS = 8 * (1 << 20)
 _RUN_TOKENS = 1 << 20
-_FIX = "rebuild the corpus with data_tools/preprocess_data.py"
 
 
 def _header(payload_checksum: int, num_tokens: int, num_original: int) -> bytes:
@@ -127,7 +127,7 @@ class LanguageBits:
                 # A plain array, because np.memmap runs Python code at every slice.
                 payload = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
         except OSError as error:
-            raise UserError(f"{self.path} can't be opened ({error.strerror}); {_FIX}") from error
+            raise UserError(f"{self.path} can't be opened ({error.strerror}); {REBUILD}") from error
         self._payload = payload[HEADER_BYTES:]
 
     def __len__(self) -> int:
@@ -186,15 +186,17 @@ class LanguageBits:
         """
         checksum = zlib.crc32(self._payload)
         if checksum != self._checksum:
-            raise UserError(f"{self.path} is damaged: its checksum is {checksum:08x}, not {self._checksum:08x}; {_FIX}")
+            raise UserError(
+                f"{self.path} is damaged: its checksum is {checksum:08x}, not {self._checksum:08x}; {REBUILD}"
+            )
         original = self.count(0, self.num_tokens)
         if original != self.num_original:
             raise UserError(
                 f"{self.path} is damaged: it contains {original:,} original-language tokens, not "
-                f"{self.num_original:,}; {_FIX}"
+                f"{self.num_original:,}; {REBUILD}"
             )
         if _language_bits.count_ones(self._payload, self.num_tokens, 8 * len(self._payload)):
-            raise UserError(f"{self.path} is damaged: bits are set after its last token; {_FIX}")
+            raise UserError(f"{self.path} is damaged: bits are set after its last token; {REBUILD}")
 
     def _check_range(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self.num_tokens:
@@ -202,21 +204,21 @@ class LanguageBits:
 
     def _read_header(self, header: bytes, file_bytes: int) -> None:
         if len(header) < HEADER_BYTES or not any(header):
-            raise UserError(f"{self.path} is not a complete .lang file; {_FIX}")
+            raise UserError(f"{self.path} is not a complete .lang file; {REBUILD}")
         magic, version, *fields = _FIELDS.unpack_from(header)
         if magic != MAGIC:
-            raise UserError(f"{self.path} is not a .lang file: it starts with {magic!r}, not {MAGIC!r}; {_FIX}")
+            raise UserError(f"{self.path} is not a .lang file: it starts with {magic!r}, not {MAGIC!r}; {REBUILD}")
         if version != VERSION:
             raise UserError(
-                f"{self.path} has version {version} of the .lang format, but only {VERSION} is supported; {_FIX}"
+                f"{self.path} has version {version} of the .lang format, but only {VERSION} is supported; {REBUILD}"
             )
         if _header(*fields) != header:
-            raise UserError(f"{self.path} is damaged: its header does not match its own checksum; {_FIX}")
+            raise UserError(f"{self.path} is damaged: its header does not match its own checksum; {REBUILD}")
         self._checksum, self.num_tokens, self.num_original = fields
         size = HEADER_BYTES + payload_bytes(self.num_tokens)
         if file_bytes != size:
             raise UserError(
-                f"{self.path} contains {file_bytes:,} bytes, not {size:,} for {self.num_tokens:,} tokens; {_FIX}"
+                f"{self.path} contains {file_bytes:,} bytes, not {size:,} for {self.num_tokens:,} tokens; {REBUILD}"
             )
 
 
@@ -237,6 +239,6 @@ def open_language_bits(prefix: str | os.PathLike[str], num_tokens: int) -> Langu
     if bits.num_tokens != num_tokens:
         raise UserError(
             f"{bits.path} covers {bits.num_tokens:,} tokens, but {os.fspath(prefix)}.bin contains {num_tokens:,}; "
-            f"{_FIX}"
+            f"{REBUILD}"
         )
     return bits

@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
 import moelpr
+from moelpr.data.corpus_index import REBUILD
 from moelpr.data.tokenizers.base import Tokenizer, vocabulary_checksum
 from moelpr.process.errors import UserError
 from moelpr.store.checksums import Verify
@@ -21,7 +22,6 @@ from moelpr.store.records import STRICT, Record
 
 _BLOCK_BYTES = 1 << 22
 SAMPLED_BLOCKS = 64
-_REMEDY = "rebuild the corpus with data_tools/preprocess_data.py"
 
 Count = Annotated[int, Field(ge=0)]
 # The two values of a language bit, by name.
@@ -161,7 +161,7 @@ class Manifest(Record):
     """
 
     FILE_NAME: ClassVar[str] = "PREFIX.manifest.json"
-    REMEDY: ClassVar[str] = f"{_REMEDY}, or remove it"
+    REMEDY: ClassVar[str] = f"{REBUILD}, or remove it"
     ASCII: ClassVar[bool] = False
 
     tokenizer: TokenizerRecord
@@ -204,11 +204,11 @@ class Manifest(Record):
                     else:
                         is_same = record is not None and record.matches(path, bar.update)
                 except OSError as error:
-                    raise UserError(f"{path} can't be read ({error.strerror}); {_REMEDY}") from error
+                    raise UserError(f"{path} can't be read ({error.strerror}); {REBUILD}") from error
                 if not is_same:
                     raise UserError(
                         f"{path} is damaged or belongs to another corpus: its size or checksum differs from the "
-                        f"manifest's; {_REMEDY}"
+                        f"manifest's; {REBUILD}"
                     )
 
     def as_json(self) -> dict[str, Any]:

@@ -74,9 +74,8 @@ def _parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = _parse_arguments()
-    from checkpoint_convert.compare.grafts import compare_graft
     from checkpoint_convert.compare.logits import compare_on_text
-    from checkpoint_convert.compare.tensors import compare, compare_frozen
+    from checkpoint_convert.compare.tensors import compare, compare_frozen, compare_graft
 
     if args.reader:
         _check_for_reader(args.a, args.reader, args.json, args.verify)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -31,43 +32,19 @@ _REMEDY = (
 
 @dataclass(frozen=True, config=FOREIGN)
 class Score:
-    """A number with what else was recorded of it."""
+    """A number; what else was recorded of it is not read."""
 
     value: float
 
 
 @dataclass(frozen=True, config=FOREIGN)
-class LanguageScores:
+class TextScores:
     """What a model scored on the held-out text of a language."""
 
     documents: int
     bits_per_byte: Score
     perplexity: Score
     accuracy: Score
-
-
-@dataclass(frozen=True, config=FOREIGN)
-class TextModel:
-    """A model that was evaluated on text."""
-
-    directory: str
-    languages: dict[str, LanguageScores]
-
-
-@dataclass(frozen=True, config=FOREIGN)
-class TextResults:
-    """results.json of moelpr.evaluate, as far as a card needs it."""
-
-    data: dict[str, str]
-    models: dict[str, TextModel]
-
-    def of(self, model: str) -> Iterator[EvalResult]:
-        """The results of a model."""
-        for language, scores in self.models[model].languages.items():
-            name = f"held-out {language_name(language)} text, {scores.documents:,} documents"
-            kind = Path(self.data.get(language, language)).stem
-            for metric, metric_name in METRIC_NAMES.items():
-                yield _result(language, name, kind, metric, metric_name, getattr(scores, metric).value)
 
 
 @dataclass(frozen=True, config=FOREIGN)
@@ -79,36 +56,35 @@ class Benchmark:
 
 
 @dataclass(frozen=True, config=FOREIGN)
-class HarnessModel:
-    """A model that was evaluated on benchmarks: benchmark → language → score."""
+class EvaluatedModel:
+    """A model with its scores on text (by language) or on benchmarks (by benchmark and language)."""
 
     directory: str
-    scores: dict[str, dict[str, Score]]
+    languages: dict[str, TextScores] = field(default_factory=dict)
+    scores: dict[str, dict[str, Score]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, config=FOREIGN)
-class HarnessSettings:
-    """The limit of questions per task; None for all."""
+class Evaluation:
+    """results.json or harness.json of moelpr.evaluate, as far as a card needs it; `data` is the text of a language."""
 
-    limit: int | None
+    models: dict[str, EvaluatedModel]
+    data: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    benchmarks: dict[str, Benchmark] = field(default_factory=dict)
 
-
-@dataclass(frozen=True, config=FOREIGN)
-class HarnessResults:
-    """harness.json of moelpr.evaluate, as far as a card needs it."""
-
-    settings: HarnessSettings
-    benchmarks: dict[str, Benchmark]
-    models: dict[str, HarnessModel]
-
-    def of(self, model: str) -> Iterator[EvalResult]:
-        """The results of a model."""
+    def results(self, model: str) -> Iterator[EvalResult]:
+        """Every number of a model."""
+        for language, found in self.models[model].languages.items():
+            name = f"held-out {language_name(language)} text, {found.documents:,} documents"
+            kind = Path(self.data.get(language, language)).stem
+            for metric, metric_name in METRIC_NAMES.items():
+                yield _result(language, name, kind, metric, metric_name, getattr(found, metric).value)
         for benchmark, scores in self.models[model].scores.items():
-            settings = self.benchmarks[benchmark]
-            metric_name = f"{settings.metric}, {settings.num_fewshot} shots"
+            run = self.benchmarks[benchmark]
             for language, score in scores.items():
-                name = f"{benchmark}, {language_name(language)}"
-                yield _result(language, name, benchmark.lower(), settings.metric, metric_name, score.value)
+                name, metric_name = f"{benchmark}, {language_name(language)}", f"{run.metric}, {run.num_fewshot} shots"
+                yield _result(language, name, benchmark.lower(), run.metric, metric_name, score.value)
 
 
 def update_card(
@@ -163,11 +139,7 @@ def update_card(
 
 def _read_results(path: Path, folder: Path, evaluated: str | None) -> list[EvalResult]:
     """The results of every language and metric."""
-    content: TextResults | HarnessResults
-    if "benchmarks" in records.read(dict[str, Any], path, _REMEDY):
-        content = records.read(HarnessResults, path, _REMEDY)
-    else:
-        content = records.read(TextResults, path, _REMEDY)
+    content = records.read(Evaluation, path, _REMEDY)
     models = content.models
     same = [name for name, model in models.items() if Path(model.directory).resolve() == folder.resolve()]
     name = evaluated or (same[0] if same else None)
@@ -176,10 +148,11 @@ def _read_results(path: Path, folder: Path, evaluated: str | None) -> list[EvalR
             f"{path} has no results of {evaluated or folder}; name the model with --evaluated, one of "
             f"{', '.join(models)}"
         )
-    if isinstance(content, HarnessResults) and content.settings.limit:
-        limit = content.settings.limit
+    if limit := content.settings.get("limit"):
         raise UserError(f"{path} has only the first {limit} questions of each task; run it again without --limit")
-    return list(content.of(name))
+    if missing := models[name].scores.keys() - content.benchmarks.keys():
+        raise UserError(f"{path} does not say how {min(missing)} was run; {_REMEDY}")
+    return list(content.results(name))
 
 
 def _result(language: str, name: str, kind: str, metric: str, metric_name: str, value: float) -> EvalResult:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from checkpoint_convert.common.numbers import CHUNK_ELEMENTS
+from checkpoint_convert.conversions.graft_record import Graft
+from checkpoint_convert.conversions.instruct_difference import GraftReader
 from checkpoint_convert.conversions.origins import Described, moe_class_of, open_tensors, pieces_since
-from checkpoint_convert.hf.safetensors_reader import HfReader
+from checkpoint_convert.hf.safetensors_reader import HfReader, common_dtype
 from checkpoint_convert.hf.vocabulary_rows import new_rows, shape_without, without_rows
 from checkpoint_convert.mcore.megatron_folder import MegatronReader
 from moelpr.stages import VOCABULARY_PARTS, Part
@@ -94,6 +96,20 @@ def compare_frozen(base: Path, upcycled: Path, verify: Verify = Verify.FULL) -> 
         )
         for verdict in compare_tensors(a, b, became, list(became)):
             yield replace(verdict, name=became[verdict.name])
+
+
+def compare_graft(
+    base: Path, instruct: Path, model: Path, grafted: Path, verify: Verify = Verify.FULL
+) -> Iterator[TensorVerdict]:
+    """Compare the model plus the difference with a graft, whose graft.json has scale and parts."""
+    record, found = Graft.read(grafted), open_tensors(grafted, verify=verify)
+    assert isinstance(found, HfReader)
+    dtype = common_dtype((found, name) for name in found.names)
+    expected = GraftReader(base, instruct, model, record.scale, record.only, dtype, verify)
+    found.list_parts(expected.names)
+    yield from compare_tensors(expected, found, {name: name for name in expected.names}, expected.names)
+    for name in sorted(set(found.names) - set(expected.names)):
+        yield TensorVerdict(name, "extra")
 
 
 def largest_difference(verdicts: Iterable[TensorVerdict]) -> float:

@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from checkpoint_convert.card.origin import StartSettings
 from checkpoint_convert.common.numbers import cast, check_finite
 from checkpoint_convert.hf.safetensors_reader import HfReader
 from checkpoint_convert.hf.vocabulary_rows import with_new_rows
@@ -37,15 +36,6 @@ class Start:
     noise: float = 0.0
     reinitialise: float = 0.0
     seed: int = 1234
-
-    def as_settings(self) -> StartSettings:
-        """The fields, for the record."""
-        return {
-            "new_experts": self.new_experts,
-            "noise": self.noise,
-            "reinitialise": self.reinitialise,
-            "seed": self.seed,
-        }
 
     def check(self) -> None:
         if not 0 <= self.noise < float("inf"):

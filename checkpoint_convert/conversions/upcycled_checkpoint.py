@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -87,7 +88,7 @@ def hf_to_mcore(
             (folder / HF_FOLDER / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         record_dtype(folder / HF_FOLDER, ((source, name) for name in names))
         recorded = recorded or Model(hf_path, hf_path.resolve().name)
-        started = start.as_settings() if spec.moe else StartSettings()
+        started = cast(StartSettings, asdict(start) if spec.moe else {})
         Origin(recorded.name, started, revision=recorded.revision).write(folder / HF_FOLDER)
         write_checkpoint(journal, plan, spec, lambda todo: starting_tensors(source, todo, spec, start, extension), bar)
     return spec

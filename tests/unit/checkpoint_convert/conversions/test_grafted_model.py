@@ -17,7 +17,7 @@ from checkpoint_convert import graft as grafter
 from checkpoint_convert import hf_to_mcore as importer
 from checkpoint_convert import mcore_to_hf as exporter
 from checkpoint_convert import verify as verifier
-from checkpoint_convert.compare.grafts import compare_graft
+from checkpoint_convert.compare.tensors import compare_graft
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.graft_card import _license
 from checkpoint_convert.conversions.graft_record import Graft

@@ -11,9 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from checkpoint_convert.compare.grafts import compare_graft
 from checkpoint_convert.compare.logits import compare_on_text
-from checkpoint_convert.compare.tensors import compare_frozen
+from checkpoint_convert.compare.tensors import compare_frozen, compare_graft
 from checkpoint_convert.conversions.delta import apply_delta
 from checkpoint_convert.conversions.delta_config import DeltaConfig
 from checkpoint_convert.conversions.exported_model import mcore_to_hf

@@ -23,7 +23,7 @@ class TrainedStage:
 
     Attributes:
         settings: Every flag with its final value.
-        first: The metrics of the first step; `last`: of `step`. None if the run has no metrics of `step`.
+        first: The metrics of the first step, and `last` those of `step`; None if the run has none of `step`.
         versions: Versions of the packages at the run's last start.
     """
 
@@ -174,7 +174,7 @@ def _read_stage(folder: Path, step: int, settings: dict[str, Any]) -> TrainedSta
 
 
 def check_separable(model: Path, spec: ModelSpec, origin: Origin, history: History, output: str, instead: str) -> None:
-    """UserError unless the model is a base with routers and new experts, and nothing else was trained.
+    """Check that the model is a base with routers and new experts, and that nothing else was trained.
 
     Prints a note if the records of earlier training are gone, so that it is unknown.
 
@@ -204,7 +204,7 @@ def check_separable(model: Path, spec: ModelSpec, origin: Origin, history: Histo
 
 
 def check_frozen_is_the_base(source: MegatronReader, dtype: str, output: str, instead: str) -> None:
-    """UserError unless the base's tensors in `dtype` are the checkpoint's frozen ones in `dtype`.
+    """Check that the base's tensors in `dtype` are the checkpoint's frozen ones in `dtype`.
 
     A dtype between the base's and this one, of the conversion or of the training, has rounded them otherwise. A tensor
     with rows of new tokens is stored in the dtype of the training.

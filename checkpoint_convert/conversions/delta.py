@@ -46,7 +46,11 @@ def rows_of_new_tokens(source: MegatronReader) -> dict[str, range]:
 
 
 def check_delta(source: MegatronReader, facts: CardFacts) -> None:
-    """UserError if the export's frozen tensors are not the base's: rounded, or joined differently."""
+    """Check that the export's frozen tensors are the base's: neither rounded nor joined differently.
+
+    Raises:
+        UserError: They are not.
+    """
     base = read_config(source.folder / HF_FOLDER)
     family, is_moe = family_of(base)
     if is_moe and (of_base := family.moe_class.architecture) != facts.architecture:

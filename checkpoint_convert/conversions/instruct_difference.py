@@ -37,7 +37,7 @@ class GraftReader:
 
     Attributes:
         names: Names of the model's tensors, in its order.
-        new_rows: Those of new tokens in embedding and output layer.
+        new_rows: The rows of new tokens in embedding and output layer.
 
     Raises:
         UserError: the models do not fit each other; on access also, if a tensor that training leaves as it is differs

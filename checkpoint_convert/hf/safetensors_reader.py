@@ -131,14 +131,14 @@ class _Index:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """Tensor → file; empty if there is no index."""
+    """The file that each tensor is in; empty if there is no index."""
     if not path.is_file():
         return {}
     weight_map = records.read(_Index, path, "download it again").weight_map
     single = path.with_name(path.name.removesuffix(".index.json"))
     if single.is_file() and set(weight_map.values()) != {single.name}:
         raise UserError(
-            f"{single}, which transformers reads, stands beside {path.name} of other files; remove the stale one"
+            f"{single}, which transformers reads, is next to {path.name} of other files; remove the stale one"
         )
     for name in weight_map.values():
         if Path(name).name != name or not (path.parent / name).is_file():

@@ -8,7 +8,7 @@ from moelpr.process.errors import UserError
 
 
 def check_tokenizer(folder: Path, vocab_size: int) -> None:
-    """UserError if the folder's tokenizer cannot be read or has more IDs than the embedding has rows."""
+    """Check that the folder's tokenizer can be read and has at most as many IDs as the embedding has rows."""
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return
     tokenizer = open_hf_tokenizer(folder)
@@ -22,7 +22,7 @@ def check_tokenizer(folder: Path, vocab_size: int) -> None:
 
 
 def check_same_tokenizer(base: Path, instruct: Path, model: Path, vocab_size: int, new: range) -> None:
-    """UserError unless all three give every text the same IDs, or the model's extends the others' by the IDs `new`."""
+    """Check that all three give every text the same IDs, or the model's extends the others' by the IDs `new`."""
     tokenizers = []
     for folder in (base, instruct, model):
         if not any((folder / name).is_file() for name in TOKENIZER_FILES):

@@ -57,7 +57,7 @@ class MegatronArgs(TypedDict):
 
 @dataclass(frozen=True, config=STRICT)
 class MoeSpec:
-    """Which layers are MoE layers, and their experts.
+    """The MoE layers of a model, and their experts.
 
     Attributes:
         num_new_experts: N, the experts of this round.

@@ -189,8 +189,8 @@ class TorchDistWriter:
         self._contents: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
         self._file: SummedFile | None = None
-        self._sums: dict[str, FileSum] = {}  # of complete files
-        self._open_chunks: list[_Chunk] = []  # of the open file, for the journal
+        self._sums: dict[str, FileSum] = {}  # the sums of complete files
+        self._open_chunks: list[_Chunk] = []  # the chunks of the open file, for the journal
         self._written: set[tuple[str, tuple[int, ...]]] = set()
         for file in journal.entries(_DistcpFile) if journal is not None else []:
             self._sums[file.name] = file.sum

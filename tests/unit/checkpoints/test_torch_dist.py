@@ -144,7 +144,7 @@ def test_a_flipped_bit_in_the_table_of_contents_is_noticed(step: Path) -> None:
     "change", [{"size": 3}, {"size": torch.Size([3, 1])}, {"properties": None}, {"chunks": [None]}]
 )
 def test_an_entry_of_another_type_is_reported(step: Path, change: dict[str, object]) -> None:
-    """Of a checkpoint without checksums."""
+    """The checkpoint has no checksums."""
     (step / "checksums.json").unlink()
     metadata = pickle.loads((step / ".metadata").read_bytes())
     vars(metadata.state_dict_metadata["tensor"]).update(change)

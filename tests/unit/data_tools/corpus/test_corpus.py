@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from data_tools import inspect_data
 from data_tools.corpus.corpus import Corpus
-from data_tools.corpus.tokenized import run_edges
 from moelpr.data.manifest import Manifest, manifest_path
 from moelpr.megatron_patches import bootstrap
 from moelpr.process.errors import UserError
@@ -136,8 +135,3 @@ def test_inspection_ends_in_a_message_or_a_report(whole: Path, copy: Callable[..
         inspect_data.main([str(prefix), *(["--json"] if data.draw(st.booleans()) else [])])
     except UserError as error:
         assert "\n" not in str(error) and len(str(error)) < 1000
-
-
-def test_run_edges_are_the_borders_of_equal_bits() -> None:
-    assert run_edges(np.array([1, 1, 0, 1, 1], np.uint8)).tolist() == [0, 2, 3, 5]
-    assert run_edges(np.zeros(0, np.uint8)).tolist() == [0]

@@ -14,6 +14,7 @@ from checkpoint_convert.hf.hub import is_hub_name
 from checkpoint_convert.hf.model_files import BASE_CARD_FILE, CARD_FILE
 from checkpoint_convert.mcore.megatron_folder import MegatronReader, num_elements
 from moelpr.data.vocabulary_extension import VocabularyExtension
+from moelpr.metrics import schema
 from moelpr.process.versions import installed_versions
 from moelpr.stages import Part
 from moelpr.store.run_folder import HF_FOLDER
@@ -24,6 +25,7 @@ _INHERITED = ("language", *LICENSE_KEYS)
 TEMPLATES = Environment(
     loader=PackageLoader("checkpoint_convert.card"), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
 )
+TEMPLATES.globals["metrics"] = schema
 
 
 @dataclass(frozen=True)

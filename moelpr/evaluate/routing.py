@@ -3,7 +3,7 @@
 import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moelpr.evaluate.models import LoadedModel
-from moelpr.metrics.routing_sums import TextSums, text_vector
+from moelpr.metrics.routing_sums import text_vector
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Routing:
     entropy: list[float]  # mean entropy of a token's router scores, in nats; at most ln E
     original_chosen_share: list[float]  # fraction of tokens with at least one original expert among their K
     all_original_share: list[float]  # fraction of tokens whose K choices are all original
-    num_original_places: int = 1  # P
+    num_original_places: int = field(default=1, kw_only=True)  # P
 
     @property
     def original_first_share(self) -> list[float]:
@@ -74,18 +74,10 @@ class RoutingObserver:
         if not self._sums or self._tokens == 0:
             return None
         layers = sorted(self._sums)
-        means = TextSums.from_vectors(torch.stack([self._sums[layer].cpu() for layer in layers]) / self._tokens)
-        return Routing(
-            layers=layers,
-            tokens=self._tokens,
-            first_choice_share=means.first_choices.tolist(),
-            chosen_share=means.choices.tolist(),
-            mean_score=means.scores.tolist(),
-            entropy=means.entropy.tolist(),
-            original_chosen_share=means.has_original.tolist(),
-            all_original_share=means.all_original.tolist(),
-            num_original_places=self._loaded.num_original_places,
-        )
+        means = torch.stack([self._sums[layer].cpu() for layer in layers]) / self._tokens
+        num_experts = (means.shape[1] - 3) // 3
+        lists = [part.squeeze(1).tolist() for part in means.split([num_experts] * 3 + [1] * 3, dim=1)]
+        return Routing(layers, self._tokens, *lists, num_original_places=self._loaded.num_original_places)
 
 
 @dataclass(frozen=True)

@@ -9,33 +9,9 @@ import torch
 from torch import Tensor
 
 
-class Decisions(NamedTuple):
-    """What a router decides about each token.
-
-    Attributes:
-        first_T: The expert with the highest score.
-        is_chosen_TE: Whether the expert is among the token's K.
-        num_original_places: P.
-    """
-
-    first_T: Tensor
-    is_chosen_TE: Tensor
-    num_original_places: int
-
-    @property
-    def is_original_first_T(self) -> Tensor:
-        """Whether the first choice is an original expert."""
-        return self.first_T < self.num_original_places
-
-    @property
-    def has_original_T(self) -> Tensor:
-        """Whether an original expert is among the choices."""
-        return self.is_chosen_TE[:, : self.num_original_places].any(dim=-1)
-
-    @property
-    def is_all_original_T(self) -> Tensor:
-        """Whether all choices are original experts."""
-        return ~self.is_chosen_TE[:, self.num_original_places :].any(dim=-1)
+def is_all_original(is_chosen_TE: Tensor, num_original_places: int) -> Tensor:
+    """Whether all of a token's choices are original experts [T]."""
+    return ~is_chosen_TE[:, num_original_places:].any(dim=-1)
 
 
 class RoutingSums(NamedTuple):
@@ -108,52 +84,29 @@ def routing_vector(
     logits_TE: Tensor, is_chosen_TE: Tensor, lpr_sum: Tensor, is_original_T: Tensor, num_original_places: int
 ) -> Tensor:
     """The `RoutingSums` of one layer and micro-batch as one fp32 vector."""
-    decisions = Decisions(logits_TE.argmax(dim=-1), is_chosen_TE, num_original_places)
-    every_T = torch.ones_like(is_original_T)
-    masks = every_T, decisions.is_original_first_T, decisions.is_all_original_T
+    is_original_first_T = logits_TE.argmax(dim=-1) < num_original_places
+    masks = torch.ones_like(is_original_T), is_original_first_T, is_all_original(is_chosen_TE, num_original_places)
     counts = torch.stack([(mask & group).sum() for mask in masks for group in (is_original_T, ~is_original_T)])
     scores_E = torch.softmax(logits_TE.float(), dim=-1).sum(dim=0)
     choices_E = is_chosen_TE.sum(dim=0)
     return torch.cat([lpr_sum.detach().float().reshape(1), counts.float(), scores_E, choices_E.float()])
 
 
-class TextSums(NamedTuple):
-    """Sums over the counted tokens of a text, per layer.
-
-    Attributes:
-        first_choices: Tokens whose first choice is the expert [L, E].
-        choices: Tokens that choose the expert [L, E].
-        scores: Router scores [L, E].
-        entropy: Entropies of the router scores, in nats [L].
-        has_original: Tokens with an original expert among their choices [L].
-        all_original: Tokens whose choices are all original experts [L].
-    """
-
-    first_choices: Tensor
-    choices: Tensor
-    scores: Tensor
-    entropy: Tensor
-    has_original: Tensor
-    all_original: Tensor
-
-    @classmethod
-    def from_vectors(cls, vectors_LV: Tensor) -> "TextSums":
-        """Read vectors of `text_vector`, one per layer."""
-        num_experts = (vectors_LV.shape[1] - 3) // 3
-        first_choices, choices, scores, others = vectors_LV.split([num_experts] * 3 + [3], dim=1)
-        return cls(first_choices, choices, scores, *others.unbind(dim=1))
-
-
 def text_vector(logits_TE: Tensor, topk: int, num_original_places: int, weight_T: Tensor) -> Tensor:
-    """The `TextSums` of one layer and batch as one fp64 vector; `weight_T` is 1 for counted tokens, else 0."""
+    """Sums of one layer and batch over the counted tokens of a text as one fp64 vector [3 E + 3].
+
+    It has first choices, choices and scores [E each], the entropy of the scores, and the tokens with any and with all
+    choices among the original experts. `weight_T` is 1 for counted tokens, else 0.
+    """
     log_scores_TE = logits_TE.log_softmax(dim=-1)
     scores_TE = log_scores_TE.exp()
     choices_TK = logits_TE.topk(topk, dim=-1).indices
     is_first_TE = torch.zeros_like(scores_TE).scatter_(1, choices_TK[:, :1], 1.0)
     is_chosen_TE = torch.zeros_like(scores_TE).scatter_(1, choices_TK, 1.0)
-    decisions = Decisions(choices_TK[:, 0], is_chosen_TE.bool(), num_original_places)
     entropy_T = -(scores_TE * log_scores_TE).sum(dim=-1)
-    each_T3 = torch.stack([entropy_T, decisions.has_original_T.float(), decisions.is_all_original_T.float()], dim=-1)
-    columns = torch.cat([is_first_TE, is_chosen_TE, scores_TE, each_T3], dim=-1)
+    has_original_T = is_chosen_TE[:, :num_original_places].amax(dim=-1)
+    all_original_T = is_all_original(is_chosen_TE.bool(), num_original_places).float()
+    others_T3 = torch.stack([entropy_T, has_original_T, all_original_T], dim=-1)
+    columns = torch.cat([is_first_TE, is_chosen_TE, scores_TE, others_T3], dim=-1)
     # A layer may be on another GPU. A batch's counts are exact in float32.
     return (weight_T.to(columns.device) @ columns).double()

@@ -40,13 +40,6 @@ def test_bad_argument_is_named(monkeypatch: pytest.MonkeyPatch, arguments: tuple
         call(monkeypatch, *arguments)
 
 
-def test_help_shows_the_flags_of_the_default_command_and_live(monkeypatch, capsys) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        call(monkeypatch, "--help")
-    shown = capsys.readouterr().out
-    assert exit_.value.code == 0 and "--evaluation" in shown and "moelpr.report live RUN" in shown
-
-
 @pytest.mark.parametrize("command", [(), ("live",)])
 def test_folder_of_runs_is_answered_with_a_command(tmp_path, monkeypatch, command) -> None:
     for name in ("stage1", "stage2"):

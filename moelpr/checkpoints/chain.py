@@ -88,7 +88,7 @@ def step_folder(folder: Path, iteration: int | None = None) -> Path:
     """The folder of a saved step; by default of the latest, which the tracker file names.
 
     Raises:
-        UserError: there is no such step.
+        UserError: The step does not exist.
     """
     if iteration is not None:
         chosen = folder / step_name(iteration)
@@ -121,7 +121,7 @@ def checkpoint_chain(folder: Path, iteration: int | None = None, base: Path | No
         base: where the first base may be, if it is not where base_checkpoint.json says.
 
     Raises:
-        UserError: there is no checkpoint, a base is missing or of another model, or the chain is circular.
+        UserError: The checkpoint does not exist, a base is missing or of another model, or the chain is circular.
     """
     spec = ModelSpec.read(folder)
     links = [step_folder(folder, iteration)]

@@ -15,7 +15,7 @@ class BadLine(Exception):
 
 
 def is_blank(line: bytes) -> bool:
-    """Whether there is nothing but white space in a line, and perhaps a byte order mark before it."""
+    """Whether a line contains only white space, perhaps after a byte order mark."""
     return not line or line.isspace() or (line.startswith(_BYTE_ORDER_MARK) and is_blank(line[3:]))
 
 

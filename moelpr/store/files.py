@@ -1,15 +1,16 @@
-"""Outputs appear complete or not at all: write under a temporary name, fsync, rename. Reads versioned JSON files."""
+"""Outputs appear complete or not at all: files and folders are written under a temporary name, fsynced and renamed.
+
+A lock keeps a second process from writing the same output.
+"""
 
 import errno
 import glob
-import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import filelock
 import psutil
@@ -30,7 +31,7 @@ def make_folder(folder: Path) -> None:
     """Create a folder to write to, and its parents.
 
     Raises:
-        UserError: it can't be created, or is read-only.
+        UserError: It can't be created, or is read-only.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,34 +96,6 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def parse_json(text: str | bytes) -> Any:
-    """Like json.loads, but half a surrogate pair, which can't be written, and very deep nesting are ValueErrors too."""
-    try:
-        content = json.loads(text)
-        json.dumps(content, ensure_ascii=False).encode()
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    return content
-
-
-def read_versioned[T](path: Path, version: int, build: Callable[..., T]) -> T:
-    """Pass the fields of the JSON object in a file to `build` as keyword arguments, without its format_version.
-
-    Raises:
-        UserError: the file has another version, or `build` rejects the fields.
-    """
-    try:
-        content = parse_json(path.read_text())
-        found = content.pop("format_version", None)
-        if found != version:
-            raise UserError(f"format_version is {found}, this program reads {version}")
-        return build(**content)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-        raise UserError(f"{path} is damaged or from another program: {error}") from error
-
-
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary folder; on success it replaces `path`, on failure it is removed."""
@@ -164,7 +137,7 @@ def locked(lock_file: Path, output: Path | str) -> Iterator[None]:
     The kernel releases it when this process ends, however that happens; forked processes do not hold it.
 
     Raises:
-        UserError: another process holds it, so it is writing `output`.
+        UserError: Another process holds it, so it is writing `output`.
     """
     # The fallback is a file that would remain if this process is killed.
     lock = filelock.FileLock(lock_file, timeout=0, fallback_to_soft=False)
@@ -202,7 +175,8 @@ def empty(folder: Path) -> None:
 def replace_folder(path: Path, temporary: Path, own: tuple[str, ...] = ()) -> None:
     """Make the folder `temporary` durable and rename it to `path`; what was there is removed last.
 
-    `own`: names of files in it that are removed once it has its name.
+    Args:
+        own: Names of files in the folder that are removed once it has its name.
     """
     for file in temporary.rglob("*"):
         if file.is_file():

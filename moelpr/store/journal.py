@@ -78,7 +78,7 @@ class Journal:
 
     @staticmethod
     def job_in(folder: Path) -> Any:
-        """The description of the job that was interrupted in `folder`; None if there is none.
+        """The description of the job that was interrupted in `folder`; None if it has no journal.
 
         Raises:
             UserError: The journal is damaged.

@@ -37,7 +37,7 @@ def read_mapping(path: Path, what: str) -> dict[str, Any]:
     """Read a file that contains a YAML mapping; messages call it `what`, such as "recipe".
 
     Raises:
-        UserError: the file cannot be read, is not YAML, or is not a mapping.
+        UserError: The file cannot be read, is not YAML, or is not a mapping.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -51,7 +51,7 @@ def parse_mapping(text: str, what: str) -> dict[str, Any]:
     """Parse a YAML mapping; messages call its origin `what`.
 
     Raises:
-        UserError: the text is not YAML, or not a mapping.
+        UserError: The text is not YAML, or not a mapping.
     """
     try:
         content = yaml.load(text, Loader=_Loader)

@@ -71,9 +71,7 @@ def command_in(comment: str) -> list[str]:
 
 
 @pytest.mark.parametrize("recipe", REAL)
-def test_the_planner_lists_the_layout_with_the_memory_in_the_comment(
-    recipe: str, models: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_planner_lists_the_layout_with_the_memory_in_the_comment(recipe, models, monkeypatch, capsys) -> None:
     settings, comment = yaml.safe_load((RECIPES / recipe).read_text()), comment_of(recipe)
     monkeypatch.setattr("sys.argv", ["plan", *command_in(comment), "--json"])
     plan()
@@ -112,9 +110,7 @@ def test_a_checkpoint_has_the_size_in_the_comment(recipe: str, models: None) -> 
 
 
 @pytest.mark.parametrize("recipe", REAL)
-def test_the_trainer_accepts_it_on_the_hardware_it_names(
-    recipe: str, models: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_trainer_accepts_it_on_the_hardware_it_names(recipe, models, monkeypatch) -> None:
     planner_argv = command_in(comment_of(recipe))
     folder = Path("upcycled")
     (folder / "release").mkdir(parents=True)

@@ -144,9 +144,7 @@ def finished(calls: Calls, tmp_path: Path) -> list[object]:
     return words
 
 
-def test_what_was_made_from_a_step_that_is_made_again_is_made_again(
-    calls: Calls, tmp_path: Path, finished: list[object]
-) -> None:
+def test_what_was_made_from_a_step_that_is_made_again_is_made_again(calls, tmp_path, finished) -> None:
     run = tmp_path / "greek"
     num_calls = len(calls.made)
     (run / "stage1" / "FINISHED").unlink()  # as for training on from an earlier step
@@ -166,9 +164,7 @@ def test_what_was_made_from_a_step_that_is_made_again_is_made_again(
     assert calls.made[10].endswith("[--overwrite]")
 
 
-def test_a_step_is_not_done_if_another_call_has_made_its_source_again(
-    calls: Calls, tmp_path: Path, finished: list[object]
-) -> None:
+def test_a_step_is_not_done_if_another_call_has_made_its_source_again(calls, tmp_path, finished) -> None:
     run = tmp_path / "greek"
     shutil.rmtree(run / "stage1")
     until_stage1, rest = finished[: finished.index("@stage2")], finished[finished.index("@stage2") :]
@@ -299,9 +295,7 @@ def test_in_a_container_the_images_code_is_run(calls: Calls, tmp_path: Path, fla
         (STAGE, {"SLURM_CPUS_ON_NODE": "7", "SLURM_GPUS_ON_NODE": "8"}, ["7 CPUs for 8 GPUs", "--cpus-per-gpu"]),
     ],
 )
-def test_a_stage_that_cannot_run_is_a_single_error(
-    calls: Calls, tmp_path: Path, arguments: list, variables: dict, expected: list[str]
-) -> None:
+def test_a_stage_that_cannot_run_is_a_single_error(calls, tmp_path, arguments, variables, expected) -> None:
     done = stage(calls, tmp_path, *arguments, **variables)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith("job: error: ") and all(text in done.stderr for text in expected), done.stderr
@@ -337,9 +331,7 @@ def test_a_stage_exits_with_the_trainers_code_and_is_not_repeated(calls: Calls, 
         ({"SRUN_CODE": "1", "SAVED": "SAVE", "STATE": "PENDING"}, False),
     ],
 )
-def test_a_stage_that_fails_after_it_has_saved_a_step_is_tried_again(
-    calls: Calls, tmp_path: Path, variables: dict[str, str], is_requeued: bool
-) -> None:
+def test_a_stage_that_fails_after_it_has_saved_a_step_is_tried_again(calls, tmp_path, variables, is_requeued) -> None:
     """A GPU or a link may have failed in the middle of the night."""
     save = tmp_path / "run"
     save.mkdir()
@@ -381,9 +373,7 @@ def test_a_stage_that_fails_five_times_in_a_row_is_given_up(calls: Calls, tmp_pa
         ({"SLURM_RESTART_COUNT": "4"}, True),
     ],
 )
-def test_a_preempted_stage_is_requeued_once(
-    calls: Calls, tmp_path: Path, variables: dict, is_requeued_here: bool
-) -> None:
+def test_a_preempted_stage_is_requeued_once(calls, tmp_path, variables, is_requeued_here) -> None:
     """Where Slurm took its clean end for success, stage 2 started from a half-trained stage 1."""
     done = calls(
         "launch/slurm/stage.sbatch", "stage1", "--save", tmp_path, PREEMPTED="2026-01-01T00:00:00", **variables

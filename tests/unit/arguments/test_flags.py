@@ -76,9 +76,7 @@ def test_arguments_are_split_by_their_flags() -> None:
     assert split_by_flags(argv, {"--a"}) == (["--a", "1", "-2", "--a=4"], ["--b=3", "--c"])
 
 
-def test_help_shows_our_flags_without_megatron_and_help_all_shows_megatrons(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_help_shows_our_flags_without_megatron_and_help_all_shows_megatrons(capsys) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "moelpr.pretrain", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "--stage" in done.stdout and done.stdout.endswith("\nMegatron's flags: --help-all\n")

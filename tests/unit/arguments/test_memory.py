@@ -25,9 +25,7 @@ def test_the_expected_memory_is_the_planners_plus_the_process(gathered, upcycled
 
 
 @pytest.mark.parametrize(("stage", "argv"), [("stage0", []), ("stage1", ["--train-new-embeddings"])])
-def test_training_rows_of_new_tokens_is_expected_to_need_what_the_planner_says(
-    gathered, upcycled: str, stage: str, argv: list[str]
-) -> None:
+def test_training_rows_of_new_tokens_is_expected_to_need_what_the_planner_says(gathered, upcycled, stage, argv) -> None:
     from moelpr.arguments.memory import PROCESS_BYTES, expected_memory
     from moelpr.layouts import PlannedLayout
 

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,13 +19,7 @@ from checkpoint_convert.hf.model_files import TOKENIZER_FILES
 from checkpoint_convert.hf.safetensors_reader import HfReader
 from checkpoint_convert.verify import main
 from moelpr.families.new_experts import NewExperts
-from tests.support.hf_models import (
-    copy_of,
-    edit_tensors,
-    load_stock,
-    save_tokenizer,
-    tensors_of,
-)
+from tests.support.hf_models import copy_of, edit_tensors, load_stock, save_tokenizer, tensors_of
 
 
 def test_a_dense_checkpoint_and_its_source_are_equal(qwen2: Path, tmp_path: Path, exit_code, capsys) -> None:
@@ -37,9 +30,7 @@ def test_a_dense_checkpoint_and_its_source_are_equal(qwen2: Path, tmp_path: Path
         assert "51 tensors, 0 differ" in capsys.readouterr().out
 
 
-def test_tensors_that_readers_ignore_make_no_difference(
-    make_qwen2: Callable[..., Path], tmp_path: Path, exit_code
-) -> None:
+def test_tensors_that_readers_ignore_make_no_difference(make_qwen2, tmp_path, exit_code) -> None:
     """Old folders of tied models store their output layer and RoPE's frequencies too."""
     source = make_qwen2(tie_word_embeddings=True)
 
@@ -164,9 +155,7 @@ def test_every_copy_of_the_ffn_is_frozen(qwen2: Path, tmp_path: Path, exit_code,
     assert name in capsys.readouterr().out
 
 
-def test_all_experts_of_an_moe_base_are_frozen_and_its_routers_are_not(
-    qwen2: Path, export: Path, tmp_path: Path, exit_code, capsys
-) -> None:
+def test_all_experts_of_an_moe_base_are_frozen_and_its_routers_are_not(qwen2, export, tmp_path, exit_code, capsys):
     """The base of another round of languages: an export that gets more experts."""
     hf_to_mcore(export, tmp_path / "round2", NewExperts(2))
     mcore_to_hf(tmp_path / "round2", tmp_path / "round2-hf")
@@ -182,9 +171,7 @@ def test_all_experts_of_an_moe_base_are_frozen_and_its_routers_are_not(
     assert "7 and 5" in capsys.readouterr().err
 
 
-def test_the_exit_code_depends_on_tensors_and_text(
-    qwen2: Path, export: Path, text: Path, exit_code, capsys, megatron: None
-) -> None:
+def test_the_exit_code_depends_on_tensors_and_text(qwen2, export, text, exit_code, capsys, megatron) -> None:
     """The dense base against the freshly upcycled model: equal; after a change of an expert that is not frozen: not."""
     assert exit_code(main, "--frozen", qwen2, export, "--text", text, "--json") == 0
     found = json.loads(capsys.readouterr().out)
@@ -199,9 +186,7 @@ def test_the_exit_code_depends_on_tensors_and_text(
     assert exit_code(main, "--frozen", qwen2, export, "--text", text, "--logit-tolerance", 1e9) == 1
 
 
-def test_invalid_input_exits_with_one_message_and_code_2(
-    qwen2: Path, make_qwen2, text: Path, tmp_path: Path, exit_code, capsys
-) -> None:
+def test_invalid_input_exits_with_one_message_and_code_2(qwen2, make_qwen2, text, tmp_path, exit_code, capsys) -> None:
     bare = Path(shutil.copytree(qwen2, tmp_path / "bare"))
     for name in TOKENIZER_FILES:
         (bare / name).unlink(missing_ok=True)

@@ -16,8 +16,7 @@ from moelpr.evaluate.harness import PAPER_TASKS, Benchmark, HarnessResults, read
 from moelpr.evaluate.models import load_model
 
 needs_lm_eval = pytest.mark.skipif(
-    not (find_spec("lm_eval") and find_spec("accelerate")),
-    reason="needs lm-evaluation-harness (the extra `eval`)",
+    not (find_spec("lm_eval") and find_spec("accelerate")), reason="needs lm-evaluation-harness (the extra `eval`)"
 )
 QUESTIONS = [
     ("Is it on", ["yes", "no", "dim"], 0),

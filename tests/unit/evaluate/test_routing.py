@@ -95,10 +95,7 @@ def test_routers_of_the_other_exported_families_are_found(family):
     config = AutoConfig.for_model(family, **shape, num_local_experts=3, num_experts=3, num_experts_per_tok=2)
     model = AutoModelForCausalLM.from_config(config)
     loaded = hf_model(Path(), model, None, 0, None)
-    assert {number: tuple(router.weight.shape) for number, router in loaded.routers.items()} == {
-        0: (3, 16),
-        1: (3, 16),
-    }
+    assert {number: tuple(router.weight.shape) for number, router in loaded.routers.items()} == {0: (3, 16), 1: (3, 16)}
 
 
 def routing_with(*original_first_shares: float) -> Routing:

@@ -142,9 +142,7 @@ def test_an_interrupted_download_starts_over(deb: Source, tmp_path: Path, monkey
     assert fetch_all([deb], cache)["manual"].exists()
 
 
-def test_too_little_disk_is_said_before_the_first_download(
-    deb: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_little_disk_is_said_before_the_first_download(deb, tmp_path, monkeypatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=deb.bytes))
     with pytest.raises(MachineError, match="needs .* of disk"):

@@ -17,14 +17,7 @@ from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.families.families import FAMILIES, family_named
 from moelpr.families.new_experts import NewExperts
 from moelpr.process.errors import UserError
-from tests.support.hf_models import (
-    TOKENS,
-    assert_import_fails,
-    load_stock,
-    our_logits,
-    stock_logits,
-    tensors_of,
-)
+from tests.support.hf_models import TOKENS, assert_import_fails, load_stock, our_logits, stock_logits, tensors_of
 
 LLAMA3_ROPE = {
     "rope_theta": 500000.0,
@@ -80,9 +73,7 @@ def test_every_family_is_tested() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", DENSE, ids=lambda name: name.replace(" ", "-"))
-def test_dense_models_return_bitwise_identical(
-    make_model: Callable[..., Path], tmp_path: Path, name: str, dtype: torch.dtype
-) -> None:
+def test_dense_models_return_bitwise_identical(make_model, tmp_path, name, dtype) -> None:
     architecture, changes, _ = MODELS[name]
     source = make_model(architecture, dtype, **changes)
     hf_to_mcore(source, tmp_path / "megatron", None)
@@ -104,9 +95,7 @@ def test_our_model_computes_what_transformers_computes(model: tuple[Path, str, s
     assert (our_logits(tmp_path / "dense") - expected).abs().max() <= 2e-5
 
 
-def test_the_export_is_a_stock_moe_that_computes_what_our_model_does(
-    model: tuple[Path, str, str], tmp_path: Path
-) -> None:
+def test_the_export_is_a_stock_moe_that_computes_what_our_model_does(model, tmp_path) -> None:
     source, architecture, moe_architecture = model
     hf_to_mcore(source, tmp_path / "megatron", NewExperts(3))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", as_class=CHOSEN.get(moe_architecture))
@@ -174,9 +163,7 @@ def test_the_exported_config_has_old_and_new_names(model: tuple[Path, str, str],
         assert config["moe_intermediate_size"] == base["intermediate_size"]
 
 
-def test_a_key_missing_in_the_config_has_the_default_of_the_dense_class(
-    make_model: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_key_missing_in_the_config_has_the_default_of_the_dense_class(make_model, tmp_path) -> None:
     """Without the key, Mistral's window is 4096 and Mixtral has none."""
     source = make_model("MistralForCausalLM", sliding_window=4096, num_key_value_heads=4, rms_norm_eps=1e-6)
     config = json.loads((source / "config.json").read_text())
@@ -290,10 +277,7 @@ def test_a_classifier_of_a_known_family_is_rejected(source: Path, tmp_path: Path
     [
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0}}, "'default'.*'llama3'.*'yarn'"),
-        (
-            {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
-            "'llama3'.*'dynamic'",
-        ),
+        ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'llama3'.*'dynamic'"),
         ({"hidden_act": "gelu"}, "hidden_act.*'silu'.*'gelu'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "is quantized \\(quantization_config\\)"),
         ({"quantization": {"group_size": 64, "bits": 4}}, "is quantized \\(quantization\\)"),
@@ -304,9 +288,7 @@ def test_a_classifier_of_a_known_family_is_rejected(source: Path, tmp_path: Path
         ({"rope_parameters": {"rope_theta": 1000.5, "rope_type": "default"}}, "rope_theta.*1000.5"),
     ],
 )
-def test_a_model_that_megatron_computes_differently_is_rejected(
-    source: Path, tmp_path: Path, changes: dict, message: str
-) -> None:
+def test_a_model_that_megatron_computes_differently_is_rejected(source, tmp_path, changes, message) -> None:
     edit_json(source / "config.json", **changes)
     assert_import_fails(source, tmp_path, message)
 
@@ -341,9 +323,7 @@ def test_the_config_of_a_qwen2_export_is_complete(qwen2: Path, tmp_path: Path) -
     assert not any("shared_expert." in name for name in names)
 
 
-def test_a_llama_with_a_window_that_transformers_ignores_has_none(
-    make_model: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_llama_with_a_window_that_transformers_ignores_has_none(make_model, tmp_path) -> None:
     source = Path(shutil.copytree(make_model("LlamaForCausalLM"), tmp_path / "source"))
     edit_json(source / "config.json", sliding_window=6)
     assert "window_size" not in hf_to_mcore(source, tmp_path / "megatron", NewExperts(1)).megatron_args
@@ -381,10 +361,7 @@ def export_first_round(dense: Path, tmp_path: Path, **options) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"norm_topk_prob": False},
-            "norm_topk_prob must be True .*Qwen2MoeForCausalLM.* False",
-        ),
+        ({"norm_topk_prob": False}, "norm_topk_prob must be True .*Qwen2MoeForCausalLM.* False"),
         ({"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size .*0.* 64"),
         ({"mlp_only_layers": [0], "moe_intermediate_size": 24}, "48 and 24"),
         ({"decoder_sparse_step": 2}, "decoder_sparse_step .*1.* 2"),
@@ -392,9 +369,7 @@ def export_first_round(dense: Path, tmp_path: Path, **options) -> Path:
         ({"num_experts": 1 << 31}, "at most 4096 experts"),
     ],
 )
-def test_unsupported_mixtures_are_rejected(
-    make_model: Callable[..., Path], tmp_path: Path, changes: dict, message: str
-) -> None:
+def test_unsupported_mixtures_are_rejected(make_model, tmp_path, changes, message) -> None:
     folder = export_first_round(make_model("Qwen2ForCausalLM"), tmp_path)
     other = Path(shutil.copytree(folder, tmp_path / "other"))
     (other / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | changes))
@@ -416,9 +391,7 @@ def test_a_family_that_there_is_not(name: Any) -> None:
         family_named(name)
 
 
-def test_code_in_a_folder_is_refused_without_a_question(
-    qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_code_in_a_folder_is_refused_without_a_question(qwen2, tmp_path, monkeypatch) -> None:
     """transformers would ask at a terminal, and "y" would run it."""
     folder = Path(shutil.copytree(qwen2, tmp_path / "model"))
     config = json.loads((folder / "config.json").read_text())
@@ -430,9 +403,7 @@ def test_code_in_a_folder_is_refused_without_a_question(
     assert not (tmp_path / "ran").exists()
 
 
-def test_token_ids_that_a_base_leaves_to_its_class_are_those_of_its_class(
-    make_qwen2: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_token_ids_that_a_base_leaves_to_its_class_are_those_of_its_class(make_qwen2, tmp_path) -> None:
     """GraniteMoe's own end of text is token 2, at which generation would stop."""
     source = make_qwen2()
     config = json.loads((source / "config.json").read_text())

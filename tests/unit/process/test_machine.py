@@ -72,9 +72,7 @@ def test_the_tightest_memory_limit_counts_and_cached_files_are_free(cgroups: Pat
         ("-1", ["nvidia0"], False),
     ],
 )
-def test_gpus_are_device_files_that_are_not_hidden(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, devices: list[str], expected: bool
-) -> None:
+def test_gpus_are_device_files_that_are_not_hidden(tmp_path, monkeypatch, visible, devices, expected) -> None:
     for name in devices:
         (tmp_path / name).touch()
     monkeypatch.setattr(machine, "_DEVICES", tmp_path)

@@ -73,9 +73,7 @@ def test_what_is_done_is_not_done_again(chain: Chain) -> None:
     assert chain() == chain() == {"base": 1, "train": 1, "evaluate": 1, "page": 1}
 
 
-def test_what_reads_another_output_than_before_is_done_again(
-    tmp_path: Path, chain: Chain, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_reads_another_output_than_before_is_done_again(tmp_path, chain, capsys) -> None:
     chain()
     (tmp_path / "logs" / "base.json").unlink()
     assert chain() == {"base": 2, "train": 1, "evaluate": 1, "page": 1}  # by the same command it is the same
@@ -165,9 +163,7 @@ def test_a_mark_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     assert not (tmp_path / "logs" / "a.log").exists()
 
 
-def test_too_little_disk_or_memory_is_said_before_anything_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_little_disk_or_memory_is_said_before_anything_starts(tmp_path, monkeypatch) -> None:
     tasks = [Task(name="a", command=[], disk_gib=2), Task(name="b", command=[], memory_gib=6)]
 
     def check(disk: int, memory: int) -> None:

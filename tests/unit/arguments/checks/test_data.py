@@ -60,9 +60,7 @@ def test_flags_without_effect_are_rejected(upcycled: str, problems, argv: list[s
     assert found.startswith(argv[0]) and fix in found
 
 
-def test_document_masking_requires_our_attention(
-    upcycled: str, accepted, problems, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_document_masking_requires_our_attention(upcycled, accepted, problems, monkeypatch) -> None:
     from megatron.training.argument_utils import core_transformer_config_from_args
 
     from moelpr.arguments import kernels
@@ -107,9 +105,7 @@ def write_manifest(prefix: str, folder: Path) -> None:
     ).write(prefix)
 
 
-def test_a_corpus_of_another_tokenizer_is_rejected(
-    upcycled: str, data: list[str], problems, accepted, tmp_path: Path, capfd, monkeypatch
-) -> None:
+def test_a_corpus_of_another_tokenizer_is_rejected(upcycled, data, problems, accepted, tmp_path, capfd, monkeypatch):
     from moelpr.arguments.checks import data as checks
 
     prefix, hf = data[1], Path(upcycled) / "hf"
@@ -137,9 +133,7 @@ def test_a_corpus_of_another_tokenizer_is_rejected(
     assert f"{prefix}.manifest.json" in found
 
 
-def test_a_corpus_of_the_tokenizer_before_its_extension_is_rejected(
-    upcycled: str, problems, accepted, tmp_path: Path, capfd: pytest.CaptureFixture
-) -> None:
+def test_a_corpus_of_the_tokenizer_before_its_extension_is_rejected(upcycled, problems, accepted, tmp_path, capfd):
     from moelpr.arguments.checks import data as checks
 
     prefix, old, hf = write_corpus(tmp_path / "en", True, True), tmp_path / "old", Path(upcycled) / "hf"
@@ -174,9 +168,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize("name", DAMAGE)
 @pytest.mark.parametrize("use", ["--data-path", "--validation-data"])
-def test_a_damaged_corpus_does_not_start(
-    upcycled: str, problems, accepted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, use: str
-) -> None:
+def test_a_damaged_corpus_does_not_start(upcycled, problems, accepted, tmp_path, monkeypatch, name, use) -> None:
     prefix = write_corpus(tmp_path / "en", True, True)
     write_manifest(prefix, save_words(Path(upcycled) / "hf", ["a", "b", "c"]))
     command = ["stage1", upcycled, use, prefix if use == "--data-path" else f"en={prefix}"]
@@ -227,9 +219,7 @@ def test_invalid_validation_corpora_are_rejected(upcycled: str, problems, tmp_pa
         assert all(part in found for part in named), found
 
 
-def test_the_lpr_loss_requires_original_language_tokens_in_one_corpus(
-    upcycled: str, problems, accepted, tmp_path: Path
-) -> None:
+def test_the_lpr_loss_requires_original_language_tokens_in_one_corpus(upcycled, problems, accepted, tmp_path) -> None:
     new, old = (write_corpus(tmp_path / name, bit) for name, bit in (("new", False), ("old", True)))
     (found,) = problems("stage2", upcycled, "--data-path", new, new)
     assert found.startswith(f"--data-path {new} {new} ") and "pass --lpr-loss-coeff 0" in found
@@ -251,9 +241,7 @@ def test_the_lpr_loss_requires_original_language_tokens_in_one_corpus(
         (["--eval-iters", "-1"], "--eval-iters must be at least 0, got -1"),
     ],
 )
-def test_flags_that_conflict_with_validation_corpora_are_rejected(
-    upcycled: str, problems, tmp_path: Path, argv: list[str], start: str
-) -> None:
+def test_flags_that_conflict_with_validation_corpora_are_rejected(upcycled, problems, tmp_path, argv, start) -> None:
     held_out = f"en={write_corpus(tmp_path / 'en', True)}"
     (found,) = problems("stage1", upcycled, "--validation-data", held_out, *argv)
     assert found.startswith(start)
@@ -262,9 +250,7 @@ def test_flags_that_conflict_with_validation_corpora_are_rejected(
 @pytest.mark.parametrize(
     "flag", [["--eval-iters", "10"], ["--full-validation"], ["--eval-iters", "10", "--split", "95,0,5"]]
 )
-def test_validation_without_data_is_rejected_before_it_fails_at_the_first_pass(
-    upcycled: str, problems, flag: list[str]
-) -> None:
+def test_validation_without_data_is_rejected_before_it_fails_at_the_first_pass(upcycled, problems, flag) -> None:
     (found,) = problems("stage1", upcycled, *flag)
     assert found.startswith(f"{flag[0]} requires validation data") and "--validation-data LANG=PREFIX" in found
 
@@ -285,9 +271,7 @@ def test_a_file_of_corpora_is_all_training_data_and_split_is_for_one_blend(
     assert found.startswith("--split divides the data of --data-path, and --train-data-path ")
 
 
-def test_corpora_in_a_read_only_folder_need_a_cache_folder(
-    upcycled: str, accepted, problems, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_corpora_in_a_read_only_folder_need_a_cache_folder(upcycled, accepted, problems, tmp_path, monkeypatch) -> None:
     """The rights are a stand-in's: root may write everywhere."""
     new, other = write_corpus(tmp_path / "shared" / "new", False), tmp_path / "shared" / "cache"
     access = os.access
@@ -332,18 +316,14 @@ def test_the_last_step_cannot_be_skipped(upcycled: str, problems) -> None:
         ),
     ],
 )
-def test_data_that_megatron_refuses_late_is_rejected(
-    upcycled: str, data: list[str], problems, argv: list[str], message: str
-) -> None:
+def test_data_that_megatron_refuses_late_is_rejected(upcycled, data, problems, argv, message) -> None:
     argv = [word.format(data[1]) for word in argv]  # the last --data-path counts
     (found,) = problems("stage1", upcycled, *argv)
     assert message in found
 
 
 @pytest.mark.parametrize("flag", ["--iterations-to-skip", "--result-rejected-tracker-filename"])
-def test_steps_can_be_skipped_where_megatron_reads_their_data(
-    make_checkpoint, problems, accepted, tmp_path: Path, flag: str
-) -> None:
+def test_steps_can_be_skipped_where_megatron_reads_their_data(make_checkpoint, problems, accepted, tmp_path, flag):
     """A batch without attention mask; for several tensor ranks, Megatron's default would be to wait for one."""
     six_layers = make_checkpoint("six", shape={"num_layers": 6})
     (tmp_path / "rejected").touch()
@@ -389,9 +369,7 @@ def test_a_resumed_run_of_another_length_is_noted_if_it_reads_in_another_order(
 
 
 @pytest.mark.parametrize("changed", ["--seed", "--seq-length", "--split", "--dataloader-type", "--data-path", ""])
-def test_a_resumed_run_that_reads_other_samples_is_noted(
-    make_checkpoint, accepted, tmp_path: Path, capsys, changed: str
-) -> None:
+def test_a_resumed_run_that_reads_other_samples_is_noted(make_checkpoint, accepted, tmp_path, capsys, changed) -> None:
     paths = [write_corpus(tmp_path / name, *[True] * 12, tokens=19) for name in ("one", "other")]
     record = {"seed": 1, "seq_length": 32, "split": "100,0,0", "dataloader_type": "single", "data_path": [paths[0]]}
     run = make_checkpoint("run", stage="stage1", train_iters=10, global_batch_size=1, **record)

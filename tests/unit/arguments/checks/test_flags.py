@@ -28,10 +28,7 @@ def test_parallel_sizes_are_at_least_1(upcycled: str, problems) -> None:
         (["--train-samples", "10"], "--train-iters and --train-samples"),
         (["--optimizer", "sgd", "--use-distributed-optimizer"], "--use-distributed-optimizer does not support"),
         (["--optimizer", "lion"], "--optimizer lion requires the package emerging-optimizers"),
-        (
-            ["--exit-signal-handler", "--exit-signal", "SIGUSR2"],
-            "--exit-signal is not supported",
-        ),
+        (["--exit-signal-handler", "--exit-signal", "SIGUSR2"], "--exit-signal is not supported"),
         (["--seq-length", "65"], "--seq-length must be at most 64"),
         (["--min-lr", "1"], "--min-lr must be at most --lr 0.001, got 1.0"),
         (["--lr", "-1"], "--lr must be at least 0, got -1.0"),

@@ -11,8 +11,7 @@ from moelpr.process import machine
 
 
 @pytest.mark.parametrize(
-    ("cuda", "message"),
-    [("13.2", "NVIDIA's driver is too old for CUDA 13.2"), (None, "is built without CUDA")],
+    ("cuda", "message"), [("13.2", "NVIDIA's driver is too old for CUDA 13.2"), (None, "is built without CUDA")]
 )
 def test_gpus_that_pytorch_cannot_use_are_an_error_unless_they_are_hidden(
     gathered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuda: str | None, message: str

@@ -29,9 +29,7 @@ def six_layers(make_checkpoint) -> str:
         (["--global-batch-size", "6"], 2, "--global-batch-size 6 ", "use 4 or 8"),
     ],
 )
-def test_each_rule_of_the_layouts_is_reported(
-    upcycled: str, problems, argv: list[str], ranks: int, start: str, fix: str
-) -> None:
+def test_each_rule_of_the_layouts_is_reported(upcycled, problems, argv, ranks, start, fix) -> None:
     (found,) = [line for line in problems("stage1", upcycled, *argv, ranks=ranks) if line.startswith(start)]
     assert fix in found
 
@@ -55,9 +53,7 @@ def test_expert_tensor_parallelism_needs_no_gpu(upcycled: str, accepted) -> None
     assert accepted("stage1", upcycled, TP, "2", ranks=2)["sequence_parallel"]
 
 
-def test_rows_of_grouped_gemm_are_checked_on_a_gpu_only(
-    upcycled: str, problems, accepted, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_of_grouped_gemm_are_checked_on_a_gpu_only(upcycled, problems, accepted, monkeypatch) -> None:
     from moelpr.megatron_patches import cpu
 
     assert accepted("stage1", upcycled, TP, "4", ranks=4)

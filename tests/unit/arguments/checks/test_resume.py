@@ -39,9 +39,7 @@ def test_a_run_of_another_model_is_not_resumed(make_checkpoint, dense_spec: Mode
 
 @pytest.mark.parametrize("flag", ["--save-trained-only", "--train-new-embeddings"])
 @pytest.mark.parametrize("before", [True, False])
-def test_a_run_keeps_training_and_saving_the_same_tensors(
-    make_checkpoint, moe_spec: ModelSpec, problems, flag: str, before: bool
-) -> None:
+def test_a_run_keeps_training_and_saving_the_same_tensors(make_checkpoint, moe_spec, problems, flag, before) -> None:
     spec = replace(moe_spec, new_tokens=NewTokens(100, 28, 128))
     run = make_checkpoint("run", spec, stage="stage1", **{flag[2:].replace("-", "_"): before})
     (found,) = problems("stage1", None, "--save", run, *([] if before else [flag]))
@@ -248,9 +246,7 @@ another set of trained parameters: [{}, "--train-everything", 1, "no --train-eve
 
 
 @pytest.mark.parametrize("case", TABLE)
-def test_optimizer_state_of_stage_1_is_loaded_if_it_fits(
-    upcycled: str, make_checkpoint, problems, accepted, case: str
-) -> None:
+def test_optimizer_state_of_stage_1_is_loaded_if_it_fits(upcycled, make_checkpoint, problems, accepted, case) -> None:
     before, argv, ranks, kept = TABLE[case]
     run = make_checkpoint("run", stage="stage1", **before)
     argv = ["--save", run, *argv.split()]

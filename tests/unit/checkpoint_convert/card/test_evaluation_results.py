@@ -97,9 +97,7 @@ def test_what_moelpr_evaluate_prints_is_read(source: Path, text: Path, monkeypat
     assert {metric["type"]: metric["value"] for metric in result["metrics"]}["bits_per_byte"] == bits > 0
 
 
-def test_invalid_input_exits_with_one_message_and_leaves_the_card(
-    export: Path, results: Path, exit_code, capsys
-) -> None:
+def test_invalid_input_exits_with_one_message_and_leaves_the_card(export, results, exit_code, capsys) -> None:
     limited = {"directory": str(export), "scores": {}}
     for name, content in (
         ("no.json", "{"),

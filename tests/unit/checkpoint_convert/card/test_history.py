@@ -79,9 +79,7 @@ def test_a_run_that_trained_everything_cannot_become_an_adapter(runs: Path) -> N
         mcore_to_adapter(Path("then"), Path("adapter"), "base")
 
 
-def test_an_adapter_whose_earlier_training_is_unknown_is_written_with_a_note(
-    runs: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_adapter_whose_earlier_training_is_unknown_is_written_with_a_note(runs, capsys) -> None:
     shutil.move("stage1", "elsewhere")
     mcore_to_adapter(Path("stage2"), Path("adapter"), "base")
     assert "note: how stage1 was trained is not recorded" in capsys.readouterr().err

@@ -23,12 +23,7 @@ from moelpr.families.tables import Piece
 from moelpr.model_spec import ModelSpec, MoeSpec
 from moelpr.process.errors import UserError
 from moelpr.stages import Part
-from tests.support.hf_models import (
-    assert_same,
-    edit_tensors,
-    files_of,
-    tensors_of,
-)
+from tests.support.hf_models import assert_same, edit_tensors, files_of, tensors_of
 
 
 @pytest.fixture
@@ -40,9 +35,7 @@ def checkpoint(base: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "options", [{}, {"max_shard_bytes": 20_000}, {"dtype": "float32"}, {"base_model": "owner/Base-1B"}]
 )
-def test_base_and_delta_give_the_bytes_of_the_full_export(
-    base: Path, checkpoint: Path, tmp_path: Path, options: dict
-) -> None:
+def test_base_and_delta_give_the_bytes_of_the_full_export(base, checkpoint, tmp_path, options) -> None:
     mcore_to_hf(checkpoint, tmp_path / "full", **options)
     mcore_to_hf(checkpoint, tmp_path / "delta", as_delta=True, **options)
     apply_delta(base, tmp_path / "delta", tmp_path / "whole")
@@ -77,9 +70,7 @@ def test_a_base_that_training_rounded_is_rounded_the_same_way(make_qwen2: Callab
         mcore_to_hf(tmp_path / "rounded", tmp_path / "fp32", as_delta=True)
 
 
-def test_a_base_that_was_rounded_in_part_or_twice_has_no_delta_in_another_dtype(
-    make_qwen2: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_base_that_was_rounded_in_part_or_twice_has_no_delta_in_another_dtype(make_qwen2, tmp_path) -> None:
     base = make_qwen2(torch.float32)
     hf_to_mcore(base, tmp_path / "model", NewExperts(2), start=Start("random"))
     source = MegatronReader(tmp_path / "model")
@@ -102,9 +93,7 @@ def test_a_base_that_was_rounded_in_part_or_twice_has_no_delta_in_another_dtype(
 @pytest.mark.parametrize(
     "recorded", [{"torch_dtype": "bfloat16", "dtype": "bfloat16"}, {"torch_dtype": None, "dtype": None}]
 )
-def test_the_dtype_of_the_base_is_that_of_its_weights_not_of_its_config(
-    recorded: dict, make_qwen2: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_the_dtype_of_the_base_is_that_of_its_weights_not_of_its_config(recorded, make_qwen2, tmp_path) -> None:
     """fp32 weights next to a config.json that says bf16, trained in bf16."""
     base = Path(shutil.copytree(make_qwen2(torch.float32), tmp_path / "base"))
     config = json.loads((base / "config.json").read_text()) | recorded
@@ -123,9 +112,7 @@ def test_the_dtype_of_the_base_is_that_of_its_weights_not_of_its_config(
 
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM"])
-def test_other_families_and_tied_models_have_deltas(
-    architecture: str, make_model: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_other_families_and_tied_models_have_deltas(architecture, make_model, tmp_path) -> None:
     base = make_model(architecture, tie_word_embeddings=True)
     hf_to_mcore(base, tmp_path / "megatron", NewExperts(2), start=Start("random"))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "full")

@@ -87,9 +87,7 @@ def dense_name(name: str) -> str | None:
     ("architecture", "changes"),
     [("LlamaForCausalLM", {"tie_word_embeddings": True}), ("Qwen2ForCausalLM", {}), ("Qwen3ForCausalLM", {})],
 )
-def test_every_tensor_is_the_model_plus_the_difference(
-    architecture: str, changes: dict, make_model: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_every_tensor_is_the_model_plus_the_difference(architecture, changes, make_model, tmp_path) -> None:
     base = make_model(architecture, tokenizer=True, **changes)
     folders = base, instruct_of(base, tmp_path / "instruct"), upcycle(base, tmp_path)
     of_base, of_instruct, of_model = map(tensors_of, folders)
@@ -111,9 +109,7 @@ def test_every_tensor_is_the_model_plus_the_difference(
 
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM"])
-def test_a_model_whose_experts_are_stored_as_one_tensor_gets_the_same_difference(
-    architecture: str, make_model: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_model_whose_experts_are_stored_as_one_tensor_gets_the_same_difference(architecture, make_model, tmp_path):
     """GraniteMoe stores all experts of a layer as one tensor, with gate and up projection together."""
     base = make_model(architecture, tokenizer=True)
     instruct = instruct_of(base, tmp_path / "instruct")
@@ -211,9 +207,7 @@ def test_verify_understands_a_graft(models: tuple[Path, Path, Path], tmp_path: P
 @pytest.mark.parametrize(
     ("only", "part"), [("attention", r"self_attn\.\w_proj"), ("ffn", r"mlp\..*_proj|mlp\.experts")]
 )
-def test_only_the_chosen_part_is_scaled_and_added(
-    only: str, part: str, models: tuple[Path, Path, Path], tmp_path: Path
-) -> None:
+def test_only_the_chosen_part_is_scaled_and_added(only, part, models, tmp_path) -> None:
     of_base, of_instruct, of_model = map(tensors_of, models)
     found = tensors_of(run(models, tmp_path / "out", only=only, scale=0.5))
     changed = {name for name in found if not torch.equal(found[name], of_model[name])}
@@ -274,9 +268,7 @@ def test_few_tensors_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_pat
     assert 0 < held_bytes.take_peak() <= 3 * largest
 
 
-def test_a_base_that_answers_learns_to_answer_in_the_upcycled_model(
-    make_model: Callable[..., Path], tmp_path: Path, exit_code, capsys
-) -> None:
+def test_a_base_that_answers_learns_to_answer_in_the_upcycled_model(make_model, tmp_path, exit_code, capsys) -> None:
     """From a base to a chat model by commands alone: the instruct model is the base, trained to answer one question."""
     from transformers import AutoTokenizer
 

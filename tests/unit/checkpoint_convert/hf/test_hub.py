@@ -87,9 +87,7 @@ def hub(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         server.shutdown()
 
 
-def test_a_name_on_the_hub_is_downloaded_and_its_commit_recorded(
-    hub: type[Hub], source: Path, tmp_path: Path, monkeypatch, exit_code
-) -> None:
+def test_a_name_on_the_hub_is_downloaded_and_its_commit_recorded(hub, source, tmp_path, monkeypatch, exit_code) -> None:
     from huggingface_hub import ModelCard, constants
 
     arguments = "--hf-path", "o/Tiny", "--num-new-experts", 2, "--save"
@@ -119,9 +117,7 @@ def test_a_folder_of_this_name_comes_first(hub: type[Hub], source: Path, tmp_pat
         find_model(Path("o/Tiny"), "main")
 
 
-def test_what_can_not_be_downloaded_is_one_sentence_and_code_2(
-    hub: type[Hub], source: Path, tmp_path: Path, monkeypatch, exit_code, capsys
-) -> None:
+def test_what_can_not_be_downloaded_is_one_sentence_and_code_2(hub, source, tmp_path, monkeypatch, exit_code, capsys):
     from huggingface_hub import constants
 
     def error_of(*arguments: object) -> str:

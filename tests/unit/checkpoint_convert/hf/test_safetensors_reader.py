@@ -69,9 +69,7 @@ def test_an_index_that_lists_a_missing_shard_is_rejected(make_qwen2: Callable[..
 
 
 @pytest.mark.parametrize("has_shards", [True, False])
-def test_a_single_file_beside_the_index_of_others_is_rejected(
-    has_shards: bool, source: Path, make_qwen2: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_single_file_beside_the_index_of_others_is_rejected(has_shards, source, make_qwen2, tmp_path) -> None:
     """transformers would read the single file, whose weights may be others."""
     sharded = make_qwen2(save={"max_shard_size": "40KB"})
     for path in sharded.glob("model*.safetensors*" if has_shards else "*.index.json"):

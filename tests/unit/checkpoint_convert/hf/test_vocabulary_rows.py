@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,9 +83,7 @@ def test_rows_are_removed_and_grown_wherever_the_base_ends() -> None:
 
 
 @pytest.mark.parametrize("as_class", [None, "granitemoe", "mixtral"])
-def test_every_class_is_exported_with_the_rows_and_the_tokenizer(
-    make_model: Callable[..., Path], tmp_path: Path, as_class: str | None
-) -> None:
+def test_every_class_is_exported_with_the_rows_and_the_tokenizer(make_model, tmp_path, as_class) -> None:
     base = make_model("LlamaForCausalLM" if as_class == "mixtral" else "Qwen2ForCausalLM", tokenizer=True)
     mcore_to_hf(grown(base, tmp_path), tmp_path / "model", as_class=as_class)
     loaded, tokenizer = load_stock(tmp_path / "model"), AutoTokenizer.from_pretrained(tmp_path / "model")
@@ -106,9 +103,7 @@ def test_every_class_is_exported_with_the_rows_and_the_tokenizer(
         ("LlamaForCausalLM", False, {"dtype": "float32"}),
     ],
 )
-def test_base_and_delta_give_the_bytes_of_the_full_export(
-    make_model: Callable[..., Path], tmp_path: Path, architecture: str, tied: bool, options: dict, num_new: int
-) -> None:
+def test_base_and_delta_give_the_bytes_of_the_full_export(make_model, tmp_path, architecture, tied, options, num_new):
     base = make_model(architecture, torch.bfloat16, tokenizer=True, tie_word_embeddings=tied)
     base = Path(shutil.copytree(base, tmp_path / "Base-1B"))
     (base / "README.md").write_text("The base.\n")
@@ -232,9 +227,7 @@ def test_a_second_round_takes_the_new_tokens_as_old(qwen2: Path, model: Path, tm
 
 
 @pytest.mark.parametrize("scale", [1, 0.5])
-def test_a_graft_keeps_new_rows_and_gives_old_rows_the_difference(
-    qwen2: Path, model: Path, tmp_path: Path, exit_code, scale: float
-) -> None:
+def test_a_graft_keeps_new_rows_and_gives_old_rows_the_difference(qwen2, model, tmp_path, exit_code, scale) -> None:
     """The instruct model has the old vocabulary, and starts with a token as the model does not."""
     edit_tensors(model, lambda tensors: [tensors[name][60:].mul_(3) for name in (EMBEDDING, OUTPUT)])  # trained
     instruct = Path(shutil.copytree(qwen2, tmp_path / "instruct"))

@@ -47,9 +47,7 @@ def trained(base: Path, run: Path, samples: Samples) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def test_an_interrupted_run_ends_with_the_same_bits(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_interrupted_run_ends_with_the_same_bits(base, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(lora, "SAVE_INTERVAL", 2)
     whole = trained(base, tmp_path / "whole", Samples())
     # The smallest dimension of a layer is that of keys and values, 16.

@@ -137,9 +137,7 @@ def test_a_believable_page_comes_early(run: Path) -> None:
     assert len(names) == len(set(names))
 
 
-def test_settings_read_the_same_text_for_as_many_steps_and_baselines_use_the_best_rate(
-    run: Path, commands: Started
-) -> None:
+def test_settings_read_the_same_text_for_as_many_steps_and_baselines_use_the_best_rate(run, commands) -> None:
     run_all(Queue(run, tokens=40 * STEP_TOKENS))
 
     def values(step: str, *flags: str) -> list[str]:
@@ -257,9 +255,7 @@ def test_every_task_writes_what_counts_as_its_output(run: Path, started: list[st
         (["continuations", "full-hf"], ["export-full", "continuations"]),
     ],
 )
-def test_what_was_removed_is_made_again_if_it_is_read(
-    run: Path, started: list[str], removed: list[str], made_again: list[str]
-) -> None:
+def test_what_was_removed_is_made_again_if_it_is_read(run, started, removed, made_again) -> None:
     flow = Workflow(run, Queue(run, tokens=40 * STEP_TOKENS).tasks())
     flow.run()
     started.clear()
@@ -359,9 +355,7 @@ def test_numbers_are_changes_against_base_by_kind_and_group(run: Path) -> None:
     assert json.loads(dump(results)) == json.loads(json.dumps(results))
 
 
-def test_an_extended_vocabulary_reads_as_much_text_or_as_many_tokens(
-    run: Path, commands: Started, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_extended_vocabulary_reads_as_much_text_or_as_many_tokens(run, commands, monkeypatch) -> None:
     monkeypatch.setattr(Queue, "_tokens_left", lambda self: 360 / 900)
     run_all(Queue(run, tokens=100 * STEP_TOKENS))
 

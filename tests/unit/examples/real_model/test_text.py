@@ -143,9 +143,7 @@ def test_strings_of_a_campaign() -> None:
     assert [*_scenes(source)] == [['He said "no", twice', "and\nwent", "x"]]
 
 
-def test_training_text_shares_no_13_gram_with_held_out_text(
-    packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_text_shares_no_13_gram_with_held_out_text(packages, tmp_path, monkeypatch) -> None:
     names = [str(number) for number in range(100)]
     seen = next(name for name in names if not is_held_out(name))
     unseen = next(name for name in names if is_held_out(name))
@@ -169,9 +167,7 @@ def test_ngrams_by_hand() -> None:
     ]
 
 
-def test_two_builds_have_the_same_bytes_and_a_corpus_is_kept(
-    corpus: Path, packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_builds_have_the_same_bytes_and_a_corpus_is_kept(corpus, packages, tmp_path, monkeypatch) -> None:
     offline(monkeypatch, packages)
     facts = build_corpus(tmp_path / "corpus", packages)
     assert sorted(path.name for path in corpus.iterdir()) == sorted(

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,8 @@ from moelpr.checkpoints.torch_dist import TorchDistWriter
 from moelpr.families.new_experts import NewExperts
 from moelpr.model_spec import ModelSpec
 from moelpr.process.errors import UserError
+from moelpr.store import checksums
+from moelpr.store.checksums import Verify
 from moelpr.store.files import LOCK_FILE, locked
 from moelpr.store.journal import JOURNAL_FILE
 from tests.support.hf_models import files_of
@@ -182,3 +185,14 @@ def test_failed_overwrite_leaves_the_old_output(source: Path, tmp_path: Path, mo
 
 def _raise_disk_full(*_: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_files_are_compared_with_their_checksums_unless_they_are_trusted(qwen2: Path, tmp_path: Path) -> None:
+    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(4))
+    sums = checksums.read(tmp_path / "megatron" / "release")
+    assert sums is not None
+    wrong = {name: replace(found, crc32="00000000") for name, found in sums.items()}
+    checksums.write(tmp_path / "megatron" / "release", wrong)
+    with pytest.raises(UserError, match="checksum"):
+        mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", verify=Verify.NONE)

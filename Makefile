@@ -49,7 +49,7 @@ check: venv ## format, lint, types, imports and style
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m mypy
 	.venv/bin/lint-imports --no-cache --no-logo
-	.venv/bin/python -m tests.support.house_style --report
+	.venv/bin/python -m tests.support.house_style
 	.venv/bin/shfmt --indent 4 --diff $(SHELL_SCRIPTS)
 	.venv/bin/shellcheck $(SHELL_SCRIPTS)
 	.venv/bin/hadolint Dockerfile

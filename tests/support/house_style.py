@@ -1,10 +1,10 @@
 """Checks the rules of CONTRIBUTING.md on style that ruff does not know.
 
-    python -m tests.support.house_style [--report]
+    python -m tests.support.house_style
 
 A docstring and a comment do not start with "Of", "Which", "That" or "Whose"; some words are refused in both; the
-formatter is switched off in at most five places; command-line flags are declared in commands, not in libraries.
-With --report, problems are printed and the exit status is 0.
+formatter is switched off in at most five places; command-line flags are declared in commands, not in libraries. The
+exit status is 1 if there is a problem.
 """
 
 import ast
@@ -93,4 +93,4 @@ def all_problems() -> list[str]:
 if __name__ == "__main__":
     found = all_problems()
     print(*found, f"{len(found)} problems of style", sep="\n")
-    sys.exit(bool(found) and "--report" not in sys.argv[1:])
+    sys.exit(bool(found))

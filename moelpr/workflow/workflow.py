@@ -64,8 +64,9 @@ class Workflow:
                 assert ready or running, "tasks read each other's output"
                 for task in ready[: workers - len(running)]:
                     waiting.remove(task)
-                    if left_out & {*task.made_from}:
+                    if missing := left_out & {*task.made_from}:
                         left_out.add(task.name)
+                        self._print(f"{task.name}: left out, because it reads {', '.join(sorted(missing))}")
                     else:
                         running[pool.submit(self._perform, task, needs_output=task.name not in read)] = task
                 for future in wait(running, return_when=FIRST_COMPLETED).done:

@@ -118,7 +118,7 @@ def test_an_output_that_was_removed_is_restored_if_a_task_reads_it(tmp_path: Pat
     assert chain() == {"base": 1, "train": 1, "evaluate": 1, "page": 1}
 
 
-def test_a_failure_leaves_out_what_depends_on_it(tmp_path: Path) -> None:
+def test_a_failure_leaves_out_what_depends_on_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def task(name: str, *made_from: str, code: int = 0, decided_by: tuple[str, ...] = ()) -> Task:
         return Task(name=name, command=count(tmp_path / name, code), made_from=made_from, decided_by=decided_by)
 
@@ -126,6 +126,7 @@ def test_a_failure_leaves_out_what_depends_on_it(tmp_path: Path) -> None:
     (error,) = Workflow(tmp_path, tasks).run(keep_going=True)
     assert isinstance(error, MachineError) and "task a " in str(error)
     assert [name for name in "abcde" if (tmp_path / name).is_file()] == ["a", "d", "e"]
+    assert "c: left out, because it reads b" in capsys.readouterr().out
 
 
 def test_workers_run_tasks_at_the_same_time_but_none_before_what_it_reads(tmp_path: Path) -> None:

@@ -235,7 +235,7 @@ def family_of(config: dict[str, Any]) -> tuple[Family, bool]:
 
 def family_named(name: str) -> Family:
     """The family that a model_spec.json names; UserError if there is none of this name."""
-    if not isinstance(name, str) or name not in FAMILIES:  # a list has no hash
+    if name not in FAMILIES:
         raise UserError(f"model family must be one of {', '.join(FAMILIES)}, got {name!r}")
     return FAMILIES[name]
 

@@ -91,7 +91,11 @@ def recorded_settings(path: Path) -> dict[str, Any]:
     Raises:
         UserError: The file is missing or damaged.
     """
-    return dict(yaml_files.read(Settings, path, "run's recipe", "restore it, or use another step"))
+    content = yaml_files.read_mapping(path, "run's recipe")
+    settings: dict[str, Any] = dict(
+        records.validate(Settings, content, f"the run's recipe {path}", "restore it, or use another step")
+    )
+    return {name: settings[name] for name in content if name in settings}  # in the order of the file
 
 
 def read_command(folder: Path) -> Command:

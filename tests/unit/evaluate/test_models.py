@@ -117,7 +117,7 @@ def test_directories_that_are_not_models_are_rejected(tmp_path, dense_dir):
         load_model(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
-    with pytest.raises(UserError, match="num_hidden_layers must be at most 10000, got 1000000000"):
+    with pytest.raises(UserError, match="num_hidden_layers .* 10000, got 1000000000"):
         load_model(tmp_path)
 
 

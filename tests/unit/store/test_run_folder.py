@@ -38,3 +38,8 @@ def test_what_is_not_recorded_is_empty(tmp_path: Path) -> None:
 def test_a_saved_step_is_a_number_that_can_be_one(tmp_path: Path, content: str, expected: int | None) -> None:
     (tmp_path / TRACKER_FILE).write_text(content)
     assert saved_step(tmp_path) == expected
+
+
+def test_settings_keep_the_order_in_which_they_were_recorded(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("lr: 1.0\nstage: stage1\nadam_beta1: 0.9\nworld_size: 8\n")
+    assert list(read_settings(tmp_path) or ()) == ["lr", "stage", "adam_beta1", "world_size"]

@@ -51,9 +51,9 @@ def write_score(
     folder: Path, model: str, text: str, bits_per_byte: float, document_bits: Sequence[float] | None = None
 ) -> None:
     """As moelpr.evaluate keeps it: ten documents of 100 bytes."""
-    choice = Routing(
-        [0, 1], 10, [[0.5, 0.3, 0.2]] * 2, [[1.0, 0.5, 0.5]] * 2, [[0.5, 0.3, 0.2]] * 2, [1, 1], [1, 1], [0, 0], 2
-    )
+    shares = [[0.5, 0.3, 0.2]] * 2
+    sums = (shares, [[1.0, 0.5, 0.5]] * 2, shares, [1.0, 1.0], [1.0, 1.0], [0.0, 0.0])
+    choice = Routing([0, 1], 10, *sums, num_original_places=2)
     bits = document_bits or [100 * bits_per_byte] * 10
     score = LanguageScore([*bits], [100] * 10, [50] * 10, [5] * 10, 0, choice)
     ResultCache(folder).write(model, text, {}, asdict(score))

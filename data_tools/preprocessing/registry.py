@@ -33,11 +33,27 @@ class Dataset(NamedTuple):
 
 @dataclass(config=FOREIGN)
 class _Columns:
+    """The keys of a dataset's documents.
+
+    Attributes:
+        prompt: The key of the text.
+    """
+
     prompt: str = "text"
 
 
 @dataclass(config=FOREIGN)
 class _Entry:
+    """A dataset of the published code's registry.
+
+    Attributes:
+        file_name: The file, folder or glob pattern in --dataset-dir.
+        language: The language bit of all documents.
+        columns: The keys of the documents.
+        formatting: Other formats are conversations, which are not read.
+        file_sha1: SHA-1 of the file.
+    """
+
     file_name: str
     language: Literal["old", "original", "new", "expanded"]
     columns: _Columns = Field(default_factory=_Columns)

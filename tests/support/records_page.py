@@ -2,7 +2,8 @@
 
     python -m tests.support.records_page
 
-It writes the section between two markers. Each record's text and the meaning of its fields are its docstring.
+It writes the section between two markers. Each type's text and the meaning of its fields are its docstring. A new
+record is found; another type of file needs a line in `_OTHER_FILES`.
 """
 
 import dataclasses
@@ -10,17 +11,53 @@ import importlib
 import inspect
 import re
 import types
+from collections import Counter
 from pathlib import Path
+from pkgutil import resolve_name
 from textwrap import fill
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints, is_typeddict
 
+from moelpr.metrics.schema import METRICS
 from moelpr.store.files import write_text
 from moelpr.store.records import Record
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "data-format.md"
 START, END = "<!-- records: made by python -m tests.support.records_page -->", "<!-- end of records -->"
-_PACKAGES = ("moelpr", "checkpoint_convert", "data_tools")
+_PACKAGES = ("moelpr", "checkpoint_convert", "data_tools", "examples")
+# Files that are not records: what is described, and its type.
+_OTHER_FILES = {
+    "recipe.yaml": "moelpr.store.run_folder:Settings",
+    "metrics.jsonl, a validation pass": "moelpr.metrics.run_metrics:ValidationEvent",
+    "metrics.jsonl, a warning": "moelpr.metrics.run_metrics:WarningEvent",
+    ".journal of a Hugging Face folder, an entry": "moelpr.store.checksums:WrittenFile",
+    ".journal of a Megatron checkpoint, an entry": "moelpr.checkpoints.torch_dist:_DistcpFile",
+    ".journal of a preprocessing job, an entry": "data_tools.preprocessing.job:State",
+    "--dataset-info, an entry": "data_tools.preprocessing.registry:_Entry",
+    "results.json and routing.json of an evaluation": "moelpr.report.evaluation_files:EvaluationFile",
+    "results.json and harness.json, as model cards read them": "checkpoint_convert.card.evaluation_results:Evaluation",
+    "parts/MODEL/NAME.json of an evaluation": "moelpr.evaluate.result_cache:KeptResult",
+    "--tasks, an entry": "moelpr.evaluate.harness:BenchmarkTasks",
+    "--verification": "moelpr.report.claims:Verification",
+    "--claims": "moelpr.report.claims:Claims",
+    "adapter_config.json": "checkpoint_convert.conversions.adapter_config:AdapterConfig",
+    "config.json": "moelpr.families.hf_config:_Config",
+    "tokenizer.json": "moelpr.data.tokenizers.loading:_TokenizerJson",
+    "tokenizer_config.json": "moelpr.data.tokenizers.loading:_TokenizerConfig",
+    "model.safetensors.index.json": "moelpr.evaluate.models:WeightIndex",
+    "metadata.json of a step folder": "moelpr.checkpoints.torch_dist:_MegatronConfig",
+    "examples/sources.yaml, an entry": "examples.downloads:Source",
+    "examples/real_model/claims.yaml, an entry": "examples.real_model.signs:Claim",
+}
+# Files whose type has no fields.
+_UNTYPED = {
+    "versions.json": "Package → version at the last start of a run (`moelpr/process/versions.py`).",
+    "vocab.json": "Token → ID (`moelpr/data/tokenizers/loading.py`).",
+    "--facts": "Title → name → value, as the report shows them (`moelpr/report/claims.py`).",
+    "report.json": "The numbers of a run's report (`moelpr/report/run_report.py`).",
+    "real-model.json": "The numbers of the page on the real model (`examples/real_model/page.py`).",
+    "results.json of first contact": "The outcome of each part (`benchmarks/first_contact.py`).",
+}
 _NAMES = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null", Any: "any"}
 
 
@@ -47,7 +84,17 @@ def section() -> str:
         "Every JSON file below has a `format_version`, 1 unless another one is named; a file without it has version 1. "
         "A reader accepts its own version only, and refuses unknown fields and wrong types in one sentence."
     )
-    return "\n\n".join([START, "## Records", fill(intro, 120), *map(_record, record_types()), END])
+    other_intro = (
+        "These have no `format_version`. For files of other programs, only fields that are read are listed. The first "
+        'line of a `.journal` is `{"job": …}`: everything that the output depends on.'
+    )
+    shown: set[Any] = set()
+    records = [_described(kind.FILE_NAME, kind, shown, kind.VERSION) for kind in record_types()]
+    parts = [START, "## Records", fill(intro, 120), *records, "## Other JSON and YAML files", fill(other_intro, 120)]
+    parts += [f"### metrics.jsonl, a training step\n\n{_metrics()}"]
+    parts += [_described(name, resolve_name(place), shown) for name, place in _OTHER_FILES.items()]
+    untyped = "\n".join(f"| {name} | {text} |" for name, text in _UNTYPED.items())
+    return "\n\n".join([*parts, f"| other file | contents |\n|---|---|\n{untyped}", END])
 
 
 def current_page() -> str:
@@ -56,14 +103,25 @@ def current_page() -> str:
     return before + section() + rest.partition(END)[2]
 
 
-def _record(kind: type[Record]) -> str:
-    version = f" Version {kind.VERSION}." if kind.VERSION != 1 else ""
+def _described(title: str, kind: Any, shown: set[Any], version: int = 1) -> str:
+    """The paragraphs about a type of file, and about the types of its fields that are not in `shown`, which grows."""
     described = describe(kind)
     place = f"`{kind.__module__.replace('.', '/')}.py`"
-    parts = [f"### {kind.FILE_NAME}", fill(f"{described.text}{version} ({place})", 120), _table(kind)]
+    text = f"{described.text} Version {version}." if version != 1 else described.text
+    parts = [f"### {title}", fill(f"{text} ({place})", 120), _table(kind)]
     for part in _nested(kind):
-        parts += [fill(f"**{part.__name__}**: {describe(part).text}", 120), _table(part)]
+        if part not in shown:
+            parts += [fill(f"**{type_name(part)}**: {describe(part).text}", 120), _table(part)]
+    shown.update([kind, *_nested(kind)])
     return "\n\n".join(parts)
+
+
+def _metrics() -> str:
+    """The table of a training step's metrics."""
+    shapes = {"": "number", "L": "list of number, per MoE layer", "LE": "list of list of number, per layer and expert"}
+    rows = [f"| `{metric}` | {shapes[metric.axes]} | {metric.heading} |" for metric in METRICS]
+    head = ["| field | type | meaning |", "|---|---|---|", "| `iteration` | integer | The step. |"]
+    return "\n".join([*head, "| `stage` | text | The stage that trains. |", *rows])
 
 
 def _table(kind: Any) -> str:
@@ -86,12 +144,15 @@ def type_name(hint: Any) -> str:
     if origin is Literal:
         return " or ".join(f'"{value}"' if isinstance(value, str) else str(value).lower() for value in arguments)
     if origin in (Union, types.UnionType):
-        return " or ".join(map(type_name, arguments))
+        return " or ".join(type_name(part) for part in arguments if part is not int or float not in arguments)
     if origin in (list, tuple):
-        return f"list of {type_name(arguments[0])}"
+        part = type_name(arguments[0])
+        return f"list of ({part})" if " or " in part else f"list of {part}"
+    if origin is Counter:
+        return "object of integer"
     if origin is not None and issubclass(origin, dict):
         return f"object of {type_name(arguments[-1])}"
-    return getattr(hint, "__name__", str(hint))
+    return getattr(hint, "__name__", str(hint)).lstrip("_")
 
 
 def _nested(kind: Any) -> list[Any]:

@@ -4,6 +4,7 @@ Nothing is downloaded, and no code of a tokenizer's folder is run.
 """
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,16 +30,26 @@ _REMEDY = "download the tokenizer again"
 
 @dataclass(config=FOREIGN)
 class _Model:
-    vocab: _Vocabulary | list[Any] = Field(default_factory=dict)  # a unigram model's list has no IDs
+    """The model in a tokenizer.json.
+
+    Attributes:
+        vocab: Token -> ID; a unigram model has a list instead.
+    """
+
+    vocab: _Vocabulary | list[Any] = Field(default_factory=dict)
 
 
 @dataclass(config=FOREIGN)
 class _TokenizerJson:
+    """A tokenizer of the `tokenizers` library, as far as it is checked before that opens it."""
+
     model: _Model
 
 
 @dataclass(config=FOREIGN)
 class _TokenizerConfig:
+    """The settings of a tokenizer, as far as they are checked before transformers opens it."""
+
     model_max_length: int | float | None = None
 
 
@@ -73,7 +84,7 @@ def load_tokenizer(tokenizer_type: str, tokenizer_model: str, must_keep_text: bo
     if not found.is_fast:
         return SlowHuggingFaceTokenizer(found, eod_id)
     try:
-        with reports_panics(), _without_stderr():
+        with reports_panics(), _without_panic_trace():
             return HuggingFaceTokenizer(found.backend_tokenizer.to_str(), eod_id, found.split_special_tokens)
     except UserError:
         raise
@@ -142,8 +153,14 @@ def check_text_is_kept(folder: str | os.PathLike[str], tokenizer: Any) -> None:
 
 
 @contextmanager
-def _without_stderr() -> Iterator[None]:
-    """Hide the stack trace that Rust prints of a panic before it raises it."""
+def _without_panic_trace() -> Iterator[None]:
+    """Hide the stack trace that Rust prints of a panic before it raises it.
+
+    All threads share stderr, so the trace stays if others may write there meanwhile. Daemon threads print nothing.
+    """
+    if [thread for thread in threading.enumerate() if not thread.daemon] != [threading.current_thread()]:
+        yield
+        return
     before, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 2)
     try:

@@ -1,6 +1,8 @@
 """A fingerprint depends on what affects IDs and on nothing else."""
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import processors
 from transformers import AutoTokenizer
 
+from moelpr.data.tokenizers import loading
 from moelpr.data.tokenizers.loading import load_tokenizer, open_hf_tokenizer
 from moelpr.process.errors import UserError
 
@@ -84,3 +87,15 @@ def test_a_tokenizer_that_cannot_express_a_text_is_loaded(tmp_path: Path) -> Non
     Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="missing")).save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     assert load_tokenizer("HuggingFaceTokenizer", str(tmp_path)).vocabulary() == {"a": 0, "b": 1}
+
+
+def test_the_trace_of_a_panic_is_hidden_from_stderr_unless_other_threads_write_there(capfd) -> None:  # noqa: ANN001
+    def panic() -> None:
+        with loading._without_panic_trace():
+            os.write(2, b"trace")
+
+    panic()
+    assert capfd.readouterr().err == ""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(panic).result()
+    assert capfd.readouterr().err == "trace"

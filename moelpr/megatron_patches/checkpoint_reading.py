@@ -11,7 +11,7 @@ import pickle
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, wraps
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from moelpr.checkpoints.torch_dist import read_metadata
+from moelpr.megatron_patches.replacing import replaces
 from moelpr.process.errors import UserError, first_line
 
 _FIX = "copy the checkpoint again, or use another step (trainer: --ckpt-step)"
@@ -34,13 +35,15 @@ def install() -> None:
     # (megatron/core/safe_globals.py), even where the caller asks for weights_only=False. Helper processes inherit it.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)  # torch.load refuses to run with both
-    FileSystemReader.read_metadata = _restricted(FileSystemReader.read_metadata)  # type: ignore[method-assign]
-    FileSystemReader._slice_file = _remember_file(FileSystemReader._slice_file)  # type: ignore[method-assign]
-    FileSystemReader.read_data = _name_damaged_file(FileSystemReader.read_data)  # type: ignore[method-assign]
-    DefaultLoadPlanner.load_bytes = _check_module_states(DefaultLoadPlanner.load_bytes)  # type: ignore[method-assign]
-    checkpoint.load = _one_error(checkpoint.load)
-    _name_damaged_common_state()
-    _refuse_other_formats()
+    from megatron.core.dist_checkpointing import serialization
+
+    replaces(FileSystemReader, "read_metadata")(_read_restricted)
+    replaces(FileSystemReader, "_slice_file")(_slice_and_remember)
+    replaces(FileSystemReader, "read_data")(_read_and_name_damaged_file)
+    replaces(DefaultLoadPlanner, "load_bytes")(_load_and_check_module_state)
+    replaces(checkpoint, "load")(_load_with_one_error)
+    replaces(serialization, "load_common")(_load_common_state)
+    replaces(serialization, "verify_checkpoint")(_refuse_other_formats)
 
 
 @contextmanager
@@ -60,53 +63,34 @@ def damage_named(path: Path | str) -> Iterator[None]:
         raise UserError(f"{path} is truncated or damaged ({first_line(error)}); {_FIX}") from error
 
 
-def _restricted(read: Callable[..., Metadata]) -> Callable[..., Metadata]:
+def _read_restricted(_: Callable[..., Metadata], self: Any, *args: Any, **kwargs: Any) -> Metadata:
     """torch's method unpickles the file without restriction."""
-
-    @wraps(read)
-    def read_restricted(self: Any, *args: Any, **kwargs: Any) -> Metadata:
-        metadata = read_metadata(Path(self.path))
-        metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-    return read_restricted
+    metadata = read_metadata(Path(self.path))
+    metadata.storage_meta = StorageMeta()
+    metadata.storage_meta.load_id = self.load_id
+    return metadata
 
 
-def _remember_file(slice_file: Callable[..., Any]) -> Callable[..., Any]:
+def _slice_and_remember(slice_file: Callable[..., Any], self: Any, file: Any, info: Any) -> Any:
     """torch's errors do not say which file they are about."""
-
-    @wraps(slice_file)
-    def slice_and_remember(self: Any, file: Any, info: Any) -> Any:
-        self.file_being_read = file.name
-        return slice_file(self, file, info)
-
-    return slice_and_remember
+    self.file_being_read = file.name
+    return slice_file(self, file, info)
 
 
-def _name_damaged_file(read_data: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(read_data)
-    def read(self: Any, *args: Any) -> Any:
-        try:
-            return read_data(self, *args)
-        except Exception as error:
-            with damage_named(getattr(self, "file_being_read", self.path)):
-                raise error
-
-    return read
+def _read_and_name_damaged_file(read_data: Callable[..., Any], self: Any, *args: Any) -> Any:
+    try:
+        return read_data(self, *args)
+    except Exception as error:
+        with damage_named(getattr(self, "file_being_read", self.path)):
+            raise error
 
 
-def _check_module_states(load_bytes: Callable[..., None]) -> Callable[..., None]:
+def _load_and_check_module_state(load_bytes: Callable[..., None], self: Any, read_item: Any, value: io.BytesIO) -> None:
     """Transformer Engine unpickles byte tensors in the states of its modules (FP8 scales) without restriction."""
-
-    @wraps(load_bytes)
-    def load(self: Any, read_item: Any, value: io.BytesIO) -> None:
-        load_bytes(self, read_item, value)
-        name = read_item.dest_index.fqn
-        if "_extra_state" in name and not self.flatten_state_dict:
-            check_module_state(self.state_dict[name])
-
-    return load
+    load_bytes(self, read_item, value)
+    name = read_item.dest_index.fqn
+    if "_extra_state" in name and not self.flatten_state_dict:
+        check_module_state(self.state_dict[name])
 
 
 def check_module_state(state: Any) -> None:
@@ -118,51 +102,31 @@ def check_module_state(state: Any) -> None:
             SafeUnpickler(io.BytesIO(part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())).load()
 
 
-def _one_error(load: Callable[..., Any]) -> Callable[..., Any]:
+def _load_with_one_error(load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Raise one error: torch collects all ranks' in a CheckpointException, which does not derive from Exception."""
-
-    @wraps(load)
-    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return load(*args, **kwargs)
-        except CheckpointException as collected:
-            for reader in (*args, *kwargs.values()):
-                if isinstance(reader, FileSystemReader):
-                    reader.read_metadata()  # its error is lost: torch looks for metadata of single ranks then
-            error = next(iter(collected.failures.values()))[0]
-            if isinstance(error, (UserError, OSError)) or not isinstance(error, Exception):
-                raise error from None
-            raise RuntimeError(f"cannot load the checkpoint: {first_line(error)}") from error
-
-    return load_checkpoint
+    try:
+        return load(*args, **kwargs)
+    except CheckpointException as collected:
+        for reader in (*args, *kwargs.values()):
+            if isinstance(reader, FileSystemReader):
+                reader.read_metadata()  # its error is lost: torch looks for metadata of single ranks then
+        error = next(iter(collected.failures.values()))[0]
+        if isinstance(error, (UserError, OSError)) or not isinstance(error, Exception):
+            raise error from None
+        raise RuntimeError(f"cannot load the checkpoint: {first_line(error)}") from error
 
 
-def _name_damaged_common_state() -> None:
+def _load_common_state(load_common: Callable[[str], Any], checkpoint_dir: str) -> Any:
     """Checkpoints of older Megatron versions have a file `common.pt`."""
-    from megatron.core.dist_checkpointing import serialization
-
-    load_common = serialization.load_common
-
-    @wraps(load_common)
-    def load(checkpoint_dir: str) -> Any:
-        with damage_named(Path(checkpoint_dir, "common.pt")):
-            return load_common(checkpoint_dir)
-
-    serialization.load_common = load
+    with damage_named(Path(checkpoint_dir, "common.pt")):
+        return load_common(checkpoint_dir)
 
 
-def _refuse_other_formats() -> None:
+def _refuse_other_formats(verify: Callable[[str], Any], checkpoint_dir: str) -> Any:
     """Megatron's error, if a step folder looks like one of an older version, has a traceback."""
-    from megatron.core.dist_checkpointing import serialization
     from megatron.core.dist_checkpointing.core import CheckpointingException
 
-    verify = serialization.verify_checkpoint
-
-    @wraps(verify)
-    def verify_checkpoint(checkpoint_dir: str) -> Any:
-        try:
-            return verify(checkpoint_dir)
-        except CheckpointingException as error:
-            raise UserError(f"{first_line(error)}; {_FIX}") from error
-
-    serialization.verify_checkpoint = verify_checkpoint
+    try:
+        return verify(checkpoint_dir)
+    except CheckpointingException as error:
+        raise UserError(f"{first_line(error)}; {_FIX}") from error

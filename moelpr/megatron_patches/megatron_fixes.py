@@ -12,7 +12,7 @@ import shutil
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, wraps
+from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim.adam import adam
 
 from moelpr.megatron_patches import checkpoint_reading
+from moelpr.megatron_patches.replacing import replaces
 from moelpr.process.errors import MachineError
 from moelpr.store.files import atomic_file
 from moelpr.store.run_folder import TRACKER_FILE
@@ -85,17 +86,14 @@ def _count_steps_of_empty_groups(adam: Any) -> None:
     The first stage saves the count for all; if it trains nothing, the others would resume with the bias correction of
     the first step.
     """
-    step = adam.step
 
-    @wraps(step)
-    def step_all(self: Any, *args: Any, **options: Any) -> Any:
+    @replaces(adam, "step")
+    def step_all(step: Callable[..., Any], self: Any, *args: Any, **options: Any) -> Any:
         result = step(self, *args, **options)
         for group in self.param_groups:
             if not group["params"]:
                 group["step"] = group.get("step", 0) + 1
         return result
-
-    adam.step = step_all
 
 
 def _load_fp32_optimizer_shards() -> None:
@@ -117,18 +115,14 @@ def _load_optimizers_without_parameters() -> None:
     """
     from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 
-    def with_empty_parts(load: Callable[[Any, dict[str, Any]], None]) -> Callable[[Any, dict[str, Any]], None]:
-        @wraps(load)
-        def load_state(self: Any, state: dict[str, Any]) -> None:
-            if isinstance(self, Float16OptimizerWithFloat16Params):
-                state.setdefault("fp32_from_fp16_params", [])
-            state.get("optimizer", state).setdefault("state", {})
-            load(self, state)
-
-        return load_state
+    def load_state(load: Callable[[Any, dict[str, Any]], None], self: Any, state: dict[str, Any]) -> None:
+        if isinstance(self, Float16OptimizerWithFloat16Params):
+            state.setdefault("fp32_from_fp16_params", [])
+        state.get("optimizer", state).setdefault("state", {})
+        load(self, state)
 
     for optimizer in (FP32Optimizer, Float16OptimizerWithFloat16Params):
-        optimizer.load_state_dict = with_empty_parts(optimizer.load_state_dict)
+        replaces(optimizer, "load_state_dict")(load_state)
 
 
 def _load_optimizers_with_other_learning_rates() -> None:
@@ -140,21 +134,15 @@ def _load_optimizers_with_other_learning_rates() -> None:
     from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
     from megatron.training import global_vars
 
-    def with_either_rates(load: Callable[[Any, dict[str, Any]], None]) -> Callable[[Any, dict[str, Any]], None]:
-        @wraps(load)
-        def load_state(self: Any, state: dict[str, Any]) -> None:
-            keeps_saved = getattr(global_vars._GLOBAL_ARGS, "use_checkpoint_opt_param_scheduler", False)
-            saved = state.get("optimizer", state)["param_groups"]
-            if keeps_saved:
-                _copy_learning_rates(saved, self.optimizer.param_groups)
-            else:
-                _copy_learning_rates(self.optimizer.param_groups, saved)
-            load(self, state)
-
-        return load_state
+    def load_state(load: Callable[[Any, dict[str, Any]], None], self: Any, state: dict[str, Any]) -> None:
+        keeps_saved = getattr(global_vars._GLOBAL_ARGS, "use_checkpoint_opt_param_scheduler", False)
+        saved, own = state.get("optimizer", state)["param_groups"], self.optimizer.param_groups
+        source, target = (saved, own) if keeps_saved else (own, saved)
+        _copy_learning_rates(source, target)
+        load(self, state)
 
     for optimizer in (FP32Optimizer, Float16OptimizerWithFloat16Params, DistributedOptimizer):
-        optimizer.load_state_dict = with_either_rates(optimizer.load_state_dict)
+        replaces(optimizer, "load_state_dict")(load_state)
 
 
 def _copy_learning_rates(source: list[dict[str, Any]], target: list[dict[str, Any]]) -> None:
@@ -178,18 +166,16 @@ def _continue_the_schedule_of_a_reset_optimizer() -> None:
     """With --no-load-optim, Megatron continues with the step but starts the learning-rate schedule again."""
     from megatron.training import training
 
-    load_checkpoint = training.load_checkpoint
-
-    @wraps(load_checkpoint)
-    def load(model: Any, optimizer: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-        loaded = load_checkpoint(model, optimizer, scheduler, *args, **kwargs)
+    @replaces(training, "load_checkpoint")
+    def load(
+        original: Callable[..., Any], model: Any, optimizer: Any, scheduler: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        loaded = original(model, optimizer, scheduler, *args, **kwargs)
         settings = training.get_args()
         if scheduler is not None and settings.no_load_optim and not settings.finetune:
             # The scheduler counts samples; those of --iterations-to-skip are consumed without a step.
             scheduler.step(settings.consumed_train_samples - settings.skipped_train_samples)
         return loaded
-
-    training.load_checkpoint = load
 
 
 def _reduce_metrics_on_stages_without_routers() -> None:
@@ -200,18 +186,14 @@ def _reduce_metrics_on_stages_without_routers() -> None:
     from megatron.core import parallel_state
     from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 
-    ensure_initialized = MoEMetricsTracker.ensure_initialized
-
-    @wraps(ensure_initialized)
-    def ensure_initialized_with_group(self: MoEMetricsTracker, name: str, *args: Any, **kwargs: Any) -> None:
+    @replaces(MoEMetricsTracker, "ensure_initialized")
+    def initialize_with_group(initialize: Callable[..., None], self: Any, name: str, *args: Any, **kwargs: Any) -> None:
         is_new = name not in self._metrics
-        ensure_initialized(self, name, *args, **kwargs)
+        initialize(self, name, *args, **kwargs)
         if is_new:
             # The z loss is a mean on each rank already.
             kind = "avg_group" if name == "z_loss" else "reduce_group"
             setattr(self._metrics[name], kind, parallel_state.get_tensor_and_context_parallel_group())
-
-    MoEMetricsTracker.ensure_initialized = ensure_initialized_with_group
 
 
 def _say_why_a_step_was_not_saved() -> None:
@@ -219,10 +201,9 @@ def _say_why_a_step_was_not_saved() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async, state_dict_saver
 
     logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)  # it logs what is raised here
-    finalize = state_dict_saver.save_state_dict_async_finalize
 
-    @wraps(finalize)
-    def finalize_with_reason(storage_writer: Any, *args: Any) -> None:
+    @replaces(state_dict_saver, "save_state_dict_async_finalize")
+    def finalize_with_reason(finalize: Callable[..., None], storage_writer: Any, *args: Any) -> None:
         try:
             finalize(storage_writer, *args)
         except (CheckpointException, OSError) as error:
@@ -237,8 +218,6 @@ def _say_why_a_step_was_not_saved() -> None:
                 f"{folder} could not be saved ({reason}), with {free / 1e9:,.1f} GB free on its disk; check the disk, "
                 "and run the same command again to resume from the step before"
             ) from error
-
-    state_dict_saver.save_state_dict_async_finalize = finalize_with_reason
 
 
 def _replace_the_tracker_file_at_once() -> None:
@@ -284,14 +263,12 @@ def _collect_write_results_in_this_process() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.training import global_vars
 
-    through_process, in_this_process = filesystem_async.get_write_results_queue, queue.Queue[Any]()
+    in_this_process = queue.Queue[Any]()
 
-    @wraps(through_process)
-    def results_queue(mp_mode: str = "spawn") -> Any:
+    @replaces(filesystem_async, "get_write_results_queue")
+    def results_queue(through_process: Callable[[str], Any], mp_mode: str = "spawn") -> Any:
         is_async = getattr(global_vars._GLOBAL_ARGS, "async_save", False)
         return through_process(mp_mode) if is_async else in_this_process
-
-    filesystem_async.get_write_results_queue = results_queue
 
 
 class GroupStepAdam(torch.optim.Adam):

@@ -9,6 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 
 from moelpr.checkpoints.torch_dist import TorchDistWriter
 from moelpr.process.errors import UserError
@@ -25,9 +29,6 @@ OBJECTS = {
 
 def sharded_state() -> dict[str, Any]:
     """What a model, its optimizer and the random state load: objects and a tensor."""
-    from megatron.core.dist_checkpointing import ShardedTensor
-    from megatron.core.dist_checkpointing.mapping import ShardedObject
-
     state: dict[str, Any] = {key: ShardedObject(key, value, (1,), (0,)) for key, value in OBJECTS.items()}
     return state | {"weight": ShardedTensor.from_rank_offsets("weight", torch.arange(6.0))}
 
@@ -35,8 +36,6 @@ def sharded_state() -> dict[str, Any]:
 @pytest.fixture
 def step(tmp_path: Path) -> Path:
     """A step that Megatron saved."""
-    from megatron.core import dist_checkpointing
-
     folder = tmp_path / "iter_0000001"
     folder.mkdir()
     dist_checkpointing.save(sharded_state() | {"iteration": 1}, str(folder), async_strategy="mcore")
@@ -44,14 +43,10 @@ def step(tmp_path: Path) -> Path:
 
 
 def load(step: Path) -> dict[str, Any]:
-    from megatron.core import dist_checkpointing
-
     return dist_checkpointing.load(sharded_state(), str(step))
 
 
 def test_torch_and_megatron_still_load_without_restriction() -> None:
-    from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
-
     assert "pickle.load(" in inspect.getsource(inspect.unwrap(FileSystemReader.read_metadata))
     assert "weights_only=False" in inspect.getsource(inspect.unwrap(DefaultLoadPlanner.load_bytes))
 
@@ -145,9 +140,6 @@ def test_a_truncated_file_is_named(tmp_path: Path, size: int) -> None:
 
 
 def test_other_errors_keep_their_reason_without_torchs_traceback(step: Path) -> None:
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing import ShardedTensor
-
     wanted = {"other": ShardedTensor.from_rank_offsets("other", torch.zeros(6))}
     with pytest.raises(RuntimeError, match="cannot load the checkpoint: .*other") as raised:
         dist_checkpointing.load(wanted, str(step), validate_access_integrity=False)

@@ -1,15 +1,23 @@
 """Each patched name still exists, and Megatron still needs each patch."""
 
+import argparse
 import inspect
 import subprocess
 import sys
 from pathlib import Path
 
 import megatron.core
+import megatron.training.initialize as initialize
 import pytest
 import torch
+from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+from megatron.training.arguments import add_megatron_arguments
 
 from moelpr.megatron_patches import cpu
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is patched if there is a GPU")
 
 MEGATRON = Path(next(iter(megatron.core.__path__))).parent
 
@@ -32,34 +40,18 @@ def test_megatron_still_assumes_cuda(file: str, text: str) -> None:
     assert text in (MEGATRON / file).read_text(), f"{file} changed: the patch for it may no longer be needed"
 
 
-@pytest.fixture
-def installed() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("nothing is patched if there is a GPU")
-    cpu.install()
-
-
-@pytest.mark.usefixtures("installed")
 def test_patched_names_exist_in_megatron() -> None:
-    import megatron.training.initialize as initialize
-
     assert "allow_no_cuda" in inspect.signature(initialize.initialize_megatron).parameters
     source = (MEGATRON / "training/training.py").read_text()
     for name in ("initialize_megatron", "set_jit_fusion_options", "report_memory"):
         assert f" {name}(" in source, f"{name} is no longer called by Megatron's training.py"
 
 
-@pytest.mark.usefixtures("installed")
 def test_cpu_arguments_are_arguments_of_megatron() -> None:
-    import argparse
-
-    from megatron.training.arguments import add_megatron_arguments
-
     names = {action.dest for action in add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))._actions}
     assert set(cpu.CPU_ARGUMENTS) <= names
 
 
-@pytest.mark.usefixtures("installed")
 def test_tensors_requested_on_cuda_are_created_on_the_cpu() -> None:
     for tensor in (
         torch.zeros(2, device="cuda"),
@@ -71,7 +63,6 @@ def test_tensors_requested_on_cuda_are_created_on_the_cpu() -> None:
     assert torch.zeros(2).type() == "torch.cuda.FloatTensor"
 
 
-@pytest.mark.usefixtures("installed")
 def test_nothing_is_compiled() -> None:
     def plus_one(number: int) -> int:
         return number + 1
@@ -80,7 +71,6 @@ def test_nothing_is_compiled() -> None:
     assert torch.compile(mode="max-autotune")(plus_one) is plus_one
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="Megatron compiles on a GPU")
 def test_the_trainer_starts_without_the_compiler() -> None:
     """Its import takes seconds, in every rank."""
     script = (
@@ -92,16 +82,12 @@ def test_the_trainer_starts_without_the_compiler() -> None:
     assert done.stdout == "[]\n" and done.returncode == 0, done.stderr
 
 
-@pytest.mark.usefixtures("installed")
 def test_meta_device_contexts_still_work() -> None:
     with torch.device("meta"):
         assert torch.arange(3).device.type == "meta"
 
 
-@pytest.mark.usefixtures("installed")
 def test_megatrons_random_number_tracker_forks_the_cpu_generator() -> None:
-    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
-
     tracker = CudaRNGStatesTracker()
     tracker.add("dropout", 7)
     torch.manual_seed(1)
@@ -118,8 +104,6 @@ def test_megatrons_random_number_tracker_forks_the_cpu_generator() -> None:
 
 def staged(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor as Megatron's helper process would write it."""
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-
     (bucket,) = FileSystemWriterAsync.preload_tensors([("file", "key", ([], [("item", tensor)]))])
     assert bucket[:2] == ("file", "key")
     ((item, found),) = bucket[2][1]
@@ -127,11 +111,7 @@ def staged(tensor: torch.Tensor) -> torch.Tensor:
     return found
 
 
-@pytest.mark.usefixtures("installed")
 def test_the_helper_writes_a_copy_but_megatrons_own_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-
     calls = []
     monkeypatch.setattr(FileSystemWriterAsync, "preload_tensors", FileSystemWriterAsync.preload_tensors)
     monkeypatch.setattr(PersistentAsyncCaller, "async_loop", lambda *args, **kwargs: calls.append((args, kwargs)))
@@ -145,8 +125,5 @@ def test_the_helper_writes_a_copy_but_megatrons_own_does_not(monkeypatch: pytest
     assert saved.sum() == 3
 
 
-@pytest.mark.usefixtures("installed")
 def test_the_helper_runs_our_worker() -> None:
-    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
-
     assert PersistentAsyncCaller.async_loop is cpu.async_save_worker

@@ -8,6 +8,13 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.optimizer import OptimizerConfig, ParamKey, _get_param_groups
+from megatron.training import checkpointing, global_vars
+
+from moelpr.megatron_patches import hooks
 
 ROOT = Path(__file__).parents[3]
 
@@ -42,8 +49,6 @@ def test_megatron_still_offers_no_callbacks_of_its_own(training: ModuleType) -> 
 
 
 def test_the_training_log_is_followed_by_the_callback(training: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moelpr.megatron_patches import hooks
-
     events: list[Any] = []
 
     def training_log(
@@ -60,8 +65,6 @@ def test_the_training_log_is_followed_by_the_callback(training: ModuleType, monk
 
 
 def test_a_saved_checkpoint_is_followed_by_the_callback(training: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moelpr.megatron_patches import hooks
-
     events: list[Any] = []
     monkeypatch.setattr(training, "save_checkpoint", lambda iteration, model: events.append("megatron"))
     with hooks.after_save_checkpoint(events.append):
@@ -72,11 +75,6 @@ def test_a_saved_checkpoint_is_followed_by_the_callback(training: ModuleType, mo
 
 def test_parameters_with_the_attribute_do_not_decay(training: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever else Megatron's configuration says about them."""
-    import torch
-    from megatron.core.optimizer import OptimizerConfig, ParamKey, _get_param_groups
-
-    from moelpr.megatron_patches import hooks
-
     model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2, bias=False) for name in ("embedding", "router")})
     model["embedding"].weight.marked = slice(0, 0)  # an empty slice marks too
     config = OptimizerConfig(lr=1e-3, weight_decay=0.1)
@@ -91,8 +89,6 @@ def test_parameters_with_the_attribute_do_not_decay(training: ModuleType, monkey
 
 @pytest.mark.parametrize(("resumed_at", "expected"), [(0, [0, "train", 4]), (2, ["train", 4])])
 def test_validation_runs_before_the_first_step_and_instead_of_megatrons(training, monkeypatch, resumed_at, expected):
-    from moelpr.megatron_patches import hooks
-
     events: list[Any] = []
 
     def validate(forward_step: str, model: str, config: str, iteration: int) -> None:
@@ -112,8 +108,6 @@ def test_validation_runs_before_the_first_step_and_instead_of_megatrons(training
 
 
 def test_megatrons_functions_are_restored_after_an_error(training: ModuleType) -> None:
-    from moelpr.megatron_patches import hooks
-
     before = {name: getattr(training, name) for name in READ_ARGUMENTS}
     with pytest.raises(ZeroDivisionError), hooks.after_save_checkpoint(print), hooks.validation_by(print):
         assert training.train is not before["train"]
@@ -122,10 +116,6 @@ def test_megatrons_functions_are_restored_after_an_error(training: ModuleType) -
 
 
 def test_megatron_asks_the_signal_handler_that_was_set(training: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron.training import global_vars
-
-    from moelpr.megatron_patches import hooks
-
     monkeypatch.setattr(global_vars, "_GLOBAL_SIGNAL_HANDLER", None)
     args = SimpleNamespace(exit_signal_handler=False)
     monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", args)
@@ -164,12 +154,6 @@ def test_megatron_and_torch_are_patched_only_in_this_package() -> None:
 @pytest.mark.parametrize("is_async", [False, True])
 def test_a_written_step_is_followed_by_the_callback(megatron: None, tmp_path: Path, is_async: bool) -> None:
     """Before the caller of an asynchronous save, which writes the tracker file, is called back."""
-    import torch
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing import ShardedTensor
-
-    from moelpr.megatron_patches import hooks
-
     seen: list[Any] = []
     state = {"weight": ShardedTensor.from_rank_offsets("weight", torch.ones(3))}
     options = {"async_sharded_save": is_async, "async_strategy": "mcore"}
@@ -185,6 +169,4 @@ def test_a_written_step_is_followed_by_the_callback(megatron: None, tmp_path: Pa
 
 
 def test_megatron_still_saves_steps_through_the_wrapped_function(megatron: None) -> None:
-    from megatron.training import checkpointing
-
     assert "dist_checkpointing.save(" in inspect.getsource(checkpointing.save_checkpoint)

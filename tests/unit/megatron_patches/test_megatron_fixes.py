@@ -14,6 +14,25 @@ import megatron.core
 import numpy as np
 import pytest
 import torch
+from megatron.core import dist_checkpointing
+from megatron.core.datasets import utils
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.gpt_dataset import GPTDataset
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer, MegatronOptimizer
+from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.parallel_state import get_tensor_and_context_parallel_group
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
+from megatron.training import argument_utils, checkpointing, global_vars, training
+from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.checkpointing import maybe_msc
 
 from moelpr.megatron_patches import megatron_fixes
 from moelpr.megatron_patches.megatron_fixes import GroupStepAdam
@@ -30,31 +49,23 @@ def test_the_wheel_still_has_a_built_helper_and_no_makefile() -> None:
 
 def test_megatron_does_not_run_make(capfd) -> None:  # noqa: ANN001
     megatron_fixes.install()
-    from megatron.core.datasets import utils
-
     utils.compile_helpers()
     assert "make" not in capfd.readouterr().err
 
 
 def test_the_distributed_optimizer_still_expects_a_step_count_on_every_rank() -> None:
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
     assert "if not HAVE_APEX_OR_TE:\n            steps = list(set(" in inspect.getsource(
         DistributedOptimizer.state_dict
     )
 
 
 def test_megatron_still_copies_into_optimizer_shards_with_gradients_enabled() -> None:
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
     copy = inspect.unwrap(DistributedOptimizer._set_main_param_and_optimizer_states)
     assert "dst_tensors[key].copy_(tensors[key])" in inspect.getsource(copy)
     assert "no_grad" not in inspect.getsource(copy)
 
 
 def test_megatron_still_expects_optimizer_state_from_a_rank_without_any() -> None:
-    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
-
     for optimizer in (FP32Optimizer, Float16OptimizerWithFloat16Params):
         load = inspect.unwrap(optimizer.load_state_dict)
         assert "['state']:" in inspect.getsource(load)
@@ -64,11 +75,6 @@ def test_megatron_still_expects_optimizer_state_from_a_rank_without_any() -> Non
 
 def make_optimizer(kind: str, lr: float, min_lr: float, decoupled_lr: float) -> tuple[Any, Any]:
     """A small model and its optimizer after one step: weights that decay, norms that do not, and a vocabulary."""
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.optimizer.optimizer_config import ParamKey
-    from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.module import MegatronModule
 
     class Model(MegatronModule):
         def __init__(self, config: TransformerConfig) -> None:
@@ -96,8 +102,6 @@ def make_optimizer(kind: str, lr: float, min_lr: float, decoupled_lr: float) -> 
 @pytest.mark.parametrize("kind", ["fp32", "float16", "distributed"])
 def test_optimizer_state_loads_with_other_learning_rates(kind, keeps_saved, tmp_path, monkeypatch) -> None:
     """Through a checkpoint; --decoupled-lr too."""
-    from megatron.core import dist_checkpointing
-    from megatron.training import global_vars
 
     def sharded(model: Any, optimizer: Any, is_loading: bool = False) -> dict:
         metadata = {
@@ -126,8 +130,6 @@ def test_optimizer_state_loads_with_other_learning_rates(kind, keeps_saved, tmp_
 
 
 def test_megatron_still_finds_parameter_groups_by_their_learning_rates() -> None:
-    from megatron.core.optimizer.optimizer import MegatronOptimizer
-
     saved, current = ({"params": [], "max_lr": lr} for lr in (0.1, 0.2))
     with pytest.raises(ValueError, match="Could not find parameter group"):
         MegatronOptimizer._filter_and_reorder_param_groups([current], [saved])
@@ -139,9 +141,6 @@ def test_megatron_still_finds_parameter_groups_by_their_learning_rates() -> None
 )
 def test_a_reset_optimizer_continues_the_schedule(flags, expected, monkeypatch) -> None:
     """The fix only; a function that loads nothing, like Megatron's for the schedule, takes the place of Megatron's."""
-    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-    from megatron.training import training
-
     settings = {"no_load_optim": False, "finetune": False, "consumed_train_samples": 40, "skipped_train_samples": 10}
     monkeypatch.setattr(training, "get_args", lambda: argparse.Namespace(**(settings | flags)))
     monkeypatch.setattr(training, "load_checkpoint", lambda model, optimizer, scheduler, strict=True: (3, 0))
@@ -156,8 +155,6 @@ def test_a_reset_optimizer_continues_the_schedule(flags, expected, monkeypatch) 
 
 
 def test_megatron_still_loads_the_schedule_with_the_optimizer_only() -> None:
-    from megatron.training import checkpointing, training
-
     source = inspect.getsource(checkpointing.load_checkpoint)
     optimizer_part = source[source.index("and not args.no_load_optim:\n        try:") : source.index("# rerun state")]
     assert optimizer_part.count("opt_param_scheduler.load_state_dict") == source.count(
@@ -169,14 +166,10 @@ def test_megatron_still_loads_the_schedule_with_the_optimizer_only() -> None:
 
 
 def test_megatron_still_ignores_the_rope_scaling_factor() -> None:
-    from megatron.training.argument_utils import gpt_config_from_args
-
     assert "rope_scaling_factor" not in inspect.getsource(gpt_config_from_args), "remove our gpt_config_from_args"
 
 
 def test_the_rope_scaling_factor_reaches_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron.training import argument_utils
-
     config = argparse.Namespace(rope_scaling_factor=8.0)
     monkeypatch.setattr(argument_utils, "gpt_config_from_args", lambda args, transformer: config)
     args = argparse.Namespace(rope_scaling_factor=32.0)
@@ -185,9 +178,6 @@ def test_the_rope_scaling_factor_reaches_the_model(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(("name", "group"), [("load_balancing_loss", "reduce_group"), ("z_loss", "avg_group")])
 def test_a_stage_without_routers_knows_the_group_of_the_others_losses(megatron: None, name: str, group: str) -> None:
-    from megatron.core.parallel_state import get_tensor_and_context_parallel_group
-    from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
-
     ours, theirs = MoEMetricsTracker(), MoEMetricsTracker()
     ours.ensure_initialized(name, 2)
     inspect.unwrap(MoEMetricsTracker.ensure_initialized)(theirs, name, 2)
@@ -196,8 +186,6 @@ def test_a_stage_without_routers_knows_the_group_of_the_others_losses(megatron: 
 
 
 def test_the_group_of_a_recorded_loss_is_kept(megatron: None) -> None:
-    from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
-
     tracker, group = MoEMetricsTracker(), object()
     tracker.record("load_balancing_loss", torch.ones(()), 1, 2, reduce_group=group)
     tracker.ensure_initialized("load_balancing_loss", 2)
@@ -236,9 +224,6 @@ def test_a_group_without_parameters_counts_its_steps_too() -> None:
 @pytest.mark.usefixtures("megatron")
 def test_a_step_that_cannot_be_saved_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:  # noqa: ANN001
     """/dev/full rejects every write like a full disk; Megatron's own error is a list of tracebacks."""
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing import ShardedTensor
-
     real_open = open
 
     def open_full(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
@@ -260,15 +245,11 @@ def test_a_step_that_cannot_be_saved_is_one_sentence(tmp_path: Path, monkeypatch
 
 
 def test_megatron_still_empties_the_tracker_file_before_it_writes() -> None:
-    from megatron.training import checkpointing
-
     assert "with maybe_msc.open(tracker_filename, 'w') as f:" in inspect.getsource(checkpointing.save_checkpoint)
 
 
 @pytest.mark.usefixtures("megatron")
 def test_a_tracker_file_that_cannot_be_written_names_the_step_before(tmp_path: Path) -> None:
-    from megatron.training.checkpointing import maybe_msc
-
     tracker = tmp_path / "latest_checkpointed_iteration.txt"
     for step in ("1", "2"):
         with maybe_msc.open(str(tracker), "w") as file:
@@ -300,18 +281,12 @@ def test_an_order_of_samples_is_saved_whole_or_not_at_all(tmp_path, name, monkey
 
 
 def test_megatron_still_writes_orders_of_samples_in_place() -> None:
-    from megatron.core.datasets.blended_dataset import BlendedDataset
-    from megatron.core.datasets.gpt_dataset import GPTDataset
-
     for build in (GPTDataset._build_document_sample_shuffle_indices, BlendedDataset._build_indices):
         source = inspect.getsource(build)
         assert "os.path.isfile" in source and "numpy.save(path_to_" in source
 
 
 def test_a_synchronous_save_starts_no_process_for_its_results(megatron: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-    from megatron.training import global_vars
-
     results = filesystem_async.get_write_results_queue()
     assert type(results) is queue.Queue and results is filesystem_async.get_write_results_queue()
     started = []

@@ -2,7 +2,13 @@
 
 import pytest
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
 
+from moelpr.model import attention
+from moelpr.model.attention import SDPACoreAttention, document_edges
+from moelpr.model.loading import transformer_config
 from moelpr.model_spec import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -13,13 +19,6 @@ SEQUENCE, BATCH, HEADS, GROUPS, HEAD_DIM = 40, 3, 4, 2, 8
 @pytest.fixture
 def attentions(dense_spec: ModelSpec):
     """Ours and Megatron's; 4 query heads, 2 key-value groups."""
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.transformer.dot_product_attention import DotProductAttention
-    from megatron.core.transformer.enums import AttnMaskType
-
-    from moelpr.model.attention import SDPACoreAttention
-    from moelpr.model.loading import transformer_config
-
     config = transformer_config(dense_spec, masked_softmax_fusion=False)
     arguments = {"layer_number": 1, "attn_mask_type": AttnMaskType.causal, "attention_type": "self"}
     theirs = DotProductAttention(config, **arguments, pg_collection=ProcessGroupCollection.use_mpu_process_groups())
@@ -63,8 +62,6 @@ def test_no_score_matrix_is_saved_for_the_backward_pass(attentions) -> None:
 
 
 def test_tokens_attend_within_their_document_only(attentions) -> None:
-    from moelpr.model.attention import document_edges
-
     ours, _ = attentions
     inputs, same = query_key_value(), query_key_value()
     lengths = [[40], [1, 30, 9], [13, 13, 13, 1]]  # the documents' lengths in each sequence of the batch
@@ -88,11 +85,6 @@ def test_tokens_attend_within_their_document_only(attentions) -> None:
 @pytest.mark.parametrize("apart", [False, True])
 def test_a_window_is_a_number_of_previous_tokens(dense_spec: ModelSpec, window: int, apart: bool) -> None:
     """Megatron's window counts the tokens before the token itself."""
-    from megatron.core.transformer.enums import AttnMaskType
-
-    from moelpr.model.attention import SDPACoreAttention, document_edges
-    from moelpr.model.loading import transformer_config
-
     config = transformer_config(dense_spec, window_size=(window, 0))
     ours = SDPACoreAttention(config, layer_number=1, attn_mask_type=AttnMaskType.causal, attention_type="self")
     query, key, value = query_key_value()
@@ -131,11 +123,6 @@ def varlen_attention(query, key, value, starts, key_starts, longest, longest_key
 
 @pytest.mark.parametrize("window", [None, (5, 0)])
 def test_torchs_kernel_for_documents_gets_what_gives_the_same_result(dense_spec, monkeypatch, window) -> None:
-    from megatron.core.transformer.enums import AttnMaskType
-
-    from moelpr.model import attention
-    from moelpr.model.loading import transformer_config
-
     config = transformer_config(dense_spec, window_size=window)
     ours = attention.SDPACoreAttention(config, 1, AttnMaskType.causal, "self", softmax_scale=0.5)
     inputs = [tensor.detach().bfloat16() for tensor in query_key_value()]

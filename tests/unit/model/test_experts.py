@@ -6,6 +6,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from moelpr.model.freezing import freeze
+from moelpr.model.layer import OverlappedOriginalExperts
+from moelpr.model.loading import build_model
 from moelpr.model_spec import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -16,8 +19,6 @@ TOKENS_PER_EXPERT = torch.tensor([5, 0, 9, 2])
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def experts(request, moe_spec: ModelSpec):
-    from moelpr.model.loading import build_model
-
     torch.manual_seed(0)
     bf16 = request.param == torch.bfloat16
     model = build_model(moe_spec, bf16=bf16, params_dtype=request.param)
@@ -92,9 +93,6 @@ def test_frozen_experts_propagate_gradients_and_get_none(experts) -> None:
 
 def test_a_frozen_original_expert_saves_no_input(moe_spec: ModelSpec) -> None:
     """Its linear layers save only their weights, and get no gradient."""
-    from moelpr.model.freezing import freeze
-    from moelpr.model.loading import build_model
-
     model = build_model(moe_spec)
     freeze([model], "stage1")
     original = model.decoder.layers[0].mlp.original_experts[0]
@@ -126,8 +124,6 @@ class Noted(torch.Tensor):
 @pytest.mark.parametrize("are_split", [False, True])
 def test_the_side_stream_waits_and_is_waited_for_and_its_tensors_are_kept(monkeypatch, are_split) -> None:
     """On a GPU a missing wait is a race that a test may win. Split experts communicate, so they stay on main."""
-    from moelpr.model.layer import OverlappedOriginalExperts
-
     log: list[str] = []
     streams = [Stream("main", log)]
 

@@ -5,6 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from moelpr.model.freezing import freeze, parameter_report
+from moelpr.model.loading import build_model
+from moelpr.model.router import LPRLossNormalizer
 from moelpr.model_spec import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -16,14 +19,10 @@ def trainable(model: torch.nn.Module) -> set[str]:
 
 @pytest.fixture(params=[1, 2], ids="m={}".format)
 def model(request, moe_spec: ModelSpec):
-    from moelpr.model.loading import build_model
-
     return build_model(replace(moe_spec, moe=replace(moe_spec.moe, num_original_experts=request.param)))
 
 
 def test_stage1_trains_new_experts_and_routers_only(model) -> None:
-    from moelpr.model.freezing import freeze
-
     freeze([model], "stage1")
     names = {".".join(name.split(".")[3:]) for name in trainable(model)}
     assert names == {"mlp.router.weight", "mlp.experts.linear_fc1.weight", "mlp.experts.linear_fc2.weight"}
@@ -31,15 +30,11 @@ def test_stage1_trains_new_experts_and_routers_only(model) -> None:
 
 
 def test_stage2_trains_routers_only(model) -> None:
-    from moelpr.model.freezing import freeze
-
     freeze([model], "stage2")
     assert trainable(model) == {f"decoder.layers.{layer}.mlp.router.weight" for layer in range(3)}
 
 
 def test_train_everything_reaches_the_original_experts(model) -> None:
-    from moelpr.model.freezing import freeze
-
     freeze([model], "stage1", train_everything=True)
     tokens = torch.randint(0, 128, (2, 16))
     model.train()
@@ -49,8 +44,6 @@ def test_train_everything_reaches_the_original_experts(model) -> None:
 
 
 def test_the_report_counts_every_parameter_once(model) -> None:
-    from moelpr.model.freezing import freeze, parameter_report
-
     freeze([model], "stage2")
     report = parameter_report([model]).splitlines()
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -69,10 +62,6 @@ def test_the_report_counts_every_parameter_once(model) -> None:
 )
 def test_a_frozen_embedding_with_recompute_still_trains(moe_spec: ModelSpec, stage: str, recompute: dict) -> None:
     """The gradients are those without recompute: none is lost or counted twice."""
-    from moelpr.model.freezing import freeze
-    from moelpr.model.loading import build_model
-    from moelpr.model.router import LPRLossNormalizer
-
     tokens = torch.randint(0, 128, (2, 16))
     positions = torch.arange(16).expand(2, 16)
     bits = torch.rand(2, 16) < 0.5

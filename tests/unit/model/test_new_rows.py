@@ -5,6 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from moelpr.model import new_rows
+from moelpr.model.freezing import freeze, parameter_report
+from moelpr.model.loading import build_model
+from moelpr.model.new_rows import rows_that_train, train_new_rows_only
+from moelpr.model.vocabulary import mask_padding
 from moelpr.model_spec import ModelSpec, NewTokens
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -14,8 +19,6 @@ TOKENS = NewTokens(first=100, number=20, base_vocab_size=110)
 
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])
 def model(request, moe_spec: ModelSpec):
-    from moelpr.model.loading import build_model
-
     changes = {"untie_embeddings_and_output_weights": not request.param, "vocab_size": TOKENS.vocab_size}
     return build_model(replace(moe_spec, megatron_args=moe_spec.megatron_args | changes))
 
@@ -24,8 +27,6 @@ def model(request, moe_spec: ModelSpec):
     ("rank", "expected"), [(0, slice(120, 120)), (1, slice(80, 120)), (2, slice(0, 60)), (3, slice(0, 0))]
 )
 def test_each_tensor_parallel_rank_trains_its_part_of_the_new_rows(model, monkeypatch, rank, expected) -> None:
-    from moelpr.model.new_rows import rows_that_train, train_new_rows_only
-
     monkeypatch.setattr("megatron.core.parallel_state.get_tensor_model_parallel_rank", lambda: rank)
     train_new_rows_only([model], NewTokens(first=200, number=100, base_vocab_size=250))
     assert len(model.embedding.word_embeddings.weight) == 120
@@ -34,9 +35,6 @@ def test_each_tensor_parallel_rank_trains_its_part_of_the_new_rows(model, monkey
 
 
 def test_old_rows_lose_their_gradient_after_megatron_has_finalized_it(model, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moelpr.model import new_rows
-    from moelpr.model.freezing import freeze
-
     freeze([model], "stage1", train_new_embeddings=True, new_tokens=TOKENS)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     order = []
@@ -59,9 +57,6 @@ def test_old_rows_lose_their_gradient_after_megatron_has_finalized_it(model, mon
 
 def test_gradients_of_new_rows_and_of_all_others_are_those_of_autograd(model) -> None:
     """Also of what trains below, with padding masked in place, in two micro-batches."""
-    from moelpr.model.freezing import freeze
-    from moelpr.model.vocabulary import mask_padding
-
     mask_padding([model], TOKENS.end - 3)
     positions = torch.arange(16).expand(2, 16)
     gradients = []
@@ -84,8 +79,6 @@ def test_gradients_of_new_rows_and_of_all_others_are_those_of_autograd(model) ->
 
 
 def test_the_report_counts_only_new_rows_as_trainable(model) -> None:
-    from moelpr.model.freezing import freeze, parameter_report
-
     matrices = 1 if model.share_embeddings_and_output_weights else 2
     total = sum(parameter.numel() for parameter in model.parameters())
     new = matrices * 20 * 32
@@ -96,9 +89,6 @@ def test_the_report_counts_only_new_rows_as_trainable(model) -> None:
 
 
 def test_other_stages_train_the_vocabulary_wholly_or_not_at_all(model) -> None:
-    from moelpr.model.freezing import freeze
-    from moelpr.model.new_rows import rows_that_train
-
     for stage in ("stage1", "stage2", "dense"):
         freeze([model], stage, new_tokens=TOKENS)
         assert rows_that_train(model.embedding.word_embeddings.weight) == slice(None)

@@ -3,14 +3,13 @@
 import pytest
 import torch
 
+from moelpr.model.loading import build_model
 from moelpr.model_spec import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
 
 def test_losing_the_language_bits_is_an_error_if_they_are_needed(moe_spec: ModelSpec) -> None:
-    from moelpr.model.loading import build_model
-
     router = build_model(moe_spec, lpr_loss_coeff=0.1).decoder.layers[0].mlp.router
     hidden = torch.randn(4, 2, 32)
     with pytest.raises(AssertionError, match="language bits"):
@@ -21,8 +20,6 @@ def test_losing_the_language_bits_is_an_error_if_they_are_needed(moe_spec: Model
 
 
 def test_scores_of_bf16_hidden_states_are_computed_in_fp32(moe_spec: ModelSpec) -> None:
-    from moelpr.model.loading import build_model
-
     router = build_model(moe_spec, bf16=True, params_dtype=torch.bfloat16).decoder.layers[0].mlp.router
     hidden = torch.randn(4, 2, 32, dtype=torch.bfloat16)
     assert router.weight.dtype == torch.bfloat16

@@ -5,15 +5,14 @@ import dataclasses
 import pytest
 import torch
 
+from moelpr.model.loading import build_model
+from moelpr.model.vocabulary import mask_padding
 from moelpr.model_spec import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
 
 def test_padding_does_not_change_the_loss(dense_spec: ModelSpec) -> None:
-    from moelpr.model.loading import build_model
-    from moelpr.model.vocabulary import mask_padding
-
     torch.manual_seed(0)
     plain = build_model(dense_spec)
     padded = build_model(dataclasses.replace(dense_spec, megatron_args={**dense_spec.megatron_args, "vocab_size": 160}))
@@ -32,12 +31,3 @@ def test_padding_does_not_change_the_loss(dense_spec: ModelSpec) -> None:
     torch.testing.assert_close(masked, expected)
     masked.sum().backward()
     assert torch.equal(padded.embedding.word_embeddings.weight.grad[128:], padding)
-
-
-def test_an_unpadded_vocabulary_gets_no_hook(dense_spec: ModelSpec) -> None:
-    from moelpr.model.loading import build_model
-    from moelpr.model.vocabulary import mask_padding
-
-    model = build_model(dense_spec)
-    mask_padding([model], vocab_size=128)
-    assert not model.output_layer._forward_hooks

@@ -6,10 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
 
+from checkpoint_convert.compare.tensors import compare, largest_difference
+from checkpoint_convert.conversions.complete_checkpoint import whole_checkpoint
 from checkpoint_convert.mcore.megatron_folder import MegatronReader
 from moelpr.checkpoints.chain import BaseCheckpoint, checkpoint_chain, checksum
 from moelpr.checkpoints.torch_dist import TorchDistReader
+from moelpr.model.freezing import freeze
+from moelpr.model.loading import build_model, load_model
+from moelpr.model.weights import load_weights, save_trained_only, trained_entries
 from moelpr.model_spec import ModelSpec
 from moelpr.process.errors import UserError
 
@@ -20,8 +26,6 @@ ROUTERS, NEW_EXPERTS = ".mlp.router.", ".mlp.experts."
 
 def save(model: torch.nn.Module, folder: Path, spec: ModelSpec, base: Path | None = None) -> Path:
     """Save the model's sharded state as `folder`/iter_0000001; returns that step folder."""
-    from megatron.core import dist_checkpointing
-
     step = folder / "iter_0000001"
     step.mkdir(parents=True)
     dist_checkpointing.save(model.sharded_state_dict(), str(step))
@@ -34,9 +38,6 @@ def save(model: torch.nn.Module, folder: Path, spec: ModelSpec, base: Path | Non
 
 def stage(model: torch.nn.Module, name: str) -> None:
     """Simulate a stage: trained parameters get other values, and only they are saved."""
-    from moelpr.model.freezing import freeze
-    from moelpr.model.weights import save_trained_only
-
     freeze([model], name)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -47,8 +48,6 @@ def stage(model: torch.nn.Module, name: str) -> None:
 @pytest.fixture(scope="module")
 def chain_of_three(tmp_path_factory: pytest.TempPathFactory, megatron: None, moe_spec: ModelSpec) -> Path:
     """upcycled <- stage1 <- stage2, and `whole`: the complete model of stage 2."""
-    from moelpr.model.loading import build_model, load_model
-
     folder = tmp_path_factory.mktemp("chain")
     upcycled = save(build_model(moe_spec), folder / "upcycled", moe_spec)
     model = load_model(folder / "upcycled")
@@ -71,8 +70,6 @@ def test_a_trained_only_checkpoint_contains_only_what_the_stage_trains(chain_of_
 
 
 def test_a_model_read_from_the_chain_equals_the_complete_one(chain_of_three: Path) -> None:
-    from moelpr.model.loading import load_model
-
     whole, chained = load_model(chain_of_three / "whole"), load_model(chain_of_three / "stage2")
     for (name, expected), found in zip(whole.named_parameters(), chained.parameters(), strict=True):
         assert torch.equal(expected, found), name
@@ -90,10 +87,6 @@ def test_the_exporters_reader_reads_the_complete_model(chain_of_three: Path) -> 
 
 
 def test_a_chain_can_be_made_a_complete_checkpoint(chain_of_three: Path, tmp_path: Path) -> None:
-    from checkpoint_convert.compare.tensors import compare, largest_difference
-    from checkpoint_convert.conversions.complete_checkpoint import whole_checkpoint
-    from moelpr.model.loading import load_model
-
     whole_checkpoint(chain_of_three / "stage2", tmp_path / "made")
     assert checkpoint_chain(tmp_path / "made") == [tmp_path / "made/release"]
     assert largest_difference(compare(chain_of_three / "whole", tmp_path / "made")) == 0
@@ -103,10 +96,6 @@ def test_a_chain_can_be_made_a_complete_checkpoint(chain_of_three: Path, tmp_pat
 
 
 def test_frozen_weights_can_be_loaded_separately(chain_of_three: Path, moe_spec: ModelSpec) -> None:
-    from moelpr.model.freezing import freeze
-    from moelpr.model.loading import build_model
-    from moelpr.model.weights import load_weights
-
     model = build_model(moe_spec)
     freeze([model], "stage2")
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
@@ -118,8 +107,6 @@ def test_frozen_weights_can_be_loaded_separately(chain_of_three: Path, moe_spec:
 
 def test_a_link_may_have_nothing_for_a_model_chunk(chain_of_three: Path, moe_spec: ModelSpec) -> None:
     """For example, a pipeline stage of dense layers if only routers were saved."""
-    from moelpr.model.loading import build_model, load_model
-    from moelpr.model.weights import load_weights
 
     def part(is_in: Callable[[str], bool]) -> torch.nn.Module:
         model = build_model(moe_spec)
@@ -135,9 +122,6 @@ def test_a_link_may_have_nothing_for_a_model_chunk(chain_of_three: Path, moe_spe
 
 
 def test_weights_are_converted_to_the_models_dtype_and_padded_vocabulary(chain_of_three, moe_spec) -> None:
-    from moelpr.model.loading import build_model
-    from moelpr.model.weights import load_weights
-
     padded = replace(moe_spec, megatron_args=moe_spec.megatron_args | {"vocab_size": 160})
     model = build_model(padded, params_dtype=torch.bfloat16, bf16=True).bfloat16()
     load_weights([model], checkpoint_chain(chain_of_three / "stage2"))
@@ -151,19 +135,12 @@ def test_weights_are_converted_to_the_models_dtype_and_padded_vocabulary(chain_o
 
 
 def test_a_tensor_that_is_missing_from_the_chain_is_named(chain_of_three: Path, moe_spec: ModelSpec) -> None:
-    from moelpr.model.loading import build_model
-    from moelpr.model.weights import load_weights
-
     with pytest.raises(UserError, match=r"stage2/iter_0000001 lacks embedding.word_embeddings.weight and \d+ more"):
         load_weights([build_model(moe_spec)], [chain_of_three / "stage2/iter_0000001"])
 
 
 def test_state_of_a_module_that_trains_is_saved_with_it(moe_spec: ModelSpec) -> None:
     """Transformer Engine keeps FP8 scales as extra state."""
-    from moelpr.model.freezing import freeze
-    from moelpr.model.loading import build_model
-    from moelpr.model.weights import trained_entries
-
     model = build_model(moe_spec)
     freeze([model], "stage1")
     trains = trained_entries(model)

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from moelpr.megatron_patches import bootstrap
 from moelpr.model_spec import ModelSpec, MoeSpec
 from moelpr.plan.memory import Kernels, Routing, Workload
 from tests.unit.conftest import SHAPE
+
+bootstrap.install_patches()  # before the tests of this folder import Megatron
 
 SMALL_SHAPE = SHAPE | dict(num_layers=2, hidden_size=8, ffn_hidden_size=16, num_attention_heads=2, num_query_groups=1)
 SMALL_SHAPE |= dict(kv_channels=4, untie_embeddings_and_output_weights=True, vocab_size=100)

@@ -5,16 +5,16 @@ from dataclasses import replace
 
 import pytest
 
+from moelpr.arguments import parse
+from moelpr.arguments.settings import RunSettings
 from moelpr.layouts import RECOMPUTES, PlannedLayout
-from moelpr.megatron_patches import bootstrap, cpu
+from moelpr.megatron_patches import cpu
 from moelpr.model_spec import ModelSpec, MoeSpec
 from moelpr.plan.candidates import fitting, legal_layouts, preference
 from moelpr.plan.gpus import GPUS, Cluster
 from moelpr.plan.memory import Workload
 from moelpr.process import ranks
 from tests.unit.conftest import SHAPE as TINY_SHAPE
-
-bootstrap.install_patches()
 
 
 def test_time_in_twentieths_decides_before_communication() -> None:
@@ -73,9 +73,6 @@ def test_data_parallel_ranks_process_equally_many_micro_batches() -> None:
 @pytest.mark.parametrize("gpus", [1, 2, 8])
 def test_the_trainer_accepts_the_flags_of_every_kind_of_layout(gpus, tmp_path, monkeypatch) -> None:
     """All checks of a GPU machine before a model is built: ours, Megatron's, and those of its model config."""
-    from moelpr.arguments import parse
-    from moelpr.arguments.settings import RunSettings
-
     SIX_LAYERS.write(tmp_path)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
     (tmp_path / "release").mkdir()

@@ -19,7 +19,7 @@ from pathlib import Path
 from random import Random
 
 from moelpr.store.files import write_text
-from tests.faults import commands, hostile
+from tests.faults import hostile
 from tests.faults.commands import (
     COMMANDS,
     Judge,
@@ -420,6 +420,3 @@ def try_case(case: Case) -> tuple[Outcome, str]:
         return Outcome.FAILED, f"{'; '.join(case.notes)}\n    the campaign itself failed: {traceback.format_exc()}"
     finally:
         shutil.rmtree(case.folder, ignore_errors=True)
-
-
-__all__ = ["KINDS", "Case", "Outcome", "commands", "try_case", "why_no_disk"]

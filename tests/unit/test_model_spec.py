@@ -1,4 +1,4 @@
-"""`model_spec.json`: valid numbers of experts, and files of older versions."""
+"""`model_spec.json`: valid numbers of experts, and files that are refused."""
 
 import json
 from dataclasses import replace
@@ -38,21 +38,6 @@ def test_settings_that_cannot_be_trained_are_rejected(changes: dict, message: st
     moe = MoeSpec(num_new_experts=4, topk=2, layers=(0,), num_original_experts=3)
     with pytest.raises(UserError, match=message):
         replace(moe, **changes).check(num_layers=1)
-
-
-def test_a_file_without_a_number_of_original_experts_has_one(tmp_path: Path, moe_spec: ModelSpec) -> None:
-    moe_spec.write(tmp_path)
-    content = json.loads((tmp_path / FILE_NAME).read_text())
-    assert content["moe"].pop("num_original_experts") == 1
-    (tmp_path / FILE_NAME).write_text(json.dumps(content))
-    assert ModelSpec.read(tmp_path) == moe_spec
-
-
-def test_the_number_of_original_experts_is_written_and_read(tmp_path: Path, moe_spec: ModelSpec) -> None:
-    assert moe_spec.moe is not None
-    spec = replace(moe_spec, moe=replace(moe_spec.moe, num_original_experts=3))
-    spec.write(tmp_path)
-    assert ModelSpec.read(tmp_path) == spec
 
 
 def _grown(spec: ModelSpec, tokens: NewTokens) -> ModelSpec:

@@ -1,10 +1,8 @@
 """The parts that parameters belong to, and those that a stage trains."""
 
-from typing import get_args
-
 import pytest
 
-from moelpr.stages import STAGE_HELP, Part, Stage, part_of, trained_parts
+from moelpr.stages import Part, part_of, trained_parts
 
 
 @pytest.mark.parametrize(
@@ -34,7 +32,3 @@ def test_the_stages_train_what_the_paper_says() -> None:
     assert trained_parts("stage1", train_new_embeddings=True) == trained_parts("stage0") | trained_parts("stage1")
     assert trained_parts("stage2") == {Part.ROUTER}
     assert trained_parts("stage2", train_everything=True) == frozenset(Part)
-
-
-def test_every_stage_has_a_help_text() -> None:
-    assert set(STAGE_HELP) == set(get_args(Stage))

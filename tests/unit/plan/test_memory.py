@@ -9,6 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moelpr.layouts import PlannedLayout, Recompute
+from moelpr.model.freezing import freeze
+from moelpr.model.loading import build_model
+from moelpr.model.router import LPRLossNormalizer
 from moelpr.model_spec import ModelSpec, MoeSpec, NewTokens
 from moelpr.plan.memory import (
     CPU,
@@ -24,6 +27,7 @@ from moelpr.plan.memory import (
     stage_memories,
 )
 from moelpr.stages import Part
+from tests.distributed.measured_memory import SavedTensors
 from tests.unit.conftest import SHAPE
 from tests.unit.plan.conftest import ROUTING, SMALL_SHAPE, SPEC, WORKLOAD
 
@@ -92,14 +96,6 @@ def test_expert_tensor_parallel_ranks_share_the_ffn_and_process_the_rows_of_all(
     rows = alone.new_rows * (3 * ffn / 2 + hidden) + alone.original_rows * (2 * ffn / 2 + hidden)
     logits = shared.all_tokens * shared.vocabulary
     assert shared.working(0) == max(rows, logits) * shared.element
-
-
-def test_a_single_rank_has_nobody_to_divide_the_optimizer_with() -> None:
-    """So a checkpoint has no flat copy of what is trained."""
-    assert (
-        not PlannedLayout().divides_optimizer and not PlannedLayout(dp=2, distributed_optimizer=False).divides_optimizer
-    )
-    assert PlannedLayout(dp=2).divides_optimizer
 
 
 def test_copies_of_the_ffn_add_only_router_rows_and_fewer_rows_to_compute() -> None:
@@ -198,11 +194,6 @@ SEQ_LENGTH, MICRO_BATCH_SIZE = 96, 2
 @pytest.mark.parametrize("recompute", get_args(Recompute))
 def test_bytes_kept_by_autograd_are_within_two_percent_of_the_plan(stage, new_embeddings, recompute) -> None:
     """In one process; tests/distributed/memory_plan.py does it in full runs. K = E: routing has no influence."""
-    from moelpr.model.freezing import freeze
-    from moelpr.model.loading import build_model
-    from moelpr.model.router import LPRLossNormalizer
-    from tests.distributed.measured_memory import SavedTensors
-
     moe, new_tokens = MoeSpec(num_new_experts=1, topk=2, layers=(0, 2)), NewTokens(200, 56, 230)
     spec = ModelSpec("qwen2", "float32", ACTIVATION_SHAPE, moe, new_tokens)
     losses = {"stage0": {}, "stage1": {"moe_aux_loss_coeff": 0.01}, "stage2": {"lpr_loss_coeff": 0.1}}
@@ -246,9 +237,6 @@ def spec_of(layers: tuple[int, ...] = (0, 1, 2, 3), num_original_experts: int = 
 @pytest.mark.parametrize("m", [1, 2])
 @pytest.mark.parametrize(("stage", "new_embeddings"), TRAININGS)
 def test_counts_equal_those_of_a_built_model(is_untied, layers, m, stage, new_embeddings) -> None:
-    from moelpr.model.freezing import freeze
-    from moelpr.model.loading import build_model
-
     spec = spec_of(layers, m, untie_embeddings_and_output_weights=is_untied)
     (model,) = freeze([build_model(spec)], stage, False, new_embeddings, NewTokens(100, 28, 110))
     workload = Workload(stage, 64, 1, 1, new_embeddings=new_embeddings)
@@ -260,8 +248,6 @@ def test_counts_equal_those_of_a_built_model(is_untied, layers, m, stage, new_em
 @pytest.mark.usefixtures("megatron")
 @pytest.mark.parametrize("is_untied", [False, True])
 def test_counts_of_a_dense_model_equal_those_of_a_built_one(is_untied: bool) -> None:
-    from moelpr.model.loading import build_model
-
     spec = spec_of(untie_embeddings_and_output_weights=is_untied).as_dense()
     held = held_on_stage(spec, model_parts(spec), PlannedLayout(), 0)
     assert sum(held.values()) == sum(parameter.numel() for parameter in build_model(spec).parameters())
@@ -318,17 +304,6 @@ def test_the_optimizer_state_of_all_ranks_is_one_copy_per_trained_parameter(spec
     new_experts = sum(numel for (_, part), numel in parts.items() if part is Part.NEW_EXPERTS)
     exact = 12 * (layout.tp * routers + (new_experts if stage == "stage1" else 0))
     assert exact <= total <= exact + 12 * 2 * layout.world_size
-
-
-def test_the_parts_of_a_model_are_counted_by_layer() -> None:
-    """Two layers of hidden size 8, FFN 16, one original and two new experts; vocabulary 100, untied."""
-    expert, attention = 3 * 8 * 16, 16 * 8 + 16 + 8 * 8
-    in_a_layer = {Part.ATTENTION: attention, Part.NORM: 2 * 8, Part.ROUTER: 3 * 8}
-    in_a_layer |= {Part.ORIGINAL_EXPERTS: expert, Part.NEW_EXPERTS: 2 * expert}
-    outside = {Part.EMBEDDING: 100 * 8, Part.NORM: 8, Part.OUTPUT_LAYER: 100 * 8}
-    expected = {(None, part): numel for part, numel in outside.items()}
-    expected |= {(layer, part): numel for part, numel in in_a_layer.items() for layer in (0, 1)}
-    assert model_parts(SPEC) == expected
 
 
 @pytest.mark.parametrize(("tp", "rows"), [(1, 1024), (4, 1024), (3, 1152)])

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.train_step import needed_flops
 from moelpr.layouts import RECOMPUTES, PlannedLayout
 from moelpr.model_spec import ModelSpec, MoeSpec, NewTokens
 from moelpr.plan.candidates import fitting
@@ -90,8 +91,6 @@ def test_a_pipeline_divides_the_layers_and_a_tensor_parallel_rank_the_products()
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_the_step_benchmark_counts_the_same_operations(stage: str) -> None:
-    from benchmarks.train_step import needed_flops
-
     shape = SHAPE | {"add_qkv_bias": False, "max_position_embeddings": 32, "vocab_size": 256}
     spec = ModelSpec("llama", "bfloat16", shape, MoeSpec(4, 2, (0, 1, 2)))
     rows = [(20, 108)] * 3  # for 64 tokens
@@ -125,15 +124,6 @@ def test_expert_tensor_parallel_ranks_gather_new_rows_and_every_token() -> None:
     more_weights = 2 * 2 * 4  # two tokens, two more original experts
     gathered = (expert_traffic(spec, PlannedLayout(tp=2, etp=2), WORKLOAD, ROUTING), traffic)
     assert gathered[0].expert_tensor - gathered[1].expert_tensor == more_weights * 2 * 2 * 4
-
-
-@pytest.mark.parametrize("fraction", [0.0, 0.25, 1.0])
-def test_rows_of_the_original_expert_never_leave_the_rank(fraction: float) -> None:
-    all_new = expert_traffic(SPEC, PlannedLayout(ep=2, dp=2), WORKLOAD, Routing(0, 2)).all_to_all
-    some = expert_traffic(
-        SPEC, PlannedLayout(ep=2, dp=2), WORKLOAD, Routing(2 * fraction, 2 * (1 - fraction))
-    ).all_to_all
-    assert some == all_new * (1 - fraction)
 
 
 # A GPU whose parts are so slow that each has its own digit.

@@ -21,7 +21,7 @@ from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.families.hf_config import read_config
 from moelpr.families.new_experts import NewExperts
-from tests.readers import llama_cpp, mlx
+from tests.readers import llama_cpp
 from tests.support.hf_models import edit_tensors, load_stock, make_model, save_tokenizer  # noqa: F401
 
 pytestmark = pytest.mark.readers
@@ -115,7 +115,12 @@ def in_llama_cpp(folder: Path, prompt: list[int], tmp_path: Path) -> tuple[list[
 
 
 def in_mlx(folder: Path, prompt: list[int], tmp_path: Path) -> tuple[list[int], Tensor]:
-    return mlx.generate(folder, prompt, NUM_TOKENS, VOCAB)
+    import mlx.core
+    from mlx_lm.generate import generate_step
+    from mlx_lm.utils import load_model
+
+    steps = list(generate_step(mlx.core.array(prompt), load_model(folder)[0], max_tokens=NUM_TOKENS))
+    return [int(token) for token, _ in steps], torch.stack([torch.tensor(scores.tolist()) for _, scores in steps])
 
 
 # What they raise if a directory cannot be loaded.

@@ -10,16 +10,27 @@ import secrets
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import psutil
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch")
 GRACE_S = 60
 _ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"}
+
+
+@contextmanager
+def throwaway_cluster(**options: Any) -> Iterator["Cluster"]:
+    """A cluster in a temporary folder; each rank uses one thread and no network."""
+    with tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        with Cluster(Path(folder, "cluster"), **options) as cluster:
+            cluster.environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+            yield cluster
 
 
 def missing_programs() -> list[str]:

@@ -1,10 +1,12 @@
-"""A tiny untrained model, some text, and a comparison of two runs."""
+"""A tiny untrained model, some text, a stage that trains it, and a comparison of two runs."""
 
 import json
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from tests.slurm.cluster import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = {"en": "turn on the light in the kitchen", "el": "άναψε το φως στην κουζίνα", "hu": "kapcsold fel a lámpát"}
@@ -13,6 +15,7 @@ TRAINING_FLAGS = (
     "--micro-batch-size 1 --seq-length 32 --lr 1e-2 --min-lr 1e-3 --lr-decay-style cosine --lr-warmup-iters 2 "
     "--log-interval 10 --expert-model-parallel-size 2"
 ).split()
+STEPS = 60  # of a stage that is interrupted
 
 
 def make_model(folder: Path) -> Path:
@@ -94,3 +97,32 @@ def differences(one: Path, other: Path) -> list[str]:
     if here.keys() != there.keys():
         found.append("the checkpoints contain different tensors")
     return found + [key for key in here.keys() & there.keys() if not torch.equal(here[key], there[key])]
+
+
+class Stage:
+    """Stage 1 of the tiny model on two nodes, slow enough to be interrupted."""
+
+    def __init__(self, cluster: Cluster, folder: Path) -> None:
+        from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
+        from moelpr.families.new_experts import NewExperts
+
+        self.cluster, self.folder = cluster, folder
+        self.start, self.data = folder / "upcycled", make_corpus(folder)
+        hf_to_mcore(make_model(folder), self.start, NewExperts(4, topk=2))
+
+    def submit(self, name: str, *options: object) -> str:
+        words = ["--pretrained-checkpoint", self.start, "--data-path", self.data, "--save", self.folder / name]
+        words += [*TRAINING_FLAGS, "--train-iters", STEPS, "--global-batch-size", 16, "--save-interval", 25]
+        options = ("--nodes", 2, "--job-name", name, "--output", self.folder / f"{name}.log", *options)
+        return self.cluster.submit(*options, "launch/slurm/stage.sbatch", "stage1", *words)
+
+    def log(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text()
+
+    def until_step(self, name: str, step: int) -> int:
+        """Wait until the run has made this step; returns its current step."""
+        self.cluster.until(lambda: len(metrics(self.folder / name)) >= step, timeout_s=90)
+        return len(metrics(self.folder / name))
+
+    def saved_step(self, name: str) -> int:
+        return int((self.folder / name / "latest_checkpointed_iteration.txt").read_text())

@@ -13,20 +13,14 @@ and slurm-client, which `make test-slurm` installs.
 import json
 import os
 import random
-import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 from benchmarks.common import ROOT, add_json, argument_parser, write_json
 from moelpr.process.command import run_command
 from moelpr.process.errors import UserError
-from tests.slurm.cluster import Cluster, missing_programs
-from tests.slurm.material import differences
-from tests.slurm.stage import STEPS, Stage
+from tests.slurm.cluster import missing_programs, throwaway_cluster
+from tests.slurm.material import STEPS, Stage, differences
 
 # Early enough that the run does not end before Slurm has noticed the other job.
 _LAST_STEP = STEPS - 20
@@ -46,9 +40,10 @@ def main() -> None:
     steps = random.Random(args.seed)
     trials = []
     for sends_usr1, count in ((False, args.trials - args.trials // 2), (True, args.trials // 2)):
-        with throwaway_stage(sends_usr1) as stage:
+        with throwaway_cluster(preempt_by_user_signal=sends_usr1) as cluster:
+            stage = Stage(cluster, cluster.folder.parent)
             job = stage.submit("unbroken")
-            if count and stage.cluster.wait(job, timeout_s=300) != "COMPLETED":
+            if count and cluster.wait(job, timeout_s=300) != "COMPLETED":
                 raise UserError(f"the uninterrupted run failed:\n{stage.log('unbroken')[-2000:]}")
             for number in range(count):
                 trials.append(run_trial(stage, f"trial{number}", steps.randint(1, _LAST_STEP), sends_usr1))
@@ -64,17 +59,6 @@ def main() -> None:
     if not args.output:
         print(json.dumps(result, indent=2))
     sys.exit(0 if result["equal_bit_for_bit"] == len(trials) else 1)
-
-
-@contextmanager
-def throwaway_stage(sends_usr1: bool) -> Iterator[Stage]:
-    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
-    try:
-        with Cluster(folder / "cluster", preempt_by_user_signal=sends_usr1) as cluster:
-            cluster.environment |= {"OMP_NUM_THREADS": "1"}
-            yield Stage(cluster, folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def run_trial(stage: Stage, name: str, step: int, sends_usr1: bool) -> dict:

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster
-from tests.slurm.material import differences
-from tests.slurm.stage import STEPS, Stage
+from tests.slurm.material import STEPS, Stage, differences
 
 pytestmark = pytest.mark.slurm
 

@@ -1,8 +1,12 @@
-"""The files that define an installation match each other and what is installed."""
+"""The files that define an installation match each other and what is installed.
 
+Every package that setup.py names is used: imported by us, by Megatron without declaring it, or run as a tool.
+"""
+
+import ast
 import re
 from collections.abc import Iterator
-from importlib import metadata
+from importlib import metadata, util
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,13 @@ from packaging.utils import canonicalize_name
 import moelpr
 
 ROOT = Path(__file__).parents[2]
+OUR_CODE = ("moelpr", "data_tools", "checkpoint_convert", "examples", "benchmarks", "tests", "setup.py")
+# Where a tool that nobody imports is run or configured.
+TOOL_FILES = ("Makefile", "pyproject.toml", ".pre-commit-config.yaml", "README.md", "CONTRIBUTING.md")
+# Installed for Megatron, which imports them without declaring them.
+FOR_MEGATRON = ("einops",)
+# Packages of type stubs, read by mypy instead of being imported.
+STUBS = {"types-pyyaml": "yaml"}
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +74,64 @@ def test_make_venv_supports_the_pythons_of_setup_py():
     supported = re.search(r"^supported=\((.*?)\)", script, re.MULTILINE)
     assert supported
     assert set(supported[1].split()) == {f"3.{minor}" for minor in range(30) if f"3.{minor}" in promised}
+
+
+def imported_modules(*paths: Path) -> set[str]:
+    """Top-level names that the Python files below `paths` import, also inside functions."""
+    files = [file for path in paths for file in ([path] if path.is_file() else path.rglob("*.py"))]
+    names = set()
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names |= {node.module.partition(".")[0], node.module}
+    return names
+
+
+@pytest.fixture(scope="module")
+def ours() -> set[str]:
+    return imported_modules(*(ROOT / name for name in OUR_CODE))
+
+
+@pytest.fixture(scope="module")
+def modules_of() -> dict[str, set[str]]:
+    """Distribution -> top-level modules, of what is installed."""
+    modules: dict[str, set[str]] = {}
+    for module, distributions in metadata.packages_distributions().items():
+        for distribution in distributions:
+            modules.setdefault(canonicalize_name(distribution), set()).add(module)
+    return modules
+
+
+def dependencies(*, extras: bool) -> list[str]:
+    requirements = [Requirement(text) for text in metadata.requires("moelpr") or []]
+    return sorted({canonicalize_name(one.name) for one in requirements if ("extra" in str(one.marker)) is extras})
+
+
+@pytest.mark.parametrize("name", [name for name in dependencies(extras=False) if name not in FOR_MEGATRON])
+def test_our_code_imports_every_package_that_is_always_installed(name: str, ours, modules_of) -> None:
+    assert modules_of[name] & ours
+
+
+@pytest.mark.parametrize("name", FOR_MEGATRON)
+def test_megatron_imports_what_is_installed_for_it(name: str, modules_of) -> None:
+    spec = util.find_spec("megatron.core")
+    assert spec is not None and spec.origin is not None
+    assert name in dependencies(extras=False)
+    required = [Requirement(text) for text in metadata.requires("megatron-core") or []]
+    declared = {canonicalize_name(one.name) for one in required if "extra" not in str(one.marker)}
+    assert name not in declared, "Megatron declares it now: remove it from setup.py"
+    assert modules_of[name] & imported_modules(Path(spec.origin).parent)
+
+
+@pytest.mark.parametrize("name", dependencies(extras=True))
+def test_every_extra_is_imported_or_run(name: str, ours, modules_of) -> None:
+    modules = modules_of.get(name, {name.replace("-", "_")}) | {STUBS.get(name, name)}  # extras need not be installed
+    tools = "\n".join((ROOT / file).read_text() for file in TOOL_FILES)
+    commands = {name, *modules, name.removesuffix("-bin").removesuffix("-py")}
+    if name == "import-linter":
+        commands.add("lint-imports")
+    if name == "pytest-timeout":
+        commands.add("timeout")  # its setting in pyproject.toml
+    assert modules & ours or any(re.search(rf"(?<![\w.-]){re.escape(command)}\b", tools) for command in commands)

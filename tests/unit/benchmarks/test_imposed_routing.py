@@ -10,7 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks.baselines.loop_moe import LoopStep
 from benchmarks.imposed_routing import LENGTH, WINDOWS, RecordedRouting, impose, recorded_routing
+from benchmarks.optimizer_steps import our_step, plain_step, random_batch
 from examples.languages import EXPANDED, ORIGINAL
 from moelpr.evaluate.models import load_model
 from moelpr.evaluate.routing import RoutingObserver
@@ -90,9 +92,6 @@ def test_choices_are_imposed_on_logits_in_bf16() -> None:
 
 
 def test_every_kind_of_router_makes_imposed_choices_and_keeps_its_gradient(spec: ModelSpec) -> None:
-    from benchmarks.baselines.loop_moe import LoopStep
-    from benchmarks.optimizer_steps import our_step, plain_step, random_batch
-
     batch = random_batch(spec, 2)
     choices = torch.rand(32, 4).argsort(dim=1)[:, :2]
     chosen: list[torch.Tensor] = []

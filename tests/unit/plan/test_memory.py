@@ -17,6 +17,7 @@ from moelpr.plan.memory import (
     CPU,
     PLANNED_STAGES,
     Activations,
+    Dtype,
     Kernels,
     Routing,
     Workload,
@@ -51,19 +52,14 @@ def memory(layout: PlannedLayout = ALONE, workload: Workload = WORKLOAD, pp_rank
     return stage_memories(SPEC, PARTS, layout, workload, ROUTING)[pp_rank]
 
 
-def test_stage1_needs_18_bytes_per_trained_and_2_per_frozen_parameter() -> None:
-    rank = memory()
+@pytest.mark.parametrize(("dtype", "weight", "optimizer"), [("bf16", 2, 12), ("fp32", 4, 8)])
+def test_bytes_per_trained_and_per_frozen_parameter(dtype: Dtype, weight: int, optimizer: int) -> None:
+    """In fp32 there are no master weights."""
+    rank = memory(workload=replace(WORKLOAD, dtype=dtype))
     assert (rank.trainable, rank.frozen) == (NEW_EXPERTS + ROUTERS, FROZEN)
-    assert rank.parameter_bytes == 2 * (NEW_EXPERTS + ROUTERS + FROZEN)
+    assert rank.parameter_bytes == weight * (NEW_EXPERTS + ROUTERS + FROZEN)
     assert rank.gradient_bytes == 4 * (NEW_EXPERTS + ROUTERS)
-    assert rank.optimizer_bytes == 12 * (NEW_EXPERTS + ROUTERS)
-
-
-def test_fp32_needs_no_master_weights() -> None:
-    rank = memory(workload=replace(WORKLOAD, dtype="fp32"))
-    assert rank.parameter_bytes == 4 * (NEW_EXPERTS + ROUTERS + FROZEN)
-    assert rank.gradient_bytes == 4 * (NEW_EXPERTS + ROUTERS)
-    assert rank.optimizer_bytes == 8 * (NEW_EXPERTS + ROUTERS)
+    assert rank.optimizer_bytes == optimizer * (NEW_EXPERTS + ROUTERS)
 
 
 def test_a_second_original_expert_adds_frozen_weights_and_a_trained_router_row() -> None:

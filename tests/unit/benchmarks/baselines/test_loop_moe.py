@@ -5,6 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.baselines import loop_moe
+from benchmarks.optimizer_steps import our_step, random_batch
+from moelpr.families.families import family_named
+from moelpr.families.tables import pieces, sizes_of
 from moelpr.model_spec import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -12,9 +16,6 @@ pytestmark = pytest.mark.usefixtures("megatron")
 
 def copy_weights(ours: torch.nn.Module, loop: torch.nn.Module, spec: ModelSpec) -> None:
     """Use the exporter's name table, whose names are those of the loop's modules."""
-    from moelpr.families.families import family_named
-    from moelpr.families.tables import pieces, sizes_of
-
     state, copied = ours.state_dict(), {}
     for piece in pieces(family_named(spec.family).table, spec):
         name = piece.key.replace("linear_qkv.layer_norm", "linear_qkv_layer_norm").replace("experts.experts", "experts")
@@ -29,9 +30,6 @@ def copy_weights(ours: torch.nn.Module, loop: torch.nn.Module, spec: ModelSpec) 
 @pytest.mark.parametrize("copies", [1, 2])
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_the_loop_has_our_loss_and_our_gradients(spec: ModelSpec, stage: str, copies: int) -> None:
-    from benchmarks.baselines import loop_moe
-    from benchmarks.optimizer_steps import our_step, random_batch
-
     assert spec.moe is not None
     spec = replace(spec, moe=replace(spec.moe, original_copies=copies))
     torch.manual_seed(3)

@@ -2,12 +2,11 @@
 
 import torch
 
+from benchmarks.optimizer_steps import plain_step, random_batch
 from moelpr.model_spec import ModelSpec
 
 
 def test_plain_megatron_trains_every_parameter(spec: ModelSpec) -> None:
-    from benchmarks.optimizer_steps import plain_step, random_batch
-
     step = plain_step(spec, random_batch(spec, 2))
     first, second = step(), step()
     assert second < first
@@ -17,8 +16,6 @@ def test_plain_megatron_trains_every_parameter(spec: ModelSpec) -> None:
 
 def test_language_bits_do_not_change_plain_megatron(spec: ModelSpec) -> None:
     """Its router would count tokens with the bit 1 as padding, so the balance loss would ignore them."""
-    from benchmarks.optimizer_steps import plain_step, random_batch
-
     gradients = []
     torch.manual_seed(1)
     batch = random_batch(spec, 2)

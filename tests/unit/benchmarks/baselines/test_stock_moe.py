@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.baselines import loop_moe, stock_moe
+from benchmarks.optimizer_steps import random_batch
 from moelpr.model_spec import ModelSpec
 
 
@@ -24,9 +26,6 @@ def stacked(loop: torch.nn.Module, stock: torch.nn.Module) -> None:
 
 @pytest.mark.parametrize("copies", [1, 2])
 def test_the_stock_model_has_the_loops_loss_and_router_gradients(spec: ModelSpec, copies: int) -> None:
-    from benchmarks.baselines import loop_moe, stock_moe
-    from benchmarks.optimizer_steps import random_batch
-
     assert spec.moe is not None
     spec = replace(spec, moe=replace(spec.moe, original_copies=copies))
     torch.manual_seed(3)
@@ -48,11 +47,8 @@ def test_the_stock_model_has_the_loops_loss_and_router_gradients(spec: ModelSpec
 
 
 def test_the_mask_keeps_the_original_expert(spec: ModelSpec) -> None:
-    from benchmarks.baselines.stock_moe import StockStep
-    from benchmarks.optimizer_steps import random_batch
-
     torch.manual_seed(3)
-    step = StockStep(spec, "stage1", random_batch(spec, 4))
+    step = stock_moe.StockStep(spec, "stage1", random_batch(spec, 4))
     experts = step.model.model.layers[0].mlp.experts
     before = experts.down_proj.detach().clone()
     assert step() > step()

@@ -15,8 +15,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._device import _device_constructors
 
+from moelpr.megatron_patches.replacing import replaces
 from moelpr.process import machine
 
 CPU = torch.device("cpu")
@@ -137,21 +139,19 @@ def _patch_torch_tensors() -> None:
     # `with torch.device("meta")` compares factories by identity; it looks them up at first use, so before wrapping.
     _device_constructors()
     for name in _FACTORIES:
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
+        replaces(torch, name)(_create_on_cpu)
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
     torch.Tensor.record_stream = _doing_nothing()  # type: ignore[method-assign, assignment]
     torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign, assignment]
-    # The distributed optimizer groups parameters by .type() and supports only torch.cuda.*Tensor.
-    tensor_type = torch.Tensor.type
 
-    def cuda_type(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+    # The distributed optimizer groups parameters by .type() and supports only torch.cuda.*Tensor.
+    @replaces(torch.Tensor, "type")
+    def cuda_type(tensor_type: Callable[..., Any], self: Any, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         if dtype is None:
             return tensor_type(self).replace("torch.", "torch.cuda.")
         if isinstance(dtype, str):
             dtype = dtype.replace("torch.cuda.", "torch.")
         return tensor_type(self, dtype, *args, **kwargs)
-
-    torch.Tensor.type = cuda_type  # type: ignore[method-assign, assignment]
 
 
 def _patch_gloo() -> None:
@@ -160,14 +160,14 @@ def _patch_gloo() -> None:
 
     all_gather, reduce_scatter = dist.all_gather, dist.reduce_scatter
 
-    def uneven_all_gather(outputs: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, **kwargs: Any) -> Any:
+    def uneven_all_gather(outputs: list[Tensor], tensor: Tensor, group: Any = None, **kwargs: Any) -> Any:
         if len({output.shape for output in outputs}) == 1:
             return all_gather(outputs, tensor, group=group, **kwargs)
         received = _exchange([tensor] * len(outputs), [len(output) for output in outputs], group)
         for output, part in zip(outputs, received, strict=True):
             output.copy_(part)
 
-    def uneven_reduce_scatter(output: torch.Tensor, parts: list[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+    def uneven_reduce_scatter(output: Tensor, parts: list[Tensor], *args: Any, **kwargs: Any) -> Any:
         if len({part.shape for part in parts}) == 1:
             return reduce_scatter(output, parts, *args, **kwargs)
         received = _exchange(parts, [len(output)] * len(parts), kwargs.get("group"))
@@ -176,7 +176,7 @@ def _patch_gloo() -> None:
     dist.all_gather, dist.reduce_scatter = uneven_all_gather, uneven_reduce_scatter
 
 
-def _exchange(parts: list[torch.Tensor], rows_received: list[int], group: Any) -> list[torch.Tensor]:
+def _exchange(parts: list[Tensor], rows_received: list[int], group: Any) -> list[Tensor]:
     """Send parts[rank] to each rank of the group; rows_received[rank] rows come back from each."""
     sent = torch.cat(parts)
     received = sent.new_empty(sum(rows_received), *sent.shape[1:])
@@ -222,15 +222,11 @@ def _patch_megatron() -> None:
     common_utils.report_memory = training.report_memory = _doing_nothing()
 
 
-def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(factory)
-    def create(*args: Any, **kwargs: Any) -> Any:
-        device = kwargs.get("device")
-        if device is not None and torch.device(device).type == "cuda":
-            kwargs["device"] = CPU
-        return factory(*args, **kwargs)
-
-    return create
+def _create_on_cpu(factory: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    device = kwargs.get("device")
+    if device is not None and torch.device(device).type == "cuda":
+        kwargs["device"] = CPU
+    return factory(*args, **kwargs)
 
 
 def _doing_nothing() -> Callable[..., None]:

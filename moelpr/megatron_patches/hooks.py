@@ -46,28 +46,21 @@ def after_save_checkpoint(callback: Callable[[int], None]) -> AbstractContextMan
     return _replaced("save_checkpoint", save_checkpoint)
 
 
-@contextmanager
-def after_step_is_written(callback: Callable[[Path], None]) -> Iterator[None]:
+def after_step_is_written(callback: Callable[[Path], None]) -> AbstractContextManager[None]:
     """Call `callback(step_folder)` on every rank when a step's files are written, before the tracker file names it.
 
     With --async-save too: then in the trainer's process, when the helper has finished.
     """
-    save = dist_checkpointing.save
 
-    @wraps(save)
-    def save_and_call(state: Any, checkpoint_dir: str, *args: Any, **kwargs: Any) -> Any:
-        request = save(state, checkpoint_dir, *args, **kwargs)
+    def save(call: Callable[[], Any], named: dict[str, Any]) -> Any:
+        request, step = call(), Path(named["checkpoint_dir"])
         if request is None:
-            callback(Path(checkpoint_dir))
+            callback(step)
         else:
-            request.add_finalize_fn(partial(callback, Path(checkpoint_dir)))
+            request.add_finalize_fn(partial(callback, step))
         return request
 
-    dist_checkpointing.save = save_and_call
-    try:
-        yield
-    finally:
-        dist_checkpointing.save = save
+    return _replaced("save", save, dist_checkpointing)
 
 
 @contextmanager
@@ -106,17 +99,19 @@ def set_signal_handler(handler: Any) -> None:
 
 
 @contextmanager
-def _replaced(name: str, replacement: Callable[[Callable[[], Any], dict[str, Any]], Any]) -> Iterator[None]:
+def _replaced(
+    name: str, replacement: Callable[[Callable[[], Any], dict[str, Any]], Any], module: Any = megatron_training
+) -> Iterator[None]:
     """Have Megatron call `replacement` with the original call, ready to run, and its arguments by name."""
-    original = getattr(megatron_training, name)
+    original = getattr(module, name)
     signature = inspect.signature(original)
 
     @wraps(original)
     def replaced(*args: Any, **kwargs: Any) -> Any:
         return replacement(partial(original, *args, **kwargs), signature.bind(*args, **kwargs).arguments)
 
-    setattr(megatron_training, name, replaced)
+    setattr(module, name, replaced)
     try:
         yield
     finally:
-        setattr(megatron_training, name, original)
+        setattr(module, name, original)

@@ -1,4 +1,4 @@
-"""The one way to put a function in the place of one of Megatron or torch."""
+"""The one way to put a function in the place of another one, such as Megatron's."""
 
 from collections.abc import Callable
 from functools import wraps

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject, ShardedStateDict
@@ -12,6 +11,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
 from moelpr.checkpoints.torch_dist import read_metadata
+from moelpr.megatron_patches.replacing import replaces
 from moelpr.process.errors import UserError
 
 # Loads the entries of a sharded state dict from one step folder, as dist_checkpointing.load does.
@@ -74,9 +74,16 @@ def omit_extra_state(chunks: list[GPTModel]) -> None:
     A run can then resume with and without Transformer Engine. Loading is still strict, because every module gets its
     own empty state back.
     """
+
+    def state_without_extra(full_state: Callable[..., ShardedStateDict], *args: Any, **kwargs: Any) -> ShardedStateDict:
+        return {
+            name: LocalNonpersistentObject(entry.data) if "_extra_state" in name else entry
+            for name, entry in full_state(*args, **kwargs).items()
+        }
+
     for chunk in chunks:
         if not chunk.config.fp8:
-            _omit_extra_state(chunk)
+            replaces(chunk, "sharded_state_dict")(state_without_extra)
 
 
 def save_trained_only(chunks: list[GPTModel]) -> None:
@@ -92,31 +99,18 @@ def trained_entries(chunk: GPTModel) -> Callable[[str], bool]:
     return lambda name: trains.get(name, name.rpartition(".")[0] in modules)
 
 
-def _omit_extra_state(chunk: GPTModel) -> None:
-    full_state = chunk.sharded_state_dict
-
-    def state_without_extra(*args: Any, **kwargs: Any) -> ShardedStateDict:
-        return {
-            name: LocalNonpersistentObject(entry.data) if "_extra_state" in name else entry
-            for name, entry in full_state(*args, **kwargs).items()
-        }
-
-    chunk.sharded_state_dict = state_without_extra
-
-
 def _omit_frozen(chunk: GPTModel) -> None:
-    trains, full_state, load_state = trained_entries(chunk), chunk.sharded_state_dict, chunk.load_state_dict
+    trains = trained_entries(chunk)
 
-    def trained_state(*args: Any, **kwargs: Any) -> ShardedStateDict:
+    @replaces(chunk, "sharded_state_dict")
+    def trained_state(full_state: Callable[..., ShardedStateDict], *args: Any, **kwargs: Any) -> ShardedStateDict:
         state = {name: entry for name, entry in full_state(*args, **kwargs).items() if trains(name)}
         # Megatron expects a state for every chunk, but checkpoints drop empty ones.
         return state or {"nothing_trains": LocalNonpersistentObject(None)}
 
-    def load_trained(state: dict[str, torch.Tensor], strict: bool = True, assign: bool = False) -> Any:
-        return load_state(state, strict=False, assign=assign)
-
-    chunk.sharded_state_dict = trained_state
-    chunk.load_state_dict = load_trained
+    @replaces(chunk, "load_state_dict")
+    def load_trained(load: Callable[..., Any], state: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        return load(state, strict=False, assign=assign)
 
 
 def _key(entry: Any) -> str:

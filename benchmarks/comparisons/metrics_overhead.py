@@ -74,7 +74,8 @@ def logging_of(stage: Any, model: torch.nn.Module, sizes: Namespace, folder: Pat
     from megatron.training import global_vars
     from torch.utils.tensorboard import SummaryWriter
 
-    from moelpr.training.early_warnings import EarlyWarnings, Thresholds
+    from moelpr.arguments.settings import Thresholds
+    from moelpr.training.early_warnings import EarlyWarnings
     from moelpr.training.run_log import RunLog
     from moelpr.training.step_log import MetricsTracker, StepLog
 

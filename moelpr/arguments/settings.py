@@ -50,6 +50,23 @@ class StageSettings:
 
 
 @dataclass(frozen=True)
+class Thresholds:
+    """The limits beyond which to warn. A percentage of 0 disables its warning.
+
+    Attributes:
+        original_rise: The highest rise of the loss on the original languages, in percent.
+        expert_share: The smallest share of the tokens per expert, in percent.
+        lpr_fall: The smallest fall of the LPR loss since the first block, in percent.
+        window: The number of steps per block.
+    """
+
+    original_rise: float = 10.0
+    expert_share: float = 1.0
+    lpr_fall: float = 1.0
+    window: int = 50
+
+
+@dataclass(frozen=True)
 class RunSettings:
     """A run's final settings.
 
@@ -61,7 +78,9 @@ class RunSettings:
         save_trained_only: Whether checkpoints omit frozen tensors.
         verify: How checkpoints are compared with their checksums before they are loaded.
         data_path: The corpora of --data-path and their weights.
+        validation_data: Language → prefix of its held-out corpus.
         last_step: The last step of the run.
+        thresholds: When to warn about the run.
     """
 
     stage: StageSettings
@@ -71,7 +90,9 @@ class RunSettings:
     save_trained_only: bool
     verify: Verify
     data_path: tuple[str, ...]
+    validation_data: dict[str, str]
     last_step: int
+    thresholds: Thresholds
 
     @classmethod
     def of(cls, run: RequestedRun) -> "RunSettings":
@@ -89,5 +110,9 @@ class RunSettings:
             save_trained_only=args.save_trained_only,
             verify=Verify.NONE if args.no_verify else Verify.FULL,
             data_path=tuple(args.data_path or ()),
+            validation_data=dict(item.split("=", 1) for item in args.validation_data or ()),
             last_step=int(args.train_iters or args.train_samples // run.global_batch_size),
+            thresholds=Thresholds(
+                args.warn_original_rise, args.warn_expert_share, args.warn_lpr_fall, args.warn_window
+            ),
         )

@@ -5,11 +5,11 @@ when its condition starts to hold, and again only after a block in which it did 
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from moelpr.arguments.settings import Thresholds
 from moelpr.metrics.run_metrics import Step, ValidationEvent
 from moelpr.metrics.schema import LM_LOSS, LM_LOSS_OF, LPR_LOSS, TOKEN_SHARE
 
@@ -24,23 +24,6 @@ class EarlyWarning(NamedTuple):
 
     kind: str
     message: str
-
-
-@dataclass(frozen=True)
-class Thresholds:
-    """The limits beyond which to warn. A percentage of 0 disables its warning.
-
-    Attributes:
-        original_rise: The highest rise of the loss on the original languages, in percent.
-        expert_share: The smallest share of the tokens per expert, in percent.
-        lpr_fall: The smallest fall of the LPR loss since the first block, in percent.
-        window: The number of steps per block.
-    """
-
-    original_rise: float = 10.0
-    expert_share: float = 1.0
-    lpr_fall: float = 1.0
-    window: int = 50
 
 
 class EarlyWarnings:

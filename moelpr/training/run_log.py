@@ -3,10 +3,8 @@
 A record is a training step or an event (a validation pass or a warning). The last rank writes them.
 """
 
-import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +19,7 @@ from tqdm import tqdm
 
 from moelpr.metrics.run_metrics import HeldOutLoss, LineParser, Step, ValidationEvent, WarningEvent, bits_of, mean_of
 from moelpr.metrics.schema import METRICS, STEP_TIME_S
+from moelpr.process import ranks
 from moelpr.process.errors import UserError
 from moelpr.store.files import write_text
 from moelpr.store.run_folder import METRICS_FILE
@@ -115,7 +114,7 @@ class RunLog:
 
 
 @contextmanager
-def report_nonfinite_exit(args: argparse.Namespace, run_log: RunLog) -> Iterator[None]:
+def report_nonfinite_exit(run_log: RunLog) -> Iterator[None]:
     """If a gradient is NaN or Inf, for which Megatron raises a RuntimeError, log the step and its fix, and exit with 1.
 
     Megatron checks each rank's gradients before they are added up, so perhaps only some ranks find it.
@@ -124,19 +123,18 @@ def report_nonfinite_exit(args: argparse.Namespace, run_log: RunLog) -> Iterator
         yield
         return
     except RuntimeError as error:
-        if "Unexpected result" not in str(error) or args.debug:
+        if "Unexpected result" not in str(error) or get_args().debug:
             raise
-    step = args.curr_iteration + 1
+    step = get_args().curr_iteration + 1
     message = (
         f"the gradients of step {step} are NaN/Inf; the run stops before they change a weight, and its last checkpoint "
         "stays; lower --lr, raise --lr-warmup-iters, or leave this step's data out with "
         f"--iterations-to-skip {step}"
     )
-    rank, last = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")) - 1
-    if rank == last:
+    if ranks.is_last_rank():
         run_log.warn(step, [EarlyWarning("not_a_number", message)])
     else:
-        print(f"moelpr: error: rank {rank}: {message}", file=sys.stderr, flush=True)
+        print(f"moelpr: error: rank {ranks.rank()}: {message}", file=sys.stderr, flush=True)
         time.sleep(5)  # the launcher ends all ranks as soon as one has failed, but the last one may still be writing
     sys.exit(1)
 

@@ -7,7 +7,6 @@ that Megatron logs and the tracker's into one record per step, and passes it to 
 import math
 import resource
 import time
-from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from typing import Any
@@ -19,21 +18,23 @@ from megatron.core.utils import get_model_config
 from megatron.training import get_args
 from torch import Tensor
 
+from moelpr.arguments.settings import RunSettings
 from moelpr.megatron_patches import hooks
 from moelpr.metrics import schema
 from moelpr.metrics.routing_sums import RoutingSums
 from moelpr.model.router import LPRRouter
-from moelpr.training.early_warnings import EarlyWarnings, Thresholds
+from moelpr.process import ranks
+from moelpr.training.early_warnings import EarlyWarnings
 from moelpr.training.run_log import RunLog, finite
 
 
 @contextmanager
-def logs_steps(args: Namespace) -> Iterator["StepLog"]:
+def logs_steps(settings: RunSettings) -> Iterator["StepLog"]:
     """Install our metrics hooks while Megatron trains."""
-    thresholds = Thresholds(args.warn_original_rise, args.warn_expert_share, args.warn_lpr_fall, args.warn_window)
     tracker = MetricsTracker()
     set_moe_metrics_tracker(tracker)
-    run_log = RunLog(args.stage, EarlyWarnings(args.stage, thresholds, args.lpr_loss_coeff > 0))
+    stage = settings.stage
+    run_log = RunLog(stage.name, EarlyWarnings(stage.name, settings.thresholds, stage.lpr_loss_coeff > 0))
     log = StepLog(run_log, tracker)
     with closing(run_log), hooks.after_training_log(log.step):
         yield log
@@ -92,7 +93,7 @@ class StepLog:
     ) -> None:
         """Write the record of a step that Megatron has just logged."""
         peak_memory_gib = _peak_memory_gib()
-        if torch.distributed.get_rank() < torch.distributed.get_world_size() - 1:
+        if not ranks.is_last_rank():
             return
         now = time.monotonic()
         step_time_s, self._last_time = now - self._last_time, now

@@ -52,9 +52,9 @@ def _train(settings: RunSettings, argv: list[str], stop: StopRequest | None) -> 
         run_records(settings, argv),
         hooks.after_step_is_written(write_checksums),
         hooks.without_weight_decay(ROWS),
-        logs_steps(args) as step_log,
-        report_nonfinite_exit(args, step_log.run_log),
-        validates(args, step_log) as validation,
+        logs_steps(settings) as step_log,
+        report_nonfinite_exit(step_log.run_log),
+        validates(settings, step_log) as validation,
         clean_stop.ends_the_run(),
     ):
 

@@ -3,7 +3,6 @@
 Every pass reads the same windows of --seq-length tokens and predicts each token once.
 """
 
-import argparse
 import itertools
 import math
 from collections.abc import Iterator
@@ -17,16 +16,19 @@ from megatron.core import parallel_state
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
+from megatron.training import get_args
 from megatron.training.training import evaluate
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from moelpr.arguments.settings import RunSettings
 from moelpr.data.dataset import build_datasets, dataset_config, token_ids
 from moelpr.data.language_bits import LanguageBits, language_bits_path
 from moelpr.data.manifest import Manifest
 from moelpr.data.tokenizers.loading import load_tokenizer
 from moelpr.megatron_patches import hooks
 from moelpr.metrics.run_metrics import HeldOutLoss
+from moelpr.process import ranks
 from moelpr.process.errors import UserError
 from moelpr.store.run_folder import HF_FOLDER
 from moelpr.training.run_log import finite
@@ -36,13 +38,13 @@ MAX_DECODED_TOKENS = 1_000_000  # decoded to count bytes if there is no manifest
 
 
 @contextmanager
-def validates(args: argparse.Namespace, step_log: StepLog) -> Iterator["Validation | None"]:
+def validates(settings: RunSettings, step_log: StepLog) -> Iterator["Validation | None"]:
     """Score --validation-data, if given, wherever Megatron validates."""
-    if not args.validation_data:
+    if not settings.validation_data:
         yield None
         return
-    args.do_valid = True
-    validation = Validation(args, step_log)
+    get_args().do_valid = True
+    validation = Validation(settings, step_log)
     with hooks.validation_by(validation.run):
         yield validation
 
@@ -81,11 +83,11 @@ class Validation:
     """Passes over every language; each rank calls `run` at the same steps.
 
     Attributes:
-        scored_step: that of the last pass that was not cut short; None before the first one.
+        scored_step: The step of the last pass that was not cut short; None before the first one.
     """
 
-    def __init__(self, args: argparse.Namespace, step_log: StepLog) -> None:
-        self.args, self.step_log = args, step_log
+    def __init__(self, settings: RunSettings, step_log: StepLog) -> None:
+        self.settings, self.step_log = settings, step_log
         self._held_out: list[HeldOut] | None = None
         self._last_iteration: int | None = None  # the step of the last pass
         self.scored_step: int | None = None
@@ -96,8 +98,8 @@ class Validation:
             return
         self._last_iteration = iteration
         if self._held_out is None:
-            prefixes = dict(item.split("=", 1) for item in self.args.validation_data)
-            self._held_out = [held_out(self.args, *item) for item in prefixes.items()]
+            folder, corpora = self.settings.start.checkpoint, self.settings.validation_data
+            self._held_out = [held_out(language, prefix, folder) for language, prefix in corpora.items()]
         results = {}
         for text in self._held_out:
             loss = self._mean_loss(text, forward_step, model, config)
@@ -106,16 +108,16 @@ class Validation:
             results[text.language] = result(text, loss)
         if len(results) == len(self._held_out):
             self.scored_step = iteration
-            if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            if ranks.is_last_rank():
                 self.step_log.run_log.validation(iteration, results)
         self.step_log.restart_clock()
 
     def _mean_loss(self, text: HeldOut, forward_step: Any, model: list[torch.nn.Module], config: Any) -> float | None:
         """The loss in nats per token, NaN except on the last pipeline stage; None if out of time."""
-        size = self.args.eval_micro_batch_size
+        size = get_args().eval_micro_batch_size
         batches = [None if text.dataset is None else text.micro_batches(size) for _ in model]
         data = batches if len(model) > 1 else batches[0]
-        num_batches = math.ceil(text.num_windows / self.args.eval_global_batch_size)
+        num_batches = math.ceil(text.num_windows / get_args().eval_global_batch_size)
         losses, _, is_out_of_time = evaluate(forward_step, data, model, None, config, eval_iters=num_batches)
         return None if is_out_of_time else float(losses.get("lm loss", math.nan))
 
@@ -131,11 +133,11 @@ def result(text: HeldOut, loss: float) -> HeldOutLoss:
     return found
 
 
-def held_out(args: argparse.Namespace, language: str, prefix: str) -> HeldOut:
+def held_out(language: str, prefix: str, model_folder: Path) -> HeldOut:
     """Open a held-out corpus. Every rank must call this."""
-    usual = dataset_config(args)
+    args = get_args()
     config = replace(
-        usual,
+        dataset_config(args),
         tokenizer=token_ids(args, [prefix]),
         blend=None,
         blend_per_split=[None, ([prefix], None), None],
@@ -146,8 +148,8 @@ def held_out(args: argparse.Namespace, language: str, prefix: str) -> HeldOut:
     numbers = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
     if dataset is not None:
         numbers[0] = len(dataset)
-    if torch.distributed.get_rank() == 0:
-        numbers[1] = bytes_per_token(prefix, args.model_source) or 0.0
+    if ranks.is_first_rank():
+        numbers[1] = bytes_per_token(prefix, model_folder) or 0.0
     torch.distributed.all_reduce(numbers, op=torch.distributed.ReduceOp.MAX)
     num_windows, known_bytes_per_token = int(numbers[0]), float(numbers[1]) or None
     if args.eval_iters:
@@ -156,7 +158,7 @@ def held_out(args: argparse.Namespace, language: str, prefix: str) -> HeldOut:
     return HeldOut(language, "original" if is_original else "expanded", dataset, num_windows, known_bytes_per_token)
 
 
-def bytes_per_token(prefix: str, model_folder: str) -> float | None:
+def bytes_per_token(prefix: str, model_folder: Path) -> float | None:
     """The UTF-8 bytes per token of a corpus, from its manifest or by decoding its first tokens with `<model>/hf`.
 
     An end-of-document token stands for no bytes, but it is predicted, so it counts. None without both files.
@@ -165,7 +167,7 @@ def bytes_per_token(prefix: str, model_folder: str) -> float | None:
     if manifest is not None and manifest.tokens:
         return sum(count.bytes for count in manifest.languages.values()) / manifest.tokens
     try:
-        tokenizer = load_tokenizer("HuggingFaceTokenizer", str(Path(model_folder) / HF_FOLDER))
+        tokenizer = load_tokenizer("HuggingFaceTokenizer", str(model_folder / HF_FOLDER))
     except UserError:
         return None
     corpus = IndexedDataset(prefix)

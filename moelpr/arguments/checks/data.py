@@ -1,12 +1,10 @@
 """Training and validation corpora: they exist, and their token IDs are the model's."""
 
 import functools
-import json
 import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from moelpr.arguments.requested import RequestedRun
 from moelpr.data.corpus_index import CorpusIndex
 from moelpr.data.dataset import TaggedGPTDataset
 from moelpr.data.language_bits import LanguageBits, language_bits_path
-from moelpr.data.manifest import Manifest, TokenizerRecord, manifest_path
+from moelpr.data.manifest import Manifest, manifest_path
 from moelpr.data.tokenizer_match import TokenizerMatch, compare_tokenizers
 from moelpr.data.vocabulary_extension import VOCABULARY_EXTENSION_FILE
 from moelpr.process import ranks
@@ -338,7 +336,7 @@ def _compare_tokenizers(run: RequestedRun) -> Iterable[tuple[bool, str]]:
     for prefix in _existing_corpora(run):
         try:
             manifest = Manifest.read(prefix)
-            match = None if manifest is None else _compare(json.dumps(asdict(manifest.tokenizer)), hf)
+            match = None if manifest is None else _compare(manifest.tokenizer, hf)
         except UserError as error:
             yield True, str(error)
             continue
@@ -355,7 +353,4 @@ def _compare_tokenizers(run: RequestedRun) -> Iterable[tuple[bool, str]]:
             yield match in (TokenizerMatch.NOT_EXTENDED, TokenizerMatch.DIFFERENT), messages[match]
 
 
-@functools.cache
-def _compare(tokenizer: str, folder: Path) -> TokenizerMatch:
-    """Compare a manifest's tokenizer, as JSON; cached, because most corpora share one and it is needed twice."""
-    return compare_tokenizers(TokenizerRecord(**json.loads(tokenizer)), folder)
+_compare = functools.cache(compare_tokenizers)  # most corpora share a tokenizer, and it is needed twice

@@ -2,7 +2,8 @@
 
 import pytest
 
-from moelpr.training.early_warnings import EarlyWarnings, Thresholds
+from moelpr.arguments.settings import Thresholds
+from moelpr.training.early_warnings import EarlyWarnings
 
 WINDOW = 4
 

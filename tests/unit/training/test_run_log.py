@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from moelpr.arguments.settings import Thresholds
 from moelpr.metrics.run_metrics import read_run_metrics
+from moelpr.process import ranks
 from moelpr.process.errors import UserError
 from moelpr.training import run_log
-from moelpr.training.early_warnings import EarlyWarnings, Thresholds
+from moelpr.training.early_warnings import EarlyWarnings
 from moelpr.training.run_log import RunLog, open_metrics, report_nonfinite_exit
 
 
@@ -114,47 +116,46 @@ def test_values_per_layer_reach_tensorboard_once_per_log_interval(monkeypatch, t
     }
 
 
-ARGS = argparse.Namespace(curr_iteration=6, debug=False)
-
-
-class Log:
-    def __init__(self) -> None:
-        self.warnings: list[tuple[int, str]] = []
-
-    def warn(self, step: int, warnings: list) -> None:
-        self.warnings += [(step, warning.kind) for warning in warnings]
-
-
 @pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch) -> Log:
+def warned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
+    """The warnings of a run on one rank that ends in step 7."""
+    found: list[tuple[int, str]] = []
+    monkeypatch.setattr(ranks, "_is_initialized", lambda: False)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    return Log()
+    monkeypatch.setattr(run_log, "get_args", lambda: argparse.Namespace(curr_iteration=6, debug=False))
+    monkeypatch.setattr(RunLog, "warn", lambda log, step, warnings: found.extend((step, one.kind) for one in warnings))
+    return found
 
 
-def test_a_nonfinite_step_is_logged_and_exits_with_code_1(log: Log) -> None:
-    with pytest.raises(SystemExit) as exit_, report_nonfinite_exit(ARGS, log):  # type: ignore[arg-type]
-        raise RuntimeError("Rank 0, iteration 7: Unexpected result nan (message='found NaN in local grad norm')")
+def end_with(error: BaseException) -> None:
+    with report_nonfinite_exit(RunLog("stage1", EarlyWarnings("stage1", Thresholds(), lpr_loss_is_on=False))):
+        raise error
+
+
+def test_a_nonfinite_step_is_logged_and_exits_with_code_1(warned: list) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        end_with(RuntimeError("Rank 0, iteration 7: Unexpected result nan (message='found NaN in local grad norm')"))
     assert exit_.value.code == 1
-    assert log.warnings == [(7, "not_a_number")]
+    assert warned == [(7, "not_a_number")]
 
 
-def test_a_rank_that_alone_finds_it_says_so(log: Log, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_a_rank_that_alone_finds_it_says_so(warned: list, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr("time.sleep", lambda _: None)
-    with pytest.raises(SystemExit), report_nonfinite_exit(ARGS, log):  # type: ignore[arg-type]
-        raise RuntimeError("Unexpected result nan")
+    with pytest.raises(SystemExit):
+        end_with(RuntimeError("Unexpected result nan"))
     assert "rank 1: the gradients of step 7 are NaN/Inf" in capsys.readouterr().err
-    assert log.warnings == []
+    assert warned == []
 
 
 @pytest.mark.parametrize("error", [SystemExit(0), SystemExit(3), RuntimeError("out of memory")])
-def test_other_exits_stay_as_they_are(log: Log, error: BaseException) -> None:
-    with pytest.raises(type(error)) as raised, report_nonfinite_exit(ARGS, log):  # type: ignore[arg-type]
-        raise error
+def test_other_exits_stay_as_they_are(warned: list, error: BaseException) -> None:
+    with pytest.raises(type(error)) as raised:
+        end_with(error)
     assert raised.value is error
-    assert log.warnings == []
+    assert warned == []
 
 
 def test_a_folder_in_the_place_of_the_metrics_is_a_user_error(tmp_path: Path) -> None:

@@ -53,16 +53,16 @@ def corpus(tmp_path: Path, model: Path) -> tuple[str, int]:
 
 def test_bytes_are_counted_by_decoding(model: Path, corpus: tuple[str, int]) -> None:
     prefix, num_tokens = corpus
-    assert bytes_per_token(prefix, str(model)) == sum(len(text.encode()) for text in TEXTS) / num_tokens
+    assert bytes_per_token(prefix, model) == sum(len(text.encode()) for text in TEXTS) / num_tokens
 
 
 def test_the_manifest_is_preferred_and_nothing_is_guessed(tmp_path: Path, model: Path, corpus: tuple[str, int]) -> None:
     prefix, _ = corpus
-    assert bytes_per_token(prefix, str(tmp_path)) is None  # no tokenizer
+    assert bytes_per_token(prefix, tmp_path) is None  # no tokenizer
     languages = {"el": LanguageCount("expanded", 1, 6, 30), "en": LanguageCount("original", 1, 4, 12)}
     tokenizer = TokenizerRecord("HuggingFaceTokenizer", "there", 300, 0, True, "", "")
     Manifest(tokenizer, True, [], languages, documents=2, tokens=10, skipped_lines=0, files={}).write(prefix)
-    assert bytes_per_token(prefix, str(model)) == 4.2
+    assert bytes_per_token(prefix, model) == 4.2
     Path(f"{prefix}.manifest.json").write_text('{"tokens": 10}')
     with pytest.raises(UserError, match="manifest.json: .* is missing"):
-        bytes_per_token(prefix, str(model))
+        bytes_per_token(prefix, model)

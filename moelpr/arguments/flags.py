@@ -76,7 +76,10 @@ def add_arguments[P: argparse.ArgumentParser](parser: P) -> P:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, whose errors can be collected."""
+    """argparse for the trainer, which reports all wrong arguments of several sources, and takes no abbreviations.
+
+    Other commands have a `CommandParser`, which ends at the first error, as argparse does.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, exit_on_error=False, **options)

@@ -27,7 +27,10 @@ from moelpr.process.errors import DISK_FULL, MachineError, UserError, is_lost_co
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser with --debug and marks on required flags, which raises `UserError` for a wrong command line."""
+    """A parser with --debug and marks on required flags, which raises `UserError` for the first wrong argument.
+
+    The trainer has a parser of its own (`moelpr.arguments.flags.Parser`), which goes on after an error.
+    """
 
     def __init__(self, **options: Any) -> None:
         if "\n" in (options.get("description") or ""):
@@ -190,8 +193,8 @@ def _message(error: BaseException) -> str | None:
         return str(error).strip().rsplit("UserError: ", 1)[-1]  # a data loader's worker wraps it in its traceback
     if isinstance(error, OSError) and error.errno == errno.EFBIG:
         return f"{error.filename or 'the output'} exceeds the limit of a file's size; raise it with ulimit -f unlimited"
-    if _is_long_name(error):
-        return f"{str(error.filename)[:40]}… is too long for the name of a file; pass a shorter one"  # type: ignore[attr-defined]
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return f"{str(error.filename)[:40]}… is too long for the name of a file; pass a shorter one"
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return f"the disk is full while writing {error.filename or 'the output'}; free space and run it again"
     # Megatron's checkpoint writer runs in other processes and reports their failures as text.
@@ -200,10 +203,6 @@ def _message(error: BaseException) -> str | None:
     if is_lost_connection(error):
         return "another rank has ended, see its message or its node's log; run the same command again to resume"
     return "interrupted" if isinstance(error, KeyboardInterrupt) else taken_port(error)
-
-
-def _is_long_name(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
 
 
 def _has_own_log() -> bool:
@@ -223,7 +222,8 @@ def _fail(message: str, error: BaseException) -> NoReturn:
         time.sleep(10 if ranks.local_rank() == 0 else 20)
     _discard_unwritable()
     _print_error(message)
-    sys.exit(2 if isinstance(error, UserError) or _is_long_name(error) else 1)
+    is_wrong_input = isinstance(error, UserError) or getattr(error, "errno", None) == errno.ENAMETOOLONG
+    sys.exit(2 if is_wrong_input else 1)
 
 
 def _print_error(message: str) -> None:

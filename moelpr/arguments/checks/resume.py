@@ -86,8 +86,7 @@ def check_optimizer_state(run: RequestedRun) -> Iterable[str]:
     if record is None or not run.recipe_is_read or run.args.no_load_optim or run.has_no_optimizer_state:
         return
     vpp = record.get("virtual_pipeline_model_parallel_size") or 1
-    old_layout = Layout.from_settings(record, record.get("world_size", 1), vpp)
-    record = {name: getattr(run.args, name) for name in _ADAM} | record
+    old_layout = Layout.from_settings(record, record.get("world_size") or 1, vpp)
     before, now = _optimizer_settings(record, old_layout), _optimizer_settings(vars(run.args), run.layout)
     by_buffer = record.get("use_distributed_optimizer") and not record.get("dist_ckpt_optim_fully_reshardable")
     names = _ALWAYS + _FOR_BUFFERS if by_buffer else _ALWAYS
@@ -116,12 +115,9 @@ def _optimizer_settings(settings: Mapping[str, Any], layout: Layout) -> dict[str
     return {
         # Transformer Engine's layers order and divide the same weights differently.
         "moe_grouped_gemm": bool(settings.get("moe_grouped_gemm")) and trains_experts,
-        "transformer_impl": settings.get("transformer_impl", "local") if trains_all else "local",
-        "optimizer": settings.get("optimizer", "adam"),
-        **{name: settings.get(name) for name in _ADAM},
+        "transformer_impl": settings.get("transformer_impl") if trains_all else None,
+        **{name: settings.get(name) for name in ("optimizer", *_ADAM, *_UNEVEN_PIPELINE, "ddp_num_buckets")},
         "decoupled_lr": settings.get("decoupled_lr") is not None,  # then the vocabulary is a group of its own
-        **{name: settings.get(name) for name in _UNEVEN_PIPELINE},
-        "ddp_num_buckets": settings.get("ddp_num_buckets"),
         # The gradients' dtype, with the flag that usually decides it; in a bf16 run, Megatron sets the other flag.
         "grad_reduce_in_bf16": bool(settings.get("bf16")) and not _has_fp32_gradients(settings),
         "accumulate_allreduce_grads_in_fp32": bool(
@@ -140,7 +136,7 @@ def _optimizer_settings(settings: Mapping[str, Any], layout: Layout) -> dict[str
 
 def _has_fp32_gradients(settings: Mapping[str, Any]) -> bool:
     """Whether a bf16 run accumulates and reduces gradients in fp32, as Megatron's validate_args decides it."""
-    is_fp32 = str(settings.get("main_grads_dtype", "fp32")) in ("fp32", "torch.float32")
+    is_fp32 = str(settings.get("main_grads_dtype")) in ("fp32", "torch.float32")
     return not settings.get("grad_reduce_in_bf16") and is_fp32
 
 

@@ -50,7 +50,9 @@ def make_checkpoint(tmp_path: Path, moe_spec: ModelSpec) -> Callable[..., str]:
         replace(spec, megatron_args={**spec.megatron_args, **(shape or {})}).write(folder)
         (folder / "latest_checkpointed_iteration.txt").write_text("release")
         if record:
-            record = {"lr": 1e-3, "train_iters": 2} | record  # as in STEPS
+            given = {"lr": 1e-3, "train_iters": 2}  # as in STEPS
+            adam = {"optimizer": "adam", "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_eps": 1e-8}
+            record = given | adam | {"transformer_impl": "local", "main_grads_dtype": "torch.float32"} | record
             for place in (folder, folder / "release"):
                 (place / "recipe.yaml").write_text(yaml.safe_dump(record))
         return str(folder)

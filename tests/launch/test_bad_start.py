@@ -23,7 +23,7 @@ def error_of(node: subprocess.Popen) -> str:
     finally:
         node.kill()
     assert node.returncode == 2, errors
-    assert errors.count("\n") == 1, errors
+    assert "Traceback" not in errors, errors
     return errors
 
 
@@ -37,21 +37,5 @@ def test_an_unavailable_port_is_named_on_a_single_node_too(taken_port: int) -> N
 
 
 def test_a_missing_recipe_ends_both_nodes(port: int, tmp_path: Path) -> None:
-    arguments = ["--recipe", str(tmp_path / "none.yaml"), *needed(tmp_path)]
-    nodes = [start(rank, port, *arguments) for rank in (0, 1)]
-    for node in nodes:
-        error = error_of(node)
-        assert f"{tmp_path}/none.yaml; pass " in error
-
-
-def needed(folder: Path) -> list[str]:
-    """The other arguments of a valid command: a checkpoint without weights and a corpus."""
-    from moelpr.model_spec import ModelSpec, MoeSpec
-    from tests.unit.conftest import SHAPE
-
-    ModelSpec("qwen2", "float32", SHAPE, MoeSpec(num_new_experts=4, topk=2, layers=(0, 1, 2))).write(folder)
-    (folder / "release").mkdir()
-    (folder / "latest_checkpointed_iteration.txt").write_text("release")
-    for suffix in ("bin", "idx", "lang"):
-        (folder / f"corpus.{suffix}").touch()
-    return ["--pretrained-checkpoint", str(folder), "--data-path", str(folder / "corpus")]
+    nodes = [start(rank, port, "--recipe", str(tmp_path / "none.yaml")) for rank in (0, 1)]
+    assert all(f"{tmp_path}/none.yaml; pass " in error_of(node) for node in nodes)

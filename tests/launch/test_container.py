@@ -60,13 +60,8 @@ def test_torchs_dependencies_keep_the_images_versions_and_others_get_ours(tmp_pa
     }
     for name, (version, needs) in installed.items():
         (tmp_path / f"{name}-{version}.dist-info").mkdir()
-        lines = [
-            "Metadata-Version: 2.1",
-            f"Name: {name}",
-            f"Version: {version}",
-            *(f"Requires-Dist: {n}" for n in needs),
-        ]
-        (tmp_path / f"{name}-{version}.dist-info" / "METADATA").write_text("\n".join(lines) + "\n")
+        metadata = "".join([f"Name: {name}\nVersion: {version}\n", *(f"Requires-Dist: {need}\n" for need in needs)])
+        (tmp_path / f"{name}-{version}.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\n{metadata}")
     ours = ["Jinja2==3.1.6", "mpmath==9", "optree==1", "pydantic==9", "sympy==1.14.0", "torch==2.15.0", "tqdm==4.70.1"]
     (tmp_path / "constraints.txt").write_text("\n".join(ours) + "\n")
     script = ROOT / "launch" / "container" / "constraints_beside.py"

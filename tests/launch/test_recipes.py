@@ -126,22 +126,3 @@ def test_the_trainer_accepts_it_on_the_hardware_it_names(recipe, models, monkeyp
     monkeypatch.setattr(ranks, "world_size", lambda: int(planner_argv[5]))
     run = RequestedRun.gather(command, all_arguments())
     assert [*run.problems, *find_problems(run)] == []
-
-
-@pytest.mark.parametrize("recipe", sorted(path.name for path in RECIPES.glob("*.yaml")))
-def test_every_key_of_every_recipe_is_a_flag(recipe: str) -> None:
-    flags = all_arguments().flags()
-    assert [key for key in yaml.safe_load((RECIPES / recipe).read_text()) if f"--{key}" not in flags] == []
-
-
-@pytest.mark.parametrize(
-    "recipe, settings",
-    [
-        ("paper-stage1.yaml", {"seq-length": 1024, "train-iters": 45856, "balance-loss-coeff": 0.01}),
-        ("paper-stage2.yaml", {"seq-length": 512, "lpr-loss-coeff": 0.1}),
-    ],
-)
-def test_the_papers_recipes_have_the_papers_settings(recipe: str, settings: dict[str, float]) -> None:
-    """As docs/method.md lists them."""
-    common = {"lr": 5e-5, "lr-decay-style": "cosine", "global-batch-size": 512}
-    assert yaml.safe_load((RECIPES / recipe).read_text()).items() >= (common | settings).items()

@@ -224,16 +224,6 @@ def test_a_wrong_chain_is_a_single_error(calls: Calls, tmp_path: Path, arguments
     assert done.stderr.startswith("submit.sh: error: ")
     assert all(text.replace("RUN", run) in done.stderr for text in expected), done.stderr
     assert calls.made == []
-    assert calls.made == []
-
-
-def test_help_lists_the_steps(calls: Calls) -> None:
-    done = calls("launch/slurm/submit.sh", "--help")
-    assert done.returncode == 0
-    assert all(
-        f"@{step}" in done.stdout for step in "expanded replay convert stage0 stage1 stage2 export evaluate".split()
-    )
-    assert "--run DIR" in done.stdout and "#" not in done.stdout and "set -" not in done.stdout
 
 
 STAGE = ["stage1", "--save", "SAVE", "--lr", "1"]

@@ -8,31 +8,25 @@ from moelpr.model_spec import ModelSpec
 from moelpr.plan.memory import CPU, Workload, model_parts, stage_memories
 
 
-def test_the_expected_memory_is_the_planners_plus_the_process(gathered, upcycled: str) -> None:
+@pytest.mark.parametrize(
+    ("stage", "flags", "ranks", "layout"),
+    [
+        ("stage1", "", 2, {"dp": 2}),
+        ("stage1", "--use-distributed-optimizer --expert-model-parallel-size 2", 2, {"ep": 2, "dp": 2}),
+        ("stage1", "--recompute-granularity selective --recompute-modules moe", 2, {"dp": 2, "recompute": "selective"}),
+        ("stage1", "--train-new-embeddings", 1, {}),
+        ("stage0", "", 1, {}),
+    ],
+)
+def test_the_expected_memory_is_the_planners_plus_the_process(gathered, upcycled, stage, flags, ranks, layout) -> None:
     from moelpr.arguments.memory import PROCESS_BYTES, expected_memory
     from moelpr.layouts import PlannedLayout
 
     spec = ModelSpec.read(Path(upcycled))
-    for flags, layout in {
-        "": PlannedLayout(dp=2, distributed_optimizer=False),
-        "--use-distributed-optimizer --expert-model-parallel-size 2": PlannedLayout(ep=2, dp=2),
-        "--recompute-granularity selective --recompute-modules moe": PlannedLayout(
-            dp=2, recompute="selective", distributed_optimizer=False
-        ),
-    }.items():
-        (planned,) = stage_memories(spec, model_parts(spec), layout, Workload("stage1", 32, 6, 12, "fp32", CPU))
-        assert expected_memory(gathered(*flags.split(), ranks=2)) == planned.total_bytes + PROCESS_BYTES
-
-
-@pytest.mark.parametrize(("stage", "argv"), [("stage0", []), ("stage1", ["--train-new-embeddings"])])
-def test_training_rows_of_new_tokens_is_expected_to_need_what_the_planner_says(gathered, upcycled, stage, argv) -> None:
-    from moelpr.arguments.memory import PROCESS_BYTES, expected_memory
-    from moelpr.layouts import PlannedLayout
-
-    spec, layout = ModelSpec.read(Path(upcycled)), PlannedLayout(distributed_optimizer=False)
-    workload = Workload(stage, 32, 6, 12, "fp32", CPU, new_embeddings=bool(argv))
-    (planned,) = stage_memories(spec, model_parts(spec), layout, workload)
-    assert expected_memory(gathered(*argv, stage=stage)) == planned.total_bytes + PROCESS_BYTES
+    planned = PlannedLayout(**layout, distributed_optimizer="--use-distributed-optimizer" in flags)
+    workload = Workload(stage, 32, 6, 12, "fp32", CPU, new_embeddings="--train-new-embeddings" in flags)
+    (rank,) = stage_memories(spec, model_parts(spec), planned, workload)
+    assert expected_memory(gathered(*flags.split(), ranks=ranks, stage=stage)) == rank.total_bytes + PROCESS_BYTES
 
 
 def test_nothing_is_expected_of_what_the_planner_does_not_support(gathered, dense: str) -> None:

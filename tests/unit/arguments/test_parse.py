@@ -36,10 +36,6 @@ def test_an_invalid_stage_hides_no_problem_with_the_experts(upcycled: str, probl
     assert found[1].startswith("--expert-model-parallel-size 3 ")
 
 
-def test_one_problem_is_one_message(upcycled: str, problems) -> None:
-    assert len(problems("stage1", upcycled, "--moe-aux-loss-coeff", "0.5")) == 1
-
-
 @pytest.fixture
 def make_run(upcycled: str) -> Callable:
     """A run in which settings have been changed without any check."""

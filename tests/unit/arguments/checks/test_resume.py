@@ -14,13 +14,6 @@ TP, PP, EP, ETP = (
 FLAT = {"use_distributed_optimizer": True}
 
 
-def test_a_run_of_another_stage_is_not_resumed(upcycled: str, make_checkpoint, problems) -> None:
-    run = make_checkpoint("run", stage="stage1")
-    (found,) = problems("stage2", upcycled, "--save", run)
-    assert found.startswith(f"{run} is a run of --stage stage1")
-    assert "--pretrained-checkpoint" in found and "--save" in found
-
-
 def test_the_converters_folder_is_not_mistaken_for_a_run(upcycled: str, problems) -> None:
     (found,) = problems("stage1", None, "--save", f"{upcycled}/")
     assert found.startswith(upcycled) and "--pretrained-checkpoint" in found
@@ -109,42 +102,23 @@ OF_FLAT_BUFFERS = yaml.safe_load("""
 """)
 
 
-@pytest.fixture
-def problems_with_record(make_checkpoint, problems):  # noqa: ANN001, ANN201
-    """The messages about a run that had another value of one setting."""
-
-    def find(name: str, value: object, depends_on: dict) -> list[str]:
-        run = make_checkpoint("run", stage="stage1", **(depends_on | {name: value}))
-        argv = []
-        for other, kept in depends_on.items():
-            flag = f"--{other.replace('_', '-')}"
-            if other != "virtual_pipeline_model_parallel_size":
-                argv += [flag] if kept is True else [flag, str(kept)]
-        return problems("stage1", None, "--save", run, *argv)
-
-    return find
+RESET, KEEP = "--no-load-optim", "--override-opt-param-scheduler"
+TABLES = ((OF_THE_SCHEDULE, {}, KEEP), (OF_THE_OPTIMIZER, {}, RESET), (OF_FLAT_BUFFERS, FLAT, RESET))
 
 
-@pytest.mark.parametrize("name", OF_THE_SCHEDULE)
-def test_each_setting_of_the_schedule_is_compared(problems_with_record, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "depends_on", "remedy"),
+    [(name, case[0], base | case[1], remedy) for table, base, remedy in TABLES for name, case in table.items()],
+)
+def test_each_setting_is_compared(make_checkpoint, problems, name, value, depends_on, remedy) -> None:
     """Also one that was given at first and is omitted now."""
-    value, depends_on = OF_THE_SCHEDULE[name]
-    found = problems_with_record(name, value, depends_on)
-    flag = f"--{name.replace('_', '-')} {value}"
-    assert [line for line in found if flag in line and "--override-opt-param-scheduler" in line], found
-
-
-@pytest.mark.parametrize("name", OF_THE_OPTIMIZER)
-def test_each_setting_of_the_optimizer_is_compared(problems_with_record, name: str) -> None:
-    found = problems_with_record(name, *OF_THE_OPTIMIZER[name])
-    assert [line for line in found if f"--{name.replace('_', '-')}" in line and "--no-load-optim" in line], found
-
-
-@pytest.mark.parametrize("name", OF_FLAT_BUFFERS)
-def test_each_setting_of_flat_buffers_is_compared(problems_with_record, name: str) -> None:
-    value, depends_on = OF_FLAT_BUFFERS[name]
-    found = problems_with_record(name, value, FLAT | depends_on)
-    assert [line for line in found if f"--{name.replace('_', '-')}" in line and "--no-load-optim" in line], found
+    run = make_checkpoint("run", stage="stage1", **(depends_on | {name: value}))
+    argv = []
+    for other, kept in depends_on.items():
+        if other != "virtual_pipeline_model_parallel_size":
+            argv += [f"--{other.replace('_', '-')}", *([] if kept is True else [str(kept)])]
+    found = problems("stage1", None, "--save", run, *argv)
+    assert [line for line in found if f"--{name.replace('_', '-')}" in line and remedy in line], found
 
 
 def test_a_decay_of_its_own_length_does_not_allow_a_longer_training(make_checkpoint, problems, accepted) -> None:
@@ -177,31 +151,16 @@ def test_another_number_of_data_parallel_ranks_changes_the_batch(make_checkpoint
 TABLE = yaml.safe_load("""
 more processes: [{}, "", 2, null]
 experts spread out: [{}, "--expert-model-parallel-size 2", 2, null]
-experts gathered: [{expert_model_parallel_size: 2}, "", 1, null]
-experts spread further: [{expert_model_parallel_size: 2}, "--expert-model-parallel-size 4", 4, null]
 experts no longer split with the model:
   [{},
    "--tensor-model-parallel-size 2 --expert-tensor-parallel-size 1", 2, null]
 a pipeline: [{}, "--pipeline-model-parallel-size 3", 3, null]
 "flat buffers, more processes": [{use_distributed_optimizer: true}, "--use-distributed-optimizer", 2, null]
-"flat buffers, a pipeline":
-  [{use_distributed_optimizer: true},
-   "--use-distributed-optimizer --pipeline-model-parallel-size 3", 3, "--pipeline-model-parallel-size 1"]
-"flat buffers, experts spread further":
-  [{use_distributed_optimizer: true, expert_model_parallel_size: 2},
-   "--use-distributed-optimizer --expert-model-parallel-size 4", 4, "--expert-model-parallel-size 2"]
-"flat buffers, virtual stages":
-  [{use_distributed_optimizer: true, pipeline_model_parallel_size: 1, virtual_pipeline_model_parallel_size: 3},
-   "--use-distributed-optimizer", 1, "--num-virtual-stages-per-pipeline-rank 3"]
 "flat buffers, virtual stages of a layout":
   [{use_distributed_optimizer: true, pipeline_model_parallel_size: 2, pipeline_model_parallel_layout: Et|t|t|L,
    virtual_pipeline_model_parallel_size: 2, global_batch_size: 4},
    "--use-distributed-optimizer --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|t|t|L
    --global-batch-size 4", 2, null]
-"flat buffers, another layout":
-  [{use_distributed_optimizer: true, pipeline_model_parallel_size: 2, pipeline_model_parallel_layout: Ett|tL},
-   "--use-distributed-optimizer --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|ttL", 2,
-   "--pipeline-model-parallel-layout Ett|tL"]
 "flat buffers, other buckets with more processes":
   [{use_distributed_optimizer: true, overlap_grad_reduce: true, ddp_bucket_size: 1000},
    "--use-distributed-optimizer --overlap-grad-reduce", 2, "--ddp-bucket-size 1000"]
@@ -215,33 +174,20 @@ a pipeline: [{}, "--pipeline-model-parallel-size 3", 3, null]
   [{use_distributed_optimizer: true, pipeline_model_parallel_size: 2},
    "--use-distributed-optimizer --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|ttL", 2, "no
    --pipeline-model-parallel-layout;"]
-"flat buffers, overlap":
-  [{use_distributed_optimizer: true},
-   "--use-distributed-optimizer --overlap-grad-reduce", 1, "no --overlap-grad-reduce"]
-"flat buffers, another kernel of the experts":
-  [{use_distributed_optimizer: true, moe_grouped_gemm: true},
-   "--use-distributed-optimizer", 1, "--moe-grouped-gemm"]
 "reshardable, another kernel of the experts":
   [{use_distributed_optimizer: true, dist_ckpt_optim_fully_reshardable: true, moe_grouped_gemm: true},
    "--use-distributed-optimizer", 1, null]
 "flat buffers, another implementation of what is frozen":
   [{use_distributed_optimizer: true, transformer_impl: transformer_engine},
    "--use-distributed-optimizer", 1, null]
-"flat buffers, another implementation of what trains":
-  [{use_distributed_optimizer: true, transformer_impl: transformer_engine, train_everything: true},
-   "--use-distributed-optimizer --train-everything", 1, "--transformer-impl transformer_engine"]
 "reshardable, a pipeline":
   [{use_distributed_optimizer: true, dist_ckpt_optim_fully_reshardable: true},
    "--use-distributed-optimizer --pipeline-model-parallel-size 3", 3, null]
-"reshardable, experts spread out":
-  [{use_distributed_optimizer: true, dist_ckpt_optim_fully_reshardable: true},
-   "--use-distributed-optimizer --expert-model-parallel-size 2", 2, null]
 another optimizer: [{}, "--use-distributed-optimizer", 1, "no --use-distributed-optimizer"]
 state was not saved:
   [{use_distributed_optimizer: true, no_save_optim: true},
    "--expert-model-parallel-size 2", 2, null]
 state is not loaded: [{use_distributed_optimizer: true}, "--no-load-optim --expert-model-parallel-size 2", 2, null]
-another set of trained parameters: [{}, "--train-everything", 1, "no --train-everything"]
 """)
 
 

@@ -134,13 +134,11 @@ class RequestedRun:
     def _virtual_stages(self) -> int | None:
         """The number per pipeline rank, as Megatron's validate_args derives it."""
         args, stages = self.args, max(1, self.args.pipeline_model_parallel_size)
-        if args.pipeline_model_parallel_layout is not None:
+        if (text := args.pipeline_model_parallel_layout) is not None:
             from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
             with suppress(Exception):  # Megatron reports what it cannot read
-                return (
-                    PipelineParallelLayerLayout.get_num_stages_from_str(args.pipeline_model_parallel_layout) // stages
-                )
+                return PipelineParallelLayerLayout.get_num_stages_from_str(text) // stages
         if args.num_virtual_stages_per_pipeline_rank is not None:
             return args.num_virtual_stages_per_pipeline_rank
         if (per_stage := args.num_layers_per_virtual_pipeline_stage) is None or per_stage < 1:

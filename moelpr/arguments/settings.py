@@ -14,8 +14,7 @@ class Start:
     """Where a run starts or resumes, resolved once.
 
     Attributes:
-        checkpoint: The checkpoint folder.
-        step_folder: The saved step in it.
+        step_folder: The saved step in the checkpoint folder.
         selected_step: The number of that step if --ckpt-step selects it; None for the latest.
         is_resumed: Whether the checkpoint is this run's own, so that optimizer, data position and step are loaded.
         pretrained: The folder of --pretrained-checkpoint, which a resumed run reads only for its frozen tensors.
@@ -35,9 +34,6 @@ class StageSettings:
     """What a stage trains.
 
     Attributes:
-        name: The stage.
-        train_everything: Whether nothing is frozen.
-        train_new_embeddings: Whether stage 1 trains the rows of new tokens too.
         balance_loss_coeff: The weight of the balance loss, on the published code's scale; None without experts.
         lpr_loss_coeff: The weight of the LPR loss; 0 disables it.
     """
@@ -71,16 +67,11 @@ class RunSettings:
     """A run's final settings.
 
     Attributes:
-        stage: What is trained.
-        start: Where the run starts.
-        spec: The model.
         save: The folder to save to; None to save nothing.
         save_trained_only: Whether checkpoints omit frozen tensors.
         verify: How checkpoints are compared with their checksums before they are loaded.
         data_path: The corpora of --data-path and their weights.
         validation_data: Language → prefix of its held-out corpus.
-        last_step: The last step of the run.
-        thresholds: When to warn about the run.
     """
 
     stage: StageSettings

@@ -15,14 +15,9 @@ from moelpr.metrics.schema import LM_LOSS, LM_LOSS_OF, LPR_LOSS, TOKEN_SHARE
 
 
 class EarlyWarning(NamedTuple):
-    """One warning.
+    """One warning: what was measured, and the flags that help."""
 
-    Attributes:
-        kind: original_loss_rises, idle_expert, lpr_loss_stays or not_a_number.
-        message: What was measured, and the flags that help.
-    """
-
-    kind: str
+    kind: str  # original_loss_rises, idle_expert, lpr_loss_stays or not_a_number
     message: str
 
 

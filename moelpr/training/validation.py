@@ -54,10 +54,8 @@ class HeldOut:
     """A language's held-out text.
 
     Attributes:
-        language: The code of the language.
-        group: "original" or "expanded".
         dataset: The windows; None on ranks that get their tokens from another rank.
-        num_windows: Number of windows, the same on every rank.
+        num_windows: The same on every rank.
         bytes_per_token: UTF-8 bytes per token; None if unknown.
     """
 

@@ -82,8 +82,7 @@ def check_resumed_model(run: RequestedRun) -> Iterable[str]:
 
 def check_optimizer_state(run: RequestedRun) -> Iterable[str]:
     """The saved optimizer state loads with these settings."""
-    record = _record_of_stage(run)
-    if record is None or not run.recipe_is_read or run.args.no_load_optim or run.has_no_optimizer_state:
+    if (record := _record_of_state(run)) is None:
         return
     vpp = record.get("virtual_pipeline_model_parallel_size") or 1
     old_layout = Layout.from_settings(record, record.get("world_size") or 1, vpp)
@@ -142,10 +141,8 @@ def _has_fp32_gradients(settings: Mapping[str, Any]) -> bool:
 
 def check_schedule(run: RequestedRun) -> Iterable[str]:
     """The learning-rate schedule is the one that was saved."""
-    record, args = _record_of_stage(run), run.args
-    if record is None or not run.recipe_is_read or args.no_load_optim or run.has_no_optimizer_state:
-        return
-    if args.override_opt_param_scheduler:
+    record, args = _record_of_state(run), run.args
+    if record is None or args.override_opt_param_scheduler:
         return
     settings = vars(args) | {"global_batch_size": run.global_batch_size or None}
     before, now = _schedule(settings | record), _schedule(settings)
@@ -184,10 +181,11 @@ def _schedule(settings: Mapping[str, Any]) -> dict[str, Any]:
     return found | dict.fromkeys(unused)
 
 
-def _record_of_stage(run: RequestedRun) -> dict[str, Any] | None:
-    """The settings of the run to resume, if it is of the same stage."""
-    is_same = run.is_resumed and run.record is not None and run.record.get("stage") == run.args.stage
-    return run.record if is_same else None
+def _record_of_state(run: RequestedRun) -> dict[str, Any] | None:
+    """The settings of the run to resume if it is of the same stage and its optimizer state will be loaded."""
+    is_loaded = run.is_resumed and not run.args.no_load_optim and not run.has_no_optimizer_state
+    is_same = is_loaded and run.record is not None and run.record.get("stage") == run.args.stage
+    return run.record if is_same and run.recipe_is_read else None
 
 
 def _as_flags(names: list[str], settings: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ import torch
 from moelpr.evaluate.models import LoadedModel, choose_device, open_model, read_max_positions, require_hf, resolve_dtype
 from moelpr.evaluate.result_cache import Json, ResultCache, fingerprint_model
 from moelpr.evaluate.scoring import LanguageScore, Settings, score_each
+from moelpr.report.evaluation_files import Continuation
 from moelpr.store.checksums import Verify
 
 PROMPT_WORDS = 7
@@ -32,8 +33,7 @@ class Comparison:
     settings: Settings  # the same windows for all models
     scores: dict[str, dict[str, LanguageScore]]  # model -> language -> score
     continuation_tokens: int  # maximum length of a continuation; 0 for none
-    # language -> "prompt" from a document, "reference": how the document continues, "by_model": model -> continuation
-    continuations: dict[str, Json]
+    continuations: dict[str, Continuation]  # language -> continuations of the first words of a document
 
     def scores_on(self, language: str) -> dict[str, LanguageScore]:
         """Model -> score on one language."""
@@ -54,11 +54,10 @@ def compare_models(
     """Score every model on every language, in windows of the same length, so that no model gets more context.
 
     Args:
-        models: name -> directory.
-        documents: language -> texts.
-        continuation_tokens: length of the continuations of a prompt per language, in tokens; 0: none.
-        device, dtype, verify: see `moelpr.evaluate.models.load_model`.
-        cache: where results are kept, and those of an earlier run are read.
+        models: Name -> directory.
+        documents: Language -> texts.
+        continuation_tokens: The length of the continuations of a prompt per language, in tokens; 0: none.
+        device, dtype, verify: See `moelpr.evaluate.models.load_model`.
 
     Raises:
         UserError: before a model is opened, if a setting does not fit a model.
@@ -96,12 +95,8 @@ def compare_models(
         for name, found in results.items()
     }
     continuations = {
-        language: {
-            "prompt": prompt,
-            "reference": reference,
-            "by_model": {name: found[_PROMPT + language]["text"] for name, found in results.items()},
-        }
-        for language, (prompt, reference) in prompts.items()
+        language: Continuation(*prompt, {name: found[_PROMPT + language]["text"] for name, found in results.items()})
+        for language, prompt in prompts.items()
     }
     return Comparison(dict(models), settings, scores, continuation_tokens, continuations)
 

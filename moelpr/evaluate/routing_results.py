@@ -45,13 +45,7 @@ class RoutingResults(Results):
     name, title = "routing", "Routing"
 
     def __init__(self, comparison: Comparison, data: Mapping[str, Path], original: Sequence[str], threshold: float):
-        """Collect the routing of all MoE models.
-
-        Args:
-            comparison: The models' scores.
-            data: Language -> file.
-            original: The original languages; empty if they were not named.
-            threshold: See `broken_priors`.
+        """Collect the routing of all MoE models; `original` is empty if the original languages were not named.
 
         Raises:
             UserError: All models are dense.

@@ -1,6 +1,7 @@
 """Results on held-out text: each metric and its changes, with intervals, per language and model."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from moelpr.evaluate.confidence import Estimate, estimates, interval_of, mean
 from moelpr.evaluate.results import Results, settings_json
 from moelpr.languages import language_name
 from moelpr.report import page
+from moelpr.report.evaluation_files import continuation_samples
 from moelpr.report.numbers import Interval, percent
 from moelpr.report.plots import change_chart
 
@@ -28,14 +30,7 @@ class TextResults(Results):
     name, title = "results", "Held-out text"
 
     def __init__(self, comparison: Comparison, data: Mapping[str, Path], original: Sequence[str], seed: int):
-        """Compute all estimates.
-
-        Args:
-            comparison: The models' scores.
-            data: Language -> file.
-            original: The original languages; empty if they were not named.
-            seed: The seed of the bootstrap.
-        """
+        """Compute all estimates; `original` is empty if the original languages were not named."""
         self._comparison, self._data, self._original, self._seed = comparison, data, original, seed
         self._first, *others = models = list(comparison.models)
         found = {language: estimates(comparison.scores_on(language), seed) for language in data}
@@ -146,14 +141,7 @@ class TextResults(Results):
         return [page.Figure([svg], caption, name="change")]
 
     def samples(self) -> list[page.Block]:
-        samples = [
-            page.Sample(
-                code, language_name(code), text["prompt"], text["by_model"] | {"the text itself": text["reference"]}
-            )
-            for code, text in self._comparison.continuations.items()
-        ]
-        note = "The first words of a held-out document, continued by each model. One sample does not show quality."
-        return [page.Text(note, "note"), *samples] if samples else []
+        return continuation_samples(self._comparison.continuations, "One sample does not show quality.")
 
     def to_json(self) -> dict[str, Any]:
         settings = {"seed": self._seed, "continuation_tokens": self._comparison.continuation_tokens}
@@ -167,7 +155,7 @@ class TextResults(Results):
                 }
                 for model, directory in self._comparison.models.items()
             },
-            "continuations": self._comparison.continuations,
+            "continuations": {code: asdict(found) for code, found in self._comparison.continuations.items()},
         }
 
     def _language_json(self, model: str, language: str) -> dict[str, Any]:
@@ -183,5 +171,5 @@ class TextResults(Results):
 
     def _row_json(self, model: str, row: str) -> dict[str, Any]:
         changes = self._changes[row].get(model, {})
-        change = {metric: change._asdict() | {"is_clear": change.is_clear} for metric, change in changes.items()}
-        return {metric: found._asdict() for metric, found in self._rows[row][model].items()} | {"change": change}
+        change = {metric: asdict(change) | {"is_clear": change.is_clear} for metric, change in changes.items()}
+        return {metric: asdict(found) for metric, found in self._rows[row][model].items()} | {"change": change}

@@ -1,38 +1,18 @@
 """The files of `python -m moelpr.evaluate`, as far as reports read them: results.json and routing.json."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
 from typing import Self
 
 from pydantic.dataclasses import dataclass
 
+from moelpr.languages import language_name
 from moelpr.process.errors import UserError
-from moelpr.report.numbers import Interval
+from moelpr.report import page
+from moelpr.report.numbers import Interval, Measured
 from moelpr.store import records
 from moelpr.store.records import FOREIGN
-
-Shares = list[float | None]
-
-
-@dataclass(frozen=True, config=FOREIGN)
-class MeasuredInterval:
-    """A number with its 95% confidence interval.
-
-    Attributes:
-        value: The number; null if it is infinite or NaN.
-        low: The lower bound; null without an interval.
-        high: The upper bound.
-    """
-
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-
-    @property
-    def interval(self) -> Interval:
-        return Interval(*floats((self.value, self.low, self.high)))
 
 
 @dataclass(frozen=True, config=FOREIGN)
@@ -44,8 +24,8 @@ class ExpertShare:
         layers: The numbers of the MoE layers.
     """
 
-    per_layer: Shares
-    layers: list[int] | None = None
+    per_layer: list[Measured]
+    layers: list[int]
 
 
 @dataclass(frozen=True, config=FOREIGN)
@@ -61,12 +41,12 @@ class LanguageResult:
         all_original_share: The fraction of tokens whose choices are all original experts, per MoE layer.
     """
 
-    bits_per_byte: MeasuredInterval | None = None
-    change: dict[str, MeasuredInterval] = field(default_factory=dict)
+    bits_per_byte: Interval | None = None
+    change: dict[str, Interval] = field(default_factory=dict)
     original_expert_share: ExpertShare | None = None
-    original_first_share: Shares | None = None
+    original_first_share: list[Measured] | None = None
     layers: list[int] | None = None
-    all_original_share: Shares | None = None
+    all_original_share: list[Measured] | None = None
 
     def __post_init__(self) -> None:
         lists = [self.moe_layers, *self.shares.values()]
@@ -77,9 +57,9 @@ class LanguageResult:
     def shares(self) -> dict[str, list[float]]:
         """Name in `ROUTING_SHARES` -> fraction per MoE layer, of those that were measured."""
         share = self.original_expert_share
-        first = self.original_first_share or (share.per_layer if share else None)
+        first = share.per_layer if share else self.original_first_share
         found = {"original_first_share": first, "all_original_share": self.all_original_share}
-        return {name: floats(values) for name, values in found.items() if values}
+        return {name: values for name, values in found.items() if values}
 
     @property
     def moe_layers(self) -> list[int] | None:
@@ -139,6 +119,11 @@ class EvaluationFile:
         return records.read(cls, path, "pass files that `python -m moelpr.evaluate` wrote as --evaluation")
 
 
-def floats(values: Sequence[float | None]) -> list[float]:
-    """The numbers, with NaN for null."""
-    return [math.nan if value is None else value for value in values]
+def continuation_samples(continuations: Mapping[str, Continuation], note: str) -> list[page.Block]:
+    """Show the continuations of each language; `note` says what they are worth."""
+    samples = [
+        page.Sample(code, language_name(code), found.prompt, found.by_model | {"the text itself": found.reference})
+        for code, found in continuations.items()
+    ]
+    what = f"The first words of a held-out document, continued by each model. {note}"
+    return [page.Text(what, "note"), *samples] if samples else []

@@ -134,10 +134,10 @@ def _add(results: LanguageResults, content: EvaluationFile, path: Path) -> None:
             results.groups[language] = GROUPS[language in original] if original else results.groups.get(language, "")
         for row, values in (result.languages | result.means).items():
             if values.bits_per_byte:
-                results.bits.setdefault(model, {})[row] = values.bits_per_byte.interval
+                results.bits.setdefault(model, {})[row] = values.bits_per_byte
             # Another file may compare with another model; changes against the first one then follow from `bits`.
             if "bits_per_byte" in values.change and reference == next(iter(results.bits), reference):
-                results.changes.setdefault(model, {})[row] = values.change["bits_per_byte"].interval
+                results.changes.setdefault(model, {})[row] = values.change["bits_per_byte"]
             for share, per_layer in values.shares.items():
                 results.routing[share].setdefault(model, {})[row] = per_layer
                 layers = values.moe_layers or list(range(len(per_layer)))

@@ -2,15 +2,26 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Annotated
+
+from pydantic import Field, WrapValidator
+from pydantic.dataclasses import dataclass
+
+from moelpr.store.records import FOREIGN
+
+# In files, NaN and infinite numbers are null.
+Measured = Annotated[
+    float, Field(allow_inf_nan=True), WrapValidator(lambda found, check: math.nan if found is None else check(found))
+]
 
 
-class Interval(NamedTuple):
+@dataclass(frozen=True, config=FOREIGN)
+class Interval:
     """A number and the bounds of its 95% confidence interval, NaN if there is none."""
 
-    value: float
-    low: float = math.nan
-    high: float = math.nan
+    value: Measured
+    low: Measured = math.nan
+    high: Measured = math.nan
 
     @property
     def has_bounds(self) -> bool:

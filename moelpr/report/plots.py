@@ -6,7 +6,7 @@ understood: curves differ in dash and marker, bars and cells carry their name an
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import matplotlib
@@ -133,7 +133,7 @@ def change_chart(title: str, rows: Mapping[str, Mapping[str, Interval | None]], 
         axis: label of the axis, for example "bits per byte against base".
     """
     models = list(dict.fromkeys(model for changes in rows.values() for model in changes))
-    ends = [end for changes in rows.values() for change in changes.values() for end in change or ()]
+    ends = [end for changes in rows.values() for change in changes.values() if change for end in astuple(change)]
     ends = [-0.02, 0.02, *filter(math.isfinite, ends)]
     span = max(ends) - min(ends)
     height = sum(17 * len(changes) + 12 if changes else 26 for changes in rows.values())  # in pixels, as y

@@ -14,6 +14,7 @@ from moelpr.languages import language_name
 from moelpr.metrics.schema import CONSUMED_TOKENS, GROUP_NAMES, LM_LOSS
 from moelpr.report import page, plots
 from moelpr.report.claims import Claims, Judgment, Verification, check_result
+from moelpr.report.evaluation_files import continuation_samples
 from moelpr.report.language_results import LanguageResults, held_out_results
 from moelpr.report.numbers import Interval, finite_mean, number_text, percent
 from moelpr.report.page import Block, Cell, Row, Section, Table, Text
@@ -22,6 +23,7 @@ from moelpr.report.runs import Run
 from moelpr.store.files import write_text
 
 MAX_WARNINGS = 30
+_SAMPLE = "One sample per language illustrates the models; it does not measure them."
 # Flags that say how a run was made; its recipe.yaml has all of them.
 _SETTINGS = """
 micro_batch_size global_batch_size seq_length lr lr_decay_style balance_loss_coeff lpr_loss_coeff num_original_experts
@@ -62,7 +64,7 @@ def _sections(report: Report, judgments: Sequence[Judgment], held_out: LanguageR
         Section("Checks", _checks_table(report)),
         Section("Routing: original or new experts", routing_figures(runs, evaluation)),
         Section("Curves", curve_figures(runs)),
-        Section("Continuations", _continuations(evaluation)),
+        Section("Continuations", continuation_samples(evaluation.continuations, _SAMPLE)),
         Section("Cost", [_cost_table(runs)]),
         Section("Settings", [*_settings(report)]),
         Section("How to repeat it", [*_commands(runs)]),
@@ -212,18 +214,6 @@ def _checks_table(report: Report) -> list[Block]:
     return [Table(["check", "found", "tensors", "same next token"], rows, note, text_columns=[1])] if rows else []
 
 
-def _continuations(evaluation: LanguageResults) -> list[Block]:
-    note = (
-        "The first words of a held-out document, continued by each model. One sample per language illustrates the "
-        "models; it does not measure them."
-    )
-    samples = [
-        page.Sample(code, language_name(code), found.prompt, found.by_model | {"the text itself": found.reference})
-        for code, found in evaluation.continuations.items()
-    ]
-    return [Text(note, "note"), *samples] if samples else []
-
-
 def _cost_table(runs: Sequence[Run]) -> Table:
     rows = []
     for run in runs:
@@ -305,7 +295,7 @@ def _run_numbers(run: Run) -> dict[str, Any]:
 
 
 def _by_model(results: LanguageResults, number: Callable[..., Interval]) -> dict[str, dict[str, dict[str, float]]]:
-    return {model: {row: number(model, row)._asdict() for row in rows} for model, rows in results.bits.items()}
+    return {model: {row: asdict(number(model, row)) for row in rows} for model, rows in results.bits.items()}
 
 
 def _duration(seconds: float) -> str:

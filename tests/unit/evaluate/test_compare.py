@@ -83,9 +83,7 @@ def test_continuations_are_kept_until_their_length_changes(measured, tmp_path, d
     again = compare_models({"dense": dense_dir}, texts, continuation_tokens=4, device="cpu", cache=cache)
     assert measured == [] and again == first
     compare_models({"dense": dense_dir}, texts, continuation_tokens=3, device="cpu", cache=cache)
-    assert [prompt for _, prompt in measured] == [
-        continuation["prompt"] for continuation in first.continuations.values()
-    ]
+    assert [prompt for _, prompt in measured] == [continuation.prompt for continuation in first.continuations.values()]
 
 
 def test_a_damaged_result_is_measured_again(measured, tmp_path, dense_dir, texts):

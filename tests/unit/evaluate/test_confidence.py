@@ -20,8 +20,8 @@ def test_a_95_percent_interval_contains_the_truth_about_as_often():
     hits = 0
     for trial in range(200):
         estimate = estimates({"m": score_of(rng.exponential(size=100))}, trial)["m"]["bits_per_byte"]
-        _, low, high = interval_of(estimate)
-        hits += low < 1 < high
+        interval = interval_of(estimate)
+        hits += interval.low < 1 < interval.high
     assert 0.88 < hits / 200 < 0.99
 
 

@@ -9,6 +9,7 @@ import pytest
 from moelpr.process.errors import UserError
 from moelpr.report.evaluation_files import Continuation
 from moelpr.report.language_results import held_out_results, read_evaluations
+from moelpr.report.numbers import Interval
 from moelpr.report.runs import read_run
 from tests.support.run_folders import make_run
 
@@ -25,7 +26,7 @@ def test_evaluations_of_several_files_and_versions_are_joined(tmp_path: Path) ->
     old.write_text(json.dumps({"models": {"base": {"languages": {"el": {"bits_per_byte": {"value": 3.0}}}}}}))
     results = read_evaluations([first, second, old])
     assert results.groups == {"en": "original", "el": "expanded"}
-    assert results.bits["ours"]["en"] == (2.0, 1.9, 2.1) and results.bits["base"]["el"].value == 3.0
+    assert results.bits["ours"]["en"] == Interval(2.0, 1.9, 2.1) and results.bits["base"]["el"].value == 3.0
     assert results.change("ours", "en").value == 0.1 and not results.change("ours", "en").has_bounds
     assert results.layers["ours"] == [1, 3] and results.routing["original_first_share"]["ours"]["el"][0] == 0.5
     assert results.rows() == {"expanded": ["el"], "original": ["en", "mean original"]}

@@ -7,7 +7,7 @@ benchmark, a table per group of languages.
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
-from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic.dataclasses import dataclass
 
 from moelpr.evaluate.models import LoadedModel, choose_device, open_model, require_hf, resolve_dtype
 from moelpr.evaluate.result_cache import Json, ResultCache, fingerprint_files, fingerprint_model
@@ -39,43 +39,15 @@ _CACHED = "harness "  # before a task: the name of its result in the cache
 Scores = dict[str, dict[str, dict[str, float]]]
 
 
-@dataclass(frozen=True)
-class Benchmark:
-    """One column of the paper's Table 1."""
-
-    name: str
-    num_fewshot: int  # examples before each question
-    metric: str  # key in the harness's results
-    tasks: dict[str, tuple[str, ...]]  # language -> the harness's task names, whose mean is the language's score
-
-    def score(self, language: str, found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-        """The language's value and stderr, from 0 to 100 as in the paper; `found`: task -> metric -> number.
-
-        A stderr that the harness does not know is NaN.
-        """
-        tasks, scale = self.tasks[language], 100.0 if self.metric in FRACTIONS else 1.0
-        for task in tasks:
-            if self.metric not in found[task]:
-                metrics = [name for name in found[task] if not name.endswith("_stderr")]
-                raise UserError(
-                    f"the metric of {self.name} must be one of {', '.join(metrics)}, which {task} has, got "
-                    f"{self.metric}; correct the --tasks file"
-                )
-        errors = [found[task].get(f"{self.metric}_stderr", math.nan) for task in tasks]
-        stderr = scale * sum(error**2 for error in errors) ** 0.5 / len(errors)
-        value = scale * fmean(found[task][self.metric] for task in tasks)
-        return {"value": value, "stderr": stderr}
-
-
 # A single name needs no list.
 TaskNames = Annotated[
     list[str], Field(min_length=1), BeforeValidator(lambda found: [found] if isinstance(found, str) else found)
 ]
 
 
-@pydantic_dataclass(frozen=True, config=STRICT)
-class BenchmarkTasks:
-    """A benchmark in a table of tasks.
+@dataclass(frozen=True, config=STRICT)
+class Benchmark:
+    """One column of the paper's Table 1, as in a table of tasks.
 
     Attributes:
         num_fewshot: The number of examples before each question.
@@ -87,21 +59,37 @@ class BenchmarkTasks:
     metric: str
     tasks: dict[str, TaskNames]
 
+    def score(self, language: str, found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+        """The language's value and stderr, from 0 to 100 as in the paper; `found`: task -> metric -> number.
 
-def read_benchmarks(path: Path, languages: Sequence[str]) -> list[Benchmark]:
+        A stderr that the harness does not know is NaN.
+        """
+        tasks, scale = self.tasks[language], 100.0 if self.metric in FRACTIONS else 1.0
+        for task in tasks:
+            if self.metric not in found[task]:
+                metrics = [name for name in found[task] if not name.endswith("_stderr")]
+                raise UserError(
+                    f"{task} has the metrics {', '.join(metrics)}, but not {self.metric}; correct the --tasks file"
+                )
+        errors = [found[task].get(f"{self.metric}_stderr", math.nan) for task in tasks]
+        stderr = scale * sum(error**2 for error in errors) ** 0.5 / len(errors)
+        return {"value": scale * fmean(found[task][self.metric] for task in tasks), "stderr": stderr}
+
+
+def read_benchmarks(path: Path, languages: Sequence[str]) -> dict[str, Benchmark]:
     """Read a table of tasks (see paper_tasks.yaml), keeping only `languages` and benchmarks that have one of them.
 
     Raises:
         UserError: The file is not such a table, or nothing is left.
     """
     remedy = f"pass --tasks a table of num_fewshot, metric and tasks per benchmark, as in {PAPER_TASKS.name}"
-    table = records.validate(dict[str, BenchmarkTasks], read_mapping(path, "table of tasks"), str(path), remedy)
-    benchmarks = []
+    table = records.validate(dict[str, Benchmark], read_mapping(path, "table of tasks"), str(path), remedy)
+    benchmarks = {}
     for name, entry in table.items():
         # YAML reads the Norwegian code as a boolean.
-        names = {"no" if language == "false" else language: tuple(names) for language, names in entry.tasks.items()}
+        names = {"no" if language == "false" else language: names for language, names in entry.tasks.items()}
         if tasks := {language: names[language] for language in languages if language in names}:
-            benchmarks.append(Benchmark(name, entry.num_fewshot, entry.metric, tasks))
+            benchmarks[name] = replace(entry, tasks=tasks)
     if not benchmarks:
         raise UserError(
             f"{path} has no task for {', '.join(languages)}; pass other --languages or another --tasks file"
@@ -110,14 +98,14 @@ def read_benchmarks(path: Path, languages: Sequence[str]) -> list[Benchmark]:
     return benchmarks
 
 
-def shots_of(benchmarks: Sequence[Benchmark]) -> dict[str, int]:
+def shots_of(benchmarks: Mapping[str, Benchmark]) -> dict[str, int]:
     """The number of examples in the prompt of each task.
 
     Raises:
         UserError: Two benchmarks disagree.
     """
     shots: dict[str, int] = {}
-    for benchmark in benchmarks:
+    for benchmark in benchmarks.values():
         for task in (task for tasks in benchmark.tasks.values() for task in tasks):
             if shots.setdefault(task, benchmark.num_fewshot) != benchmark.num_fewshot:
                 raise UserError(
@@ -129,7 +117,7 @@ def shots_of(benchmarks: Sequence[Benchmark]) -> dict[str, int]:
 
 def run_tasks(
     models: Mapping[str, Path],
-    benchmarks: Sequence[Benchmark],
+    benchmarks: Mapping[str, Benchmark],
     cache: ResultCache,
     settings: Mapping[str, Any],
     verify: Verify = Verify.FULL,
@@ -246,7 +234,7 @@ class HarnessResults(Results):
     def __init__(
         self,
         models: Mapping[str, Path],
-        benchmarks: Sequence[Benchmark],
+        benchmarks: Mapping[str, Benchmark],
         languages: Sequence[str],
         original: Sequence[str],
         scores: Scores,
@@ -260,7 +248,10 @@ class HarnessResults(Results):
         }
         # model -> benchmark -> language -> {value, stderr}
         self._scores = {
-            model: {bench.name: {code: bench.score(code, found) for code in bench.tasks} for bench in benchmarks}
+            model: {
+                name: {code: benchmark.score(code, found) for code in benchmark.tasks}
+                for name, benchmark in benchmarks.items()
+            }
             for model, found in scores.items()
         }
 
@@ -292,10 +283,10 @@ class HarnessResults(Results):
             for model in self._models
             if (change := self._change(model, group))
         ]
-        for benchmark in self._benchmarks:
+        for name, benchmark in self._benchmarks.items():
             languages = [language for group in self._groups.values() for language in group]
             if missing := [language_name(language) for language in languages if language not in benchmark.tasks]:
-                findings.append(f"{benchmark.name} has no task for {', '.join(missing)}.")
+                findings.append(f"{name} has no task for {', '.join(missing)}.")
         return findings
 
     def tables(self) -> dict[str, Table]:
@@ -303,8 +294,8 @@ class HarnessResults(Results):
             f"{group.capitalize()} languages": self._group_table(group) for group in GROUPS if self._groups[group]
         }
         return groups | {
-            f"{bench.name}, {bench.num_fewshot} shots, {bench.metric}": self._language_table(bench)
-            for bench in self._benchmarks
+            f"{name}, {benchmark.num_fewshot} shots, {benchmark.metric}": self._language_table(name, benchmark)
+            for name, benchmark in self._benchmarks.items()
         }
 
     def _group_table(self, group: str) -> Table:
@@ -312,17 +303,16 @@ class HarnessResults(Results):
         for model in self._models:
             cells = ["\u2013" if mean is None else f"{mean:.2f}" for mean in self.means(model, group)]
             rows.append([model, *cells, self._change(model, group)])
-        header = [f"{benchmark.name} ({benchmark.num_fewshot})" for benchmark in self._benchmarks]
+        header = [f"{name} ({benchmark.num_fewshot})" for name, benchmark in self._benchmarks.items()]
         names = ", ".join(map(language_name, self._groups[group]))
         note = f"Means over {names}, as far as a benchmark has them; in parentheses: shots."
         return Table(["model", *header, "average", f"against {self._reference}"], rows, note)
 
-    def _language_table(self, benchmark: Benchmark) -> Table:
+    def _language_table(self, name: str, benchmark: Benchmark) -> Table:
         rows = [
-            [model, *(_with_error(score) for score in scores[benchmark.name].values())]
-            for model, scores in self._scores.items()
+            [model, *(_with_error(score) for score in scores[name].values())] for model, scores in self._scores.items()
         ]
-        names = ", ".join(name for tasks in benchmark.tasks.values() for name in tasks)
+        names = ", ".join(task for tasks in benchmark.tasks.values() for task in tasks)
         limit = self._settings["limit"]
         warning = f" Only the first {limit} questions of each task: do not publish these numbers." if limit else ""
         return Table(["model", *benchmark.tasks], rows, f"\u00b1 one standard error. Tasks: {names}.{warning}")
@@ -332,7 +322,7 @@ class HarnessResults(Results):
         return {
             "settings": {**self._settings, "include_path": include_path and str(include_path)},
             "groups": self._groups,
-            "benchmarks": {bench.pop("name"): bench for bench in map(asdict, self._benchmarks)},
+            "benchmarks": {name: asdict(benchmark) for name, benchmark in self._benchmarks.items()},
             "models": {
                 model: {
                     "directory": str(directory),

@@ -182,7 +182,7 @@ def test_the_harness_has_every_task_of_the_papers_table():
     table = yaml.safe_load(PAPER_TASKS.read_text())
     languages = {language for entry in table.values() for language in entry["tasks"]}
     benchmarks = read_benchmarks(PAPER_TASKS, sorted(languages))
-    named = {task for benchmark in benchmarks for tasks in benchmark.tasks.values() for task in tasks}
+    named = {task for benchmark in benchmarks.values() for tasks in benchmark.tasks.values() for task in tasks}
     assert named - known == set()
 
 
@@ -200,16 +200,15 @@ def test_a_task_that_would_ignore_the_number_of_shots_is_rejected(rejected, tmp_
 def test_the_papers_languages_have_tasks_with_the_papers_shots():
     benchmarks = read_benchmarks(PAPER_TASKS, ["en", "es", "zh", "el", "hu", "tr"])
     shots = {"ARC": 25, "MMLU": 5, "HellaSwag": 10, "Belebele": 5, "FLORES": 8}
-    assert {benchmark.name: benchmark.num_fewshot for benchmark in benchmarks} == shots
-    by_name = {benchmark.name: benchmark for benchmark in benchmarks}
-    assert len(by_name["Belebele"].tasks) == len(by_name["MMLU"].tasks) == 6
+    assert {name: benchmark.num_fewshot for name, benchmark in benchmarks.items()} == shots
+    assert len(benchmarks["Belebele"].tasks) == len(benchmarks["MMLU"].tasks) == 6
 
 
 def test_averages_are_over_languages_first_and_then_over_benchmarks():
-    benchmarks = [
-        Benchmark("A", 25, "acc_norm", {"en": ("a_en",), "es": ("a_es",), "el": ("a_el",)}),
-        Benchmark("B", 8, "chrf", {"en": ("b_in", "b_out")}),
-    ]
+    benchmarks = {
+        "A": Benchmark(25, "acc_norm", {"en": ["a_en"], "es": ["a_es"], "el": ["a_el"]}),
+        "B": Benchmark(8, "chrf", {"en": ["b_in", "b_out"]}),
+    }
     numbers = {"a_en": 0.2, "a_es": 0.4, "a_el": 0.5}
     base = {task: {"acc_norm": number, "acc_norm_stderr": 0.03} for task, number in numbers.items()}
     base |= {"b_in": {"chrf": 40.0, "chrf_stderr": 3.0}, "b_out": {"chrf": 60.0, "chrf_stderr": 4.0}}
@@ -228,10 +227,10 @@ def test_averages_are_over_languages_first_and_then_over_benchmarks():
     assert results.means("ours", "original")[-1] == pytest.approx((40 + 50.1) / 2)
     flores = results.to_json()["models"]["base"]["scores"]["B"]["en"]
     assert flores == {"value": pytest.approx(50), "stderr": pytest.approx(2.5)}
-    assert benchmarks[1].score("en", {task: {"chrf": 40.0} for task in ("b_in", "b_out")})["value"] == 40
+    assert benchmarks["B"].score("en", {task: {"chrf": 40.0} for task in ("b_in", "b_out")})["value"] == 40
     scores = {"base": {task: {"chrf": 40.0} for task in ("b_in", "b_out")}}
     settings = {"limit": None, "include_path": None}
-    unknown = HarnessResults({"base": Path("base")}, benchmarks[1:], ["en"], ["en"], scores, settings)
+    unknown = HarnessResults({"base": Path("base")}, {"B": benchmarks["B"]}, ["en"], ["en"], scores, settings)
     assert json.loads(unknown.json_text())["models"]["base"]["scores"]["B"]["en"]["stderr"] is None
     assert unknown.tables()["B, 8 shots, chrf"].rows[0][1] == "40.00 ± –"
     findings, tables = results.findings(), results.tables()

@@ -7,12 +7,12 @@ python -m moelpr.evaluate harness --model base=DIR --model stage2=DIR --language
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moelpr.evaluate.named_paths import check_languages, languages, named_paths
-from moelpr.process.command import CommandParser, run_command
+from moelpr.process.command import CommandParser, check_is_utf8, run_command
+from moelpr.process.errors import UserError
 from moelpr.store.checksums import NO_VERIFY
 
 if TYPE_CHECKING:
@@ -74,19 +74,19 @@ def measure_text(args: argparse.Namespace) -> "Results":
 
 
 def measure_harness(args: argparse.Namespace) -> "Results":
-    models, languages = named_paths(args.model, "--model"), args.languages
-    check_languages(args.original_languages, languages, "--languages")
+    models = named_paths(args.model, "--model")
+    check_languages(args.original_languages, args.languages, "--languages")
     from moelpr.evaluate.harness import PAPER_TASKS, HarnessResults, read_benchmarks, run_tasks
     from moelpr.evaluate.models import check_device, read_max_positions
     from moelpr.evaluate.result_cache import ResultCache
 
-    benchmarks = read_benchmarks(args.tasks or PAPER_TASKS, languages)
+    benchmarks = read_benchmarks(args.tasks or PAPER_TASKS, args.languages)
     check_device(args.device)
     for directory in models.values():
         read_max_positions(directory)  # raises if it is not a model
     settings = {name: getattr(args, name) for name in ("include_path", "limit", "batch_size", "device", "dtype")}
     scores = run_tasks(models, benchmarks, ResultCache(args.output), settings, args.verify)
-    return HarnessResults(models, benchmarks, languages, args.original_languages, scores, settings)
+    return HarnessResults(models, benchmarks, args.languages, args.original_languages, scores, settings)
 
 
 def make_parser() -> CommandParser:
@@ -168,6 +168,32 @@ def common_arguments(models: str) -> CommandParser:
     add("--output", type=Path, metavar="DIR", help=what)
     add("--no-verify", **NO_VERIFY)
     return parser
+
+
+def languages(value: str) -> list[str]:
+    return [language.strip() for language in value.split(",") if language.strip()]
+
+
+def check_languages(original: list[str], languages: Collection[str], flag: str) -> None:
+    if unknown := [language for language in original if language not in languages]:
+        raise UserError(f"--original-languages {','.join(unknown)} must be among {flag} ({', '.join(languages)})")
+
+
+def named_paths(items: list[str], flag: str) -> dict[str, Path]:
+    """NAME=DIR or LANG=FILE arguments by name; the name of a bare --model path is that of its last folder."""
+    form, example = ("NAME=DIR", "base") if flag == "--model" else ("LANG=FILE", "en")
+    named: dict[str, Path] = {}
+    for item in items:
+        name, separator, path = item.partition("=")
+        if not separator and flag == "--model":
+            name, path = Path(item).resolve().name, item
+        check_is_utf8(item, f"{flag} argument")
+        if not name or not path:
+            raise UserError(f"{flag} must be {form}, such as {example}={item.strip('=')}, got {item}")
+        if name in named:
+            raise UserError(f"{flag} has {name} twice ({named[name]} and {path}); give each its own name as {form}")
+        named[name] = Path(path)
+    return named
 
 
 def at_least(minimum: int) -> Callable[[str], int]:

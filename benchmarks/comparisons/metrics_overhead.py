@@ -38,7 +38,7 @@ def run(turns: Turns, sizes: Namespace) -> Iterator[tuple[str, Times]]:
 
 def measure(turns: Turns, stage: Any, sizes: Namespace, folder: Path) -> Times:
     """Seconds of each step, without and with its metrics."""
-    from benchmarks.steps import our_step, random_batch, spec_of
+    from benchmarks.optimizer_steps import our_step, random_batch, spec_of
 
     torch.manual_seed(1)
     spec = spec_of(sizes)

@@ -12,12 +12,12 @@ from examples.frontier_results import value_range
 from examples.languages import GROUPS, LANGUAGES
 from examples.real_model.measurements import collect, missing
 from examples.real_model.settings import (
+    BLENDS,
     LORA_16,
     MORE_TEXT,
     NUM_NEW_TOKENS,
     REPLAY,
     SETTINGS,
-    STAGE0_BLEND,
     STAGE0_SHARE,
 )
 from examples.real_model.signs import Verdict, change, margin, signs
@@ -306,7 +306,7 @@ def _vocabulary(results: Json) -> str:
             label = setting["label"] + (", first seed" if len(setting["models"]) > 1 else "")
             rows.append([label, *means, f"{cost['tokens']:,}" if cost else "0", _minutes(cost) if cost else ""])
     head = ["change against base", *(f"{group}, {PARTS[part]}" for part, group in columns), "tokens", "training"]
-    parts = sum(STAGE0_BLEND.values()) // STAGE0_BLEND["original"]
+    parts = sum(BLENDS["stage0"].values()) // BLENDS["stage0"]["original"]
     note = (
         f"{NUM_NEW_TOKENS:,} new tokens, learned from the training text; then stage 0 "
         f"with {STAGE0_SHARE:.0%} of the tokens, 1 in {parts} of them original; stage 1 with the others and "

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from examples import tasks
 from examples.downloads import SOURCES
@@ -17,7 +19,6 @@ from moelpr.process.errors import UserError
 from moelpr.workflow.task import Task
 from moelpr.workflow.workflow import Workflow
 
-EXPANDED_ONLY = {"expanded": 1.0}  # blend
 EXTENDED = "extended-"  # how the names of corpora of the extended tokenizer start
 PROMPTS = 3  # per language
 CONTINUED = (BASE, "copies-seed-1", "full", "lora")  # models whose continuations and cloze scores are shown
@@ -47,6 +48,7 @@ class Queue:
     def tasks(self) -> list[Task]:
         """All tasks, in the order in which they run."""
         first, rest = SEEDS[0], SEEDS[1:]
+        search_stage1 = partial(self._train, stage="stage1", start=self.run / "upcycled-copies", tags={"copies"})
         found = [
             *self._text(),
             self._evaluate(BASE),
@@ -66,7 +68,7 @@ class Queue:
             *self._cloze(),
             *(task for seed in rest for name in ("copies", "one-copy", "no-lpr") for task in self._stage2(name, seed)),
             *(task for seed in rest for task in self._stage2("reference", seed)),
-            *self._search("copies", self._stage1_search, {"copies"}),
+            *self._search("copies", {"copies"}, search_stage1),
             *(task for name, times in settings.MORE_TEXT.items() for task in self._more_text(name, times)),
             *self._replay(),
             *self._lora(settings.LORA_16, rank=16),
@@ -81,19 +83,20 @@ class Queue:
 
     def _text(self) -> list[Task]:
         """Base and text, the validation part and prompts, and one corpus per language group."""
-
-        def script(name: str, is_complete: Callable[[], bool], minutes: float, **fields: object) -> Task:
-            words: Words = ["-m", f"examples.real_model.{name}", "--run", self.run, "--overwrite"]
-            return _tagged(ALL, Task(name=name, command=words, is_complete=is_complete, minutes=minutes), **fields)
-
         downloaded = {"files": (SOURCES,), "memory_gib": 2}
-        base = script("base", (self.base / "config.json").is_file, 1, disk_gib=1, **downloaded)
+        base = self._script("base", ALL, self.base / "config.json", 1, disk_gib=1, **downloaded)
         return [
             *([base] if self._is_base_downloaded else []),
-            script("text", (self.corpus / Facts.FILE_NAME).is_file, 3, disk_gib=0.3, **downloaded),
-            script("split", self.text.is_dir, 0.2, made_from=("text",)),
+            self._script("text", ALL, self.corpus / Facts.FILE_NAME, 3, disk_gib=0.3, **downloaded),
+            self._script("split", ALL, self.text, 0.2, made_from=("text",)),
             *self._preprocess(ALL, self.base),
         ]
+
+    def _script(self, name: str, tags: Tags, output: Path, minutes: float, **fields: Any) -> Task:
+        """Run a script of this folder, which writes `output`."""
+        words = ["-m", f"examples.real_model.{name}", "--run", self.run, "--overwrite"]
+        task = Task(name=name, command=words, is_complete=output.exists, minutes=minutes)
+        return _tagged(tags, task, **fields)
 
     def _preprocess(self, tags: Tags, tokenizer: Path, prefix: str = "") -> list[Task]:
         """A corpus per language group."""
@@ -113,44 +116,34 @@ class Queue:
         start = self.run / f"upcycled-{name}"
         users = {setting.name for setting in SETTINGS.values() if run in (setting.name, *setting.before)}
         upcycled_for = users | {"one-copy": {"plain"}, "copies": {*settings.MORE_TEXT}}.get(name, set())
-        found = [
-            self._convert(start, upcycled_for, *moe_options(name)),
-            self._train(run, "stage1", start, EXPANDED_ONLY, self._steps(), settings.STAGE1_RATE, users),
-        ]
+        found = [self._convert(start, upcycled_for, *moe_options(name)), self._train(run, "stage1", start, users)]
         return [*found, *([self._evaluate(run)] if run in SETTINGS else [])]
 
     def _stage2(self, name: str, seed: int, times: int = 1) -> list[Task]:
         """Review; `times` as many tokens as in the other settings."""
-        setting = SETTINGS[name]
+        setting, share = SETTINGS[name], times * settings.REVIEW_SHARE
         options = {"no-lpr": ("--lpr-loss-coeff", "0"), "reference": ("--lpr-loss", "reference")}.get(name, ())
         model, start = setting.models[SEEDS.index(seed)], self.run / setting.before[-1]
-        steps = self._steps(times * settings.REVIEW_SHARE)
-        blend, rate = settings.REVIEW_BLEND, settings.STAGE2_RATE
-        return [
-            self._train(model, "stage2", start, blend, steps, rate, {name}, *options, seed=seed),
-            self._evaluate(model),
-        ]
+        train = self._train(model, "stage2", start, {name}, options=options, share=share, seed=seed)
+        return [train, self._evaluate(model)]
 
     def _plain(self) -> list[Task]:
         """Stage 1 with everything trained."""
-        start, rate = self.run / "upcycled-one-copy", settings.STAGE1_RATE
-        train = self._train(
-            "plain", "stage1", start, EXPANDED_ONLY, self._steps(), rate, {"plain"}, trains_everything=True
-        )
+        start = self.run / "upcycled-one-copy"
+        train = self._train("plain", "stage1", start, {"plain"}, trains_everything=True)
         return [train, self._evaluate("plain")]
 
     def _more_text(self, name: str, times: int) -> list[Task]:
         """Both stages of MoE-LPR with K copies and more tokens."""
         (stage1,) = SETTINGS[name].before
-        start, steps = self.run / "upcycled-copies", self._steps(times)
-        train = self._train(stage1, "stage1", start, EXPANDED_ONLY, steps, settings.STAGE1_RATE, {name})
+        train = self._train(stage1, "stage1", self.run / "upcycled-copies", {name}, share=times)
         return [train, *self._stage2(name, SEEDS[0], times)]
 
     def _replay(self) -> list[Task]:
         """Full fine-tuning at the rate that its search found, with the text of both stages of MoE-LPR."""
-        name, steps = settings.REPLAY, self._steps(1 + settings.REVIEW_SHARE)
-        blend, rate, by = settings.REPLAY_BLEND, self._best_rate("full"), rates.searches("full")
-        train = self._train(name, "dense", self.run / "dense", blend, steps, rate, {name}, decided_by=by)
+        name, share = settings.REPLAY, 1 + settings.REVIEW_SHARE
+        text: dict[str, Any] = {"share": share, "blend": settings.REPLAY_BLEND}
+        train = self._train(name, "dense", self.run / "dense", {name}, searched="full", **text)
         return [train, self._evaluate(name)]
 
     def _vocabulary(self) -> list[Task]:
@@ -175,36 +168,14 @@ class Queue:
 
     def _stages_of_vocabulary(self, name: str, start: Path) -> list[Task]:
         """Three stages with new tokens; SAME_BYTES takes as many steps as its tokens need."""
-        is_shorter = name == settings.SAME_BYTES
         stage0, stage1 = settings.VOCABULARY[name].before
-        share0 = settings.STAGE0_SHARE
-
-        def train(model: str, stage: str, start: Path, blend: Mapping[str, float], share: float, *options: str) -> Task:
-            rate = {"stage0": settings.STAGE0_RATE, "stage1": settings.STAGE1_RATE, "stage2": settings.STAGE2_RATE}[
-                stage
-            ]
-            most = self._steps(share)
-            is_decided = is_shorter and stage != "stage2"
-            steps = (lambda: self._steps(share * self._tokens_left())) if is_decided else most
-            by = ("preprocess-expanded",) if is_decided else ()
-            return self._train(
-                model,
-                stage,
-                start,
-                blend,
-                steps,
-                rate,
-                {name},
-                *options,
-                corpora=EXTENDED,
-                most_steps=most,
-                decided_by=by,
-            )
-
+        share0, is_shorter = settings.STAGE0_SHARE, name == settings.SAME_BYTES
+        train = partial(self._train, tags={name}, corpora=EXTENDED)
+        trained = ("--train-new-embeddings",)
         return [
-            train(stage0, "stage0", start, settings.STAGE0_BLEND, share0),
-            train(stage1, "stage1", self.run / stage0, EXPANDED_ONLY, 1 - share0, "--train-new-embeddings"),
-            train(name, "stage2", self.run / stage1, settings.REVIEW_BLEND, settings.REVIEW_SHARE),
+            train(stage0, "stage0", start, share=share0, is_shorter=is_shorter),
+            train(stage1, "stage1", self.run / stage0, share=1 - share0, is_shorter=is_shorter, options=trained),
+            train(name, "stage2", self.run / stage1, share=settings.REVIEW_SHARE),
             self._evaluate(name),
         ]
 
@@ -225,51 +196,38 @@ class Queue:
 
     def _full(self) -> list[Task]:
         """Full fine-tuning at the best rate."""
-        users, start, by = {"full", settings.REPLAY}, self.run / "dense", rates.searches("full")
-
-        def search(model: str, rate: float) -> Task:
-            steps = self._steps(settings.SEARCH_SHARE)
-            return self._train(model, "dense", start, EXPANDED_ONLY, steps, rate, users, is_search=True)
-
-        rate = self._best_rate("full")
-        best = self._train("full", "dense", start, EXPANDED_ONLY, self._steps(), rate, {"full"}, decided_by=by)
-        convert = self._convert(start, users, "--dense")
-        return [convert, *self._search("full", search, users), best, self._evaluate("full")]
+        users, start = {"full", settings.REPLAY}, self.run / "dense"
+        best = self._train("full", "dense", start, {"full"}, searched="full")
+        search = self._search("full", users, partial(self._train, stage="dense", start=start, tags=users))
+        return [self._convert(start, users, "--dense"), *search, best, self._evaluate("full")]
 
     def _lora(self, name: str, rank: int | None = None) -> list[Task]:
         """LoRA at the best rate; `rank`: None is the largest that makes sense."""
 
-        def train(model: str, rate: float | Callable[[], float], share: float = settings.SEARCH_SHARE) -> Task:
-            steps, hf = self._steps(share), self.run / f"{model}-hf"
+        def train(model: str, rate: float | None = None) -> Task:
+            steps, hf = self._steps(settings.SEARCH_SHARE if rate else 1), self.run / f"{model}-hf"
             words: Words = ["-m", "examples.real_model.lora", "--base", self.base, "--run", self.run / model]
             words += ["--data-path", self.data / "expanded_text_document", "--save", hf, "--train-iters", str(steps)]
             words += ["--seed", str(SEEDS[0]), *(["--rank", str(rank)] if rank else [])]
             task = Task(
                 name=model,
-                command=lambda: [*words, "--lr", f"{_value(rate):g}"],
+                command=lambda: [*words, "--lr", f"{rate or rates.best_rate(self.run, name):g}"],
                 made_from=("base", "preprocess-expanded"),
-                decided_by=rates.searches(name) if model == name else (),
+                decided_by=() if rate else rates.searches(name),
                 is_complete=(hf / "config.json").is_file,
                 continues=self.run / model,
             )
             return _tagged({name}, task, minutes=1 + _minutes("lora", steps), memory_gib=8, disk_gib=1.5)
 
-        return [*self._search(name, train, {name}), train(name, self._best_rate(name), 1), self._evaluate(name)]
+        return [*self._search(name, {name}, train), train(name), self._evaluate(name)]
 
-    def _stage1_search(self, model: str, rate: float) -> Task:
-        start, steps = self.run / "upcycled-copies", self._steps(settings.SEARCH_SHARE)
-        return self._train(model, "stage1", start, EXPANDED_ONLY, steps, rate, {"copies"}, is_search=True)
-
-    def _search(self, setting: str, train: Callable[[str, float], Task], tags: Tags) -> list[Task]:
-        """A short run per learning rate; `train` makes it from its name and its rate."""
+    def _search(self, setting: str, tags: Tags, train: Callable[..., Task]) -> list[Task]:
+        """A short run per learning rate; `train` makes it from its name and `rate`."""
         found = []
         for rate in settings.RATES[setting]:
             model = rates.search_name(setting, rate)
-            found += [train(model, rate), self._evaluate(model, tags, is_validation=True)]
+            found += [train(model, rate=rate), self._evaluate(model, tags, is_validation=True)]
         return found
-
-    def _best_rate(self, setting: str) -> Callable[[], float]:
-        return lambda: rates.best_rate(self.run, setting)
 
     def _continuations(self) -> list[Task]:
         """Exports, and what up to four models write after the same words."""
@@ -290,11 +248,9 @@ class Queue:
     def _cloze(self) -> list[Task]:
         """The multiple-choice task, and up to four models' scores on it."""
         users, folder, output = ("copies", "full", "lora"), self.run / "cloze", self.run / "scores"
-        write: Words = ["-m", "examples.real_model.cloze", "--run", self.run, "--overwrite"]
         options: Words = ["--tasks", folder / "tasks.yaml", "--include-path", folder / "tasks"]
         options += ["--languages", ",".join(LANGUAGES), "--original-languages", ",".join(ORIGINAL)]
         options += ["--dtype", "bfloat16", "--batch-size", "16", "--output", output]
-        questions = Task(name="cloze", command=write, made_from=("text",), is_complete=folder.is_dir)
         scores = Task(
             name="evaluate-cloze",
             command=lambda: ["-m", "moelpr.evaluate", "harness", *named("--model", self._exports()), *options],
@@ -303,7 +259,8 @@ class Queue:
             is_complete=(output / "harness.json").is_file,
         )
         minutes = len(CONTINUED) * CLOZE_TOKENS / SPEED["cloze"] / 60
-        return [_tagged(users, questions, minutes=0.2), _tagged(users, scores, minutes=minutes)]
+        questions = self._script("cloze", users, folder, 0.2, made_from=("text",))
+        return [questions, _tagged(users, scores, minutes=minutes)]
 
     def _exports(self) -> dict[str, Path]:
         """The models of CONTINUED that have been made."""
@@ -341,7 +298,7 @@ class Queue:
         tokens = EVALUATION_TOKENS / (6 if is_validation else 1)
         return _tagged(tags or users, task, minutes=0.5 + tokens / SPEED["evaluate"] / 60)
 
-    def _steps(self, share: float = 1.0) -> int:
+    def _steps(self, share: float) -> int:
         return steps_of(share * self.tokens)
 
     def _train(
@@ -349,16 +306,16 @@ class Queue:
         model: str,
         stage: str,
         start: Path,
-        blend: Mapping[str, float],
-        steps: int | Callable[[], int],
-        rate: float | Callable[[], float],
         tags: Tags,
-        *options: str,
+        *,
+        options: tuple[str, ...] = (),
+        share: float = 1.0,
+        blend: Mapping[str, float] | None = None,
+        rate: float | None = None,
+        searched: str = "",
         seed: int = SEEDS[0],
         corpora: str = "",
-        decided_by: tuple[str, ...] = (),
-        most_steps: int = 0,
-        is_search: bool = False,
+        is_shorter: bool = False,
         trains_everything: bool = False,
     ) -> Task:
         """A run of one stage; all runs have the same settings, except for these arguments.
@@ -366,13 +323,13 @@ class Queue:
         Args:
             model: Name of the run, its task and its folder.
             start: Checkpoint that it starts from, named like its task.
-            blend: Language group -> its part of the text.
-            steps: A function if earlier tasks find the number; `most_steps` is what is expected until then.
-            rate: Highest learning rate; a function if earlier tasks find it.
             options: More flags of the trainer.
+            share: Its tokens, as a multiple of those of stage 1.
+            blend: Language group -> its part of the text; by default that of the stage.
+            rate: Highest learning rate of a run that searches for one, which is short and not continued.
+            searched: The setting whose search has found the rate; by default it is that of the stage.
             corpora: How the names of the corpora start.
-            decided_by: Tasks that find the number of steps or the rate.
-            is_search: The run is for a learning rate, so it is not continued.
+            is_shorter: The extended tokenizer makes fewer tokens of its text, and it takes fewer steps.
             trains_everything: A plain MoE. The ranks share the optimizer and take a sequence at a time, for memory.
         """
         kind, save = "plain" if trains_everything else stage, self.run / model
@@ -380,31 +337,37 @@ class Queue:
         fixed = [*fixed_options(ranks), "--seed", str(seed)]
         fixed += ["--train-everything", "--use-distributed-optimizer"] if trains_everything else []
         fixed += [] if trains_everything or stage == "dense" else ["--save-trained-only"]
-        fixed += ["--no-save-optim"] if is_search else []
+        fixed += ["--no-save-optim"] if rate else []
+        blend = blend or settings.BLENDS[stage]
+        share = settings.SEARCH_SHARE if rate else share
         data: Words = [self.data / f"{corpora}{group}_text_document" for group in blend]
         if len(blend) > 1:
             data = [word for pair in zip(map(str, blend.values()), data, strict=True) for word in pair]
 
+        def steps() -> int:
+            return self._steps(share * (self._tokens_left() if is_shorter else 1))
+
         def command() -> Words:
-            schedule = settings.schedule(_value(steps), _value(rate))
+            highest = rates.best_rate(self.run, searched) if searched else rate or settings.STAGE_RATES[stage]
+            schedule = settings.schedule(steps(), highest)
             return tasks.training_words(stage, start, data, save, *schedule, *fixed, *options)
 
         try:
-            number = _value(steps)
+            expected = steps()
         except UserError:
-            number = most_steps
+            expected = self._steps(share)
         task = Task(
             name=model,
             command=command,
             made_from=(start.name, *(f"preprocess-{corpora}{group}" for group in blend)),
-            decided_by=decided_by,
+            decided_by=rates.searches(searched) if searched else ("preprocess-expanded",) if is_shorter else (),
             environment={"NPROC_PER_NODE": str(ranks)},
             # The last step is there, with the steps whose frozen tensors it needs.
             is_complete=lambda: tasks.is_finished(save) and bool(checkpoint_chain(save)),
             continues=save,
         )
-        disk = 0.3 if is_search else DISK_GIB[kind]
-        return _tagged(tags, task, minutes=1.5 + _minutes(kind, number), memory_gib=MEMORY_GIB[kind], disk_gib=disk)
+        minutes, disk = 1.5 + _minutes(kind, expected), 0.3 if rate else DISK_GIB[kind]
+        return _tagged(tags, task, minutes=minutes, memory_gib=MEMORY_GIB[kind], disk_gib=disk)
 
 
 def fixed_options(ranks: int) -> list[str]:
@@ -423,12 +386,8 @@ def moe_options(name: str) -> list[str]:
     return options + (["--new-experts", "random"] if name == "random" else [])
 
 
-def _tagged(tags: Tags, task: Task, **fields: object) -> Task:
-    return replace(task, tags=frozenset(tags), **fields)  # type: ignore[arg-type]
-
-
-def _value[T](value: T | Callable[[], T]) -> T:
-    return value() if callable(value) else value
+def _tagged(tags: Tags, task: Task, **fields: Any) -> Task:
+    return replace(task, tags=frozenset(tags), **fields)
 
 
 def _minutes(kind: str, steps: int) -> float:

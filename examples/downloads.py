@@ -5,7 +5,6 @@ sources.yaml pins. Debian's archive replaces a package by a newer revision and r
 version is taken, and the checksum is of the folder that is read: what a revision does not change.
 """
 
-import hashlib
 import shlex
 import shutil
 import subprocess
@@ -22,6 +21,7 @@ from moelpr.process.machine import format_bytes
 from moelpr.store import records
 from moelpr.store.files import LOCK_FILE, locked, make_folder
 from moelpr.store.yaml_files import read_mapping
+from moelpr.workflow.mark import sha256
 
 SOURCES = Path(__file__).with_name("sources.yaml")
 DOWNLOAD = ".download"  # folder in the cache; an interrupted download starts over
@@ -137,14 +137,10 @@ def _not_downloaded(source: Source, cache: Path, reason: str) -> UserError:
 
 
 def _verified(path: Path, source: Source) -> Path:
-    what = f"{source.folder} in {path}" if source.folder else path
-    if source.folder:
-        found = digest_of(path, source.folder)
-    else:
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = digest_of(path, source.folder) if source.folder else sha256(path)
     if found != source.sha256:
         path.unlink()
+        what = f"{source.folder} in {path}" if source.folder else path
         raise UserError(
             f"{what} has SHA-256 {found}, but {source.sha256} is pinned; the file was removed, run it again to "
             "download it"

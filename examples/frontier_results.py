@@ -1,14 +1,16 @@
 """Results of `examples.frontier`: changes of bits per byte per setting, language and seed, as a table and a chart."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic.dataclasses import dataclass
 
 from examples.languages import EXPANDED, LANGUAGES, ORIGINAL
 from moelpr.languages import language_name
+from moelpr.report.evaluation_files import EvaluationFile
 from moelpr.report.numbers import percent
 from moelpr.report.page import Table, markdown_table
 from moelpr.report.plots import Series, trade_off_chart
@@ -55,16 +57,16 @@ def read_evaluation(folder: Path, names_of: Mapping[str, tuple[str, Sequence[str
         names_of: Setting -> its label, and the names of its models, one per seed.
     """
     text, routing = (
-        records.read(dict[str, Any], folder / name, Frontier.REMEDY)["models"]
-        for name in ("results.json", "routing.json")
+        records.read(EvaluationFile, folder / name, Frontier.REMEDY).models for name in ("results.json", "routing.json")
     )
 
     def change(model: str, language: str) -> float:
-        value, base = (text[name]["languages"][language]["bits_per_byte"]["value"] for name in (model, "base"))
+        bits = [text[name].languages[language].bits_per_byte for name in (model, "base")]
+        value, base = (measured.interval.value if measured else math.nan for measured in bits)
         return value / base - 1
 
     def share(model: str, language: str) -> float:
-        return fmean(routing[model]["languages"][language]["all_original_share"])
+        return fmean(routing[model].languages[language].shares["all_original_share"])
 
     def measured(measure: Callable[[str, str], float], names: Sequence[str]) -> dict[str, list[float]]:
         return {language: [measure(name, language) for name in names] for language in LANGUAGES}

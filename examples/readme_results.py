@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from examples.frontier_results import Frontier, frontier_chart, results_tables
+from examples.tasks import ROOT
 from moelpr.languages import language_name
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
@@ -17,7 +18,6 @@ from moelpr.report.page import Table, markdown_table
 from moelpr.store import records
 from moelpr.store.files import write_text
 
-ROOT = Path(__file__).resolve().parent.parent
 # Names of the parts of the documents that are replaced.
 TABLE, PAPER, FRONTIER = "demo-table", "demo-and-paper", "frontier"
 MODELS = {"full_finetune": "full fine-tuning", "stage1": "MoE-LPR, stage 1", "stage2": "MoE-LPR, stage 2"}
@@ -89,16 +89,13 @@ def results(report: dict[str, Any]) -> str:
     return "\n\n".join(lines + (["\n".join(items)] if items else []))
 
 
-def languages_of(report: dict[str, Any], group: str) -> list[str]:
-    return [language for language, its_group in report["languages"].items() if its_group == group]
-
-
 def compared_with_paper(report: dict[str, Any]) -> str:
     """Markdown: what the demo's bits per byte and the paper's scores have in common, as fractions without a unit."""
 
     def demo(model: str, group: str) -> float:
         """Mean change in bits per byte over the languages of a group."""
-        return fmean(report["change"][model][language]["value"] for language in languages_of(report, group))
+        changes = report["change"][model]
+        return fmean(changes[language]["value"] for language, its in report["languages"].items() if its == group)
 
     def paper(model: str, group: str) -> float:
         """Points above base."""

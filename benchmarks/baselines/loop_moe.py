@@ -6,6 +6,8 @@ router logits of all layers, and AdamW updates the trainable parameters. Uses to
 additional packages. The first P experts are the original ones.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -101,29 +103,42 @@ def _lpr(logits_TE: Tensor, num_original: int) -> Tensor:
     return (logits_TE.logsumexp(dim=1) - logits_TE[:, :num_original].logsumexp(dim=1)).mean()
 
 
-class LoopStep:
-    """One training step: forward, backward, clip at norm 1, AdamW."""
+class PeerStep:
+    """One training step of a frozen model of transformers: forward, backward, clip at norm 1, AdamW."""
 
-    def __init__(self, spec: ModelSpec, stage: str, batch: dict[str, Tensor]) -> None:
-        self.model = build(spec).to(batch["tokens"].device).train()
-        freeze(self.model, stage)
-        self.batch = batch
+    def __init__(self, model: Any, stage: str, batch: dict[str, Tensor], weight_decay: float) -> None:
+        self.model, self.batch = model.to(batch["tokens"].device).train(), batch
         self.alpha, self.gamma = (0.01, 0.0) if stage == "stage1" else (0.0, 0.1)
         self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trainable, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        adam: dict[str, Any] = {"lr": 1e-5, "betas": (0.9, 0.95), "weight_decay": weight_decay}
+        self.optimizer = torch.optim.AdamW(self.trainable, **adam, fused=True)
 
-    @property
-    def routers(self) -> list[LoopMoE]:
-        return [layer.mlp for layer in self.model.model.layers]
+    def loss(self) -> tuple[Tensor, Tensor]:
+        """(what is minimized, its next-token part)."""
+        raise NotImplementedError
 
     def __call__(self) -> float:
         """Run the step; returns the next-token loss before it."""
-        batch = self.batch
-        total, next_token = loss(
-            self.model, batch["tokens"], batch["labels"], batch["is_original"].bool(), self.alpha, self.gamma
-        )
+        total, next_token = self.loss()
         total.backward()
         torch.nn.utils.clip_grad_norm_(self.trainable, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return next_token.item()
+
+
+class LoopStep(PeerStep):
+    """A step of the loop's model."""
+
+    def __init__(self, spec: ModelSpec, stage: str, batch: dict[str, Tensor]) -> None:
+        model = build(spec)
+        freeze(model, stage)
+        super().__init__(model, stage, batch, weight_decay=0.1)
+
+    @property
+    def routers(self) -> list[LoopMoE]:
+        return [layer.mlp for layer in self.model.model.layers]
+
+    def loss(self) -> tuple[Tensor, Tensor]:
+        tokens, labels, is_original = (self.batch[name] for name in ("tokens", "labels", "is_original"))
+        return loss(self.model, tokens, labels, is_original.bool(), self.alpha, self.gamma)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 
+from benchmarks.baselines.loop_moe import PeerStep
 from moelpr.families.families import family_named
 from moelpr.model_spec import ModelSpec
 
@@ -60,24 +61,20 @@ def freeze(model: Qwen2MoeForCausalLM, stage: str, num_original: int) -> None:
                 weight.register_hook(mask)
 
 
-class StockStep:
-    """One training step: forward, backward, clip at norm 1, AdamW."""
+class StockStep(PeerStep):
+    """A step of the stock model."""
 
     def __init__(self, spec: ModelSpec, stage: str, batch: dict[str, Tensor]) -> None:
         assert spec.moe is not None and len(spec.moe.layers) == spec.megatron_args["num_layers"]
-        self.num_original, self.batch = spec.moe.num_original_places, batch
-        self.model = build(spec).to(batch["tokens"].device).train()
-        freeze(self.model, stage, self.num_original)
-        self.alpha, self.gamma = (0.01, 0.0) if stage == "stage1" else (0.0, 0.1)
-        self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trainable, lr=1e-5, betas=(0.9, 0.95), weight_decay=0, fused=True)
+        model, self.num_original = build(spec), spec.moe.num_original_places
+        freeze(model, stage, self.num_original)
+        super().__init__(model, stage, batch, weight_decay=0)
 
     @property
     def routers(self) -> list[Router]:
         return [layer.mlp.gate for layer in self.model.model.layers]
 
     def loss(self) -> tuple[Tensor, Tensor]:
-        """(what is minimized, its next-token part)."""
         output = self.model(self.batch["tokens"], output_router_logits=True)
         next_token = torch.nn.functional.cross_entropy(
             output.logits.float().flatten(0, 1), self.batch["labels"].flatten()
@@ -88,12 +85,3 @@ class StockStep:
         logits_LTE = torch.stack(output.router_logits)[:, is_original_T].float()
         lpr = logits_LTE.logsumexp(-1) - logits_LTE[..., : self.num_original].logsumexp(-1)
         return next_token + self.gamma * lpr.mean(), next_token
-
-    def __call__(self) -> float:
-        """Run the step; returns the next-token loss before it."""
-        total, next_token = self.loss()
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(self.trainable, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return next_token.item()

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from examples.demo_corpus import write_lines
 from examples.languages import LANGUAGES
 from examples.real_model.text import TRAINED, UNTRAINED, hash_of
 from moelpr.process.command import CommandParser, run_command
@@ -61,7 +62,7 @@ def write_tasks(output: Path, corpus: Path, *, overwrite: bool = False) -> None:
                 if not chosen:
                     raise UserError(f"{path} has too few documents for a question; make the text again")
                 data = folder / "tasks" / f"{name}.jsonl"
-                data.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in chosen), "utf-8")
+                write_lines(data, chosen)
                 task = task_of(name, output / "tasks" / data.name)
                 data.with_suffix(".yaml").write_text(dump(task), encoding="utf-8")
         (folder / "tasks.yaml").write_text(dump(table), encoding="utf-8")

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from examples.languages import GROUPS, LANGUAGES, held_out_files
-from examples.real_model.facts import Facts
 from examples.real_model.rates import searched_changes
 from examples.real_model.settings import (
     BASE,
@@ -32,6 +31,7 @@ from examples.real_model.settings import (
     VOCABULARY_START,
     Setting,
 )
+from examples.real_model.text import Facts
 from moelpr.evaluate.confidence import Estimate, estimates, interval_of, mean
 from moelpr.evaluate.result_cache import cached_results
 from moelpr.evaluate.scoring import LanguageScore

@@ -114,21 +114,17 @@ def section(results: Json, images: str = "") -> str:
     parts = [
         _predictions(results),
         _means(results),
-        _image("Learning and forgetting of every setting", NAME, images) if NAME in drawn else "",
+        f"![Learning and forgetting of every setting]({images}{NAME}.svg)" if NAME in drawn else "",
         _languages(results),
         _costs(results),
         _rates(results),
-        _image("First choices that are an original expert", ROUTING, images) if ROUTING in drawn else "",
+        f"![First choices that are an original expert]({images}{ROUTING}.svg)" if ROUTING in drawn else "",
         _cloze(results),
         _continuations(results),
         _vocabulary(results),
-        _missing(results),
+        f"Not done yet: {'; '.join(not_done)}." if (not_done := missing(results)) else "",
     ]
     return "\n\n".join(part for part in parts if part)
-
-
-def _image(text: str, name: str, folder: str) -> str:
-    return f"![{text}]({folder}{name}.svg)"
 
 
 def readme_table(results: Json) -> str:
@@ -322,7 +318,3 @@ def _vocabulary(results: Json) -> str:
 
 def _minutes(cost: Json) -> str:
     return f"{cost['minutes']:.0f} min"
-
-
-def _missing(results: Json) -> str:
-    return f"Not done yet: {'; '.join(found)}." if (found := missing(results)) else ""

@@ -10,8 +10,8 @@ from examples import tasks
 from examples.downloads import SOURCES
 from examples.languages import EXPANDED, GROUPS, LANGUAGES, ORIGINAL, held_out_files
 from examples.real_model import rates, settings
-from examples.real_model.facts import Facts
 from examples.real_model.settings import ALL, BASE, SEEDS, SETTINGS, TOPK, VOCABULARY_START, steps_of
+from examples.real_model.text import Facts
 from examples.tasks import Words, named
 from moelpr.checkpoints.chain import checkpoint_chain
 from moelpr.data.manifest import Manifest

@@ -14,10 +14,8 @@ from pathlib import Path, PurePosixPath
 
 from examples import demo_corpus
 from examples.debian_package import read_deb
+from examples.demo_corpus import Documents
 from examples.languages import LANGUAGES
-
-# language -> document ID -> paragraphs
-Documents = dict[str, dict[str, list[str]]]
 
 MIN_WORDS, MIN_CHARACTERS_ZH = 5, 8
 SCENE_CHARACTERS = 800  # a document of a story has at least so many in English
@@ -71,21 +69,7 @@ def read_interface(packages: Mapping[str, Path]) -> Documents:
 
 
 def clean(found: Documents) -> Documents:
-    """Keep paragraphs that are sentences, new, without markup and translated; and documents that have any."""
-    english = {text for paragraphs in found["en"].values() for text in paragraphs}
-    cleaned: Documents = {}
-    for language in LANGUAGES:
-        seen: set[str] = set() if language == "en" else set(english)
-        cleaned[language] = {}
-        for name, paragraphs in sorted(found[language].items()):
-            kept = []
-            for text in paragraphs:
-                if text not in seen and is_sentence(text, language):
-                    kept.append(text)
-                    seen.add(text)
-            if kept:
-                cleaned[language][name] = kept
-    return cleaned
+    return demo_corpus.keep_sentences(found, is_sentence)
 
 
 def is_sentence(text: str, language: str) -> bool:

@@ -9,8 +9,8 @@ prompt.LANG.N.jsonl.
 from pathlib import Path
 
 from examples.languages import LANGUAGES, held_out_files
-from examples.real_model.facts import Facts
 from examples.real_model.queue import PROMPTS
+from examples.real_model.text import Facts
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
 from moelpr.store.files import atomic_directory, refuse_existing

@@ -12,19 +12,21 @@ the keys text, id and kind:
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from pydantic.dataclasses import dataclass
+
+from examples.demo_corpus import write_lines
 from examples.downloads import fetch_all, read_sources, require_space
 from examples.languages import LANGUAGES
 from examples.real_model.arguments import parse_folders
-from examples.real_model.facts import Facts
 from examples.real_model.readers import Documents, read_help, read_interface, read_stories
 from moelpr.process.command import run_command
 from moelpr.store.files import atomic_directory
+from moelpr.store.records import STRICT, Record
 
 Reader = Callable[[Mapping[str, Path]], Documents]
 TRAINED: dict[str, Reader] = {"help": read_help, "stories": read_stories}
@@ -39,6 +41,32 @@ NGRAM = 13
 DISK = 100_000_000  # bytes of the corpus and of what is read for it
 
 Lines = list[dict[str, str]]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Facts(Record):
+    """The origin and the sizes of the real model's corpus, `facts.json` in its folder.
+
+    Attributes:
+        sources: Package -> its version, checksum, size and licence.
+        trained: Kinds of text that are trained on.
+        untrained: Kinds of text that are never trained on.
+        languages: Language -> sizes of its parts, and how much of the held-out text is in the training text.
+    """
+
+    FILE_NAME: ClassVar[str] = "facts.json"
+    REMEDY: ClassVar[str] = "remove its folder and rerun make results"
+    INDENT: ClassVar[int | None] = 1
+
+    sources: dict[str, Any]
+    trained: list[str]
+    untrained: list[str]
+    languages: dict[str, Any]
+
+    @property
+    def kinds(self) -> list[str]:
+        """All kinds of text, sorted."""
+        return sorted((*self.trained, *self.untrained))
 
 
 def build_corpus(output: Path, cache: Path, *, overwrite: bool = False) -> Facts:
@@ -166,10 +194,6 @@ def share(lines: Lines, language: str, others: set[Any]) -> float:
 def sizes(lines: Lines) -> dict[str, int]:
     texts = [line["text"] for line in lines]
     return {"documents": len(texts), "bytes": sum(len(text.encode()) for text in texts)}
-
-
-def write_lines(path: Path, lines: Lines) -> None:
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8", newline="\n")
 
 
 def main() -> None:

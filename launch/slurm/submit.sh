@@ -167,7 +167,7 @@ preprocess() {
 
 # step STEP SBATCH… [-- ARGUMENTS…]: submit a step unless it is done.
 step() {
-    local step=$1 start=upcycled needs need shards="" options=() flags=() reason
+    local step=$1 needs need start data shards="" options=() flags=() reason
     shift
     if is_done "$step"; then
         echo "$step: done"
@@ -190,7 +190,6 @@ step() {
         return
     fi
     needs=$(needs_of "$step")
-    if [[ $needs == stage0* ]]; then start=stage0; fi
     for need in $needs; do
         if [[ -z ${job[$need]:-} ]] && ! is_done "$need"; then
             reason=$(reason_to_redo "$need")
@@ -208,13 +207,10 @@ step() {
     case $step in
     expanded | replay) preprocess "$step" "$shards" "${flags[@]}" ;;
     convert) submit "$step" "" "${tool[@]}" checkpoint_convert/hf_to_mcore.py --save "$run/upcycled" "${flags[@]}" ;;
-    stage0 | stage1)
-        submit "$step" "$needs" "${stage[@]}" --pretrained-checkpoint "$run/$start" \
-            --data-path "$run/data/expanded_text_document" "${flags[@]}"
-        ;;
-    stage2)
-        submit "$step" "$needs" "${stage[@]}" --pretrained-checkpoint "$run/stage1" \
-            --data-path "$run/data/replay_text_document" "${flags[@]}"
+    stage?)
+        read -r start data <<<"$needs"
+        submit "$step" "$needs" "${stage[@]}" --pretrained-checkpoint "$run/${start/convert/upcycled}" \
+            --data-path "$run/data/${data}_text_document" "${flags[@]}"
         ;;
     export)
         submit "$step" "$needs" "${tool[@]}" checkpoint_convert/mcore_to_hf.py --load "$run/stage2" \

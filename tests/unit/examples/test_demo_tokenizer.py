@@ -30,14 +30,9 @@ def test_tokenizer_loads_with_transformers_and_round_trips_text(corpus: Path, tm
     assert len(tokenizer) == 300
     assert tokenizer.eos_token == "<|endoftext|>"
     assert tokenizer.encode("a<|endoftext|>")[-1] == tokenizer.eos_token_id
+    assert tokenizer.tokenize("2026") == ["2", "0", "2", "6"]  # as Qwen2 does
     for text in [*TEXTS, "never seen: žluťoučký 🦊\n\ttab"]:
         assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
-def test_numbers_are_split_into_digits_as_qwen2_does(corpus: Path, tmp_path: Path) -> None:
-    train_demo_tokenizer([corpus], tmp_path / "tokenizer", 300)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
-    assert tokenizer.tokenize("2026") == ["2", "0", "2", "6"]
 
 
 def test_the_same_texts_give_the_same_files(corpus: Path, tmp_path: Path) -> None:
@@ -61,20 +56,3 @@ def test_existing_output_is_replaced_only_with_overwrite(corpus: Path, tmp_path:
         train_demo_tokenizer([corpus], tmp_path / "tokenizer", 310)
     train_demo_tokenizer([corpus], tmp_path / "tokenizer", 310, overwrite=True)
     assert len(AutoTokenizer.from_pretrained(tmp_path / "tokenizer")) == 310
-
-
-@pytest.mark.parametrize("line", ["{", "[]", '{"body": "x"}', '{"text": 3}'])
-def test_bad_line_is_reported(tmp_path: Path, line: str) -> None:
-    path = tmp_path / "bad.jsonl"
-    path.write_text('{"text": "fine"}\n' + line + "\n")
-    with pytest.raises(UserError, match=r"bad.jsonl, line 2"):
-        train_demo_tokenizer([path], tmp_path / "tokenizer", 300)
-
-
-def test_missing_or_undecodable_file_is_reported(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"absent.jsonl"):
-        train_demo_tokenizer([tmp_path / "absent.jsonl"], tmp_path / "tokenizer", 300)
-    path = tmp_path / "latin1.jsonl"
-    path.write_bytes(b'{"text": "\xe9"}\n')
-    with pytest.raises(UserError, match="latin1.jsonl.* UTF-8"):
-        train_demo_tokenizer([path], tmp_path / "tokenizer", 300)

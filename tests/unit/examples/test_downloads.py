@@ -113,18 +113,11 @@ def test_the_checksum_is_of_names_and_contents(deb: Source, tmp_path: Path, file
         fetch_all([deb], tmp_path / "cache")
 
 
-@pytest.mark.parametrize("content", [b"<html>", b"!<arch>\nnot really", b"!<arch>\n" + b"data.tar".ljust(60)])
-def test_something_that_is_no_package(tmp_path: Path, deb: Source, content: bytes) -> None:
+@pytest.mark.parametrize("content", [b"<html>", b"!<arch>\nnot really", b"!<arch>\n" + b"data.tar".ljust(60), None])
+def test_something_that_is_no_package(tmp_path: Path, deb: Source, content: bytes | None) -> None:
+    whole = next(tmp_path.glob("manual_*.deb")).read_bytes()
     (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / deb.file).write_bytes(content)
-    with pytest.raises(UserError, match="manual.deb is not a Debian package"):
-        fetch_all([deb], tmp_path / "cache")
-
-
-def test_a_cut_package(tmp_path: Path, deb: Source) -> None:
-    content = next(tmp_path.glob("manual_*.deb")).read_bytes()
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / deb.file).write_bytes(content[: len(content) // 2])
+    (tmp_path / "cache" / deb.file).write_bytes(content or whole[: len(whole) // 2])
     with pytest.raises(UserError, match="manual.deb is not a Debian package"):
         fetch_all([deb], tmp_path / "cache")
 

@@ -281,19 +281,11 @@ def test_other_settings_restore_what_a_chosen_one_reads(run: Path, started: list
     assert started == ["export-full", "continuations"]
 
 
-@pytest.mark.parametrize(
-    ("path", "content"),
-    [
-        ("logs/evaluate-base.json", "{"),
-        ("logs/evaluate-base.json", "{}"),
-        ("queue.txt", "\udcff"),
-        ("continuations/results.json", "{"),
-        ("scores/harness.json", "[]"),
-    ],
-)
-def test_a_damaged_record_is_no_traceback(run: Path, path: str, content: str) -> None:
-    (run / path).parent.mkdir(exist_ok=True)
-    (run / path).write_text(content, errors="surrogateescape")
+def test_damaged_records_are_no_traceback(run: Path) -> None:
+    damaged = {"logs/evaluate-base.json": "{}", "queue.txt": "\udcff"}
+    for path, content in (damaged | {"continuations/results.json": "{", "scores/harness.json": "[]"}).items():
+        (run / path).parent.mkdir(exist_ok=True)
+        (run / path).write_text(content, errors="surrogateescape")
     tasks = Queue(run).tasks()
     assert "\nevaluate-base " in Workflow(run, tasks).listing(tasks)
     assert "full" in collect(run)["settings"]

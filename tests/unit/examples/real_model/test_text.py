@@ -11,7 +11,7 @@ import yaml
 from examples.languages import LANGUAGES
 from examples.real_model import cloze, readers, text
 from examples.real_model.readers import CAMPAIGNS, HELP_CODES, _scenes, clean, is_sentence, read_stories
-from examples.real_model.text import TRAINED, build_corpus, hash_of, is_held_out, ngrams
+from examples.real_model.text import TRAINED, build_corpus, is_held_out, ngrams
 from moelpr.evaluate.harness import read_benchmarks
 from tests.support.debian_packages import write_deb
 
@@ -216,8 +216,3 @@ def test_options_end_at_a_word_border() -> None:
     assert cloze.cut("one two three", 7) == "one two"
     assert cloze.cut("one two", 30) == "one two"
     assert cloze.cut("没有空格的句子", 4) == "没有空格"
-
-
-def test_the_held_out_share() -> None:
-    share = sum(hash_of(str(number)) % text.HELD_OUT_ONE_IN == 0 for number in range(6000)) / 6000
-    assert share == pytest.approx(1 / 6, abs=0.02)

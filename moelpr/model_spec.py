@@ -215,11 +215,7 @@ class ModelSpec(Record):
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Read `folder`/model_spec.json.
-
-        Raises:
-            UserError: It is missing or invalid.
-        """
+        """Read `folder`/model_spec.json."""
         if not (folder / FILE_NAME).is_file():
             raise UserError(
                 f"{folder} has no {FILE_NAME}, so the model's shape is unknown; "

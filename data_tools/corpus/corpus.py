@@ -46,9 +46,6 @@ class Corpus:
         bits: Language bits.
         sequence_lengths: Tokens of each sequence [sequences]; sequences are contiguous in `tokens`.
         document_starts: Index of each document's first sequence, and the number of sequences [documents + 1].
-
-    Raises:
-        UserError: A file is missing or damaged, or two of them do not belong together.
     """
 
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
@@ -66,9 +63,6 @@ class Corpus:
         """Read all of the corpus, compare it with its checksums, and return its manifest.
 
         Without a manifest (None), only the size of the .bin is known: a changed token ID goes unnoticed.
-
-        Raises:
-            UserError: The .lang or the manifest is damaged, or the manifest belongs to another corpus.
         """
         self.bits.verify()
         manifest = Manifest.read(self.prefix)

@@ -176,11 +176,7 @@ class CorpusWriter:
         self._advance(len(documents.tokens), original, lengths[has_tokens], np.cumsum(has_tokens), runs)
 
     def add_document(self, ids: NDArray[np.integer], is_original: bool) -> None:
-        """Add one document: token IDs [tokens] that share one language bit. Without tokens, it has no sequence.
-
-        Raises:
-            UserError: An ID is too large for the .bin's dtype.
-        """
+        """Add one document: token IDs [tokens] that share one language bit. Without tokens, it has no sequence."""
         length = np.array([len(ids)], np.int64)
         self.add(Documents(as_tokens(ids, self.vocab_size), length, length << 1 | is_original))
 

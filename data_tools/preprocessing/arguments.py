@@ -22,11 +22,7 @@ _LANGUAGE_FLAGS = ("--language", "--language-key", "--spans-key", "--detect-lang
 
 
 def parse_arguments(description: str | None, argv: list[str] | None) -> argparse.Namespace:
-    """Parse the command line.
-
-    Raises:
-        UserError: Options exclude or require each other.
-    """
+    """Parse the command line."""
     parser = CommandParser(description=description)
     group = parser.add_argument_group("input (files, or datasets of a registry)")
     add, add_source = group.add_argument, group.add_mutually_exclusive_group(required=True).add_argument

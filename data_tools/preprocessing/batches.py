@@ -121,11 +121,7 @@ class Reader:
         self._spool = spool
 
     def batches(self, cursor: ReadCursor) -> Iterator[Batch]:
-        """Yield batches from `cursor` on.
-
-        Raises:
-            UserError: A file can't be read or is damaged.
-        """
+        """Yield batches from `cursor` on."""
         for index in range(cursor.share, len(self._shares)):
             share = self._shares[index]
             start = cursor if index == cursor.share else ReadCursor(index)

@@ -80,9 +80,6 @@ class Inputs:
         """Check that the files are those that were there at the start: parts of both would be in the corpus.
 
         Lines may have been appended to plain JSON lines; they are not read.
-
-        Raises:
-            UserError: A file has changed.
         """
         for source, before in zip(self.sources, self._states, strict=True):
             if before is None:

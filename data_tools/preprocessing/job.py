@@ -126,11 +126,7 @@ class Job:
         self._lock.close()
 
     def write(self, workers: int, log_interval: int, overwrite: bool, max_bad_share: float) -> None:
-        """Encode and write the rest of the input, under temporary names.
-
-        Raises:
-            UserError: The input can't be used, or gives no useful corpus.
-        """
+        """Encode and write the rest of the input, under temporary names."""
         spec, state = self.spec, self.state
         if state.manifests:
             return

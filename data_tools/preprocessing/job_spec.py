@@ -88,11 +88,7 @@ class JobSpec:
 
 
 def describe_job(args: argparse.Namespace) -> JobSpec:
-    """Check the inputs and outputs of a job, and load its tokenizer.
-
-    Raises:
-        UserError: An input or the tokenizer can't be used, or the output already exists.
-    """
+    """Check the inputs and outputs of a job, and load its tokenizer."""
     outputs = _outputs(args)
     datasets = _datasets(args)
     keys = [args.json_keys if args.input else [dataset.key] for dataset in datasets]

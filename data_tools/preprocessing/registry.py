@@ -62,11 +62,7 @@ class _Entry:
 
 
 def read_registry(registry: Path, names: list[str], folder: Path) -> list[Dataset]:
-    """Read the named entries of a registry, whose files are in a folder.
-
-    Raises:
-        UserError: The registry can't be read, an entry is missing or unsuitable, or its file does not exist.
-    """
+    """Read the named entries of a registry, whose files are in a folder."""
     entries = records.read(dict[str, Any], registry, "pass a JSON object of datasets as --dataset-info")
     if len(set(names)) < len(names):
         raise UserError(f"--dataset {','.join(names)} names a dataset twice")

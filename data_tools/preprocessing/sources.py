@@ -148,11 +148,7 @@ def _refuse_folder(error: OSError) -> NoReturn:
 
 
 def open_source(path: str, dataset: int = 0, sha1: str | None = None) -> Source:
-    """Detect the form of a file. Opens it once, so that errors show before the work starts.
-
-    Raises:
-        UserError: The file can't be read.
-    """
+    """Detect the form of a file. Opens it once, so that errors show before the work starts."""
     if path == STANDARD_INPUT:
         return Source(path, Form.STREAM, 0, dataset)
     check_is_utf8(path, "input")

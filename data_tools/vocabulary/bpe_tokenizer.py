@@ -30,9 +30,6 @@ class BpeTokenizer:
         texts: Text of each token, added tokens included, by ID.
         characters: Characters without a token that have occurred, by negative symbol.
         first_new_id: The highest ID + 1.
-
-    Raises:
-        UserError: The tokenizer is of another kind.
     """
 
     def __init__(self, source: str, name: str) -> None:

@@ -130,11 +130,7 @@ def write_tokenizer(
 
 
 def load_extended(folder: Path, old: JobTokenizer, expected: str) -> JobTokenizer:
-    """Load the extended tokenizer as training will, and check that it is what was written.
-
-    Raises:
-        UserError: transformers changes it.
-    """
+    """Load the extended tokenizer as training will, and check that it is what was written."""
     loaded = load_job_tokenizer("HuggingFaceTokenizer", str(folder), False, None)
     found, wanted = json.loads(loaded.tokenizer.source or "{}"), json.loads(expected)
     for part in ("model", "added_tokens", "normalizer", "pre_tokenizer"):

@@ -56,11 +56,7 @@ class BaseCheckpoint(Record):
         return cls(os.path.relpath(base, save.resolve()), str(base), step_folder.name, sha256)
 
     def find(self, folder: Path, override: Path | None = None) -> Path:
-        """The base's step folder: in `override`, or where the JSON file in `folder` says.
-
-        Raises:
-            UserError: it is in none of these folders.
-        """
+        """The base's step folder: in `override`, or where the JSON file in `folder` says."""
         recorded = [folder / self.folder, Path(self.absolute_folder)]
         for place in ([override] if override else []) + recorded:
             if (place / self.step).is_dir():
@@ -85,11 +81,7 @@ def step_name(iteration: int) -> str:
 
 
 def step_folder(folder: Path, iteration: int | None = None) -> Path:
-    """The folder of a saved step; by default of the latest, which the tracker file names.
-
-    Raises:
-        UserError: The step does not exist.
-    """
+    """The folder of a saved step; by default of the latest, which the tracker file names."""
     if iteration is not None:
         chosen = folder / step_name(iteration)
         if not chosen.is_dir():
@@ -145,9 +137,6 @@ def verify_chain(links: list[Path], verify: Verify = Verify.FULL) -> None:
 
     Reads those bases completely that have no checksums.json, unless files are trusted. If torch.distributed is
     initialized, every rank must call this; they share the work.
-
-    Raises:
-        UserError: A base has changed.
     """
     for link, base in zip(links, links[1:], strict=False):
         if verify is Verify.NONE and not (base / checksums.FILE_NAME).is_file():
@@ -164,9 +153,6 @@ def verify_files(links: list[Path], verify: Verify = Verify.FULL) -> None:
     """Verify a chain, and compare all files of its step folders with their checksums.json, unless files are trusted.
 
     If torch.distributed is initialized, every rank must call this; they share the work.
-
-    Raises:
-        UserError: A file is damaged or missing, or a base has changed.
     """
     verify_chain(links, verify)
     for link in links if verify is not Verify.NONE else []:
@@ -200,9 +186,6 @@ def checksum(step_folder: Path) -> str:
 
     In a step folder without that file, over names, sizes and contents of all files. If torch.distributed is
     initialized, every rank must call this; they share the work.
-
-    Raises:
-        UserError: a file can't be read.
     """
     record = BaseCheckpoint.read_if_there(step_folder.parent)
     sums = step_folder / checksums.FILE_NAME

@@ -274,9 +274,6 @@ class TorchDistReader:
     """Reads a step folder tensor by tensor, keeping in memory only the chunks of the last read.
 
     Adjacent slices of a stack are mostly in the same chunks, so reading them in order reads each chunk once.
-
-    Raises:
-        UserError: `folder` is not a complete torch_dist checkpoint.
     """
 
     def __init__(self, folder: Path, verify: Verify = Verify.FULL):
@@ -303,11 +300,7 @@ class TorchDistReader:
         return self._entry(key).properties.dtype
 
     def read(self, key: str, index: int | None = None) -> Tensor:
-        """Read the complete tensor, or only the chunks of `tensor[index]`.
-
-        Raises:
-            UserError: the tensor, a chunk or a file is missing or damaged.
-        """
+        """Read the complete tensor, or only the chunks of `tensor[index]`."""
         entry = self._entry(key)
         start, size = [0] * len(entry.size), list(entry.size)
         if index is not None:

@@ -39,12 +39,7 @@ class CorpusIndex:
 
     @classmethod
     def open(cls, prefix: str | os.PathLike[str]) -> Self:
-        """Open the .idx of a corpus prefix and check it against itself and the size of the .bin.
-
-        Raises:
-            UserError: One of the two files is missing or can't be opened, the .idx is damaged, or it describes another
-                .bin.
-        """
+        """Open the .idx of a corpus prefix and check it against itself and the size of the .bin."""
         idx, bin_file = Path(f"{os.fspath(prefix)}.idx"), Path(f"{os.fspath(prefix)}.bin")
         missing = [str(path) for path in (bin_file, idx) if not path.is_file()]
         if missing:

@@ -54,9 +54,6 @@ class TaggedIndexedDataset(IndexedDataset):
     Attributes:
         bits: Language bits.
         edges: Start and stop, in tokens, of every range that `get` has read since `edges` was cleared, flattened.
-
-    Raises:
-        UserError: The .lang is missing or damaged, or does not cover the .bin.
     """
 
     def __init__(self, path_prefix: str, **options: Any) -> None:

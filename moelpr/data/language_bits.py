@@ -114,9 +114,6 @@ class LanguageBits:
     """A memory-mapped .lang file. Opening it checks the header and the file size; `verify` reads everything.
 
     It is pickled as its path, so that the workers of a data loader open the file themselves.
-
-    Raises:
-        UserError: The file is missing, not a .lang file, of another version, truncated or too long.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -231,9 +228,6 @@ def open_language_bits(prefix: str | os.PathLike[str], num_tokens: int) -> Langu
     """Open the .lang file of a corpus prefix and check that it covers the `num_tokens` tokens of the .bin.
 
     Wrong bits would train the wrong loss.
-
-    Raises:
-        UserError: The file is missing or unreadable, or covers another number of tokens.
     """
     bits = LanguageBits(language_bits_path(prefix))
     if bits.num_tokens != num_tokens:

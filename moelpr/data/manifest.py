@@ -177,11 +177,7 @@ class Manifest(Record):
 
     @classmethod
     def read(cls, prefix: str | os.PathLike[str]) -> Self | None:  # type: ignore[override]  # a corpus may have none
-        """Read the manifest of a corpus; None if it has none.
-
-        Raises:
-            UserError: The manifest can't be read, is damaged, or has another format version.
-        """
+        """Read the manifest of a corpus; None if it has none."""
         path = manifest_path(prefix)
         return cls.read_file(path) if os.path.lexists(path) else None
 
@@ -190,9 +186,6 @@ class Manifest(Record):
 
         Args:
             verify: With `Verify.SAMPLED`, only a sample of the .bin is read.
-
-        Raises:
-            UserError: A file can't be read, is damaged or belongs to another corpus.
         """
         size = sum(record.bytes for record in self.files.values())
         with tqdm(total=size, desc="verifying", unit="B", unit_scale=True, delay=2, leave=False, disable=None) as bar:

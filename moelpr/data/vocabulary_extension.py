@@ -44,11 +44,7 @@ class VocabularyExtension(Record):
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Read the file of a tokenizer's folder.
-
-        Raises:
-            UserError: The folder has no such file, or it is damaged.
-        """
+        """Read the file of a tokenizer's folder."""
         if not (folder / VOCABULARY_EXTENSION_FILE).is_file():
             raise UserError(f"{folder} has no {VOCABULARY_EXTENSION_FILE}; {_REMEDY}")
         return super().read(folder)

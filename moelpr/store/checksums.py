@@ -135,11 +135,7 @@ def write(folder: Path, sums: dict[str, FileSum]) -> None:
 
 
 def read(folder: Path) -> dict[str, FileSum] | None:
-    """The sums in `folder`/checksums.json; None if it does not exist.
-
-    Raises:
-        UserError: The file is damaged.
-    """
+    """The sums in `folder`/checksums.json; None if it does not exist."""
     record = Checksums.read_if_there(folder)
     return None if record is None else record.files
 
@@ -161,11 +157,7 @@ class Verifier:
         self._unverified = dict(sums or {})
 
     def verify(self, name: str) -> None:
-        """Compare a file with its checksum, once.
-
-        Raises:
-            UserError: they differ.
-        """
+        """Compare a file with its checksum, once."""
         expected = self._unverified.pop(name, None)
         if expected is not None:
             _compare(self._folder / name, _try_file(self._folder / name), expected, self._fix)
@@ -175,9 +167,6 @@ def verify_folder(folder: Path, fix: str, is_expected: bool = False) -> None:
     """Compare all files with their checksums, if the folder has some.
 
     If torch.distributed is initialized, every rank must call this; they share the work.
-
-    Raises:
-        UserError: a file differs, is missing or can't be read.
     """
     sums = read(folder)
     if sums is None and is_expected:
@@ -214,9 +203,6 @@ def pieces_of(folder: Path) -> str:
     """A line for each piece of all files: name and size of the file, start of the piece and its SHA-256.
 
     If torch.distributed is initialized, every rank must call this; they share the work.
-
-    Raises:
-        UserError: A file can't be read.
     """
     files = sorted((path.relative_to(folder).as_posix(), path) for path in folder.rglob("*"))
     pieces = [

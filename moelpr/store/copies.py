@@ -28,11 +28,7 @@ def check_links(path: Path, folder: Path) -> None:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copy the files of a folder into another one, file by file; those that exist are replaced.
-
-    Raises:
-        UserError: a link leads out of the folder.
-    """
+    """Copy the files of a folder into another one, file by file; those that exist are replaced."""
     check_links(source, source)
     for path in sorted(source.rglob("*")):
         if path.is_file():

@@ -39,9 +39,6 @@ class Journal:
     Args:
         job: Values of JSON that describe the job. If the journal that is there has another description, or none is
             there, the folder is emptied first.
-
-    Raises:
-        UserError: The journal is damaged.
     """
 
     def __init__(self, folder: Path, job: Any) -> None:
@@ -57,11 +54,7 @@ class Journal:
         write_text(self._path, b"".join(lines).decode())
 
     def entries[T](self, kind: type[T]) -> list[T]:
-        """The entries that were there when the journal was opened.
-
-        Raises:
-            UserError: An entry is not of this type.
-        """
+        """The entries that were there when the journal was opened."""
         return [records.parse(kind, line, str(self._path), _remedy(self.folder)) for line in self._read]
 
     def last[T](self, kind: type[T]) -> T | None:
@@ -78,11 +71,7 @@ class Journal:
 
     @staticmethod
     def job_in(folder: Path) -> Any:
-        """The description of the job that was interrupted in `folder`; None if it has no journal.
-
-        Raises:
-            UserError: The journal is damaged.
-        """
+        """The description of the job that was interrupted in `folder`; None if it has no journal."""
         lines = _complete_lines(folder / JOURNAL_FILE)
         if not lines:
             return None

@@ -44,20 +44,12 @@ class Record:
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Read `folder`/FILE_NAME.
-
-        Raises:
-            UserError: It is missing, has another version, or is damaged.
-        """
+        """Read `folder`/FILE_NAME."""
         return cls.read_file(folder / cls.FILE_NAME)
 
     @classmethod
     def read_if_there(cls, folder: Path) -> Self | None:
-        """Read `folder`/FILE_NAME; None if it does not exist.
-
-        Raises:
-            UserError: It has another version, or is damaged.
-        """
+        """Read `folder`/FILE_NAME; None if it does not exist."""
         return cls.read(folder) if (folder / cls.FILE_NAME).is_file() else None
 
     @classmethod
@@ -90,20 +82,12 @@ class Record:
 
 
 def read[T](kind: type[T], path: Path, remedy: str) -> T:
-    """Read a JSON file as `kind`, any type that pydantic validates: for formats of other programs.
-
-    Raises:
-        UserError: The file is missing or damaged; the message ends with `remedy`.
-    """
+    """Read a JSON file as `kind`, any type that pydantic validates: for formats of other programs."""
     return parse(kind, content(path, remedy), str(path), remedy)
 
 
 def parse[T](kind: type[T], content: bytes | str, origin: str, remedy: str) -> T:
-    """Validate JSON text as `kind`; messages call its origin `origin` and end with `remedy`.
-
-    Raises:
-        UserError: The text is not JSON, or not of this type.
-    """
+    """Validate JSON text as `kind`; messages call its origin `origin` and end with `remedy`."""
     try:
         return cast(T, _adapter(cast(Any, kind)).validate_json(content))
     except ValidationError as error:
@@ -116,11 +100,7 @@ def validate[T](kind: type[T], content: Any, origin: str, remedy: str) -> T:
 
 
 def parse_json(content: bytes | str, origin: str, remedy: str) -> Any:
-    """Parse JSON text of any type. NaN, half a surrogate pair and very deep nesting are errors.
-
-    Raises:
-        UserError: The text is not such JSON.
-    """
+    """Parse JSON text of any type. NaN, half a surrogate pair and very deep nesting are errors."""
     try:
         return pydantic_core.from_json(content, allow_inf_nan=False)
     except ValueError as error:

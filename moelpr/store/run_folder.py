@@ -86,11 +86,7 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
 
 
 def recorded_settings(path: Path) -> dict[str, Any]:
-    """The settings in a recipe.yaml that a run wrote.
-
-    Raises:
-        UserError: The file is missing or damaged.
-    """
+    """The settings in a recipe.yaml that a run wrote."""
     content = yaml_files.read_mapping(path, "run's recipe")
     settings: dict[str, Any] = dict(
         records.validate(Settings, content, f"the run's recipe {path}", "restore it, or use another step")

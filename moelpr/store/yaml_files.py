@@ -25,20 +25,12 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
 
 
 def read[T](kind: type[T], path: Path, what: str, remedy: str) -> T:
-    """Read a YAML file as `kind`, any type that pydantic validates; messages call it `what`.
-
-    Raises:
-        UserError: The file is not YAML, or not of this type; the message ends with `remedy`.
-    """
+    """Read a YAML file as `kind`, any type that pydantic validates; messages call it `what`."""
     return records.validate(kind, read_mapping(path, what), f"the {what} {path}", remedy)
 
 
 def read_mapping(path: Path, what: str) -> dict[str, Any]:
-    """Read a file that contains a YAML mapping; messages call it `what`, such as "recipe".
-
-    Raises:
-        UserError: The file cannot be read, is not YAML, or is not a mapping.
-    """
+    """Read a file that contains a YAML mapping; messages call it `what`, such as "recipe"."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -48,11 +40,7 @@ def read_mapping(path: Path, what: str) -> dict[str, Any]:
 
 
 def parse_mapping(text: str, what: str) -> dict[str, Any]:
-    """Parse a YAML mapping; messages call its origin `what`.
-
-    Raises:
-        UserError: The text is not YAML, or not a mapping.
-    """
+    """Parse a YAML mapping; messages call its origin `what`."""
     try:
         content = yaml.load(text, Loader=_Loader)
         _check_size(content)

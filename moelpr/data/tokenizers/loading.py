@@ -93,11 +93,7 @@ def load_tokenizer(tokenizer_type: str, tokenizer_model: str, must_keep_text: bo
 
 
 def open_hf_tokenizer(source: str | os.PathLike[str]) -> Any:
-    """Open the tokenizer in a folder, or of a cached model, with transformers.
-
-    Raises:
-        UserError: It can't be opened.
-    """
+    """Open the tokenizer in a folder, or of a cached model, with transformers."""
     for name, kind in _FILES.items():
         if (path := Path(source) / name).is_file():
             records.read(kind, path, _REMEDY)

@@ -6,7 +6,6 @@ from typing import Any
 import yaml
 
 from moelpr.process.errors import UserError, first_line
-from moelpr.store import records
 
 _MOST_VALUES, _LARGEST = 1_000_000, 10**30
 
@@ -22,11 +21,6 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
                 raise yaml.MarkedYAMLError(problem=f"the key {key.value} is there twice", problem_mark=key.start_mark)
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
         return super().construct_mapping(node, deep)
-
-
-def read[T](kind: type[T], path: Path, what: str, remedy: str) -> T:
-    """Read a YAML file as `kind`, any type that pydantic validates; messages call it `what`."""
-    return records.validate(kind, read_mapping(path, what), f"the {what} {path}", remedy)
 
 
 def read_mapping(path: Path, what: str) -> dict[str, Any]:

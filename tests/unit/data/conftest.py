@@ -42,9 +42,7 @@ def _save_hf(folder: Path, tokenizer: Tokenizer, kind: str = "PreTrainedTokenize
     return folder
 
 
-@pytest.fixture
-def save_hf() -> Callable[..., Any]:
-    return _save_hf
+save_hf = pytest.fixture(lambda: _save_hf, name="save_hf")
 
 
 def _byte_level_bpe(texts: list[str]) -> Tokenizer:
@@ -58,9 +56,7 @@ def _byte_level_bpe(texts: list[str]) -> Tokenizer:
     return tokenizer
 
 
-@pytest.fixture
-def byte_level_bpe() -> Callable[..., Any]:
-    return _byte_level_bpe
+byte_level_bpe = pytest.fixture(lambda: _byte_level_bpe, name="byte_level_bpe")
 
 
 def _train_sentencepiece(prefix: Path, text: str, **words: Any) -> Path:
@@ -75,6 +71,4 @@ def _train_sentencepiece(prefix: Path, text: str, **words: Any) -> Path:
     return prefix.with_suffix(".model")
 
 
-@pytest.fixture
-def train_sentencepiece() -> Callable[..., Any]:
-    return _train_sentencepiece
+train_sentencepiece = pytest.fixture(lambda: _train_sentencepiece, name="train_sentencepiece")

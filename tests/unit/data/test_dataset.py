@@ -20,7 +20,7 @@ from moelpr.process.errors import UserError
 bootstrap.install_patches()
 
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder  # noqa: E402
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig  # noqa: E402
+from megatron.core.datasets.gpt_dataset import GPTDataset  # noqa: E402
 from megatron.core.datasets.indexed_dataset import IndexedDataset  # noqa: E402
 
 from moelpr.data.dataset import (  # noqa: E402
@@ -31,22 +31,11 @@ from moelpr.data.dataset import (  # noqa: E402
     dataset_config,
     index_checksums,
 )
+from tests.support.gpt_data import gpt_config, training_set  # noqa: E402
 
 
 def build(kind: type, prefixes: list[str], vocab: int = 500, samples: int = 30):  # noqa: ANN201
-    config = GPTDatasetConfig(
-        random_seed=3,
-        sequence_length=16,
-        blend=(prefixes, [1.0] * len(prefixes)),
-        split="100,0,0",
-        tokenizer=TokenIds(vocab_size=vocab),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-    )
-    train, _, _ = BlendedMegatronDatasetBuilder(kind, [samples, 0, 0], lambda: True, config).build()
-    return train
+    return training_set(samples, gpt_config(prefixes, [1.0] * len(prefixes), vocab), kind)
 
 
 @pytest.mark.parametrize("mmap", [True, False])
@@ -151,18 +140,9 @@ def test_a_corpus_made_again_is_not_read_in_the_order_of_the_old_one(write_corpu
         for path in tmp_path.glob("corpus.*"):
             path.unlink()
         prefix, *_ = write_corpus("corpus", documents=documents)
-        off = "reset_position_ids reset_attention_mask eod_mask_loss create_attention_mask".split()
-        config = GPTDatasetConfig(
-            random_seed=3,
-            sequence_length=16,
-            blend=([str(prefix)], None),
-            split="100,0,0",
-            path_to_cache=str(tmp_path / "cache"),
-            tokenizer=TokenIds(500, unique_identifiers=index_checksums([str(prefix)])),
-            **dict.fromkeys(off, False),
-        )
-        train, _, _ = BlendedMegatronDatasetBuilder(TaggedGPTDataset, [30, 0, 0], lambda: True, config).build()
-        return [*train.document_index]
+        ids = TokenIds(500, unique_identifiers=index_checksums([str(prefix)]))
+        config = gpt_config([str(prefix)], path_to_cache=str(tmp_path / "cache"), tokenizer=ids)
+        return [*training_set(30, config).document_index]
 
     assert max(order(40)) == 39
     num_caches = len(list((tmp_path / "cache").iterdir()))

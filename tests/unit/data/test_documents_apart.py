@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from moelpr.model_spec import ModelSpec
+from tests.support.gpt_data import gpt_config, training_set
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -16,27 +17,11 @@ SEQUENCE = 64
 @pytest.fixture
 def samples(write_corpus: Callable) -> Callable[[bool], list[dict[str, torch.Tensor]]]:
     """Packed samples of a corpus of both language groups, read with the option or without."""
-    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
-
-    from moelpr.data.dataset import TaggedGPTDataset, TokenIds
-
     prefix, *_ = write_corpus("corpus", vocab=128)
 
     def read(documents_apart: bool) -> list[dict[str, torch.Tensor]]:
-        config = GPTDatasetConfig(
-            random_seed=3,
-            sequence_length=SEQUENCE,
-            blend=([str(prefix)], None),
-            split="100,0,0",
-            tokenizer=TokenIds(vocab_size=128),
-            reset_position_ids=False,
-            reset_attention_mask=False,
-            eod_mask_loss=False,
-            create_attention_mask=False,
-            inter_document_masking=documents_apart,
-        )
-        dataset, _, _ = BlendedMegatronDatasetBuilder(TaggedGPTDataset, [6, 0, 0], lambda: True, config).build()
+        settings = {"sequence_length": SEQUENCE, "inter_document_masking": documents_apart}
+        dataset = training_set(6, gpt_config([str(prefix)], vocab_size=128, **settings))
         return [dataset[index] for index in range(6)]
 
     return read

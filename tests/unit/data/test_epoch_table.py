@@ -5,35 +5,16 @@ from pathlib import Path
 
 import pytest
 
+from moelpr.data.epoch_table import epoch_table
 from moelpr.data.manifest import FileRecord, LanguageCount, Manifest, TokenizerRecord
-from moelpr.megatron_patches import bootstrap
 from moelpr.process.errors import UserError
-
-bootstrap.install_patches()
-
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder  # noqa: E402
-from megatron.core.datasets.gpt_dataset import GPTDatasetConfig  # noqa: E402
-
-from moelpr.data.dataset import TaggedGPTDataset, TokenIds  # noqa: E402
-from moelpr.data.epoch_table import epoch_table  # noqa: E402
+from tests.support.gpt_data import gpt_config, training_set
 
 SEQUENCE = 16
 
 
 def table(samples: int, prefixes: list[str], weights: list[float] | None = None, split: str = "100,0,0") -> list[list]:
-    config = GPTDatasetConfig(
-        random_seed=3,
-        sequence_length=SEQUENCE,
-        blend=(prefixes, weights),
-        split=split,
-        tokenizer=TokenIds(vocab_size=500),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-    )
-    train, *_ = BlendedMegatronDatasetBuilder(TaggedGPTDataset, [samples, 0, 0], lambda: True, config).build()
-    text = epoch_table(train, samples, SEQUENCE)
+    text = epoch_table(training_set(samples, gpt_config(prefixes, weights, split=split)), samples, SEQUENCE)
     return [line.replace(",", "").split() for line in text.splitlines()]
 
 

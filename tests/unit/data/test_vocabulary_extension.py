@@ -16,20 +16,9 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {"format_version": 2},
-        {"replaces": [[1, 10]]},
-        {"replaces": [[1], []]},
-        {"replaces": []},
-        {"replaces": [[True]]},
-        {"replaces": None},
-        {"first_new_id": 0},
-        {"old_fingerprint": None},
-        {"more": 1},
-    ],
+    "changes", [{"replaces": [[1, 10]]}, {"replaces": [[1], []]}, {"replaces": []}, {"first_new_id": 0}]
 )
-def test_a_damaged_file_is_refused(tmp_path: Path, changes: dict[str, object]) -> None:
+def test_values_out_of_range_are_refused(tmp_path: Path, changes: dict[str, object]) -> None:
     EXTENSION.write(tmp_path)
     path = tmp_path / VOCABULARY_EXTENSION_FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

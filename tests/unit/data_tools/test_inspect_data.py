@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,22 +19,9 @@ from moelpr.process.errors import UserError
 TEXTS = ["Turn on the light in the kitchen.", "Ανάψτε το φως στην κουζίνα."]
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    prefix = tmp_path_factory.mktemp("sp") / "tokenizer"
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS * 5),
-        model_prefix=str(prefix),
-        vocab_size=60,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    return prefix.with_suffix(".model")
-
-
 @pytest.fixture
-def prefix(tokenizer: Path, tmp_path: Path) -> Path:
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+def prefix(sp_tokenizer: Path, tmp_path: Path) -> Path:
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(sp_tokenizer))
     with CorpusWriter(tmp_path / "corpus", processor.get_piece_size()) as writer:
         for text, is_original in zip([*TEXTS, ""], [True, False, True], strict=True):
             writer.add_document(np.array(processor.encode(text), np.int32), is_original)
@@ -44,8 +30,9 @@ def prefix(tokenizer: Path, tmp_path: Path) -> Path:
     return tmp_path / "corpus"
 
 
-def test_summary_shows_counts_text_and_bits(prefix: Path, tokenizer: Path, capsys: pytest.CaptureFixture) -> None:
-    inspect_data.main([str(prefix), "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(tokenizer)])
+def test_summary_shows_counts_text_and_bits(prefix: Path, sp_tokenizer: Path, capsys: pytest.CaptureFixture) -> None:
+    flags = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(sp_tokenizer)]
+    inspect_data.main([str(prefix), *flags])
     out = capsys.readouterr().out
     lengths = Corpus(prefix).document_lengths
     assert f"[original 1–{lengths[0]}] {TEXTS[0]}" in out
@@ -157,43 +144,21 @@ def damage(path: Path, position: int, value: bytes) -> None:
     path.write_bytes(content)
 
 
-def test_files_that_do_not_belong_together_are_reported(prefix: Path, tokenizer: Path, tmp_path: Path) -> None:
-    total = Corpus(prefix).bits.num_tokens
+def test_files_that_do_not_belong_together_are_reported(prefix: Path, sp_tokenizer: Path, tmp_path: Path) -> None:
+    """What is damaged is tested with the readers of each file."""
+    flags = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(sp_tokenizer)]
 
-    def expect(message: str, change, flags: list[str] | None = None) -> None:
-        copy = tmp_path / "copy"
-        for suffix in (".bin", ".idx", ".lang"):
-            shutil.copy(f"{prefix}{suffix}", f"{copy}{suffix}")
-        change(copy)
+    def expect(message: str, *flags: str) -> None:
         with pytest.raises(UserError, match=message):
-            inspect_data.main([str(copy), *(flags or [])])
+            inspect_data.main([str(prefix), *flags])
 
-    expect(r"copy\.bin is missing", lambda c: Path(f"{c}.bin").unlink())
-    expect(r"copy\.lang .*No such file", lambda c: Path(f"{c}.lang").unlink())
-    expect(
-        rf"copy\.bin contains {2 * total + 1} bytes, .*copy\.idx describes {2 * total} \({total} tokens of 2 bytes\)",
-        lambda c: Path(f"{c}.bin").write_bytes(Path(f"{c}.bin").read_bytes() + b"\0"),
-    )
-    expect(
-        r"copy\.idx is not a complete Megatron \.idx file",
-        lambda c: Path(f"{c}.idx").write_bytes(Path(f"{c}.idx").read_bytes()[:-1]),
-    )
-    expect(r"copy\.idx is not a complete", lambda c: damage(Path(f"{c}.idx"), 0, b"X"))
-    # 34 bytes of header, two lengths of 4 bytes, then the offsets.
-    expect(r"copy\.idx is damaged", lambda c: damage(Path(f"{c}.idx"), 34 + 8, struct.pack("<q", 2)))
-    expect(r"copy\.lang is damaged: its checksum", lambda c: damage(Path(f"{c}.lang"), 64, b"\xaa"))
-
-    def shorter(copy: Path) -> None:
-        with CorpusWriter(copy, 100, overwrite=True) as writer:
-            writer.add_document(np.arange(5, dtype=np.int32), True)
-            writer.finalize()
-            writer.commit()
-        shutil.copy(f"{prefix}.lang", f"{copy}.lang")
-
-    expect(rf"copy\.lang covers {total} tokens, .*copy\.bin contains 5;", shorter)
-    expect(
-        "token ID 65,535, .* ends at",
-        lambda c: damage(Path(f"{c}.bin"), 0, b"\xff\xff"),
-        ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(tokenizer)],
-    )
-    expect("--tokenizer-type and --tokenizer-model", lambda c: None, ["--tokenizer-type", "SentencePieceTokenizer"])
+    expect("--tokenizer-type and --tokenizer-model", *flags[:2])
+    damage(Path(f"{prefix}.bin"), 0, b"\xff\xff")
+    expect("token ID 65,535, .* ends at", *flags)
+    total = Corpus(prefix).bits.num_tokens
+    with CorpusWriter(tmp_path / "shorter", 100) as writer:
+        writer.add_document(np.arange(5, dtype=np.int32), True)
+        writer.finalize()
+        writer.commit()
+    shutil.copy(tmp_path / "shorter.lang", f"{prefix}.lang")
+    expect(rf"corpus\.lang covers 5 tokens, .*corpus\.bin contains {total};")

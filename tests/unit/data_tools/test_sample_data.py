@@ -148,10 +148,3 @@ def test_indistinguishable_languages_are_rejected(make_corpus: Callable[..., Pat
     with pytest.raises(UserError, match=r"all contains 2 original languages \(en, es\)"):
         sample(prefix.parent / "out", [str(prefix)], "--original-documents", "1")
     assert len(sample(prefix.parent / "out", [str(prefix)], "--expanded-documents", "1")) == 1
-
-
-def test_corpora_of_two_dtypes_are_rejected(make_corpus: Callable[..., Path]) -> None:
-    small = make_corpus("small", [("el", [1])], manifest=False)
-    large = make_corpus("large", [("el", [1])], vocab_size=100_000, manifest=False)
-    with pytest.raises(UserError, match=r"large.bin .*int32, .*small.bin .*uint16"):
-        sample(small.parent / "out", [str(small), str(large)], "--expanded-documents", "1")

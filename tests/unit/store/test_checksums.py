@@ -58,18 +58,13 @@ def test_any_flipped_bit_and_any_truncation_is_noticed(step: Path, name: str, da
     verify_folder(step, "copy it again")
 
 
-def test_a_missing_file_is_named(step: Path) -> None:
-    (step / "__1_0.distcp").unlink()
-    with pytest.raises(UserError, match="__1_0.distcp is missing"):
-        verify_folder(step, "copy it again")
-
-
-def test_a_folder_in_the_place_of_a_file_is_named(step: Path) -> None:
+def test_a_missing_file_and_a_folder_in_the_place_of_a_file_are_named(step: Path) -> None:
     (step / "__0_0.distcp").unlink()
-    (step / "__0_0.distcp").mkdir()
-    for verify in (verify_lazily, lambda folder: verify_folder(folder, "copy it again")):
-        with pytest.raises(UserError, match="__0_0.distcp is missing or can't be read"):
-            verify(step)
+    for _ in range(2):
+        for verify in (verify_lazily, lambda folder: verify_folder(folder, "copy it again")):
+            with pytest.raises(UserError, match="__0_0.distcp is missing or can't be read"):
+                verify(step)
+        (step / "__0_0.distcp").mkdir(exist_ok=True)
 
 
 def test_a_file_is_read_once(step: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,23 +73,6 @@ def test_a_file_is_read_once(step: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(FileSum, "of", None)
     verifier.verify(".metadata")
     verifier.verify("not listed")
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "{",
-        "[]",
-        '{"format_version": 9}',
-        '{"format_version": 1, "files": {"a": {}}}',
-        '{"format_version": 1, "files": {"__0_0.distcp": {"num_bytes": [], "crc32": ""}}}',
-        "[" * 100_000,
-    ],
-)
-def test_a_damaged_list_is_a_user_error(step: Path, content: str) -> None:
-    (step / FILE_NAME).write_text(content)
-    with pytest.raises(UserError, match=f"{FILE_NAME}"):
-        verify_folder(step, "copy it again")
 
 
 @pytest.mark.parametrize("name", ["/dev/zero", "../model.py"])

@@ -92,11 +92,6 @@ def test_an_existing_output_is_rejected_unless_overwriting(tmp_path: Path) -> No
     refuse_existing([tmp_path / "y"], overwrite=False)
 
 
-def test_text_is_written_as_utf_8(tmp_path: Path) -> None:
-    write_text(tmp_path / "a.txt", "ä")
-    assert (tmp_path / "a.txt").read_bytes() == "ä".encode()
-
-
 def test_a_folder_in_the_place_of_a_file_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match=f"{tmp_path}/out is a folder"):

@@ -18,10 +18,10 @@ from moelpr.store.checksums import Verify
 
 bootstrap.install_patches()
 
-from megatron.core.datasets.gpt_dataset import GPTDatasetConfig  # noqa: E402
 from megatron.core.datasets.utils import Split  # noqa: E402
 
-from moelpr.data.dataset import TaggedGPTDataset, TokenIds  # noqa: E402
+from moelpr.data.dataset import TaggedGPTDataset  # noqa: E402
+from tests.support.gpt_data import gpt_config  # noqa: E402
 from tests.support.mutations import mutated  # noqa: E402
 
 FILES = ("bin", "idx", "lang", "manifest.json")
@@ -99,18 +99,7 @@ def test_changed_manifest_is_reported_or_valid(whole: Path, copy: Callable[..., 
 def test_training_reads_a_changed_corpus_or_rejects_it(whole, copy, data) -> None:
     name = data.draw(st.sampled_from(FILES[:3]))
     prefix = copy(name, data.draw(mutated(Path(f"{whole}.{name}").read_bytes())))
-    config = GPTDatasetConfig(
-        random_seed=1,
-        sequence_length=16,
-        split="100,0,0",
-        blend=([str(prefix)], None),
-        tokenizer=TokenIds(vocab_size=300),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-        path_to_cache=None,
-    )
+    config = gpt_config([str(prefix)], vocab_size=300)
     shutil.rmtree(prefix, ignore_errors=True)  # Megatron's indices
     try:
         indexed = TaggedGPTDataset.build_low_level_dataset(str(prefix), config)

@@ -1,6 +1,5 @@
 """Options that exclude or require each other stop the job with the name of the option."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -82,8 +81,3 @@ def test_exactly_one_input_and_one_language_source_are_required(flags: str, opti
 def test_registry_and_its_folder_complete_each_other() -> None:
     assert parse("--dataset a --dataset-dir data").dataset_info == Path("data/dataset_info.json")
     assert parse("--dataset a --dataset-info data/other.json").dataset_dir == Path("data")
-
-
-def test_job_reports_contradicting_options(preprocess: Callable[..., Path], hf_tokenizer: Path) -> None:
-    with pytest.raises(UserError, match="--workers must be at least 1, got 0"):
-        preprocess(hf_tokenizer, "--input", "a", "--language", "original", workers=0)

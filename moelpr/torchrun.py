@@ -135,8 +135,8 @@ def killed(rank: int, peak: int, args: argparse.Namespace) -> str:
             from moelpr.megatron_patches import bootstrap  # only now, because Megatron takes seconds to import
 
             bootstrap.install_patches()
+            from moelpr.arguments.checks.hardware import expected_memory, smaller_settings
             from moelpr.arguments.flags import all_arguments
-            from moelpr.arguments.memory import expected_memory, smaller_settings
             from moelpr.arguments.requested import RequestedRun
             from moelpr.arguments.requirements import apply_machine
 

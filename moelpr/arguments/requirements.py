@@ -60,10 +60,9 @@ def resolved_settings(final: Mapping[str, Any]) -> dict[str, Any]:
     plain = (str, int, float, bool, type(None))  # by exact type: enums that are also ints are not YAML
     settings: dict[str, Any] = {}
     for name, value in sorted(final.items()):
-        if type(value) in plain:
-            settings[name] = value
-        elif isinstance(value, list) and all(type(item) in plain for item in value):
+        value = str(value) if isinstance(value, torch.dtype) else value
+        if isinstance(value, list) and all(type(item) in plain for item in value):
             settings[name] = list(value)
-        elif isinstance(value, torch.dtype):
-            settings[name] = str(value)
+        elif type(value) in plain:
+            settings[name] = value
     return settings

@@ -31,12 +31,10 @@ def transformer_config(spec: ModelSpec, **settings: object) -> MoELPRConfig:
         "hetereogenous_dist_checkpoint": True,
         "use_cpu_initialization": not torch.cuda.is_available(),
         "bias_activation_fusion": True,
-        "bias_dropout_fusion": False,
-        "apply_rope_fusion": False,
-        "gradient_accumulation_fusion": False,
         "transformer_impl": "local",
         "expert_tensor_parallel_size": 1,
     }
+    values |= dict.fromkeys(("bias_dropout_fusion", "apply_rope_fusion", "gradient_accumulation_fusion"), False)
     return MoELPRConfig(**(values | settings))  # type: ignore[arg-type]
 
 

@@ -108,7 +108,8 @@ def is_finished(settings: "RunSettings") -> bool:
     record = read_settings(save) or {}
     pretrained = [str(start.pretrained)] if start.pretrained else []
     for flag, suffix, values in (("pretrained-checkpoint", "", pretrained), ("data-path", ".idx", settings.data_path)):
-        trained_with = _items(record.get(flag.replace("-", "_")))
+        recorded = record.get(flag.replace("-", "_")) or []
+        trained_with = [recorded] if isinstance(recorded, str) else recorded
         before, now = ([Path(f"{item}{suffix}").resolve() for item in items] for items in (trained_with, values))
         if now and now != before and any(path.exists() for path in before):  # else they were moved
             raise UserError(
@@ -145,7 +146,3 @@ def begin(save: Path | None) -> None:
     """Remove on rank 0 the file FINISHED of a run that is now continued."""
     if save is not None and is_first_rank():
         (save / FINISHED_FILE).unlink(missing_ok=True)
-
-
-def _items(value: str | list[str] | None) -> list[str]:
-    return [value] if isinstance(value, str) else value or []

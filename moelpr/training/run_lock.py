@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
-from pathlib import Path
 
 from torch.distributed import TCPStore
 
@@ -25,28 +24,24 @@ def run_lock(settings: RunSettings) -> Iterator[None]:
     Raises:
         UserError: another run holds it, or has saved a step since the settings of this run were checked.
     """
-    if settings.save is None:
+    if (save := settings.save) is None:
         yield
         return
     with ExitStack() as stack:
         refusal = ""
         if is_first_rank():
             try:
-                stack.enter_context(_locked_folder(settings.save, settings.start.saved_step))
+                save.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(save / LOCK_FILE, f"--save {save}"))
+                if saved_step(save) != settings.start.saved_step:
+                    raise UserError(
+                        f"another run has just saved a step in --save {save}; run the command again to resume it"
+                    )
+                remove_temporaries(save)
             except UserError as error:
                 refusal = str(error)
         if refusal := _word_of_rank_0(refusal):
             raise UserError(refusal)
-        yield
-
-
-@contextmanager
-def _locked_folder(save: Path, expected_step: int | None) -> Iterator[None]:
-    save.mkdir(parents=True, exist_ok=True)
-    with locked(save / LOCK_FILE, f"--save {save}"):
-        if saved_step(save) != expected_step:
-            raise UserError(f"another run has just saved a step in --save {save}; run the command again to resume it")
-        remove_temporaries(save)
         yield
 
 

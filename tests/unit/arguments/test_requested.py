@@ -77,18 +77,14 @@ def test_a_damaged_record_of_a_run_is_reported(upcycled: str, problems, content:
 
 
 def test_a_step_is_checked_against_the_settings_it_was_trained_with(make_checkpoint, problems) -> None:
-    """A later start with other settings was killed before it saved anything."""
+    """A later start was killed before it saved anything. A step without a record has the settings of the last start."""
     run = make_checkpoint("run", stage="stage1")
-    (Path(run) / "recipe.yaml").write_text("stage: stage2")
+    (Path(run) / "recipe.yaml").write_text("stage: stage0")
     (found,) = problems("stage2", None, "--save", run)
-    assert found.startswith(f"{run} is a run of --stage stage1")
-
-
-def test_a_step_without_its_own_record_is_checked_against_the_last_start(make_checkpoint, problems) -> None:
-    run = make_checkpoint("run", stage="stage1")
+    assert found.startswith(f"{run} is a run of --stage stage1, which --stage stage2 cannot resume; to start a new run")
     (Path(run) / "release" / "recipe.yaml").unlink()
     (found,) = problems("stage2", None, "--save", run)
-    assert found.startswith(f"{run} is a run of --stage stage1")
+    assert found.startswith(f"{run} is a run of --stage stage0")
 
 
 def test_the_step_selected_for_the_first_start_does_not_reset_a_resumed_run(

@@ -101,12 +101,9 @@ def test_a_panic_of_a_library_is_one_sentence(capsys) -> None:  # noqa: ANN001
     assert stop.value.code == 2 and "(index out of bounds); download the tokenizer again" in capsys.readouterr().err
 
 
-def test_bugs_keep_their_traceback() -> None:
+def test_bugs_keep_their_traceback_and_other_errors_with_debug(monkeypatch) -> None:  # noqa: ANN001
     with pytest.raises(ZeroDivisionError):
         run_command(fail_with(ZeroDivisionError()))
-
-
-def test_debug_shows_the_traceback_of_a_user_error(monkeypatch) -> None:  # noqa: ANN001
     monkeypatch.setattr("sys.argv", ["tool", "--debug"])
     with pytest.raises(UserError):
         run_command(fail_with(UserError("x")))

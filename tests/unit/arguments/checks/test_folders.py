@@ -45,9 +45,6 @@ def test_a_disk_without_room_for_a_checkpoint_is_rejected(upcycled: str, problem
     (found,) = problems("stage1", upcycled, "--save", str(small_disk / "runs" / "new"))
     assert found.startswith(f"--save {small_disk}/runs/new ")
     assert "128 KiB free" in found and "about 761.2 KiB" in found and "--save-trained-only" in found
-
-
-def test_a_full_disk_is_rejected(upcycled: str, problems, small_disk: Path) -> None:
     (small_disk / "other").write_bytes(bytes(128 * 1024))
     (found,) = problems("stage2", upcycled, "--save", str(small_disk / "run"), "--save-trained-only")
     assert "0 bytes free" in found

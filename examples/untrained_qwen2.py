@@ -11,29 +11,25 @@ from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForC
 from moelpr.process.command import CommandParser, run_command
 from moelpr.store.files import atomic_directory, refuse_existing
 
+# Flag -> its default, and the field of Qwen2Config.
+SHAPE = {
+    "hidden-size": (256, "hidden_size"),
+    "num-layers": (6, "num_hidden_layers"),
+    "ffn-hidden-size": (768, "intermediate_size"),
+    "num-attention-heads": (4, "num_attention_heads"),
+    "num-query-groups": (2, "num_key_value_heads"),
+}
 
-def save_untrained_qwen2(
-    tokenizer_path: Path,
-    save: Path,
-    *,
-    hidden_size: int,
-    num_layers: int,
-    ffn_hidden_size: int,
-    num_attention_heads: int,
-    num_query_groups: int,
-    max_position_embeddings: int = 512,
-    seed: int = 1234,
-) -> None:
-    """Write a Qwen2 (qkv bias, grouped queries, RMSNorm, SwiGLU, RoPE, tied embeddings) and its tokenizer to `save`."""
+
+def save_untrained_qwen2(tokenizer_path: Path, save: Path, *, seed: int = 1234, **shape: int) -> None:
+    """Write a Qwen2 (qkv bias, grouped queries, RMSNorm, SwiGLU, RoPE, tied embeddings) and its tokenizer to `save`.
+
+    `shape`: Fields of Qwen2Config.
+    """
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, local_files_only=True, trust_remote_code=False)
     config = Qwen2Config(
+        **{"max_position_embeddings": 512, **shape},
         vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=ffn_hidden_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=num_attention_heads,
-        num_key_value_heads=num_query_groups,
-        max_position_embeddings=max_position_embeddings,
         tie_word_embeddings=True,
         use_sliding_window=False,
         bos_token_id=None,
@@ -50,13 +46,13 @@ def save_untrained_qwen2(
 
 def main() -> None:
     parser = CommandParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokenizer", type=Path, required=True, help="Hugging Face tokenizer directory")
-    parser.add_argument("--save", type=Path, required=True, help="directory to write")
-    shape = {"hidden-size": 256, "num-layers": 6, "ffn-hidden-size": 768}
-    for name, default in (shape | {"num-attention-heads": 4, "num-query-groups": 2}).items():
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=1234, help="seed of the random weights (default: %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing --save")
+    add = parser.add_argument
+    add("--tokenizer", type=Path, required=True, help="Hugging Face tokenizer directory")
+    add("--save", type=Path, required=True, help="directory to write")
+    for name, (default, field) in SHAPE.items():
+        add(f"--{name}", dest=field, type=int, default=default, metavar="N", help="default: %(default)s")
+    add("--seed", type=int, default=1234, help="seed of the random weights (default: %(default)s)")
+    add("--overwrite", action="store_true", help="replace an existing --save")
     args = vars(parser.parse_args())
     args.pop("debug")
     refuse_existing([args["save"]], args.pop("overwrite"))

@@ -32,8 +32,8 @@ def make_model(folder: Path) -> Path:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     fast.add_special_tokens({"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"})
     fast.save_pretrained(folder / "tokenizer")
-    shape = {"hidden_size": 32, "num_layers": 2, "ffn_hidden_size": 48, "num_attention_heads": 4}
-    shape |= {"num_query_groups": 2, "max_position_embeddings": 64}
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "max_position_embeddings": 64}
     save_untrained_qwen2(folder / "tokenizer", folder / "hf", **shape)
     return folder / "hf"
 

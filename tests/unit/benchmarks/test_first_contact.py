@@ -3,6 +3,7 @@
 import argparse
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -25,13 +26,9 @@ def test_the_model_is_the_largest_that_fits(ranks: int, memory_gib: float) -> No
     if place:
         larger = [*layers[:place]][-1:]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(first_contact, "GPU_SIZES", vary(first_contact.GPU_SIZES, layers=tuple(larger)))
+            patch.setattr(first_contact, "GPU_SIZES", replace(first_contact.GPU_SIZES, layers=tuple(larger)))
             with pytest.raises(UserError, match="memory"):
                 trainer_runs(Machine(H100, ranks, memory_gib))
-
-
-def vary(sizes: first_contact.Sizes, **changes: object) -> first_contact.Sizes:
-    return first_contact.Sizes(**vars(sizes) | changes)  # type: ignore[arg-type]
 
 
 def test_runs_use_all_gpus_and_expert_parallelism_where_experts_can_be_divided() -> None:

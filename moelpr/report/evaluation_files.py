@@ -20,7 +20,7 @@ class ExpertShare:
     """The fraction of first choices that are an original expert, in results.json.
 
     Attributes:
-        per_layer: The fraction per MoE layer.
+        per_layer: The fraction per MoE layer; null if it is NaN.
         layers: The numbers of the MoE layers.
     """
 
@@ -111,11 +111,7 @@ class EvaluationFile:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read a file of --evaluation.
-
-        Raises:
-            UserError: The file is missing, damaged, or another program's.
-        """
+        """Read a file of --evaluation."""
         return records.read(cls, path, "pass files that `python -m moelpr.evaluate` wrote as --evaluation")
 
 

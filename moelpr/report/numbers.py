@@ -17,7 +17,13 @@ Measured = Annotated[
 
 @dataclass(frozen=True, config=FOREIGN)
 class Interval:
-    """A number and the bounds of its 95% confidence interval, NaN if there is none."""
+    """A number with its 95% confidence interval, whose bounds are NaN if there is none.
+
+    Attributes:
+        value: The number; null if it is infinite or NaN.
+        low: The lower bound; null without an interval.
+        high: The upper bound.
+    """
 
     value: Measured
     low: Measured = math.nan

@@ -59,14 +59,6 @@ def test_text_is_the_default_command(evaluate, capsys, data, dense_dir):
     assert printed[0] == printed[1] != ""
 
 
-def test_a_single_document_has_no_interval_and_a_single_model_no_change(evaluate, tmp_path, capsys, dense_dir):
-    (tmp_path / "one.jsonl").write_text('{"text": "The door is open."}')
-    evaluate("--model", dense_dir, "--data", f"en={tmp_path}/one.jsonl", "--output", tmp_path / "out")
-    found = json.loads((tmp_path / "out/results.json").read_text())["models"]["dense"]["languages"]["en"]
-    assert found["bits_per_byte"]["low"] is None and found["change"] == {}
-    assert "[" not in next(line for line in capsys.readouterr().out.splitlines() if line.startswith("en "))
-
-
 def test_continuations_are_written_for_every_language_and_model(evaluate, tmp_path, data, dense_dir, moe_dir, texts):
     output = tmp_path / "out"
     evaluate("--model", dense_dir, "--model", moe_dir, *data, "--continuations", 4, "--output", output)
@@ -84,9 +76,8 @@ def test_routing_lists_the_layers_that_break_the_prior(
     score, evaluate, capsys, tmp_path, data, dense_dir, moe_dir, texts
 ):
     output = tmp_path / "out"
-    evaluate(
-        "routing", "--model", dense_dir, "--model", moe_dir, *data, "--original-languages", "en", "--output", output
-    )
+    models = ("--model", dense_dir, "--model", moe_dir)
+    evaluate("routing", *models, *data, "--original-languages", "en", "--output", output)
     content = json.loads((output / "routing.json").read_text())["models"]
     assert list(content) == ["moe"]
     broken = {(prior["language"], prior["layer"]) for prior in content["moe"]["broken_priors"]}
@@ -141,8 +132,6 @@ def test_bad_arguments_are_rejected_with_the_flag_to_correct(rejected, tmp_path,
         (("--model", "=a", *data), ("--model", "NAME=DIR", "such as base=a,")),
         ((*model, "--data", f"en={tmp_path}/gone.jsonl"), ("gone.jsonl",)),
         ((*model, *data, "--original-languages", "en,fr"), ("--original-languages fr", "--data")),
-        ((*model, *data, "--max-documents", 0), ("--max-documents", "at least 1")),
-        ((*model, *data, "--sequence-length", 0), ("--sequence-length", "at least 1")),
         ((*model, *data, "--batch-size", "many"), ("--batch-size", "at least 1")),
         ((*model, *data, "--sequence-length", 100), ("--sequence-length", "at most 64", "100")),
         ((*model, *data, "--sequence-length", 8, "--context", 8), ("--context", "below", "8")),

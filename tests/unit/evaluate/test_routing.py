@@ -80,12 +80,6 @@ def test_context_tokens_are_counted_once(score, moe_dir, texts):
         assert result[language].routing.tokens == sum(tokens) - len(documents)
 
 
-def test_dense_model_has_no_routing(score, dense_dir, texts):
-    loaded = load_model(dense_dir, device="cpu")
-    assert loaded.routers == {}
-    assert score(loaded, texts)["en"].routing is None
-
-
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "granitemoe"])
 def test_routers_of_the_other_exported_families_are_found(family):
     from transformers import AutoConfig, AutoModelForCausalLM

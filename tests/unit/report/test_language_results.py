@@ -8,10 +8,8 @@ import pytest
 
 from moelpr.process.errors import UserError
 from moelpr.report.evaluation_files import Continuation
-from moelpr.report.language_results import held_out_results, read_evaluations
+from moelpr.report.language_results import read_evaluations
 from moelpr.report.numbers import Interval
-from moelpr.report.runs import read_run
-from tests.support.run_folders import make_run
 
 
 def test_evaluations_of_several_files_and_versions_are_joined(tmp_path: Path) -> None:
@@ -80,7 +78,7 @@ def test_a_mean_is_over_the_languages_of_all_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "english",
-    [{"bits_per_byte": "b"}, {"original_first_share": [0.5], "layers": [0, 1]}, {"original_first_share": [[0.5], 0.5]}],
+    [{"bits_per_byte": "b"}, {"original_first_share": [0.5], "layers": [0, 1]}],
 )
 def test_a_file_of_something_else_is_rejected(tmp_path: Path, english: dict) -> None:
     path = tmp_path / "results.json"
@@ -96,14 +94,3 @@ def test_the_layers_of_a_model_are_those_of_its_other_results(tmp_path: Path) ->
         path.write_text(json.dumps({"models": {"a": {"languages": languages}}}))
     with pytest.raises(UserError, match=r"2\.json: the layers of a on en"):
         read_evaluations(paths)
-
-
-def test_start_is_a_pass_before_the_first_step(tmp_path: Path) -> None:
-    """If stage 1 had no held-out text, what stage 2 starts from must not pass for the base."""
-    runs = [make_run(tmp_path / "stage1", "stage1", 20, languages={}), make_run(tmp_path / "stage2", "stage2", 20)]
-    results = held_out_results([read_run(run) for run in runs])
-    assert results.models == ["before stage2", "after stage2"] and results.has_start
-    metrics = runs[1] / "metrics.jsonl"
-    metrics.write_text("".join(line for line in metrics.open() if '"iteration": 0' not in line))
-    results = held_out_results([read_run(run) for run in runs])
-    assert results.models == ["after stage2"] and not results.has_start

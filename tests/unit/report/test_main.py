@@ -33,7 +33,8 @@ def test_live_shows_the_current_state_once(tmp_path, monkeypatch, capsys) -> Non
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"), [(("live", ".", "--interval", "0"), "--interval"), (("nowhere",), "nowhere")]
+    ("arguments", "named"),
+    [(("live", ".", "--interval", "0"), "--interval"), (("nowhere",), "nowhere"), (("live",), "RUN"), ((), "RUN")],
 )
 def test_bad_argument_is_named(monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], named: str) -> None:
     with pytest.raises(UserError, match=named):
@@ -47,9 +48,3 @@ def test_folder_of_runs_is_answered_with_a_command(tmp_path, monkeypatch, comman
     with pytest.raises(UserError, match=f"python -m moelpr.report {tmp_path}/stage1 {tmp_path}/stage2`") as error:
         call(monkeypatch, *command, tmp_path)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("arguments", [("live",), (), ("run", "--evaluation")])
-def test_missing_argument_is_an_error(monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]) -> None:
-    with pytest.raises(UserError, match="RUN|FILE|argument"):
-        call(monkeypatch, *arguments)

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from moelpr.model_spec import ModelSpec, MoeSpec
 from moelpr.report.claims import Claim, Claims
-from moelpr.report.language_results import read_evaluations
+from moelpr.report.language_results import LanguageResults, read_evaluations
+from moelpr.report.run_figures import routing_figures
 from moelpr.report.run_report import Report
 from moelpr.report.runs import read_run
 from tests.support.run_folders import LANGUAGES, make_run
+from tests.unit.conftest import SHAPE
 
 
 def pages(*folders: Path, evaluations: tuple[Path, ...] = (), **more: object) -> tuple[str, str]:
@@ -89,11 +92,6 @@ def test_the_command_of_a_run_on_several_nodes_is_that_of_each_node(tmp_path: Pa
     assert nodes in " ".join(markdown.replace("\\\n", "").split())
 
 
-def test_page_loads_nothing_and_runs_nothing(written: tuple[str, str]) -> None:
-    html, _ = written
-    assert not re.search(r"<(script|link|iframe|object|img)\b|@import|url\((?!#)|\b(src|href)\s*=\s*\"(?!#)", html)
-
-
 def test_without_a_start_there_are_no_changes(tmp_path: Path) -> None:
     first = make_run(tmp_path / "stage1", "stage1", 20, languages={})
     second = make_run(tmp_path / "stage2", "stage2", 20)
@@ -124,13 +122,10 @@ def test_run_of_an_older_version_is_shown_as_far_as_it_goes(tmp_path: Path) -> N
     assert "No command line was recorded" in markdown
 
 
-def test_numbers_that_are_null_or_far_too_large_are_shown(tmp_path: Path) -> None:
+def test_few_steps_and_numbers_that_are_null_or_far_too_large_are_shown(tmp_path: Path) -> None:
     line = '{"iteration": 1, "lm_loss": 3.0, "consumed_tokens": null, "step_time_s": 1e29}\n'
     (tmp_path / "metrics.jsonl").write_text(line + line.replace("1,", "2,", 1))
     assert "step 2" in pages(tmp_path)[0]
-
-
-def test_run_with_no_step_or_one_step_is_shown_too(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     assert "step 0" in pages(tmp_path)[0]
     (tmp_path / "metrics.jsonl").write_text('{"iteration": 1, "lm_loss": null, "step_time_s": 3}\n')
@@ -199,3 +194,21 @@ def test_windows_of_another_length_are_not_compared(tmp_path: Path) -> None:
     _, markdown = pages(first, second)
     assert "%" in row_of(markdown, "English")[-2] and "%" not in row_of(markdown, "English")[-1]
     assert "No change is shown after stage2" in markdown and "against before stage1" not in markdown
+
+
+def test_routing_before_and_after_review_comes_from_the_runs_own_steps(tmp_path: Path) -> None:
+    (figure,) = routing_figures([read_run(make_run(tmp_path / "stage2", "stage2", 200))], LanguageResults())
+    assert figure.table.head[1:] == ["original languages", "expanded languages"]
+    rows = [row.cells for row in figure.table.full_rows]
+    assert [cells[0] for cells in rows if len(cells) == 1] == ["stage2, first steps", "stage2, last steps"]
+    first, last = (int(cells[1].removesuffix("%")) for cells in rows if cells[0] == "layer 0")
+    assert first == pytest.approx(30 + 60 * 25 / 200, abs=2)
+    assert last == pytest.approx(90 - 60 * 25 / 200, abs=2)
+
+
+def test_layers_have_the_numbers_of_the_model(tmp_path: Path) -> None:
+    """With --moe-layers they were numbered from 0."""
+    folder = make_run(tmp_path / "stage2", "stage2", 20)
+    ModelSpec("qwen2", "bfloat16", SHAPE | {"num_layers": 12}, MoeSpec(4, 2, (1, 4, 9, 11))).write(folder)
+    (figure,) = routing_figures([read_run(folder)], LanguageResults())
+    assert [row.cells[0] for row in figure.table.full_rows][1:5] == ["layer 1", "layer 4", "layer 9", "layer 11"]

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer
 
 from data_tools.corpus.corpus_writer import CorpusWriter
 from moelpr.data.manifest import LanguageCount, Manifest, TokenizerRecord
 from moelpr.process.errors import UserError
 from moelpr.training.validation import HeldOut, bytes_per_token, result
+from tests.support.small_tokenizers import save_llama3
 
 TEXTS = ["Η πόρτα είναι ανοιχτή.", "門は開いている。", "The door is open."]
 
@@ -27,14 +27,8 @@ def test_a_loss_becomes_bits_per_byte_or_bits_per_token_if_bytes_are_unknown() -
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A checkpoint folder with a byte-level tokenizer."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    letters = pre_tokenizers.ByteLevel.alphabet()
-    options = {"special_tokens": ["<eod>"], "initial_alphabet": letters, "show_progress": False}
-    trainer = trainers.BpeTrainer(vocab_size=280, **options)
-    bpe.train_from_iterator(TEXTS, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eod>").save_pretrained(tmp_path / "model" / "hf")
+    (tmp_path / "model").mkdir()
+    save_llama3(tmp_path / "model" / "hf")
     return tmp_path / "model"
 
 
@@ -42,8 +36,8 @@ def model(tmp_path: Path) -> Path:
 def corpus(tmp_path: Path, model: Path) -> tuple[str, int]:
     """A prefix and its number of tokens, ends of documents included."""
     tokenizer = Tokenizer.from_file(str(model / "hf" / "tokenizer.json"))
-    documents = [[*tokenizer.encode(text).ids, tokenizer.token_to_id("<eod>")] for text in TEXTS]
-    with CorpusWriter(tmp_path / "corpus", vocab_size=300) as writer:
+    documents = [[*tokenizer.encode(text).ids, tokenizer.token_to_id("<|end_of_text|>")] for text in TEXTS]
+    with CorpusWriter(tmp_path / "corpus", vocab_size=600) as writer:
         for document in documents:
             writer.add_document(np.array(document), True)
         writer.finalize()

@@ -60,7 +60,7 @@ def compare_models(
         device, dtype, verify: See `moelpr.evaluate.models.load_model`.
 
     Raises:
-        UserError: before a model is opened, if a setting does not fit a model.
+        UserError: A setting does not fit a model; no model has been opened yet.
     """
     settings = (settings or Settings()).resolve({name: read_max_positions(path) for name, path in models.items()})
     cache = cache or ResultCache(None)

@@ -27,8 +27,6 @@ def estimates(
     """The metrics of one text from the same samples for all models: model -> metric -> estimate.
 
     Args:
-        scores: Model -> its score on the text.
-        seed: The seed of the samples.
         documents: A name per document, for texts that share some documents; by default their numbers.
         population: All names in these texts, from which the samples are drawn. A name's documents are drawn together.
     """

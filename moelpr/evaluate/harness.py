@@ -77,11 +77,7 @@ class Benchmark:
 
 
 def read_benchmarks(path: Path, languages: Sequence[str]) -> dict[str, Benchmark]:
-    """Read a table of tasks (see paper_tasks.yaml), keeping only `languages` and benchmarks that have one of them.
-
-    Raises:
-        UserError: The file is not such a table, or nothing is left.
-    """
+    """Read a table of tasks (see paper_tasks.yaml), keeping `languages` and the benchmarks that have one of them."""
     remedy = f"pass --tasks a table of num_fewshot, metric and tasks per benchmark, as in {PAPER_TASKS.name}"
     table = records.validate(dict[str, Benchmark], read_mapping(path, "table of tasks"), str(path), remedy)
     benchmarks = {}
@@ -99,11 +95,7 @@ def read_benchmarks(path: Path, languages: Sequence[str]) -> dict[str, Benchmark
 
 
 def shots_of(benchmarks: Mapping[str, Benchmark]) -> dict[str, int]:
-    """The number of examples in the prompt of each task.
-
-    Raises:
-        UserError: Two benchmarks disagree.
-    """
+    """The number of examples in the prompt of each task; a UserError if two benchmarks disagree."""
     shots: dict[str, int] = {}
     for benchmark in benchmarks.values():
         for task in (task for tasks in benchmark.tasks.values() for task in tasks):

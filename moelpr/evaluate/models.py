@@ -113,11 +113,7 @@ def is_megatron(directory: Path) -> bool:
 
 
 def require_hf(models: Mapping[str, Path], user: str) -> None:
-    """Check that none of the `models` (name -> directory) is a checkpoint, which `user` does not support.
-
-    Raises:
-        UserError: One of them is a checkpoint.
-    """
+    """Check that none of the `models` (name -> directory) is a checkpoint, which `user` does not support."""
     if checkpoints := [name for name, directory in models.items() if is_megatron(directory)]:
         raise UserError(
             f"{user} requires Hugging Face directories, --model {checkpoints[0]} is a Megatron checkpoint; export it "
@@ -234,11 +230,7 @@ def load_model(directory: Path, device: str = "auto", dtype: str = "auto", verif
 
 
 def _placement(directory: Path, device: torch.device, dtype: str, is_chosen: bool) -> dict[str, Any]:
-    """Arguments of from_pretrained that spread a model over GPUs, leaving a tenth of each; {} if one is enough.
-
-    Raises:
-        UserError: no GPUs have room, or not the chosen one. Nothing has been loaded yet.
-    """
+    """Arguments of from_pretrained that spread a model over GPUs, leaving a tenth of each; {} if one is enough."""
     if device.type != "cuda":
         return {}
     needed, own = _weight_bytes(directory, dtype), _free_bytes(device.index)
@@ -281,22 +273,14 @@ def _weight_bytes(directory: Path, dtype: str) -> int:
 
 
 def read_max_positions(directory: Path) -> int | None:
-    """The model's longest input in tokens; None for no limit.
-
-    Raises:
-        UserError: `directory` is not a model.
-    """
+    """The longest input in tokens; None for no limit. A UserError if `directory` is not a model."""
     if is_megatron(directory):
         return ModelSpec.read(directory).megatron_args["max_position_embeddings"]
     return _read_config(directory).get("max_position_embeddings")
 
 
 def check_device(name: str) -> None:
-    """Check --device.
-
-    Raises:
-        UserError: It is unavailable, or would silently be the CPU of a machine with GPUs.
-    """
+    """Refuse a --device that is unavailable, or would silently be the CPU of a machine with GPUs."""
     if name == "auto" and (problem := cpu.unusable_gpus()):
         raise UserError(problem)
     choose_device(name)
@@ -311,9 +295,6 @@ def choose_device(name: str) -> torch.device:
     """The device that --device names; "auto" is a GPU if any.
 
     A GPU has an index, without which torch.cuda.set_device does not accept it.
-
-    Raises:
-        UserError: There is no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -342,11 +323,7 @@ def _load_tokenizer(directory: Path) -> tuple[Any, int, int | None]:
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
-    """The config.json of a Hugging Face directory with weights.
-
-    Raises:
-        UserError: The directory has no config.json or no weights.
-    """
+    """The config.json of a Hugging Face directory; a UserError if there is none, or no weights."""
     if not (directory / "config.json").is_file():
         raise UserError(
             f"{directory} contains neither config.json nor {FILE_NAME}; pass a Hugging Face directory or a Megatron "

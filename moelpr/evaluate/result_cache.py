@@ -46,7 +46,8 @@ class ResultCache:
     """Results in an evaluation's folder, one file each (`parts/MODEL/NAME.json`), so that a rerun resumes.
 
     Each file records what it was computed from, and a checksum. A result with a different key or checksum is not used,
-    but computed again.
+    but computed again. These are files and not entries of a `moelpr.store.journal.Journal`, because results outlive
+    the job: after a model or a text has changed, the others are still used, and a damaged one is the only loss.
     """
 
     def __init__(self, folder: Path | None):

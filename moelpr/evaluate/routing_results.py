@@ -45,11 +45,7 @@ class RoutingResults(Results):
     name, title = "routing", "Routing"
 
     def __init__(self, comparison: Comparison, data: Mapping[str, Path], original: Sequence[str], threshold: float):
-        """Collect the routing of all MoE models; `original` is empty if the original languages were not named.
-
-        Raises:
-            UserError: All models are dense.
-        """
+        """Collect the routing of all MoE models, of which there must be one; `original` is empty if it is unknown."""
         self._comparison, self._data, self._original, self._threshold = comparison, data, original, threshold
         by_model = {
             model: {language: score.routing for language, score in scores.items() if score.routing is not None}

@@ -49,11 +49,7 @@ class Settings:
     def resolve(self, max_positions: Mapping[str, int | None]) -> "Settings":
         """The same settings for all models, with only the batch size possibly None.
 
-        Args:
-            max_positions: Model -> its longest input in tokens; None for no limit.
-
-        Raises:
-            UserError: A number is out of range.
+        `max_positions`: model -> longest input in tokens, None for no limit. A UserError if a number is out of range.
         """
         limits = [(limit, name) for name, limit in max_positions.items() if limit is not None]
         longest, narrowest = min(limits, default=(sys.maxsize, ""))
@@ -139,12 +135,10 @@ def score_each(
     """Score one language after another, and count an MoE's routing, in one forward pass over its documents.
 
     Args:
-        documents: language -> texts.
-        settings: resolved for all models.
-        name: the model's name in progress output.
+        name: The model's name in progress output.
 
     Raises:
-        UserError: the tokenizer returns IDs without an embedding, no tokens for a document, or omits text.
+        UserError: The tokenizer returns IDs without an embedding, no tokens for a document, or omits text.
     """
     tokens = {language: tokenize(loaded, language, texts) for language, texts in documents.items()}
     unknown_id = loaded.unknown_id

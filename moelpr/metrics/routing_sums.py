@@ -15,23 +15,14 @@ def is_all_original(is_chosen_TE: Tensor, num_original_places: int) -> Tensor:
 
 
 class RoutingSums(NamedTuple):
-    """Sums over the tokens of a training step; the second axis of a pair is (original, expanded) language.
+    """Sums over the tokens of a training step; the second axis of a pair is (original, expanded) language."""
 
-    Attributes:
-        lpr_loss: The LPR loss [L].
-        tokens: Number of tokens [L, 2].
-        original_first: Tokens whose first choice is an original expert [L, 2].
-        all_original: Tokens whose choices are all original experts [L, 2].
-        scores: Router scores [L, E].
-        choices: Tokens that choose the expert [L, E].
-    """
-
-    lpr_loss: Tensor
-    tokens: Tensor
-    original_first: Tensor
-    all_original: Tensor
-    scores: Tensor
-    choices: Tensor
+    lpr_loss: Tensor  # [L]
+    tokens: Tensor  # [L, 2]
+    original_first: Tensor  # tokens whose first choice is an original expert [L, 2]
+    all_original: Tensor  # tokens whose choices are all original experts [L, 2]
+    scores: Tensor  # router scores [L, E]
+    choices: Tensor  # tokens that choose the expert [L, E]
 
     @classmethod
     def from_vectors(cls, vectors_LV: Tensor) -> "RoutingSums":
@@ -50,7 +41,7 @@ class RoutingSums(NamedTuple):
         """The mean over layers and original-language tokens (scalar)."""
         return (self.lpr_loss / self.tokens[:, 0]).mean()
 
-    def mean_scores(self) -> Tensor:
+    def router_scores(self) -> Tensor:
         """The mean router score of each expert [L, E]."""
         return self.scores / self.tokens.sum(dim=1, keepdim=True)
 
@@ -75,7 +66,7 @@ class RoutingSums(NamedTuple):
             "original expert first, expanded tokens": expanded.mean(),
         }
         fields = [f" {name}: {value:.4f} |" for name, value in values.items() if not value.isnan()]
-        scores = " ".join(f"{score:.3f}" for score in self.mean_scores().mean(dim=0).tolist())
+        scores = " ".join(f"{score:.3f}" for score in self.router_scores().mean(dim=0).tolist())
         return "".join(fields) + f" mean router scores: {scores} |"
 
 

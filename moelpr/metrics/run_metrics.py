@@ -95,13 +95,7 @@ _OTHER = TypeAdapter[Any](OtherEvent)
 
 @dataclass
 class RunMetrics:
-    """The records of a run, sorted by iteration.
-
-    Attributes:
-        steps: One record per training step.
-        validations: One record per validation pass.
-        warnings: One record per warning.
-    """
+    """The records of a run, sorted by iteration."""
 
     steps: list[Step] = field(default_factory=list)
     validations: list[ValidationEvent] = field(default_factory=list)

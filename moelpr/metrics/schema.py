@@ -18,35 +18,20 @@ ROUTING_SHARES = {
 
 @dataclass(frozen=True, eq=False)  # equal to its key
 class Metric(str):
-    """A metric: its key in metrics.jsonl, and what readers need to know of it.
+    """A metric: its key in metrics.jsonl, and what readers need to know of it."""
 
-    Attributes:
-        key: The key, which the metric equals.
-        name: What is measured. Metrics of the same name share a chart.
-        unit: The unit, unless the name has it.
-        label: A short name for the live view; "" if it does not show the metric.
-        group: The group of languages whose tokens are measured; "" for all tokens.
-        axes: "" for one number per step, "L" for one per MoE layer, "LE" for one per MoE layer and expert.
-        tag: The TensorBoard tag, with a place for each axis; "" if it is Megatron's, or there is none.
-        in_chart: Whether the report draws it.
-        in_progress: Whether the trainer's progress line and the report's table of curves show it.
-        in_wandb: Whether Weights & Biases gets it, as a mean over MoE layers.
-        is_fraction: Whether charts show it as a percentage.
-        is_noisy: Whether charts show its running mean.
-    """
-
-    key: str
-    name: str
-    unit: str = ""
-    label: str = ""
-    group: str = ""
-    axes: str = ""
-    tag: str = ""
-    in_chart: bool = True
-    in_progress: bool = False
-    in_wandb: bool = False
-    is_fraction: bool = False
-    is_noisy: bool = True
+    key: str  # equal to the metric
+    name: str  # what is measured; metrics of the same name share a chart
+    unit: str = ""  # unless the name has it
+    label: str = ""  # a short name for the live view; "" if it does not show the metric
+    group: str = ""  # group of languages whose tokens are measured; "" for all tokens
+    axes: str = ""  # "" for one number per step, "L" for one per MoE layer, "LE" for one per MoE layer and expert
+    tag: str = ""  # the TensorBoard tag, with a place for each axis; "" if it is Megatron's, or there is none
+    in_chart: bool = True  # whether the report draws it
+    in_progress: bool = False  # whether the trainer's progress line and the report's table of curves show it
+    in_wandb: bool = False  # whether Weights & Biases gets it, as a mean over MoE layers
+    is_fraction: bool = False  # whether charts show it as a percentage
+    is_noisy: bool = True  # whether charts show its running mean
 
     def __new__(cls, key: str, *_: Any, **__: Any) -> Self:
         return super().__new__(cls, key)

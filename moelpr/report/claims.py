@@ -54,11 +54,7 @@ def read_verifications(paths: Iterable[Path]) -> dict[str, Verification]:
 
 
 def read_facts(path: Path) -> dict[str, dict[str, str]]:
-    """Title -> name -> value as text.
-
-    Raises:
-        UserError: The file is not such a mapping.
-    """
+    """Title -> name -> value as text; a UserError if the file is not such a mapping."""
     content = read_mapping(path, "facts")
     if not all(isinstance(facts, dict) for facts in content.values()):
         raise UserError(f"--facts {path} must be a mapping of title to {{name: value}}; see docs/report.md")
@@ -156,11 +152,7 @@ class Claims:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read a file of --claims.
-
-        Raises:
-            UserError: A claim is incomplete, or a field does not exist.
-        """
+        """Read a file of --claims; a UserError if a claim is incomplete, or a field does not exist."""
         content = read_mapping(path, "claims")
         return records.validate(cls, content, str(path), "pass --claims a file like examples/demo-claims.yaml")
 

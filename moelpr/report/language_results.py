@@ -95,11 +95,7 @@ def held_out_results(runs: Sequence[Run]) -> LanguageResults:
 
 
 def read_evaluations(paths: Iterable[Path]) -> LanguageResults:
-    """Read evaluations; later files add to earlier ones.
-
-    Raises:
-        UserError: A file is missing, or of something else.
-    """
+    """Read files of --evaluation; later files add to earlier ones."""
     results = LanguageResults()
     averaged: dict[str, dict[str, set[str]]] = {}  # model -> group with a mean -> the mean's languages
     for path in paths:

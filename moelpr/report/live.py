@@ -29,11 +29,7 @@ _KEPT = 2000  # steps in the sparklines at most
 
 
 def show(folder: Path, interval_s: float, once: bool) -> None:
-    """Follow the run in `folder` until it is finished or Ctrl-C is pressed; with `once`, show its state and return.
-
-    Raises:
-        UserError: The folder has no metrics.jsonl, or a damaged one.
-    """
+    """Follow the run in `folder` until it is finished or Ctrl-C is pressed; with `once`, show its state and return."""
     console = Console()
     if once:
         console.print(drawing(read_run(folder)))
@@ -133,27 +129,23 @@ def follow(folder: Path, interval_s: float) -> Iterator[tuple[Run, list[Any]]]:
     Raises:
         UserError: the run folder is removed meanwhile.
     """
+    path = folder / METRICS_FILE
     try:
-        yield from _follow(folder, interval_s)
+        while True:
+            size = path.stat().st_size if path.exists() else 0
+            run, parser = read_run(folder), LineParser()
+            with path.open("rb") as file:
+                near_end = max(0, size - (1 << 20))
+                file.seek(near_end)
+                file.seek(near_end + file.read(size - near_end).rfind(b"\n") + 1)  # where a half-written line begins
+                while path.stat().st_ino == os.fstat(file.fileno()).st_ino and path.stat().st_size >= file.tell():
+                    is_finished = (folder / FINISHED_FILE).exists()  # before reading, so that the last records are read
+                    yield run, list(_new_records(file, parser))
+                    if is_finished:
+                        return
+                    time.sleep(interval_s)
     except FileNotFoundError as error:
         raise UserError(f"{folder} is no longer there; pass a folder of a run") from error
-
-
-def _follow(folder: Path, interval_s: float) -> Iterator[tuple[Run, list[Any]]]:
-    path = folder / METRICS_FILE
-    while True:
-        size = path.stat().st_size if path.exists() else 0
-        run, parser = read_run(folder), LineParser()
-        with path.open("rb") as file:
-            near_end = max(0, size - (1 << 20))
-            file.seek(near_end)
-            file.seek(near_end + file.read(size - near_end).rfind(b"\n") + 1)  # where a half-written line begins
-            while path.stat().st_ino == os.fstat(file.fileno()).st_ino and path.stat().st_size >= file.tell():
-                is_finished = (folder / FINISHED_FILE).exists()  # before reading, so that the last records are read
-                yield run, list(_new_records(file, parser))
-                if is_finished:
-                    return
-                time.sleep(interval_s)
 
 
 def _new_records(file: BinaryIO, parser: LineParser) -> Iterator[Any]:

@@ -173,11 +173,7 @@ def terminal_table(table: Table) -> str:
 
 
 def markdown_table(table: Table, escape: Callable[[str], str] = str) -> str:
-    """The table in Markdown, with columns as wide as their widest cell and numbers to the right.
-
-    Args:
-        escape: What makes Markdown of a text; by default, texts are Markdown already.
-    """
+    """The table with aligned columns; `escape` makes Markdown of a text, by default texts are Markdown already."""
     rows = [list(map(escape, table.head))]
     for row in table.full_rows:
         cells = ["<br>".join(_line(cell, escape) for cell in lines) for lines in row.lines]

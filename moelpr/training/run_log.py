@@ -45,11 +45,7 @@ class RunLog:
         self.warn(record["iteration"], self.early_warnings.step(record))
 
     def validation(self, iteration: int, results: dict[str, HeldOutLoss]) -> None:
-        """Write a validation pass, and the warnings that follow from it.
-
-        Args:
-            results: Language -> loss.
-        """
+        """Write a validation pass (language -> loss), and the warnings that follow from it."""
         event = ValidationEvent(iteration=iteration, event="validation", stage=self.stage, languages=results)
         self._append(event, before_iteration=iteration + 1)
         shown = []

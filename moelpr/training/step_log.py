@@ -114,7 +114,7 @@ class StepLog:
             record |= {
                 schema.BALANCE_LOSS: self.tracker.balance_loss if args.balance_loss_coeff else None,
                 schema.LPR_LOSS: finite(routing.mean_lpr_loss()),
-                schema.ROUTER_SCORE: _rounded(routing.mean_scores()),
+                schema.ROUTER_SCORE: _rounded(routing.router_scores()),
                 schema.TOKEN_SHARE: _rounded(routing.token_shares()),
             }
             for share in schema.ROUTING_SHARES:

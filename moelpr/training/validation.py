@@ -51,19 +51,13 @@ def validates(settings: RunSettings, step_log: StepLog) -> Iterator["Validation 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A language's held-out text.
-
-    Attributes:
-        dataset: The windows; None on ranks that get their tokens from another rank.
-        num_windows: The same on every rank.
-        bytes_per_token: UTF-8 bytes per token; None if unknown.
-    """
+    """A language's held-out text."""
 
     language: str
     group: Literal["original", "expanded"]
-    dataset: GPTDataset | None
-    num_windows: int
-    bytes_per_token: float | None
+    dataset: GPTDataset | None  # windows; None on ranks that get their tokens from another rank
+    num_windows: int  # the same on every rank
+    bytes_per_token: float | None  # UTF-8 bytes per token; None if unknown
 
     def micro_batches(self, size: int) -> Iterator[dict[str, Tensor]]:
         """Yield this data-parallel rank's micro-batches of `size` windows.
@@ -78,17 +72,13 @@ class HeldOut:
 
 
 class Validation:
-    """Passes over every language; each rank calls `run` at the same steps.
-
-    Attributes:
-        scored_step: The step of the last pass that was not cut short; None before the first one.
-    """
+    """Passes over every language; each rank calls `run` at the same steps."""
 
     def __init__(self, settings: RunSettings, step_log: StepLog) -> None:
         self.settings, self.step_log = settings, step_log
         self._held_out: list[HeldOut] | None = None
         self._last_iteration: int | None = None  # the step of the last pass
-        self.scored_step: int | None = None
+        self.scored_step: int | None = None  # the step of the last pass that was not cut short
 
     def run(self, forward_step: Any, model: list[torch.nn.Module], config: Any, iteration: int) -> None:
         """Make a pass, unless this step has had one: Megatron asks again after the last step."""

@@ -200,7 +200,7 @@ def test_routing_sums_count_first_choices_by_language(layer) -> None:
     scores = torch.softmax(hidden.flatten(0, 1) @ layer.router.weight.T, dim=-1)
     losses = -scores[is_original.flatten(), :p].sum(dim=-1).log()
     torch.testing.assert_close(sums.scores[0], scores.sum(dim=0))
-    torch.testing.assert_close(sums.mean_scores()[0], scores.mean(dim=0))
+    torch.testing.assert_close(sums.router_scores()[0], scores.mean(dim=0))
     torch.testing.assert_close(sums.lpr_loss[0], losses.sum())
     torch.testing.assert_close(sums.mean_lpr_loss(), losses.mean())
 

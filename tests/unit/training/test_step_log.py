@@ -25,4 +25,4 @@ def test_layers_whose_scores_are_nan_stay_in_their_place(monkeypatch: pytest.Mon
         tracker.routers.append(SimpleNamespace(layer_number=layer_number, routing_sums=sums))
     found = tracker.reduce_routing(num_layers=3)
     assert found.token_shares().tolist() == [[0.5, 0.5]] * 2
-    assert found.mean_scores().isnan().any(dim=1).tolist() == [False, True]
+    assert found.router_scores().isnan().any(dim=1).tolist() == [False, True]

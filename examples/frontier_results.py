@@ -62,7 +62,7 @@ def read_evaluation(folder: Path, names_of: Mapping[str, tuple[str, Sequence[str
 
     def change(model: str, language: str) -> float:
         bits = [text[name].languages[language].bits_per_byte for name in (model, "base")]
-        value, base = (measured.interval.value if measured else math.nan for measured in bits)
+        value, base = (measured.value if measured else math.nan for measured in bits)
         return value / base - 1
 
     def share(model: str, language: str) -> float:

@@ -15,7 +15,7 @@ TRAINING_FLAGS = (
     "--micro-batch-size 1 --seq-length 32 --lr 1e-2 --min-lr 1e-3 --lr-decay-style cosine --lr-warmup-iters 2 "
     "--log-interval 10 --expert-model-parallel-size 2"
 ).split()
-STEPS = 60  # of a stage that is interrupted
+STEPS = 60  # the length of a stage that is interrupted
 
 
 def make_model(folder: Path) -> Path:

@@ -23,7 +23,7 @@ from data_tools.preprocessing.workers import worker_pool
 from moelpr.data.manifest import Manifest
 from moelpr.data.manifest import Source as ManifestSource
 from moelpr.process.errors import UserError
-from moelpr.store.files import LOCK_FILE, empty, locked_folder
+from moelpr.store.files import empty, locked_folder
 from moelpr.store.journal import Journal
 
 # A resumed job repeats what the interrupted one did after it last saved.
@@ -174,8 +174,6 @@ class Job:
     def _check_settings(self) -> None:
         """Raise a UserError if another job was interrupted here."""
         found = Journal.job_in(self._folder)
-        if found is None and any(path.name != LOCK_FILE for path in self._folder.iterdir()):
-            print(f"note: an earlier version wrote {self._folder}, so the job starts from scratch", file=sys.stderr)
         settings = json.loads(json.dumps(self.spec.settings))
         for name in settings.keys() | found.keys() if found else ():
             if found.get(name) != settings.get(name):

@@ -8,7 +8,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from data_tools.preprocessing.sources import Form, Source
 from moelpr.process.errors import DISK_FULL, UserError
@@ -16,11 +16,10 @@ from moelpr.process.errors import DISK_FULL, UserError
 BLOCK_BYTES = 1 << 16
 
 
-def _open_zstd(raw: BinaryIO) -> BinaryIO:
+def _open_zstd(raw: BinaryIO) -> Any:
     import pyarrow  # Python's own zstd comes with 3.14
 
-    native = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd")
-    return cast(BinaryIO, io.BufferedReader(native, BLOCK_BYTES))
+    return pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd")
 
 
 class _Streams(io.RawIOBase):
@@ -57,20 +56,12 @@ class _Streams(io.RawIOBase):
                 return len(content)
 
 
-def _open_bzip2(raw: BinaryIO) -> BinaryIO:
-    return cast(BinaryIO, io.BufferedReader(_Streams(raw, bz2.BZ2Decompressor, b""), BLOCK_BYTES))
-
-
-def _open_xz(raw: BinaryIO) -> BinaryIO:
-    return cast(BinaryIO, io.BufferedReader(_Streams(raw, lzma.LZMADecompressor, b"\0"), BLOCK_BYTES))
-
-
 _OPENERS: dict[Form, Callable[[BinaryIO], Any]] = {
     Form.LINES: nullcontext,
     Form.GZIP: gzip.open,
-    Form.BZIP2: _open_bzip2,
-    Form.XZ: _open_xz,
-    Form.ZSTD: _open_zstd,
+    Form.BZIP2: lambda raw: io.BufferedReader(_Streams(raw, bz2.BZ2Decompressor, b""), BLOCK_BYTES),
+    Form.XZ: lambda raw: io.BufferedReader(_Streams(raw, lzma.LZMADecompressor, b"\0"), BLOCK_BYTES),
+    Form.ZSTD: lambda raw: io.BufferedReader(_open_zstd(raw), BLOCK_BYTES),
 }
 
 

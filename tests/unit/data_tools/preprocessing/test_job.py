@@ -262,14 +262,6 @@ def test_damaged_state_is_reported(input_files, preprocess, hf_tokenizer, tmp_pa
         preprocess(hf_tokenizer, "--input", *input_files, *FLAGS, "--resume")
 
 
-def test_a_job_of_an_earlier_version_starts_from_scratch(input_files, preprocess, hf_tokenizer, tmp_path, capsys):
-    folder = tmp_path / "out" / ".a.unfinished"
-    folder.mkdir(parents=True)
-    (folder / "state.json").write_text("{}")
-    preprocess(hf_tokenizer, "--input", *input_files, *FLAGS, "--resume")
-    assert "an earlier version wrote" in capsys.readouterr().err and not folder.exists()
-
-
 def test_every_flag_that_changes_the_bytes_must_be_the_same_to_resume(input_files, hf_tokenizer, tmp_path) -> None:
     """A flag that is new must be added to the settings, or here."""
     speed_or_output = {"debug", "workers", "log_interval", "overwrite", "resume", "max_bad_share", "tokenizer_backend"}

@@ -19,8 +19,7 @@ def main() -> None:
     add("--hf-path", type=Path, required=True, metavar="DIR", help="Hugging Face directory of its dense base model")
     add_output_options(parser, "checkpoint folder", dtype_default="that of the tensors of both")
     args = parser.parse_args()
-    from checkpoint_convert.conversions.adapter_config import AdapterConfig
-    from checkpoint_convert.conversions.published_adapter import adapter_to_mcore
+    from checkpoint_convert.conversions.published_adapter import AdapterConfig, adapter_to_mcore
 
     spec = adapter_to_mcore(args.adapter, args.hf_path, args.save, args.dtype, args.overwrite, args.verify)
     assert spec.moe is not None

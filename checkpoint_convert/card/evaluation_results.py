@@ -102,10 +102,7 @@ def update_card(
         results: Results of `moelpr.evaluate` (text or harness) as JSON; they become the card's model-index, and their
             languages the model's.
         evaluated: Name of the model in the results; None for the one that was read from `folder`.
-        base_model: owner/name on the Hub.
-        languages: Codes of further languages.
-        license: Identifier on the Hub.
-        tags: Further tags.
+        languages: Codes of further languages; so are `tags`.
 
     Returns:
         The new metadata.

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from checkpoint_convert.card.readers import READERS, obstacle
+from checkpoint_convert.hf.checks import check_weights
 from checkpoint_convert.hf.model_files import TOKENIZER_FILES
 from checkpoint_convert.hf.safetensors_reader import HfReader
-from checkpoint_convert.hf.weight_check import check_weights
 from moelpr.families.families import read_base
 from moelpr.families.hf_config import read_config
 from moelpr.families.tables import pieces, zeros

@@ -15,11 +15,7 @@ from moelpr.store.run_folder import HF_FOLDER
 def whole_checkpoint(
     load: Path, save: Path, iteration: int | None = None, overwrite: bool = False, verify: Verify = Verify.FULL
 ) -> None:
-    """Write the model of a checkpoint, whose steps may hold only what was trained, as a checkpoint that needs no base.
-
-    Args:
-        save: Checkpoint folder to write; tensors keep their dtype.
-        iteration: Saved step to read; None for the latest.
+    """Write one step (None for the latest) as a checkpoint that needs no base; tensors keep their dtype.
 
     Raises:
         UserError: the input is invalid; `save` is then unchanged.

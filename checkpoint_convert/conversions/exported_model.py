@@ -11,8 +11,13 @@ from checkpoint_convert.card.history import check_separable, read_history
 from checkpoint_convert.card.model_card import CardFacts, model_card
 from checkpoint_convert.card.origin import Origin
 from checkpoint_convert.common.output_folder import check_output, output_folder
-from checkpoint_convert.conversions.delta import DELTA_STEM, check_delta, complete_delta, rows_of_new_tokens
-from checkpoint_convert.conversions.delta_config import DeltaConfig
+from checkpoint_convert.conversions.delta import (
+    DELTA_STEM,
+    DeltaConfig,
+    check_delta,
+    complete_delta,
+    rows_of_new_tokens,
+)
 from checkpoint_convert.hf.companions import write_companions
 from checkpoint_convert.hf.model_files import DEFAULT_SHARD_BYTES, MODEL_STEM
 from checkpoint_convert.hf.safetensors_writer import write_weights
@@ -37,14 +42,11 @@ def mcore_to_hf(
     as_class: str | None = None,
     verify: Verify = Verify.FULL,
 ) -> CardFacts:
-    """Export a checkpoint as a Hugging Face model or a delta; an interrupted export resumes.
-
-    Returns what its model card states.
+    """Export a checkpoint as a Hugging Face model or a delta, and return the facts of its model card; resumable.
 
     Args:
         iteration: Saved step to export; None for the latest.
-        dtype: Dtype of the export; None for that of the model the checkpoint came from.
-        max_shard_bytes: Largest size of a safetensors file.
+        dtype: None for that of the model the checkpoint came from.
         base_model: Name of the base for the model card; None for the recorded one.
         as_delta: Whether to omit what `apply_delta` takes from the base.
         as_class: Name of the MoE class to write, a key of MOE_CLASSES; None for the family's default.

@@ -1,29 +1,33 @@
-"""Writes a graft: a model with an instruct difference, and the instruct model's tokenizer, template and settings."""
+"""Writes a graft: a model with an instruct difference, the instruct model's tokenizer and settings, and the cards."""
 
 import json
 import math
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from checkpoint_convert.card.front_matter import front_matter, inherited
+from checkpoint_convert.card.model_card import LICENSE_KEYS, TEMPLATES
 from checkpoint_convert.common.output_folder import check_output, output_folder
-from checkpoint_convert.conversions.exported_model import DEFAULT_SHARD_BYTES
-from checkpoint_convert.conversions.graft_card import write_cards
 from checkpoint_convert.conversions.graft_record import Graft, Only
 from checkpoint_convert.conversions.instruct_difference import GraftReader
-from checkpoint_convert.hf.companions import copy_companions
-from checkpoint_convert.hf.hub import Model
+from checkpoint_convert.hf.checks import check_same_tokenizer
+from checkpoint_convert.hf.companions import copy_companion, copy_companions
+from checkpoint_convert.hf.hub import Model, is_hub_name
 from checkpoint_convert.hf.kept_tokenizer import keep_tokenizer, read_tokenizer_config, write_tokenizer_config
-from checkpoint_convert.hf.model_files import CARD_FILE, TOKENIZER_FILES
+from checkpoint_convert.hf.model_files import BASE_CARD_FILE, CARD_FILE, DEFAULT_SHARD_BYTES, TOKENIZER_FILES
 from checkpoint_convert.hf.safetensors_writer import write_weights
-from checkpoint_convert.hf.tokenizer_check import check_same_tokenizer
 from moelpr.data.tokenizers.loading import open_hf_tokenizer
 from moelpr.data.vocabulary_extension import VocabularyExtension
 from moelpr.families.hf_config import CONFIG_FILE, read_config
 from moelpr.process.errors import UserError, first_line
 from moelpr.store.checksums import Verify
+
+MODEL_CARD_FILE = "README-model.md"
+INSTRUCT_CARD_FILE = "README-instruct.md"
 
 # Keys of config.json that readers use for chat and that come from the instruct model, as its tokenizer does.
 _TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -45,10 +49,7 @@ def graft(
 
     Args:
         base: The dense base; `instruct`: what post-training made of it; `model`: what it was upcycled to.
-        scale: s.
-        only: Key of PARTS.
         dtype: Dtype of the output; None for the model's.
-        max_shard_bytes: Largest size of a safetensors file.
 
     Raises:
         UserError: the models do not fit each other; `save` is then unchanged.
@@ -75,7 +76,7 @@ def graft(
             _write_extended_tokenizer(folder, instruct.folder, model.folder)
         else:
             keep_tokenizer(instruct.folder, folder)
-        write_cards(folder, record, instruct.folder, model.folder, len(reader.new_rows))
+        _write_cards(folder, record, instruct.folder, model.folder, len(reader.new_rows))
         record.write(folder)
         write_weights(journal, tensors, target, max_shard_bytes, reader.read, bar)
     return reader
@@ -100,3 +101,43 @@ def _write_extended_tokenizer(folder: Path, instruct: Path, model: Path) -> None
         write_tokenizer_config(folder, config)
     shutil.copyfile(model / "tokenizer.json", folder / "tokenizer.json")  # so that not a token is written differently
     VocabularyExtension.read(model).write(folder)
+
+
+def _write_cards(folder: Path, record: Graft, instruct: Path, model: Path, num_new_tokens: int) -> None:
+    """Write the graft's card, and next to it those that it links to."""
+    cards = ((model, CARD_FILE, MODEL_CARD_FILE), (model, BASE_CARD_FILE, BASE_CARD_FILE))
+    for source, name, kept in (*cards, (instruct, CARD_FILE, INSTRUCT_CARD_FILE)):
+        if (source / name).is_file():
+            copy_companion(source, name, folder / kept)
+    keys = ("language", "base_model", *LICENSE_KEYS)
+    ours, theirs = inherited(model, keys), inherited(instruct, LICENSE_KEYS)
+    made_of = [record.model, ours.get("base_model", record.base), record.instruct]
+    parents = [name for name in made_of if isinstance(name, str) and is_hub_name(name)]
+    metadata = front_matter(
+        language=ours.get("language"),
+        **_license(ours, theirs),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=parents or None,
+        base_model_relation="merge" if parents else None,
+        tags=["moe", "moe-lpr", "merge"],
+    )
+    card = TEMPLATES.get_template("graft_card.md").render(
+        asdict(record),
+        front_matter=metadata,
+        num_new_tokens=num_new_tokens,
+        has_model_card=(folder / MODEL_CARD_FILE).is_file(),
+        has_instruct_card=(folder / INSTRUCT_CARD_FILE).is_file(),
+    )
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def _license(*cards: dict[str, Any]) -> dict[str, Any]:
+    """The keys of the license that all cards have, or one that names each; {} if a card has none."""
+    if not all("license" in card for card in cards):
+        return {}
+    found = [{key: card[key] for key in LICENSE_KEYS if key in card} for card in cards]
+    if all(license == found[0] for license in found):
+        return found[0]
+    names = dict.fromkeys(str(license.get("license_name", license["license"])) for license in found)
+    return {"license": "other", "license_name": "-and-".join(names)}

@@ -3,25 +3,27 @@
 As here, the base model's FFN is the original expert and row 0 of a router. docs/published-code.md describes the files.
 """
 
+import json
 import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import AfterValidator
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from checkpoint_convert.card.history import check_frozen_is_the_base, check_separable, read_history
 from checkpoint_convert.card.origin import Origin
 from checkpoint_convert.common.numbers import cast, check_finite
 from checkpoint_convert.common.output_folder import check_output, output_folder
-from checkpoint_convert.conversions.adapter_config import AdapterConfig
+from checkpoint_convert.hf.checks import check_tokenizer, check_weights
 from checkpoint_convert.hf.companions import copy_companions, record_dtype
 from checkpoint_convert.hf.safetensors_reader import HfReader, common_dtype
 from checkpoint_convert.hf.safetensors_writer import write_weights
-from checkpoint_convert.hf.tokenizer_check import check_tokenizer
-from checkpoint_convert.hf.weight_check import check_weights
 from checkpoint_convert.mcore.megatron_folder import SIGNS, MegatronReader, num_elements, write_checkpoint
 from moelpr.families.families import read_base
 from moelpr.families.new_experts import NewExperts, with_new_experts
@@ -29,11 +31,60 @@ from moelpr.families.tables import Piece, pieces, sizes_of
 from moelpr.model_spec import ModelSpec
 from moelpr.process.errors import UserError
 from moelpr.stages import Part
+from moelpr.store import records
 from moelpr.store.checksums import Verify
+from moelpr.store.records import FOREIGN
 from moelpr.store.run_folder import HF_FOLDER
 
 STEM = "adapter_model"
 _PREFIX = "base_model.model."
+
+
+def _at_least_2(topk: int) -> int:
+    if topk == 1:
+        raise UserError("topk must be at least 2 (with 1, the published code computes another model), got 1")
+    return topk
+
+
+@dataclass(frozen=True, config=FOREIGN)
+class AdapterConfig:
+    """The settings in adapter_config.json, under the names of the published code; those for training have defaults.
+
+    Attributes:
+        num_experts: E, including the original expert.
+        topk: K.
+        layers_to_transform: 0-based numbers of the MoE layers.
+        base_model_name_or_path: Name or path of the dense model, if the adapter names one.
+        save_all_params: Whether everything was trained, and saved.
+    """
+
+    FILE_NAME: ClassVar[str] = "adapter_config.json"
+
+    num_experts: int
+    topk: Annotated[int, AfterValidator(_at_least_2)]
+    layers_to_transform: list[int]
+    base_model_name_or_path: str | None = None
+    peft_type: Literal["MOE"] = "MOE"
+    auto_mapping: Any = None
+    aux_loss_coef: Any = None
+    inference_mode: Any = True
+    init_moe_weights: Any = True
+    lpr_loss_coef: Any = None
+    revision: Any = None
+    save_all_params: Any = False
+    task_type: Any = "CAUSAL_LM"
+
+    @classmethod
+    def read(cls, folder: Path) -> "AdapterConfig":
+        """Read adapter_config.json; UserError if `folder` is not an adapter of the published code."""
+        path = folder / cls.FILE_NAME
+        if not path.is_file():
+            raise UserError(f"{folder} is not an adapter: it has no {cls.FILE_NAME}; pass the folder that PEFT saved")
+        return records.read(cls, path, "pass an adapter of the published MoE-LPR code")
+
+    def write(self, folder: Path) -> None:
+        """Write all settings."""
+        (folder / self.FILE_NAME).write_text(json.dumps(asdict(self), indent=2, sort_keys=True) + "\n")
 
 
 def _trained_names(piece: Piece) -> tuple[str, ...]:
@@ -175,7 +226,7 @@ def mcore_to_adapter(
     Args:
         base_model: Name or path of the dense model, for adapter_config.json.
         iteration: Saved step to export; None for the latest.
-        dtype: Dtype of the adapter; None for that of the model the checkpoint came from.
+        dtype: None for that of the model the checkpoint came from.
 
     Raises:
         UserError: the input is invalid, or no adapter can express the model; `save` is then unchanged.
@@ -183,26 +234,22 @@ def mcore_to_adapter(
     check_output(save, [load], overwrite, (AdapterConfig.FILE_NAME,))
     instead = "export it with mcore_to_hf.py"
     spec = ModelSpec.read(load)
-    if spec.moe is not None and spec.moe.num_original_experts > 1:
-        raise UserError(
-            f"{load} has {spec.moe.num_original_experts} original experts, but the published code supports only one, "
-            f"the base's FFN; {instead}"
-        )
-    if spec.moe is not None and spec.moe.original_copies > 1:
-        raise UserError(
-            f"{load} has {spec.moe.original_copies} copies of the base's FFN, but the published code supports only "
-            f"one; {instead}"
-        )
-    if spec.new_tokens is not None:
-        raise UserError(
-            f"{load} has {spec.new_tokens.number:,} new tokens, but the published code supports only the base's "
-            f"vocabulary; {instead}"
-        )
+    moe, tokens = spec.moe, spec.new_tokens
+
+    def unsupported(found: str, supported: str) -> UserError:
+        return UserError(f"{load} has {found}, but the published code supports only {supported}; {instead}")
+
+    if moe is not None and moe.num_original_experts > 1:
+        raise unsupported(f"{moe.num_original_experts} original experts", "one, the base's FFN")
+    if moe is not None and moe.original_copies > 1:
+        raise unsupported(f"{moe.original_copies} copies of the base's FFN", "one")
+    if tokens is not None:
+        raise unsupported(f"{tokens.number:,} new tokens", "the base's vocabulary")
     check_separable(load, spec, Origin.of(load), read_history(load, iteration), "an adapter", instead)
     source = MegatronReader(load, iteration, verify=verify)
     check_frozen_is_the_base(source, dtype or spec.dtype, "an adapter", instead)
-    assert spec.moe is not None
-    config = AdapterConfig(spec.moe.num_experts, spec.moe.topk, list(spec.moe.layers), base_model)
+    assert moe is not None
+    config = AdapterConfig(moe.num_experts, moe.topk, list(moe.layers), base_model)
     trained = [piece for piece in source.pieces if piece.is_trained]
     hf_names = dict(pair for piece in trained for pair in zip(_trained_names(piece), piece.hf_names, strict=True))
     tensors = [(name, source.shape(hf_name)) for name, hf_name in hf_names.items()]

@@ -10,13 +10,12 @@ import torch
 from checkpoint_convert.card.origin import Origin, StartSettings
 from checkpoint_convert.common.output_folder import check_output, output_folder
 from checkpoint_convert.conversions.initialization import Start, starting_tensors
+from checkpoint_convert.hf.checks import check_tokenizer, check_weights
 from checkpoint_convert.hf.companions import copy_companions, record_dtype
 from checkpoint_convert.hf.hub import Model
 from checkpoint_convert.hf.model_files import EXTENDED_FILES, TOKENIZER_FILES
 from checkpoint_convert.hf.safetensors_reader import HfReader, common_dtype
-from checkpoint_convert.hf.tokenizer_check import check_tokenizer
 from checkpoint_convert.hf.vocabulary_rows import read_extension
-from checkpoint_convert.hf.weight_check import check_weights
 from checkpoint_convert.mcore.megatron_folder import SIGNS, num_elements, write_checkpoint
 from moelpr.families.families import read_base
 from moelpr.families.hf_config import CONFIG_FILE, read_config

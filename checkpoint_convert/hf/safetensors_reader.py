@@ -5,22 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from checkpoint_convert.hf.model_files import MODEL_STEM
+from moelpr.evaluate.models import WeightIndex
 from moelpr.families.tables import stacked_part
 from moelpr.process.command import deferred_signals
 from moelpr.process.errors import UserError, first_line
 from moelpr.store import records
 from moelpr.store.checksums import Verifier, Verify
-from moelpr.store.records import FOREIGN
 
 # A file is reopened after this many bytes: while it is open, its mapped pages count as memory of this process.
 MAX_MAPPED_BYTES = 32 << 20
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class HfReader:
@@ -76,12 +75,12 @@ class HfReader:
 
     def dtype(self, name: str) -> torch.dtype:
         kind = self._header(name)[1]
-        if kind not in _DTYPES:
+        if kind not in DTYPES:
             raise UserError(
-                f"{self.folder}: the dtype of {name} must be one of {', '.join(_DTYPES)}, got {kind}; "
+                f"{self.folder}: the dtype of {name} must be one of {', '.join(DTYPES)}, got {kind}; "
                 "convert the unquantized model"
             )
-        return _DTYPES[kind]
+        return DTYPES[kind]
 
     def read(self, name: str) -> Tensor:
         if self._mapped_bytes > MAX_MAPPED_BYTES:
@@ -123,18 +122,11 @@ class HfReader:
         return self._open_file
 
 
-@dataclass(frozen=True, config=FOREIGN)
-class _Index:
-    """model.safetensors.index.json: the file that each tensor is in."""
-
-    weight_map: dict[str, str]
-
-
 def _read_index(path: Path) -> dict[str, str]:
     """The file that each tensor is in; empty if there is no index."""
     if not path.is_file():
         return {}
-    weight_map = records.read(_Index, path, "download it again").weight_map
+    weight_map = records.read(WeightIndex, path, "download it again").weight_map
     single = path.with_name(path.name.removesuffix(".index.json"))
     if single.is_file() and set(weight_map.values()) != {single.name}:
         raise UserError(

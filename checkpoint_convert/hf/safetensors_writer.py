@@ -15,13 +15,13 @@ from tqdm import tqdm
 
 from checkpoint_convert.common.numbers import cast
 from checkpoint_convert.hf.model_files import MODEL_STEM
+from checkpoint_convert.hf.safetensors_reader import DTYPES
 from moelpr.families.tables import stacked_part
 from moelpr.store import checksums
 from moelpr.store.checksums import FileSum, SummedFile, WrittenFile
 from moelpr.store.journal import Journal
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
@@ -73,10 +73,8 @@ def write_weights(
     Args:
         journal: The journal of the folder to write.
         tensors: (name, shape) of all tensors, in the order in which they are written.
-        dtype: Their dtype in the files.
         max_shard_bytes: Largest size of a shard; a larger tensor gets its own.
         read: Returns the tensor of a name, in any dtype.
-        bar: Progress in bytes.
         stack: Whether parts of stacked experts become one tensor; if so, all of them follow one another.
     """
     shards: list[list[_StoredTensor]] = [[]]

@@ -128,9 +128,7 @@ def write_checkpoint(
 
     Args:
         journal: The journal of the folder to write.
-        plan: All pieces of the model.
         read: Returns the Megatron tensors of the given pieces, in their order.
-        bar: Progress in bytes.
     """
     with TorchDistWriter(journal.folder / RELEASE, journal) as writer:
         missing = [piece for piece in plan if not writer.is_written(piece.key, _offsets(piece, spec))]

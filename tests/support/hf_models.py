@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoint_convert.hf.model_files import TOKENIZER_FILES
+from moelpr.checkpoints.torch_dist import TorchDistReader
 from moelpr.data.tokenizers.base import vocabulary_checksum
 from moelpr.data.tokenizers.loading import load_tokenizer
 from moelpr.data.vocabulary_extension import VocabularyExtension
@@ -113,7 +114,6 @@ class HeldBytes:
 def held_bytes(monkeypatch: pytest.MonkeyPatch) -> HeldBytes:
     """The bytes read from safetensors and from checkpoints that are still alive."""
     from checkpoint_convert.hf.safetensors_reader import HfReader
-    from moelpr.checkpoints.torch_dist import TorchDistReader
 
     held = HeldBytes()
     monkeypatch.setattr(HfReader, "read", held.watch(HfReader.read))
@@ -190,6 +190,17 @@ def our_logits(folder: Path, tokens: Tensor = TOKENS, change: Callable[[Any], ob
 def tensors_of(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder's safetensors files."""
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def megatron_tensors_of(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a release checkpoint."""
+    reader = TorchDistReader(folder / "release")
+    return {key: reader.read(key).clone() for key in reader.keys}
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    """Set fields of a JSON object in a file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def edit_tensors(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:

@@ -8,18 +8,12 @@ import torch
 from torch import Tensor
 
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
-from moelpr.checkpoints.torch_dist import TorchDistReader
 from moelpr.families.families import FAMILIES
 from moelpr.families.moe_classes import GRANITE_MOE
 from moelpr.families.tables import pieces, stacked_part
 from moelpr.model_spec import ModelSpec, MoeSpec
 from moelpr.stages import part_of, trained_parts
-from tests.support.hf_models import tensors_of
-
-
-def megatron_tensors_of(folder: Path) -> dict[str, Tensor]:
-    reader = TorchDistReader(folder / "release")
-    return {key: reader.read(key).clone() for key in reader.keys}
+from tests.support.hf_models import megatron_tensors_of, tensors_of
 
 
 def test_attention_rows_are_grouped_by_query_group(qwen2: Path, tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from checkpoint_convert.card.readers import readers_sentence
@@ -25,6 +24,7 @@ from moelpr.families.families import FAMILIES
 from moelpr.families.moe_classes import MOE_CLASSES
 from moelpr.families.new_experts import NewExperts
 from moelpr.model_spec import ModelSpec, MoeSpec
+from tests.support.hf_models import tensors_of
 
 MIXTRAL = tuple(f"block_sparse_moe.experts.{{j}}.{name}.weight" for name in ("w1", "w3", "w2"))
 QWEN = tuple(f"mlp.experts.{{j}}.{name}_proj.weight" for name in ("gate", "up", "down"))
@@ -54,15 +54,6 @@ def export(name: str, make_model: Callable[..., Path], tmp_path: Path) -> Path:
     hf_to_mcore(dense, tmp_path / "megatron", NewExperts(3), start=Start(noise=0.5))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", max_shard_bytes=800_000, as_class=as_class)
     return tmp_path / "hf"
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            assert opened.metadata() == {"format": "pt"}
-            tensors |= {name: opened.get_tensor(name) for name in opened.keys()}
-    return tensors
 
 
 def expert(tensors: dict[str, Tensor], name: str, layer: int, number: int) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,5 @@
 """What keeps a program from running a directory is found without the program."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,12 +11,7 @@ from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.families.new_experts import NewExperts
 from moelpr.process.errors import UserError
-from tests.support.hf_models import edit_tensors, load_stock
-
-
-def edit_config(folder: Path, **changes: object) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+from tests.support.hf_models import edit_json, edit_tensors, load_stock
 
 
 def found(folder: Path) -> dict[str, str]:
@@ -69,7 +63,7 @@ def test_missing_and_misshapen_tensors_are_found(mixtral: Path, reader: str) -> 
     edit_tensors(mixtral, lambda tensors: tensors.pop(name))
     (reason,) = unmet_requirements(mixtral, reader)
     assert name in reason
-    edit_config(mixtral, vocab_size=100)
+    edit_json(mixtral / "config.json", vocab_size=100)
     (reason,) = unmet_requirements(mixtral, reader)
     assert "model.embed_tokens.weight has shape [99, 32]" in reason
 
@@ -77,9 +71,9 @@ def test_missing_and_misshapen_tensors_are_found(mixtral: Path, reader: str) -> 
 def test_settings_that_no_export_has_are_rejected(qwen2: Path, tmp_path: Path) -> None:
     hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(2))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
-    edit_config(tmp_path / "hf", norm_topk_prob=False)
+    edit_json(tmp_path / "hf" / "config.json", norm_topk_prob=False)
     with pytest.raises(UserError, match="norm_topk_prob must be True"):
         unmet_requirements(tmp_path / "hf", "vllm")
-    edit_config(tmp_path / "hf", norm_topk_prob=True, quantization_config={"quant_method": "awq"})
+    edit_json(tmp_path / "hf" / "config.json", norm_topk_prob=True, quantization_config={"quant_method": "awq"})
     with pytest.raises(UserError, match="quantized"):
         unmet_requirements(tmp_path / "hf", "vllm")

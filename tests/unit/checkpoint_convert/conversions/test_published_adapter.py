@@ -22,6 +22,7 @@ from moelpr.checkpoints.torch_dist import TorchDistReader, TorchDistWriter
 from moelpr.families.new_experts import NewExperts
 from moelpr.model_spec import ModelSpec, MoeSpec
 from moelpr.process.errors import UserError
+from tests.support.hf_models import edit_json, files_of, tensors_of
 
 HIDDEN, FFN, LAYERS, NUM_NEW = 32, 48, [1, 3], 3
 
@@ -141,10 +142,8 @@ def test_ours_to_adapter_to_ours_is_bitwise_identical(qwen2: Path, tmp_path: Pat
     adapter_to_mcore(tmp_path / "adapter", qwen2, tmp_path / "again")
     assert largest_difference(compare(tmp_path / "ours", tmp_path / "again")) == 0.0
     assert ModelSpec.read(tmp_path / "ours") == ModelSpec.read(tmp_path / "again")
-    files = [path.relative_to(tmp_path / "ours") for path in (tmp_path / "ours").rglob("*") if path.is_file()]
-    files.remove(Path("hf/origin.json"))  # records where the experts come from
-    for path in files:
-        assert (tmp_path / "ours" / path).read_bytes() == (tmp_path / "again" / path).read_bytes(), path
+    before, after = files_of(tmp_path / "ours"), files_of(tmp_path / "again")
+    assert {name for name in before if before[name] != after[name]} == {"hf/origin.json"}  # where the experts are from
 
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM"])
@@ -185,31 +184,27 @@ def test_names_that_include_the_adapters_name_are_read(qwen2, write_adapter, tmp
     assert largest_difference(compare(tmp_path / "plain", tmp_path / "named")) == 0.0
 
 
+def parameters_of(base: Path) -> dict[str, Tensor]:
+    """The base's tensors by the names that they have in an adapter."""
+    mlp = re.compile(rf"(layers\.({'|'.join(map(str, LAYERS))})\.mlp\.)")
+    return {f"base_model.model.{mlp.sub(r'\1base_layer.', name)}": tensor for name, tensor in tensors_of(base).items()}
+
+
 def test_an_adapter_with_all_parameters_replaces_the_base(qwen2, write_adapter, tmp_path) -> None:
     """Under save_all_params the published code trains and saves all parameters; the base's are then the adapter's."""
     all_params = {name.replace("experts.", "experts.default."): t for name, t in random_tensors().items()}
-    for file in qwen2.glob("*.safetensors"):
-        for name, tensor in load_file(file).items():
-            if re.search(rf"layers\.({'|'.join(map(str, LAYERS))})\.mlp\.", name):
-                name = name.replace(".mlp.", ".mlp.base_layer.")
-            all_params[f"base_model.model.{name}"] = tensor + 1
+    all_params |= {name: tensor + 1 for name, tensor in parameters_of(qwen2).items()}
     adapter_to_mcore(write_adapter(all_params, save_all_params=True), qwen2, tmp_path / "megatron")
     reader = MegatronReader(tmp_path / "megatron")
     for name in ("model.norm.weight", "model.layers.1.mlp.experts.0.up_proj.weight", "lm_head.weight"):
         original = name.replace("experts.0.", "")
-        (base,) = (t[original] for t in map(load_file, qwen2.glob("*.safetensors")) if original in t)
-        assert torch.equal(reader.read(name), base + 1), name
+        assert torch.equal(reader.read(name), tensors_of(qwen2)[original] + 1), name
     with pytest.raises(UserError, match="had changed the base's weights too.*mcore_to_hf"):
         mcore_to_adapter(tmp_path / "megatron", tmp_path / "again", "base")
 
 
 def test_an_adapter_with_all_parameters_of_the_base_can_be_written_again(qwen2, write_adapter, tmp_path) -> None:
-    all_params = random_tensors()
-    for file in qwen2.glob("*.safetensors"):
-        for name, tensor in load_file(file).items():
-            if re.search(rf"layers\.({'|'.join(map(str, LAYERS))})\.mlp\.", name):
-                name = name.replace(".mlp.", ".mlp.base_layer.")
-            all_params[f"base_model.model.{name}"] = tensor
+    all_params = random_tensors() | parameters_of(qwen2)
     adapter_to_mcore(write_adapter(all_params, save_all_params=True), qwen2, tmp_path / "megatron")
     mcore_to_adapter(tmp_path / "megatron", tmp_path / "again", "base")
     written = load_file(tmp_path / "again" / "adapter_model.safetensors")
@@ -217,8 +212,7 @@ def test_an_adapter_with_all_parameters_of_the_base_can_be_written_again(qwen2, 
 
 
 def test_the_dtype_of_the_base_is_that_of_its_weights_not_of_its_config(source, write_adapter, tmp_path) -> None:
-    config = json.loads((source / "config.json").read_text()) | {"dtype": "bfloat16"}
-    (source / "config.json").write_text(json.dumps(config))
+    edit_json(source / "config.json", dtype="bfloat16")
     adapter_to_mcore(write_adapter(), source, tmp_path / "megatron", dtype="bfloat16")
     assert json.loads((tmp_path / "megatron" / "hf" / "config.json").read_text())["dtype"] == "float32"
 
@@ -251,14 +245,10 @@ ROUTER, EXPERT = f"{PREFIX}.3.mlp.moe_router_embedding.weight", f"{PREFIX}.1.mlp
         (random_tensors() | {EXPERT.replace("experts.", "experts.default."): torch.zeros(1)}, {}, "experts.default.2"),
         (random_tensors() | {EXPERT: torch.zeros(HIDDEN, FFN, dtype=torch.int8)}, {}, "I8"),
         (None, {"num_experts": 3}, r"router_embedding.weight.*\[4, 32\].*\[3, 32\]"),
-        (None, {"num_experts": 5}, r"router_embedding.weight.*\[4, 32\].*\[5, 32\]"),
         (None, {"num_experts": 1}, "adapter_config.json.*--num-new-experts must be between 1 and 1024, got 0"),
-        (None, {"num_experts": "4"}, "num_experts .*'4'"),
         (None, {"layers_to_transform": [1]}, "layers.3.*adapter_config.json"),
         (None, {"layers_to_transform": [1, 3, 4]}, "adapter_config.json.* 4"),
-        (None, {"layers_to_transform": None}, "layers_to_transform .*None"),
         (None, {"topk": 1}, "topk .*at least 2.* 1"),
-        (None, {"topk": None}, "topk .*None"),
         (None, {"peft_type": "LORA"}, "peft_type .*'MOE'.*'LORA'"),
     ],
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
@@ -15,7 +15,7 @@ from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from checkpoint_convert.mcore.megatron_folder import MegatronReader
 from moelpr.checkpoints.torch_dist import TorchDistReader
 from moelpr.families.new_experts import NewExperts
-from moelpr.model_spec import ModelSpec, MoeSpec
+from moelpr.model_spec import MoeSpec
 from moelpr.process.errors import UserError
 from moelpr.stages import Part
 from tests.support.hf_models import (
@@ -23,6 +23,7 @@ from tests.support.hf_models import (
     assert_import_fails,
     edit_tensors,
     load_stock,
+    megatron_tensors_of,
     our_logits,
     stock_logits,
     tensors_of,
@@ -121,11 +122,6 @@ def test_invalid_starts_are_rejected(qwen2: Path, tmp_path: Path, start: Start, 
     assert not list(tmp_path.iterdir())
 
 
-def megatron_tensors_of(folder: Path) -> dict[str, Tensor]:
-    reader = TorchDistReader(folder / "release")
-    return {key: reader.read(key).clone() for key in reader.keys}
-
-
 def test_experts_are_bitwise_identical_copies_of_the_dense_ffn(qwen2: Path, tmp_path: Path) -> None:
     hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(3))
     dense, moe = tensors_of(qwen2), megatron_tensors_of(tmp_path / "megatron")
@@ -182,26 +178,6 @@ def test_upcycled_model_in_stock_transformers_equals_the_dense_one(make_qwen2, t
     assert not torch.equal(routers[0], routers[1])
 
 
-def test_redundant_output_layer_of_a_tied_model_is_dropped(make_qwen2: Callable[..., Path], tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    source = make_qwen2(tie_word_embeddings=True)
-    tensors = tensors_of(source)
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    spec = hf_to_mcore(source, tmp_path / "megatron", None)
-    assert spec.megatron_args["untie_embeddings_and_output_weights"] is False
-    assert "output_layer.weight" not in megatron_tensors_of(tmp_path / "megatron")
-
-
-def test_the_written_spec_is_read_back(qwen2: Path, tmp_path: Path) -> None:
-    spec = hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(4, moe_layers=[1]))
-    assert ModelSpec.read(tmp_path / "megatron") == spec
-    assert spec.megatron_args["vocab_size"] == 99
-    assert spec.megatron_args["kv_channels"] == 8
-    assert spec.megatron_args["add_qkv_bias"] is True
-
-
 # --- another round of languages
 
 
@@ -221,15 +197,6 @@ def export_first_round(dense: Path, tmp_path: Path, **options) -> Path:
     hf_to_mcore(dense, tmp_path / "first", NewExperts(2, **options), start=Start(noise=0.5))
     mcore_to_hf(tmp_path / "first", tmp_path / "first-hf")
     return tmp_path / "first-hf"
-
-
-def edit_routers(folder: Path, change: Callable[[Tensor], object]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    for name in tensors:
-        if name.endswith(ROUTERS):
-            change(tensors[name])
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "checksums.json").unlink(missing_ok=True)  # changed on purpose
 
 
 def test_all_earlier_experts_are_original_and_new_ones_are_copies_of_expert_0(first_round, tmp_path) -> None:
@@ -275,16 +242,15 @@ def test_new_experts_compete_only_with_expert_0(first_round: Path, tmp_path: Pat
     """Tokens whose top-k omits expert 0, or is dominated by it, are computed as before the round."""
     direction = torch.linspace(-1, 1, 32)
 
-    def change(router: Tensor) -> None:
-        router.mul_(0.01)
-        router[0] = direction * 1e6
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if name.endswith(ROUTERS):
+                tensor.mul_(0.01)
+                tensor[0] = direction * 1e6
+            elif "post_attention_layernorm" in name:
+                tensor.fill_(1)
 
-    edit_routers(first_round, change)
-    tensors = load_file(first_round / "model.safetensors")
-    for name in tensors:
-        if "post_attention_layernorm" in name:
-            tensors[name].mul_(0).add_(1)
-    save_file(tensors, first_round / "model.safetensors", metadata={"format": "pt"})
+    edit_tensors(first_round, change)
     hf_to_mcore(first_round, tmp_path / "second", NewExperts(2))
     with torch.no_grad():
         chosen = router_choices(first_round)

@@ -13,14 +13,10 @@ from checkpoint_convert.hf.hub import Model
 from moelpr.data.tokenizers.loading import load_tokenizer, open_hf_tokenizer
 from moelpr.families.new_experts import NewExperts
 from moelpr.process.errors import UserError
-from tests.support.hf_models import assert_import_fails, files_of, make_model  # noqa: F401
+from tests.support.hf_models import assert_import_fails, edit_json, files_of, make_model  # noqa: F401
 from tests.support.small_tokenizers import save_llama2, save_llama3, save_qwen
 
 TEXTS = [" light kitchen", "light 123 4567", "light</s> kitchen<|endoftext|> door<|user|>", "  two\n\n φως\t12"]
-
-
-def change_json(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def save_llama2_as_on_the_hub(folder: Path) -> None:
@@ -29,7 +25,7 @@ def save_llama2_as_on_the_hub(folder: Path) -> None:
     prepend = {"type": "Prepend", "prepend": "▁"}
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     normalizer = {"type": "Sequence", "normalizers": [prepend, replace]}
-    change_json(folder / "tokenizer.json", normalizer=normalizer, pre_tokenizer=None)
+    edit_json(folder / "tokenizer.json", normalizer=normalizer, pre_tokenizer=None)
 
 
 def save_llama2_without_json(folder: Path) -> None:
@@ -48,7 +44,7 @@ def save_gpt2_with_digits(folder: Path) -> None:
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     digits = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level]}
     (folder / "tokenizer.json").write_text(json.dumps(content | {"pre_tokenizer": digits}))
-    change_json(folder / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer", add_prefix_space=False)
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer", add_prefix_space=False)
 
 
 KINDS = {
@@ -132,7 +128,7 @@ def test_a_tokenizer_that_cannot_express_a_text_is_exported(make_base, tmp_path:
 def test_a_tokenizer_that_transformers_makes_lossy_is_refused(make_base, tmp_path: Path) -> None:
     base = make_base("Qwen2ForCausalLM", save_llama2_as_on_the_hub)
     (base / "tokenizer.model").unlink(missing_ok=True)
-    change_json(base / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    edit_json(base / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     assert_import_fails(base, tmp_path, "as Qwen2Tokenizer, which loses text")
     with pytest.raises(UserError, match="'twowords'"):  # as preprocessing loads it
         load_tokenizer("HuggingFaceTokenizer", str(base), must_keep_text=True)
@@ -140,9 +136,9 @@ def test_a_tokenizer_that_transformers_makes_lossy_is_refused(make_base, tmp_pat
 
 def test_the_remedy_for_a_lossy_tokenizer_works_for_a_llama(make_base) -> None:
     base = make_base("LlamaForCausalLM", save_llama2_as_on_the_hub)
-    change_json(base / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer", add_prefix_space=False)
+    edit_json(base / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer", add_prefix_space=False)
     with pytest.raises(UserError, match="PreTrainedTokenizerFast"):
         load_tokenizer("HuggingFaceTokenizer", str(base), must_keep_text=True)
-    change_json(base / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    edit_json(base / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     tokenizer = load_tokenizer("HuggingFaceTokenizer", str(base))
     assert tokenizer.decode(tokenizer.encode_whole("two words")) == "two words"

@@ -12,8 +12,7 @@ from transformers import AutoTokenizer
 
 from checkpoint_convert.compare.logits import compare_on_text
 from checkpoint_convert.compare.tensors import compare_frozen, compare_graft
-from checkpoint_convert.conversions.delta import apply_delta
-from checkpoint_convert.conversions.delta_config import DeltaConfig
+from checkpoint_convert.conversions.delta import DeltaConfig, apply_delta
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.published_adapter import mcore_to_adapter

@@ -1,7 +1,6 @@
 """PyTorch's and Megatron's loaders read our checkpoints, and we read Megatron's; invalid ones are rejected."""
 
 import io
-import json
 import pickle
 from collections import Counter
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from moelpr.families.new_experts import NewExperts
 from moelpr.families.tables import megatron_shape, pieces
 from moelpr.model_spec import ModelSpec
 from moelpr.process.errors import UserError
-from tests.support.hf_models import RunsCode, assert_nothing_left
+from tests.support.hf_models import RunsCode, assert_nothing_left, edit_json
 
 
 def test_torchs_loader_reads_every_tensor(qwen2: Path, tmp_path: Path) -> None:
@@ -80,28 +79,16 @@ def dense_model(spec: ModelSpec, padded_vocab_size: int):
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     args = spec.megatron_args
+    same = "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels normalization"
+    same += " add_bias_linear add_qkv_bias qk_layernorm attention_dropout hidden_dropout"
+    off = "perform_initialization masked_softmax_fusion bias_activation_fusion bias_dropout_fusion apply_rope_fusion"
     config = TransformerConfig(
-        num_layers=args["num_layers"],
-        hidden_size=args["hidden_size"],
-        ffn_hidden_size=args["ffn_hidden_size"],
-        num_attention_heads=args["num_attention_heads"],
-        num_query_groups=args["num_query_groups"],
-        kv_channels=args["kv_channels"],
+        **{name: args[name] for name in same.split()},
+        **dict.fromkeys(off.split(), False),
         layernorm_epsilon=args["norm_epsilon"],
-        normalization=args["normalization"],
         gated_linear_unit=args["swiglu"],
         activation_func=torch.nn.functional.silu,
-        add_bias_linear=args["add_bias_linear"],
-        add_qkv_bias=args["add_qkv_bias"],
-        qk_layernorm=args["qk_layernorm"],
-        attention_dropout=args["attention_dropout"],
-        hidden_dropout=args["hidden_dropout"],
         use_cpu_initialization=True,
-        perform_initialization=False,
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
     )
     return GPTModel(
         config,
@@ -219,10 +206,6 @@ def test_common_state_is_plain_data(qwen2: Path, tmp_path: Path) -> None:
 # --- invalid input
 
 
-def edit_json(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 def assert_export_fails(upcycled: Path, tmp_path: Path, message: str, **options) -> None:
     with pytest.raises(UserError, match=message) as caught:
         mcore_to_hf(upcycled, tmp_path / "out", **options)
@@ -250,12 +233,8 @@ def test_a_folder_without_spec_is_rejected(upcycled: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "format_version .*[12].*[12]"),
         ({"family": "bloom"}, "llama, mistral, qwen2.*'bloom'"),
-        ({"dtype": "int8"}, "dtype .*int8"),
         ({"moe": {"num_new_experts": 4, "topk": 1, "layers": [0]}}, "K = 1"),
-        ({"moe": {"num_new_experts": 4}}, "model_spec.json"),
-        ({"surprise": 1}, "model_spec.json"),
         ({"megatron_args": {"num_layers": 4}}, "hidden_size"),
     ],
 )

@@ -23,6 +23,7 @@ METRIC_NAMES = {
     "perplexity": "Perplexity per token",
     "accuracy": "Next-token accuracy",
 }
+_TASK = "text-generation"
 _LANGUAGE = r"code|multilingual|[a-z]{2,3}(-[A-Za-z0-9]+)*"
 _REMEDY = (
     "pass results.json or harness.json of moelpr.evaluate --output, or what it printed with --json; that of routing "
@@ -78,13 +79,15 @@ class Evaluation:
         for language, found in self.models[model].languages.items():
             name = f"held-out {language_name(language)} text, {found.documents:,} documents"
             kind = Path(self.data.get(language, language)).stem
-            for metric, metric_name in METRIC_NAMES.items():
-                yield _result(language, name, kind, metric, metric_name, getattr(found, metric).value)
+            for metric, title in METRIC_NAMES.items():
+                value = getattr(found, metric).value
+                yield EvalResult(_TASK, kind, name, metric, value, dataset_config=language, metric_name=title)
         for benchmark, scores in self.models[model].scores.items():
             run = self.benchmarks[benchmark]
             for language, score in scores.items():
-                name, metric_name = f"{benchmark}, {language_name(language)}", f"{run.metric}, {run.num_fewshot} shots"
-                yield _result(language, name, benchmark.lower(), run.metric, metric_name, score.value)
+                dataset = benchmark.lower(), f"{benchmark}, {language_name(language)}"
+                title = f"{run.metric}, {run.num_fewshot} shots"
+                yield EvalResult(_TASK, *dataset, run.metric, score.value, dataset_config=language, metric_name=title)
 
 
 def update_card(
@@ -150,15 +153,3 @@ def _read_results(path: Path, folder: Path, evaluated: str | None) -> list[EvalR
     if missing := models[name].scores.keys() - content.benchmarks.keys():
         raise UserError(f"{path} does not say how {min(missing)} was run; {_REMEDY}")
     return list(content.results(name))
-
-
-def _result(language: str, name: str, kind: str, metric: str, metric_name: str, value: float) -> EvalResult:
-    return EvalResult(
-        task_type="text-generation",
-        dataset_type=kind,
-        dataset_name=name,
-        dataset_config=language,
-        metric_type=metric,
-        metric_name=metric_name,
-        metric_value=value,
-    )

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_convert.hf.model_files import TOKENIZER_FILES
-from moelpr.data.tokenizers.base import Tokenizer
 from moelpr.data.tokenizers.loading import load_tokenizer, open_hf_tokenizer
 from moelpr.process.errors import UserError, reports_panics
 from moelpr.store import records
@@ -43,7 +42,7 @@ def keep_tokenizer(source: Path, folder: Path) -> None:
 
 
 def _rewrite(source: Path, folder: Path, wanted: tuple[object, ...]) -> None:
-    content = _load(source).source
+    content = load_tokenizer("HuggingFaceTokenizer", str(source)).source
     if isinstance(content, str):
         for name in _OTHER_VOCABULARIES:
             (folder / name).unlink(missing_ok=True)
@@ -57,10 +56,6 @@ def _rewrite(source: Path, folder: Path, wanted: tuple[object, ...]) -> None:
     )
 
 
-def _load(folder: Path) -> Tokenizer:
-    return load_tokenizer("HuggingFaceTokenizer", str(folder))
-
-
 def _is_same(folder: Path, wanted: tuple[object, ...]) -> bool:
     try:
         return _facts(folder) == wanted
@@ -70,7 +65,7 @@ def _is_same(folder: Path, wanted: tuple[object, ...]) -> bool:
 
 def _facts(folder: Path) -> tuple[object, ...]:
     """What must not change: the IDs of text, the tokens around it, the end of a document, and decoding."""
-    tokenizer = _load(folder)
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", str(folder))
     try:
         with reports_panics():
             ids = tokenizer.encode_whole(" a b")

@@ -169,6 +169,10 @@ class ModelSpec(Record):
 
     FILE_NAME: ClassVar[str] = FILE_NAME
     REMEDY: ClassVar[str] = "restore the file, or convert the model again"
+    MISSING: ClassVar[str] = (
+        f"has no {FILE_NAME}, so the model's shape is unknown; "
+        "pass a folder written by checkpoint_convert/hf_to_mcore.py or by moelpr's trainer"
+    )
 
     family: str
     dtype: str
@@ -212,16 +216,6 @@ class ModelSpec(Record):
         """Write `folder`/model_spec.json."""
         self.check()
         super().write(folder)
-
-    @classmethod
-    def read(cls, folder: Path) -> Self:
-        """Read `folder`/model_spec.json."""
-        if not (folder / FILE_NAME).is_file():
-            raise UserError(
-                f"{folder} has no {FILE_NAME}, so the model's shape is unknown; "
-                "pass a folder written by checkpoint_convert/hf_to_mcore.py or by moelpr's trainer"
-            )
-        return super().read(folder)
 
     @classmethod
     def parse(cls, content: bytes | str, origin: str) -> Self:

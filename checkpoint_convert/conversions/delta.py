@@ -10,7 +10,7 @@ import hashlib
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -86,6 +86,7 @@ class DeltaConfig(Record):
 
     FILE_NAME: ClassVar[str] = "delta_config.json"
     REMEDY: ClassVar[str] = "copy the delta again"
+    MISSING: ClassVar[str] = "is not a delta: it has no delta_config.json; mcore_to_hf.py --delta writes one"
     INDENT: ClassVar[int | None] = 1
 
     base_model: str
@@ -112,13 +113,6 @@ class DeltaConfig(Record):
             {key: value for key, value in vars(tensor).items() if value not in ("", None)} for tensor in self.tensors
         ]
         return {"format_version": self.format_version, **vars(self), "tensors": tensors}
-
-    @classmethod
-    def read(cls, folder: Path) -> Self:
-        """Read delta_config.json; UserError if it is missing, damaged or of another version."""
-        if not (folder / cls.FILE_NAME).is_file():
-            raise UserError(f"{folder} is not a delta: it has no {cls.FILE_NAME}; mcore_to_hf.py --delta writes one")
-        return super().read(folder)
 
 
 def rows_of_new_tokens(source: MegatronReader) -> dict[str, range]:

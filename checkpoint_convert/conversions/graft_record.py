@@ -1,12 +1,10 @@
 """The record of a graft: what was added to what."""
 
-from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from moelpr.process.errors import UserError
 from moelpr.stages import Part
 from moelpr.store.records import STRICT, Record
 
@@ -33,16 +31,10 @@ class Graft(Record):
 
     FILE_NAME: ClassVar[str] = "graft.json"
     REMEDY: ClassVar[str] = "make the graft again with graft.py"
+    MISSING: ClassVar[str] = "is not a graft: it has no graft.json; graft.py writes one"
 
     base: str
     instruct: str
     model: str
     scale: Annotated[float, Field(gt=0, lt=1e9)] = 1.0
     only: Only = "all"
-
-    @classmethod
-    def read(cls, folder: Path) -> Self:
-        """Read graft.json of a graft; UserError if it is missing or damaged."""
-        if not (folder / cls.FILE_NAME).is_file():
-            raise UserError(f"{folder} is not a graft: it has no {cls.FILE_NAME}; graft.py writes one")
-        return super().read(folder)

@@ -1,7 +1,6 @@
 """The file that lists an extended tokenizer's new tokens, and the old tokens that each of them replaces."""
 
-from pathlib import Path
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -26,6 +25,7 @@ class VocabularyExtension(Record):
 
     FILE_NAME: ClassVar[str] = VOCABULARY_EXTENSION_FILE
     REMEDY: ClassVar[str] = _REMEDY
+    MISSING: ClassVar[str] = f"has no {VOCABULARY_EXTENSION_FILE}; {_REMEDY}"
     INDENT: ClassVar[int | None] = None
 
     first_new_id: Annotated[int, Field(ge=1, lt=1 << 31)]
@@ -41,10 +41,3 @@ class VocabularyExtension(Record):
     def number(self) -> int:
         """Number of new tokens; their IDs are first_new_id, first_new_id + 1, …"""
         return len(self.replaces)
-
-    @classmethod
-    def read(cls, folder: Path) -> Self:
-        """Read the file of a tokenizer's folder."""
-        if not (folder / VOCABULARY_EXTENSION_FILE).is_file():
-            raise UserError(f"{folder} has no {VOCABULARY_EXTENSION_FILE}; {_REMEDY}")
-        return super().read(folder)

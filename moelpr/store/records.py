@@ -39,12 +39,15 @@ class Record:
     REMEDY: ClassVar[str] = "restore the file, or make it again"
     INDENT: ClassVar[int | None] = 2
     ASCII: ClassVar[bool] = True  # other characters are escaped
+    MISSING: ClassVar[str] = ""  # the message about a folder without the file, after the folder's name
 
     format_version: int = dataclasses.field(default=1, kw_only=True)
 
     @classmethod
     def read(cls, folder: Path) -> Self:
         """Read `folder`/FILE_NAME."""
+        if cls.MISSING and not (folder / cls.FILE_NAME).is_file():
+            raise UserError(f"{folder} {cls.MISSING}")
         return cls.read_file(folder / cls.FILE_NAME)
 
     @classmethod

@@ -40,7 +40,7 @@ _OTHER_FILES = {
     "--tasks, an entry": "moelpr.evaluate.harness:Benchmark",
     "--verification": "moelpr.report.claims:Verification",
     "--claims": "moelpr.report.claims:Claims",
-    "adapter_config.json": "checkpoint_convert.conversions.adapter_config:AdapterConfig",
+    "adapter_config.json": "checkpoint_convert.conversions.published_adapter:AdapterConfig",
     "config.json": "moelpr.families.hf_config:_Config",
     "tokenizer.json": "moelpr.data.tokenizers.loading:_TokenizerJson",
     "tokenizer_config.json": "moelpr.data.tokenizers.loading:_TokenizerConfig",

@@ -258,10 +258,12 @@ def _digest(tensor: Any) -> str:
 
 
 def records(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what is measured."""
+    """The complete lines of metrics.jsonl so far, without what is measured."""
     measured = ("step_time_s", "tokens_per_s", "peak_memory_gib")
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in measured} for line in lines]
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    found = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [{key: value for key, value in record.items() if key not in measured} for record in found]
 
 
 Judge = Callable[[Path, Path], bool]

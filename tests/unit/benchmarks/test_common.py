@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.common import ROOT, model_spec, print_table, qwen2_config, run_ranks
+from benchmarks.common import ROOT, print_table, run_ranks
 
 PROGRAMS = [path for path in (ROOT / "benchmarks").rglob("*.py") if '__name__ == "__main__"' in path.read_text()]
 
@@ -25,13 +25,6 @@ def test_tables_show_numbers_readably_and_omit_nested_values(capsys: pytest.Capt
     header, *rows = (line.split() for line in capsys.readouterr().out.splitlines() if line)
     assert header == ["name", "bytes", "ratio", "difference"]
     assert rows == [["a", "1,234,567", "0.123"], ["b", "1.5e-07"]]
-
-
-def test_a_spec_has_the_shape_of_the_config_and_only_moe_layers() -> None:
-    spec = model_spec(qwen2_config(2, 32, 48, vocabulary=64, length=16, heads=4, groups=2), new_experts=3)
-    spec.check()
-    assert spec.moe is not None and spec.moe.layers == (0, 1) and spec.moe.num_experts == 4
-    assert (spec.megatron_args["kv_channels"], spec.megatron_args["ffn_hidden_size"]) == (8, 48)
 
 
 def test_failed_ranks_end_the_benchmark_with_the_end_of_their_log(tmp_path: Path) -> None:

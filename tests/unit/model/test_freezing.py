@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moelpr.model.freezing import freeze, parameter_report
+from moelpr.model.freezing import freeze
 from moelpr.model.loading import build_model
 from moelpr.model.router import LPRLossNormalizer
 from moelpr.model_spec import ModelSpec
@@ -34,14 +34,6 @@ def test_train_everything_reaches_the_original_experts(model) -> None:
     model(tokens, torch.arange(16).expand(2, 16), attention_mask=None, labels=tokens).mean().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
-
-
-def test_the_report_counts_every_parameter_once(model) -> None:
-    freeze([model], "stage2")
-    report = parameter_report([model]).splitlines()
-    total = sum(parameter.numel() for parameter in model.parameters())
-    routers = 3 * (model.config.num_original_experts + 4) * 32
-    assert report[-1].split() == ["all", f"{routers:,}", f"{total - routers:,}"]
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])

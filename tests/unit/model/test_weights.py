@@ -10,7 +10,6 @@ from megatron.core import dist_checkpointing
 
 from checkpoint_convert.compare.tensors import compare, largest_difference
 from checkpoint_convert.conversions.complete_checkpoint import whole_checkpoint
-from checkpoint_convert.mcore.megatron_folder import MegatronReader
 from moelpr.checkpoints.chain import BaseCheckpoint, checkpoint_chain, checksum
 from moelpr.checkpoints.torch_dist import TorchDistReader
 from moelpr.model.freezing import freeze
@@ -77,13 +76,6 @@ def test_a_model_read_from_the_chain_equals_the_complete_one(chain_of_three: Pat
     for name, parameter in chained.named_parameters():
         moved = ROUTERS in name or NEW_EXPERTS in name
         assert torch.equal(parameter, upcycled[name]) != moved, name
-
-
-def test_the_exporters_reader_reads_the_complete_model(chain_of_three: Path) -> None:
-    whole, chained = MegatronReader(chain_of_three / "whole"), MegatronReader(chain_of_three / "stage2")
-    assert whole.names == chained.names
-    for name in whole.names:
-        assert torch.equal(whole.read(name), chained.read(name)), name
 
 
 def test_a_chain_can_be_made_a_complete_checkpoint(chain_of_three: Path, tmp_path: Path) -> None:
